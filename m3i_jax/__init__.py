@@ -1,0 +1,40 @@
+"""m3i_jax: M3I Pre-training (CVPR 2023) in JAX. What other projects import are the pure functions of the objective:
+
+    from m3i_jax import gaussian, boltzmann, category, text         # posteriors: (sum, count)
+    from m3i_jax import blockwise, mix, split, gather, partner      # masks and mixing
+    from m3i_jax import sincos_2d, relative                         # positions
+    from m3i_jax import track_balance, weight, track_target         # optax transforms
+
+They need jax, numpy, optax and chex, and are loaded on first use.
+"""
+
+import importlib
+from typing import Any
+
+from m3i_jax.version import __version__
+
+_PUBLIC = {
+    "posterior": ("boltzmann", "category", "gaussian", "layer_normalize", "patch_normalize", "second_moment", "text"),
+    "regularize": ("effective_rank", "target_std"),
+    "masks": ("blockwise", "uniform"),
+    "mixing": ("gather", "mix", "partner", "split", "unmix"),
+    "positions": ("coordinates", "identity", "relative", "sincos_2d"),
+    "balance": ("feature_norm", "track_balance", "weight"),
+    "target": ("cosine_momentum", "track_target"),
+    "methods": ("FORMS", "Pass", "Target", "Term"),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = ["__version__", *_PUBLIC, *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    module = _HOME.get(name, name)
+    if module not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = importlib.import_module(f"m3i_jax.objective.{module}")
+    return getattr(found, name) if name in _HOME else found
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,29 @@
+"""The objective of M3I Pre-training (section 3 of the paper) as pure functions of arrays, for this project and for others.
+
+`posterior`    -log of the approximate posteriors: Gaussian, Boltzmann, category, text
+`regularize`   how far the targets are from collapse
+`masks`        which cells of a mixed input show which image (numpy, host)
+`mixing`       pair, mix and un-mix
+`positions`    sine-cosine positions, absolute and relative to the input view
+`balance`      lambda of Eq. 13 as an optax transform
+`target`       the momentum target encoder as an optax transform
+`methods`      the rows of the paper's Table 1 as data
+
+Nothing here imports anything of the project outside this package; jax, numpy, optax and chex are all it needs. Submodules are loaded on
+first use, so that a data worker that only draws masks never imports JAX.
+"""
+
+import importlib
+from types import ModuleType
+
+__all__ = ["balance", "masks", "methods", "mixing", "positions", "posterior", "regularize", "target"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
