@@ -1,0 +1,390 @@
+"""Records to masked view pairs, as a pure function of (seed, position). One element of the Grain dataset is one host batch.
+
+The only state is the position, the number of samples seen. Sample p has the same bytes whatever the number of hosts, threads and worker
+processes, and after any restart: the record, the crops, the mask and the replacement of a bad record are closed forms of p. Partners
+are the neighbours 2k and 2k + 1, and never the same record. How many records were bad travels inside the batch, so it is exact for
+what was consumed, from any process.
+"""
+
+import collections
+import dataclasses
+import multiprocessing
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from m3i_jax import schema
+from m3i_jax.data import crops, order, records, sources
+from m3i_jax.data.sources import Source
+from m3i_jax.data.tokenizer import Tokenizer
+from m3i_jax.errors import UserError
+from m3i_jax.objective import masks
+
+STREAM = 1  # raised whenever the same (seed, position) would give other bytes
+TRIES = 100  # bad records in a row at one position before the run stops
+WINDOW = 10_000  # records over which data.max_bad_share is taken
+NOTES = ("caption_cut", "label_dropped")  # counted beside the bad records: nothing is cut or dropped in silence
+_READ = 64  # records held encoded at a time
+Batch = dict[str, np.ndarray]
+
+
+def uses_captions(data: schema.Data, source: Source) -> bool:
+    """Whether batches hold tokens.
+
+    Raises:
+        UserError: captions are demanded and the source has none.
+
+    >>> import types
+    >>> uses_captions(schema.Data(captions="auto"), types.SimpleNamespace(captions=True))
+    True
+    """
+    if data.captions == "yes" and not source.captions:
+        raise UserError(f"data.captions='yes', but {source.name} has no captions: use 'auto', or put NAME.txt beside the pictures")
+    return data.captions != "no" and source.captions
+
+
+def classes(data: schema.Data, source: Source) -> int:
+    """Number of categories of the run: what data.classes says, or all of the source's.
+
+    >>> import types
+    >>> [classes(schema.Data(classes=c), types.SimpleNamespace(classes=("cat", "dog"))) for c in (-1, 0, 5)]
+    [2, 0, 5]
+    """
+    return len(source.classes) if data.classes < 0 else data.classes
+
+
+def fingerprint(config: schema.Config, source: Source) -> str:
+    """16 hexadecimal digits that change when position p would mean another sample: seed, source, or the rules of this file.
+
+    To be saved beside the position.
+
+    >>> class Five:
+    ...     def __len__(self): return 5
+    ...     def fingerprint(self): return "0123456789abcdef"
+    >>> fingerprint(schema.Config(seed=1), Five()) == fingerprint(schema.Config(seed=2), Five())
+    False
+    """
+    return sources.digest(STREAM, config.seed, len(source), source.fingerprint())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Maker:
+    """Makes batch k of one host. Sent to worker processes: holds paths and small arrays, no open file, and nothing of JAX.
+
+    The batch is the dict of `iterate`, and with it, for the iterator: `skipped` int64 [len(REASONS)] bad records drawn, `example` int64
+    [len(REASONS)] index of one of them or -1, `noted` int64 [len(NOTES)].
+    """
+
+    data: schema.Data
+    seed: int
+    grid: int
+    hidden: int
+    source: Source
+    tokenizer: Tokenizer | None
+    classes: int
+    rows: int  # of this host
+    batch: int  # of all hosts
+    first: int  # position of this host's first row in batch 0
+
+    def __call__(self, k: int) -> Batch:
+        size = self.data.image_size
+        views, pixels = _storage((self.rows, 2, size, size, 3))
+        try:
+            return {"views": views, **self._fill(self.first + int(k) * self.batch, pixels)}
+        except BaseException:
+            if views is not pixels:
+                views.unlink_on_del()  # type: ignore[attr-defined]  # nobody will receive this shared memory
+            raise
+
+    def _fill(self, first: int, pixels: np.ndarray) -> Batch:
+        positions = first + np.arange(self.rows, dtype=np.int64)
+        batch = {
+            "box": np.empty((self.rows, 2, 4), np.float32),
+            "flip": np.empty((self.rows, 2), bool),
+            "label": np.empty(self.rows, np.int32),
+            "mask": self._mask(first),
+            "position": np.stack([positions >> 32, positions & 0xFFFFFFFF], 1).astype(np.uint32),
+            "skipped": np.zeros(len(records.REASONS), np.int64),
+            "example": np.full(len(records.REASONS), -1, np.int64),
+            "noted": np.zeros(len(NOTES), np.int64),
+        }
+        if self.tokenizer:
+            batch["tokens"] = np.zeros((self.rows, self.tokenizer.length), np.int32)
+            batch["length"] = np.zeros(self.rows, np.int32)
+        chosen = order.locate(self.seed, positions, len(self.source))
+        u = masks.uniforms(self.seed, masks.CROP, first, self.rows, 2 * crops.WIDTH).reshape(self.rows, 2, crops.WIDTH)
+        for at in range(0, self.rows, _READ):
+            rows = range(at, min(at + _READ, self.rows))
+            for row, record in zip(rows, sources.read(self.source, chosen[rows].tolist()), strict=True):
+                used = self._picture(record, row, u[row].tolist(), int(positions[row]), chosen, pixels[row].reshape(2, -1), batch)
+                self._meaning(used, row, batch)
+        return batch
+
+    def _picture(
+        self, record: sources.Record, row: int, u: list[list[float]], position: int, chosen: np.ndarray, pixels: np.ndarray, batch: Batch
+    ) -> sources.Record:
+        """Fills the row with the first usable record at this position, and returns that record."""
+        bad: Exception | None = None
+        for attempt in range(TRIES):
+            if attempt:
+                chosen[row] = order.locate(self.seed, np.array([position]), len(self.source), attempt)[0]
+            if row % 2 and chosen[row] == chosen[row - 1]:
+                continue  # a picture is not mixed with itself: the turn of the epoch, or a replacement
+            try:
+                if attempt:
+                    record = self.source[int(chosen[row])]
+                self._views(record, u, pixels, batch["box"][row], batch["flip"][row])
+                return record
+            except records.BadRecord as error:
+                bad, reason = error, records.REASONS.index(error.reason)
+                batch["skipped"][reason] += 1
+                batch["example"][reason] = chosen[row]
+        last = f"the last is {record.key!r} ({bad})" if bad else "there is only one"
+        raise UserError(
+            f"{TRIES} draws in a row at position {position} of {self.source.name} gave no picture that could be used beside its partner; "
+            f"{last}: check the source"
+        )
+
+    def _views(self, record: sources.Record, u: list[list[float]], pixels: np.ndarray, box: np.ndarray, flip: np.ndarray) -> None:
+        """Decodes once, cuts twice. u is [2][WIDTH]: 22 numbers for the box, one for the flip."""
+        opened, data = records.open_picture(record.image), self.data
+        height, width = opened.height, opened.width
+        boxes = [crops.crop_box(u[v], height, width, scale=_pair(data.crop_scale), ratio=_pair(data.crop_ratio)) for v in range(2)]
+        least = crops.enough(boxes, height, width, data.image_size, records.GAP)
+        image = opened.rgb(background=data.background, least=least)
+        for v in range(2):
+            box[v], flip[v] = boxes[v], u[v][22] < data.flip_p
+            pixels[v] = crops.cut(image, boxes[v], data.image_size, bool(flip[v]), height=height, width=width)
+
+    def _meaning(self, record: sources.Record, row: int, batch: Batch) -> None:
+        dropped = self.classes > 0 and record.label >= self.classes
+        batch["label"][row] = record.label if 0 <= record.label < self.classes else -1
+        batch["noted"][NOTES.index("label_dropped")] += dropped
+        if self.tokenizer and (text := records.clean_caption(record.caption)):
+            ids = self.tokenizer.ids(text, cleaned=True)
+            batch["tokens"][row], batch["length"][row] = self.tokenizer.frame(ids)
+            batch["noted"][NOTES.index("caption_cut")] += len(ids) > self.tokenizer.length - 2
+
+    def _mask(self, first: int) -> np.ndarray:
+        draw = masks.blockwise if self.data.mask == "blockwise" else masks.uniform
+        return draw(self.seed, first, self.rows, grid=self.grid, hidden=self.hidden)
+
+
+def _pair(values: Sequence[float]) -> tuple[float, float]:
+    return values[0], values[1]
+
+
+def _storage(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(array to send, array to fill). A worker fills shared memory and Grain sends only its name. Never reused: `jax.device_put` on CPU
+    reads the very memory of a batch later on."""
+    if multiprocessing.parent_process():
+        from grain.python import SharedMemoryArray
+
+        views = SharedMemoryArray(shape, np.uint8)
+        return views, views.view(np.ndarray)
+    views = np.empty(shape, np.uint8)
+    return views, views
+
+
+class Batches(Iterator[Batch]):
+    """Iterator over one host's batches; made by `iterate`.
+
+    Attributes:
+        skipped: reason -> bad records drawn (and replaced) in the batches that were consumed.
+        noted: what else was cut or dropped in them: "caption_cut", "label_dropped".
+    """
+
+    def __init__(self, batches: Any, source: Source, max_bad_share: float) -> None:
+        self._batches, self._source, self._limit = batches, source, max_bad_share
+        self._window: collections.deque[tuple[int, np.ndarray]] = collections.deque()  # records drawn and bad ones, a batch
+        self._drawn, self._bad = 0, np.zeros(len(records.REASONS), np.int64)  # their sums
+        self._examples: dict[str, list[str]] = {reason: [] for reason in records.REASONS}
+        self.skipped = dict.fromkeys(records.REASONS, 0)
+        self.noted = dict.fromkeys(NOTES, 0)
+
+    def __next__(self) -> Batch:
+        batch = dict(next(self._batches))
+        skipped, example, noted = (batch.pop(name) for name in ("skipped", "example", "noted"))
+        for reason, count, index in zip(records.REASONS, skipped.tolist(), example.tolist(), strict=True):
+            self.skipped[reason] += count
+            if index >= 0 and len(self._examples[reason]) < 3:
+                self._examples[reason].append(repr(sources.key_of(self._source, index)))
+        for name, count in zip(NOTES, noted.tolist(), strict=True):
+            self.noted[name] += count
+        self._judge(len(batch["label"]), skipped)
+        return batch
+
+    def _judge(self, rows: int, skipped: np.ndarray) -> None:
+        """Stops the run if too many of the last records were bad; as early as that is certain."""
+        drawn = rows + int(skipped.sum())
+        self._window.append((drawn, skipped))
+        self._drawn, self._bad = self._drawn + drawn, self._bad + skipped
+        while self._drawn - self._window[0][0] >= WINDOW:
+            drawn, skipped = self._window.popleft()
+            self._drawn, self._bad = self._drawn - drawn, self._bad - skipped
+        total, of = int(self._bad.sum()), max(self._drawn, WINDOW)
+        if total > self._limit * of:
+            worst = sorted(zip(self._bad.tolist(), records.REASONS, strict=True), reverse=True)
+            told = "; ".join(f"{n:,} {reason} (such as {', '.join(dict.fromkeys(self._examples[reason]))})" for n, reason in worst if n)
+            raise UserError(
+                f"{total:,} of the last {self._drawn:,} records of {self._source.name} were bad, more than "
+                f"data.max_bad_share={self._limit} of {of:,}: {told}; repair or remove them, or raise the limit"
+            )
+
+    def start(self) -> None:
+        """Begins to make batches ahead, before the first is asked for: worth it before compiling."""
+        self._batches.start_prefetch()
+
+    def close(self) -> None:
+        """Ends threads and worker processes. The iterator cannot be used afterwards."""
+        self._batches.close()
+
+
+def iterate(config: schema.Config, source: Source, tokenizer: Tokenizer | None, *, start: int, host: int = 0, hosts: int = 1) -> Batches:
+    """An endless iterator over one host's share of the global batches, from a position on.
+
+    Args:
+        config: the run's; of `data`, `threads` and `workers` change nothing but the speed.
+        source: the records to train on, at least two.
+        tokenizer: of `data.caption_length` ids, or None to leave captions out.
+        start: samples seen before; even.
+        host, hosts: which contiguous share of the rows to make.
+
+    Returns:
+        An iterator of dicts of numpy arrays, with B = batch_size / hosts rows, S = image_size, N = cells of the mask, L = caption length:
+        views uint8 [B, 2, S, S, 3]: input and target view, flipped already;
+        box float32 [B, 2, 4]: top, left, height, width in pixels of the un-mirrored picture;
+        flip bool [B, 2]; label int32 [B], -1 = none; position uint32 [B, 2], high and low word;
+        mask bool [B, N]: True = own image, exactly `config.hidden` False a row;
+        with a tokenizer, tokens int32 [B, L] and length int32 [B], 0 = no caption.
+        The partner of row b is row b ^ 1.
+
+    Raises:
+        UserError: the source has fewer than two records, or worker processes lack shared memory; while iterating, too many bad records.
+        ValueError: start or the share of a host is odd, or the tokenizer has another length.
+
+    >>> class Gray:
+    ...     name, classes, captions = "gray", (), False
+    ...     def __len__(self): return 9
+    ...     def __getitem__(self, i): return sources.Record(str(i), np.full((40, 30, 3), i, np.uint8))
+    >>> config = schema.Config(data=schema.Data(image_size=32), train=schema.Train(batch_size=4))
+    >>> batches = iterate(config, Gray(), None, start=0)
+    >>> {name: array.shape for name, array in next(batches).items() if name in ("views", "mask")}
+    {'views': (4, 2, 32, 32, 3), 'mask': (4, 4)}
+    >>> batches.close()
+    """
+    batch, data = config.train.batch_size, config.data
+    if batch % (2 * hosts) or start % 2 or start < 0:
+        raise ValueError(f"batch {batch} must be a multiple of 2 x {hosts} hosts, and start {start} even: partners are 2k and 2k + 1")
+    if len(source) < 2:
+        raise UserError(f"{source.name} has {len(source)} pictures to train on, mixing needs 2: add pictures or lower data.holdout")
+    if tokenizer and tokenizer.length != data.caption_length:
+        raise ValueError(f"the tokenizer makes {tokenizer.length} ids, data.caption_length is {data.caption_length}")
+    rows = batch // hosts
+    maker = Maker(
+        data=data,
+        seed=config.seed,
+        grid=config.grid,
+        hidden=config.hidden,
+        source=source,
+        tokenizer=tokenizer,
+        classes=classes(data, source),
+        rows=rows,
+        batch=batch,
+        first=start + host * rows,
+    )
+    import grain.python as grain  # seconds to import, and only runs that read data need it
+
+    threads = 0 if data.workers else data.threads  # inside a worker, a thread's unsent batch would leak its shared memory
+    # The default options would hold 500 elements ahead, and an element is a whole batch.
+    read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 2) if threads else 0)
+    dataset = grain.MapDataset.range(2**40).map(maker).to_iter_dataset(read)
+    if data.workers:
+        from absl import flags
+
+        _check_shared_memory(data.workers, rows * 2 * data.image_size**2 * 3)
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, also outside absl.app.run
+        # Small arrays travel pickled: a shared block each would cost more.
+        dataset = grain.experimental.WithOptionsIterDataset(dataset, grain.experimental.DatasetOptions(min_shm_size=1 << 20))
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=1))
+    return Batches(iter(dataset), source, data.max_bad_share)
+
+
+def _check_shared_memory(workers: int, size: int) -> None:
+    """Refuses what would end in a bus error: every worker has a batch in the making, one waiting, and the trainer holds one."""
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:  # no such place on this system
+        return
+    need = (2 * workers + 1) * size
+    if need > free:
+        raise UserError(
+            f"data.workers={workers} needs {need / 2**20:,.0f} MiB of shared memory for its batches, and /dev/shm has "
+            f"{free / 2**20:,.0f} free: use data.workers=0 with data.threads, or enlarge /dev/shm"
+        )
+
+
+class EvaluationBatches(Iterator[Batch]):
+    """Iterator over clean views of chosen records; made by `evaluation_batches`. `skipped`: reason -> bad records left out so far."""
+
+    def __init__(self, batches: Iterator[Batch], skipped: dict[str, int]) -> None:
+        self._batches, self.skipped = batches, skipped
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+
+def evaluation_batches(source: Source, indices: Iterable[int], image_size: int, batch: int, *, background: int = 255) -> EvaluationBatches:
+    """Centre views of some records in their order, for evaluators: short side resized to image_size * 256 / 224, centre cut out, bicubic.
+
+    Args:
+        source: the records.
+        indices: which of them.
+        image_size: side of a view in pixels, S.
+        batch: rows a batch, B.
+        background: gray level under transparent pixels.
+
+    Returns:
+        An iterator of dicts: views uint8 [B, S, S, 3], label int32 [B], index int64 [B] (of the record), valid bool [B]. Bad records are
+        left out and counted in its `skipped`; only the rows that fill up the last batch are not valid (zeros, label and index -1).
+
+    >>> class Two:
+    ...     def __getitem__(self, i): return sources.Record(str(i), np.full((20, 30, 3), i, np.uint8), label=i)
+    >>> [(b["views"].shape, b["label"].tolist(), b["valid"].tolist()) for b in evaluation_batches(Two(), [1, 0, 1], 16, 2)]
+    [((2, 16, 16, 3), [1, 0], [True, True]), ((2, 16, 16, 3), [1, -1], [True, False])]
+    """
+    skipped = dict.fromkeys(records.REASONS, 0)
+    return EvaluationBatches(_evaluation(source, [int(i) for i in indices], image_size, batch, background, skipped), skipped)
+
+
+def _evaluation(source: Source, indices: list[int], size: int, batch: int, background: int, skipped: dict[str, int]) -> Iterator[Batch]:
+    def fresh() -> Batch:
+        blank: Batch = {"views": np.zeros((batch, size, size, 3), np.uint8), "label": np.full(batch, -1, np.int32)}
+        return {**blank, "index": np.full(batch, -1, np.int64), "valid": np.zeros(batch, bool)}
+
+    made, row = fresh(), 0
+    for at in range(0, len(indices), _READ):
+        for index, record in zip(indices[at : at + _READ], sources.read(source, indices[at : at + _READ]), strict=True):
+            try:
+                view = _central_view(record, size, background)
+            except records.BadRecord as error:
+                skipped[error.reason] += 1
+                continue
+            made["views"][row], made["label"][row], made["index"][row], made["valid"][row] = view, record.label, index, True
+            row += 1
+            if row == batch:
+                yield made
+                made, row = fresh(), 0
+    if row:
+        yield made
+
+
+def _central_view(record: sources.Record, size: int, background: int) -> np.ndarray:
+    opened = records.open_picture(record.image)
+    box = crops.central_box(opened.height, opened.width, size)
+    least = (records.GAP * size / box[2] * opened.height, records.GAP * size / box[3] * opened.width)
+    image = opened.rgb(background=background, least=least)
+    return crops.cut(image, box, size, False, height=opened.height, width=opened.width).reshape(size, size, 3)

@@ -1,0 +1,228 @@
+"""From the bytes of a record to RGB pixels and clean text: every rule about bad or odd input stands here and nowhere else.
+
+A picture is refused by its header before it is decoded (too many pixels, or too few to crop). What is left comes out as 8-bit RGB in the
+orientation its EXIF tag asks for: transparency over a plain background, palettes looked up, 16-bit gray scaled (not clipped), CMYK
+converted (JPEGs hold it inverted, as Adobe writes it), the first frame of an animation. Embedded colour profiles are not applied.
+"""
+
+import dataclasses
+import html
+import io
+import math
+import re
+import warnings
+
+import numpy as np
+from PIL import Image, ImageFile
+
+EMPTY, UNDECODABLE, TRUNCATED, TOO_SMALL, TOO_LARGE = REASONS = ("empty", "undecodable", "truncated", "too_small", "too_large")
+LEAST_SIDE = 16  # pixels
+PIXEL_LIMIT = 64_000_000
+CAPTION_LIMIT = 8192  # bytes; 77 tokens need far less
+GAP = 3.0  # a JPEG is decoded at 1/2, 1/4 or 1/8 only while what is cut from it keeps this many times the pixels asked for, a side
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow knows more, some of which run other programs
+_T = Image.Transpose
+_TURNS = {
+    2: _T.FLIP_LEFT_RIGHT,
+    3: _T.ROTATE_180,
+    4: _T.FLIP_TOP_BOTTOM,
+    5: _T.TRANSPOSE,
+    6: _T.ROTATE_270,
+    7: _T.TRANSVERSE,
+    8: _T.ROTATE_90,
+}
+_ORIENTATION = 0x0112
+ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 1 << 18)  # a view leaves Pillow in one piece: 3 % of the whole pipeline
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # PIXEL_LIMIT refuses such pictures already
+
+
+class BadRecord(Exception):
+    """A record whose bytes are no usable picture. `reason` is one of REASONS; the message says more.
+
+    >>> BadRecord("too_small", "5000 x 3 pixels").reason
+    'too_small'
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+@dataclasses.dataclass
+class Picture:
+    """An opened picture whose header is accepted. `height` and `width` are those after the EXIF rotation."""
+
+    image: Image.Image
+    turn: Image.Transpose | None
+    height: int
+    width: int
+
+    def rgb(self, *, background: int = 255, least: tuple[float, float] = (math.inf, math.inf)) -> Image.Image:
+        """Decodes to RGB in its final orientation.
+
+        Args:
+            background: gray level 0..255 under transparent pixels.
+            least: (height, width) that suffice: a JPEG may be decoded at a smaller scale, for speed, but not below this.
+
+        Returns:
+            An RGB image, `height` x `width` or smaller with the same proportions.
+
+        Raises:
+            BadRecord: "truncated" or "undecodable".
+        """
+        try:
+            if self.turn is not None and self.turn in (_T.TRANSPOSE, _T.ROTATE_270, _T.TRANSVERSE, _T.ROTATE_90):
+                least = least[::-1]
+            if self.image.format in ("JPEG", "MPO") and max(least) < math.inf:
+                self.image.draft(None, (math.ceil(least[1]), math.ceil(least[0])))  # type: ignore[arg-type]
+            image = _rgb(self.image, background)
+            return image if self.turn is None else image.transpose(self.turn)
+        except Exception as error:  # a damaged file makes Pillow's readers fail in any way: struct, zlib, index, type, ...
+            raise _bad(error) from error
+
+
+def open_picture(image: bytes | np.ndarray) -> Picture:
+    """Opens an encoded picture, or wraps one that is decoded already, and applies every rule that needs only its header.
+
+    Args:
+        image: the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file, or a uint8 array [height, width, 3].
+
+    Returns:
+        The picture; its pixels are decoded by `Picture.rgb`.
+
+    Raises:
+        BadRecord: the bytes are no picture, or one of more than 64 million pixels or with a side below 16.
+
+    >>> open_picture(np.zeros((20, 30, 3), np.uint8)).width
+    30
+    >>> open_picture(b"<html>")
+    Traceback (most recent call last):
+    m3i_jax.data.records.BadRecord: undecodable: cannot identify the format
+    """
+    turn = None
+    try:
+        if isinstance(image, np.ndarray):
+            opened = Image.fromarray(image)
+        elif not image:
+            raise BadRecord(EMPTY, "no bytes")
+        else:
+            opened = Image.open(io.BytesIO(image), formats=_FORMATS)
+        _check(*opened.size)
+        if opened.format in ("PNG", "TIFF"):
+            opened.load()  # the orientation may stand behind the pixels of a PNG; Pillow itself turns a TIFF
+        if opened.format is not None and opened.format != "TIFF":
+            turn = _turn(opened)
+    except BadRecord:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise BadRecord(UNDECODABLE, "cannot identify the format") from error
+    except Exception as error:
+        raise _bad(error) from error
+    width, height = opened.size
+    if turn in (_T.TRANSPOSE, _T.ROTATE_270, _T.TRANSVERSE, _T.ROTATE_90):
+        height, width = width, height
+    return Picture(opened, turn, height, width)
+
+
+def decode(image: bytes | np.ndarray, *, background: int = 255) -> np.ndarray:
+    """Decodes a picture at full size.
+
+    Args:
+        image: see `open_picture`.
+        background: gray level 0..255 under transparent pixels.
+
+    Returns:
+        uint8 [height, width, 3], RGB.
+
+    Raises:
+        BadRecord: see `open_picture` and `Picture.rgb`.
+
+    >>> decode(np.full((16, 16, 3), 7, np.uint8)).shape
+    (16, 16, 3)
+    """
+    return np.array(open_picture(image).rgb(background=background))
+
+
+def _check(width: int, height: int) -> None:
+    if width * height > PIXEL_LIMIT:
+        raise BadRecord(TOO_LARGE, f"{width} x {height} pixels")
+    if min(width, height) < LEAST_SIDE:
+        raise BadRecord(TOO_SMALL, f"{width} x {height} pixels")
+
+
+def _bad(error: Exception) -> BadRecord:
+    if isinstance(error, Image.DecompressionBombError):
+        return BadRecord(TOO_LARGE, str(error))
+    cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
+    return BadRecord(TRUNCATED if cut else UNDECODABLE, f"{type(error).__name__}: {error}"[:200])
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a broken EXIF block costs its picture nothing but the rotation
+        return None
+
+
+def _rgb(image: Image.Image, background: int) -> Image.Image:
+    """Any mode of Pillow to RGB."""
+    image.load()
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image  # convert would copy
+    if image.mode.startswith("I;16"):
+        return _gray(np.asarray(image).astype(np.uint32) * 255, 65535)
+    if image.mode == "I" and image.format == "PNG":  # how older versions of Pillow open a 16-bit gray PNG
+        return _gray(np.asarray(image).astype(np.uint32) * 255, 65535)
+    if image.mode in ("I", "F"):
+        # 32-bit integers and floats have no agreed white: the picture's own range is stretched.
+        pixels = np.asarray(image).astype(np.float64)
+        low, high = float(pixels.min()), float(pixels.max())
+        if not math.isfinite(high - low):
+            raise ValueError("pixels that are not finite")
+        return _gray((pixels - low) * 255, max(high - low, 1e-300))
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        under = Image.new("RGB", image.size, (background,) * 3)
+        under.paste(image, mask=image)
+        return under
+    return image.convert("RGB")
+
+
+def _gray(pixels: np.ndarray, white: float) -> Image.Image:
+    return Image.fromarray(np.clip(np.rint(pixels / white), 0, 255).astype(np.uint8)).convert("RGB")
+
+
+_SPACE = re.compile(r"\s+")
+
+
+def clean_caption(caption: str | bytes | None) -> str | None:
+    """A caption as it was meant: decoded, repaired and on one line (the cleaning of CLIP's tokenizer, before its lower-casing).
+
+    Bytes that are no UTF-8 become U+FFFD, NULs vanish, more than 8 KiB are cut off, wrongly decoded text is repaired (ftfy), HTML
+    entities are resolved (twice, as web captions are often escaped twice), white space collapses.
+
+    Args:
+        caption: what the source holds.
+
+    Returns:
+        The text, or None if nothing is left.
+
+    >>> clean_caption(b"  a &amp;lt;b&amp;gt; cat\\x00\\n on a  mat "), clean_caption(b" \\n"), clean_caption("don\\u2019t")
+    ('a <b> cat on a mat', None, "don't")
+    """
+    if caption is None:
+        return None
+    import ftfy
+
+    if isinstance(caption, bytes):
+        whole = caption[:CAPTION_LIMIT]
+        text = whole.decode("utf-8", "replace")
+        text = text.rstrip("\ufffd") if len(caption) > len(whole) else text  # a character cut in two is no defect of the caption
+    else:
+        text = caption[:CAPTION_LIMIT]
+    text = html.unescape(html.unescape(ftfy.fix_text(text.replace("\0", ""))))
+    # A lone surrogate is no text and cannot be encoded again.
+    text = text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+    return _SPACE.sub(" ", text).strip() or None

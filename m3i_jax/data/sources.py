@@ -1,0 +1,266 @@
+"""Random access to what users have. A source knows how many records it holds and reads any of them; nothing here decodes a picture.
+
+Sources hold paths and small arrays, never an open file, so that they can be sent to worker processes. What a source ignores (hidden
+files, links that lead out, damaged members) is counted and told in its description.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from m3i_jax import schema
+from m3i_jax.errors import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FILE_LIMIT = 1 << 28  # a picture file above 256 MiB would be read whole before its header can refuse it
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """One picture as the source has it: encoded bytes, or RGB uint8 [height, width, 3]; label -1 and caption None where there is none."""
+
+    key: str
+    image: bytes | np.ndarray
+    label: int = -1
+    caption: str | bytes | None = None
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What every source offers. Optional, for speed: `__getitems__(indices)`, `key(i)`, `caption(i)`: see `read` and what follows it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def captions(self) -> bool: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Record: ...
+    def fingerprint(self) -> str: ...
+    def description(self) -> str: ...
+
+
+def open_source(data: schema.Data, *, cache: str = "") -> Source:
+    """Opens the source that the configuration names.
+
+    Args:
+        data: `source`, `path` and, for the built-in shapes, `size`.
+        cache: directory in which the index of tar files is kept, so that the next start need not read their headers again; "" for none.
+
+    Returns:
+        The whole source; see `split` for the part to train on.
+
+    Raises:
+        UserError: the path is missing, or holds nothing that can be read as a picture.
+
+    >>> open_source(schema.Data(source="folder"))
+    Traceback (most recent call last):
+    m3i_jax.errors.UserError: data.path is empty, and data.source='folder' needs it: give the directory that holds the pictures
+    """
+    if data.source == "shapes":
+        from m3i_jax.data.shapes import Shapes
+
+        return Shapes(data.size)
+    if not data.path:
+        wanted = "the directory that holds the pictures" if data.source == "folder" else "the tar files, such as 'DIR/*.tar'"
+        raise UserError(f"data.path is empty, and data.source={data.source!r} needs it: give {wanted}")
+    if data.source == "folder":
+        from m3i_jax.data.folder import Folder
+
+        return Folder(data.path)
+    if data.source == "tars":
+        from m3i_jax.data.tars import Tars
+
+        return Tars(data.path, cache=cache)
+    raise UserError(f"data.source={data.source!r} is not a source: use 'shapes', 'folder' or 'tars'")
+
+
+def missing(path: str) -> str:
+    """Says which part of a missing path is wrong, and the nearest name that exists.
+
+    >>> missing("/no/such/folder")
+    "there is no 'no' in '/'"
+    """
+    parent, name = os.path.split(os.path.abspath(path))
+    while not os.path.isdir(parent):
+        parent, name = os.path.split(parent)
+    near = difflib.get_close_matches(name, sorted(os.listdir(parent)), 1)
+    return f"there is no {name!r} in {parent!r}" + (f", did you mean {os.path.join(parent, near[0])!r}?" if near else "")
+
+
+def read_range(path: str, offset: int = 0, size: int | None = None, *, tries: int = 3) -> bytes:
+    """Reads part of a file by position. A failing read is repeated; that it fails for good is an error, never a bad record: otherwise the
+    order of the stream would depend on the weather of a network disk.
+
+    Args:
+        path: local file.
+        offset: of the first byte.
+        size: bytes; None for the rest of the file, at most FILE_LIMIT.
+        tries: reads before giving up.
+
+    Returns:
+        The bytes; for a given `size`, exactly so many.
+
+    Raises:
+        UserError: the file cannot be read, or is shorter than it was when it was indexed.
+
+    >>> read_range(__file__, 0, 3)
+    b'\"\"\"'
+    """
+    for attempt in range(1, tries + 1):
+        try:
+            with open(path, "rb", buffering=0) as file:
+                wanted = min(os.fstat(file.fileno()).st_size - offset, FILE_LIMIT) if size is None else size
+                pieces, got = [], 0
+                while got < wanted and (piece := os.pread(file.fileno(), wanted - got, offset + got)):
+                    pieces.append(piece)
+                    got += len(piece)
+            if size is not None and got < size:
+                raise UserError(f"{path!r} ends before byte {offset + size}: it became shorter while the run was reading it; start again")
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        except OSError as error:
+            if attempt == tries or isinstance(error, (FileNotFoundError, PermissionError)):
+                raise UserError(f"{path!r} cannot be read ({error.strerror}) although it could when the run began; restore it") from error
+            time.sleep(0.2 * attempt**2)
+    raise AssertionError("unreachable")
+
+
+def read(source: Source, indices: Sequence[int]) -> list[Record]:
+    """Reads several records, at once where the source can.
+
+    >>> read(["a", "b", "c"], [2, 0])
+    ['c', 'a']
+    """
+    many = getattr(source, "__getitems__", None)
+    return list(many(indices)) if many else [source[i] for i in indices]
+
+
+def key_of(source: Source, index: int) -> str:
+    """The key of a record without reading it, where the source knows it; else its index.
+
+    >>> key_of(["a"], 0)
+    '0'
+    """
+    key = getattr(source, "key", None)
+    return key(index) if key else str(index)
+
+
+def caption_of(source: Source, index: int) -> str | bytes | None:
+    """The caption of a record as the source has it, without its picture where the source can.
+
+    >>> caption_of([Record("a", b"", caption="a cat")], 0)
+    'a cat'
+    """
+    caption = getattr(source, "caption", None)
+    return caption(index) if caption else source[index].caption
+
+
+def captions_of(source: Source, limit: int = 200_000) -> Iterator[str | bytes]:
+    """Captions of at most `limit` records, evenly spread over the source, always the same ones.
+
+    >>> list(captions_of([Record(str(i), b"", caption=f"number {i}") for i in range(9)], 3))
+    ['number 0', 'number 3', 'number 6']
+    """
+    for i in range(0, len(source), -(-len(source) // limit)):
+        if (caption := caption_of(source, i)) is not None:
+            yield caption
+
+
+def digest(*parts: str | bytes | int | float) -> str:
+    """16 hexadecimal digits of a stable hash of the parts.
+
+    >>> digest("a", 1), digest("a1")
+    ('c25807dbd8416470', '0e8529f9d51ffb1f')
+    """
+    h = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        raw = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogateescape")
+        h.update(len(raw).to_bytes(8, "little") + raw)
+    return h.hexdigest()
+
+
+def told(ignored: dict[str, int]) -> str:
+    """The tail of a description: what was ignored, and how often.
+
+    >>> told({"hidden": 2, "link out of the folder": 0})
+    '; ignored: 2 hidden'
+    """
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(ignored.items()) if count)
+    return f"; ignored: {kinds}" if kinds else ""
+
+
+class Split:
+    """A part of a source, with the source's classes: index i of the part is record `indices[i]` of the whole."""
+
+    def __init__(self, source: Source, indices: np.ndarray, part: str, identity: str) -> None:
+        self.source, self.indices, self.part, self._identity = source, indices, part, identity
+        self.name, self.classes, self.captions = f"{source.name} ({part})", source.classes, source.captions
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[int(self.indices[index])]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record]:
+        return read(self.source, self.indices[np.asarray(indices, np.int64)].tolist())
+
+    def key(self, index: int) -> str:
+        return key_of(self.source, int(self.indices[index]))
+
+    def caption(self, index: int) -> str | bytes | None:
+        return caption_of(self.source, int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        return digest(self.source.fingerprint(), self._identity)
+
+    def description(self) -> str:
+        return f"{len(self):,} of {self.source.description()} ({self.part})"
+
+
+def split(source: Source, holdout: float, part: str) -> Split:
+    """One part of a source, by a hash of each record's key: adding pictures moves none of the others, and equal keys stay together.
+
+    Args:
+        source: the whole.
+        holdout: share of the records to hold out, 0..1.
+        part: "train" or "held_out".
+
+    Returns:
+        The part, itself a source.
+
+    Raises:
+        ValueError: `part` is neither.
+
+    >>> class Ten:
+    ...     name, classes, captions = "ten", (), False
+    ...     def __len__(self): return 10
+    ...     def __getitem__(self, i): return Record(str(i), b"")
+    >>> [len(split(Ten(), 0.3, part)) for part in ("train", "held_out")]
+    [7, 3]
+    """
+    if part not in ("train", "held_out"):
+        raise ValueError(f"part must be 'train' or 'held_out', not {part!r}")
+    held = np.fromiter((_share(key_of(source, i)) < holdout for i in range(len(source))), bool, len(source))
+    return Split(source, np.flatnonzero(held == (part == "held_out")), part, f"{part} {holdout!r}")
+
+
+def _share(key: str) -> float:
+    raw = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(raw, "little") / 2.0**64
+
+
+def parse_label(value: Any) -> int | None:
+    """A category as written by somebody: a whole number from 0 to a million, or None.
+
+    >>> parse_label(7), parse_label(-1), parse_label(True), parse_label("cat")
+    (7, None, None, None)
+    """
+    return value if type(value) is int and 0 <= value <= 1_000_000 else None

@@ -1,0 +1,210 @@
+"""Every setting of a run, as frozen keyword-only dataclasses. The tree here *is* the configuration: `config.default()` turns it into a
+ConfigDict, `config.resolve()` turns a ConfigDict back into it and checks it, `--help` prints it. Defaults are the paper's ViT-B/16 run
+(Table 7) unless the comment says otherwise; `[P]` marks what the paper states, the README lists what it leaves open."""
+
+import dataclasses
+from typing import Any
+
+
+def option(default: Any, text: str, *choices: Any) -> Any:
+    """A field with a help line and, where only some values make sense, those values."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+def section(cls: type) -> Any:
+    """A field that holds a whole sub-tree of settings."""
+    return dataclasses.field(default_factory=cls)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Photometric augmentation, on the device. Pairs are (input view, target view): SiameseIM's asymmetry."""
+
+    jitter_p: float = option(0.8, "probability of colour jitter")
+    brightness: float = option(0.4, "brightness factor range, 1 +- this")
+    contrast: float = option(0.4, "contrast factor range, 1 +- this")
+    saturation: float = option(0.2, "saturation factor range, 1 +- this")
+    hue: float = option(0.1, "hue shift range in turns, +- this, at most 0.5")
+    grayscale_p: float = option(0.2, "probability of grayscale")
+    blur_p: tuple[float, ...] = option((1.0, 0.1), "probability of Gaussian blur: input view, target view")
+    blur_sigma: tuple[float, ...] = option((0.1, 2.0), "range of the blur's sigma in pixels")
+    solarize_p: tuple[float, ...] = option((0.0, 0.2), "probability of solarization: input view, target view")
+    mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "subtracted from RGB in 0..1")
+    std: tuple[float, ...] = option((0.229, 0.224, 0.225), "divides RGB in 0..1 after the mean")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where records come from and how they become view pairs."""
+
+    source: str = option("shapes", "kind of source", "shapes", "folder", "tars")
+    path: str = option("", "directory (folder) or glob of tar files (tars)")
+    size: int = option(0, "training pictures; shapes: how many to render, else 0: count the source")
+    image_size: int = option(224, "side of a view in pixels [P]")
+    classes: int = option(-1, "categories; -1: as many as the source has, 0: ignore labels")
+    captions: str = option("auto", "use captions; auto: if the source has them", "auto", "yes", "no")
+    holdout: float = option(0.1, "share of the pictures held out for evaluators, by hash of the key")
+    crop_scale: tuple[float, ...] = option((0.08, 1.0), "area of a random resized crop as a share of the picture")
+    crop_ratio: tuple[float, ...] = option((0.75, 4 / 3), "aspect ratio of a crop, log-uniform")
+    flip_p: float = option(0.5, "probability of a horizontal flip, each view by itself")
+    mask_ratio: float = option(0.5, "share of the cells that show the partner image [P]")
+    mask: str = option("blockwise", "how masks are drawn [P: blockwise]", "blockwise", "uniform")
+    tokenizer: str = option("train", "train: BPE learnt from the source's captions; clip: CLIP's BPE", "train", "clip")
+    vocabulary: str = option("", "clip: path of bpe_simple_vocab_16e6.txt.gz; empty: an installed package that ships it")
+    vocabulary_size: int = option(1024, "train: most entries of the learnt vocabulary")
+    caption_length: int = option(77, "tokens a caption is padded or cut to, start and end included")
+    background: int = option(255, "gray level under transparent pixels")
+    threads: int = option(2, "threads that make batches ahead, when there are no workers")
+    workers: int = option(0, "worker processes that make batches")
+    max_bad_share: float = option(0.05, "stop when more than this share of the last 10,000 records was bad")
+    augment: Augment = section(Augment)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """The vision transformer whose features are the product."""
+
+    patch_size: int = option(16, "side of a patch, and of a mask cell, in pixels [P]")
+    width: int = option(768, "token width")
+    depth: int = option(12, "blocks")
+    heads: int = option(12, "attention heads; must divide width")
+    mlp_ratio: float = option(4.0, "hidden width of the MLP over width")
+    drop_path: float = option(0.1, "stochastic depth rate [P]")
+    drop_path_rule: str = option("linear", "linear: from 0 to the rate; uniform: the rate everywhere [P: linear]", "linear", "uniform")
+    cls_token: bool = option(True, "prepend a learned token")
+    final_norm: bool = option(False, "LayerNorm after the last block")
+    freeze_patch_embed: bool = option(True, "keep the patch embedding at its initial values")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """Predicts the dense target features from an image's own visible tokens and one query a target position."""
+
+    width: int = option(768, "token width [P]")
+    depth: int = option(4, "blocks [P]")
+    heads: int = option(16, "attention heads [P]; must divide width")
+    mlp_ratio: float = option(4.0, "hidden width of the MLP over width [P: 3072]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Attention pooling of an image's own tokens, before the category and the text projection."""
+
+    width: int = option(768, "output width [P]")
+    heads: int = option(16, "attention heads [P]; must divide the encoder's width")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+    """The text tower, BERT-Base in size [P], trained from scratch."""
+
+    width: int = option(768, "token width [P]")
+    depth: int = option(12, "blocks [P]")
+    heads: int = option(12, "attention heads [P]; must divide width")
+    mlp_ratio: float = option(4.0, "hidden width of the MLP over width [P: 3072]")
+    embed: int = option(768, "width of the joint image-text space")
+    pool: str = option("first", "token that stands for the caption", "first", "last", "mean")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    encoder: Encoder = section(Encoder)
+    decoder: Decoder = section(Decoder)
+    pool: Pool = section(Pool)
+    text: Text = section(Text)
+    dtype: str = option("bfloat16", "precision of matrix products; parameters, norms, softmax and losses stay float32", "bfloat16", "float32")
+    scan: bool = option(False, "run the blocks in one lax.scan: compile time does not grow with depth")
+    remat: str = option("none", "recompute in the backward: none, or every block in full", "none", "full")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Which terms of the mutual information are maximised, and how they are weighed."""
+
+    form: str = option("m3i", "a row of methods.FORMS")
+    second_moment: float = option(0.02, "weight of the anti-collapse term p'Cp of the dense posterior; 0 is the paper's text alone")
+    intra_positions: str = option("all", "target positions of the same view that count", "all", "hidden")
+    label_smoothing: float = option(0.1, "of the category posterior [P]")
+    text_softmax: str = option("batch", "negatives of the text posterior with microbatches", "batch", "microbatch")
+    weighting: str = option("dynamic", "dynamic: lambda from the gradient norms (Eq. 13); fixed: lambda = gamma [P: dynamic]", "dynamic", "fixed")
+    gamma: float = option(1.0, "ratio of the supervised to the self-supervised gradient [P]")
+    balance_decay: float = option(0.99, "decay of the average of the gradient norms")
+    balance_range: tuple[float, ...] = option((0.0, 1e4), "lambda is clipped to this range")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optim:
+    lr: float = option(1e-3, "peak learning rate [P]")
+    min_lr: float = option(0.0, "learning rate at the end of the cosine")
+    warmup_epochs: float = option(40.0, "epochs of linear warm-up, unless warmup_steps is set [P]")
+    warmup_steps: int = option(-1, "steps of linear warm-up; -1: from warmup_epochs")
+    weight_decay: float = option(0.1, "AdamW's decoupled decay [P]; not of biases, norms, tokens, position tables, logit scale")
+    b1: float = option(0.9, "AdamW beta 1 [P]")
+    b2: float = option(0.95, "AdamW beta 2 [P]")
+    eps: float = option(1e-8, "AdamW epsilon")
+    clip: float = option(1.0, "global gradient norm is clipped to this; 0: not clipped")
+    ema: float = option(0.995, "first momentum of the target encoder, cosine to 1 [P]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    batch_size: int = option(4096, "images a step; each plays the role i and the role j once [P]")
+    microbatches: int = option(1, "parts a step is computed in, with the same result")
+    epochs: float = option(1600.0, "passes over the training pictures, unless steps is set [P]")
+    steps: int = option(0, "optimizer steps; 0: from epochs")
+    log_every: int = option(50, "steps between lines of metrics")
+    save_every: int = option(1000, "steps between checkpoints")
+    keep: int = option(2, "checkpoints kept")
+    panel_every: int = option(5000, "steps between panels; 0: none")
+    eval_every: int = option(5000, "steps between evaluations; 0: only before and after")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    knn: bool = option(True, "k-nearest-neighbour accuracy on frozen features, where there are labels")
+    k: int = option(20, "neighbours that vote")
+    temperature: float = option(0.07, "of the votes, exp(similarity / temperature)")
+    train_limit: int = option(50_000, "most training pictures in the index")
+    query_limit: int = option(10_000, "most held-out pictures asked")
+    batch_size: int = option(256, "pictures a device step")
+    target: bool = option(False, "evaluate the EMA target instead of the online encoder")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parallel:
+    mesh: tuple[int, ...] = option((-1, 1, 1), "devices along (replica, fsdp, tensor); one may be -1: the rest")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    tensorboard: bool = option(False, "also write TensorBoard events (extra: tensorboard)")
+    wandb: str = option("", "also log to this Weights & Biases project (extra: wandb)")
+    panel_rows: int = option(4, "mixed inputs a panel")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    seed: int = option(0, "of everything random")
+    data: Data = section(Data)
+    model: Model = section(Model)
+    objective: Objective = section(Objective)
+    optim: Optim = section(Optim)
+    train: Train = section(Train)
+    evaluate: Evaluate = section(Evaluate)
+    parallel: Parallel = section(Parallel)
+    report: Report = section(Report)
+
+    @property
+    def grid(self) -> int:
+        """Cells a side of the mask, which are the patches of the encoder."""
+        return self.data.image_size // self.model.encoder.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Patches of a view."""
+        return self.grid**2
+
+    @property
+    def hidden(self) -> int:
+        """Cells of a view that show the partner: a fixed number, so that shapes are static."""
+        return round(self.data.mask_ratio * self.tokens)

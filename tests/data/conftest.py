@@ -1,0 +1,199 @@
+"""Pictures of every kind, good and bad, and small streams of them, made on the spot: no test of the data room needs a file from outside."""
+
+import functools
+import io
+import pathlib
+import struct
+import tarfile
+import types
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m3i_jax import schema
+from m3i_jax.data import order, pipeline, records, sources, tokenizer
+
+
+def encode(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:
+    """An array or image as the bytes of a file."""
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    """An RGB picture without symmetry that survives JPEG: two ramps and a diagonal wave."""
+    y, x = np.mgrid[:height, :width]
+    wave = 127 + 100 * np.sin((x + 2 * y) / 9)
+    return np.stack([x * 255 // max(width - 1, 1), y * 255 // max(height - 1, 1), wave.astype(int)], -1).astype(np.uint8)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds no pixel."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"")
+
+
+@functools.cache
+def good_files() -> dict[str, bytes]:
+    """Odd but valid pictures of 48 x 40 pixels (height x width), by file name."""
+    rgb = smooth(48, 40)
+    image = Image.fromarray(rgb)
+    alpha = np.dstack([rgb, np.full((48, 40), 255, np.uint8)])
+    palette = image.quantize(64)
+    return {
+        "plain.jpg": encode(image, "JPEG", quality=95),
+        "progressive.JPEG": encode(image, "JPEG", quality=95, progressive=True),
+        "gray.jpg": encode(image.convert("L"), "JPEG", quality=95),
+        "cmyk.jpg": encode(image.convert("CMYK"), "JPEG", quality=95),
+        "plain.png": encode(image, "PNG"),
+        "gray.png": encode(image.convert("L"), "PNG"),
+        "gray16.png": encode(rgb[..., 0].astype(np.uint16) * 257, "PNG"),
+        "bilevel.png": encode(image.convert("1"), "PNG"),
+        "alpha.png": encode(alpha, "PNG"),
+        "gray_alpha.png": encode(Image.fromarray(alpha).convert("LA"), "PNG"),
+        "palette.png": encode(palette, "PNG"),
+        "palette_transparent.png": encode(palette, "PNG", transparency=bytes(range(64))),
+        "lossless.webp": encode(image, "WEBP", lossless=True),
+        "plain.gif": encode(palette, "GIF"),
+        "plain.bmp": encode(image, "BMP"),
+        "plain.tif": encode(image, "TIFF"),
+        "png_called.jpg": encode(image, "PNG"),
+    }
+
+
+@functools.cache
+def bad_files() -> dict[str, tuple[bytes, str]]:
+    """Files that are no usable pictures, with the reason each must be refused for, by file name."""
+    image = Image.fromarray(smooth(480, 400))
+    jpeg, png, webp = encode(image, "JPEG", quality=95), encode(image, "PNG"), encode(image, "WEBP")
+    return {
+        "empty.jpg": (b"", "empty"),
+        "noise.jpg": (np.random.default_rng(0).bytes(5000), "undecodable"),
+        "page.jpg": (b"<!DOCTYPE html><html><body>404 not found</body></html>", "undecodable"),
+        "drawing.png": (b'<svg xmlns="http://www.w3.org/2000/svg" width="99" height="99"/>', "undecodable"),
+        "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n", "undecodable"),
+        "start_only.jpg": (jpeg[:20], "undecodable"),
+        "cut.jpg": (jpeg[: len(jpeg) * 6 // 10], "truncated"),
+        "cut_early.jpg": (jpeg[: len(jpeg) // 20], "truncated"),
+        "cut.png": (png[: len(png) * 6 // 10], "truncated"),
+        "cut.webp": (webp[: len(webp) * 6 // 10], "undecodable"),
+        "crc.png": (png[:16] + b"\xff" + png[17:], "undecodable"),
+        "dot.png": (encode(image.resize((1, 1)), "PNG"), "too_small"),
+        "line.jpg": (encode(image.resize((5000, 3)), "JPEG"), "too_small"),
+        "stripe.gif": (encode(image.resize((15, 300)), "GIF"), "too_small"),
+        "bomb.png": (png_header(60_000, 60_000), "too_large"),
+        "large.png": (encode(Image.new("1", (9000, 8000)), "PNG"), "too_large"),
+    }
+
+
+def tar_bytes(members: list[tuple[str, bytes]], kind: int = tarfile.USTAR_FORMAT) -> bytes:
+    """A tar file of regular members."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=kind) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+SIZE, LENGTH = 32, 12
+
+
+def settings(batch: int = 8, **data: Any) -> schema.Config:
+    """A small run: views of 32 pixels, a mask of 4 x 4 cells, captions of 12 tokens."""
+    data = {"image_size": SIZE, "caption_length": LENGTH, "threads": 0, "max_bad_share": 1.0} | data
+    encoder = schema.Encoder(patch_size=8)
+    return schema.Config(data=schema.Data(**data), train=schema.Train(batch_size=batch), model=schema.Model(encoder=encoder))
+
+
+class Pictures:
+    """A source of arrays: picture i is one colour, so that a view shows which record it comes from. Records below `bad` are no pictures."""
+
+    name, captions = "pictures", True
+
+    def __init__(self, count: int, classes: int = 7, size: tuple[int, int] = (24, 20), bad: int = 0) -> None:
+        self.count, self.size, self.bad, self.classes = count, size, bad, tuple(map(str, range(classes)))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> sources.Record:
+        picture = b"<html>" if index < self.bad else np.full((*self.size, 3), index % 256, np.uint8)
+        return sources.Record(self.key(index), picture, index % (len(self.classes) + 1) - 1, f"number {index}" if index % 4 else None)
+
+    def key(self, index: int) -> str:
+        return f"p{index}"
+
+    def fingerprint(self) -> str:
+        return sources.digest(self.count)
+
+    def description(self) -> str:
+        return f"{self.count} pictures"
+
+
+def stream(config: schema.Config, source: Any, bpe: tokenizer.Tokenizer | None, count: int, **place: int) -> list[pipeline.Batch]:
+    """The first `count` batches."""
+    batches = pipeline.iterate(config, source, bpe, **{"start": 0, **place})
+    try:
+        return [next(batches) for _ in range(count)]
+    finally:
+        batches.close()
+
+
+def joined(batches: list[pipeline.Batch]) -> pipeline.Batch:
+    """Batches one behind the other."""
+    return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+
+
+def expected_stream(source: Any, bad: dict[int, str], count: int) -> tuple[list[int], dict[str, int]]:
+    """The records of the first `count` positions and how many were refused, by the rule written out: draw again until the record is good
+    and not the one of its partner."""
+    used: list[int] = []
+    skipped = dict.fromkeys(records.REASONS, 0)
+    for position in range(count):
+        for attempt in range(100):
+            index = int(order.locate(0, np.array([position]), len(source), attempt)[0])
+            if position % 2 and index == used[-1]:
+                continue
+            if index in bad:
+                skipped[bad[index]] += 1
+                continue
+            used.append(index)
+            break
+    return used, skipped
+
+
+@pytest.fixture(scope="session")
+def make() -> types.SimpleNamespace:
+    """What this file defines, for the tests beside it."""
+    ours = (encode, smooth, good_files, bad_files, png_header, tar_bytes, settings, Pictures, stream, joined, expected_stream)
+    return types.SimpleNamespace(**{f.__name__: f for f in ours})
+
+
+@pytest.fixture(scope="session")
+def bpe() -> tokenizer.Tokenizer:
+    """A small learnt tokenizer."""
+    return tokenizer.train([f"number {i}" for i in range(100)], 300, LENGTH)
+
+
+@pytest.fixture
+def fill(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
+    """fill({name: bytes}, folder="pictures") writes files below tmp_path and returns the folder."""
+
+    def write(files: dict[str, bytes], folder: str = "pictures") -> pathlib.Path:
+        for name, content in files.items():
+            path = tmp_path / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return tmp_path / folder
+
+    return write

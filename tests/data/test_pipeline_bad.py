@@ -1,0 +1,89 @@
+"""Bad records in the stream: replaced by a rule, counted exactly, and too many of them stop the run."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from m3i_jax import schema
+from m3i_jax.data import pipeline
+from m3i_jax.data.folder import Folder
+from m3i_jax.errors import UserError
+
+
+def test_bad_records_are_replaced_and_counted_exactly(fill, make):
+    """Every kind of bad file at 20 %: exact counts, and every row of a good record."""
+    bad = make.bad_files()
+    files = {f"bad_{name}": content for name, (content, _) in bad.items()}
+    files |= {f"good_{i:03}.png": make.encode(np.full((20, 20, 3), i, np.uint8), "PNG") for i in range(4 * len(bad))}
+    source = Folder(str(fill(files)))
+    reasons = {i: bad[key.removeprefix("bad_")][1] for i in range(len(source)) if (key := source.key(i)).startswith("bad_")}
+    assert len(reasons) == len(bad) and len(source) == 5 * len(bad)
+    batches = pipeline.iterate(make.settings(batch=20), source, None, start=0)
+    views = np.concatenate([next(batches)["views"] for _ in range(16)])
+    used, skipped = make.expected_stream(source, reasons, 320)
+    assert batches.skipped == skipped and min(skipped.values()) > 0
+    colours = [int(source.key(i).removeprefix("good_")[:3]) for i in used]
+    assert (views == np.array(colours)[:, None, None, None, None]).all()
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 7])
+def test_no_picture_is_mixed_with_itself(make, count):
+    """Few records and an odd number of them: the turn of the epoch falls between partners."""
+    batch = make.joined(make.stream(make.settings(batch=30), make.Pictures(count), None, 10))
+    record = batch["views"][:, 0, 0, 0, 0].reshape(-1, 2)
+    assert (record[:, 0] != record[:, 1]).all()
+    assert set(record.ravel()) == set(range(count))
+    used, _ = make.expected_stream(make.Pictures(count), {}, 300)
+    assert record.ravel().tolist() == used
+
+
+def test_too_many_bad_records_stop_the_run(make):
+    config = make.settings(batch=100, max_bad_share=0.05)
+    batches = pipeline.iterate(config, make.Pictures(200, bad=100), None, start=0)
+    seen = 0
+    with pytest.raises(UserError) as caught:
+        while seen < 2 * pipeline.WINDOW:
+            seen += len(next(batches)["label"])
+    assert seen + 100 < 1500  # as soon as 500 bad ones make it certain
+    assert str(caught.value).startswith(f"{sum(batches.skipped.values()):,} of the last ")
+    assert " records of pictures were bad, more than data.max_bad_share=0.05 of 10,000: " in str(caught.value)
+    assert f"{batches.skipped['undecodable']:,} undecodable (such as 'p" in str(caught.value)
+    assert str(caught.value).endswith("); repair or remove them, or raise the limit")
+
+
+@pytest.mark.parametrize(("bad", "stops"), [(11, False), (30, True)])
+def test_the_share_is_over_the_last_ten_thousand(make, bad, stops):
+    """5 % of 300 records are 15: 11 bad ones never stop the run, 30 do, though not before 500 of them were met."""
+    config = make.settings(batch=500, max_bad_share=0.05, image_size=8, crop_scale=(0.9, 1.0))
+    config = dataclasses.replace(config, model=schema.Model(encoder=schema.Encoder(patch_size=4)))
+    batches = pipeline.iterate(config, make.Pictures(300, bad=bad), None, start=0)
+    seen = 0
+    try:
+        for _ in range(25):
+            seen += len(next(batches)["label"])
+    except UserError as error:
+        assert stops and "of 10,000: " in str(error) and 500 < sum(batches.skipped.values()) < 600
+    assert (seen == 12_500) != stops
+
+
+def test_a_window_forgets(make):
+    """A bad stretch long past does not stop a run that has been good since."""
+    config = make.settings(batch=500, max_bad_share=0.05)
+    batches = pipeline.iterate(config, make.Pictures(10), None, start=0)
+    for _ in range(40):
+        batches._judge(500, np.array([20, 0, 0, 0, 0]))
+    for _ in range(20):
+        batches._judge(500, np.zeros(5, np.int64))
+    assert batches._bad.sum() == 0 and pipeline.WINDOW <= batches._drawn < pipeline.WINDOW + 520
+    with pytest.raises(UserError, match="^501 of the last"):
+        batches._judge(500, np.array([0, 501, 0, 0, 0]))
+
+
+def test_a_source_without_a_pair_of_good_pictures(make):
+    for source, last in (
+        (make.Pictures(6, bad=6), r"the last is 'p\d' \(undecodable: cannot identify the format\)"),
+        (make.Pictures(6, bad=5), r"the last is 'p\d' "),
+    ):
+        with pytest.raises(UserError, match=rf"^100 draws in a row at position \d of pictures gave no picture that could be used .*{last}"):
+            make.stream(make.settings(batch=4), source, None, 1)

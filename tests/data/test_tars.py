@@ -1,0 +1,295 @@
+"""Tar files read in place: members are found as Python's tarfile finds them, nothing leads outside, and damage costs only what it hits."""
+
+import collections
+import io
+import json
+import logging
+import os
+import pathlib
+import tarfile
+from multiprocessing.reduction import ForkingPickler
+
+import numpy as np
+import pytest
+
+from m3i_jax import schema
+from m3i_jax.data import sources, tarfiles, tars
+from m3i_jax.data.tars import Tars
+from m3i_jax.errors import UserError
+
+
+def everything(source: Tars) -> list[tuple]:
+    return [(r.key, r.image, r.label, r.caption) for r in (source[i] for i in range(len(source)))]
+
+
+def walk(content: bytes) -> tuple[list[tuple[str, bytes]], dict[str, int]]:
+    problems: collections.Counter[str] = collections.Counter()
+    found = [(name, content[at : at + size]) for name, at, size in tarfiles.members(io.BytesIO(content), problems)]
+    return found, {kind: n for kind, n in problems.items() if n}
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_those_of_tarfile(make, kind):
+    long = "d" * 60 + "/" + "e" * 60 + "/"
+    names = ["a.jpg", "./b.txt", "b.c.d.png", "deep/er/x.jpg", "n" * 99 + ".", long + "f.jpg"]
+    if kind != tarfile.USTAR_FORMAT:
+        names += [long * 3 + "g.jpg", "ünï.jpg", "日本" * 60 + ".jpg"]
+    members = [(name, bytes([i]) * (i * 511)) for i, name in enumerate(names)]
+    content = make.tar_bytes(members, kind)
+    found, problems = walk(content)
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        expected = [(m.name.removeprefix("./"), tar.extractfile(m).read()) for m in tar]
+    assert found == expected == [(name.removeprefix("./"), c) for name, c in members] and not problems
+
+
+def test_sizes_in_base_256_and_in_pax_headers(make):
+    content = bytearray(make.tar_bytes([("a.jpg", b"abc"), ("b.jpg", b"de")]))
+    content[124:136] = b"\x80" + (3).to_bytes(11, "big")
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content[:512])
+    assert walk(bytes(content))[0] == [("a.jpg", b"abc"), ("b.jpg", b"de")]
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("a.jpg")
+        member.size, member.pax_headers = 3, {"size": "3", "path": "b.jpg", "mtime": "1.5", "comment": "x=y z"}
+        tar.addfile(member, io.BytesIO(b"abc"))
+    assert walk(buffer.getvalue())[0] == [("b.jpg", b"abc")]
+
+
+def test_nothing_leads_outside(tmp_path, make):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for i in range(50):
+            for name in (f"../../{i}.jpg", f"/etc/{i}.jpg", f"a/../../{i}.jpg", "..", "x" * 200 + f"/../../{i}.jpg"):
+                member = tarfile.TarInfo(name)
+                member.size = 1
+                tar.addfile(member, io.BytesIO(b"x"))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
+            member = tarfile.TarInfo(f"link{kind.decode()}.jpg")
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+        member = tarfile.TarInfo("good.jpg")
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"good"))
+        for name in ("bad.pkl", "bad.pickle", "bad.pyd", ".hidden.jpg", "._good.jpg", "__MACOSX/good.jpg"):
+            tar.addfile(tarfile.TarInfo(name))
+    (tmp_path / "0.tar").write_bytes(buffer.getvalue())
+    source = Tars(str(tmp_path / "*.tar"))
+    assert everything(source) == [("good", b"good", -1, None)]
+    assert {kind: n for kind, n in source.ignored.items() if n} == {
+        "names that lead outside": 250,
+        "links": 2,
+        "special members": 3,
+        "other members": 3,
+        "hidden": 3,
+    }
+    assert os.listdir(tmp_path) == ["0.tar"]
+
+
+def test_grouping_captions_and_labels(tmp_path, make):
+    def meta(**values) -> bytes:
+        return json.dumps(values).encode()
+
+    members = [
+        ("1.json", meta(caption="from json", label=3)),  # before its picture, and weaker than the text
+        ("1.jpg", b"one"),
+        ("1.txt", b"from text"),
+        ("2.png", b"two"),
+        ("2.json", meta(caption="only json", label="3")),
+        ("3.webp", b"three"),
+        ("3.json", b"{broken"),
+        ("4.JPG", b"four"),
+        ("4.txt", b""),
+        ("4.json", meta(caption="the text is empty", label=None)),
+        ("5.jpg", b"five"),
+        ("5.json", meta(caption=7, label=True)),
+        ("5.png", b"a second picture of the key"),
+        ("6.jpg", b"six"),
+        ("6.cls", b"5\n"),
+        ("7.jpg", b"seven"),
+        ("7.json", b"[" * 100_000),
+        ("8.txt", b"no picture"),
+        ("9.json", b" " * (tars.JSON_LIMIT + 1)),
+        ("a.b.jpg", b"dots"),
+        ("a.b.txt", b"in the name"),
+        ("10.jpg", b"ten"),
+        ("10.cls", b"9" * 5000),
+        ("10.json", meta(label=10**12)),
+    ]
+    (tmp_path / "0.tar").write_bytes(make.tar_bytes(members))
+    source = Tars(str(tmp_path))  # a directory stands for its tar files
+    assert everything(source) == [
+        ("1", b"one", 3, b"from text"),
+        ("2", b"two", -1, "only json"),
+        ("3", b"three", -1, None),
+        ("4", b"four", -1, "the text is empty"),
+        ("5", b"five", -1, None),
+        ("6", b"six", 5, None),
+        ("7", b"seven", -1, None),
+        ("a.b", b"dots", -1, b"in the name"),
+        ("10", b"ten", -1, None),
+    ]
+    assert source.classes == ("0", "1", "2", "3", "4", "5") and source.captions
+    assert {kind: n for kind, n in source.ignored.items() if n} == {
+        "labels that are no category": 4,
+        "pictures with the key of an earlier one": 1,
+        "captions or labels without a picture": 1,
+        "JSON over 1 MiB": 1,
+    }
+    assert source.__getitems__([5, 0, 5]) == [source[5], source[0], source[5]]
+    assert source.description().startswith("9 pictures in 1 tar file of tars ")
+
+
+def test_files_in_the_order_of_their_names(tmp_path, make):
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.tar").write_bytes(make.tar_bytes([("1.jpg", name.encode())]))
+    (tmp_path / "a_stats.json").write_bytes(b"{}")  # img2dataset writes such files beside the tars
+    source = Tars(str(tmp_path / "*"))
+    assert [r[1] for r in everything(source)] == [b"a", b"b", b"c"]
+    # The same key is the same picture to a split, whichever file it stands in.
+    assert {len(sources.split(source, 0.5, part)) for part in ("train", "held_out")} == {0, 3}
+
+
+def test_truncation_keeps_what_is_whole(make):
+    members = [(f"{i}.jpg", bytes([i]) * (300 + 200 * i)) for i in range(8)]
+    content = make.tar_bytes(members)
+    ends = [at + size for _, at, size in tarfiles.members(io.BytesIO(content), collections.Counter())]
+    for length in range(0, len(content), 77):
+        found, problems = walk(content[:length])
+        assert found == members[: sum(end <= length for end in ends)]
+        on_block_edge = length in {-(-end // 512) * 512 for end in [0, *ends]} or length >= -(-ends[-1] // 512) * 512 + 512
+        assert problems == ({} if on_block_edge else {tarfiles.TRUNCATED: 1}) or length > ends[-1]
+
+
+def test_a_damaged_header_costs_its_member_only(make):
+    members = [(f"{i}.jpg", bytes([65 + i]) * 700) for i in range(5)]
+    content = make.tar_bytes(members)
+    for at in (0, 3, 130, 150, 511):  # within the header of the third member
+        damaged = bytearray(content)
+        damaged[2 * 1536 + at] ^= 0x41
+        found, problems = walk(bytes(damaged))
+        assert found == members[:2] + members[3:] and problems == {tarfiles.BROKEN: 1}
+
+
+def test_random_damage_never_raises(make):
+    rng = np.random.default_rng(0)
+    content = make.tar_bytes([(f"{'x' * 120}{i}.jpg", rng.bytes(600)) for i in range(6)], tarfile.PAX_FORMAT)
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(rng.integers(1, 30)):
+            damaged[rng.integers(len(damaged))] = rng.integers(256)
+        found, _ = walk(bytes(damaged))
+        assert len(found) <= 7
+
+
+def test_a_negative_size_does_not_turn_the_walk_back(make):
+    content = bytearray(make.tar_bytes([("a.jpg", b"a" * 2000), ("b.jpg", b"b")]))
+    at = 512 + 2048
+    for size in (b"-0000004000\0", b"\xff" * 12):
+        content[at + 124 : at + 136] = size
+        content[at + 148 : at + 156] = b" " * 8
+        content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
+        assert walk(bytes(content)) == ([("a.jpg", b"a" * 2000)], {tarfiles.BROKEN: 1})
+
+
+def test_damage_is_told_with_the_name_of_the_file(tmp_path, make, caplog):
+    content = make.tar_bytes([("1.jpg", b"x" * 600), ("2.jpg", b"y" * 600)])
+    (tmp_path / "0.tar").write_bytes(content[:2600])
+    with caplog.at_level(logging.WARNING):
+        source = Tars(str(tmp_path))
+    assert len(source) == 1 and "1 truncated ends" in source.description()
+    assert f"{str(tmp_path / '0.tar')!r}: 1 truncated ends; what is valid is used" in caplog.text
+
+
+def test_the_index_is_kept_and_renewed(tmp_path, make, monkeypatch):
+    data, cache = tmp_path / "data", str(tmp_path / "cache")
+    data.mkdir()
+    (data / "0.tar").write_bytes(make.tar_bytes([("1.jpg", b"one"), ("1.txt", b"caption"), ("2.jpg", b"two")]))
+    built = []
+    real = tars._build
+    monkeypatch.setattr(tars, "_build", lambda files: built.append(1) or real(files))
+
+    def opened() -> Tars:
+        return sources.open_source(schema.Data(source="tars", path=str(data / "*.tar")), cache=cache)
+
+    first = opened()
+    assert everything(opened()) == everything(first) and len(built) == 1
+    assert opened().fingerprint() == first.fingerprint() and opened().ignored == first.ignored
+    (kept,) = pathlib.Path(cache).iterdir()
+    os.utime(data / "0.tar", ns=(1, 1))  # another time
+    assert everything(opened()) == everything(first) and len(built) == 2
+    (data / "0.tar").write_bytes(make.tar_bytes([("1.jpg", b"changed")]))  # another size or content
+    assert everything(opened()) == [("1", b"changed", -1, None)] and len(built) == 3
+    for damage in (b"", b"PK\x03\x04 nothing", kept.read_bytes()[:200], kept.read_bytes()[:-50]):
+        kept.write_bytes(damage)
+        before = len(built)
+        assert len(opened()) == 1 and len(built) == before + 1
+    assert len(opened()) == 1 and len(built) == 7
+    assert list(pathlib.Path(cache).iterdir()) == [kept]  # nothing half written is left
+
+
+def test_no_place_for_the_index_is_no_error(tmp_path, make, caplog):
+    (tmp_path / "0.tar").write_bytes(make.tar_bytes([("1.jpg", b"one")]))
+    (tmp_path / "file").write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        assert len(Tars(str(tmp_path), cache=str(tmp_path / "file" / "cache"))) == 1
+    assert "cannot be kept" in caplog.text
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_worker_processes_get_paths_not_files(tmp_path, make, cached):
+    (tmp_path / "0.tar").write_bytes(make.tar_bytes([(f"{i}.jpg", b"%d" % i) for i in range(2000)]))
+    source = Tars(str(tmp_path), cache=str(tmp_path / "cache") if cached else "")
+    sent = bytes(ForkingPickler.dumps(source))
+    assert everything(ForkingPickler.loads(sent)) == everything(source)
+    assert len(sent) < (2000 if cached else 200_000)
+
+
+def test_memory_of_the_index(tmp_path, make):
+    members = [m for i in range(3000) for m in ((f"{i:09d}.jpg", b"j"), (f"{i:09d}.txt", b"t"), (f"{i:09d}.json", b'{"label": 1}'))]
+    (tmp_path / "0.tar").write_bytes(make.tar_bytes(members))
+    source = Tars(str(tmp_path))
+    size = sum(array.nbytes for array in source._index.values())
+    assert size / len(source) < 60  # of the 200 bytes a picture that a million may cost
+
+
+def test_a_file_that_changes_under_the_run(tmp_path, make):
+    path = tmp_path / "0.tar"
+    path.write_bytes(make.tar_bytes([("1.jpg", b"one"), ("2.jpg", b"two")]))
+    source = Tars(str(tmp_path))
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(UserError, match=r"0.tar' ends before byte \d+: it became shorter"):
+        source[1]
+    path.unlink()
+    with pytest.raises(UserError, match="0.tar' cannot be read"):
+        source[0]
+
+
+def test_refusals_of_tars(tmp_path, make):
+    def refusal(path: pathlib.Path | str) -> str:
+        with pytest.raises(UserError) as caught:
+            Tars(str(path))
+        return str(caught.value)
+
+    data = tmp_path / "data"
+    data.mkdir()
+    assert refusal(data / "*.tar") == f"no tar file matches data.path={str(data / '*.tar')!r}: {str(data)!r} holds no .tar file"
+    assert refusal(tmp_path / "dat/*.tar") == (
+        f"no tar file matches data.path={str(tmp_path / 'dat/*.tar')!r}: there is no 'dat' in {str(tmp_path)!r}, "
+        f"did you mean {str(data)!r}?"
+    )
+    pattern = str(tmp_path / "*/x-*.tar")
+    assert refusal(pattern) == f"no tar file matches data.path={pattern!r}: give a glob such as 'DIR/*.tar'"
+    (data / "0.tar.gz").write_bytes(b"")
+    assert refusal(data / "*.tar").endswith(f"{str(data)!r} holds 1 compressed ones, which cannot be read in place: decompress them first")
+    (data / "00.tar").write_bytes(make.tar_bytes([("a.heic", b""), ("a.txt", b"text")]))
+    assert refusal(data / "00*.tra") == (
+        f"no tar file matches data.path={str(data / '00*.tra')!r}: {str(data)!r} holds 1 .tar file, the first is '00.tar': "
+        f"did you mean {str(data / '*.tar')!r}?"
+    )
+    assert refusal(data / "*.tar") == (
+        f"the tar file that matches data.path={str(data / '*.tar')!r} holds no picture (jpg, jpeg, png, webp, gif, bmp, tif, tiff)"
+        "; ignored: 1 captions or labels without a picture, 1 other members"
+    )
+    (data / "01.tar").write_bytes(b"")
+    assert refusal(data / "*.tar").startswith("the 2 tar files that match ")
