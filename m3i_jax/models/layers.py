@@ -1,0 +1,389 @@
+"""Transformer parts that every tower shares, and the running of stacked blocks.
+
+Dense layers work on flattened [B * T, D], so that no backend pads a short token axis. Layer norm, GELU and attention have backward passes
+of their own: autodiff would keep several float32 copies of every activation, these keep the input (and two numbers a row), or q, k, v and
+the attention weights, in the compute precision. No matrix product is computed twice for it.
+
+B batch, T tokens, Q query rows, D width, H heads, E = D / H, L blocks.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m3i_jax import schema
+
+Params = Mapping[str, Any]
+
+_EPS = 1e-6  # of every layer norm here; the targets' parameter-free one is in objective.posterior
+_SHAPE = nn.initializers.zeros  # modules only declare shapes; `draw` fills them
+_NEVER = -1e30  # a logit whose weight is exactly 0 beside any real one, and that gives uniform weights, not NaN, where no key counts
+
+
+@jax.custom_vjp
+def layer_norm(x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
+    """Affine layer normalisation over the last axis, eps 1e-6, computed in float32.
+
+    Args:
+      x_xD: [..., D], any float type.
+      scale_D, bias_D: float32 [D].
+
+    Returns:
+      the shape and type of x.
+
+    >>> print(layer_norm(jnp.array([[1.0, 3.0]]), jnp.ones(2), jnp.zeros(2)).round(3))
+    [[-1.  1.]]
+    """
+    return _layer_norm_forward(x_xD, scale_D, bias_D)[0]
+
+
+def _layer_norm_forward(x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> tuple[jax.Array, Any]:
+    wide_xD = x_xD.astype(jnp.float32)
+    mean_x1 = wide_xD.mean(-1, keepdims=True)
+    rstd_x1 = jax.lax.rsqrt(jnp.square(wide_xD - mean_x1).mean(-1, keepdims=True) + _EPS)
+    y_xD = (wide_xD - mean_x1) * rstd_x1 * scale_D + bias_D
+    return y_xD.astype(x_xD.dtype), (x_xD, mean_x1, rstd_x1, scale_D)
+
+
+def _layer_norm_backward(kept: Any, g_xD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x_xD, mean_x1, rstd_x1, scale_D = kept
+    g = g_xD.astype(jnp.float32)
+    unit_xD = (x_xD.astype(jnp.float32) - mean_x1) * rstd_x1
+    rows = tuple(range(g.ndim - 1))
+    inner_xD = g * scale_D
+    along_x1 = (inner_xD * unit_xD).mean(-1, keepdims=True)
+    dx_xD = rstd_x1 * (inner_xD - inner_xD.mean(-1, keepdims=True) - unit_xD * along_x1)
+    return dx_xD.astype(x_xD.dtype), (g * unit_xD).sum(rows).astype(scale_D.dtype), g.sum(rows).astype(scale_D.dtype)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, `x * Phi(x)` with the normal distribution function, computed in float32; the type of x.
+
+    >>> print(gelu(jnp.array([-1.0, 0.0, 1.0])).round(4))
+    [-0.1587  0.      0.8413]
+    """
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
+def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    wide = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * jnp.square(wide)) / math.sqrt(2 * math.pi)
+    slope = 0.5 * jax.lax.erfc(-wide / math.sqrt(2)) + wide * density
+    return ((g.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+@jax.custom_vjp
+def attend(q_BxHxQxE: jax.Array, k_BxHxTxE: jax.Array, v_BxHxTxE: jax.Array, where_BxT: jax.Array | None = None) -> jax.Array:
+    """Scaled dot-product attention, `softmax(q k' / sqrt(E)) v`; logits and softmax in float32.
+
+    Args:
+      q_BxHxQxE: queries, any number of them.
+      k_BxHxTxE, v_BxHxTxE: keys and values of the same type.
+      where_BxT: bool, keys that count; None: all. A row in which none counts gets the plain mean of all values.
+
+    Returns:
+      [B, H, Q, E] of the type of v.
+
+    >>> q, v = jnp.zeros((1, 1, 1, 2)), jnp.array([[[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]]]])
+    >>> attend(q, v, v, jnp.array([[True, True, False]])).tolist()
+    [[[[2.0, 3.0]]]]
+    """
+    return _attend_forward(q_BxHxQxE, k_BxHxTxE, v_BxHxTxE, where_BxT)[0]
+
+
+def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, where: jax.Array | None) -> tuple[jax.Array, Any]:
+    logits_BxHxQxT = jnp.einsum("bhqe,bhte->bhqt", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if where is not None:
+        logits_BxHxQxT = jnp.where(where[:, None, None], logits_BxHxQxT, _NEVER)
+    weights_BxHxQxT = jax.nn.softmax(logits_BxHxQxT).astype(v.dtype)
+    return jnp.einsum("bhqt,bhte->bhqe", weights_BxHxQxT, v), (q, k, v, weights_BxHxQxT, where)
+
+
+def _attend_backward(kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, weights, where = kept
+    dv = jnp.einsum("bhqt,bhqe->bhte", weights, g)
+    dweights = jnp.einsum("bhqe,bhte->bhqt", g, v, preferred_element_type=jnp.float32)
+    wide = weights.astype(jnp.float32)
+    dlogits = wide * (dweights - (wide * dweights).sum(-1, keepdims=True)) * q.shape[-1] ** -0.5
+    if where is not None:
+        dlogits = jnp.where(where[:, None, None], dlogits, 0)
+    dlogits = dlogits.astype(q.dtype)
+    return jnp.einsum("bhqt,bhte->bhqe", dlogits, k), jnp.einsum("bhqt,bhqe->bhte", dlogits, q), dv, None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+class Dense(nn.Module):
+    """`x W + b` in `dtype` on [..., in] as one [rows, in] matrix; parameters `kernel` [in, out] and `bias` [out], float32."""
+
+    features: int
+    dtype: Any
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
+        kernel = self.param("kernel", _SHAPE, (x.shape[-1], self.features))[:, columns].astype(self.dtype)
+        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel
+        if self.use_bias:
+            y += self.param("bias", _SHAPE, (self.features,))[columns].astype(self.dtype)
+        return y.reshape(*x.shape[:-1], -1)
+
+
+class LayerNorm(nn.Module):
+    """`layer_norm` with its parameters `scale` and `bias`, float32."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1],)
+        return layer_norm(x, self.param("scale", _SHAPE, shape), self.param("bias", _SHAPE, shape))
+
+
+def to_heads(x_BxTxC: jax.Array, parts: int, heads: int) -> tuple[jax.Array, ...]:
+    """Columns [part | head | E] of [B, T, parts * D] as `parts` arrays [B, H, T, E].
+
+    >>> [part.shape for part in to_heads(jnp.zeros((2, 5, 24)), parts=3, heads=4)]
+    [(2, 4, 5, 2), (2, 4, 5, 2), (2, 4, 5, 2)]
+    """
+    b, t, c = x_BxTxC.shape
+    width = c // parts
+    # lax.split, as in _split: the gradient puts the parts side by side instead of adding padded copies.
+    columns = jax.lax.split(x_BxTxC, [width] * parts, axis=2)
+    return tuple(part.reshape(b, t, heads, width // heads).swapaxes(1, 2) for part in columns)
+
+
+def from_heads(x_BxHxTxE: jax.Array) -> jax.Array:
+    """Inverse of `to_heads` for one part: [B, T, H * E].
+
+    >>> from_heads(jnp.zeros((2, 4, 5, 3))).shape
+    (2, 5, 12)
+    """
+    b, h, t, e = x_BxHxTxE.shape
+    return x_BxHxTxE.swapaxes(1, 2).reshape(b, t, h * e)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. The columns of qkv are [q | k | v], each head after head, as in timm's checkpoints."""
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array, where_BxT: jax.Array | None, rows: slice | None) -> jax.Array:
+        width = x_BxTxD.shape[-1]
+        qkv = Dense(3 * width, self.dtype, name="qkv")
+        if rows is None:
+            q, k, v = to_heads(qkv(x_BxTxD), 3, self.heads)
+        else:
+            (q,) = to_heads(qkv(x_BxTxD[:, rows], slice(0, width)), 1, self.heads)
+            k, v = to_heads(qkv(x_BxTxD, slice(width, None)), 2, self.heads)
+        return Dense(width, self.dtype, name="out")(from_heads(attend(q, k, v, where_BxT)))
+
+
+class Mlp(nn.Module):
+    """Two dense layers with the exact GELU between them."""
+
+    hidden: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        h_BxTxF = Dense(self.hidden, self.dtype, name="fc1")(x_BxTxD)
+        return Dense(x_BxTxD.shape[-1], self.dtype, name="fc2")(gelu(h_BxTxF))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: `x += keep * Attention(LN(x)); x += keep * MLP(LN(x))`."""
+
+    heads: int
+    hidden: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x_BxTxD: jax.Array, keep_Bx2: jax.Array | None = None, where_BxT: jax.Array | None = None, rows: slice | None = None
+    ) -> jax.Array:
+        """`where_BxT`: keys that count. `rows`: the only token rows that are wanted; the others serve as keys and values alone."""
+        h_BxTxD = Attention(self.heads, self.dtype, name="attention")(LayerNorm(name="norm1")(x_BxTxD), where_BxT, rows)
+        x_BxTxD = _add(x_BxTxD if rows is None else x_BxTxD[:, rows], h_BxTxD, keep_Bx2, 0)
+        h_BxTxD = Mlp(self.hidden, self.dtype, name="mlp")(LayerNorm(name="norm2")(x_BxTxD))
+        return _add(x_BxTxD, h_BxTxD, keep_Bx2, 1)
+
+
+def _add(x_BxTxD: jax.Array, branch_BxTxD: jax.Array, keep_Bx2: jax.Array | None, which: int) -> jax.Array:
+    if keep_Bx2 is None:
+        return x_BxTxD + branch_BxTxD
+    # In float32: 1 / (1 - p) rounded to bfloat16 would scale every kept branch by the same wrong factor.
+    keep_Bx1x1 = keep_Bx2[:, which, None, None].astype(jnp.float32)
+    return (x_BxTxD.astype(jnp.float32) + keep_Bx1x1 * branch_BxTxD.astype(jnp.float32)).astype(x_BxTxD.dtype)
+
+
+def block(width: int, heads: int, mlp_ratio: float, dtype: str) -> Block:
+    """The block of a tower with these settings.
+
+    >>> block(768, 12, 4.0, "bfloat16").hidden
+    3072
+    """
+    return Block(heads=heads, hidden=round(width * mlp_ratio), dtype=jnp.dtype(dtype))
+
+
+def shapes_of(module: nn.Module, *inputs: Any) -> Params:
+    """The parameters of a module as a tree of shapes.
+
+    >>> shapes_of(Dense(3, jnp.float32), jnp.zeros((1, 2)))["kernel"].shape
+    (2, 3)
+    """
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+
+
+def draw(rng: jax.Array, shapes: Params, normal: Mapping[str, float] | None = None) -> Params:
+    """First values of a tree of parameters, float32.
+
+    A `scale` is 1 and a `bias` 0. A `kernel` [in, out] is Xavier-uniform, bound sqrt(6 / (in + out)): qkv is the one [D, 3 D] matrix that
+    it is (MAE, SiameseIM; MoCo v3 bounds q, k and v by themselves), a patch embedding a [P, D] matrix. Names in `normal` are N(0, std^2)
+    instead. All are cut from one draw: a random call for every matrix would make the program several times as slow to compile.
+
+    Args:
+      rng: key.
+      shapes: tree of arrays or shapes.
+      normal: {end of a path: std}; the first that matches.
+
+    Raises:
+      ValueError: a parameter that none of these rules is about.
+
+    >>> tree = draw(jax.random.key(0), shapes_of(Dense(50, jnp.float32), jnp.zeros((1, 100))))
+    >>> round(float(jnp.abs(tree["kernel"]).max()), 3), float(jnp.abs(tree["bias"]).max())
+    (0.2, 0.0)
+    """
+    paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    named = [("/".join(str(getattr(k, "key", k)) for k in path), leaf.shape) for path, leaf in paths]
+    constant = {"scale": 1.0, "bias": 0.0}
+    total = sum(math.prod(shape) for path, shape in named if path.split("/")[-1] not in constant)
+    open_unit = jax.random.uniform(rng, (total,), minval=np.nextafter(np.float32(-1), np.float32(0)), maxval=1.0)
+    leaves, at = [], 0
+    for path, shape in named:
+        last = path.split("/")[-1]
+        if last in constant:
+            leaves.append(jnp.full(shape, constant[last], jnp.float32))  # a weak type would change with the first update
+            continue
+        part = open_unit[at : at + math.prod(shape)].reshape(shape)
+        at += part.size
+        std = next((std for end, std in (normal or {}).items() if path.endswith(end)), None)
+        if std is not None:
+            leaves.append(std * math.sqrt(2) * jax.lax.erf_inv(part))
+        elif last == "kernel":
+            leaves.append(math.sqrt(6 / sum(shape)) * part)
+        else:
+            raise ValueError(f"parameter {path} of shape {shape} has no rule for its first values")
+    return jax.tree.unflatten(structure, leaves)
+
+
+def init_blocks(block: Block, rng: jax.Array, *, width: int, depth: int, normal: Mapping[str, float] | None = None) -> Params:
+    """Parameters of `depth` blocks, each drawn by itself and stacked on a leading axis: every leaf is [L, ...].
+
+    >>> shapes = jax.eval_shape(lambda key: init_blocks(block(8, 2, 4.0, "float32"), key, width=8, depth=3), jax.random.key(0))
+    >>> shapes["attention"]["qkv"]["kernel"].shape
+    (3, 8, 24)
+    """
+    shapes = shapes_of(block, jnp.zeros((1, 1, width)))
+    return jax.lax.map(lambda key: draw(key, shapes, normal), jax.random.split(rng, depth))
+
+
+def _split(tree: Any, sizes: list[int]) -> list[Any]:
+    """Consecutive parts of the leading axis. The gradient of `lax.split` is one concatenation; that of indexing adds up padded arrays."""
+    leaves, structure = jax.tree.flatten(tree)
+    parts = zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)
+    return [jax.tree.unflatten(structure, part) for part in parts]
+
+
+def run_blocks(
+    block: Block,
+    stacked: Params,
+    x_BxTxD: jax.Array,
+    *,
+    keep_BxLx2: jax.Array | None = None,
+    where_BxT: jax.Array | None = None,
+    rows: slice | None = None,
+    scan: bool = False,
+    remat: str = "none",
+) -> jax.Array:
+    """Runs stacked blocks one after the other.
+
+    Args:
+      block: the settings of each.
+      stacked: parameters with a leading axis [L, ...].
+      x_BxTxD: the residual stream, in the precision it shall keep.
+      keep_BxLx2: stochastic depth as factors, 0 or 1 / (1 - p), of the (attention, MLP) branch of every block; None: all kept.
+      where_BxT: bool, tokens that serve as keys; None: all.
+      rows: token rows wanted at the end. The last block then computes queries, outputs and MLP for those alone; the numbers are those of
+        slicing its full output, to rounding.
+      scan: one `lax.scan` over the blocks instead of a Python loop. Same numbers; compile time does not grow with depth.
+      remat: none, or full: keep only the input of every block and recompute it in the backward pass.
+
+    Returns:
+      [B, T, D], or [B, len(rows), D].
+
+    Raises:
+      ValueError: keep factors that are not [B, L, 2].
+
+    >>> one = block(8, 2, 4.0, "float32")
+    >>> shapes = jax.eval_shape(lambda key: init_blocks(one, key, width=8, depth=2), jax.random.key(0))
+    >>> jax.eval_shape(lambda params: run_blocks(one, params, jnp.ones((1, 5, 8)), rows=slice(3, None)), shapes).shape
+    (1, 2, 8)
+    """
+    depth = jax.tree.leaves(stacked)[0].shape[0]
+    if keep_BxLx2 is not None and keep_BxLx2.shape != (x_BxTxD.shape[0], depth, 2):
+        raise ValueError(f"keep factors have shape {keep_BxLx2.shape}; they must be {(x_BxTxD.shape[0], depth, 2)}: [B, L, 2]")
+
+    def stepper(rows: slice | None) -> Any:
+        def step(x: jax.Array, layer: Any) -> jax.Array:
+            params, keep_Bx2 = layer
+            return block.apply({"params": params}, x, keep_Bx2, where_BxT, rows)
+
+        return jax.checkpoint(step, prevent_cse=not scan) if remat == "full" else step
+
+    layers = (stacked, None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1))
+    whole = depth if rows is None else depth - 1  # blocks that compute every row
+    if scan and whole:
+        parts = _split(layers, [whole, depth - whole]) if whole < depth else [layers]
+        step = stepper(None)
+        x_BxTxD, _ = jax.lax.scan(lambda x, layer: (step(x, layer), None), x_BxTxD, parts[0])
+        rest = parts[1:]
+    else:
+        rest = _split(layers, [1] * depth)
+    for left, layer in zip(range(len(rest) - 1, -1, -1), rest, strict=True):
+        x_BxTxD = stepper(None if left else rows)(x_BxTxD, jax.tree.map(lambda leaf: leaf[0], layer))
+    return x_BxTxD
+
+
+def drop_rates(encoder: schema.Encoder) -> np.ndarray:
+    """Probability with which each block's branches are dropped, [L] float32: `rate * l / (L - 1)`, or the same everywhere (M3I Table 7).
+
+    >>> drop_rates(schema.Encoder(depth=3, drop_path=0.25)).tolist()
+    [0.0, 0.125, 0.25]
+    """
+    if encoder.drop_path_rule == "uniform":
+        return np.full(encoder.depth, encoder.drop_path, np.float32)
+    return np.linspace(0, encoder.drop_path, encoder.depth, dtype=np.float32)
+
+
+def add_positions(x_BxTxD: jax.Array, table_NxD: np.ndarray, index_BxT: jax.Array | None = None) -> jax.Array:
+    """`x` plus the rows of a fixed table: all of them in order, or each token's own. In the precision of x.
+
+    >>> add_positions(jnp.zeros((1, 2, 1)), np.array([[1.0], [2.0], [3.0]]), jnp.array([[2, 0]])).tolist()
+    [[[3.0], [1.0]]]
+    """
+    table = jnp.asarray(table_NxD, x_BxTxD.dtype)
+    return x_BxTxD + (table if index_BxT is None else table[index_BxT])

@@ -1,0 +1,82 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m3i_jax import schema
+from m3i_jax.models import pooling
+
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is what takes the time here
+
+MODEL = schema.Model(encoder=schema.Encoder(width=12), pool=schema.Pool(width=10, heads=4), dtype="float32")
+
+
+def random_tree(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda key: pooling.init(MODEL, key), jax.random.key(0))
+    return jax.tree.map(lambda s: jnp.asarray(0.5 * rng.normal(size=s.shape), jnp.float32), shapes)
+
+
+X = np.random.default_rng(1).normal(size=(2, 6, 12)).astype(np.float32)
+MASK = np.array([[1, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 1]], bool)
+
+
+@functools.cache
+def run(model=MODEL):
+    return jit(lambda params, x, mask=None: pooling.apply(model, params, x, mask))
+
+
+def test_a_mask_is_the_gathered_tokens_alone():
+    params = random_tree()
+    gathered = run()(params, X[MASK].reshape(2, 3, 12))
+    np.testing.assert_allclose(run()(params, X, MASK), gathered, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(run()(params, np.where(MASK[..., None], X, 1e3), MASK), run()(params, X, MASK))
+
+
+def test_gradients_of_masked_and_gathered_tokens_agree_and_hidden_tokens_get_none():
+    params, g = random_tree(), np.random.default_rng(2).normal(size=(2, 10))
+    grad = jit(jax.grad(lambda p, x, mask=None: (pooling.apply(MODEL, p, x, mask) * g).sum(), (0, 1)))
+    (of_params, of_x), (other_params, other_x) = grad(params, X, MASK), grad(params, X[MASK].reshape(2, 3, 12))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), of_params, other_params)
+    np.testing.assert_allclose(np.asarray(of_x)[MASK].reshape(2, 3, 12), other_x, rtol=1e-3, atol=1e-4)
+    assert not np.asarray(of_x)[~MASK].any()
+    # The bias of the keys shifts all logits alike: softmax does not see it.
+    assert all(
+        np.abs(leaf).max() > 1e-3
+        for path, leaf in jax.tree_util.tree_leaves_with_path(of_params)
+        if "'key'" not in str(path) and "norm_key" not in str(path)
+    )
+    assert np.abs(of_params["key"]["kernel"]).max() > 1e-3
+
+
+def test_no_token_at_all_is_finite():
+    params, none = random_tree(), np.zeros((2, 6), bool)
+    assert np.isfinite(run()(params, X, none)).all()
+    grads = jit(jax.grad(lambda p: pooling.apply(MODEL, p, jnp.asarray(X), jnp.asarray(none)).sum()))(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("width,count", [(768, 2_366_976), (1024, 3_942_144)])
+def test_parameter_counts(width, count):  # golden
+    model = schema.Model(encoder=schema.Encoder(width=width))
+    shapes = jax.eval_shape(lambda key: pooling.init(model, key), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
+def test_matrices_start_normal_and_biases_at_zero():
+    model = schema.Model(encoder=schema.Encoder(width=128), pool=schema.Pool(width=100))
+    params = jit(lambda key: pooling.init(model, key))(jax.random.key(0))
+    for part in ("query", "key", "value", "out"):
+        kernel = np.asarray(params[part]["kernel"])
+        assert kernel.std() == pytest.approx(0.02, rel=0.03) and np.abs(kernel).max() > 0.06
+        assert not np.asarray(params[part]["bias"]).any()
+
+
+def test_bfloat16():
+    params, model = random_tree(), dataclasses.replace(MODEL, dtype="bfloat16")
+    got, exact = run(model)(params, X.astype(jnp.bfloat16), MASK), np.asarray(run()(params, X, MASK))
+    assert got.dtype == jnp.bfloat16
+    assert np.abs(np.asarray(got, np.float32) - exact).mean() < 0.03 * np.abs(exact).mean()
