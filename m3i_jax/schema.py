@@ -112,7 +112,9 @@ class Model:
     decoder: Decoder = section(Decoder)
     pool: Pool = section(Pool)
     text: Text = section(Text)
-    dtype: str = option("bfloat16", "precision of matrix products; parameters, norms, softmax and losses stay float32", "bfloat16", "float32")
+    dtype: str = option(
+        "bfloat16", "precision of matrix products; parameters, norms, softmax and losses stay float32", "bfloat16", "float32"
+    )
     scan: bool = option(False, "run the blocks in one lax.scan: compile time does not grow with depth")
     remat: str = option("none", "recompute in the backward: none, or every block in full", "none", "full")
 
@@ -126,7 +128,9 @@ class Objective:
     intra_positions: str = option("all", "target positions of the same view that count", "all", "hidden")
     label_smoothing: float = option(0.1, "of the category posterior [P]")
     text_softmax: str = option("batch", "negatives of the text posterior with microbatches", "batch", "microbatch")
-    weighting: str = option("dynamic", "dynamic: lambda from the gradient norms (Eq. 13); fixed: lambda = gamma [P: dynamic]", "dynamic", "fixed")
+    weighting: str = option(
+        "dynamic", "dynamic: lambda from the gradient norms (Eq. 13); fixed: lambda = gamma [P: dynamic]", "dynamic", "fixed"
+    )
     gamma: float = option(1.0, "ratio of the supervised to the self-supervised gradient [P]")
     balance_decay: float = option(0.99, "decay of the average of the gradient norms")
     balance_range: tuple[float, ...] = option((0.0, 1e4), "lambda is clipped to this range")

@@ -1,4 +1,5 @@
-"""The paper's Table 1 as data. A term is one row of it: what the encoder reads, what is predicted and under which posterior; an objective is
+"""The paper's Table 1 as data. A term is one row of it: what the encoder reads, what is predicted and under which posterior; an
+objective is
 a tuple of terms. One train step reads any of them: equal passes are computed once, dense terms of equal shape share one decoder call.
 
     I(z_x; z_y | t_x, t_y)  >=  H(z_y | t_y)  +  E log P^(z_y | f_psi(z_x, t_x, t_y))          M3I section 3.1, Eqs. 1 and 2
@@ -124,5 +125,7 @@ def select(form: str, *, categories: bool, captions: bool, intra_positions: str 
     if not terms:
         raise ValueError(f"form {form!r} predicts only what this data does not have")
     if intra_positions == "hidden":
-        terms = tuple(dataclasses.replace(t, hidden=True) if t.target.of == "tokens" and t.target.crop == t.reads.crop else t for t in terms)
+        terms = tuple(
+            dataclasses.replace(t, hidden=True) if t.target.of == "tokens" and t.target.crop == t.reads.crop else t for t in terms
+        )
     return terms
