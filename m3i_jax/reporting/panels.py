@@ -1,0 +1,233 @@
+"""What a run sees and predicts, as a picture: inputs, targets and predictions side by side, one row a mixed input.
+
+Features have hundreds of dimensions; the three along which the targets of a term vary most become red, green and blue. Basis and range come
+from the targets alone and hold for all rows of the term: equal features have equal colours, and a prediction that has collapsed looks flat
+instead of being stretched to full contrast.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from m3i_jax.reporting import sheet
+from m3i_jax.reporting.sheet import GAP, INK, MARGIN, MUTED, OWN, PARTNER
+
+BETWEEN = 28  # pixels between groups of columns
+HEAD, LINE, AFTER = 44, 17, 18  # titles; a line of words; below a row
+CHANNELS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class _Column:
+    title: str
+    tiles: Sequence[Image.Image | None]
+    chip: sheet.Colour | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    title: str
+    columns: list[_Column]
+
+
+def feature_rgb(features: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Colours of features by principal components.
+
+    The first array gives the basis (three directions of largest variance; the largest coordinate of each is positive) and the range (2nd to
+    98th percentile of each component become 0 and 1); all arrays are drawn with it. A component without variance is 0.5 everywhere, a
+    feature that is not finite is black.
+
+    Args:
+      features: arrays [..., N, D] of one width D, the targets first.
+
+    Returns:
+      float32 arrays [..., N, 3] in 0..1.
+
+    >>> target = np.array([[[0., 0.], [1., 0.], [2., 0.], [3., 0.]]])
+    >>> same, flat = feature_rgb([target, np.full_like(target, 1.5)])
+    >>> same[0, :, 0], flat[0, 0]
+    (array([0.  , 0.32, 0.68, 1.  ], dtype=float32), array([0.5, 0.5, 0.5], dtype=float32))
+    """
+    width = features[0].shape[-1]
+    basis_TxD = features[0].reshape(-1, width).astype(np.float64)
+    basis_TxD = basis_TxD[np.isfinite(basis_TxD).all(-1)]
+    if not len(basis_TxD):
+        return [np.zeros((*x.shape[:-1], CHANNELS), np.float32) for x in features]
+    mean_D = basis_TxD.mean(0)
+    centred_TxD = basis_TxD - mean_D
+    # Eigenvectors of the D x D moments are the right singular vectors, and cheaper than a decomposition of all T x D.
+    variance, vectors = np.linalg.eigh(centred_TxD.T @ centred_TxD)
+    variance, directions = variance[::-1][:CHANNELS], vectors.T[::-1][:CHANNELS]
+    present = int((variance > 1e-12 * max(variance[0], np.square(basis_TxD).max())).sum())
+    axes_3xD = np.zeros((CHANNELS, width))
+    axes_3xD[:present] = directions[:present]
+    largest = np.take_along_axis(axes_3xD, np.abs(axes_3xD).argmax(1)[:, None], 1)
+    axes_3xD *= np.where(largest < 0, -1.0, 1.0)
+    low, high = np.percentile(centred_TxD @ axes_3xD.T, (2, 98), axis=0)
+    flat = high <= low
+
+    def colour(x: np.ndarray) -> np.ndarray:
+        finite = np.isfinite(x).all(-1, keepdims=True)
+        along = (np.where(finite, x, 0).astype(np.float64) - mean_D) @ axes_3xD.T
+        scaled = np.where(flat, 0.5, (along - low) / np.where(flat, 1.0, high - low))
+        return np.where(finite, np.clip(scaled, 0, 1), 0).astype(np.float32)
+
+    return [colour(x) for x in features]
+
+
+def similarity(prediction_RxNxD: np.ndarray, target_RxNxD: np.ndarray) -> np.ndarray:
+    """Cosine similarity of prediction and target, mean over positions, float64 [R]; a zero vector is similar to nothing.
+
+    >>> similarity(np.array([[[1., 0.], [0., 2.]]]), np.array([[[3., 0.], [0., -1.]]]))
+    array([0.])
+    """
+    p, t = prediction_RxNxD.astype(np.float64), target_RxNxD.astype(np.float64)
+    norms = np.linalg.norm(p, axis=-1) * np.linalg.norm(t, axis=-1)
+    return np.divide((p * t).sum(-1), norms, out=np.zeros_like(norms), where=norms != 0).mean(-1)
+
+
+def _partners(rows: int) -> list[int | None]:
+    return [row ^ 1 if row ^ 1 < rows else None for row in range(rows)]
+
+
+def _terms(features: Mapping[str, np.ndarray]) -> list[str]:
+    """Dense terms, own image first: a compiled step returns its dict in the order of the alphabet."""
+    found = [name.removesuffix("/prediction") for name in features if name.endswith("/prediction")]
+    known = ("intra", "inter")
+    return [t for t in known if t in found] + sorted(t for t in found if t not in known)
+
+
+def _input(pictures: Mapping[str, np.ndarray], mask_RxN: np.ndarray, side: int, mixed: bool, dense: bool) -> _Group:
+    views, shown = pictures["input_view"], pictures["input"]
+    own = [sheet.picture(view, side) for view in views]
+    if mixed:
+        partners = [own[other] if other is not None else None for other in _partners(len(views))]
+        columns = [
+            _Column("image i", own, OWN),
+            _Column("image j", partners, PARTNER),
+            _Column("mask", [sheet.mask(mask, side) for mask in mask_RxN]),
+            _Column("mixed input", [sheet.picture(x, side) for x in shown]),
+        ]
+    elif dense:  # nothing is mixed, yet something is predicted: the encoder reads the own cells only
+        masks = [sheet.mask(mask, side, OWN, sheet.HIDDEN) for mask in mask_RxN]
+        seen = [_masked(tile, mask) for tile, mask in zip(own, mask_RxN, strict=True)]
+        columns = [_Column("image i", own, OWN), _Column("mask", masks), _Column("masked input", seen)]
+    else:
+        columns = [_Column("image i", own, OWN), _Column("input", [sheet.picture(x, side) for x in shown])]
+    return _Group("input", columns)
+
+
+def _masked(tile: Image.Image, mask_N: np.ndarray) -> Image.Image:
+    hidden = ~sheet.enlarge(mask_N.astype(bool), tile.width)
+    pixels = np.array(tile)
+    pixels[hidden] = sheet.HIDDEN
+    return Image.fromarray(pixels)
+
+
+def _dense(term: str, features: Mapping[str, np.ndarray], pictures: Mapping[str, np.ndarray], side: int, mixed: bool) -> _Group:
+    target, prediction = features[f"{term}/target"], features[f"{term}/prediction"]
+    image, chip = ("j", PARTNER) if mixed and term == "inter" else ("i", OWN)
+    target_rgb, prediction_rgb = feature_rgb([target, prediction])
+    columns = [
+        _Column(f"target {image}", [sheet.colours(x, side) for x in target_rgb]),
+        _Column(
+            f"predicted {image}",
+            [sheet.colours(x, side) for x in prediction_rgb],
+            notes=[f"cos {value:.3f}" for value in similarity(prediction, target)],
+        ),
+    ]
+    if f"{term}/view" in pictures:
+        columns.insert(0, _Column(f"target view {image}", [sheet.picture(x, side) for x in pictures[f"{term}/view"]], chip))
+    return _Group(f"{term}: features of image {image}", columns)
+
+
+def write(
+    path: str | os.PathLike[str],
+    *,
+    features: Mapping[str, np.ndarray],
+    pictures: Mapping[str, np.ndarray],
+    batch: Mapping[str, np.ndarray],
+    captions: Sequence[str],
+    labels: Sequence[str],
+) -> None:
+    """Write a panel as PNG: one row a mixed input; its two images, mask and input, then view, target and prediction of every dense term.
+
+    The partner of row r is row r ^ 1. Where no input differs from its own view nothing is mixed, and the partner is left out.
+
+    Args:
+      path: the file; its directory must exist.
+      features: float [R, N, D] "<term>/prediction" and "<term>/target" of every dense term, none to many; other keys are not looked at.
+      pictures: uint8 [R, S, S, 3] "input" (what the encoder reads), "input_view" (the own view) and, a term, "<term>/view".
+      batch: bool [R, N] "mask", True where a cell shows the own image; other keys are not looked at.
+      captions, labels: R strings, empty where there is none.
+
+    Raises:
+      UserError: if the file cannot be written.
+
+    >>> import tempfile
+    >>> view = np.zeros((2, 32, 32, 3), np.uint8)
+    >>> place = tempfile.mkdtemp() + "/panel.png"
+    >>> batch = {"mask": np.ones((2, 4), bool)}
+    >>> write(place, features={}, pictures={"input": view, "input_view": view}, batch=batch, captions=["", ""], labels=["", ""])
+    >>> os.path.exists(place)
+    True
+    """
+    mask_RxN = np.asarray(batch["mask"], bool)
+    rows, size = pictures["input"].shape[:2]
+    side = sheet.tile_side(size, sheet.grid_of(mask_RxN.shape[1]))
+    mixed, terms = not np.array_equal(pictures["input"], pictures["input_view"]), _terms(features)
+    groups = [_input(pictures, mask_RxN, side, mixed, bool(terms))]
+    groups += [_dense(term, features, pictures, side, mixed) for term in terms]
+
+    count = sum(len(group.columns) for group in groups)
+    width = 2 * MARGIN + count * side + (count - len(groups)) * GAP + (len(groups) - 1) * BETWEEN
+    annotated = any([*captions, *labels])
+    lines = 2 if mixed and annotated else int(annotated or bool(terms))
+    pitch = side + lines * LINE + AFTER
+    page = sheet.Sheet(width, MARGIN + HEAD + rows * pitch - AFTER + MARGIN)
+    words_end = _draw(page, groups, side, pitch)
+    for row, other in enumerate(_partners(rows)):
+        y = MARGIN + HEAD + row * pitch + side
+        who = [(row, OWN)] + ([(other, PARTNER)] if mixed and other is not None else [])
+        for line, (index, colour) in enumerate(who if annotated else []):
+            _describe(page, y + (line + 1) * LINE, words_end, colour, labels[index], captions[index])
+    page.save(path)
+
+
+def _draw(page: sheet.Sheet, groups: list[_Group], side: int, pitch: int) -> int:
+    """Titles and tiles; returns where the words below a row must end, so as not to run into the first note."""
+    x, words_end = MARGIN, page.image.width - MARGIN
+    for group in groups:
+        right = x + len(group.columns) * (side + GAP) - GAP
+        page.words(x, MARGIN + 9, group.title, size=12, ink=MUTED, width=right - x)
+        page.rule(x, right - 1, MARGIN + 16)
+        for column in group.columns:
+            indent = 0
+            if column.chip:
+                page.chip(x, MARGIN + HEAD - 8, column.chip)
+                indent = 13
+            page.words(x + indent, MARGIN + HEAD - 8, column.title, width=side - indent)
+            for row, tile in enumerate(column.tiles):
+                y = MARGIN + HEAD + row * pitch
+                if tile is not None:
+                    page.tile(x, y, tile)
+                if column.notes:
+                    page.words(x + side, y + side + LINE - 2, column.notes[row], size=11, ink=MUTED, anchor="rs")
+            if column.notes:
+                words_end = min(words_end, x - GAP)
+            x += side + GAP
+        x += BETWEEN - GAP
+    return words_end
+
+
+def _describe(page: sheet.Sheet, y: int, right: int, colour: sheet.Colour, label: str, caption: str) -> None:
+    page.chip(MARGIN, y - 2, colour)
+    x: float = MARGIN + 13
+    if label:
+        x += page.words(x, y - 2, label, ink=INK, width=right - x) + 8
+    if caption or not label:
+        page.words(x, y - 2, caption or "no label, no caption", ink=MUTED, width=right - x)

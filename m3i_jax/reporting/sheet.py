@@ -1,0 +1,165 @@
+"""What the pictures of a run have in common: tiles of one size, colours, words that fit, and a file that is whole or not there.
+
+Pictures of at most SMALL pixels are enlarged by a whole factor without interpolation, so that every pixel shown is a pixel that the model
+reads; larger ones are reduced with an antialiased bicubic filter. A tile is always a whole number of grid cells wide: maps of cells and the
+pictures beside them line up exactly.
+"""
+
+import functools
+import math
+import os
+import pathlib
+import unicodedata
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from m3i_jax.errors import UserError
+
+TILE = 112  # wanted side of a tile, pixels
+SMALL = 128  # pictures up to this side are never reduced
+GAP, MARGIN = 8, 24
+Colour = tuple[int, int, int]
+PAPER, FRAME, RULE = (252, 252, 250), (214, 214, 209), (228, 228, 224)
+INK, MUTED = (38, 40, 44), (118, 121, 127)
+OWN, PARTNER, HIDDEN = (228, 135, 62), (70, 118, 178), (224, 224, 220)  # orange and blue stay apart for colour-blind eyes
+
+# The font inside Pillow has these besides ASCII; other letters are spelt with their nearest of these, or "?".
+GLYPHS = frozenset("©«°±´·»‘’“”…‹›⁄")
+SPELT = str.maketrans({**dict.fromkeys("–—−‐‑", "-"), "×": "x", "ß": "ss", "æ": "ae", "œ": "oe", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L"})
+
+
+@functools.cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The font inside Pillow: the same on every machine."""
+    found = ImageFont.load_default(size)
+    assert isinstance(found, ImageFont.FreeTypeFont)
+    return found
+
+
+def grid_of(cells: int) -> int:
+    """Side of a square grid of cells.
+
+    >>> grid_of(196)
+    14
+    """
+    side = math.isqrt(cells)
+    if side * side != cells:
+        raise ValueError(f"{cells} cells are not a square grid")
+    return side
+
+
+def tile_side(size: int, grid: int) -> int:
+    """Side in pixels of the tiles that show pictures of side `size` cut into grid x grid cells: about TILE, a whole number of cells.
+
+    >>> tile_side(224, 14), tile_side(384, 24), tile_side(32, 4)
+    (112, 120, 128)
+    """
+    if size <= SMALL and size % grid == 0:
+        return size * max(1, round(TILE / size))
+    return grid * max(1, round(TILE / grid))
+
+
+def picture(pixels_SxSx3: np.ndarray, side: int) -> Image.Image:
+    """A picture, uint8, as a tile."""
+    image, size = Image.fromarray(np.ascontiguousarray(pixels_SxSx3)), pixels_SxSx3.shape[0]
+    whole = side % size == 0
+    return image.resize((side, side), Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC)
+
+
+def enlarge(cells_Nx: np.ndarray, side: int) -> np.ndarray:
+    """Cells [N, ...] of a row-major grid as a picture [side, side, ...], each a plain square.
+
+    >>> enlarge(np.arange(4), 4)
+    array([[0, 0, 1, 1],
+           [0, 0, 1, 1],
+           [2, 2, 3, 3],
+           [2, 2, 3, 3]])
+    """
+    grid = grid_of(len(cells_Nx))
+    index = np.arange(side) * grid // side
+    return cells_Nx.reshape(grid, grid, *cells_Nx.shape[1:])[index][:, index]
+
+
+def colours(rgb_Nx3: np.ndarray, side: int) -> Image.Image:
+    """A map of cell colours, 0..1, as a tile."""
+    return Image.fromarray(enlarge((np.clip(rgb_Nx3, 0, 1) * 255).round().astype(np.uint8), side))
+
+
+def mask(mask_N: np.ndarray, side: int, own: Colour = OWN, other: Colour = PARTNER) -> Image.Image:
+    """Which cell shows whom (True: the own image), with the lines of the grid where cells are wide enough for them."""
+    pixels = enlarge(np.where(mask_N[:, None], np.array(own, np.uint8), np.array(other, np.uint8)), side)
+    cell = side // grid_of(len(mask_N))
+    if cell >= 6:  # narrower cells would be more line than colour
+        pixels[cell::cell] = PAPER
+        pixels[:, cell::cell] = PAPER
+    return Image.fromarray(pixels)
+
+
+def legible(text: str) -> str:
+    """One line, in letters that the font has.
+
+    >>> legible("Café – Straße\\nün 猫")
+    'Cafe - Strasse un ?'
+    """
+    plain = unicodedata.normalize("NFKD", " ".join(text.split()).translate(SPELT))
+    kept = (c if " " <= c <= "~" or c in GLYPHS else "?" for c in plain if not unicodedata.combining(c))
+    return "".join(kept)
+
+
+def elide(text: str, width: float, face: ImageFont.FreeTypeFont) -> str:
+    """The text, or as much of its beginning as fits a width in pixels, with an ellipsis.
+
+    >>> elide("a dog on a beach", 60, font(12))
+    'a dog on…'
+    """
+    text = legible(text)
+    if face.getlength(text) <= width:
+        return text
+    low, high = 0, len(text)  # the longest beginning that fits, by bisection
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if face.getlength(text[:middle].rstrip() + "…") <= width else (low, middle - 1)
+    return text[:low].rstrip() + "…" if low else ""
+
+
+class Sheet:
+    """White paper with tiles and words; positions in pixels from the top left, words by their baseline."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.image = Image.new("RGB", (width, height), PAPER)
+        self.draw = ImageDraw.Draw(self.image)
+
+    def tile(self, x: int, y: int, tile: Image.Image) -> None:
+        """A tile in a hairline frame; the frame lies outside, all pixels of the tile stay visible."""
+        self.draw.rectangle((x - 1, y - 1, x + tile.width, y + tile.height), outline=FRAME)
+        self.image.paste(tile, (x, y))
+
+    def words(
+        self, x: float, y: float, text: str, *, size: int = 12, ink: Colour = INK, width: float = math.inf, anchor: str = "ls"
+    ) -> float:
+        """Words on the baseline y, elided to a width; returns the width that they take."""
+        text = elide(text, width, font(size))
+        self.draw.text((x, y), text, fill=ink, font=font(size), anchor=anchor)
+        return font(size).getlength(text)
+
+    def chip(self, x: int, y: int, colour: Colour, size: int = 8) -> None:
+        """A small square that says whose colour this is, standing on the baseline y."""
+        self.draw.rectangle((x, y - size, x + size - 1, y - 1), fill=colour)
+
+    def rule(self, left: int, right: int, y: int) -> None:
+        """A hairline."""
+        self.draw.line((left, y, right, y), fill=RULE)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a PNG whole or not at all. Raises UserError if the place cannot be written to."""
+        place = pathlib.Path(path)
+        unfinished = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+        try:
+            try:
+                self.image.save(unfinished, format="PNG")
+                os.replace(unfinished, place)
+            finally:
+                unfinished.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {place}: {error.strerror or error}; make room or choose another --workdir") from error

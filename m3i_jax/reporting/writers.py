@@ -1,0 +1,249 @@
+"""Where metrics go: a JSON line and a console line always, TensorBoard and Weights & Biases if asked. A sink that fails never stops
+training: what it lost is counted, told, and written by the others as `report/dropped/<sink>`. Only the first process of a run writes."""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import pathlib
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from m3i_jax import schema
+from m3i_jax.errors import UserError
+
+Values = dict[str, float]
+
+
+class Sink(Protocol):
+    """Takes the values of a step."""
+
+    def write(self, step: int, values: Values) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """metrics.jsonl: one JSON object a line, `step` first. JSON has no numbers that are not finite: they become the texts "nan", "inf" and
+    "-inf", which `float` reads back.
+
+    >>> import tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
+    >>> JsonLines(path).write(7, {"loss": 1.5, "grad_norm": math.inf, "samples_seen": 448})
+    >>> path.read_text()
+    '{"step": 7, "loss": 1.5, "grad_norm": "inf", "samples_seen": 448}\\n'
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (kept open for the run)
+
+    def write(self, step: int, values: Values) -> None:
+        self._file.write(json.dumps({"step": int(step)} | {k: _plain(v) for k, v in values.items()}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _plain(value: Any) -> int | float | str:
+    """A number as Python's own, whatever library it comes from."""
+    if isinstance(value, int):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else str(number)
+
+
+class Console:
+    """One readable line a step: progress, losses, balance, speed, time left.
+
+    Args:
+      total: steps of the run.
+      images: images a step.
+      say: prints a line.
+    """
+
+    def __init__(self, total: int, images: int, say: Callable[[str], None]):
+        self._total, self._images, self._say = total, images, say
+
+    def write(self, step: int, values: Values) -> None:
+        if evaluation := {k.removeprefix("eval/"): v for k, v in values.items() if k.startswith("eval/")}:
+            self._say(f"{self._place(step)}  evaluation  " + "  ".join(f"{k} {v:.4f}" for k, v in evaluation.items()))
+        if "loss" not in values:
+            return
+        shown = [
+            ("loss", "loss", ".4f"),
+            ("ssp", "loss/ssp", ".4f"),
+            ("sp", "loss/sp", ".4f"),
+            ("lambda", "balance/lambda", ".3g"),
+            ("rank", "collapse/effective_rank", ".1f"),
+            ("img/s", "perf/images_per_sec", ",.1f"),
+            ("wait", "perf/input_wait", ".0%"),
+        ]
+        line = "  ".join(f"{name} {values[key]:{form}}" for name, key, form in shown if key in values)
+        rate = values.get("perf/images_per_sec", 0.0)
+        left = f"  left {duration((self._total - step) * self._images / rate)}" if rate else ""
+        self._say(f"{self._place(step)}  {line}{left}")
+
+    def _place(self, step: int) -> str:
+        return f"{step:>{len(str(self._total))}}/{self._total} {step / max(self._total, 1):4.0%}"
+
+    def close(self) -> None:
+        pass
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a person.
+
+    >>> duration(59), duration(3700), duration(200_000)
+    ('59s', '1h01m', '2d07h')
+    """
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02d}s"
+    return f"{s // 3600}h{s % 3600 // 60:02d}m" if s < 86400 else f"{s // 86400}d{s % 86400 // 3600:02d}h"
+
+
+class _TensorBoard:
+    def __init__(self, directory: pathlib.Path, resume_at: int):
+        writer = need("tensorboardX", "report.tensorboard", "tensorboard").SummaryWriter
+        self._writer = writer(str(directory), purge_step=resume_at + 1)  # hides what a run that was cut off had written after this step
+
+    def write(self, step: int, values: Values) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, project: str, directory: pathlib.Path, config: dict[str, Any]):
+        wandb = need("wandb", "report.wandb", "wandb")
+        # One run a working directory, so that a resumed run goes on in the same place; its name alone may be that of another run.
+        place = directory / "wandb.id"
+        if not place.is_file():
+            place.write_text(f"{directory.absolute().name[:40]}-{secrets.token_hex(4)}\n", encoding="utf-8")
+        identity = place.read_text(encoding="utf-8").strip()
+        self._run = wandb.init(project=project, dir=str(directory), id=identity, name=identity, resume="allow", config=config)
+
+    def write(self, step: int, values: Values) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def need(module: str, key: str, extra: str) -> Any:
+    """An optional package, imported where it is used.
+
+    >>> need("no_such_package", "report.wandb", "wandb")
+    Traceback (most recent call last):
+    m3i_jax.errors.UserError: config.report.wandb: needs the package no_such_package; pip install 'm3i-jax[wandb]', or leave the key unset
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"config.{key}: needs the package {module}; pip install 'm3i-jax[{extra}]', or leave the key unset") from error
+
+
+def resume(path: pathlib.Path, step: int) -> int:
+    """Cut a log back to the lines up to `step`, whole or not at all, since a resumed run writes the others again. A torn line goes too.
+
+    Returns: how many lines were cut. Raises UserError if the place cannot be written to.
+
+    >>> import tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
+    >>> _ = path.write_text('{"step": 1}\\n{"step": 2}\\n{"step": 3}\\n{"ste')
+    >>> resume(path, 2), path.read_text()
+    (2, '{"step": 1}\\n{"step": 2}\\n')
+    """
+    if not path.is_file():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
+    if len(kept) < len(lines):
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            try:
+                with open(unfinished, "wb") as file:
+                    file.writelines(kept)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(unfinished, path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}; make room or choose another --workdir") from error
+    return len(lines) - len(kept)
+
+
+def _step(line: bytes) -> float:
+    """The step of a line; later than any if there is none to read."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class Writers:
+    """All sinks of a run. `write` never raises; `dropped` counts what a failing sink lost."""
+
+    def __init__(self, sinks: dict[str, Sink], say: Callable[[str], None]):
+        self._sinks, self.say, self.dropped = sinks, say, dict.fromkeys(sinks, 0)
+
+    def write(self, step: int, values: Values) -> None:
+        losses = {f"report/dropped/{name}": lost for name, lost in self.dropped.items() if lost}
+        for name, sink in self._sinks.items():
+            try:
+                sink.write(step, values | losses)
+            except Exception as error:  # whatever a disk or a network does, training goes on
+                self.dropped[name] += 1
+                if self.dropped[name] in (1, 10, 100, 1000):
+                    self.say(f"warning: {name} lost {self.dropped[name]} line(s): {type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        for sink in self._sinks.values():
+            try:
+                sink.close()
+            except Exception as error:  # closing is the last chance to fail, not a reason to
+                self.say(f"warning: {type(sink).__name__} did not close: {error}")
+
+
+def say(text: str) -> None:
+    """A line on the console with the time; a closed console is no reason to stop."""
+    try:
+        print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
+
+
+def open_writers(config: schema.Config, workdir: pathlib.Path, *, resume_at: int, total: int, main: bool = True) -> Writers:
+    """The sinks of a run.
+
+    Args:
+      config: `report` and `train.batch_size` are read.
+      workdir: where files go.
+      resume_at: step that the run goes on from; later lines of an old log are cut.
+      total: steps of the run.
+      main: whether this is the process that writes.
+
+    Raises:
+      UserError: an optional package is missing; names the extra.
+    """
+    if not main:
+        return Writers({}, lambda text: None)
+    log = workdir / "metrics.jsonl"
+    if cut := resume(log, resume_at):
+        say(f"{log.name}: {cut:,} lines after step {resume_at:,} cut, they will be written again")
+    sinks: dict[str, Sink] = {"metrics.jsonl": JsonLines(log), "console": Console(total, config.train.batch_size, say)}
+    if config.report.tensorboard:
+        sinks["tensorboard"] = _TensorBoard(workdir, resume_at)
+    if config.report.wandb:
+        sinks["wandb"] = _Wandb(config.report.wandb, workdir, dataclasses.asdict(config))
+    return Writers(sinks, say)
