@@ -1,0 +1,7 @@
+"""Devices as a mesh with axes (replica, fsdp, tensor), rules from parameter paths to shardings, and the way of a host's rows to one global
+array. Knows neither models nor training: it speaks of trees and names."""
+
+from m3i_jax.parallel.mesh import AXES, DATA, data_sharding, hint, make_mesh, replicated, to_global
+from m3i_jax.parallel.rules import RULES, shardings
+
+__all__ = ["AXES", "DATA", "RULES", "data_sharding", "hint", "make_mesh", "replicated", "shardings", "to_global"]

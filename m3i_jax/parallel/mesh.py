@@ -1,0 +1,59 @@
+"""The mesh, the sharding of data and the one sharding constraint of the project."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from m3i_jax.errors import UserError
+
+AXES = ("replica", "fsdp", "tensor")
+DATA = ("replica", "fsdp")  # the leading axis of a batch is split over both
+
+
+def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of (replica, fsdp, tensor) devices; one number may be -1, the rest of the devices.
+
+    Axis types are stated: jax.make_mesh would default to Explicit, under which sharding constraints become assertions.
+
+    Raises:
+      UserError: if the numbers do not multiply to the number of devices.
+
+    >>> dict(make_mesh((-1, 1, 1), jax.devices()[:1]).shape)
+    {'replica': 1, 'fsdp': 1, 'tensor': 1}
+    """
+    devices = list(devices or jax.devices())
+    fixed = math.prod(n for n in shape if n != -1)
+    sizes = tuple(len(devices) // fixed if n == -1 else n for n in shape)
+    if math.prod(sizes) != len(devices):
+        raise UserError(
+            f"config.parallel.mesh: {tuple(shape)} does not multiply to the {len(devices)} devices of this run; "
+            "use (-1,1,1) for all of them as replicas"
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def data_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows split over all data axes."""
+    return NamedSharding(mesh, PartitionSpec(DATA))
+
+
+def hint(x: jax.Array, *axes: Any) -> jax.Array:
+    """Ask for a sharding inside a jitted function; does nothing outside a mesh (jax.set_mesh), so models run anywhere."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(DATA) <= set(mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """The rows of this host as its part of global arrays [B, ...], split over the data axes."""
+    sharding = data_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

@@ -1,0 +1,85 @@
+"""Checkpoints: the only place that knows Orbax. A checkpoint is the state (params, optimizer with target and balance statistics) and a
+small JSON with the data position. Where a run starts, in this order:
+
+    1. the newest complete step under <workdir>/checkpoints
+    2. else the initial parameters of the configuration
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from m3i_jax.errors import UserError
+from m3i_jax.parallel.rules import path_of
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      directory: <workdir>/checkpoints, made if absent.
+      keep: how many are kept.
+    """
+
+    def __init__(self, directory: pathlib.Path, keep: int):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_names=("state", "position"))
+
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
+        """Copies the state to the host and returns; the write goes on behind. A step that is already there is not written again."""
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)), force=True
+        )
+
+    def position(self, step: int) -> dict[str, Any]:
+        """The JSON saved beside a state."""
+        return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
+
+    def restore(self, step: int, template: Any, shardings: Any) -> Any:
+        """The state of a step, laid out as this run wants it, on any number of devices.
+
+        Args:
+          step: a complete step.
+          template: tree of jax.ShapeDtypeStruct.
+          shardings: tree of shardings of the same structure.
+
+        Raises:
+          UserError: if the layout of the saved state is another one.
+        """
+        abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), template, shardings)
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+        except (ValueError, KeyError, TypeError) as error:
+            reason = self._difference(step, template) or " ".join(str(error).split())[:400]
+            raise UserError(
+                f"checkpoint {step}: does not fit this configuration ({reason}); use another --workdir or the configuration of that run"
+            ) from error
+
+    def _difference(self, step: int, template: Any) -> str:
+        """The first arrays whose shape is another one in the saved state, by path."""
+        saved = self._manager.item_metadata(step)["state"]
+        if saved is None:
+            return ""
+        there, here = (
+            {path_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+            for tree in (getattr(saved, "tree", saved), template)
+        )
+        paths = [path for path in {**here, **there} if here.get(path) != there.get(path)]
+        paths.sort(key=lambda path: path.startswith("opt/"))  # moments and target only repeat what the parameters say
+        told = [f"{path} is {there.get(path, 'absent')} there, {here.get(path, 'absent')} here" for path in paths[:3]]
+        return ", ".join(told) + (f", and {len(paths) - 3} more" if len(paths) > 3 else "")
+
+    def wait(self) -> None:
+        """Until every save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()

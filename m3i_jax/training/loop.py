@@ -1,0 +1,183 @@
+"""The law of order of a run. At every step, and in this order:
+
+    evaluate -> save -> draw data -> dispatch -> fetch the previous metrics -> write -> poll preemption
+
+Evaluators see the state that is saved, the saved position is that of the first sample not yet drawn, and the device works while the host
+fetches, writes and draws. Nothing is jitted here.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from m3i_jax import parallel
+from m3i_jax.objective import regularize
+from m3i_jax.training.checkpoint import Checkpoints
+from m3i_jax.training.state import State
+from m3i_jax.training.step import MOMENT
+from m3i_jax.training.trainer import Trainer
+
+DONE, FAILED, PREEMPTED = 0, 1, 42
+MOST_NOT_FINITE = 3  # in a row
+
+Poll = Callable[[], None]
+Evaluator = Callable[[State, Poll], Iterator[tuple[str, float]]]
+
+
+class Preempted(Exception):
+    """Raised by a poll inside an evaluator, so that a long evaluation does not eat the notice."""
+
+
+class Preemption:
+    """Turns SIGTERM and SIGINT into a flag that the loop polls; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Preemption":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: object) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def poll(self) -> None:
+        if self.asked:
+            raise Preempted
+
+
+@dataclasses.dataclass(kw_only=True)
+class Outside:
+    """What the loop talks to; made by the mode, so that the loop imports no sink, no evaluator and no picture."""
+
+    data: Any  # iterator of host batches, with `.skipped` counts
+    checkpoints: Checkpoints
+    write: Callable[[int, dict[str, float]], None]
+    say: Callable[[str], None]
+    panel: Callable[[int, State, dict[str, Any]], None]
+    evaluators: list[Evaluator]
+    position: Callable[[int], dict[str, Any]]  # samples seen -> what is saved beside the state
+    evaluated: frozenset[int] = frozenset()  # steps whose evaluation a resumed log already has
+
+
+class Clock:
+    """Seconds of training since the last reading, and how many of them went into waiting for data. Evaluation and panels do not count."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.start, self.waited, self.steps = time.monotonic(), 0.0, 0
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        before = time.monotonic()
+        yield
+        self.start += time.monotonic() - before
+
+    def read(self, batch: int) -> dict[str, float]:
+        seconds, steps = time.monotonic() - self.start, max(self.steps, 1)
+        out = {
+            "perf/images_per_sec": batch * self.steps / seconds,
+            "perf/step_seconds": seconds / steps,
+            "perf/input_wait": self.waited / seconds,
+        }
+        self.reset()
+        return out
+
+
+class _Log:
+    """Metrics one step behind, so that fetching them never stalls the device."""
+
+    def __init__(self, trainer: Trainer, outside: Outside):
+        self.trainer, self.outside, self.clock, self.bad = trainer, outside, Clock(), 0
+        self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
+
+    def push(self, step: int, samples_seen: int, metrics: dict[str, jax.Array]) -> None:
+        self.flush()
+        self._pending = step, samples_seen, metrics
+
+    def flush(self) -> None:
+        """Fetch what is pending; write it if it is its turn."""
+        if self._pending is None:
+            return
+        (step, samples_seen, metrics), self._pending = self._pending, None
+        trainer, config = self.trainer, self.trainer.config
+        moment = metrics.pop(MOMENT, None)
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        self.bad = self.bad + 1 if values["skipped/not_finite"] else 0
+        if step % config.train.log_every == 0 or step in (1, trainer.length.steps) or self.bad:
+            values |= {"samples_seen": samples_seen, "lr": float(trainer.learning_rate(step - 1)), "ema": trainer.momentum(step)}
+            if moment is not None:
+                values["collapse/effective_rank"] = float(regularize.effective_rank(jax.device_get(moment)))
+            values |= self.clock.read(config.train.batch_size)
+            values |= {f"data/skipped/{reason}": count for reason, count in self.outside.data.skipped.items() if count}
+            self.outside.write(step, values)
+
+
+def run(trainer: Trainer, state: State, *, samples_seen: int, outside: Outside) -> tuple[int, State]:
+    """Train from `state` to the end, or to a preemption notice.
+
+    Returns:
+      (exit code, final state): 0 done, 42 preempted and saved, 1 after three steps in a row that were not finite.
+    """
+    config, total, log = trainer.config, trainer.length.steps, _Log(trainer, outside)
+    train, first = config.train, int(state.step)
+    with Preemption() as notice:
+        try:
+            for step in range(first, total + 1):
+                evaluate = (step in (0, total) or bool(train.eval_every and step % train.eval_every == 0)) and step not in outside.evaluated
+                save = step > first and (step == total or step % train.save_every == 0)
+                if evaluate or save:  # what is saved or evaluated has its line in the log first
+                    log.flush()
+                if log.bad >= MOST_NOT_FINITE:
+                    outside.say(
+                        f"stopped at step {step}: {log.bad} steps in a row were not finite; no checkpoint has any of their updates"
+                    )
+                    return FAILED, state
+                if evaluate:
+                    with log.clock.stopped():
+                        _evaluate(state, step, outside, notice)
+                if save:
+                    outside.checkpoints.save(step, state, outside.position(samples_seen))
+                if step == total:
+                    break
+                before = time.monotonic()
+                host = next(outside.data)
+                log.clock.waited += time.monotonic() - before
+                if train.panel_every and step % train.panel_every == 0:
+                    with log.clock.stopped():
+                        outside.panel(step, state, host)
+                state, metrics = trainer.step(state, parallel.to_global(trainer.mesh, host))
+                samples_seen += train.batch_size
+                log.clock.steps += 1
+                log.push(step + 1, samples_seen, metrics)
+                notice.poll()
+        except Preempted:
+            log.flush()
+            outside.checkpoints.save(int(state.step), state, outside.position(samples_seen))
+            outside.checkpoints.wait()
+            outside.say(f"preempted: saved step {int(state.step)}; run the same command again to go on")
+            return PREEMPTED, state
+    outside.checkpoints.wait()
+    return DONE, state
+
+
+def _evaluate(state: State, step: int, outside: Outside, notice: Preemption) -> None:
+    values = {name: value for evaluator in outside.evaluators for name, value in evaluator(state, notice.poll)}
+    if values:
+        outside.write(step, values)

@@ -1,0 +1,82 @@
+"""The optimizer as one named chain: balance -> clip -> adamw -> bounds -> target. Each link owns its statistics, so the state of a run has
+readable keys and everything that must survive a restart is in it."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from m3i_jax import schema
+from m3i_jax.objective import balance, target
+from m3i_jax.parallel.rules import path_of
+
+# Never decayed, whatever their rank: tokens, position tables, norms, biases and the logit scale (SiameseIM decays the rank-3 tokens;
+# BEiT and MAE's fine-tuning do not).
+_NO_DECAY = re.compile(r"(^|/)(bias|scale|cls_token|mask_token|positions|logit_scale)$|(^|/)\w*_bias$")
+LOGIT_SCALE_LIMITS = (0.0, 4.605170185988092)  # ln 1 .. ln 100
+
+
+def decayed(params: Any, *, freeze_patch_embed: bool = False) -> Any:
+    """A tree of booleans: which parameters AdamW decays. Stacked blocks carry a leading layer axis, so names decide, not ranks."""
+
+    def one(path: tuple[Any, ...], leaf: Any) -> bool:
+        name = path_of(path)
+        return not _NO_DECAY.search(name) and not (freeze_patch_embed and name.startswith("encoder/patch_embed/"))
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def learning_rate(optim: schema.Optim, *, steps: int, warmup: int) -> Callable[[Any], Any]:
+    """Linear warm-up, then a cosine from `lr` to `min_lr`, as a function of the step (M3I Table 7).
+
+    >>> rate = learning_rate(schema.Optim(lr=1.0), steps=100, warmup=10)
+    >>> [round(float(rate(k)), 4) for k in (0, 5, 10, 55, 100)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+
+    def rate(step: Any) -> Any:
+        step = jnp.asarray(step, jnp.float32)
+        share = jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        cosine = optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + jnp.cos(jnp.pi * share))
+        return jnp.where(step < warmup, optim.lr * step / max(warmup, 1), cosine)
+
+    return rate
+
+
+def momentum(optim: schema.Optim, *, steps: int) -> Callable[[int], float]:
+    """Momentum of the EMA target at a step, as a plain number for the log."""
+    schedule = target.cosine_momentum(optim.ema, steps)
+    return lambda step: float(schedule(step))
+
+
+def keep_within(name: str, low: float, high: float) -> optax.GradientTransformation:
+    """Shortens the update of one top-level parameter so that it ends inside [low, high]: a clamp after every step."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if name in updates:
+            old = params[name]
+            updates = {**updates, name: jnp.clip(old + updates[name], low, high) - old}
+        return updates, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def build(config: schema.Config, *, steps: int, warmup: int) -> optax.GradientTransformationExtraArgs:
+    """The chain for a run of `steps` optimizer steps. `update` takes `feature_grad_norms=(ssp, sp)`, the norms of Eq. 13."""
+    o = config.optim
+    freeze = config.model.encoder.freeze_patch_embed
+    adamw = optax.chain(
+        optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps),
+        optax.add_decayed_weights(o.weight_decay, mask=lambda params: decayed(params, freeze_patch_embed=freeze)),
+        optax.scale_by_learning_rate(learning_rate(o, steps=steps, warmup=warmup)),
+    )
+    return optax.named_chain(
+        ("balance", balance.track_balance(config.objective.balance_decay)),
+        ("clip", optax.clip_by_global_norm(o.clip) if o.clip else optax.identity()),
+        ("adamw", adamw),
+        ("bounds", keep_within("logit_scale", *LOGIT_SCALE_LIMITS)),
+        ("target", target.track_target(target.cosine_momentum(o.ema, steps), lambda params: params["encoder"])),
+    )

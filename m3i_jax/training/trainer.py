@@ -1,0 +1,128 @@
+"""What a run is made of before its first step: shapes, shardings, the initial state and the compiled functions."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from m3i_jax import parallel, schema
+from m3i_jax.errors import UserError
+from m3i_jax.models import m3i
+from m3i_jax.objective import methods
+from m3i_jax.training import optimizer, state, step
+from m3i_jax.training.terms import Plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Length:
+    """The length of a run in optimizer steps. The last partial batch of an epoch is dropped."""
+
+    steps_per_epoch: int
+    steps: int
+    warmup: int
+
+
+def length(config: schema.Config) -> Length:
+    """Steps of a run, defined here and nowhere else.
+
+    Raises:
+      UserError: if an epoch has no full batch.
+
+    >>> length(schema.Config(data=schema.Data(size=1_281_167)))
+    Length(steps_per_epoch=312, steps=499200, warmup=12480)
+    """
+    size, batch, t, o = config.data.size, config.train.batch_size, config.train, config.optim
+    per_epoch = size // batch
+    if not per_epoch and not (t.steps and o.warmup_steps >= 0):
+        raise UserError(f"config.train.batch_size: {batch} is more than the {size} training pictures; set it to at most {size - size % 2}")
+    steps = t.steps or max(1, int(t.epochs * per_epoch))
+    warmup = o.warmup_steps if o.warmup_steps >= 0 else round(o.warmup_epochs * per_epoch)
+    if warmup > steps:
+        if o.warmup_steps >= 0:
+            raise UserError(f"config.optim.warmup_steps: {warmup} is more than the run's {steps} steps; lower it")
+        raise UserError(
+            f"config.optim.warmup_epochs: {o.warmup_epochs!r} are {warmup} steps, more than the run's {steps}; lower it or set warmup_steps"
+        )
+    return Length(steps_per_epoch=per_epoch, steps=steps, warmup=warmup)
+
+
+def plan(config: schema.Config) -> Plan:
+    """The terms of a completed configuration (data.classes and data.captions known)."""
+    try:
+        terms = methods.select(
+            config.objective.form,
+            categories=config.data.classes > 0,
+            captions=config.data.captions == "yes",
+            intra_positions=config.objective.intra_positions,
+        )
+    except KeyError:
+        raise UserError(f"config.objective.form: {config.objective.form!r} is none of {', '.join(methods.FORMS)}") from None
+    except ValueError as error:
+        raise UserError(f"config.objective.form: {error}; choose another form or a source with categories or captions") from None
+    return Plan(config, terms)
+
+
+class Trainer:
+    """Compiled functions and layouts of a run.
+
+    Args:
+      config: completed settings (data.classes, data.captions, data.size known).
+      mesh: devices.
+      vocabulary: entries of the tokenizer, 0 without captions.
+    """
+
+    def __init__(self, config: schema.Config, mesh: jax.sharding.Mesh, vocabulary: int):
+        self.config, self.mesh, self.plan, self.length = config, mesh, plan(config), length(config)
+        self.tx = optimizer.build(config, steps=self.length.steps, warmup=self.length.warmup)
+        self.momentum = optimizer.momentum(config.optim, steps=self.length.steps)
+        self.learning_rate = optimizer.learning_rate(config.optim, steps=self.length.steps, warmup=self.length.warmup)
+        uses = {t.target.of for t in self.plan.terms}
+        make = functools.partial(
+            m3i.init, config, classes=config.data.classes if "category" in uses else 0, vocabulary=vocabulary if "text" in uses else 0
+        )
+        self._create = lambda: state.create(make(jax.random.key(config.seed)), self.tx)
+        self.template = jax.eval_shape(self._create)
+        self.shardings = parallel.shardings(mesh, self.template)
+        whole = parallel.replicated(mesh)
+        self._step = jax.jit(
+            functools.partial(step.train_step, self.plan, self.tx),
+            in_shardings=(self.shardings, parallel.data_sharding(mesh)),
+            out_shardings=(self.shardings, whole),
+            donate_argnums=0,
+        )
+        self._look = jax.jit(functools.partial(step.look_inside, self.plan), out_shardings=whole)
+
+    def init(self) -> state.State:
+        """The state at step 0, made where it will live: no device ever holds more than its share."""
+        return jax.jit(self._create, out_shardings=self.shardings)()
+
+    def step(self, current: state.State, batch: dict[str, jax.Array]) -> tuple[state.State, dict[str, jax.Array]]:
+        """One step; `current` is donated. Returns at once, the device works on."""
+        with jax.set_mesh(self.mesh):
+            return self._step(current, batch)
+
+    def lower(self, batch: dict[str, jax.ShapeDtypeStruct]) -> Any:
+        """The lowered step for counting and ahead-of-time compilation."""
+        with jax.set_mesh(self.mesh):
+            return self._step.lower(self.template, batch)
+
+    def look_inside(self, current: state.State, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        """Arrays for a panel of a few rows."""
+        return self._look(current, batch)
+
+    def trace(self, current: state.State, batch: dict[str, Any]) -> Any:
+        """The step untransformed, for tracing."""
+        return step.train_step(self.plan, self.tx, current, batch)
+
+
+def abstract_batch(config: schema.Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of one global batch of a completed configuration."""
+    b, s, n = config.train.batch_size, config.data.image_size, config.tokens
+    shapes = {
+        "views": ((b, 2, s, s, 3), "uint8"), "box": ((b, 2, 4), "float32"), "flip": ((b, 2), "bool"), "mask": ((b, n), "bool"),
+        "label": ((b,), "int32"), "position": ((b, 2), "uint32"),
+    }  # fmt: skip
+    if config.data.captions == "yes":
+        shapes |= {"tokens": ((b, config.data.caption_length), "int32"), "length": ((b,), "int32")}
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}

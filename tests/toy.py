@@ -1,0 +1,48 @@
+"""Tiny settings, batches and sources that the tests share."""
+
+import numpy as np
+
+from m3i_jax import config as configuration
+from m3i_jax import schema
+from m3i_jax.objective import masks
+
+COLORLESS = {"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": (0.0, 0.0), "solarize_p": (0.0, 0.0)}
+CLASSES, VOCABULARY, CAPTION = 5, 300, 8
+
+
+def settings(**changes: object) -> schema.Config:
+    """A complete configuration of a network of two blocks on 16 cells; `changes` are dotted keys with __ for the dot."""
+    config = configuration.default()
+    config.model.update({
+        "encoder": {"patch_size": 8, "width": 32, "depth": 2, "heads": 2, "drop_path": 0.1},
+        "decoder": {"width": 32, "depth": 2, "heads": 2}, "pool": {"width": 24, "heads": 2},
+        "text": {"width": 32, "depth": 1, "heads": 2, "embed": 16}, "dtype": "float32",
+    })  # fmt: skip
+    config.data.update(
+        {"image_size": 32, "classes": CLASSES, "captions": "yes", "caption_length": CAPTION, "size": 800, "vocabulary_size": VOCABULARY}
+    )
+    config.train.update({"batch_size": 16, "steps": 20, "log_every": 1})
+    config.optim.update({"warmup_steps": 2, "ema": 0.9})
+    config.data.augment.update(COLORLESS)  # colour is compiled in where a test asks for it
+    configuration.override(config, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
+    return configuration.resolve(config)
+
+
+def batch(config: schema.Config, seed: int = 0) -> dict[str, np.ndarray]:
+    """A random batch; row 1 has no category, row 2 no caption, row 4 neither."""
+    r, b, side = np.random.default_rng(seed), config.train.batch_size, config.data.image_size
+    box = np.concatenate([r.uniform(0, 20, (b, 2, 2)), r.uniform(20, 80, (b, 2, 2))], -1).astype(np.float32)
+    out = {
+        "views": r.integers(0, 256, (b, 2, side, side, 3)).astype(np.uint8),
+        "box": box,
+        "flip": r.random((b, 2)) < 0.5,
+        "mask": masks.blockwise(seed, 0, b, grid=config.grid, hidden=config.hidden),
+        "label": r.integers(0, CLASSES, b).astype(np.int32),
+        "position": np.stack([np.zeros(b), np.arange(b) + seed * b], -1).astype(np.uint32),
+    }
+    out["label"][[1, 4]] = -1
+    if config.data.captions == "yes":
+        out["tokens"] = r.integers(3, VOCABULARY, (b, CAPTION)).astype(np.int32)
+        out["length"] = r.integers(3, CAPTION + 1, b).astype(np.int32)
+        out["length"][[2, 4]] = 0
+    return out

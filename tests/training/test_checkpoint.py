@@ -1,0 +1,179 @@
+"""Checkpoints: every bit comes back, on any mesh; only whole ones count; the newest are kept; one that does not fit says where."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from m3i_jax import parallel
+from m3i_jax.errors import UserError
+from m3i_jax.training import optimizer, state
+from m3i_jax.training.checkpoint import Checkpoints
+from tests import toy
+
+POSITION = {"samples_seen": 112, "fingerprint": "0123456789abcdef"}
+
+
+def make(width: int = 128) -> state.State:
+    """A state after one update, so that moments, target and statistics are not their initial values; its kernels are large enough to be
+    split over devices."""
+    r = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(r.normal(size=shape), jnp.float32)  # noqa: E731
+    params = {
+        "encoder": {"blocks": {"fc1": {"kernel": draw(2, width, width), "bias": draw(2, width)}}},
+        "decoder": {"head": {"kernel": draw(width, 8)}, "mask_token": draw(1, 1, 8).at[0, 0, 0].set(jnp.nan)},  # a NaN has bits too
+        "logit_scale": jnp.float32(1.3),
+    }
+    tx = optimizer.build(toy.settings(optim__clip=0.0, optim__ema=0.5), steps=20, warmup=0)
+    updates, opt = tx.update(jax.tree.map(jnp.sin, params), tx.init(params), params, feature_grad_norms=(2.0, 3.0))
+    return state.State(step=jnp.int32(7), params=optax.apply_updates(params, updates), opt=opt)
+
+
+@pytest.fixture(scope="module")
+def whole() -> state.State:
+    return jax.jit(make)()
+
+
+def laid_out(tree, mesh: jax.sharding.Mesh):
+    return jax.device_put(tree, parallel.shardings(mesh, tree))
+
+
+def template(width: int = 128) -> state.State:
+    return jax.eval_shape(lambda: make(width))
+
+
+def bits(tree) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.fixture
+def open_at() -> Iterator:
+    opened = []
+
+    def call(directory: pathlib.Path, keep: int = 2) -> Checkpoints:
+        opened.append(Checkpoints(directory, keep))
+        return opened[-1]
+
+    yield call
+    for one in opened:
+        one.close()
+
+
+def saved(directory: pathlib.Path, tree, *steps: int, keep: int = 2) -> None:
+    """A finished process that saved at these steps."""
+    one = Checkpoints(directory, keep)
+    for step in steps:
+        one.save(step, tree, POSITION | {"samples_seen": 16 * step})
+    one.wait()
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def eight(whole: state.State, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A checkpoint at step 7 of a run whose parameters were split over eight devices."""
+    directory = tmp_path_factory.mktemp("eight") / "checkpoints"
+    saved(directory, laid_out(whole, parallel.make_mesh((1, 8, 1))), 7)
+    return directory
+
+
+@pytest.mark.parametrize(("shape", "devices", "parts"), [((1, 8, 1), 8, 8), ((1, 1, 1), 1, 1), ((2, 2, 2), 8, 4)])
+def test_every_bit_comes_back_on_any_mesh(eight: pathlib.Path, whole: state.State, open_at, shape, devices: int, parts: int) -> None:
+    mesh = parallel.make_mesh(shape, jax.devices()[:devices])
+    shardings = parallel.shardings(mesh, template())
+    got = open_at(eight).restore(7, template(), shardings)
+    assert jax.tree.structure(got) == jax.tree.structure(whole)  # named tuples of the optimizer included
+    assert bits(got) == bits(whole)
+    for leaf, sharding in zip(jax.tree.leaves(got), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    moment = got.opt["adamw"][0].nu["encoder"]["blocks"]["fc1"]["kernel"]
+    assert moment.addressable_shards[0].data.size * parts == moment.size
+    assert float(got.opt["balance"].sp) == 3.0 and int(got.opt["target"].count) == 1
+    target = got.opt["target"].params["blocks"]["fc1"]["kernel"]
+    assert not np.array_equal(target, got.params["encoder"]["blocks"]["fc1"]["kernel"])
+
+
+def test_the_position_is_json_beside_the_state(eight: pathlib.Path, open_at) -> None:
+    assert open_at(eight).position(7) == POSITION
+    (file,) = (path for path in (eight / "7" / "position").iterdir() if path.name == "metadata")
+    assert json.loads(file.read_text()) == POSITION
+
+
+def test_a_new_directory_has_no_checkpoint(tmp_path: pathlib.Path, open_at) -> None:
+    assert open_at(tmp_path / "deep" / "checkpoints").latest() is None
+
+
+def test_the_newest_are_kept(tmp_path: pathlib.Path, open_at) -> None:
+    saved(tmp_path, {"x": jnp.arange(3)}, 2, 4, 6, 7, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["6", "7"]
+    one = open_at(tmp_path)
+    assert one.latest() == 7 and one.position(6)["samples_seen"] == 96
+
+
+def test_a_step_that_is_there_is_not_written_again(tmp_path: pathlib.Path, open_at) -> None:
+    saved(tmp_path, {"x": jnp.arange(3)}, 2, 4)
+    one = open_at(tmp_path)
+    one.save(4, {"x": jnp.arange(3) + 1}, {"samples_seen": 0})
+    one.wait()
+    assert one.position(4)["samples_seen"] == 64
+    wanted = jax.eval_shape(lambda: {"x": jnp.arange(3)})
+    got = one.restore(4, wanted, parallel.shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), wanted))
+    assert got["x"].tolist() == [0, 1, 2]
+
+
+def test_the_state_may_be_donated_while_it_is_written(tmp_path: pathlib.Path, open_at) -> None:
+    one, tree = open_at(tmp_path), {"x": jnp.arange(2.0**20)}
+    before = bits(tree)
+    one.save(1, tree, POSITION)
+    jax.block_until_ready(jax.jit(lambda t: {"x": t["x"] * 0 - 1}, donate_argnums=0)(tree))
+    one.wait()
+    wanted = {"x": jax.ShapeDtypeStruct((2**20,), jnp.float32)}
+    got = one.restore(1, wanted, parallel.shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), wanted))
+    assert bits(got) == before
+
+
+def test_what_a_killed_save_leaves_is_not_a_checkpoint(eight: pathlib.Path, tmp_path: pathlib.Path, open_at) -> None:
+    shutil.copytree(eight, tmp_path / "checkpoints")
+    torn = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp-1700000000"
+    shutil.copytree(eight / "7", torn)
+    (torn / "state" / "_METADATA").write_text("{")
+    one = open_at(tmp_path / "checkpoints")
+    assert one.latest() == 7 and one.position(7) == POSITION
+    one.save(9, {"x": jnp.arange(3)}, POSITION)
+    one.wait()
+    assert one.latest() == 9 and (tmp_path / "checkpoints" / "9").is_dir()
+
+
+def changed(kind: str) -> state.State:
+    """A template that the saved state does not fit."""
+    usual = template()
+    if kind == "width":
+        return template(64)
+    if kind == "a head more":
+        return usual.replace(params={**usual.params, "category": {"kernel": jax.ShapeDtypeStruct((24, 5), jnp.float32)}})
+    less = lambda tree: {k: v for k, v in tree.items() if k != "logit_scale"}  # noqa: E731
+    adam, *others = usual.opt["adamw"]
+    opt = {**usual.opt, "adamw": (adam._replace(mu=less(adam.mu), nu=less(adam.nu)), *others)}
+    return usual.replace(params=less(usual.params), opt=opt)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("width", "params/encoder/blocks/fc1/kernel is (2, 128, 128) there, (2, 64, 64) here"),
+        ("a head more", "params/category/kernel is absent there, (24, 5) here"),
+        ("a head less", "(params/logit_scale is () there, absent here, opt/adamw"),  # what the moments repeat comes last
+    ],
+)
+def test_another_layout_is_refused_with_the_place(eight: pathlib.Path, open_at, kind: str, words: str) -> None:
+    wanted = changed(kind)
+    with pytest.raises(UserError) as error:
+        open_at(eight).restore(7, wanted, parallel.shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), wanted))
+    text = str(error.value)
+    assert text.startswith("checkpoint 7: ") and words in text and "--workdir" in text, text
+    assert "\n" not in text and len(text) < 400

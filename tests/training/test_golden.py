@@ -1,0 +1,70 @@
+"""The metrics of one step of every shipped configuration, at toy size, through its real source and pipeline.
+
+If this fails and you meant to change what a step computes, print the new values with
+    python -m pytest tests/training/test_golden.py --golden
+say in the commit why they moved, and put them here. If you did not mean to, something moved that should not have.
+"""
+
+import pathlib
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from m3i_jax import config as configuration
+from m3i_jax import parallel
+from m3i_jax.modes import job as jobs
+from m3i_jax.training.trainer import Trainer
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+SMALL = {
+    "data.image_size": "32", "train.batch_size": "8", "train.steps": "4", "optim.warmup_steps": "1", "data.caption_length": "8",
+    "model.encoder.patch_size": "8", "model.encoder.width": "32", "model.encoder.depth": "2", "model.encoder.heads": "2",
+    "model.decoder.width": "32", "model.decoder.depth": "2", "model.decoder.heads": "2", "model.pool.width": "24", "model.pool.heads": "2",
+    "model.text.width": "32", "model.text.depth": "1", "model.text.heads": "2", "model.text.embed": "16", "data.vocabulary_size": "300",
+    "model.dtype": "float32", "parallel.mesh": "(1,1,1)",
+}  # fmt: skip
+GOLDEN: dict[str, dict[str, float]] = {}
+
+
+def pictures() -> list[tuple[str, Image.Image]]:
+    """Ten pictures of two categories without randomness of any library."""
+    y, x = np.mgrid[:60, :80]
+    waves = [np.sin(x / (3 + k) + k) * np.cos(y / (4 + k)) for k in range(10)]
+    return [(f"{'ab'[k % 2]}", Image.fromarray(np.uint8(np.stack([w, w**2, -w], -1) * 120 + 128))) for k, w in enumerate(waves)]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("golden")
+    for k, (kind, image) in enumerate(pictures()):
+        (root / "folder" / kind).mkdir(parents=True, exist_ok=True)
+        image.save(root / "folder" / kind / f"{k}.png")
+        (root / "folder" / kind / f"{k}.txt").write_text(f"picture {k} of kind {kind}")
+    (root / "tars").mkdir()
+    with tarfile.open(root / "tars" / "0.tar", "w") as tar:
+        for k, file in enumerate(sorted((root / "folder").rglob("*.png"))):
+            tar.add(file, f"{k:03d}.png")
+            tar.add(file.with_suffix(".txt"), f"{k:03d}.txt")
+    return {
+        "quickstart": "configs/quickstart.py:size=60",
+        "folder": f"configs/folder.py:path={root}/folder",
+        "tars": f"configs/tars.py:path={root}/tars/*.tar",
+    }
+
+
+@pytest.mark.parametrize("name", ["quickstart", "folder", "tars"])
+def test_one_step(name: str, places: dict[str, str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(parallel.mesh.jax, "devices", lambda: [jax.local_devices()[0]])
+    made = configuration.load(places[name])
+    configuration.override(made, [f"{key}={value}" for key, value in SMALL.items()])
+    job = jobs.open_job(configuration.resolve(made), str(tmp_path))
+    trainer = Trainer(job.config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
+    batches = job.batches(0)
+    _, metrics = trainer.step(trainer.init(), parallel.to_global(job.mesh, next(batches)))
+    batches.close()
+    got = {key: float(value) for key, value in sorted(metrics.items()) if value.ndim == 0}
+    assert got == pytest.approx(GOLDEN[name], rel=1e-4, abs=1e-6), f"{name}: {got!r}"

@@ -1,0 +1,281 @@
+"""The law of order, recorded with a trainer and an outside world that are plain Python."""
+
+import dataclasses
+import signal
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from m3i_jax import schema
+from m3i_jax.training import loop
+from m3i_jax.training.step import MOMENT
+
+BATCH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    step: int
+
+
+class Metric:
+    """A number on a device: fetching it is an event."""
+
+    def __init__(self, value: float, fetched: Any = None):
+        self.value, self.fetched = value, fetched
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        if self.fetched:
+            self.fetched()
+        return np.asarray(self.value, dtype)
+
+
+class World:
+    """Trainer, data, checkpoints, sinks and evaluators; `events` has what happened in order."""
+
+    def __init__(self, steps: int, *, bad: set[int] = frozenset(), moment: bool = False, **train: int):
+        settings = {"save_every": 100, "eval_every": 100, "panel_every": 0, "log_every": 1} | train
+        self.config = schema.Config(train=schema.Train(batch_size=BATCH, steps=steps, **settings))
+        self.length, self.mesh = dataclasses.make_dataclass("Length", ["steps"])(steps), None
+        self.bad, self.moment = bad, moment
+        self.events: list[str] = []
+        self.lines: list[tuple[int, dict[str, float]]] = []
+        self.said: list[str] = []
+        self.positions: dict[int, Any] = {}
+        self.skipped = {"decode": 0, "small": 3}
+        self.at: dict[str, Any] = {}  # event -> what else happens then
+
+    def note(self, event: str) -> None:
+        self.events.append(event)
+        if event in self.at:
+            self.at[event]()
+
+    # the trainer
+    def step(self, state: State, batch: dict) -> tuple[State, dict[str, Any]]:
+        k = state.step + 1
+        self.note(f"dispatch {k}")
+        loss = float("nan") if k in self.bad else 1.0 / k
+        metrics = {"loss": Metric(loss, lambda: self.note(f"fetch {k}")), "skipped/not_finite": Metric(float(k in self.bad))}
+        return State(k), metrics | ({MOMENT: np.eye(4)} if self.moment else {})
+
+    def learning_rate(self, step: int) -> float:
+        return 0.1 * step
+
+    def momentum(self, step: int) -> float:
+        return 0.9 + 0.01 * step
+
+    # the data
+    def __next__(self) -> dict:
+        self.note("draw")
+        return {}
+
+    # the checkpoints
+    def save(self, step: int, state: State, position: Any) -> None:
+        assert state.step == step
+        self.note(f"save {step}")
+        self.positions[step] = position
+
+    def wait(self) -> None:
+        self.note("wait")
+
+    # the sinks
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.note(f"write {'eval ' if any(k.startswith('eval/') for k in values) else ''}{step}")
+        self.lines.append((step, values))
+
+    def evaluator(self, state: State, poll: loop.Poll):
+        self.note(f"evaluate {state.step}")
+        poll()
+        yield "eval/knn/top1", 0.5
+
+    def run(self, monkeypatch: pytest.MonkeyPatch, *, first: int = 0, samples: int | None = None, **changes: Any) -> int:
+        before = loop.Preemption.poll
+        monkeypatch.setattr(loop.parallel, "to_global", lambda mesh, batch: batch)
+        monkeypatch.setattr(loop.Preemption, "poll", lambda notice: (self.note("poll"), before(notice))[1])
+        outside = {
+            "data": self,
+            "checkpoints": self,
+            "write": self.write,
+            "say": self.said.append,
+            "panel": lambda step, state, batch: self.note(f"panel {step}"),
+            "evaluators": [self.evaluator],
+            "position": lambda samples: {"samples_seen": samples},
+        }
+        samples = first * BATCH if samples is None else samples
+        code, state = loop.run(self, State(first), samples_seen=samples, outside=loop.Outside(**outside | changes))  # type: ignore[arg-type]
+        self.final = state.step
+        return code
+
+    def of(self, *kinds: str) -> list[str]:
+        return [e for e in self.events if e.startswith(kinds)]
+
+
+def test_the_law_of_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(4, save_every=2, eval_every=2)
+    assert world.run(monkeypatch) == loop.DONE == 0
+    assert world.events == [
+        *("evaluate 0", "poll", "write eval 0", "draw", "dispatch 1", "poll"),
+        *("draw", "dispatch 2", "fetch 1", "write 1", "poll"),
+        # what is saved has its line in the log first
+        *("fetch 2", "write 2", "evaluate 2", "poll", "write eval 2", "save 2", "draw", "dispatch 3", "poll"),
+        *("draw", "dispatch 4", "fetch 3", "write 3", "poll"),
+        *("fetch 4", "write 4", "evaluate 4", "poll", "write eval 4", "save 4", "wait"),
+    ]
+    assert world.final == 4
+
+
+def test_the_saved_position_is_that_of_the_first_sample_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(6, save_every=2)
+    world.run(monkeypatch, first=1, samples=1000)
+    assert world.positions == {2: {"samples_seen": 1008}, 4: {"samples_seen": 1024}, 6: {"samples_seen": 1040}}
+    assert [(step, v["samples_seen"]) for step, v in world.lines if "loss" in v] == [(k, 1000 + 8 * (k - 1)) for k in range(2, 7)]
+
+
+def test_the_host_never_waits_for_the_step_it_just_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(6)
+    world.run(monkeypatch)
+    for k in range(1, 6):
+        assert world.events.index(f"fetch {k}") > world.events.index(f"dispatch {k + 1}")
+
+
+def test_lines_come_at_log_every_at_the_first_and_at_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(11, log_every=4)
+    world.run(monkeypatch, evaluators=[])
+    assert [step for step, _ in world.lines] == [1, 4, 8, 11]
+    line = world.lines[-1][1]
+    assert line["loss"] == 1 / 11 and line["samples_seen"] == 88
+    assert line["lr"] == pytest.approx(0.1 * 10)  # the rate that the 11th update used: a schedule counts from 0
+    assert line["ema"] == pytest.approx(0.9 + 0.11)  # the momentum of the 11th update: the target counts from 1
+    assert line["data/skipped/small"] == 3 and "data/skipped/decode" not in line
+    assert line["perf/images_per_sec"] > 0 and 0 <= line["perf/input_wait"] <= 1
+    assert "evaluate 0" not in world.events
+
+
+def test_the_last_line_is_written_though_no_step_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(3, log_every=50, save_every=50, eval_every=0)
+    world.run(monkeypatch)
+    assert world.of("write") == ["write eval 0", "write 1", "write 3", "write eval 3"]
+    assert world.of("save") == ["save 3"]
+
+
+def test_a_matrix_is_written_as_its_effective_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(2, moment=True)
+    world.run(monkeypatch, evaluators=[])
+    assert [values["collapse/effective_rank"] for _, values in world.lines] == pytest.approx([4.0, 4.0], rel=1e-5)
+    assert all(MOMENT not in values for _, values in world.lines)
+
+
+def test_panels_show_a_batch_before_it_is_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(5, panel_every=2)
+    world.run(monkeypatch, evaluators=[])
+    assert world.of("panel", "draw", "dispatch") == [
+        *("draw", "panel 0", "dispatch 1", "draw", "dispatch 2"),
+        *("draw", "panel 2", "dispatch 3", "draw", "dispatch 4"),
+        *("draw", "panel 4", "dispatch 5"),
+    ]
+
+
+@pytest.mark.parametrize("done", [{2}, {0, 2}])
+def test_a_resumed_run_does_not_evaluate_twice(monkeypatch: pytest.MonkeyPatch, done: set[int]) -> None:
+    world = World(4, save_every=2, eval_every=2)
+    assert world.run(monkeypatch, first=2, evaluated=frozenset(done)) == 0
+    assert world.of("evaluate", "save", "dispatch") == ["dispatch 3", "dispatch 4", "evaluate 4", "save 4"]
+
+
+def test_a_resumed_run_evaluates_what_the_log_lacks_and_saves_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(4, save_every=2, eval_every=2)
+    world.run(monkeypatch, first=2)
+    assert world.of("evaluate", "save", "dispatch") == ["evaluate 2", "dispatch 3", "dispatch 4", "evaluate 4", "save 4"]
+
+
+def test_a_finished_run_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(4)
+    assert world.run(monkeypatch, first=4, evaluated=frozenset({0, 4})) == 0
+    assert world.events == ["wait"]
+
+
+def test_every_evaluator_of_a_step_shares_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(1)
+    world.run(monkeypatch, evaluators=[world.evaluator, lambda state, poll: iter([("eval/other", 2.0 + state.step)])])
+    evaluations = [(step, values) for step, values in world.lines if "loss" not in values]
+    assert evaluations == [(step, {"eval/knn/top1": 0.5, "eval/other": 2.0 + step}) for step in (0, 1)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_preemption_in_the_loop_saves_and_returns_42(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    world = World(9, eval_every=0)
+    world.at["dispatch 3"] = lambda: signal.raise_signal(number)
+    assert world.run(monkeypatch) == loop.PREEMPTED == 42
+    # the notice is polled after the step, whose line is still written
+    assert world.events[-8:] == ["dispatch 3", "fetch 2", "write 2", "poll", "fetch 3", "write 3", "save 3", "wait"]
+    assert world.positions == {3: {"samples_seen": 24}} and world.final == 3
+    assert len(world.said) == 1 and "preempted: saved step 3" in world.said[0]
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_preemption_inside_an_evaluator_saves_and_returns_42(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(9, eval_every=2)
+    world.at["evaluate 4"] = lambda: signal.raise_signal(signal.SIGTERM)
+    assert world.run(monkeypatch) == 42
+    assert world.events[-5:] == ["write 4", "evaluate 4", "poll", "save 4", "wait"]  # no half evaluation in the log
+    assert world.positions == {4: {"samples_seen": 32}}
+
+
+def test_a_second_interrupt_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    world = World(9)
+    world.at["dispatch 3"] = lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        world.run(monkeypatch)
+    assert not world.positions and signal.getsignal(signal.SIGINT) == before
+
+
+def test_three_steps_in_a_row_that_are_not_finite_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(20, bad={4, 5, 6, 7, 8}, save_every=3, log_every=50)
+    assert world.run(monkeypatch) == loop.FAILED == 1
+    assert world.final == 6 and list(world.positions) == [3]  # what would be saved at step 6 is looked at first
+    assert [step for step, values in world.lines if "loss" in values] == [1, 4, 5, 6]  # written whatever log_every is
+    assert len(world.said) == 1 and "not finite" in world.said[0]
+
+
+def test_three_at_the_very_end_are_not_saved_as_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(6, bad={4, 5, 6})
+    assert world.run(monkeypatch) == 1
+    assert not world.positions
+
+
+def test_two_and_then_finite_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(12, bad={2, 3, 5, 6, 8, 9, 11, 12}, log_every=50)
+    assert world.run(monkeypatch) == 0
+    assert [step for step, values in world.lines if values.get("skipped/not_finite")] == [2, 3, 5, 6, 8, 9, 11, 12]
+
+
+def test_signals_are_left_alone_outside_the_main_thread() -> None:
+    seen = []
+
+    def work() -> None:
+        with loop.Preemption() as notice:
+            notice.poll()
+            seen.append(notice.asked)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+
+
+def test_the_clock_leaves_out_evaluation_and_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    clock = loop.Clock()
+    now[0] += 4
+    with clock.stopped():
+        now[0] += 1000
+    clock.waited, clock.steps = 1.0, 2
+    assert clock.read(8) == {"perf/images_per_sec": 4.0, "perf/step_seconds": 2.0, "perf/input_wait": 0.25}
+    now[0] += 1
+    clock.steps = 1
+    assert clock.read(8) == {"perf/images_per_sec": 8.0, "perf/step_seconds": 1.0, "perf/input_wait": 0.0}

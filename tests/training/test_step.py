@@ -1,0 +1,207 @@
+"""The one train step against plain automatic differentiation, against itself in parts, and on other meshes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m3i_jax import parallel
+from m3i_jax.objective import methods
+from m3i_jax.training import step, terms, trainer, views
+from tests import toy
+
+LAMBDA = 0.7
+
+
+@functools.cache
+def made(form: str, **changes: object) -> tuple[trainer.Trainer, object]:
+    config = toy.settings(objective__form=form, **changes)
+    one = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), toy.VOCABULARY)
+    return one, one.init()
+
+
+def gradients(form: str, **changes: object):
+    one, state = made(form, **changes)
+    target = jax.tree.map(lambda a: a * 0.9, state.params["encoder"])  # another tree than the online encoder
+    run = jax.jit(lambda p, b: step.gradients(one.plan, p, target, b, jnp.float32(LAMBDA)))
+    return run(state.params, toy.batch(one.config))
+
+
+def difference(a, b) -> float:
+    """Largest difference of two trees, each leaf relative to its largest entry; leaves of pure rounding noise against a floor."""
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(b))
+    return max(
+        float(jnp.abs(x - y).max() / (jnp.abs(y).max() + 1e-4 * scale)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+@pytest.mark.parametrize("form", ["m3i", "sim_supervised", "supervised"])
+def test_one_backward_is_the_gradient_of_the_plain_sum(form: str) -> None:
+    one, state = made(form)
+    plan, batch = one.plan, toy.batch(one.config)
+    target = jax.tree.map(lambda a: a * 0.9, state.params["encoder"])
+
+    def plain(params, batch):
+        crops = views.patches(plan.config, batch, plan.crops)
+        features = terms.targets(plan, target, crops)
+        z = step._encode(plan, batch, crops, params["encoder"])
+        heads = {k: v for k, v in params.items() if k != "encoder"}
+        shared = dict(
+            factors=terms.scales(plan, batch)[1], moment=terms.second_moment(plan, features), batch=batch, features=features, cached=None
+        )
+        return sum(w * terms.group_loss(plan, g, **shared)(heads, z)[0] for g, w in (("ssp", 1.0), ("sp", LAMBDA)))
+
+    want = jax.jit(jax.grad(plain))(state.params, batch)
+    got, metrics, _ = gradients(form)
+    assert difference(got, want) < 1e-5
+    assert all(np.isfinite(v).all() for v in metrics.values())
+
+
+def test_norms_are_those_of_the_two_losses_at_the_encoder_output() -> None:
+    one, state = made("m3i")
+    plan, batch = one.plan, toy.batch(one.config)
+    target = jax.tree.map(lambda a: a * 0.9, state.params["encoder"])
+
+    def at_output(batch):
+        crops = views.patches(plan.config, batch, plan.crops)
+        features = terms.targets(plan, target, crops)
+        z = step._encode(plan, batch, crops, state.params["encoder"])
+        shared = dict(
+            factors=terms.scales(plan, batch)[1], moment=terms.second_moment(plan, features), batch=batch, features=features, cached=None
+        )
+        return [jax.grad(lambda z, g=g: terms.group_loss(plan, g, **shared)(state.params, z)[0])(z) for g in ("ssp", "sp")]
+
+    want = [float(np.sqrt(sum(float(jnp.square(x).sum()) for x in jax.tree.leaves(g)))) for g in jax.jit(at_output)(batch)]
+    np.testing.assert_allclose([float(n) for n in gradients("m3i")[2]], want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["m3i", "sim_supervised"])
+def test_microbatches_are_the_whole_batch(form: str) -> None:
+    whole, metrics, norms = gradients(form)
+    parts, metrics_4, norms_4 = gradients(form, train__microbatches=4)
+    assert difference(parts, whole) < 2e-5
+    for name, value in metrics.items():
+        np.testing.assert_allclose(metrics_4[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(norms_4, norms, rtol=2e-5)
+
+
+def test_microbatch_softmax_is_another_loss() -> None:
+    whole, _, _ = gradients("m3i")
+    parts, _, _ = gradients("m3i", train__microbatches=4, objective__text_softmax="microbatch")
+    assert difference(parts["text"], whole["text"]) > 1e-3
+
+
+def test_losses_are_averages_over_those_that_have_an_annotation() -> None:
+    one, _ = made("m3i")
+    batch = toy.batch(one.config)
+    tally, factors = terms.scales(one.plan, batch)
+    names = [t.name for t in one.plan.terms]
+    labels, captions = int((batch["label"] >= 0).sum()), int((batch["length"] > 0).sum())
+    assert [int(tally[names.index(n)]) for n in ("intra", "category", "text")] == [16 * 16, labels, captions]
+    # L_sp = (n_c L_category + n_t L_text) / (n_c + n_t), each loss being the mean of its two roles
+    np.testing.assert_allclose(factors[names.index("category")], 1 / (2 * (labels + captions)))
+    np.testing.assert_allclose(factors[names.index("inter")], 0.5 / (16 * 16))
+
+
+def test_missing_annotations_do_not_enter() -> None:
+    one, state = made("m3i")
+    batch = toy.batch(one.config)
+    other = {**batch, "tokens": batch["tokens"].copy()}
+    other["tokens"][batch["length"] == 0] = 7
+    run = jax.jit(lambda b: step.gradients(one.plan, state.params, state.params["encoder"], b, jnp.float32(1))[1]["loss/sp"])
+    assert float(run(batch)) == float(run(other))
+    bare = {**batch, "label": np.full_like(batch["label"], -1), "length": np.zeros_like(batch["length"])}
+    assert float(run(bare)) == 0.0
+
+
+def test_hidden_positions_count_only_what_the_input_hides() -> None:
+    everything, hidden = (gradients("m3i", objective__intra_positions=which)[1] for which in ("all", "hidden"))
+    assert float(everything["loss/inter"]) == pytest.approx(float(hidden["loss/inter"]), rel=1e-6)
+    assert float(everything["loss/intra"]) != pytest.approx(float(hidden["loss/intra"]), rel=1e-4)
+
+
+def test_sim_with_equal_views_is_masked_image_modelling() -> None:
+    """SiameseIM whose target view is the input view, geometry and pixels, is dense MIM: one decoder, identity positions."""
+    sim, state = made("sim")
+    mim, _ = made("mim")
+    batch = toy.batch(sim.config)
+    batch = {**batch, **{k: np.repeat(batch[k][:, :1], 2, 1) for k in ("views", "box", "flip")}}
+    params = {k: v for k, v in state.params.items()}
+    losses = [
+        float(jax.jit(lambda b, p=m.plan: step.gradients(p, params, params["encoder"], b, jnp.float32(1))[1]["loss/ssp"])(batch))
+        for m in (sim, mim)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count() -> None:
+    one, state = made("m3i", optim__clip=0.0)
+    poisoned = jax.tree.map(jnp.array, state)
+    poisoned.params["decoder"]["mask_token"] = poisoned.params["decoder"]["mask_token"] * np.nan
+    before = jax.tree.map(np.array, poisoned)
+    after, metrics = one.step(poisoned, toy.batch(one.config))
+    assert float(metrics["skipped/not_finite"]) == 1 and int(after.step) == 1
+    for a, b in zip(jax.tree.leaves((before.params, before.opt)), jax.tree.leaves((after.params, after.opt)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_dynamic_weighting_uses_the_statistics_before_the_step() -> None:
+    one, state = made("m3i", objective__gamma=2.0)
+    batch = toy.batch(one.config)
+    state = jax.tree.map(jnp.array, state)
+    state, first = one.step(state, batch)
+    assert float(first["balance/lambda"]) == 2.0  # gamma, until both norms were seen
+    state, second = one.step(state, batch)
+    assert float(second["balance/lambda"]) == pytest.approx(
+        2.0 * float(first["balance/ssp_norm"]) / float(first["balance/sp_norm"]), rel=1e-5
+    )
+    assert float(state.opt["balance"].ssp) == pytest.approx(
+        0.99 * float(first["balance/ssp_norm"]) + 0.01 * float(second["balance/ssp_norm"]), rel=1e-5
+    )
+
+
+def losses(mesh_shape: tuple[int, int, int], devices: int, steps: int, **changes: object) -> tuple[list[float], object]:
+    config = toy.settings(train__batch_size=16, **changes)
+    one = trainer.Trainer(config, parallel.make_mesh(mesh_shape, jax.devices()[:devices]), toy.VOCABULARY)
+    state, out = one.init(), []
+    for k in range(steps):
+        state, metrics = one.step(state, parallel.to_global(one.mesh, toy.batch(config, k)))
+        out.append(float(metrics["loss"]))
+    return out, state
+
+
+def test_eight_devices_are_one_device() -> None:
+    """With colour, stochastic depth, missing annotations and a dynamic weight: all that could depend on where a row lives."""
+    colour = dict(data__augment__jitter_p=0.8, data__augment__grayscale_p=0.2, data__augment__blur_p=(1.0, 0.1), data__augment__solarize_p=(0.0, 0.2))
+    eight, _ = losses((-1, 1, 1), 8, 20, **colour)
+    one, _ = losses((1, 1, 1), 1, 20, **colour)
+    np.testing.assert_allclose(eight, one, rtol=1e-6)
+
+
+def test_sharded_parameters_are_one_device() -> None:
+    sharded, state = losses((2, 2, 2), 8, 10)
+    np.testing.assert_allclose(sharded, losses((1, 1, 1), 1, 10)[0], rtol=1e-6)
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(state.params)} == {8}
+
+
+def test_plan_shares_passes() -> None:
+    plan = terms.Plan(toy.settings(), methods.FORMS["m3i"])
+    assert len(plan.passes) == 1 and plan.target_crops == (0, 1)
+    one, _ = made("m3i")
+    counted = {"encoder": 0, "decoder": 0}
+    original = {"encoder": terms.m3i.encode, "decoder": terms.m3i.decode}
+
+    def spy(name):
+        def call(*a, **k):
+            counted[name] += 1
+            return original[name](*a, **k)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(terms.m3i, "encode", spy("encoder"))
+        patch.setattr(terms.m3i, "decode", spy("decoder"))
+        jax.eval_shape(one.trace, one.template, toy.batch(one.config))
+    assert counted == {"encoder": 2, "decoder": 1}  # the mixed input once, both clean views in one target call; one decoder call

@@ -1,0 +1,161 @@
+"""What a run is made of before its first step: its length, its terms, the shapes of a batch and of the state."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m3i_jax import parallel, schema
+from m3i_jax.errors import UserError
+from m3i_jax.models import m3i
+from m3i_jax.training import trainer
+from tests import toy
+
+
+def config(*, size: int = 100, batch: int = 10, steps: int = 0, epochs: float = 3.0, warm_steps: int = -1, warm_epochs: float = 1.0):
+    return schema.Config(
+        data=schema.Data(size=size),
+        train=schema.Train(batch_size=batch, steps=steps, epochs=epochs),
+        optim=schema.Optim(warmup_steps=warm_steps, warmup_epochs=warm_epochs),
+    )
+
+
+def with_data(settings: schema.Config, **changes: object) -> schema.Config:
+    return dataclasses.replace(settings, data=dataclasses.replace(settings.data, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),  # (steps an epoch, steps, warm-up)
+    [
+        ({}, (10, 30, 10)),
+        ({"size": 109}, (10, 30, 10)),  # the last nine pictures of an epoch wait for another epoch
+        ({"size": 110}, (11, 33, 11)),
+        ({"size": 99}, (9, 27, 9)),
+        ({"epochs": 2.5}, (10, 25, 10)),
+        ({"epochs": 0.01, "warm_epochs": 0.0}, (10, 1, 0)),  # at least one step
+        ({"steps": 17}, (10, 17, 10)),  # steps win over epochs
+        ({"warm_steps": 4}, (10, 30, 4)),  # and over epochs of warm-up
+        ({"warm_steps": 0}, (10, 30, 0)),
+        ({"warm_epochs": 0.25}, (10, 30, 2)),
+        ({"warm_epochs": 3.0}, (10, 30, 30)),  # all of the run
+        ({"size": 6, "steps": 5, "warm_steps": 2}, (0, 5, 2)),  # nothing is counted in epochs: less than a batch of pictures is enough
+    ],
+)
+def test_length(changes: dict, wanted: tuple[int, int, int]) -> None:
+    got = trainer.length(config(**changes))
+    assert (got.steps_per_epoch, got.steps, got.warmup) == wanted
+
+
+def test_length_golden() -> None:
+    """Table 7: 1600 epochs of ImageNet-1k at 4096 images, 40 of them warm-up."""
+    got = trainer.length(schema.Config(data=schema.Data(size=1_281_167)))
+    assert got == trainer.Length(steps_per_epoch=312, steps=499_200, warmup=12_480)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"size": 9}, ("config.train.batch_size: 10", "9 training pictures", "at most 8")),
+        ({"size": 9, "steps": 5}, ("config.train.batch_size",)),  # the warm-up is still counted in epochs
+        ({"size": 9, "warm_steps": 1}, ("config.train.batch_size",)),
+        ({"warm_epochs": 4.0}, ("config.optim.warmup_epochs: 4.0", "40 steps", "30")),
+        ({"warm_steps": 31}, ("config.optim.warmup_steps: 31", "30 steps")),
+        ({"steps": 9}, ("config.optim.warmup_epochs: 1.0", "10 steps", "9")),
+    ],
+)
+def test_an_impossible_length_names_its_key(changes: dict, words: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as error:
+        trainer.length(config(**changes))
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_plan_leaves_out_what_the_data_does_not_have() -> None:
+    both = toy.settings()
+    names = lambda c: [t.name for t in trainer.plan(c).terms]  # noqa: E731
+    assert names(both) == ["intra", "inter", "category", "text", "category", "text"]
+    assert names(with_data(both, captions="no")) == ["intra", "inter", "category", "category"]
+    assert names(with_data(both, classes=0)) == ["intra", "inter", "text", "text"]
+    assert names(with_data(both, classes=0, captions="no")) == ["intra", "inter"]
+
+
+def test_plan_passes_on_which_positions_count() -> None:
+    hidden = {t.name: t.hidden for t in trainer.plan(toy.settings(objective__intra_positions="hidden")).terms}
+    assert hidden == {"intra": True, "inter": False, "category": False, "text": False}
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "words"),
+    [
+        ("nonsense", {}, ("config.objective.form: 'nonsense' is none of m3i, mim, sim",)),
+        ("clip", {"captions": "no"}, ("config.objective.form: form 'clip'", "captions")),
+        ("supervised", {"classes": 0}, ("config.objective.form: form 'supervised'", "categories")),
+    ],
+)
+def test_a_form_that_cannot_be_trained_is_refused(form: str, changes: dict, words: tuple[str, ...]) -> None:
+    settings = toy.settings()
+    settings = dataclasses.replace(settings, objective=dataclasses.replace(settings.objective, form=form))
+    with pytest.raises(UserError) as error:
+        trainer.plan(with_data(settings, **changes))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("captions", ["yes", "no"])
+def test_the_abstract_batch_has_the_shapes_of_a_batch(captions: str) -> None:
+    settings = with_data(toy.settings(), captions=captions)
+    got, batch = trainer.abstract_batch(settings), toy.batch(settings)
+    assert {k: (v.shape, v.dtype) for k, v in got.items()} == {k: (v.shape, v.dtype) for k, v in batch.items()}
+    assert ("tokens" in got) == (captions == "yes")
+
+
+@functools.cache
+def made() -> trainer.Trainer:
+    return trainer.Trainer(toy.settings(), parallel.make_mesh((2, 2, 2)), toy.VOCABULARY)
+
+
+def test_the_template_is_the_initial_state() -> None:
+    one = made()
+    state = one.init()
+    assert jax.tree.structure(one.template) == jax.tree.structure(state) == jax.tree.structure(one.shardings)
+    for template, leaf, sharding in zip(*map(jax.tree.leaves, (one.template, state, one.shardings)), strict=True):
+        assert (template.shape, template.dtype) == (leaf.shape, leaf.dtype)
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    assert int(state.step) == 0 and {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    jax.tree.map(np.testing.assert_array_equal, state.opt["target"].params, state.params["encoder"])
+    assert all(not np.asarray(moment).any() for moment in jax.tree.leaves(state.opt["adamw"]))
+
+
+def test_the_schedules_have_the_length_of_the_run() -> None:
+    one = made()  # 20 steps, 2 of them warm-up
+    assert [float(one.learning_rate(k)) for k in (1, 2, 20)] == pytest.approx([5e-4, 1e-3, 0.0])
+    assert [one.momentum(k) for k in (0, 10, 20)] == pytest.approx([0.9, 0.95, 1.0])
+
+
+def block(width: int, hidden: int) -> int:
+    return 4 * width * width + 4 * width + 2 * width * hidden + hidden + width + 4 * width
+
+
+def test_number_of_parameters_by_part() -> None:
+    """Widths 32 (towers) and 24 (pool), patches of 8 x 8 x 3, 5 classes, 300 words, captions of 8, joint space 16."""
+    wanted = {
+        "encoder": 2 * block(32, 128) + (192 + 1) * 32 + 32,  # blocks, patch embedding, cls token
+        "decoder": 2 * block(32, 128) + 2 * (32 + 1) * 32 + (64 + 1) * 32 + 32,  # blocks, embed and head, position map, mask token
+        "pool": 3 * (32 + 1) * 32 + (32 + 1) * 24 + 3 * 2 * 32,  # query, key, value; out; norms
+        "category": (24 + 1) * 5,
+        "image_projection": 24 * 16,
+        "text": block(32, 128) + 300 * 32 + 8 * 32 + 2 * 32 + 32 * 16,  # block, tokens, positions, norm, projection
+        "logit_scale": 1,
+    }
+    assert dict(m3i.parameter_table(made().template.params)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("form", "heads"),
+    [("supervised", {"category"}), ("clip", {"image_projection", "text", "logit_scale"}), ("mim", set())],
+)
+def test_annotations_that_no_term_predicts_have_no_head(form: str, heads: set[str]) -> None:
+    one = trainer.Trainer(toy.settings(objective__form=form), made().mesh, toy.VOCABULARY)
+    assert set(one.template.params) - {"encoder", "decoder", "pool"} == heads
