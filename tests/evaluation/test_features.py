@@ -1,0 +1,109 @@
+"""Frozen features: what is averaged and normalised, which rows count, and that the number of devices does not matter."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from m3i_jax import parallel
+from m3i_jax.evaluation import features
+from m3i_jax.models import vit
+from tests import toy
+
+SIDE, ROWS = 16, 8
+
+
+@functools.cache
+def settings(cls_token: bool = True):
+    return toy.settings(data__image_size=SIDE, model__encoder__depth=1, model__encoder__drop_path=0.5, model__encoder__cls_token=cls_token)
+
+
+@functools.cache
+def encoder(cls_token: bool = True):
+    return jax.jit(lambda: vit.init(settings(cls_token).model, jax.random.key(3)))()
+
+
+def batches(count: int = 3) -> list[dict[str, np.ndarray]]:
+    r = np.random.default_rng(0)
+    out = []
+    for k in range(count):
+        views = r.integers(0, 256, (ROWS, SIDE, SIDE, 3)).astype(np.uint8)
+        out.append({"views": views, "label": np.arange(k * ROWS, (k + 1) * ROWS, dtype=np.int32) - 1, "valid": np.ones(ROWS, bool)})
+    return out
+
+
+def one_device() -> jax.sharding.Mesh:
+    return parallel.make_mesh((1, 1, 1), jax.devices()[:1])
+
+
+@functools.cache
+def everything() -> tuple[np.ndarray, np.ndarray]:
+    return features.Extractor(settings(), one_device())(encoder(), batches())
+
+
+@pytest.mark.parametrize("cls_token", [True, False])
+def test_features_are_the_normalised_mean_of_the_patch_tokens(cls_token: bool) -> None:
+    """Normalised and cut into patches by hand; no colour changes, no masks, no stochastic depth."""
+    config, views = settings(cls_token), batches(1)[0]["views"]
+    pixels = (views / 255.0 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    patches = [pixels[:, y : y + 8, x : x + 8].reshape(ROWS, -1) for y in (0, 8) for x in (0, 8)]
+    run = jax.jit(lambda p, x: vit.apply(config.model, p, x, grid=2))
+    z_BxTxD = np.asarray(run(encoder(cls_token), np.stack(patches, 1).astype(np.float32)), np.float64)
+    assert z_BxTxD.shape[1] == 4 + cls_token
+    mean = z_BxTxD[:, -4:].mean(1)
+    got, _ = features.Extractor(config, one_device())(encoder(cls_token), batches(1))
+    np.testing.assert_allclose(got, mean / np.linalg.norm(mean, axis=1, keepdims=True), atol=2e-5)
+
+
+def test_features_have_norm_one_and_labels_their_order() -> None:
+    got, labels = everything()
+    assert got.shape == (3 * ROWS, 32) and got.dtype == np.float32 and labels.dtype == np.int32
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5)
+    assert labels.tolist() == list(range(-1, 3 * ROWS - 1))
+
+
+def test_invalid_rows_are_dropped_and_the_order_is_kept() -> None:
+    some, valid = batches(), np.random.default_rng(1).random((3, ROWS)) < 0.6
+    valid[1] = False  # a whole batch
+    for batch, which in zip(some, valid, strict=True):
+        batch["valid"] = which
+        batch["views"][~which] = 0
+    got, labels = features.Extractor(settings(), one_device())(encoder(), iter(some))
+    np.testing.assert_allclose(got, everything()[0][valid.reshape(-1)], atol=1e-6)
+    assert labels.tolist() == everything()[1][valid.reshape(-1)].tolist() and 0 < len(labels) < 3 * ROWS
+
+
+def test_eight_devices_are_one_device() -> None:
+    mesh = parallel.make_mesh((2, 4, 1))
+    seen = []
+    extract = features.Extractor(settings(), mesh)
+    inner = extract._features
+    extract._features = lambda params, views: (seen.append(views.sharding.shard_shape(views.shape)), inner(params, views))[1]
+    got, labels = extract(jax.device_put(encoder(), parallel.replicated(mesh)), batches())
+    np.testing.assert_allclose(got, everything()[0], atol=1e-6)
+    assert labels.tolist() == everything()[1].tolist()
+    assert seen == [(1, SIDE, SIDE, 3)] * 3
+
+
+def test_no_batches_give_no_features() -> None:
+    got, labels = features.Extractor(settings(), one_device())(encoder(), [])
+    assert got.shape == (0, 32) and labels.shape == (0,) and (got.dtype, labels.dtype) == (np.float32, np.int32)
+
+
+def test_a_poll_comes_before_every_batch_and_may_raise() -> None:
+    drawn, polls = [], []
+
+    def draw():
+        for batch in batches():
+            drawn.append(1)
+            yield batch
+
+    def poll() -> None:
+        polls.append(1)
+        if len(polls) == 2:
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        features.Extractor(settings(), one_device())(encoder(), draw(), poll)
+    assert len(polls) == 2 and len(drawn) == 2

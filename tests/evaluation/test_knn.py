@@ -1,0 +1,113 @@
+"""k nearest neighbours against a loop in numpy."""
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+
+from m3i_jax import schema
+from m3i_jax.evaluation import knn
+
+
+def data(classes: int, *, seed: int = 0, queries: int = 37, index: int = 60, width: int = 6):
+    """Unit vectors around a centre a class, so noisy that neighbours disagree; every third vector has another label than its centre."""
+    r = np.random.default_rng(seed)
+    centres = r.normal(size=(classes, width))
+
+    def some(n: int) -> tuple[np.ndarray, np.ndarray]:
+        label = r.integers(0, classes, n)
+        x = centres[label] + 1.5 * r.normal(size=(n, width))
+        label[::3] = r.integers(0, classes, len(label[::3]))
+        label[-1] = classes - 1
+        return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32), label.astype(np.int32)
+
+    return some(queries), some(index)
+
+
+def brute(queries, index, *, k: int, classes: int, temperature: float) -> np.ndarray:
+    """Votes of every query, in float64 and one at a time."""
+    out = np.zeros((len(queries[0]), classes))
+    for i, q in enumerate(queries[0].astype(np.float64)):
+        cosine = [float(q @ x) for x in index[0].astype(np.float64)]
+        for j in sorted(range(len(cosine)), key=lambda j: -cosine[j])[:k]:
+            out[i, index[1][j]] += np.exp(cosine[j] / temperature)
+    return out
+
+
+def share(votes: np.ndarray, label: np.ndarray, top: int) -> float:
+    return float(np.mean([label[i] in sorted(range(votes.shape[1]), key=lambda c: -votes[i, c])[:top] for i in range(len(label))]))
+
+
+@pytest.mark.parametrize("classes", [3, 9])
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.5), (60, 1.0), (59, 0.02)])
+def test_votes_and_accuracy_are_those_of_a_loop(classes: int, k: int, temperature: float) -> None:
+    queries, index = data(classes)
+    wanted = brute(queries, index, k=k, classes=classes, temperature=temperature)
+    got = np.asarray(knn.votes(queries[0], *index, k=k, classes=classes, temperature=temperature))
+    assert got.shape == wanted.shape
+    np.testing.assert_allclose(got / got.sum(1, keepdims=True), wanted / wanted.sum(1, keepdims=True), atol=2e-5)
+    result = dict(knn.accuracy(queries, index, k=k, temperature=temperature, chunk=10))  # the last chunk is shorter
+    assert result.pop("top1") == share(wanted, queries[1], 1)
+    assert result == ({"top5": share(wanted, queries[1], 5)} if classes > 5 else {})
+
+
+@pytest.mark.parametrize(("classes", "names"), [(5, ["top1"]), (6, ["top1", "top5"])])
+def test_top5_only_where_there_are_more_than_five(classes: int, names: list[str]) -> None:
+    assert [name for name, _ in knn.accuracy(*data(classes), k=3, temperature=0.1)] == names
+
+
+def test_weights_decide_against_a_majority() -> None:
+    """One neighbour at cosine 1 against two at 0.6: near at low temperature, many at high."""
+    queries = np.array([[1, 0]], np.float32), np.array([0])
+    index = np.array([[1, 0], [0.6, 0.8], [0.6, -0.8]], np.float32), np.array([0, 1, 1])
+    assert [dict(knn.accuracy(queries, index, k=3, temperature=t))["top1"] for t in (0.1, 10.0)] == [1.0, 0.0]
+
+
+def test_a_very_low_temperature_is_the_nearest_neighbour() -> None:
+    """The nearest is far away in absolute terms: no weight may vanish for all classes at once."""
+    queries = np.array([[1.0, 0.0]], np.float32), np.array([1])
+    index = np.array([[-0.6, 0.8], [-0.8, 0.6]], np.float32), np.array([1, 0])
+    votes = np.asarray(knn.votes(queries[0], *index, k=2, classes=2, temperature=1e-3))
+    np.testing.assert_allclose(votes, [[0, 1]], atol=1e-6)
+    assert dict(knn.accuracy(queries, index, k=2, temperature=1e-3)) == {"top1": 1.0}
+
+
+def test_k_beyond_the_index_is_the_whole_index() -> None:
+    queries, index = data(4, index=7)
+    assert list(knn.accuracy(queries, index, k=1000, temperature=0.1)) == list(knn.accuracy(queries, index, k=7, temperature=0.1))
+
+
+def test_rows_without_a_label_are_left_out_on_both_sides() -> None:
+    queries, index = data(7)
+    few = [(x[::2], label[::2]) for x, label in (queries, index)]
+    blanked = [(x, np.where(np.arange(len(label)) % 2, -1, label)) for x, label in (queries, index)]
+    wanted = list(knn.accuracy(*few, k=9, temperature=0.1))
+    assert list(knn.accuracy(*blanked, k=9, temperature=0.1)) == wanted
+    assert wanted != list(knn.accuracy(queries, index, k=9, temperature=0.1))
+
+
+def test_without_any_label_there_is_no_accuracy() -> None:
+    queries, index = data(4)
+    none = queries[0], np.full_like(queries[1], -1)
+    assert list(knn.accuracy(none, index, k=3, temperature=0.1)) == list(knn.accuracy(index, none, k=3, temperature=0.1)) == []
+
+
+@pytest.mark.parametrize("target", [False, True])
+def test_the_evaluator_asks_the_encoder_that_is_configured(target: bool) -> None:
+    queries, index = data(8)
+    config = dataclasses.replace(schema.Config(), evaluate=schema.Evaluate(k=4, temperature=0.3, target=target))
+    state = types.SimpleNamespace(params={"encoder": "online"}, opt={"target": types.SimpleNamespace(params="average")})
+    asked, polls = [], []
+
+    def extract(encoder, batches, poll):
+        asked.append((encoder, list(batches)))
+        poll()
+        return index if len(asked) % 2 else queries
+
+    run = knn.evaluator(config, extract, lambda: iter(["index"]), lambda: iter(["queries"]))
+    wanted = [(f"eval/knn/{name}", value) for name, value in knn.accuracy(queries, index, k=4, temperature=0.3)]
+    assert [name for name, _ in wanted] == ["eval/knn/top1", "eval/knn/top5"]
+    for _ in range(2):  # a second evaluation reads fresh batches
+        assert list(run(state, lambda: polls.append(1))) == wanted
+    assert asked == 2 * [("average" if target else "online", [part]) for part in ("index", "queries")][:2] and len(polls) == 4
