@@ -1,0 +1,143 @@
+"""What makes a configuration impossible, said before anything is compiled: the key, the value, the reason and the way out."""
+
+from m3i_jax import schema
+from m3i_jax.errors import UserError
+
+
+def _require(condition: bool, key: str, value: object, why: str) -> None:
+    if not condition:
+        raise UserError(f"config.{key}: {value!r} {why}")
+
+
+def _ranges(c: schema.Config) -> None:
+    a, d, o, t = c.data.augment, c.data, c.optim, c.train
+    probabilities = {
+        "data.augment.jitter_p": (a.jitter_p,),
+        "data.augment.grayscale_p": (a.grayscale_p,),
+        "data.augment.blur_p": a.blur_p,
+        "data.augment.solarize_p": a.solarize_p,
+        "data.flip_p": (d.flip_p,),
+        "data.max_bad_share": (d.max_bad_share,),
+        "model.encoder.drop_path": (c.model.encoder.drop_path,),
+        "objective.label_smoothing": (c.objective.label_smoothing,),
+        "objective.balance_decay": (c.objective.balance_decay,),
+        "optim.ema": (o.ema,),
+        "optim.b1": (o.b1,),
+        "optim.b2": (o.b2,),
+    }
+    for key, values in probabilities.items():
+        for value in values:
+            _require(0 <= value <= 1, key, value, "must lie in 0..1")
+    for key, pair in {"data.augment.blur_p": a.blur_p, "data.augment.solarize_p": a.solarize_p}.items():
+        _require(len(pair) == 2, key, pair, "must be two numbers: input view, target view")
+    intervals = {"data.crop_scale": d.crop_scale, "data.crop_ratio": d.crop_ratio, "data.augment.blur_sigma": a.blur_sigma}
+    for key, pair in intervals.items():
+        _require(len(pair) == 2 and 0 < pair[0] <= pair[1], key, pair, "must be two positive numbers, the smaller first")
+    _require(d.crop_scale[1] <= 1, "data.crop_scale", d.crop_scale, "must not exceed 1, the whole picture")
+    limits = c.objective.balance_range
+    _require(
+        len(limits) == 2 and 0 <= limits[0] <= limits[1], "objective.balance_range", limits, "must be two numbers >= 0, the smaller first"
+    )
+    for key, triple in {"data.augment.mean": a.mean, "data.augment.std": a.std}.items():
+        _require(len(triple) == 3, key, triple, "must be three numbers, for R, G and B")
+    _require(min(a.std) > 0, "data.augment.std", a.std, "must be positive")
+    _require(0 <= a.hue <= 0.5, "data.augment.hue", a.hue, "must lie in 0..0.5 turns")
+    for key, value in {"brightness": a.brightness, "contrast": a.contrast, "saturation": a.saturation}.items():
+        _require(value >= 0, f"data.augment.{key}", value, "must not be negative")
+    _require(0 <= d.holdout < 1, "data.holdout", d.holdout, "must lie in 0..1, 1 excluded: nothing would be left to train on")
+    _require(0 <= d.background <= 255, "data.background", d.background, "must be a gray level, 0..255")
+    _require(d.caption_length >= 4, "data.caption_length", d.caption_length, "must be at least 4: start, end and two words")
+    for key, value in {
+        "optim.lr": o.lr,
+        "optim.eps": o.eps,
+        "objective.gamma": c.objective.gamma,
+        "evaluate.temperature": c.evaluate.temperature,
+    }.items():
+        _require(value > 0, key, value, "must be positive")
+    for key, value in {
+        "optim.min_lr": o.min_lr,
+        "optim.weight_decay": o.weight_decay,
+        "optim.clip": o.clip,
+        "optim.warmup_epochs": o.warmup_epochs,
+        "objective.second_moment": c.objective.second_moment,
+        "train.steps": t.steps,
+        "train.epochs": t.epochs,
+        "train.panel_every": t.panel_every,
+        "train.eval_every": t.eval_every,
+        "data.threads": d.threads,
+        "data.workers": d.workers,
+        "data.size": d.size,
+    }.items():
+        _require(value >= 0, key, value, "must not be negative")
+    for key, value in {
+        "train.batch_size": t.batch_size,
+        "train.microbatches": t.microbatches,
+        "train.log_every": t.log_every,
+        "train.save_every": t.save_every,
+        "train.keep": t.keep,
+        "evaluate.k": c.evaluate.k,
+        "evaluate.batch_size": c.evaluate.batch_size,
+        "data.image_size": d.image_size,
+        "evaluate.train_limit": c.evaluate.train_limit,
+        "evaluate.query_limit": c.evaluate.query_limit,
+        "report.panel_rows": c.report.panel_rows,
+    }.items():
+        _require(value >= 1, key, value, "must be at least 1")
+    _require(o.min_lr <= o.lr, "optim.min_lr", o.min_lr, f"must not exceed optim.lr, {o.lr!r}")
+    _require(d.vocabulary_size >= 259, "data.vocabulary_size", d.vocabulary_size, "must be at least 259: all bytes, padding, start and end")
+
+
+def _towers(c: schema.Config) -> None:
+    m = c.model
+    for key, width, heads in (
+        ("model.encoder.heads", m.encoder.width, m.encoder.heads),
+        ("model.decoder.heads", m.decoder.width, m.decoder.heads),
+        ("model.text.heads", m.text.width, m.text.heads),
+        ("model.pool.heads", m.encoder.width, m.pool.heads),
+    ):
+        _require(heads >= 1 and width % max(heads, 1) == 0, key, heads, f"must divide the width {width}")
+    for tower in ("encoder", "decoder", "text"):
+        settings = getattr(m, tower)
+        _require(settings.depth >= 1, f"model.{tower}.depth", settings.depth, "must be at least 1")
+        _require(settings.mlp_ratio > 0, f"model.{tower}.mlp_ratio", settings.mlp_ratio, "must be positive")
+    for key, value in {"model.encoder.width": m.encoder.width, "model.decoder.width": m.decoder.width}.items():
+        _require(value % 4 == 0, key, value, "must be a multiple of 4: a quarter each for the sine and cosine of rows and columns")
+    _require(m.pool.width >= 1, "model.pool.width", m.pool.width, "must be at least 1")
+    _require(m.text.embed >= 1, "model.text.embed", m.text.embed, "must be at least 1")
+
+
+def settings(c: schema.Config) -> None:
+    """Raise UserError for the first setting that cannot work, whatever the data and the devices are."""
+    _ranges(c)
+    _towers(c)
+    patch, image = c.model.encoder.patch_size, c.data.image_size
+    _require(
+        patch >= 1 and image % max(patch, 1) == 0, "data.image_size", image, f"must be a multiple of model.encoder.patch_size, {patch}"
+    )
+    _require(2 <= c.grid <= 64, "data.image_size", image, f"gives a grid of {c.grid} x {c.grid} patches of {patch}; 2 to 64 a side work")
+    _require(0 < c.hidden < c.tokens, "data.mask_ratio", c.data.mask_ratio, f"must hide at least one and not all of the {c.tokens} cells")
+    _require(c.train.batch_size % 2 == 0, "train.batch_size", c.train.batch_size, "must be even: images are mixed in pairs")
+    mesh = c.parallel.mesh
+    _require(
+        len(mesh) == 3 and all(n >= 1 or n == -1 for n in mesh) and list(mesh).count(-1) <= 1,
+        "parallel.mesh",
+        mesh,
+        "must be three numbers, the devices along (replica, fsdp, tensor), at most one of them -1",
+    )
+    steps, warm = c.train.steps, c.optim.warmup_steps
+    _require(warm >= -1, "optim.warmup_steps", warm, "must be at least 0, or -1 for optim.warmup_epochs")
+    _require(not steps or warm <= steps, "optim.warmup_steps", warm, f"must not exceed train.steps, {steps}")
+    _require(bool(steps or c.train.epochs), "train.epochs", c.train.epochs, "gives no step to train; set train.epochs or train.steps")
+
+
+def devices(c: schema.Config, shape: tuple[int, int, int]) -> None:
+    """Raise UserError if the batch cannot be split over a mesh of this (replica, fsdp, tensor) shape."""
+    shards = shape[0] * shape[1]
+    unit = 2 * shards * c.train.microbatches
+    _require(
+        c.train.batch_size % unit == 0,
+        "train.batch_size",
+        c.train.batch_size,
+        f"must be a multiple of {unit}: 2 images mixed x {shards} data shards x {c.train.microbatches} microbatches; "
+        f"nearest: {max(unit, c.train.batch_size // unit * unit)} or {(c.train.batch_size // unit + 1) * unit}",
+    )

@@ -1,0 +1,265 @@
+"""The door of the configuration: a ConfigDict comes in, frozen dataclasses go out, and every mistake is named on one line.
+
+config = default()                      # a locked ml_collections.ConfigDict, the tree of schema.Config
+config.optim.lr = 3e-4
+settings = resolve(config)              # schema.Config, checked; nothing downstream reads a ConfigDict or a flag
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import math
+import pathlib
+import re
+import typing
+from typing import Any
+
+import ml_collections
+
+from m3i_jax import schema
+from m3i_jax.errors import UserError
+
+# Keys that change what is written or how fast, never what is computed: a run may resume with other values of them.
+_EXAMPLE = {int: "(-1,1,1)", float: "(0.2,1.0)"}
+FREE = (
+    "train.log_every",
+    "train.save_every",
+    "train.keep",
+    "train.panel_every",
+    "train.eval_every",
+    "data.threads",
+    "data.workers",
+    "evaluate.",
+    "parallel.",
+    "report.",
+)
+
+
+def _tree(node: Any) -> dict[str, Any]:
+    return {f.name: _tree(v) if dataclasses.is_dataclass(v := getattr(node, f.name)) else v for f in dataclasses.fields(node)}
+
+
+def default() -> ml_collections.ConfigDict:
+    """The default configuration (the paper's ViT-B/16 run, Table 7) as a locked ConfigDict.
+
+    >>> default().optim.lr
+    0.001
+    """
+    return ml_collections.ConfigDict(_tree(schema.Config())).lock()
+
+
+def leaves(node: Any = None, prefix: str = "") -> dict[str, tuple[Any, Any, str, tuple[Any, ...]]]:
+    """Every setting as {dotted key: (type, value, help, choices)}, in the order of the schema.
+
+    >>> leaves()["optim.b2"][:2]
+    (<class 'float'>, 0.95)
+    """
+    node = node or schema.Config()
+    out: dict[str, tuple[Any, Any, str, tuple[Any, ...]]] = {}
+    types = typing.get_type_hints(type(node))
+    for field in dataclasses.fields(node):
+        value, key = getattr(node, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            out |= leaves(value, key + ".")
+        else:
+            out[key] = (types[field.name], value, field.metadata.get("help", ""), field.metadata.get("choices", ()))
+    return out
+
+
+def _type_name(kind: Any) -> str:
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return plain[kind] if kind in plain else f"a list of numbers such as {_EXAMPLE[_item(kind)]}"
+
+
+def _item(kind: Any) -> type:
+    return typing.get_args(kind)[0]
+
+
+def unknown(key: str, known: typing.Iterable[str], where: str = "config.") -> UserError:
+    """The error for a key that does not exist: names the nearest one that does."""
+    known = list(known)
+    near = difflib.get_close_matches(key, known, 1, 0.5) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+    hint = f"; did you mean {where}{near[0]}?" if near else "; --help lists every key"
+    return UserError(f"{where}{key}: there is no such key{hint}")
+
+
+def _typed(key: str, kind: Any, value: Any) -> Any:
+    """`value` as `kind` without guessing: whole numbers pass as numbers, lists as tuples, nothing else changes type."""
+    wrong = UserError(f"config.{key}: {value!r} is not {_type_name(kind)}")
+    if kind in (int, float):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and not isinstance(value, int)):
+            raise wrong
+        if not math.isfinite(value):
+            raise UserError(f"config.{key}: {value!r} is not finite")
+        return kind(value)
+    if kind in (bool, str):
+        if not isinstance(value, kind):
+            raise wrong
+        return value
+    if not isinstance(value, (tuple, list)):
+        raise wrong
+    return tuple(_typed(key, _item(kind), v) for v in value)
+
+
+def _literal(key: str, kind: Any, text: str) -> Any:
+    """The text of an override as `kind`; only Python literals, nothing is evaluated."""
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"config.{key}: {text!r} is not true or false")
+        return text.lower() == "true"
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise UserError(f"config.{key}: {text!r} is not {_type_name(kind)}") from None
+    return (value,) if kind not in (int, float) and isinstance(value, (int, float)) else value
+
+
+def override(config: ml_collections.ConfigDict, assignments: typing.Iterable[str]) -> None:
+    """Apply `a.b=v` assignments in place.
+
+    >>> config = default(); override(config, ["optim.lr=1e-4"]); config.optim.lr
+    0.0001
+    """
+    known = leaves()
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if key not in known:
+            raise unknown(key, known)
+        if not equals:
+            raise UserError(f"config.{key}: has no value; write --config.{key}=VALUE")
+        kind = known[key][0]
+        parent = config
+        for part in key.split(".")[:-1]:
+            parent = parent[part]
+        with parent.ignore_type():
+            parent[key.split(".")[-1]] = _typed(key, kind, _literal(key, kind, text))
+
+
+def load(spec: str) -> ml_collections.ConfigDict:
+    """The ConfigDict of `FILE[:name=value,...]`: calls FILE's `get_config` with the arguments, typed by its defaults.
+
+    Raises UserError for a missing file, a file without `get_config`, an unknown argument or a value of the wrong type.
+    """
+    file, _, text = spec.partition(":")
+    path = pathlib.Path(file)
+    if path.suffix != ".py" or "://" in spec:
+        raise UserError(f"--config {spec}: must name a local Python file, such as configs/quickstart.py")
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else [], 1)
+        raise UserError(f"--config {file}: there is no such file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+    found = importlib.util.spec_from_file_location(f"m3i_jax_config_{path.stem}", path)
+    assert found and found.loader
+    module = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+        get_config = module.get_config
+        arguments = _arguments(file, inspect.signature(get_config), text)
+        config = get_config(**arguments)
+    except UserError:
+        raise
+    except Exception as error:  # a person's own config file: whatever is wrong with it is theirs to read on one line
+        reason = " ".join(str(error).split()).strip("\"'")
+        raise UserError(f"--config {file}: {type(error).__name__}: {reason}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"--config {file}: get_config returned {type(config).__name__}; it must return m3i_jax.config.default(), changed")
+    return config
+
+
+def _arguments(file: str, signature: inspect.Signature, text: str) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for piece in filter(None, re.split(r",(?=[A-Za-z_]\w*=)", text)):
+        name, equals, value = piece.partition("=")
+        if name not in signature.parameters or not equals:
+            near = difflib.get_close_matches(name, signature.parameters, 1)
+            names = ", ".join(f"{n}=" for n in signature.parameters) or "none"
+            raise UserError(
+                f"--config {file}:{name}: there is no such argument; " + (f"did you mean {near[0]}=?" if near else f"it takes {names}")
+            )
+        kind = type(signature.parameters[name].default)
+        out[name] = _typed(f"{file}:{name}", kind, _literal(f"{file}:{name}", kind, value))
+    return out
+
+
+def _build(cls: type, node: Any, prefix: str, known: dict[str, Any]) -> Any:
+    if not isinstance(node, (dict, ml_collections.ConfigDict)):
+        raise UserError(f"config.{prefix[:-1]}: {node!r} is not a section of settings")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    types, values = typing.get_type_hints(cls), {}
+    for name in node:
+        if name not in fields:
+            raise unknown(prefix + str(name), known)
+        kind, value = types[name], node[name]
+        if dataclasses.is_dataclass(kind):
+            values[name] = _build(typing.cast(type, kind), value, prefix + name + ".", known)
+            continue
+        value, choices = _typed(prefix + name, kind, value), fields[name].metadata.get("choices", ())
+        if choices and value not in choices:
+            near = difflib.get_close_matches(str(value), [str(c) for c in choices], 1)
+            raise UserError(
+                f"config.{prefix}{name}: {value!r} is none of {', '.join(map(str, choices))}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+        values[name] = value
+    return cls(**values)
+
+
+def resolve(config: ml_collections.ConfigDict) -> schema.Config:
+    """The checked, frozen settings of a ConfigDict.
+
+    Raises UserError that names the key, the value and the fix for unknown keys, wrong types and impossible values.
+
+    >>> resolve(default()).tokens
+    196
+    """
+    from m3i_jax import checks
+
+    built = _build(schema.Config, config, "", leaves())
+    checks.settings(built)
+    return built
+
+
+def to_text(config: schema.Config) -> str:
+    """One `key = value` a line, in the order of the schema: what is saved with a run and compared when it resumes.
+
+    >>> to_text(schema.Config()).splitlines()[0]
+    'seed = 0'
+    """
+    return "".join(f"{key} = {value!r}\n" for key, (_, value, _, _) in leaves(config).items())
+
+
+def difference(old: str, new: str) -> list[str]:
+    """The lines `key: old -> new` in which two texts of `to_text` differ, keys that never change the result left out.
+
+    >>> difference("seed = 0\\ntrain.keep = 2\\n", "seed = 1\\ntrain.keep = 3\\n")
+    ['seed: 0 -> 1']
+    """
+    was, now = (dict(line.split(" = ", 1) for line in text.splitlines() if " = " in line) for text in (old, new))
+    changed = [k for k in {**was, **now} if was.get(k) != now.get(k) and not k.startswith(FREE)]
+    return [f"{k}: {was.get(k, 'absent')} -> {now.get(k, 'absent')}" for k in changed]
+
+
+def help_table() -> str:
+    """Every key with its default and meaning, made from the dataclasses."""
+    rows = []
+    for key, (_, value, text, choices) in leaves().items():
+        rows.append((f"--config.{key}", repr(value), text + (f" ({' | '.join(map(str, choices))})" if choices else "")))
+    widths = [max(len(r[i]) for r in rows) for i in (0, 1)]
+    return "\n".join(f"  {k:<{widths[0]}}  {v:<{widths[1]}}  {t}" for k, v, t in rows)
+
+
+def rescale(config: ml_collections.ConfigDict, batch_size: int) -> None:
+    """Set the batch size, and learning rate and target momentum by the linear rule from the values they have at the paper's 4,096 images.
+
+    lr * B / 4096; 1 - (1 - m) * B / 4096, so that the target moves as far an epoch; warm-up and length are counted in epochs already.
+
+    >>> config = default(); rescale(config, 1024); config.optim.lr, round(config.optim.ema, 5)
+    (0.00025, 0.99875)
+    """
+    share = batch_size / config.train.batch_size
+    config.optim.lr *= share
+    config.optim.ema = 1 - (1 - config.optim.ema) * share
+    config.train.batch_size = batch_size

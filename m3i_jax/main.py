@@ -1,0 +1,68 @@
+"""The command line: `python -m m3i_jax.main --config FILE[:name=value,...] --workdir DIR [--config.a.b=v] [--mode=...]`.
+
+Exit codes: 0 done, 2 refused, 3 does not fit, 42 preempted and saved, 1 anything else. Only the mode that runs is imported."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from m3i_jax import config as configuration
+from m3i_jax.errors import DoesNotFit, UserError
+from m3i_jax.version import __version__
+
+MODES = {
+    "train": "pre-train, or go on with the run in the working directory",
+    "show": "print the resolved configuration, parameters, FLOPs a step and memory of the state; reads no data",
+    "preview": "write a contact sheet of what the model will see to WORKDIR/preview.png",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    modes = "\n".join(f"  {name:<8} {text}" for name, text in MODES.items())
+    out = argparse.ArgumentParser(
+        prog="python -m m3i_jax.main",
+        description="M3I Pre-training in JAX.",
+        epilog=f"modes:\n{modes}\n\nevery key of the configuration, with its default:\n{configuration.help_table()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    out.add_argument(
+        "--config", metavar="FILE[:name=value,...]", help="configuration file and its arguments, such as configs/folder.py:path=DIR"
+    )
+    out.add_argument("--config.KEY", metavar="VALUE", dest="_", help="set one key of the configuration, as --config.optim.lr=1e-4")
+    out.add_argument("--workdir", metavar="DIR", help="where the run keeps checkpoints, metrics and pictures; the same command resumes it")
+    out.add_argument("--mode", default="train", metavar="MODE", help=f"one of {', '.join(MODES)} (default: train)")
+    out.add_argument("--allow-changes", action="store_true", help="resume although the configuration or the data changed")
+    out.add_argument("--version", action="version", version=f"m3i_jax {__version__}")
+    return out
+
+
+def _run(arguments: Sequence[str]) -> int:
+    overrides = [a[len("--config.") :] for a in arguments if a.startswith("--config.")]
+    flags, unknown = parser().parse_known_args([a for a in arguments if not a.startswith("--config.")])
+    if unknown:
+        raise UserError(f"{unknown[0]}: there is no such flag; --help lists them")
+    if flags.mode not in MODES:
+        raise configuration.unknown(flags.mode, MODES, "--mode=")
+    if not flags.config:
+        raise UserError("--config: is missing; name a file, such as --config configs/quickstart.py")
+    if not flags.workdir and flags.mode != "show":
+        raise UserError("--workdir: is missing; name a directory for the run, such as --workdir runs/first")
+    config = configuration.load(flags.config)
+    configuration.override(config, overrides)
+    settings = configuration.resolve(config)
+    mode = importlib.import_module(f"m3i_jax.modes.{flags.mode}")
+    return mode.run(settings, workdir=flags.workdir, allow_changes=flags.allow_changes)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        print(f"m3i_jax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 3 if isinstance(error, DoesNotFit) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""What the modes that read data share: the source, its splits and tokenizer, the completed configuration and the working directory."""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from m3i_jax import checks, parallel, schema
+from m3i_jax.data import pipeline, sources, tokenizer
+from m3i_jax.errors import UserError
+
+
+def complete(config: schema.Config, *, classes: int, captions: bool, size: int) -> schema.Config:
+    """The configuration with what only the data knows: its categories, whether captions are used, its training pictures."""
+    data = dataclasses.replace(config.data, classes=classes, captions="yes" if captions else "no", size=size)
+    return dataclasses.replace(config, data=data)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Job:
+    """A completed run: settings, devices and data."""
+
+    config: schema.Config
+    mesh: jax.sharding.Mesh
+    train: Any
+    held_out: Any
+    classes: tuple[str, ...]
+    tokenizer: tokenizer.Tokenizer | None
+    workdir: pathlib.Path
+
+    @property
+    def fingerprint(self) -> str:
+        return pipeline.fingerprint(self.config, self.train)
+
+    def batches(self, start: int) -> Any:
+        """Host batches from sample `start` on."""
+        return pipeline.iterate(self.config, self.train, self.tokenizer, start=start, host=jax.process_index(), hosts=jax.process_count())
+
+
+def mesh(config: schema.Config) -> jax.sharding.Mesh:
+    """The mesh of a configuration on the devices that are here; refuses a batch that cannot be split over it."""
+    out = parallel.make_mesh(config.parallel.mesh)
+    checks.devices(config, tuple(out.shape[a] for a in parallel.AXES))  # type: ignore[arg-type]
+    return out
+
+
+def open_job(config: schema.Config, workdir: str) -> Job:
+    """Open the data of a configuration and complete it."""
+    devices = mesh(config)
+    place = pathlib.Path(workdir)
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    source = sources.open_source(config.data, cache=str(place / "index"))
+    train, held_out = (sources.split(source, config.data.holdout, part) for part in ("train", "held_out"))
+    count, captions = pipeline.classes(config.data, source), pipeline.uses_captions(config.data, source)
+    done = complete(config, classes=count, captions=captions, size=len(train))
+    words = tokenizer.open_tokenizer(done.data, train, str(place / "tokenizer.json")) if captions else None
+    names = tuple(source.classes[:count])
+    return Job(config=done, mesh=devices, train=train, held_out=held_out, classes=names, tokenizer=words, workdir=place)
+
+
+@contextlib.contextmanager
+def lock(workdir: pathlib.Path) -> Iterator[None]:
+    """One run a working directory. The lock is the kernel's and ends with the process that holds it, so it is never stale."""
+    file = os.open(workdir / "run.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.read(file, 32).decode(errors="replace").strip()
+        os.close(file)
+        raise UserError(
+            f"--workdir {workdir}: another run (process {holder or 'unknown'}) is working there; stop it or choose another directory"
+        ) from None
+    os.ftruncate(file, 0)
+    os.write(file, str(os.getpid()).encode())
+    try:
+        yield
+    finally:
+        os.close(file)
+
+
+def evaluation_batches(job: Job, source: Any, limit: int) -> Iterator[dict[str, Any]]:
+    """Clean views of at most `limit` pictures, spread evenly over the source, in batches that divide over the devices."""
+    shards = job.mesh.shape["replica"] * job.mesh.shape["fsdp"]
+    batch = -(-job.config.evaluate.batch_size // shards) * shards
+    count = min(limit, len(source))
+    indices = [i * len(source) // count for i in range(count)]
+    return pipeline.evaluation_batches(source, indices, job.config.data.image_size, batch, background=job.config.data.background)
+
+
+def evaluators(job: Job, say: Any) -> list[Any]:
+    """The evaluators that this data can feed; one line for each that it cannot."""
+    from m3i_jax.evaluation import features, knn
+
+    config = job.config
+    if not config.evaluate.knn:
+        return []
+    if not job.classes or not len(job.held_out):
+        say(
+            "no kNN evaluation: "
+            + ("the source has no categories" if not job.classes else "no pictures are held out; set config.data.holdout")
+        )
+        return []
+    extract = features.Extractor(config, job.mesh)
+    index = functools.partial(evaluation_batches, job, job.train, config.evaluate.train_limit)
+    queries = functools.partial(evaluation_batches, job, job.held_out, config.evaluate.query_limit)
+    return [knn.evaluator(config, extract, index, queries)]

@@ -1,0 +1,31 @@
+"""--mode=preview: a contact sheet of what the model will see, before any of it is trained on: WORKDIR/preview.png."""
+
+import jax
+import numpy as np
+
+from m3i_jax import schema
+from m3i_jax.modes import job as jobs
+from m3i_jax.modes import pictures
+from m3i_jax.reporting import preview
+from m3i_jax.training import views
+
+ROWS = 8
+
+
+def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
+    del allow_changes
+    job = jobs.open_job(config, workdir)
+    data = job.batches(0)
+    try:
+        batch = {name: value[: min(ROWS, len(value))] for name, value in next(data).items()}
+        skipped = {reason: n for reason, n in data.skipped.items() if n}
+    finally:
+        data.close()
+    made = jax.jit(lambda b: views.patches(job.config, b, (0, 1)))(batch)
+    shown = {crop: pictures.of_patches(job.config, np.asarray(patches, np.float32)) for crop, patches in made.items()}
+    batch["views"] = np.stack([shown[0], shown[1]], 1)  # with the colours that the device gives them
+    captions = pictures.captions(job, batch)
+    path = job.workdir / "preview.png"
+    preview.write(path, batch, captions=captions, classes=job.classes)
+    print(f"{job.train.description()}\n{path}: {len(batch['label'])} samples" + (f"; skipped: {skipped}" if skipped else ""))
+    return 0

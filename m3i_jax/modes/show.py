@@ -1,0 +1,85 @@
+"""--mode=show: what a configuration amounts to, within seconds and without data: settings, the plan of a step, parameters, FLOPs,
+memory."""
+
+import math
+from typing import Any
+
+import jax
+
+from m3i_jax import config as configuration
+from m3i_jax import parallel, schema
+from m3i_jax.models import m3i
+from m3i_jax.modes import job
+from m3i_jax.reporting import flops, show
+from m3i_jax.training import trainer
+from m3i_jax.training.terms import Plan
+
+ASSUMED = {"classes": 1000, "size": 1_281_167, "vocabulary": 49_408}  # ImageNet-1k and CLIP, where only the data could tell
+
+
+def _assume(config: schema.Config) -> tuple[schema.Config, list[str]]:
+    """The configuration completed without opening the data, and what had to be assumed."""
+    d, assumed = config.data, []
+    classes = d.classes
+    if classes < 0:
+        classes = 8 if d.source == "shapes" else ASSUMED["classes"]
+        if d.source != "shapes":
+            assumed.append(f"{classes} categories")
+    captions = d.captions == "yes" or (d.captions == "auto" and d.source == "shapes")
+    if d.captions == "auto" and d.source != "shapes":
+        assumed.append("no captions")
+    size = d.size or ASSUMED["size"]
+    if not d.size:
+        assumed.append(f"{size:,} training pictures")
+    if d.source == "shapes":
+        size = round(size * (1 - d.holdout))
+    return job.complete(config, classes=classes, captions=captions, size=size), assumed
+
+
+def describe(term: Any) -> str:
+    """A target in words."""
+    if term.target.of != "tokens":
+        return term.target.of
+    return f"dense EMA features of view {term.target.crop}" + (", hidden positions" if term.hidden else "")
+
+
+def plan_table(plan: Plan) -> str:
+    def words(read: Any) -> str:
+        return f"view {read.crop} " + ("mixed" if read.mixed else "masked" if read.masked else "whole")
+
+    rows = [(f"loss/{t.name}", words(t.reads), t.image, describe(t), t.group) for t in plan.terms]
+    calls = f"encoder calls: {len(plan.passes)}; target encoder: {len(plan.target_crops)} views in one call"
+    return show.table(rows, ("term", "encoder reads", "image", "predicts", "group")) + "\n" + calls
+
+
+def run(config: schema.Config, *, workdir: str | None, allow_changes: bool) -> int:
+    del workdir, allow_changes
+    done, assumed = _assume(config)
+    text = done.data.captions == "yes"
+    vocabulary = (ASSUMED["vocabulary"] if done.data.tokenizer == "clip" else done.data.vocabulary_size) if text else 0
+    # The mesh of the run may be larger than this machine: shapes and counts do not depend on it, so one device stands for all.
+    one = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
+    made = trainer.Trainer(done, one, vocabulary)
+    batch = trainer.abstract_batch(done)
+    counts = flops.count(made.trace, made.template, batch)
+    length, images = made.length, done.train.batch_size
+    leaves = jax.tree.leaves(made.template)
+    print(configuration.to_text(done))
+    print(plan_table(made.plan), "\n")
+    print(show.table([(part, f"{n:,}") for part, n in m3i.parameter_table(made.template.params)], ("part", "parameters")), "\n")
+    total = counts.dot + counts.conv
+    rows = [
+        ("steps", f"{length.steps:,} of {images:,} images ({length.steps_per_epoch:,} an epoch, warm-up {length.warmup:,})"),
+        ("matrix FLOPs a step", f"{total / 1e12:,.3f} TFLOP, {total / images / 1e9:,.2f} GFLOP a mixed view"),
+        ("matrix FLOPs of the run", f"{total * length.steps / 1e18:,.3f} exaFLOP"),
+        (
+            "state",
+            show.size(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves))
+            + " (parameters, moments, EMA target), before sharding",
+        ),
+        ("batch", show.size(sum(math.prod(s.shape) * s.dtype.itemsize for s in batch.values())) + " a step from the host"),
+    ]
+    print(show.table(rows, ("what", "how much")))
+    if assumed:
+        print(f"assumed, since this mode reads no data: {', '.join(assumed)}")
+    return 0

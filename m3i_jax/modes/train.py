@@ -1,0 +1,120 @@
+"""--mode=train: pre-train, or go on where the working directory stands."""
+
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+import jax
+import numpy as np
+
+from m3i_jax import config as configuration
+from m3i_jax import schema
+from m3i_jax.errors import UserError
+from m3i_jax.models import m3i
+from m3i_jax.modes import job as jobs
+from m3i_jax.modes import pictures
+from m3i_jax.reporting import panels, writers
+from m3i_jax.training import loop
+from m3i_jax.training.checkpoint import Checkpoints
+from m3i_jax.training.trainer import Trainer
+
+
+def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
+    job = jobs.open_job(config, workdir)
+    with jobs.lock(job.workdir):
+        return _train(job, allow_changes)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+def _agree(job: jobs.Job, position: dict[str, Any] | None, allow_changes: bool) -> None:
+    """A resumed run must be the run it resumes: same settings where they matter, same data."""
+    saved = job.workdir / "config.txt"
+    text = configuration.to_text(job.config)
+    changed = configuration.difference(saved.read_text(), text) if saved.is_file() and position else []
+    if position and position["fingerprint"] != job.fingerprint:
+        changed.append(f"data: {position['fingerprint']} -> {job.fingerprint}")
+    if changed and not allow_changes:
+        raise UserError(
+            f"--workdir {job.workdir}: the run there was made with another configuration ({'; '.join(changed)}); "
+            "choose another directory, or add --allow-changes to go on with the new one"
+        )
+    write_text(saved, text)
+
+
+def _train(job: jobs.Job, allow_changes: bool) -> int:
+    config, workdir = job.config, job.workdir
+    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep)
+    newest = checkpoints.latest()
+    position = checkpoints.position(newest) if newest is not None else None
+    _agree(job, position, allow_changes)
+    trainer = Trainer(config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
+    start, samples = (newest, position["samples_seen"]) if newest is not None and position else (0, 0)
+    writer = writers.open_writers(config, workdir, resume_at=start, total=trainer.length.steps, main=jax.process_index() == 0)
+    say = writer.say
+    parameters = sum(count for _, count in m3i.parameter_table(trainer.template.params))
+    say(f"{job.train.description()}; {len(job.held_out):,} held out")
+    where = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
+    say(f"{parameters:,} parameters; {trainer.length.steps:,} steps of {config.train.batch_size} images on {where}")
+    if newest is not None:
+        state = checkpoints.restore(newest, trainer.template, trainer.shardings)
+        say(f"resuming at step {newest:,}, {samples:,} samples seen")
+    else:
+        state = trainer.init()
+    data = job.batches(samples)
+    outside = loop.Outside(
+        data=data,
+        checkpoints=checkpoints,
+        write=writer.write,
+        say=say,
+        panel=lambda step, state, batch: write_panel(job, trainer, step, state, batch),
+        evaluators=jobs.evaluators(job, say),
+        position=lambda samples: {"samples_seen": samples, "fingerprint": job.fingerprint},
+        evaluated=evaluated(workdir / "metrics.jsonl"),
+    )
+    try:
+        code, state = loop.run(trainer, state, samples_seen=samples, outside=outside)
+        if code == loop.DONE and config.train.panel_every:
+            write_panel(job, trainer, trainer.length.steps, state, next(data))
+    finally:
+        data.close()
+        checkpoints.close()
+        writer.close()
+    if code == loop.DONE:
+        say(f"done: {trainer.length.steps:,} steps; metrics in {workdir / 'metrics.jsonl'}, pictures in {workdir / 'panels'}")
+    return code
+
+
+def evaluated(log: pathlib.Path) -> frozenset[int]:
+    """Steps of a log that have an evaluation."""
+    if not log.is_file():
+        return frozenset()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return frozenset(line["step"] for line in lines if any(name.startswith("eval/") for name in line))
+
+
+def write_panel(job: jobs.Job, trainer: Trainer, step: int, state: Any, batch: dict[str, np.ndarray]) -> None:
+    """WORKDIR/panels/<step>.png of the first rows of a batch, from what the step itself computes."""
+    config = job.config
+    rows = min(2 * -(-config.report.panel_rows // 2), config.train.batch_size)  # partners come in pairs
+    few = {name: value[:rows] for name, value in batch.items()}
+    seen = {name: np.asarray(value, np.float32) for name, value in jax.device_get(trainer.look_inside(state, few)).items()}
+
+    shown = {name: pictures.of_patches(config, seen[name]) for name in seen if name.split("/")[-1] in ("input", "input_view", "view")}
+    directory = job.workdir / "panels"
+    directory.mkdir(exist_ok=True)
+    panels.write(
+        directory / f"{step:08d}.png",
+        features=seen,
+        pictures=shown,
+        batch=few,
+        captions=pictures.captions(job, few),
+        labels=pictures.labels(job, few),
+    )
