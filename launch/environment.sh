@@ -1,0 +1,67 @@
+# shellcheck shell=bash
+# Sourced by the scripts beside it: finds a Python, makes a virtual environment, installs the project into it, and does none of that again
+# while nothing has changed. Settings (environment variables):
+#   M3I_VENV     directory of the virtual environment (each script has its own default)
+#   M3I_PYTHON   interpreter to make it with (default: python3, else the newest that is new enough)
+#   M3I_EXTRA    extra to install for the accelerator (default: for the one that is found; empty: CPU)
+#   M3I_INSTALL  0: use the environment as it is, install nothing
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+fail() {
+    echo "$(basename "$0"): $*" >&2
+    exit 2
+}
+
+# works PYTHON [MINOR]: it runs, and is Python 3.11 or newer, or exactly 3.MINOR
+works() {
+    "$1" -c 'import sys; v = sys.version_info[:2]; sys.exit(not (v == (3, int(sys.argv[1])) if sys.argv[1:] else v >= (3, 11)))' "${@:2}" \
+        >/dev/null 2>&1
+}
+
+find_python() {
+    local candidate
+    for candidate in ${M3I_PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
+        if works "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.11 or newer was found (tried ${M3I_PYTHON:-python3, python3.11 to python3.14}): install one, or name it in M3I_PYTHON"
+}
+
+# The extra for the accelerator of this machine; nothing on a CPU. A control node alone (/dev/vfio/vfio, /dev/accel/) is no TPU.
+accelerator() {
+    if [[ "$(nvidia-smi -L 2>/dev/null || true)" == GPU* ]]; then
+        echo cuda
+    elif [[ -n "${TPU_NAME:-}" ]] || compgen -G '/dev/accel[0-9]*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; then
+        echo tpu
+    fi
+}
+
+# prepare DIR EXTRA: leaves in DIR a virtual environment with the project (editable) and that extra, at the versions of requirements.txt
+prepare() {
+    local venv="$1" extra="$2" python stamp
+    if [[ "${M3I_INSTALL:-1}" == 0 ]]; then
+        [[ -x "$venv/bin/python" ]] || fail "M3I_INSTALL=0, but there is no environment at $venv: set M3I_VENV to one, or leave M3I_INSTALL out"
+        return
+    fi
+    python="$(find_python)"
+    stamp="$("$python" -V) extra=$extra root=$ROOT $(cat "$ROOT/setup.py" "$ROOT/requirements.txt" "$ROOT/m3i_jax/version.py" | cksum)"
+    if [[ -x "$venv/bin/python" && "$(cat "$venv/.m3i_stamp" 2>/dev/null)" == "$stamp" ]]; then
+        return
+    fi
+    # Only an environment that we made is made anew for another Python; somebody else's is only added to.
+    if [[ ! -x "$venv/bin/python" ]]; then
+        echo "making $venv with $("$python" -V)"
+        "$python" -m venv "$venv" || fail "$python cannot make a virtual environment (on Debian and Ubuntu: apt-get install python3-venv)"
+    elif [[ -f "$venv/.m3i_stamp" && "$("$venv/bin/python" -V)" != "$("$python" -V)" ]]; then
+        echo "making $venv again, with $("$python" -V)"
+        "$python" -m venv --clear "$venv" || fail "$python cannot make a virtual environment (on Debian and Ubuntu: apt-get install python3-venv)"
+    fi
+    rm -f "$venv/.m3i_stamp"
+    echo "installing m3i_jax${extra:+ with [$extra]} into $venv"
+    "$venv/bin/python" -m pip install --quiet --progress-bar off --disable-pip-version-check --no-input \
+        -e "$ROOT${extra:+[$extra]}" -c "$ROOT/requirements.txt" || fail "the installation failed; pip's reason is above"
+    echo "$stamp" >"$venv/.m3i_stamp"
+}

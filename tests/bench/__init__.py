@@ -1,0 +1,1 @@
+"""Benchmarks: counts, and ratios within one run. Each is one command, `python -m tests.bench.NAME`; none asserts a wall time."""

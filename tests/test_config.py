@@ -1,0 +1,182 @@
+"""The door of the configuration: what it refuses, in which words, and what it lets through unchanged."""
+
+import dataclasses
+
+import pytest
+
+from m3i_jax import checks, config, schema
+from m3i_jax.errors import UserError
+
+BAD = {
+    # a key that does not exist, and the nearest one that does
+    "optimm.lr=1": "config.optim.lr",
+    "optim.lrr=1": "config.optim.lr",
+    "lr=1": "config.optim.lr",
+    "train.batchsize=8": "config.train.batch_size",
+    "model.encoder.width_=8": "config.model.encoder.width",
+    "data.imagesize=8": "config.data.image_size",
+    "zzz=1": "--help",
+    "optim=1": "config.optim",
+    # another type
+    "optim.lr=fast": "is not a number",
+    "optim.lr=1e-3j": "is not a number",
+    "optim.lr=nan": "is not a number",
+    "optim.lr=1e999": "is not finite",
+    "optim.lr=__import__('os')": "is not a number",
+    "train.steps=1.5": "is not a whole number",
+    "train.batch_size=many": "is not a whole number",
+    "train.batch_size=True": "is not a whole number",
+    "model.scan=1": "is not true or false",
+    "evaluate.knn=maybe": "is not true or false",
+    "data.crop_scale=a": "is not a list of numbers",
+    "data.crop_scale=(0.2,'x')": "is not a number",
+    "parallel.mesh=1.5,1,1": "is not a whole number",
+    "optim.lr": "has no value",
+    "optim.lr=": "is not a number",
+    # none of the choices
+    "data.source=folders": "did you mean folder?",
+    "data.mask=blockwide": "did you mean blockwise?",
+    "data.captions=maybe": "auto, yes, no",
+    "data.tokenizer=bpe": "train, clip",
+    "model.dtype=float16": "did you mean bfloat16?",
+    "model.remat=all": "none, full",
+    "model.encoder.drop_path_rule=cosine": "linear, uniform",
+    "model.text.pool=eot": "first, last, mean",
+    "objective.weighting=static": "dynamic, fixed",
+    "objective.intra_positions=masked": "all, hidden",
+    "objective.text_softmax=device": "batch, microbatch",
+    # impossible values
+    "data.image_size=225": "multiple of model.encoder.patch_size",
+    "data.image_size=16": "2 to 64 a side",
+    "data.image_size=0": "at least 1",
+    "model.encoder.patch_size=0": "multiple of",
+    "model.encoder.heads=7": "must divide the width 768",
+    "model.encoder.heads=0": "must divide the width 768",
+    "model.decoder.heads=5": "must divide the width 768",
+    "model.text.heads=5": "must divide the width 768",
+    "model.pool.heads=5": "must divide the width 768",
+    "model.encoder.depth=0": "at least 1",
+    "model.encoder.drop_path=1.5": "0..1",
+    "model.encoder.mlp_ratio=0": "positive",
+    "data.mask_ratio=0": "at least one and not all",
+    "data.mask_ratio=1": "at least one and not all",
+    "data.holdout=1": "0..1",
+    "data.flip_p=2": "0..1",
+    "data.crop_scale=(0.5,0.1)": "the smaller first",
+    "data.crop_scale=(0.5,1.5)": "must not exceed 1",
+    "data.crop_scale=0.5": "two positive numbers",
+    "data.augment.hue=0.7": "0..0.5",
+    "data.augment.std=(0,1,1)": "must be positive",
+    "data.augment.mean=(0,1)": "three numbers",
+    "data.augment.blur_p=(1.0,)": "input view, target view",
+    "data.caption_length=2": "at least 4",
+    "data.vocabulary_size=100": "at least 259",
+    "data.background=300": "0..255",
+    "data.workers=-1": "must not be negative",
+    "train.batch_size=5": "must be even",
+    "train.batch_size=0": "at least 1",
+    "train.microbatches=0": "at least 1",
+    "train.log_every=0": "at least 1",
+    "train.keep=0": "at least 1",
+    "train.epochs=0": "no step to train",
+    "train.steps=-3": "must not be negative",
+    "optim.lr=-1": "must be positive",
+    "optim.min_lr=1": "must not exceed optim.lr",
+    "optim.b2=1.5": "0..1",
+    "optim.ema=2": "0..1",
+    "optim.warmup_steps=-2": "at least 0",
+    "objective.gamma=0": "must be positive",
+    "objective.balance_range=(2,1)": "the smaller first",
+    "parallel.mesh=(2,2)": "(replica, fsdp, tensor)",
+    "parallel.mesh=(-1,-1,1)": "at most one of them -1",
+    "parallel.mesh=(0,1,1)": "three numbers",
+    "evaluate.k=0": "at least 1",
+}
+
+
+@pytest.mark.parametrize("assignment", BAD)
+def test_bad_settings_are_refused_with_key_and_way_out(assignment: str) -> None:
+    made = config.default()
+    with pytest.raises(UserError) as refusal:
+        config.override(made, [assignment])
+        config.resolve(made)
+    text = str(refusal.value)
+    assert BAD[assignment] in text and "\n" not in text
+    assert assignment.partition("=")[0].split(".")[-1] in text  # the key is named
+
+
+def test_there_are_sixty_of_them() -> None:
+    assert len(BAD) >= 60
+
+
+def test_every_leaf_survives_the_round_trip() -> None:
+    assert config.resolve(config.default()) == schema.Config()
+
+
+def test_overrides_change_one_leaf_and_keep_its_type() -> None:
+    made = config.default()
+    config.override(made, ["optim.lr=1", "train.batch_size=64", "data.path=a=b,c", "data.crop_scale=0.2,1", "model.scan=true"])
+    done = config.resolve(made)
+    assert (done.optim.lr, done.train.batch_size, done.data.path, done.data.crop_scale, done.model.scan) == (1.0, 64, "a=b,c", (0.2, 1.0), True)
+    assert isinstance(done.optim.lr, float)
+    untouched = dataclasses.replace(
+        done,
+        optim=schema.Optim(),
+        train=schema.Train(),
+        data=schema.Data(),
+        model=schema.Model(),
+    )
+    assert untouched == schema.Config()
+
+
+def test_a_config_file_that_misspells_a_key_is_refused(tmp_path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("from m3i_jax.config import default\ndef get_config():\n    c = default()\n    c.optim.lrr = 1\n    return c\n")
+    with pytest.raises(UserError, match="lrr"):
+        config.load(str(file))
+
+
+@pytest.mark.parametrize(
+    ("spec", "wanted"),
+    [
+        ("configs/quickstrat.py", "did you mean configs/quickstart.py?"),
+        ("configs/quickstart.py:stepz=3", "did you mean steps=?"),
+        ("configs/quickstart.py:steps=many", "is not a whole number"),
+        ("configs/folder.py:model=vit_b17", "vit_b16"),
+        ("https://example.org/config.py", "local Python file"),
+        ("configs", "local Python file"),
+    ],
+)
+def test_bad_config_files(spec: str, wanted: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.chdir(request.config.rootpath)
+    with pytest.raises(UserError) as refusal:
+        config.load(spec)
+    assert wanted in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "folder", "tars"])
+def test_shipped_configs_resolve(name: str, request: pytest.FixtureRequest) -> None:
+    config.resolve(config.load(str(request.config.rootpath / "configs" / f"{name}.py")))
+
+
+@pytest.mark.parametrize(("batch", "parts", "shape", "fits"), [(16, 1, (8, 1, 1), True), (16, 2, (8, 1, 1), False), (16, 2, (2, 2, 2), True)])
+def test_batches_must_divide_over_devices_in_pairs(batch: int, parts: int, shape: tuple[int, int, int], fits: bool) -> None:
+    c = schema.Config(train=schema.Train(batch_size=batch, microbatches=parts))
+    if fits:
+        checks.devices(c, shape)
+    else:
+        with pytest.raises(UserError, match="multiple of 32"):
+            checks.devices(c, shape)
+
+
+def test_text_and_difference() -> None:
+    old = config.to_text(schema.Config())
+    new = config.to_text(schema.Config(seed=3, report=schema.Report(panel_rows=9), optim=schema.Optim(lr=0.1)))
+    assert config.difference(old, new) == ["seed: 0 -> 3", "optim.lr: 0.001 -> 0.1"]
+    assert len(old.splitlines()) == len(config.leaves())
+
+
+def test_help_names_every_key() -> None:
+    table = config.help_table()
+    assert all(f"--config.{key} " in table for key in config.leaves())
+    assert all(text for _, _, text, _ in config.leaves().values())

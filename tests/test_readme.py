@@ -1,0 +1,313 @@
+"""The README is executed: every command and every Python block of it, in the order in which they stand, in one scratch copy of the project.
+
+What is run
+    Blocks fenced as ```bash run as one script each (`bash -euo pipefail`), blocks fenced as ```python as one program each. Blocks fenced
+    as text, json, bibtex, yaml or toml are not run; any other fence, or none, fails, so that no command hides in one.
+What is left out of a bash block
+    Commands that install or that would run these tests: the patterns of LEFT_OUT. What follows them after && is run.
+How training commands are made small
+    A line with `m3i_jax.main` or `launch/quickstart.sh` gets the overrides TINY appended (two steps of a toy model), so it must name no
+    file that only its real size makes sense with. `--help` and `--version` lines are left as they are.
+Data
+    `/data/pictures` and `/data/shards` stand for a folder of pictures (two classes, captions beside them) and a folder of img2dataset tars
+    `*.tar`; use these paths in the README. They are replaced by small ones made here.
+Marks
+    A comment on the last line before a block changes how it is run: `<!-- test: DIRECTIVE; DIRECTIVE -->`
+        append ARGUMENTS   more overrides for the training commands of this block, after TINY
+        as-is              no overrides for this block
+        exit STATUS        the block must end with this status, not 0
+        skip REASON        not run; the reason is shown by pytest
+"""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+
+import pytest
+
+from m3i_jax import config as configuration
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = ROOT / "README.md"
+RUN, QUIET = {"bash", "python"}, {"text", "json", "bibtex", "yaml", "toml"}
+SECONDS = 300
+LEFT_OUT = [
+    r"(sudo )?apt(-get)? ",
+    r"(\S*/)?(python[\d.]*|uv) -?m? ?(venv|pip install)\b",
+    r"(\S*/)?pip[\d.]* install\b",
+    r"(source|\.) \S+/activate\b",
+    r"git clone\b",
+    r"cd m3i[_-]jax$",
+    r"(bash |\./)launch/test\.sh\b",
+]
+# fmt: off
+TINY = [
+    "train.steps=2", "train.batch_size=8", "train.microbatches=1", "train.log_every=1", "train.save_every=2", "optim.warmup_steps=1",
+    "data.size=64", "data.holdout=0.25", "data.image_size=32", "data.caption_length=8", "data.vocabulary_size=300", "data.tokenizer=train",
+    "model.dtype=float32", "model.encoder.patch_size=8", "model.encoder.width=16", "model.encoder.depth=1", "model.encoder.heads=2",
+    "model.decoder.width=16", "model.decoder.depth=1", "model.decoder.heads=2", "model.pool.width=16", "model.pool.heads=2",
+    "model.text.width=16", "model.text.depth=1", "model.text.heads=2", "model.text.embed=16",
+    "evaluate.k=3", "evaluate.batch_size=8", "evaluate.train_limit=32", "evaluate.query_limit=16",
+]
+# fmt: on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block:
+    line: int
+    language: str
+    text: str
+    append: str = ""
+    as_is: bool = False
+    status: int = 0
+    skip: str = ""
+
+
+def directives(comment: str) -> dict[str, str | bool | int]:
+    """What the text of a mark asks for, as fields of Block."""
+    out: dict[str, str | bool | int] = {}
+    for part in filter(None, (p.strip() for p in comment.split(";"))):
+        word, _, rest = part.partition(" ")
+        if word == "append" and rest:
+            out["append"] = rest
+        elif word == "as-is" and not rest:
+            out["as_is"] = True
+        elif word == "exit" and rest.isdigit():
+            out["status"] = int(rest)
+        elif word == "skip" and rest:
+            out["skip"] = rest
+        else:
+            raise ValueError(f"<!-- test: {part} -->: say append ARGUMENTS, as-is, exit STATUS or skip REASON")
+    return out
+
+
+def blocks(text: str) -> list[Block]:
+    """Every fenced block of a Markdown text."""
+    found, lines, before, start = [], text.splitlines(), "", 0
+    fence, language, body = "", "", []
+    for number, line in enumerate(lines, 1):
+        if not fence and (opening := re.match(r"\s*(`{3,}|~{3,})\s*(\S*)", line)):
+            fence, language, body, start = opening[1], opening[2], [], number
+        elif fence and re.fullmatch(rf"\s*{fence[0]}{{{len(fence)},}}\s*", line):
+            mark = re.fullmatch(r"\s*<!--\s*test:\s*(.*?)\s*-->\s*", before)
+            found.append(Block(line=start, language=language, text="\n".join(body) + "\n", **directives(mark[1] if mark else "")))
+            fence = before = ""
+        elif fence:
+            body.append(line)
+        elif line.strip():
+            before = line
+    if fence:
+        raise ValueError(f"line {start}: the fence is never closed")
+    return found
+
+
+def script(block: Block) -> tuple[str, int]:
+    """The bash script that stands for a block, and how many commands of the README it runs."""
+    out, count = [], 0
+    overrides = "" if block.as_is else " ".join(f"--config.{item}" for item in TINY) + f" {block.append}".rstrip()
+    for line in re.sub(r"\\\n\s*", "", block.text).splitlines():
+        parts = line.strip().split(" && ")
+        while parts and any(re.match(pattern, parts[0].strip()) for pattern in LEFT_OUT):
+            line = " && ".join(parts := parts[1:])
+        if not parts:
+            continue
+        command = line.strip()
+        if command and not command.startswith("#"):
+            count += 1
+            small = re.search(r"m3i_jax\.main|launch/quickstart\.sh", command) and not re.search(r"--(help|version)\b", command)
+            if small and overrides:
+                end = re.search(r"\s+(\||&|[12]?>|#\s)|;|\s*$", line)
+                line = f"{line[: end.start()]} {overrides}{line[end.start() :]}"
+        out.append(line)
+    return "\n".join(out) + "\n", count
+
+
+def pictures() -> Iterator[tuple[str, str, bytes]]:
+    """(class, name, JPEG) of a few small pictures of two classes."""
+    image_module = pytest.importorskip("PIL.Image")
+    for index in range(32):
+        picture, kind = io.BytesIO(), ("dark", "light")[index % 2]
+        image_module.new("RGB", (48, 40), (60 + 120 * (index % 2), 7 * index, 90)).save(picture, "JPEG")
+        yield kind, f"{index:05d}", picture.getvalue()
+
+
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A copy of the project with data beside it: what a person has after cloning."""
+    home = tmp_path_factory.mktemp("readme")
+    for name in ("m3i_jax", "configs", "launch"):
+        shutil.copytree(ROOT / name, home / "clone" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "requirements.txt", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, home / "clone" / name)
+    (home / "shards").mkdir()
+    with tarfile.open(home / "shards" / "00000.tar", "w") as tar:
+        for kind, name, jpeg in pictures():
+            folder = home / "pictures" / kind
+            folder.mkdir(parents=True, exist_ok=True)
+            caption = f"a {kind} picture"
+            (folder / f"{name}.jpg").write_bytes(jpeg)
+            (folder / f"{name}.txt").write_text(caption)
+            label = json.dumps({"caption": caption, "label": int(kind == "light")})
+            for ending, content in (("jpg", jpeg), ("txt", caption.encode()), ("json", label.encode())):
+                member = tarfile.TarInfo(f"{name}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return home
+
+
+def execute(command: list[str], home: pathlib.Path, status: int) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"M3I_VENV": sys.prefix, "M3I_INSTALL": "0", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(home / "clone")}
+    environment["PATH"] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        command,
+        cwd=home / "clone",
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == status, f"status {done.returncode}, not {status}:\n{done.stdout[-6000:]}"
+    return done.stdout
+
+
+def prepared(block: Block, home: pathlib.Path) -> list[str]:
+    """The command that runs a block, with the data of this test in the place of the README's."""
+    text = script(block)[0] if block.language == "bash" else block.text
+    for place in ("pictures", "shards"):
+        text = text.replace(f"/data/{place}", str(home / place))
+    path = home / f"line_{block.line}.{'sh' if block.language == 'bash' else 'py'}"
+    path.write_text(text)
+    return ["bash", "-euo", "pipefail", str(path)] if block.language == "bash" else [sys.executable, str(path)]
+
+
+FOUND = blocks(README.read_text()) if README.exists() else []
+
+
+def complaints(found: list[Block]) -> list[str]:
+    """Why a README with these blocks would not be tested by running it."""
+    out = [
+        f"line {b.line}: a block fenced as '{b.language}': use one of {sorted(RUN | QUIET)}" for b in found if b.language not in RUN | QUIET
+    ]
+    commands = [b for b in found if b.language == "bash"]
+    if not any(script(b)[1] for b in commands if not b.skip):
+        out.append("no bash block with a command that can be run")
+    if not any(b.language == "python" and not b.skip for b in found):
+        out.append("no python block that can be run")
+    for needed in ("bash launch/quickstart.sh", "bash launch/test.sh"):
+        if not any(needed in b.text for b in commands):
+            out.append(f"'{needed}' is in no bash block")
+    return out
+
+
+def test_the_readme_has_commands() -> None:
+    assert README.exists()
+    assert not complaints(FOUND)
+
+
+def test_the_readme_links_to_what_exists() -> None:
+    outside_fences = re.sub(r"^```.*?^```", "", README.read_text(), flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\(([^)\s#]+)[^)]*\)", outside_fences) + re.findall(r"src=\"([^\"]+)\"", outside_fences)
+    local = [link for link in links if not re.match(r"[a-z]+:", link)]
+    missing = [link for link in local if not (ROOT / link).exists()]
+    assert not missing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [b for b in FOUND if b.language in RUN], ids=lambda b: f"line{b.line}-{b.language}")
+def test_block(block: Block, scratch: pathlib.Path) -> None:
+    if block.skip:
+        pytest.skip(block.skip)
+    if block.language == "bash" and not script(block)[1]:
+        return  # only installation: nothing of it is run, and `complaints` sees to it that other blocks are
+    execute(prepared(block, scratch), scratch, block.status)
+
+
+EXAMPLE = """
+# Title
+```bash
+git clone https://example.org/m3i_jax && cd m3i_jax
+bash launch/quickstart.sh     # a few minutes
+bash launch/test.sh
+python -m m3i_jax.main --config configs/folder.py:path=/data/pictures \\
+    --workdir runs/mine | tail -n 3
+```
+<!-- test: append --config.seed=3; exit 2 -->
+
+~~~python
+print(1)
+~~~
+"""
+
+
+def test_extraction() -> None:
+    shell, program = blocks(EXAMPLE)
+    assert (shell.language, shell.line, shell.status) == ("bash", 3, 0)
+    assert (program.language, program.text, program.append, program.status) == ("python", "print(1)\n", "--config.seed=3", 2)
+    text, count = script(shell)
+    first, second = text.splitlines()
+    assert count == 2
+    assert first.startswith("bash launch/quickstart.sh --config.train.steps=2 ") and first.endswith("     # a few minutes")
+    assert second.startswith("python -m m3i_jax.main --config configs/folder.py:path=/data/pictures --workdir runs/mine --config.train.")
+    assert second.endswith("=16 | tail -n 3")
+    assert script(dataclasses.replace(shell, as_is=True))[0].splitlines()[0] == "bash launch/quickstart.sh     # a few minutes"
+    assert (
+        script(dataclasses.replace(shell, append="--config.seed=3"))[0].splitlines()[0].endswith("=16 --config.seed=3     # a few minutes")
+    )
+    assert script(Block(line=1, language="bash", text="python -m m3i_jax.main --help\n")) == ("python -m m3i_jax.main --help\n", 1)
+    assert not complaints([shell, program])
+
+
+@pytest.mark.parametrize("line", ["python3 -m venv .venv", ". .venv/bin/activate", "pip install -e '.[test]'", "python -m pip install ."])
+def test_installation_is_left_out(line: str) -> None:
+    assert script(Block(line=1, language="bash", text=line + "\n"))[1] == 0
+
+
+def test_what_follows_an_installation_is_run() -> None:
+    text = "git clone https://example.org/m3i_jax && cd m3i_jax && ls configs\n"
+    assert script(Block(line=1, language="bash", text=text)) == ("ls configs\n", 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Only words.",
+        "```bash\nbash launch/test.sh\n```",
+        EXAMPLE.replace("~~~python", "~~~"),
+        EXAMPLE.replace("```bash", "```console"),
+        EXAMPLE.replace("```bash", "<!-- test: skip never -->\n```bash"),
+        EXAMPLE.replace("launch/quickstart.sh", "launch/start.sh"),
+    ],
+)
+def test_a_readme_that_runs_nothing_is_refused(text: str) -> None:
+    assert complaints(blocks(text))
+
+
+def test_unknown_marks_are_refused() -> None:
+    with pytest.raises(ValueError, match="say append"):
+        blocks("<!-- test: sometimes -->\n```bash\nls\n```\n")
+
+
+def test_a_failing_block_fails(scratch: pathlib.Path) -> None:
+    failing = Block(line=0, language="bash", text="false\ntrue\n")
+    with pytest.raises(AssertionError, match="status 1, not 0"):
+        execute(prepared(failing, scratch), scratch, failing.status)
+    data = Block(line=0, language="bash", text="ls /data/pictures/dark /data/shards\n")
+    assert {"00000.jpg", "00000.txt", "00000.tar"} <= set(execute(prepared(data, scratch), scratch, 0).split())
+
+
+def test_the_overrides_are_settings() -> None:
+    config = configuration.default()
+    configuration.override(config, TINY)
+    configuration.resolve(config)
