@@ -9,11 +9,11 @@ from m3i_jax.config import default
 from m3i_jax.models import presets
 
 
-def get_config(size: int = 40_000, steps: int = 600) -> ConfigDict:
+def get_config(size: int = 40_000, steps: int = 500) -> ConfigDict:
     """size: pictures to render. steps: optimizer steps."""
     config = default()
     config.model.update(presets.preset("vit_tiny"))
-    config.model.encoder.update({"width": 128, "depth": 4, "heads": 4, "drop_path": 0.0})  # one pass over the data: nothing to regularise
+    config.model.encoder.update({"width": 128, "depth": 3, "heads": 4, "drop_path": 0.0})  # one pass over the data: nothing to regularise
     config.model.encoder.freeze_patch_embed = False  # a random map of 8 x 8 x 3 numbers to 128 loses a third of them
     config.model.decoder.depth = 1
     config.model.pool.update({"width": 128, "heads": 4})
@@ -33,9 +33,9 @@ def get_config(size: int = 40_000, steps: int = 600) -> ConfigDict:
     config.train.batch_size = 64
     config.train.steps = steps
     config.train.log_every = 25
-    config.train.save_every = 200
-    config.train.panel_every = 300
-    config.train.eval_every = 200
-    config.evaluate.train_limit = 1_500
+    config.train.save_every = 125
+    config.train.panel_every = 250
+    config.train.eval_every = 250
+    config.evaluate.train_limit = 2_000
     config.evaluate.query_limit = 1_000
     return config

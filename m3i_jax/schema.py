@@ -171,6 +171,13 @@ class Evaluate:
     train_limit: int = option(50_000, "most training pictures in the index")
     query_limit: int = option(10_000, "most held-out pictures asked")
     batch_size: int = option(256, "pictures a device step")
+    features: str = option(
+        "auto",
+        "attention: M3I's pooling; mean: of the patch tokens; auto: attention where the objective trains it",
+        "auto",
+        "attention",
+        "mean",
+    )
     target: bool = option(False, "evaluate the EMA target instead of the online encoder")
 
 

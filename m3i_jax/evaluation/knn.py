@@ -53,8 +53,8 @@ def evaluator(config: Any, extract: Any, index_batches: Any, query_batches: Any)
     """An evaluator of the online encoder, or of the target with `evaluate.target`; the batches are functions that give fresh iterators."""
 
     def run(state: Any, poll: Any) -> Iterator[tuple[str, float]]:
-        encoder = state.opt["target"].params if config.evaluate.target else state.params["encoder"]
-        index, queries = (extract(encoder, batches(), poll) for batches in (index_batches, query_batches))
+        params = {**state.params, "encoder": state.opt["target"].params} if config.evaluate.target else state.params
+        index, queries = (extract(params, batches(), poll) for batches in (index_batches, query_batches))
         for name, value in accuracy(queries, index, k=config.evaluate.k, temperature=config.evaluate.temperature):
             yield f"eval/knn/{name}", value
 

@@ -14,6 +14,7 @@ import jax
 from m3i_jax import checks, parallel, schema
 from m3i_jax.data import pipeline, sources, tokenizer
 from m3i_jax.errors import UserError
+from m3i_jax.training import trainer
 
 
 def complete(config: schema.Config, *, classes: int, captions: bool, size: int) -> schema.Config:
@@ -106,7 +107,8 @@ def evaluators(job: Job, say: Any) -> list[Any]:
             + ("the source has no categories" if not job.classes else "no pictures are held out; set config.data.holdout")
         )
         return []
-    extract = features.Extractor(config, job.mesh)
+    wanted, trained = config.evaluate.features, any(t.target.of != "tokens" for t in trainer.plan(config).terms)
+    extract = features.Extractor(config, job.mesh, attention=wanted == "attention" or (wanted == "auto" and trained))
     index = functools.partial(evaluation_batches, job, job.train, config.evaluate.train_limit)
     queries = functools.partial(evaluation_batches, job, job.held_out, config.evaluate.query_limit)
     return [knn.evaluator(config, extract, index, queries)]

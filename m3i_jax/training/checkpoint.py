@@ -25,7 +25,8 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_names=("state", "position"))
+        handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
@@ -52,24 +53,26 @@ class Checkpoints:
           shardings: tree of shardings of the same structure.
 
         Raises:
-          UserError: if the layout of the saved state is another one.
+          UserError: if the layout of the saved state is another one, or it cannot be read.
         """
         abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), template, shardings)
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
-        except (ValueError, KeyError, TypeError) as error:
-            reason = self._difference(step, template) or " ".join(str(error).split())[:400]
-            raise UserError(
-                f"checkpoint {step}: does not fit this configuration ({reason}); use another --workdir or the configuration of that run"
-            ) from error
+            different = self._difference(step, template)  # asked first: a read that fails leaves Orbax's other reads complaining
+            if not different:
+                return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+        except Exception as error:  # Orbax has no class of its own for a damaged file
+            reason = " ".join(str(error).split())[:200]
+            place = self._manager.directory / str(step)
+            raise UserError(f"checkpoint {step}: cannot be read ({reason}); if it is damaged, delete {place} and run again") from error
+        raise UserError(
+            f"checkpoint {step}: does not fit this configuration ({different}); use another --workdir or the configuration of that run"
+        )
 
     def _difference(self, step: int, template: Any) -> str:
-        """The first arrays whose shape is another one in the saved state, by path."""
+        """The first arrays that are of another shape or type in the saved state, by path."""
         saved = self._manager.item_metadata(step)["state"]
-        if saved is None:
-            return ""
         there, here = (
-            {path_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+            {path_of(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
             for tree in (getattr(saved, "tree", saved), template)
         )
         paths = [path for path in {**here, **there} if here.get(path) != there.get(path)]

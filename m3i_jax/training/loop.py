@@ -119,6 +119,7 @@ class _Log:
         trainer, config = self.trainer, self.trainer.config
         moment = metrics.pop(MOMENT, None)
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        self.clock.steps += 1  # counted when it is done, not when it is sent: a line that is fetched early has its own step
         self.bad = self.bad + 1 if values["skipped/not_finite"] else 0
         if step % config.train.log_every == 0 or step in (1, trainer.length.steps) or self.bad:
             values |= {"samples_seen": samples_seen, "lr": float(trainer.learning_rate(step - 1)), "ema": trainer.momentum(step)}
@@ -145,9 +146,7 @@ def run(trainer: Trainer, state: State, *, samples_seen: int, outside: Outside) 
                 if evaluate or save:  # what is saved or evaluated has its line in the log first
                     log.flush()
                 if log.bad >= MOST_NOT_FINITE:
-                    outside.say(
-                        f"stopped at step {step}: {log.bad} steps in a row were not finite; no checkpoint has any of their updates"
-                    )
+                    outside.say(f"stopped at step {step}: {log.bad} steps in a row were not finite; no checkpoint has any of their updates")
                     return FAILED, state
                 if evaluate:
                     with log.clock.stopped():
@@ -164,7 +163,6 @@ def run(trainer: Trainer, state: State, *, samples_seen: int, outside: Outside) 
                         outside.panel(step, state, host)
                 state, metrics = trainer.step(state, parallel.to_global(trainer.mesh, host))
                 samples_seen += train.batch_size
-                log.clock.steps += 1
                 log.push(step + 1, samples_seen, metrics)
                 notice.poll()
         except Preempted:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from m3i_jax import parallel
+from m3i_jax.data import photometric
 from m3i_jax.evaluation import features
-from m3i_jax.models import vit
+from m3i_jax.models import pooling, vit
 from tests import toy
 
 SIDE, ROWS = 16, 8
@@ -39,7 +40,7 @@ def one_device() -> jax.sharding.Mesh:
 
 @functools.cache
 def everything() -> tuple[np.ndarray, np.ndarray]:
-    return features.Extractor(settings(), one_device())(encoder(), batches())
+    return features.Extractor(settings(), one_device())({"encoder": encoder()}, batches())
 
 
 @pytest.mark.parametrize("cls_token", [True, False])
@@ -52,7 +53,7 @@ def test_features_are_the_normalised_mean_of_the_patch_tokens(cls_token: bool) -
     z_BxTxD = np.asarray(run(encoder(cls_token), np.stack(patches, 1).astype(np.float32)), np.float64)
     assert z_BxTxD.shape[1] == 4 + cls_token
     mean = z_BxTxD[:, -4:].mean(1)
-    got, _ = features.Extractor(config, one_device())(encoder(cls_token), batches(1))
+    got, _ = features.Extractor(config, one_device())({"encoder": encoder(cls_token)}, batches(1))
     np.testing.assert_allclose(got, mean / np.linalg.norm(mean, axis=1, keepdims=True), atol=2e-5)
 
 
@@ -69,7 +70,7 @@ def test_invalid_rows_are_dropped_and_the_order_is_kept() -> None:
     for batch, which in zip(some, valid, strict=True):
         batch["valid"] = which
         batch["views"][~which] = 0
-    got, labels = features.Extractor(settings(), one_device())(encoder(), iter(some))
+    got, labels = features.Extractor(settings(), one_device())({"encoder": encoder()}, iter(some))
     np.testing.assert_allclose(got, everything()[0][valid.reshape(-1)], atol=1e-6)
     assert labels.tolist() == everything()[1][valid.reshape(-1)].tolist() and 0 < len(labels) < 3 * ROWS
 
@@ -80,14 +81,25 @@ def test_eight_devices_are_one_device() -> None:
     extract = features.Extractor(settings(), mesh)
     inner = extract._features
     extract._features = lambda params, views: (seen.append(views.sharding.shard_shape(views.shape)), inner(params, views))[1]
-    got, labels = extract(jax.device_put(encoder(), parallel.replicated(mesh)), batches())
+    got, labels = extract(jax.device_put({"encoder": encoder()}, parallel.replicated(mesh)), batches())
     np.testing.assert_allclose(got, everything()[0], atol=1e-6)
     assert labels.tolist() == everything()[1].tolist()
     assert seen == [(1, SIDE, SIDE, 3)] * 3
 
 
+def test_attention_features_are_the_pooling_of_the_objective() -> None:
+    config = settings()
+    params = {"encoder": encoder(), "pool": jax.jit(lambda: pooling.init(config.model, jax.random.key(4)))()}
+    got, _ = features.Extractor(config, one_device(), attention=True)(params, batches(1))
+    pixels = photometric.normalize(batches(1)[0]["views"] / np.float32(255), config.data.augment)
+    z_BxTxD = vit.apply(config.model, params["encoder"], vit.patchify(pixels, 8), grid=2)
+    want = np.asarray(pooling.apply(config.model, params["pool"], z_BxTxD[:, 1:]), np.float64)
+    np.testing.assert_allclose(got, want / np.linalg.norm(want, axis=1, keepdims=True), atol=2e-5)
+    assert got.shape == (ROWS, config.model.pool.width)
+
+
 def test_no_batches_give_no_features() -> None:
-    got, labels = features.Extractor(settings(), one_device())(encoder(), [])
+    got, labels = features.Extractor(settings(), one_device())({"encoder": encoder()}, [])
     assert got.shape == (0, 32) and labels.shape == (0,) and (got.dtype, labels.dtype) == (np.float32, np.int32)
 
 
@@ -105,5 +117,5 @@ def test_a_poll_comes_before_every_batch_and_may_raise() -> None:
             raise KeyError("enough")
 
     with pytest.raises(KeyError, match="enough"):
-        features.Extractor(settings(), one_device())(encoder(), draw(), poll)
+        features.Extractor(settings(), one_device())({"encoder": encoder()}, draw(), poll)
     assert len(polls) == 2 and len(drawn) == 2

@@ -100,8 +100,8 @@ def test_the_evaluator_asks_the_encoder_that_is_configured(target: bool) -> None
     state = types.SimpleNamespace(params={"encoder": "online"}, opt={"target": types.SimpleNamespace(params="average")})
     asked, polls = [], []
 
-    def extract(encoder, batches, poll):
-        asked.append((encoder, list(batches)))
+    def extract(params, batches, poll):
+        asked.append((params["encoder"], list(batches)))
         poll()
         return index if len(asked) % 2 else queries
 

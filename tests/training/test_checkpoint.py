@@ -154,6 +154,8 @@ def changed(kind: str) -> state.State:
     usual = template()
     if kind == "width":
         return template(64)
+    if kind == "precision":
+        return usual.replace(params={**usual.params, "logit_scale": jax.ShapeDtypeStruct((), jnp.bfloat16)})
     if kind == "a head more":
         return usual.replace(params={**usual.params, "category": {"kernel": jax.ShapeDtypeStruct((24, 5), jnp.float32)}})
     less = lambda tree: {k: v for k, v in tree.items() if k != "logit_scale"}  # noqa: E731
@@ -165,9 +167,10 @@ def changed(kind: str) -> state.State:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("width", "params/encoder/blocks/fc1/kernel is (2, 128, 128) there, (2, 64, 64) here"),
-        ("a head more", "params/category/kernel is absent there, (24, 5) here"),
-        ("a head less", "(params/logit_scale is () there, absent here, opt/adamw"),  # what the moments repeat comes last
+        ("width", "params/encoder/blocks/fc1/kernel is float32[2, 128, 128] there, float32[2, 64, 64] here"),
+        ("precision", "params/logit_scale is float32[] there, bfloat16[] here"),
+        ("a head more", "params/category/kernel is absent there, float32[24, 5] here"),
+        ("a head less", "(params/logit_scale is float32[] there, absent here, opt/adamw"),  # what the moments repeat comes last
     ],
 )
 def test_another_layout_is_refused_with_the_place(eight: pathlib.Path, open_at, kind: str, words: str) -> None:
@@ -175,5 +178,28 @@ def test_another_layout_is_refused_with_the_place(eight: pathlib.Path, open_at, 
     with pytest.raises(UserError) as error:
         open_at(eight).restore(7, wanted, parallel.shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), wanted))
     text = str(error.value)
+    assert error.value.__cause__ is None  # seen before anything was read
     assert text.startswith("checkpoint 7: ") and words in text and "--workdir" in text, text
     assert "\n" not in text and len(text) < 400
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's other reads
+@pytest.mark.parametrize("damage", ["flipped", "gone", "metadata"])
+def test_a_damaged_checkpoint_is_one_line_with_the_way_out(eight: pathlib.Path, tmp_path: pathlib.Path, open_at, damage: str) -> None:
+    shutil.copytree(eight, tmp_path / "checkpoints")
+    here = tmp_path / "checkpoints" / "7"
+    largest = max((p for p in (here / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    if damage == "flipped":
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2 :] = bytes(255 - b for b in content[len(content) // 2 :])
+        largest.write_bytes(content)
+    elif damage == "gone":
+        largest.unlink()
+    else:
+        (here / "state" / "_METADATA").write_text("{")
+    with pytest.raises(UserError) as error:
+        open_at(tmp_path / "checkpoints").restore(
+            7, template(), parallel.shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), template())
+        )
+    text = str(error.value)
+    assert text.startswith("checkpoint 7: cannot be read (") and f"delete {here}" in text and "\n" not in text and len(text) < 600

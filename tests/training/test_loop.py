@@ -279,3 +279,14 @@ def test_the_clock_leaves_out_evaluation_and_panels(monkeypatch: pytest.MonkeyPa
     now[0] += 1
     clock.steps = 1
     assert clock.read(8) == {"perf/images_per_sec": 8.0, "perf/step_seconds": 1.0, "perf/input_wait": 0.0}
+
+
+def test_every_line_has_the_speed_of_the_steps_that_were_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes two seconds until its metrics are there, lines before a save come one step earlier than others."""
+    now = [100.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    world = World(6, save_every=3)
+    world.at = {f"fetch {k}": lambda: now.__setitem__(0, now[0] + 2.0) for k in range(1, 7)}
+    world.run(monkeypatch, evaluators=[])
+    assert [values["perf/images_per_sec"] for _, values in world.lines] == [BATCH / 2.0] * 6
+    assert [values["perf/step_seconds"] for _, values in world.lines] == [2.0] * 6
