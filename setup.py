@@ -41,7 +41,16 @@ EXTRAS = {
     "tensorboard": ["tensorboardX>=2.6.4"],
     "tfds": ["tensorflow-datasets>=4.9.10", "array_record>=0.8.3"],
     "wandb": ["wandb>=0.20"],
-    "test": ["mypy>=2.0", "packaging>=24", "pytest>=9.0", "ruff>=0.15", "scipy>=1.15", "setuptools>=77", "tensorboardX>=2.6.4"],
+    "test": [
+        "mypy>=2.0",
+        "packaging>=24",
+        "pytest>=9.0",
+        "pytest-xdist>=3.8",
+        "ruff>=0.15",
+        "scipy>=1.15",
+        "setuptools>=77",
+        "tensorboardX>=2.6.4",
+    ],
 }
 
 setup(

@@ -9,7 +9,7 @@ from m3i_jax.config import default
 from m3i_jax.models import presets
 
 
-def get_config(size: int = 40_000, steps: int = 500) -> ConfigDict:
+def get_config(size: int = 40_000, steps: int = 420) -> ConfigDict:
     """size: pictures to render. steps: optimizer steps."""
     config = default()
     config.model.update(presets.preset("vit_tiny"))
@@ -21,7 +21,7 @@ def get_config(size: int = 40_000, steps: int = 500) -> ConfigDict:
     config.data.source = "shapes"
     config.data.size = size
     config.data.image_size = 32
-    config.data.crop_scale = (0.7, 1.0)  # smaller crops would often miss the shape
+    config.data.crop_scale = (0.85, 1.0)  # smaller crops would often miss the shape
     config.data.caption_length = 20
     config.data.vocabulary_size = 512
     config.data.augment.blur_p = (0.5, 0.1)
@@ -32,10 +32,10 @@ def get_config(size: int = 40_000, steps: int = 500) -> ConfigDict:
     config.optim.ema = 0.98  # of a run of hundreds of steps: 0.995 would keep the target at its start
     config.train.batch_size = 64
     config.train.steps = steps
-    config.train.log_every = 25
-    config.train.save_every = 125
-    config.train.panel_every = 250
-    config.train.eval_every = 250
-    config.evaluate.train_limit = 2_000
+    config.train.log_every = 30
+    config.train.save_every = 105
+    config.train.panel_every = 210
+    config.train.eval_every = 210
+    config.evaluate.train_limit = 1_500
     config.evaluate.query_limit = 1_000
     return config

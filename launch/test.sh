@@ -35,7 +35,8 @@ complaints=()
 python -m ruff check --quiet --output-format concise . || complaints+=(ruff)
 python -m mypy || complaints+=(mypy)
 status=0
-python -m pytest -q "$@" </dev/null || status=$?
+# Two processes, a file each: much of the suite is compiling, which keeps one core busy.
+python -m pytest -q -n "${M3I_TEST_PROCESSES:-2}" --dist loadfile "$@" </dev/null || status=$?
 if ((${#complaints[@]})); then
     echo "test.sh: ${complaints[*]} complained, see above" >&2
     if ((status == 0)); then status=1; fi

@@ -67,7 +67,7 @@ def open_source(data: schema.Data, *, cache: str = "") -> Source:
     if data.source == "shapes":
         from m3i_jax.data.shapes import Shapes
 
-        return Shapes(data.size, side=2 * data.image_size)
+        return Shapes(data.size, side=3 * data.image_size // 2)
     if not data.path:
         wanted = "the directory that holds the pictures" if data.source == "folder" else "the tar files, such as 'DIR/*.tar'"
         raise UserError(f"data.path is empty, and data.source={data.source!r} needs it: give {wanted}")

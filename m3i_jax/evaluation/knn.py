@@ -1,5 +1,6 @@
 """k-nearest-neighbour accuracy on frozen features: no training, no head, one number that can be read while pre-training runs."""
 
+import collections
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +27,7 @@ def votes(queries_QxD: jax.Array, index_NxD: jax.Array, label_N: jax.Array, *, k
     >>> votes(index[:1], index, jnp.array([1, 0]), k=1, classes=2, temperature=1.0).argmax(-1).tolist()
     [1]
     """
-    similarity, nearest = jax.lax.top_k(queries_QxD @ index_NxD.T, k)
+    similarity, nearest = jax.lax.top_k(jnp.matmul(queries_QxD, index_NxD.T, precision=jax.lax.Precision.HIGHEST), k)
     weight = jnp.exp((similarity - similarity[:, :1]) / temperature)  # at low temperature neither infinite nor all zero
     return (jax.nn.one_hot(label_N[nearest], classes) * weight[..., None]).sum(1)
 
@@ -41,6 +42,7 @@ def accuracy(
     (q, q_label), (x, x_label) = ((f[label >= 0], label[label >= 0]) for f, label in (queries, index))
     if not len(q) or not len(x):
         return
+    x, x_label = jax.device_put((x, x_label))
     classes, k = int(max(q_label.max(), x_label.max())) + 1, min(k, len(x))
     best = [np.asarray(votes(q[i : i + chunk], x, x_label, k=k, classes=classes, temperature=temperature)) for i in range(0, len(q), chunk)]
     order = np.argsort(-np.concatenate(best), axis=1, kind="stable")
@@ -54,7 +56,10 @@ def evaluator(config: Any, extract: Any, index_batches: Any, query_batches: Any)
 
     def run(state: Any, poll: Any) -> Iterator[tuple[str, float]]:
         params = {**state.params, "encoder": state.opt["target"].params} if config.evaluate.target else state.params
-        index, queries = (extract(params, batches(), poll) for batches in (index_batches, query_batches))
+        read = [index_batches(), query_batches()]
+        index, queries = (extract(params, batches, poll) for batches in read)
+        for reason, count in sum((collections.Counter(getattr(b, "skipped", {})) for b in read), collections.Counter()).items():
+            yield f"data/skipped/evaluation/{reason}", count
         for name, value in accuracy(queries, index, k=config.evaluate.k, temperature=config.evaluate.temperature):
             yield f"eval/knn/{name}", value
 

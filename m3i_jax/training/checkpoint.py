@@ -41,8 +41,15 @@ class Checkpoints:
         )
 
     def position(self, step: int) -> dict[str, Any]:
-        """The JSON saved beside a state."""
-        return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
+        """The JSON saved beside a state. Raises UserError if it cannot be read."""
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
+        except Exception as error:  # Orbax has no class of its own for a damaged file
+            raise self._damaged(step, error) from error
+
+    def _damaged(self, step: int, error: Exception) -> UserError:
+        reason, place = " ".join(str(error).split())[:200], self._manager.directory / str(step)
+        return UserError(f"checkpoint {step}: cannot be read ({reason}); if it is damaged, delete {place} and run again")
 
     def restore(self, step: int, template: Any, shardings: Any) -> Any:
         """The state of a step, laid out as this run wants it, on any number of devices.
@@ -60,10 +67,8 @@ class Checkpoints:
             different = self._difference(step, template)  # asked first: a read that fails leaves Orbax's other reads complaining
             if not different:
                 return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
-        except Exception as error:  # Orbax has no class of its own for a damaged file
-            reason = " ".join(str(error).split())[:200]
-            place = self._manager.directory / str(step)
-            raise UserError(f"checkpoint {step}: cannot be read ({reason}); if it is damaged, delete {place} and run again") from error
+        except Exception as error:
+            raise self._damaged(step, error) from error
         raise UserError(
             f"checkpoint {step}: does not fit this configuration ({different}); use another --workdir or the configuration of that run"
         )

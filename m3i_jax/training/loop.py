@@ -104,7 +104,7 @@ class _Log:
     """Metrics one step behind, so that fetching them never stalls the device."""
 
     def __init__(self, trainer: Trainer, outside: Outside):
-        self.trainer, self.outside, self.clock, self.bad = trainer, outside, Clock(), 0
+        self.trainer, self.outside, self.clock, self.bad, self.failed = trainer, outside, Clock(), 0, False
         self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
 
     def push(self, step: int, samples_seen: int, metrics: dict[str, jax.Array]) -> None:
@@ -121,6 +121,7 @@ class _Log:
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         self.clock.steps += 1  # counted when it is done, not when it is sent: a line that is fetched early has its own step
         self.bad = self.bad + 1 if values["skipped/not_finite"] else 0
+        self.failed |= self.bad >= MOST_NOT_FINITE  # a finite step that is fetched together with the third does not undo it
         if step % config.train.log_every == 0 or step in (1, trainer.length.steps) or self.bad:
             values |= {"samples_seen": samples_seen, "lr": float(trainer.learning_rate(step - 1)), "ema": trainer.momentum(step)}
             if moment is not None:
@@ -145,8 +146,10 @@ def run(trainer: Trainer, state: State, *, samples_seen: int, outside: Outside) 
                 save = step > first and (step == total or step % train.save_every == 0)
                 if evaluate or save:  # what is saved or evaluated has its line in the log first
                     log.flush()
-                if log.bad >= MOST_NOT_FINITE:
-                    outside.say(f"stopped at step {step}: {log.bad} steps in a row were not finite; no checkpoint has any of their updates")
+                if log.failed:
+                    outside.say(
+                        f"stopped at step {step}: {MOST_NOT_FINITE} steps in a row were not finite; no checkpoint has their updates"
+                    )
                     return FAILED, state
                 if evaluate:
                     with log.clock.stopped():

@@ -1,6 +1,7 @@
 """What a run is made of before its first step: shapes, shardings, the initial state and the compiled functions."""
 
 import dataclasses
+import difflib
 import functools
 from typing import Any
 
@@ -37,7 +38,7 @@ def length(config: schema.Config) -> Length:
     if not per_epoch and not (t.steps and o.warmup_steps >= 0):
         raise UserError(f"config.train.batch_size: {batch} is more than the {size} training pictures; set it to at most {size - size % 2}")
     steps = t.steps or max(1, int(t.epochs * per_epoch))
-    warmup = o.warmup_steps if o.warmup_steps >= 0 else round(o.warmup_epochs * per_epoch)
+    warmup = o.warmup_steps if o.warmup_steps >= 0 else int(o.warmup_epochs * per_epoch)
     if warmup > steps:
         if o.warmup_steps >= 0:
             raise UserError(f"config.optim.warmup_steps: {warmup} is more than the run's {steps} steps; lower it")
@@ -57,7 +58,9 @@ def plan(config: schema.Config) -> Plan:
             intra_positions=config.objective.intra_positions,
         )
     except KeyError:
-        raise UserError(f"config.objective.form: {config.objective.form!r} is none of {', '.join(methods.FORMS)}") from None
+        near = difflib.get_close_matches(config.objective.form, methods.FORMS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"config.objective.form: {config.objective.form!r} is none of {', '.join(methods.FORMS)}{hint}") from None
     except ValueError as error:
         raise UserError(f"config.objective.form: {error}; choose another form or a source with categories or captions") from None
     return Plan(config, terms)

@@ -2,10 +2,9 @@
 
     python -m tests.bench.flops
 
-dot: matrix products and convolutions of the traced, unrolled step, per mixed view. formula: below. all: what XLA counts in the lowered step,
-elementwise work included; "other" is what exceeds dot, over dot.
+dot: matrix products and convolutions of the traced, unrolled step, per mixed view. formula: below. all: what XLA counts in the lowered
+step, elementwise work included; "other" is what exceeds dot, over dot.
 """
-
 
 import jax
 
@@ -76,7 +75,8 @@ def main() -> None:
     rows, seen = [], {}
     for name, changes in VARIANTS.items():
         seen[name] = dot, wanted, everything = measure(variant(name, **changes))
-        rows.append((name, f"{dot / 1e9:.2f}", f"{wanted / 1e9:.2f}", f"{dot / wanted:.4f}", f"{everything / 1e9:.2f}", f"{everything / dot - 1:.2%}"))
+        giga = [f"{count / 1e9:.2f}" for count in (dot, wanted, everything)]
+        rows.append((name, giga[0], giga[1], f"{dot / wanted:.4f}", giga[2], f"{everything / dot - 1:.2%}"))
     print(show.table(rows, ("ViT-B/16 step", "dot GFLOP a view", "formula", "ratio", "all", "other")))
     category = seen["m3i, category, patch embedding trained"][0]
     print(f"over the floor of {FLOOR / 1e9} GFLOP: {category / FLOOR:.4f}; over 287.0: {category / 287.0e9:.4f}")

@@ -93,6 +93,17 @@ def test_without_any_label_there_is_no_accuracy() -> None:
     assert list(knn.accuracy(none, index, k=3, temperature=0.1)) == list(knn.accuracy(index, none, k=3, temperature=0.1)) == []
 
 
+def test_pictures_that_an_evaluation_left_out_are_told() -> None:
+    queries, index = data(8)
+    config = dataclasses.replace(schema.Config(), evaluate=schema.Evaluate(k=4))
+    state = types.SimpleNamespace(params={"encoder": "online"}, opt={})
+    batches = [types.SimpleNamespace(skipped={"truncated": 2, "empty": 0}), types.SimpleNamespace(skipped={"truncated": 1, "empty": 1})]
+    parts = {id(batches[0]): index, id(batches[1]): queries}
+    run = knn.evaluator(config, lambda params, b, poll: parts[id(b)], lambda: batches[0], lambda: batches[1])
+    told = {name: value for name, value in run(state, lambda: None) if name.startswith("data/")}
+    assert told == {"data/skipped/evaluation/truncated": 3, "data/skipped/evaluation/empty": 1}
+
+
 @pytest.mark.parametrize("target", [False, True])
 def test_the_evaluator_asks_the_encoder_that_is_configured(target: bool) -> None:
     queries, index = data(8)

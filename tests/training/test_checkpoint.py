@@ -183,23 +183,21 @@ def test_another_layout_is_refused_with_the_place(eight: pathlib.Path, open_at, 
     assert "\n" not in text and len(text) < 400
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's other reads
-@pytest.mark.parametrize("damage", ["flipped", "gone", "metadata"])
-def test_a_damaged_checkpoint_is_one_line_with_the_way_out(eight: pathlib.Path, tmp_path: pathlib.Path, open_at, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["arrays", "metadata"])
+def test_a_damaged_checkpoint_is_one_line_with_the_way_out(
+    eight: pathlib.Path, tmp_path: pathlib.Path, open_at, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
     shutil.copytree(eight, tmp_path / "checkpoints")
-    here = tmp_path / "checkpoints" / "7"
-    largest = max((p for p in (here / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    if damage == "flipped":
-        content = bytearray(largest.read_bytes())
-        content[len(content) // 2 :] = bytes(255 - b for b in content[len(content) // 2 :])
-        largest.write_bytes(content)
-    elif damage == "gone":
-        largest.unlink()
-    else:
+    one, here = open_at(tmp_path / "checkpoints"), tmp_path / "checkpoints" / "7"
+    if damage == "metadata":
         (here / "state" / "_METADATA").write_text("{")
+    else:  # what Orbax raises for a flipped bit or a missing file, without the reads that it leaves behind to complain later
+
+        def fail(*_: object, **__: object) -> None:
+            raise Exception("Encountered error while reading array.\nSee full TensorStore details: " + 9000 * "x")
+
+        monkeypatch.setattr(one._manager, "restore", fail)
     with pytest.raises(UserError) as error:
-        open_at(tmp_path / "checkpoints").restore(
-            7, template(), parallel.shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), template())
-        )
+        one.restore(7, template(), parallel.shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), template()))
     text = str(error.value)
     assert text.startswith("checkpoint 7: cannot be read (") and f"delete {here}" in text and "\n" not in text and len(text) < 600

@@ -247,6 +247,12 @@ def test_three_at_the_very_end_are_not_saved_as_done(monkeypatch: pytest.MonkeyP
     assert not world.positions
 
 
+def test_a_finite_step_fetched_with_the_third_does_not_undo_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(20, bad={4, 5, 6}, save_every=7)
+    assert world.run(monkeypatch) == 1
+    assert not world.positions
+
+
 def test_two_and_then_finite_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(12, bad={2, 3, 5, 6, 8, 9, 11, 12}, log_every=50)
     assert world.run(monkeypatch) == 0

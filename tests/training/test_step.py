@@ -174,16 +174,20 @@ def losses(mesh_shape: tuple[int, int, int], devices: int, steps: int, **changes
 
 def test_eight_devices_are_one_device() -> None:
     """With colour, stochastic depth, missing annotations and a dynamic weight: all that could depend on where a row lives."""
-    colour = dict(data__augment__jitter_p=0.8, data__augment__grayscale_p=0.2, data__augment__blur_p=(1.0, 0.1), data__augment__solarize_p=(0.0, 0.2))
+    colour = {
+        f"data__augment__{name}_p": p for name, p in {"jitter": 0.8, "grayscale": 0.2, "blur": (1.0, 0.1), "solarize": (0.0, 0.2)}.items()
+    }
     eight, _ = losses((-1, 1, 1), 8, 20, **colour)
     one, _ = losses((1, 1, 1), 1, 20, **colour)
     np.testing.assert_allclose(eight, one, rtol=1e-6)
 
 
-def test_sharded_parameters_are_one_device() -> None:
+def test_sharded_parameters_are_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel.rules, "SMALL", 1)  # or nothing of a toy would be worth a split
     sharded, state = losses((2, 2, 2), 8, 10)
-    np.testing.assert_allclose(sharded, losses((1, 1, 1), 1, 10)[0], rtol=1e-6)
-    assert {len(x.sharding.device_set) for x in jax.tree.leaves(state.params)} == {8}
+    np.testing.assert_allclose(sharded, losses((1, 1, 1), 1, 10)[0], rtol=2e-5)  # split products add up in another order
+    split = [x for x in jax.tree.leaves((state.params, state.opt)) if x.sharding.shard_shape(x.shape) != x.shape]
+    assert len(split) > 50
 
 
 def test_plan_shares_passes() -> None:
