@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from m3i_jax.objective import posterior
+from tests.objective.numeric import check_gradient, equations, grad_of, mean, normal, primitives, value_and_grad_of
 
 # Compiled as a whole: faster than operation by operation, and it is how they are used.
 gaussian = jax.jit(posterior.gaussian, static_argnames=("second_moment",))
@@ -14,51 +15,6 @@ layer_normalize = jax.jit(posterior.layer_normalize)
 
 P = np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, -1.0]], np.float32)
 RAW = np.array([[1.0, 2.0, 3.0, 4.0], [4.0, 0.0, 0.0, 0.0]], np.float32)
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def mean(result):
-    total, count = result
-    return total / count
-
-
-def grad_of(*args, **options):
-    return jax.jit(jax.grad(*args, **options))
-
-
-def value_and_grad_of(*args, **options):
-    return jax.jit(jax.value_and_grad(*args, **options))
-
-
-def check_gradient(f, *args, step=1e-2):
-    """jax.grad of every argument against central differences."""
-    f, grads = jax.jit(f), jax.jit(jax.grad(f, tuple(range(len(args)))))(*args)
-    for k, grad in enumerate(grads):
-        wanted = np.zeros(np.shape(args[k]))
-        for place in np.ndindex(wanted.shape):
-            move = np.zeros(wanted.shape, np.float32)
-            move[place] = step
-            up, down = (f(*args[:k], args[k] + sign * move, *args[k + 1 :]) for sign in (1, -1))
-            wanted[place] = (up - down) / (2 * step)
-        assert wanted.any()
-        np.testing.assert_allclose(grad, wanted, atol=2e-3, rtol=1e-2)
-
-
-def equations(jaxpr):
-    """All equations of a jaxpr, those of inner ones included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
-
-
-def primitives(jaxpr, name):
-    return sum(equation.primitive.name == name for equation in equations(jaxpr))
 
 
 def largest(jaxpr):
