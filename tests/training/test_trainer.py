@@ -142,7 +142,7 @@ def test_number_of_parameters_by_part() -> None:
     """Widths 32 (towers) and 24 (pool), patches of 8 x 8 x 3, 5 classes, 300 words, captions of 8, joint space 16."""
     wanted = {
         "encoder": 2 * block(32, 128) + (192 + 1) * 32 + 32,  # blocks, patch embedding, cls token
-        "decoder": 2 * block(32, 128) + 2 * (32 + 1) * 32 + (64 + 1) * 32 + 32,  # blocks, embed and head, position map, mask token
+        "decoder": block(32, 128) + 2 * (32 + 1) * 32 + (64 + 1) * 32 + 32,  # block, embed and head, position map, mask token
         "pool": 3 * (32 + 1) * 32 + (32 + 1) * 24 + 3 * 2 * 32,  # query, key, value; out; norms
         "category": (24 + 1) * 5,
         "image_projection": 24 * 16,
