@@ -38,6 +38,7 @@ EXTRAS = {
     "tpu": accelerated("tpu"),
     "fast": ["simplejpeg>=1.9"],
     "gcs": ["fsspec>=2025.1", "gcsfs>=2025.1"],
+    "huggingface": ["datasets>=4.0"],
     "tensorboard": ["tensorboardX>=2.6.4"],
     "tfds": ["tensorflow-datasets>=4.9.10", "array_record>=0.8.3"],
     "wandb": ["wandb>=0.20"],

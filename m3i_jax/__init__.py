@@ -1,6 +1,7 @@
 """m3i_jax: M3I Pre-training (CVPR 2023) in JAX. What other projects import are the pure functions of the objective:
 
     from m3i_jax import gaussian, boltzmann, category, text         # posteriors: (sum, count)
+    from m3i_jax import smooth_l1, cosine, nt_xent, prototypes      # those of other public methods
     from m3i_jax import blockwise, mix, split, gather, partner      # masks and mixing
     from m3i_jax import sincos_2d, relative                         # positions
     from m3i_jax import track_balance, weight, track_target         # optax transforms
@@ -15,12 +16,17 @@ from m3i_jax.version import __version__
 
 _PUBLIC = {
     "posterior": ("boltzmann", "category", "gaussian", "layer_normalize", "patch_normalize", "second_moment", "text"),
-    "regularize": ("effective_rank", "target_std"),
+    "regression": ("cosine", "smooth_l1"),
+    "contrast": ("assignments", "decorrelation", "dense_against", "dense_boltzmann", "nt_xent", "prototypes"),
+    "information": ("MARGINALS", "category_bits", "gaussian_bits", "softmax_bits"),
+    "regularize": ("alignment", "effective_rank", "spread", "target_std", "uniformity"),
     "masks": ("blockwise", "uniform"),
     "mixing": ("gather", "mix", "partner", "split", "unmix"),
     "positions": ("coordinates", "identity", "relative", "sincos_2d"),
     "balance": ("feature_norm", "track_balance", "weight"),
     "target": ("cosine_momentum", "track_target"),
+    "families": (),
+    "named": ("METHODS",),
     "methods": ("FORMS", "Pass", "Target", "Term"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -81,8 +81,10 @@ def _ranges(c: schema.Config) -> None:
         "evaluate.train_limit": c.evaluate.train_limit,
         "evaluate.query_limit": c.evaluate.query_limit,
         "report.panel_rows": c.report.panel_rows,
+        "compare.seeds": c.compare.seeds,
     }.items():
         _require(value >= 1, key, value, "must be at least 1")
+    _require(0 < c.report.mfu <= 1, "report.mfu", c.report.mfu, "must be a share of the peak, above 0 and at most 1")
     _require(o.min_lr <= o.lr, "optim.min_lr", o.min_lr, f"must not exceed optim.lr, {o.lr!r}")
     _require(d.vocabulary_size >= 259, "data.vocabulary_size", d.vocabulary_size, "must be at least 259: all bytes, padding, start and end")
 
@@ -110,6 +112,7 @@ def settings(c: schema.Config) -> None:
     """Raise UserError for the first setting that cannot work, whatever the data and the devices are."""
     _ranges(c)
     _towers(c)
+    _compared(c)
     patch, image = c.model.encoder.patch_size, c.data.image_size
     _require(
         patch >= 1 and image % max(patch, 1) == 0, "data.image_size", image, f"must be a multiple of model.encoder.patch_size, {patch}"
@@ -128,6 +131,15 @@ def settings(c: schema.Config) -> None:
     _require(warm >= -1, "optim.warmup_steps", warm, "must be at least 0, or -1 for optim.warmup_epochs")
     _require(not steps or warm <= steps, "optim.warmup_steps", warm, f"must not exceed train.steps, {steps}")
     _require(bool(steps or c.train.epochs), "train.epochs", c.train.epochs, "gives no step to train; set train.epochs or train.steps")
+
+
+def _compared(c: schema.Config) -> None:
+    forms = c.compare.forms
+    _require(bool(forms), "compare.forms", forms, "must name at least one objective, such as mim,mim+clip,m3i")
+    for form in forms:
+        _require(all(form.split("+")), "compare.forms", form, "must be names joined by +, such as mim+clip")
+    twice = [form for form in forms if forms.count(form) > 1]
+    _require(not twice, "compare.forms", forms, f"names {twice[0] if twice else ''} twice")
 
 
 def devices(c: schema.Config, shape: tuple[int, int, int]) -> None:

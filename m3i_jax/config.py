@@ -22,7 +22,7 @@ from m3i_jax import schema
 from m3i_jax.errors import UserError
 
 # Keys that change what is written or how fast, never what is computed: a run may resume with other values of them.
-_EXAMPLE = {int: "(-1,1,1)", float: "(0.2,1.0)"}
+_EXAMPLE = {int: "numbers such as (-1,1,1)", float: "numbers such as (0.2,1.0)", str: "names such as mim,clip"}
 FREE = (
     "train.log_every",
     "train.save_every",
@@ -70,7 +70,7 @@ def leaves(node: Any = None, prefix: str = "") -> dict[str, tuple[Any, Any, str,
 
 def _type_name(kind: Any) -> str:
     plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return plain[kind] if kind in plain else f"a list of numbers such as {_EXAMPLE[_item(kind)]}"
+    return plain[kind] if kind in plain else f"a list of {_EXAMPLE[_item(kind)]}"
 
 
 def _item(kind: Any) -> type:
@@ -111,6 +111,8 @@ def _literal(key: str, kind: Any, text: str) -> Any:
         if text.lower() not in ("true", "false"):
             raise UserError(f"config.{key}: {text!r} is not true or false")
         return text.lower() == "true"
+    if kind not in (int, float) and _item(kind) is str and text[:1] not in ("(", "["):
+        return tuple(filter(None, (name.strip() for name in text.split(","))))
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -232,13 +234,15 @@ def to_text(config: schema.Config) -> str:
 
 
 def difference(old: str, new: str) -> list[str]:
-    """The lines `key: old -> new` in which two texts of `to_text` differ, keys that never change the result left out.
+    """The lines `key: old -> new` in which two texts of `to_text` differ, keys that never change the result left out. A setting that the
+    old text does not know yet was at its default.
 
     >>> difference("seed = 0\\ntrain.keep = 2\\n", "seed = 1\\ntrain.keep = 3\\n")
     ['seed: 0 -> 1']
     """
     was, now = (dict(line.split(" = ", 1) for line in text.splitlines() if " = " in line) for text in (old, new))
-    changed = [k for k in {**was, **now} if was.get(k) != now.get(k) and not k.startswith(FREE)]
+    born = {key: repr(value) for key, (_, value, _, _) in leaves().items()}
+    changed = [k for k in {**was, **now} if was.get(k, born.get(k)) != now.get(k) and not k.startswith(FREE)]
     return [f"{k}: {was.get(k, 'absent')} -> {now.get(k, 'absent')}" for k in changed]
 
 

@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 refused, 3 does not fit, 42 preempted and saved, 1 anythin
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,7 +16,11 @@ MODES = {
     "train": "pre-train, or go on with the run in the working directory",
     "show": "print the resolved configuration, parameters, FLOPs a step and memory of the state; reads no data",
     "preview": "write a contact sheet of what the model will see to WORKDIR/preview.png",
+    "compare": "run a list of objectives, one after the other, and write one table: WORKDIR/compare.md, .json and .png",
+    "data": "report on the source before training: text, WORKDIR/data.json and the page WORKDIR/data.html",
+    "convert": "write all records of the source as ArrayRecord shards to WORKDIR; the same command resumes it",
 }
+TOGETHER = ("train", "compare")  # modes that all hosts of a run enter; the others need one
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--config.KEY", metavar="VALUE", dest="_", help="set one key of the configuration, as --config.optim.lr=1e-4")
     out.add_argument("--workdir", metavar="DIR", help="where the run keeps checkpoints, metrics and pictures; the same command resumes it")
     out.add_argument("--mode", default="train", metavar="MODE", help=f"one of {', '.join(MODES)} (default: train)")
+    out.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of several hosts: address of the first (not on TPU, Slurm)")
+    out.add_argument("--processes", default="", metavar="N", help="of several hosts: how many")
+    out.add_argument("--process-id", default="", metavar="I", help="of several hosts: which this is, from 0")
     out.add_argument("--allow-changes", action="store_true", help="resume although the configuration or the data changed")
     out.add_argument("--version", action="version", version=f"m3i_jax {__version__}")
     return out
@@ -52,6 +60,13 @@ def _run(arguments: Sequence[str]) -> int:
     config = configuration.load(flags.config)
     configuration.override(config, overrides)
     settings = configuration.resolve(config)
+    if flags.mode in TOGETHER:
+        from m3i_jax.parallel import distributed
+
+        place = distributed.decide(
+            flags.coordinator, flags.processes, flags.process_id, environ=os.environ, tpu=distributed.on_tpu(os.environ)
+        )
+        distributed.start(place, configuration.to_text(settings), settings.parallel.mesh)
     mode = importlib.import_module(f"m3i_jax.modes.{flags.mode}")
     return mode.run(settings, workdir=flags.workdir, allow_changes=flags.allow_changes)
 

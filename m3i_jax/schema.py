@@ -37,8 +37,14 @@ class Augment:
 class Data:
     """Where records come from and how they become view pairs."""
 
-    source: str = option("shapes", "kind of source", "shapes", "folder", "tars")
-    path: str = option("", "directory (folder) or glob of tar files (tars)")
+    source: str = option("shapes", "kind of source", "shapes", "folder", "tars", "array_record", "tfds", "hugging_face", "mixture")
+    path: str = option("", "directory (folder, array_record, hugging_face), glob of tar files (tars; gs:// and the like too), name (tfds)")
+    directory: str = option("", "tfds: where prepared data sets lie; empty: its default")
+    mixture: tuple[str, ...] = option((), "mixture: one KIND:PATH[@SPLIT[|HELD_OUT]][=WEIGHT] a source; no weights: by number of pictures")
+    class_space: str = option("shared", "classes of a mixture: of the same name are one, or each source's apart", "shared", "separate")
+    class_names: str = option("", "file with names of the classes, for WordNet ids or numbers; empty: look beside an ImageNet folder")
+    split: str = option("", "part to train on: sub-folder, glob below a directory of tars, or name (tfds, hugging_face); empty: all")
+    holdout_split: str = option("", "part held out for evaluators, named like data.split, or another path; empty: data.holdout")
     size: int = option(0, "training pictures; shapes: how many to render, else 0: count the source")
     image_size: int = option(224, "side of a view in pixels [P]")
     classes: int = option(-1, "categories; -1: as many as the source has, 0: ignore labels")
@@ -54,6 +60,9 @@ class Data:
     vocabulary_size: int = option(1024, "train: most entries of the learnt vocabulary")
     caption_length: int = option(77, "tokens a caption is padded or cut to, start and end included")
     background: int = option(255, "gray level under transparent pixels")
+    resizer: str = option(
+        "auto", "of the crops: pillow; fast (extra `fast`), with pixels that differ by a rounding; auto: fast if installed", "auto", "pillow", "fast"
+    )
     threads: int = option(2, "threads that make batches ahead, when there are no workers")
     workers: int = option(0, "worker processes that make batches")
     max_bad_share: float = option(0.05, "stop when more than this share of the last 10,000 records was bad")
@@ -78,20 +87,37 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """Predicts the dense target features from an image's own visible tokens and one query a target position."""
+    """Predicts dense targets from an image's own visible tokens and one query a target position."""
 
     width: int = option(768, "token width [P]")
     depth: int = option(4, "blocks [P]")
     heads: int = option(16, "attention heads [P]; must divide width")
     mlp_ratio: float = option(4.0, "hidden width of the MLP over width [P: 3072]")
+    norm: str = option("layer", "layer; batch: statistics of the batch's tokens, as in SiameseIM's code", "layer", "batch")
+    projector_depth: int = option(0, "blocks between embedding and decoder, which the target encoder has too; 0 [P]; SiameseIM: 2")
+    cls: str = option("auto", "whether the decoder reads the cls token; auto: unless two images share it", "auto", "yes", "no")
+    positions: str = option(
+        "relative", "of the queries; absolute: the plain table, MAE's, for same-view targets alone", "relative", "absolute"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Attention pooling of an image's own tokens, before the category and the text projection."""
+    """Pooling of an image's own tokens, before the category and the text projection."""
 
+    kind: str = option("attention", "attention [P]; mean of the patch tokens; the cls token", "attention", "mean", "cls")
+    query: str = option("mean", "query of the attention: the mean token, or a learned one", "mean", "learned")
     width: int = option(768, "output width [P]")
     heads: int = option(16, "attention heads [P]; must divide the encoder's width")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Head:
+    """Projector and predictor of global targets; how many layers they have is the method's."""
+
+    hidden: int = option(4096, "width of the hidden layers (MoCo v3, BYOL: 4096)")
+    width: int = option(256, "output width (MoCo v3, BYOL: 256)")
+    prototypes: int = option(1024, "prototypes of a method that has them (MSN: 1024)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +137,7 @@ class Model:
     encoder: Encoder = section(Encoder)
     decoder: Decoder = section(Decoder)
     pool: Pool = section(Pool)
+    head: Head = section(Head)
     text: Text = section(Text)
     dtype: str = option(
         "bfloat16", "precision of matrix products; parameters, norms, softmax and losses stay float32", "bfloat16", "float32"
@@ -123,15 +150,36 @@ class Model:
 class Objective:
     """Which terms of the mutual information are maximised, and how they are weighed."""
 
-    form: str = option("m3i", "a row of methods.FORMS")
+    forms: tuple[str, ...] = option(("m3i",), "rows of methods.FORMS or named.METHODS; several train together")
     second_moment: float = option(0.02, "weight of the anti-collapse term p'Cp of the dense posterior; 0 is the paper's text alone")
+    temperature: float = option(0.2, "of the Boltzmann posterior over the batch, where the method does not fix it (MoCo v3: 0.2)")
     intra_positions: str = option("all", "target positions of the same view that count", "all", "hidden")
     label_smoothing: float = option(0.1, "of the category posterior [P]")
+    soft_label: str = option(
+        "separate", "of a mixed input: a category for each image from its own tokens; joint: both from all tokens", "separate", "joint"
+    )
+    isolate: bool = option(False, "the two images of a mixed input do not attend to each other (MixMAE)")
+    pairing: str = option("flip", "flip: every image plays both roles, B mixed inputs; halves: one role each, B / 2", "flip", "halves")
+    symmetric: bool = option(False, "add every self-supervised term with its two views exchanged")
+    target_encoder: str = option(
+        "method", "of learned targets: as the method says, or for all of them", "method", "ema", "shared", "frozen"
+    )
+    target_checkpoint: str = option("", "directory of a run whose encoder is the frozen target")
+    annotation_input: str = option(
+        "shared",
+        "in a set, category and caption are predicted from: the self-supervised input, or a whole view of their own",
+        "shared",
+        "own",
+    )
+    equal_captions: str = option(
+        "negatives", "captions of a batch that are the same text: negatives of each other, or not", "negatives", "ignored"
+    )
     text_softmax: str = option("batch", "negatives of the text posterior with microbatches", "batch", "microbatch")
+    second_group: tuple[str, ...] = option(("category", "text"), "names of the terms that lambda scales; the others are the first group")
     weighting: str = option(
         "dynamic", "dynamic: lambda from the gradient norms (Eq. 13); fixed: lambda = gamma [P: dynamic]", "dynamic", "fixed"
     )
-    gamma: float = option(1.0, "ratio of the supervised to the self-supervised gradient [P]")
+    gamma: float = option(1.0, "ratio of the second group's gradient to the first's [P]")
     balance_decay: float = option(0.99, "decay of the average of the gradient norms")
     balance_range: tuple[float, ...] = option((0.0, 1e4), "lambda is clipped to this range")
 
@@ -147,7 +195,8 @@ class Optim:
     b2: float = option(0.95, "AdamW beta 2 [P]")
     eps: float = option(1e-8, "AdamW epsilon")
     clip: float = option(1.0, "global gradient norm is clipped to this; 0: not clipped")
-    ema: float = option(0.995, "first momentum of the target encoder, cosine to 1 [P]")
+    ema: float = option(0.995, "first momentum of the target encoder [P]")
+    ema_schedule: str = option("cosine", "of the momentum: cosine to 1 [P], or constant", "cosine", "constant")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,6 +215,8 @@ class Train:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
     knn: bool = option(True, "k-nearest-neighbour accuracy on frozen features, where there are labels")
+    linear: bool = option(False, "accuracy of a linear classifier on the same features, where there are labels")
+    retrieval: bool = option(True, "recall of pictures by caption and of captions by picture, where there are captions and a text term")
     k: int = option(20, "neighbours that vote")
     temperature: float = option(0.07, "of the votes, exp(similarity / temperature)")
     train_limit: int = option(50_000, "most training pictures in the index")
@@ -182,6 +233,14 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare:
+    """--mode=compare: runs of several objectives, all else being equal."""
+
+    forms: tuple[str, ...] = option(("mim", "sim", "instance", "m3i"), "objectives to compare, each one or more names joined by +")
+    seeds: int = option(1, "runs of each, with the seeds seed, seed + 1, ...")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallel:
     mesh: tuple[int, ...] = option((-1, 1, 1), "devices along (replica, fsdp, tensor); one may be -1: the rest")
 
@@ -191,6 +250,8 @@ class Report:
     tensorboard: bool = option(False, "also write TensorBoard events (extra: tensorboard)")
     wandb: str = option("", "also log to this Weights & Biases project (extra: wandb)")
     panel_rows: int = option(4, "mixed inputs a panel")
+    mfu: float = option(0.45, "share of the accelerators' peak that --mode=show plans with")
+    survey: int = option(20_000, "--mode=data looks at all records of a source up to so many, else at so many evenly spread ones")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,6 +263,7 @@ class Config:
     optim: Optim = section(Optim)
     train: Train = section(Train)
     evaluate: Evaluate = section(Evaluate)
+    compare: Compare = section(Compare)
     parallel: Parallel = section(Parallel)
     report: Report = section(Report)
 

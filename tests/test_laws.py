@@ -53,6 +53,7 @@ LAZY = {
     "fsspec",
     "gcsfs",
     "simplejpeg",
+    "cykooz_resizer",
 }
 NEVER = {"tensorflow", "torch", "torchvision"}
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve"}

@@ -76,7 +76,7 @@ def finish(*arguments: str) -> tuple[int, str, str]:
         (["--config", "configs/tars.py:path=no/*.tar", "--workdir", "W", "--mode=preview"], "no/*.tar"),
         (["--config", "configs/quickstart.py", "--workdir", "W", "--config.train.batch_size=6"], "data shards"),
         (["--config", "configs/quickstart.py", "--workdir", "W", "--config.parallel.mesh=(3,1,1)"], "config.parallel.mesh"),
-        (["--config", "configs/quickstart.py", "--workdir", "W", "--config.objective.form=mim3"], "did you mean mim?"),
+        (["--config", "configs/quickstart.py", "--workdir", "W", "--config.objective.forms=mim3"], "did you mean mim?"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(arguments, wanted, monkeypatch, capsys, tmp_path) -> None:

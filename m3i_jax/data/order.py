@@ -2,7 +2,13 @@
 
 Every epoch is its own keyed permutation of the source. A record that cannot be used is replaced by drawing again under a key that holds
 the number of the attempt: the replacement depends on the position alone, never on what a worker happened to read before.
+
+A mixture of sources is a cycle of slots: source s owns parts[s] of them, and every cycle deals them out in another order. How often a
+source had its turn before a position is therefore arithmetic too, and with it the epoch and the record.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -83,3 +89,42 @@ def locate(seed: int, positions: np.ndarray, size: int, attempt: int = 0) -> np.
     """
     epoch, rank = np.divmod(np.asarray(positions, np.int64), size)
     return permute(rank, size, hash64(seed, masks.RECORD, 0, epoch, attempt))
+
+
+def locate_mixture(
+    seed: int, positions: np.ndarray, sizes: Sequence[int], parts: Sequence[int], attempt: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The source and the record at each position of a mixture; a replacement is drawn from the same source.
+
+    Args:
+        seed: of the run.
+        positions: [R] samples seen before the wanted one.
+        sizes: records of each source.
+        parts: whole numbers; source s gives parts[s] of every sum(parts) samples.
+        attempt: 0, or how often a draw for this position was refused already.
+
+    Returns:
+        (source, record), int64 [R] each. With one source, the records are those of `locate`.
+
+    >>> source, record = locate_mixture(0, np.arange(8), [100, 2], [3, 1])
+    >>> np.bincount(source).tolist(), np.bincount(source[:4]).tolist(), sorted(record[source == 1].tolist())
+    ([6, 2], [3, 1], [0, 1])
+    """
+    ends, lengths = np.cumsum(np.asarray(parts, np.int64)), np.asarray(sizes, np.int64)
+    cycle, slot = np.divmod(np.asarray(positions, np.int64), ends[-1])
+    slot = permute(slot, int(ends[-1]), hash64(seed, masks.CYCLE, cycle))
+    source = np.searchsorted(ends, slot, side="right")
+    share = np.asarray(parts, np.int64)[source]
+    turn = cycle * share + slot - (ends[source] - share)  # how often the source had its turn before
+    epoch, rank = np.divmod(turn, lengths[source])
+    return source, permute(rank, lengths[source], hash64(seed, masks.RECORD, source, epoch, attempt))
+
+
+def records_at(source: Any, seed: int, positions: np.ndarray, attempt: int = 0) -> np.ndarray:
+    """The record of a source at each position of the stream: a mixture has an order of its own, all else that of `locate`.
+
+    >>> records_at("abc", 0, np.arange(3)).tolist() == locate(0, np.arange(3), 3).tolist()
+    True
+    """
+    own = getattr(source, "locate", None)
+    return own(seed, positions, attempt) if own else locate(seed, positions, len(source), attempt)

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import multiprocessing
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,29 @@ def fingerprint(config: schema.Config, source: Source) -> str:
     >>> fingerprint(schema.Config(seed=1), Five()) == fingerprint(schema.Config(seed=2), Five())
     False
     """
-    return sources.digest(STREAM, config.seed, len(source), source.fingerprint())
+    return sources.digest(STREAM, config.seed, len(source), source.fingerprint(), *_resizer(config))
+
+
+def _resizer(config: schema.Config) -> list[str]:
+    """Says which resizer makes the pixels; nothing for Pillow's."""
+    name = crops.resizer(config.data.resizer)
+    return [] if name == "pillow" else [f"resizer {name}"]
+
+
+def identity(config: schema.Config, source: Source) -> str:
+    """What `fingerprint` hashes, as lines `key = value` for a person: two of them show what differs.
+
+    >>> class Five:
+    ...     name = "five"
+    ...     def __len__(self): return 5
+    ...     def fingerprint(self): return "0123456789abcdef"
+    >>> print(identity(schema.Config(seed=1, data=schema.Data(resizer="pillow")), Five()), end="")
+    order of the stream = version 1, seed 1
+    source 1 = five, 5 pictures, fingerprint 0123456789abcdef
+    """
+    lines = {f"source {i}": line for i, line in enumerate(sources.identity(source), 1)}
+    stream = ", ".join([f"version {STREAM}", f"seed {config.seed}", *_resizer(config)])
+    return "".join(f"{k} = {v}\n" for k, v in {"order of the stream": stream, **lines}.items())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +96,7 @@ class Maker:
     """Makes batch k of one host. Sent to worker processes: holds paths and small arrays, no open file, and nothing of JAX.
 
     The batch is the dict of `iterate`, and with it, for the iterator: `skipped` int64 [len(REASONS)] bad records drawn, `example` int64
-    [len(REASONS)] index of one of them or -1, `noted` int64 [len(NOTES)].
+    [len(REASONS)] index of one of them or -1, `noted` int64 [len(NOTES)], `record` int64 [rows] which record each row shows.
     """
 
     data: schema.Data
@@ -87,6 +109,7 @@ class Maker:
     rows: int  # of this host
     batch: int  # of all hosts
     first: int  # position of this host's first row in batch 0
+    resizer: str
 
     def __call__(self, k: int) -> Batch:
         size = self.data.image_size
@@ -113,23 +136,23 @@ class Maker:
         if self.tokenizer:
             batch["tokens"] = np.zeros((self.rows, self.tokenizer.length), np.int32)
             batch["length"] = np.zeros(self.rows, np.int32)
-        chosen = order.locate(self.seed, positions, len(self.source))
+        chosen = order.records_at(self.source, self.seed, positions)
         u = masks.uniforms(self.seed, masks.CROP, first, self.rows, 2 * crops.WIDTH).reshape(self.rows, 2, crops.WIDTH)
         for at in range(0, self.rows, _READ):
             rows = range(at, min(at + _READ, self.rows))
             for row, record in zip(rows, sources.read(self.source, chosen[rows].tolist()), strict=True):
                 used = self._picture(record, row, u[row].tolist(), int(positions[row]), chosen, pixels[row].reshape(2, -1), batch)
                 self._meaning(used, row, batch)
-        return batch
+        return {**batch, "record": chosen}
 
     def _picture(
         self, record: sources.Record, row: int, u: list[list[float]], position: int, chosen: np.ndarray, pixels: np.ndarray, batch: Batch
     ) -> sources.Record:
         """Fills the row with the first usable record at this position, and returns that record."""
-        bad: Exception | None = None
+        tried, last = collections.defaultdict[str, list[str]](list), ""
         for attempt in range(TRIES):
             if attempt:
-                chosen[row] = order.locate(self.seed, np.array([position]), len(self.source), attempt)[0]
+                chosen[row] = order.records_at(self.source, self.seed, np.array([position]), attempt)[0]
             if row % 2 and chosen[row] == chosen[row - 1]:
                 continue  # a picture is not mixed with itself: the turn of the epoch, or a replacement
             try:
@@ -138,13 +161,14 @@ class Maker:
                 self._views(record, u, pixels, batch["box"][row], batch["flip"][row])
                 return record
             except records.BadRecord as error:
-                bad, reason = error, records.REASONS.index(error.reason)
+                last, reason = f"; the last is {record.key!r} ({error})", records.REASONS.index(error.reason)
                 batch["skipped"][reason] += 1
                 batch["example"][reason] = chosen[row]
-        last = f"the last is {record.key!r} ({bad})" if bad else "there is only one"
+                tried[error.reason].append(repr(record.key))
+        told = _told({reason: (len(keys), keys) for reason, keys in tried.items()}) + last
         raise UserError(
-            f"{TRIES} draws in a row at position {position} of {self.source.name} gave no picture that could be used beside its partner; "
-            f"{last}: check the source"
+            f"{TRIES} draws in a row at position {position} of {self.source.name} gave no picture that could be used beside its partner: "
+            f"{told or 'there is only one'}; check the source"
         )
 
     def _views(self, record: sources.Record, u: list[list[float]], pixels: np.ndarray, box: np.ndarray, flip: np.ndarray) -> None:
@@ -156,7 +180,7 @@ class Maker:
         image = opened.rgb(background=data.background, least=least)
         for v in range(2):
             box[v], flip[v] = boxes[v], u[v][22] < data.flip_p
-            pixels[v] = crops.cut(image, boxes[v], data.image_size, bool(flip[v]), height=height, width=width)
+            pixels[v] = crops.cut(image, boxes[v], data.image_size, bool(flip[v]), height=height, width=width, by=self.resizer)
 
     def _meaning(self, record: sources.Record, row: int, batch: Batch) -> None:
         dropped = self.classes > 0 and record.label >= self.classes
@@ -170,6 +194,12 @@ class Maker:
     def _mask(self, first: int) -> np.ndarray:
         draw = masks.blockwise if self.data.mask == "blockwise" else masks.uniform
         return draw(self.seed, first, self.rows, grid=self.grid, hidden=self.hidden)
+
+
+def _told(bad: dict[str, tuple[int, list[str]]]) -> str:
+    """How many records were bad for what reason, the most frequent first, with a few keys."""
+    worst = sorted(((n, reason, keys) for reason, (n, keys) in bad.items() if n), reverse=True)
+    return "; ".join(f"{n:,} {reason} (such as {', '.join(list(dict.fromkeys(keys))[:3])})" for n, reason, keys in worst)
 
 
 def _pair(values: Sequence[float]) -> tuple[float, float]:
@@ -194,6 +224,7 @@ class Batches(Iterator[Batch]):
     Attributes:
         skipped: reason -> bad records drawn (and replaced) in the batches that were consumed.
         noted: what else was cut or dropped in them: "caption_cut", "label_dropped".
+        record: int64 [B], index of the record that each row of the last batch shows.
     """
 
     def __init__(self, batches: Any, source: Source, max_bad_share: float) -> None:
@@ -202,11 +233,11 @@ class Batches(Iterator[Batch]):
         self._drawn, self._bad = 0, np.zeros(len(records.REASONS), np.int64)  # their sums
         self._examples: dict[str, list[str]] = {reason: [] for reason in records.REASONS}
         self.skipped = dict.fromkeys(records.REASONS, 0)
-        self.noted = dict.fromkeys(NOTES, 0)
+        self.noted, self.record = dict.fromkeys(NOTES, 0), np.zeros(0, np.int64)
 
     def __next__(self) -> Batch:
         batch = dict(next(self._batches))
-        skipped, example, noted = (batch.pop(name) for name in ("skipped", "example", "noted"))
+        skipped, example, noted, self.record = (batch.pop(name) for name in ("skipped", "example", "noted", "record"))
         for reason, count, index in zip(records.REASONS, skipped.tolist(), example.tolist(), strict=True):
             self.skipped[reason] += count
             if index >= 0 and len(self._examples[reason]) < 3:
@@ -226,8 +257,7 @@ class Batches(Iterator[Batch]):
             self._drawn, self._bad = self._drawn - drawn, self._bad - skipped
         total, of = int(self._bad.sum()), max(self._drawn, WINDOW)
         if total > self._limit * of:
-            worst = sorted(zip(self._bad.tolist(), records.REASONS, strict=True), reverse=True)
-            told = "; ".join(f"{n:,} {reason} (such as {', '.join(dict.fromkeys(self._examples[reason]))})" for n, reason in worst if n)
+            told = _told({reason: (n, self._examples[reason]) for reason, n in zip(records.REASONS, self._bad.tolist(), strict=True)})
             raise UserError(
                 f"{total:,} of the last {self._drawn:,} records of {self._source.name} were bad, more than "
                 f"data.max_bad_share={self._limit} of {of:,}: {told}; repair or remove them, or raise the limit"
@@ -294,6 +324,7 @@ def iterate(config: schema.Config, source: Source, tokenizer: Tokenizer | None, 
         rows=rows,
         batch=batch,
         first=start + host * rows,
+        resizer=crops.resizer(data.resizer),
     )
     import grain.python as grain  # seconds to import, and only runs that read data need it
 
@@ -325,66 +356,3 @@ def _check_shared_memory(workers: int, size: int) -> None:
             f"data.workers={workers} needs {need / 2**20:,.0f} MiB of shared memory for its batches, and /dev/shm has "
             f"{free / 2**20:,.0f} free: use data.workers=0 with data.threads, or enlarge /dev/shm"
         )
-
-
-class EvaluationBatches(Iterator[Batch]):
-    """Iterator over clean views of chosen records; made by `evaluation_batches`. `skipped`: reason -> bad records left out so far."""
-
-    def __init__(self, batches: Iterator[Batch], skipped: dict[str, int]) -> None:
-        self._batches, self.skipped = batches, skipped
-
-    def __next__(self) -> Batch:
-        return next(self._batches)
-
-
-def evaluation_batches(source: Source, indices: Iterable[int], image_size: int, batch: int, *, background: int = 255) -> EvaluationBatches:
-    """Centre views of some records in their order, for evaluators: short side resized to image_size * 256 / 224, centre cut out, bicubic.
-
-    Args:
-        source: the records.
-        indices: which of them.
-        image_size: side of a view in pixels, S.
-        batch: rows a batch, B.
-        background: gray level under transparent pixels.
-
-    Returns:
-        An iterator of dicts: views uint8 [B, S, S, 3], label int32 [B], index int64 [B] (of the record), valid bool [B]. Bad records are
-        left out and counted in its `skipped`; only the rows that fill up the last batch are not valid (zeros, label and index -1).
-
-    >>> class Two:
-    ...     def __getitem__(self, i): return sources.Record(str(i), np.full((20, 30, 3), i, np.uint8), label=i)
-    >>> [(b["views"].shape, b["label"].tolist(), b["valid"].tolist()) for b in evaluation_batches(Two(), [1, 0, 1], 16, 2)]
-    [((2, 16, 16, 3), [1, 0], [True, True]), ((2, 16, 16, 3), [1, -1], [True, False])]
-    """
-    skipped = dict.fromkeys(records.REASONS, 0)
-    return EvaluationBatches(_evaluation(source, [int(i) for i in indices], image_size, batch, background, skipped), skipped)
-
-
-def _evaluation(source: Source, indices: list[int], size: int, batch: int, background: int, skipped: dict[str, int]) -> Iterator[Batch]:
-    def fresh() -> Batch:
-        blank: Batch = {"views": np.zeros((batch, size, size, 3), np.uint8), "label": np.full(batch, -1, np.int32)}
-        return {**blank, "index": np.full(batch, -1, np.int64), "valid": np.zeros(batch, bool)}
-
-    made, row = fresh(), 0
-    for at in range(0, len(indices), _READ):
-        for index, record in zip(indices[at : at + _READ], sources.read(source, indices[at : at + _READ]), strict=True):
-            try:
-                view = _central_view(record, size, background)
-            except records.BadRecord as error:
-                skipped[error.reason] += 1
-                continue
-            made["views"][row], made["label"][row], made["index"][row], made["valid"][row] = view, record.label, index, True
-            row += 1
-            if row == batch:
-                yield made
-                made, row = fresh(), 0
-    if row:
-        yield made
-
-
-def _central_view(record: sources.Record, size: int, background: int) -> np.ndarray:
-    opened = records.open_picture(record.image)
-    box = crops.central_box(opened.height, opened.width, size)
-    least = (records.GAP * size / box[2] * opened.height, records.GAP * size / box[3] * opened.width)
-    image = opened.rgb(background=background, least=least)
-    return crops.cut(image, box, size, False, height=opened.height, width=opened.width).reshape(size, size, 3)

@@ -18,6 +18,14 @@ from m3i_jax import schema
 from m3i_jax.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+KINDS = ("shapes", "folder", "tars", "array_record", "tfds", "hugging_face")
+_WANTED = {
+    "folder": "the directory that holds the pictures",
+    "tars": "the tar files, such as 'DIR/*.tar'",
+    "array_record": "the directory that holds the .array_record files",
+    "tfds": "the name of the data set, such as 'food101', or the directory of its version",
+    "hugging_face": "the directory that save_to_disk wrote",
+}
 FILE_LIMIT = 1 << 28  # a picture file above 256 MiB would be read whole before its header can refuse it
 
 
@@ -33,7 +41,8 @@ class Record:
 
 @runtime_checkable
 class Source(Protocol):
-    """What every source offers. Optional, for speed: `__getitems__(indices)`, `key(i)`, `caption(i)`: see `read` and what follows it."""
+    """What every source offers. Optional, for speed: `__getitems__(indices)`, `key(i)`, `caption(i)`, `key_hashes()`:
+    see `read` and what follows it."""
 
     @property
     def name(self) -> str: ...
@@ -64,22 +73,81 @@ def open_source(data: schema.Data, *, cache: str = "") -> Source:
     Traceback (most recent call last):
     m3i_jax.errors.UserError: data.path is empty, and data.source='folder' needs it: give the directory that holds the pictures
     """
-    if data.source == "shapes":
+    if data.source == "mixture":
+        from m3i_jax.data import mixture
+
+        entries = [mixture.parse(text) for text in data.mixture]
+        whole = [open_one(entry.kind, entry.path, entry.split, data, cache=cache) for entry in entries]
+        return mixture.Mixture(whole, [entry.weight for entry in entries], shared=data.class_space == "shared")
+    return open_one(data.source, data.path, data.split, data, cache=cache)
+
+
+def open_one(kind: str, path: str, split: str, data: schema.Data, *, cache: str = "") -> Source:
+    """Opens one source.
+
+    Args:
+        kind: one of KINDS.
+        path: what its kind understands by it; see `schema.Data.path`. For the built-in shapes their number, "" for `data.size`.
+        split: part of it: name of a split of TFDS or Hugging Face, else a folder (or glob) below the path. "": all.
+        data: the other settings.
+        cache: see `open_source`.
+
+    Raises:
+        UserError: nothing there that can be read as a picture, or a package is missing.
+
+    >>> open_one("shapes", "12", "", schema.Data()).description()
+    '12 pictures in shapes (336 x 336 pixels, seed 0), 8 classes, captions for 100%'
+    """
+    if kind not in KINDS:
+        raise UserError(f"data.source={kind!r} is not a source: use {', '.join(map(repr, KINDS[:-1]))}, {KINDS[-1]!r} or 'mixture'")
+    if kind == "shapes":
         from m3i_jax.data.shapes import Shapes
 
-        return Shapes(data.size, side=3 * data.image_size // 2)
-    if not data.path:
-        wanted = "the directory that holds the pictures" if data.source == "folder" else "the tar files, such as 'DIR/*.tar'"
-        raise UserError(f"data.path is empty, and data.source={data.source!r} needs it: give {wanted}")
-    if data.source == "folder":
+        if split:
+            raise UserError(f"the built-in shapes have no split {split!r}: leave data.split empty, data.holdout holds a share out")
+        if path and not path.isdigit():
+            raise UserError(f"shapes:{path}: the built-in shapes have no path: give their number, such as shapes:10000")
+        return Shapes(int(path) if path else data.size, side=3 * data.image_size // 2)
+    if not path:
+        raise UserError(f"data.path is empty, and data.source={kind!r} needs it: give {_WANTED[kind]}")
+    place = below(path, split) if split else path
+    source: Any
+    if kind == "folder":
         from m3i_jax.data.folder import Folder
 
-        return Folder(data.path)
-    if data.source == "tars":
+        source = Folder(place)
+    elif kind == "tars":
         from m3i_jax.data.tars import Tars
 
-        return Tars(data.path, cache=cache)
-    raise UserError(f"data.source={data.source!r} is not a source: use 'shapes', 'folder' or 'tars'")
+        source = Tars(place, cache=cache)
+    elif kind == "array_record":
+        from m3i_jax.data.array_records import ArrayRecords
+
+        source = ArrayRecords(place, cache=cache)
+    elif kind == "tfds":
+        from m3i_jax.data.tfds import Tfds
+
+        source = Tfds(path, split or "train", directory=data.directory)
+    else:
+        from m3i_jax.data.hugging_face import HuggingFace
+
+        source = HuggingFace(path, split)
+    from m3i_jax.data import class_names
+
+    if data.class_names:
+        source.classes = class_names.from_file(data.class_names, source.classes)
+    elif kind == "folder" and class_names.are_ids(source.classes):
+        source.classes = class_names.beside(source.path, source.classes)
+    return source
+
+
+def below(path: str, split: str) -> str:
+    """A split of a path: the folder or glob of that name in it, or another place if the split is one.
+
+    >>> below("/data", "train"), below("/data", "/other/val"), below("gs://bucket/x", "val-*.tar")
+    ('/data/train', '/other/val', 'gs://bucket/x/val-*.tar')
+    """
+    return split if "://" in split else os.path.join(os.path.expanduser(path), os.path.expanduser(split))
 
 
 def missing(path: str) -> str:
@@ -162,6 +230,30 @@ def caption_of(source: Source, index: int) -> str | bytes | None:
     return caption(index) if caption else source[index].caption
 
 
+def key_hashes(source: Source) -> np.ndarray:
+    """uint64 [N]: `key_hash` of every key, at once where the source can.
+
+    >>> int(key_hashes(["a"])[0]) == key_hash("0")
+    True
+    """
+    many = getattr(source, "key_hashes", None)
+    return many() if many else np.fromiter((key_hash(key_of(source, i)) for i in range(len(source))), np.uint64, len(source))
+
+
+def identity(source: Source) -> list[str]:
+    """What a source is, in lines for a person: name, number of pictures, fingerprint; of a mixture, one line a source.
+
+    >>> class Five:
+    ...     name = "five"
+    ...     def __len__(self): return 5
+    ...     def fingerprint(self): return "0123456789abcdef"
+    >>> identity(Five())
+    ['five, 5 pictures, fingerprint 0123456789abcdef']
+    """
+    lines = getattr(source, "identity", None)
+    return lines() if lines else [f"{source.name}, {len(source):,} pictures, fingerprint {source.fingerprint()}"]
+
+
 def captions_of(source: Source, limit: int = 200_000) -> Iterator[str | bytes]:
     """Captions of at most `limit` records, evenly spread over the source, always the same ones.
 
@@ -184,6 +276,27 @@ def digest(*parts: str | bytes | int | float) -> str:
         raw = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogateescape")
         h.update(len(raw).to_bytes(8, "little") + raw)
     return h.hexdigest()
+
+
+def key_hash(key: str) -> int:
+    """64 bits of a key: what decides the part of a split that it belongs to.
+
+    >>> key_hash("a") == key_hash("a") != key_hash("b"), 0 <= key_hash("a") < 2**64
+    (True, True)
+    """
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def write_whole(path: str, content: bytes) -> None:
+    """Writes a file beside its final name first: another process sees the whole of it or nothing."""
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.unlink(part)
 
 
 def told(ignored: dict[str, int]) -> str:
@@ -215,6 +328,9 @@ class Split:
     def key(self, index: int) -> str:
         return key_of(self.source, int(self.indices[index]))
 
+    def key_hashes(self) -> np.ndarray:
+        return key_hashes(self.source)[self.indices]
+
     def caption(self, index: int) -> str | bytes | None:
         return caption_of(self.source, int(self.indices[index]))
 
@@ -225,7 +341,7 @@ class Split:
         return f"{len(self):,} of {self.source.description()} ({self.part})"
 
 
-def split(source: Source, holdout: float, part: str) -> Split:
+def split(source: Source, holdout: float, part: str) -> Source:
     """One part of a source, by a hash of each record's key: adding pictures moves none of the others, and equal keys stay together.
 
     Args:
@@ -248,13 +364,11 @@ def split(source: Source, holdout: float, part: str) -> Split:
     """
     if part not in ("train", "held_out"):
         raise ValueError(f"part must be 'train' or 'held_out', not {part!r}")
-    held = np.fromiter((_share(key_of(source, i)) < holdout for i in range(len(source))), bool, len(source))
-    return Split(source, np.flatnonzero(held == (part == "held_out")), part, f"{part} {holdout!r}")
-
-
-def _share(key: str) -> float:
-    raw = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(raw, "little") / 2.0**64
+    if parts := getattr(source, "part", None):  # a mixture is split source by source: its weights hold for each part
+        return parts(holdout, part)
+    held = key_hashes(source) / 2.0**64 < holdout
+    small = np.uint32 if len(source) < 1 << 32 else np.int64  # 442 million records: 1.8 GB instead of 3.5
+    return Split(source, np.flatnonzero(held == (part == "held_out")).astype(small), part, f"{part} {holdout!r}")
 
 
 def parse_label(value: Any) -> int | None:

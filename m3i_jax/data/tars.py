@@ -2,7 +2,8 @@
 
 An index of the members is built once by reading headers (and the small JSON and label members), and read by position afterwards: one
 `pread` a picture. Only regular members with a known extension count; links, devices, absolute names and names with `..` are passed over
-and counted; a pickle is just an unknown extension. A damaged or truncated file keeps what is valid.
+and counted; a pickle is just an unknown extension. A damaged or truncated file keeps what is valid. Tar files in a bucket (gs://,
+s3://, ...) are read in the same way through fsspec: the headers once, then ranges, those of a batch at the same time.
 """
 
 import collections
@@ -16,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from m3i_jax.data import records, sources, tarfiles
+from m3i_jax.data import records, remote, sources, tarfiles
 from m3i_jax.data.sources import EXTENSIONS, FILE_LIMIT, Record
 from m3i_jax.errors import UserError
 
-VERSION = 1  # of the index; another one is built anew
+VERSION = 2  # of the index; another one is built anew
 JSON_LIMIT = 1 << 20
 _NONE, _TEXT, _JSON = 0, 1, 2  # where the caption of a picture stands
 _log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class Tars:
     Categories have no names here: they are "0", "1", ... up to the highest label.
 
     Args:
-        path: glob of local tar files, or a directory that holds them.
+        path: glob of tar files, or a directory that holds them; local or a URL that fsspec knows.
         cache: directory for the index; "" to build it at every start.
 
     Raises:
@@ -55,9 +56,8 @@ class Tars:
     def __init__(self, path: str, *, cache: str = "") -> None:
         self.files = _match(path)
         self.name = f"tars {path!r}"
-        states = [os.stat(file) for file in self.files]
-        self._signature = np.array([(s.st_size, s.st_mtime_ns) for s in states], np.int64)
-        names = [os.path.realpath(file) for file in self.files]
+        self._signature = np.array([_state(file) for file in self.files], np.int64)
+        names = [file if remote.is_remote(file) else os.path.realpath(file) for file in self.files]
         self._cached = os.path.join(cache, f"tar_index_{sources.digest(*names)}.npz") if cache else ""
         index = _load(self._cached, self._signature)
         if index is None:
@@ -94,14 +94,19 @@ class Tars:
         return len(self._index["shard"])
 
     def __getitem__(self, index: int) -> Record:
-        x = self._index
-        image = sources.read_range(self.files[x["shard"][index]], int(x["offset"][index]), int(x["size"][index]))
-        return Record(self.key(index), image, int(x["label"][index]), self.caption(index))
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record]:
+        x, wanted = self._index, sorted(set(indices), key=lambda i: (self._index["shard"][i], self._index["offset"][i]))
         # In the order of the disk, which is kinder to it; the answer keeps the order asked for.
-        offsets, files = self._index["offset"], self._index["shard"]
-        got = {i: self[i] for i in sorted(set(indices), key=lambda i: (files[i], offsets[i]))}
+        ranges = [(self.files[x["shard"][i]], int(x["offset"][i]), int(x["size"][i])) for i in wanted]
+        captioned = [i for i in wanted if x["caption_kind"][i] != _NONE]
+        read = _read([*ranges, *(self._caption_range(i) for i in captioned)])
+        captions = dict(zip(captioned, read[len(ranges) :], strict=True))
+        got = {
+            i: Record(self.key(i), image, int(x["label"][i]), self._caption_in(i, captions[i]) if i in captions else None)
+            for i, image in zip(wanted, read, strict=False)
+        }
         return [got[i] for i in indices]
 
     def key(self, index: int) -> str:
@@ -111,13 +116,20 @@ class Tars:
 
     def caption(self, index: int) -> str | bytes | None:
         """The caption, read by itself; only as much of a text as is ever used."""
-        x = self._index
-        kind = x["caption_kind"][index]
-        if kind == _NONE:
+        if self._index["caption_kind"][index] == _NONE:
             return None
-        size = min(int(x["caption_size"][index]), records.CAPTION_LIMIT + 1 if kind == _TEXT else JSON_LIMIT)
-        raw = sources.read_range(self.files[x["shard"][index]], int(x["caption_offset"][index]), size)
-        return raw if kind == _TEXT else _parse(raw).get("caption")
+        return self._caption_in(index, _read([self._caption_range(index)])[0])
+
+    def _caption_range(self, index: int) -> tuple[str, int, int]:
+        x = self._index
+        limit = records.CAPTION_LIMIT + 1 if x["caption_kind"][index] == _TEXT else JSON_LIMIT
+        return self.files[x["shard"][index]], int(x["caption_offset"][index]), min(int(x["caption_size"][index]), limit)
+
+    def _caption_in(self, index: int, raw: bytes) -> str | bytes | None:
+        return raw if self._index["caption_kind"][index] == _TEXT else _parse(raw).get("caption")
+
+    def key_hashes(self) -> np.ndarray:
+        return self._index["key_hash"]
 
     def fingerprint(self) -> str:
         names = [os.path.basename(file) for file in self.files]
@@ -131,8 +143,27 @@ class Tars:
         return f"{len(self):,} pictures in {files} of {self.name}{classes}{share}{sources.told(self.ignored)}"
 
 
+def _state(file: str) -> tuple[int, int]:
+    """Two numbers that change when a file does."""
+    if remote.is_remote(file):
+        size, stamp = remote.state(file)
+        return size, sources.key_hash(stamp) >> 1
+    state = os.stat(file)
+    return state.st_size, state.st_mtime_ns
+
+
+def _read(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    if ranges and remote.is_remote(ranges[0][0]):
+        return remote.read_ranges(ranges)
+    return [sources.read_range(*one) for one in ranges]
+
+
 def _match(path: str) -> list[str]:
     """The tar files a glob stands for, sorted; or an error that says what lies there instead."""
+    if remote.is_remote(path):
+        if found := [file for file in remote.match(path) if file.lower().endswith(".tar")]:
+            return found
+        raise UserError(f"no tar file matches data.path={path!r}: give a glob such as 'gs://BUCKET/DIR/*.tar', and check the access")
     pattern = os.path.expanduser(path)
     pattern = os.path.join(pattern, "*.tar") if os.path.isdir(pattern) else pattern
     found = sorted(glob.glob(pattern, recursive=True))
@@ -177,6 +208,7 @@ class _Columns:
         "caption_kind": np.uint8,
         "caption_offset": np.int64,
         "caption_size": np.uint32,
+        "key_hash": np.uint64,
     }
 
     def __init__(self) -> None:
@@ -185,6 +217,8 @@ class _Columns:
 
     def add(self, shard: int, groups: dict[str, dict[str, Any]]) -> None:
         pictures = [(key.encode("utf-8", "surrogateescape"), group) for key, group in groups.items() if "size" in group]
+        for key, group in groups.items():
+            group["key_hash"] = sources.key_hash(key)
         for name, kind in self.KINDS.items():
             default = -1 if name == "label" else shard if name == "shard" else 0
             self.parts[name].append(np.array([group.get(name, default) for _, group in pictures], kind))
@@ -211,7 +245,7 @@ def _scan(path: str, ignored: collections.Counter[str]) -> dict[str, dict[str, A
     """What one tar file holds, by stem, in the order in which the stems appear."""
     groups: dict[str, dict[str, Any]] = {}
     problems = collections.Counter[str]()
-    with open(path, "rb") as file:
+    with remote.open_file(path) if remote.is_remote(path) else open(path, "rb") as file:
         for name, offset, size in tarfiles.members(file, problems):
             stem, extension = os.path.splitext(name)
             extension = extension.lower()
@@ -232,7 +266,8 @@ def _scan(path: str, ignored: collections.Counter[str]) -> dict[str, dict[str, A
                 if size > JSON_LIMIT:
                     problems["JSON over 1 MiB"] += 1
                     continue
-                raw = os.pread(file.fileno(), size, offset)
+                file.seek(offset)
+                raw = file.read(size)
                 value = _parse(raw) if extension == ".json" else {"label": int(raw) if raw.strip().isdigit() and size < 20 else raw}
                 group = groups.setdefault(stem, {})
                 if value.get("label") is not None:

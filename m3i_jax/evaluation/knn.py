@@ -1,13 +1,14 @@
 """k-nearest-neighbour accuracy on frozen features: no training, no head, one number that can be read while pre-training runs."""
 
-import collections
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from m3i_jax import schema
+from m3i_jax.evaluation.features import Measure, Seen
 
 
 @functools.partial(jax.jit, static_argnames=("k", "classes", "temperature"))
@@ -51,16 +52,13 @@ def accuracy(
             yield f"top{top}", float((order[:, :top] == q_label[:, None]).any(1).mean())
 
 
-def evaluator(config: Any, extract: Any, index_batches: Any, query_batches: Any) -> Any:
-    """An evaluator of the online encoder, or of the target with `evaluate.target`; the batches are functions that give fresh iterators."""
+def measure(config: schema.Config) -> Measure:
+    """eval/knn/..., from the index and the queries."""
 
-    def run(state: Any, poll: Any) -> Iterator[tuple[str, float]]:
-        params = {**state.params, "encoder": state.opt["target"].params} if config.evaluate.target else state.params
-        read = [index_batches(), query_batches()]
-        index, queries = (extract(params, batches, poll) for batches in read)
-        for reason, count in sum((collections.Counter(getattr(b, "skipped", {})) for b in read), collections.Counter()).items():
-            yield f"data/skipped/evaluation/{reason}", count
-        for name, value in accuracy(queries, index, k=config.evaluate.k, temperature=config.evaluate.temperature):
+    def run(seen: Seen) -> Iterator[tuple[str, float]]:
+        queries, index = seen("queries"), seen("index")
+        both, e = ((queries.vectors, queries.labels), (index.vectors, index.labels)), config.evaluate
+        for name, value in accuracy(*both, k=e.k, temperature=e.temperature):
             yield f"eval/knn/{name}", value
 
     return run

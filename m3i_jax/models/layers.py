@@ -7,6 +7,7 @@ the attention weights, in the compute precision. No matrix product is computed t
 B batch, T tokens, Q query rows, D width, H heads, E = D / H, L blocks.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,11 +22,42 @@ from m3i_jax import schema
 Params = Mapping[str, Any]
 
 _EPS = 1e-6  # of every layer norm here; the targets' parameter-free one is in objective.posterior
-_SHAPE = nn.initializers.zeros  # modules only declare shapes; `draw` fills them
+_BATCH_EPS = 1e-5
+_SHAPE = nn.initializers.zeros  # modules only declare shapes; `initial.draw` fills them
 _NEVER = -1e30  # a logit whose weight is exactly 0 beside any real one, and that gives uniform weights, not NaN, where no key counts
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _norm(over: str, eps: float, x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
+    return _norm_forward(over, eps, x_xD, scale_D, bias_D)[0]
+
+
+def _mean(over: str, x_xD: jax.Array) -> jax.Array:
+    return x_xD.mean(-1 if over == "channels" else tuple(range(x_xD.ndim - 1)), keepdims=True)
+
+
+def _norm_forward(over: str, eps: float, x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> tuple[jax.Array, Any]:
+    wide_xD = x_xD.astype(jnp.float32)
+    mean = _mean(over, wide_xD)
+    rstd = jax.lax.rsqrt(_mean(over, jnp.square(wide_xD - mean)) + eps)
+    y_xD = (wide_xD - mean) * rstd * scale_D + bias_D
+    return y_xD.astype(x_xD.dtype), (x_xD, mean, rstd, scale_D)
+
+
+def _norm_backward(over: str, eps: float, kept: Any, g_xD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x_xD, mean, rstd, scale_D = kept
+    g = g_xD.astype(jnp.float32)
+    unit_xD = (x_xD.astype(jnp.float32) - mean) * rstd
+    rows = tuple(range(g.ndim - 1))
+    inner_xD = g * scale_D
+    along = _mean(over, inner_xD * unit_xD)
+    dx_xD = rstd * (inner_xD - _mean(over, inner_xD) - unit_xD * along)
+    return dx_xD.astype(x_xD.dtype), (g * unit_xD).sum(rows).astype(scale_D.dtype), g.sum(rows).astype(scale_D.dtype)
+
+
+_norm.defvjp(_norm_forward, _norm_backward)
+
+
 def layer_norm(x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
     """Affine layer normalisation over the last axis, eps 1e-6, computed in float32.
 
@@ -39,29 +71,27 @@ def layer_norm(x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Ar
     >>> print(layer_norm(jnp.array([[1.0, 3.0]]), jnp.ones(2), jnp.zeros(2)).round(3))
     [[-1.  1.]]
     """
-    return _layer_norm_forward(x_xD, scale_D, bias_D)[0]
+    return _norm("channels", _EPS, x_xD, scale_D, bias_D)
 
 
-def _layer_norm_forward(x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> tuple[jax.Array, Any]:
-    wide_xD = x_xD.astype(jnp.float32)
-    mean_x1 = wide_xD.mean(-1, keepdims=True)
-    rstd_x1 = jax.lax.rsqrt(jnp.square(wide_xD - mean_x1).mean(-1, keepdims=True) + _EPS)
-    y_xD = (wide_xD - mean_x1) * rstd_x1 * scale_D + bias_D
-    return y_xD.astype(x_xD.dtype), (x_xD, mean_x1, rstd_x1, scale_D)
+def batch_norm(x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
+    """Affine normalisation of every channel by mean and (biased) variance over all leading axes, eps 1e-5, computed in float32.
 
+    The statistics are always those of this batch: nothing runs along, and a momentum target uses its own batch's too, as the public code of
+    SiameseIM and MoCo v3 does in training. Of a batch that is sharded over devices they are those of the whole of it.
 
-def _layer_norm_backward(kept: Any, g_xD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x_xD, mean_x1, rstd_x1, scale_D = kept
-    g = g_xD.astype(jnp.float32)
-    unit_xD = (x_xD.astype(jnp.float32) - mean_x1) * rstd_x1
-    rows = tuple(range(g.ndim - 1))
-    inner_xD = g * scale_D
-    along_x1 = (inner_xD * unit_xD).mean(-1, keepdims=True)
-    dx_xD = rstd_x1 * (inner_xD - inner_xD.mean(-1, keepdims=True) - unit_xD * along_x1)
-    return dx_xD.astype(x_xD.dtype), (g * unit_xD).sum(rows).astype(scale_D.dtype), g.sum(rows).astype(scale_D.dtype)
+    Args:
+      x_xD: [..., D], any float type.
+      scale_D, bias_D: float32 [D].
 
+    Returns:
+      the shape and type of x.
 
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+    >>> print(batch_norm(jnp.array([[1.0, 5.0], [3.0, 5.0]]), jnp.ones(2), jnp.zeros(2)).round(3))
+    [[-1.  0.]
+     [ 1.  0.]]
+    """
+    return _norm("rows", _BATCH_EPS, x_xD, scale_D, bias_D)
 
 
 @jax.custom_vjp
@@ -151,6 +181,18 @@ class LayerNorm(nn.Module):
         return layer_norm(x, self.param("scale", _SHAPE, shape), self.param("bias", _SHAPE, shape))
 
 
+class BatchNorm(nn.Module):
+    """`batch_norm` with its parameters `scale` and `bias`, float32."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1],)
+        return batch_norm(x, self.param("scale", _SHAPE, shape), self.param("bias", _SHAPE, shape))
+
+
+_NORMS: dict[str, Any] = {"layer": LayerNorm, "batch": BatchNorm}
+
+
 def to_heads(x_BxTxC: jax.Array, parts: int, heads: int) -> tuple[jax.Array, ...]:
     """Columns [part | head | E] of [B, T, parts * D] as `parts` arrays [B, H, T, E].
 
@@ -159,7 +201,7 @@ def to_heads(x_BxTxC: jax.Array, parts: int, heads: int) -> tuple[jax.Array, ...
     """
     b, t, c = x_BxTxC.shape
     width = c // parts
-    # lax.split, as in _split: the gradient puts the parts side by side instead of adding padded copies.
+    # lax.split, as in split_blocks: the gradient puts the parts side by side instead of adding padded copies.
     columns = jax.lax.split(x_BxTxC, [width] * parts, axis=2)
     return tuple(part.reshape(b, t, heads, width // heads).swapaxes(1, 2) for part in columns)
 
@@ -205,20 +247,23 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: `x += keep * Attention(LN(x)); x += keep * MLP(LN(x))`."""
+    """Pre-norm transformer block: `x += keep * Attention(norm(x)); x += keep * MLP(norm(x))`. Norm: layer, or batch (SiameseIM)."""
 
     heads: int
     hidden: int
     dtype: Any
+    norm: str = "layer"
 
     @nn.compact
     def __call__(
         self, x_BxTxD: jax.Array, keep_Bx2: jax.Array | None = None, where_BxT: jax.Array | None = None, rows: slice | None = None
     ) -> jax.Array:
-        """`where_BxT`: keys that count. `rows`: the only token rows that are wanted; the others serve as keys and values alone."""
-        h_BxTxD = Attention(self.heads, self.dtype, name="attention")(LayerNorm(name="norm1")(x_BxTxD), where_BxT, rows)
+        """`where_BxT`: keys that count. `rows`: the only token rows that are wanted; the others serve as keys and values alone. Not with
+        batch norm: norm2 takes its statistics from all rows."""
+        norm = _NORMS[self.norm]
+        h_BxTxD = Attention(self.heads, self.dtype, name="attention")(norm(name="norm1")(x_BxTxD), where_BxT, rows)
         x_BxTxD = _add(x_BxTxD if rows is None else x_BxTxD[:, rows], h_BxTxD, keep_Bx2, 0)
-        h_BxTxD = Mlp(self.hidden, self.dtype, name="mlp")(LayerNorm(name="norm2")(x_BxTxD))
+        h_BxTxD = Mlp(self.hidden, self.dtype, name="mlp")(norm(name="norm2")(x_BxTxD))
         return _add(x_BxTxD, h_BxTxD, keep_Bx2, 1)
 
 
@@ -230,79 +275,21 @@ def _add(x_BxTxD: jax.Array, branch_BxTxD: jax.Array, keep_Bx2: jax.Array | None
     return (x_BxTxD.astype(jnp.float32) + keep_Bx1x1 * branch_BxTxD.astype(jnp.float32)).astype(x_BxTxD.dtype)
 
 
-def block(width: int, heads: int, mlp_ratio: float, dtype: str) -> Block:
-    """The block of a tower with these settings.
+def block(width: int, heads: int, mlp_ratio: float, dtype: str, norm: str = "layer") -> Block:
+    """The block of a tower with these settings; `norm` is layer or batch.
 
     >>> block(768, 12, 4.0, "bfloat16").hidden
     3072
     """
-    return Block(heads=heads, hidden=round(width * mlp_ratio), dtype=jnp.dtype(dtype))
+    return Block(heads=heads, hidden=round(width * mlp_ratio), dtype=jnp.dtype(dtype), norm=norm)
 
 
-def shapes_of(module: nn.Module, *inputs: Any) -> Params:
-    """The parameters of a module as a tree of shapes.
+def split_blocks(tree: Any, sizes: list[int]) -> list[Any]:
+    """Consecutive parts of the leading axis. The gradient of `lax.split` is one concatenation; that of indexing adds up padded arrays.
 
-    >>> shapes_of(Dense(3, jnp.float32), jnp.zeros((1, 2)))["kernel"].shape
-    (2, 3)
+    >>> [part["kernel"].shape for part in split_blocks({"kernel": jnp.zeros((3, 8))}, [1, 2])]
+    [(1, 8), (2, 8)]
     """
-    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-
-
-def draw(rng: jax.Array, shapes: Params, normal: Mapping[str, float] | None = None) -> Params:
-    """First values of a tree of parameters, float32.
-
-    A `scale` is 1 and a `bias` 0. A `kernel` [in, out] is Xavier-uniform, bound sqrt(6 / (in + out)): qkv is the one [D, 3 D] matrix that
-    it is (MAE, SiameseIM; MoCo v3 bounds q, k and v by themselves), a patch embedding a [P, D] matrix. Names in `normal` are N(0, std^2)
-    instead. All are cut from one draw: a random call for every matrix would make the program several times as slow to compile.
-
-    Args:
-      rng: key.
-      shapes: tree of arrays or shapes.
-      normal: {end of a path: std}; the first that matches.
-
-    Raises:
-      ValueError: a parameter that none of these rules is about.
-
-    >>> tree = draw(jax.random.key(0), shapes_of(Dense(50, jnp.float32), jnp.zeros((1, 100))))
-    >>> round(float(jnp.abs(tree["kernel"]).max()), 3), float(jnp.abs(tree["bias"]).max())
-    (0.2, 0.0)
-    """
-    paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
-    named = [("/".join(str(getattr(k, "key", k)) for k in path), leaf.shape) for path, leaf in paths]
-    constant = {"scale": 1.0, "bias": 0.0}
-    total = sum(math.prod(shape) for path, shape in named if path.split("/")[-1] not in constant)
-    open_unit = jax.random.uniform(rng, (total,), minval=np.nextafter(np.float32(-1), np.float32(0)), maxval=1.0)
-    leaves, at = [], 0
-    for path, shape in named:
-        last = path.split("/")[-1]
-        if last in constant:
-            leaves.append(jnp.full(shape, constant[last], jnp.float32))  # a weak type would change with the first update
-            continue
-        part = open_unit[at : at + math.prod(shape)].reshape(shape)
-        at += part.size
-        std = next((std for end, std in (normal or {}).items() if path.endswith(end)), None)
-        if std is not None:
-            leaves.append(std * math.sqrt(2) * jax.lax.erf_inv(part))
-        elif last == "kernel":
-            leaves.append(math.sqrt(6 / sum(shape)) * part)
-        else:
-            raise ValueError(f"parameter {path} of shape {shape} has no rule for its first values")
-    return jax.tree.unflatten(structure, leaves)
-
-
-def init_blocks(block: Block, rng: jax.Array, *, width: int, depth: int, normal: Mapping[str, float] | None = None) -> Params:
-    """Parameters of `depth` blocks, each drawn by itself and stacked on a leading axis: every leaf is [L, ...].
-
-    >>> shapes = jax.eval_shape(lambda key: init_blocks(block(8, 2, 4.0, "float32"), key, width=8, depth=3), jax.random.key(0))
-    >>> shapes["attention"]["qkv"]["kernel"].shape
-    (3, 8, 24)
-    """
-    shapes = shapes_of(block, jnp.zeros((1, 1, width)))
-    return jax.lax.map(lambda key: draw(key, shapes, normal), jax.random.split(rng, depth))
-
-
-def _split(tree: Any, sizes: list[int]) -> list[Any]:
-    """Consecutive parts of the leading axis. The gradient of `lax.split` is one concatenation; that of indexing adds up padded arrays."""
     leaves, structure = jax.tree.flatten(tree)
     parts = zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)
     return [jax.tree.unflatten(structure, part) for part in parts]
@@ -328,7 +315,8 @@ def run_blocks(
       keep_BxLx2: stochastic depth as factors, 0 or 1 / (1 - p), of the (attention, MLP) branch of every block; None: all kept.
       where_BxT: bool, tokens that serve as keys; None: all.
       rows: token rows wanted at the end. The last block then computes queries, outputs and MLP for those alone; the numbers are those of
-        slicing its full output, to rounding.
+        slicing its full output, to rounding. With batch norm it computes all rows and the output is sliced: statistics of norm2 over the
+        wanted rows alone would be other numbers than SiameseIM's.
       scan: one `lax.scan` over the blocks instead of a Python loop. Same numbers; compile time does not grow with depth.
       remat: none, or full: keep only the input of every block and recompute it in the backward pass.
 
@@ -338,6 +326,7 @@ def run_blocks(
     Raises:
       ValueError: keep factors that are not [B, L, 2].
 
+    >>> from m3i_jax.models.initial import init_blocks
     >>> one = block(8, 2, 4.0, "float32")
     >>> shapes = jax.eval_shape(lambda key: init_blocks(one, key, width=8, depth=2), jax.random.key(0))
     >>> jax.eval_shape(lambda params: run_blocks(one, params, jnp.ones((1, 5, 8)), rows=slice(3, None)), shapes).shape
@@ -346,6 +335,9 @@ def run_blocks(
     depth = jax.tree.leaves(stacked)[0].shape[0]
     if keep_BxLx2 is not None and keep_BxLx2.shape != (x_BxTxD.shape[0], depth, 2):
         raise ValueError(f"keep factors have shape {keep_BxLx2.shape}; they must be {(x_BxTxD.shape[0], depth, 2)}: [B, L, 2]")
+    if rows is not None and block.norm == "batch":
+        every = run_blocks(block, stacked, x_BxTxD, keep_BxLx2=keep_BxLx2, where_BxT=where_BxT, scan=scan, remat=remat)
+        return every[:, rows]
 
     def stepper(rows: slice | None) -> Any:
         def step(x: jax.Array, layer: Any) -> jax.Array:
@@ -357,12 +349,12 @@ def run_blocks(
     layers = (stacked, None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1))
     whole = depth if rows is None else depth - 1  # blocks that compute every row
     if scan and whole:
-        parts = _split(layers, [whole, depth - whole]) if whole < depth else [layers]
+        parts = split_blocks(layers, [whole, depth - whole]) if whole < depth else [layers]
         step = stepper(None)
         x_BxTxD, _ = jax.lax.scan(lambda x, layer: (step(x, layer), None), x_BxTxD, parts[0])
         rest = parts[1:]
     else:
-        rest = _split(layers, [1] * depth)
+        rest = split_blocks(layers, [1] * depth)
     for left, layer in zip(range(len(rest) - 1, -1, -1), rest, strict=True):
         x_BxTxD = stepper(None if left else rows)(x_BxTxD, jax.tree.map(lambda leaf: leaf[0], layer))
     return x_BxTxD

@@ -1,17 +1,22 @@
-"""The whole of M3I as one parameter tree, and thin functions of its parts (M3I sections 3.3 and 3.4).
+"""The whole network of an objective as one parameter tree, and thin functions of its parts (M3I sections 3.3 and 3.4).
 
-    encoder            f_theta: one pass over the mixed input, both images in it
+    encoder            f_theta: one pass over an input, mixed or not
     decoder            f_psi of dense targets
-    pool               attention pooling, shared by the two that follow
+    pool               pooling, shared by the two that follow
     category           linear, its columns are the category representations
     image_projection   linear without bias into the joint space of text
     text, logit_scale  the encoder of captions, and the logarithm of the inverse temperature
+    heads              projector, predictor and prototypes of every space by its name; linear maps of tokens
 
-The first is what a run makes; all others are heads. `encode` takes the encoder's own tree, so that the momentum target is the same call;
-the others take a tree that has their part in it. B rows, N cells, K tokens, D encoder width, W width of the part, C classes, E joint space.
+The first is what a run makes; all others are heads, and only those that the terms of the objective need are there. `encode` takes the
+encoder's own tree, so that the momentum target is the same call; the others take a tree that has their part in it.
+
+B rows, N cells, K tokens, D encoder width, W width of the part, P numbers of a patch, C classes, E joint space.
 """
 
 import math
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,9 +24,14 @@ import jax.numpy as jnp
 
 from m3i_jax import schema
 from m3i_jax.models import decoder, pooling, text, vit
-from m3i_jax.models.layers import Dense, Params, draw, shapes_of
+from m3i_jax.models import heads as small
+from m3i_jax.models.initial import draw, shapes_of
+from m3i_jax.models.layers import Dense, Params
+from m3i_jax.objective.families import Prototypes
+from m3i_jax.objective.methods import DENSE, Decoder, Linear, Projection, Terms
 
-PARTS = ("encoder", "decoder", "pool", "category", "image_projection", "text", "logit_scale")
+# A new one goes to the end: the random keys go by place.
+PARTS = ("encoder", "decoder", "pool", "category", "image_projection", "text", "logit_scale", "heads")
 _INVERSE_TEMPERATURE = 1 / 0.07  # of CLIP at the start
 
 
@@ -33,34 +43,89 @@ def _image_projection(model: schema.Model) -> Dense:
     return Dense(model.text.embed, jnp.float32, use_bias=False)
 
 
-def init(config: schema.Config, rng: jax.Array, *, classes: int, vocabulary: int) -> dict[str, Any]:
-    """All parameters of a run, float32. A part starts the same whether or not the others are there.
+def init(config: schema.Config, rng: jax.Array, terms: Terms, *, classes: int, vocabulary: int) -> dict[str, Any]:
+    """All parameters that an objective trains, float32. A part starts the same whether or not the others are there.
 
     Args:
       config: settings; `config.model` and `config.data.caption_length` are read.
       rng: key.
+      terms: the objective; what no term reads is not there.
       classes: categories; 0: no category head.
       vocabulary: token ids; 0: no text tower.
 
-    >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, classes=1000, vocabulary=0), jax.random.key(0))
-    >>> parameter_table(shapes)
+    Raises:
+      ValueError: spaces of one name that differ in their projectors, or in their predictors.
+
+    >>> from m3i_jax.objective.methods import FORMS
+    >>> make = lambda key: init(schema.Config(), key, FORMS["m3i"], classes=1000, vocabulary=0)
+    >>> parameter_table(jax.eval_shape(make, jax.random.key(0)))
     [('encoder', 85645824), ('decoder', 30713856), ('pool', 2366976), ('category', 769000)]
     """
     model, row = config.model, jnp.zeros((1, config.model.pool.width))
     keys = dict(zip(PARTS, jax.random.split(rng, len(PARTS)), strict=True))
-    params: dict[str, Any] = {
-        "encoder": vit.init(model, keys["encoder"]),
-        "decoder": decoder.init(model, keys["decoder"]),
-        "pool": pooling.init(model, keys["pool"]),
-    }
-    if classes:
+    targets = {t.target.of for t in terms}
+    by_category, by_text = "category" in targets and classes > 0, "text" in targets and vocabulary > 0
+    params: dict[str, Any] = {"encoder": vit.init(model, keys["encoder"], mask_token=any(p.filled for t in terms for p in t.passes))}
+    dense = {t.target.of for t in terms if isinstance(t.head, Decoder)}
+    if dense:
+        params["decoder"] = decoder.init(model, keys["decoder"], of=dense)
+    if by_category or by_text:
+        params["pool"] = pooling.init(model, keys["pool"])
+    if by_category:
         params["category"] = draw(keys["category"], shapes_of(_category(classes), row))
-    if vocabulary:
+    if by_text:
         shapes = shapes_of(_image_projection(model), row)
         params["image_projection"] = draw(keys["image_projection"], shapes, {"kernel": model.pool.width**-0.5})
         params["text"] = text.init(model, keys["text"], vocabulary=vocabulary, length=config.data.caption_length)
         params["logit_scale"] = jnp.asarray(math.log(_INVERSE_TEMPERATURE), jnp.float32)
+    if made := _init_heads(model, keys["heads"], terms):
+        params["heads"] = made
     return params
+
+
+def _init_heads(model: schema.Model, rng: jax.Array, terms: Terms) -> dict[str, Any]:
+    def key(name: str) -> jax.Array:
+        return jax.random.fold_in(rng, zlib.crc32(name.encode()))
+
+    out: dict[str, Any] = {}
+    for of in DENSE:
+        if any(isinstance(t.head, Linear) and t.target.of == of for t in terms):
+            out[f"linear_{of}"] = small.init_linear(model, key(f"linear_{of}"), of)
+    for name in sorted({t.head.name for t in terms if isinstance(t.head, Projection)}):
+        mine = [(t, t.head) for t in terms if isinstance(t.head, Projection) and t.head.name == name]
+        predictors = {head.predictor for _, head in mine} - {None}
+        if len({head.projector for _, head in mine}) > 1 or len(predictors) > 1:
+            raise ValueError(f"two spaces are called {name!r} and share parameters, but their projectors or predictors differ")
+        whole = Projection(name=name, projector=mine[0][1].projector, predictor=next(iter(predictors), None))
+        out[name] = small.init_projection(model, key(name), whole, any(isinstance(t.posterior, Prototypes) for t, _ in mine))
+    return out
+
+
+def target_parts(config: schema.Config, terms: Terms, params: Params) -> dict[str, Any]:
+    """The part of the parameters that a target encoder keeps a copy of: the encoder, and whatever a learned target goes through after it.
+
+    That is the decoder's embedding and projector, if it has one and predicts tokens, and the projectors of the spaces of targets that have
+    no gradient; never predictors or prototypes (SiameseIM, BYOL, MoCo v3).
+
+    Args:
+      config: settings; `config.model.decoder.projector_depth` is read.
+      terms: the objective.
+      params: as of `init`, or their shapes.
+
+    >>> from m3i_jax.objective.methods import FORMS
+    >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, FORMS["instance"], classes=0, vocabulary=0), jax.random.key(0))
+    >>> parts = target_parts(schema.Config(), FORMS["instance"], shapes)
+    >>> sorted(parts), parts["heads"].keys(), parts["heads"]["global"].keys()
+    (['encoder', 'heads'], dict_keys(['global']), dict_keys(['projector']))
+    """
+    without_gradient = [t for t in terms if t.target.encoder in ("ema", "frozen", "shared")]
+    out: dict[str, Any] = {"encoder": params["encoder"]}
+    if config.model.decoder.projector_depth and any(isinstance(t.head, Decoder) for t in without_gradient):
+        out["decoder"] = {part: params["decoder"][part] for part in ("embed", "projector")}
+    spaces = sorted({t.head.name for t in without_gradient if isinstance(t.head, Projection) and t.head.projector is not None})
+    if spaces:
+        out["heads"] = {name: {"projector": params["heads"][name]["projector"]} for name in spaces}
+    return out
 
 
 def parameter_table(params: Params) -> list[tuple[str, int]]:
@@ -74,7 +139,14 @@ def parameter_table(params: Params) -> list[tuple[str, int]]:
 
 
 def encode(
-    config: schema.Config, encoder: Params, patches_BxNxP: jax.Array, *, index: jax.Array | None = None, keep: jax.Array | None = None
+    config: schema.Config,
+    encoder: Params,
+    patches_BxNxP: jax.Array,
+    *,
+    index: jax.Array | None = None,
+    keep: jax.Array | None = None,
+    hidden: jax.Array | None = None,
+    blocks: int = 1,
 ) -> jax.Array:
     """Features [B, T, D] of every token, cls first: `vit.apply` on the grid of the configuration.
 
@@ -84,53 +156,132 @@ def encode(
       patches_BxNxP: as of `vit.patchify`.
       index: [B, K], cells that are read; None: all.
       keep: [B, L, 2], factors of stochastic depth; None: off.
+      hidden: bool [B, N], cells that the mask token stands for; None: none.
+      blocks: more than 1: the mean over the normalised outputs of this many last blocks, float32.
 
-    >>> config = schema.Config(data=schema.Data(image_size=32))
-    >>> shapes = jax.eval_shape(lambda key: init(config, key, classes=0, vocabulary=0), jax.random.key(0))
+    >>> config, none = schema.Config(data=schema.Data(image_size=32)), ()
+    >>> shapes = jax.eval_shape(lambda key: init(config, key, none, classes=0, vocabulary=0), jax.random.key(0))
     >>> jax.eval_shape(lambda p, x: encode(config, p, x), shapes["encoder"], jnp.zeros((2, 4, 768))).shape
     (2, 5, 768)
     """
-    return vit.apply(config.model, encoder, patches_BxNxP, grid=config.grid, index_BxK=index, keep_BxLx2=keep)
+    settings: dict[str, Any] = {"index_BxK": index, "keep_BxLx2": keep, "hidden_BxN": hidden, "blocks": blocks}
+    return vit.apply(config.model, encoder, patches_BxNxP, grid=config.grid, **settings)
 
 
 def queries(config: schema.Config, params: Params, raw_xNx2W: jax.Array) -> jax.Array:
     """Decoder queries [B, N, W] or [N, W] of target positions: `decoder.queries`.
 
     >>> from m3i_jax.objective import positions
+    >>> from m3i_jax.objective.methods import FORMS
     >>> config = schema.Config(data=schema.Data(image_size=32))
-    >>> shapes = jax.eval_shape(lambda key: init(config, key, classes=0, vocabulary=0), jax.random.key(0))
+    >>> shapes = jax.eval_shape(lambda key: init(config, key, FORMS["mim"], classes=0, vocabulary=0), jax.random.key(0))
     >>> jax.eval_shape(lambda p: queries(config, p, positions.identity(config.grid, 768)), shapes).shape
     (4, 768)
     """
     return decoder.queries(config.model, params["decoder"], raw_xNx2W)
 
 
-def decode(config: schema.Config, params: Params, z_BxKxD: jax.Array, index_BxK: jax.Array, query_BxNxW: jax.Array) -> jax.Array:
-    """Predictions [B, N, D] of the dense targets of one image a row: `decoder.apply`.
+def decode(
+    config: schema.Config,
+    params: Params,
+    z_BxKxD: jax.Array,
+    index_BxK: jax.Array,
+    query_BxNxW: jax.Array,
+    cls_BxD: jax.Array | None = None,
+) -> jax.Array:
+    """What the decoder makes of the queries to one image a row, [B, N, W]: `decoder.apply`. `decode_head` makes predictions of it.
 
+    >>> from m3i_jax.objective.methods import FORMS
     >>> config = schema.Config(data=schema.Data(image_size=32))
-    >>> shapes = jax.eval_shape(lambda key: init(config, key, classes=0, vocabulary=0), jax.random.key(0))
+    >>> shapes = jax.eval_shape(lambda key: init(config, key, FORMS["mim"], classes=0, vocabulary=0), jax.random.key(0))
     >>> z, index, query = jnp.zeros((3, 2, 768)), jnp.zeros((3, 2), int), jnp.zeros((4, 768))
     >>> jax.eval_shape(lambda p: decode(config, p, z, index, query), shapes).shape
     (3, 4, 768)
     """
-    return decoder.apply(config.model, params["decoder"], z_BxKxD, index_BxK, query_BxNxW, grid=config.grid)
+    return decoder.apply(config.model, params["decoder"], z_BxKxD, index_BxK, query_BxNxW, grid=config.grid, cls_BxD=cls_BxD)
 
 
-def pool(config: schema.Config, params: Params, x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None) -> jax.Array:
-    """One vector [B, W] of an image's own tokens: `pooling.apply`.
+def decode_head(config: schema.Config, params: Params, rows_BxNxW: jax.Array, of: str) -> jax.Array:
+    """Predicted tokens [B, N, D] or pixels [B, N, P] from what `decode` gives: `decoder.head`.
 
-    >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, classes=0, vocabulary=0), jax.random.key(0))
+    >>> from m3i_jax.objective.methods import FORMS
+    >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, FORMS["mim_pixel"], classes=0, vocabulary=0), jax.random.key(0))
+    >>> jax.eval_shape(lambda p: decode_head(schema.Config(), p, jnp.zeros((3, 4, 768)), "pixels"), shapes).shape
+    (3, 4, 768)
+    """
+    return decoder.head(config.model, params["decoder"], rows_BxNxW, of)
+
+
+def target_projection(config: schema.Config, part: Params, z_BxTxD: jax.Array) -> jax.Array:
+    """Dense target features behind the decoder's projector, [B, T, W]; z itself without one: `decoder.project`.
+
+    Args:
+      config: settings.
+      part: the target's `decoder`, as of `target_parts`; not read without a projector.
+      z_BxTxD: features of every token of a clean view, cls among them.
+
+    >>> target_projection(schema.Config(), {}, jnp.zeros((2, 197, 768))).shape
+    (2, 197, 768)
+    """
+    return decoder.project(config.model, part, z_BxTxD)
+
+
+def pool(
+    config: schema.Config, params: Params, x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None, cls: jax.Array | None = None
+) -> jax.Array:
+    """One vector [B, W] of an image's own tokens, or of its cls feature [B, D]: `pooling.apply`.
+
+    >>> from m3i_jax.objective.methods import FORMS
+    >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, FORMS["supervised"], classes=9, vocabulary=0), jax.random.key(0))
     >>> jax.eval_shape(lambda p: pool(schema.Config(), p, jnp.zeros((3, 98, 768))), shapes).shape
     (3, 768)
     """
-    return pooling.apply(config.model, params["pool"], x_BxKxD, mask_BxK)
+    return pooling.apply(config.model, params["pool"], x_BxKxD, mask_BxK, cls)
+
+
+def linear(config: schema.Config, params: Params, x_BxNxD: jax.Array, of: str) -> jax.Array:
+    """Predicted tokens [B, N, D] or pixels [B, N, P] at the cells of the encoder's own tokens: `heads.linear`.
+
+    >>> from m3i_jax.objective.methods import FULL, Linear, tokens
+    >>> terms = (tokens(FULL, 0, head=Linear()),)
+    >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, terms, classes=0, vocabulary=0), jax.random.key(0))
+    >>> jax.eval_shape(lambda p: linear(schema.Config(), p, jnp.zeros((3, 4, 768)), "tokens"), shapes).shape
+    (3, 4, 768)
+    """
+    return small.linear(config.model, params["heads"][f"linear_{of}"], x_BxNxD)
+
+
+def project(config: schema.Config, heads: Mapping[str, Params], projection: Projection, x_xD: jax.Array) -> jax.Array:
+    """What the targets of a space go through, [..., W]: `heads.project`.
+
+    Args:
+      config: settings.
+      heads: `params["heads"]`, or those of the target; not read where the space has no projector.
+      projection: the space.
+      x_xD: pooled features [B, D], or every token by itself [B, N, D].
+
+    >>> project(schema.Config(), {}, Projection(), jnp.zeros((2, 768))).shape
+    (2, 768)
+    """
+    return small.project(config.model, heads.get(projection.name, {}), projection, x_xD)
+
+
+def predict(config: schema.Config, heads: Mapping[str, Params], projection: Projection, x_xD: jax.Array) -> jax.Array:
+    """The prediction in a space, [..., W]: `heads.predict`, with the arguments of `project`.
+
+    >>> from m3i_jax.objective.methods import FORMS, MOCO
+    >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, FORMS["instance"], classes=0, vocabulary=0), jax.random.key(0))
+    >>> jax.eval_shape(lambda p: predict(schema.Config(), p["heads"], MOCO, jnp.zeros((2, 768))), shapes).shape
+    (2, 256)
+    """
+    return small.predict(config.model, heads.get(projection.name, {}), projection, x_xD)
 
 
 def category_logits(config: schema.Config, params: Params, pooled_BxW: jax.Array) -> jax.Array:
     """Logits [B, C] of the category posterior, float32: rounded logits would round the loss (M3I section 3.4).
 
-    >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, classes=10, vocabulary=0), jax.random.key(0))
+    >>> from m3i_jax.objective.methods import FORMS
+    >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, FORMS["supervised"], classes=10, vocabulary=0), jax.random.key(0))
     >>> jax.eval_shape(lambda p: category_logits(schema.Config(), p, jnp.zeros((3, 768))), shapes).shape
     (3, 10)
     """
@@ -140,7 +291,8 @@ def category_logits(config: schema.Config, params: Params, pooled_BxW: jax.Array
 def image_embedding(config: schema.Config, params: Params, pooled_BxW: jax.Array) -> jax.Array:
     """Image side [B, E] of the text posterior, float32, not normalised (M3I section 3.4).
 
-    >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, classes=0, vocabulary=9), jax.random.key(0))
+    >>> from m3i_jax.objective.methods import FORMS
+    >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, FORMS["clip"], classes=0, vocabulary=9), jax.random.key(0))
     >>> jax.eval_shape(lambda p: image_embedding(schema.Config(), p, jnp.zeros((3, 768))), shapes).shape
     (3, 768)
     """
@@ -150,7 +302,8 @@ def image_embedding(config: schema.Config, params: Params, pooled_BxW: jax.Array
 def text_embedding(config: schema.Config, params: Params, tokens_BxL: jax.Array, length_B: jax.Array) -> jax.Array:
     """Caption side [B, E] of the text posterior, float32, not normalised: `text.apply`.
 
-    >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, classes=0, vocabulary=9), jax.random.key(0))
+    >>> from m3i_jax.objective.methods import FORMS
+    >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, FORMS["clip"], classes=0, vocabulary=9), jax.random.key(0))
     >>> jax.eval_shape(lambda p: text_embedding(schema.Config(), p, jnp.zeros((3, 77), int), jnp.full(3, 5)), shapes).shape
     (3, 768)
     """

@@ -1,5 +1,6 @@
-"""Attention pooling: one vector of an image's own tokens, before the category and the text projection (M3I section 3.4; the head that
-InternImage-H ships). The query is the mean token, not a learned one; query, keys and values have layer norms of their own; no residual.
+"""Pooling: one vector of an image's own tokens, before the category and the text projection (M3I section 3.4; the head that InternImage-H
+ships). The query of the attention is the mean token, or a learned one (CAE); query, keys and values have layer norms of their own; no
+residual. Simpler: the mean of the patch tokens, or the cls token, normalised and mapped (MAE's fine-tuning, DeiT).
 
 B images, K tokens, D encoder width, W output width.
 """
@@ -11,47 +12,85 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import schema
-from m3i_jax.models.layers import Dense, LayerNorm, Params, attend, draw, from_heads, shapes_of, to_heads
+from m3i_jax.models.initial import draw, shapes_of
+from m3i_jax.models.layers import Dense, LayerNorm, Params, attend, from_heads, to_heads
+
+
+def mean_token(x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None) -> jax.Array:
+    """Mean [B, D] float32 of the tokens that the mask names; of all without one. Zeros where it names none.
+
+    >>> print(mean_token(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[True, True, False]])))
+    [[2.]]
+    """
+    wide_BxKxD = x_BxKxD.astype(jnp.float32)
+    if mask_BxK is None:
+        return wide_BxKxD.mean(1)
+    return jnp.where(mask_BxK[..., None], wide_BxKxD, 0).sum(1) / jnp.maximum(mask_BxK.sum(1), 1)[:, None]
 
 
 class AttentionPool(nn.Module):
-    """Multi-head attention of the (masked) mean token over the (masked) tokens: [B, K, D] -> [B, width]."""
+    """Multi-head attention of the (masked) mean token, or of a learned one, over the (masked) tokens: [B, K, D] -> [B, width]."""
 
     width: int
     heads: int
     dtype: Any
+    query: str = "mean"
 
     @nn.compact
     def __call__(self, x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None) -> jax.Array:
-        width, wide_BxKxD = x_BxKxD.shape[-1], x_BxKxD.astype(jnp.float32)
-        if mask_BxK is None:
-            mean_Bx1xD = wide_BxKxD.mean(1, keepdims=True)
-        else:
-            count_Bx1x1 = jnp.maximum(mask_BxK.sum(1), 1)[:, None, None]
-            mean_Bx1xD = jnp.where(mask_BxK[..., None], wide_BxKxD, 0).sum(1, keepdims=True) / count_Bx1x1
+        width = x_BxKxD.shape[-1]
 
         def project(name: str, tokens: jax.Array) -> jax.Array:
             y = Dense(width, self.dtype, name=name)(LayerNorm(name=f"norm_{name}")(tokens))
             return to_heads(y, 1, self.heads)[0]
 
-        pooled = attend(project("query", mean_Bx1xD), project("key", x_BxKxD), project("value", x_BxKxD), mask_BxK)
+        if self.query == "learned":
+            query_1xHx1xE = project("query", self.param("query_token", nn.initializers.zeros, (1, 1, width)))
+            query_BxHx1xE = jnp.broadcast_to(query_1xHx1xE, (x_BxKxD.shape[0], *query_1xHx1xE.shape[1:]))
+        else:
+            query_BxHx1xE = project("query", mean_token(x_BxKxD, mask_BxK)[:, None])
+        pooled = attend(query_BxHx1xE, project("key", x_BxKxD), project("value", x_BxKxD), mask_BxK)
         return Dense(self.width, self.dtype, name="out")(from_heads(pooled)[:, 0])
 
 
-def _pool(model: schema.Model) -> AttentionPool:
-    return AttentionPool(model.pool.width, model.pool.heads, jnp.dtype(model.dtype))
+class TokenPool(nn.Module):
+    """Norm and linear map of one token: [B, D] -> [B, width]."""
+
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, token_BxD: jax.Array) -> jax.Array:
+        return Dense(self.width, self.dtype, name="out")(LayerNorm(name="norm")(token_BxD))
+
+
+def _attention(model: schema.Model) -> AttentionPool:
+    return AttentionPool(model.pool.width, model.pool.heads, jnp.dtype(model.dtype), model.pool.query)
+
+
+def _token(model: schema.Model) -> TokenPool:
+    return TokenPool(model.pool.width, jnp.dtype(model.dtype))
 
 
 def init(model: schema.Model, rng: jax.Array) -> Params:
-    """Parameters: `query`, `key`, `value` [D, D], each with a `norm_...` before it, and `out` [D, W]. Matrices N(0, 0.02^2), biases 0.
+    """Parameters. Attention: `query`, `key`, `value` [D, D], each with a `norm_...` before it, `query_token` [1, 1, D] if it is learned,
+    and `out` [D, W]. Mean and cls: `norm` and `out`. Matrices and tokens N(0, 0.02^2), biases 0.
 
     >>> sorted(jax.eval_shape(lambda key: init(schema.Model(), key), jax.random.key(0)))
     ['key', 'norm_key', 'norm_query', 'norm_value', 'out', 'query', 'value']
     """
-    return draw(rng, shapes_of(_pool(model), jnp.zeros((1, 1, model.encoder.width))), {"kernel": 0.02})
+    width = model.encoder.width
+    shapes = (
+        shapes_of(_attention(model), jnp.zeros((1, 1, width)))
+        if model.pool.kind == "attention"
+        else shapes_of(_token(model), jnp.zeros((1, width)))
+    )
+    return draw(rng, shapes, {"kernel": 0.02, "query_token": 0.02})
 
 
-def apply(model: schema.Model, params: Params, x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None) -> jax.Array:
+def apply(
+    model: schema.Model, params: Params, x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None, cls_BxD: jax.Array | None = None
+) -> jax.Array:
     """One vector an image.
 
     Args:
@@ -60,13 +99,22 @@ def apply(model: schema.Model, params: Params, x_BxKxD: jax.Array, mask_BxK: jax
       x_BxKxD: encoder features without cls.
       mask_BxK: bool, tokens that belong to the image; the result is that of the gathered tokens alone. None: all. Where none belongs the
         result is finite and means nothing.
+      cls_BxD: the feature of the cls token, which `pool.kind=cls` reads instead of the others.
 
     Returns:
       [B, W] in `model.dtype`.
+
+    Raises:
+      ValueError: kind cls without a cls token.
 
     >>> model = schema.Model(encoder=schema.Encoder(width=8), pool=schema.Pool(width=6, heads=2))
     >>> shapes = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
     >>> jax.eval_shape(lambda params: apply(model, params, jnp.ones((3, 5, 8))), shapes).shape
     (3, 6)
     """
-    return _pool(model).apply({"params": params}, x_BxKxD, mask_BxK)
+    if model.pool.kind == "attention":
+        return _attention(model).apply({"params": params}, x_BxKxD, mask_BxK)
+    token_BxD = cls_BxD if model.pool.kind == "cls" else mean_token(x_BxKxD, mask_BxK)
+    if token_BxD is None:
+        raise ValueError("model.pool.kind is cls, but no cls token was given")
+    return _token(model).apply({"params": params}, token_BxD)

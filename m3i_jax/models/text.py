@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import schema
-from m3i_jax.models.layers import Block, Dense, LayerNorm, Params, block, draw, init_blocks, run_blocks, shapes_of
+from m3i_jax.models.initial import draw, init_blocks, shapes_of
+from m3i_jax.models.layers import Block, Dense, LayerNorm, Params, block, run_blocks
 
 
 def _parts(model: schema.Model) -> tuple[Block, Dense]:

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import schema
-from m3i_jax.models.layers import Block, Dense, LayerNorm, Params, add_positions, block, draw, init_blocks, run_blocks, shapes_of
-from m3i_jax.objective import mixing, positions
+from m3i_jax.models.initial import draw, init_blocks, shapes_of
+from m3i_jax.models.layers import Block, Dense, LayerNorm, Params, add_positions, block, run_blocks, split_blocks
+from m3i_jax.objective import mixing, positions, posterior
 
 
 def patchify(images_BxSxSx3: jax.Array, patch: int) -> jax.Array:
@@ -41,10 +42,15 @@ def _parts(model: schema.Model) -> tuple[Dense, Block]:
     return Dense(e.width, jnp.dtype(model.dtype)), block(e.width, e.heads, e.mlp_ratio, model.dtype)
 
 
-def init(model: schema.Model, rng: jax.Array) -> Params:
+def init(model: schema.Model, rng: jax.Array, *, mask_token: bool = False) -> Params:
     """Parameters: `patch_embed`, `cls_token` [1, 1, D] if there is one, `blocks` stacked on [L, ...], `norm` if there is one.
 
-    Dense layers are Xavier-uniform on their two-dimensional shapes, the patch embedding as a [P, D] matrix; biases 0, cls N(0, 0.02^2).
+    Dense layers are Xavier-uniform on their two-dimensional shapes, the patch embedding as a [P, D] matrix; biases 0, tokens N(0, 0.02^2).
+
+    Args:
+      model: settings; `model.encoder` is read.
+      rng: key.
+      mask_token: add `mask_token` [1, 1, D], which stands for hidden cells. All others start the same without it.
 
     >>> params = jax.eval_shape(lambda key: init(schema.Model(), key), jax.random.key(0))
     >>> sorted(params), params["patch_embed"]["kernel"].shape
@@ -58,7 +64,11 @@ def init(model: schema.Model, rng: jax.Array) -> Params:
         stem["cls_token"] = jax.ShapeDtypeStruct((1, 1, e.width), jnp.float32)
     if e.final_norm:
         stem["norm"] = shapes_of(LayerNorm(), jnp.zeros((1, e.width)))
-    return {**draw(of_stem, stem, {"cls_token": 0.02}), "blocks": init_blocks(one, of_blocks, width=e.width, depth=e.depth)}
+    params = {**draw(of_stem, stem, {"cls_token": 0.02}), "blocks": init_blocks(one, of_blocks, width=e.width, depth=e.depth)}
+    if mask_token:
+        shape = {"mask_token": jax.ShapeDtypeStruct((1, 1, e.width), jnp.float32)}
+        params |= draw(jax.random.fold_in(of_stem, 1), shape, {"mask_token": 0.02})
+    return params
 
 
 def apply(
@@ -69,6 +79,8 @@ def apply(
     grid: int,
     index_BxK: jax.Array | None = None,
     keep_BxLx2: jax.Array | None = None,
+    hidden_BxN: jax.Array | None = None,
+    blocks: int = 1,
 ) -> jax.Array:
     """Features of every token.
 
@@ -79,12 +91,15 @@ def apply(
       grid: patches a side, N = grid * grid.
       index_BxK: int, the cells that are read; the others are dropped before the embedding (SiameseIM, MAE). None: all.
       keep_BxLx2: stochastic depth as factors 0 or 1 / (1 - p), attention and MLP; None: off, as in the target.
+      hidden_BxN: bool, cells whose patch embedding is replaced by the mask token, at their positions (BEiT, data2vec). None: none.
+      blocks: more than 1: instead of the last block's output the mean over the outputs of this many last blocks, each layer-normalised
+        without scale and offset, and no final norm (data2vec's target).
 
     Returns:
-      [B, T, D] in `model.dtype`, T = N or K, plus one: cls comes first.
+      [B, T, D] in `model.dtype`, T = N or K, plus one: cls comes first. A mean over blocks is float32.
 
     Raises:
-      ValueError: patches that are not grid * grid.
+      ValueError: patches that are not grid * grid, cells both dropped and replaced, more blocks than there are.
 
     >>> model = schema.Model(encoder=schema.Encoder(patch_size=4, width=8, depth=2, heads=2))
     >>> shapes = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
@@ -94,13 +109,50 @@ def apply(
     """
     if patches_BxNxP.shape[1] != grid * grid:
         raise ValueError(f"patches have shape {patches_BxNxP.shape}; a grid of {grid} has {grid * grid} of them on axis 1")
+    if index_BxK is not None and hidden_BxN is not None:
+        raise ValueError("cells are dropped (index_BxK) or replaced by the mask token (hidden_BxN), not both")
     e = model.encoder
     embed, one = _parts(model)
     of_embed = jax.lax.stop_gradient(params["patch_embed"]) if e.freeze_patch_embed else params["patch_embed"]
     shown = patches_BxNxP if index_BxK is None else mixing.gather(patches_BxNxP, index_BxK)
-    z_BxTxD = add_positions(embed.apply({"params": of_embed}, shown), positions.sincos_2d(grid, e.width), index_BxK)
+    z_BxTxD = embed.apply({"params": of_embed}, shown)
+    if hidden_BxN is not None:
+        z_BxTxD = jnp.where(hidden_BxN[..., None], params["mask_token"].astype(z_BxTxD.dtype), z_BxTxD)
+    z_BxTxD = add_positions(z_BxTxD, positions.sincos_2d(grid, e.width), index_BxK)
     if e.cls_token:
         cls_Bx1xD = jnp.broadcast_to(params["cls_token"].astype(z_BxTxD.dtype), (z_BxTxD.shape[0], 1, e.width))
         z_BxTxD = jnp.concatenate([cls_Bx1xD, z_BxTxD], 1)
+    if blocks > 1:
+        return _mean_of_last(model, params["blocks"], z_BxTxD, keep_BxLx2, blocks)
     z_BxTxD = run_blocks(one, params["blocks"], z_BxTxD, keep_BxLx2=keep_BxLx2, scan=model.scan, remat=model.remat)
     return LayerNorm().apply({"params": params["norm"]}, z_BxTxD) if e.final_norm else z_BxTxD
+
+
+def _mean_of_last(model: schema.Model, stacked: Params, z_BxTxD: jax.Array, keep_BxLx2: jax.Array | None, count: int) -> jax.Array:
+    """Mean over the normalised outputs of the last `count` blocks, float32."""
+    depth = model.encoder.depth
+    if count > depth:
+        raise ValueError(f"the mean over the last {count} blocks of an encoder that has {depth}")
+    _, one = _parts(model)
+
+    def run(z: jax.Array, layers: Any) -> jax.Array:
+        params, keep_LxBx2 = layers
+        keep = None if keep_LxBx2 is None else keep_LxBx2.swapaxes(0, 1)
+        return run_blocks(one, params, z, keep_BxLx2=keep, scan=model.scan, remat=model.remat)
+
+    def step(carry: tuple[jax.Array, jax.Array], layer: Any) -> tuple[tuple[jax.Array, jax.Array], None]:
+        z = run(carry[0], jax.tree.map(lambda leaf: leaf[None], layer))
+        return (z, carry[1] + posterior.layer_normalize(z)), None
+
+    layers = (stacked, None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1))
+    last = layers
+    if count < depth:
+        first, last = split_blocks(layers, [depth - count, count])
+        z_BxTxD = run(z_BxTxD, first)
+    carry = (z_BxTxD, jnp.zeros(z_BxTxD.shape, jnp.float32))
+    if model.scan:
+        carry, _ = jax.lax.scan(step, carry, last)
+    else:
+        for layer in split_blocks(last, [1] * count):
+            carry, _ = step(carry, jax.tree.map(lambda leaf: leaf[0], layer))
+    return carry[1] / count

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 
 from m3i_jax import checks, parallel, schema
-from m3i_jax.data import pipeline, sources, tokenizer
+from m3i_jax.data import central, parts, pipeline, tokenizer
 from m3i_jax.errors import UserError
-from m3i_jax.training import trainer
+from m3i_jax.training import plan
 
 
 def complete(config: schema.Config, *, classes: int, captions: bool, size: int) -> schema.Config:
@@ -39,6 +39,11 @@ class Job:
     def fingerprint(self) -> str:
         return pipeline.fingerprint(self.config, self.train)
 
+    @property
+    def identity(self) -> str:
+        """What the fingerprint is made of, a line each."""
+        return pipeline.identity(self.config, self.train)
+
     def batches(self, start: int) -> Any:
         """Host batches from sample `start` on."""
         return pipeline.iterate(self.config, self.train, self.tokenizer, start=start, host=jax.process_index(), hosts=jax.process_count())
@@ -56,12 +61,11 @@ def open_job(config: schema.Config, workdir: str) -> Job:
     devices = mesh(config)
     place = pathlib.Path(workdir)
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    source = sources.open_source(config.data, cache=str(place / "index"))
-    train, held_out = (sources.split(source, config.data.holdout, part) for part in ("train", "held_out"))
-    count, captions = pipeline.classes(config.data, source), pipeline.uses_captions(config.data, source)
+    train, held_out = parts.open_parts(config.data, cache=str(place / "index"))
+    count, captions = pipeline.classes(config.data, train), pipeline.uses_captions(config.data, train)
     done = complete(config, classes=count, captions=captions, size=len(train))
     words = tokenizer.open_tokenizer(done.data, train, str(place / "tokenizer.json")) if captions else None
-    names = tuple(source.classes[:count])
+    names = tuple(train.classes[:count])
     return Job(config=done, mesh=devices, train=train, held_out=held_out, classes=names, tokenizer=words, workdir=place)
 
 
@@ -85,30 +89,56 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
         os.close(file)
 
 
+def _evaluation_rows(job: Job) -> int:
+    """Rows of a device step of evaluation: at least what is asked for, and a multiple of the devices."""
+    shards = job.mesh.shape["replica"] * job.mesh.shape["fsdp"]
+    return -(-job.config.evaluate.batch_size // shards) * shards
+
+
 def evaluation_batches(job: Job, source: Any, limit: int) -> Iterator[dict[str, Any]]:
     """Clean views of at most `limit` pictures, spread evenly over the source, in batches that divide over the devices."""
-    shards = job.mesh.shape["replica"] * job.mesh.shape["fsdp"]
-    batch = -(-job.config.evaluate.batch_size // shards) * shards
     count = min(limit, len(source))
     indices = [i * len(source) // count for i in range(count)]
-    return pipeline.evaluation_batches(source, indices, job.config.data.image_size, batch, background=job.config.data.background)
+    return central.evaluation_batches(
+        source, indices, job.config.data.image_size, _evaluation_rows(job), background=job.config.data.background
+    )
 
 
 def evaluators(job: Job, say: Any) -> list[Any]:
-    """The evaluators that this data can feed; one line for each that it cannot."""
-    from m3i_jax.evaluation import features, knn
+    """The evaluators that this data and this objective can feed; one line for each asked for that they cannot."""
+    from m3i_jax.evaluation import features, knn, linear, retrieval
 
-    config = job.config
-    if not config.evaluate.knn:
-        return []
-    if not job.classes or not len(job.held_out):
-        say(
-            "no kNN evaluation: "
-            + ("the source has no categories" if not job.classes else "no pictures are held out; set config.data.holdout")
+    config, ask, terms = job.config, job.config.evaluate, plan.read(job.config)
+    trained = bool(terms.where("category", "text"))
+    if ask.features == "attention" and not trained:
+        raise UserError(
+            "config.evaluate.features: 'attention' needs an objective that trains the pooling: category or text; use 'auto' or 'mean'"
         )
+    pool = ask.features == "attention" or (ask.features == "auto" and trained)
+    measures: list[features.Measure] = []
+    by_label = [name for name, wanted in (("kNN", ask.knn), ("linear", ask.linear)) if wanted]
+    by_text = ask.retrieval and bool(terms.where("text")) and job.tokenizer is not None
+    if by_label and not job.classes:
+        say(f"no {' and '.join(by_label)} evaluation: the source has no categories")
+        by_label = []
+    if (by_label or by_text) and not len(job.held_out):
+        say("no evaluation: no pictures are held out; set config.data.holdout")
         return []
-    wanted, trained = config.evaluate.features, any(t.target.of != "tokens" for t in trainer.plan(config).terms)
-    extract = features.Extractor(config, job.mesh, attention=wanted == "attention" or (wanted == "auto" and trained))
-    index = functools.partial(evaluation_batches, job, job.train, config.evaluate.train_limit)
-    queries = functools.partial(evaluation_batches, job, job.held_out, config.evaluate.query_limit)
-    return [knn.evaluator(config, extract, index, queries)]
+    if "kNN" in by_label:
+        measures.append(knn.measure(config))
+    if "linear" in by_label:
+        measures.append(linear.measure())
+    if by_text:
+        assert job.tokenizer is not None
+        size = _evaluation_rows(job)
+        pictures = "queries" if pool else "pooled queries"
+        measures.append(retrieval.measure(config, job.mesh, job.held_out, job.tokenizer, pictures=pictures, batch=size))
+    if not measures:
+        return []
+    extract = features.Extractor(config, job.mesh, attention=pool)
+    index = functools.partial(evaluation_batches, job, job.train, ask.train_limit)
+    queries = functools.partial(evaluation_batches, job, job.held_out, ask.query_limit)
+    sets = {"index": features.pictures(extract, index), "queries": features.pictures(extract, queries)}
+    if by_text and not pool:
+        sets["pooled queries"] = features.pictures(features.Extractor(config, job.mesh, attention=True), queries)
+    return [features.evaluator(config, sets, measures)]

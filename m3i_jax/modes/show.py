@@ -1,8 +1,7 @@
 """--mode=show: what a configuration amounts to, within seconds and without data: settings, the plan of a step, parameters, FLOPs,
-memory."""
+memory, days on named accelerators."""
 
 import math
-from typing import Any
 
 import jax
 
@@ -10,9 +9,8 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel, schema
 from m3i_jax.models import m3i
 from m3i_jax.modes import job
-from m3i_jax.reporting import flops, show
-from m3i_jax.training import trainer
-from m3i_jax.training.terms import Plan
+from m3i_jax.reporting import flops, show, slices
+from m3i_jax.training import table, trainer
 
 ASSUMED = {"classes": 1000, "size": 1_281_167, "vocabulary": 49_408}  # ImageNet-1k and CLIP, where only the data could tell
 
@@ -36,22 +34,6 @@ def _assume(config: schema.Config) -> tuple[schema.Config, list[str]]:
     return job.complete(config, classes=classes, captions=captions, size=size), assumed
 
 
-def describe(term: Any) -> str:
-    """A target in words."""
-    if term.target.of != "tokens":
-        return term.target.of
-    return f"dense EMA features of view {term.target.crop}" + (", hidden positions" if term.hidden else "")
-
-
-def plan_table(plan: Plan) -> str:
-    def words(read: Any) -> str:
-        return f"view {read.crop} " + ("mixed" if read.mixed else "masked" if read.masked else "whole")
-
-    rows = [(f"loss/{t.name}", words(t.reads), t.image, describe(t), t.group) for t in plan.terms]
-    calls = f"encoder calls: {len(plan.passes)}; target encoder: {len(plan.target_crops)} views in one call"
-    return show.table(rows, ("term", "encoder reads", "image", "predicts", "group")) + "\n" + calls
-
-
 def run(config: schema.Config, *, workdir: str | None, allow_changes: bool) -> int:
     del workdir, allow_changes
     done, assumed = _assume(config)
@@ -65,11 +47,13 @@ def run(config: schema.Config, *, workdir: str | None, allow_changes: bool) -> i
     length, images = made.length, done.train.batch_size
     leaves = jax.tree.leaves(made.template)
     print(configuration.to_text(done))
-    print(plan_table(made.plan), "\n")
+    print(show.table(table.term_rows(made.plan), table.HEADERS_TERMS), "\n")
+    print(show.table(table.call_rows(made.plan, made.template.params, batch, flops.count), table.HEADERS_CALLS), "\n")
     print(show.table([(part, f"{n:,}") for part, n in m3i.parameter_table(made.template.params)], ("part", "parameters")), "\n")
     total = counts.dot + counts.conv
     rows = [
         ("steps", f"{length.steps:,} of {images:,} images ({length.steps_per_epoch:,} an epoch, warm-up {length.warmup:,})"),
+        ("samples", f"{length.steps * images:,}, {length.steps * images / done.data.size:,.1f} epochs of {done.data.size:,} pictures"),
         ("matrix FLOPs a step", f"{total / 1e12:,.3f} TFLOP, {total / images / 1e9:,.2f} GFLOP a mixed view"),
         ("matrix FLOPs of the run", f"{total * length.steps / 1e18:,.3f} exaFLOP"),
         (
@@ -80,6 +64,9 @@ def run(config: schema.Config, *, workdir: str | None, allow_changes: bool) -> i
         ("batch", show.size(sum(math.prod(s.shape) * s.dtype.itemsize for s in batch.values())) + " a step from the host"),
     ]
     print(show.table(rows, ("what", "how much")))
+    mfu = done.report.mfu
+    print(f"\nat {mfu:.0%} of the peak (report.mfu), steps alone; whether it fits and what one step takes there, no plan can say")
+    print(show.table(slices.rows(total * length.steps, mfu), slices.HEADERS))
     if assumed:
         print(f"assumed, since this mode reads no data: {', '.join(assumed)}")
     return 0

@@ -24,7 +24,7 @@ from m3i_jax.training.trainer import Trainer
 def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
     job = jobs.open_job(config, workdir)
     with jobs.lock(job.workdir):
-        return _train(job, allow_changes)
+        return pretrain(job, allow_changes)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -34,27 +34,30 @@ def write_text(path: pathlib.Path, text: str) -> None:
     os.replace(file.name, path)
 
 
-def _agree(job: jobs.Job, position: dict[str, Any] | None, allow_changes: bool) -> None:
+def agree(job: jobs.Job, position: dict[str, Any] | None, allow_changes: bool) -> None:
     """A resumed run must be the run it resumes: same settings where they matter, same data."""
-    saved = job.workdir / "config.txt"
+    saved, data = job.workdir / "config.txt", job.workdir / "data.txt"
     text = configuration.to_text(job.config)
     changed = configuration.difference(saved.read_text(), text) if saved.is_file() and position else []
     if position and position["fingerprint"] != job.fingerprint:
-        changed.append(f"data: {position['fingerprint']} -> {job.fingerprint}")
+        told = configuration.difference(data.read_text(), job.identity) if data.is_file() else []
+        changed += [f"data, {line}" for line in told] or [f"data: {position['fingerprint']} -> {job.fingerprint}"]
     if changed and not allow_changes:
         raise UserError(
             f"--workdir {job.workdir}: the run there was made with another configuration ({'; '.join(changed)}); "
             "choose another directory, or add --allow-changes to go on with the new one"
         )
     write_text(saved, text)
+    write_text(data, job.identity)
 
 
-def _train(job: jobs.Job, allow_changes: bool) -> int:
+def pretrain(job: jobs.Job, allow_changes: bool) -> int:
+    """Train a job from the start, or from its newest checkpoint; 0, 1 or 42 as `loop.run` says. The caller holds the lock."""
     config, workdir = job.config, job.workdir
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep)
     newest = checkpoints.latest()
     position = checkpoints.position(newest) if newest is not None else None
-    _agree(job, position, allow_changes)
+    agree(job, position, allow_changes)
     trainer = Trainer(config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
     start, samples = (newest, position["samples_seen"]) if newest is not None and position else (0, 0)
     writer = writers.open_writers(config, workdir, resume_at=start, total=trainer.length.steps, main=jax.process_index() == 0)
@@ -107,14 +110,26 @@ def write_panel(job: jobs.Job, trainer: Trainer, step: int, state: Any, batch: d
     few = {name: value[:rows] for name, value in batch.items()}
     seen = {name: np.asarray(value, np.float32) for name, value in jax.device_get(trainer.look_inside(state, few)).items()}
 
-    shown = {name: pictures.of_patches(config, seen[name]) for name in seen if name.split("/")[-1] in ("input", "input_view", "view")}
+    read, kinds = trainer.plan.passes[0], ("input", "input_view", "view", "picture")
+    shown = {name: pictures.of_patches(config, seen[name]) for name in seen if name.split("/")[-1] in kinds}
+    captions, labels, mask = pictures.captions(job, few), pictures.labels(job, few), np.asarray(few["mask"])
+    halves = read.mixed and config.objective.pairing == "halves"
+    if halves:  # a row is a pair of images, and the first of them its own
+        captions, labels, mask = captions[::2], labels[::2], mask[::2]
+    if read.masked:
+        side = config.data.image_size // config.grid
+        hidden = ~mask.reshape(-1, config.grid, config.grid).repeat(side, 1).repeat(side, 2)[..., None]
+        for term in (t for t in trainer.plan.terms if t.hidden and t.reads == read and f"{t.name}/picture" in shown):
+            shown[f"{term.name}/completed"] = np.where(hidden, shown[f"{term.name}/picture"], shown["input_view"])
     directory = job.workdir / "panels"
     directory.mkdir(exist_ok=True)
     panels.write(
         directory / f"{step:08d}.png",
         features=seen,
         pictures=shown,
-        batch=few,
-        captions=pictures.captions(job, few),
-        labels=pictures.labels(job, few),
+        batch={"mask": mask},
+        captions=captions,
+        labels=labels,
+        reads="mixed" if read.mixed else "masked" if read.masked else "whole",
+        paired=not halves,
     )

@@ -1,13 +1,18 @@
 """The objective of M3I Pre-training (section 3 of the paper) as pure functions of arrays, for this project and for others.
 
 `posterior`    -log of the approximate posteriors: Gaussian, Boltzmann, category, text
+`regression`   Gaussian ones that public methods measure otherwise: smooth L1, cosine
+`contrast`     Boltzmann ones that compare the images of a batch: dense, NT-Xent, decorrelation, prototypes
+`families`     all of these as values
+`methods`      the rows of the paper's Table 1 as data
+`named`        public methods as they were published, where they differ from those rows
+`information`  the bound of Eq. 2 in bits
 `regularize`   how far the targets are from collapse
 `masks`        which cells of a mixed input show which image (numpy, host)
 `mixing`       pair, mix and un-mix
 `positions`    sine-cosine positions, absolute and relative to the input view
 `balance`      lambda of Eq. 13 as an optax transform
 `target`       the momentum target encoder as an optax transform
-`methods`      the rows of the paper's Table 1 as data
 
 Nothing here imports anything of the project outside this package; jax, numpy, optax and chex are all it needs. Submodules are loaded on
 first use, so that a data worker that only draws masks never imports JAX.
@@ -16,7 +21,21 @@ first use, so that a data worker that only draws masks never imports JAX.
 import importlib
 from types import ModuleType
 
-__all__ = ["balance", "masks", "methods", "mixing", "positions", "posterior", "regularize", "target"]
+__all__ = [
+    "balance",
+    "contrast",
+    "families",
+    "information",
+    "masks",
+    "methods",
+    "mixing",
+    "named",
+    "positions",
+    "posterior",
+    "regression",
+    "regularize",
+    "target",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

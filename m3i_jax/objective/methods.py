@@ -1,14 +1,18 @@
-"""The paper's Table 1 as data. A term is one row of it: what the encoder reads, what is predicted and under which posterior; an
-objective is
-a tuple of terms. One train step reads any of them: equal passes are computed once, dense terms of equal shape share one decoder call.
+"""The paper's Table 1 as data. A term is one row of it: what the encoder reads, what is predicted, through which head and under which
+posterior. An objective is a tuple of terms, and one train step reads any of them: equal passes are computed once, dense terms of equal
+shape share one decoder call.
 
     I(z_x; z_y | t_x, t_y)  >=  H(z_y | t_y)  +  E log P^(z_y | f_psi(z_x, t_x, t_y))          M3I section 3.1, Eqs. 1 and 2
                                 regularisation   the terms below
 
-With several inputs and targets the prediction terms add up (section 3.3, Eq. 12).
+With several inputs and targets the prediction terms add up (section 3.3, Eq. 12). View 0 is the input view, view 1 the other one; the
+paper's table counts them the other way round.
 """
 
 import dataclasses
+from typing import Any
+
+from m3i_jax.objective.families import Boltzmann, Category, Family, Gaussian, Text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
@@ -17,6 +21,7 @@ class Pass:
 
     crop    which of the two views of an image is read
     masked  only the cells that show the row's own image are read, the others are dropped
+    filled  of a masked pass: hidden cells are not dropped but stand as a learned mask token (BEiT, data2vec)
     mixed   the other cells show the partner image (section 3.4); excludes `masked`
 
     >>> Pass(mixed=True).mixed
@@ -25,44 +30,119 @@ class Pass:
 
     crop: int = 0
     masked: bool = False
+    filled: bool = False
     mixed: bool = False
 
     def __post_init__(self) -> None:
         if self.masked and self.mixed:
             raise ValueError("a pass is masked or mixed, not both: a mixed input fills the cells that a masked one drops")
+        if self.filled and not self.masked:
+            raise ValueError("only a masked pass has hidden cells to fill")
+
+
+PICTURES = ("pixels", "tokens", "pooled")  # targets that a view has; the others are annotations
+DENSE = ("pixels", "tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
 class Target:
     """One target representation, z_y = f_phi(t_y(s)).
 
-    of       tokens (dense features), category or text
+    of       pixels, tokens (dense features), pooled (one vector), category or text
     crop     which view the target encoder reads; None where the target is not a picture
+    encoder  identity; ema; shared: the online encoder without gradient; online: with gradient, its own pass; frozen: of a checkpoint
+    blocks   tokens: mean over the outputs of this many last blocks, or of all if there are fewer, each normalised (data2vec)
     """
 
     of: str
     crop: int | None = None
+    encoder: str = "identity"
+    blocks: int = 1
 
     def __post_init__(self) -> None:
-        if self.of not in ("tokens", "category", "text"):
-            raise ValueError(f"target of {self.of!r}: must be tokens, category or text")
-        if (self.of == "tokens") != (self.crop is not None):
-            raise ValueError(f"target of {self.of!r} with crop {self.crop!r}: dense targets name a crop, annotations do not")
+        if self.of not in (*PICTURES, "category", "text"):
+            raise ValueError(f"target of {self.of!r}: must be pixels, tokens, pooled, category or text")
+        if (self.of in PICTURES) != (self.crop is not None):
+            raise ValueError(f"target of {self.of!r} with crop {self.crop!r}: pictures name a crop, annotations do not")
+        if self.encoder not in ("identity", "ema", "shared", "online", "frozen") or self.learned != (self.encoder != "identity"):
+            raise ValueError(
+                f"target of {self.of!r} with encoder {self.encoder!r}: tokens and pooled have an encoder, the others have none"
+            )
+
+    @property
+    def learned(self) -> bool:
+        return self.of in ("tokens", "pooled")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mlp:
+    """Layers of a projector or predictor; how wide they are is `config.model.head`.
+
+    layers     linear maps
+    norm       after every hidden one: batch or none
+    last_norm  whether the last one has a batch norm without scale and offset too
+    """
+
+    layers: int
+    norm: str = "batch"
+    last_norm: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """Dense prediction by the decoder: one query a target position, or only where the input is hidden (MAE)."""
+
+    queries: str = "all"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear:
+    """Dense prediction by one linear map of the encoder's tokens at the same cells."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Projection:
+    """Prediction in a space of its own: pool, project, predict. The target goes through the same pooling and projector, not the predictor.
+
+    name       under params["heads"]; equal names share parameters
+    pool       mean of the patch tokens, cls, or none: every token by itself
+    match      of dense projections: the target token that a token predicts, by position or by likeness of the encoder's features (DenseCL)
+    """
+
+    name: str = "global"
+    pool: str = "mean"
+    projector: Mlp | None = None
+    predictor: Mlp | None = None
+    match: str = "position"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pooled:
+    """Prediction of an annotation from the pooled tokens of its image; `everything`: from all tokens of a mixed input."""
+
+    everything: bool = False
+
+
+Head = Decoder | Linear | Projection | Pooled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Term:
     """-log P^(z_y | f_psi(z_x, t_x, t_y)) for one target.
 
-    name     of the loss in the log, loss/<name>; terms of one name are averaged there
-    image    which image of a mixed pass: own (i) or partner (j)
-    hidden   count only target positions that the pass does not show
-    group    ssp or sp: the two groups that lambda balances (Eq. 13)
+    name       of the loss in the log, loss/<name>; terms of one name are averaged there
+    posterior  its normal form, a value of families.py
+    head       f_psi
+    image      which image of a mixed pass: own (i) or partner (j)
+    hidden     count only target positions that the pass does not show
+    group      ssp or sp: the two groups that lambda balances (Eq. 13)
     """
 
     name: str
     reads: Pass
     target: Target
+    posterior: Family
+    head: Head
     image: str = "own"
     hidden: bool = False
     group: str = "ssp"
@@ -73,59 +153,161 @@ class Term:
             raise ValueError(f"term {self.name}: image must be own or partner, group ssp or sp")
         if self.image == "partner" and not self.reads.mixed:
             raise ValueError(f"term {self.name}: only a mixed pass shows a partner")
+        if self.target.encoder == "online" and not self.posterior.two_sided:
+            raise ValueError(f"term {self.name}: {type(self.posterior).__name__} takes its target as a constant; use a shared target")
+        wanted = (Decoder, Linear, Projection) if self.target.of in DENSE else Projection if self.target.of == "pooled" else Pooled
+        if not isinstance(self.head, wanted):
+            raise ValueError(f"term {self.name}: a target of {self.target.of} cannot be predicted by {type(self.head).__name__}")
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """Online passes that the term needs: its input, and its target where that has a gradient."""
+        return (self.reads, Pass(crop=self.target.crop)) if self.target.encoder == "online" else (self.reads,)  # type: ignore[arg-type]
 
 
 Terms = tuple[Term, ...]
 
 FULL, MASKED, MIXED = Pass(), Pass(masked=True), Pass(mixed=True)
-SAME, OTHER = Target(of="tokens", crop=0), Target(of="tokens", crop=1)
 CATEGORY, TEXT = Target(of="category"), Target(of="text")
+# The paper names no head for global targets; MoCo v3 is the closest public one.
+MOCO = Projection(projector=Mlp(layers=3, last_norm=True), predictor=Mlp(layers=2, last_norm=True))
 
 
-def _annotated(reads: Pass, image: str = "own") -> Terms:
-    return (
-        Term(name="category", reads=reads, target=CATEGORY, image=image, group="sp"),
-        Term(name="text", reads=reads, target=TEXT, image=image, group="sp"),
-    )
+def pixels(reads: Pass, crop: int, **more: Any) -> Term:
+    """Predict the pixels of a view; those that the input shows are not counted where they could be copied."""
+    copied = reads.masked and crop == reads.crop
+    defaults = {"posterior": Gaussian(), "head": Decoder(), "hidden": copied}
+    return Term(**{"name": "pixel", "reads": reads, "target": Target(of="pixels", crop=crop), **defaults, **more})
 
 
-M3I: Terms = (
-    Term(name="intra", reads=MIXED, target=SAME),
-    Term(name="inter", reads=MIXED, target=OTHER, image="partner"),
-    *_annotated(MIXED),
-    *_annotated(MIXED, "partner"),
-)
+def tokens(reads: Pass, crop: int, *, encoder: str = "ema", blocks: int = 1, **more: Any) -> Term:
+    """Predict dense features of a view."""
+    target = Target(of="tokens", crop=crop, encoder=encoder, blocks=blocks)
+    defaults = {"name": "intra" if crop == reads.crop else "inter", "posterior": Gaussian(second_moment=True), "head": Decoder()}
+    return Term(**{"reads": reads, "target": target, **defaults, **more})
+
+
+def pooled(reads: Pass, crop: int, *, encoder: str = "ema", **more: Any) -> Term:
+    """Predict one vector of a view."""
+    target = Target(of="pooled", crop=crop, encoder=encoder)
+    return Term(**{"name": "global", "reads": reads, "target": target, "posterior": Boltzmann(), "head": MOCO, **more})
+
+
+def category(reads: Pass, image: str = "own") -> Term:
+    return Term(name="category", reads=reads, target=CATEGORY, posterior=Category(), head=Pooled(), image=image, group="sp")
+
+
+def text(reads: Pass, image: str = "own") -> Term:
+    return Term(name="text", reads=reads, target=TEXT, posterior=Text(), head=Pooled(), image=image, group="sp")
+
+
 FORMS: dict[str, Terms] = {
-    "m3i": M3I,
-    "mim": (Term(name="intra", reads=MASKED, target=SAME),),
-    "sim": (Term(name="inter", reads=MASKED, target=OTHER),),
-    "supervised": (Term(name="category", reads=FULL, target=CATEGORY, group="sp"),),
-    "clip": (Term(name="text", reads=FULL, target=TEXT, group="sp"),),
-    "sim_supervised": (Term(name="inter", reads=MASKED, target=OTHER), *_annotated(MASKED)),
+    "auto_encoder": (pixels(FULL, 0),),
+    "dense_distillation": (tokens(FULL, 0),),
+    "global_distillation": (pooled(FULL, 0),),
+    "mim_pixel": (pixels(MASKED, 0),),
+    "mim": (tokens(MASKED, 0),),
+    "mim_global": (pooled(MASKED, 0, posterior=Gaussian()),),
+    "novel_view": (pixels(FULL, 1),),
+    "dense_instance": (tokens(FULL, 1, posterior=Boltzmann()),),
+    "instance": (pooled(FULL, 1),),
+    "sim_pixel": (pixels(MASKED, 1),),
+    "sim": (tokens(MASKED, 1),),
+    "sim_global": (pooled(MASKED, 1),),
+    "supervised": (category(FULL),),
+    "weakly_supervised": (text(FULL),),
+    "m3i": (
+        tokens(MIXED, 0),
+        tokens(MIXED, 1, image="partner"),
+        *(make(MIXED, image) for image in ("own", "partner") for make in (category, text)),
+    ),
+    # Both roles from one masked input, each with half the weight: in expectation what drawing the role of every image would give.
+    "m3i_unmixed": (tokens(MASKED, 0), tokens(MASKED, 1), category(MASKED), text(MASKED)),
 }
+# Letters of the paper's Table 3, and its two names of the annotated rows.
+LETTERS = dict(zip("abcdefghijkl", FORMS, strict=False)) | {"ic": "supervised", "wsp": "weakly_supervised"}
 
 
-def select(form: str, *, categories: bool, captions: bool, intra_positions: str = "all") -> Terms:
-    """The terms of a form that the data can feed: annotation terms drop out where a source has no such annotation.
+def combine(*rows: Terms, annotation_input: str = "shared") -> Terms:
+    """Several rows as one objective. Equal terms stand in it once.
 
     Args:
-      form: a key of FORMS.
-      categories: whether the data has category labels.
-      captions: whether the data has captions.
-      intra_positions: all | hidden, which target positions of the same view count.
+      rows: objectives.
+      annotation_input: shared: annotations of a row that has nothing else are predicted from the input of the first self-supervised row;
+        own: from whole views, as the row says.
+
+    >>> both = combine(FORMS["sim"], FORMS["supervised"])
+    >>> [t.name for t in both], len({t.reads for t in both})
+    (['inter', 'category'], 1)
+    """
+    learned = [t.reads for row in rows for t in row if t.target.of in PICTURES]
+    out: list[Term] = []
+    for row in rows:
+        alone = all(t.target.of not in PICTURES for t in row)
+        if alone and learned and annotation_input == "shared":
+            images = ("own", "partner") if learned[0].mixed else ("own",)
+            row = tuple(dataclasses.replace(t, reads=learned[0], image=image) for image in images for t in row)
+        out += [t for t in row if t not in out]
+    return tuple(out)
+
+
+def available(terms: Terms, *, categories: bool, captions: bool) -> Terms:
+    """The terms that the data can feed: an annotation term drops out where the source has no such annotation.
 
     Raises:
-      KeyError: for an unknown form. ValueError: if nothing is left to predict.
+      ValueError: if nothing is left to predict.
 
-    >>> [t.name for t in select("m3i", categories=True, captions=False)]
+    >>> [t.name for t in available(FORMS["m3i"], categories=True, captions=False)]
     ['intra', 'inter', 'category', 'category']
     """
     present = {"category": categories, "text": captions}
-    terms = tuple(t for t in FORMS[form] if present.get(t.target.of, True))
-    if not terms:
-        raise ValueError(f"form {form!r} predicts only what this data does not have")
-    if intra_positions == "hidden":
-        terms = tuple(
-            dataclasses.replace(t, hidden=True) if t.target.of == "tokens" and t.target.crop == t.reads.crop else t for t in terms
-        )
-    return terms
+    left = tuple(t for t in terms if present.get(t.target.of, True))
+    if not left:
+        raise ValueError("it predicts only what this data does not have")
+    return left
+
+
+def vary(
+    terms: Terms,
+    *,
+    intra_positions: str = "all",
+    soft_label: str = "separate",
+    symmetric: bool = False,
+    target_encoder: str = "method",
+    second_group: tuple[str, ...] = ("category", "text"),
+) -> Terms:
+    """The same objective with another choice where the paper leaves one.
+
+    Args:
+      terms: the objective.
+      intra_positions: hidden: dense features of the input's own view count only where the input does not show them.
+      soft_label: joint: both categories of a mixed input are predicted from all its tokens.
+      symmetric: add every self-supervised term with its two views exchanged.
+      target_encoder: ema, shared or frozen instead of what the terms say.
+      second_group: names of the terms that lambda scales.
+
+    >>> [t.hidden for t in vary(FORMS["m3i"], intra_positions="hidden")][:2]
+    [True, False]
+    >>> [(t.reads.crop, t.target.crop) for t in vary(FORMS["instance"], symmetric=True)]
+    [(0, 1), (1, 0)]
+    """
+
+    def one(t: Term) -> Term:
+        target, head, hidden = t.target, t.head, t.hidden
+        if intra_positions == "hidden" and target.of == "tokens" and target.crop == t.reads.crop and (t.reads.masked or t.reads.mixed):
+            hidden = True
+        if soft_label == "joint" and target.of == "category" and t.reads.mixed:
+            head = Pooled(everything=True)
+        if target_encoder != "method" and target.encoder in ("ema", "shared", "frozen"):
+            target = dataclasses.replace(target, encoder=target_encoder)
+        return dataclasses.replace(t, target=target, head=head, hidden=hidden, group="sp" if t.name in second_group else "ssp")
+
+    def exchanged(t: Term) -> Term:
+        assert t.target.crop is not None
+        reads, target = dataclasses.replace(t.reads, crop=1 - t.reads.crop), dataclasses.replace(t.target, crop=1 - t.target.crop)
+        return dataclasses.replace(t, reads=reads, target=target)
+
+    out = [one(t) for t in terms]
+    if symmetric:
+        out += [x for t in out if t.target.of in PICTURES and (x := exchanged(t)) not in out]
+    return tuple(out)

@@ -8,16 +8,11 @@ T rows (tokens or images), D width, K keys, B images, C classes, E width of the 
 leading axes: `[B, N, D]` with weights `[B, N]` gives the same numbers as `[B * N, D]` with weights `[B * N]`.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-# Softmax entries that do not exist get this logit. Finite, because a row of minus infinities only would be NaN in value and gradient.
-_ABSENT = -1e30
-# Products in float32 for real. The default of TPUs and GPUs rounds their inputs to 8 or 11 bits, an error of .2 at CLIP's largest scale.
-_EXACT = jax.lax.Precision.HIGHEST
+from m3i_jax.objective.rows import ABSENT, EXACT, counted, float32, pick, same, unit, weighted_sum
 
 
 def gaussian(
@@ -58,11 +53,11 @@ def gaussian(
     >>> print(f"{total / count:.4f} over {count:.0f} rows")
     1.7204 over 2 rows
     """
-    p_TxD, t_TxD = _float32(prediction_TxD), jax.lax.stop_gradient(_float32(target_TxD))
-    _same("prediction", p_TxD.shape, "target", t_TxD.shape)
+    p_TxD, t_TxD = float32(prediction_TxD), jax.lax.stop_gradient(float32(target_TxD))
+    same("prediction", p_TxD.shape, "target", t_TxD.shape)
     if p_TxD.ndim < 1:
         raise ValueError("gaussian needs rows: prediction and target are scalars; give arrays of shape [..., D]")
-    p_TxD, t_TxD, weight_T = _counted(p_TxD, t_TxD, where_T)
+    p_TxD, t_TxD, weight_T = counted(p_TxD, t_TxD, where_T)
     width = p_TxD.shape[-1]
     if isinstance(second_moment, int | float) and second_moment == 0:
         cost_T = jnp.square(p_TxD - t_TxD).sum(-1)
@@ -70,10 +65,10 @@ def gaussian(
         if moment_DxD is None:
             c_DxD = _moment(t_TxD, weight_T)
         else:
-            c_DxD = _float32(moment_DxD)
+            c_DxD = float32(moment_DxD)
             if c_DxD.shape != (width, width):
                 raise ValueError(f"moment_DxD has shape {c_DxD.shape}, but predictions of shape {p_TxD.shape} need {(width, width)}")
-        cost_T = _energy(p_TxD, t_TxD, jax.lax.stop_gradient(c_DxD), jax.lax.stop_gradient(_float32(second_moment)))
+        cost_T = _energy(p_TxD, t_TxD, jax.lax.stop_gradient(c_DxD), jax.lax.stop_gradient(float32(second_moment)))
     return (weight_T * cost_T).sum() / width, weight_T.sum()
 
 
@@ -116,8 +111,8 @@ def second_moment(target_TxD: ArrayLike, where_T: ArrayLike | None = None) -> ja
     >>> second_moment(jnp.array([[1., 2.], [3., 0.]]), jnp.array([True, False])).tolist()
     [[1.0, 2.0], [2.0, 4.0]]
     """
-    t_TxD = jax.lax.stop_gradient(_float32(target_TxD))
-    t_TxD, _, weight_T = _counted(t_TxD, t_TxD, where_T)
+    t_TxD = jax.lax.stop_gradient(float32(target_TxD))
+    t_TxD, _, weight_T = counted(t_TxD, t_TxD, where_T)
     return _moment(t_TxD, weight_T)
 
 
@@ -169,23 +164,23 @@ def boltzmann(
     >>> print(f"{total / count:.4f}")                                  # log(1 + 2 exp(-2))
     0.2395
     """
-    p_TxD, k_KxD, index_T = _float32(prediction_TxD), _float32(keys_KxD), jnp.asarray(index_T)
+    p_TxD, k_KxD, index_T = float32(prediction_TxD), float32(keys_KxD), jnp.asarray(index_T)
     if k_KxD.ndim != 2 or p_TxD.ndim < 1 or p_TxD.shape[-1] != k_KxD.shape[-1]:
         raise ValueError(f"prediction has shape {p_TxD.shape} and keys {k_KxD.shape}; they must be [..., D] and [K, D]")
-    _same("index", index_T.shape, "the rows of prediction", p_TxD.shape[:-1])
-    p_TxD, _, weight_T = _counted(p_TxD, p_TxD, where_T)
+    same("index", index_T.shape, "the rows of prediction", p_TxD.shape[:-1])
+    p_TxD, _, weight_T = counted(p_TxD, p_TxD, where_T)
     k_KxD = jax.lax.stop_gradient(k_KxD) if stop_gradient else k_KxD
     if where_K is not None:
         exists_K = jnp.asarray(where_K) > 0
-        _same("where_K", exists_K.shape, "the rows of keys", k_KxD.shape[:1])
+        same("where_K", exists_K.shape, "the rows of keys", k_KxD.shape[:1])
         k_KxD = jnp.where(exists_K[:, None], k_KxD, 0.0)
     if normalize:
-        p_TxD, k_KxD = _unit(p_TxD), _unit(k_KxD)
-    logits_TxK = jnp.matmul(p_TxD, k_KxD.T, precision=_EXACT) / temperature
+        p_TxD, k_KxD = unit(p_TxD), unit(k_KxD)
+    logits_TxK = jnp.matmul(p_TxD, k_KxD.T, precision=EXACT) / temperature
     if where_K is not None:
-        logits_TxK = jnp.where(exists_K, logits_TxK, _ABSENT)
-    cost_T = jax.nn.logsumexp(logits_TxK, axis=-1) - _pick(logits_TxK, index_T)
-    return _weighted_sum(cost_T, weight_T), weight_T.sum()
+        logits_TxK = jnp.where(exists_K, logits_TxK, ABSENT)
+    cost_T = jax.nn.logsumexp(logits_TxK, axis=-1) - pick(logits_TxK, index_T)
+    return weighted_sum(cost_T, weight_T), weight_T.sum()
 
 
 def category(
@@ -214,23 +209,30 @@ def category(
     >>> print(f"{total:.4f} over {count:.0f} image")
     0.5902 over 1 image
     """
-    logits_BxC, label_B = _float32(logits_BxC), jnp.asarray(label_B)
+    logits_BxC, label_B = float32(logits_BxC), jnp.asarray(label_B)
     if logits_BxC.ndim < 1:
         raise ValueError("category needs logits of shape [..., C]; they are a scalar")
-    _same("label", label_B.shape, "the rows of logits", logits_BxC.shape[:-1])
+    same("label", label_B.shape, "the rows of logits", logits_BxC.shape[:-1])
     labelled_B = label_B >= 0
     weight_B = labelled_B.astype(jnp.float32)
     if where_B is not None:
         where_B = jnp.asarray(where_B)
-        _same("where", where_B.shape, "label", label_B.shape)
+        same("where", where_B.shape, "label", label_B.shape)
         weight_B = weight_B * where_B.astype(jnp.float32)
     logits_BxC = jnp.where((weight_B > 0)[..., None], logits_BxC, 0.0)
     log_total_B = jax.nn.logsumexp(logits_BxC, axis=-1)
-    expected_B = (1 - smoothing) * _pick(logits_BxC, label_B) + smoothing * logits_BxC.mean(-1)
-    return _weighted_sum(log_total_B - expected_B, weight_B), weight_B.sum()
+    expected_B = (1 - smoothing) * pick(logits_BxC, label_B) + smoothing * logits_BxC.mean(-1)
+    return weighted_sum(log_total_B - expected_B, weight_B), weight_B.sum()
 
 
-def text(image_BxE: ArrayLike, text_BxE: ArrayLike, log_scale: ArrayLike, where_B: ArrayLike | None = None) -> tuple[jax.Array, jax.Array]:
+def text(
+    image_BxE: ArrayLike,
+    text_BxE: ArrayLike,
+    log_scale: ArrayLike,
+    where_B: ArrayLike | None = None,
+    *,
+    group_B: ArrayLike | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Text posterior: the symmetric contrastive loss of CLIP over the whole batch (M3I section 3.2, weakly-supervised).
 
     With u, v the embeddings scaled to length 1 and s = exp(log_scale), a pair costs the mean of two cross-entropies over `s u v'`: its
@@ -242,6 +244,8 @@ def text(image_BxE: ArrayLike, text_BxE: ArrayLike, log_scale: ArrayLike, where_
       text_BxE: text embeddings. Both receive gradients: the text tower is trained jointly (M3I section 3.4).
       log_scale: scalar, the logarithm of the inverse temperature; CLIP starts at ln(1 / 0.07) and keeps it at most ln 100.
       where_B: weight of a pair, bool or float >= 0; a pair of weight 0 is neither a query nor a negative. None counts every pair once.
+      group_B: integers; pairs of equal number, such as those of equal captions, are no negatives of each other. A pair stays its own
+        positive. None: all other pairs are negatives.
 
     Returns:
       (sum over pairs of weight * cost in nats, sum of weights), float32 scalars; (0, 0) if no pair counts.
@@ -253,19 +257,28 @@ def text(image_BxE: ArrayLike, text_BxE: ArrayLike, log_scale: ArrayLike, where_
     >>> total, count = text(jnp.eye(2), jnp.eye(2), jnp.log(2.))
     >>> print(f"{total / count:.4f}")                                  # log(1 + exp(-2))
     0.1269
+    >>> total, count = text(jnp.eye(3), jnp.eye(3), jnp.log(2.), group_B=jnp.array([4, 7, 7]))
+    >>> print(f"{total:.4f}")                                          # 2 log(1 + exp(-2)) + log(1 + 2 exp(-2))
+    0.4934
     """
-    u_BxE, v_BxE = _float32(image_BxE), _float32(text_BxE)
-    _same("image", u_BxE.shape, "text", v_BxE.shape)
+    u_BxE, v_BxE = float32(image_BxE), float32(text_BxE)
+    same("image", u_BxE.shape, "text", v_BxE.shape)
     if u_BxE.ndim != 2:
         raise ValueError(f"image and text have shape {u_BxE.shape}; they must be [B, E]")
-    u_BxE, v_BxE, weight_B = _counted(u_BxE, v_BxE, where_B)
-    u_BxE, v_BxE = _unit(u_BxE) * jnp.exp(_float32(log_scale)), _unit(v_BxE)
-    logits_BxB = jnp.matmul(u_BxE, v_BxE.T, precision=_EXACT)
+    u_BxE, v_BxE, weight_B = counted(u_BxE, v_BxE, where_B)
+    u_BxE, v_BxE = unit(u_BxE) * jnp.exp(float32(log_scale)), unit(v_BxE)
+    logits_BxB = jnp.matmul(u_BxE, v_BxE.T, precision=EXACT)
     if where_B is not None:
         counts_B = weight_B > 0
-        logits_BxB = jnp.where(counts_B[:, None] & counts_B[None, :], logits_BxB, _ABSENT)
+        logits_BxB = jnp.where(counts_B[:, None] & counts_B[None, :], logits_BxB, ABSENT)
+    if group_B is not None:
+        group_B = jnp.asarray(group_B)
+        same("group", group_B.shape, "the rows", weight_B.shape)
+        row_B = jnp.arange(group_B.shape[0])
+        twin_BxB = (group_B[:, None] == group_B[None, :]) & (row_B[:, None] != row_B[None, :])
+        logits_BxB = jnp.where(twin_BxB, ABSENT, logits_BxB)
     normalizer_B = (jax.nn.logsumexp(logits_BxB, axis=1) + jax.nn.logsumexp(logits_BxB, axis=0)) / 2
-    return _weighted_sum(normalizer_B - (u_BxE * v_BxE).sum(-1), weight_B), weight_B.sum()
+    return weighted_sum(normalizer_B - (u_BxE * v_BxE).sum(-1), weight_B), weight_B.sum()
 
 
 def layer_normalize(x: ArrayLike, eps: float = 1e-5) -> jax.Array:
@@ -282,7 +295,7 @@ def layer_normalize(x: ArrayLike, eps: float = 1e-5) -> jax.Array:
     >>> print(*(f"{x:.4f}" for x in layer_normalize(jnp.array([4., 0., 0., 0.]))))
     1.7320 -0.5773 -0.5773 -0.5773
     """
-    x = _float32(x)
+    x = float32(x)
     centred = x - x.mean(-1, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
 
@@ -304,46 +317,8 @@ def patch_normalize(pixels: ArrayLike, eps: float = 1e-6) -> jax.Array:
     >>> print(*(f"{x:.4f}" for x in patch_normalize(jnp.arange(4.))))
     -1.1619 -0.3873 0.3873 1.1619
     """
-    x = _float32(pixels)
+    x = float32(pixels)
     if x.ndim < 1 or x.shape[-1] < 2:
         raise ValueError(f"pixels have shape {x.shape}; a patch needs at least two numbers on the last axis")
     centred = x - x.mean(-1, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.square(centred).sum(-1, keepdims=True) / (x.shape[-1] - 1) + eps)
-
-
-def _float32(x: ArrayLike) -> jax.Array:
-    return jnp.asarray(x).astype(jnp.float32)
-
-
-def _same(what: str, shape: tuple[int, ...], other: str, wanted: tuple[int, ...]) -> None:
-    if shape != wanted:
-        raise ValueError(f"{what} has shape {shape}, but {other} has shape {wanted}; they must be equal")
-
-
-def _counted(a_TxD: jax.Array, b_TxD: jax.Array, where_T: ArrayLike | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Both arrays with rows of weight 0 set to 0, and the weights: 0 times NaN would be NaN, in the sum and in the gradient."""
-    if where_T is None:
-        return a_TxD, b_TxD, jnp.ones(a_TxD.shape[:-1], jnp.float32)
-    weight_T = _float32(where_T)
-    _same("where", weight_T.shape, "the rows", a_TxD.shape[:-1])
-    counts_Tx1 = (weight_T > 0)[..., None]
-    return jnp.where(counts_Tx1, a_TxD, 0.0), jnp.where(counts_Tx1, b_TxD, 0.0), weight_T
-
-
-def _unit(x_TxD: jax.Array) -> jax.Array:
-    """Rows at length 1; a zero row stays zero and gets no gradient, where dividing by a tiny length would give it a huge one."""
-    square_Tx1 = jnp.square(x_TxD).sum(-1, keepdims=True)
-    long_Tx1 = square_Tx1 > 1e-24
-    return x_TxD * jnp.where(long_Tx1, jax.lax.rsqrt(jnp.where(long_Tx1, square_Tx1, 1.0)), 0.0)
-
-
-def _pick(logits_TxK: jax.Array, index_T: jax.Array) -> jax.Array:
-    """Entry `index` of each row by comparison: no gather, no scatter in the backward pass, and any sharding of K stays as it is."""
-    classes = logits_TxK.shape[-1]
-    hit_TxK = jnp.arange(classes) == index_T[..., None]
-    chosen_T = jnp.where(hit_TxK, logits_TxK, 0.0).sum(-1)
-    return jnp.where((index_T >= 0) & (index_T < classes), chosen_T, math.nan)
-
-
-def _weighted_sum(cost_T: jax.Array, weight_T: jax.Array) -> jax.Array:
-    return (jnp.where(weight_T > 0, cost_T, 0.0) * weight_T).sum()

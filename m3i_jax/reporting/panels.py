@@ -1,4 +1,4 @@
-"""What a run sees and predicts, as a picture: inputs, targets and predictions side by side, one row a mixed input.
+"""What a run sees and predicts, as a picture: inputs, targets and predictions side by side, one row an input.
 
 Features have hundreds of dimensions; the three along which the targets of a term vary most become red, green and blue. Basis and range come
 from the targets alone and hold for all rows of the term: equal features have equal colours, and a prediction that has collapsed looks flat
@@ -94,30 +94,31 @@ def _partners(rows: int) -> list[int | None]:
     return [row ^ 1 if row ^ 1 < rows else None for row in range(rows)]
 
 
-def _terms(features: Mapping[str, np.ndarray]) -> list[str]:
+def _terms(features: Mapping[str, np.ndarray], pictures: Mapping[str, np.ndarray]) -> list[str]:
     """Dense terms, own image first: a compiled step returns its dict in the order of the alphabet."""
     found = [name.removesuffix("/prediction") for name in features if name.endswith("/prediction")]
-    known = ("intra", "inter")
+    found += [name.removesuffix("/picture") for name in pictures if name.endswith("/picture")]
+    known = ("pixel", "intra", "inter")
     return [t for t in known if t in found] + sorted(t for t in found if t not in known)
 
 
-def _input(pictures: Mapping[str, np.ndarray], mask_RxN: np.ndarray, side: int, mixed: bool, dense: bool) -> _Group:
+def _input(pictures: Mapping[str, np.ndarray], mask_RxN: np.ndarray, side: int, reads: str, partners: Sequence[int | None]) -> _Group:
     views, shown = pictures["input_view"], pictures["input"]
     own = [sheet.picture(view, side) for view in views]
-    if mixed:
-        partners = [own[other] if other is not None else None for other in _partners(len(views))]
+    if reads == "mixed":
         columns = [
             _Column("image i", own, OWN),
-            _Column("image j", partners, PARTNER),
             _Column("mask", [sheet.mask(mask, side) for mask in mask_RxN]),
             _Column("mixed input", [sheet.picture(x, side) for x in shown]),
         ]
-    elif dense:  # nothing is mixed, yet something is predicted: the encoder reads the own cells only
+        if any(other is not None for other in partners):
+            columns.insert(1, _Column("image j", [own[other] if other is not None else None for other in partners], PARTNER))
+    elif reads == "masked":  # the encoder reads the own cells only
         masks = [sheet.mask(mask, side, OWN, sheet.HIDDEN) for mask in mask_RxN]
         seen = [_masked(tile, mask) for tile, mask in zip(own, mask_RxN, strict=True)]
         columns = [_Column("image i", own, OWN), _Column("mask", masks), _Column("masked input", seen)]
     else:
-        columns = [_Column("image i", own, OWN), _Column("input", [sheet.picture(x, side) for x in shown])]
+        columns = [_Column("image i", own, OWN)]
     return _Group("input", columns)
 
 
@@ -129,20 +130,27 @@ def _masked(tile: Image.Image, mask_N: np.ndarray) -> Image.Image:
 
 
 def _dense(term: str, features: Mapping[str, np.ndarray], pictures: Mapping[str, np.ndarray], side: int, mixed: bool) -> _Group:
-    target, prediction = features[f"{term}/target"], features[f"{term}/prediction"]
     image, chip = ("j", PARTNER) if mixed and term == "inter" else ("i", OWN)
-    target_rgb, prediction_rgb = feature_rgb([target, prediction])
-    columns = [
-        _Column(f"target {image}", [sheet.colours(x, side) for x in target_rgb]),
-        _Column(
-            f"predicted {image}",
-            [sheet.colours(x, side) for x in prediction_rgb],
-            notes=[f"cos {value:.3f}" for value in similarity(prediction, target)],
-        ),
-    ]
+    if f"{term}/picture" in pictures:
+        what = "pixels"
+        columns = [_Column(f"predicted {image}", [sheet.picture(x, side) for x in pictures[f"{term}/picture"]])]
+        if f"{term}/completed" in pictures:
+            columns.append(_Column("completed input", [sheet.picture(x, side) for x in pictures[f"{term}/completed"]]))
+    else:
+        what = "features"
+        target, prediction = features[f"{term}/target"], features[f"{term}/prediction"]
+        target_rgb, prediction_rgb = feature_rgb([target, prediction])
+        columns = [
+            _Column(f"target {image}", [sheet.colours(x, side) for x in target_rgb]),
+            _Column(
+                f"predicted {image}",
+                [sheet.colours(x, side) for x in prediction_rgb],
+                notes=[f"cos {value:.3f}" for value in similarity(prediction, target)],
+            ),
+        ]
     if f"{term}/view" in pictures:
         columns.insert(0, _Column(f"target view {image}", [sheet.picture(x, side) for x in pictures[f"{term}/view"]], chip))
-    return _Group(f"{term}: features of image {image}", columns)
+    return _Group(f"{term}: {what} of image {image}", columns)
 
 
 def write(
@@ -153,17 +161,21 @@ def write(
     batch: Mapping[str, np.ndarray],
     captions: Sequence[str],
     labels: Sequence[str],
+    reads: str = "mixed",
+    paired: bool = True,
 ) -> None:
-    """Write a panel as PNG: one row a mixed input; its two images, mask and input, then view, target and prediction of every dense term.
-
-    The partner of row r is row r ^ 1. Where no input differs from its own view nothing is mixed, and the partner is left out.
+    """Write a panel as PNG: one row an input; its image or images, mask and input, then view, target and prediction of every dense term.
 
     Args:
       path: the file; its directory must exist.
       features: float [R, N, D] "<term>/prediction" and "<term>/target" of every dense term, none to many; other keys are not looked at.
-      pictures: uint8 [R, S, S, 3] "input" (what the encoder reads), "input_view" (the own view) and, a term, "<term>/view".
+      pictures: uint8 [R, S, S, 3] "input" (what the encoder reads), "input_view" (the own view) and, a term, "<term>/view". A term that
+        predicts pixels has "<term>/picture" instead of features and, where the input hides cells, may have "<term>/completed": the input
+        with the predicted pixels in them.
       batch: bool [R, N] "mask", True where a cell shows the own image; other keys are not looked at.
       captions, labels: R strings, empty where there is none.
+      reads: what the encoder reads: "mixed" inputs, "masked" ones (own cells only) or "whole" views.
+      paired: of mixed inputs, whether the partner of row r is row r ^ 1, or no row of its own and not shown.
 
     Raises:
       UserError: if the file cannot be written.
@@ -172,27 +184,31 @@ def write(
     >>> view = np.zeros((2, 32, 32, 3), np.uint8)
     >>> place = tempfile.mkdtemp() + "/panel.png"
     >>> batch = {"mask": np.ones((2, 4), bool)}
-    >>> write(place, features={}, pictures={"input": view, "input_view": view}, batch=batch, captions=["", ""], labels=["", ""])
+    >>> shown = {"input": view, "input_view": view}
+    >>> write(place, features={}, pictures=shown, batch=batch, captions=["", ""], labels=["", ""], reads="whole")
     >>> os.path.exists(place)
     True
     """
     mask_RxN = np.asarray(batch["mask"], bool)
     rows, size = pictures["input"].shape[:2]
     side = sheet.tile_side(size, sheet.grid_of(mask_RxN.shape[1]))
-    mixed, terms = not np.array_equal(pictures["input"], pictures["input_view"]), _terms(features)
-    groups = [_input(pictures, mask_RxN, side, mixed, bool(terms))]
+    mixed, terms = reads == "mixed", _terms(features, pictures)
+    partners = _partners(rows) if mixed and paired else [None] * rows
+    groups = [_input(pictures, mask_RxN, side, reads, partners)]
     groups += [_dense(term, features, pictures, side, mixed) for term in terms]
 
     count = sum(len(group.columns) for group in groups)
-    width = 2 * MARGIN + count * side + (count - len(groups)) * GAP + (len(groups) - 1) * BETWEEN
+    tiles = count * side + (count - len(groups)) * GAP + (len(groups) - 1) * BETWEEN
+    width = 2 * MARGIN + max(tiles, 3 * side + 2 * GAP)  # captions want room, however few the tiles
     annotated = any([*captions, *labels])
-    lines = 2 if mixed and annotated else int(annotated or bool(terms))
+    noted = any(column.notes for group in groups for column in group.columns)
+    lines = 2 if annotated and any(other is not None for other in partners) else int(annotated or noted)
     pitch = side + lines * LINE + AFTER
     page = sheet.Sheet(width, MARGIN + HEAD + rows * pitch - AFTER + MARGIN)
     words_end = _draw(page, groups, side, pitch)
-    for row, other in enumerate(_partners(rows)):
+    for row, other in enumerate(partners):
         y = MARGIN + HEAD + row * pitch + side
-        who = [(row, OWN)] + ([(other, PARTNER)] if mixed and other is not None else [])
+        who = [(row, OWN)] + ([(other, PARTNER)] if other is not None else [])
         for line, (index, colour) in enumerate(who if annotated else []):
             _describe(page, y + (line + 1) * LINE, words_end, colour, labels[index], captions[index])
     page.save(path)

@@ -1,12 +1,14 @@
 """A contact sheet of a batch, to be looked at before anything is trained on it: are the pictures, crops, masks, labels and captions right?
 
-Partners stand side by side. A mask has the colour of the image that a cell shows, so that it can be checked against the mixed input.
+Partners stand side by side. A mask has the colour of the image that a cell shows, so that it can be checked against the mixed input. On the
+original stand the frames that its two views were cut from, with a notch where the view's left is: on the right if the view is mirrored.
 """
 
 import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from m3i_jax.reporting import sheet
 from m3i_jax.reporting.sheet import GAP, MARGIN, MUTED, OWN, PARTNER
@@ -14,6 +16,7 @@ from m3i_jax.reporting.sheet import GAP, MARGIN, MUTED, OWN, PARTNER
 BETWEEN = 36  # pixels between partners
 HEAD, LINE, AFTER = 26, 17, 22  # titles; a line of words; below a row
 COLUMNS = ("input view", "target view", "mask", "mixed input")
+BOXES = ((24, 144, 96), (196, 58, 148))  # frames of the input and of the target view
 
 
 def mixed(views_RxSxSx3: np.ndarray, mask_RxN: np.ndarray) -> np.ndarray:
@@ -29,15 +32,52 @@ def mixed(views_RxSxSx3: np.ndarray, mask_RxN: np.ndarray) -> np.ndarray:
     return np.where(own[..., None], views_RxSxSx3, views_RxSxSx3[np.arange(rows) ^ 1])
 
 
-def write(path: str | os.PathLike[str], batch: Mapping[str, np.ndarray], *, captions: Sequence[str], classes: Sequence[str]) -> None:
-    """Write a contact sheet as PNG: two partners a row; of each both views, mask, mixed input, label and caption.
+def framed(original_HxWx3: np.ndarray, box_2x4: np.ndarray, flip_2: np.ndarray, side: int) -> Image.Image:
+    """A whole picture fitted into a tile, with the frames of its views.
+
+    Args:
+      original_HxWx3: uint8, in its final orientation; its scale does not matter as long as `box_2x4` is in its pixels.
+      box_2x4: top, left, height, width of both views.
+      flip_2: whether they are mirrored.
+      side: of the tile in pixels.
+
+    >>> framed(np.zeros((20, 40, 3), np.uint8), np.array([[0, 0, 20, 20], [5, 5, 10, 10]]), np.array([False, True]), 64).size
+    (64, 64)
+    """
+    height, width = original_HxWx3.shape[:2]
+    scale = side / max(height, width)
+    fitted = max(1, round(width * scale)), max(1, round(height * scale))
+    at = (side - fitted[0]) // 2, (side - fitted[1]) // 2
+    tile = Image.new("RGB", (side, side), sheet.PAPER)
+    tile.paste(Image.fromarray(np.ascontiguousarray(original_HxWx3)).resize(fitted, Image.Resampling.BICUBIC), at)
+    draw = ImageDraw.Draw(tile)
+    for (top, left, h, w), mirrored, colour in zip(np.asarray(box_2x4, float), flip_2, BOXES, strict=True):
+        x0, y0, x1, y1 = at[0] + left * scale, at[1] + top * scale, at[0] + (left + w) * scale - 1, at[1] + (top + h) * scale - 1
+        x1, y1 = max(x0, x1), max(y0, y1)
+        draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=sheet.PAPER)  # a light rim: visible on any picture
+        draw.rectangle((x0, y0, x1, y1), outline=colour, width=2)
+        edge, middle, inwards = (x1, (y0 + y1) / 2, -5) if mirrored else (x0, (y0 + y1) / 2, 5)
+        draw.polygon([(edge, middle - 4), (edge, middle + 4), (edge + inwards, middle)], fill=colour)
+    return tile
+
+
+def write(
+    path: str | os.PathLike[str],
+    batch: Mapping[str, np.ndarray],
+    *,
+    captions: Sequence[str],
+    classes: Sequence[str],
+    originals: Sequence[np.ndarray] = (),
+) -> None:
+    """Write a contact sheet as PNG: two partners a row; of each the original with its crops, both views, mask, mixed input, label, caption.
 
     Args:
       path: the file; its directory must exist.
       batch: uint8 [R, 2, S, S, 3] "views", bool [R, N] "mask", int [R] "label" (-1: none). If R is odd, the last has no partner: its mixed
-        input is left out.
+        input is left out. With originals also float [R, 2, 4] "box" and bool [R, 2] "flip".
       captions: R strings, empty where there is none.
       classes: names of the categories.
+      originals: R pictures uint8 [H, W, 3] at their full size, to show with the frames of the views; or none.
 
     Raises:
       UserError: if the file cannot be written.
@@ -56,7 +96,9 @@ def write(path: str | os.PathLike[str], batch: Mapping[str, np.ndarray], *, capt
     paired = rows // 2 * 2
     inputs = mixed(views[:paired, 0], mask_RxN[:paired]) if paired else views[:0, 0]
 
-    block = len(COLUMNS) * (side + GAP) - GAP
+    columns = ("original", *COLUMNS) if len(originals) else COLUMNS
+    chips = dict(zip(COLUMNS, BOXES, strict=False)) if len(originals) else {}
+    block = len(columns) * (side + GAP) - GAP
     lines = int(any(names)) + int(any(captions))
     pitch = side + lines * LINE + AFTER
     page = sheet.Sheet(2 * MARGIN + 2 * block + BETWEEN, MARGIN + HEAD + (rows + 1) // 2 * pitch - AFTER + MARGIN)
@@ -64,16 +106,18 @@ def write(path: str | os.PathLike[str], batch: Mapping[str, np.ndarray], *, capt
         second = row % 2
         own, other = (PARTNER, OWN) if second else (OWN, PARTNER)
         left, top = MARGIN + second * (block + BETWEEN), MARGIN + HEAD + row // 2 * pitch
-        tiles = [sheet.picture(views[row, 0], side), sheet.picture(views[row, 1], side), sheet.mask(mask_RxN[row], side, own, other)]
+        tiles = [framed(originals[row], batch["box"][row], batch["flip"][row], side)] if len(originals) else []
+        tiles += [sheet.picture(views[row, 0], side), sheet.picture(views[row, 1], side), sheet.mask(mask_RxN[row], side, own, other)]
         tiles += [sheet.picture(inputs[row], side)] if row < len(inputs) else []
         for column, tile in enumerate(tiles):
             x = left + column * (side + GAP)
             page.tile(x, top, tile)
             if row < 2:
-                indent = 0 if column else 13
-                if not column:
-                    page.chip(x, top - 9, own)
-                page.words(x + indent, top - 9, COLUMNS[column], width=side - indent)
+                colour = chips.get(columns[column], None if column else own)
+                indent = 13 if colour else 0
+                if colour:
+                    page.chip(x, top - 9, colour)
+                page.words(x + indent, top - 9, columns[column], width=side - indent)
         y = top + side - 1
         if any(names):
             y += LINE

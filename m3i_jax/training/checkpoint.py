@@ -91,3 +91,35 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def encoder_of(workdir: str, template: Any, shardings: Any) -> Any:
+    """The online encoder of the newest checkpoint of another run, for a frozen target.
+
+    Args:
+      workdir: directory of that run.
+      template, shardings: of the encoder here, which must be of the same shape.
+
+    Raises:
+      UserError: if there is no checkpoint, or its encoder is another one.
+    """
+    place = pathlib.Path(workdir) / "checkpoints"
+    where = f"config.objective.target_checkpoint: {workdir!r}"
+    if not place.is_dir():
+        raise UserError(f"{where} has no checkpoints; give the --workdir of a run that saved one")
+    manager = ocp.CheckpointManager(place.absolute(), item_handlers={"state": ocp.PyTreeCheckpointHandler()})
+    step = manager.latest_step()
+    if step is None:
+        raise UserError(f"{where} has no complete checkpoint; give the --workdir of a run that saved one")
+    saved = {
+        path_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(manager.item_metadata(step)["state"].tree)
+    }
+    here = {"params/encoder/" + path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(template)}
+    if wrong := [f"{path} {saved.get(path, 'absent')} there, {shape} here" for path, shape in here.items() if saved.get(path) != shape]:
+        raise UserError(f"{where}: its encoder is another one ({len(wrong)} arrays differ, first {wrong[0]}); use the same model settings")
+    abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), template, shardings)
+    item = {"params": {"encoder": abstract}}
+    restore = ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)
+    out = manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["params"]["encoder"]
+    manager.close()
+    return out

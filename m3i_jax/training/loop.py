@@ -8,10 +8,11 @@ fetches, writes and draws. Nothing is jitted here.
 
 import contextlib
 import dataclasses
+import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -100,11 +101,50 @@ class Clock:
         return out
 
 
+class Collapse:
+    """Notices when all targets become the same, from the monitors of objective/regularize.py, whatever the size of the features.
+
+    Collapsed is a step whose spread is below LEAST (targets are all but one vector), or whose deviation or uniformity is below LEAST of the
+    largest so far. `alarm` rises after PATIENCE such steps in a row, and falls again with the first that has twice as much.
+    """
+
+    LEAST, PATIENCE = 0.02, 5
+
+    def __init__(self) -> None:
+        self.alarm, self._row = False, 0
+        self._largest: dict[str, float] = {}
+
+    def see(self, values: Mapping[str, float]) -> bool:
+        """Look at the metrics of a step; True if the alarm rises with it. What is not there, or not finite, is not judged.
+
+        >>> watch = Collapse()
+        >>> [watch.see({"collapse/spread": spread}) for spread in (0.6, *[0.01] * 6)]
+        [False, False, False, False, False, True, False]
+        """
+        shares = [values["collapse/spread"]] if "collapse/spread" in values else []
+        for name in ("collapse/target_std", "collapse/uniformity"):
+            if name in values and math.isfinite(size := abs(values[name])):
+                largest = self._largest[name] = max(size, self._largest.get(name, 0.0))
+                shares.append(size / largest if largest else 1.0)  # 0 from the start says nothing
+        least = min(filter(math.isfinite, shares), default=1.0)
+        self._row = self._row + 1 if least < self.LEAST else 0
+        before, self.alarm = self.alarm, self._row >= self.PATIENCE or (self.alarm and least < 2 * self.LEAST)
+        return self.alarm and not before
+
+
+COLLAPSED = (
+    "warning: the targets have collapsed at step {step}: all are nearly the same ({monitors}), and the loss says nothing any more; go back "
+    "to a checkpoint from before, and use a target encoder without gradient (objective.target_encoder=ema), a larger "
+    "objective.second_moment, a larger optim.ema or a smaller optim.lr"
+)
+
+
 class _Log:
     """Metrics one step behind, so that fetching them never stalls the device."""
 
     def __init__(self, trainer: Trainer, outside: Outside):
         self.trainer, self.outside, self.clock, self.bad, self.failed = trainer, outside, Clock(), 0, False
+        self.collapse = Collapse()
         self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
 
     def push(self, step: int, samples_seen: int, metrics: dict[str, jax.Array]) -> None:
@@ -122,8 +162,14 @@ class _Log:
         self.clock.steps += 1  # counted when it is done, not when it is sent: a line that is fetched early has its own step
         self.bad = self.bad + 1 if values["skipped/not_finite"] else 0
         self.failed |= self.bad >= MOST_NOT_FINITE  # a finite step that is fetched together with the third does not undo it
-        if step % config.train.log_every == 0 or step in (1, trainer.length.steps) or self.bad:
+        monitors = {k.removeprefix("collapse/"): v for k, v in values.items() if k.startswith("collapse/")}
+        rises = self.collapse.see(values)
+        if rises:
+            self.outside.say(COLLAPSED.format(step=step, monitors=", ".join(f"{k} {v:.3g}" for k, v in monitors.items())))
+        if step % config.train.log_every == 0 or step in (1, trainer.length.steps) or self.bad or rises:
             values |= {"samples_seen": samples_seen, "lr": float(trainer.learning_rate(step - 1)), "ema": trainer.momentum(step)}
+            if monitors:
+                values["collapse/alarm"] = float(self.collapse.alarm)
             if moment is not None:
                 values["collapse/effective_rank"] = float(regularize.effective_rank(jax.device_get(moment)))
             values |= self.clock.read(config.train.batch_size)

@@ -3,19 +3,21 @@ readable keys and everything that must survive a restart is in it."""
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from m3i_jax import schema
+from m3i_jax.models import m3i
 from m3i_jax.objective import balance, target
+from m3i_jax.objective.methods import Terms
 from m3i_jax.parallel.rules import path_of
 
 # Never decayed, whatever their rank: tokens, position tables, norms, biases and the logit scale (SiameseIM decays the rank-3 tokens;
 # BEiT and MAE's fine-tuning do not).
-_NO_DECAY = re.compile(r"(^|/)(bias|scale|cls_token|mask_token|positions|logit_scale)$|(^|/)\w*_bias$")
+_NO_DECAY = re.compile(r"(^|/)(bias|scale|cls_token|mask_token|query_token|prototypes|positions|logit_scale)$|(^|/)\w*_bias$")
 LOGIT_SCALE_LIMITS = (0.0, 4.605170185988092)  # ln 1 .. ln 100
 
 
@@ -48,8 +50,12 @@ def learning_rate(optim: schema.Optim, *, steps: int, warmup: int) -> Callable[[
 
 def momentum(optim: schema.Optim, *, steps: int) -> Callable[[int], float]:
     """Momentum of the EMA target at a step, as a plain number for the log."""
-    schedule = target.cosine_momentum(optim.ema, steps)
+    schedule = _momentum(optim, steps)
     return lambda step: float(schedule(step))
+
+
+def _momentum(optim: schema.Optim, steps: int) -> Callable[[Any], Any]:
+    return target.cosine_momentum(optim.ema, steps) if optim.ema_schedule == "cosine" else lambda step: jnp.float32(optim.ema)
 
 
 def keep_within(name: str, low: float, high: float) -> optax.GradientTransformation:
@@ -64,8 +70,27 @@ def keep_within(name: str, low: float, high: float) -> optax.GradientTransformat
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def build(config: schema.Config, *, steps: int, warmup: int) -> optax.GradientTransformationExtraArgs:
+class Frozen(NamedTuple):
+    """params: those of a target encoder that never changes."""
+
+    params: Any
+
+
+def hold(select: Callable[[Any], Any]) -> optax.GradientTransformation:
+    """Keeps a part of the first parameters as it is: the place in the state of a frozen target, which is then filled from a checkpoint."""
+    return optax.GradientTransformation(
+        lambda params: Frozen(jax.tree.map(lambda x: jnp.array(x, copy=True), select(params))),
+        lambda updates, state, params=None: (updates, state),
+    )
+
+
+def build(config: schema.Config, terms: Terms, *, steps: int, warmup: int) -> optax.GradientTransformationExtraArgs:
     """The chain for a run of `steps` optimizer steps. `update` takes `feature_grad_norms=(ssp, sp)`, the norms of Eq. 13."""
+
+    def parts(params: Any) -> Any:
+        return m3i.target_parts(config, terms, params)
+
+    frozen = [("frozen", hold(parts))] if any(t.target.encoder == "frozen" for t in terms) else []
     o = config.optim
     freeze = config.model.encoder.freeze_patch_embed
     adamw = optax.chain(
@@ -78,5 +103,6 @@ def build(config: schema.Config, *, steps: int, warmup: int) -> optax.GradientTr
         ("clip", optax.clip_by_global_norm(o.clip) if o.clip else optax.identity()),
         ("adamw", adamw),
         ("bounds", keep_within("logit_scale", *LOGIT_SCALE_LIMITS)),
-        ("target", target.track_target(target.cosine_momentum(o.ema, steps), lambda params: params["encoder"])),
+        ("target", target.track_target(_momentum(o, steps), parts)),
+        *frozen,
     )

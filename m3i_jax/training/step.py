@@ -21,10 +21,11 @@ import optax
 from m3i_jax import parallel
 from m3i_jax.models import m3i
 from m3i_jax.objective import balance, posterior, regularize
-from m3i_jax.objective.methods import Pass
-from m3i_jax.training import terms, views
+from m3i_jax.training import targets, terms, views
+from m3i_jax.training.plan import Plan
 from m3i_jax.training.state import State
-from m3i_jax.training.terms import Cached, Plan, Sums
+from m3i_jax.training.targets import Goals
+from m3i_jax.training.terms import Arrays, Cached, Costs, Seen
 from m3i_jax.training.views import Batch
 
 Metrics = dict[str, jax.Array]
@@ -41,29 +42,24 @@ def _microbatches(tree: Any, count: int) -> Any:
     return jax.tree.map(one, tree)
 
 
-def _encode(plan: Plan, batch: Batch, crops: dict[int, jax.Array], encoder: Any) -> dict[Pass, jax.Array]:
-    inputs = views.encoder_inputs(plan.config, plan.passes, batch, crops)
-    return {read: m3i.encode(plan.config, encoder, arguments.pop("patches"), **arguments) for read, arguments in inputs.items()}
-
-
-def _text_gradients(plan: Plan, params: Any, parts: Any) -> tuple[Sums, Cached]:
-    """The text terms over all rows of all microbatches: their sums, and their gradients at every embedding."""
+def _text_gradients(plan: Plan, params: Any, parts: Any) -> tuple[Costs, Cached]:
+    """The text terms over all rows of all microbatches: their costs, and their gradients at every embedding."""
 
     def embed(_: None, part: Any) -> tuple[None, Any]:
         batch, crops = part
-        vectors = terms.pooled(plan, params, _encode(plan, batch, crops, params["encoder"]), batch)
+        vectors = terms.pooled(plan, params, views.encode(plan.config, plan.passes, batch, crops, params["encoder"]), batch)
         return None, terms.embeddings(plan, params, vectors, batch)
 
     _, (images, captions) = jax.lax.scan(embed, None, parts)
     flat = functools.partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
     rows, count = flat(parts[0]), parts[0]["mask"].shape[0]
 
-    def sums(u: Sums, v: dict[int, jax.Array], s: dict[int, jax.Array]) -> tuple[jax.Array, Sums]:
-        out = {i: terms.text_sums(plan, {i: u[i]}, v[i], s[i], rows)[i] for i in u}
-        return sum(out.values(), jnp.zeros(())), out
+    def costs(u: Arrays, v: Arrays, s: Arrays) -> tuple[jax.Array, Costs]:
+        out = {i: terms.text_costs(plan, {i: u[i]}, v[i], s[i], rows)[i] for i in u}
+        return sum((cost.sum for cost in out.values()), jnp.zeros(())), out
 
     u, v = flat(images), flat(captions)
-    (_, value), (du, dv, ds) = jax.value_and_grad(sums, (0, 1, 2), has_aux=True)(
+    (_, value), (du, dv, ds) = jax.value_and_grad(costs, (0, 1, 2), has_aux=True)(
         u, dict.fromkeys(u, v), dict.fromkeys(u, params["logit_scale"])
     )
     back = functools.partial(jax.tree.map, lambda x: x.reshape(count, -1, *x.shape[1:]))
@@ -72,14 +68,14 @@ def _text_gradients(plan: Plan, params: Any, parts: Any) -> tuple[Sums, Cached]:
 
 
 def gradients(
-    plan: Plan, params: Any, target_encoder: Any, batch: Batch, weight: jax.Array
+    plan: Plan, params: Any, teachers: dict[str, Any], batch: Batch, weight: jax.Array
 ) -> tuple[Any, Metrics, tuple[jax.Array, jax.Array]]:
     """Gradients of L_ssp + weight * L_sp with one encoder backward.
 
     Args:
       plan: the terms and their settings.
       params: the parameter tree; `params["encoder"]` is f_theta, all else are heads.
-      target_encoder: the tree of f_EMA.
+      teachers: {"ema": tree, "frozen": tree} of the target encoders, as of `m3i.target_parts`; "shared" is made here.
       batch: one global batch, leading axis B.
       weight: lambda, a scalar that is a constant here.
 
@@ -88,31 +84,35 @@ def gradients(
     """
     config, heads = plan.config, {k: v for k, v in params.items() if k != "encoder"}
     count = config.train.microbatches
+    teachers = {**teachers, "shared": jax.lax.stop_gradient(m3i.target_parts(config, plan.terms, params))}
     tally, factors = terms.scales(plan, batch)
 
-    def look(batch: Batch) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
-        crops = views.patches(config, batch, plan.crops)
-        return crops, terms.targets(plan, target_encoder, crops)
+    def look(batch: Batch) -> tuple[dict[int, jax.Array], Goals]:
+        crops = views.patches(config, batch, plan.crops, exact=plan.exact)
+        return crops, targets.goals(plan, teachers, crops)
 
-    def contribute(batch: Batch, crops: Any, features: Any, cached: Cached | None) -> tuple[Any, Any]:
-        z, back = jax.vjp(functools.partial(_encode, plan, batch, crops), params["encoder"])
-        group = functools.partial(terms.group_loss, plan, factors=factors, moment=moment, batch=batch, features=features, cached=cached)
-        (_, sums_ssp), (h_ssp, z_ssp) = jax.value_and_grad(group("ssp"), (0, 1), has_aux=True)(heads, z)
-        (_, sums_sp), (h_sp, z_sp) = jax.value_and_grad(group("sp"), (0, 1), has_aux=True)(heads, z)
+    def contribute(batch: Batch, crops: Any, goals: Goals, index: Any, cached: Cached | None) -> tuple[Any, Any]:
+        seen = Seen(goals=goals, keys=keys, index=index, moments=moments)
+        z, back = jax.vjp(functools.partial(views.encode, config, plan.passes, batch, crops), params["encoder"])
+        group = functools.partial(terms.group_loss, plan, factors=factors, batch=batch, seen=seen, cached=cached)
+        (_, costs_ssp), (h_ssp, z_ssp) = jax.value_and_grad(group("ssp"), (0, 1), has_aux=True)(heads, z)
+        (_, costs_sp), (h_sp, z_sp) = jax.value_and_grad(group("sp"), (0, 1), has_aux=True)(heads, z)
         blend = functools.partial(jax.tree.map, lambda a, b: (a.astype(jnp.float32) + weight * b).astype(a.dtype))
         (encoder,) = back(blend(z_ssp, z_sp))
         squares = tuple(jnp.square(balance.feature_norm(g)) for g in (z_ssp, z_sp))
-        return {"encoder": encoder, **blend(h_ssp, h_sp)}, (sums_ssp | sums_sp, squares)
+        return {"encoder": encoder, **blend(h_ssp, h_sp)}, (costs_ssp | costs_sp, squares)
 
     if count == 1:
-        crops, features = look(batch)
-        moment = terms.second_moment(plan, features)
-        grads, (sums, squares) = contribute(batch, crops, features, None)
+        crops, goals = look(batch)
+        keys, moments = goals, targets.moments(plan, goals)
+        grads, (costs, squares) = contribute(batch, crops, goals, None, None)
     else:
         parts = _microbatches(batch, count)
-        crops, features = jax.lax.map(look, parts)
-        moment = terms.second_moment(plan, features)
-        whole: Sums = {}
+        crops, goals = jax.lax.map(look, parts)
+        rows = jnp.arange(batch["mask"].shape[0]).reshape(count, -1)
+        keys = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), goals)
+        moments = targets.moments(plan, keys)
+        whole: Costs = {}
         cached = None
         if plan.where("text") and config.objective.text_softmax == "batch":
             whole, cached = _text_gradients(plan, params, (parts, crops))
@@ -120,33 +120,53 @@ def gradients(
         def add(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, contribute(*part)), None
 
-        first = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(contribute, *jax.tree.map(lambda x: x[0], (parts, crops, features, cached))),
-        )
-        (grads, (sums, squares)), _ = jax.lax.scan(add, first, (parts, crops, features, cached))
-        sums |= whole
+        xs = (parts, crops, goals, rows, cached)
+        first = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(contribute, *jax.tree.map(lambda x: x[0], xs)))
+        (grads, (costs, squares)), _ = jax.lax.scan(add, first, xs)
+        costs |= whole
 
-    metrics = _losses(plan, sums, tally, factors) | _monitors(features, moment)
+    metrics = _losses(plan, costs, tally, factors) | _monitors(keys, moments)
     return grads, metrics, (jnp.sqrt(squares[0]), jnp.sqrt(squares[1]))
 
 
-def _losses(plan: Plan, sums: Sums, tally: list[jax.Array], factors: list[jax.Array]) -> Metrics:
+def _losses(plan: Plan, costs: Costs, tally: list[jax.Array], factors: list[jax.Array]) -> Metrics:
+    """loss/<group>, loss/<name>, info/<name> in bits a prediction, and the monitors of pooled targets."""
     out: Metrics = {}
     for group in ("ssp", "sp"):
         if mine := [i for i, t in enumerate(plan.terms) if t.group == group]:
-            out[f"loss/{group}"] = sum((factors[i] * sums[i] for i in mine), jnp.zeros(()))
-    for name in {t.name for t in plan.terms}:
+            out[f"loss/{group}"] = sum((factors[i] * costs[i].sum for i in mine), jnp.zeros(()))
+    for name in dict.fromkeys(t.name for t in plan.terms):
         mine = [i for i, t in enumerate(plan.terms) if t.name == name]
-        out[f"loss/{name}"] = sum((sums[i] for i in mine), jnp.zeros(())) / jnp.maximum(sum(tally[i] for i in mine), 1)
+        count = jnp.maximum(sum(tally[i] for i in mine), 1)
+        out[f"loss/{name}"] = sum((costs[i].sum for i in mine), jnp.zeros(())) / count
+        evidence = jax.tree.map(lambda *x: sum(x[1:], x[0]), *(costs[i].evidence for i in mine))
+        for monitor in ("alignment", "uniformity"):
+            if monitor in evidence:
+                out[f"collapse/{monitor}"] = evidence.pop(monitor) / count
+        bits = plan.terms[mine[0]].posterior.bits(evidence, count)
+        if bits is not None:
+            out[f"info/{name}"] = bits
     return out
 
 
-def _monitors(features: dict[int, jax.Array], moment: jax.Array | None) -> Metrics:
-    if moment is None:
-        return {}
-    first = next(iter(features.values()))
-    return {"collapse/target_std": regularize.target_std(first.reshape(-1, moment.shape[0])), MOMENT: moment}
+def _monitors(goals: Goals, moments: dict[Any, jax.Array]) -> Metrics:
+    """Of the first learned target: standard deviation, share of its energy that varies, and the moment itself."""
+    for goal, value in goals.items():
+        if goal.space in moments and goal.target.learned:
+            rows, moment = value.reshape(-1, value.shape[-1]), moments[goal.space]
+            mean_D = posterior.layer_normalize(rows).mean(0)
+            return {
+                "collapse/target_std": regularize.target_std(rows),
+                "collapse/spread": regularize.spread(mean_D, moment),
+                MOMENT: moment,
+            }
+    return {}
+
+
+def teachers(state: State) -> dict[str, Any]:
+    """The trees of the target encoders in a state."""
+    out = {"ema": state.opt["target"].params}
+    return out | ({"frozen": state.opt["frozen"].params} if "frozen" in state.opt else {})
 
 
 def train_step(plan: Plan, tx: optax.GradientTransformationExtraArgs, state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -156,7 +176,7 @@ def train_step(plan: Plan, tx: optax.GradientTransformationExtraArgs, state: Sta
     lam = jnp.asarray(settings.gamma, jnp.float32)
     if settings.weighting == "dynamic":
         lam = balance.weight(statistics, gamma=settings.gamma, limits=(settings.balance_range[0], settings.balance_range[1]))
-    grads, metrics, norms = gradients(plan, state.params, state.opt["target"].params, batch, lam)
+    grads, metrics, norms = gradients(plan, state.params, teachers(state), batch, lam)
     updates, opt = tx.update(grads, state.opt, state.params, feature_grad_norms=norms)
     params = optax.apply_updates(state.params, updates)
 
@@ -172,18 +192,31 @@ def train_step(plan: Plan, tx: optax.GradientTransformationExtraArgs, state: Sta
 
 
 def look_inside(plan: Plan, state: State, batch: Batch) -> dict[str, jax.Array]:
-    """What a panel shows of a batch: the input of the first pass, and predicted against target features of every dense term."""
-    crops = views.patches(plan.config, batch, plan.crops)
-    features = terms.targets(plan, state.opt["target"].params, crops)
-    inputs = views.encoder_inputs(plan.config, plan.passes, batch, crops)
-    out = {"input": inputs[plan.passes[0]]["patches"], "input_view": crops[plan.passes[0].crop]}
-    predictions = terms.dense_predictions(plan, state.params, _encode(plan, batch, crops, state.params["encoder"]), batch)
-    for i, prediction in predictions.items():
+    """What a panel shows of a batch: the input of the first pass, and for every dense term the predicted features beside their
+    target; predicted pixels as a picture, with the mean and deviation of the true patch."""
+    config = plan.config
+    trees = teachers(state) | {"shared": m3i.target_parts(config, plan.terms, state.params)}
+    crops = views.patches(config, batch, plan.crops, exact=plan.exact)
+    goals = targets.goals(plan, trees, crops)
+    first = plan.passes[0]
+    out = {
+        "input": views.encoder_input(config, first, 0, batch, crops)["patches"],
+        "input_view": views.rows_of(config, first, "own", crops[first.crop]),
+    }
+    places = tuple(i for i in plan.dense if plan.terms[i].target.encoder != "online")
+    z = views.encode(config, plan.passes, batch, crops, state.params["encoder"])
+    for i, prediction in terms.predictions(plan, state.params, z, batch, places).items():
         term = plan.terms[i]
         assert term.target.crop is not None
-        own = term.image == "own"
-        swap = (lambda x: x) if own else terms.mixing.partner
-        out[f"{term.name}/prediction"] = prediction.astype(jnp.float32)
-        out[f"{term.name}/target"] = posterior.layer_normalize(swap(features[term.target.crop]).astype(jnp.float32))
-        out[f"{term.name}/view"] = swap(crops[term.target.crop])
+        goal = terms.of_image(plan, term, goals[plan.goal(term)]).astype(jnp.float32)
+        target = targets.prepared(term, goal)
+        if terms.is_partial(term):  # what the input shows need not be predicted
+            cells = terms.unseen(plan, term, batch)
+            prediction = target.at[jnp.arange(cells.shape[0])[:, None], cells].set(prediction.astype(target.dtype))
+        out[f"{term.name}/view"] = terms.of_image(plan, term, crops[term.target.crop])
+        if term.target.of == "pixels":
+            out[f"{term.name}/picture"] = prediction * goal.std(-1, ddof=1, keepdims=True) + goal.mean(-1, keepdims=True)
+        else:
+            out[f"{term.name}/prediction"] = prediction.astype(jnp.float32)
+            out[f"{term.name}/target"] = target
     return out

@@ -1,6 +1,6 @@
-"""Reads a tuple of terms (objective/methods.py): what they need, what they predict, what they cost. No method has code of its own here.
+"""Reads a tuple of terms (objective/methods.py): what they predict, what they cost. No method has code of its own here.
 
-Shapes: B images, R predictions an input (own and partner), N patches, K visible ones, D encoder width, W decoder width."""
+Shapes: B images, R rows of a pass (B, or B / 2 of a batch in halves), N patches, K visible ones, D encoder width, W decoder width."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,239 +9,286 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m3i_jax import schema
 from m3i_jax.models import m3i
-from m3i_jax.objective import mixing, positions, posterior
-from m3i_jax.objective.methods import Pass, Term, Terms
+from m3i_jax.objective import mixing, positions, regularize
+from m3i_jax.objective.families import Cost, Given
+from m3i_jax.objective.methods import DENSE, Decoder, Linear, Pass, Pooled, Projection, Term
+from m3i_jax.training import targets, views
+from m3i_jax.training.plan import Goal, Plan
+from m3i_jax.training.targets import Goals, apart, together
 from m3i_jax.training.views import Batch
 
-Sums = dict[int, jax.Array]  # of every term, by its place in the tuple
+Costs = dict[int, Cost]  # of every term, by its place in the tuple
+Arrays = dict[int, jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a tuple of terms asks of one step: every encoder pass and every target view once."""
-
-    config: schema.Config
-    terms: Terms
-
-    @property
-    def passes(self) -> tuple[Pass, ...]:
-        return tuple(sorted({t.reads for t in self.terms}))
-
-    @property
-    def target_crops(self) -> tuple[int, ...]:
-        return tuple(sorted({t.target.crop for t in self.terms if t.target.crop is not None}))
-
-    @property
-    def crops(self) -> tuple[int, ...]:
-        """Views that any encoder reads."""
-        return tuple(sorted({p.crop for p in self.passes} | set(self.target_crops)))
-
-    def where(self, of: str, group: str | None = None) -> tuple[int, ...]:
-        return tuple(i for i, t in enumerate(self.terms) if t.target.of == of and group in (None, t.group))
-
-
-def _of_image(term: Term, x_Bx: jax.Array) -> jax.Array:
+def of_image(plan: Plan, term: Term, x_Bx: jax.Array) -> jax.Array:
     """Rows of `x` for the image that the term is about."""
-    return mixing.partner(x_Bx) if term.image == "partner" else x_Bx
+    return views.rows_of(plan.config, term.reads, term.image, x_Bx)
 
 
-def _present(term: Term, batch: Batch) -> jax.Array:
-    """Weight [B] of each row: 0 where the image has no such annotation."""
+def present(plan: Plan, term: Term, batch: Batch) -> jax.Array:
+    """Weight [R] of each row: 0 where the image has no such annotation."""
     if term.target.of == "category":
-        return (_of_image(term, batch["label"]) >= 0).astype(jnp.float32)
+        return (of_image(plan, term, batch["label"]) >= 0).astype(jnp.float32)
     if term.target.of == "text":
-        return (_of_image(term, batch["length"]) > 0).astype(jnp.float32)
-    return jnp.ones(batch["mask"].shape[0])
+        return (of_image(plan, term, batch["length"]) > 0).astype(jnp.float32)
+    return jnp.ones(of_image(plan, term, batch["mask"]).shape[0])
+
+
+def is_partial(term: Term) -> bool:
+    """Whether there are predictions only where the input is hidden."""
+    return isinstance(term.head, Decoder) and term.head.queries == "hidden"
+
+
+def unseen(plan: Plan, term: Term, batch: Batch) -> jax.Array:
+    """Cells [R, H] that a term's input does not show of its image, ascending."""
+    own, other = views.cells(plan.config, term.reads, batch)
+    return own if term.image == "partner" else other
 
 
 def counted(plan: Plan, term: Term, batch: Batch) -> jax.Array:
-    """Target positions [B, N] of a dense term that count."""
-    mask_BxN = batch["mask"]
+    """Which predictions of a picture term count: [R, N] of dense ones, [R] of pooled ones."""
+    mask_RxN = views.mask_of(plan.config, term.reads, batch)
+    if term.target.of == "pooled":
+        return jnp.ones(mask_RxN.shape[0])
+    if is_partial(term):
+        return jnp.ones((mask_RxN.shape[0], plan.config.hidden))
     if not term.hidden:
-        return jnp.ones(mask_BxN.shape)
-    return (~mask_BxN if term.image == "own" else mask_BxN).astype(jnp.float32)
+        return jnp.ones(mask_RxN.shape)
+    return (~mask_RxN if term.image == "own" else mask_RxN).astype(jnp.float32)
 
 
 def scales(plan: Plan, batch: Batch) -> tuple[list[jax.Array], list[jax.Array]]:
     """(count of every term, factor of its sum in its group's loss), over the whole batch and without gradient.
 
-    Dense terms: the mean of each, then their weighted mean. Annotations: one pool, so that L_sp = (n_c L_category + n_t L_text) / (n_c +
-    n_t)
-    when some images have a category, some a caption, some both.
+    Pictures: the mean of each term, then their weighted mean. Annotations: one pool, so that L_sp = (n_c L_category + n_t L_text) /
+    (n_c + n_t) when some images have a category, some a caption, some both.
     """
-    counts = []
-    for term in plan.terms:
-        dense = term.target.of == "tokens"
-        counts.append((counted(plan, term, batch) if dense else _present(term, batch)).sum())
+    pictures = plan.pictures
+    counts = [(counted if i in pictures else present)(plan, term, batch).sum() for i, term in enumerate(plan.terms)]
     factors = []
-    for term, count in zip(plan.terms, counts, strict=True):
-        dense = term.target.of == "tokens"
-        mates = [(t, n) for t, n in zip(plan.terms, counts, strict=True) if t.group == term.group and (t.target.of == "tokens") == dense]
-        if dense:
+    for i, (term, count) in enumerate(zip(plan.terms, counts, strict=True)):
+        mates = [(t, counts[j]) for j, t in enumerate(plan.terms) if t.group == term.group and (j in pictures) == (i in pictures)]
+        if i in pictures:
             factors.append(term.weight / jnp.maximum(count, 1) / sum(t.weight for t, _ in mates))
         else:
             factors.append(term.weight / jnp.maximum(sum(t.weight * n for t, n in mates), 1))
     return counts, factors
 
 
-def visible(plan: Plan, term: Term, z: dict[Pass, jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The rows of z [B, K, D] that show the term's image, and their grid positions [B, K]. The cls token, shared by two images, is left
-    out."""
-    config, z_BxTxD = plan.config, z[term.reads]
-    z_BxTxD = z_BxTxD[:, int(config.model.encoder.cls_token) :]
-    own_BxK, other_BxH = mixing.split(batch["mask"], config.tokens - config.hidden)
-    if term.reads.mixed:
-        index = own_BxK if term.image == "own" else other_BxH
-        return mixing.gather(z_BxTxD, index), index
-    if term.reads.masked:
-        return z_BxTxD, own_BxK
-    return z_BxTxD, jnp.broadcast_to(jnp.arange(config.tokens), z_BxTxD.shape[:2])
+def visible(plan: Plan, term: Term, z: dict[Pass, jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(tokens [R, K, D] that show the term's image, their cells [R, K], cls [R, D] if there is one)."""
+    config, z_RxTxD = plan.config, z[term.reads]
+    first = int(config.model.encoder.cls_token)
+    cls, z_RxTxD = (z_RxTxD[:, 0] if first else None), z_RxTxD[:, first:]
+    if term.reads.mixed and not (isinstance(term.head, Pooled) and term.head.everything):
+        own, other = views.cells(config, term.reads, batch)
+        index = own if term.image == "own" else other
+        return mixing.gather(z_RxTxD, index), index, cls
+    if term.reads.masked and not term.reads.filled:
+        return z_RxTxD, views.cells(config, term.reads, batch)[0], cls
+    return z_RxTxD, jnp.broadcast_to(jnp.arange(config.tokens), z_RxTxD.shape[:2]), cls
 
 
-def _together(parts: list[jax.Array]) -> jax.Array:
-    """[B, ...] arrays as one [B * R, ...] in which the predictions of an input lie side by side: the batch stays sharded as it was."""
-    stacked = jnp.stack(parts, 1)
-    return stacked.reshape(-1, *stacked.shape[2:])
-
-
-def _apart(x_BRx: jax.Array, count: int) -> list[jax.Array]:
-    split = x_BRx.reshape(-1, count, *x_BRx.shape[1:])
-    return [split[:, r] for r in range(count)]
-
-
-def _by_shape(seen: dict[Any, tuple[jax.Array, jax.Array]]) -> list[list[Any]]:
-    """Keys whose visible rows have equal shape: they share a call."""
-    groups: dict[tuple[int, ...], list[Any]] = {}
-    for key, (z, _) in seen.items():
-        groups.setdefault(z.shape, []).append(key)
+def grouped(keys: dict[Any, tuple[Any, ...]]) -> list[list[Any]]:
+    """Keys whose arrays have equal shapes: they share a call."""
+    groups: dict[Any, list[Any]] = {}
+    for key, arrays in keys.items():
+        groups.setdefault(tuple(a if a is None else a.shape for a in arrays), []).append(key)
     return list(groups.values())
 
 
 def _queries(plan: Plan, params: Any, term: Term, batch: Batch) -> jax.Array:
     config, width = plan.config, plan.config.model.decoder.width
-    if term.reads.crop == term.target.crop:  # the same for every image: one row of N queries instead of B
+    if term.reads.crop == term.target.crop:  # the same for every image: one row of N queries instead of R
         queries = m3i.queries(config, params, jnp.asarray(positions.identity(config.grid, width)))
-        return jnp.broadcast_to(queries, (batch["mask"].shape[0], *queries.shape[-2:]))
-    box, flip = _of_image(term, batch["box"]), _of_image(term, batch["flip"])
-    x, y = term.reads.crop, term.target.crop
-    assert y is not None
-    return m3i.queries(config, params, positions.relative(box[:, x], flip[:, x], box[:, y], flip[:, y], grid=config.grid, width=width))
+        queries = jnp.broadcast_to(queries, (of_image(plan, term, batch["mask"]).shape[0], *queries.shape[-2:]))
+    else:
+        box, flip = of_image(plan, term, batch["box"]), of_image(plan, term, batch["flip"])
+        x, y = term.reads.crop, term.target.crop
+        assert y is not None
+        raw = positions.relative(box[:, x], flip[:, x], box[:, y], flip[:, y], grid=config.grid, width=width)
+        queries = m3i.queries(config, params, raw)
+    return mixing.gather(queries, unseen(plan, term, batch)) if is_partial(term) else queries
 
 
-def dense_predictions(plan: Plan, params: Any, z: dict[Pass, jax.Array], batch: Batch) -> Sums:
-    """Predictions [B, N, D] of every dense term, at the positions of its target view; one decoder call for terms of equal shape."""
-    seen = {i: visible(plan, plan.terms[i], z, batch) for i in plan.where("tokens")}
-    out: Sums = {}
-    for group in _by_shape(seen):
-        own, index = (_together([seen[i][part] for i in group]) for part in (0, 1))
-        queries = _together([_queries(plan, params, plan.terms[i], batch) for i in group])
-        out |= dict(zip(group, _apart(m3i.decode(plan.config, params, own, index, queries), len(group)), strict=True))
+def decoder_inputs(plan: Plan, params: Any, z: dict[Pass, jax.Array], batch: Batch, places: tuple[int, ...]) -> dict[int, tuple[Any, ...]]:
+    """(tokens, cells, queries, cls) of those of the terms that have a decoder; terms with inputs of equal shapes share a call."""
+    out = {}
+    for i in places:
+        if isinstance(plan.terms[i].head, Decoder):
+            tokens, index, cls = visible(plan, plan.terms[i], z, batch)
+            out[i] = tokens, index, _queries(plan, params, plan.terms[i], batch), cls if plan.reads_cls(plan.terms[i]) else None
     return out
 
 
-def pooled(plan: Plan, params: Any, z: dict[Pass, jax.Array], batch: Batch) -> dict[tuple[Pass, str], jax.Array]:
-    """Attention-pooled features [B, pool width] of every (pass, image) that an annotation is predicted from, each once."""
-    seen = {(t.reads, t.image): visible(plan, t, z, batch) for t in plan.terms if t.target.of != "tokens"}
-    out: dict[tuple[Pass, str], jax.Array] = {}
-    for group in _by_shape(seen):
-        features = m3i.pool(plan.config, params, _together([seen[key][0] for key in group]))
-        out |= dict(zip(group, _apart(features, len(group)), strict=True))
+def _decoded(plan: Plan, params: Any, z: dict[Pass, jax.Array], batch: Batch, places: tuple[int, ...]) -> Arrays:
+    """Predictions of the terms with a decoder; one call for those of equal shape, one head for those of one kind."""
+    inputs = decoder_inputs(plan, params, z, batch, places)
+    out: Arrays = {}
+    for group in grouped(inputs):
+        tokens, index, queries = (together([inputs[i][part] for i in group]) for part in range(3))
+        cls = None if inputs[group[0]][3] is None else together([inputs[i][3] for i in group])
+        rows = m3i.decode(plan.config, params, tokens, index, queries, cls)
+        kinds = {plan.terms[i].target.of for i in group}
+        if len(kinds) == 1:
+            out |= dict(zip(group, apart(m3i.decode_head(plan.config, params, rows, *kinds), len(group)), strict=True))
+        else:
+            split = zip(group, apart(rows, len(group)), strict=True)
+            out |= {i: m3i.decode_head(plan.config, params, mine, plan.terms[i].target.of) for i, mine in split}
     return out
 
 
-def targets(plan: Plan, encoder: Any, crops: dict[int, jax.Array]) -> dict[int, jax.Array]:
-    """Dense features {crop: [B, N, D]} of clean views under the target encoder, without gradient; one call for all views."""
-    if not plan.target_crops:
-        return {}
-    z = m3i.encode(plan.config, encoder, _together([crops[c] for c in plan.target_crops]))[:, int(plan.config.model.encoder.cls_token) :]
-    return dict(zip(plan.target_crops, _apart(jax.lax.stop_gradient(z), len(plan.target_crops)), strict=True))
+def predictions(plan: Plan, params: Any, z: dict[Pass, jax.Array], batch: Batch, places: tuple[int, ...]) -> Arrays:
+    """Predictions of these picture terms, [R, N, D] of dense ones at the positions of their target view, [R, D] of pooled ones."""
+    out = _decoded(plan, params, z, batch, places)
+    for i in places:
+        term = plan.terms[i]
+        if isinstance(term.head, Decoder):
+            continue
+        tokens, _, cls = visible(plan, term, z, batch)
+        if isinstance(term.head, Linear):
+            out[i] = m3i.linear(plan.config, params, tokens, term.target.of)
+        elif isinstance(term.head, Projection):
+            out[i] = m3i.predict(plan.config, params["heads"], term.head, targets.pool(plan, term.head, tokens, cls))
+    return out
 
 
-def second_moment(plan: Plan, features: dict[int, jax.Array]) -> jax.Array | None:
-    """C [D, D] over all target tokens of the batch, both views together."""
-    if not features:
-        return None
-    width = plan.config.model.encoder.width
-    moments = [posterior.second_moment(posterior.layer_normalize(t.reshape(-1, width))) for t in features.values()]
-    return sum(moments[1:], moments[0]) / len(moments)
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What is known before the online encoder runs: goals of these rows, their keys among the whole batch, the moments of all targets."""
+
+    goals: Goals
+    keys: Goals
+    index: jax.Array | None  # [B] of the rows in the keys
+    moments: dict[Any, jax.Array]
 
 
-def _dense_sum(
-    plan: Plan, i: int, prediction: jax.Array, features: dict[int, jax.Array], moment: jax.Array | None, batch: Batch
-) -> jax.Array:
-    term, width = plan.terms[i], plan.config.model.encoder.width
-    assert term.target.crop is not None
-    t_BNxD = posterior.layer_normalize(_of_image(term, features[term.target.crop]).reshape(-1, width))
-    where = counted(plan, term, batch).reshape(-1)
-    weight = plan.config.objective.second_moment
-    return posterior.gaussian(prediction.reshape(-1, width), t_BNxD, where, second_moment=weight, moment_DxD=moment if weight else None)[0]
+def _picture_cost(plan: Plan, i: int, params: Any, prediction: jax.Array, z: dict[Pass, jax.Array], seen: Seen, batch: Batch) -> Cost:
+    term = plan.terms[i]
+    goal, key = plan.goal(term), plan.goal(term)
+    if term.target.encoder == "online":
+        raw = targets.in_space(plan, params, goal.space, z[Pass(crop=term.target.crop)])  # type: ignore[arg-type]
+    else:
+        raw = of_image(plan, term, seen.goals[goal])
+    if isinstance(term.head, Projection) and term.head.match == "likeness":
+        likeness = _cosines(visible(plan, term, z, batch)[0], of_image(plan, term, seen.goals[Goal(term.target, None)]))
+        raw = mixing.gather(raw, likeness.argmax(-1))
+    target = targets.prepared(term, raw)
+    if is_partial(term):
+        target = mixing.gather(target, unseen(plan, term, batch))
+    keys = targets.prepared(term, seen.keys[key]) if key in seen.keys and term.posterior.batch_keys else None
+    settings = plan.config.objective
+    given = Given(
+        weight=settings.second_moment,
+        moment=seen.moments.get(goal.space),
+        temperature=settings.temperature,
+        keys=keys,
+        index=None if keys is None or seen.index is None else of_image(plan, term, seen.index),
+        parameters=params["heads"][term.head.name].get("prototypes") if isinstance(term.head, Projection) else None,
+    )
+    cost = term.posterior.cost(prediction, target, counted(plan, term, batch), given)
+    if term.target.of != "pooled":
+        return cost
+    both = jax.lax.stop_gradient((prediction, target))
+    monitors = {"alignment": regularize.alignment(*both), "uniformity": regularize.uniformity(both[1])}
+    return cost._replace(evidence={**cost.evidence, **{k: v * cost.count for k, v in monitors.items()}})
 
 
-def embeddings(plan: Plan, params: Any, features: dict[tuple[Pass, str], jax.Array], batch: Batch) -> tuple[Sums, jax.Array | None]:
-    """Image embeddings [B, E] of every text term and the text embeddings [B, E] of the batch's captions, each caption encoded once."""
+def _cosines(a_RxNxD: jax.Array, b_RxMxD: jax.Array) -> jax.Array:
+    unit = lambda x: x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))  # noqa: E731
+    a, b = (unit(jax.lax.stop_gradient(x).astype(jnp.float32)) for x in (a_RxNxD, b_RxMxD))
+    return jnp.einsum("rnd,rmd->rnm", a, b)
+
+
+def pooled(plan: Plan, params: Any, z: dict[Pass, jax.Array], batch: Batch) -> dict[Any, jax.Array]:
+    """Pooled features [R, pool width] of every (pass, image, head) that an annotation is predicted from, each once."""
+    seen: dict[Any, tuple[Any, ...]] = {_pool_key(t): visible(plan, t, z, batch) for t in plan.terms if isinstance(t.head, Pooled)}
+    out: dict[Any, jax.Array] = {}
+    for group in grouped(seen):
+        tokens = together([seen[key][0] for key in group])
+        cls = None if seen[group[0]][2] is None else together([seen[key][2] for key in group])
+        out |= dict(zip(group, apart(m3i.pool(plan.config, params, tokens, cls=cls), len(group)), strict=True))
+    return out
+
+
+def _pool_key(term: Term) -> Any:
+    everything = isinstance(term.head, Pooled) and term.head.everything
+    return term.reads, "own" if everything else term.image, everything
+
+
+def embeddings(plan: Plan, params: Any, vectors: dict[Any, jax.Array], batch: Batch) -> tuple[Arrays, jax.Array | None]:
+    """Image embeddings [R, E] of every text term and the text embeddings [B, E] of the batch's captions, each caption encoded once."""
     text = plan.where("text")
     if not text:
         return {}, None
-    images = {i: m3i.image_embedding(plan.config, params, features[plan.terms[i].reads, plan.terms[i].image]) for i in text}
+    images = {i: m3i.image_embedding(plan.config, params, vectors[_pool_key(plan.terms[i])]) for i in text}
     return images, m3i.text_embedding(plan.config, params, batch["tokens"], batch["length"])
 
 
-def text_sums(plan: Plan, images: Sums, captions: jax.Array, log_scale: jax.Array, batch: Batch) -> Sums:
+def _same_text(batch: Batch) -> jax.Array:
+    """A number [B] for each caption, equal for equal captions."""
+    length = batch["tokens"].shape[1]
+    odd = jnp.asarray([pow(2654435761, n + 1, 2**32) | 1 for n in range(length)], jnp.uint32)
+    real = jnp.arange(length) < batch["length"][:, None]
+    # Finalised before the sum: a plain sum of products would make permuted captions alike too often.
+    mixed = (batch["tokens"].astype(jnp.uint32) + 1) * odd
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(2246822519)
+    return jnp.where(real, mixed ^ (mixed >> 13), 0).sum(1, dtype=jnp.uint32)
+
+
+def text_costs(plan: Plan, images: Arrays, captions: jax.Array, log_scale: jax.Array, batch: Batch) -> Costs:
     """CLIP loss of every text term by itself, so that no caption stands twice in one softmax."""
-    return {
-        i: posterior.text(u_BxE, _of_image(plan.terms[i], captions), log_scale, _present(plan.terms[i], batch))[0]
-        for i, u_BxE in images.items()
-    }
+    group = _same_text(batch) if plan.config.objective.equal_captions == "ignored" else None
+    out = {}
+    for i, u_RxE in images.items():
+        term = plan.terms[i]
+        mates = None if group is None else of_image(plan, term, group)
+        given = Given(parameters=log_scale, group=mates)
+        out[i] = term.posterior.cost(u_RxE, of_image(plan, term, captions), present(plan, term, batch), given)
+    return out
 
 
 @dataclasses.dataclass(frozen=True)
 class Cached:
     """Gradients of the text terms at the embeddings of the whole batch; a microbatch only pulls its rows back."""
 
-    images: Sums  # {term: [B, E]}
-    captions: dict[int, jax.Array]  # {term: [B, E]}
-    log_scale: dict[int, jax.Array]
+    images: Arrays  # {term: [R, E]}
+    captions: Arrays  # {term: [B, E]}
+    log_scale: Arrays
 
 
 jax.tree_util.register_dataclass(Cached, data_fields=["images", "captions", "log_scale"], meta_fields=[])
 
 
 def group_loss(
-    plan: Plan,
-    group: str,
-    *,
-    factors: list[jax.Array],
-    moment: jax.Array | None,
-    batch: Batch,
-    features: dict[int, jax.Array],
-    cached: Cached | None,
-) -> Callable[[Any, dict[Pass, jax.Array]], tuple[jax.Array, Sums]]:
-    """(heads, z) -> (loss of the group, {term: sum}) on these rows, as a function that jax.grad can take."""
+    plan: Plan, group: str, *, factors: list[jax.Array], batch: Batch, seen: Seen, cached: Cached | None
+) -> Callable[[Any, dict[Pass, jax.Array]], tuple[jax.Array, Costs]]:
+    """(heads, z) -> (loss of the group, {term: cost}) on these rows, as a function that jax.grad can take."""
 
-    def loss(heads: Any, z: dict[Pass, jax.Array]) -> tuple[jax.Array, Sums]:
-        sums: Sums = {}
-        if dense := plan.where("tokens", group):
-            predictions = dense_predictions(plan, heads, z, batch)
-            sums |= {i: _dense_sum(plan, i, predictions[i], features, moment, batch) for i in dense}
-        if plan.where("category", group) or plan.where("text", group):
+    def loss(heads: Any, z: dict[Pass, jax.Array]) -> tuple[jax.Array, Costs]:
+        costs: Costs = {}
+        if pictures := plan.where(*DENSE, "pooled", group=group):
+            made = predictions(plan, heads, z, batch, pictures)
+            costs |= {i: _picture_cost(plan, i, heads, made[i], z, seen, batch) for i in pictures}
+        if plan.where("category", "text", group=group):
             vectors = pooled(plan, heads, z, batch)
-            for i in plan.where("category", group):
+            for i in plan.where("category", group=group):
                 term = plan.terms[i]
-                logits_BxC = m3i.category_logits(plan.config, heads, vectors[term.reads, term.image])
-                smoothing = plan.config.objective.label_smoothing
-                sums[i] = posterior.category(logits_BxC, _of_image(term, batch["label"]), _present(term, batch), smoothing=smoothing)[0]
-            images, captions = embeddings(plan, heads, vectors, batch)
+                logits = m3i.category_logits(plan.config, heads, vectors[_pool_key(term)])
+                given = Given(smoothing=plan.config.objective.label_smoothing)
+                costs[i] = term.posterior.cost(logits, of_image(plan, term, batch["label"]), present(plan, term, batch), given)
+            images, captions = embeddings(plan, heads, vectors, batch) if plan.where("text", group=group) else ({}, None)
             if captions is not None and cached is None:
-                sums |= text_sums(plan, images, captions, heads["logit_scale"], batch)
+                costs |= text_costs(plan, images, captions, heads["logit_scale"], batch)
             elif captions is not None and cached is not None:
                 # A linear stand-in with the gradient of the whole batch's softmax; its value is not the loss.
-                sums |= {
-                    i: jnp.vdot(cached.images[i], u) + jnp.vdot(cached.captions[i], captions) + cached.log_scale[i] * heads["logit_scale"]
-                    for i, u in images.items()
-                }
-        total = sum((factors[i] * s for i, s in sums.items()), jnp.zeros(()))
-        return total, sums
+                none = jnp.zeros(())
+                for i, u in images.items():
+                    value = jnp.vdot(cached.images[i], u) + jnp.vdot(cached.captions[i], captions)
+                    costs[i] = Cost(value + cached.log_scale[i] * heads["logit_scale"], none, {"nll": none, "log_choices": none})
+        total = sum((factors[i] * cost.sum for i, cost in costs.items()), jnp.zeros(()))
+        return total, costs
 
     return loss

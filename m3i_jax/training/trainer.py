@@ -1,7 +1,6 @@
 """What a run is made of before its first step: shapes, shardings, the initial state and the compiled functions."""
 
 import dataclasses
-import difflib
 import functools
 from typing import Any
 
@@ -10,9 +9,7 @@ import jax
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
-from m3i_jax.objective import methods
-from m3i_jax.training import optimizer, state, step
-from m3i_jax.training.terms import Plan
+from m3i_jax.training import checkpoint, optimizer, plan, state, step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,24 +45,6 @@ def length(config: schema.Config) -> Length:
     return Length(steps_per_epoch=per_epoch, steps=steps, warmup=warmup)
 
 
-def plan(config: schema.Config) -> Plan:
-    """The terms of a completed configuration (data.classes and data.captions known)."""
-    try:
-        terms = methods.select(
-            config.objective.form,
-            categories=config.data.classes > 0,
-            captions=config.data.captions == "yes",
-            intra_positions=config.objective.intra_positions,
-        )
-    except KeyError:
-        near = difflib.get_close_matches(config.objective.form, methods.FORMS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"config.objective.form: {config.objective.form!r} is none of {', '.join(methods.FORMS)}{hint}") from None
-    except ValueError as error:
-        raise UserError(f"config.objective.form: {error}; choose another form or a source with categories or captions") from None
-    return Plan(config, terms)
-
-
 class Trainer:
     """Compiled functions and layouts of a run.
 
@@ -76,15 +55,19 @@ class Trainer:
     """
 
     def __init__(self, config: schema.Config, mesh: jax.sharding.Mesh, vocabulary: int):
-        self.config, self.mesh, self.plan, self.length = config, mesh, plan(config), length(config)
-        self.tx = optimizer.build(config, steps=self.length.steps, warmup=self.length.warmup)
+        self.config, self.mesh, self.plan, self.length = config, mesh, plan.read(config), length(config)
+        self.tx = optimizer.build(config, self.plan.terms, steps=self.length.steps, warmup=self.length.warmup)
         self.momentum = optimizer.momentum(config.optim, steps=self.length.steps)
         self.learning_rate = optimizer.learning_rate(config.optim, steps=self.length.steps, warmup=self.length.warmup)
         uses = {t.target.of for t in self.plan.terms}
         make = functools.partial(
-            m3i.init, config, classes=config.data.classes if "category" in uses else 0, vocabulary=vocabulary if "text" in uses else 0
+            m3i.init,
+            config,
+            terms=self.plan.terms,
+            classes=config.data.classes if "category" in uses else 0,
+            vocabulary=vocabulary if "text" in uses else 0,
         )
-        self._create = lambda: state.create(make(jax.random.key(config.seed)), self.tx)
+        self._create = lambda: state.create(make(rng=jax.random.key(config.seed)), self.tx)
         self.template = jax.eval_shape(self._create)
         self.shardings = parallel.shardings(mesh, self.template)
         whole = parallel.replicated(mesh)
@@ -98,7 +81,14 @@ class Trainer:
 
     def init(self) -> state.State:
         """The state at step 0, made where it will live: no device ever holds more than its share."""
-        return jax.jit(self._create, out_shardings=self.shardings)()
+        made = jax.jit(self._create, out_shardings=self.shardings)()
+        if "frozen" not in made.opt:
+            return made
+        frozen, layout = made.opt["frozen"], self.shardings.opt["frozen"].params["encoder"]
+        teacher = checkpoint.encoder_of(self.config.objective.target_checkpoint, self.template.params["encoder"], layout)
+        opt = made.opt.copy()  # of its own kind: to JAX another mapping is another tree
+        opt["frozen"] = frozen._replace(params={**frozen.params, "encoder": teacher})
+        return made.replace(opt=opt)
 
     def step(self, current: state.State, batch: dict[str, jax.Array]) -> tuple[state.State, dict[str, jax.Array]]:
         """One step; `current` is donated. Returns at once, the device works on."""

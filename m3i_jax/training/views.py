@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from m3i_jax import schema
 from m3i_jax.data import photometric
-from m3i_jax.models import layers, vit
+from m3i_jax.models import layers, m3i, vit
 from m3i_jax.objective import mixing
 from m3i_jax.objective.methods import Pass
 
@@ -18,13 +18,13 @@ DROP_PATH = 0x64726F70  # keeps these draws apart from the photometric ones
 Batch = dict[str, jax.Array]
 
 
-def patches(config: schema.Config, batch: Batch, crops: Iterable[int]) -> dict[int, jax.Array]:
-    """Coloured, normalised and patchified views, {crop: [B, N, P]} in the compute precision."""
+def patches(config: schema.Config, batch: Batch, crops: Iterable[int], *, exact: bool = False) -> dict[int, jax.Array]:
+    """Coloured, normalised and patchified views, {crop: [B, N, P]} in the compute precision; `exact`: in float32, as pixel targets are."""
     out = {}
     for crop in crops:
         view = photometric.augment(batch["views"][:, crop], batch["position"], seed=config.seed, view=crop, settings=config.data.augment)
         view = photometric.normalize(view, config.data.augment)
-        out[crop] = vit.patchify(view, config.model.encoder.patch_size).astype(config.model.dtype)
+        out[crop] = vit.patchify(view, config.model.encoder.patch_size).astype(jnp.float32 if exact else config.model.dtype)
     return out
 
 
@@ -43,17 +43,64 @@ def drop_path(config: schema.Config, position_Bx2: jax.Array, salt: int) -> jax.
     return jax.vmap(one)(position_Bx2)
 
 
-def encoder_inputs(
-    config: schema.Config, passes: tuple[Pass, ...], batch: Batch, crops: dict[int, jax.Array]
-) -> dict[Pass, dict[str, Any]]:
-    """Keyword arguments of the encoder for every pass: patches, which of them are read, and the drop-path draws."""
-    own_BxK, _ = mixing.split(batch["mask"], config.tokens - config.hidden)
-    inputs = {}
+def rows_of(config: schema.Config, read: Pass, image: str, x_Bx: jax.Array) -> jax.Array:
+    """Rows [R, ...] of `x` for one of the images that a pass shows: R = B, or B / 2 mixed inputs of a batch in halves."""
+    if not read.mixed:
+        return x_Bx
+    if config.objective.pairing == "halves":
+        return x_Bx.reshape(-1, 2, *x_Bx.shape[1:])[:, int(image == "partner")]
+    return mixing.partner(x_Bx) if image == "partner" else x_Bx
+
+
+def mask_of(config: schema.Config, read: Pass, batch: Batch) -> jax.Array:
+    """Mask [R, N] of a pass: True where a cell shows the row's own image."""
+    return rows_of(config, read, "own", batch["mask"])
+
+
+def cells(config: schema.Config, read: Pass, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(own [R, K], other [R, N - K]) cells of a pass, ascending."""
+    return mixing.split(mask_of(config, read, batch), config.tokens - config.hidden)
+
+
+def encoder_input(config: schema.Config, read: Pass, salt: int, batch: Batch, crops: dict[int, jax.Array]) -> dict[str, Any]:
+    """Arguments of the encoder for a pass: `patches` [R, N, P], `index` of those that are read, `hidden` cells, `keep` of drop path."""
+    x_RxNxP, keep = crops[read.crop], drop_path(config, rows_of(config, read, "own", batch["position"]), salt)
+    if read.mixed:
+        x_RxNxP = rows_of(config, read, "own", mixing.mix(x_RxNxP, batch["mask"]))
+    return dict(
+        patches=x_RxNxP,
+        index=cells(config, read, batch)[0] if read.masked and not read.filled else None,
+        hidden=~batch["mask"] if read.filled else None,
+        keep=keep,
+    )
+
+
+def encode(
+    config: schema.Config, passes: tuple[Pass, ...], batch: Batch, crops: dict[int, jax.Array], encoder: Any
+) -> dict[Pass, jax.Array]:
+    """Features {pass: [R, T, D]}, cls first, every pass once."""
+    out = {}
     for salt, read in enumerate(passes):
-        x_BxNxP = crops[read.crop]
-        inputs[read] = dict(
-            patches=mixing.mix(x_BxNxP, batch["mask"]) if read.mixed else x_BxNxP,
-            index=own_BxK if read.masked else None,
-            keep=drop_path(config, batch["position"], salt),
-        )
-    return inputs
+        arguments = encoder_input(config, read, salt, batch, crops)
+        isolate = read.mixed and config.objective.isolate
+        run = _isolated if isolate else m3i.encode
+        if isolate:
+            arguments["index"] = jnp.stack(cells(config, read, batch), 1)
+        out[read] = run(config, encoder, arguments.pop("patches"), **arguments)
+    return out
+
+
+def _isolated(
+    config: schema.Config, encoder: Any, patches: jax.Array, *, index: jax.Array, hidden: None, keep: jax.Array | None
+) -> jax.Array:
+    """A mixed input whose images do not attend to each other: two sequences of half the length, each with a cls token of its own, put
+    back in place. Half of the attention of one long sequence under a mask, and the same numbers. Returns their mean as the cls token."""
+    rows, both = index.shape[0], index.reshape(-1, index.shape[-1])
+    twice = None if keep is None else jnp.repeat(keep, 2, 0)
+    z_2RxTxD = m3i.encode(config, encoder, jnp.repeat(patches, 2, 0), index=both, keep=twice)
+    tokens = z_2RxTxD[:, -index.shape[-1] :].reshape(rows, -1, z_2RxTxD.shape[-1])
+    order = jnp.argsort(index.reshape(rows, -1), 1)
+    in_place = mixing.gather(tokens, order)
+    if not config.model.encoder.cls_token:
+        return in_place
+    return jnp.concatenate([z_2RxTxD[:, :1].reshape(rows, 2, -1).mean(1, keepdims=True), in_place], 1)

@@ -82,7 +82,10 @@ def test_a_window_forgets(make):
 
 def test_a_source_without_a_pair_of_good_pictures(make):
     for source, last in (
-        (make.Pictures(6, bad=6), r"the last is 'p\d' \(undecodable: cannot identify the format\)"),
+        (
+            make.Pictures(6, bad=6),
+            r"partner: 100 undecodable \(such as 'p\d', 'p\d', 'p\d'\); the last is 'p\d' \(undecodable: cannot identify the format\)",
+        ),
         (make.Pictures(6, bad=5), r"the last is 'p\d' "),
     ):
         with pytest.raises(UserError, match=rf"^100 draws in a row at position \d of pictures gave no picture that could be used .*{last}"):

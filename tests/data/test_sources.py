@@ -126,7 +126,8 @@ def test_refusals_of_a_folder(fill, tmp_path):
     linked.mkdir()
     (linked / "class").symlink_to(tmp_path / "data/pictures")
     assert refusal(linked) == f"data.path={str(linked)!r} holds no picture ({KINDS}); ignored: 1 links out of the folder"
-    assert refusal(tmp_path, "folders") == "data.source='folders' is not a source: use 'shapes', 'folder' or 'tars'"
+    kinds = "'shapes', 'folder', 'tars', 'array_record', 'tfds', 'hugging_face' or 'mixture'"
+    assert refusal(tmp_path, "folders") == f"data.source='folders' is not a source: use {kinds}"
 
 
 def test_fingerprint_is_of_the_content_not_of_the_place(fill, tmp_path):

@@ -1,13 +1,12 @@
 """k nearest neighbours against a loop in numpy."""
 
 import dataclasses
-import types
 
 import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.evaluation import knn
+from m3i_jax.evaluation import features, knn
 
 
 def data(classes: int, *, seed: int = 0, queries: int = 37, index: int = 60, width: int = 6):
@@ -93,32 +92,11 @@ def test_without_any_label_there_is_no_accuracy() -> None:
     assert list(knn.accuracy(none, index, k=3, temperature=0.1)) == list(knn.accuracy(index, none, k=3, temperature=0.1)) == []
 
 
-def test_pictures_that_an_evaluation_left_out_are_told() -> None:
+def test_the_measure_is_the_accuracy_with_the_settings() -> None:
     queries, index = data(8)
-    config = dataclasses.replace(schema.Config(), evaluate=schema.Evaluate(k=4))
-    state = types.SimpleNamespace(params={"encoder": "online"}, opt={})
-    batches = [types.SimpleNamespace(skipped={"truncated": 2, "empty": 0}), types.SimpleNamespace(skipped={"truncated": 1, "empty": 1})]
-    parts = {id(batches[0]): index, id(batches[1]): queries}
-    run = knn.evaluator(config, lambda params, b, poll: parts[id(b)], lambda: batches[0], lambda: batches[1])
-    told = {name: value for name, value in run(state, lambda: None) if name.startswith("data/")}
-    assert told == {"data/skipped/evaluation/truncated": 3, "data/skipped/evaluation/empty": 1}
-
-
-@pytest.mark.parametrize("target", [False, True])
-def test_the_evaluator_asks_the_encoder_that_is_configured(target: bool) -> None:
-    queries, index = data(8)
-    config = dataclasses.replace(schema.Config(), evaluate=schema.Evaluate(k=4, temperature=0.3, target=target))
-    state = types.SimpleNamespace(params={"encoder": "online"}, opt={"target": types.SimpleNamespace(params="average")})
-    asked, polls = [], []
-
-    def extract(params, batches, poll):
-        asked.append((params["encoder"], list(batches)))
-        poll()
-        return index if len(asked) % 2 else queries
-
-    run = knn.evaluator(config, extract, lambda: iter(["index"]), lambda: iter(["queries"]))
+    config = dataclasses.replace(schema.Config(), evaluate=schema.Evaluate(k=4, temperature=0.3))
+    sets = {name: features.Features(*part, np.arange(len(part[1]))) for name, part in (("queries", queries), ("index", index))}
     wanted = [(f"eval/knn/{name}", value) for name, value in knn.accuracy(queries, index, k=4, temperature=0.3)]
+    seen = features.Seen({name: lambda params, poll, name=name: (sets[name], {}) for name in sets}, {}, lambda: None)
     assert [name for name, _ in wanted] == ["eval/knn/top1", "eval/knn/top5"]
-    for _ in range(2):  # a second evaluation reads fresh batches
-        assert list(run(state, lambda: polls.append(1))) == wanted
-    assert asked == 2 * [("average" if target else "online", [part]) for part in ("index", "queries")][:2] and len(polls) == 4
+    assert list(knn.measure(config)(seen)) == wanted

@@ -1,12 +1,15 @@
 """The multiply-adds of every tower's matrix products are those of the formula, not one more: forward, and backward twice as many."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.models import decoder, pooling, text, vit
+from m3i_jax.models import decoder, heads, pooling, text, vit
+from m3i_jax.objective.methods import Mlp
 
 D, W, L, M, N, K, P = 24, 16, 3, 2, 9, 4, 48  # widths of encoder and decoder, their blocks, target cells, visible cells, patch elements
 MODEL = schema.Model(
@@ -61,6 +64,12 @@ def test_encoder(scan, dtype):
     assert of(lambda p: vit.apply(model, p, x, grid=3, index_BxK=jnp.zeros((2, K), int)), params) == 2 * (L * block(K + 1, D) + K * P * D)
 
 
+def test_mask_tokens_and_the_mean_over_blocks_cost_no_product():
+    params, x = shapes(lambda key: vit.init(MODEL, key, mask_token=True)), jnp.zeros((2, N, P))
+    options = {"hidden_BxN": jnp.zeros((2, N), bool), "blocks": 2}
+    assert of(lambda p: vit.apply(MODEL, p, x, grid=3, **options), params) == 2 * (L * block(N + 1, D) + N * P * D)
+
+
 @pytest.mark.parametrize("freeze", [True, False])
 def test_encoder_backward(freeze):
     model = schema.Model(encoder=schema.Encoder(patch_size=4, width=D, depth=L, heads=3, freeze_patch_embed=freeze))
@@ -69,19 +78,51 @@ def test_encoder_backward(freeze):
     assert got == 2 * (3 * L * block(N + 1, D) + (1 if freeze else 2) * N * P * D)
 
 
+def decode(model, wanted="tokens", cls=None):
+    def run(params, z, query):
+        return decoder.head(model, params, decoder.apply(model, params, z, jnp.zeros((2, K), int), query, grid=3, cls_BxD=cls), wanted)
+
+    return run
+
+
+INPUTS = jnp.zeros((2, K, D)), jnp.zeros((2, N, W))
+
+
 @pytest.mark.parametrize("scan", [False, True])
 def test_decoder_leaves_out_dead_rows(scan):
     model = schema.Model(encoder=MODEL.encoder, decoder=MODEL.decoder, dtype="float32", scan=scan)
     params = shapes(lambda key: decoder.init(model, key))
-    run = lambda p: decoder.apply(model, p, jnp.zeros((2, K, D)), jnp.zeros((2, K), int), jnp.zeros((2, N, W)), grid=3)  # noqa: E731
     forward = 2 * (K * D * W + (M - 1) * block(K + N, W) + block(K + N, W, wanted=N) + N * W * D)
-    assert of(run, params) == forward
-    from_z = of(
-        jax.grad(lambda p, z: decoder.apply(model, p, z, jnp.zeros((2, K), int), jnp.zeros((2, N, W)), grid=3).sum(), (0, 1)),
-        params,
-        jnp.zeros((2, K, D)),
-    )
-    assert from_z == 3 * forward
+    assert of(decode(model), params, *INPUTS) == forward
+    assert of(jax.grad(lambda *a: decode(model)(*a).sum(), (0, 1)), params, *INPUTS) == 3 * forward
+
+
+def test_fewer_queries_cls_and_pixels():
+    params = shapes(lambda key: decoder.init(MODEL, key, of=("pixels",)))
+    got = of(decode(MODEL, "pixels", jnp.zeros((2, D))), params, INPUTS[0], INPUTS[1][:, :5])
+    visible = K + 1
+    assert got == 2 * (visible * D * W + (M - 1) * block(visible + 5, W) + block(visible + 5, W, wanted=5) + 5 * W * P)
+
+
+def test_projector_and_the_dead_rows_that_batch_norm_needs():
+    for norm in ("layer", "batch"):
+        model = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, projector_depth=1, norm=norm))
+        params = shapes(lambda key, model=model: decoder.init(model, key))
+        last = block(K + N, W, wanted=N) if norm == "layer" else block(K + N, W)
+        got = of(decode(model), params, *INPUTS)
+        assert got == 2 * (K * D * W + block(K, W) + (M - 1) * block(K + N, W) + last + N * W * W)
+
+
+@pytest.mark.parametrize("of_target,width", [("tokens", D), ("pixels", P)])
+def test_linear_head(of_target, width):
+    params = shapes(lambda key: heads.init_linear(MODEL, key, of_target))
+    assert of(lambda p: heads.linear(MODEL, p, jnp.zeros((2, N, D))), params) == 2 * N * D * width
+
+
+def test_mlp():
+    model, mlp = dataclasses.replace(MODEL, head=schema.Head(hidden=30)), Mlp(layers=3, last_norm=True)
+    params = shapes(lambda key: heads.init_mlp(model, key, mlp, D, 7))
+    assert of(lambda p: heads.apply_mlp(model, p, mlp, jnp.zeros((5, D))), params) == 5 * (D * 30 + 30 * 30 + 30 * 7)
 
 
 def test_queries_of_equal_views_are_mapped_once():
@@ -93,6 +134,13 @@ def test_queries_of_equal_views_are_mapped_once():
 def test_attention_pool():
     params = shapes(lambda key: pooling.init(MODEL, key))
     assert of(lambda p: pooling.apply(MODEL, p, jnp.zeros((5, K, D))), params) == 5 * ((2 * K + 1) * D**2 + 2 * K * D + 20 * D)
+
+
+def test_a_learned_query_is_mapped_once_for_the_batch():
+    model = dataclasses.replace(MODEL, pool=dataclasses.replace(MODEL.pool, query="learned"))
+    params = shapes(lambda key: pooling.init(model, key))
+    got = of(lambda p: pooling.apply(model, p, jnp.zeros((5, K, D))), params)
+    assert got == D**2 + 5 * (2 * K * D**2 + 2 * K * D + 20 * D)
 
 
 @pytest.mark.parametrize("pool,wanted", [("first", 1), ("last", 7), ("mean", 7)])

@@ -14,9 +14,13 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 MODEL = schema.Model(encoder=schema.Encoder(width=12), pool=schema.Pool(width=10, heads=4), dtype="float32")
 
 
-def random_tree(seed=0):
+def with_pool(**changes):
+    return dataclasses.replace(MODEL, pool=dataclasses.replace(MODEL.pool, **changes))
+
+
+def random_tree(seed=0, model=MODEL):
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda key: pooling.init(MODEL, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: pooling.init(model, key), jax.random.key(0))
     return jax.tree.map(lambda s: jnp.asarray(0.5 * rng.normal(size=s.shape), jnp.float32), shapes)
 
 
@@ -26,7 +30,7 @@ MASK = np.array([[1, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 1]], bool)
 
 @functools.cache
 def run(model=MODEL):
-    return jit(lambda params, x, mask=None: pooling.apply(model, params, x, mask))
+    return jit(lambda params, x, mask=None, cls=None: pooling.apply(model, params, x, mask, cls))
 
 
 def test_a_mask_is_the_gathered_tokens_alone():
@@ -80,3 +84,55 @@ def test_bfloat16():
     got, exact = run(model)(params, X.astype(jnp.bfloat16), MASK), np.asarray(run()(params, X, MASK))
     assert got.dtype == jnp.bfloat16
     assert np.abs(np.asarray(got, np.float32) - exact).mean() < 0.03 * np.abs(exact).mean()
+
+
+def test_a_learned_query_is_one_token_for_all_images():
+    model = with_pool(query="learned")
+    params = random_tree(model=model)
+    assert params["query_token"].shape == (1, 1, 12)
+    masked = run(model)(params, X, MASK)
+    np.testing.assert_allclose(masked, run(model)(params, X[MASK].reshape(2, 3, 12)), rtol=1e-5, atol=1e-5)
+    dense = lambda part, x: x @ np.asarray(params[part]["kernel"], np.float64) + np.asarray(params[part]["bias"])  # noqa: E731
+
+    def norm(part, x):
+        unit = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return unit * np.asarray(params[part]["scale"]) + np.asarray(params[part]["bias"])
+
+    query = dense("query", norm("norm_query", np.asarray(params["query_token"][0, 0], np.float64)))
+    for row in range(2):
+        tokens, pooled = X[row][MASK[row]].astype(np.float64), np.zeros(12)
+        keys, values = (dense(part, norm(f"norm_{part}", tokens)) for part in ("key", "value"))
+        for head in np.split(np.arange(12), 4):
+            weights = np.exp(keys[:, head] @ query[head] / np.sqrt(3))
+            pooled[head] = weights / weights.sum() @ values[:, head]
+        np.testing.assert_allclose(masked[row], dense("out", pooled), rtol=1e-4, atol=1e-4)
+
+
+def test_a_learned_query_starts_small_and_learns():
+    model = schema.Model(encoder=schema.Encoder(width=768, heads=12), pool=schema.Pool(width=4, query="learned"))
+    token = jit(lambda key: pooling.init(model, key)["query_token"])(jax.random.key(0))
+    assert np.std(token) == pytest.approx(0.02, rel=0.1)
+    learned = with_pool(query="learned")
+    grads = jit(jax.grad(lambda p: pooling.apply(learned, p, jnp.asarray(X), jnp.asarray(MASK)).sum()))(random_tree(model=learned))
+    assert np.asarray(grads["query_token"]).all()
+
+
+@pytest.mark.parametrize("kind", ["mean", "cls"])
+def test_mean_and_cls_are_one_token_normed_and_mapped(kind):
+    model, cls = with_pool(kind=kind), np.random.default_rng(3).normal(size=(2, 12)).astype(np.float32)
+    params = random_tree(model=model)
+    assert set(params) == {"norm", "out"}
+    token = cls if kind == "cls" else X[MASK].reshape(2, 3, 12).mean(1)
+    unit = (token - token.mean(-1, keepdims=True)) / np.sqrt(token.var(-1, keepdims=True) + 1e-6)
+    expected = (unit * params["norm"]["scale"] + params["norm"]["bias"]) @ params["out"]["kernel"] + params["out"]["bias"]
+    np.testing.assert_allclose(run(model)(params, X, MASK, cls), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_mean_of_all_tokens_without_a_mask_and_zeros_of_none():
+    np.testing.assert_allclose(pooling.mean_token(jnp.asarray(X)), X.mean(1), rtol=1e-5, atol=1e-6)
+    assert not np.asarray(pooling.mean_token(jnp.asarray(X), jnp.zeros((2, 6), bool))).any()
+
+
+def test_cls_pooling_without_a_cls_token_is_refused():
+    with pytest.raises(ValueError, match="model.pool.kind is cls"):
+        pooling.apply(with_pool(kind="cls"), {}, jnp.asarray(X))

@@ -1,5 +1,6 @@
 """Every tower against an independent rendering in float64 numpy, token by token and head by head, from the formulas alone."""
 
+import dataclasses
 import functools
 
 import jax
@@ -48,6 +49,21 @@ def attention(q_QxD, k_TxD, v_TxD, heads):
     return out
 
 
+def batch_norm(p, x_BxTxD):
+    y = (x_BxTxD - x_BxTxD.mean((0, 1))) / np.sqrt(x_BxTxD.var((0, 1)) + 1e-5)
+    return y * np.asarray(p["scale"], np.float64) + np.asarray(p["bias"], np.float64)
+
+
+def blocks_with_batch_norm(stacked, x_BxTxD, heads):
+    for layer in range(len(stacked["norm1"]["scale"])):
+        p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
+        q, k, v = np.split(dense(p["attention"]["qkv"], batch_norm(p["norm1"], x_BxTxD)), 3, -1)
+        x_BxTxD = x_BxTxD + dense(p["attention"]["out"], np.stack([attention(*row, heads) for row in zip(q, k, v, strict=True)]))
+        hidden = dense(p["mlp"]["fc1"], batch_norm(p["norm2"], x_BxTxD))
+        x_BxTxD = x_BxTxD + dense(p["mlp"]["fc2"], hidden * special.ndtr(hidden))
+    return x_BxTxD
+
+
 def blocks(stacked, x_TxD, heads):
     for layer in range(len(stacked["norm1"]["scale"])):
         p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
@@ -87,13 +103,39 @@ def test_decoder():
     params = random_tree(lambda key: decoder.init(MODEL, key), 2)
     rng = np.random.default_rng(3)
     z, raw, index = rng.normal(size=(2, 3, 12)), rng.normal(size=(2, 9, 16)), np.array([[4, 0, 7], [1, 2, 8]])
-    run = jit(lambda p, z, raw: decoder.apply(MODEL, p, z, jnp.asarray(index), decoder.queries(MODEL, p, raw), grid=3))
-    got = run(params, z.astype(np.float32), raw.astype(np.float32))
+
+    def predict(p, z, raw):
+        return decoder.head(MODEL, p, decoder.apply(MODEL, p, z, jnp.asarray(index), decoder.queries(MODEL, p, raw), grid=3), "tokens")
+
+    got = jit(predict)(params, z.astype(np.float32), raw.astype(np.float32))
     for row in range(2):
         own = dense(params["embed"], z[row]) + table(3, 8)[index[row]]
         query = np.asarray(params["mask_token"], np.float64).reshape(-1) + dense(params["position_map"], raw[row])
         x = blocks(params["blocks"], np.concatenate([own, query]), 2)
         np.testing.assert_allclose(got[row], dense(params["head"], x)[3:], rtol=2e-4, atol=2e-4)
+
+
+def test_decoder_of_siamese_im():
+    """cls first, embedding, projector, then positions (zero of cls) and queries, decoder, linear map; batch norm in both stacks."""
+    settings = dataclasses.replace(MODEL.decoder, norm="batch", projector_depth=1, depth=1)
+    model = dataclasses.replace(MODEL, decoder=settings)
+    params, rng = random_tree(lambda key: decoder.init(model, key), 2), np.random.default_rng(3)
+    z, raw, cls = rng.normal(size=(2, 3, 12)), rng.normal(size=(2, 9, 16)), rng.normal(size=(2, 12))
+    index = np.array([[4, 0, 7], [1, 2, 8]])
+
+    def predict(p, z, raw, cls):
+        queries = decoder.queries(model, p, raw)
+        rows = decoder.apply(model, p, z, jnp.asarray(index), queries, grid=3, cls_BxD=cls)
+        kept = {part: p[part] for part in ("embed", "projector")}  # of a target
+        return decoder.head(model, p, rows, "tokens"), decoder.project(model, kept, jnp.concatenate([cls[:, None], z], 1))
+
+    got, target = jit(predict)(params, *(x.astype(np.float32) for x in (z, raw, cls)))
+    own = blocks_with_batch_norm(params["projector"], dense(params["embed"], np.concatenate([cls[:, None], z], 1)), 2)
+    np.testing.assert_allclose(target, own, rtol=2e-4, atol=2e-4)
+    own[:, 1:] += table(3, 8)[index]
+    query = np.asarray(params["mask_token"], np.float64).reshape(-1) + dense(params["position_map"], raw)
+    x = blocks_with_batch_norm(params["blocks"], np.concatenate([own, query], 1), 2)
+    np.testing.assert_allclose(got, dense(params["head"], x)[:, 4:], rtol=5e-4, atol=5e-4)
 
 
 def test_attention_pool():

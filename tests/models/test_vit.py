@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.models import vit
+from m3i_jax.models import layers, vit
 from m3i_jax.objective import mixing, positions
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is what takes the time here
@@ -29,6 +29,11 @@ def random_tree(model, seed=0):
 def without_branches(params):
     """Blocks that add nothing: what goes in comes out."""
     return {**params, "blocks": jax.tree.map(jnp.zeros_like, params["blocks"])}
+
+
+def placed(params, x):
+    """Patch embeddings at their positions, before any block."""
+    return np.asarray(x @ params["patch_embed"]["kernel"] + params["patch_embed"]["bias"]) + positions.sincos_2d(3, 8)
 
 
 def pixels(seed, *shape):
@@ -163,6 +168,68 @@ def test_bfloat16_rounds_but_does_not_change_the_function():
     got, exact = run(dataclasses.replace(MODEL, dtype="bfloat16"))(params, x), np.asarray(run(MODEL)(params, x))
     assert got.dtype == jnp.bfloat16
     assert np.abs(np.asarray(got, np.float32) - exact).mean() < 0.02 * np.abs(exact).mean()
+
+
+HIDDEN = np.array([[1, 0, 1, 1, 0, 0, 1, 0, 1], [0, 1, 1, 0, 1, 0, 0, 1, 1]], bool)
+
+
+def test_the_mask_token_stands_for_hidden_cells_at_their_positions():
+    params = without_branches(random_tree(MODEL)) | {"mask_token": pixels(7, 1, 1, 8)}
+    x = pixels(1, 2, 9, 12)
+    z = run(MODEL, hidden_BxN=jnp.asarray(HIDDEN))(params, x)
+    embedded = np.asarray(x @ params["patch_embed"]["kernel"] + params["patch_embed"]["bias"])
+    expected = np.where(HIDDEN[..., None], np.asarray(params["mask_token"]), embedded) + positions.sincos_2d(3, 8)
+    np.testing.assert_allclose(z[:, 1:], expected, atol=1e-5)
+
+
+def test_what_hidden_cells_show_does_not_matter_and_no_gradient_reaches_it():
+    params, x = random_tree(MODEL) | {"mask_token": pixels(7, 1, 1, 8)}, pixels(1, 2, 9, 12)
+    filled = run(MODEL, hidden_BxN=jnp.asarray(HIDDEN))
+    np.testing.assert_array_equal(filled(params, jnp.where(HIDDEN[..., None], 99.0, x)), filled(params, x))
+    of_params, of_x = jit(
+        jax.grad(lambda p, x: vit.apply(MODEL, p, x, grid=3, hidden_BxN=jnp.asarray(HIDDEN)).sum(), (0, 1))
+    )(params, x)  # fmt: skip
+    assert np.asarray(of_params["mask_token"]).all()
+    assert not np.asarray(of_x)[HIDDEN].any() and np.asarray(of_x)[~HIDDEN].any(-1).all()
+
+
+def test_a_mask_token_changes_the_start_of_nothing_else():
+    with_token, without = jit(lambda key: tuple(vit.init(MODEL, key, mask_token=m) for m in (True, False)))(jax.random.key(0))
+    token = with_token.pop("mask_token")
+    assert token.shape == (1, 1, 8) and 0.005 < np.std(token) < 0.05
+    jax.tree.map(np.testing.assert_array_equal, with_token, without)
+
+
+def test_cells_are_dropped_or_filled_not_both():
+    with pytest.raises(ValueError, match="not both"):
+        vit.apply(MODEL, {}, jnp.zeros((2, 9, 12)), grid=3, index_BxK=jnp.zeros((2, 4), int), hidden_BxN=jnp.asarray(HIDDEN))
+
+
+@pytest.mark.parametrize("blocks,scan,remat", [(3, False, "none"), (2, True, "full")])
+def test_mean_over_the_last_blocks_is_that_of_running_them_by_hand(blocks, scan, remat):
+    model = dataclasses.replace(with_encoder(depth=3, final_norm=True), scan=scan, remat=remat)
+    params, x = random_tree(model), pixels(1, 2, 9, 12)
+    keep = jnp.asarray(np.random.default_rng(2).choice([0.0, 1.25], (2, 3, 2)), jnp.float32)
+    mean = jit(lambda p, x: vit.apply(model, p, x, grid=3, keep_BxLx2=keep, blocks=blocks))(params, x)
+    z, normed = np.concatenate([np.broadcast_to(params["cls_token"], (2, 1, 8)), placed(params, x)], 1), []
+    for layer in range(3):
+        z = one_block(jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"]), z, keep[:, layer])
+        wide = np.asarray(z, np.float64)
+        normed.append((wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5))
+    np.testing.assert_allclose(mean, np.mean(normed[-blocks:], 0), rtol=1e-4, atol=1e-4)
+
+
+@jit
+def one_block(params, z, keep):
+    return layers.block(8, 2, 2.0, "float32").apply({"params": params}, z, keep)
+
+
+def test_a_mean_over_blocks_is_float32_and_there_are_only_so_many():
+    model = dataclasses.replace(MODEL, dtype="bfloat16")
+    made = jax.eval_shape(lambda p: vit.apply(model, p, jnp.zeros((2, 9, 12)), grid=3, blocks=2), random_tree(model))
+    assert made.dtype == jnp.float32
+    with pytest.raises(ValueError, match="last 3 blocks of an encoder that has 2"):
+        vit.apply(MODEL, random_tree(MODEL), jnp.zeros((2, 9, 12)), grid=3, blocks=3)
 
 
 def test_a_wrong_grid_is_named():

@@ -191,6 +191,38 @@ def test_text_of_a_zero_embedding_is_finite():
     assert float(value) == pytest.approx(2 * np.log(2), rel=1e-6) and all(np.isfinite(g).all() for g in grads)
 
 
+def test_text_equal_captions_are_no_negatives():
+    u, v, group = normal(5, 4), normal(5, 4, seed=1), np.array([3, 0, 3, 1, 0])
+    logits = np.exp(1.5) * unit(u).astype(np.float64) @ unit(v).astype(np.float64).T
+    apart = (group[:, None] != group) | np.eye(5, dtype=bool)
+    rows, columns = (logsumexp(np.where(apart, x, -np.inf), axis=1) for x in (logits, logits.T))
+    np.testing.assert_allclose(text(u, v, 1.5, group_B=group)[0], ((rows + columns) / 2 - np.diag(logits)).sum(), rtol=1e-5)
+    check_gradient(lambda u, v, s: text(u, v, s, group_B=group)[0], u[:, :2], v[:, :2], np.float32(0.7))
+
+
+def test_text_groups_of_one_change_nothing_and_of_all_leave_nothing():
+    u, v = normal(5, 4), normal(5, 4, seed=1)
+    np.testing.assert_array_equal(text(u, v, 1.5, group_B=np.array([4, 2, 9, -1, 0])), text(u, v, 1.5))
+    value, grads = value_and_grad_of(lambda u, v, s: text(u, v, s, group_B=np.zeros(5, int))[0], (0, 1, 2))(u, v, 1.5)
+    assert abs(float(value)) < 1e-5 and all(np.abs(g).max() < 1e-5 for g in grads)
+
+
+def test_text_groups_and_missing_pairs():
+    u, v, where, group = normal(6, 4), normal(6, 4, seed=1), np.array([1, 0, 1, 1, 0, 1], bool), np.array([0, 0, 1, 0, 1, 2])
+    wanted = text(u[where], v[where], 1.5, group_B=group[where])
+    u[1], v[4] = np.nan, np.inf
+    np.testing.assert_allclose(text(u, v, 1.5, where, group_B=group), wanted, rtol=1e-5)
+    grads = grad_of(lambda u, v, s: text(u, v, s, where, group_B=group)[0], (0, 1, 2))(u, v, 1.5)
+    assert all(np.isfinite(g).all() for g in grads) and np.any(grads[0][where])
+
+
+def test_text_computes_in_float32():
+    u, v = (jnp.asarray(normal(6, 4, seed=k), jnp.bfloat16) for k in (0, 1))
+    low = text(u, v, 4.6)
+    assert all(x.dtype == jnp.float32 for x in low)
+    np.testing.assert_allclose(low, text(u.astype(jnp.float32), v.astype(jnp.float32), 4.6), rtol=1e-6)
+
+
 # --- targets -----------------------------------------------------------------------------------------------------------------------------
 def test_layer_normalize():
     x = 5 + 3 * normal(4, 3, 8)
@@ -234,6 +266,7 @@ A = np.zeros
         (lambda: posterior.text(A((3, 4)), A((2, 4)), 0.0), ["(3, 4)", "(2, 4)"]),
         (lambda: posterior.text(A((3, 4)), A((3, 4)), 0.0, A(2)), ["(2,)", "(3,)"]),
         (lambda: posterior.text(A(4), A(4), 0.0), ["(4,)"]),
+        (lambda: posterior.text(A((3, 4)), A((3, 4)), 0.0, group_B=A(2, int)), ["(2,)", "(3,)"]),
         (lambda: posterior.patch_normalize(A((3, 1))), ["(3, 1)"]),
     ],
 )

@@ -40,7 +40,8 @@ def example(*, rows=4, size=32, grid=4, terms=("intra", "inter"), mixed=True, wo
             features[f"{term}/{name}"] = rng.normal(size=(rows, grid * grid, 9)).astype(np.float32)
     captions = [f"a long caption of picture {r}, " * 9 for r in range(rows)] if words else [""] * rows
     labels = [f"class {r}" for r in range(rows)] if words else [""] * rows
-    return dict(features=features, pictures=pictures, batch={"mask": mask}, captions=captions, labels=labels)
+    reads = "mixed" if mixed else "masked" if terms else "whole"
+    return dict(features=features, pictures=pictures, batch={"mask": mask}, captions=captions, labels=labels, reads=reads)
 
 
 def test_colours_are_the_principal_components_of_the_targets():
@@ -143,8 +144,43 @@ def test_a_masked_input_hides_cells_and_has_no_partner(tmp_path):
     assert not (image == sheet.PARTNER).all(-1).any()
 
 
+def test_predicted_pixels_stand_beside_their_target_view(tmp_path):
+    made, rng = example(rows=2, terms=(), mixed=False), np.random.default_rng(7)
+    for name in ("view", "picture", "completed"):
+        made["pictures"][f"pixel/{name}"] = rng.integers(0, 256, (2, 32, 32, 3), np.uint8)
+    panels.write(tmp_path / "p.png", **made | {"reads": "masked"})
+    image, side = page(tmp_path / "p.png"), sheet.tile_side(32, 4)
+    for row in range(2):
+        places = [
+            find(image, enlarged(made["pictures"][name][row], side))
+            for name in ("input_view", "pixel/view", "pixel/picture", "pixel/completed")
+        ]
+        assert [len(place) for place in places] == [1, 1, 1, 1]
+        xs, ys = zip(*(place[0] for place in places), strict=True)
+        assert list(xs) == sorted(xs) and len(set(ys)) == 1
+
+
+def test_whole_views_are_shown_as_they_are(tmp_path):
+    """No mask and no partner, though the batch has both."""
+    made = example(rows=2, terms=("inter",), mixed=False)
+    panels.write(tmp_path / "p.png", **made | {"reads": "whole"})
+    image, side = page(tmp_path / "p.png"), sheet.tile_side(32, 4)
+    assert image.shape[1] < 4 * (side + 20) + 60
+    assert not (image == sheet.HIDDEN).all(-1).any() and not (image == sheet.PARTNER).all(-1).any()
+    assert all(len(find(image, enlarged(made["pictures"]["input_view"][row], side))) == 1 for row in range(2))
+
+
+def test_partners_without_a_row_of_their_own_are_not_shown(tmp_path):
+    made = example(rows=2, terms=("intra",))
+    panels.write(tmp_path / "p.png", **made, paired=False)
+    image, side = page(tmp_path / "p.png"), sheet.tile_side(32, 4)
+    for row in range(2):
+        assert len(find(image, enlarged(made["pictures"]["input_view"][row], side))) == 2  # as image i, and as the target view
+        assert len(find(image, enlarged(made["pictures"]["input"][row], side))) == 1
+
+
 @pytest.mark.parametrize(
-    ("mixed", "terms", "columns"), [(True, ("inter",), 7), (True, ("intra",), 7), (True, (), 4), (False, (), 2), (False, ("intra",), 6)]
+    ("mixed", "terms", "columns"), [(True, ("inter",), 7), (True, ("intra",), 7), (True, (), 4), (False, (), 3), (False, ("intra",), 6)]
 )
 @pytest.mark.parametrize("words", [True, False])
 def test_forms(tmp_path, mixed, terms, columns, words):

@@ -13,6 +13,7 @@ import pytest
 
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
+from m3i_jax.objective import methods
 from m3i_jax.training import optimizer, state
 from m3i_jax.training.checkpoint import Checkpoints
 from tests import toy
@@ -30,7 +31,7 @@ def make(width: int = 128) -> state.State:
         "decoder": {"head": {"kernel": draw(width, 8)}, "mask_token": draw(1, 1, 8).at[0, 0, 0].set(jnp.nan)},  # a NaN has bits too
         "logit_scale": jnp.float32(1.3),
     }
-    tx = optimizer.build(toy.settings(optim__clip=0.0, optim__ema=0.5), steps=20, warmup=0)
+    tx = optimizer.build(toy.settings(optim__clip=0.0, optim__ema=0.5), methods.FORMS["m3i"], steps=20, warmup=0)
     updates, opt = tx.update(jax.tree.map(jnp.sin, params), tx.init(params), params, feature_grad_norms=(2.0, 3.0))
     return state.State(step=jnp.int32(7), params=optax.apply_updates(params, updates), opt=opt)
 
@@ -94,7 +95,7 @@ def test_every_bit_comes_back_on_any_mesh(eight: pathlib.Path, whole: state.Stat
     moment = got.opt["adamw"][0].nu["encoder"]["blocks"]["fc1"]["kernel"]
     assert moment.addressable_shards[0].data.size * parts == moment.size
     assert float(got.opt["balance"].sp) == 3.0 and int(got.opt["target"].count) == 1
-    target = got.opt["target"].params["blocks"]["fc1"]["kernel"]
+    target = got.opt["target"].params["encoder"]["blocks"]["fc1"]["kernel"]
     assert not np.array_equal(target, got.params["encoder"]["blocks"]["fc1"]["kernel"])
 
 

@@ -5,12 +5,15 @@ import signal
 import threading
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from m3i_jax import schema
-from m3i_jax.training import loop
+from m3i_jax import parallel, schema
+from m3i_jax.objective import families, methods, posterior
+from m3i_jax.training import loop, trainer
 from m3i_jax.training.step import MOMENT
+from tests import toy
 
 BATCH = 8
 
@@ -35,11 +38,11 @@ class Metric:
 class World:
     """Trainer, data, checkpoints, sinks and evaluators; `events` has what happened in order."""
 
-    def __init__(self, steps: int, *, bad: set[int] = frozenset(), moment: bool = False, **train: int):
+    def __init__(self, steps: int, *, bad: set[int] = frozenset(), moment: bool = False, spread: Any = None, **train: int):
         settings = {"save_every": 100, "eval_every": 100, "panel_every": 0, "log_every": 1} | train
         self.config = schema.Config(train=schema.Train(batch_size=BATCH, steps=steps, **settings))
         self.length, self.mesh = dataclasses.make_dataclass("Length", ["steps"])(steps), None
-        self.bad, self.moment = bad, moment
+        self.bad, self.moment, self.spread = bad, moment, spread
         self.events: list[str] = []
         self.lines: list[tuple[int, dict[str, float]]] = []
         self.said: list[str] = []
@@ -58,6 +61,8 @@ class World:
         self.note(f"dispatch {k}")
         loss = float("nan") if k in self.bad else 1.0 / k
         metrics = {"loss": Metric(loss, lambda: self.note(f"fetch {k}")), "skipped/not_finite": Metric(float(k in self.bad))}
+        if self.spread:
+            metrics["collapse/spread"] = Metric(self.spread(k))
         return State(k), metrics | ({MOMENT: np.eye(4)} if self.moment else {})
 
     def learning_rate(self, step: int) -> float:
@@ -257,6 +262,92 @@ def test_two_and_then_finite_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(12, bad={2, 3, 5, 6, 8, 9, 11, 12}, log_every=50)
     assert world.run(monkeypatch) == 0
     assert [step for step, values in world.lines if values.get("skipped/not_finite")] == [2, 3, 5, 6, 8, 9, 11, 12]
+
+
+def rises(values: list[dict[str, float]]) -> list[int]:
+    watch = loop.Collapse()
+    return [step for step, line in enumerate(values) if watch.see(line)]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_alarm_knows_no_scale(scale: float) -> None:
+    """Deviation and uniformity are judged against the largest seen, a spread as it is; one bad step is no collapse."""
+    falling = [scale * 0.8**k for k in range(40)]
+    first = next(k for k in range(40) if falling[k] < 0.02 * falling[0])
+    assert rises([{"collapse/target_std": x} for x in falling]) == [first + loop.Collapse.PATIENCE - 1]
+    assert rises([{"collapse/uniformity": -x} for x in falling]) == [first + loop.Collapse.PATIENCE - 1]
+    assert rises([{"collapse/target_std": scale if k != 20 else 0.0} for k in range(40)]) == []
+    assert rises([{"collapse/target_std": scale * 1e-3}] * 40) == []  # small from the start is a scale, not a collapse
+
+
+def test_the_alarm_rises_once_a_collapse_and_again_after_a_recovery() -> None:
+    spread = [0.5] * 3 + [0.019] * 7 + [0.03, 0.021] + [0.001] * 9 + [0.05] + [0.01] * 6
+    assert rises([{"collapse/spread": x} for x in spread]) == [7, 26]
+
+
+def test_what_is_missing_or_not_finite_is_not_judged() -> None:
+    nothing = [{}, {"collapse/spread": float("nan")}, {"collapse/target_std": float("inf")}, {"loss": 0.0}]
+    assert rises(nothing * 9) == []
+    assert rises([{"collapse/target_std": 0.0}] * 9) == []  # never was anything
+
+
+def test_a_collapse_is_said_once_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(40, spread=lambda k: 0.7 if k < 11 else 0.001, log_every=10)
+    assert world.run(monkeypatch, evaluators=[]) == loop.DONE
+    assert len(world.said) == 1 and "collapsed at step 15" in world.said[0] and "objective.second_moment" in world.said[0]
+    alarms = [(step, values["collapse/alarm"]) for step, values in world.lines]
+    assert alarms == [(1, 0.0), (10, 0.0), (15, 1.0), (20, 1.0), (30, 1.0), (40, 1.0)]
+
+
+def test_without_monitors_there_is_no_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(3)
+    world.run(monkeypatch, evaluators=[])
+    assert all("collapse/alarm" not in values for _, values in world.lines)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pull(families.Gaussian):
+    """A Gaussian posterior whose target has a gradient: nothing keeps all features from becoming the same."""
+
+    two_sided = True
+
+    def cost(self, prediction: Any, target: Any, where: Any, given: families.Given) -> families.Cost:
+        made = super().cost(prediction, target, where, dataclasses.replace(given, weight=0.0))
+        other = posterior.gaussian(target.reshape(-1, target.shape[-1]), prediction.reshape(-1, target.shape[-1]), where.reshape(-1))[0]
+        return made._replace(sum=made.sum + other - jax.lax.stop_gradient(other))  # its value once, the gradient of both sides
+
+
+class _Data:
+    def __init__(self, batches: Any):
+        self._batches, self.skipped = iter(batches), {}
+
+    def __next__(self) -> Any:
+        return next(self._batches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["collapsing", "sim"])
+def test_a_forced_collapse_warns_within_100_steps_and_a_healthy_run_does_not(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Real steps at toy size. The collapse is watched on the features of the encoder, as the target of a second term."""
+    pulled = methods.tokens(methods.FULL, 1, encoder="online", posterior=Pull())
+    watched = methods.tokens(methods.FULL, 0, encoder="shared", posterior=families.Gaussian())
+    monkeypatch.setitem(methods.FORMS, "collapsing", (pulled, watched))
+    settings = {"objective__forms": form, "objective__second_moment": 0.0, "train__steps": 60, "optim__lr": 0.01, "train__log_every": 10}
+    config = toy.settings(**settings)
+    made = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), toy.VOCABULARY)
+    said, lines, world = [], [], World(0)
+    outside = loop.Outside(
+        data=_Data(toy.batch(config, k) for k in range(60)), checkpoints=world, write=lambda step, values: lines.append((step, values)),
+        say=said.append, panel=lambda *_: None, evaluators=[], position=lambda samples: {},
+    )  # fmt: skip
+    monkeypatch.setattr(world, "save", lambda *_: None)
+    loop.run(made, made.init(), samples_seen=0, outside=outside)
+    if form == "collapsing":
+        assert len(said) == 1 and "have collapsed" in said[0]
+        first = next(step for step, values in lines if values["collapse/alarm"])
+        assert first <= 60 and lines[-1][1]["collapse/effective_rank"] < 1.5 < 4 < lines[0][1]["collapse/effective_rank"]
+    else:
+        assert not said and all(values["collapse/alarm"] == 0 for _, values in lines)
 
 
 def test_signals_are_left_alone_outside_the_main_thread() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.models import m3i
+from m3i_jax.objective import methods
 from m3i_jax.parallel.rules import path_of
 from m3i_jax.training import optimizer
 from tests import toy
@@ -44,7 +45,9 @@ ZERO = {"feature_grad_norms": (0.0, 0.0)}
 
 
 def shapes(config: schema.Config):
-    return jax.eval_shape(lambda key: m3i.init(config, key, classes=toy.CLASSES, vocabulary=toy.VOCABULARY), jax.random.key(0))
+    return jax.eval_shape(
+        lambda key: m3i.init(config, key, methods.FORMS["m3i"], classes=toy.CLASSES, vocabulary=toy.VOCABULARY), jax.random.key(0)
+    )
 
 
 def names(tree, keep=lambda leaf: True) -> set[str]:
@@ -129,7 +132,7 @@ def run(
     config: schema.Config, params: dict, *, count: int, frozen: bool = True, steps: int = 20, warmup: int = 0
 ) -> list[tuple[dict, dict]]:
     """(params, state) after every update, the start included."""
-    tx = optimizer.build(config, steps=steps, warmup=warmup)
+    tx = optimizer.build(config, methods.FORMS["m3i"], steps=steps, warmup=warmup)
     update = jax.jit(lambda g, s, p: (lambda u, s: (optax.apply_updates(p, u), s))(*tx.update(g, s, p, feature_grad_norms=(2.0, 4.0))))
     seen = [(params, tx.init(params))]
     for k in range(count):
@@ -181,7 +184,7 @@ def test_the_frozen_patch_embedding_does_not_move() -> None:
 def test_a_patch_embedding_that_is_trained_is_decayed() -> None:
     """Zero gradients: all that moves a kernel is the decay, all else stays."""
     config = toy.settings(optim__lr=0.1, optim__weight_decay=0.5, model__encoder__freeze_patch_embed=False)
-    tx, params = optimizer.build(config, steps=20, warmup=0), small()
+    tx, params = optimizer.build(config, methods.FORMS["m3i"], steps=20, warmup=0), small()
     updates = jax.jit(lambda p: tx.update(jax.tree.map(jnp.zeros_like, p), tx.init(p), p, **ZERO)[0])(params)
     got = as_numpy(updates)
     for name, value in as_numpy(params).items():
@@ -191,7 +194,7 @@ def test_a_patch_embedding_that_is_trained_is_decayed() -> None:
 @pytest.mark.parametrize(("sign", "limit"), [(1.0, math.log(100)), (-1.0, 0.0)])
 def test_the_logit_scale_stays_within_ln_1_and_ln_100(sign: float, limit: float) -> None:
     params, seen = small(2.0), []
-    tx = optimizer.build(toy.settings(optim__lr=1.5), steps=20, warmup=0)
+    tx = optimizer.build(toy.settings(optim__lr=1.5), methods.FORMS["m3i"], steps=20, warmup=0)
 
     @jax.jit
     def step(params, state):
@@ -210,7 +213,7 @@ def test_the_logit_scale_stays_within_ln_1_and_ln_100(sign: float, limit: float)
 def test_the_chain_has_named_links_in_this_order() -> None:
     state = run(toy.settings(), small(), count=0)[0][1]
     assert list(state) == ["balance", "clip", "adamw", "bounds", "target"]
-    assert jax.tree.structure(state["target"].params) == jax.tree.structure(small()["encoder"])
+    assert jax.tree.structure(state["target"].params["encoder"]) == jax.tree.structure(small()["encoder"])
 
 
 def test_the_target_is_the_average_of_the_encoder_after_every_update() -> None:
@@ -220,7 +223,7 @@ def test_the_target_is_the_average_of_the_encoder_after_every_update() -> None:
     for k, (params, state) in enumerate(seen[1:], 1):
         m = 1 - (1 - 0.6) * (1 + math.cos(math.pi * k / 20)) / 2
         average = {name: m * average[name] + (1 - m) * new for name, new in as_numpy(params["encoder"]).items()}
-        for name, value in as_numpy(state["target"].params).items():
+        for name, value in as_numpy(state["target"].params["encoder"]).items():
             np.testing.assert_allclose(value, average[name], rtol=1e-5, atol=1e-6, err_msg=f"{name} after {k}")
     assert int(seen[-1][1]["target"].count) == 3
 
@@ -230,4 +233,18 @@ def test_the_balance_statistics_see_the_norms_and_leave_the_update_alone() -> No
     balance = seen[-1][1]["balance"]
     assert (int(balance.count), float(balance.ssp), float(balance.sp)) == (2, 2.0, 4.0)
     with pytest.raises(ValueError, match="feature_grad_norms"):
-        optimizer.build(toy.settings(), steps=20, warmup=0).update(small(), seen[0][1], small())
+        optimizer.build(toy.settings(), methods.FORMS["m3i"], steps=20, warmup=0).update(small(), seen[0][1], small())
+
+
+def test_a_frozen_target_never_moves() -> None:
+    terms = methods.vary(methods.FORMS["sim"], target_encoder="frozen")
+    tx, params = optimizer.build(toy.settings(optim__lr=0.1), terms, steps=20, warmup=0), small()
+    before = as_numpy(params["encoder"])
+    state = tx.init(params)
+    assert list(state) == ["balance", "clip", "adamw", "bounds", "target", "frozen"]
+    for _ in range(2):
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params, **ZERO)
+        params = optax.apply_updates(params, updates)
+    for name, value in as_numpy(state["frozen"].params["encoder"]).items():
+        np.testing.assert_array_equal(value, before[name])
+    assert any((as_numpy(params["encoder"])[name] != before[name]).any() for name in before)

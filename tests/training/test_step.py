@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from m3i_jax import parallel
+from m3i_jax.models import m3i
 from m3i_jax.objective import methods
-from m3i_jax.training import step, terms, trainer, views
+from m3i_jax.training import plan, step, targets, terms, trainer, views
 from tests import toy
 
 LAMBDA = 0.7
@@ -17,16 +18,32 @@ LAMBDA = 0.7
 
 @functools.cache
 def made(form: str, **changes: object) -> tuple[trainer.Trainer, object]:
-    config = toy.settings(objective__form=form, **changes)
+    config = toy.settings(objective__forms=form, **changes)
     one = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), toy.VOCABULARY)
     return one, one.init()
 
 
 def gradients(form: str, **changes: object):
     one, state = made(form, **changes)
-    target = jax.tree.map(lambda a: a * 0.9, state.params["encoder"])  # another tree than the online encoder
-    run = jax.jit(lambda p, b: step.gradients(one.plan, p, target, b, jnp.float32(LAMBDA)))
-    return run(state.params, toy.batch(one.config))
+    run = jax.jit(lambda p, t, b: step.gradients(one.plan, p, t, b, jnp.float32(LAMBDA)))
+    return run(state.params, teachers(one, state), toy.batch(one.config))
+
+
+def teachers(one: trainer.Trainer, state) -> dict:
+    """Other trees than the online encoder's."""
+    parts = m3i.target_parts(one.config, one.plan.terms, state.params)
+    return {"ema": jax.tree.map(lambda a: a * 0.9, parts), "frozen": jax.tree.map(lambda a: a * 1.1, parts)}
+
+
+def of_terms(one: trainer.Trainer, state, trees: dict, batch, params=None):
+    """What `group_loss` is given, and z, by the definitions."""
+    plan, params = one.plan, params or state.params
+    trees = {**trees, "shared": jax.lax.stop_gradient(m3i.target_parts(one.config, plan.terms, params))}
+    crops = views.patches(plan.config, batch, plan.crops, exact=plan.exact)
+    goals = targets.goals(plan, trees, crops)
+    seen = terms.Seen(goals=goals, keys=goals, index=None, moments=targets.moments(plan, goals))
+    shared = dict(factors=terms.scales(plan, batch)[1], batch=batch, seen=seen, cached=None)
+    return shared, views.encode(plan.config, plan.passes, batch, crops, params["encoder"])
 
 
 def difference(a, b) -> float:
@@ -37,21 +54,15 @@ def difference(a, b) -> float:
     )
 
 
-@pytest.mark.parametrize("form", ["m3i", "sim_supervised", "supervised"])
+@pytest.mark.parametrize("form", ["m3i", "sim,supervised,clip", "supervised"])
 def test_one_backward_is_the_gradient_of_the_plain_sum(form: str) -> None:
     one, state = made(form)
-    plan, batch = one.plan, toy.batch(one.config)
-    target = jax.tree.map(lambda a: a * 0.9, state.params["encoder"])
+    batch, trees = toy.batch(one.config), teachers(one, state)
 
     def plain(params, batch):
-        crops = views.patches(plan.config, batch, plan.crops)
-        features = terms.targets(plan, target, crops)
-        z = step._encode(plan, batch, crops, params["encoder"])
+        shared, z = of_terms(one, state, trees, batch, params)
         heads = {k: v for k, v in params.items() if k != "encoder"}
-        shared = dict(
-            factors=terms.scales(plan, batch)[1], moment=terms.second_moment(plan, features), batch=batch, features=features, cached=None
-        )
-        return sum(w * terms.group_loss(plan, g, **shared)(heads, z)[0] for g, w in (("ssp", 1.0), ("sp", LAMBDA)))
+        return sum(w * terms.group_loss(one.plan, g, **shared)(heads, z)[0] for g, w in (("ssp", 1.0), ("sp", LAMBDA)))
 
     want = jax.jit(jax.grad(plain))(state.params, batch)
     got, metrics, _ = gradients(form)
@@ -61,23 +72,17 @@ def test_one_backward_is_the_gradient_of_the_plain_sum(form: str) -> None:
 
 def test_norms_are_those_of_the_two_losses_at_the_encoder_output() -> None:
     one, state = made("m3i")
-    plan, batch = one.plan, toy.batch(one.config)
-    target = jax.tree.map(lambda a: a * 0.9, state.params["encoder"])
+    batch, trees = toy.batch(one.config), teachers(one, state)
 
     def at_output(batch):
-        crops = views.patches(plan.config, batch, plan.crops)
-        features = terms.targets(plan, target, crops)
-        z = step._encode(plan, batch, crops, state.params["encoder"])
-        shared = dict(
-            factors=terms.scales(plan, batch)[1], moment=terms.second_moment(plan, features), batch=batch, features=features, cached=None
-        )
-        return [jax.grad(lambda z, g=g: terms.group_loss(plan, g, **shared)(state.params, z)[0])(z) for g in ("ssp", "sp")]
+        shared, z = of_terms(one, state, trees, batch)
+        return [jax.grad(lambda z, g=g: terms.group_loss(one.plan, g, **shared)(state.params, z)[0])(z) for g in ("ssp", "sp")]
 
     want = [float(np.sqrt(sum(float(jnp.square(x).sum()) for x in jax.tree.leaves(g)))) for g in jax.jit(at_output)(batch)]
     np.testing.assert_allclose([float(n) for n in gradients("m3i")[2]], want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["m3i", "sim_supervised"])
+@pytest.mark.parametrize("form", ["m3i", "sim,supervised,clip"])
 def test_microbatches_are_the_whole_batch(form: str) -> None:
     whole, metrics, norms = gradients(form)
     parts, metrics_4, norms_4 = gradients(form, train__microbatches=4)
@@ -110,7 +115,7 @@ def test_missing_annotations_do_not_enter() -> None:
     batch = toy.batch(one.config)
     other = {**batch, "tokens": batch["tokens"].copy()}
     other["tokens"][batch["length"] == 0] = 7
-    run = jax.jit(lambda b: step.gradients(one.plan, state.params, state.params["encoder"], b, jnp.float32(1))[1]["loss/sp"])
+    run = jax.jit(lambda b: step.gradients(one.plan, state.params, teachers(one, state), b, jnp.float32(1))[1]["loss/sp"])
     assert float(run(batch)) == float(run(other))
     bare = {**batch, "label": np.full_like(batch["label"], -1), "length": np.zeros_like(batch["length"])}
     assert float(run(bare)) == 0.0
@@ -128,9 +133,9 @@ def test_sim_with_equal_views_is_masked_image_modelling() -> None:
     mim, _ = made("mim")
     batch = toy.batch(sim.config)
     batch = {**batch, **{k: np.repeat(batch[k][:, :1], 2, 1) for k in ("views", "box", "flip")}}
-    params = {k: v for k, v in state.params.items()}
+    trees = teachers(sim, state)
     losses = [
-        float(jax.jit(lambda b, p=m.plan: step.gradients(p, params, params["encoder"], b, jnp.float32(1))[1]["loss/ssp"])(batch))
+        float(jax.jit(lambda b, p=m.plan: step.gradients(p, state.params, trees, b, jnp.float32(1))[1]["loss/ssp"])(batch))
         for m in (sim, mim)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -191,8 +196,8 @@ def test_sharded_parameters_are_one_device(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_plan_shares_passes() -> None:
-    plan = terms.Plan(toy.settings(), methods.FORMS["m3i"])
-    assert len(plan.passes) == 1 and plan.target_crops == (0, 1)
+    made_plan = plan.Plan(toy.settings(), methods.FORMS["m3i"])
+    assert len(made_plan.passes) == 1 and [(v.encoder, v.crop) for v in made_plan.views] == [("ema", 0), ("ema", 1)]
     one, _ = made("m3i")
     counted = {"encoder": 0, "decoder": 0}
     original = {"encoder": terms.m3i.encode, "decoder": terms.m3i.decode}

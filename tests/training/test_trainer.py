@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
-from m3i_jax.training import trainer
+from m3i_jax.training import checkpoint, plan, trainer
 from tests import toy
 
 
@@ -75,7 +76,7 @@ def test_an_impossible_length_names_its_key(changes: dict, words: tuple[str, ...
 
 def test_plan_leaves_out_what_the_data_does_not_have() -> None:
     both = toy.settings()
-    names = lambda c: [t.name for t in trainer.plan(c).terms]  # noqa: E731
+    names = lambda c: [t.name for t in plan.read(c).terms]  # noqa: E731
     assert names(both) == ["intra", "inter", "category", "text", "category", "text"]
     assert names(with_data(both, captions="no")) == ["intra", "inter", "category", "category"]
     assert names(with_data(both, classes=0)) == ["intra", "inter", "text", "text"]
@@ -83,23 +84,23 @@ def test_plan_leaves_out_what_the_data_does_not_have() -> None:
 
 
 def test_plan_passes_on_which_positions_count() -> None:
-    hidden = {t.name: t.hidden for t in trainer.plan(toy.settings(objective__intra_positions="hidden")).terms}
+    hidden = {t.name: t.hidden for t in plan.read(toy.settings(objective__intra_positions="hidden")).terms}
     assert hidden == {"intra": True, "inter": False, "category": False, "text": False}
 
 
 @pytest.mark.parametrize(
     ("form", "changes", "words"),
     [
-        ("nonsense", {}, ("config.objective.form: 'nonsense' is none of m3i, mim, sim",)),
-        ("clip", {"captions": "no"}, ("config.objective.form: form 'clip'", "captions")),
-        ("supervised", {"classes": 0}, ("config.objective.form: form 'supervised'", "categories")),
+        ("nonsense", {}, ("config.objective.forms: 'nonsense' is none of auto_encoder, dense_distillation",)),
+        ("clip", {"captions": "no"}, ("config.objective.forms: clip", "captions")),
+        ("supervised", {"classes": 0}, ("config.objective.forms: supervised", "categories")),
     ],
 )
 def test_a_form_that_cannot_be_trained_is_refused(form: str, changes: dict, words: tuple[str, ...]) -> None:
     settings = toy.settings()
-    settings = dataclasses.replace(settings, objective=dataclasses.replace(settings.objective, form=form))
+    settings = dataclasses.replace(settings, objective=dataclasses.replace(settings.objective, forms=(form,)))
     with pytest.raises(UserError) as error:
-        trainer.plan(with_data(settings, **changes))
+        plan.read(with_data(settings, **changes))
     assert all(word in str(error.value) for word in words), error.value
 
 
@@ -124,7 +125,7 @@ def test_the_template_is_the_initial_state() -> None:
         assert (template.shape, template.dtype) == (leaf.shape, leaf.dtype)
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     assert int(state.step) == 0 and {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
-    jax.tree.map(np.testing.assert_array_equal, state.opt["target"].params, state.params["encoder"])
+    jax.tree.map(np.testing.assert_array_equal, state.opt["target"].params["encoder"], state.params["encoder"])
     assert all(not np.asarray(moment).any() for moment in jax.tree.leaves(state.opt["adamw"]))
 
 
@@ -154,8 +155,48 @@ def test_number_of_parameters_by_part() -> None:
 
 @pytest.mark.parametrize(
     ("form", "heads"),
-    [("supervised", {"category"}), ("clip", {"image_projection", "text", "logit_scale"}), ("mim", set())],
+    [
+        ("supervised", {"pool", "category"}),
+        ("clip", {"pool", "image_projection", "text", "logit_scale"}),
+        ("mim", {"decoder"}),
+        ("instance", {"heads"}),
+    ],
 )
 def test_annotations_that_no_term_predicts_have_no_head(form: str, heads: set[str]) -> None:
-    one = trainer.Trainer(toy.settings(objective__form=form), made().mesh, toy.VOCABULARY)
-    assert set(one.template.params) - {"encoder", "decoder", "pool"} == heads
+    one = trainer.Trainer(toy.settings(objective__forms=form), made().mesh, toy.VOCABULARY)
+    assert set(one.template.params) - {"encoder"} == heads
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The working directory of a run that saved its first state."""
+    directory = tmp_path_factory.mktemp("teacher")
+    saver = checkpoint.Checkpoints(directory / "checkpoints", 1)
+    saver.save(3, made().init(), {"samples_seen": 0})
+    saver.wait()
+    saver.close()
+    return directory
+
+
+def test_a_frozen_target_starts_from_another_run(teacher: pathlib.Path) -> None:
+    settings = toy.settings(objective__forms="milan", objective__target_checkpoint=str(teacher), seed=7)
+    one = trainer.Trainer(settings, made().mesh, toy.VOCABULARY)
+    state = one.init()
+    wanted = made().init().params["encoder"]
+    jax.tree.map(np.testing.assert_array_equal, state.opt["frozen"].params["encoder"], wanted)
+    assert jax.tree.structure(state) == jax.tree.structure(one.template)
+    assert not np.array_equal(state.params["encoder"]["cls_token"], wanted["cls_token"])  # the student has another seed
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"objective__target_checkpoint": "nowhere"}, ("'nowhere' has no checkpoints", "--workdir")),
+        ({"model__encoder__depth": 3}, ("its encoder is another one", "params/encoder/blocks", "same model settings")),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(teacher: pathlib.Path, changes: dict, words: tuple[str, ...]) -> None:
+    settings = toy.settings(**{"objective__forms": "milan", "objective__target_checkpoint": str(teacher), **changes})
+    with pytest.raises(UserError) as error:
+        trainer.Trainer(settings, made().mesh, toy.VOCABULARY).init()
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value

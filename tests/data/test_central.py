@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from m3i_jax.data import pipeline, records, sources
+from m3i_jax.data import central, records, sources
 
 
 def test_evaluation_views(make):
@@ -15,7 +15,7 @@ def test_evaluation_views(make):
         def __getitem__(self, index: int) -> sources.Record:
             return sources.Record(str(index), pictures[index], index * 10)
 
-    batches = pipeline.evaluation_batches(Some(7), np.array([6, 3, 0, 1, 5, 3]), 28, 3)
+    batches = central.evaluation_batches(Some(7), np.array([6, 3, 0, 1, 5, 3]), 28, 3)
     first, second = batches
     assert batches.skipped == dict.fromkeys(records.REASONS, 0) | {"undecodable": 2}
     assert first["valid"].tolist() == [True] * 3 and second["valid"].tolist() == [True, False, False]
@@ -32,5 +32,5 @@ def test_evaluation_views(make):
 
 
 def test_evaluation_of_nothing(make):
-    assert list(pipeline.evaluation_batches(make.Pictures(3), [], 28, 4)) == []
-    assert list(pipeline.evaluation_batches(make.Pictures(3, bad=3), range(3), 28, 4)) == []
+    assert list(central.evaluation_batches(make.Pictures(3), [], 28, 4)) == []
+    assert list(central.evaluation_batches(make.Pictures(3, bad=3), range(3), 28, 4)) == []

@@ -1,0 +1,60 @@
+"""Any row of the paper's Tables 1 and 3, any named method, and any set of them, as a run.
+
+python -m m3i_jax.main --config configs/forms.py:form=a,size=tiny --workdir runs/a
+python -m m3i_jax.main --config configs/forms.py:form=mim+clip,size=b --workdir runs/both --config.data.source=folder --config.data.path=DIR
+
+The letters a to l, ic and wsp take the recipe of the paper's ablations; a named method takes that and the settings it was published with.
+"""
+
+from ml_collections import ConfigDict
+
+from m3i_jax.config import default, override, rescale
+from m3i_jax.models import presets
+from m3i_jax.objective import methods, named
+
+SIZES = {"tiny": "vit_tiny", "s": "vit_s16", "b": "vit_b16", "l": "vit_l16"}
+
+
+def get_config(form: str = "m3i", size: str = "b", batch_size: int = 0, epochs: float = 0.0) -> ConfigDict:
+    """form: names joined by +. size: tiny, s, b or l. batch_size: images a step; 0: 4,096, tiny: 64. epochs: 0: as published, 400 for
+    the forms of the paper's ablations; tiny: 400 steps."""
+    if size not in SIZES:
+        raise ValueError(f"size {size!r} is none of {', '.join(SIZES)}")
+    config = default()
+    config.model.update(presets.preset(SIZES[size]))
+    names = tuple(methods.LETTERS.get(name, name) for name in form.split("+"))
+    config.objective.forms = names
+    config.train.epochs = 400.0  # M3I section 4.2
+    for name in names:
+        if name in named.METHODS:
+            override(config, [f"{key}={value}" for key, value in named.METHODS[name].settings.items()])
+    if epochs:
+        config.train.epochs = epochs
+    config.optim.warmup_epochs = min(40.0, 0.1 * config.train.epochs)
+    if size == "tiny":
+        _tiny(config)
+    rescale(config, batch_size or (64 if size == "tiny" else 4096))
+    if size == "tiny":
+        config.optim.lr = 2e-3
+        config.optim.ema = min(config.optim.ema, 0.98)  # of a run of hundreds of steps
+    return config
+
+
+def _tiny(config: ConfigDict) -> None:
+    """Built-in shapes of 32 pixels, two CPU cores, minutes: widths of a published head or decoder would be most of the model."""
+    config.data.update({"source": "shapes", "size": 40_000, "image_size": 32, "caption_length": 20, "vocabulary_size": 512})
+    config.data.crop_scale = (max(config.data.crop_scale[0], 0.6), 1.0)  # smaller crops would often miss the shape
+    config.data.augment.blur_sigma = (0.1, 0.5)
+    config.model.encoder.drop_path = 0.0
+    config.model.encoder.freeze_patch_embed = False
+    config.model.decoder.update({"width": 96, "depth": 1, "heads": 3})
+    config.model.text.depth = 1
+    config.model.head.update({"hidden": 256, "width": 64, "prototypes": 64})
+    config.optim.warmup_steps = 30
+    config.train.steps = 400
+    config.train.log_every = 25
+    config.train.save_every = 200
+    config.train.panel_every = 200
+    config.train.eval_every = 0
+    config.evaluate.train_limit = 1_500
+    config.evaluate.query_limit = 1_000

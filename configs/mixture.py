@@ -1,0 +1,30 @@
+"""Pre-train on any sources together, each with its share of the samples; M3I mixes 427 million captioned and 15 million labelled pictures.
+
+python -m m3i_jax.main --config 'configs/mixture.py:sources=tars:/a/*.tar=427;folder:/b=15' --workdir runs/mine
+
+A source is KIND:PATH[@SPLIT[|HELD_OUT]][=WEIGHT], KIND one of folder, tars, array_record, tfds, hugging_face, shapes. Without any weight,
+the shares are the numbers of pictures: one pass reads each picture once.
+"""
+
+from ml_collections import ConfigDict
+
+from m3i_jax.config import default, rescale
+from m3i_jax.models import presets
+
+
+def get_config(
+    sources: str = "", class_space: str = "shared", model: str = "vit_s16", batch_size: int = 256, epochs: float = 400.0
+) -> ConfigDict:
+    """sources: separated by semicolons. class_space: shared (classes of one name are one) or separate. model: vit_tiny, vit_s16, vit_b16,
+    vit_l16 or vit_h14. batch_size: images a step. epochs: passes, of as many samples as all sources have pictures."""
+    config = default()
+    config.model.update(presets.preset(model))
+    config.data.source = "mixture"
+    config.data.mixture = tuple(source.strip() for source in sources.split(";") if source.strip())
+    config.data.class_space = class_space
+    config.data.workers = 0
+    config.data.threads = 4
+    config.train.epochs = epochs
+    config.optim.warmup_epochs = 0.1 * epochs  # M3I's ablations: 40 of 400
+    rescale(config, batch_size)
+    return config

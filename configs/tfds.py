@@ -1,0 +1,36 @@
+"""Pre-train on a data set that tensorflow-datasets has prepared (file format array_record or parquet), without TensorFlow.
+
+python -m m3i_jax.main --config configs/tfds.py:name=food101 --workdir runs/mine
+"""
+
+from ml_collections import ConfigDict
+
+from m3i_jax.config import default, rescale
+from m3i_jax.models import presets
+
+
+def get_config(
+    name: str = "",
+    directory: str = "",
+    split: str = "train",
+    holdout_split: str = "",
+    model: str = "vit_s16",
+    batch_size: int = 256,
+    epochs: float = 400.0,
+) -> ConfigDict:
+    """name: as TFDS writes it, such as imagenet2012:5.1.0, or the directory of one version. directory: where prepared data sets lie, if not
+    in TFDS's default place. split: to train on. holdout_split: for evaluators; empty: a tenth of the training split. model: vit_tiny,
+    vit_s16, vit_b16, vit_l16 or vit_h14. batch_size: images a step. epochs: passes over the split."""
+    config = default()
+    config.model.update(presets.preset(model))
+    config.data.source = "tfds"
+    config.data.path = name
+    config.data.directory = directory
+    config.data.split = split
+    config.data.holdout_split = holdout_split
+    config.data.workers = 0
+    config.data.threads = 4
+    config.train.epochs = epochs
+    config.optim.warmup_epochs = 0.1 * epochs  # M3I's ablations: 40 of 400
+    rescale(config, batch_size)
+    return config

@@ -1,0 +1,141 @@
+"""Small heads beside the decoder and the pooling: projector and predictor of predictions in a space of their own (BYOL, MoCo v3, SimCLR,
+Barlow Twins, MSN), and one linear map of the encoder's tokens (SimMIM, data2vec, feature distillation).
+
+How many layers a head has is the method's, how wide they are the configuration's (`model.head`). Batch norm takes the statistics of the
+batch it sees, of the whole of it where it is sharded over devices; the target's projector does so too, with its own tokens.
+
+x [..., D]: one vector an image, or one a token. K prototypes, W width of the space.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from m3i_jax import schema
+from m3i_jax.models.initial import draw, shapes_of
+from m3i_jax.models.layers import BatchNorm, Dense, Params, batch_norm
+from m3i_jax.objective.methods import Mlp, Projection
+
+
+def _dense(model: schema.Model, mlp: Mlp, layer: int, width: int) -> Dense:
+    """Layer of a projector. A bias before a batch norm would be taken out again."""
+    last = layer == mlp.layers - 1
+    normed = mlp.last_norm if last else mlp.norm == "batch"
+    return Dense(width, jnp.dtype(model.dtype), use_bias=not normed)
+
+
+def init_mlp(model: schema.Model, rng: jax.Array, mlp: Mlp, width_in: int, width_out: int) -> Params:
+    """Parameters of a projector or predictor: `layer_0`, `norm_0`, `layer_1`, ...; the last norm has none.
+
+    Matrices are Xavier-uniform, biases 0. There is a bias only where no batch norm follows.
+
+    >>> shapes = jax.eval_shape(lambda key: init_mlp(schema.Model(), key, Mlp(layers=2), 768, 256), jax.random.key(0))
+    >>> {name: sorted(part) for name, part in shapes.items()}, shapes["layer_1"]["kernel"].shape
+    ({'layer_0': ['kernel'], 'layer_1': ['bias', 'kernel'], 'norm_0': ['bias', 'scale']}, (4096, 256))
+    """
+    shapes: dict[str, Any] = {}
+    for layer in range(mlp.layers):
+        last = layer == mlp.layers - 1
+        width = width_out if last else model.head.hidden
+        shapes[f"layer_{layer}"] = shapes_of(_dense(model, mlp, layer, width), jnp.zeros((1, width_in)))
+        if not last and mlp.norm == "batch":
+            shapes[f"norm_{layer}"] = shapes_of(BatchNorm(), jnp.zeros((1, width)))
+        width_in = width
+    return draw(rng, shapes)
+
+
+def apply_mlp(model: schema.Model, params: Params, mlp: Mlp, x_xD: jax.Array) -> jax.Array:
+    """Linear maps with batch norm and ReLU between them, and perhaps a batch norm without scale and offset at the end (MoCo v3).
+
+    Args:
+      model: settings; `model.head` and `model.dtype` are read.
+      params: as of `init_mlp`.
+      mlp: how many layers, and which norms.
+      x_xD: [..., D]; the statistics of batch norm are over all leading axes.
+
+    Returns:
+      [..., W] float32; matrix products are in `model.dtype`.
+
+    >>> shapes = jax.eval_shape(lambda key: init_mlp(schema.Model(), key, Mlp(layers=3), 768, 256), jax.random.key(0))
+    >>> jax.eval_shape(lambda params: apply_mlp(schema.Model(), params, Mlp(layers=3), jnp.zeros((4, 768))), shapes).shape
+    (4, 256)
+    """
+    for layer in range(mlp.layers):
+        part = params[f"layer_{layer}"]
+        x_xD = _dense(model, mlp, layer, part["kernel"].shape[-1]).apply({"params": part}, x_xD)
+        if layer < mlp.layers - 1:
+            if mlp.norm == "batch":
+                x_xD = BatchNorm().apply({"params": params[f"norm_{layer}"]}, x_xD)
+            x_xD = jax.nn.relu(x_xD)
+    x_xD = x_xD.astype(jnp.float32)
+    if mlp.last_norm:
+        width = x_xD.shape[-1]
+        x_xD = batch_norm(x_xD, jnp.ones(width), jnp.zeros(width))
+    return x_xD
+
+
+def init_projection(model: schema.Model, rng: jax.Array, projection: Projection, prototypes: bool) -> Params:
+    """Parameters of a space: `projector`, `predictor` and `prototypes` [K, W], those of them that it has.
+
+    Prototypes are uniform within 1 / sqrt(W) (MSN). Without a projector the space is that of the encoder's features.
+
+    >>> head = Projection(projector=Mlp(layers=3), predictor=Mlp(layers=2))
+    >>> sorted(jax.eval_shape(lambda key: init_projection(schema.Model(), key, head, False), jax.random.key(0)))
+    ['predictor', 'projector']
+    """
+    of_projector, of_predictor, of_prototypes = jax.random.split(rng, 3)
+    width = model.encoder.width if projection.projector is None else model.head.width
+    params: dict[str, Any] = {}
+    if projection.projector is not None:
+        params["projector"] = init_mlp(model, of_projector, projection.projector, model.encoder.width, width)
+    if projection.predictor is not None:
+        params["predictor"] = init_mlp(model, of_predictor, projection.predictor, width, width)
+    if prototypes:
+        bound = width**-0.5
+        params["prototypes"] = jax.random.uniform(of_prototypes, (model.head.prototypes, width), minval=-bound, maxval=bound)
+    return params
+
+
+def project(model: schema.Model, params: Params, projection: Projection, x_xD: jax.Array) -> jax.Array:
+    """What target and prediction both go through: [..., W] float32 of the projector, or x itself where the space has none.
+
+    >>> project(schema.Model(), {}, Projection(), jnp.zeros((2, 768))).shape
+    (2, 768)
+    """
+    return x_xD if projection.projector is None else apply_mlp(model, params["projector"], projection.projector, x_xD)
+
+
+def predict(model: schema.Model, params: Params, projection: Projection, x_xD: jax.Array) -> jax.Array:
+    """The prediction, [..., W]: predictor of the projection, those of the two that the space has.
+
+    >>> head = Projection(projector=Mlp(layers=2))
+    >>> shapes = jax.eval_shape(lambda key: init_projection(schema.Model(), key, head, False), jax.random.key(0))
+    >>> jax.eval_shape(lambda params: predict(schema.Model(), params, head, jnp.zeros((2, 768))), shapes).shape
+    (2, 256)
+    """
+    y_xW = project(model, params, projection, x_xD)
+    return y_xW if projection.predictor is None else apply_mlp(model, params["predictor"], projection.predictor, y_xW)
+
+
+def init_linear(model: schema.Model, rng: jax.Array, of: str) -> Params:
+    """Parameters of a linear map, `kernel` and `bias`: to D for tokens, to 3 p p for pixels.
+
+    >>> jax.eval_shape(lambda key: init_linear(schema.Model(), key, "pixels"), jax.random.key(0))["kernel"].shape
+    (768, 768)
+    """
+    e = model.encoder
+    if of not in ("tokens", "pixels"):
+        raise ValueError(f"a linear head of {of!r}: it predicts tokens or pixels")
+    width = e.width if of == "tokens" else 3 * e.patch_size**2
+    return draw(rng, shapes_of(Dense(width, jnp.dtype(model.dtype)), jnp.zeros((1, e.width))))
+
+
+def linear(model: schema.Model, params: Params, x_BxNxD: jax.Array) -> jax.Array:
+    """Predictions at the cells of the encoder's own tokens, in `model.dtype`.
+
+    >>> shapes = jax.eval_shape(lambda key: init_linear(schema.Model(), key, "tokens"), jax.random.key(0))
+    >>> jax.eval_shape(lambda params: linear(schema.Model(), params, jnp.zeros((2, 4, 768))), shapes).shape
+    (2, 4, 768)
+    """
+    return Dense(params["bias"].shape[-1], jnp.dtype(model.dtype)).apply({"params": params}, x_BxNxD)

@@ -1,0 +1,80 @@
+"""First values of parameters. Modules only declare names and shapes; what fills them is stated here, once, by the names.
+
+L blocks, D width.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m3i_jax.models.layers import Block, Params
+
+
+def shapes_of(module: nn.Module, *inputs: Any) -> Params:
+    """The parameters of a module as a tree of shapes.
+
+    >>> from m3i_jax.models.layers import Dense
+    >>> shapes_of(Dense(3, jnp.float32), jnp.zeros((1, 2)))["kernel"].shape
+    (2, 3)
+    """
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+
+
+def draw(rng: jax.Array, shapes: Params, normal: Mapping[str, float] | None = None) -> Params:
+    """First values of a tree of parameters, float32.
+
+    A `scale` is 1 and a `bias` 0. A `kernel` [in, out] is Xavier-uniform, bound sqrt(6 / (in + out)): qkv is the one [D, 3 D] matrix that
+    it is (MAE, SiameseIM; MoCo v3 bounds q, k and v by themselves), a patch embedding a [P, D] matrix. Names in `normal` are N(0, std^2)
+    instead. All are cut from one draw: a random call for every matrix would make the program several times as slow to compile.
+
+    Args:
+      rng: key.
+      shapes: tree of arrays or shapes.
+      normal: {end of a path: std}; the first that matches.
+
+    Raises:
+      ValueError: a parameter that none of these rules is about.
+
+    >>> from m3i_jax.models.layers import Dense
+    >>> tree = draw(jax.random.key(0), shapes_of(Dense(50, jnp.float32), jnp.zeros((1, 100))))
+    >>> round(float(jnp.abs(tree["kernel"]).max()), 3), float(jnp.abs(tree["bias"]).max())
+    (0.2, 0.0)
+    """
+    paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    named = [("/".join(str(getattr(k, "key", k)) for k in path), leaf.shape) for path, leaf in paths]
+    constant = {"scale": 1.0, "bias": 0.0}
+    total = sum(math.prod(shape) for path, shape in named if path.split("/")[-1] not in constant)
+    open_unit = jax.random.uniform(rng, (total,), minval=np.nextafter(np.float32(-1), np.float32(0)), maxval=1.0)
+    leaves, at = [], 0
+    for path, shape in named:
+        last = path.split("/")[-1]
+        if last in constant:
+            leaves.append(jnp.full(shape, constant[last], jnp.float32))  # a weak type would change with the first update
+            continue
+        part = open_unit[at : at + math.prod(shape)].reshape(shape)
+        at += part.size
+        std = next((std for end, std in (normal or {}).items() if path.endswith(end)), None)
+        if std is not None:
+            leaves.append(std * math.sqrt(2) * jax.lax.erf_inv(part))
+        elif last == "kernel":
+            leaves.append(math.sqrt(6 / sum(shape)) * part)
+        else:
+            raise ValueError(f"parameter {path} of shape {shape} has no rule for its first values")
+    return jax.tree.unflatten(structure, leaves)
+
+
+def init_blocks(one: Block, rng: jax.Array, *, width: int, depth: int, normal: Mapping[str, float] | None = None) -> Params:
+    """Parameters of `depth` blocks, each drawn by itself and stacked on a leading axis: every leaf is [L, ...].
+
+    >>> from m3i_jax.models.layers import block
+    >>> shapes = jax.eval_shape(lambda key: init_blocks(block(8, 2, 4.0, "float32"), key, width=8, depth=3), jax.random.key(0))
+    >>> shapes["attention"]["qkv"]["kernel"].shape
+    (3, 8, 24)
+    """
+    shapes = shapes_of(one, jnp.zeros((1, 1, width)))
+    return jax.lax.map(lambda key: draw(key, shapes, normal), jax.random.split(rng, depth))

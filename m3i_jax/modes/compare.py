@@ -1,0 +1,147 @@
+"""--mode=compare: several objectives under one configuration, one after the other, and one table of what came out.
+
+Every objective and seed is an ordinary run in WORKDIR/compare/NAME-SEED, with the data that is opened once. A run that is done has its
+result.json and is not run again; one that was cut off goes on. After each, the table is written anew: WORKDIR/compare.md, .json and .png.
+"""
+
+import dataclasses
+import gc
+import json
+import pathlib
+from typing import Any
+
+import jax
+
+from m3i_jax import parallel, schema
+from m3i_jax.modes import job as jobs
+from m3i_jax.modes import train
+from m3i_jax.objective import named
+from m3i_jax.reporting import compare as report
+from m3i_jax.reporting import flops
+from m3i_jax.reporting.files import write_text
+from m3i_jax.training import loop, plan
+from m3i_jax.training.trainer import Trainer, abstract_batch
+
+RESULT = "result.json"
+
+
+def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
+    whole = jobs.open_job(config, workdir)
+    main = jax.process_index() == 0
+    with jobs.lock(whole.workdir):
+        wanted = [(form, seed, of(whole, form, seed)) for form in config.compare.forms for seed in seeds(config)]
+        for _, _, job in wanted:  # a form that this data cannot feed is refused before hours go into those before it
+            plan.read(job.config)
+        results: list[dict[str, Any]] = []
+        failed: list[str] = []
+        for number, (form, seed, job) in enumerate(wanted, 1):
+            place = job.workdir / RESULT
+            if place.is_file():
+                result = json.loads(place.read_text())
+                train.agree(job, result, allow_changes)
+            else:
+                print(f"compare: {number} of {len(wanted)}: {form}, seed {seed}, in {job.workdir}", flush=True)
+                code = one(job, allow_changes)
+                if code == loop.PREEMPTED:
+                    return code
+                if code != loop.DONE:
+                    failed.append(f"{form}, seed {seed}")
+                    continue
+                cost = next((r["values"]["flops"] for r in results if r["form"] == form), None)
+                values = outcome(job) | {"flops": flops_a_step(job) if cost is None else cost}
+                result = {"form": form, "seed": seed, "fingerprint": job.fingerprint, "values": values}
+                if main:
+                    write_text(place, json.dumps(result, indent=1) + "\n")
+            results.append({**result, "form": form, "seed": seed})
+            if main:
+                write(whole, results, failed)
+        if main:
+            rows = report.summarize(results)
+            if rows:
+                print("\n" + report.text(rows, notes(whole, results, failed)) + "\n")
+            print("\n".join(str(whole.workdir / f"compare.{ending}") for ending in ("md", "json", "png")))
+    return loop.FAILED if failed else loop.DONE
+
+
+def seeds(config: schema.Config) -> range:
+    return range(config.seed, config.seed + config.compare.seeds)
+
+
+def of(whole: jobs.Job, form: str, seed: int) -> jobs.Job:
+    """The run of one objective and seed: the settings of the whole otherwise, with the linear evaluation that the table shows."""
+    config = dataclasses.replace(
+        whole.config,
+        seed=seed,
+        objective=dataclasses.replace(whole.config.objective, forms=tuple(form.split("+"))),
+        evaluate=dataclasses.replace(whole.config.evaluate, linear=True),
+        compare=schema.Compare(),
+    )
+    return dataclasses.replace(whole, config=config, workdir=whole.workdir / "compare" / f"{form}-{seed}")
+
+
+def one(job: jobs.Job, allow_changes: bool) -> int:
+    """Train one of them, as --mode=train would in its directory."""
+    job.workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    words = job.workdir / "tokenizer.json"
+    if job.tokenizer and not words.is_file():
+        job.tokenizer.save(str(words))
+    with jobs.lock(job.workdir):
+        code = train.pretrain(job, allow_changes)
+    gc.collect()
+    jax.clear_caches()  # the next one has programs of its own
+    return code
+
+
+def outcome(job: jobs.Job) -> dict[str, float]:
+    """Figures of a finished run: its last line of metrics, its last evaluation, and "seconds" of training, without the first step, which
+    compiles, and without evaluations."""
+    lines = [json.loads(line) for line in (job.workdir / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "loss" in line]
+    evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
+    before, seconds = 1, 0.0
+    for line in trained[1:]:
+        seconds += (line["step"] - before) * float(line["perf/step_seconds"])
+        before = line["step"]
+    last = {**(evaluated[-1] if evaluated else {}), **(trained[-1] if trained else {})}
+    return {name: float(value) for name, value in last.items()} | {"seconds": seconds}
+
+
+def flops_a_step(job: jobs.Job) -> float:
+    """Matrix products and convolutions of the traced step, which no mesh changes."""
+    made = Trainer(job.config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), job.tokenizer.vocabulary if job.tokenizer else 0)
+    return flops.count(made.trace, made.template, abstract_batch(job.config)).total
+
+
+def notes(whole: jobs.Job, results: list[dict[str, Any]], failed: list[str]) -> list[str]:
+    """What must be known to read the table."""
+    config, count = whole.config, whole.config.compare.seeds
+    encoder, steps = config.model.encoder, max((int(r["values"]["step"]) for r in results), default=0)
+    out = [
+        f"{whole.train.description()}; {len(whole.held_out):,} held out. {steps:,} steps of {config.train.batch_size} images of "
+        f"{config.data.image_size} pixels, encoder of {encoder.depth} blocks of {encoder.width}.",
+        f"Mean ± standard deviation over {count} seeds." if count > 1 else "One seed: differences may be chance; set config.compare.seeds.",
+        "Only the objective differs between rows, and losses of different objectives are not on one scale.",
+        "kNN, linear: of the pooling where the objective trains it (category or text), else of the mean of the patch tokens.",
+    ]
+    if whole.classes:
+        out[-1] += f" Chance: {100 / len(whole.classes):.1f} %."
+    methods = sorted({name for form in config.compare.forms for name in form.split("+")} & set(named.METHODS))
+    if methods:
+        out.append(f"{', '.join(methods)}: the objective alone; configs/forms.py:form=NAME has the settings that it was published with.")
+    collapsed = [f"{r['form']}, seed {r['seed']}" for r in results if r["values"].get("collapse/alarm")]
+    if collapsed:
+        out.append(f"Collapsed at the end: {'; '.join(collapsed)}.")
+    if failed:
+        out.append(f"Not finite, and not in the table: {'; '.join(failed)}.")
+    return out
+
+
+def write(whole: jobs.Job, results: list[dict[str, Any]], failed: list[str]) -> None:
+    """WORKDIR/compare.md, compare.json and compare.png of what is done so far."""
+    rows, told, place = report.summarize(results), notes(whole, results, failed), pathlib.Path(whole.workdir)
+    settings = {"batch_size": whole.config.train.batch_size, "data": whole.fingerprint, "seeds": list(seeds(whole.config))}
+    write_text(place / "compare.md", report.markdown(rows, told))
+    write_text(place / "compare.json", report.to_json(rows, told, settings))
+    chance = 1 / len(whole.classes) if whole.classes else None
+    title = f"{whole.train.name}, {whole.config.train.batch_size} images a step"
+    report.write_picture(place / "compare.png", rows, title=title, chance=chance)

@@ -1,0 +1,134 @@
+"""--mode=data: a report of the source before money is spent on it: on the console, WORKDIR/data.json and WORKDIR/data.html."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from m3i_jax import parallel, schema
+from m3i_jax.data import parts, pipeline, records, sources, summary, survey, tokenizer
+from m3i_jax.modes import job as jobs
+from m3i_jax.reporting import data_page, data_report, flops
+from m3i_jax.reporting.files import write_text
+from m3i_jax.training import trainer
+
+# Peak of dense bfloat16 products, FLOP/s, as the makers state it.
+CHIPS = {"TPU v4": 275e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v6e": 918e12, "A100": 312e12, "H100": 989e12}
+MFU = 0.4  # share of the peak that a well-fed step reaches
+IN_MEMORY = 256  # good records that the speed is measured on
+PICTURES = 24  # examples on the page
+
+
+def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
+    del allow_changes
+    place = pathlib.Path(workdir)
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    train, held_out = parts.open_parts(config.data, cache=str(place / "index"))
+    source = survey.Both(train, held_out)
+    classes, captions = pipeline.classes(config.data, source), pipeline.uses_captions(config.data, source)
+    done = jobs.complete(config, classes=classes, captions=captions, size=max(len(train), 1))
+    words = tokenizer.open_tokenizer(done.data, train, str(place / "tokenizer.json")) if captions else None
+
+    indices = survey.chosen(len(source), config.report.survey)
+    seen = survey.scan(source, indices, threads=cores(), background=config.data.background, progress=_progress(len(indices)))
+    ids = (lambda text: len(words.ids(text, cleaned=True))) if words else None
+    made = summary.summarize(
+        seen,
+        classes=source.classes,
+        kept=classes,
+        length=config.data.caption_length,
+        ids=ids,
+        held_out=range(len(train), len(source)),
+    )
+    good = [s for s in seen if not s.reason]
+    held = sources.read(source, [s.index for s in spread(good, IN_MEMORY)])
+    speed = survey.speed(done, held, source, words)
+    report = {
+        "source": {
+            "description": source.description(),
+            "name": source.name,
+            "fingerprints": [train.fingerprint(), held_out.fingerprint()],
+            "records": len(source),
+            "held_out": len(held_out),
+        },
+        "sample": {"whole": len(indices) == len(source), "rule": f"record i x {len(source)} // {len(indices)} for i = 0, 1, ..."},
+        **made,
+        "speed": {**dataclasses.asdict(speed), "cores": cores()},
+        "feeds": feeds(done, words.vocabulary if words else 0, cores() * speed.pipeline),
+    }
+    write_text(place / "data.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    shown = _examples(source, spread(good, PICTURES), source.classes, config.data.background)
+    twins = _twins(source, good, config.data.background)
+    write_text(place / "data.html", data_page.html(report, pictures=shown, twins=twins))
+    print(data_report.text(report))
+    print(f"\n{place / 'data.json'}\n{place / 'data.html'}")
+    return 0
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` items, evenly spread.
+
+    >>> spread("abcdef", 3)
+    ['a', 'c', 'e']
+    """
+    return [items[i] for i in survey.chosen(len(items), count)]
+
+
+def feeds(config: schema.Config, vocabulary: int, supply: float, *, chips: dict[str, float] | None = None, mfu: float = MFU) -> dict[str, Any]:
+    """How many chips `supply` samples a second feed.
+
+    Args:
+        config: completed; says how dear a step is.
+        vocabulary: of the captions, 0 without.
+        supply: samples a second that the host makes.
+        chips: name -> peak FLOP/s; CHIPS if not given.
+        mfu: share of the peak that a step reaches.
+
+    Returns:
+        "flops_per_image", "mfu", "image_size" and "chips": rows of name, peak, samples a second that one asks for, how many are fed.
+    """
+    one = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
+    made = trainer.Trainer(config, one, vocabulary)
+    cost = flops.count(made.trace, made.template, trainer.abstract_batch(config)).total / config.train.batch_size
+    rows = [(name, peak, peak * mfu / cost, supply * cost / (peak * mfu)) for name, peak in (chips or CHIPS).items()]
+    return {"flops_per_image": cost, "mfu": mfu, "image_size": config.data.image_size, "chips": rows}
+
+
+def _progress(total: int) -> Any:
+    if not sys.stderr.isatty():
+        return None
+
+    def tell(done: int) -> None:
+        print(f"\r{done:,} of {total:,} records", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return tell
+
+
+def _examples(source: sources.Source, seen: Sequence[survey.Seen], classes: Sequence[str], background: int) -> list[dict[str, Any]]:
+    out = []
+    for s, record in zip(seen, sources.read(source, [s.index for s in seen]), strict=True):
+        try:
+            jpeg = survey.thumbnail(record, background=background)
+        except records.BadRecord:  # it was good a moment ago: the source is changing under us
+            continue
+        label = classes[s.label] if 0 <= s.label < len(classes) else (str(s.label) if s.label >= 0 else "")
+        out.append({"jpeg": jpeg, "key": s.key, "size": f"{s.width} x {s.height}", "label": label, "caption": s.caption or ""})
+    return out
+
+
+def _twins(source: sources.Source, good: Sequence[survey.Seen], background: int) -> list[list[dict[str, Any]]]:
+    groups: dict[bytes, list[survey.Seen]] = {}
+    for s in good:
+        groups.setdefault(s.content, []).append(s)
+    several = sorted((g for g in groups.values() if len(g) > 1), key=len, reverse=True)[: summary.EXAMPLES]
+    return [_examples(source, g[:2], source.classes, background) for g in several]

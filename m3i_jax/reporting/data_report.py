@@ -1,0 +1,125 @@
+"""The report of a source as text for the console; its page is made by `data_page`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from m3i_jax.reporting import show
+
+Report = Mapping[str, Any]
+
+
+def share(part: float, whole: float) -> str:
+    """A share in per cent, with as many figures as it needs.
+
+    >>> share(1, 3), share(1, 30000), share(0, 5), share(5, 5), share(0, 0)
+    ('33.3 %', '0.0033 %', '0 %', '100 %', '-')
+    """
+    if not whole:
+        return "-"
+    value = 100 * part / whole
+    if value in (0, 100):
+        return f"{value:.0f} %"
+    return f"{value:.1f} %" if value >= 0.1 else f"{value:.2g} %"
+
+
+def rate(value: float) -> str:
+    """A speed with three figures.
+
+    >>> rate(1234.5), rate(56.78), rate(0.1234)
+    ('1,234', '56.8', '0.123')
+    """
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def facts(report: Report) -> list[tuple[str, str]]:
+    """The lines at the top: name and value."""
+    source, sample, pictures = report["source"], report["sample"], report["pictures"]
+    looked, good = pictures["looked_at"], pictures["usable"]
+    sizes, captions, categories, twice = report["sizes"], report["captions"], report["categories"], report["duplicates"]
+    rows = [
+        ("records", f"{source['records']:,}, of which {source['held_out']:,} are held out"),
+        ("looked at", "all" if sample["whole"] else f"{looked:,}, evenly spread: {sample['rule']}"),
+        ("usable", f"{good:,} ({share(good, looked)}); bad: {pictures['bad']:,}"),
+        ("with a label", f"{pictures['with_label']:,} ({share(pictures['with_label'], good)})"),
+        ("with a caption", f"{pictures['with_caption']:,} ({share(pictures['with_caption'], good)})"),
+        ("with neither", f"{pictures['with_neither']:,}"),
+        ("formats", ", ".join(f"{n:,} {kind}" for kind, n in pictures["formats"]) or "-"),
+        ("bytes a record", show.size(pictures["bytes"] / looked) if looked else "-"),
+        ("median size", f"{sizes['median_width']} x {sizes['median_height']} pixels (width x height)"),
+    ]
+    if categories["in_source"] or categories["used"]:
+        rows.append((
+            "categories",
+            f"{categories['used']:,} used of {categories['in_source']:,}; pictures in each: {categories['smallest']:,} to "
+            f"{categories['largest']:,}, median {categories['median']:g}; as uncertain as {categories['effective']:g} equal ones"
+            + (f"; {len(categories['empty']):,} have no picture" if categories["empty"] else "")
+            + (f"; {categories['dropped']:,} labels dropped" if categories["dropped"] else ""),
+        ))  # fmt: skip
+    if "median" in captions:
+        rows.append((
+            "caption length",
+            f"median {captions['median']} tokens, 95 % up to {captions['percentile_95']}, longest {captions['longest']:,}; "
+            f"{captions['truncated']:,} ({share(captions['truncated'], captions['count'])}) are cut at {captions['limit'] - 2}; "
+            f"{captions['different']:,} different ones",
+        ))  # fmt: skip
+    rows.append((
+        "duplicates",
+        f"{twice['records']:,} ({share(twice['records'], good)}) have the bytes of another one"
+        + (f"; {twice['in_both_parts']:,} pictures are both trained on and held out" if twice["in_both_parts"] else "")
+        + (f"; {twice['with_several_labels']:,} have several labels" if twice["with_several_labels"] else ""),
+    ))  # fmt: skip
+    return rows
+
+
+def feeding(report: Report) -> tuple[str, list[tuple[str, str, str, str]]]:
+    """A sentence with what was measured and assumed, and rows (chip, peak, pictures a second it asks for, how many this machine feeds)."""
+    speed, feeds = report["speed"], report["feeds"]
+    if not speed["pipeline"]:
+        return "No speed was measured: there are fewer than two usable pictures.", []
+    text = (
+        f"One core decodes {rate(speed['decode'])} pictures a second and makes {rate(speed['pipeline'])} whole samples a second (decoding, two "
+        f"views of {feeds['image_size']} pixels, mask, caption), measured on {speed['pictures']:,} pictures in memory. Fed by all "
+        f"{speed['cores']} cores, if a step takes {feeds['flops_per_image'] / 1e9:.4g} GFLOP a picture and a chip reaches {feeds['mfu']:.0%} of "
+        f"its peak (both are assumptions of this table):"
+    )
+    rows = [(chip, f"{peak / 1e12:,.0f} TFLOP/s", rate(wants), rate(fed)) for chip, peak, wants, fed in feeds["chips"]]
+    return text, rows
+
+
+def text(report: Report) -> str:
+    """The whole report for a console: facts, histograms, bad records, duplicates, speed."""
+    parts = [report["source"]["description"], show.table(facts(report), ("of the source", ""))]
+    good = report["pictures"]["usable"]
+    for title, bars in histograms(report):
+        rows = [(label, f"{n:,}", share(n, good), "#" * round(30 * n / max(m for _, m in bars))) for label, n in bars]
+        parts.append(show.table(rows, (title, "pictures", "share", "")))
+    if report["bad"]:
+        rows = [(row["reason"], f"{row['count']:,}", "; ".join(key for key, _ in row["examples"])) for row in report["bad"]]
+        parts.append(show.table(rows, ("bad", "records", "such as")))
+    if report["duplicates"]["examples"]:
+        parts.append("same bytes: " + "; ".join(" = ".join(keys) for keys in report["duplicates"]["examples"]))
+    sentence, rows = feeding(report)
+    parts.append(sentence)
+    if rows:
+        parts.append(show.table(rows, ("chip", "peak", "asks for pictures/s", "fed by this machine")))
+    return "\n\n".join(parts)
+
+
+def histograms(report: Report, most: int = 12) -> list[tuple[str, list[tuple[str, int]]]]:
+    """Title and bars of every histogram that is not empty; of many categories only the largest and smallest.
+
+    >>> bars = [(str(i), 9 - i) for i in range(9)]
+    >>> made = histograms({"sizes": {"short_side": [], "aspect": []}, "captions": {}, "categories": {"table": bars}}, most=4)
+    >>> [label for label, _ in made[0][1]]
+    ['0', '1', '7', '8']
+    """
+    table = report["categories"]["table"]
+    cut = table if len(table) <= most else [*table[: most - most // 2], *table[-(most // 2) :]]
+    title = "category" if len(table) <= most else f"category ({most - most // 2} largest, {most // 2} smallest)"
+    found = [
+        ("short side, pixels", report["sizes"]["short_side"]),
+        ("width : height", report["sizes"]["aspect"]),
+        ("caption, tokens", report["captions"].get("tokens", [])),
+        (title, cut),
+    ]
+    return [(title, list(bars)) for title, bars in found if any(n for _, n in bars)]

@@ -1,0 +1,164 @@
+"""What a tuple of terms (objective/methods.py) asks of one step: every encoder pass, every target view and every projection once."""
+
+import dataclasses
+import difflib
+from typing import Any, NamedTuple
+
+from m3i_jax import schema
+from m3i_jax.errors import UserError
+from m3i_jax.objective import methods, named
+from m3i_jax.objective.methods import DENSE, PICTURES, Decoder, Pass, Projection, Target, Term, Terms
+
+
+class View(NamedTuple):
+    """One call of a target encoder on a clean view."""
+
+    encoder: str
+    crop: int
+    blocks: int
+
+
+class Goal(NamedTuple):
+    """One array of target representations; terms with an equal goal share it. `space`: what the target's features went through."""
+
+    target: Target
+    space: Any  # a Projection, "decoder" for the decoder's own projector, or None
+
+    def __lt__(self, other: object) -> bool:
+        return repr(self) < repr(other)  # a dict of goals is a tree to JAX, which sorts its keys; spaces have no order of their own
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The terms of a run and its settings."""
+
+    config: schema.Config
+    terms: Terms
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """Calls of the online encoder."""
+        return tuple(sorted({read for t in self.terms for read in t.passes}))
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """Calls of target encoders: those without gradient."""
+        seen = {view(t.target) for t in self.terms if t.target.learned and t.target.encoder != "online"}
+        return tuple(sorted(seen))
+
+    @property
+    def crops(self) -> tuple[int, ...]:
+        """Views of an image that anything reads."""
+        return tuple(sorted({p.crop for p in self.passes} | {t.target.crop for t in self.terms if t.target.crop is not None}))
+
+    @property
+    def exact(self) -> bool:
+        """Whether pixels are a target, and so must not be rounded to the compute precision."""
+        return any(t.target.of == "pixels" for t in self.terms)
+
+    def where(self, *of: str, group: str | None = None) -> tuple[int, ...]:
+        """Places of the terms that predict one of these, in a group."""
+        return tuple(i for i, t in enumerate(self.terms) if t.target.of in of and group in (None, t.group))
+
+    def goal(self, term: Term) -> Goal:
+        """The representation that a picture term predicts."""
+        if isinstance(term.head, Projection):
+            return Goal(term.target, dataclasses.replace(term.head, predictor=None, match="position"))
+        deep = term.target.of == "tokens" and isinstance(term.head, Decoder) and self.config.model.decoder.projector_depth
+        return Goal(term.target, "decoder" if deep else None)
+
+    @property
+    def goals(self) -> tuple[Goal, ...]:
+        """All of them that can be computed before the online encoder runs."""
+        fixed = [t for t in self.terms if t.target.of in PICTURES and t.target.encoder != "online"]
+        matched = [Goal(t.target, None) for t in fixed if isinstance(t.head, Projection) and t.head.match == "likeness"]
+        return tuple(dict.fromkeys([*(self.goal(t) for t in fixed), *matched]))
+
+    def reads_cls(self, term: Term) -> bool:
+        """Whether the decoder of a term reads the cls token: that of a mixed input is shared by two images."""
+        wanted = self.config.model.decoder.cls
+        return self.config.model.encoder.cls_token and (wanted == "yes" or (wanted == "auto" and not term.reads.mixed))
+
+    @property
+    def dense(self) -> tuple[int, ...]:
+        return self.where(*DENSE)
+
+    @property
+    def pictures(self) -> tuple[int, ...]:
+        return self.where(*PICTURES)
+
+
+def view(target: Target) -> View:
+    """The call of a target encoder that a target is made from."""
+    assert target.crop is not None
+    return View(target.encoder, target.crop, target.blocks)
+
+
+def row(name: str) -> methods.Terms:
+    """One row of an objective: a form, its letter in the paper's Table 3, or a named method.
+
+    Raises:
+      UserError: for a name that is none of them.
+
+    >>> [t.name for t in row("k")] == [t.name for t in row("sim")]
+    True
+    """
+    name = methods.LETTERS.get(name, name)
+    if name in named.METHODS:
+        return named.METHODS[name].terms
+    if name in methods.FORMS:
+        return methods.FORMS[name]
+    if name in named.LEFT_OUT:
+        raise UserError(f"config.objective.forms: {name!r} is not here: {named.LEFT_OUT[name]}")
+    names = [*methods.FORMS, *methods.LETTERS, *named.METHODS]
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"config.objective.forms: {name!r} is none of {', '.join(dict.fromkeys(names))}{hint}")
+
+
+def read(config: schema.Config) -> Plan:
+    """The terms of a completed configuration (data.classes and data.captions known)."""
+    o = config.objective
+    if not o.forms:
+        raise UserError("config.objective.forms: is empty; name at least one form, such as m3i")
+    terms = methods.combine(*(row(name) for name in o.forms), annotation_input=o.annotation_input)
+    try:
+        terms = methods.available(terms, categories=config.data.classes > 0, captions=config.data.captions == "yes")
+    except ValueError as error:
+        raise UserError(
+            f"config.objective.forms: {', '.join(o.forms)}: {error}; choose another form or a source with categories or captions"
+        ) from None
+    terms = methods.vary(
+        terms, intra_positions=o.intra_positions, soft_label=o.soft_label, symmetric=o.symmetric, target_encoder=o.target_encoder,
+        second_group=o.second_group,
+    )  # fmt: skip
+    made = Plan(config, terms)
+    _possible(made)
+    return made
+
+
+def _possible(made: Plan) -> None:
+    """Refuse what the terms and the settings cannot do together."""
+    config, terms = made.config, made.terms
+    frozen = any(t.target.encoder == "frozen" for t in terms)
+    if frozen and not config.objective.target_checkpoint:
+        raise UserError("config.objective.target_checkpoint: is empty, and the objective has a frozen target; give the workdir of a run")
+    if config.model.decoder.positions == "absolute" and any(
+        isinstance(t.head, methods.Decoder) and t.reads.crop != t.target.crop for t in terms
+    ):
+        raise UserError(
+            "config.model.decoder.positions: 'absolute' cannot say where another view lies, and the objective predicts one; use 'relative'"
+        )
+    if not config.model.encoder.cls_token:
+        for key, wanted in (
+            ("model.pool.kind", config.model.pool.kind == "cls" and any(isinstance(t.head, methods.Pooled) for t in terms)),
+            ("objective.forms", any(isinstance(t.head, methods.Projection) and t.head.pool == "cls" for t in terms)),
+        ):
+            if wanted:
+                raise UserError(f"config.{key}: needs the cls token; set model.encoder.cls_token")
+    mixed = any(t.reads.mixed for t in terms)
+    if config.objective.isolate and mixed and 2 * config.hidden != config.tokens:
+        raise UserError(
+            f"config.objective.isolate: needs as many cells of both images, and data.mask_ratio {config.data.mask_ratio} shows "
+            f"{config.tokens - config.hidden} of {config.tokens}; use 0.5"
+        )

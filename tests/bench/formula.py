@@ -1,0 +1,133 @@
+"""Floating-point operations of a step from shapes alone, for any objective: what `tests.bench.flops` holds the counted program against.
+
+Written from the paper's shapes, not from the program: a multiply-add is two operations, a trained product costs three times its forward
+(two gradients), a product whose input needs no gradient twice.
+"""
+
+from m3i_jax import schema
+from m3i_jax.objective.methods import Decoder, Linear, Mlp, Pass, Pooled, Projection, Term
+from m3i_jax.training.plan import Plan
+
+
+def block(tokens: int, width: int) -> int:
+    """Multiply-adds of a transformer block with an MLP of four times the width, forward."""
+    return 12 * tokens * width**2 + 2 * tokens**2 * width
+
+
+def _mlp(rows: int, c: schema.Config, mlp: Mlp | None, width: int, trained: int = 3) -> tuple[int, int]:
+    """(multiply-adds, output width) of a projector or predictor."""
+    if mlp is None:
+        return 0, width
+    widths = [width, *[c.model.head.hidden] * (mlp.layers - 1), c.model.head.width]
+    return trained * rows * sum(a * b for a, b in zip(widths, widths[1:], strict=False)), c.model.head.width
+
+
+def _shown(c: schema.Config, read: Pass) -> int:
+    return c.tokens - c.hidden if read.masked and not read.filled else c.tokens
+
+
+def _own(c: schema.Config, term: Term) -> int:
+    """Tokens that show a term's image."""
+    read = term.reads
+    if read.mixed and not (isinstance(term.head, Pooled) and term.head.everything):
+        return c.tokens - c.hidden if term.image == "own" else c.hidden
+    return _shown(c, read)
+
+
+def _decoder(plan: Plan, term: Term) -> int:
+    c, e, d = plan.config, plan.config.model.encoder, plan.config.model.decoder
+    patch = 3 * e.patch_size**2
+    own = _own(c, term) + plan.reads_cls(term)
+    n = c.hidden if isinstance(term.head, Decoder) and term.head.queries == "hidden" else c.tokens
+    total, whole = 3 * own * e.width * d.width, own + n
+    total += 3 * (d.depth - 1 + d.projector_depth * 0) * block(whole, d.width) + 3 * d.projector_depth * block(own, d.width)
+    if d.norm == "batch":
+        total += 3 * block(whole, d.width)
+    else:  # of the last block only rows that predict, keys and values of all
+        total += 3 * (2 * whole * d.width**2 + 10 * n * d.width**2 + 2 * n * whole * d.width)
+    out = patch if term.target.of == "pixels" else d.width if d.projector_depth else e.width
+    total += 3 * n * d.width * out
+    if term.reads.crop != term.target.crop:  # the map of relative positions, whose input takes no gradient; else one row for the batch
+        total += 2 * c.tokens * 2 * d.width * d.width
+    return total
+
+
+def step(plan: Plan) -> float:
+    """Operations an image of one train step in one batch.
+
+    >>> import dataclasses
+    >>> from m3i_jax.training import plan
+    >>> data = schema.Data(classes=1000, captions="no", size=100_000)
+    >>> encoder = dataclasses.replace(schema.Encoder(), freeze_patch_embed=False)
+    >>> config = schema.Config(data=data, model=schema.Model(encoder=encoder))
+    >>> round(step(plan.read(config)) / 1e9, 1)                                        # the floor of ViT-B/16
+    279.6
+    """
+    c = plan.config
+    e, d, t, b = c.model.encoder, c.model.decoder, c.model.text, c.train.batch_size
+    patch, cls = 3 * e.patch_size**2, int(e.cls_token)
+    total = 0.0
+    for read in plan.passes:
+        n = _shown(c, read)
+        total += 3 * e.depth * block(n + cls, e.width) + (1 if e.freeze_patch_embed else 2) * n * patch * e.width
+    for seen in plan.views:
+        # Blocks of a target that is read once more at each of the last ones are the same blocks.
+        total += e.depth * block(c.tokens + cls, e.width) + c.tokens * patch * e.width
+        del seen
+    for goal in plan.goals:
+        if goal.space == "decoder":
+            total += (c.tokens + cls) * e.width * d.width + d.projector_depth * block(c.tokens + cls, d.width)
+        elif isinstance(goal.space, Projection):
+            total += _mlp(c.tokens if goal.space.pool == "none" else 1, c, goal.space.projector, e.width, 1)[0]
+    learned = [g for g in plan.goals if g.target.learned]
+    weighed = {plan.goal(x).space for x in plan.terms if getattr(x.posterior, "second_moment", False) and c.objective.second_moment}
+    measured = [g for n, g in enumerate(learned) if g.space in weighed or n == 0]
+    for goal in measured:  # C, also where it is only watched
+        space = goal.space
+        width = d.width if space == "decoder" else e.width if space is None else _mlp(1, c, space.projector, e.width)[1]
+        total += (1 if goal.target.of == "pooled" else c.tokens) * width**2
+    for term in plan.terms:
+        n = _own(c, term)
+        if isinstance(term.head, Decoder):
+            total += _decoder(plan, term)
+        elif isinstance(term.head, Linear):
+            total += 3 * n * e.width * (patch if term.target.of == "pixels" else e.width)
+        elif isinstance(term.head, Projection):
+            rows = n if term.head.pool == "none" else 1
+            made, width = _mlp(rows, c, term.head.projector, e.width)
+            total += made + _mlp(rows, c, term.head.predictor, width)[0]
+            if term.target.encoder == "online":
+                total += _mlp(1, c, term.head.projector, e.width)[0]
+            if term.head.match == "likeness":
+                total += c.tokens * c.tokens * e.width
+        total += _posterior(plan, term, b)
+    vectors = {(x.reads, x.image, x.head) for x in plan.terms if isinstance(x.head, Pooled)}
+    by_key = {key: next(x for x in plan.terms if (x.reads, x.image, x.head) == key) for key in vectors}
+    for term in by_key.values():
+        n = _own(c, term) if c.model.pool.kind == "attention" else 0
+        total += 3 * ((2 * n + 1 if n else 0) * e.width**2 + 2 * n * e.width + e.width * c.model.pool.width)
+    total += 3 * len(plan.where("category")) * c.model.pool.width * c.data.classes
+    if texts := len(plan.where("text")):
+        length = c.data.caption_length
+        last = 2 * length * t.width**2 + 10 * t.width**2 + 2 * length * t.width if t.pool == "first" else block(length, t.width)
+        total += 3 * ((t.depth - 1) * block(length, t.width) + last + t.width * t.embed)
+        total += 3 * texts * (c.model.pool.width * t.embed + b * t.embed)
+    return 2.0 * total
+
+
+def _posterior(plan: Plan, term: Term, b: int) -> float:
+    """Products of the posterior itself."""
+    c, name = plan.config, type(term.posterior).__name__
+    e, d = c.model.encoder, c.model.decoder
+    if name == "Gaussian" and getattr(term.posterior, "second_moment", False) and c.objective.second_moment:
+        width = d.width if d.projector_depth and isinstance(term.head, Decoder) else e.width
+        return c.tokens * width**2  # p C, whose gradient costs none
+    width = c.model.head.width if isinstance(term.head, Projection) else e.width
+    rows = c.tokens if term.target.of == "tokens" else 1
+    if name in ("Boltzmann", "Against"):
+        return 2 * rows * b * width  # keys take no gradient
+    if name == "Contrast":
+        return 3 * 4 * b * width  # 2 B views against 2 B views
+    if name == "Decorrelation":
+        return 3 * width**2
+    return 0.0

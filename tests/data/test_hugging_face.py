@@ -1,0 +1,74 @@
+"""Data sets that the library `datasets` saved: original bytes, names of classes, captions, splits."""
+
+import pathlib
+from multiprocessing.reduction import ForkingPickler
+
+import pytest
+
+from m3i_jax import schema
+from m3i_jax.data import sources
+from m3i_jax.data.hugging_face import HuggingFace
+from m3i_jax.errors import UserError
+
+datasets = pytest.importorskip("datasets")
+datasets.disable_progress_bars()
+
+
+def table(content: list[bytes], **columns: tuple[list, object]):
+    features = {"image": datasets.Image(), **{name: kind for name, (_, kind) in columns.items()}}
+    values = {"image": [{"bytes": c, "path": None} for c in content], **{name: v for name, (v, _) in columns.items()}}
+    return datasets.Dataset.from_dict(values, features=datasets.Features(features))
+
+
+@pytest.fixture
+def files(make) -> list[bytes]:
+    return [make.encode(make.smooth(20 + i, 30), "PNG") for i in range(4)]
+
+
+def test_original_bytes_and_names(files, tmp_path):
+    saved = table(
+        files,
+        label=([1, 0, None, 1], datasets.ClassLabel(names=["ant", "bee"])),
+        text=(["a bee", "an ant", None, "two bees"], datasets.Value("string")),
+        id=(["w", "x", "y", "z"], datasets.Value("string")),
+        weight=([0.5] * 4, datasets.Value("float32")),
+    )
+    saved.save_to_disk(str(tmp_path / "x"))
+    source = sources.open_source(schema.Data(source="hugging_face", path=str(tmp_path / "x")))
+    assert isinstance(source, sources.Source) and source.classes == ("ant", "bee") and source.captions
+    captions = ["a bee", "an ant", None, "two bees"]
+    expected = [sources.Record(*one) for one in zip("wxyz", files, [1, 0, -1, 1], captions, strict=True)]
+    assert [source[i] for i in range(4)] == expected and sources.read(source, [3, 0, 3]) == [expected[i] for i in (3, 0, 3)]
+    assert [source.key(i) for i in range(4)] == list("wxyz") and source.caption(3) == "two bees" and source.caption(2) is None
+    assert sources.key_hashes(source).tolist() == [sources.key_hash(k) for k in "wxyz"]
+    again = ForkingPickler.loads(ForkingPickler.dumps(source))
+    assert again[1] == expected[1] and again.fingerprint() == HuggingFace(str(tmp_path / "x")).fingerprint()
+    assert source.description() == f"4 pictures in hugging_face {str(tmp_path / 'x')!r}, 2 classes, captions"
+
+
+def test_splits_and_bare_columns(files, tmp_path):
+    captions = ([["first", "second"], [], ["third"], ["x"]], datasets.List(datasets.Value("string")))
+    train = table(files, label=([3, 0, 1, -1], datasets.Value("int64")), captions=captions)
+    datasets.DatasetDict(train=train, test=train.select([2])).save_to_disk(str(tmp_path / "x"))
+    source = HuggingFace(str(tmp_path / "x"), "train")
+    assert source.classes == ("0", "1", "2", "3") and [source[i].label for i in range(4)] == [3, 0, 1, -1]
+    assert [source[i].caption for i in range(4)] == ["first", None, "third", "x"] and source.key(2) == "2" == source[2].key
+    assert len(HuggingFace(str(tmp_path / "x"), "test")) == 1
+    for split in ("", "val"):
+        with pytest.raises(UserError, match=f"has the splits test, train, data.split='{split}' is none of them"):
+            HuggingFace(str(tmp_path / "x"), split)
+
+
+def test_refusals(files, tmp_path):
+    datasets.Dataset.from_dict({"a": [1]}).save_to_disk(str(tmp_path / "bare"))
+    table(files).save_to_disk(str(tmp_path / "x"))
+    (tmp_path / "other").mkdir()
+    cases: list[tuple[pathlib.Path, str, str]] = [
+        (tmp_path / "bare", "", r"has no picture: its columns are a \(Value\)"),
+        (tmp_path / "x", "train", "has no splits: leave data.split='train' empty"),
+        (tmp_path / "other", "", "is no data set that `datasets` saved with save_to_disk"),
+        (tmp_path / "ohter", "", "did you mean .*other"),
+    ]
+    for path, split, why in cases:
+        with pytest.raises(UserError, match=why):
+            HuggingFace(str(path), split)

@@ -1,0 +1,195 @@
+"""Mixtures: the shares are exact, the order is a closed form, classes meet by name, and a replacement comes from the same source."""
+
+import collections
+import fractions
+
+import numpy as np
+import pytest
+
+from m3i_jax import schema
+from m3i_jax.data import mixture, order, pipeline, sources
+from m3i_jax.errors import UserError
+
+F = fractions.Fraction
+
+
+@pytest.mark.parametrize(
+    ("text", "entry"),
+    [
+        ("tars:/a/*.tar=427", ("tars", "/a/*.tar", "", "", F(427))),
+        (" folder:/b ", ("folder", "/b", "", "", None)),
+        ("folder:/b@train|val=0.25", ("folder", "/b", "train", "val", F(1, 4))),
+        ("folder:/date=7/x", ("folder", "/date=7/x", "", "", None)),
+        ("folder:/date=7/x=size", ("folder", "/date=7/x", "", "", None)),
+        ("tars:gs://a@b/c-*.tar=1/3", ("tars", "gs://a@b/c-*.tar=1/3", "", "", None)),
+        ("tfds:imagenet2012:5.1.0@train+validation=3e-1", ("tfds", "imagenet2012:5.1.0", "train+validation", "", F(3, 10))),
+        ("tfds:imagenet2012@|validation", ("tfds", "imagenet2012", "", "validation", None)),
+    ],
+)
+def test_entries(text, entry):
+    assert mixture.parse(text) == mixture.Entry(*entry)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("/a/*.tar", "the kind must be one of shapes, folder"),
+        ("tar:/a", "the kind must be one of"),
+        ("folder:=3", "the path is missing"),
+        ("folder:", "the path is missing"),
+        ("folder:/a=many", "the weight 'many' must be a positive number, or 'size'"),
+        ("folder:/a=0", "the weight '0' must be positive"),
+        ("folder:/a=-1", "must be positive"),
+        ("folder:/a=", "the weight '' must be"),
+    ],
+)
+def test_entries_that_are_refused(text, why):
+    with pytest.raises(UserError, match=f"^data.mixture: .*{why}"):
+        mixture.parse(text)
+
+
+def test_weights_become_whole_numbers():
+    assert mixture.whole_parts([F("0.9661"), F("0.0339")], [1, 1]) == (9661, 339)
+    assert mixture.whole_parts([F(427), F(15)], [1, 1]) == (427, 15)
+    assert mixture.whole_parts([None, None, None], [600, 400, 0]) == (3, 2, 0)
+    with pytest.raises(UserError, match="some sources have a weight and some have none"):
+        mixture.whole_parts([F(1), None], [1, 1])
+    with pytest.raises(UserError, match="too many digits"):
+        mixture.whole_parts([F("0.1234567890123"), F("0.3333333333337")], [1, 1])
+
+
+def test_one_source_has_the_order_it_has_alone():
+    positions = np.arange(3000)
+    for attempt in (0, 3):
+        source, record = order.locate_mixture(5, positions, [700], [1], attempt)
+        assert (source == 0).all() and (record == order.locate(5, positions, 700, attempt)).all()
+
+
+def test_shares_are_exact_and_every_record_has_its_turn():
+    sizes, parts = [30, 7, 100], [4, 1, 2]
+    source, record = order.locate_mixture(1, np.arange(7 * 300), sizes, parts)
+    assert (np.sort(source.reshape(-1, 7), 1) == [0, 0, 0, 0, 1, 2, 2]).all()
+    assert len({tuple(cycle) for cycle in source.reshape(-1, 7).tolist()}) > 50
+    for s, (size, turns) in enumerate(zip(sizes, (1200, 300, 600), strict=True)):
+        counts = np.bincount(record[source == s], minlength=size)
+        assert counts.sum() == turns and set(counts.tolist()) <= {turns // size, -(-turns // size)}
+
+
+def test_by_size_a_pass_reads_each_record_once():
+    sizes = [300, 100, 50]
+    both = mixture.Mixture([Plain(n, "a") for n in sizes], [None] * 3)
+    first = both.locate(0, np.arange(450))
+    assert sorted(first.tolist()) == list(range(450)) and both.epochs(450) == [1.0, 1.0, 1.0]
+    assert not (first == both.locate(0, np.arange(450, 900))).all()
+
+
+def test_any_part_of_the_order_is_the_order():
+    arguments = ([300, 70], [9, 2])
+    whole = order.locate_mixture(3, np.arange(5000), *arguments)
+    for start in (0, 1, 10, 11, 4000):
+        rest = order.locate_mixture(3, np.arange(start, 5000), *arguments)
+        assert all((a == b[start:]).all() for a, b in zip(rest, whole, strict=True))
+    # The paper's mixture, far out: nothing is gone through.
+    source, record = order.locate_mixture(0, 10**12 + np.arange(442 * 4), [427_000_000, 15_000_000], [427, 15])
+    assert (source == 1).sum() == 60 and record.max() < 427_000_000
+
+
+class Plain:
+    """Records that tell where they come from."""
+
+    captions = False
+
+    def __init__(self, count: int, *classes: str, name: str = "plain") -> None:
+        self.count, self.classes, self.name, self.reads = count, classes, name, collections.Counter[int]()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> sources.Record:
+        assert 0 <= index < self.count
+        self.reads[index] += 1
+        label = index % (len(self.classes) + 1) - 1
+        return sources.Record(f"{self.name}-{index}", np.full((20, 20, 3), index % 256, np.uint8), label)
+
+    def key(self, index: int) -> str:
+        return f"{self.name}-{index}"
+
+    def fingerprint(self) -> str:
+        return sources.digest(self.name, self.count)
+
+    def description(self) -> str:
+        return f"{self.count} of {self.name}"
+
+
+def test_records_of_a_mixture():
+    a, b = Plain(5, "cat", "dog", name="a"), Plain(3, "dog", "eel", name="b")
+    both = mixture.Mixture([a, b], [F(1), F(3)])
+    assert isinstance(both, sources.Source) and len(both) == 8 and both.classes == ("cat", "dog", "eel")
+    got = sources.read(both, [7, 0, 5, 1, 6, 7, 2])
+    assert [(r.key, r.label) for r in got] == [("b-2", 2), ("a-0", -1), ("b-0", -1), ("a-1", 0), ("b-1", 1), ("b-2", 2), ("a-2", 1)]
+    assert [both[i].key for i in range(8)] == [both.key(i) for i in range(8)]
+    assert sources.key_hashes(both).tolist() == [sources.key_hash(both.key(i)) for i in range(8)]
+    apart = mixture.Mixture([a, b], [None, None], shared=False)
+    assert apart.classes == ("cat", "dog", "dog", "eel") and [apart[i].label for i in (1, 2, 6, 7)] == [0, 1, 2, 3]
+    for wrong in (8, -1):
+        with pytest.raises(IndexError):
+            both[wrong]
+    assert both.description() == (
+        "8 pictures in a mixture of 2 sources, 3 classes (1 of them shared by name): "
+        "25.00% of the samples (0.4 epochs in one pass) from 5 of a; 75.00% of the samples (2 epochs in one pass) from 3 of b"
+    )
+    assert sources.identity(both)[1] == f"3 of every 4 samples from b, 3 pictures, fingerprint {b.fingerprint()}"
+
+
+def test_everything_counts_in_the_fingerprint():
+    def of(weights: list, *names: str, **more: bool) -> str:
+        return mixture.Mixture([Plain(9, "x", name=name) for name in names], weights, **more).fingerprint()
+
+    found = [
+        of([F(1), F(1)], "a", "b"),
+        of([F(1), F(2)], "a", "b"),
+        of([F(1), F(1)], "b", "a"),
+        of([F(1), F(1)], "a", "c"),
+        of([F(1), F(1)], "a", "b", shared=False),
+    ]
+    assert len(set(found)) == 5 and of([F("0.5"), F("0.5")], "a", "b") == found[0] == of([None, None], "a", "b")
+
+
+def test_a_part_of_a_mixture_keeps_the_shares():
+    whole = mixture.Mixture([Plain(400, name="a"), Plain(100, name="b")], [F(1), F(1)])
+    train, held = (sources.split(whole, 0.1, part) for part in ("train", "held_out"))
+    assert len(train) + len(held) == 500 and 20 < len(held) < 80 and train.parts == (1, 1)
+    assert {train.key(i) for i in range(len(train))} | {held.key(i) for i in range(len(held))} == {whole.key(i) for i in range(500)}
+    empty = mixture.Mixture([Plain(4), Plain(0, name="void")], [F(1), F(1)])
+    with pytest.raises(UserError, match="void has no pictures to give its share of"):
+        empty.locate(0, np.arange(4))
+
+
+def test_a_stream_of_a_mixture(make):
+    """Batches hold what the order says; bad records are replaced from their own source; hosts, restarts and threads change nothing."""
+    good, bad = Plain(90, "x", name="good"), make.Pictures(40, bad=20)
+    source = mixture.Mixture([good, bad], [F(3), F(1)])
+    config = make.settings(batch=16)
+    whole = make.joined(make.stream(config, source, None, 8))
+    from_bad = order.locate_mixture(0, np.arange(128), [90, 40], [3, 1])[0] == 1
+    shown = whole["views"][:, 0, 0, 0, 0]
+    assert from_bad.sum() == 32 and (shown[from_bad] >= 20).all() and (shown[from_bad] < 40).all()
+    shares = [make.stream(config, source, None, 2, host=host, hosts=8) for host in range(8)]
+    again = make.joined([make.joined([share[k] for share in shares]) for k in range(2)])
+    assert all((again[name] == whole[name][:32]).all() for name in whole)
+    rest = make.joined(make.stream(make.settings(batch=4, threads=2), source, None, 4, start=52))
+    assert all((rest[name] == whole[name][52:68]).all() for name in whole)
+
+
+def test_nothing_is_replayed(make):
+    """The first batch at position a billion reads the records of that batch."""
+    a, b = Plain(1000, name="a"), Plain(300, name="b")
+    (batch,) = make.stream(make.settings(batch=16), mixture.Mixture([a, b], [F(3), F(1)]), None, 1, start=10**9)
+    assert len(batch["label"]) == 16 and a.reads.total() + b.reads.total() == 16
+
+
+def test_identity_tells_what_differs():
+    config = schema.Config()
+    one, other = (pipeline.identity(config, mixture.Mixture([Plain(9, name="a"), Plain(n, name="b")], [F(1)] * 2)) for n in (5, 6))
+    lines = [(x, y) for x, y in zip(one.splitlines(), other.splitlines(), strict=True) if x != y]
+    assert len(lines) == 1 and lines[0][0].startswith("source 2 = 1 of every 2 samples from b, 5 pictures, ")

@@ -1,0 +1,54 @@
+"""The stream of a mixture of every kind of source, as hashes: from any number of worker processes and hosts, and after a restart."""
+
+import hashlib
+import pathlib
+
+import pytest
+
+from m3i_jax.data import array_records, parts, pipeline, sources
+
+
+@pytest.fixture
+def data(fill, make, tmp_path) -> dict:
+    """A folder with bad files, a tar file, ArrayRecord files and shapes: 3 : 2 : 2 : 1."""
+    picture = [make.encode(make.smooth(30 + i, 40), "JPEG", quality=90) for i in range(24)]
+    bad = {f"b/{name}": content for name, (content, _) in make.bad_files().items() if name.startswith(("cut", "page", "empty"))}
+    folder = fill({f"a/{i}.jpg": p for i, p in enumerate(picture)} | {"a/3.txt": b"number three"} | bad)
+    members = [member for i, p in enumerate(picture) for member in ((f"t{i}.jpg", p), (f"t{i}.cls", b"%d" % (i % 3)))]
+    (tmp_path / "0.tar").write_bytes(make.tar_bytes(members))
+    records = [sources.Record(f"r{i}", p, i % 2, f"number {i}") for i, p in enumerate(picture)]
+    pathlib.Path(tmp_path / "records").mkdir()
+    array_records.write_shard(str(tmp_path / "records" / "x-00000-of-00001.array_record"), records)
+    array_records.write_index(str(tmp_path / "records"), classes=("even", "odd"))
+    entries = (f"folder:{folder}=3", f"tars:{tmp_path}/*.tar=2", f"array_record:{tmp_path}/records=2", "shapes:64=1")
+    return {"source": "mixture", "mixture": entries, "cache": str(tmp_path / "cache")}
+
+
+def hashes(data: dict, make, bpe, count: int, *, start: int = 0, batch: int = 16, host: int = 0, hosts: int = 1, **more: int) -> list[str]:
+    """Of every row of the global batches of one host."""
+    cache = str(data["cache"])
+    config = make.settings(batch=batch, **{k: v for k, v in data.items() if k != "cache"}, **more)
+    train, _ = parts.open_parts(config.data, cache=cache)
+    batches = pipeline.iterate(config, train, bpe, start=start, host=host, hosts=hosts)
+    try:
+        found = [next(batches) for _ in range(count)]
+    finally:
+        batches.close()
+    rows = [b"".join(b[name][row].tobytes() for name in sorted(b)) for b in found for row in range(len(b["label"]))]
+    return [hashlib.sha256(row).hexdigest() for row in rows]
+
+
+def test_hosts_and_restarts(data, make, bpe):
+    whole = hashes(data, make, bpe, 6)
+    assert len(set(whole)) == 96
+    assert hashes(data, make, bpe, 2, start=64, host=1, hosts=2) == whole[72:80] + whole[88:96]
+    assert hashes(data, make, bpe, 3, start=34, batch=4, threads=2) == whole[34:46]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+def test_workers(data, make, bpe, workers):
+    """After a restart, as the second of two hosts."""
+    whole = hashes(data, make, bpe, 9)
+    share = hashes(data, make, bpe, 8, start=16, host=1, hosts=2, workers=workers)
+    assert share == [row for k in range(1, 9) for row in whole[16 * k + 8 : 16 * k + 16]]

@@ -1,0 +1,97 @@
+"""Tar files in a bucket: the same records as from a disk, read by ranges, through a network that fails now and then."""
+
+import uuid
+from multiprocessing.reduction import ForkingPickler
+
+import pytest
+
+from m3i_jax import schema
+from m3i_jax.data import remote, sources
+from m3i_jax.data.tars import Tars
+from m3i_jax.errors import UserError
+
+fsspec = pytest.importorskip("fsspec")
+
+
+@pytest.fixture
+def bucket(make, tmp_path):
+    """The same tar files in fsspec's memory and on disk: (URL, path)."""
+    files = fsspec.filesystem("memory")
+    place = f"bucket-{uuid.uuid4().hex}"
+    for shard in range(2):
+        members = [(f"{shard}{i}.{kind}", b"%d" % i * 99) for i in range(20) for kind in ("jpg", "txt")]
+        members += [(f"{shard}{i}.json", b'{"label": %d, "caption": "c"}' % i) for i in range(9)]
+        content = make.tar_bytes(members)
+        files.pipe(f"/{place}/deep/{shard}.tar", content)
+        (tmp_path / f"{shard}.tar").write_bytes(content)
+    yield f"memory://{place}/deep", str(tmp_path)
+    files.rm(f"/{place}", recursive=True)
+
+
+@pytest.mark.parametrize("glob", ["/*.tar", "", "/[01].tar"])
+def test_the_same_records_as_on_disk(bucket, glob):
+    url, path = bucket
+    source, local = Tars(url + glob), Tars(path)
+    assert source.files == [f"{url}/0.tar", f"{url}/1.tar"] and len(source) == 40
+    wanted = [33, 2, 39, 2, 0]
+    assert sources.read(source, wanted) == sources.read(local, wanted) and source[7] == local[7]
+    assert [source.caption(i) for i in range(40)] == [local.caption(i) for i in range(40)]
+    assert source.fingerprint() == local.fingerprint() and source.classes == local.classes
+    assert ForkingPickler.loads(ForkingPickler.dumps(source))[5] == local[5]
+
+
+def test_only_ranges_are_read(bucket, monkeypatch):
+    source = Tars(bucket[0])
+    read = []
+    files = remote.system(bucket[0])
+    whole = files.cat_ranges
+    monkeypatch.setattr(type(files), "cat_ranges", lambda self, p, a, b, **k: read.append((p, a, b)) or whole(p, a, b, **k))
+    sources.read(source, [1, 2, 30])
+    ((paths, starts, ends),) = read  # one call for pictures and captions of a batch
+    assert len(paths) == 6 and sum(b - a for a, b in zip(starts, ends, strict=True)) == sum(2 * 99 * len(str(i % 20)) for i in (1, 2, 30))
+
+
+def test_the_index_is_kept_and_renewed(bucket, tmp_path, monkeypatch, make):
+    def opened() -> Tars:
+        return sources.open_source(schema.Data(source="tars", path=bucket[0]), cache=str(tmp_path / "cache"))
+
+    first = opened()
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "open_file", lambda path: pytest.fail("read again"))
+        assert opened().fingerprint() == first.fingerprint()
+    remote.system(bucket[0]).pipe(bucket[0].removeprefix("memory:/") + "/0.tar", make.tar_bytes([("x.jpg", b"x")]))
+    assert len(opened()) == 21
+
+
+def test_a_network_that_fails(bucket, monkeypatch):
+    source, files = Tars(bucket[0]), remote.system(bucket[0])
+    local = Tars(bucket[1])
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    fails = []
+    whole = files.cat_file
+
+    def flaky(self, *arguments, **options):
+        if fails:
+            raise fails.pop()
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(type(files), "cat_file", flaky)
+    fails += [OSError("reset by peer"), TimeoutError("slow")]
+    assert sources.read(source, [3, 4]) == sources.read(local, [3, 4]) and not fails
+    fails += [OSError("reset by peer")] * 99
+    with pytest.raises(UserError, match=r"0.tar' cannot be read \(OSError: reset by peer\)"):
+        source[3]
+    fails.clear()
+    files.pipe(bucket[0].removeprefix("memory:/") + "/0.tar", b"short")
+    with pytest.raises(UserError, match="became shorter"):
+        source[3]
+    files.rm(bucket[0].removeprefix("memory:/") + "/0.tar")
+    with pytest.raises(UserError, match=r"0.tar' cannot be read \(FileNotFoundError"):
+        source[3]
+
+
+def test_refusals():
+    with pytest.raises(UserError, match=r"^no tar file matches data.path='memory://none-[^ ]*': give a glob"):
+        Tars(f"memory://none-{uuid.uuid4().hex}/*.tar")
+    with pytest.raises(UserError, match="nosuch"):
+        Tars("nosuch://bucket/*.tar")

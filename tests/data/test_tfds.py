@@ -1,0 +1,98 @@
+"""Data sets of tensorflow-datasets, prepared here by hand: read by position, original bytes, and never a TensorFlow in sight."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from multiprocessing.reduction import ForkingPickler
+
+import pytest
+
+from m3i_jax import schema
+from m3i_jax.data import example, parts, sources
+from m3i_jax.data.tfds import Tfds
+from m3i_jax.errors import UserError
+
+pytest.importorskip("tensorflow_datasets")
+array_record = pytest.importorskip("array_record.python.array_record_module")
+FEATURES = "tensorflow_datasets.core.features."
+
+
+def prepare(root: pathlib.Path, splits: dict[str, list[bytes]], kind: str = "array_record", picture: bool = True) -> pathlib.Path:
+    """What `tfds build tiny --file_format=array_record` leaves behind."""
+    place = root / "tiny" / "1.0.0"
+    place.mkdir(parents=True)
+    infos = []
+    for split, content in splits.items():
+        writer = array_record.ArrayRecordWriter(str(place / f"tiny-{split}.{kind}-00000-of-00001"), "group_size:1")
+        for i, image in enumerate(content):
+            writer.write(example.encode({"image": image, "label": i % 3, "caption": f"number {i}".encode(), "extra": i}))
+        writer.close()
+        pattern = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        infos.append({"name": split, "shardLengths": [str(len(content))], "numBytes": "1", "filepathTemplate": pattern})
+    about = {"name": "tiny", "version": "1.0.0", "fileFormat": kind, "splits": infos, "moduleName": "x", "description": "x"}
+    shape = {"shape": {"dimensions": ["-1", "-1", "3"]}, "dtype": "uint8", "encodingFormat": "png"}
+    features = {
+        "label": {"pythonClassName": FEATURES + "class_label_feature.ClassLabel", "classLabel": {"numClasses": "3"}},
+        "caption": {"pythonClassName": FEATURES + "text_feature.Text", "text": {}},
+        "extra": {"pythonClassName": FEATURES + "tensor_feature.Tensor", "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"}},
+    }
+    if picture:
+        features["image"] = {"pythonClassName": FEATURES + "image_feature.Image", "image": shape}
+    (place / "dataset_info.json").write_text(json.dumps(about))
+    (place / "features.json").write_text(
+        json.dumps({"pythonClassName": FEATURES + "features_dict.FeaturesDict", "featuresDict": {"features": features}})
+    )
+    (place / "label.labels.txt").write_text("ant\nbee\ncat\n")
+    return place
+
+
+@pytest.fixture
+def files(make) -> list[bytes]:
+    return [make.encode(make.smooth(20 + i, 30), "PNG") for i in range(5)]
+
+
+def test_records(files, tmp_path):
+    place = prepare(tmp_path, {"train": files, "test": files[:2]})
+    for name, directory in (("tiny", str(tmp_path)), ("tiny:1.0.0", str(tmp_path)), (str(place), "")):
+        source = sources.open_source(schema.Data(source="tfds", path=name, directory=directory))
+        assert isinstance(source, sources.Source) and len(source) == 5 and source.classes == ("ant", "bee", "cat") and source.captions
+        expected = [sources.Record(f"train-{i}", f, i % 3, f"number {i}".encode()) for i, f in enumerate(files)]
+        assert [source[i] for i in range(5)] == expected and sources.read(source, [4, 0, 4]) == [expected[i] for i in (4, 0, 4)]
+        assert ForkingPickler.loads(ForkingPickler.dumps(source))[2] == expected[2] and source.key(2) == "train-2"
+    train, held = parts.open_parts(schema.Data(source="tfds", path="tiny", directory=str(tmp_path), holdout_split="test"))
+    assert len(train) == 5 and len(held) == 2 and train.fingerprint() != held.fingerprint()
+    assert len(Tfds("tiny", "train[:3]", directory=str(tmp_path))) == 3
+
+
+def test_refusals(files, tmp_path):
+    records = prepare(tmp_path / "a", {"train": files}, kind="tfrecord")
+    prepare(tmp_path / "b", {"train": files})
+    prepare(tmp_path / "c", {"train": files}, picture=False)
+    cases = [
+        (str(records), "train", "", rf"no random access: run `tfds convert_format --dataset_version_dir={records} --out_file_format=array"),
+        ("tiny", "train", str(tmp_path / "a"), "or remove '.*' and run `tfds build tiny --file_format=array_record --data_dir="),
+        ("tiny", "val", str(tmp_path / "b"), r"has no split 'val' .* it has train$"),
+        ("tinny", "train", str(tmp_path / "b"), r"^tfds has no data set 'tinny'"),
+        ("mnist", "train", str(tmp_path / "b"), "^tfds 'mnist' is not prepared in .*run `tfds build mnist --file_format=array_record"),
+        ("tiny", "train", str(tmp_path / "c"), r"has no picture: its features are caption \(Text\), "),
+    ]
+    for path, split, directory, why in cases:
+        with pytest.raises(UserError, match=why):
+            Tfds(path, split, directory=directory)
+
+
+def test_no_tensorflow(files, tmp_path):
+    """Not even where it is installed: an import would take seconds, memory, and on some machines the GPU."""
+    prepare(tmp_path, {"train": files})
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text("raise AssertionError('TensorFlow was imported')")
+    code = (
+        "import sys\nfrom m3i_jax import schema\nfrom m3i_jax.data import sources\n"
+        f"source = sources.open_source(schema.Data(source='tfds', path='tiny', directory={str(tmp_path)!r}))\n"
+        "print(len(source.__getitems__([0, 3])), 'tensorflow' in sys.modules, 'torch' in sys.modules)"
+    )
+    path = os.pathsep.join([str(pathlib.Path(sources.__file__).parents[2]), str(tmp_path)])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=False)
+    assert done.stdout.split() == ["2", "False", "False"], done.stderr

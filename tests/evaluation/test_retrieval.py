@@ -1,0 +1,121 @@
+"""Recall against a loop in numpy; equal captions, ties and the last batch by hand."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from m3i_jax import parallel
+from m3i_jax.data import sources, tokenizer
+from m3i_jax.evaluation import features, retrieval
+from m3i_jax.models import m3i
+from m3i_jax.training import plan
+from tests import toy
+
+CAPTIONS = ["a red cat", "a dog", "A red  cat", None, "two birds", "", "a cat that sits on a very long and very red mat", "a dog"]
+
+
+def embeddings(pictures: int, captions: int, width: int = 5, seed: int = 0):
+    r = np.random.default_rng(seed)
+    owner = np.concatenate([r.permutation(captions), r.integers(0, captions, pictures - captions)])
+    texts = r.normal(size=(captions, width))
+    images = texts[owner] + 1.2 * r.normal(size=(pictures, width))
+    unit = lambda x: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)  # noqa: E731
+    return unit(images), unit(texts), owner
+
+
+def brute(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> dict[str, float]:
+    """Every picture asks for its caption among the distinct ones, and the caption of every picture asks for a picture of it."""
+    hits: dict[str, list[bool]] = {}
+    for i, image in enumerate(images.astype(np.float64)):
+        order = sorted(range(len(texts)), key=lambda c: -float(image @ texts[c].astype(np.float64)))
+        asked = sorted(range(len(images)), key=lambda n: -float(texts[owner[i]].astype(np.float64) @ images[n].astype(np.float64)))
+        for k in (1, 5, 10):
+            hits.setdefault(f"image_to_text/r{k}", []).append(owner[i] in order[:k])
+            hits.setdefault(f"text_to_image/r{k}", []).append(owner[i] in owner[asked[:k]])
+    return {name: float(np.mean(found)) for name, found in hits.items()}
+
+
+@pytest.mark.parametrize(("pictures", "captions", "chunk"), [(40, 40, 1024), (43, 17, 10), (30, 1, 7), (12, 9, 12)])
+def test_recall_is_that_of_a_loop(pictures: int, captions: int, chunk: int) -> None:
+    made = embeddings(pictures, captions)
+    got = dict(retrieval.recall(*made, chunk=chunk))
+    assert got == pytest.approx(brute(*made)) and len(got) == 6
+    if captions == 40:
+        assert 0 < got["text_to_image/r1"] < got["text_to_image/r5"] < got["text_to_image/r10"] < 1
+
+
+def test_a_collapsed_model_finds_nothing() -> None:
+    same = np.full((20, 4), 0.5, np.float32)
+    assert set(dict(retrieval.recall(same, same[:18], np.arange(20) % 18)).values()) == {0.0}
+
+
+def test_any_picture_of_an_equal_caption_is_right() -> None:
+    """Both pictures of caption 0 are asked for by it; the nearer one is a hit, though it belongs to another record."""
+    images = np.array([[0, 1], [1, 0], [0.8, 0.6]], np.float32)
+    texts = np.array([[1, 0], [0.6, 0.8]], np.float32)
+    got = dict(retrieval.recall(images, texts, np.array([0, 0, 1])))
+    assert got["text_to_image/r1"] == 1.0
+    assert got["image_to_text/r1"] == pytest.approx(2 / 3)  # picture 0 points at caption 1
+
+
+def test_polls_come_between_chunks() -> None:
+    polls = []
+    list(retrieval.recall(*embeddings(25, 13), chunk=10, poll=lambda: polls.append(1)))
+    assert len(polls) == 2 + 3
+
+
+@functools.cache
+def words() -> tokenizer.Tokenizer:
+    return tokenizer.train([c for c in CAPTIONS if c], 300, toy.CAPTION)
+
+
+class Source(list):
+    """Records in a list."""
+
+    read: list[int] = []
+
+    def caption(self, index: int) -> str | bytes | None:
+        self.read.append(index)
+        return self[index].caption
+
+
+def test_the_measure_embeds_what_the_model_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records in an order of their own, two without a caption, two pairs of equal ones; batches of four leave a remainder."""
+    config = toy.settings(objective__forms="clip")
+    params = jax.jit(lambda: m3i.init(config, jax.random.key(1), plan.row("clip"), classes=0, vocabulary=300))()
+    source = Source(sources.Record(str(i), b"", caption=caption) for i, caption in enumerate(CAPTIONS))
+    order = np.array([6, 3, 0, 1, 5, 2, 7, 4])
+    vectors = np.random.default_rng(0).normal(size=(8, config.model.pool.width)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    found = features.Features(vectors, np.full(8, -1, np.int32), order)
+    mesh = parallel.make_mesh((2, 2, 1), jax.devices()[:4])
+    measure = retrieval.measure(config, mesh, source, words(), pictures="mine", batch=4)
+    seen = features.Seen({"mine": lambda params, poll: (found, {})}, jax.device_put(params, parallel.replicated(mesh)), lambda: None)
+    passed = []
+    inner = retrieval.recall
+    monkeypatch.setattr(retrieval, "recall", lambda *a, **k: (passed.append(a), inner(*a, **k))[1])
+    got = dict(measure(seen))
+
+    kept = [i for i in range(8) if CAPTIONS[order[i]]]
+    distinct = ["a cat that sits on a very long and very red mat", "a red cat", "a dog", "two birds"]  # as they come
+    ids, lengths = (np.stack(x) for x in zip(*(words().encode(text) for text in distinct), strict=True))
+    assert lengths.max() == toy.CAPTION  # one is cut
+    texts = np.asarray(m3i.text_embedding(config, params, ids, lengths))
+    images = np.asarray(m3i.image_embedding(config, params, 3.0 * vectors[kept]))
+    texts, images = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (texts, images))
+    owner = np.array([0, 1, 2, 1, 2, 3])
+    for mine, wanted in zip(passed[0], (images, texts, owner), strict=True):
+        np.testing.assert_allclose(mine, wanted, atol=1e-5)
+    assert got == {f"eval/retrieval/{name}": value for name, value in inner(images, texts, owner)}
+
+    before = len(source.read)
+    assert dict(measure(seen)) == got and len(source.read) == before  # captions are read once a run
+
+
+def test_without_captions_there_is_no_retrieval() -> None:
+    source = [sources.Record("a", b"", caption=None)] * 3
+    measure = retrieval.measure(toy.settings(objective__forms="clip"), parallel.make_mesh((1, 1, 1), jax.devices()[:1]), source, words())
+    found = features.Features(np.ones((3, 4), np.float32), np.zeros(3, np.int32), np.arange(3))
+    assert list(measure(features.Seen({"queries": lambda params, poll: (found, {})}, {}, lambda: None))) == []
