@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole check: ruff, mypy, pytest, in a virtual environment of its own that is made on the first call and kept.
 #
-#   bash launch/test.sh                             # everything
+#   bash launch/test.sh                             # everything but the tests marked slow
+#   bash launch/test.sh -m slow                     # those
 #   bash launch/test.sh tests/objective -k mask     # arguments go to pytest
 #   bash launch/test.sh --python python3.13         # with another interpreter, in .venv-test-3.13
 #
@@ -35,8 +36,12 @@ complaints=()
 python -m ruff check --quiet --output-format concise . || complaints+=(ruff)
 python -m mypy || complaints+=(mypy)
 status=0
+chosen=(-m "not slow")
+for argument in "$@"; do
+    case "$argument" in -m | -m*) chosen=() ;; esac
+done
 # Two processes, a file each: much of the suite is compiling, which keeps one core busy.
-python -m pytest -q -n "${M3I_TEST_PROCESSES:-2}" --dist loadfile "$@" </dev/null || status=$?
+python -m pytest -q -n "${M3I_TEST_PROCESSES:-2}" --dist loadfile ${chosen[@]+"${chosen[@]}"} "$@" </dev/null || status=$?
 if ((${#complaints[@]})); then
     echo "test.sh: ${complaints[*]} complained, see above" >&2
     if ((status == 0)); then status=1; fi

@@ -224,7 +224,6 @@ def test_the_readme_links_to_what_exists() -> None:
     assert not missing
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("block", [b for b in FOUND if b.language in RUN], ids=lambda b: f"line{b.line}-{b.language}")
 def test_block(block: Block, scratch: pathlib.Path) -> None:
     if block.skip:

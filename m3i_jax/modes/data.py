@@ -84,7 +84,9 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
     return [items[i] for i in survey.chosen(len(items), count)]
 
 
-def feeds(config: schema.Config, vocabulary: int, supply: float, *, chips: dict[str, float] | None = None, mfu: float = MFU) -> dict[str, Any]:
+def feeds(
+    config: schema.Config, vocabulary: int, supply: float, *, chips: dict[str, float] | None = None, mfu: float = MFU
+) -> dict[str, Any]:
     """How many chips `supply` samples a second feed.
 
     Args:
@@ -98,7 +100,9 @@ def feeds(config: schema.Config, vocabulary: int, supply: float, *, chips: dict[
         "flops_per_image", "mfu", "image_size" and "chips": rows of name, peak, samples a second that one asks for, how many are fed.
     """
     one = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
-    made = trainer.Trainer(config, one, vocabulary)
+    # What a picture costs does not depend on the schedule, which may not fit the data yet.
+    schedule = {"train": dataclasses.replace(config.train, steps=1), "optim": dataclasses.replace(config.optim, warmup_steps=0)}
+    made = trainer.Trainer(dataclasses.replace(config, **schedule), one, vocabulary)
     cost = flops.count(made.trace, made.template, trainer.abstract_batch(config)).total / config.train.batch_size
     rows = [(name, peak, peak * mfu / cost, supply * cost / (peak * mfu)) for name, peak in (chips or CHIPS).items()]
     return {"flops_per_image": cost, "mfu": mfu, "image_size": config.data.image_size, "chips": rows}

@@ -61,17 +61,26 @@ def open_job(config: schema.Config, workdir: str) -> Job:
     devices = mesh(config)
     place = pathlib.Path(workdir)
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    train, held_out = parts.open_parts(config.data, cache=str(place / "index"))
+    with parallel.first("index"):  # the first host reads the headers of all files, the others read what it kept
+        train, held_out = parts.open_parts(config.data, cache=str(place / "index"))
     count, captions = pipeline.classes(config.data, train), pipeline.uses_captions(config.data, train)
     done = complete(config, classes=count, captions=captions, size=len(train))
-    words = tokenizer.open_tokenizer(done.data, train, str(place / "tokenizer.json")) if captions else None
+    if captions and config.data.captions == "auto" and not plan.read(done).where("text"):
+        captions = False  # nothing reads them: no vocabulary to learn, no token to carry
+        done = complete(config, classes=count, captions=False, size=len(train))
+    with parallel.first("tokenizer"):
+        words = tokenizer.open_tokenizer(done.data, train, str(place / "tokenizer.json")) if captions else None
     names = tuple(train.classes[:count])
     return Job(config=done, mesh=devices, train=train, held_out=held_out, classes=names, tokenizer=words, workdir=place)
 
 
 @contextlib.contextmanager
 def lock(workdir: pathlib.Path) -> Iterator[None]:
-    """One run a working directory. The lock is the kernel's and ends with the process that holds it, so it is never stale."""
+    """One run a working directory. The lock is the kernel's and ends with the process that holds it, so it is never stale. Of several
+    hosts, the first holds it for all."""
+    if jax.process_index():
+        yield
+        return
     file = os.open(workdir / "run.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from m3i_jax import config as configuration
-from m3i_jax import schema
+from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
 from m3i_jax.modes import job as jobs
@@ -107,8 +107,10 @@ def write_panel(job: jobs.Job, trainer: Trainer, step: int, state: Any, batch: d
     """WORKDIR/panels/<step>.png of the first rows of a batch, from what the step itself computes."""
     config = job.config
     rows = min(2 * -(-config.report.panel_rows // 2), config.train.batch_size)  # partners come in pairs
-    few = {name: value[:rows] for name, value in batch.items()}
+    few = parallel.from_first({name: value[:rows] for name, value in batch.items()})
     seen = {name: np.asarray(value, np.float32) for name, value in jax.device_get(trainer.look_inside(state, few)).items()}
+    if jax.process_index():
+        return
 
     read, kinds = trainer.plan.passes[0], ("input", "input_view", "view", "picture")
     shown = {name: pictures.of_patches(config, seen[name]) for name in seen if name.split("/")[-1] in kinds}

@@ -36,18 +36,22 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Turns SIGTERM and SIGINT into a flag that the loop polls; a second SIGINT interrupts at once."""
+    """Turns SIGTERM and SIGINT into a flag that the loop polls; a second SIGINT interrupts at once. Of several hosts, all stop at the same
+    poll, whichever was told."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._together = parallel.Together(lambda: self.asked)
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._together.open()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._together.close(failed=kind is not None)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -57,7 +61,7 @@ class Preemption:
         self.asked = True
 
     def poll(self) -> None:
-        if self.asked:
+        if self._together.poll():
             raise Preempted
 
 

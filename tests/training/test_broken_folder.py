@@ -6,11 +6,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from m3i_jax import main as command
 from m3i_jax.data import order, records, sources
 from m3i_jax.data.folder import Folder
 from tests import broken
-from tests.test_main import TINY
+from tests.test_main import TINY, finish
 
 GOOD, BATCH, STEPS = 88, 32, 10
 
@@ -26,9 +25,9 @@ def test_a_run_on_a_folder_that_is_one_fifth_broken(tmp_path: pathlib.Path) -> N
     ]  # fmt: skip
     flags = [*TINY, *(f"--config.{change}" for change in changes)]
     place = tmp_path / "run"
-    assert (
-        command.main(["--config", f"configs/folder.py:path={tmp_path / 'pictures'},model=vit_tiny", "--workdir", str(place), *flags]) == 0
-    )
+    source = f"configs/folder.py:path={tmp_path / 'pictures'},model=vit_tiny"
+    code, _, complaint = finish("--config", source, "--workdir", str(place), *flags)
+    assert code == 0, complaint
 
     lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "loss" in line][-1]
