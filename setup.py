@@ -33,10 +33,12 @@ def accelerated(extra: str) -> list[str]:
 
 
 EXTRAS = {
+    # What the benchmarks under tests/bench compare with; torch from a CPU build where there is no GPU.
+    "bench": ["simplejpeg>=1.9", "tensorflow-cpu>=2.20", "torch>=2.10", "torchvision>=0.25"],
     "cuda": accelerated("cuda12"),
     "cuda13": accelerated("cuda13"),
     "tpu": accelerated("tpu"),
-    "fast": ["simplejpeg>=1.9"],
+    "fast": ["cykooz-resizer>=4.0.1"],
     "gcs": ["fsspec>=2025.1", "gcsfs>=2025.1"],
     "huggingface": ["datasets>=4.0"],
     "tensorboard": ["tensorboardX>=2.6.4"],

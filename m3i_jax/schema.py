@@ -61,7 +61,7 @@ class Data:
     caption_length: int = option(77, "tokens a caption is padded or cut to, start and end included")
     background: int = option(255, "gray level under transparent pixels")
     resizer: str = option(
-        "auto", "of the crops: pillow; fast (extra `fast`), with pixels that differ by a rounding; auto: fast if installed", "auto", "pillow", "fast"
+        "auto", "of the crops: pillow; fast (extra `fast`), hardly other pixels; auto: fast if installed", "auto", "pillow", "fast"
     )
     threads: int = option(2, "threads that make batches ahead, when there are no workers")
     workers: int = option(0, "worker processes that make batches")

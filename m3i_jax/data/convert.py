@@ -1,6 +1,6 @@
-"""Any source to ArrayRecord shards: in parallel, and resumable. A shard is renamed into place when it is whole, so one that is there is kept
-and only what is missing is made. Every record is kept with its original bytes, bad ones too: they are counted and replaced when they are
-read, by rules that may become better, and the numbering stays that of the source.
+"""Any source to ArrayRecord shards: in parallel, and resumable. A shard is renamed into place when it is whole, so one that is there is
+kept and only what is missing is made. Every record is kept with its original bytes, bad ones too: they are counted and replaced when they
+are read, by rules that may become better, and the numbering stays that of the source.
 
 This module is what the worker processes import, so it stays light.
 """
@@ -70,13 +70,13 @@ def agree(source: Source, directory: str) -> int:
             raise UserError(f"--workdir: {place!r} cannot be read ({error}): remove the directory, or choose another one") from error
         if there != plan:
             raise UserError(
-                f"--workdir {directory}: another source, or another state of it, is converted there ({there.get('records'):,} records, this "
-                f"one has {len(source):,}): choose another directory"
+                f"--workdir {directory}: another source, or another state of it, is converted there ({there.get('records')} records, "
+                f"this one has {len(source)}): choose another directory"
             )
     else:
         foreign = [name for name in sorted(os.listdir(directory)) if array_records.ENDING in name or name == array_records.INDEX]
         if foreign:
-            raise UserError(f"--workdir {directory}: {foreign[0]!r} is there already and not from this conversion: choose another directory")
+            raise UserError(f"--workdir {directory}: {foreign[0]!r} is there and not from this conversion: choose another directory")
         sources.write_whole(place, json.dumps(plan, ensure_ascii=False).encode("utf-8", "replace"))
     return shards
 

@@ -27,12 +27,13 @@ def histogram(values: Sequence[float], edges: Sequence[float], names: Sequence[s
     >>> histogram([0.7, 2.5], (0.0, 0.5, 1.0, 2.0), ("1:2", "1:1", "2:1"))
     [('1:2-1:1', 1), ('1:1-2:1', 0), ('2:1 and more', 1)]
     """
-    counts = np.bincount(np.searchsorted(np.asarray(edges), np.asarray(values), "right") - 1, minlength=len(edges)) if len(values) else []
+    places = np.searchsorted(np.asarray(edges), np.asarray(values, np.float64), "right") - 1
+    counts = np.bincount(places, minlength=len(edges))
     text = list(names) or [f"{edge:g}" for edge in edges[1:]]
     ends = text[1:] if names else [f"{edge - 1:g}" for edge in edges[2:]]
     between = [start if start == end else f"{start}-{end}" for start, end in zip(text, ends, strict=False)]
     labels = [f"below {text[0]}", *between, f"{text[-1]} and more"]
-    bars = [(label, int(count)) for label, count in zip(labels, counts, strict=False)]
+    bars = [(label, int(count)) for label, count in zip(labels, counts, strict=True)]
     used = [i for i, (_, count) in enumerate(bars) if count]
     return bars[used[0] : used[-1] + 1] if used else []
 
@@ -104,9 +105,8 @@ def _sizes(good: Sequence[Seen]) -> dict[str, Any]:
 
 
 def _categories(good: Sequence[Seen], classes: Sequence[str], kept: int) -> dict[str, Any]:
-    counts = np.bincount([s.label for s in good if s.label >= 0] or [0], minlength=max(len(classes), kept))
-    if not any(s.label >= 0 for s in good):
-        counts[:] = 0
+    labels = np.array([s.label for s in good if s.label >= 0], np.int64)
+    counts = np.bincount(labels, minlength=max(len(classes), kept))
     names = [classes[i] if i < len(classes) else str(i) for i in range(len(counts))]
     inside = counts[:kept] if kept else counts
     share = inside[inside > 0] / max(inside.sum(), 1)

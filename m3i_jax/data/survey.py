@@ -65,7 +65,7 @@ def look(index: int, record: sources.Record, *, background: int = 255) -> Seen:
         kind, height, width = opened.image.format or "array", opened.height, opened.width
         opened.rgb(background=background)
     except records.BadRecord as error:
-        reason, detail = error.reason, str(error)
+        reason, detail = error.reason, str(error).removeprefix(f"{error.reason}: ")
     content = hashlib.blake2b(raw, digest_size=16).digest()
     caption = records.clean_caption(record.caption)
     return Seen(index, record.key, kind, len(raw), content, reason, detail, height, width, record.label, caption)
@@ -187,9 +187,8 @@ def speed(config: schema.Config, held: Sequence[sources.Record], like: Any, toke
     if len(held) < 2:
         return Speed(decode, 0.0, len(held))
     plain = dataclasses.replace(config.data, threads=0, workers=0, max_bad_share=1.0)
-    batches = pipeline.iterate(
-        dataclasses.replace(config, data=plain, train=dataclasses.replace(config.train, batch_size=32)), Held(held, like), tokenizer, start=0
-    )
+    small = dataclasses.replace(config, data=plain, train=dataclasses.replace(config.train, batch_size=32))
+    batches = pipeline.iterate(small, Held(held, like), tokenizer, start=0)
     try:
         next(batches)
         made = _rate((len(batch["label"]) for batch in batches), seconds)

@@ -101,8 +101,8 @@ def feeds(
     """
     one = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
     # What a picture costs does not depend on the schedule, which may not fit the data yet.
-    schedule = {"train": dataclasses.replace(config.train, steps=1), "optim": dataclasses.replace(config.optim, warmup_steps=0)}
-    made = trainer.Trainer(dataclasses.replace(config, **schedule), one, vocabulary)
+    train, optim = dataclasses.replace(config.train, steps=1), dataclasses.replace(config.optim, warmup_steps=0)
+    made = trainer.Trainer(dataclasses.replace(config, train=train, optim=optim), one, vocabulary)
     cost = flops.count(made.trace, made.template, trainer.abstract_batch(config)).total / config.train.batch_size
     rows = [(name, peak, peak * mfu / cost, supply * cost / (peak * mfu)) for name, peak in (chips or CHIPS).items()]
     return {"flops_per_image": cost, "mfu": mfu, "image_size": config.data.image_size, "chips": rows}

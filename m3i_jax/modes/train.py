@@ -15,6 +15,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
 from m3i_jax.modes import job as jobs
 from m3i_jax.modes import pictures
+from m3i_jax.parallel import distributed
 from m3i_jax.reporting import panels, writers
 from m3i_jax.training import loop
 from m3i_jax.training.checkpoint import Checkpoints
@@ -23,6 +24,7 @@ from m3i_jax.training.trainer import Trainer
 
 def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
     job = jobs.open_job(config, workdir)
+    distributed.agree("data", {"data": job.identity})
     with jobs.lock(job.workdir):
         return pretrain(job, allow_changes)
 

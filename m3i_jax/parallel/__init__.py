@@ -1,7 +1,25 @@
 """Devices as a mesh with axes (replica, fsdp, tensor), rules from parameter paths to shardings, and the way of a host's rows to one global
 array. Knows neither models nor training: it speaks of trees and names."""
 
+from m3i_jax.parallel.barriers import HostMissing, Together, exchange, first, wait
+from m3i_jax.parallel.distributed import from_first
 from m3i_jax.parallel.mesh import AXES, DATA, data_sharding, hint, make_mesh, replicated, to_global
 from m3i_jax.parallel.rules import RULES, shardings
 
-__all__ = ["AXES", "DATA", "RULES", "data_sharding", "hint", "make_mesh", "replicated", "shardings", "to_global"]
+__all__ = [
+    "AXES",
+    "DATA",
+    "RULES",
+    "HostMissing",
+    "Together",
+    "data_sharding",
+    "exchange",
+    "first",
+    "from_first",
+    "hint",
+    "make_mesh",
+    "replicated",
+    "shardings",
+    "to_global",
+    "wait",
+]

@@ -103,7 +103,9 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: int) 
     """Columns from `numeric` on are set flush right."""
 
     def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}{' class=number' if i >= numeric else ''}>{_text(c)}</{tag}>" for i, c in enumerate(cells)) + "</tr>"
+        return (
+            "<tr>" + "".join(f"<{tag}{' class=number' if i >= numeric else ''}>{_text(c)}</{tag}>" for i, c in enumerate(cells)) + "</tr>"
+        )
 
     return "<table>" + line(headers, "th") + "".join(line(row, "td") for row in rows) + "</table>"
 
@@ -114,7 +116,8 @@ def _picture(picture: Picture) -> str:
     lines = [f"<b>{_text(picture['label'])}</b>"] if picture["label"] else []
     lines += [_text(caption)] if caption else []
     lines.append(f'<span class="key">{_text(picture["key"])} · {_text(picture["size"])}</span>')
-    return f'<figure><img alt="{_text(picture["label"] or picture["key"])}" src="{source}"><figcaption>{"<br>".join(lines)}</figcaption></figure>'
+    alt = _text(picture["label"] or picture["key"])
+    return f'<figure><img alt="{alt}" src="{source}"><figcaption>{"<br>".join(lines)}</figcaption></figure>'
 
 
 def _pictures(pictures: Sequence[Picture]) -> str:
@@ -136,7 +139,7 @@ def _twins(report: Report, twins: Sequence[Sequence[Picture]]) -> str:
     if not count["records"]:
         return f"<p>No two pictures have the same bytes{scope}.</p>"
     told = (
-        f"{count['groups']:,} pictures occur more than once{scope}, {count['records']:,} records too many; {count['with_several_labels']:,} of "
-        f"these pictures have several labels, {count['in_both_parts']:,} are both trained on and held out."
+        f"{count['groups']:,} pictures occur more than once{scope}, {count['records']:,} records too many; of these pictures "
+        f"{count['with_several_labels']:,} have several labels, {count['in_both_parts']:,} are both trained on and held out."
     )
     return f"<p>{told}</p>" + _pictures([picture for group in twins for picture in group])

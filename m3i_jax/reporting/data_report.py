@@ -77,10 +77,10 @@ def feeding(report: Report) -> tuple[str, list[tuple[str, str, str, str]]]:
     if not speed["pipeline"]:
         return "No speed was measured: there are fewer than two usable pictures.", []
     text = (
-        f"One core decodes {rate(speed['decode'])} pictures a second and makes {rate(speed['pipeline'])} whole samples a second (decoding, two "
-        f"views of {feeds['image_size']} pixels, mask, caption), measured on {speed['pictures']:,} pictures in memory. Fed by all "
-        f"{speed['cores']} cores, if a step takes {feeds['flops_per_image'] / 1e9:.4g} GFLOP a picture and a chip reaches {feeds['mfu']:.0%} of "
-        f"its peak (both are assumptions of this table):"
+        f"One core decodes {rate(speed['decode'])} pictures a second and makes {rate(speed['pipeline'])} whole samples a second "
+        f"(decoding, two views of {feeds['image_size']} pixels, mask, caption), measured on {speed['pictures']:,} pictures in memory. Fed "
+        f"by all {speed['cores']} cores, if a step takes {feeds['flops_per_image'] / 1e9:.4g} GFLOP a picture (counted) and a chip reaches "
+        f"{feeds['mfu']:.0%} of its peak (assumed):"
     )
     rows = [(chip, f"{peak / 1e12:,.0f} TFLOP/s", rate(wants), rate(fed)) for chip, peak, wants, fed in feeds["chips"]]
     return text, rows
@@ -91,17 +91,17 @@ def text(report: Report) -> str:
     parts = [report["source"]["description"], show.table(facts(report), ("of the source", ""))]
     good = report["pictures"]["usable"]
     for title, bars in histograms(report):
-        rows = [(label, f"{n:,}", share(n, good), "#" * round(30 * n / max(m for _, m in bars))) for label, n in bars]
-        parts.append(show.table(rows, (title, "pictures", "share", "")))
+        bins = [(label, f"{n:,}", share(n, good), "#" * round(30 * n / max(m for _, m in bars))) for label, n in bars]
+        parts.append(show.table(bins, (title, "pictures", "share", "")))
     if report["bad"]:
         rows = [(row["reason"], f"{row['count']:,}", "; ".join(key for key, _ in row["examples"])) for row in report["bad"]]
         parts.append(show.table(rows, ("bad", "records", "such as")))
     if report["duplicates"]["examples"]:
         parts.append("same bytes: " + "; ".join(" = ".join(keys) for keys in report["duplicates"]["examples"]))
-    sentence, rows = feeding(report)
+    sentence, chips = feeding(report)
     parts.append(sentence)
-    if rows:
-        parts.append(show.table(rows, ("chip", "peak", "asks for pictures/s", "fed by this machine")))
+    if chips:
+        parts.append(show.table(chips, ("chip", "peak", "asks for pictures/s", "fed by this machine")))
     return "\n\n".join(parts)
 
 

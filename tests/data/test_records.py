@@ -1,6 +1,7 @@
 """Every rule about bad and odd input: what is refused, for which reason, and what the rest looks like."""
 
 import io
+import time
 
 import numpy as np
 import pytest
@@ -229,3 +230,30 @@ def test_long_captions_are_cut():
     assert len(records.clean_caption("x" * 1_000_000)) == records.CAPTION_LIMIT
     # The cut goes through the two bytes of a letter, which is no defect of the caption.
     assert records.clean_caption(b"x" + "\u00e9".encode() * 100_000) == "x" + "\u00e9" * ((records.CAPTION_LIMIT - 1) // 2)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_bomb_costs_neither_time_nor_memory(make):
+    """Refused by the header, before anything is decoded: within milliseconds, with little memory."""
+    resource = pytest.importorskip("resource")
+    bombs = [make.png_header(60_000, 60_000), make.png_header(65_500, 2000), make.bad_files()["large.png"][0]]
+    records.decode(make.encode(make.smooth(32, 32), "PNG"))
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    for bomb in bombs * 10:
+        assert reason(bomb) == "too_large"
+    assert time.process_time() - start < 10 * len(bombs) * 0.05
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB; decoded, the first would take 10 GB
+
+
+def test_every_way_to_store_a_picture_gives_the_same_pixels(make):
+    """One picture with an orientation, as a JPEG of every subsampling, progressive or not, CMYK, PNG, WebP and TIFF."""
+    upright = make.smooth(64, 48)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.fromarray(stored_as(upright, 6))
+    for kind, options in [
+        *(("JPEG", {"quality": 97, "subsampling": s, "progressive": p}) for s in (0, 1, 2) for p in (False, True)),
+        ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {"compression": "tiff_lzw"}),
+    ]:  # fmt: skip
+        out = records.decode(make.encode(stored, kind, exif=exif, **options))
+        assert out.shape == upright.shape and distance(out, upright) <= 2, (kind, options)

@@ -42,7 +42,8 @@ def main() -> None:
         made[f"solarize/{kind}"] = np.stack([_apply(functional.solarize, p, kind, 128) for p in made["pictures"]])
     # On floats: on 8 bits it would be the rounding that is compared.
     floats = torch.from_numpy(made["pictures"]).permute(0, 3, 1, 2) / 255
-    made["blur/tensor"] = np.stack([functional.gaussian_blur(floats, [23, 23], [s, s]).permute(0, 2, 3, 1).numpy() for s in SIGMAS]).astype(np.float16)
+    blurred = [functional.gaussian_blur(floats, [23, 23], [s, s]).permute(0, 2, 3, 1).numpy() for s in SIGMAS]
+    made["blur/tensor"] = np.stack(blurred).astype(np.float16)
     for kind in ("pillow", "tensor"):
         cuts = []
         for top, left, height, width in BOXES:

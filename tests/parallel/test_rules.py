@@ -44,7 +44,7 @@ def mesh() -> Mesh:
         ("step", (), P()),
         ("opt/balance/ssp", (), P()),
         ("opt/adamw/0/mu/encoder/blocks/mlp/fc1/kernel", (12, 768, 3072), FIRST),
-        ("opt/target/params/blocks/attention/out/kernel", (12, 768, 768), SECOND),
+        ("opt/target/params/encoder/blocks/attention/out/kernel", (12, 768, 768), SECOND),
     ],
 )
 def test_table(mesh: Mesh, path: str, shape: tuple[int, ...], wanted: P) -> None:
@@ -96,7 +96,7 @@ def test_paths_of_all_kinds_of_keys() -> None:
     state = trainer.Trainer(toy.settings(), parallel.make_mesh((1, 1, 1), jax.devices()[:1]), toy.VOCABULARY).template
     paths = {rules.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)}
     wanted = {"step", "params/logit_scale", "params/encoder/blocks/mlp/fc1/kernel", "opt/balance/ssp", "opt/target/count"}
-    assert wanted | {"opt/adamw/0/mu/encoder/blocks/mlp/fc1/kernel", "opt/target/params/blocks/mlp/fc1/kernel"} <= paths
+    assert wanted | {"opt/adamw/0/mu/encoder/blocks/mlp/fc1/kernel", "opt/target/params/encoder/blocks/mlp/fc1/kernel"} <= paths
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ def forward(plan: plans.Plan, batch=None, params=None) -> Forward:
 
 
 def test_the_letters_are_the_rows_of_the_papers_tables() -> None:
-    """Table 3: (a-f) predict the input's own view, (g-l) another one; b, e, h, k dense features, c, f, i, l a global one; d-f, j-l masked."""
+    """Table 3: a-f predict the own view, g-l another one; b, e, h, k dense features; c, f, i, l a global one; d-f and j-l are masked."""
     for letter, name in methods.LETTERS.items():
         if len(letter) > 1:
             continue

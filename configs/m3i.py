@@ -1,0 +1,101 @@
+"""The paper's pre-training runs, Table 7 to the letter: ImageNet-1k with categories, YFCC-15M with captions, 442 million pictures of both.
+
+python -m m3i_jax.main --config configs/m3i.py:data=imagenet,model=vit_b16,epochs=1600,path=/data/imagenet --workdir runs/m3i
+python -m m3i_jax.main --config configs/m3i.py:data=joint,model=vit_l16 --mode=show
+
+[P] is the paper's Table 7, [S] its section 4, [C] a choice of this project where the paper is silent; the README lists those in full.
+
+Another batch size. Below 4,096 images, learning rate and the target's distance from 1 go down in proportion, lr * B / 4096 and
+1 - (1 - 0.995) * B / 4096, so that an epoch moves weights and target as far; above, they stay, since the paper has the same two values at
+4,096 and at 40,000. Warm-up and length are counted in epochs and need no rule. [C]
+"""
+
+from ml_collections import ConfigDict
+
+from m3i_jax.config import default, rescale
+from m3i_jax.errors import UserError
+from m3i_jax.models import presets
+
+EPOCHS = {"imagenet": 1600.0, "yfcc": 138.0, "joint": 30.0}  # [P]; ImageNet's ablations have 400 [S]
+WARMUP = {"imagenet": 40.0, "yfcc": 3.5, "joint": 1.0}  # epochs [P]
+BATCH = {"imagenet": 4096, "yfcc": 4096, "joint": 40_000}  # [P]
+# Pictures, so that --mode=show can plan without data; a run counts what is there. ImageNet-1k's training split; YFCC-15M as CLIP published
+# it; 427 million captioned and 15 million labelled pictures [S].
+SIZE = {"imagenet": 1_281_167, "yfcc": 14_829_396, "joint": 442_000_000}
+
+
+def get_config(data: str = "imagenet", model: str = "vit_b16", epochs: float = 0.0, batch_size: int = 0, path: str = "data") -> ConfigDict:
+    """data: imagenet, yfcc or joint. model: vit_b16, vit_l16, vit_h14 (vit_s16 and vit_tiny for a trial). epochs, batch_size: 0: the
+    paper's. path: imagenet: folder with train/ and val/; yfcc: folder of img2dataset tars; joint: folder with imagenet22k/ (a folder a
+    class) and the folders of tars laion400m/, yfcc15m/ and cc12m/."""
+    if data not in EPOCHS:
+        raise UserError(f"configs/m3i.py: data={data} is none of {', '.join(EPOCHS)}")
+    if model == "internimage_h":
+        raise UserError("configs/m3i.py: model=internimage_h cannot be pre-trained here yet; take vit_b16, vit_l16 or vit_h14")
+    if model not in presets.PRESETS:
+        raise UserError(f"configs/m3i.py: model={model} is none of {', '.join(presets.PRESETS)}")
+    config, place = default(), path.rstrip("/")
+
+    # The model. ViT-B/16 [P]; of the others the paper gives no ViT: four decoder blocks of the encoder's width, 1024 at most [C].
+    config.model.update(presets.preset(model))
+    config.model.encoder.drop_path = 0.1  # [P]
+    config.model.encoder.drop_path_rule = "linear"  # [P]
+    config.model.dtype = "bfloat16"  # [C]; parameters, norms, softmax and losses are float32
+
+    # What is seen.
+    config.data.image_size = 224  # [P]
+    config.data.mask = "blockwise"  # [P]
+    config.data.mask_ratio = 0.5  # [P]
+    config.data.crop_scale = (0.08, 1.0)  # [C], as SiameseIM; the ops are [P], their strengths [C]
+    config.data.tokenizer = "clip"  # [C]; the paper says only that the text tower is BERT-Base in size
+    config.data.caption_length = 77  # [C], CLIP's
+    config.data.threads = 16  # [C]; of a host
+    config.data.size = SIZE[data]
+    if data == "imagenet":
+        config.data.source = "folder"
+        config.data.path = place
+        config.data.split = "train"  # all of it, so that an epoch has 312 steps of 4,096
+        config.data.holdout_split = "val"
+        config.data.classes = 1000
+        config.data.captions = "no"
+    elif data == "yfcc":
+        config.data.source = "tars"
+        config.data.path = f"{place}/*.tar"
+        config.data.holdout = 0.0  # [C]: all of it is trained on; --config.data.holdout=0.001 to follow retrieval
+        config.data.classes = 0  # captions alone [S]
+        config.data.captions = "yes"
+    else:
+        config.data.source = "mixture"
+        config.data.mixture = (  # [S]; without weights: by number of pictures, one epoch sees each once [C]
+            f"folder:{place}/imagenet22k",
+            f"tars:{place}/laion400m/*.tar",
+            f"tars:{place}/yfcc15m/*.tar",
+            f"tars:{place}/cc12m/*.tar",
+        )
+        config.data.holdout = 0.0  # [C]
+        config.data.classes = 21_841  # ImageNet-22k's
+        config.data.captions = "yes"
+
+    # What is maximised.
+    config.objective.forms = ("m3i",)
+    config.objective.label_smoothing = 0.1  # [P]
+    config.objective.weighting = "dynamic"  # Eq. 13
+    config.objective.gamma = 1.0  # section 3.4
+    config.objective.second_moment = 0.02  # [C], as SiameseIM; 0 is the paper's text alone
+
+    # How.
+    config.optim.lr = 1e-3  # [P]
+    config.optim.min_lr = 0.0  # [C]
+    config.optim.b1 = 0.9  # [P]
+    config.optim.b2 = 0.95  # [P]
+    config.optim.weight_decay = 0.1  # [P]; not of biases, norms, tokens, position tables, logit scale [C]
+    config.optim.clip = 1.0  # [C], as SiameseIM
+    config.optim.ema = 0.995  # [P]
+    config.optim.ema_schedule = "cosine"  # [P]
+    config.train.epochs = epochs or EPOCHS[data]
+    config.optim.warmup_epochs = min(WARMUP[data], 0.1 * config.train.epochs)  # [P]; of a shorter run at most a tenth [C]
+    batch = batch_size or BATCH[data]
+    if batch < config.train.batch_size:
+        rescale(config, batch)
+    config.train.batch_size = batch
+    return config

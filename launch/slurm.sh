@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# A run under Slurm, one process a node with all of its GPUs. What sbatch cannot know, such as partition, account and the kind of GPU, is
+# given to sbatch:
+#
+#   sbatch --nodes=4 --gpus-per-node=8 --partition=NAME launch/slurm.sh --workdir /shared/runs/m3i --config configs/m3i.py:path=/shared/imagenet
+#   bash launch/slurm.sh --dry-run --workdir /shared/runs/m3i --config configs/m3i.py      # prints what it would do
+#
+# Two minutes before the time limit, or when Slurm wants the nodes back, the run saves, ends with 42 and is queued again by the same job.
+# The project and the working directory lie where all nodes see them.
+#SBATCH --job-name=m3i
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=TERM@120
+#SBATCH --output=m3i-%j.log
+set -euo pipefail
+# Slurm runs a copy of this file: the project is where the job was submitted.
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
+
+dry=''
+if [[ "${1:-}" == --dry-run ]]; then dry=yes && shift; fi
+if [[ -z "$dry" && -z "${SLURM_JOB_ID:-}" ]]; then
+    echo "slurm.sh: there is no Slurm job: submit it, as sbatch --nodes=2 launch/slurm.sh $*, or add --dry-run" >&2
+    exit 2
+fi
+[[ " $* " == *" --workdir"* ]] || { echo "slurm.sh: --workdir is missing: a directory that all nodes see" >&2 && exit 2; }
+
+nodes="${SLURM_JOB_NUM_NODES:-2}"
+if [[ -n "${SLURM_JOB_NODELIST:-}" ]] && command -v scontrol >/dev/null; then
+    first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
+else
+    first=FIRST-NODE
+fi
+coordinator="$first:$((61440 + ${SLURM_JOB_ID:-0} % 4096))" # jobs that share a node do not share a port
+export M3I_AGAIN=0
+
+# The number of a process is known only inside srun.
+# shellcheck disable=SC2016
+step=(srun --kill-on-bad-exit=0 --ntasks-per-node=1 bash -c 'exec bash launch/host.sh "$@" --process-id "$SLURM_PROCID"' host
+    "$@" --coordinator "$coordinator" --processes "$nodes")
+again=(scontrol requeue "${SLURM_JOB_ID:-JOB}")
+if [[ -n "$dry" ]]; then
+    printf '+'
+    printf ' %q' "${step[@]}"
+    printf '\n+ if it ends with 42:'
+    printf ' %q' "${again[@]}"
+    printf '\n'
+    exit 0
+fi
+
+trap : TERM # Slurm tells the step as well: this shell waits until the step has saved
+status=0
+"${step[@]}" || status=$?
+if ((status == 42)); then
+    echo "slurm.sh: preempted and saved; queueing the same job again"
+    "${again[@]}"
+fi
+exit "$status"

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# A run on machines that are reached by ssh, one process a machine. The project lies at the same path on all of them, and the working
+# directory is one that all of them see.
+#
+#   bash launch/ssh.sh --hosts node1,node2 --workdir /shared/runs/m3i -- --config configs/m3i.py:path=/shared/imagenet
+#   bash launch/ssh.sh --hosts node1,node2 --workdir /shared/runs/m3i --dry-run -- --config configs/m3i.py
+#
+#   --hosts A,B,...   as ssh knows them (keys and users belong into ~/.ssh/config); the first is the coordinator
+#   --port N          of the coordinator (8476)
+#   --coordinator A   address of the first host as the others reach it, if that is not its name
+#   --directory DIR   where the project lies there (this one's path)
+#   --dry-run         print the commands
+#
+# Ends with the first status that is not 0. Ctrl-C here saves the run on all hosts; the same command goes on with it.
+set -euo pipefail
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+# shellcheck source=launch/signals.sh
+source "$ROOT/launch/signals.sh"
+
+hosts='' workdir='' port=8476 coordinator='' directory="$ROOT" dry=''
+while (($#)); do
+    case "$1" in
+        --hosts) hosts="${2:?--hosts needs a list}" && shift 2 ;;
+        --workdir) workdir="${2:?--workdir needs a directory}" && shift 2 ;;
+        --port) port="${2:?--port needs a number}" && shift 2 ;;
+        --coordinator) coordinator="${2:?--coordinator needs an address}" && shift 2 ;;
+        --directory) directory="${2:?--directory needs a path}" && shift 2 ;;
+        --dry-run) dry=yes && shift ;;
+        --) shift && break ;;
+        *) fail "$1: there is no such flag; arguments of the run come after --" ;;
+    esac
+done
+[[ -n "$hosts" ]] || fail "--hosts is missing: name the machines, such as --hosts node1,node2"
+[[ -n "$workdir" ]] || fail "--workdir is missing: a directory that all machines see"
+
+IFS=, read -ra names <<<"$hosts"
+coordinator="${coordinator:-${names[0]#*@}}:$port"
+pids=()
+# ssh passes no signal on: each host keeps the number of its run, by which Ctrl-C here reaches it.
+# shellcheck disable=SC2317  # called by the trap
+stop() {
+    for name in "${names[@]}"; do
+        # shellcheck disable=SC2029  # meant to be expanded here
+        ssh "$name" "kill -TERM \$(cat /tmp/m3i-$port.pid)" || true
+    done
+}
+for i in "${!names[@]}"; do
+    command="cd $(printf %q "$directory") && echo \$\$ >/tmp/m3i-$port.pid && exec bash launch/host.sh"
+    for argument in "$@" --workdir "$workdir" --coordinator "$coordinator" --processes "${#names[@]}" --process-id "$i"; do
+        command+=" $(printf %q "$argument")"
+    done
+    if [[ -n "$dry" ]]; then
+        printf '+ ssh %s %q\n' "${names[$i]}" "$command"
+        continue
+    fi
+    # shellcheck disable=SC2029  # meant to be expanded here
+    ssh "${names[$i]}" "$command" </dev/null > >(sed -u "s/^/${names[$i]}: /") 2>&1 &
+    pids+=($!)
+done
+if [[ -n "$dry" ]]; then exit 0; fi
+trap stop INT TERM
+status=0
+for pid in "${pids[@]}"; do
+    code=0
+    finish "$pid" || code=$?
+    if ((status == 0)); then status=$code; fi
+done
+exit "$status"

@@ -1,0 +1,207 @@
+"""What the hosts of a run tell each other beside the arrays: through the key-value store of jax.distributed, never through a collective, so
+that a host that hangs or died is found out. Everything here has a limit and names the host that is missing; alone, everything is free."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jax._src import distributed as _distributed  # the store has no public name
+
+LIMIT = 600.0  # seconds
+_rounds: dict[str, int] = {}
+
+
+class HostMissing(RuntimeError):
+    """A host did not come to a meeting in time."""
+
+
+def _client() -> Any:
+    return _distributed.global_state.client
+
+
+def hosts() -> int:
+    """Processes of this run; asks no device, so it may come before the first use of one.
+
+    >>> hosts(), host()
+    (1, 0)
+    """
+    return _distributed.global_state.num_processes if _client() else 1
+
+
+def host() -> int:
+    """Number of this process, from 0."""
+    return _distributed.global_state.process_id if _client() else 0
+
+
+def call(number: int) -> str:
+    """A host as a person knows it: its number and, if it has told it, its name."""
+    try:
+        return f"host {number} ({_client().key_value_try_get(f'm3i/name/{number}')})"
+    except Exception:  # it never told, or there is no store any more
+        return f"host {number}"
+
+
+def introduce(name: str) -> None:
+    """Tell the name that messages of other hosts call this one by."""
+    if hosts() > 1:
+        _client().key_value_set(f"m3i/name/{host()}", name, allow_overwrite=True)
+
+
+def exchange(name: str, text: str, *, limit: float = LIMIT) -> list[str]:
+    """Every host's text, in the order of the hosts. A meeting: nobody leaves before all have come.
+
+    Args:
+      name: of the meeting; all hosts come to the meetings of one name in the same order.
+      text: what this host says; short, since every host reads all of it.
+      limit: seconds to wait for the last host.
+
+    Raises:
+      HostMissing: with the hosts that did not come in time.
+
+    >>> exchange("docs", "here")
+    ['here']
+    """
+    if hosts() == 1:
+        return [text]
+    round_ = _rounds[name] = _rounds.get(name, -1) + 1
+    room, me, client = f"m3i/{name}/{round_}/", host(), _client()
+    client.key_value_set(f"{room}{me:06d}", text or " ")
+    try:
+        client.wait_at_barrier(f"m3i/{name}/{round_}", int(limit * 1000))
+    except Exception as error:
+        missing = sorted(set(range(hosts())) - {int(key.rsplit("/", 1)[1]) for key, _ in _told(room)})
+        who = ", ".join(call(n) for n in missing) or "no host, but one of them failed"
+        raise HostMissing(f"{name}: waited {limit:.0f} seconds for {who}; look into its output ({str(error).splitlines()[0]})") from None
+    said = [value.rstrip(" ") for _, value in sorted(_told(room))]
+    if round_:  # all that are here have read what was said before
+        with contextlib.suppress(Exception):
+            client.key_value_delete(f"m3i/{name}/{round_ - 1}/{me:06d}")
+    return said
+
+
+def _told(room: str) -> list[tuple[str, str]]:
+    try:
+        return _client().key_value_dir_get(room)
+    except Exception:  # the coordinator itself is gone
+        return []
+
+
+def wait(name: str, *, limit: float = LIMIT) -> None:
+    """Until every host is here. Raises HostMissing."""
+    exchange(name, "", limit=limit)
+
+
+@contextlib.contextmanager
+def first(name: str, *, limit: float = 6 * 3600.0) -> Iterator[None]:
+    """Host 0 does the block, then all others do: what is made once in a shared directory is found there by them. Nobody goes on before all
+    have done it, so that an error of one ends all.
+
+    Raises:
+      HostMissing: another host failed in the block, or took longer than the limit in seconds.
+
+    >>> with first("docs"): print("made")
+    made
+    """
+    if hosts() == 1:
+        yield
+        return
+    round_ = _rounds[name] = _rounds.get(name, -1) + 1
+    key, client = f"m3i/first/{name}/{round_}", _client()
+    if host():
+        try:
+            client.blocking_key_value_get(key, int(limit * 1000))
+        except Exception:
+            raise HostMissing(f"{name}: waited {limit:.0f} seconds for {call(0)}; look into its output") from None
+    try:
+        if host() and client.key_value_try_get(key) != "done":
+            raise HostMissing(f"{name}: {call(0)} failed; its output says why")
+        yield
+    except BaseException:
+        if not host():
+            client.key_value_set(key, "failed")
+        with contextlib.suppress(HostMissing):  # the others are told; what happened here is said here
+            exchange(f"{name}, done", "failed", limit=60.0)
+        raise
+    if not host():
+        client.key_value_set(key, "done")
+    said = exchange(f"{name}, done", "done", limit=limit)
+    if failed := [call(number) for number, verdict in enumerate(said) if verdict != "done"]:
+        raise HostMissing(f"{name}: {', '.join(failed)} failed; its output says why")
+
+
+class Together:
+    """All hosts of a run stop at the same poll, whichever of them was told to.
+
+    A thread watches for the notice, here or of another host; then every host says how many polls it has seen, and all go on to the one
+    after the largest number. Since hosts do the same things in the same order, that is the same place in the program for all of them, and
+    no collective is left half done. Alone, a notice counts at the next poll, and there is no thread.
+
+    Args:
+      asked: whether this host was told to stop; called often, from another thread.
+      limit: seconds that hosts may take to answer.
+
+    >>> told = []
+    >>> together = Together(lambda: bool(told)).open()
+    >>> together.poll(), told.append(1), together.poll()
+    (False, None, True)
+    >>> together.close()
+    """
+
+    LOOK, ASK = 0.1, 1.0  # seconds between looks at this host's notice, and at the store
+
+    def __init__(self, asked: Callable[[], bool], *, limit: float = LIMIT) -> None:
+        self._asked, self._limit, self._alone = asked, limit, hosts() == 1
+        _rounds["notice"] = _rounds.get("notice", -1) + 1  # of this run: a notice of one before is not for it
+        self._key = f"m3i/notice/{_rounds['notice']}"
+        self._count, self._at = 0, 0  # polls so far; the one at which to stop, 0: none
+        self._error: HostMissing | None = None
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="preemption", daemon=True)
+
+    def open(self) -> "Together":
+        if not self._alone:
+            self._thread.start()
+        return self
+
+    def poll(self) -> bool:
+        """Whether to stop here. Every host must call this in the same places."""
+        if self._alone:
+            return self._asked()
+        with self._lock:  # held while the hosts agree, so that none runs away
+            if self._error:
+                raise self._error
+            self._count += 1
+            return bool(self._at) and self._count >= self._at
+
+    def close(self, failed: bool = False) -> None:
+        """The run ended here. Answers a host that is told to stop just now; `failed`: does not wait for the others."""
+        if self._alone or not self._thread.is_alive() and self._at:
+            return
+        self._closed.set()
+        self._thread.join(timeout=0 if failed else self._limit)
+        if not failed and not self._at:
+            self._agree()
+
+    def _watch(self) -> None:
+        ask = 0.0
+        while not self._closed.wait(self.LOOK):
+            noticed = self._asked()
+            if noticed:
+                with contextlib.suppress(Exception):
+                    _client().key_value_set(self._key, str(host()), allow_overwrite=True)
+            elif time.monotonic() >= ask:
+                ask = time.monotonic() + self.ASK
+                with contextlib.suppress(Exception):
+                    noticed = bool(_client().key_value_try_get(self._key))
+            if noticed:
+                self._agree()
+                return
+
+    def _agree(self) -> None:
+        with self._lock:
+            try:
+                self._at = max(map(int, exchange("stop", str(self._count), limit=self._limit))) + 1
+            except HostMissing as error:
+                self._error = error

@@ -1,0 +1,227 @@
+"""From one process to one program on many hosts: who they are, and whether all of them mean the same run.
+
+Where the hosts come from, the first that says something: the flags --coordinator, --processes, --process-id; the TPU they stand on; Slurm;
+the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID. Else the run is alone.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from m3i_jax import version
+from m3i_jax.errors import UserError
+from m3i_jax.parallel import barriers, meeting
+
+PORT = 8476
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where this process stands. `processes` 0: jax asks the TPU. `devices`: those of the machine that are this process's, None: all."""
+
+    source: str
+    coordinator: str = ""
+    processes: int = 1
+    process: int = 0
+    devices: tuple[int, ...] | None = None
+
+
+def on_tpu(environ: Mapping[str, str]) -> bool:
+    """Whether this machine has a TPU that jax may use; touches no device.
+
+    >>> on_tpu({"JAX_PLATFORMS": "cpu"})
+    False
+    """
+    allowed = "tpu" in environ.get("JAX_PLATFORMS", "tpu")
+    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    return bool(allowed and chips and importlib.util.find_spec("libtpu"))
+
+
+def _whole(name: str, text: str) -> int:
+    if not re.fullmatch(r"\d+", text.strip()):
+        raise UserError(f"{name}: {text!r} is not a whole number")
+    return int(text)
+
+
+def _three(source: str, names: tuple[str, str, str], values: tuple[str, str, str]) -> Place:
+    """A place of an address, a count and a number that a person or a launcher wrote."""
+    absent = [name for name, value in zip(names, values, strict=True) if value == ""]
+    if absent:
+        raise UserError(f"{', '.join(absent)}: missing; {', '.join(names[:2])} and {names[2]} belong together")
+    address, count, number = values[0], _whole(names[1], values[1]), _whole(names[2], values[2])
+    if count < 1:
+        raise UserError(f"{names[1]}: {count} must be at least 1")
+    if number >= count:
+        raise UserError(f"{names[2]}: {number} must be less than the {count} processes; they are numbered from 0")
+    if not re.fullmatch(r".+:\d+", address):
+        address += f":{PORT}"
+    return Place(source=source, coordinator=address, processes=count, process=number)
+
+
+def first_node(nodes: str) -> str:
+    """The first host of a Slurm node list.
+
+    >>> first_node("gpu[003-006,009],login"), first_node("a1,a2"), first_node("n[7]-ib")
+    ('gpu003', 'a1', 'n7-ib')
+    """
+    found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    if not found:
+        raise UserError(f"SLURM_STEP_NODELIST: {nodes!r} names no host; say who it is with --coordinator, --processes and --process-id")
+    return "".join(part or "" for part in found.groups())
+
+
+def _slurm(environ: Mapping[str, str]) -> Place | None:
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or 1)  # of the step: outside srun it is 1, whatever the job has
+    if "SLURM_JOB_ID" not in environ or "SLURM_PROCID" not in environ or tasks == 1:
+        return None
+    nodes = int(environ.get("SLURM_STEP_NUM_NODES") or 1)
+    port = 65_536 - 2**12 + int(environ["SLURM_JOB_ID"]) % 2**12  # jobs that share a node do not share a port
+    return Place(
+        source="Slurm",
+        coordinator=f"{first_node(environ.get('SLURM_STEP_NODELIST', ''))}:{port}",
+        processes=tasks,
+        process=int(environ["SLURM_PROCID"]),
+        devices=(int(environ.get("SLURM_LOCALID") or 0),) if tasks > nodes else None,  # a process a device, or a process a node
+    )
+
+
+def decide(coordinator: str, processes: str, process: str, *, environ: Mapping[str, str], tpu: bool) -> Place:
+    """Where this process stands, from flags ("" = not given), TPU, Slurm, environment, in this order. Pure.
+
+    Raises:
+      UserError: something is missing, no number, or out of range.
+
+    >>> decide("10.0.0.1", "4", "2", environ={}, tpu=False)
+    Place(source='flags', coordinator='10.0.0.1:8476', processes=4, process=2, devices=None)
+    >>> decide("", "", "", environ={}, tpu=False).source
+    'alone'
+    """
+    if coordinator or processes or process:
+        return _three("flags", ("--coordinator", "--processes", "--process-id"), (coordinator, processes, process))
+    if tpu:
+        return Place(source="TPU metadata", processes=0)
+    if place := _slurm(environ):
+        return place
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    values = tuple(environ.get(name, "") for name in names)
+    if any(values):
+        return _three("environment", names, values)  # type: ignore[arg-type]
+    return Place(source="alone")
+
+
+def initialize(place: Place, *, limit: float = barriers.LIMIT, say: Callable[[str], None] = print) -> None:
+    """Join the other processes; says in one line how. Must come before the first use of a device. Alone, it does nothing.
+
+    Args:
+      place: of `decide`.
+      limit: seconds that the last process may take to come.
+
+    Raises:
+      HostMissing: they did not all come; says who did not.
+      UserError: a number was given twice, or counts differ.
+    """
+    if place.processes == 1:
+        return
+    if place.processes:
+        meeting.meet(place.coordinator, place.processes, place.process, limit=limit)
+    if place.processes and "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    explicit = {} if not place.processes else {
+        "coordinator_address": place.coordinator, "num_processes": place.processes, "process_id": place.process,
+        "local_device_ids": place.devices, "cluster_detection_method": "deactivate",
+    }  # fmt: skip
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        # The last number: how long one that ends waits for the others, which may hang in a collective without it.
+        jax.distributed.initialize(**explicit, initialization_timeout=int(limit), shutdown_timeout_seconds=60)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise barriers.HostMissing(f"start: {socket.gethostname()} did not meet the others in {limit:.0f} seconds ({reason})") from None
+    signal.signal(signal.SIGTERM, before)  # jax's own notifier would swallow a SIGTERM that comes before the loop asks for it
+    barriers.introduce(socket.gethostname())
+    if barriers.hosts() > 1:
+        where = f"; coordinator {place.coordinator}" if place.coordinator else ""
+        say(f"host {barriers.host()} of {barriers.hosts()}, {socket.gethostname()}{where} (from {place.source})")
+
+
+def from_first(tree: Any) -> Any:
+    """Host 0's arrays on every host; a collective. The others give arrays of the same shapes and types, whose values do not matter.
+
+    >>> from_first({"x": 3})
+    {'x': 3}
+    """
+    return multihost_utils.broadcast_one_to_all(tree) if barriers.hosts() > 1 else tree
+
+
+def code() -> str:
+    """The version of this package and a digest of its source, which differs after any edit on one host.
+
+    >>> code().startswith(version.__version__)
+    True
+    """
+    root, digest = pathlib.Path(__file__).parent.parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"{version.__version__} {digest.hexdigest()[:16]}"
+
+
+def agree(name: str, items: Mapping[str, str], *, limit: float = barriers.LIMIT) -> None:
+    """All hosts must say the same of every item; host 0 is the measure.
+
+    Args:
+      name: of the meeting.
+      items: key -> text, such as every line of the configuration, the version of the code, the shape of the mesh.
+      limit: seconds to wait for the last host.
+
+    Raises:
+      UserError: on every host, with the hosts that differ, in what, and both texts.
+      HostMissing: not all hosts came.
+
+    >>> agree("docs", {"code": code()})
+    """
+    if barriers.hosts() == 1:
+        return
+    digest = hashlib.sha256(json.dumps(sorted(items.items())).encode()).hexdigest()
+    if len(set(barriers.exchange(f"{name}, digests", digest, limit=limit))) == 1:
+        return
+    # Only now is it worth sending whole texts: host 0's to all, and of the others what is different there.
+    measure = json.loads(barriers.exchange(f"{name}, host 0", json.dumps(dict(items)) if barriers.host() == 0 else "", limit=limit)[0])
+    mine = [
+        f"{key} is {items.get(key, 'absent')} there, {measure.get(key, 'absent')} on host 0"
+        for key in {**measure, **items}
+        if items.get(key) != measure.get(key)
+    ]
+    short = "; ".join(mine[:3]) + (f"; and {len(mine) - 3} more" if len(mine) > 3 else "")
+    told = barriers.exchange(f"{name}, differences", short, limit=limit)
+    different = [f"{barriers.call(number)}: {text}" for number, text in enumerate(told) if text]
+    more = f", and {len(different) - 3} more hosts" if len(different) > 3 else ""
+    raise UserError(f"{name}: hosts differ, {' | '.join(different[:3])}{more}; start all of them with the same command, code and machines")
+
+
+def start(place: Place, settings: str, mesh: tuple[int, ...], *, say: Callable[[str], None] = print) -> None:
+    """Join the other hosts and make sure that they have the same configuration, code and devices.
+
+    Args:
+      place: of `decide`.
+      settings: `key = value` a line, of `config.to_text`.
+      mesh: the shape that the configuration asks for.
+    """
+    initialize(place, say=say)
+    if barriers.hosts() == 1:
+        return
+    lines = dict(line.split(" = ", 1) for line in settings.splitlines() if " = " in line)
+    kinds = sorted({d.device_kind for d in jax.local_devices()})
+    devices = f"{jax.local_device_count()} of {jax.device_count()} {' and '.join(kinds)}"
+    agree("start", {**lines, "code": code(), "jax": jax.__version__, "devices": devices, "mesh": str(mesh)})

@@ -1,0 +1,229 @@
+"""What `tests.bench.input` lets run against each other. Each is a process of its own, started as
+
+    python -m tests.bench.contestants NAME FOLDER
+
+which answers every number of batches on its standard input with the processor seconds that they took in it and in all its children, from
+rest to rest: what was made ahead and not yet asked for is the same before and after."""
+
+import dataclasses
+import importlib.util
+import io
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from PIL import Image
+
+from m3i_jax import schema
+from m3i_jax.data import crops, sources
+from m3i_jax.data import pipeline as ours
+
+BATCH, SIZE = 256, 224  # a host's share of a usual batch
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
+def make_pictures(folder: pathlib.Path, count: int = 64, height: int = 375, width: int = 500) -> None:
+    """JPEGs of the size and weight of a photograph: smooth shapes and noise, always the same."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+        pixels = np.clip(np.asarray(coarse) + rng.normal(0, 12, (height, width, 3)), 0, 255).astype(np.uint8)
+        place = folder / str(i % 8)
+        place.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{i:04}.jpg", quality=92)
+
+
+def config(batch: int = BATCH, **data: object) -> schema.Config:
+    """A ViT-B/16 run without captions, on no threads of its own."""
+    plain = {"source": "folder", "holdout": 0.0, "captions": "no", "threads": 0, "image_size": SIZE, "resizer": "auto"}
+    made = schema.Data(**{**plain, **data})
+    return schema.Config(data=made, train=schema.Train(batch_size=batch))
+
+
+def pipeline(folder: str, *, start: int = 0, batch: int = BATCH, **data: object) -> ours.Batches:
+    """Ours."""
+    settings = config(batch, path=folder, **data)
+    source = sources.split(sources.open_source(settings.data), 0.0, "train")
+    return ours.iterate(settings, source, None, start=start)
+
+
+def without_augmentation(folder: str) -> Iterator[dict[str, np.ndarray]]:
+    """Ours, with every photometric operation switched off."""
+    off = schema.Augment(jitter_p=0.0, grayscale_p=0.0, blur_p=(0.0, 0.0), solarize_p=(0.0, 0.0))
+    return pipeline(folder, augment=off)
+
+
+def raw(folder: str, wanted: str = "auto") -> Iterator[None]:
+    """The decoder and the resizer alone, on boxes drawn beforehand: no order, batch, mirror, mask or label."""
+    files = sorted(pathlib.Path(folder).rglob("*.jpg"))
+    u = np.random.default_rng(1).random((4096, 2, 22)).tolist()
+    boxes = [[crops.crop_box(v, 375, 500, scale=SCALE, ratio=RATIO) for v in row] for row in u]
+    windows = [[(left, top, left + w, top + h) for top, left, h, w in pair] for pair in boxes]
+    row, by = 0, crops.resizer(wanted)
+    while True:
+        for _ in range(BATCH):
+            with open(files[row * 37 % len(files)], "rb", buffering=0) as file:
+                image = Image.open(io.BytesIO(file.read()))
+            image.load()
+            for window in windows[row % len(windows)]:
+                if by == "pillow":
+                    image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, window)
+                else:
+                    crops._resize(image, window, SIZE)
+            row += 1
+        yield None
+
+
+class _Views:
+    """torchvision's usual data set, giving two views of one decoded picture."""
+
+    def __init__(self, folder: str, tensors: bool) -> None:
+        from torchvision import datasets, transforms
+
+        bicubic = transforms.InterpolationMode.BICUBIC
+        steps = [transforms.RandomResizedCrop(SIZE, SCALE, RATIO, bicubic, antialias=True), transforms.RandomHorizontalFlip()]
+        self.view = transforms.Compose(steps if tensors else [*steps, transforms.PILToTensor()])
+        self.files, self.tensors = datasets.ImageFolder(folder), tensors
+
+    def __len__(self) -> int:
+        return 1 << 30
+
+    def __getitem__(self, index: int) -> tuple[object, object, int]:
+        path, label = self.files.samples[index * 37 % len(self.files.samples)]
+        if self.tensors:
+            from torchvision import io as tensors
+
+            picture = tensors.decode_image(tensors.read_file(path), tensors.ImageReadMode.RGB)
+        else:
+            picture = self.files.loader(path)
+        return self.view(picture), self.view(picture), label
+
+
+def dataloader(folder: str, *, tensors: bool = False) -> Iterator[object]:
+    """torchvision's DataLoader with one worker; on Pillow images, its default, or on tensors."""
+    import torch
+
+    torch.set_num_threads(1)
+    return iter(torch.utils.data.DataLoader(_Views(folder, tensors), BATCH, num_workers=1, prefetch_factor=2))
+
+
+def tf_data(folder: str) -> Iterator[object]:
+    """tf.data on one thread, with an antialiased bicubic filter."""
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    import tensorflow as tf
+
+    def view(picture: object) -> object:
+        box = tf.constant([[[0.0, 0.0, 1.0, 1.0]]])
+        begin, size, _ = tf.image.sample_distorted_bounding_box(
+            tf.shape(picture), box, area_range=SCALE, aspect_ratio_range=RATIO, max_attempts=10, use_image_if_no_bounding_boxes=True
+        )
+        cut = tf.image.resize(tf.slice(picture, begin, size), (SIZE, SIZE), "bicubic", antialias=True)
+        return tf.image.random_flip_left_right(tf.cast(tf.clip_by_value(tf.round(cut), 0, 255), tf.uint8))
+
+    def sample(path: object) -> object:
+        picture = tf.io.decode_jpeg(tf.io.read_file(path), 3)
+        return tf.stack([view(picture), view(picture)])
+
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = 1
+    options.threading.max_intra_op_parallelism = 1
+    files = sorted(map(str, pathlib.Path(folder).rglob("*.jpg")))
+    return iter(tf.data.Dataset.from_tensor_slices(files).repeat().map(sample).batch(BATCH).with_options(options))
+
+
+def decode_pillow(folder: str) -> Iterator[None]:
+    """Decoding alone, by Pillow."""
+    return _decode(folder, lambda raw: Image.open(io.BytesIO(raw)).load())
+
+
+def decode_simplejpeg(folder: str) -> Iterator[None]:
+    """Decoding alone, by simplejpeg, to an image that Pillow can resize."""
+    import simplejpeg
+
+    return _decode(folder, lambda raw: Image.fromarray(simplejpeg.decode_jpeg(raw, "RGB")))
+
+
+def _decode(folder: str, decode: Callable[[bytes], object]) -> Iterator[None]:
+    files = [path.read_bytes() for path in sorted(pathlib.Path(folder).rglob("*.jpg"))]
+    at = 0
+    while True:
+        for _ in range(BATCH):
+            decode(files[at % len(files)])
+            at += 1
+        yield None
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """`needs`: packages without which it does not run."""
+
+    begin: Callable[[str], Iterator[object]]
+    needs: tuple[str, ...] = ()
+
+    @property
+    def absent(self) -> str:
+        """The first package that it needs and that is not installed."""
+        return next((name for name in self.needs if importlib.util.find_spec(name) is None), "")
+
+
+CONTESTANTS = {
+    "raw loop": Contestant(raw),
+    "pipeline": Contestant(pipeline),
+    "pipeline, 1 worker": Contestant(lambda folder: pipeline(folder, workers=1)),
+    "raw loop, Pillow": Contestant(lambda folder: raw(folder, "pillow")),
+    "pipeline, Pillow": Contestant(lambda folder: pipeline(folder, resizer="pillow")),
+    "pipeline, Pillow, 1 worker": Contestant(lambda folder: pipeline(folder, resizer="pillow", workers=1)),
+    "pipeline, no augmentation": Contestant(without_augmentation),
+    "DataLoader, Pillow, 1 worker": Contestant(dataloader, ("torch", "torchvision")),
+    "DataLoader, tensors, 1 worker": Contestant(lambda folder: dataloader(folder, tensors=True), ("torch", "torchvision")),
+    "tf.data": Contestant(tf_data, ("tensorflow",)),
+    "decode: Pillow": Contestant(decode_pillow),
+    "decode: simplejpeg": Contestant(decode_simplejpeg, ("simplejpeg",)),
+}
+
+
+def processor_seconds() -> float:
+    """Of this process and all that descend from it and still live."""
+    parents, spent = {}, {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                fields = pathlib.Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents[int(entry)] = int(fields[1])
+            spent[int(entry)] = int(fields[11]) + int(fields[12])
+    ours = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+    return sum(spent.get(pid, 0) for pid in ours) / os.sysconf("SC_CLK_TCK")
+
+
+def at_rest() -> float:
+    """Processor seconds once nobody works any more."""
+    last = processor_seconds()
+    while True:
+        time.sleep(0.25)
+        now = processor_seconds()
+        if now - last < 0.015:
+            return now
+        last = now
+
+
+def main(name: str, folder: str) -> None:
+    batches = CONTESTANTS[name].begin(folder)
+    for _ in range(2):
+        next(batches)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        before = at_rest()
+        for _ in range(int(line)):
+            next(batches)
+        print(at_rest() - before, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

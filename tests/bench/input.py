@@ -1,0 +1,174 @@
+"""The speed of the input pipeline against what it is made of and against other loaders, side by side in one run.
+
+    python -m tests.bench.input            # five to ten minutes
+
+Pictures a second of processor time: decoding a 500 x 375 JPEG once, two antialiased bicubic 224 x 224 crops of it, mirrored, in batches of
+256. All contestants are alive at the same time and take turns; a line is the median of its rounds. Loaders that are not installed are left
+out: pip install torch torchvision (CPU builds will do) and tensorflow-cpu for all of them. After it, what else is promised: the same
+bytes from any number of workers and after any restart, a far position as near as the first, augmentation that costs next to nothing."""
+
+import hashlib
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from m3i_jax.reporting import show
+from tests.bench import contestants
+from tests.bench.contestants import BATCH, CONTESTANTS
+
+ROUNDS, BATCHES = 7, 1
+SMALL = 32  # rows of a batch where bytes are compared
+# One heap, never given back: without it, page faults of freed and mapped buffers are a tenth of everybody's time and vary with the weather.
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
+# (what, over what, target): the best of several where there are several
+RATIOS = [
+    ("pipeline", ("raw loop",), 0.90),
+    ("pipeline, 1 worker", ("raw loop",), 0.85),
+    ("pipeline, Pillow", ("raw loop, Pillow",), 0.90),
+    ("pipeline, Pillow, 1 worker", ("raw loop, Pillow",), 0.85),
+    ("pipeline, 1 worker", ("DataLoader, Pillow, 1 worker", "DataLoader, tensors, 1 worker"), 1.1),
+    ("pipeline, Pillow, 1 worker", ("DataLoader, Pillow, 1 worker", "DataLoader, tensors, 1 worker"), 1.1),
+    ("pipeline", ("tf.data",), 2.5),
+    ("pipeline", ("pipeline, Pillow",), None),
+    ("pipeline", ("pipeline, no augmentation",), 0.95),
+    ("decode: simplejpeg", ("decode: Pillow",), None),
+]
+
+
+class Running:
+    """A contestant's process."""
+
+    def __init__(self, name: str, folder: str) -> None:
+        environment = {**os.environ, **MALLOC, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.bench.contestants", name, folder]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.told("ready")
+
+    def told(self, expected: str = "") -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().strip()
+        if not line or (expected and line != expected):
+            raise RuntimeError(f"{self.process.args!r} ended with {self.process.wait()} (it said {line!r})")
+        return line
+
+    def round(self) -> float:
+        """Pictures a second."""
+        assert self.process.stdin is not None
+        print(BATCHES, file=self.process.stdin, flush=True)
+        return BATCHES * BATCH / float(self.told())
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def race(folder: str) -> dict[str, list[float]]:
+    """Pictures a second of every contestant that is installed, round by round."""
+    running = {name: Running(name, folder) for name, contestant in CONTESTANTS.items() if not contestant.absent}
+    speeds: dict[str, list[float]] = {name: [] for name in running}
+    try:
+        for turn in range(ROUNDS):
+            for name in list(running)[:: 1 if turn % 2 else -1]:
+                speeds[name].append(running[name].round())
+    finally:
+        for one in running.values():
+            one.end()
+    return speeds
+
+
+def ratio(speeds: dict[str, list[float]], what: str, over: tuple[str, ...]) -> float | None:
+    """Median over the rounds of the ratio within a round, over the fastest of `over`."""
+    rivals = [name for name in over if name in speeds]
+    if what not in speeds or not rivals:
+        return None
+    best = max(rivals, key=lambda name: statistics.median(speeds[name]))
+    return statistics.median(a / b for a, b in zip(speeds[what], speeds[best], strict=True))
+
+
+def digest(folder: str, batches: int, *, start: int = 0, **data: object) -> list[str]:
+    """Hash of every array of every batch."""
+    made = contestants.pipeline(folder, start=start, batch=SMALL, **data)
+    out = []
+    try:
+        for _ in range(batches):
+            batch = next(made)
+            out.append(hashlib.sha256(b"".join(name.encode() + batch[name].tobytes() for name in sorted(batch))).hexdigest())
+    finally:
+        made.close()
+    return out
+
+
+def promises(folder: str) -> list[tuple[str, str, str]]:
+    """Same bytes for any number of workers and threads, and after a restart; a far position."""
+    whole = digest(folder, 6)
+    others = {f"{n} workers": digest(folder, 6, workers=n) for n in (1, 2, 4)} | {"2 threads": digest(folder, 6, threads=2)}
+    rest = [digest(folder, 6 - k, start=k * SMALL) == whole[k:] for k in range(1, 6)]
+    rows = [(f"batches of {name} equal those of none", str(seen == whole), "True") for name, seen in others.items()]
+    rows.append(("restarts after 1 to 5 batches go on with the same bytes", str(all(rest)), "True"))
+    seconds: dict[int, list[float]] = {0: [], 10**9: []}
+    for start in [*seconds] * 3:
+        begin = time.perf_counter()
+        digest(folder, 1, start=start)
+        seconds[start].append(time.perf_counter() - begin)
+    near, far = (min(times) for times in seconds.values())
+    rows.append((f"first batch at position 1,000,000,000 (at 0: {near:.2f} s), no worker", f"{far:.2f} s", "1 s"))
+    return rows
+
+
+def augmentation_share() -> tuple[str, str, str]:
+    """FLOPs of augmenting both views over those of the whole step of a ViT-B/16, both as XLA counts them."""
+    import functools
+
+    import jax
+    import numpy as np
+
+    from m3i_jax import config as configuration
+    from m3i_jax import parallel
+    from m3i_jax.data import photometric
+    from m3i_jax.models import presets
+    from m3i_jax.training.trainer import Trainer, abstract_batch
+
+    made = configuration.default()
+    made.model.update(presets.preset("vit_b16"))
+    configuration.override(made, ["data.size=100000", "data.classes=1000", "data.captions=no", "train.batch_size=8"])
+    settings = configuration.resolve(made)
+    one = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
+    trainer = Trainer(settings, one, 0)
+    step = jax.jit(trainer.trace).lower(trainer.template, abstract_batch(settings)).cost_analysis()["flops"]
+    views, where = jax.ShapeDtypeStruct((8, 224, 224, 3), np.uint8), jax.ShapeDtypeStruct((8, 2), np.uint32)
+    augment = [
+        jax.jit(functools.partial(photometric.augment, seed=0, view=view, settings=settings.data.augment)).lower(views, where)
+        for view in (0, 1)
+    ]
+    share = sum(lowered.cost_analysis()["flops"] for lowered in augment) / step
+    return "augmentation of two views over the step of a ViT-B/16, FLOPs", f"{share:.2%}", "1 %"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        contestants.make_pictures(pathlib.Path(folder))
+        speeds = race(folder)
+        rows = [(name, f"{statistics.median(s):,.0f}", f"{max(s):,.0f}") for name, s in speeds.items()]
+        print(show.table(rows, ("pictures a second of one core", "median", "best")), "\n")
+        for name, contestant in CONTESTANTS.items():
+            if contestant.absent:
+                print(f"left out: {name}: the package {contestant.absent} is not installed")
+        table = []
+        for what, over, target in RATIOS:
+            value = ratio(speeds, what, over)
+            measured = "not measured" if value is None else f"{value:.2f}"
+            rival = over[0] if len(over) == 1 else "the faster DataLoader"
+            table.append((f"{what} over {rival}", measured, f"{target:.2f}" if target else "-"))
+        print(show.table([*table, *promises(folder), augmentation_share()], ("", "measured", "target")))
+
+
+if __name__ == "__main__":
+    main()

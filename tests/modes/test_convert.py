@@ -1,0 +1,90 @@
+"""--mode=convert: the same records in the same order, whatever the number of processes, and after being stopped."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from m3i_jax import schema
+from m3i_jax.data import array_records, convert
+from m3i_jax.data.folder import Folder
+from m3i_jax.errors import UserError
+from m3i_jax.modes import convert as mode
+from tests import broken
+
+pytest.importorskip("array_record")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    broken.fill(folder, good=600, kinds=20)
+    return folder
+
+
+def config(pictures: pathlib.Path, workers: int) -> schema.Config:
+    return schema.Config(data=schema.Data(source="folder", path=str(pictures), workers=workers))
+
+
+def same(place: pathlib.Path, pictures: pathlib.Path) -> None:
+    before, after = Folder(str(pictures)), array_records.ArrayRecords(str(place))
+    assert len(before) == len(after) == 620 and before.classes == after.classes and after.captions
+    for i in range(len(before)):
+        a, b = before[i], after[i]
+        assert (a.key, a.image, a.label) == (b.key, b.image, b.label)  # broken files too, byte for byte
+        assert (a.caption if isinstance(a.caption, bytes | None) else a.caption.encode()) == b.caption
+
+
+def test_records_are_kept_byte_for_byte_and_a_second_run_makes_nothing(pictures, tmp_path, capsys):
+    assert mode.run(config(pictures, 1), workdir=str(tmp_path), allow_changes=False) == 0
+    same(tmp_path, pictures)
+    out, err = capsys.readouterr()
+    assert "620 records in 3 shards" in out and "3 of 3 shards, 620 of 620 records" in err
+    shards = sorted(tmp_path.glob("*.array_record"))
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in shards]
+    shards[1].unlink()
+    (tmp_path / "pictures-00001-of-00003.array_record.123.part").write_bytes(b"left over")
+    assert mode.run(config(pictures, 1), workdir=str(tmp_path), allow_changes=False) == 0
+    assert "2 of 3 shards are there already" in capsys.readouterr().out
+    after = [(path.read_bytes(), path.stat().st_mtime_ns) for path in shards]
+    assert after[0] == before[0] and after[2] == before[2] and after[1][1] > before[1][1]
+    assert not list(tmp_path.glob("*.part"))
+    same(tmp_path, pictures)
+
+
+def test_another_source_is_refused(pictures, tmp_path):
+    convert.agree(Folder(str(pictures)), str(tmp_path))
+    with pytest.raises(UserError, match="another source, or another state of it, is converted there"):
+        convert.agree(Folder(str(pictures / "a")), str(tmp_path))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x.array_record").write_bytes(b"")
+    with pytest.raises(UserError, match="'x.array_record' is there and not from this conversion"):
+        convert.agree(Folder(str(pictures)), str(tmp_path / "other"))
+
+
+def test_rows_of_all_shards_are_all_rows():
+    for records in (1, 255, 620, 5000, 100_000):
+        shards = convert.shards_of(records)
+        assert [i for s in range(shards) for i in convert.rows_of(records, s, shards)] == list(range(records))
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_goes_on(pictures, tmp_path):
+    """Killed with its two processes at work: nothing half-written is taken for a shard, no process is left, and the result is the same."""
+    command = [sys.executable, "-m", "m3i_jax.main", "--config", f"configs/folder.py:path={pictures}", "--mode=convert"]
+    command += ["--workdir", str(tmp_path), "--config.data.workers=2"]
+    for turn in range(3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and len(list(tmp_path.glob("*.npz"))) <= turn and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    same(tmp_path, pictures)
+    assert os.listdir(tmp_path) and not list(tmp_path.glob("*.part"))

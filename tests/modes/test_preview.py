@@ -1,0 +1,67 @@
+"""--mode=preview: the original beside the views is the record that the row shows, also where a bad one was replaced."""
+
+import numpy as np
+from PIL import Image
+
+from m3i_jax import schema
+from m3i_jax.data import crops, pipeline, records, sources
+from m3i_jax.data.folder import Folder
+from m3i_jax.reporting import preview, sheet
+from tests import broken
+
+
+def test_the_record_of_a_row_gives_its_views(tmp_path):
+    broken.fill(tmp_path, good=20, kinds=10)
+    source = Folder(str(tmp_path))
+    data = schema.Data(image_size=32, threads=0, max_bad_share=1.0, resizer="pillow")
+    config = schema.Config(data=data, train=schema.Train(batch_size=40))
+    batches = pipeline.iterate(config, source, None, start=0)
+    try:
+        batch = next(batches)
+    finally:
+        batches.close()
+    assert sum(batches.skipped.values()) > 3 and batches.record.shape == (40,)
+    for row, record in enumerate(sources.read(source, batches.record.tolist())):
+        picture = records.decode(record.image)
+        for view in range(2):
+            height, width = picture.shape[:2]
+            box, flip = batch["box"][row, view].astype(int).tolist(), bool(batch["flip"][row, view])
+            made = crops.cut(Image.fromarray(picture), box, 32, flip, height=height, width=width)
+            np.testing.assert_array_equal(made.reshape(32, 32, 3), batch["views"][row, view])
+
+
+def test_frames_stand_where_the_boxes_are():
+    original = np.full((50, 100, 3), 200, np.uint8)
+    boxes, side = np.array([[0, 0, 50, 40], [10, 50, 30, 50]]), 100
+    tile = np.asarray(preview.framed(original, boxes, np.array([False, True]), side))
+    assert (tile[0, 50] == sheet.PAPER).all() and (tile[50, 45] == 200).all()  # letterboxed, and untouched between the frames
+    for (top, left, height, width), colour in zip(boxes, preview.BOXES, strict=True):
+        top += 25
+        for y, x in ((top, left), (top + height - 1, left), (top, left + width - 1), (top + height - 1, left + width - 1)):
+            assert (tile[y, x] == colour).all(), (y, x)
+    # The notch is on the left of the plain view and on the right of the mirrored one.
+    assert (tile[50, 4] == preview.BOXES[0]).all() and (tile[50, 95] == preview.BOXES[1]).all()
+    assert (tile[50, 36] == 200).all() and (tile[50, 55] == 200).all()
+
+
+def test_a_sheet_with_originals_has_one_column_more(tmp_path):
+    rng = np.random.default_rng(0)
+    batch = {
+        "views": rng.integers(0, 256, (2, 2, 32, 32, 3), np.uint8),
+        "mask": rng.random((2, 16)) < 0.5,
+        "label": np.array([0, -1], np.int32),
+        "box": np.array([[[0, 0, 10, 10]] * 2] * 2, np.float32),
+        "flip": np.zeros((2, 2), bool),
+    }
+    originals = [rng.integers(0, 256, (40, 60, 3), np.uint8) for _ in range(2)]
+    sizes = []
+    for shown in ([], originals):
+        preview.write(tmp_path / "p.png", batch, captions=["", ""], classes=("cat",), originals=shown)
+        with Image.open(tmp_path / "p.png") as image:
+            sizes.append(image.size)
+            pixels = np.asarray(image.convert("RGB"))
+    side = sheet.tile_side(32, 4)
+    assert sizes[1][0] - sizes[0][0] == 2 * (side + sheet.GAP) and sizes[1][1] == sizes[0][1]
+    top, left = sheet.MARGIN + preview.HEAD, sheet.MARGIN
+    wanted = np.asarray(preview.framed(originals[0], batch["box"][0], batch["flip"][0], side))
+    np.testing.assert_array_equal(pixels[top : top + side, left : left + side], wanted)

@@ -1,0 +1,256 @@
+"""Several hosts: who they are, what they tell each other, and whole runs of two processes on this machine (gloo), which must be one run."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from m3i_jax.errors import UserError
+from m3i_jax.parallel import barriers, distributed
+from m3i_jax.parallel.distributed import Place, decide
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+SLURM = {
+    "SLURM_JOB_ID": "4099", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+}  # fmt: skip
+JAX = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:99", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+
+
+def test_flags_then_tpu_then_slurm_then_environment() -> None:
+    everything = SLURM | JAX
+    assert decide("a:1", "8", "7", environ=everything, tpu=True) == Place(source="flags", coordinator="a:1", processes=8, process=7)
+    assert decide("", "", "", environ=everything, tpu=True) == Place(source="TPU metadata", processes=0)
+    slurm = decide("", "", "", environ=everything, tpu=False)
+    assert slurm == Place(source="Slurm", coordinator="gpu07:61443", processes=4, process=3, devices=(1,))
+    assert decide("", "", "", environ=JAX, tpu=False) == Place(source="environment", coordinator="10.0.0.1:99", processes=2, process=1)
+    assert decide("", "", "", environ={}, tpu=False) == Place(source="alone")
+
+
+def test_slurm_one_process_a_node_has_all_devices_of_it() -> None:
+    node = SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+    assert decide("", "", "", environ=node, tpu=False).devices is None
+    # In a batch script, outside srun, this process is alone whatever the job has.
+    assert decide("", "", "", environ=node | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, tpu=False).source == "alone"
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "wanted"),
+    [
+        (("a", "2", ""), {}, "--process-id: missing"),
+        (("", "2", "0"), {}, "--coordinator: missing"),
+        (("a", "two", "0"), {}, "--processes: 'two' is not a whole number"),
+        (("a", "2", "-1"), {}, "--process-id: '-1' is not a whole number"),
+        (("a", "2", "2"), {}, "--process-id: 2 must be less than the 2 processes"),
+        (("a", "0", "0"), {}, "--processes: 0 must be at least 1"),
+        (("", "", ""), {"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_NUM_PROCESSES, JAX_PROCESS_ID: missing"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_named(flags: tuple[str, str, str], environ: dict[str, str], wanted: str) -> None:
+    with pytest.raises(UserError) as error:
+        decide(*flags, environ=environ, tpu=False)
+    assert wanted in str(error.value)
+
+
+def test_a_tpu_needs_chips_libtpu_and_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: object())
+    assert distributed.on_tpu({}) and distributed.on_tpu({"JAX_PLATFORMS": "tpu,cpu"}) and not distributed.on_tpu({"JAX_PLATFORMS": "cpu"})
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
+    assert not distributed.on_tpu({})
+
+
+def test_alone_nothing_waits() -> None:
+    distributed.initialize(Place(source="alone"), say=lambda text: pytest.fail(text))
+    barriers.wait("never")
+    with barriers.first("never"):
+        pass
+    assert barriers.exchange("never", "me") == ["me"]
+    asked = []
+    together = barriers.Together(lambda: bool(asked)).open()
+    assert not together.poll()
+    asked.append(1)
+    assert together.poll()
+    together.close()
+
+
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def environment() -> dict[str, str]:
+    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    return {**os.environ, "XLA_FLAGS": fast, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def two(*command: str, processes: int = 2) -> list[subprocess.Popen[str]]:
+    """`command` as so many processes; {i} and {port} are filled in."""
+    at = port()
+    return [
+        subprocess.Popen(
+            [sys.executable, *(word.replace("{i}", str(i)).replace("{port}", str(at)) for word in command)],
+            cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(processes)
+    ]  # fmt: skip
+
+
+def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    try:
+        out = [(*p.communicate(timeout=240), p) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [(p.returncode, a, b) for a, b, p in out]
+
+
+TALK = """
+    import sys, threading, time
+    from m3i_jax.errors import UserError
+    from m3i_jax.parallel import barriers, distributed
+    me = int(sys.argv[1])
+    distributed.initialize(distributed.Place(source="test", coordinator=sys.argv[2], processes=2, process=me), limit=60)
+    barriers.introduce(f"name{me}")
+    print("hosts", barriers.hosts(), barriers.host())
+    print("exchange", barriers.exchange("a", f"from {me}"), barriers.exchange("a", f"again {me}"))
+    with barriers.first("make"):
+        print("first", time.monotonic())
+        time.sleep(0.0 if me else 0.3)
+    for who in (0, 1):
+        try:
+            with barriers.first("fails"):
+                assert me != who, "broken"
+        except (AssertionError, barriers.HostMissing) as error:
+            print(f"fails{who}", type(error).__name__, error)
+    distributed.agree("start", {"code": "1", "seed": "0"})
+    try:
+        distributed.agree("start", {"code": "1", "seed": str(me), "lr": "1"})
+    except UserError as error:
+        print("differ", error)
+
+    # Host 1 is told while host 0 is ahead: both stop at the same poll, after the largest number.
+    asked = threading.Event()
+    together = barriers.Together(asked.is_set, limit=30).open()
+    if me == 0:
+        for _ in range(7):
+            assert not together.poll()
+    barriers.wait("ahead")
+    if me == 1:
+        asked.set()
+        time.sleep(0.5)
+    polls = 0 if me else 7
+    while not together.poll():
+        polls += 1
+        time.sleep(0.05)
+    print("stopped", polls + 1)
+    together.close()
+
+    # A run that ends by itself while nobody asks.
+    together = barriers.Together(lambda: False, limit=30).open()
+    assert not together.poll()
+    together.close()
+    print("ended")
+
+    # Host 1 does not come.
+    if me == 0:
+        start = time.monotonic()
+        try:
+            barriers.wait("lunch", limit=1.0)
+        except barriers.HostMissing as error:
+            print("missing", round(time.monotonic() - start), error)
+    barriers.wait("end")
+"""
+
+
+def test_hosts_talk(tmp_path: pathlib.Path) -> None:
+    """Two processes with no device in use: meetings, host 0 first, what differs, a common end, and who is missing."""
+    script = tmp_path / "talk.py"
+    script.write_text(textwrap.dedent(TALK))
+    done = ends(two(str(script), "{i}", "127.0.0.1:{port}"))
+    assert [status for status, *_ in done] == [0, 0], done
+    said = [{line.split(" ")[0]: line.partition(" ")[2] for line in out.splitlines()} for _, out, _ in done]
+    assert [s["hosts"] for s in said] == ["2 0", "2 1"]
+    assert said[0]["exchange"] == said[1]["exchange"] == "['from 0', 'from 1'] ['again 0', 'again 1']"
+    assert float(said[1]["first"]) - float(said[0]["first"]) >= 0.3
+    for who in (0, 1):
+        assert said[who][f"fails{who}"] == "AssertionError broken"
+        assert said[1 - who][f"fails{who}"] == f"HostMissing fails: host {who} (name{who}) failed; its output says why"
+    for s in said:
+        assert "host 1 (name1): seed is 1 there, 0 on host 0" in s["differ"] and "code" not in s["differ"].partition(";")[0]
+        assert "ended" in s
+    assert said[0]["stopped"] == said[1]["stopped"] and int(said[0]["stopped"]) >= 8
+    assert "missing" not in said[1] and "host 1 (name1)" in said[0]["missing"] and int(said[0]["missing"].split()[0]) <= 5
+    assert "host 0 of 2" in done[0][1] and "from test" in done[0][1]
+
+
+TINY = [
+    "data.size=120", "data.image_size=32", "train.batch_size=8", "optim.warmup_steps=2", "model.encoder.width=32", "model.encoder.depth=1",
+    "model.encoder.heads=2", "model.decoder.width=32", "model.decoder.depth=1", "model.decoder.heads=2", "model.pool.heads=2",
+    "model.text.width=32", "model.text.heads=2", "model.text.depth=1", "data.vocabulary_size=300", "train.log_every=1",
+    "train.panel_every=4", "train.eval_every=4", "train.save_every=4", "train.steps=8", "evaluate.batch_size=32",
+]  # fmt: skip
+COMMAND = ["-m", "m3i_jax.main", "--config", "configs/quickstart.py", *(f"--config.{item}" for item in TINY)]
+HOSTS = ["--coordinator", "127.0.0.1:{port}", "--processes", "2", "--process-id", "{i}"]
+
+
+def lines(run: pathlib.Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+
+
+@pytest.mark.slow
+def test_two_hosts_train_what_one_trains(tmp_path: pathlib.Path) -> None:
+    """The same global batch, in halves on two processes: the same losses, one log, one set of checkpoints; and one host goes on with it."""
+    (alone,) = ends(two(*COMMAND, "--workdir", str(tmp_path / "one"), processes=1))
+    both = ends(two(*COMMAND, *HOSTS, "--workdir", str(tmp_path / "two")))
+    assert alone[0] == 0 and [status for status, *_ in both] == [0, 0], (alone, both)
+    one, two_ = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [row["step"] for row in one] == [row["step"] for row in two_] and [set(row) for row in one] == [set(row) for row in two_]
+    for a, b in zip(one, two_, strict=True):
+        for name in ("loss", "loss/ssp", "loss/category", "loss/text", "balance/lambda", "eval/knn/top1"):
+            assert (name in a) == (name in b) and a.get(name, 0.0) == pytest.approx(b.get(name, 0.0), rel=1e-5), (a["step"], name)
+    panels = [sorted(p.name for p in (tmp_path / name / "panels").iterdir()) for name in ("one", "two")]
+    assert panels[0] == panels[1]
+    # A checkpoint of two hosts goes on with one.
+    (on,) = ends(two(*COMMAND, "--config.train.steps=10", "--allow-changes", "--workdir", str(tmp_path / "two"), processes=1))
+    assert on[0] == 0 and "resuming at step 8" in on[1], on
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_sigterm_on_one_host_saves_on_both(told: int, tmp_path: pathlib.Path) -> None:
+    longer = ["--config.train.steps=2000", "--config.train.save_every=1000", "--config.train.eval_every=0", "--config.train.panel_every=0"]
+    command = [*COMMAND, *longer, *HOSTS, "--workdir", str(tmp_path / "run")]
+    processes = two(*command)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and all(p.poll() is None for p in processes):
+        if (tmp_path / "run/metrics.jsonl").is_file() and any(row["step"] >= 5 for row in lines(tmp_path / "run")):
+            break
+        time.sleep(0.05)
+    processes[told].send_signal(signal.SIGTERM)
+    done = ends(processes)
+    assert [status for status, *_ in done] == [42, 42], done
+    assert "preempted: saved step" in done[0][1]
+    last = max(row["step"] for row in lines(tmp_path / "run"))
+    assert [int(p.name) for p in (tmp_path / "run/checkpoints").iterdir() if p.name.isdigit()] == [last]
+
+
+@pytest.mark.slow
+def test_hosts_that_differ_are_named_before_anything_is_trained(tmp_path: pathlib.Path) -> None:
+    at = port()
+    where = ["--coordinator", f"127.0.0.1:{at}", "--processes", "2", "--workdir", str(tmp_path / "run")]
+    (first,), (second,) = (
+        two(*COMMAND, *where, "--process-id", str(i), f"--config.optim.lr={lr}", processes=1) for i, lr in ((0, 1e-3), (1, 2e-3))
+    )
+    for status, _, err in ends([first, second]):
+        message = err.strip().splitlines()[-1]
+        assert status == 2 and "host 1" in message and "optim.lr is 0.002 there, 0.001 on host 0" in message
+    assert not (tmp_path / "run").exists()

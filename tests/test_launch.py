@@ -1,0 +1,257 @@
+"""The launchers: what a dry run prints, and what they do when a run ends, with stand-ins for everything that would leave this machine."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+RUN = ["--config", "configs/m3i.py:path=/d/imagenet"]
+TPU = ["--name", "m3i", "--project", "p", "--zone", "z", "--type", "v5litepod-16", "--runtime", "r", "--spot"]
+GKE = {
+    "NAME": "first", "IMAGE": "registry/m3i:1", "ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "4x4", "HOSTS": "4", "CHIPS": "4",
+    "BUCKET": "pictures", "ACCOUNT": "trainer", "WORKDIR": "/mnt/m3i/runs/first",
+    "ARGUMENTS": "--config configs/m3i.py:path=/mnt/m3i/imagenet",
+}  # fmt: skip
+
+
+class Stage:
+    """A directory of stand-ins that comes first on the PATH. Each call of one is a line of `calls`."""
+
+    def __init__(self, place: pathlib.Path):
+        self.place, self.log = place, place / "calls"
+        self.environment = {"PATH": f"{place}:{os.environ['PATH']}", "HOME": str(place), "LOG": str(self.log)}
+        for name in ("gcloud", "kubectl", "ssh", "srun", "scontrol", "sleep"):
+            self.stand_in(name, "exit 1")
+
+    def stand_in(self, name: str, does: str) -> None:
+        path = self.place / name
+        path.write_text(f'#!/usr/bin/env bash\necho "{path.name} $*" >>"$LOG"\n{does}\n')
+        path.chmod(0o755)
+
+    def python(self, does: str) -> None:
+        """What host.sh takes for the virtual environment's Python."""
+        (self.place / "venv/bin").mkdir(parents=True)
+        self.stand_in("venv/bin/python", does)
+        self.environment |= {"M3I_VENV": str(self.place / "venv"), "M3I_INSTALL": "0"}
+
+    def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", *command], cwd=ROOT, env=self.environment | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def run(self, *command: str, **environment: str) -> tuple[int, str, str]:
+        process = self.start(*command, **environment)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    @property
+    def calls(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+
+@pytest.fixture
+def stage(tmp_path: pathlib.Path) -> Stage:
+    return Stage(tmp_path)
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say() -> None:
+    scripts = sorted(str(p.relative_to(ROOT)) for p in LAUNCH.glob("*.sh"))
+    done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert len(scripts) >= 9 and done.returncode == 0, done.stdout
+
+
+DRY = {
+    "host": ["launch/host.sh", "--dry-run", *RUN, "--workdir", "/w/a b"],
+    "ssh": ["launch/ssh.sh", "--hosts", "me@n1,n2", "--workdir", "/w/a b", "--dry-run", "--", *RUN],
+    "slurm": ["launch/slurm.sh", "--dry-run", *RUN, "--workdir", "/w/a b"],
+    "tpu_vm": ["launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w/a b", "--dry-run", "--", *RUN],
+}
+
+
+@pytest.mark.parametrize("name", DRY)
+def test_a_dry_run_prints_and_does_nothing(name: str, stage: Stage) -> None:
+    status, out, err = stage.run(*DRY[name])
+    assert status == 0 and not err and not stage.calls
+    assert all(line.startswith("+ ") for line in out.splitlines())
+    plain = out.replace("\\", "")
+    assert "configs/m3i.py:path=/d/imagenet" in plain and "--workdir" in plain and "/w/a b" in plain
+    assert "42" in out or name == "ssh"  # there each host goes on by itself
+    if name != "host":
+        assert "bash launch/host.sh" in plain  # everything else of a host is there, and the same for all
+
+
+def test_dry_runs_say_who_is_who(stage: Stage) -> None:
+    ssh = stage.run(*DRY["ssh"])[1].replace("\\", "").splitlines()
+    assert [line.split()[2] for line in ssh] == ["me@n1", "n2"]
+    assert all("--coordinator n1:8476 --processes 2" in line and f"--process-id {i}" in line for i, line in enumerate(ssh))
+    job = {"SLURM_JOB_ID": "70001", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "n[1-3]"}
+    stage.stand_in("scontrol", "printf 'n1\\nn2\\nn3\\n'")
+    slurm = stage.run(*DRY["slurm"], **job)[1]
+    assert f"--coordinator n1:{61440 + 70001 % 4096} --processes 3" in slurm and "SLURM_PROCID" in slurm and "requeue 70001" in slurm
+    tpu = stage.run(*DRY["tpu_vm"])[1]
+    assert "--coordinator" not in tpu  # the slice knows
+    assert tpu.index("queued-resources create m3i") < tpu.index("scp") < tpu.index("launch/host.sh") and "--spot" in tpu
+
+
+@pytest.mark.parametrize(
+    ("command", "wanted"),
+    [
+        (["launch/ssh.sh", "--workdir", "w", "--", *RUN], "--hosts is missing"),
+        (["launch/ssh.sh", "--hosts", "a", "--", *RUN], "--workdir is missing"),
+        (["launch/ssh.sh", "--host", "a"], "--host: there is no such flag"),
+        (["launch/slurm.sh", "--workdir", "w", *RUN], "there is no Slurm job"),
+        (["launch/slurm.sh", "--dry-run", *RUN], "--workdir is missing"),
+        (["launch/tpu_vm.sh", "start"], "say create, run or delete first"),
+        (["launch/tpu_vm.sh", "run", *TPU, "--", *RUN], "--workdir is missing"),
+        (["launch/tpu_vm.sh", "delete", "--name", "a", "--zone", "z"], "--project is missing"),
+        (["launch/apply.sh", "launch/none.yaml"], "name a file"),
+        (["launch/apply.sh", "launch/gke.yaml", "--dry-run"], "M3I_ACCELERATOR"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_started(command: list[str], wanted: str, stage: Stage) -> None:
+    status, out, err = stage.run(*command)
+    assert status == 2 and wanted in err and err.count("\n") == 1 and not out and not stage.calls
+
+
+def test_a_host_runs_again_after_42_and_only_then(stage: Stage) -> None:
+    stage.python('(($(wc -l <"$LOG") < 3)) && exit 42; exit "${LAST:-0}"')
+    assert stage.run("launch/host.sh", *RUN, "--workdir", "w")[0] == 0
+    assert stage.calls == [f"python -m m3i_jax.main {' '.join(RUN)} --workdir w"] * 3
+    stage.log.unlink()
+    assert stage.run("launch/host.sh", *RUN, LAST="2")[0] == 2 and len(stage.calls) == 3
+    stage.log.unlink()
+    assert stage.run("launch/host.sh", *RUN, M3I_AGAIN="0")[0] == 42 and len(stage.calls) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_host_that_is_told_to_go_lets_the_run_save_and_goes(number: int, stage: Stage) -> None:
+    stage.python("trap '/bin/sleep 0.3; echo saved >>\"$LOG\"; exit 42' TERM\nfor i in {1..300}; do /bin/sleep 0.1; done")
+    process = stage.start("launch/host.sh", *RUN)
+    deadline = time.monotonic() + 30
+    while not stage.calls and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == 42 and [call for call in stage.calls if not call.startswith("python")] == ["saved"]
+    assert len(stage.calls) == 2
+
+
+def test_slurm_queues_a_preempted_job_again(stage: Stage) -> None:
+    job = {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
+    stage.stand_in("srun", "exit 42")
+    stage.stand_in("scontrol", "exit 0")
+    assert stage.run("launch/slurm.sh", *RUN, "--workdir", "w", **job)[0] == 42
+    assert [call.split()[0] for call in stage.calls] == ["srun", "scontrol"] and stage.calls[1] == "scontrol requeue 5"
+    stage.log.unlink()
+    stage.stand_in("srun", "exit 2")
+    assert stage.run("launch/slurm.sh", *RUN, "--workdir", "w", **job)[0] == 2
+    assert [call.split()[0] for call in stage.calls] == ["srun"]
+
+
+def test_slurm_gives_every_node_its_number(stage: Stage, tmp_path: pathlib.Path) -> None:
+    """srun's command, run as node 1 of 2, with a host.sh that prints what it gets."""
+    (tmp_path / "job/launch").mkdir(parents=True)
+    (tmp_path / "job/launch/host.sh").write_text('echo "host $M3I_AGAIN $*"\n')
+    stage.stand_in("srun", 'while [[ "$1" == --* ]]; do shift; done; SLURM_PROCID=1 "$@"')
+    job = {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "2", "SLURM_SUBMIT_DIR": str(tmp_path / "job")}
+    status, out, err = stage.run(str(LAUNCH / "slurm.sh"), *RUN, "--workdir", "a b", **job)
+    assert status == 0, err
+    assert out == f"host 0 {' '.join(RUN)} --workdir a b --coordinator FIRST-NODE:61445 --processes 2 --process-id 1\n"
+
+
+def test_ssh_starts_all_and_ends_with_the_first_failure(stage: Stage, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "there/launch").mkdir(parents=True)
+    (tmp_path / "there/launch/host.sh").write_text('echo "$*"; [[ "$*" == *"--process-id 1"* ]] && exit 7; exit 0\n')
+    stage.stand_in("ssh", 'bash -c "$2"')
+    where = ["--hosts", "n1,n2", "--directory", str(tmp_path / "there"), "--port", "8999", "--workdir", "a b"]
+    status, out, err = stage.run("launch/ssh.sh", *where, "--", *RUN)
+    assert status == 7 and not err
+    flags = f"{' '.join(RUN)} --workdir a b --coordinator n1:8999 --processes 2 --process-id"
+    assert sorted(out.splitlines()) == [f"n1: {flags} 0", f"n2: {flags} 1"]
+
+
+def test_a_tpu_that_is_taken_away_is_ordered_again(stage: Stage) -> None:
+    """Absent, active, run fails, suspended, deleted, absent, active, run is done."""
+    stage.stand_in("sleep", "exit 0")
+    states = ["", "PROVISIONING", "ACTIVE", "SUSPENDED", "SUSPENDED", "", "ACTIVE"]
+    (stage.place / "states").write_text("\n".join(states) + "\n")
+    stage.stand_in(
+        "gcloud",
+        f"""cd {stage.place}
+case "$*" in
+*describe*) state=$(head -n 1 states); sed -i 1d states; [[ -n "$state" ]] || exit 1; echo "$state" ;;
+*host.sh*) if [[ ! -e ran ]]; then touch ran; exit 255; fi ;;
+esac
+exit 0""",
+    )
+    status, _, err = stage.run("launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w", "--", *RUN)
+    assert status == 0, err
+    verbs = ["create", "delete", "scp", "host.sh"]
+    did = [next(v for v in verbs if v in call) for call in stage.calls if any(v in call for v in verbs)]
+    assert did == ["create", "scp", "host.sh", "delete", "create", "scp", "host.sh"]
+    assert not (stage.place / "states").read_text()
+
+
+def test_a_run_that_fails_on_a_tpu_that_is_there_is_not_repeated(stage: Stage) -> None:
+    stage.stand_in("gcloud", 'case "$*" in *describe*) echo ACTIVE ;; *host.sh*) exit 2 ;; esac; exit 0')
+    status, _, err = stage.run("launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w", "--", *RUN)
+    assert status == 2 and "ended with 2 on a slice that is still there" in err
+    assert sum("host.sh" in call for call in stage.calls) == 1 and not any("delete" in call for call in stage.calls)
+
+
+def test_gke_is_a_jobset_that_restarts_after_42(stage: Stage) -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    values = {f"M3I_{name}": value for name, value in GKE.items()}
+    status, out, err = stage.run("launch/apply.sh", "launch/gke.yaml", "--dry-run", **values)
+    assert status == 0 and not stage.calls and "${" not in out, err
+    jobset = yaml.safe_load(out)
+    assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and jobset["kind"] == "JobSet" and jobset["metadata"]["name"] == "first"
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    assert job["completions"] == job["parallelism"] == 4 and job["completionMode"] == "Indexed" and replicated["replicas"] == 1
+    rules = job["podFailurePolicy"]["rules"]
+    assert {tuple(r["onExitCodes"]["values"]): r["action"] for r in rules if "onExitCodes" in r} == {(2,): "FailJob", (42,): "Ignore"}
+    pod = job["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"  # a pod failure policy allows no other
+    (container,) = pod["containers"]
+    assert all(r["onExitCodes"]["containerName"] == container["name"] for r in rules if "onExitCodes" in r)
+    assert container["args"] == [f"exec bash launch/host.sh {GKE['ARGUMENTS']} --workdir {GKE['WORKDIR']}"]
+    assert container["resources"]["limits"]["google.com/tpu"] == 4
+    environment = {e["name"]: e.get("value") for e in container["env"]}
+    assert environment["JAX_COORDINATOR_ADDRESS"] == f"first-{replicated['name']}-0-0.first:8476"
+    assert environment["JAX_NUM_PROCESSES"] == "4" and "JAX_PROCESS_ID" in environment and environment["M3I_AGAIN"] == "0"
+    assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+
+
+def test_apply_refuses_what_would_break_the_file_and_passes_the_rest_on(stage: Stage) -> None:
+    values = {f"M3I_{name}": value for name, value in GKE.items()}
+    status, _, err = stage.run("launch/apply.sh", "launch/gke.yaml", **values | {"M3I_NAME": 'a"b'})
+    assert status == 2 and "M3I_NAME: must not contain quotes" in err and not stage.calls
+    stage.stand_in("kubectl", 'cat >"$HOME/applied"')
+    assert stage.run("launch/apply.sh", "launch/gke.yaml", **values)[0] == 0
+    assert stage.calls == ["kubectl apply -f -"] and "kind: JobSet" in (stage.place / "applied").read_text()
+
+
+def test_sky_gives_every_node_its_number_and_recovers_from_42(stage: Stage) -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
+    assert set(task) == {"name", "workdir", "num_nodes", "envs", "resources", "file_mounts", "setup", "run"}
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [42] and task["resources"]["use_spot"] is True
+    assert task["envs"]["M3I_BUCKET"] is None  # SkyPilot asks for it
+    assert task["file_mounts"] == {"/mnt/m3i": {"source": "${M3I_BUCKET}", "mode": "MOUNT"}}
+    (stage.place / "launch").mkdir()
+    (stage.place / "launch/host.sh").write_text('printf "%s|" "$@"\n')
+    node = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
+    settings = {"M3I_ARGUMENTS": "--config c.py", "M3I_WORKDIR": "/w/a b"}
+    status, out, err = stage.run("-c", f"cd {stage.place}\n{task['run']}", **node, **settings)
+    assert status == 0, err
+    flags = ["--config", "c.py", "--workdir", "/w/a b", "--coordinator", "10.0.0.1:8476", "--processes", "2", "--process-id", "1"]
+    assert out == "".join(f"{flag}|" for flag in flags)

@@ -1,0 +1,139 @@
+"""The recipes of the paper's Table 7, as golden values, and the rule for other batch sizes."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import pytest
+
+from m3i_jax import config as configuration
+from m3i_jax import main as command
+from m3i_jax import schema
+from m3i_jax.data import mixture
+from m3i_jax.errors import UserError
+from m3i_jax.modes import show
+from m3i_jax.reporting import slices
+from m3i_jax.training import trainer
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def recipe(arguments: str = "") -> schema.Config:
+    return configuration.resolve(configuration.load(str(ROOT / "configs/m3i.py") + (f":{arguments}" if arguments else "")))
+
+
+def read(config: schema.Config, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+# Golden: Table 7, column ViT-B/16, and what is the same for both columns.
+TABLE_7 = {
+    "model.decoder.depth": 4, "model.decoder.width": 768, "model.decoder.mlp_ratio": 3072 / 768, "model.decoder.heads": 16,
+    "model.encoder.width": 768, "model.pool.width": 768, "model.pool.heads": 16, "data.mask": "blockwise", "data.mask_ratio": 0.5,
+    "data.image_size": 224, "optim.b1": 0.9, "optim.b2": 0.95, "optim.lr": 1e-3, "optim.weight_decay": 0.1, "optim.ema": 0.995,
+    "optim.ema_schedule": "cosine", "objective.label_smoothing": 0.1, "model.encoder.drop_path": 0.1,
+    "model.encoder.drop_path_rule": "linear",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", ["imagenet", "yfcc", "joint"])
+def test_table_7(data: str) -> None:
+    config = recipe(f"data={data}")
+    assert {key: read(config, key) for key in TABLE_7} == TABLE_7
+    assert config.model.text.depth == 12 and config.model.text.width == 768  # BERT-Base
+
+
+LENGTHS = {
+    # recipe: (epochs, batch, steps an epoch, steps, warm-up)
+    "data=imagenet": (1600, 4096, 312, 499_200, 12_480),
+    "data=imagenet,epochs=400.0": (400, 4096, 312, 124_800, 12_480),
+    "data=yfcc": (138, 4096, 3_620, 499_560, 12_670),
+    "data=joint": (30, 40_000, 11_050, 331_500, 11_050),
+    "data=imagenet,batch_size=1024": (1600, 1024, 1_251, 2_001_600, 50_040),
+    "data=imagenet,epochs=100.0": (100, 4096, 312, 31_200, 3_120),  # a tenth at most is warm-up
+}
+
+
+@pytest.mark.parametrize("arguments", LENGTHS)
+def test_lengths(arguments: str) -> None:
+    epochs, batch, *golden = LENGTHS[arguments]
+    config = recipe(arguments)
+    assert (config.train.epochs, config.train.batch_size) == (epochs, batch)
+    assert list(dataclasses.astuple(trainer.length(config))) == golden
+
+
+def test_yfcc_is_as_many_steps_as_imagenet() -> None:
+    """Section 4.2: the iterations of the two are the same."""
+    steps = [trainer.length(recipe(f"data={data}")).steps for data in ("imagenet", "yfcc")]
+    assert abs(steps[1] / steps[0] - 1) < 1e-3
+
+
+def test_another_batch_size() -> None:
+    """Below 4,096 in proportion; above as it is, since the paper has the same values at 40,000."""
+    small, large = recipe("batch_size=256").optim, recipe("batch_size=16384").optim
+    assert small.lr == pytest.approx(1e-3 / 16) and 1 - small.ema == pytest.approx(0.005 / 16)
+    assert (large.lr, large.ema) == (1e-3, 0.995) == (recipe("data=joint").optim.lr, recipe("data=joint").optim.ema)
+    assert small.warmup_epochs == large.warmup_epochs == 40
+
+
+def test_where_the_pictures_come_from() -> None:
+    imagenet, yfcc, joint = (recipe(f"data={data},path=/d/").data for data in ("imagenet", "yfcc", "joint"))
+    assert (imagenet.path, imagenet.split, imagenet.holdout_split) == ("/d", "train", "val")
+    assert (imagenet.classes, imagenet.captions) == (1000, "no")
+    assert (yfcc.path, yfcc.classes, yfcc.captions, yfcc.holdout) == ("/d/*.tar", 0, "yes", 0)
+    entries = [mixture.parse(text) for text in joint.mixture]
+    assert [(e.kind, e.path) for e in entries] == [
+        ("folder", "/d/imagenet22k"), ("tars", "/d/laion400m/*.tar"), ("tars", "/d/yfcc15m/*.tar"), ("tars", "/d/cc12m/*.tar")
+    ]  # fmt: skip
+    assert all(e.weight is None for e in entries) and joint.classes == 21_841 and joint.captions == "yes" and joint.size == 442_000_000
+
+
+def test_models_and_refusals() -> None:
+    large, huge = recipe("model=vit_l16").model, recipe("model=vit_h14")
+    assert (large.encoder.depth, large.encoder.width, large.decoder.width) == (24, 1024, 1024) and huge.grid == 16
+    for arguments, wanted in (("model=internimage_h", "internimage_h"), ("model=vit", "none of"), ("data=laion", "imagenet, yfcc, joint")):
+        with pytest.raises(UserError, match=wanted):
+            recipe(arguments)
+
+
+def test_show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The plan of a recipe: what counts is the table's text; the network is a small one, so that tracing is quick."""
+    arguments = "data=joint"
+    monkeypatch.chdir(ROOT)
+    small = ["--config.model.encoder.depth=1", "--config.model.decoder.depth=1", "--config.model.text.depth=1"]
+    assert command.main(["--config", f"configs/m3i.py:{arguments}", "--mode=show", "--config.report.mfu=0.5", *small]) == 0
+    out = capsys.readouterr().out
+    length = trainer.length(recipe(arguments))
+    assert f"{length.steps:,} of " in out and f"warm-up {length.warmup:,}" in out and "assumed" not in out
+    assert "loss/text" in out and "loss/category" in out
+    assert f"{length.steps * recipe(arguments).train.batch_size:,}, " in out
+    assert "at 50% of the peak" in out and all(f"\n{name} " in out for name, *_ in slices.SLICES)
+
+
+def test_days_of_the_paper_s_run() -> None:
+    """Golden: 279.4 GFLOP a view, 1600 epochs of 312 steps of 4,096, on 16 chips of 197 TFLOP/s at 0.45: days by hand."""
+    total = 279.36e9 * 4096 * 499_200
+    by_hand = total / (16 * 197e12 * 0.45) / 3600 / 24
+    assert slices.days(total, kind="v5e", chips=16, mfu=0.45) == pytest.approx(by_hand) and 4.6 < by_hand < 4.7
+    rows = {row[0]: row for row in slices.rows(total, 0.45)}
+    assert rows["v5e-16"][4] == "4.7" and rows["h100:1"][4] == "14.9" and rows["v6e-256"][4] == "0.06"
+
+
+def test_slices_are_of_known_chips_and_named_once() -> None:
+    names = [name for name, *_ in slices.SLICES]
+    assert len(set(names)) == len(names) and {kind for _, kind, _ in slices.SLICES} == set(slices.CHIPS)
+
+
+def test_the_share_of_the_peak_is_a_share() -> None:
+    config = configuration.default()
+    for wrong in (0.0, 1.5):
+        configuration.override(config, [f"report.mfu={wrong}"])
+        with pytest.raises(UserError, match="report.mfu"):
+            configuration.resolve(config)
+
+
+def test_show_knows_what_it_assumes() -> None:
+    done, assumed = show._assume(recipe("data=joint"))
+    assert not assumed and done.data.classes == 21_841 and done.data.captions == "yes"
