@@ -5,7 +5,8 @@
 
 dot: matrix products and convolutions of the traced, unrolled step, an image. formula: tests/bench/formula.py, from shapes. all: what XLA
 counts in the lowered step, elementwise work included; "other" is what exceeds dot, over dot. temporary: peak temporary memory of the step
-of ViT-S/16 compiled for CPU at 16 images, blocks in one scan, from the compiler's statistics; only with --memory, which compiles each step.
+of ViT-S/16 compiled for CPU at 16 images, blocks in one scan, from the compiler's statistics; only with --memory,
+which compiles each step (XLA_FLAGS=--xla_backend_optimization_level=0 compiles faster to the same plan of buffers).
 """
 
 import dataclasses

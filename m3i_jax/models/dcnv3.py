@@ -1,0 +1,209 @@
+"""DCNv3, the operator of InternImage (Wang et al., 2023, Eq. 2), as a pure function with gradients.
+
+Every output pixel of every group reads its group's channels at P points, bilinearly, at places the network chooses, and adds them up with
+softmax weights. Two exact ways to compute it: dense products with the matrix of bilinear weights (`dcnv3_dense`; nothing is gathered), and
+a gather of the four cells around each sample, packed side by side so that it is one gather (as deformable attention does in Scenic).
+Which of them is faster depends on the size of the map alone; `choose` is that rule.
+
+Coordinates and weights are float32 whatever the precision of the input. The modulation comes in as weights: the softmax is the caller's.
+
+B batch, H W input size, I J output size, C channels, G groups, D = C / G, P points, O = I J.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m3i_jax.models import dcnv3_dense
+from m3i_jax.models.dcnv3_dense import Samples, wide
+
+METHODS = ("auto", "dense", "band", "gather")
+_BAND = 2  # rows of a band and of its windows: more rows loop less and multiply more zeros
+
+
+def points(kernel: int, dilation: int = 1, *, remove_center: bool = False) -> np.ndarray:
+    """Undisplaced sampling points (x, y) of the kernel around its centre, [P, 2], the column the slow index.
+
+    Raises:
+      ValueError: the centre of an even kernel.
+
+    >>> points(3)[:4].tolist()
+    [[-1, -1], [-1, 0], [-1, 1], [0, -1]]
+    >>> len(points(3, remove_center=True)), points(2, 2).tolist()
+    (8, [[-1, -1], [-1, 1], [1, -1], [1, 1]])
+    """
+    line = np.arange(kernel) * dilation - dilation * (kernel - 1) // 2
+    grid = np.stack(np.meshgrid(line, line, indexing="ij"), -1).reshape(-1, 2)
+    if not remove_center:
+        return grid
+    if kernel % 2 == 0:
+        raise ValueError(f"a kernel of {kernel} has no centre to remove; it must be odd")
+    return np.delete(grid, kernel * kernel // 2, 0)
+
+
+def output_size(size: int, *, kernel: int = 3, stride: int = 1, pad: int = 1, dilation: int = 1) -> int:
+    """Rows (or columns) of the output of that many of the input.
+
+    >>> output_size(12), output_size(12, stride=2)
+    (12, 6)
+    """
+    return (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def choose(height: int, width: int) -> str:
+    """The faster method for an input of this size. Measured with `python -m tests.bench.dcnv3`.
+
+    The dense matrix has H W entries for every output where the gather reads 4 P D numbers; bands keep to the rows that samples touch, but
+    loop. Up to 14 x 14 cells the plain product wins, above it bands do.
+
+    >>> choose(12, 12), choose(48, 48)
+    ('dense', 'band')
+    """
+    return "dense" if height * width <= 200 else "band"
+
+
+def _samples(offset: jax.Array, mask: jax.Array, out: tuple[int, int], step: tuple[int, int], scale: float, grid: np.ndarray) -> Samples:
+    """Coordinates and weights with the output cells last, where they fill vector registers, from [B, O, G, P, 2] and [B, O, G, P]."""
+    stride, shift = step
+    dtype = wide(offset.dtype)
+    b, o, g, p, _ = offset.shape
+    moved = jnp.moveaxis(offset.reshape(b, o, -1), 1, 2).reshape(b, g, p, 2, o).astype(dtype)
+    rows, columns = np.divmod(np.arange(o), out[1])
+    base_x = (scale * grid[:, :1] + stride * columns + shift).astype(dtype)
+    base_y = (scale * grid[:, 1:] + stride * rows + shift).astype(dtype)
+    weight = jnp.moveaxis(mask.reshape(b, o, -1), 1, 2).reshape(b, g, p, o).astype(dtype)
+    return Samples(base_y + scale * moved[:, :, :, 1], base_x + scale * moved[:, :, :, 0], weight)
+
+
+def _cells_last(x_BxOxC: jax.Array, groups: int) -> jax.Array:
+    b, o, c = x_BxOxC.shape
+    return jnp.moveaxis(x_BxOxC, 1, 2).reshape(b, groups, c // groups, o)
+
+
+def _channels_last(x_BxGxDxO: jax.Array) -> jax.Array:
+    b, g, d, o = x_BxGxDxO.shape
+    return jnp.moveaxis(x_BxGxDxO.reshape(b, g * d, o), 2, 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _dense(x_BxQxC: jax.Array, offset: jax.Array, mask: jax.Array, samples: functools.partial, size: tuple, rows: int) -> jax.Array:
+    # Without the barrier the compiler would transpose the coordinates again for every entry of the matrix.
+    at = jax.lax.optimization_barrier(samples(offset, mask))
+    return _channels_last(dcnv3_dense.forward(_cells_last(x_BxQxC, at.y.shape[1]), at, size[:2], rows, size[2]))
+
+
+def _dense_forward(x: jax.Array, offset: jax.Array, mask: jax.Array, *settings: object) -> tuple[jax.Array, tuple]:
+    return _dense(x, offset, mask, *settings), (x, offset, mask)
+
+
+def _dense_backward(samples: functools.partial, size: tuple, rows: int, kept: tuple, grad_BxOxC: jax.Array) -> tuple:
+    x_BxQxC, offset, mask = kept
+    at, pull = jax.vjp(samples, offset, mask)
+    groups = at.y.shape[1]
+    at = jax.lax.optimization_barrier(at)
+    dv, dat = dcnv3_dense.backward(_cells_last(x_BxQxC, groups), at, _cells_last(grad_BxOxC, groups), size[:2], rows, size[2])
+    return (_channels_last(dv), *pull(jax.lax.optimization_barrier(dat)))
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
+
+
+@jax.custom_vjp
+def _inside(t: jax.Array) -> jax.Array:
+    """Identity; no gradient to a coordinate of -1 or less, which reads only the padding, whatever its right-hand neighbour holds."""
+    return t
+
+
+_inside.defvjp(lambda t: (t, t), lambda t, g: (jnp.where(t > -1, g, 0),))
+
+
+def _gather(x_BxQxC: jax.Array, at: Samples, size: tuple[int, int]) -> jax.Array:
+    height, width = size
+    at = Samples(*(jnp.swapaxes(a, 2, 3) for a in at))  # the points of an output side by side: they are added up
+    b, g, o, p = at.y.shape
+    d = x_BxQxC.shape[2] // g
+    # One ring of zeros before and two behind: every coordinate in [-1, size] finds its four cells, and beyond there is nothing to find.
+    y, x = jnp.clip(_inside(at.y), -1, height), jnp.clip(_inside(at.x), -1, width)
+    row, column = jnp.floor(y), jnp.floor(x)
+    below, right = y - row, x - column
+    v = jnp.pad(x_BxQxC.reshape(b, height, width, g, d), ((0, 0), (1, 2), (1, 2), (0, 0), (0, 0)))
+    packed = jnp.concatenate([v[:, :-1, :-1], v[:, :-1, 1:], v[:, 1:, :-1], v[:, 1:, 1:]], -1)
+    packed_BxGxQx4D = packed.reshape(b, -1, g, 4 * d).swapaxes(1, 2)
+    index = ((row + 1) * (width + 2) + column + 1).astype(jnp.int32).reshape(b, g, o * p, 1)
+    found = jnp.take_along_axis(packed_BxGxQx4D, index, 2, mode="clip").reshape(b, g, o, p, 4, d)
+    weight = jnp.stack([(1 - below) * (1 - right), (1 - below) * right, below * (1 - right), below * right], -1) * at.m[..., None]
+    weight = weight.astype(x_BxQxC.dtype)
+    precision = None if found.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    out = jnp.einsum("bgopk,bgopkd->bogd", weight, found, precision=precision, preferred_element_type=wide(found.dtype))
+    return out.reshape(b, o, g * d).astype(x_BxQxC.dtype)
+
+
+def dcnv3(
+    x_BxHxWxC: jax.Array,
+    offset_BxIxJxGxPx2: jax.Array,
+    mask_BxIxJxGxP: jax.Array,
+    *,
+    kernel: int = 3,
+    stride: int = 1,
+    pad: int = 1,
+    dilation: int = 1,
+    groups: int,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    method: str = "auto",
+) -> jax.Array:
+    """Deformable convolution, third version: `y[i, j, g] = sum_p mask[p] * x_g(place of p)`, bilinear, zero outside.
+
+    Point p of output (i, j) lies at column `stride j - pad + c + offset_scale (points[p, 0] + offset[p, 0])` and the row likewise with [1],
+    c = dilation (kernel - 1) // 2. Gradients reach x, offset and mask; at an integer coordinate the offset's is that to the right.
+
+    Args:
+      x_BxHxWxC: input, channels of a group side by side.
+      offset_BxIxJxGxPx2: displacement (x, y) of every point in pixels before `offset_scale`; P = kernel^2, less one without the centre,
+        in the order of `points`. The last three axes may also be one.
+      mask_BxIxJxGxP: weight of every point; InternImage's softmax over P is already done. The last two axes may also be one.
+      kernel, stride, pad, dilation: as of a convolution; pad in pixels on every side.
+      groups: G.
+      offset_scale: factor of the points and of the offsets (2 in InternImage-L and XL).
+      remove_center: leave the middle point out.
+      method: dense, band (dense over the rows that samples touch), gather, or auto: `choose`. The same numbers to rounding.
+
+    Returns:
+      [B, I, J, C] in the type of x.
+
+    Raises:
+      ValueError: shapes that do not fit each other, or an unknown method.
+
+    >>> x = jnp.arange(9.0).reshape(1, 3, 3, 1)
+    >>> offset, mask = jnp.zeros((1, 3, 3, 1, 9, 2)), jnp.full((1, 3, 3, 1, 9), 1 / 9)
+    >>> dcnv3(x, offset, mask, groups=1)[0, 1, 1].tolist()  # with nothing learned: the mean of the neighbourhood
+    [4.0]
+    >>> round(float(dcnv3(x, offset + 0.5, mask, groups=1, method="gather")[0, 0, 0, 0]), 3)
+    2.222
+    """
+    b, height, width, c = x_BxHxWxC.shape
+    shape = {"kernel": kernel, "stride": stride, "pad": pad, "dilation": dilation}
+    out = output_size(height, **shape), output_size(width, **shape)
+    grid = points(kernel, dilation, remove_center=remove_center)
+    if c % groups:
+        raise ValueError(f"{c} channels do not divide into {groups} groups")
+    if method not in METHODS:
+        raise ValueError(f"method is '{method}'; there are {', '.join(METHODS)}")
+    for name, array, last in (("offset", offset_BxIxJxGxPx2, 2), ("mask", mask_BxIxJxGxP, 1)):
+        wanted = (b, *out, groups, len(grid), 2)[: 4 + last]
+        if array.shape[:3] != wanted[:3] or np.prod(array.shape[3:]) != np.prod(wanted[3:]):
+            raise ValueError(f"{name} has shape {array.shape}; for an input of {x_BxHxWxC.shape} and these settings it must be {wanted}")
+    offset = offset_BxIxJxGxPx2.reshape(b, -1, groups, len(grid), 2)
+    mask = mask_BxIxJxGxP.reshape(b, -1, groups, len(grid))
+    step = stride, dilation * (kernel - 1) // 2 - pad
+    samples = functools.partial(_samples, out=out, step=step, scale=offset_scale, grid=grid)
+    x_BxQxC = x_BxHxWxC.reshape(b, -1, c)
+    if method == "auto":
+        method = choose(height, width)
+    if method == "gather":
+        y_BxOxC = _gather(x_BxQxC, jax.lax.optimization_barrier(samples(offset, mask)), (height, width))
+    else:
+        y_BxOxC = _dense(x_BxQxC, offset, mask, samples, (height, width, out[0]), _BAND if method == "band" else 0)
+    return y_BxOxC.reshape(b, *out, c)

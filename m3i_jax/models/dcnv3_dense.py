@@ -1,0 +1,198 @@
+"""DCNv3 as matrix products: the bilinear weights of all samples are one matrix of products of hat functions.
+
+A sample at (y, x) weighs input cell (q, r) by hat(y - q) hat(x - r) with hat(t) = max(1 - |t|, 0), and zero padding needs no case of its
+own. The matrix of a group, [input cells, output cells], is the sum over its points of modulated hats; the output is one product with it,
+the gradient of the input another, and the gradient of the matrix, read back at the samples, gives those of offsets and modulation. Nothing
+is scattered, and only the arguments are kept for the backward pass.
+
+Whole maps or bands: with `rows`, output rows are taken a few at a time and multiplied only with those input rows that their samples touch.
+How many that are is read from the offsets while the program runs, so the result is exact for offsets of any size and costs what they cost.
+
+B batch, G groups, D channels of a group, P points, Q input cells, O output cells, R rows of a window.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Samples(NamedTuple):
+    """Where and how much every output reads: pixels and modulation, [B, G, P, O], float32 or wider."""
+
+    y: jax.Array
+    x: jax.Array
+    m: jax.Array
+
+
+def wide(dtype: Any) -> Any:
+    """Precision of coordinates, weights and sums: float32, or float64 where the input is.
+
+    >>> wide(jnp.bfloat16)
+    dtype('float32')
+    """
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _einsum(terms: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Product in the type of the input, sums wide. float32 is not cut to bfloat16 on the way, as TPUs would."""
+    precision = None if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    return jnp.einsum(terms, a, b.astype(a.dtype), precision=precision, preferred_element_type=wide(a.dtype))
+
+
+def _cells(height: int, width: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    rows, columns = np.divmod(np.arange(height * width), width)
+    return rows.astype(dtype)[:, None], columns.astype(dtype)[:, None]
+
+
+def _hat(t: jax.Array) -> jax.Array:
+    return jnp.maximum(1 - jnp.abs(t), 0)
+
+
+def _slope(t: jax.Array) -> jax.Array:
+    """Derivative of the hat, at integers the one to the right: the convention of the floor."""
+    return jnp.where((t >= 0) & (t < 1), -1.0, jnp.where((t >= -1) & (t < 0), 1.0, 0.0)).astype(t.dtype)
+
+
+def _weights(at: Samples, height: int, width: int, dtype: Any) -> jax.Array:
+    """The matrix [B, G, Q, O], in the precision of the product. One fused pass: the hats themselves are never stored."""
+    rows, columns = _cells(height, width, at.y.dtype)
+    total: Any = 0.0
+    for p in range(at.y.shape[2]):
+        total += at.m[:, :, p, None] * _hat(at.y[:, :, p, None] - rows) * _hat(at.x[:, :, p, None] - columns)
+    return jnp.asarray(total, dtype)
+
+
+def _read_by_index(slopes_BxGxQxO: jax.Array, at: Samples, height: int, width: int) -> Samples:
+    """Gradient of the matrix at every sample: its derivatives by y and x and its value. By lookup of the four cells around each."""
+    top, left = jnp.clip(at.y, -2, height + 1), jnp.clip(at.x, -2, width + 1)  # the integer of a far number would overflow
+    row, column = jnp.floor(top).astype(jnp.int32), jnp.floor(left).astype(jnp.int32)
+    below, right = top - jnp.floor(top), left - jnp.floor(left)
+
+    def cell(down: int, over: int) -> jax.Array:
+        y, x = row + down, column + over
+        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        index = jnp.clip(y, 0, height - 1) * width + jnp.clip(x, 0, width - 1)
+        return jnp.where(inside, jnp.take_along_axis(slopes_BxGxQxO, index, 2, mode="promise_in_bounds"), 0)
+
+    a, b, c, d = cell(0, 0), cell(0, 1), cell(1, 0), cell(1, 1)
+    upper, lower = a + right * (b - a), c + right * (d - c)
+    return Samples(lower - upper, (1 - below) * (b - a) + below * (d - c), upper + below * (lower - upper))
+
+
+def _read_by_sum(slopes_BxGxQxO: jax.Array, at: Samples, height: int, width: int) -> Samples:
+    """As `_read_by_index`, by sums over all cells: for machines that gather slowly."""
+    rows, columns = _cells(height, width, at.y.dtype)
+    found = []
+    for p in range(at.y.shape[2]):
+        down, over = at.y[:, :, p, None] - rows, at.x[:, :, p, None] - columns
+        hat_y, hat_x = _hat(down), _hat(over)
+        parts = _slope(down) * hat_x, hat_y * _slope(over), hat_y * hat_x
+        found.append([(slopes_BxGxQxO * part).sum(2) for part in parts])
+    return Samples(*(jnp.stack(part, 2) for part in zip(*found, strict=True)))
+
+
+def _read(slopes_BxGxQxO: jax.Array, at: Samples, height: int, width: int) -> Samples:
+    forms = {
+        name: functools.partial(form, height=height, width=width) for name, form in (("tpu", _read_by_sum), ("default", _read_by_index))
+    }
+    return jax.lax.platform_dependent(slopes_BxGxQxO, at, **forms)
+
+
+def _window(v_BxGxDxQ: jax.Array, row: Any, rows: int, width: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(v_BxGxDxQ, row * width, rows * width, 3)
+
+
+def _bands(at: Samples, height: int, rows: int, out_rows: int) -> tuple[Samples, jax.Array]:
+    """Samples of one band of output rows after the other, [T, B, G, P, O / T], and the input rows [T, 2] that each touches."""
+    tiles = next(n for n in range(max(1, out_rows // rows), out_rows + 1) if out_rows % n == 0)
+    b, g, p, o = at.y.shape
+    split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(b, g, p, tiles, o // tiles), 3, 0), at)
+    floor = jnp.floor(split.y)
+    first, last = floor.min((1, 2, 3, 4)), floor.max((1, 2, 3, 4)) + 2
+    known = jnp.isfinite(first) & jnp.isfinite(last)  # anything else is multiplied with every row, so that a NaN is seen at the end
+    span = jnp.stack([jnp.where(known, first, 0), jnp.where(known, last, height)], -1)
+    return split, jnp.clip(span, 0, height).astype(jnp.int32)
+
+
+def _through(span: jax.Array, rows: int, body: Any, start: Any) -> Any:
+    """`body(row, carry)` for every window of rows from span[0] on until span[1] is reached."""
+    step = lambda state: (state[0] + rows, body(state[0], state[1]))  # noqa: E731
+    return jax.lax.while_loop(lambda state: state[0] < span[1], step, (span[0], start))[1]
+
+
+def forward(v_BxGxDxQ: jax.Array, at: Samples, size: tuple[int, int], rows: int = 0, out_rows: int = 0) -> jax.Array:
+    """Modulated sum of samples, [B, G, D, O] in the type of v.
+
+    Args:
+      v_BxGxDxQ: the input, cells last.
+      at: samples in pixels of the input.
+      size: its height and width; Q is their product.
+      rows: 0: the matrix of the whole map; else output and input rows are taken about that many at a time.
+      out_rows: rows of the output, for bands.
+
+    >>> at = Samples(*(jnp.full((1, 1, 1, 1), value) for value in (0.5, 1.0, 2.0)))
+    >>> forward(jnp.arange(4.0).reshape(1, 1, 1, 4), at, (2, 2)).item()  # twice the mean of cells 1 and 3
+    4.0
+    """
+    (height, width), dtype = size, v_BxGxDxQ.dtype
+    if not rows:
+        return _einsum("bgdq,bgqo->bgdo", v_BxGxDxQ, _weights(at, height, width, dtype)).astype(dtype)
+    padded = jnp.pad(v_BxGxDxQ, ((0, 0), (0, 0), (0, 0), (0, rows * width)))
+    split, spans = _bands(at, height, rows, out_rows)
+    b, g, d, _ = v_BxGxDxQ.shape
+
+    def band(tile: tuple[Samples, jax.Array]) -> jax.Array:
+        here, span = tile
+
+        def add(row: Any, total: jax.Array) -> jax.Array:
+            weights = _weights(here._replace(y=here.y - row), rows, width, dtype)
+            return total + _einsum("bgdq,bgqo->bgdo", _window(padded, row, rows, width), weights)
+
+        return _through(span, rows, add, jnp.zeros((b, g, d, here.y.shape[-1]), wide(dtype))).astype(dtype)
+
+    return jnp.moveaxis(jax.lax.map(band, (split, spans)), 0, 3).reshape(b, g, d, -1)
+
+
+def backward(
+    v_BxGxDxQ: jax.Array, at: Samples, grad_BxGxDxO: jax.Array, size: tuple[int, int], rows: int = 0, out_rows: int = 0
+) -> tuple[jax.Array, Samples]:
+    """Gradients of the input, and of the samples' coordinates and modulation. Arguments as of `forward`.
+
+    A coordinate of exactly -1 or less gets none: its sample is outside, as in the published operator.
+
+    >>> at = Samples(*(jnp.full((1, 1, 1, 1), value) for value in (0.5, 1.0, 2.0)))
+    >>> dv, grad = backward(jnp.arange(4.0).reshape(1, 1, 1, 4), at, jnp.ones((1, 1, 1, 1)), (2, 2))
+    >>> dv.ravel().tolist(), grad.y.item(), grad.m.item()
+    ([0.0, 1.0, 0.0, 1.0], 4.0, 2.0)
+    """
+    (height, width), dtype = size, v_BxGxDxQ.dtype
+    if not rows:
+        dv = _einsum("bgdo,bgqo->bgdq", grad_BxGxDxO, _weights(at, height, width, dtype))
+        read = _read(_einsum("bgdq,bgdo->bgqo", v_BxGxDxQ, grad_BxGxDxO), at, height, width)
+    else:
+        padded = jnp.pad(v_BxGxDxQ, ((0, 0), (0, 0), (0, 0), (0, rows * width)))
+        split, spans = _bands(at, height, rows, out_rows)
+        b, g, d, o = grad_BxGxDxO.shape
+        grads = jnp.moveaxis(grad_BxGxDxO.reshape(b, g, d, len(spans), -1), 3, 0)
+
+        def band(dv: jax.Array, tile: tuple[Samples, jax.Array, jax.Array]) -> tuple[jax.Array, Samples]:
+            here, span, grad = tile
+
+            def add(row: Any, carry: tuple[jax.Array, Samples]) -> tuple[jax.Array, Samples]:
+                dv, read = carry
+                local, part = here._replace(y=here.y - row), _window(padded, row, rows, width)
+                part_dv = _einsum("bgdo,bgqo->bgdq", grad, _weights(local, rows, width, dtype))
+                dv = jax.lax.dynamic_update_slice_in_dim(dv, _window(dv, row, rows, width) + part_dv, row * width, 3)
+                more = _read(_einsum("bgdq,bgdo->bgqo", part, grad), local, rows, width)
+                return dv, jax.tree.map(jnp.add, read, more)
+
+            return _through(span, rows, add, (dv, jax.tree.map(jnp.zeros_like, here)))
+
+        dv, parts = jax.lax.scan(band, jnp.zeros(padded.shape, wide(dtype)), (split, spans, grads))
+        dv = dv[..., : height * width]
+        read = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 3).reshape(b, g, -1, o), parts)
+    inside_y, inside_x = jnp.where(at.y > -1, at.m, 0), jnp.where(at.x > -1, at.m, 0)
+    return dv.astype(dtype), Samples(read.y * inside_y, read.x * inside_x, read.m)

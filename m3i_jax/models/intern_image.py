@@ -1,0 +1,358 @@
+"""InternImage (Wang et al., 2023): the convolutional backbone of the paper's largest run, T to H and G, and a toy.
+
+A stem, four stages of DCNv3 layers with a stride of two between them, and, for M3I, one map of dense features at twice the stride of stage
+3's end: stages 3 and 4 are mapped to the same width, the deeper one with four sub-pixels a cell, and added (the released InternImage-H).
+There are no tokens to drop and no positions: a run that hides cells without mixing fills them at the stem's output with a learned vector.
+
+The layers of a stage are one tree with a leading axis [L, ...], run by a loop or by `lax.scan`.
+
+B images, S pixels a side, H W size of a map, C its channels, G groups, P points, L layers, N cells, D width of the dense features.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m3i_jax.models.intern_image_layer import Layer, convolve, dense, norm, run_layers
+from m3i_jax.models.layers import Params, gelu
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InternImage:
+    """Settings; the defaults are InternImage-H.
+
+    width: channels of the first stage; each next has twice as many.
+    depths, groups: layers and DCNv3 groups of the four stages.
+    norm: pre: x + f(norm(x)); post: x + norm(f(x)); res_post: x + norm'(f(norm(x))). Stages end with a norm unless norm is post and there
+      is no centre scale.
+    layer_scale: first value of the learned factor of every branch; 0: there is none.
+    offset_scale: factor of DCNv3's points and offsets.
+    kernel: side of the depth-wise convolution before offsets, masks and centre scale.
+    center_scale: mix in the undisplaced centre by a learned share.
+    extra_norm: stage 3 has a norm after every so many layers ("level-2 post-norm"); 0: none.
+    fused: width of the fused dense features; 0: no fusion, `apply` is not available.
+    stem_strides: of the stem's two convolutions; the published nets have (2, 2).
+    """
+
+    width: int = 320
+    depths: tuple[int, ...] = (6, 6, 32, 6)
+    groups: tuple[int, ...] = (10, 20, 40, 80)
+    norm: str = "res_post"
+    layer_scale: float = 0.0
+    offset_scale: float = 1.0
+    kernel: int = 5
+    center_scale: bool = True
+    extra_norm: int = 6
+    mlp_ratio: float = 4.0
+    fused: int = 1024
+    stem_strides: tuple[int, ...] = (2, 2)
+    drop_path: float = 0.2
+    drop_path_rule: str = "uniform"
+
+    @property
+    def stride(self) -> int:
+        """Pixels a cell of the fused dense features.
+
+        >>> InternImage().stride
+        16
+        """
+        return math.prod(self.stem_strides) * 4
+
+    @property
+    def trailing_norm(self) -> bool:
+        """Whether stages end with a norm.
+
+        >>> InternImage().trailing_norm
+        True
+        """
+        return self.norm != "post" or self.center_scale
+
+
+def _plain(width: int, depths: tuple[int, ...], groups: int, **changes: Any) -> InternImage:
+    common: dict[str, Any] = {"norm": "post", "layer_scale": 1e-5, "kernel": 3, "center_scale": False, "extra_norm": 0}
+    sizes = {"width": width, "depths": depths, "groups": tuple(groups * 2**i for i in range(4))}
+    return InternImage(**{**common, **sizes, "drop_path_rule": "linear", **changes})
+
+
+# T to XL are published as classifiers without the fused map: here it is added, as wide as the deepest stage but at most InternImage-H's.
+PRESETS: dict[str, InternImage] = {
+    "internimage_pico": _plain(32, (1, 1, 2, 1), 2, norm="pre", layer_scale=0.0, drop_path=0.0, fused=128, stem_strides=(2, 1)),
+    "internimage_t": _plain(64, (4, 4, 18, 4), 4, norm="pre", layer_scale=0.0, drop_path=0.1, fused=512),
+    "internimage_s": _plain(80, (4, 4, 21, 4), 5, drop_path=0.4, fused=640),
+    "internimage_b": _plain(112, (4, 4, 21, 4), 7, drop_path=0.5, fused=896),
+    "internimage_l": _plain(160, (5, 5, 22, 5), 10, offset_scale=2.0, drop_path=0.1),
+    "internimage_xl": _plain(192, (5, 5, 24, 5), 12, offset_scale=2.0, drop_path=0.2),
+    "internimage_h": InternImage(),
+    "internimage_g": InternImage(width=512, depths=(2, 2, 48, 4), groups=(16, 32, 64, 128), norm="post", drop_path=0.4),
+}
+
+
+def _layer(model: InternImage, stage: int) -> Layer:
+    return Layer(
+        width=model.width * 2**stage,
+        groups=model.groups[stage],
+        norm=model.norm,
+        layer_scale=model.layer_scale,
+        offset_scale=model.offset_scale,
+        kernel=model.kernel,
+        center_scale=model.center_scale,
+        hidden=round(model.width * 2**stage * model.mlp_ratio),
+    )
+
+
+def _extra_norms(model: InternImage, stage: int) -> int:
+    return model.depths[stage] // model.extra_norm if stage == 2 and model.extra_norm else 0
+
+
+def _affine(width: int, *leading: int) -> dict[str, tuple[int, ...]]:
+    return {"scale": (*leading, width), "bias": (*leading, width)}
+
+
+def shapes(model: InternImage) -> dict[str, Any]:
+    """The tree of parameters, as shapes.
+
+    >>> tree = shapes(PRESETS["internimage_t"])
+    >>> sorted(tree), tree["stage2"]["layers"]["dcn"]["offset"]["kernel"]
+    (['fusion', 'stage0', 'stage1', 'stage2', 'stage3', 'stem'], (18, 256, 288))
+    """
+    c = model.width
+    tree: dict[str, Any] = {
+        "stem": {
+            "conv1": {"kernel": (3, 3, 3, c // 2), "bias": (c // 2,)},
+            "norm1": _affine(c // 2),
+            "conv2": {"kernel": (3, 3, c // 2, c), "bias": (c,)},
+            "norm2": _affine(c),
+        }
+    }
+    for stage, depth in enumerate(model.depths):
+        width = c * 2**stage
+        part: dict[str, Any] = {"layers": _stacked(_layer(model, stage).shapes(), depth)}
+        if extra := _extra_norms(model, stage):
+            part["extra_norms"] = _affine(width, extra)
+        if model.trailing_norm:
+            part["norm"] = _affine(width)
+        if stage < 3:
+            part["down"] = {"conv": {"kernel": (3, 3, width, 2 * width)}, "norm": _affine(2 * width)}
+        tree[f"stage{stage}"] = part
+    if model.fused:
+        tree["fusion"] = {
+            "deep": {"kernel": (8 * c, 4 * model.fused), "bias": (4 * model.fused,)},
+            "shallow": {"kernel": (4 * c, model.fused), "bias": (model.fused,)},
+        }
+    return tree
+
+
+def _stacked(tree: Any, depth: int) -> Any:
+    return jax.tree.map(lambda shape: (depth, *shape), tree, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def count(model: InternImage) -> int:
+    """Parameters without the fusion: the backbone as published.
+
+    >>> count(PRESETS["internimage_t"]), count(PRESETS["internimage_h"])
+    (28754672, 1073122480)
+    """
+    tree = {name: part for name, part in shapes(model).items() if name != "fusion"}
+    return sum(math.prod(shape) for shape in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, tuple)))
+
+
+def _first(model: InternImage, path: str, shape: tuple[int, ...]) -> tuple[str, float]:
+    """How a parameter starts: (uniform, bound), (normal, std) or (constant, value). `shape` is that of one layer."""
+    last, owner = path.split("/")[-1], path.split("/")[-2] if "/" in path else ""
+    if last == "scale":
+        return "constant", 1.0
+    if last in ("gamma1", "gamma2"):
+        return "constant", model.layer_scale
+    if owner in ("offset", "mask", "center"):
+        return "constant", 0.0
+    if last == "mask_token":
+        return "normal", 0.02
+    convolution = {"conv1": 27, "conv2": 9 * model.width // 2, "conv": 9 * shape[-1] // 2, "depthwise": model.kernel**2}
+    convolution |= {"deep": 8 * model.width, "shallow": 4 * model.width}
+    if owner in convolution:  # the framework's default, of the biases too
+        return "uniform", convolution[owner] ** -0.5
+    if last == "bias":
+        return "constant", 0.0
+    if owner in ("input", "output"):
+        return "uniform", math.sqrt(6 / sum(shape))
+    return "normal", 0.02
+
+
+def _draw(model: InternImage, rng: jax.Array, tree: Any) -> Any:
+    """Values for a tree of shapes, all cut from one draw: a random call for every array would take long to compile."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, tuple))
+    rules = [(shape, *_first(model, "/".join(k.key for k in path), shape)) for path, shape in paths]
+    total = sum(math.prod(shape) for shape, kind, _ in rules if kind != "constant")
+    unit = jax.random.uniform(rng, (total,), minval=np.nextafter(np.float32(-1), np.float32(0)), maxval=1.0)
+    leaves, at = [], 0
+    for shape, kind, value in rules:
+        if kind == "constant":
+            leaves.append(jnp.full(shape, value, jnp.float32))
+            continue
+        part = unit[at : at + math.prod(shape)].reshape(shape)
+        at += part.size
+        leaves.append(value * part if kind == "uniform" else value * math.sqrt(2) * jax.lax.erf_inv(part))
+    return jax.tree.unflatten(structure, leaves)
+
+
+def init(model: InternImage, rng: jax.Array, *, mask_token: bool = False) -> Params:
+    """Parameters: `stem`, `stage0` to `stage3` (`layers` stacked on [L, ...], `extra_norms`, `norm`, `down`), `fusion`.
+
+    As published: dense N(0, 0.02^2), in and out of DCNv3 Xavier-uniform, convolutions uniform with bound 1 / sqrt(fan in), their biases
+    too; offsets, masks and centre scale 0, so that DCNv3 starts as a box filter.
+
+    Args:
+      model: settings.
+      rng: key.
+      mask_token: add `mask_token` [1, 1, 1, C], which stands for hidden cells. All others start the same without it.
+
+    >>> params = jax.eval_shape(lambda key: init(InternImage(), key), jax.random.key(0))
+    >>> sum(leaf.size for leaf in jax.tree.leaves(params))  # with the fusion
+    1084924080
+    """
+    of_layers, of_rest, of_token = jax.random.split(rng, 3)
+    tree = shapes(model)
+    params = _draw(model, of_rest, {name: {k: v for k, v in part.items() if k != "layers"} for name, part in tree.items()})
+    for stage, (depth, key) in enumerate(zip(model.depths, jax.random.split(of_layers, 4), strict=True)):
+        one = _layer(model, stage).shapes()
+        params[f"stage{stage}"]["layers"] = jax.lax.map(lambda key, one=one: _draw(model, key, one), jax.random.split(key, depth))
+    if mask_token:
+        params |= _draw(model, of_token, {"mask_token": (1, 1, 1, model.width)})
+    return params
+
+
+def drop_rates(model: InternImage) -> np.ndarray:
+    """Probability with which each layer's branches are dropped, [L] float32 over all stages: from 0 to the rate, or the same everywhere.
+
+    >>> drop_rates(dataclasses.replace(PRESETS["internimage_pico"], drop_path=0.5)).tolist()
+    [0.0, 0.125, 0.25, 0.375, 0.5]
+    """
+    depth = sum(model.depths)
+    if model.drop_path_rule == "uniform":
+        return np.full(depth, model.drop_path, np.float32)
+    return np.linspace(0, model.drop_path, depth, dtype=np.float32)
+
+
+def pixel_shuffle(x_BxHxWx4D: jax.Array) -> jax.Array:
+    """[B, H, W, 4 D] -> [B, 2 H, 2 W, D]: channel 4 d + 2 a + b of a cell is channel d of its sub-cell (a, b).
+
+    >>> pixel_shuffle(jnp.arange(8).reshape(1, 1, 1, 8))[0, :, :, 0].tolist()
+    [[0, 1], [2, 3]]
+    """
+    b, h, w, c = x_BxHxWx4D.shape
+    return x_BxHxWx4D.reshape(b, h, w, c // 4, 2, 2).transpose(0, 1, 4, 2, 5, 3).reshape(b, 2 * h, 2 * w, c // 4)
+
+
+def unpatchify(patches_BxNxP: jax.Array, grid: int) -> jax.Array:
+    """Inverse of `vit.patchify` for pictures of three channels: [B, grid p, grid p, 3].
+
+    >>> unpatchify(jnp.arange(12).reshape(1, 4, 3), 2)[0, :, :, 0].tolist()
+    [[0, 3], [6, 9]]
+    """
+    b, _, size = patches_BxNxP.shape
+    p = math.isqrt(size // 3)
+    return patches_BxNxP.reshape(b, grid, grid, p, p, 3).swapaxes(2, 3).reshape(b, grid * p, grid * p, 3)
+
+
+def _fill(x_BxHxWxC: jax.Array, token: jax.Array, hidden_BxN: jax.Array) -> jax.Array:
+    grid = math.isqrt(hidden_BxN.shape[1])
+    b, height, width, _ = x_BxHxWxC.shape
+    if grid * grid != hidden_BxN.shape[1] or height % grid or width % grid:
+        size = f"{height}x{width}"
+        raise ValueError(f"hidden cells have shape {hidden_BxN.shape}; they must be a square grid that divides the stem's {size} map")
+    hidden = hidden_BxN.reshape(b, grid, grid).repeat(height // grid, 1).repeat(width // grid, 2)
+    return jnp.where(hidden[..., None], token.astype(x_BxHxWxC.dtype), x_BxHxWxC)
+
+
+def stages(
+    model: InternImage,
+    params: Params,
+    images_BxSxSx3: jax.Array,
+    *,
+    keep_BxLx2: jax.Array | None = None,
+    hidden_BxN: jax.Array | None = None,
+    dtype: str = "float32",
+    scan: bool = False,
+    remat: str = "none",
+    method: str = "auto",
+) -> list[jax.Array]:
+    """The maps at the end of the four stages, [B, H, W, C 2^i] each half as large as the one before, as detectors use them.
+
+    Args:
+      model, params: as of `init`.
+      images_BxSxSx3: normalised pictures, any height and width that are multiples of 8 strides of the stem; mixed ones too.
+      keep_BxLx2: stochastic depth as factors 0 or 1 / (1 - p) of the (DCNv3, MLP) branch of every layer of all stages; None: off.
+      hidden_BxN: bool, cells of a square grid over the picture that the learned `mask_token` fills at the stem's output; None: none.
+      dtype: precision of products and of the maps between layers; norms, softmax and sampling places are float32.
+      scan: the layers of a stage in a `lax.scan` instead of a loop. Same numbers; compile time does not grow with depth.
+      remat: none, or full: keep only the input of every layer and recompute it in the backward pass.
+      method: how DCNv3 is computed, see `dcnv3.dcnv3`.
+
+    Raises:
+      ValueError: sizes that do not fit.
+
+    >>> model = PRESETS["internimage_pico"]
+    >>> tree = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
+    >>> [x.shape for x in jax.eval_shape(lambda p: stages(model, p, jnp.zeros((1, 32, 64, 3))), tree)]
+    [(1, 16, 32, 32), (1, 8, 16, 64), (1, 4, 8, 128), (1, 2, 4, 256)]
+    """
+    least = 2 * model.stride
+    if images_BxSxSx3.shape[1] % least or images_BxSxSx3.shape[2] % least:
+        raise ValueError(f"pictures have shape {images_BxSxSx3.shape}; height and width must be multiples of {least}")
+    if keep_BxLx2 is not None and keep_BxLx2.shape[1:] != (sum(model.depths), 2):
+        raise ValueError(f"keep factors have shape {keep_BxLx2.shape}; they must be [B, {sum(model.depths)}, 2]: [B, L, 2]")
+    stem = params["stem"]
+    x = convolve(stem["conv1"], images_BxSxSx3.astype(dtype), model.stem_strides[0])
+    x = gelu(norm(stem["norm1"], x))
+    x = norm(stem["norm2"], convolve(stem["conv2"], x, model.stem_strides[1]))
+    if hidden_BxN is not None:
+        x = _fill(x, params["mask_token"], hidden_BxN)
+    maps, start = [], 0
+    for stage, depth in enumerate(model.depths):
+        part = params[f"stage{stage}"]
+        keep = None if keep_BxLx2 is None else keep_BxLx2[:, start : start + depth]
+        every = model.extra_norm if _extra_norms(model, stage) else 0
+        settings: dict[str, Any] = {"keep_BxLx2": keep, "scan": scan, "remat": remat, "method": method, "every": every}
+        x = run_layers(_layer(model, stage), part["layers"], x, extra_norms=part.get("extra_norms"), **settings)
+        if "norm" in part:
+            x = norm(part["norm"], x)
+        maps.append(x)
+        start += depth
+        if "down" in part:
+            x = norm(part["down"]["norm"], convolve(part["down"]["conv"], x, 2))
+    return maps
+
+
+def fuse(model: InternImage, params: Params, maps: list[jax.Array]) -> jax.Array:
+    """Dense features [B, N, D] of the maps of `stages`: the last two, at twice the last one's size, row-major.
+
+    Raises:
+      ValueError: a model without the fusion.
+
+    >>> model = PRESETS["internimage_pico"]
+    >>> tree = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
+    >>> maps = [jnp.zeros((2, side, side, width)) for side, width in ((16, 32), (8, 64), (4, 128), (2, 256))]
+    >>> jax.eval_shape(lambda p: fuse(model, p, maps), tree).shape
+    (2, 16, 128)
+    """
+    if not model.fused:
+        raise ValueError("this InternImage has fused=0, no fused dense features; read `stages`")
+    fusion = params["fusion"]
+    z = pixel_shuffle(dense(fusion["deep"], maps[3])) + dense(fusion["shallow"], maps[2])
+    return z.reshape(z.shape[0], -1, model.fused)
+
+
+def apply(model: InternImage, params: Params, images_BxSxSx3: jax.Array, **settings: Any) -> jax.Array:
+    """Dense features of every cell of `model.stride` pixels, row-major: [B, N, D], 144 x 1024 for InternImage-H at 192 pixels.
+
+    Arguments and errors as of `stages` and `fuse`.
+
+    >>> tree = jax.eval_shape(lambda key: init(InternImage(), key), jax.random.key(0))
+    >>> jax.eval_shape(lambda p: apply(InternImage(), p, jnp.zeros((2, 192, 192, 3)), scan=True), tree).shape
+    (2, 144, 1024)
+    """
+    return fuse(model, params, stages(model, params, images_BxSxSx3, **settings))

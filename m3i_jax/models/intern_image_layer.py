@@ -1,0 +1,227 @@
+"""One layer of InternImage: DCNv3 with its projections, then an MLP, each a residual branch with norms where the variant has them.
+
+B images, H W size of the map, C channels, G groups, P points, F hidden width of the MLP, L layers.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from m3i_jax.models.dcnv3 import dcnv3
+from m3i_jax.models.layers import Params, gelu, layer_norm, split_blocks
+
+_POINTS = 9
+
+
+def dense(params: Params, x_xC: jax.Array, out: Any = None) -> jax.Array:
+    """`x W + b` over the last axis in the type of x, as one [rows, C] matrix. `out`: type of the result, by default that of x.
+
+    >>> dense({"kernel": jnp.eye(2), "bias": jnp.ones(2)}, jnp.zeros((1, 3, 2))).tolist()
+    [[[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]]
+    """
+    kernel, out = params["kernel"].astype(x_xC.dtype), out or x_xC.dtype
+    y = jnp.dot(x_xC.reshape(-1, x_xC.shape[-1]), kernel, preferred_element_type=out) + params["bias"].astype(out)
+    return y.reshape(*x_xC.shape[:-1], -1)
+
+
+def norm(params: Params, x_xC: jax.Array) -> jax.Array:
+    """`layers.layer_norm` with the parameters `scale` and `bias`.
+
+    >>> norm({"scale": jnp.ones(2), "bias": jnp.zeros(2)}, jnp.array([1.0, 3.0])).round(3).tolist()
+    [-1.0, 1.0]
+    """
+    return layer_norm(x_xC, params["scale"], params["bias"])
+
+
+def convolve(params: Params, x_BxHxWxC: jax.Array, stride: int) -> jax.Array:
+    """3 x 3 convolution with a ring of zeros, in the type of x. (Padding "SAME" would shift even sizes at stride 2.)
+
+    >>> convolve({"kernel": jnp.ones((3, 3, 1, 1))}, jnp.ones((1, 4, 4, 1)), 2)[0, :, :, 0].tolist()
+    [[4.0, 6.0], [6.0, 9.0]]
+    """
+    kernel = params["kernel"].astype(x_BxHxWxC.dtype)
+    y = jax.lax.conv_general_dilated(x_BxHxWxC, kernel, (stride, stride), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return y + params["bias"].astype(y.dtype) if "bias" in params else y
+
+
+def _shifts(x_BxHxWxC: jax.Array, kernel: int) -> list[jax.Array]:
+    reach, (_, h, w, _) = kernel // 2, x_BxHxWxC.shape
+    padded = jnp.pad(x_BxHxWxC, ((0, 0), (reach, reach), (reach, reach), (0, 0))).astype(jnp.float32)
+    return [padded[:, i : i + h, j : j + w] for i in range(kernel) for j in range(kernel)]
+
+
+@jax.custom_vjp
+def depthwise(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
+    """Depth-wise convolution of odd side K, stride 1, zeros around; sums in float32, the type of x.
+
+    As K^2 shifted products, one fused pass: as convolutions, value and gradients take ten times as long on a CPU.
+
+    >>> depthwise(jnp.ones((1, 2, 3, 1)), jnp.ones((3, 3, 1)), jnp.zeros(1))[0, :, :, 0].tolist()
+    [[4.0, 6.0, 4.0], [4.0, 6.0, 4.0]]
+    """
+    k, _, c = kernel_KxKxC.shape
+    taps = zip(_shifts(x_BxHxWxC, k), kernel_KxKxC.reshape(-1, c), strict=True)
+    # Behind the barrier, or it would be computed again for each of mean, variance and value of the norm that follows.
+    return jax.lax.optimization_barrier((sum(shift * tap for shift, tap in taps) + bias_C).astype(x_BxHxWxC.dtype))
+
+
+def _depthwise_backward(kept: Any, g_BxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x_BxHxWxC, kernel_KxKxC = kept
+    wide = g_BxHxWxC.astype(jnp.float32)
+    dx = depthwise(g_BxHxWxC, kernel_KxKxC[::-1, ::-1], jnp.zeros(x_BxHxWxC.shape[-1]))
+    dkernel = jnp.stack([(shift * wide).sum((0, 1, 2)) for shift in _shifts(x_BxHxWxC, kernel_KxKxC.shape[0])])
+    return dx, dkernel.reshape(kernel_KxKxC.shape), wide.sum((0, 1, 2))
+
+
+depthwise.defvjp(lambda x, kernel, bias: (depthwise(x, kernel, bias), (x, kernel)), _depthwise_backward)
+
+
+class Layer(NamedTuple):
+    """Settings of the layers of one stage; see `intern_image.InternImage`."""
+
+    width: int
+    groups: int
+    norm: str
+    layer_scale: float
+    offset_scale: float
+    kernel: int
+    center_scale: bool
+    hidden: int
+
+    def shapes(self) -> dict[str, Any]:
+        """The parameters of one layer, as shapes.
+
+        >>> layer = Layer(8, 2, "pre", 0.0, 1.0, 3, False, 32)
+        >>> sorted(layer.shapes()), layer.shapes()["dcn"]["depthwise"]
+        (['dcn', 'mlp', 'norm1', 'norm2'], {'kernel': (3, 3, 8), 'bias': (8,)})
+        """
+        c = self.width
+
+        def linear(n: int, m: int) -> dict[str, tuple[int, ...]]:
+            return {"kernel": (n, m), "bias": (m,)}
+
+        affine = {"scale": (c,), "bias": (c,)}
+        dcn = {
+            "input": linear(c, c),
+            "depthwise": {"kernel": (self.kernel, self.kernel, c), "bias": (c,)},
+            "norm": affine,
+            "offset": linear(c, self.groups * _POINTS * 2),
+            "mask": linear(c, self.groups * _POINTS),
+            "output": linear(c, c),
+        }
+        if self.center_scale:
+            dcn["center"] = linear(c, self.groups)
+        mlp = {"fc1": linear(c, self.hidden), "fc2": linear(self.hidden, c)}
+        tree: dict[str, Any] = {"norm1": affine, "dcn": dcn, "norm2": affine, "mlp": mlp}
+        if self.norm == "res_post":
+            tree |= {"res_norm1": affine, "res_norm2": affine}
+        if self.layer_scale:
+            tree |= {"gamma1": (c,), "gamma2": (c,)}
+        return tree
+
+
+def dcn(layer: Layer, params: Params, x_BxHxWxC: jax.Array, method: str = "auto") -> jax.Array:
+    """DCNv3 with its projections: where to read and how much comes from a depth-wise convolution of the input, [B, H, W, C].
+
+    Offsets and masks are float32 from the product on.
+
+    >>> layer = Layer(2, 1, "pre", 0.0, 1.0, 3, False, 8)
+    >>> params = jax.tree.map(jnp.zeros, layer.shapes()["dcn"], is_leaf=lambda node: isinstance(node, tuple))
+    >>> params |= {name: {"kernel": jnp.eye(2), "bias": jnp.zeros(2)} for name in ("input", "output")}
+    >>> dcn(layer, params, jnp.ones((1, 3, 3, 2)))[0, :, :, 0].round(3).tolist()  # nothing learned: the mean with zeros around
+    [[0.444..., 0.667..., 0.444...], [0.667..., 1.0, 0.667...], [0.444..., 0.667..., 0.444...]]
+    """
+    wide = jnp.float32
+    v_BxHxWxC = dense(params["input"], x_BxHxWxC)
+    h = gelu(norm(params["norm"], depthwise(x_BxHxWxC, params["depthwise"]["kernel"], params["depthwise"]["bias"])))
+    shape = *x_BxHxWxC.shape[:3], layer.groups, _POINTS
+    offset = dense(params["offset"], h, wide).reshape(*shape, 2)
+    mask = jax.nn.softmax(dense(params["mask"], h, wide).reshape(shape))
+    y = dcnv3(v_BxHxWxC, offset, mask, groups=layer.groups, offset_scale=layer.offset_scale, method=method)
+    if layer.center_scale:
+        share = jax.nn.sigmoid(dense(params["center"], h, wide)).astype(y.dtype)[..., None]
+        grouped = *shape[:4], -1
+        y = (y.reshape(grouped) * (1 - share) + v_BxHxWxC.reshape(grouped) * share).reshape(y.shape)
+    return dense(params["output"], y)
+
+
+def apply(layer: Layer, params: Params, x_BxHxWxC: jax.Array, keep_Bx2: jax.Array | None = None, method: str = "auto") -> jax.Array:
+    """The two residual branches, with factors of stochastic depth if given.
+
+    >>> layer = Layer(4, 1, "post", 1e-5, 1.0, 3, True, 8)
+    >>> params = jax.tree.map(jnp.zeros, layer.shapes(), is_leaf=lambda node: isinstance(node, tuple))
+    >>> jax.eval_shape(lambda p: apply(layer, p, jnp.ones((1, 2, 2, 4))), params).shape
+    (1, 2, 2, 4)
+    """
+
+    def branch(x: jax.Array, which: int) -> jax.Array:
+        name = f"norm{which + 1}"
+        y = x if layer.norm == "post" else norm(params[name], x)
+        if which == 0:
+            y = dcn(layer, params["dcn"], y, method)
+        else:
+            y = dense(params["mlp"]["fc2"], gelu(dense(params["mlp"]["fc1"], y)))
+        if layer.norm != "pre":
+            y = norm(params[name if layer.norm == "post" else f"res_{name}"], y)
+        if layer.layer_scale:
+            y = y * params[f"gamma{which + 1}"].astype(y.dtype)
+        if keep_Bx2 is None:
+            return x + y
+        keep = keep_Bx2[:, which, None, None, None].astype(jnp.float32)  # 1 / (1 - p) in bfloat16 would be wrong for every branch
+        return (x.astype(jnp.float32) + keep * y.astype(jnp.float32)).astype(x.dtype)
+
+    return branch(branch(x_BxHxWxC, 0), 1)
+
+
+def run_layers(
+    layer: Layer,
+    stacked: Params,
+    x_BxHxWxC: jax.Array,
+    *,
+    keep_BxLx2: jax.Array | None = None,
+    extra_norms: Params | None = None,
+    every: int = 0,
+    scan: bool = False,
+    remat: str = "none",
+    method: str = "auto",
+) -> jax.Array:
+    """Runs stacked layers one after the other, and a norm of `extra_norms` [n, C] after every so many of the first n * every.
+
+    >>> layer = Layer(4, 1, "pre", 0.0, 1.0, 3, False, 8)
+    >>> stacked = jax.tree.map(lambda shape: jnp.zeros((3, *shape)), layer.shapes(), is_leaf=lambda node: isinstance(node, tuple))
+    >>> jax.eval_shape(lambda p: run_layers(layer, p, jnp.ones((1, 2, 2, 4)), scan=True), stacked).shape
+    (1, 2, 2, 4)
+    """
+    depth = jax.tree.leaves(stacked)[0].shape[0]
+    layers = (stacked, None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1))
+
+    def step(x: jax.Array, one: Any) -> jax.Array:
+        return apply(layer, one[0], x, one[1], method)
+
+    if remat == "full":
+        step = jax.checkpoint(step, prevent_cse=not scan)
+
+    def run(x: jax.Array, some: Any) -> jax.Array:
+        if scan:
+            return jax.lax.scan(lambda x, one: (step(x, one), None), x, some)[0]
+        for one in split_blocks(some, [1] * jax.tree.leaves(some)[0].shape[0]):
+            x = step(x, jax.tree.map(lambda leaf: leaf[0], one))
+        return x
+
+    if extra_norms is None:
+        return run(x_BxHxWxC, layers)
+    groups = depth // every
+
+    def group(x: jax.Array, some: Any) -> jax.Array:
+        return norm(some[1], run(x, some[0]))
+
+    whole = groups * every
+    parts = split_blocks(layers, [whole, depth - whole]) if whole < depth else [layers]
+    grouped = (jax.tree.map(lambda leaf: leaf.reshape(groups, every, *leaf.shape[1:]), parts[0]), extra_norms)
+    if scan:
+        x_BxHxWxC, _ = jax.lax.scan(lambda x, some: (group(x, some), None), x_BxHxWxC, grouped)
+    else:
+        for some in split_blocks(grouped, [1] * groups):
+            x_BxHxWxC = group(x_BxHxWxC, jax.tree.map(lambda leaf: leaf[0], some))
+    return run(x_BxHxWxC, parts[1]) if whole < depth else x_BxHxWxC

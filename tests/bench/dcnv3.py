@@ -1,0 +1,194 @@
+"""DCNv3: time and bytes of `auto` over the packed gather, at the four maps of InternImage-H at 192 pixels.
+
+    python -m tests.bench.dcnv3            # time on this machine
+    python -m tests.bench.dcnv3 sizes      # every method by size of the map: what `dcnv3.choose` is read from
+    python -m tests.bench.dcnv3 bytes      # bytes accessed of the program compiled for one TPU v5e chip; needs libtpu, no TPU
+    python -m tests.bench.dcnv3 torch      # InternImage-T at 224 pixels over the same in PyTorch with grid_sample; needs torch
+
+Times are the least of several alternating runs of forward and all gradients, offsets drawn from N(0, spread^2) pixels. The mean of the
+ratios is weighted by the number of layers of each stage. Bytes: XLA counts the body of a loop once, so what a band does with one window is
+compiled by itself and counted as often as these offsets make bands visit one.
+"""
+
+import functools
+import os
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m3i_jax.models import dcnv3, dcnv3_dense
+from m3i_jax.reporting import show
+
+DEPTHS, SIDES, GROUPS, WIDTH = (6, 6, 32, 6), (48, 24, 12, 6), (10, 20, 40, 80), 32
+BATCHES = (1, 2, 4, 4)
+
+
+def inputs(batch: int, side: int, groups: int, *, width: int = WIDTH, spread: float = 1.0) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    where = batch, side, side, groups
+    x, ct = (rng.normal(size=(batch, side, side, groups * width)).astype(np.float32) for _ in range(2))
+    offset = spread * rng.normal(size=(*where, 9, 2)).astype(np.float32)
+    return [x, offset, rng.dirichlet(np.ones(9), size=where).astype(np.float32), ct]
+
+
+def both(method: str, groups: int):
+    """Forward and all gradients."""
+
+    def run(x, offset, mask, ct):
+        y, back = jax.vjp(lambda *a: dcnv3.dcnv3(*a, groups=groups, method=method), x, offset, mask)
+        return y, back(ct)
+
+    return jax.jit(run)
+
+
+def milliseconds(programs: dict, arrays: list, runs: int) -> dict[str, float]:
+    """Least time of each, the programs taking turns."""
+    compiled = {name: program.lower(*arrays).compile() for name, program in programs.items()}
+    arrays = [jnp.asarray(a) for a in arrays]
+    least = dict.fromkeys(compiled, float("inf"))
+    for turn in range(runs + 1):
+        for name, program in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(*arrays))
+            if turn:
+                least[name] = min(least[name], 1e3 * (time.perf_counter() - start))
+    return least
+
+
+def times(runs: int = 9) -> None:
+    for spread in (1.0, 0.25, 3.0):
+        rows, ratios = [], []
+        for batch, side, groups, depth in zip(BATCHES, SIDES, GROUPS, DEPTHS, strict=True):
+            found = milliseconds({m: both(m, groups) for m in ("gather", "auto")}, inputs(batch, side, groups, spread=spread), runs)
+            ratios.append(found["auto"] / found["gather"])
+            method = dcnv3.choose(side, side)
+            rows.append((f"{batch}x{side}x{side}", groups, depth, method, *(f"{found[m]:.1f}" for m in found), f"{ratios[-1]:.3f}"))
+        print(show.table(rows, ("map", "groups", "layers", "auto", "gather ms", "auto ms", "ratio")))
+        print(f"offsets of {spread} pixels: mean ratio by layers {np.average(ratios, weights=DEPTHS):.3f}\n", flush=True)
+
+
+def sizes(runs: int = 5) -> None:
+    rows = []
+    for width in (16, 32):
+        for side in (6, 12, 14, 16, 20, 24, 28, 48, 56):
+            arrays = inputs(1, side, 8, width=width)
+            found = milliseconds({m: both(m, 8) for m in ("gather", "dense", "band")}, arrays, runs)
+            rows.append((width, side, dcnv3.choose(side, side), *(f"{time:.1f}" for time in found.values())))
+    print(show.table(rows, ("channels a group", "side", "auto", "gather ms", "dense ms", "band ms")))
+
+
+def band_steps(batch: int, side: int, groups: int) -> int:
+    """Windows that one layer visits in a pass, for the offsets of the time table."""
+    _, offset, mask, _ = inputs(batch, side, groups)
+    grid = dcnv3.points(3)
+    at = dcnv3._samples(jnp.reshape(offset, (batch, -1, groups, 9, 2)), mask.reshape(batch, -1, groups, 9), (side, side), (1, 0), 1.0, grid)
+    spans = np.asarray(dcnv3.dcnv3_dense._bands(at, side, dcnv3._BAND, side)[1])
+    return int(np.ceil((spans[:, 1] - spans[:, 0]) / dcnv3._BAND).sum())
+
+
+def band_step(v, y, x, m, ct, side: int):
+    """What a band does with one window, forward and backward; the sums it adds to are among the results."""
+    at, size = dcnv3_dense.Samples(y, x, m), (dcnv3._BAND, side)
+    return dcnv3_dense.forward(v, at, size), dcnv3_dense.backward(v, at, ct, size)
+
+
+def compile_for_v5e(run, arrays: list):
+    """`arrays`: shapes and types."""
+    from jax.experimental import topologies
+
+    chip = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[0]
+    one = jax.sharding.SingleDeviceSharding(chip)
+    return run.lower(*(jax.ShapeDtypeStruct(*array, sharding=one) for array in arrays)).compile()
+
+
+def counted(program) -> tuple[float, float, int]:
+    """(GB accessed, MiB of temporaries, gathers and scatters) of a compiled program."""
+    text = program.as_text()
+    gathers = sum(text.count(f" {name}(") for name in ("gather", "scatter"))
+    return program.cost_analysis()["bytes accessed"] / 1e9, program.memory_analysis().temp_size_in_bytes / 2**20, gathers
+
+
+def bytes_accessed(batch: int = 16) -> None:
+    """One layer of every stage, bfloat16."""
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    half, wide = jnp.bfloat16, jnp.float32
+    rows, total = [], {"gather": 0.0, "auto": 0.0}
+    for side, groups, depth in reversed(list(zip(SIDES, GROUPS, DEPTHS, strict=True))):
+        found, method = {}, dcnv3.choose(side, side)
+        where = batch, side, side, groups
+        arrays = [
+            ((batch, side, side, groups * WIDTH), half),
+            ((*where, 9, 2), half),
+            ((*where, 9), half),
+            ((*where[:3], groups * WIDTH), half),
+        ]
+        for name in ("gather", "auto"):
+            gigabytes, temporaries, gathers = counted(compile_for_v5e(both(name, groups), arrays))
+            if name == "auto" and method == "band":
+                cells = dcnv3._BAND * side
+                value, sample = ((batch, groups, WIDTH, cells), half), ((batch, groups, 9, cells), wide)
+                step = jax.jit(functools.partial(band_step, side=side))
+                steps = band_steps(batch, side, groups)
+                gigabytes += steps * counted(compile_for_v5e(step, [value, sample, sample, sample, value]))[0]
+            found[name] = gigabytes, temporaries, gathers
+            total[name] += depth * gigabytes
+        ratio = found["auto"][0] / found["gather"][0]
+        cells = [f"{found[m][i]:.2f}" for i in (0, 1) for m in found]
+        rows.append((f"{batch}x{side}x{side}", method, *cells, found["auto"][2], f"{ratio:.3f}"))
+        print(rows[-1], flush=True)
+    print(show.table(rows, ("map", "auto", "gather GB", "auto GB", "gather MiB", "auto MiB", "gathers of auto", "ratio")))
+    print(f"all layers: {total['auto'] / total['gather']:.3f}")
+
+
+def against_torch(side: int = 224, batch: int = 2, runs: int = 5) -> None:
+    """InternImage-T, forward and all gradients of the same weights on the same pictures, in turns."""
+    import torch
+
+    from m3i_jax.interop import intern_image as interop
+    from m3i_jax.models import intern_image
+    from tests.bench import intern_image_torch
+    from tests.interop.published import Net
+
+    torch.manual_seed(0)
+    theirs = intern_image_torch.InternImage(Net(64, (4, 4, 18, 4), (4, 8, 16, 32), "pre"))
+    for name, weight in theirs.named_parameters():
+        if ".offset." in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    state = {name: weight.detach().numpy() for name, weight in theirs.named_parameters()}
+    params = jax.tree.map(jnp.asarray, interop.load(state)["encoder"])
+    images = np.random.default_rng(0).normal(size=(batch, side, side, 3)).astype(np.float32)
+
+    weight = np.random.default_rng(1).normal(size=(batch, side // 32, side // 32, 512)).astype(np.float32)
+
+    def loss(params, images):
+        return (weight * intern_image.stages(intern_image.PRESETS["internimage_t"], params, images, scan=True)[3]).sum()
+
+    ours = jax.jit(jax.value_and_grad(loss)).lower(params, images).compile()
+
+    def run_torch():
+        theirs.zero_grad()
+        value = (torch.from_numpy(weight) * theirs(torch.from_numpy(images).permute(0, 3, 1, 2))[3]).sum()
+        value.backward()
+        return value.item()
+
+    value, grads = ours(params, images)
+    wanted = run_torch()
+    grad = np.asarray(grads["stem"]["conv1"]["kernel"]).transpose(3, 2, 0, 1)
+    other = theirs.patch_embed.conv1.weight.grad.numpy()
+    print(
+        f"loss {float(value):.6f} and {wanted:.6f}; gradient of the stem differs by {np.abs(grad - other).max() / np.abs(other).max():.1e}"
+    )
+    least = [float("inf")] * 2
+    for _ in range(runs):
+        for i, run in enumerate((lambda: jax.block_until_ready(ours(params, images)), run_torch)):
+            start = time.perf_counter()
+            run()
+            least[i] = min(least[i], time.perf_counter() - start)
+    print(f"InternImage-T, {batch} pictures of {side}: {least[0]:.2f} s, PyTorch {least[1]:.2f} s, ratio {least[0] / least[1]:.3f}")
+
+
+if __name__ == "__main__":
+    {"times": times, "sizes": sizes, "bytes": bytes_accessed, "torch": against_torch}[sys.argv[1] if len(sys.argv) > 1 else "times"]()
