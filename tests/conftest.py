@@ -4,6 +4,8 @@ tests that start a process of their own state their own settings."""
 import os
 import pathlib
 
+collect_ignore = ["bench/intern_image_torch.py"]  # imports torch, which only the benchmark needs
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 # The numbers do not depend on how hard LLVM tries, the time of the suite does: compiling is most of it.

@@ -124,7 +124,7 @@ def script(block: Block) -> tuple[str, int]:
             count += 1
             small = re.search(r"m3i_jax\.main|launch/quickstart\.sh", command) and not re.search(r"--(help|version)\b", command)
             if small and overrides:
-                end = re.search(r"\s+(\||&|[12]?>|#\s)|;|\s*$", line)
+                end = re.search(r"\s+(\||&|[12]?>|#\s)|;(?=\s)|\s*$", line)
                 line = f"{line[: end.start()]} {overrides}{line[end.start() :]}"
         out.append(line)
     return "\n".join(out) + "\n", count

@@ -109,7 +109,7 @@ def _categories(good: Sequence[Seen], classes: Sequence[str], kept: int) -> dict
     counts = np.bincount(labels, minlength=max(len(classes), kept))
     names = [classes[i] if i < len(classes) else str(i) for i in range(len(counts))]
     inside = counts[:kept] if kept else counts
-    share = inside[inside > 0] / max(inside.sum(), 1)
+    share = inside[inside > 0] / max(int(inside.sum()), 1)
     order = np.argsort(-counts, kind="stable")
     return {
         "in_source": len(classes),

@@ -292,7 +292,8 @@ def image_embedding(config: schema.Config, params: Params, pooled_BxW: jax.Array
     """Image side [B, E] of the text posterior, float32, not normalised (M3I section 3.4).
 
     >>> from m3i_jax.objective.methods import FORMS
-    >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, FORMS["clip"], classes=0, vocabulary=9), jax.random.key(0))
+    >>> make = lambda key: init(schema.Config(), key, FORMS["weakly_supervised"], classes=0, vocabulary=9)
+    >>> shapes = jax.eval_shape(make, jax.random.key(0))
     >>> jax.eval_shape(lambda p: image_embedding(schema.Config(), p, jnp.zeros((3, 768))), shapes).shape
     (3, 768)
     """
@@ -303,7 +304,8 @@ def text_embedding(config: schema.Config, params: Params, tokens_BxL: jax.Array,
     """Caption side [B, E] of the text posterior, float32, not normalised: `text.apply`.
 
     >>> from m3i_jax.objective.methods import FORMS
-    >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, FORMS["clip"], classes=0, vocabulary=9), jax.random.key(0))
+    >>> make = lambda key: init(schema.Config(), key, FORMS["weakly_supervised"], classes=0, vocabulary=9)
+    >>> shapes = jax.eval_shape(make, jax.random.key(0))
     >>> jax.eval_shape(lambda p: text_embedding(schema.Config(), p, jnp.zeros((3, 77), int), jnp.full(3, 5)), shapes).shape
     (3, 768)
     """

@@ -43,7 +43,7 @@ def test_parts_are_there_only_when_a_term_and_the_data_use_them():
     assert set(shapes(vocabulary=0)) == dense | {"pool", "category"}
     assert set(shapes(classes=0, vocabulary=0)) == dense
     assert set(shapes(terms=methods.FORMS["supervised"])) == {"encoder", "pool", "category"}
-    assert set(shapes(terms=methods.FORMS["clip"])) == {"encoder", "pool"} | text
+    assert set(shapes(terms=methods.FORMS["weakly_supervised"])) == {"encoder", "pool"} | text
     assert set(shapes(terms=methods.FORMS["instance"])) == {"encoder", "heads"}
     assert set(shapes(terms=methods.combine(methods.FORMS["sim"], methods.FORMS["supervised"]))) == dense | {"pool", "category"}
     assert all(leaf.dtype == jnp.float32 and not leaf.weak_type for leaf in jax.tree.leaves(shapes()))
