@@ -56,13 +56,20 @@ def _slope(t: jax.Array) -> jax.Array:
     return jnp.where((t >= 0) & (t < 1), -1.0, jnp.where((t >= -1) & (t < 0), 1.0, 0.0)).astype(t.dtype)
 
 
-def _weights(at: Samples, height: int, width: int, dtype: Any) -> jax.Array:
-    """The matrix [B, G, Q, O], in the precision of the product. One fused pass: the hats themselves are never stored."""
-    rows, columns = _cells(height, width, at.y.dtype)
+def _columns(at: Samples, width: int) -> jax.Array:
+    """The modulated hats of the columns, [B, G, P, W, O]. Stored: they serve every row."""
+    hats = at.m[:, :, :, None] * _hat(at.x[:, :, :, None] - np.arange(width, dtype=at.x.dtype)[:, None])
+    return jax.lax.optimization_barrier(hats)
+
+
+def _weights(y_BxGxPxO: jax.Array, columns_BxGxPxWxO: jax.Array, height: int, dtype: Any) -> jax.Array:
+    """The matrix [B, G, Q, O], in the precision of the product. The hats of the rows are never stored."""
+    b, g, points, width, o = columns_BxGxPxWxO.shape
+    rows = np.arange(height, dtype=y_BxGxPxO.dtype)[:, None, None]
     total: Any = 0.0
-    for p in range(at.y.shape[2]):
-        total += at.m[:, :, p, None] * _hat(at.y[:, :, p, None] - rows) * _hat(at.x[:, :, p, None] - columns)
-    return jnp.asarray(total, dtype)
+    for p in range(points):
+        total += _hat(y_BxGxPxO[:, :, p, None, None] - rows) * columns_BxGxPxWxO[:, :, p, None]
+    return jnp.asarray(total, dtype).reshape(b, g, height * width, o)
 
 
 def _read_by_index(slopes_BxGxQxO: jax.Array, at: Samples, height: int, width: int) -> Samples:
@@ -139,16 +146,17 @@ def forward(v_BxGxDxQ: jax.Array, at: Samples, size: tuple[int, int], rows: int 
     """
     (height, width), dtype = size, v_BxGxDxQ.dtype
     if not rows:
-        return _einsum("bgdq,bgqo->bgdo", v_BxGxDxQ, _weights(at, height, width, dtype)).astype(dtype)
+        return _einsum("bgdq,bgqo->bgdo", v_BxGxDxQ, _weights(at.y, _columns(at, width), height, dtype)).astype(dtype)
     padded = jnp.pad(v_BxGxDxQ, ((0, 0), (0, 0), (0, 0), (0, rows * width)))
     split, spans = _bands(at, height, rows, out_rows)
     b, g, d, _ = v_BxGxDxQ.shape
 
     def band(tile: tuple[Samples, jax.Array]) -> jax.Array:
         here, span = tile
+        columns = _columns(here, width)
 
         def add(row: Any, total: jax.Array) -> jax.Array:
-            weights = _weights(here._replace(y=here.y - row), rows, width, dtype)
+            weights = _weights(here.y - row, columns, rows, dtype)
             return total + _einsum("bgdq,bgqo->bgdo", _window(padded, row, rows, width), weights)
 
         return _through(span, rows, add, jnp.zeros((b, g, d, here.y.shape[-1]), wide(dtype))).astype(dtype)
@@ -170,7 +178,7 @@ def backward(
     """
     (height, width), dtype = size, v_BxGxDxQ.dtype
     if not rows:
-        dv = _einsum("bgdo,bgqo->bgdq", grad_BxGxDxO, _weights(at, height, width, dtype))
+        dv = _einsum("bgdo,bgqo->bgdq", grad_BxGxDxO, _weights(at.y, _columns(at, width), height, dtype))
         read = _read(_einsum("bgdq,bgdo->bgqo", v_BxGxDxQ, grad_BxGxDxO), at, height, width)
     else:
         padded = jnp.pad(v_BxGxDxQ, ((0, 0), (0, 0), (0, 0), (0, rows * width)))
@@ -180,11 +188,12 @@ def backward(
 
         def band(dv: jax.Array, tile: tuple[Samples, jax.Array, jax.Array]) -> tuple[jax.Array, Samples]:
             here, span, grad = tile
+            columns = _columns(here, width)
 
             def add(row: Any, carry: tuple[jax.Array, Samples]) -> tuple[jax.Array, Samples]:
                 dv, read = carry
                 local, part = here._replace(y=here.y - row), _window(padded, row, rows, width)
-                part_dv = _einsum("bgdo,bgqo->bgdq", grad, _weights(local, rows, width, dtype))
+                part_dv = _einsum("bgdo,bgqo->bgdq", grad, _weights(local.y, columns, rows, dtype))
                 dv = jax.lax.dynamic_update_slice_in_dim(dv, _window(dv, row, rows, width) + part_dv, row * width, 3)
                 more = _read(_einsum("bgdq,bgdo->bgqo", part, grad), local, rows, width)
                 return dv, jax.tree.map(jnp.add, read, more)
