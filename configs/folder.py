@@ -5,7 +5,7 @@ python -m m3i_jax.main --config configs/folder.py:path=DIR --workdir runs/mine
 
 from ml_collections import ConfigDict
 
-from m3i_jax.config import default, rescale
+from m3i_jax.config import default, own_data
 from m3i_jax.models import presets
 
 
@@ -16,9 +16,5 @@ def get_config(path: str = "", model: str = "vit_s16", batch_size: int = 256, ep
     config.model.update(presets.preset(model))
     config.data.source = "folder"
     config.data.path = path
-    config.data.workers = 0
-    config.data.threads = 4
-    config.train.epochs = epochs
-    config.optim.warmup_epochs = 0.1 * epochs  # M3I's ablations: 40 of 400
-    rescale(config, batch_size)
+    own_data(config, epochs=epochs, batch_size=batch_size)
     return config

@@ -8,7 +8,7 @@ the shares are the numbers of pictures: one pass reads each picture once.
 
 from ml_collections import ConfigDict
 
-from m3i_jax.config import default, rescale
+from m3i_jax.config import default, own_data
 from m3i_jax.models import presets
 
 
@@ -22,9 +22,5 @@ def get_config(
     config.data.source = "mixture"
     config.data.mixture = tuple(source.strip() for source in sources.split(";") if source.strip())
     config.data.class_space = class_space
-    config.data.workers = 0
-    config.data.threads = 4
-    config.train.epochs = epochs
-    config.optim.warmup_epochs = 0.1 * epochs  # M3I's ablations: 40 of 400
-    rescale(config, batch_size)
+    own_data(config, epochs=epochs, batch_size=batch_size)
     return config

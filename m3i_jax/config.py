@@ -267,3 +267,16 @@ def rescale(config: ml_collections.ConfigDict, batch_size: int) -> None:
     config.optim.lr *= share
     config.optim.ema = 1 - (1 - config.optim.ema) * share
     config.train.batch_size = batch_size
+
+
+def own_data(config: ml_collections.ConfigDict, *, epochs: float, batch_size: int) -> None:
+    """Set the length and the batch of a run on a user's own pictures: warm-up a tenth of it, as in M3I's ablations (40 epochs of 400), the
+    rest by `rescale`.
+
+    >>> config = default(); own_data(config, epochs=50.0, batch_size=256); config.optim.warmup_epochs, config.train.batch_size
+    (5.0, 256)
+    """
+    config.data.threads = 4
+    config.train.epochs = epochs
+    config.optim.warmup_epochs = 0.1 * epochs
+    rescale(config, batch_size)

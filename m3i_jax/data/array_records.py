@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import os
-import threading
 import zipfile
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from m3i_jax.data import example, sources
+from m3i_jax.data.opened import Opened
 from m3i_jax.data.sources import Record
 from m3i_jax.errors import UserError
 
@@ -190,8 +190,7 @@ class ArrayRecords:
     def __init__(self, path: str, *, cache: str = "") -> None:
         _library()
         self.path, self.name = os.path.expanduser(path), f"array_record {path!r}"
-        self._readers: dict[int, Any] = {}
-        self._lock = threading.Lock()
+        self._readers = Opened(_OPEN)
         index = os.path.join(self.path, INDEX)
         if os.path.isfile(index):
             self._adopt(index)
@@ -262,16 +261,6 @@ class ArrayRecords:
                     at += 1
         return {**columns, "digest": np.array(content.hexdigest())}
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state["_readers"] = {}
-        del state["_lock"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
-
     def __len__(self) -> int:
         return int(self._ends[-1])
 
@@ -331,15 +320,8 @@ class ArrayRecords:
             raise UserError(f"record {row} of {self.files[shard]!r} cannot be read ({error}); restore the file and start again") from error
 
     def _reader(self, shard: int) -> Any:
-        with self._lock:
-            if (reader := self._readers.pop(shard, None)) is None:
-                reader = _library().ArrayRecordReader(
-                    self.files[shard], "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=1 << 15
-                )
-            self._readers[shard] = reader  # the last used last
-            if len(self._readers) > _OPEN:
-                del self._readers[next(iter(self._readers))]  # closed when nobody reads from it any more
-            return reader
+        options = "readahead_buffer_size:0,max_parallelism:0"
+        return self._readers(shard, lambda: _library().ArrayRecordReader(self.files[shard], options, file_reader_buffer_size=1 << 15))
 
 
 def _library() -> Any:

@@ -3,13 +3,13 @@ picture comes as its original bytes (`decode=False`); nothing is downloaded, and
 """
 
 import os
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from m3i_jax.data import records, sources
+from m3i_jax.data.opened import Opened
 from m3i_jax.data.sources import Record
 from m3i_jax.errors import UserError
 
@@ -34,8 +34,7 @@ class HuggingFace:
 
     def __init__(self, path: str, split: str = "") -> None:
         self.path, self._split = os.path.expanduser(path), split
-        self._lock = threading.Lock()
-        self._tables: dict[str, Any] | None = None
+        self._tables = Opened()
         table = self._load()
         features = table.features
         kinds = {name: type(feature).__name__ for name, feature in features.items()}
@@ -58,13 +57,6 @@ class HuggingFace:
             self.classes = tuple(str(i) for i in range(highest + 1))
         self.name = f"hugging_face {path!r}" + (f" ({split})" if split else "")
         self._identity = sources.digest("hugging_face", self._saved, self._length, *sorted(kinds), *self.classes)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": None, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._length
@@ -112,16 +104,15 @@ class HuggingFace:
 
     def _columns(self, which: str) -> Any:
         """The table with the columns that are needed and no others, opened where it is used."""
-        with self._lock:
-            if self._tables is None:
-                table = self._load()
-                wanted = {name for name in (self._image, self._label, self._caption, self._key) if name}
-                every = table.select_columns(sorted(wanted))
-                tables = {"all": every}
-                tables |= {"key": every.select_columns([self._key])} if self._key else {}
-                tables |= {"caption": every.select_columns([self._caption])} if self._caption else {}
-                self._tables = tables
-            return self._tables[which]
+        return self._tables("tables", self._open)[which]
+
+    def _open(self) -> dict[str, Any]:
+        wanted = {name for name in (self._image, self._label, self._caption, self._key) if name}
+        every = self._load().select_columns(sorted(wanted))
+        tables = {"all": every}
+        tables |= {"key": every.select_columns([self._key])} if self._key else {}
+        tables |= {"caption": every.select_columns([self._caption])} if self._caption else {}
+        return tables
 
     def _load(self) -> Any:
         try:

@@ -3,13 +3,13 @@ picture (`SkipDecoding`), and everything after that is ours. It needs files with
 """
 
 import os
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from m3i_jax.data import sources
+from m3i_jax.data.opened import Opened
 from m3i_jax.data.sources import Record
 from m3i_jax.errors import UserError
 
@@ -33,8 +33,7 @@ class Tfds:
 
     def __init__(self, path: str, split: str = "train", *, directory: str = "") -> None:
         self._path, self._split, self._directory = path, split, directory
-        self._opened: Any = None
-        self._lock = threading.Lock()
+        self._opened = Opened()
         builder = self._builder()
         info = builder.info
         try:
@@ -53,13 +52,6 @@ class Tfds:
         self.classes: tuple[str, ...] = tuple(features[self._label].names) if self._label else ()
         self.captions, self.name = self._caption is not None, f"tfds {path!r} ({split})"
         self._identity = sources.digest("tfds", info.full_name, split, self._length, *self.classes)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._length
@@ -125,15 +117,15 @@ class Tfds:
         return UserError(f"tfds {self._path!r} has no split {self._split!r} ({reason}): it has {', '.join(sorted(builder.info.splits))}")
 
     def _data(self) -> Any:
-        with self._lock:
-            if self._opened is None:
-                import tensorflow_datasets as tfds
+        return self._opened("data", self._open)
 
-                builder = self._builder()
-                images = [name for name, feature in dict(builder.info.features or {}).items() if type(feature).__name__ == "Image"]
-                decoders = {name: tfds.decode.SkipDecoding() for name in images}
-                self._opened = builder.as_data_source(self._split, decoders=decoders)
-            return self._opened
+    def _open(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        builder = self._builder()
+        images = [name for name, feature in dict(builder.info.features or {}).items() if type(feature).__name__ == "Image"]
+        decoders = {name: tfds.decode.SkipDecoding() for name in images}
+        return builder.as_data_source(self._split, decoders=decoders)
 
 
 def _one(wanted: Sequence[str], present: Sequence[str]) -> str | None:

@@ -19,19 +19,18 @@ from m3i_jax.objective import named
 from m3i_jax.reporting import compare as report
 from m3i_jax.reporting import flops
 from m3i_jax.reporting.files import write_text
-from m3i_jax.training import loop, plan
+from m3i_jax.training import loop
 from m3i_jax.training.trainer import Trainer, abstract_batch
 
 RESULT = "result.json"
 
 
 def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
-    whole = jobs.open_job(config, workdir)
+    # A form that this data cannot feed is refused before hours go into those before it.
+    whole = jobs.open_job(config, workdir, trains=[names(form) for form in config.compare.forms])
     main = jax.process_index() == 0
     with jobs.lock(whole.workdir):
         wanted = [(form, seed, of(whole, form, seed)) for form in config.compare.forms for seed in seeds(config)]
-        for _, _, job in wanted:  # a form that this data cannot feed is refused before hours go into those before it
-            plan.read(job.config)
         results: list[dict[str, Any]] = []
         failed: list[str] = []
         for number, (form, seed, job) in enumerate(wanted, 1):
@@ -67,12 +66,15 @@ def seeds(config: schema.Config) -> range:
     return range(config.seed, config.seed + config.compare.seeds)
 
 
+def names(form: str) -> tuple[str, ...]:
+    return tuple(form.split("+"))
+
+
 def of(whole: jobs.Job, form: str, seed: int) -> jobs.Job:
     """The run of one objective and seed: the settings of the whole otherwise, with the linear evaluation that the table shows."""
     config = dataclasses.replace(
-        whole.config,
+        jobs.with_forms(whole.config, names(form)),
         seed=seed,
-        objective=dataclasses.replace(whole.config.objective, forms=tuple(form.split("+"))),
         evaluate=dataclasses.replace(whole.config.evaluate, linear=True),
         compare=schema.Compare(),
     )
@@ -125,7 +127,7 @@ def notes(whole: jobs.Job, results: list[dict[str, Any]], failed: list[str]) -> 
     ]
     if whole.classes:
         out[-1] += f" Chance: {100 / len(whole.classes):.1f} %."
-    methods = sorted({name for form in config.compare.forms for name in form.split("+")} & set(named.METHODS))
+    methods = sorted({name for form in config.compare.forms for name in names(form)} & set(named.METHODS))
     if methods:
         out.append(f"{', '.join(methods)}: the objective alone; configs/forms.py:form=NAME has the settings that it was published with.")
     collapsed = [f"{r['form']}, seed {r['seed']}" for r in results if r["values"].get("collapse/alarm")]

@@ -6,7 +6,7 @@ import fcntl
 import functools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -56,8 +56,20 @@ def mesh(config: schema.Config) -> jax.sharding.Mesh:
     return out
 
 
-def open_job(config: schema.Config, workdir: str) -> Job:
-    """Open the data of a configuration and complete it."""
+def with_forms(config: schema.Config, forms: tuple[str, ...]) -> schema.Config:
+    """The same configuration with another objective."""
+    return dataclasses.replace(config, objective=dataclasses.replace(config.objective, forms=forms))
+
+
+def open_job(config: schema.Config, workdir: str, *, trains: Iterable[tuple[str, ...]] = ()) -> Job:
+    """Open the data of a configuration and complete it.
+
+    Args:
+      config: settings.
+      workdir: where the index of the data and the vocabulary are kept.
+      trains: the objectives (names of forms) that will be trained on it. If none of them reads captions, there is no vocabulary to learn
+        and no token to carry, unless `data.captions` is "yes". Empty: whoever opens the data looks at all of it.
+    """
     devices = mesh(config)
     place = pathlib.Path(workdir)
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -65,8 +77,9 @@ def open_job(config: schema.Config, workdir: str) -> Job:
         train, held_out = parts.open_parts(config.data, cache=str(place / "index"))
     count, captions = pipeline.classes(config.data, train), pipeline.uses_captions(config.data, train)
     done = complete(config, classes=count, captions=captions, size=len(train))
-    if captions and config.data.captions == "auto" and not plan.read(done).where("text"):
-        captions = False  # nothing reads them: no vocabulary to learn, no token to carry
+    plans = [plan.read(with_forms(done, forms)) for forms in trains]  # refused here, before a vocabulary is learnt
+    if captions and config.data.captions == "auto" and plans and not any(each.where("text") for each in plans):
+        captions = False
         done = complete(config, classes=count, captions=False, size=len(train))
     with parallel.first("tokenizer"):
         words = tokenizer.open_tokenizer(done.data, train, str(place / "tokenizer.json")) if captions else None

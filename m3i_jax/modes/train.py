@@ -23,7 +23,7 @@ from m3i_jax.training.trainer import Trainer
 
 
 def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
-    job = jobs.open_job(config, workdir)
+    job = jobs.open_job(config, workdir, trains=[config.objective.forms])
     distributed.agree("data", {"data": job.identity})
     with jobs.lock(job.workdir):
         return pretrain(job, allow_changes)

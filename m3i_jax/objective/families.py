@@ -1,8 +1,8 @@
 """Normal forms of the posterior P^(z_y | prediction) as values, so that a row of Table 1 can name one (M3I section 3.1).
 
 `cost` of each gives the negative log-likelihood that is trained, and the sums from which `bits` estimates how much information the
-prediction carries about its target. Both add up over parts of a batch, but where a form compares the images of one batch with each other:
-the contrastive ones see the whole batch through `Given.keys`, while `Contrast`, `Decorrelation` and `Prototypes` see one part.
+prediction carries about its target. Both add up over parts of a batch, also of `Boltzmann`, which sees the targets of the whole batch
+through `Given.keys`. Not of `Against`, `Contrast`, `Decorrelation` and `Prototypes`: they compare the images of one part with each other.
 
 R rows of predictions (images), N positions, D width, B images of the whole batch, K prototypes, C classes, E joint space.
 """

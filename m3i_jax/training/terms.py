@@ -167,7 +167,7 @@ class Seen:
 
 def _picture_cost(plan: Plan, i: int, params: Any, prediction: jax.Array, z: dict[Pass, jax.Array], seen: Seen, batch: Batch) -> Cost:
     term = plan.terms[i]
-    goal, key = plan.goal(term), plan.goal(term)
+    goal = plan.goal(term)
     if term.target.encoder == "online":
         raw = targets.in_space(plan, params, goal.space, z[Pass(crop=term.target.crop)])  # type: ignore[arg-type]
     else:
@@ -178,7 +178,7 @@ def _picture_cost(plan: Plan, i: int, params: Any, prediction: jax.Array, z: dic
     target = targets.prepared(term, raw)
     if is_partial(term):
         target = mixing.gather(target, unseen(plan, term, batch))
-    keys = targets.prepared(term, seen.keys[key]) if key in seen.keys and term.posterior.batch_keys else None
+    keys = targets.prepared(term, seen.keys[goal]) if goal in seen.keys and term.posterior.batch_keys else None
     settings = plan.config.objective
     given = Given(
         weight=settings.second_moment,

@@ -170,14 +170,15 @@ def test_rows_that_mean_nothing_cannot_be_written(make) -> None:
 # ---- what the rows compute --------------------------------------------------------------------------------------------------------------
 
 
-def test_instance_is_infonce_of_two_pooled_projections() -> None:
-    got = forward(plan_of("instance"))
+@pytest.mark.parametrize("temperature", [0.2, 0.5])
+def test_instance_is_infonce_of_two_pooled_projections(temperature: float) -> None:
+    got = forward(plan_of("instance", objective__temperature=temperature))
     config, head = got.plan.config, got.plan.terms[0].head
     query = m3i.predict(config, got.params["heads"], head, got.z[FULL][:, 1:].mean(1))
     crops = views.patches(config, got.batch, (1,))
     key = m3i.project(config, got.trees["ema"]["heads"], head, m3i.encode(config, got.trees["ema"]["encoder"], crops[1])[:, 1:].mean(1))
     q, k = (np.asarray(x, np.float64) / np.linalg.norm(x, axis=-1, keepdims=True) for x in (query, key))
-    logits = q @ k.T / 0.2
+    logits = q @ k.T / temperature
     nll = np.log(np.exp(logits).sum(1)) - np.diag(logits)
     assert got.losses["loss/global"] == pytest.approx(nll.mean(), rel=1e-4)
     assert got.losses["info/global"] == pytest.approx((np.log(len(q)) - nll.mean()) / np.log(2), rel=1e-4, abs=1e-5)

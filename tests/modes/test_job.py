@@ -1,0 +1,42 @@
+"""Opening the data of a run: captions are carried where an objective reads them, and wherever somebody looks at the data itself."""
+
+import pathlib
+
+import pytest
+
+from m3i_jax.errors import UserError
+from m3i_jax.modes import compare
+from m3i_jax.modes import job as jobs
+from tests import toy
+
+SMALL = {"data__size": 40, "data__classes": -1, "data__captions": "auto", "data__holdout": 0.3, "train__batch_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("trains", "captions", "wanted"),
+    [
+        ([], "auto", "yes"),
+        ([("mim",)], "auto", "no"),
+        ([("mim",)], "yes", "yes"),
+        ([("mim",), ("sim", "weakly_supervised")], "auto", "yes"),
+    ],
+)
+def test_captions_are_left_out_where_nothing_reads_them(trains, captions: str, wanted: str, tmp_path: pathlib.Path) -> None:
+    job = jobs.open_job(toy.settings(**SMALL | {"data__captions": captions}), str(tmp_path), trains=trains)
+    assert job.config.data.captions == wanted
+    assert (job.tokenizer is not None) == (wanted == "yes") == (tmp_path / "tokenizer.json").is_file()
+
+
+def test_a_form_that_the_data_cannot_feed_is_refused_before_anything_is_learnt(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="config.objective.forms: supervised"):
+        jobs.open_job(toy.settings(**SMALL | {"data__classes": 0}), str(tmp_path), trains=[("mim",), ("supervised",)])
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_a_comparison_carries_captions_for_the_form_that_reads_them(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the objective of the configuration itself, which is not trained, reads none."""
+    seen = []
+    monkeypatch.setattr(compare.train, "pretrain", lambda job, allow: seen.append(job) or compare.loop.PREEMPTED)
+    settings = toy.settings(**SMALL | {"objective__forms": "mim", "compare__forms": "weakly_supervised"})
+    assert compare.run(settings, workdir=str(tmp_path), allow_changes=False) == compare.loop.PREEMPTED
+    assert seen[0].tokenizer is not None and seen[0].config.objective.forms == ("weakly_supervised",)
