@@ -3,7 +3,7 @@
 # when it ends with 42 (preempted and saved), unless it was this host that was told to go. The launchers beside it differ only in how they
 # reach the hosts, and in coordinator, count and working directory.
 #
-#   bash launch/host.sh --config configs/m3i.py:path=/data/imagenet --workdir gs://bucket/run
+#   bash launch/host.sh --config configs/m3i.py:path=/mnt/m3i/imagenet --workdir /mnt/m3i/runs/first
 #   bash launch/host.sh --dry-run --config configs/m3i.py --workdir runs/m3i     # prints the command
 #
 # Settings: those of launch/environment.sh, and M3I_AGAIN=0: end with 42 instead of running again (where a scheduler does that).

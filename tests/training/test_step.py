@@ -54,7 +54,10 @@ def difference(a, b) -> float:
     )
 
 
-@pytest.mark.parametrize("form", ["m3i", "sim,supervised,clip", "supervised"])
+ALSO = [pytest.param(form, marks=pytest.mark.slow) for form in ("sim,supervised,clip", "supervised")]
+
+
+@pytest.mark.parametrize("form", ["m3i", *ALSO])
 def test_one_backward_is_the_gradient_of_the_plain_sum(form: str) -> None:
     one, state = made(form)
     batch, trees = toy.batch(one.config), teachers(one, state)
@@ -82,7 +85,7 @@ def test_norms_are_those_of_the_two_losses_at_the_encoder_output() -> None:
     np.testing.assert_allclose([float(n) for n in gradients("m3i")[2]], want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["m3i", "sim,supervised,clip"])
+@pytest.mark.parametrize("form", ["m3i", ALSO[0]])
 def test_microbatches_are_the_whole_batch(form: str) -> None:
     whole, metrics, norms = gradients(form)
     parts, metrics_4, norms_4 = gradients(form, train__microbatches=4)
