@@ -55,6 +55,7 @@ EXTRAS = {
         "tensorboardX>=2.6.4",
     ],
 }
+EXTRAS["test"] += EXTRAS["fast"] + EXTRAS["huggingface"] + EXTRAS["tfds"]  # light; a test that is always skipped rots
 
 setup(
     name="m3i-jax",

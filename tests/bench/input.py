@@ -17,6 +17,7 @@ import tempfile
 import time
 
 from m3i_jax.reporting import show
+from tests import rows as streams
 from tests.bench import contestants
 from tests.bench.contestants import BATCH, CONTESTANTS
 
@@ -110,8 +111,10 @@ def promises(folder: str) -> list[tuple[str, str, str]]:
     """Same bytes for any number of workers and threads, and after a restart; a far position."""
     whole = digest(folder, 6)
     others = {f"{n} workers": digest(folder, 6, workers=n) for n in (1, 2, 4)} | {"2 threads": digest(folder, 6, threads=2)}
+    one, two = (streams.by_processes(folder, hosts, batches=6, start=0, batch=SMALL) for hosts in (1, 2))
     rest = [digest(folder, 6 - k, start=k * SMALL) == whole[k:] for k in range(1, 6)]
     rows = [(f"batches of {name} equal those of none", str(seen == whole), "True") for name, seen in others.items()]
+    rows.append(("batches of 2 processes equal those of 1", str(one == two), "True"))
     rows.append(("restarts after 1 to 5 batches go on with the same bytes", str(all(rest)), "True"))
     seconds: dict[int, list[float]] = {0: [], 10**9: []}
     for start in [*seconds] * 3:

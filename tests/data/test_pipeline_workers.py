@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from m3i_jax.data import array_records, parts, pipeline, sources
+from tests import rows
 
 
 @pytest.fixture
@@ -43,6 +44,14 @@ def test_hosts_and_restarts(data, make, bpe):
     assert len(set(whole)) == 96
     assert hashes(data, make, bpe, 2, start=64, host=1, hosts=2) == whole[72:80] + whole[88:96]
     assert hashes(data, make, bpe, 3, start=34, batch=4, threads=2) == whole[34:46]
+
+
+def test_processes_that_share_nothing(fill, make):
+    """Two processes make the bytes that one makes, though their dictionaries and sets iterate in other orders."""
+    folder = str(fill({f"{i % 3}/{i}.jpg": make.encode(make.smooth(30 + i, 40), "JPEG", quality=90) for i in range(24)}))
+    whole = rows.hashes(folder, 3, 8, 0, 1, 16)
+    assert len(set(whole)) == 48
+    assert rows.by_processes(folder, 2, batches=3, start=8, batch=16) == whole
 
 
 @pytest.mark.slow
