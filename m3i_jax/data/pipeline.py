@@ -8,7 +8,6 @@ what was consumed, from any process.
 
 import collections
 import dataclasses
-import multiprocessing
 import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.data import crops, order, records, sources
+from m3i_jax.data import crops, loans, order, records, sources
 from m3i_jax.data.sources import Source
 from m3i_jax.data.tokenizer import Tokenizer
 from m3i_jax.errors import UserError
@@ -110,16 +109,15 @@ class Maker:
     batch: int  # of all hosts
     first: int  # position of this host's first row in batch 0
     resizer: str
+    borrower: loans.Borrower | None  # of a worker process; None: the batch stays in this one
 
-    def __call__(self, k: int) -> Batch:
-        size = self.data.image_size
-        views, pixels = _storage((self.rows, 2, size, size, 3))
-        try:
-            return {"views": views, **self._fill(self.first + int(k) * self.batch, pixels)}
-        except BaseException:
-            if views is not pixels:
-                views.unlink_on_del()  # type: ignore[attr-defined]  # nobody will receive this shared memory
-            raise
+    def __call__(self, k: int) -> dict[str, Any]:
+        shape, first = (self.rows, 2, self.data.image_size, self.data.image_size, 3), self.first + int(k) * self.batch
+        if self.borrower is None:
+            pixels = np.empty(shape, np.uint8)
+            return {"views": pixels, **self._fill(first, pixels)}
+        with self.borrower.lend(shape) as (sent, pixels):
+            return {"views": sent, **self._fill(first, pixels)}
 
     def _fill(self, first: int, pixels: np.ndarray) -> Batch:
         positions = first + np.arange(self.rows, dtype=np.int64)
@@ -206,18 +204,6 @@ def _pair(values: Sequence[float]) -> tuple[float, float]:
     return values[0], values[1]
 
 
-def _storage(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(array to send, array to fill). A worker fills shared memory and Grain sends only its name. Never reused: `jax.device_put` on CPU
-    reads the very memory of a batch later on."""
-    if multiprocessing.parent_process():
-        from grain.python import SharedMemoryArray
-
-        views = SharedMemoryArray(shape, np.uint8)
-        return views, views.view(np.ndarray)
-    views = np.empty(shape, np.uint8)
-    return views, views
-
-
 class Batches(Iterator[Batch]):
     """Iterator over one host's batches; made by `iterate`.
 
@@ -227,8 +213,8 @@ class Batches(Iterator[Batch]):
         record: int64 [B], index of the record that each row of the last batch shows.
     """
 
-    def __init__(self, batches: Any, source: Source, max_bad_share: float) -> None:
-        self._batches, self._source, self._limit = batches, source, max_bad_share
+    def __init__(self, batches: Any, source: Source, max_bad_share: float, lender: loans.Lender | None = None) -> None:
+        self._batches, self._source, self._limit, self._lender = batches, source, max_bad_share, lender
         self._window: collections.deque[tuple[int, np.ndarray]] = collections.deque()  # records drawn and bad ones, a batch
         self._drawn, self._bad = 0, np.zeros(len(records.REASONS), np.int64)  # their sums
         self._examples: dict[str, list[str]] = {reason: [] for reason in records.REASONS}
@@ -237,6 +223,8 @@ class Batches(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         batch = dict(next(self._batches))
+        if self._lender:
+            batch["views"] = self._lender.take(batch["views"])
         skipped, example, noted, self.record = (batch.pop(name) for name in ("skipped", "example", "noted", "record"))
         for reason, count, index in zip(records.REASONS, skipped.tolist(), example.tolist(), strict=True):
             self.skipped[reason] += count
@@ -270,6 +258,8 @@ class Batches(Iterator[Batch]):
     def close(self) -> None:
         """Ends threads and worker processes. The iterator cannot be used afterwards."""
         self._batches.close()
+        if self._lender:
+            self._lender.close()
 
 
 def iterate(config: schema.Config, source: Source, tokenizer: Tokenizer | None, *, start: int, host: int = 0, hosts: int = 1) -> Batches:
@@ -313,6 +303,9 @@ def iterate(config: schema.Config, source: Source, tokenizer: Tokenizer | None, 
     if tokenizer and tokenizer.length != data.caption_length:
         raise ValueError(f"the tokenizer makes {tokenizer.length} ids, data.caption_length is {data.caption_length}")
     rows = batch // hosts
+    if data.workers:
+        _check_shared_memory(data.workers, rows * 2 * data.image_size**2 * 3)
+    lender = loans.Lender() if data.workers else None
     maker = Maker(
         data=data,
         seed=config.seed,
@@ -325,6 +318,7 @@ def iterate(config: schema.Config, source: Source, tokenizer: Tokenizer | None, 
         batch=batch,
         first=start + host * rows,
         resizer=crops.resizer(data.resizer),
+        borrower=lender.borrower() if lender else None,
     )
     import grain.python as grain  # seconds to import, and only runs that read data need it
 
@@ -335,13 +329,12 @@ def iterate(config: schema.Config, source: Source, tokenizer: Tokenizer | None, 
     if data.workers:
         from absl import flags
 
-        _check_shared_memory(data.workers, rows * 2 * data.image_size**2 * 3)
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, also outside absl.app.run
         # Small arrays travel pickled: a shared block each would cost more.
         dataset = grain.experimental.WithOptionsIterDataset(dataset, grain.experimental.DatasetOptions(min_shm_size=1 << 20))
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=1))
-    return Batches(iter(dataset), source, data.max_bad_share)
+    return Batches(iter(dataset), source, data.max_bad_share, lender)
 
 
 def _check_shared_memory(workers: int, size: int) -> None:

@@ -1,0 +1,92 @@
+"""Blocks of memory that worker processes fill again once nobody holds them."""
+
+import copy
+import gc
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from m3i_jax.data import loans
+
+
+@pytest.fixture
+def lender():
+    made = loans.Lender()
+    yield made
+    made.close()
+
+
+def send(borrower: loans.Borrower, value: int, shape: tuple[int, ...] = (64, 128)) -> loans.Lent:
+    with borrower.lend(shape) as (sent, array):
+        array[:] = value
+    return copy.copy(sent)
+
+
+def test_a_block_is_filled_again_only_when_no_view_is_left(lender):
+    borrower = copy.copy(lender.borrower())
+    first = lender.take(send(borrower, 1))
+    part = first[3:5, ::2]
+    second = lender.take(send(borrower, 2))
+    assert not np.shares_memory(first, second)
+    del first
+    gc.collect()
+    third = lender.take(send(borrower, 3))  # the part is still held
+    assert (part == 1).all() and (second == 2).all() and (third == 3).all()
+    place = part.__array_interface__["data"][0] - 3 * 128
+    del part
+    gc.collect()
+    fourth = lender.take(send(borrower, 4))
+    assert fourth.__array_interface__["data"][0] == place and (fourth == 4).all() and (third == 3).all()
+
+
+def test_what_the_device_reads_is_not_filled_again(lender):
+    """On CPU `jax.device_put` may take the memory itself."""
+    borrower, kept = lender.borrower(), []
+    for value in range(8):
+        kept.append(jax.device_put(lender.take(send(borrower, value))))
+    assert [set(np.asarray(array).ravel().tolist()) for array in kept] == [{value} for value in range(8)]
+
+
+def test_a_loop_needs_few_blocks(lender):
+    borrower, held = lender.borrower(), None
+    for value in range(20):
+        held = lender.take(send(borrower, value))
+        assert (held == value).all()
+    assert len(os.listdir(lender.place)) == 1 + 2  # its lock; one is held while the next is filled
+
+
+def test_other_shapes_and_failures(lender):
+    borrower = lender.borrower()
+    small, large = (lender.take(send(borrower, 5, shape)) for shape in ((2, 2), (300, 300)))
+    with pytest.raises(RuntimeError, match="no picture"), borrower.lend((7, 7)) as (_, array):
+        array[:] = 9
+        raise RuntimeError("no picture")
+    before = len(os.listdir(lender.place))
+    assert (lender.take(send(borrower, 6, (7, 7))) == 6).all() and len(os.listdir(lender.place)) == before
+    assert (small == 5).all() and (large == 5).all()
+
+
+def test_nothing_is_left_and_nothing_is_pulled_away(lender):
+    array = lender.take(send(lender.borrower(), 8))
+    assert os.stat(lender.place).st_mode & 0o777 == 0o700
+    lender.close()
+    assert not os.path.exists(lender.place) and (array == 8).all()
+    lender.close()  # twice does no harm
+
+
+def test_the_next_run_sweeps_after_one_that_was_killed():
+    code = "import os, signal\nfrom m3i_jax.data import loans\nlender = loans.Lender()\nprint(lender.place, flush=True)\n"
+    killed = subprocess.run([sys.executable, "-c", code + "os.kill(os.getpid(), signal.SIGKILL)"], capture_output=True, text=True)
+    left = killed.stdout.strip()
+    assert os.path.isdir(left)
+    with_lock = loans.Lender()  # alive: not swept by the next
+    other = loans.Lender()
+    assert not os.path.exists(left) and os.path.isdir(with_lock.place) and os.path.isdir(other.place)
+    other.close()
+    with_lock.close()
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not os.path.exists(ended.stdout.strip())
