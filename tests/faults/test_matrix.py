@@ -1,0 +1,60 @@
+"""The matrix itself: what the table of results says of tests that pass, fail, are skipped and count; and which rows have a test."""
+
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from tests.faults.rows import ROWS
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+EXAMPLE = """
+    import pytest
+
+    @pytest.mark.row("B3")
+    def test_counts(trials):
+        trials.figure = "1 of 3 silent"
+        for k in range(3):
+            trials.add(k > 0)
+        assert trials.passed == trials.trials
+
+    @pytest.mark.row("B4", "B5")
+    @pytest.mark.parametrize("kind", ["cut", "empty"])
+    def test_plain(kind):
+        pass
+
+    @pytest.mark.row("B5")
+    def test_fails():
+        raise ValueError
+
+    @pytest.mark.row("B1")
+    def test_skipped():
+        pytest.skip("needs a mount")
+"""
+
+
+@pytest.mark.fast
+@pytest.mark.row("B1", "B3")
+def test_the_table_is_what_the_run_did(tmp_path: pathlib.Path) -> None:
+    """In a process of its own, with a copy of the plugin beside an example; lines of rows that did not run are kept."""
+    here, results = pathlib.Path(__file__).parent, tmp_path / "RESULTS.md"
+    (tmp_path / "conftest.py").write_text((here / "conftest.py").read_text())
+    (tmp_path / "test_example.py").write_text(textwrap.dedent(EXAMPLE))
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    row: rows\n    fast: short\n")
+    results.write_text("| B2 | from before | 7 | 7 | kept |\n| B3 | from before | 9 | 9 | replaced |\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini"), str(tmp_path)]
+    environment = {"PATH": "", "PYTHONPATH": str(ROOT), "M3I_FAULTS_RESULTS": str(results)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert "2 failed, 2 passed, 1 skipped" in done.stdout, done.stdout + done.stderr
+    rows = {line.split("|")[1].strip(): line for line in results.read_text().splitlines() if line.startswith("| ")}
+    assert rows["B3"].endswith("| 3 | 2 | 1 of 3 silent |")
+    assert rows["B4"].endswith("| 2 | 2 |  |") and rows["B5"].endswith("| 3 | 2 |  |")
+    assert rows["B1"].endswith("| 0 | 0 | not tried: needs a mount |")
+    assert rows["B2"] == "| B2 | from before | 7 | 7 | kept |" and rows["F7"].endswith("| 0 | 0 | not run |")
+    assert set(ROWS) < set(rows)
+    (tmp_path / "test_example.py").write_text("def test_of_no_row():\n    pass\n")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 4 and "say which row" in done.stderr
