@@ -143,7 +143,14 @@ class Model:
         "bfloat16", "precision of matrix products; parameters, norms, softmax and losses stay float32", "bfloat16", "float32"
     )
     scan: bool = option(False, "run the blocks in one lax.scan: compile time does not grow with depth")
-    remat: str = option("none", "recompute in the backward: none, or every block in full", "none", "full")
+    remat: str = option(
+        "none",
+        "what the backward computes again: nothing; all but matrix products; all but four named tensors a block; blocks in full",
+        "none",
+        "dots",
+        "names",
+        "full",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax.models.dcnv3 import dcnv3
-from m3i_jax.models.layers import Params, gelu, layer_norm, split_blocks
+from m3i_jax.models.layers import Params, gelu, layer_norm
+from m3i_jax.models.stacked import remember, split_blocks
 
 _POINTS = 9
 
@@ -199,8 +200,7 @@ def run_layers(
     def step(x: jax.Array, one: Any) -> jax.Array:
         return apply(layer, one[0], x, one[1], method)
 
-    if remat == "full":
-        step = jax.checkpoint(step, prevent_cse=not scan)
+    step = remember(step, remat, scan=scan)
 
     def run(x: jax.Array, some: Any) -> jax.Array:
         if scan:

@@ -1,8 +1,9 @@
-"""Transformer parts that every tower shares, and the running of stacked blocks.
+"""Transformer parts that every tower shares.
 
 Dense layers work on flattened [B * T, D], so that no backend pads a short token axis. Layer norm, GELU and attention have backward passes
 of their own: autodiff would keep several float32 copies of every activation, these keep the input (and two numbers a row), or q, k, v and
-the attention weights, in the compute precision. No matrix product is computed twice for it.
+the attention weights, in the compute precision. No matrix product is computed twice for it. What `names` in models.stacked may keep has a
+name here.
 
 B batch, T tokens, Q query rows, D width, H heads, E = D / H, L blocks.
 """
@@ -16,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from m3i_jax import schema
 
@@ -227,11 +229,12 @@ class Attention(nn.Module):
         width = x_BxTxD.shape[-1]
         qkv = Dense(3 * width, self.dtype, name="qkv")
         if rows is None:
-            q, k, v = to_heads(qkv(x_BxTxD), 3, self.heads)
+            q, k, v = to_heads(checkpoint_name(qkv(x_BxTxD), "qkv"), 3, self.heads)
         else:
-            (q,) = to_heads(qkv(x_BxTxD[:, rows], slice(0, width)), 1, self.heads)
-            k, v = to_heads(qkv(x_BxTxD, slice(width, None)), 2, self.heads)
-        return Dense(width, self.dtype, name="out")(from_heads(attend(q, k, v, where_BxT)))
+            (q,) = to_heads(checkpoint_name(qkv(x_BxTxD[:, rows], slice(0, width)), "qkv"), 1, self.heads)
+            k, v = to_heads(checkpoint_name(qkv(x_BxTxD, slice(width, None)), "qkv"), 2, self.heads)
+        attended_BxTxD = checkpoint_name(from_heads(attend(q, k, v, where_BxT)), "attended")
+        return Dense(width, self.dtype, name="out")(attended_BxTxD)
 
 
 class Mlp(nn.Module):
@@ -242,7 +245,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        h_BxTxF = Dense(self.hidden, self.dtype, name="fc1")(x_BxTxD)
+        h_BxTxF = checkpoint_name(Dense(self.hidden, self.dtype, name="fc1")(x_BxTxD), "fc1")
         return Dense(x_BxTxD.shape[-1], self.dtype, name="fc2")(gelu(h_BxTxF))
 
 
@@ -262,7 +265,7 @@ class Block(nn.Module):
         batch norm: norm2 takes its statistics from all rows."""
         norm = _NORMS[self.norm]
         h_BxTxD = Attention(self.heads, self.dtype, name="attention")(norm(name="norm1")(x_BxTxD), where_BxT, rows)
-        x_BxTxD = _add(x_BxTxD if rows is None else x_BxTxD[:, rows], h_BxTxD, keep_Bx2, 0)
+        x_BxTxD = checkpoint_name(_add(x_BxTxD if rows is None else x_BxTxD[:, rows], h_BxTxD, keep_Bx2, 0), "middle")
         h_BxTxD = Mlp(self.hidden, self.dtype, name="mlp")(norm(name="norm2")(x_BxTxD))
         return _add(x_BxTxD, h_BxTxD, keep_Bx2, 1)
 
@@ -282,82 +285,6 @@ def block(width: int, heads: int, mlp_ratio: float, dtype: str, norm: str = "lay
     3072
     """
     return Block(heads=heads, hidden=round(width * mlp_ratio), dtype=jnp.dtype(dtype), norm=norm)
-
-
-def split_blocks(tree: Any, sizes: list[int]) -> list[Any]:
-    """Consecutive parts of the leading axis. The gradient of `lax.split` is one concatenation; that of indexing adds up padded arrays.
-
-    >>> [part["kernel"].shape for part in split_blocks({"kernel": jnp.zeros((3, 8))}, [1, 2])]
-    [(1, 8), (2, 8)]
-    """
-    leaves, structure = jax.tree.flatten(tree)
-    parts = zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)
-    return [jax.tree.unflatten(structure, part) for part in parts]
-
-
-def run_blocks(
-    block: Block,
-    stacked: Params,
-    x_BxTxD: jax.Array,
-    *,
-    keep_BxLx2: jax.Array | None = None,
-    where_BxT: jax.Array | None = None,
-    rows: slice | None = None,
-    scan: bool = False,
-    remat: str = "none",
-) -> jax.Array:
-    """Runs stacked blocks one after the other.
-
-    Args:
-      block: the settings of each.
-      stacked: parameters with a leading axis [L, ...].
-      x_BxTxD: the residual stream, in the precision it shall keep.
-      keep_BxLx2: stochastic depth as factors, 0 or 1 / (1 - p), of the (attention, MLP) branch of every block; None: all kept.
-      where_BxT: bool, tokens that serve as keys; None: all.
-      rows: token rows wanted at the end. The last block then computes queries, outputs and MLP for those alone; the numbers are those of
-        slicing its full output, to rounding. With batch norm it computes all rows and the output is sliced: statistics of norm2 over the
-        wanted rows alone would be other numbers than SiameseIM's.
-      scan: one `lax.scan` over the blocks instead of a Python loop. Same numbers; compile time does not grow with depth.
-      remat: none, or full: keep only the input of every block and recompute it in the backward pass.
-
-    Returns:
-      [B, T, D], or [B, len(rows), D].
-
-    Raises:
-      ValueError: keep factors that are not [B, L, 2].
-
-    >>> from m3i_jax.models.initial import init_blocks
-    >>> one = block(8, 2, 4.0, "float32")
-    >>> shapes = jax.eval_shape(lambda key: init_blocks(one, key, width=8, depth=2), jax.random.key(0))
-    >>> jax.eval_shape(lambda params: run_blocks(one, params, jnp.ones((1, 5, 8)), rows=slice(3, None)), shapes).shape
-    (1, 2, 8)
-    """
-    depth = jax.tree.leaves(stacked)[0].shape[0]
-    if keep_BxLx2 is not None and keep_BxLx2.shape != (x_BxTxD.shape[0], depth, 2):
-        raise ValueError(f"keep factors have shape {keep_BxLx2.shape}; they must be {(x_BxTxD.shape[0], depth, 2)}: [B, L, 2]")
-    if rows is not None and block.norm == "batch":
-        every = run_blocks(block, stacked, x_BxTxD, keep_BxLx2=keep_BxLx2, where_BxT=where_BxT, scan=scan, remat=remat)
-        return every[:, rows]
-
-    def stepper(rows: slice | None) -> Any:
-        def step(x: jax.Array, layer: Any) -> jax.Array:
-            params, keep_Bx2 = layer
-            return block.apply({"params": params}, x, keep_Bx2, where_BxT, rows)
-
-        return jax.checkpoint(step, prevent_cse=not scan) if remat == "full" else step
-
-    layers = (stacked, None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1))
-    whole = depth if rows is None else depth - 1  # blocks that compute every row
-    if scan and whole:
-        parts = split_blocks(layers, [whole, depth - whole]) if whole < depth else [layers]
-        step = stepper(None)
-        x_BxTxD, _ = jax.lax.scan(lambda x, layer: (step(x, layer), None), x_BxTxD, parts[0])
-        rest = parts[1:]
-    else:
-        rest = split_blocks(layers, [1] * depth)
-    for left, layer in zip(range(len(rest) - 1, -1, -1), rest, strict=True):
-        x_BxTxD = stepper(None if left else rows)(x_BxTxD, jax.tree.map(lambda leaf: leaf[0], layer))
-    return x_BxTxD
 
 
 def drop_rates(encoder: schema.Encoder) -> np.ndarray:

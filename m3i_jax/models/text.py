@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from m3i_jax import schema
 from m3i_jax.models.initial import draw, init_blocks, shapes_of
-from m3i_jax.models.layers import Block, Dense, LayerNorm, Params, block, run_blocks
+from m3i_jax.models.layers import Block, Dense, LayerNorm, Params, block
+from m3i_jax.models.stacked import run_blocks
 
 
 def _parts(model: schema.Model) -> tuple[Block, Dense]:

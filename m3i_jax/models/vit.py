@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from m3i_jax import schema
 from m3i_jax.models.initial import draw, init_blocks, shapes_of
-from m3i_jax.models.layers import Block, Dense, LayerNorm, Params, add_positions, block, run_blocks, split_blocks
+from m3i_jax.models.layers import Block, Dense, LayerNorm, Params, add_positions, block
+from m3i_jax.models.stacked import run_blocks, split_blocks
 from m3i_jax.objective import mixing, positions, posterior
 
 

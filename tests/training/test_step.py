@@ -9,7 +9,7 @@ import pytest
 
 from m3i_jax import parallel
 from m3i_jax.models import m3i
-from m3i_jax.objective import methods
+from m3i_jax.objective import methods, positions
 from m3i_jax.training import plan, step, targets, terms, trainer, views
 from tests import toy
 
@@ -93,6 +93,33 @@ def test_microbatches_are_the_whole_batch(form: str) -> None:
     for name, value in metrics.items():
         np.testing.assert_allclose(metrics_4[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
     np.testing.assert_allclose(norms_4, norms, rtol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["dots", "names", "full"])
+def test_what_the_backward_computes_again_changes_nothing(remat: str) -> None:
+    whole, metrics, _ = gradients("m3i")
+    again, metrics_again, _ = gradients("m3i", model__remat=remat, model__scan=True)
+    assert difference(again, whole) < 1e-5
+    np.testing.assert_allclose(float(metrics_again["loss/ssp"]), float(metrics["loss/ssp"]), rtol=1e-6)
+
+
+def test_every_tower_computes_again_by_the_same_setting() -> None:
+    counts = {}
+    for remat in ("none", "names"):
+        one = trainer.Trainer(toy.settings(model__remat=remat), parallel.make_mesh((1, 1, 1), jax.devices()[:1]), toy.VOCABULARY)
+        program = jax.make_jaxpr(jax.grad(functools.partial(all_towers, one)))(one.template.params)
+        counts[remat] = sum(equation.primitive.name == "checkpoint" for equation in program.eqns)
+    assert counts == {"none": 0, "names": 4}  # two blocks of the encoder, one of the decoder, one of the text tower
+
+
+def all_towers(one: trainer.Trainer, params):
+    """A number that goes through the blocks of all of them."""
+    config, batch = one.config, toy.batch(one.config)
+    z = m3i.encode(config, params["encoder"], jnp.ones((2, 16, 192)))
+    query = m3i.queries(config, params, jnp.asarray(positions.identity(config.grid, config.model.decoder.width)))
+    rows = m3i.decode(config, params, z[:, 1:9], jnp.arange(16).reshape(2, 8), query)
+    return rows.sum() + m3i.text_embedding(config, params, batch["tokens"], batch["length"]).sum()
 
 
 def test_microbatch_softmax_is_another_loss() -> None:

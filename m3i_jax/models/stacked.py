@@ -1,0 +1,118 @@
+"""The running of stacked blocks, whichever tower they are of: in a loop or a scan, and what the backward pass keeps of each.
+
+What is kept is a named policy (`model.remat`). `none` keeps what differentiation asks for, `full` only the input of a block. Between them
+`dots` keeps every matrix product and `names` the four tensors of NAMES, from which all else of a transformer block follows by elementwise
+work and one product of attention, q k'.
+
+B batch, T tokens, D width, L blocks.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from m3i_jax.models.layers import Block, Params
+
+# q, k and v; what attention gives; the stream between the branches; the MLP before its GELU. Without `attended` a block computes two
+# products of attention again instead of one, without `middle` also the output projection, without `fc1` the widest product there is.
+NAMES = ("qkv", "attended", "middle", "fc1")
+_policies = jax.checkpoint_policies
+POLICIES: dict[str, Callable[..., bool]] = {
+    "dots": _policies.dots_saveable,
+    "names": _policies.save_only_these_names(*NAMES),
+    "full": _policies.nothing_saveable,
+}
+
+
+def remember(step: Callable[..., Any], remat: str, *, scan: bool) -> Callable[..., Any]:
+    """`step` whose backward pass computes again what the policy `remat` does not keep; the same numbers.
+
+    Args:
+      step: one block.
+      remat: none or one of POLICIES.
+      scan: whether it is the body of a scan; elsewhere the compiler is kept from merging both computations.
+
+    >>> remember(len, "none", scan=True) is len
+    True
+    """
+    return step if remat == "none" else jax.checkpoint(step, policy=POLICIES[remat], prevent_cse=not scan)
+
+
+def split_blocks(tree: Any, sizes: list[int]) -> list[Any]:
+    """Consecutive parts of the leading axis. The gradient of `lax.split` is one concatenation; that of indexing adds up padded arrays.
+
+    >>> import jax.numpy as jnp
+    >>> [part["kernel"].shape for part in split_blocks({"kernel": jnp.zeros((3, 8))}, [1, 2])]
+    [(1, 8), (2, 8)]
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    parts = zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)
+    return [jax.tree.unflatten(structure, part) for part in parts]
+
+
+def run_blocks(
+    block: Block,
+    stacked: Params,
+    x_BxTxD: jax.Array,
+    *,
+    keep_BxLx2: jax.Array | None = None,
+    where_BxT: jax.Array | None = None,
+    rows: slice | None = None,
+    scan: bool = False,
+    remat: str = "none",
+) -> jax.Array:
+    """Runs stacked blocks one after the other.
+
+    Args:
+      block: the settings of each.
+      stacked: parameters with a leading axis [L, ...].
+      x_BxTxD: the residual stream, in the precision it shall keep.
+      keep_BxLx2: stochastic depth as factors, 0 or 1 / (1 - p), of the (attention, MLP) branch of every block; None: all kept.
+      where_BxT: bool, tokens that serve as keys; None: all.
+      rows: token rows wanted at the end. The last block then computes queries, outputs and MLP for those alone; the numbers are those of
+        slicing its full output, to rounding. With batch norm it computes all rows and the output is sliced: statistics of norm2 over the
+        wanted rows alone would be other numbers than SiameseIM's.
+      scan: one `lax.scan` over the blocks instead of a Python loop. Same numbers; compile time does not grow with depth.
+      remat: what the backward pass keeps of a block: none (of recomputation), dots, names or full.
+
+    Returns:
+      [B, T, D], or [B, len(rows), D].
+
+    Raises:
+      ValueError: keep factors that are not [B, L, 2].
+
+    >>> import jax.numpy as jnp
+    >>> from m3i_jax.models.initial import init_blocks
+    >>> from m3i_jax.models.layers import block
+    >>> one = block(8, 2, 4.0, "float32")
+    >>> shapes = jax.eval_shape(lambda key: init_blocks(one, key, width=8, depth=2), jax.random.key(0))
+    >>> jax.eval_shape(lambda params: run_blocks(one, params, jnp.ones((1, 5, 8)), rows=slice(3, None)), shapes).shape
+    (1, 2, 8)
+    """
+    depth = jax.tree.leaves(stacked)[0].shape[0]
+    if keep_BxLx2 is not None and keep_BxLx2.shape != (x_BxTxD.shape[0], depth, 2):
+        raise ValueError(f"keep factors have shape {keep_BxLx2.shape}; they must be {(x_BxTxD.shape[0], depth, 2)}: [B, L, 2]")
+    if rows is not None and block.norm == "batch":
+        every = run_blocks(block, stacked, x_BxTxD, keep_BxLx2=keep_BxLx2, where_BxT=where_BxT, scan=scan, remat=remat)
+        return every[:, rows]
+
+    def stepper(rows: slice | None) -> Any:
+        def step(x: jax.Array, layer: Any) -> jax.Array:
+            params, keep_Bx2 = layer
+            return block.apply({"params": params}, x, keep_Bx2, where_BxT, rows)
+
+        return remember(step, remat, scan=scan)
+
+    layers = (stacked, None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1))
+    whole = depth if rows is None else depth - 1  # blocks that compute every row
+    if scan and whole:
+        parts = split_blocks(layers, [whole, depth - whole]) if whole < depth else [layers]
+        step = stepper(None)
+        x_BxTxD, _ = jax.lax.scan(lambda x, layer: (step(x, layer), None), x_BxTxD, parts[0])
+        rest = parts[1:]
+    else:
+        rest = split_blocks(layers, [1] * depth)
+    for left, layer in zip(range(len(rest) - 1, -1, -1), rest, strict=True):
+        x_BxTxD = stepper(None if left else rows)(x_BxTxD, jax.tree.map(lambda leaf: leaf[0], layer))
+    return x_BxTxD
