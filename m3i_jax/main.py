@@ -17,6 +17,7 @@ MODES = {
     "show": "print the resolved configuration, parameters, FLOPs a step and memory of the state; reads no data",
     "preview": "write a contact sheet of what the model will see to WORKDIR/preview.png",
     "compare": "run a list of objectives, one after the other, and write one table: WORKDIR/compare.md, .json and .png",
+    "report": "write what the run in the working directory has logged to WORKDIR/report.html, beside those of report.beside",
     "data": "report on the source before training: text, WORKDIR/data.json and the page WORKDIR/data.html",
     "convert": "write all records of the source as ArrayRecord shards to WORKDIR; the same command resumes it",
 }

@@ -258,6 +258,7 @@ class Report:
     wandb: str = option("", "also log to this Weights & Biases project (extra: wandb)")
     panel_rows: int = option(4, "mixed inputs a panel")
     mfu: float = option(0.45, "share of the accelerators' peak that --mode=show plans with")
+    beside: tuple[str, ...] = option((), "working directories whose curves stand beside this run's in report.html")
     survey: int = option(20_000, "--mode=data looks at all records of a source up to so many, else at so many evenly spread ones")
 
 

@@ -14,7 +14,7 @@ from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
 from m3i_jax.modes import job as jobs
-from m3i_jax.modes import pictures
+from m3i_jax.modes import pictures, report
 from m3i_jax.parallel import distributed
 from m3i_jax.reporting import panels, writers
 from m3i_jax.training import loop
@@ -92,6 +92,8 @@ def pretrain(job: jobs.Job, allow_changes: bool) -> int:
         data.close()
         checkpoints.close()
         writer.close()
+    if not jax.process_index():
+        report.write(config, workdir)
     if code == loop.DONE:
         say(f"done: {trainer.length.steps:,} steps; metrics in {workdir / 'metrics.jsonl'}, pictures in {workdir / 'panels'}")
     return code

@@ -1,0 +1,160 @@
+"""The report of one run, or of several beside each other, as one page: curves of everything in the log with what a healthy one looks like,
+panels over time, evaluations, throughput, settings."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from m3i_jax.reporting import curves, page
+from m3i_jax.reporting.curves import Curve
+from m3i_jax.reporting.runs import Run
+
+PANELS = 5  # of a run
+TONES = 8
+# Section, its metrics by how their names begin, and what is healthy.
+SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("Evaluation", ("eval/",), "Rises above its value at step 0, which is that of the untrained encoder."),
+    (
+        "Losses",
+        ("loss",),
+        "The dense losses fall fast at first and then slowly, and rise a little when the target moves; categories move last.",
+    ),
+    ("Bits", ("info/",), "Information that a prediction carries about its target; below 0 it is worse than knowing nothing."),
+    (
+        "Weight of the losses",
+        ("balance/",),
+        "Lambda falls once both gradient norms are known, then drifts with their ratio; it does not stay at a limit.",
+    ),
+    (
+        "Collapse",
+        ("collapse/",),
+        "The rank stays well above 1 and the deviation above 0; if both go to their floor, the targets have collapsed.",
+    ),
+    ("Optimizer", ("grad_norm", "lr", "ema"), "The gradient norm settles after the warm-up."),
+    ("Throughput", ("perf/",), "Images a second are level; waiting for input stays below a few per cent."),
+    ("Skipped", ("skipped/", "data/skipped/"), "Steps that are not finite stay at 0; bad records are few."),
+)
+NOTES = {
+    "loss/ssp": "squared error on normalised features",
+    "balance/lambda": "weight of categories and captions; objective.gamma on the first line",
+    "perf/input_wait": "share of the time that the device waited for pictures",
+    "collapse/effective_rank": "dimensions that the targets use",
+    "collapse/alarm": "1: collapsed",
+}
+
+
+def html(runs: Sequence[Run], *, differs: Mapping[str, Sequence[str]], pictures: Sequence[tuple[str, bytes]] = ()) -> str:
+    """The page.
+
+    Args:
+      runs: the run itself first, then those beside it.
+      differs: by the name of a run, in which settings it differs from the first, a line each.
+      pictures: (title, PNG) of what evaluators drew for the first run.
+
+    >>> one = Run("first", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], "seed = 0\\n", "", [], {})
+    >>> "first" in html([one], differs={})
+    True
+    """
+    first, last = runs[0], max(run.lines[-1]["step"] for run in runs)
+    body = [f"<h1>{page.text(first.name)}</h1>", f"<p class=muted>{page.text(_about(runs))}</p>", page.big(_figures(first))]
+    if len(runs) > 1:
+        body.append(_legend(runs) + _comparison(runs))
+    shown: set[str] = set()
+    for title, prefixes, healthy in SECTIONS:
+        names = _names(runs, prefixes, shown)
+        charts = "".join(_chart(name, runs, last) for name in names)
+        shown |= set(names)
+        if charts:
+            body.append(f'<h2>{page.text(title)}</h2><p class=muted>{page.text(healthy)}</p><div class="charts">{charts}</div>')
+    if others := [name for name in _names(runs, ("",), shown) if name != "samples_seen"]:
+        body.append('<h2>Other metrics</h2><div class="charts">' + "".join(_chart(name, runs, last) for name in others) + "</div>")
+    body += [_panels(run) for run in runs if run.panels]
+    for title, content in pictures:
+        body.append(f"<h2>{page.text(title)}</h2>" + page.image(content, title))
+    if first.data:
+        body.append(f"<h2>Data</h2><pre>{page.text(first.data)}</pre>")
+    if first.config:
+        changed = "".join(f"<h3>{page.text(name)} differs in</h3>{_lines(lines)}" for name, lines in differs.items())
+        body.append(f"<h2>Settings</h2>{changed}<details><summary>all of them</summary><pre>{page.text(first.config)}</pre></details>")
+    return page.page(f"Run: {first.name}", body, curves.STYLE + STYLE)
+
+
+STYLE = """
+pre { font-size: .78rem; line-height: 1.35; overflow-x: auto; white-space: pre-wrap; } summary { cursor: pointer; color: var(--muted); }
+.panel img { width: 100%; height: auto; object-fit: contain; border-radius: 6px; } .panel { margin: 0 0 1.2rem; }
+body > img { width: 100%; height: auto; border-radius: 6px; }
+"""
+
+
+def _about(runs: Sequence[Run]) -> str:
+    end, samples = runs[0].lines[-1]["step"], runs[0].last("samples_seen")
+    seen = f", {samples:,.0f} pictures seen" if samples else ""
+    beside = f"; beside it {', '.join(run.name for run in runs[1:])}" if len(runs) > 1 else ""
+    return f"{end:,} steps{seen}{beside}"
+
+
+def _figures(run: Run) -> list[tuple[str, str]]:
+    out = []
+    for name in run.names:
+        if name.startswith("eval/") and name.endswith(("top1", "/r1")):
+            x, y = run.curve(name)
+            out.append(
+                (f"{100 * y[-1]:.1f} %", name.removeprefix("eval/") + (f", {100 * y[0]:.1f} % at step {x[0]:,}" if len(y) > 1 else ""))
+            )
+    for name, form, what in (
+        ("loss", "{:.3f}", "loss"),
+        ("balance/lambda", "{:.3g}", "lambda"),
+        ("collapse/effective_rank", "{:.1f}", "effective rank of the targets"),
+        ("perf/images_per_sec", "{:,.0f}", "images a second"),
+        ("perf/mfu", "{:.1%}", "of the peak (MFU)"),
+        ("perf/goodput", "{:.1%}", "goodput"),
+    ):
+        if (value := run.last(name)) is not None:
+            out.append((form.format(value), what))
+    return out
+
+
+def _names(runs: Sequence[Run], prefixes: tuple[str, ...], shown: set[str]) -> list[str]:
+    """Metrics that begin so and change, or are not 0; in the order of the log."""
+    found = dict.fromkeys(name for run in runs for name in run.names if name not in shown)
+    exact = {"loss", "lr", "ema", "grad_norm"}
+    chosen = [n for n in found if any(n == p or (n.startswith(p) and (p not in exact or n.startswith(p + "/"))) for p in prefixes)]
+    return [n for n in chosen if any(v != 0 for run in runs for v in run.curve(n)[1])]
+
+
+def _chart(name: str, runs: Sequence[Run], last: float) -> str:
+    lines = [Curve(run.name, *run.curve(name), tone=f"c{i % TONES}") for i, run in enumerate(runs)]
+    return curves.chart(name.removeprefix("eval/"), lines, last=last, note=NOTES.get(name, ""))
+
+
+def _legend(runs: Sequence[Run]) -> str:
+    return (
+        '<div class="legend">'
+        + "".join(f'<span><i class="c{i % TONES}"></i>{page.text(r.name)}</span>' for i, r in enumerate(runs))
+        + "</div>"
+    )
+
+
+def _comparison(runs: Sequence[Run]) -> str:
+    """Last values of evaluations and losses, a run a row."""
+    wanted = [n for n in dict.fromkeys(name for run in runs for name in run.names) if n.startswith("eval/") or n == "loss"]
+    wanted = [n for n in wanted if not n.endswith(("r5", "r10", "top5"))]
+    values = [[run.last(name) for name in wanted] for run in runs]
+    rows = [
+        [run.name, *("" if v is None or not math.isfinite(v) else f"{v:.4g}" for v in row)] for run, row in zip(runs, values, strict=True)
+    ]
+    return page.table(("run", *(n.removeprefix("eval/") for n in wanted)), rows, numeric=1)
+
+
+def _panels(run: Run) -> str:
+    """The first panel, the last and some between."""
+    count = len(run.panels)
+    chosen = sorted({round(k * (count - 1) / max(min(count, PANELS) - 1, 1)) for k in range(min(count, PANELS))})
+    figures = [
+        f'<figure class="panel"><h3>step {step:,}</h3>{page.image(file.read_bytes(), f"panel of step {step}")}</figure>'
+        for step, file in (run.panels[i] for i in chosen)
+    ]
+    return f"<h2>What {page.text(run.name)} saw and predicted</h2>" + "".join(figures)
+
+
+def _lines(lines: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{page.text(line)}</li>" for line in lines) + "</ul>" if lines else "<p>nothing that matters</p>"

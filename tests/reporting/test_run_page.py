@@ -1,0 +1,101 @@
+"""The report of a run: what it reads of a log, what it draws, that it opens without a network and says nothing of its own in a browser."""
+
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m3i_jax import schema
+from m3i_jax.errors import UserError
+from m3i_jax.modes import report
+from m3i_jax.reporting import curves, run_page, runs
+
+CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), "")
+HOSTILE = '</pre><script>document.title="fired"</script><img src=x onerror="document.title=1">'
+
+
+def log(place: pathlib.Path, lines: list[dict], tail: str = "") -> pathlib.Path:
+    place.mkdir(parents=True)
+    (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
+    return place
+
+
+@pytest.fixture
+def two(tmp_path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """A run with panels and settings of a hostile name, and a shorter one."""
+    lines = [{"step": 0, "eval/knn/top1": 0.25}]
+    lines += [{"step": s, "loss": 5.0 / s, "loss/text": 1.0, "perf/images_per_sec": 90.0, "made/up": s % 3} for s in range(1, 31)]
+    first = log(tmp_path / "first", [*lines, {"step": 30, "eval/knn/top1": 0.5}])
+    (first / "config.txt").write_text(f"seed = 0\ndata.path = {HOSTILE!r}\n")
+    (first / "panels").mkdir()
+    for step in range(9):
+        Image.fromarray(np.full((4, 4, 3), step, np.uint8)).save(first / "panels" / f"{step:08d}.png")
+    second = log(tmp_path / "second", [{"step": s, "loss": 7.0 / s} for s in range(1, 11)])
+    (second / "config.txt").write_text("seed = 1\n")
+    return first, second
+
+
+def test_a_log_is_read_as_the_run_meant_it(tmp_path: pathlib.Path) -> None:
+    """A step written again replaces the first; half a line at the end is left out; evaluation and metrics of a step are one."""
+    lines = [
+        {"step": 2, "loss": 9.0},
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 1.0},
+        {"step": 2, "eval/knn/top1": 0.5},
+        {"step": 3, "x": "y"},
+    ]
+    run = runs.read(log(tmp_path / "a", lines, '{"step": 4, "lo'))
+    assert run.curve("loss") == ([1, 2], [3.0, 1.0]) and run.last("eval/knn/top1") == 0.5 and run.last("x") is None
+    assert [line["step"] for line in run.lines] == [1, 2, 3] and run.names == ["loss", "eval/knn/top1"]
+
+
+def test_refusals(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="there is no metrics.jsonl; name the working directory of a run$"):
+        runs.read(tmp_path)
+    with pytest.raises(UserError, match="holds no line of a run"):
+        runs.read(log(tmp_path / "a", [], "nothing\n"))
+
+
+def test_curves_show_the_values() -> None:
+    """Coordinates are those of the axes: a line from the lowest to the highest value spans what the ticks say."""
+    drawn = curves.chart("t", [curves.Curve("a", [0, 50, 100], [0.0, 5.0, 10.0])], last=100)
+    points = np.array([[float(v) for v in p.split(",")] for p in re.findall(r'd="M([^"]*)"', drawn)[0].split(" ")])
+    grid = [float(y) for y in re.findall(r'class="grid"[^>]* y1="([\d.]+)"', drawn)]
+    labels = [float(v) for v in re.findall(r'text-anchor="end">([^<]*)<', drawn)]
+    scale = np.polyfit(labels, grid, 1)
+    np.testing.assert_allclose(points[:, 1], np.polyval(scale, [0, 5, 10]), atol=0.1)
+    np.testing.assert_allclose(np.diff(points[:, 0]), [(curves.WIDTH - 64) / 2] * 2, atol=0.1)
+    assert "logarithmic" in curves.chart("t", [curves.Curve("a", [0, 1], [1e-6, 1.0])], last=1)
+    assert curves.chart("t", [curves.Curve("a", [0, 1], [float("nan")] * 2)], last=1) == ""
+
+
+def test_the_page_has_everything_once_and_escapes_it(two: tuple[pathlib.Path, pathlib.Path]) -> None:
+    first, second = two
+    page = report.write(schema.Config(report=schema.Report(beside=(str(second),))), first).read_text()
+    for name in ("knn/top1", "loss", "loss/text", "perf/images_per_sec", "made/up"):
+        assert page.count(f"<h3>{name}</h3>") == 1, name
+    assert page.count('class="panel"') == run_page.PANELS and "step 0</h3>" in page and "step 8</h3>" in page
+    assert "50.0 %" in page and "25.0 % at step 0" in page and "seed: 0 -&gt; 1" in page
+    assert "<script" not in page and 'onerror="' not in page and "&lt;script&gt;" in page
+    assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)[^"]*"', page) == []
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+def test_a_browser_shows_it_and_complains_of_nothing(two: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """As wide as a phone: nothing sticks out to the right, the console is silent, the charts are coloured."""
+    page = report.write(schema.Config(report=schema.Report(beside=(str(two[1]),))), two[0])
+    shot = tmp_path / "shot.png"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=500,2400", "--enable-logging=stderr"]
+    done = subprocess.run(
+        [CHROMIUM, *flags, f"--screenshot={shot}", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "CONSOLE" not in done.stderr, done.stderr
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    assert (np.ptp(pixels[:, -6:].reshape(-1, 3), axis=0) == 0).all()  # the margin is bare
+    for colour in ((0x46, 0x76, 0xB2), (0xE4, 0x87, 0x3E)):  # a curve of each run
+        assert (np.abs(pixels - colour).sum(-1) < 12).sum() > 50
