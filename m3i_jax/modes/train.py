@@ -18,7 +18,7 @@ from m3i_jax.modes import pictures, report
 from m3i_jax.parallel import distributed
 from m3i_jax.reporting import panels, writers
 from m3i_jax.training import loop
-from m3i_jax.training.checkpoint import Checkpoints
+from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
 from m3i_jax.training.trainer import Trainer
 
 
@@ -56,8 +56,8 @@ def agree(job: jobs.Job, position: dict[str, Any] | None, allow_changes: bool) -
 def pretrain(job: jobs.Job, allow_changes: bool) -> int:
     """Train a job from the start, or from its newest checkpoint; 0, 1 or 42 as `loop.run` says. The caller holds the lock."""
     config, workdir = job.config, job.workdir
-    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep)
-    newest = checkpoints.latest()
+    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, say=writers.say)
+    newest = checkpoints.newest_good()
     position = checkpoints.position(newest) if newest is not None else None
     agree(job, position, allow_changes)
     trainer = Trainer(config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
@@ -88,6 +88,9 @@ def pretrain(job: jobs.Job, allow_changes: bool) -> int:
         code, state = loop.run(trainer, state, samples_seen=samples, outside=outside)
         if code == loop.DONE and config.train.panel_every:
             write_panel(job, trainer, trainer.length.steps, state, next(data))
+    except SavesFailed as error:
+        say(f"stopped: {error}; make room or give permission in {workdir}, and run the same command again")
+        code = loop.FAILED
     finally:
         data.close()
         checkpoints.close()

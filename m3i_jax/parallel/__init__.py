@@ -1,7 +1,7 @@
 """Devices as a mesh with axes (replica, fsdp, tensor), rules from parameter paths to shardings, and the way of a host's rows to one global
 array. Knows neither models nor training: it speaks of trees and names."""
 
-from m3i_jax.parallel.barriers import HostMissing, Together, exchange, first, wait
+from m3i_jax.parallel.barriers import HostMissing, Together, call, exchange, first, wait
 from m3i_jax.parallel.distributed import from_first
 from m3i_jax.parallel.mesh import AXES, DATA, data_sharding, hint, make_mesh, replicated, to_global
 from m3i_jax.parallel.rules import RULES, shardings
@@ -12,6 +12,7 @@ __all__ = [
     "RULES",
     "HostMissing",
     "Together",
+    "call",
     "data_sharding",
     "exchange",
     "first",

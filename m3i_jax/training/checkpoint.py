@@ -1,18 +1,34 @@
-"""Checkpoints: the only place that knows Orbax. A checkpoint is the state (params, optimizer with target and balance statistics) and a
-small JSON with the data position. Where a run starts, in this order:
+"""Checkpoints: the only place that knows Orbax. A checkpoint is the state (params, optimizer with target and balance statistics), a small
+JSON with the data position, and digests of all its files. Where a run starts, in this order:
 
-    1. the newest complete step under <workdir>/checkpoints
+    1. the newest whole step under <workdir>/checkpoints
     2. else the initial parameters of the configuration
+
+The way of a save: Orbax writes <step>.new behind the training, then its files are digested, and only then it becomes <step>: a rename, so
+that a step is there whole or not at all. What is found damaged when a run starts becomes <step>.bad-<time>, and the step before is used.
 """
 
+import concurrent.futures
+import contextlib
+import os
 import pathlib
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.parallel.rules import path_of
+from m3i_jax.training import digests, steps
+
+FORMAT = 2  # of a checkpoint; 1: without digests
+
+
+class SavesFailed(RuntimeError):
+    """Several saves in a row failed: a run that cannot be resumed is not worth going on with."""
 
 
 class Checkpoints:
@@ -21,34 +37,188 @@ class Checkpoints:
     Args:
       directory: <workdir>/checkpoints, made if absent.
       keep: how many are kept.
+      say: prints a line; warnings go there.
     """
 
-    def __init__(self, directory: pathlib.Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True)
-        handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
+    MISSES = 3  # saves in a row that may fail before the run ends
+    BACK_OFF = 10.0  # seconds before a failed save is tried again; twice as long each time
+    LIMIT = 1800.0  # seconds that hosts wait for each other in a save or a restore
+
+    def __init__(self, directory: pathlib.Path, keep: int, *, say: Callable[[str], None] = print):
+        self._directory, self._keep, self._say = directory.absolute(), keep, say
+        self._hosts, self._first = jax.process_count(), jax.process_index() == 0
+        # Named processes: Orbax's barriers between all of them have no limit, those between named ones do.
+        together = ocp.options.MultiprocessingOptions(active_processes=set(range(self._hosts)) if self._hosts > 1 else None)
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=together),
+            state=ocp.StandardCheckpointHandler(multiprocessing_options=together),
+            position=ocp.JsonCheckpointHandler(multiprocessing_options=together),
+        )
+        self._orbax = ocp.AsyncCheckpointer(
+            handler, multiprocessing_options=together, async_options=ocp.options.AsyncOptions(timeout_secs=int(self.LIMIT))
+        )
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: tuple[int, dict[str, Any], concurrent.futures.Future[None]] | None = None
+        self._misses, self._again = 0, 0.0  # failed saves in a row; when to try again, 0: no need
+        self._cleaned = False
+        if self._first:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    # What is there
 
     def latest(self) -> int | None:
-        """The newest complete step, or None."""
-        return self._manager.latest_step()
+        """The newest complete step on the disk, whether it is damaged or not; None without one."""
+        return max(steps.listed(self._directory), default=None)
+
+    def newest_good(self) -> int | None:
+        """The newest step whose files all are as they were written, None if there never was a step. What is damaged is set aside under
+        another name, with a warning that names the file. All hosts get the same answer: the first looks.
+
+        Raises:
+          UserError: there are steps, but no good one: to start anew then is for a person to decide.
+        """
+        good = ""
+        if self._first:
+            for step in reversed(steps.listed(self._directory)):
+                with steps.reading(self._directory / str(step)):
+                    wrong = self._complaints(step)
+                if not wrong:
+                    good = str(step)
+                    break
+                self._set_aside(step, wrong)
+        good = parallel.exchange("checkpoint", good, limit=6 * 3600.0)[0]
+        bad = sorted(p.name for p in self._directory.glob("*.bad-*"))
+        if not good and bad:
+            raise UserError(
+                f"{self._directory}: no whole checkpoint is left ({', '.join(bad)[:200]}); move the directory away to start anew"
+            )
+        return int(good) if good else None
+
+    def _complaints(self, step: int) -> list[str]:
+        place = self._directory / str(step)
+        if (place / digests.NAME).exists():
+            found = digests.read(place)
+            if found and found.get("format", 0) > FORMAT:
+                raise UserError(
+                    f"checkpoint {step}: is of format {found['format']}, this version of m3i_jax reads up to {FORMAT}; use a newer version"
+                )
+            return digests.complaints(place)
+        try:
+            old = "format" not in self._read_position(step)
+        except Exception as error:  # Orbax has no class of its own for a damaged file
+            return [f"position/metadata: cannot be read ({' '.join(str(error).split())[:100]})"]
+        if not old:
+            return digests.complaints(place)
+        self._say(f"warning: checkpoint {step} was saved by an older version, without digests: it is used as it is")
+        return []
+
+    def _set_aside(self, step: int, wrong: list[str]) -> None:
+        name = f"{step}.bad-{time.strftime('%Y%m%d-%H%M%S')}"
+        os.rename(self._directory / str(step), self._directory / name)
+        steps.sync(self._directory)
+        more = f", and {len(wrong) - 3} more files" if len(wrong) > 3 else ""
+        self._say(f"warning: checkpoint {step} is damaged ({'; '.join(wrong[:3])}{more}); set aside as {name}, the one before is used")
+
+    # Saving
 
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
-        """Copies the state to the host and returns; the write goes on behind. A step that is already there is not written again."""
-        if step in self._manager.all_steps():
+        """Copies the state to the host and returns; the write goes on behind. A step that is already there is not written again.
+
+        Raises:
+          SavesFailed: the save before was one too many that failed.
+        """
+        self._settle()
+        if step not in steps.listed(self._directory):
+            self._start(step, state, position)
+
+    def retry(self) -> bool:
+        """Whether a save failed and it is time to try again. Of several hosts, they do with the next regular save, which all come to."""
+        if self._hosts > 1:
+            return False
+        if self._saving and self._saving[-1].done() and self._saving[-1].exception():
+            self._settle()
+        return bool(self._again) and time.monotonic() >= self._again
+
+    def wait(self, state: Any = None) -> None:
+        """Until every save is on disk. One that failed is tried again if its state is given. Raises SavesFailed."""
+        while self._saving:
+            step, position, _ = self._saving
+            if self._settle() or state is None:
+                return
+            time.sleep(max(self._again - time.monotonic(), 0.0))
+            self._start(step, state, position)
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self._orbax.close()
+
+    def _start(self, step: int, state: Any, position: dict[str, Any]) -> None:
+        self._again = 0.0
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        try:
+            if self._first and not self._cleaned:
+                steps.clean(self._directory)
+            self._cleaned = True
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position | {"format": FORMAT}))
+            self._orbax.save(self._directory / f"{step}.new", args=args, force=True)
+            done = self._thread.submit(self._finish, step)
+        except Exception as error:  # a full disk or no permission: told when the hosts next meet, as if it came later
+            done.set_exception(error)
+        self._saving = step, position, done
+
+    def _finish(self, step: int) -> None:
+        """Behind the training: wait for the files, digest them, let them count."""
+        self._orbax.wait_until_finished()
+        if not self._first:
             return
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)), force=True
-        )
+        new = self._directory / f"{step}.new"
+        digests.write(new, format=FORMAT)
+        os.rename(new, self._directory / str(step))
+        steps.sync(self._directory)
+        for old in steps.listed(self._directory)[: -self._keep]:
+            try:
+                steps.delete(self._directory / str(old))
+            except OSError as error:  # no reason to think that the save failed
+                self._say(f"warning: checkpoint {old} cannot be deleted ({error.strerror or error})")
+
+    def _settle(self) -> bool:
+        """Wait for the save before. True if it is there now, or there was none."""
+        if not self._saving:
+            return True
+        step, _, done = self._saving
+        self._saving = None
+        error = done.exception()
+        reason = "" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        failed = {parallel.call(number): why for number, why in enumerate(parallel.exchange("saved", reason, limit=self.LIMIT)) if why}
+        if not failed:
+            self._misses = 0
+            return True
+        self._misses += 1
+        if self._first:
+            steps.clean(self._directory)
+        wait = self.BACK_OFF * 2 ** (self._misses - 1)
+        self._again = time.monotonic() + wait
+        why = reason if self._hosts == 1 else "; ".join(f"{host}: {text}" for host, text in failed.items())[:300]
+        told = f"checkpoint {step}: save {self._misses} of {self.MISSES} in a row failed ({why})"
+        if self._misses >= self.MISSES:
+            raise SavesFailed(told)
+        self._say(f"warning: {told}; {self.latest() or 'no step'} is still there, it is tried again in {wait:.0f} seconds or with the next")
+        return False
+
+    # Restoring
+
+    def _read_position(self, step: int) -> dict[str, Any]:
+        return self._orbax.restore(self._directory / str(step), args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
 
     def position(self, step: int) -> dict[str, Any]:
         """The JSON saved beside a state. Raises UserError if it cannot be read."""
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
-        except Exception as error:  # Orbax has no class of its own for a damaged file
+            return {name: value for name, value in self._read_position(step).items() if name != "format"}
+        except Exception as error:
             raise self._damaged(step, error) from error
 
     def _damaged(self, step: int, error: Exception) -> UserError:
-        reason, place = " ".join(str(error).split())[:200], self._manager.directory / str(step)
+        reason, place = " ".join(str(error).split())[:200], self._directory / str(step)
         return UserError(f"checkpoint {step}: cannot be read ({reason}); if it is damaged, delete {place} and run again")
 
     def restore(self, step: int, template: Any, shardings: Any) -> Any:
@@ -60,37 +230,38 @@ class Checkpoints:
           shardings: tree of shardings of the same structure.
 
         Raises:
-          UserError: if the layout of the saved state is another one, or it cannot be read.
+          UserError: if the layout of the saved state is another one, or it cannot be read. All differences are in <workdir>/layout.txt.
         """
         abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), template, shardings)
+        place = self._directory / str(step)
         try:
-            different = self._difference(step, template)  # asked first: a read that fails leaves Orbax's other reads complaining
-            if not different:
-                return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+            with steps.reading(place):
+                different = self._difference(step, template)  # asked first: a read that fails leaves Orbax's other reads complaining
+                if not different:
+                    return self._orbax.restore(place, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
         except Exception as error:
             raise self._damaged(step, error) from error
+        more = ""
+        if len(different) > 3:
+            more = f", and {len(different) - 3} more: {self._directory.parent / 'layout.txt'}"
+            if self._first:
+                with contextlib.suppress(OSError):
+                    (self._directory.parent / "layout.txt").write_text("".join(f"{line}\n" for line in different), encoding="utf-8")
         raise UserError(
-            f"checkpoint {step}: does not fit this configuration ({different}); use another --workdir or the configuration of that run"
+            f"checkpoint {step}: does not fit this configuration ({', '.join(different[:3])}{more}); "
+            "use another --workdir or the configuration of that run"
         )
 
-    def _difference(self, step: int, template: Any) -> str:
-        """The first arrays that are of another shape or type in the saved state, by path."""
-        saved = self._manager.item_metadata(step)["state"]
+    def _difference(self, step: int, template: Any) -> list[str]:
+        """Every array that is missing in the saved state or here, or of another shape or type, by path."""
+        saved = self._orbax.metadata(self._directory / str(step)).item_metadata["state"]
         there, here = (
             {path_of(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
             for tree in (getattr(saved, "tree", saved), template)
         )
         paths = [path for path in {**here, **there} if here.get(path) != there.get(path)]
         paths.sort(key=lambda path: path.startswith("opt/"))  # moments and target only repeat what the parameters say
-        told = [f"{path} is {there.get(path, 'absent')} there, {here.get(path, 'absent')} here" for path in paths[:3]]
-        return ", ".join(told) + (f", and {len(paths) - 3} more" if len(paths) > 3 else "")
-
-    def wait(self) -> None:
-        """Until every save is on disk."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        self._manager.close()
+        return [f"{path} is {there.get(path, 'absent')} there, {here.get(path, 'absent')} here" for path in paths]
 
 
 def encoder_of(workdir: str, template: Any, shardings: Any) -> Any:
@@ -107,19 +278,23 @@ def encoder_of(workdir: str, template: Any, shardings: Any) -> Any:
     where = f"config.objective.target_checkpoint: {workdir!r}"
     if not place.is_dir():
         raise UserError(f"{where} has no checkpoints; give the --workdir of a run that saved one")
-    manager = ocp.CheckpointManager(place.absolute(), item_handlers={"state": ocp.PyTreeCheckpointHandler()})
-    step = manager.latest_step()
+    step = max(steps.listed(place), default=None)
     if step is None:
         raise UserError(f"{where} has no complete checkpoint; give the --workdir of a run that saved one")
-    saved = {
-        path_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(manager.item_metadata(step)["state"].tree)
-    }
-    here = {"params/encoder/" + path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(template)}
-    if wrong := [f"{path} {saved.get(path, 'absent')} there, {shape} here" for path, shape in here.items() if saved.get(path) != shape]:
-        raise UserError(f"{where}: its encoder is another one ({len(wrong)} arrays differ, first {wrong[0]}); use the same model settings")
-    abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), template, shardings)
-    item = {"params": {"encoder": abstract}}
-    restore = ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)
-    out = manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["params"]["encoder"]
-    manager.close()
-    return out
+    at = place.absolute() / str(step)
+    with steps.reading(at), ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler())) as reader:
+        if wrong := digests.complaints(at) if (at / digests.NAME).exists() else []:
+            raise UserError(f"{where}: its checkpoint {step} is damaged ({wrong[0]}); set it aside and give the one before, or another run")
+        saved = {
+            path_of(path): tuple(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(reader.metadata(at).item_metadata["state"].tree)
+        }
+        here = {"params/encoder/" + path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(template)}
+        if wrong := [f"{path} {saved.get(path, 'absent')} there, {shape} here" for path, shape in here.items() if saved.get(path) != shape]:
+            raise UserError(
+                f"{where}: its encoder is another one ({len(wrong)} arrays differ, first {wrong[0]}); use the same model settings"
+            )
+        abstract = jax.tree.map(lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), template, shardings)
+        item = {"params": {"encoder": abstract}}
+        restore = ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)
+        return reader.restore(at, args=ocp.args.Composite(state=restore))["state"]["params"]["encoder"]

@@ -186,6 +186,9 @@ def run(trainer: Trainer, state: State, *, samples_seen: int, outside: Outside) 
 
     Returns:
       (exit code, final state): 0 done, 42 preempted and saved, 1 after three steps in a row that were not finite.
+
+    Raises:
+      SavesFailed: three saves in a row failed.
     """
     config, total, log = trainer.config, trainer.length.steps, _Log(trainer, outside)
     train, first = config.train, int(state.step)
@@ -193,7 +196,7 @@ def run(trainer: Trainer, state: State, *, samples_seen: int, outside: Outside) 
         try:
             for step in range(first, total + 1):
                 evaluate = (step in (0, total) or bool(train.eval_every and step % train.eval_every == 0)) and step not in outside.evaluated
-                save = step > first and (step == total or step % train.save_every == 0)
+                save = step > first and (step == total or step % train.save_every == 0 or outside.checkpoints.retry())
                 if evaluate or save:  # what is saved or evaluated has its line in the log first
                     log.flush()
                 if log.failed:
@@ -221,10 +224,10 @@ def run(trainer: Trainer, state: State, *, samples_seen: int, outside: Outside) 
         except Preempted:
             log.flush()
             outside.checkpoints.save(int(state.step), state, outside.position(samples_seen))
-            outside.checkpoints.wait()
+            outside.checkpoints.wait(state)
             outside.say(f"preempted: saved step {int(state.step)}; run the same command again to go on")
             return PREEMPTED, state
-    outside.checkpoints.wait()
+    outside.checkpoints.wait(state)
     return DONE, state
 
 

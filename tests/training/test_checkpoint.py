@@ -102,7 +102,7 @@ def test_every_bit_comes_back_on_any_mesh(eight: pathlib.Path, whole: state.Stat
 def test_the_position_is_json_beside_the_state(eight: pathlib.Path, open_at) -> None:
     assert open_at(eight).position(7) == POSITION
     (file,) = (path for path in (eight / "7" / "position").iterdir() if path.name == "metadata")
-    assert json.loads(file.read_text()) == POSITION
+    assert json.loads(file.read_text()) == POSITION | {"format": 2}
 
 
 def test_a_new_directory_has_no_checkpoint(tmp_path: pathlib.Path, open_at) -> None:
@@ -181,7 +181,10 @@ def test_another_layout_is_refused_with_the_place(eight: pathlib.Path, open_at, 
     text = str(error.value)
     assert error.value.__cause__ is None  # seen before anything was read
     assert text.startswith("checkpoint 7: ") and words in text and "--workdir" in text, text
-    assert "\n" not in text and len(text) < 400
+    assert "\n" not in text and len(text) < 500
+    if kind == "width":  # the line names three, the file all: kernel, bias and decoder head, in parameters, both moments and the target
+        every = (eight.parent / "layout.txt").read_text().splitlines()
+        assert len(every) == 11 and f"and 8 more: {eight.parent / 'layout.txt'}" in text and all(line in every for line in [words])
 
 
 @pytest.mark.parametrize("damage", ["arrays", "metadata"])
@@ -197,7 +200,7 @@ def test_a_damaged_checkpoint_is_one_line_with_the_way_out(
         def fail(*_: object, **__: object) -> None:
             raise Exception("Encountered error while reading array.\nSee full TensorStore details: " + 9000 * "x")
 
-        monkeypatch.setattr(one._manager, "restore", fail)
+        monkeypatch.setattr(one._orbax, "restore", fail)
     with pytest.raises(UserError) as error:
         one.restore(7, template(), parallel.shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), template()))
     text = str(error.value)

@@ -49,6 +49,7 @@ class World:
         self.positions: dict[int, Any] = {}
         self.skipped = {"decode": 0, "small": 3}
         self.at: dict[str, Any] = {}  # event -> what else happens then
+        self.again: dict[int, bool] = {}  # batches drawn -> a save that failed before is due again
 
     def note(self, event: str) -> None:
         self.events.append(event)
@@ -82,8 +83,12 @@ class World:
         self.note(f"save {step}")
         self.positions[step] = position
 
-    def wait(self) -> None:
+    def wait(self, state: State) -> None:
+        assert state.step == max(self.positions, default=state.step)
         self.note("wait")
+
+    def retry(self) -> bool:
+        return self.again.pop(self.events.count("draw"), False)
 
     # the sinks
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -136,6 +141,14 @@ def test_the_saved_position_is_that_of_the_first_sample_not_drawn(monkeypatch: p
     world.run(monkeypatch, first=1, samples=1000)
     assert world.positions == {2: {"samples_seen": 1008}, 4: {"samples_seen": 1024}, 6: {"samples_seen": 1040}}
     assert [(step, v["samples_seen"]) for step, v in world.lines if "loss" in v] == [(k, 1000 + 8 * (k - 1)) for k in range(2, 7)]
+
+
+def test_a_failed_save_is_tried_again_between_the_regular_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(9, save_every=5, eval_every=0)
+    world.again = {0: True, 7: True}  # before anything was trained there is nothing to save
+    assert world.run(monkeypatch) == 0
+    assert world.positions == {5: {"samples_seen": 40}, 7: {"samples_seen": 56}, 9: {"samples_seen": 72}}
+    assert world.events[world.events.index("save 7") - 1] == "write 7"
 
 
 def test_the_host_never_waits_for_the_step_it_just_sent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,80 @@
+"""The directories of a run's checkpoints: which steps are complete, who reads one, how one is deleted, and what saves leave behind.
+
+checkpoints/<step>              complete: it got this name when all of it was there
+checkpoints/<step>.new[...]     being written
+checkpoints/<step>.old          being deleted
+checkpoints/<step>.bad-<time>   damaged, set aside
+"""
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+
+from m3i_jax.training import digests
+
+_LEFT = re.compile(r"\d+\.(new|old|orbax-checkpoint-tmp)([.-].*)?")
+
+
+def listed(directory: pathlib.Path) -> list[int]:
+    """The steps that are complete on the disk, oldest first. Only real directories count, no link out of the place."""
+    if not directory.is_dir():
+        return []
+    with os.scandir(directory) as entries:
+        return sorted(int(e.name) for e in entries if re.fullmatch(r"0|[1-9]\d*", e.name) and e.is_dir(follow_symlinks=False))
+
+
+@contextlib.contextmanager
+def reading(step: pathlib.Path) -> Iterator[None]:
+    """While this lasts, the retention of a run that goes on does not delete the step."""
+    try:
+        file = os.open(step / digests.NAME, os.O_RDONLY)
+    except OSError:  # of an older version, or damaged
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(file)
+
+
+def delete(step: pathlib.Path) -> bool:
+    """Delete a step unless somebody reads it: first its name, so that half of it is never taken for all."""
+    gone = step.with_name(f"{step.name}.old")
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(FileNotFoundError):
+            file = os.open(step / digests.NAME, os.O_RDONLY)
+            stack.callback(os.close, file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError:  # a file system without locks
+                pass
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(step, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+    return True
+
+
+def sync(directory: pathlib.Path) -> None:
+    """The names in a directory to the disk."""
+    with contextlib.suppress(OSError):  # some file systems have no such thing
+        file = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+def clean(directory: pathlib.Path) -> None:
+    """Remove what saves and deletions left behind that were cut off. Only for the one that saves there."""
+    with os.scandir(directory) as entries:
+        left = [e.path for e in entries if _LEFT.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)

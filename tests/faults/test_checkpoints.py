@@ -1,0 +1,169 @@
+"""Rows B: what happens to a checkpoint between its save and its restore. A small state, real files, real saves."""
+
+import itertools
+import os
+import pathlib
+import random
+import shutil
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m3i_jax import parallel
+from m3i_jax.errors import UserError
+from m3i_jax.training import digests
+from m3i_jax.training.checkpoint import Checkpoints
+
+Make = Callable[..., Checkpoints]
+
+
+def state(step: int, size: int = 4096) -> dict[str, jax.Array]:
+    """A small state that differs at every step, with numbers that no compression shortens, and a NaN, which has bits too."""
+    r = np.random.default_rng(step)
+    return {"step": jnp.int32(step), "w": jnp.asarray(r.normal(size=size), jnp.float32).at[3].set(jnp.nan), "b": jnp.ones(7, jnp.bfloat16)}
+
+
+def restored(one: Checkpoints, step: int, size: int = 4096) -> dict[str, jax.Array]:
+    template = jax.eval_shape(lambda: state(0, size))
+    return one.restore(step, template, parallel.shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), template))
+
+
+def same(got: dict[str, jax.Array], wanted: dict[str, jax.Array]) -> bool:
+    return all(np.asarray(got[k]).tobytes() == np.asarray(wanted[k]).tobytes() for k in wanted)
+
+
+@pytest.fixture
+def make(tmp_path: pathlib.Path) -> Iterator[Make]:
+    """Opens checkpoints that are closed at the end; `said` of one has its warnings."""
+    opened = []
+
+    def call(directory: pathlib.Path | None = None, keep: int = 2) -> Checkpoints:
+        said: list[str] = []
+        one = Checkpoints(directory or tmp_path / "checkpoints", keep, say=said.append)
+        one.said, one.BACK_OFF = said, 0.0  # type: ignore[attr-defined, misc]
+        opened.append(one)
+        return one
+
+    yield call
+    for one in opened:
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Two good steps, 4 and 8."""
+    directory = tmp_path_factory.mktemp("pair") / "checkpoints"
+    one = Checkpoints(directory, 2)
+    for step in (4, 8):
+        one.save(step, state(step), {"samples_seen": 10 * step})
+    one.wait()
+    one.close()
+    return directory
+
+
+def files(step: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in step.rglob("*") if path.is_file())
+
+
+def flip(path: pathlib.Path, bit: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(bit // 8)
+        (byte,) = file.read(1)
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ 1 << bit % 8]))
+
+
+def places(step: pathlib.Path, count: int, seed: int) -> Iterator[tuple[pathlib.Path, int]]:
+    """Bits drawn over all files by their size, and of every file at least one, since the small ones would hardly be drawn."""
+    r = random.Random(seed)
+    every = [path for path in files(step) if path.stat().st_size]
+    sizes = [path.stat().st_size for path in every]
+    drawn = every[:count] + r.choices(every, sizes, k=max(count - len(every), 0))
+    return ((path, r.randrange(8 * path.stat().st_size)) for path in drawn)
+
+
+def flips(pair: pathlib.Path, make: Make, trials, count: int) -> None:
+    """Flip a bit of the newest step; a restart must find it, name the file, and go on bitwise with the step before."""
+    one, silent = make(pair), 0
+    for path, bit in places(pair / "8", count, seed=0):
+        flip(path, bit)
+        try:
+            found = one.newest_good()
+            if found == 8:
+                silent += 1
+            name, told = path.relative_to(pair / "8").as_posix(), one.said.pop() if one.said else ""
+            trials.add(found == 4 and name in told and "set aside as 8.bad-" in told)
+        finally:
+            for bad in pair.glob("8.bad-*"):
+                bad.rename(pair / "8")
+            flip(path, bit)
+    trials.figure = f"{silent} of {count:,} flips silent, {trials.passed:,} of {count:,} fall back"
+    assert trials.passed == count and not silent
+    assert one.newest_good() == 8 and same(restored(one, 8), state(8)) and same(restored(one, 4), state(4))
+
+
+@pytest.mark.fast
+@pytest.mark.row("B3")
+def test_a_flipped_bit_is_found(pair: pathlib.Path, make: Make, trials) -> None:
+    flips(pair, make, trials, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.row("B3")
+def test_a_thousand_flipped_bits_are_found(pair: pathlib.Path, make: Make, trials) -> None:
+    flips(pair, make, trials, 1000)
+
+
+@pytest.mark.fast
+@pytest.mark.row("B4")
+def test_a_file_cut_emptied_deleted_swapped_or_a_link_is_named(pair: pathlib.Path, tmp_path: pathlib.Path, make: Make, trials) -> None:
+    """Every file of the step with each of five faults, the digests among them."""
+
+    def link(path: pathlib.Path) -> None:
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+
+    faults: dict[str, Callable[[pathlib.Path], object]] = {
+        "cut": lambda path: os.truncate(path, path.stat().st_size // 2), "emptied": lambda path: os.truncate(path, 0),
+        "deleted": pathlib.Path.unlink, "swapped": lambda path: path.write_bytes(other(path)), "a link": link,
+    }  # fmt: skip
+
+    def other(path: pathlib.Path) -> bytes:
+        """What another file of the step holds."""
+        return next(p.read_bytes() for p in files(pair / "8") if p != path and p.read_bytes() != path.read_bytes())
+
+    one, names = make(pair), [path.relative_to(pair / "8") for path in files(pair / "8")]
+    assert pathlib.Path(digests.NAME) in names and len(names) >= 10
+    for name, (_, fault) in itertools.product(names, faults.items()):
+        path = pair / "8" / name
+        before = path.read_bytes()
+        if not before and fault not in (faults["deleted"], faults["swapped"], faults["a link"]):
+            continue
+        fault(path)
+        found, told = one.newest_good(), one.said.pop() if one.said else ""
+        trials.add(found == 4 and f"{name}: " in told)
+        for bad in pair.glob("8.bad-*"):
+            bad.rename(pair / "8")
+        path.unlink(missing_ok=True)
+        path.write_bytes(before)
+    trials.figure = f"{trials.passed} of {trials.trials} found and named"
+    assert trials.passed == trials.trials > 45
+    assert one.newest_good() == 8
+
+
+@pytest.mark.fast
+@pytest.mark.row("B4")
+def test_when_all_are_damaged_a_person_decides(pair: pathlib.Path, tmp_path: pathlib.Path, make: Make) -> None:
+    """A run that lost all its checkpoints does not start anew by itself, not even at the next start."""
+    here = tmp_path / "checkpoints"
+    shutil.copytree(pair, here)
+    for step in ("4", "8"):
+        (here / step / "position" / "metadata").write_text('{"samples_seen": 7}')
+    one = make(here)
+    for _ in range(2):
+        with pytest.raises(UserError, match="no whole checkpoint is left .*4.bad-.*8.bad-"):
+            one.newest_good()
+    assert len(one.said) == 2 and one.latest() is None  # type: ignore[attr-defined]
