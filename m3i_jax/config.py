@@ -171,6 +171,21 @@ def load(spec: str) -> ml_collections.ConfigDict:
     return config
 
 
+def not_data(spec: str, overrides: typing.Iterable[str]) -> None:
+    """Refuse a configuration that lies in a directory that the command itself names as data: a configuration is run, data never is.
+
+    >>> not_data("configs/folder.py:path=/data/pictures", [])
+    """
+    file, _, text = spec.partition(":")
+    for piece in (*re.split(r"[,;](?=[A-Za-z_]\w*[=:])", text), *overrides):
+        place = re.sub(r"^\w+:", "", piece.partition("=")[2]).split("@")[0].split("*")[0]
+        folder = pathlib.Path(place).expanduser()
+        if place and "://" not in place and folder.is_dir() and pathlib.Path(file).resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"--config {file}: lies in the data, {place!r}, and nothing that comes with data is run; copy it if it is yours"
+            )
+
+
 def _arguments(file: str, signature: inspect.Signature, text: str) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for piece in filter(None, re.split(r",(?=[A-Za-z_]\w*=)", text)):

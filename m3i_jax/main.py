@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from m3i_jax import config as configuration
+from m3i_jax import privacy
 from m3i_jax.errors import DoesNotFit, UserError
 from m3i_jax.version import __version__
 
@@ -58,6 +59,7 @@ def _run(arguments: Sequence[str]) -> int:
         raise UserError("--config: is missing; name a file, such as --config configs/quickstart.py")
     if not flags.workdir and flags.mode != "show":
         raise UserError("--workdir: is missing; name a directory for the run, such as --workdir runs/first")
+    configuration.not_data(flags.config, overrides)
     config = configuration.load(flags.config)
     configuration.override(config, overrides)
     settings = configuration.resolve(config)
@@ -69,15 +71,17 @@ def _run(arguments: Sequence[str]) -> int:
         )
         distributed.start(place, configuration.to_text(settings), settings.parallel.mesh)
     mode = importlib.import_module(f"m3i_jax.modes.{flags.mode}")
-    return mode.run(settings, workdir=flags.workdir, allow_changes=flags.allow_changes)
+    with privacy.closed(settings.report.private):
+        return mode.run(settings, workdir=flags.workdir, allow_changes=flags.allow_changes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        return _run(sys.argv[1:] if arguments is None else arguments)
-    except UserError as error:
-        print(f"m3i_jax: {' '.join(str(error).split())}", file=sys.stderr)
-        return 3 if isinstance(error, DoesNotFit) else 2
+    with privacy.guarded(forever=arguments is None):
+        try:
+            return _run(sys.argv[1:] if arguments is None else arguments)
+        except UserError as error:
+            print(f"m3i_jax: {' '.join(str(error).split())}", file=sys.stderr)
+            return 3 if isinstance(error, DoesNotFit) else 2
 
 
 if __name__ == "__main__":

@@ -256,6 +256,7 @@ class Parallel:
 class Report:
     tensorboard: bool = option(False, "also write TensorBoard events (extra: tensorboard)")
     wandb: str = option("", "also log to this Weights & Biases project (extra: wandb)")
+    private: bool = option(True, "files of the run are readable by their owner alone (0600, 0700); False: as the umask says")
     panel_rows: int = option(4, "mixed inputs a panel")
     mfu: float = option(0.45, "share of the accelerators' peak that --mode=show plans with")
     beside: tuple[str, ...] = option((), "working directories whose curves stand beside this run's in report.html")

@@ -15,11 +15,12 @@ PACKAGE = ROOT / "m3i_jax"
 LONGEST = 400
 
 # A room (a folder of the package, or a module beside them) may import itself and these. Lower rooms never know higher ones.
-BASE = {"schema", "errors", "version"}
+BASE = {"schema", "errors", "version", "privacy"}
 BELOW_TRAINING = BASE | {"config", "objective", "models", "data", "parallel", "reporting"}
 ROOMS: dict[str, set[str]] = {
     "version": set(),
     "errors": set(),
+    "privacy": set(),
     "schema": set(),
     "objective": set(),
     "__init__": {"objective", "version"},

@@ -16,19 +16,20 @@ import hashlib
 import json
 import logging
 import os
-import zipfile
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from m3i_jax.data import example, sources
+from m3i_jax import privacy
+from m3i_jax.data import arrays, example, sources
 from m3i_jax.data.opened import Opened
 from m3i_jax.data.sources import Record
 from m3i_jax.errors import UserError
 
 VERSION = 1
 INDEX = "dataset.json"
+INDEX_LIMIT = 1 << 22  # bytes of it that are read; a shard takes a hundred
 ENDING = ".array_record"
 DAMAGED = b"damaged record"  # stands for bytes whose checksum does not hold: no decoder takes it, so it is counted and replaced
 # What others call these things, the first that is there counts.
@@ -157,7 +158,7 @@ def write_index(directory: str, *, classes: Sequence[str] = (), captions: bool |
     if not shards:
         raise UserError(f"{directory!r} holds no {ENDING} file to index")
     count = sum(int(shard["count"]) for shard in shards)
-    about = {"version": VERSION, "name": name, "count": count, "captions": any_caption if captions is None else captions}
+    about = {"version": VERSION, "name": privacy.redact(name), "count": count, "captions": any_caption if captions is None else captions}
     sources.write_whole(
         os.path.join(directory, INDEX), json.dumps({**about, "classes": list(classes), "shards": shards}, indent=1).encode()
     )
@@ -203,7 +204,7 @@ class ArrayRecords:
     def _adopt(self, index: str) -> None:
         """A directory of `write_index`."""
         try:
-            about = json.loads(sources.read_range(index))
+            about = json.loads(sources.read_range(index, 0, min(os.path.getsize(index), INDEX_LIMIT)))
             shards = about["shards"]
             self.classes: tuple[str, ...] = tuple(map(str, about["classes"]))
             self.captions = bool(about["captions"])
@@ -211,7 +212,7 @@ class ArrayRecords:
             self._counts = [int(shard["count"]) for shard in shards]
             self._identity = sources.digest(*(shard["digest"] for shard in shards), *self.classes)
             version = int(about["version"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{index!r} is damaged ({type(error).__name__}: {error}): remove it and convert the data set again") from error
         if version != VERSION:
             raise UserError(f"{index!r} is of version {version}, this program reads {VERSION}: convert the data set again")
@@ -355,19 +356,9 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _save(path: str, columns: dict[str, np.ndarray], digest: str) -> None:
-    import io
-
-    buffer = io.BytesIO()
-    np.savez(buffer, digest=np.array(digest), **columns)  # type: ignore[arg-type]
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    sources.write_whole(path, buffer.getvalue())
+    arrays.save(path, digest=np.array(digest), **columns)
 
 
 def _load(path: str) -> dict[str, np.ndarray] | None:
-    if not os.path.exists(path):
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            return {name: saved[name] for name in (*_COLUMNS, "digest")}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError):
-        return None
+    there = arrays.load(path)
+    return there if there is not None and {*_COLUMNS, "digest"} <= there.keys() else None

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 from m3i_jax.errors import UserError
 
+# Of the many things that fsspec opens, what a store is. Others start programs (ssh, git), or unpack and keep copies (zip, simplecache::).
+STORES = ("gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "adl", "oss", "http", "https", "hdfs", "webhdfs", "file", "memory")
 BLOCK = 1 << 20  # bytes that reading headers fetches at a time
 _T = TypeVar("_T")
 
@@ -24,8 +26,11 @@ def system(path: str) -> Any:
     """The fsspec file system of a URL; the library keeps one an address, so this is cheap.
 
     Raises:
-        UserError: fsspec, or the package that it needs for this kind of URL, is missing; or nobody knows this kind.
+        UserError: fsspec, or the package that it needs for this kind of URL, is missing; or this kind is not one of STORES.
     """
+    kind = path.partition("://")[0]
+    if kind not in STORES:
+        raise UserError(f"{path!r}: {kind!r} is no store that is read from; these are: {', '.join(STORES)}")
     try:
         import fsspec
 

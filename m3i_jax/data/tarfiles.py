@@ -12,7 +12,8 @@ from typing import BinaryIO
 BLOCK = 512
 _LONG = 1 << 16  # longest GNU name or pax header that is believed
 TRUNCATED, BROKEN = "truncated ends", "damaged headers"
-DAMAGE = (TRUNCATED, BROKEN)
+LINKS, SPECIAL, OUTSIDE = "links", "special members", "names that lead outside"
+DAMAGE, HOSTILE = (TRUNCATED, BROKEN), (LINKS, SPECIAL, OUTSIDE)
 
 
 def members(file: BinaryIO, problems: collections.Counter[str]) -> Iterator[tuple[str, int, int]]:
@@ -61,11 +62,11 @@ def members(file: BinaryIO, problems: collections.Counter[str]) -> Iterator[tupl
             problems[TRUNCATED] += 1
             return
         if kind in (b"1", b"2"):
-            problems["links"] += 1
+            problems[LINKS] += 1
         elif kind not in (b"0", b"\0", b"7"):
-            problems["special members"] += kind != b"5"  # folders are no loss
+            problems[SPECIAL] += kind != b"5"  # folders are no loss
         elif name.startswith(b"/") or b".." in name.split(b"/"):
-            problems["names that lead outside"] += 1
+            problems[OUTSIDE] += 1
         else:
             yield name.removeprefix(b"./").decode("utf-8", "surrogateescape"), content, size
     problems[TRUNCATED] += at > end

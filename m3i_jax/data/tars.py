@@ -11,13 +11,12 @@ import glob
 import json
 import logging
 import os
-import zipfile
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from m3i_jax.data import records, remote, sources, tarfiles
+from m3i_jax.data import arrays, records, remote, sources, tarfiles
 from m3i_jax.data.sources import EXTENSIONS, FILE_LIMIT, Record
 from m3i_jax.errors import UserError
 
@@ -280,7 +279,7 @@ def _scan(path: str, ignored: collections.Counter[str]) -> dict[str, dict[str, A
                     group.update(caption_kind=_JSON, caption_offset=offset, caption_size=size)
             else:
                 problems["other members"] += 1
-    for problem in tarfiles.DAMAGE:
+    for problem in (*tarfiles.DAMAGE, *tarfiles.HOSTILE):
         if problems[problem]:
             _log.warning("%r: %d %s; what is valid is used", path, problems[problem], problem)
     problems["captions or labels without a picture"] += sum("size" not in group for group in groups.values())
@@ -292,26 +291,17 @@ def _load(path: str, signature: np.ndarray) -> dict[str, np.ndarray] | None:
     """A saved index, if it is whole, of this version, and of files of the same sizes and times."""
     if not path or not os.path.exists(path):
         return None
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            index = {name: saved[name] for name in saved.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError):
+    index = arrays.load(path)
+    if index is None:
         _log.warning("the tar index %r is damaged; it is built again", path)
         return None
-    if int(index.pop("version", -1)) != VERSION or not np.array_equal(index.pop("signature", None), signature):
+    if int(index.pop("version", -1)) != VERSION or not np.array_equal(index.pop("signature", np.zeros(0)), signature):
         return None
     return index
 
 
 def _save(path: str, signature: np.ndarray, index: dict[str, np.ndarray]) -> None:
-    """Writes the index beside its final name first: another process sees the whole of it or nothing."""
-    part = f"{path}.{os.getpid()}.part"
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(part, "wb") as file:
-            np.savez(file, version=VERSION, signature=signature, **index)  # type: ignore[arg-type]
-        os.replace(part, path)
+        arrays.save(path, version=VERSION, signature=signature, **index)
     except OSError as error:
         _log.warning("the tar index cannot be kept in %r (%s); it is built again at the next start", path, error.strerror)
-        if os.path.exists(part):
-            os.unlink(part)

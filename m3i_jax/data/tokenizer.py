@@ -28,6 +28,7 @@ from m3i_jax.errors import UserError
 
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+FILE_LIMIT = 1 << 24  # characters of a saved tokenizer; CLIP's has 4 million
 FETCH = "python -m m3i_jax.data.tokenizer FOLDER"
 _PACKAGES = ("open_clip", "clip", "eva_clip", "mobileclip")  # ship the file; found without being imported
 _MERGES = 48_894  # of the file's lines, the rest is not used by CLIP
@@ -109,7 +110,10 @@ class Tokenizer:
         """
         try:
             with open(path, encoding="utf-8") as file:
-                return cls(tokenizers.Tokenizer.from_str(file.read()), length)
+                text = file.read(FILE_LIMIT + 1)
+            if len(text) > FILE_LIMIT:
+                raise UserError(f"the tokenizer {path!r} has more than {FILE_LIMIT >> 20} MiB: no tokenizer of m3i_jax does; restore it")
+            return cls(tokenizers.Tokenizer.from_str(text), length)
         except OSError as error:
             raise UserError(f"the tokenizer {path!r} cannot be read: {error.strerror}") from error
         except UserError:

@@ -1,22 +1,21 @@
 """--mode=train: pre-train, or go on where the working directory stands."""
 
 import json
-import os
 import pathlib
-import tempfile
 from typing import Any
 
 import jax
 import numpy as np
 
 from m3i_jax import config as configuration
-from m3i_jax import parallel, schema
+from m3i_jax import parallel, privacy, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
 from m3i_jax.modes import job as jobs
 from m3i_jax.modes import pictures, report
 from m3i_jax.parallel import distributed
 from m3i_jax.reporting import panels, writers
+from m3i_jax.reporting.files import write_text
 from m3i_jax.training import loop
 from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
 from m3i_jax.training.trainer import Trainer
@@ -29,20 +28,14 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
         return pretrain(job, allow_changes)
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
-
-
 def agree(job: jobs.Job, position: dict[str, Any] | None, allow_changes: bool) -> None:
-    """A resumed run must be the run it resumes: same settings where they matter, same data."""
+    """A resumed run must be the run it resumes: same settings where they matter, same data. Secrets in paths are in neither text, so that
+    new credentials are no change."""
     saved, data = job.workdir / "config.txt", job.workdir / "data.txt"
-    text = configuration.to_text(job.config)
+    text, identity = privacy.redact(configuration.to_text(job.config)), privacy.redact(job.identity)
     changed = configuration.difference(saved.read_text(), text) if saved.is_file() and position else []
     if position and position["fingerprint"] != job.fingerprint:
-        told = configuration.difference(data.read_text(), job.identity) if data.is_file() else []
+        told = configuration.difference(data.read_text(), identity) if data.is_file() else []
         changed += [f"data, {line}" for line in told] or [f"data: {position['fingerprint']} -> {job.fingerprint}"]
     if changed and not allow_changes:
         raise UserError(
@@ -50,7 +43,7 @@ def agree(job: jobs.Job, position: dict[str, Any] | None, allow_changes: bool) -
             "choose another directory, or add --allow-changes to go on with the new one"
         )
     write_text(saved, text)
-    write_text(data, job.identity)
+    write_text(data, identity)
 
 
 def pretrain(job: jobs.Job, allow_changes: bool) -> int:

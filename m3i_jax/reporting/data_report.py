@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from m3i_jax import privacy
 from m3i_jax.reporting import show
 
 Report = Mapping[str, Any]
@@ -91,18 +92,23 @@ def text(report: Report) -> str:
     parts = [report["source"]["description"], show.table(facts(report), ("of the source", ""))]
     good = report["pictures"]["usable"]
     for title, bars in histograms(report):
-        bins = [(label, f"{n:,}", share(n, good), "#" * round(30 * n / max(m for _, m in bars))) for label, n in bars]
+        bins = [(_name(label), f"{n:,}", share(n, good), "#" * round(30 * n / max(m for _, m in bars))) for label, n in bars]
         parts.append(show.table(bins, (title, "pictures", "share", "")))
     if report["bad"]:
-        rows = [(row["reason"], f"{row['count']:,}", "; ".join(key for key, _ in row["examples"])) for row in report["bad"]]
+        rows = [(row["reason"], f"{row['count']:,}", "; ".join(_name(key) for key, _ in row["examples"])) for row in report["bad"]]
         parts.append(show.table(rows, ("bad", "records", "such as")))
     if report["duplicates"]["examples"]:
-        parts.append("same bytes: " + "; ".join(" = ".join(keys) for keys in report["duplicates"]["examples"]))
+        parts.append("same bytes: " + "; ".join(" = ".join(map(_name, keys)) for keys in report["duplicates"]["examples"]))
     sentence, chips = feeding(report)
     parts.append(sentence)
     if chips:
         parts.append(show.table(chips, ("chip", "peak", "asks for pictures/s", "fed by this machine")))
     return "\n\n".join(parts)
+
+
+def _name(text: str) -> str:
+    """A name out of the data, on one line of a terminal whatever is in it."""
+    return privacy.visible(text, line=True)
 
 
 def histograms(report: Report, most: int = 12) -> list[tuple[str, list[tuple[str, int]]]]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from m3i_jax import schema
+from m3i_jax import privacy, schema
 from m3i_jax.errors import UserError
 
 Values = dict[str, float]
@@ -245,5 +245,5 @@ def open_writers(config: schema.Config, workdir: pathlib.Path, *, resume_at: int
     if config.report.tensorboard:
         sinks["tensorboard"] = _TensorBoard(workdir, resume_at)
     if config.report.wandb:
-        sinks["wandb"] = _Wandb(config.report.wandb, workdir, dataclasses.asdict(config))
+        sinks["wandb"] = _Wandb(config.report.wandb, workdir, privacy.redacted(dataclasses.asdict(config)))
     return Writers(sinks, say)
