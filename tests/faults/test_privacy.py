@@ -19,6 +19,7 @@ from m3i_jax.data.tars import Tars
 from m3i_jax.errors import UserError
 from m3i_jax.modes import data as data_mode
 from m3i_jax.reporting import data_page, writers
+from m3i_jax.reporting import page as html_page
 from tests import broken
 from tests.faults.hostile import JPEG, ROOT, read_all, tar
 from tests.test_main import TINY
@@ -272,7 +273,7 @@ def test_text_of_the_data_does_nothing_on_the_page() -> None:
         '" style="background:url(javascript:fired())', "<a href=javascript:fired()>", "&lt;script&gt;fired()&lt;/script&gt;",
     ]  # fmt: skip
     picture = [{"jpeg": JPEG, "key": a, "size": "1 x 1", "label": a, "caption": a} for a in attacks]
-    page = data_page._pictures(picture) + data_page._table(attacks, [attacks], 1)
+    page = data_page._pictures(picture) + html_page.table(attacks, [attacks], 1)
     seen: list[tuple[str, dict[str, str | None]]] = []
     reader = html.parser.HTMLParser()
     reader.handle_starttag = lambda name, attributes: seen.append((name, dict(attributes)))

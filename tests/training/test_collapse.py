@@ -1,0 +1,32 @@
+"""The alarm of a collapse, on sequences of its monitors."""
+
+import pytest
+
+from m3i_jax.training import loop
+
+
+def rises(values: list[dict[str, float]]) -> list[int]:
+    watch = loop.Collapse()
+    return [step for step, line in enumerate(values) if watch.see(line)]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_alarm_knows_no_scale(scale: float) -> None:
+    """Deviation and uniformity are judged against the largest seen, a spread as it is; one bad step is no collapse."""
+    falling = [scale * 0.8**k for k in range(40)]
+    first = next(k for k in range(40) if falling[k] < 0.02 * falling[0])
+    assert rises([{"collapse/target_std": x} for x in falling]) == [first + loop.Collapse.PATIENCE - 1]
+    assert rises([{"collapse/uniformity": -x} for x in falling]) == [first + loop.Collapse.PATIENCE - 1]
+    assert rises([{"collapse/target_std": scale if k != 20 else 0.0} for k in range(40)]) == []
+    assert rises([{"collapse/target_std": scale * 1e-3}] * 40) == []  # small from the start is a scale, not a collapse
+
+
+def test_the_alarm_rises_once_a_collapse_and_again_after_a_recovery() -> None:
+    spread = [0.5] * 3 + [0.019] * 7 + [0.03, 0.021] + [0.001] * 9 + [0.05] + [0.01] * 6
+    assert rises([{"collapse/spread": x} for x in spread]) == [7, 26]
+
+
+def test_what_is_missing_or_not_finite_is_not_judged() -> None:
+    nothing = [{}, {"collapse/spread": float("nan")}, {"collapse/target_std": float("inf")}, {"loss": 0.0}]
+    assert rises(nothing * 9) == []
+    assert rises([{"collapse/target_std": 0.0}] * 9) == []  # never was anything
