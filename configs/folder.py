@@ -10,10 +10,10 @@ from m3i_jax.models import presets
 
 
 def get_config(path: str = "", model: str = "vit_s16", batch_size: int = 256, epochs: float = 400.0) -> ConfigDict:
-    """path: the folder. model: vit_tiny, vit_s16, vit_b16, vit_l16 or vit_h14. batch_size: images a step. epochs: passes over the
-    folder."""
+    """path: the folder. model: vit_tiny, _s16, _b16, _l16, _h14, internimage_pico, _t, _s, _b, _l, _xl, _h or _g.
+    batch_size: images a step. epochs: passes over the folder."""
     config = default()
-    config.model.update(presets.preset(model))
+    presets.use(config, model)
     config.data.source = "folder"
     config.data.path = path
     own_data(config, epochs=epochs, batch_size=batch_size)

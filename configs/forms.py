@@ -2,6 +2,7 @@
 
 python -m m3i_jax.main --config configs/forms.py:form=a,size=tiny --workdir runs/a
 python -m m3i_jax.main --config configs/forms.py:form=mim+clip,size=b --workdir runs/both --config.data.source=folder --config.data.path=DIR
+python -m m3i_jax.main --config configs/forms.py:form=sim,model=internimage_pico --workdir runs/k
 
 The letters a to l, ic and wsp take the recipe of the paper's ablations; a named method takes that and the settings it was published with.
 """
@@ -15,13 +16,15 @@ from m3i_jax.objective import methods, named
 SIZES = {"tiny": "vit_tiny", "s": "vit_s16", "b": "vit_b16", "l": "vit_l16"}
 
 
-def get_config(form: str = "m3i", size: str = "b", batch_size: int = 0, epochs: float = 0.0) -> ConfigDict:
-    """form: names joined by +. size: tiny, s, b or l. batch_size: images a step; 0: 4,096, tiny: 64. epochs: 0: as published, 400 for
-    the forms of the paper's ablations; tiny: 400 steps."""
+def get_config(form: str = "m3i", size: str = "b", model: str = "", batch_size: int = 0, epochs: float = 0.0) -> ConfigDict:
+    """form: names joined by +. size: of a ViT: tiny, s, b or l. model: a preset instead, vit_h14 or internimage_pico, _t, _s, _b, _l, _xl,
+    _h or _g; pico is as tiny. batch_size: images a step; 0: 4,096, tiny: 64. epochs: 0: as published, 400 for the forms of the paper's
+    ablations; tiny: 400 steps."""
     if size not in SIZES:
         raise ValueError(f"size {size!r} is none of {', '.join(SIZES)}")
-    config = default()
-    config.model.update(presets.preset(SIZES[size]))
+    config, model = default(), model or SIZES[size]
+    presets.use(config, model)
+    tiny = model in presets.TOYS
     names = tuple(methods.LETTERS.get(name, name) for name in form.split("+"))
     config.objective.forms = names
     config.train.epochs = 400.0  # M3I section 4.2
@@ -31,10 +34,10 @@ def get_config(form: str = "m3i", size: str = "b", batch_size: int = 0, epochs: 
     if epochs:
         config.train.epochs = epochs
     config.optim.warmup_epochs = min(40.0, 0.1 * config.train.epochs)
-    if size == "tiny":
+    if tiny:
         _tiny(config)
-    rescale(config, batch_size or (64 if size == "tiny" else 4096))
-    if size == "tiny":
+    rescale(config, batch_size or (64 if tiny else 4096))
+    if tiny:
         config.optim.lr = 2e-3
         config.optim.ema = min(config.optim.ema, 0.98)  # of a run of hundreds of steps
     return config

@@ -1,7 +1,8 @@
-"""The paper's pre-training runs, Table 7 to the letter: ImageNet-1k with categories, YFCC-15M with captions, 442 million pictures of both.
+"""The paper's pre-training runs, Table 7 to the letter: ImageNet-1k with categories and YFCC-15M with captions, a ViT-B/16 each, and 442
+million pictures of both, InternImage-H. Any other model can be put on any data.
 
 python -m m3i_jax.main --config configs/m3i.py:data=imagenet,model=vit_b16,epochs=1600,path=/data/imagenet --workdir runs/m3i
-python -m m3i_jax.main --config configs/m3i.py:data=joint,model=vit_l16 --mode=show
+python -m m3i_jax.main --config configs/m3i.py:data=joint,model=internimage_h --mode=show
 
 [P] is the paper's Table 7, [S] its section 4, [C] a choice of this project where the paper is silent; the README lists those in full.
 
@@ -25,26 +26,27 @@ SIZE = {"imagenet": 1_281_167, "yfcc": 14_829_396, "joint": 442_000_000}
 
 
 def get_config(data: str = "imagenet", model: str = "vit_b16", epochs: float = 0.0, batch_size: int = 0, path: str = "data") -> ConfigDict:
-    """data: imagenet, yfcc or joint. model: vit_b16, vit_l16, vit_h14 (vit_s16 and vit_tiny for a trial). epochs, batch_size: 0: the
-    paper's. path: imagenet: folder with train/ and val/; yfcc: folder of img2dataset tars; joint: folder with imagenet22k/ (a folder a
-    class) and the folders of tars laion400m/, yfcc15m/ and cc12m/."""
+    """data: imagenet, yfcc or joint. model: vit_b16, vit_l16, vit_h14 (vit_s16 and vit_tiny for a trial), internimage_t, _s, _b, _l, _xl,
+    _h or _g. epochs, batch_size: 0: the paper's. path: imagenet: folder with train/ and val/; yfcc: folder of img2dataset tars; joint:
+    folder with imagenet22k/ (a folder a class) and the folders of tars laion400m/, yfcc15m/ and cc12m/."""
     if data not in EPOCHS:
         raise UserError(f"configs/m3i.py: data={data} is none of {', '.join(EPOCHS)}")
-    if model == "internimage_h":
-        raise UserError("configs/m3i.py: model=internimage_h cannot be pre-trained here yet; take vit_b16, vit_l16 or vit_h14")
     if model not in presets.PRESETS:
         raise UserError(f"configs/m3i.py: model={model} is none of {', '.join(presets.PRESETS)}")
     config, place = default(), path.rstrip("/")
 
-    # The model. ViT-B/16 [P]; of the others the paper gives no ViT: four decoder blocks of the encoder's width, 1024 at most [C].
-    config.model.update(presets.preset(model))
-    config.model.encoder.drop_path = 0.1  # [P]
-    config.model.encoder.drop_path_rule = "linear"  # [P]
+    # The model. ViT-B/16 and InternImage-H [P]; of the others the paper gives none: four decoder blocks of the encoder's width, 1024 at
+    # most [C]. InternImage-G goes with H, the smaller ones with the ViT [C].
+    presets.use(config, model)
+    huge = model in ("internimage_h", "internimage_g")
+    config.model.encoder.drop_path = 0.2 if huge else 0.1  # [P]
+    config.model.encoder.drop_path_rule = "uniform" if huge else "linear"  # [P]
+    config.model.scan = huge  # [C]: fifty layers compile as four
     config.model.dtype = "bfloat16"  # [C]; parameters, norms, softmax and losses are float32
 
     # What is seen.
-    config.data.image_size = 224  # [P]
-    config.data.mask = "blockwise"  # [P]
+    config.data.image_size = 192 if huge else 224  # [P]
+    config.data.mask = "blockwise"  # [P]; cells of 16 pixels [P], also where the deepest stage has 32 [C]: --config.data.mask_cell=32
     config.data.mask_ratio = 0.5  # [P]
     config.data.crop_scale = (0.08, 1.0)  # [C], as SiameseIM; the ops are [P], their strengths [C]
     config.data.tokenizer = "clip"  # [C]; the paper says only that the text tower is BERT-Base in size
@@ -89,7 +91,8 @@ def get_config(data: str = "imagenet", model: str = "vit_b16", epochs: float = 0
     config.optim.b1 = 0.9  # [P]
     config.optim.b2 = 0.95  # [P]
     config.optim.weight_decay = 0.1  # [P]; not of biases, norms, tokens, position tables, logit scale [C]
-    config.optim.clip = 1.0  # [C], as SiameseIM
+    config.optim.clip = presets.CLIP if config.model.backbone == "intern_image" else 1.0  # [C], as InternImage and SiameseIM
+    config.optim.offset_lr = 0.1  # [C], of DCNv3's offsets, as InternImage and SiameseIM's code
     config.optim.ema = 0.995  # [P]
     config.optim.ema_schedule = "cosine"  # [P]
     config.train.epochs = epochs or EPOCHS[data]
@@ -98,4 +101,5 @@ def get_config(data: str = "imagenet", model: str = "vit_b16", epochs: float = 0
     if batch < config.train.batch_size:
         rescale(config, batch)
     config.train.batch_size = batch
+    config.train.round_batch = data == "joint"  # [C]: 40,000 is no multiple of 2 x 64 chips
     return config

@@ -15,10 +15,11 @@ from m3i_jax.models import presets
 def get_config(
     sources: str = "", class_space: str = "shared", model: str = "vit_s16", batch_size: int = 256, epochs: float = 400.0
 ) -> ConfigDict:
-    """sources: separated by semicolons. class_space: shared (classes of one name are one) or separate. model: vit_tiny, vit_s16, vit_b16,
-    vit_l16 or vit_h14. batch_size: images a step. epochs: passes, of as many samples as all sources have pictures."""
+    """sources: separated by semicolons. class_space: shared (classes of one name are one) or separate. model: vit_tiny, _s16, _b16, _l16,
+    _h14, internimage_pico, _t, _s, _b, _l, _xl, _h or _g. batch_size: images a step. epochs: passes, of as many samples as all sources
+    have pictures."""
     config = default()
-    config.model.update(presets.preset(model))
+    presets.use(config, model)
     config.data.source = "mixture"
     config.data.mixture = tuple(source.strip() for source in sources.split(";") if source.strip())
     config.data.class_space = class_space

@@ -9,11 +9,13 @@ from m3i_jax.config import default
 from m3i_jax.models import presets
 
 
-def get_config(size: int = 40_000, steps: int = 420) -> ConfigDict:
-    """size: pictures to render. steps: optimizer steps."""
+def get_config(size: int = 40_000, steps: int = 420, model: str = "vit_tiny") -> ConfigDict:
+    """size: pictures to render. steps: optimizer steps. model: vit_tiny or internimage_pico."""
     config = default()
-    config.model.update(presets.preset("vit_tiny"))
-    config.model.encoder.update({"width": 128, "depth": 3, "heads": 4, "drop_path": 0.0})  # one pass over the data: nothing to regularise
+    presets.use(config, model)
+    if model == "vit_tiny":
+        config.model.encoder.update({"width": 128, "depth": 3, "heads": 4})
+    config.model.encoder.drop_path = 0.0  # one pass over the data: nothing to regularise
     config.model.encoder.freeze_patch_embed = False  # a random map of 8 x 8 x 3 numbers to 128 loses a third of them
     config.model.decoder.depth = 1
     config.model.pool.update({"width": 128, "heads": 4})

@@ -19,10 +19,10 @@ def get_config(
     epochs: float = 400.0,
 ) -> ConfigDict:
     """name: as TFDS writes it, such as imagenet2012:5.1.0, or the directory of one version. directory: where prepared data sets lie, if not
-    in TFDS's default place. split: to train on. holdout_split: for evaluators; empty: a tenth of the training split. model: vit_tiny,
-    vit_s16, vit_b16, vit_l16 or vit_h14. batch_size: images a step. epochs: passes over the split."""
+    in TFDS's default place. split: to train on. holdout_split: for evaluators; empty: a tenth of the training split. model: vit_tiny, _s16,
+    _b16, _l16, _h14, internimage_pico, _t, _s, _b, _l, _xl, _h or _g. batch_size: images a step. epochs: passes over the split."""
     config = default()
-    config.model.update(presets.preset(model))
+    presets.use(config, model)
     config.data.source = "tfds"
     config.data.path = name
     config.data.directory = directory

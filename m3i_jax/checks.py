@@ -1,5 +1,7 @@
 """What makes a configuration impossible, said before anything is compiled: the key, the value, the reason and the way out."""
 
+import dataclasses
+
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 
@@ -24,6 +26,9 @@ def _ranges(c: schema.Config) -> None:
         "optim.ema": (o.ema,),
         "optim.b1": (o.b1,),
         "optim.b2": (o.b2,),
+        "optim.layer_decay": (o.layer_decay,),
+        "optim.offset_lr": (o.offset_lr,),
+        "optim.center_lr": (o.center_lr,),
     }
     for key, values in probabilities.items():
         for value in values:
@@ -91,8 +96,11 @@ def _ranges(c: schema.Config) -> None:
 
 def _towers(c: schema.Config) -> None:
     m = c.model
+    if m.backbone == "intern_image":
+        _intern_image(c)
+    vit = m.encoder if m.backbone == "vit" else schema.Encoder()
     for key, width, heads in (
-        ("model.encoder.heads", m.encoder.width, m.encoder.heads),
+        ("model.encoder.heads", vit.width, vit.heads),
         ("model.decoder.heads", m.decoder.width, m.decoder.heads),
         ("model.text.heads", m.text.width, m.text.heads),
         ("model.pool.heads", m.encoder.width, m.pool.heads),
@@ -108,6 +116,30 @@ def _towers(c: schema.Config) -> None:
     _require(m.text.embed >= 1, "model.text.embed", m.text.embed, "must be at least 1")
 
 
+def _intern_image(c: schema.Config) -> None:
+    m, e, plain, where = c.model.intern_image, c.model.encoder, schema.Encoder(), "for model.backbone=intern_image"
+    for key, value in {"depth": plain.depth, "heads": plain.heads, "mlp_ratio": plain.mlp_ratio}.items():
+        why = f"is of the ViT and does nothing {where}, whose settings are model.intern_image; leave it at {value}"
+        _require(getattr(e, key) == value, f"model.encoder.{key}", getattr(e, key), why)
+    for key, what in {"cls_token": "cls token", "final_norm": "norm after its features", "freeze_patch_embed": "patch embedding"}.items():
+        _require(not getattr(e, key), f"model.encoder.{key}", True, f"must be false {where}: it has no {what}")
+    _require(m.width >= 2 and m.width % 2 == 0, "model.intern_image.width", m.width, "must be an even number: the stem starts with half")
+    for key, numbers, count in (("depths", m.depths, 4), ("groups", m.groups, 4), ("stem_strides", m.stem_strides, 2)):
+        enough = len(numbers) == count and min(numbers, default=0) >= 1
+        _require(enough, f"model.intern_image.{key}", numbers, f"must be {count} numbers of at least 1")
+    widths = tuple(m.width * 2**i for i in range(4))
+    fits = all(w % g == 0 for w, g in zip(widths, m.groups, strict=True))
+    _require(fits, "model.intern_image.groups", m.groups, f"must divide the channels of the stages, {widths}")
+    _require(m.kernel >= 1 and m.kernel % 2 == 1, "model.intern_image.kernel", m.kernel, "must be odd")
+    for key in ("layer_scale", "extra_norm"):
+        _require(getattr(m, key) >= 0, f"model.intern_image.{key}", getattr(m, key), "must not be negative")
+    for key in ("offset_scale", "mlp_ratio"):
+        _require(getattr(m, key) > 0, f"model.intern_image.{key}", getattr(m, key), "must be positive")
+    stride, size = 4 * m.stem_strides[0] * m.stem_strides[1], c.data.image_size
+    _require(e.patch_size == stride, "model.encoder.patch_size", e.patch_size, f"must be {stride} {where}: the stride of its third stage")
+    _require(size % (2 * stride) == 0, "data.image_size", size, f"must be a multiple of {2 * stride} {where}: the stride of its last stage")
+
+
 def settings(c: schema.Config) -> None:
     """Raise UserError for the first setting that cannot work, whatever the data and the devices are."""
     _ranges(c)
@@ -118,6 +150,13 @@ def settings(c: schema.Config) -> None:
         patch >= 1 and image % max(patch, 1) == 0, "data.image_size", image, f"must be a multiple of model.encoder.patch_size, {patch}"
     )
     _require(2 <= c.grid <= 64, "data.image_size", image, f"gives a grid of {c.grid} x {c.grid} patches of {patch}; 2 to 64 a side work")
+    cell = c.data.mask_cell
+    _require(
+        cell >= 0 and cell % patch == 0 and image % max(cell, 1) == 0,
+        "data.mask_cell",
+        cell,
+        f"must be a multiple of model.encoder.patch_size, {patch}, that divides data.image_size, {image}; 0 is a patch",
+    )
     _require(0 < c.hidden < c.tokens, "data.mask_ratio", c.data.mask_ratio, f"must hide at least one and not all of the {c.tokens} cells")
     _require(c.train.batch_size % 2 == 0, "train.batch_size", c.train.batch_size, "must be even: images are mixed in pairs")
     mesh = c.parallel.mesh
@@ -144,12 +183,36 @@ def _compared(c: schema.Config) -> None:
 
 def devices(c: schema.Config, shape: tuple[int, int, int]) -> None:
     """Raise UserError if the batch cannot be split over a mesh of this (replica, fsdp, tensor) shape."""
-    shards = shape[0] * shape[1]
-    unit = 2 * shards * c.train.microbatches
+    unit, why = _unit(c, shape)
     _require(
         c.train.batch_size % unit == 0,
         "train.batch_size",
         c.train.batch_size,
-        f"must be a multiple of {unit}: 2 images mixed x {shards} data shards x {c.train.microbatches} microbatches; "
+        f"must be a multiple of {why}; "
         f"nearest: {max(unit, c.train.batch_size // unit * unit)} or {(c.train.batch_size // unit + 1) * unit}",
     )
+
+
+def _unit(c: schema.Config, shape: tuple[int, int, int]) -> tuple[int, str]:
+    shards, parts = shape[0] * shape[1], c.train.microbatches
+    unit = 2 * shards * parts
+    return unit, f"{unit}: 2 images mixed x {shards} data shards x {parts} microbatches"
+
+
+def fitted(c: schema.Config, shape: tuple[int, int, int]) -> tuple[schema.Config, str]:
+    """The configuration on a mesh of this (replica, fsdp, tensor) shape, and one line if its batch was rounded up for it, else "".
+
+    Raises:
+      UserError: a batch that cannot be split over the mesh, without `train.round_batch`.
+
+    >>> config = schema.Config(train=schema.Train(batch_size=40_000, round_batch=True))
+    >>> fitted(config, (8, 8, 1))[0].train.batch_size, fitted(config, (256, 1, 1))[0].train.batch_size
+    (40064, 40448)
+    """
+    asked, (unit, why) = c.train.batch_size, _unit(c, shape)
+    told = ""
+    if c.train.round_batch and asked % unit:
+        c = dataclasses.replace(c, train=dataclasses.replace(c.train, batch_size=-(-asked // unit) * unit))
+        told = f"train.batch_size: {asked:,} rounded up to {c.train.batch_size:,}, a multiple of {why}"
+    devices(c, shape)
+    return c, told

@@ -55,6 +55,7 @@ class Data:
     flip_p: float = option(0.5, "probability of a horizontal flip, each view by itself")
     mask_ratio: float = option(0.5, "share of the cells that show the partner image [P]")
     mask: str = option("blockwise", "how masks are drawn [P: blockwise]", "blockwise", "uniform")
+    mask_cell: int = option(0, "side of a mask cell in pixels, a multiple of model.encoder.patch_size; 0: that of a patch [P: 16]")
     tokenizer: str = option("train", "train: BPE learnt from the source's captions; clip: CLIP's BPE", "train", "clip")
     vocabulary: str = option("", "clip: path of bpe_simple_vocab_16e6.txt.gz; empty: an installed package that ships it")
     vocabulary_size: int = option(1024, "train: most entries of the learnt vocabulary")
@@ -71,18 +72,38 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """The vision transformer whose features are the product."""
+    """The encoder whose features are the product. Patch size, width and drop path are those of any backbone, the others of the ViT."""
 
-    patch_size: int = option(16, "side of a patch, and of a mask cell, in pixels [P]")
-    width: int = option(768, "token width")
-    depth: int = option(12, "blocks")
-    heads: int = option(12, "attention heads; must divide width")
+    patch_size: int = option(16, "side of a patch, the pixels of one dense feature [P]")
+    width: int = option(768, "width of the dense features")
+    depth: int = option(12, "ViT: blocks")
+    heads: int = option(12, "ViT: attention heads; must divide width")
+    mlp_ratio: float = option(4.0, "ViT: hidden width of the MLP over width")
+    drop_path: float = option(0.1, "stochastic depth rate [P; InternImage-H: 0.2]")
+    drop_path_rule: str = option(
+        "linear", "linear: from 0 to the rate; uniform: the rate everywhere [P: linear; InternImage-H: uniform]", "linear", "uniform"
+    )
+    cls_token: bool = option(True, "ViT: prepend a learned token")
+    final_norm: bool = option(False, "ViT: LayerNorm after the last block")
+    freeze_patch_embed: bool = option(True, "ViT: keep the patch embedding at its initial values")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InternImage:
+    """The convolutional backbone of the paper's largest run; the defaults are InternImage-H. Its dense features are as wide as
+    `model.encoder.width`, one for `model.encoder.patch_size` pixels, which must be the stride of the last but one stage."""
+
+    width: int = option(320, "channels of the first of four stages; each next has twice as many")
+    depths: tuple[int, ...] = option((6, 6, 32, 6), "layers of the four stages")
+    groups: tuple[int, ...] = option((10, 20, 40, 80), "DCNv3 groups of the four stages; must divide their channels")
+    norm: str = option("res_post", "pre: x + f(n(x)); post: x + n(f(x)); res_post: x + n'(f(n(x)))", "pre", "post", "res_post")
+    layer_scale: float = option(0.0, "first value of the learned factor of every branch; 0: there is none")
+    offset_scale: float = option(1.0, "factor of DCNv3's points and offsets")
+    kernel: int = option(5, "side of the depth-wise convolution before offsets and masks; odd")
+    center_scale: bool = option(True, "DCNv3 mixes in the undisplaced centre by a learned share")
+    extra_norm: int = option(6, "stage 3 has a norm after every so many layers; 0: none")
     mlp_ratio: float = option(4.0, "hidden width of the MLP over width")
-    drop_path: float = option(0.1, "stochastic depth rate [P]")
-    drop_path_rule: str = option("linear", "linear: from 0 to the rate; uniform: the rate everywhere [P: linear]", "linear", "uniform")
-    cls_token: bool = option(True, "prepend a learned token")
-    final_norm: bool = option(False, "LayerNorm after the last block")
-    freeze_patch_embed: bool = option(True, "keep the patch embedding at its initial values")
+    stem_strides: tuple[int, ...] = option((2, 2), "strides of the stem's two convolutions")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,7 +155,9 @@ class Text:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
+    backbone: str = option("vit", "kind of the encoder; intern_image is made of model.intern_image", "vit", "intern_image")
     encoder: Encoder = section(Encoder)
+    intern_image: InternImage = section(InternImage)
     decoder: Decoder = section(Decoder)
     pool: Pool = section(Pool)
     head: Head = section(Head)
@@ -202,6 +225,9 @@ class Optim:
     b2: float = option(0.95, "AdamW beta 2 [P]")
     eps: float = option(1e-8, "AdamW epsilon")
     clip: float = option(1.0, "global gradient norm is clipped to this; 0: not clipped")
+    layer_decay: float = option(1.0, "factor of the learning rate from a layer of the encoder to the one below it; 1: none")
+    offset_lr: float = option(0.1, "factor of the learning rate of DCNv3's offsets (InternImage)")
+    center_lr: float = option(1.0, "factor of the learning rate of DCNv3's centre scale (InternImage fine-tunes with 0.1)")
     ema: float = option(0.995, "first momentum of the target encoder [P]")
     ema_schedule: str = option("cosine", "of the momentum: cosine to 1 [P], or constant", "cosine", "constant")
 
@@ -210,6 +236,7 @@ class Optim:
 class Train:
     batch_size: int = option(4096, "images a step; each plays the role i and the role j once [P]")
     microbatches: int = option(1, "parts a step is computed in, with the same result")
+    round_batch: bool = option(False, "a batch_size that does not divide into pairs on the devices is rounded up and said, not refused")
     epochs: float = option(1600.0, "passes over the training pictures, unless steps is set [P]")
     steps: int = option(0, "optimizer steps; 0: from epochs")
     log_every: int = option(50, "steps between lines of metrics")
@@ -278,7 +305,7 @@ class Config:
 
     @property
     def grid(self) -> int:
-        """Cells a side of the mask, which are the patches of the encoder."""
+        """Dense features a side: the patches of the encoder."""
         return self.data.image_size // self.model.encoder.patch_size
 
     @property
@@ -288,5 +315,10 @@ class Config:
 
     @property
     def hidden(self) -> int:
-        """Cells of a view that show the partner: a fixed number, so that shapes are static."""
-        return round(self.data.mask_ratio * self.tokens)
+        """Patches of a view that show the partner: a fixed number, so that shapes are static."""
+        return round(self.data.mask_ratio * (self.grid // self.cell) ** 2) * self.cell**2
+
+    @property
+    def cell(self) -> int:
+        """Patches a side of a mask cell."""
+        return max(self.data.mask_cell // self.model.encoder.patch_size, 1)

@@ -100,7 +100,8 @@ class Maker:
 
     data: schema.Data
     seed: int
-    grid: int
+    grid: int  # patches a side, and of a mask cell
+    cell: int
     hidden: int
     source: Source
     tokenizer: Tokenizer | None
@@ -191,7 +192,8 @@ class Maker:
 
     def _mask(self, first: int) -> np.ndarray:
         draw = masks.blockwise if self.data.mask == "blockwise" else masks.uniform
-        return draw(self.seed, first, self.rows, grid=self.grid, hidden=self.hidden)
+        cells = draw(self.seed, first, self.rows, grid=self.grid // self.cell, hidden=self.hidden // self.cell**2)
+        return masks.enlarge(cells, self.cell)
 
 
 def _told(bad: dict[str, tuple[int, list[str]]]) -> str:
@@ -273,11 +275,11 @@ def iterate(config: schema.Config, source: Source, tokenizer: Tokenizer | None, 
         host, hosts: which contiguous share of the rows to make.
 
     Returns:
-        An iterator of dicts of numpy arrays, with B = batch_size / hosts rows, S = image_size, N = cells of the mask, L = caption length:
+        An iterator of dicts of numpy arrays, with B = batch_size / hosts rows, S = image_size, N = patches, L = caption length:
         views uint8 [B, 2, S, S, 3]: input and target view, flipped already;
         box float32 [B, 2, 4]: top, left, height, width in pixels of the un-mirrored picture;
         flip bool [B, 2]; label int32 [B], -1 = none; position uint32 [B, 2], high and low word;
-        mask bool [B, N]: True = own image, exactly `config.hidden` False a row;
+        mask bool [B, N]: True = own image, exactly `config.hidden` False a row, the same within a mask cell;
         with a tokenizer, tokens int32 [B, L] and length int32 [B], 0 = no caption.
         The partner of row b is row b ^ 1.
 
@@ -310,6 +312,7 @@ def iterate(config: schema.Config, source: Source, tokenizer: Tokenizer | None, 
         data=data,
         seed=config.seed,
         grid=config.grid,
+        cell=config.cell,
         hidden=config.hidden,
         source=source,
         tokenizer=tokenizer,

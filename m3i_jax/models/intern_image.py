@@ -17,39 +17,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m3i_jax import schema
 from m3i_jax.models.intern_image_layer import Layer, convolve, dense, norm, run_layers
 from m3i_jax.models.layers import Params, gelu
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InternImage:
-    """Settings; the defaults are InternImage-H.
+class InternImage(schema.InternImage):
+    """Settings of the net by itself: those of a run's `model.intern_image`, and what a run says for any backbone. The defaults are
+    InternImage-H.
 
-    width: channels of the first stage; each next has twice as many.
-    depths, groups: layers and DCNv3 groups of the four stages.
-    norm: pre: x + f(norm(x)); post: x + norm(f(x)); res_post: x + norm'(f(norm(x))). Stages end with a norm unless norm is post and there
-      is no centre scale.
-    layer_scale: first value of the learned factor of every branch; 0: there is none.
-    offset_scale: factor of DCNv3's points and offsets.
-    kernel: side of the depth-wise convolution before offsets, masks and centre scale.
-    center_scale: mix in the undisplaced centre by a learned share.
-    extra_norm: stage 3 has a norm after every so many layers ("level-2 post-norm"); 0: none.
+    Stages end with a norm unless `norm` is post and there is no centre scale. `extra_norm` is the "level-2 post-norm" of the release.
+
     fused: width of the fused dense features; 0: no fusion, `apply` is not available.
-    stem_strides: of the stem's two convolutions; the published nets have (2, 2).
+    drop_path, drop_path_rule: rate of stochastic depth, linear from 0 or uniform.
     """
 
-    width: int = 320
-    depths: tuple[int, ...] = (6, 6, 32, 6)
-    groups: tuple[int, ...] = (10, 20, 40, 80)
-    norm: str = "res_post"
-    layer_scale: float = 0.0
-    offset_scale: float = 1.0
-    kernel: int = 5
-    center_scale: bool = True
-    extra_norm: int = 6
-    mlp_ratio: float = 4.0
     fused: int = 1024
-    stem_strides: tuple[int, ...] = (2, 2)
     drop_path: float = 0.2
     drop_path_rule: str = "uniform"
 

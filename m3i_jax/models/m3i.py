@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import schema
-from m3i_jax.models import decoder, pooling, text, vit
+from m3i_jax.models import backbones, decoder, pooling, text
 from m3i_jax.models import heads as small
 from m3i_jax.models.initial import draw, shapes_of
 from m3i_jax.models.layers import Dense, Params
@@ -65,7 +65,9 @@ def init(config: schema.Config, rng: jax.Array, terms: Terms, *, classes: int, v
     keys = dict(zip(PARTS, jax.random.split(rng, len(PARTS)), strict=True))
     targets = {t.target.of for t in terms}
     by_category, by_text = "category" in targets and classes > 0, "text" in targets and vocabulary > 0
-    params: dict[str, Any] = {"encoder": vit.init(model, keys["encoder"], mask_token=any(p.filled for t in terms for p in t.passes))}
+    backbone = backbones.of(model)
+    filled = any(p.filled or (p.masked and not backbone.drops) for t in terms for p in t.passes)
+    params: dict[str, Any] = {"encoder": backbone.init(model, keys["encoder"], mask_token=filled)}
     dense = {t.target.of for t in terms if isinstance(t.head, Decoder)}
     if dense:
         params["decoder"] = decoder.init(model, keys["decoder"], of=dense)
@@ -148,13 +150,13 @@ def encode(
     hidden: jax.Array | None = None,
     blocks: int = 1,
 ) -> jax.Array:
-    """Features [B, T, D] of every token, cls first: `vit.apply` on the grid of the configuration.
+    """Features [B, T, D] of every token, cls first where there is one: the backbone's `apply` on the grid of the configuration.
 
     Args:
       config: settings.
       encoder: `params["encoder"]`, or the momentum target.
       patches_BxNxP: as of `vit.patchify`.
-      index: [B, K], cells that are read; None: all.
+      index: [B, K], cells that are read, the only ones to have features; None: all.
       keep: [B, L, 2], factors of stochastic depth; None: off.
       hidden: bool [B, N], cells that the mask token stands for; None: none.
       blocks: more than 1: the mean over the normalised outputs of this many last blocks, float32.
@@ -165,7 +167,7 @@ def encode(
     (2, 5, 768)
     """
     settings: dict[str, Any] = {"index_BxK": index, "keep_BxLx2": keep, "hidden_BxN": hidden, "blocks": blocks}
-    return vit.apply(config.model, encoder, patches_BxNxP, grid=config.grid, **settings)
+    return backbones.of(config.model).apply(config.model, encoder, patches_BxNxP, grid=config.grid, **settings)
 
 
 def queries(config: schema.Config, params: Params, raw_xNx2W: jax.Array) -> jax.Array:

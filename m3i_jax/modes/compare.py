@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from m3i_jax import parallel, schema
+from m3i_jax.models import backbones
 from m3i_jax.modes import job as jobs
 from m3i_jax.modes import train
 from m3i_jax.objective import named
@@ -117,10 +118,10 @@ def flops_a_step(job: jobs.Job) -> float:
 def notes(whole: jobs.Job, results: list[dict[str, Any]], failed: list[str]) -> list[str]:
     """What must be known to read the table."""
     config, count = whole.config, whole.config.compare.seeds
-    encoder, steps = config.model.encoder, max((int(r["values"]["step"]) for r in results), default=0)
+    steps = max((int(r["values"]["step"]) for r in results), default=0)
     out = [
         f"{whole.train.description()}; {len(whole.held_out):,} held out. {steps:,} steps of {config.train.batch_size} images of "
-        f"{config.data.image_size} pixels, encoder of {encoder.depth} blocks of {encoder.width}.",
+        f"{config.data.image_size} pixels, encoder of {backbones.of(config.model).describe(config.model)}.",
         f"Mean ± standard deviation over {count} seeds." if count > 1 else "One seed: differences may be chance; set config.compare.seeds.",
         "Only the objective differs between rows, and losses of different objectives are not on one scale.",
         "kNN, linear: of the pooling where the objective trains it (category or text), else of the mean of the patch tokens.",

@@ -49,11 +49,14 @@ class Job:
         return pipeline.iterate(self.config, self.train, self.tokenizer, start=start, host=jax.process_index(), hosts=jax.process_count())
 
 
-def mesh(config: schema.Config) -> jax.sharding.Mesh:
-    """The mesh of a configuration on the devices that are here; refuses a batch that cannot be split over it."""
-    out = parallel.make_mesh(config.parallel.mesh)
-    checks.devices(config, tuple(out.shape[a] for a in parallel.AXES))  # type: ignore[arg-type]
-    return out
+def placed(config: schema.Config) -> tuple[schema.Config, jax.sharding.Mesh]:
+    """The configuration, its batch rounded if so configured, and its mesh on the devices that are here; refuses a batch that cannot be
+    split over it."""
+    mesh = parallel.make_mesh(config.parallel.mesh)
+    config, told = checks.fitted(config, tuple(mesh.shape[a] for a in parallel.AXES))  # type: ignore[arg-type]
+    if told and not jax.process_index():
+        print(told, flush=True)
+    return config, mesh
 
 
 def with_forms(config: schema.Config, forms: tuple[str, ...]) -> schema.Config:
@@ -70,7 +73,7 @@ def open_job(config: schema.Config, workdir: str, *, trains: Iterable[tuple[str,
       trains: the objectives (names of forms) that will be trained on it. If none of them reads captions, there is no vocabulary to learn
         and no token to carry, unless `data.captions` is "yes". Empty: whoever opens the data looks at all of it.
     """
-    devices = mesh(config)
+    config, devices = placed(config)
     place = pathlib.Path(workdir)
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     with parallel.first("index"):  # the first host reads the headers of all files, the others read what it kept

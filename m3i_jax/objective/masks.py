@@ -190,6 +190,25 @@ def uniform(seed: int, first: int, rows: int, *, grid: int, hidden: int) -> np.n
     return mask
 
 
+def enlarge(mask: np.ndarray, factor: int) -> np.ndarray:
+    """The same masks on a grid of smaller patches: a cell becomes `factor` x `factor` of them (SimMIM's cells of 32 pixels).
+
+    Args:
+      mask: bool [rows, G * G], row-major cells.
+      factor: patches a side of a cell.
+
+    Returns:
+      bool [rows, (G * factor)^2].
+
+    >>> enlarge(np.array([[True, False, False, True]]), 2)[0].reshape(4, 4).astype(int).tolist()
+    [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+    """
+    if factor == 1:
+        return mask
+    grid = math.isqrt(mask.shape[1])
+    return mask.reshape(-1, grid, grid).repeat(factor, 1).repeat(factor, 2).reshape(len(mask), -1)
+
+
 def _check(grid: int, hidden: int) -> None:
     if not 1 <= grid <= 64:
         raise ValueError(f"grid is {grid}; it must lie in 1..64: a row of cells is one 64-bit word")

@@ -10,8 +10,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # (pattern of the path, axes of the last dimensions). Leading dimensions, such as the layer axis of stacked blocks, are never split.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"(qkv|fc1|query|key|value)/kernel$", ("fsdp", "tensor")),
-    (r"(out|fc2)/kernel$", ("tensor", "fsdp")),
+    (r"(qkv|fc1|query|key|value|input|deep|shallow)/kernel$", ("fsdp", "tensor")),
+    (r"(out|fc2|output)/kernel$", ("tensor", "fsdp")),
+    (r"dcn/(offset|mask|center)/kernel$", ("fsdp", "tensor")),  # columns are groups, as those of DCNv3's input are
+    (r"depthwise/kernel$", ("fsdp",)),
     (r"token_table$", ("tensor", "fsdp")),
     (r"kernel$", ("fsdp", None)),
     (r"", ()),

@@ -1,15 +1,19 @@
 """Floating-point operations of matrix products and convolutions, counted on the traced program: a scan counts as often as it runs, the
 share of a device as often as there are devices, and nothing is compiled. (XLA's own cost analysis counts the body of a scan once, and a
-partitioned program on one device.) Without loops, on one device, the numbers are those of XLA."""
+partitioned program on one device.) Without loops, on one device, the numbers are those of XLA. A while loop, whose turns only the data
+decide, counts as often as whoever wrote it expects: it stands in `jax.named_scope("turns=3")`."""
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core
+
+_TURNS = re.compile(r"turns=(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,7 @@ def count(function: Callable[..., Any], *arguments: Any) -> Flops:
     them; of the branches of a condition, the dearest counts.
 
     Raises:
-      ValueError: for matrix products in a while loop, whose number of turns is unknown.
+      ValueError: for matrix products in a while loop whose number of turns is unknown and not stated.
 
     >>> import jax.numpy as jnp
     >>> count(lambda a, b: a @ b, jnp.zeros((2, 3)), jnp.zeros((3, 4)))
@@ -78,7 +82,13 @@ def _equation(equation: Any, wanted: list[bool]) -> Flops:
         return Flops(conv=2.0 * _convolution(equation))
     inner = [_of(p, wanted if len(p.outvars) == len(wanted) and name != "scan" else [True] * len(p.outvars)) for p in _programs(params)]
     if name == "while" and any(f.total for f in inner):
-        raise ValueError("matrix products in a while loop: how often it runs is not known before it does; use lax.scan, or count one turn")
+        stated = _TURNS.findall(str(equation.source_info.name_stack))
+        if not stated:
+            raise ValueError(
+                "matrix products in a while loop: how often it runs is not known before it does; use lax.scan, or state it by "
+                'jax.named_scope("turns=N")'
+            )
+        return sum(inner, Flops()).times(float(stated[-1]))
     if name == "cond":
         return max(inner, key=lambda f: f.total)
     return sum(inner, Flops()).times(_repeats(name, params))

@@ -7,17 +7,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from m3i_jax import schema
-from m3i_jax.models import m3i
+from m3i_jax.models import backbones, m3i
 from m3i_jax.objective import balance, target
 from m3i_jax.objective.methods import Terms
 from m3i_jax.parallel.rules import path_of
 
-# Never decayed, whatever their rank: tokens, position tables, norms, biases and the logit scale (SiameseIM decays the rank-3 tokens;
-# BEiT and MAE's fine-tuning do not).
-_NO_DECAY = re.compile(r"(^|/)(bias|scale|cls_token|mask_token|query_token|prototypes|positions|logit_scale)$|(^|/)\w*_bias$")
+# Never decayed, whatever their rank: tokens, position tables, norms, biases, LayerScale and the logit scale (SiameseIM decays the rank-3
+# tokens; BEiT and MAE's fine-tuning do not).
+_NO_DECAY = re.compile(r"(^|/)(bias|scale|gamma[12]|cls_token|mask_token|query_token|prototypes|positions|logit_scale)$|(^|/)\w*_bias$")
 LOGIT_SCALE_LIMITS = (0.0, 4.605170185988092)  # ln 1 .. ln 100
 
 
@@ -29,6 +30,40 @@ def decayed(params: Any, *, freeze_patch_embed: bool = False) -> Any:
         return not _NO_DECAY.search(name) and not (freeze_patch_embed and name.startswith("encoder/patch_embed/"))
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def rate_factor(config: schema.Config, path: str) -> Any:
+    """What a parameter's learning rate is multiplied with: a number, or an array [L] of one a layer of a stacked parameter.
+
+    `optim.layer_decay` to the power of the layers above it, in the encoder alone; and `optim.offset_lr` or `optim.center_lr` of a DCNv3's
+    offsets or centre scale, whose products sample the map and start at zero (InternImage, and SiameseIM's code).
+
+    Args:
+      config: settings; `config.optim` and `config.model` are read.
+      path: as of `parallel.rules.path_of`, from the root of the parameters.
+
+    >>> config = schema.Config(optim=schema.Optim(layer_decay=0.5), model=schema.Model(encoder=schema.Encoder(depth=3)))
+    >>> rate_factor(config, "encoder/blocks/norm1/scale").tolist()
+    [0.125, 0.25, 0.5]
+    >>> rate_factor(config, "encoder/cls_token"), rate_factor(config, "pool/out/kernel")
+    (0.0625, 1.0)
+    """
+    o, within = config.optim, path.removeprefix("encoder/")
+    below = backbones.of(config.model).below(config.model, within) if within != path else 0
+    own = next((rate for part, rate in (("/dcn/offset/", o.offset_lr), ("/dcn/center/", o.center_lr)) if part in path), 1.0)
+    return o.layer_decay**below * own
+
+
+def scale_rates(config: schema.Config) -> optax.GradientTransformation:
+    """Multiplies every update with its `rate_factor`. Stands after the learning rate, where it is the same product and has no state."""
+
+    def one(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        factor = np.asarray(rate_factor(config, path_of(path)), np.float32)
+        if (factor == 1).all():
+            return update
+        return update * factor.reshape(factor.shape + (1,) * (update.ndim - factor.ndim))
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(one, updates))
 
 
 def learning_rate(optim: schema.Optim, *, steps: int, warmup: int) -> Callable[[Any], Any]:
@@ -97,6 +132,7 @@ def build(config: schema.Config, terms: Terms, *, steps: int, warmup: int) -> op
         optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps),
         optax.add_decayed_weights(o.weight_decay, mask=lambda params: decayed(params, freeze_patch_embed=freeze)),
         optax.scale_by_learning_rate(learning_rate(o, steps=steps, warmup=warmup)),
+        scale_rates(config),
     )
     return optax.named_chain(
         ("balance", balance.track_balance(config.objective.balance_decay)),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from m3i_jax import schema
 from m3i_jax.errors import UserError
+from m3i_jax.models import backbones
 from m3i_jax.objective import methods, named
 from m3i_jax.objective.methods import DENSE, PICTURES, Decoder, Pass, Projection, Target, Term, Terms
 
@@ -155,8 +156,20 @@ def _possible(made: Plan) -> None:
             ("objective.forms", any(isinstance(t.head, methods.Projection) and t.head.pool == "cls" for t in terms)),
         ):
             if wanted:
-                raise UserError(f"config.{key}: needs the cls token; set model.encoder.cls_token")
+                way = "set model.encoder.cls_token" if config.model.backbone == "vit" else f"{config.model.backbone} has none: use another"
+                raise UserError(f"config.{key}: needs the cls token; {way}")
     mixed = any(t.reads.mixed for t in terms)
+    backbone = backbones.of(config.model)
+    if config.objective.isolate and mixed and not backbone.isolates:
+        raise UserError(
+            f"config.objective.isolate: the layers of model.backbone={config.model.backbone} look across the seam of two images; use false"
+        )
+    averaged = [t.target.blocks for t in terms if t.target.blocks > 1]
+    if averaged and not backbone.averages:
+        raise UserError(
+            f"config.objective.forms: {', '.join(config.objective.forms)}: the target is a mean over the last {averaged[0]} blocks, which "
+            f"model.backbone={config.model.backbone} does not have; choose another form or vit"
+        )
     if config.objective.isolate and mixed and 2 * config.hidden != config.tokens:
         raise UserError(
             f"config.objective.isolate: needs as many cells of both images, and data.mask_ratio {config.data.mask_ratio} shows "

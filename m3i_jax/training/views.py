@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from m3i_jax import schema
 from m3i_jax.data import photometric
-from m3i_jax.models import layers, m3i, vit
+from m3i_jax.models import backbones, m3i, vit
 from m3i_jax.objective import mixing
 from m3i_jax.objective.methods import Pass
 
@@ -29,10 +29,10 @@ def patches(config: schema.Config, batch: Batch, crops: Iterable[int], *, exact:
 
 
 def drop_path(config: schema.Config, position_Bx2: jax.Array, salt: int) -> jax.Array | None:
-    """Keep factors [B, L, 2] of stochastic depth, 0 or 1 / (1 - p) for (attention, MLP) of every block; None where the rate is 0."""
+    """Keep factors [B, L, 2] of stochastic depth, 0 or 1 / (1 - p) for both branches of every layer; None where the rate is 0."""
     if not config.model.encoder.drop_path:
         return None
-    rates_Lx1 = jnp.asarray(layers.drop_rates(config.model.encoder))[:, None]
+    rates_Lx1 = jnp.asarray(backbones.of(config.model).drop_rates(config.model))[:, None]
     base = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROP_PATH), salt)
 
     def one(words_2: jax.Array) -> jax.Array:
