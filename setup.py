@@ -41,6 +41,7 @@ EXTRAS = {
     "fast": ["cykooz-resizer>=4.0.1"],
     "gcs": ["fsspec>=2025.1", "gcsfs>=2025.1"],
     "huggingface": ["datasets>=4.0"],
+    "maps": ["scikit-learn>=1.7"],
     "tensorboard": ["tensorboardX>=2.6.4"],
     "tfds": ["tensorflow-datasets>=4.9.10", "array_record>=0.8.3"],
     "wandb": ["wandb>=0.20"],

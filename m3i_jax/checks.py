@@ -57,6 +57,8 @@ def _ranges(c: schema.Config) -> None:
         "optim.eps": o.eps,
         "objective.gamma": c.objective.gamma,
         "evaluate.temperature": c.evaluate.temperature,
+        "evaluate.probe_lr": c.evaluate.probe_lr,
+        "evaluate.attentive_lr": c.evaluate.attentive_lr,
     }.items():
         _require(value > 0, key, value, "must be positive")
     for key, value in {
@@ -72,6 +74,7 @@ def _ranges(c: schema.Config) -> None:
         "data.threads": d.threads,
         "data.workers": d.workers,
         "data.size": d.size,
+        "evaluate.probe_warmup": c.evaluate.probe_warmup,
     }.items():
         _require(value >= 0, key, value, "must not be negative")
     for key, value in {
@@ -85,10 +88,19 @@ def _ranges(c: schema.Config) -> None:
         "data.image_size": d.image_size,
         "evaluate.train_limit": c.evaluate.train_limit,
         "evaluate.query_limit": c.evaluate.query_limit,
+        "evaluate.shot_seeds": c.evaluate.shot_seeds,
+        "evaluate.shots": min(c.evaluate.shots, default=0),
+        "evaluate.probe_epochs": c.evaluate.probe_epochs,
+        "evaluate.probe_batch": c.evaluate.probe_batch,
+        "evaluate.attentive_epochs": c.evaluate.attentive_epochs,
+        "evaluate.attentive_limit": c.evaluate.attentive_limit,
+        "evaluate.neighbours": c.evaluate.neighbours,
         "report.panel_rows": c.report.panel_rows,
         "compare.seeds": c.compare.seeds,
     }.items():
         _require(value >= 1, key, value, "must be at least 1")
+    _require(0 < c.evaluate.crop <= 1, "evaluate.crop", c.evaluate.crop, "must be a share of the short side, above 0 and at most 1")
+    _require(bool(c.evaluate.templates), "evaluate.templates", c.evaluate.templates, "must name a set of prompts: 7, 80 or a file")
     _require(0 < c.report.mfu <= 1, "report.mfu", c.report.mfu, "must be a share of the peak, above 0 and at most 1")
     _require(o.min_lr <= o.lr, "optim.min_lr", o.min_lr, f"must not exceed optim.lr, {o.lr!r}")
     _require(d.vocabulary_size >= 259, "data.vocabulary_size", d.vocabulary_size, "must be at least 259: all bytes, padding, start and end")

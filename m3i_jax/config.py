@@ -248,6 +248,44 @@ def to_text(config: schema.Config) -> str:
     return "".join(f"{key} = {value!r}\n" for key, (_, value, _, _) in leaves(config).items())
 
 
+def from_text(text: str, where: str) -> ml_collections.ConfigDict:
+    """The ConfigDict of a text of `to_text`: the settings of a run from its `config.txt`. What it does not name is at its default.
+
+    Args:
+      text: lines `key = value`.
+      where: its file, for error messages.
+
+    Raises:
+      UserError: a key that does not exist, or a value that is no literal.
+
+    >>> from_text("optim.lr = 0.5\\n", "config.txt").optim.lr
+    0.5
+    """
+    config, known = default(), leaves()
+    for line in filter(None, text.splitlines()):
+        key, equals, value = line.partition(" = ")
+        if key not in known or not equals:
+            raise UserError(f"{where}: {key!r} is no setting of this version of m3i_jax; use the version that made the run")
+        parent = config
+        *way, last = key.split(".")
+        for part in way:
+            parent = parent[part]
+        try:
+            with parent.ignore_type():
+                parent[last] = _typed(key, known[key][0], ast.literal_eval(value))
+        except (ValueError, SyntaxError):
+            raise UserError(f"{where}: {key}: {value!r} is no value; the file was changed") from None
+    return config
+
+
+def of_run(workdir: str, flag: str) -> ml_collections.ConfigDict:
+    """The settings of the run in a directory. Raises UserError, naming `flag`, if there is none."""
+    file = pathlib.Path(workdir) / "config.txt"
+    if not file.is_file():
+        raise UserError(f"{flag}: {workdir!r} has no config.txt; give the --workdir of a run")
+    return from_text(file.read_text(), str(file))
+
+
 def difference(old: str, new: str) -> list[str]:
     """The lines `key: old -> new` in which two texts of `to_text` differ, keys that never change the result left out. A setting that the
     old text does not know yet was at its default.

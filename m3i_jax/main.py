@@ -19,10 +19,13 @@ MODES = {
     "preview": "write a contact sheet of what the model will see to WORKDIR/preview.png",
     "compare": "run a list of objectives, one after the other, and write one table: WORKDIR/compare.md, .json and .png",
     "report": "write what the run in the working directory has logged to WORKDIR/report.html, beside those of report.beside",
+    "eval": "evaluate the newest checkpoint of the run in the working directory: a table and WORKDIR/eval.json; needs no --config",
     "data": "report on the source before training: text, WORKDIR/data.json and the page WORKDIR/data.html",
     "convert": "write all records of the source as ArrayRecord shards to WORKDIR; the same command resumes it",
 }
-TOGETHER = ("train", "compare")  # modes that all hosts of a run enter; the others need one
+OWN = {"eval": ("checkpoint",)}  # flags of one mode, which are handed to it
+OF_RUN = ("eval",)  # modes that take the configuration of the run in the working directory, unless another one is named
+TOGETHER = ("train", "compare", "eval")  # modes that all hosts of a run enter; the others need one
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--processes", default="", metavar="N", help="of several hosts: how many")
     out.add_argument("--process-id", default="", metavar="I", help="of several hosts: which this is, from 0")
     out.add_argument("--allow-changes", action="store_true", help="resume although the configuration or the data changed")
+    out.add_argument("--checkpoint", default="", metavar="DIR", help="eval: another run, or one checkpoint of it")
     out.add_argument("--version", action="version", version=f"m3i_jax {__version__}")
     return out
 
@@ -55,12 +59,15 @@ def _run(arguments: Sequence[str]) -> int:
         raise UserError(f"{unknown[0]}: there is no such flag; --help lists them")
     if flags.mode not in MODES:
         raise configuration.unknown(flags.mode, MODES, "--mode=")
-    if not flags.config:
+    if not flags.config and flags.mode not in OF_RUN:
         raise UserError("--config: is missing; name a file, such as --config configs/quickstart.py")
     if not flags.workdir and flags.mode != "show":
         raise UserError("--workdir: is missing; name a directory for the run, such as --workdir runs/first")
-    configuration.not_data(flags.config, overrides)
-    config = configuration.load(flags.config)
+    for name in (name for mode, names in OWN.items() if mode != flags.mode for name in names if getattr(flags, name)):
+        raise UserError(f"--{name.replace('_', '-')}: does not belong to --mode={flags.mode}")
+    if flags.config:
+        configuration.not_data(flags.config, overrides)
+    config = configuration.load(flags.config) if flags.config else configuration.of_run(flags.workdir, "--workdir")
     configuration.override(config, overrides)
     settings = configuration.resolve(config)
     if flags.mode in TOGETHER:
@@ -71,8 +78,9 @@ def _run(arguments: Sequence[str]) -> int:
         )
         distributed.start(place, configuration.to_text(settings), settings.parallel.mesh)
     mode = importlib.import_module(f"m3i_jax.modes.{flags.mode}")
+    own = {name: getattr(flags, name) for name in OWN.get(flags.mode, ())}
     with privacy.closed(settings.report.private):
-        return mode.run(settings, workdir=flags.workdir, allow_changes=flags.allow_changes)
+        return mode.run(settings, workdir=flags.workdir, allow_changes=flags.allow_changes, **own)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -130,6 +130,10 @@ class Pool:
     query: str = option("mean", "query of the attention: the mean token, or a learned one", "mean", "learned")
     width: int = option(768, "output width [P]")
     heads: int = option(16, "attention heads [P]; must divide the encoder's width")
+    norm: str = option(
+        "layer", "of mean and cls: layer norm; batch: by the batch's statistics, without scale and offset (linear probes)", "layer", "batch"
+    )
+    projection: bool = option(True, "linear map to the output width; without it the pooled token itself is the output (MAE's fine-tuning)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,6 +178,11 @@ class Model:
         "names",
         "full",
     )
+
+    @property
+    def pooled(self) -> int:
+        """Width of a pooled picture."""
+        return self.pool.width if self.pool.projection else self.encoder.width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,14 +257,18 @@ class Train:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
+    """What is measured of the features: at intervals while training, and by --mode=eval."""
+
     knn: bool = option(True, "k-nearest-neighbour accuracy on frozen features, where there are labels")
-    linear: bool = option(False, "accuracy of a linear classifier on the same features, where there are labels")
+    linear: bool = option(False, "accuracy of a linear classifier on the same features, fitted by L-BFGS, where there are labels")
     retrieval: bool = option(True, "recall of pictures by caption and of captions by picture, where there are captions and a text term")
-    k: int = option(20, "neighbours that vote")
-    temperature: float = option(0.07, "of the votes, exp(similarity / temperature)")
-    train_limit: int = option(50_000, "most training pictures in the index")
-    query_limit: int = option(10_000, "most held-out pictures asked")
-    batch_size: int = option(256, "pictures a device step")
+    direct: bool = option(True, "accuracy of the category head itself, nothing trained on top, where there is a category term")
+    zero_shot: bool = option(True, "accuracy of class names as captions, where there are labels, captions and a text term")
+    few_shot: bool = option(False, "accuracy of least squares on a few pictures a class, where there are labels")
+    probe: bool = option(False, "linear probe of Table 9, batch norm and LARS, on features of clean views, where there are labels")
+    attentive: bool = option(False, "accuracy of an attentive probe of the frozen tokens, where there are labels")
+    embedding: bool = option(False, "pictures of nearest neighbours and of a 2-D map of the held-out features, in WORKDIR/embedding")
+    encoder: str = option("online", "parameters that are evaluated: the trained ones, or their EMA, the target", "online", "ema")
     features: str = option(
         "auto",
         "attention: M3I's pooling; mean: of the patch tokens; auto: attention where the objective trains it",
@@ -263,7 +276,24 @@ class Evaluate:
         "attention",
         "mean",
     )
-    target: bool = option(False, "evaluate the EMA target instead of the online encoder")
+    train_limit: int = option(50_000, "most training pictures in the index")
+    query_limit: int = option(10_000, "most held-out pictures asked")
+    batch_size: int = option(256, "pictures a device step")
+    crop: float = option(0.875, "share of the short side that a view keeps (224 of 256 pixels); 1 for CLIP's zero-shot protocol")
+    k: int = option(20, "neighbours that vote")
+    temperature: float = option(0.07, "of the votes, exp(similarity / temperature)")
+    templates: tuple[str, ...] = option(("7",), "sets of prompts for zero-shot: 7 or 80 (CLIP's), or files with a template a line")
+    shots: tuple[int, ...] = option((1, 5, 10, 25), "pictures a class of the few-shot evaluation")
+    shot_seeds: int = option(3, "draws of them that are averaged")
+    probe_lr: float = option(3.2, "peak learning rate of the linear probe for a batch of 16,384, else in proportion [P]")
+    probe_epochs: int = option(90, "of the linear probe [P]")
+    probe_warmup: int = option(10, "epochs of its linear warm-up [P]")
+    probe_batch: int = option(16_384, "its features a step, or all of fewer [P]")
+    attentive_lr: float = option(1e-3, "peak learning rate of the attentive probe")
+    attentive_epochs: int = option(20, "of the attentive probe")
+    attentive_limit: int = option(5_000, "most training pictures of the attentive probe, whose tokens lie in memory")
+    map: str = option("pca", "2-D map of the embedding report: principal components, or t-SNE (extra: maps)", "pca", "tsne")
+    neighbours: int = option(8, "nearest neighbours shown of a picture")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ import m3i_jax
 ROOT = pathlib.Path(__file__).parent.parent
 PYTHONS = ("3.11", "3.13")
 # Where a distribution and the module it brings have different names.
-DISTRIBUTIONS = {"PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint", "etils": "etils"}
+DISTRIBUTIONS = {"PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint", "etils": "etils", "sklearn": "scikit-learn"}
 
 
 def load(name: str) -> ModuleType:

@@ -1,5 +1,7 @@
-"""Clean views of chosen records for evaluators: decoded as in training, resized and cut from the centre, no randomness."""
+"""Clean views of chosen records for evaluators: decoded as in training, resized and cut from the centre, no randomness. Of several hosts
+each reads its own rows of every batch; which they are is arithmetic, so that all hosts make equally many batches."""
 
+import concurrent.futures
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -8,11 +10,12 @@ from m3i_jax.data import crops, records, sources
 from m3i_jax.data.sources import Source
 
 _READ = 64  # records held encoded at a time
+CROP = 224 / 256  # share of the short side that the centre view keeps
 Batch = dict[str, np.ndarray]
 
 
 class EvaluationBatches(Iterator[Batch]):
-    """Iterator over clean views of chosen records; made by `evaluation_batches`. `skipped`: reason -> bad records left out so far."""
+    """Iterator over clean views of chosen records; made by `evaluation_batches`. `skipped`: reason -> bad records of this host so far."""
 
     def __init__(self, batches: Iterator[Batch], skipped: dict[str, int]) -> None:
         self._batches, self.skipped = batches, skipped
@@ -21,54 +24,80 @@ class EvaluationBatches(Iterator[Batch]):
         return next(self._batches)
 
 
-def evaluation_batches(source: Source, indices: Iterable[int], image_size: int, batch: int, *, background: int = 255) -> EvaluationBatches:
-    """Centre views of some records in their order, for evaluators: short side resized to image_size * 256 / 224, centre cut out, bicubic.
+def evaluation_batches(
+    source: Source,
+    indices: Iterable[int],
+    image_size: int,
+    batch: int,
+    *,
+    background: int = 255,
+    crop: float = CROP,
+    threads: int = 1,
+    host: int = 0,
+    hosts: int = 1,
+) -> EvaluationBatches:
+    """Centre views of some records in their order, for evaluators: short side resized to image_size / crop, centre cut out, bicubic.
 
     Args:
         source: the records.
-        indices: which of them.
+        indices: which of them, the same on every host.
         image_size: side of a view in pixels, S.
-        batch: rows a batch, B.
+        batch: rows a batch on all hosts together, a multiple of `hosts`; B of them are this host's.
         background: gray level under transparent pixels.
+        crop: share of the short side that is kept; 1 for an evaluation that resizes to the size of the view itself.
+        threads: that decode.
+        host, hosts: which contiguous share of the rows of every batch to read.
 
     Returns:
-        An iterator of dicts: views uint8 [B, S, S, 3], label int32 [B], index int64 [B] (of the record), valid bool [B]. Bad records are
-        left out and counted in its `skipped`; only the rows that fill up the last batch are not valid (zeros, label and index -1).
+        An iterator of dicts: views uint8 [B, S, S, 3], label int32 [B], index int64 [B] (of the record), valid bool [B]. Every record has
+        the row of its place; that of a bad one is not valid and counted in `skipped`, those that fill up the last batch are not valid.
+        Such rows are zeros, label and index -1.
+
+    Raises:
+        ValueError: a batch that is no multiple of the hosts.
 
     >>> class Two:
     ...     def __getitem__(self, i): return sources.Record(str(i), np.full((20, 30, 3), i, np.uint8), label=i)
     >>> [(b["views"].shape, b["label"].tolist(), b["valid"].tolist()) for b in evaluation_batches(Two(), [1, 0, 1], 16, 2)]
     [((2, 16, 16, 3), [1, 0], [True, True]), ((2, 16, 16, 3), [1, -1], [True, False])]
+    >>> [b["label"].tolist() for b in evaluation_batches(Two(), [1, 0, 1], 16, 2, host=1, hosts=2)]
+    [[0], [-1]]
     """
-    skipped = dict.fromkeys(records.REASONS, 0)
-    return EvaluationBatches(_evaluation(source, [int(i) for i in indices], image_size, batch, background, skipped), skipped)
+    if batch % hosts:
+        raise ValueError(f"a batch of {batch} rows does not divide over {hosts} hosts")
+    skipped, mine = dict.fromkeys(records.REASONS, 0), batch // hosts
+    every = [int(i) for i in indices]
+    shares = [every[at + host * mine : min(at + (host + 1) * mine, at + batch)] for at in range(0, len(every), batch)]
+    return EvaluationBatches(_evaluation(source, shares, image_size, mine, background, crop, max(1, threads), skipped), skipped)
 
 
-def _evaluation(source: Source, indices: list[int], size: int, batch: int, background: int, skipped: dict[str, int]) -> Iterator[Batch]:
-    def fresh() -> Batch:
-        blank: Batch = {"views": np.zeros((batch, size, size, 3), np.uint8), "label": np.full(batch, -1, np.int32)}
-        return {**blank, "index": np.full(batch, -1, np.int64), "valid": np.zeros(batch, bool)}
+def _evaluation(
+    source: Source, shares: list[list[int]], size: int, rows: int, background: int, crop: float, threads: int, skipped: dict[str, int]
+) -> Iterator[Batch]:
+    def look(record: sources.Record) -> np.ndarray | records.BadRecord:
+        try:
+            return _central_view(record, size, background, crop)
+        except records.BadRecord as error:
+            return error
 
-    made, row = fresh(), 0
-    for at in range(0, len(indices), _READ):
-        for index, record in zip(indices[at : at + _READ], sources.read(source, indices[at : at + _READ]), strict=True):
-            try:
-                view = _central_view(record, size, background)
-            except records.BadRecord as error:
-                skipped[error.reason] += 1
-                continue
-            made["views"][row], made["label"][row], made["index"][row], made["valid"][row] = view, record.label, index, True
-            row += 1
-            if row == batch:
-                yield made
-                made, row = fresh(), 0
-    if row:
-        yield made
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for share in shares:
+            made: Batch = {"views": np.zeros((rows, size, size, 3), np.uint8), "label": np.full(rows, -1, np.int32)}
+            made |= {"index": np.full(rows, -1, np.int64), "valid": np.zeros(rows, bool)}
+            for at in range(0, len(share), _READ):
+                wanted = share[at : at + _READ]
+                found = sources.read(source, wanted)
+                for row, (index, record, view) in enumerate(zip(wanted, found, pool.map(look, found), strict=True), at):
+                    if isinstance(view, records.BadRecord):
+                        skipped[view.reason] += 1
+                        continue
+                    made["views"][row], made["label"][row], made["index"][row], made["valid"][row] = view, record.label, index, True
+            yield made
 
 
-def _central_view(record: sources.Record, size: int, background: int) -> np.ndarray:
+def _central_view(record: sources.Record, size: int, background: int, crop: float) -> np.ndarray:
     opened = records.open_picture(record.image)
-    box = crops.central_box(opened.height, opened.width, size)
+    box = crops.central_box(opened.height, opened.width, size, crop=crop)
     least = (records.GAP * size / box[2] * opened.height, records.GAP * size / box[3] * opened.width)
     image = opened.rgb(background=background, least=least)
     return crops.cut(image, box, size, False, height=opened.height, width=opened.width).reshape(size, size, 3)

@@ -3,6 +3,7 @@ however many measures look at it."""
 
 import collections
 import functools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -15,23 +16,36 @@ from m3i_jax.data import photometric
 from m3i_jax.models import m3i, vit
 
 
-def image_features(config: schema.Config, attention: bool, params: Any, views_BxSxSx3: jax.Array) -> jax.Array:
-    """L2-normalised features [B, D] float32 of clean uint8 views (no colour augmentation, no masking): the pooling that the
-    objective trains (M3I section 3.4), or the mean of the patch tokens."""
-    pixels = photometric.normalize(views_BxSxSx3.astype(jnp.float32) / 255, config.data.augment)
-    z_BxTxD = m3i.encode(config, params["encoder"], vit.patchify(pixels, config.model.encoder.patch_size).astype(config.model.dtype))
+def image_vectors(config: schema.Config, attention: bool, params: Any, views_BxSxSx3: jax.Array) -> jax.Array:
+    """Features [B, D] float32 of clean uint8 views (no colour augmentation, no masking): the pooling that the objective trains (M3I
+    section 3.4), or the mean of the patch tokens."""
+    z_BxTxD = image_tokens(config, params, views_BxSxSx3)
     first = int(config.model.encoder.cls_token)
     x_BxNxD, cls_BxD = z_BxTxD[:, first:], z_BxTxD[:, 0] if first else None
-    vector_BxD = (m3i.pool(config, params, x_BxNxD, cls=cls_BxD) if attention else x_BxNxD.astype(jnp.float32).mean(1)).astype(jnp.float32)
-    return vector_BxD * jax.lax.rsqrt(jnp.square(vector_BxD).sum(-1, keepdims=True) + 1e-12)
+    return (m3i.pool(config, params, x_BxNxD, cls=cls_BxD) if attention else x_BxNxD.astype(jnp.float32).mean(1)).astype(jnp.float32)
+
+
+def image_tokens(config: schema.Config, params: Any, views_BxSxSx3: jax.Array) -> jax.Array:
+    """Tokens [B, T, D] of clean uint8 views, cls first, in the compute precision."""
+    pixels = photometric.normalize(views_BxSxSx3.astype(jnp.float32) / 255, config.data.augment)
+    return m3i.encode(config, params["encoder"], vit.patchify(pixels, config.model.encoder.patch_size).astype(config.model.dtype))
 
 
 class Features(NamedTuple):
-    """vectors [n, D] float32, L2-normalised; labels [n] int32, -1 = none; records [n] int64, their places in the source."""
+    """vectors [n, D] float32, L2-normalised; labels [n] int32, -1 = none; records [n] int64, their places in the source; lengths [n]
+    float32, what the vectors were divided by (None: not kept)."""
 
     vectors: np.ndarray
     labels: np.ndarray
     records: np.ndarray
+    lengths: np.ndarray | None = None
+
+    @property
+    def raw(self) -> np.ndarray:
+        """[n, D], as the pooling gave them."""
+        if self.lengths is None:
+            raise ValueError("these features were normalised without keeping their lengths")
+        return self.vectors * self.lengths[:, None]
 
 
 class Extractor:
@@ -39,23 +53,51 @@ class Extractor:
 
     Args:
       config: the run's settings.
-      mesh: batches are split over its data axes; their size must divide by those.
+      mesh: batches are split over its data axes; their size must divide by those. Of several hosts each brings its own rows, and gets all.
       attention: whether features are attention-pooled, or the mean of the patch tokens.
     """
 
     def __init__(self, config: schema.Config, mesh: jax.sharding.Mesh, *, attention: bool = False):
-        self._mesh, self._width = mesh, config.model.pool.width if attention else config.model.encoder.width
-        self._features = jax.jit(functools.partial(image_features, config, attention), out_shardings=parallel.replicated(mesh))
+        self._mesh, self._width = mesh, config.model.pooled if attention else config.model.encoder.width
+        self._features = jax.jit(functools.partial(image_vectors, config, attention), out_shardings=parallel.replicated(mesh))
 
     def __call__(self, params: Any, batches: Iterable[dict[str, np.ndarray]], poll: Callable[[], None] = lambda: None) -> Features:
         """Those of the valid rows, in order. `params` holds the part "encoder" and, for attention pooling, "pool". `poll` is called
         between batches and may raise."""
-        parts = [Features(np.zeros((0, self._width), np.float32), np.zeros(0, np.int32), np.zeros(0, np.int64))]
-        for batch in batches:
-            poll()
-            views, valid = jax.device_put(batch["views"], parallel.data_sharding(self._mesh)), batch["valid"]
-            parts.append(Features(np.asarray(self._features(params, views))[valid], batch["label"][valid], batch["index"][valid]))
-        return Features(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        vectors, labels, index = [np.zeros((0, self._width), np.float32)], [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+        for found, rows in extracted(self._mesh, self._features, params, batches, poll):
+            vectors.append(found)
+            labels.append(rows["label"])
+            index.append(rows["index"])
+        raw_NxD = np.concatenate(vectors)
+        length_N = np.sqrt(np.square(raw_NxD).sum(1) + 1e-12)
+        return Features(raw_NxD / length_N[:, None], np.concatenate(labels), np.concatenate(index), length_N)
+
+
+def extracted(
+    mesh: jax.sharding.Mesh,
+    function: Callable[[Any, jax.Array], jax.Array],
+    params: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    poll: Callable[[], None],
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """(outputs, {label, index}) of the valid rows of each batch, on every host; the device works while the next batch is read."""
+
+    def fetch(out: jax.Array, rows: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        rows = parallel.everywhere(mesh, rows)
+        valid = rows.pop("valid")
+        return np.asarray(out)[valid], {name: x[valid] for name, x in rows.items()}
+
+    pending: Any = None
+    for batch in batches:
+        poll()
+        views = parallel.to_global(mesh, {"views": batch["views"]})["views"]
+        out = function(params, views)
+        if pending is not None:
+            yield fetch(*pending)
+        pending = out, {name: batch[name] for name in ("label", "index", "valid")}
+    if pending is not None:
+        yield fetch(*pending)
 
 
 class Seen:
@@ -83,6 +125,23 @@ class Seen:
         return self._made[name]
 
 
+def parameters(config: schema.Config, state: Any) -> Any:
+    """What is evaluated of a state: the online parameters or, with evaluate.encoder=ema, the average where there is one."""
+    if config.evaluate.encoder == "online":
+        return state.params
+    average = state.opt["target"].params
+    return {**state.params, **{part: average[part] for part in ("encoder", *WHOLE) if part in average}}
+
+
+def of_all_hosts(skipped: Mapping[str, int]) -> dict[str, int]:
+    """The counts of all hosts together."""
+    total: collections.Counter[str] = collections.Counter()
+    for text in parallel.exchange("evaluation", json.dumps(dict(skipped))):
+        total.update(json.loads(text))
+    return dict(total)
+
+
+WHOLE = ("pool", "category", "image_projection", "text", "logit_scale")  # parts that an average either has whole or not at all
 Set = Callable[[Any, Callable[[], None]], tuple[Features, Mapping[str, int]]]
 Measure = Callable[[Seen], Iterator[tuple[str, float]]]
 
@@ -92,18 +151,17 @@ def pictures(extract: Extractor, batches: Callable[[], Any]) -> Set:
 
     def run(params: Any, poll: Callable[[], None]) -> tuple[Features, Mapping[str, int]]:
         read = batches()
-        return extract(params, read, poll), getattr(read, "skipped", {})
+        return extract(params, read, poll), of_all_hosts(getattr(read, "skipped", {}))
 
     return run
 
 
 def evaluator(config: schema.Config, sets: Mapping[str, Set], measures: Iterable[Measure]) -> Any:
-    """An evaluator of the online encoder, or of the target with `evaluate.target`: (state, poll) -> iterator of (name, value)."""
+    """An evaluator of the online encoder or its EMA (`evaluate.encoder`): (state, poll) -> iterator of (name, value)."""
     measures = tuple(measures)
 
     def run(state: Any, poll: Callable[[], None]) -> Iterator[tuple[str, float]]:
-        params = {**state.params, "encoder": state.opt["target"].params["encoder"]} if config.evaluate.target else state.params
-        seen = Seen(sets, params, poll)
+        seen = Seen(sets, parameters(config, state), poll)
         for measure in measures:
             yield from measure(seen)
         for reason, count in seen.skipped.items():

@@ -4,19 +4,17 @@ Captions that the model reads as the same tokens count as one: any picture of an
 picture are the distinct captions. A tie with a wrong answer counts against the right one, so a collapsed model scores 0, not 100 %.
 """
 
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3i_jax import parallel, schema
+from m3i_jax import parallel
 from m3i_jax.data import records, sources
 from m3i_jax.data.tokenizer import Tokenizer
 from m3i_jax.evaluation.features import Measure, Seen
-from m3i_jax.models import m3i
+from m3i_jax.evaluation.texts import Embedder
 
 TOP = (1, 5, 10)
 
@@ -71,66 +69,54 @@ def recall(
             yield f"{way}/r{top}", float((found < top).mean())
 
 
-def _unit(x_BxE: jax.Array) -> jax.Array:
-    return x_BxE * jax.lax.rsqrt(jnp.square(x_BxE).sum(-1, keepdims=True) + 1e-12)
-
-
 class _Captions:
-    """Captions of a source as the model reads them; each is read and cut into tokens once a run."""
+    """Captions of a source as the model reads them; each is read and cut into tokens once a run, by one host."""
 
-    def __init__(self, source: sources.Source, words: Tokenizer) -> None:
-        self._source, self._words = source, words
+    def __init__(self, source: sources.Source, words: Tokenizer, mesh: jax.sharding.Mesh) -> None:
+        self._source, self._words, self._mesh = source, words, mesh
         self._known: dict[int, tuple[int, ...]] = {}
 
-    def __call__(self, record: int) -> tuple[int, ...]:
-        """Token ids, start and end included; none without a caption."""
-        if record not in self._known:
-            text = records.clean_caption(sources.caption_of(self._source, record))
-            tokens, length = self._words.encode(text) if text else (np.zeros(0, np.int32), 0)
-            self._known[record] = tuple(tokens[:length].tolist())
-        return self._known[record]
+    def __call__(self, wanted: Sequence[int]) -> list[tuple[int, ...]]:
+        """Token ids of each record, start and end included; none without a caption."""
+        if missing := [record for record in dict.fromkeys(wanted) if record not in self._known]:
+            unit = self._mesh.shape["replica"] * self._mesh.shape["fsdp"]
+            hosts, host = jax.process_count(), jax.process_index()
+            mine = -(-len(missing) // unit) * unit // hosts
+            rows = {"tokens": np.zeros((mine, self._words.length), np.int32), "length": np.zeros(mine, np.int32)}
+            for row, record in enumerate(missing[host * mine : (host + 1) * mine]):
+                if text := records.clean_caption(sources.caption_of(self._source, record)):
+                    rows["tokens"][row], rows["length"][row] = self._words.encode(text)
+            whole = parallel.everywhere(self._mesh, rows)
+            for record, tokens, length in zip(missing, whole["tokens"], whole["length"], strict=False):
+                self._known[record] = tuple(tokens[:length].tolist())
+        return [self._known[record] for record in wanted]
 
 
-def measure(
-    config: schema.Config, mesh: jax.sharding.Mesh, source: sources.Source, words: Tokenizer, *, pictures: str = "queries", batch: int = 256
-) -> Measure:
+def measure(mesh: jax.sharding.Mesh, source: sources.Source, embed: Embedder, *, pictures: str = "queries") -> Measure:
     """eval/retrieval/text_to_image/r1, ... of the pictures of a set that have a caption; nothing if none has.
 
     Args:
-      config: the run's settings.
-      mesh: batches of captions are split over its data axes; `batch` must divide by those.
+      mesh: devices, over whose hosts the reading of captions is shared.
       source: what the set was read from; gives the captions.
-      words: tokenizer.
+      embed: both sides of the joint space.
       pictures: name of the set; its features must be those of the pooling that the text term trains. They are normalised, which a
         projection without bias does not mind.
-      batch: captions a device step.
     """
-    whole = parallel.replicated(mesh)
-    embed_images = jax.jit(lambda params, x: _unit(m3i.image_embedding(config, params, x)), out_shardings=whole)
-    embed_texts = jax.jit(lambda params, ids, length: _unit(m3i.text_embedding(config, params, ids, length)), out_shardings=whole)
-    read = _Captions(source, words)
-
-    def embedded(function: Any, poll: Callable[[], None], *arrays: np.ndarray) -> np.ndarray:
-        out = []
-        for at in range(0, len(arrays[0]), batch):
-            poll()
-            rows = [np.pad(a[at : at + batch], [(0, max(0, at + batch - len(a)))] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
-            out.append(np.asarray(function(*jax.device_put(rows, parallel.data_sharding(mesh)))))
-        return np.concatenate(out)[: len(arrays[0])]
+    read = _Captions(source, embed.words, mesh)
 
     def run(seen: Seen) -> Iterator[tuple[str, float]]:
         found = seen(pictures)
-        texts = [read(int(record)) for record in found.records]
+        texts = read(found.records.tolist())
         has = np.array([bool(text) for text in texts], bool)
         if not has.any():
             return
         distinct = {text: number for number, text in enumerate(dict.fromkeys(filter(None, texts)))}
-        tokens = np.zeros((len(distinct), words.length), np.int32)
+        tokens = np.zeros((len(distinct), embed.words.length), np.int32)
         for text, number in distinct.items():
             tokens[number, : len(text)] = text
         lengths = np.array([len(text) for text in distinct], np.int32)
-        images = embedded(functools.partial(embed_images, seen.params), seen.poll, found.vectors[has])
-        captions = embedded(functools.partial(embed_texts, seen.params), seen.poll, tokens, lengths)
+        images = embed.images(seen.params, found.vectors[has], seen.poll)
+        captions = embed.tokens(seen.params, tokens, lengths, seen.poll)
         owner = np.array([distinct[text] for text in texts if text])
         for name, value in recall(images, captions, owner, poll=seen.poll):
             yield f"eval/retrieval/{name}", value

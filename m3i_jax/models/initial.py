@@ -22,7 +22,7 @@ def shapes_of(module: nn.Module, *inputs: Any) -> Params:
     >>> shapes_of(Dense(3, jnp.float32), jnp.zeros((1, 2)))["kernel"].shape
     (2, 3)
     """
-    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs).get("params", {})
 
 
 def draw(rng: jax.Array, shapes: Params, normal: Mapping[str, float] | None = None) -> Params:

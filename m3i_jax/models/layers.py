@@ -76,8 +76,8 @@ def layer_norm(x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Ar
     return _norm("channels", _EPS, x_xD, scale_D, bias_D)
 
 
-def batch_norm(x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
-    """Affine normalisation of every channel by mean and (biased) variance over all leading axes, eps 1e-5, computed in float32.
+def batch_norm(x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float = _BATCH_EPS) -> jax.Array:
+    """Affine normalisation of every channel by mean and (biased) variance over all leading axes, computed in float32.
 
     The statistics are always those of this batch: nothing runs along, and a momentum target uses its own batch's too, as the public code of
     SiameseIM and MoCo v3 does in training. Of a batch that is sharded over devices they are those of the whole of it.
@@ -93,7 +93,7 @@ def batch_norm(x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Ar
     [[-1.  0.]
      [ 1.  0.]]
     """
-    return _norm("rows", _BATCH_EPS, x_xD, scale_D, bias_D)
+    return _norm("rows", eps, x_xD, scale_D, bias_D)
 
 
 @jax.custom_vjp

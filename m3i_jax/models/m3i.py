@@ -61,7 +61,7 @@ def init(config: schema.Config, rng: jax.Array, terms: Terms, *, classes: int, v
     >>> parameter_table(jax.eval_shape(make, jax.random.key(0)))
     [('encoder', 85645824), ('decoder', 30713856), ('pool', 2366976), ('category', 769000)]
     """
-    model, row = config.model, jnp.zeros((1, config.model.pool.width))
+    model, row = config.model, jnp.zeros((1, config.model.pooled))
     keys = dict(zip(PARTS, jax.random.split(rng, len(PARTS)), strict=True))
     targets = {t.target.of for t in terms}
     by_category, by_text = "category" in targets and classes > 0, "text" in targets and vocabulary > 0
@@ -71,13 +71,13 @@ def init(config: schema.Config, rng: jax.Array, terms: Terms, *, classes: int, v
     dense = {t.target.of for t in terms if isinstance(t.head, Decoder)}
     if dense:
         params["decoder"] = decoder.init(model, keys["decoder"], of=dense)
-    if by_category or by_text:
-        params["pool"] = pooling.init(model, keys["pool"])
+    if (by_category or by_text) and (made := pooling.init(model, keys["pool"])):  # a pooling may have no parameters
+        params["pool"] = made
     if by_category:
         params["category"] = draw(keys["category"], shapes_of(_category(classes), row))
     if by_text:
         shapes = shapes_of(_image_projection(model), row)
-        params["image_projection"] = draw(keys["image_projection"], shapes, {"kernel": model.pool.width**-0.5})
+        params["image_projection"] = draw(keys["image_projection"], shapes, {"kernel": model.pooled**-0.5})
         params["text"] = text.init(model, keys["text"], vocabulary=vocabulary, length=config.data.caption_length)
         params["logit_scale"] = jnp.asarray(math.log(_INVERSE_TEMPERATURE), jnp.float32)
     if made := _init_heads(model, keys["heads"], terms):
@@ -238,7 +238,7 @@ def pool(
     >>> jax.eval_shape(lambda p: pool(schema.Config(), p, jnp.zeros((3, 98, 768))), shapes).shape
     (3, 768)
     """
-    return pooling.apply(config.model, params["pool"], x_BxKxD, mask_BxK, cls)
+    return pooling.apply(config.model, params.get("pool", {}), x_BxKxD, mask_BxK, cls)
 
 
 def linear(config: schema.Config, params: Params, x_BxNxD: jax.Array, of: str) -> jax.Array:

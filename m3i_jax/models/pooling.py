@@ -13,7 +13,9 @@ import jax.numpy as jnp
 
 from m3i_jax import schema
 from m3i_jax.models.initial import draw, shapes_of
-from m3i_jax.models.layers import Dense, LayerNorm, Params, attend, from_heads, to_heads
+from m3i_jax.models.layers import Dense, LayerNorm, Params, attend, batch_norm, from_heads, to_heads
+
+PROBE_EPS = 1e-6  # of the batch norm of linear probes (MAE, M3I Table 9)
 
 
 def mean_token(x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None) -> jax.Array:
@@ -35,6 +37,7 @@ class AttentionPool(nn.Module):
     heads: int
     dtype: Any
     query: str = "mean"
+    projection: bool = True
 
     @nn.compact
     def __call__(self, x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None) -> jax.Array:
@@ -50,31 +53,42 @@ class AttentionPool(nn.Module):
         else:
             query_BxHx1xE = project("query", mean_token(x_BxKxD, mask_BxK)[:, None])
         pooled = attend(query_BxHx1xE, project("key", x_BxKxD), project("value", x_BxKxD), mask_BxK)
-        return Dense(self.width, self.dtype, name="out")(from_heads(pooled)[:, 0])
+        pooled_BxD = from_heads(pooled)[:, 0]
+        return Dense(self.width, self.dtype, name="out")(pooled_BxD) if self.projection else pooled_BxD
 
 
 class TokenPool(nn.Module):
-    """Norm and linear map of one token: [B, D] -> [B, width]."""
+    """Norm and linear map of one token: [B, D] -> [B, width]; the norm alone without projection. Batch norm has no parameters."""
 
     width: int
     dtype: Any
+    norm: str = "layer"
+    projection: bool = True
 
     @nn.compact
     def __call__(self, token_BxD: jax.Array) -> jax.Array:
-        return Dense(self.width, self.dtype, name="out")(LayerNorm(name="norm")(token_BxD))
+        if self.norm == "batch":
+            ones = jnp.ones(token_BxD.shape[-1])
+            normed_BxD = batch_norm(token_BxD.astype(jnp.float32), ones, jnp.zeros_like(ones), PROBE_EPS)
+        else:
+            normed_BxD = LayerNorm(name="norm")(token_BxD)
+        return Dense(self.width, self.dtype, name="out")(normed_BxD) if self.projection else normed_BxD
 
 
 def _attention(model: schema.Model) -> AttentionPool:
-    return AttentionPool(model.pool.width, model.pool.heads, jnp.dtype(model.dtype), model.pool.query)
+    p = model.pool
+    return AttentionPool(p.width, p.heads, jnp.dtype(model.dtype), p.query, p.projection)
 
 
 def _token(model: schema.Model) -> TokenPool:
-    return TokenPool(model.pool.width, jnp.dtype(model.dtype))
+    p = model.pool
+    return TokenPool(p.width, jnp.dtype(model.dtype), p.norm, p.projection)
 
 
 def init(model: schema.Model, rng: jax.Array) -> Params:
-    """Parameters. Attention: `query`, `key`, `value` [D, D], each with a `norm_...` before it, `query_token` [1, 1, D] if it is learned,
-    and `out` [D, W]. Mean and cls: `norm` and `out`. Matrices and tokens N(0, 0.02^2), biases 0.
+    """Parameters. Attention: `query`, `key`, `value` [D, D], each with a `norm_...` before it, `query_token` [1, 1, D] if learned, and
+    `out` [D, W] unless there is no projection. Mean and cls: `norm`, if a layer norm, and `out`. Matrices and tokens N(0, 0.02^2),
+    biases 0.
 
     >>> sorted(jax.eval_shape(lambda key: init(schema.Model(), key), jax.random.key(0)))
     ['key', 'norm_key', 'norm_query', 'norm_value', 'out', 'query', 'value']
@@ -85,7 +99,7 @@ def init(model: schema.Model, rng: jax.Array) -> Params:
         if model.pool.kind == "attention"
         else shapes_of(_token(model), jnp.zeros((1, width)))
     )
-    return draw(rng, shapes, {"kernel": 0.02, "query_token": 0.02})
+    return draw(rng, shapes, {"kernel": 0.02, "query_token": 0.02}) if shapes else {}
 
 
 def apply(
@@ -102,7 +116,7 @@ def apply(
       cls_BxD: the feature of the cls token, which `pool.kind=cls` reads instead of the others.
 
     Returns:
-      [B, W] in `model.dtype`.
+      [B, W] in `model.dtype`, W = `model.pooled`; without a projection in the precision of what was pooled.
 
     Raises:
       ValueError: kind cls without a cls token.

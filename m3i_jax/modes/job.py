@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -12,7 +11,7 @@ from typing import Any
 import jax
 
 from m3i_jax import checks, parallel, schema
-from m3i_jax.data import central, parts, pipeline, tokenizer
+from m3i_jax.data import parts, pipeline, tokenizer
 from m3i_jax.errors import UserError
 from m3i_jax.training import plan
 
@@ -112,58 +111,3 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         os.close(file)
-
-
-def _evaluation_rows(job: Job) -> int:
-    """Rows of a device step of evaluation: at least what is asked for, and a multiple of the devices."""
-    shards = job.mesh.shape["replica"] * job.mesh.shape["fsdp"]
-    return -(-job.config.evaluate.batch_size // shards) * shards
-
-
-def evaluation_batches(job: Job, source: Any, limit: int) -> Iterator[dict[str, Any]]:
-    """Clean views of at most `limit` pictures, spread evenly over the source, in batches that divide over the devices."""
-    count = min(limit, len(source))
-    indices = [i * len(source) // count for i in range(count)]
-    return central.evaluation_batches(
-        source, indices, job.config.data.image_size, _evaluation_rows(job), background=job.config.data.background
-    )
-
-
-def evaluators(job: Job, say: Any) -> list[Any]:
-    """The evaluators that this data and this objective can feed; one line for each asked for that they cannot."""
-    from m3i_jax.evaluation import features, knn, linear, retrieval
-
-    config, ask, terms = job.config, job.config.evaluate, plan.read(job.config)
-    trained = bool(terms.where("category", "text"))
-    if ask.features == "attention" and not trained:
-        raise UserError(
-            "config.evaluate.features: 'attention' needs an objective that trains the pooling: category or text; use 'auto' or 'mean'"
-        )
-    pool = ask.features == "attention" or (ask.features == "auto" and trained)
-    measures: list[features.Measure] = []
-    by_label = [name for name, wanted in (("kNN", ask.knn), ("linear", ask.linear)) if wanted]
-    by_text = ask.retrieval and bool(terms.where("text")) and job.tokenizer is not None
-    if by_label and not job.classes:
-        say(f"no {' and '.join(by_label)} evaluation: the source has no categories")
-        by_label = []
-    if (by_label or by_text) and not len(job.held_out):
-        say("no evaluation: no pictures are held out; set config.data.holdout")
-        return []
-    if "kNN" in by_label:
-        measures.append(knn.measure(config))
-    if "linear" in by_label:
-        measures.append(linear.measure())
-    if by_text:
-        assert job.tokenizer is not None
-        size = _evaluation_rows(job)
-        pictures = "queries" if pool else "pooled queries"
-        measures.append(retrieval.measure(config, job.mesh, job.held_out, job.tokenizer, pictures=pictures, batch=size))
-    if not measures:
-        return []
-    extract = features.Extractor(config, job.mesh, attention=pool)
-    index = functools.partial(evaluation_batches, job, job.train, ask.train_limit)
-    queries = functools.partial(evaluation_batches, job, job.held_out, ask.query_limit)
-    sets = {"index": features.pictures(extract, index), "queries": features.pictures(extract, queries)}
-    if by_text and not pool:
-        sets["pooled queries"] = features.pictures(features.Extractor(config, job.mesh, attention=True), queries)
-    return [features.evaluator(config, sets, measures)]

@@ -11,8 +11,8 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel, privacy, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
+from m3i_jax.modes import evaluators, pictures, report
 from m3i_jax.modes import job as jobs
-from m3i_jax.modes import pictures, report
 from m3i_jax.parallel import distributed
 from m3i_jax.reporting import panels, writers
 from m3i_jax.reporting.files import write_text
@@ -73,7 +73,7 @@ def pretrain(job: jobs.Job, allow_changes: bool) -> int:
         write=writer.write,
         say=say,
         panel=lambda step, state, batch: write_panel(job, trainer, step, state, batch),
-        evaluators=jobs.evaluators(job, say),
+        evaluators=evaluators.of_job(job, say),
         position=lambda samples: {"samples_seen": samples, "fingerprint": job.fingerprint},
         evaluated=evaluated(workdir / "metrics.jsonl"),
     )

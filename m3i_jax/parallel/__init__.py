@@ -3,7 +3,7 @@ array. Knows neither models nor training: it speaks of trees and names."""
 
 from m3i_jax.parallel.barriers import HostMissing, Together, call, exchange, first, wait
 from m3i_jax.parallel.distributed import from_first
-from m3i_jax.parallel.mesh import AXES, DATA, data_sharding, hint, make_mesh, replicated, to_global
+from m3i_jax.parallel.mesh import AXES, DATA, data_sharding, everywhere, hint, make_mesh, replicated, split_rows, to_global
 from m3i_jax.parallel.rules import RULES, shardings
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Together",
     "call",
     "data_sharding",
+    "everywhere",
     "exchange",
     "first",
     "from_first",
@@ -21,6 +22,7 @@ __all__ = [
     "make_mesh",
     "replicated",
     "shardings",
+    "split_rows",
     "to_global",
     "wait",
 ]

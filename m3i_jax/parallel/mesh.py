@@ -57,3 +57,26 @@ def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """The rows of this host as its part of global arrays [B, ...], split over the data axes."""
     sharding = data_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def everywhere(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All rows of all hosts, on every host: the opposite of splitting. What one process alone has comes back as it is.
+
+    >>> everywhere(make_mesh((1, 1, 1), jax.devices()[:1]), {"label": np.array([3, 4])})["label"].tolist()
+    [3, 4]
+    """
+    if jax.process_count() == 1:
+        return batch
+    # Without x64 a device has no 64-bit numbers: they travel as two words.
+    words = {name: rows.view(np.uint32).reshape(*rows.shape, 2) if rows.dtype.itemsize == 8 else rows for name, rows in batch.items()}
+    spread = to_global(mesh, words)
+    whole = jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(spread))
+    return {
+        name: np.ascontiguousarray(rows).view(batch[name].dtype)[..., 0] if batch[name].dtype.itemsize == 8 else rows
+        for name, rows in whole.items()
+    }
+
+
+def split_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
+    """Rows that every host has, as one global array split over the data axes; their number must divide by those."""
+    return jax.make_array_from_callback(rows.shape, data_sharding(mesh), lambda index: rows[index])

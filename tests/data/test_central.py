@@ -1,36 +1,67 @@
 """Clean views for evaluators."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from m3i_jax.data import central, records, sources
 
 
-def test_evaluation_views(make):
-    """Against resize and centre crop done one after the other, in the order asked for, bad ones left out and counted."""
+def some(make):
     pictures = [make.smooth(60 + 7 * i, 90 - 5 * i) for i in range(7)]
     pictures[3] = b"<html>"  # type: ignore[call-overload]
 
     class Some(make.Pictures):
         def __getitem__(self, index: int) -> sources.Record:
+            self.read.append(index)
             return sources.Record(str(index), pictures[index], index * 10)
 
-    batches = central.evaluation_batches(Some(7), np.array([6, 3, 0, 1, 5, 3]), 28, 3)
-    first, second = batches
+    source = Some(7)
+    source.read = []
+    return source, pictures
+
+
+@pytest.mark.parametrize(("crop", "short"), [(224 / 256, 32), (1.0, 28)])
+def test_evaluation_views(make, crop: float, short: int):
+    """Against resize and centre crop done one after the other, in the order asked for, bad ones at their place but not valid."""
+    source, pictures = some(make)
+    batches = central.evaluation_batches(source, np.array([6, 3, 0, 1, 5, 3, 2]), 28, 3, crop=crop, threads=3)
+    first, second, third = batches
     assert batches.skipped == dict.fromkeys(records.REASONS, 0) | {"undecodable": 2}
-    assert first["valid"].tolist() == [True] * 3 and second["valid"].tolist() == [True, False, False]
-    assert first["label"].tolist() == [60, 0, 10] and second["label"].tolist() == [50, -1, -1]
-    assert first["index"].tolist() == [6, 0, 1] and second["index"].tolist() == [5, -1, -1]
-    assert first["views"].shape == second["views"].shape == (3, 28, 28, 3) and second["views"][1:].max() == 0
-    for view, index in zip([*first["views"], second["views"][0]], (6, 0, 1, 5), strict=True):
+    assert [b["valid"].tolist() for b in (first, second, third)] == [[True, False, True], [True, True, False], [True, False, False]]
+    assert [b["label"].tolist() for b in (first, second, third)] == [[60, -1, 0], [10, 50, -1], [20, -1, -1]]
+    assert [b["index"].tolist() for b in (first, second, third)] == [[6, -1, 0], [1, 5, -1], [2, -1, -1]]
+    assert first["views"].shape == third["views"].shape == (3, 28, 28, 3) and third["views"][1:].max() == first["views"][1].max() == 0
+    shown = [(first, 0, 6), (first, 2, 0), (second, 0, 1), (second, 1, 5), (third, 0, 2)]
+    for batch, row, index in shown:
         height, width, _ = pictures[index].shape
-        short = 32  # 28 * 256 / 224
         h, w = (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
         resized = Image.fromarray(pictures[index]).resize((w, h), Image.Resampling.BICUBIC)
         top, left = round((h - 28) / 2), round((w - 28) / 2)
-        assert np.abs(view.astype(int) - np.asarray(resized)[top : top + 28, left : left + 28]).max() <= 1
+        view = batch["views"][row].astype(int)
+        assert np.abs(view - np.asarray(resized)[top : top + 28, left : left + 28]).max() <= 1
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_share_the_rows_and_read_nothing_twice(make, hosts: int):
+    """The parts laid side by side are the batches of one host; each host makes as many batches as any other, and opens its own records."""
+    order = [6, 3, 0, 1, 5, 3]
+    whole = list(central.evaluation_batches(some(make)[0], order, 28, 4))
+    sources_, parts = [], []
+    for host in range(hosts):
+        source, _ = some(make)
+        sources_.append(source)
+        parts.append(list(central.evaluation_batches(source, order, 28, 4, host=host, hosts=hosts)))
+    assert len(whole) == 2 and {len(part) for part in parts} == {2}
+    for k, batch in enumerate(whole):
+        for name, array in batch.items():
+            np.testing.assert_array_equal(np.concatenate([part[k][name] for part in parts]), array)
+    assert sorted(index for source in sources_ for index in source.read) == sorted(order)
+    with pytest.raises(ValueError, match="3 hosts"):
+        central.evaluation_batches(some(make)[0], order, 28, 4, hosts=3)
 
 
 def test_evaluation_of_nothing(make):
     assert list(central.evaluation_batches(make.Pictures(3), [], 28, 4)) == []
-    assert list(central.evaluation_batches(make.Pictures(3, bad=3), range(3), 28, 4)) == []
+    (only,) = central.evaluation_batches(make.Pictures(3, bad=3), range(3), 28, 4)
+    assert not only["valid"].any()

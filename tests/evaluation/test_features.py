@@ -60,9 +60,10 @@ def test_features_are_the_normalised_mean_of_the_patch_tokens(cls_token: bool) -
 
 
 def test_features_have_norm_one_and_labels_their_order() -> None:
-    got, labels, records = everything()
+    got, labels, records, lengths = everything()
     assert got.shape == (3 * ROWS, 32) and got.dtype == np.float32 and labels.dtype == np.int32
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5)
+    assert (lengths > 0).all() and lengths.std() > 0
     assert labels.tolist() == list(range(-1, 3 * ROWS - 1)) and records.tolist() == [7 * label for label in labels]
 
 
@@ -72,7 +73,7 @@ def test_invalid_rows_are_dropped_and_the_order_is_kept() -> None:
     for batch, which in zip(some, valid, strict=True):
         batch["valid"] = which
         batch["views"][~which] = 0
-    got, labels, records = features.Extractor(settings(), one_device())({"encoder": encoder()}, iter(some))
+    got, labels, records, _ = features.Extractor(settings(), one_device())({"encoder": encoder()}, iter(some))
     np.testing.assert_allclose(got, everything()[0][valid.reshape(-1)], atol=1e-6)
     assert labels.tolist() == everything()[1][valid.reshape(-1)].tolist() and 0 < len(labels) < 3 * ROWS
     assert (records == 7 * labels).all()
@@ -84,7 +85,7 @@ def test_eight_devices_are_one_device() -> None:
     extract = features.Extractor(settings(), mesh)
     inner = extract._features
     extract._features = lambda params, views: (seen.append(views.sharding.shard_shape(views.shape)), inner(params, views))[1]
-    got, labels, _ = extract(jax.device_put({"encoder": encoder()}, parallel.replicated(mesh)), batches())
+    got, labels, *_ = extract(jax.device_put({"encoder": encoder()}, parallel.replicated(mesh)), batches())
     np.testing.assert_allclose(got, everything()[0], atol=1e-6)
     assert labels.tolist() == everything()[1].tolist()
     assert seen == [(1, SIDE, SIDE, 3)] * 3
@@ -93,16 +94,18 @@ def test_eight_devices_are_one_device() -> None:
 def test_attention_features_are_the_pooling_of_the_objective() -> None:
     config = settings()
     params = {"encoder": encoder(), "pool": jax.jit(lambda: pooling.init(config.model, jax.random.key(4)))()}
-    got, *_ = features.Extractor(config, one_device(), attention=True)(params, batches(1))
+    found = features.Extractor(config, one_device(), attention=True)(params, batches(1))
+    got = found.vectors
     pixels = photometric.normalize(batches(1)[0]["views"] / np.float32(255), config.data.augment)
     z_BxTxD = vit.apply(config.model, params["encoder"], vit.patchify(pixels, 8), grid=2)
     want = np.asarray(pooling.apply(config.model, params["pool"], z_BxTxD[:, 1:]), np.float64)
     np.testing.assert_allclose(got, want / np.linalg.norm(want, axis=1, keepdims=True), atol=2e-5)
     assert got.shape == (ROWS, config.model.pool.width)
+    np.testing.assert_allclose(found.raw, want, atol=2e-5 * np.abs(want).max())
 
 
 def test_no_batches_give_no_features() -> None:
-    got, labels, records = features.Extractor(settings(), one_device())({"encoder": encoder()}, [])
+    got, labels, records, _ = features.Extractor(settings(), one_device())({"encoder": encoder()}, [])
     assert got.shape == (0, 32) and labels.shape == records.shape == (0,) and (got.dtype, labels.dtype) == (np.float32, np.int32)
 
 
@@ -148,7 +151,7 @@ def test_measures_share_what_is_extracted_and_read_nothing_else() -> None:
 
 
 def test_the_evaluator_asks_the_encoder_that_is_configured() -> None:
-    config = toy.settings(evaluate__target=True)
+    config = toy.settings(evaluate__encoder="ema")
     target = types.SimpleNamespace(params={"encoder": "average"})
     state, asked = types.SimpleNamespace(params={"encoder": "online", "pool": 1}, opt={"target": target}), []
     sets = {"queries": lambda params, poll: (asked.append(params), (made_of("a"), {}))[1]}

@@ -9,6 +9,7 @@ import pytest
 from m3i_jax import parallel
 from m3i_jax.data import sources, tokenizer
 from m3i_jax.evaluation import features, retrieval
+from m3i_jax.evaluation.texts import Embedder
 from m3i_jax.models import m3i
 from m3i_jax.training import plan
 from tests import toy
@@ -91,7 +92,7 @@ def test_the_measure_embeds_what_the_model_would(monkeypatch: pytest.MonkeyPatch
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     found = features.Features(vectors, np.full(8, -1, np.int32), order)
     mesh = parallel.make_mesh((2, 2, 1), jax.devices()[:4])
-    measure = retrieval.measure(config, mesh, source, words(), pictures="mine", batch=4)
+    measure = retrieval.measure(mesh, source, Embedder(config, mesh, words(), 4), pictures="mine")
     seen = features.Seen({"mine": lambda params, poll: (found, {})}, jax.device_put(params, parallel.replicated(mesh)), lambda: None)
     passed = []
     inner = retrieval.recall
@@ -116,6 +117,7 @@ def test_the_measure_embeds_what_the_model_would(monkeypatch: pytest.MonkeyPatch
 
 def test_without_captions_there_is_no_retrieval() -> None:
     source = [sources.Record("a", b"", caption=None)] * 3
-    measure = retrieval.measure(toy.settings(objective__forms="clip"), parallel.make_mesh((1, 1, 1), jax.devices()[:1]), source, words())
+    mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
+    measure = retrieval.measure(mesh, source, Embedder(toy.settings(objective__forms="clip"), mesh, words(), 4))
     found = features.Features(np.ones((3, 4), np.float32), np.zeros(3, np.int32), np.arange(3))
     assert list(measure(features.Seen({"queries": lambda params, poll: (found, {})}, {}, lambda: None))) == []

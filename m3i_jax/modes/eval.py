@@ -1,0 +1,106 @@
+"""--mode=eval: what a run's features are worth, without training. Every evaluator that its configuration asks for, on its newest checkpoint
+or on another one, as a table and as WORKDIR/eval.json.
+
+The file is written anew after every evaluator. The same command goes on with those that are not in it; another checkpoint, other settings
+or other data begin a new one.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+
+from m3i_jax import config as configuration
+from m3i_jax import parallel, schema
+from m3i_jax.data import sources
+from m3i_jax.errors import UserError
+from m3i_jax.evaluation import features
+from m3i_jax.modes import evaluators
+from m3i_jax.modes import job as jobs
+from m3i_jax.parallel import distributed
+from m3i_jax.reporting import show
+from m3i_jax.reporting.files import write_text
+from m3i_jax.training import loop, steps
+from m3i_jax.training.checkpoint import Checkpoints
+from m3i_jax.training.trainer import Trainer
+
+RESULT = "eval.json"
+SAME = ("evaluate.", "data.", "model.", "objective.", "seed ")  # settings that a result depends on
+
+
+def run(config: schema.Config, *, workdir: str, allow_changes: bool, checkpoint: str = "") -> int:
+    del allow_changes
+    place, step = found(checkpoint or workdir, "--checkpoint" if checkpoint else "--workdir")
+    job = jobs.open_job(config, workdir, trains=[config.objective.forms])
+    distributed.agree("data", {"data": job.identity})
+    asked, sets = evaluators.measures(job, print if not jax.process_index() else lambda _: None, picture=lambda: f"{step:08d}")
+    if not asked:
+        raise UserError(
+            "--mode=eval: nothing that is asked for can be evaluated with this data and objective; see config.evaluate in --help"
+        )
+    trainer = Trainer(job.config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
+    checkpoints = Checkpoints(place, job.config.train.keep)
+    with steps.reading(place / str(step)):
+        state = checkpoints.restore(step, trainer.template, trainer.shardings)
+    checkpoints.close()
+    settings = [line for line in configuration.to_text(job.config).splitlines() if line.startswith(SAME)]
+    about = {
+        "checkpoint": str(place / str(step)), "step": step, "encoder": job.config.evaluate.encoder,
+        "of": sources.digest(*settings, job.identity, str(len(job.held_out))),
+    }  # fmt: skip
+    return evaluate(job, about, asked, features.Seen(sets, features.parameters(job.config, state), lambda: None))
+
+
+def evaluate(job: jobs.Job, about: dict[str, Any], asked: dict[str, features.Measure], seen: features.Seen) -> int:
+    """Run what is not in the file yet, and print all of it; 0, or 42 if told to stop on the way."""
+    main, place = not jax.process_index(), job.workdir / RESULT
+    known = before(place, about) if main else {}
+    known = json.loads(parallel.exchange("evaluated", json.dumps(known))[0])  # all hosts skip the same
+    results = {name: known[name] for name in asked if name in known}
+    with loop.Preemption() as notice:
+        seen.poll = notice.poll
+        try:
+            for name, measure in asked.items():
+                if name not in results:
+                    results[name] = dict(measure(seen))
+                    if main:
+                        write_text(place, json.dumps({**about, "results": results, "skipped": dict(seen.skipped)}, indent=1) + "\n")
+        except loop.Preempted:
+            if main:
+                print(
+                    f"preempted: {len(results)} of {len(asked)} evaluators are in {place}; run the same command again to go on", flush=True
+                )
+            return loop.PREEMPTED
+    if main:
+        rows = [(name, f"{value:.4f}") for found in results.values() for name, value in found.items()]
+        print(f"\nstep {about['step']:,} of {about['checkpoint']}, {about['encoder']} parameters; accuracies are fractions\n")
+        print(show.table(rows, ("what", "value")))
+        bad = {reason: count for reason, count in seen.skipped.items() if count}
+        print(f"\n{place}" + (f"; pictures that could not be read: {bad}" if bad else ""), flush=True)
+    return loop.DONE
+
+
+def before(place: pathlib.Path, about: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Results of an earlier, unfinished call about the same thing."""
+    try:
+        saved = json.loads(place.read_text())
+    except (OSError, ValueError):
+        return {}
+    same = isinstance(saved, dict) and all(saved.get(key) == value for key, value in about.items())
+    return saved.get("results", {}) if same else {}
+
+
+def found(where: str, flag: str) -> tuple[pathlib.Path, int]:
+    """(directory of checkpoints, step) of a run, its directory of checkpoints, or one of them.
+
+    Raises:
+      UserError: there is no checkpoint.
+    """
+    place = pathlib.Path(where)
+    if place.name.isdecimal() and int(place.name) in steps.listed(place.parent):
+        return place.parent, int(place.name)
+    for directory in (place / "checkpoints", place):
+        if there := steps.listed(directory):
+            return directory, max(there)
+    raise UserError(f"{flag}: {where!r} has no complete checkpoint; give the --workdir of a run that saved one, or one of its checkpoints")

@@ -1,0 +1,92 @@
+"""Zero-shot: the sets of templates, the mean over them, and the measure with texts that are known."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from m3i_jax.errors import UserError
+from m3i_jax.evaluation import features, zero_shot
+
+
+def test_the_published_sets() -> None:
+    assert len(zero_shot.SEVEN) == 7 and len(set(zero_shot.EIGHTY)) == len(zero_shot.EIGHTY) == 80
+    assert set(zero_shot.SEVEN) < set(zero_shot.EIGHTY)
+    assert all(template.count("{}") == 1 and template.endswith(".") for template in zero_shot.EIGHTY)
+    some = {
+        "a photo of a hard to see {}.",
+        "the embroidered {}.",
+        "itap of my {}.",
+        "graffiti of the {}.",
+        "a jpeg corrupted photo of a {}.",
+    }
+    assert some < set(zero_shot.EIGHTY)
+
+
+@pytest.mark.parametrize(("name", "text"), [("mine.txt", "# remarks\na {}.\n\nthe {} there\n"), ("mine.json", '["a {}.", "the {} there"]')])
+def test_templates_of_a_file(name: str, text: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / name).write_text(text)
+    assert zero_shot.templates(str(tmp_path / name)) == ("mine", ("a {}.", "the {} there"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("a.txt", "a photo\n", "'a photo' does not have one {}"),
+        ("a.txt", "{} and {}\n", "does not have one"),
+        ("a.txt", "\n", "it has no templates"),
+        ("a.json", "{", "cannot be read"),
+        ("a.json", '{"a": 1}', "holds no list"),
+        ("", "", "there is no such file"),
+    ],
+)
+def test_templates_that_cannot_be_used(name: str, text: str, told: str, tmp_path: pathlib.Path) -> None:
+    place = tmp_path / (name or "absent.txt")
+    if name:
+        place.write_text(text)
+    with pytest.raises(UserError, match="config.evaluate.templates") as error:
+        zero_shot.templates(str(place))
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_mean_is_over_normalised_prompts() -> None:
+    """A long embedding counts no more than a short one."""
+    made = np.random.default_rng(0).normal(size=(3, 4, 5)) * np.array([1, 10, 100])[:, None, None]
+    got = zero_shot.ensemble(made)
+    for c in range(4):
+        wanted = sum(prompt[c] / np.linalg.norm(prompt[c]) for prompt in made) / 3
+        np.testing.assert_allclose(got[c], wanted / np.linalg.norm(wanted))
+
+
+class Embedder:
+    """Texts embedded by a table, pictures as they are."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    def texts(self, params, texts, poll):
+        self.asked.append(texts)
+        return np.stack([np.random.default_rng(sum(map(ord, text))).normal(size=6) for text in texts])
+
+    def images(self, params, x, poll):
+        return x
+
+
+def test_the_measure_asks_every_prompt_once_and_leaves_out_the_unlabelled(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "one.txt").write_text("a {} in a video game.\n")  # one of the seven too
+    names, r, embed = ["hot_dog", "cat"], np.random.default_rng(1), Embedder()
+    x, label = r.normal(size=(30, 6)).astype(np.float32), r.integers(-1, 3, 30).astype(np.int32)
+    seen = features.Seen({"mine": lambda params, poll: (features.Features(x, label, np.arange(30)), {})}, {}, lambda: None)
+    got = dict(zero_shot.measure(embed, names, ("7", str(tmp_path / "one.txt")), pictures="mine")(seen))
+    (asked,) = embed.asked
+    assert len(asked) == len(set(asked)) == 14 and "art of the hot dog." in asked
+    known = (label >= 0) & (label < 2)
+    assert known.sum() < 30 and sorted(got) == ["eval/zero_shot/7/top1", "eval/zero_shot/one/top1"]
+    for name, lines in (("7", zero_shot.SEVEN), ("one", ("a {} in a video game.",))):
+        classes = []
+        for word in ("hot dog", "cat"):
+            rows = [Embedder().texts({}, [line.format(word)], None)[0] for line in lines]
+            mean = np.mean([row / np.linalg.norm(row) for row in rows], 0)
+            classes.append(mean / np.linalg.norm(mean))
+        right = (x[known] @ np.array(classes).T).argmax(1) == label[known]
+        assert got[f"eval/zero_shot/{name}/top1"] == pytest.approx(right.mean())

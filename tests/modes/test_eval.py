@@ -1,0 +1,104 @@
+"""--mode=eval on a run that was saved: every evaluator at once, what is kept of it, what is refused."""
+
+import json
+import pathlib
+
+import pytest
+
+from m3i_jax import config as configuration
+from m3i_jax import main as command
+from m3i_jax.errors import UserError
+from m3i_jax.modes import eval as evaluate
+from m3i_jax.modes import job as jobs
+from m3i_jax.modes import train
+from m3i_jax.training.checkpoint import Checkpoints
+from m3i_jax.training.trainer import Trainer
+from tests import toy
+
+SMALL = {
+    "data__size": 60, "data__classes": -1, "data__captions": "auto", "data__holdout": 0.3, "train__batch_size": 16,
+    "objective__forms": "supervised,weakly_supervised", "model__encoder__drop_path": 0.0,
+    "evaluate__batch_size": 16, "evaluate__train_limit": 32, "evaluate__k": 3, "evaluate__probe_epochs": 3, "evaluate__probe_warmup": 1,
+    "evaluate__attentive_epochs": 1, "evaluate__attentive_limit": 16, "evaluate__shots": "(1,2)",
+}  # fmt: skip
+EVERY = ("knn", "linear", "few_shot", "probe", "attentive", "direct", "zero_shot", "retrieval", "embedding")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The directory of a run that saved its first parameters, and their average with other numbers."""
+    place = tmp_path_factory.mktemp("run")
+    job = jobs.open_job(toy.settings(**SMALL), str(place), trains=[("supervised", "weakly_supervised")])
+    trainer = Trainer(job.config, job.mesh, job.tokenizer.vocabulary)
+    train.agree(job, None, False)
+    checkpoints = Checkpoints(place / "checkpoints", 2)
+    state = trainer.init()
+    for step in (1, 2):
+        checkpoints.save(step, state, {"samples_seen": 0, "fingerprint": job.fingerprint})
+    checkpoints.wait()
+    checkpoints.close()
+    return place
+
+
+def asked(*names: str) -> list[str]:
+    return [f"--config.evaluate.{name}={str(name in names).lower()}" for name in EVERY]
+
+
+def test_every_evaluator_of_a_run(run: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--mode=eval", "--workdir", str(run), *asked(*EVERY)]) == 0
+    saved = json.loads((run / "eval.json").read_text())
+    assert saved["step"] == 2 and saved["encoder"] == "online" and list(saved["results"]) == list(EVERY)
+    values = {name: value for found in saved["results"].values() for name, value in found.items()}
+    wanted = {f"eval/{e}/top1" for e in ("knn", "linear", "probe", "attentive", "direct", "zero_shot/7")}
+    wanted |= {"eval/few_shot/1", "eval/few_shot/2", "eval/retrieval/text_to_image/r5", "eval/embedding/same_class"}
+    assert wanted <= set(values) and all(0 <= values[name] <= 1 for name in wanted)
+    assert {p.name for p in (run / "embedding").iterdir()} == {"00000002-map.png", "00000002-neighbours.png"}
+    out = capsys.readouterr().out
+    assert all(name in out for name in values) and str(run / "checkpoints" / "2") in out
+
+
+def test_what_is_known_is_not_measured_again(run: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same call goes on; another checkpoint is another thing, and so is another setting."""
+    ran = []
+    real = evaluate.evaluators.measures
+
+    def noted(*rest, **more):
+        found, sets = real(*rest, **more)
+        return {name: lambda seen, name=name: (ran.append(name), iter([(f"eval/{name}", 0.5)]))[1] for name in found}, sets
+
+    monkeypatch.setattr(evaluate.evaluators, "measures", noted)
+    (run / "eval.json").unlink(missing_ok=True)
+    call = ["--mode=eval", "--workdir", str(run), *asked("knn", "direct")]
+    assert command.main(call) == 0 and ran == ["knn", "direct"]
+    saved = json.loads((run / "eval.json").read_text())
+    del saved["results"]["direct"]
+    (run / "eval.json").write_text(json.dumps(saved))
+    assert command.main(call) == 0 and ran == ["knn", "direct", "direct"]
+    assert command.main([*call, "--checkpoint", str(run / "checkpoints" / "1")]) == 0 and ran[3:] == ["knn", "direct"]
+    assert json.loads((run / "eval.json").read_text())["step"] == 1
+    assert command.main([*call, "--config.evaluate.crop=1.0", "--checkpoint", str(run / "checkpoints" / "1")]) == 0
+    assert ran[5:] == ["knn", "direct"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--workdir", "NOWHERE"], "has no config.txt"),
+        (["--workdir", "RUN", "--checkpoint", "NOWHERE"], "has no complete checkpoint"),
+        (["--workdir", "RUN", *asked()], "nothing that is asked for can be evaluated"),
+        (["--workdir", "RUN", "--config.evaluate.templates=mine.txt"], "there is no such file"),
+        (["--config", "configs/quickstart.py", "--mode=show", "--checkpoint", "RUN"], "--checkpoint: does not belong to --mode=show"),
+    ],
+)
+def test_refusals(arguments: list[str], told: str, run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = {"RUN": str(run), "NOWHERE": str(tmp_path / "no")}
+    assert command.main(["--mode=eval", *(places.get(a, a) for a in arguments)]) == 2
+    err = capsys.readouterr().err
+    assert told in err and err.count("\n") == 1
+
+
+def test_the_settings_of_a_run_come_back(run: pathlib.Path) -> None:
+    config = configuration.resolve(configuration.of_run(str(run), "--workdir"))
+    assert configuration.to_text(config) == (run / "config.txt").read_text()
+    with pytest.raises(UserError, match="is no setting of this version"):
+        configuration.from_text("optim.fast = 1\n", "config.txt")

@@ -1,0 +1,76 @@
+"""Neighbours and maps against brute force, and the pictures of both."""
+
+import builtins
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m3i_jax.errors import UserError
+from m3i_jax.reporting import embedding
+
+
+def unit(rows: int, width: int = 6, seed: int = 0) -> np.ndarray:
+    x = np.random.default_rng(seed).normal(size=(rows, width))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_neighbours_are_those_of_a_loop() -> None:
+    x = unit(30)
+    found, cosine = embedding.nearest(x, [4, 29], 5)
+    for row, asked in enumerate((4, 29)):
+        order = sorted((i for i in range(30) if i != asked), key=lambda i: -float(x[i] @ x[asked]))
+        assert found[row].tolist() == order[:5]
+        np.testing.assert_allclose(cosine[row], [x[i] @ x[asked] for i in order[:5]], rtol=1e-6)
+    assert embedding.nearest(x[:3], [0], 8)[0].shape == (1, 2)
+
+
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_agreement_leaves_out_the_unlabelled(chunk: int) -> None:
+    x, label = unit(40), np.random.default_rng(1).integers(-1, 3, 40)
+    known = np.flatnonzero(label >= 0)
+    right = []
+    for i in known:
+        others = [j for j in known if j != i]
+        right.append(label[max(others, key=lambda j: float(x[j] @ x[i]))] == label[i])
+    assert embedding.agreement(x, label, chunk) == pytest.approx(np.mean(right)) and 0 < np.mean(right) < 1
+    assert embedding.agreement(x, np.full(40, -1)) is None
+
+
+def test_the_map_is_the_first_two_components() -> None:
+    x = np.random.default_rng(2).normal(size=(50, 7)) * np.array([9, 1, 5, 1, 1, 0.5, 0.1]) + 3
+    u, s, _ = np.linalg.svd(x - x.mean(0))
+    wanted, got = u[:, :2] * s[:2], embedding.flat(x)
+    np.testing.assert_allclose(np.abs(got), np.abs(wanted), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(embedding.flat(x[::-1].copy()), got[::-1], atol=1e-6)  # no sign by chance
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name, *rest, **more):
+        if name.split(".")[0] == "sklearn":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(UserError, match=r"config.evaluate.map: .*m3i-jax\[maps\]"):
+        embedding.flat(unit(9), "tsne")
+
+
+def test_pictures_of_both(tmp_path: pathlib.Path) -> None:
+    """A green word is a neighbour of the same class, a red one of another; every point of a map has the colour of its class."""
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    place = tmp_path / "n.png"
+    embedding.write_neighbours(place, pictures, [(0, [1, 2])], np.array([[0.9, 0.1]]), ["cat", "cat", "dog"], "title")
+    pixels = {tuple(p) for p in np.asarray(Image.open(place)).reshape(-1, 3).tolist()}
+    assert {tuple(p) for p in pictures[2].reshape(-1, 3).tolist()} <= pixels
+    words = np.asarray(Image.open(place)).astype(int)[embedding.MARGIN + embedding.HEAD + 128 :]  # thin strokes are blended with the paper
+    for colour in (embedding.RIGHT, embedding.WRONG):
+        assert np.abs(words - np.array(colour)).max(-1).min() < 60
+    place = tmp_path / "m.png"
+    embedding.write_map(place, np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 5.0]]), np.array([0, 1, -1]), ["cat", "dog", "never"], "title")
+    shown = np.asarray(Image.open(place))
+    for colour in (embedding.class_colour(0, 2), embedding.class_colour(1, 2), embedding.NONE):
+        assert (shown == np.array(colour)).all(-1).sum() >= 20
