@@ -41,8 +41,7 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool, checkpoint:
         )
     trainer = Trainer(job.config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
     checkpoints = Checkpoints(place, job.config.train.keep)
-    with steps.reading(place / str(step)):
-        state = checkpoints.restore(step, trainer.template, trainer.shardings)
+    state = checkpoints.restore(step, trainer.template, trainer.shardings)
     checkpoints.close()
     settings = [line for line in configuration.to_text(job.config).splitlines() if line.startswith(SAME)]
     about = {
