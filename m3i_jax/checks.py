@@ -18,6 +18,10 @@ def _ranges(c: schema.Config) -> None:
         "data.augment.grayscale_p": (a.grayscale_p,),
         "data.augment.blur_p": a.blur_p,
         "data.augment.solarize_p": a.solarize_p,
+        "data.augment.erase_p": (a.erase_p,),
+        "data.augment.cutmix_switch": (a.cutmix_switch,),
+        "data.augment.blend_p": (a.blend_p,),
+        "data.rand_augment.p": (d.rand_augment.p,),
         "data.flip_p": (d.flip_p,),
         "data.max_bad_share": (d.max_bad_share,),
         "model.encoder.drop_path": (c.model.encoder.drop_path,),
@@ -74,6 +78,12 @@ def _ranges(c: schema.Config) -> None:
         "data.threads": d.threads,
         "data.workers": d.workers,
         "data.size": d.size,
+        "data.augment.mixup": a.mixup,
+        "data.augment.cutmix": a.cutmix,
+        "data.rand_augment.ops": d.rand_augment.ops,
+        "data.rand_augment.deviation": d.rand_augment.deviation,
+        "model.category_std": c.model.category_std,
+        "model.encoder.position_grid": c.model.encoder.position_grid,
         "evaluate.probe_warmup": c.evaluate.probe_warmup,
     }.items():
         _require(value >= 0, key, value, "must not be negative")
@@ -99,6 +109,7 @@ def _ranges(c: schema.Config) -> None:
         "compare.seeds": c.compare.seeds,
     }.items():
         _require(value >= 1, key, value, "must be at least 1")
+    _require(0 <= d.rand_augment.magnitude <= 10, "data.rand_augment.magnitude", d.rand_augment.magnitude, "must lie in 0..10")
     _require(0 < c.evaluate.crop <= 1, "evaluate.crop", c.evaluate.crop, "must be a share of the short side, above 0 and at most 1")
     _require(bool(c.evaluate.templates), "evaluate.templates", c.evaluate.templates, "must name a set of prompts: 7, 80 or a file")
     _require(0 < c.report.mfu <= 1, "report.mfu", c.report.mfu, "must be a share of the peak, above 0 and at most 1")
@@ -124,6 +135,11 @@ def _towers(c: schema.Config) -> None:
         _require(settings.mlp_ratio > 0, f"model.{tower}.mlp_ratio", settings.mlp_ratio, "must be positive")
     for key, value in {"model.encoder.width": m.encoder.width, "model.decoder.width": m.decoder.width}.items():
         _require(value % 4 == 0, key, value, "must be a multiple of 4: a quarter each for the sine and cosine of rows and columns")
+    probing = m.pool.norm == "batch"
+    _require(not probing or m.pool.kind == "mean", "model.pool.norm", m.pool.norm, "is of model.pool.kind=mean alone; use layer")
+    _require(
+        not probing or not m.pool.projection, "model.pool.norm", m.pool.norm, "needs model.pool.projection=false: a linear probe is linear"
+    )
     _require(m.pool.width >= 1, "model.pool.width", m.pool.width, "must be at least 1")
     _require(m.text.embed >= 1, "model.text.embed", m.text.embed, "must be at least 1")
 

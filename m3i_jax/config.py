@@ -190,9 +190,12 @@ def _arguments(file: str, signature: inspect.Signature, text: str) -> dict[str, 
     out: dict[str, Any] = {}
     for piece in filter(None, re.split(r",(?=[A-Za-z_]\w*=)", text)):
         name, equals, value = piece.partition("=")
+        if f"{name}_" in signature.parameters:  # from=, which Python keeps for itself
+            name = f"{name}_"
         if name not in signature.parameters or not equals:
-            near = difflib.get_close_matches(name, signature.parameters, 1)
-            names = ", ".join(f"{n}=" for n in signature.parameters) or "none"
+            taken = [n.rstrip("_") for n in signature.parameters]
+            near = difflib.get_close_matches(name, taken, 1)
+            names = ", ".join(f"{n}=" for n in taken) or "none"
             raise UserError(
                 f"--config {file}:{name}: there is no such argument; " + (f"did you mean {near[0]}=?" if near else f"it takes {names}")
             )

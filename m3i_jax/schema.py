@@ -29,8 +29,23 @@ class Augment:
     blur_p: tuple[float, ...] = option((1.0, 0.1), "probability of Gaussian blur: input view, target view")
     blur_sigma: tuple[float, ...] = option((0.1, 2.0), "range of the blur's sigma in pixels")
     solarize_p: tuple[float, ...] = option((0.0, 0.2), "probability of solarization: input view, target view")
+    erase_p: float = option(0.0, "probability that a box of the input view becomes noise, after normalisation (fine-tuning: 0.25)")
+    mixup: float = option(0.0, "alpha of the Beta distribution of mixup's shares, for the form finetune; 0: none (fine-tuning: 0.8)")
+    cutmix: float = option(0.0, "alpha of CutMix's, for the form finetune; 0: none (fine-tuning: 1)")
+    cutmix_switch: float = option(0.5, "with both, probability of CutMix")
+    blend_p: float = option(1.0, "probability that a pair of pictures is blended at all")
     mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "subtracted from RGB in 0..1")
     std: tuple[float, ...] = option((0.229, 0.224, 0.225), "divides RGB in 0..1 after the mean")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandAugment:
+    """RandAugment of fine-tuning, on the host: rand-m9-mstd0.5-inc1 with ops=2."""
+
+    ops: int = option(0, "operations a view; 0: none")
+    p: float = option(0.5, "probability of each")
+    magnitude: float = option(9.0, "mean strength, 0..10")
+    deviation: float = option(0.5, "deviation of the strength")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +83,7 @@ class Data:
     workers: int = option(0, "worker processes that make batches")
     max_bad_share: float = option(0.05, "stop when more than this share of the last 10,000 records was bad")
     augment: Augment = section(Augment)
+    rand_augment: RandAugment = section(RandAugment)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +101,8 @@ class Encoder:
     )
     cls_token: bool = option(True, "ViT: prepend a learned token")
     final_norm: bool = option(False, "ViT: LayerNorm after the last block")
+    freeze: bool = option(False, "keep all of the encoder as it is: probes train the head alone")
+    position_grid: int = option(0, "patches a side for which positions are made and then resized to the grid of the views; 0: theirs")
     freeze_patch_embed: bool = option(True, "ViT: keep the patch embedding at its initial values")
 
 
@@ -179,6 +197,8 @@ class Model:
         "full",
     )
 
+    category_std: float = option(0.0, "deviation of the first category weights; 0: Xavier (fine-tuning: 2e-5, linear probe: 0.01)")
+
     @property
     def pooled(self) -> int:
         """Width of a pooled picture."""
@@ -225,6 +245,7 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
+    rule: str = option("adamw", "of the updates: AdamW, or LARS of linear probes with momentum b1", "adamw", "lars")
     lr: float = option(1e-3, "peak learning rate [P]")
     min_lr: float = option(0.0, "learning rate at the end of the cosine")
     warmup_epochs: float = option(40.0, "epochs of linear warm-up, unless warmup_steps is set [P]")
@@ -238,6 +259,7 @@ class Optim:
     offset_lr: float = option(0.1, "factor of the learning rate of DCNv3's offsets (InternImage)")
     center_lr: float = option(1.0, "factor of the learning rate of DCNv3's centre scale (InternImage fine-tunes with 0.1)")
     ema: float = option(0.995, "first momentum of the target encoder [P]")
+    ema_of: str = option("targets", "the EMA keeps what targets are made with, or all parameters (fine-tuning)", "targets", "all")
     ema_schedule: str = option("cosine", "of the momentum: cosine to 1 [P], or constant", "cosine", "constant")
 
 
@@ -323,6 +345,7 @@ class Report:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     seed: int = option(0, "of everything random")
+    init_from: str = option("", "workdir of a run whose encoder is the start of this one")
     data: Data = section(Data)
     model: Model = section(Model)
     objective: Objective = section(Objective)

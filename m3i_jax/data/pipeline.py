@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.data import crops, loans, order, records, sources
+from m3i_jax.data import crops, loans, order, rand_augment, records, sources
 from m3i_jax.data.sources import Source
 from m3i_jax.data.tokenizer import Tokenizer
 from m3i_jax.errors import UserError
@@ -110,6 +110,7 @@ class Maker:
     batch: int  # of all hosts
     first: int  # position of this host's first row in batch 0
     resizer: str
+    views: tuple[int, ...]  # that are cut; another one is black
     borrower: loans.Borrower | None  # of a worker process; None: the batch stays in this one
 
     def __call__(self, k: int) -> dict[str, Any]:
@@ -137,6 +138,9 @@ class Maker:
             batch["length"] = np.zeros(self.rows, np.int32)
         chosen = order.records_at(self.source, self.seed, positions)
         u = masks.uniforms(self.seed, masks.CROP, first, self.rows, 2 * crops.WIDTH).reshape(self.rows, 2, crops.WIDTH)
+        if count := rand_augment.WIDTH * self.data.rand_augment.ops:
+            more = masks.uniforms(self.seed, masks.RAND_AUGMENT, first, self.rows, 2 * count).reshape(self.rows, 2, count)
+            u = np.concatenate([u, more], -1)
         for at in range(0, self.rows, _READ):
             rows = range(at, min(at + _READ, self.rows))
             for row, record in zip(rows, sources.read(self.source, chosen[rows].tolist()), strict=True):
@@ -171,15 +175,19 @@ class Maker:
         )
 
     def _views(self, record: sources.Record, u: list[list[float]], pixels: np.ndarray, box: np.ndarray, flip: np.ndarray) -> None:
-        """Decodes once, cuts twice. u is [2][WIDTH]: 22 numbers for the box, one for the flip."""
-        opened, data = records.open_picture(record.image), self.data
+        """Decodes once, cuts the views. u is [2][WIDTH + more]: 22 numbers for the box, one for the flip, and those of RandAugment."""
+        opened, data, by = records.open_picture(record.image), self.data, self.data.rand_augment
         height, width = opened.height, opened.width
         boxes = [crops.crop_box(u[v], height, width, scale=_pair(data.crop_scale), ratio=_pair(data.crop_ratio)) for v in range(2)]
-        least = crops.enough(boxes, height, width, data.image_size, records.GAP)
+        least = crops.enough([boxes[v] for v in self.views], height, width, data.image_size, records.GAP)
         image = opened.rgb(background=data.background, least=least)
         for v in range(2):
             box[v], flip[v] = boxes[v], u[v][22] < data.flip_p
-            pixels[v] = crops.cut(image, boxes[v], data.image_size, bool(flip[v]), height=height, width=width, by=self.resizer)
+            if v not in self.views:
+                pixels[v] = 0
+                continue
+            view = crops.cut(image, boxes[v], data.image_size, bool(flip[v]), height=height, width=width, by=self.resizer)
+            pixels[v] = rand_augment.apply(view, data.image_size, u[v][crops.WIDTH :], by) if by.ops else view
 
     def _meaning(self, record: sources.Record, row: int, batch: Batch) -> None:
         dropped = self.classes > 0 and record.label >= self.classes
@@ -264,7 +272,16 @@ class Batches(Iterator[Batch]):
             self._lender.close()
 
 
-def iterate(config: schema.Config, source: Source, tokenizer: Tokenizer | None, *, start: int, host: int = 0, hosts: int = 1) -> Batches:
+def iterate(
+    config: schema.Config,
+    source: Source,
+    tokenizer: Tokenizer | None,
+    *,
+    start: int,
+    host: int = 0,
+    hosts: int = 1,
+    views: tuple[int, ...] = (0, 1),
+) -> Batches:
     """An endless iterator over one host's share of the global batches, from a position on.
 
     Args:
@@ -273,6 +290,7 @@ def iterate(config: schema.Config, source: Source, tokenizer: Tokenizer | None, 
         tokenizer: of `data.caption_length` ids, or None to leave captions out.
         start: samples seen before; even.
         host, hosts: which contiguous share of the rows to make.
+        views: those that anything reads; cutting the others is half of the work, and they are black.
 
     Returns:
         An iterator of dicts of numpy arrays, with B = batch_size / hosts rows, S = image_size, N = patches, L = caption length:
@@ -321,6 +339,7 @@ def iterate(config: schema.Config, source: Source, tokenizer: Tokenizer | None, 
         batch=batch,
         first=start + host * rows,
         resizer=crops.resizer(data.resizer),
+        views=views,
         borrower=lender.borrower() if lender else None,
     )
     import grain.python as grain  # seconds to import, and only runs that read data need it

@@ -53,9 +53,7 @@ class Probe:
         e, rows = self._config.evaluate, len(tokens_NxTxD)
         steps = max(rows // batch, 1)
         rate = optimizer.learning_rate(schema.Optim(lr=e.attentive_lr), steps=e.attentive_epochs * steps, warmup=steps)
-        tx = optax.chain(
-            rules.adamw(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05, mask=optimizer.decayed), optax.scale_by_learning_rate(rate)
-        )
+        tx = optax.chain(*rules.adamw(rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05, mask=optimizer.decayed))
 
         @jax.jit
         def step(head: Any, opt: Any, tokens: jax.Array, label_B: jax.Array) -> tuple[Any, Any]:

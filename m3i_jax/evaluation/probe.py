@@ -85,7 +85,7 @@ def fit(
     rows, size = len(x_NxD), min(batch, len(x_NxD))
     steps = rows // size
     settings = schema.Optim(lr=lr * size / BATCH, min_lr=0.0)
-    tx = rules.lars(optimizer.learning_rate(settings, steps=epochs * steps, warmup=min(warmup, epochs) * steps))
+    tx = optax.chain(*rules.lars(optimizer.learning_rate(settings, steps=epochs * steps, warmup=min(warmup, epochs) * steps)))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def epoch(probe: Probe, x_NxD: jax.Array, label_N: jax.Array, order_SxB: jax.Array) -> Probe:

@@ -74,7 +74,8 @@ def init(config: schema.Config, rng: jax.Array, terms: Terms, *, classes: int, v
     if (by_category or by_text) and (made := pooling.init(model, keys["pool"])):  # a pooling may have no parameters
         params["pool"] = made
     if by_category:
-        params["category"] = draw(keys["category"], shapes_of(_category(classes), row))
+        normal = {"kernel": model.category_std} if model.category_std else None
+        params["category"] = draw(keys["category"], shapes_of(_category(classes), row), normal)
     if by_text:
         shapes = shapes_of(_image_projection(model), row)
         params["image_projection"] = draw(keys["image_projection"], shapes, {"kernel": model.pooled**-0.5})
@@ -166,6 +167,8 @@ def encode(
     >>> jax.eval_shape(lambda p, x: encode(config, p, x), shapes["encoder"], jnp.zeros((2, 4, 768))).shape
     (2, 5, 768)
     """
+    if config.model.encoder.freeze:
+        encoder = jax.lax.stop_gradient(encoder)
     settings: dict[str, Any] = {"index_BxK": index, "keep_BxLx2": keep, "hidden_BxN": hidden, "blocks": blocks}
     return backbones.of(config.model).apply(config.model, encoder, patches_BxNxP, grid=config.grid, **settings)
 

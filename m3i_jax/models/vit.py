@@ -119,7 +119,7 @@ def apply(
     z_BxTxD = embed.apply({"params": of_embed}, shown)
     if hidden_BxN is not None:
         z_BxTxD = jnp.where(hidden_BxN[..., None], params["mask_token"].astype(z_BxTxD.dtype), z_BxTxD)
-    z_BxTxD = add_positions(z_BxTxD, positions.sincos_2d(grid, e.width), index_BxK)
+    z_BxTxD = add_positions(z_BxTxD, positions.resized(positions.sincos_2d(e.position_grid or grid, e.width), grid), index_BxK)
     if e.cls_token:
         cls_Bx1xD = jnp.broadcast_to(params["cls_token"].astype(z_BxTxD.dtype), (z_BxTxD.shape[0], 1, e.width))
         z_BxTxD = jnp.concatenate([cls_Bx1xD, z_BxTxD], 1)

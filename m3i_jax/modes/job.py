@@ -44,8 +44,9 @@ class Job:
         return pipeline.identity(self.config, self.train)
 
     def batches(self, start: int) -> Any:
-        """Host batches from sample `start` on."""
-        return pipeline.iterate(self.config, self.train, self.tokenizer, start=start, host=jax.process_index(), hosts=jax.process_count())
+        """Host batches from sample `start` on, with the views that the objective reads."""
+        views, host, hosts = plan.read(self.config).crops, jax.process_index(), jax.process_count()
+        return pipeline.iterate(self.config, self.train, self.tokenizer, start=start, host=host, hosts=hosts, views=views)
 
 
 def placed(config: schema.Config) -> tuple[schema.Config, jax.sharding.Mesh]:

@@ -12,8 +12,8 @@ import math
 import numpy as np
 
 # Purposes: the second word of the key, so that no two uses of randomness share a stream. One width a purpose (see `uniforms`).
-CROP, MASK, TOPUP, SWAP, CYCLE, RECORD, UNIFORM, CAPTION, SHAPE, SPLIT, COLOR, DROP_PATH = range(12)
-SPARE = range(12, 256)
+CROP, MASK, TOPUP, SWAP, CYCLE, RECORD, UNIFORM, CAPTION, SHAPE, SPLIT, COLOR, DROP_PATH, RAND_AUGMENT = range(13)
+SPARE = range(13, 256)
 """Purposes that this project does not use: for projects that import `uniforms`."""
 
 _U64 = np.uint64

@@ -23,6 +23,7 @@ class Pass:
     masked  only the cells that show the row's own image are read, the others are dropped
     filled  of a masked pass: hidden cells are not dropped but stand as a learned mask token (BEiT, data2vec)
     mixed   the other cells show the partner image (section 3.4); excludes `masked`
+    blended the whole picture is blended with the partner's, by mixup or CutMix; excludes both
 
     >>> Pass(mixed=True).mixed
     True
@@ -32,10 +33,13 @@ class Pass:
     masked: bool = False
     filled: bool = False
     mixed: bool = False
+    blended: bool = False
 
     def __post_init__(self) -> None:
         if self.masked and self.mixed:
             raise ValueError("a pass is masked or mixed, not both: a mixed input fills the cells that a masked one drops")
+        if self.blended and (self.masked or self.mixed):
+            raise ValueError("a pass that blends whole pictures is neither masked nor mixed")
         if self.filled and not self.masked:
             raise ValueError("only a masked pass has hidden cells to fill")
 
@@ -151,8 +155,10 @@ class Term:
     def __post_init__(self) -> None:
         if self.image not in ("own", "partner") or self.group not in ("ssp", "sp"):
             raise ValueError(f"term {self.name}: image must be own or partner, group ssp or sp")
-        if self.image == "partner" and not self.reads.mixed:
-            raise ValueError(f"term {self.name}: only a mixed pass shows a partner")
+        if self.image == "partner" and not (self.reads.mixed or self.reads.blended):
+            raise ValueError(f"term {self.name}: only a mixed or blended pass shows a partner")
+        if self.reads.blended and self.head != Pooled(everything=True):
+            raise ValueError(f"term {self.name}: a blended picture has no cells of its own; predict from all of them")
         if self.target.encoder == "online" and not self.posterior.two_sided:
             raise ValueError(f"term {self.name}: {type(self.posterior).__name__} takes its target as a constant; use a shared target")
         wanted = (Decoder, Linear, Projection) if self.target.of in DENSE else Projection if self.target.of == "pooled" else Pooled
@@ -167,7 +173,7 @@ class Term:
 
 Terms = tuple[Term, ...]
 
-FULL, MASKED, MIXED = Pass(), Pass(masked=True), Pass(mixed=True)
+FULL, MASKED, MIXED, BLENDED = Pass(), Pass(masked=True), Pass(mixed=True), Pass(blended=True)
 CATEGORY, TEXT = Target(of="category"), Target(of="text")
 # The paper names no head for global targets; MoCo v3 is the closest public one.
 MOCO = Projection(projector=Mlp(layers=3, last_norm=True), predictor=Mlp(layers=2, last_norm=True))
@@ -223,6 +229,13 @@ FORMS: dict[str, Terms] = {
     ),
     # Both roles from one masked input, each with half the weight: in expectation what drawing the role of every image would give.
     "m3i_unmixed": (tokens(MASKED, 0), tokens(MASKED, 1), category(MASKED), text(MASKED)),
+}
+# What is trained after pre-training. The target of a blend is the blend of both targets, and the cross-entropy is linear in its target: so
+# each picture has a term, weighed by its share of the input.
+TRANSFER: dict[str, Terms] = {
+    "finetune": tuple(
+        dataclasses.replace(category(FULL), reads=BLENDED, image=image, head=Pooled(everything=True)) for image in ("own", "partner")
+    ),
 }
 # Letters of the paper's Table 3, and its two names of the annotated rows.
 LETTERS = dict(zip("abcdefghijkl", FORMS, strict=False)) | {"ic": "supervised", "wsp": "weakly_supervised"}

@@ -7,6 +7,8 @@ views, G cells a side, N = G * G positions in row-major order, W the width of an
 Each number x is embedded as `[sin(x w_k), cos(x w_k)]` with `w_k = 10000^(-k / (W / 4))`, k = 0..W/4-1; rows come before columns.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,36 @@ def sincos_2d(grid: int, width: int) -> np.ndarray:
     place_GxH = _embed_numpy(np.arange(grid, dtype=np.float64), width)
     row_GxGxH = np.broadcast_to(place_GxH[:, None], (grid, grid, width // 2))
     return np.concatenate([row_GxGxH, row_GxGxH.swapaxes(0, 1)], -1).reshape(grid * grid, width).astype(np.float32)
+
+
+def resized(table_NxW: np.ndarray, grid: int) -> np.ndarray:
+    """A square position table for another number of cells, bicubic: how a model goes on with pictures of another size (MAE, DeiT).
+
+    Keys' kernel with a = -0.75, without antialiasing, half-pixel centres and repeated borders: the numbers of torch's bicubic.
+
+    Args:
+      table_NxW: a row a cell, row-major.
+      grid: cells a side of the result, G.
+
+    Returns:
+      float32 [G * G, W]; the table itself if it has that grid already.
+
+    >>> resized(np.arange(4, dtype=np.float32)[:, None], 2)[:, 0].tolist()
+    [0.0, 1.0, 2.0, 3.0]
+    """
+    old = math.isqrt(len(table_NxW))
+    if old == grid:
+        return table_NxW
+    at = (np.arange(grid) + 0.5) * old / grid - 0.5
+    first, weights = np.floor(at).astype(int), np.zeros((grid, old))
+    for tap in range(-1, 3):
+        distance = np.abs(at - (first + tap))
+        near = 1.25 * distance**3 - 2.25 * distance**2 + 1
+        far = -0.75 * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+        np.add.at(weights, (np.arange(grid), np.clip(first + tap, 0, old - 1)), np.where(distance <= 1, near, far))
+    square_GxGxW = table_NxW.astype(np.float64).reshape(old, old, -1)
+    out_GxGxW = np.einsum("ya,xb,abw->yxw", weights, weights, square_GxGxW, optimize=True)
+    return out_GxGxW.reshape(grid * grid, -1).astype(np.float32)
 
 
 def identity(grid: int, width: int) -> np.ndarray:

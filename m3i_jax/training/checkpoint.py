@@ -264,18 +264,19 @@ class Checkpoints:
         return [f"{path} is {there.get(path, 'absent')} there, {here.get(path, 'absent')} here" for path in paths]
 
 
-def encoder_of(workdir: str, template: Any, shardings: Any) -> Any:
-    """The online encoder of the newest checkpoint of another run, for a frozen target.
+def encoder_of(workdir: str, template: Any, shardings: Any, key: str = "objective.target_checkpoint") -> Any:
+    """The online encoder of the newest checkpoint of another run, for a frozen target or a run that starts from it.
 
     Args:
       workdir: directory of that run.
       template, shardings: of the encoder here, which must be of the same shape.
+      key: the setting that named the run, for messages.
 
     Raises:
       UserError: if there is no checkpoint, or its encoder is another one.
     """
     place = pathlib.Path(workdir) / "checkpoints"
-    where = f"config.objective.target_checkpoint: {workdir!r}"
+    where = f"config.{key}: {workdir!r}"
     if not place.is_dir():
         raise UserError(f"{where} has no checkpoints; give the --workdir of a run that saved one")
     step = max(steps.listed(place), default=None)

@@ -1,6 +1,7 @@
-"""The optimizer as one named chain: balance -> clip -> adamw -> bounds -> target. Each link owns its statistics, so the state of a run has
-readable keys and everything that must survive a restart is in it."""
+"""The optimizer as one named chain: balance -> clip -> adamw (or lars) -> bounds -> target. Each link owns its statistics, so the state of
+a run has readable keys and everything that must survive a restart is in it."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from m3i_jax.models import backbones, m3i
 from m3i_jax.objective import balance, target
 from m3i_jax.objective.methods import Terms
 from m3i_jax.parallel.rules import path_of
+from m3i_jax.training import rules
 
 # Never decayed, whatever their rank: tokens, position tables, norms, biases, LayerScale and the logit scale (SiameseIM decays the rank-3
 # tokens; BEiT and MAE's fine-tuning do not).
@@ -22,12 +24,13 @@ _NO_DECAY = re.compile(r"(^|/)(bias|scale|gamma[12]|cls_token|mask_token|query_t
 LOGIT_SCALE_LIMITS = (0.0, 4.605170185988092)  # ln 1 .. ln 100
 
 
-def decayed(params: Any, *, freeze_patch_embed: bool = False) -> Any:
-    """A tree of booleans: which parameters AdamW decays. Stacked blocks carry a leading layer axis, so names decide, not ranks."""
+def decayed(params: Any, *, frozen: tuple[str, ...] = ()) -> Any:
+    """A tree of booleans: which parameters are decayed; none that is `frozen`, by the beginning of its path. Stacked blocks carry a leading
+    layer axis, so names decide, not ranks."""
 
     def one(path: tuple[Any, ...], leaf: Any) -> bool:
         name = path_of(path)
-        return not _NO_DECAY.search(name) and not (freeze_patch_embed and name.startswith("encoder/patch_embed/"))
+        return not _NO_DECAY.search(name) and not name.startswith(frozen)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -123,21 +126,20 @@ def build(config: schema.Config, terms: Terms, *, steps: int, warmup: int) -> op
     """The chain for a run of `steps` optimizer steps. `update` takes `feature_grad_norms=(ssp, sp)`, the norms of Eq. 13."""
 
     def parts(params: Any) -> Any:
-        return m3i.target_parts(config, terms, params)
+        return params if config.optim.ema_of == "all" else m3i.target_parts(config, terms, params)
 
     frozen = [("frozen", hold(parts))] if any(t.target.encoder == "frozen" for t in terms) else []
-    o = config.optim
-    freeze = config.model.encoder.freeze_patch_embed
-    adamw = optax.chain(
-        optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps),
-        optax.add_decayed_weights(o.weight_decay, mask=lambda params: decayed(params, freeze_patch_embed=freeze)),
-        optax.scale_by_learning_rate(learning_rate(o, steps=steps, warmup=warmup)),
-        scale_rates(config),
-    )
+    o, e, rate = config.optim, config.model.encoder, learning_rate(config.optim, steps=steps, warmup=warmup)
+    still = ("encoder/",) if e.freeze else ("encoder/patch_embed/",) if e.freeze_patch_embed else ()
+    mask = functools.partial(decayed, frozen=still)
+    if o.rule == "lars":
+        links = rules.lars(rate, momentum=o.b1, weight_decay=o.weight_decay, mask=mask)
+    else:
+        links = rules.adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=mask)
     return optax.named_chain(
         ("balance", balance.track_balance(config.objective.balance_decay)),
         ("clip", optax.clip_by_global_norm(o.clip) if o.clip else optax.identity()),
-        ("adamw", adamw),
+        (o.rule, optax.chain(*links, scale_rates(config))),
         ("bounds", keep_within("logit_scale", *LOGIT_SCALE_LIMITS)),
         ("target", target.track_target(_momentum(o, steps), parts)),
         *frozen,

@@ -109,9 +109,11 @@ def row(name: str) -> methods.Terms:
         return named.METHODS[name].terms
     if name in methods.FORMS:
         return methods.FORMS[name]
+    if name in methods.TRANSFER:
+        return methods.TRANSFER[name]
     if name in named.LEFT_OUT:
         raise UserError(f"config.objective.forms: {name!r} is not here: {named.LEFT_OUT[name]}")
-    names = [*methods.FORMS, *methods.LETTERS, *named.METHODS]
+    names = [*methods.FORMS, *methods.LETTERS, *methods.TRANSFER, *named.METHODS]
     near = difflib.get_close_matches(name, names, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"config.objective.forms: {name!r} is none of {', '.join(dict.fromkeys(names))}{hint}")

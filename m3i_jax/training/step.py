@@ -172,6 +172,7 @@ def teachers(state: State) -> dict[str, Any]:
 def train_step(plan: Plan, tx: optax.GradientTransformationExtraArgs, state: State, batch: Batch) -> tuple[State, Metrics]:
     """One optimizer step on one global batch. A step whose loss or gradient is not finite changes nothing but `step`, and says so."""
     settings = plan.config.objective
+    batch = views.with_blend(plan.config, plan.passes, batch)
     statistics = state.opt["balance"]
     lam = jnp.asarray(settings.gamma, jnp.float32)
     if settings.weighting == "dynamic":
@@ -195,6 +196,7 @@ def look_inside(plan: Plan, state: State, batch: Batch) -> dict[str, jax.Array]:
     """What a panel shows of a batch: the input of the first pass, and for every dense term the predicted features beside their
     target; predicted pixels as a picture, with the mean and deviation of the true patch."""
     config = plan.config
+    batch = views.with_blend(config, plan.passes, batch)
     trees = teachers(state) | {"shared": m3i.target_parts(config, plan.terms, state.params)}
     crops = views.patches(config, batch, plan.crops, exact=plan.exact)
     goals = targets.goals(plan, trees, crops)

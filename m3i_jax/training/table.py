@@ -27,6 +27,8 @@ def read_words(read: Pass) -> str:
     how = (
         " mixed with the partner"
         if read.mixed
+        else " blended with the partner"
+        if read.blended
         else ", hidden cells as mask tokens"
         if read.filled
         else ", own cells"

@@ -28,9 +28,13 @@ def of_image(plan: Plan, term: Term, x_Bx: jax.Array) -> jax.Array:
 
 
 def present(plan: Plan, term: Term, batch: Batch) -> jax.Array:
-    """Weight [R] of each row: 0 where the image has no such annotation."""
+    """Weight [R] of each row: 0 where the image has no such annotation; of a blended picture the image's share of it."""
     if term.target.of == "category":
-        return (of_image(plan, term, batch["label"]) >= 0).astype(jnp.float32)
+        labelled = (of_image(plan, term, batch["label"]) >= 0).astype(jnp.float32)
+        if not term.reads.blended:
+            return labelled
+        share = views.blend_of(plan.config, batch).share
+        return labelled * (share if term.image == "own" else 1 - share)
     if term.target.of == "text":
         return (of_image(plan, term, batch["length"]) > 0).astype(jnp.float32)
     return jnp.ones(of_image(plan, term, batch["mask"]).shape[0])

@@ -82,6 +82,11 @@ class Trainer:
     def init(self) -> state.State:
         """The state at step 0, made where it will live: no device ever holds more than its share."""
         made = jax.jit(self._create, out_shardings=self.shardings)()
+        if self.config.init_from:
+            template, layout = self.template.params["encoder"], self.shardings.params["encoder"]
+            encoder = checkpoint.encoder_of(self.config.init_from, template, layout, "init_from")
+            begin = jax.jit(lambda params: state.create(params, self.tx), out_shardings=self.shardings)
+            made = begin({**made.params, "encoder": encoder})  # the average starts there too
         if "frozen" not in made.opt:
             return made
         frozen, layout = made.opt["frozen"], self.shardings.opt["frozen"].params["encoder"]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import schema
-from m3i_jax.data import photometric
+from m3i_jax.data import blend, photometric
 from m3i_jax.models import backbones, m3i, vit
 from m3i_jax.objective import mixing
 from m3i_jax.objective.methods import Pass
@@ -24,6 +24,8 @@ def patches(config: schema.Config, batch: Batch, crops: Iterable[int], *, exact:
     for crop in crops:
         view = photometric.augment(batch["views"][:, crop], batch["position"], seed=config.seed, view=crop, settings=config.data.augment)
         view = photometric.normalize(view, config.data.augment)
+        if crop == 0 and config.data.augment.erase_p:
+            view = blend.erase(view, batch["position"], seed=config.seed, probability=config.data.augment.erase_p)
         out[crop] = vit.patchify(view, config.model.encoder.patch_size).astype(jnp.float32 if exact else config.model.dtype)
     return out
 
@@ -45,6 +47,8 @@ def drop_path(config: schema.Config, position_Bx2: jax.Array, salt: int) -> jax.
 
 def rows_of(config: schema.Config, read: Pass, image: str, x_Bx: jax.Array) -> jax.Array:
     """Rows [R, ...] of `x` for one of the images that a pass shows: R = B, or B / 2 mixed inputs of a batch in halves."""
+    if read.blended:
+        return mixing.partner(x_Bx) if image == "partner" else x_Bx
     if not read.mixed:
         return x_Bx
     if config.objective.pairing == "halves":
@@ -67,12 +71,39 @@ def encoder_input(config: schema.Config, read: Pass, salt: int, batch: Batch, cr
     x_RxNxP, keep = crops[read.crop], drop_path(config, rows_of(config, read, "own", batch["position"]), salt)
     if read.mixed:
         x_RxNxP = rows_of(config, read, "own", mixing.mix(x_RxNxP, batch["mask"]))
+    if read.blended:
+        x_RxNxP = _blended(config, x_RxNxP, blend_of(config, batch))
     return dict(
         patches=x_RxNxP,
         index=cells(config, read, batch)[0] if read.masked and not read.filled else None,
         hidden=~batch["mask"] if read.filled else None,
         keep=keep,
     )
+
+
+def blend_of(config: schema.Config, batch: Batch) -> blend.Blend:
+    """How the pictures of a batch are blended. The draws are cheap to make and slow to compile: a step makes them once, `with_blend`."""
+    if "share" in batch:
+        return blend.Blend(batch["share"], batch["cut_box"], batch["cut"])
+    return blend.draw(batch["position"], seed=config.seed, size=config.data.image_size, settings=config.data.augment)
+
+
+def with_blend(config: schema.Config, passes: Iterable[Pass], batch: Batch) -> Batch:
+    """The batch, with the draws of its blending if a pass asks for them."""
+    if not any(read.blended for read in passes):
+        return batch
+    made = blend_of(config, batch)
+    return {**batch, "share": made.share, "cut_box": made.box, "cut": made.cut}
+
+
+def _blended(config: schema.Config, x_BxNxP: jax.Array, how: blend.Blend) -> jax.Array:
+    """Patches of blended pictures; in patches as in pixels, for both are linear in every pixel."""
+    other, patch = mixing.partner(x_BxNxP), config.model.encoder.patch_size
+    share_Bx1x1 = how.share[:, None, None]
+    mixed = (share_Bx1x1 * x_BxNxP + (1 - share_Bx1x1) * other).astype(x_BxNxP.dtype)
+    within = blend.inside(how.box, config.data.image_size)[..., None]
+    there_BxNxP = vit.patchify(jnp.broadcast_to(within, (*within.shape[:-1], 3)), patch)
+    return jnp.where(how.cut[:, None, None], jnp.where(there_BxNxP, other, x_BxNxP), mixed)
 
 
 def encode(

@@ -273,3 +273,27 @@ def test_batches_are_never_reused(make, bpe):
     batches = make.stream(make.settings(threads=2), make.Pictures(50), bpe, 4)
     for name in batches[0]:
         assert not any(np.shares_memory(a[name], b[name]) for i, a in enumerate(batches) for b in batches[:i])
+
+
+def test_views_that_nothing_reads_are_not_cut(make):
+    """Black instead, and the same pictures, crops and masks otherwise."""
+    config, source = make.settings(batch=8), make.Pictures(50)
+    both, first = (next(pipeline.iterate(config, source, None, start=8, views=views)) for views in ((0, 1), (0,)))
+    assert not first["views"][:, 1].any() and both["views"][:, 1].any()
+    np.testing.assert_array_equal(first["views"][:, 0], both["views"][:, 0])
+    for name in ("box", "flip", "mask", "label", "position"):
+        np.testing.assert_array_equal(first[name], both[name])
+
+
+def test_rand_augment_belongs_to_the_position(make):
+    """Every view has draws of its own, which a restart repeats; the crops stay as they were."""
+    plain, source = make.settings(batch=8), make.Pictures(50)
+    strong = schema.RandAugment(ops=2, p=1.0)
+    config = dataclasses.replace(plain, data=dataclasses.replace(plain.data, rand_augment=strong))
+    stream = pipeline.iterate(config, source, None, start=0)
+    next(stream)
+    second, again, without = next(stream), *(next(pipeline.iterate(c, source, None, start=8)) for c in (config, plain))
+    np.testing.assert_array_equal(second["views"], again["views"])
+    np.testing.assert_array_equal(second["box"], without["box"])
+    changed = (second["views"] != without["views"]).any((2, 3, 4))
+    assert changed.mean() > 0.5 and len({row.tobytes() for row in second["views"].reshape(16, -1)}) > 8

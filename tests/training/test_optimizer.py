@@ -59,7 +59,7 @@ def test_exactly_these_leaves_are_not_decayed(final_norm: bool) -> None:
     params = shapes(toy.settings(model__encoder__final_norm=final_norm))
     norm = {"encoder/norm/scale", "encoder/norm/bias"} if final_norm else set()
     assert names(optimizer.decayed(params), lambda kept: not kept) == NOT_DECAYED | norm
-    frozen = optimizer.decayed(params, freeze_patch_embed=True)
+    frozen = optimizer.decayed(params, frozen=("encoder/patch_embed/",))
     assert names(frozen, lambda kept: not kept) == NOT_DECAYED | norm | {"encoder/patch_embed/kernel"}
     assert names(frozen) == names(params)  # a tree of the same structure, so that it can be a mask
 

@@ -16,7 +16,7 @@ def test_lars_is_its_definition(weight_decay: float) -> None:
     params = {name: r.normal(size=shape) for name, shape in shapes.items()}
     params["zero"][:] = 0
     rate = lambda step: 0.5 * (1 + step)  # noqa: E731
-    tx = rules.lars(rate, weight_decay=weight_decay)
+    tx = optax.chain(*rules.lars(rate, weight_decay=weight_decay))
     ours = {name: jnp.asarray(x, jnp.float32) for name, x in params.items()}
     state, buffer = tx.init(ours), {name: np.zeros(shape) for name, shape in shapes.items()}
     for step in range(6):

@@ -1,0 +1,96 @@
+"""Fine-tune an encoder on categories: M3I's Table 8, on any source, by the trainer that pre-trains.
+
+python -m m3i_jax.main --config configs/transfer/finetune.py:path=DIR,from=RUN --workdir runs/finetuned
+python -m m3i_jax.main --config configs/transfer/finetune.py:path=/data/imagenet,from=RUN --config.data.split=train \
+    --config.data.holdout_split=val --workdir runs/finetuned
+
+`from` is the working directory of a run: its model, its picture size and the mean and deviation of pixels are taken over, its encoder is
+where this run starts. [P] is the paper's Table 8, [M] MAE and SiameseIM, whose recipe it is, [C] a choice of this project.
+
+Another batch size: the learning rate goes down in proportion. Another picture size: positions are made for the cells of the pre-trained
+model and resized. `ema` below 1 also keeps an average of all parameters; evaluate it with --config.evaluate.encoder=ema.
+"""
+
+from ml_collections import ConfigDict
+
+from m3i_jax.config import default, of_run
+from m3i_jax.models import presets
+
+BATCH = 1024  # [P]
+# InternImage-H in the paper: 30 epochs [P]; the rest as its authors published it: stronger decay of the rate by layer, no blending.
+INTERN_IMAGE = {
+    "optim.layer_decay": 0.9, "optim.weight_decay": 0.05, "optim.offset_lr": 0.1, "model.encoder.drop_path": 0.2,
+    "objective.label_smoothing": 0.3, "data.augment.mixup": 0.0, "data.augment.cutmix": 0.0, "data.augment.erase_p": 0.0,
+}  # fmt: skip
+
+
+def get_config(
+    path: str = "",
+    from_: str = "",
+    model: str = "vit_b16",
+    source: str = "folder",
+    epochs: float = 0.0,
+    batch_size: int = BATCH,
+    image_size: int = 0,
+    ema: float = 1.0,
+) -> ConfigDict:
+    """path: the pictures, a folder a class. from: working directory of the run that made the encoder; empty: from scratch. model: size,
+    where no run tells it. source: kind of the source. epochs: 0: the paper's. batch_size: pictures a step. image_size: 0: that of the run.
+    ema: momentum of an average of all parameters; 1: none."""
+    config = default()
+    if from_:
+        start = of_run(from_, "configs/transfer/finetune.py:from")
+        config.model.update(start.model)
+        config.data.image_size = start.data.image_size
+        config.data.augment.mean, config.data.augment.std = start.data.augment.mean, start.data.augment.std
+        config.init_from = from_
+        if "init" in config:
+            config.init.only = ("^encoder/",)
+    else:
+        config.model.update(presets.preset(model))
+    convolutional = config.model.backbone == "intern_image"
+    if image_size and image_size != config.data.image_size:
+        if not convolutional:
+            config.model.encoder.position_grid = config.data.image_size // config.model.encoder.patch_size
+        config.data.image_size = image_size
+
+    # What is seen.
+    config.data.source = source
+    config.data.path = path
+    config.data.captions = "no"
+    config.data.threads = 4
+    config.data.rand_augment.ops = 2  # [P: 9 / 0.5]
+    config.data.augment.update({"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": (0.0, 0.0), "solarize_p": (0.0, 0.0)})  # [M]
+    config.data.augment.erase_p = 0.25  # [P]
+    config.data.augment.mixup = 0.8  # [P]; what Table 8 calls a probability is the alpha of its Beta distribution [M]
+    config.data.augment.cutmix = 1.0  # [P]; the same
+
+    # What is trained: the mean of the patch tokens, normalised, and a linear map.
+    config.objective.forms = ("finetune",)
+    config.objective.label_smoothing = 0.1  # [P]
+    config.model.pool.kind = "mean"  # [M]
+    config.model.pool.projection = False
+    config.model.category_std = 2e-5  # [M]
+    config.model.encoder.drop_path = 0.1  # [P]
+    config.model.encoder.final_norm = False  # [M]: replaced by the norm of the pooled token
+    config.model.encoder.freeze_patch_embed = False
+
+    # How.
+    config.train.batch_size = batch_size
+    config.train.epochs = epochs or (30.0 if convolutional else 100.0)  # [P]
+    config.train.panel_every = 0
+    config.optim.lr = 2e-3 * batch_size / BATCH  # [P]
+    config.optim.min_lr = min(1e-6, config.optim.lr)  # [M]
+    config.optim.warmup_epochs = min(5.0, 0.1 * config.train.epochs)  # [P]; of a shorter run at most a tenth [C]
+    config.optim.weight_decay = 0.1  # [P]
+    config.optim.b2 = 0.999  # [P]
+    config.optim.layer_decay = 0.65  # [P]
+    config.optim.clip = 0.0  # [M]
+    config.optim.ema = ema
+    config.optim.ema_schedule = "constant"
+    config.optim.ema_of = "all" if ema < 1 else "targets"
+    if convolutional:
+        config.update_from_flattened_dict(INTERN_IMAGE)
+
+    config.evaluate.knn = False  # the accuracy of the head is what counts
+    return config

@@ -1,0 +1,79 @@
+"""The recipes of Tables 8 and 9: their numbers, what they take over from a run, and what they refuse."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from m3i_jax import config as configuration
+from m3i_jax.errors import UserError
+from m3i_jax.training import optimizer
+from tests import toy
+
+
+def load(spec: str):
+    config = configuration.load(f"configs/transfer/{spec}")
+    return configuration.resolve(config)
+
+
+def test_table_8() -> None:
+    made = load("finetune.py:path=/pictures")
+    o, a, t = made.optim, made.data.augment, made.train
+    assert (o.lr, o.weight_decay, o.b1, o.b2, o.warmup_epochs, o.layer_decay, o.clip) == (2e-3, 0.1, 0.9, 0.999, 5.0, 0.65, 0.0)
+    assert (t.batch_size, t.epochs, made.objective.label_smoothing, made.model.encoder.drop_path) == (1024, 100.0, 0.1, 0.1)
+    assert (a.mixup, a.cutmix, a.cutmix_switch, a.blend_p, a.erase_p) == (0.8, 1.0, 0.5, 1.0, 0.25)
+    r = made.data.rand_augment
+    assert (r.ops, r.magnitude, r.deviation, r.p) == (2, 9.0, 0.5, 0.5) and made.objective.forms == ("finetune",)
+    rates = [optimizer.rate_factor(made, f"encoder/{path}") for path in ("patch_embed/kernel", "cls_token")]
+    np.testing.assert_allclose(rates, 0.65**13)
+    np.testing.assert_allclose(optimizer.rate_factor(made, "encoder/blocks/mlp/fc1/kernel"), 0.65 ** np.arange(12, 0, -1))
+    assert optimizer.rate_factor(made, "category/kernel") == optimizer.rate_factor(made, "pool/norm/scale") == 1
+
+
+def test_table_9() -> None:
+    made = load("probe.py:path=/pictures")
+    o = made.optim
+    assert (o.rule, o.lr, o.weight_decay, o.b1, o.warmup_epochs) == ("lars", 3.2, 0.0, 0.9, 10.0)
+    assert (made.train.batch_size, made.train.epochs, made.model.pool.norm, made.model.encoder.freeze) == (16_384, 90.0, "batch", True)
+    assert load("probe.py:path=/pictures,kind=attentive").model.pool.query == "learned"
+    with pytest.raises(UserError, match="kind=round is none of"):
+        load("probe.py:kind=round")
+
+
+@pytest.mark.parametrize("name", ["finetune.py", "probe.py"])
+def test_the_model_is_that_of_the_run(name: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.txt").write_text(configuration.to_text(toy.settings()))
+    made = load(f"{name}:path=/pictures,from={tmp_path}")
+    assert (made.model.encoder.width, made.model.encoder.depth, made.data.image_size) == (32, 2, 32)
+    assert made.init_from == str(tmp_path) and made.optim.ema == 1.0
+    with pytest.raises(UserError, match="has no config.txt"):
+        load(f"{name}:from={tmp_path / 'nothing'}")
+    with pytest.raises(UserError, match="did you mean from=|it takes"):
+        load(f"{name}:form={tmp_path}")
+
+
+def test_another_size_keeps_the_positions_of_the_run(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.txt").write_text(configuration.to_text(toy.settings()))
+    made = load(f"finetune.py:from={tmp_path},image_size=48,ema=0.99,batch_size=512")
+    assert (made.model.encoder.position_grid, made.grid, made.optim.ema_of, made.optim.lr) == (4, 6, "all", 1e-3)
+
+
+def test_intern_image_has_the_paper_s_30_epochs() -> None:
+    made = load("finetune.py:path=/pictures,model=internimage_t")
+    assert (made.train.epochs, made.optim.layer_decay, made.data.augment.mixup, made.optim.offset_lr) == (30.0, 0.9, 0.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model__pool__norm": "batch"}, "model.pool.norm"),
+        ({"model__pool__norm": "batch", "model__pool__kind": "mean"}, "model.pool.projection=false"),
+        ({"data__rand_augment__magnitude": 11.0}, "data.rand_augment.magnitude"),
+        ({"data__augment__mixup": -1.0}, "data.augment.mixup"),
+        ({"evaluate__crop": 0.0}, "evaluate.crop"),
+        ({"evaluate__shots": "(0,1)"}, "evaluate.shots"),
+    ],
+)
+def test_impossible_values(change: dict, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        toy.settings(**change)
