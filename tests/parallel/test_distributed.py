@@ -254,3 +254,26 @@ def test_hosts_that_differ_are_named_before_anything_is_trained(tmp_path: pathli
         message = err.strip().splitlines()[-1]
         assert status == 2 and "host 1" in message and "optim.lr is 0.002 there, 0.001 on host 0" in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_hosts_measure_what_one_measures(tmp_path: pathlib.Path) -> None:
+    """Every evaluator on one checkpoint: each host reads half of the pictures, and both know all features."""
+    short = ["--config.train.steps=2", "--config.train.eval_every=0", "--config.train.panel_every=0", "--config.evaluate.query_limit=1"]
+    (trained,) = ends(two(*COMMAND, *short, "--workdir", str(tmp_path / "run"), processes=1))
+    assert trained[0] == 0, trained
+    asked = [*("linear", "few_shot", "probe", "attentive", "embedding"), "probe_epochs=2", "probe_warmup=1", "attentive_epochs=1", "shots=1"]
+    flags = [f"--config.evaluate.{item if '=' in item else item + '=true'}" for item in asked]
+    command = ["-m", "m3i_jax.main", "--mode=eval", "--workdir", str(tmp_path / "run"), *flags]
+    found = []
+    for hosts, processes in (([], 1), (HOSTS, 2)):
+        (tmp_path / "run/eval.json").unlink(missing_ok=True)
+        done = ends(two(*command, *hosts, "--config.evaluate.query_limit=50", processes=processes))
+        assert [status for status, *_ in done] == [0] * processes, done
+        results = json.loads((tmp_path / "run/eval.json").read_text())["results"]
+        found.append({name: value for part in results.values() for name, value in part.items()})
+    one, both = found
+    assert len(results) == 9 and set(one) == set(both)
+    for name, value in one.items():
+        assert both[name] == pytest.approx(value, abs=0.041), name  # two near ties of 24 pictures may fall the other way
+    assert one["eval/retrieval/text_to_image/r10"] == both["eval/retrieval/text_to_image/r10"]
