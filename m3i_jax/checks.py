@@ -63,6 +63,7 @@ def _ranges(c: schema.Config) -> None:
         "evaluate.temperature": c.evaluate.temperature,
         "evaluate.probe_lr": c.evaluate.probe_lr,
         "evaluate.attentive_lr": c.evaluate.attentive_lr,
+        "data.patience": d.patience,
     }.items():
         _require(value > 0, key, value, "must be positive")
     for key, value in {

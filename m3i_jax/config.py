@@ -31,6 +31,8 @@ FREE = (
     "train.eval_every",
     "data.threads",
     "data.workers",
+    "data.patience",
+    "data.missing",
     "evaluate.",
     "parallel.",
     "report.",

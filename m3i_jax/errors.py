@@ -5,5 +5,13 @@ class UserError(Exception):
     """A mistake of the person at the keyboard: main prints the message on one line and exits 2, without a traceback."""
 
 
+class Unreadable(UserError):
+    """Data that could be read when the run began cannot be read any more."""
+
+
+class Stopped(Exception):
+    """The run cannot go on, through nobody's mistake: main prints the message on one line and exits 1, without a traceback."""
+
+
 class DoesNotFit(UserError):
     """The program does not fit the device it was compiled for: exit 3."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from m3i_jax import config as configuration
 from m3i_jax import privacy
-from m3i_jax.errors import DoesNotFit, UserError
+from m3i_jax.errors import DoesNotFit, Stopped, UserError
 from m3i_jax.version import __version__
 
 MODES = {
@@ -90,6 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except UserError as error:
             print(f"m3i_jax: {' '.join(str(error).split())}", file=sys.stderr)
             return 3 if isinstance(error, DoesNotFit) else 2
+        except Stopped as error:
+            print(f"m3i_jax: stopped: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            if arguments is None:
+                os._exit(1)  # a thread may wait for a disk that never answers, and Python would wait for the thread
+            return 1
 
 
 if __name__ == "__main__":

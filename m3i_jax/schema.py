@@ -81,6 +81,10 @@ class Data:
     )
     threads: int = option(2, "threads that make batches ahead, when there are no workers")
     workers: int = option(0, "worker processes that make batches")
+    patience: float = option(600.0, "seconds that a batch may take before its threads or worker count as hanging and are started again")
+    missing: str = option(
+        "stop", "files that cannot be read any more: stop the run, or replace their records as bad ones", "stop", "replace"
+    )
     max_bad_share: float = option(0.05, "stop when more than this share of the last 10,000 records was bad")
     augment: Augment = section(Augment)
     rand_augment: RandAugment = section(RandAugment)

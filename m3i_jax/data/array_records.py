@@ -25,7 +25,7 @@ from m3i_jax import privacy
 from m3i_jax.data import arrays, example, sources
 from m3i_jax.data.opened import Opened
 from m3i_jax.data.sources import Record
-from m3i_jax.errors import UserError
+from m3i_jax.errors import Unreadable, UserError
 
 VERSION = 1
 INDEX = "dataset.json"
@@ -175,6 +175,8 @@ class ArrayRecords:
     Args:
         path: directory of the files, or a glob of them.
         cache: directory for the index of files that have none; "" to build it at every start.
+        lenient: a shard of a converted data set may be missing if its index is there: its records are `Unreadable`, and all others keep
+            their places.
 
     Raises:
         UserError: no file, a damaged one, or the package array_record is missing.
@@ -188,8 +190,9 @@ class ArrayRecords:
     ('bird', 'cat') Record(key='7', image=b'...', label=1, caption=b'a cat')
     """
 
-    def __init__(self, path: str, *, cache: str = "") -> None:
+    def __init__(self, path: str, *, cache: str = "", lenient: bool = False) -> None:
         _library()
+        self._lenient = lenient
         self.path, self.name = os.path.expanduser(path), f"array_record {path!r}"
         self._readers = Opened(_OPEN)
         index = os.path.join(self.path, INDEX)
@@ -218,7 +221,9 @@ class ArrayRecords:
             raise UserError(f"{index!r} is of version {version}, this program reads {VERSION}: convert the data set again")
         for file in self.files:
             if not os.path.isfile(file):
-                raise UserError(f"{file!r} is missing, and {index!r} lists it: restore it or convert the data set again")
+                if not self._lenient:
+                    raise UserError(f"{file!r} is missing, and {index!r} lists it: restore it or convert the data set again")
+                _log.warning("%r is missing: its records are replaced (config.data.missing)", file)
         parts = [_load(f"{file}.npz") for file in self.files]
         if any(part is None or len(part["key"]) != count for part, count in zip(parts, self._counts, strict=True)):
             raise UserError(f"the small .npz files beside the shards of {self.path!r} are missing or damaged: convert the data set again")
@@ -304,12 +309,11 @@ class ArrayRecords:
             return Record(key, DAMAGED)
 
     def _raw(self, shard: int, rows: list[int]) -> list[bytes]:
-        reader = self._reader(shard)
         try:
-            return reader.read(rows)
+            return self._reader(shard).read(rows)
         except (RuntimeError, ValueError, IndexError):
             if not os.path.isfile(self.files[shard]):
-                raise UserError(f"{self.files[shard]!r} cannot be read although it could when the run began; restore it") from None
+                raise Unreadable(f"{self.files[shard]!r} cannot be read although it could when the run began; restore it") from None
         return [self._one(shard, row) for row in rows]  # one by one, so that a damaged record takes none of its neighbours along
 
     def _one(self, shard: int, row: int) -> bytes:
@@ -318,7 +322,7 @@ class ArrayRecords:
         except (RuntimeError, ValueError, IndexError) as error:
             if "orrupt" in str(error) or "mismatch" in str(error):
                 return DAMAGED
-            raise UserError(f"record {row} of {self.files[shard]!r} cannot be read ({error}); restore the file and start again") from error
+            raise Unreadable(f"record {row} of {self.files[shard]!r} cannot be read ({error}); restore the file and start again") from error
 
     def _reader(self, shard: int) -> Any:
         options = "readahead_buffer_size:0,max_parallelism:0"

@@ -8,7 +8,7 @@ import numpy as np
 
 from m3i_jax.data import records, sources
 from m3i_jax.data.sources import EXTENSIONS, FILE_LIMIT, Record
-from m3i_jax.errors import UserError
+from m3i_jax.errors import Unreadable, UserError
 
 
 class Folder:
@@ -82,7 +82,10 @@ class Folder:
         if not self._captioned[index]:
             return None
         path = os.path.join(self.path, os.path.splitext(self._names[index])[0] + ".txt")
-        return sources.read_range(path, 0, min(os.path.getsize(path), records.CAPTION_LIMIT + 1))
+        try:
+            return sources.read_range(path, 0, min(os.path.getsize(path), records.CAPTION_LIMIT + 1))
+        except OSError as error:
+            raise Unreadable(f"{path!r} cannot be read ({error.strerror}) although it could when the run began; restore it") from error
 
     def fingerprint(self) -> str:
         return self._fingerprint

@@ -8,6 +8,7 @@ what was consumed, from any process.
 
 import collections
 import dataclasses
+import functools
 import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +19,8 @@ from m3i_jax import schema
 from m3i_jax.data import crops, loans, order, rand_augment, records, sources
 from m3i_jax.data.sources import Source
 from m3i_jax.data.tokenizer import Tokenizer
-from m3i_jax.errors import UserError
+from m3i_jax.data.watch import Watched
+from m3i_jax.errors import Unreadable, UserError
 from m3i_jax.objective import masks
 
 STREAM = 1  # raised whenever the same (seed, position) would give other bytes
@@ -143,13 +145,29 @@ class Maker:
             u = np.concatenate([u, more], -1)
         for at in range(0, self.rows, _READ):
             rows = range(at, min(at + _READ, self.rows))
-            for row, record in zip(rows, sources.read(self.source, chosen[rows].tolist()), strict=True):
+            for row, record in zip(rows, self._read(chosen[rows].tolist()), strict=True):
                 used = self._picture(record, row, u[row].tolist(), int(positions[row]), chosen, pixels[row].reshape(2, -1), batch)
                 self._meaning(used, row, batch)
         return {**batch, "record": chosen}
 
+    def _read(self, indices: list[int]) -> list[sources.Record | None]:
+        """The records; none of them, each to be read by itself, if one cannot be read and may be replaced."""
+        try:
+            return list(sources.read(self.source, indices))
+        except Unreadable:
+            if self.data.missing == "stop":
+                raise
+            return [None] * len(indices)
+
     def _picture(
-        self, record: sources.Record, row: int, u: list[list[float]], position: int, chosen: np.ndarray, pixels: np.ndarray, batch: Batch
+        self,
+        record: sources.Record | None,
+        row: int,
+        u: list[list[float]],
+        position: int,
+        chosen: np.ndarray,
+        pixels: np.ndarray,
+        batch: Batch,
     ) -> sources.Record:
         """Fills the row with the first usable record at this position, and returns that record."""
         tried, last = collections.defaultdict[str, list[str]](list), ""
@@ -159,20 +177,28 @@ class Maker:
             if row % 2 and chosen[row] == chosen[row - 1]:
                 continue  # a picture is not mixed with itself: the turn of the epoch, or a replacement
             try:
-                if attempt:
-                    record = self.source[int(chosen[row])]
+                record = self._record(int(chosen[row])) if attempt or record is None else record
                 self._views(record, u, pixels, batch["box"][row], batch["flip"][row])
                 return record
             except records.BadRecord as error:
-                last, reason = f"; the last is {record.key!r} ({error})", records.REASONS.index(error.reason)
+                key = record.key if record else _key(self.source, int(chosen[row]))
+                last, reason = f"; the last is {key!r} ({error})", records.REASONS.index(error.reason)
                 batch["skipped"][reason] += 1
                 batch["example"][reason] = chosen[row]
-                tried[error.reason].append(repr(record.key))
+                tried[error.reason].append(repr(key))
         told = _told({reason: (len(keys), keys) for reason, keys in tried.items()}) + last
         raise UserError(
             f"{TRIES} draws in a row at position {position} of {self.source.name} gave no picture that could be used beside its partner: "
             f"{told or 'there is only one'}; check the source"
         )
+
+    def _record(self, index: int) -> sources.Record:
+        try:
+            return self.source[index]
+        except Unreadable as error:
+            if self.data.missing == "stop":
+                raise
+            raise records.BadRecord(records.UNREADABLE, str(error)) from error
 
     def _views(self, record: sources.Record, u: list[list[float]], pixels: np.ndarray, box: np.ndarray, flip: np.ndarray) -> None:
         """Decodes once, cuts the views. u is [2][WIDTH + more]: 22 numbers for the box, one for the flip, and those of RandAugment."""
@@ -204,6 +230,14 @@ class Maker:
         return masks.enlarge(cells, self.cell)
 
 
+def _key(source: Source, index: int) -> str:
+    """The key of a record that may be gone."""
+    try:
+        return sources.key_of(source, index)
+    except Unreadable:
+        return str(index)
+
+
 def _told(bad: dict[str, tuple[int, list[str]]]) -> str:
     """How many records were bad for what reason, the most frequent first, with a few keys."""
     worst = sorted(((n, reason, keys) for reason, (n, keys) in bad.items() if n), reverse=True)
@@ -223,8 +257,8 @@ class Batches(Iterator[Batch]):
         record: int64 [B], index of the record that each row of the last batch shows.
     """
 
-    def __init__(self, batches: Any, source: Source, max_bad_share: float, lender: loans.Lender | None = None) -> None:
-        self._batches, self._source, self._limit, self._lender = batches, source, max_bad_share, lender
+    def __init__(self, batches: Watched, source: Source, max_bad_share: float) -> None:
+        self._batches, self._source, self._limit = batches, source, max_bad_share
         self._window: collections.deque[tuple[int, np.ndarray]] = collections.deque()  # records drawn and bad ones, a batch
         self._drawn, self._bad = 0, np.zeros(len(records.REASONS), np.int64)  # their sums
         self._examples: dict[str, list[str]] = {reason: [] for reason in records.REASONS}
@@ -232,14 +266,12 @@ class Batches(Iterator[Batch]):
         self.noted, self.record = dict.fromkeys(NOTES, 0), np.zeros(0, np.int64)
 
     def __next__(self) -> Batch:
-        batch = dict(next(self._batches))
-        if self._lender:
-            batch["views"] = self._lender.take(batch["views"])
+        batch = next(self._batches)
         skipped, example, noted, self.record = (batch.pop(name) for name in ("skipped", "example", "noted", "record"))
         for reason, count, index in zip(records.REASONS, skipped.tolist(), example.tolist(), strict=True):
             self.skipped[reason] += count
             if index >= 0 and len(self._examples[reason]) < 3:
-                self._examples[reason].append(repr(sources.key_of(self._source, index)))
+                self._examples[reason].append(repr(_key(self._source, index)))
         for name, count in zip(NOTES, noted.tolist(), strict=True):
             self.noted[name] += count
         self._judge(len(batch["label"]), skipped)
@@ -263,13 +295,11 @@ class Batches(Iterator[Batch]):
 
     def start(self) -> None:
         """Begins to make batches ahead, before the first is asked for: worth it before compiling."""
-        self._batches.start_prefetch()
+        self._batches.start()
 
     def close(self) -> None:
         """Ends threads and worker processes. The iterator cannot be used afterwards."""
         self._batches.close()
-        if self._lender:
-            self._lender.close()
 
 
 def iterate(
@@ -325,7 +355,6 @@ def iterate(
     rows = batch // hosts
     if data.workers:
         _check_shared_memory(data.workers, rows * 2 * data.image_size**2 * 3)
-    lender = loans.Lender() if data.workers else None
     maker = Maker(
         data=data,
         seed=config.seed,
@@ -340,23 +369,30 @@ def iterate(
         first=start + host * rows,
         resizer=crops.resizer(data.resizer),
         views=views,
-        borrower=lender.borrower() if lender else None,
+        borrower=None,
     )
+    make = functools.partial(_from, maker, data.workers, 0 if data.workers else data.threads)
+    return Batches(Watched(make, workers=data.workers, limit=data.patience), source, data.max_bad_share)
+
+
+def _from(maker: Maker, workers: int, threads: int, number: int) -> tuple[Any, loans.Lender | None]:
+    """(Grain iterator over the batches of a maker from one on, lender of their memory)."""
     import grain.python as grain  # seconds to import, and only runs that read data need it
 
-    threads = 0 if data.workers else data.threads  # inside a worker, a thread's unsent batch would leak its shared memory
+    lender = loans.Lender() if workers else None
+    maker = dataclasses.replace(maker, first=maker.first + number * maker.batch, borrower=lender.borrower() if lender else None)
     # The default options would hold 500 elements ahead, and an element is a whole batch.
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 2) if threads else 0)
     dataset = grain.MapDataset.range(2**40).map(maker).to_iter_dataset(read)
-    if data.workers:
+    if workers:
         from absl import flags
 
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, also outside absl.app.run
         # Small arrays travel pickled: a shared block each would cost more.
         dataset = grain.experimental.WithOptionsIterDataset(dataset, grain.experimental.DatasetOptions(min_shm_size=1 << 20))
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=1))
-    return Batches(iter(dataset), source, data.max_bad_share, lender)
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1))
+    return iter(dataset), lender
 
 
 def _check_shared_memory(workers: int, size: int) -> None:

@@ -11,11 +11,19 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageFile
 
-EMPTY, UNDECODABLE, TRUNCATED, TOO_SMALL, TOO_LARGE = REASONS = ("empty", "undecodable", "truncated", "too_small", "too_large")
+EMPTY, UNDECODABLE, TRUNCATED, TOO_SMALL, TOO_LARGE, UNREADABLE = REASONS = (
+    "empty",
+    "undecodable",
+    "truncated",
+    "too_small",
+    "too_large",
+    "unreadable",
+)
 LEAST_SIDE = 16  # pixels
 PIXEL_LIMIT = 64_000_000
 CAPTION_LIMIT = 8192  # bytes; 77 tokens need far less
@@ -169,17 +177,15 @@ def _rgb(image: Image.Image, background: int) -> Image.Image:
     image.load()
     if image.mode == "RGB" and "transparency" not in image.info:
         return image  # convert would copy
-    if image.mode.startswith("I;16"):
-        return _gray(np.asarray(image).astype(np.uint32) * 255, 65535)
-    if image.mode == "I" and image.format == "PNG":  # how older versions of Pillow open a 16-bit gray PNG
-        return _gray(np.asarray(image).astype(np.uint32) * 255, 65535)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # the latter in older versions of Pillow
+        return _gray(image, 0, 65535, np.uint32)
     if image.mode in ("I", "F"):
         # 32-bit integers and floats have no agreed white: the picture's own range is stretched.
-        pixels = np.asarray(image).astype(np.float64)
-        low, high = float(pixels.min()), float(pixels.max())
+        ends = [(float(band.min()), float(band.max())) for band in _bands(image)]
+        low, high = float(np.min(ends)), float(np.max(ends))  # NaN, if there is one
         if not math.isfinite(high - low):
             raise ValueError("pixels that are not finite")
-        return _gray((pixels - low) * 255, max(high - low, 1e-300))
+        return _gray(image, low, max(high - low, 1e-300), np.float64)
     if image.mode == "La":
         image = image.convert("LA")
     if image.has_transparency_data:
@@ -190,8 +196,23 @@ def _rgb(image: Image.Image, background: int) -> Image.Image:
     return image.convert("RGB")
 
 
-def _gray(pixels: np.ndarray, white: float) -> Image.Image:
-    return Image.fromarray(np.clip(np.rint(pixels / white), 0, 255).astype(np.uint8)).convert("RGB")
+def _gray(image: Image.Image, low: float, white: float, kind: type) -> Image.Image:
+    """Pixels of `low` to `low` + `white` as gray of 0 to 255, a band at a time: wide numbers of a whole picture would fill the memory."""
+    out = Image.new("L", image.size)
+    top = 0
+    for band in _bands(image):
+        wide: np.ndarray = band.astype(kind)
+        wide = (wide - low if low else wide) * 255
+        out.paste(Image.fromarray(np.clip(np.rint(wide / white), 0, 255).astype(np.uint8)), (0, top))
+        top += len(band)
+    return out.convert("RGB")
+
+
+def _bands(image: Image.Image) -> Iterator[np.ndarray]:
+    """The pixels of a picture of one channel, about a million at a time, from top to bottom."""
+    rows = max(1, (1 << 20) // image.width)
+    for top in range(0, image.height, rows):
+        yield np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
 
 
 _SPACE = re.compile(r"\s+")

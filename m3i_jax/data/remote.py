@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from m3i_jax.errors import UserError
+from m3i_jax.errors import Unreadable, UserError
 
 # Of the many things that fsspec opens, what a store is. Others start programs (ssh, git), or unpack and keep copies (zip, simplecache::).
 STORES = ("gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "adl", "oss", "http", "https", "hdfs", "webhdfs", "file", "memory")
@@ -78,7 +78,7 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         if isinstance(content, Exception):  # one of many: again by itself
             content = persist(path, functools.partial(files.cat_file, path, start, start + size))
         if len(content) != size:
-            raise UserError(f"{path!r} ends before byte {start + size}: it became shorter while the run was reading it; start again")
+            raise Unreadable(f"{path!r} ends before byte {start + size}: it became shorter while the run was reading it; start again")
         out.append(bytes(content))
     return out
 
@@ -97,6 +97,6 @@ def persist(path: str, act: Callable[[], _T], tries: int = 4) -> _T:
         except Exception as error:  # every store has errors of its own
             if attempt == tries or isinstance(error, (FileNotFoundError, PermissionError)):
                 reason = " ".join(str(error).split())[:200]
-                raise UserError(f"{path!r} cannot be read ({type(error).__name__}: {reason}): check the address and the access") from error
+                raise Unreadable(f"{path!r} cannot be read ({type(error).__name__}: {reason}): check the address and the access") from error
             time.sleep(0.2 * attempt**2)
     raise AssertionError("unreachable")

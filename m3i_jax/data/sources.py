@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.errors import UserError
+from m3i_jax.errors import Unreadable, UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 KINDS = ("shapes", "folder", "tars", "array_record", "tfds", "hugging_face")
@@ -123,7 +123,7 @@ def open_one(kind: str, path: str, split: str, data: schema.Data, *, cache: str 
     elif kind == "array_record":
         from m3i_jax.data.array_records import ArrayRecords
 
-        source = ArrayRecords(place, cache=cache)
+        source = ArrayRecords(place, cache=cache, lenient=data.missing == "replace")
     elif kind == "tfds":
         from m3i_jax.data.tfds import Tfds
 
@@ -177,7 +177,7 @@ def read_range(path: str, offset: int = 0, size: int | None = None, *, tries: in
         The bytes; for a given `size`, exactly so many.
 
     Raises:
-        UserError: the file cannot be read, or is shorter than it was when it was indexed.
+        Unreadable: the file cannot be read, or is shorter than it was when it was indexed.
 
     >>> read_range(__file__, 0, 3)
     b'\"\"\"'
@@ -191,11 +191,11 @@ def read_range(path: str, offset: int = 0, size: int | None = None, *, tries: in
                     pieces.append(piece)
                     got += len(piece)
             if size is not None and got < size:
-                raise UserError(f"{path!r} ends before byte {offset + size}: it became shorter while the run was reading it; start again")
+                raise Unreadable(f"{path!r} ends before byte {offset + size}: it became shorter while the run was reading it; start again")
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
         except OSError as error:
             if attempt == tries or isinstance(error, (FileNotFoundError, PermissionError)):
-                raise UserError(f"{path!r} cannot be read ({error.strerror}) although it could when the run began; restore it") from error
+                raise Unreadable(f"{path!r} cannot be read ({error.strerror}) although it could when the run began; restore it") from error
             time.sleep(0.2 * attempt**2)
     raise AssertionError("unreachable")
 

@@ -1,0 +1,324 @@
+"""Rows C9 to C12, and C1 for odd but sound pictures: what happens to files and workers while batches are made."""
+
+import copy
+import dataclasses
+import multiprocessing
+import os
+import pathlib
+import signal
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from m3i_jax import main as command
+from m3i_jax.data import array_records, loans, pipeline, sources, watch
+from m3i_jax.data.folder import Folder
+from m3i_jax.data.tars import Tars
+from m3i_jax.errors import Stopped, UserError
+from m3i_jax.modes import data as data_mode
+from m3i_jax.objective import masks
+from tests import broken, toy
+from tests.data.conftest import Pictures, expected_stream, good_files, settings
+from tests.faults.hostile import tar
+
+
+def coloured(count: int) -> list[bytes]:
+    return [broken.encode(np.full((20, 20, 3), i, np.uint8), "PNG") for i in range(count)]
+
+
+def rows(source: Any, count: int, *, start: int = 0, **data: Any) -> tuple[list[int], dict[str, int]]:
+    """(red of every row's picture, bad ones by reason) of `count` batches of 10."""
+    batches = pipeline.iterate(settings(batch=10, **data), source, None, start=start)
+    try:
+        seen = [next(batches)["views"][:, 0, 0, 0, 0] for _ in range(count)]
+    finally:
+        batches.close()
+    return np.concatenate(seen).tolist(), batches.skipped
+
+
+def a_folder(place: pathlib.Path) -> tuple[Any, list[pathlib.Path], set[int]]:
+    for i, content in enumerate(coloured(40)):
+        (place / f"{i:02}.png").write_bytes(content)
+    return Folder(str(place)), [place / f"{i:02}.png" for i in range(5)], set(range(5))
+
+
+def tar_shards(place: pathlib.Path) -> tuple[Any, list[pathlib.Path], set[int]]:
+    pictures = coloured(40)
+    for shard in range(4):
+        tar(place / f"{shard}.tar", [(f"{i:02}.png", pictures[i]) for i in range(10 * shard, 10 * shard + 10)])
+    return Tars(str(place)), [place / "2.tar"], set(range(20, 30))
+
+
+def record_shards(place: pathlib.Path) -> tuple[Any, list[pathlib.Path], set[int]]:
+    pytest.importorskip("array_record.python.array_record_module")
+    for shard in range(4):
+        records = [sources.Record(str(i), content) for i, content in enumerate(coloured(40))][10 * shard : 10 * shard + 10]
+        array_records.write_shard(str(place / f"x-{shard:05}-of-00004.array_record"), records)
+    array_records.write_index(str(place))
+    return array_records.ArrayRecords(str(place)), [place / "x-00002-of-00004.array_record"], set(range(20, 30))
+
+
+MADE = {"folder": a_folder, "tars": tar_shards, "array_record": record_shards}
+
+
+def removed(path: pathlib.Path) -> None:
+    path.unlink()
+
+
+def emptied(path: pathlib.Path) -> None:
+    os.truncate(path, 0)
+
+
+def closed(path: pathlib.Path) -> None:
+    path.unlink()
+    path.symlink_to(path.parent / "nowhere" / path.name)
+
+
+@pytest.mark.fast
+@pytest.mark.row("C9")
+@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("lose", [removed, emptied, closed])
+def test_a_file_that_vanishes(kind: str, lose: Any, trials, tmp_path: pathlib.Path) -> None:
+    """`stop` names the file; `replace` draws others for its records by the rule of bad ones, also after a restart in the middle."""
+    source, lost, colours = MADE[kind](tmp_path)
+    rows(source, 2)
+    for path in lost:
+        lose(path)
+    source = copy.deepcopy(source)  # as a worker gets it, with nothing open: what is open may still be read
+    if kind == "folder" and lose is emptied:  # a picture of no bytes is a bad picture
+        assert rows(source, 8)[1]["empty"] > 0
+        return
+    with pytest.raises(UserError) as stop:
+        rows(source, 8)
+    assert trials.add(any(path.name in str(stop.value) for path in lost)), stop.value
+    replaced, skipped = rows(source, 8, missing="replace")
+    assert trials.add((replaced, skipped) == expected_stream(source, dict.fromkeys(colours, "unreadable"), 80)), skipped
+    assert skipped["unreadable"] > 5
+    assert trials.add(rows(source, 4, start=40, missing="replace")[0] == replaced[40:])
+    if kind == "array_record" and lose is not emptied:  # a converted data set knows what it had
+        with pytest.raises(UserError, match="is missing"):
+            array_records.ArrayRecords(str(tmp_path))
+        again = array_records.ArrayRecords(str(tmp_path), lenient=True)
+        assert trials.add(again.fingerprint() == source.fingerprint() and rows(again, 8, missing="replace")[0] == replaced)
+
+
+@pytest.mark.fast
+@pytest.mark.row("C9")
+def test_too_many_lost_files_end_the_run(tmp_path: pathlib.Path) -> None:
+    source, lost, _ = tar_shards(tmp_path)
+    lost[0].unlink()
+    with pytest.raises(UserError, match=r"unreadable \(such as '2\d'"):
+        rows(source, 300, missing="replace", max_bad_share=0.001)
+
+
+class Workers:
+    """Stands for a Grain iterator over workers: batch k is {"k": k}, and what `fails` says of it happens first."""
+
+    def __init__(self, first: int, fails: dict[int, list[Any]]) -> None:
+        self.k, self.fails = first, fails
+
+    def __next__(self) -> dict[str, int]:
+        if self.fails.get(self.k):
+            act = self.fails[self.k].pop(0)
+            act()
+        self.k += 1
+        return {"k": self.k - 1}
+
+    def close(self) -> None:
+        pass
+
+
+def died() -> None:
+    raise RuntimeError("Worker process was terminated unexpectedly with exit code -9. Search the logs above")
+
+
+def watched(fails: dict[int, list[Any]], limit: float = 0.3) -> watch.Watched:
+    return watch.Watched(lambda first: (Workers(first, fails), None), workers=2, limit=limit)
+
+
+@pytest.mark.fast
+@pytest.mark.row("C10")
+def test_lost_workers_are_replaced_in_the_same_order(trials, caplog) -> None:
+    forever = threading.Event()
+    try:
+        batches = watched({2: [died], 5: [forever.wait, died], 7: [died, died]})
+        assert trials.add([next(batches)["k"] for _ in range(10)] == list(range(10)) and batches.restarts == 5)
+        told = "\n".join(caplog.messages)
+        assert "worker 0 of 2 of the data (for batch 2 since the start) ended with exit code -9, killed, as the kernel does" in told
+        assert "worker 1 of 2 of the data (for batch 5 since the start) made no batch in 0.3 seconds (config.data.patience)" in told
+        batches.close()
+        for fails in ({3: [died] * 3}, {3: [forever.wait] * 3}):
+            batches = watched(fails)
+            assert [next(batches)["k"] for _ in range(3)] == [0, 1, 2]
+            with pytest.raises(Stopped, match=r"^worker \d of 2 of the data \(for batch 3 .*, 3 times in a row: look at the memory"):
+                next(batches)
+            trials.add(True)
+            batches.close()
+    finally:
+        forever.set()
+
+
+@pytest.mark.fast
+@pytest.mark.row("C10")
+def test_an_error_of_a_worker_is_no_lost_worker() -> None:
+    def wrong() -> None:
+        raise RuntimeError("the data are wrong")
+
+    batches = watched({1: [wrong]})
+    assert next(batches) == {"k": 0}
+    with pytest.raises(RuntimeError, match="the data are wrong"):
+        next(batches)
+    assert batches.restarts == 0
+    batches.close()
+
+
+class Slow(Pictures):
+    """Reading hangs while a file is there."""
+
+    def __init__(self, count: int, gate: pathlib.Path) -> None:
+        super().__init__(count)
+        self.gate = gate
+
+    def __getitem__(self, index: int) -> sources.Record:
+        while self.gate.exists():
+            time.sleep(0.02)
+        return super().__getitem__(index)
+
+
+@pytest.mark.fast
+@pytest.mark.row("C9", "C10")
+def test_a_disk_that_does_not_answer_ends_the_run(trials, tmp_path: pathlib.Path) -> None:
+    """In threads of this process: told, tried again, ended; and if the disk answers in time, nothing is lost."""
+    gate = tmp_path / "gate"
+    for threads in (0, 2):
+        gate.touch()
+        batches = pipeline.iterate(settings(batch=4, threads=threads, patience=0.3), Slow(20, gate), None, start=0)
+        with pytest.raises(Stopped, match=r"^the threads that read the data \(for batch 0 since the start\) made no batch in 0.3 seconds"):
+            next(batches)
+        gate.unlink()
+        batches.close()
+        trials.add(True)
+        gate.touch()
+        batches = pipeline.iterate(settings(batch=4, threads=threads, patience=1.0), Slow(20, gate), None, start=0)
+        threading.Timer(1.3, gate.unlink).start()
+        first = next(batches)["views"]
+        batches.close()
+        assert trials.add((first == next(pipeline.iterate(settings(batch=4), Pictures(20), None, start=0))["views"]).all())
+
+
+def children() -> list[Any]:
+    return [child for child in multiprocessing.active_children() if child.name.startswith("grain-")]
+
+
+@pytest.mark.slow
+@pytest.mark.row("C10")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_real_workers_that_are_killed_or_stopped(number: int, trials, caplog) -> None:
+    """Three times in a run of two worker processes: every batch is that of a run without workers, and what they held is given back."""
+    wanted = pipeline.iterate(settings(batch=6), Pictures(50), None, start=0)
+    batches = pipeline.iterate(settings(batch=6, workers=2, patience=12.0), Pictures(50), None, start=0)
+    waits = []
+    try:
+        for k in range(24):
+            if k in (3, 9, 16):
+                victim = sorted(children(), key=lambda child: child.pid)[k % 2]
+                os.kill(victim.pid, number)
+            before = time.monotonic()
+            got = next(batches)
+            waits.append(time.monotonic() - before)
+            expected = next(wanted)
+            assert trials.add(all((got[name] == expected[name]).all() for name in expected)), k
+    finally:
+        wanted.close()
+        batches.close()
+    assert batches._batches.restarts >= 3 and len(caplog.messages) >= 3
+    deadline = time.monotonic() + 60
+    while children() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not children(), "a worker is still there"
+    assert not [p for p in pathlib.Path("/dev/shm").glob(f"{loans._PREFIX}*") if p.stat().st_mtime > time.time() - 300 and mine(p)]
+    trials.figure = f"{signal.Signals(number).name}: {batches._batches.restarts} restarts, longest wait {max(waits):.1f} s, patience 12 s"
+
+
+def mine(place: pathlib.Path) -> bool:
+    """Whether this process maps a file of the directory."""
+    return str(place) in pathlib.Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.fast
+@pytest.mark.row("C11")
+def test_few_pictures_and_odd_numbers(trials) -> None:
+    """Fewer pictures than a batch, and odd ones: whole epochs, no partner that is itself; one picture, or a batch that cannot be split, is
+    refused."""
+    for count in (2, 3, 5, 7):
+        batches = pipeline.iterate(settings(batch=12), Pictures(count), None, start=0)
+        got = [(next(batches), batches.record)[1] for _ in range(4)]
+        batches.close()
+        pairs = np.concatenate(got).reshape(-1, 2)
+        assert trials.add((pairs[:, 0] != pairs[:, 1]).all() and set(pairs.ravel().tolist()) == set(range(count)))
+    with pytest.raises(UserError, match="has 1 pictures to train on, mixing needs 2"):
+        pipeline.iterate(settings(batch=4), Pictures(1), None, start=0)
+    for change in ("train__batch_size=5", "train__steps=0 train__epochs=0", "train__microbatches=0"):
+        with pytest.raises(UserError, match="config.train"):
+            toy.settings(**dict(pair.split("=") for pair in change.split()))
+    with pytest.raises(ValueError, match="partners are 2k and 2k"):
+        pipeline.iterate(settings(batch=6), Pictures(9), None, start=0, host=0, hosts=2)
+    trials.figure = "sources of 2, 3, 5 and 7 pictures in batches of 12"
+
+
+def check_masks(count: int) -> int:
+    config = settings(batch=2, image_size=112)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, mask_ratio=0.5))
+    assert (config.grid, config.hidden) == (14, 98)
+    wrong = 0
+    for at in range(0, count, 2000):
+        drawn = masks.blockwise(0, at, 2000, grid=14, hidden=98)
+        wrong += int(((~drawn).sum(1) != 98).sum())
+    return wrong
+
+
+@pytest.mark.fast
+@pytest.mark.row("C12")
+def test_masks_hide_exactly_what_they_say(trials) -> None:
+    assert trials.add(check_masks(4000) == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.row("C12")
+def test_a_hundred_thousand_masks_and_pairs(trials) -> None:
+    wrong = check_masks(100_000)
+    batches = pipeline.iterate(settings(batch=1000, image_size=8, crop_scale=(0.9, 1.0), mask="uniform"), Pictures(501), None, start=0)
+    same = 0
+    for _ in range(20):
+        next(batches)
+        same += int((batches.record[::2] == batches.record[1::2]).sum())
+    batches.close()
+    assert trials.add(wrong == 0) and trials.add(same == 0)
+    trials.figure = f"{wrong} of 100,000 masks wrong, {same} of 10,000 partners equal"
+
+
+@pytest.mark.fast
+@pytest.mark.row("C10")
+def test_stopped_is_one_line_and_exit_1(monkeypatch, capsys, tmp_path: pathlib.Path) -> None:
+    def run(*_: Any, **__: Any) -> int:
+        raise Stopped("worker 1 of 2 made no batch")
+
+    monkeypatch.setattr(data_mode, "run", run)
+    monkeypatch.chdir(pathlib.Path(__file__).parent.parent.parent)
+    assert command.main(["--config", "configs/quickstart.py", "--workdir", str(tmp_path), "--mode=data"]) == 1
+    out, err = capsys.readouterr()
+    assert err == "m3i_jax: stopped: worker 1 of 2 made no batch\n" and not out
+
+
+@pytest.mark.fast
+@pytest.mark.row("C4", "C1")
+def test_pictures_that_are_odd_but_whole_are_no_bad_records(tmp_path: pathlib.Path) -> None:
+    for name, content in good_files().items():
+        (tmp_path / name).write_bytes(content)
+    batches = pipeline.iterate(settings(batch=34), Folder(str(tmp_path)), None, start=0)
+    next(batches)
+    batches.close()
+    assert not any(batches.skipped.values()) and len(set(batches.record.tolist())) == len(good_files()) == 17
