@@ -72,7 +72,7 @@ def pretrain(job: jobs.Job, allow_changes: bool) -> int:
         checkpoints=checkpoints,
         write=writer.write,
         say=say,
-        panel=lambda step, state, batch: write_panel(job, trainer, step, state, batch),
+        panel=lambda step, state, batch: writer.attempt("panels", lambda: write_panel(job, trainer, step, state, batch)),
         evaluators=evaluators.of_job(job, say),
         position=lambda samples: {"samples_seen": samples, "fingerprint": job.fingerprint},
         evaluated=evaluated(workdir / "metrics.jsonl"),
@@ -80,7 +80,8 @@ def pretrain(job: jobs.Job, allow_changes: bool) -> int:
     try:
         code, state = loop.run(trainer, state, samples_seen=samples, outside=outside)
         if code == loop.DONE and config.train.panel_every:
-            write_panel(job, trainer, trainer.length.steps, state, next(data))
+            last = next(data)
+            writer.attempt("panels", lambda: write_panel(job, trainer, trainer.length.steps, state, last))
     except SavesFailed as error:
         say(f"stopped: {error}; make room or give permission in {workdir}, and run the same command again")
         code = loop.FAILED
@@ -89,7 +90,7 @@ def pretrain(job: jobs.Job, allow_changes: bool) -> int:
         checkpoints.close()
         writer.close()
     if not jax.process_index():
-        report.write(config, workdir)
+        writer.attempt("report.html", lambda: report.write(config, workdir))
     if code == loop.DONE:
         say(f"done: {trainer.length.steps:,} steps; metrics in {workdir / 'metrics.jsonl'}, pictures in {workdir / 'panels'}")
     return code

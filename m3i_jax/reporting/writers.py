@@ -2,6 +2,7 @@
 training: what it lost is counted, told, and written by the others as `report/dropped/<sink>`. Only the first process of a run writes."""
 
 import dataclasses
+import errno
 import importlib
 import json
 import math
@@ -27,8 +28,8 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one JSON object a line, `step` first. JSON has no numbers that are not finite: they become the texts "nan", "inf" and
-    "-inf", which `float` reads back.
+    """metrics.jsonl: one JSON object a line, `step` first. A line is there whole or not at all, also when the disk is full. JSON has no
+    numbers that are not finite: they become the texts "nan", "inf" and "-inf", which `float` reads back.
 
     >>> import tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
@@ -38,14 +39,24 @@ class JsonLines:
     """
 
     def __init__(self, path: pathlib.Path):
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (kept open for the run)
+        try:
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}; make room or choose another --workdir") from error
 
     def write(self, step: int, values: Values) -> None:
-        self._file.write(json.dumps({"step": int(step)} | {k: _plain(v) for k, v in values.items()}) + "\n")
-        self._file.flush()
+        line = (json.dumps({"step": int(step)} | {k: _plain(v) for k, v in values.items()}) + "\n").encode()
+        before, done = os.fstat(self._file).st_size, 0
+        try:
+            while done < len(line):  # a disk that fills up takes a part
+                done += os.write(self._file, line[done:])
+        except OSError:
+            if done:
+                os.ftruncate(self._file, before)
+            raise
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._file)
 
 
 def _plain(value: Any) -> int | float | str:
@@ -62,11 +73,15 @@ class Console:
     Args:
       total: steps of the run.
       images: images a step.
-      say: prints a line.
+      say: prints a line; False if it could not.
     """
 
-    def __init__(self, total: int, images: int, say: Callable[[str], None]):
-        self._total, self._images, self._say = total, images, say
+    def __init__(self, total: int, images: int, say: Callable[[str], Any]):
+        self._total, self._images, self._print = total, images, say
+
+    def _say(self, text: str) -> None:
+        if self._print(text) is False:
+            raise OSError("it takes no line")
 
     def write(self, step: int, values: Values) -> None:
         if evaluation := {k.removeprefix("eval/"): v for k, v in values.items() if k.startswith("eval/")}:
@@ -203,9 +218,20 @@ class Writers:
             try:
                 sink.write(step, values | losses)
             except Exception as error:  # whatever a disk or a network does, training goes on
-                self.dropped[name] += 1
-                if self.dropped[name] in (1, 10, 100, 1000):
-                    self.say(f"warning: {name} lost {self.dropped[name]} line(s): {type(error).__name__}: {error}")
+                self._lost(name, "line(s)", error)
+
+    def _lost(self, name: str, what: str, error: Exception) -> None:
+        self.dropped[name] = self.dropped.get(name, 0) + 1
+        if self.dropped[name] in (1, 10, 100, 1000):
+            self.say(f"warning: {name} lost {self.dropped[name]} {what}: {type(error).__name__}: {error}")
+
+    def attempt(self, name: str, write: Callable[[], Any]) -> None:
+        """Do what writes a file beside the log, such as a picture; a disk that does not take it costs the file, counted as `dropped`, and
+        nothing else."""
+        try:
+            write()
+        except (OSError, UserError) as error:
+            self._lost(name, "file(s)", error)
 
     def close(self) -> None:
         for sink in self._sinks.values():
@@ -216,11 +242,19 @@ class Writers:
 
 
 def say(text: str) -> None:
-    """A line on the console with the time; a closed console is no reason to stop."""
+    """A line on the console with the time. A closed console, or a full disk behind it, is no reason to stop."""
+    tell(text)
+
+
+def tell(text: str) -> bool:
+    """`say`, and whether the line was taken. A closed console stays closed; a disk may have room again."""
     try:
         print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
-    except (OSError, ValueError):
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
+    except (OSError, ValueError) as error:
+        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (closed for the rest of the process)
+        return False
+    return True
 
 
 def open_writers(config: schema.Config, workdir: pathlib.Path, *, resume_at: int, total: int, main: bool = True) -> Writers:
@@ -241,7 +275,7 @@ def open_writers(config: schema.Config, workdir: pathlib.Path, *, resume_at: int
     log = workdir / "metrics.jsonl"
     if cut := resume(log, resume_at):
         say(f"{log.name}: {cut:,} lines after step {resume_at:,} cut, they will be written again")
-    sinks: dict[str, Sink] = {"metrics.jsonl": JsonLines(log), "console": Console(total, config.train.batch_size, say)}
+    sinks: dict[str, Sink] = {"metrics.jsonl": JsonLines(log), "console": Console(total, config.train.batch_size, tell)}
     if config.report.tensorboard:
         sinks["tensorboard"] = _TensorBoard(workdir, resume_at)
     if config.report.wandb:
