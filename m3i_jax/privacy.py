@@ -133,6 +133,12 @@ def guarded(*, forever: bool = False) -> Iterator[None]:
             logging.setLogRecordFactory(made)
 
 
+def guard_worker(number: int, workers: int) -> None:
+    """`guarded` for the rest of a worker process, whose warnings go to the same console."""
+    del number, workers
+    guarded(forever=True).__enter__()
+
+
 @contextlib.contextmanager
 def closed(private: bool) -> Iterator[None]:
     """Files made in the block belong to their owner alone (0600, directories 0700) if `private`; else the umask decides, as ever."""

@@ -5,15 +5,18 @@ import logging
 import os
 import pathlib
 import stat
+import subprocess
 import sys
 import tarfile
+import types
+from typing import Any
 
 import pytest
 
 from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax import privacy, schema
-from m3i_jax.data import remote
+from m3i_jax.data import array_records, remote, sources
 from m3i_jax.data.folder import Folder
 from m3i_jax.data.tars import Tars
 from m3i_jax.errors import UserError
@@ -22,7 +25,7 @@ from m3i_jax.reporting import data_page, writers
 from m3i_jax.reporting import page as html_page
 from tests import broken
 from tests.faults.hostile import JPEG, ROOT, read_all, tar
-from tests.test_main import TINY
+from tests.test_main import TINY, environment
 
 HOSTILE = [
     name
@@ -205,6 +208,69 @@ def started(arguments: list[str], monkeypatch) -> None:
     for swap in (("", ""), (SECRETS["password of a URL"], SECRETS["password of a URL"])):
         job = jobs.open_job(settings(swap), arguments[-1])
         train.agree(job, {"samples_seen": 8, "fingerprint": job.fingerprint}, False)
+
+
+@pytest.mark.slow
+@pytest.mark.row("F4", "F5")
+def test_a_whole_run_shows_no_secret_and_is_its_owners(trials, planted, tmp_path: pathlib.Path) -> None:
+    """Training in a process of its own, with worker processes, from a place whose name holds secrets; then a refusal and a crash of it."""
+    folder, run = (
+        tmp_path / f"api_key={SECRETS['assignment']}-{SECRETS['token of a hub']}" / SECRETS["key of the environment"],
+        tmp_path / "run",
+    )
+    folder.mkdir(parents=True)
+    broken.fill(folder, good=40, kinds=3)
+    small = ["train.batch_size=8", "train.steps=4", "train.panel_every=2", "data.size=0", "data.max_bad_share=1.0", "data.workers=1"]
+    small += ["evaluate.knn=False", "report.tensorboard=True"]
+    flags = [
+        "--config",
+        "configs/folder.py",
+        f"--config.data.path={folder}",
+        *TINY,
+        *(f"--config.{s}" for s in small),
+        "--workdir",
+        str(run),
+    ]
+
+    def start(*more: str, before: str = "") -> subprocess.CompletedProcess[str]:
+        command = f"import sys; {before}\nfrom m3i_jax import main\nsys.exit(main.main())"
+        environ = {**environment(), "HF_TOKEN": SECRETS["key of the environment"]}
+        return subprocess.run(
+            [sys.executable, "-c", command, *flags, *more], cwd=ROOT, env=environ, umask=0o022, capture_output=True, text=True, check=False
+        )
+
+    whole = start()
+    assert whole.returncode == 0 and "done: 4 steps" in whole.stdout, whole.stderr
+    refused = start("--config.seed=7")
+    assert refused.returncode == 2 and "seed: 0 -> 7" in refused.stderr
+    crash = start(before="from m3i_jax.modes import job; job.lock = lambda place: open(sys.argv[3])")
+    assert crash.returncode == 1 and "FileNotFoundError" in crash.stderr and "***" in crash.stderr
+    printed = "".join(done.stdout + done.stderr for done in (whole, refused, crash))
+    written = {path: path.read_bytes().decode("latin-1") for path in run.rglob("*") if path.is_file()}
+    names = {path.name for path in written}
+    assert {"config.txt", "data.txt", "metrics.jsonl"} <= names and any(name.startswith("events.") for name in names)
+    for name, secret in SECRETS.items():
+        where = [str(path) for path, text in written.items() if secret in text]
+        assert trials.add(not where and secret not in printed), (name, where, printed)
+    for path in [run, *run.rglob("*")]:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert trials.add(not mode & 0o077), (path, oct(mode))
+    trials.figure = f"a whole run: 0 of {len(SECRETS)} secrets in {len(written)} files and its output, none open to others"
+
+
+@pytest.mark.fast
+@pytest.mark.row("F4")
+def test_no_secret_goes_to_a_service_or_into_a_converted_data_set(planted, monkeypatch, tmp_path: pathlib.Path) -> None:
+    sent: dict[str, Any] = {}
+    wandb = types.SimpleNamespace(init=lambda **what: sent.update(what) or types.SimpleNamespace(finish=lambda: None))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = schema.Config(data=schema.Data(mixture=tuple(planted.values())), report=schema.Report(wandb="project"))
+    writers.open_writers(config, tmp_path, resume_at=0, total=1).close()
+    assert len(sent["config"]["data"]["mixture"]) == 10 and not found(str(sent)) and str(sent).count("***") >= 10
+    pytest.importorskip("array_record.python.array_record_module")
+    array_records.write_shard(str(tmp_path / "x.array_record"), [sources.Record("1", JPEG)])
+    array_records.write_index(str(tmp_path), name=" ".join(planted.values()))
+    assert not found((tmp_path / "dataset.json").read_text())
 
 
 @pytest.mark.fast
