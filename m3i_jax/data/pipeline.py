@@ -277,6 +277,11 @@ class Batches(Iterator[Batch]):
         self._judge(len(batch["label"]), skipped)
         return batch
 
+    def counted(self) -> dict[str, float]:
+        """What else the log should say of the batches that were consumed: cut captions, dropped labels, workers that were started again."""
+        counts = {**self.noted, "restarts": self._batches.restarts}
+        return {f"data/{name}": count for name, count in counts.items() if count}
+
     def _judge(self, rows: int, skipped: np.ndarray) -> None:
         """Stops the run if too many of the last records were bad; as early as that is certain."""
         drawn = rows + int(skipped.sum())

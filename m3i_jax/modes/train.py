@@ -70,7 +70,7 @@ def pretrain(job: jobs.Job, allow_changes: bool) -> int:
     outside = loop.Outside(
         data=data,
         checkpoints=checkpoints,
-        write=writer.write,
+        write=lambda step, values: writer.write(step, values | (data.counted() if "loss" in values else {})),
         say=say,
         panel=lambda step, state, batch: writer.attempt("panels", lambda: write_panel(job, trainer, step, state, batch)),
         evaluators=evaluators.of_job(job, say),

@@ -84,7 +84,6 @@ def test_what_bad_pictures_cost(trials) -> None:
             next(batches)
         seconds.append(time.process_time() - start)
         batches.close()
-    trials.add(True)
     trials.figure = f"20 % bad take {seconds[1] / seconds[0]:.2f} times the processor of none, for pictures of 20 pixels"
 
 
@@ -305,7 +304,8 @@ def test_labels_of_every_kind(trials, tmp_path: pathlib.Path) -> None:
     for row, index in enumerate(batches.record.tolist()):
         meant = whole.get(index, -1)
         assert trials.add(batch["label"][row] == (meant if meant < 3 else -1)), (index, batch["label"][row])
-    assert batches.noted["label_dropped"] == sum(whole.get(i, -1) >= 3 for i in batches.record.tolist()) > 0
+    dropped = sum(whole.get(i, -1) >= 3 for i in batches.record.tolist())
+    assert batches.counted() == {"data/label_dropped": dropped} and dropped > 0
 
 
 @pytest.mark.fast
