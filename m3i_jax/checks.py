@@ -76,6 +76,10 @@ def _ranges(c: schema.Config) -> None:
         "train.epochs": t.epochs,
         "train.panel_every": t.panel_every,
         "train.eval_every": t.eval_every,
+        "train.watchdog": t.watchdog,
+        "train.watchdog_first": t.watchdog_first,
+        "train.watchdog_abort": t.watchdog_abort,
+        "report.peak_tflops": c.report.peak_tflops,
         "data.threads": d.threads,
         "data.workers": d.workers,
         "data.size": d.size,
@@ -107,6 +111,7 @@ def _ranges(c: schema.Config) -> None:
         "evaluate.attentive_limit": c.evaluate.attentive_limit,
         "evaluate.neighbours": c.evaluate.neighbours,
         "report.panel_rows": c.report.panel_rows,
+        "report.profile_steps": c.report.profile_steps,
         "compare.seeds": c.compare.seeds,
     }.items():
         _require(value >= 1, key, value, "must be at least 1")

@@ -29,6 +29,7 @@ FREE = (
     "train.keep",
     "train.panel_every",
     "train.eval_every",
+    "train.watchdog",
     "data.threads",
     "data.workers",
     "data.patience",

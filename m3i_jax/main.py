@@ -21,11 +21,12 @@ MODES = {
     "report": "write what the run in the working directory has logged to WORKDIR/report.html, beside those of report.beside",
     "eval": "evaluate the newest checkpoint of the run in the working directory: a table and WORKDIR/eval.json; needs no --config",
     "data": "report on the source before training: text, WORKDIR/data.json and the page WORKDIR/data.html",
+    "profile": "run a few steps and trace them: WORKDIR/profile and a table of the costliest operations; SIGUSR1 traces a run under way",
     "convert": "write all records of the source as ArrayRecord shards to WORKDIR; the same command resumes it",
 }
 OWN = {"eval": ("checkpoint",)}  # flags of one mode, which are handed to it
 OF_RUN = ("eval",)  # modes that take the configuration of the run in the working directory, unless another one is named
-TOGETHER = ("train", "compare", "eval")  # modes that all hosts of a run enter; the others need one
+TOGETHER = ("train", "compare", "eval", "profile")  # modes that all hosts of a run enter; the others need one
 
 
 def parser() -> argparse.ArgumentParser:

@@ -279,6 +279,9 @@ class Train:
     keep: int = option(2, "checkpoints kept")
     panel_every: int = option(5000, "steps between panels; 0: none")
     eval_every: int = option(5000, "steps between evaluations; 0: only before and after")
+    watchdog: float = option(1800.0, "seconds without a sign of life after which the stacks of all threads are written; 0: not watched")
+    watchdog_first: float = option(7200.0, "the same until the first step of a process has ended, which compiles")
+    watchdog_abort: int = option(0, "end the process after so many such reports in a row; 0: only report")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -343,6 +346,8 @@ class Report:
     panel_rows: int = option(4, "mixed inputs a panel")
     mfu: float = option(0.45, "share of the accelerators' peak that --mode=show plans with")
     beside: tuple[str, ...] = option((), "working directories whose curves stand beside this run's in report.html")
+    peak_tflops: float = option(0.0, "dense TFLOP/s of one chip, which perf/mfu is measured against; 0: by the kind of the chip")
+    profile_steps: int = option(5, "steps of a profiler trace (--mode=profile, or SIGUSR1 to a run)")
     survey: int = option(20_000, "--mode=data looks at all records of a source up to so many, else at so many evenly spread ones")
 
 

@@ -15,7 +15,7 @@ import jax
 from m3i_jax import parallel, schema
 from m3i_jax.models import backbones
 from m3i_jax.modes import job as jobs
-from m3i_jax.modes import train
+from m3i_jax.modes import train, watch
 from m3i_jax.objective import named
 from m3i_jax.reporting import compare as report
 from m3i_jax.reporting import flops
@@ -27,6 +27,7 @@ RESULT = "result.json"
 
 
 def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
+    watch.keep_compilations(pathlib.Path(workdir))
     # A form that this data cannot feed is refused before hours go into those before it.
     whole = jobs.open_job(config, workdir, trains=[names(form) for form in config.compare.forms])
     main = jax.process_index() == 0

@@ -1,7 +1,9 @@
 """--mode=train: pre-train, or go on where the working directory stands."""
 
+import contextlib
 import json
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -11,21 +13,23 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel, privacy, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
-from m3i_jax.modes import evaluators, pictures, report
+from m3i_jax.modes import evaluators, pictures, report, watch
 from m3i_jax.modes import job as jobs
 from m3i_jax.parallel import distributed
 from m3i_jax.reporting import panels, writers
 from m3i_jax.reporting.files import write_text
-from m3i_jax.training import loop
+from m3i_jax.training import loop, phases
 from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
 from m3i_jax.training.trainer import Trainer
 
 
 def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
+    began = time.monotonic()
+    watch.keep_compilations(pathlib.Path(workdir))
     job = jobs.open_job(config, workdir, trains=[config.objective.forms])
     distributed.agree("data", {"data": job.identity})
     with jobs.lock(job.workdir):
-        return pretrain(job, allow_changes)
+        return pretrain(job, allow_changes, began)
 
 
 def agree(job: jobs.Job, position: dict[str, Any] | None, allow_changes: bool) -> None:
@@ -46,8 +50,9 @@ def agree(job: jobs.Job, position: dict[str, Any] | None, allow_changes: bool) -
     write_text(data, identity)
 
 
-def pretrain(job: jobs.Job, allow_changes: bool) -> int:
-    """Train a job from the start, or from its newest checkpoint; 0, 1 or 42 as `loop.run` says. The caller holds the lock."""
+def pretrain(job: jobs.Job, allow_changes: bool, began: float | None = None) -> int:
+    """Train a job from the start, or from its newest checkpoint; 0, 1 or 42 as `loop.run` says. The caller holds the lock. `began`: when
+    the process turned to it, of `time.monotonic()`."""
     config, workdir = job.config, job.workdir
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, say=writers.say)
     newest = checkpoints.newest_good()
@@ -55,40 +60,57 @@ def pretrain(job: jobs.Job, allow_changes: bool) -> int:
     agree(job, position, allow_changes)
     trainer = Trainer(config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
     start, samples = (newest, position["samples_seen"]) if newest is not None and position else (0, 0)
+    before = phases.resumed(position.get("seconds", {}), watch.logged(workdir / "metrics.jsonl")) if position else {}
     writer = writers.open_writers(config, workdir, resume_at=start, total=trainer.length.steps, main=jax.process_index() == 0)
     say = writer.say
     parameters = sum(count for _, count in m3i.parameter_table(trainer.template.params))
     say(f"{job.train.description()}; {len(job.held_out):,} held out")
     where = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
     say(f"{parameters:,} parameters; {trainer.length.steps:,} steps of {config.train.batch_size} images on {where}")
-    if newest is not None:
-        state = checkpoints.restore(newest, trainer.template, trainer.shardings)
-        say(f"resuming at step {newest:,}, {samples:,} samples seen")
-    else:
-        state = trainer.init()
-    data = job.batches(samples)
-    outside = loop.Outside(
-        data=data,
-        checkpoints=checkpoints,
-        write=lambda step, values: writer.write(step, values | (data.counted() if "loss" in values else {})),
-        say=say,
-        panel=lambda step, state, batch: writer.attempt("panels", lambda: write_panel(job, trainer, step, state, batch)),
-        evaluators=evaluators.of_job(job, say),
-        position=lambda samples: {"samples_seen": samples, "fingerprint": job.fingerprint},
-        evaluated=evaluated(workdir / "metrics.jsonl"),
-    )
-    try:
-        code, state = loop.run(trainer, state, samples_seen=samples, outside=outside)
-        if code == loop.DONE and config.train.panel_every:
-            last = next(data)
-            writer.attempt("panels", lambda: write_panel(job, trainer, trainer.length.steps, state, last))
-    except SavesFailed as error:
-        say(f"stopped: {error}; make room or give permission in {workdir}, and run the same command again")
-        code = loop.FAILED
-    finally:
-        data.close()
-        checkpoints.close()
-        writer.close()
+    restarts = 1 + position.get("restarts", 0) if position else 0
+    clock = watch.clock(trainer, say, earlier=before, restarts=restarts, began=began)
+    with contextlib.closing(writer), watch.compilations(clock), watch.over(config, workdir, clock, say) as tracer:
+        if newest is not None:
+            with clock.phase("restore"):
+                state = checkpoints.restore(newest, trainer.template, trainer.shardings)
+            say(f"resuming at step {newest:,}, {samples:,} samples seen")
+        else:
+            state = trainer.init()
+        data = job.batches(samples)
+        outside = loop.Outside(
+            data=data,
+            checkpoints=checkpoints,
+            write=lambda step, values: writer.write(step, values | (data.counted() if "loss" in values else {})),
+            say=say,
+            panel=lambda step, state, batch: writer.attempt("panels", lambda: write_panel(job, trainer, step, state, batch)),
+            evaluators=evaluators.of_job(job, say),
+            position=lambda samples: {
+                "samples_seen": samples,
+                "fingerprint": job.fingerprint,
+                "seconds": clock.total(),
+                "restarts": restarts,
+            },
+            evaluated=evaluated(workdir / "metrics.jsonl"),
+            clock=clock,
+            sent=tracer,
+        )
+        try:
+            code, state = loop.run(trainer, state, samples_seen=samples, outside=outside)
+            clock.turn("stop")
+            if code == loop.DONE and config.train.panel_every:
+                with clock.phase("panel"):
+                    last = next(data)
+                    writer.attempt("panels", lambda: write_panel(job, trainer, trainer.length.steps, state, last))
+        except SavesFailed as error:
+            say(f"stopped: {error}; make room or give permission in {workdir}, and run the same command again")
+            code = loop.FAILED
+        finally:
+            data.close()
+            checkpoints.close()
+        if clock.ended:  # a run that was done already has its line
+            values, line = clock.summary()
+            writer.write(start + clock.ended, values)
+            say(line)
     if not jax.process_index():
         writer.attempt("report.html", lambda: report.write(config, workdir))
     if code == loop.DONE:

@@ -1,7 +1,7 @@
 """Devices as a mesh with axes (replica, fsdp, tensor), rules from parameter paths to shardings, and the way of a host's rows to one global
 array. Knows neither models nor training: it speaks of trees and names."""
 
-from m3i_jax.parallel.barriers import HostMissing, Together, call, exchange, first, wait
+from m3i_jax.parallel.barriers import HostMissing, Together, call, exchange, first, hosts, wait
 from m3i_jax.parallel.distributed import from_first
 from m3i_jax.parallel.mesh import AXES, DATA, data_sharding, everywhere, hint, make_mesh, replicated, split_rows, to_global
 from m3i_jax.parallel.rules import RULES, shardings
@@ -19,6 +19,7 @@ __all__ = [
     "first",
     "from_first",
     "hint",
+    "hosts",
     "make_mesh",
     "replicated",
     "shardings",

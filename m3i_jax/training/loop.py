@@ -6,12 +6,10 @@ Evaluators see the state that is saved, the saved position is that of the first 
 fetches, writes and draws. Nothing is jitted here.
 """
 
-import contextlib
 import dataclasses
 import math
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +18,7 @@ import jax
 from m3i_jax import parallel
 from m3i_jax.objective import regularize
 from m3i_jax.training.checkpoint import Checkpoints
+from m3i_jax.training.phases import Clock
 from m3i_jax.training.state import State
 from m3i_jax.training.step import MOMENT
 from m3i_jax.training.trainer import Trainer
@@ -77,32 +76,8 @@ class Outside:
     evaluators: list[Evaluator]
     position: Callable[[int], dict[str, Any]]  # samples seen -> what is saved beside the state
     evaluated: frozenset[int] = frozenset()  # steps whose evaluation a resumed log already has
-
-
-class Clock:
-    """Seconds of training since the last reading, and how many of them went into waiting for data. Evaluation and panels do not count."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.start, self.waited, self.steps = time.monotonic(), 0.0, 0
-
-    @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        before = time.monotonic()
-        yield
-        self.start += time.monotonic() - before
-
-    def read(self, batch: int) -> dict[str, float]:
-        seconds, steps = time.monotonic() - self.start, max(self.steps, 1)
-        out = {
-            "perf/images_per_sec": batch * self.steps / seconds,
-            "perf/step_seconds": seconds / steps,
-            "perf/input_wait": self.waited / seconds,
-        }
-        self.reset()
-        return out
+    clock: Clock = dataclasses.field(default_factory=Clock)
+    sent: Callable[[int, Any], None] = lambda step, metrics: None  # called with every step sent and its metrics, which may not be there yet
 
 
 class Collapse:
@@ -147,7 +122,7 @@ class _Log:
     """Metrics one step behind, so that fetching them never stalls the device."""
 
     def __init__(self, trainer: Trainer, outside: Outside):
-        self.trainer, self.outside, self.clock, self.bad, self.failed = trainer, outside, Clock(), 0, False
+        self.trainer, self.outside, self.clock, self.bad, self.failed = trainer, outside, outside.clock, 0, False
         self.collapse = Collapse()
         self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
 
@@ -163,7 +138,7 @@ class _Log:
         trainer, config = self.trainer, self.trainer.config
         moment = metrics.pop(MOMENT, None)
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        self.clock.steps += 1  # counted when it is done, not when it is sent: a line that is fetched early has its own step
+        self.clock.step_ended()  # counted when it is done, not when it is sent: a line that is fetched early has its own step
         self.bad = self.bad + 1 if values["skipped/not_finite"] else 0
         self.failed |= self.bad >= MOST_NOT_FINITE  # a finite step that is fetched together with the third does not undo it
         monitors = {k.removeprefix("collapse/"): v for k, v in values.items() if k.startswith("collapse/")}
@@ -176,7 +151,7 @@ class _Log:
                 values["collapse/alarm"] = float(self.collapse.alarm)
             if moment is not None:
                 values["collapse/effective_rank"] = float(regularize.effective_rank(jax.device_get(moment)))
-            values |= self.clock.read(config.train.batch_size)
+            values |= self.clock.read()
             values |= {f"data/skipped/{reason}": count for reason, count in self.outside.data.skipped.items() if count}
             self.outside.write(step, values)
 
@@ -192,7 +167,7 @@ def run(trainer: Trainer, state: State, *, samples_seen: int, outside: Outside) 
     """
     config, total, log = trainer.config, trainer.length.steps, _Log(trainer, outside)
     train, first = config.train, int(state.step)
-    with Preemption() as notice:
+    with Preemption() as notice, log.clock.phase("step"):
         try:
             for step in range(first, total + 1):
                 evaluate = (step in (0, total) or bool(train.eval_every and step % train.eval_every == 0)) and step not in outside.evaluated
@@ -205,33 +180,40 @@ def run(trainer: Trainer, state: State, *, samples_seen: int, outside: Outside) 
                     )
                     return FAILED, state
                 if evaluate:
-                    with log.clock.stopped():
+                    with log.clock.phase("evaluate"):
                         _evaluate(state, step, outside, notice)
                 if save:
-                    outside.checkpoints.save(step, state, outside.position(samples_seen))
+                    with log.clock.phase("save"):
+                        outside.checkpoints.save(step, state, outside.position(samples_seen))
                 if step == total:
                     break
-                before = time.monotonic()
-                host = next(outside.data)
-                log.clock.waited += time.monotonic() - before
+                with log.clock.phase("data"):
+                    host = next(outside.data)
                 if train.panel_every and step % train.panel_every == 0:
-                    with log.clock.stopped():
+                    with log.clock.phase("panel"):
                         outside.panel(step, state, host)
                 state, metrics = trainer.step(state, parallel.to_global(trainer.mesh, host))
                 samples_seen += train.batch_size
                 log.push(step + 1, samples_seen, metrics)
+                outside.sent(step + 1, metrics)
                 notice.poll()
         except Preempted:
             log.flush()
-            outside.checkpoints.save(int(state.step), state, outside.position(samples_seen))
-            outside.checkpoints.wait(state)
+            with log.clock.phase("save"):
+                outside.checkpoints.save(int(state.step), state, outside.position(samples_seen))
+                outside.checkpoints.wait(state)
             outside.say(f"preempted: saved step {int(state.step)}; run the same command again to go on")
             return PREEMPTED, state
-    outside.checkpoints.wait(state)
+    with log.clock.phase("save"):
+        outside.checkpoints.wait(state)
     return DONE, state
 
 
 def _evaluate(state: State, step: int, outside: Outside, notice: Preemption) -> None:
-    values = {name: value for evaluator in outside.evaluators for name, value in evaluator(state, notice.poll)}
+    def poll() -> None:
+        outside.clock.beat()
+        notice.poll()
+
+    values = {name: value for evaluator in outside.evaluators for name, value in evaluator(state, poll)}
     if values:
         outside.write(step, values)

@@ -11,7 +11,7 @@ import pytest
 
 from m3i_jax import parallel, schema
 from m3i_jax.objective import families, methods, posterior
-from m3i_jax.training import loop, trainer
+from m3i_jax.training import loop, phases, trainer
 from m3i_jax.training.step import MOMENT
 from tests import toy
 
@@ -112,6 +112,7 @@ class World:
             "panel": lambda step, state, batch: self.note(f"panel {step}"),
             "evaluators": [self.evaluator],
             "position": lambda samples: {"samples_seen": samples},
+            "clock": phases.Clock(images=BATCH),
         }
         samples = first * BATCH if samples is None else samples
         code, state = loop.run(self, State(first), samples_seen=samples, outside=loop.Outside(**outside | changes))  # type: ignore[arg-type]
@@ -350,26 +351,34 @@ def test_signals_are_left_alone_outside_the_main_thread() -> None:
     assert seen == [False]
 
 
-def test_the_clock_leaves_out_evaluation_and_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    clock = loop.Clock()
-    now[0] += 4
-    with clock.stopped():
-        now[0] += 1000
-    clock.waited, clock.steps = 1.0, 2
-    assert clock.read(8) == {"perf/images_per_sec": 4.0, "perf/step_seconds": 2.0, "perf/input_wait": 0.25}
-    now[0] += 1
-    clock.steps = 1
-    assert clock.read(8) == {"perf/images_per_sec": 8.0, "perf/step_seconds": 1.0, "perf/input_wait": 0.0}
-
-
 def test_every_line_has_the_speed_of_the_steps_that_were_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step takes two seconds until its metrics are there, lines before a save come one step earlier than others."""
     now = [100.0]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(phases.time, "monotonic", lambda: now[0])
     world = World(6, save_every=3)
     world.at = {f"fetch {k}": lambda: now.__setitem__(0, now[0] + 2.0) for k in range(1, 7)}
     world.run(monkeypatch, evaluators=[])
     assert [values["perf/images_per_sec"] for _, values in world.lines] == [BATCH / 2.0] * 6
     assert [values["perf/step_seconds"] for _, values in world.lines] == [2.0] * 6
+
+
+def test_the_phases_of_a_run_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the loop does for a second is in its phase, and nothing twice."""
+    now = [100.0]
+    monkeypatch.setattr(phases.time, "monotonic", lambda: now[0])
+    world = World(4, save_every=2, eval_every=2, panel_every=3)
+    events = ("evaluate 0", "evaluate 2", "evaluate 4", "save 2", "save 4", "wait", "draw", "panel 3", "fetch 1", "fetch 2", "fetch 3")
+    world.at = {event: lambda: now.__setitem__(0, now[0] + 1.0) for event in events}
+    clock = phases.Clock(images=BATCH)
+    world.run(monkeypatch, clock=clock)
+    told = {name: seconds for name, seconds in clock.total().items() if seconds}
+    assert told == {"evaluate": 3, "save": 3, "data": 4, "panel": 1, "step": 3}
+    assert sum(told.values()) == now[0] - 100
+
+
+def test_every_step_is_passed_on_with_its_metrics_unfetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(3)
+    world.run(monkeypatch, sent=lambda step, metrics: world.note(f"sent {step} {sorted(metrics)[0]}"))
+    assert world.of("sent") == [f"sent {k} loss" for k in (1, 2, 3)]
+    for k in (1, 2, 3):
+        assert world.events.index(f"sent {k} loss") < world.events.index(f"fetch {k}")

@@ -1,0 +1,89 @@
+"""--mode=profile: a few steps of the run as it is configured, on its data and devices, with a profiler trace of the last of them. Writes
+WORKDIR/profile; checkpoints and metrics of a run in the same directory stay as they are."""
+
+import dataclasses
+import pathlib
+import time
+from typing import Any
+
+import jax
+
+from m3i_jax import schema
+from m3i_jax.errors import UserError
+from m3i_jax.modes import job as jobs
+from m3i_jax.modes import watch
+from m3i_jax.parallel import distributed
+from m3i_jax.reporting import writers
+from m3i_jax.training import loop
+from m3i_jax.training.trainer import Trainer
+
+WARM = 3  # steps before the trace: the first compiles, the next fill the queue of batches
+
+
+class _Nowhere:
+    """Checkpoints that are not kept."""
+
+    def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+
+def short(config: schema.Config) -> schema.Config:
+    """The same run, as many steps long as a trace takes, and nothing but steps."""
+    steps = WARM + config.report.profile_steps
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, steps=steps, log_every=1, eval_every=0, panel_every=0, save_every=steps),
+        optim=dataclasses.replace(config.optim, warmup_steps=0),
+    )
+
+
+def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
+    del allow_changes
+    began = time.monotonic()
+    watch.keep_compilations(pathlib.Path(workdir))
+    job = jobs.open_job(short(config), workdir, trains=[config.objective.forms])
+    distributed.agree("data", {"data": job.identity})
+    with jobs.lock(job.workdir):
+        return profile(job, began)
+
+
+def profile(job: jobs.Job, began: float) -> int:
+    """Trace the end of a short run; 0, or what `loop.run` says."""
+    trainer = Trainer(job.config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
+    total, main = trainer.length.steps, jax.process_index() == 0
+    say = writers.say if main else lambda text: None
+    console = writers.Console(total, job.config.train.batch_size, say)
+    clock = watch.clock(trainer, say, began=began)
+    before = set((job.workdir / "profile").rglob("*.xplane.pb"))
+    with watch.compilations(clock), watch.over(job.config, job.workdir, clock, say) as tracer:
+
+        def sent(step: int, metrics: Any) -> None:
+            if step == WARM:
+                tracer.ask()
+            tracer(step, metrics)
+
+        state, data = trainer.init(), job.batches(0)
+        outside = loop.Outside(
+            data=data,
+            checkpoints=_Nowhere(),  # type: ignore[arg-type]
+            write=console.write,
+            say=say,
+            panel=lambda *_: None,
+            evaluators=[],
+            position=lambda samples: {},
+            clock=clock,
+            sent=sent,
+        )
+        try:
+            code, _ = loop.run(trainer, state, samples_seen=0, outside=outside)
+        finally:
+            data.close()
+        clock.turn("stop")
+        tracer.close()
+        say(clock.summary()[1])
+    if code == loop.DONE and set((job.workdir / "profile").rglob("*.xplane.pb")) == before:
+        raise UserError(f"--mode=profile: no trace was written to {job.workdir / 'profile'}; the line above says why")
+    return code

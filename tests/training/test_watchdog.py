@@ -1,0 +1,91 @@
+"""A run that hangs says so, where it hangs, and ends if that is wanted."""
+
+import pathlib
+import threading
+from typing import Any
+
+import pytest
+
+from m3i_jax.training import loop
+from m3i_jax.training.phases import Clock
+from m3i_jax.training.watchdog import Watchdog
+from tests.training.test_loop import World
+
+SECONDS = 30.0  # no test waits so long unless something is broken
+
+
+class Hanging(World):
+    """Its data stop coming at one of the batches, until `freed`."""
+
+    def __init__(self, at: int, **more: Any) -> None:
+        super().__init__(6, **more)
+        self.hangs, self.drawn, self.freed, self.first_steps = at, 0, threading.Event(), threading.Event()
+
+    def __next__(self) -> dict:
+        self.drawn += 1
+        if self.drawn == self.hangs:
+            assert self.freed.wait(SECONDS), "nobody noticed"
+        return super().__next__()
+
+
+def test_a_hanging_iterator_is_reported_with_its_stack(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    world, clock, said = Hanging(4), Clock(images=8), []
+
+    def say(line: str) -> None:
+        said.append(line)
+        world.freed.set()
+
+    with Watchdog(clock, tmp_path / "stacks-0.txt", say, limit=0.3, first=SECONDS):
+        assert world.run(monkeypatch, clock=clock) == loop.DONE  # reported, not ended
+    assert len(said) == 1 and "in phase 'data' after 2 step(s)" in said[0] and "stacks-0.txt" in said[0]
+    text = (tmp_path / "stacks-0.txt").read_text()
+    assert "in __next__" in text and "in run" in text  # where it hangs, and who called
+    assert text.count("no sign of life") == 1
+
+
+def test_the_first_step_has_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """Silence before it is compilation, and much longer than one between steps."""
+    world, clock, said = Hanging(1), Clock(images=8), []
+
+    def say(line: str) -> None:
+        said.append(line)
+        world.freed.set()
+
+    with Watchdog(clock, tmp_path / "stacks-0.txt", say, limit=0.05, first=0.5):
+        world.run(monkeypatch, clock=clock)
+    assert said and "after 0 step(s)" in said[0]
+    seconds = float(said[0].partition("for ")[2].partition(" s")[0])
+    line = (tmp_path / "stacks-0.txt").read_text().splitlines()[0]
+    assert float(line.partition("for ")[2].partition(" s")[0]) >= 0.5 > seconds - 1
+
+
+def test_it_ends_the_process_after_so_many_reports_in_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    world, clock, said, ended = Hanging(3), Clock(images=8), [], []
+
+    def end(status: int) -> None:
+        ended.append(status)
+        world.freed.set()
+
+    with Watchdog(clock, tmp_path / "stacks-0.txt", said.append, limit=0.2, first=SECONDS, abort=3, end=end):
+        world.run(monkeypatch, clock=clock)
+    assert ended == [1]
+    assert [line.split()[0] for line in said] == ["warning:"] * 3 + ["ended"]
+
+
+def test_a_run_that_lives_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    world, clock, said = World(6), Clock(images=8), []
+    with Watchdog(clock, tmp_path / "stacks-0.txt", said.append, limit=SECONDS, first=SECONDS):
+        world.run(monkeypatch, clock=clock)
+    assert not said and not list(tmp_path.iterdir())
+
+
+def test_an_evaluator_that_polls_is_alive() -> None:
+    clock = Clock()
+    before = clock.alive
+    clock.beat()
+    assert clock.alive > before
+
+
+def test_0_watches_nothing(tmp_path: pathlib.Path) -> None:
+    with Watchdog(Clock(), tmp_path / "stacks-0.txt", print, limit=0, first=1):
+        assert not any(thread.name == "watchdog" for thread in threading.enumerate())
