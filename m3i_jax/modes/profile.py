@@ -26,7 +26,10 @@ class _Nowhere:
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
         pass
 
-    def wait(self) -> None:
+    def retry(self) -> bool:
+        return False
+
+    def wait(self, state: Any) -> None:
         pass
 
 

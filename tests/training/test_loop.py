@@ -360,25 +360,3 @@ def test_every_line_has_the_speed_of_the_steps_that_were_done(monkeypatch: pytes
     world.run(monkeypatch, evaluators=[])
     assert [values["perf/images_per_sec"] for _, values in world.lines] == [BATCH / 2.0] * 6
     assert [values["perf/step_seconds"] for _, values in world.lines] == [2.0] * 6
-
-
-def test_the_phases_of_a_run_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the loop does for a second is in its phase, and nothing twice."""
-    now = [100.0]
-    monkeypatch.setattr(phases.time, "monotonic", lambda: now[0])
-    world = World(4, save_every=2, eval_every=2, panel_every=3)
-    events = ("evaluate 0", "evaluate 2", "evaluate 4", "save 2", "save 4", "wait", "draw", "panel 3", "fetch 1", "fetch 2", "fetch 3")
-    world.at = {event: lambda: now.__setitem__(0, now[0] + 1.0) for event in events}
-    clock = phases.Clock(images=BATCH)
-    world.run(monkeypatch, clock=clock)
-    told = {name: seconds for name, seconds in clock.total().items() if seconds}
-    assert told == {"evaluate": 3, "save": 3, "data": 4, "panel": 1, "step": 3}
-    assert sum(told.values()) == now[0] - 100
-
-
-def test_every_step_is_passed_on_with_its_metrics_unfetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = World(3)
-    world.run(monkeypatch, sent=lambda step, metrics: world.note(f"sent {step} {sorted(metrics)[0]}"))
-    assert world.of("sent") == [f"sent {k} loss" for k in (1, 2, 3)]
-    for k in (1, 2, 3):
-        assert world.events.index(f"sent {k} loss") < world.events.index(f"fetch {k}")

@@ -6,6 +6,7 @@ import pytest
 
 from m3i_jax.training import phases
 from m3i_jax.training.phases import Clock
+from tests.training.test_loop import BATCH, World
 
 
 class Time:
@@ -151,3 +152,25 @@ def test_what_a_restart_throws_away_is_lost_and_everything_else_goes_on(pass_: T
 def test_a_log_older_than_the_checkpoint_takes_nothing_away() -> None:
     assert phases.resumed({"step": 60.0}, {"step": 50.0, "save": 1.0}) == {"step": 60.0, "save": 1.0}
     assert phases.resumed({}, {}) == {}
+
+
+def test_the_phases_of_a_run_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the loop does for a second is in its phase, and nothing twice."""
+    now = [100.0]
+    monkeypatch.setattr(phases.time, "monotonic", lambda: now[0])
+    world = World(4, save_every=2, eval_every=2, panel_every=3)
+    events = ("evaluate 0", "evaluate 2", "evaluate 4", "save 2", "save 4", "wait", "draw", "panel 3", "fetch 1", "fetch 2", "fetch 3")
+    world.at = {event: lambda: now.__setitem__(0, now[0] + 1.0) for event in events}
+    clock = phases.Clock(images=BATCH)
+    world.run(monkeypatch, clock=clock)
+    told = {name: seconds for name, seconds in clock.total().items() if seconds}
+    assert told == {"evaluate": 3, "save": 3, "data": 4, "panel": 1, "step": 3}
+    assert sum(told.values()) == now[0] - 100
+
+
+def test_every_step_is_passed_on_with_its_metrics_unfetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(3)
+    world.run(monkeypatch, sent=lambda step, metrics: world.note(f"sent {step} {sorted(metrics)[0]}"))
+    assert world.of("sent") == [f"sent {k} loss" for k in (1, 2, 3)]
+    for k in (1, 2, 3):
+        assert world.events.index(f"sent {k} loss") < world.events.index(f"fetch {k}")
