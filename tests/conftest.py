@@ -4,7 +4,7 @@ tests that start a process of their own state their own settings."""
 import os
 import pathlib
 
-collect_ignore = ["bench/intern_image_torch.py"]  # imports torch, which only the benchmark needs
+collect_ignore = ["bench/intern_image_torch.py", "bench/m3i_torch.py"]  # import torch, which only benchmarks need
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -20,11 +20,11 @@ from m3i_jax.reporting import show
 from tests import rows as streams
 from tests.bench import contestants
 from tests.bench.contestants import BATCH, CONTESTANTS
+from tests.bench.heap import MALLOC
 
 ROUNDS, BATCHES = 7, 1
 SMALL = 32  # rows of a batch where bytes are compared
-# One heap, never given back: without it, page faults of freed and mapped buffers are a tenth of everybody's time and vary with the weather.
-MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
+
 # (what, over what, target): the best of several where there are several
 RATIOS = [
     ("pipeline", ("raw loop",), 0.90),
