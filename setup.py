@@ -34,7 +34,7 @@ def accelerated(extra: str) -> list[str]:
 
 EXTRAS = {
     # What the benchmarks under tests/bench compare with; torch from a CPU build where there is no GPU.
-    "bench": ["simplejpeg>=1.9", "tensorflow-cpu>=2.20", "torch>=2.10", "torchvision>=0.25"],
+    "bench": ["simplejpeg>=1.9", "tensorflow-cpu>=2.20", "timm>=1.0.20", "torch>=2.10", "torchvision>=0.25"],
     "cuda": accelerated("cuda12"),
     "cuda13": accelerated("cuda13"),
     "tpu": accelerated("tpu"),

@@ -21,6 +21,7 @@ import numpy as np
 
 from m3i_jax.models import dcnv3, dcnv3_dense
 from m3i_jax.reporting import show
+from tests.bench.figures import Figure
 
 DEPTHS, SIDES, GROUPS, WIDTH = (6, 6, 32, 6), (48, 24, 12, 6), (10, 20, 40, 80), 32
 BATCHES = (1, 2, 4, 4)
@@ -68,6 +69,15 @@ def times(runs: int = 9) -> None:
             rows.append((f"{batch}x{side}x{side}", groups, depth, method, *(f"{found[m]:.1f}" for m in found), f"{ratios[-1]:.3f}"))
         print(show.table(rows, ("map", "groups", "layers", "auto", "gather ms", "auto ms", "ratio")))
         print(f"offsets of {spread} pixels: mean ratio by layers {np.average(ratios, weights=DEPTHS):.3f}\n", flush=True)
+
+
+def figures(quick: bool) -> list[Figure]:
+    ratios = []
+    for batch, side, groups in [(1, 6, 2)] if quick else zip(BATCHES, SIDES, GROUPS, strict=True):
+        found = milliseconds({m: both(m, groups) for m in ("gather", "auto")}, inputs(batch, side, groups), 1 if quick else 9)
+        ratios.append(found["auto"] / found["gather"])
+    mean = float(np.average(ratios, weights=DEPTHS[: len(ratios)]))
+    return [Figure("DCNv3 forward and gradients over the packed gather, InternImage-H at 192 px, by layers", mean, 0.45)]
 
 
 def sizes(runs: int = 5) -> None:

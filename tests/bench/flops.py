@@ -21,6 +21,7 @@ from m3i_jax.objective import methods, named
 from m3i_jax.reporting import flops, show
 from m3i_jax.training.trainer import Trainer, abstract_batch
 from tests.bench import formula
+from tests.bench.figures import Figure
 
 FLOOR = 279.5e9  # with the patch embedding trained; 287.0e9 before the dead rows of the last decoder layer are left out
 SETS = ("mim+clip", "sim+supervised", "mim+instance", "m3i_unmixed")
@@ -79,6 +80,24 @@ def row(name: str, config: schema.Config, memory: bool = False) -> tuple[tuple[s
     giga = [f"{count / 1e9:.2f}" for count in (dot, wanted, everything)]
     cells = (name, giga[0], giga[1], f"{dot / wanted:.4f}", giga[2], f"{everything / dot - 1:.2%}")
     return (*cells, show.size(temporary(name))) if memory else cells, dot
+
+
+def figures(quick: bool) -> list[Figure]:
+    names = ["m3i, category"] if quick else [*VARIANTS]
+    settings = {name: variant(**VARIANTS[name]) for name in names}  # type: ignore[arg-type]
+    if quick:
+        encoder, decoder = schema.Encoder(depth=2), schema.Decoder(depth=2)
+        small = {n: dataclasses.replace(c.model, encoder=encoder, decoder=decoder) for n, c in settings.items()}
+        settings = {n: dataclasses.replace(c, model=small[n]) for n, c in settings.items()}
+    seen = {name: measure(config) for name, config in settings.items()}
+    out = [Figure(f"FLOPs of the ViT-B/16 step over the formula: {name}", dot / wanted, 1.02) for name, (dot, wanted, _) in seen.items()]
+    dot, _, everything = seen["m3i, category"]
+    out.append(Figure("elementwise FLOPs over those of matrix products", everything / dot - 1, 0.02))
+    if not quick:
+        trained, fixed = seen["m3i, category, patch embedding trained"][0], seen["m3i, category, fixed weight"][0]
+        out.append(Figure(f"FLOPs of the step over the floor of {FLOOR / 1e9} GFLOP an image", trained / FLOOR, 1.02))
+        out.append(Figure("FLOPs of dynamic over fixed weighting", dot / fixed, 1.005))
+    return out
 
 
 def main(wanted: list[str]) -> None:

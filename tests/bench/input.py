@@ -20,6 +20,7 @@ from m3i_jax.reporting import show
 from tests import rows as streams
 from tests.bench import contestants
 from tests.bench.contestants import BATCH, CONTESTANTS
+from tests.bench.figures import Figure
 from tests.bench.heap import MALLOC
 
 ROUNDS, BATCHES = 7, 1
@@ -126,7 +127,7 @@ def promises(folder: str) -> list[tuple[str, str, str]]:
     return rows
 
 
-def augmentation_share() -> tuple[str, str, str]:
+def augmentation_share() -> float:
     """FLOPs of augmenting both views over those of the whole step of a ViT-B/16, both as XLA counts them."""
     import functools
 
@@ -151,8 +152,24 @@ def augmentation_share() -> tuple[str, str, str]:
         jax.jit(functools.partial(photometric.augment, seed=0, view=view, settings=settings.data.augment)).lower(views, where)
         for view in (0, 1)
     ]
-    share = sum(lowered.cost_analysis()["flops"] for lowered in augment) / step
-    return "augmentation of two views over the step of a ViT-B/16, FLOPs", f"{share:.2%}", "1 %"
+    return sum(lowered.cost_analysis()["flops"] for lowered in augment) / step
+
+
+def figures(quick: bool) -> list[Figure]:
+    share = Figure("FLOPs of augmenting two views over the step of a ViT-B/16", augmentation_share(), 0.01)
+    with tempfile.TemporaryDirectory() as folder:
+        contestants.make_pictures(pathlib.Path(folder), 8 if quick else 64)
+        if quick:
+            whole, rest = digest(folder, 2), digest(folder, 1, start=SMALL)
+            return [Figure("batches after a restart that are other bytes", float(whole[1:] != rest), 0), share]
+        speeds = race(folder)
+        out = [share]
+        for what, over, target in RATIOS:
+            rival = over[0] if len(over) == 1 else "the faster DataLoader"
+            absent = "" if all(name in speeds for name in (what, over[0])) else "needs the extra bench"
+            out.append(Figure(f"input, pictures a core second: {what} over {rival}", ratio(speeds, what, over), target, False, absent))
+        broken = sum(told != wanted for _, told, wanted in promises(folder) if wanted == "True")
+        return [*out, Figure("promises broken: same bytes from any number of workers, and after a restart", float(broken), 0)]
 
 
 def main() -> None:
@@ -170,7 +187,8 @@ def main() -> None:
             measured = "not measured" if value is None else f"{value:.2f}"
             rival = over[0] if len(over) == 1 else "the faster DataLoader"
             table.append((f"{what} over {rival}", measured, f"{target:.2f}" if target else "-"))
-        print(show.table([*table, *promises(folder), augmentation_share()], ("", "measured", "target")))
+        share = ("augmentation of two views over the step of a ViT-B/16, FLOPs", f"{augmentation_share():.2%}", "1 %")
+        print(show.table([*table, *promises(folder), share], ("", "measured", "target")))
 
 
 if __name__ == "__main__":

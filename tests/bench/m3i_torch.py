@@ -194,6 +194,7 @@ class Peer:
             crops = self.patches(batch["views"])
             with torch.no_grad():
                 seen = self._encode_target(crops.flatten(0, 1))[:, 1:].float()
+            with torch.no_grad(), torch.autocast(self.device, enabled=False):
                 targets = F.layer_norm(seen, seen.shape[-1:], eps=1e-5).unflatten(0, (2, -1))
                 rows = targets.flatten(0, 2)
                 moment = (rows.T @ rows) / len(rows)

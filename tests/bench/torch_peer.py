@@ -41,7 +41,7 @@ def settings(name: str, *, batch: int = 8, size: int = 224, dtype: str = "float3
 
     config = configuration.default()
     if name == "toy":
-        batch, size = 4, 64
+        batch, size = min(batch, 4), 64
     shape = SHAPES.get(name, {})
     config.model.encoder.update({**shape, "patch_size": 16})
     if shape:

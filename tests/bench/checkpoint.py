@@ -1,0 +1,139 @@
+"""What a checkpoint costs, beside what it is made of: copying, writing and reading the same bytes, in turns on the same disk.
+
+    python -m tests.bench.checkpoint                   # 600 MB
+    python -m tests.bench.checkpoint --megabytes 64 --runs 3 --place /mnt/disk
+
+blocked: how long `save` keeps the loop, over a copy of the state from memory to memory that is there already. total: until the checkpoint
+is on the disk under its name, digests included, over writing the bytes to one file and fsync. restore: reading it back into arrays, digests
+checked, over reading that file. The numbers are random: nothing compresses. The least of several runs, taken in turns; on a CPU the state
+is in the host's memory already, on an accelerator `save` also has to bring it there.
+"""
+
+import argparse
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from m3i_jax.reporting import show
+from m3i_jax.training.checkpoint import Checkpoints
+from tests.bench.figures import Figure
+
+INTERVAL = 600.0  # seconds between saves: 1,000 steps (train.save_every) of 0.6 s
+
+
+def state_of(megabytes: int) -> dict[str, jax.Array]:
+    """Arrays of the sizes of a ViT's: a few large, many small."""
+    rng = np.random.default_rng(0)
+    large = max(1, megabytes // 24)
+    tree = {f"blocks_{i}": rng.normal(size=(12, 2**19)).astype(np.float32) for i in range(large)}
+    tree |= {f"bias_{i}": rng.normal(size=3072).astype(np.float32) for i in range(64)}
+    return {name: jax.device_put(value) for name, value in tree.items()}
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def write(place: pathlib.Path, arrays: list[np.ndarray]) -> None:
+    with open(place, "wb", buffering=0) as file:
+        for array in arrays:
+            file.write(memoryview(array).cast("B"))
+        os.fsync(file.fileno())
+
+
+def read(place: pathlib.Path, arrays: list[np.ndarray]) -> None:
+    with open(place, "rb", buffering=0) as file:
+        for array in arrays:
+            file.readinto(memoryview(array).cast("B"))
+
+
+def measure(megabytes: int, runs: int, place: str | None) -> dict[str, float]:
+    """Least seconds of everything, and the bytes of the state."""
+    state = state_of(megabytes)
+    host = [np.ascontiguousarray(x) for x in state.values()]
+    there = [x.copy() for x in host]
+    template = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in state.items()}
+    shardings = {name: x.sharding for name, x in state.items()}
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: 0.5 * x, tree), donate_argnums=0)
+    least: dict[str, float] = {}
+
+    def keep(name: str, value: float) -> None:
+        least[name] = min(least.get(name, value), value)
+
+    folder = pathlib.Path(tempfile.mkdtemp(dir=place))
+    checkpoints = Checkpoints(folder / "checkpoints", 1)
+    try:
+        for turn in range(1, runs + 2):
+            working = jax.block_until_ready(step({name: x.copy() for name, x in state.items()}))
+            plain = seconds(lambda: jax.block_until_ready(step(working)))  # noqa: B023 (called at once)
+            copied = seconds(lambda: [np.copyto(a, b) for a, b in zip(there, host, strict=True)])
+            os.sync()
+            raw = seconds(lambda: write(folder / "raw", host))
+            loaded = seconds(lambda: read(folder / "raw", there))
+            (folder / "raw").unlink()
+            os.sync()
+            working = {name: x.copy() for name, x in state.items()}
+            jax.block_until_ready(working)
+            start = time.perf_counter()
+            checkpoints.save(turn, working, {"samples_seen": turn})  # type: ignore[arg-type]
+            blocked = time.perf_counter() - start
+            after = seconds(lambda: jax.block_until_ready(step(working)))  # noqa: B023
+            checkpoints.wait()
+            total = time.perf_counter() - start
+            back: Any = None
+
+            def restore(turn: int = turn) -> None:
+                nonlocal back
+                assert checkpoints.newest_good() == turn
+                back = jax.block_until_ready(checkpoints.restore(turn, template, shardings))
+
+            restored = seconds(restore)
+            if not all((np.asarray(back[name]) == value).all() for name, value in zip(state, host, strict=True)):
+                raise RuntimeError("what was read is not what was saved")
+            del back
+            if turn > 1:  # the first makes what all use
+                for name, value in {"copy": copied, "raw": raw, "read": loaded, "blocked": blocked, "total": total, "restore": restored,
+                                    "step": plain, "step after": after}.items():  # fmt: skip
+                    keep(name, value)
+    finally:
+        checkpoints.close()
+        shutil.rmtree(folder, ignore_errors=True)
+    return least | {"bytes": float(sum(x.nbytes for x in host))}
+
+
+def figures(quick: bool) -> list[Figure]:
+    s = measure(16 if quick else 600, 2 if quick else 5, None)
+    size = f"checkpoint of {s['bytes'] / 1e6:,.0f} MB"
+    return [
+        Figure(f"{size}: loop blocked over a memory copy", s["blocked"] / s["copy"], 0.1, note=f"{1e3 * s['blocked']:.1f} ms"),
+        Figure(f"{size}: loop blocked over a save interval of {INTERVAL:.0f} s", s["blocked"] / INTERVAL, 0.01),
+        Figure(f"{size}: total over raw write and fsync", s["total"] / s["raw"], 1.5, note=f"{s['total']:.2f} s, digests included"),
+        Figure(f"{size}: restore over raw read", s["restore"] / s["read"], note=f"{s['restore']:.2f} s, digests checked"),
+        Figure(f"{size}: the step after a save over one without", s["step after"] / s["step"]),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser()
+    flags.add_argument("--megabytes", type=int, default=600)
+    flags.add_argument("--runs", type=int, default=5)
+    flags.add_argument("--place", default=None, help="directory on the disk to measure; default: the temporary directory")
+    given = flags.parse_args()
+    s = measure(given.megabytes, given.runs, given.place)
+    size = s.pop("bytes")
+    print(show.table([(name, f"{1e3 * value:,.1f}", f"{size / value / 1e9:.2f}") for name, value in s.items()], ("", "ms", "GB/s")))
+    print(f"blocked over copy {s['blocked'] / s['copy']:.3f}, total over raw {s['total'] / s['raw']:.3f}, ", end="")
+    print(f"restore over read {s['restore'] / s['read']:.3f}, load {os.getloadavg()[0]:.1f}")
+
+
+if __name__ == "__main__":
+    main()
