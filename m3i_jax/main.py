@@ -18,14 +18,18 @@ MODES = {
     "show": "print the resolved configuration, parameters, FLOPs a step and memory of the state; reads no data",
     "preview": "write a contact sheet of what the model will see to WORKDIR/preview.png",
     "compare": "run a list of objectives, one after the other, and write one table: WORKDIR/compare.md, .json and .png",
-    "report": "write what the run in the working directory has logged to WORKDIR/report.html, beside those of report.beside",
+    "report": "write what the run in the working directory has logged to WORKDIR/report.html, beside those of report.beside; no --config",
     "eval": "evaluate the newest checkpoint of the run in the working directory: a table and WORKDIR/eval.json; needs no --config",
     "data": "report on the source before training: text, WORKDIR/data.json and the page WORKDIR/data.html",
     "profile": "run a few steps and trace them: WORKDIR/profile and a table of the costliest operations; SIGUSR1 traces a run under way",
+    "compile": "compile the train step for accelerators that are not here: does it fit, what does it cost; reads no data",
     "convert": "write all records of the source as ArrayRecord shards to WORKDIR; the same command resumes it",
 }
-OWN = {"eval": ("checkpoint",)}  # flags of one mode, which are handed to it
-OF_RUN = ("eval",)  # modes that take the configuration of the run in the working directory, unless another one is named
+OWN = {  # flags of one mode, which are handed to it
+    "compile": ("topology", "memory", "largest_batch", "suggest"),
+    "eval": ("checkpoint",),
+}
+OF_RUN = ("eval", "report")  # modes that take the configuration of the run in the working directory, unless another one is named
 TOGETHER = ("train", "compare", "eval", "profile")  # modes that all hosts of a run enter; the others need one
 
 
@@ -49,6 +53,10 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--process-id", default="", metavar="I", help="of several hosts: which this is, from 0")
     out.add_argument("--allow-changes", action="store_true", help="resume although the configuration or the data changed")
     out.add_argument("--checkpoint", default="", metavar="DIR", help="eval: another run, or one checkpoint of it")
+    out.add_argument("--topology", default="", metavar="NAME", help="compile: for what, such as v5e:4x4, v5p:4x4x4, h100:8, cpu:8")
+    out.add_argument("--memory", default="", metavar="GIB", help="compile: memory of a device, if not what its kind has")
+    out.add_argument("--largest-batch", action="store_true", help="compile: search the largest batch that fits")
+    out.add_argument("--suggest", action="store_true", help="compile: search mesh, remat and microbatches that fit")
     out.add_argument("--version", action="version", version=f"m3i_jax {__version__}")
     return out
 

@@ -15,7 +15,7 @@ from m3i_jax.training import table, trainer
 ASSUMED = {"classes": 1000, "size": 1_281_167, "vocabulary": 49_408}  # ImageNet-1k and CLIP, where only the data could tell
 
 
-def _assume(config: schema.Config) -> tuple[schema.Config, list[str]]:
+def assume(config: schema.Config) -> tuple[schema.Config, list[str]]:
     """The configuration completed without opening the data, and what had to be assumed."""
     d, assumed = config.data, []
     classes = d.classes
@@ -34,14 +34,19 @@ def _assume(config: schema.Config) -> tuple[schema.Config, list[str]]:
     return job.complete(config, classes=classes, captions=captions, size=size), assumed
 
 
+def vocabulary(config: schema.Config) -> int:
+    """Entries of the tokenizer of a completed configuration, as far as no data says otherwise."""
+    if config.data.captions != "yes":
+        return 0
+    return ASSUMED["vocabulary"] if config.data.tokenizer == "clip" else config.data.vocabulary_size
+
+
 def run(config: schema.Config, *, workdir: str | None, allow_changes: bool) -> int:
     del workdir, allow_changes
-    done, assumed = _assume(config)
-    text = done.data.captions == "yes"
-    vocabulary = (ASSUMED["vocabulary"] if done.data.tokenizer == "clip" else done.data.vocabulary_size) if text else 0
+    done, assumed = assume(config)
     # The mesh of the run may be larger than this machine: shapes and counts do not depend on it, so one device stands for all.
     one = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
-    made = trainer.Trainer(done, one, vocabulary)
+    made = trainer.Trainer(done, one, vocabulary(done))
     batch = trainer.abstract_batch(done)
     counts = flops.count(made.trace, made.template, batch)
     length, images = made.length, done.train.batch_size

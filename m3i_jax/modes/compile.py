@@ -1,0 +1,222 @@
+"""--mode=compile: compiles the train step of a configuration for accelerators that are not here: does it fit, what does it cost.
+
+It is the function that a run jits, with its shardings and its donated state; no data are read. Writes WORKDIR/compile.json, whose keys
+`reporting/compiled.py` lists, and prints the same as tables."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from m3i_jax import checks, parallel, schema
+from m3i_jax.errors import DoesNotFit, UserError
+from m3i_jax.modes import fitting, show
+from m3i_jax.parallel import topology as topologies
+from m3i_jax.parallel.rules import path_of
+from m3i_jax.reporting import compiled, flops, slices
+from m3i_jax.training import trainer
+
+GPU_POOL = 0.75  # share of a card that JAX takes unless it is told otherwise
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Site:
+    """What is compiled for. limit: bytes of a device that a program may use."""
+
+    topology: topologies.Topology
+    devices: list[jax.Device]
+    limit: float
+
+    @property
+    def chip(self) -> str:
+        return self.topology.kind
+
+
+def _site(name: str, memory: str) -> Site:
+    place = topologies.read(name)
+    try:
+        given = float(memory) * 2**30 if memory else 0.0
+    except ValueError:
+        given = -1.0
+    if given < 0 or not math.isfinite(given):
+        raise UserError(f"--memory {memory}: is not a number of GiB a device, such as --memory=16")
+    devices = topologies.devices(place)
+    if place.kind in slices.CHIPS:
+        there = slices.CHIPS[place.kind].usable
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / place.devices
+    return Site(topology=place, devices=devices, limit=given or there)
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """A program from the cache has no compile time, and on some platforms no statistics."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
+def part_of(path: str) -> str:
+    """The part of the state that an array belongs to, by its path.
+
+    >>> [part_of(p) for p in ("params/encoder/norm/scale", "opt/adamw/0/mu/encoder/norm/scale", "opt/target/params/norm/bias", "step")]
+    ['params', 'moments', 'target', 'other']
+    """
+    names = path.split("/")
+    if names[0] == "params":
+        return "params"
+    if {"mu", "nu"} & set(names):
+        return "moments"
+    return "target" if names[:2] in (["opt", "target"], ["opt", "frozen"]) else "other"
+
+
+def state_bytes(made: trainer.Trainer) -> dict[str, float]:
+    """{part of the state: bytes of one device}, from shapes and shardings."""
+    out = dict.fromkeys(compiled.STATE, 0.0)
+    places = jax.tree.leaves(made.shardings)
+    for (path, leaf), place in zip(jax.tree_util.tree_leaves_with_path(made.template), places, strict=True):
+        out[part_of(path_of(path))] += math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return out
+
+
+def report(config: schema.Config, site: Site, vocabulary: int) -> dict[str, Any]:
+    """Lower and compile the step of a completed configuration; the entries of compile.json."""
+    mesh = parallel.make_mesh(config.parallel.mesh, site.devices)
+    checks.devices(config, tuple(mesh.shape[a] for a in parallel.AXES))  # type: ignore[arg-type]
+    made = trainer.Trainer(config, mesh, vocabulary)
+    batch, shards, devices = trainer.abstract_batch(config), fitting.data_shards(mesh), len(site.devices)
+    out: dict[str, Any] = {
+        "version": compiled.VERSION, "topology": site.topology.name, "chip": site.chip, "devices": devices, "mesh": dict(mesh.shape),
+        "batch_size": config.train.batch_size, "batch_per_device": config.train.batch_size // shards,
+        "microbatches": config.train.microbatches, "limit_bytes": site.limit,
+    }  # fmt: skip
+    state = state_bytes(made)
+    rows = sum(math.prod(s.shape) * s.dtype.itemsize for s in batch.values()) / shards
+    start = time.perf_counter()
+    try:
+        with _uncached():
+            done = made.lower(batch).compile(compiler_options=dict(topologies.COMPILER[site.topology.family.platform]))
+    except jax.errors.JaxRuntimeError as error:
+        asked = compiled.wanted(str(error))
+        if asked is None:
+            raise
+        peak = asked[0] if math.isfinite(asked[0]) else None
+        over = max(0.0, peak - site.limit) if peak else 0.0
+        parts = state | {"batch": rows, "temporaries": peak - sum(state.values()) - rows} if peak else {}
+        return out | {
+            "fits": False,
+            "peak_bytes": peak,
+            "over_bytes": over,
+            "memory": parts,
+            "compile_seconds": time.perf_counter() - start,
+        }
+    seconds = time.perf_counter() - start
+    need = compiled.memory(done.memory_analysis(), state, rows)
+    out |= {"fits": need.peak <= site.limit, "peak_bytes": need.peak, "over_bytes": max(0.0, need.peak - site.limit), "memory": need.parts}
+    out |= compiled.read(done.as_text(), chip=site.chip, cores=site.topology.family.cores) | {"compile_seconds": seconds}
+    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
+    one = trainer.Trainer(plain, parallel.make_mesh((1, 1, 1), jax.devices("cpu")[:1]), vocabulary)
+    total = flops.count(one.trace, one.template, batch).total
+    out["flops"] |= {"model": total / devices, "ratio": out["flops"]["compiled"] * devices / total}
+    steps, roof, mfu = made.length.steps, out["roofline"], config.report.mfu
+    at_mfu = slices.days(total * steps, kind=site.chip, chips=site.topology.chips, mfu=mfu) if roof else None
+    out["run"] = {"steps": steps, "days": roof["step_seconds"] * steps / 86_400 if roof else None, "days_at_mfu": at_mfu, "mfu": mfu}
+    return out
+
+
+def _row(name: str, got: dict[str, Any]) -> dict[str, Any]:
+    """An attempt as it stands in compile.json."""
+    ratio = got["flops"]["ratio"] if "flops" in got else None
+    return {"tried": name, "fits": got["fits"], "peak_bytes": got["peak_bytes"], "flops_ratio": ratio, "seconds": got["compile_seconds"]}
+
+
+def search_batch(config: schema.Config, site: Site, vocabulary: int) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
+    """(images a data shard or 0, report at that size or at the smallest, attempts)."""
+    shards = fitting.data_shards(parallel.make_mesh(config.parallel.mesh, site.devices))
+    unit, reports = 2 * config.train.microbatches, {}
+
+    def attempt(units: int) -> fitting.Trial:
+        got = reports[units] = report(fitting.with_batch(config, units * unit * shards), site, vocabulary)
+        print(f"{units * unit:,} images a data shard: {'fits' if got['fits'] else 'does not fit'}", flush=True)
+        fixed = sum(got["memory"].get(part, 0.0) for part in compiled.STATE)
+        return fitting.Trial(fits=got["fits"], peak=got["peak_bytes"] or math.nan, fixed=fixed, limit=site.limit)
+
+    found = fitting.largest(attempt, config.train.batch_size // (unit * shards))
+    rows = [_row(f"{units * unit:,} images a data shard", got) for units, got in sorted(reports.items())]
+    return found * unit, reports[found or min(reports)], rows
+
+
+def search_changes(config: schema.Config, site: Site, vocabulary: int) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
+    """(flags of the cheapest candidate that fits, or "", report as configured, attempts)."""
+    checks.devices(config, tuple(parallel.make_mesh(config.parallel.mesh, site.devices).shape[a] for a in parallel.AXES))  # type: ignore[arg-type]
+    first, rows = None, []
+    for flags, made in fitting.candidates(config, len(site.devices)):
+        mesh = parallel.make_mesh(made.parallel.mesh, site.devices)
+        if sum(state_bytes(trainer.Trainer(made, mesh, vocabulary)).values()) > site.limit and first:
+            continue  # its state alone is too large
+        got = report(made, site, vocabulary)
+        first = first or got
+        rows.append(_row(flags, got))
+        print(f"{flags}: {'fits' if got['fits'] else 'does not fit'}", flush=True)
+        if got["fits"]:
+            return flags, first, rows
+    assert first
+    return "", first, rows
+
+
+def _advice(config: schema.Config, got: dict[str, Any]) -> str:
+    state = sum(got["memory"].get(part, 0.0) for part in compiled.STATE)
+    if state > got["limit_bytes"] and got["devices"] > got["mesh"]["fsdp"] * got["mesh"]["tensor"]:
+        return "shard the state with --config.parallel.mesh=(1,-1,1), or let --suggest search"
+    parts = config.train.microbatches
+    while parts < 64 and state + (got["peak_bytes"] or 0) * config.train.microbatches / parts > got["limit_bytes"]:
+        parts *= 2
+    parts = max(parts, 2 * config.train.microbatches)
+    return f"compute it in parts with --config.train.microbatches={parts}, lower config.train.batch_size, or let --suggest search"
+
+
+def run(config: schema.Config, *, workdir: str, allow_changes: bool, topology: str, memory: str, largest_batch: bool, suggest: bool) -> int:
+    """Entry of the mode: 0, or DoesNotFit (exit 3) once everything is written."""
+    del allow_changes
+    if largest_batch and suggest:
+        raise UserError("--suggest: does not go together with --largest-batch; ask one after the other")
+    site = _site(topology, memory)
+    done, assumed = show.assume(config)
+    words = show.vocabulary(done)
+    print(f"compiling the train step for {topology}; this takes from seconds to minutes", flush=True)
+    found, flags = 0, ""
+    rows: list[dict[str, Any]] = []
+    if largest_batch:
+        found, got, rows = search_batch(done, site, words)
+    elif suggest:
+        flags, got, rows = search_changes(done, site, words)
+    else:
+        got = report(done, site, words)
+    place = pathlib.Path(workdir)
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    told = got | {"assumed": assumed, "largest_batch": found or None, "tried": rows}
+    (place / "compile.json").write_text(json.dumps(told, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    print(compiled.tables(got))
+    if rows:
+        print(compiled.attempts(rows))
+    if found:
+        print(f"largest batch: {found:,} images a data shard, to a sixteenth")
+    if site.topology.family.platform == "cuda" and got["fits"] and got["peak_bytes"] > GPU_POOL * site.limit / 0.9:
+        print("JAX takes three quarters of a card unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 is set: this needs it")
+    if assumed:
+        print(f"assumed, since this mode reads no data: {', '.join(assumed)}")
+    print(f"written: {place / 'compile.json'}")
+    if not got["fits"]:
+        way = f"add {flags}" if flags else "nothing that was tried fits" if suggest else _advice(done, got)
+        raise DoesNotFit(f"--topology {topology}: does not fit: {compiled.excess(got)}; {way}")
+    return 0

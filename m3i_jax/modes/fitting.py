@@ -1,0 +1,113 @@
+"""What fits: the largest batch by bisection, and changes to a configuration in the order of what they cost. Compiles nothing itself."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+from m3i_jax import checks, parallel, schema
+from m3i_jax import config as configuration
+from m3i_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What came of one size. peak: bytes it needs or wanted, NaN if unknown; fixed: of these, what does not depend on the size."""
+
+    fits: bool
+    peak: float
+    fixed: float
+    limit: float
+
+
+def largest(attempt: Callable[[int], Trial], start: int) -> int:
+    """The largest size that fits, 0 if 1 does not; exact up to 16, above it to a sixteenth.
+
+    Need grows about linearly with size, so the next size is where a line through what is known meets the limit; every second time it is
+    the middle instead, since near the limit a compiler bends the line by computing things twice.
+
+    >>> largest(lambda n: Trial(fits=n <= 13, peak=10.0 + n, fixed=10.0, limit=23.0), 4)
+    13
+    """
+    known: dict[int, Trial] = {}
+    size = max(1, start)
+    while True:
+        known[size] = attempt(size)
+        low = max((n for n, t in known.items() if t.fits), default=0)
+        high = min((n for n, t in known.items() if not t.fits), default=0)
+        if high and high - low <= max(1, low // 16):
+            return low
+        guess = _line(known, size)
+        if not high:
+            size = min(max(guess or 2 * low, low + max(1, low // 8)), 8 * low)
+        elif guess is None or len(known) % 2 == 0:
+            size = (low + high) // 2
+        else:
+            size = min(max(guess, low + 1), high - 1)
+
+
+def _line(known: dict[int, Trial], size: int) -> int | None:
+    """Where need would meet the limit: by the two largest sizes of which it is known, or by one and what does not grow."""
+    points = sorted((n, t.peak) for n, t in known.items() if not math.isnan(t.peak))
+    if not points:
+        return None
+    last = known[size]
+    (a, low), (b, high) = points[-2:] if len(points) > 1 else ((0, last.fixed), points[0])
+    return int(a + (last.limit - low) * (b - a) / (high - low)) if high > low else None
+
+
+def with_batch(config: schema.Config, images: int) -> schema.Config:
+    """The configuration with another batch, and as many pictures as one batch has at least."""
+    data = dataclasses.replace(config.data, size=max(config.data.size, images))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=images), data=data)
+
+
+def candidates(config: schema.Config, devices: int) -> Iterator[tuple[str, schema.Config]]:
+    """(flags, configuration) from the cheapest change to the dearest: what is recomputed costs a few per cent by name and a fifth in full,
+    microbatches cost kernels of less than full size, a sharded state costs network. Only what can be split over so many devices."""
+    remat = configuration.leaves()["model.remat"][3]
+    named = [name for name in ("names", "dots") if name in remat and config.model.remat == "none"][:1]
+    some = [("model.remat", named[0])] if named else []
+    full = [("model.remat", "full")] if config.model.remat != "full" else []
+
+    def parts(factor: int) -> tuple[str, str]:
+        return "train.microbatches", str(config.train.microbatches * factor)
+
+    shards = config.parallel.mesh[1]
+    spread = [("parallel.mesh", f"(-1,{min(devices, 8)},1)")] if shards == 1 and devices > 1 else []
+    wide = [("parallel.mesh", f"(1,{devices},1)")] if devices > 8 else spread
+    ladder = [[], some, [parts(2)], [*some, parts(2)], [*some, parts(4)], spread, [*spread, *some, parts(4)]]
+    ladder += [[*full, parts(4)], [*wide, *some, parts(8)], [*wide, *full, parts(8)]]
+    seen: set[str] = set()
+    for changes in ladder:
+        flags = " ".join(f"--config.{key}={value}" for key, value in changes)
+        if flags in seen:
+            continue
+        seen.add(flags)
+        made = changed(config, dict(changes))
+        try:
+            mesh = made.parallel.mesh
+            fixed = math.prod(n for n in mesh if n != -1)
+            replica, fsdp, tensor = (devices // fixed if n == -1 else n for n in mesh)
+            if replica * fsdp * tensor != devices:
+                continue
+            checks.devices(made, (replica, fsdp, tensor))
+        except UserError:
+            continue
+        yield flags or "as configured", made
+
+
+def changed(config: schema.Config, changes: dict[str, str]) -> schema.Config:
+    """The configuration with some keys set, given as on the command line."""
+    door = configuration.default()
+    configuration.override(door, [f"{key}={value}" for key, value in changes.items()])
+    wanted = configuration.resolve(door)
+    for key in changes:
+        section, name = key.split(".")
+        part = dataclasses.replace(getattr(config, section), **{name: getattr(getattr(wanted, section), name)})
+        config = dataclasses.replace(config, **{section: part})
+    return config
+
+
+def data_shards(mesh: parallel.mesh.Mesh) -> int:
+    """Shards of a batch."""
+    return math.prod(mesh.shape[axis] for axis in parallel.DATA)

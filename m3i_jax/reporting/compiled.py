@@ -1,0 +1,158 @@
+"""What a compiled train step needs and costs on the devices it was compiled for: `compile.json` and the table that is printed.
+
+compile.json, version 1 (bytes, seconds and FLOPs are of one device and one step unless the name says otherwise):
+
+    version topology chip devices mesh             what was compiled for; mesh is {axis: devices}
+    batch_size batch_per_device microbatches       images (mixed views); batch_per_device is of a data shard
+    fits peak_bytes limit_bytes over_bytes         over_bytes: peak over limit, 0 if it fits
+    memory                                         {part: bytes}, which sum to peak_bytes; parts: params moments target other (the state),
+                                                   batch, temporaries. Empty if the compiler did not say what it wanted
+    flops                                          {compiled, model, ratio}: matrix operations of the compiled program, of the traced step
+                                                   without remat over the devices, and the first over the second: what is done twice
+    collectives                                    {kind: {count, received_bytes}}; those in a loop as often as it turns
+    traffic_bytes                                  to and from main memory, estimated from the program's text
+    roofline                                       {compute_seconds, memory_seconds, network_seconds, step_seconds}; the last, the largest,
+                                                   is what a step takes at least; null where nothing is known of the chip
+    compiler_seconds                               sum of the cycles that the TPU compiler expects of each instruction; null elsewhere
+    run                                            {steps, days, days_at_mfu, mfu}: at roofline.step_seconds; at report.mfu of the peak
+    compile_seconds                                what lowering and compiling took here
+    assumed                                        what only the data would know
+    largest_batch tried                            of --largest-batch: images a data shard, or null; each attempt of it or of --suggest
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from m3i_jax.reporting import flops as operations
+from m3i_jax.reporting import hlo, show, slices
+
+VERSION = 1
+STATE = ("params", "moments", "target", "other")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of a device. parts: {part: bytes}, which sum to peak."""
+
+    peak: float
+    parts: dict[str, float]
+
+
+def memory(stats: Any, state: dict[str, float], batch: float) -> Memory:
+    """The memory of a program from the compiler's statistics.
+
+    Args:
+      stats: what `compiled.memory_analysis()` returns.
+      state: {part of the state: bytes of a device}, from shapes.
+      batch: bytes of a device's share of the batch.
+
+    Arguments, results that do not take their place, and temporaries live together at the worst moment, unless the compiler says that less
+    do at any one. Padding of tiled layouts is a temporary.
+    """
+    whole = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
+    parts = dict(state) | {"batch": batch}
+    return Memory(peak=whole, parts=parts | {"temporaries": whole - sum(parts.values())})
+
+
+def wanted(message: str) -> tuple[float, float] | None:
+    """(bytes that a program wanted, bytes that there are) from a compiler's out-of-memory error; None if it is another error.
+
+    >>> wanted("Ran out of memory on HBM, the total memory required for HLO temporaries (640.00G) exceeds available HBM (15.75G).")
+    (687194767360.0, 16911433728.0)
+    >>> wanted("Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeds hbm capacity by 4.75G.")
+    (22011707392.0, 16911433728.0)
+    >>> wanted("INVALID_ARGUMENT: no such shape")
+    """
+    if not re.search(r"out of memory|resource_exhausted", message, re.IGNORECASE):
+        return None
+    number = r"\(?([\d.]+)([KMGT]?)i?B?\)?"
+    for pattern in (rf"temporaries {number} exceeds available HBM {number}", rf"Used {number} of {number} hbm"):
+        if found := re.search(pattern, message, re.IGNORECASE):
+            return float(found[1]) * _UNITS[found[2].upper()], float(found[3]) * _UNITS[found[4].upper()]
+    return float("nan"), float("nan")
+
+
+def read(text: str, *, chip: str, cores: int = 1) -> dict[str, Any]:
+    """The entries of compile.json that the program's text decides: flops.compiled, collectives, traffic_bytes, roofline, compiler_seconds.
+
+    Args:
+      text: `compiled.as_text()`.
+      chip: a key of slices.CHIPS, or another name of which nothing is known.
+      cores: devices a chip, which share its peak.
+    """
+    program = hlo.parse(text)
+    moved, found, done = hlo.traffic(program), hlo.collectives(program), hlo.flops(program)
+    out: dict[str, Any] = {
+        "flops": {"compiled": done},
+        "collectives": {kind: {"count": t.count, "received_bytes": t.received} for kind, t in sorted(found.items())},
+        "traffic_bytes": moved,
+        "roofline": None,
+        "compiler_seconds": None,
+    }
+    if chip in slices.CHIPS:
+        card = slices.CHIPS[chip]
+        times = {
+            "compute_seconds": done / card.peak * cores,
+            "memory_seconds": moved / card.bandwidth * cores,
+            "network_seconds": sum(t.received for t in found.values()) / card.link * cores,
+        }
+        out["roofline"] = times | {"step_seconds": max(times.values())}
+        cycles = sum(
+            times * int(hit[1]) for times, each, fused in hlo.executed(program) if not fused and (hit := _CYCLES.search(each.text))
+        )
+        out["compiler_seconds"] = cycles / card.clock if cycles and card.clock else None
+    return out
+
+
+def tables(report: dict[str, Any]) -> str:
+    """A report as a person reads it."""
+    peak, limit = report["peak_bytes"], report["limit_bytes"]
+    verdict = f"fits: {peak / limit:.0%} of {show.size(limit)} a device" if report["fits"] else f"does not fit: {excess(report)}"
+    mesh = ", ".join(f"{axis} {n}" for axis, n in report["mesh"].items())
+    of = f"{report['batch_size']:,} images a step, {report['batch_per_device']:,} a data shard"
+    told = [f"{report['topology']}: {report['devices']:,} devices ({mesh}); {of}, microbatches {report['microbatches']}", verdict, ""]
+    if report["memory"]:
+        rows = [(part, show.size(n), f"{n / peak:.1%}") for part, n in report["memory"].items()]
+        told += [show.table([*rows, ("all", show.size(peak), "100.0%")], ("memory of a device", "size", "share")), ""]
+    if "flops" in report:
+        told += [_costs(report), ""]
+    return "\n".join(told)
+
+
+def _costs(report: dict[str, Any]) -> str:
+    flops, roof, run = report["flops"], report["roofline"], report["run"]
+    rows = [
+        ("matrix FLOPs", f"{operations.humanize(flops['compiled'])}, {flops['ratio']:.3f} times the model's"),
+        ("memory traffic", show.size(report["traffic_bytes"])),
+        *((kind, f"{t['count']:,} times, {show.size(t['received_bytes'])} received") for kind, t in report["collectives"].items()),
+    ]
+    if roof:
+        parts = ", ".join(f"{name} {roof[f'{name}_seconds'] * 1e3:,.1f}" for name in ("compute", "memory", "network"))
+        rows.append(("step, at least", f"{roof['step_seconds'] * 1e3:,.1f} ms ({parts})"))
+    if report["compiler_seconds"]:
+        rows.append(("step, sum of the compiler's estimates", f"{report['compiler_seconds'] * 1e3:,.1f} ms"))
+    if roof:
+        rows.append(("run, at least", f"{run['days']:,.2f} days for {run['steps']:,} steps"))
+        rows.append((f"run, at {run['mfu']:.0%} of the peak", f"{run['days_at_mfu']:,.2f} days"))
+    return show.table(rows, ("a device and step", "how much"))
+
+
+def excess(report: dict[str, Any]) -> str:
+    """By how much a program is too large."""
+    if not report["over_bytes"] > 0:
+        return f"the compiler ran out of {show.size(report['limit_bytes'])} a device"
+    return f"{show.size(report['peak_bytes'])} of {show.size(report['limit_bytes'])} a device, {show.size(report['over_bytes'])} too much"
+
+
+def attempts(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of attempts of --largest-batch or --suggest."""
+    cells = []
+    for row in rows:
+        size = show.size(row["peak_bytes"]) if row["peak_bytes"] else "?"
+        ratio = f"{row['flops_ratio']:.3f}" if row["flops_ratio"] else "-"
+        cells.append((row["tried"], "yes" if row["fits"] else "no", size, ratio))
+    return show.table(cells, ("tried", "fits", "peak or wanted", "FLOPs over the model's"))

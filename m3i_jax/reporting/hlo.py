@@ -1,0 +1,364 @@
+"""What a compiled program does, read from its text (HLO): how often an instruction runs, matrix operations, collectives, traffic.
+
+The text is that of one device. A loop's body is printed once; here it counts as often as the loop turns. A collective that is spread over
+several fusions is printed once in each, under one chain id; here it counts once. Pure functions of text: nothing is compiled or run."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+WIDTH = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+WIDTH |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16} | dict.fromkeys(("f8e4m3fn", "f8e5m2", "f8e4m3", "f8e4m3b11fnuz"), 1)
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+    "collective-broadcast",
+)
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{[^{}]*?(S\(\d+\))?\})?")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r"\s*([\w\-]+)\(")
+_REFERENCE = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """fast: it lives in the chip's own scratchpad, not in main memory (TPU: a layout with a memory space other than 0)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    fast: bool = False
+
+    @property
+    def bytes(self) -> float:
+        return WIDTH.get(self.dtype, 0) * math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line. operands: names of instructions of the same computation; text: everything behind the operands."""
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    text: str
+    inside: str
+    root: bool = False
+
+    def called(self, *kinds: str) -> list[str]:
+        """Computations that it names as one of `kinds`."""
+        return [name for kind, name, _ in _CALLED.findall(self.text) if kind in kinds] + [
+            name.strip().lstrip("%")
+            for _, _, many in _CALLED.findall(self.text)
+            if many and "branches" in kinds
+            for name in many.split(",")
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """computations: {name: {instruction name: Instruction}}, in the order of the text; devices: how many run it."""
+
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+    devices: int
+
+    def operands(self, instruction: Instruction) -> list[Array]:
+        """The arrays that an instruction reads."""
+        here = self.computations[instruction.inside]
+        return [array for name in instruction.operands if name in here for array in here[name].arrays]
+
+
+def arrays(text: str) -> tuple[Array, ...]:
+    """The arrays of a type, tuples flattened.
+
+    >>> arrays("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, f32[])")
+    (Array(dtype='bf16', shape=(2, 3), fast=True), Array(dtype='f32', shape=(), fast=False))
+    """
+    return tuple(
+        Array(dtype, tuple(int(n.strip("<=")) for n in dims.split(",") if n), space not in ("", "S(0)"))
+        for dtype, dims, space in _ARRAY.findall(text)
+        if dtype in WIDTH
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the bracket opened at `start` closes."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += (text[place] == "(") - (text[place] == ")")
+        if not depth:
+            return place
+    raise ValueError(f"a bracket is not closed: {text[start : start + 80]}")
+
+
+def parse(text: str) -> Program:
+    """The program of a text as `compiled.as_text()` gives it.
+
+    >>> p = parse("HloModule m, num_partitions=2\\nENTRY %e (a: f32[4]) -> f32[4] {\\n  ROOT %a = f32[4]{0} parameter(0)\\n}")
+    >>> p.entry, p.devices, list(p.computations["e"])
+    ('e', 2, ['a'])
+    """
+    computations: dict[str, dict[str, Instruction]] = {}
+    head = text[: text.find("\n")]
+    devices = math.prod(int(n) for n in re.findall(r"(?:replica_count|num_partitions)=(\d+)", head))
+    here, entry = "", ""
+    for line in text.split("\n"):
+        if line[:1] not in (" ", "") and (found := _HEAD.match(line)):
+            here = found[2]
+            computations[here], entry = {}, here if found[1] else entry
+        elif here and (hit := _LINE.match(line)):
+            kind = re.sub(r"/\*.*?\*/", "", hit[3])
+            end = _closing(kind, 0) + 1 if kind.startswith("(") else kind.index(" ")
+            opcode = _OPCODE.match(kind, end)
+            if not opcode:
+                continue
+            close = _closing(kind, opcode.end() - 1)
+            inner = kind[opcode.end() : close]
+            operands = () if opcode[1] in ("constant", "parameter") else tuple(_REFERENCE.findall(inner) or re.findall(r"[\w.\-]+", inner))
+            rest = f"({inner})" + kind[close + 1 :] if opcode[1] in ("constant", "parameter") else kind[close + 1 :]
+            computations[here][hit[2]] = Instruction(hit[2], opcode[1], arrays(kind[:end]), operands, rest, here, bool(hit[1]))
+    return Program(computations, entry, devices)
+
+
+def trips(program: Program, loop: Instruction) -> int:
+    """How often a while loop turns: as the compiler noted it, or from a condition `counter < constant`, counting by one; 1 if neither."""
+    if noted := re.search(r'known_trip_count":?\{"?n"?:"?(\d+)', loop.text):
+        return int(noted[1])
+    for name in loop.called("condition"):
+        condition = program.computations.get(name, {})
+        limits = [
+            int(n) for each in _within(program, condition) if each.opcode == "constant" and (n := each.text[1:].split(")")[0]).isdigit()
+        ]
+        tests = [each for each in _within(program, condition) if each.opcode == "compare"]
+        if limits and tests:
+            return max(1, max(limits) - _start(program, loop, condition))
+    return 1
+
+
+def _within(program: Program, computation: dict[str, Instruction]) -> Iterator[Instruction]:
+    for each in computation.values():
+        yield each
+        for name in each.called("calls"):
+            yield from _within(program, program.computations.get(name, {}))
+
+
+def _start(program: Program, loop: Instruction, condition: dict[str, Instruction]) -> int:
+    """The counter's first value: the element of the initial tuple that the condition reads."""
+    read = [re.search(r"index=(\d+)", each.text) for each in condition.values() if each.opcode == "get-tuple-element"]
+    here = program.computations[loop.inside]
+    initial = here.get(loop.operands[0]) if loop.operands else None
+    for index in (int(found[1]) for found in read if found):
+        if initial and initial.opcode == "tuple" and index < len(initial.operands):
+            first = here.get(initial.operands[index])
+            while first and first.opcode in ("copy", "bitcast", "copy-done", "copy-start") and first.operands:
+                first = here.get(first.operands[0])
+            if first and first.opcode == "constant" and (value := first.text[1:].split(")")[0]).isdigit():
+                return int(value)
+    return 0
+
+
+def executed(program: Program) -> Iterator[tuple[int, Instruction, bool]]:
+    """(how often a step runs it, instruction, whether it stands inside a fusion) for all a step reaches, all branches included."""
+
+    def walk(name: str, times: int, fused: bool) -> Iterator[tuple[int, Instruction, bool]]:
+        for each in program.computations.get(name, {}).values():
+            yield times, each, fused
+            if each.opcode == "while":
+                for body in each.called("body", "condition"):
+                    yield from walk(body, times * trips(program, each), fused)
+            elif each.opcode not in ("async-update", "async-done"):
+                kinds = ("calls", "branches", "true_computation", "false_computation")
+                for body in each.called(*kinds, *(("to_apply",) if each.opcode == "call" else ())):
+                    yield from walk(body, times, fused or each.opcode == "fusion")
+
+    yield from walk(program.entry, 1, False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """count: collectives a step; received: bytes that arrive at a device."""
+
+    count: int = 0
+    received: float = 0.0
+
+
+def collectives(program: Program) -> dict[str, Traffic]:
+    """Collectives by kind. Of n devices that take part, with S bytes of operands each: an all-gather receives (n - 1) S, a reduce-scatter
+    or all-to-all (n - 1) / n S, an all-reduce 2 (n - 1) / n S (a reduce-scatter and an all-gather), a permute S. An all-reduce of which a
+    device keeps only its slice, inside one fusion, is a reduce-scatter, which is what it runs as."""
+    found: dict[str, Traffic] = {}
+    seen: set[tuple[str, str]] = set()
+    for times, each, fused in executed(program):
+        kind = each.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES or each.opcode.endswith("-done"):
+            continue
+        if chain := re.search(r'"?chain_id"?[=:]"?(\w+)', each.text):
+            if (chain[1], kind) in seen:
+                continue
+            seen.add((chain[1], kind))
+        if kind == "all-reduce" and fused and _keeps_a_slice(program, each):
+            kind = "reduce-scatter"
+        size, n = sum(array.bytes for array in program.operands(each)), group(each.text, program.devices)
+        share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(kind, (n - 1) / n)
+        if n > 1:
+            old = found.get(kind, Traffic())
+            found[kind] = Traffic(old.count + times, old.received + times * size * share)
+    return found
+
+
+def _keeps_a_slice(program: Program, each: Instruction) -> bool:
+    users = [u for u in program.computations[each.inside].values() if each.name in u.operands]
+    while len(users) == 1 and users[0].opcode in ("bitcast", "reshape", "copy", "transpose"):
+        users = [u for u in program.computations[each.inside].values() if users[0].name in u.operands]
+    return bool(users) and all(u.opcode == "dynamic-slice" for u in users)
+
+
+def group(text: str, devices: int) -> int:
+    """Devices that take part in a collective, from its attributes in any of the ways in which they are printed.
+
+    >>> group("replica_groups={{0,1},{2,3}}", 4), group("replica_groups=[2,4]<=[8]", 8), group("replica_groups={}", 8)
+    (2, 4, 8)
+    >>> group("replica_groups=mesh['a'=4,'b'=2] {'b'}", 8), group("replica_groups=mesh['a'=8] {'a':(1)4}", 8)
+    (2, 4)
+    """
+    if "source_target_pairs" in text:
+        return devices
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return found[1].count(",") + 1
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
+        return int(found[1])
+    if found := re.search(r"replica_groups=@?\w*\[([^\]]*)\]\s*\{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'?([\w.]+)'?=(\d+)", found[1]))
+        parts = re.findall(r"'?([A-Za-z_][\w.]*)'?(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes.get(axis, 1)) for axis, part in parts)
+    return devices
+
+
+def flops(program: Program) -> float:
+    """Operations of matrix products and convolutions on one device, a multiply-add being two, products with padding and with the holes of
+    a dilation left out. Covers dot, convolution (which is what a TPU makes of a batched product) and cuBLAS calls."""
+    return sum(times * _flops(program, each) for times, each, _ in executed(program))
+
+
+def _flops(program: Program, each: Instruction) -> float:
+    if each.opcode == "dot" or "__cublas$" in each.text:
+        contract = re.search(r"lhs_contracting_dim(?:ensions)?(?:s)?\"?[=:][{\[]([\d,\"]*)[}\]]", each.text)
+        if not contract:
+            return 0.0
+        left = program.operands(each)[0].shape
+        dims = [int(n) for n in contract[1].replace('"', "").split(",") if n]
+        return 2.0 * math.prod(each.arrays[0].shape) * math.prod(left[d] for d in dims)
+    if each.opcode != "convolution":
+        return 0.0
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.text)
+    assert labels, each.text
+    left, kernel = (array.shape for array in program.operands(each)[:2])
+    out = each.arrays[0].shape
+    window = re.search(r"window=\{([^}]*)\}", each.text)
+    given = dict(item.split("=") for item in window[1].split()) if window else {}
+    macs = float(out[labels[3].index("b")] * out[labels[3].index("f")] * kernel[labels[2].index("i")])
+    for d in range(sum(c.isdigit() for c in labels[1])):
+        number = {k: int(v.split("x")[d]) for k, v in given.items() if k in ("size", "stride", "lhs_dilate", "rhs_dilate")}
+        low = int(given["pad"].split("x")[d].split("_")[0]) if "pad" in given else 0
+        sizes = left[labels[1].index(str(d))], kernel[labels[2].index(str(d))], out[labels[3].index(str(d))]
+        macs *= _taps(*sizes, number.get("stride", 1), low, number.get("lhs_dilate", 1), number.get("rhs_dilate", 1))
+    return 2.0 * macs
+
+
+@functools.cache
+def _taps(size: int, taps: int, places: int, stride: int, low: int, hole: int, spread: int) -> int:
+    """Pairs of (output place, tap) that meet a real element of an input of `size` with `hole` - 1 zeros between its elements."""
+    last = (size - 1) * hole
+    at = (p * stride - low + t * spread for p in range(places) for t in range(taps))
+    return sum(1 for x in at if 0 <= x <= last and not x % hole)
+
+
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "iota",
+    "partition-id",
+}
+_FREE |= {
+    "copy-done",
+    "slice-done",
+    "async-done",
+    "async-update",
+    "all-gather-done",
+    "all-reduce-done",
+    "collective-permute-done",
+    "opt-barrier",
+}
+_SLICES = {"dynamic-slice", "slice", "gather"}
+
+
+def traffic(program: Program) -> float:
+    """Bytes that a device reads from and writes to its main memory: operands and results of all instructions that are not inside a fusion,
+    what stays in the scratchpad left out. Of an operand that a fusion only slices, the slices count, of a buffer that is updated in place,
+    the update."""
+    return sum(times * _moved(program, each) for times, each, fused in executed(program) if not fused and each.opcode not in _FREE)
+
+
+def _slow(items: tuple[Array, ...] | list[Array]) -> float:
+    return sum(array.bytes for array in items if not array.fast)
+
+
+def _moved(program: Program, each: Instruction) -> float:
+    here = program.computations[each.inside]
+    given = [here[name].arrays for name in each.operands if name in here]
+    if each.opcode in _SLICES or each.opcode.removesuffix("-start") in ("slice", "dynamic-slice"):
+        return (_slow(given[0]) > 0) * sum(a.bytes for a in each.arrays[-1:]) + _slow(each.arrays[-1:])
+    if each.opcode == "dynamic-update-slice":
+        return _slow(given[1]) + (_slow(each.arrays) > 0) * sum(a.bytes for a in given[1])
+    if each.opcode == "copy-start":
+        return _slow(given[0]) + _slow(each.arrays[:1])
+    if each.opcode != "fusion":
+        return sum(map(_slow, given)) + _slow(each.arrays)
+    body = program.computations.get(next(iter(each.called("calls")), ""), {})
+    inputs = {int(i.text[1:].split(")")[0]): i for i in body.values() if i.opcode == "parameter"}
+    total = sum(_slow(a) and _read(body, inputs[i], sum(x.bytes for x in a)) if i in inputs else _slow(a) for i, a in enumerate(given))
+    return total + _written(body, each)
+
+
+def _read(body: dict[str, Instruction], parameter: Instruction, whole: float) -> float:
+    """Bytes of a fusion's operand that it reads."""
+    names, total = {parameter.name}, 0.0
+    for user in body.values():
+        if not names & set(user.operands):
+            continue
+        if user.opcode in ("bitcast", "reshape"):
+            names.add(user.name)
+        elif user.opcode in _SLICES and user.operands[0] in names:
+            total += sum(a.bytes for a in user.arrays)
+        elif user.opcode != "dynamic-update-slice" or user.operands[0] not in names:
+            return whole
+    return min(total, whole)
+
+
+def _written(body: dict[str, Instruction], each: Instruction) -> float:
+    """Bytes of a fusion's results that it writes: of an in-place update, the update."""
+    root = next((i for i in body.values() if i.root), None)
+    ends = [body.get(name) for name in root.operands] if root and root.opcode == "tuple" else [root]
+    total = 0.0
+    for array, end in zip(each.arrays, ends, strict=False):
+        while end and end.opcode == "bitcast" and end.operands:
+            end = body.get(end.operands[0])
+        update = body.get(end.operands[1]) if end and end.opcode == "dynamic-update-slice" else None
+        total += _slow((array,)) and (sum(a.bytes for a in update.arrays) if update else array.bytes)
+    return total

@@ -1,0 +1,132 @@
+"""--mode=compile on forced devices of this host: what it writes, refuses and exits with; for a TPU where libtpu is installed."""
+
+import importlib.util
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from m3i_jax import main as command
+from m3i_jax import parallel
+from m3i_jax.modes import compile as mode
+from m3i_jax.reporting import compiled
+from m3i_jax.training import trainer
+from tests import toy
+from tests.test_main import TINY, environment
+
+ROOT = pathlib.Path(__file__).parents[2]
+TEXTLESS = ["--config.data.captions=no", "--config.train.batch_size=16"]
+COLORLESS = [f"--config.data.augment.{k}" for k in ("jitter_p=0", "grayscale_p=0", "blur_p=(0.0,0.0)", "solarize_p=(0.0,0.0)")]
+ARGUMENTS = ["--config", "configs/quickstart.py", *TINY, *TEXTLESS, *COLORLESS, "--mode=compile"]
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_the_state_by_parts_is_the_state() -> None:
+    """Split over (2 replicas, 4 fsdp): what one device holds, against the sum over its arrays."""
+    config = toy.settings(model__encoder__width=128)  # wide enough that kernels are worth splitting
+    made = trainer.Trainer(config, parallel.make_mesh((2, 4, 1), jax.devices()[:8]), toy.VOCABULARY)
+    parts = mode.state_bytes(made)
+    held = jax.tree.map(lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize, made.template, made.shardings)
+    assert sum(parts.values()) == sum(jax.tree.leaves(held)) and set(parts) == set(compiled.STATE)
+    assert parts["params"] == sum(jax.tree.leaves(held.params)) and parts["target"] == sum(jax.tree.leaves(held.opt["target"]))
+    assert parts["moments"] == 2 * parts["params"] and 0 < parts["other"] < 100
+    whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(made.template.params))
+    assert whole / 4 < parts["params"] < whole / 2
+
+
+def test_a_step_for_eight_devices_is_compiled_and_reported(tmp_path, capsys) -> None:
+    """Half a MiB is too little: everything is written and told all the same, then one line says by how much, and the exit code is 3."""
+    assert command.main([*ARGUMENTS, "--workdir", str(tmp_path), "--topology=cpu:8", "--memory=0.0005"]) == 3
+    out, err = capsys.readouterr()
+    report = json.loads((tmp_path / "compile.json").read_text())
+    assert report["devices"] == 8 and report["mesh"] == {"replica": 8, "fsdp": 1, "tensor": 1}
+    assert (report["batch_size"], report["batch_per_device"], report["limit_bytes"]) == (16, 2, 0.0005 * 2**30)
+    assert not report["fits"] and report["over_bytes"] == report["peak_bytes"] - report["limit_bytes"] > 0
+    assert sum(report["memory"].values()) == pytest.approx(report["peak_bytes"]) and min(report["memory"].values()) > 0
+    assert 1 <= report["flops"]["ratio"] < 1.1  # eight programs do what one model needs, and little of it twice
+    reduced = report["collectives"]["all-reduce"]["received_bytes"]
+    assert reduced >= 2 * 7 / 8 * report["memory"]["params"] * 0.8  # the gradient of every trained parameter
+    assert "does not fit: " in out and "temporaries" in out and "all-reduce" in out and str(tmp_path / "compile.json") in out
+    assert err.count("\n") == 1 and "too much" in err and "--config." in err
+    assert compiled.__doc__ and not set(report) - set(compiled.__doc__.split()), "a key that is not documented"
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--topology=v5q:4x4"], "did you mean"),
+        ([], "--topology: is missing"),
+        (["--topology=cpu:8", "--memory=much"], "--memory much"),
+        (["--topology=cpu:8", "--suggest", "--largest-batch"], "--suggest"),
+        (["--topology=cpu:8", "--config.parallel.mesh=(3,1,1)"], "config.parallel.mesh"),
+        (["--topology=cpu:8", "--config.train.batch_size=12"], "nearest: 16"),
+        (["--topology=cpu:8", "--mode=show"], "--topology: does not belong to --mode=show"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(flags, wanted, tmp_path, capsys) -> None:
+    assert command.main([*ARGUMENTS, "--workdir", str(tmp_path), *flags]) == 2
+    out, err = capsys.readouterr()
+    assert wanted in err and err.count("\n") == 1 and "Traceback" not in out + err
+
+
+def fake(limit_units: int):
+    """A report that fits up to so many images a data shard, without compiling."""
+
+    def report(config, site, words):
+        images, parts = config.train.batch_size // 8, config.train.microbatches
+        peak = 1e6 + 1e6 * images / parts
+        fits = peak <= 1e6 + 1e6 * limit_units
+        return {
+            "fits": fits, "peak_bytes": peak, "limit_bytes": site.limit, "over_bytes": 0.0 if fits else 1.0, "compile_seconds": 0.0,
+            "memory": {"params": 1e6}, "flops": {"ratio": 1.0}, "topology": "cpu:8", "devices": 8, "microbatches": parts,
+            "mesh": {"replica": 8, "fsdp": 1, "tensor": 1}, "batch_size": config.train.batch_size, "batch_per_device": images,
+        }  # fmt: skip
+
+    return report
+
+
+def test_the_largest_batch_and_suggestions_are_told(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(mode, "report", fake(22))
+    monkeypatch.setattr(compiled, "_costs", lambda report: "")
+    base = [*ARGUMENTS, "--workdir", str(tmp_path), "--topology=cpu:8", "--memory=1"]
+    assert command.main([*base, "--largest-batch"]) == 0
+    told = json.loads((tmp_path / "compile.json").read_text())
+    assert told["largest_batch"] == 22 and len(told["tried"]) >= 2 and "22 images a data shard" in capsys.readouterr().out
+    monkeypatch.setattr(mode, "report", fake(4))
+    assert command.main([*base, "--suggest", "--config.train.batch_size=64"]) == 3
+    err = capsys.readouterr().err
+    assert "add --config.train.microbatches=2" in err or "add --config.model.remat" in err
+    tried = [row["tried"] for row in json.loads((tmp_path / "compile.json").read_text())["tried"]]
+    assert tried[0] == "as configured" and len(tried) >= 2
+
+
+@pytest.mark.slow
+def test_the_command_forces_the_devices_itself(tmp_path) -> None:
+    """A process of its own with one device asks for twelve."""
+    arguments = [sys.executable, "-m", "m3i_jax.main", *ARGUMENTS, "--workdir", str(tmp_path), "--topology=cpu:12"]
+    done = subprocess.run(
+        [*arguments, "--config.train.batch_size=24"], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "compile.json").read_text())["devices"] == 12
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_tpu_step_without_a_tpu(tmp_path, capsys) -> None:
+    small = ["--config.train.batch_size=32", "--config.model.scan=true"]
+    assert command.main([*ARGUMENTS, *small, "--workdir", str(tmp_path), "--topology=v5e:2x2"]) == 0
+    report = json.loads((tmp_path / "compile.json").read_text())
+    assert report["fits"] and report["roofline"]["step_seconds"] > 0 and report["compiler_seconds"] > 0
+    assert 1 <= report["flops"]["ratio"] < 1.2 and report["collectives"]["all-reduce"]["count"] > 0
+    huge = ["--config.train.batch_size=400000", "--config.data.size=800000"]
+    assert command.main([*ARGUMENTS, *huge, "--workdir", str(tmp_path), "--topology=v5e:2x2"]) == 3
+    assert "of 15.75 GiB a device" in capsys.readouterr().err

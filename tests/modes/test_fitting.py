@@ -1,0 +1,63 @@
+"""Searches of --mode=compile against a compiler that is a formula."""
+
+import math
+
+import pytest
+
+from m3i_jax.modes import fitting
+from tests import toy
+
+
+def machine(limit: float, *, fixed: float = 10.0, slope: float = 1.0, soft: float = 0.0, silent: bool = False):
+    """A compiler: need is a line, which near the limit is bent by `soft` of the excess; and the sizes that were tried."""
+    tried: list[int] = []
+
+    def attempt(n: int) -> fitting.Trial:
+        tried.append(n)
+        need = fixed + slope * n
+        need -= soft * max(0.0, need - 0.8 * limit)
+        fits = need <= limit
+        return fitting.Trial(fits=fits, peak=math.nan if silent and not fits else need, fixed=fixed, limit=limit)
+
+    return attempt, tried
+
+
+@pytest.mark.parametrize("largest", [1, 2, 7, 13, 16])
+@pytest.mark.parametrize("start", [1, 5, 100])
+@pytest.mark.parametrize("silent", [False, True])
+def test_small_sizes_are_found_exactly(largest: int, start: int, silent: bool) -> None:
+    attempt, tried = machine(10.0 + largest + 0.5, silent=silent)
+    assert fitting.largest(attempt, start) == largest
+    assert len(tried) == len(set(tried)) <= 12
+
+
+@pytest.mark.parametrize("soft", [0.0, 0.5])
+@pytest.mark.parametrize("start", [1, 64, 4096])
+def test_large_sizes_are_found_to_a_sixteenth_in_few_attempts(soft: float, start: int) -> None:
+    attempt, tried = machine(1000.0, soft=soft)
+    found = fitting.largest(attempt, start)
+    best = max(n for n in range(1, 2000) if machine(1000.0, soft=soft)[0](n).fits)
+    assert best * 15 / 16 - 1 <= found <= best and len(tried) <= 12
+
+
+def test_nothing_fits() -> None:
+    attempt, tried = machine(5.0)
+    assert fitting.largest(attempt, 8) == 0 and min(tried) == 1
+
+
+def test_candidates_go_from_cheap_to_dear_and_can_be_split() -> None:
+    config = toy.settings(train__batch_size=64)
+    listed = list(fitting.candidates(config, 8))
+    flags = [name for name, _ in listed]
+    assert flags[0] == "as configured" and listed[0][1] == config and len(set(flags)) == len(flags) <= 10
+    assert "--config.train.microbatches=2" in flags and "--config.parallel.mesh=(-1,8,1)" in flags
+    assert flags.index("--config.train.microbatches=2") < flags.index("--config.parallel.mesh=(-1,8,1)")
+    assert not any("microbatches=8" in name for name in flags)  # 64 images are 4 pairs a shard: not eight parts
+    for name, made in listed[1:]:
+        assert made != config and all(flag.startswith("--config.") for flag in name.split())
+    changed = dict(listed)["--config.train.microbatches=2"]
+    assert (changed.train.microbatches, changed.model, changed.data) == (2, config.model, config.data)
+
+
+def test_one_device_has_no_mesh_to_change() -> None:
+    assert not any("mesh" in name for name, _ in fitting.candidates(toy.settings(), 1))

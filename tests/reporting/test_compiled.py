@@ -1,0 +1,80 @@
+"""The report of a compiled step: parts that sum, a compiler's out-of-memory error, times from a chip's figures, tables."""
+
+import json
+import math
+import types
+
+import pytest
+
+from m3i_jax.reporting import compiled, slices
+from tests.reporting.test_hlo import LOOP
+
+STATE = {"params": 40.0, "moments": 80.0, "target": 30.0, "other": 2.0}
+
+
+def stats(**bytes_: int) -> types.SimpleNamespace:
+    return types.SimpleNamespace(**{f"{name}_size_in_bytes": n for name, n in bytes_.items()})
+
+
+def test_parts_sum_to_the_peak_and_results_in_place_count_once() -> None:
+    need = compiled.memory(stats(argument=170, output=162, alias=152, temp=100), STATE, 10.0)
+    assert need.peak == 170 + 10 + 100 == sum(need.parts.values())
+    assert need.parts["temporaries"] == 280 - 152 - 10  # the padding of arguments, 8, and new results, 10, among them
+
+
+@pytest.mark.parametrize(
+    ("message", "asked"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (45.75G) "
+         "exceeds available HBM (15.75G).",
+         (45.75 * 2**30, 15.75 * 2**30)),
+        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+         "Used 16.25G of 15.75G hbm. Exceeds",
+         (16.25 * 2**30, 15.75 * 2**30)),
+        ("Ran out of memory in memory space hbm. Used 512.0M of 100.5M hbm.", (512 * 2**20, 100.5 * 2**20)),
+        ("INVALID_ARGUMENT: sharding", None),
+    ],
+)  # fmt: skip
+def test_what_a_compiler_wanted(message: str, asked: tuple[float, float] | None) -> None:
+    assert compiled.wanted(message) == asked
+
+
+def test_an_unknown_wording_is_still_out_of_memory() -> None:
+    asked = compiled.wanted("RESOURCE_EXHAUSTED: no room left")
+    assert asked and all(map(math.isnan, asked))
+
+
+def test_times_are_the_chips_and_the_longest_is_the_steps() -> None:
+    got, chip = compiled.read(LOOP, chip="v5e"), slices.CHIPS["v5e"]
+    roof = got["roofline"]
+    assert roof["compute_seconds"] == pytest.approx(10 * 2 * 8 * 16 * 16 / chip.peak)
+    assert roof["network_seconds"] == pytest.approx((10 * 3 * 128 + 10 * 1.5 * 516) / chip.link)
+    assert roof["step_seconds"] == max(roof[f"{k}_seconds"] for k in ("compute", "memory", "network"))
+    assert compiled.read(LOOP, chip="tpu7x", cores=2)["roofline"]["compute_seconds"] == pytest.approx(
+        2 * 40_960 / slices.CHIPS["tpu7x"].peak
+    )
+    assert compiled.read(LOOP, chip="cpu")["roofline"] is None
+
+
+def test_the_compilers_cycles_are_summed_with_their_loops() -> None:
+    cycles = LOOP.replace('op_name="jit(f)/while/body/dot_general"}', 'op_name="x"}, backend_config={"estimated_cycles":"1500"}')
+    assert compiled.read(cycles, chip="v5e")["compiler_seconds"] == pytest.approx(10 * 1500 / 1.5e9)
+    assert compiled.read(LOOP, chip="v5e")["compiler_seconds"] is None
+
+
+def test_tables_say_what_the_report_says() -> None:
+    report = {
+        "topology": "v5e:4x4", "devices": 16, "mesh": {"replica": 2, "fsdp": 8, "tensor": 1}, "batch_size": 4096, "batch_per_device": 256,
+        "microbatches": 4, "fits": False, "peak_bytes": 3 * 2**30, "limit_bytes": 2 * 2**30, "over_bytes": 2**30,
+        "memory": {"params": 2**30, "temporaries": 2**31},
+    }  # fmt: skip
+    text = compiled.tables(report)
+    assert "does not fit: 3.00 GiB of 2.00 GiB a device, 1.00 GiB too much" in text and "replica 2, fsdp 8" in text
+    assert [line.split() for line in text.splitlines() if line.startswith("temporaries")] == [["temporaries", "2.00", "GiB", "66.7%"]]
+    full = report | compiled.read(LOOP, chip="v5e") | {"fits": True, "run": {"steps": 10, "days": 0.5, "days_at_mfu": 1.0, "mfu": 0.45}}
+    full["flops"] |= {"model": 40_000.0, "ratio": 1.024}
+    text = compiled.tables(full)
+    assert "all-gather" in text and "10 times" in text and "1.024 times the model's" in text and "1.00 days" in text
+    assert json.loads(json.dumps(full)) == full
+    rows = [{"tried": "as configured", "fits": False, "peak_bytes": None, "flops_ratio": None, "seconds": 1.0}]
+    assert compiled.attempts(rows).splitlines()[-1].split() == ["as", "configured", "no", "?", "-"]
