@@ -20,7 +20,7 @@ def write(config: schema.Config, workdir: pathlib.Path) -> pathlib.Path:
     Raises:
       UserError: a directory has no log of a run.
     """
-    read = [runs.read(place) for place in (workdir, *config.report.beside)]
+    read = [runs.read(place) for place in (str(workdir), *config.report.beside)]
     drawn = [(file.stem.replace("_", " "), file.read_bytes()) for file in sorted((workdir / "pictures").glob("*.png"))]
     differs = {other.name: configuration.difference(read[0].config, other.config) for other in read[1:] if other.config}
     write_text(workdir / "report.html", run_page.html(read, differs=differs, pictures=drawn))

@@ -262,7 +262,13 @@ def test_two_hosts_measure_what_one_measures(tmp_path: pathlib.Path) -> None:
     short = ["--config.train.steps=2", "--config.train.eval_every=0", "--config.train.panel_every=0", "--config.evaluate.query_limit=1"]
     (trained,) = ends(two(*COMMAND, *short, "--workdir", str(tmp_path / "run"), processes=1))
     assert trained[0] == 0, trained
-    asked = [*("linear", "few_shot", "probe", "attentive", "embedding"), "probe_epochs=2", "probe_warmup=1", "attentive_epochs=1", "shots=1"]
+    asked = [
+        *("linear", "few_shot", "probe", "attentive", "embedding"),
+        "probe_epochs=2",
+        "probe_warmup=1",
+        "attentive_epochs=1",
+        "shots=1",
+    ]
     flags = [f"--config.evaluate.{item if '=' in item else item + '=true'}" for item in asked]
     command = ["-m", "m3i_jax.main", "--mode=eval", "--workdir", str(tmp_path / "run"), *flags]
     found = []
