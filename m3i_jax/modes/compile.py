@@ -20,7 +20,7 @@ from m3i_jax.errors import DoesNotFit, UserError
 from m3i_jax.modes import fitting, show
 from m3i_jax.parallel import topology as topologies
 from m3i_jax.parallel.rules import path_of
-from m3i_jax.reporting import compiled, flops, slices
+from m3i_jax.reporting import compiled, files, flops, slices
 from m3i_jax.training import trainer
 
 GPU_POOL = 0.75  # share of a card that JAX takes unless it is told otherwise
@@ -205,7 +205,7 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool, topology: s
     place = pathlib.Path(workdir)
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     told = got | {"assumed": assumed, "largest_batch": found or None, "tried": rows}
-    (place / "compile.json").write_text(json.dumps(told, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    files.write_text(place / "compile.json", json.dumps(told, indent=1, sort_keys=True, allow_nan=False) + "\n")
     print(compiled.tables(got))
     if rows:
         print(compiled.attempts(rows))
