@@ -39,7 +39,8 @@ class Site:
         return self.topology.kind
 
 
-def _site(name: str, memory: str) -> Site:
+def site(name: str, memory: str) -> Site:
+    """The devices of a topology and their memory, which `memory` (GiB, as text) overrides; UserError for a name that is none."""
     place = topologies.read(name)
     try:
         given = float(memory) * 2**30 if memory else 0.0
@@ -190,18 +191,18 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool, topology: s
     del allow_changes
     if largest_batch and suggest:
         raise UserError("--suggest: does not go together with --largest-batch; ask one after the other")
-    site = _site(topology, memory)
+    where = site(topology, memory)
     done, assumed = show.assume(config)
     words = show.vocabulary(done)
     print(f"compiling the train step for {topology}; this takes from seconds to minutes", flush=True)
     found, flags = 0, ""
     rows: list[dict[str, Any]] = []
     if largest_batch:
-        found, got, rows = search_batch(done, site, words)
+        found, got, rows = search_batch(done, where, words)
     elif suggest:
-        flags, got, rows = search_changes(done, site, words)
+        flags, got, rows = search_changes(done, where, words)
     else:
-        got = report(done, site, words)
+        got = report(done, where, words)
     place = pathlib.Path(workdir)
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     told = got | {"assumed": assumed, "largest_batch": found or None, "tried": rows}
@@ -211,7 +212,7 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool, topology: s
         print(compiled.attempts(rows))
     if found:
         print(f"largest batch: {found:,} images a data shard, to a sixteenth")
-    if site.topology.family.platform == "cuda" and got["fits"] and got["peak_bytes"] > GPU_POOL * site.limit / 0.9:
+    if where.topology.family.platform == "cuda" and got["fits"] and got["peak_bytes"] > GPU_POOL * where.limit / 0.9:
         print("JAX takes three quarters of a card unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 is set: this needs it")
     if assumed:
         print(f"assumed, since this mode reads no data: {', '.join(assumed)}")

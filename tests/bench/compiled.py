@@ -1,0 +1,109 @@
+"""What the train step of ViT-B/16 needs on TPUs that are not here: compiled ahead of time, counted from the compiled program's text.
+
+    python -m tests.bench.compiled                    # all; hours on two cores, minutes a compilation
+    python -m tests.bench.compiled slice scaling      # some of: slice, largest, depth, scaling
+
+slice: the paper's batch on v5e:4x4, in 4 microbatches. largest: views on one v5e chip at no more than 1.10 times the model's FLOPs without
+microbatches and 1.02 times in four, by bisection over multiples of 32. depth: compile time of an encoder of 48 blocks over one of 12,
+the least of three each. scaling: FLOPs of a device at 8, 64 and 256 chips with the same views a chip. Needs libtpu (extra tpu), no TPU.
+"""
+
+import dataclasses
+import importlib.util
+import sys
+from typing import Any
+
+from m3i_jax import config as configuration
+from m3i_jax import schema
+from m3i_jax.modes import compile as mode
+from m3i_jax.modes import fitting, show
+from m3i_jax.reporting import compiled
+from tests.bench.figures import Figure
+
+COLORLESS = {"jitter_p": "0", "grayscale_p": "0", "blur_p": "(0.0,0.0)", "solarize_p": "(0.0,0.0)"}
+STEP = 32  # views a chip
+PARTS = ("slice", "largest", "depth", "scaling")
+
+
+def settings(**changes: Any) -> schema.Config:
+    """The paper's ImageNet run with blocks in one scan, completed."""
+    config = configuration.load("configs/m3i.py:data=imagenet,model=vit_b16")
+    keys = {"model.scan": "true"} | {key.replace("__", "."): str(value) for key, value in changes.items()}
+    configuration.override(config, [f"{key}={value}" for key, value in keys.items()])
+    return show.assume(configuration.resolve(config))[0]
+
+
+def plain(**changes: Any) -> schema.Config:
+    """The same without photometric augmentation, which is a third of the compile time and none of what is asked."""
+    return settings(**{f"data__augment__{key}": value for key, value in COLORLESS.items()}, **changes)
+
+
+def got(topology: str, config: schema.Config) -> dict[str, Any]:
+    report = mode.report(config, mode.site(topology, ""), 0)
+    print(compiled.tables(report), flush=True)
+    return report
+
+
+def the_slice() -> list[Figure]:
+    report = got("v5e:4x4", settings(model__remat="names", train__microbatches=4))
+    share = report["peak_bytes"] / report["limit_bytes"]
+    note = f"256 views a chip in 4 microbatches, remat names, FLOPs {report['flops']['ratio']:.3f} times the model's"
+    return [Figure("v5e:4x4, ImageNet, 4,096 images: peak over what a chip has", share, 1.0, note=note)]
+
+
+def largest() -> list[Figure]:
+    out = []
+    for name, parts, most, remat in (("in one", 1, 1.10, "names"), ("in four microbatches", 4, 1.02, "names")):
+        tried: dict[int, dict[str, Any]] = {}
+
+        def attempt(units: int, parts: int = parts, most: float = most, remat: str = remat, tried: Any = tried) -> fitting.Trial:
+            config = settings(train__batch_size=units * STEP, train__microbatches=parts, model__remat=remat)
+            report = tried[units] = got("v5e:1x1", config)
+            cheap = "flops" in report and report["flops"]["ratio"] <= most
+            fixed = sum(report["memory"].get(part, 0.0) for part in compiled.STATE)
+            return fitting.Trial(fits=report["fits"] and cheap, peak=report["peak_bytes"], fixed=fixed, limit=report["limit_bytes"])
+
+        found = fitting.largest(attempt, 8)
+        ratio = f"FLOPs {tried[found]['flops']['ratio']:.3f} times the model's, remat {remat}" if found else ""
+        out.append(
+            Figure(f"v5e chip: largest ViT-B batch {name}, FLOPs at most {most}", float(found * STEP), 256.0, most=False, note=ratio)
+        )
+    return out
+
+
+def depth() -> list[Figure]:
+    seconds = {}
+    for layers in (12, 48):
+        config = plain(model__encoder__depth=layers, train__batch_size=8, model__remat="names")
+        seconds[layers] = min(got("v5e:1x1", config)["compile_seconds"] for _ in range(3))
+    note = f"{seconds[48]:.1f} s over {seconds[12]:.1f} s, best of three"
+    return [Figure("compile time, 48 blocks over 12", seconds[48] / seconds[12], 1.3, note=note)]
+
+
+def scaling() -> list[Figure]:
+    each = {}
+    for name, chips in (("v5e:2x4", 8), ("v5e:8x8", 64), ("v5e:16x16", 256)):
+        each[chips] = got(name, plain(train__batch_size=8 * chips, model__remat="names"))["flops"]["compiled"]
+    note = ", ".join(f"{chips}: {count / 1e9:,.2f} GFLOP" for chips, count in each.items())
+    return [
+        Figure(f"FLOPs of a device at {chips} chips over those at 8, off 1 by", abs(each[chips] / each[8] - 1), 0.01, note=note)
+        for chips in (64, 256)
+    ]
+
+
+def figures(quick: bool, parts: tuple[str, ...] = PARTS) -> list[Figure]:
+    """For `tests.bench.report`; quick: one small compilation."""
+    if importlib.util.find_spec("libtpu") is None:
+        return [Figure("compiled for TPUs that are not here", None, note="needs libtpu: the extra tpu")]
+    if quick:
+        small = dataclasses.replace(plain(train__batch_size=8, model__encoder__depth=1, model__decoder__depth=1))
+        return [Figure("v5e chip: peak over what it has, toy", (r := got("v5e:1x1", small))["peak_bytes"] / r["limit_bytes"], 1.0)]
+    made = {"slice": the_slice, "largest": largest, "depth": depth, "scaling": scaling}
+    return [figure for part in parts for figure in made[part]()]
+
+
+if __name__ == "__main__":
+    from m3i_jax.reporting import show as tables
+
+    rows = figures(False, tuple(sys.argv[1:]) or PARTS)
+    print(tables.table([figure.cells for figure in rows], ("figure", "measured", "target", "", "note")))
