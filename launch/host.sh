@@ -21,7 +21,9 @@ if [[ "${1:-}" == --dry-run ]]; then
     printf '\n+ again while it ends with 42: %s\n' "$([[ "${M3I_AGAIN:-1}" == 0 ]] && echo no || echo yes)"
     exit 0
 fi
-prepare "$venv" "${M3I_EXTRA-$(accelerator)}"
+extra="${M3I_EXTRA-$(accelerator)}"
+prepare "$venv" "$extra"
+if [[ -z "$extra" ]]; then keep_heap; fi
 
 told='' child=''
 tell() {

@@ -130,6 +130,13 @@ def test_a_host_runs_again_after_42_and_only_then(stage: Stage) -> None:
     assert stage.run("launch/host.sh", *RUN, M3I_AGAIN="0")[0] == 42 and len(stage.calls) == 1
 
 
+def test_a_host_keeps_its_heap_on_a_cpu_and_only_there(stage: Stage) -> None:
+    stage.python('echo "heap ${MALLOC_ARENA_MAX:-none} ${MALLOC_TOP_PAD_:-none}" >>"$LOG"')
+    for extra, more, wanted in (("", {}, "1 268435456"), ("cuda", {}, "none none"), ("", {"MALLOC_ARENA_MAX": "4"}, "4 268435456")):
+        assert stage.run("launch/host.sh", *RUN, M3I_EXTRA=extra, **more)[0] == 0
+        assert stage.calls[-1] == f"heap {wanted}"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_host_that_is_told_to_go_lets_the_run_save_and_goes(number: int, stage: Stage) -> None:
     stage.python("trap '/bin/sleep 0.3; echo saved >>\"$LOG\"; exit 42' TERM\nfor i in {1..300}; do /bin/sleep 0.1; done")
