@@ -30,13 +30,24 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "The rank stays well above 1 and the deviation above 0; if both go to their floor, the targets have collapsed.",
     ),
     ("Optimizer", ("grad_norm", "lr", "ema"), "The gradient norm settles after the warm-up."),
-    ("Throughput", ("perf/",), "Images a second are level; waiting for input stays below a few per cent."),
+    (
+        "Throughput",
+        ("perf/images", "perf/step", "perf/input", "perf/mfu"),
+        "Images a second are level; waiting for input stays below a few per cent.",
+    ),
+    (
+        "Seconds by phase",
+        ("perf/",),
+        "They add up to the wall time of all starts; steps have by far the most, and what is lost was trained twice.",
+    ),
     ("Skipped", ("skipped/", "data/skipped/"), "Steps that are not finite stay at 0; bad records are few."),
 )
 NOTES = {
     "loss/ssp": "squared error on normalised features",
     "balance/lambda": "weight of categories and captions; objective.gamma on the first line",
-    "perf/input_wait": "share of the time that the device waited for pictures",
+    "perf/input_wait": "share of training that the loop waited for pictures",
+    "perf/goodput": "share of the wall time that went into steps",
+    "perf/seconds/lost": "steps behind the checkpoint that a restart did again",
     "collapse/effective_rank": "dimensions that the targets use",
     "collapse/alarm": "1: collapsed",
 }

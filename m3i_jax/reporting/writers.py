@@ -95,6 +95,7 @@ class Console:
             ("lambda", "balance/lambda", ".3g"),
             ("rank", "collapse/effective_rank", ".1f"),
             ("img/s", "perf/images_per_sec", ",.1f"),
+            ("mfu", "perf/mfu", ".1%"),
             ("wait", "perf/input_wait", ".0%"),
         ]
         line = "  ".join(f"{name} {values[key]:{form}}" for name, key, form in shown if key in values)
