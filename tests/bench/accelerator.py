@@ -77,6 +77,7 @@ def ours(batch: int, folder: pathlib.Path, toy: bool, changes: list[str], steps:
     from m3i_jax.reporting import chips
     from m3i_jax.training.trainer import Trainer, abstract_batch
 
+    watch.keep_compilations(folder)  # the step is compiled ahead for its memory, and then found there
     config, device = settings(batch, toy, changes), jax.devices()[0]
     trainer = Trainer(config, parallel.make_mesh((1, 1, 1), [device]), 0)
     state = trainer.init()
@@ -165,7 +166,8 @@ def attention(toy: bool, steps: int) -> list[tuple[str, str, float]]:
 def child(*arguments: str) -> Any:
     """The answer of a process of this module; None if it ran out of memory."""
     command = [sys.executable, "-m", "tests.bench.accelerator", *arguments]
-    done = subprocess.run(command, text=True, capture_output=True, cwd=pathlib.Path(__file__).parent.parent.parent)
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} | os.environ  # the card is its own
+    done = subprocess.run(command, text=True, capture_output=True, cwd=pathlib.Path(__file__).parent.parent.parent, env=environment)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     if any(sign in done.stderr for sign in ("RESOURCE_EXHAUSTED", "OutOfMemoryError", "out of memory")):

@@ -5,7 +5,6 @@ Written with the care of somebody who wants it fast: one encoder backward, timm'
 moving average, dead rows of the last decoder layer left out, no product that the formulas do not ask for."""
 
 import functools
-import math
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,9 @@ class Encoder(nn.Module):
         self.register_buffer("table", torch.from_numpy(table), persistent=False)
 
     def forward(self, patches: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        x = self.patch_embed(patches) + self.table
+        x = self.patch_embed(patches)
+        x = x + self.table.to(x.dtype)
+        keep = None if keep is None else keep.to(x.dtype)  # so that the residual stream keeps the precision of the products, as ours does
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
         for i, block in enumerate(self.blocks):
             if keep is None:
@@ -58,7 +59,8 @@ class Decoder(nn.Module):
         self.register_buffer("table", torch.from_numpy(table), persistent=False)
 
     def forward(self, tokens: torch.Tensor, index: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        own = self.embed(tokens) + self.table[index]
+        own = self.embed(tokens)
+        own = own + self.table[index].to(own.dtype)
         queries = self.position_map(places) + self.mask_token
         x = torch.cat([own, queries.to(own.dtype)], 1)
         for block in self.blocks[:-1]:
@@ -173,7 +175,7 @@ class Peer:
         self.trained = [p for _, p in trained]
         self.followed = [p for p in self.encoder.parameters() if p.requires_grad]
         self.following = [t for t, p in zip(self.target.parameters(), self.encoder.parameters(), strict=True) if p.requires_grad]
-        self.norms: list[float] = []
+        self.norms: torch.Tensor | None = None
         self.device, self.half = device, half
         self.mean, self.std = (torch.tensor(x, device=device)[None, None, None, None] for x in (MEAN, STD))
         wrap = torch.compile if compiled else lambda module: module
@@ -189,7 +191,7 @@ class Peer:
     def step(self, batch: dict[str, torch.Tensor], keep: torch.Tensor | None, lr: float, momentum: float) -> dict[str, torch.Tensor]:
         """One optimizer step; its metrics."""
         s = self.shape
-        weight = s["gamma"] * self.norms[0] / self.norms[1] if self.norms else s["gamma"]
+        weight = torch.tensor(s["gamma"], device=self.device) if self.norms is None else s["gamma"] * self.norms[0] / self.norms[1]
         with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
             crops = self.patches(batch["views"])
             with torch.no_grad():
@@ -222,9 +224,9 @@ class Peer:
         pooled = [*self.heads.pool.parameters(), *self.heads.category.parameters()]
         dz_sp, *d_pooled = torch.autograd.grad(sp, [tokens, *pooled], retain_graph=True)  # both read the same gathered tokens
         dz_ssp, *d_decoder = torch.autograd.grad(ssp, [tokens, *decoder])
-        norms = [float(dz_ssp.float().norm()), float(dz_sp.float().norm())]
+        norms = torch.stack([dz_ssp.float().norm(), dz_sp.float().norm()])
         self.optimizer.zero_grad(set_to_none=True)
-        z.backward(dz_ssp + weight * dz_sp)
+        z.backward((dz_ssp + weight * dz_sp).to(z.dtype))
         for parameter, gradient in zip(decoder, d_decoder, strict=True):
             parameter.grad = gradient
         torch._foreach_mul_(d_pooled, weight)
@@ -232,14 +234,15 @@ class Peer:
             parameter.grad = gradient
         norm = nn.utils.clip_grad_norm_(self.trained, s["clip"], foreach=True)
         loss = ssp.detach() + weight * sp.detach()
-        if math.isfinite(float(loss)) and math.isfinite(float(norm)):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(self.following, self.followed, 1 - momentum)
-            decay = s["balance_decay"]
-            self.norms = [decay * old + (1 - decay) * new for old, new in zip(self.norms, norms, strict=True)] if self.norms else norms
+        # What the fused kernels skip a step by, without the host having to look.
+        self.optimizer.found_inf = 1.0 - (torch.isfinite(loss) & torch.isfinite(norm)).float()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.following, self.followed, 1 - momentum)
+        decay = s["balance_decay"]
+        self.norms = norms if self.norms is None else decay * self.norms + (1 - decay) * norms
         return {"loss": loss, "ssp": ssp.detach(), "sp": sp.detach(), "grad_norm": norm, **monitors}
 
 
