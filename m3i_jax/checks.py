@@ -70,6 +70,7 @@ def _ranges(c: schema.Config) -> None:
         "optim.min_lr": o.min_lr,
         "optim.weight_decay": o.weight_decay,
         "optim.clip": o.clip,
+        "optim.skip_spikes": o.skip_spikes,
         "optim.warmup_epochs": o.warmup_epochs,
         "objective.second_moment": c.objective.second_moment,
         "train.steps": t.steps,
@@ -90,6 +91,7 @@ def _ranges(c: schema.Config) -> None:
         "model.category_std": c.model.category_std,
         "model.encoder.position_grid": c.model.encoder.position_grid,
         "evaluate.probe_warmup": c.evaluate.probe_warmup,
+        "parallel.heartbeat": c.parallel.heartbeat,
     }.items():
         _require(value >= 0, key, value, "must not be negative")
     for key, value in {

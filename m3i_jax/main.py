@@ -23,13 +23,14 @@ MODES = {
     "data": "report on the source before training: text, WORKDIR/data.json and the page WORKDIR/data.html",
     "profile": "run a few steps and trace them: WORKDIR/profile and a table of the costliest operations; SIGUSR1 traces a run under way",
     "compile": "compile the train step for accelerators that are not here: does it fit, what does it cost; reads no data",
+    "replay": "take the step again that ended the run in the working directory, and say what is not finite; no --config",
     "convert": "write all records of the source as ArrayRecord shards to WORKDIR; the same command resumes it",
 }
 OWN = {  # flags of one mode, which are handed to it
     "compile": ("topology", "memory", "largest_batch", "suggest"),
     "eval": ("checkpoint",),
 }
-OF_RUN = ("eval", "report")  # modes that take the configuration of the run in the working directory, unless another one is named
+OF_RUN = ("eval", "report", "replay")  # modes that take the configuration of the run in the working directory, unless another one is named
 TOGETHER = ("train", "compare", "eval", "profile")  # modes that all hosts of a run enter; the others need one
 
 
@@ -85,7 +86,7 @@ def _run(arguments: Sequence[str]) -> int:
         place = distributed.decide(
             flags.coordinator, flags.processes, flags.process_id, environ=os.environ, tpu=distributed.on_tpu(os.environ)
         )
-        distributed.start(place, configuration.to_text(settings), settings.parallel.mesh)
+        distributed.start(place, configuration.to_text(settings), settings.parallel.mesh, beat=settings.parallel.heartbeat)
     mode = importlib.import_module(f"m3i_jax.modes.{flags.mode}")
     own = {name: getattr(flags, name) for name in OWN.get(flags.mode, ())}
     with privacy.closed(settings.report.private):

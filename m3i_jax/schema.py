@@ -262,6 +262,9 @@ class Optim:
     layer_decay: float = option(1.0, "factor of the learning rate from a layer of the encoder to the one below it; 1: none")
     offset_lr: float = option(0.1, "factor of the learning rate of DCNv3's offsets (InternImage)")
     center_lr: float = option(1.0, "factor of the learning rate of DCNv3's centre scale (InternImage fine-tunes with 0.1)")
+    skip_spikes: float = option(
+        0.0, "skip a step whose loss or gradient norm is so many deviations above the median of the last 128; 0: none; 6 is rare"
+    )
     ema: float = option(0.995, "first momentum of the target encoder [P]")
     ema_of: str = option("targets", "the EMA keeps what targets are made with, or all parameters (fine-tuning)", "targets", "all")
     ema_schedule: str = option("cosine", "of the momentum: cosine to 1 [P], or constant", "cosine", "constant")
@@ -336,6 +339,7 @@ class Compare:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallel:
     mesh: tuple[int, ...] = option((-1, 1, 1), "devices along (replica, fsdp, tensor); one may be -1: the rest")
+    heartbeat: float = option(60.0, "seconds without a sign of life after which a host is lost, and all others end; 0: not watched")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

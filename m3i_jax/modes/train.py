@@ -18,7 +18,7 @@ from m3i_jax.modes import job as jobs
 from m3i_jax.parallel import distributed
 from m3i_jax.reporting import panels, writers
 from m3i_jax.reporting.files import write_text
-from m3i_jax.training import loop, phases
+from m3i_jax.training import dump, loop, phases
 from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
 from m3i_jax.training.trainer import Trainer
 
@@ -90,6 +90,7 @@ def pretrain(job: jobs.Job, allow_changes: bool, began: float | None = None) -> 
                 "seconds": clock.total(),
                 "restarts": restarts,
             },
+            dump=lambda *what: write_dump(workdir, trainer, say, *what),
             evaluated=evaluated(workdir / "metrics.jsonl"),
             clock=clock,
             sent=tracer,
@@ -124,6 +125,16 @@ def evaluated(log: pathlib.Path) -> frozenset[int]:
         return frozenset()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     return frozenset(line["step"] for line in lines if any(name.startswith("eval/") for name in line))
+
+
+def write_dump(workdir: pathlib.Path, trainer: Trainer, say: Any, step: int, state: Any, batch: Any, values: Any) -> None:
+    """WORKDIR/dumps/<step> of the step that ended the run. One that cannot be written is told, and changes nothing else."""
+    try:
+        place = dump.write(workdir / "dumps", trainer, state, batch, step, values)
+    except Exception as error:
+        say(f"warning: step {step} could not be dumped ({' '.join(str(error).split())[:200]})")
+    else:
+        say(f"{place} has state and batch of step {step}; --mode=replay --workdir {workdir} takes it again and names what is not finite")
 
 
 def write_panel(job: jobs.Job, trainer: Trainer, step: int, state: Any, batch: dict[str, np.ndarray]) -> None:

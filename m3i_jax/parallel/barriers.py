@@ -49,6 +49,24 @@ def introduce(name: str) -> None:
         _client().key_value_set(f"m3i/name/{host()}", name, allow_overwrite=True)
 
 
+def coordinator() -> str:
+    """HOST:PORT of the first process, "" alone."""
+    return _distributed.global_state.coordinator_address or ""
+
+
+def publish(key: str, text: str) -> None:
+    """Leave a text for all hosts."""
+    _client().key_value_set(key, text, allow_overwrite=True)
+
+
+def published(key: str, *, limit: float = LIMIT) -> str:
+    """What a host left under a key, as soon as it is there. Raises HostMissing."""
+    try:
+        return _client().blocking_key_value_get(key, int(limit * 1000))
+    except Exception as error:
+        raise HostMissing(f"{key}: waited {limit:.0f} seconds; look into the output of {call(0)} ({str(error).splitlines()[0]})") from None
+
+
 def exchange(name: str, text: str, *, limit: float = LIMIT) -> list[str]:
     """Every host's text, in the order of the hosts. A meeting: nobody leaves before all have come.
 

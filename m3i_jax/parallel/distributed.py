@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from m3i_jax import version
 from m3i_jax.errors import UserError
-from m3i_jax.parallel import barriers, meeting
+from m3i_jax.parallel import barriers, heartbeat, meeting
 
 PORT = 8476
 
@@ -121,12 +121,13 @@ def decide(coordinator: str, processes: str, process: str, *, environ: Mapping[s
     return Place(source="alone")
 
 
-def initialize(place: Place, *, limit: float = barriers.LIMIT, say: Callable[[str], None] = print) -> None:
+def initialize(place: Place, *, limit: float = barriers.LIMIT, beat: float = heartbeat.LIMIT, say: Callable[[str], None] = print) -> None:
     """Join the other processes; says in one line how. Must come before the first use of a device. Alone, it does nothing.
 
     Args:
       place: of `decide`.
       limit: seconds that the last process may take to come.
+      beat: seconds without a sign of life after which a host is lost; 0: only jax.distributed looks, after 100.
 
     Raises:
       HostMissing: they did not all come; says who did not.
@@ -144,13 +145,18 @@ def initialize(place: Place, *, limit: float = barriers.LIMIT, say: Callable[[st
     }  # fmt: skip
     before = signal.getsignal(signal.SIGTERM)
     try:
-        # The last number: how long one that ends waits for the others, which may hang in a collective without it.
-        jax.distributed.initialize(**explicit, initialization_timeout=int(limit), shutdown_timeout_seconds=60)  # type: ignore[arg-type]
+        jax.distributed.initialize(
+            **explicit,  # type: ignore[arg-type]
+            initialization_timeout=int(limit),
+            heartbeat_timeout_seconds=int(beat) + 30 if beat else 100,  # our own comes first, which names the host
+            shutdown_timeout_seconds=60,  # how long one that ends waits for the others, which may hang in a collective without it
+        )
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise barriers.HostMissing(f"start: {socket.gethostname()} did not meet the others in {limit:.0f} seconds ({reason})") from None
     signal.signal(signal.SIGTERM, before)  # jax's own notifier would swallow a SIGTERM that comes before the loop asks for it
     barriers.introduce(socket.gethostname())
+    heartbeat.start(beat, say)
     if barriers.hosts() > 1:
         where = f"; coordinator {place.coordinator}" if place.coordinator else ""
         say(f"host {barriers.host()} of {barriers.hosts()}, {socket.gethostname()}{where} (from {place.source})")
@@ -162,7 +168,10 @@ def from_first(tree: Any) -> Any:
     >>> from_first({"x": 3})
     {'x': 3}
     """
-    return multihost_utils.broadcast_one_to_all(tree) if barriers.hosts() > 1 else tree
+    if barriers.hosts() == 1:
+        return tree
+    barriers.wait("from_first")  # the collective itself has no limit: it starts when all are here
+    return multihost_utils.broadcast_one_to_all(tree)
 
 
 def code() -> str:
@@ -210,15 +219,16 @@ def agree(name: str, items: Mapping[str, str], *, limit: float = barriers.LIMIT)
     raise UserError(f"{name}: hosts differ, {' | '.join(different[:3])}{more}; start all of them with the same command, code and machines")
 
 
-def start(place: Place, settings: str, mesh: tuple[int, ...], *, say: Callable[[str], None] = print) -> None:
+def start(place: Place, settings: str, mesh: tuple[int, ...], *, beat: float = heartbeat.LIMIT, say: Callable[[str], None] = print) -> None:
     """Join the other hosts and make sure that they have the same configuration, code and devices.
 
     Args:
       place: of `decide`.
       settings: `key = value` a line, of `config.to_text`.
       mesh: the shape that the configuration asks for.
+      beat: seconds without a sign of life after which a host is lost.
     """
-    initialize(place, say=say)
+    initialize(place, beat=beat, say=say)
     if barriers.hosts() == 1:
         return
     lines = dict(line.split(" = ", 1) for line in settings.splitlines() if " = " in line)

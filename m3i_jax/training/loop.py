@@ -20,11 +20,10 @@ from m3i_jax.objective import regularize
 from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.phases import Clock
 from m3i_jax.training.state import State
-from m3i_jax.training.step import MOMENT
+from m3i_jax.training.step import MOMENT, MOST_NOT_FINITE
 from m3i_jax.training.trainer import Trainer
 
 DONE, FAILED, PREEMPTED = 0, 1, 42
-MOST_NOT_FINITE = 3  # in a row
 
 Poll = Callable[[], None]
 Evaluator = Callable[[State, Poll], Iterator[tuple[str, float]]]
@@ -75,6 +74,7 @@ class Outside:
     panel: Callable[[int, State, dict[str, Any]], None]
     evaluators: list[Evaluator]
     position: Callable[[int], dict[str, Any]]  # samples seen -> what is saved beside the state
+    dump: Callable[[int, State, Any, Mapping[str, float]], None] = lambda step, state, batch, values: None  # of a step that ended the run
     evaluated: frozenset[int] = frozenset()  # steps whose evaluation a resumed log already has
     clock: Clock = dataclasses.field(default_factory=Clock)
     sent: Callable[[int, Any], None] = lambda step, metrics: None  # called with every step sent and its metrics, which may not be there yet
@@ -124,6 +124,7 @@ class _Log:
     def __init__(self, trainer: Trainer, outside: Outside):
         self.trainer, self.outside, self.clock, self.bad, self.failed = trainer, outside, outside.clock, 0, False
         self.collapse = Collapse()
+        self.last: dict[str, float] = {}  # metrics of the newest step that was fetched
         self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
 
     def push(self, step: int, samples_seen: int, metrics: dict[str, jax.Array]) -> None:
@@ -137,7 +138,7 @@ class _Log:
         (step, samples_seen, metrics), self._pending = self._pending, None
         trainer, config = self.trainer, self.trainer.config
         moment = metrics.pop(MOMENT, None)
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        values = self.last = {k: float(v) for k, v in jax.device_get(metrics).items()}
         self.clock.step_ended()  # counted when it is done, not when it is sent: a line that is fetched early has its own step
         self.bad = self.bad + 1 if values["skipped/not_finite"] else 0
         self.failed |= self.bad >= MOST_NOT_FINITE  # a finite step that is fetched together with the third does not undo it
@@ -167,6 +168,7 @@ def run(trainer: Trainer, state: State, *, samples_seen: int, outside: Outside) 
     """
     config, total, log = trainer.config, trainer.length.steps, _Log(trainer, outside)
     train, first = config.train, int(state.step)
+    host: Any = None  # the newest batch
     with Preemption() as notice, log.clock.phase("step"):
         try:
             for step in range(first, total + 1):
@@ -178,6 +180,7 @@ def run(trainer: Trainer, state: State, *, samples_seen: int, outside: Outside) 
                     outside.say(
                         f"stopped at step {step}: {MOST_NOT_FINITE} steps in a row were not finite; no checkpoint has their updates"
                     )
+                    outside.dump(step, state, host, log.last)
                     return FAILED, state
                 if evaluate:
                     with log.clock.phase("evaluate"):
@@ -196,6 +199,8 @@ def run(trainer: Trainer, state: State, *, samples_seen: int, outside: Outside) 
                 samples_seen += train.batch_size
                 log.push(step + 1, samples_seen, metrics)
                 outside.sent(step + 1, metrics)
+                if log.bad:  # look at each step before the next is sent, so that a third is dumped with the state that it had
+                    log.flush()
                 notice.poll()
         except Preempted:
             log.flush()

@@ -16,7 +16,7 @@ from m3i_jax.models import backbones, m3i
 from m3i_jax.objective import balance, target
 from m3i_jax.objective.methods import Terms
 from m3i_jax.parallel.rules import path_of
-from m3i_jax.training import rules
+from m3i_jax.training import rules, spikes
 
 # Never decayed, whatever their rank: tokens, position tables, norms, biases, LayerScale and the logit scale (SiameseIM decays the rank-3
 # tokens; BEiT and MAE's fine-tuning do not).
@@ -128,6 +128,7 @@ def build(config: schema.Config, terms: Terms, *, steps: int, warmup: int) -> op
     def parts(params: Any) -> Any:
         return params if config.optim.ema_of == "all" else m3i.target_parts(config, terms, params)
 
+    watched = [("spikes", spikes.watch_spikes())] if config.optim.skip_spikes else []
     frozen = [("frozen", hold(parts))] if any(t.target.encoder == "frozen" for t in terms) else []
     o, e, rate = config.optim, config.model.encoder, learning_rate(config.optim, steps=steps, warmup=warmup)
     still = ("encoder/",) if e.freeze else ("encoder/patch_embed/",) if e.freeze_patch_embed else ()
@@ -143,4 +144,5 @@ def build(config: schema.Config, terms: Terms, *, steps: int, warmup: int) -> op
         ("bounds", keep_within("logit_scale", *LOGIT_SCALE_LIMITS)),
         ("target", target.track_target(_momentum(o, steps), parts)),
         *frozen,
+        *watched,
     )

@@ -21,7 +21,7 @@ import optax
 from m3i_jax import parallel
 from m3i_jax.models import m3i
 from m3i_jax.objective import balance, posterior, regularize
-from m3i_jax.training import targets, terms, views
+from m3i_jax.training import spikes, targets, terms, views
 from m3i_jax.training.plan import Plan
 from m3i_jax.training.state import State
 from m3i_jax.training.targets import Goals
@@ -29,6 +29,7 @@ from m3i_jax.training.terms import Arrays, Cached, Costs, Seen
 from m3i_jax.training.views import Batch
 
 Metrics = dict[str, jax.Array]
+MOST_NOT_FINITE = 3  # steps in a row that may be skipped because something was not finite; then the run ends
 MOMENT = "moment"  # the one metric that is a matrix: its eigenvalues are worth a look only when a line is written
 
 
@@ -169,26 +170,30 @@ def teachers(state: State) -> dict[str, Any]:
     return out | ({"frozen": state.opt["frozen"].params} if "frozen" in state.opt else {})
 
 
-def train_step(plan: Plan, tx: optax.GradientTransformationExtraArgs, state: State, batch: Batch) -> tuple[State, Metrics]:
-    """One optimizer step on one global batch. A step whose loss or gradient is not finite changes nothing but `step`, and says so."""
+def gradients_of(plan: Plan, state: State, batch: Batch) -> tuple[Any, Metrics, tuple[jax.Array, jax.Array], jax.Array]:
+    """(gradients, metrics, norms, lambda) of a state, with lambda from its statistics so far."""
     settings = plan.config.objective
     batch = views.with_blend(plan.config, plan.passes, batch)
-    statistics = state.opt["balance"]
     lam = jnp.asarray(settings.gamma, jnp.float32)
     if settings.weighting == "dynamic":
-        lam = balance.weight(statistics, gamma=settings.gamma, limits=(settings.balance_range[0], settings.balance_range[1]))
-    grads, metrics, norms = gradients(plan, state.params, teachers(state), batch, lam)
+        lam = balance.weight(state.opt["balance"], gamma=settings.gamma, limits=(settings.balance_range[0], settings.balance_range[1]))
+    return *gradients(plan, state.params, teachers(state), batch, lam), lam
+
+
+def train_step(plan: Plan, tx: optax.GradientTransformationExtraArgs, state: State, batch: Batch) -> tuple[State, Metrics]:
+    """One optimizer step on one global batch. A step whose loss or gradient is not finite, or a spike that is to be
+    skipped, changes nothing but `step`, and says so."""
+    grads, metrics, norms, lam = gradients_of(plan, state, batch)
     updates, opt = tx.update(grads, state.opt, state.params, feature_grad_norms=norms)
     params = optax.apply_updates(state.params, updates)
 
     loss = metrics.get("loss/ssp", jnp.zeros(())) + lam * metrics.get("loss/sp", jnp.zeros(()))
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    params, opt = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt), (state.params, state.opt))
+    (params, opt), skipped = spikes.settle((state.params, state.opt), (params, opt), loss, grad_norm, finite, plan.config.optim.skip_spikes)
     metrics |= {
         "loss": loss, "grad_norm": grad_norm, "balance/lambda": lam, "balance/ssp_norm": norms[0], "balance/sp_norm": norms[1],
-        "skipped/not_finite": 1.0 - finite,
-    }  # fmt: skip
+    } | skipped  # fmt: skip
     return State(step=state.step + 1, params=params, opt=opt), metrics
 
 

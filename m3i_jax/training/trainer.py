@@ -56,6 +56,7 @@ class Trainer:
 
     def __init__(self, config: schema.Config, mesh: jax.sharding.Mesh, vocabulary: int):
         self.config, self.mesh, self.plan, self.length = config, mesh, plan.read(config), length(config)
+        self.vocabulary = vocabulary
         self.tx = optimizer.build(config, self.plan.terms, steps=self.length.steps, warmup=self.length.warmup)
         self.momentum = optimizer.momentum(config.optim, steps=self.length.steps)
         self.learning_rate = optimizer.learning_rate(config.optim, steps=self.length.steps, warmup=self.length.warmup)

@@ -84,6 +84,7 @@ def eight(whole: state.State, tmp_path_factory: pytest.TempPathFactory) -> pathl
 
 
 @pytest.mark.parametrize(("shape", "devices", "parts"), [((1, 8, 1), 8, 8), ((1, 1, 1), 1, 1), ((2, 2, 2), 8, 4)])
+@pytest.mark.row("A9")
 def test_every_bit_comes_back_on_any_mesh(eight: pathlib.Path, whole: state.State, open_at, shape, devices: int, parts: int) -> None:
     mesh = parallel.make_mesh(shape, jax.devices()[:devices])
     shardings = parallel.shardings(mesh, template())
@@ -138,6 +139,7 @@ def test_the_state_may_be_donated_while_it_is_written(tmp_path: pathlib.Path, op
     assert bits(got) == before
 
 
+@pytest.mark.row("B5")
 def test_what_a_killed_save_leaves_is_not_a_checkpoint(eight: pathlib.Path, tmp_path: pathlib.Path, open_at) -> None:
     shutil.copytree(eight, tmp_path / "checkpoints")
     torn = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp-1700000000"

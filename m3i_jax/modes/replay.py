@@ -1,0 +1,33 @@
+"""--mode=replay: take the step that ended a run again, alone, and say what is not finite. Exit 0: the same happened, 1: it did not."""
+
+import math
+import pathlib
+
+from m3i_jax import schema
+from m3i_jax.training import dump
+
+SHOWN = 12  # arrays that are named
+
+
+def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
+    """The dump has its own configuration: that of the run may have changed since."""
+    del config, allow_changes
+    place = dump.newest(pathlib.Path(workdir))
+    about, trainer, state, batch = dump.load(place, print)
+    print(f"step {about['step']:,} of {place}, from {about['hosts']} host(s), {about['devices']} device(s), m3i_jax {about['m3i_jax']}")
+    values, broken = dump.again(trainer, state, batch)
+    print(f"loss {values['loss']:.6g} (in the run {about['metrics'].get('loss')})")
+    for name in (name for name, value in values.items() if name != "loss" and not math.isfinite(value)):
+        print(f"not finite: metric {name}, {values[name]} (in the run {about['metrics'].get(name)})")
+    for name, much in list(broken.items())[:SHOWN]:
+        print(f"not finite: {name}, {much}")
+    if len(broken) > SHOWN:
+        print(f"not finite: {len(broken) - SHOWN} more arrays")
+    if not broken:
+        print("all arrays are finite")
+    skipped = values["skipped/not_finite"]
+    if skipped and dump.same(about["metrics"], values):
+        print("reproduced")
+        return 0
+    print("not reproduced: " + ("other metrics are not finite" if skipped else "this time the step is finite"))
+    return 1

@@ -1,0 +1,166 @@
+"""Signs of life between the hosts of a run. jax.distributed notices a dead host after a minute or more, and then ends the others with a
+stack of C++ that names nobody; here every host has a line to the first one, both ends send a sign now and then, and whoever is silent for
+too long, or whose line breaks without a farewell, is named by all others, which end at once: what launched them starts all again.
+"""
+
+import atexit
+import contextlib
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable
+
+from m3i_jax.parallel import barriers
+
+LIMIT = 60.0  # seconds
+_KEY = "m3i/heartbeat"
+_BEAT, _BYE, _LOST = b".\n", b"bye\n", b"lost "
+
+
+class Heartbeat:
+    """The lines of this host: to all others on the first, to the first on the others.
+
+    Args:
+      limit: seconds of silence after which a host is lost.
+      ended: called with the line that says so; ends the process.
+    """
+
+    def __init__(self, limit: float, ended: Callable[[str], None]):
+        self.limit, self._ended = limit, ended
+        self._first = ""  # the first host's name: when it is lost, so is the store that has it
+        self._lines: dict[int, socket.socket] = {}  # host -> line
+        self._heard: dict[int, float] = {}  # host -> when
+        self._text: dict[int, bytes] = {}  # host -> what is not a whole line yet
+        self._choose, self._closed = selectors.DefaultSelector(), threading.Event()
+        self._door: socket.socket | None = None
+        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+
+    def open(self) -> "Heartbeat":
+        """Connect. Of several hosts, all call this. Raises OSError if the first host cannot be reached on another port."""
+        if barriers.host() == 0:
+            self._door = socket.create_server(("", 0), backlog=barriers.hosts())
+            self._choose.register(self._door, selectors.EVENT_READ, None)
+            barriers.publish(_KEY, str(self._door.getsockname()[1]))
+            now = time.monotonic()
+            self._heard = {number: now for number in range(1, barriers.hosts())}
+        else:
+            address = barriers.coordinator().rsplit(":", 1)[0].strip("[]")
+            line = socket.create_connection((address, int(barriers.published(_KEY))), timeout=min(self.limit, 20.0))
+            line.sendall(b"%d\n" % barriers.host())
+            self._first = barriers.call(0)
+            self._adopt(0, line)
+        self._thread.start()
+        return self
+
+    def _adopt(self, number: int, line: socket.socket) -> None:
+        line.setblocking(False)
+        self._lines[number], self._heard[number], self._text[number] = line, time.monotonic(), b""
+        self._choose.register(line, selectors.EVENT_READ, number)
+
+    def close(self, failed: bool = False) -> None:
+        """Take leave, so that the others do not miss this host; `failed`: they shall. Then it first waits a moment, since what failed here
+        may be that another one is lost, which is worth saying instead."""
+        if failed:
+            self._thread.join(timeout=1.0)
+        self._closed.set()  # from here on nobody is missed
+        if not failed:
+            self._tell(_BYE)
+        self._thread.join(timeout=2.0)
+        for line in (*self._lines.values(), *([self._door] if self._door else [])):
+            with contextlib.suppress(OSError):
+                line.close()
+
+    def _tell(self, text: bytes) -> None:
+        for line in list(self._lines.values()):
+            with contextlib.suppress(OSError):  # a line that broke, or is full because nobody reads: found out by its silence
+                line.send(text)
+
+    def _watch(self) -> None:
+        beat, period = 0.0, min(max(self.limit / 5, 0.1), 5.0)
+        while not self._closed.is_set():
+            for key, _ in self._choose.select(timeout=min(period, 0.5)):
+                if key.data is None:
+                    self._enter()
+                else:
+                    self._read(key.data)
+            now = time.monotonic()
+            if now >= beat:
+                beat = now + period
+                self._tell(_BEAT)
+            for number, heard in list(self._heard.items()):
+                if now - heard > self.limit:
+                    self._lost(number, f"silent for {self.limit:.0f} seconds")
+
+    def _enter(self) -> None:
+        """Another host comes: it says its number."""
+        assert self._door
+        with contextlib.suppress(OSError, ValueError):
+            line, _ = self._door.accept()
+            line.settimeout(2.0)
+            number = int(line.recv(16).split(b"\n")[0])
+            if number in self._heard and number not in self._lines:
+                self._adopt(number, line)
+
+    def _read(self, number: int) -> None:
+        try:
+            got = self._lines[number].recv(4096)
+        except BlockingIOError:
+            return
+        except OSError:
+            got = b""
+        self._heard[number] = time.monotonic()
+        *whole, self._text[number] = (self._text[number] + got).split(b"\n")
+        for word in whole:
+            if word + b"\n" == _BYE:
+                got = b""
+                del self._heard[number]
+            elif word.startswith(_LOST):
+                self._ended(word[len(_LOST) :].decode(errors="replace"))
+        if not got:
+            self._choose.unregister(self._lines[number])
+            self._lines.pop(number).close()
+            if number in self._heard:
+                self._lost(number, "its process ended")
+
+    def _lost(self, number: int, why: str) -> None:
+        self._heard.pop(number, None)
+        if self._closed.is_set():
+            return
+        who = barriers.call(number) if number else self._first
+        text = f"lost {who}: {why}; look into its output, and start all hosts again to go on from the last checkpoint"
+        if barriers.host() == 0 and barriers.hosts() > 2:
+            self._tell(_LOST + text.encode() + b"\n")
+            time.sleep(1.0)  # with this process the coordinator goes, and with it those that have not read that yet
+        self._ended(text)
+
+
+def end(text: str) -> None:
+    """Says why and ends the process now: what waits for a host that is gone cannot be unwound."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"m3i_jax: {text}\n".encode())
+    os._exit(1)
+
+
+def start(limit: float, say: Callable[[str], None] = print) -> None:
+    """Begin to listen for the other hosts, until the process ends. Nothing to do alone, or with a limit of 0."""
+    if barriers.hosts() == 1 or not limit:
+        return
+    beat = Heartbeat(limit, end)
+    try:
+        beat.open()
+    except (OSError, ValueError) as error:
+        say(f"warning: no heartbeats from {barriers.call(0)} ({error}); a lost host is only noticed by jax.distributed, without its name")
+        return
+    failed, before = threading.Event(), sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+        failed.set()
+        before(kind, error, trace)
+
+    sys.excepthook = hook
+    # Registered after jax's own, so called before it: that one waits for hosts that may be lost.
+    atexit.register(lambda: beat.close(failed=failed.is_set()))
