@@ -159,6 +159,7 @@ def test_a_run_writes_what_the_house_says(unbroken: pathlib.Path) -> None:
     assert (unbroken / "config.txt").read_text().startswith("seed = 0\n") and (unbroken / "tokenizer.json").is_file()
 
 
+@pytest.mark.row("D5")
 def test_the_same_seed_gives_the_same_bits(unbroken: pathlib.Path, tmp_path: pathlib.Path) -> None:
     code, _, err = finish(*QUICK, "--workdir", str(tmp_path), "--config.train.steps=12", "--config.train.save_every=12")
     assert code == 0, err
@@ -179,6 +180,7 @@ def killed(run: pathlib.Path, after: int, number: int) -> int:
     return process.returncode
 
 
+@pytest.mark.row("A1")
 def test_sigkill_and_again_is_as_if_unbroken(unbroken: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert killed(tmp_path, 6, signal.SIGKILL) == -signal.SIGKILL
     code, _, err = finish(*QUICK, "--workdir", str(tmp_path), "--config.train.steps=12", "--config.train.save_every=4")
@@ -187,6 +189,7 @@ def test_sigkill_and_again_is_as_if_unbroken(unbroken: pathlib.Path, tmp_path: p
     assert without_clock(lines(tmp_path)) == without_clock(lines(unbroken))
 
 
+@pytest.mark.row("A2")
 def test_sigterm_saves_and_exits_42(unbroken: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert killed(tmp_path, 2, signal.SIGTERM) == 42
     code, out, err = finish(*QUICK, "--workdir", str(tmp_path), "--config.train.steps=12", "--config.train.save_every=4")
@@ -199,6 +202,7 @@ def test_another_configuration_does_not_resume(unbroken: pathlib.Path) -> None:
     assert code == 2 and "seed: 0 -> 7" in err and "--allow-changes" in err and err.count("\n") == 1
 
 
+@pytest.mark.row("D8")
 def test_a_finished_run_says_so(unbroken: pathlib.Path) -> None:
     before = lines(unbroken)
     code, out, err = finish(*QUICK, "--workdir", str(unbroken), "--config.train.steps=12", "--config.train.save_every=4")

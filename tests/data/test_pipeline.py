@@ -69,6 +69,7 @@ def test_a_row_tells_of_its_own_record(make, bpe):
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.row("A10")
 def test_hosts_share_one_batch(make, mixed, bpe, hosts):
     config = make.settings(batch=8)
     whole = make.stream(config, mixed, bpe, 6)
@@ -78,6 +79,7 @@ def test_hosts_share_one_batch(make, mixed, bpe, hosts):
 
 
 @pytest.mark.parametrize("start", [2, 8, 14, 40])
+@pytest.mark.row("A10")
 def test_a_restart_goes_on_with_the_same_bytes(make, mixed, bpe, start):
     whole = make.joined(make.stream(make.settings(batch=8), mixed, bpe, 8))
     # Also with another number of hosts and another batch: the position is all that is kept.
@@ -91,6 +93,7 @@ def test_threads_change_nothing(make, mixed, bpe):
         same(a, b)
 
 
+@pytest.mark.row("A10")
 def test_worker_processes_change_nothing(make, mixed, bpe):
     alone = pipeline.iterate(make.settings(), mixed, bpe, start=4)
     expected = [next(alone) for _ in range(5)]
@@ -120,6 +123,7 @@ def test_workers_outside_an_absl_app_and_their_errors(fill, tmp_path):
     assert "leaked" not in done.stderr
 
 
+@pytest.mark.row("D8")
 def test_a_far_position_is_as_near_as_the_first(make, bpe):
     (far,) = make.stream(make.settings(), make.Pictures(100), bpe, 1, start=10**9)
     near = make.joined(make.stream(make.settings(batch=2), make.Pictures(100), bpe, 4, start=10**9))

@@ -39,6 +39,7 @@ def hashes(data: dict, make, bpe, count: int, *, start: int = 0, batch: int = 16
     return [hashlib.sha256(row).hexdigest() for row in rows]
 
 
+@pytest.mark.row("A10")
 def test_hosts_and_restarts(data, make, bpe):
     whole = hashes(data, make, bpe, 6)
     assert len(set(whole)) == 96
@@ -56,6 +57,7 @@ def test_processes_that_share_nothing(fill, make):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 4, 8])
+@pytest.mark.row("A10")
 def test_workers(data, make, bpe, workers):
     """After a restart, as the second of two hosts."""
     whole = hashes(data, make, bpe, 9)

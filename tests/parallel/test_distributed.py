@@ -171,6 +171,7 @@ TALK = """
 """
 
 
+@pytest.mark.row("A6")
 def test_hosts_talk(tmp_path: pathlib.Path) -> None:
     """Two processes with no device in use: meetings, host 0 first, what differs, a common end, and who is missing."""
     script = tmp_path / "talk.py"
@@ -226,6 +227,7 @@ def test_two_hosts_train_what_one_trains(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("told", [0, 1])
+@pytest.mark.row("A2")
 def test_sigterm_on_one_host_saves_on_both(told: int, tmp_path: pathlib.Path) -> None:
     longer = ["--config.train.steps=2000", "--config.train.save_every=1000", "--config.train.eval_every=0", "--config.train.panel_every=0"]
     command = [*COMMAND, *longer, *HOSTS, "--workdir", str(tmp_path / "run")]
@@ -244,6 +246,7 @@ def test_sigterm_on_one_host_saves_on_both(told: int, tmp_path: pathlib.Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.row("A8")
 def test_hosts_that_differ_are_named_before_anything_is_trained(tmp_path: pathlib.Path) -> None:
     at = port()
     where = ["--coordinator", f"127.0.0.1:{at}", "--processes", "2", "--workdir", str(tmp_path / "run")]

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The fault matrix, long versions too: every test that is a trial of one of its rows, and the table of what came out,
+# tests/faults/RESULTS.md. Takes an hour or two on two cores.
+#
+#   bash launch/faults.sh                    # all rows
+#   bash launch/faults.sh -k "flipped"       # arguments go to pytest; rows that do not run keep their line
+set -euo pipefail
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+venv="${M3I_VENV:-$ROOT/.venv-test}"
+prepare "$venv" test
+venv="$(cd "$venv" && pwd)"
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$venv/jax-cache}"
+mkdir -p "$JAX_COMPILATION_CACHE_DIR"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
+
+cd "$ROOT"
+export M3I_FAULTS_RESULTS="${M3I_FAULTS_RESULTS:-tests/faults/RESULTS.md}"
+status=0
+# One process: several of the tests measure time or fill a disk.
+"$venv/bin/python" -m pytest -q -n 0 -m row tests "$@" </dev/null || status=$?
+echo "$M3I_FAULTS_RESULTS"
+exit "$status"

@@ -1,0 +1,224 @@
+"""Rows A5, A6: hosts that die or hang are named, and nothing waits for them without a limit. Two real processes on this machine."""
+
+import ast
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+BEAT = 2.0  # seconds
+
+# What waits for other hosts, and which argument (place or name) is its limit; None: it has none.
+WAITS: dict[str, tuple[int, str] | None] = {
+    "wait_at_barrier": (1, "timeout_in_ms"),
+    "blocking_key_value_get": (1, "timeout_in_ms"),
+    "sync_global_devices": None,
+    "sync_global_processes": None,
+    "process_allgather": None,
+    "broadcast_one_to_all": None,
+    "assert_equal": None,
+    "reached_preemption_sync_point": None,
+}
+
+
+def untimed(source: str, name: str) -> list[str]:
+    """Calls that may wait forever for another host. A collective is let through where the same function first meets all hosts in time."""
+    found = []
+    for function in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.Module)):
+        body = [n for statement in function.body for n in ast.walk(statement) if isinstance(n, ast.Call)]
+        if isinstance(function, ast.Module):
+            inner = {id(n) for f in ast.walk(function) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+            body = [n for n in body if id(n) not in inner]
+        meets = [call.lineno for call in body if ast.unparse(call.func) in ("barriers.wait", "parallel.wait")]
+        for call in body:
+            what = ast.unparse(call.func).split(".")[-1]
+            if what not in WAITS or (what == "assert_equal" and "multihost" not in ast.unparse(call.func)):
+                continue
+            limit = WAITS[what]
+            if limit and (len(call.args) > limit[0] or any(k.arg == limit[1] for k in call.keywords)):
+                continue
+            if not (limit is None and any(line < call.lineno for line in meets)):
+                found.append(f"{name}:{call.lineno}: {what} without a limit")
+    return found
+
+
+@pytest.mark.fast
+@pytest.mark.row("A6")
+def test_no_barrier_is_without_a_limit() -> None:
+    offenders = [
+        "def f():\n    multihost_utils.sync_global_devices('a')", "client.wait_at_barrier('a')", "x = client.blocking_key_value_get('k')",
+        "def f(tree):\n    return multihost_utils.broadcast_one_to_all(tree)", "multihost_utils.process_allgather(x)",
+        "def f():\n    broadcast_one_to_all(x)\n    barriers.wait('a')",
+    ]  # fmt: skip
+    lawful = [
+        "client.wait_at_barrier('a', 1000)", "client.blocking_key_value_get('k', timeout_in_ms=5)", "np.testing.assert_equal(1, 1)",
+        "def f(tree):\n    barriers.wait('a')\n    return multihost_utils.broadcast_one_to_all(tree)",
+    ]  # fmt: skip
+    assert all(untimed(source, "a.py") for source in offenders) and not any(untimed(source, "a.py") for source in lawful)
+    complaints = [
+        c for path in sorted((ROOT / "m3i_jax").rglob("*.py")) for c in untimed(path.read_text(), path.relative_to(ROOT).as_posix())
+    ]
+    assert not complaints, "\n".join(complaints)
+
+
+def start(script: pathlib.Path, *arguments: str, processes: int = 2) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        at = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), str(i), at, str(processes), *arguments],
+            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(processes)
+    ]  # fmt: skip
+
+
+JOIN = """
+    import os, pathlib, sys, time
+    from m3i_jax.parallel import barriers, distributed
+    me, hosts = int(sys.argv[1]), int(sys.argv[3])
+    place = distributed.Place(source="test", coordinator=sys.argv[2], processes=hosts, process=me)
+"""
+WAIT = (
+    JOIN
+    + """
+    distributed.initialize(place, limit=60, beat=float(sys.argv[4]))
+    barriers.wait("all")
+    print("ready", flush=True)
+    barriers.wait("never, in time" if me else "never", limit=100.0)
+"""
+)
+
+
+def lost(tmp_path: pathlib.Path, victim: int, number: int, processes: int) -> float:
+    """Send a signal to one of the hosts that wait for each other; all others must end with its name. Returns how long that took."""
+    script = tmp_path / "wait.py"
+    script.write_text(textwrap.dedent(WAIT))
+    all_ = start(script, str(BEAT), processes=processes)
+    try:
+        for process in all_:
+            while "ready" not in (line := process.stdout.readline()):  # type: ignore[union-attr]
+                assert line, process.stderr.read()  # type: ignore[union-attr]
+        all_[victim].send_signal(number)
+        before = time.monotonic()
+        for i, process in enumerate(all_):
+            if i != victim:
+                _, err = process.communicate(timeout=90)
+                assert process.returncode == 1 and f"m3i_jax: lost host {victim} (" in err, (i, process.returncode, err[-2000:])
+        return time.monotonic() - before
+    finally:
+        for process in all_:
+            process.kill()
+            process.wait()
+
+
+CASES = [(1, signal.SIGKILL, 2), (0, signal.SIGKILL, 2), (1, signal.SIGSTOP, 2), (0, signal.SIGSTOP, 3), (2, signal.SIGKILL, 3)]
+
+
+@pytest.mark.fast
+@pytest.mark.row("A5", "A6")
+def test_a_lost_host_is_named(tmp_path: pathlib.Path, trials) -> None:
+    """Killed: its line breaks; stopped: it is silent."""
+    took = [lost(tmp_path, *CASES[0]), lost(tmp_path, *CASES[2])]
+    trials.trials = trials.passed = len(took)
+    trials.figure = f"named after {took[0]:.1f} s (killed) and {took[1]:.1f} s (stopped; heartbeat {BEAT:.0f} s)"
+
+
+@pytest.mark.slow
+@pytest.mark.row("A5", "A6")
+def test_every_host_that_may_be_lost_is_named(tmp_path: pathlib.Path, trials) -> None:
+    took = [lost(tmp_path, *case) for case in CASES for _ in range(2)]
+    for seconds in took:
+        trials.add(seconds < BEAT + 5)
+    trials.figure = f"first or other, killed or stopped, of 2 or 3: named in {max(took):.1f} s at most (heartbeat {BEAT:.0f} s)"
+    assert trials.passed == trials.trials == 10
+
+
+SAVE = (
+    JOIN
+    + """
+    import jax, numpy as np
+    from jax.experimental import multihost_utils
+    distributed.initialize(place, limit=60)
+    from m3i_jax import parallel
+    from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
+    from m3i_jax.training import digests
+
+    def forbidden(*_, **__):
+        raise AssertionError("a barrier without a limit")
+
+    multihost_utils.sync_global_devices = forbidden
+    mesh = parallel.make_mesh((hosts, 1, 1))
+    rows = parallel.data_sharding(mesh)
+
+    def make(step):
+        whole = np.random.default_rng(step).normal(size=(4 * hosts, 300)).astype(np.float32)
+        count = jax.make_array_from_callback((), parallel.replicated(mesh), lambda i: np.int32(step))
+        return {"rows": jax.make_array_from_callback(whole.shape, rows, lambda i: whole[i]), "step": count}
+
+    said, place = [], pathlib.Path(sys.argv[4])
+    one = Checkpoints(place, 2, say=said.append)
+    one.BACK_OFF = 0.0
+    for step in (2, 4, 6):
+        one.save(step, make(step), {"samples_seen": step})
+    one.wait()
+    one.close()
+    print("kept", sorted(p.name for p in place.iterdir()))
+    if me == 0:
+        victim = max((place / "6").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+        with open(victim, "r+b") as file:
+            byte = file.read(1)[0]
+            file.seek(0)
+            file.write(bytes([byte ^ 1]))
+    parallel.wait("damaged")
+    one = Checkpoints(place, 2, say=said.append)
+    one.BACK_OFF = 0.0
+    print("good", one.newest_good(), one.position(4))
+    template = jax.eval_shape(lambda: make(4))
+    got = one.restore(4, template, {"rows": rows, "step": parallel.replicated(mesh)})
+    mine = lambda x: np.concatenate([np.asarray(s.data) for s in x.addressable_shards])
+    print("same", bool((mine(got["rows"]) == mine(make(4)["rows"])).all()))
+
+    # One host cannot write its part: both learn of it, both go on, and the old step stays.
+    if me == 1:
+        def full(step):
+            one._orbax.wait_until_finished()
+            raise OSError(28, "No space left on device")
+
+        one._finish = full
+    one.save(8, make(8), {})
+    one.wait()
+    print("after", len(said), [text for text in said if "failed" in text])
+    one.close()
+"""
+)
+
+
+@pytest.mark.slow
+@pytest.mark.row("A6", "B2", "B3")
+def test_two_hosts_save_and_restore_with_limits(tmp_path: pathlib.Path) -> None:
+    """Orbax's barriers between all processes have none: here they would raise."""
+    script = tmp_path / "save.py"
+    script.write_text(textwrap.dedent(SAVE))
+    both = start(script, str(tmp_path / "checkpoints"))
+    done = []
+    try:
+        for process in both:
+            out, err = process.communicate(timeout=240)
+            assert process.returncode == 0, err[-3000:]
+            done.append({line.split(" ")[0]: line.partition(" ")[2] for line in out.splitlines()})
+    finally:
+        for process in both:
+            process.kill()
+    for said in done:
+        assert said["kept"] == "['4', '6']" and said["good"] == "4 {'samples_seen': 4}" and said["same"] == "True"
+        assert "checkpoint 8: save 1 of 3 in a row failed" in said["after"] and "host 1" in said["after"] and "No space" in said["after"]
