@@ -61,6 +61,7 @@ class Checkpoints:
         self._saving: tuple[int, dict[str, Any], concurrent.futures.Future[None]] | None = None
         self._misses, self._again = 0, 0.0  # failed saves in a row; when to try again, 0: no need
         self._cleaned = False
+        self._whole: set[int] = set()  # steps whose files were looked at
         if self._first:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -92,7 +93,10 @@ class Checkpoints:
             raise UserError(
                 f"{self._directory}: no whole checkpoint is left ({', '.join(bad)[:200]}); move the directory away to start anew"
             )
-        return int(good) if good else None
+        if not good:
+            return None
+        self._whole.add(int(good))
+        return int(good)
 
     def _complaints(self, step: int) -> list[str]:
         place = self._directory / str(step)
@@ -236,6 +240,7 @@ class Checkpoints:
         place = self._directory / str(step)
         try:
             with steps.reading(place):
+                self._verify(step)
                 different = self._difference(step, template)  # asked first: a read that fails leaves Orbax's other reads complaining
                 if not different:
                     return self._orbax.restore(place, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
@@ -251,6 +256,15 @@ class Checkpoints:
             f"checkpoint {step}: does not fit this configuration ({', '.join(different[:3])}{more}); "
             "use another --workdir or the configuration of that run"
         )
+
+    def _verify(self, step: int) -> None:
+        """Look at the files of a step that was not looked at yet: the first host does, for all."""
+        if step in self._whole:
+            return
+        wrong = parallel.exchange("verify", "; ".join(self._complaints(step)[:3]) if self._first else "", limit=6 * 3600.0)[0]
+        if wrong:
+            raise ValueError(wrong)
+        self._whole.add(step)
 
     def _difference(self, step: int, template: Any) -> list[str]:
         """Every array that is missing in the saved state or here, or of another shape or type, by path."""

@@ -155,6 +155,19 @@ def test_a_file_cut_emptied_deleted_swapped_or_a_link_is_named(pair: pathlib.Pat
 
 
 @pytest.mark.fast
+@pytest.mark.row("B3")
+def test_a_step_that_is_asked_for_by_its_number_is_looked_at_too(pair: pathlib.Path, tmp_path: pathlib.Path, make: Make) -> None:
+    """An evaluation of one step sets nothing aside, and does not read what is damaged either."""
+    here = tmp_path / "checkpoints"
+    shutil.copytree(pair, here)
+    victim = max(files(here / "4"), key=lambda path: path.stat().st_size)
+    flip(victim, 8 * 5000)
+    with pytest.raises(UserError, match=f"checkpoint 4: cannot be read .{victim.relative_to(here / '4')}: other bytes than were written"):
+        restored(make(here), 4)
+    assert same(restored(make(here), 8), state(8)) and sorted(p.name for p in here.iterdir()) == ["4", "8"]
+
+
+@pytest.mark.fast
 @pytest.mark.row("B4")
 def test_when_all_are_damaged_a_person_decides(pair: pathlib.Path, tmp_path: pathlib.Path, make: Make) -> None:
     """A run that lost all its checkpoints does not start anew by itself, not even at the next start."""
