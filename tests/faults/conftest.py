@@ -1,9 +1,9 @@
 """Marks and results of the fault matrix.
 
-`@pytest.mark.row("B3")` (or several names) says which rows of rows.py a test is a trial of; every test in this folder has it. A test that
-makes many trials counts them with the fixture `trials`; any other counts as one. `fast` are short versions for the normal suite, `slow`
-the long ones that launch/faults.sh runs. With M3I_FAULTS_RESULTS=FILE a run writes its table there; rows that did not run keep the line
-they had."""
+`@pytest.mark.row("B3")` (or several names) says which rows of rows.py a test is a trial of; every test in this folder has it, those of
+the matrix itself with no name. A test that makes many trials counts them with the fixture `trials`; any other counts as one. `fast` are
+short versions for the normal suite, `slow` the long ones that launch/faults.sh runs. With M3I_FAULTS_RESULTS=FILE a run writes its table
+there; rows that did not run keep the line they had."""
 
 import dataclasses
 import os
@@ -42,8 +42,9 @@ def trials(request: pytest.FixtureRequest) -> Iterator[Trials]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = pathlib.Path(__file__).parent
     for item in items:
-        rows = [name for mark in item.iter_markers("row") for name in mark.args]
-        if here in item.path.parents and item.path.suffix == ".py" and item.path.name.startswith("test_") and not rows:
+        marks = list(item.iter_markers("row"))
+        rows = [name for mark in marks for name in mark.args]
+        if here in item.path.parents and item.path.suffix == ".py" and item.path.name.startswith("test_") and not marks:
             raise pytest.UsageError(f"{item.nodeid}: say which row of the fault matrix it is a trial of: @pytest.mark.row(...)")
         if unknown := [name for name in rows if name not in ROWS]:
             raise pytest.UsageError(f"{item.nodeid}: row {unknown[0]} is not in tests/faults/rows.py")

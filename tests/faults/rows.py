@@ -66,4 +66,8 @@ ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
 }
 
 # What cannot be tried on a small machine, or is not there yet: row -> why. It stands in the table of results.
-NOT_HERE: dict[str, str] = {"E2": "not tried: --mode=compile is not there yet"}
+NOT_HERE: dict[str, str] = {
+    "A7": "not tried: waiting for data is measured as perf/input_wait, and the watchdog looks at hangs; there is no warning",
+    "B10": "not tried: --mode=compile says before whether a state fits; a restore itself is not estimated",
+    "E2": "not tried here: --mode=compile and its own tests",
+}

@@ -1,5 +1,6 @@
 """The matrix itself: what the table of results says of tests that pass, fail, are skipped and count; and which rows have a test."""
 
+import ast
 import pathlib
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import textwrap
 
 import pytest
 
-from tests.faults.rows import ROWS
+from tests.faults.rows import NOT_HERE, ROWS
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -37,7 +38,7 @@ EXAMPLE = """
 
 
 @pytest.mark.fast
-@pytest.mark.row("B1", "B3")
+@pytest.mark.row()
 def test_the_table_is_what_the_run_did(tmp_path: pathlib.Path) -> None:
     """In a process of its own, with a copy of the plugin beside an example; lines of rows that did not run are kept."""
     here, results = pathlib.Path(__file__).parent, tmp_path / "RESULTS.md"
@@ -58,3 +59,18 @@ def test_the_table_is_what_the_run_did(tmp_path: pathlib.Path) -> None:
     (tmp_path / "test_example.py").write_text("def test_of_no_row():\n    pass\n")
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 4 and "say which row" in done.stderr
+
+
+def marked(source: str) -> set[str]:
+    """Rows that the tests of a file are trials of."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.row"]
+    return {argument.value for call in calls for argument in call.args if isinstance(argument, ast.Constant)}
+
+
+@pytest.mark.fast
+@pytest.mark.row()
+def test_every_row_has_a_test_or_a_reason() -> None:
+    assert marked('@pytest.mark.row("B3", "B4")\ndef f(): pass') == {"B3", "B4"}
+    tried = set().union(*(marked(path.read_text()) for path in (ROOT / "tests").rglob("test_*.py")))
+    assert tried <= set(ROWS) and len(ROWS) == 55
+    assert set(NOT_HERE) == set(ROWS) - tried

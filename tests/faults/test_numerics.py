@@ -13,16 +13,20 @@ import pytest
 
 from m3i_jax import parallel
 from m3i_jax.modes import replay, train
-from m3i_jax.objective import balance
+from m3i_jax.objective import balance, target
 from m3i_jax.training import dump, loop, spikes, state, trainer
 from m3i_jax.training.checkpoint import Checkpoints
 from tests import toy
 
 
+def made_mesh() -> jax.sharding.Mesh:
+    return parallel.make_mesh((1, 1, 1), jax.devices()[:1])
+
+
 @functools.cache
 def made(form: str = "m3i", **changes: object) -> trainer.Trainer:
     config = toy.settings(objective__forms=form, **changes)
-    return trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), toy.VOCABULARY)
+    return trainer.Trainer(config, made_mesh(), toy.VOCABULARY)
 
 
 @functools.cache
@@ -209,3 +213,37 @@ def test_a_skipped_spike_leaves_every_bit_but_the_window() -> None:
     again = state.State(step=current.step, params=before[0], opt=before[1])
     plain, metrics = one.step(device(again), toy.batch(one.config, 999))
     assert int(metrics["skipped/spikes"]) == 0 and bits(plain.params) != bits(before[0])
+
+
+@pytest.mark.fast
+@pytest.mark.row("D7")
+def test_the_target_does_not_stall(trials) -> None:
+    """10,000 updates with a momentum that goes from 0.995 to 1, against float64 in numpy; in bfloat16 it would stand still."""
+    count, width = 10_000, 64
+    walk = (1 + np.cumsum(np.random.default_rng(0).normal(0, 1e-3, (count + 1, width)), 0)).astype(np.float32)
+    momentum = 1 - 0.005 * (np.cos(np.pi * np.arange(1, count + 1) / count) + 1) / 2
+    exact = walk[0].astype(np.float64)
+    for m, now in zip(momentum, walk[1:].astype(np.float64), strict=True):
+        exact = m * exact + (1 - m) * now
+    tx = target.track_target(target.cosine_momentum(0.995, count))
+
+    def end(dtype: Any) -> np.ndarray:
+        def one(seen: Any, now: jax.Array) -> Any:
+            return tx.update(jnp.zeros_like(now), seen, now)[1], None
+
+        start = tx.init(jnp.asarray(walk[0], dtype))
+        return np.asarray(jax.jit(lambda w: jax.lax.scan(one, start, w)[0].params)(jnp.asarray(walk[1:], dtype)), np.float64)
+
+    moved = np.abs(exact - walk[0]).max()
+    error, coarse = (np.abs(end(dtype) - exact).max() / moved for dtype in (jnp.float32, jnp.bfloat16))
+    trials.figure = f"error {error:.1e} of the way in float32, {coarse:.1e} in bfloat16"
+    trials.add(bool(error < 1e-4 < coarse))
+    assert trials.passed == 1, trials.figure
+
+
+@pytest.mark.fast
+@pytest.mark.row("D7")
+def test_what_is_kept_is_float32_when_products_are_bfloat16() -> None:
+    one = trainer.Trainer(toy.settings(objective__forms="m3i", model__dtype="bfloat16"), made_mesh(), toy.VOCABULARY)
+    kinds = {leaf.dtype for leaf in jax.tree.leaves((one.template.params, one.template.opt)) if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+    assert kinds == {jnp.dtype("float32")}
