@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m3i_jax import config as configuration
+from m3i_jax import main as command
 from m3i_jax import parallel
 from m3i_jax.modes import replay, train
 from m3i_jax.objective import balance, target
@@ -123,6 +125,18 @@ def test_three_in_a_row_leave_a_dump_that_replays(tmp_path: pathlib.Path, monkey
     assert replay.run(one.config, workdir=str(tmp_path), allow_changes=False) == 1
     out = capsys.readouterr().out
     assert "all arrays are finite" in out and out.endswith("not reproduced: this time the step is finite\n")
+
+
+@pytest.mark.fast
+@pytest.mark.row("D1")
+def test_without_a_dump_there_is_nothing_to_replay(tmp_path: pathlib.Path, capsys) -> None:
+    """As it is typed: the configuration is that of the run, no --config is needed."""
+    assert command.main(["--mode=replay", "--workdir", str(tmp_path)]) == 2
+    assert "has no config.txt" in capsys.readouterr().err
+    (tmp_path / "config.txt").write_text(configuration.to_text(toy.settings()))
+    assert command.main(["--mode=replay", "--workdir", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "no dumps/<step> there" in err and err.count("\n") == 1
 
 
 @pytest.mark.fast
