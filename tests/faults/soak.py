@@ -28,7 +28,7 @@ TINY = [
     "model.text.width=32", "model.text.heads=2", "model.text.depth=1", "data.vocabulary_size=300", "train.log_every=1",
     "train.panel_every=0", "evaluate.batch_size=32",
 ]  # fmt: skip
-SETTLED = 5.0  # seconds after the first step of a life, from which on memory and descriptors are compared
+SETTLED = 15.0  # seconds after the first step of a life, from which on memory and descriptors are compared
 
 
 def environment(cache: pathlib.Path) -> dict[str, str]:
@@ -51,11 +51,12 @@ def learned(run: pathlib.Path) -> list[dict[str, Any]]:
 
 
 DIGEST = """
-import hashlib, pathlib, sys, jax, numpy as np, orbax.checkpoint as ocp
+import hashlib, json, pathlib, sys, jax, numpy as np, orbax.checkpoint as ocp
 place = max((p for p in (pathlib.Path(sys.argv[1]).absolute() / "checkpoints").iterdir() if p.name.isdecimal()), key=lambda p: int(p.name))
 reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler()))
 state = reader.restore(place, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
-digest = hashlib.sha256(place.name.encode() + (place / "position" / "metadata").read_bytes())
+position = json.loads((place / "position" / "metadata").read_text())  # it also has clocks
+digest = hashlib.sha256(f"{place.name} {position['samples_seen']} {position['fingerprint']}".encode())
 for path, leaf in sorted((jax.tree_util.keystr(p), np.asarray(x)) for p, x in jax.tree_util.tree_leaves_with_path(state)):
     digest.update(path.encode() + str(leaf.dtype).encode() + leaf.tobytes())
 print(digest.hexdigest())
@@ -84,11 +85,14 @@ class Life:
         self._size = -1
 
     def look(self) -> None:
-        """Notice the first new line of the log, and sample the process."""
+        """Notice the line of the first new step in the log, and sample the process."""
         now = time.monotonic()
         size = self._log.stat().st_size if self._log.is_file() else 0
-        if not self.first and self._size >= 0 and size > self._size:  # a resumed log is first cut, which makes it shorter
-            self.first = now
+        if not self.first and 0 <= self._size < size:  # a resumed log is first cut, which makes it shorter
+            with open(self._log, "rb") as log:
+                log.seek(self._size)
+                if b'"loss"' in log.read():  # an evaluation before the first step has none
+                    self.first = now
         self._size = size
         if self.first:
             try:
