@@ -25,10 +25,10 @@ _NAME = re.compile(
 )
 _RULES: list[tuple[re.Pattern[str], Any]] = [
     # user:password@ of a URL; a port is no password. The password may hold a slash, as S3's do.
-    (re.compile(r"(://)[^/:@\s'\"<>]*:(?!\d+[/@])[^@\s'\"<>]+@"), rf"\1{HIDDEN}@"),
-    (re.compile(r"((?:https?|ftp|git)://)[^/@\s'\"<>]+@"), rf"\1{HIDDEN}@"),
+    (re.compile(r"(://)[^/:@\s'\"<>]{0,200}:(?!\d+[/@])[^@\s'\"<>]{1,500}@"), rf"\1{HIDDEN}@"),
+    (re.compile(r"((?:https?|ftp|git)://)[^/@\s'\"<>]{1,500}@"), rf"\1{HIDDEN}@"),
     # Every value of a URL's query: signatures have a name of their own at every store.
-    (re.compile(r"(://[^\s'\"<>?]*\?)([^\s'\"<>]*=[^\s'\"<>]*)"), lambda m: m[1] + re.sub(r"=[^&;#]*", f"={HIDDEN}", m[2])),
+    (re.compile(r"(://[^\s'\"<>?]{0,2000}\?)([^\s'\"<>]{0,200}=[^\s'\"<>]*)"), lambda m: m[1] + re.sub(r"=[^&;#]*", f"={HIDDEN}", m[2])),
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[\w+/=\s\\]*-----END [A-Z ]*PRIVATE KEY-----|[\w+/=\\]*)"), HIDDEN),
     (re.compile(r"\b(bearer|basic)\s+(?=[\w+/=.~-]*\d)[\w+/=.~-]{16,}", re.IGNORECASE), rf"\1 {HIDDEN}"),
     (re.compile(rf"({_SECRET}['\"]?\s*[=:]\s*['\"]?)(?!\*\*\*)[^\s'\",;&)\]}}]{{6,}}", re.IGNORECASE), rf"\1{HIDDEN}"),
