@@ -9,6 +9,16 @@ from tests import broken
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 JPEG = broken.encode(broken.smooth(40, 48), "JPEG")
+# Of a program that says how much memory it took: the most it had, in KiB. What getrusage says began with the process that started it.
+PEAK = """
+import pathlib
+
+
+def peak():
+    return int(pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+
+"""
 
 
 def tar(place: pathlib.Path, members: list[tuple[str, bytes]]) -> str:

@@ -69,5 +69,4 @@ ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
 NOT_HERE: dict[str, str] = {
     "A7": "not tried: waiting for data is measured as perf/input_wait, and the watchdog looks at hangs; there is no warning",
     "B10": "not tried: --mode=compile says before whether a state fits; a restore itself is not estimated",
-    "E2": "not tried here: --mode=compile and its own tests",
 }

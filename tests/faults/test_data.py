@@ -1,4 +1,4 @@
-"""Rows C1 to C8: bad pictures, captions, labels and files. Whatever is in them, batches keep their shape, their order and their counts."""
+"""Rows C1 to C7: bad pictures, captions, labels and files. Whatever is in them, batches keep their shape, their order and their counts."""
 
 import html
 import io
@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m3i_jax.data import array_records, pipeline, records, sources, tokenizer
+from m3i_jax.data import pipeline, records, sources, tokenizer
 from m3i_jax.data.tars import Tars
 from m3i_jax.errors import UserError
 from tests import broken
 from tests.data.conftest import expected_stream, settings
-from tests.faults.hostile import JPEG, ROOT, tar
+from tests.faults.hostile import JPEG, PEAK, ROOT, tar
 
 
 class Mixed:
@@ -51,7 +51,7 @@ def test_bad_pictures_are_replaced_and_counted(every: int, trials) -> None:
     reasons = {i: reason for i, (_, reason) in source.bad.items()}
     count = len(source) // 40 * 40
     used, skipped = expected_stream(source, reasons, count)
-    assert {content for content, _ in source.bad.values()} == {content for content, _ in broken.bad_files().values()}
+    assert set(source.bad.values()) == set(broken.bad_files().values())
     for _ in range(2):
         batches = pipeline.iterate(settings(batch=40), source, None, start=0)
         drawn = [next(batches)["views"] for _ in range(count // 40)]
@@ -61,7 +61,7 @@ def test_bad_pictures_are_replaced_and_counted(every: int, trials) -> None:
         assert (seen[:, 0] + 256 * seen[:, 1]).tolist() == used
         for reason, number in skipped.items():
             assert trials.add(batches.skipped[reason] == number), (reason, batches.skipped, skipped)
-    trials.figure = f"{1 / every:.0%} bad: counts of {sum(skipped.values())} bad pictures in {count:,} exact"
+    trials.figure = f"{1 / every:.0%} bad: {sum(skipped.values())} bad pictures in {count:,} samples, all counted"
 
 
 @pytest.mark.slow
@@ -108,7 +108,9 @@ def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-BOMBS = """
+BOMBS = (
+    PEAK
+    + """
 import json, pathlib, resource, sys, time
 from m3i_jax.data import records
 
@@ -117,14 +119,15 @@ records.decode(folder.joinpath("first").read_bytes())  # so that libraries are l
 used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)
 for path in sorted(folder.glob("*.bomb")):
-    content, before, start = path.read_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    content, before, start = path.read_bytes(), peak(), time.process_time()
     try:
         records.decode(content)
         reason = ""
     except records.BadRecord as error:
         reason = error.reason
-    print(json.dumps([path.stem, reason, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, time.process_time() - start]))
+    print(json.dumps([path.stem, reason, peak() - before, time.process_time() - start]))
 """
+)
 
 
 @pytest.mark.fast
@@ -339,8 +342,6 @@ def test_broken_tars_give_what_is_whole(trials, tmp_path: pathlib.Path, caplog) 
 @pytest.mark.slow
 @pytest.mark.row("C7")
 def test_a_million_members(trials, tmp_path: pathlib.Path) -> None:
-    import resource
-
     one = tarfile.TarInfo("0000000.jpg").tobuf()
     with open(tmp_path / "0.tar", "wb") as out:
         for i in range(1_000_000):
@@ -349,52 +350,9 @@ def test_a_million_members(trials, tmp_path: pathlib.Path) -> None:
             header[148:156] = b" " * 8
             header[148:156] = b"%06o\0 " % sum(header)
             out.write(header)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    source = Tars(str(tmp_path / "0.tar"))
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert trials.add(len(source) == 1_000_000 and source.key(999_999) == "0999999")
-    trials.figure = f"10^6 members: {grown:.0f} MB while the index is built"
-
-
-@pytest.mark.fast
-@pytest.mark.row("C8")
-def test_no_flip_of_an_array_record_is_silent(trials, tmp_path: pathlib.Path) -> None:
-    """200 flipped bits of shard, columns and index: refused at the start, a record that counts as damaged, or nothing changed at all."""
-    pytest.importorskip("array_record.python.array_record_module")
-    rng = np.random.default_rng(0)
-    written = [sources.Record(f"key {i}", rng.bytes(20_000), i % 3, f"caption {i}".encode()) for i in range(12)]
-    shard = tmp_path / "x-00000-of-00001.array_record"
-    array_records.write_shard(str(shard), written)
-    array_records.write_index(str(tmp_path), classes=("a", "b", "c"))
-    before = array_records.ArrayRecords(str(tmp_path))
-    silent, refused, replaced = [], 0, 0
-    files = [(path, path.read_bytes()) for path in sorted(tmp_path.iterdir())]
-    for path, content in files:
-        share = 160 if path == shard else 20
-        for at in rng.integers(0, len(content), share).tolist():
-            damaged = bytearray(content)
-            damaged[at] ^= 1 << int(rng.integers(0, 8))
-            path.write_bytes(damaged)
-            try:
-                source = array_records.ArrayRecords(str(tmp_path))
-                got = [source[i] for i in range(len(source))]
-            except UserError:
-                refused += 1
-            else:
-                bad = [r for r in got if r.image == array_records.DAMAGED]
-                same = [r for r in got if r in written]
-                told = len(bad) + len(same) == 12 == len(got) or source.fingerprint() != before.fingerprint()
-                hashes = (sources.key_hashes(source) == sources.key_hashes(before)).all() or source.fingerprint() != before.fingerprint()
-                replaced += len(bad)
-                if not (told and hashes):
-                    silent.append((path.name, at))
-            trials.add(not silent)
-        path.write_bytes(content)
-    trials.figure = f"{len(silent)} of {trials.trials} flips silent; {refused} refused at the start, {replaced} records replaced"
-    assert not silent and trials.trials == 200, silent
-    for at in rng.integers(1, len(files[1][1]), 20).tolist():
-        shard.write_bytes(files[1][1][:at])
-        with pytest.raises(UserError):
-            source = array_records.ArrayRecords(str(tmp_path))
-            assert any(source[i].image == array_records.DAMAGED for i in range(12)), at
-            raise UserError("told as damaged records")
+    code = PEAK + "import sys\nfrom m3i_jax.data.tars import Tars\nfirst = peak()\nsource = Tars(sys.argv[1])\n"
+    code += "print(len(source), source.key(999_999), peak() - first)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "0.tar")], cwd=ROOT, capture_output=True, text=True, check=True)
+    count, key, grown = done.stdout.split()
+    assert trials.add((count, key) == ("1000000", "0999999") and int(grown) < 2 << 20)
+    trials.figure = f"10^6 members: {int(grown) / 1024:.0f} MB while the index is built"

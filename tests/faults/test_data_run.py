@@ -1,4 +1,4 @@
-"""Rows C9 to C12, and C1 for odd but sound pictures: what happens to files and workers while batches are made."""
+"""Rows C8 to C12, and C1 for odd but sound pictures: what happens to files and workers while batches are made."""
 
 import copy
 import dataclasses
@@ -321,3 +321,47 @@ def test_pictures_that_are_odd_but_whole_are_no_bad_records(tmp_path: pathlib.Pa
     next(batches)
     batches.close()
     assert not any(batches.skipped.values()) and len(set(batches.record.tolist())) == len(good_files()) == 17
+
+
+@pytest.mark.fast
+@pytest.mark.row("C8")
+def test_no_flip_of_an_array_record_is_silent(trials, tmp_path: pathlib.Path) -> None:
+    """200 flipped bits of shard, columns and index: refused at the start, a record that counts as damaged, or nothing changed at all."""
+    pytest.importorskip("array_record.python.array_record_module")
+    rng = np.random.default_rng(0)
+    written = [sources.Record(f"key {i}", rng.bytes(20_000), i % 3, f"caption {i}".encode()) for i in range(12)]
+    shard = tmp_path / "x-00000-of-00001.array_record"
+    array_records.write_shard(str(shard), written)
+    array_records.write_index(str(tmp_path), classes=("a", "b", "c"))
+    before = array_records.ArrayRecords(str(tmp_path))
+    silent, refused, replaced = [], 0, 0
+    files = [(path, path.read_bytes()) for path in sorted(tmp_path.iterdir())]
+    for path, content in files:
+        share = 160 if path == shard else 20
+        for at in rng.integers(0, len(content), share).tolist():
+            damaged = bytearray(content)
+            damaged[at] ^= 1 << int(rng.integers(0, 8))
+            path.write_bytes(damaged)
+            try:
+                source = array_records.ArrayRecords(str(tmp_path))
+                got = [source[i] for i in range(len(source))]
+            except UserError:
+                refused += 1
+            else:
+                bad = [r for r in got if r.image == array_records.DAMAGED]
+                same = [r for r in got if r in written]
+                told = len(bad) + len(same) == 12 == len(got) or source.fingerprint() != before.fingerprint()
+                hashes = (sources.key_hashes(source) == sources.key_hashes(before)).all() or source.fingerprint() != before.fingerprint()
+                replaced += len(bad)
+                if not (told and hashes):
+                    silent.append((path.name, at))
+            trials.add(not silent)
+        path.write_bytes(content)
+    trials.figure = f"{len(silent)} of {trials.trials} flips silent; {refused} refused at the start, {replaced} records replaced"
+    assert not silent and trials.trials == 200, silent
+    for at in rng.integers(1, len(files[1][1]), 20).tolist():
+        shard.write_bytes(files[1][1][:at])
+        with pytest.raises(UserError):
+            source = array_records.ArrayRecords(str(tmp_path))
+            assert any(source[i].image == array_records.DAMAGED for i in range(12)), at
+            raise UserError("told as damaged records")

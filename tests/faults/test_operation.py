@@ -17,9 +17,10 @@ from m3i_jax import main as command
 from m3i_jax import schema
 from m3i_jax.data import array_records, crops, hugging_face, remote, tfds
 from m3i_jax.errors import UserError
-from m3i_jax.modes import train
+from m3i_jax.modes import fitting, train
 from m3i_jax.reporting import writers
 from tests.faults.hostile import ROOT
+from tests.modes import test_fitting
 from tests.test_config import BAD
 from tests.test_main import TINY, environment
 
@@ -84,6 +85,16 @@ def test_each_is_refused_in_five_seconds_of_a_processor(trials, tmp_path: pathli
         most = max(most, seconds)
         assert trials.add(done.returncode == 2 and wanted in done.stderr and seconds < 5), (name, seconds, done.stderr)
     trials.figure = f"{trials.passed} of {trials.trials} with exit 2, at most {most:.1f} s of a core"
+
+
+@pytest.mark.fast
+@pytest.mark.row("E2")
+def test_the_largest_batch_that_fits_is_said(trials) -> None:
+    """Ten sizes of memory, against a compiler that is a formula; what a real compiler says is tried in tests/modes/test_compile.py."""
+    for largest in (0, 1, 2, 3, 5, 8, 11, 13, 15, 16):
+        attempt, _ = test_fitting.machine(10.0 + largest + 0.5, silent=bool(largest % 2))
+        assert trials.add(fitting.largest(attempt, 6) == largest), largest
+    trials.figure = f"{trials.passed} of {trials.trials} right, against a formula; no chip was here to run out of memory"
 
 
 def job(workdir: pathlib.Path, fingerprint: str = "f", **changes: Any) -> Any:

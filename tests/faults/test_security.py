@@ -21,7 +21,7 @@ from m3i_jax.data.folder import Folder
 from m3i_jax.data.tars import Tars
 from m3i_jax.errors import UserError
 from m3i_jax.reporting import writers
-from tests.faults.hostile import JPEG, ROOT, read_all, tar
+from tests.faults.hostile import JPEG, PEAK, ROOT, read_all, tar
 
 
 def pickled(canary: pathlib.Path) -> bytes:
@@ -214,8 +214,10 @@ def test_a_configuration_outside_the_data_is_run(tmp_path: pathlib.Path, monkeyp
     assert code == 2 and "did you mean folder?" in capsys.readouterr().err and (tmp_path / "ran").is_dir()
 
 
-BOMBS = """
-import json, os, pathlib, resource, sys, time
+BOMBS = (
+    PEAK
+    + """
+import json, os, pathlib, sys, time
 from m3i_jax.data import array_records, arrays, class_names, sources, tokenizer
 from m3i_jax.data.tars import Tars
 from m3i_jax.errors import UserError
@@ -239,10 +241,11 @@ acts = {
     "claims": lambda: arrays.load(str(folder / "claims.npz")) is None,
 }
 for name, act in acts.items():
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before, start = peak(), time.process_time()
     good = act()
-    print(json.dumps([name, good, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, time.process_time() - start]))
+    print(json.dumps([name, good, peak() - before, time.process_time() - start]))
 """
+)
 
 
 @pytest.mark.fast

@@ -41,9 +41,9 @@ def unsafe(source: str, name: str) -> list[str]:
                     found.append(f"{argument}=")
             if called.split(".")[-1] == "load" and called.split(".")[0] in ("np", "numpy") and "allow_pickle" not in keywords:
                 found.append(f"{called} without allow_pickle=False")
-            if called.split(".")[-1] in ("chmod", "fchmod", "mkdir", "makedirs", "open"):
+            if called.split(".")[-1] in ("chmod", "fchmod", "mkdir", "makedirs"):
                 modes = [a for a in [*node.args, *keywords.values()] if isinstance(a, ast.Constant) and type(a.value) is int]
-                found += [f"{called} for everybody" for a in modes if called != "open" and 0o100 < a.value <= 0o7777 and a.value & 0o002]
+                found += [f"{called} for everybody" for a in modes if 0o100 < a.value <= 0o7777 and a.value & 0o002]
         out += [f"{name}:{node.lineno}: {what}" for what in found if (name, what) not in ALLOWED]
     return out
 
