@@ -43,9 +43,9 @@ class Job:
         """What the fingerprint is made of, a line each."""
         return pipeline.identity(self.config, self.train)
 
-    def batches(self, start: int) -> Any:
-        """Host batches from sample `start` on, with the views that the objective reads."""
-        views, host, hosts = plan.read(self.config).crops, jax.process_index(), jax.process_count()
+    def batches(self, start: int, views: tuple[int, ...] = ()) -> Any:
+        """Host batches from sample `start` on, with these views or those that the objective reads."""
+        views, host, hosts = views or plan.read(self.config).crops, jax.process_index(), jax.process_count()
         return pipeline.iterate(self.config, self.train, self.tokenizer, start=start, host=host, hosts=hosts, views=views)
 
 

@@ -68,6 +68,7 @@ def write(
     captions: Sequence[str],
     classes: Sequence[str],
     originals: Sequence[np.ndarray] = (),
+    blended: np.ndarray | None = None,
 ) -> None:
     """Write a contact sheet as PNG: two partners a row; of each the original with its crops, both views, mask, mixed input, label, caption.
 
@@ -78,6 +79,7 @@ def write(
       captions: R strings, empty where there is none.
       classes: names of the categories.
       originals: R pictures uint8 [H, W, 3] at their full size, to show with the frames of the views; or none.
+      blended: uint8 [R, S, S, 3], inputs of an objective that blends whole pictures: shown instead of target view, mask and mixed input.
 
     Raises:
       UserError: if the file cannot be written.
@@ -96,7 +98,8 @@ def write(
     paired = rows // 2 * 2
     inputs = mixed(views[:paired, 0], mask_RxN[:paired]) if paired else views[:0, 0]
 
-    columns = ("original", *COLUMNS) if len(originals) else COLUMNS
+    shown = COLUMNS if blended is None else (COLUMNS[0], "blended input")
+    columns = ("original", *shown) if len(originals) else shown
     chips = dict(zip(COLUMNS, BOXES, strict=False)) if len(originals) else {}
     block = len(columns) * (side + GAP) - GAP
     lines = int(any(names)) + int(any(captions))
@@ -107,8 +110,11 @@ def write(
         own, other = (PARTNER, OWN) if second else (OWN, PARTNER)
         left, top = MARGIN + second * (block + BETWEEN), MARGIN + HEAD + row // 2 * pitch
         tiles = [framed(originals[row], batch["box"][row], batch["flip"][row], side)] if len(originals) else []
-        tiles += [sheet.picture(views[row, 0], side), sheet.picture(views[row, 1], side), sheet.mask(mask_RxN[row], side, own, other)]
-        tiles += [sheet.picture(inputs[row], side)] if row < len(inputs) else []
+        if blended is not None:
+            tiles += [sheet.picture(views[row, 0], side), sheet.picture(blended[row], side)]
+        else:
+            tiles += [sheet.picture(views[row, 0], side), sheet.picture(views[row, 1], side), sheet.mask(mask_RxN[row], side, own, other)]
+            tiles += [sheet.picture(inputs[row], side)] if row < len(inputs) else []
         for column, tile in enumerate(tiles):
             x = left + column * (side + GAP)
             page.tile(x, top, tile)

@@ -4,10 +4,12 @@ import numpy as np
 from PIL import Image
 
 from m3i_jax import schema
-from m3i_jax.data import crops, pipeline, records, sources
+from m3i_jax.data import blend, crops, pipeline, records, sources
 from m3i_jax.data.folder import Folder
+from m3i_jax.modes import job as jobs
+from m3i_jax.modes import preview as show
 from m3i_jax.reporting import preview, sheet
-from tests import broken
+from tests import broken, toy
 
 
 def test_the_record_of_a_row_gives_its_views(tmp_path):
@@ -65,3 +67,26 @@ def test_a_sheet_with_originals_has_one_column_more(tmp_path):
     top, left = sheet.MARGIN + preview.HEAD, sheet.MARGIN
     wanted = np.asarray(preview.framed(originals[0], batch["box"][0], batch["flip"][0], side))
     np.testing.assert_array_equal(pixels[top : top + side, left : left + side], wanted)
+
+
+def test_a_fine_tuning_shows_what_is_blended(tmp_path):
+    """The input that the step makes, instead of a mask that it does not read; and both views of objectives that read one are cut."""
+    changes = {"data__size": 40, "data__classes": -1, "data__captions": "no", "train__batch_size": 16, "data__augment__mixup": 0.8}
+    config = toy.settings(**changes, objective__forms="finetune")
+    assert show.run(config, workdir=str(tmp_path), allow_changes=False) == 0
+    job = jobs.open_job(config, str(tmp_path))
+    data = job.batches(0)
+    batch = {name: value[:8] for name, value in next(data).items()}
+    data.close()
+    assert not batch["views"][:, 1].any()
+    side = sheet.tile_side(32, 4)
+    with Image.open(tmp_path / "preview.png") as image:
+        assert image.width == 2 * sheet.MARGIN + preview.BETWEEN + 2 * (3 * (side + sheet.GAP) - sheet.GAP)
+        pixels = np.asarray(image.convert("RGB"))
+    share = blend.draw(batch["position"], seed=config.seed, size=32, settings=config.data.augment).share[0]
+    clean = batch["views"][:2, 0] / 255
+    wanted = (share * clean[0] + (1 - share) * clean[1]) * 255
+    left, top = sheet.MARGIN + 2 * (side + sheet.GAP), sheet.MARGIN + preview.HEAD
+    shown = pixels[top : top + side, left : left + side]
+    zoom = side // 32
+    np.testing.assert_allclose(shown[zoom // 2 :: zoom, zoom // 2 :: zoom], wanted, atol=2.5)
