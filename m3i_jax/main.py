@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--processes", default="", metavar="N", help="of several hosts: how many")
     out.add_argument("--process-id", default="", metavar="I", help="of several hosts: which this is, from 0")
     out.add_argument("--allow-changes", action="store_true", help="resume although the configuration or the data changed")
-    out.add_argument("--checkpoint", default="", metavar="DIR", help="eval: another run, or one checkpoint of it")
+    out.add_argument("--checkpoint", default="", metavar="PLACE", help="eval: another run, one checkpoint of it, or what init_from takes")
     out.add_argument("--topology", default="", metavar="NAME", help="compile: for what, such as v5e:4x4, v5p:4x4x4, h100:8, cpu:8")
     out.add_argument("--memory", default="", metavar="GIB", help="compile: memory of a device, if not what its kind has")
     out.add_argument("--largest-batch", action="store_true", help="compile: search the largest batch that fits")

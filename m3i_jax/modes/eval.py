@@ -5,6 +5,7 @@ The file is written anew after every evaluator. The same command goes on with th
 or other data begin a new one.
 """
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -31,7 +32,10 @@ SAME = ("evaluate.", "data.", "model.", "objective.", "seed ")  # settings that 
 
 def run(config: schema.Config, *, workdir: str, allow_changes: bool, checkpoint: str = "") -> int:
     del allow_changes
-    place, step = found(checkpoint or workdir, "--checkpoint" if checkpoint else "--workdir")
+    there = found(checkpoint or workdir, "--checkpoint" if checkpoint else "--workdir", needed=not checkpoint)
+    if there is None:
+        config = of_another(config, checkpoint)
+    step = there[1] if there else 0
     job = jobs.open_job(config, workdir, trains=[config.objective.forms])
     distributed.agree("data", {"data": job.identity})
     asked, sets = evaluators.measures(job, print if not jax.process_index() else lambda _: None, picture=lambda: f"{step:08d}")
@@ -40,15 +44,26 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool, checkpoint:
             "--mode=eval: nothing that is asked for can be evaluated with this data and objective; see config.evaluate in --help"
         )
     trainer = Trainer(job.config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
-    checkpoints = Checkpoints(place, job.config.train.keep)
-    state = checkpoints.restore(step, trainer.template, trainer.shardings)
-    checkpoints.close()
+    if there:
+        checkpoints = Checkpoints(there[0], job.config.train.keep)
+        state = checkpoints.restore(step, trainer.template, trainer.shardings)
+        checkpoints.close()
+    else:
+        state = trainer.init()
     settings = [line for line in configuration.to_text(job.config).splitlines() if line.startswith(SAME)]
     about = {
-        "checkpoint": str(place / str(step)), "step": step, "encoder": job.config.evaluate.encoder,
+        "checkpoint": str(there[0] / str(step)) if there else checkpoint, "step": step, "encoder": job.config.evaluate.encoder,
         "of": sources.digest(*settings, job.identity, str(len(job.held_out))),
     }  # fmt: skip
     return evaluate(job, about, asked, features.Seen(sets, features.parameters(job.config, state), lambda: None))
+
+
+def of_another(config: schema.Config, place: str) -> schema.Config:
+    """The configuration that evaluates the encoder of something that is no checkpoint of ours, as `init_from` reads it: its features alone,
+    for there are no heads with it."""
+    alone = dataclasses.replace(config.evaluate, features="mean", encoder="online", direct=False, zero_shot=False, retrieval=False)
+    more = {"init": dataclasses.replace(config.init, only=("^encoder/",))} if hasattr(config, "init") else {}
+    return dataclasses.replace(config, init_from=place, evaluate=alone, **more)
 
 
 def evaluate(job: jobs.Job, about: dict[str, Any], asked: dict[str, features.Measure], seen: features.Seen) -> int:
@@ -90,8 +105,9 @@ def before(place: pathlib.Path, about: dict[str, Any]) -> dict[str, dict[str, fl
     return saved.get("results", {}) if same else {}
 
 
-def found(where: str, flag: str) -> tuple[pathlib.Path, int]:
-    """(directory of checkpoints, step) of a run, its directory of checkpoints, or one of them.
+def found(where: str, flag: str, *, needed: bool = True) -> tuple[pathlib.Path, int] | None:
+    """(directory of checkpoints, step) of a run, its directory of checkpoints, or one of them; None for another thing that is there, if no
+    checkpoint of ours is needed.
 
     Raises:
       UserError: there is no checkpoint.
@@ -102,4 +118,6 @@ def found(where: str, flag: str) -> tuple[pathlib.Path, int]:
     for directory in (place / "checkpoints", place):
         if there := steps.listed(directory):
             return directory, max(there)
+    if not needed and place.exists():
+        return None
     raise UserError(f"{flag}: {where!r} has no complete checkpoint; give the --workdir of a run that saved one, or one of its checkpoints")
