@@ -181,6 +181,7 @@ def settings(c: schema.Config) -> None:
     _ranges(c)
     _towers(c)
     _compared(c)
+    _chunks(c)
     patch, image = c.model.encoder.patch_size, c.data.image_size
     _require(
         patch >= 1 and image % max(patch, 1) == 0, "data.image_size", image, f"must be a multiple of model.encoder.patch_size, {patch}"
@@ -206,6 +207,13 @@ def settings(c: schema.Config) -> None:
     _require(warm >= -1, "optim.warmup_steps", warm, "must be at least 0, or -1 for optim.warmup_epochs")
     _require(not steps or warm <= steps, "optim.warmup_steps", warm, f"must not exceed train.steps, {steps}")
     _require(bool(steps or c.train.epochs), "train.epochs", c.train.epochs, "gives no step to train; set train.epochs or train.steps")
+
+
+def _chunks(c: schema.Config) -> None:
+    o, rows = c.objective, c.train.batch_size
+    rows //= (2 if o.pairing == "halves" else 1) * (c.train.microbatches if o.text_softmax == "microbatch" else 1)
+    why = f"must be 0 or divide the {rows} pairs of picture and caption that are compared"
+    _require(o.text_chunk == 0 or (o.text_chunk > 0 and rows % o.text_chunk == 0), "objective.text_chunk", o.text_chunk, why)
 
 
 def _compared(c: schema.Config) -> None:

@@ -238,6 +238,7 @@ class Objective:
         "negatives", "captions of a batch that are the same text: negatives of each other, or not", "negatives", "ignored"
     )
     text_softmax: str = option("batch", "negatives of the text posterior with microbatches", "batch", "microbatch")
+    text_chunk: int = option(0, "captions compared with all images at once, so that no B x B matrix is made; divides the batch; 0: all")
     second_group: tuple[str, ...] = option(("category", "text"), "names of the terms that lambda scales; the others are the first group")
     weighting: str = option(
         "dynamic", "dynamic: lambda from the gradient norms (Eq. 13); fixed: lambda = gamma [P: dynamic]", "dynamic", "fixed"

@@ -46,6 +46,8 @@ BAD = {
     "objective.intra_positions=masked": "all, hidden",
     "objective.text_softmax=device": "batch, microbatch",
     # impossible values
+    "objective.text_chunk=3": "must be 0 or divide the 4096 pairs",
+    "objective.text_chunk=-2": "must be 0 or divide",
     "data.image_size=225": "multiple of model.encoder.patch_size",
     "data.image_size=16": "2 to 64 a side",
     "data.image_size=0": "at least 1",

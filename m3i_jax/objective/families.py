@@ -34,6 +34,7 @@ class Given:
     keys, index      targets of the whole batch [B, ...], and which of them belong to the rows [R]
     parameters       prototypes [K, D], or the logarithm of the inverse temperature of text
     group            [R] rows of equal number are no negatives of each other
+    chunk            captions that are compared at once; 0: all
     """
 
     weight: float = 0.0
@@ -44,6 +45,7 @@ class Given:
     index: jax.Array | None = None
     parameters: Any = None
     group: jax.Array | None = None
+    chunk: int = 0
 
 
 class Family(Protocol):
@@ -295,7 +297,7 @@ class Text(_Softmax):
     """
 
     def cost(self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: Given) -> Cost:
-        total, count = posterior.text(prediction, target, given.parameters, where, group_B=given.group)
+        total, count = posterior.text(prediction, target, given.parameters, where, group_B=given.group, chunk=given.chunk)
         return Cost(total, count, self.evidence(total, count, count))
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from m3i_jax.objective.pairwise import Pairs, normalizers, similarities
 from m3i_jax.objective.rows import ABSENT, EXACT, counted, float32, pick, same, unit, weighted_sum
 
 
@@ -232,6 +233,7 @@ def text(
     where_B: ArrayLike | None = None,
     *,
     group_B: ArrayLike | None = None,
+    chunk: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Text posterior: the symmetric contrastive loss of CLIP over the whole batch (M3I section 3.2, weakly-supervised).
 
@@ -246,6 +248,8 @@ def text(
       where_B: weight of a pair, bool or float >= 0; a pair of weight 0 is neither a query nor a negative. None counts every pair once.
       group_B: integers; pairs of equal number, such as those of equal captions, are no negatives of each other. A pair stays its own
         positive. None: all other pairs are negatives.
+      chunk: captions whose similarities to all images are in memory at once, in forward and backward; must divide B. 0: all, as one B x B
+        matrix. Same numbers; the product of similarities is computed once more in the backward.
 
     Returns:
       (sum over pairs of weight * cost in nats, sum of weights), float32 scalars; (0, 0) if no pair counts.
@@ -267,17 +271,18 @@ def text(
         raise ValueError(f"image and text have shape {u_BxE.shape}; they must be [B, E]")
     u_BxE, v_BxE, weight_B = counted(u_BxE, v_BxE, where_B)
     u_BxE, v_BxE = unit(u_BxE) * jnp.exp(float32(log_scale)), unit(v_BxE)
-    logits_BxB = jnp.matmul(u_BxE, v_BxE.T, precision=EXACT)
-    if where_B is not None:
-        counts_B = weight_B > 0
-        logits_BxB = jnp.where(counts_B[:, None] & counts_B[None, :], logits_BxB, ABSENT)
+    batch = u_BxE.shape[0]
     if group_B is not None:
         group_B = jnp.asarray(group_B)
         same("group", group_B.shape, "the rows", weight_B.shape)
-        row_B = jnp.arange(group_B.shape[0])
-        twin_BxB = (group_B[:, None] == group_B[None, :]) & (row_B[:, None] != row_B[None, :])
-        logits_BxB = jnp.where(twin_BxB, ABSENT, logits_BxB)
-    normalizer_B = (jax.nn.logsumexp(logits_BxB, axis=1) + jax.nn.logsumexp(logits_BxB, axis=0)) / 2
+    rows = Pairs(jnp.arange(batch), None if where_B is None else weight_B > 0, group_B)
+    if chunk and batch % chunk:
+        raise ValueError(f"{batch} pairs cannot be cut into chunks of {chunk}")
+    if chunk and chunk < batch:
+        normalizer_B = normalizers(chunk, u_BxE, v_BxE, rows)
+    else:
+        logits_BxB = similarities(u_BxE, v_BxE, rows, rows)
+        normalizer_B = (jax.nn.logsumexp(logits_BxB, axis=1) + jax.nn.logsumexp(logits_BxB, axis=0)) / 2
     return weighted_sum(normalizer_B - (u_BxE * v_BxE).sum(-1), weight_B), weight_B.sum()
 
 

@@ -33,17 +33,28 @@ MOST_NOT_FINITE = 3  # steps in a row that may be skipped because something was 
 MOMENT = "moment"  # the one metric that is a matrix: its eigenvalues are worth a look only when a line is written
 
 
-def _microbatches(tree: Any, count: int) -> Any:
-    """[B, ...] -> [k, B/k, ...] in pairs dealt out like cards: each device keeps its rows, and partners stay together on any mesh."""
+def _microbatches(tree: Any, count: int, pairs: int) -> Any:
+    """[B, ...] -> [k, B/k, ...] in pairs dealt out like cards: each device keeps its rows, and partners stay together on any mesh. Arrays
+    with one row a pair are dealt the same way."""
 
     def one(x: jax.Array) -> jax.Array:
-        dealt = x.reshape(x.shape[0] // (2 * count), count, 2, *x.shape[1:]).swapaxes(0, 1)
+        dealt = x.reshape(pairs // count, count, -1, *x.shape[1:]).swapaxes(0, 1)
         return parallel.hint(dealt.reshape(count, -1, *x.shape[1:]), None, parallel.DATA)
 
     return jax.tree.map(one, tree)
 
 
-def _text_gradients(plan: Plan, params: Any, parts: Any) -> tuple[Costs, Cached]:
+def _whole(tree: Any, count: int, pairs: int) -> Any:
+    """The inverse: all microbatches as one batch in its order, so that it lies on the devices as the batch does."""
+
+    def one(x: jax.Array) -> jax.Array:
+        collected = x.reshape(count, pairs // count, -1, *x.shape[2:]).swapaxes(0, 1)
+        return parallel.hint(collected.reshape(-1, *x.shape[2:]), parallel.DATA)
+
+    return jax.tree.map(one, tree)
+
+
+def _text_gradients(plan: Plan, params: Any, batch: Batch, parts: Any) -> tuple[Costs, Cached]:
     """The text terms over all rows of all microbatches: their costs, and their gradients at every embedding."""
 
     def embed(_: None, part: Any) -> tuple[None, Any]:
@@ -52,20 +63,18 @@ def _text_gradients(plan: Plan, params: Any, parts: Any) -> tuple[Costs, Cached]
         return None, terms.embeddings(plan, params, vectors, batch)
 
     _, (images, captions) = jax.lax.scan(embed, None, parts)
-    flat = functools.partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
-    rows, count = flat(parts[0]), parts[0]["mask"].shape[0]
+    count, pairs = parts[0]["mask"].shape[0], batch["mask"].shape[0] // 2
 
     def costs(u: Arrays, v: Arrays, s: Arrays) -> tuple[jax.Array, Costs]:
-        out = {i: terms.text_costs(plan, {i: u[i]}, v[i], s[i], rows)[i] for i in u}
+        out = {i: terms.text_costs(plan, {i: u[i]}, v[i], s[i], batch)[i] for i in u}
         return sum((cost.sum for cost in out.values()), jnp.zeros(())), out
 
-    u, v = flat(images), flat(captions)
+    u, v = _whole((images, captions), count, pairs)
     (_, value), (du, dv, ds) = jax.value_and_grad(costs, (0, 1, 2), has_aux=True)(
         u, dict.fromkeys(u, v), dict.fromkeys(u, params["logit_scale"])
     )
-    back = functools.partial(jax.tree.map, lambda x: x.reshape(count, -1, *x.shape[1:]))
-    spread = jax.tree.map(lambda x: jnp.broadcast_to(x / count, (count,)), ds)
-    return value, Cached(images=back(du), captions=back(dv), log_scale=spread)
+    du, dv = _microbatches((du, dv), count, pairs)
+    return value, Cached(images=du, captions=dv, log_scale=jax.tree.map(lambda x: jnp.broadcast_to(x / count, (count,)), ds))
 
 
 def gradients(
@@ -108,15 +117,15 @@ def gradients(
         keys, moments = goals, targets.moments(plan, goals)
         grads, (costs, squares) = contribute(batch, crops, goals, None, None)
     else:
-        parts = _microbatches(batch, count)
+        size = batch["mask"].shape[0]
+        parts, rows = _microbatches((batch, jnp.arange(size)), count, size // 2)
         crops, goals = jax.lax.map(look, parts)
-        rows = jnp.arange(batch["mask"].shape[0]).reshape(count, -1)
-        keys = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), goals)
+        keys = _whole(goals, count, size // 2)
         moments = targets.moments(plan, keys)
         whole: Costs = {}
         cached = None
         if plan.where("text") and config.objective.text_softmax == "batch":
-            whole, cached = _text_gradients(plan, params, (parts, crops))
+            whole, cached = _text_gradients(plan, params, batch, (parts, crops))
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, contribute(*part)), None

@@ -249,7 +249,7 @@ def text_costs(plan: Plan, images: Arrays, captions: jax.Array, log_scale: jax.A
     for i, u_RxE in images.items():
         term = plan.terms[i]
         mates = None if group is None else of_image(plan, term, group)
-        given = Given(parameters=log_scale, group=mates)
+        given = Given(parameters=log_scale, group=mates, chunk=plan.config.objective.text_chunk)
         out[i] = term.posterior.cost(u_RxE, of_image(plan, term, captions), present(plan, term, batch), given)
     return out
 
