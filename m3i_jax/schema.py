@@ -200,6 +200,9 @@ class Model:
         "names",
         "full",
     )
+    keep_gathered: bool = option(
+        False, "on a mesh with an fsdp axis keep a block's gathered weights for the backward, or gather them again (remat=none keeps them)"
+    )
 
     category_std: float = option(0.0, "deviation of the first category weights; 0: Xavier (fine-tuning: 2e-5, linear probe: 0.01)")
 

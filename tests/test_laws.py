@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "__init__": {"objective", "version"},
     "checks": BASE | {"objective"},
     "config": BASE | {"objective", "checks"},
-    "models": BASE | {"objective"},
+    "models": BASE | {"objective", "parallel"},
     "data": BASE | {"objective"},
     "parallel": BASE,
     "reporting": BASE,

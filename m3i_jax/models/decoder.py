@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from m3i_jax import schema
 from m3i_jax.models.initial import draw, init_blocks, shapes_of
 from m3i_jax.models.layers import Block, Dense, LayerNorm, Params, add_positions, block
-from m3i_jax.models.stacked import run_blocks
+from m3i_jax.models.stacked import how, run_blocks
 from m3i_jax.objective import positions
 
 
@@ -131,7 +131,7 @@ def _project(model: schema.Model, params: Params, z_BxTxD: jax.Array) -> jax.Arr
     inwards, _, one = _parts(model)
     x_BxTxW = inwards.apply({"params": params["embed"]}, z_BxTxD)
     if model.decoder.projector_depth:
-        x_BxTxW = run_blocks(one, params["projector"], x_BxTxW, scan=model.scan, remat=model.remat)
+        x_BxTxW = run_blocks(one, params["projector"], x_BxTxW, **how(model))
     return x_BxTxW
 
 
@@ -148,7 +148,7 @@ def apply(
     """What the decoder makes of every query; `head` makes predictions of it.
 
     Args:
-      model: settings; `model.decoder`, `model.encoder.width`, `model.dtype`, `model.scan` and `model.remat` are read.
+      model: settings; `model.decoder`, `model.encoder.width`, `model.dtype` and those of `stacked.how` are read.
       params: as of `init`.
       z_BxKxD: encoder features of the image's own visible tokens, without cls.
       index_BxK: int, the cells of those tokens.
@@ -180,7 +180,7 @@ def apply(
     query_BxNxW = jnp.broadcast_to(query_BxNxW.astype(own_BxTxW.dtype), (own_BxTxW.shape[0], *query_BxNxW.shape[-2:]))
     x_BxTxW = jnp.concatenate([own_BxTxW[:, :first], placed_BxKxW, query_BxNxW], 1)
     wanted = slice(own_BxTxW.shape[1], None)
-    return run_blocks(one, params["blocks"], x_BxTxW, rows=wanted, scan=model.scan, remat=model.remat)
+    return run_blocks(one, params["blocks"], x_BxTxW, rows=wanted, **how(model))
 
 
 def head(model: schema.Model, params: Params, rows_BxNxW: jax.Array, of: str) -> jax.Array:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from m3i_jax import schema
+from m3i_jax import parallel, schema
 
 Params = Mapping[str, Any]
 
@@ -35,7 +35,9 @@ def _norm(over: str, eps: float, x_xD: jax.Array, scale_D: jax.Array, bias_D: ja
 
 
 def _mean(over: str, x_xD: jax.Array) -> jax.Array:
-    return x_xD.mean(-1 if over == "channels" else tuple(range(x_xD.ndim - 1)), keepdims=True)
+    if over == "channels":
+        return x_xD.mean(-1, keepdims=True)
+    return parallel.mean_over_devices(x_xD.mean(tuple(range(x_xD.ndim - 1)), keepdims=True))
 
 
 def _norm_forward(over: str, eps: float, x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> tuple[jax.Array, Any]:
@@ -167,8 +169,14 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
-        kernel = self.param("kernel", _SHAPE, (x.shape[-1], self.features))[:, columns].astype(self.dtype)
-        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel
+        kernel = self.param("kernel", _SHAPE, (x.shape[-1], self.features))
+        path = "/".join((*self.path, "kernel"))
+
+        def product(opened: Any, params: Params, x: jax.Array, *_: Any) -> jax.Array:
+            return x @ opened(params)[path][:, columns].astype(self.dtype)
+
+        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        y = parallel.by_hand(product, {path: kernel}, rows, dtype=self.dtype, stacked=False)
         if self.use_bias:
             y += self.param("bias", _SHAPE, (self.features,))[columns].astype(self.dtype)
         return y.reshape(*x.shape[:-1], -1)

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from m3i_jax import schema
+from m3i_jax import parallel, schema
 from m3i_jax.models.initial import draw, shapes_of
 from m3i_jax.models.layers import Dense, LayerNorm, Params, attend, batch_norm, from_heads, to_heads
 
@@ -127,7 +127,12 @@ def apply(
     (3, 6)
     """
     if model.pool.kind == "attention":
-        return _attention(model).apply({"params": params}, x_BxKxD, mask_BxK)
+        one = _attention(model)
+
+        def run(opened: Any, params: Params, x_BxKxD: jax.Array, _: None, mask_BxK: jax.Array | None) -> jax.Array:
+            return one.apply({"params": opened(params)}, x_BxKxD, mask_BxK)
+
+        return parallel.by_hand(run, params, x_BxKxD, None, mask_BxK, dtype=one.dtype, stacked=False)  # its four matrices travel together
     token_BxD = cls_BxD if model.pool.kind == "cls" else mean_token(x_BxKxD, mask_BxK)
     if token_BxD is None:
         raise ValueError("model.pool.kind is cls, but no cls token was given")

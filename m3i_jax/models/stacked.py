@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from m3i_jax import parallel, schema
 from m3i_jax.models.layers import Block, Params
 
 # q, k and v; what attention gives; the stream between the branches; the MLP before its GELU. Without `attended` a block computes two
@@ -25,18 +26,33 @@ POLICIES: dict[str, Callable[..., bool]] = {
 }
 
 
-def remember(step: Callable[..., Any], remat: str, *, scan: bool) -> Callable[..., Any]:
+def how(model: schema.Model) -> dict[str, Any]:
+    """The arguments of `run_blocks` that are settings.
+
+    >>> how(schema.Model())
+    {'scan': False, 'remat': 'none', 'keep_gathered': False}
+    """
+    return {"scan": model.scan, "remat": model.remat, "keep_gathered": model.keep_gathered}
+
+
+def remember(step: Callable[..., Any], remat: str, *, scan: bool, keep_gathered: bool = False) -> Callable[..., Any]:
     """`step` whose backward pass computes again what the policy `remat` does not keep; the same numbers.
 
     Args:
       step: one block.
       remat: none or one of POLICIES.
       scan: whether it is the body of a scan; elsewhere the compiler is kept from merging both computations.
+      keep_gathered: keep weights that were gathered for the forward, too. With none they are kept as all else is.
 
     >>> remember(len, "none", scan=True) is len
     True
     """
-    return step if remat == "none" else jax.checkpoint(step, policy=POLICIES[remat], prevent_cse=not scan)
+    if remat == "none":
+        return step
+    policy = POLICIES[remat]
+    if keep_gathered:
+        policy = _policies.save_from_both_policies(policy, _policies.save_only_these_names(parallel.GATHERED))
+    return jax.checkpoint(step, policy=policy, prevent_cse=not scan)
 
 
 def split_blocks(tree: Any, sizes: list[int]) -> list[Any]:
@@ -61,6 +77,7 @@ def run_blocks(
     rows: slice | None = None,
     scan: bool = False,
     remat: str = "none",
+    keep_gathered: bool = False,
 ) -> jax.Array:
     """Runs stacked blocks one after the other.
 
@@ -75,6 +92,7 @@ def run_blocks(
         wanted rows alone would be other numbers than SiameseIM's.
       scan: one `lax.scan` over the blocks instead of a Python loop. Same numbers; compile time does not grow with depth.
       remat: what the backward pass keeps of a block: none (of recomputation), dots, names or full.
+      keep_gathered: on a mesh with an fsdp axis, whether it keeps the gathered weights of a block or gathers them again.
 
     Returns:
       [B, T, D], or [B, len(rows), D].
@@ -93,26 +111,30 @@ def run_blocks(
     depth = jax.tree.leaves(stacked)[0].shape[0]
     if keep_BxLx2 is not None and keep_BxLx2.shape != (x_BxTxD.shape[0], depth, 2):
         raise ValueError(f"keep factors have shape {keep_BxLx2.shape}; they must be {(x_BxTxD.shape[0], depth, 2)}: [B, L, 2]")
+    settings: dict[str, Any] = {"remat": remat, "scan": scan, "keep_gathered": keep_gathered}
     if rows is not None and block.norm == "batch":
-        every = run_blocks(block, stacked, x_BxTxD, keep_BxLx2=keep_BxLx2, where_BxT=where_BxT, scan=scan, remat=remat)
-        return every[:, rows]
-
-    def stepper(rows: slice | None) -> Any:
-        def step(x: jax.Array, layer: Any) -> jax.Array:
-            params, keep_Bx2 = layer
-            return block.apply({"params": params}, x, keep_Bx2, where_BxT, rows)
-
-        return remember(step, remat, scan=scan)
-
-    layers = (stacked, None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1))
+        return run_blocks(block, stacked, x_BxTxD, keep_BxLx2=keep_BxLx2, where_BxT=where_BxT, **settings)[:, rows]
     whole = depth if rows is None else depth - 1  # blocks that compute every row
-    if scan and whole:
-        parts = split_blocks(layers, [whole, depth - whole]) if whole < depth else [layers]
-        step = stepper(None)
-        x_BxTxD, _ = jax.lax.scan(lambda x, layer: (step(x, layer), None), x_BxTxD, parts[0])
-        rest = parts[1:]
-    else:
-        rest = split_blocks(layers, [1] * depth)
-    for left, layer in zip(range(len(rest) - 1, -1, -1), rest, strict=True):
-        x_BxTxD = stepper(None if left else rows)(x_BxTxD, jax.tree.map(lambda leaf: leaf[0], layer))
-    return x_BxTxD
+
+    def run(opened: Callable[[Any], Any], stacked: Params, x: jax.Array, keep_LxBx2: Any, where_BxT: Any) -> jax.Array:
+        def stepper(rows: slice | None) -> Any:
+            def step(x: jax.Array, layer: Any) -> jax.Array:
+                params, keep_Bx2 = layer
+                return block.apply({"params": opened(params)}, x, keep_Bx2, where_BxT, rows)
+
+            return remember(step, **settings)
+
+        layers = (stacked, keep_LxBx2)
+        if scan and whole:
+            parts = split_blocks(layers, [whole, depth - whole]) if whole < depth else [layers]
+            step = stepper(None)
+            x, _ = jax.lax.scan(lambda x, layer: (step(x, layer), None), x, parts[0])
+            rest = parts[1:]
+        else:
+            rest = split_blocks(layers, [1] * depth)
+        for left, layer in zip(range(len(rest) - 1, -1, -1), rest, strict=True):
+            x = stepper(None if left else rows)(x, jax.tree.map(lambda leaf: leaf[0], layer))
+        return x
+
+    keep_LxBx2 = None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1)
+    return parallel.by_hand(run, stacked, x_BxTxD, keep_LxBx2, where_BxT, dtype=block.dtype, stacked=True)

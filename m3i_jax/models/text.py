@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from m3i_jax import schema
 from m3i_jax.models.initial import draw, init_blocks, shapes_of
 from m3i_jax.models.layers import Block, Dense, LayerNorm, Params, block
-from m3i_jax.models.stacked import run_blocks
+from m3i_jax.models.stacked import how, run_blocks
 
 
 def _parts(model: schema.Model) -> tuple[Block, Dense]:
@@ -58,7 +58,7 @@ def apply(model: schema.Model, params: Params, tokens_BxL: jax.Array, length_B: 
     """Embeddings of captions, not normalised.
 
     Args:
-      model: settings; `model.text`, `model.dtype`, `model.scan` and `model.remat` are read.
+      model: settings; `model.text`, `model.dtype` and those of `stacked.how` are read.
       params: as of `init`.
       tokens_BxL: int ids; those from `length` on may be anything. L may be shorter than the position table.
       length_B: int, real tokens of each caption, start and end included. One of length 0 counts as its first token: finite, and never used.
@@ -85,7 +85,7 @@ def apply(model: schema.Model, params: Params, tokens_BxL: jax.Array, length_B: 
     # Of the last block only the row that stands for the caption is read, where that is the same row in every caption.
     wanted = slice(0, 1) if t.pool == "first" else None
     x_BxLxW = x_BxLxW.astype(model.dtype)
-    x_BxLxW = run_blocks(one, params["blocks"], x_BxLxW, where_BxT=real_BxL, rows=wanted, scan=model.scan, remat=model.remat)
+    x_BxLxW = run_blocks(one, params["blocks"], x_BxLxW, where_BxT=real_BxL, rows=wanted, **how(model))
     if t.pool == "last":
         x_BxLxW = jnp.take_along_axis(x_BxLxW, jnp.clip(length_B - 1, 0, steps - 1)[:, None, None], 1)
     x_BxLxW = LayerNorm().apply({"params": params["norm"]}, x_BxLxW.astype(jnp.float32))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from m3i_jax import schema
 from m3i_jax.models.initial import draw, init_blocks, shapes_of
 from m3i_jax.models.layers import Block, Dense, LayerNorm, Params, add_positions, block
-from m3i_jax.models.stacked import run_blocks, split_blocks
+from m3i_jax.models.stacked import how, run_blocks, split_blocks
 from m3i_jax.objective import mixing, positions, posterior
 
 
@@ -86,7 +86,7 @@ def apply(
     """Features of every token.
 
     Args:
-      model: settings; `model.encoder`, `model.dtype`, `model.scan` and `model.remat` are read.
+      model: settings; `model.encoder`, `model.dtype` and those of `stacked.how` are read.
       params: as of `init`; the momentum target is another tree of the same kind.
       patches_BxNxP: normalised pixels, as of `patchify`.
       grid: patches a side, N = grid * grid.
@@ -125,7 +125,7 @@ def apply(
         z_BxTxD = jnp.concatenate([cls_Bx1xD, z_BxTxD], 1)
     if blocks > 1:
         return _mean_of_last(model, params["blocks"], z_BxTxD, keep_BxLx2, blocks)
-    z_BxTxD = run_blocks(one, params["blocks"], z_BxTxD, keep_BxLx2=keep_BxLx2, scan=model.scan, remat=model.remat)
+    z_BxTxD = run_blocks(one, params["blocks"], z_BxTxD, keep_BxLx2=keep_BxLx2, **how(model))
     return LayerNorm().apply({"params": params["norm"]}, z_BxTxD) if e.final_norm else z_BxTxD
 
 
@@ -139,7 +139,7 @@ def _mean_of_last(model: schema.Model, stacked: Params, z_BxTxD: jax.Array, keep
     def run(z: jax.Array, layers: Any) -> jax.Array:
         params, keep_LxBx2 = layers
         keep = None if keep_LxBx2 is None else keep_LxBx2.swapaxes(0, 1)
-        return run_blocks(one, params, z, keep_BxLx2=keep, scan=model.scan, remat=model.remat)
+        return run_blocks(one, params, z, keep_BxLx2=keep, **how(model))
 
     def step(carry: tuple[jax.Array, jax.Array], layer: Any) -> tuple[tuple[jax.Array, jax.Array], None]:
         z = run(carry[0], jax.tree.map(lambda leaf: leaf[None], layer))

@@ -3,15 +3,18 @@ array. Knows neither models nor training: it speaks of trees and names."""
 
 from m3i_jax.parallel.barriers import HostMissing, Together, call, exchange, first, hosts, wait
 from m3i_jax.parallel.distributed import from_first
+from m3i_jax.parallel.gathered import GATHERED, by_hand, mean_over_devices
 from m3i_jax.parallel.mesh import AXES, DATA, data_sharding, everywhere, hint, make_mesh, replicated, split_rows, to_global
 from m3i_jax.parallel.rules import RULES, shardings
 
 __all__ = [
     "AXES",
     "DATA",
+    "GATHERED",
     "RULES",
     "HostMissing",
     "Together",
+    "by_hand",
     "call",
     "data_sharding",
     "everywhere",
@@ -21,6 +24,7 @@ __all__ = [
     "hint",
     "hosts",
     "make_mesh",
+    "mean_over_devices",
     "replicated",
     "shardings",
     "split_rows",

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 # (pattern of the path, axes of the last dimensions). Leading dimensions, such as the layer axis of stacked blocks, are never split.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -26,7 +26,7 @@ def path_of(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The partition of one array; an axis that does not divide its dimension is dropped.
 
     >>> from m3i_jax.parallel import make_mesh

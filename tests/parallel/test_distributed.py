@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -223,6 +224,23 @@ def test_two_hosts_train_what_one_trains(tmp_path: pathlib.Path) -> None:
     # A checkpoint of two hosts goes on with one.
     (on,) = ends(two(*COMMAND, "--config.train.steps=10", "--allow-changes", "--workdir", str(tmp_path / "two"), processes=1))
     assert on[0] == 0 and "resuming at step 8" in on[1], on
+
+
+@pytest.mark.slow
+def test_another_number_of_hosts_goes_on_with_the_same_data(tmp_path: pathlib.Path) -> None:
+    """One host trains eight steps; its checkpoint of step 4 goes on with two hosts, whose steps 5 to 8 are the same."""
+    run = tmp_path / "run"
+    (alone,) = ends(two(*COMMAND, "--workdir", str(run), processes=1))
+    assert alone[0] == 0, alone
+    before = {row["step"]: row for row in lines(run)}
+    shutil.rmtree(run / "checkpoints" / "8")
+    both = ends(two(*COMMAND, *HOSTS, "--workdir", str(run)))
+    assert [status for status, *_ in both] == [0, 0] and "resuming at step 4" in both[0][1], both
+    after = {row["step"]: row for row in lines(run)}  # the later line of a step counts
+    assert set(after) == set(before) and after[8] != before[8]
+    for step in range(5, 9):
+        for name in ("loss", "loss/ssp", "loss/category", "loss/text", "samples_seen"):
+            assert after[step][name] == pytest.approx(before[step][name], rel=1e-6), (step, name)
 
 
 @pytest.mark.slow

@@ -1,0 +1,127 @@
+"""Functions of rows that gather their weights by hand: where the gathers stand in the program, and the same numbers on any mesh."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m3i_jax import parallel, schema
+from m3i_jax.models import initial, layers, pooling, stacked
+from tests.bench import collectives
+
+DEPTH, WIDTH, ROWS, TOKENS = 5, 32, 16, 6
+KEEP = np.random.default_rng(0).choice([0.0, 1.25], (ROWS, DEPTH, 2)).astype(np.float32)
+WHERE = np.random.default_rng(1).random((ROWS, TOKENS)) < 0.8
+X = np.random.default_rng(2).normal(size=(ROWS, TOKENS, WIDTH)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def split_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel.rules, "SMALL", 1024)  # or nothing of a toy would be worth a split; norms and biases stay whole
+
+
+@functools.cache
+def params(norm: str = "layer"):
+    one = layers.block(WIDTH, 4, 2.0, "float32", norm)
+    return one, jax.jit(lambda key: initial.init_blocks(one, key, width=WIDTH, depth=DEPTH))(jax.random.key(0))
+
+
+def gradients(shape: tuple[int, int, int], norm: str = "layer", **settings):
+    """(compiled value and gradients of a stack of blocks on a mesh, their arguments laid out)."""
+    mesh = parallel.make_mesh(shape, jax.devices()[: np.prod(shape)])
+    one, tree = params(norm)
+
+    def loss(tree, x, keep, where):
+        y = stacked.run_blocks(one, tree, x, keep_BxLx2=keep, where_BxT=where, **settings)
+        return (y * jnp.arange(1.0, 1 + y.shape[-1])).sum()
+
+    rows = parallel.data_sharding(mesh)
+    layout = parallel.shardings(mesh, tree)
+    arguments = jax.device_put((tree, X, KEEP, WHERE), (layout, rows, rows, rows))
+    whole = parallel.replicated(mesh)
+    with jax.set_mesh(mesh):
+        run = jax.jit(jax.value_and_grad(loss, (0, 1)), out_shardings=(whole, (layout, rows)))
+        return run.lower(*arguments).compile(), arguments
+
+
+@functools.cache
+def on_one_device(norm: str = "layer"):
+    run, arguments = gradients((1, 1, 1), norm)
+    return jax.device_get(run(*arguments))
+
+
+def close(got, want) -> None:
+    scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(want))  # the bias of a key has no gradient, only rounding
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max() + 1e-6 * scale), jax.device_get(got), want
+    )
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_scan_gathers_one_block_at_a_time(keep: bool) -> None:
+    run, arguments = gradients((1, 8, 1), scan=True, remat="names", keep_gathered=keep)
+    text = run.as_text()
+    found, _ = collectives.computations(text)
+    times = collectives.repeats(text)
+    gathers = [(name, line) for name in found for line in found[name] if re.search(r" all-gather(-start)?\(", line)]
+    # One matrix of all kernels of a block, [D, 3 D + D + 2 D + 2 D], in the loop of the forward and, unless kept, in that of the backward.
+    assert len(gathers) == (1 if keep else 2)
+    assert all(times[name] == DEPTH and f"f32[{WIDTH},{8 * WIDTH}]" in line.split("all-gather")[0] for name, line in gathers), gathers
+    # No kernel of all blocks stands whole anywhere, nor its gradient.
+    for columns in (3 * WIDTH, WIDTH, 2 * WIDTH):
+        assert f"f32[{DEPTH},{WIDTH},{columns}]" not in text
+    assert f"f32[{DEPTH},{2 * WIDTH},{WIDTH}]" not in text
+    kept = f"f32[{DEPTH},{WIDTH},{8 * WIDTH}]" in text
+    assert kept == keep
+    close(run(*arguments), on_one_device())
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ((2, 4, 1), {"scan": True, "remat": "full"}),
+        ((2, 2, 2), {"scan": True, "remat": "names", "keep_gathered": True}),
+        ((1, 8, 1), {}),
+        ((1, 8, 1), {"norm": "batch", "scan": True}),  # statistics of all rows, which no device holds
+    ],
+)
+def test_blocks_of_many_devices_are_those_of_one(shape: tuple[int, int, int], settings: dict) -> None:
+    run, arguments = gradients(shape, **settings)
+    close(run(*arguments), on_one_device(settings.get("norm", "layer")))
+
+
+def test_heads_gather_once_and_scatter_once() -> None:
+    """The pool's four matrices travel together; a dense layer outside of it gathers its own."""
+    model = schema.Model(encoder=schema.Encoder(width=WIDTH), pool=schema.Pool(width=WIDTH, heads=2), dtype="float32")
+    one = layers.Dense(40, jnp.float32)
+    shapes = {"pool": jax.eval_shape(lambda key: pooling.init(model, key), jax.random.key(0)), "category": initial.shapes_of(one, X[0])}
+    tree = jax.jit(lambda key: initial.draw(key, shapes))(jax.random.key(1))
+
+    def loss(tree, x):
+        return jnp.square(one.apply({"params": tree["category"]}, pooling.apply(model, tree["pool"], x))).sum()
+
+    want = jax.device_get(jax.jit(jax.grad(loss))(tree, X))
+    mesh = parallel.make_mesh((1, 8, 1))
+    layout = parallel.shardings(mesh, tree)
+    arguments = jax.device_put((tree, X), (layout, parallel.data_sharding(mesh)))
+    with jax.set_mesh(mesh):
+        run = jax.jit(jax.grad(loss), out_shardings=layout).lower(*arguments).compile()
+    assert collectives.collectives(run.as_text(), 8)["all-gather"].times == 2
+    close(run(*arguments), want)
+
+
+def test_by_hand_is_nothing_where_nothing_is_split() -> None:
+    def program(shape, x, tree):
+        mesh = parallel.make_mesh(shape)
+        run = lambda opened, p, x, *_: x @ opened(p)["fc1/kernel"]  # noqa: E731
+        with jax.set_mesh(mesh):
+            return str(jax.make_jaxpr(lambda p, x: parallel.by_hand(run, p, x, dtype="float32", stacked=False))(tree, x))
+
+    tree, small = {"fc1/kernel": jnp.ones((64, 64))}, {"fc1/kernel": jnp.ones((64, 8))}
+    assert "shard_map" in program((1, 8, 1), jnp.ones((16, 64)), tree)
+    assert "shard_map" not in program((8, 1, 1), jnp.ones((16, 64)), tree)  # replicas alone
+    assert "shard_map" not in program((1, 8, 1), jnp.ones((12, 64)), tree)  # rows that do not divide
+    assert "shard_map" not in program((1, 8, 1), jnp.ones((16, 64)), small)  # whole on every device
