@@ -21,6 +21,7 @@ compile.json, version 1 (bytes, seconds and FLOPs are of one device and one step
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -42,18 +43,21 @@ class Memory:
     parts: dict[str, float]
 
 
-def memory(stats: Any, state: dict[str, float], batch: float) -> Memory:
+def memory(stats: Any, state: dict[str, float], batch: float, *, most: float = math.inf) -> Memory:
     """The memory of a program from the compiler's statistics.
 
     Args:
       stats: what `compiled.memory_analysis()` returns.
       state: {part of the state: bytes of a device}, from shapes.
       batch: bytes of a device's share of the batch.
+      most: bytes that the compiler had, where it refuses what does not fit.
 
-    Arguments, results that do not take their place, and temporaries live together at the worst moment, unless the compiler says that less
-    do at any one. Padding of tiled layouts is a temporary.
+    Arguments, results that do not take their place, and temporaries are taken to live together. If that is more than a compiler had which
+    let the program through, some share their place, and the peak is the compiler's own. Padding of tiled layouts is a temporary.
     """
     whole = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
+    if whole > most:
+        whole = min(stats.peak_memory_in_bytes or most, most)
     parts = dict(state) | {"batch": batch}
     return Memory(peak=whole, parts=parts | {"temporaries": whole - sum(parts.values())})
 
