@@ -8,7 +8,6 @@ Prints one JSON object; exit 0 if the end is bitwise the same.
 
 import argparse
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -140,16 +139,17 @@ def committed(run: pathlib.Path) -> int:
 
 
 def soak(place: pathlib.Path, *, steps: int, kills: int, every: float, save_every: int, seed: int = 0) -> dict[str, Any]:
-    """Run both and compare them. `kills`: at most so many, at random instants of the first seconds if `every` is 0."""
+    """Run both and compare them. `kills`: at most so many; if `every` is 0 exactly so many, at random instants from the start to shortly
+    after the first step, over as many runs as it takes."""
     r, cache = random.Random(seed), place / "cache"
     whole = alone(place / "alone", steps, save_every, cache)
     clean = whole.first - whole.began
     run, lost, back, starts, grown = place / "killed", 0, 0, [], []
-    done, reached = 0, 0
-    for _ in itertools.count():
+    done, reached, same, left = 0, 0, [], []
+    while True:
         life = Life(run, steps, save_every, cache)
-        if done < kills:
-            ended = life.last(every or r.uniform(0.0, 1.6 * clean))
+        if done < kills:  # no later than half as long again as a start takes, or the run is over before it was killed so often
+            ended = life.last(every or r.uniform(0.0, 1.5 * (statistics.median(starts) if starts else clean)))
         else:
             ended = life.last()
         if life.growth:
@@ -159,15 +159,21 @@ def soak(place: pathlib.Path, *, steps: int, kills: int, every: float, save_ever
         if ended:
             if life.process.returncode:
                 raise SystemExit(f"a start failed after {done} kills: {(run / 'output.txt').read_text()[-2000:]}")
-            break
+            life.output.close()
+            same.append(end_of(run, cache) == end_of(place / "alone", cache))
+            left += leftovers(run)
+            if every or done >= kills:
+                break
+            run, reached = place / f"killed-{len(same)}", 0  # another one, until there were so many kills
+            continue
         life.kill()
         done += 1
         now, seen = committed(run), max((row["step"] for row in rows(run)), default=0)
         back = max(back, reached - now)  # a committed step that is gone again
         lost, reached = max(lost, seen - now), now
     return {
-        "steps": steps, "kills": done, "bitwise": end_of(run, cache) == end_of(place / "alone", cache), "most_steps_lost": lost,
-        "save_every": save_every, "committed_steps_lost": back, "leftovers": leftovers(run),
+        "steps": steps, "kills": done, "runs": len(same), "bitwise": all(same), "most_steps_lost": lost,
+        "save_every": save_every, "committed_steps_lost": back, "leftovers": left,
         "clean_start_seconds": round(clean, 2), "restart_seconds": round(statistics.median(starts), 2) if starts else None,
         "lives_measured": len(grown), "growth_mb": round(statistics.median(g[0] for g in grown), 2) if grown else None,
         "growth_descriptors": max((g[1] for g in grown), default=None),
