@@ -174,6 +174,15 @@ def test_batches_must_divide_over_devices_in_pairs(batch: int, parts: int, shape
             checks.devices(c, shape)
 
 
+def test_a_batch_is_rounded_up_only_where_asked() -> None:
+    c = schema.Config(train=schema.Train(batch_size=1000, microbatches=3, round_batch=True))
+    done, told = checks.fitted(c, (4, 2, 8))
+    assert done.train.batch_size == 1008 and "1,000 rounded up to 1,008, a multiple of 48: 2 images mixed x 8 data shards x 3" in told
+    assert checks.fitted(done, (4, 2, 8)) == (done, "")
+    with pytest.raises(UserError, match="multiple of 48"):
+        checks.fitted(schema.Config(train=schema.Train(batch_size=1000, microbatches=3)), (4, 2, 8))
+
+
 def test_text_and_difference() -> None:
     old = config.to_text(schema.Config())
     new = config.to_text(schema.Config(seed=3, report=schema.Report(panel_rows=9), optim=schema.Optim(lr=0.1)))

@@ -5,8 +5,8 @@ import math
 
 import jax
 
+from m3i_jax import checks, parallel, schema
 from m3i_jax import config as configuration
-from m3i_jax import parallel, schema
 from m3i_jax.models import m3i
 from m3i_jax.modes import job
 from m3i_jax.reporting import flops, show, slices
@@ -41,6 +41,14 @@ def vocabulary(config: schema.Config) -> int:
     return ASSUMED["vocabulary"] if config.data.tokenizer == "clip" else config.data.vocabulary_size
 
 
+def _rounded(config: schema.Config, shards: list[int]) -> list[tuple[int, str]]:
+    """(batch, the numbers of data shards on which it becomes that)."""
+    found: dict[int, list[int]] = {}
+    for count in shards:
+        found.setdefault(checks.fitted(config, (count, 1, 1))[0].train.batch_size, []).append(count)
+    return [(batch, f"{', '.join(map(str, on))} data shards") for batch, on in found.items()]
+
+
 def run(config: schema.Config, *, workdir: str | None, allow_changes: bool) -> int:
     del workdir, allow_changes
     done, assumed = assume(config)
@@ -68,6 +76,9 @@ def run(config: schema.Config, *, workdir: str | None, allow_changes: bool) -> i
         ),
         ("batch", show.size(sum(math.prod(s.shape) * s.dtype.itemsize for s in batch.values())) + " a step from the host"),
     ]
+    if config.train.round_batch:
+        shards = sorted({chips for _, _, chips in slices.SLICES})
+        rows.append(("batch, rounded up", "; ".join(f"{images:,} on {fewest}" for images, fewest in _rounded(config, shards))))
     print(show.table(rows, ("what", "how much")))
     mfu = done.report.mfu
     print(f"\nat {mfu:.0%} of the peak (report.mfu), steps alone; whether it fits and what one step takes there, no plan can say")

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m3i_jax.models import m3i
+from m3i_jax.models import backbones, m3i
 from m3i_jax.objective.methods import Decoder, Pass, Pooled, Term
 from m3i_jax.training import terms, views
 from m3i_jax.training.plan import Plan, view
@@ -18,8 +18,8 @@ HEADERS_TERMS = ("term", "encoder reads", "image", "predicts", "by", "posterior"
 HEADERS_CALLS = ("call", "reads", "asked by", "GFLOP an image, forward")
 
 
-def read_words(read: Pass) -> str:
-    """What an encoder pass reads.
+def read_words(read: Pass, drops: bool = True) -> str:
+    """What an encoder pass reads. `drops`: whether the backbone leaves cells out, or sees the mask token there.
 
     >>> read_words(Pass(mixed=True)), read_words(Pass(crop=1, masked=True))
     ('view 0 mixed with the partner', 'view 1, own cells')
@@ -31,7 +31,7 @@ def read_words(read: Pass) -> str:
         if read.blended
         else ", hidden cells as mask tokens"
         if read.filled
-        else ", own cells"
+        else ", own cells" + ("" if drops else ", the others as mask tokens")
         if read.masked
         else ""
     )
@@ -62,8 +62,10 @@ def head_words(term: Term) -> str:
 
 def term_rows(plan: Plan) -> list[Row]:
     """One row a term."""
+    drops = backbones.of(plan.config.model).drops
     return [
-        (f"loss/{t.name}", read_words(t.reads), t.image, target_words(t), head_words(t), posterior_words(t), t.group) for t in plan.terms
+        (f"loss/{t.name}", read_words(t.reads, drops), t.image, target_words(t), head_words(t), posterior_words(t), t.group)
+        for t in plan.terms
     ]
 
 
@@ -71,6 +73,7 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[Row]:
     """One row a call, with its forward matrix products in GFLOP an image. `params` and `batch` may be shapes."""
     config, images = plan.config, jax.tree.leaves(batch)[0].shape[0]
     rows: list[Row] = []
+    drops = backbones.of(config.model).drops
 
     def add(call: str, reads: str, places: Iterable[int], function: Callable[..., Any], *arguments: Any) -> None:
         asked = ", ".join(dict.fromkeys(plan.terms[i].name for i in places))
@@ -82,7 +85,7 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[Row]:
     crops = jax.eval_shape(lambda b: views.patches(config, b, plan.crops, exact=plan.exact), batch)
     for read in plan.passes:
         users = [i for i, t in enumerate(plan.terms) if read in t.passes]
-        add("encoder", read_words(read), users, functools.partial(views.encode, config, (read,)), batch, crops, params["encoder"])
+        add("encoder", read_words(read, drops), users, functools.partial(views.encode, config, (read,)), batch, crops, params["encoder"])
     for seen in plan.views:
         users = [i for i in plan.pictures if plan.terms[i].target.learned and view(plan.terms[i].target) == seen]
         encode = functools.partial(m3i.encode, config, blocks=min(seen.blocks, config.model.encoder.depth))
@@ -94,11 +97,11 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[Row]:
         return functools.partial(terms.predictions, plan, places=tuple(group))
 
     for group in decoder_groups(plan, params, z, batch):
-        reads = ", ".join(dict.fromkeys(read_words(plan.terms[i].reads) for i in group))
+        reads = ", ".join(dict.fromkeys(read_words(plan.terms[i].reads, drops) for i in group))
         add("decoder", f"{len(group)} x {reads}" if len(group) > 1 else reads, group, predicted(group), params, z, batch)
     for i in plan.pictures:
         if not isinstance(plan.terms[i].head, Decoder):
-            add(head_words(plan.terms[i]), read_words(plan.terms[i].reads), (i,), predicted((i,)), params, z, batch)
+            add(head_words(plan.terms[i]), read_words(plan.terms[i].reads, drops), (i,), predicted((i,)), params, z, batch)
     if annotated := places(lambda t: isinstance(t.head, Pooled)):
         add("pool", "own tokens of each image", annotated, functools.partial(terms.pooled, plan), params, z, batch)
     if text := plan.where("text"):

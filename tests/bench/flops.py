@@ -1,4 +1,4 @@
-"""Floating-point operations and memory of one train step of ViT-B/16, for every form, named method and set.
+"""Floating-point operations and memory of one train step of ViT-B/16, for every form, named method and set, and of the paper's largest run.
 
     python -m tests.bench.flops                    # all rows
     python -m tests.bench.flops m3i k mim+clip     # some
@@ -10,6 +10,7 @@ which compiles each step (XLA_FLAGS=--xla_backend_optimization_level=0 compiles 
 """
 
 import dataclasses
+import pathlib
 import sys
 
 import jax
@@ -47,6 +48,12 @@ def variant(forms: str = "m3i", **changes: str) -> schema.Config:
     base = {"data.size": "100000", "data.classes": "1000", "data.captions": "yes" if text else "no", "train.batch_size": "64"}
     base |= {"objective.target_checkpoint": "(a run)"} | settings | changes
     configuration.override(config, [f"{key}={value}" for key, value in base.items()])
+    return configuration.resolve(config)
+
+
+def joint() -> schema.Config:
+    """The paper's InternImage-H on categories and captions, of the recipe's batch."""
+    config = configuration.load(str(pathlib.Path(__file__).parent.parent.parent / "configs/m3i.py") + ":data=joint,model=internimage_h")
     return configuration.resolve(config)
 
 
@@ -119,6 +126,9 @@ def main(wanted: list[str]) -> None:
         trained = dots["m3i, category, patch embedding trained"]
         print(f"over the floor of {FLOOR / 1e9} GFLOP: {trained / FLOOR:.4f}; over 287.0: {trained / 287.0e9:.4f}")
         print(f"dynamic over fixed weighting: {dots['m3i, category'] / dots['m3i, category, fixed weight']:.5f}\n")
+        cells, dot = row("InternImage-H, joint", joint())
+        print(show.table([cells], headers[:6]))
+        print(f"over 1.52 TFLOP: {dot / 1.52e12:.4f}\n")
         names = [*methods.LETTERS, "m3i", *named.METHODS, *SETS]
     print(show.table([row(name, variant(name), memory)[0] for name in names], headers))
 

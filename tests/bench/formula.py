@@ -14,6 +14,48 @@ def block(tokens: int, width: int) -> int:
     return 12 * tokens * width**2 + 2 * tokens**2 * width
 
 
+def vit(c: schema.Config, shown: int) -> tuple[int, int]:
+    """(multiply-adds of an encoder pass, those of them whose input takes no gradient), forward."""
+    e = c.model.encoder
+    first = shown * 3 * e.patch_size**2 * e.width
+    return e.depth * block(shown + int(e.cls_token), e.width) + first, first
+
+
+def intern_image(c: schema.Config) -> tuple[int, int]:
+    """The same of InternImage with its fusion, whatever is shown: a convolution reads every place.
+
+    The operator at its least: of every point the four cells around it, and the convolution before its offsets tap by tap. The program
+    spends those otherwise: in products with zeros, and in sums that are not products of matrices.
+
+    >>> import dataclasses
+    >>> encoder = schema.Encoder(width=1024)
+    >>> config = schema.Config(data=schema.Data(image_size=192), model=schema.Model(backbone="intern_image", encoder=encoder))
+    >>> round(intern_image(config)[0] / 1e9, 1)
+    133.9
+    """
+    m, width = c.model.intern_image, c.model.encoder.width
+    side = c.data.image_size // m.stem_strides[0]
+    first = side**2 * 27 * m.width // 2
+    side //= m.stem_strides[1]
+    total = first + side**2 * 9 * m.width**2 // 2
+    for stage, (depth, groups) in enumerate(zip(m.depths, m.groups, strict=True)):
+        n, w = side**2, m.width * 2**stage
+        products = 2 * w**2 + w * groups * (27 + m.center_scale) + round(2 * m.mlp_ratio * w**2)
+        total += depth * n * (products + 9 * 4 * w + m.kernel**2 * w)
+        if stage == 2:
+            total += n * w * width
+        if stage == 3:
+            total += n * w * 4 * width
+        else:
+            side //= 2
+            total += side**2 * 9 * w * 2 * w
+    return total, first
+
+
+def encoder(c: schema.Config, shown: int) -> tuple[int, int]:
+    return vit(c, shown) if c.model.backbone == "vit" else intern_image(c)
+
+
 def _mlp(rows: int, c: schema.Config, mlp: Mlp | None, width: int, trained: int = 3) -> tuple[int, int]:
     """(multiply-adds, output width) of a projector or predictor."""
     if mlp is None:
@@ -68,12 +110,12 @@ def step(plan: Plan) -> float:
     patch, cls = 3 * e.patch_size**2, int(e.cls_token)
     total = 0.0
     for read in plan.passes:
-        n = _shown(c, read)
-        total += 3 * e.depth * block(n + cls, e.width) + (1 if e.freeze_patch_embed else 2) * n * patch * e.width
-    for seen in plan.views:
-        # Blocks of a target that is read once more at each of the last ones are the same blocks.
-        total += e.depth * block(c.tokens + cls, e.width) + c.tokens * patch * e.width
-        del seen
+        whole, first = encoder(c, _shown(c, read))
+        total += 3 * (whole - first) + (1 if e.freeze_patch_embed else 2) * first
+    # Blocks of a target that is read once more at each of the last ones are the same blocks.
+    total += len(plan.views) * encoder(c, c.tokens)[0]
+    if plan.where("text") and c.train.microbatches > 1 and c.objective.text_softmax == "batch":
+        total += sum(encoder(c, _shown(c, read))[0] for read in plan.passes)  # embeddings are computed once more
     for goal in plan.goals:
         if goal.space == "decoder":
             total += (c.tokens + cls) * e.width * d.width + d.projector_depth * block(c.tokens + cls, d.width)

@@ -151,6 +151,12 @@ def test_while_loops_are_refused_if_they_multiply_matrices():
     assert flops.count(functools.partial(loop, work=jnp.sin), square) == Flops()
     with pytest.raises(ValueError, match="while loop"):
         flops.count(functools.partial(loop, work=lambda c: c @ c), square)
+
+    def stated(a):
+        with jax.named_scope("turns=3"):  # whoever wrote the loop says how often it turns
+            return loop(a, lambda c: c @ c)
+
+    assert flops.count(stated, square) == Flops(dot=3 * 2 * 64.0)
     assert flops.count(lambda a: jax.lax.fori_loop(0, 6, lambda _, c: c @ c, a), square) == Flops(dot=6 * 2 * 64.0)
     assert flops.count(lambda key: jax.random.normal(key, (3,)), jax.random.key(0)) == Flops()
 

@@ -16,6 +16,7 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel
 from m3i_jax.modes import job as jobs
 from m3i_jax.training.trainer import Trainer
+from tests import toy
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SMALL = {
@@ -95,6 +96,26 @@ GOLDEN: dict[str, dict[str, float]] = {
         "loss/ssp": 1.3028,
         "skipped/not_finite": 0.0,
     },
+    "intern_image": {
+        "balance/lambda": 3.0,
+        "balance/sp_norm": 0.279357,
+        "balance/ssp_norm": 0.0333351,
+        "collapse/spread": 0.907422,
+        "collapse/target_std": 0.95926,
+        "grad_norm": 342.961,
+        "info/category": -1.19045,
+        "info/inter": -23.517,
+        "info/intra": -23.088,
+        "info/text": -2.21511,
+        "loss": 11.1029,
+        "loss/category": 2.08052,
+        "loss/inter": 2.63902,
+        "loss/intra": 2.48066,
+        "loss/sp": 2.84768,
+        "loss/ssp": 2.55984,
+        "loss/text": 3.61484,
+        "skipped/not_finite": 0.0,
+    },
 }
 
 
@@ -122,15 +143,16 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "folder": f"configs/folder.py:path={root}/folder",
         "tars": f"configs/tars.py:path={root}/tars/*.tar",
         "forms": "configs/forms.py:form=sim_pixel,size=tiny",
+        "intern_image": "configs/quickstart.py:size=60,model=internimage_pico",
     }
 
 
-@pytest.mark.parametrize("name", ["quickstart", "folder", "tars", "forms"])
+@pytest.mark.parametrize("name", ["quickstart", "folder", "tars", "forms", pytest.param("intern_image", marks=pytest.mark.slow)])
 def test_one_step(name: str, places: dict[str, str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(parallel.mesh.jax, "devices", lambda: [jax.local_devices()[0]])
     made = configuration.load(places[name])
-    small = SMALL | ({"data.size": "60"} if name == "forms" else {})
+    small = SMALL | ({"data.size": "60"} if name == "forms" else toy.INTERN_IMAGE if name == "intern_image" else {})
     configuration.override(made, [f"{key}={value}" for key, value in small.items()])
     job = jobs.open_job(configuration.resolve(made), str(tmp_path))
     trainer = Trainer(job.config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)

@@ -55,11 +55,14 @@ def difference(a, b) -> float:
 
 
 ALSO = [pytest.param(form, marks=pytest.mark.slow) for form in ("sim,supervised,clip", "supervised")]
+PLAIN = [pytest.param(p.values[0], {}, marks=pytest.mark.slow, id=p.values[0]) for p in ALSO]
+# InternImage: mixed, and masked without a partner, where hidden cells are filled.
+CONVOLVED = [pytest.param(form, toy.INTERN, marks=pytest.mark.slow, id=f"intern_image,{form}") for form in ("m3i", "sim")]
 
 
-@pytest.mark.parametrize("form", ["m3i", *ALSO])
-def test_one_backward_is_the_gradient_of_the_plain_sum(form: str) -> None:
-    one, state = made(form)
+@pytest.mark.parametrize(("form", "changes"), [("m3i", {}), *PLAIN, *CONVOLVED])
+def test_one_backward_is_the_gradient_of_the_plain_sum(form: str, changes: dict) -> None:
+    one, state = made(form, **changes)
     batch, trees = toy.batch(one.config), teachers(one, state)
 
     def plain(params, batch):
@@ -68,7 +71,7 @@ def test_one_backward_is_the_gradient_of_the_plain_sum(form: str) -> None:
         return sum(w * terms.group_loss(one.plan, g, **shared)(heads, z)[0] for g, w in (("ssp", 1.0), ("sp", LAMBDA)))
 
     want = jax.jit(jax.grad(plain))(state.params, batch)
-    got, metrics, _ = gradients(form)
+    got, metrics, _ = gradients(form, **changes)
     assert difference(got, want) < 1e-5
     assert all(np.isfinite(v).all() for v in metrics.values())
 
@@ -217,6 +220,20 @@ def test_eight_devices_are_one_device() -> None:
     eight, _ = losses((-1, 1, 1), 8, 20, **colour)
     one, _ = losses((1, 1, 1), 1, 20, **colour)
     np.testing.assert_allclose(eight, one, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_eight_devices_are_one_device_with_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data parallel, and with parameters and products split: DCNv3's groups among them."""
+    monkeypatch.setattr(parallel.rules, "SMALL", 1)
+    one, _ = losses((1, 1, 1), 1, 5, **toy.INTERN)
+    np.testing.assert_allclose(losses((-1, 1, 1), 8, 5, **toy.INTERN)[0], one, rtol=1e-5)
+    sharded, state = losses((2, 2, 2), 8, 5, **toy.INTERN)
+    np.testing.assert_allclose(sharded, one, rtol=5e-5)
+    split = {parallel.rules.path_of(path) for path, x in jax.tree_util.tree_leaves_with_path(state.params["encoder"])
+             if x.sharding.shard_shape(x.shape) != x.shape}  # fmt: skip
+    wanted = ("dcn/input", "dcn/output", "dcn/offset", "dcn/depthwise", "mlp/fc1", "mlp/fc2")
+    assert {f"stage3/layers/{name}/kernel" for name in wanted} | {"fusion/deep/kernel", "stage2/down/conv/kernel"} <= split
 
 
 @pytest.mark.row("D6")
