@@ -10,7 +10,7 @@ from m3i_jax.models import presets
 
 
 def get_config(size: int = 40_000, steps: int = 420, model: str = "vit_tiny") -> ConfigDict:
-    """size: pictures to render. steps: optimizer steps. model: vit_tiny or internimage_pico."""
+    """size: pictures to render. steps: optimizer steps. model: vit_tiny, or internimage_pico, which these settings do not teach yet."""
     config = default()
     presets.use(config, model)
     if model == "vit_tiny":
