@@ -19,6 +19,7 @@ CORE = [
     "ftfy>=6.3",
     "grain>=0.2.18",
     "ml_collections>=1.1",
+    "ml_dtypes>=0.5",
     "numpy>=2.2",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
@@ -38,12 +39,15 @@ EXTRAS = {
     "cuda": accelerated("cuda12"),
     "cuda13": accelerated("cuda13"),
     "tpu": accelerated("tpu"),
+    "export": ["flatbuffers>=24.3"],  # --mode=export --format=stablehlo
     "fast": ["cykooz-resizer>=4.0.1"],
     "gcs": ["fsspec>=2025.1", "gcsfs>=2025.1"],
     "huggingface": ["datasets>=4.0"],
     "maps": ["scikit-learn>=1.7"],
     "tensorboard": ["tensorboardX>=2.6.4"],
     "tfds": ["tensorflow-datasets>=4.9.10", "array_record>=0.8.3"],
+    # To read PyTorch's own files, and to compare exported weights with what timm and Transformers make of them.
+    "torch": ["timm>=1.0.20", "torch>=2.10", "transformers>=4.57"],
     "wandb": ["wandb>=0.20"],
     "test": [
         "mypy>=2.0",

@@ -1,6 +1,7 @@
 """What makes a configuration impossible, said before anything is compiled: the key, the value, the reason and the way out."""
 
 import dataclasses
+import re
 
 from m3i_jax import schema
 from m3i_jax.errors import UserError
@@ -64,6 +65,7 @@ def _ranges(c: schema.Config) -> None:
         "evaluate.probe_lr": c.evaluate.probe_lr,
         "evaluate.attentive_lr": c.evaluate.attentive_lr,
         "data.patience": d.patience,
+        "model.encoder.norm_eps": c.model.encoder.norm_eps,
     }.items():
         _require(value > 0, key, value, "must be positive")
     for key, value in {
@@ -182,6 +184,7 @@ def settings(c: schema.Config) -> None:
     _towers(c)
     _compared(c)
     _chunks(c)
+    _start(c)
     patch, image = c.model.encoder.patch_size, c.data.image_size
     _require(
         patch >= 1 and image % max(patch, 1) == 0, "data.image_size", image, f"must be a multiple of model.encoder.patch_size, {patch}"
@@ -214,6 +217,17 @@ def _chunks(c: schema.Config) -> None:
     rows //= (2 if o.pairing == "halves" else 1) * (c.train.microbatches if o.text_softmax == "microbatch" else 1)
     why = f"must be 0 or divide the {rows} pairs of picture and caption that are compared"
     _require(o.text_chunk == 0 or (o.text_chunk > 0 and rows % o.text_chunk == 0), "objective.text_chunk", o.text_chunk, why)
+
+
+def _start(c: schema.Config) -> None:
+    for pattern in c.init.only:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"config.init.only: {pattern!r} is no regular expression ({error}); use one such as ^encoder/") from error
+    _require(
+        bool(c.init_from) or not (c.init.only or c.init.strict), "init_from", c.init_from, "is empty, but config.init asks for something"
+    )
 
 
 def _compared(c: schema.Config) -> None:

@@ -3,49 +3,8 @@ ConfigDict, `config.resolve()` turns a ConfigDict back into it and checks it, `-
 (Table 7) unless the comment says otherwise; `[P]` marks what the paper states, the README lists what it leaves open."""
 
 import dataclasses
-from typing import Any
 
-
-def option(default: Any, text: str, *choices: Any) -> Any:
-    """A field with a help line and, where only some values make sense, those values."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
-
-
-def section(cls: type) -> Any:
-    """A field that holds a whole sub-tree of settings."""
-    return dataclasses.field(default_factory=cls)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Augment:
-    """Photometric augmentation, on the device. Pairs are (input view, target view): SiameseIM's asymmetry."""
-
-    jitter_p: float = option(0.8, "probability of colour jitter")
-    brightness: float = option(0.4, "brightness factor range, 1 +- this")
-    contrast: float = option(0.4, "contrast factor range, 1 +- this")
-    saturation: float = option(0.2, "saturation factor range, 1 +- this")
-    hue: float = option(0.1, "hue shift range in turns, +- this, at most 0.5")
-    grayscale_p: float = option(0.2, "probability of grayscale")
-    blur_p: tuple[float, ...] = option((1.0, 0.1), "probability of Gaussian blur: input view, target view")
-    blur_sigma: tuple[float, ...] = option((0.1, 2.0), "range of the blur's sigma in pixels")
-    solarize_p: tuple[float, ...] = option((0.0, 0.2), "probability of solarization: input view, target view")
-    erase_p: float = option(0.0, "probability that a box of the input view becomes noise, after normalisation (fine-tuning: 0.25)")
-    mixup: float = option(0.0, "alpha of the Beta distribution of mixup's shares, for the form finetune; 0: none (fine-tuning: 0.8)")
-    cutmix: float = option(0.0, "alpha of CutMix's, for the form finetune; 0: none (fine-tuning: 1)")
-    cutmix_switch: float = option(0.5, "with both, probability of CutMix")
-    blend_p: float = option(1.0, "probability that a pair of pictures is blended at all")
-    mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "subtracted from RGB in 0..1")
-    std: tuple[float, ...] = option((0.229, 0.224, 0.225), "divides RGB in 0..1 after the mean")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RandAugment:
-    """RandAugment of fine-tuning, on the host: rand-m9-mstd0.5-inc1 with ops=2."""
-
-    ops: int = option(0, "operations a view; 0: none")
-    p: float = option(0.5, "probability of each")
-    magnitude: float = option(9.0, "mean strength, 0..10")
-    deviation: float = option(0.5, "deviation of the strength")
+from m3i_jax.schema_augment import Augment, RandAugment, option, section
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,9 +41,7 @@ class Data:
     threads: int = option(2, "threads that make batches ahead, when there are no workers")
     workers: int = option(0, "worker processes that make batches")
     patience: float = option(600.0, "seconds that a batch may take before its threads or worker count as hanging and are started again")
-    missing: str = option(
-        "stop", "files that cannot be read any more: stop the run, or replace their records as bad ones", "stop", "replace"
-    )
+    missing: str = option("stop", "files that cannot be read any more: stop, or replace their records as bad ones", "stop", "replace")
     max_bad_share: float = option(0.05, "stop when more than this share of the last 10,000 records was bad")
     augment: Augment = section(Augment)
     rand_augment: RandAugment = section(RandAugment)
@@ -104,9 +61,13 @@ class Encoder:
         "linear", "linear: from 0 to the rate; uniform: the rate everywhere [P: linear; InternImage-H: uniform]", "linear", "uniform"
     )
     cls_token: bool = option(True, "ViT: prepend a learned token")
+    positions: str = option("sincos", "ViT: fixed, row or column first (MAE); or learned", "sincos", "sincos_columns", "learned")
+    embedding_norm: bool = option(False, "ViT: LayerNorm before the first block (CLIP)")
     final_norm: bool = option(False, "ViT: LayerNorm after the last block")
+    norm_eps: float = option(1e-6, "ViT: epsilon of the layer norms (timm, MAE: 1e-6; Hugging Face ViT: 1e-12; CLIP: 1e-5)")
+    activation: str = option("gelu", "ViT: of the MLP: exact GELU, its tanh form (Google), CLIP's", "gelu", "gelu_tanh", "quick_gelu")
     freeze: bool = option(False, "keep all of the encoder as it is: probes train the head alone")
-    position_grid: int = option(0, "patches a side for which positions are made and then resized to the grid of the views; 0: theirs")
+    position_grid: int = option(0, "patches a side for which fixed positions are made and then resized to the grid of the views; 0: theirs")
     freeze_patch_embed: bool = option(True, "ViT: keep the patch embedding at its initial values")
 
 
@@ -252,6 +213,15 @@ class Objective:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Init:
+    """What is taken from `init_from`."""
+
+    weights: str = option("online", "the trained parameters there, or their momentum average, where there is one", "online", "ema")
+    only: tuple[str, ...] = option((), "patterns of the paths here that are taken, such as ^encoder/; empty: all that are there")
+    strict: bool = option(False, "refuse if anything that is wanted is missing there, or of another shape")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
     rule: str = option("adamw", "of the updates: AdamW, or LARS of linear probes with momentum b1", "adamw", "lars")
     lr: float = option(1e-3, "peak learning rate [P]")
@@ -356,13 +326,15 @@ class Report:
     beside: tuple[str, ...] = option((), "working directories whose curves stand beside this run's in report.html")
     peak_tflops: float = option(0.0, "dense TFLOP/s of one chip, which perf/mfu is measured against; 0: by the kind of the chip")
     profile_steps: int = option(5, "steps of a profiler trace (--mode=profile, or SIGUSR1 to a run)")
+    licence: str = option("", "licence of the weights, for the model card of --mode=export")
     survey: int = option(20_000, "--mode=data looks at all records of a source up to so many, else at so many evenly spread ones")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     seed: int = option(0, "of everything random")
-    init_from: str = option("", "workdir of a run whose encoder is the start of this one")
+    init_from: str = option("", "first weights: workdir of a run, or file of timm, Hugging Face ViT or CLIP, MAE, SiameseIM, Google ViT")
+    init: Init = section(Init)
     data: Data = section(Data)
     model: Model = section(Model)
     objective: Objective = section(Objective)

@@ -84,7 +84,8 @@ def test_the_tested_set_covers_what_is_needed(setup_arguments: dict[str, Any], p
     for name, pin in pins.items():
         assert [s.operator for s in pin.specifier] == ["=="], f"{name} is not pinned to one version"
     groups = {"core": setup_arguments["install_requires"], **setup_arguments["extras_require"]}
-    groups.pop("bench")  # what the benchmarks compare with, gigabytes of it: no test and no user needs them
+    for big in ("bench", "torch"):  # what is compared with, gigabytes of it: no test needs them
+        groups.pop(big)
     for group, lines in groups.items():
         for name, requirement in needed(lines, python).items():
             assert name in pins, f"{group}: {name} is not in requirements.txt for Python {python}"

@@ -27,7 +27,8 @@ from m3i_jax.objective import mixing
 class Backbone:
     """What is asked of an encoder.
 
-    init(model, rng, *, mask_token)     parameters; with the vector that stands for hidden cells if asked for
+    init(model, rng, *, mask_token,     parameters; with the vector that stands for hidden cells if asked for; grid: cells a side, for a
+         grid)                          learned position table
     apply(model, params, patches, ...)  features [B, T, D], with the arguments of `vit.apply`
     drop_rates(model)                   rate of stochastic depth of every layer, [L]
     below(model, path)                  layers above a parameter of the encoder, for layer-wise learning rates: a number, or one a layer
@@ -78,7 +79,8 @@ def net(model: schema.Model) -> intern_image.InternImage:
     return intern_image.InternImage(**own, fused=e.width, drop_path=e.drop_path, drop_path_rule=e.drop_path_rule)
 
 
-def _init_intern_image(model: schema.Model, rng: jax.Array, *, mask_token: bool = False) -> Params:
+def _init_intern_image(model: schema.Model, rng: jax.Array, *, mask_token: bool = False, grid: int = 0) -> Params:
+    del grid
     return intern_image.init(net(model), rng, mask_token=mask_token)
 
 

@@ -20,10 +20,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from m3i_jax import parallel, schema
+from m3i_jax.models import activations
 
 Params = Mapping[str, Any]
 
-_EPS = 1e-6  # of every layer norm here; the targets' parameter-free one is in objective.posterior
+_EPS = 1e-6  # of every layer norm here that is not told another one; the targets' parameter-free one is in objective.posterior
 _BATCH_EPS = 1e-5
 _SHAPE = nn.initializers.zeros  # modules only declare shapes; `initial.draw` fills them
 _NEVER = -1e30  # a logit whose weight is exactly 0 beside any real one, and that gives uniform weights, not NaN, where no key counts
@@ -62,8 +63,8 @@ def _norm_backward(over: str, eps: float, kept: Any, g_xD: jax.Array) -> tuple[j
 _norm.defvjp(_norm_forward, _norm_backward)
 
 
-def layer_norm(x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
-    """Affine layer normalisation over the last axis, eps 1e-6, computed in float32.
+def layer_norm(x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float = _EPS) -> jax.Array:
+    """Affine layer normalisation over the last axis, computed in float32.
 
     Args:
       x_xD: [..., D], any float type.
@@ -75,7 +76,7 @@ def layer_norm(x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Ar
     >>> print(layer_norm(jnp.array([[1.0, 3.0]]), jnp.ones(2), jnp.zeros(2)).round(3))
     [[-1.  1.]]
     """
-    return _norm("channels", _EPS, x_xD, scale_D, bias_D)
+    return _norm("channels", eps, x_xD, scale_D, bias_D)
 
 
 def batch_norm(x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float = _BATCH_EPS) -> jax.Array:
@@ -185,10 +186,12 @@ class Dense(nn.Module):
 class LayerNorm(nn.Module):
     """`layer_norm` with its parameters `scale` and `bias`, float32."""
 
+    eps: float = _EPS
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1],)
-        return layer_norm(x, self.param("scale", _SHAPE, shape), self.param("bias", _SHAPE, shape))
+        return layer_norm(x, self.param("scale", _SHAPE, shape), self.param("bias", _SHAPE, shape), self.eps)
 
 
 class BatchNorm(nn.Module):
@@ -200,7 +203,7 @@ class BatchNorm(nn.Module):
         return batch_norm(x, self.param("scale", _SHAPE, shape), self.param("bias", _SHAPE, shape))
 
 
-_NORMS: dict[str, Any] = {"layer": LayerNorm, "batch": BatchNorm}
+_ACTIVATIONS: dict[str, Any] = {"gelu": gelu, "gelu_tanh": activations.gelu_tanh, "quick_gelu": activations.quick_gelu}
 
 
 def to_heads(x_BxTxC: jax.Array, parts: int, heads: int) -> tuple[jax.Array, ...]:
@@ -246,15 +249,16 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two dense layers with the exact GELU between them."""
+    """Two dense layers with a GELU between them, the exact one or what imported weights were trained with."""
 
     hidden: int
     dtype: Any
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         h_BxTxF = checkpoint_name(Dense(self.hidden, self.dtype, name="fc1")(x_BxTxD), "fc1")
-        return Dense(x_BxTxD.shape[-1], self.dtype, name="fc2")(gelu(h_BxTxF))
+        return Dense(x_BxTxD.shape[-1], self.dtype, name="fc2")(_ACTIVATIONS[self.activation](h_BxTxF))
 
 
 class Block(nn.Module):
@@ -264,6 +268,8 @@ class Block(nn.Module):
     hidden: int
     dtype: Any
     norm: str = "layer"
+    eps: float = _EPS
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(
@@ -271,10 +277,10 @@ class Block(nn.Module):
     ) -> jax.Array:
         """`where_BxT`: keys that count. `rows`: the only token rows that are wanted; the others serve as keys and values alone. Not with
         batch norm: norm2 takes its statistics from all rows."""
-        norm = _NORMS[self.norm]
+        norm: Any = functools.partial(LayerNorm, self.eps) if self.norm == "layer" else BatchNorm
         h_BxTxD = Attention(self.heads, self.dtype, name="attention")(norm(name="norm1")(x_BxTxD), where_BxT, rows)
         x_BxTxD = checkpoint_name(_add(x_BxTxD if rows is None else x_BxTxD[:, rows], h_BxTxD, keep_Bx2, 0), "middle")
-        h_BxTxD = Mlp(self.hidden, self.dtype, name="mlp")(norm(name="norm2")(x_BxTxD))
+        h_BxTxD = Mlp(self.hidden, self.dtype, self.activation, name="mlp")(norm(name="norm2")(x_BxTxD))
         return _add(x_BxTxD, h_BxTxD, keep_Bx2, 1)
 
 
@@ -286,13 +292,15 @@ def _add(x_BxTxD: jax.Array, branch_BxTxD: jax.Array, keep_Bx2: jax.Array | None
     return (x_BxTxD.astype(jnp.float32) + keep_Bx1x1 * branch_BxTxD.astype(jnp.float32)).astype(x_BxTxD.dtype)
 
 
-def block(width: int, heads: int, mlp_ratio: float, dtype: str, norm: str = "layer") -> Block:
-    """The block of a tower with these settings; `norm` is layer or batch.
+def block(
+    width: int, heads: int, mlp_ratio: float, dtype: str, norm: str = "layer", *, eps: float = _EPS, activation: str = "gelu"
+) -> Block:
+    """The block of a tower with these settings; `norm` is layer, with this `eps`, or batch; `activation` gelu, gelu_tanh or quick_gelu.
 
     >>> block(768, 12, 4.0, "bfloat16").hidden
     3072
     """
-    return Block(heads=heads, hidden=round(width * mlp_ratio), dtype=jnp.dtype(dtype), norm=norm)
+    return Block(heads=heads, hidden=round(width * mlp_ratio), dtype=jnp.dtype(dtype), norm=norm, eps=eps, activation=activation)
 
 
 def drop_rates(encoder: schema.Encoder) -> np.ndarray:
@@ -306,8 +314,8 @@ def drop_rates(encoder: schema.Encoder) -> np.ndarray:
     return np.linspace(0, encoder.drop_path, encoder.depth, dtype=np.float32)
 
 
-def add_positions(x_BxTxD: jax.Array, table_NxD: np.ndarray, index_BxT: jax.Array | None = None) -> jax.Array:
-    """`x` plus the rows of a fixed table: all of them in order, or each token's own. In the precision of x.
+def add_positions(x_BxTxD: jax.Array, table_NxD: np.ndarray | jax.Array, index_BxT: jax.Array | None = None) -> jax.Array:
+    """`x` plus the rows of a table: all of them in order, or each token's own. In the precision of x.
 
     >>> add_positions(jnp.zeros((1, 2, 1)), np.array([[1.0], [2.0], [3.0]]), jnp.array([[2, 0]])).tolist()
     [[[3.0], [1.0]]]

@@ -67,7 +67,7 @@ def init(config: schema.Config, rng: jax.Array, terms: Terms, *, classes: int, v
     by_category, by_text = "category" in targets and classes > 0, "text" in targets and vocabulary > 0
     backbone = backbones.of(model)
     filled = any(p.filled or (p.masked and not backbone.drops) for t in terms for p in t.passes)
-    params: dict[str, Any] = {"encoder": backbone.init(model, keys["encoder"], mask_token=filled)}
+    params: dict[str, Any] = {"encoder": backbone.init(model, keys["encoder"], mask_token=filled, grid=config.grid)}
     dense = {t.target.of for t in terms if isinstance(t.head, Decoder)}
     if dense:
         params["decoder"] = decoder.init(model, keys["decoder"], of=dense)

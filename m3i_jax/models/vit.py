@@ -1,7 +1,8 @@
 """Vision transformer: f_theta of the paper with a ViT backbone (M3I Table 7; SiameseIM's variant).
 
 Patch embedding, fixed sine-cosine positions, a cls token whose position is zero, pre-norm blocks and, unlike MAE, no final norm by default.
-The patch embedding may stay at its random start (MoCo v3, SiameseIM): no gradient reaches it then.
+The patch embedding may stay at its random start (MoCo v3, SiameseIM): no gradient reaches it then. A learned position table, which gives
+the cls token a row too, a norm after the embedding, other GELUs and another eps are for weights of other projects (timm, CLIP).
 
 B images, S pixels a side, p pixels a patch, N patches, P = 3 p p, K tokens kept, T tokens with cls, D width, L blocks.
 """
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from m3i_jax import schema
 from m3i_jax.models.initial import draw, init_blocks, shapes_of
@@ -40,11 +42,24 @@ def patchify(images_BxSxSx3: jax.Array, patch: int) -> jax.Array:
 
 def _parts(model: schema.Model) -> tuple[Dense, Block]:
     e = model.encoder
-    return Dense(e.width, jnp.dtype(model.dtype)), block(e.width, e.heads, e.mlp_ratio, model.dtype)
+    one = block(e.width, e.heads, e.mlp_ratio, model.dtype, eps=e.norm_eps, activation=e.activation)
+    return Dense(e.width, jnp.dtype(model.dtype)), one
 
 
-def init(model: schema.Model, rng: jax.Array, *, mask_token: bool = False) -> Params:
-    """Parameters: `patch_embed`, `cls_token` [1, 1, D] if there is one, `blocks` stacked on [L, ...], `norm` if there is one.
+def fixed_positions(encoder: schema.Encoder, grid: int) -> np.ndarray:
+    """The table [N, D] of an encoder whose positions are not learned: `positions.sincos_2d`, or MAE's, whose halves are exchanged; of
+    `position_grid` and resized, where that is set.
+
+    >>> [fixed_positions(schema.Encoder(width=8, positions=p), 2)[2, [0, 4]].round(2).tolist() for p in ("sincos", "sincos_columns")]
+    [[0.84..., 0.0], [0.0, 0.84...]]
+    """
+    table_NxD = positions.resized(positions.sincos_2d(encoder.position_grid or grid, encoder.width), grid)
+    return np.roll(table_NxD, encoder.width // 2, -1) if encoder.positions == "sincos_columns" else table_NxD
+
+
+def init(model: schema.Model, rng: jax.Array, *, mask_token: bool = False, grid: int = 0) -> Params:
+    """Parameters: `patch_embed`, `cls_token` [1, 1, D] if there is one, `positions` [1, T, D] if they are learned, `embedding_norm` if
+    there is one, `blocks` stacked on [L, ...], `norm` if there is one.
 
     Dense layers are Xavier-uniform on their two-dimensional shapes, the patch embedding as a [P, D] matrix; biases 0, tokens N(0, 0.02^2).
 
@@ -52,6 +67,7 @@ def init(model: schema.Model, rng: jax.Array, *, mask_token: bool = False) -> Pa
       model: settings; `model.encoder` is read.
       rng: key.
       mask_token: add `mask_token` [1, 1, D], which stands for hidden cells. All others start the same without it.
+      grid: patches a side; only a learned position table needs it.
 
     >>> params = jax.eval_shape(lambda key: init(schema.Model(), key), jax.random.key(0))
     >>> sorted(params), params["patch_embed"]["kernel"].shape
@@ -66,6 +82,11 @@ def init(model: schema.Model, rng: jax.Array, *, mask_token: bool = False) -> Pa
     if e.final_norm:
         stem["norm"] = shapes_of(LayerNorm(), jnp.zeros((1, e.width)))
     params = {**draw(of_stem, stem, {"cls_token": 0.02}), "blocks": init_blocks(one, of_blocks, width=e.width, depth=e.depth)}
+    if e.embedding_norm:
+        params["embedding_norm"] = draw(of_stem, shapes_of(LayerNorm(), jnp.zeros((1, e.width))))
+    if e.positions == "learned":
+        table = {"positions": jax.ShapeDtypeStruct((1, grid * grid + e.cls_token, e.width), jnp.float32)}
+        params |= draw(jax.random.fold_in(of_stem, 2), table, {"positions": 0.02})
     if mask_token:
         shape = {"mask_token": jax.ShapeDtypeStruct((1, 1, e.width), jnp.float32)}
         params |= draw(jax.random.fold_in(of_stem, 1), shape, {"mask_token": 0.02})
@@ -119,14 +140,19 @@ def apply(
     z_BxTxD = embed.apply({"params": of_embed}, shown)
     if hidden_BxN is not None:
         z_BxTxD = jnp.where(hidden_BxN[..., None], params["mask_token"].astype(z_BxTxD.dtype), z_BxTxD)
-    z_BxTxD = add_positions(z_BxTxD, positions.resized(positions.sincos_2d(e.position_grid or grid, e.width), grid), index_BxK)
+    learned, first = e.positions == "learned", int(e.cls_token)
+    table_NxD = params["positions"][0, first:] if learned else fixed_positions(e, grid)
+    z_BxTxD = add_positions(z_BxTxD, table_NxD, index_BxK)
     if e.cls_token:
-        cls_Bx1xD = jnp.broadcast_to(params["cls_token"].astype(z_BxTxD.dtype), (z_BxTxD.shape[0], 1, e.width))
+        cls_1x1xD = params["cls_token"] + params["positions"][:, :1] if learned else params["cls_token"]
+        cls_Bx1xD = jnp.broadcast_to(cls_1x1xD.astype(z_BxTxD.dtype), (z_BxTxD.shape[0], 1, e.width))
         z_BxTxD = jnp.concatenate([cls_Bx1xD, z_BxTxD], 1)
+    if e.embedding_norm:
+        z_BxTxD = LayerNorm(e.norm_eps).apply({"params": params["embedding_norm"]}, z_BxTxD)
     if blocks > 1:
         return _mean_of_last(model, params["blocks"], z_BxTxD, keep_BxLx2, blocks)
     z_BxTxD = run_blocks(one, params["blocks"], z_BxTxD, keep_BxLx2=keep_BxLx2, **how(model))
-    return LayerNorm().apply({"params": params["norm"]}, z_BxTxD) if e.final_norm else z_BxTxD
+    return LayerNorm(e.norm_eps).apply({"params": params["norm"]}, z_BxTxD) if e.final_norm else z_BxTxD
 
 
 def _mean_of_last(model: schema.Model, stacked: Params, z_BxTxD: jax.Array, keep_BxLx2: jax.Array | None, count: int) -> jax.Array:

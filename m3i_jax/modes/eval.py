@@ -62,8 +62,8 @@ def of_another(config: schema.Config, place: str) -> schema.Config:
     """The configuration that evaluates the encoder of something that is no checkpoint of ours, as `init_from` reads it: its features alone,
     for there are no heads with it."""
     alone = dataclasses.replace(config.evaluate, features="mean", encoder="online", direct=False, zero_shot=False, retrieval=False)
-    more = {"init": dataclasses.replace(config.init, only=("^encoder/",))} if hasattr(config, "init") else {}
-    return dataclasses.replace(config, init_from=place, evaluate=alone, **more)
+    init = dataclasses.replace(config.init, only=("^encoder/",))
+    return dataclasses.replace(config, init_from=place, init=init, evaluate=alone)
 
 
 def evaluate(job: jobs.Job, about: dict[str, Any], asked: dict[str, features.Measure], seen: features.Seen) -> int:

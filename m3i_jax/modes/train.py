@@ -75,7 +75,7 @@ def pretrain(job: jobs.Job, allow_changes: bool, began: float | None = None) -> 
                 state = checkpoints.restore(newest, trainer.template, trainer.shardings)
             say(f"resuming at step {newest:,}, {samples:,} samples seen")
         else:
-            state = trainer.init()
+            state = trainer.init(say)
         data = job.batches(samples)
         outside = loop.Outside(
             data=data,

@@ -2,7 +2,8 @@
 JSON with the data position, and digests of all its files. Where a run starts, in this order:
 
     1. the newest whole step under <workdir>/checkpoints
-    2. else the initial parameters of the configuration
+    2. else config.init_from: weights of another run, or of another project (training/start.py)
+    3. else the initial parameters of the configuration
 
 The way of a save: Orbax writes <step>.new behind the training, then its files are digested, and only then it becomes <step>: a rename, so
 that a step is there whole or not at all. What is found damaged when a run starts becomes <step>.bad-<time>, and the step before is used.
@@ -12,11 +13,13 @@ import concurrent.futures
 import contextlib
 import os
 import pathlib
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from m3i_jax import parallel
@@ -278,38 +281,108 @@ class Checkpoints:
         return [f"{path} is {there.get(path, 'absent')} there, {here.get(path, 'absent')} here" for path in paths]
 
 
-def encoder_of(workdir: str, template: Any, shardings: Any, key: str = "objective.target_checkpoint") -> Any:
-    """The online encoder of the newest checkpoint of another run, for a frozen target or a run that starts from it.
+def is_run(place: str) -> bool:
+    """Whether a directory is the workdir of a run."""
+    path = pathlib.Path(place)
+    return (path / "checkpoints").is_dir() or (path / "config.txt").is_file()
+
+
+class AnotherRun:
+    """The newest checkpoint of a run, read array by array: what `init_from`, evaluation and export take from it.
+
+    Args:
+      workdir: directory of the run.
+      key: the flag or setting that named it, for error messages.
+
+    Attributes:
+      step: of the checkpoint.
+      shapes: {path: shape} of its state, such as `params/encoder/patch_embed/kernel`.
+
+    Raises:
+      UserError: there is no checkpoint, or it cannot be read.
+    """
+
+    def __init__(self, workdir: str, key: str):
+        place, where = pathlib.Path(workdir) / "checkpoints", f"{key}: {workdir!r}"
+        if not place.is_dir():
+            raise UserError(f"{where} has no checkpoints; give the --workdir of a run that saved one")
+        listed = steps.listed(place)
+        if not listed:
+            raise UserError(f"{where} has no complete checkpoint; give the --workdir of a run that saved one")
+        self.step, self._at, self._key = listed[-1], place.absolute() / str(listed[-1]), key
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
+        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+        with steps.reading(self._at):
+            if wrong := digests.complaints(self._at) if (self._at / digests.NAME).exists() else []:
+                raise UserError(
+                    f"{where}: its checkpoint {self.step} is damaged ({wrong[0]}); set it aside and give the one before, or another run"
+                )
+            try:
+                tree = self._reader.metadata(self._at).item_metadata["state"].tree
+            except Exception as error:  # Orbax has no class of its own for a damaged file
+                raise self._damaged(error) from error
+        self.shapes = {path_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+    def _damaged(self, error: Exception) -> UserError:
+        return UserError(f"{self._key}: checkpoint {self._at} cannot be read ({' '.join(str(error).split())[:200]}); give another run")
+
+    def read(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Arrays by path.
+
+        Args:
+          wanted: {path: sharding}; None: as a numpy array on every host.
+        """
+        item: dict[str, Any] = {}
+        how: dict[str, Any] = {}
+        for path, sharding in wanted.items():
+            plain = ocp.RestoreArgs(restore_type=np.ndarray)
+            put(item, path, jax.ShapeDtypeStruct(self.shapes[path], np.float32))
+            put(how, path, plain if sharding is None else ocp.ArrayRestoreArgs(sharding=sharding, global_shape=self.shapes[path]))
+        restore = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
+        with steps.reading(self._at):
+            try:
+                got = self._reader.restore(self._at, args=ocp.args.Composite(state=restore))["state"]
+            except Exception as error:
+                raise self._damaged(error) from error
+        return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(got)}
+
+
+def encoder_of(workdir: str, template: Any, shardings: Any) -> Any:
+    """The online encoder of the newest checkpoint of another run, for a frozen target.
 
     Args:
       workdir: directory of that run.
       template, shardings: of the encoder here, which must be of the same shape.
-      key: the setting that named the run, for messages.
 
     Raises:
       UserError: if there is no checkpoint, or its encoder is another one.
     """
-    place = pathlib.Path(workdir) / "checkpoints"
-    where = f"config.{key}: {workdir!r}"
-    if not place.is_dir():
-        raise UserError(f"{where} has no checkpoints; give the --workdir of a run that saved one")
-    step = max(steps.listed(place), default=None)
-    if step is None:
-        raise UserError(f"{where} has no complete checkpoint; give the --workdir of a run that saved one")
-    at = place.absolute() / str(step)
-    with steps.reading(at), ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler())) as reader:
-        if wrong := digests.complaints(at) if (at / digests.NAME).exists() else []:
-            raise UserError(f"{where}: its checkpoint {step} is damaged ({wrong[0]}); set it aside and give the one before, or another run")
-        saved = {
-            path_of(path): tuple(leaf.shape)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(reader.metadata(at).item_metadata["state"].tree)
-        }
-        here = {"params/encoder/" + path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(template)}
-        if wrong := [f"{path} {saved.get(path, 'absent')} there, {shape} here" for path, shape in here.items() if saved.get(path) != shape]:
-            raise UserError(
-                f"{where}: its encoder is another one ({len(wrong)} arrays differ, first {wrong[0]}); use the same model settings"
-            )
-        abstract = jax.tree.map(lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), template, shardings)
-        item = {"params": {"encoder": abstract}}
-        restore = ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)
-        return reader.restore(at, args=ocp.args.Composite(state=restore))["state"]["params"]["encoder"]
+    key = "config.objective.target_checkpoint"
+    run = AnotherRun(workdir, key)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(template)
+    here = {"params/encoder/" + path_of(path): leaf.shape for path, leaf in leaves}
+    if wrong := [f"{p} {run.shapes.get(p, 'absent')} there, {shape} here" for p, shape in here.items() if run.shapes.get(p) != shape]:
+        raise UserError(
+            f"{key}: {workdir!r}: its encoder is another one ({len(wrong)} arrays differ, first {wrong[0]}); use the same model settings"
+        )
+    got = run.read(dict(zip(here, jax.tree.leaves(shardings), strict=True)))
+    return jax.tree.unflatten(structure, [got[path] for path in here])
+
+
+def put(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Sets one leaf of a nested dict by its path.
+
+    >>> tree = {}; put(tree, "a/b", 1); tree
+    {'a': {'b': 1}}
+    """
+    *way, last = path.split("/")
+    for part in way:
+        tree = tree.setdefault(part, {})
+    tree[last] = value
+
+
+def write_tree(directory: pathlib.Path, tree: Any) -> None:
+    """A tree of arrays as a checkpoint of its own, without anything of a run, for `ocp.StandardCheckpointer().restore(directory)`."""
+    shutil.rmtree(directory, ignore_errors=True)
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(directory.absolute(), tree)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
-from m3i_jax.training import checkpoint, optimizer, plan, state, step
+from m3i_jax.training import checkpoint, optimizer, plan, start, state, step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,8 @@ class Trainer:
             classes=config.data.classes if "category" in uses else 0,
             vocabulary=vocabulary if "text" in uses else 0,
         )
-        self._create = lambda: state.create(make(rng=jax.random.key(config.seed)), self.tx)
+        self._params = lambda: make(rng=jax.random.key(config.seed))
+        self._create = lambda: state.create(self._params(), self.tx)
         self.template = jax.eval_shape(self._create)
         self.shardings = parallel.shardings(mesh, self.template)
         whole = parallel.replicated(mesh)
@@ -80,14 +82,15 @@ class Trainer:
         )
         self._look = jax.jit(functools.partial(step.look_inside, self.plan), out_shardings=whole)
 
-    def init(self) -> state.State:
-        """The state at step 0, made where it will live: no device ever holds more than its share."""
-        made = jax.jit(self._create, out_shardings=self.shardings)()
+    def init(self, say: Callable[[str], None] = print) -> state.State:
+        """The state at step 0, made where it will live: no device ever holds more than its share. What `init_from` names is in it, in the
+        momentum target too, and `say` gets the account of it."""
         if self.config.init_from:
-            template, layout = self.template.params["encoder"], self.shardings.params["encoder"]
-            encoder = checkpoint.encoder_of(self.config.init_from, template, layout, "init_from")
-            begin = jax.jit(lambda params: state.create(params, self.tx), out_shardings=self.shardings)
-            made = begin({**made.params, "encoder": encoder})  # the average starts there too
+            params = jax.jit(self._params, out_shardings=self.shardings.params)()
+            params = start.take(self.config, params, self.shardings.params, say)
+            made = jax.jit(lambda params: state.create(params, self.tx), out_shardings=self.shardings)(params)
+        else:
+            made = jax.jit(self._create, out_shardings=self.shardings)()
         if "frozen" not in made.opt:
             return made
         frozen, layout = made.opt["frozen"], self.shardings.opt["frozen"].params["encoder"]

@@ -1,0 +1,196 @@
+"""Against the libraries themselves: what timm and Transformers compute with their weights, we compute with them, and the other way round.
+Skipped without torch, timm and Transformers (the extra `torch`)."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from m3i_jax import schema
+from m3i_jax.evaluation import loaded
+from m3i_jax.interop import export, tensors, vit
+from m3i_jax.modes import export as mode
+from m3i_jax.training import start
+from tests import saved, toy
+from tests.interop.published_vit import ENCODERS, OTHERS, shapes
+
+torch, timm, transformers = (pytest.importorskip(name) for name in ("torch", "timm", "transformers"))
+
+SIZES = {"width": 32, "depth": 2, "heads": 2, "patch": 8, "grid": 4}
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128, "image_size": 32, "patch_size": 8}
+BASE = {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
+HF_BASE = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "image_size": 224,
+    "patch_size": 16,
+}
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    torch.manual_seed(0)
+    with torch.no_grad(), jax.default_matmul_precision("highest"):
+        yield
+
+
+def shaken(model):
+    """Random values everywhere, norms and biases too, of the size of trained ones."""
+    for parameter in model.parameters():
+        parameter.add_(0.3 * parameter.std(correction=0).clamp(min=0.1) * torch.randn_like(parameter))
+    return model.eval()
+
+
+def pictures(side: int, count: int = 2) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, side, side, 3)).astype(np.uint8)
+
+
+def close(got: np.ndarray, expected, tolerance: float = 1e-5) -> None:
+    """To `tolerance` of the largest number: tokens reach a hundred, and float32 has seven digits."""
+    expected = expected.numpy() if hasattr(expected, "numpy") else expected
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() <= tolerance * max(1.0, np.abs(expected).max()), np.abs(got - expected).max()
+
+
+def normal(model: loaded.Loaded, raw: np.ndarray):
+    augment = model.config.data.augment
+    pixels = (raw / np.float32(255) - np.array(augment.mean, np.float32)) / np.array(augment.std, np.float32)
+    return torch.from_numpy(pixels.astype(np.float32).transpose(0, 3, 1, 2).copy())
+
+
+def from_timm(place: pathlib.Path, arguments: dict, name: str = "vit_base_patch16_224", suffix: str = ".safetensors") -> None:
+    model = shaken(timm.create_model(name, pretrained=False, num_classes=3, **arguments))
+    path = place / f"model{suffix}"
+    if suffix == ".safetensors":
+        tensors.write_safetensors(path, {name: value.numpy() for name, value in model.state_dict().items()})
+    else:
+        torch.save({"model": model.state_dict(), "epoch": 3}, path)
+    mine = loaded.load(str(path), pool="tokens", heads=arguments["num_heads"])
+    mine.config = with_encoder(mine.config, activation=arguments.get("act_layer", "gelu"))  # a bare file of timm's cannot tell
+    raw = pictures(arguments["img_size"])
+    close(mine.features(raw), model.forward_features(normal(mine, raw)))
+
+
+def with_encoder(config: schema.Config, **changes) -> schema.Config:
+    encoder = dataclasses.replace(config.model.encoder, **changes)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=encoder))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"init_values": 0.1}, {"no_embed_class": True}, {"class_token": False, "global_pool": "avg"}, {"final_norm": False},
+     {"pre_norm": True, "act_layer": "quick_gelu"}],
+    ids=str,
+)  # fmt: skip
+def test_we_compute_what_timm_does(tmp_path: pathlib.Path, arguments: dict) -> None:
+    if arguments.get("class_token") is False:
+        arguments = arguments | {"fc_norm": False}
+    from_timm(tmp_path, SMALL | arguments)
+
+
+def test_a_file_of_torchs_own(tmp_path: pathlib.Path) -> None:
+    from_timm(tmp_path, SMALL, suffix=".pth")
+
+
+def hugging_face(place: pathlib.Path, kind: str, sizes: dict) -> None:
+    config = {"ViTModel": transformers.ViTConfig, "CLIPVisionModel": transformers.CLIPVisionConfig}[kind](**sizes)
+    model = shaken(getattr(transformers, kind)(config))
+    model.save_pretrained(place)
+    mine = loaded.load(str(place), pool="tokens")
+    raw = pictures(sizes["image_size"])
+    out = model(pixel_values=normal(mine, raw), output_hidden_states=True)
+    if kind == "ViTModel":
+        close(mine.features(raw), out.last_hidden_state)  # the file has the norm, so it is ours too
+    else:
+        close(mine.features(raw), getattr(model, "vision_model", model).post_layernorm(out.last_hidden_state))
+    without = loaded.load(str(place), pool="tokens")
+    without.config = with_encoder(without.config, final_norm=False)
+    close(without.features(raw), out.hidden_states[-1] if kind == "ViTModel" else out.last_hidden_state)
+
+
+@pytest.mark.parametrize("kind", ["ViTModel", "CLIPVisionModel"])
+def test_we_compute_what_transformers_does(tmp_path: pathlib.Path, kind: str) -> None:
+    hugging_face(tmp_path, kind, HF)
+
+
+def test_masked_auto_encoders_of_transformers_are_known(tmp_path: pathlib.Path) -> None:
+    sizes = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 32}
+    model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**HF, **sizes))
+    model.save_pretrained(tmp_path)
+    found = vit.load(tensors.read(tmp_path))
+    assert found.layout == "hf" and not found.unknown and set(found.unused) == {"decoder of pixels"}
+    mine = start.open_source(str(tmp_path))
+    assert mine.shapes[start.TABLE] == (1, 17, 32)
+
+
+def random_encoder(place: pathlib.Path, width: int = 32, **changes) -> loaded.Loaded:
+    settings = {f"model__encoder__{name}": value for name, value in changes.items()}
+    saved.run(place, toy.settings(model__encoder__width=width, objective__forms="mim", **settings))
+    return loaded.load(str(place), pool="tokens")
+
+
+VARIANTS = [{}, {"final_norm": "true"}, {"positions": "learned", "norm_eps": 1e-5},
+            {"embedding_norm": "true", "activation": "quick_gelu", "final_norm": "true"}, {"embedding_norm": "true"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("library", ["timm", "hf"])
+def test_they_compute_what_we_do(tmp_path: pathlib.Path, library: str, changes: dict) -> None:
+    both_ways(tmp_path, library, random_encoder(tmp_path / "run", **changes))
+
+
+def both_ways(place: pathlib.Path, library: str, mine: loaded.Loaded) -> None:
+    described, size, pixels = mode._described(mine)
+    raw = pictures(size)
+    shown = normal(mine, raw).numpy().transpose(0, 2, 3, 1)
+    out = place / "out"
+    if library == "timm":
+        export.timm(out, mode.tree_of(mine), described, size, pixels)
+        got = export.through_timm(out, described, size, shown)
+    else:
+        kind = export.hugging_face(out, mode.tree_of(mine), described, size, pixels)
+        got = export.through_hugging_face(out, kind, described["final_norm"], shown)
+    assert got is not None
+    close(got, mine.features(raw))
+
+
+def test_timms_own_loader_reads_our_npz(tmp_path: pathlib.Path) -> None:
+    mine = random_encoder(tmp_path / "run", final_norm="true")
+    tensors.write_npz(tmp_path / "vit.npz", vit.store(mode.tree_of(mine), "google", heads=2))
+    name, arguments = export.timm_arguments(mode._described(mine)[0], 32)
+    model = timm.create_model(name, pretrained=False, **arguments).eval()
+    model.load_pretrained(str(tmp_path / "vit.npz"))
+    raw = pictures(32)
+    close(mine.features(raw), model.forward_features(normal(mine, raw)))
+
+
+def test_the_tables_of_names_are_theirs(tmp_path: pathlib.Path) -> None:
+    model = timm.create_model("vit_base_patch16_224", num_classes=10, **SMALL)
+    real = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    assert real == shapes(f"{ENCODERS['timm']} | {OTHERS['timm']}", **SIZES)
+    transformers.ViTModel(transformers.ViTConfig(**HF)).save_pretrained(tmp_path / "hf")
+    assert tensors.read(tmp_path / "hf").shapes == shapes(f"{ENCODERS['hf']} | {OTHERS['hf']}", **SIZES)
+    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**HF)).save_pretrained(tmp_path / "clip")
+    files = {name.removeprefix("vision_model."): shape for name, shape in tensors.read(tmp_path / "clip").shapes.items()}
+    assert files == shapes(ENCODERS["clip"], **SIZES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["timm", "ViTModel", "CLIPVisionModel"])
+def test_vit_base_as_they_compute_it(tmp_path: pathlib.Path, library: str) -> None:
+    from_timm(tmp_path, BASE) if library == "timm" else hugging_face(tmp_path, library, HF_BASE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["timm", "hf"])
+@pytest.mark.parametrize("final_norm", ["false", "true"])
+def test_vit_base_as_we_compute_it(tmp_path: pathlib.Path, library: str, final_norm: str) -> None:
+    sizes = {"width": 768, "patch_size": 16, "depth": 12, "heads": 12, "final_norm": final_norm}
+    config = toy.settings(data__image_size=224, objective__forms="mim", **{f"model__encoder__{name}": n for name, n in sizes.items()})
+    saved.run(tmp_path / "run", config)
+    both_ways(tmp_path, library, loaded.load(str(tmp_path / "run"), pool="tokens"))
