@@ -6,7 +6,9 @@
     from m3i_jax import sincos_2d, relative                         # positions
     from m3i_jax import track_balance, weight, track_target         # optax transforms
 
-They need jax, numpy, optax and chex, and are loaded on first use.
+They need jax, numpy, optax and chex, and are loaded on first use. And, of the whole package, weights as a function of pictures:
+
+    m3i_jax.load("runs/first").features(pictures)
 """
 
 import importlib
@@ -31,10 +33,12 @@ _PUBLIC = {
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
-__all__ = ["__version__", *_PUBLIC, *_HOME]
+__all__ = ["__version__", *_PUBLIC, *_HOME]  # without `load`: a star import stays light
 
 
 def __getattr__(name: str) -> Any:
+    if name == "load":
+        return importlib.import_module("m3i_jax.evaluation.loaded").load
     module = _HOME.get(name, name)
     if module not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -43,4 +47,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, "load"])

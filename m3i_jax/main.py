@@ -20,6 +20,8 @@ MODES = {
     "compare": "run a list of objectives, one after the other, and write one table: WORKDIR/compare.md, .json and .png",
     "report": "write what the run in the working directory has logged to WORKDIR/report.html, beside those of report.beside; no --config",
     "eval": "evaluate the newest checkpoint of the run in the working directory: a table and WORKDIR/eval.json; needs no --config",
+    "export": "write the encoder of the run in the working directory for other tools (--format), with a model card, to WORKDIR/export",
+    "features": "write the features of all pictures of the source to a file (--out), by the run in the working directory or init_from",
     "data": "report on the source before training: text, WORKDIR/data.json and the page WORKDIR/data.html",
     "profile": "run a few steps and trace them: WORKDIR/profile and a table of the costliest operations; SIGUSR1 traces a run under way",
     "compile": "compile the train step for accelerators that are not here: does it fit, what does it cost; reads no data",
@@ -29,8 +31,10 @@ MODES = {
 OWN = {  # flags of one mode, which are handed to it
     "compile": ("topology", "memory", "largest_batch", "suggest"),
     "eval": ("checkpoint",),
+    "export": ("format",),
+    "features": ("out",),
 }
-OF_RUN = ("eval", "report", "replay")  # modes that take the configuration of the run in the working directory, unless another one is named
+OF_RUN = ("eval", "report", "replay", "export", "features")  # modes that take the settings of the run in WORKDIR, without --config
 TOGETHER = ("train", "compare", "eval", "profile")  # modes that all hosts of a run enter; the others need one
 
 
@@ -58,6 +62,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--memory", default="", metavar="GIB", help="compile: memory of a device, if not what its kind has")
     out.add_argument("--largest-batch", action="store_true", help="compile: search the largest batch that fits")
     out.add_argument("--suggest", action="store_true", help="compile: search mesh, remat and microbatches that fit")
+    out.add_argument("--format", default="", metavar="NAME", help="export: timm, hf, stablehlo, npz or orbax")
+    out.add_argument("--out", default="", metavar="FILE", help="features: the npz file to write")
     out.add_argument("--version", action="version", version=f"m3i_jax {__version__}")
     return out
 

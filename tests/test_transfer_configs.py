@@ -7,8 +7,10 @@ import pytest
 
 from m3i_jax import config as configuration
 from m3i_jax.errors import UserError
+from m3i_jax.interop import tensors
 from m3i_jax.training import optimizer
 from tests import toy
+from tests.interop.published_vit import ENCODERS, weights
 
 
 def load(spec: str):
@@ -46,10 +48,20 @@ def test_the_model_is_that_of_the_run(name: str, tmp_path: pathlib.Path) -> None
     made = load(f"{name}:path=/pictures,from={tmp_path}")
     assert (made.model.encoder.width, made.model.encoder.depth, made.data.image_size) == (32, 2, 32)
     assert made.init_from == str(tmp_path) and made.optim.ema == 1.0
-    with pytest.raises(UserError, match="has no config.txt"):
+    with pytest.raises(UserError, match="give the workdir of a run"):
         load(f"{name}:from={tmp_path / 'nothing'}")
     with pytest.raises(UserError, match="did you mean from=|it takes"):
         load(f"{name}:form={tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["finetune.py", "probe.py"])
+def test_the_model_is_that_of_a_file_of_weights(name: str, tmp_path: pathlib.Path) -> None:
+    table = weights(ENCODERS["timm"], width=64, depth=2, heads=1, patch=8, grid=4)
+    tensors.write_safetensors(tmp_path / "vit.safetensors", table)
+    made = load(f"{name}:path=/pictures,from={tmp_path / 'vit.safetensors'}")
+    e = made.model.encoder
+    assert (e.width, e.depth, e.heads, e.positions, made.data.image_size) == (64, 2, 1, "learned", 32)
+    assert made.init.only == ("^encoder/",)
 
 
 def test_another_size_keeps_the_positions_of_the_run(tmp_path: pathlib.Path) -> None:

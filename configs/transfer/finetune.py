@@ -4,8 +4,9 @@ python -m m3i_jax.main --config configs/transfer/finetune.py:path=DIR,from=RUN -
 python -m m3i_jax.main --config configs/transfer/finetune.py:path=/data/imagenet,from=RUN --config.data.split=train \
     --config.data.holdout_split=val --workdir runs/finetuned
 
-`from` is the working directory of a run: its model, its picture size and the mean and deviation of pixels are taken over, its encoder is
-where this run starts. [P] is the paper's Table 8, [M] MAE and SiameseIM, whose recipe it is, [C] a choice of this project.
+`from` is the working directory of a run, or a file of weights that `init_from` knows (timm, Hugging Face, MAE and the like): its model, its
+picture size and the mean and deviation of pixels are taken over, its encoder is where this run starts. [P] is the paper's Table 8, [M] MAE
+and SiameseIM, whose recipe it is, [C] a choice of this project.
 
 Another batch size: the learning rate goes down in proportion. Another picture size: positions are made for the cells of the pre-trained
 model and resized. `ema` below 1 also keeps an average of all parameters; evaluate it with --config.evaluate.encoder=ema.
@@ -13,7 +14,8 @@ model and resized. `ema` below 1 also keeps an average of all parameters; evalua
 
 from ml_collections import ConfigDict
 
-from m3i_jax.config import default, of_run
+from m3i_jax.config import default
+from m3i_jax.evaluation.loaded import settings
 from m3i_jax.models import presets
 
 BATCH = 1024  # [P]
@@ -34,18 +36,17 @@ def get_config(
     image_size: int = 0,
     ema: float = 1.0,
 ) -> ConfigDict:
-    """path: the pictures, a folder a class. from: working directory of the run that made the encoder; empty: from scratch. model: size,
-    where no run tells it. source: kind of the source. epochs: 0: the paper's. batch_size: pictures a step. image_size: 0: that of the run.
+    """path: the pictures, a folder a class. from: working directory of the run that made the encoder, or a file of weights; empty: from
+    scratch. model: size, where no run tells it. source: kind of the source. epochs: 0: the paper's. batch_size: pictures a step. image_size: 0: that of the run.
     ema: momentum of an average of all parameters; 1: none."""
     config = default()
     if from_:
-        start = of_run(from_, "configs/transfer/finetune.py:from")
+        start = settings(from_, "configs/transfer/finetune.py:from")
         config.model.update(start.model)
         config.data.image_size = start.data.image_size
         config.data.augment.mean, config.data.augment.std = start.data.augment.mean, start.data.augment.std
         config.init_from = from_
-        if "init" in config:
-            config.init.only = ("^encoder/",)
+        config.init.only = ("^encoder/",)
     else:
         config.model.update(presets.preset(model))
     convolutional = config.model.backbone == "intern_image"

@@ -11,8 +11,9 @@ over the clean views of the training pictures (evaluate.train_limit of them) ins
 
 from ml_collections import ConfigDict
 
-from m3i_jax.config import default, of_run
+from m3i_jax.config import default
 from m3i_jax.errors import UserError
+from m3i_jax.evaluation.loaded import settings
 from m3i_jax.models import presets
 
 BATCH = 16_384  # [P]
@@ -22,19 +23,18 @@ def get_config(
     path: str = "", from_: str = "", kind: str = "linear", model: str = "vit_b16", source: str = "folder", epochs: float = 90.0,
     batch_size: int = 0,
 ) -> ConfigDict:  # fmt: skip
-    """path: the pictures, a folder a class. from: working directory of the run that made the encoder. kind: linear or attentive. model:
-    size, where no run tells it. source: kind of the source. epochs: passes. batch_size: 0: 16,384, or 1,024 of an attentive probe."""
+    """path: the pictures, a folder a class. from: working directory of the run that made the encoder, or a file of weights. kind: linear or
+    attentive. model: size, where no run tells it. source: kind of the source. epochs: passes. batch_size: 0: 16,384, or 1,024 of an attentive probe."""
     if kind not in ("linear", "attentive"):
         raise UserError(f"configs/transfer/probe.py: kind={kind} is none of linear, attentive")
     config, linear = default(), kind == "linear"
     if from_:
-        start = of_run(from_, "configs/transfer/probe.py:from")
+        start = settings(from_, "configs/transfer/probe.py:from")
         config.model.update(start.model)
         config.data.image_size = start.data.image_size
         config.data.augment.mean, config.data.augment.std = start.data.augment.mean, start.data.augment.std
         config.init_from = from_
-        if "init" in config:
-            config.init.only = ("^encoder/",)
+        config.init.only = ("^encoder/",)
     else:
         config.model.update(presets.preset(model))
     config.data.source = source

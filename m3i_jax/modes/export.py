@@ -1,0 +1,181 @@
+"""--mode=export --format=NAME: the encoder of a run for other people's tools, in WORKDIR/export/NAME, with a model card.
+
+timm        model.safetensors and config.json; timm.create_model(...).load_state_dict
+hf          model.safetensors, config.json, preprocessor_config.json; transformers.ViTModel.from_pretrained
+npz         vit.npz with the names of Google's vision_transformer
+stablehlo   features.stablehlo: pictures [b, S, S, 3] uint8 -> features [b, D] for any b, by jax.export; runs without this package
+orbax       parameters: our own tree, by Orbax
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m3i_jax import config as configuration
+from m3i_jax import schema
+from m3i_jax.data import photometric
+from m3i_jax.errors import UserError
+from m3i_jax.evaluation import loaded
+from m3i_jax.interop import export, tensors, vit
+from m3i_jax.models.vit import fixed_positions
+from m3i_jax.modes import card
+from m3i_jax.reporting.files import write_text
+from m3i_jax.training import checkpoint, start
+
+FORMATS = ("timm", "hf", "stablehlo", "npz", "orbax")
+_CLOSE = 1e-4  # largest difference over the largest number; two libraries round differently, layer for layer
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+_LARGEST = 2**31 - 2**24  # bytes of one exported program
+
+
+def run(config: schema.Config, *, workdir: str, allow_changes: bool, format: str) -> int:
+    del allow_changes
+    if format not in FORMATS:
+        raise UserError(
+            f"--format: {format!r} is none of {', '.join(FORMATS)}" if format else f"--format: is missing; {', '.join(FORMATS)}"
+        )
+    if format == "stablehlo" and importlib.util.find_spec("flatbuffers") is None:
+        raise UserError("--format=stablehlo needs the package flatbuffers: pip install 'm3i-jax[export]'")
+    config = settings_of(config, workdir)
+    if config.model.backbone != "vit" and format in ("timm", "hf", "npz"):
+        raise UserError(
+            f"--format={format}: holds vision transformers, this encoder is {config.model.backbone}; use stablehlo or orbax, or "
+            "m3i_jax.interop.intern_image.store for the names of its authors"
+        )
+    model = loaded.load(workdir, weights=config.evaluate.encoder, dtype="" if format in ("stablehlo", "orbax") else "float32")
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, evaluate=config.evaluate, report=config.report))
+    place = pathlib.Path(workdir) / "export" / format
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    told = _FORMATS[format](place, model, workdir)
+    write_text(place / "model_card.md", card.text(model, pathlib.Path(workdir), format))
+    print(f"{model.name} -> {place}")
+    for line in told:
+        print(line)
+    return 0
+
+
+def settings_of(config: schema.Config, workdir: str) -> schema.Config:
+    """What the command line says of the encoder (evaluate.encoder) and the card (report.licence), over the settings of the run itself: no
+    other setting may change what was trained."""
+    there = configuration.resolve(configuration.of_run(workdir, "--workdir"))
+    return dataclasses.replace(there, evaluate=config.evaluate, report=config.report)
+
+
+def tree_of(model: loaded.Loaded) -> dict[str, np.ndarray]:
+    """The encoder as interop's flat tree, float32, its fixed position table written out (with zeros for cls)."""
+    e = model.config.model.encoder
+    named = jax.tree_util.tree_leaves_with_path({"encoder": model.params["encoder"]})
+    flat = {start.path_of(path): np.asarray(leaf, np.float32) for path, leaf in named}
+    if start.TABLE not in flat:
+        table = fixed_positions(e, model.config.grid)
+        flat[start.TABLE] = np.concatenate([np.zeros((int(e.cls_token), e.width), np.float32), table])[None]
+    return flat
+
+
+def _to_timm(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> list[str]:
+    encoder, size, pixels = _described(model)
+    export.timm(place, tree_of(model), encoder, size, pixels)
+    name, arguments = export.timm_arguments(encoder, size)
+    words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    told = [f"open it with: model = timm.create_model({name!r}, {words}); model.load_state_dict(safetensors.torch.load_file(...))"]
+    if encoder["norm_eps"] != 1e-6:
+        told.append(f"and norm_layer=functools.partial(torch.nn.LayerNorm, eps={encoder['norm_eps']}), which no file of timm's can hold")
+    normal = _pictures(model)
+    return told + _compared(model, normal, export.through_timm(place, encoder, size, normal), "timm")
+
+
+def _to_hugging_face(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> list[str]:
+    encoder, size, pixels = _described(model)
+    kind = export.hugging_face(place, tree_of(model), encoder, size, pixels)
+    told = [f"open it with: transformers.{kind}.from_pretrained({str(place)!r})"]
+    if kind == "ViTModel" and not encoder["final_norm"]:
+        told.append("it ends in a LayerNorm that was not trained (scale 1, offset 0): our features are hidden_states[-1], before it")
+    normal = _pictures(model)
+    return told + _compared(model, normal, export.through_hugging_face(place, kind, encoder["final_norm"], normal), "Transformers")
+
+
+def _to_npz(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> list[str]:
+    e = model.config.model.encoder
+    table = vit.store(tree_of(model), "google", heads=e.heads)
+    tensors.write_npz(place / "vit.npz", table)
+    back = vit.load(tensors.read(place / "vit.npz")).arrays
+    same = all(np.array_equal(back[path], array) for path, array in tree_of(model).items() if path != "encoder/mask_token")
+    if not same:
+        raise RuntimeError(f"{place / 'vit.npz'} does not give back the arrays that were written")
+    gelu = "" if e.activation == "gelu_tanh" else f"; its MLPs use {e.activation}, Google's code the tanh form of GELU"
+    return [f"{len(table)} arrays under the names of Google's vision_transformer, read back bit by bit{gelu}"]
+
+
+def _to_stablehlo(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> list[str]:
+    size, parameters = model.config.data.image_size, model.params
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(parameters))
+    if total > _LARGEST:
+        raise UserError(
+            f"--format=stablehlo: {total / 2**30:.1f} GiB of weights do not go into one program of 2 GiB; use orbax and jax.export"
+        )
+    (rows,) = jax.export.symbolic_shape("b")
+    function = jax.jit(lambda pixels: loaded.encode(model.config, model.pool, parameters, pixels))
+    made = jax.export.export(function, platforms=_PLATFORMS)(jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8))
+    with tensors.atomic(place / "features.stablehlo") as file:
+        file.write(made.serialize())
+    again = jax.export.deserialize(bytearray((place / "features.stablehlo").read_bytes()))
+    few = np.random.default_rng(0).integers(0, 256, (3, size, size, 3)).astype(np.uint8)
+    expected, got = np.asarray(function(few)), np.asarray(again.call(few))
+    return [
+        f"features ({model.pool}) of uint8 pictures [b, {size}, {size}, 3] as float32 {[str(n) for n in again.out_avals[0].shape]}, for "
+        + ", ".join(_PLATFORMS),
+        "run it with: jax.export.deserialize(bytearray(open('features.stablehlo', 'rb').read())).call(pictures)",
+        _difference("the file, read back,", expected, got),
+    ]
+
+
+def _to_orbax(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> list[str]:
+    source = start.open_source(workdir, weights=model.config.evaluate.encoder, key="--workdir")
+    tree: dict[str, Any] = {}
+    for path, array in source.read(dict.fromkeys(source.shapes)).items():
+        checkpoint.put(tree, path, array)
+    checkpoint.write_tree(place / "parameters", tree)
+    write_text(place / "config.txt", configuration.to_text(model.config))
+    return [f"{len(source.shapes)} arrays of {', '.join(tree)}; read them with orbax.checkpoint.StandardCheckpointer().restore(DIRECTORY)"]
+
+
+_FORMATS = {"timm": _to_timm, "hf": _to_hugging_face, "stablehlo": _to_stablehlo, "npz": _to_npz, "orbax": _to_orbax}
+
+
+def _described(model: loaded.Loaded) -> tuple[dict[str, Any], int, dict[str, Any]]:
+    augment = model.config.data.augment
+    return dataclasses.asdict(model.config.model.encoder), model.config.data.image_size, {"mean": augment.mean, "std": augment.std}
+
+
+def _pictures(model: loaded.Loaded) -> np.ndarray:
+    """Two normalised random pictures to compare with."""
+    size = model.config.data.image_size
+    raw = np.random.default_rng(0).integers(0, 256, (2, size, size, 3)).astype(np.uint8)
+    return np.asarray(photometric.normalize(jnp.asarray(raw), model.config.data.augment))
+
+
+def _compared(model: loaded.Loaded, normal: np.ndarray, theirs: np.ndarray | None, library: str) -> list[str]:
+    if theirs is None:
+        return [f"not compared with {library}, which is not installed: pip install 'm3i-jax[torch]'"]
+    from m3i_jax.models import m3i
+    from m3i_jax.models.vit import patchify
+
+    with jax.default_matmul_precision("highest"):
+        ours = m3i.encode(model.config, model.params["encoder"], patchify(jnp.asarray(normal), model.config.model.encoder.patch_size))
+    return [_difference(f"tokens of {library}", np.asarray(ours, np.float32), theirs)]
+
+
+def _difference(what: str, ours: np.ndarray, theirs: np.ndarray) -> str:
+    if ours.shape != theirs.shape:
+        raise RuntimeError(f"{what} have shape {theirs.shape}, ours {ours.shape}")
+    apart, largest = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
+    if not apart <= _CLOSE * largest:
+        raise RuntimeError(f"{what} differ from ours by up to {apart:.2g}, where the largest number is {largest:.2g}: the export is wrong")
+    return f"{what} and ours differ by at most {apart:.2g}, the largest number is {largest:.2g}: equal"

@@ -1,0 +1,118 @@
+"""--mode=features --out=FILE: features of every picture of a source, by a run or by other weights (init_from), as one npz.
+
+keys (text), labels int32 (-1: none), held_out bool, features float32 [n, D], in the order of the source, training part first; `about`, JSON
+that says what made them. The file appears when it is whole. What is done until then lies beside it in FILE.parts, and the same command
+goes on there."""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+
+from m3i_jax import parallel, privacy, schema
+from m3i_jax.data import central, parts, sources
+from m3i_jax.errors import UserError
+from m3i_jax.evaluation import loaded
+from m3i_jax.interop import tensors
+from m3i_jax.modes import job as jobs
+from m3i_jax.training import checkpoint
+
+_PART = 4096  # pictures between two writes
+
+
+def run(config: schema.Config, *, workdir: str, allow_changes: bool, out: str) -> int:
+    del allow_changes
+    if not out:
+        raise UserError("--out: is missing; name the npz file to write, such as --out=features.npz")
+    target = pathlib.Path(out)
+    if target.suffix != ".npz" or target.is_dir():
+        raise UserError(f"--out: {out!r} must be a file that ends in .npz")
+    model = _model(config, workdir)
+    place = pathlib.Path(workdir)
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    train, held_out = parts.open_parts(config.data, cache=str(place / "index"))
+    identity = {"weights": model.name, "pool": model.pool, "image_size": model.config.data.image_size}
+    identity |= {
+        "train": sources.digest(train.fingerprint(), len(train)),
+        "held_out": sources.digest(held_out.fingerprint(), len(held_out)),
+    }
+    kept = target.with_name(target.name + ".parts")
+    with jobs.lock(place):
+        _agree(kept, identity)
+        print(f"{model.name}, {model.pool}: {len(train):,} pictures for training, {len(held_out):,} held out")
+        made = [_part(model, config, source, kept / f"{name}.{at}.npz", at) for name, source in (("train", train), ("held_out", held_out))
+                for at in range(0, len(source), _PART)]  # fmt: skip
+        skipped: dict[str, int] = {}
+        for part in made:
+            for reason, count in json.loads(str(part["skipped"])).items():
+                skipped[reason] = skipped.get(reason, 0) + count
+        whole = [part for part in made if "keys" in part]
+        if not whole:
+            raise UserError(f"no picture of {train.name} could be read: {skipped}")
+        columns = {name: np.concatenate([part[name] for part in whole]) for name in ("keys", "labels", "held_out", "features")}
+        about = identity | {"classes": list(train.classes), "skipped": {reason: n for reason, n in skipped.items() if n}}
+        tensors.write_npz(target, columns | {"about": np.array(json.dumps(privacy.redacted(about)))})
+        shutil.rmtree(kept)
+    told = ", ".join(f"{n:,} {reason}" for reason, n in skipped.items() if n)
+    print(f"{columns['features'].shape[0]:,} x {columns['features'].shape[1]} in {target}" + (f"; left out: {told}" if told else ""))
+    return 0
+
+
+def _model(config: schema.Config, workdir: str) -> loaded.Loaded:
+    """init_from, or the run in the working directory."""
+    if config.init_from:
+        return loaded.load(config.init_from, weights=config.init.weights)
+    if not checkpoint.is_run(workdir):
+        raise UserError(f"--workdir {workdir}: has no run; name one, or weights by --config.init_from=FILE")
+    return loaded.load(workdir, weights=config.evaluate.encoder)
+
+
+def _agree(kept: pathlib.Path, identity: dict[str, Any]) -> None:
+    """Parts of other features are not gone on with."""
+    told, file = json.dumps(identity), kept / "about.json"
+    if kept.is_dir() and not (file.is_file() and file.read_text() == told):
+        shutil.rmtree(kept)
+    kept.mkdir(parents=True, exist_ok=True)
+    file.write_text(told)
+
+
+def _part(model: loaded.Loaded, config: schema.Config, source: sources.Source, file: pathlib.Path, start: int) -> dict[str, np.ndarray]:
+    """The features of _PART pictures from `start` on, from `file` if they are there."""
+    if file.is_file():
+        return dict(tensors.read(file))
+    mesh = parallel.make_mesh((-1, 1, 1))
+    shards, layout = jax.device_count(), parallel.data_sharding(mesh)
+    rows = -(-config.evaluate.batch_size // shards) * shards
+    indices = range(start, min(start + _PART, len(source)))
+    batches = central.evaluation_batches(source, indices, model.config.data.image_size, rows, background=config.data.background)
+    if not isinstance(jax.tree.leaves(model.params)[0].sharding, jax.sharding.NamedSharding):
+        model.params = jax.device_put(model.params, parallel.replicated(mesh))
+    found: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    index: list[np.ndarray] = []
+    for batch in batches:
+        valid = batch["valid"]
+        found.append(np.asarray(model.function(model.params, jax.device_put(batch["views"], layout)))[valid])
+        labels.append(batch["label"][valid])
+        index.append(batch["index"][valid])
+    if not found:  # every picture was bad
+        return {"skipped": np.array(json.dumps(dict(batches.skipped)))}
+    places = np.concatenate(index)
+    columns = {
+        "keys": np.array([sources.key_of(source, int(i)) for i in places], np.str_),
+        "labels": np.concatenate(labels),
+        "held_out": np.full(len(places), file.name.startswith("held_out")),
+        "features": np.concatenate(found),
+        "skipped": np.array(json.dumps(dict(batches.skipped))),
+    }
+    tensors.write_npz(file, columns)
+    return columns
+
+
+def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(columns, about) of a file of features."""
+    table = dict(tensors.read(path))
+    return table, json.loads(str(table.pop("about")))

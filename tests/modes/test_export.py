@@ -1,0 +1,143 @@
+"""--mode=export: files with the names and shapes that other tools expect, bit by bit what the run has; a StableHLO program that runs in a
+process that does not know this package; the model card."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from m3i_jax import main as command
+from m3i_jax.errors import UserError
+from m3i_jax.evaluation import loaded
+from m3i_jax.interop import tensors, vit
+from m3i_jax.modes import export
+from tests import saved, toy
+from tests.interop.published_vit import ENCODERS, shapes
+
+SIZES = {"width": 32, "depth": 2, "heads": 2, "patch": 8, "grid": 4}
+ENCODER = "model__encoder__"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory):
+    workdir = tmp_path_factory.mktemp("mine")
+    params, average = saved.run(workdir, toy.settings())
+    (workdir / "data.txt").write_text("source 1 = folder, 800 pictures, fingerprint 0123456789abcdef\n")
+    lines = [{"step": 2, "loss": 3.0, "lr": 1.0}, {"step": 4, "loss": 2.5}, {"step": 4, "eval/knn/top1": 0.75}]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "lo')
+    return workdir, params, average
+
+
+def exported(workdir: pathlib.Path, format: str, *more: str) -> pathlib.Path:
+    assert command.main(["--mode=export", f"--format={format}", "--workdir", str(workdir), *more]) == 0
+    return workdir / "export" / format
+
+
+def test_timm(run, capsys: pytest.CaptureFixture[str]) -> None:
+    place = exported(run[0], "timm")
+    table = tensors.read(place / "model.safetensors")
+    wanted = {name: shape for name, shape in shapes(ENCODERS["timm"], **SIZES).items() if not name.startswith("norm.")}
+    assert table.shapes == wanted  # no final norm, as in the run
+    back = vit.load(table).arrays
+    for path, array in saved.flat({"encoder": run[1]["encoder"]}).items():
+        np.testing.assert_array_equal(back[path], array, err_msg=path)
+    config = json.loads((place / "config.json").read_text())
+    assert config["model_args"]["embed_dim"] == 32 and config["model_args"]["final_norm"] is False
+    said = capsys.readouterr().out
+    assert "timm.create_model('vit_base_patch16_224', img_size=32" in said
+    assert ("equal" in said) != ("not compared with timm, which is not installed: pip install 'm3i-jax[torch]'" in said)
+
+
+def test_hugging_face_and_the_momentum_average(run, capsys: pytest.CaptureFixture[str]) -> None:
+    place = exported(run[0], "hf", "--config.evaluate.encoder=ema")
+    table = tensors.read(place / "model.safetensors")
+    assert table.shapes == shapes(ENCODERS["hf"], **SIZES)
+    np.testing.assert_array_equal(table["encoder.layer.1.output.dense.weight"], run[2]["encoder"]["blocks"]["mlp"]["fc2"]["kernel"][1].T)
+    np.testing.assert_array_equal(table["layernorm.weight"], np.ones(32))
+    config = json.loads((place / "config.json").read_text())
+    assert config["layer_norm_eps"] == 1e-6 and config["intermediate_size"] == 128 and config["architectures"] == ["ViTModel"]
+    pixels = json.loads((place / "preprocessor_config.json").read_text())
+    assert pixels["size"] == {"shortest_edge": 37} and pixels["image_mean"] == [0.485, 0.456, 0.406]
+    assert "hidden_states[-1]" in capsys.readouterr().out
+
+
+def test_what_was_exported_loads_as_the_same_function(run) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    expected = loaded.load(str(run[0]), pool="mean").features(pictures)
+    for format in ("timm", "npz"):
+        place = exported(run[0], format)
+        got = loaded.load(str(place / "vit.npz" if format == "npz" else place), pool="mean")
+        if format == "npz":  # Google's layout is used with the tanh form of GELU and other pixels; ours was not
+            assert got.config.model.encoder.activation == "gelu_tanh" and got.config.model.encoder.heads == 2
+        else:
+            np.testing.assert_allclose(got.features(pictures), expected, atol=1e-5)
+
+
+def test_orbax(run) -> None:
+    place = exported(run[0], "orbax")
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.restore((place / "parameters").absolute())
+    assert saved.flat(tree).keys() == saved.flat(run[1]).keys()
+    np.testing.assert_array_equal(tree["encoder"]["cls_token"], run[1]["encoder"]["cls_token"])
+    assert "model.encoder.width = 32" in (place / "config.txt").read_text()
+
+
+FRESH = """
+import sys, jax, jax.export, numpy as np
+path, pictures, out = sys.argv[1:]
+program = jax.export.deserialize(bytearray(open(path, 'rb').read()))
+np.savez(out, **{str(n): program.call(np.load(pictures)[:n]) for n in (1, 3)})
+assert not any(name.startswith(("m3i_jax", "flax")) for name in sys.modules)
+"""
+
+
+def test_stablehlo_runs_in_a_fresh_process_for_any_batch(run, tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("flatbuffers")
+    place = exported(run[0], "stablehlo")
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    np.save(tmp_path / "pictures.npy", pictures)
+    arguments = [str(place / "features.stablehlo"), str(tmp_path / "pictures.npy"), str(tmp_path / "out.npz")]
+    subprocess.run([sys.executable, "-c", FRESH, *arguments], check=True, cwd=tmp_path)
+    expected = loaded.load(str(run[0])).features(pictures)  # attention: this objective trained it
+    with np.load(tmp_path / "out.npz") as got:
+        for n in ("1", "3"):
+            assert got[n].shape == (int(n), 24)
+            np.testing.assert_allclose(got[n], expected[: int(n)], atol=1e-5)
+
+
+def test_the_card_says_what_it_is(run) -> None:
+    text = (exported(run[0], "npz", "--config.report.licence=CC-BY-4.0") / "model_card.md").read_text()
+    wanted = [f"{run[0].name} (step 4, online), written as npz", "vit, patch 8, 2 blocks of 32", "fingerprint 0123456789abcdef"]
+    for words in [*wanted, "CC-BY-4.0", "| eval/knn/top1 | 0.75 | 4 |", "| loss | 2.5 | 4 |", "data.image_size = 32", "m3i"]:
+        assert words in text, words
+    assert "| lr |" not in text and str(run[0]) not in text
+
+
+def test_what_is_refused(run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    saved.run(tmp_path, toy.settings(**{f"{ENCODER}cls_token": "false", "objective__forms": "mim"}))
+    for arguments, words in (
+        ([f"--workdir={run[0]}"], "--format: is missing; timm, hf"),
+        ([f"--workdir={run[0]}", "--format=onnx"], "--format: 'onnx' is none of timm"),
+        ([f"--workdir={tmp_path / 'x'}", "--format=timm"], "has no config.txt"),
+        ([f"--workdir={tmp_path}", "--format=hf"], "always have a cls token"),
+    ):
+        assert command.main(["--mode=export", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
+    assert command.main(["--mode=show", "--config", "configs/quickstart.py", "--format=timm"]) == 2
+    assert "--format: does not belong to --mode=show" in capsys.readouterr().err
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"m3i-jax\[export\]"):
+        export.run(toy.settings(), workdir=str(run[0]), allow_changes=False, format="stablehlo")
+
+
+def test_a_difference_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="the export is wrong"):
+        export._difference("tokens", np.ones((2, 3)), np.ones((2, 3)) + 0.01)
+    with pytest.raises(RuntimeError, match="the export is wrong"):
+        export._difference("tokens", np.ones((2, 3)), np.full((2, 3), np.nan))
+    assert "at most 1e-06" in export._difference("tokens", np.ones(3), np.ones(3) + 1e-6)

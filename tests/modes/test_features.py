@@ -1,0 +1,100 @@
+"""--mode=features: every picture of a source once, in its order, by a run or by other weights; stopped and gone on with; refusals."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from m3i_jax import main as command
+from m3i_jax.data import central, parts
+from m3i_jax.evaluation import loaded
+from m3i_jax.interop import tensors
+from m3i_jax.modes import features
+from tests import saved, toy
+from tests.interop.published_vit import ENCODERS, weights
+
+SOURCE = {"data__source": "shapes", "data__size": 40, "data__holdout": 0.25, "evaluate__batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    place = tmp_path_factory.mktemp("run")
+    saved.run(place, toy.settings(**SOURCE))
+    return place
+
+
+def written(workdir: pathlib.Path, out: pathlib.Path, *more: str) -> int:
+    return command.main(["--mode=features", "--workdir", str(workdir), f"--out={out}", *more])
+
+
+def test_every_picture_once_and_in_order(workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert written(workdir, tmp_path / "a.npz") == 0
+    table, about = features.read(str(tmp_path / "a.npz"))
+    train, held_out = parts.open_parts(toy.settings(**SOURCE).data)
+    assert len(train) + len(held_out) == 40 and len(held_out) > 4
+    assert table["held_out"].tolist() == [False] * len(train) + [True] * len(held_out)
+    assert table["keys"].tolist() == [source[i].key for source in (train, held_out) for i in range(len(source))]
+    assert table["labels"].tolist() == [source[i].label for source in (train, held_out) for i in range(len(source))]
+    views = np.concatenate([batch["views"][batch["valid"]] for batch in central.evaluation_batches(held_out, range(len(held_out)), 32, 8)])
+    np.testing.assert_allclose(table["features"][len(train) :], loaded.load(str(workdir)).features(views), atol=1e-5)
+    assert about["pool"] == "attention" and about["classes"] == list(train.classes) and about["skipped"] == {}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+    assert f"40 x 24 in {tmp_path / 'a.npz'}" in capsys.readouterr().out
+
+
+def test_a_stopped_run_goes_on_where_it_was(workdir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert written(workdir, tmp_path / "whole.npz") == 0
+    monkeypatch.setattr(features, "_PART", 16)
+    read, asked = central.evaluation_batches, []
+
+    def stops(source, indices, *arguments, **settings):
+        asked.append(indices)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return read(source, indices, *arguments, **settings)
+
+    monkeypatch.setattr(features.central, "evaluation_batches", stops)
+    with pytest.raises(KeyboardInterrupt):
+        written(workdir, tmp_path / "a.npz")
+    assert sorted(p.name for p in (tmp_path / "a.npz.parts").iterdir()) == ["about.json", "train.0.npz"]
+    assert not (tmp_path / "a.npz").exists()
+    assert written(workdir, tmp_path / "a.npz") == 0
+    assert [indices.start for indices in asked] == [0, 16, 16, 0, 16]  # stopped at the second part, gone on there; then the held-out ones
+    whole, stopped = (features.read(str(tmp_path / name))[0] for name in ("whole.npz", "a.npz"))
+    for name in whole:
+        assert whole[name].dtype == stopped[name].dtype
+        if name != "features":
+            np.testing.assert_array_equal(whole[name], stopped[name])
+    np.testing.assert_allclose(whole["features"], stopped["features"], atol=1e-5)
+
+
+def test_other_weights_and_other_pictures(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    table = weights(ENCODERS["timm"], width=32, depth=1, heads=2, patch=8, grid=2)
+    tensors.write_safetensors(tmp_path / "vit.safetensors", table)
+    arguments = [f"--config.init_from={tmp_path / 'vit.safetensors'}", "--config.data.size=20"]
+    assert written(workdir, tmp_path / "a.npz", *arguments) == 0
+    got, about = features.read(str(tmp_path / "a.npz"))
+    assert got["features"].shape == (20, 32) and about["image_size"] == 16 and about["pool"] == "mean" and "(timm)" in about["weights"]
+    assert np.isfinite(got["features"]).all() and np.std(got["features"], 0).min() > 0
+
+
+def test_parts_of_other_features_are_not_gone_on_with(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    kept = tmp_path / "a.npz.parts"
+    kept.mkdir()
+    (kept / "about.json").write_text(json.dumps({"weights": "others"}))
+    np.savez(kept / "train.0.npz", keys=np.array(["wrong"]))
+    assert written(workdir, tmp_path / "a.npz") == 0
+    assert "wrong" not in features.read(str(tmp_path / "a.npz"))[0]["keys"]
+
+
+def test_what_is_refused(workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (
+        (["--workdir", str(workdir)], "--out: is missing"),
+        (["--workdir", str(workdir), "--out=x.h5"], "--out: 'x.h5' must be a file that ends in .npz"),
+        (["--workdir", str(tmp_path), "--out=x.npz"], "has no config.txt"),
+        (["--config", "configs/quickstart.py", "--workdir", str(tmp_path), "--out=x.npz"], "has no run; name one, or weights by"),
+    ):
+        assert command.main(["--mode=features", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
