@@ -37,8 +37,8 @@ def get_config(
     ema: float = 1.0,
 ) -> ConfigDict:
     """path: the pictures, a folder a class. from: working directory of the run that made the encoder, or a file of weights; empty: from
-    scratch. model: size, where no run tells it. source: kind of the source. epochs: 0: the paper's. batch_size: pictures a step. image_size: 0: that of the run.
-    ema: momentum of an average of all parameters; 1: none."""
+    scratch. model: size, where no run tells it. source: kind of the source. epochs: 0: the paper's. batch_size: pictures a step.
+    image_size: 0: that of the run. ema: momentum of an average of all parameters; 1: none."""
     config = default()
     if from_:
         start = settings(from_, "configs/transfer/finetune.py:from")
