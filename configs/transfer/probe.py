@@ -24,8 +24,8 @@ def get_config(
     batch_size: int = 0,
 ) -> ConfigDict:  # fmt: skip
     """path: the pictures, a folder a class. from: working directory of the run that made the encoder, or a file of weights. kind: linear or
-    attentive. model: size, where no run tells it. source: kind of the source. epochs: passes. batch_size: 0: 16,384, or 1,024 of an attentive
-    probe."""
+    attentive. model: size, where no run tells it. source: kind of the source. epochs: passes. batch_size: 0: 16,384, or 1,024 of an
+    attentive probe."""
     if kind not in ("linear", "attentive"):
         raise UserError(f"configs/transfer/probe.py: kind={kind} is none of linear, attentive")
     config, linear = default(), kind == "linear"
