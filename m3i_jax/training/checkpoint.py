@@ -54,7 +54,8 @@ class Checkpoints:
         together = ocp.options.MultiprocessingOptions(active_processes=set(range(self._hosts)) if self._hosts > 1 else None)
         handler = ocp.CompositeCheckpointHandler(
             composite_options=ocp.CompositeOptions(multiprocessing_options=together),
-            state=ocp.StandardCheckpointHandler(multiprocessing_options=together),
+            # Random bits of float32 do not compress: trying takes longer than writing them.
+            state=ocp.PyTreeCheckpointHandler(multiprocessing_options=together, use_compression=False),
             position=ocp.JsonCheckpointHandler(multiprocessing_options=together),
         )
         self._orbax = ocp.AsyncCheckpointer(
@@ -166,7 +167,7 @@ class Checkpoints:
             if self._first and not self._cleaned:
                 steps.clean(self._directory)
             self._cleaned = True
-            args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position | {"format": FORMAT}))
+            args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(position | {"format": FORMAT}))
             self._orbax.save(self._directory / f"{step}.new", args=args, force=True)
             done = self._thread.submit(self._finish, step)
         except Exception as error:  # a full disk or no permission: told when the hosts next meet, as if it came later
@@ -246,7 +247,9 @@ class Checkpoints:
                 self._verify(step)
                 different = self._difference(step, template)  # asked first: a read that fails leaves Orbax's other reads complaining
                 if not different:
-                    return self._orbax.restore(place, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+                    how = ocp.checkpoint_utils.construct_restore_args(abstract)
+                    args = ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract, restore_args=how))
+                    return self._orbax.restore(place, args=args)["state"]
         except Exception as error:
             raise self._damaged(step, error) from error
         more = ""
