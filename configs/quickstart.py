@@ -15,6 +15,8 @@ def get_config(size: int = 40_000, steps: int = 420, model: str = "vit_tiny") ->
     presets.use(config, model)
     if model == "vit_tiny":
         config.model.encoder.update({"width": 128, "depth": 3, "heads": 4})
+    else:
+        config.optim.fan_in_lr = 64  # at one rate, convolutions of up to 1152 inputs make all pictures look alike
     config.model.encoder.drop_path = 0.0  # one pass over the data: nothing to regularise
     config.model.encoder.freeze_patch_embed = False  # a random map of 8 x 8 x 3 numbers to 128 loses a third of them
     config.model.decoder.depth = 1

@@ -72,6 +72,8 @@ def _ranges(c: schema.Config) -> None:
         "optim.min_lr": o.min_lr,
         "optim.weight_decay": o.weight_decay,
         "optim.clip": o.clip,
+        "optim.fan_in_lr": o.fan_in_lr,
+        "model.pool.std": c.model.pool.std,
         "optim.skip_spikes": o.skip_spikes,
         "optim.warmup_epochs": o.warmup_epochs,
         "objective.second_moment": c.objective.second_moment,
@@ -169,7 +171,7 @@ def _intern_image(c: schema.Config) -> None:
     fits = all(w % g == 0 for w, g in zip(widths, m.groups, strict=True))
     _require(fits, "model.intern_image.groups", m.groups, f"must divide the channels of the stages, {widths}")
     _require(m.kernel >= 1 and m.kernel % 2 == 1, "model.intern_image.kernel", m.kernel, "must be odd")
-    for key in ("layer_scale", "extra_norm"):
+    for key in ("layer_scale", "extra_norm", "mlp_std"):
         _require(getattr(m, key) >= 0, f"model.intern_image.{key}", getattr(m, key), "must not be negative")
     for key in ("offset_scale", "mlp_ratio"):
         _require(getattr(m, key) > 0, f"model.intern_image.{key}", getattr(m, key), "must be positive")

@@ -87,6 +87,7 @@ class InternImage:
     extra_norm: int = option(6, "stage 3 has a norm after every so many layers; 0: none")
     mlp_ratio: float = option(4.0, "hidden width of the MLP over width")
     stem_strides: tuple[int, ...] = option((2, 2), "strides of the stem's two convolutions")
+    mlp_std: float = option(0.02, "deviation of the MLP's first matrices; 0: 1 / sqrt(inputs), for nets so narrow that 0.02 is nothing")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,7 @@ class Pool:
     norm: str = option(
         "layer", "of mean and cls: layer norm; batch: by the batch's statistics, without scale and offset (linear probes)", "layer", "batch"
     )
+    std: float = option(0.02, "deviation of its first matrices; 0: 1 / sqrt(inputs)")
     projection: bool = option(True, "linear map to the output width; without it the pooled token itself is the output (MAE's fine-tuning)")
 
 
@@ -236,6 +238,9 @@ class Optim:
     layer_decay: float = option(1.0, "factor of the learning rate from a layer of the encoder to the one below it; 1: none")
     offset_lr: float = option(0.1, "factor of the learning rate of DCNv3's offsets (InternImage)")
     center_lr: float = option(1.0, "factor of the learning rate of DCNv3's centre scale (InternImage fine-tunes with 0.1)")
+    fan_in_lr: int = option(
+        0, "a matrix of more inputs than this has the learning rate times this over its inputs (muP: steps of Adam add up); 0: all the same"
+    )
     skip_spikes: float = option(
         0.0, "skip a step whose loss or gradient norm is so many deviations above the median of the last 128; 0: none; 6 is rare"
     )

@@ -64,7 +64,9 @@ def _plain(width: int, depths: tuple[int, ...], groups: int, **changes: Any) -> 
 
 # T to XL are published as classifiers without the fused map: here it is added, as wide as the deepest stage but at most InternImage-H's.
 PRESETS: dict[str, InternImage] = {
-    "internimage_pico": _plain(32, (1, 1, 2, 1), 2, norm="pre", layer_scale=0.0, drop_path=0.0, fused=128, stem_strides=(2, 1)),
+    "internimage_pico": _plain(
+        32, (1, 1, 2, 1), 2, norm="pre", layer_scale=0.0, drop_path=0.0, fused=128, stem_strides=(2, 1), mlp_std=0.0
+    ),
     "internimage_t": _plain(64, (4, 4, 18, 4), 4, norm="pre", layer_scale=0.0, drop_path=0.1, fused=512),
     "internimage_s": _plain(80, (4, 4, 21, 4), 5, drop_path=0.4, fused=640),
     "internimage_b": _plain(112, (4, 4, 21, 4), 7, drop_path=0.5, fused=896),
@@ -163,7 +165,7 @@ def _first(model: InternImage, path: str, shape: tuple[int, ...]) -> tuple[str, 
         return "constant", 0.0
     if owner in ("input", "output"):
         return "uniform", math.sqrt(6 / sum(shape))
-    return "normal", 0.02
+    return "normal", model.mlp_std or shape[0] ** -0.5
 
 
 def _draw(model: InternImage, rng: jax.Array, tree: Any) -> Any:
@@ -186,8 +188,8 @@ def _draw(model: InternImage, rng: jax.Array, tree: Any) -> Any:
 def init(model: InternImage, rng: jax.Array, *, mask_token: bool = False) -> Params:
     """Parameters: `stem`, `stage0` to `stage3` (`layers` stacked on [L, ...], `extra_norms`, `norm`, `down`), `fusion`.
 
-    As published: dense N(0, 0.02^2), in and out of DCNv3 Xavier-uniform, convolutions uniform with bound 1 / sqrt(fan in), their biases
-    too; offsets, masks and centre scale 0, so that DCNv3 starts as a box filter.
+    As published: dense N(0, `mlp_std`^2), in and out of DCNv3 Xavier-uniform, convolutions uniform with bound 1 / sqrt(fan in), their
+    biases too; offsets, masks and centre scale 0, so that DCNv3 starts as a box filter.
 
     Args:
       model: settings.

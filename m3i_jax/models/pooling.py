@@ -87,8 +87,8 @@ def _token(model: schema.Model) -> TokenPool:
 
 def init(model: schema.Model, rng: jax.Array) -> Params:
     """Parameters. Attention: `query`, `key`, `value` [D, D], each with a `norm_...` before it, `query_token` [1, 1, D] if learned, and
-    `out` [D, W] unless there is no projection. Mean and cls: `norm`, if a layer norm, and `out`. Matrices and tokens N(0, 0.02^2),
-    biases 0.
+    `out` [D, W] unless there is no projection. Mean and cls: `norm`, if a layer norm, and `out`. Matrices N(0, `pool.std`^2), or
+    N(0, 1 / D) where that is 0, tokens N(0, 0.02^2), biases 0.
 
     >>> sorted(jax.eval_shape(lambda key: init(schema.Model(), key), jax.random.key(0)))
     ['key', 'norm_key', 'norm_query', 'norm_value', 'out', 'query', 'value']
@@ -99,7 +99,7 @@ def init(model: schema.Model, rng: jax.Array) -> Params:
         if model.pool.kind == "attention"
         else shapes_of(_token(model), jnp.zeros((1, width)))
     )
-    return draw(rng, shapes, {"kernel": 0.02, "query_token": 0.02}) if shapes else {}
+    return draw(rng, shapes, {"kernel": model.pool.std or width**-0.5, "query_token": 0.02}) if shapes else {}
 
 
 def apply(

@@ -53,7 +53,7 @@ PRESETS: dict[str, Preset] = {
     "vit_h14": _preset(patch_size=14, width=1280, depth=32, heads=16, decoder=(1024, 16), pool=(768, 16)),
     **{name: _intern_image(net) for name, net in intern_image.PRESETS.items()},
 }
-PRESETS["internimage_pico"] = _toy(PRESETS["internimage_pico"], decoder=96, heads=3) | {"pool": {"width": 128, "heads": 4}}
+PRESETS["internimage_pico"] = _toy(PRESETS["internimage_pico"], decoder=96, heads=3) | {"pool": {"width": 128, "heads": 4, "std": 0.0}}
 
 
 def preset(name: str) -> Preset:

@@ -1,6 +1,7 @@
 """Encoders behind one face: InternImage as an encoder of the objective, what it cannot do, and the layers of either."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,10 @@ REFUSED = {
     "model.intern_image.width=7": "even",
     "model.intern_image.offset_scale=0": "positive",
     "model.intern_image.extra_norm=-1": "negative",
+    "model.intern_image.mlp_std=-1": "negative",
+    "model.pool.std=-1": "negative",
     "optim.offset_lr=2": "0..1",
+    "optim.fan_in_lr=-1": "negative",
 }
 
 
@@ -178,12 +182,37 @@ def test_rates_of_every_kind_of_parameter() -> None:
     assert {path: float(np.squeeze(optimizer.rate_factor(config, path))) for path in rates} == pytest.approx(rates)
 
 
+def scaled(config: schema.Config) -> dict[str, Any]:
+    """What updates of ones become."""
+    params = jax.eval_shape(lambda key: m3i.init(config, key, methods.FORMS["sim"], classes=0, vocabulary=0), jax.random.key(0))
+    return optimizer.scale_rates(config).update(jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), params), ())[0]
+
+
+def test_matrices_of_many_inputs_learn_slower_if_asked() -> None:
+    changes = {"model__intern_image__depths": "(1,1,3,1)", "model__decoder__projector_depth": "1", "model__encoder__cls_token": "false"}
+    config = toy.settings(**(toy.INTERN | changes), optim__fan_in_lr=24)
+    updates = scaled(config)
+    stage, decoder = updates["encoder"]["stage2"], updates["decoder"]
+    rates = [
+        (updates["encoder"]["stem"]["conv1"]["kernel"], 24 / 27),
+        (stage["layers"]["dcn"]["depthwise"]["kernel"], 1.0),  # adds up 9 numbers, whatever its channels
+        (stage["layers"]["mlp"]["fc1"]["kernel"], 24 / 32),
+        (stage["layers"]["mlp"]["fc2"]["kernel"], 24 / 128),
+        (stage["layers"]["mlp"]["fc2"]["bias"], 1.0),
+        (stage["layers"]["dcn"]["offset"]["kernel"], 0.1 * 24 / 32),
+        (stage["down"]["conv"]["kernel"], 24 / (9 * 32)),
+        (decoder["blocks"]["mlp"]["fc2"]["kernel"], 24 / 128),
+        (decoder["projector"]["mlp"]["fc1"]["kernel"], 24 / 32),
+        (decoder["mask_token"], 1.0),
+    ]
+    for update, rate in rates:
+        np.testing.assert_allclose(update, rate, rtol=1e-6)
+
+
 def test_updates_are_scaled_by_their_rates() -> None:
     config = toy.settings(**toy.INTERN, optim__layer_decay=0.5)
-    params = jax.eval_shape(lambda key: m3i.init(config, key, methods.FORMS["sim"], classes=0, vocabulary=0), jax.random.key(0))
-    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), params)
-    updates, _ = optimizer.scale_rates(config).update(ones, ())
-    assert jax.tree.structure(updates) == jax.tree.structure(ones)
+    updates = scaled(config)
+    assert sorted(updates) == ["decoder", "encoder"]
     np.testing.assert_allclose(updates["encoder"]["stage1"]["layers"]["dcn"]["offset"]["kernel"], 0.1 * 0.25, rtol=1e-6)
     np.testing.assert_array_equal(updates["decoder"]["mask_token"], 1.0)
 

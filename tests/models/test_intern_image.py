@@ -55,7 +55,11 @@ def test_first_values():
     for name in ("offset", "mask"):
         assert not any(leaf.any() for leaf in jax.tree.leaves(layers["dcn"][name]))
     np.testing.assert_array_equal(layers["gamma1"], 0.25)
-    np.testing.assert_allclose(layers["mlp"]["fc1"]["kernel"].std(), 0.02, rtol=0.03)
+    np.testing.assert_allclose(layers["mlp"]["fc1"]["kernel"].std(), 128**-0.5, rtol=0.03)  # the toy; all others as published:
+    np.testing.assert_allclose(layers["mlp"]["fc2"]["kernel"].std(), 512**-0.5, rtol=0.03)
+    assert {name for name, preset in PRESETS.items() if preset.mlp_std != 0.02} == {"internimage_pico"}
+    published = start(dataclasses.replace(model, mlp_std=0.02))["stage2"]["layers"]
+    np.testing.assert_allclose(published["mlp"]["fc1"]["kernel"].std(), 0.02, rtol=0.03)
     largest = {
         "stem/conv2/kernel": (9 * 16) ** -0.5,
         "stem/conv1/bias": 27**-0.5,

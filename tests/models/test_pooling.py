@@ -136,3 +136,12 @@ def test_the_mean_of_all_tokens_without_a_mask_and_zeros_of_none():
 def test_cls_pooling_without_a_cls_token_is_refused():
     with pytest.raises(ValueError, match="model.pool.kind is cls"):
         pooling.apply(with_pool(kind="cls"), {}, jnp.asarray(X))
+
+
+def test_first_matrices_have_the_deviation_that_is_asked_for():
+    model = dataclasses.replace(MODEL, encoder=schema.Encoder(width=256))
+    for std, expected in ((0.02, 0.02), (0.3, 0.3), (0.0, 1 / 16)):
+        params = pooling.init(dataclasses.replace(model, pool=schema.Pool(width=128, std=std, query="learned")), jax.random.key(0))
+        for name in ("query", "key", "value", "out"):
+            np.testing.assert_allclose(params[name]["kernel"].std(), expected, rtol=0.03)
+        np.testing.assert_allclose(params["query_token"].std(), 0.02, rtol=0.2)
