@@ -93,7 +93,9 @@ def state_bytes(made: trainer.Trainer) -> dict[str, float]:
 def report(config: schema.Config, site: Site, vocabulary: int) -> dict[str, Any]:
     """Lower and compile the step of a completed configuration; the entries of compile.json."""
     mesh = parallel.make_mesh(config.parallel.mesh, site.devices)
-    checks.devices(config, tuple(mesh.shape[a] for a in parallel.AXES))  # type: ignore[arg-type]
+    config, told = checks.fitted(config, tuple(mesh.shape[a] for a in parallel.AXES))  # type: ignore[arg-type]
+    if told:
+        print(told, flush=True)
     made = trainer.Trainer(config, mesh, vocabulary)
     batch, shards, devices = trainer.abstract_batch(config), fitting.data_shards(mesh), len(site.devices)
     out: dict[str, Any] = {
@@ -160,7 +162,7 @@ def search_batch(config: schema.Config, site: Site, vocabulary: int) -> tuple[in
 
 def search_changes(config: schema.Config, site: Site, vocabulary: int) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
     """(flags of the cheapest candidate that fits, or "", report as configured, attempts)."""
-    checks.devices(config, tuple(parallel.make_mesh(config.parallel.mesh, site.devices).shape[a] for a in parallel.AXES))  # type: ignore[arg-type]
+    checks.fitted(config, tuple(parallel.make_mesh(config.parallel.mesh, site.devices).shape[a] for a in parallel.AXES))  # type: ignore[arg-type]
     first, rows = None, []
     for flags, made in fitting.candidates(config, len(site.devices)):
         mesh = parallel.make_mesh(made.parallel.mesh, site.devices)

@@ -90,7 +90,7 @@ def candidates(config: schema.Config, devices: int) -> Iterator[tuple[str, schem
             replica, fsdp, tensor = (devices // fixed if n == -1 else n for n in mesh)
             if replica * fsdp * tensor != devices:
                 continue
-            checks.devices(made, (replica, fsdp, tensor))
+            checks.fitted(made, (replica, fsdp, tensor))
         except UserError:
             continue
         yield flags or "as configured", made

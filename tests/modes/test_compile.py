@@ -43,9 +43,12 @@ def test_the_state_by_parts_is_the_state() -> None:
 
 
 def test_a_step_for_eight_devices_is_compiled_and_reported(tmp_path, capsys) -> None:
-    """Half a MiB is too little: everything is written and told all the same, then one line says by how much, and the exit code is 3."""
-    assert command.main([*ARGUMENTS, "--workdir", str(tmp_path), "--topology=cpu:8", "--memory=0.0005"]) == 3
+    """Half a MiB is too little: everything is written and told all the same, then one line says by how much, and the exit code is 3. The
+    batch is rounded up as in a run."""
+    rounded = ["--config.train.batch_size=12", "--config.train.round_batch=true"]
+    assert command.main([*ARGUMENTS, *rounded, "--workdir", str(tmp_path), "--topology=cpu:8", "--memory=0.0005"]) == 3
     out, err = capsys.readouterr()
+    assert "12 rounded up to 16" in out
     report = json.loads((tmp_path / "compile.json").read_text())
     assert report["devices"] == 8 and report["mesh"] == {"replica": 8, "fsdp": 1, "tensor": 1}
     assert (report["batch_size"], report["batch_per_device"], report["limit_bytes"]) == (16, 2, 0.0005 * 2**30)

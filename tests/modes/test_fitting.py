@@ -61,3 +61,10 @@ def test_candidates_go_from_cheap_to_dear_and_can_be_split() -> None:
 
 def test_one_device_has_no_mesh_to_change() -> None:
     assert not any("mesh" in name for name, _ in fitting.candidates(toy.settings(), 1))
+
+
+def test_a_batch_that_is_rounded_is_no_reason_to_leave_a_candidate_out() -> None:
+    rounded = toy.settings(train__batch_size=24, train__round_batch=True)  # on eight devices in two parts: 32
+    assert "--config.train.microbatches=2" in dict(fitting.candidates(rounded, 8))
+    refused = toy.settings(train__batch_size=24)
+    assert "--config.train.microbatches=2" not in dict(fitting.candidates(refused, 8))
