@@ -16,6 +16,7 @@ Marks
         append ARGUMENTS   more overrides for the training commands of this block, after TINY
         as-is              no overrides for this block
         exit STATUS        the block must end with this status, not 0
+        slow               run by `-m slow` only; no other block may need what it makes
         skip REASON        not run; the reason is shown by pytest
 """
 
@@ -68,6 +69,7 @@ class Block:
     append: str = ""
     as_is: bool = False
     status: int = 0
+    slow: bool = False
     skip: str = ""
 
 
@@ -80,12 +82,14 @@ def directives(comment: str) -> dict[str, str | bool | int]:
             out["append"] = rest
         elif word == "as-is" and not rest:
             out["as_is"] = True
+        elif word == "slow" and not rest:
+            out["slow"] = True
         elif word == "exit" and rest.isdigit():
             out["status"] = int(rest)
         elif word == "skip" and rest:
             out["skip"] = rest
         else:
-            raise ValueError(f"<!-- test: {part} -->: say append ARGUMENTS, as-is, exit STATUS or skip REASON")
+            raise ValueError(f"<!-- test: {part} -->: say append ARGUMENTS, as-is, exit STATUS, slow or skip REASON")
     return out
 
 
@@ -225,7 +229,12 @@ def test_the_readme_links_to_what_exists() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("block", [b for b in FOUND if b.language in RUN], ids=lambda b: f"line{b.line}-{b.language}")
+CASES = [
+    pytest.param(b, id=f"line{b.line}-{b.language}", marks=[pytest.mark.slow] if b.slow else []) for b in FOUND if b.language in RUN
+]
+
+
+@pytest.mark.parametrize("block", CASES)
 def test_block(block: Block, scratch: pathlib.Path) -> None:
     if block.skip:
         pytest.skip(block.skip)
