@@ -229,9 +229,7 @@ def test_the_readme_links_to_what_exists() -> None:
     assert not missing
 
 
-CASES = [
-    pytest.param(b, id=f"line{b.line}-{b.language}", marks=[pytest.mark.slow] if b.slow else []) for b in FOUND if b.language in RUN
-]
+CASES = [pytest.param(b, id=f"line{b.line}-{b.language}", marks=[pytest.mark.slow] if b.slow else []) for b in FOUND if b.language in RUN]
 
 
 @pytest.mark.parametrize("block", CASES)
