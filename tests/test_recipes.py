@@ -164,5 +164,5 @@ def test_the_share_of_the_peak_is_a_share() -> None:
 
 
 def test_show_knows_what_it_assumes() -> None:
-    done, assumed = show._assume(recipe("data=joint"))
+    done, assumed = show.assume(recipe("data=joint"))
     assert not assumed and done.data.classes == 21_841 and done.data.captions == "yes"
