@@ -68,10 +68,10 @@ def test_a_row_tells_of_its_own_record(make, bpe):
         assert batch["length"][row] == length and (batch["tokens"][row] == ids).all()
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("hosts", [1, 2, 4, 8])
 @pytest.mark.row("A10")
 def test_hosts_share_one_batch(make, mixed, bpe, hosts):
-    config = make.settings(batch=8)
+    config = make.settings(batch=16)
     whole = make.stream(config, mixed, bpe, 6)
     shares = [make.stream(config, mixed, bpe, 6, host=host, hosts=hosts) for host in range(hosts)]
     for k in range(6):
