@@ -20,6 +20,10 @@ GKE = {
 }  # fmt: skip
 
 
+def _interruptible() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Stage:
     """A directory of stand-ins that comes first on the PATH. Each call of one is a line of `calls`."""
 
@@ -41,8 +45,15 @@ class Stage:
         self.environment |= {"M3I_VENV": str(self.place / "venv"), "M3I_INSTALL": "0"}
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
+        # A shell cannot trap what was ignored when it began, as SIGINT is where these tests run in the background of another shell.
         return subprocess.Popen(
-            ["bash", *command], cwd=ROOT, env=self.environment | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            ["bash", *command],
+            cwd=ROOT,
+            env=self.environment | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=_interruptible,
         )
 
     def run(self, *command: str, **environment: str) -> tuple[int, str, str]:
