@@ -85,6 +85,16 @@ def test_the_page_has_everything_once_and_escapes_it(two: tuple[pathlib.Path, pa
     assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)[^"]*"', page) == []
 
 
+def test_the_reference_run_is_the_one_of_the_readme() -> None:
+    """What the README says of the quickstart stands in the log that is kept of it."""
+    root = pathlib.Path(__file__).parents[2]
+    run = runs.read(root / "tests" / "data" / "reference" / "quickstart")
+    losses = {int(step): loss for step, loss in re.findall(r"^\| (\d+) \| ([\d.]+) \|", (root / "README.md").read_text(), re.M)}
+    steps, values = run.curve("loss")
+    kept = dict(zip(steps, values, strict=True))
+    assert len(losses) >= 5 and {step: f"{kept[step]:.3f}" for step in losses} == losses
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
 def test_a_browser_shows_it_and_complains_of_nothing(two: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path) -> None:
     """As wide as a phone: nothing sticks out to the right, the console is silent, the charts are coloured."""
