@@ -15,7 +15,7 @@ model and resized. `ema` below 1 also keeps an average of all parameters; evalua
 from ml_collections import ConfigDict
 
 from m3i_jax.config import default
-from m3i_jax.evaluation.loaded import settings
+from m3i_jax.evaluation.loaded import begin
 from m3i_jax.models import presets
 
 BATCH = 1024  # [P]
@@ -41,12 +41,7 @@ def get_config(
     image_size: 0: that of the run. ema: momentum of an average of all parameters; 1: none."""
     config = default()
     if from_:
-        start = settings(from_, "configs/transfer/finetune.py:from")
-        config.model.update(start.model)
-        config.data.image_size = start.data.image_size
-        config.data.augment.mean, config.data.augment.std = start.data.augment.mean, start.data.augment.std
-        config.init_from = from_
-        config.init.only = ("^encoder/",)
+        begin(config, from_, "configs/transfer/finetune.py:from")
     else:
         config.model.update(presets.preset(model))
     convolutional = config.model.backbone == "intern_image"

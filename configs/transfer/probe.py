@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from m3i_jax.config import default
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation.loaded import settings
+from m3i_jax.evaluation.loaded import begin
 from m3i_jax.models import presets
 
 BATCH = 16_384  # [P]
@@ -30,12 +30,7 @@ def get_config(
         raise UserError(f"configs/transfer/probe.py: kind={kind} is none of linear, attentive")
     config, linear = default(), kind == "linear"
     if from_:
-        start = settings(from_, "configs/transfer/probe.py:from")
-        config.model.update(start.model)
-        config.data.image_size = start.data.image_size
-        config.data.augment.mean, config.data.augment.std = start.data.augment.mean, start.data.augment.std
-        config.init_from = from_
-        config.init.only = ("^encoder/",)
+        begin(config, from_, "configs/transfer/probe.py:from")
     else:
         config.model.update(presets.preset(model))
     config.data.source = source

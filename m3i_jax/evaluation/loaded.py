@@ -179,6 +179,20 @@ def settings(path: str, flag: str) -> ml_collections.ConfigDict:
     return _described(start.open_source(path, key=flag), path, 0, flag)
 
 
+def begin(config: ml_collections.ConfigDict, path: str, flag: str) -> None:
+    """Let a run start from an encoder of elsewhere: its model, the size of its pictures and their mean and deviation, and its weights.
+
+    Args:
+      config: the run's, changed in place.
+      path, flag: as of `settings`, which raises.
+    """
+    there = settings(path, flag)
+    config.model.update(there.model)
+    config.data.image_size = there.data.image_size
+    config.data.augment.mean, config.data.augment.std = there.data.augment.mean, there.data.augment.std
+    config.init_from, config.init.only = path, ("^encoder/",)
+
+
 def _described(source: start.Source, path: str, heads: int, flag: str) -> ml_collections.ConfigDict:
     """The settings of a file of weights."""
     told, config = dict(source.settings), configuration.default()

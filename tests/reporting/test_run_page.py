@@ -1,6 +1,8 @@
 """The report of a run: what it reads of a log, what it draws, that it opens without a network and says nothing of its own in a browser."""
 
+import base64
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -93,6 +95,18 @@ def test_the_reference_run_is_the_one_of_the_readme() -> None:
     steps, values = run.curve("loss")
     kept = dict(zip(steps, values, strict=True))
     assert len(losses) >= 5 and {step: f"{kept[step]:.3f}" for step in losses} == losses
+
+
+def test_the_newest_pictures_of_the_features_are_on_it(two: tuple[pathlib.Path, pathlib.Path]) -> None:
+    place = two[0] / "embedding"
+    place.mkdir()
+    kept = {}
+    for age, name in enumerate(("000000-map", "000030-map", "000030-neighbours")):
+        Image.fromarray(np.full((2, 2, 3), 9 + age, np.uint8)).save(place / f"{name}.png")
+        os.utime(place / f"{name}.png", (age, age))
+        kept[name] = base64.b64encode((place / f"{name}.png").read_bytes()).decode()
+    page = report.write(schema.Config(), two[0]).read_text()
+    assert {name for name, content in kept.items() if content in page} == {"000030-map", "000030-neighbours"}
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
