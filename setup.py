@@ -34,13 +34,13 @@ def accelerated(extra: str) -> list[str]:
 
 
 EXTRAS = {
-    # What the benchmarks under tests/bench compare with; torch from a CPU build where there is no GPU.
-    "bench": ["simplejpeg>=1.9", "tensorflow-cpu>=2.20", "timm>=1.0.20", "torch>=2.10", "torchvision>=0.25"],
+    # What the benchmarks under tests/bench compare with, beside `fast`; torch from a CPU build where there is no GPU.
+    "bench": ["tensorflow-cpu>=2.20", "timm>=1.0.20", "torch>=2.10", "torchvision>=0.25"],
     "cuda": accelerated("cuda12"),
     "cuda13": accelerated("cuda13"),
     "tpu": accelerated("tpu"),
     "export": ["flatbuffers>=24.3"],  # --mode=export --format=stablehlo
-    "fast": ["cykooz-resizer>=4.0.1"],
+    "fast": ["cykooz-resizer>=4.0.1", "simplejpeg>=1.9"],
     "gcs": ["fsspec>=2025.1", "gcsfs>=2025.1"],
     "huggingface": ["datasets>=4.0"],
     "maps": ["scikit-learn>=1.7"],

@@ -4,21 +4,18 @@ A box is (top, left, height, width) in pixels of the whole, un-mirrored picture;
 
 Two resizers cut a view with the same antialiased bicubic filter: Pillow's, and one with vector instructions, six times as fast (the package
 cykooz-resizer, in the extra `fast`; the same bytes on every processor). They differ by 0.3 gray levels on average, so which of them made a
-batch is part of the identity of the stream. JPEGs are decoded by Pillow alone: it has libjpeg-turbo inside, and simplejpeg is no faster.
+batch is part of the identity of the stream. Which decoder read a JPEG is not: they give the same pixels.
 """
 
 import functools
 import importlib.metadata
-import importlib.util
 import math
-import threading
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import PIL
 from PIL import Image
 
+from m3i_jax.data import fast
 from m3i_jax.errors import UserError
 
 WIDTH = 24  # uniforms a view needs at most, a multiple of four
@@ -86,7 +83,7 @@ def resizer(wanted: str = "auto") -> str:
     """
     if wanted.partition(" ")[0] not in ("auto", "pillow", "fast"):
         raise UserError(f"data.resizer={wanted!r} is no resizer: use 'auto', 'pillow' or 'fast'")
-    installed = importlib.util.find_spec("cykooz_resizer") is not None
+    installed = fast.installed("cykooz_resizer")
     if wanted.startswith("fast") and not installed:
         raise UserError("data.resizer='fast' needs the package cykooz-resizer: pip install 'm3i-jax[fast]', or use 'pillow'")
     if wanted == "pillow" or not installed:
@@ -94,11 +91,13 @@ def resizer(wanted: str = "auto") -> str:
     return f"fast {importlib.metadata.version('cykooz-resizer').partition('.')[0]}"
 
 
-def cut(image: Image.Image, box: Sequence[float], size: int, flip: bool, *, height: int, width: int, by: str = "pillow") -> np.ndarray:
+def cut(
+    image: Image.Image | fast.Packed, box: Sequence[float], size: int, flip: bool, *, height: int, width: int, by: str = "pillow"
+) -> np.ndarray:
     """Cuts one view: antialiased bicubic, then mirrored if asked.
 
     Args:
-        image: RGB, the whole picture, perhaps decoded at a smaller scale.
+        image: RGB, the whole picture, perhaps decoded at a smaller scale; packed, it is always the fast resizer that cuts.
         box: (top, left, height, width) in pixels of the picture at full scale.
         size: side of the view in pixels.
         flip: whether to mirror it horizontally.
@@ -116,46 +115,12 @@ def cut(image: Image.Image, box: Sequence[float], size: int, flip: bool, *, heig
     reduced_w, reduced_h = image.size
     sy, sx = reduced_h / height, reduced_w / width
     window = (left * sx, top * sy, min((left + w) * sx, reduced_w), min((top + h) * sy, reduced_h))
-    view = image.resize((size, size), Image.Resampling.BICUBIC, window) if by == "pillow" else _resize(image, window, size)
+    if isinstance(image, fast.Packed):
+        return fast.cut(image, window, size, flip)
+    view = image.resize((size, size), Image.Resampling.BICUBIC, window) if by == "pillow" else fast.resize(image, window, size)
     if flip:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # far cheaper than [:, ::-1]
     return np.frombuffer(view.tobytes(), np.uint8)
-
-
-_OWN = threading.local()
-# It reads the pixels of an image where Pillow keeps them. With a Pillow that this was not tried with, they are copied: the same result.
-_IN_PLACE = PIL.__version__.partition(".")[0] in ("13",)
-
-
-def _resize(image: Image.Image, window: Sequence[float], size: int) -> Image.Image:
-    """`Image.resize` of an RGB image by cykooz-resizer."""
-    if not hasattr(_OWN, "run"):
-        _OWN.run = _resizing()
-    left, top, right, bottom = window
-    w, h = right - left, bottom - top
-    # The sum may round above the edge, which would be refused.
-    w, h = (math.nextafter(n, 0) if start + n > end else n for start, n, end in ((left, w, image.width), (top, h, image.height)))
-    return _OWN.run(image, left, top, w, h, size)
-
-
-def _resizing() -> Any:
-    """A function that resizes, with a resizer of this thread's own."""
-    import cykooz_resizer as c
-
-    bicubic, run = c.ResizeAlg.convolution(c.FilterType.catmull_rom), c.Resizer()
-
-    def in_place(image: Image.Image, left: float, top: float, width: float, height: float, size: int) -> Image.Image:
-        view = Image.new("RGB", (size, size), None)
-        run.resize_pil(image, view, c.ResizeOptions(bicubic, False, c.CropBox(left, top, width, height)))
-        return view
-
-    def copied(image: Image.Image, left: float, top: float, width: float, height: float, size: int) -> Image.Image:
-        view = c.ImageData(size, size, c.PixelType.U8x3)
-        whole = c.ImageData(image.width, image.height, c.PixelType.U8x3, image.tobytes())
-        run.resize(whole, view, c.ResizeOptions(bicubic, False, c.CropBox(left, top, width, height)))
-        return Image.frombytes("RGB", (size, size), view.get_buffer())
-
-    return in_place if _IN_PLACE else copied
 
 
 def central_box(height: int, width: int, size: int, *, crop: float = 224 / 256) -> tuple[float, float, float, float]:

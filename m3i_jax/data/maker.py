@@ -134,7 +134,7 @@ class Maker:
         height, width = opened.height, opened.width
         boxes = [crops.crop_box(u[v], height, width, scale=_pair(data.crop_scale), ratio=_pair(data.crop_ratio)) for v in range(2)]
         least = crops.enough([boxes[v] for v in self.views], height, width, data.image_size, records.GAP)
-        image = opened.rgb(background=data.background, least=least)
+        image = (opened.rgb if self.resizer == "pillow" else opened.pixels)(background=data.background, least=least)
         for v in range(2):
             box[v], flip[v] = boxes[v], u[v][22] < data.flip_p
             if v not in self.views:

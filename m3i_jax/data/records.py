@@ -16,6 +16,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageFile
 
+from m3i_jax.data import fast
+
 EMPTY, UNDECODABLE, TRUNCATED, TOO_SMALL, TOO_LARGE, UNREADABLE = REASONS = (
     "empty",
     "undecodable",
@@ -58,12 +60,13 @@ class BadRecord(Exception):
 
 @dataclasses.dataclass
 class Picture:
-    """An opened picture whose header is accepted. `height` and `width` are those after the EXIF rotation."""
+    """An opened picture whose header is accepted. `height` and `width` are those after the EXIF rotation, `raw` the bytes of the file."""
 
     image: Image.Image
     turn: Image.Transpose | None
     height: int
     width: int
+    raw: bytes | None = None
 
     def rgb(self, *, background: int = 255, least: tuple[float, float] = (math.inf, math.inf)) -> Image.Image:
         """Decodes to RGB in its final orientation.
@@ -81,12 +84,25 @@ class Picture:
         try:
             if self.turn is not None and self.turn in (_T.TRANSPOSE, _T.ROTATE_270, _T.TRANSVERSE, _T.ROTATE_90):
                 least = least[::-1]
-            if self.image.format in ("JPEG", "MPO") and max(least) < math.inf:
-                self.image.draft(None, (math.ceil(least[1]), math.ceil(least[0])))  # type: ignore[arg-type]
+            self._shrink(least)
             image = _rgb(self.image, background)
             return image if self.turn is None else image.transpose(self.turn)
         except Exception as error:  # a damaged file makes Pillow's readers fail in any way: struct, zlib, index, type, ...
             raise _bad(error) from error
+
+    def pixels(self, *, background: int = 255, least: tuple[float, float] = (math.inf, math.inf)) -> Image.Image | fast.Packed:
+        """What `rgb` gives, packed where that is sooner: a plain JPEG, with the extra `fast`. The same pixels either way."""
+        if self.raw is not None and self.turn is None and (self.image.format, self.image.mode) == ("JPEG", "RGB"):
+            self._shrink(least)
+            whole = self.image.size == (self.width, self.height)
+            if whole and (packed := fast.decode(self.raw, self.height, self.width)):
+                return packed
+        return self.rgb(background=background, least=least)
+
+    def _shrink(self, least: tuple[float, float]) -> None:
+        """Sets the scale at which a JPEG will be decoded; once that is done, it stays."""
+        if self.image.format in ("JPEG", "MPO") and max(least) < math.inf:
+            self.image.draft(None, (math.ceil(least[1]), math.ceil(least[0])))  # type: ignore[arg-type]
 
 
 def open_picture(image: bytes | np.ndarray) -> Picture:
@@ -129,7 +145,7 @@ def open_picture(image: bytes | np.ndarray) -> Picture:
     width, height = opened.size
     if turn in (_T.TRANSPOSE, _T.ROTATE_270, _T.TRANSVERSE, _T.ROTATE_90):
         height, width = width, height
-    return Picture(opened, turn, height, width)
+    return Picture(opened, turn, height, width, image if isinstance(image, bytes) else None)
 
 
 def decode(image: bytes | np.ndarray, *, background: int = 255) -> np.ndarray:

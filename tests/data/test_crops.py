@@ -129,7 +129,7 @@ def test_the_resizer_is_part_of_the_identity_of_the_stream(monkeypatch):
 
 
 def test_a_resizer_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setattr(crops.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(crops.fast, "installed", lambda package: False)
     crops.resizer.cache_clear()
     try:
         assert crops.resizer("auto") == "pillow"
@@ -139,32 +139,3 @@ def test_a_resizer_that_is_not_there_is_named(monkeypatch):
             crops.resizer("nearest")
     finally:
         crops.resizer.cache_clear()
-
-
-@pytest.mark.parametrize("in_place", [True, False])
-def test_the_fast_resizer_shows_what_pillow_shows(monkeypatch, in_place):
-    pytest.importorskip("cykooz_resizer", reason="the extra `fast` is not installed")
-    monkeypatch.setattr(crops, "_IN_PLACE", in_place)
-    monkeypatch.setattr(crops, "_OWN", crops.threading.local())
-    rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
-    for u in rng.random((20, 22)).tolist():
-        box = crops.crop_box(u, 375, 500)
-        slow, fast = (crops.cut(coarse, box, 96, True, height=375, width=500, by=by).astype(int) for by in ("pillow", "fast 4"))
-        assert np.abs(slow - fast).mean() <= 0.5
-    # A window whose far edge rounds above the picture's.
-    small = coarse.reduce(3)
-    for width in range(480, 500):
-        assert crops.cut(small, (0, 500 - width, 375, width), 16, False, height=375, width=500, by="fast 4").size == 768
-
-
-def test_both_ways_into_the_fast_resizer_give_the_same_bytes():
-    pytest.importorskip("cykooz_resizer", reason="the extra `fast` is not installed")
-    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 120, 3), np.uint8))
-    out = []
-    for in_place in (True, False):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(crops, "_IN_PLACE", in_place)
-            patch.setattr(crops, "_OWN", crops.threading.local())
-            out.append(crops.cut(picture, (3.5, 7.25, 60.5, 80.0), 48, False, height=90, width=120, by="fast 4").tobytes())
-    assert out[0] == out[1]
