@@ -133,9 +133,8 @@ def guarded(*, forever: bool = False) -> Iterator[None]:
             logging.setLogRecordFactory(made)
 
 
-def guard_worker(number: int, workers: int) -> None:
-    """`guarded` for the rest of a worker process, whose warnings go to the same console."""
-    del number, workers
+def guard() -> None:
+    """`guarded` for the rest of this process: of a worker, whose warnings go to the console of the trainer."""
     guarded(forever=True).__enter__()
 
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from m3i_jax import privacy, schema
+from m3i_jax import schema
 from m3i_jax.data import crops, loans, records, sources
 from m3i_jax.data.maker import NOTES, Batch, Maker, key, told
 from m3i_jax.data.sources import Source
 from m3i_jax.data.tokenizer import Tokenizer
-from m3i_jax.data.watch import Watched
+from m3i_jax.data.watch import Watched, begin_worker
 from m3i_jax.errors import UserError
 
 STREAM = 1  # raised whenever the same (seed, position) would give other bytes
@@ -236,7 +236,7 @@ def _from(maker: Maker, workers: int, threads: int, number: int) -> tuple[Any, l
             flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, also outside absl.app.run
         # Small arrays travel pickled: a shared block each would cost more.
         dataset = grain.experimental.WithOptionsIterDataset(dataset, grain.experimental.DatasetOptions(min_shm_size=1 << 20))
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), privacy.guard_worker)
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), begin_worker)
     return iter(dataset), lender
 
 

@@ -6,13 +6,16 @@ a restart of the workers and nothing else. One that cannot be had after `TRIES` 
 
 import logging
 import multiprocessing
+import os
 import queue
 import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any
 
+from m3i_jax import privacy
 from m3i_jax.data import loans
 from m3i_jax.errors import Stopped
 
@@ -115,6 +118,22 @@ class Watched(Iterator[dict[str, Any]]):
             close()
         if self._lender:
             self._lender.close()
+
+
+def begin_worker(number: int, workers: int) -> None:
+    """Run in a new worker process: its warnings are redacted as the trainer's are, and it ends when the trainer does.
+
+    A trainer that is killed outright says goodbye to nobody; its workers would wait for it for ever, with a batch in memory each.
+    """
+    del number, workers
+    privacy.guard()
+    if (trainer := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_follow, args=(trainer,), name="trainer", daemon=True).start()
+
+
+def _follow(trainer: BaseProcess) -> None:
+    trainer.join()
+    os._exit(1)
 
 
 def _fetch(inner: Any, asked: queue.SimpleQueue[bool], got: queue.SimpleQueue[tuple[Any, BaseException | None]]) -> None:
