@@ -92,7 +92,15 @@ def resizer(wanted: str = "auto") -> str:
 
 
 def cut(
-    image: Image.Image | fast.Packed, box: Sequence[float], size: int, flip: bool, *, height: int, width: int, by: str = "pillow"
+    image: Image.Image | fast.Packed,
+    box: Sequence[float],
+    size: int,
+    flip: bool,
+    *,
+    height: int,
+    width: int,
+    by: str = "pillow",
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Cuts one view: antialiased bicubic, then mirrored if asked.
 
@@ -103,6 +111,7 @@ def cut(
         flip: whether to mirror it horizontally.
         height, width: of the picture at full scale.
         by: a resizer, as `resizer` names it.
+        out: uint8 [size * size * 3] to fill and return; None: a new array.
 
     Returns:
         uint8 [size * size * 3], row-major RGB.
@@ -116,11 +125,17 @@ def cut(
     sy, sx = reduced_h / height, reduced_w / width
     window = (left * sx, top * sy, min((left + w) * sx, reduced_w), min((top + h) * sy, reduced_h))
     if isinstance(image, fast.Packed):
-        return fast.cut(image, window, size, flip)
+        out = np.empty(size * size * 3, np.uint8) if out is None else out
+        fast.cut(image, window, size, flip, out)
+        return out
     view = image.resize((size, size), Image.Resampling.BICUBIC, window) if by == "pillow" else fast.resize(image, window, size)
     if flip:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # far cheaper than [:, ::-1]
-    return np.frombuffer(view.tobytes(), np.uint8)
+    pixels = np.frombuffer(view.tobytes(), np.uint8)
+    if out is None:
+        return pixels
+    out[:] = pixels
+    return out
 
 
 def central_box(height: int, width: int, size: int, *, crop: float = 224 / 256) -> tuple[float, float, float, float]:

@@ -55,6 +55,34 @@ class Packed:
         return _OWN.view
 
 
+def plain(raw: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG of colours that says nothing about itself which would change its pixels: no EXIF, XMP or second picture.
+
+    Args:
+        raw: the bytes of a file.
+
+    Returns:
+        Its size in pixels; None for any other file, for Pillow to look at.
+
+    >>> plain(b"no picture") is None
+    True
+    """
+    if not raw.startswith(b"\xff\xd8\xff") or not installed("simplejpeg") or not installed("cykooz_resizer"):
+        return None
+    at, end = 2, len(raw) - 8
+    while at < end and raw[at] == 0xFF and (marker := raw[at + 1]) != 0xDA:  # its segments, up to the first scan
+        if marker == 0xE1 or (marker == 0xE2 and raw[at + 4 : at + 8] == b"MPF\0"):
+            return None
+        at += 2 + (raw[at + 2] << 8 | raw[at + 3])
+    import simplejpeg
+
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(raw)
+    except ValueError:
+        return None
+    return (height, width) if colours == "YCbCr" else None
+
+
 def decode(raw: bytes, height: int, width: int) -> Packed | None:
     """Decodes a JPEG of colours at full size.
 
@@ -79,7 +107,7 @@ def decode(raw: bytes, height: int, width: int) -> Packed | None:
     return Packed(pixels) if pixels.shape == (height, width, 3) else None
 
 
-def cut(image: Packed, window: Sequence[float], size: int, flip: bool) -> np.ndarray:
+def cut(image: Packed, window: Sequence[float], size: int, flip: bool, out: np.ndarray) -> None:
     """Cuts one view: antialiased bicubic, then mirrored if asked.
 
     Args:
@@ -87,17 +115,15 @@ def cut(image: Packed, window: Sequence[float], size: int, flip: bool) -> np.nda
         window: (left, top, right, bottom) in its pixels.
         size: side of the view in pixels, S.
         flip: whether to mirror it horizontally.
-
-    Returns:
-        uint8 [S * S * 3], row-major RGB.
+        out: uint8 [S * S * 3] to fill, row-major RGB.
     """
     view = np.frombuffer(image.cut(window, size).get_buffer(), np.uint8)
     if not flip:
-        return view
-    plain, out = view.reshape(size, size, 3), np.empty((size, size, 3), np.uint8)
+        out[:] = view
+        return
+    plain_SxSx3, out_SxSx3 = view.reshape(size, size, 3), out.reshape(size, size, 3)
     for channel in range(3):  # four times as fast as three bytes at a time
-        out[:, :, channel] = plain[:, ::-1, channel]
-    return out.reshape(-1)
+        out_SxSx3[:, :, channel] = plain_SxSx3[:, ::-1, channel]
 
 
 def resize(image: Image.Image, window: Sequence[float], size: int) -> Image.Image:

@@ -130,18 +130,21 @@ class Maker:
 
     def _views(self, record: sources.Record, u: list[list[float]], pixels: np.ndarray, box: np.ndarray, flip: np.ndarray) -> None:
         """Decodes once, cuts the views. u is [2][WIDTH + more]: 22 numbers for the box, one for the flip, and those of RandAugment."""
-        opened, data, by = records.open_picture(record.image), self.data, self.data.rand_augment
+        data, by = self.data, self.data.rand_augment
+        opened = (records.open_picture if self.resizer == "pillow" else records.look_at)(record.image)
         height, width = opened.height, opened.width
         boxes = [crops.crop_box(u[v], height, width, scale=_pair(data.crop_scale), ratio=_pair(data.crop_ratio)) for v in range(2)]
         least = crops.enough([boxes[v] for v in self.views], height, width, data.image_size, records.GAP)
-        image = (opened.rgb if self.resizer == "pillow" else opened.pixels)(background=data.background, least=least)
+        image = opened.rgb(background=data.background, least=least)
         for v in range(2):
             box[v], flip[v] = boxes[v], u[v][22] < data.flip_p
             if v not in self.views:
                 pixels[v] = 0
                 continue
-            view = crops.cut(image, boxes[v], data.image_size, bool(flip[v]), height=height, width=width, by=self.resizer)
-            pixels[v] = rand_augment.apply(view, data.image_size, u[v][crops.WIDTH :], by) if by.ops else view
+            mirrored, out = bool(flip[v]), pixels[v]
+            crops.cut(image, boxes[v], data.image_size, mirrored, height=height, width=width, by=self.resizer, out=out)
+            if by.ops:
+                out[:] = rand_augment.apply(out, data.image_size, u[v][crops.WIDTH :], by)
 
     def _meaning(self, record: sources.Record, row: int, batch: Batch) -> None:
         dropped = self.classes > 0 and record.label >= self.classes

@@ -60,13 +60,12 @@ class BadRecord(Exception):
 
 @dataclasses.dataclass
 class Picture:
-    """An opened picture whose header is accepted. `height` and `width` are those after the EXIF rotation, `raw` the bytes of the file."""
+    """An opened picture whose header is accepted. `height` and `width` are those after the EXIF rotation."""
 
     image: Image.Image
     turn: Image.Transpose | None
     height: int
     width: int
-    raw: bytes | None = None
 
     def rgb(self, *, background: int = 255, least: tuple[float, float] = (math.inf, math.inf)) -> Image.Image:
         """Decodes to RGB in its final orientation.
@@ -84,25 +83,27 @@ class Picture:
         try:
             if self.turn is not None and self.turn in (_T.TRANSPOSE, _T.ROTATE_270, _T.TRANSVERSE, _T.ROTATE_90):
                 least = least[::-1]
-            self._shrink(least)
+            if self.image.format in ("JPEG", "MPO") and max(least) < math.inf:
+                self.image.draft(None, (math.ceil(least[1]), math.ceil(least[0])))  # type: ignore[arg-type]
             image = _rgb(self.image, background)
             return image if self.turn is None else image.transpose(self.turn)
         except Exception as error:  # a damaged file makes Pillow's readers fail in any way: struct, zlib, index, type, ...
             raise _bad(error) from error
 
-    def pixels(self, *, background: int = 255, least: tuple[float, float] = (math.inf, math.inf)) -> Image.Image | fast.Packed:
-        """What `rgb` gives, packed where that is sooner: a plain JPEG, with the extra `fast`. The same pixels either way."""
-        if self.raw is not None and self.turn is None and (self.image.format, self.image.mode) == ("JPEG", "RGB"):
-            self._shrink(least)
-            whole = self.image.size == (self.width, self.height)
-            if whole and (packed := fast.decode(self.raw, self.height, self.width)):
-                return packed
-        return self.rgb(background=background, least=least)
 
-    def _shrink(self, least: tuple[float, float]) -> None:
-        """Sets the scale at which a JPEG will be decoded; once that is done, it stays."""
-        if self.image.format in ("JPEG", "MPO") and max(least) < math.inf:
-            self.image.draft(None, (math.ceil(least[1]), math.ceil(least[0])))  # type: ignore[arg-type]
+@dataclasses.dataclass
+class Plain:
+    """A JPEG that `fast.plain` accepts and Pillow has not opened. `rgb` gives the pixels that it would give, packed, sooner."""
+
+    raw: bytes
+    height: int
+    width: int
+
+    def rgb(self, *, background: int = 255, least: tuple[float, float] = (math.inf, math.inf)) -> Image.Image | fast.Packed:
+        """See `Picture.rgb`, which has the last word about a broken file, and decodes at a smaller scale."""
+        reduced = max(least) < math.inf and self.height >= 2 * math.ceil(least[0]) and self.width >= 2 * math.ceil(least[1])
+        packed = None if reduced else fast.decode(self.raw, self.height, self.width)
+        return packed or open_picture(self.raw).rgb(background=background, least=least)
 
 
 def open_picture(image: bytes | np.ndarray) -> Picture:
@@ -145,7 +146,19 @@ def open_picture(image: bytes | np.ndarray) -> Picture:
     width, height = opened.size
     if turn in (_T.TRANSPOSE, _T.ROTATE_270, _T.TRANSVERSE, _T.ROTATE_90):
         height, width = width, height
-    return Picture(opened, turn, height, width, image if isinstance(image, bytes) else None)
+    return Picture(opened, turn, height, width)
+
+
+def look_at(image: bytes | np.ndarray) -> Picture | Plain:
+    """`open_picture` for who can use packed pixels.
+
+    >>> look_at(np.zeros((20, 30, 3), np.uint8)).width
+    30
+    """
+    if isinstance(image, np.ndarray) or (size := fast.plain(image)) is None:
+        return open_picture(image)
+    _check(size[1], size[0])
+    return Plain(image, *size)
 
 
 def decode(image: bytes | np.ndarray, *, background: int = 255) -> np.ndarray:

@@ -51,7 +51,7 @@ def plain(make, height, width, **options):
 def test_packed_pixels_are_those_of_pillow(make, options):
     for height, width in ((75, 103), (64, 64), (211, 97)):
         content = plain(make, height, width, **options)
-        packed, image = records.open_picture(content).pixels(), records.open_picture(content).rgb()
+        packed, image = records.look_at(content).rgb(), records.open_picture(content).rgb()
         assert isinstance(packed, fast.Packed)
         assert packed.size == image.size
         rng = np.random.default_rng(width)
@@ -71,8 +71,8 @@ def test_what_is_no_plain_jpeg_is_left_to_pillow(make):
         "turned": plain(make, 64, 96, exif=turned),
     }
     for name, content in pictures.items():
-        assert isinstance(records.open_picture(content).pixels(), Image.Image), name
-    reduced = records.open_picture(plain(make, 640, 480)).pixels(least=(300, 200))
+        assert isinstance(records.look_at(content).rgb(), Image.Image), name
+    reduced = records.look_at(plain(make, 640, 480)).rgb(least=(300, 200))
     assert reduced.size == (240, 320)
     assert isinstance(reduced, Image.Image)
 
@@ -80,8 +80,8 @@ def test_what_is_no_plain_jpeg_is_left_to_pillow(make):
 def outcome(raw, how):
     """(the bytes of a view or the reason why there is none, whether it was decoded packed)."""
     try:
-        opened = records.open_picture(raw)
-        decoded = getattr(opened, how)()
+        opened = how(raw)
+        decoded = opened.rgb()
         view = crops.cut(decoded, (3, 5, 60, 70), 32, False, height=opened.height, width=opened.width, by="fast 4")
         return view.tobytes(), isinstance(decoded, fast.Packed)
     except records.BadRecord as error:
@@ -99,7 +99,7 @@ def test_a_broken_jpeg_breaks_as_with_pillow_alone(make, harm):
         else:
             for at in rng.integers(2, len(raw), 1 + trial % 3):
                 raw[at] ^= 1 << rng.integers(8)
-        one, two = (outcome(bytes(raw), how) for how in ("pixels", "rgb"))
+        one, two = (outcome(bytes(raw), how) for how in (records.look_at, records.open_picture))
         assert one[0] == two[0], trial
         packed += one[1]
     assert packed > 5 or harm == "cut"  # some flips do no harm that libjpeg would see
@@ -108,4 +108,4 @@ def test_a_broken_jpeg_breaks_as_with_pillow_alone(make, harm):
 def test_without_simplejpeg_the_pixels_stay(make, monkeypatch):
     content = plain(make, 64, 80)
     monkeypatch.setattr(fast, "installed", lambda package: package != "simplejpeg")
-    assert isinstance(records.open_picture(content).pixels(), Image.Image)
+    assert isinstance(records.look_at(content).rgb(), Image.Image)
