@@ -178,7 +178,7 @@ def test_a_missing_package_names_its_extra(packages: list[str], extra: str, act:
 @pytest.mark.fast
 @pytest.mark.row("E4")
 def test_the_fast_resizer_names_its_extra(monkeypatch) -> None:
-    monkeypatch.setattr(crops.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(crops.fast, "installed", lambda package: False)
     crops.resizer.cache_clear()
     try:
         with pytest.raises(UserError, match=r"pip install 'm3i-jax\[fast\]'"):
