@@ -43,7 +43,7 @@ def _of_vit(c: schema.Config) -> list[tuple[str, str]]:
 def _data(c: schema.Config, workdir: pathlib.Path) -> list[str]:
     file = workdir / "data.txt"
     told = [f"- {line}" for line in file.read_text().splitlines()] if file.is_file() else ["- the run kept no data.txt"]
-    return [f"{c.data.size:,} training pictures, {c.data.classes} categories, captions: {c.data.captions}.", "", *told]
+    return [f"{c.data.classes} categories, captions: {c.data.captions}.", "", *told]
 
 
 def _metrics(workdir: pathlib.Path) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from m3i_jax import checks, parallel, schema
+from m3i_jax import config as configuration
 from m3i_jax.data import parts, pipeline, tokenizer
 from m3i_jax.errors import UserError
 from m3i_jax.training import plan
@@ -24,7 +25,7 @@ def complete(config: schema.Config, *, classes: int, captions: bool, size: int) 
 
 @dataclasses.dataclass(kw_only=True)
 class Job:
-    """A completed run: settings, devices and data."""
+    """A completed run: settings, devices and data; `asked` is `data.size` before it was completed."""
 
     config: schema.Config
     mesh: jax.sharding.Mesh
@@ -33,6 +34,14 @@ class Job:
     classes: tuple[str, ...]
     tokenizer: tokenizer.Tokenizer | None
     workdir: pathlib.Path
+    asked: int = 0
+
+    @property
+    def text(self) -> str:
+        """The configuration as `config.txt` keeps it: completed, but `data.size` as it was asked for, if it was. Of shapes it says how many
+        to render, held-out ones too; who opens the run again must get the same ones."""
+        data = dataclasses.replace(self.config.data, size=self.asked or self.config.data.size)
+        return configuration.to_text(dataclasses.replace(self.config, data=data))
 
     @property
     def fingerprint(self) -> str:
@@ -87,7 +96,9 @@ def open_job(config: schema.Config, workdir: str, *, trains: Iterable[tuple[str,
     with parallel.first("tokenizer"):
         words = tokenizer.open_tokenizer(done.data, train, str(place / "tokenizer.json")) if captions else None
     names = tuple(train.classes[:count])
-    return Job(config=done, mesh=devices, train=train, held_out=held_out, classes=names, tokenizer=words, workdir=place)
+    return Job(
+        config=done, mesh=devices, train=train, held_out=held_out, classes=names, tokenizer=words, workdir=place, asked=config.data.size
+    )
 
 
 @contextlib.contextmanager

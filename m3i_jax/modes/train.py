@@ -36,7 +36,7 @@ def agree(job: jobs.Job, position: dict[str, Any] | None, allow_changes: bool) -
     """A resumed run must be the run it resumes: same settings where they matter, same data. Secrets in paths are in neither text, so that
     new credentials are no change."""
     saved, data = job.workdir / "config.txt", job.workdir / "data.txt"
-    text, identity = privacy.redact(configuration.to_text(job.config)), privacy.redact(job.identity)
+    text, identity = privacy.redact(job.text), privacy.redact(job.identity)
     changed = configuration.difference(saved.read_text(), text) if saved.is_file() and position else []
     if position and position["fingerprint"] != job.fingerprint:
         told = configuration.difference(data.read_text(), identity) if data.is_file() else []
@@ -83,7 +83,7 @@ def pretrain(job: jobs.Job, allow_changes: bool, began: float | None = None) -> 
             write=lambda step, values: writer.write(step, values | (data.counted() if "loss" in values else {})),
             say=say,
             panel=lambda step, state, batch: writer.attempt("panels", lambda: write_panel(job, trainer, step, state, batch)),
-            evaluators=evaluators.of_job(job, say),
+            evaluators=evaluators.of_job(job, say, trainer.length.steps),
             position=lambda samples: {
                 "samples_seen": samples,
                 "fingerprint": job.fingerprint,

@@ -4,6 +4,7 @@ import pathlib
 
 import pytest
 
+from m3i_jax import config as configuration
 from m3i_jax.errors import UserError
 from m3i_jax.modes import compare
 from m3i_jax.modes import job as jobs
@@ -40,3 +41,11 @@ def test_a_comparison_carries_captions_for_the_form_that_reads_them(tmp_path, mo
     settings = toy.settings(**SMALL | {"objective__forms": "mim", "compare__forms": "weakly_supervised"})
     assert compare.run(settings, workdir=str(tmp_path), allow_changes=False) == compare.loop.PREEMPTED
     assert seen[0].tokenizer is not None and seen[0].config.objective.forms == ("weakly_supervised",)
+
+
+def test_a_run_that_is_opened_again_has_the_same_pictures(tmp_path: pathlib.Path) -> None:
+    """Of 40 shapes some are held out. A run of those that are left would hold out others, and --mode=eval measure on them."""
+    first = jobs.open_job(toy.settings(**SMALL), str(tmp_path), trains=[("mim",)])
+    assert len(first.held_out) and first.config.data.size == len(first.train) < 40
+    again = jobs.open_job(configuration.resolve(configuration.from_text(first.text, "config.txt")), str(tmp_path), trains=[("mim",)])
+    assert again.identity == first.identity and len(again.held_out) == len(first.held_out) and again.text == first.text
