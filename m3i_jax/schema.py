@@ -278,7 +278,10 @@ class Evaluate:
     few_shot: bool = option(False, "accuracy of least squares on a few pictures a class, where there are labels")
     probe: bool = option(False, "linear probe of Table 9, batch norm and LARS, on features of clean views, where there are labels")
     attentive: bool = option(False, "accuracy of an attentive probe of the frozen tokens, where there are labels")
-    embedding: bool = option(False, "pictures of nearest neighbours and of a 2-D map of the held-out features, in WORKDIR/embedding")
+    embedding: bool = option(True, "drawn in WORKDIR/pictures when a run is done: nearest neighbours and a map of the held-out pictures")
+    attention: bool = option(True, "drawn too: attention, and dense features in colours, of some held-out pictures")
+    confusion: bool = option(True, "drawn too: which classes `direct`, or else `knn`, takes for which")
+    examples: bool = option(True, "drawn too: some pictures and what `zero_shot` sees in them")
     encoder: str = option("online", "parameters that are evaluated: the trained ones, or their EMA, the target", "online", "ema")
     features: str = option(
         "auto",

@@ -1,14 +1,14 @@
 """Classification with the head that pre-training made, nothing trained on top: the encoder's pooled feature, the category representations,
 the largest logit (M3I Table 5, "without fine-tuning"; of a fine-tuned run, its accuracy)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.evaluation.features import Measure, Seen
+from m3i_jax.evaluation.features import Answers, Measure, Seen
 from m3i_jax.models import m3i
 
 
@@ -30,8 +30,8 @@ def tops(rank_Q: np.ndarray, classes: int) -> Iterator[tuple[str, float]]:
             yield f"top{top}", float((rank_Q < top).mean())
 
 
-def measure(config: schema.Config, *, pictures: str = "queries", statistics: str = "") -> Measure:
-    """eval/direct/top1, ... of the pictures of a set whose category the model knows.
+def classifier(config: schema.Config, *, pictures: str = "queries", statistics: str = "") -> Callable[[Seen], tuple[Answers, np.ndarray]]:
+    """What the head says of the pictures of a set whose category the model knows, and the ranks of the right answers.
 
     Args:
       config: the run's settings.
@@ -40,20 +40,31 @@ def measure(config: schema.Config, *, pictures: str = "queries", statistics: str
     """
     logits = jax.jit(lambda params, x: m3i.category_logits(config, params, x))
 
-    def run(seen: Seen) -> Iterator[tuple[str, float]]:
-        found, classes = seen(pictures), config.data.classes
-        known = (found.labels >= 0) & (found.labels < classes)
-        if not known.any():
-            return
-        x, ranks = found.raw[known], []
+    def run(seen: Seen) -> tuple[Answers, np.ndarray]:
+        found = seen(pictures)
+        known = (found.labels >= 0) & (found.labels < config.data.classes)
+        x, label = found.raw[known], found.labels[known]
+        guesses, ranks = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         if statistics:
             index = seen(statistics).raw
             x = (x - index.mean(0, dtype=np.float64)) / np.sqrt(index.var(0, dtype=np.float64) + 1e-6)
         for at in range(0, len(x), 4096):
             seen.poll()
             made = np.asarray(logits(seen.params, jnp.asarray(x[at : at + 4096], jnp.float32)))
-            ranks.append(hits(made, found.labels[known][at : at + 4096]))
-        for name, value in tops(np.concatenate(ranks), classes):
-            yield f"eval/direct/{name}", value
+            guesses.append(made.argmax(1))
+            ranks.append(hits(made, label[at : at + 4096]))
+        return Answers(label, np.concatenate(guesses)), np.concatenate(ranks)
+
+    return lambda seen: seen.once("direct", lambda: run(seen))
+
+
+def measure(config: schema.Config, ask: Callable[[Seen], tuple[Answers, np.ndarray]]) -> Measure:
+    """eval/direct/top1, ... of what a `classifier` says."""
+
+    def run(seen: Seen) -> Iterator[tuple[str, float]]:
+        _, rank_Q = ask(seen)
+        if len(rank_Q):
+            for name, value in tops(rank_Q, config.data.classes):
+                yield f"eval/direct/{name}", value
 
     return run

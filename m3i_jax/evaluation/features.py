@@ -76,17 +76,18 @@ class Extractor:
 
 def extracted(
     mesh: jax.sharding.Mesh,
-    function: Callable[[Any, jax.Array], jax.Array],
+    function: Callable[[Any, jax.Array], Any],
     params: Any,
     batches: Iterable[dict[str, np.ndarray]],
     poll: Callable[[], None],
-) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """(outputs, {label, index}) of the valid rows of each batch, on every host; the device works while the next batch is read."""
+) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
+    """(outputs, {label, index}) of the valid rows of each batch, on every host; the device works while the next batch is read. The
+    function may give an array or a tree of them."""
 
-    def fetch(out: jax.Array, rows: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def fetch(out: Any, rows: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray]]:
         rows = parallel.everywhere(mesh, rows)
         valid = rows.pop("valid")
-        return np.asarray(out)[valid], {name: x[valid] for name, x in rows.items()}
+        return jax.tree.map(lambda x: np.asarray(x)[valid], out), {name: x[valid] for name, x in rows.items()}
 
     pending: Any = None
     for batch in batches:
@@ -100,8 +101,16 @@ def extracted(
         yield fetch(*pending)
 
 
+class Answers(NamedTuple):
+    """What a classifier says of the pictures whose class is known: labels [q] and guesses [q]."""
+
+    labels: np.ndarray
+    guesses: np.ndarray
+
+
 class Seen:
-    """What the measures of one evaluation share: `seen(name)` is the features of a set, extracted when first asked for.
+    """What the measures of one evaluation share: `seen(name)` is the features of a set, extracted when first asked for, and
+    `seen.once(name, make)` anything else that more than one of them wants.
 
     Attributes:
       params: parameters that are evaluated.
@@ -115,13 +124,22 @@ class Seen:
     """
 
     def __init__(self, sets: "Mapping[str, Set]", params: Any, poll: Callable[[], None]) -> None:
-        self._sets, self._made, self.params, self.poll = sets, {}, params, poll  # type: ignore[var-annotated]
+        self._sets, self.params, self.poll = sets, params, poll
+        self._made: dict[str, Any] = {}
         self.skipped: collections.Counter[str] = collections.Counter()
 
     def __call__(self, name: str) -> Features:
-        if name not in self._made:
-            self._made[name], skipped = self._sets[name](self.params, self.poll)
+        def extract() -> Features:
+            found, skipped = self._sets[name](self.params, self.poll)
             self.skipped.update(skipped)
+            return found
+
+        return self.once(f"set {name}", extract)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made when first asked for under this name."""
+        if name not in self._made:
+            self._made[name] = make()
         return self._made[name]
 
 

@@ -88,33 +88,60 @@ def ensemble(embedded_TxCxE: np.ndarray) -> np.ndarray:
     return mean_CxE / np.maximum(np.linalg.norm(mean_CxE, axis=-1, keepdims=True), 1e-12)
 
 
-def measure(embed: Embedder, classes: Sequence[str], sets: Sequence[str], *, pictures: str = "queries") -> Measure:
-    """eval/zero_shot/7/top1, ... of the pictures of a set that have a category.
+class Spoken:
+    """The classes as captions: what `measure` compares pictures with, and a person can be shown.
 
     Args:
       embed: both sides of the joint space.
       classes: their names, in the order of the labels.
       sets: names of sets of templates, or files.
-      pictures: name of the set; its features must be those of the pooling that the text term trains.
 
     Raises:
       UserError: see `templates`.
     """
-    chosen, names = [templates(name) for name in sets], [spoken(name) for name in classes]
+
+    def __init__(self, embed: Embedder, classes: Sequence[str], sets: Sequence[str]) -> None:
+        self.embed, self.names, self.sets = embed, [spoken(name) for name in classes], dict(templates(name) for name in sets)
+
+    def classes(self, seen: Seen) -> dict[str, np.ndarray]:
+        """{set of templates: representations [C, E]}, once an evaluation."""
+
+        def make() -> dict[str, np.ndarray]:
+            prompts = list(
+                dict.fromkeys(template.format(name) for lines in self.sets.values() for template in lines for name in self.names)
+            )
+            place = {prompt: row for row, prompt in enumerate(prompts)}  # a prompt of two sets is embedded once
+            embedded = self.embed.texts(seen.params, prompts, seen.poll)
+            rows = {key: np.array([[place[t.format(word)] for word in self.names] for t in lines]) for key, lines in self.sets.items()}
+            return {key: ensemble(embedded[at]) for key, at in rows.items()}
+
+        return seen.once("zero-shot classes", make)
+
+    def probabilities(self, seen: Seen, vectors_QxW: np.ndarray) -> tuple[str, np.ndarray]:
+        """(the first set of templates, probability [Q, C] of every class): softmax of the cosines at the temperature of the model."""
+        name, classes_CxE = next(iter(self.classes(seen).items()))
+        cosine_QxC = self.embed.images(seen.params, vectors_QxW, seen.poll) @ classes_CxE.T
+        logits_QxC = np.exp(np.asarray(seen.params["logit_scale"], np.float64)) * cosine_QxC.astype(np.float64)
+        share_QxC = np.exp(logits_QxC - logits_QxC.max(1, keepdims=True))
+        return name, share_QxC / share_QxC.sum(1, keepdims=True)
+
+
+def measure(said: Spoken, *, pictures: str = "queries") -> Measure:
+    """eval/zero_shot/7/top1, ... of the pictures of a set that have a category.
+
+    Args:
+      said: the classes.
+      pictures: name of the set; its features must be those of the pooling that the text term trains.
+    """
 
     def run(seen: Seen) -> Iterator[tuple[str, float]]:
         found = seen(pictures)
-        known = (found.labels >= 0) & (found.labels < len(names))
+        known = (found.labels >= 0) & (found.labels < len(said.names))
         if not known.any():
             return
-        prompts = list(dict.fromkeys(template.format(name) for _, lines in chosen for template in lines for name in names))
-        place = {prompt: row for row, prompt in enumerate(prompts)}  # a prompt of two sets is embedded once
-        embedded = embed.texts(seen.params, prompts, seen.poll)
-        images = embed.images(seen.params, found.vectors[known], seen.poll)
-        for name, lines in chosen:
-            rows = np.array([[place[template.format(word)] for word in names] for template in lines])
-            ranks = hits(images @ ensemble(embedded[rows]).T, found.labels[known])
-            for top, value in tops(ranks, len(names)):
+        images = said.embed.images(seen.params, found.vectors[known], seen.poll)
+        for name, made in said.classes(seen).items():
+            for top, value in tops(hits(images @ made.T, found.labels[known]), len(said.names)):
                 yield f"eval/zero_shot/{name}/{top}", value
 
     return run

@@ -34,6 +34,8 @@ class Backbone:
     below(model, path)                  layers above a parameter of the encoder, for layer-wise learning rates: a number, or one a layer
                                         of a stacked tree
     describe(model)                     a few words for reports
+    attention(model, params, patches,   what the last block's heads weigh the tokens with, [B, H, T, T], as `vit.last_attention`; None:
+              *, grid)                  nothing in it attends
     drops                               cells that are not read cost nothing; otherwise they are filled
     isolates                            the images of a mixed input can be kept from seeing each other
     averages                            dense features can be a mean over the outputs of several last blocks
@@ -44,6 +46,7 @@ class Backbone:
     drop_rates: Callable[[schema.Model], np.ndarray]
     below: Callable[[schema.Model, str], int | np.ndarray]
     describe: Callable[[schema.Model], str]
+    attention: Callable[..., jax.Array] | None
     drops: bool
     isolates: bool
     averages: bool
@@ -62,6 +65,7 @@ VIT = Backbone(
     drop_rates=lambda model: layers.drop_rates(model.encoder),
     below=_below_vit,
     describe=lambda model: f"{model.encoder.depth} blocks of {model.encoder.width}",
+    attention=vit.last_attention,
     drops=True,
     isolates=True,
     averages=True,
@@ -133,6 +137,7 @@ INTERN_IMAGE = Backbone(
     describe=lambda model: (
         f"InternImage of {'+'.join(map(str, model.intern_image.depths))} layers from {model.intern_image.width} channels"
     ),
+    attention=None,
     drops=False,
     isolates=False,
     averages=False,

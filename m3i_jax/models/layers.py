@@ -138,11 +138,21 @@ def attend(q_BxHxQxE: jax.Array, k_BxHxTxE: jax.Array, v_BxHxTxE: jax.Array, whe
     return _attend_forward(q_BxHxQxE, k_BxHxTxE, v_BxHxTxE, where_BxT)[0]
 
 
+def attention_weights(q_BxHxQxE: jax.Array, k_BxHxTxE: jax.Array, where_BxT: jax.Array | None = None) -> jax.Array:
+    """What `attend` weighs the values with, [B, H, Q, T] float32: softmax(q k' / sqrt(E)) over the keys that count.
+
+    >>> q = jnp.zeros((1, 1, 1, 2))
+    >>> attention_weights(q, jnp.ones((1, 1, 3, 2)), jnp.array([[True, True, False]])).tolist()
+    [[[[0.5, 0.5, 0.0]]]]
+    """
+    logits_BxHxQxT = jnp.einsum("bhqe,bhte->bhqt", q_BxHxQxE, k_BxHxTxE, preferred_element_type=jnp.float32) * q_BxHxQxE.shape[-1] ** -0.5
+    if where_BxT is not None:
+        logits_BxHxQxT = jnp.where(where_BxT[:, None, None], logits_BxHxQxT, _NEVER)
+    return jax.nn.softmax(logits_BxHxQxT)
+
+
 def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, where: jax.Array | None) -> tuple[jax.Array, Any]:
-    logits_BxHxQxT = jnp.einsum("bhqe,bhte->bhqt", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    if where is not None:
-        logits_BxHxQxT = jnp.where(where[:, None, None], logits_BxHxQxT, _NEVER)
-    weights_BxHxQxT = jax.nn.softmax(logits_BxHxQxT).astype(v.dtype)
+    weights_BxHxQxT = attention_weights(q, k, where).astype(v.dtype)
     return jnp.einsum("bhqt,bhte->bhqe", weights_BxHxQxT, v), (q, k, v, weights_BxHxQxT, where)
 
 
@@ -236,7 +246,8 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, where_BxT: jax.Array | None, rows: slice | None) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, where_BxT: jax.Array | None, rows: slice | None, weights: bool = False) -> jax.Array:
+        """`weights`: give what the values are weighed with, [B, H, Q, T], and not what comes of it."""
         width = x_BxTxD.shape[-1]
         qkv = Dense(3 * width, self.dtype, name="qkv")
         if rows is None:
@@ -244,6 +255,8 @@ class Attention(nn.Module):
         else:
             (q,) = to_heads(checkpoint_name(qkv(x_BxTxD[:, rows], slice(0, width)), "qkv"), 1, self.heads)
             k, v = to_heads(checkpoint_name(qkv(x_BxTxD, slice(width, None)), "qkv"), 2, self.heads)
+        if weights:
+            return attention_weights(q, k, where_BxT)
         attended_BxTxD = checkpoint_name(from_heads(attend(q, k, v, where_BxT)), "attended")
         return Dense(width, self.dtype, name="out")(attended_BxTxD)
 
@@ -273,12 +286,19 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxTxD: jax.Array, keep_Bx2: jax.Array | None = None, where_BxT: jax.Array | None = None, rows: slice | None = None
+        self,
+        x_BxTxD: jax.Array,
+        keep_Bx2: jax.Array | None = None,
+        where_BxT: jax.Array | None = None,
+        rows: slice | None = None,
+        weights: bool = False,
     ) -> jax.Array:
         """`where_BxT`: keys that count. `rows`: the only token rows that are wanted; the others serve as keys and values alone. Not with
-        batch norm: norm2 takes its statistics from all rows."""
+        batch norm: norm2 takes its statistics from all rows. `weights`: give those of the attention, [B, H, Q, T], and stop there."""
         norm: Any = functools.partial(LayerNorm, self.eps) if self.norm == "layer" else BatchNorm
-        h_BxTxD = Attention(self.heads, self.dtype, name="attention")(norm(name="norm1")(x_BxTxD), where_BxT, rows)
+        h_BxTxD = Attention(self.heads, self.dtype, name="attention")(norm(name="norm1")(x_BxTxD), where_BxT, rows, weights)
+        if weights:
+            return h_BxTxD
         x_BxTxD = checkpoint_name(_add(x_BxTxD if rows is None else x_BxTxD[:, rows], h_BxTxD, keep_Bx2, 0), "middle")
         h_BxTxD = Mlp(self.hidden, self.dtype, self.activation, name="mlp")(norm(name="norm2")(x_BxTxD))
         return _add(x_BxTxD, h_BxTxD, keep_Bx2, 1)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from m3i_jax import parallel, schema
 from m3i_jax.models.initial import draw, shapes_of
-from m3i_jax.models.layers import Dense, LayerNorm, Params, attend, batch_norm, from_heads, to_heads
+from m3i_jax.models.layers import Dense, LayerNorm, Params, attend, attention_weights, batch_norm, from_heads, to_heads
 
 PROBE_EPS = 1e-6  # of the batch norm of linear probes (MAE, M3I Table 9)
 
@@ -40,7 +40,8 @@ class AttentionPool(nn.Module):
     projection: bool = True
 
     @nn.compact
-    def __call__(self, x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None, weights: bool = False) -> jax.Array:
+        """`weights`: give what the tokens are weighed with, [B, H, K], and not what comes of it."""
         width = x_BxKxD.shape[-1]
 
         def project(name: str, tokens: jax.Array) -> jax.Array:
@@ -52,6 +53,8 @@ class AttentionPool(nn.Module):
             query_BxHx1xE = jnp.broadcast_to(query_1xHx1xE, (x_BxKxD.shape[0], *query_1xHx1xE.shape[1:]))
         else:
             query_BxHx1xE = project("query", mean_token(x_BxKxD, mask_BxK)[:, None])
+        if weights:
+            return attention_weights(query_BxHx1xE, project("key", x_BxKxD), mask_BxK)[:, :, 0]
         pooled = attend(query_BxHx1xE, project("key", x_BxKxD), project("value", x_BxKxD), mask_BxK)
         pooled_BxD = from_heads(pooled)[:, 0]
         return Dense(self.width, self.dtype, name="out")(pooled_BxD) if self.projection else pooled_BxD
@@ -137,3 +140,19 @@ def apply(
     if token_BxD is None:
         raise ValueError("model.pool.kind is cls, but no cls token was given")
     return _token(model).apply({"params": params}, token_BxD)
+
+
+def weights(model: schema.Model, params: Params, x_BxKxD: jax.Array) -> jax.Array:
+    """What every head of an attention pooling weighs the tokens with, [B, H, K] float32.
+
+    Args:
+      model: settings, `model.pool.kind` attention.
+      params: as of `init`.
+      x_BxKxD: encoder features without cls.
+
+    >>> model = schema.Model(encoder=schema.Encoder(width=8), pool=schema.Pool(width=6, heads=2))
+    >>> params = jax.jit(lambda: init(model, jax.random.key(0)))()
+    >>> weights(model, params, jnp.ones((3, 5, 8))).sum(-1).round(3).tolist()
+    [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+    """
+    return _attention(model).apply({"params": params}, x_BxKxD, weights=True)

@@ -129,12 +129,44 @@ def apply(
     >>> jax.eval_shape(lambda params: apply(model, params, patches, grid=3, index_BxK=index), shapes).shape
     (2, 3, 8)
     """
+    e = model.encoder
+    _, one = _parts(model)
+    z_BxTxD = _embedded(model, params, patches_BxNxP, grid, index_BxK, hidden_BxN)
+    if blocks > 1:
+        return _mean_of_last(model, params["blocks"], z_BxTxD, keep_BxLx2, blocks)
+    z_BxTxD = run_blocks(one, params["blocks"], z_BxTxD, keep_BxLx2=keep_BxLx2, **how(model))
+    return LayerNorm(e.norm_eps).apply({"params": params["norm"]}, z_BxTxD) if e.final_norm else z_BxTxD
+
+
+def last_attention(model: schema.Model, params: Params, patches_BxNxP: jax.Array, *, grid: int) -> jax.Array:
+    """What every head of the last block weighs the tokens with, [B, H, T, T] float32: of every token (row) over all, cls first where there
+    is one.
+
+    Arguments as of `apply`.
+
+    >>> model = schema.Model(encoder=schema.Encoder(patch_size=4, width=8, depth=1, heads=2))
+    >>> params = jax.jit(lambda: init(model, jax.random.key(0)))()
+    >>> last_attention(model, params, jnp.zeros((1, 4, 48)), grid=2)[0, :, 0].sum(-1).round(3).tolist()
+    [1.0, 1.0]
+    """
+    _, one = _parts(model)
+    z_BxTxD, depth = _embedded(model, params, patches_BxNxP, grid, None, None), model.encoder.depth
+    before, last = split_blocks(params["blocks"], [depth - 1, 1]) if depth > 1 else (None, params["blocks"])
+    if before is not None:
+        z_BxTxD = run_blocks(one, before, z_BxTxD, **how(model))
+    return one.apply({"params": jax.tree.map(lambda leaf: leaf[0], last)}, z_BxTxD, weights=True)
+
+
+def _embedded(
+    model: schema.Model, params: Params, patches_BxNxP: jax.Array, grid: int, index_BxK: jax.Array | None, hidden_BxN: jax.Array | None
+) -> jax.Array:
+    """What the first block reads."""
     if patches_BxNxP.shape[1] != grid * grid:
         raise ValueError(f"patches have shape {patches_BxNxP.shape}; a grid of {grid} has {grid * grid} of them on axis 1")
     if index_BxK is not None and hidden_BxN is not None:
         raise ValueError("cells are dropped (index_BxK) or replaced by the mask token (hidden_BxN), not both")
     e = model.encoder
-    embed, one = _parts(model)
+    embed, _ = _parts(model)
     of_embed = jax.lax.stop_gradient(params["patch_embed"]) if e.freeze_patch_embed else params["patch_embed"]
     shown = patches_BxNxP if index_BxK is None else mixing.gather(patches_BxNxP, index_BxK)
     z_BxTxD = embed.apply({"params": of_embed}, shown)
@@ -149,10 +181,7 @@ def apply(
         z_BxTxD = jnp.concatenate([cls_Bx1xD, z_BxTxD], 1)
     if e.embedding_norm:
         z_BxTxD = LayerNorm(e.norm_eps).apply({"params": params["embedding_norm"]}, z_BxTxD)
-    if blocks > 1:
-        return _mean_of_last(model, params["blocks"], z_BxTxD, keep_BxLx2, blocks)
-    z_BxTxD = run_blocks(one, params["blocks"], z_BxTxD, keep_BxLx2=keep_BxLx2, **how(model))
-    return LayerNorm(e.norm_eps).apply({"params": params["norm"]}, z_BxTxD) if e.final_norm else z_BxTxD
+    return z_BxTxD
 
 
 def _mean_of_last(model: schema.Model, stacked: Params, z_BxTxD: jax.Array, keep_BxLx2: jax.Array | None, count: int) -> jax.Array:

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 
 from m3i_jax import config as configuration
-from m3i_jax import parallel, schema
+from m3i_jax import parallel, privacy, schema
 from m3i_jax.data import sources
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import features
-from m3i_jax.modes import evaluators
+from m3i_jax.modes import drawn, evaluators, report
 from m3i_jax.modes import job as jobs
 from m3i_jax.parallel import distributed
 from m3i_jax.reporting import show
@@ -38,7 +38,11 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool, checkpoint:
     step = there[1] if there else 0
     job = jobs.open_job(config, workdir, trains=[config.objective.forms])
     distributed.agree("data", {"data": job.identity})
-    asked, sets = evaluators.measures(job, print if not jax.process_index() else lambda _: None, picture=lambda: f"{step:08d}")
+    of = f"step {step:,}" if there and there[0].parent == job.workdir else checkpoint
+    if not there and not jax.process_index():
+        print(f"{checkpoint} is an encoder alone: its features are evaluated, and nothing that asks a head")
+    easel = drawn.Easel(job, lambda: f"{step:08d}", lambda: f"{of}, {job.config.evaluate.encoder} parameters")
+    asked, sets = evaluators.measures(job, print if not jax.process_index() else lambda _: None, easel=easel)
     if not asked:
         raise UserError(
             "--mode=eval: nothing that is asked for can be evaluated with this data and objective; see config.evaluate in --help"
@@ -50,6 +54,10 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool, checkpoint:
         checkpoints.close()
     else:
         state = trainer.init()
+    trained_on = (there[0].parent if there else job.workdir) / "data.txt"
+    other = configuration.difference(trained_on.read_text(), privacy.redact(job.identity)) if trained_on.is_file() else []
+    if other and not jax.process_index():
+        print(f"the data are not those of the run in {trained_on.parent}: {'; '.join(other)}")
     settings = [line for line in configuration.to_text(job.config).splitlines() if line.startswith(SAME)]
     about = {
         "checkpoint": str(there[0] / str(step)) if there else checkpoint, "step": step, "encoder": job.config.evaluate.encoder,
@@ -61,7 +69,9 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool, checkpoint:
 def of_another(config: schema.Config, place: str) -> schema.Config:
     """The configuration that evaluates the encoder of something that is no checkpoint of ours, as `init_from` reads it: its features alone,
     for there are no heads with it."""
-    alone = dataclasses.replace(config.evaluate, features="mean", encoder="online", direct=False, zero_shot=False, retrieval=False)
+    alone = dataclasses.replace(
+        config.evaluate, features="mean", encoder="online", direct=False, zero_shot=False, retrieval=False, examples=False
+    )
     init = dataclasses.replace(config.init, only=("^encoder/",))
     return dataclasses.replace(config, init_from=place, init=init, evaluate=alone)
 
@@ -91,6 +101,8 @@ def evaluate(job: jobs.Job, about: dict[str, Any], asked: dict[str, features.Mea
         print(f"\nstep {about['step']:,} of {about['checkpoint']}, {about['encoder']} parameters; accuracies are fractions\n")
         print(show.table(rows, ("what", "value")))
         bad = {reason: count for reason, count in seen.skipped.items() if count}
+        if (job.workdir / "metrics.jsonl").is_file():
+            print(f"\n{report.write(job.config, job.workdir)}, with pictures of this")
         print(f"\n{place}" + (f"; pictures that could not be read: {bad}" if bad else ""), flush=True)
     return loop.DONE
 

@@ -1,20 +1,18 @@
-"""The embedding report: whom the features hold to be alike, and a 2-D map of all of them, as pictures."""
+"""The embedding report: whom the features hold to be alike, and a 2-D map of all of them."""
 
 import colorsys
-import os
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from m3i_jax.errors import UserError
 from m3i_jax.reporting import sheet
-from m3i_jax.reporting.sheet import GAP, INK, MARGIN, MUTED, Colour
+from m3i_jax.reporting.sheet import Colour
 
-SIDE, HEAD, LINE = 720, 40, 17  # of the map; above it or the rows; a line of words
+SIDE = 720  # of the map
 TOLD = 24  # classes named beside the map
 NONE: Colour = (170, 172, 176)  # points without a class
-RIGHT, WRONG = (64, 145, 92), (196, 70, 66)
 
 
 def nearest(vectors_NxD: np.ndarray, rows_Q: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,73 +84,25 @@ def class_colour(number: int, count: int) -> Colour:
     return round(255 * r), round(255 * g), round(255 * b)
 
 
-def write_map(path: str | os.PathLike[str], points_Nx2: np.ndarray, label_N: np.ndarray, names: Sequence[str], title: str) -> None:
-    """A map as PNG: one dot a picture in the colour of its class, with the names of the classes at the side.
+def picture(points_Nx2: np.ndarray, label_N: np.ndarray, names: Sequence[str]) -> tuple[Image.Image, list[tuple[str, Colour]]]:
+    """A map, one dot a picture in the colour of its class, and what the colours are: at most TOLD of them.
 
-    >>> import tempfile
-    >>> place = tempfile.mkdtemp() + "/map.png"
-    >>> write_map(place, np.array([[0.0, 0.0], [1.0, 2.0]]), np.array([0, -1]), ["cat"], "two pictures")
-    >>> os.path.exists(place)
-    True
+    >>> image, key = picture(np.array([[0.0, 0.0], [1.0, 2.0]]), np.array([0, -1]), ["cat"])
+    >>> image.size, [name for name, _ in key]
+    ((720, 720), ['cat', 'no class'])
     """
     present = [label for label in range(len(names)) if (label_N == label).any()]
-    side = 190 if present else 0
-    page = sheet.Sheet(2 * MARGIN + SIDE + side, 2 * MARGIN + HEAD + SIDE)
-    page.words(MARGIN, MARGIN + 14, title, size=14)
+    image = Image.new("RGB", (SIDE, SIDE), sheet.PAPER)
+    draw = ImageDraw.Draw(image)
     low, high = points_Nx2.min(0), points_Nx2.max(0)
-    span = np.where(high > low, high - low, 1.0)
-    left, top, radius = MARGIN, MARGIN + HEAD, 3
-    page.draw.rectangle((left, top, left + SIDE, top + SIDE), outline=sheet.FRAME)
+    span, radius = np.where(high > low, high - low, 1.0), 4
+    colours = {label: class_colour(row, len(present)) for row, label in enumerate(present)}
     for (x, y), label in zip((points_Nx2 - low) / span, label_N.tolist(), strict=True):
-        at_x, at_y = left + 8 + x * (SIDE - 16), top + 8 + (1 - y) * (SIDE - 16)
-        ink = class_colour(present.index(label), len(present)) if label in present else NONE
-        page.draw.ellipse((at_x - radius, at_y - radius, at_x + radius, at_y + radius), fill=ink)
-    for row, label in enumerate(present[:TOLD]):
-        y = top + 14 + row * LINE
-        page.chip(left + SIDE + 16, y, class_colour(row, len(present)))
-        page.words(left + SIDE + 30, y, names[label], width=side - 30)
+        at_x, at_y = 10 + x * (SIDE - 20), 10 + (1 - y) * (SIDE - 20)
+        draw.ellipse((at_x - radius, at_y - radius, at_x + radius, at_y + radius), fill=colours.get(label, NONE))
+    key = [(names[label], colours[label]) for label in present[:TOLD]]
     if len(present) > TOLD:
-        page.words(left + SIDE + 30, top + 14 + TOLD * LINE, f"and {len(present) - TOLD} more", ink=MUTED)
-    page.save(path)
-
-
-def write_neighbours(
-    path: str | os.PathLike[str],
-    pictures: np.ndarray,
-    rows: Sequence[tuple[int, Sequence[int]]],
-    cosine_QxK: np.ndarray,
-    words: Sequence[str],
-    title: str,
-) -> None:
-    """A sheet as PNG: in every row a picture and those most alike to it, with their cosines and what they show.
-
-    Args:
-      path: the file.
-      pictures: uint8 [P, S, S, 3], every picture that is shown.
-      rows: (the picture asked, its neighbours), as numbers of `pictures`.
-      cosine_QxK: of the neighbours.
-      words: P strings, the class of each, empty where there is none.
-      title: of the sheet.
-
-    >>> import tempfile
-    >>> place = tempfile.mkdtemp() + "/neighbours.png"
-    >>> write_neighbours(place, np.zeros((2, 32, 32, 3), np.uint8), [(0, [1])], np.array([[0.5]]), ["cat", ""], "a title")
-    >>> os.path.exists(place)
-    True
-    """
-    side = sheet.tile_side(pictures.shape[1], 1) if pictures.shape[1] <= sheet.SMALL else sheet.TILE
-    most = max(len(found) for _, found in rows)
-    pitch = side + 2 * LINE + 10
-    page = sheet.Sheet(2 * MARGIN + (most + 1) * (side + GAP) + GAP, 2 * MARGIN + HEAD + len(rows) * pitch)
-    page.words(MARGIN, MARGIN + 14, title, size=14)
-    for number, (asked, found) in enumerate(rows):
-        y = MARGIN + HEAD + number * pitch
-        for place, (picture, note) in enumerate([(asked, "")] + [(p, f"{c:.2f}") for p, c in zip(found, cosine_QxK[number], strict=True)]):
-            x = MARGIN + place * (side + GAP) + (GAP if place else 0)
-            tile: Image.Image = sheet.picture(pictures[picture], side)
-            page.tile(x, y, tile)
-            same = words[picture] == words[asked]
-            ink = INK if not place or not words[asked] or not words[picture] else RIGHT if same else WRONG
-            page.words(x, y + side + LINE - 3, words[picture], width=side, ink=ink)
-            page.words(x, y + side + 2 * LINE - 5, note, size=11, ink=MUTED)
-    page.save(path)
+        key.append((f"and {len(present) - TOLD} more", sheet.PAPER))
+    if present and not np.isin(label_N, present).all():
+        key.append(("no class", NONE))
+    return image, key

@@ -3,6 +3,7 @@ read on a phone, light or dark. Whatever comes from data, names or settings is e
 
 import base64
 import html as escaping
+import re
 from collections.abc import Sequence
 
 STYLE = """
@@ -34,6 +35,7 @@ figure { margin: 0; } figcaption { font-size: .8rem; line-height: 1.35; margin-t
 figure img { display: block; width: 100%; height: 8.5rem; object-fit: contain; background: var(--card); border: 1px solid var(--rule);
   border-radius: 6px; }
 .key { color: var(--muted); }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; } nav a { color: var(--bar); }
 """
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -55,6 +57,23 @@ def page(title: str, body: Sequence[str], style: str = "") -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{text(title)}</title>'
         f"<style>{STYLE}{style}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
+
+
+def with_contents(body: Sequence[str], after: int) -> list[str]:
+    """The parts of a body with links to their headings (h2), which stand behind the first `after` parts.
+
+    >>> with_contents(["<h1>a</h1>", "<h2>b</h2>"], after=1)
+    ['<h1>a</h1>', '<nav><a href="#s1">b</a></nav>', '<h2 id="s1">b</h2>']
+    """
+    names: list[str] = []
+
+    def name(found: re.Match[str]) -> str:
+        names.append(found[1])
+        return f'<h2 id="s{len(names)}">{found[1]}</h2>'
+
+    named = [re.sub(r"<h2>(.*?)</h2>", name, part) for part in body]
+    links = "".join(f'<a href="#s{number}">{title}</a>' for number, title in enumerate(names, 1))
+    return [*named[:after], f"<nav>{links}</nav>", *named[after:]]
 
 
 def text(value: object) -> str:

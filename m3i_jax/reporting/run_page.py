@@ -3,13 +3,16 @@ panels over time, evaluations, throughput, settings."""
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from m3i_jax.reporting import curves, page
+from m3i_jax.reporting import exhibits as drawn
 from m3i_jax.reporting.curves import Curve
 from m3i_jax.reporting.runs import Run
 
 PANELS = 5  # of a run
 TONES = 8
+PICTURES_AFTER = "Losses"  # section behind which pictures stand: before what only an operator looks at
 # Section, its metrics by how their names begin, and what is healthy.
 SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Evaluation", ("eval/",), "Rises above its value at step 0, which is that of the untrained encoder."),
@@ -53,13 +56,13 @@ NOTES = {
 }
 
 
-def html(runs: Sequence[Run], *, differs: Mapping[str, Sequence[str]], pictures: Sequence[tuple[str, bytes]] = ()) -> str:
+def html(runs: Sequence[Run], *, differs: Mapping[str, Sequence[str]], exhibits: Sequence[str] = ()) -> str:
     """The page.
 
     Args:
       runs: the run itself first, then those beside it.
       differs: by the name of a run, in which settings it differs from the first, a line each.
-      pictures: (title, PNG) of what evaluators drew for the first run.
+      exhibits: what evaluators drew for the first run, each a section as of `exhibits.html`.
 
     >>> one = Run("first", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], "seed = 0\\n", "", [], {})
     >>> "first" in html([one], differs={})
@@ -76,23 +79,24 @@ def html(runs: Sequence[Run], *, differs: Mapping[str, Sequence[str]], pictures:
         shown |= set(names)
         if charts:
             body.append(f'<h2>{page.text(title)}</h2><p class=muted>{page.text(healthy)}</p><div class="charts">{charts}</div>')
+        if title == PICTURES_AFTER:
+            body += [_panels(run) for run in runs if run.panels] + list(exhibits)
+            if first.evaluation:
+                body.append(_evaluation(first.evaluation))
     if others := [name for name in _names(runs, ("",), shown) if name != "samples_seen"]:
         body.append('<h2>Other metrics</h2><div class="charts">' + "".join(_chart(name, runs, last) for name in others) + "</div>")
-    body += [_panels(run) for run in runs if run.panels]
-    for title, content in pictures:
-        body.append(f"<h2>{page.text(title)}</h2>" + page.image(content, title))
     if first.data:
         body.append(f"<h2>Data</h2><pre>{page.text(first.data)}</pre>")
     if first.config:
         changed = "".join(f"<h3>{page.text(name)} differs in</h3>{_lines(lines)}" for name, lines in differs.items())
         body.append(f"<h2>Settings</h2>{changed}<details><summary>all of them</summary><pre>{page.text(first.config)}</pre></details>")
-    return page.page(f"Run: {first.name}", body, curves.STYLE + STYLE)
+    return page.page(f"Run: {first.name}", page.with_contents(body, after=3), curves.STYLE + drawn.STYLE + STYLE)
 
 
 STYLE = """
 pre { font-size: .78rem; line-height: 1.35; overflow-x: auto; white-space: pre-wrap; } summary { cursor: pointer; color: var(--muted); }
-.panel img { width: 100%; height: auto; object-fit: contain; border-radius: 6px; } .panel { margin: 0 0 1.2rem; }
-body > img { width: 100%; height: auto; border-radius: 6px; }
+.panel img { width: 100%; min-width: 46rem; height: auto; object-fit: contain; border-radius: 6px; }
+.panel { margin: 0 0 1.2rem; overflow-x: auto; }
 """
 
 
@@ -165,6 +169,14 @@ def _panels(run: Run) -> str:
         for step, file in (run.panels[i] for i in chosen)
     ]
     return f"<h2>What {page.text(run.name)} saw and predicted</h2>" + "".join(figures)
+
+
+def _evaluation(saved: Mapping[str, Any]) -> str:
+    """What --mode=eval measured, as a table."""
+    found = {name: value for one in saved.get("results", {}).values() for name, value in one.items()}
+    about = f"by --mode=eval, of {saved.get('checkpoint', '')}, {saved.get('encoder', '')} parameters; accuracies are fractions"
+    rows = [(name.removeprefix("eval/"), f"{value:.4f}") for name, value in found.items()]
+    return f"<h2>Evaluation alone</h2><p class=muted>{page.text(about)}</p>{page.table(('what', 'value'), rows, numeric=1)}"
 
 
 def _lines(lines: Sequence[str]) -> str:

@@ -96,6 +96,30 @@ def mask(mask_N: np.ndarray, side: int, own: Colour = OWN, other: Colour = PARTN
     return Image.fromarray(pixels)
 
 
+_HEAT = np.array([(244, 244, 240), (252, 214, 140), (238, 134, 73), (178, 51, 92), (72, 20, 84)], np.float64)  # from nothing to all
+
+
+def heat(share: float) -> Colour:
+    """The colour of a share in 0..1, from paper through orange to violet: in gray it only grows darker.
+
+    >>> heat(0.0), heat(1.0)
+    ((244, 244, 240), (72, 20, 84))
+    """
+    r, g, b = _heat(np.array([share]))[0].tolist()
+    return r, g, b
+
+
+def _heat(share_N: np.ndarray) -> np.ndarray:
+    at = np.clip(np.nan_to_num(share_N), 0, 1) * (len(_HEAT) - 1)
+    return np.stack([np.interp(at, np.arange(len(_HEAT)), channel) for channel in _HEAT.T], -1).round().astype(np.uint8)
+
+
+def weights(weight_N: np.ndarray, side: int) -> Image.Image:
+    """A map of weights as a tile, the largest in the darkest colour; 0 is that of paper."""
+    largest = np.nanmax(weight_N) if np.isfinite(weight_N).any() else 0
+    return Image.fromarray(enlarge(_heat(weight_N / largest if largest > 0 else np.zeros_like(weight_N)), side))
+
+
 def legible(text: str) -> str:
     """One line, in letters that the font has.
 
@@ -121,6 +145,21 @@ def elide(text: str, width: float, face: ImageFont.FreeTypeFont) -> str:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if face.getlength(text[:middle].rstrip() + "…") <= width else (low, middle - 1)
     return text[:low].rstrip() + "…" if low else ""
+
+
+def wrapped(text: str, width: float, face: ImageFont.FreeTypeFont) -> list[str]:
+    """The text as lines that fit a width in pixels; a word that is wider is a line of its own.
+
+    >>> wrapped("a dog on a beach", 60, font(12))
+    ['a dog on a', 'beach']
+    """
+    lines: list[str] = []
+    for word in legible(text).split():
+        if lines and face.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 class Sheet:

@@ -36,12 +36,16 @@ def test_the_measure_is_the_head_on_raw_features(norm: str) -> None:
         return features.Features((x / length[:, None]).astype(np.float32), label, np.arange(len(x)), length.astype(np.float32))
 
     sets = {"q": lambda p, poll: (as_features(raw, label), {}), "i": lambda p, poll: (as_features(index, np.zeros(60, np.int32)), {})}
-    measure = direct.measure(config, pictures="q", statistics="i" if norm == "batch" else "")
-    got = dict(measure(features.Seen(sets, params, lambda: None)))
+    ask = direct.classifier(config, pictures="q", statistics="i" if norm == "batch" else "")
+    seen = features.Seen(sets, params, lambda: None)
+    got = dict(direct.measure(config, ask)(seen))
     known = (label >= 0) & (label < 7)
     assert 0 < known.sum() < 38
     x = (raw - index.mean(0)) / np.sqrt(index.var(0) + 1e-6) if norm == "batch" else raw
     logits = x[known] @ np.asarray(params["category"]["kernel"]) + np.asarray(params["category"]["bias"])
     order = np.argsort(-logits, axis=1)
+    answers, _ = ask(seen)
+    np.testing.assert_array_equal(answers.labels, label[known])
+    np.testing.assert_array_equal(answers.guesses, order[:, 0])
     for top in (1, 5):
         assert got[f"eval/direct/top{top}"] == pytest.approx((order[:, :top] == label[known][:, None]).any(1).mean())

@@ -77,7 +77,9 @@ def test_the_measure_asks_every_prompt_once_and_leaves_out_the_unlabelled(tmp_pa
     names, r, embed = ["hot_dog", "cat"], np.random.default_rng(1), Embedder()
     x, label = r.normal(size=(30, 6)).astype(np.float32), r.integers(-1, 3, 30).astype(np.int32)
     seen = features.Seen({"mine": lambda params, poll: (features.Features(x, label, np.arange(30)), {})}, {}, lambda: None)
-    got = dict(zero_shot.measure(embed, names, ("7", str(tmp_path / "one.txt")), pictures="mine")(seen))
+    said = zero_shot.Spoken(embed, names, ("7", str(tmp_path / "one.txt")))
+    got = dict(zero_shot.measure(said, pictures="mine")(seen))
+    assert said.classes(seen)["7"].shape == (2, 6)  # what is known is not asked again
     (asked,) = embed.asked
     assert len(asked) == len(set(asked)) == 14 and "art of the hot dog." in asked
     known = (label >= 0) & (label < 2)
@@ -90,3 +92,13 @@ def test_the_measure_asks_every_prompt_once_and_leaves_out_the_unlabelled(tmp_pa
             classes.append(mean / np.linalg.norm(mean))
         right = (x[known] @ np.array(classes).T).argmax(1) == label[known]
         assert got[f"eval/zero_shot/{name}/top1"] == pytest.approx(right.mean())
+
+
+def test_probabilities_are_those_of_the_temperature() -> None:
+    said = zero_shot.Spoken(Embedder(), ["hot_dog", "cat", "owl"], ("80", "7"))
+    seen = features.Seen({}, {"logit_scale": np.float32(np.log(20.0))}, lambda: None)
+    x = np.random.default_rng(3).normal(size=(4, 6))
+    name, got = said.probabilities(seen, x)
+    weights = np.exp(20 * x @ said.classes(seen)["80"].T)
+    assert name == "80"
+    np.testing.assert_allclose(got, weights / weights.sum(1, keepdims=True), rtol=1e-5)

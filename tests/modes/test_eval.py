@@ -2,18 +2,21 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 
 from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax.errors import UserError
+from m3i_jax.interop import tensors
 from m3i_jax.modes import eval as evaluate
 from m3i_jax.modes import job as jobs
 from m3i_jax.modes import train
 from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.trainer import Trainer
 from tests import toy
+from tests.interop.published_vit import ENCODERS, weights
 
 SMALL = {
     "data__size": 60, "data__classes": -1, "data__captions": "auto", "data__holdout": 0.3, "train__batch_size": 16,
@@ -21,7 +24,7 @@ SMALL = {
     "evaluate__batch_size": 16, "evaluate__train_limit": 32, "evaluate__k": 3, "evaluate__probe_epochs": 3, "evaluate__probe_warmup": 1,
     "evaluate__attentive_epochs": 1, "evaluate__attentive_limit": 16, "evaluate__shots": "(1,2)",
 }  # fmt: skip
-EVERY = ("knn", "linear", "few_shot", "probe", "attentive", "direct", "zero_shot", "retrieval", "embedding")
+EVERY = tuple(evaluate.evaluators.EVALUATORS)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +55,43 @@ def test_every_evaluator_of_a_run(run: pathlib.Path, capsys: pytest.CaptureFixtu
     wanted = {f"eval/{e}/top1" for e in ("knn", "linear", "probe", "attentive", "direct", "zero_shot/7")}
     wanted |= {"eval/few_shot/1", "eval/few_shot/2", "eval/retrieval/text_to_image/r5", "eval/embedding/same_class"}
     assert wanted <= set(values) and all(0 <= values[name] <= 1 for name in wanted)
-    assert {p.name for p in (run / "embedding").iterdir()} == {"00000002-map.png", "00000002-neighbours.png"}
+    kinds = ("attention", "confusion", "map", "neighbours", "zero_shot")
+    assert {p.name for p in (run / "pictures").iterdir()} == {f"00000002-{kind}.{end}" for kind in kinds for end in ("json", "png")}
     out = capsys.readouterr().out
     assert all(name in out for name in values) and str(run / "checkpoints" / "2") in out
+
+
+def test_what_is_drawn_is_what_is_measured(run: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The matrix is of the right answers that an evaluator counts: those of the head, or without it those of the neighbours."""
+    for by, words in (("direct", "what the category head says"), ("knn", "what the vote of 3 neighbours says")):
+        assert command.main(["--mode=eval", "--workdir", str(run), *asked(by, "confusion")]) == 0
+        value = json.loads((run / "eval.json").read_text())["results"][by][f"eval/{by}/top1"]
+        note = json.loads((run / "pictures" / "00000002-confusion.json").read_text())["note"]
+        assert words in note and re.search(rf"; {100 * value:.1f} % of \d+ held-out pictures are right; step 2, online", note), note
+    assert "evaluation:" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("thorough", [True, False])
+def test_what_cannot_be_evaluated_is_said(thorough: bool, tmp_path: pathlib.Path) -> None:
+    """While a run trains, only what was asked for because of the categories: the terms of an objective are known from elsewhere."""
+    settings = SMALL | {"objective__forms": "mim", "data__classes": 0, "data__captions": "no", "evaluate__linear": True}
+    job, said = jobs.open_job(toy.settings(**settings), str(tmp_path), trains=[("mim",)]), []
+    assert evaluate.evaluators.wanted(job, said.append, thorough=thorough) == ["embedding", "attention"]
+    by_class = "kNN and linear" if not thorough else "kNN, linear and confusion"
+    lines = ["no direct evaluation: the objective trains no categories"]
+    lines += ["no zero-shot, retrieval and examples evaluation: the objective trains no captions"]
+    assert said == [f"no {by_class} evaluation: the source has no categories", *(lines if thorough else [])]
+
+
+def test_an_encoder_alone_on_other_pictures(run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = weights(ENCODERS["timm"], width=32, depth=2, heads=2, patch=8, grid=4)
+    tensors.write_safetensors(tmp_path / "vit.safetensors", table)
+    other = ["--checkpoint", str(tmp_path / "vit.safetensors"), "--config.data.size=50", "--config.model.encoder.positions=learned"]
+    assert command.main(["--mode=eval", "--workdir", str(run), *asked("attention", "knn", "direct", "examples"), *other]) == 0
+    out = capsys.readouterr().out
+    assert "vit.safetensors is an encoder alone: its features are evaluated, and nothing that asks a head" in out
+    assert "the data are not those of the run" in out and "eval/direct" not in out
+    assert "vit.safetensors, online parameters" in (run / "pictures" / "00000000-attention.json").read_text()
 
 
 def test_what_is_known_is_not_measured_again(run: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +123,7 @@ def test_what_is_known_is_not_measured_again(run: pathlib.Path, monkeypatch: pyt
         (["--workdir", "NOWHERE"], "has no config.txt"),
         (["--workdir", "RUN", "--checkpoint", "NOWHERE"], "has no complete checkpoint"),
         (["--workdir", "RUN", *asked()], "nothing that is asked for can be evaluated"),
+        (["--workdir", "RUN", *asked("confusion")], "nothing that is asked for can be evaluated"),
         (["--workdir", "RUN", "--config.evaluate.templates=mine.txt"], "there is no such file"),
         (["--config", "configs/quickstart.py", "--mode=show", "--checkpoint", "RUN"], "--checkpoint: does not belong to --mode=show"),
     ],

@@ -301,7 +301,7 @@ def test_two_hosts_measure_what_one_measures(tmp_path: pathlib.Path) -> None:
         results = json.loads((tmp_path / "run/eval.json").read_text())["results"]
         found.append({name: value for part in results.values() for name, value in part.items()})
     one, both = found
-    assert len(results) == 9 and set(one) == set(both)
+    assert len(results) == 12 and set(one) == set(both)
     for name, value in one.items():
         assert both[name] == pytest.approx(value, abs=0.041), name  # two near ties of 24 pictures may fall the other way
     assert one["eval/retrieval/text_to_image/r10"] == both["eval/retrieval/text_to_image/r10"]

@@ -1,11 +1,9 @@
 """Neighbours and maps against brute force, and the pictures of both."""
 
 import builtins
-import pathlib
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from m3i_jax.errors import UserError
 from m3i_jax.reporting import embedding
@@ -59,18 +57,18 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         embedding.flat(unit(9), "tsne")
 
 
-def test_pictures_of_both(tmp_path: pathlib.Path) -> None:
-    """A green word is a neighbour of the same class, a red one of another; every point of a map has the colour of its class."""
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
-    place = tmp_path / "n.png"
-    embedding.write_neighbours(place, pictures, [(0, [1, 2])], np.array([[0.9, 0.1]]), ["cat", "cat", "dog"], "title")
-    pixels = {tuple(p) for p in np.asarray(Image.open(place)).reshape(-1, 3).tolist()}
-    assert {tuple(p) for p in pictures[2].reshape(-1, 3).tolist()} <= pixels
-    words = np.asarray(Image.open(place)).astype(int)[embedding.MARGIN + embedding.HEAD + 128 :]  # thin strokes are blended with the paper
-    for colour in (embedding.RIGHT, embedding.WRONG):
-        assert np.abs(words - np.array(colour)).max(-1).min() < 60
-    place = tmp_path / "m.png"
-    embedding.write_map(place, np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 5.0]]), np.array([0, 1, -1]), ["cat", "dog", "never"], "title")
-    shown = np.asarray(Image.open(place))
-    for colour in (embedding.class_colour(0, 2), embedding.class_colour(1, 2), embedding.NONE):
-        assert (shown == np.array(colour)).all(-1).sum() >= 20
+def test_every_point_of_a_map_has_the_colour_of_its_class() -> None:
+    image, key = embedding.picture(np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 5.0]]), np.array([0, 1, -1]), ["cat", "dog", "never"])
+    colours = [embedding.class_colour(0, 2), embedding.class_colour(1, 2), embedding.NONE]
+    assert key == list(zip(("cat", "dog", "no class"), colours, strict=True))
+    shown = np.asarray(image)
+    at = [np.argwhere((shown == np.array(colour)).all(-1)).mean(0) for colour in colours]
+    np.testing.assert_allclose([x for _, x in at], [10, 360, 710], atol=1)  # from left to right, and from the bottom up
+    np.testing.assert_allclose([y for y, _ in at], [710, 570, 10], atol=1)
+
+
+def test_many_classes_and_none() -> None:
+    points, label = np.random.default_rng(0).normal(size=(90, 2)), np.arange(90) % 30
+    _, key = embedding.picture(points, label, [str(i) for i in range(30)])
+    assert len(key) == embedding.TOLD + 1 and key[-1][0] == "and 6 more"
+    assert embedding.picture(points, np.full(90, -1), [])[1] == []

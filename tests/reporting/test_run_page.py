@@ -1,8 +1,6 @@
 """The report of a run: what it reads of a log, what it draws, that it opens without a network and says nothing of its own in a browser."""
 
-import base64
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -15,7 +13,7 @@ from PIL import Image
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.modes import report
-from m3i_jax.reporting import curves, run_page, runs
+from m3i_jax.reporting import curves, exhibits, run_page, runs
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), "")
 HOSTILE = '</pre><script>document.title="fired"</script><img src=x onerror="document.title=1">'
@@ -84,7 +82,9 @@ def test_the_page_has_everything_once_and_escapes_it(two: tuple[pathlib.Path, pa
     assert page.count('class="panel"') == run_page.PANELS and "step 0</h3>" in page and "step 8</h3>" in page
     assert "50.0 %" in page and "25.0 % at step 0" in page and "seed: 0 -&gt; 1" in page
     assert "<script" not in page and 'onerror="' not in page and "&lt;script&gt;" in page
-    assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)[^"]*"', page) == []
+    assert re.findall(r'(?:src|href)="(?!data:image/png;base64,|#s)[^"]*"', page) == []
+    for number, title in re.findall(r'<a href="#s(\d+)">(.*?)</a>', page):
+        assert page.count(f'<h2 id="s{number}">{title}</h2>') == 1
 
 
 def test_the_reference_run_is_the_one_of_the_readme() -> None:
@@ -97,29 +97,43 @@ def test_the_reference_run_is_the_one_of_the_readme() -> None:
     assert len(losses) >= 5 and {step: f"{kept[step]:.3f}" for step in losses} == losses
 
 
-def test_the_newest_pictures_of_the_features_are_on_it(two: tuple[pathlib.Path, pathlib.Path]) -> None:
-    place = two[0] / "embedding"
-    place.mkdir()
-    kept = {}
-    for age, name in enumerate(("000000-map", "000030-map", "000030-neighbours")):
-        Image.fromarray(np.full((2, 2, 3), 9 + age, np.uint8)).save(place / f"{name}.png")
-        os.utime(place / f"{name}.png", (age, age))
-        kept[name] = base64.b64encode((place / f"{name}.png").read_bytes()).decode()
+def exhibit(title: str, rows: int = 3) -> exhibits.Exhibit:
+    """Tiles as an evaluator draws them: four, nine and one large in a row, words below and beside."""
+    tile = Image.fromarray(np.full((112, 112, 3), 90, np.uint8))
+    lines = [exhibits.Line("a word, " * 9, 0.4, right=False), exhibits.Line("short", 1.0)]
+    few, many = [exhibits.Tile(tile, "words", "0.93")] * 4, [exhibits.Tile(tile, "words that do not fit", right=True)] * 9
+    large = [exhibits.Tile(Image.fromarray(np.full((700, 700, 3), 50, np.uint8)))]
+    made = [exhibits.Row(few), exhibits.Row(many), exhibits.Row(few[:1], lines), exhibits.Row(large, [exhibits.Line("a", chip=(9, 9, 9))])]
+    return exhibits.Exhibit(title, "a note", made * rows)
+
+
+def test_what_evaluators_drew_and_measured_is_on_it(two: tuple[pathlib.Path, pathlib.Path]) -> None:
+    exhibits.write(two[0] / "pictures", "00000010-kind", exhibit("an older one"))
+    exhibits.write(two[0] / "pictures", "00000030-kind", exhibit("What was <drawn>"))
+    (two[0] / "eval.json").write_text(json.dumps({"checkpoint": HOSTILE, "results": {"knn": {"eval/knn/top1": 0.123456}}}))
     page = report.write(schema.Config(), two[0]).read_text()
-    assert {name for name, content in kept.items() if content in page} == {"000030-map", "000030-neighbours"}
+    assert page.count(">What was &lt;drawn&gt;</h2>") == 1 and "an older one" not in page and page.count("a note") == 1
+    assert "0.1235" in page and "<script" not in page
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
-def test_a_browser_shows_it_and_complains_of_nothing(two: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path) -> None:
-    """As wide as a phone: nothing sticks out to the right, the console is silent, the charts are coloured."""
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_it_and_complains_of_nothing(width: int, two: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """As wide as a phone, and on a desk: nothing sticks out to the right, the console is silent, the charts are coloured, and the pictures
+    are where they were drawn, large enough to be seen. A window of Chromium's cannot be as narrow as a phone, a frame in it can."""
+    exhibits.write(two[0] / "pictures", "00000030-kind", exhibit("drawn", rows=1))
     page = report.write(schema.Config(report=schema.Report(beside=(str(two[1]),))), two[0])
-    shot = tmp_path / "shot.png"
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=500,2400", "--enable-logging=stderr"]
+    frame, shot, height = tmp_path / "frame.html", tmp_path / "shot.png", 8000
+    frame.write_text(f'<body style="margin:0"><iframe src="{page.as_uri()}" style="width:{width}px;height:{height}px;border:0"></iframe>')
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={max(width, 500)},{height}"]
     done = subprocess.run(
-        [CHROMIUM, *flags, f"--screenshot={shot}", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
+        [CHROMIUM, *flags, "--enable-logging=stderr", f"--screenshot={shot}", frame.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
     assert "CONSOLE" not in done.stderr, done.stderr
-    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)[:, :width]
     assert (np.ptp(pixels[:, -6:].reshape(-1, 3), axis=0) == 0).all()  # the margin is bare
     for colour in ((0x46, 0x76, 0xB2), (0xE4, 0x87, 0x3E)):  # a curve of each run
         assert (np.abs(pixels - colour).sum(-1) < 12).sum() > 50
+    tiles, large = ((pixels == gray).all(-1).sum() for gray in (90, 50))
+    assert tiles > 14 * 60**2 and large > (0.8 * min(width, 700)) ** 2

@@ -1,0 +1,199 @@
+"""Evaluators that draw: where the encoder looks, which classes it takes for which, what it reads into pictures, whom it holds to be alike.
+
+Each gives an exhibit in WORKDIR/pictures, <step>-<kind>.png and .json, which `report.html` shows; the embedding report a figure too. They
+run when a training is done and in --mode=eval, on the features that the other evaluators have made already.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from m3i_jax import privacy
+from m3i_jax.data import central
+from m3i_jax.evaluation import attention
+from m3i_jax.evaluation.features import Answers, Measure, Seen, extracted
+from m3i_jax.evaluation.zero_shot import Spoken
+from m3i_jax.modes.job import Job
+from m3i_jax.reporting import confusion as confused
+from m3i_jax.reporting import embedding, exhibits, panels, sheet
+from m3i_jax.reporting.exhibits import Exhibit, Line, Row, Tile
+
+ROWS, FEW, TEXTS = 12, 8, 5  # pictures whose neighbours or whose attention is shown; that are named; texts of one of them
+Batches = Callable[[list[int]], central.EvaluationBatches]
+
+
+@dataclasses.dataclass
+class Easel:
+    """Where and under which name an evaluation draws, and how its pictures are read.
+
+    Attributes:
+      job: the run.
+      name: gives the beginning of the names of files, a step.
+      about: gives a few words on the weights.
+    """
+
+    job: Job
+    name: Callable[[], str]
+    about: Callable[[], str]
+
+    def write(self, kind: str, title: str, note: str, rows: Sequence[Row]) -> None:
+        """WORKDIR/pictures/<step>-<kind>, by the first host."""
+        if not jax.process_index():
+            note = privacy.redact(f"{note}; {self.about()}")
+            exhibits.write(self.job.workdir / "pictures", f"{self.name()}-{kind}", Exhibit(title, note, rows))
+
+    def tiles(self, records: Sequence[int]) -> list[sheet.Image.Image]:
+        """The views of records that can be read, as an evaluation sees them."""
+        data, ask = self.job.config.data, self.job.config.evaluate
+        read = central.evaluation_batches(
+            self.job.held_out, records, data.image_size, len(records), background=data.background, crop=ask.crop, threads=data.threads
+        )
+        side = sheet.tile_side(data.image_size, self.job.config.grid)
+        return [sheet.picture(view, side) for view in next(read)["views"]]
+
+    def class_of(self, label: int) -> str:
+        return self.job.classes[label] if 0 <= label < len(self.job.classes) else ""
+
+    def pictures(self, count: int) -> str:
+        return f"{count:,} held-out picture" + "s" * (count != 1)
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of so many rows, evenly spread.
+
+    >>> spread(10, 3), spread(2, 3)
+    ([0, 3, 6], [0, 1])
+    """
+    few = min(most, count)
+    return [i * count // few for i in range(few)]
+
+
+def neighbours(easel: Easel) -> Measure:
+    """eval/embedding/same_class, the share of pictures whose nearest neighbour is of their class, and two exhibits."""
+
+    def run(seen: Seen) -> Iterator[tuple[str, float]]:
+        found = seen("queries")
+        if len(found.vectors) < 2:
+            return
+        if not jax.process_index():
+            _alike(easel, found.vectors, found.labels, found.records)
+            _map(easel, found.vectors, found.labels)
+        share = embedding.agreement(found.vectors, found.labels)
+        if share is not None:
+            yield "eval/embedding/same_class", share
+
+    return run
+
+
+def _alike(easel: Easel, vectors_NxD: np.ndarray, label_N: np.ndarray, record_N: np.ndarray) -> None:
+    asked = spread(len(vectors_NxD), ROWS)
+    alike, cosine = embedding.nearest(vectors_NxD, asked, easel.job.config.evaluate.neighbours)
+    used = list(dict.fromkeys([*asked, *alike.reshape(-1).tolist()]))
+    tile = dict(zip(used, easel.tiles(record_N[used].tolist()), strict=True))
+    rows = []
+    for row, near, close in zip(asked, alike.tolist(), cosine.tolist(), strict=True):
+        own = easel.class_of(label_N[row])
+        names = [easel.class_of(label) for label in label_N[near]]
+        others = [
+            Tile(tile[n], name, f"{c:.2f}", name == own if name and own else None) for n, name, c in zip(near, names, close, strict=True)
+        ]
+        rows.append(Row([Tile(tile[row], own), *others]))
+    note = f"first the picture, then those of {easel.pictures(len(vectors_NxD))} most alike to it, with their cosines"
+    easel.write("neighbours", "Nearest neighbours", note, rows)
+
+
+def _map(easel: Easel, vectors_NxD: np.ndarray, label_N: np.ndarray) -> None:
+    how = easel.job.config.evaluate.map
+    image, key = embedding.picture(embedding.flat(vectors_NxD, how), label_N, easel.job.classes)
+    note = f"{easel.pictures(len(vectors_NxD))}, " + {"pca": "first two principal components of their features", "tsne": "t-SNE"}[how]
+    easel.write("map", "Map of the features", note, [Row([Tile(image)], [Line(name, chip=colour) for name, colour in key])])
+
+
+def confusion(easel: Easel, ask: Callable[[Seen], tuple[Answers, np.ndarray]], by: str) -> Measure:
+    """An exhibit of which classes are taken for which by a classifier: a matrix, and the most frequent errors."""
+
+    def run(seen: Seen) -> Iterator[tuple[str, float]]:
+        answers, _ = ask(seen)
+        if not len(answers.labels):
+            return
+        counts = confused.counted(answers.labels, answers.guesses)
+        classes = confused.shown(counts)
+        names = [easel.class_of(one) or str(one) for one in classes]
+        share = confused.shares(counts, classes)
+        others = bool(share[:, -1].any())
+        lines = [
+            Line(f"{easel.class_of(true) or true} taken for {easel.class_of(guess) or guess}", part)
+            for true, guess, part in confused.pairs(counts)
+        ]
+        right = float((answers.labels == answers.guesses).mean())
+        note = f"a row is a class, a column what {by} says; {100 * right:.1f} % of {easel.pictures(len(answers.labels))} are right"
+        if others:
+            note += f"; the {len(classes)} classes with most errors"
+        easel.write("confusion", "Which classes are taken for which", note, [Row([Tile(confused.picture(share, names, others))], lines)])
+        yield from ()
+
+    return run
+
+
+def looks(easel: Easel, batches: Batches, *, pooled: bool) -> Measure:
+    """An exhibit of where the encoder looks in some pictures, and of its dense features in colours."""
+    look = attention.compiled(easel.job.config, easel.job.mesh, pooled=pooled)
+    cls = easel.job.config.model.encoder.cls_token
+
+    def run(seen: Seen) -> Iterator[tuple[str, float]]:
+        found = seen("queries")
+        chosen = spread(len(found.records), ROWS)
+        if not chosen:
+            return
+        records, labels = found.records[chosen].tolist(), found.labels[chosen]
+        made = [maps for maps, _ in extracted(easel.job.mesh, look, seen.params, batches(records), seen.poll)]
+        maps = {name: np.concatenate([each[name] for each in made]) for name in made[0]}
+        if jax.process_index():
+            return
+        (colours,) = panels.feature_rgb([maps["features"]])
+        tiles = easel.tiles(records)
+        words = {"pooling": "pooling", "last": "last block"}
+        rows = []
+        for row, (tile, label) in enumerate(zip(tiles, labels.tolist(), strict=True)):
+            shown = [Tile(sheet.weights(maps[name][row], tile.width), words[name]) for name in words if name in maps]
+            rows.append(
+                Row([Tile(tile, easel.class_of(label) or "picture"), *shown, Tile(sheet.colours(colours[row], tile.width), "features")])
+            )
+        told = {"pooling": "the attention pooling", "last": "the last block (of its cls token)" if cls else "the last block (of all cells)"}
+        where = " and ".join(told[name] for name in words if name in maps)
+        note = (f"where {where} looks, mean over the heads, darkest where most; " if where else "") + (
+            "then the dense features, their first three principal components over these pictures as red, green and blue"
+        )
+        easel.write("attention", "Where it looks, and what it tells apart", note, rows)
+        yield from ()
+
+    return run
+
+
+def examples(easel: Easel, said: Spoken, *, pictures: str) -> Measure:
+    """An exhibit of some pictures and the class names, as captions, that fit them best."""
+
+    def run(seen: Seen) -> Iterator[tuple[str, float]]:
+        found = seen(pictures)
+        known = np.flatnonzero((found.labels >= 0) & (found.labels < len(said.names)))
+        if not len(known):
+            return
+        chosen = known[spread(len(known), FEW)]
+        name, share_QxC = said.probabilities(seen, found.vectors[chosen])
+        if jax.process_index():
+            return
+        rows = []
+        for tile, label, share_C in zip(easel.tiles(found.records[chosen].tolist()), found.labels[chosen].tolist(), share_QxC, strict=True):
+            best = np.argsort(-share_C, kind="stable")[:TEXTS].tolist()
+            lines = [Line(said.names[one], float(share_C[one]), right=one == label) for one in best]
+            rows.append(Row([Tile(tile, easel.class_of(label))], lines))
+        note = (
+            f"the class names that fit a picture best, as captions ({len(said.sets[name])} templates), and how probable the model holds "
+            f"each of all {len(said.names):,} to be; below the picture its class"
+        )
+        easel.write("zero_shot", "Zero-shot examples", note, rows)
+        yield from ()
+
+    return run
