@@ -32,17 +32,23 @@ class Easel:
       job: the run.
       name: gives the beginning of the names of files, a step.
       about: gives a few words on the weights.
+      attempt: what to do with something that draws; a run under way does not end because of it.
     """
 
     job: Job
     name: Callable[[], str]
     about: Callable[[], str]
+    attempt: Callable[[Callable[[], None]], None] = lambda draw: draw()
+
+    def draw(self, draw: Callable[[], None]) -> None:
+        """Call something that draws, on the first host alone: it must not wait for others."""
+        if not jax.process_index():
+            self.attempt(draw)
 
     def write(self, kind: str, title: str, note: str, rows: Sequence[Row]) -> None:
-        """WORKDIR/pictures/<step>-<kind>, by the first host."""
-        if not jax.process_index():
-            note = privacy.redact(f"{note}; {self.about()}")
-            exhibits.write(self.job.workdir / "pictures", f"{self.name()}-{kind}", Exhibit(title, note, rows))
+        """WORKDIR/pictures/<step>-<kind>."""
+        note = privacy.redact(f"{note}; {self.about()}")
+        exhibits.write(self.job.workdir / "pictures", f"{self.name()}-{kind}", Exhibit(title, note, rows))
 
     def tiles(self, records: Sequence[int]) -> list[sheet.Image.Image]:
         """The views of records that can be read, as an evaluation sees them."""
@@ -77,9 +83,8 @@ def neighbours(easel: Easel) -> Measure:
         found = seen("queries")
         if len(found.vectors) < 2:
             return
-        if not jax.process_index():
-            _alike(easel, found.vectors, found.labels, found.records)
-            _map(easel, found.vectors, found.labels)
+        easel.draw(lambda: _alike(easel, found.vectors, found.labels, found.records))
+        easel.draw(lambda: _map(easel, found.vectors, found.labels))
         share = embedding.agreement(found.vectors, found.labels)
         if share is not None:
             yield "eval/embedding/same_class", share
@@ -116,84 +121,85 @@ def confusion(easel: Easel, ask: Callable[[Seen], tuple[Answers, np.ndarray]], b
 
     def run(seen: Seen) -> Iterator[tuple[str, float]]:
         answers, _ = ask(seen)
-        if not len(answers.labels):
-            return
-        counts = confused.counted(answers.labels, answers.guesses)
-        classes = confused.shown(counts)
-        names = [easel.class_of(one) or str(one) for one in classes]
-        share = confused.shares(counts, classes)
-        others = bool(share[:, -1].any())
-        lines = [
-            Line(f"{easel.class_of(true) or true} taken for {easel.class_of(guess) or guess}", part)
-            for true, guess, part in confused.pairs(counts)
-        ]
-        right = float((answers.labels == answers.guesses).mean())
-        note = f"a row is a class, a column what {by} says; {100 * right:.1f} % of {easel.pictures(len(answers.labels))} are right"
-        if others:
-            note += f"; the {len(classes)} classes with most errors"
-        easel.write("confusion", "Which classes are taken for which", note, [Row([Tile(confused.picture(share, names, others))], lines)])
+        if len(answers.labels):
+            easel.draw(lambda: _matrix(easel, answers, by))
         yield from ()
 
     return run
+
+
+def _matrix(easel: Easel, answers: Answers, by: str) -> None:
+    counts = confused.counted(answers.labels, answers.guesses)
+    classes = confused.shown(counts)
+    share = confused.shares(counts, classes)
+    others = bool(share[:, -1].any())
+    name = {one: easel.class_of(one) or str(one) for one in {*classes, *counts.true.tolist(), *counts.guessed.tolist()}}
+    lines = [Line(f"{name[true]} taken for {name[guess]}", part) for true, guess, part in confused.pairs(counts)]
+    right = float((answers.labels == answers.guesses).mean())
+    note = f"a row is a class, a column what {by} says; {100 * right:.1f} % of {easel.pictures(len(answers.labels))} are right"
+    if others:
+        note += f"; the {len(classes)} classes with most errors"
+    image = confused.picture(share, [name[one] for one in classes], others)
+    easel.write("confusion", "Which classes are taken for which", note, [Row([Tile(image)], lines)])
 
 
 def looks(easel: Easel, batches: Batches, *, pooled: bool) -> Measure:
     """An exhibit of where the encoder looks in some pictures, and of its dense features in colours."""
     look = attention.compiled(easel.job.config, easel.job.mesh, pooled=pooled)
-    cls = easel.job.config.model.encoder.cls_token
 
     def run(seen: Seen) -> Iterator[tuple[str, float]]:
         found = seen("queries")
-        chosen = spread(len(found.records), ROWS)
-        if not chosen:
-            return
-        records, labels = found.records[chosen].tolist(), found.labels[chosen]
-        made = [maps for maps, _ in extracted(easel.job.mesh, look, seen.params, batches(records), seen.poll)]
-        maps = {name: np.concatenate([each[name] for each in made]) for name in made[0]}
-        if jax.process_index():
-            return
-        (colours,) = panels.feature_rgb([maps["features"]])
-        tiles = easel.tiles(records)
-        words = {"pooling": "pooling", "last": "last block"}
-        rows = []
-        for row, (tile, label) in enumerate(zip(tiles, labels.tolist(), strict=True)):
-            shown = [Tile(sheet.weights(maps[name][row], tile.width), words[name]) for name in words if name in maps]
-            rows.append(
-                Row([Tile(tile, easel.class_of(label) or "picture"), *shown, Tile(sheet.colours(colours[row], tile.width), "features")])
-            )
-        told = {"pooling": "the attention pooling", "last": "the last block (of its cls token)" if cls else "the last block (of all cells)"}
-        where = " and ".join(told[name] for name in words if name in maps)
-        note = (f"where {where} looks, mean over the heads, darkest where most; " if where else "") + (
-            "then the dense features, their first three principal components over these pictures as red, green and blue"
-        )
-        easel.write("attention", "Where it looks, and what it tells apart", note, rows)
+        if chosen := spread(len(found.records), ROWS):
+            records, labels = found.records[chosen].tolist(), found.labels[chosen].tolist()
+            made = [maps for maps, _ in extracted(easel.job.mesh, look, seen.params, batches(records), seen.poll)]
+            maps = {name: np.concatenate([each[name] for each in made]) for name in made[0]}
+            easel.draw(lambda: _maps(easel, maps, records, labels))
         yield from ()
 
     return run
 
 
+def _maps(easel: Easel, maps: dict[str, np.ndarray], records: list[int], labels: list[int]) -> None:
+    (colours,) = panels.feature_rgb([maps["features"]])
+    last = "the last block (of its cls token)" if easel.job.config.model.encoder.cls_token else "the last block (of all cells)"
+    kinds = {
+        name: words for name, *words in (("pooling", "pooling", "the attention pooling"), ("last", "last block", last)) if name in maps
+    }
+    rows = []
+    for row, (tile, label) in enumerate(zip(easel.tiles(records), labels, strict=True)):
+        looks_at = [Tile(sheet.weights(maps[name][row], tile.width), words) for name, (words, _) in kinds.items()]
+        rows.append(
+            Row([Tile(tile, easel.class_of(label) or "picture"), *looks_at, Tile(sheet.colours(colours[row], tile.width), "features")])
+        )
+    where = " and ".join(told for _, told in kinds.values())
+    note = (f"where {where} looks, mean over the heads, darkest where most; then " if where else "") + (
+        "the dense features, their first three principal components over these pictures as red, green and blue"
+    )
+    easel.write("attention", "Where it looks, and what it tells apart", note, rows)
+
+
 def examples(easel: Easel, said: Spoken, *, pictures: str) -> Measure:
-    """An exhibit of some pictures and the class names, as captions, that fit them best."""
+    """An exhibit of some pictures and the class names that fit them best, as captions."""
 
     def run(seen: Seen) -> Iterator[tuple[str, float]]:
         found = seen(pictures)
         known = np.flatnonzero((found.labels >= 0) & (found.labels < len(said.names)))
-        if not len(known):
-            return
-        chosen = known[spread(len(known), FEW)]
-        name, share_QxC = said.probabilities(seen, found.vectors[chosen])
-        if jax.process_index():
-            return
-        rows = []
-        for tile, label, share_C in zip(easel.tiles(found.records[chosen].tolist()), found.labels[chosen].tolist(), share_QxC, strict=True):
-            best = np.argsort(-share_C, kind="stable")[:TEXTS].tolist()
-            lines = [Line(said.names[one], float(share_C[one]), right=one == label) for one in best]
-            rows.append(Row([Tile(tile, easel.class_of(label))], lines))
-        note = (
-            f"the class names that fit a picture best, as captions ({len(said.sets[name])} templates), and how probable the model holds "
-            f"each of all {len(said.names):,} to be; below the picture its class"
-        )
-        easel.write("zero_shot", "Zero-shot examples", note, rows)
+        if len(known):
+            chosen = known[spread(len(known), FEW)]
+            name, share_QxC = said.probabilities(seen, found.vectors[chosen])
+            easel.draw(lambda: _named(easel, said, name, found.records[chosen].tolist(), found.labels[chosen].tolist(), share_QxC))
         yield from ()
 
     return run
+
+
+def _named(easel: Easel, said: Spoken, name: str, records: list[int], labels: list[int], share_QxC: np.ndarray) -> None:
+    rows = []
+    for tile, label, share_C in zip(easel.tiles(records), labels, share_QxC, strict=True):
+        best = np.argsort(-share_C, kind="stable")[:TEXTS].tolist()
+        rows.append(Row([Tile(tile, easel.class_of(label))], [Line(said.names[b], float(share_C[b]), right=b == label) for b in best]))
+    note = (
+        f"the class names that fit a picture best, as captions ({len(said.sets[name])} templates), and how probable the model holds each "
+        f"of all {len(said.names):,} to be; below the picture its class"
+    )
+    easel.write("zero_shot", "Zero-shot examples", note, rows)

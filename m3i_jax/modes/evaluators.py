@@ -148,11 +148,11 @@ def measures(job: Job, say: Say, *, easel: drawn.Easel, thorough: bool = True) -
     return {name: made[name]() for name in made if name in names}, sets
 
 
-def of_job(job: Job, say: Say, total: int) -> list[Any]:
+def of_job(job: Job, say: Say, total: int, attempt: Callable[[Callable[[], None]], None]) -> list[Any]:
     """The evaluators of a run that trains for `total` steps: one that shares the features of all measures, or none. At the last step those
-    that draw are among them."""
-    step = [0]
-    easel = drawn.Easel(job, lambda: f"{step[0]:08d}", lambda: f"step {step[0]:,}, {job.config.evaluate.encoder} parameters")
+    that draw are among them; `attempt` calls what draws."""
+    step, encoder = [0], job.config.evaluate.encoder
+    easel = drawn.Easel(job, lambda: f"{step[0]:08d}", lambda: f"step {step[0]:,}, {encoder} parameters", attempt)
     found, sets = measures(job, say, easel=easel, thorough=False)
     if not found:
         return []

@@ -83,7 +83,7 @@ def pretrain(job: jobs.Job, allow_changes: bool, began: float | None = None) -> 
             write=lambda step, values: writer.write(step, values | (data.counted() if "loss" in values else {})),
             say=say,
             panel=lambda step, state, batch: writer.attempt("panels", lambda: write_panel(job, trainer, step, state, batch)),
-            evaluators=evaluators.of_job(job, say, trainer.length.steps),
+            evaluators=evaluators.of_job(job, say, trainer.length.steps, lambda draw: writer.attempt("pictures", draw)),
             position=lambda samples: {
                 "samples_seen": samples,
                 "fingerprint": job.fingerprint,

@@ -14,8 +14,11 @@ import time
 import pytest
 
 from m3i_jax.errors import UserError
+from m3i_jax.interop import tensors
 from m3i_jax.parallel import barriers, distributed
 from m3i_jax.parallel.distributed import Place, decide
+from tests import saved, toy
+from tests.interop.published_vit import ENCODERS, weights
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SLURM = {
@@ -305,3 +308,45 @@ def test_two_hosts_measure_what_one_measures(tmp_path: pathlib.Path) -> None:
     for name, value in one.items():
         assert both[name] == pytest.approx(value, abs=0.041), name  # two near ties of 24 pictures may fall the other way
     assert one["eval/retrieval/text_to_image/r10"] == both["eval/retrieval/text_to_image/r10"]
+
+
+BEGIN = """
+    import hashlib, sys
+    import jax, numpy as np
+    from m3i_jax.parallel import distributed
+    me, hosts = int(sys.argv[1]), int(sys.argv[3])
+    if hosts > 1:
+        distributed.initialize(distributed.Place(source="test", coordinator=sys.argv[2], processes=hosts, process=me), limit=60)
+    from m3i_jax import parallel
+    from m3i_jax.training.trainer import Trainer
+    from tests import toy
+    for shape in ((hosts, 1, 1), (1, hosts, 1)):
+        for settings in sys.argv[4:]:
+            said, mesh = [], parallel.make_mesh(shape)
+            config = toy.settings(**dict(item.split("=") for item in settings.split(",")), model__encoder__width=64)
+            state = Trainer(config, mesh, toy.VOCABULARY).init(said.append)
+            whole = jax.jit(lambda tree: tree, out_shardings=parallel.replicated(mesh))(state.params)
+            digest = hashlib.sha256()
+            for leaf in jax.tree.leaves(whole):
+                digest.update(np.asarray(leaf.addressable_data(0)).tobytes())
+            print("start", digest.hexdigest(), len(said), *said[:1])
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_start_from_the_same_weights(tmp_path: pathlib.Path) -> None:
+    """`init_from` of a run and of a file: whole on both hosts, or a half of every matrix on each, every number is that of one host."""
+    saved.run(tmp_path / "run", toy.settings(model__encoder__width=64))
+    table = weights(ENCODERS["timm"], width=64, depth=2, heads=2, patch=8, grid=4)
+    tensors.write_safetensors(tmp_path / "vit.safetensors", table)
+    script = tmp_path / "begin.py"
+    script.write_text(textwrap.dedent(BEGIN))
+    file = f"init_from={tmp_path / 'vit.safetensors'},model__encoder__positions=learned,model__encoder__final_norm=true"
+    sources = [f"init_from={tmp_path / 'run'}", f"init_from={tmp_path / 'run'},init__weights=ema", file, "seed=0"]
+    found = []
+    for hosts in (1, 2):
+        done = ends(two(str(script), "{i}", "127.0.0.1:{port}", str(hosts), *sources, processes=hosts))
+        assert [status for status, *_ in done] == [0] * hosts, done
+        found += [[line for line in out.splitlines() if line.startswith("start")] for _, out, _ in done]
+    one, *both = found
+    assert both == [one, one] and len(one) == 8 and len({line.split()[1] for line in one}) == 4
