@@ -8,6 +8,7 @@ or other data begin a new one.
 import dataclasses
 import json
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -87,8 +88,10 @@ def evaluate(job: jobs.Job, about: dict[str, Any], asked: dict[str, features.Mea
         try:
             for name, measure in asked.items():
                 if name not in results:
+                    began = time.monotonic()
                     results[name] = dict(measure(seen))
                     if main:
+                        print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)  # an evaluation of many pictures is long
                         write_text(place, json.dumps({**about, "results": results, "skipped": dict(seen.skipped)}, indent=1) + "\n")
         except loop.Preempted:
             if main:
