@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A small run for so many hours with a SIGKILL every minute, against the same run left alone: the end must be the same bits, and memory and
-# descriptors of a process must not grow. Prints what it measured; needs about half as long again for the run that is left alone.
+# A small run for so many hours with a SIGKILL every minute, beside the same run left alone: the end must be the same bits, and memory and
+# descriptors of the one that is left alone must not grow. Prints what it measured. What a run that fails leaves is kept.
 #
 #   bash launch/soak.sh 1                    # hours
 #   bash launch/soak.sh 0.1 --every 20       # arguments go to tests/faults/soak.py
