@@ -3,7 +3,8 @@
 # tests/faults/RESULTS.md. Takes an hour or two on two cores.
 #
 #   bash launch/faults.sh                    # all rows
-#   bash launch/faults.sh -k "flipped"       # arguments go to pytest; rows that do not run keep their line
+#   bash launch/faults.sh tests/faults/test_saves.py
+#   bash launch/faults.sh -k "flipped"       # arguments go to pytest; tests that do not run keep what they said last (RESULTS.json)
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -17,8 +18,12 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OPENBLAS_NUM_THREADS="${OPENBLAS_
 
 cd "$ROOT"
 export M3I_FAULTS_RESULTS="${M3I_FAULTS_RESULTS:-tests/faults/RESULTS.md}"
+where=(tests)
+for argument in "$@"; do
+    if [[ -e "${argument%%::*}" ]]; then where=(); fi
+done
 status=0
 # One process: several of the tests measure time or fill a disk.
-"$venv/bin/python" -m pytest -q -n 0 -m row tests "$@" </dev/null || status=$?
+"$venv/bin/python" -m pytest -q -n 0 -m row ${where[@]+"${where[@]}"} "$@" </dev/null || status=$?
 echo "$M3I_FAULTS_RESULTS"
 exit "$status"

@@ -2,13 +2,16 @@
 
 `@pytest.mark.row("B3")` (or several names) says which rows of rows.py a test is a trial of; every test in this folder has it, those of
 the matrix itself with no name. A test that makes many trials counts them with the fixture `trials`; any other counts as one. `fast` are
-short versions for the normal suite, `slow` the long ones that launch/faults.sh runs. With M3I_FAULTS_RESULTS=FILE a run writes its table
-there; rows that did not run keep the line they had."""
+short versions for the normal suite, `slow` the long ones that launch/faults.sh runs. With M3I_FAULTS_RESULTS=FILE.md a run writes its
+table there, and beside it in FILE.json what every test said, so that the matrix can be run in parts: a table is made of what each test said
+last. Rows of which no test ever ran keep the line they had."""
 
 import dataclasses
+import json
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -52,76 +55,75 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @dataclasses.dataclass
-class Line:
-    """A row of the table while it is counted."""
+class Said:
+    """What a test said last: the rows it is a trial of, passed, failed or skipped, why if skipped, and what it counted."""
 
-    trials: int = 0
-    passed: int = 0
-    figures: list[str] = dataclasses.field(default_factory=list)
-    skipped: list[str] = dataclasses.field(default_factory=list)
-
-    def text(self, row: str) -> str:
-        figure = "; ".join(dict.fromkeys(self.figures + [f"not tried: {why}" for why in self.skipped]))
-        return f"| {row} | {ROWS[row][0]} | {self.trials} | {self.passed} | {figure.replace('|', '/')} |"
-
-
-class Table:
-    """Collects the reports of a run (also of several workers) into one line a row."""
-
-    def __init__(self) -> None:
-        self.lines: dict[str, Line] = {}
-        self._outcome: dict[str, str] = {}
+    rows: list[str]
+    outcome: str = "passed"
+    why: str = ""
+    counted: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def see(self, report: pytest.TestReport) -> None:
-        if report.when != "teardown":
-            worse = self._outcome.get(report.nodeid) in ("failed", "skipped")
-            self._outcome[report.nodeid] = self._outcome[report.nodeid] if worse else report.outcome
-            if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
-                for row in (value for name, value in report.user_properties if name == "row"):
-                    self.lines.setdefault(str(row), Line()).skipped.append(report.longrepr[2].removeprefix("Skipped: "))
-            return
-        outcome = "failed" if report.outcome == "failed" else self._outcome.get(report.nodeid, "failed")
-        counted = next((value for name, value in report.user_properties if name == "trials"), None)
-        for row in (str(value) for name, value in report.user_properties if name == "row"):
-            if outcome == "skipped":
-                continue
-            line = self.lines.setdefault(row, Line())
-            if isinstance(counted, dict) and counted["trials"]:
-                # A failure that no trial shows is one more that did not pass.
-                line.trials += counted["trials"] + (outcome == "failed" and counted["passed"] == counted["trials"])
-                line.passed += counted["passed"]
-                line.figures += [counted["figure"]] if counted["figure"] else []
-            else:
-                line.trials += 1
-                line.passed += outcome == "passed"
-
-    def write(self, path: pathlib.Path) -> None:
-        """The table of all rows; those that did not run keep the line that the file has."""
-        before = {}
-        if path.is_file():
-            rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
-            before = {line.split("|")[1].strip(): line for line in rows}
-        out = [
-            "# Results of the fault matrix",
-            "",
-            "Written by `launch/faults.sh`; do not edit. What each row promises is in `rows.py`.",
-            "",
-            "| row | fault | trials | passed | figure |",
-            "| --- | --- | ---: | ---: | --- |",
-        ]
-        for row, (fault, _) in ROWS.items():
-            nothing = f"| {row} | {fault} | 0 | 0 | {NOT_HERE.get(row, 'not run')} |"
-            out.append(self.lines[row].text(row) if row in self.lines else before.get(row, nothing))
-        path.write_text("\n".join(out) + "\n", encoding="utf-8")
+        if self.outcome == "passed":
+            self.outcome = report.outcome
+        if report.outcome == "failed":
+            self.outcome = "failed"
+        if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
+            self.why = report.longrepr[2].removeprefix("Skipped: ")
+        self.counted = next((dict(value) for name, value in report.user_properties if name == "trials" and isinstance(value, dict)), {})
 
 
-_table = Table()
+def line(row: str, tests: list[Said]) -> str:
+    """A row of the table. A test counts its trials or is one; a failure that no trial shows is one more that did not pass."""
+    trials = passed = 0
+    notes: list[str] = []
+    for test in tests:
+        counted = test.counted if test.counted.get("trials") else {"trials": 1, "passed": test.outcome == "passed", "figure": ""}
+        if test.outcome != "skipped":
+            trials += counted["trials"] + (test.outcome == "failed" and counted["passed"] == counted["trials"])
+            passed += counted["passed"]
+            notes += [counted["figure"]] if counted["figure"] else []
+    notes += [f"not tried: {test.why}" for test in tests if test.outcome == "skipped"]
+    return f"| {row} | {ROWS[row][0]} | {trials} | {passed} | {'; '.join(dict.fromkeys(notes)).replace('|', '/')} |"
+
+
+def table(tests: list[Said], before: str) -> str:
+    """The table of all rows; those without a test among these keep the line that they have in `before`."""
+    kept = {text.split("|")[1].strip(): text for text in before.splitlines() if text.startswith("| ")}
+    out = [
+        "# Results of the fault matrix",
+        "",
+        "Written by `launch/faults.sh`; do not edit. What each row promises is in `rows.py`.",
+        "",
+        "| row | fault | trials | passed | figure |",
+        "| --- | --- | ---: | ---: | --- |",
+    ]
+    for row, (fault, _) in ROWS.items():
+        mine = [test for test in tests if row in test.rows]
+        out.append(line(row, mine) if mine else kept.get(row, f"| {row} | {fault} | 0 | 0 | {NOT_HERE.get(row, 'not run')} |"))
+    return "\n".join(out) + "\n"
+
+
+_said: dict[str, Said] = {}
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    _table.see(report)
+    rows = [str(value) for name, value in report.user_properties if name == "row"]
+    if rows:
+        _said.setdefault(report.nodeid, Said(rows)).see(report)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if os.environ.get(RESULTS) and not hasattr(session.config, "workerinput"):
-        _table.write(pathlib.Path(os.environ[RESULTS]))
+    if not os.environ.get(RESULTS) or hasattr(session.config, "workerinput"):
+        return
+    path = pathlib.Path(os.environ[RESULTS])
+    record, all_ = path.with_suffix(".json"), {}
+    if record.is_file():
+        for name, said in json.loads(record.read_text(encoding="utf-8")).items():
+            file, function = session.config.rootpath / name.split("::")[0], name.split("::")[-1].split("[")[0]
+            if file.is_file() and f"def {function}(" in file.read_text(encoding="utf-8"):  # else it is gone, and so is what it said
+                all_[name] = Said(**said)
+    all_ |= _said
+    record.write_text(json.dumps({name: dataclasses.asdict(all_[name]) for name in sorted(all_)}, indent=1) + "\n", encoding="utf-8")
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    path.write_text(table([all_[name] for name in sorted(all_)], before), encoding="utf-8")

@@ -56,6 +56,14 @@ def test_the_table_is_what_the_run_did(tmp_path: pathlib.Path) -> None:
     assert rows["B1"].endswith("| 0 | 0 | not tried: needs a mount |")
     assert rows["B2"] == "| B2 | from before | 7 | 7 | kept |" and rows["F7"].endswith("| 0 | 0 | not run |")
     assert set(ROWS) < set(rows)
+    # In parts: what the others said last still counts.
+    (tmp_path / "test_example.py").write_text(
+        textwrap.dedent(EXAMPLE).replace("raise ValueError", "pass").replace("def test_skipped", "def test_x")
+    )
+    subprocess.run([*command, "-k", "fails or x"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    rows = {line.split("|")[1].strip(): line for line in results.read_text().splitlines() if line.startswith("| ")}
+    assert rows["B5"].endswith("| 3 | 3 |  |") and rows["B3"].endswith("| 3 | 2 | 1 of 3 silent |")
+    assert rows["B1"].count("needs a mount") == 1
     (tmp_path / "test_example.py").write_text("def test_of_no_row():\n    pass\n")
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 4 and "say which row" in done.stderr
