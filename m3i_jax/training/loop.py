@@ -6,6 +6,7 @@ Evaluators see the state that is saved, the saved position is that of the first 
 fetches, writes and draws. Nothing is jitted here.
 """
 
+import contextlib
 import dataclasses
 import math
 import signal
@@ -17,7 +18,7 @@ import jax
 
 from m3i_jax import parallel
 from m3i_jax.objective import regularize
-from m3i_jax.training.checkpoint import Checkpoints
+from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
 from m3i_jax.training.phases import Clock
 from m3i_jax.training.state import State
 from m3i_jax.training.step import MOMENT, MOST_NOT_FINITE
@@ -31,6 +32,24 @@ Evaluator = Callable[[State, Poll], Iterator[tuple[str, float]]]
 
 class Preempted(Exception):
     """Raised by a poll inside an evaluator, so that a long evaluation does not eat the notice."""
+
+
+class _Unserved(Exception):
+    """What the loop asked for outside itself did not come; the state is that of the last step, and as good as any."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@contextlib.contextmanager
+def _asking() -> Iterator[None]:
+    try:
+        yield
+    except Preempted:
+        raise
+    except Exception as error:
+        raise _Unserved(error) from error
 
 
 class Preemption:
@@ -165,6 +184,8 @@ def run(trainer: Trainer, state: State, *, samples_seen: int, outside: Outside) 
 
     Raises:
       SavesFailed: three saves in a row failed.
+      Exception: what the data or an evaluator raised, after the state was saved. Of several hosts nothing is saved then: the others are on
+        their way to the next step, and a save needs all.
     """
     config, total, log = trainer.config, trainer.length.steps, _Log(trainer, outside)
     train, first = config.train, int(state.step)
@@ -183,14 +204,14 @@ def run(trainer: Trainer, state: State, *, samples_seen: int, outside: Outside) 
                     outside.dump(step, state, host, log.last)
                     return FAILED, state
                 if evaluate:
-                    with log.clock.phase("evaluate"):
+                    with log.clock.phase("evaluate"), _asking():
                         _evaluate(state, step, outside, notice)
                 if save:
                     with log.clock.phase("save"):
                         outside.checkpoints.save(step, state, outside.position(samples_seen))
                 if step == total:
                     break
-                with log.clock.phase("data"):
+                with log.clock.phase("data"), _asking():
                     host = next(outside.data)
                 if train.panel_every and step % train.panel_every == 0:
                     with log.clock.phase("panel"):
@@ -202,16 +223,33 @@ def run(trainer: Trainer, state: State, *, samples_seen: int, outside: Outside) 
                 if log.bad:  # look at each step before the next is sent, so that a third is dumped with the state that it had
                     log.flush()
                 notice.poll()
-        except Preempted:
+        except (Preempted, _Unserved) as end:
             log.flush()
-            with log.clock.phase("save"):
-                outside.checkpoints.save(int(state.step), state, outside.position(samples_seen))
-                outside.checkpoints.wait(state)
-            outside.say(f"preempted: saved step {int(state.step)}; run the same command again to go on")
+            now = int(state.step)
+            if isinstance(end, Preempted) or (now > first and parallel.hosts() == 1):
+                with log.clock.phase("save"):
+                    _save_last(outside, now, state, samples_seen, end)
+            if isinstance(end, _Unserved):
+                raise end.error from None
+            outside.say(f"preempted: saved step {now}; run the same command again to go on")
             return PREEMPTED, state
     with log.clock.phase("save"):
         outside.checkpoints.wait(state)
     return DONE, state
+
+
+def _save_last(outside: Outside, step: int, state: State, samples_seen: int, end: Exception) -> None:
+    """The save of a run that ends before its time."""
+    try:
+        outside.checkpoints.save(step, state, outside.position(samples_seen))
+        outside.checkpoints.wait(state)
+    except SavesFailed as failed:
+        if isinstance(end, Preempted):
+            raise
+        outside.say(f"warning: {failed}")  # why the run ends is what it ends with
+    else:
+        if isinstance(end, _Unserved):
+            outside.say(f"saved step {step}, since the run cannot go on; the same command goes on from there")
 
 
 def _evaluate(state: State, step: int, outside: Outside, notice: Preemption) -> None:

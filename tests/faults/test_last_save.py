@@ -1,0 +1,135 @@
+"""Rows C9, C10: a run that cannot go on since its data or an evaluator fails saves what it has, and goes on from there when told to."""
+
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from m3i_jax import parallel
+from m3i_jax.data import pipeline
+from m3i_jax.data.folder import Folder
+from m3i_jax.errors import Stopped, Unreadable, UserError
+from m3i_jax.training import loop
+from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
+from tests.data.conftest import settings
+from tests.faults.test_data_run import a_folder
+from tests.faults.test_processes import Counting
+from tests.training.test_loop import World
+
+ERRORS = [
+    Unreadable("'2.tar' cannot be read"),
+    Stopped("worker 1 of 2 made no batch"),
+    UserError("too many bad"),
+    ValueError("of a source"),
+]
+
+
+def failing(event: str, error: Exception, **more: Any) -> World:
+    """Steps 1 to 5 are done when the event, which is that of the sixth, raises."""
+    world = World(9, save_every=4, eval_every=5, **more)
+
+    def fail() -> None:
+        if world.of("dispatch")[-1:] == ["dispatch 5"]:
+            raise error
+
+    world.at[event] = fail
+    return world
+
+
+@pytest.mark.fast
+@pytest.mark.row("C9", "C10")
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_the_state_is_saved_before_the_run_ends(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    world = failing("draw", error)
+    with pytest.raises(type(error), match=str(error)):
+        world.run(monkeypatch)
+    assert list(world.positions) == [4, 5] and world.positions[5] == {"samples_seen": 40}
+    assert world.events[-2:] == ["save 5", "wait"] and "write 5" in world.events  # what is saved has its line in the log
+    assert "saved step 5" in world.said[-1]
+
+
+@pytest.mark.fast
+@pytest.mark.row("C9")
+def test_an_evaluator_that_fails_costs_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = failing("evaluate 5", Unreadable("'held-out.tar' cannot be read"))
+    with pytest.raises(Unreadable):
+        world.run(monkeypatch)
+    assert list(world.positions) == [4, 5] and not world.of("write eval 5")
+
+
+@pytest.mark.fast
+@pytest.mark.row("C9")
+def test_what_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was trained yet; other hosts do not come; the disk is full as well: the error is that of the data in every case."""
+    world = World(9)
+    world.at["draw"] = lambda: (_ for _ in ()).throw(Unreadable("gone"))
+    with pytest.raises(Unreadable, match="gone"):
+        world.run(monkeypatch)
+    assert not world.positions
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.parallel, "hosts", lambda: 2)
+        world = failing("draw", Unreadable("gone"))
+        with pytest.raises(Unreadable, match="gone"):
+            world.run(patch)
+        assert list(world.positions) == [4]
+    world = failing("draw", Unreadable("gone"))
+    world.at["wait"] = lambda: (_ for _ in ()).throw(SavesFailed("no space"))
+    with pytest.raises(Unreadable, match="gone"):
+        world.run(monkeypatch)
+    assert world.said[-1] == "warning: no space"
+
+
+@pytest.mark.fast
+@pytest.mark.row("C9")
+def test_files_that_come_back_continue_the_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, trials) -> None:
+    """With real data and checkpoints: pictures vanish between two saves, and come back. No step is lost, and no sample."""
+    monkeypatch.setattr(loop.parallel, "to_global", lambda mesh, batch: batch)
+    (tmp_path / "data").mkdir()
+    _, lost, _ = a_folder(tmp_path / "data")
+    one, seen = Counting(20, 100), {}
+
+    def go(name: str, first: int, vanish: int) -> tuple[int, list[str]]:
+        said: list[str] = []
+        checkpoints = Checkpoints(tmp_path / name, 2, say=said.append)
+        inner = pipeline.iterate(settings(batch=8), Folder(str(tmp_path / "data")), None, start=8 * first)
+
+        class Data:
+            skipped: dict[str, int] = {}
+
+            def __next__(self) -> dict[str, Any]:
+                if len(seen[name]) == vanish:
+                    for path in lost:
+                        os.rename(path, path.with_suffix(".gone"))
+                batch = next(inner)
+                seen[name].append(batch["views"][:, 0, 0, 0, 0].tolist())
+                return batch
+
+        seen.setdefault(name, [])
+        state = one.init()
+        if first:
+            shardings = parallel.shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), jax.eval_shape(one.init))
+            state = checkpoints.restore(first, jax.eval_shape(one.init), shardings)
+            assert checkpoints.newest_good() == first and checkpoints.position(first) == {"n": 8 * first}
+        quiet = {"write": lambda *_: None, "say": said.append, "panel": lambda *_: None, "evaluators": [], "position": lambda n: {"n": n}}
+        try:
+            _, state = loop.run(one, state, samples_seen=8 * first, outside=loop.Outside(data=Data(), checkpoints=checkpoints, **quiet))
+        finally:
+            inner.close()
+            checkpoints.close()
+        assert (np.asarray(state.params["w"]) == 20).all()
+        return int(state.step), said
+
+    go("whole", 0, -1)
+    with pytest.raises(UserError, match=r"0\d\.png' cannot be read"):
+        go("broken", 0, 7)
+    steps = [int(path.name) for path in (tmp_path / "broken").iterdir()]
+    done = len(seen["broken"])
+    assert trials.add(steps == [done] and 7 <= done < 20), (steps, done)
+    for path in lost:
+        os.rename(path.with_suffix(".gone"), path)
+    assert go("broken", done, -1)[0] == 20
+    assert trials.add(seen["broken"] == seen["whole"])
+    trials.figure = f"files vanish at step {done} of a run that saves every 100: 0 steps and 0 samples lost"
