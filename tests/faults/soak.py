@@ -304,10 +304,11 @@ def main() -> int:
     ask.add_argument("--every", type=float, default=60.0, help="seconds between these kills")
     ask.add_argument("--steps", type=int, default=400, help="without --hours: steps of the run")
     ask.add_argument("--kills", type=int, default=50, help="without --hours: kills, at random in the first seconds of every start")
-    ask.add_argument("--save-every", type=int, default=0, help="steps; default: 100 with --hours, else 5")
+    ask.add_argument("--save-every", type=int, default=0, help="steps; default: 20 with --hours, else 5")
     flags = ask.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its runs end with it
     if flags.hours:
-        told = soak(flags.directory, seconds=3600 * flags.hours, every=flags.every, save_every=flags.save_every or 100)
+        told = soak(flags.directory, seconds=3600 * flags.hours, every=flags.every, save_every=flags.save_every or 20)
     else:
         told = at_random(flags.directory, steps=flags.steps, kills=flags.kills, save_every=flags.save_every or 5)
     print(json.dumps(told, indent=1))
