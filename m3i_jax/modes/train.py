@@ -59,6 +59,7 @@ def pretrain(job: jobs.Job, allow_changes: bool, began: float | None = None) -> 
     position = checkpoints.position(newest) if newest is not None else None
     agree(job, position, allow_changes)
     trainer = Trainer(config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
+    trainer.check_room()
     start, samples = (newest, position["samples_seen"]) if newest is not None and position else (0, 0)
     before = phases.resumed(position.get("seconds", {}), watch.logged(workdir / "metrics.jsonl")) if position else {}
     writer = writers.open_writers(config, workdir, resume_at=start, total=trainer.length.steps, main=jax.process_index() == 0)

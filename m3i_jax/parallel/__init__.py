@@ -4,6 +4,7 @@ array. Knows neither models nor training: it speaks of trees and names."""
 from m3i_jax.parallel.barriers import HostMissing, Together, call, exchange, first, hosts, wait
 from m3i_jax.parallel.distributed import from_first
 from m3i_jax.parallel.gathered import GATHERED, by_hand, mean_over_devices
+from m3i_jax.parallel.memory import held, room
 from m3i_jax.parallel.mesh import AXES, DATA, data_sharding, everywhere, hint, make_mesh, replicated, split_rows, to_global
 from m3i_jax.parallel.rules import RULES, shardings
 
@@ -21,11 +22,13 @@ __all__ = [
     "exchange",
     "first",
     "from_first",
+    "held",
     "hint",
     "hosts",
     "make_mesh",
     "mean_over_devices",
     "replicated",
+    "room",
     "shardings",
     "split_rows",
     "to_global",

@@ -19,7 +19,7 @@ import jax
 from m3i_jax import parallel
 from m3i_jax.objective import regularize
 from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
-from m3i_jax.training.phases import Clock
+from m3i_jax.training.phases import Clock, Starving
 from m3i_jax.training.state import State
 from m3i_jax.training.step import MOMENT, MOST_NOT_FINITE
 from m3i_jax.training.trainer import Trainer
@@ -142,7 +142,7 @@ class _Log:
 
     def __init__(self, trainer: Trainer, outside: Outside):
         self.trainer, self.outside, self.clock, self.bad, self.failed = trainer, outside, outside.clock, 0, False
-        self.collapse = Collapse()
+        self.collapse, self.starving = Collapse(), Starving()
         self.last: dict[str, float] = {}  # metrics of the newest step that was fetched
         self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
 
@@ -172,6 +172,8 @@ class _Log:
             if moment is not None:
                 values["collapse/effective_rank"] = float(regularize.effective_rank(jax.device_get(moment)))
             values |= self.clock.read()
+            if waits := self.starving.see(values):
+                self.outside.say(f"warning: {waits}")
             values |= {f"data/skipped/{reason}": count for reason, count in self.outside.data.skipped.items() if count}
             self.outside.write(step, values)
 

@@ -161,6 +161,44 @@ class Clock:
         self._since = self.alive = now
 
 
+class Starving:
+    """Notices when training waits for its data, from the readings of a clock.
+
+    The alarm rises when in at least READINGS readings in a row at least SHARE of the time, and SECONDS in all, were spent waiting, so that
+    neither the first batches nor a short stall raise it; it falls with the first reading of less than half the share.
+    """
+
+    SHARE, READINGS, SECONDS = 0.5, 2, 5.0
+
+    def __init__(self) -> None:
+        self.alarm, self._row, self._before = False, 0, 0.0
+
+    def see(self, values: Mapping[str, float]) -> str:
+        """Look at what `Clock.read` returned; what to tell a person if the alarm rises with it, else nothing.
+
+        >>> starving, readings = Starving(), [(0.9, 4.0), (0.8, 8.0), (0.9, 12.0), (0.1, 12.1), (0.9, 16.0), (0.9, 22.0)]
+        >>> told = [starving.see({"perf/input_wait": share, "perf/seconds/data": seconds}) for share, seconds in readings]
+        >>> [bool(text) for text in told]
+        [False, True, False, False, False, True]
+        >>> print(told[1][:58])
+        training waits for data: 80% of the last reading's time, 8
+        """
+        share, total = values["perf/input_wait"], values.get(f"{PREFIX}data", 0.0)
+        if share < self.SHARE:
+            self._row, self._before = 0, total
+        else:
+            self._row += 1
+        before, waited = self.alarm, total - self._before
+        enough = self._row >= self.READINGS and waited >= self.SECONDS
+        self.alarm = enough or (self.alarm and share >= self.SHARE / 2)
+        if before or not self.alarm:
+            return ""
+        return (
+            f"training waits for data: {share:.0%} of the last reading's time, {waited:,.1f} s since it began; raise data.threads or "
+            "data.workers, use a faster disk, or smaller pictures in ArrayRecord shards (--mode=convert)"
+        )
+
+
 def resumed(saved: Mapping[str, float], logged: Mapping[str, float]) -> dict[str, float]:
     """Seconds by phase with which a run goes on.
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from m3i_jax import parallel, schema
-from m3i_jax.errors import UserError
+from m3i_jax.errors import DoesNotFit, UserError
 from m3i_jax.models import m3i
 from m3i_jax.training import checkpoint, optimizer, plan, start, state, step
 
@@ -81,6 +81,28 @@ class Trainer:
             donate_argnums=0,
         )
         self._look = jax.jit(functools.partial(step.look_inside, self.plan), out_shardings=whole)
+
+    def check_room(self) -> None:
+        """Refuse a state that the devices cannot hold, before anything of it is made or read. What a step needs beside it is not judged:
+        --mode=compile knows that.
+
+        Raises:
+          DoesNotFit: says what it needs, what there is and what would do.
+        """
+        need, room = parallel.held(self.template, self.shardings), parallel.room(self.mesh)
+        if need <= room:
+            return
+        devices, whole = self.mesh.devices.size, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.template))
+        wanted = -(-whole // max(int(room), 1))
+        way = (
+            "config.parallel.mesh=(1,-1,1) splits it over all of them" if whole < devices * room else f"it needs {wanted:,} or more of them"
+        )
+        all_, each, there = (f"{size / 2**30:,.1f} GiB" for size in (whole, need, room))
+        raise DoesNotFit(
+            f"config.parallel.mesh: the state (parameters, moments and target, {all_} in all) takes {each} of each of the {devices} "
+            f"{self.mesh.devices.flat[0].platform} device(s), which have {there}; {way}, or use a smaller model; "
+            "--mode=compile --suggest knows what fits"
+        )
 
     def init(self, say: Callable[[str], None] = print) -> state.State:
         """The state at step 0, made where it will live: no device ever holds more than its share. What `init_from` names is in it, in the

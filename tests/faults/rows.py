@@ -66,7 +66,4 @@ ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
 }
 
 # What cannot be tried on a small machine, or is not there yet: row -> why. It stands in the table of results.
-NOT_HERE: dict[str, str] = {
-    "A7": "not tried: waiting for data is measured as perf/input_wait, and the watchdog looks at hangs; there is no warning",
-    "B10": "not tried: --mode=compile says before whether a state fits; a restore itself is not estimated",
-}
+NOT_HERE: dict[str, str] = {}

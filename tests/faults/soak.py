@@ -256,15 +256,16 @@ def at_random(place: pathlib.Path, *, steps: int, kills: int, save_every: int, s
 
 def soak(place: pathlib.Path, *, seconds: float, every: float, save_every: int) -> dict[str, Any]:
     """Two runs for so long, side by side: one is left alone, and keeps all its steps; the other is killed every so many seconds. In the end
-    both are told to stop, and are compared at the newest regular step that the killed one has."""
+    both are told to stop, and are compared at the newest regular step that the killed one has. A life after one in which nothing was saved
+    gets twice the time, or a slow machine would never come any further."""
     cache, began = place / "cache", time.monotonic()
     whole = Life(place / "alone", STEPS, save_every, cache, keep=STEPS)
-    lost, kills, starts, lives = Lost(place / "killed"), 0, [], []
+    lost, kills, starts, lives, time_ = Lost(place / "killed"), 0, [], [], every
     while True:
         life = Life(lost.run, STEPS, save_every, cache)
-        over = began + seconds - time.monotonic() <= every  # the last life: it has its time too
-        while life.last(every) is False and over and not life.first:
-            every += 1.0
+        over = began + seconds - time.monotonic() <= time_  # the last life, which has its time too
+        while life.last(time_) is False and over and not life.first:
+            time_ += 1.0
         if life.process.returncode is not None or whole.process.poll() is not None:
             raise SystemExit(f"a run ended by itself: {life.told()}\n{whole.told()}")
         life.stop() if over else life.kill()
@@ -272,8 +273,9 @@ def soak(place: pathlib.Path, *, seconds: float, every: float, save_every: int) 
         lives += [late] if (late := [s for s in life.samples if s[0] >= SETTLED]) else []
         if over:
             break
-        kills += 1
+        kills, before = kills + 1, lost.reached
         lost.killed()
+        time_ = every if lost.reached > before else 2 * time_
     if not (regular := [step for step in committed(lost.run) if step % save_every == 0]):
         raise SystemExit(f"the run that was killed never came to step {save_every}: raise --every, or lower --save-every")
     while (step := regular[-1]) not in committed(whole.run):
