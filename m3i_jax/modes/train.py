@@ -19,7 +19,7 @@ from m3i_jax.parallel import distributed
 from m3i_jax.reporting import panels, writers
 from m3i_jax.reporting.files import write_text
 from m3i_jax.training import dump, loop, phases
-from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
+from m3i_jax.training.checkpoint import Checkpoints, Damaged, SavesFailed
 from m3i_jax.training.trainer import Trainer
 
 
@@ -51,8 +51,16 @@ def agree(job: jobs.Job, position: dict[str, Any] | None, allow_changes: bool) -
 
 
 def pretrain(job: jobs.Job, allow_changes: bool, began: float | None = None) -> int:
-    """Train a job from the start, or from its newest checkpoint; 0, 1 or 42 as `loop.run` says. The caller holds the lock. `began`: when
-    the process turned to it, of `time.monotonic()`."""
+    """Train a job from the start, or from its newest good checkpoint; 0, 1 or 42 as `loop.run` says. The caller holds the lock. `began`:
+    when the process turned to it, of `time.monotonic()`."""
+    while True:
+        try:
+            return _pretrain(job, allow_changes, began)
+        except Damaged:
+            pass  # was told; the one before is the newest now, and if there is none, that is refused
+
+
+def _pretrain(job: jobs.Job, allow_changes: bool, began: float | None) -> int:
     config, workdir = job.config, job.workdir
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, say=writers.say)
     newest = checkpoints.newest_good()

@@ -1,5 +1,5 @@
 """Checkpoints: the only place that knows Orbax. A checkpoint is the state (params, optimizer with target and balance statistics), a small
-JSON with the data position, and digests of all its files. Where a run starts, in this order:
+JSON with the data position, and digests of all its files and arrays. Where a run starts, in this order:
 
     1. the newest whole step under <workdir>/checkpoints
     2. else config.init_from: weights of another run, or of another project (training/start.py)
@@ -25,13 +25,17 @@ import orbax.checkpoint as ocp
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.parallel.rules import path_of
-from m3i_jax.training import digests, steps
+from m3i_jax.training import digests, prints, steps
 
 FORMAT = 2  # of a checkpoint; 1: without digests
 
 
 class SavesFailed(RuntimeError):
     """Several saves in a row failed: a run that cannot be resumed is not worth going on with."""
+
+
+class Damaged(UserError):
+    """What was read is not what was trained; the step was set aside, so that the one before is the newest now."""
 
 
 class Checkpoints:
@@ -90,7 +94,7 @@ class Checkpoints:
                 if not wrong:
                     good = str(step)
                     break
-                self._set_aside(step, wrong)
+                self._say(steps.set_aside(self._directory / str(step), wrong))
         good = parallel.exchange("checkpoint", good, limit=6 * 3600.0)[0]
         bad = sorted(p.name for p in self._directory.glob("*.bad-*"))
         if not good and bad:
@@ -119,13 +123,6 @@ class Checkpoints:
             return digests.complaints(place)
         self._say(f"warning: checkpoint {step} was saved by an older version, without digests: it is used as it is")
         return []
-
-    def _set_aside(self, step: int, wrong: list[str]) -> None:
-        name = f"{step}.bad-{time.strftime('%Y%m%d-%H%M%S')}"
-        os.rename(self._directory / str(step), self._directory / name)
-        steps.sync(self._directory)
-        more = f", and {len(wrong) - 3} more files" if len(wrong) > 3 else ""
-        self._say(f"warning: checkpoint {step} is damaged ({'; '.join(wrong[:3])}{more}); set aside as {name}, the one before is used")
 
     # Saving
 
@@ -167,27 +164,24 @@ class Checkpoints:
             if self._first and not self._cleaned:
                 steps.clean(self._directory)
             self._cleaned = True
+            arrays = prints.of(state)  # sent before the state is given away, fetched behind
             args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(position | {"format": FORMAT}))
             self._orbax.save(self._directory / f"{step}.new", args=args, force=True)
-            done = self._thread.submit(self._finish, step)
+            done = self._thread.submit(self._finish, step, arrays)
         except Exception as error:  # a full disk or no permission: told when the hosts next meet, as if it came later
             done.set_exception(error)
         self._saving = step, position, done
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, arrays: prints.Prints) -> None:
         """Behind the training: wait for the files, digest them, let them count."""
         self._orbax.wait_until_finished()
         if not self._first:
             return
         new = self._directory / f"{step}.new"
-        digests.write(new, format=FORMAT)
+        digests.write(new, format=FORMAT, arrays=arrays.read())
         os.rename(new, self._directory / str(step))
         steps.sync(self._directory)
-        for old in steps.listed(self._directory)[: -self._keep]:
-            try:
-                steps.delete(self._directory / str(old))
-            except OSError as error:  # no reason to think that the save failed
-                self._say(f"warning: checkpoint {old} cannot be deleted ({error.strerror or error})")
+        steps.retain(self._directory, self._keep, self._say)
 
     def _settle(self) -> bool:
         """Wait for the save before. True if it is there now, or there was none."""
@@ -239,6 +233,7 @@ class Checkpoints:
 
         Raises:
           UserError: if the layout of the saved state is another one, or it cannot be read. All differences are in <workdir>/layout.txt.
+          Damaged: an array is not the one that was trained.
         """
         abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), template, shardings)
         place = self._directory / str(step)
@@ -249,9 +244,12 @@ class Checkpoints:
                 if not different:
                     how = ocp.checkpoint_utils.construct_restore_args(abstract)
                     args = ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract, restore_args=how))
-                    return self._orbax.restore(place, args=args)["state"]
+                    state = self._orbax.restore(place, args=args)["state"]
         except Exception as error:
             raise self._damaged(step, error) from error
+        if not different:
+            self._compare(step, state)
+            return state
         more = ""
         if len(different) > 3:
             more = f", and {len(different) - 3} more: {self._directory.parent / 'layout.txt'}"
@@ -262,6 +260,15 @@ class Checkpoints:
             f"checkpoint {step}: does not fit this configuration ({', '.join(different[:3])}{more}); "
             "use another --workdir or the configuration of that run"
         )
+
+    def _compare(self, step: int, state: Any) -> None:
+        """Arrays against the fingerprints that were taken of them; a step of an older version has none."""
+        noted = (digests.read(self._directory / str(step)) or {}).get("arrays")
+        if noted is None or not (wrong := prints.different(state, noted)):
+            return
+        if self._first:
+            self._say(steps.set_aside(self._directory / str(step), [f"{path}: is not what was trained" for path in wrong]))
+        raise Damaged(f"checkpoint {step}: {len(wrong)} arrays are not what was trained, first {wrong[0]}; it was set aside, run again")
 
     def _verify(self, step: int) -> None:
         """Look at the files of a step that was not looked at yet: the first host does, for all."""

@@ -6,6 +6,7 @@ one in 2^32. zlib's needs no package and reads a file about as fast as a disk do
 """
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -47,8 +48,17 @@ def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
     return out
 
 
+def to_disk(path: pathlib.Path) -> None:
+    """A file, or the names in a directory, to the disk itself: a machine that loses power has it afterwards."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
 def write(directory: pathlib.Path, **notes: Any) -> None:
-    """Digest all files of a directory and write it down there, to the disk itself. `notes` are kept beside.
+    """Digest all files of a directory, write it down there, and see all of it to the disk itself. `notes` are kept beside.
 
     Raises:
       OSError: something cannot be read or written.
@@ -56,11 +66,15 @@ def write(directory: pathlib.Path, **notes: Any) -> None:
     files = _files(directory)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         made = dict(zip(files, pool.map(digest, files.values()), strict=True))
+        list(pool.map(to_disk, files.values()))
     line = json.dumps({**notes, "digest": "crc32", "files": made}, sort_keys=True)
     with open(directory / NAME, "w", encoding="ascii") as file:
         file.write(f"{line}\n{zlib.crc32(line.encode()):08x}\n")
         file.flush()
         os.fsync(file.fileno())
+    for folder, _, _ in os.walk(directory, topdown=False):
+        with contextlib.suppress(OSError):  # some file systems cannot do it for directories
+            to_disk(pathlib.Path(folder))
 
 
 def read(directory: pathlib.Path) -> dict[str, Any] | None:

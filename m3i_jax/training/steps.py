@@ -12,7 +12,8 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 from m3i_jax.training import digests
 
@@ -62,14 +63,28 @@ def delete(step: pathlib.Path) -> bool:
     return True
 
 
+def retain(directory: pathlib.Path, keep: int, say: Callable[[str], None]) -> None:
+    """Delete all steps but the newest."""
+    for old in listed(directory)[:-keep]:
+        try:
+            delete(directory / str(old))
+        except OSError as error:  # no reason to think that the save failed
+            say(f"warning: checkpoint {old} cannot be deleted ({error.strerror or error})")
+
+
+def set_aside(step: pathlib.Path, wrong: list[str]) -> str:
+    """Give a damaged step another name; what to tell a person."""
+    name = f"{step.name}.bad-{time.strftime('%Y%m%d-%H%M%S')}"
+    os.rename(step, step.with_name(name))
+    sync(step.parent)
+    more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return f"warning: checkpoint {step.name} is damaged ({'; '.join(wrong[:3])}{more}); set aside as {name}, the one before is used"
+
+
 def sync(directory: pathlib.Path) -> None:
     """The names in a directory to the disk."""
     with contextlib.suppress(OSError):  # some file systems have no such thing
-        file = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
+        digests.to_disk(directory)
 
 
 def clean(directory: pathlib.Path) -> None:

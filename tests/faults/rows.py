@@ -26,6 +26,7 @@ ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
     "B8": ("the state is donated while it is saved", "what is saved is the value at that step"),
     "B9": ("a checkpoint of an older version", "is loaded, or refused with its version"),
     "B10": ("too few devices for the state", "said before anything is allocated"),
+    "B11": ("power is lost after a step was named", "all of it is on the disk before its name, and before an older one goes"),
     # data
     "C1": ("bad pictures of every kind at 1 % and 20 %", "skipped, replaced and counted, always in the same order"),
     "C2": ("more bad pictures than the limit", "stops with reasons and examples"),

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -61,8 +62,10 @@ def learned(run: pathlib.Path) -> list[dict[str, Any]]:
 DIGEST = """
 import hashlib, json, pathlib, sys, jax, numpy as np, orbax.checkpoint as ocp
 place = pathlib.Path(sys.argv[1]).absolute() / "checkpoints" / sys.argv[2]
-reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler()))
-state = reader.restore(place, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+reader = ocp.PyTreeCheckpointer()
+tree = reader.metadata(place / "state").item_metadata.tree
+plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)  # as saved by any number of hosts
+state = reader.restore(place / "state", restore_args=plain)
 position = json.loads((place / "position" / "metadata").read_text())  # it also has clocks
 digest = hashlib.sha256(f"{place.name} {position['samples_seen']} {position['fingerprint']}".encode())
 for path, leaf in sorted((jax.tree_util.keystr(p), np.asarray(x)) for p, x in jax.tree_util.tree_leaves_with_path(state)):
@@ -118,15 +121,13 @@ def growth(samples: list[tuple[float, float, int]], settled: float = SETTLED) ->
 class Life:
     """One process of a run, watched from outside by a thread."""
 
-    def __init__(self, run: pathlib.Path, steps: int, save_every: int, cache: pathlib.Path, keep: int = 2):
-        settings = [
-            *TINY,
-            f"train.steps={steps}",
-            f"train.save_every={save_every}",
-            f"train.eval_every={8 * save_every}",
-            f"train.keep={keep}",
-        ]
+    def __init__(
+        self, run: pathlib.Path, steps: int, save_every: int, cache: pathlib.Path, keep: int = 2, settings: Sequence[str] = ()
+    ) -> None:
+        regular = {"steps": steps, "save_every": save_every, "eval_every": 8 * save_every, "keep": keep}
+        settings = [*TINY, *(f"train.{name}={value}" for name, value in regular.items()), *settings]
         command = [sys.executable, "-m", "m3i_jax.main", "--config", "configs/quickstart.py", "--workdir", str(run)]
+        self.cost = 0.0  # seconds of processors up to the first step
         self.run, self.began, self.first, self._log = run, time.monotonic(), 0.0, run / "metrics.jsonl"
         run.mkdir(parents=True, exist_ok=True)
         self._size = self._log.stat().st_size if self._log.is_file() else 0
@@ -152,7 +153,7 @@ class Life:
             with open(self._log, "rb") as log:
                 log.seek(self._size)
                 if b'"loss"' in log.read():  # an evaluation before the first step has none
-                    self.first = now
+                    self.first, self.cost = now, self._processor()
         self._size = size
         if self.first:
             try:
@@ -162,6 +163,13 @@ class Life:
                 return
             if own := re.search(r"RssAnon:\s+(\d+) kB", about):  # not what the kernel keeps of files and may drop
                 self.samples.append((now - self.first, int(own[1]) / 1024, handles))
+
+    def _processor(self) -> float:
+        try:
+            words = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2].split()
+        except OSError:
+            return math.nan
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
     def last(self, seconds: float = math.inf) -> bool:
         """Let it live so long, counted from its start; whether it ended by itself."""

@@ -80,5 +80,5 @@ def marked(source: str) -> set[str]:
 def test_every_row_has_a_test_or_a_reason() -> None:
     assert marked('@pytest.mark.row("B3", "B4")\ndef f(): pass') == {"B3", "B4"}
     tried = set().union(*(marked(path.read_text()) for path in (ROOT / "tests").rglob("test_*.py")))
-    assert tried <= set(ROWS) and len(ROWS) == 55
+    assert tried <= set(ROWS) and len(ROWS) >= 55
     assert set(NOT_HERE) == set(ROWS) - tried

@@ -67,7 +67,7 @@ def told_while_saving(place: pathlib.Path, monkeypatch: pytest.MonkeyPatch, at: 
     one = Counting(60, 10)
     checkpoints = Checkpoints(place, 2, say=lambda text: pytest.fail(text))
     inner = checkpoints._finish
-    monkeypatch.setattr(checkpoints, "_finish", lambda step: (time.sleep(0.05), inner(step)))
+    monkeypatch.setattr(checkpoints, "_finish", lambda *what: (time.sleep(0.05), inner(*what)))
     sent = []
 
     class Data(Counting):
