@@ -19,7 +19,7 @@ from m3i_jax import parallel, schema
 from m3i_jax.training import loop
 from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.state import State
-from tests.faults import soak
+from tests.faults import restart, soak
 from tests.training.test_loop import World
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -179,13 +179,28 @@ def test_killed_at_fifty_random_instants(tmp_path: pathlib.Path, trials) -> None
     """From the import over compiling, steps, evaluation and saves: the run that survives is the run that was left alone."""
     kills = int(os.environ.get("M3I_FAULTS_KILLS", "50"))
     told = soak.at_random(tmp_path, steps=400, kills=kills, save_every=5)
-    fine = told["bitwise"] and not told["leftovers"] and not told["committed_steps_lost"] and told["most_steps_lost"] <= 6
+    # A save goes on behind the training, which waits for it before the next one begins: less than two intervals can be under way.
+    few = told["most_steps_lost"] <= 2 * told["save_every"]
+    fine = told["bitwise"] and not told["leftovers"] and not told["committed_steps_lost"] and few
     trials.trials, trials.passed = told["kills"], told["kills"] * fine
     trials.figure = (
         f"{trials.passed} of {told['kills']} bitwise, at most {told['most_steps_lost']} steps lost (saves every 5), "
         f"restart {told['restart_seconds']} s, clean start {told['clean_start_seconds']} s"
     )
     assert fine, told
+
+
+@pytest.mark.slow
+@pytest.mark.row("A1")
+def test_a_restart_costs_no_more_than_half_a_start_more(tmp_path: pathlib.Path, trials) -> None:
+    """Judged by processor time, which does not depend on what else runs; the clock is told."""
+    told = restart.measure(tmp_path, trials=3)
+    trials.add(told["ratio_processor"] <= 1.5)
+    trials.figure = (
+        f"restart to the first new step {told['ratio_processor']:.2f} of a clean start in processor time, {told['ratio']:.2f} on the clock "
+        f"({told['restart_seconds']} s, {told['clean_seconds']} s), no evaluation in either"
+    )
+    assert trials.passed, told
 
 
 @pytest.mark.slow
