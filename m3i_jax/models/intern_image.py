@@ -275,7 +275,7 @@ def stages(
       hidden_BxN: bool, cells of a square grid over the picture that the learned `mask_token` fills at the stem's output; None: none.
       dtype: precision of products and of the maps between layers; norms, softmax and sampling places are float32.
       scan: the layers of a stage in a `lax.scan` instead of a loop. Same numbers; compile time does not grow with depth.
-      remat: none, or full: keep only the input of every layer and recompute it in the backward pass.
+      remat: what the backward pass keeps of a layer, none (of recomputation), dots, names or full: its input alone.
       method: how DCNv3 is computed, see `dcnv3.dcnv3`.
 
     Raises:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from m3i_jax.models.dcnv3 import dcnv3
 from m3i_jax.models.layers import Params, gelu, layer_norm
@@ -134,14 +135,16 @@ def dcn(layer: Layer, params: Params, x_BxHxWxC: jax.Array, method: str = "auto"
     [[0.444..., 0.667..., 0.444...], [0.667..., 1.0, 0.667...], [0.444..., 0.667..., 0.444...]]
     """
     wide = jnp.float32
-    v_BxHxWxC = dense(params["input"], x_BxHxWxC)
+    v_BxHxWxC = checkpoint_name(dense(params["input"], x_BxHxWxC), "qkv")
     h = gelu(norm(params["norm"], depthwise(x_BxHxWxC, params["depthwise"]["kernel"], params["depthwise"]["bias"])))
     shape = *x_BxHxWxC.shape[:3], layer.groups, _POINTS
-    offset = dense(params["offset"], h, wide).reshape(*shape, 2)
-    mask = jax.nn.softmax(dense(params["mask"], h, wide).reshape(shape))
+    # The names of `stacked.NAMES`, by the part that each has in attention: what is read and where, and what came of it.
+    offset = checkpoint_name(dense(params["offset"], h, wide), "qkv").reshape(*shape, 2)
+    mask = jax.nn.softmax(checkpoint_name(dense(params["mask"], h, wide), "qkv").reshape(shape))
     y = dcnv3(v_BxHxWxC, offset, mask, groups=layer.groups, offset_scale=layer.offset_scale, method=method)
+    y = checkpoint_name(y, "attended")
     if layer.center_scale:
-        share = jax.nn.sigmoid(dense(params["center"], h, wide)).astype(y.dtype)[..., None]
+        share = jax.nn.sigmoid(checkpoint_name(dense(params["center"], h, wide), "qkv")).astype(y.dtype)[..., None]
         grouped = *shape[:4], -1
         y = (y.reshape(grouped) * (1 - share) + v_BxHxWxC.reshape(grouped) * share).reshape(y.shape)
     return dense(params["output"], y)
@@ -160,9 +163,10 @@ def apply(layer: Layer, params: Params, x_BxHxWxC: jax.Array, keep_Bx2: jax.Arra
         name = f"norm{which + 1}"
         y = x if layer.norm == "post" else norm(params[name], x)
         if which == 0:
-            y = dcn(layer, params["dcn"], y, method)
+            y = checkpoint_name(dcn(layer, params["dcn"], y, method), "branch")
         else:
-            y = dense(params["mlp"]["fc2"], gelu(dense(params["mlp"]["fc1"], y)))
+            y = gelu(checkpoint_name(dense(params["mlp"]["fc1"], y), "fc1"))
+            y = checkpoint_name(dense(params["mlp"]["fc2"], y), "branch")
         if layer.norm != "pre":
             y = norm(params[name if layer.norm == "post" else f"res_{name}"], y)
         if layer.layer_scale:

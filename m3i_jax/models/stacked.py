@@ -1,8 +1,8 @@
 """The running of stacked blocks, whichever tower they are of: in a loop or a scan, and what the backward pass keeps of each.
 
 What is kept is a named policy (`model.remat`). `none` keeps what differentiation asks for, `full` only the input of a block. Between them
-`dots` keeps every matrix product and `names` the four tensors of NAMES, from which all else of a transformer block follows by elementwise
-work and one product of attention, q k'.
+`dots` keeps every matrix product and `names` the tensors of NAMES, from which all else of a transformer block follows by elementwise work
+and one product of attention, q k', and all else of an InternImage layer by elementwise work alone.
 
 B batch, T tokens, D width, L blocks.
 """
@@ -17,7 +17,8 @@ from m3i_jax.models.layers import Block, Params
 
 # q, k and v; what attention gives; the stream between the branches; the MLP before its GELU. Without `attended` a block computes two
 # products of attention again instead of one, without `middle` also the output projection, without `fc1` the widest product there is.
-NAMES = ("qkv", "attended", "middle", "fc1")
+# What a branch gives is kept where a norm behind it or its scale asks for it: in InternImage.
+NAMES = ("qkv", "attended", "middle", "fc1", "branch")
 _policies = jax.checkpoint_policies
 POLICIES: dict[str, Callable[..., bool]] = {
     "dots": _policies.dots_saveable,

@@ -11,6 +11,7 @@ import pytest
 
 from m3i_jax.models import intern_image, intern_image_layer, vit
 from m3i_jax.models.intern_image import PRESETS, InternImage
+from m3i_jax.reporting import flops
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -124,6 +125,18 @@ def test_gradients():
     assert dead == {"mask_token"}  # hidden cells were not given
     for other in others:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(a).max()), grads, other)
+
+
+@pytest.mark.parametrize("norm", ("pre", "post", "res_post"))
+def test_what_is_kept_by_name_needs_no_product_twice(norm):
+    model = dataclasses.replace(SMALL, norm=norm, layer_scale=0.1 if norm == "post" else 0.0)
+    params = jax.eval_shape(lambda key: intern_image.init(model, key), jax.random.key(0))
+
+    def products(remat):
+        gradient = jax.grad(lambda p: jnp.square(intern_image.apply(model, p, images(), remat=remat, method="dense")).sum())
+        return flops.count(gradient, params).dot
+
+    assert products("names") == products("none") < products("full")
 
 
 @functools.cache
