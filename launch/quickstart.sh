@@ -46,5 +46,6 @@ for name, values, form in (("kNN top-1 on held-out pictures", knn, "{:.1%}"), ("
         (first, before), (last, after) = values[0], values[-1]
         print(f"{name}: {form.format(before)} at step {first}, {form.format(after)} at step {last}")
 print(f"every figure:  {log}")
-print(f"pictures:      {workdir / 'panels'}")
+print(f"as one page:   {workdir / 'report.html'}")
+print(f"pictures:      {workdir / 'panels'}, {workdir / 'pictures'}")
 PYTHON

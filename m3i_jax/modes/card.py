@@ -47,7 +47,7 @@ def _data(c: schema.Config, workdir: pathlib.Path) -> list[str]:
 
 
 def _metrics(workdir: pathlib.Path) -> list[str]:
-    """The last value of every loss and evaluation in the log."""
+    """The last value of every loss and evaluation in the log, and what --mode=eval has measured of the run since."""
     file = workdir / "metrics.jsonl"
     last: dict[str, tuple[int, float]] = {}
     for line in file.read_text().splitlines() if file.is_file() else []:
@@ -58,6 +58,11 @@ def _metrics(workdir: pathlib.Path) -> list[str]:
         for name, value in row.items():
             if name.split("/")[0] in ("loss", "eval", "info", "collapse") and isinstance(value, int | float):
                 last[name] = (row["step"], value)
+    file = workdir / "eval.json"
+    alone = json.loads(file.read_text()) if file.is_file() else {}
+    if pathlib.Path(alone.get("checkpoint", "")).parent.resolve() == (workdir / "checkpoints").resolve():  # and not of other weights
+        found = {f"{name}, {alone['encoder']}": value for one in alone["results"].values() for name, value in one.items()}
+        last |= {f"{name} (--mode=eval)": (alone["step"], value) for name, value in found.items()}
     if not last:
         return ["The run wrote none."]
     return [

@@ -124,7 +124,7 @@ def _pretrain(job: jobs.Job, allow_changes: bool, began: float | None) -> int:
     if not jax.process_index():
         writer.attempt("report.html", lambda: report.write(config, workdir))
     if code == loop.DONE:
-        say(f"done: {trainer.length.steps:,} steps; metrics in {workdir / 'metrics.jsonl'}, pictures in {workdir / 'panels'}")
+        say(f"done: {trainer.length.steps:,} steps; metrics in {workdir / 'metrics.jsonl'}, drawn in {workdir / 'report.html'}")
     return code
 
 

@@ -110,7 +110,12 @@ def test_stablehlo_runs_in_a_fresh_process_for_any_batch(run, tmp_path: pathlib.
 
 
 def test_the_card_says_what_it_is(run) -> None:
-    text = (exported(run[0], "npz", "--config.report.licence=CC-BY-4.0") / "model_card.md").read_text()
+    for place, share in ((run[0], 0.625), (pathlib.Path("elsewhere"), 0.875)):  # the latter is of other weights
+        about = {"checkpoint": str(place / "checkpoints" / "4"), "step": 4, "encoder": "ema"}
+        (run[0] / "eval.json").write_text(json.dumps(about | {"results": {"linear": {"eval/linear/top1": share}}}))
+        text = (exported(run[0], "npz", "--config.report.licence=CC-BY-4.0") / "model_card.md").read_text()
+        assert ("| eval/linear/top1, ema (--mode=eval) | 0.625 | 4 |" in text) == (share == 0.625) and "0.875" not in text
+    (run[0] / "eval.json").unlink()
     wanted = [f"{run[0].name} (step 4, online), written as npz", "vit, patch 8, 2 blocks of 32", "fingerprint 0123456789abcdef"]
     for words in [*wanted, "CC-BY-4.0", "| eval/knn/top1 | 0.75 | 4 |", "| loss | 2.5 | 4 |", "data.image_size = 32", "m3i"]:
         assert words in text, words
