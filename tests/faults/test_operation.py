@@ -101,7 +101,8 @@ def job(workdir: pathlib.Path, fingerprint: str = "f", **changes: Any) -> Any:
     made = configuration.default()
     configuration.override(made, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
     identity = f"order of the stream = version 1, seed 0\nsource 1 = pictures, fingerprint {fingerprint}\n"
-    return types.SimpleNamespace(workdir=workdir, config=configuration.resolve(made), fingerprint=fingerprint, identity=identity)
+    config = configuration.resolve(made)
+    return types.SimpleNamespace(workdir=workdir, text=configuration.to_text(config), fingerprint=fingerprint, identity=identity)
 
 
 DIFFERENT = {
