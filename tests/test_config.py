@@ -157,7 +157,7 @@ def test_bad_config_files(spec: str, wanted: str, monkeypatch: pytest.MonkeyPatc
     assert wanted in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "folder", "tars"])
+@pytest.mark.parametrize("name", ["quickstart", "folder", "tars", "toy"])
 def test_shipped_configs_resolve(name: str, request: pytest.FixtureRequest) -> None:
     config.resolve(config.load(str(request.config.rootpath / "configs" / f"{name}.py")))
 

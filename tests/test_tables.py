@@ -8,6 +8,7 @@ import tarfile
 import pytest
 from PIL import Image
 
+from m3i_jax import config as configuration
 from m3i_jax import schema
 from m3i_jax.data import sources
 from m3i_jax.data.shapes import Shapes
@@ -103,6 +104,16 @@ def test_equal_flops_and_a_failure_that_stops_nothing(
     assert f"steps={steps}" in command[0][3] and "--config.seed=5" in command[0] and "--config.train.steps=7" in command[1]
     monkeypatch.setattr(tables, "commands", lambda *_: [["-c", "raise SystemExit(3)"]])
     assert tables.one(tables.Run(one_set, "MAE", 0), pictures, tmp_path, 1) is None
+
+
+def test_every_run_of_every_table_is_a_configuration(pictures: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    found = tables.sets(pictures, tmp_path)
+    wanted = tables.queue(found, list(found), 1, [])
+    assert len(wanted) > len(tables.TRIED) and len({run.place(tmp_path) for run in wanted}) == len(wanted)
+    for run in wanted:
+        config = configuration.load(tables.trained(run, 40))
+        configuration.override(config, tables.overrides(run))
+        assert configuration.resolve(config).train.steps == 40
 
 
 def test_a_directory_without_tars_is_refused(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

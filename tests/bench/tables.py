@@ -193,7 +193,7 @@ def trained(run: Run, steps: int) -> str:
 
 
 def overrides(run: Run) -> list[str]:
-    frozen = {"optim.lr": "0.0"} if run.method == UNTRAINED else {}
+    frozen = {"optim.lr": "1e-12"} if run.method == UNTRAINED else {}  # it must be positive
     return [f"{key}={value}" for key, value in {"seed": str(run.seed), **run.of.overrides, **frozen, **run.variant}.items()]
 
 
@@ -267,9 +267,13 @@ def one(run: Run, data: pathlib.Path, out: pathlib.Path, finetune_steps: int) ->
     done = place / "result.json"
     if done.is_file():
         return json.loads(done.read_text())
-    steps, cost = steps_of(run, out)
-    ran = commands(run, out, steps, finetune_steps)
     place.mkdir(parents=True, exist_ok=True)
+    try:
+        steps, cost = steps_of(run, out)
+    except UserError as error:
+        print(f"{run.of.name}, {run.row}, seed {run.seed}: {error}", flush=True)
+        return None
+    ran = commands(run, out, steps, finetune_steps)
     began = time.time()
     with open(place / "log.txt", "a") as log:
         for command in ran:
