@@ -157,10 +157,11 @@ class Model:
     scan: bool = option(False, "run the blocks in one lax.scan: compile time does not grow with depth")
     remat: str = option(
         "none",
-        "what the backward computes again: nothing; all but matrix products; all but a few named tensors a block; blocks in full",
+        "what the backward computes again: nothing; all but matrix products; all but a few named tensors a block, or two; blocks in full",
         "none",
         "dots",
         "names",
+        "half",
         "full",
     )
     keep_gathered: bool = option(

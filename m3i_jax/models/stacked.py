@@ -1,16 +1,22 @@
 """The running of stacked blocks, whichever tower they are of: in a loop or a scan, and what the backward pass keeps of each.
 
 What is kept is a named policy (`model.remat`). `none` keeps what differentiation asks for, `full` only the input of a block. Between them
-`dots` keeps every matrix product and `names` the tensors of NAMES, from which all else of a transformer block follows by elementwise work
-and one product of attention, q k', and all else of an InternImage layer by elementwise work alone.
+`dots` keeps every matrix product, `names` the tensors of NAMES, from which all else of a transformer block follows by elementwise work and
+one product of attention, q k', and all else of an InternImage layer by elementwise work alone, and `half` those of HALF, in a transformer
+block half as many numbers.
 
-B batch, T tokens, D width, L blocks.
+What is computed again lives only for as many images as are computed at once. So a block that recomputes goes through its rows in pieces of
+about ROWS: enough of them to fill a chip's matrix units, and few beside the batch.
+
+B batch, T tokens, D width, L blocks, P pieces.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from m3i_jax import parallel, schema
 from m3i_jax.models.layers import Block, Params
@@ -19,10 +25,13 @@ from m3i_jax.models.layers import Block, Params
 # products of attention again instead of one, without `middle` also the output projection, without `fc1` the widest product there is.
 # What a branch gives is kept where a norm behind it or its scale asks for it: in InternImage.
 NAMES = ("qkv", "attended", "middle", "fc1", "branch")
+HALF = ("qkv", "middle")
+ROWS = 64
 _policies = jax.checkpoint_policies
 POLICIES: dict[str, Callable[..., bool]] = {
     "dots": _policies.dots_saveable,
     "names": _policies.save_only_these_names(*NAMES),
+    "half": _policies.save_only_these_names(*HALF),
     "full": _policies.nothing_saveable,
 }
 
@@ -68,6 +77,22 @@ def split_blocks(tree: Any, sizes: list[int]) -> list[Any]:
     return [jax.tree.unflatten(structure, part) for part in parts]
 
 
+def pieces(rows: int) -> int:
+    """In how many equal parts a device takes its rows: those nearest to ROWS.
+
+    >>> [pieces(rows) for rows in (2, 64, 96, 128, 254, 512)]
+    [1, 1, 2, 2, 2, 8]
+    """
+    return min((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: abs(math.log(rows / n / ROWS)))
+
+
+def _deal(tree: Any, count: int, axis: int = 0) -> Any:
+    """[B, ...] -> [P, B / P, ...], dealt out like cards: every device keeps its rows. `axis`: where the rows are."""
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(*x.shape[:axis], -1, count, *x.shape[axis + 1 :]), axis + 1, axis) if count > 1 else x, tree
+    )
+
+
 def run_blocks(
     block: Block,
     stacked: Params,
@@ -92,7 +117,7 @@ def run_blocks(
         slicing its full output, to rounding. With batch norm it computes all rows and the output is sliced: statistics of norm2 over the
         wanted rows alone would be other numbers than SiameseIM's.
       scan: one `lax.scan` over the blocks instead of a Python loop. Same numbers; compile time does not grow with depth.
-      remat: what the backward pass keeps of a block: none (of recomputation), dots, names or full.
+      remat: what the backward pass keeps of a block: none (of recomputation), dots, names, half or full.
       keep_gathered: on a mesh with an fsdp axis, whether it keeps the gathered weights of a block or gathers them again.
 
     Returns:
@@ -118,14 +143,21 @@ def run_blocks(
     whole = depth if rows is None else depth - 1  # blocks that compute every row
 
     def run(opened: Callable[[Any], Any], stacked: Params, x: jax.Array, keep_LxBx2: Any, where_BxT: Any) -> jax.Array:
+        count = 1 if remat == "none" or block.norm == "batch" else pieces(parallel.rows_of_device(x.shape[0]))
+        x, where_BxT = _deal((x, where_BxT), count)
+
         def stepper(rows: slice | None) -> Any:
             def step(x: jax.Array, layer: Any) -> jax.Array:
                 params, keep_Bx2 = layer
-                return block.apply({"params": opened(params)}, x, keep_Bx2, where_BxT, rows)
+                params = opened(params)
+                one = lambda x, keep, where: block.apply({"params": params}, x, keep, where, rows)  # noqa: E731
+                if count == 1:
+                    return one(x, keep_Bx2, where_BxT)
+                return jax.lax.map(lambda piece: remember(one, remat, scan=True)(*piece), (x, keep_Bx2, where_BxT))
 
             return remember(step, **settings)
 
-        layers = (stacked, keep_LxBx2)
+        layers = (stacked, _deal(keep_LxBx2, count, 1))
         if scan and whole:
             parts = split_blocks(layers, [whole, depth - whole]) if whole < depth else [layers]
             step = stepper(None)
@@ -135,7 +167,7 @@ def run_blocks(
             rest = split_blocks(layers, [1] * depth)
         for left, layer in zip(range(len(rest) - 1, -1, -1), rest, strict=True):
             x = stepper(None if left else rows)(x, jax.tree.map(lambda leaf: leaf[0], layer))
-        return x
+        return x if count == 1 else x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
     keep_LxBx2 = None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1)
     return parallel.by_hand(run, stacked, x_BxTxD, keep_LxBx2, where_BxT, dtype=block.dtype, stacked=True)

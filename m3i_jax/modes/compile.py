@@ -105,6 +105,9 @@ def report(config: schema.Config, site: Site, vocabulary: int) -> dict[str, Any]
     }  # fmt: skip
     state = state_bytes(made)
     rows = sum(math.prod(s.shape) * s.dtype.itemsize for s in batch.values()) / shards
+    host = parallel.make_mesh((1, 1, 1), jax.devices("cpu")[:1])
+    part = fitting.with_batch(config, config.train.batch_size // shards // config.train.microbatches)
+    out["residual_bytes"] = trainer.Trainer(part, host, vocabulary).residuals(trainer.abstract_batch(part))
     start = time.perf_counter()
     try:
         with _uncached():
@@ -127,9 +130,10 @@ def report(config: schema.Config, site: Site, vocabulary: int) -> dict[str, Any]
     most = slices.CHIPS[site.chip].usable if site.topology.family.platform == "tpu" else math.inf
     need = compiled.memory(done.memory_analysis(), state, rows, most=most)
     out |= {"fits": need.peak <= site.limit, "peak_bytes": need.peak, "over_bytes": max(0.0, need.peak - site.limit), "memory": need.parts}
+    out["peak_ratio"] = need.peak / (sum(state.values()) + rows + out["residual_bytes"])
     out |= compiled.read(done.as_text(), chip=site.chip, cores=site.topology.family.cores) | {"compile_seconds": seconds}
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
-    one = trainer.Trainer(plain, parallel.make_mesh((1, 1, 1), jax.devices("cpu")[:1]), vocabulary)
+    one = trainer.Trainer(plain, host, vocabulary)
     total = flops.count(one.trace, one.template, batch).total
     out["flops"] |= {"model": total / devices, "ratio": out["flops"]["compiled"] * devices / total}
     steps, roof, mfu = made.length.steps, out["roofline"], config.report.mfu

@@ -5,7 +5,7 @@ from m3i_jax.parallel.barriers import HostMissing, Together, call, exchange, fir
 from m3i_jax.parallel.distributed import from_first
 from m3i_jax.parallel.gathered import GATHERED, by_hand, mean_over_devices
 from m3i_jax.parallel.memory import held, room
-from m3i_jax.parallel.mesh import AXES, DATA, data_sharding, everywhere, hint, make_mesh, replicated, split_rows, to_global
+from m3i_jax.parallel.mesh import AXES, DATA, data_sharding, everywhere, hint, make_mesh, replicated, rows_of_device, split_rows, to_global
 from m3i_jax.parallel.rules import RULES, shardings
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "mean_over_devices",
     "replicated",
     "room",
+    "rows_of_device",
     "shardings",
     "split_rows",
     "to_global",

@@ -53,6 +53,17 @@ def hint(x: jax.Array, *axes: Any) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
+def rows_of_device(rows: int) -> int:
+    """How many of the rows of an array of a batch lie on each device: of a jitted function's, or of all there are inside `by_hand`.
+
+    >>> rows_of_device(6)
+    6
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = math.prod(mesh.shape[axis] for axis in DATA if axis in mesh.axis_names and axis not in mesh.manual_axes)
+    return rows if rows % shards else rows // shards
+
+
 def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """The rows of this host as its part of global arrays [B, ...], split over the data axes."""
     sharding = data_sharding(mesh)

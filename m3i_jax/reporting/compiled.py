@@ -7,6 +7,9 @@ compile.json, version 1 (bytes, seconds and FLOPs are of one device and one step
     fits peak_bytes limit_bytes over_bytes         over_bytes: peak over limit, 0 if it fits
     memory                                         {part: bytes}, which sum to peak_bytes; parts: params moments target other (the state),
                                                    batch, temporaries. Empty if the compiler did not say what it wanted
+    residual_bytes peak_ratio                      what lives from a forward pass to its backward: the encoder and the dearer of the two
+                                                   groups of losses, by what model.remat keeps, of one microbatch; it is a part of the
+                                                   temporaries. And peak_bytes over state, batch and that: 1 were a perfect compiler
     flops                                          {compiled, model, ratio}: matrix operations of the compiled program, of the traced step
                                                    without remat over the devices, and the first over the second: what is done twice
     collectives                                    {kind: {count, received_bytes}}; those in a loop as often as it turns
@@ -122,6 +125,9 @@ def tables(report: dict[str, Any]) -> str:
     if report["memory"]:
         rows = [(part, show.size(n), f"{n / peak:.1%}") for part, n in report["memory"].items()]
         told += [show.table([*rows, ("all", show.size(peak), "100.0%")], ("memory of a device", "size", "share")), ""]
+    if "peak_ratio" in report:
+        kept = show.size(report["residual_bytes"])
+        told += [f"{kept} of it wait for the backward pass; all is {report['peak_ratio']:.2f} times state, batch and those", ""]
     if "flops" in report:
         told += [_costs(report), ""]
     return "\n".join(told)

@@ -77,6 +77,17 @@ def _text_gradients(plan: Plan, params: Any, batch: Batch, parts: Any) -> tuple[
     return value, Cached(images=du, captions=dv, log_scale=jax.tree.map(lambda x: jnp.broadcast_to(x / count, (count,)), ds))
 
 
+def _encoded(plan: Plan, params: Any, batch: Batch, crops: Any) -> tuple[Any, Any]:
+    """(features of every pass, their pullback to the encoder's parameters)."""
+    return jax.vjp(functools.partial(views.encode, plan.config, plan.passes, batch, crops), params["encoder"])
+
+
+def _look(plan: Plan, teachers: dict[str, Any], batch: Batch) -> tuple[dict[int, jax.Array], Goals]:
+    """(patches of every view, goals)."""
+    crops = views.patches(plan.config, batch, plan.crops, exact=plan.exact)
+    return crops, targets.goals(plan, teachers, crops)
+
+
 def gradients(
     plan: Plan, params: Any, teachers: dict[str, Any], batch: Batch, weight: jax.Array
 ) -> tuple[Any, Metrics, tuple[jax.Array, jax.Array]]:
@@ -97,13 +108,11 @@ def gradients(
     teachers = {**teachers, "shared": jax.lax.stop_gradient(m3i.target_parts(config, plan.terms, params))}
     tally, factors = terms.scales(plan, batch)
 
-    def look(batch: Batch) -> tuple[dict[int, jax.Array], Goals]:
-        crops = views.patches(config, batch, plan.crops, exact=plan.exact)
-        return crops, targets.goals(plan, teachers, crops)
+    look = functools.partial(_look, plan, teachers)
 
     def contribute(batch: Batch, crops: Any, goals: Goals, index: Any, cached: Cached | None) -> tuple[Any, Any]:
         seen = Seen(goals=goals, keys=keys, index=index, moments=moments)
-        z, back = jax.vjp(functools.partial(views.encode, config, plan.passes, batch, crops), params["encoder"])
+        z, back = _encoded(plan, params, batch, crops)
         group = functools.partial(terms.group_loss, plan, factors=factors, batch=batch, seen=seen, cached=cached)
         (_, costs_ssp), (h_ssp, z_ssp) = jax.value_and_grad(group("ssp"), (0, 1), has_aux=True)(heads, z)
         (_, costs_sp), (h_sp, z_sp) = jax.value_and_grad(group("sp"), (0, 1), has_aux=True)(heads, z)
@@ -137,6 +146,20 @@ def gradients(
 
     metrics = _losses(plan, costs, tally, factors) | _monitors(keys, moments)
     return grads, metrics, (jnp.sqrt(squares[0]), jnp.sqrt(squares[1]))
+
+
+def pullbacks(plan: Plan, state: State, batch: Batch) -> tuple[Any, list[Any]]:
+    """(that of the encoder, those of each group of losses) for a batch that is one microbatch, as trees of the arrays that they keep: what
+    lives from the forward pass to the backward is the first and one of the others."""
+    batch = views.with_blend(plan.config, plan.passes, batch)
+    heads = {k: v for k, v in state.params.items() if k != "encoder"}
+    shared = {"shared": jax.lax.stop_gradient(m3i.target_parts(plan.config, plan.terms, state.params))}
+    crops, goals = _look(plan, teachers(state) | shared, batch)
+    seen = Seen(goals=goals, keys=goals, index=None, moments=targets.moments(plan, goals))
+    z, back = _encoded(plan, state.params, batch, crops)
+    _, factors = terms.scales(plan, batch)
+    group = functools.partial(terms.group_loss, plan, factors=factors, batch=batch, seen=seen, cached=None)
+    return back, [jax.vjp(group(name), heads, z, has_aux=True)[1] for name in ("ssp", "sp")]
 
 
 def _losses(plan: Plan, costs: Costs, tally: list[jax.Array], factors: list[jax.Array]) -> Metrics:

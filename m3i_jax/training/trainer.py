@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend import core
 
 from m3i_jax import parallel, schema
 from m3i_jax.errors import DoesNotFit, UserError
@@ -130,6 +132,21 @@ class Trainer:
         """The lowered step for counting and ahead-of-time compilation."""
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # no constant is put on devices that may not be there
             return self._step.lower(self.template, batch)
+
+    def residuals(self, batch: dict[str, jax.ShapeDtypeStruct]) -> float:
+        """Bytes that live from the forward pass to the backward, counted on the traced program: what the encoder and the dearer of the two
+        groups of losses keep of a batch that is computed at once, without what is there anyway, state and batch."""
+        pull = functools.partial(step.pullbacks, self.plan)
+        closed, (encoder, groups) = jax.make_jaxpr(pull, return_shape=True)(self.template, batch)
+        kept, given = iter(closed.jaxpr.outvars), set(closed.jaxpr.invars)
+
+        def arrays(tree: Any) -> set[Any]:
+            mine = [next(kept) for _ in jax.tree.leaves(tree)]
+            return {v for v in mine if isinstance(v, core.Var)} - given
+
+        of_encoder = arrays(encoder)
+        each = [of_encoder | arrays(group) for group in groups]
+        return max(float(sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in mine)) for mine in each)
 
     def look_inside(self, current: state.State, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """Arrays for a panel of a few rows."""

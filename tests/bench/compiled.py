@@ -1,11 +1,13 @@
 """What the train step of ViT-B/16 needs on TPUs that are not here: compiled ahead of time, counted from the compiled program's text.
 
     python -m tests.bench.compiled                    # all; hours on two cores, two to four minutes a compilation
-    python -m tests.bench.compiled slice scaling      # some of: slice, largest, depth, scaling
+    python -m tests.bench.compiled slice scaling      # some of: slice, largest, loop, depth, scaling, chips
 
 slice: the paper's batch on v5e:4x4, in 4 microbatches. largest: views on one v5e chip at no more than 1.10 times the model's FLOPs without
-microbatches and 1.02 times in four, by bisection over multiples of 32. depth: compile time of an encoder of 48 blocks over one of 12,
-the least of three each. scaling: FLOPs of a device at 8, 64 and 256 chips with the same views a chip. Needs libtpu (extra tpu), no TPU.
+microbatches and 1.02 times in four, by bisection over multiples of 32, and what the largest takes over state, batch and what the backward
+waits for. loop: temporaries at 64 views over those of a loop over blocks that keeps what differentiation asks for. depth: compile time of
+an encoder of 48 blocks over one of 12, the least of three each. scaling: FLOPs of a device at 8, 64 and 256 chips with the same views a
+chip. chips: the paper's batch of ViT-B and ViT-L on slices of v5p and v6e: whether it fits, and days. Needs libtpu (extra tpu), no TPU.
 """
 
 import importlib.util
@@ -18,24 +20,26 @@ from m3i_jax import schema
 from m3i_jax.modes import compile as mode
 from m3i_jax.modes import fitting, show
 from m3i_jax.reporting import compiled
+from m3i_jax.reporting.show import size
 from tests.bench.figures import Figure
 
 COLORLESS = {"jitter_p": "0", "grayscale_p": "0", "blur_p": "(0.0,0.0)", "solarize_p": "(0.0,0.0)"}
 STEP = 32  # views a chip
-PARTS = ("slice", "largest", "depth", "scaling")
+PARTS = ("slice", "largest", "loop", "depth", "scaling", "chips")
+SLICES = ("v5p:2x2x4", "v6e:4x4")
 
 
-def settings(**changes: Any) -> schema.Config:
+def settings(model: str = "vit_b16", **changes: Any) -> schema.Config:
     """The paper's ImageNet run with blocks in one scan, completed."""
-    config = configuration.load("configs/m3i.py:data=imagenet,model=vit_b16")
+    config = configuration.load(f"configs/m3i.py:data=imagenet,model={model}")
     keys = {"model.scan": "true"} | {key.replace("__", "."): str(value) for key, value in changes.items()}
     configuration.override(config, [f"{key}={value}" for key, value in keys.items()])
     return show.assume(configuration.resolve(config))[0]
 
 
-def plain(**changes: Any) -> schema.Config:
+def plain(model: str = "vit_b16", **changes: Any) -> schema.Config:
     """The same without photometric augmentation, which is a third of the compile time and none of what is asked."""
-    return settings(**{f"data__augment__{key}": value for key, value in COLORLESS.items()}, **changes)
+    return settings(model, **{f"data__augment__{key}": value for key, value in COLORLESS.items()}, **changes)
 
 
 def got(topology: str, config: schema.Config) -> dict[str, Any]:
@@ -52,12 +56,13 @@ def the_slice() -> list[Figure]:
 
 
 def largest() -> list[Figure]:
+    """The compiler runs only where the traced program is cheap enough: what it adds is found by compiling, what remat adds is not."""
     out = []
-    for name, parts, most, remat in (("in one", 1, 1.10, "names"), ("in four microbatches", 4, 1.02, "names")):
+    for name, parts, most, remat in (("in one", 1, 1.10, "half"), ("in four microbatches", 4, 1.02, "names")):
         tried: dict[int, dict[str, Any]] = {}
 
         def attempt(units: int, parts: int = parts, most: float = most, remat: str = remat, tried: Any = tried) -> fitting.Trial:
-            config = settings(train__batch_size=units * STEP, train__microbatches=parts, model__remat=remat)
+            config = plain(train__batch_size=units * STEP, train__microbatches=parts, model__remat=remat)
             report = tried[units] = got("v5e:1x1", config)
             cheap = "flops" in report and report["flops"]["ratio"] <= most
             fixed = sum(report["memory"].get(part, 0.0) for part in compiled.STATE)
@@ -65,10 +70,36 @@ def largest() -> list[Figure]:
             return fitting.Trial(fits=report["fits"] and cheap, peak=peak, fixed=fixed, limit=report["limit_bytes"])
 
         found = fitting.largest(attempt, 8)
-        ratio = f"FLOPs {tried[found]['flops']['ratio']:.3f} times the model's, remat {remat}" if found else ""
-        out.append(
-            Figure(f"v5e chip: largest ViT-B batch {name}, FLOPs at most {most}", float(found * STEP), 256.0, most=False, note=ratio)
-        )
+        best = tried.get(found)
+        note = f"FLOPs {best['flops']['ratio']:.3f} times the model's, remat {remat}" if best else ""
+        what = f"v5e chip: largest ViT-B batch {name}, FLOPs at most {most}"
+        out.append(Figure(what, float(found * STEP), 256.0, most=False, note=note))
+        if best:
+            note = f"{size(best['peak_bytes'])} at {found * STEP} views"
+            out.append(Figure(f"the same: peak over state, batch and residuals, {name}", best["peak_ratio"], 1.15, note=note))
+    return out
+
+
+def loop() -> list[Figure]:
+    named = got("v5e:1x1", plain(train__batch_size=64, model__remat="names"))
+    plainly = got("v5e:1x1", plain(train__batch_size=64, model__scan="false"))
+    share = named["memory"]["temporaries"] / plainly["memory"]["temporaries"]
+    each = f"{size(named['memory']['temporaries'])} over {size(plainly['memory']['temporaries'])}"
+    return [
+        Figure("64 views on v5e: temporaries, scan with remat names over a loop without", share, 0.85, note=each),
+        Figure("the same: matrix FLOPs", named["flops"]["compiled"] / plainly["flops"]["compiled"], 1.02),
+    ]
+
+
+def chips() -> list[Figure]:
+    out = []
+    for model in ("vit_b16", "vit_l16"):
+        for name in SLICES:
+            report = got(name, plain(model, model__remat="names"))
+            days = f"{report['run']['days_at_mfu']:,.1f} days at {report['run']['mfu']:.0%} of the peak" if "run" in report else ""
+            note = f"{report['batch_per_device']} views a chip in one, {days}"
+            share = (report["peak_bytes"] or math.inf) / report["limit_bytes"]
+            out.append(Figure(f"{name}, ImageNet, 4,096 images, {model}: peak over what a chip has", share, 1.0, note=note))
     return out
 
 
@@ -101,7 +132,7 @@ def figures(quick: bool, parts: tuple[str, ...] = PARTS) -> list[Figure]:
     if quick:
         small = plain(train__batch_size=8, model__encoder__depth=1, model__decoder__depth=1)
         return [Figure("v5e chip: peak over what it has, toy", (r := got("v5e:1x1", small))["peak_bytes"] / r["limit_bytes"], 1.0)]
-    made = {"slice": the_slice, "largest": largest, "depth": depth, "scaling": scaling}
+    made = {"slice": the_slice, "largest": largest, "loop": loop, "depth": depth, "scaling": scaling, "chips": chips}
     return [figure for part in parts for figure in made[part]()]
 
 

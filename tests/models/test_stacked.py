@@ -43,6 +43,17 @@ def test_scan_and_remat_change_no_number_and_no_gradient(stacked, rows):
         close(value_and_gradients(run(keep_BxLx2=keep, where_BxT=where, rows=rows, scan=scan, remat=remat), stacked, x), loop)
 
 
+@pytest.mark.parametrize("remat,rows", [("half", None), ("names", slice(4, None))])
+def test_pieces_change_no_number_and_no_gradient(stacked, monkeypatch, remat, rows):
+    x, keep = normal(1, 6, 6, 8), jnp.asarray(np.random.default_rng(2).choice([0.0, 1.25], (6, 3, 2)), jnp.float32)
+    where = jnp.asarray(np.random.default_rng(3).random((6, 6)) < 0.7)
+    whole = value_and_gradients(run(keep_BxLx2=keep, where_BxT=where, rows=rows, scan=True), stacked, x)
+    monkeypatch.setattr(stacked_blocks, "ROWS", 2)
+    in_parts = run(keep_BxLx2=keep, where_BxT=where, rows=rows, scan=True, remat=remat)
+    assert str(jax.make_jaxpr(in_parts)(stacked, x)).count("scan[") > 1  # over blocks, and over pieces inside
+    close(value_and_gradients(in_parts, stacked, x), whole)
+
+
 @pytest.mark.parametrize("depth,rows", [(1, slice(0, 1)), (2, slice(4, None))])
 def test_wanted_rows_are_those_of_the_full_output(stacked, rows, depth):
     params, x = jax.tree.map(lambda leaf: leaf[:depth], stacked), normal(1, 2, 6, 8)
@@ -119,7 +130,7 @@ DEPTH, ROWS, TOKENS, WIDTH = 6, 4, 32, 64
 
 
 @functools.cache
-def of_policy(remat, scan=True, heads=2):
+def of_policy(remat, scan=True, heads=2, at_once=ROWS):
     """(gradients, compiled, operations of matrix products) of a stack of blocks."""
     one = layers.block(WIDTH, heads, 4.0, "float32")
     params = initial.init_blocks(one, jax.random.key(1), width=WIDTH, depth=DEPTH)
@@ -135,17 +146,30 @@ def test_what_is_kept_changes_no_gradient(remat):
 
 
 def test_the_less_is_kept_the_less_memory_and_the_more_products():
-    memory, products = ({remat: of_policy(remat)[i] for remat in ("none", "dots", "names", "full")} for i in (1, 2))
-    assert memory["none"] > memory["dots"] > memory["names"] > memory["full"]
+    memory, products = ({remat: of_policy(remat)[i] for remat in ("none", "dots", "names", "half", "full")} for i in (1, 2))
+    assert memory["none"] > memory["dots"] > memory["names"] > memory["half"] > memory["full"]
     blocks, attention = DEPTH * ROWS * 2, TOKENS**2 * WIDTH
     assert products["dots"] == products["none"]
     assert products["names"] == products["none"] + blocks * attention  # q k' of every block once more
+    # And attention's other product, and the matrix before the GELU.
+    assert products["half"] == products["none"] + blocks * (4 * TOKENS * WIDTH**2 + 2 * attention)
     # All of a block once more, but the last product, which nothing needs.
     assert products["full"] == products["none"] + blocks * (8 * TOKENS * WIDTH**2 + 2 * attention)
 
 
-def test_what_names_keeps_is_what_it_says():
-    """Between forward and backward a block of 9 D numbers a token and its input, and no more."""
-    saved = of_policy("names")[1] - of_policy("full")[1]
-    named = DEPTH * ROWS * TOKENS * 9 * WIDTH * 4
+@pytest.mark.parametrize("remat,numbers", [("names", 9), ("half", 4)])
+def test_what_a_policy_keeps_is_what_it_says(remat, numbers):
+    """Between forward and backward a block of so many times D numbers a token and its input, and no more."""
+    saved = of_policy(remat)[1] - of_policy("full")[1]
+    named = DEPTH * ROWS * TOKENS * numbers * WIDTH * 4
     assert 0.8 * named < saved < 1.2 * named
+
+
+def test_pieces_hold_what_is_computed_again_in_parts(monkeypatch):
+    """A block's own temporaries: the MLP after its GELU, the products of attention, their gradients."""
+    whole = of_policy("half")
+    monkeypatch.setattr(stacked_blocks, "ROWS", 1)
+    parts = of_policy("half", at_once=1)
+    own = ROWS * TOKENS * WIDTH * 4
+    assert parts[2] == whole[2] and parts[1] < whole[1] - 3 * own
+    close(parts[0], whole[0], 1e-4)

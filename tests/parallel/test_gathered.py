@@ -10,7 +10,7 @@ import pytest
 
 from m3i_jax import parallel, schema
 from m3i_jax.models import initial, layers, pooling, stacked
-from tests.bench import collectives
+from m3i_jax.reporting import hlo
 
 DEPTH, WIDTH, ROWS, TOKENS = 5, 32, 16, 6
 KEEP = np.random.default_rng(0).choice([0.0, 1.25], (ROWS, DEPTH, 2)).astype(np.float32)
@@ -21,6 +21,7 @@ X = np.random.default_rng(2).normal(size=(ROWS, TOKENS, WIDTH)).astype(np.float3
 @pytest.fixture(autouse=True)
 def split_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel.rules, "SMALL", 1024)  # or nothing of a toy would be worth a split; norms and biases stay whole
+    monkeypatch.setattr(stacked, "ROWS", 1)  # two pieces on each of eight devices
 
 
 @functools.cache
@@ -64,12 +65,10 @@ def close(got, want) -> None:
 def test_the_scan_gathers_one_block_at_a_time(keep: bool) -> None:
     run, arguments = gradients((1, 8, 1), scan=True, remat="names", keep_gathered=keep)
     text = run.as_text()
-    found, _ = collectives.computations(text)
-    times = collectives.repeats(text)
-    gathers = [(name, line) for name in found for line in found[name] if re.search(r" all-gather(-start)?\(", line)]
+    gathers = [(times, each) for times, each, _ in hlo.executed(hlo.parse(text)) if re.fullmatch("all-gather(-start)?", each.opcode)]
     # One matrix of all kernels of a block, [D, 3 D + D + 2 D + 2 D], in the loop of the forward and, unless kept, in that of the backward.
     assert len(gathers) == (1 if keep else 2)
-    assert all(times[name] == DEPTH and f"f32[{WIDTH},{8 * WIDTH}]" in line.split("all-gather")[0] for name, line in gathers), gathers
+    assert all(times == DEPTH and (WIDTH, 8 * WIDTH) in [array.shape for array in each.arrays] for times, each in gathers), gathers
     # No kernel of all blocks stands whole anywhere, nor its gradient.
     for columns in (3 * WIDTH, WIDTH, 2 * WIDTH):
         assert f"f32[{DEPTH},{WIDTH},{columns}]" not in text
@@ -85,6 +84,9 @@ def test_the_scan_gathers_one_block_at_a_time(keep: bool) -> None:
         ((2, 4, 1), {"scan": True, "remat": "full"}),
         ((2, 2, 2), {"scan": True, "remat": "names", "keep_gathered": True}),
         ((1, 8, 1), {}),
+        ((1, 8, 1), {"scan": True, "remat": "half"}),
+        ((4, 2, 1), {"remat": "names"}),
+        ((8, 1, 1), {"scan": True, "remat": "half"}),  # replicas alone: the partitioner's work
         ((1, 8, 1), {"norm": "batch", "scan": True}),  # statistics of all rows, which no device holds
     ],
 )
@@ -109,7 +111,7 @@ def test_heads_gather_once_and_scatter_once() -> None:
     arguments = jax.device_put((tree, X), (layout, parallel.data_sharding(mesh)))
     with jax.set_mesh(mesh):
         run = jax.jit(jax.grad(loss), out_shardings=layout).lower(*arguments).compile()
-    assert collectives.collectives(run.as_text(), 8)["all-gather"].times == 2
+    assert hlo.collectives(hlo.parse(run.as_text()))["all-gather"].count == 2
     close(run(*arguments), want)
 
 
