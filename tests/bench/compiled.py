@@ -56,13 +56,12 @@ def the_slice() -> list[Figure]:
 
 
 def largest() -> list[Figure]:
-    """The compiler runs only where the traced program is cheap enough: what it adds is found by compiling, what remat adds is not."""
     out = []
     for name, parts, most, remat in (("in one", 1, 1.10, "half"), ("in four microbatches", 4, 1.02, "names")):
         tried: dict[int, dict[str, Any]] = {}
 
         def attempt(units: int, parts: int = parts, most: float = most, remat: str = remat, tried: Any = tried) -> fitting.Trial:
-            config = plain(train__batch_size=units * STEP, train__microbatches=parts, model__remat=remat)
+            config = settings(train__batch_size=units * STEP, train__microbatches=parts, model__remat=remat)
             report = tried[units] = got("v5e:1x1", config)
             cheap = "flops" in report and report["flops"]["ratio"] <= most
             fixed = sum(report["memory"].get(part, 0.0) for part in compiled.STATE)
