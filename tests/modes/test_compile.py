@@ -42,6 +42,21 @@ def test_the_state_by_parts_is_the_state() -> None:
     assert whole / 4 < parts["params"] < whole / 2
 
 
+def test_what_waits_for_the_backward_is_counted_from_shapes() -> None:
+    """`names` keeps two tensors more than `half`: what attention gives, [B, T, D], and the MLP before its GELU, [B, T, 4 D]."""
+
+    def kept(remat: str) -> float:
+        config = toy.settings(model__remat=remat, model__scan=True, data__captions="no")
+        one = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0)
+        return one.residuals(trainer.abstract_batch(config))
+
+    images, width, cells = 16, 32, 16
+    encoder, decoder = 2 * images * (cells + 1), 2 * images * cells  # rows: two blocks; one that gives two images' wanted rows
+    bias = 4 * width  # of the decoder's block outside the scan: a slice of the parameters that `half` reads again
+    assert kept("names") - kept("half") == 4 * (5 * width * (encoder + decoder) - bias)
+    assert kept("half") > kept("full") > 0
+
+
 def test_a_step_for_eight_devices_is_compiled_and_reported(tmp_path, capsys) -> None:
     """Half a MiB is too little: everything is written and told all the same, then one line says by how much, and the exit code is 3. The
     batch is rounded up as in a run."""
@@ -54,6 +69,9 @@ def test_a_step_for_eight_devices_is_compiled_and_reported(tmp_path, capsys) -> 
     assert (report["batch_size"], report["batch_per_device"], report["limit_bytes"]) == (16, 2, 0.0005 * 2**30)
     assert not report["fits"] and report["over_bytes"] == report["peak_bytes"] - report["limit_bytes"] > 0
     assert sum(report["memory"].values()) == pytest.approx(report["peak_bytes"]) and min(report["memory"].values()) > 0
+    held = sum(report["memory"][part] for part in (*compiled.STATE, "batch"))
+    assert report["peak_ratio"] == pytest.approx(report["peak_bytes"] / (held + report["residual_bytes"])) and report["residual_bytes"] > 0
+    assert "wait for the backward pass" in out
     assert 1 <= report["flops"]["ratio"] < 1.1  # eight programs do what one model needs, and little of it twice
     reduced = report["collectives"]["all-reduce"]["received_bytes"]
     assert reduced >= 2 * 7 / 8 * report["memory"]["params"] * 0.8  # the gradient of every trained parameter
