@@ -291,6 +291,7 @@ def soak(place: pathlib.Path, *, seconds: float, every: float, save_every: int) 
             raise SystemExit(f"the run that was left alone ended by itself: {whole.told()}")
     whole.stop()
     grown = growth(whole.samples)
+    saves = len(committed(whole.run))  # it keeps all
     (place / "samples.json").write_text(json.dumps(whole.samples))
     of_lives = [statistics.median(s[1] for s in life) for life in lives]  # of one life after the other, each at the same age
     part = max(len(of_lives) // 3, 1)
@@ -300,7 +301,7 @@ def soak(place: pathlib.Path, *, seconds: float, every: float, save_every: int) 
         "most_steps_lost": lost.most, "save_every": save_every, "committed_steps_lost": lost.back,
         "leftovers": leftovers(lost.run) + leftovers(whole.run),
         "restart_seconds": round(statistics.median(starts), 2) if starts else None,
-        "alone": dataclasses.asdict(grown) | {"none": grown.none, "samples": len(whole.samples)} if grown else None,
+        "alone": dataclasses.asdict(grown) | {"none": grown.none, "samples": len(whole.samples), "saves": saves} if grown else None,
         "lives_measured": len(of_lives),
         "lives_mb": [round(statistics.median(of_lives[:part]), 1), round(statistics.median(of_lives[-part:]), 1)] if of_lives else None,
         "lives_descriptors": [max(s[2] for s in lives[0]), max(s[2] for s in lives[-1])] if lives else None,
