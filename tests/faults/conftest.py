@@ -105,12 +105,15 @@ def table(tests: list[Said], before: str) -> str:
 
 
 _said: dict[str, Said] = {}
+_ended: set[str] = set()  # a test that was interrupted said nothing
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     rows = [str(value) for name, value in report.user_properties if name == "row"]
     if rows:
         _said.setdefault(report.nodeid, Said(rows)).see(report)
+        if report.when == "call" or report.outcome != "passed":
+            _ended.add(report.nodeid)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -123,7 +126,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             file, function = session.config.rootpath / name.split("::")[0], name.split("::")[-1].split("[")[0]
             if file.is_file() and f"def {function}(" in file.read_text(encoding="utf-8"):  # else it is gone, and so is what it said
                 all_[name] = Said(**said)
-    all_ |= _said
+    all_ |= {name: said for name, said in _said.items() if name in _ended}
     record.write_text(json.dumps({name: dataclasses.asdict(all_[name]) for name in sorted(all_)}, indent=1) + "\n", encoding="utf-8")
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
     path.write_text(table([all_[name] for name in sorted(all_)], before), encoding="utf-8")
