@@ -119,3 +119,16 @@ def test_every_run_of_every_table_is_a_configuration(pictures: pathlib.Path, tmp
 def test_a_directory_without_tars_is_refused(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tables.main(["--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "holds no STYLE-NUMBER.tar" in capsys.readouterr().err
+
+
+def test_the_kept_tables_are_those_of_the_kept_results() -> None:
+    """Figures that stand in a document come from runs whose command stands beside them."""
+    kept = tables.ROOT / "tests" / "data" / "tables"
+    results = json.loads((kept / "results.json").read_text())
+    told = (kept / "tables.md").read_text()
+    for name in dict.fromkeys(r["set"] for r in results):
+        styled = any("own/eval/knn/top1" in r["values"] for r in results if r["set"] == name)
+        columns = tables.OF_STYLES if styled else tables.COLUMNS
+        assert f"### {name}\n\n" + tables.table(tables.Set(name, "", "", {}, columns, ()), results) in told
+    assert all(r["commands"] and r["machine"] and r["seed"] >= 0 for r in results)
+    assert all(part not in json.dumps(results) for part in ("/home/", "/tmp/", "/root/"))
