@@ -31,6 +31,7 @@ def _ranges(c: schema.Config) -> None:
         "optim.ema": (o.ema,),
         "optim.b1": (o.b1,),
         "optim.b2": (o.b2,),
+        "optim.encoder_lr": (o.encoder_lr,),
         "optim.layer_decay": (o.layer_decay,),
         "optim.offset_lr": (o.offset_lr,),
         "optim.center_lr": (o.center_lr,),

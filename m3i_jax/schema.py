@@ -236,6 +236,7 @@ class Optim:
     b2: float = option(0.95, "AdamW beta 2 [P]")
     eps: float = option(1e-8, "AdamW epsilon")
     clip: float = option(1.0, "global gradient norm is clipped to this; 0: not clipped")
+    encoder_lr: float = option(1.0, "factor of the learning rate of the encoder; the heads keep the whole one")
     layer_decay: float = option(1.0, "factor of the learning rate from a layer of the encoder to the one below it; 1: none")
     offset_lr: float = option(0.1, "factor of the learning rate of DCNv3's offsets (InternImage)")
     center_lr: float = option(1.0, "factor of the learning rate of DCNv3's centre scale (InternImage fine-tunes with 0.1)")

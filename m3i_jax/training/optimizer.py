@@ -45,30 +45,30 @@ def _inputs(path: str, shape: tuple[int, ...]) -> int:
 def rate_factor(config: schema.Config, path: str, shape: tuple[int, ...] = ()) -> Any:
     """What a parameter's learning rate is multiplied with: a number, or an array [L] of one a layer of a stacked parameter.
 
-    `optim.layer_decay` to the power of the layers above it, in the encoder alone; and `optim.offset_lr` or `optim.center_lr` of a DCNv3's
-    offsets or centre scale, whose products sample the map and start at zero (InternImage, and SiameseIM's code). With `optim.fan_in_lr` a
-    matrix of n inputs also has that over n, if it is less than 1: Adam moves every number of it by about the learning rate, whatever n,
-    and an output by up to n of those (Yang et al. 2022, "Tensor Programs V", Table 3).
+    In the encoder alone `optim.encoder_lr`, and `optim.layer_decay` to the power of the layers above; and `optim.offset_lr` or
+    `optim.center_lr` of a DCNv3's offsets or centre scale, whose products sample the map and start at zero (InternImage, and SiameseIM's
+    code). With `optim.fan_in_lr` a matrix of n inputs also has that over n, if it is less than 1: Adam moves every number of it by about
+    the learning rate, whatever n, and an output by up to n of those (Yang et al. 2022, "Tensor Programs V", Table 3).
 
     Args:
       config: settings; `config.optim` and `config.model` are read.
       path: as of `parallel.rules.path_of`, from the root of the parameters.
       shape: of the parameter; read with `optim.fan_in_lr` alone.
 
-    >>> config = schema.Config(optim=schema.Optim(layer_decay=0.5), model=schema.Model(encoder=schema.Encoder(depth=3)))
+    >>> config = schema.Config(optim=schema.Optim(layer_decay=0.5, encoder_lr=0.5), model=schema.Model(encoder=schema.Encoder(depth=3)))
     >>> rate_factor(config, "encoder/blocks/norm1/scale").tolist()
-    [0.125, 0.25, 0.5]
+    [0.0625, 0.125, 0.25]
     >>> rate_factor(config, "encoder/cls_token"), rate_factor(config, "pool/out/kernel")
-    (0.0625, 1.0)
+    (0.03125, 1.0)
     >>> config = schema.Config(optim=schema.Optim(fan_in_lr=64))
     >>> rate_factor(config, "pool/out/kernel", (128, 96)), rate_factor(config, "encoder/stem/conv1/kernel", (3, 3, 3, 16))
     (0.5, 1.0)
     """
     o, within = config.optim, path.removeprefix("encoder/")
-    below = backbones.of(config.model).below(config.model, within) if within != path else 0
-    own = next((rate for part, rate in (("/dcn/offset/", o.offset_lr), ("/dcn/center/", o.center_lr)) if part in path), 1.0)
+    below, part = (backbones.of(config.model).below(config.model, within), o.encoder_lr) if within != path else (0, 1.0)
+    own = next((rate for name, rate in (("/dcn/offset/", o.offset_lr), ("/dcn/center/", o.center_lr)) if name in path), 1.0)
     inputs = _inputs(path, shape) if o.fan_in_lr else 0
-    return o.layer_decay**below * own * (o.fan_in_lr / inputs if inputs > o.fan_in_lr else 1.0)
+    return part * o.layer_decay**below * own * (o.fan_in_lr / inputs if inputs > o.fan_in_lr else 1.0)
 
 
 def scale_rates(config: schema.Config) -> optax.GradientTransformation:

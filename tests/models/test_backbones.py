@@ -180,6 +180,9 @@ def test_rates_of_every_kind_of_parameter() -> None:
         "text/blocks/norm1/scale": 1.0,
     }
     assert {path: float(np.squeeze(optimizer.rate_factor(config, path))) for path in rates} == pytest.approx(rates)
+    slow = toy.settings(**toy.INTERN, optim__layer_decay=0.5, optim__center_lr=0.25, optim__encoder_lr=0.5)
+    for path, rate in rates.items():
+        assert np.squeeze(optimizer.rate_factor(slow, path)) == pytest.approx(rate / 2 if path.startswith("encoder/") else rate)
 
 
 def scaled(config: schema.Config) -> dict[str, Any]:
