@@ -17,7 +17,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def test_every_benchmark_is_found_without_importing_it() -> None:
     found = report.benchmarks()
-    assert {"accelerator", "checkpoint", "dcnv3", "flops", "input", "torch_peer"} <= set(found) and "figures" not in found
+    assert {"accelerator", "checkpoint", "collectives", "compiled", "dcnv3", "flops", "input", "torch_peer"} <= set(
+        found
+    ) and "figures" not in found
     assert not {"report", "heap", "m3i_torch", "contestants"} & set(found)
 
 

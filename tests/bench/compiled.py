@@ -1,6 +1,6 @@
 """What the train step of ViT-B/16 needs on TPUs that are not here: compiled ahead of time, counted from the compiled program's text.
 
-    python -m tests.bench.compiled                    # all; hours on two cores, two to four minutes a compilation
+    python -m tests.bench.compiled                    # all; an hour on two idle cores, about two minutes a compilation
     python -m tests.bench.compiled slice scaling      # some of: slice, largest, loop, depth, scaling, chips
 
 slice: the paper's batch on v5e:4x4, in 4 microbatches. largest: views on one v5e chip at no more than 1.10 times the model's FLOPs without
