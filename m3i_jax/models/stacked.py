@@ -151,10 +151,12 @@ def run_blocks(
             def step(x: jax.Array, layer: Any) -> jax.Array:
                 params, keep_Bx2 = layer
                 params = opened(params)
-                one = lambda x, keep, where: block.apply({"params": params}, x, keep, where, rows)  # noqa: E731
                 if count == 1:
-                    return one(x, keep_Bx2, where_BxT)
-                return jax.lax.map(lambda piece: remember(one, remat, scan=True)(*piece), (x, keep_Bx2, where_BxT))
+                    return block.apply({"params": params}, x, keep_Bx2, where_BxT, rows)
+                # In float32, so that the gradients of the pieces add up in it: what was gathered is in the compute precision.
+                params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+                one = remember(lambda x, *more: block.apply({"params": params}, x, *more, rows), remat, scan=True)
+                return jax.lax.map(lambda piece: one(*piece), (x, keep_Bx2, where_BxT))
 
             return remember(step, **settings)
 
