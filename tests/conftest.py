@@ -24,3 +24,6 @@ for name, value in {
     "TOKENIZERS_PARALLELISM": "false",
 }.items():
     os.environ.setdefault(name, value)
+
+# The fault matrix has tests in every room, and pytest asks a conftest only about those beside it.
+from tests.faults.conftest import pytest_runtest_logreport, pytest_sessionfinish  # noqa: E402, F401
