@@ -100,4 +100,4 @@ def _central_view(record: sources.Record, size: int, background: int, crop: floa
     box = crops.central_box(opened.height, opened.width, size, crop=crop)
     least = (records.GAP * size / box[2] * opened.height, records.GAP * size / box[3] * opened.width)
     image = opened.rgb(background=background, least=least)
-    return crops.cut(image, box, size, False, height=opened.height, width=opened.width).reshape(size, size, 3)
+    return crops.cut(image, box, size, height=opened.height, width=opened.width).reshape(size, size, 3)

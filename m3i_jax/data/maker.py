@@ -141,10 +141,9 @@ class Maker:
             if v not in self.views:
                 pixels[v] = 0
                 continue
-            mirrored, out = bool(flip[v]), pixels[v]
-            crops.cut(image, boxes[v], data.image_size, mirrored, height=height, width=width, by=self.resizer, out=out)
+            crops.cut(image, boxes[v], data.image_size, height=height, width=width, by=self.resizer, out=pixels[v])
             if by.ops:
-                out[:] = rand_augment.apply(out, data.image_size, u[v][crops.WIDTH :], by)
+                pixels[v] = rand_augment.apply(pixels[v], data.image_size, u[v][crops.WIDTH :], by)
 
     def _meaning(self, record: sources.Record, row: int, batch: Batch) -> None:
         dropped = self.classes > 0 and record.label >= self.classes

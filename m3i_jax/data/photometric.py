@@ -1,7 +1,7 @@
-"""Colour jitter, grayscale, Gaussian blur, solarization and normalisation on the device: pure, of static shape, and keyed by
+"""Mirroring, colour jitter, grayscale, Gaussian blur, solarization and normalisation on the device: pure, of static shape, and keyed by
 (seed, stream position, view), so that neither sharding nor batch size nor a restart changes a pixel.
 
-The host delivers cropped and flipped uint8 views; everything that only changes colours happens here, where it costs a fraction of a
+The host delivers uint8 views as they were cut; everything that makes no new pixels happens here, where it costs a fraction of a
 percent of a step instead of most of the host's time. Images are float32 RGB in 0..1, channels last. The semantics are those of Pillow and
 torchvision (the augmentations of SiameseIM, MoCo v3 and BYOL), in floating point instead of rounding to 8 bits after every operation.
 """
@@ -116,6 +116,15 @@ def _blur(x: jax.Array, sigma: jax.Array, radius: int) -> jax.Array:
         blocks = jnp.stack([padded[..., i : i + block + 2 * radius] for i in range(0, size, block)], -2)
         x = jnp.einsum("bchnk,bko->bchno", blocks, band, precision=jax.lax.Precision.HIGHEST).reshape(x.shape).swapaxes(-1, -2)
     return x
+
+
+def mirror(images: jax.Array, flip: jax.Array) -> jax.Array:
+    """[B, H, W, C] of any type, each mirrored horizontally where `flip` [B] says so. M3I Table 7: RandomHorizontalFlip.
+
+    >>> mirror(jnp.arange(4).reshape(2, 1, 2, 1), jnp.array([False, True])).ravel().tolist()
+    [0, 1, 3, 2]
+    """
+    return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
 def brightness(images: jax.Array, factor: jax.Array | float) -> jax.Array:

@@ -23,7 +23,7 @@ from m3i_jax.data.tokenizer import Tokenizer
 from m3i_jax.data.watch import Watched, begin_worker
 from m3i_jax.errors import UserError
 
-STREAM = 1  # raised whenever the same (seed, position) would give other bytes
+STREAM = 2  # raised whenever the same (seed, position) would give other bytes
 WINDOW = 10_000  # records over which data.max_bad_share is taken
 
 
@@ -80,7 +80,7 @@ def identity(config: schema.Config, source: Source) -> str:
     ...     def __len__(self): return 5
     ...     def fingerprint(self): return "0123456789abcdef"
     >>> print(identity(schema.Config(seed=1, data=schema.Data(resizer="pillow")), Five()), end="")
-    order of the stream = version 1, seed 1
+    order of the stream = version 2, seed 1
     source 1 = five, 5 pictures, fingerprint 0123456789abcdef
     """
     lines = {f"source {i}": line for i, line in enumerate(sources.identity(source), 1)}
@@ -169,9 +169,9 @@ def iterate(
 
     Returns:
         An iterator of dicts of numpy arrays, with B = batch_size / hosts rows, S = image_size, N = patches, L = caption length:
-        views uint8 [B, 2, S, S, 3]: input and target view, flipped already;
+        views uint8 [B, 2, S, S, 3]: input and target view, not mirrored yet (`photometric.mirror`);
         box float32 [B, 2, 4]: top, left, height, width in pixels of the un-mirrored picture;
-        flip bool [B, 2]; label int32 [B], -1 = none; position uint32 [B, 2], high and low word;
+        flip bool [B, 2]: whether it is to be mirrored; label int32 [B], -1 = none; position uint32 [B, 2], high and low word;
         mask bool [B, N]: True = own image, exactly `config.hidden` False a row, the same within a mask cell;
         with a tokenizer, tokens int32 [B, L] and length int32 [B], 0 = no caption.
         The partner of row b is row b ^ 1.

@@ -1,7 +1,8 @@
 """RandAugment of fine-tuning on the host, with Pillow: the operations and strengths that M3I's Table 8 names "9 / 0.5", which are those of
 `rand-m9-mstd0.5-inc1` (MAE, SiameseIM): two of fifteen operations, each with probability a half, magnitudes that grow with the number.
 
-The draws of a view are numbers from outside, so that they belong to the position in the stream.
+The draws of a view are numbers from outside, so that they belong to the position in the stream. Views are mirrored afterwards, on the
+device: the same distribution as before them, for rotations, shears and shifts go to either side as often.
 """
 
 import math

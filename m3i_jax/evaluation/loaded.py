@@ -123,7 +123,7 @@ def view(picture_HxWx3: np.ndarray, size: int) -> np.ndarray:
     box = crops.central_box(height, width, size)
     if picture.dtype == np.uint8:
         image = Image.fromarray(np.ascontiguousarray(picture))
-        return crops.cut(image, box, size, False, height=height, width=width).reshape(size, size, 3)
+        return crops.cut(image, box, size, height=height, width=width).reshape(size, size, 3)
     top, left, h, w = box
     window = (left, top, min(left + w, width), min(top + h, height))
     bands = [Image.fromarray(np.ascontiguousarray(picture[..., c])) for c in range(3)]

@@ -1,5 +1,5 @@
-"""From a batch of uint8 views to what the encoders read: colour, patches, mixing, dropping, and the stochastic-depth draws. On the device,
-pure, and keyed by (seed, stream position), so that neither sharding nor microbatches nor a restart changes a pixel."""
+"""From a batch of uint8 views to what the encoders read: mirroring, colour, patches, mixing, dropping, and the stochastic-depth draws. On
+the device, pure, and keyed by (seed, stream position), so that neither sharding nor microbatches nor a restart changes a pixel."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -19,10 +19,12 @@ Batch = dict[str, jax.Array]
 
 
 def patches(config: schema.Config, batch: Batch, crops: Iterable[int], *, exact: bool = False) -> dict[int, jax.Array]:
-    """Coloured, normalised and patchified views, {crop: [B, N, P]} in the compute precision; `exact`: in float32, as pixel targets are."""
+    """Mirrored, coloured, normalised and patchified views, {crop: [B, N, P]} in the compute precision; `exact`: in float32, as pixel
+    targets are."""
     out = {}
     for crop in crops:
-        view = photometric.augment(batch["views"][:, crop], batch["position"], seed=config.seed, view=crop, settings=config.data.augment)
+        view = photometric.mirror(batch["views"][:, crop], batch["flip"][:, crop])
+        view = photometric.augment(view, batch["position"], seed=config.seed, view=crop, settings=config.data.augment)
         view = photometric.normalize(view, config.data.augment)
         if crop == 0 and config.data.augment.erase_p:
             view = blend.erase(view, batch["position"], seed=config.seed, probability=config.data.augment.erase_p)

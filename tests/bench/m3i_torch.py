@@ -182,8 +182,9 @@ class Peer:
         self._encode, self._encode_target = wrap(self.encoder), wrap(self.target)
         self._decode, self._pool = wrap(self.heads.decoder), wrap(self.heads.pool)
 
-    def patches(self, views: torch.Tensor) -> torch.Tensor:
-        """[B, 2, S, S, 3] uint8 -> [2, B, N, 3 p p], normalised."""
+    def patches(self, views: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+        """[B, 2, S, S, 3] uint8 -> [2, B, N, 3 p p], mirrored where `flip` [B, 2] says so, and normalised."""
+        views = torch.where(flip[..., None, None, None], views.flip(-2), views)
         x = (views.float() / 255 - self.mean) / self.std
         b, grid, p = len(x), self.shape["grid"], self.shape["patch"]
         return x.reshape(b, 2, grid, p, grid, p, 3).permute(1, 0, 2, 4, 3, 5, 6).reshape(2, b, grid * grid, -1)
@@ -193,7 +194,7 @@ class Peer:
         s = self.shape
         weight = torch.tensor(s["gamma"], device=self.device) if self.norms is None else s["gamma"] * self.norms[0] / self.norms[1]
         with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
-            crops = self.patches(batch["views"])
+            crops = self.patches(batch["views"], batch["flip"])
             with torch.no_grad():
                 seen = self._encode_target(crops.flatten(0, 1))[:, 1:].float()
             with torch.no_grad(), torch.autocast(self.device, enabled=False):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from m3i_jax import schema
-from m3i_jax.data import order, pipeline, sources, tokenizer
+from m3i_jax.data import order, photometric, pipeline, sources, tokenizer
 from m3i_jax.data.folder import Folder
 from m3i_jax.errors import UserError
 from m3i_jax.objective import masks
@@ -152,7 +152,7 @@ def coordinate_picture(height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["array", "png", "png turned by EXIF", "large jpeg turned by EXIF"])
 def test_box_and_flip_describe_the_pixels(make, kind):
-    """A picture whose colours are its coordinates: what a view shows must be where its box says, mirrored if it says so."""
+    """A picture whose colours are its coordinates: what a view shows must be where its box says, mirrored on the device if it says so."""
     height, width, steps = (200, 120, 1) if kind != "large jpeg turned by EXIF" else (1600, 960, 8)
     upright = coordinate_picture(height // steps, width // steps).repeat(steps, 0).repeat(steps, 1)
     exif = Image.Exif()
@@ -178,7 +178,8 @@ def test_box_and_flip_describe_the_pixels(make, kind):
     x = (left + (across + 0.5) * w / SIZE) / steps - 0.5
     y = (top + (at + 0.5) * h / SIZE) / steps - 0.5
     inner = slice(2, -2)
-    views = batch["views"].astype(float)[:, :, inner, inner]
+    shown = [photometric.mirror(batch["views"][:, view], batch["flip"][:, view]) for view in range(2)]
+    views = np.stack(shown, 1).astype(float)[:, :, inner, inner]
     tolerance = 1 if steps == 1 else 4
     assert np.abs(views[..., 0] - x[:, :, None, inner]).max() <= tolerance
     assert np.abs(views[..., 1] - y[:, :, inner, None]).max() <= tolerance

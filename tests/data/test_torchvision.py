@@ -64,5 +64,5 @@ def test_crops(saved, kind, by):
     for box, want in zip(reference.BOXES, saved[f"crop/{kind}"], strict=True):
         for picture, view in zip(saved["pictures"], want, strict=True):
             side = reference.SIDE
-            out = crops.cut(Image.fromarray(picture), box, reference.CROP, False, height=side, width=side, by=name)
+            out = crops.cut(Image.fromarray(picture), box, reference.CROP, height=side, width=side, by=name)
             assert np.abs(out.reshape(view.shape) / 255 - unit(view)).mean() <= TOLERANCE, box

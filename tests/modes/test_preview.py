@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from m3i_jax import schema
-from m3i_jax.data import blend, crops, pipeline, records, sources
+from m3i_jax.data import blend, crops, photometric, pipeline, records, sources
 from m3i_jax.data.folder import Folder
 from m3i_jax.modes import job as jobs
 from m3i_jax.modes import preview as show
@@ -27,8 +27,8 @@ def test_the_record_of_a_row_gives_its_views(tmp_path):
         picture = records.decode(record.image)
         for view in range(2):
             height, width = picture.shape[:2]
-            box, flip = batch["box"][row, view].astype(int).tolist(), bool(batch["flip"][row, view])
-            made = crops.cut(Image.fromarray(picture), box, 32, flip, height=height, width=width)
+            box = batch["box"][row, view].astype(int).tolist()
+            made = crops.cut(Image.fromarray(picture), box, 32, height=height, width=width)
             np.testing.assert_array_equal(made.reshape(32, 32, 3), batch["views"][row, view])
 
 
@@ -84,7 +84,7 @@ def test_a_fine_tuning_shows_what_is_blended(tmp_path):
         assert image.width == 2 * sheet.MARGIN + preview.BETWEEN + 2 * (3 * (side + sheet.GAP) - sheet.GAP)
         pixels = np.asarray(image.convert("RGB"))
     share = blend.draw(batch["position"], seed=config.seed, size=32, settings=config.data.augment).share[0]
-    clean = batch["views"][:2, 0] / 255
+    clean = np.asarray(photometric.mirror(batch["views"][:2, 0], batch["flip"][:2, 0])) / 255
     wanted = (share * clean[0] + (1 - share) * clean[1]) * 255
     left, top = sheet.MARGIN + 2 * (side + sheet.GAP), sheet.MARGIN + preview.HEAD
     shown = pixels[top : top + side, left : left + side]

@@ -34,7 +34,8 @@ def test_the_loss_is_that_of_blended_pictures_and_targets(microbatches: int) -> 
 
     how = jax.device_get(blend.draw(batch["position"], seed=config.seed, size=32, settings=config.data.augment))
     assert how.cut.any() and not how.cut.all()
-    pixels = np.asarray(photometric.normalize(batch["views"][:, 0], config.data.augment))
+    shown = np.where(np.asarray(batch["flip"])[:, 0, None, None, None], batch["views"][:, 0, :, ::-1], batch["views"][:, 0])
+    pixels = np.asarray(photometric.normalize(shown, config.data.augment))
     blended = np.empty_like(pixels)
     for row, (share, (top, left, bottom, right), cut) in enumerate(zip(*how, strict=True)):
         blended[row] = pixels[row] if cut else share * pixels[row] + (1 - share) * pixels[row ^ 1]
