@@ -24,7 +24,9 @@ CORE = [
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "Pillow>=12.0",
+    "tensorstore>=0.1.80",
     "tokenizers>=0.22",
+    "xxhash>=3.5",
 ]
 
 

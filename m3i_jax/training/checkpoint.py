@@ -25,9 +25,9 @@ import orbax.checkpoint as ocp
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.parallel.rules import path_of
-from m3i_jax.training import digests, prints, steps
+from m3i_jax.training import digests, leaks, prints, steps
 
-FORMAT = 2  # of a checkpoint; 1: without digests
+FORMAT = 3  # of a checkpoint; 1: without digests, 2: digests are CRC-32
 
 
 class SavesFailed(RuntimeError):
@@ -54,6 +54,7 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, keep: int, *, say: Callable[[str], None] = print):
         self._directory, self._keep, self._say = directory.absolute(), keep, say
         self._hosts, self._first = jax.process_count(), jax.process_index() == 0
+        leaks.mend()
         # Named processes: Orbax's barriers between all of them have no limit, those between named ones do.
         together = ocp.options.MultiprocessingOptions(active_processes=set(range(self._hosts)) if self._hosts > 1 else None)
         handler = ocp.CompositeCheckpointHandler(

@@ -1,40 +1,73 @@
 """Digests of the files of a checkpoint: what was written is what is read, or it is found out before it is used.
 
-`digests.json` lies in the directory of a step and has two lines: a JSON object with size and CRC-32 of every other file, and the CRC-32 of
-that line. A CRC-32 finds every single flipped bit and every burst of up to 32, whatever the length of the file; of other damage it misses
-one in 2^32. zlib's needs no package and reads a file about as fast as a disk does.
+`digests.json` lies in the directory of a step and has two lines: a JSON object with the name of the digest, and size and digest of every
+other file, and the CRC-32 of that line. The digest is XXH3 of 64 bits: it misses one of 2^64 damages, and takes less time than bringing
+the bytes from memory. Steps of before have CRC-32, which takes seven times as long.
 """
 
 import concurrent.futures
 import contextlib
+import functools
 import json
+import mmap
 import os
 import pathlib
 import stat
 import zlib
+from collections.abc import Callable
 from typing import Any
 
+import xxhash
+
 NAME = "digests.json"
-BLOCK = 2**22  # bytes read at once
+BLOCK = 2**18  # bytes read at once: so few that they are still in the processor's cache when they are digested
 LONGEST = 2**26  # bytes of digests.json that are read at all
 THREADS = min(8, os.cpu_count() or 1)
 
 
-def digest(path: pathlib.Path) -> tuple[int, str]:
-    """Size in bytes and CRC-32 of a file.
+class _Crc32:
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: memoryview | mmap.mmap) -> None:
+        self._value = zlib.crc32(data, self._value)
+
+    def hexdigest(self) -> str:
+        return f"{self._value:08x}"
+
+
+KINDS: dict[str, Callable[[], Any]] = {"xxh3-64": xxhash.xxh3_64, "crc32": _Crc32}
+NOW = "xxh3-64"  # what is written
+
+
+def digest(path: pathlib.Path, kind: str = NOW, *, written: bool = False) -> tuple[int, str]:
+    """Size in bytes and digest of a file.
+
+    Args:
+      path: of the file.
+      kind: of the digest, one of KINDS.
+      written: it was written a moment ago, and is still in memory: on a local disk it is digested there, which takes half the time. A page
+        that could not be brought from a disk or a network would end the process, so all else is read.
 
     >>> import tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "x"
     >>> _ = path.write_bytes(b"123456789")
-    >>> digest(path)
-    (9, 'cbf43926')
+    >>> digest(path), digest(path, written=True) == digest(path), digest(path, "crc32")
+    ((9, '72dcb18b67a17dff'), True, (9, 'cbf43926'))
     """
-    size, value = 0, 0
+    size, value = 0, KINDS[kind]()
     with open(path, "rb", buffering=0) as file:
-        block = bytearray(BLOCK)
-        while count := file.readinto(block):
-            size, value = size + count, zlib.crc32(memoryview(block)[:count], value)
-    return size, f"{value:08x}"
+        about = os.fstat(file.fileno())
+        if written and about.st_size and os.major(about.st_dev):  # 0: no disk of this machine
+            with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
+                size = len(pages)
+                value.update(pages)
+        else:
+            block = bytearray(BLOCK)
+            while count := file.readinto(block):
+                size += count
+                value.update(memoryview(block)[:count])
+    return size, value.hexdigest()
 
 
 def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -64,10 +97,12 @@ def write(directory: pathlib.Path, **notes: Any) -> None:
       OSError: something cannot be read or written.
     """
     files = _files(directory)
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        made = dict(zip(files, pool.map(digest, files.values()), strict=True))
-        list(pool.map(to_disk, files.values()))
-    line = json.dumps({**notes, "digest": "crc32", "files": made}, sort_keys=True)
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as disk, concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        kept = [disk.submit(to_disk, path) for path in files.values()]  # a disk writes while a processor digests
+        made = dict(zip(files, pool.map(functools.partial(digest, written=True), files.values()), strict=True))
+        for one in kept:
+            one.result()
+    line = json.dumps({**notes, "digest": NOW, "files": made}, sort_keys=True)
     with open(directory / NAME, "w", encoding="ascii") as file:
         file.write(f"{line}\n{zlib.crc32(line.encode()):08x}\n")
         file.flush()
@@ -104,6 +139,8 @@ def complaints(directory: pathlib.Path) -> list[str]:
     found = read(directory)
     if found is None:
         return [f"{NAME}: is damaged"]
+    if (kind := found["digest"]) not in KINDS:
+        return [f"{NAME}: has digests {kind!r}, which this version of m3i_jax does not know"]
 
     def one(item: tuple[str, tuple[int, str]]) -> str:
         name, (size, value) = item
@@ -114,7 +151,7 @@ def complaints(directory: pathlib.Path) -> list[str]:
                 return f"{name}: is not a file any more"
             if about.st_size != size:
                 return f"{name}: {about.st_size:,} bytes, {size:,} were written"
-            return "" if digest(path) == (size, value) else f"{name}: other bytes than were written"
+            return "" if digest(path, kind) == (size, value) else f"{name}: other bytes than were written"
         except FileNotFoundError:
             return f"{name}: is missing"
         except OSError as error:

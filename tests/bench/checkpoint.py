@@ -5,8 +5,10 @@
 
 blocked: how long `save` keeps the loop, over a copy of the state from memory to memory that is there already. total: until the checkpoint
 is on the disk under its name, digests included, over writing the bytes to one file and fsync. restore: reading it back into arrays, digests
-checked, over reading that file. The numbers are random: nothing compresses. The least of several runs, taken in turns; on a CPU the state
-is in the host's memory already, on an accelerator `save` also has to bring it there.
+checked, over reading that file. digests: digesting the files and taking the fingerprints of the arrays, each of them alone, over total,
+by the clock and by the processors' time of both; that a save digests while the disk writes is not counted in its favour. The numbers are
+random: nothing compresses. The least of several runs, taken in turns; on a CPU the state is in the host's memory already, on an accelerator
+`save` also has to bring it there, and fingerprints are the accelerator's work.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import jax
 import numpy as np
 
 from m3i_jax.reporting import show
+from m3i_jax.training import digests, prints
 from m3i_jax.training.checkpoint import Checkpoints
 from tests.bench.figures import Figure
 
@@ -41,6 +44,12 @@ def seconds(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def costs(run: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds by the clock, and of processors."""
+    before = time.process_time()
+    return seconds(run), time.process_time() - before
 
 
 def write(place: pathlib.Path, arrays: list[np.ndarray]) -> None:
@@ -74,7 +83,7 @@ def measure(megabytes: int, runs: int, place: str | None) -> dict[str, float]:
     try:
         for turn in range(1, runs + 2):
             working = jax.block_until_ready(step({name: x.copy() for name, x in state.items()}))
-            plain = seconds(lambda: jax.block_until_ready(step(working)))  # noqa: B023 (called at once)
+            plain, of_step = costs(lambda: jax.block_until_ready(step(working)))  # noqa: B023 (called at once)
             copied = seconds(lambda: [np.copyto(a, b) for a, b in zip(there, host, strict=True)])
             os.sync()
             raw = seconds(lambda: write(folder / "raw", host))
@@ -83,12 +92,15 @@ def measure(megabytes: int, runs: int, place: str | None) -> dict[str, float]:
             os.sync()
             working = {name: x.copy() for name, x in state.items()}
             jax.block_until_ready(working)
-            start = time.perf_counter()
+            start, before = time.perf_counter(), time.process_time()
             checkpoints.save(turn, working, {"samples_seen": turn})  # type: ignore[arg-type]
             blocked = time.perf_counter() - start
             after = seconds(lambda: jax.block_until_ready(step(working)))  # noqa: B023
             checkpoints.wait()
-            total = time.perf_counter() - start
+            total, processors = time.perf_counter() - start, time.process_time() - before - of_step
+            files = [path for path in (folder / "checkpoints" / str(turn)).rglob("*") if path.is_file()]
+            digested = costs(lambda: [digests.digest(path, written=True) for path in files])  # noqa: B023
+            printed = costs(lambda: prints.of(state).read())
             back: Any = None
 
             def restore(turn: int = turn) -> None:
@@ -102,12 +114,18 @@ def measure(megabytes: int, runs: int, place: str | None) -> dict[str, float]:
             del back
             if turn > 1:  # the first makes what all use
                 for name, value in {"copy": copied, "raw": raw, "read": loaded, "blocked": blocked, "total": total, "restore": restored,
-                                    "step": plain, "step after": after}.items():  # fmt: skip
+                                    "step": plain, "step after": after, "digests": digested[0], "fingerprints": printed[0],
+                                    "total, processors": processors, "digests, processors": digested[1],
+                                    "fingerprints, processors": printed[1]}.items():  # fmt: skip
                     keep(name, value)
     finally:
         checkpoints.close()
         shutil.rmtree(folder, ignore_errors=True)
     return least | {"bytes": float(sum(x.nbytes for x in host))}
+
+
+def share(s: dict[str, float], end: str, what: str) -> float:
+    return sum(s[name + end] for name in what.split(" and ")) / s["total" + end]
 
 
 def figures(quick: bool) -> list[Figure]:
@@ -117,6 +135,8 @@ def figures(quick: bool) -> list[Figure]:
         Figure(f"{size}: loop blocked over a memory copy", s["blocked"] / s["copy"], 0.1, note=f"{1e3 * s['blocked']:.1f} ms"),
         Figure(f"{size}: loop blocked over a save interval of {INTERVAL:.0f} s", s["blocked"] / INTERVAL, 0.01),
         Figure(f"{size}: total over raw write and fsync", s["total"] / s["raw"], 1.5, note=f"{s['total']:.2f} s, digests included"),
+        *(Figure(f"{size}: {what} over total, by {how}", share(s, end, what), 0.1)
+          for how, end in (("clock", ""), ("processors", ", processors")) for what in ("digests", "digests and fingerprints")),
         Figure(f"{size}: restore over raw read", s["restore"] / s["read"], note=f"{s['restore']:.2f} s, digests checked"),
         Figure(f"{size}: the step after a save over one without", s["step after"] / s["step"]),
     ]  # fmt: skip
@@ -133,6 +153,8 @@ def main() -> None:
     print(show.table([(name, f"{1e3 * value:,.1f}", f"{size / value / 1e9:.2f}") for name, value in s.items()], ("", "ms", "GB/s")))
     print(f"blocked over copy {s['blocked'] / s['copy']:.3f}, total over raw {s['total'] / s['raw']:.3f}, ", end="")
     print(f"restore over read {s['restore'] / s['read']:.3f}, load {os.getloadavg()[0]:.1f}")
+    for what in ("digests", "digests and fingerprints"):
+        print(f"{what} over total {share(s, '', what):.3f} by clock, {share(s, ', processors', what):.3f} by processors")
 
 
 if __name__ == "__main__":

@@ -305,7 +305,7 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path: pathlib.Path, make: Make, 
 @pytest.mark.row("B9")
 def test_checkpoints_of_older_versions(tmp_path: pathlib.Path, make: Make) -> None:
     """Those of each format so far are kept here; one without digests is told from one that lost them."""
-    for form in (1, 2):
+    for form in (1, 2, 3):
         place = tmp_path / str(form) / "checkpoints"
         shutil.copytree(GOLDEN / f"format{form}", place / "3")
         one = make(place)
@@ -322,9 +322,9 @@ def test_checkpoints_of_older_versions(tmp_path: pathlib.Path, make: Make) -> No
 @pytest.mark.row("B9")
 def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: pathlib.Path, make: Make) -> None:
     place = tmp_path / "checkpoints" / "3"
-    shutil.copytree(GOLDEN / "format2", place)
-    digests.write(place, format=3)
-    with pytest.raises(UserError, match="checkpoint 3: is of format 3, this version of m3i_jax reads up to 2; use a newer version"):
+    shutil.copytree(GOLDEN / f"format{checkpoint.FORMAT}", place)
+    digests.write(place, format=checkpoint.FORMAT + 1)
+    with pytest.raises(UserError, match="checkpoint 3: is of format 4, this version of m3i_jax reads up to 3; use a newer version"):
         make(place.parent).newest_good()
     assert place.is_dir()  # not set aside: nothing is wrong with it
 

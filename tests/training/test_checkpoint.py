@@ -15,7 +15,7 @@ from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.objective import methods
 from m3i_jax.training import optimizer, state
-from m3i_jax.training.checkpoint import Checkpoints
+from m3i_jax.training.checkpoint import FORMAT, Checkpoints
 from tests import toy
 
 POSITION = {"samples_seen": 112, "fingerprint": "0123456789abcdef"}
@@ -103,7 +103,7 @@ def test_every_bit_comes_back_on_any_mesh(eight: pathlib.Path, whole: state.Stat
 def test_the_position_is_json_beside_the_state(eight: pathlib.Path, open_at) -> None:
     assert open_at(eight).position(7) == POSITION
     (file,) = (path for path in (eight / "7" / "position").iterdir() if path.name == "metadata")
-    assert json.loads(file.read_text()) == POSITION | {"format": 2}
+    assert json.loads(file.read_text()) == POSITION | {"format": FORMAT}
 
 
 def test_a_new_directory_has_no_checkpoint(tmp_path: pathlib.Path, open_at) -> None:
