@@ -22,7 +22,7 @@ from m3i_jax.data import crops, photometric
 from m3i_jax.errors import UserError
 from m3i_jax.interop import resize
 from m3i_jax.models import m3i, vit
-from m3i_jax.training import checkpoint, plan, start
+from m3i_jax.training import checkpoint, plan, start, steps
 
 POOLS = ("auto", "attention", "mean", "cls", "tokens")
 _ROWS = 64  # pictures a device step
@@ -147,7 +147,7 @@ def load(path: str, *, weights: str = "online", pool: str = "auto", heads: int =
     if pool not in POOLS:
         raise UserError(f"pool={pool!r} is none of {', '.join(POOLS)}")
     source = start.open_source(path, weights=weights, key="load")
-    run = checkpoint.is_run(path)
+    run = steps.is_run(path)
     config = configuration.resolve(configuration.of_run(path, "load") if run else _described(source, path, heads, "load"))
     if dtype:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
@@ -174,7 +174,7 @@ def settings(path: str, flag: str) -> ml_collections.ConfigDict:
     Raises:
       UserError: nothing there that can be read, or no vision transformer of this kind.
     """
-    if checkpoint.is_run(path):
+    if steps.is_run(path):
         return configuration.of_run(path, flag)
     return _described(start.open_source(path, key=flag), path, 0, flag)
 

@@ -18,7 +18,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.evaluation import loaded
 from m3i_jax.interop import tensors
 from m3i_jax.modes import job as jobs
-from m3i_jax.training import checkpoint
+from m3i_jax.training import steps
 
 _PART = 4096  # pictures between two writes
 
@@ -65,7 +65,7 @@ def _model(config: schema.Config, workdir: str) -> loaded.Loaded:
     """init_from, or the run in the working directory."""
     if config.init_from:
         return loaded.load(config.init_from, weights=config.init.weights)
-    if not checkpoint.is_run(workdir):
+    if not steps.is_run(workdir):
         raise UserError(f"--workdir {workdir}: has no run; name one, or weights by --config.init_from=FILE")
     return loaded.load(workdir, weights=config.evaluate.encoder)
 

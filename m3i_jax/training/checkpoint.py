@@ -183,6 +183,7 @@ class Checkpoints:
         os.rename(new, self._directory / str(step))
         steps.sync(self._directory)
         steps.retain(self._directory, self._keep, self._say)
+        leaks.give_back()
 
     def _settle(self) -> bool:
         """Wait for the save before. True if it is there now, or there was none."""
@@ -292,12 +293,6 @@ class Checkpoints:
         return [f"{path} is {there.get(path, 'absent')} there, {here.get(path, 'absent')} here" for path in paths]
 
 
-def is_run(place: str) -> bool:
-    """Whether a directory is the workdir of a run."""
-    path = pathlib.Path(place)
-    return (path / "checkpoints").is_dir() or (path / "config.txt").is_file()
-
-
 class AnotherRun:
     """The newest checkpoint of a run, read array by array: what `init_from`, evaluation and export take from it.
 
@@ -355,7 +350,11 @@ class AnotherRun:
                 got = self._reader.restore(self._at, args=ocp.args.Composite(state=restore))["state"]
             except Exception as error:
                 raise self._damaged(error) from error
-        return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(got)}
+        out = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(got)}
+        noted = (digests.read(self._at) or {}).get("arrays")  # a step of an older version has none
+        if noted is not None and (wrong := prints.different(out, noted)):
+            raise self._damaged(ValueError(f"{wrong[0]}: is not what was trained"))
+        return out
 
 
 def encoder_of(workdir: str, template: Any, shardings: Any) -> Any:

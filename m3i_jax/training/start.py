@@ -21,7 +21,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.interop import resize, tensors, vit
 from m3i_jax.models.vit import fixed_positions
 from m3i_jax.parallel.rules import path_of
-from m3i_jax.training import checkpoint
+from m3i_jax.training import checkpoint, steps
 
 TABLE = "encoder/positions"
 _CLOSE = 1e-3  # two tables are the same: float32 frequencies make errors of the size of the rounded index
@@ -63,7 +63,7 @@ def open_source(place: str, *, weights: str = "online", key: str = "config.init_
     path = pathlib.Path(place)
     if not path.exists():
         raise UserError(f"{key}: there is no {place!r}; give the workdir of a run, or a file of weights ({', '.join(tensors.ENDINGS[:4])})")
-    if checkpoint.is_run(place):
+    if steps.is_run(place):
         return _of_run(place, weights, key)
     try:
         found = vit.load(tensors.read(place), momentum=weights == "ema", config=vit.beside(place))

@@ -28,6 +28,12 @@ def listed(directory: pathlib.Path) -> list[int]:
         return sorted(int(e.name) for e in entries if re.fullmatch(r"0|[1-9]\d*", e.name) and e.is_dir(follow_symlinks=False))
 
 
+def is_run(place: str) -> bool:
+    """Whether a directory is the workdir of a run."""
+    path = pathlib.Path(place)
+    return (path / "checkpoints").is_dir() or (path / "config.txt").is_file()
+
+
 @contextlib.contextmanager
 def reading(step: pathlib.Path) -> Iterator[None]:
     """While this lasts, the retention of a run that goes on does not delete the step."""

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from m3i_jax import parallel
+from m3i_jax.errors import UserError
 from m3i_jax.modes import train
 from m3i_jax.training import digests, prints
-from m3i_jax.training.checkpoint import Checkpoints, Damaged
+from m3i_jax.training.checkpoint import AnotherRun, Checkpoints, Damaged
 from tests.faults.test_saves import make, names, restored, same, state  # noqa: F401 (a fixture)
 
 
@@ -141,3 +142,17 @@ def test_everything_is_on_the_disk_before_the_name_counts(tmp_path: pathlib.Path
         if step == 2:  # the last good one goes when the new one is safe
             assert trials.add(after.index(tmp_path.stat().st_ino) < after.index("1.old"))
     trials.figure = "every file and directory of a step, before its name and before an older one goes"
+
+
+@pytest.mark.fast
+@pytest.mark.row("B3", "B8")
+def test_wrong_bytes_are_found_by_another_run_too(tmp_path: pathlib.Path, make, monkeypatch) -> None:  # noqa: F811
+    """What `init_from`, evaluation and export read is looked at too, as far as they read it."""
+    one = make(tmp_path / "checkpoints")
+    wrong_write(one, monkeypatch, "w")
+    one.save(2, state(2), {"samples_seen": 16})
+    one.wait()
+    run = AnotherRun(str(tmp_path), "--workdir")
+    assert same(run.read({"b": None}), {"b": state(2)["b"]})
+    with pytest.raises(UserError, match="--workdir: checkpoint .*2 cannot be read .w: is not what was trained.; give another run"):
+        run.read({"b": None, "w": None})
