@@ -129,11 +129,14 @@ class Life:
     """One process of a run, watched from outside by a thread."""
 
     def __init__(
-        self, run: pathlib.Path, steps: int, save_every: int, cache: pathlib.Path, keep: int = 2, settings: Sequence[str] = ()
-    ) -> None:
+        self, run: pathlib.Path, steps: int, save_every: int, cache: pathlib.Path, keep: int = 2, settings: Sequence[str] = (),
+        watched: bool = False,
+    ) -> None:  # fmt: skip
         regular = {"steps": steps, "save_every": save_every, "eval_every": 8 * save_every, "keep": keep}
         settings = [*TINY, *(f"train.{name}={value}" for name, value in regular.items()), *settings]
-        command = [sys.executable, "-m", "m3i_jax.main", "--config", "configs/quickstart.py", "--workdir", str(run)]
+        self._noted = run / "memory.txt"  # by itself, of one that is watched
+        program = ["tests.faults.watched", str(self._noted)] if watched else ["m3i_jax.main"]
+        command = [sys.executable, "-m", *program, "--config", "configs/quickstart.py", "--workdir", str(run)]
         self.cost = 0.0  # seconds of processors up to the first step
         self.run, self.began, self.first, self._log = run, time.monotonic(), 0.0, run / "metrics.jsonl"
         run.mkdir(parents=True, exist_ok=True)
@@ -165,11 +168,14 @@ class Life:
         self._size = size
         if self.first and not self._told:
             try:
+                noted = self._noted.read_text() if self._noted.is_file() else ""
                 about = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
                 handles = len(os.listdir(f"/proc/{self.process.pid}/fd"))
             except OSError:
                 return
-            if own := re.search(r"RssAnon:\s+(\d+) kB", about):  # not what the kernel keeps of files and may drop
+            if noted.endswith("\n"):
+                self.samples.append((now - self.first, float(noted), handles))
+            elif own := re.search(r"RssAnon:\s+(\d+) kB", about):  # not what the kernel keeps of files and may drop
                 self.samples.append((now - self.first, int(own[1]) / 1024, handles))
 
     def _processor(self) -> float:
@@ -276,7 +282,7 @@ def soak(place: pathlib.Path, *, seconds: float, every: float, save_every: int) 
     both are told to stop, and are compared at the newest regular step that the killed one has. A life after one in which nothing was saved
     gets twice the time, or a slow machine would never come any further."""
     cache, began = place / "cache", time.monotonic()
-    whole = Life(place / "alone", STEPS, save_every, cache, keep=STEPS)
+    whole = Life(place / "alone", STEPS, save_every, cache, keep=STEPS, watched=True)
     lost, kills, starts, lives, time_ = Lost(place / "killed"), 0, [], [], every
     while True:
         life = Life(lost.run, STEPS, save_every, cache)

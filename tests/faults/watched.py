@@ -1,0 +1,33 @@
+"""A run that notes its own memory every few seconds, after what is free was collected and given back: `python -m tests.faults.watched FILE`
+and the arguments of m3i_jax.main. What a garbage collection will free anyway comes and goes by ten MB, and hides what stays."""
+
+import gc
+import pathlib
+import re
+import sys
+import threading
+import time
+
+from m3i_jax import main
+from m3i_jax.training import leaks
+
+EVERY = 5.0  # seconds
+
+
+def own() -> float:
+    """MB of this process's own memory: not what the kernel keeps of files and may drop."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
+    return int(found[1]) / 1024 if found else float("nan")
+
+
+def note(file: pathlib.Path) -> None:
+    while True:
+        time.sleep(EVERY)
+        gc.collect()
+        leaks.give_back()
+        file.write_text(f"{own()}\n")
+
+
+if __name__ == "__main__":
+    threading.Thread(target=note, args=(pathlib.Path(sys.argv[1]),), daemon=True).start()
+    sys.exit(main.main(sys.argv[2:]))
