@@ -219,12 +219,13 @@ def test_a_short_soak(tmp_path: pathlib.Path, trials) -> None:
 @pytest.mark.fast
 @pytest.mark.row("A1")
 def test_growth_is_seen_and_only_growth() -> None:
-    """An hour of samples with noise, a warm-up and saves that open files: two MB an hour, or one descriptor a save, are found."""
+    """An hour of samples with what steps hold for a moment, a warm-up and saves that open files: two MB an hour, or one descriptor a save,
+    are found."""
     noise = np.random.default_rng(0)
 
-    def hour(slope: float, leak: int = 0, seconds: int = 3600, loud: float = 3.0) -> soak.Growth | None:
+    def hour(slope: float, leak: int = 0, seconds: int = 3600, loud: float = 6.0) -> soak.Growth | None:
         warm = 400 - 30 * np.exp(-np.arange(seconds) / 120)
-        memory = warm + slope * np.arange(seconds) / 3600 + loud * noise.standard_normal(seconds)
+        memory = warm + slope * np.arange(seconds) / 3600 + loud * noise.random(seconds)
         handles = 20 + 4 * (np.arange(seconds) % 15 == 0) + leak * (np.arange(seconds) // 600)
         return soak.growth([(float(t), float(m), int(n)) for t, m, n in zip(range(seconds), memory, handles, strict=True)])
 
@@ -232,6 +233,6 @@ def test_growth_is_seen_and_only_growth() -> None:
         found = hour(slope, leak)
         assert found and found.none == none, found
         assert abs(found.mb - slope) <= found.error + 0.1 and (found.descriptors > 0) == bool(leak), found
-    restless, short = hour(0.0, loud=200.0), hour(0.0, seconds=300)
+    restless, short = hour(0.0, loud=1000.0), hour(0.0, seconds=300)
     assert restless and not restless.none and short and not short.none  # not shown is not none
     assert hour(0.0, seconds=60) is None
