@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from m3i_jax.parallel.mesh import DATA
@@ -96,7 +97,9 @@ def _open(places: list[int], devices: int, dtype: Any, packed: bool, layer: Any)
         parts = [jnp.moveaxis(leaves[i].astype(dtype), places[i], 0) for i in mine]  # the split dimension first, all else in columns
         flat = [part.reshape(part.shape[0], -1) if packed else part for part in parts]
         buffer = flat[0] if len(flat) == 1 else jnp.concatenate(flat, 1)
-        gathered = checkpoint_name(jax.lax.all_gather(buffer, _SHARDS, axis=0, tiled=True), GATHERED)
+        whole = jax.lax.all_gather(buffer, _SHARDS, axis=0, tiled=True)
+        # Rows of the gradient, too, lie one behind the other: laid out by columns, the TPU compiler adds it up whole on every device.
+        gathered = checkpoint_name(with_layout_constraint(whole, Layout(tuple(range(whole.ndim)))), GATHERED)
         pieces = jax.lax.split(gathered, [each.shape[1] for each in flat], 1) if len(flat) > 1 else [gathered]
         for i, part, piece in zip(mine, parts, pieces, strict=True):
             leaves[i] = jnp.moveaxis(piece.reshape(part.shape[0] * devices, *part.shape[1:]), 0, places[i])
