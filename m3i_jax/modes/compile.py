@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from m3i_jax import checks, parallel, schema
 from m3i_jax.errors import DoesNotFit, UserError
@@ -58,13 +59,15 @@ def site(name: str, memory: str) -> Site:
 
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
-    """A program from the cache has no compile time, and on some platforms no statistics."""
+    """A program from the cache has no compile time, and on some platforms no statistics. JAX reads the setting once, until a reset."""
     before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def part_of(path: str) -> str:

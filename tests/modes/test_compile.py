@@ -9,6 +9,7 @@ import sys
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from m3i_jax import main as command
 from m3i_jax import parallel
@@ -55,6 +56,29 @@ def test_what_waits_for_the_backward_is_counted_from_shapes() -> None:
     bias = 4 * width  # of the decoder's block outside the scan: a slice of the parameters that `half` reads again
     assert kept("names") - kept("half") == 4 * (5 * width * (encoder + decoder) - bias)
     assert kept("half") > kept("full") > 0
+
+
+def test_a_program_is_compiled_although_the_cache_has_it(tmp_path) -> None:
+    """Also in a process that has used its cache before: JAX asks once whether there is one."""
+    settings = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: jax.config.values[name] for name in settings}
+
+    def entries(factor: float) -> int:
+        jax.jit(lambda x: x * factor).lower(1.0).compile()
+        return len(list(tmp_path.glob("*-cache")))
+
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        assert entries(2.0) == 1
+        with mode._uncached():
+            assert entries(3.0) == 1
+        assert entries(4.0) == 2
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_a_step_for_eight_devices_is_compiled_and_reported(tmp_path, capsys) -> None:
