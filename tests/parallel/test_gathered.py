@@ -1,6 +1,7 @@
 """Functions of rows that gather their weights by hand: where the gathers stand in the program, and the same numbers on any mesh."""
 
 import functools
+import importlib.util
 import re
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from m3i_jax import parallel, schema
 from m3i_jax.models import initial, layers, pooling, stacked
+from m3i_jax.parallel import topology
 from m3i_jax.reporting import hlo
 
 DEPTH, WIDTH, ROWS, TOKENS = 5, 32, 16, 6
@@ -76,6 +78,52 @@ def test_the_scan_gathers_one_block_at_a_time(keep: bool) -> None:
     kept = f"f32[{DEPTH},{WIDTH},{8 * WIDTH}]" in text
     assert kept == keep
     close(run(*arguments), on_one_device())
+
+
+def traced(depth: int, rows: int, **settings):
+    """(gradients of a stack of blocks as a function, abstract arguments) for the mesh in use."""
+    one = layers.block(WIDTH, 4, 2.0, "bfloat16")
+    tree = jax.eval_shape(lambda key: initial.init_blocks(one, key, width=WIDTH, depth=depth), jax.random.key(0))
+    loss = lambda tree, x: stacked.run_blocks(one, tree, x, **settings).astype(jnp.float32).sum()  # noqa: E731
+    return jax.grad(loss), tree, jax.ShapeDtypeStruct((rows, TOKENS, WIDTH), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("remat", ["none", "half"])  # in one, and in two pieces
+def test_a_block_adds_its_gradients_up_once_and_by_rows(remat: str) -> None:
+    with jax.set_mesh(parallel.make_mesh((1, 8, 1))):
+        run, *arguments = traced(DEPTH, ROWS, scan=True, remat=remat)
+        program = jax.make_jaxpr(run)(*arguments)
+    made, scattered, added = {}, [], []
+
+    def walk(jaxpr) -> None:
+        for each in jaxpr.eqns:
+            made.update((var, each) for var in each.outvars)
+            scattered.extend([each] if each.primitive.name == "reduce_scatter" else [])
+            added.extend(var.aval for var in each.invars if each.primitive.name.startswith("psum"))
+            for inner in jax.core.jaxprs_in_params(each.params):
+                walk(inner)
+
+    walk(program.jaxpr)
+    (one,) = scattered  # in the body of the scan, outside that of the pieces
+    assert one.invars[0].aval.str_short() == f"bfloat16[{WIDTH},{8 * WIDTH}]"
+    # A layout by columns is what makes an all-reduce of it, and a slice, on a TPU.
+    pin = made[one.invars[0]]
+    assert pin.primitive.name == "layout_constraint" and pin.params["layout"].major_to_minor == (0, 1)
+    assert added and all(each.size < DEPTH * WIDTH * WIDTH for each in added), added  # norms and biases, once a stack
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_tpu_scatters_the_gradients_of_blocks_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = parallel.make_mesh((1, 8, 1), topology.devices(topology.read("v5e:2x4")))
+    place = lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)  # noqa: E731
+    with jax.set_mesh(mesh):
+        run, tree, x = traced(DEPTH, ROWS, scan=True, remat="names")
+        layout, rows = parallel.shardings(mesh, tree), parallel.data_sharding(mesh)
+        done = jax.jit(run, out_shardings=layout).lower(jax.tree.map(place, tree, layout), place(x, rows)).compile()
+    found = hlo.collectives(hlo.parse(done.as_text()))
+    assert found["reduce-scatter"].count == DEPTH
+    assert found["all-reduce"].received < found["reduce-scatter"].received / 4  # norms and biases
 
 
 @pytest.mark.parametrize(
