@@ -1,10 +1,10 @@
 """What the train step of ViT-B/16 needs on TPUs that are not here: compiled ahead of time, counted from the compiled program's text.
 
-    python -m tests.bench.compiled                    # all; an hour on two idle cores, about two minutes a compilation
+    python -m tests.bench.compiled                    # all: some twenty compilations of one to three minutes, about an hour
     python -m tests.bench.compiled slice scaling      # some of: slice, largest, loop, depth, scaling, chips
 
 slice: the paper's batch on v5e:4x4, in 4 microbatches. largest: views on one v5e chip at no more than 1.10 times the model's FLOPs without
-microbatches and 1.02 times in four, by bisection over multiples of 32, and what the largest takes over state, batch and what the backward
+microbatches and 1.02 times in four, by bisection over multiples of 64, and what the largest takes over state, batch and what the backward
 waits for. loop: temporaries at 64 views over those of a loop over blocks that keeps what differentiation asks for. depth: compile time of
 an encoder of 48 blocks over one of 12, the least of three each. scaling: FLOPs of a device at 8, 64 and 256 chips with the same views a
 chip. chips: the paper's batch of ViT-B and ViT-L on slices of v5p and v6e: whether it fits, and days. Needs libtpu (extra tpu), no TPU.
@@ -20,13 +20,15 @@ from m3i_jax import schema
 from m3i_jax.modes import compile as mode
 from m3i_jax.modes import fitting, show
 from m3i_jax.reporting import compiled
+from m3i_jax.reporting import show as tables
 from m3i_jax.reporting.show import size
 from tests.bench.figures import Figure
 
 COLORLESS = {"jitter_p": "0", "grayscale_p": "0", "blur_p": "(0.0,0.0)", "solarize_p": "(0.0,0.0)"}
-STEP = 32  # views a chip
+STEP = 64  # views a chip
 PARTS = ("slice", "largest", "loop", "depth", "scaling", "chips")
 SLICES = ("v5p:2x2x4", "v6e:4x4")
+HEADERS = ("figure", "measured", "target", "", "note")
 
 
 def settings(model: str = "vit_b16", **changes: Any) -> schema.Config:
@@ -68,7 +70,7 @@ def largest() -> list[Figure]:
             peak = report["peak_bytes"] or math.nan  # the compiler does not always say what it wanted
             return fitting.Trial(fits=report["fits"] and cheap, peak=peak, fixed=fixed, limit=report["limit_bytes"])
 
-        found = fitting.largest(attempt, 8)
+        found = fitting.largest(attempt, 256 // STEP)
         best = tried.get(found)
         note = f"FLOPs {best['flops']['ratio']:.3f} times the model's, remat {remat}" if best else ""
         what = f"v5e chip: largest ViT-B batch {name}, FLOPs at most {most}"
@@ -132,11 +134,12 @@ def figures(quick: bool, parts: tuple[str, ...] = PARTS) -> list[Figure]:
         small = plain(train__batch_size=8, model__encoder__depth=1, model__decoder__depth=1)
         return [Figure("v5e chip: peak over what it has, toy", (r := got("v5e:1x1", small))["peak_bytes"] / r["limit_bytes"], 1.0)]
     made = {"slice": the_slice, "largest": largest, "loop": loop, "depth": depth, "scaling": scaling, "chips": chips}
-    return [figure for part in parts for figure in made[part]()]
+    out = []
+    for part in parts:
+        out += (mine := made[part]())
+        print(tables.table([figure.cells for figure in mine], HEADERS), flush=True)  # not lost with what comes behind it
+    return out
 
 
 if __name__ == "__main__":
-    from m3i_jax.reporting import show as tables
-
-    rows = figures(False, tuple(sys.argv[1:]) or PARTS)
-    print(tables.table([figure.cells for figure in rows], ("figure", "measured", "target", "", "note")))
+    figures(False, tuple(sys.argv[1:]) or PARTS)
