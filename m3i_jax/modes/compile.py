@@ -193,7 +193,8 @@ def _advice(config: schema.Config, got: dict[str, Any]) -> str:
     while parts < 64 and state + (got["peak_bytes"] or 0) * config.train.microbatches / parts > got["limit_bytes"]:
         parts *= 2
     parts = max(parts, 2 * config.train.microbatches)
-    keep = "store less with --config.model.remat=names, " if config.model.remat == "none" else ""
+    less = {"none": "names", "dots": "names", "names": "half"}.get(config.model.remat)
+    keep = f"store less with --config.model.remat={less}, " if less else ""
     return f"{keep}compute it in parts with --config.train.microbatches={parts}, lower config.train.batch_size, or let --suggest search"
 
 

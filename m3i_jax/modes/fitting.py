@@ -20,7 +20,8 @@ class Trial:
 
 
 def largest(attempt: Callable[[int], Trial], start: int) -> int:
-    """The largest size that fits, 0 if 1 does not; exact up to 16, above it to a sixteenth.
+    """The largest size that fits, 0 if 1 does not; exact up to 16, above it to a sixteenth and among round sizes, which a step can take in
+    pieces of the size that it wants (models/stacked.py): of a prime number of rows it cannot, and needs more than of the next above.
 
     Need grows about linearly with size, so the next size is where a line through what is known meets the limit; every second time it is
     the middle instead, since near the limit a compiler bends the line by computing things twice.
@@ -36,13 +37,14 @@ def largest(attempt: Callable[[int], Trial], start: int) -> int:
         high = min((n for n, t in known.items() if not t.fits), default=0)
         if high and high - low <= max(1, low // 16):
             return low
-        guess = _line(known, size)
+        guess, step = _line(known, size), 2 ** max(0, (low // 16).bit_length() - 1)
         if not high:
             size = min(max(guess or 2 * low, low + max(1, low // 8)), 8 * low)
         elif guess is None or len(known) % 2 == 0:
             size = (low + high) // 2
         else:
             size = min(max(guess, low + 1), high - 1)
+        size = max(size // step * step, (low // step + 1) * step)
 
 
 def _line(known: dict[int, Trial], size: int) -> int | None:
@@ -62,11 +64,11 @@ def with_batch(config: schema.Config, images: int) -> schema.Config:
 
 
 def candidates(config: schema.Config, devices: int) -> Iterator[tuple[str, schema.Config]]:
-    """(flags, configuration) from the cheapest change to the dearest: what is recomputed costs a few per cent by name and a fifth in full,
-    microbatches cost kernels of less than full size, a sharded state costs network. Only what can be split over so many devices."""
-    remat = configuration.leaves()["model.remat"][3]
-    named = [name for name in ("names", "dots") if name in remat and config.model.remat == "none"][:1]
-    some = [("model.remat", named[0])] if named else []
+    """(flags, configuration) from the cheapest change to the dearest: what is recomputed costs one per cent by name, a tenth by half and a
+    sixth in full, microbatches cost kernels of less than full size, a sharded state costs network. Only what can be split over so many
+    devices."""
+    some = [("model.remat", "names")] if config.model.remat == "none" else []
+    half = [("model.remat", "half")] if config.model.remat not in ("half", "full") else []
     full = [("model.remat", "full")] if config.model.remat != "full" else []
 
     def parts(factor: int) -> tuple[str, str]:
@@ -75,8 +77,8 @@ def candidates(config: schema.Config, devices: int) -> Iterator[tuple[str, schem
     shards = config.parallel.mesh[1]
     spread = [("parallel.mesh", f"(-1,{min(devices, 8)},1)")] if shards == 1 and devices > 1 else []
     wide = [("parallel.mesh", f"(1,{devices},1)")] if devices > 8 else spread
-    ladder = [[], some, [parts(2)], [*some, parts(2)], [*some, parts(4)], spread, [*spread, *some, parts(4)]]
-    ladder += [[*full, parts(4)], [*wide, *some, parts(8)], [*wide, *full, parts(8)]]
+    ladder = [[], some, [parts(2)], [*some, parts(2)], [*some, parts(4)], half, spread, [*spread, *some, parts(4)]]
+    ladder += [[*half, parts(4)], [*full, parts(4)], [*wide, *some, parts(8)], [*wide, *full, parts(8)]]
     seen: set[str] = set()
     for changes in ladder:
         flags = " ".join(f"--config.{key}={value}" for key, value in changes)
