@@ -99,7 +99,7 @@ def cosine_momentum(start: float, steps: int) -> Schedule:
         raise ValueError(f"steps is {steps}; it must be at least 1")
 
     def schedule(count: ArrayLike) -> jax.Array:
-        done = jnp.clip(jnp.asarray(count).astype(jnp.float32) / steps, 0.0, 1.0)
+        done = jnp.clip(jnp.asarray(count).astype(jnp.float32) / float(steps), 0.0, 1.0)
         return 1 - (1 - start) * (1 + jnp.cos(jnp.pi * done)) / 2
 
     return schedule

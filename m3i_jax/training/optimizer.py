@@ -93,9 +93,10 @@ def learning_rate(optim: schema.Optim, *, steps: int, warmup: int) -> Callable[[
 
     def rate(step: Any) -> Any:
         step = jnp.asarray(step, jnp.float32)
-        share = jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        # As floats: a run of three thousand million steps is planned, if never made, where the largest batch is sought on a small chip.
+        share = jnp.clip((step - float(warmup)) / float(max(steps - warmup, 1)), 0.0, 1.0)
         cosine = optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + jnp.cos(jnp.pi * share))
-        return jnp.where(step < warmup, optim.lr * step / max(warmup, 1), cosine)
+        return jnp.where(step < float(warmup), optim.lr * step / float(max(warmup, 1)), cosine)
 
     return rate
 

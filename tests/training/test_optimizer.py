@@ -10,7 +10,7 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.models import m3i
-from m3i_jax.objective import methods
+from m3i_jax.objective import methods, target
 from m3i_jax.parallel.rules import path_of
 from m3i_jax.training import optimizer
 from tests import toy
@@ -76,6 +76,12 @@ def test_learning_rate_golden() -> None:
     got = [float(rate(k)) for k in (0, 6_240, 12_480, 134_160, 255_840, 377_520, 499_200, 600_000)]
     half = 1e-3 * 0.5 * (1 + math.sqrt(0.5))
     np.testing.assert_allclose(got, [0, 5e-4, 1e-3, half, 5e-4, 1e-3 - half, 0, 0], rtol=1e-6, atol=1e-10)
+
+
+def test_a_run_of_more_steps_than_an_int32_can_be_planned() -> None:
+    """442 million pictures, thirty times, four at once: where the largest batch is sought on a small chip."""
+    rate = jax.jit(optimizer.learning_rate(schema.Optim(lr=1.0), steps=2**32, warmup=2**31 + 2**10))
+    assert 0 < float(rate(10)) < 1e-8 and 0 < float(jax.jit(target.cosine_momentum(0.0, 2**32))(2**20)) < 1e-6
 
 
 @pytest.mark.parametrize(("steps", "warmup", "low"), [(100, 10, 0.0), (100, 0, 1e-3), (50, 50, 0.1), (7, 3, 0.25)])
