@@ -35,6 +35,7 @@ TINY = [
     "--config.train.eval_every=4",
     "--config.train.panel_every=0",
     "--config.evaluate.batch_size=32",
+    *(f"--config.evaluate.{drawn}=false" for drawn in ("embedding", "attention", "confusion", "examples")),
 ]
 QUICK = ["--config", "configs/quickstart.py", *TINY]
 

@@ -62,7 +62,7 @@ def test_the_pooling_reads_what_its_weights_say() -> None:
     np.testing.assert_allclose(mixed @ part["out"]["kernel"] + part["out"]["bias"], pooling.apply(config.model, part, x), atol=2e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, toy.INTERN])
+@pytest.mark.parametrize("changes", [{}, pytest.param(toy.INTERN, marks=pytest.mark.slow)])
 def test_maps_on_a_mesh_are_those_of_one_device(changes: dict) -> None:
     """Sharded rows and weights, a last batch that is not full, and only valid rows; an InternImage has no attention of its own."""
     config = toy.settings(**{**changes, **SETTINGS, "model__encoder__width": 64})

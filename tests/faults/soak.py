@@ -86,9 +86,9 @@ def state_at(run: pathlib.Path, step: int, cache: pathlib.Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """What a life had more of as it went on. `mb`: of its own memory, an hour, a line through the floors of its windows (a tenth of a
-    window's samples lie below: what a step, a save or an evaluation needs for a moment is none, and what stays lifts the floor as well); the
-    true slope lies with 95 % between mb - error and mb + error. `descriptors`: of the last quarter against the first, medians and maxima."""
+    """What a life had more of as it went on. `mb`: of its own memory, an hour, a line through the floors of its windows (a tenth of the
+    samples lie below: what a step, a save or an evaluation needs for a moment is none, and what stays lifts the floor as well); the true
+    slope lies with 95 % between mb - error and mb + error. `descriptors`: of the last quarter against the first, medians and maxima."""
 
     minutes: float
     mb: float
