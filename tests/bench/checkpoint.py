@@ -79,7 +79,7 @@ def measure(megabytes: int, runs: int, place: str | None) -> dict[str, float]:
         least[name] = min(least.get(name, value), value)
 
     folder = pathlib.Path(tempfile.mkdtemp(dir=place))
-    checkpoints = Checkpoints(folder / "checkpoints", 1)
+    checkpoints = Checkpoints(folder / "checkpoints", runs + 2)  # removing one of before is no part of a save: it comes after the name
     try:
         for turn in range(1, runs + 2):
             working = jax.block_until_ready(step({name: x.copy() for name, x in state.items()}))

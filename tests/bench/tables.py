@@ -125,6 +125,8 @@ TRIED: dict[str, tuple[str, int, dict[str, str]]] = {
     "supervised, width 96, longer": ("supervised", 3000, _WIDE | {"objective.gamma": "1.0"}),
     "M3I, decoder 64": ("M3I", 3000, _DECODER),
     "supervised, long": ("supervised", 6000, _DECODER | {"objective.gamma": "1.0"}),
+    "CLIP, long": ("CLIP", 6990, _DECODER),
+    "M3I, decoder 64, as many steps as CLIP": ("M3I", 6990, _DECODER),
 }
 
 
