@@ -231,8 +231,10 @@ def test_growth_is_seen_and_only_growth() -> None:
 
     for slope, leak, none in ((0.0, 0, True), (-1.0, 0, True), (2.0, 0, False), (0.0, 1, False)):
         found = hour(slope, leak)
-        assert found and found.none == none, found
+        assert found and found.none() == none, found
         assert abs(found.mb - slope) <= found.error + 0.1 and (found.descriptors > 0) == bool(leak), found
     restless, short = hour(0.0, loud=1000.0), hour(0.0, seconds=300)
-    assert restless and not restless.none and short and not short.none  # not shown is not none
+    assert restless and not restless.none() and short and not short.none()  # not shown is not none
     assert hour(0.0, seconds=60) is None
+    saving = hour(2.0)
+    assert saving and saving.none(3600 / 2.0) and not saving.none(600.0)  # a save every other second explains two MB

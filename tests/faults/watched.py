@@ -1,6 +1,11 @@
 """A run that notes its own memory every few seconds, after what is free was collected and given back: `python -m tests.faults.watched FILE`
-and the arguments of m3i_jax.main. What a garbage collection will free anyway comes and goes by ten MB, and hides what stays."""
+and the arguments of m3i_jax.main. What a garbage collection will free anyway comes and goes by ten MB, and hides what stays.
 
+FILE has two numbers, MB: what is allocated, of Python too if PYTHONMALLOC=malloc; and what is resident, with all that the C library keeps
+in pieces between what is allocated, which is more the longer a run of many threads lives, up to some bound.
+"""
+
+import ctypes
 import gc
 import pathlib
 import re
@@ -20,12 +25,29 @@ def own() -> float:
     return int(found[1]) / 1024 if found else float("nan")
 
 
+class _Info(ctypes.Structure):
+    """`struct mallinfo2` of glibc."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    ]
+
+
+def allocated() -> float:
+    """MB that were asked for and not freed, in all arenas and by mmap."""
+    ask = ctypes.CDLL(None).mallinfo2
+    ask.restype = _Info
+    found = ask()
+    return (found.uordblks + found.hblkhd) / 2**20
+
+
 def note(file: pathlib.Path) -> None:
     while True:
         time.sleep(EVERY)
         gc.collect()
         leaks.give_back()
-        file.write_text(f"{own()}\n")
+        file.write_text(f"{allocated()} {own()}\n")
 
 
 if __name__ == "__main__":
