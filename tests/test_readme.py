@@ -56,8 +56,8 @@ TINY = [
     "model.dtype=float32", "model.encoder.patch_size=8", "model.encoder.width=16", "model.encoder.depth=1", "model.encoder.heads=2",
     "model.decoder.width=16", "model.decoder.depth=1", "model.decoder.heads=2", "model.pool.width=16", "model.pool.heads=2",
     "model.text.width=16", "model.text.depth=1", "model.text.heads=2", "model.text.embed=16",
-    "evaluate.k=3", "evaluate.batch_size=8", "evaluate.train_limit=32", "evaluate.query_limit=16",
     "evaluate.attention=false", "evaluate.confusion=false", "evaluate.examples=false",
+    "evaluate.k=3", "evaluate.batch_size=8", "evaluate.train_limit=32", "evaluate.query_limit=16",
 ]
 # fmt: on
 
