@@ -39,7 +39,7 @@ TINY = [
 ]  # fmt: skip
 STEPS = 10_000_000  # of a run that is stopped after its hours: more than it can do
 SETTLED = 15.0  # seconds after the first step of a life from which on descriptors are compared
-WINDOWS = 24  # parts of a life whose floors make the slope of its memory
+WINDOWS = 24  # parts of a life whose medians make the slope of its memory
 MOST_MB = 1.0  # an hour: the slope of memory that counts as none, with its error
 LEFT_MB = 1.5e-3  # a save
 
@@ -88,9 +88,8 @@ def state_at(run: pathlib.Path, step: int, cache: pathlib.Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """What a life had more of as it went on. `mb`: of its own memory, an hour, a line through the floors of its windows (a tenth of the
-    samples lie below: what a step, a save or an evaluation needs for a moment is none, and what stays lifts the floor as well); the true
-    slope lies with 95 % between mb - error and mb + error. `descriptors`: of the last quarter against the first, medians and maxima."""
+    """What a life had more of as it went on. `mb`: of its own memory, an hour, a line through the medians of its windows; the true slope
+    lies with 95 % between mb - error and mb + error. `descriptors`: of the last quarter against the first, medians and maxima."""
 
     minutes: float
     mb: float
@@ -116,7 +115,7 @@ def growth(samples: list[tuple[float, float, int]], settled: float = SETTLED) ->
         return None
     first, last = judged[0][0], judged[-1][0]
     windows = [[s[1] for s in judged if i <= WINDOWS * (s[0] - first) / (last - first) < i + 1] for i in range(WINDOWS)]
-    points = [((first + (i + 0.5) * (last - first) / WINDOWS) / 3600, sorted(w)[len(w) // 10]) for i, w in enumerate(windows) if w]
+    points = [((first + (i + 0.5) * (last - first) / WINDOWS) / 3600, statistics.median(w)) for i, w in enumerate(windows) if w]
     hours, memory = zip(*points, strict=True)
     slope, at = statistics.linear_regression(hours, memory)
     left = sum((m - slope * h - at) ** 2 for h, m in points) / (len(points) - 2)
