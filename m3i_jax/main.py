@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from m3i_jax import config as configuration
 from m3i_jax import privacy
 from m3i_jax.errors import DoesNotFit, Stopped, UserError
+from m3i_jax.training import leaks
 from m3i_jax.version import __version__
 
 MODES = {
@@ -100,6 +101,8 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    if arguments is None:
+        leaks.one_heap()  # before there are threads
     with privacy.guarded(forever=arguments is None):
         try:
             return _run(sys.argv[1:] if arguments is None else arguments)
