@@ -1,7 +1,7 @@
 """Mirroring, colour jitter, grayscale, Gaussian blur, solarization and normalisation on the device: pure, of static shape, and keyed by
 (seed, stream position, view), so that neither sharding nor batch size nor a restart changes a pixel.
 
-The host delivers uint8 views as they were cut; everything that makes no new pixels happens here, where it costs a fraction of a
+The host delivers uint8 views as they were cut; mirroring and what only changes colours happen here, where they cost a fraction of a
 percent of a step instead of most of the host's time. Images are float32 RGB in 0..1, channels last. The semantics are those of Pillow and
 torchvision (the augmentations of SiameseIM, MoCo v3 and BYOL), in floating point instead of rounding to 8 bits after every operation.
 """

@@ -11,7 +11,7 @@ A save still asks for the few directories that it has not used before, which lea
 
 And the C library of Linux keeps what is freed, in pieces in the arenas of all threads that ever asked for some, eight a core: what a
 compilation or an evaluation needed for a moment stays the process's own, and as pieces fit worse and worse it takes more, by 20 MB an hour
-in a run of 430 MB. From one heap for all threads that does not happen (`one_heap`), and `give_back` returns what is free.
+in a run of 430 MB. With one heap for all threads (`one_heap`) it was 1 MB in eight minutes, 13 with many. `give_back` returns what is free.
 """
 
 import contextlib

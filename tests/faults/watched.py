@@ -2,7 +2,7 @@
 and the arguments of m3i_jax.main. What a garbage collection will free anyway comes and goes by ten MB, and hides what stays.
 
 FILE has two numbers, MB: what is allocated, of Python too if PYTHONMALLOC=malloc; and what is resident, with all that the C library keeps
-in pieces between what is allocated, which is more the longer a run of many threads lives, up to some bound.
+in pieces between what is allocated.
 """
 
 import ctypes
