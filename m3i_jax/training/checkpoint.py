@@ -50,6 +50,7 @@ class Checkpoints:
     MISSES = 3  # saves in a row that may fail before the run ends
     BACK_OFF = 10.0  # seconds before a failed save is tried again; twice as long each time
     LIMIT = 1800.0  # seconds that hosts wait for each other in a save or a restore
+    FILE = 2**27  # bytes of a file after which the next is begun: while a disk takes the one, a processor makes the other
 
     def __init__(self, directory: pathlib.Path, keep: int, *, say: Callable[[str], None] = print):
         self._directory, self._keep, self._say = directory.absolute(), keep, say
@@ -166,9 +167,11 @@ class Checkpoints:
                 steps.clean(self._directory)
             self._cleaned = True
             arrays = prints.of(state)  # sent before the state is given away, fetched behind
-            args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(position | {"format": FORMAT}))
+            whole = ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=self.FILE)
+            args = ocp.args.Composite(state=whole, position=ocp.args.JsonSave(position | {"format": FORMAT}))
             self._orbax.save(self._directory / f"{step}.new", args=args, force=True)
             done = self._thread.submit(self._finish, step, arrays)
+            self._thread.submit(leaks.give_back)  # the step has its name by then: nobody waits for it
         except Exception as error:  # a full disk or no permission: told when the hosts next meet, as if it came later
             done.set_exception(error)
         self._saving = step, position, done
@@ -183,7 +186,6 @@ class Checkpoints:
         os.rename(new, self._directory / str(step))
         steps.sync(self._directory)
         steps.retain(self._directory, self._keep, self._say)
-        leaks.give_back()
 
     def _settle(self) -> bool:
         """Wait for the save before. True if it is there now, or there was none."""
