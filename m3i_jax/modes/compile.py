@@ -130,8 +130,7 @@ def report(config: schema.Config, site: Site, vocabulary: int) -> dict[str, Any]
             "compile_seconds": time.perf_counter() - start,
         }
     seconds = time.perf_counter() - start
-    most = slices.CHIPS[site.chip].usable if site.topology.family.platform == "tpu" else math.inf
-    need = compiled.memory(done.memory_analysis(), state, rows, most=most)
+    need = compiled.memory(done.memory_analysis(), state, rows, own=site.topology.family.platform == "tpu")
     out |= {"fits": need.peak <= site.limit, "peak_bytes": need.peak, "over_bytes": max(0.0, need.peak - site.limit), "memory": need.parts}
     out["peak_ratio"] = need.peak / (sum(state.values()) + rows + out["residual_bytes"])
     out |= compiled.read(done.as_text(), chip=site.chip, cores=site.topology.family.cores) | {"compile_seconds": seconds}

@@ -24,7 +24,6 @@ compile.json, version 1 (bytes, seconds and FLOPs are of one device and one step
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -46,21 +45,22 @@ class Memory:
     parts: dict[str, float]
 
 
-def memory(stats: Any, state: dict[str, float], batch: float, *, most: float = math.inf) -> Memory:
+def memory(stats: Any, state: dict[str, float], batch: float, *, own: bool = False) -> Memory:
     """The memory of a program from the compiler's statistics.
 
     Args:
       stats: what `compiled.memory_analysis()` returns.
       state: {part of the state: bytes of a device}, from shapes.
       batch: bytes of a device's share of the batch.
-      most: bytes that the compiler had, where it refuses what does not fit.
+      own: take the compiler's own peak. That of a TPU's is the number which it holds against the chip's memory before it refuses a
+        program, arguments included; temporaries of loops that take each other's place are in the sum of its other numbers twice.
 
-    Arguments, results that do not take their place, and temporaries are taken to live together. If that is more than a compiler had which
-    let the program through, some share their place, and the peak is the compiler's own. Padding of tiled layouts is a temporary.
+    Elsewhere arguments, results that do not take their place, and temporaries are taken to live together. Padding of tiled layouts is a
+    temporary.
     """
     whole = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
-    if whole > most:
-        whole = min(stats.peak_memory_in_bytes or most, most)
+    if own:
+        whole = stats.peak_memory_in_bytes or whole
     parts = dict(state) | {"batch": batch}
     return Memory(peak=whole, parts=parts | {"temporaries": whole - sum(parts.values())})
 

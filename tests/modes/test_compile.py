@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -175,3 +176,35 @@ def test_a_tpu_step_without_a_tpu(tmp_path, capsys) -> None:
     huge = ["--config.train.batch_size=400000", "--config.data.size=800000"]
     assert command.main([*ARGUMENTS, *huge, "--workdir", str(tmp_path), "--topology=v5e:2x2"]) == 3
     assert "of 15.75 GiB a device" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_the_peak_is_what_a_tpus_compiler_holds_against_its_memory() -> None:
+    """Three towers in scans, at three batches: what the largest would have needed, as the refusal says, lies on the line through the peaks
+    of the others, and the second passed although the sum of its statistics is more than a chip has."""
+    where = mode.site("v5e:1x1", "")
+    one = jax.sharding.SingleDeviceSharding(where.devices[0])
+
+    def shape(*size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=one)
+
+    def tower(weights: tuple[jax.Array, jax.Array], x_BxD: jax.Array) -> jax.Array:
+        block = jax.checkpoint(lambda x, w: x + jax.nn.gelu(x @ w[0]) @ w[1], policy=jax.checkpoint_policies.dots_saveable)
+        return jax.lax.scan(lambda x, w: (block(x, w), None), x_BxD, weights)[0]
+
+    def loss(weights: list[tuple[jax.Array, jax.Array]], x_BxD: jax.Array) -> jax.Array:
+        first = tower(weights[0], x_BxD)
+        ends = tower(weights[1], first), tower(weights[2], 2 * first)
+        return sum(jnp.square(end.astype(jnp.float32)).sum() for end in ends)  # type: ignore[return-value]
+
+    weights = [(shape(depth, 768, 3072), shape(depth, 3072, 768)) for depth in (12, 4, 4)]
+    peaks = []
+    for rows in (65_536, 98_304):
+        found = jax.jit(jax.grad(loss)).lower(weights, shape(rows, 768)).compile().memory_analysis()
+        peaks.append(found.peak_memory_in_bytes)
+    assert compiled.memory(found, {}, 0.0).peak > where.limit > compiled.memory(found, {}, 0.0, own=True).peak == peaks[1]
+    with pytest.raises(jax.errors.JaxRuntimeError) as refused:
+        jax.jit(jax.grad(loss)).lower(weights, shape(131_072, 768)).compile()
+    wanted = compiled.wanted(str(refused.value))
+    assert wanted is not None and wanted[0] == pytest.approx(2 * peaks[1] - peaks[0], rel=0.01)

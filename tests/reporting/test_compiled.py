@@ -22,10 +22,10 @@ def test_parts_sum_to_the_peak_and_results_in_place_count_once() -> None:
     assert need.parts["temporaries"] == 280 - 152 - 10  # the padding of arguments, 8, and new results, 10, among them
 
 
-def test_a_compiler_that_let_it_through_is_believed() -> None:
+def test_the_peak_of_a_compiler_that_refuses_by_it_is_believed() -> None:
     through = types.SimpleNamespace(**vars(stats(argument=170, output=162, alias=152, temp=100)), peak_memory_in_bytes=230)
-    for most, peak in ((280, 280), (279, 230), (220, 220)):
-        need = compiled.memory(through, STATE, 10.0, most=most)
+    for own, peak in ((True, 230), (False, 280)):
+        need = compiled.memory(through, STATE, 10.0, own=own)
         assert need.peak == peak == sum(need.parts.values())
 
 
