@@ -31,7 +31,7 @@ class Heartbeat:
 
     def __init__(self, limit: float, ended: Callable[[str], None]):
         self.limit, self._ended = limit, ended
-        self._first = ""  # the first host's name: when it is lost, so is the store that has it
+        self._names: dict[int, str] = {}  # host -> its name; the store that has it may be lost, or not answer, when it is wanted
         self._lines: dict[int, socket.socket] = {}  # host -> line
         self._heard: dict[int, float] = {}  # host -> when
         self._text: dict[int, bytes] = {}  # host -> what is not a whole line yet
@@ -50,8 +50,8 @@ class Heartbeat:
         else:
             address = barriers.coordinator().rsplit(":", 1)[0].strip("[]")
             line = socket.create_connection((address, int(barriers.published(_KEY))), timeout=min(self.limit, 20.0))
-            line.sendall(b"%d\n" % barriers.host())
-            self._first = barriers.call(0)
+            line.sendall(f"{barriers.host()} {barriers.call(barriers.host())}\n".encode())
+            self._names[0] = barriers.call(0)
             self._adopt(0, line)
         self._thread.start()
         return self
@@ -96,14 +96,18 @@ class Heartbeat:
                     self._lost(number, f"silent for {self.limit:.0f} seconds")
 
     def _enter(self) -> None:
-        """Another host comes: it says its number."""
+        """Another host comes: it says its number and its name."""
         assert self._door
         with contextlib.suppress(OSError, ValueError):
             line, _ = self._door.accept()
             line.settimeout(2.0)
-            number = int(line.recv(16).split(b"\n")[0])
+            hello, _, more = line.recv(512).partition(b"\n")
+            first, _, name = hello.decode(errors="replace").partition(" ")
+            number = int(first)
             if number in self._heard and number not in self._lines:
+                self._names[number] = "".join(c for c in name if c.isprintable())  # whoever finds the door may have said it
                 self._adopt(number, line)
+                self._text[number] = more
 
     def _read(self, number: int) -> None:
         try:
@@ -130,7 +134,7 @@ class Heartbeat:
         self._heard.pop(number, None)
         if self._closed.is_set():
             return
-        who = barriers.call(number) if number else self._first
+        who = self._names.get(number) or f"host {number}"
         text = f"lost {who}: {why}; look into its output, and start all hosts again to go on from the last checkpoint"
         if barriers.host() == 0 and barriers.hosts() > 2:
             self._tell(_LOST + text.encode() + b"\n")

@@ -95,6 +95,7 @@ WAIT = (
     + """
     distributed.initialize(place, limit=60, beat=float(sys.argv[4]))
     barriers.wait("all")
+    barriers.call = lambda number: time.sleep(1000)  # whoever asks the store for a name now may wait for ever
     print("ready", flush=True)
     barriers.wait("never, in time" if me else "never", limit=100.0)
 """
