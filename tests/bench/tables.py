@@ -130,7 +130,6 @@ TRIED: dict[str, tuple[str, int, dict[str, str]]] = {
     "M3I, decoder 64, mask cells of 16 pixels": ("M3I", 3000, _DECODER | {"data.mask_cell": "16"}),
     "M3I, decoder 64, a quarter of the partner": ("M3I", 3000, _DECODER | {"data.mask_ratio": "0.25"}),
     "M3I, decoder 64, gamma 10": ("M3I", 3000, _DECODER | {"objective.gamma": "10.0"}),
-    "M3I, decoder 64, annotations of a whole view": ("M3I", 3000, _DECODER | {"objective.annotation_input": "own"}),
 }
 
 
