@@ -109,8 +109,12 @@ def report(config: schema.Config, site: Site, vocabulary: int) -> dict[str, Any]
     state = state_bytes(made)
     rows = sum(math.prod(s.shape) * s.dtype.itemsize for s in batch.values()) / shards
     host = parallel.make_mesh((1, 1, 1), jax.devices("cpu")[:1])
-    part = fitting.with_batch(config, config.train.batch_size // shards // config.train.microbatches)
-    out["residual_bytes"] = trainer.Trainer(part, host, vocabulary).residuals(trainer.abstract_batch(part))
+    count = config.train.microbatches
+    part = fitting.with_batch(config, config.train.batch_size // shards // count)
+    alone, rows_of_part = trainer.Trainer(part, host, vocabulary), trainer.abstract_batch(part)
+    out["residual_bytes"] = alone.residuals(rows_of_part)
+    if count > 1:
+        out["residual_bytes"] += (count - 1) * alone.looked(rows_of_part) + state["params"]
     start = time.perf_counter()
     try:
         with _uncached():

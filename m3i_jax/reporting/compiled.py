@@ -8,8 +8,9 @@ compile.json, version 1 (bytes, seconds and FLOPs are of one device and one step
     memory                                         {part: bytes}, which sum to peak_bytes; parts: params moments target other (the state),
                                                    batch, temporaries. Empty if the compiler did not say what it wanted
     residual_bytes peak_ratio                      what lives from a forward pass to its backward: the encoder and the dearer of the two
-                                                   groups of losses, by what model.remat keeps, of one microbatch; it is a part of the
-                                                   temporaries. And peak_bytes over state, batch and that: 1 were a perfect compiler
+                                                   groups of losses, by what model.remat keeps, of one microbatch; with several also
+                                                   views and targets of the others, and the sum of gradients. A part of the temporaries.
+                                                   And peak_bytes over state, batch and that: 1 were a perfect compiler
     flops                                          {compiled, model, ratio}: matrix operations of the compiled program, of the traced step
                                                    without remat over the devices, and the first over the second: what is done twice
     collectives                                    {kind: {count, received_bytes}}; those in a loop as often as it turns

@@ -148,13 +148,18 @@ def gradients(
     return grads, metrics, (jnp.sqrt(squares[0]), jnp.sqrt(squares[1]))
 
 
+def looked(plan: Plan, state: State, batch: Batch) -> tuple[dict[int, jax.Array], Goals]:
+    """(patches of every view, goals) of a batch: what with microbatches is made of all of them before the first is learned from."""
+    shared = {"shared": jax.lax.stop_gradient(m3i.target_parts(plan.config, plan.terms, state.params))}
+    return _look(plan, teachers(state) | shared, views.with_blend(plan.config, plan.passes, batch))
+
+
 def pullbacks(plan: Plan, state: State, batch: Batch) -> tuple[Any, list[Any]]:
     """(that of the encoder, those of each group of losses) for a batch that is one microbatch, as trees of the arrays that they keep: what
     lives from the forward pass to the backward is the first and one of the others."""
     batch = views.with_blend(plan.config, plan.passes, batch)
     heads = {k: v for k, v in state.params.items() if k != "encoder"}
-    shared = {"shared": jax.lax.stop_gradient(m3i.target_parts(plan.config, plan.terms, state.params))}
-    crops, goals = _look(plan, teachers(state) | shared, batch)
+    crops, goals = looked(plan, state, batch)
     seen = Seen(goals=goals, keys=goals, index=None, moments=targets.moments(plan, goals))
     z, back = _encoded(plan, state.params, batch, crops)
     _, factors = terms.scales(plan, batch)

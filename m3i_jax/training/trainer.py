@@ -148,6 +148,11 @@ class Trainer:
         each = [of_encoder | arrays(group) for group in groups]
         return max(float(sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in mine)) for mine in each)
 
+    def looked(self, batch: dict[str, jax.ShapeDtypeStruct]) -> float:
+        """Bytes of the views and targets of a batch: those of one microbatch wait for the others."""
+        found = jax.eval_shape(functools.partial(step.looked, self.plan), self.template, batch)
+        return float(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(found)))
+
     def look_inside(self, current: state.State, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """Arrays for a panel of a few rows."""
         return self._look(current, batch)

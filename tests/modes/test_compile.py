@@ -59,6 +59,13 @@ def test_what_waits_for_the_backward_is_counted_from_shapes() -> None:
     assert kept("half") > kept("full") > 0
 
 
+def test_views_and_targets_wait_for_the_other_microbatches() -> None:
+    """Of both views of 16 images the 16 cells of 8 x 8 x 3 numbers, and as many features of 32."""
+    config = toy.settings(data__captions="no")
+    one = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0)
+    assert one.looked(trainer.abstract_batch(config)) == 4 * 2 * 16 * 16 * (8 * 8 * 3 + 32)
+
+
 def test_a_program_is_compiled_although_the_cache_has_it(tmp_path) -> None:
     """Also in a process that has used its cache before: JAX asks once whether there is one."""
     settings = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
