@@ -9,8 +9,9 @@ from m3i_jax.config import default
 from m3i_jax.models import presets
 
 
-def get_config(size: int = 40_000, steps: int = 420, model: str = "vit_tiny") -> ConfigDict:
-    """size: pictures to render. steps: optimizer steps. model: vit_tiny, or internimage_pico, which learns less in as many steps."""
+def get_config(size: int = 40_000, steps: int = 0, model: str = "vit_tiny") -> ConfigDict:
+    """size: pictures to render. steps: optimizer steps; 0: as many as take minutes. model: vit_tiny or internimage_pico."""
+    steps = steps or (420 if model == "vit_tiny" else 850)
     config = default()
     presets.use(config, model)
     if model == "vit_tiny":
@@ -18,8 +19,10 @@ def get_config(size: int = 40_000, steps: int = 420, model: str = "vit_tiny") ->
     else:
         # At the rate of the heads a constant and the border of zeros are nearly all of the features after 36 steps, by either group of
         # losses alone. Steps of Adam that add up along the mean of what a matrix reads would do that; it was not shown to be the cause.
-        config.optim.encoder_lr = 0.08
+        config.optim.encoder_lr = 0.1
         config.optim.fan_in_lr = 256  # of convolutions of up to 1152 inputs
+        config.data.mask_cell = 16  # of cells of 8 pixels a convolution sees little but borders between two pictures
+        config.objective.pairing = "halves"  # half as many inputs a step, so twice as many steps
     config.model.encoder.drop_path = 0.0  # one pass over the data: nothing to regularise
     config.model.encoder.freeze_patch_embed = False  # a random map of 8 x 8 x 3 numbers to 128 loses a third of them
     config.model.decoder.depth = 1

@@ -116,6 +116,7 @@ def measure(megabytes: int, runs: int, place: str | None) -> dict[str, float]:
             if not all((np.asarray(back[name]) == value).all() for name, value in zip(state, host, strict=True)):
                 raise RuntimeError("what was read is not what was saved")
             del back
+            shutil.rmtree(folder / "checkpoints" / str(turn - 1), ignore_errors=True)  # as many pages of memory are in use in each turn
             if turn > 1:  # the first makes what all use
                 for name, value in {"copy": copied, "raw": raw, "read": loaded, "blocked": blocked, "total": total, "restore": restored,
                                     "step": plain, "step after": after, "digests": digested[0], "fingerprints": printed[0],
