@@ -157,9 +157,9 @@ def looked(plan: Plan, state: State, batch: Batch) -> tuple[dict[int, jax.Array]
 def pullbacks(plan: Plan, state: State, batch: Batch) -> tuple[Any, list[Any]]:
     """(that of the encoder, those of each group of losses) for a batch that is one microbatch, as trees of the arrays that they keep: what
     lives from the forward pass to the backward is the first and one of the others."""
+    crops, goals = looked(plan, state, batch)
     batch = views.with_blend(plan.config, plan.passes, batch)
     heads = {k: v for k, v in state.params.items() if k != "encoder"}
-    crops, goals = looked(plan, state, batch)
     seen = Seen(goals=goals, keys=goals, index=None, moments=targets.moments(plan, goals))
     z, back = _encoded(plan, state.params, batch, crops)
     _, factors = terms.scales(plan, batch)
