@@ -11,7 +11,7 @@ from m3i_jax.models import presets
 
 def get_config(size: int = 40_000, steps: int = 0, model: str = "vit_tiny") -> ConfigDict:
     """size: pictures to render. steps: optimizer steps; 0: as many as take minutes. model: vit_tiny or internimage_pico."""
-    steps = steps or (420 if model == "vit_tiny" else 850)
+    steps, every = steps or (420 if model == "vit_tiny" else 1000), 210 if model == "vit_tiny" else 500
     config = default()
     presets.use(config, model)
     if model == "vit_tiny":
@@ -36,16 +36,16 @@ def get_config(size: int = 40_000, steps: int = 0, model: str = "vit_tiny") -> C
     config.data.vocabulary_size = 512
     config.data.augment.blur_p = (0.5, 0.1)
     config.data.augment.blur_sigma = (0.1, 0.5)  # in proportion to the picture: 2 pixels of 224 are 0.3 of 32
-    config.objective.gamma = 3.0  # minutes, not days: the annotations lead
+    config.objective.gamma = 3.0 if model == "vit_tiny" else 2.0  # minutes, not days: the annotations lead
     config.optim.lr = 2e-3
     config.optim.warmup_steps = 30 if model == "vit_tiny" else 60
     config.optim.ema = 0.98  # of a run of hundreds of steps: 0.995 would keep the target at its start
     config.train.batch_size = 64
     config.train.steps = steps
     config.train.log_every = 30
-    config.train.save_every = 105
-    config.train.panel_every = 210
-    config.train.eval_every = 210
+    config.train.save_every = every // 2
+    config.train.panel_every = every
+    config.train.eval_every = every
     config.evaluate.train_limit = 1_500
     config.evaluate.query_limit = 1_000
     return config
