@@ -10,7 +10,8 @@ from m3i_jax.models import presets
 
 
 def get_config(size: int = 40_000, steps: int = 0, model: str = "vit_tiny") -> ConfigDict:
-    """size: pictures to render. steps: optimizer steps; 0: as many as take minutes. model: vit_tiny or internimage_pico."""
+    """size: pictures to render. steps: optimizer steps; 0: 420 of vit_tiny, 1,000 of internimage_pico, which take minutes. model: one of
+    the two."""
     steps, every = steps or (420 if model == "vit_tiny" else 1000), 210 if model == "vit_tiny" else 500
     config = default()
     presets.use(config, model)
@@ -21,7 +22,7 @@ def get_config(size: int = 40_000, steps: int = 0, model: str = "vit_tiny") -> C
         # losses alone. Steps of Adam that add up along the mean of what a matrix reads would do that; it was not shown to be the cause.
         config.optim.encoder_lr = 0.1
         config.optim.fan_in_lr = 256  # of convolutions of up to 1152 inputs
-        config.data.mask_cell = 16  # of cells of 8 pixels a convolution sees little but borders between two pictures
+        config.data.mask_cell = 16  # two by two cells; with cells of 8 pixels it learns half as much
         config.objective.pairing = "halves"  # half as many inputs a step, so twice as many steps
     config.model.encoder.drop_path = 0.0  # one pass over the data: nothing to regularise
     config.model.encoder.freeze_patch_embed = False  # a random map of 8 x 8 x 3 numbers to 128 loses a third of them

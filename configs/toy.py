@@ -18,18 +18,13 @@ OWN = ("data.mask", "model.encoder.final_norm", "model.decoder.norm", "model.dec
 
 
 def get_config(
-    form: str = "m3i", source: str = "tars", path: str = "", steps: int = 3500, batch_size: int = 32, gamma: float = 3.0,
-    model: str = "vit_tiny",
-) -> ConfigDict:  # fmt: skip
+    form: str = "m3i", source: str = "tars", path: str = "", steps: int = 3500, batch_size: int = 32, gamma: float = 3.0
+) -> ConfigDict:
     """form: names joined by +. source, path: the pictures. steps: optimizer steps. batch_size: images a step.
-    gamma: weight of annotations. model: vit_tiny, or internimage_pico."""
+    gamma: weight of annotations."""
     config = default()
-    presets.use(config, model)
-    if model == "vit_tiny":
-        config.model.encoder.update({"width": 64, "depth": 3, "heads": 2})
-    else:  # as in configs/quickstart.py
-        config.optim.encoder_lr, config.optim.fan_in_lr, config.data.mask_cell = 0.1, 256, 16
-    config.model.encoder.update({"drop_path": 0.0, "freeze_patch_embed": False})
+    presets.use(config, "vit_tiny")
+    config.model.encoder.update({"width": 64, "depth": 3, "heads": 2, "drop_path": 0.0, "freeze_patch_embed": False})
     config.model.decoder.update({"width": 32, "depth": 1, "heads": 1})  # a third of M3I's operations would be half
     config.model.pool.update({"width": 64, "heads": 2, "std": 0.0})  # 0.02 would keep the pooled token near zero for half of the run
     config.model.text.update({"width": 64, "depth": 1, "heads": 2, "embed": 64})

@@ -100,6 +100,19 @@ def test_every_bit_comes_back_on_any_mesh(eight: pathlib.Path, whole: state.Stat
     assert not np.array_equal(target, got.params["encoder"]["blocks"]["fc1"]["kernel"])
 
 
+def test_a_state_in_many_files_comes_back(
+    eight: pathlib.Path, whole: state.State, tmp_path: pathlib.Path, open_at, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In files so small that arrays are cut into pieces."""
+    monkeypatch.setattr(Checkpoints, "FILE", 2**12)
+    mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
+    saved(tmp_path / "checkpoints", laid_out(whole, mesh), 7)
+    few, many = (sum(path.is_file() for path in place.rglob("*")) for place in (eight, tmp_path / "checkpoints"))
+    assert many > few + 10
+    got = open_at(tmp_path / "checkpoints").restore(7, template(), parallel.shardings(mesh, template()))
+    assert bits(got) == bits(whole)
+
+
 def test_the_position_is_json_beside_the_state(eight: pathlib.Path, open_at) -> None:
     assert open_at(eight).position(7) == POSITION
     (file,) = (path for path in (eight / "7" / "position").iterdir() if path.name == "metadata")
