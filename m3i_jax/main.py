@@ -102,7 +102,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
-        leaks.one_heap()  # before there are threads
+        leaks.few_heaps()  # before there are threads
     with privacy.guarded(forever=arguments is None):
         try:
             return _run(sys.argv[1:] if arguments is None else arguments)

@@ -101,18 +101,19 @@ def batch_norm(x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: floa
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, `x * Phi(x)` with the normal distribution function, computed in float32; the type of x.
+    """Exact GELU, `x * Phi(x)` with the normal distribution function by erf, computed in float32 (5e-7 off at worst); the type of x.
 
     >>> print(gelu(jnp.array([-1.0, 0.0, 1.0])).round(4))
     [-0.1587  0.      0.8413]
     """
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(wide / math.sqrt(2)))).astype(x.dtype)
 
 
 def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
     wide = x.astype(jnp.float32)
     density = jnp.exp(-0.5 * jnp.square(wide)) / math.sqrt(2 * math.pi)
-    slope = 0.5 * jax.lax.erfc(-wide / math.sqrt(2)) + wide * density
+    slope = 0.5 * (1 + jax.lax.erf(wide / math.sqrt(2))) + wide * density
     return ((g.astype(jnp.float32) * slope).astype(x.dtype),)
 
 
@@ -121,7 +122,7 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 @jax.custom_vjp
 def attend(q_BxHxQxE: jax.Array, k_BxHxTxE: jax.Array, v_BxHxTxE: jax.Array, where_BxT: jax.Array | None = None) -> jax.Array:
-    """Scaled dot-product attention, `softmax(q k' / sqrt(E)) v`; logits and softmax in float32.
+    """Scaled dot-product attention, `softmax(q k' / sqrt(E)) v`; q is scaled in its own type, logits and softmax are in float32.
 
     Args:
       q_BxHxQxE: queries, any number of them.
@@ -145,7 +146,8 @@ def attention_weights(q_BxHxQxE: jax.Array, k_BxHxTxE: jax.Array, where_BxT: jax
     >>> attention_weights(q, jnp.ones((1, 1, 3, 2)), jnp.array([[True, True, False]])).tolist()
     [[[[0.5, 0.5, 0.0]]]]
     """
-    logits_BxHxQxT = jnp.einsum("bhqe,bhte->bhqt", q_BxHxQxE, k_BxHxTxE, preferred_element_type=jnp.float32) * q_BxHxQxE.shape[-1] ** -0.5
+    q_BxHxQxE = (q_BxHxQxE.astype(jnp.float32) * q_BxHxQxE.shape[-1] ** -0.5).astype(q_BxHxQxE.dtype)
+    logits_BxHxQxT = jnp.einsum("bhqe,bhte->bhqt", q_BxHxQxE, k_BxHxTxE, preferred_element_type=jnp.float32)
     if where_BxT is not None:
         logits_BxHxQxT = jnp.where(where_BxT[:, None, None], logits_BxHxQxT, _NEVER)
     return jax.nn.softmax(logits_BxHxQxT)
@@ -156,16 +158,23 @@ def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, where: jax.Array |
     return jnp.einsum("bhqt,bhte->bhqe", weights_BxHxQxT, v), (q, k, v, weights_BxHxQxT, where)
 
 
+def _over_queries(weights_BxHxQxT: jax.Array, x_BxHxQxE: jax.Array) -> jax.Array:
+    """Sum of x over queries, [B, H, T, E]. The small factor is turned, so that a processor multiplies the large one as it lies: the product
+    with both factors summed over rows took three times as long."""
+    return jnp.einsum("bheq,bhqt->bhet", x_BxHxQxE.swapaxes(2, 3), weights_BxHxQxT).swapaxes(2, 3)
+
+
 def _attend_backward(kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, weights, where = kept
-    dv = jnp.einsum("bhqt,bhqe->bhte", weights, g)
+    dv = _over_queries(weights, g)
     dweights = jnp.einsum("bhqe,bhte->bhqt", g, v, preferred_element_type=jnp.float32)
     wide = weights.astype(jnp.float32)
-    dlogits = wide * (dweights - (wide * dweights).sum(-1, keepdims=True)) * q.shape[-1] ** -0.5
+    dlogits = wide * (dweights - (wide * dweights).sum(-1, keepdims=True))
     if where is not None:
         dlogits = jnp.where(where[:, None, None], dlogits, 0)
     dlogits = dlogits.astype(q.dtype)
-    return jnp.einsum("bhqt,bhte->bhqe", dlogits, k), jnp.einsum("bhqt,bhqe->bhte", dlogits, q), dv, None
+    scale = q.shape[-1] ** -0.5
+    return jnp.einsum("bhqt,bhte->bhqe", dlogits, k) * scale, _over_queries(dlogits, q * scale), dv, None
 
 
 attend.defvjp(_attend_forward, _attend_backward)

@@ -6,7 +6,7 @@
 
 A: width 384, 4 layers. B: width 192, 12 layers. Batch 8, 224 pixels, categories, decoder of 4 layers and 16 heads, two threads. Both start
 from the same parameters and see the same batch; the losses must agree before anything is timed. Each runs in a process of its own with the
-heap settings that launch/ uses on a CPU, the two take turns, and the least of the runs counts. Other processes on the machine slow both
+heap settings of tests/bench/heap.py, the two take turns, and the least of the runs counts. Other processes on the machine slow both
 down: the load is printed with the result, and the ratio of the processor time is less sensitive to it.
 """
 

@@ -51,6 +51,6 @@ def note(file: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    leaks.one_heap()  # as the command line does
+    leaks.few_heaps()  # as the command line does
     threading.Thread(target=note, args=(pathlib.Path(sys.argv[1]),), daemon=True).start()
     sys.exit(main.main(sys.argv[2:]))

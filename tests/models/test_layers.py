@@ -65,9 +65,10 @@ def test_batch_norm_works_in_float32_inside_and_keeps_the_type():
 
 
 def test_gelu_is_exact_and_so_is_its_slope():
+    """Exact as float32 has 1 + erf(x): PyTorch's is as far from it where both are nearly nought."""
     x = jnp.linspace(-6, 6, 241)
     wide = np.asarray(x, np.float64)
-    np.testing.assert_allclose(layers.gelu(x), wide * special.ndtr(wide), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(layers.gelu(x), wide * special.ndtr(wide), rtol=1e-5, atol=7e-7)
     slope = special.ndtr(wide) + wide * stats.norm.pdf(wide)
     np.testing.assert_allclose(jit(jax.grad(lambda x: layers.gelu(x).sum()))(x), slope, rtol=1e-5, atol=1e-6)
     assert layers.gelu(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
