@@ -1,4 +1,4 @@
-"""A small M3I run on built-in shapes with category and caption: no download, three minutes on two CPU cores.
+"""A small M3I run on built-in shapes with category and caption: no download, two minutes on two CPU cores.
 
 The class of a picture is its shape; colour, size, place, rotation and background are nuisance. Figures and pictures: README.md.
 """
