@@ -160,7 +160,7 @@ def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, where: jax.Array |
 
 def _over_queries(weights_BxHxQxT: jax.Array, x_BxHxQxE: jax.Array) -> jax.Array:
     """Sum of x over queries, [B, H, T, E]. The small factor is turned, so that a processor multiplies the large one as it lies: the product
-    with both factors summed over rows took three times as long."""
+    with both factors summed over rows takes two to three times as long."""
     return jnp.einsum("bheq,bhqt->bhet", x_BxHxQxE.swapaxes(2, 3), weights_BxHxQxT).swapaxes(2, 3)
 
 
