@@ -142,9 +142,10 @@ def test_a_host_runs_again_after_42_and_only_then(stage: Stage) -> None:
 
 
 def test_a_host_keeps_its_heap_on_a_cpu_and_only_there(stage: Stage) -> None:
-    stage.python('echo "heap ${MALLOC_ARENA_MAX:-none} ${MALLOC_TOP_PAD_:-none}" >>"$LOG"')
-    heaps = 2 * (os.cpu_count() or 1)
-    for extra, more, wanted in (("", {}, f"{heaps} 268435456"), ("cuda", {}, "none none"), ("", {"MALLOC_ARENA_MAX": "1"}, "1 268435456")):
+    stage.python('echo "heap ${MALLOC_ARENA_MAX:-none} ${MALLOC_TOP_PAD_:-none} ${GLIBC_TUNABLES:-none}" >>"$LOG"')
+    heaps, rest = 2 * (os.cpu_count() or 1), "268435456 glibc.malloc.hugetlb=1"
+    cases = ("", {}, f"{heaps} {rest}"), ("cuda", {}, "none none none"), ("", {"MALLOC_ARENA_MAX": "1"}, f"1 {rest}")
+    for extra, more, wanted in cases:
         assert stage.run("launch/host.sh", *RUN, M3I_EXTRA=extra, **more)[0] == 0
         assert stage.calls[-1] == f"heap {wanted}"
 
