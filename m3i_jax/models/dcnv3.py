@@ -1,9 +1,10 @@
 """DCNv3, the operator of InternImage (Wang et al., 2023, Eq. 2), as a pure function with gradients.
 
 Every output pixel of every group reads its group's channels at P points, bilinearly, at places the network chooses, and adds them up with
-softmax weights. Two exact ways to compute it: dense products with the matrix of bilinear weights (`dcnv3_dense`; nothing is gathered), and
-a gather of the four cells around each sample, packed side by side so that it is one gather (as deformable attention does in Scenic).
-Which of them is faster depends on the size of the map alone; `choose` is that rule.
+softmax weights. Three exact ways to compute it: dense products with the matrix of bilinear weights (`dcnv3_dense`; nothing is gathered), a
+loop that looks the four cells around each sample up where they are added (`dcnv3_fused`, for CPUs), and a gather of those cells, packed
+side by side so that it is one gather (as deformable attention does in Scenic), which JAX differentiates by itself: the form to compare
+with. Which is fastest depends on the size of the map and on the platform alone; `choose` is that rule.
 
 Coordinates and weights are float32 whatever the precision of the input. The modulation comes in as weights: the softmax is the caller's.
 
@@ -11,15 +12,17 @@ B batch, H W input size, I J output size, C channels, G groups, D = C / G, P poi
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3i_jax.models import dcnv3_dense
+from m3i_jax.models import dcnv3_dense, dcnv3_fused
 from m3i_jax.models.dcnv3_dense import Samples, wide
 
-METHODS = ("auto", "dense", "band", "gather")
+METHODS = ("auto", "dense", "band", "fused", "gather")
 _BAND = 2  # rows of a band and of its windows: more rows loop less and multiply more zeros
 
 
@@ -52,29 +55,51 @@ def output_size(size: int, *, kernel: int = 3, stride: int = 1, pad: int = 1, di
     return (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def choose(height: int, width: int) -> str:
-    """The faster method for an input of this size. Measured with `python -m tests.bench.dcnv3`.
+def choose(height: int, width: int, platform: str = "default") -> str:
+    """The fastest method for an input of this size. Measured with `python -m tests.bench.dcnv3`.
 
-    The dense matrix has H W entries for every output where the gather reads 4 P D numbers; bands keep to the rows that samples touch, but
-    loop. Up to 14 x 14 cells the plain product wins, above it bands do.
+    The dense matrix has H W entries for every output where the others read 4 P D numbers; bands keep to the rows that samples touch, but
+    loop. Matrix units like products best: up to 14 x 14 cells the plain one, above it bands. On a CPU they pay for the smallest maps alone.
 
-    >>> choose(12, 12), choose(48, 48)
-    ('dense', 'band')
+    >>> choose(12, 12), choose(48, 48), choose(48, 48, "cpu")
+    ('dense', 'band', 'fused')
     """
+    if platform == "cpu":
+        return "dense" if height * width <= 49 else "fused"
     return "dense" if height * width <= 200 else "band"
 
 
-def _samples(offset: jax.Array, mask: jax.Array, out: tuple[int, int], step: tuple[int, int], scale: float, grid: np.ndarray) -> Samples:
-    """Coordinates and weights with the output cells last, where they fill vector registers, from [B, O, G, P, 2] and [B, O, G, P]."""
-    stride, shift = step
-    dtype = wide(offset.dtype)
+class _Call(NamedTuple):
+    """What is known of a call before it runs. methods: method by platform; grid: [P, 2]; step: stride, and where the first output lies."""
+
+    methods: tuple[tuple[str, str], ...]
+    size: tuple[int, int]
+    out: tuple[int, int]
+    step: tuple[int, int]
+    scale: float
+    grid: tuple[tuple[int, int], ...]
+
+
+def _places(call: _Call, offset: jax.Array, mask: jax.Array) -> Samples:
+    """Coordinates and weights [B, O, G, P] from [B, O, G, P, 2] and [B, O, G, P]."""
+    (stride, shift), grid, dtype = call.step, np.asarray(call.grid), wide(offset.dtype)
+    rows, columns = np.divmod(np.arange(call.out[0] * call.out[1]), call.out[1])
+    base_x = (call.scale * grid[:, 0] + (stride * columns + shift)[:, None, None]).astype(dtype)
+    base_y = (call.scale * grid[:, 1] + (stride * rows + shift)[:, None, None]).astype(dtype)
+    y, x = offset[..., 1].astype(dtype), offset[..., 0].astype(dtype)
+    return Samples(base_y + call.scale * y, base_x + call.scale * x, mask.astype(dtype))
+
+
+def _samples(call: _Call, offset: jax.Array, mask: jax.Array) -> Samples:
+    """The same with the output cells last, where they fill vector registers: [B, G, P, O]."""
+    (stride, shift), grid, dtype = call.step, np.asarray(call.grid), wide(offset.dtype)
     b, o, g, p, _ = offset.shape
     moved = jnp.moveaxis(offset.reshape(b, o, -1), 1, 2).reshape(b, g, p, 2, o).astype(dtype)
-    rows, columns = np.divmod(np.arange(o), out[1])
-    base_x = (scale * grid[:, :1] + stride * columns + shift).astype(dtype)
-    base_y = (scale * grid[:, 1:] + stride * rows + shift).astype(dtype)
+    rows, columns = np.divmod(np.arange(o), call.out[1])
+    base_x = (call.scale * grid[:, :1] + stride * columns + shift).astype(dtype)
+    base_y = (call.scale * grid[:, 1:] + stride * rows + shift).astype(dtype)
     weight = jnp.moveaxis(mask.reshape(b, o, -1), 1, 2).reshape(b, g, p, o).astype(dtype)
-    return Samples(base_y + scale * moved[:, :, :, 1], base_x + scale * moved[:, :, :, 0], weight)
+    return Samples(base_y + call.scale * moved[:, :, :, 1], base_x + call.scale * moved[:, :, :, 0], weight)
 
 
 def _cells_last(x_BxOxC: jax.Array, groups: int) -> jax.Array:
@@ -87,27 +112,38 @@ def _channels_last(x_BxGxDxO: jax.Array) -> jax.Array:
     return jnp.moveaxis(x_BxGxDxO.reshape(b, g * d, o), 2, 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _dense(x_BxQxC: jax.Array, offset: jax.Array, mask: jax.Array, samples: functools.partial, size: tuple, rows: int) -> jax.Array:
+def _by_platform(form: Callable[..., Any], call: _Call, *arrays: jax.Array) -> Any:
+    forms = {platform: functools.partial(form, call, method) for platform, method in call.methods}
+    return jax.lax.platform_dependent(*arrays, **forms) if len(set(call.methods)) > 1 else forms["default"](*arrays)
+
+
+def _value(call: _Call, method: str, x_BxQxC: jax.Array, offset: jax.Array, mask: jax.Array) -> jax.Array:
+    if method == "fused":
+        return dcnv3_fused.forward(x_BxQxC, _places(call, offset, mask), call.size)
     # Without the barrier the compiler would transpose the coordinates again for every entry of the matrix.
-    at = jax.lax.optimization_barrier(samples(offset, mask))
-    return _channels_last(dcnv3_dense.forward(_cells_last(x_BxQxC, at.y.shape[1]), at, size[:2], rows, size[2]))
+    at, rows = jax.lax.optimization_barrier(_samples(call, offset, mask)), _BAND if method == "band" else 0
+    return _channels_last(dcnv3_dense.forward(_cells_last(x_BxQxC, at.y.shape[1]), at, call.size, rows, call.out[0]))
 
 
-def _dense_forward(x: jax.Array, offset: jax.Array, mask: jax.Array, *settings: object) -> tuple[jax.Array, tuple]:
-    return _dense(x, offset, mask, *settings), (x, offset, mask)
-
-
-def _dense_backward(samples: functools.partial, size: tuple, rows: int, kept: tuple, grad_BxOxC: jax.Array) -> tuple:
-    x_BxQxC, offset, mask = kept
-    at, pull = jax.vjp(samples, offset, mask)
-    groups = at.y.shape[1]
+def _gradients(call: _Call, method: str, x_BxQxC: jax.Array, offset: jax.Array, mask: jax.Array, grad_BxOxC: jax.Array) -> tuple:
+    at, pull = jax.vjp(functools.partial(_places if method == "fused" else _samples, call), offset, mask)
+    if method == "fused":
+        dx, dat = dcnv3_fused.backward(x_BxQxC, at, grad_BxOxC, call.size)
+        return (dx, *pull(dat))
+    groups, rows = at.y.shape[1], _BAND if method == "band" else 0
     at = jax.lax.optimization_barrier(at)
-    dv, dat = dcnv3_dense.backward(_cells_last(x_BxQxC, groups), at, _cells_last(grad_BxOxC, groups), size[:2], rows, size[2])
+    dv, dat = dcnv3_dense.backward(_cells_last(x_BxQxC, groups), at, _cells_last(grad_BxOxC, groups), call.size, rows, call.out[0])
     return (_channels_last(dv), *pull(jax.lax.optimization_barrier(dat)))
 
 
-_dense.defvjp(_dense_forward, _dense_backward)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _operator(call: _Call, x_BxQxC: jax.Array, offset: jax.Array, mask: jax.Array) -> jax.Array:
+    return _by_platform(_value, call, x_BxQxC, offset, mask)
+
+
+_operator.defvjp(
+    lambda call, *arrays: (_operator(call, *arrays), arrays), lambda call, kept, grad: _by_platform(_gradients, call, *kept, grad)
+)
 
 
 @jax.custom_vjp
@@ -168,7 +204,7 @@ def dcnv3(
       groups: G.
       offset_scale: factor of the points and of the offsets (2 in InternImage-L and XL).
       remove_center: leave the middle point out.
-      method: dense, band (dense over the rows that samples touch), gather, or auto: `choose`. The same numbers to rounding.
+      method: dense, band (dense over the rows that samples touch), fused, gather, or auto: `choose`. The same numbers to rounding.
 
     Returns:
       [B, I, J, C] in the type of x.
@@ -197,13 +233,18 @@ def dcnv3(
             raise ValueError(f"{name} has shape {array.shape}; for an input of {x_BxHxWxC.shape} and these settings it must be {wanted}")
     offset = offset_BxIxJxGxPx2.reshape(b, -1, groups, len(grid), 2)
     mask = mask_BxIxJxGxP.reshape(b, -1, groups, len(grid))
-    step = stride, dilation * (kernel - 1) // 2 - pad
-    samples = functools.partial(_samples, out=out, step=step, scale=offset_scale, grid=grid)
+    methods = {p: choose(height, width, p) if method == "auto" else method for p in ("cpu", "default")}
+    call = _Call(
+        methods=tuple(methods.items()),
+        size=(height, width),
+        out=out,
+        step=(stride, dilation * (kernel - 1) // 2 - pad),
+        scale=offset_scale,
+        grid=tuple(map(tuple, grid.tolist())),
+    )
     x_BxQxC = x_BxHxWxC.reshape(b, -1, c)
-    if method == "auto":
-        method = choose(height, width)
     if method == "gather":
-        y_BxOxC = _gather(x_BxQxC, jax.lax.optimization_barrier(samples(offset, mask)), (height, width))
+        y_BxOxC = _gather(x_BxQxC, jax.lax.optimization_barrier(_samples(call, offset, mask)), (height, width))
     else:
-        y_BxOxC = _dense(x_BxQxC, offset, mask, samples, (height, width, out[0]), _BAND if method == "band" else 0)
+        y_BxOxC = _operator(call, x_BxQxC, offset, mask)
     return y_BxOxC.reshape(b, *out, c)

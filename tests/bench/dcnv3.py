@@ -65,7 +65,7 @@ def times(runs: int = 9) -> None:
         for batch, side, groups, depth in zip(BATCHES, SIDES, GROUPS, DEPTHS, strict=True):
             found = milliseconds({m: both(m, groups) for m in ("gather", "auto")}, inputs(batch, side, groups, spread=spread), runs)
             ratios.append(found["auto"] / found["gather"])
-            method = dcnv3.choose(side, side)
+            method = dcnv3.choose(side, side, jax.default_backend())
             rows.append((f"{batch}x{side}x{side}", groups, depth, method, *(f"{found[m]:.1f}" for m in found), f"{ratios[-1]:.3f}"))
         print(show.table(rows, ("map", "groups", "layers", "auto", "gather ms", "auto ms", "ratio")))
         print(f"offsets of {spread} pixels: mean ratio by layers {np.average(ratios, weights=DEPTHS):.3f}\n", flush=True)
@@ -83,18 +83,21 @@ def figures(quick: bool) -> list[Figure]:
 def sizes(runs: int = 5) -> None:
     rows = []
     for width in (16, 32):
-        for side in (6, 12, 14, 16, 20, 24, 28, 48, 56):
+        for side in (6, 7, 8, 10, 12, 14, 24, 28, 48, 56):
             arrays = inputs(1, side, 8, width=width)
-            found = milliseconds({m: both(m, 8) for m in ("gather", "dense", "band")}, arrays, runs)
-            rows.append((width, side, dcnv3.choose(side, side), *(f"{time:.1f}" for time in found.values())))
-    print(show.table(rows, ("channels a group", "side", "auto", "gather ms", "dense ms", "band ms")))
+            methods = [m for m in dcnv3.METHODS if m != "auto" and not (m == "dense" and side > 28)]  # of 56 x 56 cells: minutes
+            found = milliseconds({m: both(m, 8) for m in methods}, arrays, runs)
+            auto = dcnv3.choose(side, side, jax.default_backend())
+            rows.append((width, side, auto, *(f"{found[m]:.1f}" if m in found else "" for m in dcnv3.METHODS[1:])))
+    print(show.table(rows, ("channels a group", "side", "auto", *(f"{m} ms" for m in dcnv3.METHODS[1:]))))
 
 
 def band_steps(batch: int, side: int, groups: int) -> int:
     """Windows that one layer visits in a pass, for the offsets of the time table."""
     _, offset, mask, _ = inputs(batch, side, groups)
     grid = dcnv3.points(3)
-    at = dcnv3._samples(jnp.reshape(offset, (batch, -1, groups, 9, 2)), mask.reshape(batch, -1, groups, 9), (side, side), (1, 0), 1.0, grid)
+    call = dcnv3._Call(methods=(), size=(side, side), out=(side, side), step=(1, 0), scale=1.0, grid=grid)
+    at = dcnv3._samples(call, jnp.reshape(offset, (batch, -1, groups, 9, 2)), mask.reshape(batch, -1, groups, 9))
     spans = np.asarray(dcnv3.dcnv3_dense._bands(at, side, dcnv3._BAND, side)[1])
     return int(np.ceil((spans[:, 1] - spans[:, 0]) / dcnv3._BAND).sum())
 
@@ -127,7 +130,7 @@ def bytes_accessed(batch: int = 16) -> None:
     half, wide = jnp.bfloat16, jnp.float32
     rows, total = [], {"gather": 0.0, "auto": 0.0}
     for side, groups, depth in reversed(list(zip(SIDES, GROUPS, DEPTHS, strict=True))):
-        found, method = {}, dcnv3.choose(side, side)
+        found, method = {}, dcnv3.choose(side, side, "tpu")
         where = batch, side, side, groups
         arrays = [
             ((batch, side, side, groups * WIDTH), half),
@@ -174,7 +177,7 @@ def against_torch(side: int = 224, batch: int = 2, runs: int = 5) -> None:
     weight = np.random.default_rng(1).normal(size=(batch, side // 32, side // 32, 512)).astype(np.float32)
 
     def loss(params, images):
-        return (weight * intern_image.stages(intern_image.PRESETS["internimage_t"], params, images, scan=True)[3]).sum()
+        return (weight * intern_image.stages(intern_image.PRESETS["internimage_t"], params, images)[3]).sum()
 
     ours = jax.jit(jax.value_and_grad(loss)).lower(params, images).compile()
 

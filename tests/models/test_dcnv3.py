@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from m3i_jax.models import dcnv3 as op
+from m3i_jax.models import dcnv3_fused
 
-METHODS = ("dense", "band", "gather")
+METHODS = ("dense", "band", "fused", "gather")
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -159,7 +161,7 @@ def test_dense_forms_gather_nothing_on_a_tpu():
     for method in METHODS:
         both = jax.jit(lambda *a, m=method: jax.vjp(lambda *b: op.dcnv3(*b, groups=2, method=m), *a[:3])[1](a[3]))
         text = both.trace(x, offset, mask, ct).lower(lowering_platforms=("tpu",)).as_text()
-        assert ("gather" in text or "scatter" in text) == (method == "gather")
+        assert ("gather" in text or "scatter" in text) == (method in ("fused", "gather"))
 
 
 def test_flat_offsets_and_masks_are_the_same():
@@ -179,3 +181,31 @@ def test_what_does_not_fit_is_refused():
         op.points(4, remove_center=True)
     with pytest.raises(ValueError, match="'sparse'.*dense"):
         op.dcnv3(x, offset, mask, groups=2, method="sparse")
+
+
+def test_a_processor_looks_up_and_a_tpu_multiplies():
+    x, offset, mask, ct = inputs((8, 8), groups=2, width=16)
+    step = jax.jit(lambda *a: jax.vjp(lambda *b: op.dcnv3(*b, groups=2), *a[:3])[1](a[3])).trace(x, offset, mask, ct)
+    assert "scatter" not in step.lower(lowering_platforms=("tpu",)).as_text()
+    assert "scatter" in step.lower(lowering_platforms=("cpu",)).as_text()
+    auto, fused = (run(x, offset, mask, ct, groups=2, method=method) for method in ("auto", "fused"))
+    for ours, theirs in zip(auto, fused, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_innermost_loop_of_the_lookup_is_over_the_channels_of_a_group():
+    """Where the compiler fuses the loops with the reshape behind them, the fusion has the shape of the whole map, and is slow."""
+    x, offset, mask, _ = inputs((10, 10), groups=2, width=16)
+    text = jax.jit(functools.partial(op.dcnv3, groups=2)).lower(x, offset, mask).compile().as_text()
+    shapes = re.findall(r"= (f32\[[\d,]*\])\S* fusion\(", text)
+    assert "f32[2,100,2,16]" in shapes, shapes
+
+
+def test_few_pictures_at_a_time_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch):
+    arrays = inputs((5, 5), batch=6)
+    whole = run(*arrays, groups=2, method="fused")
+    monkeypatch.setattr(dcnv3_fused, "_BYTES", 2 * 25 * 6 * 16)  # two pictures
+    few = jax.jit(lambda *a: jax.vjp(lambda *b: op.dcnv3(*b, groups=2, method="fused"), *a[:3])[1](a[3]))
+    assert "f32[3,2,25,2,9]" in few.lower(*arrays).as_text().replace("tensor<3x2x25x2x9xf32>", "f32[3,2,25,2,9]")
+    for ours, theirs in zip(few(*arrays), whole[1:], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6 * np.abs(theirs).max())
