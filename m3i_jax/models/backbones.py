@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.models import intern_image, layers, vit
+from m3i_jax.models import intern_image, layers, stacked, vit
 from m3i_jax.models.layers import Params
 from m3i_jax.objective import mixing
 
@@ -107,9 +107,8 @@ def _apply_intern_image(
         rows = jnp.arange(index_BxK.shape[0])[:, None]
         hidden_BxN = jnp.ones(patches_BxNxP.shape[:2], bool).at[rows, index_BxK].set(False)
     images = intern_image.unpatchify(patches_BxNxP, grid)
-    z_BxNxD = intern_image.apply(
-        net(model), params, images, keep_BxLx2=keep_BxLx2, hidden_BxN=hidden_BxN, dtype=model.dtype, scan=model.scan, remat=model.remat
-    )
+    settings = stacked.how(model)
+    z_BxNxD = intern_image.apply(net(model), params, images, keep_BxLx2=keep_BxLx2, hidden_BxN=hidden_BxN, dtype=model.dtype, **settings)
     return z_BxNxD if index_BxK is None else mixing.gather(z_BxNxD, index_BxK)
 
 

@@ -11,13 +11,14 @@ B images, S pixels a side, H W size of a map, C its channels, G groups, P points
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3i_jax import schema
+from m3i_jax import parallel, schema
 from m3i_jax.models.intern_image_layer import Layer, convolve, dense, norm, run_layers
 from m3i_jax.models.layers import Params, gelu
 
@@ -254,6 +255,12 @@ def _fill(x_BxHxWxC: jax.Array, token: jax.Array, hidden_BxN: jax.Array) -> jax.
     return jnp.where(hidden[..., None], token.astype(x_BxHxWxC.dtype), x_BxHxWxC)
 
 
+def _gathered(function: Callable[..., jax.Array], params: Params, x_BxHxWxC: jax.Array, *settings: Any) -> jax.Array:
+    """`function(params, x, ...)`, which on a mesh with an fsdp axis every device computes for its own rows, with all of the weights."""
+    run = lambda opened, params, x, *_: function(opened(params), x, *settings)  # noqa: E731
+    return parallel.by_hand(run, params, x_BxHxWxC, dtype=x_BxHxWxC.dtype, stacked=False)
+
+
 def stages(
     model: InternImage,
     params: Params,
@@ -264,6 +271,7 @@ def stages(
     dtype: str = "float32",
     scan: bool = False,
     remat: str = "none",
+    keep_gathered: bool = False,
     method: str = "auto",
 ) -> list[jax.Array]:
     """The maps at the end of the four stages, [B, H, W, C 2^i] each half as large as the one before, as detectors use them.
@@ -276,6 +284,7 @@ def stages(
       dtype: precision of products and of the maps between layers; norms, softmax and sampling places are float32.
       scan: the layers of a stage in a `lax.scan` instead of a loop. Same numbers; compile time does not grow with depth.
       remat: what the backward pass keeps of a layer, none (of recomputation), dots, names or full: its input alone.
+      keep_gathered: on a mesh with an fsdp axis, whether the backward pass keeps the gathered weights or gathers them again.
       method: how DCNv3 is computed, see `dcnv3.dcnv3`.
 
     Raises:
@@ -292,9 +301,9 @@ def stages(
     if keep_BxLx2 is not None and keep_BxLx2.shape[1:] != (sum(model.depths), 2):
         raise ValueError(f"keep factors have shape {keep_BxLx2.shape}; they must be [B, {sum(model.depths)}, 2]: [B, L, 2]")
     stem = params["stem"]
-    x = convolve(stem["conv1"], images_BxSxSx3.astype(dtype), model.stem_strides[0])
+    x = _gathered(convolve, stem["conv1"], images_BxSxSx3.astype(dtype), model.stem_strides[0])
     x = gelu(norm(stem["norm1"], x))
-    x = norm(stem["norm2"], convolve(stem["conv2"], x, model.stem_strides[1]))
+    x = norm(stem["norm2"], _gathered(convolve, stem["conv2"], x, model.stem_strides[1]))
     if hidden_BxN is not None:
         x = _fill(x, params["mask_token"], hidden_BxN)
     maps, start = [], 0
@@ -302,14 +311,14 @@ def stages(
         part = params[f"stage{stage}"]
         keep = None if keep_BxLx2 is None else keep_BxLx2[:, start : start + depth]
         every = model.extra_norm if _extra_norms(model, stage) else 0
-        settings: dict[str, Any] = {"keep_BxLx2": keep, "scan": scan, "remat": remat, "method": method, "every": every}
-        x = run_layers(_layer(model, stage), part["layers"], x, extra_norms=part.get("extra_norms"), **settings)
+        settings: dict[str, Any] = {"scan": scan, "remat": remat, "keep_gathered": keep_gathered, "method": method, "every": every}
+        x = run_layers(_layer(model, stage), part["layers"], x, keep_BxLx2=keep, extra_norms=part.get("extra_norms"), **settings)
         if "norm" in part:
             x = norm(part["norm"], x)
         maps.append(x)
         start += depth
         if "down" in part:
-            x = norm(part["down"]["norm"], convolve(part["down"]["conv"], x, 2))
+            x = norm(part["down"]["norm"], _gathered(convolve, part["down"]["conv"], x, 2))
     return maps
 
 
@@ -328,7 +337,7 @@ def fuse(model: InternImage, params: Params, maps: list[jax.Array]) -> jax.Array
     if not model.fused:
         raise ValueError("this InternImage has fused=0, no fused dense features; read `stages`")
     fusion = params["fusion"]
-    z = pixel_shuffle(dense(fusion["deep"], maps[3])) + dense(fusion["shallow"], maps[2])
+    z = pixel_shuffle(_gathered(dense, fusion["deep"], maps[3])) + _gathered(dense, fusion["shallow"], maps[2])
     return z.reshape(z.shape[0], -1, model.fused)
 
 

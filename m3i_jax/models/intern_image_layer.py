@@ -3,12 +3,15 @@
 B images, H W size of the map, C channels, G groups, P points, F hidden width of the MLP, L layers.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from m3i_jax import parallel
+from m3i_jax.models.apart import apart
 from m3i_jax.models.dcnv3 import dcnv3
 from m3i_jax.models.layers import Params, gelu, layer_norm
 from m3i_jax.models.stacked import remember, split_blocks
@@ -69,10 +72,14 @@ def depthwise(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) 
     >>> depthwise(jnp.ones((1, 2, 3, 1)), jnp.ones((3, 3, 1)), jnp.zeros(1))[0, :, :, 0].tolist()
     [[4.0, 6.0, 4.0], [4.0, 6.0, 4.0]]
     """
-    k, _, c = kernel_KxKxC.shape
-    taps = zip(_shifts(x_BxHxWxC, k), kernel_KxKxC.reshape(-1, c), strict=True)
-    # Behind the barrier, or it would be computed again for each of mean, variance and value of the norm that follows.
-    return jax.lax.optimization_barrier((sum(shift * tap for shift, tap in taps) + bias_C).astype(x_BxHxWxC.dtype))
+
+    def tapped(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
+        k, _, c = kernel_KxKxC.shape
+        taps = zip(_shifts(x_BxHxWxC, k), kernel_KxKxC.reshape(-1, c), strict=True)
+        return (sum(shift * tap for shift, tap in taps) + bias_C).astype(x_BxHxWxC.dtype)
+
+    # Or it would be computed again for each of mean, variance and value of the norm that follows.
+    return apart(tapped, x_BxHxWxC, kernel_KxKxC, bias_C)
 
 
 def _depthwise_backward(kept: Any, g_BxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -196,9 +203,12 @@ def run_layers(
     every: int = 0,
     scan: bool = False,
     remat: str = "none",
+    keep_gathered: bool = False,
     method: str = "auto",
 ) -> jax.Array:
     """Runs stacked layers one after the other, and a norm of `extra_norms` [n, C] after every so many of the first n * every.
+
+    On a mesh with an fsdp axis every device gathers the weights of one layer at a time, as in `stacked.run_blocks`.
 
     >>> layer = Layer(4, 1, "pre", 0.0, 1.0, 3, False, 8)
     >>> stacked = jax.tree.map(lambda shape: jnp.zeros((3, *shape)), layer.shapes(), is_leaf=lambda node: isinstance(node, tuple))
@@ -208,17 +218,19 @@ def run_layers(
     depth = jax.tree.leaves(stacked)[0].shape[0]
     layers = (stacked, None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1))
 
-    def step(x: jax.Array, one: Any) -> jax.Array:
-        return apply(layer, one[0], x, one[1], method)
+    def rows(opened: Callable[[Any], Any], stacked: Params, x: jax.Array, keep_LxBx2: Any, _: Any) -> jax.Array:
+        def one(x: jax.Array, some: Any) -> jax.Array:
+            return apply(layer, opened(some[0]), x, some[1], method)
 
-    step = remember(step, remat, scan=scan)
+        step = remember(one, remat, scan=scan, keep_gathered=keep_gathered)
+        if scan:
+            return jax.lax.scan(lambda x, some: (step(x, some), None), x, (stacked, keep_LxBx2))[0]
+        for some in split_blocks((stacked, keep_LxBx2), [1] * jax.tree.leaves(stacked)[0].shape[0]):
+            x = step(x, jax.tree.map(lambda leaf: leaf[0], some))
+        return x
 
     def run(x: jax.Array, some: Any) -> jax.Array:
-        if scan:
-            return jax.lax.scan(lambda x, one: (step(x, one), None), x, some)[0]
-        for one in split_blocks(some, [1] * jax.tree.leaves(some)[0].shape[0]):
-            x = step(x, jax.tree.map(lambda leaf: leaf[0], one))
-        return x
+        return parallel.by_hand(rows, some[0], x, some[1], dtype=x.dtype, stacked=True)
 
     if extra_norms is None:
         return run(x_BxHxWxC, layers)

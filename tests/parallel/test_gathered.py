@@ -1,5 +1,6 @@
 """Functions of rows that gather their weights by hand: where the gathers stand in the program, and the same numbers on any mesh."""
 
+import dataclasses
 import functools
 import importlib.util
 import re
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import parallel, schema
-from m3i_jax.models import initial, layers, pooling, stacked
+from m3i_jax.models import initial, intern_image, layers, pooling, stacked
 from m3i_jax.parallel import topology
 from m3i_jax.reporting import hlo
 
@@ -177,3 +178,37 @@ def test_by_hand_is_nothing_where_nothing_is_split() -> None:
     assert "shard_map" not in program((8, 1, 1), jnp.ones((16, 64)), tree)  # replicas alone
     assert "shard_map" not in program((1, 8, 1), jnp.ones((12, 64)), tree)  # rows that do not divide
     assert "shard_map" not in program((1, 8, 1), jnp.ones((16, 64)), small)  # whole on every device
+
+
+def convolved(shape: tuple[int, int, int], **settings):
+    """(compiled value and gradients of a small InternImage on a mesh, their arguments laid out)."""
+    mesh = parallel.make_mesh(shape, jax.devices()[: np.prod(shape)])
+    model = dataclasses.replace(intern_image.PRESETS["internimage_pico"], depths=(1, 1, 4, 1), extra_norm=2, fused=32)
+    tree = jax.jit(lambda key: intern_image.init(model, key))(jax.random.key(0))
+    offset = tree["stage2"]["layers"]["dcn"]["offset"]["kernel"]
+    tree["stage2"]["layers"]["dcn"]["offset"]["kernel"] = offset + np.random.default_rng(0).normal(size=offset.shape, scale=0.1)
+    images = np.random.default_rng(1).normal(size=(24, 32, 32, 3)).astype(np.float32)
+
+    def loss(tree, x):
+        y = intern_image.apply(model, tree, x, **settings)
+        return (y * jnp.arange(1.0, 1 + y.shape[-1])).sum()
+
+    rows, layout, whole = parallel.data_sharding(mesh), parallel.shardings(mesh, tree), parallel.replicated(mesh)
+    arguments = jax.device_put((tree, images), (layout, rows))
+    with jax.set_mesh(mesh):
+        run = jax.jit(jax.value_and_grad(loss), out_shardings=(whole, layout))
+        return run.lower(*arguments).compile(), arguments
+
+
+def test_internimage_gathers_one_layer_at_a_time() -> None:
+    run, arguments = convolved((1, 8, 1), scan=True, remat="names")
+    text = run.as_text()
+    gathers = [times for times, each, _ in hlo.executed(hlo.parse(text)) if re.fullmatch("all-gather(-start)?", each.opcode)]
+    assert max(gathers) == 4  # of the stage of four layers, in two scans of two; no kernel of all four stands whole anywhere
+    for name, kernel in ("fc1", (128, 512)), ("fc2", (512, 128)):
+        assert arguments[0]["stage2"]["layers"]["mlp"][name]["kernel"].shape == (4, *kernel)
+        assert f"f32[4,{kernel[0]},{kernel[1]}]" not in text and f"f32[2,2,{kernel[0]},{kernel[1]}]" not in text
+    # Rows stay where they are: every map is of three pictures a device.
+    assert not re.search(r"f32\[24,\d+,\d+,\d+\]", text)
+    alone, there = convolved((1, 1, 1))
+    close(run(*arguments), jax.device_get(alone(*there)))

@@ -44,7 +44,7 @@ def mesh() -> Mesh:
         ("encoder/stage2/layers/dcn/output/kernel", (32, 1280, 1280), SECOND),
         ("encoder/stage2/layers/dcn/offset/kernel", (32, 1280, 720), FIRST),
         ("encoder/stage2/layers/dcn/center/kernel", (32, 1280, 40), FIRST),
-        ("encoder/stage2/layers/dcn/depthwise/kernel", (32, 5, 5, 1280), P(None, None, None, "fsdp")),
+        ("encoder/stage2/layers/dcn/depthwise/kernel", (32, 5, 5, 1280), P()),
         ("encoder/stage2/layers/mlp/fc2/kernel", (32, 5120, 1280), SECOND),
         ("encoder/stage2/down/conv/kernel", (3, 3, 1280, 2560), P(None, None, "fsdp", None)),
         ("encoder/stage2/layers/norm1/scale", (32, 1280), P()),
