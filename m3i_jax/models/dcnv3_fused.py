@@ -128,14 +128,14 @@ def _backward(x_BxQxC: jax.Array, at: Samples, grad_BxOxC: jax.Array, size: tupl
     lanes = math.gcd(d, 8)
     pieces = d // lanes
     rows_of_lanes = rows_BxRxD.reshape(b, r * pieces, lanes)
-    grad = grad_BxOxC.reshape(b, o, groups, d)
+    grad = grad_BxOxC.reshape(b, o, groups, d).astype(dtype)
     one_by_one = jax.lax.optimization_barrier(jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), (*_found(at, size), at.m)))
 
     def along(rows: jax.Array, cell: jax.Array, grad: jax.Array) -> jax.Array:
         total: Any = 0.0
         for piece in range(pieces):
-            total += _look(rows, cell + piece) * grad[:, :, :, None, piece]
-        return total.astype(dtype)
+            total += _look(rows, cell + piece) * grad[:, :, :, None, piece]  # wide, as grad is
+        return total
 
     def point(dv: jax.Array, one: tuple[jax.Array, ...]) -> tuple[jax.Array, Samples]:
         cell, below, right, m = one
