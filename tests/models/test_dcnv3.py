@@ -197,7 +197,8 @@ def test_the_innermost_loop_of_the_lookup_is_over_the_channels_of_a_group():
     """Where the compiler fuses the loops with the reshape behind them, the fusion has the shape of the whole map, and is slow."""
     x, offset, mask, _ = inputs((10, 10), groups=2, width=16)
     text = jax.jit(functools.partial(op.dcnv3, groups=2)).lower(x, offset, mask).compile().as_text()
-    shapes = re.findall(r"= (f32\[[\d,]*\])\S* fusion\(", text)
+    # What has three operands: the map, the cells and their shares. The branch that is never taken has the same shape, of zeros.
+    shapes = re.findall(r"= (f32\[[\d,]*\])\S* fusion\([^,)]+,[^,)]+,", text)
     assert "f32[2,100,2,16]" in shapes, shapes
 
 
@@ -206,6 +207,6 @@ def test_few_pictures_at_a_time_give_the_same_gradients(monkeypatch: pytest.Monk
     whole = run(*arrays, groups=2, method="fused")
     monkeypatch.setattr(dcnv3_fused, "_BYTES", 2 * 25 * 6 * 16)  # two pictures
     few = jax.jit(lambda *a: jax.vjp(lambda *b: op.dcnv3(*b, groups=2, method="fused"), *a[:3])[1](a[3]))
-    assert "f32[3,2,25,2,9]" in few.lower(*arrays).as_text().replace("tensor<3x2x25x2x9xf32>", "f32[3,2,25,2,9]")
+    assert "tensor<3x2x25x2x9xf32>" in few.lower(*arrays).as_text()
     for ours, theirs in zip(few(*arrays), whole[1:], strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6 * np.abs(theirs).max())
