@@ -33,11 +33,21 @@ def _same(a: np.ndarray) -> np.ndarray:
     return a
 
 
+def _pairs_apart(a: np.ndarray) -> np.ndarray:
+    """Rows (group, point, x or y) of offsets as (group, x or y, point): 9 points, as all published models have."""
+    return a.reshape(-1, 9, 2, *a.shape[1:]).swapaxes(1, 2).reshape(a.shape)
+
+
+def _pairs_together(a: np.ndarray) -> np.ndarray:
+    return a.reshape(-1, 2, 9, *a.shape[1:]).swapaxes(1, 2).reshape(a.shape)
+
+
 _LAYOUTS: dict[str, tuple[_Change, _Change]] = {
     "as it is": (_same, _same),
     "linear": (np.transpose, np.transpose),
     "convolution": (lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),
     "depthwise": (lambda a: a[:, 0].transpose(1, 2, 0), lambda a: a.transpose(2, 0, 1)[:, None]),
+    "offset": (lambda a: _pairs_apart(a).T, lambda a: _pairs_together(a.T)),
     "1x1": (lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None]),
 }
 
@@ -54,7 +64,7 @@ def _table() -> tuple[_Entry, ...]:
 
     def dense(theirs: str, ours: str, layout: str = "linear") -> None:
         one(f"{theirs}.weight", f"{ours}/kernel", layout)
-        one(f"{theirs}.bias", f"{ours}/bias")
+        one(f"{theirs}.bias", f"{ours}/bias", layout if layout == "offset" else "as it is")
 
     for n in (1, 2):
         dense(f"patch_embed.conv{n}", f"encoder/stem/conv{n}", "convolution")
@@ -67,7 +77,8 @@ def _table() -> tuple[_Entry, ...]:
         dense(f"{theirs}.mlp.fc{n}", f"{ours}/mlp/fc{n}")
     dense(f"{theirs}.dcn.dw_conv.0", f"{ours}/dcn/depthwise", "depthwise")
     norm(f"{theirs}.dcn.dw_conv.1.1", f"{ours}/dcn/norm")
-    for a, b in (("offset", "offset"), ("mask", "mask"), ("input_proj", "input"), ("output_proj", "output")):
+    dense(f"{theirs}.dcn.offset", f"{ours}/dcn/offset", "offset")
+    for a, b in (("mask", "mask"), ("input_proj", "input"), ("output_proj", "output")):
         dense(f"{theirs}.dcn.{a}", f"{ours}/dcn/{b}")
     one(f"{theirs}.dcn.center_feature_scale_proj_weight", f"{ours}/dcn/center/kernel", "linear")
     one(f"{theirs}.dcn.center_feature_scale_proj_bias", f"{ours}/dcn/center/bias")

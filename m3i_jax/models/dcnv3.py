@@ -1,10 +1,11 @@
 """DCNv3, the operator of InternImage (Wang et al., 2023, Eq. 2), as a pure function with gradients.
 
 Every output pixel of every group reads its group's channels at P points, bilinearly, at places the network chooses, and adds them up with
-softmax weights. Three exact ways to compute it: dense products with the matrix of bilinear weights (`dcnv3_dense`; nothing is gathered), a
-loop that looks the four cells around each sample up where they are added (`dcnv3_fused`, for CPUs), and a gather of those cells, packed
-side by side so that it is one gather (as deformable attention does in Scenic), which JAX differentiates by itself: the form to compare
-with. Which is fastest depends on the size of the map and on the platform alone; `choose` is that rule.
+softmax weights. Four exact ways to compute it: dense products with the matrix of bilinear weights (`dcnv3_dense`; nothing is gathered), the
+same without that matrix ever being in main memory (`dcnv3_kernel`, for TPUs), a loop that looks the four cells around each sample up where
+they are added (`dcnv3_fused`, for CPUs), and a gather of those cells, packed side by side so that it is one gather (as deformable attention
+does in Scenic), which JAX differentiates by itself: the form to compare with. Which is fastest depends on the size of the map and on the
+platform alone; `choose` is that rule.
 
 Coordinates and weights are float32 whatever the precision of the input. The modulation comes in as weights: the softmax is the caller's.
 
@@ -19,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3i_jax.models import dcnv3_dense, dcnv3_fused
+from m3i_jax import parallel
+from m3i_jax.models import dcnv3_dense, dcnv3_fused, dcnv3_kernel
 from m3i_jax.models.dcnv3_dense import Samples, wide
 
-METHODS = ("auto", "dense", "band", "fused", "gather")
+METHODS = ("auto", "dense", "band", "kernel", "fused", "gather")
 _BAND = 2  # rows of a band and of its windows: more rows loop less and multiply more zeros
 
 
@@ -56,14 +58,17 @@ def output_size(size: int, *, kernel: int = 3, stride: int = 1, pad: int = 1, di
 
 
 def choose(height: int, width: int, platform: str = "default") -> str:
-    """The fastest method for an input of this size. Measured with `python -m tests.bench.dcnv3`.
+    """The fastest method for an input of this size. Measured with `python -m tests.bench.dcnv3`, on TPUs counted: `bytes` of the same.
 
     The dense matrix has H W entries for every output where the others read 4 P D numbers; bands keep to the rows that samples touch, but
     loop. Matrix units like products best: up to 14 x 14 cells the plain one, above it bands. On a CPU they pay for the smallest maps alone.
+    On a TPU the kernel moves a tenth of their bytes.
 
-    >>> choose(12, 12), choose(48, 48), choose(48, 48, "cpu")
-    ('dense', 'band', 'fused')
+    >>> choose(12, 12), choose(48, 48), choose(48, 48, "cpu"), choose(48, 48, "tpu")
+    ('dense', 'band', 'fused', 'kernel')
     """
+    if platform == "tpu":
+        return "kernel"
     if platform == "cpu":
         return "dense" if height * width <= 49 else "fused"
     return "dense" if height * width <= 200 else "band"
@@ -94,12 +99,12 @@ def _samples(call: _Call, offset: jax.Array, mask: jax.Array) -> Samples:
     """The same with the output cells last, where they fill vector registers: [B, G, P, O]."""
     (stride, shift), grid, dtype = call.step, np.asarray(call.grid), wide(offset.dtype)
     b, o, g, p, _ = offset.shape
-    moved = jnp.moveaxis(offset.reshape(b, o, -1), 1, 2).reshape(b, g, p, 2, o).astype(dtype)
+    moved = jnp.transpose(offset, (0, 2, 4, 3, 1)).astype(dtype)
     rows, columns = np.divmod(np.arange(o), call.out[1])
     base_x = (call.scale * grid[:, :1] + stride * columns + shift).astype(dtype)
     base_y = (call.scale * grid[:, 1:] + stride * rows + shift).astype(dtype)
     weight = jnp.moveaxis(mask.reshape(b, o, -1), 1, 2).reshape(b, g, p, o).astype(dtype)
-    return Samples(base_y + call.scale * moved[:, :, :, 1], base_x + call.scale * moved[:, :, :, 0], weight)
+    return Samples(base_y + call.scale * moved[:, :, 1], base_x + call.scale * moved[:, :, 0], weight)
 
 
 def _cells_last(x_BxOxC: jax.Array, groups: int) -> jax.Array:
@@ -120,6 +125,9 @@ def _by_platform(form: Callable[..., Any], call: _Call, *arrays: jax.Array) -> A
 def _value(call: _Call, method: str, x_BxQxC: jax.Array, offset: jax.Array, mask: jax.Array) -> jax.Array:
     if method == "fused":
         return dcnv3_fused.forward(x_BxQxC, _places(call, offset, mask), call.size)
+    if method == "kernel":
+        run = functools.partial(dcnv3_kernel.forward, size=call.size, interpret=parallel.platform() != "tpu")
+        return parallel.by_device(run, x_BxQxC, _samples(call, offset, mask))
     # Without the barrier the compiler would transpose the coordinates again for every entry of the matrix.
     at, rows = jax.lax.optimization_barrier(_samples(call, offset, mask)), _BAND if method == "band" else 0
     return _channels_last(dcnv3_dense.forward(_cells_last(x_BxQxC, at.y.shape[1]), at, call.size, rows, call.out[0]))
@@ -131,6 +139,10 @@ def _gradients(call: _Call, method: str, x_BxQxC: jax.Array, offset: jax.Array, 
         dx, dat = dcnv3_fused.backward(x_BxQxC, at, grad_BxOxC, call.size)
         return (dx, *pull(dat))
     groups, rows = at.y.shape[1], _BAND if method == "band" else 0
+    if method == "kernel":
+        run = functools.partial(dcnv3_kernel.backward, size=call.size, interpret=parallel.platform() != "tpu")
+        dx, dat = parallel.by_device(run, x_BxQxC, at, grad_BxOxC)
+        return (dx, *pull(dat))
     at = jax.lax.optimization_barrier(at)
     dv, dat = dcnv3_dense.backward(_cells_last(x_BxQxC, groups), at, _cells_last(grad_BxOxC, groups), call.size, rows, call.out[0])
     return (_channels_last(dv), *pull(jax.lax.optimization_barrier(dat)))
@@ -204,7 +216,9 @@ def dcnv3(
       groups: G.
       offset_scale: factor of the points and of the offsets (2 in InternImage-L and XL).
       remove_center: leave the middle point out.
-      method: dense, band (dense over the rows that samples touch), fused, gather, or auto: `choose`. The same numbers to rounding.
+      method: dense, band (dense over the rows that samples touch), kernel, fused, gather, or auto: `choose`. The same numbers to rounding.
+        The kernel runs on TPUs in bfloat16 or float32, elsewhere as an interpreted program; `auto` takes it where every device has rows
+        of its own: on one device, in a mesh that was set with jax.set_mesh, or inside shard_map.
 
     Returns:
       [B, I, J, C] in the type of x.
@@ -233,7 +247,13 @@ def dcnv3(
             raise ValueError(f"{name} has shape {array.shape}; for an input of {x_BxHxWxC.shape} and these settings it must be {wanted}")
     offset = offset_BxIxJxGxPx2.reshape(b, -1, groups, len(grid), 2)
     mask = mask_BxIxJxGxP.reshape(b, -1, groups, len(grid))
-    methods = {p: choose(height, width, p) if method == "auto" else method for p in ("cpu", "default")}
+    alone = (
+        parallel.platform() == "tpu"
+        and dcnv3_kernel.fits((height, width), groups, c // groups, x_BxHxWxC.dtype)
+        and parallel.stands_alone(b)
+    )
+    platforms = {"cpu": "cpu", "default": "tpu" if alone else "default"}
+    methods = {name: choose(height, width, p) if method == "auto" else method for name, p in platforms.items()}
     call = _Call(
         methods=tuple(methods.items()),
         size=(height, width),

@@ -47,18 +47,27 @@ def _cells(height: int, width: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]
     return rows.astype(dtype)[:, None], columns.astype(dtype)[:, None]
 
 
-def _hat(t: jax.Array) -> jax.Array:
+def hat(t: jax.Array) -> jax.Array:
+    """Bilinear weight of a cell at a distance of t pixels along one axis.
+
+    >>> print(hat(jnp.array([0.0, -0.25, 1.5])))
+    [1.   0.75 0.  ]
+    """
     return jnp.maximum(1 - jnp.abs(t), 0)
 
 
-def _slope(t: jax.Array) -> jax.Array:
-    """Derivative of the hat, at integers the one to the right: the convention of the floor."""
+def slope(t: jax.Array) -> jax.Array:
+    """Derivative of the hat, at integers the one to the right: the convention of the floor.
+
+    >>> print(slope(jnp.array([-1.0, -0.5, 0.0, 1.0])))
+    [ 1.  1. -1.  0.]
+    """
     return jnp.where((t >= 0) & (t < 1), -1.0, jnp.where((t >= -1) & (t < 0), 1.0, 0.0)).astype(t.dtype)
 
 
 def _columns(at: Samples, width: int) -> jax.Array:
     """The modulated hats of the columns, [B, G, P, W, O]. Stored: they serve every row."""
-    hats = at.m[:, :, :, None] * _hat(at.x[:, :, :, None] - np.arange(width, dtype=at.x.dtype)[:, None])
+    hats = at.m[:, :, :, None] * hat(at.x[:, :, :, None] - np.arange(width, dtype=at.x.dtype)[:, None])
     return jax.lax.optimization_barrier(hats)
 
 
@@ -68,7 +77,7 @@ def _weights(y_BxGxPxO: jax.Array, columns_BxGxPxWxO: jax.Array, height: int, dt
     rows = np.arange(height, dtype=y_BxGxPxO.dtype)[:, None, None]
     total: Any = 0.0
     for p in range(points):
-        total += _hat(y_BxGxPxO[:, :, p, None, None] - rows) * columns_BxGxPxWxO[:, :, p, None]
+        total += hat(y_BxGxPxO[:, :, p, None, None] - rows) * columns_BxGxPxWxO[:, :, p, None]
     return jnp.asarray(total, dtype).reshape(b, g, height * width, o)
 
 
@@ -95,8 +104,8 @@ def _read_by_sum(slopes_BxGxQxO: jax.Array, at: Samples, height: int, width: int
     found = []
     for p in range(at.y.shape[2]):
         down, over = at.y[:, :, p, None] - rows, at.x[:, :, p, None] - columns
-        hat_y, hat_x = _hat(down), _hat(over)
-        parts = _slope(down) * hat_x, hat_y * _slope(over), hat_y * hat_x
+        hat_y, hat_x = hat(down), hat(over)
+        parts = slope(down) * hat_x, hat_y * slope(over), hat_y * hat_x
         found.append([(slopes_BxGxQxO * part).sum(2) for part in parts])
     return Samples(*(jnp.stack(part, 2) for part in zip(*found, strict=True)))
 
@@ -106,6 +115,18 @@ def _read(slopes_BxGxQxO: jax.Array, at: Samples, height: int, width: int) -> Sa
         name: functools.partial(form, height=height, width=width) for name, form in (("tpu", _read_by_sum), ("default", _read_by_index))
     }
     return jax.lax.platform_dependent(slopes_BxGxQxO, at, **forms)
+
+
+def inside(at: Samples, read: Samples) -> Samples:
+    """Gradients of the samples from what was read of the matrix's gradient at each: its derivatives by y and x, and its value.
+
+    A coordinate of -1 or less gets none: it reads only the padding, as in the published operator.
+
+    >>> at, read = Samples(*(jnp.array([value]) for value in (0.5, -1.0, 2.0))), Samples(*[jnp.ones(1)] * 3)
+    >>> [a.item() for a in inside(at, read)]
+    [2.0, 0.0, 1.0]
+    """
+    return Samples(read.y * jnp.where(at.y > -1, at.m, 0), read.x * jnp.where(at.x > -1, at.m, 0), read.m)
 
 
 def _window(v_BxGxDxQ: jax.Array, row: Any, rows: int, width: int) -> jax.Array:
@@ -171,8 +192,6 @@ def backward(
 ) -> tuple[jax.Array, Samples]:
     """Gradients of the input, and of the samples' coordinates and modulation. Arguments as of `forward`.
 
-    A coordinate of exactly -1 or less gets none: its sample is outside, as in the published operator.
-
     >>> at = Samples(*(jnp.full((1, 1, 1, 1), value) for value in (0.5, 1.0, 2.0)))
     >>> dv, grad = backward(jnp.arange(4.0).reshape(1, 1, 1, 4), at, jnp.ones((1, 1, 1, 1)), (2, 2))
     >>> dv.ravel().tolist(), grad.y.item(), grad.m.item()
@@ -205,5 +224,4 @@ def backward(
         dv, parts = jax.lax.scan(band, jnp.zeros(padded.shape, wide(dtype)), (split, spans, grads))
         dv = dv[..., : height * width]
         read = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 3).reshape(b, g, -1, o), parts)
-    inside_y, inside_x = jnp.where(at.y > -1, at.m, 0), jnp.where(at.x > -1, at.m, 0)
-    return dv.astype(dtype), Samples(read.y * inside_y, read.x * inside_x, read.m)
+    return dv.astype(dtype), inside(at, read)

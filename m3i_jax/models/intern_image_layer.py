@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from m3i_jax import parallel
@@ -63,31 +64,55 @@ def _shifts(x_BxHxWxC: jax.Array, kernel: int) -> list[jax.Array]:
     return [padded[:, i : i + h, j : j + w] for i in range(kernel) for j in range(kernel)]
 
 
-@jax.custom_vjp
-def depthwise(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
-    """Depth-wise convolution of odd side K, stride 1, zeros around; sums in float32, the type of x.
-
-    As K^2 shifted products, one fused pass: as convolutions, value and gradients take ten times as long on a CPU.
-
-    >>> depthwise(jnp.ones((1, 2, 3, 1)), jnp.ones((3, 3, 1)), jnp.zeros(1))[0, :, :, 0].tolist()
-    [[4.0, 6.0, 4.0], [4.0, 6.0, 4.0]]
-    """
-
-    def tapped(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
+def _tapped(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
+    def form(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
         k, _, c = kernel_KxKxC.shape
         taps = zip(_shifts(x_BxHxWxC, k), kernel_KxKxC.reshape(-1, c), strict=True)
         return (sum(shift * tap for shift, tap in taps) + bias_C).astype(x_BxHxWxC.dtype)
 
     # Or it would be computed again for each of mean, variance and value of the norm that follows.
-    return apart(tapped, x_BxHxWxC, kernel_KxKxC, bias_C)
+    return apart(form, x_BxHxWxC, kernel_KxKxC, bias_C)
+
+
+def _tapped_backward(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, g_BxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    wide = g_BxHxWxC.astype(jnp.float32)
+    dx = _tapped(g_BxHxWxC, kernel_KxKxC[::-1, ::-1], jnp.zeros(x_BxHxWxC.shape[-1]))
+    dkernel = jnp.stack([(shift * wide).sum((0, 1, 2)) for shift in _shifts(x_BxHxWxC, kernel_KxKxC.shape[0])])
+    return dx, dkernel.reshape(kernel_KxKxC.shape)
+
+
+def _convolved(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
+    reach, c = kernel_KxKxC.shape[0] // 2, x_BxHxWxC.shape[-1]
+    y_BxHxWxC = jax.lax.conv_general_dilated(
+        x_BxHxWxC, kernel_KxKxC[:, :, None].astype(x_BxHxWxC.dtype), (1, 1), [(reach, reach)] * 2, feature_group_count=c,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"), preferred_element_type=jnp.float32,
+        precision=None if x_BxHxWxC.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
+    )  # fmt: skip
+    return (y_BxHxWxC + bias_C).astype(x_BxHxWxC.dtype)
+
+
+def _convolved_backward(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, g_BxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jax.vjp(lambda x, kernel: _convolved(x, kernel, jnp.zeros(x.shape[-1])), x_BxHxWxC, kernel_KxKxC)[1](g_BxHxWxC)
+
+
+@jax.custom_vjp
+def depthwise(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
+    """Depth-wise convolution of odd side K, stride 1, zeros around; sums in float32, the type of x.
+
+    As K^2 shifted products, one fused pass: as convolutions, value and gradients take ten times as long on a CPU. On a TPU the shifts are
+    copies, and the convolution moves a ninth of their bytes.
+
+    >>> depthwise(jnp.ones((1, 2, 3, 1)), jnp.ones((3, 3, 1)), jnp.zeros(1))[0, :, :, 0].tolist()
+    [[4.0, 6.0, 4.0], [4.0, 6.0, 4.0]]
+    """
+    forms: dict[str, Any] = {"tpu": _convolved, "default": _tapped}
+    return jax.lax.platform_dependent(x_BxHxWxC, kernel_KxKxC, bias_C, **forms)
 
 
 def _depthwise_backward(kept: Any, g_BxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x_BxHxWxC, kernel_KxKxC = kept
-    wide = g_BxHxWxC.astype(jnp.float32)
-    dx = depthwise(g_BxHxWxC, kernel_KxKxC[::-1, ::-1], jnp.zeros(x_BxHxWxC.shape[-1]))
-    dkernel = jnp.stack([(shift * wide).sum((0, 1, 2)) for shift in _shifts(x_BxHxWxC, kernel_KxKxC.shape[0])])
-    return dx, dkernel.reshape(kernel_KxKxC.shape), wide.sum((0, 1, 2))
+    forms: dict[str, Any] = {"tpu": _convolved_backward, "default": _tapped_backward}
+    dx, dkernel = jax.lax.platform_dependent(*kept, g_BxHxWxC, **forms)
+    return dx, dkernel, g_BxHxWxC.astype(jnp.float32).sum((0, 1, 2))
 
 
 depthwise.defvjp(lambda x, kernel, bias: (depthwise(x, kernel, bias), (x, kernel)), _depthwise_backward)
@@ -140,7 +165,8 @@ class Layer(NamedTuple):
 def dcn(layer: Layer, params: Params, x_BxHxWxC: jax.Array, method: str = "auto") -> jax.Array:
     """DCNv3 with its projections: where to read and how much comes from a depth-wise convolution of the input, [B, H, W, C].
 
-    Offsets and masks are float32 from the product on.
+    Offsets and masks are float32 from the product on. Its columns are, of group after group, x of every point and then y of every point
+    (published: x, y of point after point), so that neither has to be picked out of pairs.
 
     >>> layer = Layer(2, 1, "pre", 0.0, 1.0, 3, False, 8)
     >>> params = jax.tree.map(jnp.zeros, layer.shapes()["dcn"], is_leaf=lambda node: isinstance(node, tuple))
@@ -151,16 +177,21 @@ def dcn(layer: Layer, params: Params, x_BxHxWxC: jax.Array, method: str = "auto"
     wide = jnp.float32
     v_BxHxWxC = checkpoint_name(dense(params["input"], x_BxHxWxC), "qkv")
     h = gelu(norm(params["norm"], depthwise(x_BxHxWxC, params["depthwise"]["kernel"], params["depthwise"]["bias"])))
-    shape = *x_BxHxWxC.shape[:3], layer.groups, _POINTS
     # The names of `stacked.NAMES`, by the part that each has in attention: what is read and where, and what came of it.
-    offset = checkpoint_name(dense(params["offset"], h, wide), "qkv").reshape(*shape, 2)
-    mask = jax.nn.softmax(checkpoint_name(dense(params["mask"], h, wide), "qkv").reshape(shape))
+    offset = checkpoint_name(dense(params["offset"], h, wide), "qkv")
+    logits = checkpoint_name(dense(params["mask"], h, wide), "qkv")
+    # Cells as one axis, or a TPU lays rows of twelve along lanes of 128.
+    (b, height, width, _), groups = x_BxHxWxC.shape, (layer.groups, _POINTS)
+    offset = offset.reshape(b, -1, layer.groups, 2, _POINTS).swapaxes(-1, -2).reshape(b, height, width, *groups, 2)
+    mask = jax.nn.softmax(logits.reshape(b, -1, *groups)).reshape(b, height, width, *groups)
     y = dcnv3(v_BxHxWxC, offset, mask, groups=layer.groups, offset_scale=layer.offset_scale, method=method)
     y = checkpoint_name(y, "attended")
     if layer.center_scale:
-        share = jax.nn.sigmoid(checkpoint_name(dense(params["center"], h, wide), "qkv")).astype(y.dtype)[..., None]
-        grouped = *shape[:4], -1
-        y = (y.reshape(grouped) * (1 - share) + v_BxHxWxC.reshape(grouped) * share).reshape(y.shape)
+        share = jax.nn.sigmoid(checkpoint_name(dense(params["center"], h, wide), "qkv")).astype(y.dtype)
+        # A product with ones, for every channel the share of its group: copies of one number side by side would have a layout of their own.
+        spread = np.repeat(np.eye(layer.groups, dtype=y.dtype), y.shape[-1] // layer.groups, 1)
+        share = jnp.dot(share, spread, precision=jax.lax.Precision.HIGHEST)
+        y = y * (1 - share) + v_BxHxWxC * share
     return dense(params["output"], y)
 
 

@@ -5,7 +5,21 @@ from m3i_jax.parallel.barriers import HostMissing, Together, call, exchange, fir
 from m3i_jax.parallel.distributed import from_first
 from m3i_jax.parallel.gathered import GATHERED, by_hand, mean_over_devices
 from m3i_jax.parallel.memory import held, room
-from m3i_jax.parallel.mesh import AXES, DATA, data_sharding, everywhere, hint, make_mesh, replicated, rows_of_device, split_rows, to_global
+from m3i_jax.parallel.mesh import (
+    AXES,
+    DATA,
+    by_device,
+    data_sharding,
+    everywhere,
+    hint,
+    make_mesh,
+    platform,
+    replicated,
+    rows_of_device,
+    split_rows,
+    stands_alone,
+    to_global,
+)
 from m3i_jax.parallel.rules import RULES, shardings
 
 __all__ = [
@@ -15,6 +29,7 @@ __all__ = [
     "RULES",
     "HostMissing",
     "Together",
+    "by_device",
     "by_hand",
     "call",
     "data_sharding",
@@ -27,11 +42,13 @@ __all__ = [
     "hosts",
     "make_mesh",
     "mean_over_devices",
+    "platform",
     "replicated",
     "room",
     "rows_of_device",
     "shardings",
     "split_rows",
+    "stands_alone",
     "to_global",
     "wait",
 ]

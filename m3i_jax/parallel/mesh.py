@@ -1,12 +1,12 @@
 """The mesh, the sharding of data and the one sharding constraint of the project."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from m3i_jax.errors import UserError
 
@@ -62,6 +62,51 @@ def rows_of_device(rows: int) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     shards = math.prod(mesh.shape[axis] for axis in DATA if axis in mesh.axis_names and axis not in mesh.manual_axes)
     return rows if rows % shards else rows // shards
+
+
+def platform() -> str:
+    """Where what is being traced will run: on the devices of the mesh (jax.set_mesh), which need not be here, or else on the default ones.
+
+    >>> platform() == jax.default_backend()
+    True
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def _divided(mesh: AbstractMesh) -> tuple[str, ...]:
+    """Axes that the partitioner still divides something over."""
+    return tuple(axis for axis in mesh.axis_names if axis not in mesh.manual_axes and mesh.shape[axis] > 1)
+
+
+def stands_alone(rows: int) -> bool:
+    """Whether `by_device` can run a program on that many rows: on one device, or where a mesh that is known splits them and nothing else.
+
+    >>> stands_alone(6) or jax.device_count() > 1
+    True
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1
+    axes = _divided(mesh)
+    return set(axes) <= set(DATA) and rows % math.prod(mesh.shape[axis] for axis in axes) == 0
+
+
+def by_device(run: Callable[..., Any], *arrays_Bx: Any) -> Any:
+    """`run(*arrays)`, every device on its own rows: for a program that the partitioner cannot look into, such as a kernel.
+
+    Args:
+      run: a function of trees of arrays [B, ...] to a tree of arrays [B, ...].
+      arrays_Bx: B rows for which `stands_alone` holds.
+
+    >>> by_device(lambda x: x + 1, np.zeros(2)).tolist()
+    [1.0, 1.0]
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not (axes := _divided(mesh)):
+        return run(*arrays_Bx)
+    rows, left = PartitionSpec(axes), set(mesh.axis_names) - set(mesh.manual_axes)
+    return jax.shard_map(run, in_specs=rows, out_specs=rows, axis_names=left, check_vma=False)(*arrays_Bx)
 
 
 def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

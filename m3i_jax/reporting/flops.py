@@ -80,6 +80,8 @@ def _equation(equation: Any, wanted: list[bool]) -> Flops:
         return Flops(dot=2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[d] for d in contract))
     if name == "conv_general_dilated":
         return Flops(conv=2.0 * _convolution(equation))
+    if name == "pallas_call" and params.get("cost_estimate"):
+        return Flops(dot=float(params["cost_estimate"].flops))  # a kernel knows what of its products is thrown away
     inner = [_of(p, wanted if len(p.outvars) == len(wanted) and name != "scan" else [True] * len(p.outvars)) for p in _programs(params)]
     if name == "while" and any(f.total for f in inner):
         stated = _TURNS.findall(str(equation.source_info.name_stack))

@@ -6,11 +6,9 @@
     python -m tests.bench.dcnv3 torch      # InternImage-T at 224 pixels over the same in PyTorch with grid_sample; needs torch
 
 Times are the least of several alternating runs of forward and all gradients, offsets drawn from N(0, spread^2) pixels. The mean of the
-ratios is weighted by the number of layers of each stage. Bytes: XLA counts the body of a loop once, so what a band does with one window is
-compiled by itself and counted as often as these offsets make bands visit one.
+ratios is weighted by the number of layers of each stage. Bytes: of a kernel they are what it reads and writes, as XLA counts a custom call.
 """
 
-import functools
 import os
 import sys
 import time
@@ -19,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3i_jax.models import dcnv3, dcnv3_dense
+from m3i_jax.models import dcnv3
 from m3i_jax.reporting import show
 from tests.bench.figures import Figure
 
@@ -92,29 +90,15 @@ def sizes(runs: int = 5) -> None:
     print(show.table(rows, ("channels a group", "side", "auto", *(f"{m} ms" for m in dcnv3.METHODS[1:]))))
 
 
-def band_steps(batch: int, side: int, groups: int) -> int:
-    """Windows that one layer visits in a pass, for the offsets of the time table."""
-    _, offset, mask, _ = inputs(batch, side, groups)
-    grid = dcnv3.points(3)
-    call = dcnv3._Call(methods=(), size=(side, side), out=(side, side), step=(1, 0), scale=1.0, grid=grid)
-    at = dcnv3._samples(call, jnp.reshape(offset, (batch, -1, groups, 9, 2)), mask.reshape(batch, -1, groups, 9))
-    spans = np.asarray(dcnv3.dcnv3_dense._bands(at, side, dcnv3._BAND, side)[1])
-    return int(np.ceil((spans[:, 1] - spans[:, 0]) / dcnv3._BAND).sum())
-
-
-def band_step(v, y, x, m, ct, side: int):
-    """What a band does with one window, forward and backward; the sums it adds to are among the results."""
-    at, size = dcnv3_dense.Samples(y, x, m), (dcnv3._BAND, side)
-    return dcnv3_dense.forward(v, at, size), dcnv3_dense.backward(v, at, ct, size)
-
-
 def compile_for_v5e(run, arrays: list):
     """`arrays`: shapes and types."""
     from jax.experimental import topologies
 
-    chip = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[0]
-    one = jax.sharding.SingleDeviceSharding(chip)
-    return run.lower(*(jax.ShapeDtypeStruct(*array, sharding=one) for array in arrays)).compile()
+    from m3i_jax import parallel
+
+    mesh = parallel.make_mesh((1, 1, 1), topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[:1])
+    with jax.set_mesh(mesh):
+        return run.lower(*(jax.ShapeDtypeStruct(*array, sharding=parallel.replicated(mesh)) for array in arrays)).compile()
 
 
 def counted(program) -> tuple[float, float, int]:
@@ -125,12 +109,12 @@ def counted(program) -> tuple[float, float, int]:
 
 
 def bytes_accessed(batch: int = 16) -> None:
-    """One layer of every stage, bfloat16."""
+    """One layer of every stage, bfloat16. The matrix of `dense` is that of the whole map, also where `auto` elsewhere takes bands."""
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    half, wide = jnp.bfloat16, jnp.float32
-    rows, total = [], {"gather": 0.0, "auto": 0.0}
+    half = jnp.bfloat16
+    methods = ("gather", "dense", "auto")
+    rows, total = [], dict.fromkeys(methods, 0.0)
     for side, groups, depth in reversed(list(zip(SIDES, GROUPS, DEPTHS, strict=True))):
-        found, method = {}, dcnv3.choose(side, side, "tpu")
         where = batch, side, side, groups
         arrays = [
             ((batch, side, side, groups * WIDTH), half),
@@ -138,21 +122,14 @@ def bytes_accessed(batch: int = 16) -> None:
             ((*where, 9), half),
             ((*where[:3], groups * WIDTH), half),
         ]
-        for name in ("gather", "auto"):
-            gigabytes, temporaries, gathers = counted(compile_for_v5e(both(name, groups), arrays))
-            if name == "auto" and method == "band":
-                cells = dcnv3._BAND * side
-                value, sample = ((batch, groups, WIDTH, cells), half), ((batch, groups, 9, cells), wide)
-                step = jax.jit(functools.partial(band_step, side=side))
-                steps = band_steps(batch, side, groups)
-                gigabytes += steps * counted(compile_for_v5e(step, [value, sample, sample, sample, value]))[0]
-            found[name] = gigabytes, temporaries, gathers
+        found = {name: counted(compile_for_v5e(both(name, groups), arrays)) for name in methods if name != "dense" or side <= 24}
+        for name, (gigabytes, _, _) in found.items():
             total[name] += depth * gigabytes
-        ratio = found["auto"][0] / found["gather"][0]
-        cells = [f"{found[m][i]:.2f}" for i in (0, 1) for m in found]
-        rows.append((f"{batch}x{side}x{side}", method, *cells, found["auto"][2], f"{ratio:.3f}"))
+        cells = [f"{found[m][i]:.2f}" if m in found else "" for i in (0, 1) for m in methods]
+        rows.append((f"{batch}x{side}x{side}", *cells, found["auto"][2], f"{found['auto'][0] / found['gather'][0]:.3f}"))
         print(rows[-1], flush=True)
-    print(show.table(rows, ("map", "auto", "gather GB", "auto GB", "gather MiB", "auto MiB", "gathers of auto", "ratio")))
+    heads = [f"{m} {unit}" for unit in ("GB", "MiB") for m in methods]
+    print(show.table(rows, ("map", *heads, "gathers of auto", "auto over gather")))
     print(f"all layers: {total['auto'] / total['gather']:.3f}")
 
 

@@ -12,7 +12,7 @@ import pytest
 from m3i_jax.models import dcnv3 as op
 from m3i_jax.models import dcnv3_fused
 
-METHODS = ("dense", "band", "fused", "gather")
+METHODS = ("dense", "band", "kernel", "fused", "gather")
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 

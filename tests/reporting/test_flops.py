@@ -175,7 +175,8 @@ def test_a_share_of_a_device_counts_for_all_of_them():
     assert flops.count(jnp.matmul, placed, b) == whole
 
 
-def test_a_kernel_counts_once_a_cell_of_its_grid():
+@pytest.mark.parametrize("told", (None, 99))
+def test_a_kernel_counts_what_it_says_or_once_a_cell_of_its_grid(told):
     def kernel(a, b, out):
         out[...] = a[...] @ b[...]
 
@@ -185,8 +186,9 @@ def test_a_kernel_counts_once_a_cell_of_its_grid():
         grid=(4,),
         in_specs=[pl.BlockSpec((2, 5), lambda i: (i, 0)), pl.BlockSpec((5, 7), lambda i: (0, 0))],
         out_specs=pl.BlockSpec((2, 7), lambda i: (i, 0)),
+        cost_estimate=told and pl.CostEstimate(flops=told, transcendentals=0, bytes_accessed=0),
     )
-    assert flops.count(call, jnp.zeros((8, 5)), jnp.zeros((5, 7))) == Flops(dot=2.0 * 8 * 5 * 7)
+    assert flops.count(call, jnp.zeros((8, 5)), jnp.zeros((5, 7))) == Flops(dot=told or 2.0 * 8 * 5 * 7)
 
 
 def test_humanize_and_sums():
