@@ -10,9 +10,9 @@ from m3i_jax.models import presets
 
 
 def get_config(size: int = 40_000, steps: int = 0, model: str = "vit_tiny") -> ConfigDict:
-    """size: pictures to render. steps: optimizer steps; 0: 420 of vit_tiny, 1,000 of internimage_pico, which take minutes. model: one of
+    """size: pictures to render. steps: optimizer steps; 0: 420 of vit_tiny, 850 of internimage_pico, which take minutes. model: one of
     the two."""
-    steps, every = steps or (420 if model == "vit_tiny" else 1000), 210 if model == "vit_tiny" else 500
+    steps, every = steps or (420 if model == "vit_tiny" else 850), 210 if model == "vit_tiny" else 425
     config = default()
     presets.use(config, model)
     if model == "vit_tiny":

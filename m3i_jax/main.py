@@ -11,36 +11,13 @@ from collections.abc import Sequence
 from m3i_jax import config as configuration
 from m3i_jax import privacy
 from m3i_jax.errors import DoesNotFit, Stopped, UserError
+from m3i_jax.modes import MODES
 from m3i_jax.training import leaks
 from m3i_jax.version import __version__
 
-MODES = {
-    "train": "pre-train, or go on with the run in the working directory",
-    "show": "print the resolved configuration, parameters, FLOPs a step and memory of the state; reads no data",
-    "preview": "write a contact sheet of what the model will see to WORKDIR/preview.png",
-    "compare": "run a list of objectives, one after the other, and write one table: WORKDIR/compare.md, .json and .png",
-    "report": "write what the run in the working directory has logged to WORKDIR/report.html, beside those of report.beside; no --config",
-    "eval": "evaluate the newest checkpoint of the run in the working directory: a table and WORKDIR/eval.json; needs no --config",
-    "export": "write the encoder of the run in the working directory for other tools (--format), with a model card, to WORKDIR/export",
-    "features": "write the features of all pictures of the source to a file (--out), by the run in the working directory or init_from",
-    "data": "report on the source before training: text, WORKDIR/data.json and the page WORKDIR/data.html",
-    "profile": "run a few steps and trace them: WORKDIR/profile and a table of the costliest operations; SIGUSR1 traces a run under way",
-    "compile": "compile the train step for accelerators that are not here: does it fit, what does it cost; reads no data",
-    "replay": "take the step again that ended the run in the working directory, and say what is not finite; no --config",
-    "convert": "write all records of the source as ArrayRecord shards to WORKDIR; the same command resumes it",
-}
-OWN = {  # flags of one mode, which are handed to it
-    "compile": ("topology", "memory", "largest_batch", "suggest"),
-    "eval": ("checkpoint",),
-    "export": ("format",),
-    "features": ("out",),
-}
-OF_RUN = ("eval", "report", "replay", "export", "features")  # modes that take the settings of the run in WORKDIR, without --config
-TOGETHER = ("train", "compare", "eval", "profile")  # modes that all hosts of a run enter; the others need one
-
 
 def parser() -> argparse.ArgumentParser:
-    modes = "\n".join(f"  {name:<8} {text}" for name, text in MODES.items())
+    modes = "\n".join(f"  {name:<8} {mode.text}" for name, mode in MODES.items())
     out = argparse.ArgumentParser(
         prog="python -m m3i_jax.main",
         description="M3I Pre-training in JAX.",
@@ -76,18 +53,19 @@ def _run(arguments: Sequence[str]) -> int:
         raise UserError(f"{unknown[0]}: there is no such flag; --help lists them")
     if flags.mode not in MODES:
         raise configuration.unknown(flags.mode, MODES, "--mode=")
-    if not flags.config and flags.mode not in OF_RUN:
+    if not flags.config and not MODES[flags.mode].of_run:
         raise UserError("--config: is missing; name a file, such as --config configs/quickstart.py")
     if not flags.workdir and flags.mode != "show":
         raise UserError("--workdir: is missing; name a directory for the run, such as --workdir runs/first")
-    for name in (name for mode, names in OWN.items() if mode != flags.mode for name in names if getattr(flags, name)):
+    own = MODES[flags.mode].flags
+    for name in (name for mode in MODES.values() for name in mode.flags if name not in own and getattr(flags, name)):
         raise UserError(f"--{name.replace('_', '-')}: does not belong to --mode={flags.mode}")
     if flags.config:
         configuration.not_data(flags.config, overrides)
     config = configuration.load(flags.config) if flags.config else configuration.of_run(flags.workdir, "--workdir")
     configuration.override(config, overrides)
     settings = configuration.resolve(config)
-    if flags.mode in TOGETHER:
+    if MODES[flags.mode].together:
         from m3i_jax.parallel import distributed
 
         place = distributed.decide(
@@ -95,9 +73,8 @@ def _run(arguments: Sequence[str]) -> int:
         )
         distributed.start(place, configuration.to_text(settings), settings.parallel.mesh, beat=settings.parallel.heartbeat)
     mode = importlib.import_module(f"m3i_jax.modes.{flags.mode}")
-    own = {name: getattr(flags, name) for name in OWN.get(flags.mode, ())}
     with privacy.closed(settings.report.private):
-        return mode.run(settings, workdir=flags.workdir, allow_changes=flags.allow_changes, **own)
+        return mode.run(settings, workdir=flags.workdir, allow_changes=flags.allow_changes, **{name: getattr(flags, name) for name in own})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -77,7 +77,7 @@ def _table() -> tuple[_Entry, ...]:
         dense(f"{theirs}.mlp.fc{n}", f"{ours}/mlp/fc{n}")
     dense(f"{theirs}.dcn.dw_conv.0", f"{ours}/dcn/depthwise", "depthwise")
     norm(f"{theirs}.dcn.dw_conv.1.1", f"{ours}/dcn/norm")
-    dense(f"{theirs}.dcn.offset", f"{ours}/dcn/offset", "offset")
+    dense(f"{theirs}.dcn.offset", f"{ours}/dcn/offsets", "offset")
     for a, b in (("mask", "mask"), ("input_proj", "input"), ("output_proj", "output")):
         dense(f"{theirs}.dcn.{a}", f"{ours}/dcn/{b}")
     one(f"{theirs}.dcn.center_feature_scale_proj_weight", f"{ours}/dcn/center/kernel", "linear")

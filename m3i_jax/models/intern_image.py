@@ -103,7 +103,7 @@ def shapes(model: InternImage) -> dict[str, Any]:
     """The tree of parameters, as shapes.
 
     >>> tree = shapes(PRESETS["internimage_t"])
-    >>> sorted(tree), tree["stage2"]["layers"]["dcn"]["offset"]["kernel"]
+    >>> sorted(tree), tree["stage2"]["layers"]["dcn"]["offsets"]["kernel"]
     (['fusion', 'stage0', 'stage1', 'stage2', 'stage3', 'stem'], (18, 256, 288))
     """
     c = model.width
@@ -154,7 +154,7 @@ def _first(model: InternImage, path: str, shape: tuple[int, ...]) -> tuple[str, 
         return "constant", 1.0
     if last in ("gamma1", "gamma2"):
         return "constant", model.layer_scale
-    if owner in ("offset", "mask", "center"):
+    if owner in ("offsets", "mask", "center"):
         return "constant", 0.0
     if last == "mask_token":
         return "normal", 0.02

@@ -147,7 +147,7 @@ class Layer(NamedTuple):
             "input": linear(c, c),
             "depthwise": {"kernel": (self.kernel, self.kernel, c), "bias": (c,)},
             "norm": affine,
-            "offset": linear(c, self.groups * _POINTS * 2),
+            "offsets": linear(c, self.groups * _POINTS * 2),
             "mask": linear(c, self.groups * _POINTS),
             "output": linear(c, c),
         }
@@ -178,7 +178,7 @@ def dcn(layer: Layer, params: Params, x_BxHxWxC: jax.Array, method: str = "auto"
     v_BxHxWxC = checkpoint_name(dense(params["input"], x_BxHxWxC), "qkv")
     h = gelu(norm(params["norm"], depthwise(x_BxHxWxC, params["depthwise"]["kernel"], params["depthwise"]["bias"])))
     # The names of `stacked.NAMES`, by the part that each has in attention: what is read and where, and what came of it.
-    offset = checkpoint_name(dense(params["offset"], h, wide), "qkv")
+    offset = checkpoint_name(dense(params["offsets"], h, wide), "qkv")
     logits = checkpoint_name(dense(params["mask"], h, wide), "qkv")
     # Cells as one axis, or a TPU lays rows of twelve along lanes of 128.
     (b, height, width, _), groups = x_BxHxWxC.shape, (layer.groups, _POINTS)

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(qkv|fc1|query|key|value|input|deep|shallow)/kernel$", ("fsdp", "tensor")),
     (r"(out|fc2|output)/kernel$", ("tensor", "fsdp")),
-    (r"dcn/(offset|mask|center)/kernel$", ("fsdp", "tensor")),  # columns are groups, as those of DCNv3's input are
+    (r"dcn/(offsets|mask|center)/kernel$", ("fsdp", "tensor")),  # columns are groups, as those of DCNv3's input are
     (r"depthwise/kernel$", ()),  # small, and computed with in float32
     (r"token_table$", ("tensor", "fsdp")),
     (r"kernel$", ("fsdp", None)),

@@ -66,7 +66,7 @@ def rate_factor(config: schema.Config, path: str, shape: tuple[int, ...] = ()) -
     """
     o, within = config.optim, path.removeprefix("encoder/")
     below, part = (backbones.of(config.model).below(config.model, within), o.encoder_lr) if within != path else (0, 1.0)
-    own = next((rate for name, rate in (("/dcn/offset/", o.offset_lr), ("/dcn/center/", o.center_lr)) if name in path), 1.0)
+    own = next((rate for name, rate in (("/dcn/offsets/", o.offset_lr), ("/dcn/center/", o.center_lr)) if name in path), 1.0)
     inputs = _inputs(path, shape) if o.fan_in_lr else 0
     return part * o.layer_decay**below * own * (o.fan_in_lr / inputs if inputs > o.fan_in_lr else 1.0)
 

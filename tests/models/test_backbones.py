@@ -168,8 +168,8 @@ def test_layers_of_the_encoder() -> None:
 def test_rates_of_every_kind_of_parameter() -> None:
     config = toy.settings(**toy.INTERN, optim__layer_decay=0.5, optim__center_lr=0.25)
     rates = {
-        "encoder/stage0/layers/dcn/offset/kernel": 0.1 / 8,
-        "encoder/stage3/layers/dcn/offset/bias": 0.1,
+        "encoder/stage0/layers/dcn/offsets/kernel": 0.1 / 8,
+        "encoder/stage3/layers/dcn/offsets/bias": 0.1,
         "encoder/stage3/layers/dcn/center/kernel": 0.25,
         "encoder/stage3/layers/dcn/mask/kernel": 1.0,
         "encoder/stage1/layers/norm1/scale": 0.25,
@@ -202,7 +202,7 @@ def test_matrices_of_many_inputs_learn_slower_if_asked() -> None:
         (stage["layers"]["mlp"]["fc1"]["kernel"], 24 / 32),
         (stage["layers"]["mlp"]["fc2"]["kernel"], 24 / 128),
         (stage["layers"]["mlp"]["fc2"]["bias"], 1.0),
-        (stage["layers"]["dcn"]["offset"]["kernel"], 0.1 * 24 / 32),
+        (stage["layers"]["dcn"]["offsets"]["kernel"], 0.1 * 24 / 32),
         (stage["down"]["conv"]["kernel"], 24 / (9 * 32)),
         (decoder["blocks"]["mlp"]["fc2"]["kernel"], 24 / 128),
         (decoder["projector"]["mlp"]["fc1"]["kernel"], 24 / 32),
@@ -216,7 +216,7 @@ def test_updates_are_scaled_by_their_rates() -> None:
     config = toy.settings(**toy.INTERN, optim__layer_decay=0.5)
     updates = scaled(config)
     assert sorted(updates) == ["decoder", "encoder"]
-    np.testing.assert_allclose(updates["encoder"]["stage1"]["layers"]["dcn"]["offset"]["kernel"], 0.1 * 0.25, rtol=1e-6)
+    np.testing.assert_allclose(updates["encoder"]["stage1"]["layers"]["dcn"]["offsets"]["kernel"], 0.1 * 0.25, rtol=1e-6)
     np.testing.assert_array_equal(updates["decoder"]["mask_token"], 1.0)
 
 

@@ -53,7 +53,7 @@ def test_first_values():
     params = start(dataclasses.replace(model, layer_scale=0.25))
     assert jax.tree.map(jnp.shape, params) == intern_image.shapes(dataclasses.replace(model, layer_scale=0.25))
     layers = params["stage2"]["layers"]
-    for name in ("offset", "mask"):
+    for name in ("offsets", "mask"):
         assert not any(leaf.any() for leaf in jax.tree.leaves(layers["dcn"][name]))
     np.testing.assert_array_equal(layers["gamma1"], 0.25)
     np.testing.assert_allclose(layers["mlp"]["fc1"]["kernel"].std(), 128**-0.5, rtol=0.03)  # the toy; all others as published:

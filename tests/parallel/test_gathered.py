@@ -185,8 +185,8 @@ def convolved(shape: tuple[int, int, int], **settings):
     mesh = parallel.make_mesh(shape, jax.devices()[: np.prod(shape)])
     model = dataclasses.replace(intern_image.PRESETS["internimage_pico"], depths=(1, 1, 4, 1), extra_norm=2, fused=32)
     tree = jax.jit(lambda key: intern_image.init(model, key))(jax.random.key(0))
-    offset = tree["stage2"]["layers"]["dcn"]["offset"]["kernel"]
-    tree["stage2"]["layers"]["dcn"]["offset"]["kernel"] = offset + np.random.default_rng(0).normal(size=offset.shape, scale=0.1)
+    offset = tree["stage2"]["layers"]["dcn"]["offsets"]["kernel"]
+    tree["stage2"]["layers"]["dcn"]["offsets"]["kernel"] = offset + np.random.default_rng(0).normal(size=offset.shape, scale=0.1)
     images = np.random.default_rng(1).normal(size=(24, 32, 32, 3)).astype(np.float32)
 
     def loss(tree, x):

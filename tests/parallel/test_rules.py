@@ -42,7 +42,7 @@ def mesh() -> Mesh:
         ("encoder/blocks/mlp/fc1/bias", (12, 3072), P()),
         ("encoder/stage2/layers/dcn/input/kernel", (32, 1280, 1280), FIRST),
         ("encoder/stage2/layers/dcn/output/kernel", (32, 1280, 1280), SECOND),
-        ("encoder/stage2/layers/dcn/offset/kernel", (32, 1280, 720), FIRST),
+        ("encoder/stage2/layers/dcn/offsets/kernel", (32, 1280, 720), FIRST),
         ("encoder/stage2/layers/dcn/center/kernel", (32, 1280, 40), FIRST),
         ("encoder/stage2/layers/dcn/depthwise/kernel", (32, 5, 5, 1280), P()),
         ("encoder/stage2/layers/mlp/fc2/kernel", (32, 5120, 1280), SECOND),

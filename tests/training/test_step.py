@@ -232,7 +232,7 @@ def test_eight_devices_are_one_device_with_convolutions(monkeypatch: pytest.Monk
     np.testing.assert_allclose(sharded, one, rtol=5e-5)
     split = {parallel.rules.path_of(path) for path, x in jax.tree_util.tree_leaves_with_path(state.params["encoder"])
              if x.sharding.shard_shape(x.shape) != x.shape}  # fmt: skip
-    wanted = ("dcn/input", "dcn/output", "dcn/offset", "dcn/depthwise", "mlp/fc1", "mlp/fc2")
+    wanted = ("dcn/input", "dcn/output", "dcn/offsets", "dcn/depthwise", "mlp/fc1", "mlp/fc2")
     assert {f"stage3/layers/{name}/kernel" for name in wanted} | {"fusion/deep/kernel", "stage2/down/conv/kernel"} <= split
 
 
