@@ -107,7 +107,8 @@ def test_every_combination(kernel, stride, dilation, groups):
     for pad, scale, without in itertools.product((0, 2), (0.5, 2.0), {False, kernel in (3, 5)}):
         settings = {"kernel": kernel, "stride": stride, "dilation": dilation, "groups": groups, "pad": pad, "offset_scale": scale}
         settings["remove_center"] = without
-        compare(inputs((11, 10), **settings), **settings)
+        # The kernel is told where samples lie, and nothing of these settings.
+        compare(inputs((11, 10), **settings), methods=tuple(m for m in METHODS if m != "kernel"), **settings)
 
 
 @pytest.mark.slow
