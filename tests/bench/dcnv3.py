@@ -9,6 +9,7 @@ Times are the least of several alternating runs of forward and all gradients, of
 ratios is weighted by the number of layers of each stage. Bytes: of a kernel they are what it reads and writes, as XLA counts a custom call.
 """
 
+import importlib.util
 import os
 import sys
 import time
@@ -75,7 +76,16 @@ def figures(quick: bool) -> list[Figure]:
         found = milliseconds({m: both(m, groups) for m in ("gather", "auto")}, inputs(batch, side, groups), 1 if quick else 9)
         ratios.append(found["auto"] / found["gather"])
     mean = float(np.average(ratios, weights=DEPTHS[: len(ratios)]))
-    return [Figure("DCNv3 forward and gradients over the packed gather, InternImage-H at 192 px, by layers", mean, 0.45)]
+    out = [Figure("DCNv3 forward and gradients over the packed gather, InternImage-H at 192 px, by layers", mean, 0.45)]
+    if not quick and importlib.util.find_spec("torch"):
+        out.append(Figure("InternImage-T forward and gradients over PyTorch, CPU, two pictures of 224", against_torch(), 0.7))
+    if not quick and importlib.util.find_spec("libtpu"):
+        goals = {"12 x 12": 0.33, "6 x 6": 0.33, "all layers": 0.41}
+        out += [
+            Figure(f"DCNv3 bytes over the packed gather, v5e chip, {name}", ratio, goals.get(name))
+            for name, ratio in bytes_accessed().items()
+        ]
+    return out
 
 
 def sizes(runs: int = 5) -> None:
@@ -83,7 +93,8 @@ def sizes(runs: int = 5) -> None:
     for width in (16, 32):
         for side in (6, 7, 8, 10, 12, 14, 24, 28, 48, 56):
             arrays = inputs(1, side, 8, width=width)
-            methods = [m for m in dcnv3.METHODS if m != "auto" and not (m == "dense" and side > 28)]  # of 56 x 56 cells: minutes
+            skip = {"auto"} | ({"kernel"} if jax.default_backend() != "tpu" else set()) | ({"dense"} if side > 28 else set())  # minutes
+            methods = [m for m in dcnv3.METHODS if m not in skip]
             found = milliseconds({m: both(m, 8) for m in methods}, arrays, runs)
             auto = dcnv3.choose(side, side, jax.default_backend())
             rows.append((width, side, auto, *(f"{found[m]:.1f}" if m in found else "" for m in dcnv3.METHODS[1:])))
@@ -108,12 +119,13 @@ def counted(program) -> tuple[float, float, int]:
     return program.cost_analysis()["bytes accessed"] / 1e9, program.memory_analysis().temp_size_in_bytes / 2**20, gathers
 
 
-def bytes_accessed(batch: int = 16) -> None:
-    """One layer of every stage, bfloat16. The matrix of `dense` is that of the whole map, also where `auto` elsewhere takes bands."""
+def bytes_accessed(batch: int = 16) -> dict[str, float]:
+    """Of one layer of every stage, bfloat16: bytes of `auto` over those of the gather, by map and over all layers. The matrix of `dense` is
+    that of the whole map, also where `auto` takes bands on other machines."""
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     half = jnp.bfloat16
     methods = ("gather", "dense", "auto")
-    rows, total = [], dict.fromkeys(methods, 0.0)
+    rows, total, ratios = [], dict.fromkeys(methods, 0.0), {}
     for side, groups, depth in reversed(list(zip(SIDES, GROUPS, DEPTHS, strict=True))):
         where = batch, side, side, groups
         arrays = [
@@ -126,15 +138,16 @@ def bytes_accessed(batch: int = 16) -> None:
         for name, (gigabytes, _, _) in found.items():
             total[name] += depth * gigabytes
         cells = [f"{found[m][i]:.2f}" if m in found else "" for i in (0, 1) for m in methods]
-        rows.append((f"{batch}x{side}x{side}", *cells, found["auto"][2], f"{found['auto'][0] / found['gather'][0]:.3f}"))
-        print(rows[-1], flush=True)
+        ratios[f"{side} x {side}"] = found["auto"][0] / found["gather"][0]
+        rows.append((f"{batch}x{side}x{side}", *cells, found["auto"][2], f"{ratios[f'{side} x {side}']:.3f}"))
     heads = [f"{m} {unit}" for unit in ("GB", "MiB") for m in methods]
     print(show.table(rows, ("map", *heads, "gathers of auto", "auto over gather")))
     print(f"all layers: {total['auto'] / total['gather']:.3f}")
+    return ratios | {"all layers": total["auto"] / total["gather"]}
 
 
-def against_torch(side: int = 224, batch: int = 2, runs: int = 5) -> None:
-    """InternImage-T, forward and all gradients of the same weights on the same pictures, in turns."""
+def against_torch(side: int = 224, batch: int = 2, runs: int = 5) -> float:
+    """InternImage-T, forward and all gradients of the same weights on the same pictures, in turns: ours over PyTorch's seconds."""
     import torch
 
     from m3i_jax.interop import intern_image as interop
@@ -178,6 +191,7 @@ def against_torch(side: int = 224, batch: int = 2, runs: int = 5) -> None:
             run()
             least[i] = min(least[i], time.perf_counter() - start)
     print(f"InternImage-T, {batch} pictures of {side}: {least[0]:.2f} s, PyTorch {least[1]:.2f} s, ratio {least[0] / least[1]:.3f}")
+    return least[0] / least[1]
 
 
 if __name__ == "__main__":
