@@ -247,11 +247,7 @@ def dcnv3(
             raise ValueError(f"{name} has shape {array.shape}; for an input of {x_BxHxWxC.shape} and these settings it must be {wanted}")
     offset = offset_BxIxJxGxPx2.reshape(b, -1, groups, len(grid), 2)
     mask = mask_BxIxJxGxP.reshape(b, -1, groups, len(grid))
-    alone = (
-        parallel.platform() == "tpu"
-        and dcnv3_kernel.fits((height, width), groups, c // groups, x_BxHxWxC.dtype)
-        and parallel.stands_alone(b)
-    )
+    alone = parallel.kernels(b) and dcnv3_kernel.fits((height, width), groups, c // groups, x_BxHxWxC.dtype)
     platforms = {"cpu": "cpu", "default": "tpu" if alone else "default"}
     methods = {name: choose(height, width, p) if method == "auto" else method for name, p in platforms.items()}
     call = _Call(

@@ -2,15 +2,15 @@
 
 Dense layers work on flattened [B * T, D], so that no backend pads a short token axis. Layer norm, GELU and attention have backward passes
 of their own: autodiff would keep several float32 copies of every activation, these keep the input (and two numbers a row), or q, k, v and
-the attention weights, in the compute precision. No matrix product is computed twice for it. What `names` in models.stacked may keep has a
-name here.
+the attention weights, in the compute precision. No matrix product is computed twice for it, except on TPUs, where a kernel computes the
+attention of blocks and keeps no weights (attention_kernel). What `names` in models.stacked may keep has a name here.
 
 B batch, T tokens, Q query rows, D width, H heads, E = D / H, L blocks.
 """
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,14 +20,14 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from m3i_jax import parallel, schema
-from m3i_jax.models import activations
+from m3i_jax.models import activations, attention_kernel
+from m3i_jax.models.attention_kernel import NEVER, Columns
 
 Params = Mapping[str, Any]
 
 _EPS = 1e-6  # of every layer norm here that is not told another one; the targets' parameter-free one is in objective.posterior
 _BATCH_EPS = 1e-5
 _SHAPE = nn.initializers.zeros  # modules only declare shapes; `initial.draw` fills them
-_NEVER = -1e30  # a logit whose weight is exactly 0 beside any real one, and that gives uniform weights, not NaN, where no key counts
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -149,7 +149,7 @@ def attention_weights(q_BxHxQxE: jax.Array, k_BxHxTxE: jax.Array, where_BxT: jax
     q_BxHxQxE = (q_BxHxQxE.astype(jnp.float32) * q_BxHxQxE.shape[-1] ** -0.5).astype(q_BxHxQxE.dtype)
     logits_BxHxQxT = jnp.einsum("bhqe,bhte->bhqt", q_BxHxQxE, k_BxHxTxE, preferred_element_type=jnp.float32)
     if where_BxT is not None:
-        logits_BxHxQxT = jnp.where(where_BxT[:, None, None], logits_BxHxQxT, _NEVER)
+        logits_BxHxQxT = jnp.where(where_BxT[:, None, None], logits_BxHxQxT, NEVER)
     return jax.nn.softmax(logits_BxHxQxT)
 
 
@@ -178,6 +178,30 @@ def _attend_backward(kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, jax
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_columns(heads: int, arrays: tuple[jax.Array, ...], where_BxT: jax.Array | None) -> jax.Array:
+    """`attend` of heads that lie side by side, [B, Q, D], by the kernel. arrays: queries, keys and values side by side in one array
+    [B, T, 3 D], or queries [B, Q, D] alone and the others [B, T, 2 D]."""
+    return parallel.by_device(functools.partial(_kernel, heads, attention_kernel.forward), arrays, where_BxT)
+
+
+def _kernel(heads: int, run: Callable[..., Any], arrays: tuple[jax.Array, ...], where_BxT: jax.Array | None, *g_BxQxD: jax.Array) -> Any:
+    width = arrays[-1].shape[2] // (4 - len(arrays))
+    parts = [Columns(array, first) for array in arrays for first in range(0, array.shape[2], width)]
+    return run(heads, width, *parts, where_BxT, *g_BxQxD, interpret=parallel.platform() != "tpu")
+
+
+def _attend_columns_backward(heads: int, kept: Any, g_BxQxD: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+    arrays, where_BxT = kept
+    dq, dk, dv = parallel.by_device(functools.partial(_kernel, heads, attention_kernel.backward), arrays, where_BxT, g_BxQxD)
+    if len(arrays) == 1:
+        return (jnp.concatenate([dq, dk, dv], 2),), None
+    return (dq, jnp.concatenate([dk, dv], 2)), None
+
+
+_attend_columns.defvjp(lambda heads, *kept: (_attend_columns(heads, *kept), kept), _attend_columns_backward)
 
 
 class Dense(nn.Module):
@@ -257,16 +281,22 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array, where_BxT: jax.Array | None, rows: slice | None, weights: bool = False) -> jax.Array:
         """`weights`: give what the values are weighed with, [B, H, Q, T], and not what comes of it."""
-        width = x_BxTxD.shape[-1]
+        b, tokens, width = x_BxTxD.shape
         qkv = Dense(3 * width, self.dtype, name="qkv")
         if rows is None:
-            q, k, v = to_heads(checkpoint_name(qkv(x_BxTxD), "qkv"), 3, self.heads)
+            arrays: tuple[jax.Array, ...] = (checkpoint_name(qkv(x_BxTxD), "qkv"),)
         else:
-            (q,) = to_heads(checkpoint_name(qkv(x_BxTxD[:, rows], slice(0, width)), "qkv"), 1, self.heads)
-            k, v = to_heads(checkpoint_name(qkv(x_BxTxD, slice(width, None)), "qkv"), 2, self.heads)
-        if weights:
-            return attention_weights(q, k, where_BxT)
-        attended_BxTxD = checkpoint_name(from_heads(attend(q, k, v, where_BxT)), "attended")
+            q_BxQxD = checkpoint_name(qkv(x_BxTxD[:, rows], slice(0, width)), "qkv")
+            arrays = (q_BxQxD, checkpoint_name(qkv(x_BxTxD, slice(width, None)), "qkv"))
+        small = attention_kernel.fits(arrays[0].shape[1], tokens, self.heads, width // self.heads, jnp.dtype(self.dtype))
+        if small and not weights and parallel.kernels(b):
+            attended_BxTxD = _attend_columns(self.heads, arrays, where_BxT)
+        else:
+            q, k, v = (part for array in arrays for part in to_heads(array, array.shape[2] // width, self.heads))
+            if weights:
+                return attention_weights(q, k, where_BxT)
+            attended_BxTxD = from_heads(attend(q, k, v, where_BxT))
+        attended_BxTxD = checkpoint_name(attended_BxTxD, "attended")
         return Dense(width, self.dtype, name="out")(attended_BxTxD)
 
 

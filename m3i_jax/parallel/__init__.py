@@ -12,12 +12,12 @@ from m3i_jax.parallel.mesh import (
     data_sharding,
     everywhere,
     hint,
+    kernels,
     make_mesh,
     platform,
     replicated,
     rows_of_device,
     split_rows,
-    stands_alone,
     to_global,
 )
 from m3i_jax.parallel.rules import RULES, shardings
@@ -40,6 +40,7 @@ __all__ = [
     "held",
     "hint",
     "hosts",
+    "kernels",
     "make_mesh",
     "mean_over_devices",
     "platform",
@@ -48,7 +49,6 @@ __all__ = [
     "rows_of_device",
     "shardings",
     "split_rows",
-    "stands_alone",
     "to_global",
     "wait",
 ]

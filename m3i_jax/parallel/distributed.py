@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from m3i_jax import version
 from m3i_jax.errors import UserError
 from m3i_jax.parallel import barriers, heartbeat, meeting
+from m3i_jax.parallel.mesh import KERNELS
 
 PORT = 8476
 
@@ -234,4 +235,5 @@ def start(place: Place, settings: str, mesh: tuple[int, ...], *, beat: float = h
     lines = dict(line.split(" = ", 1) for line in settings.splitlines() if " = " in line)
     kinds = sorted({d.device_kind for d in jax.local_devices()})
     devices = f"{jax.local_device_count()} of {jax.device_count()} {' and '.join(kinds)}"
-    agree("start", {**lines, "code": code(), "jax": jax.__version__, "devices": devices, "mesh": str(mesh)})
+    kernels = os.environ.get(KERNELS, "1")
+    agree("start", {**lines, "code": code(), "jax": jax.__version__, "devices": devices, "mesh": str(mesh), KERNELS: kernels})

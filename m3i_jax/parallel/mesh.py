@@ -1,6 +1,7 @@
-"""The mesh, the sharding of data and the one sharding constraint of the project."""
+"""The mesh, the sharding of data and the one sharding constraint of the project; where a program of one device may stand."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from m3i_jax.errors import UserError
 
 AXES = ("replica", "fsdp", "tensor")
 DATA = ("replica", "fsdp")  # the leading axis of a batch is split over both
+KERNELS = "M3I_JAX_KERNELS"  # variable of the environment; 0: no kernels of our own
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -90,6 +92,15 @@ def stands_alone(rows: int) -> bool:
         return jax.device_count() == 1
     axes = _divided(mesh)
     return set(axes) <= set(DATA) and rows % math.prod(mesh.shape[axis] for axis in axes) == 0
+
+
+def kernels(rows: int) -> bool:
+    """Whether kernels of our own run on that many rows: on TPUs where they can stand alone, unless M3I_JAX_KERNELS=0 forbids them all.
+
+    >>> kernels(6) and jax.default_backend() != "tpu"
+    False
+    """
+    return platform() == "tpu" and stands_alone(rows) and os.environ.get(KERNELS, "1") != "0"
 
 
 def by_device(run: Callable[..., Any], *arrays_Bx: Any) -> Any:

@@ -53,13 +53,15 @@ def test_auto_takes_it_on_a_tpu_where_devices_have_rows_of_their_own(monkeypatch
             return "pallas_call" in str(jax.make_jaxpr(lambda *a: dcnv3.dcnv3(*a, groups=2))(*arrays))
 
     assert not taken()  # here are processors
-    monkeypatch.setattr(parallel, "platform", lambda: "tpu")
+    monkeypatch.setattr(parallel.mesh, "platform", lambda: "tpu")
     assert taken() and taken(dtype="bfloat16")
     assert not taken(dtype="float16")
     assert not taken(batch=6)  # does not divide among eight devices
     assert not taken(mesh=parallel.make_mesh((4, 1, 2)))  # the partitioner divides channels
     monkeypatch.setattr(dcnv3_kernel, "_BYTES", 200_000)
     assert taken() and not taken(side=16)  # too large a map
+    monkeypatch.setenv("M3I_JAX_KERNELS", "0")
+    assert not taken()
 
 
 @pytest.mark.slow

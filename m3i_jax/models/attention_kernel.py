@@ -1,0 +1,153 @@
+"""Softmax attention on a TPU, in a Pallas kernel: what weighs the values is made, used and forgotten in fast memory.
+
+Left to the compiler the weights go through main memory in three types, and heads are laid out apart before and after. Here a step is an
+image and as many heads side by side as fill the lanes, read where they stand in the columns of the projection. The backward pass makes the
+weights again, from queries and keys: one product more, which is no work of the model's and not counted as such.
+
+B batch, Q query rows, T tokens, M columns, C = H E channels of H heads, E of a head.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_LANES = 128
+_SCORES = 2**19  # of queries times keys, padded: six such arrays in float32 are what a step holds
+_MOST = 16  # heads side by side, whose code is written out
+NEVER = -1e30  # a logit whose weight is exactly 0 beside any real one, and that gives uniform weights, not NaN, where no key counts
+
+
+class Columns(NamedTuple):
+    """Channels [B, T, C] as columns of an array: from which on."""
+
+    array: jax.Array
+    first: int
+
+
+def _side_by_side(heads: int, depth: int) -> int:
+    """Heads that fill whole lanes, 0: no number does."""
+    return next((n for n in range(1, min(heads, _MOST) + 1) if heads % n == 0 and n * depth % _LANES == 0), 0)
+
+
+def fits(queries: int, tokens: int, heads: int, depth: int, dtype: Any) -> bool:
+    """Whether the kernel takes attention of that size and type.
+
+    >>> fits(197, 197, 12, 64, jnp.bfloat16), fits(294, 294, 16, 48, jnp.bfloat16), fits(197, 197, 3, 64, jnp.bfloat16)
+    (True, True, False)
+    """
+    padded = (queries + -queries % 8) * (tokens + -tokens % _LANES)
+    return dtype in (jnp.bfloat16, jnp.float32) and padded <= _SCORES and _side_by_side(heads, depth) > 0
+
+
+def _product(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
+    precision = None if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    dims = ((over[0],), (over[1],)), ((), ())
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _weights(q_QxE: jax.Array, k_TxE: jax.Array, where_1xT: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Scaled queries, and the weights in their type."""
+    q_QxE = (q_QxE.astype(jnp.float32) * q_QxE.shape[1] ** -0.5).astype(q_QxE.dtype)
+    logits_QxT = _product(q_QxE, k_TxE, (1, 1))
+    if where_1xT is not None:
+        logits_QxT = jnp.where(where_1xT > 0, logits_QxT, NEVER)
+    raised_QxT = jnp.exp(logits_QxT - logits_QxT.max(1, keepdims=True))
+    return q_QxE, (raised_QxT / raised_QxT.sum(1, keepdims=True)).astype(q_QxE.dtype)
+
+
+def _heads(block: Any, depth: int) -> list[slice]:
+    return [slice(at, at + depth) for at in range(0, block.shape[2], depth)]
+
+
+def _forward_kernel(*refs: Any, depth: int, masked: bool) -> None:
+    q, k, v, *where, out = refs
+    for at in _heads(q, depth):
+        _, weights_QxT = _weights(q[0, :, at], k[0, :, at], where[0][0] if masked else None)
+        out[0, :, at] = _product(weights_QxT, v[0, :, at], (1, 0)).astype(out.dtype)
+
+
+def _backward_kernel(*refs: Any, depth: int, masked: bool) -> None:
+    q, k, v, g, *where, dq, dk, dv = refs
+    for at in _heads(q, depth):
+        k_TxE, g_QxE = k[0, :, at], g[0, :, at]
+        q_QxE, weights_QxT = _weights(q[0, :, at], k_TxE, where[0][0] if masked else None)
+        dv[0, :, at] = _product(weights_QxT, g_QxE, (0, 0)).astype(dv.dtype)
+        dweights_QxT, wide_QxT = _product(g_QxE, v[0, :, at], (1, 1)), weights_QxT.astype(jnp.float32)
+        dlogits_QxT = wide_QxT * (dweights_QxT - (wide_QxT * dweights_QxT).sum(1, keepdims=True))
+        if masked:
+            dlogits_QxT = jnp.where(where[0][0] > 0, dlogits_QxT, 0)
+        dlogits_QxT = dlogits_QxT.astype(q_QxE.dtype)
+        dq[0, :, at] = (_product(dlogits_QxT, k_TxE, (1, 0)) * depth**-0.5).astype(dq.dtype)
+        dk[0, :, at] = _product(dlogits_QxT, q_QxE, (0, 0)).astype(dk.dtype)
+
+
+def _run(
+    kernel: Any,
+    heads: int,
+    channels: int,
+    given: list[Columns],
+    where_BxT: jax.Array | None,
+    rows: list[int],
+    products: int,
+    interpret: bool,
+) -> list[jax.Array]:
+    """`rows`: of the arrays [B, rows, C] that come out."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    depth = channels // heads
+    lanes, q, k = _side_by_side(heads, depth) * depth, given[0].array, given[1].array
+
+    def columns(rows: int, first: int = 0) -> Any:
+        return pl.BlockSpec((1, rows, lanes), lambda i, j: (i, 0, first // lanes + j))
+
+    like = jax.typeof(q).manual_axis_type
+    outs = [jax.ShapeDtypeStruct((q.shape[0], n, channels), q.dtype, manual_axis_type=like) for n in rows]
+    arrays, specs = [each.array for each in given], [columns(each.array.shape[1], each.first) for each in given]
+    if where_BxT is not None:
+        arrays.append(where_BxT.astype(jnp.float32)[:, None])
+        specs.append(pl.BlockSpec((1, 1, where_BxT.shape[1]), lambda i, j: (i, 0, 0)))
+    moved = q.dtype.itemsize * channels * q.shape[0] * sum([*(each.array.shape[1] for each in given), *rows])
+    return pl.pallas_call(
+        functools.partial(kernel, depth=depth, masked=where_BxT is not None),
+        grid=(q.shape[0], channels // lanes),
+        in_specs=specs,
+        out_specs=[columns(n) for n in rows],
+        out_shape=outs,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * q.shape[0] * q.shape[1] * k.shape[1] * channels,
+            transcendentals=q.shape[0] * heads * q.shape[1] * k.shape[1],
+            bytes_accessed=moved,
+        ),
+        interpret=interpret,
+    )(*arrays)
+
+
+def forward(heads: int, channels: int, q: Columns, k: Columns, v: Columns, where_BxT: jax.Array | None, *, interpret: bool) -> jax.Array:
+    """`softmax(q k' / sqrt(E)) v` of every head, [B, Q, C] in the type of q, as `layers.attend` computes it.
+
+    >>> x = jnp.ones((1, 3, 384)).at[0, 2, 256:].set(4.0)  # queries, keys and values side by side; the third value is another
+    >>> parts = (Columns(x, first) for first in (0, 128, 256))
+    >>> forward(2, 128, *parts, None, interpret=True)[0, 0, :2].tolist()
+    [2.0, 2.0]
+    """
+    (out,) = _run(_forward_kernel, heads, channels, [q, k, v], where_BxT, [q.array.shape[1]], 2, interpret)
+    return out
+
+
+def backward(
+    heads: int, channels: int, q: Columns, k: Columns, v: Columns, where_BxT: jax.Array | None, g_BxQxC: jax.Array, *, interpret: bool
+) -> list[jax.Array]:
+    """Gradients of queries [B, Q, C], keys and values [B, T, C].
+
+    >>> x = jnp.ones((1, 3, 384))
+    >>> parts = (Columns(x, first) for first in (0, 128, 256))
+    >>> dq, dk, dv = backward(2, 128, *parts, None, jnp.ones((1, 3, 128)), interpret=True)
+    >>> dq.any().item(), dv[0, 0, 0].round(3).item()  # equal keys weigh equally
+    (False, 1.0)
+    """
+    rows = [q.array.shape[1], k.array.shape[1], v.array.shape[1]]
+    return _run(_backward_kernel, heads, channels, [q, k, v, Columns(g_BxQxC, 0)], where_BxT, rows, 4, interpret)
