@@ -14,6 +14,7 @@ import numpy as np
 from jax.extend import core
 
 _TURNS = re.compile(r"turns=(\d+)")
+_STATED = re.compile(r"flops=(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,9 @@ def _equation(equation: Any, wanted: list[bool]) -> Flops:
     if name == "conv_general_dilated":
         return Flops(conv=2.0 * _convolution(equation))
     if name == "pallas_call" and params.get("cost_estimate"):
-        return Flops(dot=float(params["cost_estimate"].flops))  # a kernel knows what of its products is thrown away
+        # A kernel knows what of its products is thrown away; and in jax.named_scope("flops=N"), what of them is the model's work.
+        stated = _STATED.findall(str(equation.source_info.name_stack))
+        return Flops(dot=float(stated[-1] if stated else params["cost_estimate"].flops))
     inner = [_of(p, wanted if len(p.outvars) == len(wanted) and name != "scan" else [True] * len(p.outvars)) for p in _programs(params)]
     if name == "while" and any(f.total for f in inner):
         stated = _TURNS.findall(str(equation.source_info.name_stack))

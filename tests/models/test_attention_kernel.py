@@ -1,6 +1,7 @@
 """Attention by the kernel for TPUs against attention as the compiler makes it, which tests/models/test_layers.py holds against float64."""
 
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from m3i_jax import parallel
 from m3i_jax.models import attention_kernel, initial, layers, stacked
 from m3i_jax.parallel import topology
+from m3i_jax.reporting import flops
 
 WHERE = np.random.default_rng(1).random((8, 11)) < 0.6
 WHERE[3] = False  # a row without any key
@@ -80,6 +82,21 @@ def test_stacks_and_what_they_keep(monkeypatch: pytest.MonkeyPatch):
         found = jax.jit(jax.grad(loss), static_argnums=(1, 2)).trace(params, remat, True)
         assert str(found.jaxpr).count("pallas_call") == calls  # what attention gives is kept by name
         close(found.lower().compile()(params), wanted, 1e-5)
+
+
+def test_the_product_that_is_made_again_is_not_the_models(monkeypatch: pytest.MonkeyPatch):
+    one = layers.block(128, 4, 2.0, "float32")
+    params = jax.tree.map(lambda leaf: leaf[0], initial.init_blocks(one, jax.random.key(0), width=128, depth=1))
+    x = jnp.zeros((2, 11, 128))
+
+    def gradient():  # a new function, or the trace of the last one would be taken
+        return jax.grad(lambda params, x: one.apply({"params": params}, x).sum(), argnums=(0, 1))
+
+    wanted = flops.count(gradient(), params, x)
+    monkeypatch.setattr(parallel, "kernels", lambda rows: True)
+    assert flops.count(gradient(), params, x) == wanted
+    made = re.findall(r"CostEstimate\(flops=(\d+)", str(jax.make_jaxpr(gradient())(params, x)))
+    assert len(made) == 2 and sum(map(int, made)) == 7 * 2 * 2 * 11 * 11 * 128
 
 
 def test_what_it_takes():
