@@ -94,8 +94,15 @@ def sync(directory: pathlib.Path) -> None:
 
 
 def clean(directory: pathlib.Path) -> None:
-    """Remove what saves and deletions left behind that were cut off. Only for the one that saves there."""
-    with os.scandir(directory) as entries:
-        left = [e.path for e in entries if _LEFT.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
-    for path in left:
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove what saves and deletions left behind that were cut off. Only for the one that saves there.
+
+    A save that failed is told at its first error, when other threads of it may still write: what they leave is removed again, for a second.
+    """
+    for wait in (0.0, 0.1, 0.3, 0.6):
+        with os.scandir(directory) as entries:
+            left = [e.path for e in entries if _LEFT.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+        if not left:
+            return
+        time.sleep(wait)
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)

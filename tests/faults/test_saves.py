@@ -101,6 +101,24 @@ def failing(one: Checkpoints, directory: pathlib.Path, broken: Callable[[], cont
 
 @pytest.mark.fast
 @pytest.mark.row("B2")
+def test_what_a_late_thread_of_a_failed_save_writes_is_removed_too(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "4.new.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "2").mkdir()
+    remove, turns = shutil.rmtree, []
+
+    def late(path: str, **how: bool) -> None:
+        remove(path, **how)
+        turns.append(path)
+        if len(turns) < 3:
+            pathlib.Path(path).mkdir()
+
+    monkeypatch.setattr(steps.shutil, "rmtree", late)
+    steps.clean(tmp_path)
+    assert names(tmp_path) == ["2"] and len(turns) == 3
+
+
+@pytest.mark.fast
+@pytest.mark.row("B2")
 def test_a_disk_that_refuses_large_files(tmp_path: pathlib.Path, make: Make) -> None:
     failing(make(tmp_path / "c"), tmp_path / "c", lambda: no_file_above(2000))
 
