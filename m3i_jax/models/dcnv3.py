@@ -62,7 +62,7 @@ def choose(height: int, width: int, platform: str = "default") -> str:
 
     The dense matrix has H W entries for every output where the others read 4 P D numbers; bands keep to the rows that samples touch, but
     loop. Matrix units like products best: up to 14 x 14 cells the plain one, above it bands. On a CPU they pay for the smallest maps alone.
-    On a TPU the kernel moves a tenth of their bytes.
+    On a TPU the kernel moves a quarter to a half of their bytes.
 
     >>> choose(12, 12), choose(48, 48), choose(48, 48, "cpu"), choose(48, 48, "tpu")
     ('dense', 'band', 'fused', 'kernel')
