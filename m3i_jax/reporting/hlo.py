@@ -245,7 +245,7 @@ def group(text: str, devices: int) -> int:
 
 def flops(program: Program) -> float:
     """Operations of matrix products and convolutions on one device, a multiply-add being two, products with padding and with the holes of
-    a dilation left out. Covers dot, convolution (which is what a TPU makes of a batched product) and cuBLAS calls."""
+    a dilation left out. Covers dot, convolution (which is what a TPU makes of a batched product), cuBLAS calls and what a kernel states."""
     return sum(times * _flops(program, each) for times, each, _ in executed(program))
 
 
@@ -257,6 +257,8 @@ def _flops(program: Program, each: Instruction) -> float:
         left = program.operands(each)[0].shape
         dims = [int(n) for n in contract[1].replace('"', "").split(",") if n]
         return 2.0 * math.prod(each.arrays[0].shape) * math.prod(left[d] for d in dims)
+    if stated := re.search(r'"cost_estimate":\{"flops":"(\d+)"', each.text):
+        return float(stated[1])
     if each.opcode != "convolution":
         return 0.0
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.text)

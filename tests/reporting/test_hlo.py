@@ -134,6 +134,12 @@ def entry(line: str, *parameters: str) -> hlo.Program:
             ("bf16[16,32]", "bf16[32,8]"),
             2 * 16 * 8 * 32,
         ),
+        (
+            'bf16[16,8] custom-call(%p0), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUzv",'
+            '"cost_estimate":{"flops":"4096","transcendentals":"0","bytes_accessed":"99"}}}',
+            ("bf16[16,32]",),
+            4096,
+        ),
     ],
 )  # fmt: skip
 def test_products_and_convolutions(line: str, parameters: tuple[str, ...], wanted: int) -> None:
