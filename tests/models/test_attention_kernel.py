@@ -1,6 +1,5 @@
 """Attention by the kernel for TPUs against attention as the compiler makes it, which tests/models/test_layers.py holds against float64."""
 
-import importlib.util
 import re
 
 import jax
@@ -10,7 +9,6 @@ import pytest
 
 from m3i_jax import parallel
 from m3i_jax.models import attention_kernel, initial, layers, stacked
-from m3i_jax.parallel import topology
 from m3i_jax.reporting import flops
 
 WHERE = np.random.default_rng(1).random((8, 11)) < 0.6
@@ -108,26 +106,22 @@ def test_what_it_takes():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-@pytest.mark.parametrize("name", ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"))
-def test_tpus_compile_it(name):
+def test_tpus_compile_it(tpu_mesh):
     """Blocks of ViT-B's encoder and decoder and of the text tower, ViT-L at 384 pixels, and InternImage-H's decoder: two kernels each."""
-    devices = topology.devices(topology.read(name))
-    mesh = parallel.make_mesh((len(devices), 1, 1), devices)
+    data = parallel.data_sharding(tpu_mesh)
     masked = (False, False, True, False, False)
     for (tokens, width, heads), with_mask in zip(
         ((197, 768, 12), (294, 768, 16), (77, 512, 8), (577, 1024, 16), (216, 1024, 16)), masked, strict=True
     ):
         one = layers.block(width, heads, 4.0, "bfloat16")
         tree = jax.eval_shape(lambda key, one=one, width=width: initial.init_blocks(one, key, width=width, depth=1), jax.random.key(0))
-        data = parallel.data_sharding(mesh)
-        params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=parallel.replicated(mesh)), tree)
+        params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=parallel.replicated(tpu_mesh)), tree)
         x = jax.ShapeDtypeStruct((8, tokens, width), jnp.bfloat16, sharding=data)
         where = jax.ShapeDtypeStruct((8, tokens), bool, sharding=data) if with_mask else None
 
         def run(params, x, where, one=one):
             return jax.grad(lambda *a: one.apply({"params": a[0]}, a[1], None, where).astype(jnp.float32).sum(), argnums=(0, 1))(params, x)
 
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(tpu_mesh):
             text = jax.jit(run).lower(params, x, where).compile().as_text()
         assert text.count('custom_call_target="tpu_custom_call"') == 2

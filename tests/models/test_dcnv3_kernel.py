@@ -1,7 +1,5 @@
 """The kernel of DCNv3. What it alone has; the rest is in test_dcnv3.py: blocks of lanes, tiles, devices, TPUs."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 
 from m3i_jax import parallel
 from m3i_jax.models import dcnv3, dcnv3_kernel
-from m3i_jax.parallel import topology
 from tests.models.test_dcnv3 import compare, inputs
 
 
@@ -65,22 +62,19 @@ def test_auto_takes_it_on_a_tpu_where_devices_have_rows_of_their_own(monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-@pytest.mark.parametrize("name", ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"))
-def test_tpus_compile_it(name):
+def test_tpus_compile_it(tpu_mesh):
     """At the maps of InternImage-H, and of T in float32: one kernel forward, one backward, and no gather or scatter beside them."""
-    devices = topology.devices(topology.read(name))
-    mesh = parallel.make_mesh((len(devices), 1, 1), devices)
+    data = parallel.data_sharding(tpu_mesh)
     for side, groups, width, dtype in ((48, 10, 32, "bfloat16"), (12, 40, 32, "bfloat16"), (6, 80, 32, "bfloat16"), (56, 4, 16, "float32")):
         where = 4, side, side, groups
         shapes = (*where[:3], groups * width), (*where, 9, 2), (*where, 9), (*where[:3], groups * width)
-        arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.data_sharding(mesh)) for shape in shapes]
+        arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=data) for shape in shapes]
 
         def run(x, offset, mask, ct, groups=groups):
             y, back = jax.vjp(lambda *a: dcnv3.dcnv3(*a, groups=groups), x, offset, mask)
             return y, back(ct)
 
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(tpu_mesh):
             text = jax.jit(run).lower(*arrays).compile().as_text()
         assert text.count('custom_call_target="tpu_custom_call"') == 2
         assert " gather(" not in text and " scatter(" not in text
