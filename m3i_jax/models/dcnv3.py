@@ -85,26 +85,30 @@ class _Call(NamedTuple):
     grid: tuple[tuple[int, int], ...]
 
 
+def _rest(call: _Call, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Where every point of every output lies before it is displaced: row and column, [O, P]."""
+    (stride, shift), grid = call.step, np.asarray(call.grid)
+    rows, columns = (stride * place + shift for place in np.divmod(np.arange(call.out[0] * call.out[1]), call.out[1]))
+    down, over = (call.scale * grid[:, i] for i in (1, 0))
+    return (rows[:, None] + down).astype(dtype), (columns[:, None] + over).astype(dtype)
+
+
 def _places(call: _Call, offset: jax.Array, mask: jax.Array) -> Samples:
     """Coordinates and weights [B, O, G, P] from [B, O, G, P, 2] and [B, O, G, P]."""
-    (stride, shift), grid, dtype = call.step, np.asarray(call.grid), wide(offset.dtype)
-    rows, columns = np.divmod(np.arange(call.out[0] * call.out[1]), call.out[1])
-    base_x = (call.scale * grid[:, 0] + (stride * columns + shift)[:, None, None]).astype(dtype)
-    base_y = (call.scale * grid[:, 1] + (stride * rows + shift)[:, None, None]).astype(dtype)
+    dtype = wide(offset.dtype)
+    rest_y, rest_x = (rest[:, None] for rest in _rest(call, dtype))
     y, x = offset[..., 1].astype(dtype), offset[..., 0].astype(dtype)
-    return Samples(base_y + call.scale * y, base_x + call.scale * x, mask.astype(dtype))
+    return Samples(rest_y + call.scale * y, rest_x + call.scale * x, mask.astype(dtype))
 
 
 def _samples(call: _Call, offset: jax.Array, mask: jax.Array) -> Samples:
     """The same with the output cells last, where they fill vector registers: [B, G, P, O]."""
-    (stride, shift), grid, dtype = call.step, np.asarray(call.grid), wide(offset.dtype)
+    dtype = wide(offset.dtype)
     b, o, g, p, _ = offset.shape
+    rest_y, rest_x = (rest.T for rest in _rest(call, dtype))
     moved = jnp.transpose(offset, (0, 2, 4, 3, 1)).astype(dtype)
-    rows, columns = np.divmod(np.arange(o), call.out[1])
-    base_x = (call.scale * grid[:, :1] + stride * columns + shift).astype(dtype)
-    base_y = (call.scale * grid[:, 1:] + stride * rows + shift).astype(dtype)
     weight = jnp.moveaxis(mask.reshape(b, o, -1), 1, 2).reshape(b, g, p, o).astype(dtype)
-    return Samples(base_y + call.scale * moved[:, :, 1], base_x + call.scale * moved[:, :, 0], weight)
+    return Samples(rest_y + call.scale * moved[:, :, 1], rest_x + call.scale * moved[:, :, 0], weight)
 
 
 def _cells_last(x_BxOxC: jax.Array, groups: int) -> jax.Array:

@@ -143,6 +143,13 @@ def read(config: schema.Config) -> Plan:
 def _possible(made: Plan) -> None:
     """Refuse what the terms and the settings cannot do together."""
     config, terms = made.config, made.terms
+    annotations = [t for t in terms if t.target.of in ("category", "text")]
+    if config.objective.annotation_input == "own" and any(t.reads.masked or t.reads.mixed for t in annotations):
+        raise UserError(
+            "config.objective.annotation_input: 'own' gives the annotations of a set a view of their own, and "
+            f"{', '.join(config.objective.forms)} predicts them from its hidden or mixed input by itself; use shared, or a set such as "
+            "objective.forms=sim,supervised"
+        )
     frozen = any(t.target.encoder == "frozen" for t in terms)
     if frozen and not config.objective.target_checkpoint:
         raise UserError("config.objective.target_checkpoint: is empty, and the objective has a frozen target; give the workdir of a run")

@@ -68,7 +68,7 @@ def main() -> int:
     flags.add_argument("names", nargs="*", metavar="BENCHMARK", help=f"some of {', '.join(benchmarks())}; default: all but {DEVICE}")
     flags.add_argument("--quick", action="store_true", help="toy sizes: whether everything runs, not how fast it is")
     flags.add_argument("--gpu", action="store_true", help=f"only {DEVICE}: MFU, PyTorch on the same card, memory, attention")
-    flags.add_argument("--seconds", type=float, default=3600.0, help="limit of a benchmark")
+    flags.add_argument("--seconds", type=float, default=4 * 3600.0, help="limit of a benchmark")
     flags.add_argument("--one", default="", help=argparse.SUPPRESS)
     flags.add_argument("--out", default="", help=argparse.SUPPRESS)
     given = flags.parse_args()
@@ -84,7 +84,9 @@ def main() -> int:
         found, failed = run(name, given.quick, given.seconds)
         rows += found
         broken |= failed
-        print(f"{name}: {len(found)} figure(s) in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        print(f"{name}: {len(found)} figure(s) in {time.monotonic() - start:.0f} s", file=sys.stderr)
+        # As they come: who is cut off later has these.
+        print(show.table([figure.cells for figure in found], HEADERS), file=sys.stderr, flush=True)
     print(show.table([figure.cells for figure in rows], HEADERS))
     verdicts = [figure.verdict for figure in rows]
     load, cores = os.getloadavg()[0], os.cpu_count()

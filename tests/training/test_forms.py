@@ -123,6 +123,12 @@ def test_sets_share_passes() -> None:
     assert plan_of("instance,dense_instance").views == (("ema", 1, 1),)
 
 
+def test_annotations_of_a_row_that_reads_one_input_have_none_of_their_own() -> None:
+    with pytest.raises(UserError, match="config.objective.annotation_input: 'own'.*sim,supervised"):
+        plan_of("m3i", objective__annotation_input="own")
+    assert plan_of("supervised", objective__annotation_input="own").passes == (FULL,)
+
+
 def test_a_target_with_a_gradient_is_a_pass_of_its_own() -> None:
     plan = plan_of("simclr")
     assert plan.passes == (FULL, Pass(crop=1)) and plan.views == ()
