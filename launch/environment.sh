@@ -48,18 +48,52 @@ keep_heap() {
     export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 }
 
-# prepare DIR EXTRA: leaves in DIR a virtual environment with the project (editable) and that extra, at the versions of requirements.txt
+# locked PYTHON TEXT: takes the lock of the open file 9, for as long as this shell has it open, and says TEXT if that waits. By Python, for
+# macOS has no flock(1); on NFS the lock holds between hosts. A file system without locks is no reason not to start.
+locked() {
+    "$1" - "$2" <<'PYTHON'
+import fcntl
+import sys
+
+try:
+    try:
+        fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        print(sys.argv[1], flush=True)
+        fcntl.flock(9, fcntl.LOCK_EX)
+except OSError as error:
+    print(f"no lock ({error.strerror}): start one host first if several share this directory", flush=True)
+PYTHON
+}
+
+# prepare DIR EXTRA: leaves in DIR a virtual environment with the project (editable) and that extra, at the versions of requirements.txt.
+# Hosts that share DIR do that one after the other, and find it done.
 prepare() {
-    local venv="$1" extra="$2" python stamp
+    local venv="${1%/}" extra="$2" python stamp lock
     if [[ "${M3I_INSTALL:-1}" == 0 ]]; then
         [[ -x "$venv/bin/python" ]] || fail "M3I_INSTALL=0, but there is no environment at $venv: set M3I_VENV to one, or leave M3I_INSTALL out"
         return
     fi
     python="$(find_python)"
     stamp="$("$python" -V) extra=$extra root=$ROOT $(cat "$ROOT/setup.py" "$ROOT/requirements.txt" "$ROOT/m3i_jax/version.py" | cksum)"
-    if [[ -x "$venv/bin/python" && "$(cat "$venv/.m3i_stamp" 2>/dev/null)" == "$stamp" ]]; then
-        return
-    fi
+    if prepared; then return; fi
+    mkdir -p "$(dirname "$venv")"
+    # Beside it, for making it again empties it; an environment in a directory of somebody else's has it inside.
+    lock="$venv.lock"
+    if [[ ! -w "$(dirname "$venv")" ]]; then lock="$venv/.m3i_lock"; fi
+    {
+        locked "$python" "another process is making $venv; waiting for it"
+        ls "$(dirname "$venv")" "$venv" "$venv/bin" >/dev/null 2>&1 || true # so that a shared file system looks again
+        if ! prepared; then build; fi
+    } 9>"$lock"
+}
+
+# The two steps of `prepare`, with its variables.
+prepared() {
+    [[ -x "$venv/bin/python" && "$(cat "$venv/.m3i_stamp" 2>/dev/null)" == "$stamp" ]]
+}
+
+build() {
     # Only an environment that we made is made anew for another Python; somebody else's is only added to.
     if [[ ! -x "$venv/bin/python" ]]; then
         echo "making $venv with $("$python" -V)"

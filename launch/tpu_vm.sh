@@ -15,8 +15,9 @@
 #   --workdir DIR           a directory that all workers see
 #   --dry-run               print the commands
 #
-# Ends with 0 when the run is done, and with another status when it failed on a slice that is still there. The slice is never deleted except
-# by `delete` and after a preemption: it costs until then.
+# Ends with 0 when the run is done, and with another status when it failed on a slice that is still there: a run that ends is looked after for
+# five minutes, for ssh breaks before Google says that the slice goes; not if it refused its settings (2). The slice is never deleted except by
+# `delete` and after a preemption: it costs until then. M3I_PAUSE: seconds between two looks at it (30).
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -45,6 +46,7 @@ if [[ "$verb" == run ]]; then needed+=(workdir); fi
 for flag in "${needed[@]}"; do
     [[ -n "${!flag}" ]] || fail "--$flag is missing"
 done
+pause="${M3I_PAUSE:-30}"
 place=(--project "$project" --zone "$zone")
 
 # Prints a command in a dry run, else runs it.
@@ -89,8 +91,19 @@ ready() {
         esac
         if [[ -n "$dry" ]]; then return; fi
         if [[ "$now" != ABSENT ]]; then echo "tpu_vm.sh: $name is $now" >&2; fi
-        sleep 30
+        sleep "$pause"
     done
+}
+
+# Whether the slice is taken away; looked at several times.
+lost() {
+    local look
+    echo "tpu_vm.sh: the run ended; looking whether $name is still there" >&2
+    for look in {1..10}; do
+        if [[ "$(state)" != ACTIVE ]]; then return; fi
+        if ((look < 10)); then sleep "$pause"; fi
+    done
+    return 1
 }
 
 everywhere() {
@@ -118,7 +131,7 @@ run() {
             return
         fi
         if ((status == 0)); then return; fi
-        if [[ "$(state)" == ACTIVE ]] && ((status != 42)); then
+        if ((status == 2)) || { ((status != 42)) && ! lost; }; then
             fail "the run ended with $status on a slice that is still there; the slice is kept"
         fi
         echo "tpu_vm.sh: preempted; going on" >&2

@@ -5,9 +5,14 @@ import pathlib
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+
+from m3i_jax.parallel import distributed
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -60,6 +65,12 @@ class Stage:
         process = self.start(*command, **environment)
         out, err = process.communicate(timeout=60)
         return process.returncode, out, err
+
+    def until(self, call: str) -> None:
+        """Waits until somebody has called that."""
+        deadline = time.monotonic() + 30
+        while not any(call in line for line in self.calls) and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     @property
     def calls(self) -> list[str]:
@@ -154,14 +165,35 @@ def test_a_host_keeps_its_heap_on_a_cpu_and_only_there(stage: Stage) -> None:
 def test_a_host_that_is_told_to_go_lets_the_run_save_and_goes(number: int, stage: Stage) -> None:
     stage.python("trap '/bin/sleep 0.3; echo saved >>\"$LOG\"; exit 42' TERM\nfor i in {1..300}; do /bin/sleep 0.1; done")
     process = stage.start("launch/host.sh", *RUN)
-    deadline = time.monotonic() + 30
-    while not stage.calls and time.monotonic() < deadline:
-        time.sleep(0.02)
+    stage.until("python")
     time.sleep(0.2)
     process.send_signal(number)
     process.communicate(timeout=30)
     assert process.returncode == 42 and [call for call in stage.calls if not call.startswith("python")] == ["saved"]
     assert len(stage.calls) == 2
+
+
+def test_hosts_that_share_an_environment_make_it_once(stage: Stage) -> None:
+    """The second comes while the first installs: it says that it waits, finds all done, and runs."""
+    stage.stand_in("python", f"""case "$*" in
+-V) echo Python 3.99 ;;
+"-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+"-m pip"*) for i in {{1..300}}; do [[ ! -e "$HOME/go" ]] || break; /bin/sleep 0.1; done ;;
+"-m m3i"*) ;;
+*) exec {sys.executable} "$@" ;;
+esac""")  # fmt: skip
+    settings = {"M3I_PYTHON": str(stage.place / "python"), "M3I_VENV": str(stage.place / "shared/venv/"), "M3I_EXTRA": ""}
+    first = stage.start("launch/host.sh", "--workdir", "w", **settings)
+    try:
+        stage.until("-m pip")
+        second = stage.start("launch/host.sh", "--workdir", "w", **settings)
+        assert second.stdout and "another process is making" in second.stdout.readline()
+    finally:
+        (stage.place / "go").touch()
+    ends = [process.communicate(timeout=60) for process in (first, second)]
+    assert first.returncode == second.returncode == 0, ends
+    assert ends[1] == ("", "") and "waiting" not in ends[0][0]
+    assert [sum(f"-m {what}" in call for call in stage.calls) for what in ("venv", "pip", "m3i_jax.main")] == [1, 1, 2]
 
 
 def test_slurm_queues_a_preempted_job_again(stage: Stage) -> None:
@@ -199,9 +231,9 @@ def test_ssh_starts_all_and_ends_with_the_first_failure(stage: Stage, tmp_path: 
 
 
 def test_a_tpu_that_is_taken_away_is_ordered_again(stage: Stage) -> None:
-    """Absent, active, run fails, suspended, deleted, absent, active, run is done."""
-    stage.stand_in("sleep", "exit 0")
-    states = ["", "PROVISIONING", "ACTIVE", "SUSPENDED", "SUSPENDED", "", "ACTIVE"]
+    """Absent, active, run fails, still active for two looks, suspended, deleted, absent, active, run is done."""
+    stage.stand_in("sleep", '[[ "$1" == 0.5 ]]')
+    states = ["", "PROVISIONING", "ACTIVE", "ACTIVE", "ACTIVE", "SUSPENDED", "SUSPENDED", "", "ACTIVE"]
     (stage.place / "states").write_text("\n".join(states) + "\n")
     stage.stand_in(
         "gcloud",
@@ -212,7 +244,7 @@ case "$*" in
 esac
 exit 0""",
     )
-    status, _, err = stage.run("launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w", "--", *RUN)
+    status, _, err = stage.run("launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w", "--", *RUN, M3I_PAUSE="0.5")
     assert status == 0, err
     verbs = ["create", "delete", "scp", "host.sh"]
     did = [next(v for v in verbs if v in call) for call in stage.calls if any(v in call for v in verbs)]
@@ -220,11 +252,87 @@ exit 0""",
     assert not (stage.place / "states").read_text()
 
 
-def test_a_run_that_fails_on_a_tpu_that_is_there_is_not_repeated(stage: Stage) -> None:
-    stage.stand_in("gcloud", 'case "$*" in *describe*) echo ACTIVE ;; *host.sh*) exit 2 ;; esac; exit 0')
+@pytest.mark.parametrize(("ended", "looks"), [("2", 0), ("1", 10)])  # refused; failed, or ssh did
+def test_a_run_that_fails_on_a_tpu_that_is_there_is_not_repeated(ended: str, looks: int, stage: Stage) -> None:
+    stage.stand_in("sleep", "exit 0")
+    stage.stand_in("gcloud", f'case "$*" in *describe*) echo ACTIVE ;; *host.sh*) exit {ended} ;; esac; exit 0')
     status, _, err = stage.run("launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w", "--", *RUN)
-    assert status == 2 and "ended with 2 on a slice that is still there" in err
+    assert status == 2 and f"ended with {ended} on a slice that is still there" in err
+    assert sum("describe" in call for call in stage.calls) == 1 + looks and sum("sleep" in call for call in stage.calls) == max(
+        0, looks - 1
+    )
     assert sum("host.sh" in call for call in stage.calls) == 1 and not any("delete" in call for call in stage.calls)
+
+
+# Fields that an object may have, of the public references of JobSet v1alpha2, Kubernetes (batch/v1 Job, core/v1 Pod) and SkyPilot's task:
+# NAME!: it must; NAME:KIND: such an object or a list of them; NAME:names: names of the user's own. Others hold plain values.
+FIELDS = {
+    "JobSet": "apiVersion! kind! metadata!:Metadata spec!:JobSetSpec",
+    "Metadata": "name namespace labels:names annotations:names",
+    "JobSetSpec": "replicatedJobs!:ReplicatedJob network:Network failurePolicy:FailurePolicy suspend managedBy ttlSecondsAfterFinished",
+    "Network": "enableDNSHostnames subdomain publishNotReadyAddresses",
+    "FailurePolicy": "maxRestarts restartStrategy rules:FailureRule",
+    "FailureRule": "name! action! onJobFailureReasons targetReplicatedJobs",
+    "ReplicatedJob": "name! replicas groupName template!:Job",
+    "Job": "metadata:Metadata spec!:JobSpec",
+    "JobSpec": "completionMode completions parallelism backoffLimit activeDeadlineSeconds podFailurePolicy:PodFailurePolicy template!:Pod",
+    "PodFailurePolicy": "rules!:PodRule",
+    "PodRule": "action! onExitCodes:ExitCodes onPodConditions:PodCondition",
+    "ExitCodes": "containerName operator! values!",
+    "PodCondition": "type! status!",
+    "Pod": "metadata:Metadata spec!:PodSpec",
+    "PodSpec": "containers!:Container volumes:Volume restartPolicy terminationGracePeriodSeconds serviceAccountName nodeSelector:names "
+    "hostNetwork dnsPolicy",
+    "Container": "name! image command args workingDir env:Variable ports:Port resources:Resources volumeMounts:Mount",
+    "Variable": "name! value",
+    "Port": "containerPort! name protocol",
+    "Resources": "limits:names requests:names",
+    "Mount": "name! mountPath! subPath readOnly",
+    "Volume": "name! csi:Csi",
+    "Csi": "driver! readOnly volumeAttributes:names",
+    "Task": "name workdir num_nodes envs:names secrets:names resources:Machine file_mounts:Storage* setup run",
+    "Machine": "accelerators cpus memory infra instance_type image_id disk_size disk_tier network_tier use_spot job_recovery:Recovery",
+    "Recovery": "strategy max_restarts_on_errors recover_on_exit_codes",
+    "Storage": "source! name store persistent mode",
+}
+
+
+def misspelt(value: Any, kind: str, at: str = "") -> list[str]:
+    """Where an object of a kind has a field that there is not, lacks one, or holds an object for a plain value or the reverse."""
+    if isinstance(value, list):
+        return [complaint for item in value for complaint in misspelt(item, kind, at)]
+    if (kind == "") == isinstance(value, dict):
+        return [f"{at}: {value} is no {kind or 'plain value'}"]
+    if kind == "":
+        return []
+    if kind == "names" or kind.endswith("*"):
+        return [complaint for name, item in value.items() for complaint in misspelt(item, kind.removesuffix("*").replace("names", ""), at)]
+    known = {name.rstrip("!"): (name.endswith("!"), of) for name, _, of in (field.partition(":") for field in FIELDS[kind].split())}
+    found = [f"{at}.{name}: {kind} has no such field" for name in value if name not in known]
+    found += [f"{at}.{name}: missing" for name, (must, _) in known.items() if must and name not in value]
+    return found + [c for name, item in value.items() if name in known for c in misspelt(item, known[name][1], f"{at}.{name}")]
+
+
+def misspellings(value: Any) -> Iterator[Any]:
+    """The same text of objects with one more letter in one key, for every key."""
+    items = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    for key, item in items:
+        if isinstance(value, dict):
+            yield {(f"{k}x" if k == key else k): v for k, v in items}
+        for other in misspellings(item):
+            yield {**value, key: other} if isinstance(value, dict) else [*value[:key], other, *value[key + 1 :]]
+
+
+# Keys of the user's own, which may be spelt in any way: annotations 2, selectors 2, attributes 1, limits 1; variables 3, a mount.
+@pytest.mark.parametrize(("name", "kind", "free"), [("gke.yaml", "JobSet", 6), ("sky.yaml", "Task", 4)])
+def test_a_misspelt_field_is_found(name: str, kind: str, free: int, stage: Stage) -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    values = {f"M3I_{name}": value for name, value in GKE.items()}
+    text = stage.run("launch/apply.sh", "launch/gke.yaml", "--dry-run", **values)[1] if kind == "JobSet" else (LAUNCH / name).read_text()
+    whole = yaml.safe_load(text)
+    assert not misspelt(whole, kind), misspelt(whole, kind)
+    wrong = list(misspellings(whole))
+    assert len(wrong) > 3 * free and sum(not misspelt(other, kind) for other in wrong) == free
 
 
 def test_gke_is_a_jobset_that_restarts_after_42(stage: Stage) -> None:
@@ -245,9 +353,8 @@ def test_gke_is_a_jobset_that_restarts_after_42(stage: Stage) -> None:
     assert all(r["onExitCodes"]["containerName"] == container["name"] for r in rules if "onExitCodes" in r)
     assert container["args"] == [f"exec bash launch/host.sh {GKE['ARGUMENTS']} --workdir {GKE['WORKDIR']}"]
     assert container["resources"]["limits"]["google.com/tpu"] == 4
-    environment = {e["name"]: e.get("value") for e in container["env"]}
-    assert environment["JAX_COORDINATOR_ADDRESS"] == f"first-{replicated['name']}-0-0.first:8476"
-    assert environment["JAX_NUM_PROCESSES"] == "4" and "JAX_PROCESS_ID" in environment and environment["M3I_AGAIN"] == "0"
+    assert container["env"] == [{"name": "M3I_AGAIN", "value": "0"}]  # who the hosts are GKE tells a pod of a TPU slice
+    assert container["ports"] == [{"containerPort": distributed.TPU_PORT}]
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
 
 
@@ -263,7 +370,6 @@ def test_apply_refuses_what_would_break_the_file_and_passes_the_rest_on(stage: S
 def test_sky_gives_every_node_its_number_and_recovers_from_42(stage: Stage) -> None:
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
-    assert set(task) == {"name", "workdir", "num_nodes", "envs", "resources", "file_mounts", "setup", "run"}
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [42] and task["resources"]["use_spot"] is True
     assert task["envs"]["M3I_BUCKET"] is None  # SkyPilot asks for it
     assert task["file_mounts"] == {"/mnt/m3i": {"source": "${M3I_BUCKET}", "mode": "MOUNT"}}

@@ -26,6 +26,7 @@ from m3i_jax.parallel import barriers, heartbeat, meeting
 from m3i_jax.parallel.mesh import KERNELS
 
 PORT = 8476
+TPU_PORT = 8482  # jax's choice there: the TPU's own runtime may listen at 8476
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,19 @@ def _slurm(environ: Mapping[str, str]) -> Place | None:
     )
 
 
+def _tpu(environ: Mapping[str, str]) -> Place:
+    """Where Cloud TPU's variables say that this host stands: TPU_WORKER_HOSTNAMES (comma-separated, in order) and TPU_WORKER_ID.
+
+    What they alone do not tell is left to jax, which asks the machine's metadata: several slices, several processes a host, no variables.
+    """
+    names = [name.strip().partition(":")[0] for name in environ.get("TPU_WORKER_HOSTNAMES", "").split(",")]
+    number = environ.get("TPU_WORKER_ID", "").strip()
+    more = "TPU_PROCESS_ADDRESSES" in environ or any(name.startswith("MEGASCALE_") for name in environ)
+    if more or not all(names) or not re.fullmatch(r"\d+", number) or int(number) >= len(names):
+        return Place(source="TPU metadata", processes=0)
+    return Place(source="TPU variables", coordinator=f"{names[0]}:{TPU_PORT}", processes=len(names), process=int(number))
+
+
 def decide(coordinator: str, processes: str, process: str, *, environ: Mapping[str, str], tpu: bool) -> Place:
     """Where this process stands, from flags ("" = not given), TPU, Slurm, environment, in this order. Pure.
 
@@ -108,11 +122,13 @@ def decide(coordinator: str, processes: str, process: str, *, environ: Mapping[s
     Place(source='flags', coordinator='10.0.0.1:8476', processes=4, process=2, devices=None)
     >>> decide("", "", "", environ={}, tpu=False).source
     'alone'
+    >>> decide("", "", "", environ={"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2", "TPU_WORKER_ID": "1"}, tpu=True)
+    Place(source='TPU variables', coordinator='10.0.0.1:8482', processes=2, process=1, devices=None)
     """
     if coordinator or processes or process:
         return _three("flags", ("--coordinator", "--processes", "--process-id"), (coordinator, processes, process))
     if tpu:
-        return Place(source="TPU metadata", processes=0)
+        return _tpu(environ)
     if place := _slurm(environ):
         return place
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

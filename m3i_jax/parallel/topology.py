@@ -19,29 +19,31 @@ from m3i_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """platform: tpu, cuda or cpu; sides: numbers in the shape of a slice (TPU); cores: devices a chip; options: for libtpu."""
+    """platform: tpu, cuda or cpu; sides: numbers in the shape of a slice (TPU); cores: devices a chip; options: for libtpu; host: devices
+    of a host, where the links between devices end with it, else 0."""
 
     platform: str
     sides: int = 1
     cores: int = 1
     options: tuple[tuple[str, Any], ...] = ()
+    host: int = 0
 
 
+PER_HOST = 8  # GPUs of a host
 FAMILIES = {
     "v4": Family(platform="tpu", sides=3, options=(("chip_config_name", "megacore"),)),
     "v5e": Family(platform="tpu", sides=2),
     "v5p": Family(platform="tpu", sides=3),
     "v6e": Family(platform="tpu", sides=2),
     "tpu7x": Family(platform="tpu", sides=3, cores=2),
-    "a100": Family(platform="cuda"),
-    "h100": Family(platform="cuda"),
-    "h200": Family(platform="cuda"),
-    "b200": Family(platform="cuda"),
+    "a100": Family(platform="cuda", host=PER_HOST),
+    "h100": Family(platform="cuda", host=PER_HOST),
+    "h200": Family(platform="cuda", host=PER_HOST),
+    "b200": Family(platform="cuda", host=PER_HOST),
     "cpu": Family(platform="cpu"),
 }
 EXAMPLES = "v5e:4x4, v5p:4x4x4, v6e:4x8, tpu7x:2x2x1, h100:8, cpu:8"
 EXTRA = {"tpu": ("libtpu", "tpu"), "cuda": ("jax_plugins.xla_cuda12", "cuda")}
-PER_HOST = 8  # GPUs of a host
 # libtpu would ask a cloud's metadata server what machine it is on, claim a chip, and write of both to stderr.
 _QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",

@@ -11,12 +11,14 @@ compile.json, version 1 (bytes, seconds and FLOPs are of one device and one step
                                                    groups of losses, by what model.remat keeps, of one microbatch; with several also
                                                    views and targets of the others, and the sum of gradients. A part of the temporaries.
                                                    And peak_bytes over state, batch and that: 1 were a perfect compiler
-    flops                                          {compiled, model, ratio}: matrix operations of the compiled program, of the traced step
-                                                   without remat over the devices, and the first over the second: what is done twice
+    flops                                          {compiled, asked, model, ratio}: matrix operations of a device: of the compiled program;
+                                                   of the step without remat; of the model, without what microbatches add either, as MFU
+                                                   counts; and the first over the second: what is done twice
     collectives                                    {kind: {count, received_bytes}}; those in a loop as often as it turns
     traffic_bytes                                  to and from main memory, estimated from the program's text
     roofline                                       {compute_seconds, memory_seconds, network_seconds, step_seconds}; the last, the largest,
-                                                   is what a step takes at least; null where nothing is known of the chip
+                                                   is what a step takes at least; null where nothing is known of the chip.
+                                                   network: links between chips or, if that is longer, between hosts of GPUs
     compiler_seconds                               sum of the cycles that the TPU compiler expects of each instruction; null elsewhere
     run                                            {steps, days, days_at_mfu, mfu}: at roofline.step_seconds; at report.mfu of the peak
     compile_seconds                                what lowering and compiling took here
@@ -84,16 +86,17 @@ def wanted(message: str) -> tuple[float, float] | None:
     return float("nan"), float("nan")
 
 
-def read(text: str, *, chip: str, cores: int = 1) -> dict[str, Any]:
+def read(text: str, *, chip: str, cores: int = 1, host: int = 0) -> dict[str, Any]:
     """The entries of compile.json that the program's text decides: flops.compiled, collectives, traffic_bytes, roofline, compiler_seconds.
 
     Args:
       text: `compiled.as_text()`.
       chip: a key of slices.CHIPS, or another name of which nothing is known.
       cores: devices a chip, which share its peak.
+      host: devices of a host, between which the chip's links run; 0: they run between all.
     """
     program = hlo.parse(text)
-    moved, found, done = hlo.traffic(program), hlo.collectives(program), hlo.flops(program)
+    moved, found, done = hlo.traffic(program), hlo.collectives(program, host), hlo.flops(program)
     out: dict[str, Any] = {
         "flops": {"compiled": done},
         "collectives": {kind: {"count": t.count, "received_bytes": t.received} for kind, t in sorted(found.items())},
@@ -106,7 +109,10 @@ def read(text: str, *, chip: str, cores: int = 1) -> dict[str, Any]:
         times = {
             "compute_seconds": done / card.peak * cores,
             "memory_seconds": moved / card.bandwidth * cores,
-            "network_seconds": sum(t.received for t in found.values()) / card.link * cores,
+            "network_seconds": max(
+                sum(t.received for t in found.values()) / card.link * cores,
+                sum(t.outside for t in found.values()) / card.network if card.network else 0.0,
+            ),
         }
         out["roofline"] = times | {"step_seconds": max(times.values())}
         cycles = sum(

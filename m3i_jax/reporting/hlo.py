@@ -3,11 +3,14 @@
 The text is that of one device. A loop's body is printed once; here it counts as often as the loop turns. A collective that is spread over
 several fusions is printed once in each, under one chain id; here it counts once. Pure functions of text: nothing is compiled or run."""
 
+import collections
 import dataclasses
 import functools
 import math
 import re
 from collections.abc import Iterator
+
+import numpy as np
 
 WIDTH = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 WIDTH |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16} | dict.fromkeys(("f8e4m3fn", "f8e5m2", "f8e4m3", "f8e4m3b11fnuz"), 1)
@@ -185,16 +188,19 @@ def executed(program: Program) -> Iterator[tuple[int, Instruction, bool]]:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """count: collectives a step; received: bytes that arrive at a device."""
+    """count: collectives a step; received: bytes that arrive at a device; outside: those of them that come from other hosts."""
 
     count: int = 0
     received: float = 0.0
+    outside: float = 0.0
 
 
-def collectives(program: Program) -> dict[str, Traffic]:
-    """Collectives by kind. Of n devices that take part, with S bytes of operands each: an all-gather receives (n - 1) S, a reduce-scatter
-    or all-to-all (n - 1) / n S, an all-reduce 2 (n - 1) / n S (a reduce-scatter and an all-gather), a permute S. An all-reduce of which a
-    device keeps only its slice, inside one fusion, is a reduce-scatter, which is what it runs as."""
+def collectives(program: Program, host: int = 0) -> dict[str, Traffic]:
+    """Collectives by kind; host: devices of one, 0: all.
+
+    Of n devices that take part, with S bytes of operands each: an all-gather receives (n - 1) S, a reduce-scatter or all-to-all (n - 1) / n
+    S, an all-reduce 2 (n - 1) / n S (a reduce-scatter and an all-gather), a permute S. An all-reduce of which a device keeps only its
+    slice, inside one fusion, is a reduce-scatter, which is what it runs as."""
     found: dict[str, Traffic] = {}
     seen: set[tuple[str, str]] = set()
     for times, each, fused in executed(program):
@@ -207,11 +213,14 @@ def collectives(program: Program) -> dict[str, Traffic]:
             seen.add((chain[1], kind))
         if kind == "all-reduce" and fused and _keeps_a_slice(program, each):
             kind = "reduce-scatter"
-        size, n = sum(array.bytes for array in program.operands(each)), group(each.text, program.devices)
+        size, who = sum(array.bytes for array in program.operands(each)), members(each.text, program.devices)
+        n = len(who)
         share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(kind, (n - 1) / n)
         if n > 1:
             old = found.get(kind, Traffic())
-            found[kind] = Traffic(old.count + times, old.received + times * size * share)
+            received = times * size * share
+            outside = received * _outside(kind, each, who, host) if host else 0.0
+            found[kind] = Traffic(old.count + times, old.received + received, old.outside + outside)
     return found
 
 
@@ -222,25 +231,43 @@ def _keeps_a_slice(program: Program, each: Instruction) -> bool:
     return bool(users) and all(u.opcode == "dynamic-slice" for u in users)
 
 
-def group(text: str, devices: int) -> int:
-    """Devices that take part in a collective, from its attributes in any of the ways in which they are printed.
+def members(text: str, devices: int) -> tuple[int, ...]:
+    """Devices of the first group that takes part in a collective, from its attributes in any of the ways in which they are printed.
 
-    >>> group("replica_groups={{0,1},{2,3}}", 4), group("replica_groups=[2,4]<=[8]", 8), group("replica_groups={}", 8)
-    (2, 4, 8)
-    >>> group("replica_groups=mesh['a'=4,'b'=2] {'b'}", 8), group("replica_groups=mesh['a'=8] {'a':(1)4}", 8)
-    (2, 4)
+    >>> members("replica_groups={{0,2},{1,3}}", 4), members("replica_groups=[2,2]<=[2,2]T(1,0)", 4), members("replica_groups={}", 3)
+    ((0, 2), (0, 2), (0, 1, 2))
+    >>> members("replica_groups=mesh['a'=4,'b'=2] {'a'}", 8), members("replica_groups=mesh['a'=8] {'a':(1)4}", 8)
+    ((0, 2, 4, 6), (0, 2, 4, 6))
     """
     if "source_target_pairs" in text:
-        return devices
+        return tuple(range(devices))
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return found[1].count(",") + 1
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
-        return int(found[1])
+        return tuple(int(n) for n in found[1].split(",") if n)
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        sides = [int(n) for n in found[2].split(",")]
+        turned = [int(n) for n in found[3].split(",")] if found[3] else range(len(sides))
+        return tuple(np.arange(math.prod(sides)).reshape(sides).transpose(turned).ravel()[: int(found[1])].tolist())
     if found := re.search(r"replica_groups=@?\w*\[([^\]]*)\]\s*\{([^}]*)\}", text):
-        sizes = dict(re.findall(r"'?([\w.]+)'?=(\d+)", found[1]))
-        parts = re.findall(r"'?([A-Za-z_][\w.]*)'?(?::\(\d+\)(\d+))?", found[2])
-        return math.prod(int(part or sizes.get(axis, 1)) for axis, part in parts)
-    return devices
+        sizes = {axis: int(n) for axis, n in re.findall(r"'?([\w.]+)'?=(\d+)", found[1])}
+        places = [0]
+        for axis, before, part in re.findall(r"'?([A-Za-z_][\w.]*)'?(?::\((\d+)\)(\d+))?", found[2]):
+            if axis not in sizes:
+                continue
+            size = int(part or sizes[axis])
+            behind = list(sizes.values())[list(sizes).index(axis) + 1 :]
+            stride = math.prod(behind) * sizes[axis] // (int(before or 1) * size)
+            places = [place + i * stride for place in places for i in range(size)]
+        return tuple(places)
+    return tuple(range(devices))
+
+
+def _outside(kind: str, each: Instruction, who: tuple[int, ...], host: int) -> float:
+    """Of the bytes that a device receives in a collective, the share that must come from other hosts, of so many devices each."""
+    if pairs := re.findall(r"\{(\d+),(\d+)\}", each.text) if "source_target_pairs" in each.text else []:
+        return float(any(int(a) // host != int(b) // host for a, b in pairs))
+    n, near = len(who), max(collections.Counter(place // host for place in who).values())
+    # What comes into a host comes once, through all of its devices that take part, and is handed on inside; not what is one device's own.
+    return (n - near) / (n - 1) / (1 if "all-to-all" in kind else near)
 
 
 def flops(program: Program) -> float:

@@ -38,6 +38,27 @@ def test_flags_then_tpu_then_slurm_then_environment() -> None:
     assert decide("", "", "", environ={}, tpu=False) == Place(source="alone")
 
 
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        ({}, Place(source="TPU variables", coordinator="t0:8482", processes=3, process=2)),
+        ({"TPU_WORKER_HOSTNAMES": "t0:8471, t1:8471"}, None),  # numbers from 0
+        ({"TPU_WORKER_HOSTNAMES": "t0:8471, t1:8471", "TPU_WORKER_ID": "1"},
+         Place(source="TPU variables", coordinator="t0:8482", processes=2, process=1)),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, Place(source="TPU variables", coordinator="localhost:8482")),
+        ({"TPU_WORKER_HOSTNAMES": ""}, None),
+        ({"TPU_WORKER_HOSTNAMES": "t0,,t2"}, None),
+        ({"TPU_WORKER_ID": ""}, None),
+        ({"MEGASCALE_NUM_SLICES": "2"}, None),
+        ({"TPU_PROCESS_ADDRESSES": "t0:8476,t0:8477"}, None),
+    ],
+)  # fmt: skip
+def test_a_tpu_whose_variables_name_all_hosts_meets_them_by_name(variables: dict[str, str], wanted: Place | None) -> None:
+    environ = {"TPU_WORKER_HOSTNAMES": "t0,t1,t2", "TPU_WORKER_ID": "2"} | JAX | variables
+    assert decide("", "", "", environ=environ, tpu=True) == (wanted or Place(source="TPU metadata", processes=0))
+    assert decide("", "", "", environ=environ, tpu=False).source == "environment"
+
+
 def test_slurm_one_process_a_node_has_all_devices_of_it() -> None:
     node = SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
     assert decide("", "", "", environ=node, tpu=False).devices is None

@@ -17,7 +17,7 @@ from m3i_jax.parallel import topology
 )  # fmt: skip
 def test_names(name: str, devices: int, platform: str) -> None:
     read = topology.read(name)
-    assert (read.devices, read.family.platform) == (devices, platform)
+    assert (read.devices, read.family.platform, read.family.host) == (devices, platform, 8 if platform == "cuda" else 0)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,31 @@ def test_times_are_the_chips_and_the_longest_is_the_steps() -> None:
     assert compiled.read(LOOP, chip="cpu")["roofline"] is None
 
 
+@pytest.mark.parametrize(
+    ("groups", "outside"),
+    [
+        ("{{0,1,2,3,4,5,6,7},{8,9,10,11,12,13,14,15}}", 0.0),  # within a host
+        ("{{0,8},{1,9}}", 1.0),  # one device a host: all that it receives
+        ("[8,2]<=[2,8]T(1,0)", 1.0),
+        ("mesh['a'=2,'b'=8] {'a'}", 1.0),
+        ("[1,16]<=[16]", 8 / 15 / 8),  # the other host's half comes once, through eight adapters
+    ],
+)
+def test_what_crosses_hosts_of_gpus_takes_the_networks_time(groups: str, outside: float) -> None:
+    text = f"""HloModule m, num_partitions=16
+ENTRY %e (a: bf16[1024]) -> bf16[1024] {{
+  %a = bf16[1024]{{0}} parameter(0)
+  ROOT %g = bf16[1024]{{0}} all-reduce(%a), replica_groups={groups}
+}}
+"""
+    chip = slices.CHIPS["h100"]
+    assert chip.network == 50e9  # 400 Gb/s
+    got = compiled.read(text, chip="h100", host=8)
+    received = got["collectives"]["all-reduce"]["received_bytes"]
+    assert got["roofline"]["network_seconds"] == pytest.approx(max(received / chip.link, received * outside / chip.network))
+    assert compiled.read(text, chip="h100")["roofline"]["network_seconds"] == pytest.approx(received / chip.link)
+
+
 def test_the_compilers_cycles_are_summed_with_their_loops() -> None:
     cycles = LOOP.replace('op_name="jit(f)/while/body/dot_general"}', 'op_name="x"}, backend_config={"estimated_cycles":"1500"}')
     assert compiled.read(cycles, chip="v5e")["compiler_seconds"] == pytest.approx(10 * 1500 / 1.5e9)

@@ -91,6 +91,23 @@ ENTRY %main (x: bf16[8,64], y: f32[64,64], k: s32[]) -> f32[8,64] {
 """
 
 
+@pytest.mark.parametrize(
+    ("line", "outside"),
+    [
+        ("all-gather(%a), replica_groups=[1,16]<=[16]", 8 * 4096 / 8),  # eight shares of the other host, through eight devices
+        ("reduce-scatter(%a), replica_groups=[1,16]<=[16]", 4096 / 2 / 8),
+        ("all-to-all(%a), replica_groups=[1,16]<=[16]", 4096 / 2),  # each device's own: nobody else could fetch it
+        ("collective-permute(%a), source_target_pairs={{0,1},{1,0}}", 0),
+        ("collective-permute(%a), source_target_pairs={{0,1},{7,8}}", 4096),
+    ],
+)
+def test_of_what_a_device_receives_a_part_comes_from_other_hosts(line: str, outside: float) -> None:
+    text = "HloModule m, num_partitions=16\nENTRY %e (a: f32[1024]) -> f32[1024] {\n  %a = f32[1024]{0} parameter(0)\n"
+    program = hlo.parse(f"{text}  ROOT %g = f32[1024]{{0}} {line}\n}}\n")
+    assert [traffic.outside for traffic in hlo.collectives(program, 8).values()] == [pytest.approx(outside)]
+    assert [traffic.outside for traffic in hlo.collectives(program).values()] == [0.0]
+
+
 def test_what_is_spread_over_fusions_counts_once_and_a_kept_slice_is_a_scatter() -> None:
     found = hlo.collectives(hlo.parse(SPREAD))
     assert found == {
