@@ -70,9 +70,15 @@ def test_another_size_keeps_the_positions_of_the_run(tmp_path: pathlib.Path) -> 
     assert (made.model.encoder.position_grid, made.grid, made.optim.ema_of, made.optim.lr) == (4, 6, "all", 1e-3)
 
 
-def test_intern_image_has_the_paper_s_30_epochs() -> None:
+def test_intern_image_has_the_paper_s_30_epochs(tmp_path: pathlib.Path) -> None:
     made = load("finetune.py:path=/pictures,model=internimage_t")
-    assert (made.train.epochs, made.optim.layer_decay, made.data.augment.mixup, made.optim.offset_lr) == (30.0, 0.9, 0.0, 0.1)
+    assert (made.train.epochs, made.optim.layer_decay, made.data.augment.mixup, made.optim.lr) == (30.0, 0.9, 0.0, 2e-3)
+    # Weights that are there already are gone on from as their authors do.
+    (tmp_path / "config.txt").write_text(configuration.to_text(load("finetune.py:path=/pictures,model=internimage_h")))
+    made = load(f"finetune.py:path=/pictures,from={tmp_path}")
+    o, e = made.optim, made.model.encoder
+    assert (o.lr, o.warmup_epochs, o.offset_lr, o.center_lr, o.clip) == (4e-5, 2.0, 0.1, 0.1, 5.0)
+    assert (made.model.scan, e.drop_path, e.drop_path_rule) == (True, 0.2, "linear")
 
 
 @pytest.mark.parametrize(

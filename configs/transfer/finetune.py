@@ -8,7 +8,7 @@ python -m m3i_jax.main --config configs/transfer/finetune.py:path=/data/imagenet
 picture size and the mean and deviation of pixels are taken over, its encoder is where this run starts. [P] is the paper's Table 8, [M] MAE
 and SiameseIM, whose recipe it is, [C] a choice of this project.
 
-Another batch size: the learning rate goes down in proportion. Another picture size: positions are made for the cells of the pre-trained
+Another batch size: the learning rate goes with it in proportion. Another picture size: positions are made for the cells of the pre-trained
 model and resized. `ema` below 1 also keeps an average of all parameters; evaluate it with --config.evaluate.encoder=ema.
 """
 
@@ -19,11 +19,14 @@ from m3i_jax.evaluation.loaded import begin
 from m3i_jax.models import presets
 
 BATCH = 1024  # [P]
-# InternImage-H in the paper: 30 epochs [P]; the rest as its authors published it: stronger decay of the rate by layer, no blending.
+# InternImage-H in the paper: 30 epochs [P]; the rest as its authors fine-tune it, without blending. Pooled is the mean of the features, as
+# of a ViT, where they keep the attention pooling of their pre-training. [C]
 INTERN_IMAGE = {
-    "optim.layer_decay": 0.9, "optim.weight_decay": 0.05, "optim.offset_lr": 0.1, "model.encoder.drop_path": 0.2,
-    "objective.label_smoothing": 0.3, "data.augment.mixup": 0.0, "data.augment.cutmix": 0.0, "data.augment.erase_p": 0.0,
+    "optim.layer_decay": 0.9, "optim.weight_decay": 0.05, "optim.offset_lr": 0.1, "optim.center_lr": 0.1, "optim.clip": presets.CLIP,
+    "model.encoder.drop_path": 0.2, "model.encoder.drop_path_rule": "linear", "objective.label_smoothing": 0.3,
+    "data.augment.mixup": 0.0, "data.augment.cutmix": 0.0, "data.augment.erase_p": 0.0,
 }  # fmt: skip
+INTERN_IMAGE_RATE, INTERN_IMAGE_WARMUP = 2e-5 / 512, 2.0  # of an image a step, where pre-trained weights are gone on from; epochs
 
 
 def get_config(
@@ -87,6 +90,10 @@ def get_config(
     config.optim.ema_of = "all" if ema < 1 else "targets"
     if convolutional:
         config.update_from_flattened_dict(INTERN_IMAGE)
+        if from_:
+            config.optim.lr = INTERN_IMAGE_RATE * batch_size
+            config.optim.min_lr = min(1e-6, config.optim.lr)
+            config.optim.warmup_epochs = min(INTERN_IMAGE_WARMUP, config.optim.warmup_epochs)
 
     config.evaluate.knn = False  # the accuracy of the head is what counts
     return config

@@ -1,7 +1,7 @@
 """Weights as a function of pictures, whatever they come from: `m3i_jax.load`.
 
 import m3i_jax
-model = m3i_jax.load("runs/first")           # a workdir, or a file of timm, Hugging Face, MAE, SiameseIM, Google
+model = m3i_jax.load("runs/first")           # a workdir, or a file of timm, Hugging Face, MAE, SiameseIM, Google, InternImage
 vectors = model.features(pictures)           # uint8 or float [B, H, W, 3] of any size -> float32 [B, D]
 """
 
@@ -20,8 +20,7 @@ from m3i_jax import config as configuration
 from m3i_jax import schema
 from m3i_jax.data import crops, photometric
 from m3i_jax.errors import UserError
-from m3i_jax.interop import resize
-from m3i_jax.models import m3i, vit
+from m3i_jax.models import intern_image, m3i, vit
 from m3i_jax.training import checkpoint, plan, start, steps
 
 POOLS = ("auto", "attention", "mean", "cls", "tokens")
@@ -135,14 +134,17 @@ def load(path: str, *, weights: str = "online", pool: str = "auto", heads: int =
     """The encoder of a run or of a file of weights.
 
     Args:
-      path: workdir of a run, or a file or directory of timm, Hugging Face ViT or CLIP, MAE, SiameseIM or Google ViT.
+      path: workdir of a run, or a file or directory of timm, Hugging Face ViT or CLIP, MAE, SiameseIM, Google ViT or InternImage. An
+        InternImage must have the sizes of a preset. With the fusion of M3I (H, G) its dense features are fused; without (T to XL) they are
+        the last stage's map. Its pictures have the size that a preprocessor_config.json beside it tells, or 224 pixels.
       weights: online, or ema: the momentum average.
       pool: of the features: attention, mean of the patch tokens, cls, or all tokens; auto: attention if the run trained it, else mean.
       heads: of attention, where a file cannot tell; 0: as it tells, or 64 channels a head.
       dtype: bfloat16 or float32; empty: the run's, float32 for files.
 
     Raises:
-      UserError: nothing there that can be read; a pooling that was not trained; weights that are no vision transformer of this kind.
+      UserError: nothing there that can be read; a pooling that was not trained; weights that are no vision transformer of this kind and no
+        InternImage of a preset.
     """
     if pool not in POOLS:
         raise UserError(f"pool={pool!r} is none of {', '.join(POOLS)}")
@@ -172,7 +174,7 @@ def settings(path: str, flag: str) -> ml_collections.ConfigDict:
       flag: what named it, for messages.
 
     Raises:
-      UserError: nothing there that can be read, or no vision transformer of this kind.
+      UserError: nothing there that can be read, or no vision transformer of this kind and no InternImage of a preset.
     """
     if steps.is_run(path):
         return configuration.of_run(path, flag)
@@ -188,20 +190,47 @@ def begin(config: ml_collections.ConfigDict, path: str, flag: str) -> None:
     """
     there = settings(path, flag)
     config.model.update(there.model)
+    _seen_as(config, there)
+    config.init_from, config.init.only = path, ("^encoder/",)
+
+
+def fitted(config: schema.Config, path: str, flag: str) -> schema.Config:
+    """The configuration for a file of weights: as it is where its encoder has the file's sizes, else with the encoder and the pictures that
+    go with the file.
+
+    Args:
+      config: settings.
+      path, flag: as of `settings`, which raises.
+    """
+    told = start.open_source(path, key=flag).settings
+    here = {**dataclasses.asdict(config.model.encoder), **dataclasses.asdict(config.model)}
+    shaping = ("backbone", "patch_size", "width", "depth", "mlp_ratio", *(["intern_image"] if config.model.backbone != "vit" else []))
+    if all(told.get(name, here[name]) == here[name] for name in shaping):
+        return config
+    there, out = settings(path, flag), configuration.from_text(configuration.to_text(config), flag)
+    out.model.update({name: there.model[name] for name in ("backbone", "scan", "encoder", "intern_image")})
+    out.model.pool.heads = 1  # divides any width; a file has no pooling that was trained
+    _seen_as(out, there)
+    return configuration.resolve(out)
+
+
+def _seen_as(config: ml_collections.ConfigDict, there: ml_collections.ConfigDict) -> None:
     config.data.image_size = there.data.image_size
     config.data.augment.mean, config.data.augment.std = there.data.augment.mean, there.data.augment.std
-    config.init_from, config.init.only = path, ("^encoder/",)
 
 
 def _described(source: start.Source, path: str, heads: int, flag: str) -> ml_collections.ConfigDict:
     """The settings of a file of weights."""
     told, config = dict(source.settings), configuration.default()
-    if "width" not in told or start.TABLE not in source.shapes:
-        raise UserError(f"{flag}: {path}: is no vision transformer of this kind ({source.name}); it can be read, but not run from here")
+    if "width" not in told or "image_size" not in told:
+        raise UserError(
+            f"{flag}: {path}: is neither a vision transformer of this kind nor one of {', '.join(intern_image.PRESETS)} ({source.name}); "
+            "it can be read, but not run from here"
+        )
     told["heads"] = heads or told.get("heads") or (16 if told["width"] == 1280 else max(1, told["width"] // 64))
-    side = resize.grid_of(source.shapes[start.TABLE][1]) * told["patch_size"]
     config.model.encoder.update({name: told[name] for name in config.model.encoder if name in told})
+    config.model.update({name: told[name] for name in ("backbone", "scan", "intern_image") if name in told})
     config.model.update({"dtype": "float32", "pool": {"heads": 1}})
-    config.data.image_size = side
+    config.data.image_size = told["image_size"]
     config.data.augment.update({name: told[name] for name in ("mean", "std") if name in told})
     return config

@@ -1,5 +1,6 @@
 """What timm and Transformers need beside the arrays to open exported weights, and what they make of them: directories that
-`timm.create_model("local-dir:...")` and `from_pretrained` load, and the same pictures through both."""
+`timm.create_model("local-dir:...")` and `from_pretrained` load, and the same pictures through both. And InternImage under its published
+names."""
 
 import functools
 import importlib
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from m3i_jax.errors import UserError
-from m3i_jax.interop import tensors, vit
+from m3i_jax.interop import intern_image, tensors, vit
 
 # timm's entry points by (width, patch): every setting is given besides, the name only has to exist.
 _TIMM = {192: "vit_tiny_patch16_224", 384: "vit_small_patch16_224", 768: "vit_base_patch16_224", 1024: "vit_large_patch16_224",
@@ -99,8 +100,24 @@ def hugging_face(
         "torch_dtype": "float32",
     }
     config |= {"attention_dropout": 0.0} if clip else {"qkv_bias": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    table = vit.store(tree, "clip" if clip else "hf", heads=encoder["heads"])
+    tensors.write_safetensors(place / "model.safetensors", table, {"format": "pt"})
+    _json(place / "config.json", config)
+    _json(place / "preprocessor_config.json", _processor(image_size, pixels))
+    return "CLIPVisionModel" if clip else "ViTModel"
+
+
+def hugging_face_intern_image(place: pathlib.Path, tree: Mapping[str, Any], image_size: int, pixels: Mapping[str, Any]) -> pathlib.Path:
+    """Writes model.safetensors, with the names of the Hugging Face repositories of InternImage's authors, and preprocessor_config.json;
+    returns the former. A config.json belongs to the code in those repositories."""
+    tensors.write_safetensors(place / "model.safetensors", intern_image.store(tree, hugging_face=True), {"format": "pt"})
+    _json(place / "preprocessor_config.json", _processor(image_size, pixels))
+    return place / "model.safetensors"
+
+
+def _processor(image_size: int, pixels: Mapping[str, Any]) -> dict[str, Any]:
     short = round(image_size * 256 / 224)
-    processor = {
+    return {
         "image_processor_type": "CLIPImageProcessor",  # the one that resizes the short side and cuts the centre out
         "do_resize": True,
         "size": {"shortest_edge": short},
@@ -114,11 +131,6 @@ def hugging_face(
         "image_std": list(pixels["std"]),
         "do_convert_rgb": True,
     }
-    table = vit.store(tree, "clip" if clip else "hf", heads=encoder["heads"])
-    tensors.write_safetensors(place / "model.safetensors", table, {"format": "pt"})
-    _json(place / "config.json", config)
-    _json(place / "preprocessor_config.json", processor)
-    return "CLIPVisionModel" if clip else "ViTModel"
 
 
 def _json(path: pathlib.Path, content: Mapping[str, Any]) -> None:

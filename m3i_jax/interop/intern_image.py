@@ -3,9 +3,8 @@
 A published file is a flat table of names and arrays in PyTorch's layouts. What becomes of each name stands in one table, read in both
 directions. Hugging Face's names are the same behind `model.`, and call the layer scales `layer_scale1`, `layer_scale2`.
 
-Arrays may be of any library that numpy can read. A `.pth` file has to be opened with PyTorch, which is not needed otherwise:
-
-    state = {name: array.numpy() for name, array in torch.load(path, weights_only=True, map_location="cpu")["model"].items()}
+Arrays may be of any library that numpy can read: `tensors.read` opens the files, a `.pth` with PyTorch, which is not needed otherwise.
+`m3i_jax.load(FILE)` and `init_from` do all of it.
 """
 
 import re

@@ -203,7 +203,7 @@ def _google() -> list[Entry]:
     ]
 
 
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _HALVES = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 _CLIP_PIXELS = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 _USUAL = {"activation": "gelu", "norm_eps": 1e-6}
@@ -219,7 +219,7 @@ LAYOUTS: dict[str, Layout] = {
             known_by=r"^predictor_decoder_blocks\.0\.",
             table=tuple(_siamese_im()),
             unused={r"^decoder_pos_embed$": "fixed table", r"\.bn\.(running_|num_batches)": "running statistics", **_HEADS},
-            settings={**_USUAL, **_IMAGENET},
+            settings={**_USUAL, **IMAGENET},
             momentum="mm_",
         ),
         Layout(
@@ -227,14 +227,14 @@ LAYOUTS: dict[str, Layout] = {
             known_by=r"^decoder_blocks\.0\.",
             table=tuple(timm_encoder()),
             unused={**_MAE_DECODER, **_HEADS},
-            settings={**_USUAL, **_IMAGENET},
+            settings={**_USUAL, **IMAGENET},
         ),
         Layout(
             name="timm",
             known_by=r"^blocks\.0\.attn\.qkv\.weight$",
             table=tuple(timm_encoder()),
             unused={**_HEADS, **_MAE_DECODER},
-            settings={**_USUAL, **_IMAGENET},
+            settings={**_USUAL, **IMAGENET},
         ),
         Layout(
             name="hf",

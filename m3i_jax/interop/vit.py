@@ -1,4 +1,5 @@
-"""Weights of vision transformers from other projects as our flat tree, and back: what `layouts` says, for a whole file.
+"""Weights from other projects as our flat tree, and back: of vision transformers what `layouts` says, for a whole file; of InternImage what
+`intern_image` says.
 
 found = load(tensors.read("vit.safetensors"))
 found.arrays["encoder/blocks/attention/qkv/kernel"].shape            # (12, 768, 2304)
@@ -20,7 +21,7 @@ import numpy as np
 
 from m3i_jax.errors import UserError
 from m3i_jax.interop import intern_image, resize
-from m3i_jax.interop.layouts import LAYOUTS, Entry, Layout, layout_of
+from m3i_jax.interop.layouts import IMAGENET, LAYOUTS, Entry, Layout, layout_of
 
 Flat = dict[str, np.ndarray]
 _GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
@@ -33,7 +34,8 @@ class Found:
     Attributes:
       layout: whose names these are.
       arrays: {path: array}; `encoder/positions` as it stands there.
-      settings: what the weights want of `model.encoder` and of the pixels (mean, std): from the file, its config.json, or the layout.
+      settings: what the weights want of `model.encoder` and of the pixels (mean, std, image_size): from the file, its config.json, or the
+        layout. Of an InternImage only what is said of the pixels: its sizes are those of a preset, which models know.
       unused: {what it is: arrays} that have no place here.
       unknown: names that no table knows.
       notes: what was changed on the way.
@@ -61,20 +63,20 @@ def load(arrays: Mapping[str, np.ndarray], *, momentum: bool = False, config: Ma
 
     Args:
       arrays: named arrays, as of `tensors.read`.
-      momentum: of a file that has both, the momentum copy instead of the trained encoder.
+      momentum: of a file that has both, the momentum copy instead of the trained encoder; only SiameseIM's has.
       config: what stood in the config.json beside it (Hugging Face, timm).
 
     Raises:
       UserError: no layout that is known, a file without a momentum copy, layers that are missing or differ in shape.
     """
     if "patch_embed.conv1.weight" in arrays or "model.patch_embed.conv1.weight" in arrays:
-        return _intern_image(arrays)
+        return _intern_image(arrays, momentum, config or {})
     layout = layout_of(arrays)
     if layout is None:
         some = ", ".join(list(arrays)[:3])
         raise UserError(f"these names are of no layout that is known ({some}, ...); known are {', '.join(LAYOUTS)} and InternImage")
     if momentum and not (layout.momentum and any(name.startswith(layout.momentum) for name in arrays)):
-        raise UserError(f"the weights have the names of {layout.name} and no momentum copy: use init.weights=online")
+        raise _no_copy(layout.name)
     unused: collections.Counter[str] = collections.Counter()
     unknown: list[str] = []
     gathered: dict[str, dict[int, dict[int, np.ndarray]]] = {}  # ours -> layer -> part
@@ -101,7 +103,7 @@ def load(arrays: Mapping[str, np.ndarray], *, momentum: bool = False, config: Ma
     notes = _fold_scales(found) + _row_for_cls(found)
     if "encoder/patch_embed/kernel" in found and "encoder/patch_embed/bias" not in found:  # CLIP, and timm's models of CLIP
         found["encoder/patch_embed/bias"] = np.zeros(found["encoder/patch_embed/kernel"].shape[-1], np.float32)
-    settings = {**layout.settings, **_shape_settings(found, layout, arrays), **_told(config or {})}
+    settings = {**layout.settings, **_told(config or {}), **_shape_settings(found, layout, arrays)}
     return Found(layout.name, found, settings, dict(unused), unknown, notes)
 
 
@@ -162,6 +164,8 @@ def _shape_settings(found: Flat, layout: Layout, arrays: Mapping[str, np.ndarray
         "embedding_norm": "encoder/embedding_norm/scale" in found,
         "final_norm": "encoder/norm/scale" in found,
     }
+    if (table := found.get("encoder/positions")) is not None:
+        out["image_size"] = resize.grid_of(table.shape[1]) * out["patch_size"]
     if layout.name == "google":
         name = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
         out["heads"] = np.asarray(arrays[name]).shape[1]
@@ -184,6 +188,9 @@ def _told(config: Mapping[str, Any]) -> dict[str, Any]:
         value = config.get(theirs) or pixels.get(ours)
         if isinstance(value, list | tuple) and len(value) == 3:
             out[ours] = tuple(float(x) for x in value)
+    crop = config.get("crop_size")
+    if isinstance(side := crop.get("height") if isinstance(crop, Mapping) else crop, int):
+        out["image_size"] = side
     return out
 
 
@@ -201,7 +208,14 @@ def beside(path: str) -> dict[str, Any]:
     return out
 
 
-def _intern_image(arrays: Mapping[str, np.ndarray]) -> Found:
+def _no_copy(layout: str) -> UserError:
+    return UserError(f"the weights have the names of {layout} and no momentum copy: use init.weights=online")
+
+
+def _intern_image(arrays: Mapping[str, np.ndarray], momentum: bool, config: Mapping[str, Any]) -> Found:
+    if momentum:
+        raise _no_copy("InternImage")
+
     def flat(tree: Mapping[str, Any], path: str = "") -> Flat:
         out: Flat = {}
         for name, node in tree.items():
@@ -209,7 +223,8 @@ def _intern_image(arrays: Mapping[str, np.ndarray]) -> Found:
             out |= flat(node, below) if isinstance(node, Mapping) else {below: node}
         return out
 
-    return Found("intern_image", flat(intern_image.load({name: arrays[name] for name in arrays})), {}, {}, [], [])
+    settings = IMAGENET | {name: value for name, value in _told(config).items() if name in ("mean", "std", "image_size")}
+    return Found("intern_image", flat(intern_image.load({name: arrays[name] for name in arrays})), settings, {}, [], [])
 
 
 def store(tree: Mapping[str, np.ndarray], layout: str, *, heads: int, prefix: str = "") -> Flat:

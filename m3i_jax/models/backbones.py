@@ -73,14 +73,16 @@ VIT = Backbone(
 
 
 def net(model: schema.Model) -> intern_image.InternImage:
-    """InternImage as a run has it: its own settings, and width and drop path of the encoder.
+    """InternImage as a run has it: its own settings, and patch size, width and drop path of the encoder. Where a patch is a cell of the
+    last stage, its map is read as it is, without the fusion.
 
     >>> net(schema.Model(encoder=schema.Encoder(width=1024, drop_path=0.2, drop_path_rule="uniform"))) == intern_image.InternImage()
     True
     """
     own = {field.name: getattr(model.intern_image, field.name) for field in dataclasses.fields(schema.InternImage)}
     e = model.encoder
-    return intern_image.InternImage(**own, fused=e.width, drop_path=e.drop_path, drop_path_rule=e.drop_path_rule)
+    net = intern_image.InternImage(**own, fused=e.width, drop_path=e.drop_path, drop_path_rule=e.drop_path_rule)
+    return net if e.patch_size == net.stride else dataclasses.replace(net, fused=0)
 
 
 def _init_intern_image(model: schema.Model, rng: jax.Array, *, mask_token: bool = False, grid: int = 0) -> Params:

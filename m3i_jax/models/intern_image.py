@@ -30,7 +30,7 @@ class InternImage(schema.InternImage):
 
     Stages end with a norm unless `norm` is post and there is no centre scale. `extra_norm` is the "level-2 post-norm" of the release.
 
-    fused: width of the fused dense features; 0: no fusion, `apply` is not available.
+    fused: width of the fused dense features; 0: no fusion, the dense features are the last stage's map.
     drop_path, drop_path_rule: rate of stochastic depth, linear from 0 or uniform.
     """
 
@@ -40,12 +40,21 @@ class InternImage(schema.InternImage):
 
     @property
     def stride(self) -> int:
-        """Pixels a cell of the fused dense features.
+        """Pixels a cell of the dense features.
 
-        >>> InternImage().stride
-        16
+        >>> InternImage().stride, InternImage(fused=0).stride
+        (16, 32)
         """
-        return math.prod(self.stem_strides) * 4
+        return math.prod(self.stem_strides) * (4 if self.fused else 8)
+
+    @property
+    def dense_width(self) -> int:
+        """Channels of the dense features.
+
+        >>> InternImage().dense_width, InternImage(fused=0).dense_width
+        (1024, 2560)
+        """
+        return self.fused or 8 * self.width
 
     @property
     def trailing_norm(self) -> bool:
@@ -295,7 +304,7 @@ def stages(
     >>> [x.shape for x in jax.eval_shape(lambda p: stages(model, p, jnp.zeros((1, 32, 64, 3))), tree)]
     [(1, 16, 32, 32), (1, 8, 16, 64), (1, 4, 8, 128), (1, 2, 4, 256)]
     """
-    least = 2 * model.stride
+    least = 8 * math.prod(model.stem_strides)
     if images_BxSxSx3.shape[1] % least or images_BxSxSx3.shape[2] % least:
         raise ValueError(f"pictures have shape {images_BxSxSx3.shape}; height and width must be multiples of {least}")
     if keep_BxLx2 is not None and keep_BxLx2.shape[1:] != (sum(model.depths), 2):
@@ -342,7 +351,8 @@ def fuse(model: InternImage, params: Params, maps: list[jax.Array]) -> jax.Array
 
 
 def apply(model: InternImage, params: Params, images_BxSxSx3: jax.Array, **settings: Any) -> jax.Array:
-    """Dense features of every cell of `model.stride` pixels, row-major: [B, N, D], 144 x 1024 for InternImage-H at 192 pixels.
+    """Dense features of every cell of `model.stride` pixels, row-major: [B, N, D], 144 x 1024 for InternImage-H at 192 pixels; without the
+    fusion the last stage's map, 36 x 2560 there.
 
     Arguments and errors as of `stages` and `fuse`.
 
@@ -350,4 +360,5 @@ def apply(model: InternImage, params: Params, images_BxSxSx3: jax.Array, **setti
     >>> jax.eval_shape(lambda p: apply(InternImage(), p, jnp.zeros((2, 192, 192, 3)), scan=True), tree).shape
     (2, 144, 1024)
     """
-    return fuse(model, params, stages(model, params, images_BxSxSx3, **settings))
+    maps = stages(model, params, images_BxSxSx3, **settings)
+    return fuse(model, params, maps) if model.fused else maps[3].reshape(len(maps[3]), -1, model.dense_width)

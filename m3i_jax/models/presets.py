@@ -9,12 +9,16 @@ width of the dense features, but at most the 1024 of the paper's largest model; 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
+
+import jax
 
 from m3i_jax import schema
 from m3i_jax.models import intern_image
 
 Preset = dict[str, Any]
+_DEEP = 50  # layers; in one scan a stage they compile as four
 CLIP = 5.0  # of the gradient norm, as InternImage is trained; a ViT keeps the 1 of SiameseIM
 
 
@@ -28,13 +32,14 @@ def _preset(*, patch_size: int, width: int, depth: int, heads: int, decoder: tup
 
 
 def _intern_image(net: intern_image.InternImage) -> Preset:
-    heads = net.fused // 64  # as wide as the paper's 16 of 1024
-    shared = {"patch_size": net.stride, "width": net.fused, "drop_path": net.drop_path, "drop_path_rule": net.drop_path_rule}
+    heads = net.dense_width // 64  # as wide as the paper's 16 of 1024
+    shared = {"patch_size": net.stride, "width": net.dense_width, "drop_path": net.drop_path, "drop_path_rule": net.drop_path_rule}
     return {
         "backbone": "intern_image",
+        "scan": sum(net.depths) >= _DEEP,
         "encoder": {**shared, "cls_token": False, "final_norm": False, "freeze_patch_embed": False},
         "intern_image": {field.name: getattr(net, field.name) for field in dataclasses.fields(schema.InternImage)},
-        "decoder": {"width": net.fused, "depth": 4, "heads": heads},
+        "decoder": {"width": net.dense_width, "depth": 4, "heads": heads},
         "pool": {"width": 768, "heads": heads},
     }
 
@@ -68,6 +73,32 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise KeyError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def published(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Preset] | None:
+    """Name and sizes of the InternImage that an encoder is, by names and shapes alone; its fusion of any width, or none (T to XL as their
+    authors publish them).
+
+    Args:
+      shapes: {path below the encoder: shape}.
+
+    >>> shapes = _shapes(dataclasses.replace(intern_image.PRESETS["internimage_s"], fused=0))
+    >>> name, sizes = published(shapes)
+    >>> name, sizes["encoder"]["patch_size"], sizes["encoder"]["width"]
+    ('internimage_s', 32, 640)
+    """
+    there = {path: tuple(shape) for path, shape in shapes.items() if path != "mask_token"}
+    fused = there.get("fusion/shallow/bias") or (0,)
+    for name, net in intern_image.PRESETS.items():
+        net = dataclasses.replace(net, fused=fused[0])
+        if there == _shapes(net):
+            return name, _intern_image(net)
+    return None
+
+
+def _shapes(net: intern_image.InternImage) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(intern_image.shapes(net), is_leaf=lambda node: isinstance(node, tuple))
+    return {"/".join(key.key for key in path): shape for path, shape in leaves}
 
 
 def use(config: Any, name: str) -> None:

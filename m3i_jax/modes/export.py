@@ -1,8 +1,9 @@
 """--mode=export --format=NAME: the encoder of a run for other people's tools, in WORKDIR/export/NAME, with a model card.
 
-timm        model.safetensors and config.json; timm.create_model(...).load_state_dict
-hf          model.safetensors, config.json, preprocessor_config.json; transformers.ViTModel.from_pretrained
-npz         vit.npz with the names of Google's vision_transformer
+timm        model.safetensors and config.json; timm.create_model(...).load_state_dict; not of an InternImage, which timm does not have
+hf          model.safetensors, config.json, preprocessor_config.json; transformers.ViTModel.from_pretrained. Of an InternImage the first
+            and the last, with the names of its authors' Hugging Face repositories
+npz         vit.npz with the names of Google's vision_transformer; intern_image.npz with those of InternImage's PyTorch files
 stablehlo   features.stablehlo: pictures [b, S, S, 3] uint8 -> features [b, D] for any b, by jax.export; runs without this package
 orbax       parameters: our own tree, by Orbax
 """
@@ -22,7 +23,7 @@ from m3i_jax import schema
 from m3i_jax.data import photometric
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import loaded
-from m3i_jax.interop import export, tensors, vit
+from m3i_jax.interop import export, intern_image, tensors, vit
 from m3i_jax.models.vit import fixed_positions
 from m3i_jax.modes import card
 from m3i_jax.reporting.files import write_text
@@ -34,8 +35,7 @@ _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _LARGEST = 2**31 - 2**24  # bytes of one exported program
 
 
-def run(config: schema.Config, *, workdir: str, allow_changes: bool, format: str) -> int:
-    del allow_changes
+def run(config: schema.Config, *, workdir: str, format: str) -> int:
     if format not in FORMATS:
         raise UserError(
             f"--format: {format!r} is none of {', '.join(FORMATS)}" if format else f"--format: is missing; {', '.join(FORMATS)}"
@@ -43,17 +43,15 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool, format: str
     if format == "stablehlo" and importlib.util.find_spec("flatbuffers") is None:
         raise UserError("--format=stablehlo needs the package flatbuffers: pip install 'm3i-jax[export]'")
     config = settings_of(config, workdir)
-    if config.model.backbone != "vit" and format in ("timm", "hf", "npz"):
-        raise UserError(
-            f"--format={format}: holds vision transformers, this encoder is {config.model.backbone}; use stablehlo or orbax, or "
-            "m3i_jax.interop.intern_image.store for the names of its authors"
-        )
+    write = {**_FORMATS, **_OF_BACKBONE[config.model.backbone]}
+    if format not in write:
+        raise UserError(f"--format={format}: has no model for {config.model.backbone}, which this encoder is; use {', '.join(write)}")
     model = loaded.load(workdir, weights=config.evaluate.encoder, dtype="" if format in ("stablehlo", "orbax") else "float32")
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, evaluate=config.evaluate, report=config.report))
     place = pathlib.Path(workdir) / "export" / format
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    told = _FORMATS[format](place, model, workdir)
+    told = write[format](place, model, workdir)
     write_text(place / "model_card.md", card.text(model, pathlib.Path(workdir), format))
     print(f"{model.name} -> {place}")
     for line in told:
@@ -69,11 +67,11 @@ def settings_of(config: schema.Config, workdir: str) -> schema.Config:
 
 
 def tree_of(model: loaded.Loaded) -> dict[str, np.ndarray]:
-    """The encoder as interop's flat tree, float32, its fixed position table written out (with zeros for cls)."""
+    """The encoder as interop's flat tree, float32, the fixed position table of a ViT written out (with zeros for cls)."""
     e = model.config.model.encoder
     named = jax.tree_util.tree_leaves_with_path({"encoder": model.params["encoder"]})
     flat = {start.path_of(path): np.asarray(leaf, np.float32) for path, leaf in named}
-    if start.TABLE not in flat:
+    if model.config.model.backbone == "vit" and start.TABLE not in flat:
         table = fixed_positions(e, model.config.grid)
         flat[start.TABLE] = np.concatenate([np.zeros((int(e.cls_token), e.width), np.float32), table])[None]
     return flat
@@ -105,12 +103,35 @@ def _to_npz(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> list[str
     e = model.config.model.encoder
     table = vit.store(tree_of(model), "google", heads=e.heads)
     tensors.write_npz(place / "vit.npz", table)
-    back = vit.load(tensors.read(place / "vit.npz")).arrays
-    same = all(np.array_equal(back[path], array) for path, array in tree_of(model).items() if path != "encoder/mask_token")
-    if not same:
-        raise RuntimeError(f"{place / 'vit.npz'} does not give back the arrays that were written")
+    _same(place / "vit.npz", model)
     gelu = "" if e.activation == "gelu_tanh" else f"; its MLPs use {e.activation}, Google's code the tanh form of GELU"
     return [f"{len(table)} arrays under the names of Google's vision_transformer, read back bit by bit{gelu}"]
+
+
+def _to_intern_image_hugging_face(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> list[str]:
+    _, size, pixels = _described(model)
+    _same(file := export.hugging_face_intern_image(place, tree_of(model), size, pixels), model)
+    return [_of_intern_image(model, len(tensors.read(file)), "its authors' Hugging Face repositories")]
+
+
+def _to_intern_image_npz(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> list[str]:
+    table = intern_image.store(tree_of(model))
+    tensors.write_npz(place / "intern_image.npz", table)
+    _same(place / "intern_image.npz", model)
+    return [_of_intern_image(model, len(table), "its authors' PyTorch files")]
+
+
+def _of_intern_image(model: loaded.Loaded, arrays: int, whose: str) -> str:
+    strides = model.config.model.intern_image.stem_strides
+    stem = "" if strides == (2, 2) else f"; its stem has strides {strides}, theirs (2, 2)"
+    return f"{arrays} arrays under the names of {whose}, read back bit by bit; the encoder alone, without a classifier{stem}"
+
+
+def _same(file: pathlib.Path, model: loaded.Loaded) -> None:
+    """Raise RuntimeError unless the file gives back the arrays of the encoder. The mask token has no place in any of them."""
+    back = vit.load(tensors.read(file)).arrays
+    if not all(np.array_equal(back[path], array) for path, array in tree_of(model).items() if path != "encoder/mask_token"):
+        raise RuntimeError(f"{file} does not give back the arrays that were written")
 
 
 def _to_stablehlo(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> list[str]:
@@ -146,7 +167,11 @@ def _to_orbax(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> list[s
     return [f"{len(source.shapes)} arrays of {', '.join(tree)}; read them with orbax.checkpoint.StandardCheckpointer().restore(DIRECTORY)"]
 
 
-_FORMATS = {"timm": _to_timm, "hf": _to_hugging_face, "stablehlo": _to_stablehlo, "npz": _to_npz, "orbax": _to_orbax}
+_FORMATS = {"stablehlo": _to_stablehlo, "orbax": _to_orbax}  # of any backbone
+_OF_BACKBONE = {
+    "vit": {"timm": _to_timm, "hf": _to_hugging_face, "npz": _to_npz},
+    "intern_image": {"hf": _to_intern_image_hugging_face, "npz": _to_intern_image_npz},
+}
 
 
 def _described(model: loaded.Loaded) -> tuple[dict[str, Any], int, dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 A source is the workdir of a run (any mesh) or a file of another project; both are seen as {path: shape} of our own paths, so that a subset
 is a subset of paths, whatever the source. Nothing is left to chance silently: what matched, what is not there, what differs in shape or
-setting is said; an encoder that fits in part, a position table that would be replaced by another, or no match at all is refused.
+setting is said; an encoder that fits in part, a position table that would be replaced by another, or no match at all is refused. What an
+encoder may lack is what pre-training adds to it: the mask token, and the fusion of an InternImage unless it is frozen.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from m3i_jax import config as configuration
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.interop import resize, tensors, vit
+from m3i_jax.models import presets
 from m3i_jax.models.vit import fixed_positions
 from m3i_jax.parallel.rules import path_of
 from m3i_jax.training import checkpoint, steps
@@ -26,6 +28,8 @@ from m3i_jax.training import checkpoint, steps
 TABLE = "encoder/positions"
 _CLOSE = 1e-3  # two tables are the same: float32 frequencies make errors of the size of the rounded index
 _COMPARED = ("heads", "activation", "norm_eps")  # settings of the encoder that change what it computes and not the shapes
+_DRAWN = ("layer_scale", "mlp_std")  # settings of an InternImage that say how it starts
+_ADDED = re.compile(r"encoder/(mask_token$|fusion/)")  # parts that pre-training adds
 
 
 @dataclasses.dataclass
@@ -36,7 +40,8 @@ class Source:
       name: what it is, for messages.
       shapes: {path: shape} of everything that is there under a path of ours, without a fixed position table.
       read: {path: sharding or None} -> {path: array}; None: numpy.
-      settings: of `model.encoder` and the pixels (mean, std), as far as the source tells.
+      settings: of `model.encoder` and the pixels (mean, std, image_size), as far as the source tells; of an InternImage `backbone`, `scan`
+        and `intern_image` of `model` too, and of a file the `preset` that it is.
       unused: {what: arrays} that have no place here.
       notes: what was changed while reading.
     """
@@ -74,8 +79,19 @@ def open_source(place: str, *, weights: str = "online", key: str = "config.init_
         return {path: _placed(found.arrays[path], sharding) for path, sharding in wanted.items()}
 
     unused = found.unused | ({"of unknown names, such as " + found.unknown[0]: len(found.unknown)} if found.unknown else {})
-    settings = {"positions": "learned", **found.settings}
+    settings = {**(_preset(found) if found.layout == "intern_image" else {"backbone": "vit", "positions": "learned"}), **found.settings}
     return Source(f"{place} ({found.layout})", {p: a.shape for p, a in found.arrays.items()}, read, settings, unused, found.notes)
+
+
+def _preset(found: vit.Found) -> dict[str, Any]:
+    """Settings of an InternImage, by names and shapes: those of the preset that it is; {} if of none."""
+    encoder = {path.removeprefix("encoder/"): array.shape for path, array in found.arrays.items() if path.startswith("encoder/")}
+    known = presets.published(encoder)
+    if known is None:
+        return {}
+    name, sizes = known
+    whole = dataclasses.asdict(schema.Encoder()) | {"image_size": schema.Data().image_size}
+    return {**whole, **sizes["encoder"], **{key: sizes[key] for key in ("backbone", "scan", "intern_image")}, "preset": name}
 
 
 def _of_run(workdir: str, weights: str, key: str) -> Source:
@@ -93,7 +109,8 @@ def _of_run(workdir: str, weights: str, key: str) -> Source:
 
     config = configuration.resolve(configuration.of_run(workdir, key))
     pixels = {"mean": config.data.augment.mean, "std": config.data.augment.std, "image_size": config.data.image_size}
-    settings = {**dataclasses.asdict(config.model.encoder), **pixels}
+    model = {"backbone": config.model.backbone, "intern_image": dataclasses.asdict(config.model.intern_image)}
+    settings = {**dataclasses.asdict(config.model.encoder), **model, **pixels}
     name = f"{workdir} (step {run.step:,}, {'momentum average' if weights == 'ema' else 'online'})"
     return Source(name, {path: run.shapes[full] for path, full in there.items()}, read, settings, {}, [])
 
@@ -113,7 +130,8 @@ def take(config: schema.Config, params: Any, shardings: Any, say: Callable[[str]
       say: gets the account, a line a call.
 
     Raises:
-      UserError: nothing matches; the encoder fits in part; its position table is another one; with init.strict, anything is missing.
+      UserError: nothing matches; the encoder fits in part; it is frozen and would have a fusion at random; its position table is another
+        one; with init.strict, anything is missing.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     here = {path_of(path): leaf for path, leaf in leaves}
@@ -215,10 +233,9 @@ def _refuse(
         )
     if wrong := [path for path in differ if path.startswith("encoder/")]:
         path = wrong[0]
-        told = ", ".join(f"{k}={source.settings[k]}" for k in ("patch_size", "width", "depth", "mlp_ratio") if k in source.settings)
         raise UserError(
             f"{where}: its encoder is another one ({len(wrong)} arrays differ, first {path}: {source.shapes[path]} there, "
-            f"{here[path].shape} here); " + (f"set config.model.encoder to {told}" if told else "use the same model settings")
+            f"{here[path].shape} here); {_to_fit(source)}"
         )
     if not same:
         near = {path: vit.nearest(path, source.shapes, 1) for path in sorted(wanted)}
@@ -229,11 +246,34 @@ def _refuse(
         raise UserError(
             f"{where}: none of the {len(wanted)} arrays here{only} is there ({told[:300]}); a run never starts at random unasked"
         )
+    if lost := [path for path in missed if path.startswith("encoder/") and not _ADDED.match(path)]:
+        raise UserError(
+            f"{where}: its encoder fits in part ({len(lost)} arrays are not there, first {lost[0]}); {_to_fit(source)}, "
+            "or ask for less by config.init.only"
+        )
+    if config.model.encoder.freeze and (lost := [path for path in missed if path.startswith("encoder/fusion/")]):
+        cells, i = 2 * config.model.encoder.patch_size, config.model.intern_image
+        raise UserError(
+            f"{where}: has no {lost[0]}: a frozen encoder would have a fusion at random; read its last stage as it is, by "
+            f"config.model.encoder.patch_size={cells} and width={8 * i.width}, as configs/transfer/probe.py:from= does"
+        )
     if config.init.strict and (lost := differ + missed):
         told = f"{len(lost)} of {len(wanted)} arrays are not there or differ in shape, first {lost[0]}"
         raise UserError(f"{where}: {told}; narrow config.init.only, or use config.init.strict=false")
     if config.init.strict and (others := _settings(config, source)):
         raise UserError(f"{where}: is used there with other settings ({'; '.join(others)}); set them, or use config.init.strict=false")
+
+
+def _to_fit(source: Source) -> str:
+    """What to do so that the encoder here is the source's."""
+    told, names = source.settings, ("patch_size", "width", "depth", "mlp_ratio", "cls_token", "final_norm", "embedding_norm")
+    if "preset" in told:
+        return f"it is {told['preset']}: use that model"
+    if told.get("backbone") == "intern_image":
+        own = ", ".join(f"{name}={value}" for name, value in told["intern_image"].items())
+        return f"set config.model.encoder to patch_size={told['patch_size']}, width={told['width']} and config.model.intern_image to {own}"
+    sizes = ", ".join(f"{name}={told[name]}" for name in names if name in told)
+    return f"set config.model.encoder to {sizes}" if sizes else "use the same model settings"
 
 
 def _settings(config: schema.Config, source: Source) -> list[str]:
@@ -243,6 +283,11 @@ def _settings(config: schema.Config, source: Source) -> list[str]:
         there = source.settings.get(name, getattr(e, name))
         if there != getattr(e, name):
             out.append(f"model.encoder.{name}={there} there, {getattr(e, name)} here")
+    own = source.settings["intern_image"] if config.model.backbone == source.settings.get("backbone") == "intern_image" else {}
+    for name, there in own.items():
+        here = getattr(config.model.intern_image, name)
+        if name not in _DRAWN and there != here:
+            out.append(f"model.intern_image.{name}={there} there, {here} here")
     for name in ("mean", "std"):
         here = getattr(config.data.augment, name)
         there = source.settings.get(name, here)
@@ -269,6 +314,8 @@ def _account(
     lines += [f"  {note}" for note in [*source.notes, table] if note]
     if missed:
         lines.append(f"  not there, start at random: {', '.join(_grouped(missed, here))}")
+    if any(path.startswith("encoder/fusion/") for path in missed):
+        lines.append("  the fusion of the last two stages is not there: the encoder's features are at random until it is trained")
     if differ:
         told = ", ".join(f"{path} {source.shapes[path]} there, {here[path].shape} here" for path in differ[:5])
         more = f", and {len(differ) - 5} more" if len(differ) > 5 else ""

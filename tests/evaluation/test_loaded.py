@@ -1,5 +1,7 @@
 """`m3i_jax.load`: weights as a function of pictures, of a run or of a file, for pictures of any size and type."""
 
+import dataclasses
+import json
 import pathlib
 import subprocess
 import sys
@@ -11,12 +13,16 @@ import pytest
 from PIL import Image
 
 import m3i_jax
+from m3i_jax import config as configuration
+from m3i_jax import parallel
 from m3i_jax.data import central, sources
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import features, loaded
-from m3i_jax.interop import tensors, vit
+from m3i_jax.interop import intern_image, tensors, vit
 from m3i_jax.models import m3i
+from m3i_jax.training.trainer import Trainer
 from tests import saved, toy
+from tests.interop import published
 from tests.interop.published_vit import ENCODERS, weights
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -99,6 +105,46 @@ def test_files_of_other_projects(tmp_path: pathlib.Path, pictures: np.ndarray) -
     assert np.abs(other.features(pictures) - timm.features(pictures)).max() > 1e-3
 
 
+def intern_image_file(place: pathlib.Path, *, fused: int = 0, hugging_face: bool = True) -> tuple[str, published.Net, dict]:
+    """A file of the toy among InternImage's presets as it would be published: (path, net, table of its authors' names)."""
+    net = published.PICO._replace(fused=fused, pooled=5)
+    table = published.weights(net)
+    if not hugging_face:
+        tensors.write_npz(place / "intern.npz", table)
+        return str(place / "intern.npz"), net, table
+    tensors.write_safetensors(place / "model.safetensors", {intern_image.hugging_face_name(n): array for n, array in table.items()})
+    (place / "preprocessor_config.json").write_text(json.dumps({"crop_size": {"height": 32, "width": 32}}))
+    return str(place), net, table
+
+
+@pytest.mark.parametrize(("fused", "hugging_face"), [(0, True), (48, False)])
+def test_a_published_intern_image(fused: int, hugging_face: bool, tmp_path: pathlib.Path, pictures: np.ndarray) -> None:
+    """Features are what the published net computes: the mean of its fused map, or without the fusion of its last one."""
+    path, net, table = intern_image_file(tmp_path, fused=fused, hugging_face=hugging_face)
+    model = loaded.load(path)
+    size = model.config.data.image_size
+    assert size == (32 if hugging_face else 224) and (model.config.model.encoder.patch_size, model.pool) == (8 if fused else 16, "mean")
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, data=dataclasses.replace(model.config.data, image_size=32)))
+    theirs = published.Run(net, table, (pictures / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225]))
+    expected = theirs.fused().mean(1) if fused else theirs.maps[3].mean((1, 2))
+    got = model.features(pictures)
+    assert got.shape == (5, fused or 256) and np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("recipe", ["probe", "finetune"])
+def test_recipes_start_from_a_published_intern_image(recipe: str, tmp_path: pathlib.Path) -> None:
+    path, _, table = intern_image_file(tmp_path)
+    config = configuration.load(f"configs/transfer/{recipe}.py:path=/pictures,from={path},batch_size=8")
+    config.data.update({"size": 64, "classes": toy.CLASSES})
+    lines: list[str] = []
+    made = Trainer(configuration.resolve(config), parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0).init(lines.append)
+    given = vit.load(table).arrays
+    for name, array in saved.flat({"encoder": made.params["encoder"]}).items():
+        np.testing.assert_array_equal(array, given[name], err_msg=name)
+    assert not [line for line in lines if "at random" in line and "encoder" in line] and "set otherwise" not in " ".join(lines)
+
+
 def test_what_is_refused(run, tmp_path: pathlib.Path) -> None:
     tensors.write_safetensors(tmp_path / "timm.safetensors", weights(ENCODERS["timm"], **SIZES))
     tensors.write_safetensors(tmp_path / "intern.safetensors", {"patch_embed.conv1.weight": np.zeros((32, 3, 3, 3), np.float32)})
@@ -107,7 +153,8 @@ def test_what_is_refused(run, tmp_path: pathlib.Path) -> None:
         (str(tmp_path / "timm.safetensors"), {"pool": "attention"}, "no pooling that was trained"),
         (str(tmp_path / "timm.safetensors"), {"pool": "max"}, "is none of auto"),
         (str(tmp_path / "timm.safetensors"), {"weights": "ema"}, "no momentum copy"),
-        (str(tmp_path / "intern.safetensors"), {}, "no vision transformer of this kind"),
+        (str(tmp_path / "intern.safetensors"), {}, "nor one of internimage_pico, internimage_t, .*internimage_g"),
+        (str(tmp_path / "intern.safetensors"), {"weights": "ema"}, "no momentum copy"),
     ):
         with pytest.raises(UserError, match=words):
             loaded.load(path, **settings)

@@ -21,10 +21,14 @@ class Net(NamedTuple):
     fused: int = 0
     pooled: int = 0
     classes: int = 10
+    stem: tuple[int, int] = (2, 2)  # strides; others than these are our toy's
 
     @property
     def trailing(self) -> bool:
         return self.norm != "post" or self.center
+
+
+PICO = Net(32, (1, 1, 2, 1), (2, 4, 8, 16), "pre", stem=(2, 1))  # the toy among the presets
 
 
 def shapes(net: Net) -> dict[str, tuple[int, ...]]:
@@ -123,8 +127,8 @@ class Run:
     def __init__(self, net: Net, state: dict[str, np.ndarray], images: np.ndarray) -> None:
         self.net = net
         self.state = {name: np.asarray(array, np.float64) for name, array in state.items()}
-        x = self.norm("patch_embed.norm1.1", self.conv("patch_embed.conv1", np.asarray(images, np.float64)))
-        x = self.norm("patch_embed.norm2.1", self.conv("patch_embed.conv2", _gelu(x)))
+        x = self.norm("patch_embed.norm1.1", self.conv("patch_embed.conv1", np.asarray(images, np.float64), net.stem[0]))
+        x = self.norm("patch_embed.norm2.1", self.conv("patch_embed.conv2", _gelu(x), net.stem[1]))
         self.maps = []
         for i, depth in enumerate(net.depths):
             for j in range(depth):
@@ -149,8 +153,8 @@ class Run:
     def linear(self, name, x):
         return x @ self.state[f"{name}.weight"].T + self.state[f"{name}.bias"]
 
-    def conv(self, name, x):
-        return _conv(x, self.state[f"{name}.weight"], self.state.get(f"{name}.bias", 0.0), 2)
+    def conv(self, name, x, stride=2):
+        return _conv(x, self.state[f"{name}.weight"], self.state.get(f"{name}.bias", 0.0), stride)
 
     def norm(self, name, x):
         mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)

@@ -1,5 +1,6 @@
 """Weights under the published names: what they compute in our net is what they compute in theirs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,10 +9,11 @@ import pytest
 
 from m3i_jax.errors import UserError
 from m3i_jax.interop import intern_image as interop
-from m3i_jax.models import intern_image
+from m3i_jax.models import intern_image, presets
 from m3i_jax.models.intern_image import InternImage
 from tests.interop import published
 from tests.interop.published import Net
+from tests.saved import flat
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -114,10 +116,24 @@ def test_full_size_names_shapes_and_counts(kind):
     assert shapes_of(tree["encoder"]["stem"]) == ours["stem"]
     if kind == "t":
         assert shapes_of(tree["encoder"]) == {name: part for name, part in ours.items() if name != "fusion"}
+        name, sizes = presets.published({path: array.shape for path, array in flat(tree["encoder"]).items()})
+        assert (name, sizes["encoder"]["patch_size"], sizes["encoder"]["width"]) == ("internimage_t", 32, 512)
     else:
         assert shapes_of(tree["encoder"]["fusion"]) == ours["fusion"]
         assert shapes_of(tree["encoder"]["stage2"]["extra_norms"]) == ours["stage2"]["extra_norms"]
         assert set(tree["pool"]) == {"key", "norm_key", "norm_query", "norm_value", "out", "query", "value"}  # of models.pooling
+
+
+@pytest.mark.parametrize("fused", (0, 64))
+@pytest.mark.parametrize("name", intern_image.PRESETS)
+def test_a_preset_is_known_by_its_shapes_alone(name, fused):
+    net = dataclasses.replace(intern_image.PRESETS[name], fused=fused)
+    leaves = jax.tree_util.tree_leaves_with_path(intern_image.shapes(net), is_leaf=lambda node: isinstance(node, tuple))
+    shapes = {"/".join(key.key for key in path): shape for path, shape in leaves}
+    found, sizes = presets.published(shapes)
+    assert found == name and sizes["intern_image"]["offset_scale"] == net.offset_scale
+    assert (sizes["encoder"]["patch_size"], sizes["encoder"]["width"]) == (net.stride, fused or 8 * net.width)
+    assert presets.published({path: shape for path, shape in shapes.items() if path != "stage3/norm/scale"} | {"x": (1,)}) is None
 
 
 def test_the_learned_fill_has_no_place_in_a_published_file():

@@ -150,6 +150,12 @@ def test_what_is_refused() -> None:
 def test_an_intern_image_file_is_seen_as_one() -> None:
     found = vit.load({"patch_embed.conv1.weight": np.zeros((32, 3, 3, 3)), "levels.0.blocks.0.gamma1": np.zeros(64)})
     assert found.layout == "intern_image" and found.arrays["encoder/stage0/layers/gamma1"].shape == (1, 64)
+    assert found.settings == {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    beside = {"num_attention_heads": 3, "image_mean": [0.1, 0.2, 0.3], "crop_size": {"height": 384, "width": 384}}
+    told = vit.load({"model.patch_embed.conv1.weight": np.zeros((32, 3, 3, 3))}, config=beside).settings
+    assert told == {"mean": (0.1, 0.2, 0.3), "std": (0.229, 0.224, 0.225), "image_size": 384}
+    with pytest.raises(UserError, match="InternImage and no momentum copy: use init.weights=online"):
+        vit.load({"patch_embed.conv1.weight": np.zeros((32, 3, 3, 3))}, momentum=True)
 
 
 def test_the_first_layout_that_knows_a_name_is_the_right_one() -> None:

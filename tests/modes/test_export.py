@@ -1,6 +1,7 @@
 """--mode=export: files with the names and shapes that other tools expect, bit by bit what the run has; a StableHLO program that runs in a
 process that does not know this package; the model card."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -10,12 +11,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import loaded
 from m3i_jax.interop import tensors, vit
+from m3i_jax.models import presets
 from m3i_jax.modes import export
 from tests import saved, toy
+from tests.interop import published
 from tests.interop.published_vit import ENCODERS, shapes
 
 SIZES = {"width": 32, "depth": 2, "heads": 2, "patch": 8, "grid": 4}
@@ -75,6 +79,38 @@ def test_what_was_exported_loads_as_the_same_function(run) -> None:
             assert got.config.model.encoder.activation == "gelu_tanh" and got.config.model.encoder.heads == 2
         else:
             np.testing.assert_allclose(got.features(pictures), expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def intern(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A run of the toy among InternImage's presets."""
+    workdir, config = tmp_path_factory.mktemp("intern"), configuration.default()
+    presets.use(config, "internimage_pico")
+    config.data.update({"image_size": 32, "classes": 5, "captions": "no", "size": 80})
+    config.objective.forms = ("sim",)
+    saved.run(workdir, configuration.resolve(config))
+    return workdir
+
+
+@pytest.mark.parametrize("format", ["hf", "npz"])
+def test_an_intern_image_under_its_published_names(intern: pathlib.Path, format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    expected = loaded.load(str(intern), pool="mean").features(pictures)
+    place = exported(intern, format)
+    assert "its stem has strides (2, 1), theirs (2, 2)" in capsys.readouterr().out
+    path = place if format == "hf" else place / "intern_image.npz"
+    wanted = published.shapes(published.PICO._replace(fused=128, pooled=1))
+    names = {name for name in wanted if name.startswith(("patch_embed", "levels", "dcnv3_head"))}
+    assert tensors.read(path).shapes == {f"model.{name}" if format == "hf" else name: wanted[name] for name in names}
+    got = loaded.load(str(path))
+    assert got.config.data.image_size == (32 if format == "hf" else 224)
+    got = dataclasses.replace(got, config=dataclasses.replace(got.config, data=dataclasses.replace(got.config.data, image_size=32)))
+    np.testing.assert_allclose(got.features(pictures), expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_timm_has_no_intern_image(intern: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--mode=export", "--format=timm", "--workdir", str(intern)]) == 2
+    assert "--format=timm: has no model for intern_image, which this encoder is; use stablehlo, orbax, hf, npz" in capsys.readouterr().err
 
 
 def test_orbax(run) -> None:
@@ -137,7 +173,7 @@ def test_what_is_refused(run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixt
     assert "--format: does not belong to --mode=show" in capsys.readouterr().err
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"m3i-jax\[export\]"):
-        export.run(toy.settings(), workdir=str(run[0]), allow_changes=False, format="stablehlo")
+        export.run(toy.settings(), workdir=str(run[0]), format="stablehlo")
 
 
 def test_a_difference_is_an_error() -> None:

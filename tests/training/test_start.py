@@ -13,7 +13,7 @@ import pytest
 from m3i_jax import config as configuration
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
-from m3i_jax.interop import resize, tensors
+from m3i_jax.interop import intern_image, resize, tensors
 from m3i_jax.models import m3i, vit
 from m3i_jax.objective import positions
 from m3i_jax.training import start
@@ -150,6 +150,52 @@ def test_the_momentum_target_starts_from_the_same_weights(timm) -> None:
     for path, array in flat(made.opt["target"].params["encoder"]).items():
         np.testing.assert_array_equal(array, encoder[path])
     assert int(made.step) == 0 and lines and not np.any(flat(made.opt["adamw"])["0/mu/encoder/cls_token"])
+
+
+@pytest.fixture(scope="module")
+def intern(tmp_path_factory: pytest.TempPathFactory):
+    """A file of the toy InternImage as T to XL are published, without the fusion: (path, tree)."""
+    tree = {name: part for name, part in saved.random(toy.settings(**toy.INTERN))["encoder"].items() if name != "fusion"}
+    path = tmp_path_factory.mktemp("intern") / "intern.safetensors"
+    tensors.write_safetensors(path, intern_image.store({"encoder": tree}))
+    return str(path), flat({"encoder": tree})
+
+
+def test_pre_training_adds_a_fusion_to_an_intern_image_and_says_so(intern) -> None:
+    path, tree = intern
+    before, after, lines = take(toy.settings(**toy.INTERN, init_from=path))
+    for name, array in after.items():
+        np.testing.assert_array_equal(array, tree.get(name, before[name]), err_msg=name)
+    assert any("the fusion of the last two stages is not there" in line for line in lines)
+    with pytest.raises(UserError, match=r"a frozen encoder would have a fusion at random.*encoder\.patch_size=16 and width=64"):
+        take(toy.settings(**toy.INTERN, init_from=path, model__encoder__freeze="true"))
+    last = toy.INTERN | {"model__encoder__patch_size": "16", "model__encoder__width": "64", "model__encoder__freeze": "true"}
+    assert not any("fusion" in line for line in take(toy.settings(**last, init_from=path))[2])
+
+
+def test_an_encoder_that_fits_in_part_is_refused(intern, tmp_path: pathlib.Path) -> None:
+    path, tree = intern
+    bare: dict = {}
+    for name, array in tree.items():
+        if "gamma" not in name:
+            start.checkpoint.put(bare, name, array)
+    tensors.write_safetensors(tmp_path / "bare.safetensors", intern_image.store(bare))
+    with pytest.raises(UserError, match=r"fits in part \(8 arrays are not there, first encoder/stage0/layers/gamma1\)"):
+        take(toy.settings(**toy.INTERN, init_from=str(tmp_path / "bare.safetensors")))
+    tensors.write_safetensors(tmp_path / "vit.safetensors", weights(ENCODERS["siamese_im"] + "|" + SIAMESE_DECODER, **SIZES))
+    settings = {**LEARNED, "init_from": str(tmp_path / "vit.safetensors")}
+    with pytest.raises(
+        UserError, match=r"2 arrays are not there, first encoder/norm/bias\); set config.model.encoder to .*final_norm=False"
+    ):
+        take(toy.settings(**settings))
+    take(toy.settings(**settings, init__only="^encoder/(?!norm/)"))
+
+
+def test_an_intern_image_with_other_settings_is_told(tmp_path: pathlib.Path) -> None:
+    alone = {**toy.INTERN, "objective__forms": "sim", "data__captions": "no"}
+    saved.run(tmp_path, toy.settings(**alone, model__intern_image__offset_scale=2.0))
+    _, _, lines = take(toy.settings(**alone, init_from=str(tmp_path)))
+    assert any("set otherwise: model.intern_image.offset_scale=2.0 there, 1.0 here" in line for line in lines)
 
 
 def test_what_is_refused(timm, run, tmp_path: pathlib.Path) -> None:
