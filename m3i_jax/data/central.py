@@ -2,7 +2,8 @@
 each reads its own rows of every batch; which they are is arithmetic, so that all hosts make equally many batches."""
 
 import concurrent.futures
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from m3i_jax.data.sources import Source
 _READ = 64  # records held encoded at a time
 CROP = 224 / 256  # share of the short side that the centre view keeps
 Batch = dict[str, np.ndarray]
+Found = sources.Record | records.BadRecord
 
 
 class EvaluationBatches(Iterator[Batch]):
@@ -33,6 +35,7 @@ def evaluation_batches(
     background: int = 255,
     crop: float = CROP,
     threads: int = 1,
+    missing: str = "stop",
     host: int = 0,
     hosts: int = 1,
 ) -> EvaluationBatches:
@@ -46,6 +49,7 @@ def evaluation_batches(
         background: gray level under transparent pixels.
         crop: share of the short side that is kept; 1 for an evaluation that resizes to the size of the view itself.
         threads: that decode.
+        missing: "replace": a record that cannot be read any more is a bad one; see `schema.Data.missing`.
         host, hosts: which contiguous share of the rows of every batch to read.
 
     Returns:
@@ -55,6 +59,7 @@ def evaluation_batches(
 
     Raises:
         ValueError: a batch that is no multiple of the hosts.
+        Unreadable: by the iterator, with missing="stop".
 
     >>> class Two:
     ...     def __getitem__(self, i): return sources.Record(str(i), np.full((20, 30, 3), i, np.uint8), label=i)
@@ -68,15 +73,25 @@ def evaluation_batches(
     skipped, mine = dict.fromkeys(records.REASONS, 0), batch // hosts
     every = [int(i) for i in indices]
     shares = [every[at + host * mine : min(at + (host + 1) * mine, at + batch)] for at in range(0, len(every), batch)]
-    return EvaluationBatches(_evaluation(source, shares, image_size, mine, background, crop, max(1, threads), skipped), skipped)
+    read = functools.partial(records.read, source, missing=missing)
+    return EvaluationBatches(_evaluation(read, shares, image_size, mine, background, crop, max(1, threads), skipped), skipped)
 
 
 def _evaluation(
-    source: Source, shares: list[list[int]], size: int, rows: int, background: int, crop: float, threads: int, skipped: dict[str, int]
+    read: Callable[[list[int]], list[Found]],
+    shares: list[list[int]],
+    size: int,
+    rows: int,
+    background: int,
+    crop: float,
+    threads: int,
+    skipped: dict[str, int],
 ) -> Iterator[Batch]:
-    def look(record: sources.Record) -> np.ndarray | records.BadRecord:
+    def look(found: Found) -> tuple[np.ndarray, int] | records.BadRecord:
+        if isinstance(found, records.BadRecord):
+            return found
         try:
-            return _central_view(record, size, background, crop)
+            return _central_view(found, size, background, crop), found.label
         except records.BadRecord as error:
             return error
 
@@ -86,12 +101,11 @@ def _evaluation(
             made |= {"index": np.full(rows, -1, np.int64), "valid": np.zeros(rows, bool)}
             for at in range(0, len(share), _READ):
                 wanted = share[at : at + _READ]
-                found = sources.read(source, wanted)
-                for row, (index, record, view) in enumerate(zip(wanted, found, pool.map(look, found), strict=True), at):
-                    if isinstance(view, records.BadRecord):
-                        skipped[view.reason] += 1
+                for row, (index, seen) in enumerate(zip(wanted, pool.map(look, read(wanted)), strict=True), at):
+                    if isinstance(seen, records.BadRecord):
+                        skipped[seen.reason] += 1
                         continue
-                    made["views"][row], made["label"][row], made["index"][row], made["valid"][row] = view, record.label, index, True
+                    (made["views"][row], made["label"][row]), made["index"][row], made["valid"][row] = seen, index, True
             yield made
 
 

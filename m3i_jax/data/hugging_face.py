@@ -38,12 +38,12 @@ class HuggingFace:
         table = self._load()
         features = table.features
         kinds = {name: type(feature).__name__ for name, feature in features.items()}
-        self._image = _one(IMAGES, [n for n, kind in kinds.items() if kind == "Image"])
+        self._image = sources.column(IMAGES, [n for n, kind in kinds.items() if kind == "Image"])
         if self._image is None:
             columns = ", ".join(f"{name} ({kind})" for name, kind in sorted(kinds.items()))
             raise UserError(f"data.path={path!r} has no picture: its columns are {columns}")
         named, whole = [n for n, k in kinds.items() if k == "ClassLabel"], [n for n, f in features.items() if _dtype(f).startswith("int")]
-        self._label = _one(LABELS, named) or next((name for name in LABELS if name in whole), None)
+        self._label = sources.column(LABELS, named) or next((name for name in LABELS if name in whole), None)
         self._caption = next((n for n in CAPTIONS if n in kinds and (_dtype(features[n]).endswith("string") or kinds[n] == "List")), None)
         self._key = next((name for name in KEYS if _dtype(features.get(name)).endswith("string")), None)
         self._length, self.captions = len(table), self._caption is not None
@@ -144,8 +144,3 @@ class HuggingFace:
 
 def _dtype(feature: Any) -> str:
     return str(getattr(feature, "dtype", ""))
-
-
-def _one(wanted: Sequence[str], present: Sequence[str]) -> str | None:
-    """The wanted name if it is present, else the only one."""
-    return next((name for name in wanted if name in present), present[0] if len(present) == 1 else None)

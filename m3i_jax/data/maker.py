@@ -73,23 +73,14 @@ class Maker:
             u = np.concatenate([u, more], -1)
         for at in range(0, self.rows, _READ):
             rows = range(at, min(at + _READ, self.rows))
-            for row, record in zip(rows, self._read(chosen[rows].tolist()), strict=True):
-                used = self._picture(record, row, u[row].tolist(), int(positions[row]), chosen, pixels[row].reshape(2, -1), batch)
+            for row, found in zip(rows, records.read(self.source, chosen[rows].tolist(), self.data.missing), strict=True):
+                used = self._picture(found, row, u[row].tolist(), int(positions[row]), chosen, pixels[row].reshape(2, -1), batch)
                 self._meaning(used, row, batch)
         return {**batch, "record": chosen}
 
-    def _read(self, indices: list[int]) -> list[sources.Record | None]:
-        """The records; none of them, each to be read by itself, if one cannot be read and may be replaced."""
-        try:
-            return list(sources.read(self.source, indices))
-        except Unreadable:
-            if self.data.missing == "stop":
-                raise
-            return [None] * len(indices)
-
     def _picture(
         self,
-        record: sources.Record | None,
+        found: sources.Record | records.BadRecord,
         row: int,
         u: list[list[float]],
         position: int,
@@ -104,12 +95,15 @@ class Maker:
                 chosen[row] = order.records_at(self.source, self.seed, np.array([position]), attempt)[0]
             if row % 2 and chosen[row] == chosen[row - 1]:
                 continue  # a picture is not mixed with itself: the turn of the epoch, or a replacement
+            if attempt:
+                (found,) = records.read(self.source, [int(chosen[row])], self.data.missing)
             try:
-                record = self._record(int(chosen[row])) if attempt or record is None else record
-                self._views(record, u, pixels, batch["box"][row], batch["flip"][row])
-                return record
+                if isinstance(found, records.BadRecord):
+                    raise found
+                self._views(found, u, pixels, batch["box"][row], batch["flip"][row])
+                return found
             except records.BadRecord as error:
-                name = record.key if record else key(self.source, int(chosen[row]))
+                name = key(self.source, int(chosen[row])) if isinstance(found, records.BadRecord) else found.key
                 last, reason = f"; the last is {name!r} ({error})", records.REASONS.index(error.reason)
                 batch["skipped"][reason] += 1
                 batch["example"][reason] = chosen[row]
@@ -119,14 +113,6 @@ class Maker:
             f"{TRIES} draws in a row at position {position} of {self.source.name} gave no picture that could be used beside its partner: "
             f"{why or 'there is only one'}; check the source"
         )
-
-    def _record(self, index: int) -> sources.Record:
-        try:
-            return self.source[index]
-        except Unreadable as error:
-            if self.data.missing == "stop":
-                raise
-            raise records.BadRecord(records.UNREADABLE, str(error)) from error
 
     def _views(self, record: sources.Record, u: list[list[float]], pixels: np.ndarray, box: np.ndarray, flip: np.ndarray) -> None:
         """Decodes once, cuts the views. u is [2][WIDTH + more]: 22 numbers for the box, one for the flip, and those of RandAugment."""

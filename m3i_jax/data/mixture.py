@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from m3i_jax import schema
 from m3i_jax.data import order, sources
 from m3i_jax.data.sources import Record, Source
 from m3i_jax.errors import UserError
@@ -60,6 +61,35 @@ def parse(text: str) -> Entry:
     if not before:
         raise UserError(f"{wrong}: the path is missing")
     return Entry(kind, before, split, held_out, weight)
+
+
+def entries(data: schema.Data) -> list[Entry]:
+    """The sources that the configuration names: those of the mixture, or the one there is.
+
+    Raises:
+        UserError: an entry that `parse` refuses, a mixture of nothing, or one beside another source, which would not read it.
+
+    >>> entries(schema.Data(source="folder", path="/b", holdout_split="val"))
+    [Entry(kind='folder', path='/b', split='', held_out='val', weight=None)]
+    """
+    if data.source != "mixture":
+        if data.mixture:
+            raise UserError(f"data.mixture is given and data.source={data.source!r} does not read it: set data.source='mixture'")
+        return [Entry(data.source, data.path, data.split, data.holdout_split)]
+    if not data.mixture:
+        raise UserError("data.source='mixture' mixes nothing: give data.mixture, such as ('tars:/a/*.tar=427', 'folder:/b=15')")
+    return [parse(text) for text in data.mixture]
+
+
+def joined(data: schema.Data, entries: Sequence[Entry], opened: Sequence[Source]) -> Source:
+    """What was opened for each of the `entries` as one source: their mixture, or the one there is.
+
+    >>> joined(schema.Data(), entries(schema.Data()), ["the source"])
+    'the source'
+    """
+    if data.source != "mixture":
+        return opened[0]
+    return Mixture(opened, [entry.weight for entry in entries], shared=data.class_space == "shared")
 
 
 def whole_parts(weights: Sequence[fractions.Fraction | None], sizes: Sequence[int]) -> tuple[int, ...]:

@@ -20,21 +20,14 @@ def open_parts(data: schema.Data, *, cache: str = "") -> tuple[Source, Source]:
         (training part, held-out part), with the same classes. The second may be empty.
 
     Raises:
-        UserError: see `sources.open_source`; or a held-out split that is part of what is trained on.
+        UserError: see `sources.open_one` and `mixture.entries`; or a held-out split that is part of what is trained on.
 
     >>> [len(part) for part in open_parts(schema.Data(size=100, holdout=0.2))]
     [71, 29]
     """
-    if data.source != "mixture":
-        if data.mixture:
-            raise UserError(f"data.mixture is given and data.source={data.source!r} does not read it: set data.source='mixture'")
-        return _open_pair(mixture.Entry(data.source, data.path, data.split, data.holdout_split), data, cache)
-    entries = [mixture.parse(text) for text in data.mixture]
-    if not entries:
-        raise UserError("data.source='mixture' mixes nothing: give data.mixture, such as ('tars:/a/*.tar=427', 'folder:/b=15')")
+    entries = mixture.entries(data)
     pairs = [_open_pair(entry, data, cache) for entry in entries]
-    weights, shared = [entry.weight for entry in entries], data.class_space == "shared"
-    train, held_out = (mixture.Mixture(part, weights, shared=shared) for part in zip(*pairs, strict=True))
+    train, held_out = (mixture.joined(data, entries, part) for part in zip(*pairs, strict=True))
     return train, held_out
 
 

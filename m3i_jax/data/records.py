@@ -5,18 +5,21 @@ orientation its EXIF tag asks for: transparency over a plain background, palette
 converted (JPEGs hold it inverted, as Adobe writes it), the first frame of an animation. Embedded colour profiles are not applied.
 """
 
+import contextlib
 import dataclasses
 import html
 import io
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageFile
 
-from m3i_jax.data import fast
+from m3i_jax.data import fast, sources
+from m3i_jax.data.sources import Record, Source
+from m3i_jax.errors import Unreadable
 
 EMPTY, UNDECODABLE, TRUNCATED, TOO_SMALL, TOO_LARGE, UNREADABLE = REASONS = (
     "empty",
@@ -47,7 +50,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # PI
 
 
 class BadRecord(Exception):
-    """A record whose bytes are no usable picture. `reason` is one of REASONS; the message says more.
+    """A record whose bytes are no usable picture. `reason` is one of REASONS; `detail`, as the message, says more.
 
     >>> BadRecord("too_small", "5000 x 3 pixels").reason
     'too_small'
@@ -55,7 +58,66 @@ class BadRecord(Exception):
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
-        self.reason = reason
+        self.reason, self.detail = reason, detail
+
+
+@contextlib.contextmanager
+def replaceable(missing: str) -> Iterator[None]:
+    """What cannot be read any more within the block is a bad record where `data.missing` says so.
+
+    Args:
+        missing: "stop" or "replace", as `schema.Data.missing`.
+
+    Raises:
+        BadRecord: "unreadable", with "replace".
+        Unreadable: as it came, with "stop".
+
+    >>> with replaceable("replace"):
+    ...     sources.read_range("/gone.jpg")
+    Traceback (most recent call last):
+    m3i_jax.data.records.BadRecord: unreadable: '/gone.jpg' cannot be read (No such file or directory) although it could when the run ...
+    """
+    try:
+        yield
+    except Unreadable as error:
+        if missing == "stop":
+            raise
+        raise BadRecord(UNREADABLE, str(error)) from error
+
+
+def read(source: Source, indices: Sequence[int], missing: str) -> list[Record | BadRecord]:
+    """Reads several records, in the order of their indices; with missing="replace", what cannot be read any more is a BadRecord there.
+
+    Raises:
+        Unreadable: with missing="stop".
+
+    >>> read([Record("a", b"x")], [0, 0], "stop")[1].key
+    'a'
+    """
+    try:
+        with replaceable(missing):
+            return list(sources.read(source, indices))
+    except BadRecord as error:
+        if len(indices) == 1:
+            return [error]
+    return [found for index in indices for found in read(source, [index], missing)]
+
+
+def captions_of(source: Source, limit: int = 200_000, *, missing: str = "stop") -> Iterator[str | bytes]:
+    """Captions of at most `limit` records, evenly spread over the source, always the same ones.
+
+    Raises:
+        Unreadable: with missing="stop"; else what cannot be read any more is left out.
+
+    >>> list(captions_of([Record(str(i), b"", caption=f"number {i}") for i in range(9)], 3))
+    ['number 0', 'number 3', 'number 6']
+    """
+    for i in range(0, len(source), -(-len(source) // limit)):
+        caption = None
+        with contextlib.suppress(BadRecord), replaceable(missing):
+            caption = sources.caption_of(source, i)
+        if caption is not None:
+            yield caption
 
 
 @dataclasses.dataclass

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -60,26 +60,27 @@ def open_source(data: schema.Data, *, cache: str = "") -> Source:
     """Opens the source that the configuration names.
 
     Args:
-        data: `source`, `path` and, for the built-in shapes, `size`.
+        data: `source`, `path`, `split`, `mixture` and, for the built-in shapes, `size`.
         cache: directory in which the index of tar files is kept, so that the next start need not read their headers again; "" for none.
 
     Returns:
         The whole source; see `split` for the part to train on.
 
     Raises:
-        UserError: the path is missing, or holds nothing that can be read as a picture.
+        UserError: the path is missing, or holds nothing that can be read as a picture; see `mixture.entries`; or a split is held out by
+            name, which is none of the source: `parts.open_parts` opens both.
 
     >>> open_source(schema.Data(source="folder"))
     Traceback (most recent call last):
     m3i_jax.errors.UserError: data.path is empty, and data.source='folder' needs it: give the directory that holds the pictures
     """
-    if data.source == "mixture":
-        from m3i_jax.data import mixture
+    from m3i_jax.data import mixture
 
-        entries = [mixture.parse(text) for text in data.mixture]
-        whole = [open_one(entry.kind, entry.path, entry.split, data, cache=cache) for entry in entries]
-        return mixture.Mixture(whole, [entry.weight for entry in entries], shared=data.class_space == "shared")
-    return open_one(data.source, data.path, data.split, data, cache=cache)
+    entries = mixture.entries(data)
+    if held_out := [entry.held_out for entry in entries if entry.held_out]:
+        place = "the part of data.mixture after '|'" if data.source == "mixture" else "data.holdout_split"
+        raise UserError(f"{place} names {held_out[0]!r}, which would be left out here: remove it, and read that split by itself")
+    return mixture.joined(data, entries, [open_one(entry.kind, entry.path, entry.split, data, cache=cache) for entry in entries])
 
 
 def open_one(kind: str, path: str, split: str, data: schema.Data, *, cache: str = "") -> Source:
@@ -254,17 +255,6 @@ def identity(source: Source) -> list[str]:
     return lines() if lines else [f"{source.name}, {len(source):,} pictures, fingerprint {source.fingerprint()}"]
 
 
-def captions_of(source: Source, limit: int = 200_000) -> Iterator[str | bytes]:
-    """Captions of at most `limit` records, evenly spread over the source, always the same ones.
-
-    >>> list(captions_of([Record(str(i), b"", caption=f"number {i}") for i in range(9)], 3))
-    ['number 0', 'number 3', 'number 6']
-    """
-    for i in range(0, len(source), -(-len(source) // limit)):
-        if (caption := caption_of(source, i)) is not None:
-            yield caption
-
-
 def digest(*parts: str | bytes | int | float) -> str:
     """16 hexadecimal digits of a stable hash of the parts.
 
@@ -369,6 +359,15 @@ def split(source: Source, holdout: float, part: str) -> Source:
     held = key_hashes(source) / 2.0**64 < holdout
     small = np.uint32 if len(source) < 1 << 32 else np.int64  # 442 million records: 1.8 GB instead of 3.5
     return Split(source, np.flatnonzero(held == (part == "held_out")).astype(small), part, f"{part} {holdout!r}")
+
+
+def column(wanted: Sequence[str], present: Sequence[str]) -> str | None:
+    """The first wanted name that is present, else the only one.
+
+    >>> column(("image", "img"), ("mask", "img")), column(("image",), ("photo",)), column(("image",), ("a", "b"))
+    ('img', 'photo', None)
+    """
+    return next((name for name in wanted if name in present), present[0] if len(present) == 1 else None)
 
 
 def parse_label(value: Any) -> int | None:

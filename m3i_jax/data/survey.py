@@ -51,12 +51,14 @@ def chosen(total: int, limit: int) -> list[int]:
     return [i * total // limit for i in range(limit)]
 
 
-def look(index: int, record: sources.Record, *, background: int = 255) -> Seen:
-    """Reads one record as the pipeline would, to its last pixel.
+def look(index: int, record: sources.Record | records.BadRecord, *, background: int = 255) -> Seen:
+    """Reads one record as the pipeline would, to its last pixel; one that could not be read at all has its index for a key.
 
     >>> look(3, sources.Record("a", b"<html>", caption=" a  cat ")).reason, look(3, sources.Record("a", b"", caption=" a  cat ")).caption
     ('undecodable', 'a cat')
     """
+    if isinstance(record, records.BadRecord):
+        return Seen(index, str(index), "", 0, b"", record.reason, record.detail, 0, 0, -1, None)
     image = record.image
     raw = image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
     kind, reason, detail, height, width = "", "", "", 0, 0
@@ -65,23 +67,30 @@ def look(index: int, record: sources.Record, *, background: int = 255) -> Seen:
         kind, height, width = opened.image.format or "array", opened.height, opened.width
         opened.rgb(background=background)
     except records.BadRecord as error:
-        reason, detail = error.reason, str(error).removeprefix(f"{error.reason}: ")
+        reason, detail = error.reason, error.detail
     content = hashlib.blake2b(raw, digest_size=16).digest()
     caption = records.clean_caption(record.caption)
     return Seen(index, record.key, kind, len(raw), content, reason, detail, height, width, record.label, caption)
 
 
 def scan(
-    source: sources.Source, indices: Sequence[int], *, threads: int, background: int = 255, progress: Callable[[int], None] | None = None
+    source: sources.Source,
+    indices: Sequence[int],
+    *,
+    threads: int,
+    background: int = 255,
+    missing: str = "stop",
+    progress: Callable[[int], None] | None = None,
 ) -> list[Seen]:
-    """Looks at some records, on several threads; the result is in the order of the indices. `progress` is told how many are done.
+    """Looks at some records, on several threads; the result is in the order of the indices. `progress` is told how many are done;
+    `missing` is as in `records.read`.
 
     >>> [seen.reason for seen in scan([sources.Record("a", np.zeros((20, 20, 3), np.uint8)), sources.Record("b", b"")], [0, 1], threads=1)]
     ['', 'empty']
     """
 
     def part(some: Sequence[int]) -> list[Seen]:
-        return [look(i, record, background=background) for i, record in zip(some, sources.read(source, some), strict=True)]
+        return [look(i, record, background=background) for i, record in zip(some, records.read(source, some, missing), strict=True)]
 
     out: list[Seen] = []
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:

@@ -44,10 +44,10 @@ class Tfds:
             raise UserError(f"tfds {path!r} has no records in split {split!r}: it has {', '.join(sorted(info.splits))}")
         features = dict(info.features)
         kinds = {name: type(feature).__name__ for name, feature in features.items()}
-        self._image = _one(IMAGES, [n for n, kind in kinds.items() if kind == "Image"])
+        self._image = sources.column(IMAGES, [n for n, kind in kinds.items() if kind == "Image"])
         if self._image is None:
             raise UserError(f"tfds {path!r} has no picture: its features are {', '.join(f'{n} ({k})' for n, k in sorted(kinds.items()))}")
-        self._label = _one(LABELS, [n for n, kind in kinds.items() if kind == "ClassLabel"])
+        self._label = sources.column(LABELS, [n for n, kind in kinds.items() if kind == "ClassLabel"])
         self._caption = next((name for name in CAPTIONS if name in kinds), None)
         self.classes: tuple[str, ...] = tuple(features[self._label].names) if self._label else ()
         self.captions, self.name = self._caption is not None, f"tfds {path!r} ({split})"
@@ -126,8 +126,3 @@ class Tfds:
         images = [name for name, feature in dict(builder.info.features or {}).items() if type(feature).__name__ == "Image"]
         decoders = {name: tfds.decode.SkipDecoding() for name in images}
         return builder.as_data_source(self._split, decoders=decoders)
-
-
-def _one(wanted: Sequence[str], present: Sequence[str]) -> str | None:
-    """The wanted name if it is present, else the only one."""
-    return next((name for name in wanted if name in present), present[0] if len(present) == 1 else None)

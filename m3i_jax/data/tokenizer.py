@@ -23,7 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from m3i_jax import schema
 from m3i_jax.data import sources
-from m3i_jax.data.records import clean_caption
+from m3i_jax.data.records import captions_of, clean_caption
 from m3i_jax.errors import UserError
 
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
@@ -92,10 +92,7 @@ class Tokenizer:
 
     def save(self, path: str) -> None:
         """Writes the JSON of the `tokenizers` package, whole or not at all."""
-        part = f"{path}.{os.getpid()}.part"
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(self.core.to_str())
-        os.replace(part, path)
+        sources.write_whole(path, self.core.to_str().encode())
 
     @classmethod
     def load(cls, path: str, length: int) -> "Tokenizer":
@@ -256,7 +253,7 @@ def open_tokenizer(data: schema.Data, source: sources.Source, saved: str = "") -
     if data.tokenizer == "clip":
         made = clip(data.vocabulary, data.caption_length)
     else:
-        made = train(sources.captions_of(source), data.vocabulary_size, data.caption_length)
+        made = train(captions_of(source, missing=data.missing), data.vocabulary_size, data.caption_length)
     if saved:
         made.save(saved)
     return made
@@ -292,9 +289,7 @@ def keep(content: bytes, folder: str) -> str:
         raise UserError(f"the {VOCABULARY} that was fetched is not CLIP's (its SHA-256 is not {SHA256}): nothing was written")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, VOCABULARY)
-    with open(path + ".part", "wb") as file:
-        file.write(content)
-    os.replace(path + ".part", path)
+    sources.write_whole(path, content)
     return path
 
 

@@ -17,6 +17,7 @@ from m3i_jax.evaluation.features import Measure, Seen
 from m3i_jax.evaluation.texts import Embedder
 
 TOP = (1, 5, 10)
+_LOST = -1  # length of a caption that could not be read any more, between hosts
 
 
 @jax.jit
@@ -70,29 +71,40 @@ def recall(
 
 
 class _Captions:
-    """Captions of a source as the model reads them; each is read and cut into tokens once a run, by one host."""
+    """Captions of a source as the model reads them; each is read and cut into tokens once a run, by one host. `lost`: the records whose
+    caption could not be read any more, which count as without."""
 
-    def __init__(self, source: sources.Source, words: Tokenizer, mesh: jax.sharding.Mesh) -> None:
-        self._source, self._words, self._mesh = source, words, mesh
+    def __init__(self, source: sources.Source, words: Tokenizer, mesh: jax.sharding.Mesh, missing: str) -> None:
+        self._source, self._words, self._mesh, self._missing = source, words, mesh, missing
         self._known: dict[int, tuple[int, ...]] = {}
+        self.lost: set[int] = set()
 
     def __call__(self, wanted: Sequence[int]) -> list[tuple[int, ...]]:
         """Token ids of each record, start and end included; none without a caption."""
-        if missing := [record for record in dict.fromkeys(wanted) if record not in self._known]:
+        if new := [record for record in dict.fromkeys(wanted) if record not in self._known]:
             unit = self._mesh.shape["replica"] * self._mesh.shape["fsdp"]
             hosts, host = jax.process_count(), jax.process_index()
-            mine = -(-len(missing) // unit) * unit // hosts
+            mine = -(-len(new) // unit) * unit // hosts
             rows = {"tokens": np.zeros((mine, self._words.length), np.int32), "length": np.zeros(mine, np.int32)}
-            for row, record in enumerate(missing[host * mine : (host + 1) * mine]):
-                if text := records.clean_caption(sources.caption_of(self._source, record)):
+            for row, record in enumerate(new[host * mine : (host + 1) * mine]):
+                try:
+                    with records.replaceable(self._missing):
+                        text = records.clean_caption(sources.caption_of(self._source, record))
+                except records.BadRecord:
+                    rows["length"][row] = _LOST
+                    continue
+                if text:
                     rows["tokens"][row], rows["length"][row] = self._words.encode(text)
             whole = parallel.everywhere(self._mesh, rows)
-            for record, tokens, length in zip(missing, whole["tokens"], whole["length"], strict=False):
-                self._known[record] = tuple(tokens[:length].tolist())
+            for record, tokens, length in zip(new, whole["tokens"], whole["length"], strict=False):
+                self._known[record] = tuple(tokens[: max(length, 0)].tolist())
+                self.lost |= {record} if length == _LOST else set()
         return [self._known[record] for record in wanted]
 
 
-def measure(mesh: jax.sharding.Mesh, source: sources.Source, embed: Embedder, *, pictures: str = "queries") -> Measure:
+def measure(
+    mesh: jax.sharding.Mesh, source: sources.Source, embed: Embedder, *, pictures: str = "queries", missing: str = "stop"
+) -> Measure:
     """eval/retrieval/text_to_image/r1, ... of the pictures of a set that have a caption; nothing if none has.
 
     Args:
@@ -101,12 +113,17 @@ def measure(mesh: jax.sharding.Mesh, source: sources.Source, embed: Embedder, *,
       embed: both sides of the joint space.
       pictures: name of the set; its features must be those of the pooling that the text term trains. They are normalised, which a
         projection without bias does not mind.
+      missing: "replace": a caption that cannot be read any more is left out and counted in `Seen.skipped`; see `schema.Data.missing`.
+
+    Raises:
+      Unreadable: by the measure, with missing="stop".
     """
-    read = _Captions(source, embed.words, mesh)
+    read = _Captions(source, embed.words, mesh, missing)
 
     def run(seen: Seen) -> Iterator[tuple[str, float]]:
         found = seen(pictures)
         texts = read(found.records.tolist())
+        seen.skipped[records.UNREADABLE] += len(read.lost.intersection(found.records.tolist()))
         has = np.array([bool(text) for text in texts], bool)
         if not has.any():
             return

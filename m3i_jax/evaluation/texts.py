@@ -6,18 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import parallel, schema
 from m3i_jax.data import records
 from m3i_jax.data.tokenizer import Tokenizer
 from m3i_jax.models import m3i
-
-
-def unit(x_BxE: jax.Array) -> jax.Array:
-    """Rows at length 1."""
-    return x_BxE * jax.lax.rsqrt(jnp.square(x_BxE).sum(-1, keepdims=True) + 1e-12)
+from m3i_jax.objective.rows import unit
 
 
 class Embedder:

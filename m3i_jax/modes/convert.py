@@ -13,8 +13,7 @@ from m3i_jax.reporting import show
 PREEMPTED = 42
 
 
-def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
-    del allow_changes
+def run(config: schema.Config, *, workdir: str) -> int:
     place = pathlib.Path(workdir)
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     with jobs.lock(place):

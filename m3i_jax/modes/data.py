@@ -13,19 +13,16 @@ import jax
 from m3i_jax import parallel, schema
 from m3i_jax.data import parts, pipeline, records, sources, summary, survey, tokenizer
 from m3i_jax.modes import job as jobs
-from m3i_jax.reporting import data_page, data_report, flops
+from m3i_jax.modes import watch
+from m3i_jax.reporting import data_page, data_report, slices
 from m3i_jax.reporting.files import write_text
 from m3i_jax.training import trainer
 
-# Peak of dense bfloat16 products, FLOP/s, as the makers state it.
-CHIPS = {"TPU v4": 275e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v6e": 918e12, "A100": 312e12, "H100": 989e12}
-MFU = 0.4  # share of the peak that a well-fed step reaches
 IN_MEMORY = 256  # good records that the speed is measured on
 PICTURES = 24  # examples on the page
 
 
-def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
-    del allow_changes
+def run(config: schema.Config, *, workdir: str) -> int:
     place = pathlib.Path(workdir)
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     train, held_out = parts.open_parts(config.data, cache=str(place / "index"))
@@ -35,7 +32,8 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
     words = tokenizer.open_tokenizer(done.data, train, str(place / "tokenizer.json")) if captions else None
 
     indices = survey.chosen(len(source), config.report.survey)
-    seen = survey.scan(source, indices, threads=cores(), background=config.data.background, progress=_progress(len(indices)))
+    background, missing = config.data.background, config.data.missing
+    seen = survey.scan(source, indices, threads=cores(), background=background, missing=missing, progress=_progress(len(indices)))
     ids = (lambda text: len(words.ids(text, cleaned=True))) if words else None
     made = summary.summarize(
         seen,
@@ -46,7 +44,8 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
         held_out=range(len(train), len(source)),
     )
     good = [s for s in seen if not s.reason]
-    held = sources.read(source, [s.index for s in spread(good, IN_MEMORY)])
+    read = records.read(source, [s.index for s in spread(good, IN_MEMORY)], missing)
+    held = [record for record in read if not isinstance(record, records.BadRecord)]
     speed = survey.speed(done, held, source, words)
     report = {
         "source": {
@@ -62,8 +61,8 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
         "feeds": feeds(done, words.vocabulary if words else 0, cores() * speed.pipeline),
     }
     write_text(place / "data.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    shown = _examples(source, spread(good, PICTURES), source.classes, config.data.background)
-    twins = _twins(source, good, config.data.background)
+    shown = _examples(source, spread(good, PICTURES), config.data)
+    twins = _twins(source, good, config.data)
     write_text(place / "data.html", data_page.html(report, pictures=shown, twins=twins))
     print(data_report.text(report))
     print(f"\n{place / 'data.json'}\n{place / 'data.html'}")
@@ -84,27 +83,24 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
     return [items[i] for i in survey.chosen(len(items), count)]
 
 
-def feeds(
-    config: schema.Config, vocabulary: int, supply: float, *, chips: dict[str, float] | None = None, mfu: float = MFU
-) -> dict[str, Any]:
+def feeds(config: schema.Config, vocabulary: int, supply: float) -> dict[str, Any]:
     """How many chips `supply` samples a second feed.
 
     Args:
-        config: completed; says how dear a step is.
+        config: completed; says how dear a step is, and by `report.mfu` which share of its peak a chip reaches.
         vocabulary: of the captions, 0 without.
         supply: samples a second that the host makes.
-        chips: name -> peak FLOP/s; CHIPS if not given.
-        mfu: share of the peak that a step reaches.
 
     Returns:
-        "flops_per_image", "mfu", "image_size" and "chips": rows of name, peak, samples a second that one asks for, how many are fed.
+        "flops_per_image" of the model, "mfu", "image_size" and "chips": a row a kind of `slices.CHIPS`, with its peak in FLOP/s, the
+        samples a second that one asks for, how many are fed.
     """
     one = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
     # What a picture costs does not depend on the schedule, which may not fit the data yet.
     train, optim = dataclasses.replace(config.train, steps=1), dataclasses.replace(config.optim, warmup_steps=0)
     made = trainer.Trainer(dataclasses.replace(config, train=train, optim=optim), one, vocabulary)
-    cost = flops.count(made.trace, made.template, trainer.abstract_batch(config)).total / config.train.batch_size
-    rows = [(name, peak, peak * mfu / cost, supply * cost / (peak * mfu)) for name, peak in (chips or CHIPS).items()]
+    cost, mfu = watch.model_flops(made) / config.train.batch_size, config.report.mfu
+    rows = [(kind, chip.peak, chip.peak * mfu / cost, supply * cost / (chip.peak * mfu)) for kind, chip in slices.CHIPS.items()]
     return {"flops_per_image": cost, "mfu": mfu, "image_size": config.data.image_size, "chips": rows}
 
 
@@ -118,21 +114,23 @@ def _progress(total: int) -> Any:
     return tell
 
 
-def _examples(source: sources.Source, seen: Sequence[survey.Seen], classes: Sequence[str], background: int) -> list[dict[str, Any]]:
-    out = []
-    for s, record in zip(seen, sources.read(source, [s.index for s in seen]), strict=True):
+def _examples(source: sources.Source, seen: Sequence[survey.Seen], data: schema.Data) -> list[dict[str, Any]]:
+    out, classes = [], source.classes
+    for s, record in zip(seen, records.read(source, [s.index for s in seen], data.missing), strict=True):
+        if isinstance(record, records.BadRecord):  # it was good a moment ago: the source is changing under us
+            continue
         try:
-            jpeg = survey.thumbnail(record, background=background)
-        except records.BadRecord:  # it was good a moment ago: the source is changing under us
+            jpeg = survey.thumbnail(record, background=data.background)
+        except records.BadRecord:
             continue
         label = classes[s.label] if 0 <= s.label < len(classes) else (str(s.label) if s.label >= 0 else "")
         out.append({"jpeg": jpeg, "key": s.key, "size": f"{s.width} x {s.height}", "label": label, "caption": s.caption or ""})
     return out
 
 
-def _twins(source: sources.Source, good: Sequence[survey.Seen], background: int) -> list[list[dict[str, Any]]]:
+def _twins(source: sources.Source, good: Sequence[survey.Seen], data: schema.Data) -> list[list[dict[str, Any]]]:
     groups: dict[bytes, list[survey.Seen]] = {}
     for s in good:
         groups.setdefault(s.content, []).append(s)
     several = sorted((g for g in groups.values() if len(g) > 1), key=len, reverse=True)[: summary.EXAMPLES]
-    return [_examples(source, g[:2], source.classes, background) for g in several]
+    return [_examples(source, g[:2], data) for g in several]

@@ -54,8 +54,9 @@ class Easel:
         """The views of records that can be read, as an evaluation sees them."""
         data, ask = self.job.config.data, self.job.config.evaluate
         read = central.evaluation_batches(
-            self.job.held_out, records, data.image_size, len(records), background=data.background, crop=ask.crop, threads=data.threads
-        )
+            self.job.held_out, records, data.image_size, len(records), background=data.background, crop=ask.crop, threads=data.threads,
+            missing=data.missing,
+        )  # fmt: skip
         side = sheet.tile_side(data.image_size, self.job.config.grid)
         return [sheet.picture(view, side) for view in next(read)["views"]]
 

@@ -53,7 +53,7 @@ def chosen(job: Job, source: Any, indices: list[int]) -> central.EvaluationBatch
     hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
     return central.evaluation_batches(
         source, indices, data.image_size, rows(job), background=data.background, crop=job.config.evaluate.crop,
-        threads=max(1, data.threads), **hosts,
+        threads=max(1, data.threads), missing=data.missing, **hosts,
     )  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def measures(job: Job, say: Say, *, easel: drawn.Easel, thorough: bool = True) -
         ),
         "direct": lambda: direct.measure(config, head),
         "zero_shot": lambda: zero_shot.measure(said, pictures=pooled),
-        "retrieval": lambda: retrieval.measure(job.mesh, job.held_out, embed, pictures=pooled),
+        "retrieval": lambda: retrieval.measure(job.mesh, job.held_out, embed, pictures=pooled, missing=config.data.missing),
         "embedding": lambda: drawn.neighbours(easel),
         "attention": lambda: drawn.looks(
             easel, functools.partial(chosen, job, job.held_out), pooled=pool and config.model.pool.kind == "attention"

@@ -23,8 +23,7 @@ from m3i_jax.training import steps
 _PART = 4096  # pictures between two writes
 
 
-def run(config: schema.Config, *, workdir: str, allow_changes: bool, out: str) -> int:
-    del allow_changes
+def run(config: schema.Config, *, workdir: str, out: str) -> int:
     if not out:
         raise UserError("--out: is missing; name the npz file to write, such as --out=features.npz")
     target = pathlib.Path(out)
@@ -35,6 +34,7 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool, out: str) -
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     train, held_out = parts.open_parts(config.data, cache=str(place / "index"))
     identity = {"weights": model.name, "pool": model.pool, "image_size": model.config.data.image_size}
+    identity |= {"crop": config.evaluate.crop, "background": config.data.background}
     identity |= {
         "train": sources.digest(train.fingerprint(), len(train)),
         "held_out": sources.digest(held_out.fingerprint(), len(held_out)),
@@ -62,12 +62,18 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool, out: str) -
 
 
 def _model(config: schema.Config, workdir: str) -> loaded.Loaded:
-    """init_from, or the run in the working directory."""
+    """init_from, or the run in the working directory, read as evaluate.features says."""
+    pool = config.evaluate.features
+    usual = "mean" if pool == "mean" else "auto"
     if config.init_from:
-        return loaded.load(config.init_from, weights=config.init.weights)
-    if not steps.is_run(workdir):
+        model = loaded.load(config.init_from, weights=config.init.weights, pool=usual)
+    elif steps.is_run(workdir):
+        model = loaded.load(workdir, weights=config.evaluate.encoder, pool=usual)
+    else:
         raise UserError(f"--workdir {workdir}: has no run; name one, or weights by --config.init_from=FILE")
-    return loaded.load(workdir, weights=config.evaluate.encoder)
+    if pool == "attention" and model.pool != pool:
+        raise UserError(f"config.evaluate.features: 'attention' needs a pooling that was trained, and {model.name} has none; use 'mean'")
+    return model
 
 
 def _agree(kept: pathlib.Path, identity: dict[str, Any]) -> None:
@@ -87,7 +93,11 @@ def _part(model: loaded.Loaded, config: schema.Config, source: sources.Source, f
     shards, layout = jax.device_count(), parallel.data_sharding(mesh)
     rows = -(-config.evaluate.batch_size // shards) * shards
     indices = range(start, min(start + _PART, len(source)))
-    batches = central.evaluation_batches(source, indices, model.config.data.image_size, rows, background=config.data.background)
+    data = config.data
+    batches = central.evaluation_batches(
+        source, indices, model.config.data.image_size, rows, background=data.background, crop=config.evaluate.crop,
+        threads=data.threads, missing=data.missing,
+    )  # fmt: skip
     if not isinstance(jax.tree.leaves(model.params)[0].sharding, jax.sharding.NamedSharding):
         model.params = jax.device_put(model.params, parallel.replicated(mesh))
     found: list[np.ndarray] = []

@@ -5,6 +5,8 @@ import pytest
 from PIL import Image
 
 from m3i_jax.data import central, records, sources
+from m3i_jax.data.folder import Folder
+from m3i_jax.errors import Unreadable
 
 
 def some(make):
@@ -65,3 +67,21 @@ def test_evaluation_of_nothing(make):
     assert list(central.evaluation_batches(make.Pictures(3), [], 28, 4)) == []
     (only,) = central.evaluation_batches(make.Pictures(3, bad=3), range(3), 28, 4)
     assert not only["valid"].any()
+
+
+def test_a_file_that_vanishes_is_a_bad_record_where_it_may_be(fill, make):
+    """Removed after the source was opened: the others keep their rows, and those read with it are read again one by one."""
+    folder = fill({f"{i}.png": make.encode(make.smooth(20 + i, 30), "PNG") for i in range(4)})
+    source = Folder(str(folder))
+    whole = list(central.evaluation_batches(source, [3, 1, 0, 1, 2], 16, 3))
+    (folder / "1.png").unlink()
+    with pytest.raises(Unreadable, match="1.png' cannot be read"):
+        list(central.evaluation_batches(source, [3, 1, 0, 1, 2], 16, 3))
+    batches = central.evaluation_batches(source, [3, 1, 0, 1, 2], 16, 3, missing="replace", threads=2)
+    got = list(batches)
+    assert batches.skipped == dict.fromkeys(records.REASONS, 0) | {"unreadable": 2}
+    assert [b["index"].tolist() for b in got] == [[3, -1, 0], [-1, 2, -1]]
+    assert [b["valid"].tolist() for b in got] == [[True, False, True], [False, True, False]]
+    for before, after in zip(whole, got, strict=True):
+        assert before["views"].shape == after["views"].shape and not after["views"][~after["valid"]].any()
+        np.testing.assert_array_equal(before["views"][after["valid"]], after["views"][after["valid"]])

@@ -3,7 +3,7 @@
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.data import parts
+from m3i_jax.data import parts, sources
 from m3i_jax.errors import UserError
 
 
@@ -53,9 +53,6 @@ def test_parts_of_a_mixture(data):
         ({"source": "folder", "holdout_split": "val"}, "without data.split all of that would be trained on"),
         ({"source": "folder", "split": "val", "holdout_split": "val"}, "is also what is trained on"),
         ({"source": "folder", "split": "trian"}, "did you mean '.*/train'"),
-        ({"source": "folder", "mixture": ("shapes:1",)}, "set data.source='mixture'"),
-        ({"source": "mixture"}, "mixes nothing"),
-        ({"source": "mixture", "mixture": ("shapes:ten",)}, "give their number"),
         ({"source": "shapes", "size": 9, "holdout_split": "val"}, "have no splits"),
         ({"source": "shapes", "size": 9, "path": "", "split": "val"}, "have no split 'val'"),
     ],
@@ -63,3 +60,33 @@ def test_parts_of_a_mixture(data):
 def test_refusals(data, settings, why):
     with pytest.raises(UserError, match=why):
         parts.open_parts(schema.Data(**{"path": data} | settings))
+
+
+@pytest.mark.parametrize("opens", [parts.open_parts, sources.open_source])
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"source": "folder", "mixture": ("shapes:1",)}, "set data.source='mixture'"),
+        ({"source": "mixture"}, "mixes nothing"),
+        ({"source": "mixture", "mixture": ("shapes:ten",)}, "give their number"),
+        ({"source": "folder", "split": "trian"}, "did you mean '.*/train'"),
+    ],
+)
+def test_refusals_of_both_ways_to_open(data, opens, settings, why):
+    with pytest.raises(UserError, match=why):
+        opens(schema.Data(**{"path": data} | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"source": "folder", "split": "train", "holdout_split": "val"}, "^data.holdout_split names 'val', which would be left out here"),
+        ({"source": "mixture", "mixture": ("folder:D@train|val",)}, r"^the part of data.mixture after '\|' names 'val'"),
+    ],
+)
+def test_one_source_leaves_no_named_split_out(data, settings, why):
+    """What `--mode=convert` opens."""
+    with pytest.raises(UserError, match=why):
+        sources.open_source(schema.Data(**{"path": data} | settings))
+    whole = sources.open_source(schema.Data(source="mixture", mixture=(f"folder:{data}@train", f"folder:{data}@val")))
+    assert len(whole) == 33 and whole.classes == ("ant", "bee", "cat", "eel")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.data import sources
+from m3i_jax.data import records, sources
 from m3i_jax.data.folder import Folder
 from m3i_jax.errors import UserError
 
@@ -185,9 +185,9 @@ def test_split_is_a_stable_partition():
 
 
 def test_captions_of_a_source():
-    assert list(sources.captions_of(Numbers(5))) == ["number 1", "number 2", "number 4"]
-    some = list(sources.captions_of(Numbers(1000), 100))
-    assert 50 < len(some) <= 100 and some == list(sources.captions_of(Numbers(1000), 100)) and some[-1] > "number 9"
+    assert list(records.captions_of(Numbers(5))) == ["number 1", "number 2", "number 4"]
+    some = list(records.captions_of(Numbers(1000), 100))
+    assert 50 < len(some) <= 100 and some == list(records.captions_of(Numbers(1000), 100)) and some[-1] > "number 9"
 
 
 def test_reading_fails_with_one_line(fill, monkeypatch):

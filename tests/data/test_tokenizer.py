@@ -16,8 +16,9 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.data import sources, tokenizer
+from m3i_jax.data.folder import Folder
 from m3i_jax.data.records import clean_caption
-from m3i_jax.errors import UserError
+from m3i_jax.errors import Unreadable, UserError
 
 # A vocabulary in the format of CLIP's file: one header line, then a pair a line, strongest first.
 MERGES = (
@@ -286,3 +287,28 @@ def test_the_real_vocabulary(tmp_path):
     made = tokenizer.clip(path)
     assert (made.vocabulary, made.start, made.end) == (49408, 49406, 49407)
     assert {text: made.ids(text) for text in GOLDEN} == GOLDEN
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, bpe):
+    monkeypatch.setattr(tokenizer, "SHA256", hashlib.sha256(b"the file").hexdigest())
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sources.os, "replace", full)
+    for write in (lambda: bpe.save(str(tmp_path / "tokenizer.json")), lambda: tokenizer.keep(b"the file", str(tmp_path))):
+        with pytest.raises(OSError, match="No space left"):
+            write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_captions_that_vanish_are_not_learnt_where_they_may_be_left_out(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.png").touch()
+        (tmp_path / f"{name}.txt").write_text(f"{name} cat")
+    source = Folder(str(tmp_path))
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(Unreadable, match="b.txt"):
+        tokenizer.open_tokenizer(schema.Data(), source)
+    made = tokenizer.open_tokenizer(schema.Data(missing="replace"), source)
+    assert made.core.to_str() == tokenizer.train(["a cat"], schema.Data().vocabulary_size, 9).core.to_str()

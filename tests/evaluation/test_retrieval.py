@@ -1,6 +1,7 @@
 """Recall against a loop in numpy; equal captions, ties and the last batch by hand."""
 
 import functools
+import pathlib
 
 import jax
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 
 from m3i_jax import parallel
 from m3i_jax.data import sources, tokenizer
+from m3i_jax.data.folder import Folder
+from m3i_jax.errors import Unreadable
 from m3i_jax.evaluation import features, retrieval
 from m3i_jax.evaluation.texts import Embedder
 from m3i_jax.models import m3i
@@ -121,3 +124,30 @@ def test_without_captions_there_is_no_retrieval() -> None:
     measure = retrieval.measure(mesh, source, Embedder(toy.settings(objective__forms="clip"), mesh, words(), 4))
     found = features.Features(np.ones((3, 4), np.float32), np.zeros(3, np.int32), np.arange(3))
     assert list(measure(features.Seen({"queries": lambda params, poll: (found, {})}, {}, lambda: None))) == []
+
+
+def test_a_caption_that_vanishes_counts_as_none_where_it_may(tmp_path: pathlib.Path) -> None:
+    """Its file is removed after the source was opened: what is measured is what a picture without a caption gives, and it is counted."""
+    config = toy.settings(objective__forms="clip")
+    params = jax.jit(lambda: m3i.init(config, jax.random.key(1), plan.row("clip"), classes=0, vocabulary=300))()
+    mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
+    vectors = np.random.default_rng(0).normal(size=(4, config.model.pool.width)).astype(np.float32)
+    found = features.Features(vectors, np.full(4, -1, np.int32), np.array([3, 0, 2, 1]))
+    for name, caption in zip("abcd", ("a dog", "two birds", "a red cat", "a cat"), strict=True):
+        (tmp_path / f"{name}.png").touch()
+        (tmp_path / f"{name}.txt").write_text(caption)
+
+    def measured(source: sources.Source, **missing: str) -> tuple[dict[str, float], dict[str, int]]:
+        seen = features.Seen({"queries": lambda params, poll: (found, {})}, jax.device_put(params, parallel.replicated(mesh)), lambda: None)
+        measure = retrieval.measure(mesh, source, Embedder(config, mesh, words(), 4), **missing)
+        again = features.Seen({"queries": lambda params, poll: (found, {})}, seen.params, lambda: None)
+        assert dict(measure(seen)) == dict(measure(again)) and seen.skipped == again.skipped  # of each evaluation, though read once
+        return dict(measure(seen)), dict(again.skipped)
+
+    source = Folder(str(tmp_path))
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(Unreadable, match="b.txt' cannot be read"):
+        measured(source)
+    without = [sources.Record("", b"", caption=text) for text in ("a dog", None, "a red cat", "a cat")]
+    got, skipped = measured(source, missing="replace")
+    assert skipped == {"unreadable": 1} and got == measured(without)[0] and len(got) == 6

@@ -40,7 +40,7 @@ def same(place: pathlib.Path, pictures: pathlib.Path) -> None:
 
 
 def test_records_are_kept_byte_for_byte_and_a_second_run_makes_nothing(pictures, tmp_path, capsys):
-    assert mode.run(config(pictures, 1), workdir=str(tmp_path), allow_changes=False) == 0
+    assert mode.run(config(pictures, 1), workdir=str(tmp_path)) == 0
     same(tmp_path, pictures)
     out, err = capsys.readouterr()
     assert "620 records in 3 shards" in out and "3 of 3 shards, 620 of 620 records" in err
@@ -48,7 +48,7 @@ def test_records_are_kept_byte_for_byte_and_a_second_run_makes_nothing(pictures,
     before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in shards]
     shards[1].unlink()
     (tmp_path / "pictures-00001-of-00003.array_record.123.part").write_bytes(b"left over")
-    assert mode.run(config(pictures, 1), workdir=str(tmp_path), allow_changes=False) == 0
+    assert mode.run(config(pictures, 1), workdir=str(tmp_path)) == 0
     assert "2 of 3 shards are there already" in capsys.readouterr().out
     after = [(path.read_bytes(), path.stat().st_mtime_ns) for path in shards]
     assert after[0] == before[0] and after[2] == before[2] and after[1][1] > before[1][1]
@@ -64,6 +64,11 @@ def test_another_source_is_refused(pictures, tmp_path):
     (tmp_path / "other" / "x.array_record").write_bytes(b"")
     with pytest.raises(UserError, match="'x.array_record' is there and not from this conversion"):
         convert.agree(Folder(str(pictures)), str(tmp_path / "other"))
+
+
+def test_a_mixture_of_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="mixes nothing"):
+        mode.run(schema.Config(data=schema.Data(source="mixture")), workdir=str(tmp_path))
 
 
 def test_rows_of_all_shards_are_all_rows():

@@ -11,8 +11,11 @@ from PIL import Image
 
 from m3i_jax import schema
 from m3i_jax.data import summary, survey
+from m3i_jax.data.folder import Folder
+from m3i_jax.errors import Unreadable
 from m3i_jax.modes import data
-from tests import broken
+from m3i_jax.reporting import slices
+from tests import broken, toy
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, str, dict
     printed: list[str] = []
     patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
     try:
-        assert data.run(config, workdir=str(place), allow_changes=False) == 0
+        assert data.run(config, workdir=str(place)) == 0
     finally:
         patch.undo()
     return json.loads((place / "data.json").read_text()), (place / "data.html").read_text(), "\n".join(printed), reasons
@@ -63,17 +66,40 @@ def test_the_counts_are_exact(told):
         frozenset({"a/0000.png", "b/copy<i>.png"}),
         frozenset({"a/0002.png", "a/copy.png"}),
     }
-    for part in ("26 (54.2 %); bad: 22", "2 (7.7 %) have the bytes of another one", "truncated", "H100"):
+    for part in ("26 (54.2 %); bad: 22", "2 (7.7 %) have the bytes of another one", "truncated", "h100"):
         assert part in console
 
 
 def test_speed_and_chips(told):
     report = told[0]
     speed, feeds = report["speed"], report["feeds"]
+    assert feeds["mfu"] == schema.Report().mfu
+    assert {kind: peak for kind, peak, *_ in feeds["chips"]} == {kind: chip.peak for kind, chip in slices.CHIPS.items()}
     assert speed["decode"] > speed["pipeline"] > 10 and speed["pictures"] == 26
     for _, peak, wants, fed in feeds["chips"]:
         assert wants == pytest.approx(peak * feeds["mfu"] / feeds["flops_per_image"])
         assert fed == pytest.approx(speed["pipeline"] * speed["cores"] / wants)
+
+
+def test_what_is_computed_twice_is_no_work_of_the_model():
+    plain = data.feeds(toy.settings(objective__forms="supervised"), toy.VOCABULARY, 100.0)
+    again = toy.settings(objective__forms="supervised", model__remat="full", train__microbatches=2, report__mfu=0.5)
+    made = data.feeds(again, toy.VOCABULARY, 100.0)
+    assert made["flops_per_image"] == plain["flops_per_image"] and made["mfu"] == 0.5
+    assert [row[3] for row in made["chips"]] == pytest.approx([row[3] * plain["mfu"] / 0.5 for row in plain["chips"]])
+
+
+def test_a_file_that_vanishes_is_reported_where_it_may_be(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(broken.encode(broken.smooth(20, 20 + i), "PNG"))
+    source, kept = Folder(str(tmp_path)), schema.Data(missing="replace")
+    seen = survey.scan(source, range(3), threads=1)
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(Unreadable):
+        survey.scan(source, range(3), threads=1)
+    found = survey.scan(source, range(3), threads=1, missing="replace")
+    assert [(s.index, s.reason) for s in found] == [(0, ""), (1, "unreadable"), (2, "")] and "1.png' cannot be read" in found[1].detail
+    assert [row["key"] for row in data._examples(source, seen, kept)] == ["0.png", "2.png"]
 
 
 class Page(html.parser.HTMLParser):

@@ -69,7 +69,7 @@ def test_a_stopped_run_goes_on_where_it_was(workdir: pathlib.Path, tmp_path: pat
     np.testing.assert_allclose(whole["features"], stopped["features"], atol=1e-5)
 
 
-def test_other_weights_and_other_pictures(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_other_weights_and_other_pictures(workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = weights(ENCODERS["timm"], width=32, depth=1, heads=2, patch=8, grid=2)
     tensors.write_safetensors(tmp_path / "vit.safetensors", table)
     arguments = [f"--config.init_from={tmp_path / 'vit.safetensors'}", "--config.data.size=20"]
@@ -77,6 +77,33 @@ def test_other_weights_and_other_pictures(workdir: pathlib.Path, tmp_path: pathl
     got, about = features.read(str(tmp_path / "a.npz"))
     assert got["features"].shape == (20, 32) and about["image_size"] == 16 and about["pool"] == "mean" and "(timm)" in about["weights"]
     assert np.isfinite(got["features"]).all() and np.std(got["features"], 0).min() > 0
+    assert written(workdir, tmp_path / "b.npz", *arguments, "--config.evaluate.features=attention") == 2
+    assert "config.evaluate.features: 'attention' needs a pooling that was trained" in capsys.readouterr().err
+
+
+def test_the_settings_of_evaluation_hold_and_parts_of_others_are_not_gone_on_with(
+    workdir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "_PART", 16)
+    read, asked = central.evaluation_batches, []
+
+    def stops(source, indices, *arguments, **settings):
+        asked.append((indices.start, settings))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return read(source, indices, *arguments, **settings)
+
+    monkeypatch.setattr(features.central, "evaluation_batches", stops)
+    with pytest.raises(KeyboardInterrupt):
+        written(workdir, tmp_path / "a.npz")
+    wanted = {"evaluate.crop": 1.0, "data.threads": 3, "data.missing": "replace", "data.background": 0}
+    assert written(workdir, tmp_path / "a.npz", *(f"--config.{key}={value}" for key, value in wanted.items())) == 0
+    assert [start for start, _ in asked] == [0, 16, 0, 16, 0, 16]  # from the start, for the crop is another one
+    assert all(settings == {key.split(".")[1]: value for key, value in wanted.items()} for _, settings in asked[2:])
+    assert features.read(str(tmp_path / "a.npz"))[1]["crop"] == 1.0
+    assert written(workdir, tmp_path / "b.npz", "--config.evaluate.features=mean") == 0
+    table, about = features.read(str(tmp_path / "b.npz"))
+    assert about["pool"] == "mean" and table["features"].shape == (40, 32)  # 24 of the attention pooling
 
 
 def test_parts_of_other_features_are_not_gone_on_with(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
