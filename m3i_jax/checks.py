@@ -25,12 +25,8 @@ def _ranges(c: schema.Config) -> None:
         "data.rand_augment.p": (d.rand_augment.p,),
         "data.flip_p": (d.flip_p,),
         "data.max_bad_share": (d.max_bad_share,),
-        "model.encoder.drop_path": (c.model.encoder.drop_path,),
         "objective.label_smoothing": (c.objective.label_smoothing,),
-        "objective.balance_decay": (c.objective.balance_decay,),
         "optim.ema": (o.ema,),
-        "optim.b1": (o.b1,),
-        "optim.b2": (o.b2,),
         "optim.encoder_lr": (o.encoder_lr,),
         "optim.layer_decay": (o.layer_decay,),
         "optim.offset_lr": (o.offset_lr,),
@@ -39,6 +35,14 @@ def _ranges(c: schema.Config) -> None:
     for key, values in probabilities.items():
         for value in values:
             _require(0 <= value <= 1, key, value, "must lie in 0..1")
+    for key, value in {
+        "model.encoder.drop_path": c.model.encoder.drop_path,
+        "objective.balance_decay": c.objective.balance_decay,
+        "optim.b1": o.b1,
+        "optim.b2": o.b2,
+    }.items():
+        _require(0 <= value < 1, key, value, "must lie in 0..1, 1 excluded")
+    _require(0 <= c.seed < 2**63, "seed", c.seed, "must be at least 0 and below 2**63")
     for key, pair in {"data.augment.blur_p": a.blur_p, "data.augment.solarize_p": a.solarize_p}.items():
         _require(len(pair) == 2, key, pair, "must be two numbers: input view, target view")
     intervals = {"data.crop_scale": d.crop_scale, "data.crop_ratio": d.crop_ratio, "data.augment.blur_sigma": a.blur_sigma}
@@ -62,6 +66,7 @@ def _ranges(c: schema.Config) -> None:
         "optim.lr": o.lr,
         "optim.eps": o.eps,
         "objective.gamma": c.objective.gamma,
+        "objective.temperature": c.objective.temperature,
         "evaluate.temperature": c.evaluate.temperature,
         "evaluate.probe_lr": c.evaluate.probe_lr,
         "evaluate.attentive_lr": c.evaluate.attentive_lr,
@@ -78,6 +83,7 @@ def _ranges(c: schema.Config) -> None:
         "optim.skip_spikes": o.skip_spikes,
         "optim.warmup_epochs": o.warmup_epochs,
         "objective.second_moment": c.objective.second_moment,
+        "objective.text_chunk": c.objective.text_chunk,
         "train.steps": t.steps,
         "train.epochs": t.epochs,
         "train.panel_every": t.panel_every,
@@ -159,7 +165,8 @@ def _towers(c: schema.Config) -> None:
 
 def _intern_image(c: schema.Config) -> None:
     m, e, plain, where = c.model.intern_image, c.model.encoder, schema.Encoder(), "for model.backbone=intern_image"
-    for key, value in {"depth": plain.depth, "heads": plain.heads, "mlp_ratio": plain.mlp_ratio}.items():
+    for key in ("depth", "heads", "mlp_ratio", "positions", "embedding_norm", "norm_eps", "activation", "position_grid"):
+        value = getattr(plain, key)
         why = f"is of the ViT and does nothing {where}, whose settings are model.intern_image; leave it at {value}"
         _require(getattr(e, key) == value, f"model.encoder.{key}", getattr(e, key), why)
     for key, what in {"cls_token": "cls token", "final_norm": "norm after its features", "freeze_patch_embed": "patch embedding"}.items():
@@ -177,7 +184,9 @@ def _intern_image(c: schema.Config) -> None:
     for key in ("offset_scale", "mlp_ratio"):
         _require(getattr(m, key) > 0, f"model.intern_image.{key}", getattr(m, key), "must be positive")
     stride, size = 4 * m.stem_strides[0] * m.stem_strides[1], c.data.image_size
-    _require(e.patch_size == stride, "model.encoder.patch_size", e.patch_size, f"must be {stride} {where}: the stride of its third stage")
+    why = f"must be {stride} {where}: the stride of its third stage; or {2 * stride}, that of its last, and model.encoder.width {widths[3]}"
+    fits = (e.patch_size, e.width) == (2 * stride, widths[3])
+    _require(e.patch_size == stride or fits, "model.encoder.patch_size", e.patch_size, why)
     _require(size % (2 * stride) == 0, "data.image_size", size, f"must be a multiple of {2 * stride} {where}: the stride of its last stage")
 
 
@@ -186,7 +195,6 @@ def settings(c: schema.Config) -> None:
     _ranges(c)
     _towers(c)
     _compared(c)
-    _chunks(c)
     _start(c)
     patch, image = c.model.encoder.patch_size, c.data.image_size
     _require(
@@ -215,22 +223,17 @@ def settings(c: schema.Config) -> None:
     _require(bool(steps or c.train.epochs), "train.epochs", c.train.epochs, "gives no step to train; set train.epochs or train.steps")
 
 
-def _chunks(c: schema.Config) -> None:
-    o, rows = c.objective, c.train.batch_size
-    rows //= (2 if o.pairing == "halves" else 1) * (c.train.microbatches if o.text_softmax == "microbatch" else 1)
-    why = f"must be 0 or divide the {rows} pairs of picture and caption that are compared"
-    _require(o.text_chunk == 0 or (o.text_chunk > 0 and rows % o.text_chunk == 0), "objective.text_chunk", o.text_chunk, why)
-
-
 def _start(c: schema.Config) -> None:
     for pattern in c.init.only:
         try:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"config.init.only: {pattern!r} is no regular expression ({error}); use one such as ^encoder/") from error
-    _require(
-        bool(c.init_from) or not (c.init.only or c.init.strict), "init_from", c.init_from, "is empty, but config.init asks for something"
-    )
+    plain = schema.Init()
+    for field in dataclasses.fields(plain):
+        asked = getattr(c.init, field.name) != getattr(plain, field.name)
+        why = f"is empty, but config.init.{field.name} asks for something of it; name a run or a file of weights"
+        _require(bool(c.init_from) or not asked, "init_from", c.init_from, why)
 
 
 def _compared(c: schema.Config) -> None:

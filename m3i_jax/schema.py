@@ -67,14 +67,17 @@ class Encoder:
     norm_eps: float = option(1e-6, "ViT: epsilon of the layer norms (timm, MAE: 1e-6; Hugging Face ViT: 1e-12; CLIP: 1e-5)")
     activation: str = option("gelu", "ViT: of the MLP: exact GELU, its tanh form (Google), CLIP's", "gelu", "gelu_tanh", "quick_gelu")
     freeze: bool = option(False, "keep all of the encoder as it is: probes train the head alone")
-    position_grid: int = option(0, "patches a side for which fixed positions are made and then resized to the grid of the views; 0: theirs")
+    position_grid: int = option(
+        0, "ViT: patches a side for which fixed positions are made and then resized to the grid of the views; 0: theirs"
+    )
     freeze_patch_embed: bool = option(True, "ViT: keep the patch embedding at its initial values")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InternImage:
     """The convolutional backbone of the paper's largest run; the defaults are InternImage-H. Its dense features are as wide as
-    `model.encoder.width`, one for `model.encoder.patch_size` pixels, which must be the stride of the last but one stage."""
+    `model.encoder.width`, one for `model.encoder.patch_size` pixels: the stride of the last but one stage, where the last two are fused, or
+    of the last, whose map they are then, with 8 * width channels."""
 
     width: int = option(320, "channels of the first of four stages; each next has twice as many")
     depths: tuple[int, ...] = option((6, 6, 32, 6), "layers of the four stages")
@@ -205,7 +208,7 @@ class Objective:
         "negatives", "captions of a batch that are the same text: negatives of each other, or not", "negatives", "ignored"
     )
     text_softmax: str = option("batch", "negatives of the text posterior with microbatches", "batch", "microbatch")
-    text_chunk: int = option(0, "captions compared with all images at once, so that no B x B matrix is made; divides the batch; 0: all")
+    text_chunk: int = option(0, "captions compared with all images at once, so that no B x B matrix is made; 0: all")
     second_group: tuple[str, ...] = option(("category", "text"), "names of the terms that lambda scales; the others are the first group")
     weighting: str = option(
         "dynamic", "dynamic: lambda from the gradient norms (Eq. 13); fixed: lambda = gamma [P: dynamic]", "dynamic", "fixed"
@@ -332,7 +335,7 @@ class Report:
     wandb: str = option("", "also log to this Weights & Biases project (extra: wandb)")
     private: bool = option(True, "files of the run are readable by their owner alone (0600, 0700); False: as the umask says")
     panel_rows: int = option(4, "mixed inputs a panel")
-    mfu: float = option(0.45, "share of the accelerators' peak that --mode=show plans with")
+    mfu: float = option(0.45, "share of the accelerators' peak that --mode=show, compile and data plan with")
     beside: tuple[str, ...] = option((), "working directories whose curves stand beside this run's in report.html")
     peak_tflops: float = option(0.0, "dense TFLOP/s of one chip, which perf/mfu is measured against; 0: by the kind of the chip")
     profile_steps: int = option(5, "steps of a profiler trace (--mode=profile, or SIGUSR1 to a run)")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax.objective import contrast, information, posterior, regression
+from m3i_jax.objective.rows import float32, unit
 
 
 class Cost(NamedTuple):
@@ -153,7 +154,7 @@ class Cosine(_Regression):
 
     def cost(self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: Given) -> Cost:
         total, count = regression.cosine(prediction, target, where)
-        return Cost(self.scale * total, count, _moments(_unit(prediction), _unit(target), where))
+        return Cost(self.scale * total, count, _moments(unit(float32(prediction)), unit(float32(target)), where))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -299,8 +300,3 @@ class Text(_Softmax):
     def cost(self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: Given) -> Cost:
         total, count = posterior.text(prediction, target, given.parameters, where, group_B=given.group, chunk=given.chunk)
         return Cost(total, count, self.evidence(total, count, count))
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))

@@ -10,6 +10,7 @@ paper's table counts them the other way round.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from m3i_jax.objective.families import Boltzmann, Category, Family, Gaussian, Text
@@ -108,7 +109,7 @@ class Linear:
 class Projection:
     """Prediction in a space of its own: pool, project, predict. The target goes through the same pooling and projector, not the predictor.
 
-    name       under params["heads"]; equal names share parameters
+    name       under params["heads"]; equal names share parameters, within a row or where the spaces are equal (`apart`)
     pool       mean of the patch tokens, cls, or none: every token by itself
     match      of dense projections: the target token that a token predicts, by position or by likeness of the encoder's features (DenseCL)
     """
@@ -239,6 +240,44 @@ TRANSFER: dict[str, Terms] = {
 }
 # Letters of the paper's Table 3, and its two names of the annotated rows.
 LETTERS = dict(zip("abcdefghijkl", FORMS, strict=False)) | {"ic": "supervised", "wsp": "weakly_supervised"}
+
+
+def apart(rows: Mapping[str, Terms]) -> list[Terms]:
+    """Rows that train together, so that none takes over another's space or log line by chance of its name.
+
+    A space that differs from those that earlier rows call the same has a projector of its own: `_<row>` is added to its name. A term gets
+    a name of its own if its posterior or its space is another than that of the earlier terms of its name, since their losses have no mean.
+
+    Args:
+      rows: {name of a row: its terms}, in order; the first keeps all of its names.
+
+    >>> first, second = apart({"dense_instance": FORMS["dense_instance"], "sim": FORMS["sim"]})
+    >>> first[0].name, second[0].name
+    ('inter', 'inter_sim')
+    """
+    spaces: dict[str, dict[Any, str]] = {}
+    names: dict[str, dict[Any, str]] = {}
+    out = []
+    for row, terms in rows.items():
+        more = _suffixes(row, spaces, {(space.name, space) for t in terms if (space := _space(t))})
+        heads = [dataclasses.replace(space, name=space.name + more[space.name]) if (space := _space(t)) else t.head for t in terms]
+        terms = tuple(dataclasses.replace(t, head=head) for t, head in zip(terms, heads, strict=True))
+        more = _suffixes(row, names, {(t.name, (t.posterior, _space(t))) for t in terms})
+        out.append(tuple(dataclasses.replace(t, name=t.name + more[t.name]) for t in terms))
+    return out
+
+
+def _space(term: Term) -> Projection | None:
+    return term.head if isinstance(term.head, Projection) else None
+
+
+def _suffixes(row: str, given: dict[str, dict[Any, str]], kinds: set[tuple[str, Any]]) -> dict[str, str]:
+    """{name: what is added to it in this row}; what one row calls the same is one thing, of several parts perhaps."""
+    out = {}
+    for name in {name for name, _ in kinds}:
+        mine = given.setdefault(name, {})
+        out[name] = mine.setdefault(frozenset(kind for other, kind in kinds if other == name), f"_{row}" if mine else "")
+    return out
 
 
 def combine(*rows: Terms, annotation_input: str = "shared") -> Terms:

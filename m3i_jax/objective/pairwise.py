@@ -4,6 +4,7 @@ B rows of both lists, C of a chunk, E width.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +46,7 @@ def normalizers(chunk: int, u_BxE: jax.Array, v_BxE: jax.Array, rows: Pairs) -> 
     gathered, and the normalisers over images are reduced, a chunk at a time.
 
     Args:
-      chunk: rows of v at once; divides B.
+      chunk: rows of v at once; the last chunk has what is left.
       u_BxE, v_BxE: float32; both receive gradients.
       rows: which pairs exist.
 
@@ -58,8 +59,17 @@ def normalizers(chunk: int, u_BxE: jax.Array, v_BxE: jax.Array, rows: Pairs) -> 
     return _forward(chunk, u_BxE, v_BxE, rows)[0]
 
 
-def _cut(chunk: int, tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), tree)
+def _over_chunks(chunk: int, add: Callable[..., Any], start: Any, rows: Any) -> tuple[Any, jax.Array]:
+    """(result, array of all rows) of `add(running, part) -> (running, array of the part)` over chunks of rows, and then over the rest."""
+    count = jax.tree.leaves(rows)[0].shape[0]
+    whole = count - count % chunk
+    cut = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), rows)
+    running, made = jax.lax.scan(add, start, cut)
+    made = made.reshape(whole, *made.shape[2:])
+    if whole == count:
+        return running, made
+    running, last = add(running, jax.tree.map(lambda x: x[whole:], rows))
+    return running, jnp.concatenate([made, last])
 
 
 def _forward(chunk: int, u_BxE: jax.Array, v_BxE: jax.Array, rows: Pairs) -> tuple[jax.Array, Any]:
@@ -71,8 +81,8 @@ def _forward(chunk: int, u_BxE: jax.Array, v_BxE: jax.Array, rows: Pairs) -> tup
         return (new_B, sum_B), jax.nn.logsumexp(logits_BxC, axis=0)
 
     start_B = u_BxE[:, 0] * 0  # split over devices as the rows are
-    (largest_B, sum_B), over_images_KxC = jax.lax.scan(add, (start_B + 2 * ABSENT, start_B), _cut(chunk, (v_BxE, rows)))
-    over_captions_B, over_images_B = largest_B + jnp.log(sum_B), over_images_KxC.reshape(-1)
+    (largest_B, sum_B), over_images_B = _over_chunks(chunk, add, (start_B + 2 * ABSENT, start_B), (v_BxE, rows))
+    over_captions_B = largest_B + jnp.log(sum_B)
     return (over_captions_B + over_images_B) / 2, (u_BxE, v_BxE, rows, over_captions_B, over_images_B)
 
 
@@ -87,9 +97,9 @@ def _backward(chunk: int, kept: Any, g_B: jax.Array) -> tuple[jax.Array, jax.Arr
         du_BxE += jnp.matmul(dlogits_BxC, v_CxE, precision=EXACT)
         return du_BxE, jnp.matmul(dlogits_BxC.T, u_BxE, precision=EXACT)
 
-    du_BxE, dv_KxCxE = jax.lax.scan(add, jnp.zeros_like(u_BxE), _cut(chunk, (v_BxE, rows, over_images_B, g_B)))
+    du_BxE, dv_BxE = _over_chunks(chunk, add, jnp.zeros_like(u_BxE), (v_BxE, rows, over_images_B, g_B))
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jax.dtypes.float0), rows)
-    return du_BxE, dv_KxCxE.reshape(v_BxE.shape), nothing
+    return du_BxE, dv_BxE, nothing
 
 
 normalizers.defvjp(_forward, _backward)

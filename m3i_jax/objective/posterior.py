@@ -248,7 +248,7 @@ def text(
       where_B: weight of a pair, bool or float >= 0; a pair of weight 0 is neither a query nor a negative. None counts every pair once.
       group_B: integers; pairs of equal number, such as those of equal captions, are no negatives of each other. A pair stays its own
         positive. None: all other pairs are negatives.
-      chunk: captions whose similarities to all images are in memory at once, in forward and backward; must divide B. 0: all, as one B x B
+      chunk: captions whose similarities to all images are in memory at once, in forward and backward; any number. 0: all, as one B x B
         matrix. Same numbers; the product of similarities is computed once more in the backward.
 
     Returns:
@@ -276,9 +276,7 @@ def text(
         group_B = jnp.asarray(group_B)
         same("group", group_B.shape, "the rows", weight_B.shape)
     rows = Pairs(jnp.arange(batch), None if where_B is None else weight_B > 0, group_B)
-    if chunk and batch % chunk:
-        raise ValueError(f"{batch} pairs cannot be cut into chunks of {chunk}")
-    if chunk and chunk < batch:
+    if 0 < chunk < batch:
         normalizer_B = normalizers(chunk, u_BxE, v_BxE, rows)
     else:
         logits_BxB = similarities(u_BxE, v_BxE, rows, rows)

@@ -120,8 +120,8 @@ class Collapse:
         [False, False, False, False, False, True, False]
         """
         shares = [values["collapse/spread"]] if "collapse/spread" in values else []
-        for name in ("collapse/target_std", "collapse/uniformity"):
-            if name in values and math.isfinite(size := abs(values[name])):
+        for name in (name for name in values if name.startswith(("collapse/target_std", "collapse/uniformity"))):
+            if math.isfinite(size := abs(values[name])):
                 largest = self._largest[name] = max(size, self._largest.get(name, 0.0))
                 shares.append(size / largest if largest else 1.0)  # 0 from the start says nothing
         least = min(filter(math.isfinite, shares), default=1.0)

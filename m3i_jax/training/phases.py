@@ -1,7 +1,7 @@
 """Where the seconds of a run go. At every moment a run is in exactly one phase, so that the seconds of all phases add up to the wall time
 of its processes, those before a restart included:
 
-    start     opening data, building the trainer, the first state; restore: reading a checkpoint
+    start     importing, meeting the other hosts, opening data, the trainer, the first state; restore: reading a checkpoint
     compile   tracing and compiling, wherever it happens
     data      waiting for a batch           step      training: sending steps, waiting for the device
     evaluate  evaluators                    save      what the loop waits for checkpoints; panel: pictures; trace: the profiler's

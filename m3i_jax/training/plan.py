@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from m3i_jax import schema
@@ -119,22 +120,26 @@ def row(name: str) -> methods.Terms:
     raise UserError(f"config.objective.forms: {name!r} is none of {', '.join(dict.fromkeys(names))}{hint}")
 
 
-def read(config: schema.Config) -> Plan:
-    """The terms of a completed configuration (data.classes and data.captions known)."""
-    o = config.objective
+def _asked(o: schema.Objective) -> Terms:
+    """The terms of an objective, whatever the data have."""
     if not o.forms:
         raise UserError("config.objective.forms: is empty; name at least one form, such as m3i")
-    terms = methods.combine(*(row(name) for name in o.forms), annotation_input=o.annotation_input)
+    rows = methods.apart({methods.LETTERS.get(name, name): row(name) for name in o.forms})
+    return methods.vary(
+        methods.combine(*rows, annotation_input=o.annotation_input), intra_positions=o.intra_positions, soft_label=o.soft_label,
+        symmetric=o.symmetric, target_encoder=o.target_encoder, second_group=o.second_group,
+    )  # fmt: skip
+
+
+def read(config: schema.Config) -> Plan:
+    """The terms of a completed configuration (data.classes and data.captions known)."""
+    o, terms = config.objective, _asked(config.objective)
     try:
         terms = methods.available(terms, categories=config.data.classes > 0, captions=config.data.captions == "yes")
     except ValueError as error:
         raise UserError(
             f"config.objective.forms: {', '.join(o.forms)}: {error}; choose another form or a source with categories or captions"
         ) from None
-    terms = methods.vary(
-        terms, intra_positions=o.intra_positions, soft_label=o.soft_label, symmetric=o.symmetric, target_encoder=o.target_encoder,
-        second_group=o.second_group,
-    )  # fmt: skip
     made = Plan(config, terms)
     _possible(made)
     return made
@@ -184,3 +189,38 @@ def _possible(made: Plan) -> None:
             f"config.objective.isolate: needs as many cells of both images, and data.mask_ratio {config.data.mask_ratio} shows "
             f"{config.tokens - config.hidden} of {config.tokens}; use 0.5"
         )
+
+
+def refuse_idle(config: schema.Config, trains: Iterable[tuple[str, ...]]) -> None:
+    """Refuse a setting that does nothing in all of these objectives (names of forms): whoever sets it expects something of it.
+
+    For whoever starts to train. A run that is evaluated or goes on as an encoder may keep what its objective no longer reads.
+    `objective.pairing` is not judged: configs/quickstart.py sets it for whatever form comes after.
+
+    Raises:
+      UserError: the setting, why it does nothing, and what to leave it at.
+
+    >>> refuse_idle(schema.Config(), [("sim",)])
+    """
+    o, plain = config.objective, schema.Config()
+    sets = list(trains)
+    terms = [t for forms in sets for t in _asked(dataclasses.replace(o, forms=forms))]
+    told = ", ".join("+".join(forms) for forms in sets)
+    mixed, blended = any(t.reads.mixed for t in terms), any(t.reads.blended for t in terms)
+    a, b = config.data.augment, plain.data.augment
+    for key, value, default, read, what in (
+        ("objective.target_checkpoint", o.target_checkpoint, "", any(t.target.encoder == "frozen" for t in terms), "no frozen target"),
+        ("objective.isolate", o.isolate, plain.objective.isolate, mixed, "no mixed input"),
+        ("objective.soft_label", o.soft_label, plain.objective.soft_label, mixed, "no mixed input"),
+        ("data.augment.mixup", a.mixup, b.mixup, blended, "no blended input (as in finetune)"),
+        ("data.augment.cutmix", a.cutmix, b.cutmix, blended, "no blended input (as in finetune)"),
+    ):
+        if value != default and not read:
+            raise UserError(
+                f"config.{key}: {value!r} does nothing: there is {what} in {told}; leave it at {default!r} or choose another form"
+            )
+    rows = [*methods.FORMS.values(), *methods.TRANSFER.values(), *(method.terms for method in named.METHODS.values())]
+    known = sorted({t.name for each in (*rows, terms) for t in each})
+    for name in o.second_group if o.second_group != plain.objective.second_group else ():
+        if name not in known:
+            raise UserError(f"config.objective.second_group: {name!r} is the name of no term; there are {', '.join(known)}")

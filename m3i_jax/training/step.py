@@ -180,7 +180,8 @@ def _losses(plan: Plan, costs: Costs, tally: list[jax.Array], factors: list[jax.
         evidence = jax.tree.map(lambda *x: sum(x[1:], x[0]), *(costs[i].evidence for i in mine))
         for monitor in ("alignment", "uniformity"):
             if monitor in evidence:
-                out[f"collapse/{monitor}"] = evidence.pop(monitor) / count
+                key = f"collapse/{monitor}"
+                out[f"{key}/{name}" if key in out else key] = evidence.pop(monitor) / count
         bits = plan.terms[mine[0]].posterior.bits(evidence, count)
         if bits is not None:
             out[f"info/{name}"] = bits

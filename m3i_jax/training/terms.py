@@ -13,6 +13,7 @@ from m3i_jax.models import m3i
 from m3i_jax.objective import mixing, positions, regularize
 from m3i_jax.objective.families import Cost, Given
 from m3i_jax.objective.methods import DENSE, Decoder, Linear, Pass, Pooled, Projection, Term
+from m3i_jax.objective.rows import unit
 from m3i_jax.training import targets, views
 from m3i_jax.training.plan import Goal, Plan
 from m3i_jax.training.targets import Goals, apart, together
@@ -201,7 +202,6 @@ def _picture_cost(plan: Plan, i: int, params: Any, prediction: jax.Array, z: dic
 
 
 def _cosines(a_RxNxD: jax.Array, b_RxMxD: jax.Array) -> jax.Array:
-    unit = lambda x: x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))  # noqa: E731
     a, b = (unit(jax.lax.stop_gradient(x).astype(jnp.float32)) for x in (a_RxNxD, b_RxMxD))
     return jnp.einsum("rnd,rmd->rnm", a, b)
 

@@ -35,7 +35,7 @@ def largest(program):
     return max(int(np.prod([int(n) for n in dims.split(",")])) for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program.as_text()))
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 6])
+@pytest.mark.parametrize("chunk", [1, 4, 5, 7, 12, 20])
 @pytest.mark.parametrize(("where", "group"), [(None, None), (WHERE, None), (WHERE, GROUP)])
 def test_chunks_change_no_number(chunk, where, group):
     arguments = normal(BATCH, WIDTH), normal(BATCH, WIDTH, seed=1), jnp.float32(2.0)
@@ -60,15 +60,10 @@ def test_gradient_of_chunks_is_that_of_differences():
 def test_rows_that_do_not_count_may_hold_anything():
     u, v = normal(BATCH, WIDTH), normal(BATCH, WIDTH, seed=1)
     bad = np.where(WHERE[:, None] > 0, u, np.nan)
-    run = jax.jit(jax.value_and_grad(lambda u: cost(u, v, 2.0, WHERE, GROUP, chunk=4)))
+    run = jax.jit(jax.value_and_grad(lambda u: cost(u, v, 2.0, WHERE, GROUP, chunk=5)))
     (value, gradient), (wanted, other) = run(bad), run(u)
     assert float(value) == float(wanted) and np.array_equal(gradient, other) and not gradient[2].any()
-    assert float(cost(u, v, 2.0, np.zeros(BATCH), chunk=4)) == 0
-
-
-def test_a_chunk_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="12 pairs.*chunks of 5"):
-        cost(normal(BATCH, WIDTH), normal(BATCH, WIDTH), 1.0, chunk=5)
+    assert float(cost(u, v, 2.0, np.zeros(BATCH), chunk=5)) == 0
 
 
 def test_memory_grows_with_the_chunk_and_not_with_the_square_of_the_batch():
@@ -80,6 +75,7 @@ def test_memory_grows_with_the_chunk_and_not_with_the_square_of_the_batch():
 
 def test_batch_40_000_of_eight_devices():
     """Of all pairs a device holds its rows against one chunk; without chunks an eighth of the matrix, and never all of it."""
-    batch, chunk = 40_000, 500
-    assert largest(compiled(chunk, batch, 64, devices=8)) == max(batch * 64, batch // 8 * chunk)
+    batch = 40_000
+    for chunk in (500, 499):
+        assert largest(compiled(chunk, batch, 64, devices=8)) == max(batch // chunk * chunk * 64, batch // 8 * chunk)
     assert largest(compiled(0, batch, 64, devices=8)) == batch * batch // 8

@@ -13,7 +13,7 @@ def test_eight_devices_agree_with_one():
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.splitlines()[-1] == "13 functions agree"
+    assert run.stdout.splitlines()[-1] == "14 functions agree"
 
 
 def main():
@@ -34,7 +34,8 @@ def main():
     box, flip = np.abs(normal(2, 16, 4)) * 50 + 10, rng.random((2, 16)) < 0.5
     relative = lambda a, f, b, g: positions.relative(a, f, b, g, grid=4, width=8)  # noqa: E731
     gaussian = lambda p, t, where: posterior.gaussian(p, t, where, second_moment=0.1)[0]  # noqa: E731
-    contrast = lambda u, v, where: posterior.text(u, v, 1.0, where)[0]  # noqa: E731
+    contrast = lambda u, v, where, chunk=0: posterior.text(u, v, 1.0, where, chunk=chunk)[0]  # noqa: E731
+    chunked = lambda u, v, where: contrast(u, v, where, 6)  # noqa: E731
     free = {  # name: function, arguments; all arguments sharded over rows. These move nothing between devices.
         "partner": (mixing.partner, (x,)),
         "mix": (mixing.mix, (x, mask)),
@@ -50,6 +51,7 @@ def main():
         "boltzmann": (lambda p, k: posterior.boltzmann(p, k, jnp.arange(16), temperature=0.2), (p[:, 0], t[:, 0])),
         "category": (posterior.category, (p[:, 0], label)),
         "text": (jax.value_and_grad(contrast, (0, 1)), (p[:, 0], t[:, 0], where[:, 0])),
+        "text in chunks": (jax.value_and_grad(chunked, (0, 1)), (p[:, 0], t[:, 0], where[:, 0])),
         "norms": (lambda t: (balance.feature_norm(t), regularize.target_std(t)), (t,)),
     }
     for name, (function, arguments) in (free | summed).items():

@@ -17,6 +17,8 @@ def test_the_alarm_knows_no_scale(scale: float) -> None:
     first = next(k for k in range(40) if falling[k] < 0.02 * falling[0])
     assert rises([{"collapse/target_std": x} for x in falling]) == [first + loop.Collapse.PATIENCE - 1]
     assert rises([{"collapse/uniformity": -x} for x in falling]) == [first + loop.Collapse.PATIENCE - 1]
+    joined = [{"collapse/uniformity": -1.0, "collapse/uniformity/global_moco_v3": -x} for x in falling]
+    assert rises(joined) == [first + loop.Collapse.PATIENCE - 1]
     assert rises([{"collapse/target_std": scale if k != 20 else 0.0} for k in range(40)]) == []
     assert rises([{"collapse/target_std": scale * 1e-3}] * 40) == []  # small from the start is a scale, not a collapse
 

@@ -91,7 +91,7 @@ def test_the_letters_are_the_rows_of_the_papers_tables() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", [*ROWS, "byol,moco_v3"])
 def test_every_row_trains(row: str) -> None:
     changes = NEEDS.get(row, {})
     if row in named.METHODS:

@@ -50,7 +50,7 @@ def alone() -> list[float]:
         ((1, 8, 1), {"model__keep_gathered": True}),
         ((2, 4, 1), {}),
         ((2, 2, 2), {}),
-        ((1, 4, 1), {"train__microbatches": 2, "objective__text_chunk": 4}),
+        ((1, 4, 1), {"train__microbatches": 2, "objective__text_chunk": 5}),
     ],
 )
 def test_split_parameters_are_one_device(shape: tuple[int, int, int], changes: dict) -> None:
