@@ -41,7 +41,6 @@ def get_config(data: str = "imagenet", model: str = "vit_b16", epochs: float = 0
     huge = model in ("internimage_h", "internimage_g")
     config.model.encoder.drop_path = 0.2 if huge else 0.1  # [P]
     config.model.encoder.drop_path_rule = "uniform" if huge else "linear"  # [P]
-    config.model.scan = huge  # [C]: fifty layers compile as four
     config.model.dtype = "bfloat16"  # [C]; parameters, norms, softmax and losses are float32
 
     # What is seen.
@@ -97,9 +96,6 @@ def get_config(data: str = "imagenet", model: str = "vit_b16", epochs: float = 0
     config.optim.ema_schedule = "cosine"  # [P]
     config.train.epochs = epochs or EPOCHS[data]
     config.optim.warmup_epochs = min(WARMUP[data], 0.1 * config.train.epochs)  # [P]; of a shorter run at most a tenth [C]
-    batch = batch_size or BATCH[data]
-    if batch < config.train.batch_size:
-        rescale(config, batch)
-    config.train.batch_size = batch
+    rescale(config, batch_size or BATCH[data])
     config.train.round_batch = data == "joint"  # [C]: 40,000 is no multiple of 2 x 64 chips
     return config

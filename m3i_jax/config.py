@@ -21,8 +21,8 @@ import ml_collections
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 
-# Keys that change what is written or how fast, never what is computed: a run may resume with other values of them.
 _EXAMPLE = {int: "numbers such as (-1,1,1)", float: "numbers such as (0.2,1.0)", str: "names such as mim,clip"}
+# Keys that change what is written, how fast or in how much memory, never what is computed: a run may resume with other values of them.
 FREE = (
     "train.log_every",
     "train.save_every",
@@ -34,6 +34,10 @@ FREE = (
     "data.workers",
     "data.patience",
     "data.missing",
+    "model.remat",
+    "model.scan",
+    "model.keep_gathered",
+    "objective.text_chunk",
     "evaluate.",
     "parallel.",
     "report.",
@@ -315,14 +319,17 @@ def help_table() -> str:
 
 
 def rescale(config: ml_collections.ConfigDict, batch_size: int) -> None:
-    """Set the batch size, and learning rate and target momentum by the linear rule from the values they have at the paper's 4,096 images.
+    """Set the batch size, and below the paper's 4,096 images learning rate and target momentum by the linear rule from the values there.
 
     lr * B / 4096; 1 - (1 - m) * B / 4096, so that the target moves as far an epoch; warm-up and length are counted in epochs already.
+    Above 4,096 both stay: the paper has the same two at 4,096 and at 40,000.
 
     >>> config = default(); rescale(config, 1024); config.optim.lr, round(config.optim.ema, 5)
     (0.00025, 0.99875)
+    >>> config = default(); rescale(config, 40_000); config.optim.lr, config.optim.ema, config.train.batch_size
+    (0.001, 0.995, 40000)
     """
-    share = batch_size / config.train.batch_size
+    share = min(1.0, batch_size / config.train.batch_size)
     config.optim.lr *= share
     config.optim.ema = 1 - (1 - config.optim.ema) * share
     config.train.batch_size = batch_size

@@ -5,7 +5,9 @@ Exit codes: 0 done, 2 refused, 3 does not fit, 42 preempted and saved, 1 anythin
 import argparse
 import importlib
 import os
+import pathlib
 import sys
+import time
 from collections.abc import Sequence
 
 from m3i_jax import config as configuration
@@ -34,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of several hosts: address of the first (not on TPU, Slurm)")
     out.add_argument("--processes", default="", metavar="N", help="of several hosts: how many")
     out.add_argument("--process-id", default="", metavar="I", help="of several hosts: which this is, from 0")
-    out.add_argument("--allow-changes", action="store_true", help="resume although the configuration or the data changed")
+    out.add_argument("--allow-changes", action="store_true", help="train, compare: resume although the configuration or the data changed")
     out.add_argument("--checkpoint", default="", metavar="PLACE", help="eval: another run, one checkpoint of it, or what init_from takes")
     out.add_argument("--topology", default="", metavar="NAME", help="compile: for what, such as v5e:4x4, v5p:4x4x4, h100:8, cpu:8")
     out.add_argument("--memory", default="", metavar="GIB", help="compile: memory of a device, if not what its kind has")
@@ -46,7 +48,16 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _process_began() -> float:
+    """When this process began, of `time.monotonic()`; now, where the system does not say."""
+    try:
+        ticks = float(pathlib.Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        return time.monotonic() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return time.monotonic()
+
+
+def _run(arguments: Sequence[str], began: float) -> int:
     overrides = [a[len("--config.") :] for a in arguments if a.startswith("--config.")]
     flags, unknown = parser().parse_known_args([a for a in arguments if not a.startswith("--config.")])
     if unknown:
@@ -57,32 +68,42 @@ def _run(arguments: Sequence[str]) -> int:
         raise UserError("--config: is missing; name a file, such as --config configs/quickstart.py")
     if not flags.workdir and flags.mode != "show":
         raise UserError("--workdir: is missing; name a directory for the run, such as --workdir runs/first")
-    own = MODES[flags.mode].flags
-    for name in (name for mode in MODES.values() for name in mode.flags if name not in own and getattr(flags, name)):
-        raise UserError(f"--{name.replace('_', '-')}: does not belong to --mode={flags.mode}")
+    mode = MODES[flags.mode]
+    foreign = {name for other in MODES.values() for name in other.flags} - set(mode.flags)
+    for name in sorted(foreign) + ([] if mode.together else ["coordinator", "processes", "process_id"]):
+        if getattr(flags, name):
+            raise UserError(f"--{name.replace('_', '-')}: does not belong to --mode={flags.mode}")
+    if not mode.settings and (flags.config or overrides):
+        raise UserError(f"--config: does not belong to --mode={flags.mode}, which takes the settings that were saved; leave it out")
     if flags.config:
         configuration.not_data(flags.config, overrides)
     config = configuration.load(flags.config) if flags.config else configuration.of_run(flags.workdir, "--workdir")
     configuration.override(config, overrides)
     settings = configuration.resolve(config)
-    if MODES[flags.mode].together:
+    more = {name: getattr(flags, name) for name in mode.flags} | ({"began": began} if mode.timed else {})
+    if mode.together:
         from m3i_jax.parallel import distributed
 
         place = distributed.decide(
             flags.coordinator, flags.processes, flags.process_id, environ=os.environ, tpu=distributed.on_tpu(os.environ)
         )
         distributed.start(place, configuration.to_text(settings), settings.parallel.mesh, beat=settings.parallel.heartbeat)
-    mode = importlib.import_module(f"m3i_jax.modes.{flags.mode}")
+    if mode.compiles:
+        watch = importlib.import_module("m3i_jax.modes.watch")
+        watch.keep_compilations(pathlib.Path(flags.workdir))
+    room = importlib.import_module(f"m3i_jax.modes.{flags.mode}")
     with privacy.closed(settings.report.private):
-        return mode.run(settings, workdir=flags.workdir, allow_changes=flags.allow_changes, **{name: getattr(flags, name) for name in own})
+        return room.run(settings, workdir=flags.workdir, **more)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    began = time.monotonic()
     if arguments is None:
+        began = _process_began()
         leaks.few_heaps()  # before there are threads
     with privacy.guarded(forever=arguments is None):
         try:
-            return _run(sys.argv[1:] if arguments is None else arguments)
+            return _run(sys.argv[1:] if arguments is None else arguments, began)
         except UserError as error:
             print(f"m3i_jax: {' '.join(str(error).split())}", file=sys.stderr)
             return 3 if isinstance(error, DoesNotFit) else 2

@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,13 @@ def finish(*arguments: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists() or not shutil.which("ps"), reason="needs /proc and ps to compare with")
+def test_the_time_of_a_run_counts_from_the_start_of_its_process() -> None:
+    """Importing and meeting the other hosts are part of its wall time. `ps` gives it in whole seconds."""
+    age = float(subprocess.run(["ps", "-o", "etimes=", "-p", str(os.getpid())], capture_output=True, text=True, check=True).stdout)
+    assert age - 1 <= time.monotonic() - command._process_began() <= age + 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
@@ -78,6 +86,9 @@ def finish(*arguments: str) -> tuple[int, str, str]:
         (["--config", "configs/quickstart.py", "--workdir", "W", "--config.train.batch_size=6"], "data shards"),
         (["--config", "configs/quickstart.py", "--workdir", "W", "--config.parallel.mesh=(3,1,1)"], "config.parallel.mesh"),
         (["--config", "configs/quickstart.py", "--workdir", "W", "--config.objective.forms=mim3"], "did you mean mim?"),
+        (["--config", "configs/quickstart.py", "--mode=show", "--allow-changes"], "--allow-changes: does not belong to --mode=show"),
+        (["--mode=replay", "--workdir", "W", "--config.optim.lr=1"], "--config: does not belong to --mode=replay"),
+        (["--config", "configs/quickstart.py", "--mode=data", "--workdir", "W", "--processes=2"], "--processes: does not belong to"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(arguments, wanted, monkeypatch, capsys, tmp_path) -> None:

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 _LANES = 128
-_SCORES = 2**19  # of queries times keys, padded: six such arrays in float32 are what a step holds
+_SCORES = 2**19  # of queries times keys, padded
+_BYTES = 16 * 2**20  # of fast memory, which the smallest of the chips (v4) has
 _MOST = 16  # heads side by side, whose code is written out
 NEVER = -1e30  # a logit whose weight is exactly 0 beside any real one, and that gives uniform weights, not NaN, where no key counts
 
@@ -32,13 +33,20 @@ def _side_by_side(heads: int, depth: int) -> int:
 
 
 def fits(queries: int, tokens: int, heads: int, depth: int, dtype: Any) -> bool:
-    """Whether the kernel takes attention of that size and type.
+    """Whether the kernel takes attention of that size and type. Of heads that only many together fill whole lanes (80 of ViT-H), less.
 
     >>> fits(197, 197, 12, 64, jnp.bfloat16), fits(294, 294, 16, 48, jnp.bfloat16), fits(197, 197, 3, 64, jnp.bfloat16)
     (True, True, False)
+    >>> fits(257, 257, 16, 80, jnp.bfloat16), fits(577, 577, 16, 80, jnp.bfloat16)
+    (True, False)
     """
-    padded = (queries + -queries % 8) * (tokens + -tokens % _LANES)
-    return dtype in (jnp.bfloat16, jnp.float32) and padded <= _SCORES and _side_by_side(heads, depth) > 0
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return False
+    padded, lanes = (queries + -queries % 8) * (tokens + -tokens % _LANES), _side_by_side(heads, depth) * depth
+    # A step of the backward pass holds six arrays of scores in float32, and twice, on their way in and out, three arrays like the queries
+    # and four like the keys.
+    held = 6 * 4 * padded + 2 * jnp.dtype(dtype).itemsize * lanes * (3 * queries + 4 * tokens)
+    return padded <= _SCORES and lanes > 0 and held <= _BYTES
 
 
 def _product(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:

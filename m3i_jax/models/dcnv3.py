@@ -98,7 +98,7 @@ def _places(call: _Call, offset: jax.Array, mask: jax.Array) -> Samples:
     dtype = wide(offset.dtype)
     rest_y, rest_x = (rest[:, None] for rest in _rest(call, dtype))
     y, x = offset[..., 1].astype(dtype), offset[..., 0].astype(dtype)
-    return Samples(rest_y + call.scale * y, rest_x + call.scale * x, mask.astype(dtype))
+    return Samples(call.scale * y + rest_y, call.scale * x + rest_x, mask.astype(dtype))
 
 
 def _samples(call: _Call, offset: jax.Array, mask: jax.Array) -> Samples:
@@ -108,7 +108,7 @@ def _samples(call: _Call, offset: jax.Array, mask: jax.Array) -> Samples:
     rest_y, rest_x = (rest.T for rest in _rest(call, dtype))
     moved = jnp.transpose(offset, (0, 2, 4, 3, 1)).astype(dtype)
     weight = jnp.moveaxis(mask.reshape(b, o, -1), 1, 2).reshape(b, g, p, o).astype(dtype)
-    return Samples(rest_y + call.scale * moved[:, :, 1], rest_x + call.scale * moved[:, :, 0], weight)
+    return Samples(call.scale * moved[:, :, 1] + rest_y, call.scale * moved[:, :, 0] + rest_x, weight)
 
 
 def _cells_last(x_BxOxC: jax.Array, groups: int) -> jax.Array:
@@ -251,7 +251,7 @@ def dcnv3(
             raise ValueError(f"{name} has shape {array.shape}; for an input of {x_BxHxWxC.shape} and these settings it must be {wanted}")
     offset = offset_BxIxJxGxPx2.reshape(b, -1, groups, len(grid), 2)
     mask = mask_BxIxJxGxP.reshape(b, -1, groups, len(grid))
-    alone = parallel.kernels(b) and dcnv3_kernel.fits((height, width), groups, c // groups, x_BxHxWxC.dtype)
+    alone = parallel.kernels(b) and dcnv3_kernel.fits((height, width), groups, c // groups, len(grid), x_BxHxWxC.dtype)
     platforms = {"cpu": "cpu", "default": "tpu" if alone else "default"}
     methods = {name: choose(height, width, p) if method == "auto" else method for name, p in platforms.items()}
     call = _Call(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax.models.apart import apart
-from m3i_jax.models.dcnv3_dense import Samples, wide
+from m3i_jax.models.dcnv3_dense import Samples, inside, wide
 
 _BYTES = 12 << 20  # of what one point adds to the gradient of the input, computed at once: more would not stay in a processor's cache
 
@@ -153,6 +153,5 @@ def _backward(x_BxQxC: jax.Array, at: Samples, grad_BxOxC: jax.Array, size: tupl
     # Every row has taken what goes to its cell and to three neighbours of it.
     parts = [dv[:, 1 - i : height + 1 - i, 1 - j : width + 1 - j, :, 2 * i + j] for i in range(2) for j in range(2)]
     read = jax.tree.map(lambda a: jnp.moveaxis(a, 0, -1), read)
-    inside_y, inside_x = jnp.where(at.y > -1, at.m, 0), jnp.where(at.x > -1, at.m, 0)
     dx_BxQxC = sum(parts[1:], parts[0]).reshape(x_BxQxC.shape).astype(x_BxQxC.dtype)
-    return dx_BxQxC, Samples(read.y * inside_y, read.x * inside_x, read.m)
+    return dx_BxQxC, inside(at, read)

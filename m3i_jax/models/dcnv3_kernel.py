@@ -22,7 +22,7 @@ from m3i_jax.models.dcnv3_dense import Samples, hat, inside, slope
 
 _LANES = 128
 _WHOLE = 256  # outputs that are one tile; of more a tile has as many as there are lanes
-_BYTES = 13 * 2**20  # of maps; the smallest of the chips (v4) has 16 MiB of fast memory, and the rest is small
+_BYTES = 29 * 2**19  # the smallest of the chips (v4) has 16 MiB of fast memory, and what is not counted is small
 
 
 class _Shape(NamedTuple):
@@ -65,17 +65,18 @@ def _side_by_side(groups: int, depth: int) -> int:
     return next((n for n in range(1, groups) if groups % n == 0 and n * depth % _LANES == 0), groups)
 
 
-def fits(size: tuple[int, int], groups: int, depth: int, dtype: Any) -> bool:
+def fits(size: tuple[int, int], groups: int, depth: int, points: int, dtype: Any) -> bool:
     """Whether a map of that size can be held in fast memory, and is of a type that the kernel knows.
 
-    >>> fits((48, 48), 10, 32, jnp.bfloat16), fits((12, 12), 10, 32, jnp.float16), fits((512, 512), 10, 32, jnp.bfloat16)
+    >>> fits((48, 48), 10, 32, 9, jnp.bfloat16), fits((12, 12), 10, 32, 9, jnp.float16), fits((512, 512), 10, 32, 9, jnp.bfloat16)
     (True, False, False)
     """
     if dtype not in (jnp.bfloat16, jnp.float32):
         return False
     shape, lanes = _shape(size, depth), -(-_side_by_side(groups, depth) * depth // _LANES) * _LANES
     # The gradient in float32, the map with padded rows too; and map and gradient, each twice, on their way in and out.
-    return shape.held * lanes * (4 + 4 * shape.padded + 4 * jnp.dtype(dtype).itemsize) <= _BYTES
+    maps = shape.held * lanes * (4 + 4 * shape.padded + 4 * jnp.dtype(dtype).itemsize)
+    return maps + 3 * 4 * points * shape.columns * _LANES <= _BYTES  # and of every point three numbers a column and output
 
 
 def _windows(y_PxO: jax.Array, shape: _Shape) -> tuple[jax.Array, jax.Array]:

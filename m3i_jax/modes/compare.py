@@ -18,18 +18,18 @@ from m3i_jax.modes import job as jobs
 from m3i_jax.modes import train, watch
 from m3i_jax.objective import named
 from m3i_jax.reporting import compare as report
-from m3i_jax.reporting import flops
 from m3i_jax.reporting.files import write_text
-from m3i_jax.training import loop
-from m3i_jax.training.trainer import Trainer, abstract_batch
+from m3i_jax.training import loop, plan
+from m3i_jax.training.trainer import Trainer
 
 RESULT = "result.json"
 
 
 def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
-    watch.keep_compilations(pathlib.Path(workdir))
     # A form that this data cannot feed is refused before hours go into those before it.
-    whole = jobs.open_job(config, workdir, trains=[names(form) for form in config.compare.forms])
+    trains = [names(form) for form in config.compare.forms]
+    plan.refuse_idle(config, trains)
+    whole = jobs.open_job(config, workdir, trains=trains)
     main = jax.process_index() == 0
     with jobs.lock(whole.workdir):
         wanted = [(form, seed, of(whole, form, seed)) for form in config.compare.forms for seed in seeds(config)]
@@ -111,9 +111,9 @@ def outcome(job: jobs.Job) -> dict[str, float]:
 
 
 def flops_a_step(job: jobs.Job) -> float:
-    """Matrix products and convolutions of the traced step, which no mesh changes."""
+    """Matrix FLOPs of the model in one step, which no mesh changes."""
     made = Trainer(job.config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), job.tokenizer.vocabulary if job.tokenizer else 0)
-    return flops.count(made.trace, made.template, abstract_batch(job.config)).total
+    return watch.model_flops(made)
 
 
 def notes(whole: jobs.Job, results: list[dict[str, Any]], failed: list[str]) -> list[str]:

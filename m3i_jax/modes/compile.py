@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from m3i_jax import checks, parallel, schema
 from m3i_jax.errors import DoesNotFit, UserError
-from m3i_jax.modes import fitting, show
+from m3i_jax.modes import fitting, show, watch
 from m3i_jax.parallel import topology as topologies
 from m3i_jax.parallel.rules import path_of
 from m3i_jax.reporting import compiled, files, flops, slices
@@ -137,13 +137,15 @@ def report(config: schema.Config, site: Site, vocabulary: int) -> dict[str, Any]
     need = compiled.memory(done.memory_analysis(), state, rows, own=site.topology.family.platform == "tpu")
     out |= {"fits": need.peak <= site.limit, "peak_bytes": need.peak, "over_bytes": max(0.0, need.peak - site.limit), "memory": need.parts}
     out["peak_ratio"] = need.peak / (sum(state.values()) + rows + out["residual_bytes"])
-    out |= compiled.read(done.as_text(), chip=site.chip, cores=site.topology.family.cores) | {"compile_seconds": seconds}
+    out |= compiled.read(done.as_text(), chip=site.chip, cores=site.topology.family.cores, host=site.topology.family.host) | {
+        "compile_seconds": seconds
+    }
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     one = trainer.Trainer(plain, host, vocabulary)
-    total = flops.count(one.trace, one.template, batch).total
-    out["flops"] |= {"model": total / devices, "ratio": out["flops"]["compiled"] * devices / total}
+    due, own = flops.count(one.trace, one.template, batch).total, watch.model_flops(made)
+    out["flops"] |= {"model": own / devices, "asked": due / devices, "ratio": out["flops"]["compiled"] * devices / due}
     steps, roof, mfu = made.length.steps, out["roofline"], config.report.mfu
-    at_mfu = slices.days(total * steps, kind=site.chip, chips=site.topology.chips, mfu=mfu) if roof else None
+    at_mfu = slices.days(own * steps, kind=site.chip, chips=site.topology.chips, mfu=mfu) if roof else None
     out["run"] = {"steps": steps, "days": roof["step_seconds"] * steps / 86_400 if roof else None, "days_at_mfu": at_mfu, "mfu": mfu}
     return out
 
@@ -198,12 +200,14 @@ def _advice(config: schema.Config, got: dict[str, Any]) -> str:
     parts = max(parts, 2 * config.train.microbatches)
     less = {"none": "names", "dots": "names", "names": "half"}.get(config.model.remat)
     keep = f"store less with --config.model.remat={less}, " if less else ""
-    return f"{keep}compute it in parts with --config.train.microbatches={parts}, lower config.train.batch_size, or let --suggest search"
+    return (
+        f"{keep}compute it in parts with --config.train.microbatches={parts}, take a smaller batch (batch_size= of the configuration file: "
+        "learning rate and EMA go with it), or let --suggest search"
+    )
 
 
-def run(config: schema.Config, *, workdir: str, allow_changes: bool, topology: str, memory: str, largest_batch: bool, suggest: bool) -> int:
+def run(config: schema.Config, *, workdir: str, topology: str, memory: str, largest_batch: bool, suggest: bool) -> int:
     """Entry of the mode: 0, or DoesNotFit (exit 3) once everything is written."""
-    del allow_changes
     if largest_batch and suggest:
         raise UserError("--suggest: does not go together with --largest-batch; ask one after the other")
     where = site(topology, memory)

@@ -17,7 +17,8 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel, privacy, schema
 from m3i_jax.data import sources
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import features
+from m3i_jax.evaluation import features, loaded
+from m3i_jax.models import backbones
 from m3i_jax.modes import drawn, evaluators, report
 from m3i_jax.modes import job as jobs
 from m3i_jax.parallel import distributed
@@ -31,17 +32,17 @@ RESULT = "eval.json"
 SAME = ("evaluate.", "data.", "model.", "objective.", "seed ")  # settings that a result depends on
 
 
-def run(config: schema.Config, *, workdir: str, allow_changes: bool, checkpoint: str = "") -> int:
-    del allow_changes
+def run(config: schema.Config, *, workdir: str, checkpoint: str = "") -> int:
     there = found(checkpoint or workdir, "--checkpoint" if checkpoint else "--workdir", needed=not checkpoint)
     if there is None:
-        config = of_another(config, checkpoint)
+        config = of_another(loaded.fitted(config, checkpoint, "--checkpoint"), checkpoint)
     step = there[1] if there else 0
     job = jobs.open_job(config, workdir, trains=[config.objective.forms])
     distributed.agree("data", {"data": job.identity})
     of = f"step {step:,}" if there and there[0].parent == job.workdir else checkpoint
     if not there and not jax.process_index():
-        print(f"{checkpoint} is an encoder alone: its features are evaluated, and nothing that asks a head")
+        what = f"{backbones.of(job.config.model).describe(job.config.model)}, {job.config.data.image_size} pixels"
+        print(f"{checkpoint} is an encoder alone: its features are evaluated, and nothing that asks a head ({what})")
     easel = drawn.Easel(job, lambda: f"{step:08d}", lambda: f"{of}, {job.config.evaluate.encoder} parameters")
     asked, sets = evaluators.measures(job, print if not jax.process_index() else lambda _: None, easel=easel)
     if not asked:

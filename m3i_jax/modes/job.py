@@ -58,10 +58,22 @@ class Job:
         return pipeline.iterate(self.config, self.train, self.tokenizer, start=start, host=host, hosts=hosts, views=views)
 
 
+def _begun(config: schema.Config, workdir: pathlib.Path) -> schema.Config:
+    """With the batch that the run in a directory began with, if that was rounded up from this one: on another slice it would be rounded to
+    another number, and the run be another one."""
+    if not config.train.round_batch or not (workdir / "config.txt").is_file():
+        return config
+    there = configuration.of_run(str(workdir), "--workdir").train
+    if not there.round_batch or not config.train.batch_size <= there.batch_size < 1.1 * config.train.batch_size:
+        return config
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=there.batch_size))
+
+
 def placed(config: schema.Config) -> tuple[schema.Config, jax.sharding.Mesh]:
     """The configuration, its batch rounded if so configured, and its mesh on the devices that are here; refuses a batch that cannot be
     split over it."""
     mesh = parallel.make_mesh(config.parallel.mesh)
+    parallel.own_rows(mesh)
     config, told = checks.fitted(config, tuple(mesh.shape[a] for a in parallel.AXES))  # type: ignore[arg-type]
     if told and not jax.process_index():
         print(told, flush=True)
@@ -82,8 +94,8 @@ def open_job(config: schema.Config, workdir: str, *, trains: Iterable[tuple[str,
       trains: the objectives (names of forms) that will be trained on it. If none of them reads captions, there is no vocabulary to learn
         and no token to carry, unless `data.captions` is "yes". Empty: whoever opens the data looks at all of it.
     """
-    config, devices = placed(config)
     place = pathlib.Path(workdir)
+    config, devices = placed(_begun(config, place))
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     with parallel.first("index"):  # the first host reads the headers of all files, the others read what it kept
         train, held_out = parts.open_parts(config.data, cache=str(place / "index"))

@@ -14,8 +14,7 @@ from m3i_jax.training import plan, views
 ROWS = 8
 
 
-def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
-    del allow_changes
+def run(config: schema.Config, *, workdir: str) -> int:
     job = jobs.open_job(config, workdir)
     data = job.batches(0, views=(0, 1))
     try:

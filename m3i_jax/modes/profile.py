@@ -2,8 +2,6 @@
 WORKDIR/profile; checkpoints and metrics of a run in the same directory stay as they are."""
 
 import dataclasses
-import pathlib
-import time
 from typing import Any
 
 import jax
@@ -43,17 +41,14 @@ def short(config: schema.Config) -> schema.Config:
     )
 
 
-def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
-    del allow_changes
-    began = time.monotonic()
-    watch.keep_compilations(pathlib.Path(workdir))
+def run(config: schema.Config, *, workdir: str, began: float | None = None) -> int:
     job = jobs.open_job(short(config), workdir, trains=[config.objective.forms])
     distributed.agree("data", {"data": job.identity})
     with jobs.lock(job.workdir):
         return profile(job, began)
 
 
-def profile(job: jobs.Job, began: float) -> int:
+def profile(job: jobs.Job, began: float | None) -> int:
     """Trace the end of a short run; 0, or what `loop.run` says."""
     trainer = Trainer(job.config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
     total, main = trainer.length.steps, jax.process_index() == 0

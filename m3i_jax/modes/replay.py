@@ -9,9 +9,9 @@ from m3i_jax.training import dump
 SHOWN = 12  # arrays that are named
 
 
-def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
+def run(config: schema.Config, *, workdir: str) -> int:
     """The dump has its own configuration: that of the run may have changed since."""
-    del config, allow_changes
+    del config
     place = dump.newest(pathlib.Path(workdir))
     about, trainer, state, batch = dump.load(place, print)
     print(f"step {about['step']:,} of {place}, from {about['hosts']} host(s), {about['devices']} device(s), m3i_jax {about['m3i_jax']}")

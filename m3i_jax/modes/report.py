@@ -8,8 +8,7 @@ from m3i_jax.reporting import exhibits, run_page, runs
 from m3i_jax.reporting.files import write_text
 
 
-def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
-    del allow_changes
+def run(config: schema.Config, *, workdir: str) -> int:
     print(f"wrote {write(config, pathlib.Path(workdir))}")
     return 0
 

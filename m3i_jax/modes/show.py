@@ -8,7 +8,7 @@ import jax
 from m3i_jax import checks, parallel, schema
 from m3i_jax import config as configuration
 from m3i_jax.models import m3i
-from m3i_jax.modes import job
+from m3i_jax.modes import job, watch
 from m3i_jax.reporting import flops, show, slices
 from m3i_jax.training import table, trainer
 
@@ -49,21 +49,20 @@ def _rounded(config: schema.Config, shards: list[int]) -> list[tuple[int, str]]:
     return [(batch, f"{', '.join(map(str, on))} data shards") for batch, on in found.items()]
 
 
-def run(config: schema.Config, *, workdir: str | None, allow_changes: bool) -> int:
-    del workdir, allow_changes
+def run(config: schema.Config, *, workdir: str | None) -> int:
+    del workdir
     done, assumed = assume(config)
     # The mesh of the run may be larger than this machine: shapes and counts do not depend on it, so one device stands for all.
     one = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
     made = trainer.Trainer(done, one, vocabulary(done))
     batch = trainer.abstract_batch(done)
-    counts = flops.count(made.trace, made.template, batch)
     length, images = made.length, done.train.batch_size
     leaves = jax.tree.leaves(made.template)
     print(configuration.to_text(done))
     print(show.table(table.term_rows(made.plan), table.HEADERS_TERMS), "\n")
     print(show.table(table.call_rows(made.plan, made.template.params, batch, flops.count), table.HEADERS_CALLS), "\n")
     print(show.table([(part, f"{n:,}") for part, n in m3i.parameter_table(made.template.params)], ("part", "parameters")), "\n")
-    total = counts.dot + counts.conv
+    total = watch.model_flops(made)
     rows = [
         ("steps", f"{length.steps:,} of {images:,} images ({length.steps_per_epoch:,} an epoch, warm-up {length.warmup:,})"),
         ("samples", f"{length.steps * images:,}, {length.steps * images / done.data.size:,.1f} epochs of {done.data.size:,} pictures"),

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import pathlib
-import time
 from typing import Any
 
 import jax
@@ -18,14 +17,13 @@ from m3i_jax.modes import job as jobs
 from m3i_jax.parallel import distributed
 from m3i_jax.reporting import panels, writers
 from m3i_jax.reporting.files import write_text
-from m3i_jax.training import dump, loop, phases
+from m3i_jax.training import dump, loop, phases, plan
 from m3i_jax.training.checkpoint import Checkpoints, Damaged, SavesFailed
 from m3i_jax.training.trainer import Trainer
 
 
-def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
-    began = time.monotonic()
-    watch.keep_compilations(pathlib.Path(workdir))
+def run(config: schema.Config, *, workdir: str, allow_changes: bool, began: float | None = None) -> int:
+    plan.refuse_idle(config, [config.objective.forms])
     job = jobs.open_job(config, workdir, trains=[config.objective.forms])
     distributed.agree("data", {"data": job.identity})
     with jobs.lock(job.workdir):
@@ -46,8 +44,9 @@ def agree(job: jobs.Job, position: dict[str, Any] | None, allow_changes: bool) -
             f"--workdir {job.workdir}: the run there was made with another configuration ({'; '.join(changed)}); "
             "choose another directory, or add --allow-changes to go on with the new one"
         )
-    write_text(saved, text)
-    write_text(data, identity)
+    if not jax.process_index():
+        write_text(saved, text)
+        write_text(data, identity)
 
 
 def pretrain(job: jobs.Job, allow_changes: bool, began: float | None = None) -> int:
@@ -72,6 +71,9 @@ def _pretrain(job: jobs.Job, allow_changes: bool, began: float | None) -> int:
     before = phases.resumed(position.get("seconds", {}), watch.logged(workdir / "metrics.jsonl")) if position else {}
     writer = writers.open_writers(config, workdir, resume_at=start, total=trainer.length.steps, main=jax.process_index() == 0)
     say = writer.say
+    # All hosts skip the same, which is what the first has left in the log.
+    own = sorted(evaluated(workdir / "metrics.jsonl")) if not jax.process_index() else []
+    done = frozenset(json.loads(parallel.exchange("evaluated", json.dumps(own))[0]))
     parameters = sum(count for _, count in m3i.parameter_table(trainer.template.params))
     say(f"{job.train.description()}; {len(job.held_out):,} held out")
     where = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
@@ -100,7 +102,7 @@ def _pretrain(job: jobs.Job, allow_changes: bool, began: float | None) -> int:
                 "restarts": restarts,
             },
             dump=lambda *what: write_dump(workdir, trainer, say, *what),
-            evaluated=evaluated(workdir / "metrics.jsonl"),
+            evaluated=done,
             clock=clock,
             sent=tracer,
         )

@@ -38,6 +38,22 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def own_rows(mesh: Mesh) -> None:
+    """Refuse a mesh in which devices of several hosts share rows of a batch: every host reads rows of its own.
+
+    Raises:
+      UserError: says which axis is too long.
+
+    >>> own_rows(make_mesh((1, 1, 1), jax.devices()[:1]))
+    """
+    for devices in mesh.devices.reshape(-1, mesh.shape["tensor"]):
+        if len(hosts := {device.process_index for device in devices}) > 1:
+            raise UserError(
+                f"config.parallel.mesh: a tensor axis of {len(devices)} spans {len(hosts)} hosts, and every host reads rows of its own; "
+                "make it at most the devices of one host, and let fsdp span hosts"
+            )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

@@ -1,10 +1,40 @@
-"""A text file that is whole or not there, and holds no secret."""
+"""Files that are whole or not there; a text holds no secret."""
 
+import contextlib
 import os
 import pathlib
+import socket
+from collections.abc import Iterator
 
 from m3i_jax import privacy
 from m3i_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def whole(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A place to write a file to, which takes the name `path` at the end of the block, or is gone after an error.
+
+    Raises:
+      UserError: the place cannot be written to.
+
+    >>> import tempfile
+    >>> wanted = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
+    >>> with whole(wanted) as place:
+    ...     _ = place.write_text("all of it")
+    >>> wanted.read_text(), len(list(wanted.parent.iterdir()))
+    ('all of it', 1)
+    """
+    wanted = pathlib.Path(path)
+    # Hosts of a pod share the directory and count their processes alike.
+    unfinished = wanted.with_name(f".{wanted.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        try:
+            yield unfinished
+            os.replace(unfinished, wanted)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {wanted}: {error.strerror or error}; make room or choose another --workdir") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -19,13 +49,5 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     >>> place.read_bytes()
     b'\\xc3\\xa9'
     """
-    place = pathlib.Path(path)
-    unfinished = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            unfinished.write_text(privacy.redact(text), encoding="utf-8", errors="replace")
-            os.replace(unfinished, place)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {place}: {error.strerror or error}; make room or choose another --workdir") from error
+    with whole(path) as place:
+        place.write_text(privacy.redact(text), encoding="utf-8", errors="replace")

@@ -8,13 +8,12 @@ pictures beside them line up exactly.
 import functools
 import math
 import os
-import pathlib
 import unicodedata
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from m3i_jax.errors import UserError
+from m3i_jax.reporting import files
 
 TILE = 112  # wanted side of a tile, pixels
 SMALL = 128  # pictures up to this side are never reduced
@@ -192,13 +191,5 @@ class Sheet:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a PNG whole or not at all. Raises UserError if the place cannot be written to."""
-        place = pathlib.Path(path)
-        unfinished = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-        try:
-            try:
-                self.image.save(unfinished, format="PNG")
-                os.replace(unfinished, place)
-            finally:
-                unfinished.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write {place}: {error.strerror or error}; make room or choose another --workdir") from error
+        with files.whole(path) as place:
+            self.image.save(place, format="PNG")

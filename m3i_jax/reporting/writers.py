@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from m3i_jax import privacy, schema
 from m3i_jax.errors import UserError
+from m3i_jax.reporting import files
 
 Values = dict[str, float]
 
@@ -184,18 +185,10 @@ def resume(path: pathlib.Path, step: int) -> int:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
     if len(kept) < len(lines):
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            try:
-                with open(unfinished, "wb") as file:
-                    file.writelines(kept)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(unfinished, path)
-            finally:
-                unfinished.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}; make room or choose another --workdir") from error
+        with files.whole(path) as place, open(place, "wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
     return len(lines) - len(kept)
 
 

@@ -114,7 +114,7 @@ def test_three_in_a_row_leave_a_dump_that_replays(tmp_path: pathlib.Path, monkey
     kept = dump.load(dump.newest(tmp_path), print)[2]
     assert int(kept.step) == 6 and bits((kept.params, kept.opt)) == bits((ended.params, ended.opt))
     capsys.readouterr()
-    assert replay.run(one.config, workdir=str(tmp_path), allow_changes=False) == 0
+    assert replay.run(one.config, workdir=str(tmp_path)) == 0
     out = capsys.readouterr().out
     assert "loss nan (in the run nan)" in out and "not finite: batch/box, 1 NaN of" in out and "not finite: gradient/" in out
     assert "not finite: params/" not in out and out.endswith("reproduced\n")
@@ -122,7 +122,7 @@ def test_three_in_a_row_leave_a_dump_that_replays(tmp_path: pathlib.Path, monkey
     with np.load(place / "batch-0.npz") as file:
         arrays = {name: file[name] for name in file.files}
     np.savez(place / "batch-0.npz", **arrays | {"box": np.nan_to_num(arrays["box"], nan=30.0)})
-    assert replay.run(one.config, workdir=str(tmp_path), allow_changes=False) == 1
+    assert replay.run(one.config, workdir=str(tmp_path)) == 1
     out = capsys.readouterr().out
     assert "all arrays are finite" in out and out.endswith("not reproduced: this time the step is finite\n")
 

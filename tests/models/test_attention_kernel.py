@@ -101,17 +101,20 @@ def test_what_it_takes():
     fits = attention_kernel.fits
     assert fits(577, 577, 16, 64, jnp.bfloat16) and fits(77, 77, 8, 64, jnp.float32) and fits(1, 256, 16, 80, jnp.bfloat16)
     assert not fits(1024, 1024, 16, 64, jnp.bfloat16)  # its scores do not fit
+    assert fits(512, 512, 16, 80, jnp.bfloat16)  # eight heads of 80 at once: 577 tokens are more than a v5e holds, 384 in float32 too
+    assert not fits(577, 577, 16, 80, jnp.bfloat16) and not fits(384, 384, 16, 80, jnp.float32)
     assert not fits(197, 197, 3, 64, jnp.bfloat16)  # three heads of 64 are no whole lanes
     assert not fits(197, 197, 12, 64, jnp.float16)
 
 
 @pytest.mark.slow
 def test_tpus_compile_it(tpu_mesh):
-    """Blocks of ViT-B's encoder and decoder and of the text tower, ViT-L at 384 pixels, and InternImage-H's decoder: two kernels each."""
+    """Blocks of ViT-B's encoder and decoder and of the text tower, ViT-L at 384 pixels, InternImage-H's decoder, and the most tokens of
+    ViT-H's heads: two kernels each."""
     data = parallel.data_sharding(tpu_mesh)
-    masked = (False, False, True, False, False)
+    masked = (False, False, True, False, False, False)
     for (tokens, width, heads), with_mask in zip(
-        ((197, 768, 12), (294, 768, 16), (77, 512, 8), (577, 1024, 16), (216, 1024, 16)), masked, strict=True
+        ((197, 768, 12), (294, 768, 16), (77, 512, 8), (577, 1024, 16), (216, 1024, 16), (512, 1280, 16)), masked, strict=True
     ):
         one = layers.block(width, heads, 4.0, "bfloat16")
         tree = jax.eval_shape(lambda key, one=one, width=width: initial.init_blocks(one, key, width=width, depth=1), jax.random.key(0))

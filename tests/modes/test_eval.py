@@ -3,11 +3,15 @@
 import json
 import pathlib
 import re
+import types
 
+import jax
 import pytest
 
 from m3i_jax import config as configuration
 from m3i_jax import main as command
+from m3i_jax import parallel
+from m3i_jax.data.folder import Folder
 from m3i_jax.errors import UserError
 from m3i_jax.interop import tensors
 from m3i_jax.modes import eval as evaluate
@@ -15,7 +19,8 @@ from m3i_jax.modes import job as jobs
 from m3i_jax.modes import train
 from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.trainer import Trainer
-from tests import toy
+from tests import broken, toy
+from tests.evaluation.test_loaded import intern_image_file
 from tests.interop.published_vit import ENCODERS, weights
 
 SMALL = {
@@ -71,6 +76,25 @@ def test_what_is_drawn_is_what_is_measured(run: pathlib.Path, capsys: pytest.Cap
     assert "evaluation:" not in capsys.readouterr().out
 
 
+def test_files_that_vanish_are_left_out_where_they_may_be(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """data.missing=replace holds for every set, for what is drawn and for captions."""
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(broken.encode(broken.smooth(40, 40 + i), "PNG"))
+    settings = SMALL | {"data__source": "folder", "data__path": str(tmp_path), "data__missing": "replace", "data__captions": "no"}
+    config = toy.settings(**settings)
+    source = Folder(str(tmp_path))
+    (tmp_path / "3.png").unlink()
+    job = types.SimpleNamespace(config=config, mesh=parallel.make_mesh((1, 1, 1), jax.devices()[:1]), held_out=source)
+    read = evaluate.evaluators.batches(job, source, 10)
+    assert [batch["index"][batch["valid"]].tolist() for batch in read] == [[0, 1, 2, 4]] and read.skipped["unreadable"] == 1
+    assert len(evaluate.evaluators.drawn.Easel(job, str, str).tiles([2, 3])) == 2
+    asked: list[str] = []
+    monkeypatch.setattr(evaluate.evaluators.retrieval, "measure", lambda *a, missing, **k: asked.append(missing))
+    job = jobs.open_job(toy.settings(**SMALL, data__missing="replace"), str(tmp_path), trains=[("supervised", "weakly_supervised")])
+    evaluate.evaluators.measures(job, print, easel=evaluate.evaluators.drawn.Easel(job, str, str))
+    assert asked == ["replace"]
+
+
 @pytest.mark.parametrize("thorough", [True, False])
 def test_what_cannot_be_evaluated_is_said(thorough: bool, tmp_path: pathlib.Path) -> None:
     """While a run trains, only what was asked for because of the categories: the terms of an objective are known from elsewhere."""
@@ -92,6 +116,16 @@ def test_an_encoder_alone_on_other_pictures(run: pathlib.Path, tmp_path: pathlib
     assert "vit.safetensors is an encoder alone: its features are evaluated, and nothing that asks a head" in out
     assert "the data are not those of the run" in out and "eval/direct" not in out
     assert "vit.safetensors, online parameters" in (run / "pictures" / "00000000-attention.json").read_text()
+
+
+def test_a_published_intern_image_brings_its_settings(
+    run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _, _ = intern_image_file(tmp_path)
+    assert command.main(["--mode=eval", "--workdir", str(run), *asked("knn"), "--config.data.size=40", "--checkpoint", path]) == 0
+    out = capsys.readouterr().out
+    assert "(InternImage of 1+1+2+1 layers from 32 channels, 32 pixels)" in out and "eval/knn" in out
+    assert "of the last two stages" not in out  # nothing of the encoder is at random
 
 
 def test_what_is_known_is_not_measured_again(run: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,7 @@ def test_a_fine_tuning_shows_what_is_blended(tmp_path):
     """The input that the step makes, instead of a mask that it does not read; and both views of objectives that read one are cut."""
     changes = {"data__size": 40, "data__classes": -1, "data__captions": "no", "train__batch_size": 16, "data__augment__mixup": 0.8}
     config = toy.settings(**changes, objective__forms="finetune")
-    assert show.run(config, workdir=str(tmp_path), allow_changes=False) == 0
+    assert show.run(config, workdir=str(tmp_path)) == 0
     job = jobs.open_job(config, str(tmp_path))
     data = job.batches(0)
     batch = {name: value[:8] for name, value in next(data).items()}

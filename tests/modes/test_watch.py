@@ -92,7 +92,7 @@ TINY = {
 
 def test_profile_leaves_a_trace_and_nothing_else(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = toy.settings(**TINY, report__profile_steps=2, report__peak_tflops=0.1)
-    assert profile.run(config, workdir=str(tmp_path), allow_changes=False) == 0
+    assert profile.run(config, workdir=str(tmp_path)) == 0
     out = capfd.readouterr().out
     assert "tracing steps 4 to 5" in out and "ms a step" in out and "goodput" in out and "x cpu of 0.1 TFLOP/s" in out
     assert [path.name for path in (tmp_path / "profile").rglob("operations.txt")] == ["operations.txt"]
