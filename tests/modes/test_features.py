@@ -43,24 +43,30 @@ def test_every_picture_once_and_in_order(workdir: pathlib.Path, tmp_path: pathli
     assert f"40 x 24 in {tmp_path / 'a.npz'}" in capsys.readouterr().out
 
 
-def test_a_stopped_run_goes_on_where_it_was(workdir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert written(workdir, tmp_path / "whole.npz") == 0
+def stopped_at_the_second_part(monkeypatch: pytest.MonkeyPatch) -> list:
+    """(first index, settings) of every part that is asked for, of 16 pictures; a person interrupts the second."""
     monkeypatch.setattr(features, "_PART", 16)
     read, asked = central.evaluation_batches, []
 
     def stops(source, indices, *arguments, **settings):
-        asked.append(indices)
+        asked.append((indices.start, settings))
         if len(asked) == 2:
             raise KeyboardInterrupt
         return read(source, indices, *arguments, **settings)
 
     monkeypatch.setattr(features.central, "evaluation_batches", stops)
+    return asked
+
+
+def test_a_stopped_run_goes_on_where_it_was(workdir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert written(workdir, tmp_path / "whole.npz") == 0
+    asked = stopped_at_the_second_part(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         written(workdir, tmp_path / "a.npz")
     assert sorted(p.name for p in (tmp_path / "a.npz.parts").iterdir()) == ["about.json", "train.0.npz"]
     assert not (tmp_path / "a.npz").exists()
     assert written(workdir, tmp_path / "a.npz") == 0
-    assert [indices.start for indices in asked] == [0, 16, 16, 0, 16]  # stopped at the second part, gone on there; then the held-out ones
+    assert [start for start, _ in asked] == [0, 16, 16, 0, 16]  # stopped at the second part, gone on there; then the held-out ones
     whole, stopped = (features.read(str(tmp_path / name))[0] for name in ("whole.npz", "a.npz"))
     for name in whole:
         assert whole[name].dtype == stopped[name].dtype
@@ -84,16 +90,7 @@ def test_other_weights_and_other_pictures(workdir: pathlib.Path, tmp_path: pathl
 def test_the_settings_of_evaluation_hold_and_parts_of_others_are_not_gone_on_with(
     workdir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "_PART", 16)
-    read, asked = central.evaluation_batches, []
-
-    def stops(source, indices, *arguments, **settings):
-        asked.append((indices.start, settings))
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        return read(source, indices, *arguments, **settings)
-
-    monkeypatch.setattr(features.central, "evaluation_batches", stops)
+    asked = stopped_at_the_second_part(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         written(workdir, tmp_path / "a.npz")
     wanted = {"evaluate.crop": 1.0, "data.threads": 3, "data.missing": "replace", "data.background": 0}
