@@ -33,7 +33,7 @@ def get_config(form: str = "m3i", size: str = "b", model: str = "", batch_size: 
             override(config, [f"{key}={value}" for key, value in named.METHODS[name].settings.items()])
     if epochs:
         config.train.epochs = epochs
-    config.optim.warmup_epochs = min(40.0, 0.1 * config.train.epochs)
+    config.optim.warmup_epochs = min(config.optim.warmup_epochs, 0.1 * config.train.epochs)
     if tiny:
         _tiny(config)
     rescale(config, batch_size or (64 if tiny else 4096))

@@ -1,8 +1,8 @@
 """Normal forms of the posterior P^(z_y | prediction) as values, so that a row of Table 1 can name one (M3I section 3.1).
 
 `cost` of each gives the negative log-likelihood that is trained, and the sums from which `bits` estimates how much information the
-prediction carries about its target. Both add up over parts of a batch, also of `Boltzmann`, which sees the targets of the whole batch
-through `Given.keys`. Not of `Against`, `Contrast`, `Decorrelation` and `Prototypes`: they compare the images of one part with each other.
+prediction carries about its target. Both add up over parts of a batch, also of `Boltzmann` and `Against`, which see the targets of the
+whole batch through `Given.keys`. Not of `Contrast`, `Decorrelation` and `Prototypes`: they compare the images of one part with each other.
 
 R rows of predictions (images), N positions, D width, B images of the whole batch, K prototypes, C classes, E joint space.
 """
@@ -187,17 +187,21 @@ class Boltzmann(_Softmax):
 class Against(_Softmax):
     """InfoNCE of dense targets against the mean target of every other image (DenseCL, its queue being the batch).
 
+    The mean is over the keys, every cell of the view once: the targets may be a choice of cells, some of them often.
+
     >>> z = jnp.eye(2)[:, None]
     >>> print(round(float(Against(temperature=0.5).cost(z, z, jnp.ones((2, 1)), Given()).sum / 2), 4))   # log(1 + exp(-2))
     0.1269
     """
 
     temperature: float | None = None
+    batch_keys: ClassVar[bool] = True
 
     def cost(self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: Given) -> Cost:
+        keys = target if given.keys is None else given.keys
         tau = given.temperature if self.temperature is None else self.temperature
-        total, count = contrast.dense_against(prediction, target, target.mean(1), where, temperature=tau)
-        return Cost(total, count, self.evidence(total, count, target.shape[0]))
+        total, count = contrast.dense_against(prediction, target, keys.mean(1), where, index_B=given.index, temperature=tau)
+        return Cost(total, count, self.evidence(total, count, keys.shape[0]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

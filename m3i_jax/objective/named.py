@@ -27,6 +27,9 @@ class Method:
 _PLAIN = {
     "data.augment.jitter_p": 0.0, "data.augment.grayscale_p": 0.0, "data.augment.blur_p": (0.0, 0.0), "data.augment.solarize_p": (0.0, 0.0)
 }  # fmt: skip
+_EVEN = {"data.augment.blur_p": (0.5, 0.5), "data.augment.solarize_p": (0.0, 0.0)}  # both views alike
+# SLIP's runs on YFCC, CLIP's among them: short, for every picture comes with a caption.
+_YFCC = {"optim.b2": 0.98, "optim.min_lr": 1e-5, "optim.warmup_epochs": 1.0, "train.epochs": 25.0}
 _BYOL = Projection(projector=Mlp(layers=2), predictor=Mlp(layers=2))
 _MOCO = Projection(pool="cls", projector=Mlp(layers=3, last_norm=True), predictor=Mlp(layers=2, last_norm=True))
 _SLIP = pooled(FULL, 1, encoder="online", posterior=Contrast(temperature=0.1), head=Projection(projector=Mlp(layers=3)))
@@ -38,7 +41,7 @@ METHODS: dict[str, Method] = {
             "data.mask": "uniform", "data.mask_ratio": 0.75, "data.crop_scale": (0.2, 1.0), "model.encoder.final_norm": True,
             "model.encoder.drop_path": 0.0, "model.encoder.freeze_patch_embed": False, "model.decoder.width": 512, "model.decoder.depth": 8,
             "model.decoder.positions": "absolute", "model.decoder.cls": "yes", "optim.lr": 2.4e-3, "optim.weight_decay": 0.05,
-            "optim.clip": 0.0, **_PLAIN,
+            "optim.clip": 0.0, "train.epochs": 1600.0, **_PLAIN,
         },
         kept="75 % random cells dropped, normed encoder output, decoder of 8 blocks of 512 over visible and hidden cells with cls, "
         "per-patch normalised pixels of hidden cells",
@@ -49,7 +52,7 @@ METHODS: dict[str, Method] = {
         settings={
             "data.mask_ratio": 120 / 196, "model.encoder.final_norm": True, "model.encoder.drop_path": 0.25,
             "model.encoder.freeze_patch_embed": False, "optim.lr": 4e-3, "optim.weight_decay": 0.05, "optim.clip": 3.0,
-            "optim.ema": 0.9998, "optim.ema_schedule": "constant",
+            "optim.ema": 0.9998, "optim.ema_schedule": "constant", "train.epochs": 800.0,
         },
         kept="hidden cells stand as mask tokens, mean of the normalised outputs of the last 6 blocks of the EMA as target, smooth L1 with "
         "beta 2 at hidden cells, one linear map as head",
@@ -67,7 +70,7 @@ METHODS: dict[str, Method] = {
     ),
     "byol": Method(
         terms=(pooled(FULL, 1, posterior=Cosine(scale=2.0), head=_BYOL), pooled(OTHER, 0, posterior=Cosine(scale=2.0), head=_BYOL)),
-        settings={"model.encoder.freeze_patch_embed": False, "optim.ema": 0.996},
+        settings={"model.encoder.freeze_patch_embed": False, "optim.ema": 0.996, "train.epochs": 1000.0},
         kept="projector and predictor of two layers with batch norm, 2 - 2 cos summed over both directions, EMA target 0.996 to 1",
         left_out="LARS; a target that starts from other values than the online network",
     ),
@@ -80,13 +83,13 @@ METHODS: dict[str, Method] = {
     ),
     "simclr": Method(
         terms=(pooled(FULL, 1, encoder="online", posterior=Contrast(temperature=0.1), head=Projection(projector=Mlp(layers=2))),),
-        settings={"model.encoder.freeze_patch_embed": False, "model.head.hidden": 2048, "model.head.width": 128},
+        settings={"model.encoder.freeze_patch_embed": False, "model.head.hidden": 2048, "model.head.width": 128, "train.epochs": 1000.0},
         kept="one encoder for both views with gradient through both, NT-Xent against all other views of the batch",
         left_out="LARS; negatives of other microbatches",
     ),
     "barlow_twins": Method(
         terms=(pooled(FULL, 1, encoder="online", posterior=Decorrelation(off_diagonal=0.0051), head=Projection(projector=Mlp(layers=3))),),
-        settings={"model.encoder.freeze_patch_embed": False, "model.head.hidden": 8192, "model.head.width": 8192},
+        settings={"model.encoder.freeze_patch_embed": False, "model.head.hidden": 8192, "model.head.width": 8192, "train.epochs": 1000.0},
         kept="projector of three layers of 8,192, cross-correlation over the batch towards the identity with weight 0.0051",
         left_out="LARS; statistics across microbatches",
     ),
@@ -100,7 +103,7 @@ METHODS: dict[str, Method] = {
         ),
         settings={
             "model.encoder.freeze_patch_embed": False, "model.head.hidden": 2048, "model.head.width": 128, "optim.ema": 0.999,
-            "optim.ema_schedule": "constant",
+            "optim.ema_schedule": "constant", "train.epochs": 200.0, "data.augment.saturation": 0.4, **_EVEN,
         },
         kept="a global and a dense projector, each token predicts the target token that is most alike in the encoder's features, half the "
         "loss each",
@@ -111,6 +114,7 @@ METHODS: dict[str, Method] = {
         settings={
             "data.mask": "uniform", "data.mask_ratio": 0.15, "data.crop_scale": (0.3, 1.0), "model.encoder.freeze_patch_embed": False,
             "model.head.hidden": 2048, "model.head.width": 256, "optim.ema": 0.996, "optim.clip": 3.0, "optim.weight_decay": 0.04,
+            "train.epochs": 800.0, "data.augment.saturation": 0.4, **_EVEN,
         },
         kept="a masked anchor with dropped cells, 1,024 prototypes, sharpened and balanced targets, mean entropy maximised",
         left_out="ten small focal views, GELU in the head, the rising weight decay, the linear EMA schedule over 1.25 runs",
@@ -119,7 +123,7 @@ METHODS: dict[str, Method] = {
         terms=FORMS["sim"],
         settings={
             "data.mask_ratio": 118 / 196, "model.decoder.norm": "batch", "model.decoder.projector_depth": 2, "model.decoder.cls": "yes",
-            "model.encoder.drop_path": 0.0, "optim.weight_decay": 0.05, "optim.clip": 1.0,
+            "model.encoder.drop_path": 0.0, "optim.weight_decay": 0.05, "optim.clip": 1.0, "train.epochs": 1600.0,
         },
         kept="dense features of the other view from a masked one, decoder and projector with batch statistics, relative positions, "
         "second-moment term 0.02",
@@ -129,7 +133,8 @@ METHODS: dict[str, Method] = {
         terms=FORMS["weakly_supervised"],
         settings={
             "data.crop_scale": (0.5, 1.0), "model.encoder.drop_path": 0.0, "model.encoder.freeze_patch_embed": False,
-            "model.pool.kind": "cls", "model.text.pool": "last", "optim.lr": 5e-4, **_PLAIN,
+            "model.pool.kind": "cls", "model.text.pool": "last", "optim.lr": 5e-4, "optim.weight_decay": 0.5, "data.flip_p": 0.0, **_PLAIN,
+            **_YFCC,
         },
         kept="symmetric softmax over the global batch, learned temperature up to 100, cls token, last text token",
         left_out="causal attention in the text tower",
@@ -138,7 +143,7 @@ METHODS: dict[str, Method] = {
         terms=(*FORMS["weakly_supervised"], _SLIP),
         settings={
             "model.encoder.drop_path": 0.0, "model.encoder.freeze_patch_embed": False, "model.pool.kind": "cls", "model.text.pool": "last",
-            "objective.weighting": "fixed", "optim.lr": 3e-3,
+            "objective.weighting": "fixed", "optim.lr": 3e-3, **_YFCC,
         },
         kept="CLIP on one view plus SimCLR on two, added with weight 1",
         left_out="a third, weakly augmented view for CLIP: it reads SimCLR's first one",
@@ -154,7 +159,10 @@ METHODS: dict[str, Method] = {
     ),
     "milan": Method(
         terms=(tokens(MASKED, 0, encoder="frozen"),),
-        settings={"data.mask": "uniform", "data.mask_ratio": 0.75, "model.encoder.freeze_patch_embed": False, "optim.weight_decay": 0.05},
+        settings={
+            "data.mask": "uniform", "data.mask_ratio": 0.75, "model.encoder.freeze_patch_embed": False, "optim.weight_decay": 0.05,
+            "train.epochs": 400.0,
+        },
         kept="normalised features of a frozen encoder (objective.target_checkpoint) from a masked view",
         left_out="sampling of cells by the teacher's attention, the prompting decoder, teachers of another architecture",
     ),

@@ -96,8 +96,8 @@ def view(target: Target) -> View:
     return View(target.encoder, target.crop, target.blocks)
 
 
-def row(name: str) -> methods.Terms:
-    """One row of an objective: a form, its letter in the paper's Table 3, or a named method.
+def row(name: str, key: str = "config.objective.forms") -> methods.Terms:
+    """One row of an objective: a form, its letter in the paper's Table 3, or a named method; `key` is the setting that names it.
 
     Raises:
       UserError: for a name that is none of them.
@@ -113,11 +113,11 @@ def row(name: str) -> methods.Terms:
     if name in methods.TRANSFER:
         return methods.TRANSFER[name]
     if name in named.LEFT_OUT:
-        raise UserError(f"config.objective.forms: {name!r} is not here: {named.LEFT_OUT[name]}")
+        raise UserError(f"{key}: {name!r} is not here: {named.LEFT_OUT[name]}")
     names = [*methods.FORMS, *methods.LETTERS, *methods.TRANSFER, *named.METHODS]
     near = difflib.get_close_matches(name, names, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"config.objective.forms: {name!r} is none of {', '.join(dict.fromkeys(names))}{hint}")
+    raise UserError(f"{key}: {name!r} is none of {', '.join(dict.fromkeys(names))}{hint}")
 
 
 def _asked(o: schema.Objective) -> Terms:
@@ -172,6 +172,11 @@ def _possible(made: Plan) -> None:
             if wanted:
                 way = "set model.encoder.cls_token" if config.model.backbone == "vit" else f"{config.model.backbone} has none: use another"
                 raise UserError(f"config.{key}: needs the cls token; {way}")
+    if config.model.pool.kind == "cls" and (shared := [t.name for t in annotations if t.reads.mixed and t.head == methods.Pooled()]):
+        raise UserError(
+            f"config.model.pool.kind: 'cls' is one token for both images of a mixed input, and {shared[0]} is predicted of each; use "
+            "attention or mean, or for categories alone objective.soft_label=joint"
+        )
     mixed = any(t.reads.mixed for t in terms)
     backbone = backbones.of(config.model)
     if config.objective.isolate and mixed and not backbone.isolates:

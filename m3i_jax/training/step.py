@@ -22,7 +22,7 @@ from m3i_jax import parallel
 from m3i_jax.models import m3i
 from m3i_jax.objective import balance, posterior, regularize
 from m3i_jax.training import spikes, targets, terms, views
-from m3i_jax.training.plan import Plan
+from m3i_jax.training.plan import Goal, Plan
 from m3i_jax.training.state import State
 from m3i_jax.training.targets import Goals
 from m3i_jax.training.terms import Arrays, Cached, Costs, Seen
@@ -144,7 +144,7 @@ def gradients(
         (grads, (costs, squares)), _ = jax.lax.scan(add, first, xs)
         costs |= whole
 
-    metrics = _losses(plan, costs, tally, factors) | _monitors(keys, moments)
+    metrics = _losses(plan, costs, tally, factors) | _monitors(plan, keys, moments)
     return grads, metrics, (jnp.sqrt(squares[0]), jnp.sqrt(squares[1]))
 
 
@@ -188,11 +188,11 @@ def _losses(plan: Plan, costs: Costs, tally: list[jax.Array], factors: list[jax.
     return out
 
 
-def _monitors(goals: Goals, moments: dict[Any, jax.Array]) -> Metrics:
+def _monitors(plan: Plan, goals: Goals, moments: dict[Goal, jax.Array]) -> Metrics:
     """Of the first learned target: standard deviation, share of its energy that varies, and the moment itself."""
-    for goal, value in goals.items():
-        if goal.space in moments and goal.target.learned:
-            rows, moment = value.reshape(-1, value.shape[-1]), moments[goal.space]
+    for goal in plan.goals:
+        if targets.kind(goal) in moments and goal.target.learned:
+            rows, moment = goals[goal].reshape(-1, goals[goal].shape[-1]), moments[targets.kind(goal)]
             mean_D = posterior.layer_normalize(rows).mean(0)
             return {
                 "collapse/target_std": regularize.target_std(rows),

@@ -1,6 +1,7 @@
 """Target representations of a step, computed first and without gradient (M3I section 3.4): clean views through the target encoders, each
 view once, and what a term makes of them: pixels, tokens, a pooled vector, a projection."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -75,11 +76,16 @@ def prepared(term: Term, goal: jax.Array) -> jax.Array:
     return term.posterior.prepare(goal)
 
 
-def moments(plan: Plan, found: Goals) -> dict[Any, jax.Array]:
-    """Second moment C [D, D] of the learned targets of each space, over all their tokens and views of the batch together."""
-    out: dict[Any, list[jax.Array]] = {}
-    for goal, value in found.items():
+def kind(goal: Goal) -> Goal:
+    """What goals have in common whose features one encoder makes in one space, whatever the view: those share a second moment."""
+    return goal._replace(target=dataclasses.replace(goal.target, crop=0))
+
+
+def moments(plan: Plan, found: Goals) -> dict[Goal, jax.Array]:
+    """Second moment C [D, D] of the learned targets of each kind, over all their tokens and views of the batch together."""
+    out: dict[Goal, list[jax.Array]] = {}
+    for goal in plan.goals:  # in the order of the terms: what comes out of a compiled loop is sorted
         if goal.target.learned and (goal.space in (None, "decoder") or not out):
-            rows = posterior.layer_normalize(value.reshape(-1, value.shape[-1]))
-            out.setdefault(goal.space, []).append(posterior.second_moment(rows))
-    return {space: sum(each[1:], each[0]) / len(each) for space, each in out.items()}
+            rows = posterior.layer_normalize(found[goal].reshape(-1, found[goal].shape[-1]))
+            out.setdefault(kind(goal), []).append(posterior.second_moment(rows))
+    return {goal: sum(each[1:], each[0]) / len(each) for goal, each in out.items()}

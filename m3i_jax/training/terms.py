@@ -166,8 +166,8 @@ class Seen:
 
     goals: Goals
     keys: Goals
-    index: jax.Array | None  # [B] of the rows in the keys
-    moments: dict[Any, jax.Array]
+    index: jax.Array | None  # [B] of the rows in the keys; None: they are all of them, in their order
+    moments: dict[Goal, jax.Array]
 
 
 def _picture_cost(plan: Plan, i: int, params: Any, prediction: jax.Array, z: dict[Pass, jax.Array], seen: Seen, batch: Batch) -> Cost:
@@ -184,13 +184,14 @@ def _picture_cost(plan: Plan, i: int, params: Any, prediction: jax.Array, z: dic
     if is_partial(term):
         target = mixing.gather(target, unseen(plan, term, batch))
     keys = targets.prepared(term, seen.keys[goal]) if goal in seen.keys and term.posterior.batch_keys else None
+    places = jnp.arange(batch["mask"].shape[0]) if seen.index is None else seen.index
     settings = plan.config.objective
     given = Given(
         weight=settings.second_moment,
-        moment=seen.moments.get(goal.space),
+        moment=seen.moments.get(targets.kind(goal)),
         temperature=settings.temperature,
         keys=keys,
-        index=None if keys is None or seen.index is None else of_image(plan, term, seen.index),
+        index=None if keys is None else of_image(plan, term, places),
         parameters=params["heads"][term.head.name].get("prototypes") if isinstance(term.head, Projection) else None,
     )
     cost = term.posterior.cost(prediction, target, counted(plan, term, batch), given)

@@ -240,7 +240,7 @@ def test_densecl_matches_the_most_alike_token() -> None:
     keys = np.asarray(got.goals[got.plan.goal(term)], np.float64)
     p = unit(np.asarray(m3i.predict(config, got.params["heads"], term.head, got.z[FULL][:, 1:]), np.float64))
     positive = np.take_along_axis(keys, match[..., None], 1)
-    away = unit(positive.mean(1))
+    away = unit(keys.mean(1))  # of all cells, not of the matched ones
     logits = np.einsum("bnd,kd->bnk", p, away) / 0.2
     own = (p * unit(positive)).sum(-1) / 0.2
     b = np.arange(len(z))

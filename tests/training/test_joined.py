@@ -77,3 +77,20 @@ def test_two_joined_methods_lose_what_each_loses_alone() -> None:
             assert both.losses[figure] == pytest.approx(alone[key], rel=1e-4), figure
         for monitor in ("collapse/alignment", "collapse/uniformity"):
             assert both.losses[monitor + end] == pytest.approx(alone[monitor], rel=1e-4), monitor
+
+
+def test_targets_of_another_encoder_do_not_enter_the_second_moment() -> None:
+    """C is that of the features a method predicts, not of those that a method beside it does."""
+    changes = {"objective__target_checkpoint": "x", "objective__second_moment": 50.0}
+    both = forward(plan_of("sim,milan", **changes))
+    for name, figure in (("sim", "loss/inter"), ("milan", "loss/intra")):
+        alone = forward(plan_of(name, **changes), batch=both.batch, params=both.params)
+        assert both.losses[figure] == pytest.approx(alone.losses[figure], rel=1e-5), figure
+
+
+@pytest.mark.parametrize(("forms", "changes"), [("m3i", {}), ("m3i,deit", {}), ("sim,m3i", {"objective__soft_label": "joint"})])
+def test_one_token_is_not_asked_for_two_images(forms: str, changes: dict) -> None:
+    """Both would be predicted to be the same; only a category of both together can be told from it."""
+    with pytest.raises(UserError, match=r"model\.pool\.kind: 'cls'.*attention"):
+        plan_of(forms, model__pool__kind="cls", **changes)
+    assert plan_of(forms, model__pool__kind="cls", objective__soft_label="joint", data__captions="no").terms
