@@ -4,6 +4,8 @@
 class UserError(Exception):
     """A mistake of the person at the keyboard: main prints the message on one line and exits 2, without a traceback."""
 
+    status = 2  # of the process
+
 
 class Unreadable(UserError):
     """Data that could be read when the run began cannot be read any more."""
@@ -15,3 +17,5 @@ class Stopped(Exception):
 
 class DoesNotFit(UserError):
     """The program does not fit the device it was compiled for: exit 3."""
+
+    status = 3

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 2 refused, 3 does not fit, 42 preempted and saved, 1 anything else. Only the mode that runs is imported."""
 
 import argparse
+import contextlib
 import importlib
 import os
 import pathlib
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 from m3i_jax import config as configuration
 from m3i_jax import privacy
-from m3i_jax.errors import DoesNotFit, Stopped, UserError
+from m3i_jax.errors import Stopped, UserError
 from m3i_jax.modes import MODES
 from m3i_jax.training import leaks
 from m3i_jax.version import __version__
@@ -30,7 +31,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--config", metavar="FILE[:name=value,...]", help="configuration file and its arguments, such as configs/folder.py:path=DIR"
     )
-    out.add_argument("--config.KEY", metavar="VALUE", dest="_", help="set one key of the configuration, as --config.optim.lr=1e-4")
+    out.add_argument(
+        "--config.KEY=VALUE", action="store_true", dest="_", help="set one key of the configuration, as --config.optim.lr=1e-4"
+    )
     out.add_argument("--workdir", metavar="DIR", help="where the run keeps checkpoints, metrics and pictures; the same command resumes it")
     out.add_argument("--mode", default="train", metavar="MODE", help=f"one of {', '.join(MODES)} (default: train)")
     out.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of several hosts: address of the first (not on TPU, Slurm)")
@@ -61,13 +64,21 @@ def _run(arguments: Sequence[str], began: float) -> int:
     overrides = [a[len("--config.") :] for a in arguments if a.startswith("--config.")]
     flags, unknown = parser().parse_known_args([a for a in arguments if not a.startswith("--config.")])
     if unknown:
-        raise UserError(f"{unknown[0]}: there is no such flag; --help lists them")
+        bare = [key for key in overrides if "=" not in key]
+        hint = f"a value follows its key after '=': --config.{bare[0]}={unknown[0]}" if bare else "--help lists them"
+        raise UserError(f"{unknown[0]}: there is no such flag; {hint}")
     if flags.mode not in MODES:
-        raise configuration.unknown(flags.mode, MODES, "--mode=")
+        raise configuration.unknown(flags.mode, MODES, "--mode=", "mode")
     if not flags.config and not MODES[flags.mode].of_run:
         raise UserError("--config: is missing; name a file, such as --config configs/quickstart.py")
     if not flags.workdir and flags.mode != "show":
         raise UserError("--workdir: is missing; name a directory for the run, such as --workdir runs/first")
+    if "://" in (flags.workdir or ""):
+        raise UserError(f"--workdir {flags.workdir}: an address is no directory; name one of this machine, such as a mounted bucket")
+    asked = pathlib.Path(flags.workdir or ".")
+    there = next(place for place in (asked, *asked.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise UserError(f"--workdir {flags.workdir}: {str(there)!r} is no directory; name one for the run, such as --workdir runs/first")
     mode = MODES[flags.mode]
     foreign = {name for other in MODES.values() for name in other.flags} - set(mode.flags)
     for name in sorted(foreign) + ([] if mode.together else ["coordinator", "processes", "process_id"]):
@@ -81,18 +92,20 @@ def _run(arguments: Sequence[str], began: float) -> int:
     configuration.override(config, overrides)
     settings = configuration.resolve(config)
     more = {name: getattr(flags, name) for name in mode.flags} | ({"began": began} if mode.timed else {})
+    refusing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if mode.together:
-        from m3i_jax.parallel import distributed
+        from m3i_jax.parallel import distributed, heartbeat
 
         place = distributed.decide(
             flags.coordinator, flags.processes, flags.process_id, environ=os.environ, tpu=distributed.on_tpu(os.environ)
         )
         distributed.start(place, configuration.to_text(settings), settings.parallel.mesh, beat=settings.parallel.heartbeat)
+        refusing = heartbeat.refusing()
     if mode.compiles:
         watch = importlib.import_module("m3i_jax.modes.watch")
         watch.keep_compilations(pathlib.Path(flags.workdir))
     room = importlib.import_module(f"m3i_jax.modes.{flags.mode}")
-    with privacy.closed(settings.report.private):
+    with privacy.closed(settings.report.private), refusing:
         return room.run(settings, workdir=flags.workdir, **more)
 
 
@@ -106,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(sys.argv[1:] if arguments is None else arguments, began)
         except UserError as error:
             print(f"m3i_jax: {' '.join(str(error).split())}", file=sys.stderr)
-            return 3 if isinstance(error, DoesNotFit) else 2
+            return error.status
         except Stopped as error:
             print(f"m3i_jax: stopped: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
             if arguments is None:

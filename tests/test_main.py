@@ -78,6 +78,10 @@ def test_the_time_of_a_run_counts_from_the_start_of_its_process() -> None:
         (["--config", "configs/quickstart.py", "--workdir", "W", "--config.optim.lr=fast"], "config.optim.lr: 'fast' is not a number"),
         (["--config", "configs/quickstart.py", "--workdir", "W", "--mode=trian"], "--mode=train"),
         (["--config", "configs/quickstart.py", "--workdirr", "W"], "--workdirr"),
+        (["--config", "configs/quickstart.py", "--workdir", "W", "--mode=xyz"], "there is no such mode; --help lists every mode"),
+        (["--config", "configs/quickstart.py", "--workdir", "W", "--config.train.steps", "3"], "--config.train.steps=3"),
+        (["--config", "configs/quickstart.py", "--workdir", "README.md/x"], "'README.md' is no directory"),
+        (["--config", "configs/quickstart.py", "--workdir", "gs://b/x"], "an address is no directory"),
         (["--config", "configs/quickstart.py"], "--workdir: is missing"),
         (["--workdir", "W"], "--config: is missing"),
         (["--config", "configs/folder.py:path=no/such/folder", "--workdir", "W"], "no/such/folder"),
@@ -110,7 +114,7 @@ def test_a_mistake_takes_less_than_five_seconds_of_processor() -> None:
 
 
 def test_help_and_version(capsys) -> None:
-    for flag, wanted in (("--help", "--config.optim.b2"), ("--version", "m3i_jax 0.")):
+    for flag, wanted in (("--help", "--config.optim.b2"), ("--help", "--config.KEY=VALUE"), ("--version", "m3i_jax 0.")):
         with pytest.raises(SystemExit) as stop:
             command.main([flag])
         assert stop.value.code == 0 and wanted in capsys.readouterr().out

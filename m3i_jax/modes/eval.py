@@ -38,7 +38,7 @@ def run(config: schema.Config, *, workdir: str, checkpoint: str = "") -> int:
         config = of_another(loaded.fitted(config, checkpoint, "--checkpoint"), checkpoint)
     step = there[1] if there else 0
     job = jobs.open_job(config, workdir, trains=[config.objective.forms])
-    distributed.agree("data", {"data": job.identity})
+    distributed.agree("data", {"data": job.identity, "checkpoint": str(step)})  # of a run under way they may see another newest one
     of = f"step {step:,}" if there and there[0].parent == job.workdir else checkpoint
     if not there and not jax.process_index():
         what = f"{backbones.of(job.config.model).describe(job.config.model)}, {job.config.data.image_size} pixels"

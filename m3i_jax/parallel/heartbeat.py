@@ -12,13 +12,16 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+from m3i_jax.errors import UserError
 from m3i_jax.parallel import barriers
 
 LIMIT = 60.0  # seconds
+TOGETHER = 3.0  # seconds within which all hosts fail, if what failed is the same for all
 _KEY = "m3i/heartbeat"
 _BEAT, _BYE, _LOST = b".\n", b"bye\n", b"lost "
+_beats: list["Heartbeat"] = []  # of this process: one, or none
 
 
 class Heartbeat:
@@ -37,6 +40,7 @@ class Heartbeat:
         self._text: dict[int, bytes] = {}  # host -> what is not a whole line yet
         self._choose, self._closed = selectors.DefaultSelector(), threading.Event()
         self._door: socket.socket | None = None
+        self.status = 0  # that the process will end with, as far as is known
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def open(self) -> "Heartbeat":
@@ -61,18 +65,33 @@ class Heartbeat:
         self._lines[number], self._heard[number], self._text[number] = line, time.monotonic(), b""
         self._choose.register(line, selectors.EVENT_READ, number)
 
-    def close(self, failed: bool = False) -> None:
-        """Take leave, so that the others do not miss this host; `failed`: they shall. Then it first waits a moment, since what failed here
-        may be that another one is lost, which is worth saying instead."""
-        if failed:
+    def refuse(self, status: int) -> None:
+        """A mistake of a person ends this process with a status: that is no other host's doing, so nobody is missed any more."""
+        self.status = status
+        self._closed.set()
+
+    def close(self) -> bool:
+        """Take leave, so that the others do not miss this host; with a status they shall. Then it first waits a moment, since what failed
+        here may be that another one is lost, which is worth saying instead.
+
+        Returns: whether others were left in the middle of the run, that is not all have failed as this host did, or are done.
+        """
+        if self.status:
             self._thread.join(timeout=1.0)
         self._closed.set()  # from here on nobody is missed
-        if not failed:
+        left = False
+        if self.status and self._heard:
+            try:
+                barriers.wait("failed", limit=TOGETHER)
+            except barriers.HostMissing:
+                left = True
+        if not left:
             self._tell(_BYE)
         self._thread.join(timeout=2.0)
         for line in (*self._lines.values(), *([self._door] if self._door else [])):
             with contextlib.suppress(OSError):
                 line.close()
+        return left
 
     def _tell(self, text: bytes) -> None:
         for line in list(self._lines.values()):
@@ -159,12 +178,39 @@ def start(limit: float, say: Callable[[str], None] = print) -> None:
     except (OSError, ValueError) as error:
         say(f"warning: no heartbeats from {barriers.call(0)} ({error}); a lost host is only noticed by jax.distributed, without its name")
         return
-    failed, before = threading.Event(), sys.excepthook
+    before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-        failed.set()
+        beat.status = 1
         before(kind, error, trace)
 
     sys.excepthook = hook
+    _beats.append(beat)
     # Registered after jax's own, so called before it: that one waits for hosts that may be lost.
-    atexit.register(lambda: beat.close(failed=failed.is_set()))
+    atexit.register(_leave, beat)
+
+
+def _leave(beat: Heartbeat) -> None:
+    if beat.close():  # what waits for this host has ended, and jax would wait for that before it aborts this process too
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        if barriers.host() == 0:
+            time.sleep(1.0)  # with this process the coordinator goes, and with it those that have not seen that yet
+        os._exit(beat.status)
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """A mistake that is told on one line within the block ends the other hosts too, should this one alone have met it: such as a file that
+    vanished, which only the host whose turn it was has seen. They would wait for it.
+
+    >>> with refusing(): print("alone, nothing is to be done")
+    alone, nothing is to be done
+    """
+    try:
+        yield
+    except UserError as error:
+        for beat in _beats:
+            beat.refuse(error.status)
+        raise

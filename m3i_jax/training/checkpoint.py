@@ -70,7 +70,7 @@ class Checkpoints:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, dict[str, Any], concurrent.futures.Future[None]] | None = None
         self._misses, self._again = 0, 0.0  # failed saves in a row; when to try again, 0: no need
-        self._cleaned = False
+        self._cleaned, self._there = False, -1  # the newest step that all hosts know to be there
         self._whole: set[int] = set()  # steps whose files were looked at
         if self._first:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -135,7 +135,8 @@ class Checkpoints:
           SavesFailed: the save before was one too many that failed.
         """
         self._settle()
-        if step not in steps.listed(self._directory):
+        # One host's view of a shared disk may be behind: it alone would begin, and wait for all.
+        if step not in (self._there, *steps.listed(self._directory)):
             self._start(step, state, position)
 
     def retry(self) -> bool:
@@ -191,13 +192,12 @@ class Checkpoints:
         """Wait for the save before. True if it is there now, or there was none."""
         if not self._saving:
             return True
-        step, _, done = self._saving
-        self._saving = None
+        (step, _, done), self._saving = self._saving, None
         error = done.exception()
         reason = "" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:300]
         failed = {parallel.call(number): why for number, why in enumerate(parallel.exchange("saved", reason, limit=self.LIMIT)) if why}
         if not failed:
-            self._misses = 0
+            self._misses, self._there = 0, step
             return True
         self._misses += 1
         if self._first:

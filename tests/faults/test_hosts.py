@@ -146,6 +146,42 @@ def test_every_host_that_may_be_lost_is_named(tmp_path: pathlib.Path, trials) ->
     assert trials.passed == trials.trials == 10
 
 
+REFUSE = (
+    JOIN
+    + """
+    from m3i_jax.errors import UserError
+    from m3i_jax.parallel import heartbeat
+    distributed.initialize(place, limit=60)
+    barriers.wait("all")
+    if str(me) in sys.argv[4]:
+        try:
+            with heartbeat.refusing():
+                raise UserError("'7.jpg' cannot be read")
+        except UserError as error:
+            sys.exit(error.status)  # as main does
+    barriers.wait("never", limit=100.0)
+"""
+)
+
+
+@pytest.mark.row("A5", "A6")
+def test_a_mistake_that_one_host_meets_ends_all(tmp_path: pathlib.Path) -> None:
+    """A file that vanished is seen by the host whose turn it was: the others would wait for it. One that all meet is told by each."""
+    script = tmp_path / "refuse.py"
+    script.write_text(textwrap.dedent(REFUSE))
+    pairs = {who: start(script, who) for who in ("0", "1", "01")}
+    try:
+        for who, both in pairs.items():
+            for i, process in enumerate(both):
+                _, err = process.communicate(timeout=90)
+                told = "" if str(i) in who else f"m3i_jax: lost host {who} ("
+                assert process.returncode == (1 if told else 2) and told in err, (who, i, process.returncode, err[-2000:])
+    finally:
+        for process in sum(pairs.values(), []):
+            process.kill()
+            process.wait()
+
+
 SAVE = (
     JOIN
     + """

@@ -17,6 +17,7 @@ from m3i_jax.interop import tensors
 from m3i_jax.modes import eval as evaluate
 from m3i_jax.modes import job as jobs
 from m3i_jax.modes import train
+from m3i_jax.training import steps
 from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.trainer import Trainer
 from tests import broken, toy
@@ -130,8 +131,9 @@ def test_a_published_intern_image_brings_its_settings(
 
 def test_what_is_known_is_not_measured_again(run: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same call goes on; another checkpoint is another thing, and so is another setting."""
-    ran = []
+    ran, agreed = [], []
     real = evaluate.evaluators.measures
+    monkeypatch.setattr(evaluate.distributed, "agree", lambda name, items: agreed.append(items["checkpoint"]))
 
     def noted(*rest, **more):
         found, sets = real(*rest, **more)
@@ -147,6 +149,7 @@ def test_what_is_known_is_not_measured_again(run: pathlib.Path, monkeypatch: pyt
     assert command.main(call) == 0 and ran == ["knn", "direct", "direct"]
     assert command.main([*call, "--checkpoint", str(run / "checkpoints" / "1")]) == 0 and ran[3:] == ["knn", "direct"]
     assert json.loads((run / "eval.json").read_text())["step"] == 1
+    assert agreed == [str(max(steps.listed(run / "checkpoints")))] * 2 + ["1"]  # what several hosts must have in common
     assert command.main([*call, "--config.evaluate.crop=1.0", "--checkpoint", str(run / "checkpoints" / "1")]) == 0
     assert ran[5:] == ["knn", "direct"]
 

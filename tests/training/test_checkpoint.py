@@ -14,7 +14,7 @@ import pytest
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.objective import methods
-from m3i_jax.training import optimizer, state
+from m3i_jax.training import checkpoint, optimizer, state
 from m3i_jax.training.checkpoint import FORMAT, Checkpoints
 from tests import toy
 
@@ -150,6 +150,16 @@ def test_the_state_may_be_donated_while_it_is_written(tmp_path: pathlib.Path, op
     wanted = {"x": jax.ShapeDtypeStruct((2**20,), jnp.float32)}
     got = one.restore(1, wanted, parallel.shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), wanted))
     assert bits(got) == before
+
+
+def test_a_host_that_does_not_see_the_step_yet_does_not_write_it_again_alone(tmp_path: pathlib.Path, open_at, monkeypatch) -> None:
+    """What another host has renamed may take half a minute to be seen on a shared disk; a save by one host alone would wait for all."""
+    one = open_at(tmp_path / "there")
+    one.save(2, laid_out({"a": jnp.arange(3.0)}, parallel.make_mesh((1, 1, 1), jax.devices()[:1])), POSITION)
+    one.wait()
+    monkeypatch.setattr(checkpoint.steps, "listed", lambda directory: [])
+    monkeypatch.setattr(one, "_start", lambda *_: pytest.fail("saved once more"))
+    one.save(2, {}, POSITION)
 
 
 @pytest.mark.row("B5")
