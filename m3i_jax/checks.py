@@ -248,12 +248,12 @@ def _compared(c: schema.Config) -> None:
 def devices(c: schema.Config, shape: tuple[int, int, int]) -> None:
     """Raise UserError if the batch cannot be split over a mesh of this (replica, fsdp, tensor) shape."""
     unit, why = _unit(c, shape)
+    below = c.train.batch_size // unit * unit
     _require(
         c.train.batch_size % unit == 0,
         "train.batch_size",
         c.train.batch_size,
-        f"must be a multiple of {why}; "
-        f"nearest: {max(unit, c.train.batch_size // unit * unit)} or {(c.train.batch_size // unit + 1) * unit}",
+        f"must be a multiple of {why}; nearest: {f'{below} or ' if below else ''}{below + unit}",
     )
 
 

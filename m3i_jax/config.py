@@ -13,6 +13,7 @@ import inspect
 import math
 import pathlib
 import re
+import traceback
 import typing
 from typing import Any
 
@@ -84,22 +85,22 @@ def _item(kind: Any) -> type:
     return typing.get_args(kind)[0]
 
 
-def unknown(key: str, known: typing.Iterable[str], where: str = "config.") -> UserError:
-    """The error for a key that does not exist: names the nearest one that does."""
+def unknown(key: str, known: typing.Iterable[str], where: str = "config.", what: str = "key") -> UserError:
+    """The error for a key, or something else of a name, that does not exist: names the nearest one that does."""
     known = list(known)
     near = difflib.get_close_matches(key, known, 1, 0.5) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
-    hint = f"; did you mean {where}{near[0]}?" if near else "; --help lists every key"
-    return UserError(f"{where}{key}: there is no such key{hint}")
+    hint = f"; did you mean {where}{near[0]}?" if near else f"; --help lists every {what}"
+    return UserError(f"{where}{key}: there is no such {what}{hint}")
 
 
-def _typed(key: str, kind: Any, value: Any) -> Any:
-    """`value` as `kind` without guessing: whole numbers pass as numbers, lists as tuples, nothing else changes type."""
-    wrong = UserError(f"config.{key}: {value!r} is not {_type_name(kind)}")
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """`value` as `kind` without guessing: whole numbers pass as numbers, lists as tuples, nothing else changes type; `name` is told."""
+    wrong = UserError(f"{name}: {value!r} is not {_type_name(kind)}")
     if kind in (int, float):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and not isinstance(value, int)):
             raise wrong
         if not math.isfinite(value):
-            raise UserError(f"config.{key}: {value!r} is not finite")
+            raise UserError(f"{name}: {value!r} is not finite")
         return kind(value)
     if kind in (bool, str):
         if not isinstance(value, kind):
@@ -107,23 +108,23 @@ def _typed(key: str, kind: Any, value: Any) -> Any:
         return value
     if not isinstance(value, (tuple, list)):
         raise wrong
-    return tuple(_typed(key, _item(kind), v) for v in value)
+    return tuple(_typed(name, _item(kind), v) for v in value)
 
 
-def _literal(key: str, kind: Any, text: str) -> Any:
+def _literal(name: str, kind: Any, text: str) -> Any:
     """The text of an override as `kind`; only Python literals, nothing is evaluated."""
     if kind is str:
         return text
     if kind is bool:
         if text.lower() not in ("true", "false"):
-            raise UserError(f"config.{key}: {text!r} is not true or false")
+            raise UserError(f"{name}: {text!r} is not true or false")
         return text.lower() == "true"
     if kind not in (int, float) and _item(kind) is str and text[:1] not in ("(", "["):
-        return tuple(filter(None, (name.strip() for name in text.split(","))))
+        return tuple(filter(None, (item.strip() for item in text.split(","))))
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        raise UserError(f"config.{key}: {text!r} is not {_type_name(kind)}") from None
+        raise UserError(f"{name}: {text!r} is not {_type_name(kind)}") from None
     return (value,) if kind not in (int, float) and isinstance(value, (int, float)) else value
 
 
@@ -145,7 +146,7 @@ def override(config: ml_collections.ConfigDict, assignments: typing.Iterable[str
         for part in key.split(".")[:-1]:
             parent = parent[part]
         with parent.ignore_type():
-            parent[key.split(".")[-1]] = _typed(key, kind, _literal(key, kind, text))
+            parent[key.split(".")[-1]] = _typed(f"config.{key}", kind, _literal(f"config.{key}", kind, text))
 
 
 def load(spec: str) -> ml_collections.ConfigDict:
@@ -155,7 +156,7 @@ def load(spec: str) -> ml_collections.ConfigDict:
     """
     file, _, text = spec.partition(":")
     path = pathlib.Path(file)
-    if path.suffix != ".py" or "://" in spec:
+    if path.suffix != ".py":  # nor an address, of which the part before its colon is left
         raise UserError(f"--config {spec}: must name a local Python file, such as configs/quickstart.py")
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else [], 1)
@@ -165,17 +166,33 @@ def load(spec: str) -> ml_collections.ConfigDict:
     module = importlib.util.module_from_spec(found)
     try:
         found.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"--config {file}: has no function get_config; define one that returns m3i_jax.config.default(), changed")
         get_config = module.get_config
         arguments = _arguments(file, inspect.signature(get_config), text)
         config = get_config(**arguments)
     except UserError:
         raise
     except Exception as error:  # a person's own config file: whatever is wrong with it is theirs to read on one line
-        reason = " ".join(str(error).split()).strip("\"'")
-        raise UserError(f"--config {file}: {type(error).__name__}: {reason}") from error
+        raise UserError(f"--config {_reason(file, error)}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config {file}: get_config returned {type(config).__name__}; it must return m3i_jax.config.default(), changed")
     return config
+
+
+def _reason(file: str, error: Exception) -> str:
+    """The file, the line of it that failed, and why, of an error that is not ours."""
+    frames, here = traceback.extract_tb(error.__traceback__), pathlib.Path(file).resolve()
+    lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename).resolve() == here]
+    where = f"{file}, line {lines[-1]}" if lines else file
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # a KeyError's own text is quoted
+    if absent := re.search(r'Key "(.*?)" does not exist', text):  # a locked ConfigDict; the rest of its text is the whole section
+        known = leaves()
+        near = difflib.get_close_matches(absent[1], {part for key in known for part in key.split(".")}, 1)
+        places = [f"config.{key}" for key in known if near and near[0] in key.split(".")]
+        hint = f"did you mean {places[0] if len(places) == 1 else near[0]}?" if near else "--help lists every key"
+        return f"{where}: there is no such key {absent[1]!r}; {hint}"
+    return f"{where}: {type(error).__name__}: {' '.join(text.split())}"
 
 
 def not_data(spec: str, overrides: typing.Iterable[str]) -> None:
@@ -206,9 +223,22 @@ def _arguments(file: str, signature: inspect.Signature, text: str) -> dict[str, 
             raise UserError(
                 f"--config {file}:{name}: there is no such argument; " + (f"did you mean {near[0]}=?" if near else f"it takes {names}")
             )
-        kind = type(signature.parameters[name].default)
-        out[name] = _typed(f"{file}:{name}", kind, _literal(f"{file}:{name}", kind, value))
+        kind, where = _kind(signature.parameters[name]), f"--config {file}:{name.rstrip('_')}"
+        out[name] = _typed(where, kind, _literal(where, kind, value))
+    for name, parameter in signature.parameters.items():
+        if parameter.default is parameter.empty and name not in out:
+            raise UserError(f"--config {file}: the argument {name} is missing; write --config {file}:{name.rstrip('_')}=VALUE")
     return out
+
+
+def _kind(parameter: inspect.Parameter) -> Any:
+    """The type of an argument of `get_config`: that of its default; without one, as it is annotated; else text."""
+    default, plain = parameter.default, {"int": int, "float": float, "bool": bool, "str": str}
+    if isinstance(default, tuple):
+        return tuple[type(default[0]) if default else str, ...]  # type: ignore[misc]
+    if type(default) in plain.values():
+        return type(default)
+    return plain.get(getattr(parameter.annotation, "__name__", parameter.annotation), str)
 
 
 def _build(cls: type, node: Any, prefix: str, known: dict[str, Any]) -> Any:
@@ -223,7 +253,7 @@ def _build(cls: type, node: Any, prefix: str, known: dict[str, Any]) -> Any:
         if dataclasses.is_dataclass(kind):
             values[name] = _build(typing.cast(type, kind), value, prefix + name + ".", known)
             continue
-        value, choices = _typed(prefix + name, kind, value), fields[name].metadata.get("choices", ())
+        value, choices = _typed(f"config.{prefix}{name}", kind, value), fields[name].metadata.get("choices", ())
         if choices and value not in choices:
             near = difflib.get_close_matches(str(value), [str(c) for c in choices], 1)
             raise UserError(
@@ -282,7 +312,7 @@ def from_text(text: str, where: str) -> ml_collections.ConfigDict:
             parent = parent[part]
         try:
             with parent.ignore_type():
-                parent[last] = _typed(key, known[key][0], ast.literal_eval(value))
+                parent[last] = _typed(f"config.{key}", known[key][0], ast.literal_eval(value))
         except (ValueError, SyntaxError):
             raise UserError(f"{where}: {key}: {value!r} is no value; the file was changed") from None
     return config

@@ -152,6 +152,7 @@ def test_a_config_file_that_misspells_a_key_is_refused(tmp_path) -> None:
         ("configs/quickstart.py:stepz=3", "did you mean steps=?"),
         ("configs/quickstart.py:steps=many", "is not a whole number"),
         ("configs/folder.py:model=vit_b17", "vit_b16"),
+        ("configs/quickstart.py:steps=many", "--config configs/quickstart.py:steps: 'many'"),
         ("https://example.org/config.py", "local Python file"),
         ("configs", "local Python file"),
     ],
@@ -161,6 +162,49 @@ def test_bad_config_files(spec: str, wanted: str, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError) as refusal:
         config.load(spec)
     assert wanted in str(refusal.value)
+
+
+def test_an_argument_may_be_an_address(request: pytest.FixtureRequest) -> None:
+    assert config.load(f"{request.config.rootpath}/configs/tars.py:path=gs://bucket/*.tar").data.path == "gs://bucket/*.tar"
+
+
+OWN = """from m3i_jax.config import default
+def get_config(path, steps: int, rate=None, names=("a", "b")):
+    c = default()
+    c.data.path, c.train.steps, c.objective.forms = path, steps, names
+    return c
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "wanted"),
+    [
+        (OWN, "", "the argument path is missing; write --config FILE:path=VALUE"),
+        (OWN, ":path=p,steps=2.5", "--config FILE:steps: 2.5 is not a whole number"),
+        ("def get_config(", "", "SyntaxError: '(' was never closed (mine.py, line 1)"),
+        ("x = 1\nimport there_is_none", "", "--config FILE, line 2: ModuleNotFoundError: No module named 'there_is_none'"),
+        ("x = 1", "", "--config FILE: has no function get_config; define one"),
+        (
+            OWN.replace("    return", "    c.model.encoder.widht = 3\n    return"),
+            ":path=p,steps=2",
+            "line 5: there is no such key 'widht'; ",
+        ),
+        (OWN.replace("    return", "    c.model.encoder.widht = 3\n    return"), ":path=p,steps=2", "did you mean width?"),
+        (OWN.replace("    return", "    c.data.mean = 3\n    return"), ":path=p,steps=2", "did you mean config.data.augment.mean?"),
+    ],
+)
+def test_a_mistake_in_ones_own_config_file_is_told_with_its_line(text: str, arguments: str, wanted: str, tmp_path) -> None:
+    (file := tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError) as refusal:
+        config.load(f"{file}{arguments}")
+    told = str(refusal.value).replace(str(file), "FILE")
+    assert wanted in told and len(told) < 160
+
+
+def test_arguments_of_ones_own_config_file_have_the_type_of_default_or_annotation(tmp_path) -> None:
+    (file := tmp_path / "mine.py").write_text(OWN)
+    made = config.load(f"{file}:path=3,steps=2,rate=1,names=mim,clip")
+    assert (made.data.path, made.train.steps, made.objective.forms) == ("3", 2, ("mim", "clip"))
 
 
 @pytest.mark.parametrize("name", ["quickstart", "folder", "tars", "toy"])
@@ -176,7 +220,7 @@ def test_batches_must_divide_over_devices_in_pairs(batch: int, parts: int, shape
     if fits:
         checks.devices(c, shape)
     else:
-        with pytest.raises(UserError, match="multiple of 32"):
+        with pytest.raises(UserError, match="multiple of 32: .*; nearest: 32$"):
             checks.devices(c, shape)
 
 

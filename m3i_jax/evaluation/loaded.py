@@ -114,7 +114,7 @@ def view(picture_HxWx3: np.ndarray, size: int) -> np.ndarray:
         raise ValueError(f"a picture has shape {picture.shape} and type {picture.dtype}; it must be [H, W, 3], uint8 or floats in 0..1")
     if picture.dtype != np.uint8:
         picture = picture.astype(np.float32)
-        if picture.size and (picture.min() < 0 or picture.max() > 1):
+        if picture.size and not (picture.min() >= 0 and picture.max() <= 1):  # nor NaN
             raise ValueError(f"a float picture has values in {picture.min()}..{picture.max()}; they must lie in 0..1")
     height, width = picture.shape[:2]
     if (height, width) == (size, size):

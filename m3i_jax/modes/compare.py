@@ -6,6 +6,7 @@ result.json and is not run again; one that was cut off goes on. After each, the 
 
 import dataclasses
 import gc
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -28,6 +29,8 @@ RESULT = "result.json"
 def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
     # A form that this data cannot feed is refused before hours go into those before it.
     trains = [names(form) for form in config.compare.forms]
+    for name in itertools.chain(*trains):
+        plan.row(name, "config.compare.forms")
     plan.refuse_idle(config, trains)
     whole = jobs.open_job(config, workdir, trains=trains)
     main = jax.process_index() == 0

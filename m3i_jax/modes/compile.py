@@ -16,9 +16,9 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from m3i_jax import checks, parallel, schema
+from m3i_jax import parallel, schema
 from m3i_jax.errors import DoesNotFit, UserError
-from m3i_jax.modes import fitting, show, watch
+from m3i_jax.modes import fitting, job, show, watch
 from m3i_jax.parallel import topology as topologies
 from m3i_jax.parallel.rules import path_of
 from m3i_jax.reporting import compiled, files, flops, slices
@@ -47,7 +47,7 @@ def site(name: str, memory: str) -> Site:
         given = float(memory) * 2**30 if memory else 0.0
     except ValueError:
         given = -1.0
-    if given < 0 or not math.isfinite(given):
+    if memory and not 0 < given < math.inf:
         raise UserError(f"--memory {memory}: is not a number of GiB a device, such as --memory=16")
     devices = topologies.devices(place)
     if place.kind in slices.CHIPS:
@@ -95,10 +95,7 @@ def state_bytes(made: trainer.Trainer) -> dict[str, float]:
 
 def report(config: schema.Config, site: Site, vocabulary: int) -> dict[str, Any]:
     """Lower and compile the step of a completed configuration; the entries of compile.json."""
-    mesh = parallel.make_mesh(config.parallel.mesh, site.devices)
-    config, told = checks.fitted(config, tuple(mesh.shape[a] for a in parallel.AXES))  # type: ignore[arg-type]
-    if told:
-        print(told, flush=True)
+    config, mesh = job.placed(config, site.devices)
     made = trainer.Trainer(config, mesh, vocabulary)
     batch, shards, devices = trainer.abstract_batch(config), fitting.data_shards(mesh), len(site.devices)
     out: dict[str, Any] = {
@@ -174,7 +171,7 @@ def search_batch(config: schema.Config, site: Site, vocabulary: int) -> tuple[in
 
 def search_changes(config: schema.Config, site: Site, vocabulary: int) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
     """(flags of the cheapest candidate that fits, or "", report as configured, attempts)."""
-    checks.fitted(config, tuple(parallel.make_mesh(config.parallel.mesh, site.devices).shape[a] for a in parallel.AXES))  # type: ignore[arg-type]
+    job.placed(config, site.devices)
     first, rows = None, []
     for flags, made in fitting.candidates(config, len(site.devices)):
         mesh = parallel.make_mesh(made.parallel.mesh, site.devices)
@@ -194,15 +191,15 @@ def _advice(config: schema.Config, got: dict[str, Any]) -> str:
     state = sum(got["memory"].get(part, 0.0) for part in compiled.STATE)
     if state > got["limit_bytes"] and got["devices"] > got["mesh"]["fsdp"] * got["mesh"]["tensor"]:
         return "shard the state with --config.parallel.mesh=(1,-1,1), or let --suggest search"
-    parts = config.train.microbatches
-    while parts < 64 and state + (got["peak_bytes"] or 0) * config.train.microbatches / parts > got["limit_bytes"]:
-        parts *= 2
-    parts = max(parts, 2 * config.train.microbatches)
+    now, pairs = config.train.microbatches, got["batch_per_device"] // 2
+    possible = [parts for parts in (now * 2**k for k in range(1, 7)) if pairs % parts == 0]
+    enough = [parts for parts in possible if state + (got["peak_bytes"] or 0) * now / parts <= got["limit_bytes"]]
+    split = "".join(f"compute it in parts with --config.train.microbatches={parts}, " for parts in (enough[:1] or possible[-1:]))
     less = {"none": "names", "dots": "names", "names": "half"}.get(config.model.remat)
     keep = f"store less with --config.model.remat={less}, " if less else ""
     return (
-        f"{keep}compute it in parts with --config.train.microbatches={parts}, take a smaller batch (batch_size= of the configuration file: "
-        "learning rate and EMA go with it), or let --suggest search"
+        f"{keep}{split}take a smaller batch (batch_size= of the configuration file: learning rate and EMA go with it), or let --suggest "
+        "search"
     )
 
 
@@ -231,7 +228,7 @@ def run(config: schema.Config, *, workdir: str, topology: str, memory: str, larg
         print(compiled.attempts(rows))
     if found:
         print(f"largest batch: {found:,} images a data shard, to a sixteenth")
-    if where.topology.family.platform == "cuda" and got["fits"] and got["peak_bytes"] > GPU_POOL * where.limit / 0.9:
+    if where.topology.family.platform == "cuda" and got["fits"] and got["peak_bytes"] > GPU_POOL * slices.CHIPS[where.chip].usable / 0.9:
         print("JAX takes three quarters of a card unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 is set: this needs it")
     if assumed:
         print(f"assumed, since this mode reads no data: {', '.join(assumed)}")

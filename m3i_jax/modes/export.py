@@ -149,9 +149,9 @@ def _to_stablehlo(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> li
     again = jax.export.deserialize(bytearray((place / "features.stablehlo").read_bytes()))
     few = np.random.default_rng(0).integers(0, 256, (3, size, size, 3)).astype(np.uint8)
     expected, got = np.asarray(function(few)), np.asarray(again.call(few))
+    shape = ", ".join(map(str, again.out_avals[0].shape))
     return [
-        f"features ({model.pool}) of uint8 pictures [b, {size}, {size}, 3] as float32 {[str(n) for n in again.out_avals[0].shape]}, for "
-        + ", ".join(_PLATFORMS),
+        f"features ({model.pool}) of uint8 pictures [b, {size}, {size}, 3] as float32 [{shape}], for " + ", ".join(_PLATFORMS),
         "run it with: jax.export.deserialize(bytearray(open('features.stablehlo', 'rb').read())).call(pictures)",
         _difference("the file, read back,", expected, got),
     ]

@@ -5,7 +5,7 @@ import dataclasses
 import fcntl
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -69,10 +69,10 @@ def _begun(config: schema.Config, workdir: pathlib.Path) -> schema.Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=there.batch_size))
 
 
-def placed(config: schema.Config) -> tuple[schema.Config, jax.sharding.Mesh]:
-    """The configuration, its batch rounded if so configured, and its mesh on the devices that are here; refuses a batch that cannot be
-    split over it."""
-    mesh = parallel.make_mesh(config.parallel.mesh)
+def placed(config: schema.Config, devices: Sequence[jax.Device] | None = None) -> tuple[schema.Config, jax.sharding.Mesh]:
+    """The configuration, its batch rounded if so configured, and its mesh on these devices or on those that are here; refuses a mesh whose
+    hosts would share rows, and a batch that cannot be split over it."""
+    mesh = parallel.make_mesh(config.parallel.mesh, devices)
     parallel.own_rows(mesh)
     config, told = checks.fitted(config, tuple(mesh.shape[a] for a in parallel.AXES))  # type: ignore[arg-type]
     if told and not jax.process_index():

@@ -35,6 +35,10 @@ def run(config: schema.Config, *, workdir: str) -> int:
     captions = pictures.captions(job, batch)
     originals = [records.decode(record.image, background=config.data.background) for record in shown_records]
     path = job.workdir / "preview.png"
-    preview.write(path, batch, captions=captions, classes=job.classes, originals=originals, blended=inputs)
+    asked = {"input view": True, "target view": 1 in plan.read(job.config).crops}
+    asked["mask"] = any(read.masked or read.mixed for read in passes)
+    asked["mixed input"] = any(read.mixed for read in passes)
+    columns = [name for name in preview.COLUMNS if asked[name]]
+    preview.write(path, batch, captions=captions, classes=job.classes, originals=originals, blended=inputs, columns=columns)
     print(f"{job.train.description()}\n{path}: {len(batch['label'])} samples" + (f"; skipped: {skipped}" if skipped else ""))
     return 0

@@ -1,5 +1,6 @@
 """--mode=report: WORKDIR/report.html, one page of what the run there has logged and drawn; training writes it too when it ends."""
 
+import dataclasses
 import pathlib
 
 from m3i_jax import config as configuration
@@ -19,7 +20,9 @@ def write(config: schema.Config, workdir: pathlib.Path) -> pathlib.Path:
     Raises:
       UserError: a directory has no log of a run.
     """
-    read = [runs.read(place) for place in (str(workdir), *config.report.beside)]
+    beside = config.report.beside
+    found = [runs.read(workdir), *(runs.read(place, "config.report.beside") for place in beside)]
+    read = [dataclasses.replace(run, name=name) for run, name in zip(found, runs.names([workdir, *beside]), strict=True)]
     differs = {other.name: configuration.difference(read[0].config, other.config) for other in read[1:] if other.config}
     write_text(
         workdir / "report.html",

@@ -85,7 +85,8 @@ def _equation(equation: Any, wanted: list[bool]) -> Flops:
         # A kernel knows what of its products is thrown away; and in jax.named_scope("flops=N"), what of them is the model's work.
         stated = _STATED.findall(str(equation.source_info.name_stack))
         return Flops(dot=float(stated[-1] if stated else params["cost_estimate"].flops))
-    inner = [_of(p, wanted if len(p.outvars) == len(wanted) and name != "scan" else [True] * len(p.outvars)) for p in _programs(params)]
+    turns = name in ("scan", "while")  # what one turn gives the next one needs
+    inner = [_of(p, wanted if len(p.outvars) == len(wanted) and not turns else [True] * len(p.outvars)) for p in _programs(params)]
     if name == "while" and any(f.total for f in inner):
         stated = _TURNS.findall(str(equation.source_info.name_stack))
         if not stated:

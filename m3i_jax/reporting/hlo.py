@@ -270,9 +270,14 @@ def _outside(kind: str, each: Instruction, who: tuple[int, ...], host: int) -> f
     return (n - near) / (n - 1) / (1 if "all-to-all" in kind else near)
 
 
+# Where input, kernel and output stand among (operand, operand, result) of a cuDNN call, whose window and labels are those of the forward.
+_GRADIENTS = {"BackwardInput": (2, 1, 0), "BackwardFilter": (0, 2, 1)}
+
+
 def flops(program: Program) -> float:
     """Operations of matrix products and convolutions on one device, a multiply-add being two, products with padding and with the holes of
-    a dilation left out. Covers dot, convolution (which is what a TPU makes of a batched product), cuBLAS calls and what a kernel states."""
+    a dilation left out. Covers dot, convolution (which is what a TPU makes of a batched product), calls of cuBLAS and cuDNN, and what a
+    kernel states."""
     return sum(times * _flops(program, each) for times, each, _ in executed(program))
 
 
@@ -286,12 +291,13 @@ def _flops(program: Program, each: Instruction) -> float:
         return 2.0 * math.prod(each.arrays[0].shape) * math.prod(left[d] for d in dims)
     if stated := re.search(r'"cost_estimate":\{"flops":"(\d+)"', each.text):
         return float(stated[1])
-    if each.opcode != "convolution":
+    call = re.search(r'"__cudnn\$conv(\w+)"', each.text)
+    if each.opcode != "convolution" and not call:
         return 0.0
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.text)
     assert labels, each.text
-    left, kernel = (array.shape for array in program.operands(each)[:2])
-    out = each.arrays[0].shape
+    shapes = [array.shape for array in (*program.operands(each)[:2], each.arrays[0])]
+    left, kernel, out = (shapes[i] for i in _GRADIENTS.get(call[1] if call else "", (0, 1, 2)))
     window = re.search(r"window=\{([^}]*)\}", each.text)
     given = dict(item.split("=") for item in window[1].split()) if window else {}
     macs = float(out[labels[3].index("b")] * out[labels[3].index("f")] * kernel[labels[2].index("i")])

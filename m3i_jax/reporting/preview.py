@@ -1,6 +1,7 @@
 """A contact sheet of a batch, to be looked at before anything is trained on it: are the pictures, crops, masks, labels and captions right?
 
-Partners stand side by side. A mask has the colour of the image that a cell shows, so that it can be checked against the mixed input. On the
+Partners stand side by side. A mask has the colour of the image that a cell shows, so that it can be checked against the mixed input; where
+nothing is mixed, what is hidden is grey. On the
 original stand the frames that its two views were cut from, with a notch where the view's left is: on the right if the view is mirrored.
 """
 
@@ -11,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from m3i_jax.reporting import sheet
-from m3i_jax.reporting.sheet import GAP, MARGIN, MUTED, OWN, PARTNER
+from m3i_jax.reporting.sheet import GAP, HIDDEN, MARGIN, MUTED, OWN, PARTNER
 
 BETWEEN = 36  # pixels between partners
 HEAD, LINE, AFTER = 26, 17, 22  # titles; a line of words; below a row
@@ -37,7 +38,7 @@ def framed(original_HxWx3: np.ndarray, box_2x4: np.ndarray, flip_2: np.ndarray, 
 
     Args:
       original_HxWx3: uint8, in its final orientation; its scale does not matter as long as `box_2x4` is in its pixels.
-      box_2x4: top, left, height, width of both views.
+      box_2x4: top, left, height, width of both views, or of the first alone.
       flip_2: whether they are mirrored.
       side: of the tile in pixels.
 
@@ -51,7 +52,7 @@ def framed(original_HxWx3: np.ndarray, box_2x4: np.ndarray, flip_2: np.ndarray, 
     tile = Image.new("RGB", (side, side), sheet.PAPER)
     tile.paste(Image.fromarray(np.ascontiguousarray(original_HxWx3)).resize(fitted, Image.Resampling.BICUBIC), at)
     draw = ImageDraw.Draw(tile)
-    for (top, left, h, w), mirrored, colour in zip(np.asarray(box_2x4, float), flip_2, BOXES, strict=True):
+    for (top, left, h, w), mirrored, colour in zip(np.asarray(box_2x4, float), flip_2, BOXES[: len(box_2x4)], strict=True):
         x0, y0, x1, y1 = at[0] + left * scale, at[1] + top * scale, at[0] + (left + w) * scale - 1, at[1] + (top + h) * scale - 1
         x1, y1 = max(x0, x1), max(y0, y1)
         draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=sheet.PAPER)  # a light rim: visible on any picture
@@ -69,8 +70,9 @@ def write(
     classes: Sequence[str],
     originals: Sequence[np.ndarray] = (),
     blended: np.ndarray | None = None,
+    columns: Sequence[str] = COLUMNS,
 ) -> None:
-    """Write a contact sheet as PNG: two partners a row; of each the original with its crops, both views, mask, mixed input, label, caption.
+    """Write a contact sheet as PNG: two partners a row; of each the original with its crops, `columns`, label, caption.
 
     Args:
       path: the file; its directory must exist.
@@ -80,6 +82,7 @@ def write(
       classes: names of the categories.
       originals: R pictures uint8 [H, W, 3] at their full size, to show with the frames of the views; or none.
       blended: uint8 [R, S, S, 3], inputs of an objective that blends whole pictures: shown instead of target view, mask and mixed input.
+      columns: those of COLUMNS that the objective reads, in their order.
 
     Raises:
       UserError: if the file cannot be written.
@@ -98,7 +101,8 @@ def write(
     paired = rows // 2 * 2
     inputs = mixed(views[:paired, 0], mask_RxN[:paired]) if paired else views[:0, 0]
 
-    shown = COLUMNS if blended is None else (COLUMNS[0], "blended input")
+    shown = tuple(columns) if blended is None else (COLUMNS[0], "blended input")
+    count = 2 if "target view" in shown else 1
     columns = ("original", *shown) if len(originals) else shown
     chips = dict(zip(COLUMNS, BOXES, strict=False)) if len(originals) else {}
     block = len(columns) * (side + GAP) - GAP
@@ -109,12 +113,12 @@ def write(
         second = row % 2
         own, other = (PARTNER, OWN) if second else (OWN, PARTNER)
         left, top = MARGIN + second * (block + BETWEEN), MARGIN + HEAD + row // 2 * pitch
-        tiles = [framed(originals[row], batch["box"][row], batch["flip"][row], side)] if len(originals) else []
-        if blended is not None:
-            tiles += [sheet.picture(views[row, 0], side), sheet.picture(blended[row], side)]
-        else:
-            tiles += [sheet.picture(views[row, 0], side), sheet.picture(views[row, 1], side), sheet.mask(mask_RxN[row], side, own, other)]
-            tiles += [sheet.picture(inputs[row], side)] if row < len(inputs) else []
+        tiles = [framed(originals[row], batch["box"][row, :count], batch["flip"][row, :count], side)] if len(originals) else []
+        made = {"input view": sheet.picture(views[row, 0], side), "target view": sheet.picture(views[row, 1], side)}
+        made["mask"] = sheet.mask(mask_RxN[row], side, own, other if "mixed input" in shown else HIDDEN)
+        pictures = {"mixed input": inputs[row : row + 1], "blended input": inputs[:0] if blended is None else blended[row : row + 1]}
+        made |= {name: sheet.picture(each[0], side) for name, each in pictures.items() if len(each)}
+        tiles += [made[name] for name in shown if name in made]
         for column, tile in enumerate(tiles):
             x = left + column * (side + GAP)
             page.tile(x, top, tile)

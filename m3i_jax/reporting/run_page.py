@@ -15,7 +15,7 @@ TONES = 8
 PICTURES_AFTER = "Losses"  # section behind which pictures stand: before what only an operator looks at
 # Section, its metrics by how their names begin, and what is healthy.
 SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("Evaluation", ("eval/",), "Rises above its value at step 0, which is that of the untrained encoder."),
+    ("Evaluation", ("eval/",), "Rises above its value at step 0, that of the weights which the run began with."),
     (
         "Losses",
         ("loss",),

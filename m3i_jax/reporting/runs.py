@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from m3i_jax.errors import UserError
@@ -50,8 +51,19 @@ class Run:
         return list(dict.fromkeys(name for line in self.lines for name, v in line.items() if isinstance(v, int | float) and name != "step"))
 
 
-def read(workdir: str | pathlib.Path) -> Run:
-    """A run from its working directory.
+def names(workdirs: Sequence[str | pathlib.Path]) -> list[str]:
+    """What to call runs: each directory's name, with as many above it as tell them all apart.
+
+    >>> names(["a/first", "b"]), names(["a/k", "b/k"])
+    (['first', 'b'], ['a/k', 'b/k'])
+    """
+    places = [pathlib.Path(workdir).resolve().parts for workdir in workdirs]
+    several = ([pathlib.Path(*place[-n:]).as_posix() for place in places] for n in range(1, max(map(len, places)) + 1))
+    return next(called for called in several if len(set(called)) == len(set(places)))
+
+
+def read(workdir: str | pathlib.Path, key: str = "--workdir") -> Run:
+    """A run from its working directory; `key` is what named it, for errors.
 
     Raises:
       UserError: there is no log, or no line of it can be read.
@@ -59,7 +71,7 @@ def read(workdir: str | pathlib.Path) -> Run:
     place = pathlib.Path(workdir)
     log = place / "metrics.jsonl"
     if not log.is_file():
-        raise UserError(f"--workdir {workdir}: there is no metrics.jsonl; name the working directory of a run")
+        raise UserError(f"{key} {workdir}: there is no metrics.jsonl; name the working directory of a run")
     by_step: dict[int, Line] = {}
     for text in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

@@ -82,7 +82,9 @@ def test_types_and_numbers_of_pictures(run, pictures: np.ndarray) -> None:
     assert model.features(pictures[:0]).shape == (0, 32)
     many = model.features(np.repeat(pictures, 14, 0))  # more than a device step
     np.testing.assert_allclose(many, np.repeat(whole, 14, 0), atol=1e-5)
-    for wrong, words in ((pictures[..., :1], "must be"), (pictures.astype(np.int32), "must be"), (pictures * 1.0, "must lie in 0..1")):
+    refused = [(pictures[..., :1], "must be"), (pictures.astype(np.int32), "must be")]
+    refused += [(pictures * 1.0, "must lie in 0..1"), (pictures * np.nan, "must lie in 0..1")]
+    for wrong, words in refused:
         with pytest.raises(ValueError, match=words):
             model.features(wrong)
 

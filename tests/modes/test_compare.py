@@ -106,7 +106,7 @@ def test_a_run_that_is_not_finite_does_not_stop_the_others(ran, tmp_path, monkey
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        ({"compare__forms": "mim,mimm"}, "did you mean mim"),
+        ({"compare__forms": "mim,mimm"}, "config.compare.forms: 'mimm' is none of .*; did you mean mim"),
         ({"compare__forms": "mim,clip", "data__captions": "no"}, "only what this data does not have"),
         ({"compare__forms": "mim,milan"}, "target_checkpoint"),
         ({"compare__forms": "mim,sim", "objective__isolate": True}, "there is no mixed input in mim, sim"),

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from m3i_jax import main as command
 from m3i_jax import parallel
+from m3i_jax.errors import UserError
 from m3i_jax.modes import compile as mode
 from m3i_jax.reporting import compiled
 from m3i_jax.training import trainer
@@ -118,6 +120,7 @@ def test_a_step_for_eight_devices_is_compiled_and_reported(tmp_path, capsys) -> 
         (["--topology=v5q:4x4"], "did you mean"),
         ([], "--topology: is missing"),
         (["--topology=cpu:8", "--memory=much"], "--memory much"),
+        (["--topology=cpu:8", "--memory=0"], "--memory 0"),
         (["--topology=cpu:8", "--suggest", "--largest-batch"], "--suggest"),
         (["--topology=cpu:8", "--config.parallel.mesh=(3,1,1)"], "config.parallel.mesh"),
         (["--topology=cpu:8", "--config.train.batch_size=12"], "nearest: 16"),
@@ -128,6 +131,18 @@ def test_a_mistake_is_one_line_and_exit_2(flags, wanted, tmp_path, capsys) -> No
     assert command.main([*ARGUMENTS, "--workdir", str(tmp_path), *flags]) == 2
     out, err = capsys.readouterr()
     assert wanted in err and err.count("\n") == 1 and "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("search", [[], ["--suggest"], ["--largest-batch"]])
+def test_a_mesh_that_a_run_refuses_is_refused(search, tmp_path, capsys, monkeypatch) -> None:
+    """CPU devices are all of one host, so that of a slice which spans several is played."""
+
+    def refuse(mesh: jax.sharding.Mesh) -> None:
+        raise UserError(f"config.parallel.mesh: hosts of {mesh.size} devices share rows")
+
+    monkeypatch.setattr(parallel, "own_rows", refuse)
+    assert command.main([*ARGUMENTS, *search, "--workdir", str(tmp_path), "--topology=cpu:8"]) == 2
+    assert "hosts of 8 devices share rows" in capsys.readouterr().err
 
 
 def fake(limit_units: int):
@@ -159,6 +174,27 @@ def test_the_largest_batch_and_suggestions_are_told(tmp_path, capsys, monkeypatc
     assert "add --config.train.microbatches=2" in err or "add --config.model.remat" in err
     tried = [row["tried"] for row in json.loads((tmp_path / "compile.json").read_text())["tried"]]
     assert tried[0] == "as configured" and len(tried) >= 2
+
+
+@pytest.mark.parametrize(("images", "parts"), [(2, ""), (4, "2"), (6, ""), (32, "16")])
+def test_only_parts_that_a_batch_divides_into_are_advised(images: int, parts: str, tmp_path, capsys, monkeypatch) -> None:
+    """Two megabytes, of which the state is one and every image of a data shard wants another."""
+    monkeypatch.setattr(mode, "report", fake(1))
+    monkeypatch.setattr(compiled, "_costs", lambda report: "")
+    size = [f"--config.train.batch_size={8 * images}", "--config.data.size=512", "--workdir", str(tmp_path)]
+    assert command.main([*ARGUMENTS, *size, "--topology=cpu:8", f"--memory={2e6 / 2**30}"]) == 3
+    assert "".join(re.findall(r"microbatches=(\d+)", capsys.readouterr().err)) == parts
+
+
+@pytest.mark.parametrize(("gib", "told"), [(55, False), (62, True)])
+def test_more_than_the_pool_of_a_card_is_said_whatever_memory_was_given(gib: int, told: bool, tmp_path, capsys, monkeypatch) -> None:
+    """Three quarters of an H100 are 59 GiB."""
+    place = mode.Site(topology=mode.topologies.read("h100:8"), devices=jax.devices(), limit=64 * 2**30)
+    monkeypatch.setattr(mode, "site", lambda *_: place)
+    monkeypatch.setattr(mode, "report", lambda *given: fake(10**6)(*given) | {"peak_bytes": gib * 2**30})
+    monkeypatch.setattr(compiled, "_costs", lambda report: "")
+    assert command.main([*ARGUMENTS, "--workdir", str(tmp_path), "--topology=h100:8", "--memory=64"]) == 0
+    assert ("XLA_PYTHON_CLIENT_MEM_FRACTION" in capsys.readouterr().out) == told
 
 
 @pytest.mark.slow

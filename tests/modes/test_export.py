@@ -131,9 +131,10 @@ assert not any(name.startswith(("m3i_jax", "flax")) for name in sys.modules)
 """
 
 
-def test_stablehlo_runs_in_a_fresh_process_for_any_batch(run, tmp_path: pathlib.Path) -> None:
+def test_stablehlo_runs_in_a_fresh_process_for_any_batch(run, tmp_path: pathlib.Path, capsys) -> None:
     pytest.importorskip("flatbuffers")
     place = exported(run[0], "stablehlo")
+    assert "pictures [b, 32, 32, 3] as float32 [b, 24], for cpu" in capsys.readouterr().out
     pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
     np.save(tmp_path / "pictures.npy", pictures)
     arguments = [str(place / "features.stablehlo"), str(tmp_path / "pictures.npy"), str(tmp_path / "out.npz")]

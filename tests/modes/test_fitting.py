@@ -5,6 +5,7 @@ import math
 import pytest
 
 from m3i_jax.modes import fitting
+from m3i_jax.training import trainer
 from tests import toy
 
 
@@ -77,3 +78,16 @@ def test_a_batch_that_is_rounded_is_no_reason_to_leave_a_candidate_out() -> None
     assert "--config.train.microbatches=2" in dict(fitting.candidates(rounded, 8))
     refused = toy.settings(train__batch_size=24)
     assert "--config.train.microbatches=2" not in dict(fitting.candidates(refused, 8))
+
+
+@pytest.mark.parametrize(
+    ("images", "changes"),
+    [
+        (2, {"optim__warmup_steps": -1, "optim__warmup_epochs": 0.4}),  # an epoch of more steps than the whole run
+        (800, {"train__steps": 0, "train__epochs": 1.0, "optim__warmup_steps": 40}),  # a run of one step
+    ],
+)
+def test_a_batch_of_another_size_may_make_a_run_shorter_than_its_warm_up(images: int, changes: dict) -> None:
+    config = toy.settings(**changes)
+    assert trainer.length(config).warmup > 2
+    assert trainer.length(fitting.with_batch(config, images)).steps in (20, 1)

@@ -1,6 +1,7 @@
 """--mode=preview: the original beside the views is the record that the row shows, also where a bad one was replaced."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from m3i_jax import schema
@@ -90,3 +91,15 @@ def test_a_fine_tuning_shows_what_is_blended(tmp_path):
     shown = pixels[top : top + side, left : left + side]
     zoom = side // 32
     np.testing.assert_allclose(shown[zoom // 2 :: zoom, zoom // 2 :: zoom], wanted, atol=2.5)
+
+
+@pytest.mark.parametrize(("form", "tiles"), [("supervised", 2), ("mae", 3), ("sim", 4), ("m3i", 5)])
+def test_a_sheet_has_only_what_the_objective_reads(tmp_path, form, tiles):
+    """The original, the input view, then the other view, the mask and the mixed input where there are any."""
+    config = toy.settings(data__size=40, data__classes=-1, train__batch_size=16, objective__forms=form)
+    assert show.run(config, workdir=str(tmp_path)) == 0
+    with Image.open(tmp_path / "preview.png") as image:
+        assert image.width == 2 * sheet.MARGIN + preview.BETWEEN + 2 * (tiles * (sheet.tile_side(32, 4) + sheet.GAP) - sheet.GAP)
+        left = np.asarray(image.convert("RGB"))[:, : image.width // 2]
+    assert (left == sheet.PARTNER).all(-1).any() == (form == "m3i")  # a cell is the partner's only where it is mixed in
+    assert (left == sheet.HIDDEN).all(-1).any() == (form in ("mae", "sim"))

@@ -145,6 +145,21 @@ def entry(line: str, *parameters: str) -> hlo.Program:
             ("f32[2,4,6]", "f32[1,1,6]"),
             2 * 2 * 4 * 6,
         ),
+        # cuDNN's, with a stride of two from 9 x 9 to 4 x 4: forward; from the output to the input; from input and output to the kernel
+        *(
+            (
+                f"({result}, u8[0]) custom-call(%p0, %p1), window={{size=3x3 stride=2x2}}, dim_labels=b01f_o01i->b01f, "
+                f'custom_call_target="__cudnn$conv{which}"',
+                given,
+                2 * 2 * 8 * 6 * 12 * 12,
+            )
+            for which, result, given in (
+                ("Forward", "f32[2,4,4,8]", ("f32[2,9,9,6]", "f32[8,3,3,6]")),
+                ("BiasActivationForward", "f32[2,4,4,8]", ("f32[2,9,9,6]", "f32[8,3,3,6]")),
+                ("BackwardInput", "f32[2,9,9,6]", ("f32[2,4,4,8]", "f32[8,3,3,6]")),
+                ("BackwardFilter", "f32[8,3,3,6]", ("f32[2,9,9,6]", "f32[2,4,4,8]")),
+            )
+        ),
         (
             '(bf16[16,8], s8[64]) custom-call(%p0, %p1), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":'
             '{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}',

@@ -59,6 +59,19 @@ def test_refusals(tmp_path: pathlib.Path) -> None:
         runs.read(tmp_path)
     with pytest.raises(UserError, match="holds no line of a run"):
         runs.read(log(tmp_path / "a", [], "nothing\n"))
+    mine = log(tmp_path / "b", [{"step": 1, "loss": 1.0}])
+    with pytest.raises(UserError, match="^config.report.beside nowhere: there is no metrics.jsonl"):
+        report.write(schema.Config(report=schema.Report(beside=("nowhere",))), mine)
+
+
+def test_runs_of_one_name_are_told_apart(two: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """As those of two comparisons: DIR/compare/k-0 in each. What differs is told of each of them, not of the last alone."""
+    places = [tmp_path / "others" / name / "same" for name in ("a", "b")]
+    for seed, place in enumerate(places, 5):
+        log(place, [{"step": 1, "loss": 1.0}])
+        (place / "config.txt").write_text(f"seed = {seed}\n")
+    page = report.write(schema.Config(report=schema.Report(beside=tuple(map(str, places)))), two[0]).read_text()
+    assert "a/same" in page and "b/same" in page and "seed: 0 -&gt; 5" in page and "seed: 0 -&gt; 6" in page
 
 
 def test_curves_show_the_values() -> None:
@@ -80,6 +93,7 @@ def test_the_page_has_everything_once_and_escapes_it(two: tuple[pathlib.Path, pa
     for name in ("knn/top1", "loss", "loss/text", "perf/images_per_sec", "made/up"):
         assert page.count(f"<h3>{name}</h3>") == 1, name
     assert page.count('class="panel"') == run_page.PANELS and "step 0</h3>" in page and "step 8</h3>" in page
+    assert "untrained" not in page  # a run may begin with trained weights
     assert "50.0 %" in page and "25.0 % at step 0" in page and "seed: 0 -&gt; 1" in page
     assert "<script" not in page and 'onerror="' not in page and "&lt;script&gt;" in page
     assert re.findall(r'(?:src|href)="(?!data:image/png;base64,|#s)[^"]*"', page) == []
