@@ -211,6 +211,8 @@ def test_sigterm_saves_and_exits_42(unbroken: pathlib.Path, tmp_path: pathlib.Pa
     code, out, err = finish(*QUICK, "--workdir", str(tmp_path), "--config.train.steps=12", "--config.train.save_every=4")
     assert code == 0 and "resuming at step" in out, err
     assert parameters(tmp_path) == parameters(unbroken)
+    told, wanted = ([row for row in without_clock(lines(run)) if len(row) > 1] for run in (tmp_path, unbroken))  # goodput is told twice
+    assert told == wanted
 
 
 def test_another_configuration_does_not_resume(unbroken: pathlib.Path) -> None:

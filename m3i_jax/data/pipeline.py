@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -118,9 +118,20 @@ class Batches(Iterator[Batch]):
         return batch
 
     def counted(self) -> dict[str, float]:
-        """What else the log should say of the batches that were consumed: cut captions, dropped labels, workers that were started again."""
-        counts = {**self.noted, "restarts": self._batches.restarts}
+        """What the log says of the batches that were consumed: bad records, cut captions, dropped labels, workers started again."""
+        counts = {**{f"skipped/{reason}": n for reason, n in self.skipped.items()}, **self.noted, "restarts": self._batches.restarts}
         return {f"data/{name}": count for name, count in counts.items() if count}
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """What was counted of the batches that were consumed, for `go_on`."""
+        return {"skipped": dict(self.skipped), "noted": dict(self.noted)}
+
+    def go_on(self, counts: Mapping[str, Mapping[str, int]]) -> None:
+        """Count from where a run before left off, so that its log reads as if it had never been broken."""
+        for mine, name in ((self.skipped, "skipped"), (self.noted, "noted")):
+            for what, count in counts.get(name, {}).items():
+                mine[what] = mine.get(what, 0) + count
 
     def _judge(self, rows: int, skipped: np.ndarray) -> None:
         """Stops the run if too many of the last records were bad; as early as that is certain."""

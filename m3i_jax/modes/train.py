@@ -88,10 +88,11 @@ def _pretrain(job: jobs.Job, allow_changes: bool, began: float | None) -> int:
         else:
             state = trainer.init(say)
         data = job.batches(samples)
+        data.go_on(position.get("counts", {}) if position else {})
         outside = loop.Outside(
             data=data,
             checkpoints=checkpoints,
-            write=lambda step, values: writer.write(step, values | (data.counted() if "loss" in values else {})),
+            write=writer.write,
             say=say,
             panel=lambda step, state, batch: writer.attempt("panels", lambda: write_panel(job, trainer, step, state, batch)),
             evaluators=evaluators.of_job(job, say, trainer.length.steps, lambda draw: writer.attempt("pictures", draw)),
@@ -100,6 +101,7 @@ def _pretrain(job: jobs.Job, allow_changes: bool, began: float | None) -> int:
                 "fingerprint": job.fingerprint,
                 "seconds": clock.total(),
                 "restarts": restarts,
+                "counts": data.counts,
             },
             dump=lambda *what: write_dump(workdir, trainer, say, *what),
             evaluated=done,

@@ -86,7 +86,7 @@ class Preemption:
 class Outside:
     """What the loop talks to; made by the mode, so that the loop imports no sink, no evaluator and no picture."""
 
-    data: Any  # iterator of host batches, with `.skipped` counts
+    data: Any  # iterator of host batches; `.counted()`: metrics of those that were consumed
     checkpoints: Checkpoints
     write: Callable[[int, dict[str, float]], None]
     say: Callable[[str], None]
@@ -144,17 +144,17 @@ class _Log:
         self.trainer, self.outside, self.clock, self.bad, self.failed = trainer, outside, outside.clock, 0, False
         self.collapse, self.starving = Collapse(), Starving()
         self.last: dict[str, float] = {}  # metrics of the newest step that was fetched
-        self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
+        self._pending: tuple[int, dict[str, float], dict[str, jax.Array]] | None = None
 
     def push(self, step: int, samples_seen: int, metrics: dict[str, jax.Array]) -> None:
         self.flush()
-        self._pending = step, samples_seen, metrics
+        self._pending = step, {"samples_seen": samples_seen, **self.outside.data.counted()}, metrics
 
     def flush(self) -> None:
         """Fetch what is pending; write it if it is its turn."""
         if self._pending is None:
             return
-        (step, samples_seen, metrics), self._pending = self._pending, None
+        (step, consumed, metrics), self._pending = self._pending, None
         trainer, config = self.trainer, self.trainer.config
         moment = metrics.pop(MOMENT, None)
         values = self.last = {k: float(v) for k, v in jax.device_get(metrics).items()}
@@ -166,7 +166,7 @@ class _Log:
         if rises:
             self.outside.say(COLLAPSED.format(step=step, monitors=", ".join(f"{k} {v:.3g}" for k, v in monitors.items())))
         if step % config.train.log_every == 0 or step in (1, trainer.length.steps) or self.bad or rises:
-            values |= {"samples_seen": samples_seen, "lr": float(trainer.learning_rate(step - 1)), "ema": trainer.momentum(step)}
+            values |= {**consumed, "lr": float(trainer.learning_rate(step - 1)), "ema": trainer.momentum(step)}
             if monitors:
                 values["collapse/alarm"] = float(self.collapse.alarm)
             if moment is not None:
@@ -174,7 +174,6 @@ class _Log:
             values |= self.clock.read()
             if waits := self.starving.see(values):
                 self.outside.say(f"warning: {waits}")
-            values |= {f"data/skipped/{reason}": count for reason, count in self.outside.data.skipped.items() if count}
             self.outside.write(step, values)
 
 

@@ -88,7 +88,8 @@ def test_three_in_a_row_leave_a_dump_that_replays(tmp_path: pathlib.Path, monkey
     one, drawn = made("sim", model__encoder__depth=1), [0]
 
     class Data:
-        skipped: dict[str, int] = {}
+        def counted(self) -> dict[str, float]:
+            return {}
 
         def __next__(self) -> dict[str, np.ndarray]:
             drawn[0] += 1

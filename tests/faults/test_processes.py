@@ -42,7 +42,6 @@ class Counting:
         train = schema.Train(batch_size=8, steps=steps, save_every=save_every, eval_every=0, panel_every=0, log_every=100)
         self.config = schema.Config(train=train)
         self.length, self.mesh = dataclasses.make_dataclass("Length", ["steps"])(steps), None
-        self.skipped: dict[str, int] = {}
         self._add = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
 
     def init(self) -> State:
@@ -56,6 +55,9 @@ class Counting:
         return 0.0
 
     momentum = learning_rate
+
+    def counted(self) -> dict[str, float]:
+        return {}
 
     def __next__(self) -> dict[str, Any]:
         return {}
