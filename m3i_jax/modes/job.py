@@ -64,8 +64,11 @@ def _begun(config: schema.Config, workdir: pathlib.Path) -> schema.Config:
     if not config.train.round_batch or not (workdir / "config.txt").is_file():
         return config
     there = configuration.of_run(str(workdir), "--workdir").train
-    if not there.round_batch or not config.train.batch_size <= there.batch_size < 1.1 * config.train.batch_size:
+    asked = config.train.batch_size
+    if not there.round_batch or not asked < there.batch_size < 1.1 * asked:
         return config
+    if not jax.process_index():
+        print(f"train.batch_size: {there.batch_size:,}, with which the run in {workdir} began; {asked:,} were asked for", flush=True)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=there.batch_size))
 
 

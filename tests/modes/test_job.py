@@ -51,13 +51,15 @@ def test_a_run_that_is_opened_again_has_the_same_pictures(tmp_path: pathlib.Path
     assert again.identity == first.identity and len(again.held_out) == len(first.held_out) and again.text == first.text
 
 
-def test_a_run_keeps_the_batch_that_its_first_slice_rounded_to(tmp_path: pathlib.Path) -> None:
+def test_a_run_keeps_the_batch_that_its_first_slice_rounded_to(tmp_path: pathlib.Path, capsys) -> None:
     """Eight data shards make 64 of 62 images. On a slice that needs no rounding it stays 64, or it would be another run."""
     asked = SMALL | {"data__size": 200, "train__batch_size": 62, "train__round_batch": True}
     first = jobs.open_job(toy.settings(**asked), str(tmp_path))
     (tmp_path / "config.txt").write_text(first.text)
     elsewhere = toy.settings(**asked, parallel__mesh="(1,1,8)")
+    capsys.readouterr()
     assert first.config.train.batch_size == jobs.open_job(elsewhere, str(tmp_path)).config.train.batch_size == 64
+    assert f"train.batch_size: 64, with which the run in {tmp_path} began; 62 were asked for" in capsys.readouterr().out
     assert jobs.open_job(elsewhere, str(tmp_path / "new")).config.train.batch_size == 62
     fewer = toy.settings(**asked | {"train__batch_size": 32}, parallel__mesh="(1,1,8)")
     assert jobs.open_job(fewer, str(tmp_path)).config.train.batch_size == 32  # asked for, and so told as a change
