@@ -17,10 +17,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def test_every_benchmark_is_found_without_importing_it() -> None:
     found = report.benchmarks()
-    assert {"accelerator", "checkpoint", "collectives", "compiled", "dcnv3", "flops", "input", "torch_peer"} <= set(
+    assert {"accelerator", "checkpoint", "collectives", "compiled", "dcnv3", "flops", "input", "intern_image_peer", "torch_peer"} <= set(
         found
     ) and "figures" not in found
-    assert not {"report", "heap", "m3i_torch", "contestants"} & set(found)
+    assert not {"report", "heap", "m3i_torch", "contestants", "race", "intern_image_torch"} & set(found)
 
 
 def test_the_table_tells_met_missed_and_not_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,7 +140,10 @@ def _value(call: _Call, method: str, x_BxQxC: jax.Array, offset: jax.Array, mask
 def _gradients(call: _Call, method: str, x_BxQxC: jax.Array, offset: jax.Array, mask: jax.Array, grad_BxOxC: jax.Array) -> tuple:
     at, pull = jax.vjp(functools.partial(_places if method == "fused" else _samples, call), offset, mask)
     if method == "fused":
-        dx, dat = dcnv3_fused.backward(x_BxQxC, at, grad_BxOxC, call.size)
+        run = functools.partial(dcnv3_fused.backward, size=call.size)
+        # It makes one axis of pictures, groups and rows of cells, which the partitioner would not know how to split.
+        alone = parallel.stands_alone(x_BxQxC.shape[0])
+        dx, dat = parallel.by_device(run, x_BxQxC, at, grad_BxOxC) if alone else run(x_BxQxC, at, grad_BxOxC)
         return (dx, *pull(dat))
     groups, rows = at.y.shape[1], _BAND if method == "band" else 0
     if method == "kernel":

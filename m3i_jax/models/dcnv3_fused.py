@@ -5,7 +5,8 @@ makes fast code of this where the innermost loop is over the D channels of one g
 what is left is a product and a sum in vector registers. It loses that where it may fuse the reshape [.., G, D] -> [.., C] that follows:
 of the two inner loops it makes one, in which every channel looks its cell up by itself. So the loops stand `apart`.
 
-B batch, Q input cells, O output cells, C channels, G groups, D = C / G, P points, R cells of the map with its ring of zeros.
+B batch, Q input cells, O output cells, C channels, G groups, D = C / G, P points, N = B G O samples, R cells, or rows, of the map with its
+ring of zeros, W its width.
 """
 
 import math
@@ -18,20 +19,17 @@ import numpy as np
 from m3i_jax.models.apart import apart
 from m3i_jax.models.dcnv3_dense import Samples, inside, wide
 
-_BYTES = 12 << 20  # of what one point adds to the gradient of the input, computed at once: more would not stay in a processor's cache
+_BYTES = 8 << 20  # of what one point adds to the gradient of the input, computed at once: more would not stay in a processor's cache
 
 
-def _found(at: Samples, size: tuple[int, int]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Upper left cell of every sample as a row of `_rows`, and the shares of the lower and the right cells; all [B, O, G, P].
+def _corner(y: jax.Array, x: jax.Array, size: tuple[int, int]) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Row and column of every sample's upper left cell on the map with its ring of zeros, and the shares of the lower and the right cells.
 
     One ring of zeros before and two behind: every coordinate in [-1, size] finds its four cells, and beyond there is nothing to find.
     """
-    height, width = size
-    groups = at.y.shape[2]
-    y, x = jnp.clip(at.y, -1, height), jnp.clip(at.x, -1, width)
+    y, x = jnp.clip(y, -1, size[0]), jnp.clip(x, -1, size[1])
     row, column = jnp.floor(y), jnp.floor(x)
-    cell = ((row + 1) * (width + 3) + column + 1).astype(jnp.int32)
-    return cell * groups + np.arange(groups, dtype=np.int32)[:, None], y - row, x - column
+    return (row + 1).astype(jnp.int32), (column + 1).astype(jnp.int32), y - row, x - column
 
 
 def _rows(x_BxQxC: jax.Array, size: tuple[int, int], groups: int) -> jax.Array:
@@ -63,15 +61,16 @@ def _look(rows_BxRxD: jax.Array, index: jax.Array) -> jax.Array:
     return jax.lax.gather(rows_BxRxD, index[..., None], where, (1, 1, rows_BxRxD.shape[2]), mode="promise_in_bounds")
 
 
-def _add_at(rows_BxRxD: jax.Array, index_BxN: jax.Array, more_BxNxD: jax.Array) -> jax.Array:
-    where = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(2,),
-        inserted_window_dims=(1,),
-        scatter_dims_to_operand_dims=(1,),
-        operand_batching_dims=(0,),
-        scatter_indices_batching_dims=(0,),
-    )
-    return jax.lax.scatter_add(rows_BxRxD, index_BxN[..., None], more_BxNxD, where, mode="promise_in_bounds")
+def _look_around(map_RxWxD: jax.Array, at_Nx3: jax.Array, width: int) -> jax.Array:
+    """The four cells from a place on, by row, column and first of that many channels: [N, 2, 2, width]."""
+    where = jax.lax.GatherDimensionNumbers(offset_dims=(1, 2, 3), collapsed_slice_dims=(), start_index_map=(0, 1, 2))
+    return jax.lax.gather(map_RxWxD, at_Nx3, where, (2, 2, width), mode="promise_in_bounds")
+
+
+def _add_around(map_RxWxD: jax.Array, at_Nx2: jax.Array, more_Nx2x2xD: jax.Array) -> jax.Array:
+    """Adds to the four cells from a place on, by row and column."""
+    where = jax.lax.ScatterDimensionNumbers(update_window_dims=(1, 2, 3), inserted_window_dims=(), scatter_dims_to_operand_dims=(0, 1))
+    return jax.lax.scatter_add(map_RxWxD, at_Nx2, more_Nx2x2xD, where, mode="promise_in_bounds")
 
 
 def forward(x_BxQxC: jax.Array, at: Samples, size: tuple[int, int]) -> jax.Array:
@@ -87,7 +86,8 @@ def forward(x_BxQxC: jax.Array, at: Samples, size: tuple[int, int]) -> jax.Array
     4.0
     """
     b, o, groups, points = at.y.shape
-    cell, below, right = _found(at, size)
+    row, column, below, right = _corner(at.y, at.x, size)
+    cell = (row * (size[1] + 3) + column) * groups + np.arange(groups, dtype=np.int32)[:, None]
     steps = _steps(size, groups)
 
     def body(rows_BxRxD: jax.Array, cell: jax.Array, share: jax.Array) -> jax.Array:
@@ -121,37 +121,41 @@ def backward(x_BxQxC: jax.Array, at: Samples, grad_BxOxC: jax.Array, size: tuple
 
 def _backward(x_BxQxC: jax.Array, at: Samples, grad_BxOxC: jax.Array, size: tuple[int, int]) -> tuple[jax.Array, Samples]:
     (height, width), dtype = size, wide(x_BxQxC.dtype)
-    b, o, groups, _ = at.y.shape
-    rows_BxRxD = _rows(x_BxQxC, size, groups)
-    r, d = rows_BxRxD.shape[1:]
+    b, o, groups, points = at.y.shape
+    d = x_BxQxC.shape[2] // groups
+    # A map of a picture and group under the other, each with its ring of zeros: [R, W, D]. What a sample reads and adds to is a square of
+    # four cells then, which XLA's scatter goes through in one inner loop.
+    padded = jnp.pad(x_BxQxC.reshape(b, height, width, groups, d), ((0, 0), (1, 2), (1, 2), (0, 0), (0, 0)))
+    maps = padded.transpose(0, 3, 1, 2, 4).reshape(-1, width + 3, d)
+    grad_NxD = grad_BxOxC.reshape(b, o, groups, d).swapaxes(1, 2).reshape(-1, d).astype(dtype)
+    y, x, m = (jnp.transpose(a, (3, 0, 2, 1)) for a in at)
+    row, column, below, right = _corner(y, x, size)
+    row += (np.arange(b * groups, dtype=np.int32) * (height + 3)).reshape(b, groups, 1)
+    one_by_one = jax.lax.optimization_barrier(tuple(a.reshape(points, -1) for a in (row, column, below, right, m)))
     # A product over the channels of one sample is short. It is summed up over pieces of a vector's width first, and then over that.
     lanes = math.gcd(d, 8)
-    pieces = d // lanes
-    rows_of_lanes = rows_BxRxD.reshape(b, r * pieces, lanes)
-    grad = grad_BxOxC.reshape(b, o, groups, d).astype(dtype)
-    one_by_one = jax.lax.optimization_barrier(jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), (*_found(at, size), at.m)))
 
-    def along(rows: jax.Array, cell: jax.Array, grad: jax.Array) -> jax.Array:
+    def along(maps: jax.Array, row: jax.Array, column: jax.Array, grad: jax.Array) -> jax.Array:
         total: Any = 0.0
-        for piece in range(pieces):
-            total += _look(rows, cell + piece) * grad[:, :, :, None, piece]  # wide, as grad is
+        for channel in range(0, d, lanes):
+            found = _look_around(maps, jnp.stack([row, column, jnp.full_like(row, channel)], -1), lanes)
+            total += found * grad[:, None, None, channel : channel + lanes]  # wide, as grad is
         return total
 
+    def shares(below: jax.Array, right: jax.Array, m: jax.Array) -> jax.Array:
+        down, over = jnp.stack([1 - below, below], -1), jnp.stack([1 - right, right], -1)
+        return down[:, :, None] * over[:, None] * m[:, None, None]
+
     def point(dv: jax.Array, one: tuple[jax.Array, ...]) -> tuple[jax.Array, Samples]:
-        cell, below, right, m = one
-        cells = (cell[..., None] + np.array(_steps(size, groups), np.int32)) * pieces
-        summed = apart(along, rows_of_lanes, cells, grad.reshape(b, o, groups, pieces, lanes)) @ jnp.ones(lanes, dtype)
-        a, b_, c, d_ = (summed[..., corner] for corner in range(4))
+        row, column, below, right, m = one
+        summed_Nx2x2 = apart(along, maps, row, column, grad_NxD) @ jnp.ones(lanes, dtype)
+        a, b_, c, d_ = (summed_Nx2x2[:, i, j] for i in range(2) for j in range(2))
         upper, lower = a + right * (b_ - a), c + right * (d_ - c)
         read = Samples(lower - upper, (1 - below) * (b_ - a) + below * (d_ - c), upper + below * (lower - upper))
-        share = apart(lambda below, right, m: _shares(below, right) * m[..., None], below, right, m)
-        more = share[..., None] * grad[:, :, :, None]
-        return _add_at(dv, cell.reshape(b, -1), more.reshape(b, -1, 4 * d)), read
+        more_Nx2x2xD = apart(shares, below, right, m)[..., None] * grad_NxD[:, None, None]
+        return _add_around(dv, jnp.stack([row, column], -1), more_Nx2x2xD), read
 
-    dv, read = jax.lax.scan(point, jnp.zeros((b, r, 4 * d), dtype), one_by_one)
-    dv = dv.reshape(b, height + 3, width + 3, groups, 4, d)
-    # Every row has taken what goes to its cell and to three neighbours of it.
-    parts = [dv[:, 1 - i : height + 1 - i, 1 - j : width + 1 - j, :, 2 * i + j] for i in range(2) for j in range(2)]
-    read = jax.tree.map(lambda a: jnp.moveaxis(a, 0, -1), read)
-    dx_BxQxC = sum(parts[1:], parts[0]).reshape(x_BxQxC.shape).astype(x_BxQxC.dtype)
-    return dx_BxQxC, inside(at, read)
+    dv, read = jax.lax.scan(point, jnp.zeros(maps.shape, dtype), one_by_one)
+    dx = dv.reshape(b, groups, height + 3, width + 3, d)[:, :, 1 : height + 1, 1 : width + 1].transpose(0, 2, 3, 1, 4)
+    read = jax.tree.map(lambda a: a.reshape(points, b, groups, o).transpose(1, 3, 2, 0), read)
+    return dx.reshape(x_BxQxC.shape).astype(x_BxQxC.dtype), inside(at, read)

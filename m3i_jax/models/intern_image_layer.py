@@ -15,6 +15,7 @@ from m3i_jax import parallel
 from m3i_jax.models.apart import apart
 from m3i_jax.models.dcnv3 import dcnv3
 from m3i_jax.models.layers import Params, gelu, layer_norm
+from m3i_jax.models.product import product
 from m3i_jax.models.stacked import remember, split_blocks
 
 _POINTS = 9
@@ -28,7 +29,7 @@ def dense(params: Params, x_xC: jax.Array, out: Any = None) -> jax.Array:
     [[[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]]
     """
     kernel, out = params["kernel"].astype(x_xC.dtype), out or x_xC.dtype
-    y = jnp.dot(x_xC.reshape(-1, x_xC.shape[-1]), kernel, preferred_element_type=out) + params["bias"].astype(out)
+    y = product(x_xC.reshape(-1, x_xC.shape[-1]), kernel, out) + params["bias"].astype(out)
     return y.reshape(*x_xC.shape[:-1], -1)
 
 
@@ -58,27 +59,34 @@ def convolve(params: Params, x_BxHxWxC: jax.Array, stride: int) -> jax.Array:
     return y + params["bias"].astype(y.dtype) if "bias" in params else y
 
 
-def _shifts(x_BxHxWxC: jax.Array, kernel: int) -> list[jax.Array]:
-    reach, (_, h, w, _) = kernel // 2, x_BxHxWxC.shape
-    padded = jnp.pad(x_BxHxWxC, ((0, 0), (reach, reach), (reach, reach), (0, 0))).astype(jnp.float32)
-    return [padded[:, i : i + h, j : j + w] for i in range(kernel) for j in range(kernel)]
+def _padded(x_BxHxWxC: jax.Array, kernel: int) -> jax.Array:
+    reach = kernel // 2
+    return jnp.pad(x_BxHxWxC, ((0, 0), (reach, reach), (reach, reach), (0, 0))).astype(jnp.float32)
 
 
 def _tapped(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
     def form(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
-        k, _, c = kernel_KxKxC.shape
-        taps = zip(_shifts(x_BxHxWxC, k), kernel_KxKxC.reshape(-1, c), strict=True)
-        return (sum(shift * tap for shift, tap in taps) + bias_C).astype(x_BxHxWxC.dtype)
+        (_, h, w, _), k, padded = x_BxHxWxC.shape, kernel_KxKxC.shape[0], _padded(x_BxHxWxC, kernel_KxKxC.shape[0])
+        taps = (padded[:, i : i + h, j : j + w] * kernel_KxKxC[i, j] for i in range(k) for j in range(k))
+        return (sum(taps) + bias_C).astype(x_BxHxWxC.dtype)
 
     # Or it would be computed again for each of mean, variance and value of the norm that follows.
     return apart(form, x_BxHxWxC, kernel_KxKxC, bias_C)
 
 
 def _tapped_backward(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, g_BxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    wide = g_BxHxWxC.astype(jnp.float32)
-    dx = _tapped(g_BxHxWxC, kernel_KxKxC[::-1, ::-1], jnp.zeros(x_BxHxWxC.shape[-1]))
-    dkernel = jnp.stack([(shift * wide).sum((0, 1, 2)) for shift in _shifts(x_BxHxWxC, kernel_KxKxC.shape[0])])
-    return dx, dkernel.reshape(kernel_KxKxC.shape)
+    (b, h, w, c), k = x_BxHxWxC.shape, kernel_KxKxC.shape[0]
+    dx = _tapped(g_BxHxWxC, kernel_KxKxC[::-1, ::-1], jnp.zeros(c))
+    wide, padded = g_BxHxWxC.astype(jnp.float32), _padded(x_BxHxWxC, k)
+
+    # All K^2 sums at once, a row of the maps after the other: as sums over whole maps the compiler would write each shift down.
+    def row(i: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
+        above = jax.lax.dynamic_slice_in_dim(padded, i, k, 1)
+        here = jax.lax.dynamic_index_in_dim(wide, i, 1, keepdims=False)
+        return [total + above[:, n // k, n % k : n % k + w] * here for n, total in enumerate(sums)]
+
+    sums = jax.lax.fori_loop(0, h, row, [jnp.zeros((b, w, c), jnp.float32)] * k**2)
+    return dx, jnp.stack([total.sum((0, 1)) for total in sums]).reshape(kernel_KxKxC.shape)
 
 
 def _convolved(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from m3i_jax import parallel, schema
 from m3i_jax.models import activations, attention_kernel
 from m3i_jax.models.attention_kernel import NEVER, Columns
+from m3i_jax.models.product import product
 
 Params = Mapping[str, Any]
 
@@ -113,7 +114,8 @@ def gelu(x: jax.Array) -> jax.Array:
 def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
     wide = x.astype(jnp.float32)
     density = jnp.exp(-0.5 * jnp.square(wide)) / math.sqrt(2 * math.pi)
-    slope = 0.5 * (1 + jax.lax.erf(wide / math.sqrt(2))) + wide * density
+    # Not as the forward pass writes it: the compiler would see the same erf in both, and keep it in float32 from there to here.
+    slope = 0.5 * (1 - jax.lax.erf(wide / -math.sqrt(2))) + wide * density
     return ((g.astype(jnp.float32) * slope).astype(x.dtype),)
 
 
@@ -216,11 +218,11 @@ class Dense(nn.Module):
         kernel = self.param("kernel", _SHAPE, (x.shape[-1], self.features))
         path = "/".join((*self.path, "kernel"))
 
-        def product(opened: Any, params: Params, x: jax.Array, *_: Any) -> jax.Array:
-            return x @ opened(params)[path][:, columns].astype(self.dtype)
+        def run(opened: Any, params: Params, x: jax.Array, *_: Any) -> jax.Array:
+            return product(x, opened(params)[path][:, columns].astype(self.dtype))
 
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        y = parallel.by_hand(product, {path: kernel}, rows, dtype=self.dtype, stacked=False)
+        y = parallel.by_hand(run, {path: kernel}, rows, dtype=self.dtype, stacked=False)
         if self.use_bias:
             y += self.param("bias", _SHAPE, (self.features,))[columns].astype(self.dtype)
         return y.reshape(*x.shape[:-1], -1)

@@ -19,6 +19,7 @@ from m3i_jax.parallel.mesh import (
     replicated,
     rows_of_device,
     split_rows,
+    stands_alone,
     to_global,
 )
 from m3i_jax.parallel.rules import RULES, shardings
@@ -51,6 +52,7 @@ __all__ = [
     "rows_of_device",
     "shardings",
     "split_rows",
+    "stands_alone",
     "to_global",
     "wait",
 ]

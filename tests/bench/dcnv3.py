@@ -3,7 +3,6 @@
     python -m tests.bench.dcnv3            # time on this machine
     python -m tests.bench.dcnv3 sizes      # every method by size of the map: what `dcnv3.choose` is read from
     python -m tests.bench.dcnv3 bytes      # bytes accessed of the program compiled for one TPU v5e chip; needs libtpu, no TPU
-    python -m tests.bench.dcnv3 torch      # InternImage-T at 224 pixels over the same in PyTorch with grid_sample; needs torch
 
 Times are the least of several alternating runs of forward and all gradients, offsets drawn from N(0, spread^2) pixels. The mean of the
 ratios is weighted by the number of layers of each stage. Bytes: of a kernel they are what it reads and writes, as XLA counts a custom call.
@@ -77,8 +76,6 @@ def figures(quick: bool) -> list[Figure]:
         ratios.append(found["auto"] / found["gather"])
     mean = float(np.average(ratios, weights=DEPTHS[: len(ratios)]))
     out = [Figure("DCNv3 forward and gradients over the packed gather, InternImage-H at 192 px, by layers", mean, 0.45)]
-    if not quick and importlib.util.find_spec("torch"):
-        out.append(Figure("InternImage-T forward and gradients over PyTorch, CPU, two pictures of 224", against_torch(), 0.7))
     if not quick and importlib.util.find_spec("libtpu"):
         goals = {"12 x 12": 0.33, "6 x 6": 0.33, "all layers": 0.41}
         out += [
@@ -146,53 +143,5 @@ def bytes_accessed(batch: int = 16) -> dict[str, float]:
     return ratios | {"all layers": total["auto"] / total["gather"]}
 
 
-def against_torch(side: int = 224, batch: int = 2, runs: int = 5) -> float:
-    """InternImage-T, forward and all gradients of the same weights on the same pictures, in turns: ours over PyTorch's seconds."""
-    import torch
-
-    from m3i_jax.interop import intern_image as interop
-    from m3i_jax.models import intern_image
-    from tests.bench import intern_image_torch
-    from tests.interop.published import Net
-
-    torch.manual_seed(0)
-    theirs = intern_image_torch.InternImage(Net(64, (4, 4, 18, 4), (4, 8, 16, 32), "pre"))
-    for name, weight in theirs.named_parameters():
-        if ".offset." in name:
-            torch.nn.init.normal_(weight, std=0.1)
-    state = {name: weight.detach().numpy() for name, weight in theirs.named_parameters()}
-    params = jax.tree.map(jnp.asarray, interop.load(state)["encoder"])
-    images = np.random.default_rng(0).normal(size=(batch, side, side, 3)).astype(np.float32)
-
-    weight = np.random.default_rng(1).normal(size=(batch, side // 32, side // 32, 512)).astype(np.float32)
-
-    def loss(params, images):
-        return (weight * intern_image.stages(intern_image.PRESETS["internimage_t"], params, images)[3]).sum()
-
-    ours = jax.jit(jax.value_and_grad(loss)).lower(params, images).compile()
-
-    def run_torch():
-        theirs.zero_grad()
-        value = (torch.from_numpy(weight) * theirs(torch.from_numpy(images).permute(0, 3, 1, 2))[3]).sum()
-        value.backward()
-        return value.item()
-
-    value, grads = ours(params, images)
-    wanted = run_torch()
-    grad = np.asarray(grads["stem"]["conv1"]["kernel"]).transpose(3, 2, 0, 1)
-    other = theirs.patch_embed.conv1.weight.grad.numpy()
-    print(
-        f"loss {float(value):.6f} and {wanted:.6f}; gradient of the stem differs by {np.abs(grad - other).max() / np.abs(other).max():.1e}"
-    )
-    least = [float("inf")] * 2
-    for _ in range(runs):
-        for i, run in enumerate((lambda: jax.block_until_ready(ours(params, images)), run_torch)):
-            start = time.perf_counter()
-            run()
-            least[i] = min(least[i], time.perf_counter() - start)
-    print(f"InternImage-T, {batch} pictures of {side}: {least[0]:.2f} s, PyTorch {least[1]:.2f} s, ratio {least[0] / least[1]:.3f}")
-    return least[0] / least[1]
-
-
 if __name__ == "__main__":
-    {"times": times, "sizes": sizes, "bytes": bytes_accessed, "torch": against_torch}[sys.argv[1] if len(sys.argv) > 1 else "times"]()
+    {"times": times, "sizes": sizes, "bytes": bytes_accessed}[sys.argv[1] if len(sys.argv) > 1 else "times"]()

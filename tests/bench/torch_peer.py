@@ -5,25 +5,18 @@
     python -m tests.bench.torch_peer A --torch PYTHON    # torch and timm from another environment
 
 A: width 384, 4 layers. B: width 192, 12 layers. Batch 8, 224 pixels, categories, decoder of 4 layers and 16 heads, two threads. Both start
-from the same parameters and see the same batch; the losses must agree before anything is timed. Each runs in a process of its own with the
-heap settings of tests/bench/heap.py, the two take turns, and the least of the runs counts. Other processes on the machine slow both
-down: the load is printed with the result, and the ratio of the processor time is less sensitive to it.
+from the same parameters and see the same batch; the losses must agree before anything is timed (tests/bench/race.py).
 """
 
-import argparse
 import json
-import os
 import pathlib
-import subprocess
 import sys
-import tempfile
-import time
 from typing import Any
 
 import numpy as np
 
+from tests.bench import race
 from tests.bench.figures import Figure
-from tests.bench.heap import MALLOC
 
 SHAPES = {
     "A": {"width": 384, "heads": 6, "depth": 4},
@@ -32,7 +25,7 @@ SHAPES = {
 }
 TARGET = 1.1  # of shape A with the newest jax; the older one and the deep, narrow shape are reported beside it
 NEWEST = (0, 12)
-CLASSES, THREADS = 1000, 2
+CLASSES = 1000
 AGREE = 1e-4
 
 
@@ -126,13 +119,13 @@ def ours(folder: pathlib.Path, name: str) -> Any:
     return step
 
 
-def theirs(folder: pathlib.Path) -> Any:
+def theirs(folder: pathlib.Path, name: str = "") -> Any:
     """Their step, from the files of ours."""
     import torch
 
     from tests.bench import m3i_torch
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(race.THREADS)
     arrays = dict(np.load(folder / "start.npz"))
     peer = m3i_torch.Peer(json.loads((folder / "shape.json").read_text()), arrays)
     batch, keep, done = m3i_torch.batch_of(arrays), torch.from_numpy(arrays["keep"]), 0
@@ -146,82 +139,12 @@ def theirs(folder: pathlib.Path) -> Any:
     return step
 
 
-def contestant(side: str, folder: pathlib.Path, name: str) -> None:
-    """Answers every line of its input with (loss, wall seconds, processor seconds) of one step."""
-    step = ours(folder, name) if side == "jax" else theirs(folder)
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        wall, processor = time.perf_counter(), time.process_time()
-        loss = step()
-        print(json.dumps([loss, time.perf_counter() - wall, time.process_time() - processor]), flush=True)
-
-
-class Running:
-    """A contestant's process."""
-
-    def __init__(self, python: str, side: str, folder: str, name: str) -> None:
-        environment = {**os.environ, **MALLOC, "OMP_NUM_THREADS": str(THREADS), "JAX_PLATFORMS": "cpu"}
-        command = [python, "-m", "tests.bench.torch_peer", name, "--side", side, "--folder", folder]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        if self.line() != "ready":
-            raise RuntimeError(f"{side} did not start")
-
-    def line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def step(self) -> tuple[float, float, float]:
-        assert self.process.stdin is not None
-        print("go", file=self.process.stdin, flush=True)
-        if not (told := self.line()):
-            raise RuntimeError(f"{self.process.args!r} ended with {self.process.wait()}")
-        return tuple(json.loads(told))  # type: ignore[return-value]
-
-    def end(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-
-
-def race(name: str, runs: int, python: str) -> dict[str, Any]:
-    """Losses of the first steps, and the least seconds of both.
-
-    Raises:
-      RuntimeError: the losses do not agree: then they do not compute the same thing, and no time means anything.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        running = [Running(sys.executable, "jax", folder, name)]
-        try:
-            running.append(Running(python, "torch", folder, name))
-            rounds = [[one.step() for one in running[:: 1 if turn % 2 else -1]][:: 1 if turn % 2 else -1] for turn in range(runs + 3)]
-        finally:
-            for one in running:
-                one.end()
-    differ = [abs(a[0] - b[0]) / abs(b[0]) for a, b in rounds]
-    if differ[0] > AGREE:
-        raise RuntimeError(f"the losses of the first step are {rounds[0][0][0]} and {rounds[0][1][0]}")
-    timed = rounds[3:]
-    least = {side: [min(pair[i][j] for pair in timed) for i in range(2)] for j, side in ((1, "wall"), (2, "processor"))}
-    return {"differ": differ, "rounds": timed, "wall": least["wall"], "processor": least["processor"]}
-
-
-def told(name: str, seen: dict[str, Any]) -> str:
-    (ours_, theirs_), (a, b) = seen["wall"], seen["processor"]
-    return (
-        f"{name}: {ours_:.3f} s, PyTorch {theirs_:.3f} s, ratio {ours_ / theirs_:.3f} (processor time {a / b:.3f}); losses of three "
-        f"steps differ by {', '.join(f'{d:.1e}' for d in seen['differ'][:3])}; {len(seen['rounds'])} runs, load {os.getloadavg()[0]:.1f}"
-    )
-
-
 def figures(quick: bool, python: str = sys.executable) -> list[Figure]:
     import jax
 
     out, new = [], tuple(map(int, jax.__version__.split(".")[:2])) >= NEWEST
     for name in ("toy",) if quick else ("A", "B"):
-        seen = race(name, 5 if quick else 7, python)
+        seen = race.race("tests.bench.torch_peer", name, 5 if quick else 7, python, AGREE)
         (a, b), (c, d) = seen["wall"], seen["processor"]
         label = f"ViT M3I step over PyTorch, CPU, shape {name}, jax {jax.__version__}"
         out.append(Figure(label, a / b, TARGET if name == "A" and new else None, note=f"processor time {c / d:.2f}"))
@@ -229,20 +152,5 @@ def figures(quick: bool, python: str = sys.executable) -> list[Figure]:
     return out
 
 
-def main() -> None:
-    flags = argparse.ArgumentParser()
-    flags.add_argument("names", nargs="*", default=["A", "B"])
-    flags.add_argument("--runs", type=int, default=7)
-    flags.add_argument("--torch", default=sys.executable)
-    flags.add_argument("--side", default="")
-    flags.add_argument("--folder", default="")
-    given = flags.parse_args()
-    if given.side:
-        contestant(given.side, pathlib.Path(given.folder), given.names[0])
-        return
-    for name in given.names:
-        print(told(name, race(name, given.runs, given.torch)), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    race.main("tests.bench.torch_peer", ["A", "B"], AGREE)

@@ -166,10 +166,10 @@ def test_what_a_policy_keeps_is_what_it_says(remat, numbers):
 
 
 def test_pieces_hold_what_is_computed_again_in_parts(monkeypatch):
-    """A block's own temporaries: the MLP after its GELU, the products of attention, their gradients."""
-    whole = of_policy("half")
+    """A block's own temporaries: the weights of attention, here as wide as eight tokens' streams, and their gradients."""
+    whole = of_policy("half", heads=16)
     monkeypatch.setattr(stacked_blocks, "ROWS", 1)
-    parts = of_policy("half", at_once=1)
+    parts = of_policy("half", heads=16, at_once=1)
     own = ROWS * TOKENS * WIDTH * 4
     assert parts[2] == whole[2] and parts[1] < whole[1] - 3 * own
     close(parts[0], whole[0], 1e-4)
