@@ -1,5 +1,6 @@
 """The benchmarks at toy size: that they run, compare like with like, and tell what is missed and what is not measured."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -9,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.bench import checkpoint, report
+from tests.bench import checkpoint, race, report
 from tests.bench.figures import Figure
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -46,6 +47,16 @@ def test_a_benchmark_that_breaks_is_told_and_one_that_lacks_a_package_is_no_fail
     ended("Traceback\nValueError: no\n")
     figures, broken = report.run("torch_peer", True, 1)
     assert broken and figures[0].note == "ValueError: no"
+
+
+@pytest.mark.parametrize("name", ["torch_peer", "intern_image_peer"])
+def test_a_race_without_the_other_side_is_not_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told by the package, and before ours has compiled anything."""
+    contest = importlib.import_module(f"tests.bench.{name}")
+    monkeypatch.setattr(contest, "NEEDS", ("no_such_package",))
+    monkeypatch.setattr(race, "Running", None)
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        contest.figures(True)
 
 
 def test_a_checkpoint_is_measured_beside_its_parts() -> None:

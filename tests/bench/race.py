@@ -1,9 +1,9 @@
 """Two programs that compute the same, ours and one in PyTorch, each in a process of its own, taking turns.
 
 A contest is a module of this package with `ours(folder, name)` and `theirs(folder, name)`: each returns a function that takes a step and
-returns its loss. Ours begins, and leaves in `folder` what theirs starts from. Both get the heap settings of tests.bench.heap; the least of
-the runs counts. What else runs on the machine slows both down: the load is told with the result, and the ratio of the processor time is
-less sensitive to it.
+returns its loss. Ours begins, and leaves in `folder` what theirs starts from; NEEDS names the packages of theirs. Both get the heap settings
+of tests.bench.heap; the least of the runs counts. What else runs on the machine slows both down: the load is told with the result, and the
+ratio of the processor time is less sensitive to it.
 """
 
 import argparse
@@ -67,9 +67,13 @@ def race(module: str, name: str, runs: int, python: str, agree: float) -> dict[s
     """Losses of the first steps, and the least seconds of both; `python` runs theirs.
 
     Raises:
+      ModuleNotFoundError: theirs would run here, and a package is missing.
       RuntimeError: the losses of the first step differ by more than `agree`: then they do not compute the same thing, and no time means
         anything.
     """
+    if python == sys.executable:
+        for package in importlib.import_module(module).NEEDS:
+            importlib.import_module(package)
     with tempfile.TemporaryDirectory() as folder:
         running = [Running(sys.executable, module, "jax", folder, name)]
         try:

@@ -25,6 +25,7 @@ SHAPES = {
 }
 TARGET = 1.1  # of shape A with the newest jax; the older one and the deep, narrow shape are reported beside it
 NEWEST = (0, 12)
+NEEDS = ("torch", "timm")
 CLASSES = 1000
 AGREE = 1e-4
 
