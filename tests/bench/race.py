@@ -1,8 +1,8 @@
 """Two programs that compute the same, ours and one in PyTorch, each in a process of its own, taking turns.
 
 A contest is a module of this package with `ours(folder, name)` and `theirs(folder, name)`: each returns a function that takes a step and
-returns its loss. Ours begins, and leaves in `folder` what theirs starts from; NEEDS names the packages of theirs. Both get the heap settings
-of tests.bench.heap; the least of the runs counts. What else runs on the machine slows both down: the load is told with the result, and the
+returns its loss. Ours begins, and leaves in `folder` what theirs starts from; NEEDS names the packages of theirs. Both get the heap of
+tests.bench.heap; the least of the runs counts. What else runs on the machine slows both down: the load is told with the result, and the
 ratio of the processor time is less sensitive to it.
 """
 
