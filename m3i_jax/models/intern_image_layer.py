@@ -75,18 +75,25 @@ def _tapped(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) ->
 
 
 def _tapped_backward(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, g_BxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    (b, h, w, c), k = x_BxHxWxC.shape, kernel_KxKxC.shape[0]
-    dx = _tapped(g_BxHxWxC, kernel_KxKxC[::-1, ::-1], jnp.zeros(c))
-    wide, padded = g_BxHxWxC.astype(jnp.float32), _padded(x_BxHxWxC, k)
+    (_, h, w, c), k, wide = x_BxHxWxC.shape, kernel_KxKxC.shape[0], g_BxHxWxC.astype(jnp.float32)
+    padded = _padded(x_BxHxWxC, k)
+    sums = [(padded[:, i : i + h, j : j + w] * wide).sum((0, 1, 2)) for i in range(k) for j in range(k)]
+    return _tapped(g_BxHxWxC, kernel_KxKxC[::-1, ::-1], jnp.zeros(c)), jnp.stack(sums).reshape(kernel_KxKxC.shape)
 
-    # All K^2 sums at once, a row of the maps after the other: as sums over whole maps the compiler would write each shift down.
+
+def _rows_backward(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, g_BxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same with all K^2 sums at once, a row of the maps after the other: a CPU's compiler writes each shift of whole maps down."""
+    (b, h, w, c), k, wide = x_BxHxWxC.shape, kernel_KxKxC.shape[0], g_BxHxWxC.astype(jnp.float32)
+    padded = _padded(x_BxHxWxC, k)
+
     def row(i: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
         above = jax.lax.dynamic_slice_in_dim(padded, i, k, 1)
         here = jax.lax.dynamic_index_in_dim(wide, i, 1, keepdims=False)
         return [total + above[:, n // k, n % k : n % k + w] * here for n, total in enumerate(sums)]
 
     sums = jax.lax.fori_loop(0, h, row, [jnp.zeros((b, w, c), jnp.float32)] * k**2)
-    return dx, jnp.stack([total.sum((0, 1)) for total in sums]).reshape(kernel_KxKxC.shape)
+    dkernel = jnp.stack([total.sum((0, 1)) for total in sums]).reshape(kernel_KxKxC.shape)
+    return _tapped(g_BxHxWxC, kernel_KxKxC[::-1, ::-1], jnp.zeros(c)), dkernel
 
 
 def _convolved(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
@@ -118,7 +125,7 @@ def depthwise(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) 
 
 
 def _depthwise_backward(kept: Any, g_BxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    forms: dict[str, Any] = {"tpu": _convolved_backward, "default": _tapped_backward}
+    forms: dict[str, Any] = {"tpu": _convolved_backward, "cpu": _rows_backward, "default": _tapped_backward}
     dx, dkernel = jax.lax.platform_dependent(*kept, g_BxHxWxC, **forms)
     return dx, dkernel, g_BxHxWxC.astype(jnp.float32).sum((0, 1, 2))
 

@@ -200,17 +200,18 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), ((5, "float32"), (3, "bfloat16")))
-def test_both_forms_of_the_depthwise_convolution(kernel, dtype):
+def test_all_forms_of_the_depthwise_convolution(kernel, dtype):
     r = np.random.default_rng(0)
     x, g = (jnp.asarray(r.normal(size=(2, 7, 9, 6)), dtype) for _ in range(2))
     weight, bias = jnp.asarray(r.normal(size=(kernel, kernel, 6)), jnp.float32), jnp.asarray(r.normal(size=6), jnp.float32)
     weight = weight.astype(dtype).astype(jnp.float32)  # what a product in bfloat16 makes of it
     value = intern_image_layer._tapped(x, weight, bias), intern_image_layer._convolved(x, weight, bias)
-    gradients = intern_image_layer._tapped_backward(x, weight, g), intern_image_layer._convolved_backward(x, weight, g)
+    forms = intern_image_layer._tapped_backward, intern_image_layer._convolved_backward, intern_image_layer._rows_backward
+    gradients = [form(x, weight, g) for form in forms]
     wide = np.pad(np.asarray(x, np.float64), ((0, 0), (kernel // 2,) * 2, (kernel // 2,) * 2, (0, 0)))
     wanted = sum(wide[:, i : i + 7, j : j + 9] * np.asarray(weight, np.float64)[i, j] for i in range(kernel) for j in range(kernel)) + bias
     np.testing.assert_allclose(np.asarray(value[1], np.float64), wanted, atol=0.02 * np.abs(wanted).max() if dtype == "bfloat16" else 1e-5)
-    for ours, theirs in zip((value[1], *gradients[1]), (value[0], *gradients[0]), strict=True):
+    for ours, theirs in zip((value[1], *gradients[1], *gradients[2]), (value[0], *gradients[0], *gradients[0]), strict=True):
         assert ours.dtype == theirs.dtype
         scale = np.abs(np.asarray(theirs, np.float32)).max()
         np.testing.assert_allclose(
