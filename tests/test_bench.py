@@ -101,3 +101,14 @@ def test_the_peer_computes_the_same_thing(tmp_path: pathlib.Path) -> None:
     np.testing.assert_allclose(pairs[:, 0], pairs[:, 1], rtol=1e-4)
     assert abs(pairs[0] - pairs[-1]).min() > 0.05  # it has learned something meanwhile
     assert json.loads((tmp_path / "shape.json").read_text())["width"] == 48
+
+
+@pytest.mark.slow
+def test_the_internimage_peer_computes_the_same_thing(tmp_path: pathlib.Path) -> None:
+    """The loss here; the gradients of all weights are compared before their step is handed out."""
+    pytest.importorskip("torch", reason="the extra bench")
+    from tests.bench import intern_image_peer
+
+    ours = intern_image_peer.ours(tmp_path, "toy")
+    theirs = intern_image_peer.theirs(tmp_path, "toy")
+    assert ours() == pytest.approx(theirs(), rel=intern_image_peer.AGREE)
