@@ -32,11 +32,10 @@ def _corner(y: jax.Array, x: jax.Array, size: tuple[int, int]) -> tuple[jax.Arra
     return (row + 1).astype(jnp.int32), (column + 1).astype(jnp.int32), y - row, x - column
 
 
-def _rows(x_BxQxC: jax.Array, size: tuple[int, int], groups: int) -> jax.Array:
-    """The map with its ring of zeros, a row a cell and group: [B, R G, D]."""
+def _ringed(x_BxQxC: jax.Array, size: tuple[int, int], groups: int) -> jax.Array:
+    """The map with its ring of zeros: [B, height + 3, width + 3, G, D]."""
     b, _, c = x_BxQxC.shape
-    padded = jnp.pad(x_BxQxC.reshape(b, *size, c), ((0, 0), (1, 2), (1, 2), (0, 0)))
-    return padded.reshape(b, -1, c // groups)
+    return jnp.pad(x_BxQxC.reshape(b, *size, groups, c // groups), ((0, 0), (1, 2), (1, 2), (0, 0), (0, 0)))
 
 
 def _steps(size: tuple[int, int], groups: int) -> tuple[int, int, int, int]:
@@ -97,7 +96,8 @@ def forward(x_BxQxC: jax.Array, at: Samples, size: tuple[int, int]) -> jax.Array
                 total += share[..., p, corner, None] * _look(rows_BxRxD, cell[..., p] + step)
         return total
 
-    y_BxOxGxD = apart(body, _rows(x_BxQxC, size, groups), cell, _shares(below, right) * at.m[..., None])
+    rows_BxRxD = _ringed(x_BxQxC, size, groups).reshape(b, -1, x_BxQxC.shape[2] // groups)  # a row a cell and group
+    y_BxOxGxD = apart(body, rows_BxRxD, cell, _shares(below, right) * at.m[..., None])
     return y_BxOxGxD.reshape(b, o, -1).astype(x_BxQxC.dtype)
 
 
@@ -125,8 +125,7 @@ def _backward(x_BxQxC: jax.Array, at: Samples, grad_BxOxC: jax.Array, size: tupl
     d = x_BxQxC.shape[2] // groups
     # A map of a picture and group under the other, each with its ring of zeros: [R, W, D]. What a sample reads and adds to is a square of
     # four cells then, which XLA's scatter goes through in one inner loop.
-    padded = jnp.pad(x_BxQxC.reshape(b, height, width, groups, d), ((0, 0), (1, 2), (1, 2), (0, 0), (0, 0)))
-    maps = padded.transpose(0, 3, 1, 2, 4).reshape(-1, width + 3, d)
+    maps = _ringed(x_BxQxC, size, groups).transpose(0, 3, 1, 2, 4).reshape(-1, width + 3, d)
     grad_NxD = grad_BxOxC.reshape(b, o, groups, d).swapaxes(1, 2).reshape(-1, d).astype(dtype)
     y, x, m = (jnp.transpose(a, (3, 0, 2, 1)) for a in at)
     row, column, below, right = _corner(y, x, size)
@@ -143,8 +142,7 @@ def _backward(x_BxQxC: jax.Array, at: Samples, grad_BxOxC: jax.Array, size: tupl
         return total
 
     def shares(below: jax.Array, right: jax.Array, m: jax.Array) -> jax.Array:
-        down, over = jnp.stack([1 - below, below], -1), jnp.stack([1 - right, right], -1)
-        return down[:, :, None] * over[:, None] * m[:, None, None]
+        return (_shares(below, right) * m[:, None]).reshape(-1, 2, 2)
 
     def point(dv: jax.Array, one: tuple[jax.Array, ...]) -> tuple[jax.Array, Samples]:
         row, column, below, right, m = one

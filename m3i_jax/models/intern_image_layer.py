@@ -3,6 +3,7 @@
 B images, H W size of the map, C channels, G groups, P points, F hidden width of the MLP, L layers.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,26 +75,29 @@ def _tapped(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) ->
     return apart(form, x_BxHxWxC, kernel_KxKxC, bias_C)
 
 
-def _tapped_backward(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, g_BxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    (_, h, w, c), k, wide = x_BxHxWxC.shape, kernel_KxKxC.shape[0], g_BxHxWxC.astype(jnp.float32)
-    padded = _padded(x_BxHxWxC, k)
-    sums = [(padded[:, i : i + h, j : j + w] * wide).sum((0, 1, 2)) for i in range(k) for j in range(k)]
-    return _tapped(g_BxHxWxC, kernel_KxKxC[::-1, ::-1], jnp.zeros(c)), jnp.stack(sums).reshape(kernel_KxKxC.shape)
+def _by_shift(padded: jax.Array, g_BxHxWxC: jax.Array, k: int) -> list[jax.Array]:
+    _, h, w, _ = g_BxHxWxC.shape
+    return [(padded[:, i : i + h, j : j + w] * g_BxHxWxC).sum((0, 1, 2)) for i in range(k) for j in range(k)]
 
 
-def _rows_backward(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, g_BxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same with all K^2 sums at once, a row of the maps after the other: a CPU's compiler writes each shift of whole maps down."""
-    (b, h, w, c), k, wide = x_BxHxWxC.shape, kernel_KxKxC.shape[0], g_BxHxWxC.astype(jnp.float32)
-    padded = _padded(x_BxHxWxC, k)
+def _by_row(padded: jax.Array, g_BxHxWxC: jax.Array, k: int) -> list[jax.Array]:
+    """All K^2 sums at once, a row of the maps after the other: a CPU's compiler writes each shift of whole maps down."""
+    b, h, w, c = g_BxHxWxC.shape
 
     def row(i: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
         above = jax.lax.dynamic_slice_in_dim(padded, i, k, 1)
-        here = jax.lax.dynamic_index_in_dim(wide, i, 1, keepdims=False)
+        here = jax.lax.dynamic_index_in_dim(g_BxHxWxC, i, 1, keepdims=False)
         return [total + above[:, n // k, n % k : n % k + w] * here for n, total in enumerate(sums)]
 
-    sums = jax.lax.fori_loop(0, h, row, [jnp.zeros((b, w, c), jnp.float32)] * k**2)
-    dkernel = jnp.stack([total.sum((0, 1)) for total in sums]).reshape(kernel_KxKxC.shape)
-    return _tapped(g_BxHxWxC, kernel_KxKxC[::-1, ::-1], jnp.zeros(c)), dkernel
+    return [total.sum((0, 1)) for total in jax.lax.fori_loop(0, h, row, [jnp.zeros((b, w, c), jnp.float32)] * k**2)]
+
+
+def _tapped_backward(
+    sums: Callable[..., list[jax.Array]], x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, g_BxHxWxC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    dx = _tapped(g_BxHxWxC, kernel_KxKxC[::-1, ::-1], jnp.zeros(x_BxHxWxC.shape[-1]))
+    k = kernel_KxKxC.shape[0]
+    return dx, jnp.stack(sums(_padded(x_BxHxWxC, k), g_BxHxWxC.astype(jnp.float32), k)).reshape(kernel_KxKxC.shape)
 
 
 def _convolved(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
@@ -125,7 +129,8 @@ def depthwise(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) 
 
 
 def _depthwise_backward(kept: Any, g_BxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    forms: dict[str, Any] = {"tpu": _convolved_backward, "cpu": _rows_backward, "default": _tapped_backward}
+    forms: dict[str, Any] = {"cpu": functools.partial(_tapped_backward, _by_row), "default": functools.partial(_tapped_backward, _by_shift)}
+    forms["tpu"] = _convolved_backward
     dx, dkernel = jax.lax.platform_dependent(*kept, g_BxHxWxC, **forms)
     return dx, dkernel, g_BxHxWxC.astype(jnp.float32).sum((0, 1, 2))
 

@@ -94,12 +94,12 @@ def theirs(folder: pathlib.Path, name: str) -> Any:
     return step
 
 
-def figures(quick: bool, python: str = sys.executable) -> list[Figure]:
+def figures(quick: bool) -> list[Figure]:
     import jax
 
     out = []
     for name in ("toy",) if quick else ("2", "8"):
-        seen = race.race("tests.bench.intern_image_peer", name, 5 if quick else 7, python, AGREE)
+        seen = race.race("tests.bench.intern_image_peer", name, 5 if quick else 7, sys.executable, AGREE)
         (a, b), (c, d) = seen["wall"], seen["processor"]
         label = f"InternImage-T forward and gradients over PyTorch, CPU, {name} picture(s), jax {jax.__version__}"
         out.append(Figure(label, a / b, None if quick else TARGET, note=f"processor time {c / d:.2f}"))

@@ -140,12 +140,12 @@ def theirs(folder: pathlib.Path, name: str = "") -> Any:
     return step
 
 
-def figures(quick: bool, python: str = sys.executable) -> list[Figure]:
+def figures(quick: bool) -> list[Figure]:
     import jax
 
     out, new = [], tuple(map(int, jax.__version__.split(".")[:2])) >= NEWEST
     for name in ("toy",) if quick else ("A", "B"):
-        seen = race.race("tests.bench.torch_peer", name, 5 if quick else 7, python, AGREE)
+        seen = race.race("tests.bench.torch_peer", name, 5 if quick else 7, sys.executable, AGREE)
         (a, b), (c, d) = seen["wall"], seen["processor"]
         label = f"ViT M3I step over PyTorch, CPU, shape {name}, jax {jax.__version__}"
         out.append(Figure(label, a / b, TARGET if name == "A" and new else None, note=f"processor time {c / d:.2f}"))

@@ -206,8 +206,10 @@ def test_all_forms_of_the_depthwise_convolution(kernel, dtype):
     weight, bias = jnp.asarray(r.normal(size=(kernel, kernel, 6)), jnp.float32), jnp.asarray(r.normal(size=6), jnp.float32)
     weight = weight.astype(dtype).astype(jnp.float32)  # what a product in bfloat16 makes of it
     value = intern_image_layer._tapped(x, weight, bias), intern_image_layer._convolved(x, weight, bias)
-    forms = intern_image_layer._tapped_backward, intern_image_layer._convolved_backward, intern_image_layer._rows_backward
-    gradients = [form(x, weight, g) for form in forms]
+    by_shift, by_row = (
+        intern_image_layer._tapped_backward(sums, x, weight, g) for sums in (intern_image_layer._by_shift, intern_image_layer._by_row)
+    )
+    gradients = by_shift, intern_image_layer._convolved_backward(x, weight, g), by_row
     wide = np.pad(np.asarray(x, np.float64), ((0, 0), (kernel // 2,) * 2, (kernel // 2,) * 2, (0, 0)))
     wanted = sum(wide[:, i : i + 7, j : j + 9] * np.asarray(weight, np.float64)[i, j] for i in range(kernel) for j in range(kernel)) + bias
     np.testing.assert_allclose(np.asarray(value[1], np.float64), wanted, atol=0.02 * np.abs(wanted).max() if dtype == "bfloat16" else 1e-5)

@@ -166,7 +166,7 @@ def test_what_a_policy_keeps_is_what_it_says(remat, numbers):
 
 
 def test_pieces_hold_what_is_computed_again_in_parts(monkeypatch):
-    """A block's own temporaries: the weights of attention, here as wide as eight tokens' streams, and their gradients."""
+    """A block's own temporaries: the weights of attention, here eight times as many numbers as the stream, and their gradients."""
     whole = of_policy("half", heads=16)
     monkeypatch.setattr(stacked_blocks, "ROWS", 1)
     parts = of_policy("half", heads=16, at_once=1)
