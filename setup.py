@@ -36,7 +36,7 @@ def accelerated(extra: str) -> list[str]:
 
 
 EXTRAS = {
-    # What the benchmarks under tests/bench compare with, beside `fast`; torch from a CPU build where there is no GPU.
+    # What the benchmarks under tests/bench compare with; torch from a CPU build where there is no GPU.
     "bench": ["tensorflow-cpu>=2.20", "timm>=1.0.20", "torch>=2.10", "torchvision>=0.25"],
     "cuda": accelerated("cuda12"),
     "cuda13": accelerated("cuda13"),
@@ -62,6 +62,7 @@ EXTRAS = {
         "tensorboardX>=2.6.4",
     ],
 }
+EXTRAS["bench"] += EXTRAS["fast"]  # the figures of the input pipeline are with it
 EXTRAS["test"] += EXTRAS["fast"] + EXTRAS["huggingface"] + EXTRAS["tfds"]  # light; a test that is always skipped rots
 
 setup(

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import parallel, schema
-from m3i_jax.data import photometric
 from m3i_jax.evaluation.features import image_tokens
-from m3i_jax.models import backbones, pooling, vit
+from m3i_jax.models import backbones, pooling
+from m3i_jax.training import views
 
 Maps = dict[str, jax.Array]
 
@@ -35,9 +35,7 @@ def maps(config: schema.Config, pooled: bool, params: Any, views_BxSxSx3: jax.Ar
     if pooled:
         out["pooling"] = pooling.weights(model, params["pool"], x_BxNxD).mean(1)
     if look := backbones.of(model).attention:
-        pixels = photometric.normalize(views_BxSxSx3.astype(jnp.float32) / 255, config.data.augment)
-        patches = vit.patchify(pixels, model.encoder.patch_size).astype(model.dtype)
-        weights_BxTxT = look(model, params["encoder"], patches, grid=config.grid).mean(1)
+        weights_BxTxT = look(model, params["encoder"], views.plain(config, views_BxSxSx3), grid=config.grid).mean(1)
         out["last"] = weights_BxTxT[:, 0, first:] if first else weights_BxTxT.mean(1)
     return out
 

@@ -12,23 +12,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import parallel, schema
-from m3i_jax.data import photometric
-from m3i_jax.models import m3i, vit
+from m3i_jax.models import m3i
+from m3i_jax.training import views
 
 
-def image_vectors(config: schema.Config, attention: bool, params: Any, views_BxSxSx3: jax.Array) -> jax.Array:
-    """Features [B, D] float32 of clean uint8 views (no colour augmentation, no masking): the pooling that the objective trains (M3I
-    section 3.4), or the mean of the patch tokens."""
-    z_BxTxD = image_tokens(config, params, views_BxSxSx3)
-    first = int(config.model.encoder.cls_token)
-    x_BxNxD, cls_BxD = z_BxTxD[:, first:], z_BxTxD[:, 0] if first else None
-    return (m3i.pool(config, params, x_BxNxD, cls=cls_BxD) if attention else x_BxNxD.astype(jnp.float32).mean(1)).astype(jnp.float32)
+def read(config: schema.Config, pool: str, params: Any, pixels_BxSxSx3: jax.Array) -> jax.Array:
+    """What is read from pictures of the model's size as they are (no colour augmentation, no masking): float32, [B, D], or of `tokens`
+    [B, T, D] with cls first.
+
+    Args:
+      config: of the run; `config.model`, the pixels' mean and std and the image size are read.
+      pool: attention: the pooling that the objective trained (M3I section 3.4); mean: of the patch tokens; cls: that token; tokens: all.
+      params: with `encoder` and, for attention, `pool`.
+      pixels_BxSxSx3: uint8, or floats in 0..1.
+    """
+    z_BxTxD = image_tokens(config, params, pixels_BxSxSx3)
+    first = int(config.model.encoder.cls_token)  # an InternImage has none
+    if pool == "attention":
+        return m3i.pool(config, params, z_BxTxD[:, first:], cls=z_BxTxD[:, 0] if first else None).astype(jnp.float32)
+    z_BxTxD = z_BxTxD.astype(jnp.float32)
+    return z_BxTxD if pool == "tokens" else z_BxTxD[:, 0] if pool == "cls" else z_BxTxD[:, first:].mean(1)
 
 
-def image_tokens(config: schema.Config, params: Any, views_BxSxSx3: jax.Array) -> jax.Array:
-    """Tokens [B, T, D] of clean uint8 views, cls first, in the compute precision."""
-    pixels = photometric.normalize(views_BxSxSx3.astype(jnp.float32) / 255, config.data.augment)
-    return m3i.encode(config, params["encoder"], vit.patchify(pixels, config.model.encoder.patch_size).astype(config.model.dtype))
+def image_tokens(config: schema.Config, params: Any, pixels_BxSxSx3: jax.Array) -> jax.Array:
+    """Tokens [B, T, D] of pictures as they are, cls first, in the compute precision."""
+    return m3i.encode(config, params["encoder"], views.plain(config, pixels_BxSxSx3))
 
 
 class Features(NamedTuple):
@@ -59,7 +67,8 @@ class Extractor:
 
     def __init__(self, config: schema.Config, mesh: jax.sharding.Mesh, *, attention: bool = False):
         self._mesh, self._width = mesh, config.model.pooled if attention else config.model.encoder.width
-        self._features = jax.jit(functools.partial(image_vectors, config, attention), out_shardings=parallel.replicated(mesh))
+        pool = "attention" if attention else "mean"
+        self._features = jax.jit(functools.partial(read, config, pool), out_shardings=parallel.replicated(mesh))
 
     def __call__(self, params: Any, batches: Iterable[dict[str, np.ndarray]], poll: Callable[[], None] = lambda: None) -> Features:
         """Those of the valid rows, in order. `params` holds the part "encoder" and, for attention pooling, "pool". `poll` is called
@@ -92,8 +101,8 @@ def extracted(
     pending: Any = None
     for batch in batches:
         poll()
-        views = parallel.to_global(mesh, {"views": batch["views"]})["views"]
-        out = function(params, views)
+        pixels = parallel.to_global(mesh, {"views": batch["views"]})["views"]
+        out = function(params, pixels)
         if pending is not None:
             yield fetch(*pending)
         pending = out, {name: batch[name] for name in ("label", "index", "valid")}

@@ -18,31 +18,14 @@ from PIL import Image
 
 from m3i_jax import config as configuration
 from m3i_jax import schema
-from m3i_jax.data import crops, photometric
+from m3i_jax.data import crops
 from m3i_jax.errors import UserError
-from m3i_jax.models import intern_image, m3i, vit
+from m3i_jax.evaluation import features
+from m3i_jax.models import intern_image
 from m3i_jax.training import checkpoint, plan, start, steps
 
 POOLS = ("auto", "attention", "mean", "cls", "tokens")
 _ROWS = 64  # pictures a device step
-
-
-def encode(config: schema.Config, pool: str, params: Any, pixels_BxSxSx3: jax.Array) -> jax.Array:
-    """What is read from pictures of the model's size: float32, [B, D], or of `tokens` [B, T, D] with cls first.
-
-    Args:
-      config: of the run; `config.model`, the pixels' mean and std and the image size are read.
-      pool: attention: the pooling that the objective trained; mean: of the patch tokens; cls: that token; tokens: all of them.
-      params: with `encoder` and, for attention, `pool`.
-      pixels_BxSxSx3: uint8, or floats in 0..1.
-    """
-    normal = photometric.normalize(pixels_BxSxSx3, config.data.augment)
-    z_BxTxD = m3i.encode(config, params["encoder"], vit.patchify(normal, config.model.encoder.patch_size).astype(config.model.dtype))
-    first = int(config.model.encoder.cls_token)  # an InternImage has none
-    if pool == "attention":
-        return m3i.pool(config, params, z_BxTxD[:, first:], cls=z_BxTxD[:, 0] if first else None).astype(jnp.float32)
-    z_BxTxD = z_BxTxD.astype(jnp.float32)
-    return z_BxTxD if pool == "tokens" else z_BxTxD[:, 0] if pool == "cls" else z_BxTxD[:, first:].mean(1)
 
 
 @dataclasses.dataclass
@@ -64,7 +47,7 @@ class Loaded:
     @functools.cached_property
     def function(self) -> Callable[[Any, Any], jax.Array]:
         """The compiled (params, pixels [B, S, S, 3]) -> features, for pictures that have the size already."""
-        return jax.jit(functools.partial(encode, self.config, self.pool))
+        return jax.jit(functools.partial(features.read, self.config, self.pool))
 
     def features(self, images: Any) -> np.ndarray:
         """Features of pictures, float32 [B, D], not normalised: `mean`, `attention` or `cls`, or [B, T, D] of `tokens`.
@@ -76,7 +59,7 @@ class Loaded:
         Raises:
           ValueError: arrays of another shape or type, or floats outside 0..1.
 
-        >>> import jax
+        >>> from m3i_jax.models import vit
         >>> model = schema.Model(encoder=schema.Encoder(patch_size=8, width=8, depth=1, heads=2), dtype="float32")
         >>> config = schema.Config(model=model, data=schema.Data(image_size=32))
         >>> loaded = Loaded(config, {"encoder": vit.init(model, jax.random.key(0))}, "mean", "")

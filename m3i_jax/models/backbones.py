@@ -30,7 +30,7 @@ class Backbone:
     init(model, rng, *, mask_token,     parameters; with the vector that stands for hidden cells if asked for; grid: cells a side, for a
          grid)                          learned position table
     apply(model, params, patches, ...)  features [B, T, D], with the arguments of `vit.apply`
-    drop_rates(model)                   rate of stochastic depth of every layer, [L]
+    depth(model)                        layers, all in all
     below(model, path)                  layers above a parameter of the encoder, for layer-wise learning rates: a number, or one a layer
                                         of a stacked tree
     describe(model)                     a few words for reports
@@ -43,7 +43,7 @@ class Backbone:
 
     init: Callable[..., Params]
     apply: Callable[..., jax.Array]
-    drop_rates: Callable[[schema.Model], np.ndarray]
+    depth: Callable[[schema.Model], int]
     below: Callable[[schema.Model, str], int | np.ndarray]
     describe: Callable[[schema.Model], str]
     attention: Callable[..., jax.Array] | None
@@ -62,7 +62,7 @@ def _below_vit(model: schema.Model, path: str) -> int | np.ndarray:
 VIT = Backbone(
     init=vit.init,
     apply=vit.apply,
-    drop_rates=lambda model: layers.drop_rates(model.encoder),
+    depth=lambda model: model.encoder.depth,
     below=_below_vit,
     describe=lambda model: f"{model.encoder.depth} blocks of {model.encoder.width}",
     attention=vit.last_attention,
@@ -133,7 +133,7 @@ def _below_intern_image(model: schema.Model, path: str) -> int | np.ndarray:
 INTERN_IMAGE = Backbone(
     init=_init_intern_image,
     apply=_apply_intern_image,
-    drop_rates=lambda model: intern_image.drop_rates(net(model)),
+    depth=lambda model: sum(model.intern_image.depths),
     below=_below_intern_image,
     describe=lambda model: (
         f"InternImage of {'+'.join(map(str, model.intern_image.depths))} layers from {model.intern_image.width} channels"
@@ -154,3 +154,12 @@ def of(model: schema.Model) -> Backbone:
     '12 blocks of 768'
     """
     return BACKBONES[model.backbone]
+
+
+def drop_rates(model: schema.Model) -> np.ndarray:
+    """Rate of stochastic depth of every layer, [L] float32.
+
+    >>> drop_rates(schema.Model(encoder=schema.Encoder(depth=3, drop_path=0.25))).tolist()
+    [0.0, 0.125, 0.25]
+    """
+    return layers.drop_rates(of(model).depth(model), model.encoder.drop_path, model.encoder.drop_path_rule)

@@ -4,8 +4,8 @@ L blocks, D width.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax.models.layers import Block, Params
+
+Start = tuple[Literal["constant", "uniform", "normal"], float]  # value, bound or standard deviation
 
 
 def shapes_of(module: nn.Module, *inputs: Any) -> Params:
@@ -25,16 +27,44 @@ def shapes_of(module: nn.Module, *inputs: Any) -> Params:
     return jax.eval_shape(module.init, jax.random.key(0), *inputs).get("params", {})
 
 
-def draw(rng: jax.Array, shapes: Params, normal: Mapping[str, float] | None = None) -> Params:
-    """First values of a tree of parameters, float32.
-
-    A `scale` is 1 and a `bias` 0. A `kernel` [in, out] is Xavier-uniform, bound sqrt(6 / (in + out)): qkv is the one [D, 3 D] matrix that
-    it is (MAE, SiameseIM; MoCo v3 bounds q, k and v by themselves), a patch embedding a [P, D] matrix. Names in `normal` are N(0, std^2)
-    instead. All are cut from one draw: a random call for every matrix would make the program several times as slow to compile.
+def fill(rng: jax.Array, shapes: Params, rule: Callable[[str, tuple[int, ...]], Start]) -> dict[str, Any]:
+    """First values of a tree of parameters by a rule, float32. All are cut from one draw: a random call for every array would make the
+    program several times as slow to compile.
 
     Args:
       rng: key.
-      shapes: tree of arrays or shapes.
+      shapes: tree of arrays, of their shapes and dtypes, or of shapes alone.
+      rule: (path, shape) to (constant, value), (uniform, bound) or (normal, std).
+
+    >>> fill(jax.random.key(0), {"a": (2,)}, lambda path, shape: ("constant", 3.0))["a"].tolist()
+    [3.0, 3.0]
+    """
+    paths, structure = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=lambda node: isinstance(node, tuple))
+    named = [("/".join(str(getattr(k, "key", k)) for k in path), tuple(getattr(leaf, "shape", leaf))) for path, leaf in paths]
+    rules = [(shape, *rule(path, shape)) for path, shape in named]
+    total = sum(math.prod(shape) for shape, kind, _ in rules if kind != "constant")
+    open_unit = jax.random.uniform(rng, (total,), minval=np.nextafter(np.float32(-1), np.float32(0)), maxval=1.0)
+    leaves, at = [], 0
+    for shape, kind, value in rules:
+        if kind == "constant":
+            leaves.append(jnp.full(shape, value, jnp.float32))  # a weak type would change with the first update
+            continue
+        part = open_unit[at : at + math.prod(shape)].reshape(shape)
+        at += part.size
+        leaves.append(value * part if kind == "uniform" else value * math.sqrt(2) * jax.lax.erf_inv(part))
+    return jax.tree.unflatten(structure, leaves)
+
+
+def draw(rng: jax.Array, shapes: Params, normal: Mapping[str, float] | None = None) -> Params:
+    """First values of the parameters of a tower, float32.
+
+    A `scale` is 1 and a `bias` 0. A `kernel` [in, out] is Xavier-uniform, bound sqrt(6 / (in + out)): qkv is the one [D, 3 D] matrix that
+    it is (MAE, SiameseIM; MoCo v3 bounds q, k and v by themselves), a patch embedding a [P, D] matrix. Names in `normal` are N(0, std^2)
+    instead.
+
+    Args:
+      rng: key.
+      shapes: as of `fill`.
       normal: {end of a path: std}; the first that matches.
 
     Raises:
@@ -45,27 +75,19 @@ def draw(rng: jax.Array, shapes: Params, normal: Mapping[str, float] | None = No
     >>> round(float(jnp.abs(tree["kernel"]).max()), 3), float(jnp.abs(tree["bias"]).max())
     (0.2, 0.0)
     """
-    paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
-    named = [("/".join(str(getattr(k, "key", k)) for k in path), leaf.shape) for path, leaf in paths]
-    constant = {"scale": 1.0, "bias": 0.0}
-    total = sum(math.prod(shape) for path, shape in named if path.split("/")[-1] not in constant)
-    open_unit = jax.random.uniform(rng, (total,), minval=np.nextafter(np.float32(-1), np.float32(0)), maxval=1.0)
-    leaves, at = [], 0
-    for path, shape in named:
+
+    def rule(path: str, shape: tuple[int, ...]) -> Start:
         last = path.split("/")[-1]
-        if last in constant:
-            leaves.append(jnp.full(shape, constant[last], jnp.float32))  # a weak type would change with the first update
-            continue
-        part = open_unit[at : at + math.prod(shape)].reshape(shape)
-        at += part.size
+        if last in ("scale", "bias"):
+            return "constant", float(last == "scale")
         std = next((std for end, std in (normal or {}).items() if path.endswith(end)), None)
         if std is not None:
-            leaves.append(std * math.sqrt(2) * jax.lax.erf_inv(part))
-        elif last == "kernel":
-            leaves.append(math.sqrt(6 / sum(shape)) * part)
-        else:
-            raise ValueError(f"parameter {path} of shape {shape} has no rule for its first values")
-    return jax.tree.unflatten(structure, leaves)
+            return "normal", std
+        if last == "kernel":
+            return "uniform", math.sqrt(6 / sum(shape))
+        raise ValueError(f"parameter {path} of shape {shape} has no rule for its first values")
+
+    return fill(rng, shapes, rule)
 
 
 def init_blocks(one: Block, rng: jax.Array, *, width: int, depth: int, normal: Mapping[str, float] | None = None) -> Params:

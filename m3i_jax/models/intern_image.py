@@ -10,15 +10,16 @@ B images, S pixels a side, H W size of a map, C its channels, G groups, P points
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from m3i_jax import parallel, schema
+from m3i_jax.models import initial
 from m3i_jax.models.intern_image_layer import Layer, convolve, dense, norm, run_layers
 from m3i_jax.models.layers import Params, gelu
 
@@ -156,7 +157,7 @@ def count(model: InternImage) -> int:
     return sum(math.prod(shape) for shape in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, tuple)))
 
 
-def _first(model: InternImage, path: str, shape: tuple[int, ...]) -> tuple[str, float]:
+def _first(model: InternImage, path: str, shape: tuple[int, ...]) -> initial.Start:
     """How a parameter starts: (uniform, bound), (normal, std) or (constant, value). `shape` is that of one layer."""
     last, owner = path.split("/")[-1], path.split("/")[-2] if "/" in path else ""
     if last == "scale":
@@ -178,23 +179,6 @@ def _first(model: InternImage, path: str, shape: tuple[int, ...]) -> tuple[str, 
     return "normal", model.mlp_std or shape[0] ** -0.5
 
 
-def _draw(model: InternImage, rng: jax.Array, tree: Any) -> Any:
-    """Values for a tree of shapes, all cut from one draw: a random call for every array would take long to compile."""
-    paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, tuple))
-    rules = [(shape, *_first(model, "/".join(k.key for k in path), shape)) for path, shape in paths]
-    total = sum(math.prod(shape) for shape, kind, _ in rules if kind != "constant")
-    unit = jax.random.uniform(rng, (total,), minval=np.nextafter(np.float32(-1), np.float32(0)), maxval=1.0)
-    leaves, at = [], 0
-    for shape, kind, value in rules:
-        if kind == "constant":
-            leaves.append(jnp.full(shape, value, jnp.float32))
-            continue
-        part = unit[at : at + math.prod(shape)].reshape(shape)
-        at += part.size
-        leaves.append(value * part if kind == "uniform" else value * math.sqrt(2) * jax.lax.erf_inv(part))
-    return jax.tree.unflatten(structure, leaves)
-
-
 def init(model: InternImage, rng: jax.Array, *, mask_token: bool = False) -> Params:
     """Parameters: `stem`, `stage0` to `stage3` (`layers` stacked on [L, ...], `extra_norms`, `norm`, `down`), `fusion`.
 
@@ -210,27 +194,16 @@ def init(model: InternImage, rng: jax.Array, *, mask_token: bool = False) -> Par
     >>> sum(leaf.size for leaf in jax.tree.leaves(params))  # with the fusion
     1084924080
     """
+    rule = functools.partial(_first, model)
     of_layers, of_rest, of_token = jax.random.split(rng, 3)
     tree = shapes(model)
-    params = _draw(model, of_rest, {name: {k: v for k, v in part.items() if k != "layers"} for name, part in tree.items()})
+    params = initial.fill(of_rest, {name: {k: v for k, v in part.items() if k != "layers"} for name, part in tree.items()}, rule)
     for stage, (depth, key) in enumerate(zip(model.depths, jax.random.split(of_layers, 4), strict=True)):
         one = _layer(model, stage).shapes()
-        params[f"stage{stage}"]["layers"] = jax.lax.map(lambda key, one=one: _draw(model, key, one), jax.random.split(key, depth))
+        params[f"stage{stage}"]["layers"] = jax.lax.map(lambda key, one=one: initial.fill(key, one, rule), jax.random.split(key, depth))
     if mask_token:
-        params |= _draw(model, of_token, {"mask_token": (1, 1, 1, model.width)})
+        params |= initial.fill(of_token, {"mask_token": (1, 1, 1, model.width)}, rule)
     return params
-
-
-def drop_rates(model: InternImage) -> np.ndarray:
-    """Probability with which each layer's branches are dropped, [L] float32 over all stages: from 0 to the rate, or the same everywhere.
-
-    >>> drop_rates(dataclasses.replace(PRESETS["internimage_pico"], drop_path=0.5)).tolist()
-    [0.0, 0.125, 0.25, 0.375, 0.5]
-    """
-    depth = sum(model.depths)
-    if model.drop_path_rule == "uniform":
-        return np.full(depth, model.drop_path, np.float32)
-    return np.linspace(0, model.drop_path, depth, dtype=np.float32)
 
 
 def pixel_shuffle(x_BxHxWx4D: jax.Array) -> jax.Array:

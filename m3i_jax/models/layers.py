@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from m3i_jax import parallel, schema
+from m3i_jax import parallel
 from m3i_jax.models import activations, attention_kernel
 from m3i_jax.models.attention_kernel import NEVER, Columns
 from m3i_jax.models.product import product
@@ -364,15 +364,14 @@ def block(
     return Block(heads=heads, hidden=round(width * mlp_ratio), dtype=jnp.dtype(dtype), norm=norm, eps=eps, activation=activation)
 
 
-def drop_rates(encoder: schema.Encoder) -> np.ndarray:
-    """Probability with which each block's branches are dropped, [L] float32: `rate * l / (L - 1)`, or the same everywhere (M3I Table 7).
+def drop_rates(depth: int, rate: float, rule: str = "linear") -> np.ndarray:
+    """Probability with which the branches of each of `depth` layers are dropped, [L] float32: `rate * l / (L - 1)`, or, by the rule
+    uniform, the same everywhere (M3I Table 7).
 
-    >>> drop_rates(schema.Encoder(depth=3, drop_path=0.25)).tolist()
-    [0.0, 0.125, 0.25]
+    >>> drop_rates(3, 0.25).tolist(), drop_rates(2, 0.25, "uniform").tolist()
+    ([0.0, 0.125, 0.25], [0.25, 0.25])
     """
-    if encoder.drop_path_rule == "uniform":
-        return np.full(encoder.depth, encoder.drop_path, np.float32)
-    return np.linspace(0, encoder.drop_path, encoder.depth, dtype=np.float32)
+    return np.full(depth, rate, np.float32) if rule == "uniform" else np.linspace(0, rate, depth, dtype=np.float32)
 
 
 def add_positions(x_BxTxD: jax.Array, table_NxD: np.ndarray | jax.Array, index_BxT: jax.Array | None = None) -> jax.Array:

@@ -24,13 +24,14 @@ def product(x_NxC: jax.Array, kernel_CxD: jax.Array, out: Any = None) -> jax.Arr
     """`x W`, [N, D] in the type `out`, by default that of the arguments.
 
     On a CPU the gradient of a kernel with more rows than columns, as of a transformer's second MLP layer, is made as [D, C] and turned:
-    XLA's product of two matrices along their rows takes up to twice as long the other way round. Elsewhere it is JAX's own of `x @ W`.
+    XLA's product of two matrices along their rows takes up to twice as long the other way round. Of few rows of x turning would take
+    longer than that saves. Elsewhere it is JAX's own of `x @ W`.
 
     >>> product(jnp.ones((1, 2)), jnp.eye(2)).tolist()
     [[1.0, 1.0]]
     >>> jax.grad(lambda kernel: product(jnp.array([[2.0, 3.0]]), kernel).sum())(jnp.zeros((2, 1))).tolist()
     [[2.0], [3.0]]
     """
-    if kernel_CxD.shape[0] <= kernel_CxD.shape[1]:
+    if not 4 * x_NxC.shape[0] >= kernel_CxD.shape[0] > kernel_CxD.shape[1]:
         return jnp.dot(x_NxC, kernel_CxD, preferred_element_type=out)
     return jax.lax.dot_general(x_NxC, _turned(kernel_CxD), (((1,), (1,)), ((), ())), preferred_element_type=out)

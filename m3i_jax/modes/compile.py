@@ -156,17 +156,17 @@ def _row(name: str, got: dict[str, Any]) -> dict[str, Any]:
 def search_batch(config: schema.Config, site: Site, vocabulary: int) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
     """(images a data shard or 0, report at that size or at the smallest, attempts)."""
     shards = fitting.data_shards(parallel.make_mesh(config.parallel.mesh, site.devices))
-    unit, reports = 2 * config.train.microbatches, {}
+    unit, reports, rows = 2 * config.train.microbatches, {}, {}
 
     def attempt(units: int) -> fitting.Trial:
         got = reports[units] = report(fitting.with_batch(config, units * unit * shards), site, vocabulary)
-        print(f"{units * unit:,} images a data shard: {'fits' if got['fits'] else 'does not fit'}", flush=True)
+        rows[units] = _row(f"{units * unit:,} images a data shard", got)
+        print(compiled.attempt(rows[units]), flush=True)
         fixed = sum(got["memory"].get(part, 0.0) for part in compiled.STATE)
         return fitting.Trial(fits=got["fits"], peak=got["peak_bytes"] or math.nan, fixed=fixed, limit=site.limit)
 
     found = fitting.largest(attempt, config.train.batch_size // (unit * shards))
-    rows = [_row(f"{units * unit:,} images a data shard", got) for units, got in sorted(reports.items())]
-    return found * unit, reports[found or min(reports)], rows
+    return found * unit, reports[found or min(reports)], [row for _, row in sorted(rows.items())]
 
 
 def search_changes(config: schema.Config, site: Site, vocabulary: int) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
@@ -180,7 +180,7 @@ def search_changes(config: schema.Config, site: Site, vocabulary: int) -> tuple[
         got = report(made, site, vocabulary)
         first = first or got
         rows.append(_row(flags, got))
-        print(f"{flags}: {'fits' if got['fits'] else 'does not fit'}", flush=True)
+        print(compiled.attempt(rows[-1]), flush=True)
         if got["fits"]:
             return flags, first, rows
     assert first

@@ -22,7 +22,7 @@ from m3i_jax import config as configuration
 from m3i_jax import schema
 from m3i_jax.data import photometric
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import loaded
+from m3i_jax.evaluation import features, loaded
 from m3i_jax.interop import export, intern_image, tensors, vit
 from m3i_jax.models.vit import fixed_positions
 from m3i_jax.modes import card
@@ -142,7 +142,7 @@ def _to_stablehlo(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> li
             f"--format=stablehlo: {total / 2**30:.1f} GiB of weights do not go into one program of 2 GiB; use orbax and jax.export"
         )
     (rows,) = jax.export.symbolic_shape("b")
-    function = jax.jit(lambda pixels: loaded.encode(model.config, model.pool, parameters, pixels))
+    function = jax.jit(lambda pixels: features.read(model.config, model.pool, parameters, pixels))
     made = jax.export.export(function, platforms=_PLATFORMS)(jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8))
     with tensors.atomic(place / "features.stablehlo") as file:
         file.write(made.serialize())

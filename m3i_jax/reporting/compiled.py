@@ -167,9 +167,21 @@ def excess(report: dict[str, Any]) -> str:
 
 def attempts(rows: Sequence[dict[str, Any]]) -> str:
     """The table of attempts of --largest-batch or --suggest."""
-    cells = []
-    for row in rows:
-        size = show.size(row["peak_bytes"]) if row["peak_bytes"] else "?"
-        ratio = f"{row['flops_ratio']:.3f}" if row["flops_ratio"] else "-"
-        cells.append((row["tried"], "yes" if row["fits"] else "no", size, ratio))
-    return show.table(cells, ("tried", "fits", "peak or wanted", "FLOPs over the model's"))
+    return show.table([_cells(row) for row in rows], ("tried", "fits", "peak or wanted", "FLOPs over the model's"))
+
+
+def attempt(row: dict[str, Any]) -> str:
+    """One of them as a line, for whoever waits for the rest.
+
+    >>> print(attempt({"tried": "8 images", "fits": True, "peak_bytes": 3 * 2**30, "flops_ratio": 1.0156, "seconds": 90.4}))
+    8 images: fits, 3.00 GiB, FLOPs 1.016 times the model's; 90 s
+    """
+    name, _, size, ratio = _cells(row)
+    found = f"fits, {size}, FLOPs {ratio} times the model's" if row["fits"] else f"does not fit, {size}"
+    return f"{name}: {found}; {row['seconds']:.0f} s"
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    size = show.size(row["peak_bytes"]) if row["peak_bytes"] else "?"
+    ratio = f"{row['flops_ratio']:.3f}" if row["flops_ratio"] else "-"
+    return row["tried"], "yes" if row["fits"] else "no", size, ratio

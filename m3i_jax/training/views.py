@@ -32,11 +32,21 @@ def patches(config: schema.Config, batch: Batch, crops: Iterable[int], *, exact:
     return out
 
 
+def plain(config: schema.Config, pixels_BxSxSx3: jax.Array) -> jax.Array:
+    """Normalised patches [B, N, P], in the compute precision, of pictures as they are: uint8, or floats in 0..1.
+
+    >>> plain(schema.Config(), jnp.zeros((2, 32, 32, 3), jnp.uint8)).shape
+    (2, 4, 768)
+    """
+    normal = photometric.normalize(pixels_BxSxSx3, config.data.augment)
+    return vit.patchify(normal, config.model.encoder.patch_size).astype(config.model.dtype)
+
+
 def drop_path(config: schema.Config, position_Bx2: jax.Array, salt: int) -> jax.Array | None:
     """Keep factors [B, L, 2] of stochastic depth, 0 or 1 / (1 - p) for both branches of every layer; None where the rate is 0."""
     if not config.model.encoder.drop_path:
         return None
-    rates_Lx1 = jnp.asarray(backbones.of(config.model).drop_rates(config.model))[:, None]
+    rates_Lx1 = jnp.asarray(backbones.drop_rates(config.model))[:, None]
     base = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROP_PATH), salt)
 
     def one(words_2: jax.Array) -> jax.Array:

@@ -28,6 +28,7 @@ from tests.bench.heap import MALLOC
 
 HERE = pathlib.Path(__file__).parent
 HEADERS = ("figure", "measured", "target", "", "note")
+STDERR = 2
 DEVICE = "accelerator"  # the one that is only run when it is asked for
 
 
@@ -48,7 +49,9 @@ def run(name: str, quick: bool, seconds: float) -> tuple[list[Figure], bool]:
         command = [sys.executable, "-m", "tests.bench.report", "--one", name, "--out", str(out), *(["--quick"] if quick else [])]
         environment = os.environ | ({} if name == DEVICE else {**MALLOC, "JAX_PLATFORMS": "cpu"})
         try:
-            done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=seconds, cwd=HERE.parent.parent)
+            done = subprocess.run(  # what it prints on the way is seen: some take an hour
+                command, env=environment, text=True, stdout=STDERR, stderr=subprocess.PIPE, timeout=seconds, cwd=HERE.parent.parent
+            )
         except subprocess.TimeoutExpired:
             return [Figure(name, None, note=f"took longer than {seconds:,.0f} s")], True
         if out.is_file():

@@ -68,7 +68,7 @@ def test_pictures_are_seen_as_in_evaluation(run) -> None:
     floats = [record.image / np.float32(255) for record in records]
     for view, cut in zip(batch["views"], floats, strict=True):  # bytes are rounded twice on the way
         assert np.abs(loaded.view(cut, 32) - view / 255).max() < 1.6 / 255
-    expected = features.image_vectors(model.config, False, model.params, jnp.asarray(batch["views"]))
+    expected = features.read(model.config, "mean", model.params, jnp.asarray(batch["views"]))
     np.testing.assert_allclose(model.features(batch["views"]), expected, atol=1e-5)
 
 

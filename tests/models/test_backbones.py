@@ -51,7 +51,7 @@ def test_the_largest_model_of_the_paper_in_numbers() -> None:
     shapes = jax.eval_shape(lambda key: m3i.init(config, key, methods.FORMS["m3i"], classes=0, vocabulary=9), jax.random.key(0))
     found = dict(m3i.parameter_table(shapes))
     assert (found["encoder"], found["pool"]) == (1_073_122_480 + 11_801_600, 3_942_144)
-    assert config.model.encoder.drop_path == 0.2 and backbones.of(config.model).drop_rates(config.model).tolist() == [np.float32(0.2)] * 50
+    assert config.model.encoder.drop_path == 0.2 and backbones.drop_rates(config.model).tolist() == [np.float32(0.2)] * 50
 
 
 @functools.cache

@@ -163,7 +163,6 @@ def test_stochastic_depth_skips_branches_of_their_own_rows():
             layers[norm] = jax.tree.map(jnp.zeros_like, layers[norm])
         silent[f"stage{stage}"] = {**params[f"stage{stage}"], "layers": layers}
     np.testing.assert_allclose(dropped[1], forward()(silent, ones, shown)[1], atol=1e-5)
-    assert intern_image.drop_rates(InternImage()).tolist() == [np.float32(0.2)] * 50
 
 
 def test_hidden_cells_show_nothing_of_the_picture():

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from m3i_jax import schema
 from m3i_jax.models import layers
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is what takes the time here
@@ -120,6 +119,6 @@ def test_heads_are_cut_part_by_part_then_head_by_head():
 
 
 def test_drop_rates():
-    np.testing.assert_allclose(layers.drop_rates(schema.Encoder(depth=12, drop_path=0.1)), 0.1 * np.arange(12) / 11, rtol=1e-6)
-    np.testing.assert_allclose(layers.drop_rates(schema.Encoder(depth=4, drop_path=0.2, drop_path_rule="uniform")), [0.2] * 4, rtol=1e-6)
-    assert layers.drop_rates(schema.Encoder(depth=1, drop_path=0.2)).tolist() == [0.0]
+    np.testing.assert_allclose(layers.drop_rates(12, 0.1), 0.1 * np.arange(12) / 11, rtol=1e-6)
+    np.testing.assert_allclose(layers.drop_rates(4, 0.2, "uniform"), [0.2] * 4, rtol=1e-6)
+    assert layers.drop_rates(1, 0.2).tolist() == [0.0]

@@ -37,9 +37,12 @@ def test_the_result_has_the_type_that_is_asked_for_and_gradients_those_of_their_
 
 def test_the_gradient_of_a_tall_kernel_is_made_lying():
     """On the CPU this runs on; the value, and other gradients, take the product that they always took."""
-    x, shapes = jnp.zeros((64, 32)), {}
-    for columns in (8, 128):
-        compiled = jax.jit(jax.grad(lambda kernel: jnp.square(product(x, kernel)).sum())).lower(jnp.zeros((32, columns))).compile()
-        shapes[columns] = [line.split("f32[")[1].split("]")[0] for line in compiled.as_text().splitlines() if " dot(" in line]
-    assert "8,32" in shapes[8] and "32,8" not in shapes[8]
-    assert "32,128" in shapes[128] and "128,32" not in shapes[128]
+
+    def made(rows, columns):
+        x, kernel = jnp.zeros((rows, 32)), jnp.zeros((32, columns))
+        compiled = jax.jit(jax.grad(lambda kernel: jnp.square(product(x, kernel)).sum())).lower(kernel).compile()
+        return [line.split("f32[")[1].split("]")[0] for line in compiled.as_text().splitlines() if " dot(" in line]
+
+    assert "8,32" in made(64, 8) and "32,8" not in made(64, 8)
+    assert "32,128" in made(64, 128) and "128,32" not in made(64, 128)
+    assert "32,8" in made(7, 8) and "8,32" not in made(7, 8)  # too few rows

@@ -41,6 +41,14 @@ def test_large_sizes_are_found_to_a_sixteenth_in_few_attempts(soft: float, start
     assert best * 15 / 16 - 1 <= found <= best and len(tried) <= 12
 
 
+def test_what_is_too_large_is_tried_before_what_fits() -> None:
+    """A compiler says soon that something does not fit, and takes many times as long for what does."""
+    attempt, tried = machine(100.0, fixed=6.0)
+    found = fitting.largest(attempt, 40)
+    assert 15 / 16 * 94 - 1 <= found <= 94
+    assert sum(n <= 94 for n in tried) <= 2 <= len(tried), tried
+
+
 def test_large_sizes_that_are_tried_are_round() -> None:
     """990 would fit by the line; but a step takes its rows in pieces, and the more divisors they have, the nearer to the wanted size."""
     attempt, tried = machine(1000.0)
