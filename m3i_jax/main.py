@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--checkpoint", default="", metavar="PLACE", help="eval: another run, one checkpoint of it, or what init_from takes")
     out.add_argument("--topology", default="", metavar="NAME", help="compile: for what, such as v5e:4x4, v5p:4x4x4, h100:8, cpu:8")
     out.add_argument("--memory", default="", metavar="GIB", help="compile: memory of a device, if not what its kind has")
+    out.add_argument("--code", action="store_true", help="compile: for a TPU make code too, which takes ten times as long")
     out.add_argument("--largest-batch", action="store_true", help="compile: search the largest batch that fits")
     out.add_argument("--suggest", action="store_true", help="compile: search mesh, remat and microbatches that fit")
     out.add_argument("--format", default="", metavar="NAME", help="export: timm, hf, stablehlo, npz or orbax")

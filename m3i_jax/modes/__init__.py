@@ -67,7 +67,7 @@ MODES = {
     ),
     "compile": Mode(
         "compile the train step for accelerators that are not here: does it fit, what does it cost; reads no data",
-        flags=("topology", "memory", "largest_batch", "suggest"),
+        flags=("topology", "memory", "code", "largest_batch", "suggest"),
     ),
     "replay": Mode(
         "take the step again that ended the run in the working directory, and say what is not finite; no --config",

@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from m3i_jax import parallel, schema
 from m3i_jax.errors import DoesNotFit, UserError
-from m3i_jax.modes import fitting, job, show, watch
+from m3i_jax.modes import early, fitting, job, show, watch
 from m3i_jax.parallel import topology as topologies
 from m3i_jax.parallel.rules import path_of
 from m3i_jax.reporting import compiled, files, flops, slices
@@ -29,18 +29,20 @@ GPU_POOL = 0.75  # share of a card that JAX takes unless it is told otherwise
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Site:
-    """What is compiled for. limit: bytes of a device that a program may use."""
+    """What is compiled for. limit: bytes of a device that a program may use; code: whether the compiler is to make code as well, where
+    what is asked of it is settled long before (TPU)."""
 
     topology: topologies.Topology
     devices: list[jax.Device]
     limit: float
+    code: bool = True
 
     @property
     def chip(self) -> str:
         return self.topology.kind
 
 
-def site(name: str, memory: str) -> Site:
+def site(name: str, memory: str, *, code: bool = False) -> Site:
     """The devices of a topology and their memory, which `memory` (GiB, as text) overrides; UserError for a name that is none."""
     place = topologies.read(name)
     try:
@@ -54,7 +56,7 @@ def site(name: str, memory: str) -> Site:
         there = slices.CHIPS[place.kind].usable
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / place.devices
-    return Site(topology=place, devices=devices, limit=given or there)
+    return Site(topology=place, devices=devices, limit=given or there, code=code or place.family.platform != "tpu")
 
 
 @contextlib.contextmanager
@@ -95,6 +97,17 @@ def state_bytes(made: trainer.Trainer) -> dict[str, float]:
 
 def report(config: schema.Config, site: Site, vocabulary: int) -> dict[str, Any]:
     """Lower and compile the step of a completed configuration; the entries of compile.json."""
+    if site.code:
+        return _report(None, config, site, vocabulary)
+    return early.apart(_there, config, site.topology.name, site.limit, vocabulary)
+
+
+def _there(folder: pathlib.Path, config: schema.Config, name: str, limit: float, vocabulary: int) -> dict[str, Any]:
+    """`report` in a process that has no devices yet."""
+    return _report(folder, config, dataclasses.replace(site(name, ""), limit=limit), vocabulary)
+
+
+def _report(folder: pathlib.Path | None, config: schema.Config, site: Site, vocabulary: int) -> dict[str, Any]:
     config, mesh = job.placed(config, site.devices)
     made = trainer.Trainer(config, mesh, vocabulary)
     batch, shards, devices = trainer.abstract_batch(config), fitting.data_shards(mesh), len(site.devices)
@@ -115,7 +128,8 @@ def report(config: schema.Config, site: Site, vocabulary: int) -> dict[str, Any]
     start = time.perf_counter()
     try:
         with _uncached():
-            done = made.lower(batch).compile(compiler_options=dict(topologies.COMPILER[site.topology.family.platform]))
+            options, lowered = dict(topologies.COMPILER[site.topology.family.platform]), made.lower(batch)
+            done = lowered.compile(compiler_options=options) if folder is None else early.compile(lowered, options, folder)
     except jax.errors.JaxRuntimeError as error:
         asked = compiled.wanted(str(error))
         if asked is None:
@@ -134,7 +148,7 @@ def report(config: schema.Config, site: Site, vocabulary: int) -> dict[str, Any]
     need = compiled.memory(done.memory_analysis(), state, rows, own=site.topology.family.platform == "tpu")
     out |= {"fits": need.peak <= site.limit, "peak_bytes": need.peak, "over_bytes": max(0.0, need.peak - site.limit), "memory": need.parts}
     out["peak_ratio"] = need.peak / (sum(state.values()) + rows + out["residual_bytes"])
-    out |= compiled.read(done.as_text(), chip=site.chip, cores=site.topology.family.cores, host=site.topology.family.host) | {
+    out |= compiled.read(done.as_text() or "", chip=site.chip, cores=site.topology.family.cores, host=site.topology.family.host) | {
         "compile_seconds": seconds
     }
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
@@ -203,11 +217,11 @@ def _advice(config: schema.Config, got: dict[str, Any]) -> str:
     )
 
 
-def run(config: schema.Config, *, workdir: str, topology: str, memory: str, largest_batch: bool, suggest: bool) -> int:
+def run(config: schema.Config, *, workdir: str, topology: str, memory: str, code: bool, largest_batch: bool, suggest: bool) -> int:
     """Entry of the mode: 0, or DoesNotFit (exit 3) once everything is written."""
     if largest_batch and suggest:
         raise UserError("--suggest: does not go together with --largest-batch; ask one after the other")
-    where = site(topology, memory)
+    where = site(topology, memory, code=code)
     done, assumed = show.assume(config)
     words = show.vocabulary(done)
     print(f"compiling the train step for {topology}; this takes from seconds to minutes", flush=True)

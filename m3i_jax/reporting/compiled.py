@@ -19,9 +19,11 @@ compile.json, version 1 (bytes, seconds and FLOPs are of one device and one step
     roofline                                       {compute_seconds, memory_seconds, network_seconds, step_seconds}; the last, the largest,
                                                    is what a step takes at least; null where nothing is known of the chip.
                                                    network: links between chips or, if that is longer, between hosts of GPUs
-    compiler_seconds                               sum of the cycles that the TPU compiler expects of each instruction; null elsewhere
+    compiler_seconds                               with --code, the sum of the cycles that the TPU compiler expects of each instruction;
+                                                   null elsewhere
     run                                            {steps, days, days_at_mfu, mfu}: at roofline.step_seconds; at report.mfu of the peak
-    compile_seconds                                what lowering and compiling took here
+    compile_seconds                                what lowering and compiling took here; for a TPU without --code until memory and
+                                                   operations were settled
     assumed                                        what only the data would know
     largest_batch tried                            of --largest-batch: images a data shard, or null; each attempt of it or of --suggest
 """

@@ -1,6 +1,6 @@
 """What the train step of ViT-B/16 needs on TPUs that are not here: compiled ahead of time, counted from the compiled program's text.
 
-    python -m tests.bench.compiled                    # all: some twenty compilations of one to three minutes, about an hour
+    python -m tests.bench.compiled                    # all: some thirty compilations; those for `depth`, of code too, take minutes
     python -m tests.bench.compiled slice scaling      # some of: slice, largest, loop, depth, scaling, chips
 
 slice: the paper's batch on v5e:4x4, in 4 microbatches. largest: views on one v5e chip at no more than 1.10 times the model's FLOPs without
@@ -44,8 +44,8 @@ def plain(model: str = "vit_b16", **changes: Any) -> schema.Config:
     return settings(model, **{f"data__augment__{key}": value for key, value in COLORLESS.items()}, **changes)
 
 
-def got(topology: str, config: schema.Config) -> dict[str, Any]:
-    report = mode.report(config, mode.site(topology, ""), 0)
+def got(topology: str, config: schema.Config, *, code: bool = False) -> dict[str, Any]:
+    report = mode.report(config, mode.site(topology, "", code=code), 0)
     print(compiled.tables(report), flush=True)
     return report
 
@@ -108,7 +108,7 @@ def depth() -> list[Figure]:
     seconds: dict[int, list[float]] = {12: [], 48: []}
     for layers in (12, 48) * 3:  # in turn, so that what else runs here meets both alike
         config = plain(model__encoder__depth=layers, train__batch_size=2, model__remat="names")
-        seconds[layers].append(got("v5e:1x1", config)["compile_seconds"])
+        seconds[layers].append(got("v5e:1x1", config, code=True)["compile_seconds"])
         print(f"{layers} blocks: compiled in {seconds[layers][-1]:.1f} s", flush=True)
     least = {layers: min(each) for layers, each in seconds.items()}
     note = f"{least[48]:.1f} s over {least[12]:.1f} s, best of three"

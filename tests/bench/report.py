@@ -1,6 +1,6 @@
 """All figures that this project claims, measured and printed as one table. `bash launch/bench.sh` runs it in an environment of its own.
 
-    python -m tests.bench.report                      # half an hour on two cores; with libtpu an hour and more besides
+    python -m tests.bench.report                      # half an hour on two cores, with libtpu as much again
     python -m tests.bench.report --quick              # the same at toy sizes: whether everything runs, not how fast it is
     python -m tests.bench.report flops checkpoint     # some
     python -m tests.bench.report --gpu                # the accelerator's (tests/bench/accelerator.py)
@@ -49,7 +49,7 @@ def run(name: str, quick: bool, seconds: float) -> tuple[list[Figure], bool]:
         command = [sys.executable, "-m", "tests.bench.report", "--one", name, "--out", str(out), *(["--quick"] if quick else [])]
         environment = os.environ | ({} if name == DEVICE else {**MALLOC, "JAX_PLATFORMS": "cpu"})
         try:
-            done = subprocess.run(  # what it prints on the way is seen: some take an hour
+            done = subprocess.run(  # what it prints on the way is seen: some take long
                 command, env=environment, text=True, stdout=STDERR, stderr=subprocess.PIPE, timeout=seconds, cwd=HERE.parent.parent
             )
         except subprocess.TimeoutExpired:
