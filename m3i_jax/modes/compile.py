@@ -1,7 +1,7 @@
 """--mode=compile: compiles the train step of a configuration for accelerators that are not here: does it fit, what does it cost.
 
 It is the function that a run jits, with its shardings and its donated state; no data are read. Writes WORKDIR/compile.json, whose keys
-`reporting/compiled.py` lists, and prints the same as tables."""
+`reporting/compiled.py` lists, and prints the same as tables. For a TPU the compiler is left before it makes code (`early`), unless told."""
 
 import contextlib
 import dataclasses

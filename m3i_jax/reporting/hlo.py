@@ -333,6 +333,7 @@ _FREE = {
 _FREE |= {
     "copy-done",
     "slice-done",
+    "async-start",  # what it starts is counted where it stands
     "async-done",
     "async-update",
     "all-gather-done",
@@ -363,6 +364,8 @@ def _moved(program: Program, each: Instruction) -> float:
         return _slow(given[1]) + (_slow(each.arrays) > 0) * sum(a.bytes for a in given[1])
     if each.opcode == "copy-start":
         return _slow(given[0]) + _slow(each.arrays[:1])
+    if 'custom_call_target="AllocateBuffer"' in each.text:
+        return 0.0
     if each.opcode != "fusion":
         return sum(map(_slow, given)) + _slow(each.arrays)
     body = program.computations.get(next(iter(each.called("calls")), ""), {})
