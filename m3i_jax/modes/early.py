@@ -7,6 +7,7 @@ writes both down at that point, if asked to. So a process of its own compiles, r
 import multiprocessing
 import pathlib
 import re
+import sys
 import tempfile
 import threading
 import traceback
@@ -98,7 +99,7 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
         process.start()
         theirs.close()
         try:
-            out, error = ours.recv()
+            out, error, trace = ours.recv()
         except EOFError:
             process.join()
             reason = "it was killed; is there enough memory?" if process.exitcode == -9 else "its reason is above, if it told one"
@@ -107,6 +108,8 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
             process.kill()
             process.join()
             ours.close()
+    if trace:
+        print(trace, file=sys.stderr)  # by this process, whose output shows no secrets
     if error:
         raise error
     return out
@@ -114,9 +117,8 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _work(line: Connection, function: Callable[..., Any], folder: pathlib.Path, *arguments: Any) -> None:
     try:
-        line.send((function(folder, *arguments), None))
+        line.send((function(folder, *arguments), None, ""))
     except UserError as error:
-        line.send((None, error))
+        line.send((None, error, ""))
     except Exception as error:
-        traceback.print_exc()
-        line.send((None, RuntimeError(f"{type(error).__name__}, told above")))
+        line.send((None, RuntimeError(f"{type(error).__name__}, told above"), traceback.format_exc()))
