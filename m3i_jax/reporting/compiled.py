@@ -57,8 +57,8 @@ def memory(stats: Any, state: dict[str, float], batch: float, *, own: bool = Fal
       stats: what `compiled.memory_analysis()` returns.
       state: {part of the state: bytes of a device}, from shapes.
       batch: bytes of a device's share of the batch.
-      own: take the compiler's own peak. That of a TPU's, arguments included, is what a program wants of the chip's memory, at least without
-        the gaps between arrays; temporaries of loops that take each other's place are in the sum of its other numbers twice.
+      own: take the compiler's own peak, arguments included, as of a TPU's: temporaries of loops that take each other's place are in the sum
+        of its other numbers twice. Once there is code, the gaps between arrays are not in it.
 
     Elsewhere arguments, results that do not take their place, and temporaries are taken to live together. Padding of tiled layouts is a
     temporary.
