@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from m3i_jax.reporting import flops as operations
-from m3i_jax.reporting import hlo, show, slices
+from m3i_jax.reporting import hlo, main_memory, show, slices
 
 VERSION = 1
 STATE = ("params", "moments", "target", "other")
@@ -98,7 +98,7 @@ def read(text: str, *, chip: str, cores: int = 1, host: int = 0) -> dict[str, An
       host: devices of a host, between which the chip's links run; 0: they run between all.
     """
     program = hlo.parse(text)
-    moved, found, done = hlo.traffic(program), hlo.collectives(program, host), hlo.flops(program)
+    moved, found, done = main_memory.traffic(program), hlo.collectives(program, host), hlo.flops(program)
     out: dict[str, Any] = {
         "flops": {"compiled": done},
         "collectives": {kind: {"count": t.count, "received_bytes": t.received} for kind, t in sorted(found.items())},
