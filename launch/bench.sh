@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every figure that this project claims, measured on this machine, as one table: ratios within one run, or counts; target; met or missed.
 #
-#   bash launch/bench.sh                       # about half an hour on two cores, with libtpu (extra tpu) as much again
+#   bash launch/bench.sh                       # about a quarter of an hour on two cores, with libtpu (extra tpu) half an hour
 #   bash launch/bench.sh --quick               # the same at toy sizes: whether everything runs
 #   bash launch/bench.sh flops checkpoint      # some of them
 #   bash launch/bench.sh --gpu                 # on an accelerator: MFU at the best batch, PyTorch on the same card, memory, attention

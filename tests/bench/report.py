@@ -1,6 +1,6 @@
 """All figures that this project claims, measured and printed as one table. `bash launch/bench.sh` runs it in an environment of its own.
 
-    python -m tests.bench.report                      # half an hour on two cores, with libtpu as much again
+    python -m tests.bench.report                      # a quarter of an hour on two cores, with libtpu half an hour
     python -m tests.bench.report --quick              # the same at toy sizes: whether everything runs, not how fast it is
     python -m tests.bench.report flops checkpoint     # some
     python -m tests.bench.report --gpu                # the accelerator's (tests/bench/accelerator.py)
