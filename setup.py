@@ -63,7 +63,8 @@ EXTRAS = {
     ],
 }
 EXTRAS["bench"] += EXTRAS["fast"]  # the figures of the input pipeline are with it
-EXTRAS["test"] += EXTRAS["fast"] + EXTRAS["huggingface"] + EXTRAS["tfds"]  # light; a test that is always skipped rots
+# Light; a test that is always skipped rots.
+EXTRAS["test"] += EXTRAS["export"] + EXTRAS["fast"] + EXTRAS["huggingface"] + EXTRAS["tfds"]
 
 setup(
     name="m3i-jax",

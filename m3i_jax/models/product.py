@@ -32,6 +32,7 @@ def product(x_NxC: jax.Array, kernel_CxD: jax.Array, out: Any = None) -> jax.Arr
     >>> jax.grad(lambda kernel: product(jnp.array([[2.0, 3.0]]), kernel).sum())(jnp.zeros((2, 1))).tolist()
     [[2.0], [3.0]]
     """
-    if not 4 * x_NxC.shape[0] >= kernel_CxD.shape[0] > kernel_CxD.shape[1]:
+    few = isinstance(x_NxC.shape[0], int) and 4 * x_NxC.shape[0] < kernel_CxD.shape[0]  # of an exported program it is a symbol
+    if few or kernel_CxD.shape[0] <= kernel_CxD.shape[1]:
         return jnp.dot(x_NxC, kernel_CxD, preferred_element_type=out)
     return jax.lax.dot_general(x_NxC, _turned(kernel_CxD), (((1,), (1,)), ((), ())), preferred_element_type=out)

@@ -35,6 +35,12 @@ def test_the_result_has_the_type_that_is_asked_for_and_gradients_those_of_their_
     np.testing.assert_allclose(np.asarray(dkernel, np.float32), np.asarray(x, np.float32).T @ np.asarray(back), rtol=0.02, atol=0.05)
 
 
+def test_the_number_of_rows_may_be_a_symbol():
+    (rows,) = jax.export.symbolic_shape("b")
+    made = jax.export.export(jax.jit(product))(jax.ShapeDtypeStruct((rows, 32), "float32"), jax.ShapeDtypeStruct((32, 8), "float32"))
+    assert made.out_avals[0].shape == (rows, 8)
+
+
 def test_the_gradient_of_a_tall_kernel_is_made_lying():
     """On the CPU this runs on; the value, and other gradients, take the product that they always took."""
 
