@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.bench import checkpoint, race, report
+from tests.bench import checkpoint, heap, race, report
 from tests.bench.figures import Figure
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -47,6 +47,13 @@ def test_a_benchmark_that_breaks_is_told_and_one_that_lacks_a_package_is_no_fail
     ended("Traceback\nValueError: no\n")
     figures, broken = report.run("torch_peer", True, 1)
     assert broken and figures[0].note == "ValueError: no"
+
+
+def test_what_is_measured_has_the_heap_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    assert heap.kept().items() >= {"MALLOC_ARENA_MAX": str(2 * (os.cpu_count() or 1)), "MALLOC_MMAP_MAX_": "0"}.items()
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    assert heap.kept()["MALLOC_ARENA_MAX"] == "1"
 
 
 @pytest.mark.parametrize("name", ["torch_peer", "intern_image_peer"])

@@ -20,10 +20,9 @@ import time
 
 from m3i_jax.reporting import show
 from tests import rows as streams
-from tests.bench import contestants
+from tests.bench import contestants, heap
 from tests.bench.contestants import BATCH, CONTESTANTS
 from tests.bench.figures import Figure
-from tests.bench.heap import MALLOC
 
 ROUNDS, BATCHES = 9, 2
 SMALL = 32  # rows of a batch where bytes are compared
@@ -47,7 +46,7 @@ class Running:
     """A contestant's process."""
 
     def __init__(self, name: str, folder: str) -> None:
-        environment = {**os.environ, **MALLOC, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment = {**os.environ, **heap.kept(), "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "tests.bench.contestants", name, folder]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         self.told("ready")

@@ -17,7 +17,7 @@ import tempfile
 import time
 from typing import Any
 
-from tests.bench.heap import MALLOC
+from tests.bench import heap
 
 THREADS = 2
 
@@ -37,7 +37,7 @@ class Running:
     """A contestant's process."""
 
     def __init__(self, python: str, *arguments: str) -> None:
-        environment = {**os.environ, **MALLOC, "OMP_NUM_THREADS": str(THREADS), "JAX_PLATFORMS": "cpu"}
+        environment = {**os.environ, **heap.kept(), "OMP_NUM_THREADS": str(THREADS), "JAX_PLATFORMS": "cpu"}
         command = [python, "-m", "tests.bench.race", *arguments]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         if self.line() != "ready":

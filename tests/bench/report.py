@@ -23,8 +23,8 @@ import tempfile
 import time
 
 from m3i_jax.reporting import show
+from tests.bench import heap
 from tests.bench.figures import Figure
-from tests.bench.heap import MALLOC
 
 HERE = pathlib.Path(__file__).parent
 HEADERS = ("figure", "measured", "target", "", "note")
@@ -47,7 +47,7 @@ def run(name: str, quick: bool, seconds: float) -> tuple[list[Figure], bool]:
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "figures.json"
         command = [sys.executable, "-m", "tests.bench.report", "--one", name, "--out", str(out), *(["--quick"] if quick else [])]
-        environment = os.environ | ({} if name == DEVICE else {**MALLOC, "JAX_PLATFORMS": "cpu"})
+        environment = os.environ | ({} if name == DEVICE else {**heap.kept(), "JAX_PLATFORMS": "cpu"})
         try:
             done = subprocess.run(  # what it prints on the way is seen: some take long
                 command, env=environment, text=True, stdout=STDERR, stderr=subprocess.PIPE, timeout=seconds, cwd=HERE.parent.parent
