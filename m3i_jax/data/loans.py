@@ -1,22 +1,26 @@
-"""Large arrays from worker processes, in memory that is lent and comes back.
+"""Large arrays from worker processes, or from threads, in memory that is lent and comes back.
 
-A batch of pictures is tens of megabytes. Fresh shared memory for each of them costs a page fault every 4 KiB, an eighth of the time that it
-takes to decode the pictures; so a worker fills what it has filled before, as soon as nobody in the main process holds it any more. "Nobody"
-is what Python says of the array and of all views of it, and so of `jax.device_put`, which on CPU reads the very memory of a batch later on.
+A batch of pictures is tens of megabytes. Fresh memory for each of them costs page faults, of shared memory one every 4 KiB, an eighth of
+the time that it takes to decode the pictures; so a worker fills what it has filled before, as soon as nobody in the main process holds it
+any more. "Nobody" is what Python says of the array and of all views of it, and so of `jax.device_put`, which on CPU reads the very memory
+of a batch later on.
 
-A block is a file of a private directory in memory: one page whose first byte says whether it is lent, then the array. Only the worker that
-made a block fills it. The main process removes the directory at the end, and what others left behind at a sudden end.
+A block of a thread (`Own`) is private memory. One of a worker process is a file of a private directory in memory: one page whose first byte
+says whether it is lent, then the array. Only the worker that made a block fills it. The main process removes the directory at the end, and
+what others left behind at a sudden end.
 """
 
+import collections
 import contextlib
 import fcntl
+import functools
 import itertools
 import mmap
 import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -67,11 +71,45 @@ class Borrower:
 class _Loan(np.ndarray):
     """The array in the main process; the base of every view of it, so that it goes last."""
 
-    block: mmap.mmap | None = None
+    back: Callable[[], None] | None = None
 
     def __del__(self) -> None:
-        if self.block is not None:
-            self.block[0] = _FREE
+        if self.back is not None:
+            self.back()
+
+
+def _loan(block: mmap.mmap, shape: tuple[int, ...], offset: int, back: Callable[[], None]) -> np.ndarray:
+    """An array in the block; `back` is called once it and all its views are gone."""
+    loan = np.ndarray.__new__(_Loan, shape, np.uint8, block, offset)
+    loan.back = back
+    return loan.view(np.ndarray)
+
+
+class Own:
+    """The same for threads of one process: what is sent is the array itself.
+
+    >>> own = Own()
+    >>> with own.lend((2, 3)) as (sent, array):
+    ...     array[:] = 7
+    >>> sent.tolist()
+    [[7, 7, 7], [7, 7, 7]]
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, collections.deque[mmap.mmap]] = {}
+
+    @contextlib.contextmanager
+    def lend(self, shape: tuple[int, ...]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(what to send, the same to fill first). It is filled again once nobody holds it; whether filling it fails makes no difference."""
+        size = int(np.prod(shape))
+        free = self._free.setdefault(size, collections.deque())
+        try:
+            block = free.pop()  # several threads may
+        except IndexError:
+            # Not an array: NumPy would have views of the loan hold that one instead.
+            block = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        array = _loan(block, shape, 0, functools.partial(free.append, block))
+        yield array, array
 
 
 class Lender:
@@ -101,9 +139,8 @@ class Lender:
         """The array that was sent, without a copy. It is the borrower's again once this array and all its views are gone."""
         if sent.name not in self._blocks:
             self._blocks[sent.name] = _map(os.open(os.path.join(self.place, sent.name), os.O_RDWR))
-        loan = np.ndarray.__new__(_Loan, sent.shape, np.uint8, self._blocks[sent.name], _HEADER)
-        loan.block = self._blocks[sent.name]
-        return loan.view(np.ndarray)
+        block = self._blocks[sent.name]
+        return _loan(block, sent.shape, _HEADER, functools.partial(block.__setitem__, 0, _FREE))
 
     def close(self) -> None:
         """Gives the memory back, except what is still held: that goes with its array."""

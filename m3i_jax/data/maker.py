@@ -41,13 +41,10 @@ class Maker:
     first: int  # position of this host's first row in batch 0
     resizer: str
     views: tuple[int, ...]  # that are cut; another one is black
-    borrower: loans.Borrower | None  # of a worker process; None: the batch stays in this one
+    borrower: loans.Borrower | loans.Own  # of a worker process, or of threads of this one
 
     def __call__(self, k: int) -> dict[str, Any]:
         shape, first = (self.rows, 2, self.data.image_size, self.data.image_size, 3), self.first + int(k) * self.batch
-        if self.borrower is None:
-            pixels = np.empty(shape, np.uint8)
-            return {"views": pixels, **self._fill(first, pixels)}
         with self.borrower.lend(shape) as (sent, pixels):
             return {"views": sent, **self._fill(first, pixels)}
 

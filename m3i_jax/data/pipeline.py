@@ -225,7 +225,7 @@ def iterate(
         first=start + host * rows,
         resizer=crops.resizer(data.resizer),
         views=views,
-        borrower=None,
+        borrower=loans.Own(),
     )
     make = functools.partial(_from, maker, data.workers, 0 if data.workers else data.threads)
     return Batches(Watched(make, workers=data.workers, limit=data.patience), source, data.max_bad_share)
@@ -236,7 +236,7 @@ def _from(maker: Maker, workers: int, threads: int, number: int) -> tuple[Any, l
     import grain.python as grain  # seconds to import, and only runs that read data need it
 
     lender = loans.Lender() if workers else None
-    maker = dataclasses.replace(maker, first=maker.first + number * maker.batch, borrower=lender.borrower() if lender else None)
+    maker = dataclasses.replace(maker, first=maker.first + number * maker.batch, borrower=lender.borrower() if lender else maker.borrower)
     # The default options would hold 500 elements ahead, and an element is a whole batch.
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 2) if threads else 0)
     dataset = grain.MapDataset.range(2**40).map(maker).to_iter_dataset(read)

@@ -1,10 +1,11 @@
-"""Blocks of memory that worker processes fill again once nobody holds them."""
+"""Blocks of memory that worker processes, or threads, fill again once nobody holds them."""
 
 import copy
 import gc
 import os
 import subprocess
 import sys
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -90,3 +91,53 @@ def test_the_next_run_sweeps_after_one_that_was_killed():
     with_lock.close()
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not os.path.exists(ended.stdout.strip())
+
+
+def made(own: loans.Own, value: int, shape: tuple[int, ...] = (64, 128)) -> np.ndarray:
+    with own.lend(shape) as (sent, array):
+        array[:] = value
+    return sent
+
+
+def place(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def test_threads_fill_again_only_what_nobody_holds():
+    own = loans.Own()
+    first, second = made(own, 1), made(own, 2)
+    at, part = place(first), first[3:5, ::2]
+    del first
+    third = made(own, 3)
+    assert place(third) not in (at, place(second)) and (part == 1).all() and (second == 2).all()
+    del part
+    assert place(made(own, 4)) == at and (third == 3).all()
+    assert place(made(own, 5, (128, 64))) == at and place(made(own, 6, (2, 2))) != at
+    with pytest.raises(RuntimeError, match="no picture"), own.lend((7, 7)) as (sent, array):
+        raise RuntimeError("no picture")
+    before = place(array)
+    del sent, array
+    gc.collect()  # a traceback holds what was lent
+    assert place(made(own, 7, (7, 7))) == before
+
+
+def test_what_the_device_reads_is_not_filled_again_by_threads():
+    own = loans.Own()
+    kept = [jax.device_put(made(own, value)) for value in range(8)]
+    assert [set(np.asarray(array).ravel().tolist()) for array in kept] == [{value} for value in range(8)]
+
+
+def test_threads_never_get_the_same_block():
+    own = loans.Own()
+
+    def work(value: int) -> tuple[bool, int]:
+        whole, at = True, set()
+        for _ in range(200):
+            array = made(own, value)
+            whole &= bool((array == value).all())
+            at.add(place(array))
+        return whole, len(at)
+
+    with futures.ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(work, range(4)))
+    assert all(whole for whole, _ in done) and max(places for _, places in done) <= 8

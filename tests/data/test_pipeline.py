@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from m3i_jax import schema
-from m3i_jax.data import order, photometric, pipeline, sources, tokenizer
+from m3i_jax.data import loans, order, photometric, pipeline, sources, tokenizer
 from m3i_jax.data.folder import Folder
 from m3i_jax.errors import UserError
 from m3i_jax.objective import masks
@@ -278,6 +278,11 @@ def test_batches_are_never_reused(make, bpe):
     batches = make.stream(make.settings(threads=2), make.Pictures(50), bpe, 4)
     for name in batches[0]:
         assert not any(np.shares_memory(a[name], b[name]) for i, a in enumerate(batches) for b in batches[:i])
+
+
+def test_the_memory_of_batches_comes_back(make, bpe):
+    batch = make.stream(make.settings(threads=2), make.Pictures(50), bpe, 1)[0]
+    assert isinstance(batch["views"].base, loans._Loan)
 
 
 def test_views_that_nothing_reads_are_not_cut(make):
