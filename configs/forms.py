@@ -9,9 +9,9 @@ The letters a to l, ic and wsp take the recipe of the paper's ablations; a named
 
 from ml_collections import ConfigDict
 
-from m3i_jax.config import default, override, rescale
+from m3i_jax.config import apply_overrides, default_config, rescale
 from m3i_jax.models import presets
-from m3i_jax.objective import methods, named
+from m3i_jax.objective import published, terms
 
 SIZES = {"tiny": "vit_tiny", "s": "vit_s16", "b": "vit_b16", "l": "vit_l16"}
 
@@ -22,15 +22,15 @@ def get_config(form: str = "m3i", size: str = "b", model: str = "", batch_size: 
     ablations; tiny: 400 steps."""
     if size not in SIZES:
         raise ValueError(f"size {size!r} is none of {', '.join(SIZES)}")
-    config, model = default(), model or SIZES[size]
-    presets.use(config, model)
+    config, model = default_config(), model or SIZES[size]
+    presets.apply_preset(config, model)
     tiny = model in presets.TOYS
-    names = tuple(methods.LETTERS.get(name, name) for name in form.split("+"))
+    names = tuple(terms.LETTERS.get(name, name) for name in form.split("+"))
     config.objective.forms = names
     config.train.epochs = 400.0  # M3I section 4.2
     for name in names:
-        if name in named.METHODS:
-            override(config, [f"{key}={value}" for key, value in named.METHODS[name].settings.items()])
+        if name in published.PUBLISHED:
+            apply_overrides(config, [f"{key}={value}" for key, value in published.PUBLISHED[name].settings.items()])
     if epochs:
         config.train.epochs = epochs
     config.optim.warmup_epochs = min(config.optim.warmup_epochs, 0.1 * config.train.epochs)

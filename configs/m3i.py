@@ -13,7 +13,7 @@ Another batch size. Below 4,096 images, learning rate and the target's distance 
 
 from ml_collections import ConfigDict
 
-from m3i_jax.config import default, rescale
+from m3i_jax.config import default_config, rescale
 from m3i_jax.errors import UserError
 from m3i_jax.models import presets
 
@@ -33,11 +33,11 @@ def get_config(data: str = "imagenet", model: str = "vit_b16", epochs: float = 0
         raise UserError(f"configs/m3i.py: data={data} is none of {', '.join(EPOCHS)}")
     if model not in presets.PRESETS:
         raise UserError(f"configs/m3i.py: model={model} is none of {', '.join(presets.PRESETS)}")
-    config, place = default(), path.rstrip("/")
+    config, place = default_config(), path.rstrip("/")
 
     # The model. ViT-B/16 and InternImage-H [P]; of the others the paper gives none: four decoder blocks of the encoder's width, 1024 at
     # most [C]. InternImage-G goes with H, the smaller ones with the ViT [C].
-    presets.use(config, model)
+    presets.apply_preset(config, model)
     huge = model in ("internimage_h", "internimage_g")
     config.model.encoder.drop_path = 0.2 if huge else 0.1  # [P]
     config.model.encoder.drop_path_rule = "uniform" if huge else "linear"  # [P]

@@ -8,7 +8,7 @@ the shares are the numbers of pictures: one pass reads each picture once.
 
 from ml_collections import ConfigDict
 
-from m3i_jax.config import default, own_data
+from m3i_jax.config import default_config, scale_for_custom_data
 from m3i_jax.models import presets
 
 
@@ -18,10 +18,10 @@ def get_config(
     """sources: separated by semicolons. class_space: shared (classes of one name are one) or separate. model: vit_tiny, _s16, _b16, _l16,
     _h14, internimage_pico, _t, _s, _b, _l, _xl, _h or _g. batch_size: images a step. epochs: passes, of as many samples as all sources
     have pictures."""
-    config = default()
-    presets.use(config, model)
+    config = default_config()
+    presets.apply_preset(config, model)
     config.data.source = "mixture"
     config.data.mixture = tuple(source.strip() for source in sources.split(";") if source.strip())
     config.data.class_space = class_space
-    own_data(config, epochs=epochs, batch_size=batch_size)
+    scale_for_custom_data(config, epochs=epochs, batch_size=batch_size)
     return config

@@ -5,7 +5,7 @@ The class of a picture is its shape; colour, size, place, rotation and backgroun
 
 from ml_collections import ConfigDict
 
-from m3i_jax.config import default
+from m3i_jax.config import default_config
 from m3i_jax.models import presets
 
 
@@ -13,8 +13,8 @@ def get_config(size: int = 40_000, steps: int = 0, model: str = "vit_tiny") -> C
     """size: pictures to render. steps: optimizer steps; 0: 420 of vit_tiny, 850 of internimage_pico, which take minutes. model: one of
     the two."""
     steps, every = steps or (420 if model == "vit_tiny" else 850), 210 if model == "vit_tiny" else 425
-    config = default()
-    presets.use(config, model)
+    config = default_config()
+    presets.apply_preset(config, model)
     if model == "vit_tiny":
         config.model.encoder.update({"width": 128, "depth": 3, "heads": 4})
     else:

@@ -5,16 +5,16 @@ python -m m3i_jax.main --config configs/tars.py:path='DIR/*.tar' --workdir runs/
 
 from ml_collections import ConfigDict
 
-from m3i_jax.config import default, own_data
+from m3i_jax.config import default_config, scale_for_custom_data
 from m3i_jax.models import presets
 
 
 def get_config(path: str = "", model: str = "vit_s16", batch_size: int = 256, epochs: float = 400.0) -> ConfigDict:
     """path: glob of the tar files. model: vit_tiny, _s16, _b16, _l16, _h14, internimage_pico, _t, _s, _b, _l, _xl, _h or _g.
     batch_size: images a step. epochs: passes over the pictures."""
-    config = default()
-    presets.use(config, model)
+    config = default_config()
+    presets.apply_preset(config, model)
     config.data.source = "tars"
     config.data.path = path
-    own_data(config, epochs=epochs, batch_size=batch_size)
+    scale_for_custom_data(config, epochs=epochs, batch_size=batch_size)
     return config

@@ -5,7 +5,7 @@ python -m m3i_jax.main --config configs/tfds.py:name=food101 --workdir runs/mine
 
 from ml_collections import ConfigDict
 
-from m3i_jax.config import default, own_data
+from m3i_jax.config import default_config, scale_for_custom_data
 from m3i_jax.models import presets
 
 
@@ -21,12 +21,12 @@ def get_config(
     """name: as TFDS writes it, such as imagenet2012:5.1.0, or the directory of one version. directory: where prepared data sets lie, if not
     in TFDS's default place. split: to train on. holdout_split: for evaluators; empty: a tenth of the training split. model: vit_tiny, _s16,
     _b16, _l16, _h14, internimage_pico, _t, _s, _b, _l, _xl, _h or _g. batch_size: images a step. epochs: passes over the split."""
-    config = default()
-    presets.use(config, model)
+    config = default_config()
+    presets.apply_preset(config, model)
     config.data.source = "tfds"
     config.data.path = name
     config.data.directory = directory
     config.data.split = split
     config.data.holdout_split = holdout_split
-    own_data(config, epochs=epochs, batch_size=batch_size)
+    scale_for_custom_data(config, epochs=epochs, batch_size=batch_size)
     return config

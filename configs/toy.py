@@ -9,9 +9,9 @@ norms, decoder input; not the sizes, rates and augmentation of a run of weeks.
 
 from ml_collections import ConfigDict
 
-from m3i_jax.config import default, override
+from m3i_jax.config import apply_overrides, default_config
 from m3i_jax.models import presets
-from m3i_jax.objective import named
+from m3i_jax.objective import published
 
 OWN = ("data.mask", "model.encoder.final_norm", "model.decoder.norm", "model.decoder.projector_depth", "model.decoder.positions",
        "model.decoder.cls")  # fmt: skip
@@ -22,8 +22,8 @@ def get_config(
 ) -> ConfigDict:
     """form: names joined by +. source, path: the pictures. steps: optimizer steps. batch_size: images a step.
     gamma: weight of annotations."""
-    config = default()
-    presets.use(config, "vit_tiny")
+    config = default_config()
+    presets.apply_preset(config, "vit_tiny")
     config.model.encoder.update({"width": 64, "depth": 3, "heads": 2, "drop_path": 0.0, "freeze_patch_embed": False})
     config.model.decoder.update({"width": 32, "depth": 1, "heads": 1})  # a third of M3I's operations would be half
     config.model.pool.update({"width": 64, "heads": 2, "std": 0.0})  # 0.02 would keep the pooled token near zero for half of the run
@@ -44,9 +44,9 @@ def get_config(
 
     config.objective.forms = tuple(form.split("+"))
     for name in config.objective.forms:
-        if name in named.METHODS:
-            settings = named.METHODS[name].settings
-            override(config, [f"{key}={value}" for key, value in settings.items() if key.startswith(OWN)])
+        if name in published.PUBLISHED:
+            settings = published.PUBLISHED[name].settings
+            apply_overrides(config, [f"{key}={value}" for key, value in settings.items() if key.startswith(OWN)])
     config.objective.gamma = gamma
 
     config.optim.lr = 2e-3

@@ -17,19 +17,19 @@ from typing import Any
 from m3i_jax.version import __version__
 
 _PUBLIC = {
-    "posterior": ("boltzmann", "category", "gaussian", "layer_normalize", "patch_normalize", "second_moment", "text"),
-    "regression": ("cosine", "smooth_l1"),
-    "contrast": ("assignments", "decorrelation", "dense_against", "dense_boltzmann", "nt_xent", "prototypes"),
+    "losses": ("boltzmann", "category", "gaussian", "layer_normalize", "patch_normalize", "second_moment", "text"),
+    "regression_losses": ("cosine", "smooth_l1"),
+    "contrastive": ("assignments", "barlow_twins", "densecl", "dense_boltzmann", "nt_xent", "prototypes"),
     "information": ("MARGINALS", "category_bits", "gaussian_bits", "softmax_bits"),
-    "regularize": ("alignment", "effective_rank", "spread", "target_std", "uniformity"),
+    "collapse": ("alignment", "effective_rank", "centered_energy", "target_std", "uniformity"),
     "masks": ("blockwise", "uniform"),
     "mixing": ("gather", "mix", "partner", "split", "unmix"),
-    "positions": ("coordinates", "identity", "relative", "sincos_2d"),
-    "balance": ("feature_norm", "track_balance", "weight"),
-    "target": ("cosine_momentum", "track_target"),
-    "families": (),
-    "named": ("METHODS",),
-    "methods": ("FORMS", "Pass", "Target", "Term"),
+    "positions": ("coordinates", "same_view_positions", "relative_positions", "sincos_2d"),
+    "balance": ("feature_norm", "track_balance", "balance_weight"),
+    "ema": ("cosine_momentum", "track_target"),
+    "posteriors": (),
+    "published": ("PUBLISHED",),
+    "terms": ("FORMS", "Pass", "Target", "Term"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
@@ -38,7 +38,7 @@ __all__ = ["__version__", *_PUBLIC, *_HOME]  # without `load`: a star import sta
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        return importlib.import_module("m3i_jax.evaluation.loaded").load
+        return importlib.import_module("m3i_jax.evaluation.load").load
     module = _HOME.get(name, name)
     if module not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -49,19 +49,19 @@ def _tree(node: Any) -> dict[str, Any]:
     return {f.name: _tree(v) if dataclasses.is_dataclass(v := getattr(node, f.name)) else v for f in dataclasses.fields(node)}
 
 
-def default() -> ml_collections.ConfigDict:
+def default_config() -> ml_collections.ConfigDict:
     """The default configuration (the paper's ViT-B/16 run, Table 7) as a locked ConfigDict.
 
-    >>> default().optim.lr
+    >>> default_config().optim.lr
     0.001
     """
     return ml_collections.ConfigDict(_tree(schema.Config())).lock()
 
 
-def leaves(node: Any = None, prefix: str = "") -> dict[str, tuple[Any, Any, str, tuple[Any, ...]]]:
+def setting_table(node: Any = None, prefix: str = "") -> dict[str, tuple[Any, Any, str, tuple[Any, ...]]]:
     """Every setting as {dotted key: (type, value, help, choices)}, in the order of the schema.
 
-    >>> leaves()["optim.b2"][:2]
+    >>> setting_table()["optim.b2"][:2]
     (<class 'float'>, 0.95)
     """
     node = node or schema.Config()
@@ -70,7 +70,7 @@ def leaves(node: Any = None, prefix: str = "") -> dict[str, tuple[Any, Any, str,
     for field in dataclasses.fields(node):
         value, key = getattr(node, field.name), prefix + field.name
         if dataclasses.is_dataclass(value):
-            out |= leaves(value, key + ".")
+            out |= setting_table(value, key + ".")
         else:
             out[key] = (types[field.name], value, field.metadata.get("help", ""), field.metadata.get("choices", ()))
     return out
@@ -85,7 +85,7 @@ def _item(kind: Any) -> type:
     return typing.get_args(kind)[0]
 
 
-def unknown(key: str, known: typing.Iterable[str], where: str = "config.", what: str = "key") -> UserError:
+def unknown_key_error(key: str, known: typing.Iterable[str], where: str = "config.", what: str = "key") -> UserError:
     """The error for a key, or something else of a name, that does not exist: names the nearest one that does."""
     known = list(known)
     near = difflib.get_close_matches(key, known, 1, 0.5) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
@@ -128,17 +128,17 @@ def _literal(name: str, kind: Any, text: str) -> Any:
     return (value,) if kind not in (int, float) and isinstance(value, (int, float)) else value
 
 
-def override(config: ml_collections.ConfigDict, assignments: typing.Iterable[str]) -> None:
+def apply_overrides(config: ml_collections.ConfigDict, assignments: typing.Iterable[str]) -> None:
     """Apply `a.b=v` assignments in place.
 
-    >>> config = default(); override(config, ["optim.lr=1e-4"]); config.optim.lr
+    >>> config = default_config(); apply_overrides(config, ["optim.lr=1e-4"]); config.optim.lr
     0.0001
     """
-    known = leaves()
+    known = setting_table()
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if key not in known:
-            raise unknown(key, known)
+            raise unknown_key_error(key, known)
         if not equals:
             raise UserError(f"config.{key}: has no value; write --config.{key}=VALUE")
         kind = known[key][0]
@@ -149,7 +149,7 @@ def override(config: ml_collections.ConfigDict, assignments: typing.Iterable[str
             parent[key.split(".")[-1]] = _typed(f"config.{key}", kind, _literal(f"config.{key}", kind, text))
 
 
-def load(spec: str) -> ml_collections.ConfigDict:
+def load_config(spec: str) -> ml_collections.ConfigDict:
     """The ConfigDict of `FILE[:name=value,...]`: calls FILE's `get_config` with the arguments, typed by its defaults.
 
     Raises UserError for a missing file, a file without `get_config`, an unknown argument or a value of the wrong type.
@@ -187,7 +187,7 @@ def _reason(file: str, error: Exception) -> str:
     where = f"{file}, line {lines[-1]}" if lines else file
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # a KeyError's own text is quoted
     if absent := re.search(r'Key "(.*?)" does not exist', text):  # a locked ConfigDict; the rest of its text is the whole section
-        known = leaves()
+        known = setting_table()
         near = difflib.get_close_matches(absent[1], {part for key in known for part in key.split(".")}, 1)
         places = [f"config.{key}" for key in known if near and near[0] in key.split(".")]
         hint = f"did you mean {places[0] if len(places) == 1 else near[0]}?" if near else "--help lists every key"
@@ -195,10 +195,10 @@ def _reason(file: str, error: Exception) -> str:
     return f"{where}: {type(error).__name__}: {' '.join(text.split())}"
 
 
-def not_data(spec: str, overrides: typing.Iterable[str]) -> None:
+def reject_config_in_data(spec: str, overrides: typing.Iterable[str]) -> None:
     """Refuse a configuration that lies in a directory that the command itself names as data: a configuration is run, data never is.
 
-    >>> not_data("configs/folder.py:path=/data/pictures", [])
+    >>> reject_config_in_data("configs/folder.py:path=/data/pictures", [])
     """
     file, _, text = spec.partition(":")
     for piece in (*re.split(r"[,;](?=[A-Za-z_]\w*[=:])", text), *overrides):
@@ -248,7 +248,7 @@ def _build(cls: type, node: Any, prefix: str, known: dict[str, Any]) -> Any:
     types, values = typing.get_type_hints(cls), {}
     for name in node:
         if name not in fields:
-            raise unknown(prefix + str(name), known)
+            raise unknown_key_error(prefix + str(name), known)
         kind, value = types[name], node[name]
         if dataclasses.is_dataclass(kind):
             values[name] = _build(typing.cast(type, kind), value, prefix + name + ".", known)
@@ -269,27 +269,27 @@ def resolve(config: ml_collections.ConfigDict) -> schema.Config:
 
     Raises UserError that names the key, the value and the fix for unknown keys, wrong types and impossible values.
 
-    >>> resolve(default()).tokens
+    >>> resolve(default_config()).tokens
     196
     """
-    from m3i_jax import checks
+    from m3i_jax import validation
 
-    built = _build(schema.Config, config, "", leaves())
-    checks.settings(built)
+    built = _build(schema.Config, config, "", setting_table())
+    validation.validate_settings(built)
     return built
 
 
-def to_text(config: schema.Config) -> str:
+def config_to_text(config: schema.Config) -> str:
     """One `key = value` a line, in the order of the schema: what is saved with a run and compared when it resumes.
 
-    >>> to_text(schema.Config()).splitlines()[0]
+    >>> config_to_text(schema.Config()).splitlines()[0]
     'seed = 0'
     """
-    return "".join(f"{key} = {value!r}\n" for key, (_, value, _, _) in leaves(config).items())
+    return "".join(f"{key} = {value!r}\n" for key, (_, value, _, _) in setting_table(config).items())
 
 
-def from_text(text: str, where: str) -> ml_collections.ConfigDict:
-    """The ConfigDict of a text of `to_text`: the settings of a run from its `config.txt`. What it does not name is at its default.
+def config_from_text(text: str, where: str) -> ml_collections.ConfigDict:
+    """The ConfigDict of a text of `config_to_text`: the settings of a run from its `config.txt`. What it does not name is at its default.
 
     Args:
       text: lines `key = value`.
@@ -298,10 +298,10 @@ def from_text(text: str, where: str) -> ml_collections.ConfigDict:
     Raises:
       UserError: a key that does not exist, or a value that is no literal.
 
-    >>> from_text("optim.lr = 0.5\\n", "config.txt").optim.lr
+    >>> config_from_text("optim.lr = 0.5\\n", "config.txt").optim.lr
     0.5
     """
-    config, known = default(), leaves()
+    config, known = default_config(), setting_table()
     for line in filter(None, text.splitlines()):
         key, equals, value = line.partition(" = ")
         if key not in known or not equals:
@@ -318,23 +318,23 @@ def from_text(text: str, where: str) -> ml_collections.ConfigDict:
     return config
 
 
-def of_run(workdir: str, flag: str) -> ml_collections.ConfigDict:
+def load_from_workdir(workdir: str, flag: str) -> ml_collections.ConfigDict:
     """The settings of the run in a directory. Raises UserError, naming `flag`, if there is none."""
     file = pathlib.Path(workdir) / "config.txt"
     if not file.is_file():
         raise UserError(f"{flag}: {workdir!r} has no config.txt; give the --workdir of a run")
-    return from_text(file.read_text(), str(file))
+    return config_from_text(file.read_text(), str(file))
 
 
-def difference(old: str, new: str) -> list[str]:
-    """The lines `key: old -> new` in which two texts of `to_text` differ, keys that never change the result left out. A setting that the
+def config_difference(old: str, new: str) -> list[str]:
+    """The lines `key: old -> new` in which two texts of `config_to_text` differ, keys that never change the result left out. A setting that the
     old text does not know yet was at its default.
 
-    >>> difference("seed = 0\\ntrain.keep = 2\\n", "seed = 1\\ntrain.keep = 3\\n")
+    >>> config_difference("seed = 0\\ntrain.keep = 2\\n", "seed = 1\\ntrain.keep = 3\\n")
     ['seed: 0 -> 1']
     """
     was, now = (dict(line.split(" = ", 1) for line in text.splitlines() if " = " in line) for text in (old, new))
-    born = {key: repr(value) for key, (_, value, _, _) in leaves().items()}
+    born = {key: repr(value) for key, (_, value, _, _) in setting_table().items()}
     changed = [k for k in {**was, **now} if was.get(k, born.get(k)) != now.get(k) and not k.startswith(FREE)]
     return [f"{k}: {was.get(k, 'absent')} -> {now.get(k, 'absent')}" for k in changed]
 
@@ -342,7 +342,7 @@ def difference(old: str, new: str) -> list[str]:
 def help_table() -> str:
     """Every key with its default and meaning, made from the dataclasses."""
     rows = []
-    for key, (_, value, text, choices) in leaves().items():
+    for key, (_, value, text, choices) in setting_table().items():
         rows.append((f"--config.{key}", repr(value), text + (f" ({' | '.join(map(str, choices))})" if choices else "")))
     widths = [max(len(r[i]) for r in rows) for i in (0, 1)]
     return "\n".join(f"  {k:<{widths[0]}}  {v:<{widths[1]}}  {t}" for k, v, t in rows)
@@ -354,9 +354,9 @@ def rescale(config: ml_collections.ConfigDict, batch_size: int) -> None:
     lr * B / 4096; 1 - (1 - m) * B / 4096, so that the target moves as far an epoch; warm-up and length are counted in epochs already.
     Above 4,096 both stay: the paper has the same two at 4,096 and at 40,000.
 
-    >>> config = default(); rescale(config, 1024); config.optim.lr, round(config.optim.ema, 5)
+    >>> config = default_config(); rescale(config, 1024); config.optim.lr, round(config.optim.ema, 5)
     (0.00025, 0.99875)
-    >>> config = default(); rescale(config, 40_000); config.optim.lr, config.optim.ema, config.train.batch_size
+    >>> config = default_config(); rescale(config, 40_000); config.optim.lr, config.optim.ema, config.train.batch_size
     (0.001, 0.995, 40000)
     """
     share = min(1.0, batch_size / config.train.batch_size)
@@ -365,11 +365,11 @@ def rescale(config: ml_collections.ConfigDict, batch_size: int) -> None:
     config.train.batch_size = batch_size
 
 
-def own_data(config: ml_collections.ConfigDict, *, epochs: float, batch_size: int) -> None:
+def scale_for_custom_data(config: ml_collections.ConfigDict, *, epochs: float, batch_size: int) -> None:
     """Set the length and the batch of a run on a user's own pictures: warm-up a tenth of it, as in M3I's ablations (40 epochs of 400), the
     rest by `rescale`.
 
-    >>> config = default(); own_data(config, epochs=50.0, batch_size=256); config.optim.warmup_epochs, config.train.batch_size
+    >>> config = default_config(); scale_for_custom_data(config, epochs=50.0, batch_size=256); config.optim.warmup_epochs, config.train.batch_size
     (5.0, 256)
     """
     config.data.threads = 4

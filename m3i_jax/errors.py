@@ -7,11 +7,11 @@ class UserError(Exception):
     status = 2  # of the process
 
 
-class Unreadable(UserError):
+class UnreadableError(UserError):
     """Data that could be read when the run began cannot be read any more."""
 
 
-class Stopped(Exception):
+class RunStopped(Exception):
     """The run cannot go on, through nobody's mistake: main prints the message on one line and exits 1, without a traceback."""
 
 

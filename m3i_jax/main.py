@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from m3i_jax import config as configuration
 from m3i_jax import privacy
-from m3i_jax.errors import Stopped, UserError
+from m3i_jax.errors import RunStopped, UserError
 from m3i_jax.modes import MODES
-from m3i_jax.training import leaks
+from m3i_jax.training import malloc
 from m3i_jax.version import __version__
 
 
@@ -69,7 +69,7 @@ def _run(arguments: Sequence[str], began: float) -> int:
         hint = f"a value follows its key after '=': --config.{bare[0]}={unknown[0]}" if bare else "--help lists them"
         raise UserError(f"{unknown[0]}: there is no such flag; {hint}")
     if flags.mode not in MODES:
-        raise configuration.unknown(flags.mode, MODES, "--mode=", "mode")
+        raise configuration.unknown_key_error(flags.mode, MODES, "--mode=", "mode")
     if not flags.config and not MODES[flags.mode].of_run:
         raise UserError("--config: is missing; name a file, such as --config configs/quickstart.py")
     if not flags.workdir and flags.mode != "show":
@@ -88,25 +88,25 @@ def _run(arguments: Sequence[str], began: float) -> int:
     if not mode.settings and (flags.config or overrides):
         raise UserError(f"--config: does not belong to --mode={flags.mode}, which takes the settings that were saved; leave it out")
     if flags.config:
-        configuration.not_data(flags.config, overrides)
-    config = configuration.load(flags.config) if flags.config else configuration.of_run(flags.workdir, "--workdir")
-    configuration.override(config, overrides)
+        configuration.reject_config_in_data(flags.config, overrides)
+    config = configuration.load_config(flags.config) if flags.config else configuration.load_from_workdir(flags.workdir, "--workdir")
+    configuration.apply_overrides(config, overrides)
     settings = configuration.resolve(config)
     more = {name: getattr(flags, name) for name in mode.flags} | ({"began": began} if mode.timed else {})
     refusing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if mode.together:
         from m3i_jax.parallel import distributed, heartbeat
 
-        place = distributed.decide(
+        place = distributed.detect_processes(
             flags.coordinator, flags.processes, flags.process_id, environ=os.environ, tpu=distributed.on_tpu(os.environ)
         )
-        distributed.start(place, configuration.to_text(settings), settings.parallel.mesh, beat=settings.parallel.heartbeat)
-        refusing = heartbeat.refusing()
+        distributed.start_distributed(place, configuration.config_to_text(settings), settings.parallel.mesh, beat=settings.parallel.heartbeat)
+        refusing = heartbeat.refuse_on_error()
     if mode.compiles:
-        watch = importlib.import_module("m3i_jax.modes.watch")
+        watch = importlib.import_module("m3i_jax.modes.monitoring")
         watch.keep_compilations(pathlib.Path(flags.workdir))
     room = importlib.import_module(f"m3i_jax.modes.{flags.mode}")
-    with privacy.closed(settings.report.private), refusing:
+    with privacy.private_umask(settings.report.private), refusing:
         return room.run(settings, workdir=flags.workdir, **more)
 
 
@@ -114,14 +114,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     if arguments is None:
         began = _process_began()
-        leaks.few_heaps()  # before there are threads
-    with privacy.guarded(forever=arguments is None):
+        malloc.limit_arenas()  # before there are threads
+    with privacy.redact_logs(forever=arguments is None):
         try:
             return _run(sys.argv[1:] if arguments is None else arguments, began)
         except UserError as error:
             print(f"m3i_jax: {' '.join(str(error).split())}", file=sys.stderr)
             return error.status
-        except Stopped as error:
+        except RunStopped as error:
             print(f"m3i_jax: stopped: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
             if arguments is None:
                 os._exit(1)  # a thread may wait for a disk that never answers, and Python would wait for the thread

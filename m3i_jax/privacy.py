@@ -2,7 +2,7 @@
 
 Secrets come in through paths (`s3://KEY:SECRET@bucket`, `https://host/x?X-Amz-Signature=...`), through the environment (`HF_TOKEN`) and
 through the messages of libraries. They go out through the console, through logs and tracebacks, and through the texts beside a run. All of
-these pass `redact`: the console through `guarded`, files through `reporting.files.write_text`.
+these pass `redact`: the console through `redact_logs`, files through `reporting.files.write_text`.
 """
 
 import contextlib
@@ -78,10 +78,10 @@ def redacted(value: Any) -> Any:
     return type(value)(map(redacted, value)) if isinstance(value, list | tuple) else value
 
 
-def visible(text: str, *, line: bool = False) -> str:
+def escape_control(text: str, *, line: bool = False) -> str:
     """A text that no terminal obeys: control characters are spelt out. `line`: line ends and tabs as well.
 
-    >>> visible("a\\x1b]0;title\\x07\\n"), visible("a\\nb", line=True)
+    >>> escape_control("a\\x1b]0;title\\x07\\n"), escape_control("a\\nb", line=True)
     ('a\\\\x1b]0;title\\\\x07\\n', 'a\\\\nb')
     """
     out = _CONTROL.sub(lambda m: m[1] or m[0].encode("unicode_escape").decode("ascii"), text)
@@ -95,7 +95,7 @@ class _Stream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(visible(redact(text)))
+        self._stream.write(escape_control(redact(text)))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
@@ -112,15 +112,15 @@ def _record(made: Any) -> Any:
     def make(*arguments: Any, **options: Any) -> logging.LogRecord:
         record = made(*arguments, **options)
         with contextlib.suppress(Exception):  # a message that cannot be made is its handler's to complain about
-            record.msg, record.args = visible(redact(record.getMessage())), ()
+            record.msg, record.args = escape_control(redact(record.getMessage())), ()
         return record
 
     return make
 
 
 @contextlib.contextmanager
-def guarded(*, forever: bool = False) -> Iterator[None]:
-    """All that is printed, logged or told by a traceback passes `redact` and `visible`. `forever`: also after the block, for the traceback
+def redact_logs(*, forever: bool = False) -> Iterator[None]:
+    """All that is printed, logged or told by a traceback passes `redact` and `escape_control`. `forever`: also after the block, for the traceback
     of what ends the process."""
     before, made = (sys.stdout, sys.stderr), logging.getLogRecordFactory()
     sys.stdout, sys.stderr = (stream if stream is None or isinstance(stream, _Stream) else _Stream(stream) for stream in before)
@@ -133,13 +133,13 @@ def guarded(*, forever: bool = False) -> Iterator[None]:
             logging.setLogRecordFactory(made)
 
 
-def guard() -> None:
-    """`guarded` for the rest of this process: of a worker, whose warnings go to the console of the trainer."""
-    guarded(forever=True).__enter__()
+def guard_output() -> None:
+    """`redact_logs` for the rest of this process: of a worker, whose warnings go to the console of the trainer."""
+    redact_logs(forever=True).__enter__()
 
 
 @contextlib.contextmanager
-def closed(private: bool) -> Iterator[None]:
+def private_umask(private: bool) -> Iterator[None]:
     """Files made in the block belong to their owner alone (0600, directories 0700) if `private`; else the umask decides, as ever."""
     before = os.umask(0o077)
     os.umask(before | (0o077 if private else 0))

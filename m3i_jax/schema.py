@@ -1,4 +1,4 @@
-"""Every setting of a run, as frozen keyword-only dataclasses. The tree here *is* the configuration: `config.default()` turns it into a
+"""Every setting of a run, as frozen keyword-only dataclasses. The tree here *is* the configuration: `config.default_config()` turns it into a
 ConfigDict, `config.resolve()` turns a ConfigDict back into it and checks it, `--help` prints it. Defaults are the paper's ViT-B/16 run
 (Table 7) unless the comment says otherwise; `[P]` marks what the paper states, the README lists what it leaves open."""
 
@@ -183,7 +183,7 @@ class Model:
 class Objective:
     """Which terms of the mutual information are maximised, and how they are weighed."""
 
-    forms: tuple[str, ...] = option(("m3i",), "rows of methods.FORMS or named.METHODS; several train together")
+    forms: tuple[str, ...] = option(("m3i",), "rows of terms.FORMS or published.PUBLISHED; several train together")
     second_moment: float = option(0.02, "weight of the anti-collapse term p'Cp of the dense posterior; 0 is the paper's text alone")
     temperature: float = option(0.2, "of the Boltzmann posterior over the batch, where the method does not fix it (MoCo v3: 0.2)")
     intra_positions: str = option("all", "target positions of the same view that count", "all", "hidden")

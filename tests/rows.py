@@ -9,15 +9,16 @@ import subprocess
 import sys
 
 from m3i_jax import schema
-from m3i_jax.data import pipeline, sources
+from m3i_jax.data import pipeline
+from m3i_jax.data.sources import base
 
 
 def hashes(folder: str, batches: int, start: int, host: int, hosts: int, batch: int) -> list[str]:
     """Of all arrays of every row of one host's share of the global batches, from a position on; two crops of 32 pixels."""
     data = schema.Data(source="folder", path=folder, holdout=0.0, captions="no", image_size=32, resizer="pillow", threads=0)
-    source = sources.split(sources.open_source(data), 0.0, "train")
+    source = base.split_by_hash(base.open_source(data), 0.0, "train")
     config = schema.Config(data=data, train=schema.Train(batch_size=batch))
-    made = pipeline.iterate(config, source, None, start=start, host=host, hosts=hosts)
+    made = pipeline.iterate_batches(config, source, None, start=start, host=host, hosts=hosts)
     try:
         found = [next(made) for _ in range(batches)]
     finally:

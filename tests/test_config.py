@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from m3i_jax import checks, config, schema
+from m3i_jax import config, schema, validation
 from m3i_jax.errors import UserError
 
 BAD = {
@@ -104,9 +104,9 @@ BAD = {
 
 @pytest.mark.parametrize("assignment", BAD)
 def test_bad_settings_are_refused_with_key_and_way_out(assignment: str) -> None:
-    made = config.default()
+    made = config.default_config()
     with pytest.raises(UserError) as refusal:
-        config.override(made, [assignment])
+        config.apply_overrides(made, [assignment])
         config.resolve(made)
     text = str(refusal.value)
     assert BAD[assignment] in text and "\n" not in text
@@ -118,12 +118,12 @@ def test_there_are_sixty_of_them() -> None:
 
 
 def test_every_leaf_survives_the_round_trip() -> None:
-    assert config.resolve(config.default()) == schema.Config()
+    assert config.resolve(config.default_config()) == schema.Config()
 
 
 def test_overrides_change_one_leaf_and_keep_its_type() -> None:
-    made = config.default()
-    config.override(made, ["optim.lr=1", "train.batch_size=64", "data.path=a=b,c", "data.crop_scale=0.2,1", "model.scan=true"])
+    made = config.default_config()
+    config.apply_overrides(made, ["optim.lr=1", "train.batch_size=64", "data.path=a=b,c", "data.crop_scale=0.2,1", "model.scan=true"])
     done = config.resolve(made)
     assert (done.optim.lr, done.train.batch_size, done.model.scan) == (1.0, 64, True)
     assert (done.data.path, done.data.crop_scale) == ("a=b,c", (0.2, 1.0))
@@ -142,7 +142,7 @@ def test_a_config_file_that_misspells_a_key_is_refused(tmp_path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("from m3i_jax.config import default\ndef get_config():\n    c = default()\n    c.optim.lrr = 1\n    return c\n")
     with pytest.raises(UserError, match="lrr"):
-        config.load(str(file))
+        config.load_config(str(file))
 
 
 @pytest.mark.parametrize(
@@ -160,12 +160,12 @@ def test_a_config_file_that_misspells_a_key_is_refused(tmp_path) -> None:
 def test_bad_config_files(spec: str, wanted: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     monkeypatch.chdir(request.config.rootpath)
     with pytest.raises(UserError) as refusal:
-        config.load(spec)
+        config.load_config(spec)
     assert wanted in str(refusal.value)
 
 
 def test_an_argument_may_be_an_address(request: pytest.FixtureRequest) -> None:
-    assert config.load(f"{request.config.rootpath}/configs/tars.py:path=gs://bucket/*.tar").data.path == "gs://bucket/*.tar"
+    assert config.load_config(f"{request.config.rootpath}/configs/tars.py:path=gs://bucket/*.tar").data.path == "gs://bucket/*.tar"
 
 
 OWN = """from m3i_jax.config import default
@@ -196,20 +196,20 @@ def get_config(path, steps: int, rate=None, names=("a", "b")):
 def test_a_mistake_in_ones_own_config_file_is_told_with_its_line(text: str, arguments: str, wanted: str, tmp_path) -> None:
     (file := tmp_path / "mine.py").write_text(text)
     with pytest.raises(UserError) as refusal:
-        config.load(f"{file}{arguments}")
+        config.load_config(f"{file}{arguments}")
     told = str(refusal.value).replace(str(file), "FILE")
     assert wanted in told and len(told) < 160
 
 
 def test_arguments_of_ones_own_config_file_have_the_type_of_default_or_annotation(tmp_path) -> None:
     (file := tmp_path / "mine.py").write_text(OWN)
-    made = config.load(f"{file}:path=3,steps=2,rate=1,names=mim,clip")
+    made = config.load_config(f"{file}:path=3,steps=2,rate=1,names=mim,clip")
     assert (made.data.path, made.train.steps, made.objective.forms) == ("3", 2, ("mim", "clip"))
 
 
 @pytest.mark.parametrize("name", ["quickstart", "folder", "tars", "toy"])
 def test_shipped_configs_resolve(name: str, request: pytest.FixtureRequest) -> None:
-    config.resolve(config.load(str(request.config.rootpath / "configs" / f"{name}.py")))
+    config.resolve(config.load_config(str(request.config.rootpath / "configs" / f"{name}.py")))
 
 
 @pytest.mark.parametrize(
@@ -218,29 +218,29 @@ def test_shipped_configs_resolve(name: str, request: pytest.FixtureRequest) -> N
 def test_batches_must_divide_over_devices_in_pairs(batch: int, parts: int, shape: tuple[int, int, int], fits: bool) -> None:
     c = schema.Config(train=schema.Train(batch_size=batch, microbatches=parts))
     if fits:
-        checks.devices(c, shape)
+        validation.validate_devices(c, shape)
     else:
         with pytest.raises(UserError, match="multiple of 32: .*; nearest: 32$"):
-            checks.devices(c, shape)
+            validation.validate_devices(c, shape)
 
 
 def test_a_batch_is_rounded_up_only_where_asked() -> None:
     c = schema.Config(train=schema.Train(batch_size=1000, microbatches=3, round_batch=True))
-    done, told = checks.fitted(c, (4, 2, 8))
+    done, told = validation.fit_batch_to_mesh(c, (4, 2, 8))
     assert done.train.batch_size == 1008 and "1,000 rounded up to 1,008, a multiple of 48: 2 images mixed x 8 data shards x 3" in told
-    assert checks.fitted(done, (4, 2, 8)) == (done, "")
+    assert validation.fit_batch_to_mesh(done, (4, 2, 8)) == (done, "")
     with pytest.raises(UserError, match="multiple of 48"):
-        checks.fitted(schema.Config(train=schema.Train(batch_size=1000, microbatches=3)), (4, 2, 8))
+        validation.fit_batch_to_mesh(schema.Config(train=schema.Train(batch_size=1000, microbatches=3)), (4, 2, 8))
 
 
 def test_text_and_difference() -> None:
-    old = config.to_text(schema.Config())
-    new = config.to_text(schema.Config(seed=3, report=schema.Report(panel_rows=9), optim=schema.Optim(lr=0.1)))
-    assert config.difference(old, new) == ["seed: 0 -> 3", "optim.lr: 0.001 -> 0.1"]
-    assert len(old.splitlines()) == len(config.leaves())
+    old = config.config_to_text(schema.Config())
+    new = config.config_to_text(schema.Config(seed=3, report=schema.Report(panel_rows=9), optim=schema.Optim(lr=0.1)))
+    assert config.config_difference(old, new) == ["seed: 0 -> 3", "optim.lr: 0.001 -> 0.1"]
+    assert len(old.splitlines()) == len(config.setting_table())
 
 
 def test_help_names_every_key() -> None:
     table = config.help_table()
-    assert all(f"--config.{key} " in table for key in config.leaves())
-    assert all(text for _, _, text, _ in config.leaves().values())
+    assert all(f"--config.{key} " in table for key in config.setting_table())
+    assert all(text for _, _, text, _ in config.setting_table().values())

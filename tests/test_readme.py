@@ -316,6 +316,6 @@ def test_a_failing_block_fails(scratch: pathlib.Path) -> None:
 
 
 def test_the_overrides_are_settings() -> None:
-    config = configuration.default()
-    configuration.override(config, TINY)
+    config = configuration.default_config()
+    configuration.apply_overrides(config, TINY)
     configuration.resolve(config)

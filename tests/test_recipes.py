@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import pytest
 
-from m3i_jax import checks, parallel, schema
 from m3i_jax import config as configuration
 from m3i_jax import main as command
-from m3i_jax.data import mixture
+from m3i_jax import parallel, schema, validation
+from m3i_jax.data.sources import mixture
 from m3i_jax.errors import UserError
 from m3i_jax.modes import show
-from m3i_jax.reporting import flops, slices
+from m3i_jax.profiling import flops, hardware
 from m3i_jax.training import trainer
 from tests.bench import formula
 
@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def recipe(arguments: str = "") -> schema.Config:
-    return configuration.resolve(configuration.load(str(ROOT / "configs/m3i.py") + (f":{arguments}" if arguments else "")))
+    return configuration.resolve(configuration.load_config(str(ROOT / "configs/m3i.py") + (f":{arguments}" if arguments else "")))
 
 
 def read(config: schema.Config, key: str) -> Any:
@@ -59,10 +59,10 @@ def test_table_7_of_the_largest_run() -> None:
     assert {key: read(config, key) for key in TABLE_7_H} == TABLE_7_H
     assert (config.train.batch_size, config.train.epochs, config.optim.warmup_epochs) == (40_000, 30, 1)
     assert (config.grid, config.tokens, config.hidden) == (12, 144, 72) and config.optim.offset_lr == 0.1
-    assert {name: checks.fitted(config, (n, 1, 1))[0].train.batch_size for name, n in (("64 chips", 64), ("256 chips", 256))} == {
+    assert {name: validation.fit_batch_to_mesh(config, (n, 1, 1))[0].train.batch_size for name, n in (("64 chips", 64), ("256 chips", 256))} == {
         "64 chips": 40_064, "256 chips": 40_448
     }  # fmt: skip
-    assert checks.fitted(config, (2, 4, 8))[1] == ""  # 40,000 divides by 16
+    assert validation.fit_batch_to_mesh(config, (2, 4, 8))[1] == ""  # 40,000 divides by 16
 
 
 LENGTHS = {
@@ -81,12 +81,12 @@ def test_lengths(arguments: str) -> None:
     epochs, batch, *golden = LENGTHS[arguments]
     config = recipe(arguments)
     assert (config.train.epochs, config.train.batch_size) == (epochs, batch)
-    assert list(dataclasses.astuple(trainer.length(config))) == golden
+    assert list(dataclasses.astuple(trainer.run_length(config))) == golden
 
 
 def test_yfcc_is_as_many_steps_as_imagenet() -> None:
     """Section 4.2: the iterations of the two are the same."""
-    steps = [trainer.length(recipe(f"data={data}")).steps for data in ("imagenet", "yfcc")]
+    steps = [trainer.run_length(recipe(f"data={data}")).steps for data in ("imagenet", "yfcc")]
     assert abs(steps[1] / steps[0] - 1) < 1e-3
 
 
@@ -103,7 +103,7 @@ def test_where_the_pictures_come_from() -> None:
     assert (imagenet.path, imagenet.split, imagenet.holdout_split) == ("/d", "train", "val")
     assert (imagenet.classes, imagenet.captions) == (1000, "no")
     assert (yfcc.path, yfcc.classes, yfcc.captions, yfcc.holdout) == ("/d/*.tar", 0, "yes", 0)
-    entries = [mixture.parse(text) for text in joint.mixture]
+    entries = [mixture.parse_entry(text) for text in joint.mixture]
     assert [(e.kind, e.path) for e in entries] == [
         ("folder", "/d/imagenet22k"), ("tars", "/d/laion400m/*.tar"), ("tars", "/d/yfcc15m/*.tar"), ("tars", "/d/cc12m/*.tar")
     ]  # fmt: skip
@@ -125,11 +125,11 @@ def test_show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     small = ["--config.model.encoder.depth=1", "--config.model.decoder.depth=1", "--config.model.text.depth=1"]
     assert command.main(["--config", f"configs/m3i.py:{arguments}", "--mode=show", "--config.report.mfu=0.5", *small]) == 0
     out = capsys.readouterr().out
-    length = trainer.length(recipe(arguments))
+    length = trainer.run_length(recipe(arguments))
     assert f"{length.steps:,} of " in out and f"warm-up {length.warmup:,}" in out and "assumed" not in out
     assert "loss/text" in out and "loss/category" in out
     assert f"{length.steps * recipe(arguments).train.batch_size:,}, " in out
-    assert "at 50% of the peak" in out and all(f"\n{name} " in out for name, *_ in slices.SLICES)
+    assert "at 50% of the peak" in out and all(f"\n{name} " in out for name, *_ in hardware.SLICES)
 
 
 @pytest.mark.slow
@@ -137,7 +137,7 @@ def test_operations_of_the_largest_run() -> None:
     """1.52 TFLOP a mixed view by the shapes alone, and what a formula of every part says."""
     config = recipe("data=joint,model=internimage_h")
     made = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 49_408)
-    counted = flops.count(made.trace, made.template, trainer.abstract_batch(config)).total / config.train.batch_size
+    counted = flops.count_flops(made.trace, made.template, trainer.abstract_batch(config)).total / config.train.batch_size
     assert 0.97 < counted / 1.52e12 < 1.03 and 0.97 < counted / formula.step(made.plan) < 1.03
 
 
@@ -145,24 +145,24 @@ def test_days_of_the_paper_s_run() -> None:
     """Golden: 279.4 GFLOP a view, 1600 epochs of 312 steps of 4,096, on 16 chips of 197 TFLOP/s at 0.45: days by hand."""
     total = 279.36e9 * 4096 * 499_200
     by_hand = total / (16 * 197e12 * 0.45) / 3600 / 24
-    assert slices.days(total, kind="v5e", chips=16, mfu=0.45) == pytest.approx(by_hand) and 4.6 < by_hand < 4.7
-    rows = {row[0]: row for row in slices.rows(total, 0.45)}
+    assert hardware.training_days(total, kind="v5e", chips=16, mfu=0.45) == pytest.approx(by_hand) and 4.6 < by_hand < 4.7
+    rows = {row[0]: row for row in hardware.slice_rows(total, 0.45)}
     assert rows["v5e-16"][4] == "4.7" and rows["h100:1"][4] == "14.9" and rows["v6e-256"][4] == "0.06"
 
 
 def test_slices_are_of_known_chips_and_named_once() -> None:
-    names = [name for name, *_ in slices.SLICES]
-    assert len(set(names)) == len(names) and {kind for _, kind, _ in slices.SLICES} == set(slices.CHIPS)
+    names = [name for name, *_ in hardware.SLICES]
+    assert len(set(names)) == len(names) and {kind for _, kind, _ in hardware.SLICES} == set(hardware.CHIPS)
 
 
 def test_the_share_of_the_peak_is_a_share() -> None:
-    config = configuration.default()
+    config = configuration.default_config()
     for wrong in (0.0, 1.5):
-        configuration.override(config, [f"report.mfu={wrong}"])
+        configuration.apply_overrides(config, [f"report.mfu={wrong}"])
         with pytest.raises(UserError, match="report.mfu"):
             configuration.resolve(config)
 
 
 def test_show_knows_what_it_assumes() -> None:
-    done, assumed = show.assume(recipe("data=joint"))
+    done, assumed = show.assume_data(recipe("data=joint"))
     assert not assumed and done.data.classes == 21_841 and done.data.captions == "yes"

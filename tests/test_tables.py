@@ -12,8 +12,8 @@ from PIL import Image
 
 from m3i_jax import config as configuration
 from m3i_jax import schema
-from m3i_jax.data import sources
-from m3i_jax.data.shapes import Shapes
+from m3i_jax.data.sources import base
+from m3i_jax.data.sources.shapes import ShapesSource
 from tests.bench import table_data, tables
 
 SMALL = {
@@ -26,7 +26,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Two styles of the same forty keys."""
-    folder, shapes = tmp_path_factory.mktemp("tars"), Shapes(80, side=32)
+    folder, shapes = tmp_path_factory.mktemp("tars"), ShapesSource(80, side=32)
     for number, style in enumerate(("one", "two")):
         with tarfile.open(folder / f"{style}-00000.tar", "w") as tar:
             for key in range(40):
@@ -42,15 +42,15 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def keys(path: pathlib.Path) -> set[str]:
-    source = sources.open_one("tars", str(path), "", schema.Data())
-    return {sources.key_of(source, i) for i in range(len(source))}
+    source = base.open_kind("tars", str(path), "", schema.Data())
+    return {base.source_key(source, i) for i in range(len(source))}
 
 
 def test_no_table_trains_on_what_it_or_another_holds_out(pictures: pathlib.Path, tmp_path: pathlib.Path) -> None:
     found = tables.sets(pictures, tmp_path)
     assert {"emoji", "one", "two", "tuning"} <= set(found)
-    whole = sources.open_one("tars", found["emoji"].path, "", schema.Data())
-    kept = {sources.key_of(part, i) for part in [sources.split(whole, table_data.HOLDOUT, "held_out")] for i in range(len(part))}
+    whole = base.open_kind("tars", found["emoji"].path, "", schema.Data())
+    kept = {base.source_key(part, i) for part in [base.split_by_hash(whole, table_data.HOLDOUT, "held_out")] for i in range(len(part))}
     for style in ("one", "two"):
         styles = tmp_path / "data" / "styles"
         assert keys(styles / f"{style}-held_out.tar") == kept and not keys(styles / f"{style}-train.tar") & kept
@@ -114,8 +114,8 @@ def test_every_run_of_every_table_is_a_configuration(pictures: pathlib.Path, tmp
     wanted = tables.queue(found, list(found), 1, [])
     assert len(wanted) > len(tables.TRIED) and len({run.place(tmp_path) for run in wanted}) == len(wanted)
     for run in wanted:
-        config = configuration.load(tables.trained(run, 40))
-        configuration.override(config, tables.overrides(run))
+        config = configuration.load_config(tables.trained(run, 40))
+        configuration.apply_overrides(config, tables.overrides(run))
         assert configuration.resolve(config).train.steps == 40
 
 

@@ -7,14 +7,14 @@ import pytest
 
 from m3i_jax import config as configuration
 from m3i_jax.errors import UserError
-from m3i_jax.interop import tensors
+from m3i_jax.interop import tensor_files
 from m3i_jax.training import optimizer
 from tests import toy
 from tests.interop.published_vit import ENCODERS, weights
 
 
 def load(spec: str):
-    config = configuration.load(f"configs/transfer/{spec}")
+    config = configuration.load_config(f"configs/transfer/{spec}")
     return configuration.resolve(config)
 
 
@@ -26,10 +26,10 @@ def test_table_8() -> None:
     assert (a.mixup, a.cutmix, a.cutmix_switch, a.blend_p, a.erase_p) == (0.8, 1.0, 0.5, 1.0, 0.25)
     r = made.data.rand_augment
     assert (r.ops, r.magnitude, r.deviation, r.p) == (2, 9.0, 0.5, 0.5) and made.objective.forms == ("finetune",)
-    rates = [optimizer.rate_factor(made, f"encoder/{path}") for path in ("patch_embed/kernel", "cls_token")]
+    rates = [optimizer.lr_factor(made, f"encoder/{path}") for path in ("patch_embed/kernel", "cls_token")]
     np.testing.assert_allclose(rates, 0.65**13)
-    np.testing.assert_allclose(optimizer.rate_factor(made, "encoder/blocks/mlp/fc1/kernel"), 0.65 ** np.arange(12, 0, -1))
-    assert optimizer.rate_factor(made, "category/kernel") == optimizer.rate_factor(made, "pool/norm/scale") == 1
+    np.testing.assert_allclose(optimizer.lr_factor(made, "encoder/blocks/mlp/fc1/kernel"), 0.65 ** np.arange(12, 0, -1))
+    assert optimizer.lr_factor(made, "category/kernel") == optimizer.lr_factor(made, "pool/norm/scale") == 1
 
 
 def test_table_9() -> None:
@@ -44,7 +44,7 @@ def test_table_9() -> None:
 
 @pytest.mark.parametrize("name", ["finetune.py", "probe.py"])
 def test_the_model_is_that_of_the_run(name: str, tmp_path: pathlib.Path) -> None:
-    (tmp_path / "config.txt").write_text(configuration.to_text(toy.settings()))
+    (tmp_path / "config.txt").write_text(configuration.config_to_text(toy.settings()))
     made = load(f"{name}:path=/pictures,from={tmp_path}")
     assert (made.model.encoder.width, made.model.encoder.depth, made.data.image_size) == (32, 2, 32)
     assert made.init_from == str(tmp_path) and made.optim.ema == 1.0
@@ -57,7 +57,7 @@ def test_the_model_is_that_of_the_run(name: str, tmp_path: pathlib.Path) -> None
 @pytest.mark.parametrize("name", ["finetune.py", "probe.py"])
 def test_the_model_is_that_of_a_file_of_weights(name: str, tmp_path: pathlib.Path) -> None:
     table = weights(ENCODERS["timm"], width=64, depth=2, heads=1, patch=8, grid=4)
-    tensors.write_safetensors(tmp_path / "vit.safetensors", table)
+    tensor_files.write_safetensors(tmp_path / "vit.safetensors", table)
     made = load(f"{name}:path=/pictures,from={tmp_path / 'vit.safetensors'}")
     e = made.model.encoder
     assert (e.width, e.depth, e.heads, e.positions, made.data.image_size) == (64, 2, 1, "learned", 32)
@@ -65,7 +65,7 @@ def test_the_model_is_that_of_a_file_of_weights(name: str, tmp_path: pathlib.Pat
 
 
 def test_another_size_keeps_the_positions_of_the_run(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "config.txt").write_text(configuration.to_text(toy.settings()))
+    (tmp_path / "config.txt").write_text(configuration.config_to_text(toy.settings()))
     made = load(f"finetune.py:from={tmp_path},image_size=48,ema=0.99,batch_size=512")
     assert (made.model.encoder.position_grid, made.grid, made.optim.ema_of, made.optim.lr) == (4, 6, "all", 1e-3)
 
@@ -74,7 +74,7 @@ def test_intern_image_has_the_paper_s_30_epochs(tmp_path: pathlib.Path) -> None:
     made = load("finetune.py:path=/pictures,model=internimage_t")
     assert (made.train.epochs, made.optim.layer_decay, made.data.augment.mixup, made.optim.lr) == (30.0, 0.9, 0.0, 2e-3)
     # Weights that are there already are gone on from as their authors do.
-    (tmp_path / "config.txt").write_text(configuration.to_text(load("finetune.py:path=/pictures,model=internimage_h")))
+    (tmp_path / "config.txt").write_text(configuration.config_to_text(load("finetune.py:path=/pictures,model=internimage_h")))
     made = load(f"finetune.py:path=/pictures,from={tmp_path}")
     o, e = made.optim, made.model.encoder
     assert (o.lr, o.warmup_epochs, o.offset_lr, o.center_lr, o.clip) == (4e-5, 2.0, 0.1, 0.1, 5.0)

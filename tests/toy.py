@@ -20,7 +20,7 @@ INTERN = {key.replace(".", "__"): value for key, value in INTERN_IMAGE.items()}
 
 def settings(**changes: object) -> schema.Config:
     """A complete configuration of a network of two blocks on 16 cells; `changes` are dotted keys with __ for the dot."""
-    config = configuration.default()
+    config = configuration.default_config()
     config.model.update({
         "encoder": {"patch_size": 8, "width": 32, "depth": 2, "heads": 2, "drop_path": 0.1},
         "decoder": {"width": 32, "depth": 1, "heads": 2}, "pool": {"width": 24, "heads": 2},
@@ -32,7 +32,7 @@ def settings(**changes: object) -> schema.Config:
     config.train.update({"batch_size": 16, "steps": 20, "log_every": 1})
     config.optim.update({"warmup_steps": 2, "ema": 0.9})
     config.data.augment.update(COLORLESS)  # colour is compiled in where a test asks for it
-    configuration.override(config, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
+    configuration.apply_overrides(config, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
     return configuration.resolve(config)
 
 

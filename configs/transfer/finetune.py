@@ -14,8 +14,8 @@ model and resized. `ema` below 1 also keeps an average of all parameters; evalua
 
 from ml_collections import ConfigDict
 
-from m3i_jax.config import default
-from m3i_jax.evaluation.loaded import begin
+from m3i_jax.config import default_config
+from m3i_jax.evaluation.load import build_encoder
 from m3i_jax.models import presets
 
 BATCH = 1024  # [P]
@@ -42,9 +42,9 @@ def get_config(
     """path: the pictures, a folder a class. from: working directory of the run that made the encoder, or a file of weights; empty: from
     scratch. model: size, where no run tells it. source: kind of the source. epochs: 0: the paper's. batch_size: pictures a step.
     image_size: 0: that of the run. ema: momentum of an average of all parameters; 1: none."""
-    config = default()
+    config = default_config()
     if from_:
-        begin(config, from_, "configs/transfer/finetune.py:from")
+        build_encoder(config, from_, "configs/transfer/finetune.py:from")
     else:
         config.model.update(presets.preset(model))
     convolutional = config.model.backbone == "intern_image"

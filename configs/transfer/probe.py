@@ -11,9 +11,9 @@ over the clean views of the training pictures (evaluate.train_limit of them) ins
 
 from ml_collections import ConfigDict
 
-from m3i_jax.config import default
+from m3i_jax.config import default_config
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation.loaded import begin
+from m3i_jax.evaluation.load import build_encoder
 from m3i_jax.models import presets
 
 BATCH = 16_384  # [P]
@@ -28,9 +28,9 @@ def get_config(
     attentive probe."""
     if kind not in ("linear", "attentive"):
         raise UserError(f"configs/transfer/probe.py: kind={kind} is none of linear, attentive")
-    config, linear = default(), kind == "linear"
+    config, linear = default_config(), kind == "linear"
     if from_:
-        begin(config, from_, "configs/transfer/probe.py:from")
+        build_encoder(config, from_, "configs/transfer/probe.py:from")
     else:
         config.model.update(presets.preset(model))
     config.data.source = source

@@ -3,7 +3,7 @@
 A box is (top, left, height, width) in pixels of the whole, un-mirrored picture; a view that is flipped is mirrored on the device.
 
 Two resizers cut a view with the same antialiased bicubic filter: Pillow's, and one with vector instructions, six times as fast (the package
-cykooz-resizer, in the extra `fast`; the same bytes on every processor). They differ by 0.3 gray levels on average, so which of them made a
+cykooz-resizer, in the extra `decode_fast`; the same bytes on every processor). They differ by 0.3 gray levels on average, so which of them made a
 batch is part of the identity of the stream. Which decoder read a JPEG is not: they give the same pixels.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from m3i_jax.data import fast
+from m3i_jax.data import decode_fast
 from m3i_jax.errors import UserError
 
 WIDTH = 24  # uniforms a view needs at most, a multiple of four
@@ -56,10 +56,10 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def enough(boxes: Sequence[Box], height: int, width: int, size: int, gap: float) -> tuple[float, float]:
+def sufficient_size(boxes: Sequence[Box], height: int, width: int, size: int, gap: float) -> tuple[float, float]:
     """The (height, width) at which a picture may be decoded so that every box keeps `gap * size` pixels a side.
 
-    >>> enough([(0, 0, 100, 200), (0, 0, 400, 400)], 400, 800, size=10, gap=3.0)
+    >>> sufficient_size([(0, 0, 100, 200), (0, 0, 400, 400)], 400, 800, size=10, gap=3.0)
     (120.0, 120.0)
     """
     return (
@@ -69,7 +69,7 @@ def enough(boxes: Sequence[Box], height: int, width: int, size: int, gap: float)
 
 
 @functools.cache
-def resizer(wanted: str = "auto") -> str:
+def choose_resizer(wanted: str = "auto") -> str:
     """The resizer that a wish comes to on this machine: "pillow", or "fast" and the version that its pixels depend on.
 
     Args:
@@ -78,12 +78,12 @@ def resizer(wanted: str = "auto") -> str:
     Raises:
         UserError: "fast" is asked for and not installed.
 
-    >>> resizer("pillow"), resizer("auto") in ("pillow", "fast 4")
+    >>> choose_resizer("pillow"), choose_resizer("auto") in ("pillow", "fast 4")
     ('pillow', True)
     """
     if wanted.partition(" ")[0] not in ("auto", "pillow", "fast"):
         raise UserError(f"data.resizer={wanted!r} is no resizer: use 'auto', 'pillow' or 'fast'")
-    installed = fast.installed("cykooz_resizer")
+    installed = decode_fast.is_installed("cykooz_resizer")
     if wanted.startswith("fast") and not installed:
         raise UserError("data.resizer='fast' needs the package cykooz-resizer: pip install 'm3i-jax[fast]', or use 'pillow'")
     if wanted == "pillow" or not installed:
@@ -91,8 +91,8 @@ def resizer(wanted: str = "auto") -> str:
     return f"fast {importlib.metadata.version('cykooz-resizer').partition('.')[0]}"
 
 
-def cut(
-    image: Image.Image | fast.Packed,
+def cut_view(
+    image: Image.Image | decode_fast.PackedImage,
     box: Sequence[float],
     size: int,
     *,
@@ -108,27 +108,27 @@ def cut(
         box: (top, left, height, width) in pixels of the picture at full scale.
         size: side of the view in pixels.
         height, width: of the picture at full scale.
-        by: a resizer, as `resizer` names it.
+        by: a resizer, as `choose_resizer` names it.
         out: uint8 [size * size * 3] to fill and return; None: a new array.
 
     Returns:
         uint8 [size * size * 3], row-major RGB.
 
     >>> ramp = Image.fromarray(np.arange(32, dtype=np.uint8)[None, :, None].repeat(32, 0).repeat(3, 2))
-    >>> cut(ramp, (0, 8, 16, 16), 16, height=32, width=32).reshape(16, 16, 3)[0, :3, 0].tolist()
+    >>> cut_view(ramp, (0, 8, 16, 16), 16, height=32, width=32).reshape(16, 16, 3)[0, :3, 0].tolist()
     [8, 9, 10]
     """
     top, left, h, w = box
     reduced_w, reduced_h = image.size
     sy, sx = reduced_h / height, reduced_w / width
     window = (left * sx, top * sy, min((left + w) * sx, reduced_w), min((top + h) * sy, reduced_h))
-    if isinstance(image, fast.Packed):
+    if isinstance(image, decode_fast.PackedImage):
         pixels = image.cut(window, size)
         if out is None:
             return pixels.copy()
         out[:] = pixels
         return out
-    view = image.resize((size, size), Image.Resampling.BICUBIC, window) if by == "pillow" else fast.resize(image, window, size)
+    view = image.resize((size, size), Image.Resampling.BICUBIC, window) if by == "pillow" else decode_fast.resize_region(image, window, size)
     pixels = np.frombuffer(view.tobytes(), np.uint8)
     if out is None:
         return pixels

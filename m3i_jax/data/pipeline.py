@@ -16,18 +16,19 @@ from typing import Any
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.data import crops, loans, records, sources
-from m3i_jax.data.maker import NOTES, Batch, Maker, key, told
-from m3i_jax.data.sources import Source
+from m3i_jax.data import crops, decode, shared_buffers
+from m3i_jax.data.batch_builder import NOTES, Batch, BatchBuilder, record_key, summarize_bad_records
+from m3i_jax.data.sources import base
+from m3i_jax.data.sources.base import DataSource
 from m3i_jax.data.tokenizer import Tokenizer
-from m3i_jax.data.watch import Watched, begin_worker
+from m3i_jax.data.workers import RestartingIterator, begin_worker
 from m3i_jax.errors import UserError
 
 STREAM = 2  # raised whenever the same (seed, position) would give other bytes
 WINDOW = 10_000  # records over which data.max_bad_share is taken
 
 
-def uses_captions(data: schema.Data, source: Source) -> bool:
+def uses_captions(data: schema.Data, source: DataSource) -> bool:
     """Whether batches hold tokens.
 
     Raises:
@@ -42,54 +43,54 @@ def uses_captions(data: schema.Data, source: Source) -> bool:
     return data.captions != "no" and source.captions
 
 
-def classes(data: schema.Data, source: Source) -> int:
+def count_classes(data: schema.Data, source: DataSource) -> int:
     """Number of categories of the run: what data.classes says, or all of the source's.
 
     >>> import types
-    >>> [classes(schema.Data(classes=c), types.SimpleNamespace(classes=("cat", "dog"))) for c in (-1, 0, 5)]
+    >>> [count_classes(schema.Data(classes=c), types.SimpleNamespace(classes=("cat", "dog"))) for c in (-1, 0, 5)]
     [2, 0, 5]
     """
     return len(source.classes) if data.classes < 0 else data.classes
 
 
-def fingerprint(config: schema.Config, source: Source) -> str:
+def stream_fingerprint(config: schema.Config, source: DataSource) -> str:
     """16 hexadecimal digits that change when position p would mean another sample: seed, source, or the rules of this file.
 
     To be saved beside the position.
 
     >>> class Five:
     ...     def __len__(self): return 5
-    ...     def fingerprint(self): return "0123456789abcdef"
-    >>> fingerprint(schema.Config(seed=1), Five()) == fingerprint(schema.Config(seed=2), Five())
+    ...     def stream_fingerprint(self): return "0123456789abcdef"
+    >>> stream_fingerprint(schema.Config(seed=1), Five()) == stream_fingerprint(schema.Config(seed=2), Five())
     False
     """
-    return sources.digest(STREAM, config.seed, len(source), source.fingerprint(), *_resizer(config))
+    return base.stable_digest(STREAM, config.seed, len(source), source.fingerprint(), *_resizer(config))
 
 
 def _resizer(config: schema.Config) -> list[str]:
     """Says which resizer makes the pixels; nothing for Pillow's."""
-    name = crops.resizer(config.data.resizer)
+    name = crops.choose_resizer(config.data.resizer)
     return [] if name == "pillow" else [f"resizer {name}"]
 
 
-def identity(config: schema.Config, source: Source) -> str:
-    """What `fingerprint` hashes, as lines `key = value` for a person: two of them show what differs.
+def stream_identity(config: schema.Config, source: DataSource) -> str:
+    """What `stream_fingerprint` hashes, as lines `key = value` for a person: two of them show what differs.
 
     >>> class Five:
     ...     name = "five"
     ...     def __len__(self): return 5
-    ...     def fingerprint(self): return "0123456789abcdef"
-    >>> print(identity(schema.Config(seed=1, data=schema.Data(resizer="pillow")), Five()), end="")
+    ...     def stream_fingerprint(self): return "0123456789abcdef"
+    >>> print(stream_identity(schema.Config(seed=1, data=schema.Data(resizer="pillow")), Five()), end="")
     order of the stream = version 2, seed 1
     source 1 = five, 5 pictures, fingerprint 0123456789abcdef
     """
-    lines = {f"source {i}": line for i, line in enumerate(sources.identity(source), 1)}
+    lines = {f"source {i}": line for i, line in enumerate(base.source_identity(source), 1)}
     stream = ", ".join([f"version {STREAM}", f"seed {config.seed}", *_resizer(config)])
     return "".join(f"{k} = {v}\n" for k, v in {"order of the stream": stream, **lines}.items())
 
 
 class Batches(Iterator[Batch]):
-    """Iterator over one host's batches; made by `iterate`.
+    """Iterator over one host's batches; made by `iterate_batches`.
 
     Attributes:
         skipped: reason -> bad records drawn (and replaced) in the batches that were consumed.
@@ -97,21 +98,21 @@ class Batches(Iterator[Batch]):
         record: int64 [B], index of the record that each row of the last batch shows.
     """
 
-    def __init__(self, batches: Watched, source: Source, max_bad_share: float) -> None:
+    def __init__(self, batches: RestartingIterator, source: DataSource, max_bad_share: float) -> None:
         self._batches, self._source, self._limit = batches, source, max_bad_share
         self._window: collections.deque[tuple[int, np.ndarray]] = collections.deque()  # records drawn and bad ones, a batch
-        self._drawn, self._bad = 0, np.zeros(len(records.REASONS), np.int64)  # their sums
-        self._examples: dict[str, list[str]] = {reason: [] for reason in records.REASONS}
-        self.skipped = dict.fromkeys(records.REASONS, 0)
+        self._drawn, self._bad = 0, np.zeros(len(decode.REASONS), np.int64)  # their sums
+        self._examples: dict[str, list[str]] = {reason: [] for reason in decode.REASONS}
+        self.skipped = dict.fromkeys(decode.REASONS, 0)
         self.noted, self.record = dict.fromkeys(NOTES, 0), np.zeros(0, np.int64)
 
     def __next__(self) -> Batch:
         batch = next(self._batches)
         skipped, example, noted, self.record = (batch.pop(name) for name in ("skipped", "example", "noted", "record"))
-        for reason, count, index in zip(records.REASONS, skipped.tolist(), example.tolist(), strict=True):
+        for reason, count, index in zip(decode.REASONS, skipped.tolist(), example.tolist(), strict=True):
             self.skipped[reason] += count
             if index >= 0 and len(self._examples[reason]) < 3:
-                self._examples[reason].append(repr(key(self._source, index)))
+                self._examples[reason].append(repr(record_key(self._source, index)))
         for name, count in zip(NOTES, noted.tolist(), strict=True):
             self.noted[name] += count
         self._judge(len(batch["label"]), skipped)
@@ -143,7 +144,7 @@ class Batches(Iterator[Batch]):
             self._drawn, self._bad = self._drawn - drawn, self._bad - skipped
         total, of = int(self._bad.sum()), max(self._drawn, WINDOW)
         if total > self._limit * of:
-            why = told({reason: (n, self._examples[reason]) for reason, n in zip(records.REASONS, self._bad.tolist(), strict=True)})
+            why = summarize_bad_records({reason: (n, self._examples[reason]) for reason, n in zip(decode.REASONS, self._bad.tolist(), strict=True)})
             raise UserError(
                 f"{total:,} of the last {self._drawn:,} records of {self._source.name} were bad, more than "
                 f"data.max_bad_share={self._limit} of {of:,}: {why}; repair or remove them, or raise the limit"
@@ -158,9 +159,9 @@ class Batches(Iterator[Batch]):
         self._batches.close()
 
 
-def iterate(
+def iterate_batches(
     config: schema.Config,
-    source: Source,
+    source: DataSource,
     tokenizer: Tokenizer | None,
     *,
     start: int,
@@ -192,11 +193,11 @@ def iterate(
         ValueError: start or the share of a host is odd, or the tokenizer has another length.
 
     >>> class Gray:
-    ...     name, classes, captions = "gray", (), False
+    ...     name, count_classes, captions = "gray", (), False
     ...     def __len__(self): return 9
-    ...     def __getitem__(self, i): return sources.Record(str(i), np.full((40, 30, 3), i, np.uint8))
+    ...     def __getitem__(self, i): return base.Record(str(i), np.full((40, 30, 3), i, np.uint8))
     >>> config = schema.Config(data=schema.Data(image_size=32), train=schema.Train(batch_size=4))
-    >>> batches = iterate(config, Gray(), None, start=0)
+    >>> batches = iterate_batches(config, Gray(), None, start=0)
     >>> {name: array.shape for name, array in next(batches).items() if name in ("views", "mask")}
     {'views': (4, 2, 32, 32, 3), 'mask': (4, 4)}
     >>> batches.close()
@@ -211,7 +212,7 @@ def iterate(
     rows = batch // hosts
     if data.workers:
         _check_shared_memory(data.workers, rows * 2 * data.image_size**2 * 3)
-    maker = Maker(
+    maker = BatchBuilder(
         data=data,
         seed=config.seed,
         grid=config.grid,
@@ -219,23 +220,23 @@ def iterate(
         hidden=config.hidden,
         source=source,
         tokenizer=tokenizer,
-        classes=classes(data, source),
+        classes=count_classes(data, source),
         rows=rows,
         batch=batch,
         first=start + host * rows,
-        resizer=crops.resizer(data.resizer),
+        resizer=crops.choose_resizer(data.resizer),
         views=views,
-        borrower=loans.Own(),
+        borrower=shared_buffers.ThreadBufferPool(),
     )
     make = functools.partial(_from, maker, data.workers, 0 if data.workers else data.threads)
-    return Batches(Watched(make, workers=data.workers, limit=data.patience), source, data.max_bad_share)
+    return Batches(RestartingIterator(make, workers=data.workers, limit=data.patience), source, data.max_bad_share)
 
 
-def _from(maker: Maker, workers: int, threads: int, number: int) -> tuple[Any, loans.Lender | None]:
+def _from(maker: BatchBuilder, workers: int, threads: int, number: int) -> tuple[Any, shared_buffers.SharedBufferPool | None]:
     """(Grain iterator over the batches of a maker from one on, lender of their memory)."""
     import grain.python as grain  # seconds to import, and only runs that read data need it
 
-    lender = loans.Lender() if workers else None
+    lender = shared_buffers.SharedBufferPool() if workers else None
     maker = dataclasses.replace(maker, first=maker.first + number * maker.batch, borrower=lender.borrower() if lender else maker.borrower)
     # The default options would hold 500 elements ahead, and an element is a whole batch.
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 2) if threads else 0)

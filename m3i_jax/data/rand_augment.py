@@ -56,14 +56,14 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
 }
 
 
-def draw(u: Sequence[float], settings: schema.RandAugment) -> list[tuple[str, float, float]]:
+def draw_operations(u: Sequence[float], settings: schema.RandAugment) -> list[tuple[str, float, float]]:
     """The operations of a view as (name, level, sign), in their order; those that chance leaves out are not among them.
 
     Args:
       u: WIDTH uniforms in [0, 1) an operation.
       settings: how many, how likely, how strong. Magnitudes are normal about `magnitude`, cut to 0..10.
 
-    >>> draw([0.99, 0.0, 0.0, 0.0, 0.0, 0.0, 0.9, 0.0, 0.0, 0.0], schema.RandAugment(ops=2))
+    >>> draw_operations([0.99, 0.0, 0.0, 0.0, 0.0, 0.0, 0.9, 0.0, 0.0, 0.0], schema.RandAugment(ops=2))
     [('translate_y', 0.9, -1.0)]
     """
     names, out = list(OPERATIONS), []
@@ -76,14 +76,14 @@ def draw(u: Sequence[float], settings: schema.RandAugment) -> list[tuple[str, fl
     return out
 
 
-def apply(pixels: np.ndarray, size: int, u: Sequence[float], settings: schema.RandAugment) -> np.ndarray:
+def apply_operations(pixels: np.ndarray, size: int, u: Sequence[float], settings: schema.RandAugment) -> np.ndarray:
     """A view [size * size * 3] uint8, row-major RGB, after its operations.
 
     >>> gray = np.full(4 * 4 * 3, 100, np.uint8)
-    >>> int(apply(gray, 4, [2.5 / 15, 0.0, 0.0, 0.0, 0.0], schema.RandAugment(ops=1))[0])      # invert
+    >>> int(apply_operations(gray, 4, [2.5 / 15, 0.0, 0.0, 0.0, 0.0], schema.RandAugment(ops=1))[0])      # invert
     155
     """
     image = Image.frombuffer("RGB", (size, size), np.ascontiguousarray(pixels).tobytes(), "raw", "RGB", 0, 1)
-    for name, level, sign in draw(u, settings):
+    for name, level, sign in draw_operations(u, settings):
         image = OPERATIONS[name](image, level, sign)
     return np.frombuffer(image.tobytes(), np.uint8)

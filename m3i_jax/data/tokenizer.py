@@ -22,8 +22,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from m3i_jax import schema
-from m3i_jax.data import sources
-from m3i_jax.data.records import captions_of, clean_caption
+from m3i_jax.data.decode import clean_caption, sample_captions
+from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
@@ -77,7 +77,7 @@ class Tokenizer:
         Returns:
             (int32 [length], number of real ids, start and end included).
 
-        >>> tokenizer = train(["a red cat", "a red dog", "a cat"], 300, 8)
+        >>> tokenizer = train_tokenizer(["a red cat", "a red dog", "a cat"], 300, 8)
         >>> ids, length = tokenizer.encode("A RED cat")
         >>> ids.shape, length, tokenizer.decode(ids)
         ((8,), 5, 'a red cat')
@@ -92,7 +92,7 @@ class Tokenizer:
 
     def save(self, path: str) -> None:
         """Writes the JSON of the `tokenizers` package, whole or not at all."""
-        sources.write_whole(path, self.core.to_str().encode())
+        base.write_atomic(path, self.core.to_str().encode())
 
     @classmethod
     def load(cls, path: str, length: int) -> "Tokenizer":
@@ -119,7 +119,7 @@ class Tokenizer:
             raise UserError(f"the tokenizer {path!r} is damaged ({error}): restore it, or delete it to learn it again") from error
 
 
-def train(captions: Iterable[str | bytes], vocabulary_size: int, length: int) -> Tokenizer:
+def train_tokenizer(captions: Iterable[str | bytes], vocabulary_size: int, length: int) -> Tokenizer:
     """Learns a byte-pair encoding: lower-cased, every byte in the vocabulary, so that no text is unknown to it.
 
     Args:
@@ -133,7 +133,7 @@ def train(captions: Iterable[str | bytes], vocabulary_size: int, length: int) ->
     Raises:
         UserError: no caption holds text, or the size is below 259.
 
-    >>> train(["a cat", "a dog"], 260, 77).vocabulary
+    >>> train_tokenizer(["a cat", "a dog"], 260, 77).vocabulary
     260
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -160,7 +160,7 @@ def _plain(text: str | None) -> str:
     return " ".join(text.split())
 
 
-def clip(path: str = "", length: int = 77) -> Tokenizer:
+def clip_tokenizer(path: str = "", length: int = 77) -> Tokenizer:
     """CLIP's byte-pair encoding: the same ids as OpenAI's tokenizer, with the end token kept when a caption is cut.
 
     Vocabulary order: 256 byte characters, the same at the end of a word, the merges of the file, start (49406), end (49407).
@@ -175,7 +175,7 @@ def clip(path: str = "", length: int = 77) -> Tokenizer:
     Raises:
         UserError: the file is missing or not of that format; the message gives the command that fetches it.
 
-    >>> clip("/no/such/file")
+    >>> clip_tokenizer("/no/such/file")
     Traceback (most recent call last):
     m3i_jax.errors.UserError: CLIP's vocabulary '/no/such/file' cannot be read (No such file or directory): fetch it with `python -m ...`
     """
@@ -230,7 +230,7 @@ def _installed() -> str:
     )
 
 
-def open_tokenizer(data: schema.Data, source: sources.Source, saved: str = "") -> Tokenizer:
+def open_tokenizer(data: schema.Data, source: base.DataSource, saved: str = "") -> Tokenizer:
     """The tokenizer of a run: the saved one if there is one, else the one the configuration names, which is then saved.
 
     Args:
@@ -242,24 +242,24 @@ def open_tokenizer(data: schema.Data, source: sources.Source, saved: str = "") -
         The tokenizer.
 
     Raises:
-        UserError: see `train` and `clip`.
+        UserError: see `train_tokenizer` and `clip_tokenizer`.
 
-    >>> source = [sources.Record("0", b"", caption="a red cat")]
+    >>> source = [base.Record("0", b"", caption="a red cat")]
     >>> open_tokenizer(schema.Data(caption_length=5), source).encode("cat")[0].shape
     (5,)
     """
     if saved and os.path.exists(saved):
         return Tokenizer.load(saved, data.caption_length)
     if data.tokenizer == "clip":
-        made = clip(data.vocabulary, data.caption_length)
+        made = clip_tokenizer(data.vocabulary, data.caption_length)
     else:
-        made = train(captions_of(source, missing=data.missing), data.vocabulary_size, data.caption_length)
+        made = train_tokenizer(sample_captions(source, missing=data.missing), data.vocabulary_size, data.caption_length)
     if saved:
         made.save(saved)
     return made
 
 
-def fetch(folder: str) -> str:
+def fetch_vocabulary(folder: str) -> str:
     """Takes CLIP's vocabulary out of the wheel of `open_clip_torch`: downloaded by pip, nothing of it installed or run.
 
     Args:
@@ -280,16 +280,16 @@ def fetch(folder: str) -> str:
             raise UserError(f"pip could not download open_clip_torch ({last}): use a network, or copy the {VOCABULARY} from elsewhere")
         with zipfile.ZipFile(os.path.join(temporary, wheels[0])) as wheel:
             content = wheel.read(f"open_clip/{VOCABULARY}")
-    return keep(content, folder)
+    return save_tokenizer(content, folder)
 
 
-def keep(content: bytes, folder: str) -> str:
+def save_tokenizer(content: bytes, folder: str) -> str:
     """Writes the vocabulary after checking that it is the one CLIP was trained with."""
     if hashlib.sha256(content).hexdigest() != SHA256:
         raise UserError(f"the {VOCABULARY} that was fetched is not CLIP's (its SHA-256 is not {SHA256}): nothing was written")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, VOCABULARY)
-    sources.write_whole(path, content)
+    base.write_atomic(path, content)
     return path
 
 
@@ -298,7 +298,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"usage: {FETCH}  (fetches CLIP's vocabulary, 1.4 MB, into FOLDER)", file=sys.stderr)
         return 2
     try:
-        path = fetch(arguments[0])
+        path = fetch_vocabulary(arguments[0])
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -10,27 +10,27 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.evaluation.direct import hits
-from m3i_jax.evaluation.features import Measure, Seen
+from m3i_jax.evaluation.category_head import top_k_hits
+from m3i_jax.evaluation.feature_extraction import EvalContext, Metric
 
 L2 = 2.0**10
 BIAS = 100.0  # so large that its weight is small, and the decay hardly touches it
 
 
-def whiten(x_NxD: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
+def whiten_features(x_NxD: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
     """All arrays by the mean and deviation of the first, with the constant feature behind: float64 [., D + 1].
 
-    >>> whiten(np.array([[1.0], [3.0]]))[0].round(3).tolist()
+    >>> whiten_features(np.array([[1.0], [3.0]]))[0].round(3).tolist()
     [[-1.0, 100.0], [1.0, 100.0]]
     """
     mean_D, std_D = x_NxD.mean(0, dtype=np.float64), x_NxD.std(0, dtype=np.float64) + 1e-5
     return [np.concatenate([(x - mean_D) / std_D, np.full((len(x), 1), BIAS)], 1) for x in (x_NxD, *others)]
 
 
-def solve(x_NxD: np.ndarray, y_NxC: np.ndarray, l2: float) -> np.ndarray:
+def solve_ridge(x_NxD: np.ndarray, y_NxC: np.ndarray, l2: float) -> np.ndarray:
     """The weights [D, C] that minimise |x w - y|^2 + l2 |w|^2, in the smaller of the two dimensions.
 
-    >>> solve(np.eye(2), np.array([[2.0], [0.0]]), 1.0).tolist()
+    >>> solve_ridge(np.eye(2), np.array([[2.0], [0.0]]), 1.0).tolist()
     [[1.0], [0.0]]
     """
     rows, width = x_NxD.shape
@@ -39,10 +39,10 @@ def solve(x_NxD: np.ndarray, y_NxC: np.ndarray, l2: float) -> np.ndarray:
     return x_NxD.T @ np.linalg.solve(x_NxD @ x_NxD.T + l2 * np.eye(rows), y_NxC)
 
 
-def shots_of(label_N: np.ndarray, shots: int, seed: int) -> np.ndarray:
+def draw_shots(label_N: np.ndarray, shots: int, seed: int) -> np.ndarray:
     """Rows [M] of at most `shots` pictures of every class, drawn by chance and in order; rows without a label are not drawn.
 
-    >>> shots_of(np.array([0, 1, 0, -1, 1, 1]), 2, seed=0).tolist() in ([0, 1, 2, 4], [0, 1, 2, 5], [0, 2, 4, 5])
+    >>> draw_shots(np.array([0, 1, 0, -1, 1, 1]), 2, seed=0).tolist() in ([0, 1, 2, 4], [0, 1, 2, 5], [0, 2, 4, 5])
     True
     """
     order = np.random.default_rng(seed).permutation(len(label_N))
@@ -52,7 +52,7 @@ def shots_of(label_N: np.ndarray, shots: int, seed: int) -> np.ndarray:
     return np.sort(by_class[(labels >= 0) & (rank < shots)])
 
 
-def accuracy(
+def few_shot_accuracy(
     queries: tuple[np.ndarray, np.ndarray],
     index: tuple[np.ndarray, np.ndarray],
     *,
@@ -74,22 +74,22 @@ def accuracy(
             continue
         found = []
         for seed in range(seeds):
-            rows = shots_of(x_label, count, seed)
-            few, asked = whiten(x[rows], q)
-            weights = solve(few, 2.0 * np.eye(classes)[x_label[rows]] - 1.0, l2)
-            found.append((hits(asked @ weights, q_label) < 1).mean())
+            rows = draw_shots(x_label, count, seed)
+            few, asked = whiten_features(x[rows], q)
+            weights = solve_ridge(few, 2.0 * np.eye(classes)[x_label[rows]] - 1.0, l2)
+            found.append((top_k_hits(asked @ weights, q_label) < 1).mean())
         yield str(count), float(np.mean(found))
 
 
-def measure(config: schema.Config) -> Measure:
+def measure(config: schema.Config) -> Metric:
     """eval/few_shot/1, ... from the index and the queries."""
 
-    def run(seen: Seen) -> Iterator[tuple[str, float]]:
+    def run(seen: EvalContext) -> Iterator[tuple[str, float]]:
         queries, index, e = seen("queries"), seen("index"), config.evaluate
         both = (queries.vectors, queries.labels), (index.vectors, index.labels)
         for shots in e.shots:
             seen.poll()
-            for name, value in accuracy(*both, shots=(shots,), seeds=e.shot_seeds):
+            for name, value in few_shot_accuracy(*both, shots=(shots,), seeds=e.shot_seeds):
                 yield f"eval/few_shot/{name}", value
 
     return run

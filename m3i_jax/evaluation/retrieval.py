@@ -11,24 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import parallel
-from m3i_jax.data import records, sources
+from m3i_jax.data import decode
+from m3i_jax.data.sources import base
 from m3i_jax.data.tokenizer import Tokenizer
-from m3i_jax.evaluation.features import Measure, Seen
-from m3i_jax.evaluation.texts import Embedder
+from m3i_jax.evaluation.feature_extraction import EvalContext, Metric
+from m3i_jax.evaluation.text_embedder import TextEmbedder
 
 TOP = (1, 5, 10)
 _LOST = -1  # length of a caption that could not be read any more, between hosts
 
 
 @jax.jit
-def ranks(queries_QxE: jax.Array, candidates_CxE: jax.Array, right_QxC: jax.Array) -> jax.Array:
+def retrieval_ranks(queries_QxE: jax.Array, candidates_CxE: jax.Array, right_QxC: jax.Array) -> jax.Array:
     """How many wrong candidates [Q] are at least as similar to a query as its most similar right one: 0 is a hit.
 
     Args:
       queries_QxE, candidates_CxE: L2-normalised.
       right_QxC: bool, which candidates answer a query; at least one a query.
 
-    >>> ranks(jnp.eye(2), jnp.array([[0.6, 0.8], [0.8, 0.6]]), jnp.eye(2, dtype=bool)).tolist()
+    >>> retrieval_ranks(jnp.eye(2), jnp.array([[0.6, 0.8], [0.8, 0.6]]), jnp.eye(2, dtype=bool)).tolist()
     [1, 1]
     """
     similarity_QxC = jnp.matmul(queries_QxE, candidates_CxE.T, precision=jax.lax.Precision.HIGHEST)
@@ -36,7 +37,7 @@ def ranks(queries_QxE: jax.Array, candidates_CxE: jax.Array, right_QxC: jax.Arra
     return ((similarity_QxC >= best_Qx1) & ~right_QxC).sum(1)
 
 
-def recall(
+def recall_at(
     images_NxE: np.ndarray, texts_MxE: np.ndarray, caption_N: np.ndarray, *, chunk: int = 1024, poll: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[str, float]]:
     """("text_to_image/r1", share), ..., ("image_to_text/r10", share).
@@ -48,7 +49,7 @@ def recall(
       chunk: queries at a time; the last chunk is filled up and cut again.
       poll: called between chunks; may raise.
 
-    >>> dict(recall(np.eye(2), np.eye(2), np.array([0, 1])))["text_to_image/r1"]
+    >>> dict(recall_at(np.eye(2), np.eye(2), np.array([0, 1])))["text_to_image/r1"]
     1.0
     """
     count = len(texts_MxE)
@@ -60,7 +61,7 @@ def recall(
         for at in range(0, len(queries), chunk):
             poll()
             rows = np.arange(at, at + chunk) % len(queries)  # filled up from the start: one shape, one compilation
-            found.append(np.asarray(ranks(queries[rows], candidates, meant[rows][:, None] == of[None]))[: len(queries) - at])
+            found.append(np.asarray(retrieval_ranks(queries[rows], candidates, meant[rows][:, None] == of[None]))[: len(queries) - at])
         return np.concatenate(found)
 
     of_text = all_of(texts, every, images, owner)[caption_N]
@@ -74,7 +75,7 @@ class _Captions:
     """Captions of a source as the model reads them; each is read and cut into tokens once a run, by one host. `lost`: the records whose
     caption could not be read any more, which count as without."""
 
-    def __init__(self, source: sources.Source, words: Tokenizer, mesh: jax.sharding.Mesh, missing: str) -> None:
+    def __init__(self, source: base.DataSource, words: Tokenizer, mesh: jax.sharding.Mesh, missing: str) -> None:
         self._source, self._words, self._mesh, self._missing = source, words, mesh, missing
         self._known: dict[int, tuple[int, ...]] = {}
         self.lost: set[int] = set()
@@ -88,14 +89,14 @@ class _Captions:
             rows = {"tokens": np.zeros((mine, self._words.length), np.int32), "length": np.zeros(mine, np.int32)}
             for row, record in enumerate(new[host * mine : (host + 1) * mine]):
                 try:
-                    with records.replaceable(self._missing):
-                        text = records.clean_caption(sources.caption_of(self._source, record))
-                except records.BadRecord:
+                    with decode.replaceable(self._missing):
+                        text = decode.clean_caption(base.source_caption(self._source, record))
+                except decode.BadRecord:
                     rows["length"][row] = _LOST
                     continue
                 if text:
                     rows["tokens"][row], rows["length"][row] = self._words.encode(text)
-            whole = parallel.everywhere(self._mesh, rows)
+            whole = parallel.allgather_rows(self._mesh, rows)
             for record, tokens, length in zip(new, whole["tokens"], whole["length"], strict=False):
                 self._known[record] = tuple(tokens[: max(length, 0)].tolist())
                 self.lost |= {record} if length == _LOST else set()
@@ -103,8 +104,8 @@ class _Captions:
 
 
 def measure(
-    mesh: jax.sharding.Mesh, source: sources.Source, embed: Embedder, *, pictures: str = "queries", missing: str = "stop"
-) -> Measure:
+    mesh: jax.sharding.Mesh, source: base.DataSource, embed: TextEmbedder, *, pictures: str = "queries", missing: str = "stop"
+) -> Metric:
     """eval/retrieval/text_to_image/r1, ... of the pictures of a set that have a caption; nothing if none has.
 
     Args:
@@ -120,10 +121,10 @@ def measure(
     """
     read = _Captions(source, embed.words, mesh, missing)
 
-    def run(seen: Seen) -> Iterator[tuple[str, float]]:
+    def run(seen: EvalContext) -> Iterator[tuple[str, float]]:
         found = seen(pictures)
         texts = read(found.records.tolist())
-        seen.skipped[records.UNREADABLE] += len(read.lost.intersection(found.records.tolist()))
+        seen.skipped[decode.UNREADABLE] += len(read.lost.intersection(found.records.tolist()))
         has = np.array([bool(text) for text in texts], bool)
         if not has.any():
             return
@@ -135,7 +136,7 @@ def measure(
         images = embed.images(seen.params, found.vectors[has], seen.poll)
         captions = embed.tokens(seen.params, tokens, lengths, seen.poll)
         owner = np.array([distinct[text] for text in texts if text])
-        for name, value in recall(images, captions, owner, poll=seen.poll):
+        for name, value in recall_at(images, captions, owner, poll=seen.poll):
             yield f"eval/retrieval/{name}", value
 
     return run

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation.direct import hits, tops
-from m3i_jax.evaluation.features import Measure, Seen
-from m3i_jax.evaluation.texts import Embedder
+from m3i_jax.evaluation.category_head import head_accuracy, top_k_hits
+from m3i_jax.evaluation.feature_extraction import EvalContext, Metric
+from m3i_jax.evaluation.text_embedder import TextEmbedder
 
 # The two sets of prompts that CLIP was published with for ImageNet; in a mean their order does not matter, so the 80 are told by parts.
 SEVEN = (
@@ -37,13 +37,13 @@ EIGHTY = (
 SETS = {"7": SEVEN, "80": EIGHTY}
 
 
-def templates(name: str) -> tuple[str, tuple[str, ...]]:
+def prompt_templates(name: str) -> tuple[str, tuple[str, ...]]:
     """(name for the log, templates) of a set: "7", "80", or a file with a template a line or a JSON list of them.
 
     Raises:
       UserError: there is no such set or file, or a template has no {} for the name.
 
-    >>> templates("7")[1][0]
+    >>> prompt_templates("7")[1][0]
     'itap of a {}.'
     """
     if name in SETS:
@@ -68,19 +68,19 @@ def templates(name: str) -> tuple[str, tuple[str, ...]]:
     return place.stem, lines
 
 
-def spoken(name: str) -> str:
+def prompt_tokens(name: str) -> str:
     """The name of a class as a caption would have it.
 
-    >>> spoken("tabby_cat"), spoken("hot dog, red hot")
+    >>> prompt_tokens("tabby_cat"), prompt_tokens("hot dog, red hot")
     ('tabby cat', 'hot dog, red hot')
     """
     return " ".join(name.replace("_", " ").split())
 
 
-def ensemble(embedded_TxCxE: np.ndarray) -> np.ndarray:
+def ensemble_embeddings(embedded_TxCxE: np.ndarray) -> np.ndarray:
     """Class representations [C, E]: each prompt at length 1, their mean over the templates, at length 1 again.
 
-    >>> ensemble(np.array([[[3.0, 0.0]], [[0.0, 1.0]]])).round(3).tolist()
+    >>> ensemble_embeddings(np.array([[[3.0, 0.0]], [[0.0, 1.0]]])).round(3).tolist()
     [[0.707, 0.707]]
     """
     prompts = embedded_TxCxE / np.maximum(np.linalg.norm(embedded_TxCxE, axis=-1, keepdims=True), 1e-12)
@@ -88,7 +88,7 @@ def ensemble(embedded_TxCxE: np.ndarray) -> np.ndarray:
     return mean_CxE / np.maximum(np.linalg.norm(mean_CxE, axis=-1, keepdims=True), 1e-12)
 
 
-class Spoken:
+class ClassPrompts:
     """The classes as captions: what `measure` compares pictures with, and a person can be shown.
 
     Args:
@@ -97,13 +97,13 @@ class Spoken:
       sets: names of sets of templates, or files.
 
     Raises:
-      UserError: see `templates`.
+      UserError: see `prompt_templates`.
     """
 
-    def __init__(self, embed: Embedder, classes: Sequence[str], sets: Sequence[str]) -> None:
-        self.embed, self.names, self.sets = embed, [spoken(name) for name in classes], dict(templates(name) for name in sets)
+    def __init__(self, embed: TextEmbedder, classes: Sequence[str], sets: Sequence[str]) -> None:
+        self.embed, self.names, self.sets = embed, [prompt_tokens(name) for name in classes], dict(prompt_templates(name) for name in sets)
 
-    def classes(self, seen: Seen) -> dict[str, np.ndarray]:
+    def classes(self, seen: EvalContext) -> dict[str, np.ndarray]:
         """{set of templates: representations [C, E]}, once an evaluation."""
 
         def make() -> dict[str, np.ndarray]:
@@ -113,11 +113,11 @@ class Spoken:
             place = {prompt: row for row, prompt in enumerate(prompts)}  # a prompt of two sets is embedded once
             embedded = self.embed.texts(seen.params, prompts, seen.poll)
             rows = {key: np.array([[place[t.format(word)] for word in self.names] for t in lines]) for key, lines in self.sets.items()}
-            return {key: ensemble(embedded[at]) for key, at in rows.items()}
+            return {key: ensemble_embeddings(embedded[at]) for key, at in rows.items()}
 
         return seen.once("zero-shot classes", make)
 
-    def probabilities(self, seen: Seen, vectors_QxW: np.ndarray) -> tuple[str, np.ndarray]:
+    def probabilities(self, seen: EvalContext, vectors_QxW: np.ndarray) -> tuple[str, np.ndarray]:
         """(the first set of templates, probability [Q, C] of every class): softmax of the cosines at the temperature of the model."""
         name, classes_CxE = next(iter(self.classes(seen).items()))
         cosine_QxC = self.embed.images(seen.params, vectors_QxW, seen.poll) @ classes_CxE.T
@@ -126,7 +126,7 @@ class Spoken:
         return name, share_QxC / share_QxC.sum(1, keepdims=True)
 
 
-def measure(said: Spoken, *, pictures: str = "queries") -> Measure:
+def measure(said: ClassPrompts, *, pictures: str = "queries") -> Metric:
     """eval/zero_shot/7/top1, ... of the pictures of a set that have a category.
 
     Args:
@@ -134,14 +134,14 @@ def measure(said: Spoken, *, pictures: str = "queries") -> Measure:
       pictures: name of the set; its features must be those of the pooling that the text term trains.
     """
 
-    def run(seen: Seen) -> Iterator[tuple[str, float]]:
+    def run(seen: EvalContext) -> Iterator[tuple[str, float]]:
         found = seen(pictures)
         known = (found.labels >= 0) & (found.labels < len(said.names))
         if not known.any():
             return
         images = said.embed.images(seen.params, found.vectors[known], seen.poll)
         for name, made in said.classes(seen).items():
-            for top, value in tops(hits(images @ made.T, found.labels[known]), len(said.names)):
+            for top, value in head_accuracy(top_k_hits(images @ made.T, found.labels[known]), len(said.names)):
                 yield f"eval/zero_shot/{name}/{top}", value
 
     return run

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.models import intern_image, layers, stacked, vit
+from m3i_jax.models import intern_image, layers, scan_blocks, vit
 from m3i_jax.models.layers import Params
 from m3i_jax.objective import mixing
 
@@ -72,22 +72,22 @@ VIT = Backbone(
 )
 
 
-def net(model: schema.Model) -> intern_image.InternImage:
+def intern_image_config(model: schema.Model) -> intern_image.InternImageConfig:
     """InternImage as a run has it: its own settings, and patch size, width and drop path of the encoder. Where a patch is a cell of the
     last stage, its map is read as it is, without the fusion.
 
-    >>> net(schema.Model(encoder=schema.Encoder(width=1024, drop_path=0.2, drop_path_rule="uniform"))) == intern_image.InternImage()
+    >>> intern_image_config(schema.Model(encoder=schema.Encoder(width=1024, drop_path=0.2, drop_path_rule="uniform"))) == intern_image.InternImageConfig()
     True
     """
     own = {field.name: getattr(model.intern_image, field.name) for field in dataclasses.fields(schema.InternImage)}
     e = model.encoder
-    net = intern_image.InternImage(**own, fused=e.width, drop_path=e.drop_path, drop_path_rule=e.drop_path_rule)
+    net = intern_image.InternImageConfig(**own, fused=e.width, drop_path=e.drop_path, drop_path_rule=e.drop_path_rule)
     return net if e.patch_size == net.stride else dataclasses.replace(net, fused=0)
 
 
 def _init_intern_image(model: schema.Model, rng: jax.Array, *, mask_token: bool = False, grid: int = 0) -> Params:
     del grid
-    return intern_image.init(net(model), rng, mask_token=mask_token)
+    return intern_image.init(intern_image_config(model), rng, mask_token=mask_token)
 
 
 def _apply_intern_image(
@@ -109,8 +109,8 @@ def _apply_intern_image(
         rows = jnp.arange(index_BxK.shape[0])[:, None]
         hidden_BxN = jnp.ones(patches_BxNxP.shape[:2], bool).at[rows, index_BxK].set(False)
     images = intern_image.unpatchify(patches_BxNxP, grid)
-    settings = stacked.how(model)
-    z_BxNxD = intern_image.apply(net(model), params, images, keep_BxLx2=keep_BxLx2, hidden_BxN=hidden_BxN, dtype=model.dtype, **settings)
+    settings = scan_blocks.block_kwargs(model)
+    z_BxNxD = intern_image.apply(intern_image_config(model), params, images, keep_BxLx2=keep_BxLx2, hidden_BxN=hidden_BxN, dtype=model.dtype, **settings)
     return z_BxNxD if index_BxK is None else mixing.gather(z_BxNxD, index_BxK)
 
 
@@ -147,19 +147,19 @@ INTERN_IMAGE = Backbone(
 BACKBONES: dict[str, Backbone] = {"vit": VIT, "intern_image": INTERN_IMAGE}
 
 
-def of(model: schema.Model) -> Backbone:
+def get_backbone(model: schema.Model) -> Backbone:
     """The backbone of these settings.
 
-    >>> of(schema.Model()).describe(schema.Model())
+    >>> get_backbone(schema.Model()).describe(schema.Model())
     '12 blocks of 768'
     """
     return BACKBONES[model.backbone]
 
 
-def drop_rates(model: schema.Model) -> np.ndarray:
+def backbone_drop_rates(model: schema.Model) -> np.ndarray:
     """Rate of stochastic depth of every layer, [L] float32.
 
-    >>> drop_rates(schema.Model(encoder=schema.Encoder(depth=3, drop_path=0.25))).tolist()
+    >>> backbone_drop_rates(schema.Model(encoder=schema.Encoder(depth=3, drop_path=0.25))).tolist()
     [0.0, 0.125, 0.25]
     """
-    return layers.drop_rates(of(model).depth(model), model.encoder.drop_path, model.encoder.drop_path_rule)
+    return layers.linear_drop_rates(get_backbone(model).depth(model), model.encoder.drop_path, model.encoder.drop_path_rule)

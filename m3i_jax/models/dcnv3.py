@@ -2,8 +2,8 @@
 
 Every output pixel of every group reads its group's channels at P points, bilinearly, at places the network chooses, and adds them up with
 softmax weights. Four exact ways to compute it: dense products with the matrix of bilinear weights (`dcnv3_dense`; nothing is gathered), the
-same without that matrix ever being in main memory (`dcnv3_kernel`, for TPUs), a loop that looks the four cells around each sample up where
-they are added (`dcnv3_fused`, for CPUs), and a gather of those cells, packed side by side so that it is one gather (as deformable attention
+same without that matrix ever being in main memory (`dcnv3_tpu`, for TPUs), a loop that looks the four cells around each sample up where
+they are added (`dcnv3_cpu`, for CPUs), and a gather of those cells, packed side by side so that it is one gather (as deformable attention
 does in Scenic), which JAX differentiates by itself: the form to compare with. Which is fastest depends on the size of the map and on the
 platform alone; `choose` is that rule.
 
@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import parallel
-from m3i_jax.models import dcnv3_dense, dcnv3_fused, dcnv3_kernel
-from m3i_jax.models.dcnv3_dense import Samples, wide
+from m3i_jax.models import dcnv3_cpu, dcnv3_dense, dcnv3_tpu
+from m3i_jax.models.dcnv3_dense import Samples, widen
 
 METHODS = ("auto", "dense", "band", "kernel", "fused", "gather")
 _BAND = 2  # rows of a band and of its windows: more rows loop less and multiply more zeros
@@ -95,7 +95,7 @@ def _rest(call: _Call, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _places(call: _Call, offset: jax.Array, mask: jax.Array) -> Samples:
     """Coordinates and weights [B, O, G, P] from [B, O, G, P, 2] and [B, O, G, P]."""
-    dtype = wide(offset.dtype)
+    dtype = widen(offset.dtype)
     rest_y, rest_x = (rest[:, None] for rest in _rest(call, dtype))
     y, x = offset[..., 1].astype(dtype), offset[..., 0].astype(dtype)
     return Samples(call.scale * y + rest_y, call.scale * x + rest_x, mask.astype(dtype))
@@ -103,7 +103,7 @@ def _places(call: _Call, offset: jax.Array, mask: jax.Array) -> Samples:
 
 def _samples(call: _Call, offset: jax.Array, mask: jax.Array) -> Samples:
     """The same with the output cells last, where they fill vector registers: [B, G, P, O]."""
-    dtype = wide(offset.dtype)
+    dtype = widen(offset.dtype)
     b, o, g, p, _ = offset.shape
     rest_y, rest_x = (rest.T for rest in _rest(call, dtype))
     moved = jnp.transpose(offset, (0, 2, 4, 3, 1)).astype(dtype)
@@ -128,10 +128,10 @@ def _by_platform(form: Callable[..., Any], call: _Call, *arrays: jax.Array) -> A
 
 def _value(call: _Call, method: str, x_BxQxC: jax.Array, offset: jax.Array, mask: jax.Array) -> jax.Array:
     if method == "fused":
-        return dcnv3_fused.forward(x_BxQxC, _places(call, offset, mask), call.size)
+        return dcnv3_cpu.forward(x_BxQxC, _places(call, offset, mask), call.size)
     if method == "kernel":
-        run = functools.partial(dcnv3_kernel.forward, size=call.size, interpret=parallel.platform() != "tpu")
-        return parallel.by_device(run, x_BxQxC, _samples(call, offset, mask))
+        run = functools.partial(dcnv3_tpu.forward, size=call.size, interpret=parallel.platform() != "tpu")
+        return parallel.per_device(run, x_BxQxC, _samples(call, offset, mask))
     # Without the barrier the compiler would transpose the coordinates again for every entry of the matrix.
     at, rows = jax.lax.optimization_barrier(_samples(call, offset, mask)), _BAND if method == "band" else 0
     return _channels_last(dcnv3_dense.forward(_cells_last(x_BxQxC, at.y.shape[1]), at, call.size, rows, call.out[0]))
@@ -140,15 +140,15 @@ def _value(call: _Call, method: str, x_BxQxC: jax.Array, offset: jax.Array, mask
 def _gradients(call: _Call, method: str, x_BxQxC: jax.Array, offset: jax.Array, mask: jax.Array, grad_BxOxC: jax.Array) -> tuple:
     at, pull = jax.vjp(functools.partial(_places if method == "fused" else _samples, call), offset, mask)
     if method == "fused":
-        run = functools.partial(dcnv3_fused.backward, size=call.size)
+        run = functools.partial(dcnv3_cpu.backward, size=call.size)
         # It makes one axis of pictures, groups and rows of cells, which the partitioner would not know how to split.
-        alone = parallel.stands_alone(x_BxQxC.shape[0])
-        dx, dat = parallel.by_device(run, x_BxQxC, at, grad_BxOxC) if alone else run(x_BxQxC, at, grad_BxOxC)
+        alone = parallel.is_single_device(x_BxQxC.shape[0])
+        dx, dat = parallel.per_device(run, x_BxQxC, at, grad_BxOxC) if alone else run(x_BxQxC, at, grad_BxOxC)
         return (dx, *pull(dat))
     groups, rows = at.y.shape[1], _BAND if method == "band" else 0
     if method == "kernel":
-        run = functools.partial(dcnv3_kernel.backward, size=call.size, interpret=parallel.platform() != "tpu")
-        dx, dat = parallel.by_device(run, x_BxQxC, at, grad_BxOxC)
+        run = functools.partial(dcnv3_tpu.backward, size=call.size, interpret=parallel.platform() != "tpu")
+        dx, dat = parallel.per_device(run, x_BxQxC, at, grad_BxOxC)
         return (dx, *pull(dat))
     at = jax.lax.optimization_barrier(at)
     dv, dat = dcnv3_dense.backward(_cells_last(x_BxQxC, groups), at, _cells_last(grad_BxOxC, groups), call.size, rows, call.out[0])
@@ -191,7 +191,7 @@ def _gather(x_BxQxC: jax.Array, at: Samples, size: tuple[int, int]) -> jax.Array
     weight = jnp.stack([(1 - below) * (1 - right), (1 - below) * right, below * (1 - right), below * right], -1) * at.m[..., None]
     weight = weight.astype(x_BxQxC.dtype)
     precision = None if found.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    out = jnp.einsum("bgopk,bgopkd->bogd", weight, found, precision=precision, preferred_element_type=wide(found.dtype))
+    out = jnp.einsum("bgopk,bgopkd->bogd", weight, found, precision=precision, preferred_element_type=widen(found.dtype))
     return out.reshape(b, o, g * d).astype(x_BxQxC.dtype)
 
 
@@ -254,7 +254,7 @@ def dcnv3(
             raise ValueError(f"{name} has shape {array.shape}; for an input of {x_BxHxWxC.shape} and these settings it must be {wanted}")
     offset = offset_BxIxJxGxPx2.reshape(b, -1, groups, len(grid), 2)
     mask = mask_BxIxJxGxP.reshape(b, -1, groups, len(grid))
-    alone = parallel.kernels(b) and dcnv3_kernel.fits((height, width), groups, c // groups, len(grid), x_BxHxWxC.dtype)
+    alone = parallel.kernels(b) and dcnv3_tpu.fits((height, width), groups, c // groups, len(grid), x_BxHxWxC.dtype)
     platforms = {"cpu": "cpu", "default": "tpu" if alone else "default"}
     methods = {name: choose(height, width, p) if method == "auto" else method for name, p in platforms.items()}
     call = _Call(

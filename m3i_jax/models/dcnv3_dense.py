@@ -27,10 +27,10 @@ class Samples(NamedTuple):
     m: jax.Array
 
 
-def wide(dtype: Any) -> Any:
+def widen(dtype: Any) -> Any:
     """Precision of coordinates, weights and sums: float32, or float64 where the input is.
 
-    >>> wide(jnp.bfloat16)
+    >>> widen(jnp.bfloat16)
     dtype('float32')
     """
     return jnp.promote_types(dtype, jnp.float32)
@@ -39,7 +39,7 @@ def wide(dtype: Any) -> Any:
 def _einsum(terms: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """Product in the type of the input, sums wide. float32 is not cut to bfloat16 on the way, as TPUs would."""
     precision = None if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    return jnp.einsum(terms, a, b.astype(a.dtype), precision=precision, preferred_element_type=wide(a.dtype))
+    return jnp.einsum(terms, a, b.astype(a.dtype), precision=precision, preferred_element_type=widen(a.dtype))
 
 
 def _cells(height: int, width: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -117,13 +117,13 @@ def _read(slopes_BxGxQxO: jax.Array, at: Samples, height: int, width: int) -> Sa
     return jax.lax.platform_dependent(slopes_BxGxQxO, at, **forms)
 
 
-def inside(at: Samples, read: Samples) -> Samples:
+def sample_gradients(at: Samples, read: Samples) -> Samples:
     """Gradients of the samples from what was read of the matrix's gradient at each: its derivatives by y and x, and its value.
 
     A coordinate of -1 or less gets none: it reads only the padding, as in the published operator.
 
     >>> at, read = Samples(*(jnp.array([value]) for value in (0.5, -1.0, 2.0))), Samples(*[jnp.ones(1)] * 3)
-    >>> [a.item() for a in inside(at, read)]
+    >>> [a.item() for a in sample_gradients(at, read)]
     [2.0, 0.0, 1.0]
     """
     return Samples(read.y * jnp.where(at.y > -1, at.m, 0), read.x * jnp.where(at.x > -1, at.m, 0), read.m)
@@ -182,7 +182,7 @@ def forward(v_BxGxDxQ: jax.Array, at: Samples, size: tuple[int, int], rows: int 
             weights = _weights(here.y - row, columns, rows, dtype)
             return total + _einsum("bgdq,bgqo->bgdo", _window(padded, row, rows, width), weights)
 
-        return _through(span, rows, add, jnp.zeros((b, g, d, here.y.shape[-1]), wide(dtype))).astype(dtype)
+        return _through(span, rows, add, jnp.zeros((b, g, d, here.y.shape[-1]), widen(dtype))).astype(dtype)
 
     return jnp.moveaxis(jax.lax.map(band, (split, spans)), 0, 3).reshape(b, g, d, -1)
 
@@ -221,7 +221,7 @@ def backward(
 
             return _through(span, rows, add, (dv, jax.tree.map(jnp.zeros_like, here)))
 
-        dv, parts = jax.lax.scan(band, jnp.zeros(padded.shape, wide(dtype)), (split, spans, grads))
+        dv, parts = jax.lax.scan(band, jnp.zeros(padded.shape, widen(dtype)), (split, spans, grads))
         dv = dv[..., : height * width]
         read = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 3).reshape(b, g, -1, o), parts)
-    return dv.astype(dtype), inside(at, read)
+    return dv.astype(dtype), sample_gradients(at, read)

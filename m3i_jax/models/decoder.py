@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import schema
-from m3i_jax.models.initial import draw, init_blocks, shapes_of
+from m3i_jax.models.initializers import init_blocks, init_params, shapes_of
 from m3i_jax.models.layers import Block, Dense, LayerNorm, Params, add_positions, block
-from m3i_jax.models.stacked import how, run_blocks
+from m3i_jax.models.scan_blocks import block_kwargs, run_blocks
 from m3i_jax.objective import positions
 
 
@@ -36,7 +36,7 @@ def _pixel_head(model: schema.Model) -> Dense:
 
 def init(model: schema.Model, rng: jax.Array, *, of: Iterable[str] = ("tokens",)) -> Params:
     """Parameters: `embed` [D, W], `mask_token` [1, 1, W], `position_map` [2 W, W] unless positions are absolute, `blocks` stacked on
-    [L, ...], `projector` stacked likewise if it has any, and the heads: `head` [W, D] of tokens ([W, W] behind a projector),
+    [L, ...], `projector` stacked likewise if it has any, and the heads: `prediction_head` [W, D] of tokens ([W, W] behind a projector),
     `pixel_norm` and `pixel_head` [W, P].
 
     Dense layers are Xavier-uniform with zero biases, the mask token N(0, 0.02^2). A part starts the same whatever else there is.
@@ -62,20 +62,20 @@ def init(model: schema.Model, rng: jax.Array, *, of: Iterable[str] = ("tokens",)
         "position_map": shapes_of(inwards, jnp.zeros((1, 2 * width))),
         "head": shapes_of(outwards, row),
     }
-    params: dict[str, Any] = dict(draw(of_ends, ends, {"mask_token": 0.02}))  # all of them, so that none starts differently without another
+    params: dict[str, Any] = dict(init_params(of_ends, ends, {"mask_token": 0.02}))  # all of them, so that none starts differently without another
     if "tokens" not in of:
         del params["head"]
     if d.positions == "absolute":
         del params["position_map"]
     if "pixels" in of:
         shapes = {"pixel_norm": shapes_of(LayerNorm(), row), "pixel_head": shapes_of(_pixel_head(model), row)}
-        params |= draw(jax.random.fold_in(of_ends, 1), shapes)
+        params |= init_params(jax.random.fold_in(of_ends, 1), shapes)
     if d.projector_depth:
         params["projector"] = init_blocks(one, jax.random.fold_in(of_blocks, 1), width=width, depth=d.projector_depth)
     return {**params, "blocks": init_blocks(one, of_blocks, width=width, depth=d.depth)}
 
 
-def queries(model: schema.Model, params: Params, raw_xNx2W: jax.Array) -> jax.Array:
+def decoder_queries(model: schema.Model, params: Params, raw_xNx2W: jax.Array) -> jax.Array:
     """Queries of target positions: the mask token plus a learned map of their raw embedding.
 
     With `decoder.positions=absolute` it is the mask token plus the first W numbers of the raw embedding, without a map. For equal views
@@ -85,7 +85,7 @@ def queries(model: schema.Model, params: Params, raw_xNx2W: jax.Array) -> jax.Ar
     Args:
       model: settings.
       params: as of `init`.
-      raw_xNx2W: [B, N, 2 W] of `positions.relative`, or [N, 2 W] of `positions.identity`, which is mapped once for the batch. No gradient
+      raw_xNx2W: [B, N, 2 W] of `positions.relative_positions`, or [N, 2 W] of `positions.same_view_positions`, which is mapped once for the batch. No gradient
         flows into it.
 
     Returns:
@@ -93,7 +93,7 @@ def queries(model: schema.Model, params: Params, raw_xNx2W: jax.Array) -> jax.Ar
 
     >>> model = schema.Model(decoder=schema.Decoder(width=8, depth=1, heads=2))
     >>> shapes = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
-    >>> jax.eval_shape(lambda params: queries(model, params, positions.identity(2, 8)), shapes).shape
+    >>> jax.eval_shape(lambda params: decoder_queries(model, params, positions.same_view_positions(2, 8)), shapes).shape
     (4, 8)
     """
     raw_xNx2W = jax.lax.stop_gradient(jnp.asarray(raw_xNx2W))
@@ -105,7 +105,7 @@ def queries(model: schema.Model, params: Params, raw_xNx2W: jax.Array) -> jax.Ar
     return mapped_xNxW + params["mask_token"].reshape(-1).astype(mapped_xNxW.dtype)
 
 
-def project(model: schema.Model, params: Params, z_BxTxD: jax.Array) -> jax.Array:
+def project_targets(model: schema.Model, params: Params, z_BxTxD: jax.Array) -> jax.Array:
     """Features in the space that a decoder with a projector reads and predicts: embedding, then the projector's blocks (SiameseIM).
 
     The target goes through the momentum copy of both, with every token of its clean view and cls among them; drop that one afterwards.
@@ -121,7 +121,7 @@ def project(model: schema.Model, params: Params, z_BxTxD: jax.Array) -> jax.Arra
     >>> model = schema.Model(encoder=schema.Encoder(width=12), decoder=schema.Decoder(width=8, depth=1, heads=2, projector_depth=2))
     >>> shapes = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
     >>> part = {name: shapes[name] for name in ("embed", "projector")}
-    >>> jax.eval_shape(lambda params: project(model, params, jnp.zeros((3, 5, 12))), part).shape
+    >>> jax.eval_shape(lambda params: project_targets(model, params, jnp.zeros((3, 5, 12))), part).shape
     (3, 5, 8)
     """
     return _project(model, params, z_BxTxD) if model.decoder.projector_depth else z_BxTxD
@@ -131,7 +131,7 @@ def _project(model: schema.Model, params: Params, z_BxTxD: jax.Array) -> jax.Arr
     inwards, _, one = _parts(model)
     x_BxTxW = inwards.apply({"params": params["embed"]}, z_BxTxD)
     if model.decoder.projector_depth:
-        x_BxTxW = run_blocks(one, params["projector"], x_BxTxW, **how(model))
+        x_BxTxW = run_blocks(one, params["projector"], x_BxTxW, **block_kwargs(model))
     return x_BxTxW
 
 
@@ -145,14 +145,14 @@ def apply(
     grid: int,
     cls_BxD: jax.Array | None = None,
 ) -> jax.Array:
-    """What the decoder makes of every query; `head` makes predictions of it.
+    """What the decoder makes of every query; `prediction_head` makes predictions of it.
 
     Args:
-      model: settings; `model.decoder`, `model.encoder.width`, `model.dtype` and those of `stacked.how` are read.
+      model: settings; `model.decoder`, `model.encoder.width`, `model.dtype` and those of `scan_blocks.block_kwargs` are read.
       params: as of `init`.
       z_BxKxD: encoder features of the image's own visible tokens, without cls.
       index_BxK: int, the cells of those tokens.
-      query_BxNxW: as of `queries`, as many as there are positions to predict: of every position, or gathered rows of some (MAE predicts at
+      query_BxNxW: as of `decoder_queries`, as many as there are positions to predict: of every position, or gathered rows of some (MAE predicts at
         hidden cells only). [N, W] stands for the same queries in every row.
       grid: cells a side of the input view.
       cls_BxD: feature of the cls token, one more visible token without a position. None: it is not read, as where two images share it.
@@ -180,10 +180,10 @@ def apply(
     query_BxNxW = jnp.broadcast_to(query_BxNxW.astype(own_BxTxW.dtype), (own_BxTxW.shape[0], *query_BxNxW.shape[-2:]))
     x_BxTxW = jnp.concatenate([own_BxTxW[:, :first], placed_BxKxW, query_BxNxW], 1)
     wanted = slice(own_BxTxW.shape[1], None)
-    return run_blocks(one, params["blocks"], x_BxTxW, rows=wanted, **how(model))
+    return run_blocks(one, params["blocks"], x_BxTxW, rows=wanted, **block_kwargs(model))
 
 
-def head(model: schema.Model, params: Params, rows_BxNxW: jax.Array, of: str) -> jax.Array:
+def prediction_head(model: schema.Model, params: Params, rows_BxNxW: jax.Array, of: str) -> jax.Array:
     """Predictions from the rows of `apply`.
 
     Args:
@@ -197,7 +197,7 @@ def head(model: schema.Model, params: Params, rows_BxNxW: jax.Array, of: str) ->
 
     >>> model = schema.Model(encoder=schema.Encoder(width=12), decoder=schema.Decoder(width=8, depth=2, heads=2))
     >>> shapes = jax.eval_shape(lambda key: init(model, key, of=("tokens", "pixels")), jax.random.key(0))
-    >>> [jax.eval_shape(lambda p, of=of: head(model, p, jnp.zeros((3, 4, 8)), of), shapes).shape for of in ("tokens", "pixels")]
+    >>> [jax.eval_shape(lambda p, of=of: prediction_head(model, p, jnp.zeros((3, 4, 8)), of), shapes).shape for of in ("tokens", "pixels")]
     [(3, 4, 12), (3, 4, 768)]
     """
     if of == "tokens":

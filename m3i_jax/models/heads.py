@@ -13,24 +13,24 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import schema
-from m3i_jax.models.initial import draw, shapes_of
+from m3i_jax.models.initializers import init_params, shapes_of
 from m3i_jax.models.layers import BatchNorm, Dense, Params, batch_norm
-from m3i_jax.objective.methods import Mlp, Projection
+from m3i_jax.objective.terms import MlpShape, ProjectionHead
 
 
-def _dense(model: schema.Model, mlp: Mlp, layer: int, width: int) -> Dense:
+def _dense(model: schema.Model, mlp: MlpShape, layer: int, width: int) -> Dense:
     """Layer of a projector. A bias before a batch norm would be taken out again."""
     last = layer == mlp.layers - 1
     normed = mlp.last_norm if last else mlp.norm == "batch"
     return Dense(width, jnp.dtype(model.dtype), use_bias=not normed)
 
 
-def init_mlp(model: schema.Model, rng: jax.Array, mlp: Mlp, width_in: int, width_out: int) -> Params:
+def init_mlp(model: schema.Model, rng: jax.Array, mlp: MlpShape, width_in: int, width_out: int) -> Params:
     """Parameters of a projector or predictor: `layer_0`, `norm_0`, `layer_1`, ...; the last norm has none.
 
     Matrices are Xavier-uniform, biases 0. There is a bias only where no batch norm follows.
 
-    >>> shapes = jax.eval_shape(lambda key: init_mlp(schema.Model(), key, Mlp(layers=2), 768, 256), jax.random.key(0))
+    >>> shapes = jax.eval_shape(lambda key: init_mlp(schema.Model(), key, MlpShape(layers=2), 768, 256), jax.random.key(0))
     >>> {name: sorted(part) for name, part in shapes.items()}, shapes["layer_1"]["kernel"].shape
     ({'layer_0': ['kernel'], 'layer_1': ['bias', 'kernel'], 'norm_0': ['bias', 'scale']}, (4096, 256))
     """
@@ -42,10 +42,10 @@ def init_mlp(model: schema.Model, rng: jax.Array, mlp: Mlp, width_in: int, width
         if not last and mlp.norm == "batch":
             shapes[f"norm_{layer}"] = shapes_of(BatchNorm(), jnp.zeros((1, width)))
         width_in = width
-    return draw(rng, shapes)
+    return init_params(rng, shapes)
 
 
-def apply_mlp(model: schema.Model, params: Params, mlp: Mlp, x_xD: jax.Array) -> jax.Array:
+def apply_mlp(model: schema.Model, params: Params, mlp: MlpShape, x_xD: jax.Array) -> jax.Array:
     """Linear maps with batch norm and ReLU between them, and perhaps a batch norm without scale and offset at the end (MoCo v3).
 
     Args:
@@ -57,8 +57,8 @@ def apply_mlp(model: schema.Model, params: Params, mlp: Mlp, x_xD: jax.Array) ->
     Returns:
       [..., W] float32; matrix products are in `model.dtype`.
 
-    >>> shapes = jax.eval_shape(lambda key: init_mlp(schema.Model(), key, Mlp(layers=3), 768, 256), jax.random.key(0))
-    >>> jax.eval_shape(lambda params: apply_mlp(schema.Model(), params, Mlp(layers=3), jnp.zeros((4, 768))), shapes).shape
+    >>> shapes = jax.eval_shape(lambda key: init_mlp(schema.Model(), key, MlpShape(layers=3), 768, 256), jax.random.key(0))
+    >>> jax.eval_shape(lambda params: apply_mlp(schema.Model(), params, MlpShape(layers=3), jnp.zeros((4, 768))), shapes).shape
     (4, 256)
     """
     for layer in range(mlp.layers):
@@ -75,12 +75,12 @@ def apply_mlp(model: schema.Model, params: Params, mlp: Mlp, x_xD: jax.Array) ->
     return x_xD
 
 
-def init_projection(model: schema.Model, rng: jax.Array, projection: Projection, prototypes: bool) -> Params:
+def init_projection(model: schema.Model, rng: jax.Array, projection: ProjectionHead, prototypes: bool) -> Params:
     """Parameters of a space: `projector`, `predictor` and `prototypes` [K, W], those of them that it has.
 
     Prototypes are uniform within 1 / sqrt(W) (MSN). Without a projector the space is that of the encoder's features.
 
-    >>> head = Projection(projector=Mlp(layers=3), predictor=Mlp(layers=2))
+    >>> head = ProjectionHead(projector=MlpShape(layers=3), predictor=MlpShape(layers=2))
     >>> sorted(jax.eval_shape(lambda key: init_projection(schema.Model(), key, head, False), jax.random.key(0)))
     ['predictor', 'projector']
     """
@@ -97,24 +97,24 @@ def init_projection(model: schema.Model, rng: jax.Array, projection: Projection,
     return params
 
 
-def project(model: schema.Model, params: Params, projection: Projection, x_xD: jax.Array) -> jax.Array:
+def apply_projector(model: schema.Model, params: Params, projection: ProjectionHead, x_xD: jax.Array) -> jax.Array:
     """What target and prediction both go through: [..., W] float32 of the projector, or x itself where the space has none.
 
-    >>> project(schema.Model(), {}, Projection(), jnp.zeros((2, 768))).shape
+    >>> apply_projector(schema.Model(), {}, ProjectionHead(), jnp.zeros((2, 768))).shape
     (2, 768)
     """
     return x_xD if projection.projector is None else apply_mlp(model, params["projector"], projection.projector, x_xD)
 
 
-def predict(model: schema.Model, params: Params, projection: Projection, x_xD: jax.Array) -> jax.Array:
+def apply_predictor(model: schema.Model, params: Params, projection: ProjectionHead, x_xD: jax.Array) -> jax.Array:
     """The prediction, [..., W]: predictor of the projection, those of the two that the space has.
 
-    >>> head = Projection(projector=Mlp(layers=2))
+    >>> head = ProjectionHead(projector=MlpShape(layers=2))
     >>> shapes = jax.eval_shape(lambda key: init_projection(schema.Model(), key, head, False), jax.random.key(0))
-    >>> jax.eval_shape(lambda params: predict(schema.Model(), params, head, jnp.zeros((2, 768))), shapes).shape
+    >>> jax.eval_shape(lambda params: apply_predictor(schema.Model(), params, head, jnp.zeros((2, 768))), shapes).shape
     (2, 256)
     """
-    y_xW = project(model, params, projection, x_xD)
+    y_xW = apply_projector(model, params, projection, x_xD)
     return y_xW if projection.predictor is None else apply_mlp(model, params["predictor"], projection.predictor, y_xW)
 
 
@@ -128,14 +128,14 @@ def init_linear(model: schema.Model, rng: jax.Array, of: str) -> Params:
     if of not in ("tokens", "pixels"):
         raise ValueError(f"a linear head of {of!r}: it predicts tokens or pixels")
     width = e.width if of == "tokens" else 3 * e.patch_size**2
-    return draw(rng, shapes_of(Dense(width, jnp.dtype(model.dtype)), jnp.zeros((1, e.width))))
+    return init_params(rng, shapes_of(Dense(width, jnp.dtype(model.dtype)), jnp.zeros((1, e.width))))
 
 
-def linear(model: schema.Model, params: Params, x_BxNxD: jax.Array) -> jax.Array:
+def apply_linear(model: schema.Model, params: Params, x_BxNxD: jax.Array) -> jax.Array:
     """Predictions at the cells of the encoder's own tokens, in `model.dtype`.
 
     >>> shapes = jax.eval_shape(lambda key: init_linear(schema.Model(), key, "tokens"), jax.random.key(0))
-    >>> jax.eval_shape(lambda params: linear(schema.Model(), params, jnp.zeros((2, 4, 768))), shapes).shape
+    >>> jax.eval_shape(lambda params: apply_linear(schema.Model(), params, jnp.zeros((2, 4, 768))), shapes).shape
     (2, 4, 768)
     """
     return Dense(params["bias"].shape[-1], jnp.dtype(model.dtype)).apply({"params": params}, x_BxNxD)

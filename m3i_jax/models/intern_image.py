@@ -19,17 +19,17 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import parallel, schema
-from m3i_jax.models import initial
-from m3i_jax.models.intern_image_layer import Layer, convolve, dense, norm, run_layers
+from m3i_jax.models import initializers
+from m3i_jax.models.intern_image_layer import Layer, convolve, dense_layer, norm_layer, run_layers
 from m3i_jax.models.layers import Params, gelu
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InternImage(schema.InternImage):
+class InternImageConfig(schema.InternImage):
     """Settings of the net by itself: those of a run's `model.intern_image`, and what a run says for any backbone. The defaults are
     InternImage-H.
 
-    Stages end with a norm unless `norm` is post and there is no centre scale. `extra_norm` is the "level-2 post-norm" of the release.
+    Stages end with a norm unless `norm_layer` is post and there is no centre scale. `extra_norm` is the "level-2 post-norm" of the release.
 
     fused: width of the fused dense features; 0: no fusion, the dense features are the last stage's map.
     drop_path, drop_path_rule: rate of stochastic depth, linear from 0 or uniform.
@@ -43,7 +43,7 @@ class InternImage(schema.InternImage):
     def stride(self) -> int:
         """Pixels a cell of the dense features.
 
-        >>> InternImage().stride, InternImage(fused=0).stride
+        >>> InternImageConfig().stride, InternImageConfig(fused=0).stride
         (16, 32)
         """
         return math.prod(self.stem_strides) * (4 if self.fused else 8)
@@ -52,7 +52,7 @@ class InternImage(schema.InternImage):
     def dense_width(self) -> int:
         """Channels of the dense features.
 
-        >>> InternImage().dense_width, InternImage(fused=0).dense_width
+        >>> InternImageConfig().dense_width, InternImageConfig(fused=0).dense_width
         (1024, 2560)
         """
         return self.fused or 8 * self.width
@@ -61,20 +61,20 @@ class InternImage(schema.InternImage):
     def trailing_norm(self) -> bool:
         """Whether stages end with a norm.
 
-        >>> InternImage().trailing_norm
+        >>> InternImageConfig().trailing_norm
         True
         """
         return self.norm != "post" or self.center_scale
 
 
-def _plain(width: int, depths: tuple[int, ...], groups: int, **changes: Any) -> InternImage:
+def _plain(width: int, depths: tuple[int, ...], groups: int, **changes: Any) -> InternImageConfig:
     common: dict[str, Any] = {"norm": "post", "layer_scale": 1e-5, "kernel": 3, "center_scale": False, "extra_norm": 0}
     sizes = {"width": width, "depths": depths, "groups": tuple(groups * 2**i for i in range(4))}
-    return InternImage(**{**common, **sizes, "drop_path_rule": "linear", **changes})
+    return InternImageConfig(**{**common, **sizes, "drop_path_rule": "linear", **changes})
 
 
 # T to XL are published as classifiers without the fused map: here it is added, as wide as the deepest stage but at most InternImage-H's.
-PRESETS: dict[str, InternImage] = {
+PRESETS: dict[str, InternImageConfig] = {
     "internimage_pico": _plain(
         32, (1, 1, 2, 1), 2, norm="pre", layer_scale=0.0, drop_path=0.0, fused=128, stem_strides=(2, 1), mlp_std=0.0
     ),
@@ -83,12 +83,12 @@ PRESETS: dict[str, InternImage] = {
     "internimage_b": _plain(112, (4, 4, 21, 4), 7, drop_path=0.5, fused=896),
     "internimage_l": _plain(160, (5, 5, 22, 5), 10, offset_scale=2.0, drop_path=0.1),
     "internimage_xl": _plain(192, (5, 5, 24, 5), 12, offset_scale=2.0, drop_path=0.2),
-    "internimage_h": InternImage(),
-    "internimage_g": InternImage(width=512, depths=(2, 2, 48, 4), groups=(16, 32, 64, 128), norm="post", drop_path=0.4),
+    "internimage_h": InternImageConfig(),
+    "internimage_g": InternImageConfig(width=512, depths=(2, 2, 48, 4), groups=(16, 32, 64, 128), norm="post", drop_path=0.4),
 }
 
 
-def _layer(model: InternImage, stage: int) -> Layer:
+def _layer(model: InternImageConfig, stage: int) -> Layer:
     return Layer(
         width=model.width * 2**stage,
         groups=model.groups[stage],
@@ -101,7 +101,7 @@ def _layer(model: InternImage, stage: int) -> Layer:
     )
 
 
-def _extra_norms(model: InternImage, stage: int) -> int:
+def _extra_norms(model: InternImageConfig, stage: int) -> int:
     return model.depths[stage] // model.extra_norm if stage == 2 and model.extra_norm else 0
 
 
@@ -109,7 +109,7 @@ def _affine(width: int, *leading: int) -> dict[str, tuple[int, ...]]:
     return {"scale": (*leading, width), "bias": (*leading, width)}
 
 
-def shapes(model: InternImage) -> dict[str, Any]:
+def shapes(model: InternImageConfig) -> dict[str, Any]:
     """The tree of parameters, as shapes.
 
     >>> tree = shapes(PRESETS["internimage_t"])
@@ -147,17 +147,17 @@ def _stacked(tree: Any, depth: int) -> Any:
     return jax.tree.map(lambda shape: (depth, *shape), tree, is_leaf=lambda node: isinstance(node, tuple))
 
 
-def count(model: InternImage) -> int:
+def parameter_count(model: InternImageConfig) -> int:
     """Parameters without the fusion: the backbone as published.
 
-    >>> count(PRESETS["internimage_t"]), count(PRESETS["internimage_h"])
+    >>> parameter_count(PRESETS["internimage_t"]), parameter_count(PRESETS["internimage_h"])
     (28754672, 1073122480)
     """
     tree = {name: part for name, part in shapes(model).items() if name != "fusion"}
     return sum(math.prod(shape) for shape in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, tuple)))
 
 
-def _first(model: InternImage, path: str, shape: tuple[int, ...]) -> initial.Start:
+def _first(model: InternImageConfig, path: str, shape: tuple[int, ...]) -> initializers.InitSpec:
     """How a parameter starts: (uniform, bound), (normal, std) or (constant, value). `shape` is that of one layer."""
     last, owner = path.split("/")[-1], path.split("/")[-2] if "/" in path else ""
     if last == "scale":
@@ -179,8 +179,8 @@ def _first(model: InternImage, path: str, shape: tuple[int, ...]) -> initial.Sta
     return "normal", model.mlp_std or shape[0] ** -0.5
 
 
-def init(model: InternImage, rng: jax.Array, *, mask_token: bool = False) -> Params:
-    """Parameters: `stem`, `stage0` to `stage3` (`layers` stacked on [L, ...], `extra_norms`, `norm`, `down`), `fusion`.
+def init(model: InternImageConfig, rng: jax.Array, *, mask_token: bool = False) -> Params:
+    """Parameters: `stem`, `stage0` to `stage3` (`layers` stacked on [L, ...], `extra_norms`, `norm_layer`, `down`), `fusion`.
 
     As published: dense N(0, `mlp_std`^2), in and out of DCNv3 Xavier-uniform, convolutions uniform with bound 1 / sqrt(fan in), their
     biases too; offsets, masks and centre scale 0, so that DCNv3 starts as a box filter.
@@ -190,19 +190,19 @@ def init(model: InternImage, rng: jax.Array, *, mask_token: bool = False) -> Par
       rng: key.
       mask_token: add `mask_token` [1, 1, 1, C], which stands for hidden cells. All others start the same without it.
 
-    >>> params = jax.eval_shape(lambda key: init(InternImage(), key), jax.random.key(0))
+    >>> params = jax.eval_shape(lambda key: init(InternImageConfig(), key), jax.random.key(0))
     >>> sum(leaf.size for leaf in jax.tree.leaves(params))  # with the fusion
     1084924080
     """
     rule = functools.partial(_first, model)
     of_layers, of_rest, of_token = jax.random.split(rng, 3)
     tree = shapes(model)
-    params = initial.fill(of_rest, {name: {k: v for k, v in part.items() if k != "layers"} for name, part in tree.items()}, rule)
+    params = initializers.fill(of_rest, {name: {k: v for k, v in part.items() if k != "layers"} for name, part in tree.items()}, rule)
     for stage, (depth, key) in enumerate(zip(model.depths, jax.random.split(of_layers, 4), strict=True)):
         one = _layer(model, stage).shapes()
-        params[f"stage{stage}"]["layers"] = jax.lax.map(lambda key, one=one: initial.fill(key, one, rule), jax.random.split(key, depth))
+        params[f"stage{stage}"]["layers"] = jax.lax.map(lambda key, one=one: initializers.fill(key, one, rule), jax.random.split(key, depth))
     if mask_token:
-        params |= initial.fill(of_token, {"mask_token": (1, 1, 1, model.width)}, rule)
+        params |= initializers.fill(of_token, {"mask_token": (1, 1, 1, model.width)}, rule)
     return params
 
 
@@ -240,11 +240,11 @@ def _fill(x_BxHxWxC: jax.Array, token: jax.Array, hidden_BxN: jax.Array) -> jax.
 def _gathered(function: Callable[..., jax.Array], params: Params, x_BxHxWxC: jax.Array, *settings: Any) -> jax.Array:
     """`function(params, x, ...)`, which on a mesh with an fsdp axis every device computes for its own rows, with all of the weights."""
     run = lambda opened, params, x, *_: function(opened(params), x, *settings)  # noqa: E731
-    return parallel.by_hand(run, params, x_BxHxWxC, dtype=x_BxHxWxC.dtype, stacked=False)
+    return parallel.with_fsdp_gather(run, params, x_BxHxWxC, dtype=x_BxHxWxC.dtype, stacked=False)
 
 
-def stages(
-    model: InternImage,
+def feature_maps(
+    model: InternImageConfig,
     params: Params,
     images_BxSxSx3: jax.Array,
     *,
@@ -274,7 +274,7 @@ def stages(
 
     >>> model = PRESETS["internimage_pico"]
     >>> tree = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
-    >>> [x.shape for x in jax.eval_shape(lambda p: stages(model, p, jnp.zeros((1, 32, 64, 3))), tree)]
+    >>> [x.shape for x in jax.eval_shape(lambda p: feature_maps(model, p, jnp.zeros((1, 32, 64, 3))), tree)]
     [(1, 16, 32, 32), (1, 8, 16, 64), (1, 4, 8, 128), (1, 2, 4, 256)]
     """
     least = 8 * math.prod(model.stem_strides)
@@ -284,8 +284,8 @@ def stages(
         raise ValueError(f"keep factors have shape {keep_BxLx2.shape}; they must be [B, {sum(model.depths)}, 2]: [B, L, 2]")
     stem = params["stem"]
     x = _gathered(convolve, stem["conv1"], images_BxSxSx3.astype(dtype), model.stem_strides[0])
-    x = gelu(norm(stem["norm1"], x))
-    x = norm(stem["norm2"], _gathered(convolve, stem["conv2"], x, model.stem_strides[1]))
+    x = gelu(norm_layer(stem["norm1"], x))
+    x = norm_layer(stem["norm2"], _gathered(convolve, stem["conv2"], x, model.stem_strides[1]))
     if hidden_BxN is not None:
         x = _fill(x, params["mask_token"], hidden_BxN)
     maps, start = [], 0
@@ -296,16 +296,16 @@ def stages(
         settings: dict[str, Any] = {"scan": scan, "remat": remat, "keep_gathered": keep_gathered, "method": method, "every": every}
         x = run_layers(_layer(model, stage), part["layers"], x, keep_BxLx2=keep, extra_norms=part.get("extra_norms"), **settings)
         if "norm" in part:
-            x = norm(part["norm"], x)
+            x = norm_layer(part["norm"], x)
         maps.append(x)
         start += depth
         if "down" in part:
-            x = norm(part["down"]["norm"], _gathered(convolve, part["down"]["conv"], x, 2))
+            x = norm_layer(part["down"]["norm"], _gathered(convolve, part["down"]["conv"], x, 2))
     return maps
 
 
-def fuse(model: InternImage, params: Params, maps: list[jax.Array]) -> jax.Array:
-    """Dense features [B, N, D] of the maps of `stages`: the last two, at twice the last one's size, row-major.
+def fuse(model: InternImageConfig, params: Params, maps: list[jax.Array]) -> jax.Array:
+    """Dense features [B, N, D] of the maps of `feature_maps`: the last two, at twice the last one's size, row-major.
 
     Raises:
       ValueError: a model without the fusion.
@@ -319,19 +319,19 @@ def fuse(model: InternImage, params: Params, maps: list[jax.Array]) -> jax.Array
     if not model.fused:
         raise ValueError("this InternImage has fused=0, no fused dense features; read `stages`")
     fusion = params["fusion"]
-    z = pixel_shuffle(_gathered(dense, fusion["deep"], maps[3])) + _gathered(dense, fusion["shallow"], maps[2])
+    z = pixel_shuffle(_gathered(dense_layer, fusion["deep"], maps[3])) + _gathered(dense_layer, fusion["shallow"], maps[2])
     return z.reshape(z.shape[0], -1, model.fused)
 
 
-def apply(model: InternImage, params: Params, images_BxSxSx3: jax.Array, **settings: Any) -> jax.Array:
+def apply(model: InternImageConfig, params: Params, images_BxSxSx3: jax.Array, **settings: Any) -> jax.Array:
     """Dense features of every cell of `model.stride` pixels, row-major: [B, N, D], 144 x 1024 for InternImage-H at 192 pixels; without the
     fusion the last stage's map, 36 x 2560 there.
 
-    Arguments and errors as of `stages` and `fuse`.
+    Arguments and errors as of `feature_maps` and `fuse`.
 
-    >>> tree = jax.eval_shape(lambda key: init(InternImage(), key), jax.random.key(0))
-    >>> jax.eval_shape(lambda p: apply(InternImage(), p, jnp.zeros((2, 192, 192, 3)), scan=True), tree).shape
+    >>> tree = jax.eval_shape(lambda key: init(InternImageConfig(), key), jax.random.key(0))
+    >>> jax.eval_shape(lambda p: apply(InternImageConfig(), p, jnp.zeros((2, 192, 192, 3)), scan=True), tree).shape
     (2, 144, 1024)
     """
-    maps = stages(model, params, images_BxSxSx3, **settings)
+    maps = feature_maps(model, params, images_BxSxSx3, **settings)
     return fuse(model, params, maps) if model.fused else maps[3].reshape(len(maps[3]), -1, model.dense_width)

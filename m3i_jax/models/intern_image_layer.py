@@ -13,31 +13,31 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from m3i_jax import parallel
-from m3i_jax.models.apart import apart
 from m3i_jax.models.dcnv3 import dcnv3
+from m3i_jax.models.fusion_barrier import fusion_barrier
 from m3i_jax.models.layers import Params, gelu, layer_norm
-from m3i_jax.models.product import product
-from m3i_jax.models.stacked import remember, split_blocks
+from m3i_jax.models.matmul import matmul
+from m3i_jax.models.scan_blocks import split_blocks, with_remat
 
 _POINTS = 9
 SMALL = 16  # cells of a map that is convolved as a product of patches
 
 
-def dense(params: Params, x_xC: jax.Array, out: Any = None) -> jax.Array:
+def dense_layer(params: Params, x_xC: jax.Array, out: Any = None) -> jax.Array:
     """`x W + b` over the last axis in the type of x, as one [rows, C] matrix. `out`: type of the result, by default that of x.
 
-    >>> dense({"kernel": jnp.eye(2), "bias": jnp.ones(2)}, jnp.zeros((1, 3, 2))).tolist()
+    >>> dense_layer({"kernel": jnp.eye(2), "bias": jnp.ones(2)}, jnp.zeros((1, 3, 2))).tolist()
     [[[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]]
     """
     kernel, out = params["kernel"].astype(x_xC.dtype), out or x_xC.dtype
-    y = product(x_xC.reshape(-1, x_xC.shape[-1]), kernel, out) + params["bias"].astype(out)
+    y = matmul(x_xC.reshape(-1, x_xC.shape[-1]), kernel, out) + params["bias"].astype(out)
     return y.reshape(*x_xC.shape[:-1], -1)
 
 
-def norm(params: Params, x_xC: jax.Array) -> jax.Array:
+def norm_layer(params: Params, x_xC: jax.Array) -> jax.Array:
     """`layers.layer_norm` with the parameters `scale` and `bias`.
 
-    >>> norm({"scale": jnp.ones(2), "bias": jnp.zeros(2)}, jnp.array([1.0, 3.0])).round(3).tolist()
+    >>> norm_layer({"scale": jnp.ones(2), "bias": jnp.zeros(2)}, jnp.array([1.0, 3.0])).round(3).tolist()
     [-1.0, 1.0]
     """
     return layer_norm(x_xC, params["scale"], params["bias"])
@@ -72,7 +72,7 @@ def _tapped(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) ->
         return (sum(taps) + bias_C).astype(x_BxHxWxC.dtype)
 
     # Or it would be computed again for each of mean, variance and value of the norm that follows.
-    return apart(form, x_BxHxWxC, kernel_KxKxC, bias_C)
+    return fusion_barrier(form, x_BxHxWxC, kernel_KxKxC, bias_C)
 
 
 def _by_shift(padded: jax.Array, g_BxHxWxC: jax.Array, k: int) -> list[jax.Array]:
@@ -139,7 +139,7 @@ depthwise.defvjp(lambda x, kernel, bias: (depthwise(x, kernel, bias), (x, kernel
 
 
 class Layer(NamedTuple):
-    """Settings of the layers of one stage; see `intern_image.InternImage`."""
+    """Settings of the layers of one stage; see `intern_image.InternImageConfig`."""
 
     width: int
     groups: int
@@ -195,11 +195,11 @@ def dcn(layer: Layer, params: Params, x_BxHxWxC: jax.Array, method: str = "auto"
     [[0.444..., 0.667..., 0.444...], [0.667..., 1.0, 0.667...], [0.444..., 0.667..., 0.444...]]
     """
     wide = jnp.float32
-    v_BxHxWxC = checkpoint_name(dense(params["input"], x_BxHxWxC), "qkv")
-    h = gelu(norm(params["norm"], depthwise(x_BxHxWxC, params["depthwise"]["kernel"], params["depthwise"]["bias"])))
-    # The names of `stacked.NAMES`, by the part that each has in attention: what is read and where, and what came of it.
-    offset = checkpoint_name(dense(params["offsets"], h, wide), "qkv")
-    logits = checkpoint_name(dense(params["mask"], h, wide), "qkv")
+    v_BxHxWxC = checkpoint_name(dense_layer(params["input"], x_BxHxWxC), "qkv")
+    h = gelu(norm_layer(params["norm"], depthwise(x_BxHxWxC, params["depthwise"]["kernel"], params["depthwise"]["bias"])))
+    # The names of `scan_blocks.NAMES`, by the part that each has in attention: what is read and where, and what came of it.
+    offset = checkpoint_name(dense_layer(params["offsets"], h, wide), "qkv")
+    logits = checkpoint_name(dense_layer(params["mask"], h, wide), "qkv")
     # Cells as one axis, or a TPU lays rows of twelve along lanes of 128.
     (b, height, width, _), groups = x_BxHxWxC.shape, (layer.groups, _POINTS)
     offset = offset.reshape(b, -1, layer.groups, 2, _POINTS).swapaxes(-1, -2).reshape(b, height, width, *groups, 2)
@@ -207,12 +207,12 @@ def dcn(layer: Layer, params: Params, x_BxHxWxC: jax.Array, method: str = "auto"
     y = dcnv3(v_BxHxWxC, offset, mask, groups=layer.groups, offset_scale=layer.offset_scale, method=method)
     y = checkpoint_name(y, "attended")
     if layer.center_scale:
-        share = jax.nn.sigmoid(checkpoint_name(dense(params["center"], h, wide), "qkv")).astype(y.dtype)
+        share = jax.nn.sigmoid(checkpoint_name(dense_layer(params["center"], h, wide), "qkv")).astype(y.dtype)
         # A product with ones, for every channel the share of its group: copies of one number side by side would have a layout of their own.
         spread = np.repeat(np.eye(layer.groups, dtype=y.dtype), y.shape[-1] // layer.groups, 1)
         share = jnp.dot(share, spread, precision=jax.lax.Precision.HIGHEST)
         y = y * (1 - share) + v_BxHxWxC * share
-    return dense(params["output"], y)
+    return dense_layer(params["output"], y)
 
 
 def apply(layer: Layer, params: Params, x_BxHxWxC: jax.Array, keep_Bx2: jax.Array | None = None, method: str = "auto") -> jax.Array:
@@ -226,14 +226,14 @@ def apply(layer: Layer, params: Params, x_BxHxWxC: jax.Array, keep_Bx2: jax.Arra
 
     def branch(x: jax.Array, which: int) -> jax.Array:
         name = f"norm{which + 1}"
-        y = x if layer.norm == "post" else norm(params[name], x)
+        y = x if layer.norm == "post" else norm_layer(params[name], x)
         if which == 0:
             y = checkpoint_name(dcn(layer, params["dcn"], y, method), "branch")
         else:
-            y = gelu(checkpoint_name(dense(params["mlp"]["fc1"], y), "fc1"))
-            y = checkpoint_name(dense(params["mlp"]["fc2"], y), "branch")
+            y = gelu(checkpoint_name(dense_layer(params["mlp"]["fc1"], y), "fc1"))
+            y = checkpoint_name(dense_layer(params["mlp"]["fc2"], y), "branch")
         if layer.norm != "pre":
-            y = norm(params[name if layer.norm == "post" else f"res_{name}"], y)
+            y = norm_layer(params[name if layer.norm == "post" else f"res_{name}"], y)
         if layer.layer_scale:
             y = y * params[f"gamma{which + 1}"].astype(y.dtype)
         if keep_Bx2 is None:
@@ -259,7 +259,7 @@ def run_layers(
 ) -> jax.Array:
     """Runs stacked layers one after the other, and a norm of `extra_norms` [n, C] after every so many of the first n * every.
 
-    On a mesh with an fsdp axis every device gathers the weights of one layer at a time, as in `stacked.run_blocks`.
+    On a mesh with an fsdp axis every device gathers the weights of one layer at a time, as in `scan_blocks.run_blocks`.
 
     >>> layer = Layer(4, 1, "pre", 0.0, 1.0, 3, False, 8)
     >>> stacked = jax.tree.map(lambda shape: jnp.zeros((3, *shape)), layer.shapes(), is_leaf=lambda node: isinstance(node, tuple))
@@ -273,7 +273,7 @@ def run_layers(
         def one(x: jax.Array, some: Any) -> jax.Array:
             return apply(layer, opened(some[0]), x, some[1], method)
 
-        step = remember(one, remat, scan=scan, keep_gathered=keep_gathered)
+        step = with_remat(one, remat, scan=scan, keep_gathered=keep_gathered)
         if scan:
             return jax.lax.scan(lambda x, some: (step(x, some), None), x, (stacked, keep_LxBx2))[0]
         for some in split_blocks((stacked, keep_LxBx2), [1] * jax.tree.leaves(stacked)[0].shape[0]):
@@ -281,14 +281,14 @@ def run_layers(
         return x
 
     def run(x: jax.Array, some: Any) -> jax.Array:
-        return parallel.by_hand(rows, some[0], x, some[1], dtype=x.dtype, stacked=True)
+        return parallel.with_fsdp_gather(rows, some[0], x, some[1], dtype=x.dtype, stacked=True)
 
     if extra_norms is None:
         return run(x_BxHxWxC, layers)
     groups = depth // every
 
     def group(x: jax.Array, some: Any) -> jax.Array:
-        return norm(some[1], run(x, some[0]))
+        return norm_layer(some[1], run(x, some[0]))
 
     whole = groups * every
     parts = split_blocks(layers, [whole, depth - whole]) if whole < depth else [layers]

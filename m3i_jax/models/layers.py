@@ -20,15 +20,15 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from m3i_jax import parallel
-from m3i_jax.models import activations, attention_kernel
-from m3i_jax.models.attention_kernel import NEVER, Columns
-from m3i_jax.models.product import product
+from m3i_jax.models import activations, attention_tpu
+from m3i_jax.models.attention_tpu import NEVER, Columns
+from m3i_jax.models.matmul import matmul
 
 Params = Mapping[str, Any]
 
 _EPS = 1e-6  # of every layer norm here that is not told another one; the targets' parameter-free one is in objective.posterior
 _BATCH_EPS = 1e-5
-_SHAPE = nn.initializers.zeros  # modules only declare shapes; `initial.draw` fills them
+_SHAPE = nn.initializers.zeros  # modules only declare shapes; `initializers.init_params` fills them
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -186,7 +186,7 @@ attend.defvjp(_attend_forward, _attend_backward)
 def _attend_columns(heads: int, arrays: tuple[jax.Array, ...], where_BxT: jax.Array | None) -> jax.Array:
     """`attend` of heads that lie side by side, [B, Q, D], by the kernel. arrays: queries, keys and values side by side in one array
     [B, T, 3 D], or queries [B, Q, D] alone and the others [B, T, 2 D]."""
-    return parallel.by_device(functools.partial(_kernel, heads, attention_kernel.forward), arrays, where_BxT)
+    return parallel.per_device(functools.partial(_kernel, heads, attention_tpu.forward), arrays, where_BxT)
 
 
 def _kernel(heads: int, run: Callable[..., Any], arrays: tuple[jax.Array, ...], where_BxT: jax.Array | None, *g_BxQxD: jax.Array) -> Any:
@@ -197,7 +197,7 @@ def _kernel(heads: int, run: Callable[..., Any], arrays: tuple[jax.Array, ...], 
 
 def _attend_columns_backward(heads: int, kept: Any, g_BxQxD: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
     arrays, where_BxT = kept
-    dq, dk, dv = parallel.by_device(functools.partial(_kernel, heads, attention_kernel.backward), arrays, where_BxT, g_BxQxD)
+    dq, dk, dv = parallel.per_device(functools.partial(_kernel, heads, attention_tpu.backward), arrays, where_BxT, g_BxQxD)
     if len(arrays) == 1:
         return (jnp.concatenate([dq, dk, dv], 2),), None
     return (dq, jnp.concatenate([dk, dv], 2)), None
@@ -219,10 +219,10 @@ class Dense(nn.Module):
         path = "/".join((*self.path, "kernel"))
 
         def run(opened: Any, params: Params, x: jax.Array, *_: Any) -> jax.Array:
-            return product(x, opened(params)[path][:, columns].astype(self.dtype))
+            return matmul(x, opened(params)[path][:, columns].astype(self.dtype))
 
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        y = parallel.by_hand(run, {path: kernel}, rows, dtype=self.dtype, stacked=False)
+        y = parallel.with_fsdp_gather(run, {path: kernel}, rows, dtype=self.dtype, stacked=False)
         if self.use_bias:
             y += self.param("bias", _SHAPE, (self.features,))[columns].astype(self.dtype)
         return y.reshape(*x.shape[:-1], -1)
@@ -290,7 +290,7 @@ class Attention(nn.Module):
         else:
             q_BxQxD = checkpoint_name(qkv(x_BxTxD[:, rows], slice(0, width)), "qkv")
             arrays = (q_BxQxD, checkpoint_name(qkv(x_BxTxD, slice(width, None)), "qkv"))
-        small = attention_kernel.fits(arrays[0].shape[1], tokens, self.heads, width // self.heads, jnp.dtype(self.dtype))
+        small = attention_tpu.fits(arrays[0].shape[1], tokens, self.heads, width // self.heads, jnp.dtype(self.dtype))
         if small and not weights and parallel.kernels(b):
             attended_BxTxD = _attend_columns(self.heads, arrays, where_BxT)
         else:
@@ -364,11 +364,11 @@ def block(
     return Block(heads=heads, hidden=round(width * mlp_ratio), dtype=jnp.dtype(dtype), norm=norm, eps=eps, activation=activation)
 
 
-def drop_rates(depth: int, rate: float, rule: str = "linear") -> np.ndarray:
+def linear_drop_rates(depth: int, rate: float, rule: str = "linear") -> np.ndarray:
     """Probability with which the branches of each of `depth` layers are dropped, [L] float32: `rate * l / (L - 1)`, or, by the rule
     uniform, the same everywhere (M3I Table 7).
 
-    >>> drop_rates(3, 0.25).tolist(), drop_rates(2, 0.25, "uniform").tolist()
+    >>> linear_drop_rates(3, 0.25).tolist(), linear_drop_rates(2, 0.25, "uniform").tolist()
     ([0.0, 0.125, 0.25], [0.25, 0.25])
     """
     return np.full(depth, rate, np.float32) if rule == "uniform" else np.linspace(0, rate, depth, dtype=np.float32)

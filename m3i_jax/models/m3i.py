@@ -25,10 +25,10 @@ import jax.numpy as jnp
 from m3i_jax import schema
 from m3i_jax.models import backbones, decoder, pooling, text
 from m3i_jax.models import heads as small
-from m3i_jax.models.initial import draw, shapes_of
+from m3i_jax.models.initializers import init_params, shapes_of
 from m3i_jax.models.layers import Dense, Params
-from m3i_jax.objective.families import Prototypes
-from m3i_jax.objective.methods import DENSE, Decoder, Linear, Projection, Terms
+from m3i_jax.objective.posteriors import Prototypes
+from m3i_jax.objective.terms import DENSE_TARGETS, DecoderHead, LinearHead, ProjectionHead, Terms
 
 # A new one goes to the end: the random keys go by place.
 PARTS = ("encoder", "decoder", "pool", "category", "image_projection", "text", "logit_scale", "heads")
@@ -56,7 +56,7 @@ def init(config: schema.Config, rng: jax.Array, terms: Terms, *, classes: int, v
     Raises:
       ValueError: spaces of one name that differ in their projectors, or in their predictors.
 
-    >>> from m3i_jax.objective.methods import FORMS
+    >>> from m3i_jax.objective.terms import FORMS
     >>> make = lambda key: init(schema.Config(), key, FORMS["m3i"], classes=1000, vocabulary=0)
     >>> parameter_table(jax.eval_shape(make, jax.random.key(0)))
     [('encoder', 85645824), ('decoder', 30713856), ('pool', 2366976), ('category', 769000)]
@@ -65,20 +65,20 @@ def init(config: schema.Config, rng: jax.Array, terms: Terms, *, classes: int, v
     keys = dict(zip(PARTS, jax.random.split(rng, len(PARTS)), strict=True))
     targets = {t.target.of for t in terms}
     by_category, by_text = "category" in targets and classes > 0, "text" in targets and vocabulary > 0
-    backbone = backbones.of(model)
+    backbone = backbones.get_backbone(model)
     filled = any(p.filled or (p.masked and not backbone.drops) for t in terms for p in t.passes)
     params: dict[str, Any] = {"encoder": backbone.init(model, keys["encoder"], mask_token=filled, grid=config.grid)}
-    dense = {t.target.of for t in terms if isinstance(t.head, Decoder)}
+    dense = {t.target.of for t in terms if isinstance(t.head, DecoderHead)}
     if dense:
         params["decoder"] = decoder.init(model, keys["decoder"], of=dense)
     if (by_category or by_text) and (made := pooling.init(model, keys["pool"])):  # a pooling may have no parameters
         params["pool"] = made
     if by_category:
         normal = {"kernel": model.category_std} if model.category_std else None
-        params["category"] = draw(keys["category"], shapes_of(_category(classes), row), normal)
+        params["category"] = init_params(keys["category"], shapes_of(_category(classes), row), normal)
     if by_text:
         shapes = shapes_of(_image_projection(model), row)
-        params["image_projection"] = draw(keys["image_projection"], shapes, {"kernel": model.pooled**-0.5})
+        params["image_projection"] = init_params(keys["image_projection"], shapes, {"kernel": model.pooled**-0.5})
         params["text"] = text.init(model, keys["text"], vocabulary=vocabulary, length=config.data.caption_length)
         params["logit_scale"] = jnp.asarray(math.log(_INVERSE_TEMPERATURE), jnp.float32)
     if made := _init_heads(model, keys["heads"], terms):
@@ -91,15 +91,15 @@ def _init_heads(model: schema.Model, rng: jax.Array, terms: Terms) -> dict[str, 
         return jax.random.fold_in(rng, zlib.crc32(name.encode()))
 
     out: dict[str, Any] = {}
-    for of in DENSE:
-        if any(isinstance(t.head, Linear) and t.target.of == of for t in terms):
+    for of in DENSE_TARGETS:
+        if any(isinstance(t.head, LinearHead) and t.target.of == of for t in terms):
             out[f"linear_{of}"] = small.init_linear(model, key(f"linear_{of}"), of)
-    for name in sorted({t.head.name for t in terms if isinstance(t.head, Projection)}):
-        mine = [(t, t.head) for t in terms if isinstance(t.head, Projection) and t.head.name == name]
+    for name in sorted({t.head.name for t in terms if isinstance(t.head, ProjectionHead)}):
+        mine = [(t, t.head) for t in terms if isinstance(t.head, ProjectionHead) and t.head.name == name]
         predictors = {head.predictor for _, head in mine} - {None}
         if len({head.projector for _, head in mine}) > 1 or len(predictors) > 1:
             raise ValueError(f"two spaces are called {name!r} and share parameters, but their projectors or predictors differ")
-        whole = Projection(name=name, projector=mine[0][1].projector, predictor=next(iter(predictors), None))
+        whole = ProjectionHead(name=name, projector=mine[0][1].projector, predictor=next(iter(predictors), None))
         out[name] = small.init_projection(model, key(name), whole, any(isinstance(t.posterior, Prototypes) for t, _ in mine))
     return out
 
@@ -115,7 +115,7 @@ def target_parts(config: schema.Config, terms: Terms, params: Params) -> dict[st
       terms: the objective.
       params: as of `init`, or their shapes.
 
-    >>> from m3i_jax.objective.methods import FORMS
+    >>> from m3i_jax.objective.terms import FORMS
     >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, FORMS["instance"], classes=0, vocabulary=0), jax.random.key(0))
     >>> parts = target_parts(schema.Config(), FORMS["instance"], shapes)
     >>> sorted(parts), parts["heads"].keys(), parts["heads"]["global"].keys()
@@ -123,9 +123,9 @@ def target_parts(config: schema.Config, terms: Terms, params: Params) -> dict[st
     """
     without_gradient = [t for t in terms if t.target.encoder in ("ema", "frozen", "shared")]
     out: dict[str, Any] = {"encoder": params["encoder"]}
-    if config.model.decoder.projector_depth and any(isinstance(t.head, Decoder) for t in without_gradient):
+    if config.model.decoder.projector_depth and any(isinstance(t.head, DecoderHead) for t in without_gradient):
         out["decoder"] = {part: params["decoder"][part] for part in ("embed", "projector")}
-    spaces = sorted({t.head.name for t in without_gradient if isinstance(t.head, Projection) and t.head.projector is not None})
+    spaces = sorted({t.head.name for t in without_gradient if isinstance(t.head, ProjectionHead) and t.head.projector is not None})
     if spaces:
         out["heads"] = {name: {"projector": params["heads"][name]["projector"]} for name in spaces}
     return out
@@ -170,20 +170,20 @@ def encode(
     if config.model.encoder.freeze:
         encoder = jax.lax.stop_gradient(encoder)
     settings: dict[str, Any] = {"index_BxK": index, "keep_BxLx2": keep, "hidden_BxN": hidden, "blocks": blocks}
-    return backbones.of(config.model).apply(config.model, encoder, patches_BxNxP, grid=config.grid, **settings)
+    return backbones.get_backbone(config.model).apply(config.model, encoder, patches_BxNxP, grid=config.grid, **settings)
 
 
 def queries(config: schema.Config, params: Params, raw_xNx2W: jax.Array) -> jax.Array:
-    """Decoder queries [B, N, W] or [N, W] of target positions: `decoder.queries`.
+    """Decoder queries [B, N, W] or [N, W] of target positions: `decoder.decoder_queries`.
 
     >>> from m3i_jax.objective import positions
-    >>> from m3i_jax.objective.methods import FORMS
+    >>> from m3i_jax.objective.terms import FORMS
     >>> config = schema.Config(data=schema.Data(image_size=32))
     >>> shapes = jax.eval_shape(lambda key: init(config, key, FORMS["mim"], classes=0, vocabulary=0), jax.random.key(0))
-    >>> jax.eval_shape(lambda p: queries(config, p, positions.identity(config.grid, 768)), shapes).shape
+    >>> jax.eval_shape(lambda p: queries(config, p, positions.same_view_positions(config.grid, 768)), shapes).shape
     (4, 768)
     """
-    return decoder.queries(config.model, params["decoder"], raw_xNx2W)
+    return decoder.decoder_queries(config.model, params["decoder"], raw_xNx2W)
 
 
 def decode(
@@ -196,7 +196,7 @@ def decode(
 ) -> jax.Array:
     """What the decoder makes of the queries to one image a row, [B, N, W]: `decoder.apply`. `decode_head` makes predictions of it.
 
-    >>> from m3i_jax.objective.methods import FORMS
+    >>> from m3i_jax.objective.terms import FORMS
     >>> config = schema.Config(data=schema.Data(image_size=32))
     >>> shapes = jax.eval_shape(lambda key: init(config, key, FORMS["mim"], classes=0, vocabulary=0), jax.random.key(0))
     >>> z, index, query = jnp.zeros((3, 2, 768)), jnp.zeros((3, 2), int), jnp.zeros((4, 768))
@@ -207,18 +207,18 @@ def decode(
 
 
 def decode_head(config: schema.Config, params: Params, rows_BxNxW: jax.Array, of: str) -> jax.Array:
-    """Predicted tokens [B, N, D] or pixels [B, N, P] from what `decode` gives: `decoder.head`.
+    """Predicted tokens [B, N, D] or pixels [B, N, P] from what `decode` gives: `decoder.prediction_head`.
 
-    >>> from m3i_jax.objective.methods import FORMS
+    >>> from m3i_jax.objective.terms import FORMS
     >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, FORMS["mim_pixel"], classes=0, vocabulary=0), jax.random.key(0))
     >>> jax.eval_shape(lambda p: decode_head(schema.Config(), p, jnp.zeros((3, 4, 768)), "pixels"), shapes).shape
     (3, 4, 768)
     """
-    return decoder.head(config.model, params["decoder"], rows_BxNxW, of)
+    return decoder.prediction_head(config.model, params["decoder"], rows_BxNxW, of)
 
 
 def target_projection(config: schema.Config, part: Params, z_BxTxD: jax.Array) -> jax.Array:
-    """Dense target features behind the decoder's projector, [B, T, W]; z itself without one: `decoder.project`.
+    """Dense target features behind the decoder's projector, [B, T, W]; z itself without one: `decoder.project_targets`.
 
     Args:
       config: settings.
@@ -228,7 +228,7 @@ def target_projection(config: schema.Config, part: Params, z_BxTxD: jax.Array) -
     >>> target_projection(schema.Config(), {}, jnp.zeros((2, 197, 768))).shape
     (2, 197, 768)
     """
-    return decoder.project(config.model, part, z_BxTxD)
+    return decoder.project_targets(config.model, part, z_BxTxD)
 
 
 def pool(
@@ -236,7 +236,7 @@ def pool(
 ) -> jax.Array:
     """One vector [B, W] of an image's own tokens, or of its cls feature [B, D]: `pooling.apply`.
 
-    >>> from m3i_jax.objective.methods import FORMS
+    >>> from m3i_jax.objective.terms import FORMS
     >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, FORMS["supervised"], classes=9, vocabulary=0), jax.random.key(0))
     >>> jax.eval_shape(lambda p: pool(schema.Config(), p, jnp.zeros((3, 98, 768))), shapes).shape
     (3, 768)
@@ -245,19 +245,19 @@ def pool(
 
 
 def linear(config: schema.Config, params: Params, x_BxNxD: jax.Array, of: str) -> jax.Array:
-    """Predicted tokens [B, N, D] or pixels [B, N, P] at the cells of the encoder's own tokens: `heads.linear`.
+    """Predicted tokens [B, N, D] or pixels [B, N, P] at the cells of the encoder's own tokens: `heads.apply_linear`.
 
-    >>> from m3i_jax.objective.methods import FULL, Linear, tokens
-    >>> terms = (tokens(FULL, 0, head=Linear()),)
+    >>> from m3i_jax.objective.terms import FULL, LinearHead, tokens
+    >>> terms = (tokens(FULL, 0, head=LinearHead()),)
     >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, terms, classes=0, vocabulary=0), jax.random.key(0))
     >>> jax.eval_shape(lambda p: linear(schema.Config(), p, jnp.zeros((3, 4, 768)), "tokens"), shapes).shape
     (3, 4, 768)
     """
-    return small.linear(config.model, params["heads"][f"linear_{of}"], x_BxNxD)
+    return small.apply_linear(config.model, params["heads"][f"linear_{of}"], x_BxNxD)
 
 
-def project(config: schema.Config, heads: Mapping[str, Params], projection: Projection, x_xD: jax.Array) -> jax.Array:
-    """What the targets of a space go through, [..., W]: `heads.project`.
+def project(config: schema.Config, heads: Mapping[str, Params], projection: ProjectionHead, x_xD: jax.Array) -> jax.Array:
+    """What the targets of a space go through, [..., W]: `heads.apply_projector`.
 
     Args:
       config: settings.
@@ -265,27 +265,27 @@ def project(config: schema.Config, heads: Mapping[str, Params], projection: Proj
       projection: the space.
       x_xD: pooled features [B, D], or every token by itself [B, N, D].
 
-    >>> project(schema.Config(), {}, Projection(), jnp.zeros((2, 768))).shape
+    >>> project(schema.Config(), {}, ProjectionHead(), jnp.zeros((2, 768))).shape
     (2, 768)
     """
-    return small.project(config.model, heads.get(projection.name, {}), projection, x_xD)
+    return small.apply_projector(config.model, heads.get(projection.name, {}), projection, x_xD)
 
 
-def predict(config: schema.Config, heads: Mapping[str, Params], projection: Projection, x_xD: jax.Array) -> jax.Array:
-    """The prediction in a space, [..., W]: `heads.predict`, with the arguments of `project`.
+def predict(config: schema.Config, heads: Mapping[str, Params], projection: ProjectionHead, x_xD: jax.Array) -> jax.Array:
+    """The prediction in a space, [..., W]: `heads.apply_predictor`, with the arguments of `project`.
 
-    >>> from m3i_jax.objective.methods import FORMS, MOCO
+    >>> from m3i_jax.objective.terms import FORMS, MOCO
     >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, FORMS["instance"], classes=0, vocabulary=0), jax.random.key(0))
     >>> jax.eval_shape(lambda p: predict(schema.Config(), p["heads"], MOCO, jnp.zeros((2, 768))), shapes).shape
     (2, 256)
     """
-    return small.predict(config.model, heads.get(projection.name, {}), projection, x_xD)
+    return small.apply_predictor(config.model, heads.get(projection.name, {}), projection, x_xD)
 
 
 def category_logits(config: schema.Config, params: Params, pooled_BxW: jax.Array) -> jax.Array:
     """Logits [B, C] of the category posterior, float32: rounded logits would round the loss (M3I section 3.4).
 
-    >>> from m3i_jax.objective.methods import FORMS
+    >>> from m3i_jax.objective.terms import FORMS
     >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, FORMS["supervised"], classes=10, vocabulary=0), jax.random.key(0))
     >>> jax.eval_shape(lambda p: category_logits(schema.Config(), p, jnp.zeros((3, 768))), shapes).shape
     (3, 10)
@@ -296,7 +296,7 @@ def category_logits(config: schema.Config, params: Params, pooled_BxW: jax.Array
 def image_embedding(config: schema.Config, params: Params, pooled_BxW: jax.Array) -> jax.Array:
     """Image side [B, E] of the text posterior, float32, not normalised (M3I section 3.4).
 
-    >>> from m3i_jax.objective.methods import FORMS
+    >>> from m3i_jax.objective.terms import FORMS
     >>> make = lambda key: init(schema.Config(), key, FORMS["weakly_supervised"], classes=0, vocabulary=9)
     >>> shapes = jax.eval_shape(make, jax.random.key(0))
     >>> jax.eval_shape(lambda p: image_embedding(schema.Config(), p, jnp.zeros((3, 768))), shapes).shape
@@ -308,7 +308,7 @@ def image_embedding(config: schema.Config, params: Params, pooled_BxW: jax.Array
 def text_embedding(config: schema.Config, params: Params, tokens_BxL: jax.Array, length_B: jax.Array) -> jax.Array:
     """Caption side [B, E] of the text posterior, float32, not normalised: `text.apply`.
 
-    >>> from m3i_jax.objective.methods import FORMS
+    >>> from m3i_jax.objective.terms import FORMS
     >>> make = lambda key: init(schema.Config(), key, FORMS["weakly_supervised"], classes=0, vocabulary=9)
     >>> shapes = jax.eval_shape(make, jax.random.key(0))
     >>> jax.eval_shape(lambda p: text_embedding(schema.Config(), p, jnp.zeros((3, 77), int), jnp.full(3, 5)), shapes).shape

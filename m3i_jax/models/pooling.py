@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import parallel, schema
-from m3i_jax.models.initial import draw, shapes_of
+from m3i_jax.models.initializers import init_params, shapes_of
 from m3i_jax.models.layers import Dense, LayerNorm, Params, attend, attention_weights, batch_norm, from_heads, to_heads
 
 PROBE_EPS = 1e-6  # of the batch norm of linear probes (MAE, M3I Table 9)
@@ -41,7 +41,7 @@ class AttentionPool(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None, weights: bool = False) -> jax.Array:
-        """`weights`: give what the tokens are weighed with, [B, H, K], and not what comes of it."""
+        """`pooling_weights`: give what the tokens are weighed with, [B, H, K], and not what comes of it."""
         width = x_BxKxD.shape[-1]
 
         def project(name: str, tokens: jax.Array) -> jax.Array:
@@ -102,7 +102,7 @@ def init(model: schema.Model, rng: jax.Array) -> Params:
         if model.pool.kind == "attention"
         else shapes_of(_token(model), jnp.zeros((1, width)))
     )
-    return draw(rng, shapes, {"kernel": model.pool.std or width**-0.5, "query_token": 0.02}) if shapes else {}
+    return init_params(rng, shapes, {"kernel": model.pool.std or width**-0.5, "query_token": 0.02}) if shapes else {}
 
 
 def apply(
@@ -135,14 +135,14 @@ def apply(
         def run(opened: Any, params: Params, x_BxKxD: jax.Array, _: None, mask_BxK: jax.Array | None) -> jax.Array:
             return one.apply({"params": opened(params)}, x_BxKxD, mask_BxK)
 
-        return parallel.by_hand(run, params, x_BxKxD, None, mask_BxK, dtype=one.dtype, stacked=False)  # its four matrices travel together
+        return parallel.with_fsdp_gather(run, params, x_BxKxD, None, mask_BxK, dtype=one.dtype, stacked=False)  # its four matrices travel together
     token_BxD = cls_BxD if model.pool.kind == "cls" else mean_token(x_BxKxD, mask_BxK)
     if token_BxD is None:
         raise ValueError("model.pool.kind is cls, but no cls token was given")
     return _token(model).apply({"params": params}, token_BxD)
 
 
-def weights(model: schema.Model, params: Params, x_BxKxD: jax.Array) -> jax.Array:
+def pooling_weights(model: schema.Model, params: Params, x_BxKxD: jax.Array) -> jax.Array:
     """What every head of an attention pooling weighs the tokens with, [B, H, K] float32.
 
     Args:
@@ -152,7 +152,7 @@ def weights(model: schema.Model, params: Params, x_BxKxD: jax.Array) -> jax.Arra
 
     >>> model = schema.Model(encoder=schema.Encoder(width=8), pool=schema.Pool(width=6, heads=2))
     >>> params = jax.jit(lambda: init(model, jax.random.key(0)))()
-    >>> weights(model, params, jnp.ones((3, 5, 8))).sum(-1).round(3).tolist()
+    >>> pooling_weights(model, params, jnp.ones((3, 5, 8))).sum(-1).round(3).tolist()
     [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
     """
     return _attention(model).apply({"params": params}, x_BxKxD, weights=True)

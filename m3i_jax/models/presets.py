@@ -1,7 +1,7 @@
 """Sizes of the whole model by name: what of a configuration's `model` each of them changes.
 
     config = default()
-    presets.use(config, "vit_s16")        # values not named here stay
+    presets.apply_preset(config, "vit_s16")        # values not named here stay
 
 `vit_b16` and `internimage_h` are the paper's (M3I Table 7). For the others the paper gives no decoder: it keeps 4 blocks and takes the
 width of the dense features, but at most the 1024 of the paper's largest model; pooled and text widths stay where the paper has them.
@@ -31,7 +31,7 @@ def _preset(*, patch_size: int, width: int, depth: int, heads: int, decoder: tup
     }
 
 
-def _intern_image(net: intern_image.InternImage) -> Preset:
+def _intern_image(net: intern_image.InternImageConfig) -> Preset:
     heads = net.dense_width // 64  # as wide as the paper's 16 of 1024
     shared = {"patch_size": net.stride, "width": net.dense_width, "drop_path": net.drop_path, "drop_path_rule": net.drop_path_rule}
     return {
@@ -75,7 +75,7 @@ def preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def published(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Preset] | None:
+def match_intern_image(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Preset] | None:
     """Name and sizes of the InternImage that an encoder is, by names and shapes alone; its fusion of any width, or none (T to XL as their
     authors publish them).
 
@@ -83,7 +83,7 @@ def published(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Preset] | Non
       shapes: {path below the encoder: shape}.
 
     >>> shapes = _shapes(dataclasses.replace(intern_image.PRESETS["internimage_s"], fused=0))
-    >>> name, sizes = published(shapes)
+    >>> name, sizes = match_intern_image(shapes)
     >>> name, sizes["encoder"]["patch_size"], sizes["encoder"]["width"]
     ('internimage_s', 32, 640)
     """
@@ -96,19 +96,19 @@ def published(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Preset] | Non
     return None
 
 
-def _shapes(net: intern_image.InternImage) -> dict[str, tuple[int, ...]]:
+def _shapes(net: intern_image.InternImageConfig) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(intern_image.shapes(net), is_leaf=lambda node: isinstance(node, tuple))
     return {"/".join(key.key for key in path): shape for path, shape in leaves}
 
 
-def use(config: Any, name: str) -> None:
+def apply_preset(config: Any, name: str) -> None:
     """Give a ConfigDict the sizes of a preset, and the clipping that its kind of backbone is trained with.
 
     Raises:
       KeyError: for an unknown name, with those that there are.
 
     >>> from m3i_jax.config import default
-    >>> config = default(); use(config, "internimage_h"); config.model.encoder.width, config.model.decoder.width, config.optim.clip
+    >>> config = default(); apply_preset(config, "internimage_h"); config.model.encoder.width, config.model.decoder.width, config.optim.clip
     (1024, 1024, 5.0)
     """
     config.model.update(preset(name))

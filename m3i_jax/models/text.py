@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import schema
-from m3i_jax.models.initial import draw, init_blocks, shapes_of
+from m3i_jax.models.initializers import init_blocks, init_params, shapes_of
 from m3i_jax.models.layers import Block, Dense, LayerNorm, Params, block
-from m3i_jax.models.stacked import how, run_blocks
+from m3i_jax.models.scan_blocks import block_kwargs, run_blocks
 
 
 def _parts(model: schema.Model) -> tuple[Block, Dense]:
@@ -49,7 +49,7 @@ def init(model: schema.Model, rng: jax.Array, *, vocabulary: int, length: int) -
     branch = unit * (2 * t.depth) ** -0.5  # 2 L branches add up to one unit of variance
     normal = {"qkv/kernel": unit, "out/kernel": branch, "fc1/kernel": (2 * t.width) ** -0.5, "fc2/kernel": branch}
     return {
-        **draw(of_ends, ends, {"token_table": 0.02, "positions": 0.01, "projection/kernel": unit}),
+        **init_params(of_ends, ends, {"token_table": 0.02, "positions": 0.01, "projection/kernel": unit}),
         "blocks": init_blocks(one, of_blocks, width=t.width, depth=t.depth, normal=normal),
     }
 
@@ -58,7 +58,7 @@ def apply(model: schema.Model, params: Params, tokens_BxL: jax.Array, length_B: 
     """Embeddings of captions, not normalised.
 
     Args:
-      model: settings; `model.text`, `model.dtype` and those of `stacked.how` are read.
+      model: settings; `model.text`, `model.dtype` and those of `scan_blocks.block_kwargs` are read.
       params: as of `init`.
       tokens_BxL: int ids; those from `length` on may be anything. L may be shorter than the position table.
       length_B: int, real tokens of each caption, start and end included. One of length 0 counts as its first token: finite, and never used.
@@ -85,7 +85,7 @@ def apply(model: schema.Model, params: Params, tokens_BxL: jax.Array, length_B: 
     # Of the last block only the row that stands for the caption is read, where that is the same row in every caption.
     wanted = slice(0, 1) if t.pool == "first" else None
     x_BxLxW = x_BxLxW.astype(model.dtype)
-    x_BxLxW = run_blocks(one, params["blocks"], x_BxLxW, where_BxT=real_BxL, rows=wanted, **how(model))
+    x_BxLxW = run_blocks(one, params["blocks"], x_BxLxW, where_BxT=real_BxL, rows=wanted, **block_kwargs(model))
     if t.pool == "last":
         x_BxLxW = jnp.take_along_axis(x_BxLxW, jnp.clip(length_B - 1, 0, steps - 1)[:, None, None], 1)
     x_BxLxW = LayerNorm().apply({"params": params["norm"]}, x_BxLxW.astype(jnp.float32))

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.models.initial import draw, init_blocks, shapes_of
+from m3i_jax.models.initializers import init_blocks, init_params, shapes_of
 from m3i_jax.models.layers import Block, Dense, LayerNorm, Params, add_positions, block
-from m3i_jax.models.stacked import how, run_blocks, split_blocks
-from m3i_jax.objective import mixing, positions, posterior
+from m3i_jax.models.scan_blocks import block_kwargs, run_blocks, split_blocks
+from m3i_jax.objective import losses, mixing, positions
 
 
 def patchify(images_BxSxSx3: jax.Array, patch: int) -> jax.Array:
@@ -81,15 +81,15 @@ def init(model: schema.Model, rng: jax.Array, *, mask_token: bool = False, grid:
         stem["cls_token"] = jax.ShapeDtypeStruct((1, 1, e.width), jnp.float32)
     if e.final_norm:
         stem["norm"] = shapes_of(LayerNorm(), jnp.zeros((1, e.width)))
-    params = {**draw(of_stem, stem, {"cls_token": 0.02}), "blocks": init_blocks(one, of_blocks, width=e.width, depth=e.depth)}
+    params = {**init_params(of_stem, stem, {"cls_token": 0.02}), "blocks": init_blocks(one, of_blocks, width=e.width, depth=e.depth)}
     if e.embedding_norm:
-        params["embedding_norm"] = draw(of_stem, shapes_of(LayerNorm(), jnp.zeros((1, e.width))))
+        params["embedding_norm"] = init_params(of_stem, shapes_of(LayerNorm(), jnp.zeros((1, e.width))))
     if e.positions == "learned":
         table = {"positions": jax.ShapeDtypeStruct((1, grid * grid + e.cls_token, e.width), jnp.float32)}
-        params |= draw(jax.random.fold_in(of_stem, 2), table, {"positions": 0.02})
+        params |= init_params(jax.random.fold_in(of_stem, 2), table, {"positions": 0.02})
     if mask_token:
         shape = {"mask_token": jax.ShapeDtypeStruct((1, 1, e.width), jnp.float32)}
-        params |= draw(jax.random.fold_in(of_stem, 1), shape, {"mask_token": 0.02})
+        params |= init_params(jax.random.fold_in(of_stem, 1), shape, {"mask_token": 0.02})
     return params
 
 
@@ -107,7 +107,7 @@ def apply(
     """Features of every token.
 
     Args:
-      model: settings; `model.encoder`, `model.dtype` and those of `stacked.how` are read.
+      model: settings; `model.encoder`, `model.dtype` and those of `scan_blocks.block_kwargs` are read.
       params: as of `init`; the momentum target is another tree of the same kind.
       patches_BxNxP: normalised pixels, as of `patchify`.
       grid: patches a side, N = grid * grid.
@@ -134,7 +134,7 @@ def apply(
     z_BxTxD = _embedded(model, params, patches_BxNxP, grid, index_BxK, hidden_BxN)
     if blocks > 1:
         return _mean_of_last(model, params["blocks"], z_BxTxD, keep_BxLx2, blocks)
-    z_BxTxD = run_blocks(one, params["blocks"], z_BxTxD, keep_BxLx2=keep_BxLx2, **how(model))
+    z_BxTxD = run_blocks(one, params["blocks"], z_BxTxD, keep_BxLx2=keep_BxLx2, **block_kwargs(model))
     return LayerNorm(e.norm_eps).apply({"params": params["norm"]}, z_BxTxD) if e.final_norm else z_BxTxD
 
 
@@ -153,7 +153,7 @@ def last_attention(model: schema.Model, params: Params, patches_BxNxP: jax.Array
     z_BxTxD, depth = _embedded(model, params, patches_BxNxP, grid, None, None), model.encoder.depth
     before, last = split_blocks(params["blocks"], [depth - 1, 1]) if depth > 1 else (None, params["blocks"])
     if before is not None:
-        z_BxTxD = run_blocks(one, before, z_BxTxD, **how(model))
+        z_BxTxD = run_blocks(one, before, z_BxTxD, **block_kwargs(model))
     return one.apply({"params": jax.tree.map(lambda leaf: leaf[0], last)}, z_BxTxD, weights=True)
 
 
@@ -194,11 +194,11 @@ def _mean_of_last(model: schema.Model, stacked: Params, z_BxTxD: jax.Array, keep
     def run(z: jax.Array, layers: Any) -> jax.Array:
         params, keep_LxBx2 = layers
         keep = None if keep_LxBx2 is None else keep_LxBx2.swapaxes(0, 1)
-        return run_blocks(one, params, z, keep_BxLx2=keep, **how(model))
+        return run_blocks(one, params, z, keep_BxLx2=keep, **block_kwargs(model))
 
     def step(carry: tuple[jax.Array, jax.Array], layer: Any) -> tuple[tuple[jax.Array, jax.Array], None]:
         z = run(carry[0], jax.tree.map(lambda leaf: leaf[None], layer))
-        return (z, carry[1] + posterior.layer_normalize(z)), None
+        return (z, carry[1] + losses.layer_normalize(z)), None
 
     layers = (stacked, None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1))
     last = layers

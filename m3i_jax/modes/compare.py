@@ -15,11 +15,11 @@ import jax
 
 from m3i_jax import parallel, schema
 from m3i_jax.models import backbones
-from m3i_jax.modes import job as jobs
-from m3i_jax.modes import train, watch
-from m3i_jax.objective import named
-from m3i_jax.reporting import compare as report
-from m3i_jax.reporting.files import write_text
+from m3i_jax.modes import monitoring, train
+from m3i_jax.modes import setup as jobs
+from m3i_jax.objective import published
+from m3i_jax.reporting import compare_table as report
+from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import loop, plan
 from m3i_jax.training.trainer import Trainer
 
@@ -28,57 +28,57 @@ RESULT = "result.json"
 
 def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
     # A form that this data cannot feed is refused before hours go into those before it.
-    trains = [names(form) for form in config.compare.forms]
+    trains = [objective_names(form) for form in config.compare.forms]
     for name in itertools.chain(*trains):
-        plan.row(name, "config.compare.forms")
-    plan.refuse_idle(config, trains)
-    whole = jobs.open_job(config, workdir, trains=trains)
+        plan.terms_named(name, "config.compare.forms")
+    plan.reject_unused_settings(config, trains)
+    whole = jobs.open_setup(config, workdir, trains=trains)
     main = jax.process_index() == 0
-    with jobs.lock(whole.workdir):
-        wanted = [(form, seed, of(whole, form, seed)) for form in config.compare.forms for seed in seeds(config)]
+    with jobs.lock_workdir(whole.workdir):
+        wanted = [(form, seed, config_for(whole, form, seed)) for form in config.compare.forms for seed in compare_seeds(config)]
         results: list[dict[str, Any]] = []
         failed: list[str] = []
         for number, (form, seed, job) in enumerate(wanted, 1):
             place = job.workdir / RESULT
             if place.is_file():
                 result = json.loads(place.read_text())
-                train.agree(job, result, allow_changes)
+                train.check_same_run(job, result, allow_changes)
             else:
                 print(f"compare: {number} of {len(wanted)}: {form}, seed {seed}, in {job.workdir}", flush=True)
-                code = one(job, allow_changes)
+                code = run_one(job, allow_changes)
                 if code == loop.PREEMPTED:
                     return code
                 if code != loop.DONE:
                     failed.append(f"{form}, seed {seed}")
                     continue
                 cost = next((r["values"]["flops"] for r in results if r["form"] == form), None)
-                values = outcome(job) | {"flops": flops_a_step(job) if cost is None else cost}
+                values = read_outcome(job) | {"flops": flops_a_step(job) if cost is None else cost}
                 result = {"form": form, "seed": seed, "fingerprint": job.fingerprint, "values": values}
                 if main:
-                    write_text(place, json.dumps(result, indent=1) + "\n")
+                    write_text_atomic(place, json.dumps(result, indent=1) + "\n")
             results.append({**result, "form": form, "seed": seed})
             if main:
-                write(whole, results, failed)
+                write_comparison(whole, results, failed)
         if main:
-            rows = report.summarize(results)
+            rows = report.compare_rows(results)
             if rows:
-                print("\n" + report.text(rows, notes(whole, results, failed)) + "\n")
+                print("\n" + report.compare_text(rows, compare_notes(whole, results, failed)) + "\n")
             print("\n".join(str(whole.workdir / f"compare.{ending}") for ending in ("md", "json", "png")))
     return loop.FAILED if failed else loop.DONE
 
 
-def seeds(config: schema.Config) -> range:
+def compare_seeds(config: schema.Config) -> range:
     return range(config.seed, config.seed + config.compare.seeds)
 
 
-def names(form: str) -> tuple[str, ...]:
+def objective_names(form: str) -> tuple[str, ...]:
     return tuple(form.split("+"))
 
 
-def of(whole: jobs.Job, form: str, seed: int) -> jobs.Job:
+def config_for(whole: jobs.Setup, form: str, seed: int) -> jobs.Setup:
     """The run of one objective and seed: the settings of the whole otherwise, with the linear evaluation that the table shows."""
     config = dataclasses.replace(
-        jobs.with_forms(whole.config, names(form)),
+        jobs.with_objective(whole.config, objective_names(form)),
         seed=seed,
         evaluate=dataclasses.replace(whole.config.evaluate, linear=True),
         compare=schema.Compare(),
@@ -86,20 +86,20 @@ def of(whole: jobs.Job, form: str, seed: int) -> jobs.Job:
     return dataclasses.replace(whole, config=config, workdir=whole.workdir / "compare" / f"{form}-{seed}")
 
 
-def one(job: jobs.Job, allow_changes: bool) -> int:
+def run_one(job: jobs.Setup, allow_changes: bool) -> int:
     """Train one of them, as --mode=train would in its directory."""
     job.workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
     words = job.workdir / "tokenizer.json"
     if job.tokenizer and not words.is_file():
         job.tokenizer.save(str(words))
-    with jobs.lock(job.workdir):
+    with jobs.lock_workdir(job.workdir):
         code = train.pretrain(job, allow_changes)
     gc.collect()
     jax.clear_caches()  # the next one has programs of its own
     return code
 
 
-def outcome(job: jobs.Job) -> dict[str, float]:
+def read_outcome(job: jobs.Setup) -> dict[str, float]:
     """Figures of a finished run: its last line of metrics, its last evaluation, and "seconds" of training, without the first step, which
     compiles, and without evaluations."""
     lines = [json.loads(line) for line in (job.workdir / "metrics.jsonl").read_text().splitlines()]
@@ -113,26 +113,26 @@ def outcome(job: jobs.Job) -> dict[str, float]:
     return {name: float(value) for name, value in last.items()} | {"seconds": seconds}
 
 
-def flops_a_step(job: jobs.Job) -> float:
+def flops_a_step(job: jobs.Setup) -> float:
     """Matrix FLOPs of the model in one step, which no mesh changes."""
     made = Trainer(job.config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), job.tokenizer.vocabulary if job.tokenizer else 0)
-    return watch.model_flops(made)
+    return monitoring.model_flops(made)
 
 
-def notes(whole: jobs.Job, results: list[dict[str, Any]], failed: list[str]) -> list[str]:
+def compare_notes(whole: jobs.Setup, results: list[dict[str, Any]], failed: list[str]) -> list[str]:
     """What must be known to read the table."""
     config, count = whole.config, whole.config.compare.seeds
     steps = max((int(r["values"]["step"]) for r in results), default=0)
     out = [
         f"{whole.train.description()}; {len(whole.held_out):,} held out. {steps:,} steps of {config.train.batch_size} images of "
-        f"{config.data.image_size} pixels, encoder of {backbones.of(config.model).describe(config.model)}.",
+        f"{config.data.image_size} pixels, encoder of {backbones.get_backbone(config.model).describe(config.model)}.",
         f"Mean ± standard deviation over {count} seeds." if count > 1 else "One seed: differences may be chance; set config.compare.seeds.",
         "Only the objective differs between rows, and losses of different objectives are not on one scale.",
         "kNN, linear: of the pooling where the objective trains it (category or text), else of the mean of the patch tokens.",
     ]
     if whole.classes:
         out[-1] += f" Chance: {100 / len(whole.classes):.1f} %."
-    methods = sorted({name for form in config.compare.forms for name in names(form)} & set(named.METHODS))
+    methods = sorted({name for form in config.compare.forms for name in objective_names(form)} & set(published.PUBLISHED))
     if methods:
         out.append(f"{', '.join(methods)}: the objective alone; configs/forms.py:form=NAME has the settings that it was published with.")
     collapsed = [f"{r['form']}, seed {r['seed']}" for r in results if r["values"].get("collapse/alarm")]
@@ -143,12 +143,12 @@ def notes(whole: jobs.Job, results: list[dict[str, Any]], failed: list[str]) -> 
     return out
 
 
-def write(whole: jobs.Job, results: list[dict[str, Any]], failed: list[str]) -> None:
+def write_comparison(whole: jobs.Setup, results: list[dict[str, Any]], failed: list[str]) -> None:
     """WORKDIR/compare.md, compare.json and compare.png of what is done so far."""
-    rows, told, place = report.summarize(results), notes(whole, results, failed), pathlib.Path(whole.workdir)
-    settings = {"batch_size": whole.config.train.batch_size, "data": whole.fingerprint, "seeds": list(seeds(whole.config))}
-    write_text(place / "compare.md", report.markdown(rows, told))
-    write_text(place / "compare.json", report.to_json(rows, told, settings))
+    rows, told, place = report.compare_rows(results), compare_notes(whole, results, failed), pathlib.Path(whole.workdir)
+    settings = {"batch_size": whole.config.train.batch_size, "data": whole.fingerprint, "seeds": list(compare_seeds(whole.config))}
+    write_text_atomic(place / "compare.md", report.compare_markdown(rows, told))
+    write_text_atomic(place / "compare.json", report.compare_json(rows, told, settings))
     chance = 1 / len(whole.classes) if whole.classes else None
     title = f"{whole.train.name}, {whole.config.train.batch_size} images a step"
-    report.write_picture(place / "compare.png", rows, title=title, chance=chance)
+    report.write_bar_chart(place / "compare.png", rows, title=title, chance=chance)

@@ -1,7 +1,7 @@
 """--mode=compile: compiles the train step of a configuration for accelerators that are not here: does it fit, what does it cost.
 
 It is the function that a run jits, with its shardings and its donated state; no data are read. Writes WORKDIR/compile.json, whose keys
-`reporting/compiled.py` lists, and prints the same as tables. For a TPU the compiler is left before it makes code (`early`), unless told."""
+`profiling/compile_report.py` lists, and prints the same as tables. For a TPU the compiler is left before it makes code (`libtpu_dump`), unless told."""
 
 import contextlib
 import dataclasses
@@ -18,17 +18,18 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from m3i_jax import parallel, schema
 from m3i_jax.errors import DoesNotFit, UserError
-from m3i_jax.modes import early, fitting, job, show, watch
-from m3i_jax.parallel import topology as topologies
-from m3i_jax.parallel.rules import path_of
-from m3i_jax.reporting import compiled, files, flops, slices
+from m3i_jax.modes import batch_search, monitoring, setup, show
+from m3i_jax.parallel.sharding import path_text
+from m3i_jax.profiling import compile_report, flops, hardware, libtpu_dump
+from m3i_jax.profiling import topology as topologies
+from m3i_jax.reporting import atomic_write
 from m3i_jax.training import trainer
 
 GPU_POOL = 0.75  # share of a card that JAX takes unless it is told otherwise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Site:
+class CompileTarget:
     """What is compiled for. limit: bytes of a device that a program may use; code: whether the compiler is to make code as well, where
     what is asked of it is settled long before (TPU)."""
 
@@ -42,21 +43,21 @@ class Site:
         return self.topology.kind
 
 
-def site(name: str, memory: str, *, code: bool = False) -> Site:
+def compile_target(name: str, memory: str, *, code: bool = False) -> CompileTarget:
     """The devices of a topology and their memory, which `memory` (GiB, as text) overrides; UserError for a name that is none."""
-    place = topologies.read(name)
+    place = topologies.parse_topology(name)
     try:
         given = float(memory) * 2**30 if memory else 0.0
     except ValueError:
         given = -1.0
     if memory and not 0 < given < math.inf:
         raise UserError(f"--memory {memory}: is not a number of GiB a device, such as --memory=16")
-    devices = topologies.devices(place)
-    if place.kind in slices.CHIPS:
-        there = slices.CHIPS[place.kind].usable
+    devices = topologies.topology_devices(place)
+    if place.kind in hardware.CHIPS:
+        there = hardware.CHIPS[place.kind].usable
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / place.devices
-    return Site(topology=place, devices=devices, limit=given or there, code=code or place.family.platform != "tpu")
+    return CompileTarget(topology=place, devices=devices, limit=given or there, code=code or place.family.platform != "tpu")
 
 
 @contextlib.contextmanager
@@ -88,31 +89,31 @@ def part_of(path: str) -> str:
 
 def state_bytes(made: trainer.Trainer) -> dict[str, float]:
     """{part of the state: bytes of one device}, from shapes and shardings."""
-    out = dict.fromkeys(compiled.STATE, 0.0)
+    out = dict.fromkeys(compile_report.STATE, 0.0)
     places = jax.tree.leaves(made.shardings)
     for (path, leaf), place in zip(jax.tree_util.tree_leaves_with_path(made.template), places, strict=True):
-        out[part_of(path_of(path))] += math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        out[part_of(path_text(path))] += math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return out
 
 
-def report(config: schema.Config, site: Site, vocabulary: int) -> dict[str, Any]:
+def report_program(config: schema.Config, site: CompileTarget, vocabulary: int) -> dict[str, Any]:
     """Lower and compile the step of a completed configuration; the entries of compile.json."""
     if site.code:
         return _report(None, config, site, vocabulary)
-    return early.apart(_there, config, site.topology.name, site.limit, vocabulary)
+    return libtpu_dump.run_in_subprocess(_there, config, site.topology.name, site.limit, vocabulary)
 
 
 def _there(folder: pathlib.Path, config: schema.Config, name: str, limit: float, vocabulary: int) -> dict[str, Any]:
-    """`report` in a process that has no devices yet."""
-    return _report(folder, config, dataclasses.replace(site(name, ""), limit=limit), vocabulary)
+    """`report_program` in a process that has no devices yet."""
+    return _report(folder, config, dataclasses.replace(compile_target(name, ""), limit=limit), vocabulary)
 
 
-def _report(folder: pathlib.Path | None, config: schema.Config, site: Site, vocabulary: int) -> dict[str, Any]:
-    config, mesh = job.placed(config, site.devices)
+def _report(folder: pathlib.Path | None, config: schema.Config, site: CompileTarget, vocabulary: int) -> dict[str, Any]:
+    config, mesh = setup.restore_or_init(config, site.devices)
     made = trainer.Trainer(config, mesh, vocabulary)
-    batch, shards, devices = trainer.abstract_batch(config), fitting.data_shards(mesh), len(site.devices)
+    batch, shards, devices = trainer.abstract_batch(config), batch_search.data_shards(mesh), len(site.devices)
     out: dict[str, Any] = {
-        "version": compiled.VERSION, "topology": site.topology.name, "chip": site.chip, "devices": devices, "mesh": dict(mesh.shape),
+        "version": compile_report.VERSION, "topology": site.topology.name, "chip": site.chip, "devices": devices, "mesh": dict(mesh.shape),
         "batch_size": config.train.batch_size, "batch_per_device": config.train.batch_size // shards,
         "microbatches": config.train.microbatches, "limit_bytes": site.limit,
     }  # fmt: skip
@@ -120,7 +121,7 @@ def _report(folder: pathlib.Path | None, config: schema.Config, site: Site, voca
     rows = sum(math.prod(s.shape) * s.dtype.itemsize for s in batch.values()) / shards
     host = parallel.make_mesh((1, 1, 1), jax.devices("cpu")[:1])
     count = config.train.microbatches
-    part = fitting.with_batch(config, config.train.batch_size // shards // count)
+    part = batch_search.with_batch(config, config.train.batch_size // shards // count)
     alone, rows_of_part = trainer.Trainer(part, host, vocabulary), trainer.abstract_batch(part)
     out["residual_bytes"] = alone.residuals(rows_of_part)
     if count > 1:
@@ -129,9 +130,9 @@ def _report(folder: pathlib.Path | None, config: schema.Config, site: Site, voca
     try:
         with _uncached():
             options, lowered = dict(topologies.COMPILER[site.topology.family.platform]), made.lower(batch)
-            done = lowered.compile(compiler_options=options) if folder is None else early.compile(lowered, options, folder)
+            done = lowered.compile(compiler_options=options) if folder is None else libtpu_dump.compile_until_scheduled(lowered, options, folder)
     except jax.errors.JaxRuntimeError as error:
-        asked = compiled.wanted(str(error))
+        asked = compile_report.parse_out_of_memory(str(error))
         if asked is None:
             raise
         peak = asked[0] if math.isfinite(asked[0]) else None
@@ -145,18 +146,18 @@ def _report(folder: pathlib.Path | None, config: schema.Config, site: Site, voca
             "compile_seconds": time.perf_counter() - start,
         }
     seconds = time.perf_counter() - start
-    need = compiled.memory(done.memory_analysis(), state, rows, own=site.topology.family.platform == "tpu")
+    need = compile_report.program_memory(done.memory_analysis(), state, rows, own=site.topology.family.platform == "tpu")
     out |= {"fits": need.peak <= site.limit, "peak_bytes": need.peak, "over_bytes": max(0.0, need.peak - site.limit), "memory": need.parts}
     out["peak_ratio"] = need.peak / (sum(state.values()) + rows + out["residual_bytes"])
-    out |= compiled.read(done.as_text() or "", chip=site.chip, cores=site.topology.family.cores, host=site.topology.family.host) | {
+    out |= compile_report.analyze_program(done.as_text() or "", chip=site.chip, cores=site.topology.family.cores, host=site.topology.family.host) | {
         "compile_seconds": seconds
     }
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     one = trainer.Trainer(plain, host, vocabulary)
-    due, own = flops.count(one.trace, one.template, batch).total, watch.model_flops(made)
+    due, own = flops.count_flops(one.trace, one.template, batch).total, monitoring.model_flops(made)
     out["flops"] |= {"model": own / devices, "asked": due / devices, "ratio": out["flops"]["compiled"] * devices / due}
     steps, roof, mfu = made.length.steps, out["roofline"], config.report.mfu
-    at_mfu = slices.days(own * steps, kind=site.chip, chips=site.topology.chips, mfu=mfu) if roof else None
+    at_mfu = hardware.training_days(own * steps, kind=site.chip, chips=site.topology.chips, mfu=mfu) if roof else None
     out["run"] = {"steps": steps, "days": roof["step_seconds"] * steps / 86_400 if roof else None, "days_at_mfu": at_mfu, "mfu": mfu}
     return out
 
@@ -167,34 +168,34 @@ def _row(name: str, got: dict[str, Any]) -> dict[str, Any]:
     return {"tried": name, "fits": got["fits"], "peak_bytes": got["peak_bytes"], "flops_ratio": ratio, "seconds": got["compile_seconds"]}
 
 
-def search_batch(config: schema.Config, site: Site, vocabulary: int) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
+def search_batch(config: schema.Config, site: CompileTarget, vocabulary: int) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
     """(images a data shard or 0, report at that size or at the smallest, attempts)."""
-    shards = fitting.data_shards(parallel.make_mesh(config.parallel.mesh, site.devices))
+    shards = batch_search.data_shards(parallel.make_mesh(config.parallel.mesh, site.devices))
     unit, reports, rows = 2 * config.train.microbatches, {}, {}
 
-    def attempt(units: int) -> fitting.Trial:
-        got = reports[units] = report(fitting.with_batch(config, units * unit * shards), site, vocabulary)
+    def attempt(units: int) -> batch_search.CompileTrial:
+        got = reports[units] = report_program(batch_search.with_batch(config, units * unit * shards), site, vocabulary)
         rows[units] = _row(f"{units * unit:,} images a data shard", got)
-        print(compiled.attempt(rows[units]), flush=True)
-        fixed = sum(got["memory"].get(part, 0.0) for part in compiled.STATE)
-        return fitting.Trial(fits=got["fits"], peak=got["peak_bytes"] or math.nan, fixed=fixed, limit=site.limit)
+        print(compile_report.attempt_row(rows[units]), flush=True)
+        fixed = sum(got["memory"].get(part, 0.0) for part in compile_report.STATE)
+        return batch_search.CompileTrial(fits=got["fits"], peak=got["peak_bytes"] or math.nan, fixed=fixed, limit=site.limit)
 
-    found = fitting.largest(attempt, config.train.batch_size // (unit * shards))
+    found = batch_search.largest_batch(attempt, config.train.batch_size // (unit * shards))
     return found * unit, reports[found or min(reports)], [row for _, row in sorted(rows.items())]
 
 
-def search_changes(config: schema.Config, site: Site, vocabulary: int) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
+def search_changes(config: schema.Config, site: CompileTarget, vocabulary: int) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
     """(flags of the cheapest candidate that fits, or "", report as configured, attempts)."""
-    job.placed(config, site.devices)
+    setup.restore_or_init(config, site.devices)
     first, rows = None, []
-    for flags, made in fitting.candidates(config, len(site.devices)):
+    for flags, made in batch_search.memory_savers(config, len(site.devices)):
         mesh = parallel.make_mesh(made.parallel.mesh, site.devices)
         if sum(state_bytes(trainer.Trainer(made, mesh, vocabulary)).values()) > site.limit and first:
             continue  # its state alone is too large
-        got = report(made, site, vocabulary)
+        got = report_program(made, site, vocabulary)
         first = first or got
         rows.append(_row(flags, got))
-        print(compiled.attempt(rows[-1]), flush=True)
+        print(compile_report.attempt_row(rows[-1]), flush=True)
         if got["fits"]:
             return flags, first, rows
     assert first
@@ -202,7 +203,7 @@ def search_changes(config: schema.Config, site: Site, vocabulary: int) -> tuple[
 
 
 def _advice(config: schema.Config, got: dict[str, Any]) -> str:
-    state = sum(got["memory"].get(part, 0.0) for part in compiled.STATE)
+    state = sum(got["memory"].get(part, 0.0) for part in compile_report.STATE)
     if state > got["limit_bytes"] and got["devices"] > got["mesh"]["fsdp"] * got["mesh"]["tensor"]:
         return "shard the state with --config.parallel.mesh=(1,-1,1), or let --suggest search"
     now, pairs = config.train.microbatches, got["batch_per_device"] // 2
@@ -221,9 +222,9 @@ def run(config: schema.Config, *, workdir: str, topology: str, memory: str, code
     """Entry of the mode: 0, or DoesNotFit (exit 3) once everything is written."""
     if largest_batch and suggest:
         raise UserError("--suggest: does not go together with --largest-batch; ask one after the other")
-    where = site(topology, memory, code=code)
-    done, assumed = show.assume(config)
-    words = show.vocabulary(done)
+    where = compile_target(topology, memory, code=code)
+    done, assumed = show.assume_data(config)
+    words = show.vocabulary_size(done)
     print(f"compiling the train step for {topology}; this takes from seconds to minutes", flush=True)
     found, flags = 0, ""
     rows: list[dict[str, Any]] = []
@@ -232,22 +233,22 @@ def run(config: schema.Config, *, workdir: str, topology: str, memory: str, code
     elif suggest:
         flags, got, rows = search_changes(done, where, words)
     else:
-        got = report(done, where, words)
+        got = report_program(done, where, words)
     place = pathlib.Path(workdir)
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     told = got | {"assumed": assumed, "largest_batch": found or None, "tried": rows}
-    files.write_text(place / "compile.json", json.dumps(told, indent=1, sort_keys=True, allow_nan=False) + "\n")
-    print(compiled.tables(got))
+    atomic_write.write_text_atomic(place / "compile.json", json.dumps(told, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    print(compile_report.report_tables(got))
     if rows:
-        print(compiled.attempts(rows))
+        print(compile_report.attempt_table(rows))
     if found:
         print(f"largest batch: {found:,} images a data shard, to a sixteenth")
-    if where.topology.family.platform == "cuda" and got["fits"] and got["peak_bytes"] > GPU_POOL * slices.CHIPS[where.chip].usable / 0.9:
+    if where.topology.family.platform == "cuda" and got["fits"] and got["peak_bytes"] > GPU_POOL * hardware.CHIPS[where.chip].usable / 0.9:
         print("JAX takes three quarters of a card unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 is set: this needs it")
     if assumed:
         print(f"assumed, since this mode reads no data: {', '.join(assumed)}")
     print(f"written: {place / 'compile.json'}")
     if not got["fits"]:
         way = f"add {flags}" if flags else "nothing that was tried fits" if suggest else _advice(done, got)
-        raise DoesNotFit(f"--topology {topology}: does not fit: {compiled.excess(got)}; {way}")
+        raise DoesNotFit(f"--topology {topology}: does not fit: {compile_report.excess_flops(got)}; {way}")
     return 0

@@ -6,9 +6,10 @@ import sys
 import time
 
 from m3i_jax import schema
-from m3i_jax.data import array_records, convert, sources
-from m3i_jax.modes import job as jobs
-from m3i_jax.reporting import show
+from m3i_jax.data import conversion
+from m3i_jax.data.sources import array_record, base
+from m3i_jax.modes import setup as jobs
+from m3i_jax.reporting import text_table
 
 PREEMPTED = 42
 
@@ -16,25 +17,25 @@ PREEMPTED = 42
 def run(config: schema.Config, *, workdir: str) -> int:
     place = pathlib.Path(workdir)
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with jobs.lock(place):
-        source = sources.open_source(config.data, cache=str(place / "index"))
+    with jobs.lock_workdir(place):
+        source = base.open_source(config.data, cache=str(place / "index"))
         print(source.description())
-        shards = convert.agree(source, str(place))
-        todo = convert.missing(len(source), str(place), shards)
+        shards = conversion.check_plan(source, str(place))
+        todo = conversion.missing_shards(len(source), str(place), shards)
         if len(todo) < shards:
             print(f"{shards - len(todo):,} of {shards:,} shards are there already")
-        told = Progress(sum(len(convert.rows_of(len(source), shard, shards)) for shard in todo), len(todo))
+        told = Progress(sum(len(conversion.shard_rows(len(source), shard, shards)) for shard in todo), len(todo))
         processes = config.data.workers or len(os.sched_getaffinity(0))
         try:
-            for count in convert.convert(source, str(place), todo, shards, processes=processes):
+            for count in conversion.convert(source, str(place), todo, shards, processes=processes):
                 told(count)
         except KeyboardInterrupt:
-            print(f"\nstopped; {shards - len(convert.missing(len(source), str(place), shards)):,} of {shards:,} shards are whole: "
+            print(f"\nstopped; {shards - len(conversion.missing_shards(len(source), str(place), shards)):,} of {shards:,} shards are whole: "
                   "the same command goes on", file=sys.stderr)  # fmt: skip
             return PREEMPTED
-        count = array_records.write_index(str(place), classes=source.classes, name=source.name)
-    size = sum(file.stat().st_size for file in place.glob(f"*{array_records.ENDING}"))
-    print(f"{count:,} records in {shards:,} shards, {show.size(size)}, in {place}; train on them with "
+        count = array_record.write_shard_index(str(place), classes=source.classes, name=source.name)
+    size = sum(file.stat().st_size for file in place.glob(f"*{array_record.ENDING}"))
+    print(f"{count:,} records in {shards:,} shards, {text_table.format_bytes(size)}, in {place}; train on them with "
           f"--config.data.source=array_record --config.data.path={place}")  # fmt: skip
     return 0
 

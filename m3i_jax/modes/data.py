@@ -11,11 +11,13 @@ from typing import Any
 import jax
 
 from m3i_jax import parallel, schema
-from m3i_jax.data import parts, pipeline, records, sources, summary, survey, tokenizer
-from m3i_jax.modes import job as jobs
-from m3i_jax.modes import watch
-from m3i_jax.reporting import data_page, data_report, slices
-from m3i_jax.reporting.files import write_text
+from m3i_jax.data import dataset_scan, dataset_stats, decode, pipeline, splits, tokenizer
+from m3i_jax.data.sources import base
+from m3i_jax.modes import monitoring
+from m3i_jax.modes import setup as jobs
+from m3i_jax.profiling import hardware
+from m3i_jax.reporting import data_page, data_report
+from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import trainer
 
 IN_MEMORY = 256  # good records that the speed is measured on
@@ -25,17 +27,17 @@ PICTURES = 24  # examples on the page
 def run(config: schema.Config, *, workdir: str) -> int:
     place = pathlib.Path(workdir)
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    train, held_out = parts.open_parts(config.data, cache=str(place / "index"))
-    source = survey.Both(train, held_out)
-    classes, captions = pipeline.classes(config.data, source), pipeline.uses_captions(config.data, source)
-    done = jobs.complete(config, classes=classes, captions=captions, size=max(len(train), 1))
+    train, held_out = splits.open_splits(config.data, cache=str(place / "index"))
+    source = dataset_scan.ConcatSource(train, held_out)
+    classes, captions = pipeline.count_classes(config.data, source), pipeline.uses_captions(config.data, source)
+    done = jobs.complete_config(config, classes=classes, captions=captions, size=max(len(train), 1))
     words = tokenizer.open_tokenizer(done.data, train, str(place / "tokenizer.json")) if captions else None
 
-    indices = survey.chosen(len(source), config.report.survey)
+    indices = dataset_scan.spread_indices(len(source), config.report.survey)
     background, missing = config.data.background, config.data.missing
-    seen = survey.scan(source, indices, threads=cores(), background=background, missing=missing, progress=_progress(len(indices)))
+    seen = dataset_scan.scan_records(source, indices, threads=usable_cores(), background=background, missing=missing, progress=_progress(len(indices)))
     ids = (lambda text: len(words.ids(text, cleaned=True))) if words else None
-    made = summary.summarize(
+    made = dataset_stats.dataset_stats(
         seen,
         classes=source.classes,
         kept=classes,
@@ -44,9 +46,9 @@ def run(config: schema.Config, *, workdir: str) -> int:
         held_out=range(len(train), len(source)),
     )
     good = [s for s in seen if not s.reason]
-    read = records.read(source, [s.index for s in spread(good, IN_MEMORY)], missing)
-    held = [record for record in read if not isinstance(record, records.BadRecord)]
-    speed = survey.speed(done, held, source, words)
+    read = decode.read_records(source, [s.index for s in spread_items(good, IN_MEMORY)], missing)
+    held = [record for record in read if not isinstance(record, decode.BadRecord)]
+    speed = dataset_scan.measure_speed(done, held, source, words)
     report = {
         "source": {
             "description": source.description(),
@@ -57,33 +59,33 @@ def run(config: schema.Config, *, workdir: str) -> int:
         },
         "sample": {"whole": len(indices) == len(source), "rule": f"record i x {len(source)} // {len(indices)} for i = 0, 1, ..."},
         **made,
-        "speed": {**dataclasses.asdict(speed), "cores": cores()},
-        "feeds": feeds(done, words.vocabulary if words else 0, cores() * speed.pipeline),
+        "speed": {**dataclasses.asdict(speed), "cores": usable_cores()},
+        "feeds": chips_fed(done, words.vocabulary if words else 0, usable_cores() * speed.pipeline),
     }
-    write_text(place / "data.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    shown = _examples(source, spread(good, PICTURES), config.data)
+    write_text_atomic(place / "data.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    shown = _examples(source, spread_items(good, PICTURES), config.data)
     twins = _twins(source, good, config.data)
-    write_text(place / "data.html", data_page.html(report, pictures=shown, twins=twins))
-    print(data_report.text(report))
+    write_text_atomic(place / "data.html", data_page.data_page_html(report, pictures=shown, twins=twins))
+    print(data_report.report_text(report))
     print(f"\n{place / 'data.json'}\n{place / 'data.html'}")
     return 0
 
 
-def cores() -> int:
+def usable_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def spread(items: Sequence[Any], count: int) -> list[Any]:
+def spread_items(items: Sequence[Any], count: int) -> list[Any]:
     """At most `count` items, evenly spread.
 
-    >>> spread("abcdef", 3)
+    >>> spread_items("abcdef", 3)
     ['a', 'c', 'e']
     """
-    return [items[i] for i in survey.chosen(len(items), count)]
+    return [items[i] for i in dataset_scan.spread_indices(len(items), count)]
 
 
-def feeds(config: schema.Config, vocabulary: int, supply: float) -> dict[str, Any]:
+def chips_fed(config: schema.Config, vocabulary: int, supply: float) -> dict[str, Any]:
     """How many chips `supply` samples a second feed.
 
     Args:
@@ -92,15 +94,15 @@ def feeds(config: schema.Config, vocabulary: int, supply: float) -> dict[str, An
         supply: samples a second that the host makes.
 
     Returns:
-        "flops_per_image" of the model, "mfu", "image_size" and "chips": a row a kind of `slices.CHIPS`, with its peak in FLOP/s, the
+        "flops_per_image" of the model, "mfu", "image_size" and "chips": a row a kind of `hardware.CHIPS`, with its peak in FLOP/s, the
         samples a second that one asks for, how many are fed.
     """
     one = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
     # What a picture costs does not depend on the schedule, which may not fit the data yet.
     train, optim = dataclasses.replace(config.train, steps=1), dataclasses.replace(config.optim, warmup_steps=0)
     made = trainer.Trainer(dataclasses.replace(config, train=train, optim=optim), one, vocabulary)
-    cost, mfu = watch.model_flops(made) / config.train.batch_size, config.report.mfu
-    rows = [(kind, chip.peak, chip.peak * mfu / cost, supply * cost / (chip.peak * mfu)) for kind, chip in slices.CHIPS.items()]
+    cost, mfu = monitoring.model_flops(made) / config.train.batch_size, config.report.mfu
+    rows = [(kind, chip.peak, chip.peak * mfu / cost, supply * cost / (chip.peak * mfu)) for kind, chip in hardware.CHIPS.items()]
     return {"flops_per_image": cost, "mfu": mfu, "image_size": config.data.image_size, "chips": rows}
 
 
@@ -114,23 +116,23 @@ def _progress(total: int) -> Any:
     return tell
 
 
-def _examples(source: sources.Source, seen: Sequence[survey.Seen], data: schema.Data) -> list[dict[str, Any]]:
+def _examples(source: base.DataSource, seen: Sequence[dataset_scan.RecordInfo], data: schema.Data) -> list[dict[str, Any]]:
     out, classes = [], source.classes
-    for s, record in zip(seen, records.read(source, [s.index for s in seen], data.missing), strict=True):
-        if isinstance(record, records.BadRecord):  # it was good a moment ago: the source is changing under us
+    for s, record in zip(seen, decode.read_records(source, [s.index for s in seen], data.missing), strict=True):
+        if isinstance(record, decode.BadRecord):  # it was good a moment ago: the source is changing under us
             continue
         try:
-            jpeg = survey.thumbnail(record, background=data.background)
-        except records.BadRecord:
+            jpeg = dataset_scan.thumbnail(record, background=data.background)
+        except decode.BadRecord:
             continue
         label = classes[s.label] if 0 <= s.label < len(classes) else (str(s.label) if s.label >= 0 else "")
         out.append({"jpeg": jpeg, "key": s.key, "size": f"{s.width} x {s.height}", "label": label, "caption": s.caption or ""})
     return out
 
 
-def _twins(source: sources.Source, good: Sequence[survey.Seen], data: schema.Data) -> list[list[dict[str, Any]]]:
-    groups: dict[bytes, list[survey.Seen]] = {}
+def _twins(source: base.DataSource, good: Sequence[dataset_scan.RecordInfo], data: schema.Data) -> list[list[dict[str, Any]]]:
+    groups: dict[bytes, list[dataset_scan.RecordInfo]] = {}
     for s in good:
         groups.setdefault(s.content, []).append(s)
-    several = sorted((g for g in groups.values() if len(g) > 1), key=len, reverse=True)[: summary.EXAMPLES]
+    several = sorted((g for g in groups.values() if len(g) > 1), key=len, reverse=True)[: dataset_stats.EXAMPLES]
     return [_examples(source, g[:2], data) for g in several]

@@ -20,14 +20,14 @@ import numpy as np
 
 from m3i_jax import config as configuration
 from m3i_jax import schema
-from m3i_jax.data import photometric
+from m3i_jax.augment import photometric
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import features, loaded
-from m3i_jax.interop import export, intern_image, tensors, vit
+from m3i_jax.evaluation import feature_extraction, load
+from m3i_jax.interop import export_formats, intern_image_weights, tensor_files, vit_weights
 from m3i_jax.models.vit import fixed_positions
-from m3i_jax.modes import card
-from m3i_jax.reporting.files import write_text
-from m3i_jax.training import checkpoint, start
+from m3i_jax.modes import model_card
+from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.training import checkpoint, init_from
 
 FORMATS = ("timm", "hf", "stablehlo", "npz", "orbax")
 _CLOSE = 1e-4  # largest difference over the largest number; two libraries round differently, layer for layer
@@ -46,13 +46,13 @@ def run(config: schema.Config, *, workdir: str, format: str) -> int:
     write = {**_FORMATS, **_OF_BACKBONE[config.model.backbone]}
     if format not in write:
         raise UserError(f"--format={format}: has no model for {config.model.backbone}, which this encoder is; use {', '.join(write)}")
-    model = loaded.load(workdir, weights=config.evaluate.encoder, dtype="" if format in ("stablehlo", "orbax") else "float32")
+    model = load.load(workdir, weights=config.evaluate.encoder, dtype="" if format in ("stablehlo", "orbax") else "float32")
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, evaluate=config.evaluate, report=config.report))
     place = pathlib.Path(workdir) / "export" / format
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     told = write[format](place, model, workdir)
-    write_text(place / "model_card.md", card.text(model, pathlib.Path(workdir), format))
+    write_text_atomic(place / "model_card.md", model_card.model_card_text(model, pathlib.Path(workdir), format))
     print(f"{model.name} -> {place}")
     for line in told:
         print(line)
@@ -62,79 +62,79 @@ def run(config: schema.Config, *, workdir: str, format: str) -> int:
 def settings_of(config: schema.Config, workdir: str) -> schema.Config:
     """What the command line says of the encoder (evaluate.encoder) and the card (report.licence), over the settings of the run itself: no
     other setting may change what was trained."""
-    there = configuration.resolve(configuration.of_run(workdir, "--workdir"))
+    there = configuration.resolve(configuration.load_from_workdir(workdir, "--workdir"))
     return dataclasses.replace(there, evaluate=config.evaluate, report=config.report)
 
 
-def tree_of(model: loaded.Loaded) -> dict[str, np.ndarray]:
+def tree_of(model: load.LoadedEncoder) -> dict[str, np.ndarray]:
     """The encoder as interop's flat tree, float32, the fixed position table of a ViT written out (with zeros for cls)."""
     e = model.config.model.encoder
     named = jax.tree_util.tree_leaves_with_path({"encoder": model.params["encoder"]})
-    flat = {start.path_of(path): np.asarray(leaf, np.float32) for path, leaf in named}
-    if model.config.model.backbone == "vit" and start.TABLE not in flat:
+    flat = {init_from.path_text(path): np.asarray(leaf, np.float32) for path, leaf in named}
+    if model.config.model.backbone == "vit" and init_from.TABLE not in flat:
         table = fixed_positions(e, model.config.grid)
-        flat[start.TABLE] = np.concatenate([np.zeros((int(e.cls_token), e.width), np.float32), table])[None]
+        flat[init_from.TABLE] = np.concatenate([np.zeros((int(e.cls_token), e.width), np.float32), table])[None]
     return flat
 
 
-def _to_timm(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> list[str]:
+def _to_timm(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
     encoder, size, pixels = _described(model)
-    export.timm(place, tree_of(model), encoder, size, pixels)
-    name, arguments = export.timm_arguments(encoder, size)
+    export_formats.timm_config(place, tree_of(model), encoder, size, pixels)
+    name, arguments = export_formats.timm_arguments(encoder, size)
     words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     told = [f"open it with: model = timm.create_model({name!r}, {words}); model.load_state_dict(safetensors.torch.load_file(...))"]
     if encoder["norm_eps"] != 1e-6:
         told.append(f"and norm_layer=functools.partial(torch.nn.LayerNorm, eps={encoder['norm_eps']}), which no file of timm's can hold")
     normal = _pictures(model)
-    return told + _compared(model, normal, export.through_timm(place, encoder, size, normal), "timm")
+    return told + _compared(model, normal, export_formats.timm_output(place, encoder, size, normal), "timm")
 
 
-def _to_hugging_face(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> list[str]:
+def _to_hugging_face(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
     encoder, size, pixels = _described(model)
-    kind = export.hugging_face(place, tree_of(model), encoder, size, pixels)
+    kind = export_formats.hugging_face_config(place, tree_of(model), encoder, size, pixels)
     told = [f"open it with: transformers.{kind}.from_pretrained({str(place)!r})"]
     if kind == "ViTModel" and not encoder["final_norm"]:
         told.append("it ends in a LayerNorm that was not trained (scale 1, offset 0): our features are hidden_states[-1], before it")
     normal = _pictures(model)
-    return told + _compared(model, normal, export.through_hugging_face(place, kind, encoder["final_norm"], normal), "Transformers")
+    return told + _compared(model, normal, export_formats.hugging_face_output(place, kind, encoder["final_norm"], normal), "Transformers")
 
 
-def _to_npz(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> list[str]:
+def _to_npz(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
     e = model.config.model.encoder
-    table = vit.store(tree_of(model), "google", heads=e.heads)
-    tensors.write_npz(place / "vit.npz", table)
+    table = vit_weights.store_vit(tree_of(model), "google", heads=e.heads)
+    tensor_files.write_npz(place / "vit.npz", table)
     _same(place / "vit.npz", model)
     gelu = "" if e.activation == "gelu_tanh" else f"; its MLPs use {e.activation}, Google's code the tanh form of GELU"
     return [f"{len(table)} arrays under the names of Google's vision_transformer, read back bit by bit{gelu}"]
 
 
-def _to_intern_image_hugging_face(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> list[str]:
+def _to_intern_image_hugging_face(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
     _, size, pixels = _described(model)
-    _same(file := export.hugging_face_intern_image(place, tree_of(model), size, pixels), model)
-    return [_of_intern_image(model, len(tensors.read(file)), "its authors' Hugging Face repositories")]
+    _same(file := export_formats.hugging_face_intern_image_config(place, tree_of(model), size, pixels), model)
+    return [_of_intern_image(model, len(tensor_files.read_tensors(file)), "its authors' Hugging Face repositories")]
 
 
-def _to_intern_image_npz(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> list[str]:
-    table = intern_image.store(tree_of(model))
-    tensors.write_npz(place / "intern_image.npz", table)
+def _to_intern_image_npz(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
+    table = intern_image_weights.store_intern_image(tree_of(model))
+    tensor_files.write_npz(place / "intern_image.npz", table)
     _same(place / "intern_image.npz", model)
     return [_of_intern_image(model, len(table), "its authors' PyTorch files")]
 
 
-def _of_intern_image(model: loaded.Loaded, arrays: int, whose: str) -> str:
+def _of_intern_image(model: load.LoadedEncoder, arrays: int, whose: str) -> str:
     strides = model.config.model.intern_image.stem_strides
     stem = "" if strides == (2, 2) else f"; its stem has strides {strides}, theirs (2, 2)"
     return f"{arrays} arrays under the names of {whose}, read back bit by bit; the encoder alone, without a classifier{stem}"
 
 
-def _same(file: pathlib.Path, model: loaded.Loaded) -> None:
+def _same(file: pathlib.Path, model: load.LoadedEncoder) -> None:
     """Raise RuntimeError unless the file gives back the arrays of the encoder. The mask token has no place in any of them."""
-    back = vit.load(tensors.read(file)).arrays
+    back = vit_weights.load_vit(tensor_files.read_tensors(file)).arrays
     if not all(np.array_equal(back[path], array) for path, array in tree_of(model).items() if path != "encoder/mask_token"):
         raise RuntimeError(f"{file} does not give back the arrays that were written")
 
 
-def _to_stablehlo(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> list[str]:
+def _to_stablehlo(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
     size, parameters = model.config.data.image_size, model.params
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(parameters))
     if total > _LARGEST:
@@ -142,9 +142,9 @@ def _to_stablehlo(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> li
             f"--format=stablehlo: {total / 2**30:.1f} GiB of weights do not go into one program of 2 GiB; use orbax and jax.export"
         )
     (rows,) = jax.export.symbolic_shape("b")
-    function = jax.jit(lambda pixels: features.read(model.config, model.pool, parameters, pixels))
+    function = jax.jit(lambda pixels: feature_extraction.extract_features(model.config, model.pool, parameters, pixels))
     made = jax.export.export(function, platforms=_PLATFORMS)(jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8))
-    with tensors.atomic(place / "features.stablehlo") as file:
+    with tensor_files.atomic_replace(place / "features.stablehlo") as file:
         file.write(made.serialize())
     again = jax.export.deserialize(bytearray((place / "features.stablehlo").read_bytes()))
     few = np.random.default_rng(0).integers(0, 256, (3, size, size, 3)).astype(np.uint8)
@@ -157,13 +157,13 @@ def _to_stablehlo(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> li
     ]
 
 
-def _to_orbax(place: pathlib.Path, model: loaded.Loaded, workdir: str) -> list[str]:
-    source = start.open_source(workdir, weights=model.config.evaluate.encoder, key="--workdir")
+def _to_orbax(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
+    source = init_from.open_weights(workdir, weights=model.config.evaluate.encoder, key="--workdir")
     tree: dict[str, Any] = {}
     for path, array in source.read(dict.fromkeys(source.shapes)).items():
-        checkpoint.put(tree, path, array)
+        checkpoint.set_leaf(tree, path, array)
     checkpoint.write_tree(place / "parameters", tree)
-    write_text(place / "config.txt", configuration.to_text(model.config))
+    write_text_atomic(place / "config.txt", configuration.config_to_text(model.config))
     return [f"{len(source.shapes)} arrays of {', '.join(tree)}; read them with orbax.checkpoint.StandardCheckpointer().restore(DIRECTORY)"]
 
 
@@ -174,19 +174,19 @@ _OF_BACKBONE = {
 }
 
 
-def _described(model: loaded.Loaded) -> tuple[dict[str, Any], int, dict[str, Any]]:
+def _described(model: load.LoadedEncoder) -> tuple[dict[str, Any], int, dict[str, Any]]:
     augment = model.config.data.augment
     return dataclasses.asdict(model.config.model.encoder), model.config.data.image_size, {"mean": augment.mean, "std": augment.std}
 
 
-def _pictures(model: loaded.Loaded) -> np.ndarray:
+def _pictures(model: load.LoadedEncoder) -> np.ndarray:
     """Two normalised random pictures to compare with."""
     size = model.config.data.image_size
     raw = np.random.default_rng(0).integers(0, 256, (2, size, size, 3)).astype(np.uint8)
     return np.asarray(photometric.normalize(jnp.asarray(raw), model.config.data.augment))
 
 
-def _compared(model: loaded.Loaded, normal: np.ndarray, theirs: np.ndarray | None, library: str) -> list[str]:
+def _compared(model: load.LoadedEncoder, normal: np.ndarray, theirs: np.ndarray | None, library: str) -> list[str]:
     if theirs is None:
         return [f"not compared with {library}, which is not installed: pip install 'm3i-jax[torch]'"]
     from m3i_jax.models import m3i

@@ -13,12 +13,13 @@ import jax
 import numpy as np
 
 from m3i_jax import parallel, privacy, schema
-from m3i_jax.data import central, parts, sources
+from m3i_jax.data import eval_batches, splits
+from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import loaded
-from m3i_jax.interop import tensors
-from m3i_jax.modes import job as jobs
-from m3i_jax.training import steps
+from m3i_jax.evaluation import load
+from m3i_jax.interop import tensor_files
+from m3i_jax.modes import setup as jobs
+from m3i_jax.training import checkpoint_dir
 
 _PART = 4096  # pictures between two writes
 
@@ -32,15 +33,15 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
     model = _model(config, workdir)
     place = pathlib.Path(workdir)
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    train, held_out = parts.open_parts(config.data, cache=str(place / "index"))
+    train, held_out = splits.open_splits(config.data, cache=str(place / "index"))
     identity = {"weights": model.name, "pool": model.pool, "image_size": model.config.data.image_size}
     identity |= {"crop": config.evaluate.crop, "background": config.data.background}
     identity |= {
-        "train": sources.digest(train.fingerprint(), len(train)),
-        "held_out": sources.digest(held_out.fingerprint(), len(held_out)),
+        "train": base.stable_digest(train.fingerprint(), len(train)),
+        "held_out": base.stable_digest(held_out.fingerprint(), len(held_out)),
     }
     kept = target.with_name(target.name + ".parts")
-    with jobs.lock(place):
+    with jobs.lock_workdir(place):
         _agree(kept, identity)
         print(f"{model.name}, {model.pool}: {len(train):,} pictures for training, {len(held_out):,} held out")
         made = [_part(model, config, source, kept / f"{name}.{at}.npz", at) for name, source in (("train", train), ("held_out", held_out))
@@ -54,21 +55,21 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
             raise UserError(f"no picture of {train.name} could be read: {skipped}")
         columns = {name: np.concatenate([part[name] for part in whole]) for name in ("keys", "labels", "held_out", "features")}
         about = identity | {"classes": list(train.classes), "skipped": {reason: n for reason, n in skipped.items() if n}}
-        tensors.write_npz(target, columns | {"about": np.array(json.dumps(privacy.redacted(about)))})
+        tensor_files.write_npz(target, columns | {"about": np.array(json.dumps(privacy.redacted(about)))})
         shutil.rmtree(kept)
     told = ", ".join(f"{n:,} {reason}" for reason, n in skipped.items() if n)
     print(f"{columns['features'].shape[0]:,} x {columns['features'].shape[1]} in {target}" + (f"; left out: {told}" if told else ""))
     return 0
 
 
-def _model(config: schema.Config, workdir: str) -> loaded.Loaded:
+def _model(config: schema.Config, workdir: str) -> load.LoadedEncoder:
     """init_from, or the run in the working directory, read as evaluate.features says."""
     pool = config.evaluate.features
     usual = "mean" if pool == "mean" else "auto"
     if config.init_from:
-        model = loaded.load(config.init_from, weights=config.init.weights, pool=usual)
-    elif steps.is_run(workdir):
-        model = loaded.load(workdir, weights=config.evaluate.encoder, pool=usual)
+        model = load.load(config.init_from, weights=config.init.weights, pool=usual)
+    elif checkpoint_dir.is_run(workdir):
+        model = load.load(workdir, weights=config.evaluate.encoder, pool=usual)
     else:
         raise UserError(f"--workdir {workdir}: has no run; name one, or weights by --config.init_from=FILE")
     if pool == "attention" and model.pool != pool:
@@ -85,16 +86,16 @@ def _agree(kept: pathlib.Path, identity: dict[str, Any]) -> None:
     file.write_text(told)
 
 
-def _part(model: loaded.Loaded, config: schema.Config, source: sources.Source, file: pathlib.Path, start: int) -> dict[str, np.ndarray]:
+def _part(model: load.LoadedEncoder, config: schema.Config, source: base.DataSource, file: pathlib.Path, start: int) -> dict[str, np.ndarray]:
     """The features of _PART pictures from `start` on, from `file` if they are there."""
     if file.is_file():
-        return dict(tensors.read(file))
+        return dict(tensor_files.read_tensors(file))
     mesh = parallel.make_mesh((-1, 1, 1))
     shards, layout = jax.device_count(), parallel.data_sharding(mesh)
     rows = -(-config.evaluate.batch_size // shards) * shards
     indices = range(start, min(start + _PART, len(source)))
     data = config.data
-    batches = central.evaluation_batches(
+    batches = eval_batches.evaluation_batches(
         source, indices, model.config.data.image_size, rows, background=data.background, crop=config.evaluate.crop,
         threads=data.threads, missing=data.missing,
     )  # fmt: skip
@@ -112,17 +113,17 @@ def _part(model: loaded.Loaded, config: schema.Config, source: sources.Source, f
         return {"skipped": np.array(json.dumps(dict(batches.skipped)))}
     places = np.concatenate(index)
     columns = {
-        "keys": np.array([sources.key_of(source, int(i)) for i in places], np.str_),
+        "keys": np.array([base.source_key(source, int(i)) for i in places], np.str_),
         "labels": np.concatenate(labels),
         "held_out": np.full(len(places), file.name.startswith("held_out")),
         "features": np.concatenate(found),
         "skipped": np.array(json.dumps(dict(batches.skipped))),
     }
-    tensors.write_npz(file, columns)
+    tensor_files.write_npz(file, columns)
     return columns
 
 
-def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_feature_file(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(columns, about) of a file of features."""
-    table = dict(tensors.read(path))
+    table = dict(tensor_files.read_tensors(path))
     return table, json.loads(str(table.pop("about")))

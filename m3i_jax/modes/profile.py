@@ -8,8 +8,8 @@ import jax
 
 from m3i_jax import schema
 from m3i_jax.errors import UserError
-from m3i_jax.modes import job as jobs
-from m3i_jax.modes import watch
+from m3i_jax.modes import monitoring
+from m3i_jax.modes import setup as jobs
 from m3i_jax.parallel import distributed
 from m3i_jax.reporting import writers
 from m3i_jax.training import loop
@@ -31,7 +31,7 @@ class _Nowhere:
         pass
 
 
-def short(config: schema.Config) -> schema.Config:
+def shorten_run(config: schema.Config) -> schema.Config:
     """The same run, as many steps long as a trace takes, and nothing but steps."""
     steps = WARM + config.report.profile_steps
     return dataclasses.replace(
@@ -42,21 +42,21 @@ def short(config: schema.Config) -> schema.Config:
 
 
 def run(config: schema.Config, *, workdir: str, began: float | None = None) -> int:
-    job = jobs.open_job(short(config), workdir, trains=[config.objective.forms])
-    distributed.agree("data", {"data": job.identity})
-    with jobs.lock(job.workdir):
+    job = jobs.open_setup(shorten_run(config), workdir, trains=[config.objective.forms])
+    distributed.assert_same_on_all_hosts("data", {"data": job.identity})
+    with jobs.lock_workdir(job.workdir):
         return profile(job, began)
 
 
-def profile(job: jobs.Job, began: float | None) -> int:
-    """Trace the end of a short run; 0, or what `loop.run` says."""
+def profile(job: jobs.Setup, began: float | None) -> int:
+    """Trace the end of a short run; 0, or what `loop.run_loop` says."""
     trainer = Trainer(job.config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
     total, main = trainer.length.steps, jax.process_index() == 0
-    say = writers.say if main else lambda text: None
+    say = writers.log_line if main else lambda text: None
     console = writers.Console(total, job.config.train.batch_size, say)
-    clock = watch.clock(trainer, say, began=began)
+    clock = monitoring.make_clock(trainer, say, began=began)
     before = set((job.workdir / "profile").rglob("*.xplane.pb"))
-    with watch.compilations(clock), watch.over(job.config, job.workdir, clock, say) as tracer:
+    with monitoring.count_compilations(clock), monitoring.monitored(job.config, job.workdir, clock, say) as tracer:
 
         def sent(step: int, metrics: Any) -> None:
             if step == WARM:
@@ -64,7 +64,7 @@ def profile(job: jobs.Job, began: float | None) -> int:
             tracer(step, metrics)
 
         state, data = trainer.init(), job.batches(0)
-        outside = loop.Outside(
+        outside = loop.Callbacks(
             data=data,
             checkpoints=_Nowhere(),  # type: ignore[arg-type]
             write=console.write,
@@ -76,7 +76,7 @@ def profile(job: jobs.Job, began: float | None) -> int:
             sent=sent,
         )
         try:
-            code, _ = loop.run(trainer, state, samples_seen=0, outside=outside)
+            code, _ = loop.run_loop(trainer, state, samples_seen=0, outside=outside)
         finally:
             data.close()
         clock.turn("stop")

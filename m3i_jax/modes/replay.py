@@ -4,7 +4,7 @@ import math
 import pathlib
 
 from m3i_jax import schema
-from m3i_jax.training import dump
+from m3i_jax.training import debug_dump
 
 SHOWN = 12  # arrays that are named
 
@@ -12,10 +12,10 @@ SHOWN = 12  # arrays that are named
 def run(config: schema.Config, *, workdir: str) -> int:
     """The dump has its own configuration: that of the run may have changed since."""
     del config
-    place = dump.newest(pathlib.Path(workdir))
-    about, trainer, state, batch = dump.load(place, print)
+    place = debug_dump.newest_dump(pathlib.Path(workdir))
+    about, trainer, state, batch = debug_dump.load_dump(place, print)
     print(f"step {about['step']:,} of {place}, from {about['hosts']} host(s), {about['devices']} device(s), m3i_jax {about['m3i_jax']}")
-    values, broken = dump.again(trainer, state, batch)
+    values, broken = debug_dump.replay_step(trainer, state, batch)
     print(f"loss {values['loss']:.6g} (in the run {about['metrics'].get('loss')})")
     for name in (name for name, value in values.items() if name != "loss" and not math.isfinite(value)):
         print(f"not finite: metric {name}, {values[name]} (in the run {about['metrics'].get(name)})")
@@ -26,7 +26,7 @@ def run(config: schema.Config, *, workdir: str) -> int:
     if not broken:
         print("all arrays are finite")
     skipped = values["skipped/not_finite"]
-    if skipped and dump.same(about["metrics"], values):
+    if skipped and debug_dump.same_outcome(about["metrics"], values):
         print("reproduced")
         return 0
     print("not reproduced: " + ("other metrics are not finite" if skipped else "this time the step is finite"))

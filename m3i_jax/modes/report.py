@@ -5,27 +5,27 @@ import pathlib
 
 from m3i_jax import config as configuration
 from m3i_jax import schema
-from m3i_jax.reporting import exhibits, run_page, runs
-from m3i_jax.reporting.files import write_text
+from m3i_jax.reporting import figures, run_log, run_page
+from m3i_jax.reporting.atomic_write import write_text_atomic
 
 
 def run(config: schema.Config, *, workdir: str) -> int:
-    print(f"wrote {write(config, pathlib.Path(workdir))}")
+    print(f"wrote {write_report(config, pathlib.Path(workdir))}")
     return 0
 
 
-def write(config: schema.Config, workdir: pathlib.Path) -> pathlib.Path:
+def write_report(config: schema.Config, workdir: pathlib.Path) -> pathlib.Path:
     """The page of a run and of those beside it.
 
     Raises:
       UserError: a directory has no log of a run.
     """
     beside = config.report.beside
-    found = [runs.read(workdir), *(runs.read(place, "config.report.beside") for place in beside)]
-    read = [dataclasses.replace(run, name=name) for run, name in zip(found, runs.names([workdir, *beside]), strict=True)]
-    differs = {other.name: configuration.difference(read[0].config, other.config) for other in read[1:] if other.config}
-    write_text(
+    found = [run_log.load_run_log(workdir), *(run_log.load_run_log(place, "config.report.beside") for place in beside)]
+    read = [dataclasses.replace(run, name=name) for run, name in zip(found, run_log.run_names([workdir, *beside]), strict=True)]
+    differs = {other.name: configuration.config_difference(read[0].config, other.config) for other in read[1:] if other.config}
+    write_text_atomic(
         workdir / "report.html",
-        run_page.html(read, differs=differs, exhibits=[exhibits.html(file) for file in exhibits.newest(workdir / "pictures")]),
+        run_page.run_page_html(read, differs=differs, exhibits=[figures.figure_html(file) for file in figures.newest_figures(workdir / "pictures")]),
     )
     return workdir / "report.html"

@@ -5,17 +5,18 @@ import math
 
 import jax
 
-from m3i_jax import checks, parallel, schema
 from m3i_jax import config as configuration
+from m3i_jax import parallel, schema, validation
 from m3i_jax.models import m3i
-from m3i_jax.modes import job, watch
-from m3i_jax.reporting import flops, show, slices
-from m3i_jax.training import table, trainer
+from m3i_jax.modes import monitoring, setup
+from m3i_jax.profiling import flops, hardware
+from m3i_jax.reporting import text_table
+from m3i_jax.training import plan_table, trainer
 
 ASSUMED = {"classes": 1000, "size": 1_281_167, "vocabulary": 49_408}  # ImageNet-1k and CLIP, where only the data could tell
 
 
-def assume(config: schema.Config) -> tuple[schema.Config, list[str]]:
+def assume_data(config: schema.Config) -> tuple[schema.Config, list[str]]:
     """The configuration completed without opening the data, and what had to be assumed."""
     d, assumed = config.data, []
     classes = d.classes
@@ -31,10 +32,10 @@ def assume(config: schema.Config) -> tuple[schema.Config, list[str]]:
         assumed.append(f"{size:,} training pictures")
     if d.source == "shapes":
         size = round(size * (1 - d.holdout))
-    return job.complete(config, classes=classes, captions=captions, size=size), assumed
+    return setup.complete_config(config, classes=classes, captions=captions, size=size), assumed
 
 
-def vocabulary(config: schema.Config) -> int:
+def vocabulary_size(config: schema.Config) -> int:
     """Entries of the tokenizer of a completed configuration, as far as no data says otherwise."""
     if config.data.captions != "yes":
         return 0
@@ -45,24 +46,24 @@ def _rounded(config: schema.Config, shards: list[int]) -> list[tuple[int, str]]:
     """(batch, the numbers of data shards on which it becomes that)."""
     found: dict[int, list[int]] = {}
     for count in shards:
-        found.setdefault(checks.fitted(config, (count, 1, 1))[0].train.batch_size, []).append(count)
+        found.setdefault(validation.fit_batch_to_mesh(config, (count, 1, 1))[0].train.batch_size, []).append(count)
     return [(batch, f"{', '.join(map(str, on))} data shards") for batch, on in found.items()]
 
 
 def run(config: schema.Config, *, workdir: str | None) -> int:
     del workdir
-    done, assumed = assume(config)
+    done, assumed = assume_data(config)
     # The mesh of the run may be larger than this machine: shapes and counts do not depend on it, so one device stands for all.
     one = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
-    made = trainer.Trainer(done, one, vocabulary(done))
+    made = trainer.Trainer(done, one, vocabulary_size(done))
     batch = trainer.abstract_batch(done)
     length, images = made.length, done.train.batch_size
     leaves = jax.tree.leaves(made.template)
-    print(configuration.to_text(done))
-    print(show.table(table.term_rows(made.plan), table.HEADERS_TERMS), "\n")
-    print(show.table(table.call_rows(made.plan, made.template.params, batch, flops.count), table.HEADERS_CALLS), "\n")
-    print(show.table([(part, f"{n:,}") for part, n in m3i.parameter_table(made.template.params)], ("part", "parameters")), "\n")
-    total = watch.model_flops(made)
+    print(configuration.config_to_text(done))
+    print(text_table.text_table(plan_table.term_rows(made.plan), plan_table.HEADERS_TERMS), "\n")
+    print(text_table.text_table(plan_table.call_rows(made.plan, made.template.params, batch, flops.count_flops), plan_table.HEADERS_CALLS), "\n")
+    print(text_table.text_table([(part, f"{n:,}") for part, n in m3i.parameter_table(made.template.params)], ("part", "parameters")), "\n")
+    total = monitoring.model_flops(made)
     rows = [
         ("steps", f"{length.steps:,} of {images:,} images ({length.steps_per_epoch:,} an epoch, warm-up {length.warmup:,})"),
         ("samples", f"{length.steps * images:,}, {length.steps * images / done.data.size:,.1f} epochs of {done.data.size:,} pictures"),
@@ -70,18 +71,18 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
         ("matrix FLOPs of the run", f"{total * length.steps / 1e18:,.3f} exaFLOP"),
         (
             "state",
-            show.size(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves))
+            text_table.format_bytes(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves))
             + " (parameters, moments, EMA target), before sharding",
         ),
-        ("batch", show.size(sum(math.prod(s.shape) * s.dtype.itemsize for s in batch.values())) + " a step from the host"),
+        ("batch", text_table.format_bytes(sum(math.prod(s.shape) * s.dtype.itemsize for s in batch.values())) + " a step from the host"),
     ]
     if config.train.round_batch:
-        shards = sorted({chips for _, _, chips in slices.SLICES})
+        shards = sorted({chips for _, _, chips in hardware.SLICES})
         rows.append(("batch, rounded up", "; ".join(f"{images:,} on {fewest}" for images, fewest in _rounded(config, shards))))
-    print(show.table(rows, ("what", "how much")))
+    print(text_table.text_table(rows, ("what", "how much")))
     mfu = done.report.mfu
     print(f"\nat {mfu:.0%} of the peak (report.mfu), steps alone; whether it fits and what one step takes there, no plan can say")
-    print(show.table(slices.rows(total * length.steps, mfu), slices.HEADERS))
+    print(text_table.text_table(hardware.slice_rows(total * length.steps, mfu), hardware.HEADERS))
     if assumed:
         print(f"assumed, since this mode reads no data: {', '.join(assumed)}")
     return 0

@@ -12,32 +12,32 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel, privacy, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
-from m3i_jax.modes import evaluators, pictures, report, watch
-from m3i_jax.modes import job as jobs
+from m3i_jax.modes import evaluators, monitoring, report, unnormalize
+from m3i_jax.modes import setup as jobs
 from m3i_jax.parallel import distributed
 from m3i_jax.reporting import panels, writers
-from m3i_jax.reporting.files import write_text
-from m3i_jax.training import dump, loop, phases, plan
-from m3i_jax.training.checkpoint import Checkpoints, Damaged, SavesFailed
+from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.training import debug_dump, goodput, loop, plan
+from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints, SavesFailed
 from m3i_jax.training.trainer import Trainer
 
 
 def run(config: schema.Config, *, workdir: str, allow_changes: bool, began: float | None = None) -> int:
-    plan.refuse_idle(config, [config.objective.forms])
-    job = jobs.open_job(config, workdir, trains=[config.objective.forms])
-    distributed.agree("data", {"data": job.identity})
-    with jobs.lock(job.workdir):
+    plan.reject_unused_settings(config, [config.objective.forms])
+    job = jobs.open_setup(config, workdir, trains=[config.objective.forms])
+    distributed.assert_same_on_all_hosts("data", {"data": job.identity})
+    with jobs.lock_workdir(job.workdir):
         return pretrain(job, allow_changes, began)
 
 
-def agree(job: jobs.Job, position: dict[str, Any] | None, allow_changes: bool) -> None:
+def check_same_run(job: jobs.Setup, position: dict[str, Any] | None, allow_changes: bool) -> None:
     """A resumed run must be the run it resumes: same settings where they matter, same data. Secrets in paths are in neither text, so that
     new credentials are no change."""
     saved, data = job.workdir / "config.txt", job.workdir / "data.txt"
     text, identity = privacy.redact(job.text), privacy.redact(job.identity)
-    changed = configuration.difference(saved.read_text(), text) if saved.is_file() and position else []
+    changed = configuration.config_difference(saved.read_text(), text) if saved.is_file() and position else []
     if position and position["fingerprint"] != job.fingerprint:
-        told = configuration.difference(data.read_text(), identity) if data.is_file() else []
+        told = configuration.config_difference(data.read_text(), identity) if data.is_file() else []
         changed += [f"data, {line}" for line in told] or [f"data: {position['fingerprint']} -> {job.fingerprint}"]
     if changed and not allow_changes:
         raise UserError(
@@ -45,42 +45,42 @@ def agree(job: jobs.Job, position: dict[str, Any] | None, allow_changes: bool) -
             "choose another directory, or add --allow-changes to go on with the new one"
         )
     if not jax.process_index():
-        write_text(saved, text)
-        write_text(data, identity)
+        write_text_atomic(saved, text)
+        write_text_atomic(data, identity)
 
 
-def pretrain(job: jobs.Job, allow_changes: bool, began: float | None = None) -> int:
-    """Train a job from the start, or from its newest good checkpoint; 0, 1 or 42 as `loop.run` says. The caller holds the lock. `began`:
+def pretrain(job: jobs.Setup, allow_changes: bool, began: float | None = None) -> int:
+    """Train a job from the start, or from its newest good checkpoint; 0, 1 or 42 as `loop.run_loop` says. The caller holds the lock. `began`:
     when the process turned to it, of `time.monotonic()`."""
     while True:
         try:
             return _pretrain(job, allow_changes, began)
-        except Damaged:
+        except CheckpointDamaged:
             pass  # was told; the one before is the newest now, and if there is none, that is refused
 
 
-def _pretrain(job: jobs.Job, allow_changes: bool, began: float | None) -> int:
+def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
     config, workdir = job.config, job.workdir
-    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, say=writers.say)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, say=writers.log_line)
     newest = checkpoints.newest_good()
     position = checkpoints.position(newest) if newest is not None else None
-    agree(job, position, allow_changes)
+    check_same_run(job, position, allow_changes)
     trainer = Trainer(config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
     trainer.check_room()
     start, samples = (newest, position["samples_seen"]) if newest is not None and position else (0, 0)
-    before = phases.resumed(position.get("seconds", {}), watch.logged(workdir / "metrics.jsonl")) if position else {}
+    before = goodput.resumed_seconds(position.get("seconds", {}), monitoring.log_metrics(workdir / "metrics.jsonl")) if position else {}
     writer = writers.open_writers(config, workdir, resume_at=start, total=trainer.length.steps, main=jax.process_index() == 0)
     say = writer.say
     # All hosts skip the same, which is what the first has left in the log.
-    own = sorted(evaluated(workdir / "metrics.jsonl")) if not jax.process_index() else []
-    done = frozenset(json.loads(parallel.exchange("evaluated", json.dumps(own))[0]))
+    own = sorted(evaluations_done(workdir / "metrics.jsonl")) if not jax.process_index() else []
+    done = frozenset(json.loads(parallel.exchange_values("evaluated", json.dumps(own))[0]))
     parameters = sum(count for _, count in m3i.parameter_table(trainer.template.params))
     say(f"{job.train.description()}; {len(job.held_out):,} held out")
     where = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
     say(f"{parameters:,} parameters; {trainer.length.steps:,} steps of {config.train.batch_size} images on {where}")
     restarts = 1 + position.get("restarts", 0) if position else 0
-    clock = watch.clock(trainer, say, earlier=before, restarts=restarts, began=began)
-    with contextlib.closing(writer), watch.compilations(clock), watch.over(config, workdir, clock, say) as tracer:
+    clock = monitoring.make_clock(trainer, say, earlier=before, restarts=restarts, began=began)
+    with contextlib.closing(writer), monitoring.count_compilations(clock), monitoring.monitored(config, workdir, clock, say) as tracer:
         if newest is not None:
             with clock.phase("restore"):
                 state = checkpoints.restore(newest, trainer.template, trainer.shardings)
@@ -89,13 +89,13 @@ def _pretrain(job: jobs.Job, allow_changes: bool, began: float | None) -> int:
             state = trainer.init(say)
         data = job.batches(samples)
         data.go_on(position.get("counts", {}) if position else {})
-        outside = loop.Outside(
+        outside = loop.Callbacks(
             data=data,
             checkpoints=checkpoints,
             write=writer.write,
             say=say,
-            panel=lambda step, state, batch: writer.attempt("panels", lambda: write_panel(job, trainer, step, state, batch)),
-            evaluators=evaluators.of_job(job, say, trainer.length.steps, lambda draw: writer.attempt("pictures", draw)),
+            panel=lambda step, state, batch: writer.attempt("panels", lambda: draw_panel(job, trainer, step, state, batch)),
+            evaluators=evaluators.make_evaluators(job, say, trainer.length.steps, lambda draw: writer.attempt("pictures", draw)),
             position=lambda samples: {
                 "samples_seen": samples,
                 "fingerprint": job.fingerprint,
@@ -103,18 +103,18 @@ def _pretrain(job: jobs.Job, allow_changes: bool, began: float | None) -> int:
                 "restarts": restarts,
                 "counts": data.counts,
             },
-            dump=lambda *what: write_dump(workdir, trainer, say, *what),
+            dump=lambda *what: dump_step(workdir, trainer, say, *what),
             evaluated=done,
             clock=clock,
             sent=tracer,
         )
         try:
-            code, state = loop.run(trainer, state, samples_seen=samples, outside=outside)
+            code, state = loop.run_loop(trainer, state, samples_seen=samples, outside=outside)
             clock.turn("stop")
             if code == loop.DONE and config.train.panel_every:
                 with clock.phase("panel"):
                     last = next(data)
-                    writer.attempt("panels", lambda: write_panel(job, trainer, trainer.length.steps, state, last))
+                    writer.attempt("panels", lambda: draw_panel(job, trainer, trainer.length.steps, state, last))
         except SavesFailed as error:
             say(f"stopped: {error}; make room or give permission in {workdir}, and run the same command again")
             code = loop.FAILED
@@ -126,13 +126,13 @@ def _pretrain(job: jobs.Job, allow_changes: bool, began: float | None) -> int:
             writer.write(start + clock.ended, values)
             say(line)
     if not jax.process_index():
-        writer.attempt("report.html", lambda: report.write(config, workdir))
+        writer.attempt("report.html", lambda: report.write_report(config, workdir))
     if code == loop.DONE:
         say(f"done: {trainer.length.steps:,} steps; metrics in {workdir / 'metrics.jsonl'}, drawn in {workdir / 'report.html'}")
     return code
 
 
-def evaluated(log: pathlib.Path) -> frozenset[int]:
+def evaluations_done(log: pathlib.Path) -> frozenset[int]:
     """Steps of a log that have an evaluation."""
     if not log.is_file():
         return frozenset()
@@ -140,28 +140,28 @@ def evaluated(log: pathlib.Path) -> frozenset[int]:
     return frozenset(line["step"] for line in lines if any(name.startswith("eval/") for name in line))
 
 
-def write_dump(workdir: pathlib.Path, trainer: Trainer, say: Any, step: int, state: Any, batch: Any, values: Any) -> None:
+def dump_step(workdir: pathlib.Path, trainer: Trainer, say: Any, step: int, state: Any, batch: Any, values: Any) -> None:
     """WORKDIR/dumps/<step> of the step that ended the run. One that cannot be written is told, and changes nothing else."""
     try:
-        place = dump.write(workdir / "dumps", trainer, state, batch, step, values)
+        place = debug_dump.write_dump(workdir / "dumps", trainer, state, batch, step, values)
     except Exception as error:
         say(f"warning: step {step} could not be dumped ({' '.join(str(error).split())[:200]})")
     else:
         say(f"{place} has state and batch of step {step}; --mode=replay --workdir {workdir} takes it again and names what is not finite")
 
 
-def write_panel(job: jobs.Job, trainer: Trainer, step: int, state: Any, batch: dict[str, np.ndarray]) -> None:
+def draw_panel(job: jobs.Setup, trainer: Trainer, step: int, state: Any, batch: dict[str, np.ndarray]) -> None:
     """WORKDIR/panels/<step>.png of the first rows of a batch, from what the step itself computes."""
     config = job.config
     rows = min(2 * -(-config.report.panel_rows // 2), config.train.batch_size)  # partners come in pairs
-    few = parallel.from_first({name: value[:rows] for name, value in batch.items()})
+    few = parallel.broadcast_from_host0({name: value[:rows] for name, value in batch.items()})
     seen = {name: np.asarray(value, np.float32) for name, value in jax.device_get(trainer.look_inside(state, few)).items()}
     if jax.process_index():
         return
 
     read, kinds = trainer.plan.passes[0], ("input", "input_view", "view", "picture")
-    shown = {name: pictures.of_patches(config, seen[name]) for name in seen if name.split("/")[-1] in kinds}
-    captions, labels, mask = pictures.captions(job, few), pictures.labels(job, few), np.asarray(few["mask"])
+    shown = {name: unnormalize.patches_to_images(config, seen[name]) for name in seen if name.split("/")[-1] in kinds}
+    captions, labels, mask = unnormalize.decode_captions(job, few), unnormalize.label_names(job, few), np.asarray(few["mask"])
     halves = read.mixed and config.objective.pairing == "halves"
     if halves:  # a row is a pair of images, and the first of them its own
         captions, labels, mask = captions[::2], labels[::2], mask[::2]
@@ -172,7 +172,7 @@ def write_panel(job: jobs.Job, trainer: Trainer, step: int, state: Any, batch: d
             shown[f"{term.name}/completed"] = np.where(hidden, shown[f"{term.name}/picture"], shown["input_view"])
     directory = job.workdir / "panels"
     directory.mkdir(exist_ok=True)
-    panels.write(
+    panels.write_panel(
         directory / f"{step:08d}.png",
         features=seen,
         pictures=shown,

@@ -1,18 +1,18 @@
 """The objective of M3I Pre-training (section 3 of the paper) as pure functions of arrays, for this project and for others.
 
-`posterior`    -log of the approximate posteriors: Gaussian, Boltzmann, category, text
-`regression`   Gaussian ones that public methods measure otherwise: smooth L1, cosine
-`contrast`     Boltzmann ones that compare the images of a batch: dense, NT-Xent, decorrelation, prototypes
-`families`     all of these as values
-`methods`      the rows of the paper's Table 1 as data
-`named`        public methods as they were published, where they differ from those rows
+`losses`    -log of the approximate posteriors: Gaussian, Boltzmann, category, text
+`regression_losses`   Gaussian ones that public methods measure otherwise: smooth L1, cosine
+`contrastive`     Boltzmann ones that compare the images of a batch: dense, NT-Xent, decorrelation, prototypes
+`posteriors`     all of these as values
+`terms`      the rows of the paper's Table 1 as data
+`published`        public methods as they were published, where they differ from those rows
 `information`  the bound of Eq. 2 in bits
-`regularize`   how far the targets are from collapse
+`collapse`   how far the targets are from collapse
 `masks`        which cells of a mixed input show which image (numpy, host)
 `mixing`       pair, mix and un-mix
 `positions`    sine-cosine positions, absolute and relative to the input view
 `balance`      lambda of Eq. 13 as an optax transform
-`target`       the momentum target encoder as an optax transform
+`ema`       the momentum target encoder as an optax transform
 
 Nothing here imports anything of the project outside this package; jax, numpy, optax and chex are all it needs. Submodules are loaded on
 first use, so that a data worker that only draws masks never imports JAX.
@@ -23,18 +23,18 @@ from types import ModuleType
 
 __all__ = [
     "balance",
-    "contrast",
-    "families",
+    "contrastive",
+    "posteriors",
     "information",
     "masks",
-    "methods",
+    "terms",
     "mixing",
-    "named",
+    "published",
     "positions",
-    "posterior",
-    "regression",
-    "regularize",
-    "target",
+    "losses",
+    "regression_losses",
+    "collapse",
+    "ema",
 ]
 
 

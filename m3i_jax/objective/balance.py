@@ -72,7 +72,7 @@ def _average(old: jax.Array, norm: ArrayLike, decay: float) -> jax.Array:
     return jnp.where(jnp.isfinite(norm) & (norm > 0), new, old)
 
 
-def weight(state: BalanceState, *, gamma: ArrayLike = 1.0, limits: tuple[float, float] = (0.0, 1e4)) -> jax.Array:
+def balance_weight(state: BalanceState, *, gamma: ArrayLike = 1.0, limits: tuple[float, float] = (0.0, 1e4)) -> jax.Array:
     """lambda of Eq. 13 from the averages: `gamma * ssp / sp`, clipped; gamma itself until both groups have been seen.
 
     Args:
@@ -87,9 +87,9 @@ def weight(state: BalanceState, *, gamma: ArrayLike = 1.0, limits: tuple[float, 
       ValueError: limits that are not 0 <= lowest <= highest.
 
     >>> import jax.numpy as jnp
-    >>> float(weight(BalanceState(jnp.int32(5), jnp.float32(3.), jnp.float32(2.)), gamma=2.))
+    >>> float(balance_weight(BalanceState(jnp.int32(5), jnp.float32(3.), jnp.float32(2.)), gamma=2.))
     3.0
-    >>> float(weight(BalanceState(jnp.int32(0), jnp.float32(0.), jnp.float32(0.)), gamma=2.))
+    >>> float(balance_weight(BalanceState(jnp.int32(0), jnp.float32(0.), jnp.float32(0.)), gamma=2.))
     2.0
     """
     low, high = limits

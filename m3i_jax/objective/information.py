@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from m3i_jax.objective.rows import float32
+from m3i_jax.objective.numerics import float32
 
 # Function of this module -> the estimator of its marginal, to be printed beside the number.
 MARGINALS = {
@@ -77,7 +77,7 @@ def category_bits(negative_log_likelihood: ArrayLike, counts_C: ArrayLike) -> ja
     several batches. A soft assignment counts as it is.
 
     Args:
-      negative_log_likelihood: mean cost of a counted row in nats, without label smoothing (`posterior.category` with smoothing 0).
+      negative_log_likelihood: mean cost of a counted row in nats, without label smoothing (`losses.category` with smoothing 0).
       counts_C: number, or sum of weights, of the counted rows of each class; rows without a label belong to none.
 
     Returns:

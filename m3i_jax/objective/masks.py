@@ -190,7 +190,7 @@ def uniform(seed: int, first: int, rows: int, *, grid: int, hidden: int) -> np.n
     return mask
 
 
-def enlarge(mask: np.ndarray, factor: int) -> np.ndarray:
+def upsample_masks(mask: np.ndarray, factor: int) -> np.ndarray:
     """The same masks on a grid of smaller patches: a cell becomes `factor` x `factor` of them (SimMIM's cells of 32 pixels).
 
     Args:
@@ -200,7 +200,7 @@ def enlarge(mask: np.ndarray, factor: int) -> np.ndarray:
     Returns:
       bool [rows, (G * factor)^2].
 
-    >>> enlarge(np.array([[True, False, False, True]]), 2)[0].reshape(4, 4).astype(int).tolist()
+    >>> upsample_masks(np.array([[True, False, False, True]]), 2)[0].reshape(4, 4).astype(int).tolist()
     [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
     """
     if factor == 1:

@@ -71,8 +71,8 @@ def resized(table_NxW: np.ndarray, grid: int) -> np.ndarray:
     return out_GxGxW.reshape(grid * grid, -1).astype(np.float32)
 
 
-def identity(grid: int, width: int) -> np.ndarray:
-    """What `relative` gives for equal views: the absolute table, then the embedding of two size ratios of 1, zeros and ones.
+def same_view_positions(grid: int, width: int) -> np.ndarray:
+    """What `relative_positions` gives for equal views: the absolute table, then the embedding of two size ratios of 1, zeros and ones.
 
     For the intra-view role, where it is the same for every image: one array, and one product with the decoder's map, for the whole batch.
 
@@ -86,7 +86,7 @@ def identity(grid: int, width: int) -> np.ndarray:
     Raises:
       ValueError: a width that is not a positive multiple of 4, or no cells.
 
-    >>> raw = identity(2, 8)
+    >>> raw = same_view_positions(2, 8)
     >>> raw.shape, raw[3, 8:].tolist()
     ((4, 16), [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0])
     """
@@ -143,18 +143,18 @@ def coordinates(
 def relative_parts(
     box_in_Bx4: ArrayLike, flip_in_B: ArrayLike, box_out_Bx4: ArrayLike, flip_out_B: ArrayLike, *, grid: int, width: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The three parts that `relative` is put together from: rows, columns and size ratios, each embedded once.
+    """The three parts that `relative_positions` is put together from: rows, columns and size ratios, each embedded once.
 
-    A linear map of `relative`'s rows is the sum of maps of these parts, of G + G + 1 rows instead of G * G: use it to save the product.
+    A linear map of `relative_positions`'s rows is the sum of maps of these parts, of G + G + 1 rows instead of G * G: use it to save the product.
 
-    Args: as for `relative`.
+    Args: as for `relative_positions`.
 
     Returns:
-      (row [B, G, W / 2], column [B, G, W / 2], ratio [B, W]) float32, such that position (r, c) of `relative` is
+      (row [B, G, W / 2], column [B, G, W / 2], ratio [B, W]) float32, such that position (r, c) of `relative_positions` is
       `concatenate([row[:, r], column[:, c], ratio])`.
 
     Raises:
-      ValueError: as for `relative`.
+      ValueError: as for `relative_positions`.
 
     >>> import jax.numpy as jnp
     >>> box, flip = jnp.array([[0., 0., 64., 64.]]), jnp.array([False])
@@ -168,7 +168,7 @@ def relative_parts(
     return _embed(y_BxG, width), _embed(x_BxG, width), _embed(ratio_Bx2, width).reshape(-1, width)
 
 
-def relative(
+def relative_positions(
     box_in_Bx4: ArrayLike, flip_in_B: ArrayLike, box_out_Bx4: ArrayLike, flip_out_B: ArrayLike, *, grid: int, width: int
 ) -> jax.Array:
     """Raw embedding of every target position relative to the input view: offset, scale and mirroring (M3I Fig. 2, SiameseIM).
@@ -193,7 +193,7 @@ def relative(
 
     >>> import jax.numpy as jnp
     >>> a, b, no = jnp.array([[10., 20., 100., 120.]]), jnp.array([[40., 200., 200., 150.]]), jnp.array([False])
-    >>> print(*(f"{x:.4f}" for x in relative(a, no, b, no, grid=2, width=8)[0, 0, :4]))
+    >>> print(*(f"{x:.4f}" for x in relative_positions(a, no, b, no, grid=2, width=8)[0, 0, :4]))
     0.8912 0.0110 0.4536 0.9999
     """
     row_BxGxH, column_BxGxH, ratio_BxW = relative_parts(box_in_Bx4, flip_in_B, box_out_Bx4, flip_out_B, grid=grid, width=width)

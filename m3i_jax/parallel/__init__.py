@@ -1,58 +1,58 @@
 """Devices as a mesh with axes (replica, fsdp, tensor), rules from parameter paths to shardings, and the way of a host's rows to one global
 array. Knows neither models nor training: it speaks of trees and names."""
 
-from m3i_jax.parallel.barriers import HostMissing, Together, call, exchange, first, hosts, wait
-from m3i_jax.parallel.distributed import from_first
-from m3i_jax.parallel.gathered import GATHERED, by_hand, mean_over_devices
-from m3i_jax.parallel.memory import held, room
+from m3i_jax.parallel.barriers import CoordinatedStop, HostMissing, barrier, exchange_values, host0_first, host_label, host_names
+from m3i_jax.parallel.distributed import broadcast_from_host0
+from m3i_jax.parallel.fsdp import FSDP_GATHERED, mean_over_devices, with_fsdp_gather
+from m3i_jax.parallel.memory import bytes_per_device, device_memory
 from m3i_jax.parallel.mesh import (
     AXES,
     DATA,
-    by_device,
+    allgather_rows,
+    check_host_rows,
     data_sharding,
-    everywhere,
     hint,
+    is_single_device,
     kernels,
     make_mesh,
-    own_rows,
+    per_device,
     platform,
     replicated,
     rows_of_device,
     split_rows,
-    stands_alone,
     to_global,
 )
-from m3i_jax.parallel.rules import RULES, shardings
+from m3i_jax.parallel.sharding import RULES, tree_shardings
 
 __all__ = [
     "AXES",
     "DATA",
-    "GATHERED",
+    "FSDP_GATHERED",
     "RULES",
     "HostMissing",
-    "Together",
-    "by_device",
-    "by_hand",
-    "call",
+    "CoordinatedStop",
+    "per_device",
+    "with_fsdp_gather",
+    "host_label",
     "data_sharding",
-    "everywhere",
-    "exchange",
-    "first",
-    "from_first",
-    "held",
+    "allgather_rows",
+    "exchange_values",
+    "host0_first",
+    "broadcast_from_host0",
+    "bytes_per_device",
     "hint",
-    "hosts",
+    "host_names",
     "kernels",
     "make_mesh",
-    "own_rows",
+    "check_host_rows",
     "mean_over_devices",
     "platform",
     "replicated",
-    "room",
+    "device_memory",
     "rows_of_device",
-    "shardings",
+    "tree_shardings",
     "split_rows",
-    "stands_alone",
+    "is_single_device",
     "to_global",
-    "wait",
+    "barrier",
 ]

@@ -21,21 +21,21 @@ def _client() -> Any:
     return _distributed.global_state.client
 
 
-def hosts() -> int:
+def host_names() -> int:
     """Processes of this run; asks no device, so it may come before the first use of one.
 
-    >>> hosts(), host()
+    >>> host_names(), host_name()
     (1, 0)
     """
     return _distributed.global_state.num_processes if _client() else 1
 
 
-def host() -> int:
+def host_name() -> int:
     """Number of this process, from 0."""
     return _distributed.global_state.process_id if _client() else 0
 
 
-def call(number: int) -> str:
+def host_label(number: int) -> str:
     """A host as a person knows it: its number and, if it has told it, its name."""
     try:
         return f"host {number} ({_client().key_value_try_get(f'm3i/name/{number}')})"
@@ -43,10 +43,10 @@ def call(number: int) -> str:
         return f"host {number}"
 
 
-def introduce(name: str) -> None:
+def announce_host(name: str) -> None:
     """Tell the name that messages of other hosts call this one by."""
-    if hosts() > 1:
-        _client().key_value_set(f"m3i/name/{host()}", name, allow_overwrite=True)
+    if host_names() > 1:
+        _client().key_value_set(f"m3i/name/{host_name()}", name, allow_overwrite=True)
 
 
 def coordinator() -> str:
@@ -59,15 +59,15 @@ def publish(key: str, text: str) -> None:
     _client().key_value_set(key, text, allow_overwrite=True)
 
 
-def published(key: str, *, limit: float = LIMIT) -> str:
+def read_published(key: str, *, limit: float = LIMIT) -> str:
     """What a host left under a key, as soon as it is there. Raises HostMissing."""
     try:
         return _client().blocking_key_value_get(key, int(limit * 1000))
     except Exception as error:
-        raise HostMissing(f"{key}: waited {limit:.0f} seconds; look into the output of {call(0)} ({str(error).splitlines()[0]})") from None
+        raise HostMissing(f"{key}: waited {limit:.0f} seconds; look into the output of {host_label(0)} ({str(error).splitlines()[0]})") from None
 
 
-def exchange(name: str, text: str, *, limit: float = LIMIT) -> list[str]:
+def exchange_values(name: str, text: str, *, limit: float = LIMIT) -> list[str]:
     """Every host's text, in the order of the hosts. A meeting: nobody leaves before all have come.
 
     Args:
@@ -78,19 +78,19 @@ def exchange(name: str, text: str, *, limit: float = LIMIT) -> list[str]:
     Raises:
       HostMissing: with the hosts that did not come in time.
 
-    >>> exchange("docs", "here")
+    >>> exchange_values("docs", "here")
     ['here']
     """
-    if hosts() == 1:
+    if host_names() == 1:
         return [text]
     round_ = _rounds[name] = _rounds.get(name, -1) + 1
-    room, me, client = f"m3i/{name}/{round_}/", host(), _client()
+    room, me, client = f"m3i/{name}/{round_}/", host_name(), _client()
     client.key_value_set(f"{room}{me:06d}", text or " ")
     try:
         client.wait_at_barrier(f"m3i/{name}/{round_}", int(limit * 1000))
     except Exception as error:
-        missing = sorted(set(range(hosts())) - {int(key.rsplit("/", 1)[1]) for key, _ in _told(room)})
-        who = ", ".join(call(n) for n in missing) or "no host, but one of them failed"
+        missing = sorted(set(range(host_names())) - {int(key.rsplit("/", 1)[1]) for key, _ in _told(room)})
+        who = ", ".join(host_label(n) for n in missing) or "no host, but one of them failed"
         raise HostMissing(f"{name}: waited {limit:.0f} seconds for {who}; look into its output ({str(error).splitlines()[0]})") from None
     said = [value.rstrip(" ") for _, value in sorted(_told(room))]
     if round_:  # all that are here have read what was said before
@@ -106,50 +106,50 @@ def _told(room: str) -> list[tuple[str, str]]:
         return []
 
 
-def wait(name: str, *, limit: float = LIMIT) -> None:
+def barrier(name: str, *, limit: float = LIMIT) -> None:
     """Until every host is here. Raises HostMissing."""
-    exchange(name, "", limit=limit)
+    exchange_values(name, "", limit=limit)
 
 
 @contextlib.contextmanager
-def first(name: str, *, limit: float = 6 * 3600.0) -> Iterator[None]:
+def host0_first(name: str, *, limit: float = 6 * 3600.0) -> Iterator[None]:
     """Host 0 does the block, then all others do: what is made once in a shared directory is found there by them. Nobody goes on before all
     have done it, so that an error of one ends all.
 
     Raises:
       HostMissing: another host failed in the block, or took longer than the limit in seconds.
 
-    >>> with first("docs"): print("made")
+    >>> with host0_first("docs"): print("made")
     made
     """
-    if hosts() == 1:
+    if host_names() == 1:
         yield
         return
     round_ = _rounds[name] = _rounds.get(name, -1) + 1
     key, client = f"m3i/first/{name}/{round_}", _client()
-    if host():
+    if host_name():
         try:
             client.blocking_key_value_get(key, int(limit * 1000))
         except Exception:
-            raise HostMissing(f"{name}: waited {limit:.0f} seconds for {call(0)}; look into its output") from None
+            raise HostMissing(f"{name}: waited {limit:.0f} seconds for {host_label(0)}; look into its output") from None
     try:
-        if host() and client.key_value_try_get(key) != "done":
-            raise HostMissing(f"{name}: {call(0)} failed; its output says why")
+        if host_name() and client.key_value_try_get(key) != "done":
+            raise HostMissing(f"{name}: {host_label(0)} failed; its output says why")
         yield
     except BaseException:
-        if not host():
+        if not host_name():
             client.key_value_set(key, "failed")
         with contextlib.suppress(HostMissing):  # the others are told; what happened here is said here
-            exchange(f"{name}, done", "failed", limit=60.0)
+            exchange_values(f"{name}, done", "failed", limit=60.0)
         raise
-    if not host():
+    if not host_name():
         client.key_value_set(key, "done")
-    said = exchange(f"{name}, done", "done", limit=limit)
-    if failed := [call(number) for number, verdict in enumerate(said) if verdict != "done"]:
+    said = exchange_values(f"{name}, done", "done", limit=limit)
+    if failed := [host_label(number) for number, verdict in enumerate(said) if verdict != "done"]:
         raise HostMissing(f"{name}: {', '.join(failed)} failed; its output says why")
 
 
-class Together:
+class CoordinatedStop:
     """All hosts of a run stop at the same poll, whichever of them was told to.
 
     A thread watches for the notice, here or of another host; then every host says how many polls it has seen, and all go on to the one
@@ -161,7 +161,7 @@ class Together:
       limit: seconds that hosts may take to answer.
 
     >>> told = []
-    >>> together = Together(lambda: bool(told)).open()
+    >>> together = CoordinatedStop(lambda: bool(told)).open()
     >>> together.poll(), told.append(1), together.poll()
     (False, None, True)
     >>> together.close()
@@ -170,7 +170,7 @@ class Together:
     LOOK, ASK = 0.1, 1.0  # seconds between looks at this host's notice, and at the store
 
     def __init__(self, asked: Callable[[], bool], *, limit: float = LIMIT) -> None:
-        self._asked, self._limit, self._alone = asked, limit, hosts() == 1
+        self._asked, self._limit, self._alone = asked, limit, host_names() == 1
         _rounds["notice"] = _rounds.get("notice", -1) + 1  # of this run: a notice of one before is not for it
         self._key = f"m3i/notice/{_rounds['notice']}"
         self._count, self._at = 0, 0  # polls so far; the one at which to stop, 0: none
@@ -178,7 +178,7 @@ class Together:
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="preemption", daemon=True)
 
-    def open(self) -> "Together":
+    def open(self) -> "CoordinatedStop":
         if not self._alone:
             self._thread.start()
         return self
@@ -208,7 +208,7 @@ class Together:
             noticed = self._asked()
             if noticed:
                 with contextlib.suppress(Exception):
-                    _client().key_value_set(self._key, str(host()), allow_overwrite=True)
+                    _client().key_value_set(self._key, str(host_name()), allow_overwrite=True)
             elif time.monotonic() >= ask:
                 ask = time.monotonic() + self.ASK
                 with contextlib.suppress(Exception):
@@ -220,6 +220,6 @@ class Together:
     def _agree(self) -> None:
         with self._lock:
             try:
-                self._at = max(map(int, exchange("stop", str(self._count), limit=self._limit))) + 1
+                self._at = max(map(int, exchange_values("stop", str(self._count), limit=self._limit))) + 1
             except HostMissing as error:
                 self._error = error

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from m3i_jax import version
 from m3i_jax.errors import UserError
-from m3i_jax.parallel import barriers, heartbeat, meeting
+from m3i_jax.parallel import barriers, heartbeat, rendezvous
 from m3i_jax.parallel.mesh import KERNELS
 
 PORT = 8476
@@ -30,7 +30,7 @@ TPU_PORT = 8482  # jax's choice there: the TPU's own runtime may listen at 8476
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
+class ProcessInfo:
     """Where this process stands. `processes` 0: jax asks the TPU. `devices`: those of the machine that are this process's, None: all."""
 
     source: str
@@ -57,7 +57,7 @@ def _whole(name: str, text: str) -> int:
     return int(text)
 
 
-def _three(source: str, names: tuple[str, str, str], values: tuple[str, str, str]) -> Place:
+def _three(source: str, names: tuple[str, str, str], values: tuple[str, str, str]) -> ProcessInfo:
     """A place of an address, a count and a number that a person or a launcher wrote."""
     absent = [name for name, value in zip(names, values, strict=True) if value == ""]
     if absent:
@@ -69,7 +69,7 @@ def _three(source: str, names: tuple[str, str, str], values: tuple[str, str, str
         raise UserError(f"{names[2]}: {number} must be less than the {count} processes; they are numbered from 0")
     if not re.fullmatch(r".+:\d+", address):
         address += f":{PORT}"
-    return Place(source=source, coordinator=address, processes=count, process=number)
+    return ProcessInfo(source=source, coordinator=address, processes=count, process=number)
 
 
 def first_node(nodes: str) -> str:
@@ -84,13 +84,13 @@ def first_node(nodes: str) -> str:
     return "".join(part or "" for part in found.groups())
 
 
-def _slurm(environ: Mapping[str, str]) -> Place | None:
+def _slurm(environ: Mapping[str, str]) -> ProcessInfo | None:
     tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or 1)  # of the step: outside srun it is 1, whatever the job has
     if "SLURM_JOB_ID" not in environ or "SLURM_PROCID" not in environ or tasks == 1:
         return None
     nodes = int(environ.get("SLURM_STEP_NUM_NODES") or 1)
     port = 65_536 - 2**12 + int(environ["SLURM_JOB_ID"]) % 2**12  # jobs that share a node do not share a port
-    return Place(
+    return ProcessInfo(
         source="Slurm",
         coordinator=f"{first_node(environ.get('SLURM_STEP_NODELIST', ''))}:{port}",
         processes=tasks,
@@ -99,7 +99,7 @@ def _slurm(environ: Mapping[str, str]) -> Place | None:
     )
 
 
-def _tpu(environ: Mapping[str, str]) -> Place:
+def _tpu(environ: Mapping[str, str]) -> ProcessInfo:
     """Where Cloud TPU's variables say that this host stands: TPU_WORKER_HOSTNAMES (comma-separated, in order) and TPU_WORKER_ID.
 
     What they alone do not tell is left to jax, which asks the machine's metadata: several slices, several processes a host, no variables.
@@ -108,21 +108,21 @@ def _tpu(environ: Mapping[str, str]) -> Place:
     number = environ.get("TPU_WORKER_ID", "").strip()
     more = "TPU_PROCESS_ADDRESSES" in environ or any(name.startswith("MEGASCALE_") for name in environ)
     if more or not all(names) or not re.fullmatch(r"\d+", number) or int(number) >= len(names):
-        return Place(source="TPU metadata", processes=0)
-    return Place(source="TPU variables", coordinator=f"{names[0]}:{TPU_PORT}", processes=len(names), process=int(number))
+        return ProcessInfo(source="TPU metadata", processes=0)
+    return ProcessInfo(source="TPU variables", coordinator=f"{names[0]}:{TPU_PORT}", processes=len(names), process=int(number))
 
 
-def decide(coordinator: str, processes: str, process: str, *, environ: Mapping[str, str], tpu: bool) -> Place:
+def detect_processes(coordinator: str, processes: str, process: str, *, environ: Mapping[str, str], tpu: bool) -> ProcessInfo:
     """Where this process stands, from flags ("" = not given), TPU, Slurm, environment, in this order. Pure.
 
     Raises:
       UserError: something is missing, no number, or out of range.
 
-    >>> decide("10.0.0.1", "4", "2", environ={}, tpu=False)
+    >>> detect_processes("10.0.0.1", "4", "2", environ={}, tpu=False)
     Place(source='flags', coordinator='10.0.0.1:8476', processes=4, process=2, devices=None)
-    >>> decide("", "", "", environ={}, tpu=False).source
+    >>> detect_processes("", "", "", environ={}, tpu=False).source
     'alone'
-    >>> decide("", "", "", environ={"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2", "TPU_WORKER_ID": "1"}, tpu=True)
+    >>> detect_processes("", "", "", environ={"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2", "TPU_WORKER_ID": "1"}, tpu=True)
     Place(source='TPU variables', coordinator='10.0.0.1:8482', processes=2, process=1, devices=None)
     """
     if coordinator or processes or process:
@@ -135,14 +135,14 @@ def decide(coordinator: str, processes: str, process: str, *, environ: Mapping[s
     values = tuple(environ.get(name, "") for name in names)
     if any(values):
         return _three("environment", names, values)  # type: ignore[arg-type]
-    return Place(source="alone")
+    return ProcessInfo(source="alone")
 
 
-def initialize(place: Place, *, limit: float = barriers.LIMIT, beat: float = heartbeat.LIMIT, say: Callable[[str], None] = print) -> None:
+def initialize(place: ProcessInfo, *, limit: float = barriers.LIMIT, beat: float = heartbeat.LIMIT, say: Callable[[str], None] = print) -> None:
     """Join the other processes; says in one line how. Must come before the first use of a device. Alone, it does nothing.
 
     Args:
-      place: of `decide`.
+      place: of `detect_processes`.
       limit: seconds that the last process may take to come.
       beat: seconds without a sign of life after which a host is lost; 0: only jax.distributed looks, after 100.
 
@@ -153,7 +153,7 @@ def initialize(place: Place, *, limit: float = barriers.LIMIT, beat: float = hea
     if place.processes == 1:
         return
     if place.processes:
-        meeting.meet(place.coordinator, place.processes, place.process, limit=limit)
+        rendezvous.wait_for_processes(place.coordinator, place.processes, place.process, limit=limit)
     if place.processes and "cpu" in os.environ.get("JAX_PLATFORMS", ""):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     explicit = {} if not place.processes else {
@@ -172,29 +172,29 @@ def initialize(place: Place, *, limit: float = barriers.LIMIT, beat: float = hea
         reason = " ".join(str(error).split())[:300]
         raise barriers.HostMissing(f"start: {socket.gethostname()} did not meet the others in {limit:.0f} seconds ({reason})") from None
     signal.signal(signal.SIGTERM, before)  # jax's own notifier would swallow a SIGTERM that comes before the loop asks for it
-    barriers.introduce(socket.gethostname())
-    heartbeat.start(beat, say)
-    if barriers.hosts() > 1:
+    barriers.announce_host(socket.gethostname())
+    heartbeat.start_heartbeat(beat, say)
+    if barriers.host_names() > 1:
         where = f"; coordinator {place.coordinator}" if place.coordinator else ""
-        say(f"host {barriers.host()} of {barriers.hosts()}, {socket.gethostname()}{where} (from {place.source})")
+        say(f"host {barriers.host_name()} of {barriers.host_names()}, {socket.gethostname()}{where} (from {place.source})")
 
 
-def from_first(tree: Any) -> Any:
+def broadcast_from_host0(tree: Any) -> Any:
     """Host 0's arrays on every host; a collective. The others give arrays of the same shapes and types, whose values do not matter.
 
-    >>> from_first({"x": 3})
+    >>> broadcast_from_host0({"x": 3})
     {'x': 3}
     """
-    if barriers.hosts() == 1:
+    if barriers.host_names() == 1:
         return tree
-    barriers.wait("from_first")  # the collective itself has no limit: it starts when all are here
+    barriers.barrier("from_first")  # the collective itself has no limit: it starts when all are here
     return multihost_utils.broadcast_one_to_all(tree)
 
 
-def code() -> str:
+def code_digest() -> str:
     """The version of this package and a digest of its source, which differs after any edit on one host.
 
-    >>> code().startswith(version.__version__)
+    >>> code_digest().startswith(version.__version__)
     True
     """
     root, digest = pathlib.Path(__file__).parent.parent, hashlib.sha256()
@@ -203,7 +203,7 @@ def code() -> str:
     return f"{version.__version__} {digest.hexdigest()[:16]}"
 
 
-def agree(name: str, items: Mapping[str, str], *, limit: float = barriers.LIMIT) -> None:
+def assert_same_on_all_hosts(name: str, items: Mapping[str, str], *, limit: float = barriers.LIMIT) -> None:
     """All hosts must say the same of every item; host 0 is the measure.
 
     Args:
@@ -215,41 +215,41 @@ def agree(name: str, items: Mapping[str, str], *, limit: float = barriers.LIMIT)
       UserError: on every host, with the hosts that differ, in what, and both texts.
       HostMissing: not all hosts came.
 
-    >>> agree("docs", {"code": code()})
+    >>> assert_same_on_all_hosts("docs", {"code": code_digest()})
     """
-    if barriers.hosts() == 1:
+    if barriers.host_names() == 1:
         return
     digest = hashlib.sha256(json.dumps(sorted(items.items())).encode()).hexdigest()
-    if len(set(barriers.exchange(f"{name}, digests", digest, limit=limit))) == 1:
+    if len(set(barriers.exchange_values(f"{name}, digests", digest, limit=limit))) == 1:
         return
     # Only now is it worth sending whole texts: host 0's to all, and of the others what is different there.
-    measure = json.loads(barriers.exchange(f"{name}, host 0", json.dumps(dict(items)) if barriers.host() == 0 else "", limit=limit)[0])
+    measure = json.loads(barriers.exchange_values(f"{name}, host 0", json.dumps(dict(items)) if barriers.host_name() == 0 else "", limit=limit)[0])
     mine = [
         f"{key} is {items.get(key, 'absent')} there, {measure.get(key, 'absent')} on host 0"
         for key in {**measure, **items}
         if items.get(key) != measure.get(key)
     ]
     short = "; ".join(mine[:3]) + (f"; and {len(mine) - 3} more" if len(mine) > 3 else "")
-    told = barriers.exchange(f"{name}, differences", short, limit=limit)
-    different = [f"{barriers.call(number)}: {text}" for number, text in enumerate(told) if text]
+    told = barriers.exchange_values(f"{name}, differences", short, limit=limit)
+    different = [f"{barriers.host_label(number)}: {text}" for number, text in enumerate(told) if text]
     more = f", and {len(different) - 3} more hosts" if len(different) > 3 else ""
     raise UserError(f"{name}: hosts differ, {' | '.join(different[:3])}{more}; start all of them with the same command, code and machines")
 
 
-def start(place: Place, settings: str, mesh: tuple[int, ...], *, beat: float = heartbeat.LIMIT, say: Callable[[str], None] = print) -> None:
+def start_distributed(place: ProcessInfo, settings: str, mesh: tuple[int, ...], *, beat: float = heartbeat.LIMIT, say: Callable[[str], None] = print) -> None:
     """Join the other hosts and make sure that they have the same configuration, code and devices.
 
     Args:
-      place: of `decide`.
-      settings: `key = value` a line, of `config.to_text`.
+      place: of `detect_processes`.
+      settings: `key = value` a line, of `config.config_to_text`.
       mesh: the shape that the configuration asks for.
       beat: seconds without a sign of life after which a host is lost.
     """
     initialize(place, beat=beat, say=say)
-    if barriers.hosts() == 1:
+    if barriers.host_names() == 1:
         return
     lines = dict(line.split(" = ", 1) for line in settings.splitlines() if " = " in line)
     kinds = sorted({d.device_kind for d in jax.local_devices()})
     devices = f"{jax.local_device_count()} of {jax.device_count()} {' and '.join(kinds)}"
     kernels = os.environ.get(KERNELS, "1")
-    agree("start", {**lines, "code": code(), "jax": jax.__version__, "devices": devices, "mesh": str(mesh), KERNELS: kernels})
+    assert_same_on_all_hosts("start", {**lines, "code": code_digest(), "jax": jax.__version__, "devices": devices, "mesh": str(mesh), KERNELS: kernels})

@@ -45,17 +45,17 @@ class Heartbeat:
 
     def open(self) -> "Heartbeat":
         """Connect. Of several hosts, all call this. Raises OSError if the first host cannot be reached on another port."""
-        if barriers.host() == 0:
-            self._door = socket.create_server(("", 0), backlog=barriers.hosts())
+        if barriers.host_name() == 0:
+            self._door = socket.create_server(("", 0), backlog=barriers.host_names())
             self._choose.register(self._door, selectors.EVENT_READ, None)
             barriers.publish(_KEY, str(self._door.getsockname()[1]))
             now = time.monotonic()
-            self._heard = {number: now for number in range(1, barriers.hosts())}
+            self._heard = {number: now for number in range(1, barriers.host_names())}
         else:
             address = barriers.coordinator().rsplit(":", 1)[0].strip("[]")
-            line = socket.create_connection((address, int(barriers.published(_KEY))), timeout=min(self.limit, 20.0))
-            line.sendall(f"{barriers.host()} {barriers.call(barriers.host())}\n".encode())
-            self._names[0] = barriers.call(0)
+            line = socket.create_connection((address, int(barriers.read_published(_KEY))), timeout=min(self.limit, 20.0))
+            line.sendall(f"{barriers.host_name()} {barriers.host_label(barriers.host_name())}\n".encode())
+            self._names[0] = barriers.host_label(0)
             self._adopt(0, line)
         self._thread.start()
         return self
@@ -82,7 +82,7 @@ class Heartbeat:
         left = False
         if self.status and self._heard:
             try:
-                barriers.wait("failed", limit=TOGETHER)
+                barriers.barrier("failed", limit=TOGETHER)
             except barriers.HostMissing:
                 left = True
         if not left:
@@ -155,28 +155,28 @@ class Heartbeat:
             return
         who = self._names.get(number) or f"host {number}"
         text = f"lost {who}: {why}; look into its output, and start all hosts again to go on from the last checkpoint"
-        if barriers.host() == 0 and barriers.hosts() > 2:
+        if barriers.host_name() == 0 and barriers.host_names() > 2:
             self._tell(_LOST + text.encode() + b"\n")
             time.sleep(1.0)  # with this process the coordinator goes, and with it those that have not read that yet
         self._ended(text)
 
 
-def end(text: str) -> None:
+def end_heartbeat(text: str) -> None:
     """Says why and ends the process now: what waits for a host that is gone cannot be unwound."""
     with contextlib.suppress(OSError):
         os.write(2, f"m3i_jax: {text}\n".encode())
     os._exit(1)
 
 
-def start(limit: float, say: Callable[[str], None] = print) -> None:
+def start_heartbeat(limit: float, say: Callable[[str], None] = print) -> None:
     """Begin to listen for the other hosts, until the process ends. Nothing to do alone, or with a limit of 0."""
-    if barriers.hosts() == 1 or not limit:
+    if barriers.host_names() == 1 or not limit:
         return
-    beat = Heartbeat(limit, end)
+    beat = Heartbeat(limit, end_heartbeat)
     try:
         beat.open()
     except (OSError, ValueError) as error:
-        say(f"warning: no heartbeats from {barriers.call(0)} ({error}); a lost host is only noticed by jax.distributed, without its name")
+        say(f"warning: no heartbeats from {barriers.host_label(0)} ({error}); a lost host is only noticed by jax.distributed, without its name")
         return
     before = sys.excepthook
 
@@ -195,17 +195,17 @@ def _leave(beat: Heartbeat) -> None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-        if barriers.host() == 0:
+        if barriers.host_name() == 0:
             time.sleep(1.0)  # with this process the coordinator goes, and with it those that have not seen that yet
         os._exit(beat.status)
 
 
 @contextlib.contextmanager
-def refusing() -> Iterator[None]:
+def refuse_on_error() -> Iterator[None]:
     """A mistake that is told on one line within the block ends the other hosts too, should this one alone have met it: such as a file that
     vanished, which only the host whose turn it was has seen. They would wait for it.
 
-    >>> with refusing(): print("alone, nothing is to be done")
+    >>> with refuse_on_error(): print("alone, nothing is to be done")
     alone, nothing is to be done
     """
     try:

@@ -38,13 +38,13 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def own_rows(mesh: Mesh) -> None:
+def check_host_rows(mesh: Mesh) -> None:
     """Refuse a mesh in which devices of several hosts share rows of a batch: every host reads rows of its own.
 
     Raises:
       UserError: says which axis is too long.
 
-    >>> own_rows(make_mesh((1, 1, 1), jax.devices()[:1]))
+    >>> check_host_rows(make_mesh((1, 1, 1), jax.devices()[:1]))
     """
     for devices in mesh.devices.reshape(-1, mesh.shape["tensor"]):
         if len(hosts := {device.process_index for device in devices}) > 1:
@@ -97,11 +97,11 @@ def _divided(mesh: AbstractMesh) -> tuple[str, ...]:
     return tuple(axis for axis in mesh.axis_names if axis not in mesh.manual_axes and mesh.shape[axis] > 1)
 
 
-def stands_alone(rows: int) -> bool:
-    """Whether `by_device` can run a program on that many rows: on one device, or where a mesh that is known splits them and nothing else.
+def is_single_device(rows: int) -> bool:
+    """Whether `per_device` can run a program on that many rows: on one device, or where a mesh that is known splits them and nothing else.
 
     >>> with jax.set_mesh(make_mesh((1, 1, 1), jax.devices()[:1])):
-    ...     stands_alone(6)
+    ...     is_single_device(6)
     True
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -117,17 +117,17 @@ def kernels(rows: int) -> bool:
     >>> kernels(6) and jax.default_backend() != "tpu"
     False
     """
-    return platform() == "tpu" and stands_alone(rows) and os.environ.get(KERNELS, "1") != "0"
+    return platform() == "tpu" and is_single_device(rows) and os.environ.get(KERNELS, "1") != "0"
 
 
-def by_device(run: Callable[..., Any], *arrays_Bx: Any) -> Any:
+def per_device(run: Callable[..., Any], *arrays_Bx: Any) -> Any:
     """`run(*arrays)`, every device on its own rows: for a program that the partitioner cannot look into, such as a kernel.
 
     Args:
       run: a function of trees of arrays [B, ...] to a tree of arrays [B, ...].
-      arrays_Bx: B rows for which `stands_alone` holds.
+      arrays_Bx: B rows for which `is_single_device` holds.
 
-    >>> by_device(lambda x: x + 1, np.zeros(2)).tolist()
+    >>> per_device(lambda x: x + 1, np.zeros(2)).tolist()
     [1.0, 1.0]
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -143,10 +143,10 @@ def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
-def everywhere(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def allgather_rows(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """All rows of all hosts, on every host: the opposite of splitting. What one process alone has comes back as it is.
 
-    >>> everywhere(make_mesh((1, 1, 1), jax.devices()[:1]), {"label": np.array([3, 4])})["label"].tolist()
+    >>> allgather_rows(make_mesh((1, 1, 1), jax.devices()[:1]), {"label": np.array([3, 4])})["label"].tolist()
     [3, 4]
     """
     if jax.process_count() == 1:

@@ -1,17 +1,17 @@
-"""The report of a source as one HTML file, see `page`."""
+"""The report of a source as one HTML file, see `html_page`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from m3i_jax.reporting import data_report, page
-from m3i_jax.reporting.data_report import Report, share
-from m3i_jax.reporting.page import text as _text
+from m3i_jax.reporting import data_report, html_page
+from m3i_jax.reporting.data_report import DataReport, format_share
+from m3i_jax.reporting.html_page import escape_html as _text
 
-Picture = Mapping[str, Any]
+Thumbnail = Mapping[str, Any]
 LONGEST = 160  # characters of a caption on the page
 
 
-def html(report: Report, *, pictures: Sequence[Picture], twins: Sequence[Sequence[Picture]]) -> str:
+def data_page_html(report: DataReport, *, pictures: Sequence[Thumbnail], twins: Sequence[Sequence[Thumbnail]]) -> str:
     """The page.
 
     Args:
@@ -24,63 +24,63 @@ def html(report: Report, *, pictures: Sequence[Picture], twins: Sequence[Sequenc
     fed = report["feeds"]["chips"] and report["speed"]["pipeline"]
     numbers = [
         (f"{source['records']:,}", "records"),
-        (share(good, looked), "usable" + ("" if sample["whole"] else f" of {looked:,} looked at")),
-        (share(report["pictures"]["with_label"], good), "have a label"),
-        (share(report["pictures"]["with_caption"], good), "have a caption"),
-        (share(report["duplicates"]["records"], good), "are duplicates"),
-        (data_report.rate(fed) if fed else "-", "samples a second a core"),
+        (format_share(good, looked), "usable" + ("" if sample["whole"] else f" of {looked:,} looked at")),
+        (format_share(report["pictures"]["with_label"], good), "have a label"),
+        (format_share(report["pictures"]["with_caption"], good), "have a caption"),
+        (format_share(report["duplicates"]["records"], good), "are duplicates"),
+        (data_report.format_rate(fed) if fed else "-", "samples a second a core"),
     ]
-    sentence, chips = data_report.feeding(report)
+    sentence, chips = data_report.feeding_lines(report)
     body = [
         f"<h1>{_text(source['name'])}</h1><p class=muted>{_text(source['description'])}</p>",
-        page.big(numbers),
-        page.facts(data_report.facts(report)),
+        html_page.headline(numbers),
+        html_page.definition_list(data_report.report_facts(report)),
         "<h2>Pictures</h2>" + (_pictures(pictures) or "<p>There is no usable picture.</p>"),
         '<h2>Distributions</h2><div class="charts">'
-        + "".join(_bars(title, bars, good) for title, bars in data_report.histograms(report, 24))
+        + "".join(_bars(title, bars, good) for title, bars in data_report.histogram_lines(report, 24))
         + "</div>",
         "<h2>Bad records</h2>" + _bad(report),
         "<h2>Duplicates</h2>" + _twins(report, twins),
         f"<h2>Speed of this machine</h2><p>{_text(sentence)}</p>"
-        + (page.table(("chip", "peak", "asks for pictures/s", "fed by this machine"), chips, numeric=1) if chips else ""),
+        + (html_page.html_table(("chip", "peak", "asks for pictures/s", "fed by this machine"), chips, numeric=1) if chips else ""),
     ]
-    return page.page(f"Data: {source['name']}", body)
+    return html_page.render_page(f"Data: {source['name']}", body)
 
 
 def _bars(title: str, bars: Sequence[tuple[str, int]], whole: int) -> str:
     most = max(n for _, n in bars)
     rows = "".join(
-        f'<tr title="{_text(label)}: {n:,} ({share(n, whole)})"><td>{_text(label)}</td>'
+        f'<tr title="{_text(label)}: {n:,} ({format_share(n, whole)})"><td>{_text(label)}</td>'
         f'<td><div class="bar" style="width:{100 * n / most:.1f}%"></div></td><td class="number">{n:,}</td></tr>'
         for label, n in bars
     )
     return f'<section><h3>{_text(title)}</h3><table class="bars">{rows}</table></section>'
 
 
-def _picture(picture: Picture) -> str:
+def _picture(picture: Thumbnail) -> str:
     caption = picture["caption"] if len(picture["caption"]) <= LONGEST else picture["caption"][:LONGEST].rstrip() + "…"
     lines = [f"<b>{_text(picture['label'])}</b>"] if picture["label"] else []
     lines += [_text(caption)] if caption else []
     lines.append(f'<span class="key">{_text(picture["key"])} · {_text(picture["size"])}</span>')
-    shown = page.image(picture["jpeg"], picture["label"] or picture["key"], "jpeg")
+    shown = html_page.embed_image(picture["jpeg"], picture["label"] or picture["key"], "jpeg")
     return f"<figure>{shown}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
 
 
-def _pictures(pictures: Sequence[Picture]) -> str:
+def _pictures(pictures: Sequence[Thumbnail]) -> str:
     return '<div class="pictures">' + "".join(map(_picture, pictures)) + "</div>" if pictures else ""
 
 
-def _bad(report: Report) -> str:
+def _bad(report: DataReport) -> str:
     if not report["bad"]:
         return f"<p>None of {report['pictures']['looked_at']:,}.</p>"
     looked, out = report["pictures"]["looked_at"], []
     for row in report["bad"]:
         examples = "".join(f"<li>{_text(key)} <span class=muted>{_text(detail)}</span></li>" for key, detail in row["examples"])
-        out.append(f"<p><b class=bad>{_text(row['reason'])}</b>: {row['count']:,} ({share(row['count'], looked)})</p><ul>{examples}</ul>")
+        out.append(f"<p><b class=bad>{_text(row['reason'])}</b>: {row['count']:,} ({format_share(row['count'], looked)})</p><ul>{examples}</ul>")
     return "".join(out)
 
 
-def _twins(report: Report, twins: Sequence[Sequence[Picture]]) -> str:
+def _twins(report: DataReport, twins: Sequence[Sequence[Thumbnail]]) -> str:
     count, scope = report["duplicates"], "" if report["sample"]["whole"] else " among the records that were looked at"
     if not count["records"]:
         return f"<p>No two pictures have the same bytes{scope}.</p>"

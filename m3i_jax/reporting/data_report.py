@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from m3i_jax import privacy
-from m3i_jax.reporting import show
+from m3i_jax.reporting import text_table
 
-Report = Mapping[str, Any]
+DataReport = Mapping[str, Any]
 
 
-def share(part: float, whole: float) -> str:
+def format_share(part: float, whole: float) -> str:
     """A share in per cent, with as many figures as it needs.
 
-    >>> share(1, 3), share(1, 30000), share(0, 5), share(5, 5), share(0, 0)
+    >>> format_share(1, 3), format_share(1, 30000), format_share(0, 5), format_share(5, 5), format_share(0, 0)
     ('33.3 %', '0.0033 %', '0 %', '100 %', '-')
     """
     if not whole:
@@ -23,16 +23,16 @@ def share(part: float, whole: float) -> str:
     return f"{value:.1f} %" if value >= 0.1 else f"{value:.2g} %"
 
 
-def rate(value: float) -> str:
+def format_rate(value: float) -> str:
     """A speed with three figures.
 
-    >>> rate(1234.5), rate(56.78), rate(0.1234)
+    >>> format_rate(1234.5), format_rate(56.78), format_rate(0.1234)
     ('1,234', '56.8', '0.123')
     """
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def facts(report: Report) -> list[tuple[str, str]]:
+def report_facts(report: DataReport) -> list[tuple[str, str]]:
     """The lines at the top: name and value."""
     source, sample, pictures = report["source"], report["sample"], report["pictures"]
     looked, good = pictures["looked_at"], pictures["usable"]
@@ -40,12 +40,12 @@ def facts(report: Report) -> list[tuple[str, str]]:
     rows = [
         ("records", f"{source['records']:,}, of which {source['held_out']:,} are held out"),
         ("looked at", "all" if sample["whole"] else f"{looked:,}, evenly spread: {sample['rule']}"),
-        ("usable", f"{good:,} ({share(good, looked)}); bad: {pictures['bad']:,}"),
-        ("with a label", f"{pictures['with_label']:,} ({share(pictures['with_label'], good)})"),
-        ("with a caption", f"{pictures['with_caption']:,} ({share(pictures['with_caption'], good)})"),
+        ("usable", f"{good:,} ({format_share(good, looked)}); bad: {pictures['bad']:,}"),
+        ("with a label", f"{pictures['with_label']:,} ({format_share(pictures['with_label'], good)})"),
+        ("with a caption", f"{pictures['with_caption']:,} ({format_share(pictures['with_caption'], good)})"),
         ("with neither", f"{pictures['with_neither']:,}"),
         ("formats", ", ".join(f"{n:,} {kind}" for kind, n in pictures["formats"]) or "-"),
-        ("bytes a record", show.size(pictures["bytes"] / looked) if looked else "-"),
+        ("bytes a record", text_table.format_bytes(pictures["bytes"] / looked) if looked else "-"),
         ("median size", f"{sizes['median_width']} x {sizes['median_height']} pixels (width x height)"),
     ]
     if categories["in_source"] or categories["used"]:
@@ -60,62 +60,62 @@ def facts(report: Report) -> list[tuple[str, str]]:
         rows.append((
             "caption length",
             f"median {captions['median']} tokens, 95 % up to {captions['percentile_95']}, longest {captions['longest']:,}; "
-            f"{captions['truncated']:,} ({share(captions['truncated'], captions['count'])}) are cut at {captions['limit'] - 2}; "
+            f"{captions['truncated']:,} ({format_share(captions['truncated'], captions['count'])}) are cut at {captions['limit'] - 2}; "
             f"{captions['different']:,} different ones",
         ))  # fmt: skip
     rows.append((
         "duplicates",
-        f"{twice['records']:,} ({share(twice['records'], good)}) have the bytes of another one"
+        f"{twice['records']:,} ({format_share(twice['records'], good)}) have the bytes of another one"
         + (f"; {twice['in_both_parts']:,} pictures are both trained on and held out" if twice["in_both_parts"] else "")
         + (f"; {twice['with_several_labels']:,} have several labels" if twice["with_several_labels"] else ""),
     ))  # fmt: skip
     return rows
 
 
-def feeding(report: Report) -> tuple[str, list[tuple[str, str, str, str]]]:
+def feeding_lines(report: DataReport) -> tuple[str, list[tuple[str, str, str, str]]]:
     """A sentence with what was measured and assumed, and rows (chip, peak, pictures a second it asks for, how many this machine feeds)."""
     speed, feeds = report["speed"], report["feeds"]
     if not speed["pipeline"]:
         return "No speed was measured: there are fewer than two usable pictures.", []
     text = (
-        f"One core decodes {rate(speed['decode'])} pictures a second and makes {rate(speed['pipeline'])} whole samples a second "
+        f"One core decodes {format_rate(speed['decode'])} pictures a second and makes {format_rate(speed['pipeline'])} whole samples a second "
         f"(decoding, two views of {feeds['image_size']} pixels, mask, caption), measured on {speed['pictures']:,} pictures in memory. Fed "
         f"by all {speed['cores']} cores, if a step takes {feeds['flops_per_image'] / 1e9:.4g} GFLOP a picture (counted) and a chip reaches "
         f"{feeds['mfu']:.0%} of its peak (assumed):"
     )
-    rows = [(chip, f"{peak / 1e12:,.0f} TFLOP/s", rate(wants), rate(fed)) for chip, peak, wants, fed in feeds["chips"]]
+    rows = [(chip, f"{peak / 1e12:,.0f} TFLOP/s", format_rate(wants), format_rate(fed)) for chip, peak, wants, fed in feeds["chips"]]
     return text, rows
 
 
-def text(report: Report) -> str:
+def report_text(report: DataReport) -> str:
     """The whole report for a console: facts, histograms, bad records, duplicates, speed."""
-    parts = [report["source"]["description"], show.table(facts(report), ("of the source", ""))]
+    parts = [report["source"]["description"], text_table.text_table(report_facts(report), ("of the source", ""))]
     good = report["pictures"]["usable"]
-    for title, bars in histograms(report):
-        bins = [(_name(label), f"{n:,}", share(n, good), "#" * round(30 * n / max(m for _, m in bars))) for label, n in bars]
-        parts.append(show.table(bins, (title, "pictures", "share", "")))
+    for title, bars in histogram_lines(report):
+        bins = [(_name(label), f"{n:,}", format_share(n, good), "#" * round(30 * n / max(m for _, m in bars))) for label, n in bars]
+        parts.append(text_table.text_table(bins, (title, "pictures", "share", "")))
     if report["bad"]:
         rows = [(row["reason"], f"{row['count']:,}", "; ".join(_name(key) for key, _ in row["examples"])) for row in report["bad"]]
-        parts.append(show.table(rows, ("bad", "records", "such as")))
+        parts.append(text_table.text_table(rows, ("bad", "records", "such as")))
     if report["duplicates"]["examples"]:
         parts.append("same bytes: " + "; ".join(" = ".join(map(_name, keys)) for keys in report["duplicates"]["examples"]))
-    sentence, chips = feeding(report)
+    sentence, chips = feeding_lines(report)
     parts.append(sentence)
     if chips:
-        parts.append(show.table(chips, ("chip", "peak", "asks for pictures/s", "fed by this machine")))
+        parts.append(text_table.text_table(chips, ("chip", "peak", "asks for pictures/s", "fed by this machine")))
     return "\n\n".join(parts)
 
 
 def _name(text: str) -> str:
     """A name out of the data, on one line of a terminal whatever is in it."""
-    return privacy.visible(text, line=True)
+    return privacy.escape_control(text, line=True)
 
 
-def histograms(report: Report, most: int = 12) -> list[tuple[str, list[tuple[str, int]]]]:
+def histogram_lines(report: DataReport, most: int = 12) -> list[tuple[str, list[tuple[str, int]]]]:
     """Title and bars of every histogram that is not empty; of many categories only the largest and smallest.
 
     >>> bars = [(str(i), 9 - i) for i in range(9)]
-    >>> made = histograms({"sizes": {"short_side": [], "aspect": []}, "captions": {}, "categories": {"table": bars}}, most=4)
+    >>> made = histogram_lines({"sizes": {"short_side": [], "aspect": []}, "captions": {}, "categories": {"table": bars}}, most=4)
     >>> [label for label, _ in made[0][1]]
     ['0', '1', '7', '8']
     """

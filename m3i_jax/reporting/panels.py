@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from m3i_jax.reporting import sheet
-from m3i_jax.reporting.sheet import GAP, INK, MARGIN, MUTED, OWN, PARTNER
+from m3i_jax.reporting import image_grid
+from m3i_jax.reporting.image_grid import GAP, INK, MARGIN, MUTED, OWN, PARTNER
 
 BETWEEN = 28  # pixels between groups of columns
 HEAD, LINE, AFTER = 44, 17, 18  # titles; a line of words; below a row
@@ -24,7 +24,7 @@ CHANNELS = 3
 class _Column:
     title: str
     tiles: Sequence[Image.Image | None]
-    chip: sheet.Colour | None = None
+    chip: image_grid.Color | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -79,10 +79,10 @@ def feature_rgb(features: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [colour(x) for x in features]
 
 
-def similarity(prediction_RxNxD: np.ndarray, target_RxNxD: np.ndarray) -> np.ndarray:
+def similarity_map(prediction_RxNxD: np.ndarray, target_RxNxD: np.ndarray) -> np.ndarray:
     """Cosine similarity of prediction and target, mean over positions, float64 [R]; a zero vector is similar to nothing.
 
-    >>> similarity(np.array([[[1., 0.], [0., 2.]]]), np.array([[[3., 0.], [0., -1.]]]))
+    >>> similarity_map(np.array([[[1., 0.], [0., 2.]]]), np.array([[[3., 0.], [0., -1.]]]))
     array([0.])
     """
     p, t = prediction_RxNxD.astype(np.float64), target_RxNxD.astype(np.float64)
@@ -104,17 +104,17 @@ def _terms(features: Mapping[str, np.ndarray], pictures: Mapping[str, np.ndarray
 
 def _input(pictures: Mapping[str, np.ndarray], mask_RxN: np.ndarray, side: int, reads: str, partners: Sequence[int | None]) -> _Group:
     views, shown = pictures["input_view"], pictures["input"]
-    own = [sheet.picture(view, side) for view in views]
+    own = [image_grid.image_tile(view, side) for view in views]
     if reads == "mixed":
         columns = [
             _Column("image i", own, OWN),
-            _Column("mask", [sheet.mask(mask, side) for mask in mask_RxN]),
-            _Column("mixed input", [sheet.picture(x, side) for x in shown]),
+            _Column("mask", [image_grid.mask_tile(mask, side) for mask in mask_RxN]),
+            _Column("mixed input", [image_grid.image_tile(x, side) for x in shown]),
         ]
         if any(other is not None for other in partners):
             columns.insert(1, _Column("image j", [own[other] if other is not None else None for other in partners], PARTNER))
     elif reads == "masked":  # the encoder reads the own cells only
-        masks = [sheet.mask(mask, side, OWN, sheet.HIDDEN) for mask in mask_RxN]
+        masks = [image_grid.mask_tile(mask, side, OWN, image_grid.HIDDEN) for mask in mask_RxN]
         seen = [_masked(tile, mask) for tile, mask in zip(own, mask_RxN, strict=True)]
         columns = [_Column("image i", own, OWN), _Column("mask", masks), _Column("masked input", seen)]
     else:
@@ -123,9 +123,9 @@ def _input(pictures: Mapping[str, np.ndarray], mask_RxN: np.ndarray, side: int, 
 
 
 def _masked(tile: Image.Image, mask_N: np.ndarray) -> Image.Image:
-    hidden = ~sheet.enlarge(mask_N.astype(bool), tile.width)
+    hidden = ~image_grid.upsample_cells(mask_N.astype(bool), tile.width)
     pixels = np.array(tile)
-    pixels[hidden] = sheet.HIDDEN
+    pixels[hidden] = image_grid.HIDDEN
     return Image.fromarray(pixels)
 
 
@@ -133,27 +133,27 @@ def _dense(term: str, features: Mapping[str, np.ndarray], pictures: Mapping[str,
     image, chip = ("j", PARTNER) if mixed and term == "inter" else ("i", OWN)
     if f"{term}/picture" in pictures:
         what = "pixels"
-        columns = [_Column(f"predicted {image}", [sheet.picture(x, side) for x in pictures[f"{term}/picture"]])]
+        columns = [_Column(f"predicted {image}", [image_grid.image_tile(x, side) for x in pictures[f"{term}/picture"]])]
         if f"{term}/completed" in pictures:
-            columns.append(_Column("completed input", [sheet.picture(x, side) for x in pictures[f"{term}/completed"]]))
+            columns.append(_Column("completed input", [image_grid.image_tile(x, side) for x in pictures[f"{term}/completed"]]))
     else:
         what = "features"
         target, prediction = features[f"{term}/target"], features[f"{term}/prediction"]
         target_rgb, prediction_rgb = feature_rgb([target, prediction])
         columns = [
-            _Column(f"target {image}", [sheet.colours(x, side) for x in target_rgb]),
+            _Column(f"target {image}", [image_grid.color_tile(x, side) for x in target_rgb]),
             _Column(
                 f"predicted {image}",
-                [sheet.colours(x, side) for x in prediction_rgb],
-                notes=[f"cos {value:.3f}" for value in similarity(prediction, target)],
+                [image_grid.color_tile(x, side) for x in prediction_rgb],
+                notes=[f"cos {value:.3f}" for value in similarity_map(prediction, target)],
             ),
         ]
     if f"{term}/view" in pictures:
-        columns.insert(0, _Column(f"target view {image}", [sheet.picture(x, side) for x in pictures[f"{term}/view"]], chip))
+        columns.insert(0, _Column(f"target view {image}", [image_grid.image_tile(x, side) for x in pictures[f"{term}/view"]], chip))
     return _Group(f"{term}: {what} of image {image}", columns)
 
 
-def write(
+def write_panel(
     path: str | os.PathLike[str],
     *,
     features: Mapping[str, np.ndarray],
@@ -185,13 +185,13 @@ def write(
     >>> place = tempfile.mkdtemp() + "/panel.png"
     >>> batch = {"mask": np.ones((2, 4), bool)}
     >>> shown = {"input": view, "input_view": view}
-    >>> write(place, features={}, pictures=shown, batch=batch, captions=["", ""], labels=["", ""], reads="whole")
+    >>> write_panel(place, features={}, pictures=shown, batch=batch, captions=["", ""], labels=["", ""], reads="whole")
     >>> os.path.exists(place)
     True
     """
     mask_RxN = np.asarray(batch["mask"], bool)
     rows, size = pictures["input"].shape[:2]
-    side = sheet.tile_side(size, sheet.grid_of(mask_RxN.shape[1]))
+    side = image_grid.side_of_tile(size, image_grid.square_side(mask_RxN.shape[1]))
     mixed, terms = reads == "mixed", _terms(features, pictures)
     partners = _partners(rows) if mixed and paired else [None] * rows
     groups = [_input(pictures, mask_RxN, side, reads, partners)]
@@ -204,7 +204,7 @@ def write(
     noted = any(column.notes for group in groups for column in group.columns)
     lines = 2 if annotated and any(other is not None for other in partners) else int(annotated or noted)
     pitch = side + lines * LINE + AFTER
-    page = sheet.Sheet(width, MARGIN + HEAD + rows * pitch - AFTER + MARGIN)
+    page = image_grid.ImageGrid(width, MARGIN + HEAD + rows * pitch - AFTER + MARGIN)
     words_end = _draw(page, groups, side, pitch)
     for row, other in enumerate(partners):
         y = MARGIN + HEAD + row * pitch + side
@@ -214,7 +214,7 @@ def write(
     page.save(path)
 
 
-def _draw(page: sheet.Sheet, groups: list[_Group], side: int, pitch: int) -> int:
+def _draw(page: image_grid.ImageGrid, groups: list[_Group], side: int, pitch: int) -> int:
     """Titles and tiles; returns where the words below a row must end, so as not to run into the first note."""
     x, words_end = MARGIN, page.image.width - MARGIN
     for group in groups:
@@ -240,7 +240,7 @@ def _draw(page: sheet.Sheet, groups: list[_Group], side: int, pitch: int) -> int
     return words_end
 
 
-def _describe(page: sheet.Sheet, y: int, right: int, colour: sheet.Colour, label: str, caption: str) -> None:
+def _describe(page: image_grid.ImageGrid, y: int, right: int, colour: image_grid.Color, label: str, caption: str) -> None:
     page.chip(MARGIN, y - 2, colour)
     x: float = MARGIN + 13
     if label:

@@ -5,10 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from m3i_jax.reporting import curves, page
-from m3i_jax.reporting import exhibits as drawn
-from m3i_jax.reporting.curves import Curve
-from m3i_jax.reporting.runs import Run
+from m3i_jax.reporting import figures as drawn
+from m3i_jax.reporting import html_page, svg_charts
+from m3i_jax.reporting.run_log import RunLog
+from m3i_jax.reporting.svg_charts import SvgCurve
 
 PANELS = 5  # of a run
 TONES = 8
@@ -56,20 +56,20 @@ NOTES = {
 }
 
 
-def html(runs: Sequence[Run], *, differs: Mapping[str, Sequence[str]], exhibits: Sequence[str] = ()) -> str:
+def run_page_html(runs: Sequence[RunLog], *, differs: Mapping[str, Sequence[str]], exhibits: Sequence[str] = ()) -> str:
     """The page.
 
     Args:
       runs: the run itself first, then those beside it.
       differs: by the name of a run, in which settings it differs from the first, a line each.
-      exhibits: what evaluators drew for the first run, each a section as of `exhibits.html`.
+      exhibits: what evaluators drew for the first run, each a section as of `figures.figure_html`.
 
-    >>> one = Run("first", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], "seed = 0\\n", "", [], {})
-    >>> "first" in html([one], differs={})
+    >>> one = RunLog("first", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], "seed = 0\\n", "", [], {})
+    >>> "first" in run_page_html([one], differs={})
     True
     """
     first, last = runs[0], max(run.lines[-1]["step"] for run in runs)
-    body = [f"<h1>{page.text(first.name)}</h1>", f"<p class=muted>{page.text(_about(runs))}</p>", page.big(_figures(first))]
+    body = [f"<h1>{html_page.escape_html(first.name)}</h1>", f"<p class=muted>{html_page.escape_html(_about(runs))}</p>", html_page.headline(_figures(first))]
     if len(runs) > 1:
         body.append(_legend(runs) + _comparison(runs))
     shown: set[str] = set()
@@ -78,7 +78,7 @@ def html(runs: Sequence[Run], *, differs: Mapping[str, Sequence[str]], exhibits:
         charts = "".join(_chart(name, runs, last) for name in names)
         shown |= set(names)
         if charts:
-            body.append(f'<h2>{page.text(title)}</h2><p class=muted>{page.text(healthy)}</p><div class="charts">{charts}</div>')
+            body.append(f'<h2>{html_page.escape_html(title)}</h2><p class=muted>{html_page.escape_html(healthy)}</p><div class="charts">{charts}</div>')
         if title == PICTURES_AFTER:
             body += [_panels(run) for run in runs if run.panels] + list(exhibits)
             if first.evaluation:
@@ -86,11 +86,11 @@ def html(runs: Sequence[Run], *, differs: Mapping[str, Sequence[str]], exhibits:
     if others := [name for name in _names(runs, ("",), shown) if name != "samples_seen"]:
         body.append('<h2>Other metrics</h2><div class="charts">' + "".join(_chart(name, runs, last) for name in others) + "</div>")
     if first.data:
-        body.append(f"<h2>Data</h2><pre>{page.text(first.data)}</pre>")
+        body.append(f"<h2>Data</h2><pre>{html_page.escape_html(first.data)}</pre>")
     if first.config:
-        changed = "".join(f"<h3>{page.text(name)} differs in</h3>{_lines(lines)}" for name, lines in differs.items())
-        body.append(f"<h2>Settings</h2>{changed}<details><summary>all of them</summary><pre>{page.text(first.config)}</pre></details>")
-    return page.page(f"Run: {first.name}", page.with_contents(body, after=3), curves.STYLE + drawn.STYLE + STYLE)
+        changed = "".join(f"<h3>{html_page.escape_html(name)} differs in</h3>{_lines(lines)}" for name, lines in differs.items())
+        body.append(f"<h2>Settings</h2>{changed}<details><summary>all of them</summary><pre>{html_page.escape_html(first.config)}</pre></details>")
+    return html_page.render_page(f"Run: {first.name}", html_page.with_toc(body, after=3), svg_charts.STYLE + drawn.STYLE + STYLE)
 
 
 STYLE = """
@@ -100,14 +100,14 @@ pre { font-size: .78rem; line-height: 1.35; overflow-x: auto; white-space: pre-w
 """
 
 
-def _about(runs: Sequence[Run]) -> str:
+def _about(runs: Sequence[RunLog]) -> str:
     end, samples = runs[0].lines[-1]["step"], runs[0].last("samples_seen")
     seen = f", {samples:,.0f} pictures seen" if samples else ""
     beside = f"; beside it {', '.join(run.name for run in runs[1:])}" if len(runs) > 1 else ""
     return f"{end:,} steps{seen}{beside}"
 
 
-def _figures(run: Run) -> list[tuple[str, str]]:
+def _figures(run: RunLog) -> list[tuple[str, str]]:
     out = []
     for name in run.names:
         if name.startswith("eval/") and name.endswith(("top1", "/r1")):
@@ -128,7 +128,7 @@ def _figures(run: Run) -> list[tuple[str, str]]:
     return out
 
 
-def _names(runs: Sequence[Run], prefixes: tuple[str, ...], shown: set[str]) -> list[str]:
+def _names(runs: Sequence[RunLog], prefixes: tuple[str, ...], shown: set[str]) -> list[str]:
     """Metrics that begin so and change, or are not 0; in the order of the log."""
     found = dict.fromkeys(name for run in runs for name in run.names if name not in shown)
     exact = {"loss", "lr", "ema", "grad_norm"}
@@ -136,20 +136,20 @@ def _names(runs: Sequence[Run], prefixes: tuple[str, ...], shown: set[str]) -> l
     return [n for n in chosen if any(v != 0 for run in runs for v in run.curve(n)[1])]
 
 
-def _chart(name: str, runs: Sequence[Run], last: float) -> str:
-    lines = [Curve(run.name, *run.curve(name), tone=f"c{i % TONES}") for i, run in enumerate(runs)]
-    return curves.chart(name.removeprefix("eval/"), lines, last=last, note=NOTES.get(name, ""))
+def _chart(name: str, runs: Sequence[RunLog], last: float) -> str:
+    lines = [SvgCurve(run.name, *run.curve(name), tone=f"c{i % TONES}") for i, run in enumerate(runs)]
+    return svg_charts.svg_chart(name.removeprefix("eval/"), lines, last=last, note=NOTES.get(name, ""))
 
 
-def _legend(runs: Sequence[Run]) -> str:
+def _legend(runs: Sequence[RunLog]) -> str:
     return (
         '<div class="legend">'
-        + "".join(f'<span><i class="c{i % TONES}"></i>{page.text(r.name)}</span>' for i, r in enumerate(runs))
+        + "".join(f'<span><i class="c{i % TONES}"></i>{html_page.escape_html(r.name)}</span>' for i, r in enumerate(runs))
         + "</div>"
     )
 
 
-def _comparison(runs: Sequence[Run]) -> str:
+def _comparison(runs: Sequence[RunLog]) -> str:
     """Last values of evaluations and losses, a run a row."""
     wanted = [n for n in dict.fromkeys(name for run in runs for name in run.names) if n.startswith("eval/") or n == "loss"]
     wanted = [n for n in wanted if not n.endswith(("r5", "r10", "top5"))]
@@ -157,18 +157,18 @@ def _comparison(runs: Sequence[Run]) -> str:
     rows = [
         [run.name, *("" if v is None or not math.isfinite(v) else f"{v:.4g}" for v in row)] for run, row in zip(runs, values, strict=True)
     ]
-    return page.table(("run", *(n.removeprefix("eval/") for n in wanted)), rows, numeric=1)
+    return html_page.html_table(("run", *(n.removeprefix("eval/") for n in wanted)), rows, numeric=1)
 
 
-def _panels(run: Run) -> str:
+def _panels(run: RunLog) -> str:
     """The first panel, the last and some between."""
     count = len(run.panels)
     chosen = sorted({round(k * (count - 1) / max(min(count, PANELS) - 1, 1)) for k in range(min(count, PANELS))})
     figures = [
-        f'<figure class="panel"><h3>step {step:,}</h3>{page.image(file.read_bytes(), f"panel of step {step}")}</figure>'
+        f'<figure class="panel"><h3>step {step:,}</h3>{html_page.embed_image(file.read_bytes(), f"panel of step {step}")}</figure>'
         for step, file in (run.panels[i] for i in chosen)
     ]
-    return f"<h2>What {page.text(run.name)} saw and predicted</h2>" + "".join(figures)
+    return f"<h2>What {html_page.escape_html(run.name)} saw and predicted</h2>" + "".join(figures)
 
 
 def _evaluation(saved: Mapping[str, Any]) -> str:
@@ -176,8 +176,8 @@ def _evaluation(saved: Mapping[str, Any]) -> str:
     found = {name: value for one in saved.get("results", {}).values() for name, value in one.items()}
     about = f"by --mode=eval, of {saved.get('checkpoint', '')}, {saved.get('encoder', '')} parameters; accuracies are fractions"
     rows = [(name.removeprefix("eval/"), f"{value:.4f}") for name, value in found.items()]
-    return f"<h2>Evaluation alone</h2><p class=muted>{page.text(about)}</p>{page.table(('what', 'value'), rows, numeric=1)}"
+    return f"<h2>Evaluation alone</h2><p class=muted>{html_page.escape_html(about)}</p>{html_page.html_table(('what', 'value'), rows, numeric=1)}"
 
 
 def _lines(lines: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{page.text(line)}</li>" for line in lines) + "</ul>" if lines else "<p>nothing that matters</p>"
+    return "<ul>" + "".join(f"<li>{html_page.escape_html(line)}</li>" for line in lines) + "</ul>" if lines else "<p>nothing that matters</p>"

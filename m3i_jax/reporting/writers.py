@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from m3i_jax import privacy, schema
 from m3i_jax.errors import UserError
-from m3i_jax.reporting import files
+from m3i_jax.reporting import atomic_write
 
 Values = dict[str, float]
 
@@ -101,7 +101,7 @@ class Console:
         ]
         line = "  ".join(f"{name} {values[key]:{form}}" for name, key, form in shown if key in values)
         rate = values.get("perf/images_per_sec", 0.0)
-        left = f"  left {duration((self._total - step) * self._images / rate)}" if rate else ""
+        left = f"  left {format_duration((self._total - step) * self._images / rate)}" if rate else ""
         self._say(f"{self._place(step)}  {line}{left}")
 
     def _place(self, step: int) -> str:
@@ -111,10 +111,10 @@ class Console:
         pass
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds for a person.
 
-    >>> duration(59), duration(3700), duration(200_000)
+    >>> format_duration(59), format_duration(3700), format_duration(200_000)
     ('59s', '1h01m', '2d07h')
     """
     s = round(seconds)
@@ -127,7 +127,7 @@ def duration(seconds: float) -> str:
 
 class _TensorBoard:
     def __init__(self, directory: pathlib.Path, resume_at: int):
-        writer = need("tensorboardX", "report.tensorboard", "tensorboard").SummaryWriter
+        writer = require_package("tensorboardX", "report.tensorboard", "tensorboard").SummaryWriter
         self._writer = writer(str(directory), purge_step=resume_at + 1)  # hides what a run that was cut off had written after this step
 
     def write(self, step: int, values: Values) -> None:
@@ -141,7 +141,7 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, project: str, directory: pathlib.Path, config: dict[str, Any]):
-        wandb = need("wandb", "report.wandb", "wandb")
+        wandb = require_package("wandb", "report.wandb", "wandb")
         # One run a working directory, so that a resumed run goes on in the same place; its name alone may be that of another run.
         place = directory / "wandb.id"
         if not place.is_file():
@@ -156,10 +156,10 @@ class _Wandb:
         self._run.finish()
 
 
-def need(module: str, key: str, extra: str) -> Any:
+def require_package(module: str, key: str, extra: str) -> Any:
     """An optional package, imported where it is used.
 
-    >>> need("no_such_package", "report.wandb", "wandb")
+    >>> require_package("no_such_package", "report.wandb", "wandb")
     Traceback (most recent call last):
     m3i_jax.errors.UserError: config.report.wandb: needs the package no_such_package; pip install 'm3i-jax[wandb]', or leave the key unset
     """
@@ -169,7 +169,7 @@ def need(module: str, key: str, extra: str) -> Any:
         raise UserError(f"config.{key}: needs the package {module}; pip install 'm3i-jax[{extra}]', or leave the key unset") from error
 
 
-def resume(path: pathlib.Path, step: int) -> int:
+def truncate_log(path: pathlib.Path, step: int) -> int:
     """Cut a log back to the lines up to `step`, whole or not at all, since a resumed run writes the others again. A torn line goes too.
 
     Returns: how many lines were cut. Raises UserError if the place cannot be written to.
@@ -177,7 +177,7 @@ def resume(path: pathlib.Path, step: int) -> int:
     >>> import tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
     >>> _ = path.write_text('{"step": 1}\\n{"step": 2}\\n{"step": 3}\\n{"ste')
-    >>> resume(path, 2), path.read_text()
+    >>> truncate_log(path, 2), path.read_text()
     (2, '{"step": 1}\\n{"step": 2}\\n')
     """
     if not path.is_file():
@@ -185,7 +185,7 @@ def resume(path: pathlib.Path, step: int) -> int:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
     if len(kept) < len(lines):
-        with files.whole(path) as place, open(place, "wb") as file:
+        with atomic_write.atomic_file(path) as place, open(place, "wb") as file:
             file.writelines(kept)
             file.flush()
             os.fsync(file.fileno())
@@ -235,13 +235,13 @@ class Writers:
                 self.say(f"warning: {type(sink).__name__} did not close: {error}")
 
 
-def say(text: str) -> None:
+def log_line(text: str) -> None:
     """A line on the console with the time. A closed console, or a full disk behind it, is no reason to stop."""
-    tell(text)
+    log_lines(text)
 
 
-def tell(text: str) -> bool:
-    """`say`, and whether the line was taken. A closed console stays closed; a disk may have room again."""
+def log_lines(text: str) -> bool:
+    """`log_line`, and whether the line was taken. A closed console stays closed; a disk may have room again."""
     try:
         print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
     except (OSError, ValueError) as error:
@@ -267,11 +267,11 @@ def open_writers(config: schema.Config, workdir: pathlib.Path, *, resume_at: int
     if not main:
         return Writers({}, lambda text: None)
     log = workdir / "metrics.jsonl"
-    if cut := resume(log, resume_at):
-        say(f"{log.name}: {cut:,} lines after step {resume_at:,} cut, they will be written again")
-    sinks: dict[str, Sink] = {"metrics.jsonl": JsonLines(log), "console": Console(total, config.train.batch_size, tell)}
+    if cut := truncate_log(log, resume_at):
+        log_line(f"{log.name}: {cut:,} lines after step {resume_at:,} cut, they will be written again")
+    sinks: dict[str, Sink] = {"metrics.jsonl": JsonLines(log), "console": Console(total, config.train.batch_size, log_lines)}
     if config.report.tensorboard:
         sinks["tensorboard"] = _TensorBoard(workdir, resume_at)
     if config.report.wandb:
         sinks["wandb"] = _Wandb(config.report.wandb, workdir, privacy.redacted(dataclasses.asdict(config)))
-    return Writers(sinks, say)
+    return Writers(sinks, log_line)

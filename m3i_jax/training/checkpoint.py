@@ -2,7 +2,7 @@
 JSON with the data position, and digests of all its files and arrays. Where a run starts, in this order:
 
     1. the newest whole step under <workdir>/checkpoints
-    2. else config.init_from: weights of another run, or of another project (training/start.py)
+    2. else config.init_from: weights of another run, or of another project (training/init_from.py)
     3. else the initial parameters of the configuration
 
 The way of a save: Orbax writes <step>.new behind the training, then its files are digested, and only then it becomes <step>: a rename, so
@@ -24,8 +24,8 @@ import orbax.checkpoint as ocp
 
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
-from m3i_jax.parallel.rules import path_of
-from m3i_jax.training import digests, leaks, prints, steps
+from m3i_jax.parallel.sharding import path_text
+from m3i_jax.training import array_checksums, checkpoint_dir, file_checksums, malloc
 
 FORMAT = 3  # of a checkpoint; 1: without digests, 2: digests are CRC-32
 
@@ -34,7 +34,7 @@ class SavesFailed(RuntimeError):
     """Several saves in a row failed: a run that cannot be resumed is not worth going on with."""
 
 
-class Damaged(UserError):
+class CheckpointDamaged(UserError):
     """What was read is not what was trained; the step was set aside, so that the one before is the newest now."""
 
 
@@ -55,7 +55,7 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, keep: int, *, say: Callable[[str], None] = print):
         self._directory, self._keep, self._say = directory.absolute(), keep, say
         self._hosts, self._first = jax.process_count(), jax.process_index() == 0
-        leaks.mend()
+        malloc.patch_tensorstore()
         # Named processes: Orbax's barriers between all of them have no limit, those between named ones do.
         together = ocp.options.MultiprocessingOptions(active_processes=set(range(self._hosts)) if self._hosts > 1 else None)
         handler = ocp.CompositeCheckpointHandler(
@@ -79,7 +79,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest complete step on the disk, whether it is damaged or not; None without one."""
-        return max(steps.listed(self._directory), default=None)
+        return max(checkpoint_dir.complete_steps(self._directory), default=None)
 
     def newest_good(self) -> int | None:
         """The newest step whose files all are as they were written, None if there never was a step. What is damaged is set aside under
@@ -90,14 +90,14 @@ class Checkpoints:
         """
         good = ""
         if self._first:
-            for step in reversed(steps.listed(self._directory)):
-                with steps.reading(self._directory / str(step)):
+            for step in reversed(checkpoint_dir.complete_steps(self._directory)):
+                with checkpoint_dir.hold_step(self._directory / str(step)):
                     wrong = self._complaints(step)
                 if not wrong:
                     good = str(step)
                     break
-                self._say(steps.set_aside(self._directory / str(step), wrong))
-        good = parallel.exchange("checkpoint", good, limit=6 * 3600.0)[0]
+                self._say(checkpoint_dir.quarantine_step(self._directory / str(step), wrong))
+        good = parallel.exchange_values("checkpoint", good, limit=6 * 3600.0)[0]
         bad = sorted(p.name for p in self._directory.glob("*.bad-*"))
         if not good and bad:
             raise UserError(
@@ -110,19 +110,19 @@ class Checkpoints:
 
     def _complaints(self, step: int) -> list[str]:
         place = self._directory / str(step)
-        if (place / digests.NAME).exists():
-            found = digests.read(place)
+        if (place / file_checksums.NAME).exists():
+            found = file_checksums.read_checksums(place)
             if found and found.get("format", 0) > FORMAT:
                 raise UserError(
                     f"checkpoint {step}: is of format {found['format']}, this version of m3i_jax reads up to {FORMAT}; use a newer version"
                 )
-            return digests.complaints(place)
+            return file_checksums.verify_checksums(place)
         try:
             old = "format" not in self._read_position(step)
         except Exception as error:  # Orbax has no class of its own for a damaged file
             return [f"position/metadata: cannot be read ({' '.join(str(error).split())[:100]})"]
         if not old:
-            return digests.complaints(place)
+            return file_checksums.verify_checksums(place)
         self._say(f"warning: checkpoint {step} was saved by an older version, without digests: it is used as it is")
         return []
 
@@ -136,7 +136,7 @@ class Checkpoints:
         """
         self._settle()
         # One host's view of a shared disk may be behind: it alone would begin, and wait for all.
-        if step not in (self._there, *steps.listed(self._directory)):
+        if step not in (self._there, *checkpoint_dir.complete_steps(self._directory)):
             self._start(step, state, position)
 
     def retry(self) -> bool:
@@ -165,28 +165,28 @@ class Checkpoints:
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
         try:
             if self._first and not self._cleaned:
-                steps.clean(self._directory)
+                checkpoint_dir.remove_leftovers(self._directory)
             self._cleaned = True
-            arrays = prints.of(state)  # sent before the state is given away, fetched behind
+            arrays = array_checksums.checksum_arrays(state)  # sent before the state is given away, fetched behind
             whole = ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=self.FILE)
             args = ocp.args.Composite(state=whole, position=ocp.args.JsonSave(position | {"format": FORMAT}))
             self._orbax.save(self._directory / f"{step}.new", args=args, force=True)
             done = self._thread.submit(self._finish, step, arrays)
-            self._thread.submit(leaks.give_back)  # the step has its name by then: nobody waits for it
+            self._thread.submit(malloc.malloc_trim)  # the step has its name by then: nobody waits for it
         except Exception as error:  # a full disk or no permission: told when the hosts next meet, as if it came later
             done.set_exception(error)
         self._saving = step, position, done
 
-    def _finish(self, step: int, arrays: prints.Prints) -> None:
+    def _finish(self, step: int, arrays: array_checksums.ArrayChecksums) -> None:
         """Behind the training: wait for the files, digest them, let them count."""
         self._orbax.wait_until_finished()
         if not self._first:
             return
         new = self._directory / f"{step}.new"
-        digests.write(new, format=FORMAT, arrays=arrays.read())
+        file_checksums.write_checksums(new, format=FORMAT, arrays=arrays.read())
         os.rename(new, self._directory / str(step))
-        steps.sync(self._directory)
-        steps.retain(self._directory, self._keep, self._say)
+        checkpoint_dir.fsync_dir(self._directory)
+        checkpoint_dir.retain_newest(self._directory, self._keep, self._say)
 
     def _settle(self) -> bool:
         """Wait for the save before. True if it is there now, or there was none."""
@@ -195,13 +195,13 @@ class Checkpoints:
         (step, _, done), self._saving = self._saving, None
         error = done.exception()
         reason = "" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        failed = {parallel.call(number): why for number, why in enumerate(parallel.exchange("saved", reason, limit=self.LIMIT)) if why}
+        failed = {parallel.host_label(number): why for number, why in enumerate(parallel.exchange_values("saved", reason, limit=self.LIMIT)) if why}
         if not failed:
             self._misses, self._there = 0, step
             return True
         self._misses += 1
         if self._first:
-            steps.clean(self._directory)
+            checkpoint_dir.remove_leftovers(self._directory)
         wait = self.BACK_OFF * 2 ** (self._misses - 1)
         self._again = time.monotonic() + wait
         why = reason if self._hosts == 1 else "; ".join(f"{host}: {text}" for host, text in failed.items())[:300]
@@ -242,7 +242,7 @@ class Checkpoints:
         abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), template, shardings)
         place = self._directory / str(step)
         try:
-            with steps.reading(place):
+            with checkpoint_dir.hold_step(place):
                 self._verify(step)
                 different = self._difference(step, template)  # asked first: a read that fails leaves Orbax's other reads complaining
                 if not different:
@@ -267,18 +267,18 @@ class Checkpoints:
 
     def _compare(self, step: int, state: Any) -> None:
         """Arrays against the fingerprints that were taken of them; a step of an older version has none."""
-        noted = (digests.read(self._directory / str(step)) or {}).get("arrays")
-        if noted is None or not (wrong := prints.different(state, noted)):
+        noted = (file_checksums.read_checksums(self._directory / str(step)) or {}).get("arrays")
+        if noted is None or not (wrong := array_checksums.changed_arrays(state, noted)):
             return
         if self._first:
-            self._say(steps.set_aside(self._directory / str(step), [f"{path}: is not what was trained" for path in wrong]))
-        raise Damaged(f"checkpoint {step}: {len(wrong)} arrays are not what was trained, first {wrong[0]}; it was set aside, run again")
+            self._say(checkpoint_dir.quarantine_step(self._directory / str(step), [f"{path}: is not what was trained" for path in wrong]))
+        raise CheckpointDamaged(f"checkpoint {step}: {len(wrong)} arrays are not what was trained, first {wrong[0]}; it was set aside, run again")
 
     def _verify(self, step: int) -> None:
         """Look at the files of a step that was not looked at yet: the first host does, for all."""
         if step in self._whole:
             return
-        wrong = parallel.exchange("verify", "; ".join(self._complaints(step)[:3]) if self._first else "", limit=6 * 3600.0)[0]
+        wrong = parallel.exchange_values("verify", "; ".join(self._complaints(step)[:3]) if self._first else "", limit=6 * 3600.0)[0]
         if wrong:
             raise ValueError(wrong)
         self._whole.add(step)
@@ -287,7 +287,7 @@ class Checkpoints:
         """Every array that is missing in the saved state or here, or of another shape or type, by path."""
         saved = self._orbax.metadata(self._directory / str(step)).item_metadata["state"]
         there, here = (
-            {path_of(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+            {path_text(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
             for tree in (getattr(saved, "tree", saved), template)
         )
         paths = [path for path in {**here, **there} if here.get(path) != there.get(path)]
@@ -295,7 +295,7 @@ class Checkpoints:
         return [f"{path} is {there.get(path, 'absent')} there, {here.get(path, 'absent')} here" for path in paths]
 
 
-class AnotherRun:
+class RunWeights:
     """The newest checkpoint of a run, read array by array: what `init_from`, evaluation and export take from it.
 
     Args:
@@ -314,14 +314,14 @@ class AnotherRun:
         place, where = pathlib.Path(workdir) / "checkpoints", f"{key}: {workdir!r}"
         if not place.is_dir():
             raise UserError(f"{where} has no checkpoints; give the --workdir of a run that saved one")
-        listed = steps.listed(place)
+        listed = checkpoint_dir.complete_steps(place)
         if not listed:
             raise UserError(f"{where} has no complete checkpoint; give the --workdir of a run that saved one")
         self.step, self._at, self._key = listed[-1], place.absolute() / str(listed[-1]), key
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
-        with steps.reading(self._at):
-            if wrong := digests.complaints(self._at) if (self._at / digests.NAME).exists() else []:
+        with checkpoint_dir.hold_step(self._at):
+            if wrong := file_checksums.verify_checksums(self._at) if (self._at / file_checksums.NAME).exists() else []:
                 raise UserError(
                     f"{where}: its checkpoint {self.step} is damaged ({wrong[0]}); set it aside and give the one before, or another run"
                 )
@@ -329,7 +329,7 @@ class AnotherRun:
                 tree = self._reader.metadata(self._at).item_metadata["state"].tree
             except Exception as error:  # Orbax has no class of its own for a damaged file
                 raise self._damaged(error) from error
-        self.shapes = {path_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        self.shapes = {path_text(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
     def _damaged(self, error: Exception) -> UserError:
         return UserError(f"{self._key}: checkpoint {self._at} cannot be read ({' '.join(str(error).split())[:200]}); give another run")
@@ -344,22 +344,22 @@ class AnotherRun:
         how: dict[str, Any] = {}
         for path, sharding in wanted.items():
             plain = ocp.RestoreArgs(restore_type=np.ndarray)
-            put(item, path, jax.ShapeDtypeStruct(self.shapes[path], np.float32))
-            put(how, path, plain if sharding is None else ocp.ArrayRestoreArgs(sharding=sharding, global_shape=self.shapes[path]))
+            set_leaf(item, path, jax.ShapeDtypeStruct(self.shapes[path], np.float32))
+            set_leaf(how, path, plain if sharding is None else ocp.ArrayRestoreArgs(sharding=sharding, global_shape=self.shapes[path]))
         restore = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
-        with steps.reading(self._at):
+        with checkpoint_dir.hold_step(self._at):
             try:
                 got = self._reader.restore(self._at, args=ocp.args.Composite(state=restore))["state"]
             except Exception as error:
                 raise self._damaged(error) from error
-        out = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(got)}
-        noted = (digests.read(self._at) or {}).get("arrays")  # a step of an older version has none
-        if noted is not None and (wrong := prints.different(out, noted)):
+        out = {path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(got)}
+        noted = (file_checksums.read_checksums(self._at) or {}).get("arrays")  # a step of an older version has none
+        if noted is not None and (wrong := array_checksums.changed_arrays(out, noted)):
             raise self._damaged(ValueError(f"{wrong[0]}: is not what was trained"))
         return out
 
 
-def encoder_of(workdir: str, template: Any, shardings: Any) -> Any:
+def load_encoder(workdir: str, template: Any, shardings: Any) -> Any:
     """The online encoder of the newest checkpoint of another run, for a frozen target.
 
     Args:
@@ -370,9 +370,9 @@ def encoder_of(workdir: str, template: Any, shardings: Any) -> Any:
       UserError: if there is no checkpoint, or its encoder is another one.
     """
     key = "config.objective.target_checkpoint"
-    run = AnotherRun(workdir, key)
+    run = RunWeights(workdir, key)
     leaves, structure = jax.tree_util.tree_flatten_with_path(template)
-    here = {"params/encoder/" + path_of(path): leaf.shape for path, leaf in leaves}
+    here = {"params/encoder/" + path_text(path): leaf.shape for path, leaf in leaves}
     if wrong := [f"{p} {run.shapes.get(p, 'absent')} there, {shape} here" for p, shape in here.items() if run.shapes.get(p) != shape]:
         raise UserError(
             f"{key}: {workdir!r}: its encoder is another one ({len(wrong)} arrays differ, first {wrong[0]}); use the same model settings"
@@ -381,10 +381,10 @@ def encoder_of(workdir: str, template: Any, shardings: Any) -> Any:
     return jax.tree.unflatten(structure, [got[path] for path in here])
 
 
-def put(tree: dict[str, Any], path: str, value: Any) -> None:
+def set_leaf(tree: dict[str, Any], path: str, value: Any) -> None:
     """Sets one leaf of a nested dict by its path.
 
-    >>> tree = {}; put(tree, "a/b", 1); tree
+    >>> tree = {}; set_leaf(tree, "a/b", 1); tree
     {'a': {'b': 1}}
     """
     *way, last = path.split("/")

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 
 from m3i_jax import parallel
-from m3i_jax.objective import regularize
+from m3i_jax.objective import collapse
 from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
-from m3i_jax.training.phases import Clock, Starving
+from m3i_jax.training.goodput import GoodputClock, InputStallAlarm
 from m3i_jax.training.state import State
 from m3i_jax.training.step import MOMENT, MOST_NOT_FINITE
 from m3i_jax.training.trainer import Trainer
@@ -34,7 +34,7 @@ class Preempted(Exception):
     """Raised by a poll inside an evaluator, so that a long evaluation does not eat the notice."""
 
 
-class _Unserved(Exception):
+class CallbackError(Exception):
     """What the loop asked for outside itself did not come; the state is that of the last step, and as good as any."""
 
     def __init__(self, error: Exception) -> None:
@@ -43,13 +43,13 @@ class _Unserved(Exception):
 
 
 @contextlib.contextmanager
-def _asking() -> Iterator[None]:
+def _calling() -> Iterator[None]:
     try:
         yield
     except Preempted:
         raise
     except Exception as error:
-        raise _Unserved(error) from error
+        raise CallbackError(error) from error
 
 
 class Preemption:
@@ -58,7 +58,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self.asked = False
-        self._together = parallel.Together(lambda: self.asked)
+        self._together = parallel.CoordinatedStop(lambda: self.asked)
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
@@ -83,7 +83,7 @@ class Preemption:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Outside:
+class Callbacks:
     """What the loop talks to; made by the mode, so that the loop imports no sink, no evaluator and no picture."""
 
     data: Any  # iterator of host batches; `.counted()`: metrics of those that were consumed
@@ -95,12 +95,12 @@ class Outside:
     position: Callable[[int], dict[str, Any]]  # samples seen -> what is saved beside the state
     dump: Callable[[int, State, Any, Mapping[str, float]], None] = lambda step, state, batch, values: None  # of a step that ended the run
     evaluated: frozenset[int] = frozenset()  # steps whose evaluation a resumed log already has
-    clock: Clock = dataclasses.field(default_factory=Clock)
+    clock: GoodputClock = dataclasses.field(default_factory=GoodputClock)
     sent: Callable[[int, Any], None] = lambda step, metrics: None  # called with every step sent and its metrics, which may not be there yet
 
 
-class Collapse:
-    """Notices when all targets become the same, from the monitors of objective/regularize.py, whatever the size of the features.
+class CollapseAlarm:
+    """Notices when all targets become the same, from the monitors of objective/collapse.py, whatever the size of the features.
 
     Collapsed is a step whose spread is below LEAST (targets are all but one vector), or whose deviation or uniformity is below LEAST of the
     largest so far. `alarm` rises after PATIENCE such steps in a row, and falls again with the first that has twice as much.
@@ -115,7 +115,7 @@ class Collapse:
     def see(self, values: Mapping[str, float]) -> bool:
         """Look at the metrics of a step; True if the alarm rises with it. What is not there, or not finite, is not judged.
 
-        >>> watch = Collapse()
+        >>> watch = CollapseAlarm()
         >>> [watch.see({"collapse/spread": spread}) for spread in (0.6, *[0.01] * 6)]
         [False, False, False, False, False, True, False]
         """
@@ -140,9 +140,9 @@ COLLAPSED = (
 class _Log:
     """Metrics one step behind, so that fetching them never stalls the device."""
 
-    def __init__(self, trainer: Trainer, outside: Outside):
+    def __init__(self, trainer: Trainer, outside: Callbacks):
         self.trainer, self.outside, self.clock, self.bad, self.failed = trainer, outside, outside.clock, 0, False
-        self.collapse, self.starving = Collapse(), Starving()
+        self.collapse, self.starving = CollapseAlarm(), InputStallAlarm()
         self.last: dict[str, float] = {}  # metrics of the newest step that was fetched
         self._pending: tuple[int, dict[str, float], dict[str, jax.Array]] | None = None
 
@@ -170,14 +170,14 @@ class _Log:
             if monitors:
                 values["collapse/alarm"] = float(self.collapse.alarm)
             if moment is not None:
-                values["collapse/effective_rank"] = float(regularize.effective_rank(jax.device_get(moment)))
+                values["collapse/effective_rank"] = float(collapse.effective_rank(jax.device_get(moment)))
             values |= self.clock.read()
             if waits := self.starving.see(values):
                 self.outside.say(f"warning: {waits}")
             self.outside.write(step, values)
 
 
-def run(trainer: Trainer, state: State, *, samples_seen: int, outside: Outside) -> tuple[int, State]:
+def run_loop(trainer: Trainer, state: State, *, samples_seen: int, outside: Callbacks) -> tuple[int, State]:
     """Train from `state` to the end, or to a preemption notice.
 
     Returns:
@@ -205,14 +205,14 @@ def run(trainer: Trainer, state: State, *, samples_seen: int, outside: Outside) 
                     outside.dump(step, state, host, log.last)
                     return FAILED, state
                 if evaluate:
-                    with log.clock.phase("evaluate"), _asking():
+                    with log.clock.phase("evaluate"), _calling():
                         _evaluate(state, step, outside, notice)
                 if save:
                     with log.clock.phase("save"):
                         outside.checkpoints.save(step, state, outside.position(samples_seen))
                 if step == total:
                     break
-                with log.clock.phase("data"), _asking():
+                with log.clock.phase("data"), _calling():
                     host = next(outside.data)
                 if train.panel_every and step % train.panel_every == 0:
                     with log.clock.phase("panel"):
@@ -224,13 +224,13 @@ def run(trainer: Trainer, state: State, *, samples_seen: int, outside: Outside) 
                 if log.bad:  # look at each step before the next is sent, so that a third is dumped with the state that it had
                     log.flush()
                 notice.poll()
-        except (Preempted, _Unserved) as end:
+        except (Preempted, CallbackError) as end:
             log.flush()
             now = int(state.step)
-            if isinstance(end, Preempted) or (now > first and parallel.hosts() == 1):
+            if isinstance(end, Preempted) or (now > first and parallel.host_names() == 1):
                 with log.clock.phase("save"):
                     _save_last(outside, now, state, samples_seen, end)
-            if isinstance(end, _Unserved):
+            if isinstance(end, CallbackError):
                 raise end.error from None
             outside.say(f"preempted: saved step {now}; run the same command again to go on")
             return PREEMPTED, state
@@ -239,7 +239,7 @@ def run(trainer: Trainer, state: State, *, samples_seen: int, outside: Outside) 
     return DONE, state
 
 
-def _save_last(outside: Outside, step: int, state: State, samples_seen: int, end: Exception) -> None:
+def _save_last(outside: Callbacks, step: int, state: State, samples_seen: int, end: Exception) -> None:
     """The save of a run that ends before its time."""
     try:
         outside.checkpoints.save(step, state, outside.position(samples_seen))
@@ -249,11 +249,11 @@ def _save_last(outside: Outside, step: int, state: State, samples_seen: int, end
             raise
         outside.say(f"warning: {failed}")  # why the run ends is what it ends with
     else:
-        if isinstance(end, _Unserved):
+        if isinstance(end, CallbackError):
             outside.say(f"saved step {step}, since the run cannot go on; the same command goes on from there")
 
 
-def _evaluate(state: State, step: int, outside: Outside, notice: Preemption) -> None:
+def _evaluate(state: State, step: int, outside: Callbacks, notice: Preemption) -> None:
     def poll() -> None:
         outside.clock.beat()
         notice.poll()

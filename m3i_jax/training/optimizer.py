@@ -14,10 +14,10 @@ import optax
 
 from m3i_jax import schema
 from m3i_jax.models import backbones, m3i
-from m3i_jax.objective import balance, target
-from m3i_jax.objective.methods import Terms
-from m3i_jax.parallel.rules import path_of
-from m3i_jax.training import rules, spikes
+from m3i_jax.objective import balance, ema
+from m3i_jax.objective.terms import Terms
+from m3i_jax.parallel.sharding import path_text
+from m3i_jax.training import optimizers, spikes
 
 # Never decayed, whatever their rank: tokens, position tables, norms, biases, LayerScale and the logit scale (SiameseIM decays the rank-3
 # tokens; BEiT and MAE's fine-tuning do not).
@@ -25,12 +25,12 @@ _NO_DECAY = re.compile(r"(^|/)(bias|scale|gamma[12]|cls_token|mask_token|query_t
 LOGIT_SCALE_LIMITS = (0.0, 4.605170185988092)  # ln 1 .. ln 100
 
 
-def decayed(params: Any, *, frozen: tuple[str, ...] = ()) -> Any:
+def decay_mask(params: Any, *, frozen: tuple[str, ...] = ()) -> Any:
     """A tree of booleans: which parameters are decayed; none that is `frozen`, by the beginning of its path. Stacked blocks carry a leading
     layer axis, so names decide, not ranks."""
 
     def one(path: tuple[Any, ...], leaf: Any) -> bool:
-        name = path_of(path)
+        name = path_text(path)
         return not _NO_DECAY.search(name) and not name.startswith(frozen)
 
     return jax.tree_util.tree_map_with_path(one, params)
@@ -42,7 +42,7 @@ def _inputs(path: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape[stacked:-1]) if path.endswith("kernel") else 0
 
 
-def rate_factor(config: schema.Config, path: str, shape: tuple[int, ...] = ()) -> Any:
+def lr_factor(config: schema.Config, path: str, shape: tuple[int, ...] = ()) -> Any:
     """What a parameter's learning rate is multiplied with: a number, or an array [L] of one a layer of a stacked parameter.
 
     In the encoder alone `optim.encoder_lr`, and `optim.layer_decay` to the power of the layers above; and `optim.offset_lr` or
@@ -56,26 +56,26 @@ def rate_factor(config: schema.Config, path: str, shape: tuple[int, ...] = ()) -
       shape: of the parameter; read with `optim.fan_in_lr` alone.
 
     >>> config = schema.Config(optim=schema.Optim(layer_decay=0.5, encoder_lr=0.5), model=schema.Model(encoder=schema.Encoder(depth=3)))
-    >>> rate_factor(config, "encoder/blocks/norm1/scale").tolist()
+    >>> lr_factor(config, "encoder/blocks/norm1/scale").tolist()
     [0.0625, 0.125, 0.25]
-    >>> rate_factor(config, "encoder/cls_token"), rate_factor(config, "pool/out/kernel")
+    >>> lr_factor(config, "encoder/cls_token"), lr_factor(config, "pool/out/kernel")
     (0.03125, 1.0)
     >>> config = schema.Config(optim=schema.Optim(fan_in_lr=64))
-    >>> rate_factor(config, "pool/out/kernel", (128, 96)), rate_factor(config, "encoder/stem/conv1/kernel", (3, 3, 3, 16))
+    >>> lr_factor(config, "pool/out/kernel", (128, 96)), lr_factor(config, "encoder/stem/conv1/kernel", (3, 3, 3, 16))
     (0.5, 1.0)
     """
     o, within = config.optim, path.removeprefix("encoder/")
-    below, part = (backbones.of(config.model).below(config.model, within), o.encoder_lr) if within != path else (0, 1.0)
+    below, part = (backbones.get_backbone(config.model).below(config.model, within), o.encoder_lr) if within != path else (0, 1.0)
     own = next((rate for name, rate in (("/dcn/offsets/", o.offset_lr), ("/dcn/center/", o.center_lr)) if name in path), 1.0)
     inputs = _inputs(path, shape) if o.fan_in_lr else 0
     return part * o.layer_decay**below * own * (o.fan_in_lr / inputs if inputs > o.fan_in_lr else 1.0)
 
 
-def scale_rates(config: schema.Config) -> optax.GradientTransformation:
-    """Multiplies every update with its `rate_factor`. Stands after the learning rate, where it is the same product and has no state."""
+def scale_by_lr_factor(config: schema.Config) -> optax.GradientTransformation:
+    """Multiplies every update with its `lr_factor`. Stands after the learning rate, where it is the same product and has no state."""
 
     def one(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-        factor = np.asarray(rate_factor(config, path_of(path), update.shape), np.float32)
+        factor = np.asarray(lr_factor(config, path_text(path), update.shape), np.float32)
         if (factor == 1).all():
             return update
         return update * factor.reshape(factor.shape + (1,) * (update.ndim - factor.ndim))
@@ -83,10 +83,10 @@ def scale_rates(config: schema.Config) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(one, updates))
 
 
-def learning_rate(optim: schema.Optim, *, steps: int, warmup: int) -> Callable[[Any], Any]:
+def lr_schedule(optim: schema.Optim, *, steps: int, warmup: int) -> Callable[[Any], Any]:
     """Linear warm-up, then a cosine from `lr` to `min_lr`, as a function of the step (M3I Table 7).
 
-    >>> rate = learning_rate(schema.Optim(lr=1.0), steps=100, warmup=10)
+    >>> rate = lr_schedule(schema.Optim(lr=1.0), steps=100, warmup=10)
     >>> [round(float(rate(k)), 4) for k in (0, 5, 10, 55, 100)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
@@ -101,17 +101,17 @@ def learning_rate(optim: schema.Optim, *, steps: int, warmup: int) -> Callable[[
     return rate
 
 
-def momentum(optim: schema.Optim, *, steps: int) -> Callable[[int], float]:
+def ema_momentum(optim: schema.Optim, *, steps: int) -> Callable[[int], float]:
     """Momentum of the EMA target at a step, as a plain number for the log."""
     schedule = _momentum(optim, steps)
     return lambda step: float(schedule(step))
 
 
 def _momentum(optim: schema.Optim, steps: int) -> Callable[[Any], Any]:
-    return target.cosine_momentum(optim.ema, steps) if optim.ema_schedule == "cosine" else lambda step: jnp.float32(optim.ema)
+    return ema.cosine_momentum(optim.ema, steps) if optim.ema_schedule == "cosine" else lambda step: jnp.float32(optim.ema)
 
 
-def keep_within(name: str, low: float, high: float) -> optax.GradientTransformation:
+def clamp_parameter(name: str, low: float, high: float) -> optax.GradientTransformation:
     """Shortens the update of one top-level parameter so that it ends inside [low, high]: a clamp after every step."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -123,41 +123,41 @@ def keep_within(name: str, low: float, high: float) -> optax.GradientTransformat
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-class Frozen(NamedTuple):
+class FrozenParams(NamedTuple):
     """params: those of a target encoder that never changes."""
 
     params: Any
 
 
-def hold(select: Callable[[Any], Any]) -> optax.GradientTransformation:
+def hold_frozen(select: Callable[[Any], Any]) -> optax.GradientTransformation:
     """Keeps a part of the first parameters as it is: the place in the state of a frozen target, which is then filled from a checkpoint."""
     return optax.GradientTransformation(
-        lambda params: Frozen(jax.tree.map(lambda x: jnp.array(x, copy=True), select(params))),
+        lambda params: FrozenParams(jax.tree.map(lambda x: jnp.array(x, copy=True), select(params))),
         lambda updates, state, params=None: (updates, state),
     )
 
 
-def build(config: schema.Config, terms: Terms, *, steps: int, warmup: int) -> optax.GradientTransformationExtraArgs:
+def build_optimizer(config: schema.Config, terms: Terms, *, steps: int, warmup: int) -> optax.GradientTransformationExtraArgs:
     """The chain for a run of `steps` optimizer steps. `update` takes `feature_grad_norms=(ssp, sp)`, the norms of Eq. 13."""
 
     def parts(params: Any) -> Any:
         return params if config.optim.ema_of == "all" else m3i.target_parts(config, terms, params)
 
     watched = [("spikes", spikes.watch_spikes())] if config.optim.skip_spikes else []
-    frozen = [("frozen", hold(parts))] if any(t.target.encoder == "frozen" for t in terms) else []
-    o, e, rate = config.optim, config.model.encoder, learning_rate(config.optim, steps=steps, warmup=warmup)
+    frozen = [("frozen", hold_frozen(parts))] if any(t.target.encoder == "frozen" for t in terms) else []
+    o, e, rate = config.optim, config.model.encoder, lr_schedule(config.optim, steps=steps, warmup=warmup)
     still = ("encoder/",) if e.freeze else ("encoder/patch_embed/",) if e.freeze_patch_embed else ()
-    mask = functools.partial(decayed, frozen=still)
+    mask = functools.partial(decay_mask, frozen=still)
     if o.rule == "lars":
-        links = rules.lars(rate, momentum=o.b1, weight_decay=o.weight_decay, mask=mask)
+        links = optimizers.lars(rate, momentum=o.b1, weight_decay=o.weight_decay, mask=mask)
     else:
-        links = rules.adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=mask)
+        links = optimizers.adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=mask)
     return optax.named_chain(
         ("balance", balance.track_balance(config.objective.balance_decay)),
         ("clip", optax.clip_by_global_norm(o.clip) if o.clip else optax.identity()),
-        (o.rule, optax.chain(*links, scale_rates(config))),
-        ("bounds", keep_within("logit_scale", *LOGIT_SCALE_LIMITS)),
-        ("target", target.track_target(_momentum(o, steps), parts)),
+        (o.rule, optax.chain(*links, scale_by_lr_factor(config))),
+        ("bounds", clamp_parameter("logit_scale", *LOGIT_SCALE_LIMITS)),
+        ("target", ema.track_target(_momentum(o, steps), parts)),
         *frozen,
         *watched,
     )

@@ -1,4 +1,4 @@
-"""What a tuple of terms (objective/methods.py) asks of one step: every encoder pass, every target view and every projection once."""
+"""What a tuple of terms (objective/terms.py) asks of one step: every encoder pass, every target view and every projection once."""
 
 import dataclasses
 import difflib
@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
-from m3i_jax.objective import methods, named
-from m3i_jax.objective.methods import DENSE, PICTURES, Decoder, Pass, Projection, Target, Term, Terms
+from m3i_jax.objective import published
+from m3i_jax.objective import terms as objective_terms
+from m3i_jax.objective.terms import DENSE_TARGETS, IMAGE_TARGETS, DecoderHead, Pass, ProjectionHead, Target, Term, Terms
 
 
-class View(NamedTuple):
+class TargetPass(NamedTuple):
     """One call of a target encoder on a clean view."""
 
     encoder: str
@@ -20,7 +21,7 @@ class View(NamedTuple):
     blocks: int
 
 
-class Goal(NamedTuple):
+class TargetKey(NamedTuple):
     """One array of target representations; terms with an equal goal share it. `space`: what the target's features went through."""
 
     target: Target
@@ -43,9 +44,9 @@ class Plan:
         return tuple(sorted({read for t in self.terms for read in t.passes}))
 
     @property
-    def views(self) -> tuple[View, ...]:
+    def views(self) -> tuple[TargetPass, ...]:
         """Calls of target encoders: those without gradient."""
-        seen = {view(t.target) for t in self.terms if t.target.learned and t.target.encoder != "online"}
+        seen = {target_pass(t.target) for t in self.terms if t.target.learned and t.target.encoder != "online"}
         return tuple(sorted(seen))
 
     @property
@@ -62,18 +63,18 @@ class Plan:
         """Places of the terms that predict one of these, in a group."""
         return tuple(i for i, t in enumerate(self.terms) if t.target.of in of and group in (None, t.group))
 
-    def goal(self, term: Term) -> Goal:
+    def goal(self, term: Term) -> TargetKey:
         """The representation that a picture term predicts."""
-        if isinstance(term.head, Projection):
-            return Goal(term.target, dataclasses.replace(term.head, predictor=None, match="position"))
-        deep = term.target.of == "tokens" and isinstance(term.head, Decoder) and self.config.model.decoder.projector_depth
-        return Goal(term.target, "decoder" if deep else None)
+        if isinstance(term.head, ProjectionHead):
+            return TargetKey(term.target, dataclasses.replace(term.head, predictor=None, match="position"))
+        deep = term.target.of == "tokens" and isinstance(term.head, DecoderHead) and self.config.model.decoder.projector_depth
+        return TargetKey(term.target, "decoder" if deep else None)
 
     @property
-    def goals(self) -> tuple[Goal, ...]:
+    def goals(self) -> tuple[TargetKey, ...]:
         """All of them that can be computed before the online encoder runs."""
-        fixed = [t for t in self.terms if t.target.of in PICTURES and t.target.encoder != "online"]
-        matched = [Goal(t.target, None) for t in fixed if isinstance(t.head, Projection) and t.head.match == "likeness"]
+        fixed = [t for t in self.terms if t.target.of in IMAGE_TARGETS and t.target.encoder != "online"]
+        matched = [TargetKey(t.target, None) for t in fixed if isinstance(t.head, ProjectionHead) and t.head.match == "likeness"]
         return tuple(dict.fromkeys([*(self.goal(t) for t in fixed), *matched]))
 
     def reads_cls(self, term: Term) -> bool:
@@ -83,69 +84,69 @@ class Plan:
 
     @property
     def dense(self) -> tuple[int, ...]:
-        return self.where(*DENSE)
+        return self.where(*DENSE_TARGETS)
 
     @property
     def pictures(self) -> tuple[int, ...]:
-        return self.where(*PICTURES)
+        return self.where(*IMAGE_TARGETS)
 
 
-def view(target: Target) -> View:
+def target_pass(target: Target) -> TargetPass:
     """The call of a target encoder that a target is made from."""
     assert target.crop is not None
-    return View(target.encoder, target.crop, target.blocks)
+    return TargetPass(target.encoder, target.crop, target.blocks)
 
 
-def row(name: str, key: str = "config.objective.forms") -> methods.Terms:
+def terms_named(name: str, key: str = "config.objective.forms") -> objective_terms.Terms:
     """One row of an objective: a form, its letter in the paper's Table 3, or a named method; `key` is the setting that names it.
 
     Raises:
       UserError: for a name that is none of them.
 
-    >>> [t.name for t in row("k")] == [t.name for t in row("sim")]
+    >>> [t.name for t in terms_named("k")] == [t.name for t in terms_named("sim")]
     True
     """
-    name = methods.LETTERS.get(name, name)
-    if name in named.METHODS:
-        return named.METHODS[name].terms
-    if name in methods.FORMS:
-        return methods.FORMS[name]
-    if name in methods.TRANSFER:
-        return methods.TRANSFER[name]
-    if name in named.LEFT_OUT:
-        raise UserError(f"{key}: {name!r} is not here: {named.LEFT_OUT[name]}")
-    names = [*methods.FORMS, *methods.LETTERS, *methods.TRANSFER, *named.METHODS]
+    name = objective_terms.LETTERS.get(name, name)
+    if name in published.PUBLISHED:
+        return published.PUBLISHED[name].terms
+    if name in objective_terms.FORMS:
+        return objective_terms.FORMS[name]
+    if name in objective_terms.TRANSFER:
+        return objective_terms.TRANSFER[name]
+    if name in published.LEFT_OUT:
+        raise UserError(f"{key}: {name!r} is not here: {published.LEFT_OUT[name]}")
+    names = [*objective_terms.FORMS, *objective_terms.LETTERS, *objective_terms.TRANSFER, *published.PUBLISHED]
     near = difflib.get_close_matches(name, names, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"{key}: {name!r} is none of {', '.join(dict.fromkeys(names))}{hint}")
 
 
-def _asked(o: schema.Objective) -> Terms:
+def _terms_of(o: schema.Objective) -> Terms:
     """The terms of an objective, whatever the data have."""
     if not o.forms:
         raise UserError("config.objective.forms: is empty; name at least one form, such as m3i")
-    rows = methods.apart({methods.LETTERS.get(name, name): row(name) for name in o.forms})
-    return methods.vary(
-        methods.combine(*rows, annotation_input=o.annotation_input), intra_positions=o.intra_positions, soft_label=o.soft_label,
+    rows = objective_terms.uniquify({objective_terms.LETTERS.get(name, name): terms_named(name) for name in o.forms})
+    return objective_terms.with_options(
+        objective_terms.merge(*rows, annotation_input=o.annotation_input), intra_positions=o.intra_positions, soft_label=o.soft_label,
         symmetric=o.symmetric, target_encoder=o.target_encoder, second_group=o.second_group,
     )  # fmt: skip
 
 
-def read(config: schema.Config) -> Plan:
+def build_plan(config: schema.Config) -> Plan:
     """The terms of a completed configuration (data.classes and data.captions known)."""
-    o, terms = config.objective, _asked(config.objective)
+    o, terms = config.objective, _terms_of(config.objective)
     try:
-        terms = methods.available(terms, categories=config.data.classes > 0, captions=config.data.captions == "yes")
+        terms = objective_terms.drop_unavailable(terms, categories=config.data.classes > 0, captions=config.data.captions == "yes")
     except ValueError as error:
         raise UserError(
             f"config.objective.forms: {', '.join(o.forms)}: {error}; choose another form or a source with categories or captions"
         ) from None
     made = Plan(config, terms)
-    _possible(made)
+    _validate(made)
     return made
 
 
-def _possible(made: Plan) -> None:
+def _validate(made: Plan) -> None:
     """Refuse what the terms and the settings cannot do together."""
     config, terms = made.config, made.terms
     annotations = [t for t in terms if t.target.of in ("category", "text")]
@@ -159,26 +160,26 @@ def _possible(made: Plan) -> None:
     if frozen and not config.objective.target_checkpoint:
         raise UserError("config.objective.target_checkpoint: is empty, and the objective has a frozen target; give the workdir of a run")
     if config.model.decoder.positions == "absolute" and any(
-        isinstance(t.head, methods.Decoder) and t.reads.crop != t.target.crop for t in terms
+        isinstance(t.head, objective_terms.DecoderHead) and t.reads.crop != t.target.crop for t in terms
     ):
         raise UserError(
             "config.model.decoder.positions: 'absolute' cannot say where another view lies, and the objective predicts one; use 'relative'"
         )
     if not config.model.encoder.cls_token:
         for key, wanted in (
-            ("model.pool.kind", config.model.pool.kind == "cls" and any(isinstance(t.head, methods.Pooled) for t in terms)),
-            ("objective.forms", any(isinstance(t.head, methods.Projection) and t.head.pool == "cls" for t in terms)),
+            ("model.pool.kind", config.model.pool.kind == "cls" and any(isinstance(t.head, objective_terms.PooledHead) for t in terms)),
+            ("objective.forms", any(isinstance(t.head, objective_terms.ProjectionHead) and t.head.pool == "cls" for t in terms)),
         ):
             if wanted:
                 way = "set model.encoder.cls_token" if config.model.backbone == "vit" else f"{config.model.backbone} has none: use another"
                 raise UserError(f"config.{key}: needs the cls token; {way}")
-    if config.model.pool.kind == "cls" and (shared := [t.name for t in annotations if t.reads.mixed and t.head == methods.Pooled()]):
+    if config.model.pool.kind == "cls" and (shared := [t.name for t in annotations if t.reads.mixed and t.head == objective_terms.PooledHead()]):
         raise UserError(
             f"config.model.pool.kind: 'cls' is one token for both images of a mixed input, and {shared[0]} is predicted of each; use "
             "attention or mean, or for categories alone objective.soft_label=joint"
         )
     mixed = any(t.reads.mixed for t in terms)
-    backbone = backbones.of(config.model)
+    backbone = backbones.get_backbone(config.model)
     if config.objective.isolate and mixed and not backbone.isolates:
         raise UserError(
             f"config.objective.isolate: the layers of model.backbone={config.model.backbone} look across the seam of two images; use false"
@@ -196,7 +197,7 @@ def _possible(made: Plan) -> None:
         )
 
 
-def refuse_idle(config: schema.Config, trains: Iterable[tuple[str, ...]]) -> None:
+def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ...]]) -> None:
     """Refuse a setting that does nothing in all of these objectives (names of forms): whoever sets it expects something of it.
 
     For whoever starts to train. A run that is evaluated or goes on as an encoder may keep what its objective no longer reads.
@@ -205,11 +206,11 @@ def refuse_idle(config: schema.Config, trains: Iterable[tuple[str, ...]]) -> Non
     Raises:
       UserError: the setting, why it does nothing, and what to leave it at.
 
-    >>> refuse_idle(schema.Config(), [("sim",)])
+    >>> reject_unused_settings(schema.Config(), [("sim",)])
     """
     o, plain = config.objective, schema.Config()
     sets = list(trains)
-    terms = [t for forms in sets for t in _asked(dataclasses.replace(o, forms=forms))]
+    terms = [t for forms in sets for t in _terms_of(dataclasses.replace(o, forms=forms))]
     told = ", ".join("+".join(forms) for forms in sets)
     mixed, blended = any(t.reads.mixed for t in terms), any(t.reads.blended for t in terms)
     a, b = config.data.augment, plain.data.augment
@@ -224,7 +225,7 @@ def refuse_idle(config: schema.Config, trains: Iterable[tuple[str, ...]]) -> Non
             raise UserError(
                 f"config.{key}: {value!r} does nothing: there is {what} in {told}; leave it at {default!r} or choose another form"
             )
-    rows = [*methods.FORMS.values(), *methods.TRANSFER.values(), *(method.terms for method in named.METHODS.values())]
+    rows = [*objective_terms.FORMS.values(), *objective_terms.TRANSFER.values(), *(method.terms for method in published.PUBLISHED.values())]
     known = sorted({t.name for each in (*rows, terms) for t in each})
     for name in o.second_group if o.second_group != plain.objective.second_group else ():
         if name not in known:

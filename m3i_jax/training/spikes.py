@@ -24,7 +24,7 @@ class SpikeState(NamedTuple):
 
 
 def watch_spikes() -> optax.GradientTransformation:
-    """The place of the window in the chain; updates pass through, `push` fills it."""
+    """The place of the window in the chain; updates pass through, `push_window` fills it."""
     return optax.GradientTransformation(
         lambda params: SpikeState(jnp.zeros((2, WINDOW)), jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)),
         lambda updates, state, params=None: (updates, state),
@@ -35,7 +35,7 @@ def is_spike(state: SpikeState, loss: jax.Array, norm: jax.Array, sigmas: float)
     """Whether one of the two is far above its window; never before the window is full, and never for a small one.
 
     >>> state = watch_spikes().init(None)
-    >>> for k in range(WINDOW): state = push(state, jnp.float32(1 + k % 2), jnp.float32(5.0), jnp.array(False))
+    >>> for k in range(WINDOW): state = push_window(state, jnp.float32(1 + k % 2), jnp.float32(5.0), jnp.array(False))
     >>> [bool(is_spike(state, jnp.float32(x), jnp.float32(y), 6.0)) for x, y in ((2.5, 5.0), (9.0, 5.0), (1.0, 5.1), (0.0, 0.0))]
     [False, True, True, False]
     """
@@ -45,13 +45,13 @@ def is_spike(state: SpikeState, loss: jax.Array, norm: jax.Array, sigmas: float)
     return (state.steps >= WINDOW) & jnp.any(jnp.stack([loss, norm]) > limit)
 
 
-def push(state: SpikeState, loss: jax.Array, norm: jax.Array, skipped: jax.Array) -> SpikeState:
+def push_window(state: SpikeState, loss: jax.Array, norm: jax.Array, skipped: jax.Array) -> SpikeState:
     """The window with the newest step in place of the oldest."""
     seen = state.seen.at[:, state.steps % WINDOW].set(jnp.stack([loss, norm]).astype(jnp.float32))
     return SpikeState(seen, state.steps + 1, state.skipped + skipped.astype(jnp.int32))
 
 
-def settle(old: Any, new: Any, loss: jax.Array, norm: jax.Array, finite: jax.Array, sigmas: float) -> tuple[Any, Any]:
+def skip_update(old: Any, new: Any, loss: jax.Array, norm: jax.Array, finite: jax.Array, sigmas: float) -> tuple[Any, Any]:
     """((params, opt) after the step, metrics): new ones where the step counts, old ones where it is skipped.
 
     Args:
@@ -64,7 +64,7 @@ def settle(old: Any, new: Any, loss: jax.Array, norm: jax.Array, finite: jax.Arr
     params, opt = jax.tree.map(lambda n, o: jnp.where(finite & ~spike, n, o), new, old)
     metrics = {"skipped/not_finite": 1.0 - finite}
     if window is not None:
-        pushed = push(window, loss, norm, spike)
+        pushed = push_window(window, loss, norm, spike)
         opt["spikes"] = jax.tree.map(lambda n, o: jnp.where(finite, n, o), pushed, window)
         metrics["skipped/spikes"] = opt["spikes"].skipped
     return (params, opt), metrics

@@ -20,12 +20,12 @@ import optax
 
 from m3i_jax import parallel
 from m3i_jax.models import m3i
-from m3i_jax.objective import balance, posterior, regularize
-from m3i_jax.training import spikes, targets, terms, views
-from m3i_jax.training.plan import Goal, Plan
+from m3i_jax.objective import balance, collapse, losses
+from m3i_jax.training import spikes, targets, term_losses, views
+from m3i_jax.training.plan import Plan, TargetKey
 from m3i_jax.training.state import State
-from m3i_jax.training.targets import Goals
-from m3i_jax.training.terms import Arrays, Cached, Costs, Seen
+from m3i_jax.training.targets import TargetFeatures
+from m3i_jax.training.term_losses import Arrays, CachedTextGradients, TargetBundle, TermLosses
 from m3i_jax.training.views import Batch
 
 Metrics = dict[str, jax.Array]
@@ -54,19 +54,19 @@ def _whole(tree: Any, count: int, pairs: int) -> Any:
     return jax.tree.map(one, tree)
 
 
-def _text_gradients(plan: Plan, params: Any, batch: Batch, parts: Any) -> tuple[Costs, Cached]:
+def _cached_text_gradients(plan: Plan, params: Any, batch: Batch, parts: Any) -> tuple[TermLosses, CachedTextGradients]:
     """The text terms over all rows of all microbatches: their costs, and their gradients at every embedding."""
 
     def embed(_: None, part: Any) -> tuple[None, Any]:
         batch, crops = part
-        vectors = terms.pooled(plan, params, views.encode(plan.config, plan.passes, batch, crops, params["encoder"]), batch)
-        return None, terms.embeddings(plan, params, vectors, batch)
+        vectors = term_losses.pool_terms(plan, params, views.encode_passes(plan.config, plan.passes, batch, crops, params["encoder"]), batch)
+        return None, term_losses.contrastive_embeddings(plan, params, vectors, batch)
 
     _, (images, captions) = jax.lax.scan(embed, None, parts)
     count, pairs = parts[0]["mask"].shape[0], batch["mask"].shape[0] // 2
 
-    def costs(u: Arrays, v: Arrays, s: Arrays) -> tuple[jax.Array, Costs]:
-        out = {i: terms.text_costs(plan, {i: u[i]}, v[i], s[i], batch)[i] for i in u}
+    def costs(u: Arrays, v: Arrays, s: Arrays) -> tuple[jax.Array, TermLosses]:
+        out = {i: term_losses.text_losses(plan, {i: u[i]}, v[i], s[i], batch)[i] for i in u}
         return sum((cost.sum for cost in out.values()), jnp.zeros(())), out
 
     u, v = _whole((images, captions), count, pairs)
@@ -74,21 +74,21 @@ def _text_gradients(plan: Plan, params: Any, batch: Batch, parts: Any) -> tuple[
         u, dict.fromkeys(u, v), dict.fromkeys(u, params["logit_scale"])
     )
     du, dv = _microbatches((du, dv), count, pairs)
-    return value, Cached(images=du, captions=dv, log_scale=jax.tree.map(lambda x: jnp.broadcast_to(x / count, (count,)), ds))
+    return value, CachedTextGradients(images=du, captions=dv, log_scale=jax.tree.map(lambda x: jnp.broadcast_to(x / count, (count,)), ds))
 
 
 def _encoded(plan: Plan, params: Any, batch: Batch, crops: Any) -> tuple[Any, Any]:
     """(features of every pass, their pullback to the encoder's parameters)."""
-    return jax.vjp(functools.partial(views.encode, plan.config, plan.passes, batch, crops), params["encoder"])
+    return jax.vjp(functools.partial(views.encode_passes, plan.config, plan.passes, batch, crops), params["encoder"])
 
 
-def _look(plan: Plan, teachers: dict[str, Any], batch: Batch) -> tuple[dict[int, jax.Array], Goals]:
+def _views_and_targets(plan: Plan, teachers: dict[str, Any], batch: Batch) -> tuple[dict[int, jax.Array], TargetFeatures]:
     """(patches of every view, goals)."""
-    crops = views.patches(plan.config, batch, plan.crops, exact=plan.exact)
-    return crops, targets.goals(plan, teachers, crops)
+    crops = views.augmented_patches(plan.config, batch, plan.crops, exact=plan.exact)
+    return crops, targets.target_features(plan, teachers, crops)
 
 
-def gradients(
+def objective_gradients(
     plan: Plan, params: Any, teachers: dict[str, Any], batch: Batch, weight: jax.Array
 ) -> tuple[Any, Metrics, tuple[jax.Array, jax.Array]]:
     """Gradients of L_ssp + weight * L_sp with one encoder backward.
@@ -106,14 +106,14 @@ def gradients(
     config, heads = plan.config, {k: v for k, v in params.items() if k != "encoder"}
     count = config.train.microbatches
     teachers = {**teachers, "shared": jax.lax.stop_gradient(m3i.target_parts(config, plan.terms, params))}
-    tally, factors = terms.scales(plan, batch)
+    tally, factors = term_losses.loss_weights(plan, batch)
 
-    look = functools.partial(_look, plan, teachers)
+    look = functools.partial(_views_and_targets, plan, teachers)
 
-    def contribute(batch: Batch, crops: Any, goals: Goals, index: Any, cached: Cached | None) -> tuple[Any, Any]:
-        seen = Seen(goals=goals, keys=keys, index=index, moments=moments)
+    def contribute(batch: Batch, crops: Any, goals: TargetFeatures, index: Any, cached: CachedTextGradients | None) -> tuple[Any, Any]:
+        seen = TargetBundle(goals=goals, keys=keys, index=index, moments=moments)
         z, back = _encoded(plan, params, batch, crops)
-        group = functools.partial(terms.group_loss, plan, factors=factors, batch=batch, seen=seen, cached=cached)
+        group = functools.partial(term_losses.group_loss, plan, factors=factors, batch=batch, seen=seen, cached=cached)
         (_, costs_ssp), (h_ssp, z_ssp) = jax.value_and_grad(group("ssp"), (0, 1), has_aux=True)(heads, z)
         (_, costs_sp), (h_sp, z_sp) = jax.value_and_grad(group("sp"), (0, 1), has_aux=True)(heads, z)
         blend = functools.partial(jax.tree.map, lambda a, b: (a.astype(jnp.float32) + weight * b).astype(a.dtype))
@@ -123,18 +123,18 @@ def gradients(
 
     if count == 1:
         crops, goals = look(batch)
-        keys, moments = goals, targets.moments(plan, goals)
+        keys, moments = goals, targets.target_moments(plan, goals)
         grads, (costs, squares) = contribute(batch, crops, goals, None, None)
     else:
         size = batch["mask"].shape[0]
         parts, rows = _microbatches((batch, jnp.arange(size)), count, size // 2)
         crops, goals = jax.lax.map(look, parts)
         keys = _whole(goals, count, size // 2)
-        moments = targets.moments(plan, keys)
-        whole: Costs = {}
+        moments = targets.target_moments(plan, keys)
+        whole: TermLosses = {}
         cached = None
         if plan.where("text") and config.objective.text_softmax == "batch":
-            whole, cached = _text_gradients(plan, params, batch, (parts, crops))
+            whole, cached = _cached_text_gradients(plan, params, batch, (parts, crops))
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, contribute(*part)), None
@@ -148,26 +148,26 @@ def gradients(
     return grads, metrics, (jnp.sqrt(squares[0]), jnp.sqrt(squares[1]))
 
 
-def looked(plan: Plan, state: State, batch: Batch) -> tuple[dict[int, jax.Array], Goals]:
+def views_and_targets(plan: Plan, state: State, batch: Batch) -> tuple[dict[int, jax.Array], TargetFeatures]:
     """(patches of every view, goals) of a batch: what with microbatches is made of all of them before the first is learned from."""
     shared = {"shared": jax.lax.stop_gradient(m3i.target_parts(plan.config, plan.terms, state.params))}
-    return _look(plan, teachers(state) | shared, views.with_blend(plan.config, plan.passes, batch))
+    return _views_and_targets(plan, target_encoders(state) | shared, views.with_mixup_draws(plan.config, plan.passes, batch))
 
 
-def pullbacks(plan: Plan, state: State, batch: Batch) -> tuple[Any, list[Any]]:
+def loss_pullbacks(plan: Plan, state: State, batch: Batch) -> tuple[Any, list[Any]]:
     """(that of the encoder, those of each group of losses) for a batch that is one microbatch, as trees of the arrays that they keep: what
     lives from the forward pass to the backward is the first and one of the others."""
-    crops, goals = looked(plan, state, batch)
-    batch = views.with_blend(plan.config, plan.passes, batch)
+    crops, goals = views_and_targets(plan, state, batch)
+    batch = views.with_mixup_draws(plan.config, plan.passes, batch)
     heads = {k: v for k, v in state.params.items() if k != "encoder"}
-    seen = Seen(goals=goals, keys=goals, index=None, moments=targets.moments(plan, goals))
+    seen = TargetBundle(goals=goals, keys=goals, index=None, moments=targets.target_moments(plan, goals))
     z, back = _encoded(plan, state.params, batch, crops)
-    _, factors = terms.scales(plan, batch)
-    group = functools.partial(terms.group_loss, plan, factors=factors, batch=batch, seen=seen, cached=None)
+    _, factors = term_losses.loss_weights(plan, batch)
+    group = functools.partial(term_losses.group_loss, plan, factors=factors, batch=batch, seen=seen, cached=None)
     return back, [jax.vjp(group(name), heads, z, has_aux=True)[1] for name in ("ssp", "sp")]
 
 
-def _losses(plan: Plan, costs: Costs, tally: list[jax.Array], factors: list[jax.Array]) -> Metrics:
+def _losses(plan: Plan, costs: TermLosses, tally: list[jax.Array], factors: list[jax.Array]) -> Metrics:
     """loss/<group>, loss/<name>, info/<name> in bits a prediction, and the monitors of pooled targets."""
     out: Metrics = {}
     for group in ("ssp", "sp"):
@@ -188,21 +188,21 @@ def _losses(plan: Plan, costs: Costs, tally: list[jax.Array], factors: list[jax.
     return out
 
 
-def _monitors(plan: Plan, goals: Goals, moments: dict[Goal, jax.Array]) -> Metrics:
+def _monitors(plan: Plan, goals: TargetFeatures, moments: dict[TargetKey, jax.Array]) -> Metrics:
     """Of the first learned target: standard deviation, share of its energy that varies, and the moment itself."""
     for goal in plan.goals:
-        if targets.kind(goal) in moments and goal.target.learned:
-            rows, moment = goals[goal].reshape(-1, goals[goal].shape[-1]), moments[targets.kind(goal)]
-            mean_D = posterior.layer_normalize(rows).mean(0)
+        if targets.moment_key(goal) in moments and goal.target.learned:
+            rows, moment = goals[goal].reshape(-1, goals[goal].shape[-1]), moments[targets.moment_key(goal)]
+            mean_D = losses.layer_normalize(rows).mean(0)
             return {
-                "collapse/target_std": regularize.target_std(rows),
-                "collapse/spread": regularize.spread(mean_D, moment),
+                "collapse/target_std": collapse.target_std(rows),
+                "collapse/spread": collapse.centered_energy(mean_D, moment),
                 MOMENT: moment,
             }
     return {}
 
 
-def teachers(state: State) -> dict[str, Any]:
+def target_encoders(state: State) -> dict[str, Any]:
     """The trees of the target encoders in a state."""
     out = {"ema": state.opt["target"].params}
     return out | ({"frozen": state.opt["frozen"].params} if "frozen" in state.opt else {})
@@ -211,11 +211,11 @@ def teachers(state: State) -> dict[str, Any]:
 def gradients_of(plan: Plan, state: State, batch: Batch) -> tuple[Any, Metrics, tuple[jax.Array, jax.Array], jax.Array]:
     """(gradients, metrics, norms, lambda) of a state, with lambda from its statistics so far."""
     settings = plan.config.objective
-    batch = views.with_blend(plan.config, plan.passes, batch)
+    batch = views.with_mixup_draws(plan.config, plan.passes, batch)
     lam = jnp.asarray(settings.gamma, jnp.float32)
     if settings.weighting == "dynamic":
-        lam = balance.weight(state.opt["balance"], gamma=settings.gamma, limits=(settings.balance_range[0], settings.balance_range[1]))
-    return *gradients(plan, state.params, teachers(state), batch, lam), lam
+        lam = balance.balance_weight(state.opt["balance"], gamma=settings.gamma, limits=(settings.balance_range[0], settings.balance_range[1]))
+    return *objective_gradients(plan, state.params, target_encoders(state), batch, lam), lam
 
 
 def train_step(plan: Plan, tx: optax.GradientTransformationExtraArgs, state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -228,37 +228,37 @@ def train_step(plan: Plan, tx: optax.GradientTransformationExtraArgs, state: Sta
     loss = metrics.get("loss/ssp", jnp.zeros(())) + lam * metrics.get("loss/sp", jnp.zeros(()))
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    (params, opt), skipped = spikes.settle((state.params, state.opt), (params, opt), loss, grad_norm, finite, plan.config.optim.skip_spikes)
+    (params, opt), skipped = spikes.skip_update((state.params, state.opt), (params, opt), loss, grad_norm, finite, plan.config.optim.skip_spikes)
     metrics |= {
         "loss": loss, "grad_norm": grad_norm, "balance/lambda": lam, "balance/ssp_norm": norms[0], "balance/sp_norm": norms[1],
     } | skipped  # fmt: skip
     return State(step=state.step + 1, params=params, opt=opt), metrics
 
 
-def look_inside(plan: Plan, state: State, batch: Batch) -> dict[str, jax.Array]:
+def panel_outputs(plan: Plan, state: State, batch: Batch) -> dict[str, jax.Array]:
     """What a panel shows of a batch: the input of the first pass, and for every dense term the predicted features beside their
     target; predicted pixels as a picture, with the mean and deviation of the true patch."""
     config = plan.config
-    batch = views.with_blend(config, plan.passes, batch)
-    trees = teachers(state) | {"shared": m3i.target_parts(config, plan.terms, state.params)}
-    crops = views.patches(config, batch, plan.crops, exact=plan.exact)
-    goals = targets.goals(plan, trees, crops)
+    batch = views.with_mixup_draws(config, plan.passes, batch)
+    trees = target_encoders(state) | {"shared": m3i.target_parts(config, plan.terms, state.params)}
+    crops = views.augmented_patches(config, batch, plan.crops, exact=plan.exact)
+    goals = targets.target_features(plan, trees, crops)
     first = plan.passes[0]
     out = {
         "input": views.encoder_input(config, first, 0, batch, crops)["patches"],
-        "input_view": views.rows_of(config, first, "own", crops[first.crop]),
+        "input_view": views.image_rows(config, first, "own", crops[first.crop]),
     }
     places = tuple(i for i in plan.dense if plan.terms[i].target.encoder != "online")
-    z = views.encode(config, plan.passes, batch, crops, state.params["encoder"])
-    for i, prediction in terms.predictions(plan, state.params, z, batch, places).items():
+    z = views.encode_passes(config, plan.passes, batch, crops, state.params["encoder"])
+    for i, prediction in term_losses.predictions(plan, state.params, z, batch, places).items():
         term = plan.terms[i]
         assert term.target.crop is not None
-        goal = terms.of_image(plan, term, goals[plan.goal(term)]).astype(jnp.float32)
-        target = targets.prepared(term, goal)
-        if terms.is_partial(term):  # what the input shows need not be predicted
-            cells = terms.unseen(plan, term, batch)
+        goal = term_losses.rows_of_image(plan, term, goals[plan.goal(term)]).astype(jnp.float32)
+        target = targets.normalize_target(term, goal)
+        if term_losses.predicts_hidden_only(term):  # what the input shows need not be predicted
+            cells = term_losses.hidden_index(plan, term, batch)
             prediction = target.at[jnp.arange(cells.shape[0])[:, None], cells].set(prediction.astype(target.dtype))
-        out[f"{term.name}/view"] = terms.of_image(plan, term, crops[term.target.crop])
+        out[f"{term.name}/view"] = term_losses.rows_of_image(plan, term, crops[term.target.crop])
         if term.target.of == "pixels":
             out[f"{term.name}/picture"] = prediction * goal.std(-1, ddof=1, keepdims=True) + goal.mean(-1, keepdims=True)
         else:

@@ -12,11 +12,11 @@ from jax.extend import core
 from m3i_jax import parallel, schema
 from m3i_jax.errors import DoesNotFit, UserError
 from m3i_jax.models import m3i
-from m3i_jax.training import checkpoint, optimizer, plan, start, state, step
+from m3i_jax.training import checkpoint, init_from, optimizer, plan, state, step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Length:
+class RunLength:
     """The length of a run in optimizer steps. The last partial batch of an epoch is dropped."""
 
     steps_per_epoch: int
@@ -24,13 +24,13 @@ class Length:
     warmup: int
 
 
-def length(config: schema.Config) -> Length:
+def run_length(config: schema.Config) -> RunLength:
     """Steps of a run, defined here and nowhere else.
 
     Raises:
       UserError: if an epoch has no full batch.
 
-    >>> length(schema.Config(data=schema.Data(size=1_281_167)))
+    >>> run_length(schema.Config(data=schema.Data(size=1_281_167)))
     Length(steps_per_epoch=312, steps=499200, warmup=12480)
     """
     size, batch, t, o = config.data.size, config.train.batch_size, config.train, config.optim
@@ -45,7 +45,7 @@ def length(config: schema.Config) -> Length:
         raise UserError(
             f"config.optim.warmup_epochs: {o.warmup_epochs!r} are {warmup} steps, more than the run's {steps}; lower it or set warmup_steps"
         )
-    return Length(steps_per_epoch=per_epoch, steps=steps, warmup=warmup)
+    return RunLength(steps_per_epoch=per_epoch, steps=steps, warmup=warmup)
 
 
 class Trainer:
@@ -58,11 +58,11 @@ class Trainer:
     """
 
     def __init__(self, config: schema.Config, mesh: jax.sharding.Mesh, vocabulary: int):
-        self.config, self.mesh, self.plan, self.length = config, mesh, plan.read(config), length(config)
+        self.config, self.mesh, self.plan, self.length = config, mesh, plan.build_plan(config), run_length(config)
         self.vocabulary = vocabulary
-        self.tx = optimizer.build(config, self.plan.terms, steps=self.length.steps, warmup=self.length.warmup)
-        self.momentum = optimizer.momentum(config.optim, steps=self.length.steps)
-        self.learning_rate = optimizer.learning_rate(config.optim, steps=self.length.steps, warmup=self.length.warmup)
+        self.tx = optimizer.build_optimizer(config, self.plan.terms, steps=self.length.steps, warmup=self.length.warmup)
+        self.momentum = optimizer.ema_momentum(config.optim, steps=self.length.steps)
+        self.learning_rate = optimizer.lr_schedule(config.optim, steps=self.length.steps, warmup=self.length.warmup)
         uses = {t.target.of for t in self.plan.terms}
         make = functools.partial(
             m3i.init,
@@ -74,7 +74,7 @@ class Trainer:
         self._params = lambda: make(rng=jax.random.key(config.seed))
         self._create = lambda: state.create(self._params(), self.tx)
         self.template = jax.eval_shape(self._create)
-        self.shardings = parallel.shardings(mesh, self.template)
+        self.shardings = parallel.tree_shardings(mesh, self.template)
         whole = parallel.replicated(mesh)
         self._step = jax.jit(
             functools.partial(step.train_step, self.plan, self.tx),
@@ -82,7 +82,7 @@ class Trainer:
             out_shardings=(self.shardings, whole),
             donate_argnums=0,
         )
-        self._look = jax.jit(functools.partial(step.look_inside, self.plan), out_shardings=whole)
+        self._look = jax.jit(functools.partial(step.panel_outputs, self.plan), out_shardings=whole)
 
     def check_room(self) -> None:
         """Refuse a state that the devices cannot hold, before anything of it is made or read. What a step needs beside it is not judged:
@@ -91,7 +91,7 @@ class Trainer:
         Raises:
           DoesNotFit: says what it needs, what there is and what would do.
         """
-        need, room = parallel.held(self.template, self.shardings), parallel.room(self.mesh)
+        need, room = parallel.bytes_per_device(self.template, self.shardings), parallel.device_memory(self.mesh)
         if need <= room:
             return
         devices, whole = self.mesh.devices.size, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.template))
@@ -111,14 +111,14 @@ class Trainer:
         momentum target too, and `say` gets the account of it."""
         if self.config.init_from:
             params = jax.jit(self._params, out_shardings=self.shardings.params)()
-            params = start.take(self.config, params, self.shardings.params, say)
+            params = init_from.initialize_from(self.config, params, self.shardings.params, say)
             made = jax.jit(lambda params: state.create(params, self.tx), out_shardings=self.shardings)(params)
         else:
             made = jax.jit(self._create, out_shardings=self.shardings)()
         if "frozen" not in made.opt:
             return made
         frozen, layout = made.opt["frozen"], self.shardings.opt["frozen"].params["encoder"]
-        teacher = checkpoint.encoder_of(self.config.objective.target_checkpoint, self.template.params["encoder"], layout)
+        teacher = checkpoint.load_encoder(self.config.objective.target_checkpoint, self.template.params["encoder"], layout)
         opt = made.opt.copy()  # of its own kind: to JAX another mapping is another tree
         opt["frozen"] = frozen._replace(params={**frozen.params, "encoder": teacher})
         return made.replace(opt=opt)
@@ -136,7 +136,7 @@ class Trainer:
     def residuals(self, batch: dict[str, jax.ShapeDtypeStruct]) -> float:
         """Bytes that live from the forward pass to the backward, counted on the traced program: what the encoder and the dearer of the two
         groups of losses keep of a batch that is computed at once, without what is there anyway, state and batch."""
-        pull = functools.partial(step.pullbacks, self.plan)
+        pull = functools.partial(step.loss_pullbacks, self.plan)
         closed, (encoder, groups) = jax.make_jaxpr(pull, return_shape=True)(self.template, batch)
         kept, given = iter(closed.jaxpr.outvars), set(closed.jaxpr.invars)
 
@@ -150,7 +150,7 @@ class Trainer:
 
     def looked(self, batch: dict[str, jax.ShapeDtypeStruct]) -> float:
         """Bytes of the views and targets of a batch: those of one microbatch wait for the others."""
-        found = jax.eval_shape(functools.partial(step.looked, self.plan), self.template, batch)
+        found = jax.eval_shape(functools.partial(step.views_and_targets, self.plan), self.template, batch)
         return float(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(found)))
 
     def look_inside(self, current: state.State, batch: dict[str, Any]) -> dict[str, jax.Array]:

@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import schema
-from m3i_jax.data import blend, photometric
+from m3i_jax.augment import mixup, photometric
 from m3i_jax.models import backbones, m3i, vit
 from m3i_jax.objective import mixing
-from m3i_jax.objective.methods import Pass
+from m3i_jax.objective.terms import Pass
 
 DROP_PATH = 0x64726F70  # keeps these draws apart from the photometric ones
 
 Batch = dict[str, jax.Array]
 
 
-def patches(config: schema.Config, batch: Batch, crops: Iterable[int], *, exact: bool = False) -> dict[int, jax.Array]:
+def augmented_patches(config: schema.Config, batch: Batch, crops: Iterable[int], *, exact: bool = False) -> dict[int, jax.Array]:
     """Mirrored, coloured, normalised and patchified views, {crop: [B, N, P]} in the compute precision; `exact`: in float32, as pixel
     targets are."""
     out = {}
@@ -27,26 +27,26 @@ def patches(config: schema.Config, batch: Batch, crops: Iterable[int], *, exact:
         view = photometric.augment(view, batch["position"], seed=config.seed, view=crop, settings=config.data.augment)
         view = photometric.normalize(view, config.data.augment)
         if crop == 0 and config.data.augment.erase_p:
-            view = blend.erase(view, batch["position"], seed=config.seed, probability=config.data.augment.erase_p)
+            view = mixup.random_erase(view, batch["position"], seed=config.seed, probability=config.data.augment.erase_p)
         out[crop] = vit.patchify(view, config.model.encoder.patch_size).astype(jnp.float32 if exact else config.model.dtype)
     return out
 
 
-def plain(config: schema.Config, pixels_BxSxSx3: jax.Array) -> jax.Array:
+def plain_patches(config: schema.Config, pixels_BxSxSx3: jax.Array) -> jax.Array:
     """Normalised patches [B, N, P], in the compute precision, of pictures as they are: uint8, or floats in 0..1.
 
-    >>> plain(schema.Config(), jnp.zeros((2, 32, 32, 3), jnp.uint8)).shape
+    >>> plain_patches(schema.Config(), jnp.zeros((2, 32, 32, 3), jnp.uint8)).shape
     (2, 4, 768)
     """
     normal = photometric.normalize(pixels_BxSxSx3, config.data.augment)
     return vit.patchify(normal, config.model.encoder.patch_size).astype(config.model.dtype)
 
 
-def drop_path(config: schema.Config, position_Bx2: jax.Array, salt: int) -> jax.Array | None:
+def drop_path_factors(config: schema.Config, position_Bx2: jax.Array, salt: int) -> jax.Array | None:
     """Keep factors [B, L, 2] of stochastic depth, 0 or 1 / (1 - p) for both branches of every layer; None where the rate is 0."""
     if not config.model.encoder.drop_path:
         return None
-    rates_Lx1 = jnp.asarray(backbones.drop_rates(config.model))[:, None]
+    rates_Lx1 = jnp.asarray(backbones.backbone_drop_rates(config.model))[:, None]
     base = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROP_PATH), salt)
 
     def one(words_2: jax.Array) -> jax.Array:
@@ -57,7 +57,7 @@ def drop_path(config: schema.Config, position_Bx2: jax.Array, salt: int) -> jax.
     return jax.vmap(one)(position_Bx2)
 
 
-def rows_of(config: schema.Config, read: Pass, image: str, x_Bx: jax.Array) -> jax.Array:
+def image_rows(config: schema.Config, read: Pass, image: str, x_Bx: jax.Array) -> jax.Array:
     """Rows [R, ...] of `x` for one of the images that a pass shows: R = B, or B / 2 mixed inputs of a batch in halves."""
     if read.blended:
         return mixing.partner(x_Bx) if image == "partner" else x_Bx
@@ -68,57 +68,57 @@ def rows_of(config: schema.Config, read: Pass, image: str, x_Bx: jax.Array) -> j
     return mixing.partner(x_Bx) if image == "partner" else x_Bx
 
 
-def mask_of(config: schema.Config, read: Pass, batch: Batch) -> jax.Array:
+def pass_mask(config: schema.Config, read: Pass, batch: Batch) -> jax.Array:
     """Mask [R, N] of a pass: True where a cell shows the row's own image."""
-    return rows_of(config, read, "own", batch["mask"])
+    return image_rows(config, read, "own", batch["mask"])
 
 
-def cells(config: schema.Config, read: Pass, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def visible_cells(config: schema.Config, read: Pass, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(own [R, K], other [R, N - K]) cells of a pass, ascending."""
-    return mixing.split(mask_of(config, read, batch), config.tokens - config.hidden)
+    return mixing.split(pass_mask(config, read, batch), config.tokens - config.hidden)
 
 
 def encoder_input(config: schema.Config, read: Pass, salt: int, batch: Batch, crops: dict[int, jax.Array]) -> dict[str, Any]:
-    """Arguments of the encoder for a pass: `patches` [R, N, P], `index` of those that are read, `hidden` cells, `keep` of drop path."""
-    x_RxNxP, keep = crops[read.crop], drop_path(config, rows_of(config, read, "own", batch["position"]), salt)
+    """Arguments of the encoder for a pass: `augmented_patches` [R, N, P], `index` of those that are read, `hidden` cells, `keep` of drop path."""
+    x_RxNxP, keep = crops[read.crop], drop_path_factors(config, image_rows(config, read, "own", batch["position"]), salt)
     if read.mixed:
-        x_RxNxP = rows_of(config, read, "own", mixing.mix(x_RxNxP, batch["mask"]))
+        x_RxNxP = image_rows(config, read, "own", mixing.mix(x_RxNxP, batch["mask"]))
     if read.blended:
-        x_RxNxP = _blended(config, x_RxNxP, blend_of(config, batch))
+        x_RxNxP = _blended(config, x_RxNxP, mixup_of(config, batch))
     return dict(
         patches=x_RxNxP,
-        index=cells(config, read, batch)[0] if read.masked and not read.filled else None,
+        index=visible_cells(config, read, batch)[0] if read.masked and not read.filled else None,
         hidden=~batch["mask"] if read.filled else None,
         keep=keep,
     )
 
 
-def blend_of(config: schema.Config, batch: Batch) -> blend.Blend:
-    """How the pictures of a batch are blended. The draws are cheap to make and slow to compile: a step makes them once, `with_blend`."""
+def mixup_of(config: schema.Config, batch: Batch) -> mixup.MixupDraws:
+    """How the pictures of a batch are blended. The draws are cheap to make and slow to compile: a step makes them once, `with_mixup_draws`."""
     if "share" in batch:
-        return blend.Blend(batch["share"], batch["cut_box"], batch["cut"])
-    return blend.draw(batch["position"], seed=config.seed, size=config.data.image_size, settings=config.data.augment)
+        return mixup.MixupDraws(batch["share"], batch["cut_box"], batch["cut"])
+    return mixup.draw_mixup(batch["position"], seed=config.seed, size=config.data.image_size, settings=config.data.augment)
 
 
-def with_blend(config: schema.Config, passes: Iterable[Pass], batch: Batch) -> Batch:
+def with_mixup_draws(config: schema.Config, passes: Iterable[Pass], batch: Batch) -> Batch:
     """The batch, with the draws of its blending if a pass asks for them."""
     if not any(read.blended for read in passes):
         return batch
-    made = blend_of(config, batch)
+    made = mixup_of(config, batch)
     return {**batch, "share": made.share, "cut_box": made.box, "cut": made.cut}
 
 
-def _blended(config: schema.Config, x_BxNxP: jax.Array, how: blend.Blend) -> jax.Array:
+def _blended(config: schema.Config, x_BxNxP: jax.Array, how: mixup.MixupDraws) -> jax.Array:
     """Patches of blended pictures; in patches as in pixels, for both are linear in every pixel."""
     other, patch = mixing.partner(x_BxNxP), config.model.encoder.patch_size
     share_Bx1x1 = how.share[:, None, None]
     mixed = (share_Bx1x1 * x_BxNxP + (1 - share_Bx1x1) * other).astype(x_BxNxP.dtype)
-    within = blend.inside(how.box, config.data.image_size)[..., None]
+    within = mixup.box_mask(how.box, config.data.image_size)[..., None]
     there_BxNxP = vit.patchify(jnp.broadcast_to(within, (*within.shape[:-1], 3)), patch)
     return jnp.where(how.cut[:, None, None], jnp.where(there_BxNxP, other, x_BxNxP), mixed)
 
 
-def encode(
+def encode_passes(
     config: schema.Config, passes: tuple[Pass, ...], batch: Batch, crops: dict[int, jax.Array], encoder: Any
 ) -> dict[Pass, jax.Array]:
     """Features {pass: [R, T, D]}, cls first, every pass once."""
@@ -128,7 +128,7 @@ def encode(
         isolate = read.mixed and config.objective.isolate
         run = _isolated if isolate else m3i.encode
         if isolate:
-            arguments["index"] = jnp.stack(cells(config, read, batch), 1)
+            arguments["index"] = jnp.stack(visible_cells(config, read, batch), 1)
         out[read] = run(config, encoder, arguments.pop("patches"), **arguments)
     return out
 

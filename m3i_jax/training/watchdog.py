@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from m3i_jax.training.phases import Clock
+from m3i_jax.training.goodput import GoodputClock
 
 FAILED = 1
 
@@ -32,7 +32,7 @@ class Watchdog:
 
     def __init__(
         self,
-        clock: Clock,
+        clock: GoodputClock,
         path: pathlib.Path,
         say: Callable[[str], None],
         *,

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from m3i_jax.reporting import show
+from m3i_jax.reporting import text_table
 from tests.bench import torch_peer
 from tests.bench.figures import Figure
 
@@ -45,9 +45,9 @@ def settings(batch: int, toy: bool, changes: list[str]) -> Any:
         changes = [f"train.batch_size={batch}", *changes]
     if not changes:
         return made
-    config = configuration.default()
-    text = dict(line.split(" = ", 1) for line in configuration.to_text(made).splitlines() if " = " in line)
-    configuration.override(config, [f"{key}={_plain(value)}" for key, value in text.items()] + changes)
+    config = configuration.default_config()
+    text = dict(line.split(" = ", 1) for line in configuration.config_to_text(made).splitlines() if " = " in line)
+    configuration.apply_overrides(config, [f"{key}={_plain(value)}" for key, value in text.items()] + changes)
     return configuration.resolve(config)
 
 
@@ -73,11 +73,11 @@ def ours(batch: int, folder: pathlib.Path, toy: bool, changes: list[str], steps:
     import jax
 
     from m3i_jax import parallel
-    from m3i_jax.modes import watch
-    from m3i_jax.reporting import chips
+    from m3i_jax.modes import monitoring
+    from m3i_jax.profiling import device_peaks
     from m3i_jax.training.trainer import Trainer, abstract_batch
 
-    watch.keep_compilations(folder)  # the step is compiled ahead for its memory, and then found there
+    monitoring.enable_compilation_cache(folder)  # the step is compiled ahead for its memory, and then found there
     config, device = settings(batch, toy, changes), jax.devices()[0]
     trainer = Trainer(config, parallel.make_mesh((1, 1, 1), [device]), 0)
     state = trainer.init()
@@ -96,14 +96,14 @@ def ours(batch: int, folder: pathlib.Path, toy: bool, changes: list[str], steps:
 
     seconds = timed(step, jax.block_until_ready, steps)
     stats = device.memory_stats() or {}
-    found = chips.find(device.device_kind, 1)
+    found = device_peaks.find_chip(device.device_kind, 1)
     peak = float(os.environ.get("M3I_PEAK_TFLOPS", 0)) * 1e12 or (found.flops * found.chips if found else 0.0)
     whole = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
     return {
         "device": device.device_kind,
         "loss": first[0],
         "rate": batch / seconds,
-        "mfu": watch.model_flops(trainer) / seconds / peak if peak else None,
+        "mfu": monitoring.model_flops(trainer) / seconds / peak if peak else None,
         "predicted": getattr(memory, "peak_memory_in_bytes", 0) or whole,
         "measured": stats.get("peak_bytes_in_use"),
     }
@@ -213,7 +213,7 @@ def figures(
         no_peak = "the peak of this device is not known: set M3I_PEAK_TFLOPS"
         out = [Figure(f"MFU of the step, {where}", mine["mfu"], GOAL, most=False, note=rate if mine["mfu"] else f"{no_peak}; {rate}")]
         off = mine["measured"] / mine["predicted"] if mine["measured"] else None
-        note = "this device does not count its memory" if off is None else f"{show.size(mine['measured'])}, ratio {off:.3f}"
+        note = "this device does not count its memory" if off is None else f"{text_table.format_bytes(mine['measured'])}, ratio {off:.3f}"
         out.append(Figure(f"peak of memory, measured and predicted apart, {where}", max(off, 1 / off) if off else None, MEMORY, note=note))
         try:
             other = best("torch", batches, folder, toy, log)
@@ -259,7 +259,7 @@ def main() -> None:
     else:
         batches = tuple(int(size) for size in given.batches.split(",") if size)
         found = figures(given.toy, batches, tuple(given.set), log=lambda line: print(line, flush=True))
-        print(show.table([figure.cells for figure in found], ("figure", "measured", "target", "", "note")))
+        print(text_table.text_table([figure.cells for figure in found], ("figure", "measured", "target", "", "note")))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from m3i_jax.reporting import show
-from m3i_jax.training import digests, prints
+from m3i_jax.reporting import text_table
+from m3i_jax.training import array_checksums, file_checksums
 from m3i_jax.training.checkpoint import Checkpoints
 from tests.bench.figures import Figure
 
@@ -103,8 +103,8 @@ def measure(megabytes: int, runs: int, place: str | None) -> dict[str, float]:
             checkpoints.wait()
             total, processors = time.perf_counter() - start, time.process_time() - before - of_step
             files = [path for path in (folder / "checkpoints" / str(turn)).rglob("*") if path.is_file()]
-            digested = costs(lambda: [digests.digest(path, written=True) for path in files])  # noqa: B023
-            printed = costs(lambda: prints.of(state).read())
+            digested = costs(lambda: [file_checksums.file_digest(path, written=True) for path in files])  # noqa: B023
+            printed = costs(lambda: array_checksums.checksum_arrays(state).read())
             back: Any = None
 
             def restore(turn: int = turn) -> None:
@@ -155,7 +155,7 @@ def main() -> None:
     given = flags.parse_args()
     s = measure(given.megabytes, given.runs, given.place)
     size = s.pop("bytes")
-    print(show.table([(name, f"{1e3 * value:,.1f}", f"{size / value / 1e9:.2f}") for name, value in s.items()], ("", "ms", "GB/s")))
+    print(text_table.text_table([(name, f"{1e3 * value:,.1f}", f"{size / value / 1e9:.2f}") for name, value in s.items()], ("", "ms", "GB/s")))
     print(f"blocked over copy {s['blocked'] / s['copy']:.3f}, total over raw {s['total'] / s['raw']:.3f}, ", end="")
     print(f"restore over read {s['restore'] / s['read']:.3f}, load {os.getloadavg()[0]:.1f}")
     for what in ("digests", "digests and fingerprints"):

@@ -18,7 +18,7 @@ from m3i_jax import config as configuration
 from m3i_jax import schema
 from m3i_jax.models import presets
 from m3i_jax.modes import compile as mode
-from m3i_jax.reporting import show
+from m3i_jax.reporting import text_table
 from tests.bench.figures import Figure
 
 TRAINED, TARGET = 119.5e6, 85.6e6  # ViT-B/16 with one decoder and a category head; its target encoder
@@ -30,17 +30,17 @@ HEADERS = ("program", "GB received", "over floor", "a layer and pass", "FLOPs", 
 
 def settings(*changes: str) -> schema.Config:
     """ViT-B/16 on 1,000 categories, without captions, and without colour: it moves nothing between devices, and takes long to compile."""
-    config = configuration.default()
+    config = configuration.default_config()
     config.model.update(presets.preset("vit_b16"))
     base = ["data.size=100000", "data.classes=1000", "data.captions=no", "model.scan=true"]
     base += ["data.augment.jitter_p=0", "data.augment.grayscale_p=0", "data.augment.blur_p=0,0", "data.augment.solarize_p=0,0"]
-    configuration.override(config, [*base, *changes])
+    configuration.apply_overrides(config, [*base, *changes])
     return configuration.resolve(config)
 
 
 def report(config: schema.Config) -> dict[str, Any]:
     """compile.json of a step, and two numbers more: received, bytes a device; layer, collectives a layer and pass."""
-    got = mode.report(config, mode.site(TOPOLOGY, ""), 0)
+    got = mode.report_program(config, mode.compile_target(TOPOLOGY, ""), 0)
     found = got["collectives"].values()
     layers = config.model.encoder.depth + config.model.decoder.depth
     return got | {"received": sum(each["received_bytes"] for each in found), "layer": sum(each["count"] for each in found) / layers}
@@ -83,7 +83,7 @@ def main(wanted: list[str]) -> None:
     else:
         programs = {"gathered twice": FSDP, "gathered weights kept": (*FSDP, "model.keep_gathered=true")}
     for name, base in programs.items():
-        print(show.table([row(name, report(settings(*base, *changes)))], HEADERS), flush=True)
+        print(text_table.text_table([row(name, report(settings(*base, *changes)))], HEADERS), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from typing import Any
 
 from m3i_jax import config as configuration
 from m3i_jax import schema
+from m3i_jax.modes import batch_search, show
 from m3i_jax.modes import compile as mode
-from m3i_jax.modes import fitting, show
-from m3i_jax.reporting import compiled
-from m3i_jax.reporting import show as tables
-from m3i_jax.reporting.show import size
+from m3i_jax.profiling import compile_report
+from m3i_jax.reporting import text_table as tables
+from m3i_jax.reporting.text_table import format_bytes
 from tests.bench.figures import Figure
 
 COLORLESS = {"jitter_p": "0", "grayscale_p": "0", "blur_p": "(0.0,0.0)", "solarize_p": "(0.0,0.0)"}
@@ -33,10 +33,10 @@ HEADERS = ("figure", "measured", "target", "", "note")
 
 def settings(model: str = "vit_b16", **changes: Any) -> schema.Config:
     """The paper's ImageNet run with blocks in one scan, completed."""
-    config = configuration.load(f"configs/m3i.py:data=imagenet,model={model}")
+    config = configuration.load_config(f"configs/m3i.py:data=imagenet,model={model}")
     keys = {"model.scan": "true"} | {key.replace("__", "."): str(value) for key, value in changes.items()}
-    configuration.override(config, [f"{key}={value}" for key, value in keys.items()])
-    return show.assume(configuration.resolve(config))[0]
+    configuration.apply_overrides(config, [f"{key}={value}" for key, value in keys.items()])
+    return show.assume_data(configuration.resolve(config))[0]
 
 
 def plain(model: str = "vit_b16", **changes: Any) -> schema.Config:
@@ -45,8 +45,8 @@ def plain(model: str = "vit_b16", **changes: Any) -> schema.Config:
 
 
 def got(topology: str, config: schema.Config, *, code: bool = False) -> dict[str, Any]:
-    report = mode.report(config, mode.site(topology, "", code=code), 0)
-    print(compiled.tables(report), flush=True)
+    report = mode.report_program(config, mode.compile_target(topology, "", code=code), 0)
+    print(compile_report.report_tables(report), flush=True)
     return report
 
 
@@ -62,21 +62,21 @@ def largest() -> list[Figure]:
     for name, parts, most, remat in (("in one", 1, 1.10, "half"), ("in four microbatches", 4, 1.02, "names")):
         tried: dict[int, dict[str, Any]] = {}
 
-        def attempt(units: int, parts: int = parts, most: float = most, remat: str = remat, tried: Any = tried) -> fitting.Trial:
+        def attempt(units: int, parts: int = parts, most: float = most, remat: str = remat, tried: Any = tried) -> batch_search.CompileTrial:
             config = settings(train__batch_size=units * STEP, train__microbatches=parts, model__remat=remat)
             report = tried[units] = got("v5e:1x1", config)
             cheap = "flops" in report and report["flops"]["ratio"] <= most
-            fixed = sum(report["memory"].get(part, 0.0) for part in compiled.STATE)
+            fixed = sum(report["memory"].get(part, 0.0) for part in compile_report.STATE)
             peak = report["peak_bytes"] or math.nan  # the compiler does not always say what it wanted
-            return fitting.Trial(fits=report["fits"] and cheap, peak=peak, fixed=fixed, limit=report["limit_bytes"])
+            return batch_search.CompileTrial(fits=report["fits"] and cheap, peak=peak, fixed=fixed, limit=report["limit_bytes"])
 
-        found = fitting.largest(attempt, 256 // STEP)
+        found = batch_search.largest_batch(attempt, 256 // STEP)
         best = tried.get(found)
         note = f"FLOPs {best['flops']['ratio']:.3f} times the model's, remat {remat}" if best else ""
         what = f"v5e chip: largest ViT-B batch {name}, FLOPs at most {most}"
         out.append(Figure(what, float(found * STEP), 256.0, most=False, note=note))
         if best:
-            note = f"{size(best['peak_bytes'])} at {found * STEP} views"
+            note = f"{format_bytes(best['peak_bytes'])} at {found * STEP} views"
             out.append(Figure(f"the same: peak over state, batch and residuals, {name}", best["peak_ratio"], 1.15, note=note))
     return out
 
@@ -85,7 +85,7 @@ def loop() -> list[Figure]:
     named = got("v5e:1x1", plain(train__batch_size=64, model__remat="names"))
     plainly = got("v5e:1x1", plain(train__batch_size=64, model__scan="false"))
     share = named["memory"]["temporaries"] / plainly["memory"]["temporaries"]
-    each = f"{size(named['memory']['temporaries'])} over {size(plainly['memory']['temporaries'])}"
+    each = f"{format_bytes(named['memory']['temporaries'])} over {format_bytes(plainly['memory']['temporaries'])}"
     return [
         Figure("64 views on v5e: temporaries, scan with remat names over a loop without", share, 0.85, note=each),
         Figure("the same: matrix FLOPs", named["flops"]["compiled"] / plainly["flops"]["compiled"], 1.02),
@@ -137,7 +137,7 @@ def figures(quick: bool, parts: tuple[str, ...] = PARTS) -> list[Figure]:
     out = []
     for part in parts:
         out += (mine := made[part]())
-        print(tables.table([figure.cells for figure in mine], HEADERS), flush=True)  # not lost with what comes behind it
+        print(tables.text_table([figure.cells for figure in mine], HEADERS), flush=True)  # not lost with what comes behind it
     return out
 
 

@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 
 from m3i_jax import schema
-from m3i_jax.data import crops, fast, sources
+from m3i_jax.data import crops, decode_fast
 from m3i_jax.data import pipeline as ours
+from m3i_jax.data.sources import base
 
 BATCH, SIZE = 256, 224  # a host's share of a usual batch
 WARM = 6  # batches before anything is measured: by then workers fill memory that came back
@@ -45,8 +46,8 @@ def config(batch: int = BATCH, **data: object) -> schema.Config:
 def pipeline(folder: str, *, start: int = 0, batch: int = BATCH, **data: object) -> ours.Batches:
     """Ours."""
     settings = config(batch, path=folder, **data)
-    source = sources.split(sources.open_source(settings.data), 0.0, "train")
-    return ours.iterate(settings, source, None, start=start)
+    source = base.split_by_hash(base.open_source(settings.data), 0.0, "train")
+    return ours.iterate_batches(settings, source, None, start=start)
 
 
 def without_augmentation(folder: str) -> Iterator[dict[str, np.ndarray]]:
@@ -61,21 +62,21 @@ def raw(folder: str, wanted: str = "auto") -> Iterator[None]:
     u = np.random.default_rng(1).random((4096, 2, 22)).tolist()
     boxes = [[crops.crop_box(v, 375, 500, scale=SCALE, ratio=RATIO) for v in row] for row in u]
     windows = [[(left, top, left + w, top + h) for top, left, h, w in pair] for pair in boxes]
-    row, by = 0, crops.resizer(wanted)
+    row, by = 0, crops.choose_resizer(wanted)
     while True:
         for _ in range(BATCH):
             with open(files[row * 37 % len(files)], "rb", buffering=0) as file:
                 content = file.read()
-            packed = fast.decode(content, 375, 500) if by != "pillow" else None
+            packed = decode_fast.decode_jpeg(content, 375, 500) if by != "pillow" else None
             image = packed or Image.open(io.BytesIO(content))
             for window in windows[row % len(windows)]:
-                if isinstance(image, fast.Packed):
+                if isinstance(image, decode_fast.PackedImage):
                     image.cut(window, SIZE)
                 elif by == "pillow":
                     image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, window)
                 else:
                     image.load()
-                    fast.resize(image, window, SIZE)
+                    decode_fast.resize_region(image, window, SIZE)
             row += 1
         yield None
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax.models import dcnv3
-from m3i_jax.reporting import show
+from m3i_jax.reporting import text_table
 from tests.bench.figures import Figure
 
 DEPTHS, SIDES, GROUPS, WIDTH = (6, 6, 32, 6), (48, 24, 12, 6), (10, 20, 40, 80), 32
@@ -65,7 +65,7 @@ def times(runs: int = 9) -> None:
             ratios.append(found["auto"] / found["gather"])
             method = dcnv3.choose(side, side, jax.default_backend())
             rows.append((f"{batch}x{side}x{side}", groups, depth, method, *(f"{found[m]:.1f}" for m in found), f"{ratios[-1]:.3f}"))
-        print(show.table(rows, ("map", "groups", "layers", "auto", "gather ms", "auto ms", "ratio")))
+        print(text_table.text_table(rows, ("map", "groups", "layers", "auto", "gather ms", "auto ms", "ratio")))
         print(f"offsets of {spread} pixels: mean ratio by layers {np.average(ratios, weights=DEPTHS):.3f}\n", flush=True)
 
 
@@ -95,7 +95,7 @@ def sizes(runs: int = 5) -> None:
             found = milliseconds({m: both(m, 8) for m in methods}, arrays, runs)
             auto = dcnv3.choose(side, side, jax.default_backend())
             rows.append((width, side, auto, *(f"{found[m]:.1f}" if m in found else "" for m in dcnv3.METHODS[1:])))
-    print(show.table(rows, ("channels a group", "side", "auto", *(f"{m} ms" for m in dcnv3.METHODS[1:]))))
+    print(text_table.text_table(rows, ("channels a group", "side", "auto", *(f"{m} ms" for m in dcnv3.METHODS[1:]))))
 
 
 def compile_for_v5e(run, arrays: list):
@@ -138,7 +138,7 @@ def bytes_accessed(batch: int = 16) -> dict[str, float]:
         ratios[f"{side} x {side}"] = found["auto"][0] / found["gather"][0]
         rows.append((f"{batch}x{side}x{side}", *cells, found["auto"][2], f"{ratios[f'{side} x {side}']:.3f}"))
     heads = [f"{m} {unit}" for unit in ("GB", "MiB") for m in methods]
-    print(show.table(rows, ("map", *heads, "gathers of auto", "auto over gather")))
+    print(text_table.text_table(rows, ("map", *heads, "gathers of auto", "auto over gather")))
     print(f"all layers: {total['auto'] / total['gather']:.3f}")
     return ratios | {"all layers": total["auto"] / total["gather"]}
 

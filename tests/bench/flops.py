@@ -18,8 +18,9 @@ import jax
 from m3i_jax import config as configuration
 from m3i_jax import parallel, schema
 from m3i_jax.models import presets
-from m3i_jax.objective import methods, named
-from m3i_jax.reporting import flops, show
+from m3i_jax.objective import published, terms
+from m3i_jax.profiling import flops
+from m3i_jax.reporting import text_table
 from m3i_jax.training.trainer import Trainer, abstract_batch
 from tests.bench import formula
 from tests.bench.figures import Figure
@@ -37,35 +38,35 @@ VARIANTS = {
 
 def variant(forms: str = "m3i", **changes: str) -> schema.Config:
     """ViT-B/16 on 1,000 categories, 64 images a step."""
-    config = configuration.default()
+    config = configuration.default_config()
     config.model.update(presets.preset("vit_b16"))
-    names = [methods.LETTERS.get(name, name) for name in forms.split("+")]
+    names = [terms.LETTERS.get(name, name) for name in forms.split("+")]
     settings = {"objective.forms": ",".join(names)}
     for name in names:
-        if name in named.METHODS:
-            settings |= {k: str(v) for k, v in named.METHODS[name].settings.items()}
+        if name in published.PUBLISHED:
+            settings |= {k: str(v) for k, v in published.PUBLISHED[name].settings.items()}
     text = any(t.target.of == "text" for name in names for t in _terms(name)) and forms != "m3i"
     base = {"data.size": "100000", "data.classes": "1000", "data.captions": "yes" if text else "no", "train.batch_size": "64"}
     base |= {"objective.target_checkpoint": "(a run)"} | settings | changes
-    configuration.override(config, [f"{key}={value}" for key, value in base.items()])
+    configuration.apply_overrides(config, [f"{key}={value}" for key, value in base.items()])
     return configuration.resolve(config)
 
 
 def joint() -> schema.Config:
     """The paper's InternImage-H on categories and captions, of the recipe's batch."""
-    config = configuration.load(str(pathlib.Path(__file__).parent.parent.parent / "configs/m3i.py") + ":data=joint,model=internimage_h")
+    config = configuration.load_config(str(pathlib.Path(__file__).parent.parent.parent / "configs/m3i.py") + ":data=joint,model=internimage_h")
     return configuration.resolve(config)
 
 
-def _terms(name: str) -> methods.Terms:
-    return named.METHODS[name].terms if name in named.METHODS else methods.FORMS[name]
+def _terms(name: str) -> terms.Terms:
+    return published.PUBLISHED[name].terms if name in published.PUBLISHED else terms.FORMS[name]
 
 
 def measure(config: schema.Config) -> tuple[float, float, float]:
     """(dot and convolution operations, formula, all operations of the lowered step), an image."""
     trainer = Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 49_408)
     batch = abstract_batch(config)
-    counted = flops.count(trainer.trace, trainer.template, batch)
+    counted = flops.count_flops(trainer.trace, trainer.template, batch)
     lowered = trainer.lower(batch).cost_analysis()["flops"] if config.train.microbatches == 1 else float("nan")
     images = config.train.batch_size
     return (counted.dot + counted.conv) / images, formula.step(trainer.plan), lowered / images
@@ -86,7 +87,7 @@ def row(name: str, config: schema.Config, memory: bool = False) -> tuple[tuple[s
     dot, wanted, everything = measure(config)
     giga = [f"{count / 1e9:.2f}" for count in (dot, wanted, everything)]
     cells = (name, giga[0], giga[1], f"{dot / wanted:.4f}", giga[2], f"{everything / dot - 1:.2%}")
-    return (*cells, show.size(temporary(name))) if memory else cells, dot
+    return (*cells, text_table.format_bytes(temporary(name))) if memory else cells, dot
 
 
 def figures(quick: bool) -> list[Figure]:
@@ -121,16 +122,16 @@ def main(wanted: list[str]) -> None:
     )
     if not names:
         seen = {name: row(name, variant(**changes)) for name, changes in VARIANTS.items()}  # type: ignore[arg-type]
-        print(show.table([cells for cells, _ in seen.values()], headers[:6]))
+        print(text_table.text_table([cells for cells, _ in seen.values()], headers[:6]))
         dots = {name: dot for name, (_, dot) in seen.items()}
         trained = dots["m3i, category, patch embedding trained"]
         print(f"over the floor of {FLOOR / 1e9} GFLOP: {trained / FLOOR:.4f}; over 287.0: {trained / 287.0e9:.4f}")
         print(f"dynamic over fixed weighting: {dots['m3i, category'] / dots['m3i, category, fixed weight']:.5f}\n")
         cells, dot = row("InternImage-H, joint", joint())
-        print(show.table([cells], headers[:6]))
+        print(text_table.text_table([cells], headers[:6]))
         print(f"over 1.52 TFLOP: {dot / 1.52e12:.4f}\n")
-        names = [*methods.LETTERS, "m3i", *named.METHODS, *SETS]
-    print(show.table([row(name, variant(name), memory)[0] for name in names], headers))
+        names = [*terms.LETTERS, "m3i", *published.PUBLISHED, *SETS]
+    print(text_table.text_table([row(name, variant(name), memory)[0] for name in names], headers))
 
 
 if __name__ == "__main__":

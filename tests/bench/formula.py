@@ -5,7 +5,7 @@ Written from the paper's shapes, not from the program: a multiply-add is two ope
 """
 
 from m3i_jax import schema
-from m3i_jax.objective.methods import Decoder, Linear, Mlp, Pass, Pooled, Projection, Term
+from m3i_jax.objective.terms import DecoderHead, LinearHead, MlpShape, Pass, PooledHead, ProjectionHead, Term
 from m3i_jax.training.plan import Plan
 
 
@@ -56,7 +56,7 @@ def encoder(c: schema.Config, shown: int) -> tuple[int, int]:
     return vit(c, shown) if c.model.backbone == "vit" else intern_image(c)
 
 
-def _mlp(rows: int, c: schema.Config, mlp: Mlp | None, width: int, trained: int = 3) -> tuple[int, int]:
+def _mlp(rows: int, c: schema.Config, mlp: MlpShape | None, width: int, trained: int = 3) -> tuple[int, int]:
     """(multiply-adds, output width) of a projector or predictor."""
     if mlp is None:
         return 0, width
@@ -71,7 +71,7 @@ def _shown(c: schema.Config, read: Pass) -> int:
 def _own(c: schema.Config, term: Term) -> int:
     """Tokens that show a term's image."""
     read = term.reads
-    if read.mixed and not (isinstance(term.head, Pooled) and term.head.everything):
+    if read.mixed and not (isinstance(term.head, PooledHead) and term.head.everything):
         return c.tokens - c.hidden if term.image == "own" else c.hidden
     return _shown(c, read)
 
@@ -80,7 +80,7 @@ def _decoder(plan: Plan, term: Term) -> int:
     c, e, d = plan.config, plan.config.model.encoder, plan.config.model.decoder
     patch = 3 * e.patch_size**2
     own = _own(c, term) + plan.reads_cls(term)
-    n = c.hidden if isinstance(term.head, Decoder) and term.head.queries == "hidden" else c.tokens
+    n = c.hidden if isinstance(term.head, DecoderHead) and term.head.queries == "hidden" else c.tokens
     total, whole = 3 * own * e.width * d.width, own + n
     total += 3 * (d.depth - 1 + d.projector_depth * 0) * block(whole, d.width) + 3 * d.projector_depth * block(own, d.width)
     if d.norm == "batch":
@@ -102,7 +102,7 @@ def step(plan: Plan) -> float:
     >>> data = schema.Data(classes=1000, captions="no", size=100_000)
     >>> encoder = dataclasses.replace(schema.Encoder(), freeze_patch_embed=False)
     >>> config = schema.Config(data=data, model=schema.Model(encoder=encoder))
-    >>> round(step(plan.read(config)) / 1e9, 1)                                        # the floor of ViT-B/16
+    >>> round(step(plan.build_plan(config)) / 1e9, 1)                                        # the floor of ViT-B/16
     279.5
     """
     c = plan.config
@@ -119,7 +119,7 @@ def step(plan: Plan) -> float:
     for goal in plan.goals:
         if goal.space == "decoder":
             total += (c.tokens + cls) * e.width * d.width + d.projector_depth * block(c.tokens + cls, d.width)
-        elif isinstance(goal.space, Projection):
+        elif isinstance(goal.space, ProjectionHead):
             total += _mlp(c.tokens if goal.space.pool == "none" else 1, c, goal.space.projector, e.width, 1)[0]
     learned = [g for g in plan.goals if g.target.learned]
     weighed = {plan.goal(x).space for x in plan.terms if getattr(x.posterior, "second_moment", False) and c.objective.second_moment}
@@ -130,11 +130,11 @@ def step(plan: Plan) -> float:
         total += (1 if goal.target.of == "pooled" else c.tokens) * width**2
     for term in plan.terms:
         n = _own(c, term)
-        if isinstance(term.head, Decoder):
+        if isinstance(term.head, DecoderHead):
             total += _decoder(plan, term)
-        elif isinstance(term.head, Linear):
+        elif isinstance(term.head, LinearHead):
             total += 3 * n * e.width * (patch if term.target.of == "pixels" else e.width)
-        elif isinstance(term.head, Projection):
+        elif isinstance(term.head, ProjectionHead):
             rows = n if term.head.pool == "none" else 1
             made, width = _mlp(rows, c, term.head.projector, e.width)
             total += made + _mlp(rows, c, term.head.predictor, width)[0]
@@ -143,7 +143,7 @@ def step(plan: Plan) -> float:
             if term.head.match == "likeness":
                 total += c.tokens * c.tokens * e.width
         total += _posterior(plan, term, b)
-    vectors = {(x.reads, x.image, x.head) for x in plan.terms if isinstance(x.head, Pooled)}
+    vectors = {(x.reads, x.image, x.head) for x in plan.terms if isinstance(x.head, PooledHead)}
     by_key = {key: next(x for x in plan.terms if (x.reads, x.image, x.head) == key) for key in vectors}
     for term in by_key.values():
         n = _own(c, term) if c.model.pool.kind == "attention" else 0
@@ -162,9 +162,9 @@ def _posterior(plan: Plan, term: Term, b: int) -> float:
     c, name = plan.config, type(term.posterior).__name__
     e, d = c.model.encoder, c.model.decoder
     if name == "Gaussian" and getattr(term.posterior, "second_moment", False) and c.objective.second_moment:
-        width = d.width if d.projector_depth and isinstance(term.head, Decoder) else e.width
+        width = d.width if d.projector_depth and isinstance(term.head, DecoderHead) else e.width
         return c.tokens * width**2  # p C, whose gradient costs none
-    width = c.model.head.width if isinstance(term.head, Projection) else e.width
+    width = c.model.head.width if isinstance(term.head, ProjectionHead) else e.width
     rows = c.tokens if term.target.of == "tokens" else 1
     if name in ("Boltzmann", "Against"):
         return 2 * rows * b * width  # keys take no gradient

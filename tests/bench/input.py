@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 
-from m3i_jax.reporting import show
+from m3i_jax.reporting import text_table
 from tests import rows as streams
 from tests.bench import contestants, heap
 from tests.bench.contestants import BATCH, CONTESTANTS
@@ -161,13 +161,13 @@ def augmentation_share() -> float:
 
     from m3i_jax import config as configuration
     from m3i_jax import parallel
-    from m3i_jax.data import photometric
+    from m3i_jax.augment import photometric
     from m3i_jax.models import presets
     from m3i_jax.training.trainer import Trainer, abstract_batch
 
-    made = configuration.default()
+    made = configuration.default_config()
     made.model.update(presets.preset("vit_b16"))
-    configuration.override(made, ["data.size=100000", "data.classes=1000", "data.captions=no", "train.batch_size=8"])
+    configuration.apply_overrides(made, ["data.size=100000", "data.classes=1000", "data.captions=no", "train.batch_size=8"])
     settings = configuration.resolve(made)
     one = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
     trainer = Trainer(settings, one, 0)
@@ -204,7 +204,7 @@ def main() -> None:
         contestants.make_pictures(pathlib.Path(folder))
         speeds = race(folder)
         rows = [(name, f"{statistics.median(s):,.0f}", f"{max(s):,.0f}") for name, s in speeds.items()]
-        print(show.table(rows, ("pictures a second of one core", "median", "best")), "\n")
+        print(text_table.text_table(rows, ("pictures a second of one core", "median", "best")), "\n")
         for name, contestant in CONTESTANTS.items():
             if contestant.absent:
                 print(f"left out: {name}: the package {contestant.absent} is not installed")
@@ -215,7 +215,7 @@ def main() -> None:
             rival = over[0] if len(over) == 1 else "the faster DataLoader"
             table.append((f"{what} over {rival}", measured, f"{target:.2f}" if target else "-"))
         share = ("augmentation of two views over the step of a ViT-B/16, FLOPs", f"{augmentation_share():.2%}", "1 %")
-        print(show.table([*table, *promises(folder), share], ("", "measured", "target")))
+        print(text_table.text_table([*table, *promises(folder), share], ("", "measured", "target")))
 
 
 if __name__ == "__main__":

@@ -38,23 +38,23 @@ def ours(folder: pathlib.Path, name: str) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from m3i_jax.interop import intern_image as interop
+    from m3i_jax.interop import intern_image_weights as interop
     from m3i_jax.models import intern_image
 
     model, noise = intern_image.PRESETS["internimage_t"], np.random.default_rng(2)
     drawn = jax.tree.map(np.asarray, intern_image.init(model, jax.random.key(0)))
-    state = interop.store({"encoder": {part: tree for part, tree in drawn.items() if part != "fusion"}})  # which the published net has not
+    state = interop.store_intern_image({"encoder": {part: tree for part, tree in drawn.items() if part != "fusion"}})  # which the published net has not
     state |= {key: noise.normal(0, 0.1, value.shape).astype(np.float32) for key, value in state.items() if ".offset." in key}
-    params = jax.tree.map(jnp.asarray, interop.load(state)["encoder"])
+    params = jax.tree.map(jnp.asarray, interop.load_intern_image(state)["encoder"])
     images, weight = (jnp.asarray(a) for a in inputs(name))
 
     def loss(params: Any, images: jax.Array, weight: jax.Array) -> jax.Array:
-        return (weight * intern_image.stages(model, params, images)[3]).sum()
+        return (weight * intern_image.feature_maps(model, params, images)[3]).sum()
 
     run = jax.jit(jax.value_and_grad(loss)).lower(params, images, weight).compile()
     _, grads = run(params, images, weight)
     np.savez(folder / "weights.npz", **state)
-    np.savez(folder / "gradients.npz", **interop.store({"encoder": jax.tree.map(np.asarray, grads)}))
+    np.savez(folder / "gradients.npz", **interop.store_intern_image({"encoder": jax.tree.map(np.asarray, grads)}))
 
     def step() -> float:
         return float(jax.block_until_ready(run(params, images, weight))[0])

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 
-from m3i_jax.reporting import show
+from m3i_jax.reporting import text_table
 from tests.bench import heap
 from tests.bench.figures import Figure
 
@@ -89,8 +89,8 @@ def main() -> int:
         broken |= failed
         print(f"{name}: {len(found)} figure(s) in {time.monotonic() - start:.0f} s", file=sys.stderr)
         # As they come: who is cut off later has these.
-        print(show.table([figure.cells for figure in found], HEADERS), file=sys.stderr, flush=True)
-    print(show.table([figure.cells for figure in rows], HEADERS))
+        print(text_table.text_table([figure.cells for figure in found], HEADERS), file=sys.stderr, flush=True)
+    print(text_table.text_table([figure.cells for figure in rows], HEADERS))
     verdicts = [figure.verdict for figure in rows]
     load, cores = os.getloadavg()[0], os.cpu_count()
     print(f"\n{', '.join(f'{verdicts.count(v)} {v}' for v in ('met', 'missed', 'not measured'))}; load {load:.1f} on {cores} cores", end="")

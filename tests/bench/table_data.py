@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from PIL import Image
 
-from m3i_jax.data.sources import key_hash
+from m3i_jax.data.sources.base import key_hash
 from m3i_jax.errors import UserError
 
 HOLDOUT = 0.2  # share of the keys that no run of the tables trains on
@@ -18,7 +18,7 @@ SIDE = 32
 
 
 def held_out(key: str) -> bool:
-    """Whether a key is held out, by the rule of `sources.split`.
+    """Whether a key is held out, by the rule of `base.split_by_hash`.
 
     >>> sum(held_out(str(i)) for i in range(1000))
     196

@@ -31,8 +31,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3i_jax.errors import UserError
-from m3i_jax.reporting import compare as report
-from m3i_jax.reporting.files import write_text
+from m3i_jax.reporting import compare_table as report
+from m3i_jax.reporting.atomic_write import write_text_atomic
 from tests.bench import table_data
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -46,21 +46,21 @@ STEPS = {"emoji": 3500, "digits": 800}  # of M3I; the others follow
 STEPS_OF_A_STYLE, STEPS_OF_FINETUNING = 1600, 1000
 
 COLUMNS = (
-    report.Column("eval/knn/top1", "kNN", ".1f", True, 100),
-    report.Column("eval/linear/top1", "linear", ".1f", True, 100),
-    report.Column("finetune", "fine-tune", ".1f", True, 100),
-    report.Column("eval/direct/top1", "without fine-tuning", ".1f", True, 100),
-    report.Column("eval/zero_shot/names/top1", "zero-shot", ".1f", True, 100),
-    report.Column("eval/retrieval/text_to_image/r5", "text to image R@5", ".1f", True, 100),
-    report.Column("eval/retrieval/image_to_text/r5", "image to text R@5", ".1f", True, 100),
+    report.CompareColumn("eval/knn/top1", "kNN", ".1f", True, 100),
+    report.CompareColumn("eval/linear/top1", "linear", ".1f", True, 100),
+    report.CompareColumn("finetune", "fine-tune", ".1f", True, 100),
+    report.CompareColumn("eval/direct/top1", "without fine-tuning", ".1f", True, 100),
+    report.CompareColumn("eval/zero_shot/names/top1", "zero-shot", ".1f", True, 100),
+    report.CompareColumn("eval/retrieval/text_to_image/r5", "text to image R@5", ".1f", True, 100),
+    report.CompareColumn("eval/retrieval/image_to_text/r5", "image to text R@5", ".1f", True, 100),
 )
 OF_STYLES = (
     *(dataclasses.replace(COLUMNS[i], title=f"{COLUMNS[i].title}, other style") for i in (0, 4)),
-    *(report.Column(f"own/{COLUMNS[i].key}", f"{COLUMNS[i].title}, own style", ".1f", True, 100) for i in (0, 4)),
+    *(report.CompareColumn(f"own/{COLUMNS[i].key}", f"{COLUMNS[i].title}, own style", ".1f", True, 100) for i in (0, 4)),
 )
 TOLD = (
-    report.Column("steps", "steps", ",.0f"), report.Column("flops", "TFLOP", ".2f", scale=1e-12),
-    report.Column("seconds", "seconds of training", ".0f"),
+    report.CompareColumn("steps", "steps", ",.0f"), report.CompareColumn("flops", "TFLOP", ".2f", scale=1e-12),
+    report.CompareColumn("seconds", "seconds of training", ".0f"),
 )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ class Set:
     source: str
     path: str
     overrides: Mapping[str, str]
-    columns: tuple[report.Column, ...] = COLUMNS
+    columns: tuple[report.CompareColumn, ...] = COLUMNS
     methods: tuple[str, ...] = tuple(METHODS)
     steps: int = 0
     finetune: bool = True
@@ -157,7 +157,7 @@ def sets(data: pathlib.Path, out: pathlib.Path) -> dict[str, Set]:
     return found
 
 
-def best(results: Sequence[Mapping[str, Any]], columns: Sequence[report.Column]) -> list[str]:
+def best(results: Sequence[Mapping[str, Any]], columns: Sequence[report.CompareColumn]) -> list[str]:
     """Single methods that lead a column among the single ones, the one that leads most columns first.
 
     >>> rows = [{"form": m, "values": v} for m, v in (("CLIP", {"a": 1}), ("MAE", {"a": 2, "b": 3}), ("M3I", {"a": 9}))]
@@ -181,13 +181,13 @@ def flops_a_step(run: Run, out: pathlib.Path) -> float:
     name = " ".join([spec, *(s for s in settings if not s.startswith("seed="))])
     if name not in known:
         from m3i_jax import config as configuration
-        from m3i_jax.modes import compare, job
+        from m3i_jax.modes import compare, setup
 
-        config = configuration.load(spec)
-        configuration.override(config, settings)
-        opened = job.open_job(configuration.resolve(config), str(out / "counted" / run.of.name), trains=[tuple(config.objective.forms)])
+        config = configuration.load_config(spec)
+        configuration.apply_overrides(config, settings)
+        opened = setup.open_setup(configuration.resolve(config), str(out / "counted" / run.of.name), trains=[tuple(config.objective.forms)])
         known[name] = compare.flops_a_step(opened)
-        write_text(kept, json.dumps(known, indent=1))
+        write_text_atomic(kept, json.dumps(known, indent=1))
     return float(known[name])
 
 
@@ -292,7 +292,7 @@ def one(run: Run, data: pathlib.Path, out: pathlib.Path, finetune_steps: int) ->
         "set": run.of.name, "form": run.row, "seed": run.seed, "machine": machine(), "commands": [public(c, data, out) for c in ran],
         "values": found,
     }  # fmt: skip
-    write_text(done, json.dumps(result, indent=1) + "\n")
+    write_text_atomic(done, json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -324,19 +324,19 @@ def queue(found: Mapping[str, Set], names: Sequence[str], seeds: int, results: S
 
 def table(one_set: Set, results: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: a row a method with mean and spread over seeds in per cent, the best mean of a column bold."""
-    rows = report.summarize([r for r in results if r["set"] == one_set.name])
+    rows = report.compare_rows([r for r in results if r["set"] == one_set.name])
     shown = [c for c in one_set.columns if any(c.key in row.figures for row in rows)]
     most = {c.key: max(row.figures[c.key].mean for row in rows if c.key in row.figures) for c in shown}
 
-    def cell(row: report.Row, column: report.Column) -> str:
+    def cell(row: report.CompareRow, column: report.CompareColumn) -> str:
         figure = row.figures.get(column.key)
-        text = report.cell(column, figure)
+        text = report.table_cell(column, figure)
         return f"**{text}**" if figure and figure.mean == most[column.key] else text
 
     titles = ["method", "seeds", *(f"{c.title} %" for c in shown), *(c.title for c in TOLD)]
     lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
     for row in rows:
-        cells = [row.form, str(len(row.seeds)), *(cell(row, c) for c in shown), *(report.cell(c, row.figures.get(c.key)) for c in TOLD)]
+        cells = [row.form, str(len(row.seeds)), *(cell(row, c) for c in shown), *(report.table_cell(c, row.figures.get(c.key)) for c in TOLD)]
         lines.append(f"| {' | '.join(cells)} |")
     lacking = [m for m in one_set.methods if m not in {row.form for row in rows}] if one_set.name != "tuning" else []
     return "\n".join([*lines, *([f"\nNot run: {', '.join(lacking)}."] if lacking else [])])
@@ -346,9 +346,9 @@ def write(out: pathlib.Path, found: Mapping[str, Set], results: Sequence[Mapping
     """OUT/tables.md and OUT/results.json."""
     there = [s for s in found.values() if any(r["set"] == s.name for r in results)]
     text = "\n\n".join(f"### {s.name}\n\n{table(s, results)}" for s in there) + "\n"
-    write_text(out / "tables.md", text)
+    write_text_atomic(out / "tables.md", text)
     short = [{**r, "values": {k: round(v, 6) for k, v in r["values"].items()}} for r in results]
-    write_text(out / "results.json", json.dumps(short, indent=1) + "\n")
+    write_text_atomic(out / "results.json", json.dumps(short, indent=1) + "\n")
     return text
 
 

@@ -34,7 +34,7 @@ def settings(name: str, *, batch: int = 8, size: int = 224, dtype: str = "float3
     """A completed configuration of a shape."""
     from m3i_jax import config as configuration
 
-    config = configuration.default()
+    config = configuration.default_config()
     if name == "toy":
         batch, size = min(batch, 4), 64
     shape = SHAPES.get(name, {})
@@ -83,15 +83,15 @@ def hand_over(folder: pathlib.Path, config: Any, params: Any, trainer: Any, step
     import jax
 
     from m3i_jax.objective import positions
-    from m3i_jax.parallel.rules import path_of
+    from m3i_jax.parallel.sharding import path_text
     from m3i_jax.training import views
 
-    arrays = {f"params/{path_of(path)}": np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    arrays = {f"params/{path_text(path)}": np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     arrays |= {f"batch/{name}": value for name, value in batch_of(config).items() if name != "position"}
     arrays["table/encoder"] = positions.sincos_2d(config.grid, config.model.encoder.width)
     arrays["table/decoder"] = positions.sincos_2d(config.grid, config.model.decoder.width)
-    arrays["table/identity"] = positions.identity(config.grid, config.model.decoder.width)
-    arrays["keep"] = np.asarray(views.drop_path(config, batch_of(config)["position"], 0))
+    arrays["table/identity"] = positions.same_view_positions(config.grid, config.model.decoder.width)
+    arrays["keep"] = np.asarray(views.drop_path_factors(config, batch_of(config)["position"], 0))
     arrays["lr"] = np.asarray([trainer.learning_rate(k) for k in range(steps)], np.float32)
     arrays["momentum"] = np.asarray([trainer.momentum(k + 1) for k in range(steps)], np.float64)
     np.savez(folder / "start.npz", **arrays)

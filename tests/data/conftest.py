@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from m3i_jax import schema
-from m3i_jax.data import order, pipeline, records, sources, tokenizer
+from m3i_jax.data import decode, pipeline, sampler, tokenizer
+from m3i_jax.data.sources import base
 from tests.broken import bad_files, encode, png_header, smooth
 
 
@@ -77,15 +78,15 @@ class Pictures:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> sources.Record:
+    def __getitem__(self, index: int) -> base.Record:
         picture = b"<html>" if index < self.bad else np.full((*self.size, 3), index % 256, np.uint8)
-        return sources.Record(self.key(index), picture, index % (len(self.classes) + 1) - 1, f"number {index}" if index % 4 else None)
+        return base.Record(self.key(index), picture, index % (len(self.classes) + 1) - 1, f"number {index}" if index % 4 else None)
 
     def key(self, index: int) -> str:
         return f"p{index}"
 
     def fingerprint(self) -> str:
-        return sources.digest(self.count)
+        return base.stable_digest(self.count)
 
     def description(self) -> str:
         return f"{self.count} pictures"
@@ -93,7 +94,7 @@ class Pictures:
 
 def stream(config: schema.Config, source: Any, bpe: tokenizer.Tokenizer | None, count: int, **place: int) -> list[pipeline.Batch]:
     """The first `count` batches."""
-    batches = pipeline.iterate(config, source, bpe, **{"start": 0, **place})
+    batches = pipeline.iterate_batches(config, source, bpe, **{"start": 0, **place})
     try:
         return [next(batches) for _ in range(count)]
     finally:
@@ -109,10 +110,10 @@ def expected_stream(source: Any, bad: dict[int, str], count: int) -> tuple[list[
     """The records of the first `count` positions and how many were refused, by the rule written out: draw again until the record is good
     and not the one of its partner."""
     used: list[int] = []
-    skipped = dict.fromkeys(records.REASONS, 0)
+    skipped = dict.fromkeys(decode.REASONS, 0)
     for position in range(count):
         for attempt in range(100):
-            index = int(order.locate(0, np.array([position]), len(source), attempt)[0])
+            index = int(sampler.sample_index(0, np.array([position]), len(source), attempt)[0])
             if position % 2 and index == used[-1]:
                 continue
             if index in bad:
@@ -133,7 +134,7 @@ def make() -> types.SimpleNamespace:
 @pytest.fixture(scope="session")
 def bpe() -> tokenizer.Tokenizer:
     """A small learnt tokenizer."""
-    return tokenizer.train([f"number {i}" for i in range(100)], 300, LENGTH)
+    return tokenizer.train_tokenizer([f"number {i}" for i in range(100)], 300, LENGTH)
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def coordinates(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("box", [(0, 0, 200, 250), (10, 20, 100, 50), (150, 200, 50, 50), (3, 7, 20, 30)])
 def test_a_view_shows_what_its_box_says(box):
     size, (top, left, h, w) = 32, box
-    view = crops.cut(Image.fromarray(coordinates(200, 250)), box, size, height=200, width=250).reshape(size, size, 3)
+    view = crops.cut_view(Image.fromarray(coordinates(200, 250)), box, size, height=200, width=250).reshape(size, size, 3)
     at = np.arange(size)
     x, y = left + (at + 0.5) * w / size - 0.5, top + (np.arange(size) + 0.5) * h / size - 0.5
     inner = slice(2, -2)
@@ -66,20 +66,20 @@ def test_a_view_shows_what_its_box_says(box):
 def test_a_reduced_picture_gives_the_same_view():
     picture = Image.fromarray(coordinates(200, 248))
     box = (20, 40, 120, 160)
-    full, half = (crops.cut(p, box, 16, height=200, width=248).astype(int) for p in (picture, picture.reduce(2)))
+    full, half = (crops.cut_view(p, box, 16, height=200, width=248).astype(int) for p in (picture, picture.reduce(2)))
     assert np.abs(full - half).max() <= 1
 
 
 def test_the_last_pixel_is_inside():
     picture = Image.fromarray(coordinates(100, 101).repeat(3, 0)[:100])
     for width in range(303, 330):  # 101 / width * width may round above 101
-        assert crops.cut(picture, (0, 0, 300, width), 8, height=300, width=width).size == 192
+        assert crops.cut_view(picture, (0, 0, 300, width), 8, height=300, width=width).size == 192
 
 
 def test_antialiasing():
     stripes = np.zeros((256, 256, 3), np.uint8)
     stripes[:, ::2] = 255
-    view = crops.cut(Image.fromarray(stripes), (0, 0, 256, 256), 32, height=256, width=256)
+    view = crops.cut_view(Image.fromarray(stripes), (0, 0, 256, 256), 32, height=256, width=256)
     inner = view.reshape(32, 32, 3)[:, 1:-1]  # at the border half of the filter is missing
     assert np.abs(inner.astype(int) - 127.5).max() <= 1
 
@@ -96,13 +96,13 @@ def test_the_evaluation_view_is_resize_then_centre_crop(height, width, size):
     top, left = round((h - size) / 2), round((w - size) / 2)
     expected = np.asarray(picture.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size)))
     box = crops.central_box(height, width, size)
-    view = crops.cut(picture, box, size, height=height, width=width).reshape(size, size, 3)
+    view = crops.cut_view(picture, box, size, height=height, width=width).reshape(size, size, 3)
     assert np.abs(view.astype(int) - expected).max() <= 2
 
 
 def test_enough_keeps_the_gap():
     boxes = [(0, 0, 50, 80), (0, 0, 300, 90)]
-    height, width = crops.enough(boxes, 600, 900, 16, 2.0)
+    height, width = crops.sufficient_size(boxes, 600, 900, 16, 2.0)
     for _, _, h, w in boxes:
         assert h * height / 600 >= 32 - 1e-9 and w * width / 900 >= 32 - 1e-9
     assert min(h * height / 600 for _, _, h, _ in boxes) == pytest.approx(32)
@@ -121,20 +121,20 @@ def test_the_resizer_is_part_of_the_identity_of_the_stream(monkeypatch):
     config = schema.Config(data=schema.Data(resizer="auto"))
     told = {}
     for name in ("pillow", "fast 4", "fast 5"):
-        monkeypatch.setattr(crops, "resizer", lambda wanted, name=name: name)
-        told[name] = pipeline.fingerprint(config, Five()), pipeline.identity(config, Five())
+        monkeypatch.setattr(crops, "choose_resizer", lambda wanted, name=name: name)
+        told[name] = pipeline.stream_fingerprint(config, Five()), pipeline.stream_identity(config, Five())
     assert len({mark for mark, _ in told.values()}) == 3
     assert "resizer fast 4" in told["fast 4"][1] and "resizer" not in told["pillow"][1]
 
 
 def test_a_resizer_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setattr(crops.fast, "installed", lambda package: False)
-    crops.resizer.cache_clear()
+    monkeypatch.setattr(crops.decode_fast, "is_installed", lambda package: False)
+    crops.choose_resizer.cache_clear()
     try:
-        assert crops.resizer("auto") == "pillow"
+        assert crops.choose_resizer("auto") == "pillow"
         with pytest.raises(UserError, match="data.resizer='fast' needs the package cykooz-resizer: pip install"):
-            crops.resizer("fast")
+            crops.choose_resizer("fast")
         with pytest.raises(UserError, match="data.resizer='nearest' is no resizer"):
-            crops.resizer("nearest")
+            crops.choose_resizer("nearest")
     finally:
-        crops.resizer.cache_clear()
+        crops.choose_resizer.cache_clear()

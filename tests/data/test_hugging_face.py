@@ -6,8 +6,8 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.data import sources
-from m3i_jax.data.hugging_face import HuggingFace
+from m3i_jax.data.sources import base
+from m3i_jax.data.sources.hugging_face import HuggingFaceSource
 from m3i_jax.errors import UserError
 
 datasets = pytest.importorskip("datasets")
@@ -34,15 +34,15 @@ def test_original_bytes_and_names(files, tmp_path):
         weight=([0.5] * 4, datasets.Value("float32")),
     )
     saved.save_to_disk(str(tmp_path / "x"))
-    source = sources.open_source(schema.Data(source="hugging_face", path=str(tmp_path / "x")))
-    assert isinstance(source, sources.Source) and source.classes == ("ant", "bee") and source.captions
+    source = base.open_source(schema.Data(source="hugging_face", path=str(tmp_path / "x")))
+    assert isinstance(source, base.DataSource) and source.classes == ("ant", "bee") and source.captions
     captions = ["a bee", "an ant", None, "two bees"]
-    expected = [sources.Record(*one) for one in zip("wxyz", files, [1, 0, -1, 1], captions, strict=True)]
-    assert [source[i] for i in range(4)] == expected and sources.read(source, [3, 0, 3]) == [expected[i] for i in (3, 0, 3)]
+    expected = [base.Record(*one) for one in zip("wxyz", files, [1, 0, -1, 1], captions, strict=True)]
+    assert [source[i] for i in range(4)] == expected and base.read_items(source, [3, 0, 3]) == [expected[i] for i in (3, 0, 3)]
     assert [source.key(i) for i in range(4)] == list("wxyz") and source.caption(3) == "two bees" and source.caption(2) is None
-    assert sources.key_hashes(source).tolist() == [sources.key_hash(k) for k in "wxyz"]
+    assert base.source_key_hashes(source).tolist() == [base.key_hash(k) for k in "wxyz"]
     again = ForkingPickler.loads(ForkingPickler.dumps(source))
-    assert again[1] == expected[1] and again.fingerprint() == HuggingFace(str(tmp_path / "x")).fingerprint()
+    assert again[1] == expected[1] and again.fingerprint() == HuggingFaceSource(str(tmp_path / "x")).fingerprint()
     assert source.description() == f"4 pictures in hugging_face {str(tmp_path / 'x')!r}, 2 classes, captions"
 
 
@@ -50,13 +50,13 @@ def test_splits_and_bare_columns(files, tmp_path):
     captions = ([["first", "second"], [], ["third"], ["x"]], datasets.List(datasets.Value("string")))
     train = table(files, label=([3, 0, 1, -1], datasets.Value("int64")), captions=captions)
     datasets.DatasetDict(train=train, test=train.select([2])).save_to_disk(str(tmp_path / "x"))
-    source = HuggingFace(str(tmp_path / "x"), "train")
+    source = HuggingFaceSource(str(tmp_path / "x"), "train")
     assert source.classes == ("0", "1", "2", "3") and [source[i].label for i in range(4)] == [3, 0, 1, -1]
     assert [source[i].caption for i in range(4)] == ["first", None, "third", "x"] and source.key(2) == "2" == source[2].key
-    assert len(HuggingFace(str(tmp_path / "x"), "test")) == 1
+    assert len(HuggingFaceSource(str(tmp_path / "x"), "test")) == 1
     for split in ("", "val"):
         with pytest.raises(UserError, match=f"has the splits test, train, data.split='{split}' is none of them"):
-            HuggingFace(str(tmp_path / "x"), split)
+            HuggingFaceSource(str(tmp_path / "x"), split)
 
 
 def test_refusals(files, tmp_path):
@@ -71,4 +71,4 @@ def test_refusals(files, tmp_path):
     ]
     for path, split, why in cases:
         with pytest.raises(UserError, match=why):
-            HuggingFace(str(path), split)
+            HuggingFaceSource(str(path), split)

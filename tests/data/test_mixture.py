@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.data import mixture, order, pipeline, sources
+from m3i_jax.data import pipeline, sampler
+from m3i_jax.data.sources import base, mixture
 from m3i_jax.errors import UserError
 
 F = fractions.Fraction
@@ -27,7 +28,7 @@ F = fractions.Fraction
     ],
 )
 def test_entries(text, entry):
-    assert mixture.parse(text) == mixture.Entry(*entry)
+    assert mixture.parse_entry(text) == mixture.MixtureEntry(*entry)
 
 
 @pytest.mark.parametrize(
@@ -45,29 +46,29 @@ def test_entries(text, entry):
 )
 def test_entries_that_are_refused(text, why):
     with pytest.raises(UserError, match=f"^data.mixture: .*{why}"):
-        mixture.parse(text)
+        mixture.parse_entry(text)
 
 
 def test_weights_become_whole_numbers():
-    assert mixture.whole_parts([F("0.9661"), F("0.0339")], [1, 1]) == (9661, 339)
-    assert mixture.whole_parts([F(427), F(15)], [1, 1]) == (427, 15)
-    assert mixture.whole_parts([None, None, None], [600, 400, 0]) == (3, 2, 0)
+    assert mixture.integer_shares([F("0.9661"), F("0.0339")], [1, 1]) == (9661, 339)
+    assert mixture.integer_shares([F(427), F(15)], [1, 1]) == (427, 15)
+    assert mixture.integer_shares([None, None, None], [600, 400, 0]) == (3, 2, 0)
     with pytest.raises(UserError, match="some sources have a weight and some have none"):
-        mixture.whole_parts([F(1), None], [1, 1])
+        mixture.integer_shares([F(1), None], [1, 1])
     with pytest.raises(UserError, match="too many digits"):
-        mixture.whole_parts([F("0.1234567890123"), F("0.3333333333337")], [1, 1])
+        mixture.integer_shares([F("0.1234567890123"), F("0.3333333333337")], [1, 1])
 
 
 def test_one_source_has_the_order_it_has_alone():
     positions = np.arange(3000)
     for attempt in (0, 3):
-        source, record = order.locate_mixture(5, positions, [700], [1], attempt)
-        assert (source == 0).all() and (record == order.locate(5, positions, 700, attempt)).all()
+        source, record = sampler.sample_mixture_index(5, positions, [700], [1], attempt)
+        assert (source == 0).all() and (record == sampler.sample_index(5, positions, 700, attempt)).all()
 
 
 def test_shares_are_exact_and_every_record_has_its_turn():
     sizes, parts = [30, 7, 100], [4, 1, 2]
-    source, record = order.locate_mixture(1, np.arange(7 * 300), sizes, parts)
+    source, record = sampler.sample_mixture_index(1, np.arange(7 * 300), sizes, parts)
     assert (np.sort(source.reshape(-1, 7), 1) == [0, 0, 0, 0, 1, 2, 2]).all()
     assert len({tuple(cycle) for cycle in source.reshape(-1, 7).tolist()}) > 50
     for s, (size, turns) in enumerate(zip(sizes, (1200, 300, 600), strict=True)):
@@ -85,12 +86,12 @@ def test_by_size_a_pass_reads_each_record_once():
 
 def test_any_part_of_the_order_is_the_order():
     arguments = ([300, 70], [9, 2])
-    whole = order.locate_mixture(3, np.arange(5000), *arguments)
+    whole = sampler.sample_mixture_index(3, np.arange(5000), *arguments)
     for start in (0, 1, 10, 11, 4000):
-        rest = order.locate_mixture(3, np.arange(start, 5000), *arguments)
+        rest = sampler.sample_mixture_index(3, np.arange(start, 5000), *arguments)
         assert all((a == b[start:]).all() for a, b in zip(rest, whole, strict=True))
     # The paper's mixture, far out: nothing is gone through.
-    source, record = order.locate_mixture(0, 10**12 + np.arange(442 * 4), [427_000_000, 15_000_000], [427, 15])
+    source, record = sampler.sample_mixture_index(0, 10**12 + np.arange(442 * 4), [427_000_000, 15_000_000], [427, 15])
     assert (source == 1).sum() == 60 and record.max() < 427_000_000
 
 
@@ -105,17 +106,17 @@ class Plain:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> sources.Record:
+    def __getitem__(self, index: int) -> base.Record:
         assert 0 <= index < self.count
         self.reads[index] += 1
         label = index % (len(self.classes) + 1) - 1
-        return sources.Record(f"{self.name}-{index}", np.full((20, 20, 3), index % 256, np.uint8), label)
+        return base.Record(f"{self.name}-{index}", np.full((20, 20, 3), index % 256, np.uint8), label)
 
     def key(self, index: int) -> str:
         return f"{self.name}-{index}"
 
     def fingerprint(self) -> str:
-        return sources.digest(self.name, self.count)
+        return base.stable_digest(self.name, self.count)
 
     def description(self) -> str:
         return f"{self.count} of {self.name}"
@@ -124,11 +125,11 @@ class Plain:
 def test_records_of_a_mixture():
     a, b = Plain(5, "cat", "dog", name="a"), Plain(3, "dog", "eel", name="b")
     both = mixture.Mixture([a, b], [F(1), F(3)])
-    assert isinstance(both, sources.Source) and len(both) == 8 and both.classes == ("cat", "dog", "eel")
-    got = sources.read(both, [7, 0, 5, 1, 6, 7, 2])
+    assert isinstance(both, base.DataSource) and len(both) == 8 and both.classes == ("cat", "dog", "eel")
+    got = base.read_items(both, [7, 0, 5, 1, 6, 7, 2])
     assert [(r.key, r.label) for r in got] == [("b-2", 2), ("a-0", -1), ("b-0", -1), ("a-1", 0), ("b-1", 1), ("b-2", 2), ("a-2", 1)]
     assert [both[i].key for i in range(8)] == [both.key(i) for i in range(8)]
-    assert sources.key_hashes(both).tolist() == [sources.key_hash(both.key(i)) for i in range(8)]
+    assert base.source_key_hashes(both).tolist() == [base.key_hash(both.key(i)) for i in range(8)]
     apart = mixture.Mixture([a, b], [None, None], shared=False)
     assert apart.classes == ("cat", "dog", "dog", "eel") and [apart[i].label for i in (1, 2, 6, 7)] == [0, 1, 2, 3]
     for wrong in (8, -1):
@@ -138,7 +139,7 @@ def test_records_of_a_mixture():
         "8 pictures in a mixture of 2 sources, 3 classes (1 of them shared by name): "
         "25.00% of the samples (0.4 epochs in one pass) from 5 of a; 75.00% of the samples (2 epochs in one pass) from 3 of b"
     )
-    assert sources.identity(both)[1] == f"3 of every 4 samples from b, 3 pictures, fingerprint {b.fingerprint()}"
+    assert base.source_identity(both)[1] == f"3 of every 4 samples from b, 3 pictures, fingerprint {b.fingerprint()}"
 
 
 def test_everything_counts_in_the_fingerprint():
@@ -157,7 +158,7 @@ def test_everything_counts_in_the_fingerprint():
 
 def test_a_part_of_a_mixture_keeps_the_shares():
     whole = mixture.Mixture([Plain(400, name="a"), Plain(100, name="b")], [F(1), F(1)])
-    train, held = (sources.split(whole, 0.1, part) for part in ("train", "held_out"))
+    train, held = (base.split_by_hash(whole, 0.1, part) for part in ("train", "held_out"))
     assert len(train) + len(held) == 500 and 20 < len(held) < 80 and train.parts == (1, 1)
     assert {train.key(i) for i in range(len(train))} | {held.key(i) for i in range(len(held))} == {whole.key(i) for i in range(500)}
     empty = mixture.Mixture([Plain(4), Plain(0, name="void")], [F(1), F(1)])
@@ -171,7 +172,7 @@ def test_a_stream_of_a_mixture(make):
     source = mixture.Mixture([good, bad], [F(3), F(1)])
     config = make.settings(batch=16)
     whole = make.joined(make.stream(config, source, None, 8))
-    from_bad = order.locate_mixture(0, np.arange(128), [90, 40], [3, 1])[0] == 1
+    from_bad = sampler.sample_mixture_index(0, np.arange(128), [90, 40], [3, 1])[0] == 1
     shown = whole["views"][:, 0, 0, 0, 0]
     assert from_bad.sum() == 32 and (shown[from_bad] >= 20).all() and (shown[from_bad] < 40).all()
     shares = [make.stream(config, source, None, 2, host=host, hosts=8) for host in range(8)]
@@ -190,6 +191,6 @@ def test_nothing_is_replayed(make):
 
 def test_identity_tells_what_differs():
     config = schema.Config()
-    one, other = (pipeline.identity(config, mixture.Mixture([Plain(9, name="a"), Plain(n, name="b")], [F(1)] * 2)) for n in (5, 6))
+    one, other = (pipeline.stream_identity(config, mixture.Mixture([Plain(9, name="a"), Plain(n, name="b")], [F(1)] * 2)) for n in (5, 6))
     lines = [(x, y) for x, y in zip(one.splitlines(), other.splitlines(), strict=True) if x != y]
     assert len(lines) == 1 and lines[0][0].startswith("source 2 = 1 of every 2 samples from b, 5 pictures, ")

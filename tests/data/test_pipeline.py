@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from m3i_jax import schema
-from m3i_jax.data import loans, order, photometric, pipeline, sources, tokenizer
-from m3i_jax.data.folder import Folder
+from m3i_jax.augment import photometric
+from m3i_jax.data import pipeline, sampler, shared_buffers, tokenizer
+from m3i_jax.data.sources import base
+from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import UserError
 from m3i_jax.objective import masks
 
@@ -27,13 +29,13 @@ def same(a: pipeline.Batch, b: pipeline.Batch) -> None:
 
 
 @pytest.fixture
-def mixed(fill: Callable, make: types.SimpleNamespace) -> Folder:
+def mixed(fill: Callable, make: types.SimpleNamespace) -> FolderSource:
     """Two classes with captions, 20 good pictures of many kinds and 4 bad ones."""
     files = {f"a/{name}": content for name, content in make.good_files().items()}
     files |= {f"b/{i}.png": make.encode(make.smooth(40 + i, 50), "PNG") for i in range(3)}
     files |= {f"b/{name}": make.bad_files()[name][0] for name in ("cut.jpg", "bomb.png", "page.jpg", "dot.png")}
     files |= {"b/0.txt": b"number nought", "a/plain.txt": b"number " * 20}
-    return Folder(str(fill(files)))
+    return FolderSource(str(fill(files)))
 
 
 def test_the_batch_is_the_one_agreed_on(make, bpe):
@@ -59,7 +61,7 @@ def test_the_batch_is_the_one_agreed_on(make, bpe):
 def test_a_row_tells_of_its_own_record(make, bpe):
     source, config = make.Pictures(200), make.settings(batch=64)
     batch = make.joined(make.stream(config, source, bpe, 4))
-    record = order.locate(0, np.arange(256), 200)
+    record = sampler.sample_index(0, np.arange(256), 200)
     assert (batch["views"] == record[:, None, None, None, None]).all()
     for row, index in enumerate(record):
         asked = source[int(index)]
@@ -95,10 +97,10 @@ def test_threads_change_nothing(make, mixed, bpe):
 
 @pytest.mark.row("A10")
 def test_worker_processes_change_nothing(make, mixed, bpe):
-    alone = pipeline.iterate(make.settings(), mixed, bpe, start=4)
+    alone = pipeline.iterate_batches(make.settings(), mixed, bpe, start=4)
     expected = [next(alone) for _ in range(5)]
     for workers in (1, 2):
-        batches = pipeline.iterate(make.settings(workers=workers), mixed, bpe, start=4)
+        batches = pipeline.iterate_batches(make.settings(workers=workers), mixed, bpe, start=4)
         for batch in expected:
             same(next(batches), batch)
         assert batches.skipped == alone.skipped and sum(batches.skipped.values()) > 0 and batches.noted == alone.noted
@@ -166,8 +168,8 @@ def test_box_and_flip_describe_the_pixels(make, kind):
     }[kind]()
 
     class One(make.Pictures):
-        def __getitem__(self, index: int) -> sources.Record:
-            return sources.Record(str(index), image)
+        def __getitem__(self, index: int) -> base.Record:
+            return base.Record(str(index), image)
 
     batch = make.joined(make.stream(make.settings(batch=32), One(100), None, 2))
     top, left, h, w = (batch["box"][..., i, None] for i in range(4))
@@ -204,25 +206,25 @@ def test_masks_are_those_of_the_objective(make, bpe):
 
 def test_transparency_takes_the_background(fill, make):
     folder = fill({f"{i}.png": make.encode(np.zeros((20, 20, 4), np.uint8), "PNG") for i in range(4)})
-    assert (make.stream(make.settings(batch=4, background=77), Folder(str(folder)), None, 1)[0]["views"] == 77).all()
+    assert (make.stream(make.settings(batch=4, background=77), FolderSource(str(folder)), None, 1)[0]["views"] == 77).all()
 
 
 @pytest.mark.parametrize(("classes", "kept", "dropped"), [(-1, 7, 0), (0, 0, 0), (3, 3, 112), (99, 7, 0)])
 def test_labels_beyond_the_classes_are_dropped_and_counted(make, classes, kept, dropped):
     source, config = make.Pictures(224), make.settings(batch=224, classes=classes)
-    batches = pipeline.iterate(config, source, None, start=0)
+    batches = pipeline.iterate_batches(config, source, None, start=0)
     label = next(batches)["label"]
     assert set(label) == set(range(-1, kept))
     assert batches.noted == {"caption_cut": 0, "label_dropped": dropped}
-    assert pipeline.classes(config.data, source) == (7 if classes < 0 else classes)
+    assert pipeline.count_classes(config.data, source) == (7 if classes < 0 else classes)
 
 
 def test_long_captions_are_cut_and_counted(make, bpe):
     class Talkative(make.Pictures):
-        def __getitem__(self, index: int) -> sources.Record:
+        def __getitem__(self, index: int) -> base.Record:
             return dataclasses.replace(super().__getitem__(index), caption="number one " * (index % 2 * 50) + "number")
 
-    batches = pipeline.iterate(make.settings(batch=100), Talkative(100), bpe, start=0)
+    batches = pipeline.iterate_batches(make.settings(batch=100), Talkative(100), bpe, start=0)
     batch = next(batches)
     assert batches.noted["caption_cut"] == 50 == (batch["length"] == LENGTH).sum()
     assert (batch["tokens"][np.arange(100), batch["length"] - 1] == bpe.end).all()
@@ -230,12 +232,12 @@ def test_long_captions_are_cut_and_counted(make, bpe):
 
 def test_refusals(make):
     with pytest.raises(UserError, match="^pictures has 1 pictures to train on, mixing needs 2: add pictures or lower data.holdout$"):
-        pipeline.iterate(make.settings(), make.Pictures(1), None, start=0)
+        pipeline.iterate_batches(make.settings(), make.Pictures(1), None, start=0)
     for wrong in ({"start": 1}, {"start": -2}, {"start": 0, "hosts": 3}, {"start": 0, "hosts": 8}):
         with pytest.raises(ValueError, match="must be a multiple of 2 x"):
-            pipeline.iterate(make.settings(), make.Pictures(9), None, **wrong)
+            pipeline.iterate_batches(make.settings(), make.Pictures(9), None, **wrong)
     with pytest.raises(ValueError, match="makes 5 ids, data.caption_length is 12"):
-        pipeline.iterate(make.settings(), make.Pictures(9), tokenizer.train(["a"], 259, 5), start=0)
+        pipeline.iterate_batches(make.settings(), make.Pictures(9), tokenizer.train_tokenizer(["a"], 259, 5), start=0)
 
 
 def test_shared_memory_is_checked_before_a_bus_error(make, monkeypatch):
@@ -246,7 +248,7 @@ def test_shared_memory_is_checked_before_a_bus_error(make, monkeypatch):
     with pytest.raises(
         UserError, match="^data.workers=2 needs 735 MiB of shared memory for its batches, and /dev/shm has 64 free: use data.workers=0"
     ):
-        pipeline.iterate(config, make.Pictures(9), None, start=0)
+        pipeline.iterate_batches(config, make.Pictures(9), None, start=0)
 
 
 def test_captions_on_demand(make):
@@ -262,13 +264,13 @@ def test_captions_on_demand(make):
 
 def test_the_fingerprint_is_of_the_stream(make):
     config, source = make.settings(), make.Pictures(50)
-    whole = pipeline.fingerprint(config, source)
+    whole = pipeline.stream_fingerprint(config, source)
     assert len(whole) == 16 and int(whole, 16) >= 0
-    assert pipeline.fingerprint(make.settings(batch=64, threads=2, image_size=64), make.Pictures(50)) == whole
+    assert pipeline.stream_fingerprint(make.settings(batch=64, threads=2, image_size=64), make.Pictures(50)) == whole
     others = [
-        pipeline.fingerprint(dataclasses.replace(config, seed=1), source),
-        pipeline.fingerprint(config, make.Pictures(51)),
-        *(pipeline.fingerprint(config, sources.split(source, 0.1, part)) for part in ("train", "held_out")),
+        pipeline.stream_fingerprint(dataclasses.replace(config, seed=1), source),
+        pipeline.stream_fingerprint(config, make.Pictures(51)),
+        *(pipeline.stream_fingerprint(config, base.split_by_hash(source, 0.1, part)) for part in ("train", "held_out")),
     ]
     assert len({whole, *others}) == 5
 
@@ -282,13 +284,13 @@ def test_batches_are_never_reused(make, bpe):
 
 def test_the_memory_of_batches_comes_back(make, bpe):
     batch = make.stream(make.settings(threads=2), make.Pictures(50), bpe, 1)[0]
-    assert isinstance(batch["views"].base, loans._Loan)
+    assert isinstance(batch["views"].base, shared_buffers._Loan)
 
 
 def test_views_that_nothing_reads_are_not_cut(make):
     """Black instead, and the same pictures, crops and masks otherwise."""
     config, source = make.settings(batch=8), make.Pictures(50)
-    both, first = (next(pipeline.iterate(config, source, None, start=8, views=views)) for views in ((0, 1), (0,)))
+    both, first = (next(pipeline.iterate_batches(config, source, None, start=8, views=views)) for views in ((0, 1), (0,)))
     assert not first["views"][:, 1].any() and both["views"][:, 1].any()
     np.testing.assert_array_equal(first["views"][:, 0], both["views"][:, 0])
     for name in ("box", "flip", "mask", "label", "position"):
@@ -300,9 +302,9 @@ def test_rand_augment_belongs_to_the_position(make):
     plain, source = make.settings(batch=8), make.Pictures(50)
     strong = schema.RandAugment(ops=2, p=1.0)
     config = dataclasses.replace(plain, data=dataclasses.replace(plain.data, rand_augment=strong))
-    stream = pipeline.iterate(config, source, None, start=0)
+    stream = pipeline.iterate_batches(config, source, None, start=0)
     next(stream)
-    second, again, without = next(stream), *(next(pipeline.iterate(c, source, None, start=8)) for c in (config, plain))
+    second, again, without = next(stream), *(next(pipeline.iterate_batches(c, source, None, start=8)) for c in (config, plain))
     np.testing.assert_array_equal(second["views"], again["views"])
     np.testing.assert_array_equal(second["box"], without["box"])
     changed = (second["views"] != without["views"]).any((2, 3, 4))

@@ -7,7 +7,7 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.data import pipeline
-from m3i_jax.data.folder import Folder
+from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import UserError
 
 
@@ -16,10 +16,10 @@ def test_bad_records_are_replaced_and_counted_exactly(fill, make):
     bad = make.bad_files()
     files = {f"bad_{name}": content for name, (content, _) in bad.items()}
     files |= {f"good_{i:03}.png": make.encode(np.full((20, 20, 3), i, np.uint8), "PNG") for i in range(4 * len(bad))}
-    source = Folder(str(fill(files)))
+    source = FolderSource(str(fill(files)))
     reasons = {i: bad[key.removeprefix("bad_")][1] for i in range(len(source)) if (key := source.key(i)).startswith("bad_")}
     assert len(reasons) == len(bad) and len(source) == 5 * len(bad)
-    batches = pipeline.iterate(make.settings(batch=20), source, None, start=0)
+    batches = pipeline.iterate_batches(make.settings(batch=20), source, None, start=0)
     views = np.concatenate([next(batches)["views"] for _ in range(16)])
     used, skipped = make.expected_stream(source, reasons, 320)
     assert batches.skipped == skipped and [reason for reason, n in skipped.items() if not n] == ["unreadable"]
@@ -40,7 +40,7 @@ def test_no_picture_is_mixed_with_itself(make, count):
 
 def test_too_many_bad_records_stop_the_run(make):
     config = make.settings(batch=100, max_bad_share=0.05)
-    batches = pipeline.iterate(config, make.Pictures(200, bad=100), None, start=0)
+    batches = pipeline.iterate_batches(config, make.Pictures(200, bad=100), None, start=0)
     seen = 0
     with pytest.raises(UserError) as caught:
         while seen < 2 * pipeline.WINDOW:
@@ -57,7 +57,7 @@ def test_the_share_is_over_the_last_ten_thousand(make, bad, stops):
     """5 % of 300 records are 15: 11 bad ones never stop the run, 30 do, though not before 500 of them were met."""
     config = make.settings(batch=500, max_bad_share=0.05, image_size=8, crop_scale=(0.9, 1.0))
     config = dataclasses.replace(config, model=schema.Model(encoder=schema.Encoder(patch_size=4)))
-    batches = pipeline.iterate(config, make.Pictures(300, bad=bad), None, start=0)
+    batches = pipeline.iterate_batches(config, make.Pictures(300, bad=bad), None, start=0)
     seen = 0
     try:
         for _ in range(25):
@@ -70,7 +70,7 @@ def test_the_share_is_over_the_last_ten_thousand(make, bad, stops):
 def test_a_window_forgets(make):
     """A bad stretch long past does not stop a run that has been good since."""
     config = make.settings(batch=500, max_bad_share=0.05)
-    batches = pipeline.iterate(config, make.Pictures(10), None, start=0)
+    batches = pipeline.iterate_batches(config, make.Pictures(10), None, start=0)
     for _ in range(40):
         batches._judge(500, np.array([20, 0, 0, 0, 0, 0]))
     for _ in range(20):

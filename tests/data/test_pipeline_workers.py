@@ -5,7 +5,8 @@ import pathlib
 
 import pytest
 
-from m3i_jax.data import array_records, parts, pipeline, sources
+from m3i_jax.data import pipeline, splits
+from m3i_jax.data.sources import array_record, base
 from tests import rows
 
 
@@ -17,10 +18,10 @@ def data(fill, make, tmp_path) -> dict:
     folder = fill({f"a/{i}.jpg": p for i, p in enumerate(picture)} | {"a/3.txt": b"number three"} | bad)
     members = [member for i, p in enumerate(picture) for member in ((f"t{i}.jpg", p), (f"t{i}.cls", b"%d" % (i % 3)))]
     (tmp_path / "0.tar").write_bytes(make.tar_bytes(members))
-    records = [sources.Record(f"r{i}", p, i % 2, f"number {i}") for i, p in enumerate(picture)]
+    records = [base.Record(f"r{i}", p, i % 2, f"number {i}") for i, p in enumerate(picture)]
     pathlib.Path(tmp_path / "records").mkdir()
-    array_records.write_shard(str(tmp_path / "records" / "x-00000-of-00001.array_record"), records)
-    array_records.write_index(str(tmp_path / "records"), classes=("even", "odd"))
+    array_record.write_shard(str(tmp_path / "records" / "x-00000-of-00001.array_record"), records)
+    array_record.write_shard_index(str(tmp_path / "records"), classes=("even", "odd"))
     entries = (f"folder:{folder}=3", f"tars:{tmp_path}/*.tar=2", f"array_record:{tmp_path}/records=2", "shapes:64=1")
     return {"source": "mixture", "mixture": entries, "cache": str(tmp_path / "cache")}
 
@@ -29,8 +30,8 @@ def hashes(data: dict, make, bpe, count: int, *, start: int = 0, batch: int = 16
     """Of every row of the global batches of one host."""
     cache = str(data["cache"])
     config = make.settings(batch=batch, **{k: v for k, v in data.items() if k != "cache"}, **more)
-    train, _ = parts.open_parts(config.data, cache=cache)
-    batches = pipeline.iterate(config, train, bpe, start=start, host=host, hosts=hosts)
+    train, _ = splits.open_splits(config.data, cache=cache)
+    batches = pipeline.iterate_batches(config, train, bpe, start=start, host=host, hosts=hosts)
     try:
         found = [next(batches) for _ in range(count)]
     finally:

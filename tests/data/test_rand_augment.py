@@ -63,7 +63,7 @@ def test_every_operation_is_in_the_table() -> None:
 
 def test_draws_have_the_probabilities_of_the_recipe() -> None:
     settings, r = schema.RandAugment(ops=2), np.random.default_rng(0)
-    drawn = [rand_augment.draw(u, settings) for u in r.random((4000, 2 * rand_augment.WIDTH)).tolist()]
+    drawn = [rand_augment.draw_operations(u, settings) for u in r.random((4000, 2 * rand_augment.WIDTH)).tolist()]
     counts = np.bincount([len(found) for found in drawn], minlength=3) / len(drawn)
     np.testing.assert_allclose(counts, [0.25, 0.5, 0.25], atol=0.03)
     every = [one for found in drawn for one in found]
@@ -77,9 +77,9 @@ def test_draws_have_the_probabilities_of_the_recipe() -> None:
 def test_operations_are_applied_in_their_order() -> None:
     image, names = picture(), list(rand_augment.OPERATIONS)
     u = [x for name in ("solarize", "rotate") for x in ((names.index(name) + 0.5) / 15, 0.0, 0.9, 0.0, 0.0)]
-    got = rand_augment.apply(np.asarray(image).reshape(-1), SIDE, u, schema.RandAugment(ops=2, deviation=0.0))
+    got = rand_augment.apply_operations(np.asarray(image).reshape(-1), SIDE, u, schema.RandAugment(ops=2, deviation=0.0))
     solarized = Image.fromarray(np.where(array(image) < 26, array(image), 255 - array(image)).astype(np.uint8))
     wanted = solarized.rotate(27, resample=Image.Resampling.BICUBIC, fillcolor=MEAN)
     np.testing.assert_array_equal(got, np.asarray(wanted).reshape(-1))
-    untouched = rand_augment.apply(np.asarray(image).reshape(-1), SIDE, u, schema.RandAugment(ops=2, p=0.0))
+    untouched = rand_augment.apply_operations(np.asarray(image).reshape(-1), SIDE, u, schema.RandAugment(ops=2, p=0.0))
     np.testing.assert_array_equal(untouched, np.asarray(image).reshape(-1))

@@ -6,8 +6,8 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.data import remote, sources
-from m3i_jax.data.tars import Tars
+from m3i_jax.data.sources import base, remote
+from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.errors import UserError
 
 fsspec = pytest.importorskip("fsspec")
@@ -31,41 +31,41 @@ def bucket(make, tmp_path):
 @pytest.mark.parametrize("glob", ["/*.tar", "", "/[01].tar"])
 def test_the_same_records_as_on_disk(bucket, glob):
     url, path = bucket
-    source, local = Tars(url + glob), Tars(path)
+    source, local = TarSource(url + glob), TarSource(path)
     assert source.files == [f"{url}/0.tar", f"{url}/1.tar"] and len(source) == 40
     wanted = [33, 2, 39, 2, 0]
-    assert sources.read(source, wanted) == sources.read(local, wanted) and source[7] == local[7]
+    assert base.read_items(source, wanted) == base.read_items(local, wanted) and source[7] == local[7]
     assert [source.caption(i) for i in range(40)] == [local.caption(i) for i in range(40)]
     assert source.fingerprint() == local.fingerprint() and source.classes == local.classes
     assert ForkingPickler.loads(ForkingPickler.dumps(source))[5] == local[5]
 
 
 def test_only_ranges_are_read(bucket, monkeypatch):
-    source = Tars(bucket[0])
+    source = TarSource(bucket[0])
     read = []
-    files = remote.system(bucket[0])
+    files = remote.file_system(bucket[0])
     whole = files.cat_ranges
     monkeypatch.setattr(type(files), "cat_ranges", lambda self, p, a, b, **k: read.append((p, a, b)) or whole(p, a, b, **k))
-    sources.read(source, [1, 2, 30])
+    base.read_items(source, [1, 2, 30])
     ((paths, starts, ends),) = read  # one call for pictures and captions of a batch
     assert len(paths) == 6 and sum(b - a for a, b in zip(starts, ends, strict=True)) == sum(2 * 99 * len(str(i % 20)) for i in (1, 2, 30))
 
 
 def test_the_index_is_kept_and_renewed(bucket, tmp_path, monkeypatch, make):
-    def opened() -> Tars:
-        return sources.open_source(schema.Data(source="tars", path=bucket[0]), cache=str(tmp_path / "cache"))
+    def opened() -> TarSource:
+        return base.open_source(schema.Data(source="tars", path=bucket[0]), cache=str(tmp_path / "cache"))
 
     first = opened()
     with monkeypatch.context() as patch:
         patch.setattr(remote, "open_file", lambda path: pytest.fail("read again"))
         assert opened().fingerprint() == first.fingerprint()
-    remote.system(bucket[0]).pipe(bucket[0].removeprefix("memory:/") + "/0.tar", make.tar_bytes([("x.jpg", b"x")]))
+    remote.file_system(bucket[0]).pipe(bucket[0].removeprefix("memory:/") + "/0.tar", make.tar_bytes([("x.jpg", b"x")]))
     assert len(opened()) == 21
 
 
 def test_a_network_that_fails(bucket, monkeypatch):
-    source, files = Tars(bucket[0]), remote.system(bucket[0])
-    local = Tars(bucket[1])
+    source, files = TarSource(bucket[0]), remote.file_system(bucket[0])
+    local = TarSource(bucket[1])
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     fails = []
     whole = files.cat_file
@@ -77,7 +77,7 @@ def test_a_network_that_fails(bucket, monkeypatch):
 
     monkeypatch.setattr(type(files), "cat_file", flaky)
     fails += [OSError("reset by peer"), TimeoutError("slow")]
-    assert sources.read(source, [3, 4]) == sources.read(local, [3, 4]) and not fails
+    assert base.read_items(source, [3, 4]) == base.read_items(local, [3, 4]) and not fails
     fails += [OSError("reset by peer")] * 99
     with pytest.raises(UserError, match=r"0.tar' cannot be read \(OSError: reset by peer\)"):
         source[3]
@@ -92,6 +92,6 @@ def test_a_network_that_fails(bucket, monkeypatch):
 
 def test_refusals():
     with pytest.raises(UserError, match=r"^no tar file matches data.path='memory://none-[^ ]*': give a glob"):
-        Tars(f"memory://none-{uuid.uuid4().hex}/*.tar")
+        TarSource(f"memory://none-{uuid.uuid4().hex}/*.tar")
     with pytest.raises(UserError, match="nosuch"):
-        Tars("nosuch://bucket/*.tar")
+        TarSource("nosuch://bucket/*.tar")

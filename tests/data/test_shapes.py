@@ -10,22 +10,22 @@ import pytest
 from PIL import Image
 
 from m3i_jax import schema
-from m3i_jax.data import shapes, sources
-from m3i_jax.data.shapes import COLORS, GROUNDS, PATTERNS, Shapes
+from m3i_jax.data.sources import base, shapes
+from m3i_jax.data.sources.shapes import COLORS, GROUNDS, PATTERNS, ShapesSource
 from m3i_jax.errors import UserError
 
 MANY = 600
 
 
-def image(source: Shapes, index: int) -> np.ndarray:
+def image(source: ShapesSource, index: int) -> np.ndarray:
     picture = source[index].image
     assert isinstance(picture, np.ndarray)
     return picture
 
 
 @pytest.fixture(scope="module")
-def source() -> Shapes:
-    return Shapes(MANY)
+def source() -> ShapesSource:
+    return ShapesSource(MANY)
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +38,20 @@ def luminance(rgb: np.ndarray) -> np.ndarray:
 
 
 def test_a_record_is_a_function_of_seed_and_index(source, pictures):
-    fresh = copy.deepcopy(Shapes(10 * MANY))
+    fresh = copy.deepcopy(ShapesSource(10 * MANY))
     for i in (MANY - 1, 3, 77, 0):
         record = fresh[i]
         assert record.key == fresh.key(i) == source.key(i)
         assert (record.label, record.caption) == (source[i].label, source[i].caption)
         np.testing.assert_array_equal(image(fresh, i), pictures[i])
-    other = Shapes(MANY, seed=1)
+    other = ShapesSource(MANY, seed=1)
     assert other.key(0) != source.key(0)
     assert all((image(other, i) != pictures[i]).any() for i in range(20))
 
 
-def test_it_is_a_source_and_a_sequence(source: Shapes, pictures: np.ndarray):
-    opened = sources.open_source(schema.Data(size=9))
-    assert isinstance(opened, Shapes) and isinstance(opened, sources.Source) and len(opened) == 9
+def test_it_is_a_source_and_a_sequence(source: ShapesSource, pictures: np.ndarray):
+    opened = base.open_source(schema.Data(size=9))
+    assert isinstance(opened, ShapesSource) and isinstance(opened, base.DataSource) and len(opened) == 9
     assert (source.name, source.captions, len(source), source.classes) == ("shapes", True, MANY, shapes.CLASSES)
     assert source.description() == "600 pictures in shapes (96 x 96 pixels, seed 0), 8 classes, captions for 100%"
     assert source[-1].key == source[MANY - 1].key == source.key(np.int64(-1)) and source[np.int64(5)].caption == source.caption(5)
@@ -60,20 +60,20 @@ def test_it_is_a_source_and_a_sequence(source: Shapes, pictures: np.ndarray):
             with pytest.raises(IndexError):
                 read(outside)
     assert pictures.shape == (MANY, 96, 96, 3) and pictures.dtype == np.uint8
-    assert image(Shapes(3, side=33), 2).shape == (33, 33, 3) and image(source, 2).flags.writeable
-    assert len(sources.read(Shapes(4, side=16), range(4))) == 4
+    assert image(ShapesSource(3, side=33), 2).shape == (33, 33, 3) and image(source, 2).flags.writeable
+    assert len(base.read_items(ShapesSource(4, side=16), range(4))) == 4
 
 
 def test_refusals():
     with pytest.raises(UserError, match="^data.size=0 renders no picture, and data.source='shapes' has no others: give a number"):
-        sources.open_source(schema.Data(size=0))
+        base.open_source(schema.Data(size=0))
     for bad in ({"side": 15}, {"seed": -1}, {"seed": 2**64}):
         with pytest.raises(ValueError, match="a side is at least 16 pixels, a seed 0..2"):
-            Shapes(1, **bad)
+            ShapesSource(1, **bad)
 
 
 def test_fingerprint_tells_apart_what_differs():
-    found = [s.fingerprint() for s in (Shapes(10), Shapes(11), Shapes(10, side=48), Shapes(10, seed=1), Shapes(10))]
+    found = [s.fingerprint() for s in (ShapesSource(10), ShapesSource(11), ShapesSource(10, side=48), ShapesSource(10, seed=1), ShapesSource(10))]
     assert len(set(found)) == 4 and found[0] == found[4] and all(len(f) == 16 for f in found)
 
 
@@ -170,5 +170,5 @@ def test_outlines_tell_the_class(source):
 
 
 def test_no_jax_is_imported():
-    code = "import sys, m3i_jax.data.shapes; m3i_jax.data.shapes.Shapes(1)[0]; sys.exit('jax' in sys.modules)"
+    code = "import sys, m3i_jax.data.sources.shapes; m3i_jax.data.sources.shapes.ShapesSource(1)[0]; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0

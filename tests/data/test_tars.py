@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.data import sources, tarfiles, tars
-from m3i_jax.data.tars import Tars
+from m3i_jax.data.sources import base, tar_headers, tars
+from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.errors import UserError
 
 
-def everything(source: Tars) -> list[tuple]:
+def everything(source: TarSource) -> list[tuple]:
     return [(r.key, r.image, r.label, r.caption) for r in (source[i] for i in range(len(source)))]
 
 
 def walk(content: bytes) -> tuple[list[tuple[str, bytes]], dict[str, int]]:
     problems: collections.Counter[str] = collections.Counter()
-    found = [(name, content[at : at + size]) for name, at, size in tarfiles.members(io.BytesIO(content), problems)]
+    found = [(name, content[at : at + size]) for name, at, size in tar_headers.tar_members(io.BytesIO(content), problems)]
     return found, {kind: n for kind, n in problems.items() if n}
 
 
@@ -75,7 +75,7 @@ def test_nothing_leads_outside(tmp_path, make):
         for name in ("bad.pkl", "bad.pickle", "bad.pyd", ".hidden.jpg", "._good.jpg", "__MACOSX/good.jpg"):
             tar.addfile(tarfile.TarInfo(name))
     (tmp_path / "0.tar").write_bytes(buffer.getvalue())
-    source = Tars(str(tmp_path / "*.tar"))
+    source = TarSource(str(tmp_path / "*.tar"))
     assert everything(source) == [("good", b"good", -1, None)]
     assert {kind: n for kind, n in source.ignored.items() if n} == {
         "names that lead outside": 250,
@@ -118,7 +118,7 @@ def test_grouping_captions_and_labels(tmp_path, make):
         ("10.json", meta(label=10**12)),
     ]
     (tmp_path / "0.tar").write_bytes(make.tar_bytes(members))
-    source = Tars(str(tmp_path))  # a directory stands for its tar files
+    source = TarSource(str(tmp_path))  # a directory stands for its tar files
     assert everything(source) == [
         ("1", b"one", 3, b"from text"),
         ("2", b"two", -1, "only json"),
@@ -145,21 +145,21 @@ def test_files_in_the_order_of_their_names(tmp_path, make):
     for name in ("b", "a", "c"):
         (tmp_path / f"{name}.tar").write_bytes(make.tar_bytes([("1.jpg", name.encode())]))
     (tmp_path / "a_stats.json").write_bytes(b"{}")  # img2dataset writes such files beside the tars
-    source = Tars(str(tmp_path / "*"))
+    source = TarSource(str(tmp_path / "*"))
     assert [r[1] for r in everything(source)] == [b"a", b"b", b"c"]
     # The same key is the same picture to a split, whichever file it stands in.
-    assert {len(sources.split(source, 0.5, part)) for part in ("train", "held_out")} == {0, 3}
+    assert {len(base.split_by_hash(source, 0.5, part)) for part in ("train", "held_out")} == {0, 3}
 
 
 def test_truncation_keeps_what_is_whole(make):
     members = [(f"{i}.jpg", bytes([i]) * (300 + 200 * i)) for i in range(8)]
     content = make.tar_bytes(members)
-    ends = [at + size for _, at, size in tarfiles.members(io.BytesIO(content), collections.Counter())]
+    ends = [at + size for _, at, size in tar_headers.tar_members(io.BytesIO(content), collections.Counter())]
     for length in range(0, len(content), 77):
         found, problems = walk(content[:length])
         assert found == members[: sum(end <= length for end in ends)]
         on_block_edge = length in {-(-end // 512) * 512 for end in [0, *ends]} or length >= -(-ends[-1] // 512) * 512 + 512
-        assert problems == ({} if on_block_edge else {tarfiles.TRUNCATED: 1}) or length > ends[-1]
+        assert problems == ({} if on_block_edge else {tar_headers.TRUNCATED: 1}) or length > ends[-1]
 
 
 def test_a_damaged_header_costs_its_member_only(make):
@@ -169,7 +169,7 @@ def test_a_damaged_header_costs_its_member_only(make):
         damaged = bytearray(content)
         damaged[2 * 1536 + at] ^= 0x41
         found, problems = walk(bytes(damaged))
-        assert found == members[:2] + members[3:] and problems == {tarfiles.BROKEN: 1}
+        assert found == members[:2] + members[3:] and problems == {tar_headers.BROKEN: 1}
 
 
 def test_random_damage_never_raises(make):
@@ -190,14 +190,14 @@ def test_a_negative_size_does_not_turn_the_walk_back(make):
         content[at + 124 : at + 136] = size
         content[at + 148 : at + 156] = b" " * 8
         content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
-        assert walk(bytes(content)) == ([("a.jpg", b"a" * 2000)], {tarfiles.BROKEN: 1})
+        assert walk(bytes(content)) == ([("a.jpg", b"a" * 2000)], {tar_headers.BROKEN: 1})
 
 
 def test_damage_is_told_with_the_name_of_the_file(tmp_path, make, caplog):
     content = make.tar_bytes([("1.jpg", b"x" * 600), ("2.jpg", b"y" * 600)])
     (tmp_path / "0.tar").write_bytes(content[:2600])
     with caplog.at_level(logging.WARNING):
-        source = Tars(str(tmp_path))
+        source = TarSource(str(tmp_path))
     assert len(source) == 1 and "1 truncated ends" in source.description()
     assert f"{str(tmp_path / '0.tar')!r}: 1 truncated ends; what is valid is used" in caplog.text
 
@@ -210,8 +210,8 @@ def test_the_index_is_kept_and_renewed(tmp_path, make, monkeypatch):
     real = tars._build
     monkeypatch.setattr(tars, "_build", lambda files: built.append(1) or real(files))
 
-    def opened() -> Tars:
-        return sources.open_source(schema.Data(source="tars", path=str(data / "*.tar")), cache=cache)
+    def opened() -> TarSource:
+        return base.open_source(schema.Data(source="tars", path=str(data / "*.tar")), cache=cache)
 
     first = opened()
     assert everything(opened()) == everything(first) and len(built) == 1
@@ -233,14 +233,14 @@ def test_no_place_for_the_index_is_no_error(tmp_path, make, caplog):
     (tmp_path / "0.tar").write_bytes(make.tar_bytes([("1.jpg", b"one")]))
     (tmp_path / "file").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
-        assert len(Tars(str(tmp_path), cache=str(tmp_path / "file" / "cache"))) == 1
+        assert len(TarSource(str(tmp_path), cache=str(tmp_path / "file" / "cache"))) == 1
     assert "cannot be kept" in caplog.text
 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_worker_processes_get_paths_not_files(tmp_path, make, cached):
     (tmp_path / "0.tar").write_bytes(make.tar_bytes([(f"{i}.jpg", b"%d" % i) for i in range(2000)]))
-    source = Tars(str(tmp_path), cache=str(tmp_path / "cache") if cached else "")
+    source = TarSource(str(tmp_path), cache=str(tmp_path / "cache") if cached else "")
     sent = bytes(ForkingPickler.dumps(source))
     assert everything(ForkingPickler.loads(sent)) == everything(source)
     assert len(sent) < (2000 if cached else 200_000)
@@ -249,7 +249,7 @@ def test_worker_processes_get_paths_not_files(tmp_path, make, cached):
 def test_memory_of_the_index(tmp_path, make):
     members = [m for i in range(3000) for m in ((f"{i:09d}.jpg", b"j"), (f"{i:09d}.txt", b"t"), (f"{i:09d}.json", b'{"label": 1}'))]
     (tmp_path / "0.tar").write_bytes(make.tar_bytes(members))
-    source = Tars(str(tmp_path))
+    source = TarSource(str(tmp_path))
     size = sum(array.nbytes for array in source._index.values())
     assert size / len(source) < 65  # of the 200 bytes a picture that a million may cost
 
@@ -273,7 +273,7 @@ def test_memory_while_the_index_is_made():
 def test_a_file_that_changes_under_the_run(tmp_path, make):
     path = tmp_path / "0.tar"
     path.write_bytes(make.tar_bytes([("1.jpg", b"one"), ("2.jpg", b"two")]))
-    source = Tars(str(tmp_path))
+    source = TarSource(str(tmp_path))
     path.write_bytes(path.read_bytes()[:600])
     with pytest.raises(UserError, match=r"0.tar' ends before byte \d+: it became shorter"):
         source[1]
@@ -285,7 +285,7 @@ def test_a_file_that_changes_under_the_run(tmp_path, make):
 def test_refusals_of_tars(tmp_path, make):
     def refusal(path: pathlib.Path | str) -> str:
         with pytest.raises(UserError) as caught:
-            Tars(str(path))
+            TarSource(str(path))
         return str(caught.value)
 
     data = tmp_path / "data"

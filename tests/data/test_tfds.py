@@ -10,8 +10,9 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.data import example, parts, sources
-from m3i_jax.data.tfds import Tfds
+from m3i_jax.data import splits
+from m3i_jax.data.sources import base, tf_example
+from m3i_jax.data.sources.tfds import TfdsSource
 from m3i_jax.errors import UserError
 
 pytest.importorskip("tensorflow_datasets")
@@ -27,7 +28,7 @@ def prepare(root: pathlib.Path, splits: dict[str, list[bytes]], kind: str = "arr
     for split, content in splits.items():
         writer = array_record.ArrayRecordWriter(str(place / f"tiny-{split}.{kind}-00000-of-00001"), "group_size:1")
         for i, image in enumerate(content):
-            writer.write(example.encode({"image": image, "label": i % 3, "caption": f"number {i}".encode(), "extra": i}))
+            writer.write(tf_example.encode_example({"image": image, "label": i % 3, "caption": f"number {i}".encode(), "extra": i}))
         writer.close()
         pattern = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
         infos.append({"name": split, "shardLengths": [str(len(content))], "numBytes": "1", "filepathTemplate": pattern})
@@ -56,14 +57,14 @@ def files(make) -> list[bytes]:
 def test_records(files, tmp_path):
     place = prepare(tmp_path, {"train": files, "test": files[:2]})
     for name, directory in (("tiny", str(tmp_path)), ("tiny:1.0.0", str(tmp_path)), (str(place), "")):
-        source = sources.open_source(schema.Data(source="tfds", path=name, directory=directory))
-        assert isinstance(source, sources.Source) and len(source) == 5 and source.classes == ("ant", "bee", "cat") and source.captions
-        expected = [sources.Record(f"train-{i}", f, i % 3, f"number {i}".encode()) for i, f in enumerate(files)]
-        assert [source[i] for i in range(5)] == expected and sources.read(source, [4, 0, 4]) == [expected[i] for i in (4, 0, 4)]
+        source = base.open_source(schema.Data(source="tfds", path=name, directory=directory))
+        assert isinstance(source, base.DataSource) and len(source) == 5 and source.classes == ("ant", "bee", "cat") and source.captions
+        expected = [base.Record(f"train-{i}", f, i % 3, f"number {i}".encode()) for i, f in enumerate(files)]
+        assert [source[i] for i in range(5)] == expected and base.read_items(source, [4, 0, 4]) == [expected[i] for i in (4, 0, 4)]
         assert ForkingPickler.loads(ForkingPickler.dumps(source))[2] == expected[2] and source.key(2) == "train-2"
-    train, held = parts.open_parts(schema.Data(source="tfds", path="tiny", directory=str(tmp_path), holdout_split="test"))
+    train, held = splits.open_splits(schema.Data(source="tfds", path="tiny", directory=str(tmp_path), holdout_split="test"))
     assert len(train) == 5 and len(held) == 2 and train.fingerprint() != held.fingerprint()
-    assert len(Tfds("tiny", "train[:3]", directory=str(tmp_path))) == 3
+    assert len(TfdsSource("tiny", "train[:3]", directory=str(tmp_path))) == 3
 
 
 def test_refusals(files, tmp_path):
@@ -80,7 +81,7 @@ def test_refusals(files, tmp_path):
     ]
     for path, split, directory, why in cases:
         with pytest.raises(UserError, match=why):
-            Tfds(path, split, directory=directory)
+            TfdsSource(path, split, directory=directory)
 
 
 def test_no_tensorflow(files, tmp_path):
@@ -93,6 +94,6 @@ def test_no_tensorflow(files, tmp_path):
         f"source = sources.open_source(schema.Data(source='tfds', path='tiny', directory={str(tmp_path)!r}))\n"
         "print(len(source.__getitems__([0, 3])), 'tensorflow' in sys.modules, 'torch' in sys.modules)"
     )
-    path = os.pathsep.join([str(pathlib.Path(sources.__file__).parents[2]), str(tmp_path)])
+    path = os.pathsep.join([str(pathlib.Path(base.__file__).parents[2]), str(tmp_path)])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=False)
     assert done.stdout.split() == ["2", "False", "False"], done.stderr

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.data import sources, tokenizer
-from m3i_jax.data.folder import Folder
-from m3i_jax.data.records import clean_caption
-from m3i_jax.errors import Unreadable, UserError
+from m3i_jax.data import tokenizer
+from m3i_jax.data.decode import clean_caption
+from m3i_jax.data.sources import base
+from m3i_jax.data.sources.folder import FolderSource
+from m3i_jax.errors import UnreadableError, UserError
 
 # A vocabulary in the format of CLIP's file: one header line, then a pair a line, strongest first.
 MERGES = (
@@ -88,14 +89,14 @@ def slow_ids(text: str) -> list[int]:
 
 
 def test_clip_ids_are_those_of_the_plain_algorithm(vocabulary):
-    made = tokenizer.clip(vocabulary)
+    made = tokenizer.clip_tokenizer(vocabulary)
     assert {text: made.ids(text) for text in CAPTIONS} == {text: slow_ids(text) for text in CAPTIONS}
     assert made.vocabulary == 512 + len(merges()) + 2 and (made.start, made.end) == (made.vocabulary - 2, made.vocabulary - 1)
 
 
 def test_clip_golden_ids(vocabulary):
     # golden: OpenAI's tokenizer gives 0, 4, 261 for "!%&" and ends a word with 256 for "!"; neither needs a merge of the file
-    made = tokenizer.clip(vocabulary)
+    made = tokenizer.clip_tokenizer(vocabulary)
     ids, length = made.encode("!%&")
     assert ids.dtype == np.int32 and ids.shape == (77,) and length == 5
     assert ids.tolist() == [made.start, 0, 4, 261, made.end] + [0] * 72
@@ -104,7 +105,7 @@ def test_clip_golden_ids(vocabulary):
 
 @pytest.mark.parametrize("length", [2, 3, 8, 77])
 def test_a_cut_caption_keeps_its_end(vocabulary, length):
-    made = tokenizer.clip(vocabulary, length)
+    made = tokenizer.clip_tokenizer(vocabulary, length)
     whole = made.ids("the cat and the dog and the red dog")
     ids, real = made.encode("the cat and the dog and the red dog")
     assert real == min(len(whole) + 2, length) and ids[0] == made.start and ids[real - 1] == made.end
@@ -113,7 +114,7 @@ def test_a_cut_caption_keeps_its_end(vocabulary, length):
 
 @pytest.mark.parametrize("kind", ["clip", "train"])
 def test_special_literals_never_become_special_ids(vocabulary, kind):
-    made = tokenizer.clip(vocabulary) if kind == "clip" else tokenizer.train(["the cat <end>", "the cat"], 300, 77)
+    made = tokenizer.clip_tokenizer(vocabulary) if kind == "clip" else tokenizer.train_tokenizer(["the cat <end>", "the cat"], 300, 77)
     plain = made.ids("the cat")
     for literal in ("<|startoftext|>", "<|endoftext|>", "<start_of_text>", "<END_OF_TEXT>", "<pad>", "<start>", "<end>"):
         for text in (f"{literal} the {literal} cat{literal}", f"the <|start{literal}oftext|> cat"):
@@ -125,7 +126,7 @@ def test_special_literals_never_become_special_ids(vocabulary, kind):
 
 
 def test_an_empty_text_is_start_and_end(vocabulary):
-    for made in (tokenizer.clip(vocabulary, 5), tokenizer.train(["cat"], 259, 5)):
+    for made in (tokenizer.clip_tokenizer(vocabulary, 5), tokenizer.train_tokenizer(["cat"], 259, 5)):
         ids, length = made.encode("  ")
         assert ids.tolist() == [made.start, made.end, 0, 0, 0] and length == 2
 
@@ -133,7 +134,7 @@ def test_an_empty_text_is_start_and_end(vocabulary):
 def test_missing_or_wrong_vocabulary(tmp_path, vocabulary, monkeypatch):
     def refusal(path: str) -> str:
         with pytest.raises(UserError) as caught:
-            tokenizer.clip(path)
+            tokenizer.clip_tokenizer(path)
         return str(caught.value)
 
     fetch = "fetch it with `python -m m3i_jax.data.tokenizer FOLDER`"
@@ -161,7 +162,7 @@ def test_an_installed_package_is_found_and_not_imported(tmp_path, vocabulary, mo
     (package / tokenizer.VOCABULARY).write_bytes(pathlib.Path(vocabulary).read_bytes())
     monkeypatch.syspath_prepend(str(package.parent))
     importlib.invalidate_caches()
-    assert tokenizer.clip().ids("the cat") == tokenizer.clip(vocabulary).ids("the cat")
+    assert tokenizer.clip_tokenizer().ids("the cat") == tokenizer.clip_tokenizer(vocabulary).ids("the cat")
     assert "open_clip" not in sys.modules
 
 
@@ -173,11 +174,11 @@ def corpus() -> list[str]:
 
 
 def test_learning_is_deterministic(tmp_path):
-    first = tokenizer.train(corpus(), 400, 16)
-    assert tokenizer.train(corpus()[::-1], 400, 16).core.to_str() == first.core.to_str()
+    first = tokenizer.train_tokenizer(corpus(), 400, 16)
+    assert tokenizer.train_tokenizer(corpus()[::-1], 400, 16).core.to_str() == first.core.to_str()
     code = (
         "import sys, json; from m3i_jax.data import tokenizer; "
-        "sys.stdout.write(tokenizer.train(json.load(sys.stdin), 400, 16).core.to_str())"
+        "sys.stdout.write(tokenizer.train_tokenizer(json.load(sys.stdin), 400, 16).core.to_str())"
     )
     root = pathlib.Path(tokenizer.__file__).parents[2]
     for seed in ("1", "2"):
@@ -189,29 +190,29 @@ def test_learning_is_deterministic(tmp_path):
 
 
 def test_nothing_is_unknown_to_a_learnt_tokenizer():
-    made = tokenizer.train(corpus(), 300, 400)
+    made = tokenizer.train_tokenizer(corpus(), 300, 400)
     assert 259 < made.vocabulary <= 300 and (made.start, made.end) == (1, 2)
     for text in ("never seen: xyz!", "café 日本語 😀", "2021 ½", "it's"):
         assert made.decode(made.encode(text)[0]) == text
         assert min(made.ids(text)) > 2
     assert len(made.ids("striped background")) < len("striped background")
-    whole = tokenizer.train(corpus(), 1024, 16)
+    whole = tokenizer.train_tokenizer(corpus(), 1024, 16)
     assert len(whole.ids("the small red circle on a striped background")) == 8
 
 
 def test_refusals_of_learning():
     with pytest.raises(UserError, match="^data.vocabulary_size=258 is too small: 256 bytes, padding, start and end need at least 259$"):
-        tokenizer.train(["a"], 258, 77)
+        tokenizer.train_tokenizer(["a"], 258, 77)
     for captions in ([], ["", b"\n", "<end>"]):
         with pytest.raises(UserError, match="^data.tokenizer='train' found no caption to learn from: set data.captions='no', or"):
-            tokenizer.train(captions, 300, 77)
+            tokenizer.train_tokenizer(captions, 300, 77)
     with pytest.raises(UserError, match="^data.caption_length=1 has no room"):
-        tokenizer.train(["a"], 300, 1)
+        tokenizer.train_tokenizer(["a"], 300, 1)
 
 
 @pytest.mark.parametrize("kind", ["clip", "train"])
 def test_saved_and_sent_tokenizers_are_the_same(tmp_path, vocabulary, kind):
-    made = tokenizer.clip(vocabulary, 12) if kind == "clip" else tokenizer.train(corpus(), 400, 12)
+    made = tokenizer.clip_tokenizer(vocabulary, 12) if kind == "clip" else tokenizer.train_tokenizer(corpus(), 400, 12)
     path = str(tmp_path / "tokenizer.json")
     made.save(path)
     for other in (tokenizer.Tokenizer.load(path, 12), ForkingPickler.loads(bytes(ForkingPickler.dumps(made)))):
@@ -230,8 +231,8 @@ class Captions:
     def __len__(self) -> int:
         return len(corpus())
 
-    def __getitem__(self, index: int) -> sources.Record:
-        return sources.Record(str(index), b"", -1, corpus()[index])
+    def __getitem__(self, index: int) -> base.Record:
+        return base.Record(str(index), b"", -1, corpus()[index])
 
 
 def test_the_tokenizer_of_a_run_is_kept(tmp_path, vocabulary):
@@ -242,16 +243,16 @@ def test_the_tokenizer_of_a_run_is_kept(tmp_path, vocabulary):
     again = tokenizer.open_tokenizer(schema.Data(vocabulary_size=400, caption_length=11), Captions(), saved)
     assert again.core.to_str() == first.core.to_str() and again.length == 11
     clip = tokenizer.open_tokenizer(schema.Data(tokenizer="clip", vocabulary=vocabulary), Captions())
-    assert clip.core.to_str() == tokenizer.clip(vocabulary).core.to_str() and clip.length == 77
+    assert clip.core.to_str() == tokenizer.clip_tokenizer(vocabulary).core.to_str() and clip.length == 77
 
 
 def test_only_the_right_vocabulary_is_kept(tmp_path, monkeypatch):
     folder = tmp_path / "new" / "folder"
     with pytest.raises(UserError, match="nothing was written$"):
-        tokenizer.keep(b"another file", str(folder))
+        tokenizer.save_tokenizer(b"another file", str(folder))
     assert not folder.exists()
     monkeypatch.setattr(tokenizer, "SHA256", hashlib.sha256(b"the file").hexdigest())
-    assert pathlib.Path(tokenizer.keep(b"the file", str(folder))).read_bytes() == b"the file"
+    assert pathlib.Path(tokenizer.save_tokenizer(b"the file", str(folder))).read_bytes() == b"the file"
     assert [p.name for p in folder.iterdir()] == [tokenizer.VOCABULARY]
 
 
@@ -281,10 +282,10 @@ GOLDEN = {
 def test_the_real_vocabulary(tmp_path):
     """Fetches it from the package index; ids as OpenAI's tokenizer gives them (golden)."""
     try:
-        path = tokenizer.fetch(str(tmp_path))
+        path = tokenizer.fetch_vocabulary(str(tmp_path))
     except UserError as error:
         pytest.skip(str(error))
-    made = tokenizer.clip(path)
+    made = tokenizer.clip_tokenizer(path)
     assert (made.vocabulary, made.start, made.end) == (49408, 49406, 49407)
     assert {text: made.ids(text) for text in GOLDEN} == GOLDEN
 
@@ -295,8 +296,8 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, bpe):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sources.os, "replace", full)
-    for write in (lambda: bpe.save(str(tmp_path / "tokenizer.json")), lambda: tokenizer.keep(b"the file", str(tmp_path))):
+    monkeypatch.setattr(base.os, "replace", full)
+    for write in (lambda: bpe.save(str(tmp_path / "tokenizer.json")), lambda: tokenizer.save_tokenizer(b"the file", str(tmp_path))):
         with pytest.raises(OSError, match="No space left"):
             write()
     assert list(tmp_path.iterdir()) == []
@@ -306,9 +307,9 @@ def test_captions_that_vanish_are_not_learnt_where_they_may_be_left_out(tmp_path
     for name in "ab":
         (tmp_path / f"{name}.png").touch()
         (tmp_path / f"{name}.txt").write_text(f"{name} cat")
-    source = Folder(str(tmp_path))
+    source = FolderSource(str(tmp_path))
     (tmp_path / "b.txt").unlink()
-    with pytest.raises(Unreadable, match="b.txt"):
+    with pytest.raises(UnreadableError, match="b.txt"):
         tokenizer.open_tokenizer(schema.Data(), source)
     made = tokenizer.open_tokenizer(schema.Data(missing="replace"), source)
-    assert made.core.to_str() == tokenizer.train(["a cat"], schema.Data().vocabulary_size, 9).core.to_str()
+    assert made.core.to_str() == tokenizer.train_tokenizer(["a cat"], schema.Data().vocabulary_size, 9).core.to_str()

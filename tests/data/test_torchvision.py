@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from m3i_jax import schema
-from m3i_jax.data import crops, photometric
+from m3i_jax.augment import photometric
+from m3i_jax.data import crops
 from tests.data import torchvision_reference as reference
 
 TOLERANCE = 2 / 255
@@ -60,9 +61,9 @@ def test_normalize(saved):
 def test_crops(saved, kind, by):
     if by == "fast":
         pytest.importorskip("cykooz_resizer", reason="the extra `fast` is not installed")
-    name = crops.resizer(by)
+    name = crops.choose_resizer(by)
     for box, want in zip(reference.BOXES, saved[f"crop/{kind}"], strict=True):
         for picture, view in zip(saved["pictures"], want, strict=True):
             side = reference.SIDE
-            out = crops.cut(Image.fromarray(picture), box, reference.CROP, height=side, width=side, by=name)
+            out = crops.cut_view(Image.fromarray(picture), box, reference.CROP, height=side, width=side, by=name)
             assert np.abs(out.reshape(view.shape) / 255 - unit(view)).mean() <= TOLERANCE, box

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from m3i_jax.evaluation import features, few_shot
+from m3i_jax.evaluation import feature_extraction, few_shot
 from tests import toy
 
 
@@ -21,13 +21,13 @@ def test_the_weights_are_those_of_lstsq(rows: int, width: int, l2: float) -> Non
     r = np.random.default_rng(1)
     x, y = r.normal(size=(rows, width)), r.normal(size=(rows, 3))
     wanted = np.linalg.lstsq(np.concatenate([x, l2**0.5 * np.eye(width)]), np.concatenate([y, np.zeros((width, 3))]), rcond=None)[0]
-    np.testing.assert_allclose(few_shot.solve(x, y, l2), wanted, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(few_shot.solve_ridge(x, y, l2), wanted, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("shots", [1, 3, 100])
 def test_shots_are_so_many_of_each_class(shots: int) -> None:
     label = np.array([2, 0, 0, -1, 2, 0, 0, 2, 5, -1])
-    drawn = [few_shot.shots_of(label, shots, seed) for seed in range(40)]
+    drawn = [few_shot.draw_shots(label, shots, seed) for seed in range(40)]
     for rows in drawn:
         assert np.bincount(label[rows], minlength=6).tolist() == [min(shots, 4), 0, min(shots, 3), 0, 0, min(shots, 1)]
         assert (np.diff(rows) > 0).all()
@@ -38,13 +38,13 @@ def test_shots_are_so_many_of_each_class(shots: int) -> None:
 def test_accuracy_is_that_of_the_steps_one_by_one() -> None:
     (x, label), (q, q_label) = data(60, 6), data(50, 6, seed=3)
     label[:5], q_label[-4:] = -1, -1
-    got = dict(few_shot.accuracy((q, q_label), (x, label), shots=(1, 5, 99), seeds=3))
+    got = dict(few_shot.few_shot_accuracy((q, q_label), (x, label), shots=(1, 5, 99), seeds=3))
     assert list(got) == ["1", "5"]  # 99 of a class there are not
     x, label, q, q_label = x[5:], label[5:], q[:-4], q_label[:-4]
     for count in (1, 5):
         found = []
         for seed in range(3):
-            rows = few_shot.shots_of(label, count, seed)
+            rows = few_shot.draw_shots(label, count, seed)
             mean, std = x[rows].astype(np.float64).mean(0), x[rows].astype(np.float64).std(0) + 1e-5
             train, asked = (np.hstack([(a - mean) / std, np.full((len(a), 1), 100.0)]) for a in (x[rows], q))
             y = np.where(np.arange(4) == label[rows][:, None], 1.0, -1.0)
@@ -57,14 +57,14 @@ def test_accuracy_is_that_of_the_steps_one_by_one() -> None:
 
 def test_nothing_comes_of_nothing() -> None:
     x, label = data(8, 3)
-    assert list(few_shot.accuracy((x, np.full(8, -1)), (x, label), shots=(1,))) == []
-    assert list(few_shot.accuracy((x, label), (x, np.full(8, -1)), shots=(1,))) == []
+    assert list(few_shot.few_shot_accuracy((x, np.full(8, -1)), (x, label), shots=(1,))) == []
+    assert list(few_shot.few_shot_accuracy((x, label), (x, np.full(8, -1)), shots=(1,))) == []
 
 
 def test_the_measure_reads_the_settings_and_both_sets() -> None:
     (x, label), (q, q_label) = data(40, 5), data(20, 5, seed=2)
-    sets = {"index": features.Features(x, label, np.arange(40)), "queries": features.Features(q, q_label, np.arange(20))}
+    sets = {"index": feature_extraction.FeatureSpec(x, label, np.arange(40)), "queries": feature_extraction.FeatureSpec(q, q_label, np.arange(20))}
     config = toy.settings(evaluate__shots="(2,4)", evaluate__shot_seeds=2)
-    got = dict(few_shot.measure(config)(features.Seen({k: lambda p, poll, v=v: (v, {}) for k, v in sets.items()}, {}, lambda: None)))
-    wanted = few_shot.accuracy((q, q_label), (x, label), shots=(2, 4), seeds=2)
+    got = dict(few_shot.measure(config)(feature_extraction.EvalContext({k: lambda p, poll, v=v: (v, {}) for k, v in sets.items()}, {}, lambda: None)))
+    wanted = few_shot.few_shot_accuracy((q, q_label), (x, label), shots=(2, 4), seeds=2)
     assert got == {f"eval/few_shot/{name}": value for name, value in wanted}

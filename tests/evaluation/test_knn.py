@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.evaluation import features, knn
+from m3i_jax.evaluation import feature_extraction, knn
 
 
 def data(classes: int, *, seed: int = 0, queries: int = 37, index: int = 60, width: int = 6):
@@ -43,60 +43,60 @@ def share(votes: np.ndarray, label: np.ndarray, top: int) -> float:
 def test_votes_and_accuracy_are_those_of_a_loop(classes: int, k: int, temperature: float) -> None:
     queries, index = data(classes)
     wanted = brute(queries, index, k=k, classes=classes, temperature=temperature)
-    got = np.asarray(knn.votes(queries[0], *index, k=k, classes=classes, temperature=temperature))
+    got = np.asarray(knn.knn_votes(queries[0], *index, k=k, classes=classes, temperature=temperature))
     assert got.shape == wanted.shape
     np.testing.assert_allclose(got / got.sum(1, keepdims=True), wanted / wanted.sum(1, keepdims=True), atol=2e-5)
-    result = dict(knn.accuracy(queries, index, k=k, temperature=temperature, chunk=10))  # the last chunk is shorter
+    result = dict(knn.knn_accuracy(queries, index, k=k, temperature=temperature, chunk=10))  # the last chunk is shorter
     assert result.pop("top1") == share(wanted, queries[1], 1)
     assert result == ({"top5": share(wanted, queries[1], 5)} if classes > 5 else {})
 
 
 @pytest.mark.parametrize(("classes", "names"), [(5, ["top1"]), (6, ["top1", "top5"])])
 def test_top5_only_where_there_are_more_than_five(classes: int, names: list[str]) -> None:
-    assert [name for name, _ in knn.accuracy(*data(classes), k=3, temperature=0.1)] == names
+    assert [name for name, _ in knn.knn_accuracy(*data(classes), k=3, temperature=0.1)] == names
 
 
 def test_weights_decide_against_a_majority() -> None:
     """One neighbour at cosine 1 against two at 0.6: near at low temperature, many at high."""
     queries = np.array([[1, 0]], np.float32), np.array([0])
     index = np.array([[1, 0], [0.6, 0.8], [0.6, -0.8]], np.float32), np.array([0, 1, 1])
-    assert [dict(knn.accuracy(queries, index, k=3, temperature=t))["top1"] for t in (0.1, 10.0)] == [1.0, 0.0]
+    assert [dict(knn.knn_accuracy(queries, index, k=3, temperature=t))["top1"] for t in (0.1, 10.0)] == [1.0, 0.0]
 
 
 def test_a_very_low_temperature_is_the_nearest_neighbour() -> None:
     """The nearest is far away in absolute terms: no weight may vanish for all classes at once."""
     queries = np.array([[1.0, 0.0]], np.float32), np.array([1])
     index = np.array([[-0.6, 0.8], [-0.8, 0.6]], np.float32), np.array([1, 0])
-    votes = np.asarray(knn.votes(queries[0], *index, k=2, classes=2, temperature=1e-3))
+    votes = np.asarray(knn.knn_votes(queries[0], *index, k=2, classes=2, temperature=1e-3))
     np.testing.assert_allclose(votes, [[0, 1]], atol=1e-6)
-    assert dict(knn.accuracy(queries, index, k=2, temperature=1e-3)) == {"top1": 1.0}
+    assert dict(knn.knn_accuracy(queries, index, k=2, temperature=1e-3)) == {"top1": 1.0}
 
 
 def test_k_beyond_the_index_is_the_whole_index() -> None:
     queries, index = data(4, index=7)
-    assert list(knn.accuracy(queries, index, k=1000, temperature=0.1)) == list(knn.accuracy(queries, index, k=7, temperature=0.1))
+    assert list(knn.knn_accuracy(queries, index, k=1000, temperature=0.1)) == list(knn.knn_accuracy(queries, index, k=7, temperature=0.1))
 
 
 def test_rows_without_a_label_are_left_out_on_both_sides() -> None:
     queries, index = data(7)
     few = [(x[::2], label[::2]) for x, label in (queries, index)]
     blanked = [(x, np.where(np.arange(len(label)) % 2, -1, label)) for x, label in (queries, index)]
-    wanted = list(knn.accuracy(*few, k=9, temperature=0.1))
-    assert list(knn.accuracy(*blanked, k=9, temperature=0.1)) == wanted
-    assert wanted != list(knn.accuracy(queries, index, k=9, temperature=0.1))
+    wanted = list(knn.knn_accuracy(*few, k=9, temperature=0.1))
+    assert list(knn.knn_accuracy(*blanked, k=9, temperature=0.1)) == wanted
+    assert wanted != list(knn.knn_accuracy(queries, index, k=9, temperature=0.1))
 
 
 def test_without_any_label_there_is_no_accuracy() -> None:
     queries, index = data(4)
     none = queries[0], np.full_like(queries[1], -1)
-    assert list(knn.accuracy(none, index, k=3, temperature=0.1)) == list(knn.accuracy(index, none, k=3, temperature=0.1)) == []
+    assert list(knn.knn_accuracy(none, index, k=3, temperature=0.1)) == list(knn.knn_accuracy(index, none, k=3, temperature=0.1)) == []
 
 
 def test_the_measure_is_the_accuracy_with_the_settings() -> None:
     queries, index = data(8)
     config = dataclasses.replace(schema.Config(), evaluate=schema.Evaluate(k=4, temperature=0.3))
-    sets = {name: features.Features(*part, np.arange(len(part[1]))) for name, part in (("queries", queries), ("index", index))}
-    wanted = [(f"eval/knn/{name}", value) for name, value in knn.accuracy(queries, index, k=4, temperature=0.3)]
-    seen = features.Seen({name: lambda params, poll, name=name: (sets[name], {}) for name in sets}, {}, lambda: None)
+    sets = {name: feature_extraction.FeatureSpec(*part, np.arange(len(part[1]))) for name, part in (("queries", queries), ("index", index))}
+    wanted = [(f"eval/knn/{name}", value) for name, value in knn.knn_accuracy(queries, index, k=4, temperature=0.3)]
+    seen = feature_extraction.EvalContext({name: lambda params, poll, name=name: (sets[name], {}) for name in sets}, {}, lambda: None)
     assert [name for name, _ in wanted] == ["eval/knn/top1", "eval/knn/top5"]
     assert list(knn.measure(config)(seen)) == wanted

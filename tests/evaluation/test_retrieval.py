@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from m3i_jax import parallel
-from m3i_jax.data import sources, tokenizer
-from m3i_jax.data.folder import Folder
-from m3i_jax.errors import Unreadable
-from m3i_jax.evaluation import features, retrieval
-from m3i_jax.evaluation.texts import Embedder
+from m3i_jax.data import tokenizer
+from m3i_jax.data.sources import base
+from m3i_jax.data.sources.folder import FolderSource
+from m3i_jax.errors import UnreadableError
+from m3i_jax.evaluation import feature_extraction, retrieval
+from m3i_jax.evaluation.text_embedder import TextEmbedder
 from m3i_jax.models import m3i
 from m3i_jax.training import plan
 from tests import toy
@@ -44,7 +45,7 @@ def brute(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> dict[str,
 @pytest.mark.parametrize(("pictures", "captions", "chunk"), [(40, 40, 1024), (43, 17, 10), (30, 1, 7), (12, 9, 12)])
 def test_recall_is_that_of_a_loop(pictures: int, captions: int, chunk: int) -> None:
     made = embeddings(pictures, captions)
-    got = dict(retrieval.recall(*made, chunk=chunk))
+    got = dict(retrieval.recall_at(*made, chunk=chunk))
     assert got == pytest.approx(brute(*made)) and len(got) == 6
     if captions == 40:
         assert 0 < got["text_to_image/r1"] < got["text_to_image/r5"] < got["text_to_image/r10"] < 1
@@ -52,27 +53,27 @@ def test_recall_is_that_of_a_loop(pictures: int, captions: int, chunk: int) -> N
 
 def test_a_collapsed_model_finds_nothing() -> None:
     same = np.full((20, 4), 0.5, np.float32)
-    assert set(dict(retrieval.recall(same, same[:18], np.arange(20) % 18)).values()) == {0.0}
+    assert set(dict(retrieval.recall_at(same, same[:18], np.arange(20) % 18)).values()) == {0.0}
 
 
 def test_any_picture_of_an_equal_caption_is_right() -> None:
     """Both pictures of caption 0 are asked for by it; the nearer one is a hit, though it belongs to another record."""
     images = np.array([[0, 1], [1, 0], [0.8, 0.6]], np.float32)
     texts = np.array([[1, 0], [0.6, 0.8]], np.float32)
-    got = dict(retrieval.recall(images, texts, np.array([0, 0, 1])))
+    got = dict(retrieval.recall_at(images, texts, np.array([0, 0, 1])))
     assert got["text_to_image/r1"] == 1.0
     assert got["image_to_text/r1"] == pytest.approx(2 / 3)  # picture 0 points at caption 1
 
 
 def test_polls_come_between_chunks() -> None:
     polls = []
-    list(retrieval.recall(*embeddings(25, 13), chunk=10, poll=lambda: polls.append(1)))
+    list(retrieval.recall_at(*embeddings(25, 13), chunk=10, poll=lambda: polls.append(1)))
     assert len(polls) == 2 + 3
 
 
 @functools.cache
 def words() -> tokenizer.Tokenizer:
-    return tokenizer.train([c for c in CAPTIONS if c], 300, toy.CAPTION)
+    return tokenizer.train_tokenizer([c for c in CAPTIONS if c], 300, toy.CAPTION)
 
 
 class Source(list):
@@ -88,18 +89,18 @@ class Source(list):
 def test_the_measure_embeds_what_the_model_would(monkeypatch: pytest.MonkeyPatch) -> None:
     """Records in an order of their own, two without a caption, two pairs of equal ones; batches of four leave a remainder."""
     config = toy.settings(objective__forms="clip")
-    params = jax.jit(lambda: m3i.init(config, jax.random.key(1), plan.row("clip"), classes=0, vocabulary=300))()
-    source = Source(sources.Record(str(i), b"", caption=caption) for i, caption in enumerate(CAPTIONS))
+    params = jax.jit(lambda: m3i.init(config, jax.random.key(1), plan.terms_named("clip"), classes=0, vocabulary=300))()
+    source = Source(base.Record(str(i), b"", caption=caption) for i, caption in enumerate(CAPTIONS))
     order = np.array([6, 3, 0, 1, 5, 2, 7, 4])
     vectors = np.random.default_rng(0).normal(size=(8, config.model.pool.width)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    found = features.Features(vectors, np.full(8, -1, np.int32), order)
+    found = feature_extraction.FeatureSpec(vectors, np.full(8, -1, np.int32), order)
     mesh = parallel.make_mesh((2, 2, 1), jax.devices()[:4])
-    measure = retrieval.measure(mesh, source, Embedder(config, mesh, words(), 4), pictures="mine")
-    seen = features.Seen({"mine": lambda params, poll: (found, {})}, jax.device_put(params, parallel.replicated(mesh)), lambda: None)
+    measure = retrieval.measure(mesh, source, TextEmbedder(config, mesh, words(), 4), pictures="mine")
+    seen = feature_extraction.EvalContext({"mine": lambda params, poll: (found, {})}, jax.device_put(params, parallel.replicated(mesh)), lambda: None)
     passed = []
-    inner = retrieval.recall
-    monkeypatch.setattr(retrieval, "recall", lambda *a, **k: (passed.append(a), inner(*a, **k))[1])
+    inner = retrieval.recall_at
+    monkeypatch.setattr(retrieval, "recall_at", lambda *a, **k: (passed.append(a), inner(*a, **k))[1])
     got = dict(measure(seen))
 
     kept = [i for i in range(8) if CAPTIONS[order[i]]]
@@ -119,35 +120,35 @@ def test_the_measure_embeds_what_the_model_would(monkeypatch: pytest.MonkeyPatch
 
 
 def test_without_captions_there_is_no_retrieval() -> None:
-    source = [sources.Record("a", b"", caption=None)] * 3
+    source = [base.Record("a", b"", caption=None)] * 3
     mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
-    measure = retrieval.measure(mesh, source, Embedder(toy.settings(objective__forms="clip"), mesh, words(), 4))
-    found = features.Features(np.ones((3, 4), np.float32), np.zeros(3, np.int32), np.arange(3))
-    assert list(measure(features.Seen({"queries": lambda params, poll: (found, {})}, {}, lambda: None))) == []
+    measure = retrieval.measure(mesh, source, TextEmbedder(toy.settings(objective__forms="clip"), mesh, words(), 4))
+    found = feature_extraction.FeatureSpec(np.ones((3, 4), np.float32), np.zeros(3, np.int32), np.arange(3))
+    assert list(measure(feature_extraction.EvalContext({"queries": lambda params, poll: (found, {})}, {}, lambda: None))) == []
 
 
 def test_a_caption_that_vanishes_counts_as_none_where_it_may(tmp_path: pathlib.Path) -> None:
     """Its file is removed after the source was opened: what is measured is what a picture without a caption gives, and it is counted."""
     config = toy.settings(objective__forms="clip")
-    params = jax.jit(lambda: m3i.init(config, jax.random.key(1), plan.row("clip"), classes=0, vocabulary=300))()
+    params = jax.jit(lambda: m3i.init(config, jax.random.key(1), plan.terms_named("clip"), classes=0, vocabulary=300))()
     mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
     vectors = np.random.default_rng(0).normal(size=(4, config.model.pool.width)).astype(np.float32)
-    found = features.Features(vectors, np.full(4, -1, np.int32), np.array([3, 0, 2, 1]))
+    found = feature_extraction.FeatureSpec(vectors, np.full(4, -1, np.int32), np.array([3, 0, 2, 1]))
     for name, caption in zip("abcd", ("a dog", "two birds", "a red cat", "a cat"), strict=True):
         (tmp_path / f"{name}.png").touch()
         (tmp_path / f"{name}.txt").write_text(caption)
 
-    def measured(source: sources.Source, **missing: str) -> tuple[dict[str, float], dict[str, int]]:
-        seen = features.Seen({"queries": lambda params, poll: (found, {})}, jax.device_put(params, parallel.replicated(mesh)), lambda: None)
-        measure = retrieval.measure(mesh, source, Embedder(config, mesh, words(), 4), **missing)
-        again = features.Seen({"queries": lambda params, poll: (found, {})}, seen.params, lambda: None)
+    def measured(source: base.DataSource, **missing: str) -> tuple[dict[str, float], dict[str, int]]:
+        seen = feature_extraction.EvalContext({"queries": lambda params, poll: (found, {})}, jax.device_put(params, parallel.replicated(mesh)), lambda: None)
+        measure = retrieval.measure(mesh, source, TextEmbedder(config, mesh, words(), 4), **missing)
+        again = feature_extraction.EvalContext({"queries": lambda params, poll: (found, {})}, seen.params, lambda: None)
         assert dict(measure(seen)) == dict(measure(again)) and seen.skipped == again.skipped  # of each evaluation, though read once
         return dict(measure(seen)), dict(again.skipped)
 
-    source = Folder(str(tmp_path))
+    source = FolderSource(str(tmp_path))
     (tmp_path / "b.txt").unlink()
-    with pytest.raises(Unreadable, match="b.txt' cannot be read"):
+    with pytest.raises(UnreadableError, match="b.txt' cannot be read"):
         measured(source)
-    without = [sources.Record("", b"", caption=text) for text in ("a dog", None, "a red cat", "a cat")]
+    without = [base.Record("", b"", caption=text) for text in ("a dog", None, "a red cat", "a cat")]
     got, skipped = measured(source, missing="replace")
     assert skipped == {"unreadable": 1} and got == measured(without)[0] and len(got) == 6

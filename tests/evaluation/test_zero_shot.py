@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import features, zero_shot
+from m3i_jax.evaluation import feature_extraction, zero_shot
 
 
 def test_the_published_sets() -> None:
@@ -26,7 +26,7 @@ def test_the_published_sets() -> None:
 @pytest.mark.parametrize(("name", "text"), [("mine.txt", "# remarks\na {}.\n\nthe {} there\n"), ("mine.json", '["a {}.", "the {} there"]')])
 def test_templates_of_a_file(name: str, text: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / name).write_text(text)
-    assert zero_shot.templates(str(tmp_path / name)) == ("mine", ("a {}.", "the {} there"))
+    assert zero_shot.prompt_templates(str(tmp_path / name)) == ("mine", ("a {}.", "the {} there"))
 
 
 @pytest.mark.parametrize(
@@ -45,14 +45,14 @@ def test_templates_that_cannot_be_used(name: str, text: str, told: str, tmp_path
     if name:
         place.write_text(text)
     with pytest.raises(UserError, match="config.evaluate.templates") as error:
-        zero_shot.templates(str(place))
+        zero_shot.prompt_templates(str(place))
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_mean_is_over_normalised_prompts() -> None:
     """A long embedding counts no more than a short one."""
     made = np.random.default_rng(0).normal(size=(3, 4, 5)) * np.array([1, 10, 100])[:, None, None]
-    got = zero_shot.ensemble(made)
+    got = zero_shot.ensemble_embeddings(made)
     for c in range(4):
         wanted = sum(prompt[c] / np.linalg.norm(prompt[c]) for prompt in made) / 3
         np.testing.assert_allclose(got[c], wanted / np.linalg.norm(wanted))
@@ -76,8 +76,8 @@ def test_the_measure_asks_every_prompt_once_and_leaves_out_the_unlabelled(tmp_pa
     (tmp_path / "one.txt").write_text("a {} in a video game.\n")  # one of the seven too
     names, r, embed = ["hot_dog", "cat"], np.random.default_rng(1), Embedder()
     x, label = r.normal(size=(30, 6)).astype(np.float32), r.integers(-1, 3, 30).astype(np.int32)
-    seen = features.Seen({"mine": lambda params, poll: (features.Features(x, label, np.arange(30)), {})}, {}, lambda: None)
-    said = zero_shot.Spoken(embed, names, ("7", str(tmp_path / "one.txt")))
+    seen = feature_extraction.EvalContext({"mine": lambda params, poll: (feature_extraction.FeatureSpec(x, label, np.arange(30)), {})}, {}, lambda: None)
+    said = zero_shot.ClassPrompts(embed, names, ("7", str(tmp_path / "one.txt")))
     got = dict(zero_shot.measure(said, pictures="mine")(seen))
     assert said.classes(seen)["7"].shape == (2, 6)  # what is known is not asked again
     (asked,) = embed.asked
@@ -95,8 +95,8 @@ def test_the_measure_asks_every_prompt_once_and_leaves_out_the_unlabelled(tmp_pa
 
 
 def test_probabilities_are_those_of_the_temperature() -> None:
-    said = zero_shot.Spoken(Embedder(), ["hot_dog", "cat", "owl"], ("80", "7"))
-    seen = features.Seen({}, {"logit_scale": np.float32(np.log(20.0))}, lambda: None)
+    said = zero_shot.ClassPrompts(Embedder(), ["hot_dog", "cat", "owl"], ("80", "7"))
+    seen = feature_extraction.EvalContext({}, {"logit_scale": np.float32(np.log(20.0))}, lambda: None)
     x = np.random.default_rng(3).normal(size=(4, 6))
     name, got = said.probabilities(seen, x)
     weights = np.exp(20 * x @ said.classes(seen)["80"].T)

@@ -4,7 +4,8 @@ import io
 import pathlib
 import tarfile
 
-from m3i_jax.data import records, sources
+from m3i_jax.data import decode
+from m3i_jax.data.sources import base
 from tests import broken
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -31,12 +32,12 @@ def tar(place: pathlib.Path, members: list[tuple[str, bytes]]) -> str:
     return str(place)
 
 
-def read_all(source: sources.Source) -> None:
+def read_all(source: base.DataSource) -> None:
     """Every record, as the pipeline looks at it."""
     for i in range(len(source)):
         record = source[i]
-        records.clean_caption(record.caption)
+        decode.clean_caption(record.caption)
         try:
-            records.decode(record.image)
-        except records.BadRecord:
+            decode.decode_image(record.image)
+        except decode.BadRecord:
             continue

@@ -8,7 +8,7 @@ of the process that was left alone do not grow. That they do not must be shown: 
 Memory is both, what is allocated and not freed and what is resident, with all that the C library keeps; of one heap (MALLOC_ARENA_MAX=1),
 for pieces in several hide what a run leaves: with two a core, as runs have, resident memory grew by 6 +- 3 MB an hour of 1,800 saves. It
 counts as not growing at up to 1 MB an hour, 24 MB a day, its error included, beside 1.5 kB a save: a run that saves every 20 steps does so
-a thousand times an hour, and TensorStore is known to leave 1 kB each time (training/leaks.py).
+a thousand times an hour, and TensorStore is known to leave 1 kB each time (training/malloc.py).
 """
 
 import argparse

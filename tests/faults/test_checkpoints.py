@@ -14,7 +14,7 @@ import pytest
 
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
-from m3i_jax.training import digests
+from m3i_jax.training import file_checksums
 from m3i_jax.training.checkpoint import Checkpoints
 
 Make = Callable[..., Checkpoints]
@@ -28,7 +28,7 @@ def state(step: int, size: int = 4096) -> dict[str, jax.Array]:
 
 def restored(one: Checkpoints, step: int, size: int = 4096) -> dict[str, jax.Array]:
     template = jax.eval_shape(lambda: state(0, size))
-    return one.restore(step, template, parallel.shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), template))
+    return one.restore(step, template, parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), template))
 
 
 def same(got: dict[str, jax.Array], wanted: dict[str, jax.Array]) -> bool:
@@ -136,7 +136,7 @@ def test_a_file_cut_emptied_deleted_swapped_or_a_link_is_named(pair: pathlib.Pat
         return next(p.read_bytes() for p in files(pair / "8") if p != path and p.read_bytes() != path.read_bytes())
 
     one, names = make(pair), [path.relative_to(pair / "8") for path in files(pair / "8")]
-    assert pathlib.Path(digests.NAME) in names and len(names) >= 10
+    assert pathlib.Path(file_checksums.NAME) in names and len(names) >= 10
     for name, (_, fault) in itertools.product(names, faults.items()):
         path = pair / "8" / name
         before = path.read_bytes()

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m3i_jax.data import pipeline, records, sources, tokenizer
-from m3i_jax.data.tars import Tars
+from m3i_jax.data import decode, pipeline, tokenizer
+from m3i_jax.data.sources import base
+from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.errors import UserError
 from tests import broken
 from tests.data.conftest import expected_stream, settings
@@ -37,9 +38,9 @@ class Mixed:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> sources.Record:
+    def __getitem__(self, index: int) -> base.Record:
         colour = np.full((20, 20, 3), (index % 256, index // 256, 0), np.uint8)
-        return sources.Record(str(index), self.bad[index][0] if index in self.bad else colour)
+        return base.Record(str(index), self.bad[index][0] if index in self.bad else colour)
 
 
 @pytest.mark.fast
@@ -53,7 +54,7 @@ def test_bad_pictures_are_replaced_and_counted(every: int, trials) -> None:
     used, skipped = expected_stream(source, reasons, count)
     assert set(source.bad.values()) == set(broken.bad_files().values())
     for _ in range(2):
-        batches = pipeline.iterate(settings(batch=40), source, None, start=0)
+        batches = pipeline.iterate_batches(settings(batch=40), source, None, start=0)
         drawn = [next(batches)["views"] for _ in range(count // 40)]
         batches.close()
         assert {views.shape for views in drawn} == {(40, 2, 32, 32, 3)}
@@ -78,7 +79,7 @@ def test_what_bad_pictures_cost(trials) -> None:
     """Seconds of a core for the same samples with and without a fifth of bad files: a figure, since no limit holds everywhere."""
     seconds = []
     for every in (0, 5):
-        batches = pipeline.iterate(settings(batch=40), Mixed(440, every), None, start=0)
+        batches = pipeline.iterate_batches(settings(batch=40), Mixed(440, every), None, start=0)
         start = time.process_time()
         for _ in range(100):
             next(batches)
@@ -90,7 +91,7 @@ def test_what_bad_pictures_cost(trials) -> None:
 @pytest.mark.fast
 @pytest.mark.row("C2")
 def test_too_many_bad_pictures_end_the_run_with_reasons_and_examples(trials) -> None:
-    batches = pipeline.iterate(settings(batch=50, max_bad_share=0.05), Mixed(440, 2), None, start=0)
+    batches = pipeline.iterate_batches(settings(batch=50, max_bad_share=0.05), Mixed(440, 2), None, start=0)
     seen = 0
     with pytest.raises(UserError) as stop:
         while seen < 2 * pipeline.WINDOW:
@@ -115,15 +116,15 @@ import json, pathlib, resource, sys, time
 from m3i_jax.data import records
 
 folder = pathlib.Path(sys.argv[1])
-records.decode(folder.joinpath("first").read_bytes())  # so that libraries are loaded
+decode.decode_image(folder.joinpath("first").read_bytes())  # so that libraries are loaded
 used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)
 for path in sorted(folder.glob("*.bomb")):
     content, before, start = path.read_bytes(), peak(), time.process_time()
     try:
-        records.decode(content)
+        decode.decode_image(content)
         reason = ""
-    except records.BadRecord as error:
+    except decode.BadRecord as error:
         reason = error.reason
     print(json.dumps([path.stem, reason, peak() - before, time.process_time() - start]))
 """
@@ -238,7 +239,7 @@ def test_the_same_rgb_from_every_kind_of_file(trials) -> None:
     }
     errors = {}
     for name, (content, truth) in cases.items():
-        got = records.decode(content)
+        got = decode.decode_image(content)
         assert got.shape == truth.shape and got.dtype == np.uint8, name
         errors[name] = float(np.abs(got.astype(int) - truth).mean())
         lossless = not any(kind in name for kind in ("JPEG", "WebP")) or name == "lossless WebP"
@@ -262,21 +263,21 @@ class Captioned:
     def __len__(self) -> int:
         return len(CAPTIONS)
 
-    def __getitem__(self, index: int) -> sources.Record:
-        return sources.Record(str(index), np.full((20, 20, 3), index, np.uint8), caption=CAPTIONS[index])
+    def __getitem__(self, index: int) -> base.Record:
+        return base.Record(str(index), np.full((20, 20, 3), index, np.uint8), caption=CAPTIONS[index])
 
 
 @pytest.mark.fast
 @pytest.mark.row("C5")
 def test_captions_of_every_kind(trials) -> None:
     assert len(CAPTIONS) == 30
-    words = tokenizer.train([c for c in CAPTIONS if c], 300, 12)
-    batches = pipeline.iterate(settings(batch=30), Captioned(), words, start=0)
+    words = tokenizer.train_tokenizer([c for c in CAPTIONS if c], 300, 12)
+    batches = pipeline.iterate_batches(settings(batch=30), Captioned(), words, start=0)
     batch = next(batches)
     batches.close()
     empty, cut = 0, 0
     for row, index in enumerate(batches.record.tolist()):
-        text = records.clean_caption(CAPTIONS[index])
+        text = decode.clean_caption(CAPTIONS[index])
         ids = words.ids(text or "")
         empty, cut = empty + (text is None), cut + (len(ids) > 10)
         wanted = [words.start, *ids[:10], words.end] if text else []
@@ -298,10 +299,10 @@ def test_labels_of_every_kind(trials, tmp_path: pathlib.Path) -> None:
     members = [
         m for i, label in enumerate(labels) for m in ((f"{i:02}.jpg", JPEG), (f"{i:02}.json", json.dumps({"label": label}).encode()))
     ]
-    source = Tars(tar(tmp_path / "0.tar", members))
+    source = TarSource(tar(tmp_path / "0.tar", members))
     assert [source[i].label for i in range(len(labels))] == [whole.get(i, -1) for i in range(len(labels))]
     assert source.ignored["labels that are no category"] == 7
-    batches = pipeline.iterate(settings(batch=26, classes=3), source, None, start=0)
+    batches = pipeline.iterate_batches(settings(batch=26, classes=3), source, None, start=0)
     batch = next(batches)
     batches.close()
     for row, index in enumerate(batches.record.tolist()):
@@ -327,13 +328,13 @@ def test_broken_tars_give_what_is_whole(trials, tmp_path: pathlib.Path, caplog) 
     for what, damaged in changed.items():
         path.write_bytes(damaged)
         caplog.clear()
-        source = Tars(str(path))
+        source = TarSource(str(path))
         got = {record.key: record.image for record in (source[i] for i in range(len(source)))}
         assert trials.add(all(written.get(f"{key}.jpg") == image for key, image in got.items())), what
         assert len(got) >= 5 or what.startswith("cut"), what
         assert len(got) == 6 or any(str(path) in message for message in caplog.messages), what
     path.write_bytes(content)
-    twice = Tars(tar(tmp_path / "in" / "1.tar", [*members, ("0.jpg", b"other"), ("0.png", b"another")]))
+    twice = TarSource(tar(tmp_path / "in" / "1.tar", [*members, ("0.jpg", b"other"), ("0.png", b"another")]))
     assert len(twice) == 6 and twice[0].image == members[0][1] and twice.ignored["pictures with the key of an earlier one"] == 2
     assert sorted(os.listdir(tmp_path)) == ["in"]
     trials.figure = f"{len(changed)} damaged tars, 0 crashes, 0 wrong bytes"
@@ -350,7 +351,7 @@ def test_a_million_members(trials, tmp_path: pathlib.Path) -> None:
             header[148:156] = b" " * 8
             header[148:156] = b"%06o\0 " % sum(header)
             out.write(header)
-    code = PEAK + "import sys\nfrom m3i_jax.data.tars import Tars\nfirst = peak()\nsource = Tars(sys.argv[1])\n"
+    code = PEAK + "import sys\nfrom m3i_jax.data.sources.tars import Tars\nfirst = peak()\nsource = Tars(sys.argv[1])\n"
     code += "print(len(source), source.key(999_999), peak() - first)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "0.tar")], cwd=ROOT, capture_output=True, text=True, check=True)
     count, key, grown = done.stdout.split()

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from m3i_jax import main as command
-from m3i_jax.data import array_records, loans, pipeline, sources, watch
-from m3i_jax.data.folder import Folder
-from m3i_jax.data.tars import Tars
-from m3i_jax.errors import Stopped, UserError
+from m3i_jax.data import pipeline, shared_buffers, workers
+from m3i_jax.data.sources import array_record, base
+from m3i_jax.data.sources.folder import FolderSource
+from m3i_jax.data.sources.tars import TarSource
+from m3i_jax.errors import RunStopped, UserError
 from m3i_jax.modes import data as data_mode
 from m3i_jax.objective import masks
 from tests import broken, toy
@@ -31,7 +32,7 @@ def coloured(count: int) -> list[bytes]:
 
 def rows(source: Any, count: int, *, start: int = 0, **data: Any) -> tuple[list[int], dict[str, int]]:
     """(red of every row's picture, bad ones by reason) of `count` batches of 10."""
-    batches = pipeline.iterate(settings(batch=10, **data), source, None, start=start)
+    batches = pipeline.iterate_batches(settings(batch=10, **data), source, None, start=start)
     try:
         seen = [next(batches)["views"][:, 0, 0, 0, 0] for _ in range(count)]
     finally:
@@ -42,23 +43,23 @@ def rows(source: Any, count: int, *, start: int = 0, **data: Any) -> tuple[list[
 def a_folder(place: pathlib.Path) -> tuple[Any, list[pathlib.Path], set[int]]:
     for i, content in enumerate(coloured(40)):
         (place / f"{i:02}.png").write_bytes(content)
-    return Folder(str(place)), [place / f"{i:02}.png" for i in range(5)], set(range(5))
+    return FolderSource(str(place)), [place / f"{i:02}.png" for i in range(5)], set(range(5))
 
 
 def tar_shards(place: pathlib.Path) -> tuple[Any, list[pathlib.Path], set[int]]:
     pictures = coloured(40)
     for shard in range(4):
         tar(place / f"{shard}.tar", [(f"{i:02}.png", pictures[i]) for i in range(10 * shard, 10 * shard + 10)])
-    return Tars(str(place)), [place / "2.tar"], set(range(20, 30))
+    return TarSource(str(place)), [place / "2.tar"], set(range(20, 30))
 
 
 def record_shards(place: pathlib.Path) -> tuple[Any, list[pathlib.Path], set[int]]:
     pytest.importorskip("array_record.python.array_record_module")
     for shard in range(4):
-        records = [sources.Record(str(i), content) for i, content in enumerate(coloured(40))][10 * shard : 10 * shard + 10]
-        array_records.write_shard(str(place / f"x-{shard:05}-of-00004.array_record"), records)
-    array_records.write_index(str(place))
-    return array_records.ArrayRecords(str(place)), [place / "x-00002-of-00004.array_record"], set(range(20, 30))
+        records = [base.Record(str(i), content) for i, content in enumerate(coloured(40))][10 * shard : 10 * shard + 10]
+        array_record.write_shard(str(place / f"x-{shard:05}-of-00004.array_record"), records)
+    array_record.write_shard_index(str(place))
+    return array_record.ArrayRecordSource(str(place)), [place / "x-00002-of-00004.array_record"], set(range(20, 30))
 
 
 MADE = {"folder": a_folder, "tars": tar_shards, "array_record": record_shards}
@@ -100,8 +101,8 @@ def test_a_file_that_vanishes(kind: str, lose: Any, trials, tmp_path: pathlib.Pa
     assert trials.add(rows(source, 4, start=40, missing="replace")[0] == replaced[40:])
     if kind == "array_record" and lose is not emptied:  # a converted data set knows what it had
         with pytest.raises(UserError, match="is missing"):
-            array_records.ArrayRecords(str(tmp_path))
-        again = array_records.ArrayRecords(str(tmp_path), lenient=True)
+            array_record.ArrayRecordSource(str(tmp_path))
+        again = array_record.ArrayRecordSource(str(tmp_path), lenient=True)
         assert trials.add(again.fingerprint() == source.fingerprint() and rows(again, 8, missing="replace")[0] == replaced)
 
 
@@ -135,8 +136,8 @@ def died() -> None:
     raise RuntimeError("Worker process was terminated unexpectedly with exit code -9. Search the logs above")
 
 
-def watched(fails: dict[int, list[Any]], limit: float = 0.3) -> watch.Watched:
-    return watch.Watched(lambda first: (Workers(first, fails), None), workers=2, limit=limit)
+def watched(fails: dict[int, list[Any]], limit: float = 0.3) -> workers.RestartingIterator:
+    return workers.RestartingIterator(lambda first: (Workers(first, fails), None), workers=2, limit=limit)
 
 
 @pytest.mark.fast
@@ -153,7 +154,7 @@ def test_lost_workers_are_replaced_in_the_same_order(trials, caplog) -> None:
         for fails in ({3: [died] * 3}, {3: [forever.wait] * 3}):
             batches = watched(fails)
             assert [next(batches)["k"] for _ in range(3)] == [0, 1, 2]
-            with pytest.raises(Stopped, match=r"^worker \d of 2 of the data \(for batch 3 .*, 3 times in a row: look at the memory"):
+            with pytest.raises(RunStopped, match=r"^worker \d of 2 of the data \(for batch 3 .*, 3 times in a row: look at the memory"):
                 next(batches)
             trials.add(True)
             batches.close()
@@ -182,7 +183,7 @@ class Slow(Pictures):
         super().__init__(count)
         self.gate = gate
 
-    def __getitem__(self, index: int) -> sources.Record:
+    def __getitem__(self, index: int) -> base.Record:
         while self.gate.exists():
             time.sleep(0.02)
         return super().__getitem__(index)
@@ -195,18 +196,18 @@ def test_a_disk_that_does_not_answer_ends_the_run(trials, tmp_path: pathlib.Path
     gate = tmp_path / "gate"
     for threads in (0, 2):
         gate.touch()
-        batches = pipeline.iterate(settings(batch=4, threads=threads, patience=0.3), Slow(20, gate), None, start=0)
-        with pytest.raises(Stopped, match=r"^the threads that read the data \(for batch 0 since the start\) made no batch in 0.3 seconds"):
+        batches = pipeline.iterate_batches(settings(batch=4, threads=threads, patience=0.3), Slow(20, gate), None, start=0)
+        with pytest.raises(RunStopped, match=r"^the threads that read the data \(for batch 0 since the start\) made no batch in 0.3 seconds"):
             next(batches)
         gate.unlink()
         batches.close()
         trials.add(True)
         gate.touch()
-        batches = pipeline.iterate(settings(batch=4, threads=threads, patience=1.0), Slow(20, gate), None, start=0)
+        batches = pipeline.iterate_batches(settings(batch=4, threads=threads, patience=1.0), Slow(20, gate), None, start=0)
         threading.Timer(1.3, gate.unlink).start()
         first = next(batches)["views"]
         batches.close()
-        assert trials.add((first == next(pipeline.iterate(settings(batch=4), Pictures(20), None, start=0))["views"]).all())
+        assert trials.add((first == next(pipeline.iterate_batches(settings(batch=4), Pictures(20), None, start=0))["views"]).all())
 
 
 def children() -> list[Any]:
@@ -218,8 +219,8 @@ def children() -> list[Any]:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_real_workers_that_are_killed_or_stopped(number: int, trials, caplog) -> None:
     """Each of two worker processes, once: every batch is that of a run without workers, and what they held is given back."""
-    wanted = pipeline.iterate(settings(batch=6), Pictures(50), None, start=0)
-    batches = pipeline.iterate(settings(batch=6, workers=2, patience=12.0), Pictures(50), None, start=0)
+    wanted = pipeline.iterate_batches(settings(batch=6), Pictures(50), None, start=0)
+    batches = pipeline.iterate_batches(settings(batch=6, workers=2, patience=12.0), Pictures(50), None, start=0)
     waits = []
     try:
         for k in range(36):
@@ -238,7 +239,7 @@ def test_real_workers_that_are_killed_or_stopped(number: int, trials, caplog) ->
     while children() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not children(), "a worker is still there"
-    assert not [p for p in pathlib.Path("/dev/shm").glob(f"{loans._PREFIX}*") if p.stat().st_mtime > time.time() - 300 and mine(p)]
+    assert not [p for p in pathlib.Path("/dev/shm").glob(f"{shared_buffers._PREFIX}*") if p.stat().st_mtime > time.time() - 300 and mine(p)]
     trials.figure = f"{signal.Signals(number).name}: {batches._batches.restarts} restarts, longest wait {max(waits):.1f} s, patience 12 s"
 
 
@@ -253,18 +254,18 @@ def test_few_pictures_and_odd_numbers(trials) -> None:
     """Fewer pictures than a batch, and odd ones: whole epochs, no partner that is itself; one picture, or a batch that cannot be split, is
     refused."""
     for count in (2, 3, 5, 7):
-        batches = pipeline.iterate(settings(batch=12), Pictures(count), None, start=0)
+        batches = pipeline.iterate_batches(settings(batch=12), Pictures(count), None, start=0)
         got = [(next(batches), batches.record)[1] for _ in range(4)]
         batches.close()
         pairs = np.concatenate(got).reshape(-1, 2)
         assert trials.add((pairs[:, 0] != pairs[:, 1]).all() and set(pairs.ravel().tolist()) == set(range(count)))
     with pytest.raises(UserError, match="has 1 pictures to train on, mixing needs 2"):
-        pipeline.iterate(settings(batch=4), Pictures(1), None, start=0)
+        pipeline.iterate_batches(settings(batch=4), Pictures(1), None, start=0)
     for change in ("train__batch_size=5", "train__steps=0 train__epochs=0", "train__microbatches=0"):
         with pytest.raises(UserError, match="config.train"):
             toy.settings(**dict(pair.split("=") for pair in change.split()))
     with pytest.raises(ValueError, match="partners are 2k and 2k"):
-        pipeline.iterate(settings(batch=6), Pictures(9), None, start=0, host=0, hosts=2)
+        pipeline.iterate_batches(settings(batch=6), Pictures(9), None, start=0, host=0, hosts=2)
     trials.figure = "sources of 2, 3, 5 and 7 pictures in batches of 12"
 
 
@@ -289,7 +290,7 @@ def test_masks_hide_exactly_what_they_say(trials) -> None:
 @pytest.mark.row("C12")
 def test_a_hundred_thousand_masks_and_pairs(trials) -> None:
     wrong = check_masks(100_000)
-    batches = pipeline.iterate(settings(batch=1000, image_size=8, crop_scale=(0.9, 1.0), mask="uniform"), Pictures(501), None, start=0)
+    batches = pipeline.iterate_batches(settings(batch=1000, image_size=8, crop_scale=(0.9, 1.0), mask="uniform"), Pictures(501), None, start=0)
     same = 0
     for _ in range(20):
         next(batches)
@@ -303,7 +304,7 @@ def test_a_hundred_thousand_masks_and_pairs(trials) -> None:
 @pytest.mark.row("C10")
 def test_stopped_is_one_line_and_exit_1(monkeypatch, capsys, tmp_path: pathlib.Path) -> None:
     def run(*_: Any, **__: Any) -> int:
-        raise Stopped("worker 1 of 2 made no batch")
+        raise RunStopped("worker 1 of 2 made no batch")
 
     monkeypatch.setattr(data_mode, "run", run)
     monkeypatch.chdir(pathlib.Path(__file__).parent.parent.parent)
@@ -317,7 +318,7 @@ def test_stopped_is_one_line_and_exit_1(monkeypatch, capsys, tmp_path: pathlib.P
 def test_pictures_that_are_odd_but_whole_are_no_bad_records(tmp_path: pathlib.Path) -> None:
     for name, content in good_files().items():
         (tmp_path / name).write_bytes(content)
-    batches = pipeline.iterate(settings(batch=34), Folder(str(tmp_path)), None, start=0)
+    batches = pipeline.iterate_batches(settings(batch=34), FolderSource(str(tmp_path)), None, start=0)
     next(batches)
     batches.close()
     assert not any(batches.skipped.values()) and len(set(batches.record.tolist())) == len(good_files()) == 17
@@ -329,11 +330,11 @@ def test_no_flip_of_an_array_record_is_silent(trials, tmp_path: pathlib.Path) ->
     """200 flipped bits of shard, columns and index: refused at the start, a record that counts as damaged, or nothing changed at all."""
     pytest.importorskip("array_record.python.array_record_module")
     rng = np.random.default_rng(0)
-    written = [sources.Record(f"key {i}", rng.bytes(20_000), i % 3, f"caption {i}".encode()) for i in range(12)]
+    written = [base.Record(f"key {i}", rng.bytes(20_000), i % 3, f"caption {i}".encode()) for i in range(12)]
     shard = tmp_path / "x-00000-of-00001.array_record"
-    array_records.write_shard(str(shard), written)
-    array_records.write_index(str(tmp_path), classes=("a", "b", "c"))
-    before = array_records.ArrayRecords(str(tmp_path))
+    array_record.write_shard(str(shard), written)
+    array_record.write_shard_index(str(tmp_path), classes=("a", "b", "c"))
+    before = array_record.ArrayRecordSource(str(tmp_path))
     silent, refused, replaced = [], 0, 0
     files = [(path, path.read_bytes()) for path in sorted(tmp_path.iterdir())]
     for path, content in files:
@@ -343,15 +344,15 @@ def test_no_flip_of_an_array_record_is_silent(trials, tmp_path: pathlib.Path) ->
             damaged[at] ^= 1 << int(rng.integers(0, 8))
             path.write_bytes(damaged)
             try:
-                source = array_records.ArrayRecords(str(tmp_path))
+                source = array_record.ArrayRecordSource(str(tmp_path))
                 got = [source[i] for i in range(len(source))]
             except UserError:
                 refused += 1
             else:
-                bad = [r for r in got if r.image == array_records.DAMAGED]
+                bad = [r for r in got if r.image == array_record.DAMAGED]
                 same = [r for r in got if r in written]
                 told = len(bad) + len(same) == 12 == len(got) or source.fingerprint() != before.fingerprint()
-                hashes = (sources.key_hashes(source) == sources.key_hashes(before)).all() or source.fingerprint() != before.fingerprint()
+                hashes = (base.source_key_hashes(source) == base.source_key_hashes(before)).all() or source.fingerprint() != before.fingerprint()
                 replaced += len(bad)
                 if not (told and hashes):
                     silent.append((path.name, at))
@@ -362,6 +363,6 @@ def test_no_flip_of_an_array_record_is_silent(trials, tmp_path: pathlib.Path) ->
     for at in rng.integers(1, len(files[1][1]), 20).tolist():
         shard.write_bytes(files[1][1][:at])
         with pytest.raises(UserError):
-            source = array_records.ArrayRecords(str(tmp_path))
-            assert any(source[i].image == array_records.DAMAGED for i in range(12)), at
+            source = array_record.ArrayRecordSource(str(tmp_path))
+            assert any(source[i].image == array_record.DAMAGED for i in range(12)), at
             raise UserError("told as damaged records")

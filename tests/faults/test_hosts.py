@@ -38,7 +38,7 @@ def untimed(source: str, name: str) -> list[str]:
         if isinstance(function, ast.Module):
             inner = {id(n) for f in ast.walk(function) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
             body = [n for n in body if id(n) not in inner]
-        meets = [call.lineno for call in body if ast.unparse(call.func) in ("barriers.wait", "parallel.wait")]
+        meets = [call.lineno for call in body if ast.unparse(call.func) in ("barriers.barrier", "parallel.wait")]
         for call in body:
             what = ast.unparse(call.func).split(".")[-1]
             if what not in WAITS or (what == "assert_equal" and "multihost" not in ast.unparse(call.func)):
@@ -57,11 +57,11 @@ def test_no_barrier_is_without_a_limit() -> None:
     offenders = [
         "def f():\n    multihost_utils.sync_global_devices('a')", "client.wait_at_barrier('a')", "x = client.blocking_key_value_get('k')",
         "def f(tree):\n    return multihost_utils.broadcast_one_to_all(tree)", "multihost_utils.process_allgather(x)",
-        "def f():\n    broadcast_one_to_all(x)\n    barriers.wait('a')",
+        "def f():\n    broadcast_one_to_all(x)\n    barriers.barrier('a')",
     ]  # fmt: skip
     lawful = [
         "client.wait_at_barrier('a', 1000)", "client.blocking_key_value_get('k', timeout_in_ms=5)", "np.testing.assert_equal(1, 1)",
-        "def f(tree):\n    barriers.wait('a')\n    return multihost_utils.broadcast_one_to_all(tree)",
+        "def f(tree):\n    barriers.barrier('a')\n    return multihost_utils.broadcast_one_to_all(tree)",
     ]  # fmt: skip
     assert all(untimed(source, "a.py") for source in offenders) and not any(untimed(source, "a.py") for source in lawful)
     complaints = [
@@ -88,16 +88,16 @@ JOIN = """
     import os, pathlib, sys, time
     from m3i_jax.parallel import barriers, distributed
     me, hosts = int(sys.argv[1]), int(sys.argv[3])
-    place = distributed.Place(source="test", coordinator=sys.argv[2], processes=hosts, process=me)
+    place = distributed.ProcessInfo(source="test", coordinator=sys.argv[2], processes=hosts, process=me)
 """
 WAIT = (
     JOIN
     + """
     distributed.initialize(place, limit=60, beat=float(sys.argv[4]))
-    barriers.wait("all")
-    barriers.call = lambda number: time.sleep(1000)  # whoever asks the store for a name now may wait for ever
+    barriers.barrier("all")
+    barriers.host_label = lambda number: time.sleep(1000)  # whoever asks the store for a name now may wait for ever
     print("ready", flush=True)
-    barriers.wait("never, in time" if me else "never", limit=100.0)
+    barriers.barrier("never, in time" if me else "never", limit=100.0)
 """
 )
 
@@ -152,14 +152,14 @@ REFUSE = (
     from m3i_jax.errors import UserError
     from m3i_jax.parallel import heartbeat
     distributed.initialize(place, limit=60)
-    barriers.wait("all")
+    barriers.barrier("all")
     if str(me) in sys.argv[4]:
         try:
-            with heartbeat.refusing():
+            with heartbeat.refuse_on_error():
                 raise UserError("'7.jpg' cannot be read")
         except UserError as error:
             sys.exit(error.status)  # as main does
-    barriers.wait("never", limit=100.0)
+    barriers.barrier("never", limit=100.0)
 """
 )
 

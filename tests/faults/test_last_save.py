@@ -10,8 +10,8 @@ import pytest
 
 from m3i_jax import parallel
 from m3i_jax.data import pipeline
-from m3i_jax.data.folder import Folder
-from m3i_jax.errors import Stopped, Unreadable, UserError
+from m3i_jax.data.sources.folder import FolderSource
+from m3i_jax.errors import RunStopped, UnreadableError, UserError
 from m3i_jax.training import loop
 from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
 from tests.data.conftest import settings
@@ -20,8 +20,8 @@ from tests.faults.test_processes import Counting
 from tests.training.test_loop import World
 
 ERRORS = [
-    Unreadable("'2.tar' cannot be read"),
-    Stopped("worker 1 of 2 made no batch"),
+    UnreadableError("'2.tar' cannot be read"),
+    RunStopped("worker 1 of 2 made no batch"),
     UserError("too many bad"),
     ValueError("of a source"),
 ]
@@ -54,8 +54,8 @@ def test_the_state_is_saved_before_the_run_ends(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.fast
 @pytest.mark.row("C9")
 def test_an_evaluator_that_fails_costs_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = failing("evaluate 5", Unreadable("'held-out.tar' cannot be read"))
-    with pytest.raises(Unreadable):
+    world = failing("evaluate 5", UnreadableError("'held-out.tar' cannot be read"))
+    with pytest.raises(UnreadableError):
         world.run(monkeypatch)
     assert list(world.positions) == [4, 5] and not world.of("write eval 5")
 
@@ -65,19 +65,19 @@ def test_an_evaluator_that_fails_costs_no_step(monkeypatch: pytest.MonkeyPatch) 
 def test_what_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing was trained yet; other hosts do not come; the disk is full as well: the error is that of the data in every case."""
     world = World(9)
-    world.at["draw"] = lambda: (_ for _ in ()).throw(Unreadable("gone"))
-    with pytest.raises(Unreadable, match="gone"):
+    world.at["draw"] = lambda: (_ for _ in ()).throw(UnreadableError("gone"))
+    with pytest.raises(UnreadableError, match="gone"):
         world.run(monkeypatch)
     assert not world.positions
     with monkeypatch.context() as patch:
-        patch.setattr(loop.parallel, "hosts", lambda: 2)
-        world = failing("draw", Unreadable("gone"))
-        with pytest.raises(Unreadable, match="gone"):
+        patch.setattr(loop.parallel, "host_names", lambda: 2)
+        world = failing("draw", UnreadableError("gone"))
+        with pytest.raises(UnreadableError, match="gone"):
             world.run(patch)
         assert list(world.positions) == [4]
-    world = failing("draw", Unreadable("gone"))
+    world = failing("draw", UnreadableError("gone"))
     world.at["wait"] = lambda: (_ for _ in ()).throw(SavesFailed("no space"))
-    with pytest.raises(Unreadable, match="gone"):
+    with pytest.raises(UnreadableError, match="gone"):
         world.run(monkeypatch)
     assert world.said[-1] == "warning: no space"
 
@@ -94,7 +94,7 @@ def test_files_that_come_back_continue_the_run(tmp_path: pathlib.Path, monkeypat
     def go(name: str, first: int, vanish: int) -> tuple[int, list[str]]:
         said: list[str] = []
         checkpoints = Checkpoints(tmp_path / name, 2, say=said.append)
-        inner = pipeline.iterate(settings(batch=8), Folder(str(tmp_path / "data")), None, start=8 * first)
+        inner = pipeline.iterate_batches(settings(batch=8), FolderSource(str(tmp_path / "data")), None, start=8 * first)
 
         class Data:
             def counted(self) -> dict[str, float]:
@@ -111,12 +111,12 @@ def test_files_that_come_back_continue_the_run(tmp_path: pathlib.Path, monkeypat
         seen.setdefault(name, [])
         state = one.init()
         if first:
-            shardings = parallel.shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), jax.eval_shape(one.init))
+            shardings = parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), jax.eval_shape(one.init))
             state = checkpoints.restore(first, jax.eval_shape(one.init), shardings)
             assert checkpoints.newest_good() == first and checkpoints.position(first) == {"n": 8 * first}
         quiet = {"write": lambda *_: None, "say": said.append, "panel": lambda *_: None, "evaluators": [], "position": lambda n: {"n": n}}
         try:
-            _, state = loop.run(one, state, samples_seen=8 * first, outside=loop.Outside(data=Data(), checkpoints=checkpoints, **quiet))
+            _, state = loop.run_loop(one, state, samples_seen=8 * first, outside=loop.Callbacks(data=Data(), checkpoints=checkpoints, **quiet))
         finally:
             inner.close()
             checkpoints.close()

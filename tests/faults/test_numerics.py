@@ -15,8 +15,8 @@ from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax import parallel
 from m3i_jax.modes import replay, train
-from m3i_jax.objective import balance, target
-from m3i_jax.training import dump, loop, spikes, state, trainer
+from m3i_jax.objective import balance, ema
+from m3i_jax.training import debug_dump, loop, spikes, state, trainer
 from m3i_jax.training.checkpoint import Checkpoints
 from tests import toy
 
@@ -100,11 +100,11 @@ def test_three_in_a_row_leave_a_dump_that_replays(tmp_path: pathlib.Path, monkey
 
     said: list[str] = []
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2, say=said.append)
-    outside = loop.Outside(
+    outside = loop.Callbacks(
         data=Data(), checkpoints=checkpoints, write=lambda step, values: None, say=said.append, panel=lambda *_: None, evaluators=[],
-        position=lambda samples: {}, dump=lambda *what: train.write_dump(tmp_path, one, said.append, *what),
+        position=lambda samples: {}, dump=lambda *what: train.dump_step(tmp_path, one, said.append, *what),
     )  # fmt: skip
-    code, ended = loop.run(one, one.init(), samples_seen=0, outside=outside)
+    code, ended = loop.run_loop(one, one.init(), samples_seen=0, outside=outside)
     checkpoints.close()
     assert code == loop.FAILED and drawn[0] == 7 and "stopped at step 7" in said[0] and "--mode=replay" in said[1]
     place = tmp_path / "dumps" / "7"
@@ -112,7 +112,7 @@ def test_three_in_a_row_leave_a_dump_that_replays(tmp_path: pathlib.Path, monkey
     about = json.loads((place / "step.json").read_text())
     assert about["metrics"]["loss"] == "nan" and about["step"] == 7
 
-    kept = dump.load(dump.newest(tmp_path), print)[2]
+    kept = debug_dump.load_dump(debug_dump.newest_dump(tmp_path), print)[2]
     assert int(kept.step) == 6 and bits((kept.params, kept.opt)) == bits((ended.params, ended.opt))
     capsys.readouterr()
     assert replay.run(one.config, workdir=str(tmp_path)) == 0
@@ -134,7 +134,7 @@ def test_without_a_dump_there_is_nothing_to_replay(tmp_path: pathlib.Path, capsy
     """As it is typed: the configuration is that of the run, no --config is needed."""
     assert command.main(["--mode=replay", "--workdir", str(tmp_path)]) == 2
     assert "has no config.txt" in capsys.readouterr().err
-    (tmp_path / "config.txt").write_text(configuration.to_text(toy.settings()))
+    (tmp_path / "config.txt").write_text(configuration.config_to_text(toy.settings()))
     assert command.main(["--mode=replay", "--workdir", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert "no dumps/<step> there" in err and err.count("\n") == 1
@@ -152,7 +152,7 @@ def test_lambda_is_finite_whatever_the_gradients(trials) -> None:
     def weights(norms_6x2: jax.Array) -> jax.Array:
         def one(seen: Any, pair: jax.Array) -> Any:
             _, seen = tx.update(jnp.zeros(()), seen, feature_grad_norms=(pair[0], pair[1]))
-            return seen, balance.weight(seen, gamma=1.0, limits=limits)
+            return seen, balance.balance_weight(seen, gamma=1.0, limits=limits)
 
         return jax.lax.scan(one, tx.init(jnp.zeros(())), norms_6x2)[1]
 
@@ -177,7 +177,7 @@ def series(count: int, seed: int) -> np.ndarray:
 def skipped(values: jax.Array) -> jax.Array:
     def one(window: spikes.SpikeState, pair: jax.Array) -> Any:
         spike = spikes.is_spike(window, pair[0], pair[1], 6.0)
-        return spikes.push(window, pair[0], pair[1], spike), spike
+        return spikes.push_window(window, pair[0], pair[1], spike), spike
 
     return jax.lax.scan(one, spikes.watch_spikes().init(None), values)[1]
 
@@ -240,7 +240,7 @@ def test_the_target_does_not_stall(trials) -> None:
     exact = walk[0].astype(np.float64)
     for m, now in zip(momentum, walk[1:].astype(np.float64), strict=True):
         exact = m * exact + (1 - m) * now
-    tx = target.track_target(target.cosine_momentum(0.995, count))
+    tx = ema.track_target(ema.cosine_momentum(0.995, count))
 
     def end(dtype: Any) -> np.ndarray:
         def one(seen: Any, now: jax.Array) -> Any:

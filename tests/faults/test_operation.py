@@ -15,9 +15,10 @@ import pytest
 from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax import schema
-from m3i_jax.data import array_records, crops, hugging_face, remote, tfds
+from m3i_jax.data import crops
+from m3i_jax.data.sources import array_record, hugging_face, remote, tfds
 from m3i_jax.errors import UserError
-from m3i_jax.modes import fitting, train
+from m3i_jax.modes import batch_search, train
 from m3i_jax.reporting import writers
 from tests.faults.hostile import ROOT
 from tests.modes import test_fitting
@@ -93,16 +94,16 @@ def test_the_largest_batch_that_fits_is_said(trials) -> None:
     """Ten sizes of memory, against a compiler that is a formula; what a real compiler says is tried in tests/modes/test_compile.py."""
     for largest in (0, 1, 2, 3, 5, 8, 11, 13, 15, 16):
         attempt, _ = test_fitting.machine(10.0 + largest + 0.5, silent=bool(largest % 2))
-        assert trials.add(fitting.largest(attempt, 6) == largest), largest
+        assert trials.add(batch_search.largest_batch(attempt, 6) == largest), largest
     trials.figure = f"{trials.passed} of {trials.trials} right, against a formula; no chip was here to run out of memory"
 
 
 def job(workdir: pathlib.Path, fingerprint: str = "f", **changes: Any) -> Any:
-    made = configuration.default()
-    configuration.override(made, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
+    made = configuration.default_config()
+    configuration.apply_overrides(made, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
     identity = f"order of the stream = version 1, seed 0\nsource 1 = pictures, fingerprint {fingerprint}\n"
     config = configuration.resolve(made)
-    return types.SimpleNamespace(workdir=workdir, text=configuration.to_text(config), fingerprint=fingerprint, identity=identity)
+    return types.SimpleNamespace(workdir=workdir, text=configuration.config_to_text(config), fingerprint=fingerprint, identity=identity)
 
 
 DIFFERENT = {
@@ -130,24 +131,24 @@ def test_a_changed_configuration_is_shown_and_asks_for_a_flag(trials, tmp_path: 
     position = {"samples_seen": 8, "fingerprint": "f"}
 
     def start(**changes: str) -> None:
-        train.agree(job(tmp_path), None, False)
-        train.agree(job(tmp_path, **changes), position, False)
+        train.check_same_run(job(tmp_path), None, False)
+        train.check_same_run(job(tmp_path, **changes), position, False)
 
     for change, wanted in DIFFERENT.items():
         with pytest.raises(UserError) as refusal:
             start(**dict([change.split("=", 1)]))
         told = str(refusal.value)
         assert trials.add(f"another configuration ({wanted}); choose another directory, or add --allow-changes" in told), told
-        train.agree(job(tmp_path, **dict([change.split("=", 1)])), position, True)
+        train.check_same_run(job(tmp_path, **dict([change.split("=", 1)])), position, True)
         assert trials.add(wanted.split(" -> ")[1] in (tmp_path / "config.txt").read_text())
     for change in SAME:
         start(**dict([change.split("=", 1)]))
         trials.add(True)
-    train.agree(job(tmp_path), None, False)
+    train.check_same_run(job(tmp_path), None, False)
     with pytest.raises(UserError, match=r"\(data, source 1: pictures, fingerprint f -> pictures, fingerprint g\)"):
-        train.agree(job(tmp_path, fingerprint="g"), position, False)
+        train.check_same_run(job(tmp_path, fingerprint="g"), position, False)
     with pytest.raises(UserError, match=r"\(seed: 0 -> 1; optim.lr: 0.001 -> 0.01; data, source 1: pictures, fingerprint f -> "):
-        train.agree(job(tmp_path, fingerprint="g", seed="1", optim__lr="0.01"), position, False)
+        train.check_same_run(job(tmp_path, fingerprint="g", seed="1", optim__lr="0.01"), position, False)
     trials.figure = f"{len(DIFFERENT)} changes told exactly, {len(SAME)} that change no result allowed"
 
 
@@ -161,12 +162,12 @@ def absent(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
 @pytest.mark.parametrize(
     ("packages", "extra", "act"),
     [
-        (["tensorboardX"], "tensorboard", lambda place: writers.need("tensorboardX", "report.tensorboard", "tensorboard")),
-        (["wandb"], "wandb", lambda place: writers.need("wandb", "report.wandb", "wandb")),
-        (["tensorflow_datasets"], "tfds", lambda place: tfds.Tfds("food101", "train")),
-        (["array_record", "array_record.python"], "tfds", lambda place: array_records.ArrayRecords(place)),
-        (["datasets"], "huggingface", lambda place: hugging_face.HuggingFace(place, "")),
-        (["fsspec"], "gcs", lambda place: remote.match("gs://bucket/*.tar")),
+        (["tensorboardX"], "tensorboard", lambda place: writers.require_package("tensorboardX", "report.tensorboard", "tensorboard")),
+        (["wandb"], "wandb", lambda place: writers.require_package("wandb", "report.wandb", "wandb")),
+        (["tensorflow_datasets"], "tfds", lambda place: tfds.TfdsSource("food101", "train")),
+        (["array_record", "array_record.python"], "tfds", lambda place: array_record.ArrayRecordSource(place)),
+        (["datasets"], "huggingface", lambda place: hugging_face.HuggingFaceSource(place, "")),
+        (["fsspec"], "gcs", lambda place: remote.glob_urls("gs://bucket/*.tar")),
     ],
 )
 def test_a_missing_package_names_its_extra(packages: list[str], extra: str, act: Any, monkeypatch, tmp_path: pathlib.Path) -> None:
@@ -179,14 +180,14 @@ def test_a_missing_package_names_its_extra(packages: list[str], extra: str, act:
 @pytest.mark.fast
 @pytest.mark.row("E4")
 def test_the_fast_resizer_names_its_extra(monkeypatch) -> None:
-    monkeypatch.setattr(crops.fast, "installed", lambda package: False)
-    crops.resizer.cache_clear()
+    monkeypatch.setattr(crops.decode_fast, "is_installed", lambda package: False)
+    crops.choose_resizer.cache_clear()
     try:
         with pytest.raises(UserError, match=r"pip install 'm3i-jax\[fast\]'"):
-            crops.resizer("fast")
-        assert crops.resizer("auto") == "pillow"
+            crops.choose_resizer("fast")
+        assert crops.choose_resizer("auto") == "pillow"
     finally:
-        crops.resizer.cache_clear()
+        crops.choose_resizer.cache_clear()
 
 
 BARE = """
@@ -267,7 +268,7 @@ def test_a_full_disk_costs_whole_lines_which_are_counted(trials, monkeypatch, tm
     """Wherever in a line the room ends; when there is room again, the log goes on and says what it lost."""
     for room in range(1, 60, 3):
         path = tmp_path / f"{room}.jsonl"
-        writer = writers.Writers({"metrics.jsonl": writers.JsonLines(path)}, writers.say)
+        writer = writers.Writers({"metrics.jsonl": writers.JsonLines(path)}, writers.log_line)
         disk = Disk(room)
         with monkeypatch.context() as patch:
             patch.setattr(writers.os, "write", disk)
@@ -317,12 +318,12 @@ def test_a_console_on_a_full_disk_comes_back(monkeypatch, tmp_path: pathlib.Path
 @pytest.mark.fast
 @pytest.mark.row("E5")
 def test_a_picture_that_cannot_be_written_ends_nothing(tmp_path: pathlib.Path, capsys) -> None:
-    from m3i_jax.reporting.sheet import Sheet
+    from m3i_jax.reporting.image_grid import ImageGrid
 
     writer = writers.open_writers(schema.Config(), tmp_path, resume_at=0, total=10)
     (tmp_path / "panels").write_text("a file where the folder should be")
     for _ in range(2):
-        writer.attempt("panels", lambda: Sheet(20, 20).save(tmp_path / "panels" / "1.png"))
+        writer.attempt("panels", lambda: ImageGrid(20, 20).save(tmp_path / "panels" / "1.png"))
     with pytest.raises(ZeroDivisionError):  # a mistake of the program is no full disk
         writer.attempt("panels", lambda: 1 / 0)
     writer.write(1, {"loss": 1.0})

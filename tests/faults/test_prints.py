@@ -18,8 +18,8 @@ import pytest
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.modes import train
-from m3i_jax.training import digests, prints
-from m3i_jax.training.checkpoint import AnotherRun, Checkpoints, Damaged
+from m3i_jax.training import array_checksums, file_checksums
+from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints, RunWeights
 from tests.faults.test_saves import make, names, restored, same, state  # noqa: F401 (a fixture)
 
 
@@ -31,20 +31,20 @@ def test_any_element_that_changes_changes_the_fingerprint(trials) -> None:
     missed = 0
     for kind in (np.float32, np.int32, np.uint32, np.float16, ml_dtypes.bfloat16, np.int8, np.bool_, np.uint8):
         x = r.integers(0, 2 if kind is np.bool_ else 100, (6, 11)).astype(kind)
-        before = prints.of({"x": jnp.asarray(x)}).read()
+        before = array_checksums.checksum_arrays({"x": jnp.asarray(x)}).read()
         for _ in range(25):
             y = x.copy()
             flat = y.reshape(-1).view(np.uint8)
             at = int(r.integers(len(flat)))
             flat[at] ^= 1 if kind is np.bool_ else 1 << int(r.integers(8))
-            missed += not trials.add(prints.of({"x": jnp.asarray(y)}).read() != before)
+            missed += not trials.add(array_checksums.checksum_arrays({"x": jnp.asarray(y)}).read() != before)
         a, b = np.argmax(x), np.argmin(x)
         y = x.copy().reshape(-1)
         y[a], y[b] = y[b], y[a]
-        missed += not trials.add(prints.of({"x": jnp.asarray(y.reshape(x.shape))}).read() != before)
+        missed += not trials.add(array_checksums.checksum_arrays({"x": jnp.asarray(y.reshape(x.shape))}).read() != before)
     trials.figure = f"{missed} of {trials.trials} changed arrays with the same fingerprint"
     assert not missed
-    one, again, other = (prints.of({"x": jnp.asarray([np.nan, zero], jnp.float32)}).read() for zero in (-0.0, -0.0, 0.0))
+    one, again, other = (array_checksums.checksum_arrays({"x": jnp.asarray([np.nan, zero], jnp.float32)}).read() for zero in (-0.0, -0.0, 0.0))
     assert one == again != other  # bits, not values
 
 
@@ -56,8 +56,8 @@ def test_the_fingerprint_is_the_same_in_every_layout(trials) -> None:
     for shape in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)):
         devices = jax.devices()[: int(np.prod(shape))]
         tree = {"encoder": {"blocks": {"mlp": {"up": {"kernel": jnp.asarray(x)}}}}, "step": jnp.int32(3)}
-        layout = parallel.shardings(parallel.make_mesh(shape, devices), tree)
-        found.add(json.dumps(prints.of(jax.device_put(tree, layout)).read()))
+        layout = parallel.tree_shardings(parallel.make_mesh(shape, devices), tree)
+        found.add(json.dumps(array_checksums.checksum_arrays(jax.device_put(tree, layout)).read()))
         trials.add(len(found) == 1)
     assert trials.passed == trials.trials
 
@@ -87,8 +87,8 @@ def test_wrong_bytes_with_right_digests_are_found(tmp_path: pathlib.Path, make, 
     one.save(2, state(2), {"samples_seen": 16})
     one.wait()
     again = make(tmp_path)
-    assert again.newest_good() == 2 and not digests.complaints(tmp_path / "2")  # the files are what was written
-    with pytest.raises(Damaged, match=f"checkpoint 2: 1 arrays are not what was trained, first {name}"):
+    assert again.newest_good() == 2 and not file_checksums.verify_checksums(tmp_path / "2")  # the files are what was written
+    with pytest.raises(CheckpointDamaged, match=f"checkpoint 2: 1 arrays are not what was trained, first {name}"):
         restored(again, 2)
     assert trials.add(again.newest_good() == 1 and same(restored(again, 1), state(1)))
     assert [path.split("-")[0] for path in names(tmp_path)] == ["1", "2.bad"]
@@ -103,7 +103,7 @@ def test_a_run_falls_back_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     def pretrain(*_: Any) -> int:
         came.append(len(came))
         if len(came) < 3:
-            raise Damaged("checkpoint 2")
+            raise CheckpointDamaged("checkpoint 2")
         return 7
 
     monkeypatch.setattr(train, "_pretrain", pretrain)
@@ -116,7 +116,7 @@ def test_a_step_without_fingerprints_is_used(tmp_path: pathlib.Path, make) -> No
     one = make(tmp_path)
     one.save(1, state(1), {})
     one.wait()
-    digests.write(tmp_path / "1", format=2)
+    file_checksums.write_checksums(tmp_path / "1", format=2)
     assert same(restored(make(tmp_path), 1), state(1))
 
 
@@ -152,7 +152,7 @@ def test_wrong_bytes_are_found_by_another_run_too(tmp_path: pathlib.Path, make, 
     wrong_write(one, monkeypatch, "w")
     one.save(2, state(2), {"samples_seen": 16})
     one.wait()
-    run = AnotherRun(str(tmp_path), "--workdir")
+    run = RunWeights(str(tmp_path), "--workdir")
     assert same(run.read({"b": None}), {"b": state(2)["b"]})
     with pytest.raises(UserError, match="--workdir: checkpoint .*2 cannot be read .w: is not what was trained.; give another run"):
         run.read({"b": None, "w": None})

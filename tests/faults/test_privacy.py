@@ -16,13 +16,12 @@ import pytest
 from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax import privacy, schema
-from m3i_jax.data import array_records, remote, sources
-from m3i_jax.data.folder import Folder
-from m3i_jax.data.tars import Tars
+from m3i_jax.data.sources import array_record, base, remote
+from m3i_jax.data.sources.folder import FolderSource
+from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.errors import UserError
 from m3i_jax.modes import data as data_mode
-from m3i_jax.reporting import data_page, writers
-from m3i_jax.reporting import page as html_page
+from m3i_jax.reporting import data_page, html_page, writers
 from tests import broken
 from tests.faults.hostile import JPEG, ROOT, read_all, tar
 from tests.test_main import TINY, environment
@@ -55,7 +54,7 @@ def test_no_name_of_an_archive_leads_out_or_commands_a_terminal(trials, tmp_path
             out.addfile(member)
     before, above = everything_below(tmp_path), sorted(os.listdir(tmp_path.parent))
     with caplog.at_level(logging.WARNING):
-        source = Tars(str(tmp_path / "in"))
+        source = TarSource(str(tmp_path / "in"))
     outside = sum(name.startswith("/") or ".." in name.split("/") for name in HOSTILE)
     assert source.ignored["names that lead outside"] == outside and source.ignored["links"] == 2 and source.ignored["special members"] == 3
     assert all("0.tar" in message for message in caplog.messages) and len(caplog.messages) == 3
@@ -63,7 +62,7 @@ def test_no_name_of_an_archive_leads_out_or_commands_a_terminal(trials, tmp_path
     read_all(source)
     assert everything_below(tmp_path) == before
     arguments = ["--config", f"{ROOT}/configs/tars.py:path={tmp_path}/in", *TINY, "--workdir", str(tmp_path / "run")]
-    monkeypatch.setattr(data_mode.survey.speed, "__kwdefaults__", {"seconds": 0.02})
+    monkeypatch.setattr(data_mode.dataset_scan.speed, "__kwdefaults__", {"seconds": 0.02})
     assert command.main([*arguments, "--mode=data", "--config.data.holdout=0"]) == 0
     out, err = capsys.readouterr()
     told = out + err
@@ -88,7 +87,7 @@ def test_links_do_not_lead_out_of_a_folder(tmp_path: pathlib.Path) -> None:
     (folder / "below").symlink_to(tmp_path / "secret")
     (folder / "loop").symlink_to(folder)
     os.mkfifo(folder / "pipe.jpg")
-    source = Folder(str(folder))
+    source = FolderSource(str(folder))
     assert [source.key(i) for i in range(len(source))] == ["own.jpg"]
     assert {k: n for k, n in source.ignored.items() if n} == {
         "links out of the folder": 2, "links to a folder above": 1, "special files": 1,
@@ -137,20 +136,20 @@ def found(text: str) -> list[str]:
 @pytest.mark.row("F4")
 def test_no_secret_is_in_a_message_a_log_or_a_traceback(trials, planted, monkeypatch, capsys, caplog, tmp_path: pathlib.Path) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(remote, "persist", lambda path, act: (_ for _ in ()).throw(UserError(f"{path!r} cannot be read")))
+    monkeypatch.setattr(remote, "retry_network", lambda path, act: (_ for _ in ()).throw(UserError(f"{path!r} cannot be read")))
     pytest.importorskip("fsspec")
     for name, path in planted.items():
         kind = "tars" if "://" in path else "folder"
         arguments = ["--config", f"configs/{kind}.py", f"--config.data.path={path}", "--workdir", str(tmp_path / "run")]
         assert command.main(arguments) == 2
         out, err = capsys.readouterr()
-        with privacy.guarded():
+        with privacy.redact_logs():
             logging.getLogger("m3i_jax.anything").warning("cannot read %s", path)
             try:
                 raise OSError(path)
             except OSError:
                 sys.excepthook(*sys.exc_info())
-            writers.say(f"reading {path}")
+            writers.log_line(f"reading {path}")
         logged = "".join(capsys.readouterr()) + caplog.messages[-1]
         assert "***" in err and logged.count("***") >= 3, (name, err, logged)
         assert trials.add(not found(out + err + logged)), (name, found(out + err + logged), err, logged)
@@ -168,7 +167,7 @@ def test_no_secret_is_in_a_file_of_a_run(trials, planted, monkeypatch, capsys, t
     members = [(f"{i}.{kind}", JPEG if kind == "jpg" else texts[i % 10].encode()) for i in range(30) for kind in ("jpg", "txt")]
     tar(path, [*members, (f"{SECRETS['access key']}.jpg", b"broken")])
     fsspec.filesystem("memory").pipe(f"{url.removeprefix('memory:/')}/0.tar", path.read_bytes())
-    monkeypatch.setattr(data_mode.survey.speed, "__kwdefaults__", {"seconds": 0.02})
+    monkeypatch.setattr(data_mode.dataset_scan.speed, "__kwdefaults__", {"seconds": 0.02})
     run = tmp_path / "run"
     arguments = [
         "--config",
@@ -197,17 +196,17 @@ def test_no_secret_is_in_a_file_of_a_run(trials, planted, monkeypatch, capsys, t
 
 def started(arguments: list[str], monkeypatch) -> None:
     """What --mode=train writes before the first step: settings and data of the run, and again with new credentials."""
-    from m3i_jax.modes import job as jobs
+    from m3i_jax.modes import setup as jobs
     from m3i_jax.modes import train
 
     def settings(swap: tuple[str, str] = ("", "")) -> schema.Config:
-        made = configuration.load("configs/tars.py")
-        configuration.override(made, [a.replace(*swap)[len("--config.") :] for a in arguments if a.startswith("--config.")])
+        made = configuration.load_config("configs/tars.py")
+        configuration.apply_overrides(made, [a.replace(*swap)[len("--config.") :] for a in arguments if a.startswith("--config.")])
         return configuration.resolve(made)
 
     for swap in (("", ""), (SECRETS["password of a URL"], SECRETS["password of a URL"])):
-        job = jobs.open_job(settings(swap), arguments[-1])
-        train.agree(job, {"samples_seen": 8, "fingerprint": job.fingerprint}, False)
+        job = jobs.open_setup(settings(swap), arguments[-1])
+        train.check_same_run(job, {"samples_seen": 8, "fingerprint": job.fingerprint}, False)
 
 
 @pytest.mark.slow
@@ -243,7 +242,7 @@ def test_a_whole_run_shows_no_secret_and_is_its_owners(trials, planted, tmp_path
     assert whole.returncode == 0 and "done: 4 steps" in whole.stdout, whole.stderr
     refused = start("--config.seed=7")
     assert refused.returncode == 2 and "seed: 0 -> 7" in refused.stderr
-    crash = start(before="from m3i_jax.modes import job; job.lock = lambda place: open(sys.argv[3])")
+    crash = start(before="from m3i_jax.modes import job; setup.lock_workdir = lambda place: open(sys.argv[3])")
     assert crash.returncode == 1 and "FileNotFoundError" in crash.stderr and "***" in crash.stderr
     printed = "".join(done.stdout + done.stderr for done in (whole, refused, crash))
     written = {path: path.read_bytes().decode("latin-1") for path in run.rglob("*") if path.is_file()}
@@ -268,8 +267,8 @@ def test_no_secret_goes_to_a_service_or_into_a_converted_data_set(planted, monke
     writers.open_writers(config, tmp_path, resume_at=0, total=1).close()
     assert len(sent["config"]["data"]["mixture"]) == 10 and not found(str(sent)) and str(sent).count("***") >= 10
     pytest.importorskip("array_record.python.array_record_module")
-    array_records.write_shard(str(tmp_path / "x.array_record"), [sources.Record("1", JPEG)])
-    array_records.write_index(str(tmp_path), name=" ".join(planted.values()))
+    array_record.write_shard(str(tmp_path / "x.array_record"), [base.Record("1", JPEG)])
+    array_record.write_shard_index(str(tmp_path), name=" ".join(planted.values()))
     assert not found((tmp_path / "dataset.json").read_text())
 
 
@@ -279,11 +278,11 @@ def test_new_credentials_are_no_other_configuration(tmp_path: pathlib.Path) -> N
     """A signed address is another one every hour: a run resumes with it; with another file it does not."""
     old, new, other = (
         privacy.redact(
-            configuration.to_text(schema.Config(data=schema.Data(path=f"https://me:{key}@host/{name}.tar?X-Amz-Signature={key}")))
+            configuration.config_to_text(schema.Config(data=schema.Data(path=f"https://me:{key}@host/{name}.tar?X-Amz-Signature={key}")))
         )
         for key, name in (("one-11111", "a"), ("two-22222", "a"), ("two-22222", "b"))
     )
-    assert configuration.difference(old, new) == [] and len(configuration.difference(old, other)) == 1
+    assert configuration.config_difference(old, new) == [] and len(configuration.config_difference(old, other)) == 1
 
 
 @pytest.mark.fast
@@ -295,7 +294,7 @@ def test_what_is_no_secret_stays() -> None:
         "gs://bucket/x-??.tar, host:8080/path, abfs://container@account.dfs.core.windows.net/x",
         "data.path = '/data/2024-01-01/pictures'",
         configuration.help_table(),
-        configuration.to_text(schema.Config()),
+        configuration.config_to_text(schema.Config()),
     ):
         assert privacy.redact(text, environment={"PATH": "/data/2024-01-01", "AUTHOR": "pictures", "TOKEN": "short"}) == text
 
@@ -305,7 +304,7 @@ def test_what_is_no_secret_stays() -> None:
 @pytest.mark.parametrize("private", [True, False])
 def test_files_are_their_owners(private: bool, trials, monkeypatch, tmp_path: pathlib.Path, capsys) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(data_mode.survey.speed, "__kwdefaults__", {"seconds": 0.02})
+    monkeypatch.setattr(data_mode.dataset_scan.speed, "__kwdefaults__", {"seconds": 0.02})
     run, folder = tmp_path / "made" / "run", tmp_path / "pictures"
     broken.fill(folder, good=12, kinds=2)
     before = os.umask(0o022)
@@ -339,7 +338,7 @@ def test_text_of_the_data_does_nothing_on_the_page() -> None:
         '" style="background:url(javascript:fired())', "<a href=javascript:fired()>", "&lt;script&gt;fired()&lt;/script&gt;",
     ]  # fmt: skip
     picture = [{"jpeg": JPEG, "key": a, "size": "1 x 1", "label": a, "caption": a} for a in attacks]
-    page = data_page._pictures(picture) + html_page.table(attacks, [attacks], 1)
+    page = data_page._pictures(picture) + html_page.html_table(attacks, [attacks], 1)
     seen: list[tuple[str, dict[str, str | None]]] = []
     reader = html.parser.HTMLParser()
     reader.handle_starttag = lambda name, attributes: seen.append((name, dict(attributes)))

@@ -82,12 +82,12 @@ def told_while_saving(place: pathlib.Path, monkeypatch: pytest.MonkeyPatch, at: 
             return {}
 
     quiet = {"write": lambda *_: None, "say": lambda text: None, "panel": lambda *_: None, "evaluators": [], "position": lambda n: {"n": n}}
-    code, state = loop.run(one, one.init(), samples_seen=0, outside=loop.Outside(data=Data(60, 10), checkpoints=checkpoints, **quiet))
+    code, state = loop.run_loop(one, one.init(), samples_seen=0, outside=loop.Callbacks(data=Data(60, 10), checkpoints=checkpoints, **quiet))
     checkpoints.close()
     step = int(state.step)
     again = Checkpoints(place, 2, say=lambda text: pytest.fail(text))
     template = jax.eval_shape(one.init)
-    got = again.restore(step, template, parallel.shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), template))
+    got = again.restore(step, template, parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), template))
     fine = [
         code == loop.PREEMPTED, step == at, again.newest_good() == step, again.position(step) == {"n": 8 * step},
         bool((np.asarray(got.params["w"]) == step).all()), all(p.name.isdecimal() for p in place.iterdir()),
@@ -116,7 +116,7 @@ def test_told_to_stop_at_any_instant_of_a_save(tmp_path: pathlib.Path, monkeypat
 HOLD = """
 import pathlib, sys, time
 from m3i_jax.modes import job
-with job.lock(pathlib.Path(sys.argv[1])):
+with setup.lock_workdir(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -127,18 +127,18 @@ with job.lock(pathlib.Path(sys.argv[1])):
 def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: pathlib.Path) -> None:
     """The process that holds the lock is named; when it was killed, its lock is stale, and is none."""
     from m3i_jax.errors import UserError
-    from m3i_jax.modes import job
+    from m3i_jax.modes import setup
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout and holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"another run \\(process {holder.pid}\\) is working there"), job.lock(tmp_path):
+        with pytest.raises(UserError, match=f"another run \\(process {holder.pid}\\) is working there"), setup.lock_workdir(tmp_path):
             pass
     finally:
         holder.kill()
         holder.wait()
-    with job.lock(tmp_path):
+    with setup.lock_workdir(tmp_path):
         assert (tmp_path / "run.lock").read_text() == str(os.getpid())
 
 

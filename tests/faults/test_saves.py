@@ -17,7 +17,7 @@ import pytest
 
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
-from m3i_jax.training import checkpoint, digests, steps
+from m3i_jax.training import checkpoint, checkpoint_dir, file_checksums
 from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -30,7 +30,7 @@ def state(step: int, size: int = 4096) -> dict[str, jax.Array]:
 
 
 def shardings(tree):
-    return parallel.shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), tree)
+    return parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), tree)
 
 
 def restored(one: Checkpoints, step: int, size: int = 4096):
@@ -112,8 +112,8 @@ def test_what_a_late_thread_of_a_failed_save_writes_is_removed_too(tmp_path: pat
         if len(turns) < 3:
             pathlib.Path(path).mkdir()
 
-    monkeypatch.setattr(steps.shutil, "rmtree", late)
-    steps.clean(tmp_path)
+    monkeypatch.setattr(checkpoint_dir.shutil, "rmtree", late)
+    checkpoint_dir.remove_leftovers(tmp_path)
     assert names(tmp_path) == ["2"] and len(turns) == 3
 
 
@@ -135,7 +135,7 @@ def test_a_disk_that_fails_in_the_last_moment(tmp_path: pathlib.Path, make: Make
             raise OSError(number, os.strerror(number))
 
         with monkeypatch.context() as patch:
-            patch.setattr(digests, "write", fail)
+            patch.setattr(file_checksums, "write_checksums", fail)
             yield
 
     failing(make(tmp_path / "c"), tmp_path / "c", broken)
@@ -196,14 +196,14 @@ def test_what_lies_beside_the_steps(tmp_path: pathlib.Path, make: Make) -> None:
     (place / "notes.txt").write_text("mine")
     before = {path: path.stat().st_mtime_ns for path in outside.rglob("*")}
     one = make(place)
-    assert one.latest() == one.newest_good() == 4 and not one.said and steps.listed(place) == [4]
+    assert one.latest() == one.newest_good() == 4 and not one.said and checkpoint_dir.complete_steps(place) == [4]
     one.save(6, state(6), {})
     one.wait()
     assert names(place) == sorted(["-3", "007", "100", "4", "50", "6", "62.new", "notes.txt"])
     for step in (8, 9):
         one.save(step, state(step), {})
         one.wait()
-    assert steps.listed(place) == [8, 9] and (place / "100").is_symlink()
+    assert checkpoint_dir.complete_steps(place) == [8, 9] and (place / "100").is_symlink()
     assert before == {path: path.stat().st_mtime_ns for path in outside.rglob("*")}
 
 
@@ -214,15 +214,15 @@ def test_retention_spares_what_is_read_and_the_last_good(tmp_path: pathlib.Path,
     one = make(place, keep=1)
     one.save(2, state(2), {})
     one.wait()
-    with steps.reading(place / "2"):
+    with checkpoint_dir.hold_step(place / "2"):
         one.save(4, state(4), {})
         one.wait()
-        assert steps.listed(place) == [2, 4]
+        assert checkpoint_dir.complete_steps(place) == [2, 4]
         assert same(restored(one, 2), state(2))
     with no_file_above(2000):  # a save that fails deletes nothing
         one.save(6, state(6), {})
         one._saving[-1].exception()
-    assert not one._settle() and steps.listed(place) == [2, 4]
+    assert not one._settle() and checkpoint_dir.complete_steps(place) == [2, 4]
     one.save(8, state(8), {})
     one.wait()
     assert names(place) == ["8"] and not [text for text in one.said if "save 1 of 3" not in text]
@@ -250,9 +250,9 @@ def test_a_reader_races_with_retention(tmp_path: pathlib.Path, make: Make, trial
         for _ in range(100):
             while True:
                 step = reader.latest()
-                with steps.reading(place / str(step)):
-                    if step in steps.listed(place):  # it was not deleted before the lock was ours
-                        trials.add(same(restored(reader, step), state(step)) and not digests.complaints(place / str(step)))
+                with checkpoint_dir.hold_step(place / str(step)):
+                    if step in checkpoint_dir.complete_steps(place):  # it was not deleted before the lock was ours
+                        trials.add(same(restored(reader, step), state(step)) and not file_checksums.verify_checksums(place / str(step)))
                         break
     finally:
         stop.set()
@@ -330,7 +330,7 @@ def test_checkpoints_of_older_versions(tmp_path: pathlib.Path, make: Make) -> No
         assert one.newest_good() == 3 and one.position(3) == {"samples_seen": 24, "fingerprint": "golden"}
         assert same(restored(one, 3, 16), state(3, 16))
         assert [("older version, without digests" in text) for text in one.said] == ([True] if form == 1 else [])
-    (place / "3" / digests.NAME).unlink()
+    (place / "3" / file_checksums.NAME).unlink()
     with pytest.raises(UserError, match="no whole checkpoint is left"):
         one.newest_good()
     assert "digests.json: is missing" in one.said[-1]
@@ -341,7 +341,7 @@ def test_checkpoints_of_older_versions(tmp_path: pathlib.Path, make: Make) -> No
 def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: pathlib.Path, make: Make) -> None:
     place = tmp_path / "checkpoints" / "3"
     shutil.copytree(GOLDEN / f"format{checkpoint.FORMAT}", place)
-    digests.write(place, format=checkpoint.FORMAT + 1)
+    file_checksums.write_checksums(place, format=checkpoint.FORMAT + 1)
     with pytest.raises(UserError, match="checkpoint 3: is of format 4, this version of m3i_jax reads up to 3; use a newer version"):
         make(place.parent).newest_good()
     assert place.is_dir()  # not set aside: nothing is wrong with it
@@ -355,6 +355,6 @@ def write_golden() -> None:
     one.close()
     for path in (GOLDEN / "making" / "3").rglob("commit_success.txt"):
         path.write_text("committed\n")
-    digests.write(GOLDEN / "making" / "3", format=checkpoint.FORMAT)
+    file_checksums.write_checksums(GOLDEN / "making" / "3", format=checkpoint.FORMAT)
     (GOLDEN / "making" / "3").rename(GOLDEN / f"format{checkpoint.FORMAT}")
     (GOLDEN / "making").rmdir()

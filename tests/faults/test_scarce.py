@@ -12,7 +12,7 @@ import pytest
 from m3i_jax import main as command
 from m3i_jax import parallel
 from m3i_jax.errors import DoesNotFit
-from m3i_jax.training import phases
+from m3i_jax.training import goodput
 from m3i_jax.training.trainer import Trainer
 from tests import toy
 from tests.faults.hostile import ROOT
@@ -24,7 +24,7 @@ from tests.training.test_loop import World
 @pytest.mark.parametrize(("slow", "told"), [("draw", 1), ("dispatch", 0)])
 def test_training_that_waits_for_data_is_told(monkeypatch: pytest.MonkeyPatch, trials, slow: str, told: int) -> None:
     """Within two readings of the clock, once, with the share; a step that is slow itself is no reason."""
-    monkeypatch.setattr(phases.Starving, "SECONDS", 0.05)
+    monkeypatch.setattr(goodput.InputStallAlarm, "SECONDS", 0.05)
     world = World(9, log_every=1)
     world.at = {event: lambda: time.sleep(0.05) for event in (slow, *(f"{slow} {k}" for k in range(10)))}
     said: list[tuple[int, str]] = []
@@ -68,14 +68,14 @@ def test_too_few_devices_for_a_state_that_was_split(monkeypatch: pytest.MonkeyPa
         return Trainer(config, parallel.make_mesh(shape, jax.devices()[:count]), 0)
 
     split, whole = trainer(8, (1, 8, 1)), trainer(1, (1, 1, 1))
-    part, all_ = (parallel.held(one.template, one.shardings) for one in (split, whole))
+    part, all_ = (parallel.bytes_per_device(one.template, one.shardings) for one in (split, whole))
     assert all_ == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(whole.template)) and all_ / 8 <= part < all_ / 2
-    monkeypatch.setattr(parallel, "room", lambda mesh: all_ / 2)
+    monkeypatch.setattr(parallel, "device_memory", lambda mesh: all_ / 2)
     split.check_room()
     with pytest.raises(DoesNotFit, match=r"of each of the 1 cpu device\(s\), .*; it needs 2 or more of them"):
         whole.check_room()
     with pytest.raises(DoesNotFit, match=r"8 cpu device\(s\), .*; config.parallel.mesh=\(1,-1,1\) splits it over all of them"):
         trainer(8, (8, 1, 1)).check_room()
-    monkeypatch.setattr(parallel, "room", lambda mesh: float(all_))
+    monkeypatch.setattr(parallel, "device_memory", lambda mesh: float(all_))
     whole.check_room()
     trials.trials = trials.passed = 4

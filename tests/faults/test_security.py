@@ -16,9 +16,10 @@ import pytest
 from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax import schema
-from m3i_jax.data import array_records, class_names, sources, tokenizer
-from m3i_jax.data.folder import Folder
-from m3i_jax.data.tars import Tars
+from m3i_jax.data import tokenizer
+from m3i_jax.data.sources import array_record, base, class_names
+from m3i_jax.data.sources.folder import FolderSource
+from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.errors import UserError
 from m3i_jax.reporting import writers
 from tests.faults.hostile import JPEG, PEAK, ROOT, read_all, tar
@@ -53,7 +54,7 @@ def test_the_payload_itself_fires(tmp_path: pathlib.Path) -> None:
 
 def in_a_member(ending: str) -> Callable[[pathlib.Path, bytes], None]:
     def place(folder: pathlib.Path, payload: bytes) -> None:
-        read_all(Tars(tar(folder / "0.tar", [("1.jpg", JPEG), (f"1.{ending}", payload), ("2.jpg", payload)])))
+        read_all(TarSource(tar(folder / "0.tar", [("1.jpg", JPEG), (f"1.{ending}", payload), ("2.jpg", payload)])))
 
     return place
 
@@ -61,23 +62,23 @@ def in_a_member(ending: str) -> Callable[[pathlib.Path, bytes], None]:
 def in_a_picture(folder: pathlib.Path, payload: bytes) -> None:
     (folder / "1.jpg").write_bytes(payload)
     (folder / "1.txt").write_bytes(payload)
-    read_all(Folder(str(folder)))
+    read_all(FolderSource(str(folder)))
 
 
 def in_the_tar_index(folder: pathlib.Path, payload: bytes) -> None:
     path, cache = tar(folder / "0.tar", [("1.jpg", JPEG)]), folder / "cache"
-    Tars(path, cache=str(cache))
+    TarSource(path, cache=str(cache))
     (index,) = cache.iterdir()
     with np.load(index) as saved:
         names = tuple(saved.files)
     index.write_bytes(objects(folder.parent / "fired", names))
-    read_all(Tars(path, cache=str(cache)))
+    read_all(TarSource(path, cache=str(cache)))
 
 
 def records_in(folder: pathlib.Path, image: bytes = JPEG) -> pathlib.Path:
     pytest.importorskip("array_record.python.array_record_module")
-    array_records.write_shard(str(folder / "x-00000-of-00001.array_record"), [sources.Record("1", image, 0, "a")])
-    array_records.write_index(str(folder), classes=("a",))
+    array_record.write_shard(str(folder / "x-00000-of-00001.array_record"), [base.Record("1", image, 0, "a")])
+    array_record.write_shard_index(str(folder), classes=("a",))
     return folder
 
 
@@ -85,17 +86,17 @@ def in_the_columns(folder: pathlib.Path, payload: bytes) -> None:
     (columns,) = records_in(folder).glob("*.npz")
     columns.write_bytes(objects(folder.parent / "fired", ("key", "label", "caption", "digest")))
     with pytest.raises(UserError, match="missing or damaged"):
-        array_records.ArrayRecords(str(folder))
+        array_record.ArrayRecordSource(str(folder))
 
 
 def in_the_index(folder: pathlib.Path, payload: bytes) -> None:
     (records_in(folder) / "dataset.json").write_bytes(payload)
     with pytest.raises(UserError, match="is damaged"):
-        array_records.ArrayRecords(str(folder))
+        array_record.ArrayRecordSource(str(folder))
 
 
 def in_a_record(folder: pathlib.Path, payload: bytes) -> None:
-    read_all(array_records.ArrayRecords(str(records_in(folder, payload))))
+    read_all(array_record.ArrayRecordSource(str(records_in(folder, payload))))
 
 
 def in_the_tokenizer(folder: pathlib.Path, payload: bytes) -> None:
@@ -108,22 +109,22 @@ def in_the_names(folder: pathlib.Path, payload: bytes) -> None:
     for name in ("names.txt", "names.json"):
         (folder / name).write_bytes(payload)
         try:
-            class_names.from_file(str(folder / name), ("0", "1"))
+            class_names.class_names_from_file(str(folder / name), ("0", "1"))
         except UserError:
             continue
 
 
 def in_the_log(folder: pathlib.Path, payload: bytes) -> None:
     (folder / "metrics.jsonl").write_bytes(payload + b"\n")
-    assert writers.resume(folder / "metrics.jsonl", 5)
-    configuration.difference(payload.decode("latin-1"), configuration.to_text(schema.Config()))
+    assert writers.truncate_log(folder / "metrics.jsonl", 5)
+    configuration.config_difference(payload.decode("latin-1"), configuration.config_to_text(schema.Config()))
 
 
 def in_an_override(folder: pathlib.Path, payload: bytes) -> None:
     for key in ("optim.lr", "data.crop_scale", "train.steps", "model.scan"):
         for text in (payload.decode(), f"__import__('os').mkdir({str(folder.parent / 'fired')!r})"):
             with pytest.raises(UserError):
-                configuration.override(configuration.default(), [f"{key}={text}"])
+                configuration.apply_overrides(configuration.default_config(), [f"{key}={text}"])
 
 
 PLACES = {
@@ -219,7 +220,7 @@ BOMBS = (
     + """
 import json, os, pathlib, sys, time
 from m3i_jax.data import array_records, arrays, class_names, sources, tokenizer
-from m3i_jax.data.tars import Tars
+from m3i_jax.data.sources.tars import Tars
 from m3i_jax.errors import UserError
 import numpy as np
 
@@ -234,11 +235,11 @@ def refused(act):
 
 acts = {
     "nested": lambda: Tars(str(folder / "nested.tar"))[0].label == -1,
-    "huge": lambda: refused(lambda: array_records.ArrayRecords(str(folder / "huge"))),
-    "names": lambda: refused(lambda: class_names.from_file(str(folder / "names.json"), ("0",))),
+    "huge": lambda: refused(lambda: array_record.ArrayRecordSource(str(folder / "huge"))),
+    "names": lambda: refused(lambda: class_names.class_names_from_file(str(folder / "names.json"), ("0",))),
     "tokenizer": lambda: refused(lambda: tokenizer.Tokenizer.load(str(folder / "tokenizer.json"), 9)),
-    "inflates": lambda: arrays.load(str(folder / "inflates.npz")) is None,
-    "claims": lambda: arrays.load(str(folder / "claims.npz")) is None,
+    "inflates": lambda: array_files.load_arrays(str(folder / "inflates.npz")) is None,
+    "claims": lambda: array_files.load_arrays(str(folder / "claims.npz")) is None,
 }
 for name, act in acts.items():
     before, start = peak(), time.process_time()

@@ -14,7 +14,7 @@ import threading
 import time
 
 from m3i_jax import main
-from m3i_jax.training import leaks
+from m3i_jax.training import malloc
 
 EVERY = 5.0  # seconds
 
@@ -46,11 +46,11 @@ def note(file: pathlib.Path) -> None:
     while True:
         time.sleep(EVERY)
         gc.collect()
-        leaks.give_back()
+        malloc.malloc_trim()
         file.write_text(f"{allocated()} {own()}\n")
 
 
 if __name__ == "__main__":
-    leaks.few_heaps()  # as the command line does
+    malloc.limit_arenas()  # as the command line does
     threading.Thread(target=note, args=(pathlib.Path(sys.argv[1]),), daemon=True).start()
     sys.exit(main.main(sys.argv[2:]))

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.evaluation import loaded
-from m3i_jax.interop import export, tensors, vit
+from m3i_jax.evaluation import load
+from m3i_jax.interop import export_formats, tensor_files, vit_weights
 from m3i_jax.modes import export as mode
-from m3i_jax.training import start
+from m3i_jax.training import init_from
 from tests import saved, toy
 from tests.interop.published_vit import ENCODERS, OTHERS, shapes
 
@@ -57,7 +57,7 @@ def close(got: np.ndarray, expected, tolerance: float = 1e-5) -> None:
     assert np.abs(got - expected).max() <= tolerance * max(1.0, np.abs(expected).max()), np.abs(got - expected).max()
 
 
-def normal(model: loaded.Loaded, raw: np.ndarray):
+def normal(model: load.LoadedEncoder, raw: np.ndarray):
     augment = model.config.data.augment
     pixels = (raw / np.float32(255) - np.array(augment.mean, np.float32)) / np.array(augment.std, np.float32)
     return torch.from_numpy(pixels.astype(np.float32).transpose(0, 3, 1, 2).copy())
@@ -67,10 +67,10 @@ def from_timm(place: pathlib.Path, arguments: dict, name: str = "vit_base_patch1
     model = shaken(timm.create_model(name, pretrained=False, num_classes=3, **arguments))
     path = place / f"model{suffix}"
     if suffix == ".safetensors":
-        tensors.write_safetensors(path, {name: value.numpy() for name, value in model.state_dict().items()})
+        tensor_files.write_safetensors(path, {name: value.numpy() for name, value in model.state_dict().items()})
     else:
         torch.save({"model": model.state_dict(), "epoch": 3}, path)
-    mine = loaded.load(str(path), pool="tokens", heads=arguments["num_heads"])
+    mine = load.load(str(path), pool="tokens", heads=arguments["num_heads"])
     mine.config = with_encoder(mine.config, activation=arguments.get("act_layer", "gelu"))  # a bare file of timm's cannot tell
     raw = pictures(arguments["img_size"])
     close(mine.features(raw), model.forward_features(normal(mine, raw)))
@@ -101,14 +101,14 @@ def hugging_face(place: pathlib.Path, kind: str, sizes: dict) -> None:
     config = {"ViTModel": transformers.ViTConfig, "CLIPVisionModel": transformers.CLIPVisionConfig}[kind](**sizes)
     model = shaken(getattr(transformers, kind)(config))
     model.save_pretrained(place)
-    mine = loaded.load(str(place), pool="tokens")
+    mine = load.load(str(place), pool="tokens")
     raw = pictures(sizes["image_size"])
     out = model(pixel_values=normal(mine, raw), output_hidden_states=True)
     if kind == "ViTModel":
         close(mine.features(raw), out.last_hidden_state)  # the file has the norm, so it is ours too
     else:
         close(mine.features(raw), getattr(model, "vision_model", model).post_layernorm(out.last_hidden_state))
-    without = loaded.load(str(place), pool="tokens")
+    without = load.load(str(place), pool="tokens")
     without.config = with_encoder(without.config, final_norm=False)
     close(without.features(raw), out.hidden_states[-1] if kind == "ViTModel" else out.last_hidden_state)
 
@@ -122,16 +122,16 @@ def test_masked_auto_encoders_of_transformers_are_known(tmp_path: pathlib.Path) 
     sizes = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 32}
     model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**HF, **sizes))
     model.save_pretrained(tmp_path)
-    found = vit.load(tensors.read(tmp_path))
+    found = vit_weights.load_vit(tensor_files.read_tensors(tmp_path))
     assert found.layout == "hf" and not found.unknown and set(found.unused) == {"decoder of pixels"}
-    mine = start.open_source(str(tmp_path))
-    assert mine.shapes[start.TABLE] == (1, 17, 32)
+    mine = init_from.open_weights(str(tmp_path))
+    assert mine.shapes[init_from.TABLE] == (1, 17, 32)
 
 
-def random_encoder(place: pathlib.Path, width: int = 32, **changes) -> loaded.Loaded:
+def random_encoder(place: pathlib.Path, width: int = 32, **changes) -> load.LoadedEncoder:
     settings = {f"model__encoder__{name}": value for name, value in changes.items()}
     saved.run(place, toy.settings(model__encoder__width=width, objective__forms="mim", **settings))
-    return loaded.load(str(place), pool="tokens")
+    return load.load(str(place), pool="tokens")
 
 
 VARIANTS = [{}, {"final_norm": "true"}, {"positions": "learned", "norm_eps": 1e-5},
@@ -144,25 +144,25 @@ def test_they_compute_what_we_do(tmp_path: pathlib.Path, library: str, changes: 
     both_ways(tmp_path, library, random_encoder(tmp_path / "run", **changes))
 
 
-def both_ways(place: pathlib.Path, library: str, mine: loaded.Loaded) -> None:
+def both_ways(place: pathlib.Path, library: str, mine: load.LoadedEncoder) -> None:
     described, size, pixels = mode._described(mine)
     raw = pictures(size)
     shown = normal(mine, raw).numpy().transpose(0, 2, 3, 1)
     out = place / "out"
     if library == "timm":
-        export.timm(out, mode.tree_of(mine), described, size, pixels)
-        got = export.through_timm(out, described, size, shown)
+        export_formats.timm_config(out, mode.tree_of(mine), described, size, pixels)
+        got = export_formats.timm_output(out, described, size, shown)
     else:
-        kind = export.hugging_face(out, mode.tree_of(mine), described, size, pixels)
-        got = export.through_hugging_face(out, kind, described["final_norm"], shown)
+        kind = export_formats.hugging_face_config(out, mode.tree_of(mine), described, size, pixels)
+        got = export_formats.hugging_face_output(out, kind, described["final_norm"], shown)
     assert got is not None
     close(got, mine.features(raw))
 
 
 def test_timms_own_loader_reads_our_npz(tmp_path: pathlib.Path) -> None:
     mine = random_encoder(tmp_path / "run", final_norm="true")
-    tensors.write_npz(tmp_path / "vit.npz", vit.store(mode.tree_of(mine), "google", heads=2))
-    name, arguments = export.timm_arguments(mode._described(mine)[0], 32)
+    tensor_files.write_npz(tmp_path / "vit.npz", vit_weights.store_vit(mode.tree_of(mine), "google", heads=2))
+    name, arguments = export_formats.timm_arguments(mode._described(mine)[0], 32)
     model = timm.create_model(name, pretrained=False, **arguments).eval()
     model.load_pretrained(str(tmp_path / "vit.npz"))
     raw = pictures(32)
@@ -174,9 +174,9 @@ def test_the_tables_of_names_are_theirs(tmp_path: pathlib.Path) -> None:
     real = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     assert real == shapes(f"{ENCODERS['timm']} | {OTHERS['timm']}", **SIZES)
     transformers.ViTModel(transformers.ViTConfig(**HF)).save_pretrained(tmp_path / "hf")
-    assert tensors.read(tmp_path / "hf").shapes == shapes(f"{ENCODERS['hf']} | {OTHERS['hf']}", **SIZES)
+    assert tensor_files.read_tensors(tmp_path / "hf").shapes == shapes(f"{ENCODERS['hf']} | {OTHERS['hf']}", **SIZES)
     transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**HF)).save_pretrained(tmp_path / "clip")
-    files = {name.removeprefix("vision_model."): shape for name, shape in tensors.read(tmp_path / "clip").shapes.items()}
+    files = {name.removeprefix("vision_model."): shape for name, shape in tensor_files.read_tensors(tmp_path / "clip").shapes.items()}
     assert files == shapes(ENCODERS["clip"], **SIZES)
 
 
@@ -193,4 +193,4 @@ def test_vit_base_as_we_compute_it(tmp_path: pathlib.Path, library: str, final_n
     sizes = {"width": 768, "patch_size": 16, "depth": 12, "heads": 12, "final_norm": final_norm}
     config = toy.settings(data__image_size=224, objective__forms="mim", **{f"model__encoder__{name}": n for name, n in sizes.items()})
     saved.run(tmp_path / "run", config)
-    both_ways(tmp_path, library, loaded.load(str(tmp_path / "run"), pool="tokens"))
+    both_ways(tmp_path, library, load.load(str(tmp_path / "run"), pool="tokens"))

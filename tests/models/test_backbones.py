@@ -12,7 +12,7 @@ from m3i_jax import config as configuration
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones, intern_image, m3i, presets, vit
-from m3i_jax.objective import masks, methods, mixing
+from m3i_jax.objective import masks, mixing, terms
 from m3i_jax.training import optimizer, plan
 from tests import toy
 
@@ -20,8 +20,8 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 
 def chosen(name: str, **data: object) -> schema.Config:
-    config = configuration.default()
-    presets.use(config, name)
+    config = configuration.default_config()
+    presets.apply_preset(config, name)
     config.data.update({"classes": 1000, "captions": "yes", "size": 100_000, **data})
     return configuration.resolve(config)
 
@@ -37,10 +37,10 @@ def test_presets_are_whole_models(size: str) -> None:
     e, d, pool = config.model.encoder, config.model.decoder, config.model.pool
     assert (e.width, d.width, pool.width, config.tokens, config.optim.clip) == (width, width, 768, 144, 5.0)
     assert width // d.heads == width // pool.heads == 64
-    assert backbones.net(config.model) == net
-    shapes = jax.eval_shape(lambda key: m3i.init(config, key, methods.FORMS["m3i"], classes=1000, vocabulary=49_408), jax.random.key(0))
+    assert backbones.intern_image_config(config.model) == net
+    shapes = jax.eval_shape(lambda key: m3i.init(config, key, terms.FORMS["m3i"], classes=1000, vocabulary=49_408), jax.random.key(0))
     found = dict(m3i.parameter_table(shapes))
-    assert found["encoder"] == intern_image.count(net) + (8 * net.width + 1) * 4 * width + (4 * net.width + 1) * width
+    assert found["encoder"] == intern_image.parameter_count(net) + (8 * net.width + 1) * 4 * width + (4 * net.width + 1) * width
     assert found["pool"] == 3 * (width**2 + width + 2 * width) + (width + 1) * 768
     assert found["text"] == 123_650_304
 
@@ -48,16 +48,16 @@ def test_presets_are_whole_models(size: str) -> None:
 def test_the_largest_model_of_the_paper_in_numbers() -> None:
     """Golden: section 8.2's backbone, the fusion, and attention pooling from 1024 to 768."""
     config = chosen("internimage_h", image_size=192)
-    shapes = jax.eval_shape(lambda key: m3i.init(config, key, methods.FORMS["m3i"], classes=0, vocabulary=9), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: m3i.init(config, key, terms.FORMS["m3i"], classes=0, vocabulary=9), jax.random.key(0))
     found = dict(m3i.parameter_table(shapes))
     assert (found["encoder"], found["pool"]) == (1_073_122_480 + 11_801_600, 3_942_144)
-    assert config.model.encoder.drop_path == 0.2 and backbones.drop_rates(config.model).tolist() == [np.float32(0.2)] * 50
+    assert config.model.encoder.drop_path == 0.2 and backbones.backbone_drop_rates(config.model).tolist() == [np.float32(0.2)] * 50
 
 
 @functools.cache
 def started(**changes: object) -> tuple[schema.Config, dict]:
     config = toy.settings(**toy.INTERN, **changes)
-    return config, jit(lambda key: backbones.of(config.model).init(config.model, key, mask_token=True))(jax.random.key(0))
+    return config, jit(lambda key: backbones.get_backbone(config.model).init(config.model, key, mask_token=True))(jax.random.key(0))
 
 
 @functools.cache
@@ -100,7 +100,7 @@ def test_mixing_patches_is_mixing_pixels(cell: int) -> None:
     views = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype(np.float32)
     shown = mask.reshape(4, side, side).repeat(cell, 1).repeat(cell, 2)[..., None]
     by_pixel = np.where(shown, views, views[[1, 0, 3, 2]])
-    by_patch = mixing.mix(vit.patchify(jnp.asarray(views), 8), masks.enlarge(mask, config.cell))
+    by_patch = mixing.mix(vit.patchify(jnp.asarray(views), 8), masks.upsample_masks(mask, config.cell))
     np.testing.assert_array_equal(intern_image.unpatchify(by_patch, config.grid), by_pixel)
     assert config.hidden == 8 and config.cell == cell // 8
 
@@ -147,7 +147,7 @@ REFUSED = {
 def test_what_it_cannot_do_is_refused_in_one_line(assignment: str) -> None:
     key, _, value = assignment.partition("=")
     with pytest.raises(UserError, match=REFUSED[assignment]) as refusal:
-        plan.read(toy.settings(**(toy.INTERN | {key.replace(".", "__"): value})))
+        plan.build_plan(toy.settings(**(toy.INTERN | {key.replace(".", "__"): value})))
     assert "\n" not in str(refusal.value)
 
 
@@ -160,7 +160,7 @@ LAYERS_H = {
 
 def test_layers_of_the_encoder() -> None:
     model = chosen("internimage_h", image_size=192).model
-    below = functools.partial(backbones.of(model).below, model)
+    below = functools.partial(backbones.get_backbone(model).below, model)
     assert {path: below(path) for path in LAYERS_H} == LAYERS_H
     assert [below(f"stage{n}/layers/mlp/fc1/kernel").tolist()[:: length - 1] for n, length in enumerate((6, 6, 32, 6))] == [
         [49, 44], [43, 38], [37, 6], [5, 0]
@@ -184,16 +184,16 @@ def test_rates_of_every_kind_of_parameter() -> None:
         "decoder/blocks/mlp/fc1/kernel": 1.0,
         "text/blocks/norm1/scale": 1.0,
     }
-    assert {path: float(np.squeeze(optimizer.rate_factor(config, path))) for path in rates} == pytest.approx(rates)
+    assert {path: float(np.squeeze(optimizer.lr_factor(config, path))) for path in rates} == pytest.approx(rates)
     slow = toy.settings(**toy.INTERN, optim__layer_decay=0.5, optim__center_lr=0.25, optim__encoder_lr=0.5)
     for path, rate in rates.items():
-        assert np.squeeze(optimizer.rate_factor(slow, path)) == pytest.approx(rate / 2 if path.startswith("encoder/") else rate)
+        assert np.squeeze(optimizer.lr_factor(slow, path)) == pytest.approx(rate / 2 if path.startswith("encoder/") else rate)
 
 
 def scaled(config: schema.Config) -> dict[str, Any]:
     """What updates of ones become."""
-    params = jax.eval_shape(lambda key: m3i.init(config, key, methods.FORMS["sim"], classes=0, vocabulary=0), jax.random.key(0))
-    return optimizer.scale_rates(config).update(jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), params), ())[0]
+    params = jax.eval_shape(lambda key: m3i.init(config, key, terms.FORMS["sim"], classes=0, vocabulary=0), jax.random.key(0))
+    return optimizer.scale_by_lr_factor(config).update(jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), params), ())[0]
 
 
 def test_matrices_of_many_inputs_learn_slower_if_asked() -> None:
@@ -227,8 +227,8 @@ def test_updates_are_scaled_by_their_rates() -> None:
 
 def test_norms_scales_and_tokens_are_not_decayed() -> None:
     config = toy.settings(**(toy.INTERN | {"model__intern_image__extra_norm": 1}))
-    params = jax.eval_shape(lambda key: m3i.init(config, key, methods.FORMS["sim"], classes=0, vocabulary=0), jax.random.key(0))["encoder"]
-    kept = jax.tree_util.tree_leaves_with_path(optimizer.decayed({"encoder": params})["encoder"])
+    params = jax.eval_shape(lambda key: m3i.init(config, key, terms.FORMS["sim"], classes=0, vocabulary=0), jax.random.key(0))["encoder"]
+    kept = jax.tree_util.tree_leaves_with_path(optimizer.decay_mask({"encoder": params})["encoder"])
     names = {"/".join(k.key for k in path): flag for path, flag in kept}
     assert "mask_token" in names and "stage2/extra_norms/scale" in names and "stage3/layers/gamma2" in names
     assert all(flag == name.endswith("kernel") for name, flag in names.items())

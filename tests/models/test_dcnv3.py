@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from m3i_jax.models import dcnv3 as op
-from m3i_jax.models import dcnv3_fused
+from m3i_jax.models import dcnv3_cpu
 
 METHODS = ("dense", "band", "kernel", "fused", "gather")
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -206,7 +206,7 @@ def test_the_innermost_loop_of_the_lookup_is_over_the_channels_of_a_group():
 def test_few_pictures_at_a_time_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch):
     arrays = inputs((5, 5), batch=6)
     whole = run(*arrays, groups=2, method="fused")
-    monkeypatch.setattr(dcnv3_fused, "_BYTES", 2 * 25 * 6 * 16)  # two pictures
+    monkeypatch.setattr(dcnv3_cpu, "_BYTES", 2 * 25 * 6 * 16)  # two pictures
     few = jax.jit(lambda *a: jax.vjp(lambda *b: op.dcnv3(*b, groups=2, method="fused"), *a[:3])[1](a[3]))
     assert "tensor<3x2x25x2x9xf32>" in few.lower(*arrays).as_text()
     for ours, theirs in zip(few(*arrays), whole[1:], strict=True):

@@ -36,12 +36,12 @@ def run(model):
 
 
 def predict(model, params, z, index, query, cls=None):
-    return decoder.head(model, params, decoder.apply(model, params, z, index, query, grid=3, cls_BxD=cls), "tokens")
+    return decoder.prediction_head(model, params, decoder.apply(model, params, z, index, query, grid=3, cls_BxD=cls), "tokens")
 
 
 @jit
 def queries(params, raw):
-    return decoder.queries(MODEL, params, raw)
+    return decoder.decoder_queries(MODEL, params, raw)
 
 
 def plain(model):
@@ -90,7 +90,7 @@ def test_queries_are_the_mask_token_plus_the_map_and_pass_no_gradient_to_the_geo
     params, raw = random_tree(MODEL), normal(1, 2, 9, 16)
     expected = params["mask_token"] + raw @ params["position_map"]["kernel"] + params["position_map"]["bias"]
     np.testing.assert_allclose(queries(params, raw), expected, rtol=1e-5, atol=1e-5)
-    of_params, of_raw = jit(jax.grad(lambda p, r: decoder.queries(MODEL, p, r).sum(), (0, 1)))(params, raw)
+    of_params, of_raw = jit(jax.grad(lambda p, r: decoder.decoder_queries(MODEL, p, r).sum(), (0, 1)))(params, raw)
     assert not np.asarray(of_raw).any()
     assert np.asarray(of_params["mask_token"]).all() and np.asarray(of_params["position_map"]["kernel"]).all()
 
@@ -98,8 +98,8 @@ def test_queries_are_the_mask_token_plus_the_map_and_pass_no_gradient_to_the_geo
 def test_equal_views_have_the_queries_of_the_identity_and_one_row_stands_for_all():
     params, z = random_tree(MODEL), normal(1, 2, 3, 12)
     box, flip = jnp.array([[3.0, 4, 50, 60], [0, 0, 20, 10]]), jnp.array([False, False])
-    relative = queries(params, jit(lambda b, f: positions.relative(b, f, b, f, grid=3, width=8))(box, flip))
-    shared = queries(params, positions.identity(3, 8))
+    relative = queries(params, jit(lambda b, f: positions.relative_positions(b, f, b, f, grid=3, width=8))(box, flip))
+    shared = queries(params, positions.same_view_positions(3, 8))
     assert shared.shape == (9, 8)
     np.testing.assert_allclose(relative, np.broadcast_to(shared, (2, 9, 8)), atol=2e-5)
     np.testing.assert_allclose(run(MODEL)(params, z, INDEX, shared), run(MODEL)(params, z, INDEX, relative), atol=2e-4)
@@ -169,7 +169,7 @@ def test_cls_is_one_more_visible_token_without_a_place():
 
 def test_without_a_projector_the_features_themselves_are_the_target():
     z = normal(1, 2, 10, 12)
-    assert decoder.project(MODEL, {}, z) is z
+    assert decoder.project_targets(MODEL, {}, z) is z
 
 
 def test_a_projector_changes_the_start_of_nothing_else_but_the_head():
@@ -191,21 +191,21 @@ def test_only_the_heads_asked_for_are_made_and_the_rest_starts_the_same():
 
 def test_pixels_are_a_linear_map_of_the_normed_rows():
     params, rows = random_tree(MODEL, of=("pixels",)), normal(1, 2, 4, 8)
-    got = jit(lambda p, x: decoder.head(MODEL, p, x, "pixels"))(params, rows)
+    got = jit(lambda p, x: decoder.prediction_head(MODEL, p, x, "pixels"))(params, rows)
     wide = np.asarray(rows, np.float64)
     unit = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
     normed = unit * params["pixel_norm"]["scale"] + params["pixel_norm"]["bias"]
     np.testing.assert_allclose(got, normed @ params["pixel_head"]["kernel"] + params["pixel_head"]["bias"], rtol=1e-4, atol=1e-3)
     assert got.shape == (2, 4, 3 * 16 * 16)
     with pytest.raises(ValueError, match="'pooled'"):
-        decoder.head(MODEL, params, rows, "pooled")
+        decoder.prediction_head(MODEL, params, rows, "pooled")
 
 
 def test_absolute_queries_are_the_mask_token_and_the_table_of_the_grid():
     model = with_decoder(positions="absolute")
     params = random_tree(model)
     assert "position_map" not in params
-    got = decoder.queries(model, params, positions.identity(3, 8))
+    got = decoder.decoder_queries(model, params, positions.same_view_positions(3, 8))
     np.testing.assert_allclose(got, params["mask_token"].reshape(-1) + positions.sincos_2d(3, 8), atol=1e-6)
     relative, absolute = jit(lambda key: tuple(decoder.init(m, key) for m in (MODEL, model)))(jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, {k: relative[k] for k in absolute}, absolute)
@@ -213,7 +213,7 @@ def test_absolute_queries_are_the_mask_token_and_the_table_of_the_grid():
 
 def test_queries_of_some_cells_alone_see_the_visible_tokens_and_each_other():
     params, z, hidden = random_tree(MODEL), normal(1, 2, 3, 12), np.array([[1, 2, 3, 5, 6, 8], [0, 3, 4, 5, 6, 7]])
-    query = queries(params, positions.identity(3, 8))[hidden]
+    query = queries(params, positions.same_view_positions(3, 8))[hidden]
     got = run(MODEL)(params, z, INDEX, query)
     assert got.shape == (2, 6, 12)
     np.testing.assert_allclose(got, jit(plain(MODEL))(params, z, INDEX, query), rtol=2e-4, atol=2e-4)

@@ -9,7 +9,7 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.models import decoder, heads, pooling, text, vit
-from m3i_jax.objective.methods import Mlp
+from m3i_jax.objective.terms import MlpShape
 
 D, W, L, M, N, K, P = 24, 16, 3, 2, 9, 4, 48  # widths of encoder and decoder, their blocks, target cells, visible cells, patch elements
 MODEL = schema.Model(
@@ -80,7 +80,7 @@ def test_encoder_backward(freeze):
 
 def decode(model, wanted="tokens", cls=None):
     def run(params, z, query):
-        return decoder.head(model, params, decoder.apply(model, params, z, jnp.zeros((2, K), int), query, grid=3, cls_BxD=cls), wanted)
+        return decoder.prediction_head(model, params, decoder.apply(model, params, z, jnp.zeros((2, K), int), query, grid=3, cls_BxD=cls), wanted)
 
     return run
 
@@ -116,19 +116,19 @@ def test_projector_and_the_dead_rows_that_batch_norm_needs():
 @pytest.mark.parametrize("of_target,width", [("tokens", D), ("pixels", P)])
 def test_linear_head(of_target, width):
     params = shapes(lambda key: heads.init_linear(MODEL, key, of_target))
-    assert of(lambda p: heads.linear(MODEL, p, jnp.zeros((2, N, D))), params) == 2 * N * D * width
+    assert of(lambda p: heads.apply_linear(MODEL, p, jnp.zeros((2, N, D))), params) == 2 * N * D * width
 
 
 def test_mlp():
-    model, mlp = dataclasses.replace(MODEL, head=schema.Head(hidden=30)), Mlp(layers=3, last_norm=True)
+    model, mlp = dataclasses.replace(MODEL, head=schema.Head(hidden=30)), MlpShape(layers=3, last_norm=True)
     params = shapes(lambda key: heads.init_mlp(model, key, mlp, D, 7))
     assert of(lambda p: heads.apply_mlp(model, p, mlp, jnp.zeros((5, D))), params) == 5 * (D * 30 + 30 * 30 + 30 * 7)
 
 
 def test_queries_of_equal_views_are_mapped_once():
     params = shapes(lambda key: decoder.init(MODEL, key))
-    assert of(lambda p: decoder.queries(MODEL, p, jnp.zeros((N, 2 * W))), params) == N * 2 * W * W
-    assert of(lambda p: decoder.queries(MODEL, p, jnp.zeros((5, N, 2 * W))), params) == 5 * N * 2 * W * W
+    assert of(lambda p: decoder.decoder_queries(MODEL, p, jnp.zeros((N, 2 * W))), params) == N * 2 * W * W
+    assert of(lambda p: decoder.decoder_queries(MODEL, p, jnp.zeros((5, N, 2 * W))), params) == 5 * N * 2 * W * W
 
 
 def test_attention_pool():

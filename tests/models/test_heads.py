@@ -8,7 +8,7 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.models import heads
-from m3i_jax.objective.methods import Mlp, Projection
+from m3i_jax.objective.terms import MlpShape, ProjectionHead
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is what takes the time here
 
@@ -16,7 +16,7 @@ MODEL = schema.Model(
     encoder=schema.Encoder(patch_size=2, width=12), head=schema.Head(hidden=20, width=6, prototypes=5), dtype="float32"
 )  # fmt: skip
 X = np.random.default_rng(1).normal(size=(7, 12)).astype(np.float32)
-BYOL, MOCO, PLAIN = Mlp(layers=2), Mlp(layers=3, last_norm=True), Mlp(layers=3, norm="none")
+BYOL, MOCO, PLAIN = MlpShape(layers=2), MlpShape(layers=3, last_norm=True), MlpShape(layers=3, norm="none")
 
 
 def randomly(init, seed=0):
@@ -45,7 +45,7 @@ def in_numpy(params, mlp, x):
 
 
 @pytest.mark.parametrize("shape", [(7, 12), (2, 5, 12)])
-@pytest.mark.parametrize("mlp", [BYOL, MOCO, PLAIN, Mlp(layers=1)])
+@pytest.mark.parametrize("mlp", [BYOL, MOCO, PLAIN, MlpShape(layers=1)])
 def test_mlp_equals_numpy(mlp, shape):
     params, x = mlp_tree(mlp), np.random.default_rng(2).normal(size=shape).astype(np.float32)
     got = heads.apply_mlp(MODEL, params, mlp, jnp.asarray(x))
@@ -62,7 +62,7 @@ def test_only_a_layer_without_a_batch_norm_behind_it_has_a_bias():
 
 
 def test_moco_v3_has_the_published_number_of_parameters():
-    head = Projection(projector=MOCO, predictor=dataclasses.replace(MOCO, layers=2))
+    head = ProjectionHead(projector=MOCO, predictor=dataclasses.replace(MOCO, layers=2))
     shapes = jax.eval_shape(lambda key: heads.init_projection(schema.Model(), key, head, False), jax.random.key(0))
     count = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in shapes.items()}
     assert count == {
@@ -84,17 +84,17 @@ def test_precision_of_products_is_the_configured_one_and_of_norms_float32():
 
 def test_a_space_has_the_parts_that_its_terms_name():
     make = lambda projection, prototypes: randomly(lambda key: heads.init_projection(MODEL, key, projection, prototypes))  # noqa: E731
-    assert make(Projection(), False) == {}
-    both = make(Projection(projector=BYOL, predictor=BYOL), False)
+    assert make(ProjectionHead(), False) == {}
+    both = make(ProjectionHead(projector=BYOL, predictor=BYOL), False)
     assert set(both) == {"projector", "predictor"}
     assert both["projector"]["layer_0"]["kernel"].shape == (12, 20) and both["predictor"]["layer_0"]["kernel"].shape == (6, 20)
-    alone = make(Projection(predictor=BYOL), True)  # in the space of the features, as the target is
+    alone = make(ProjectionHead(predictor=BYOL), True)  # in the space of the features, as the target is
     assert alone["predictor"]["layer_1"]["kernel"].shape == (20, 12) and alone["prototypes"].shape == (5, 12)
 
 
 def test_first_values():
     model = schema.Model(encoder=schema.Encoder(width=48), head=schema.Head(hidden=64, width=16, prototypes=400))
-    head = Projection(projector=BYOL, predictor=BYOL)
+    head = ProjectionHead(projector=BYOL, predictor=BYOL)
     params = jit(lambda key: heads.init_projection(model, key, head, True))(jax.random.key(0))
     prototypes = np.asarray(params["prototypes"])
     assert prototypes.dtype == np.float32 and np.abs(prototypes).max() == pytest.approx(0.25, rel=1e-2)
@@ -105,20 +105,20 @@ def test_first_values():
 
 
 def test_the_prediction_is_predictor_of_projection_and_the_target_the_projection():
-    head = Projection(projector=MOCO, predictor=BYOL)
+    head = ProjectionHead(projector=MOCO, predictor=BYOL)
     params = randomly(lambda key: heads.init_projection(MODEL, key, head, False))
     projected = in_numpy(params["projector"], MOCO, X)
-    np.testing.assert_allclose(heads.project(MODEL, {"projector": params["projector"]}, head, X), projected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(heads.apply_projector(MODEL, {"projector": params["projector"]}, head, X), projected, rtol=1e-3, atol=1e-4)
     expected = in_numpy(params["predictor"], BYOL, projected)
-    np.testing.assert_allclose(heads.predict(MODEL, params, head, jnp.asarray(X)), expected, rtol=1e-3, atol=1e-3)
-    assert heads.project(MODEL, {}, Projection(), X) is X and heads.predict(MODEL, {}, Projection(), X) is X
+    np.testing.assert_allclose(heads.apply_predictor(MODEL, params, head, jnp.asarray(X)), expected, rtol=1e-3, atol=1e-3)
+    assert heads.apply_projector(MODEL, {}, ProjectionHead(), X) is X and heads.apply_predictor(MODEL, {}, ProjectionHead(), X) is X
 
 
 def test_every_parameter_of_a_space_learns():
-    head = Projection(projector=BYOL, predictor=dataclasses.replace(BYOL, last_norm=True))
+    head = ProjectionHead(projector=BYOL, predictor=dataclasses.replace(BYOL, last_norm=True))
     params = randomly(lambda key: heads.init_projection(MODEL, key, head, False))
     g = np.random.default_rng(3).normal(size=(7, 6))
-    grads = jit(jax.grad(lambda p: (heads.predict(MODEL, p, head, jnp.asarray(X)) * g).sum()))(params)
+    grads = jit(jax.grad(lambda p: (heads.apply_predictor(MODEL, p, head, jnp.asarray(X)) * g).sum()))(params)
     silent = {jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(grads) if np.abs(leaf).max() < 1e-4}
     assert silent == {"['projector']['layer_1']['bias']"}  # taken out by the predictor's first norm, as in BYOL
 
@@ -127,7 +127,7 @@ def test_every_parameter_of_a_space_learns():
 def test_a_linear_head_is_one_map_of_every_token(of, width):
     params = randomly(lambda key: heads.init_linear(MODEL, key, of))
     x = np.random.default_rng(4).normal(size=(2, 3, 12)).astype(np.float32)
-    got = heads.linear(MODEL, params, jnp.asarray(x))
+    got = heads.apply_linear(MODEL, params, jnp.asarray(x))
     assert got.shape == (2, 3, width)
     np.testing.assert_allclose(got, x @ np.asarray(params["kernel"]) + np.asarray(params["bias"]), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="'pooled'"):

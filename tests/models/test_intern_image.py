@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from m3i_jax.models import intern_image, intern_image_layer, vit
-from m3i_jax.models.intern_image import PRESETS, InternImage
-from m3i_jax.reporting import flops
+from m3i_jax.models.intern_image import PRESETS, InternImageConfig
+from m3i_jax.profiling import flops
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -25,13 +25,13 @@ COUNTS = {
     "h": 1_073_122_480,
     "g": 3_052_781_184,
 }
-SMALL = InternImage(width=8, depths=(1, 1, 3, 1), groups=(1, 1, 2, 2), kernel=3, extra_norm=2, fused=6, stem_strides=(2, 1))
+SMALL = InternImageConfig(width=8, depths=(1, 1, 3, 1), groups=(1, 1, 2, 2), kernel=3, extra_norm=2, fused=6, stem_strides=(2, 1))
 
 
 @pytest.mark.parametrize("size", COUNTS)
 def test_parameter_counts(size):
     model = PRESETS[f"internimage_{size}"]
-    assert intern_image.count(model) == COUNTS[size]
+    assert intern_image.parameter_count(model) == COUNTS[size]
     params = jax.eval_shape(lambda key: intern_image.init(model, key), jax.random.key(0))
     found = sum(math.prod(leaf.shape) for name, part in params.items() if name != "fusion" for leaf in jax.tree.leaves(part))
     assert found == COUNTS[size]
@@ -134,7 +134,7 @@ def test_what_is_kept_by_name_needs_no_product_twice(norm):
 
     def products(remat):
         gradient = jax.grad(lambda p: jnp.square(intern_image.apply(model, p, images(), remat=remat, method="dense")).sum())
-        return flops.count(gradient, params).dot
+        return flops.count_flops(gradient, params).dot
 
     names, none = products("names"), products("none")
     assert none < products("full")

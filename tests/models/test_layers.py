@@ -119,6 +119,6 @@ def test_heads_are_cut_part_by_part_then_head_by_head():
 
 
 def test_drop_rates():
-    np.testing.assert_allclose(layers.drop_rates(12, 0.1), 0.1 * np.arange(12) / 11, rtol=1e-6)
-    np.testing.assert_allclose(layers.drop_rates(4, 0.2, "uniform"), [0.2] * 4, rtol=1e-6)
-    assert layers.drop_rates(1, 0.2).tolist() == [0.0]
+    np.testing.assert_allclose(layers.linear_drop_rates(12, 0.1), 0.1 * np.arange(12) / 11, rtol=1e-6)
+    np.testing.assert_allclose(layers.linear_drop_rates(4, 0.2, "uniform"), [0.2] * 4, rtol=1e-6)
+    assert layers.linear_drop_rates(1, 0.2).tolist() == [0.0]

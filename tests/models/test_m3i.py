@@ -9,7 +9,8 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.models import m3i
-from m3i_jax.objective import families, methods, positions
+from m3i_jax.objective import positions, posteriors
+from m3i_jax.objective import terms as objective_terms
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is what takes the time here
 
@@ -24,7 +25,7 @@ CONFIG = schema.Config(
 )
 
 
-M3I = methods.FORMS["m3i"]
+M3I = objective_terms.FORMS["m3i"]
 
 
 def shapes(config=CONFIG, terms=M3I, classes=5, vocabulary=11):
@@ -42,49 +43,49 @@ def test_parts_are_there_only_when_a_term_and_the_data_use_them():
     assert set(shapes(classes=0)) == dense | {"pool"} | text
     assert set(shapes(vocabulary=0)) == dense | {"pool", "category"}
     assert set(shapes(classes=0, vocabulary=0)) == dense
-    assert set(shapes(terms=methods.FORMS["supervised"])) == {"encoder", "pool", "category"}
-    assert set(shapes(terms=methods.FORMS["weakly_supervised"])) == {"encoder", "pool"} | text
-    assert set(shapes(terms=methods.FORMS["instance"])) == {"encoder", "heads"}
-    assert set(shapes(terms=methods.combine(methods.FORMS["sim"], methods.FORMS["supervised"]))) == dense | {"pool", "category"}
+    assert set(shapes(terms=objective_terms.FORMS["supervised"])) == {"encoder", "pool", "category"}
+    assert set(shapes(terms=objective_terms.FORMS["weakly_supervised"])) == {"encoder", "pool"} | text
+    assert set(shapes(terms=objective_terms.FORMS["instance"])) == {"encoder", "heads"}
+    assert set(shapes(terms=objective_terms.merge(objective_terms.FORMS["sim"], objective_terms.FORMS["supervised"]))) == dense | {"pool", "category"}
     assert all(leaf.dtype == jnp.float32 and not leaf.weak_type for leaf in jax.tree.leaves(shapes()))
 
 
 DENSE_CL = (
-    methods.pooled(methods.FULL, 1, head=methods.Projection(projector=methods.Mlp(layers=2))),
-    methods.tokens(methods.FULL, 1, head=methods.Projection(name="dense", pool="none", projector=methods.Mlp(layers=2), match="likeness")),
+    objective_terms.pooled_term(objective_terms.FULL, 1, head=objective_terms.ProjectionHead(projector=objective_terms.MlpShape(layers=2))),
+    objective_terms.token_term(objective_terms.FULL, 1, head=objective_terms.ProjectionHead(name="dense", pool="none", projector=objective_terms.MlpShape(layers=2), match="likeness")),
 )
-BEIT = methods.Pass(masked=True, filled=True)
+BEIT = objective_terms.Pass(masked=True, filled=True)
 
 
 def test_heads_of_every_kind():
-    assert set(shapes(terms=methods.FORMS["mim_pixel"])["decoder"]) >= {"pixel_head", "pixel_norm"}
-    assert "head" not in shapes(terms=methods.FORMS["mim_pixel"])["decoder"]
-    both = shapes(terms=methods.combine(methods.FORMS["mim"], methods.FORMS["mim_pixel"]))["decoder"]
+    assert set(shapes(terms=objective_terms.FORMS["mim_pixel"])["decoder"]) >= {"pixel_head", "pixel_norm"}
+    assert "head" not in shapes(terms=objective_terms.FORMS["mim_pixel"])["decoder"]
+    both = shapes(terms=objective_terms.merge(objective_terms.FORMS["mim"], objective_terms.FORMS["mim_pixel"]))["decoder"]
     assert {"pixel_head", "pixel_norm", "head"} <= set(both)
     assert {name: set(part) for name, part in shapes(terms=DENSE_CL)["heads"].items()} == {"global": {"projector"}, "dense": {"projector"}}
-    moco = shapes(terms=methods.FORMS["mim_global"])["heads"]["global"]
+    moco = shapes(terms=objective_terms.FORMS["mim_global"])["heads"]["global"]
     width = CONFIG.model.head.width
     assert moco["projector"]["layer_2"]["kernel"].shape[-1] == moco["predictor"]["layer_1"]["kernel"].shape[-1] == width
-    msn = (methods.pooled(methods.MASKED, 1, posterior=families.Prototypes(), head=methods.Projection(projector=methods.Mlp(layers=3))),)
+    msn = (objective_terms.pooled_term(objective_terms.MASKED, 1, posterior=posteriors.Prototypes(), head=objective_terms.ProjectionHead(projector=objective_terms.MlpShape(layers=3))),)
     assert shapes(terms=msn)["heads"]["global"]["prototypes"].shape == (CONFIG.model.head.prototypes, width)
-    linear = (methods.tokens(BEIT, 0, head=methods.Linear()), methods.pixels(BEIT, 0, head=methods.Linear()))
+    linear = (objective_terms.token_term(BEIT, 0, head=objective_terms.LinearHead()), objective_terms.pixel_term(BEIT, 0, head=objective_terms.LinearHead()))
     made = shapes(terms=linear)
     assert set(made) == {"encoder", "heads"} and made["encoder"]["mask_token"].shape == (1, 1, 8)
     assert made["heads"]["linear_tokens"]["kernel"].shape == (8, 8) and made["heads"]["linear_pixels"]["kernel"].shape == (8, 48)
 
 
 def test_spaces_of_one_name_share_parameters_or_are_refused():
-    mlp, other = methods.Mlp(layers=2), methods.Mlp(layers=3)
-    head = methods.Projection(projector=mlp, predictor=mlp)
-    shared = (methods.pooled(methods.FULL, 1, head=head), methods.pooled(methods.FULL, 0, head=methods.Projection(projector=mlp)))
+    mlp, other = objective_terms.MlpShape(layers=2), objective_terms.MlpShape(layers=3)
+    head = objective_terms.ProjectionHead(projector=mlp, predictor=mlp)
+    shared = (objective_terms.pooled_term(objective_terms.FULL, 1, head=head), objective_terms.pooled_term(objective_terms.FULL, 0, head=objective_terms.ProjectionHead(projector=mlp)))
     assert set(shapes(terms=shared)["heads"]["global"]) == {"projector", "predictor"}
     for bad in (
-        methods.Projection(projector=other, predictor=mlp),
-        methods.Projection(projector=mlp, predictor=other),
-        methods.Projection(),
+        objective_terms.ProjectionHead(projector=other, predictor=mlp),
+        objective_terms.ProjectionHead(projector=mlp, predictor=other),
+        objective_terms.ProjectionHead(),
     ):
         with pytest.raises(ValueError, match="'global'"):
-            shapes(terms=(shared[0], methods.pooled(methods.FULL, 0, head=bad)))
+            shapes(terms=(shared[0], objective_terms.pooled_term(objective_terms.FULL, 0, head=bad)))
 
 
 def test_what_a_target_keeps():
@@ -95,14 +96,14 @@ def test_what_a_target_keeps():
 
     sim = dataclasses.replace(CONFIG.model.decoder, projector_depth=2)
     deep = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, decoder=sim))
-    assert parts(M3I) == {} and parts(methods.FORMS["mim_pixel"], deep) == {}
+    assert parts(M3I) == {} and parts(objective_terms.FORMS["mim_pixel"], deep) == {}
     assert parts(M3I, deep) == {"decoder": {"embed", "projector"}}
     assert parts(DENSE_CL) == {"heads": {"global": {"projector"}, "dense": {"projector"}}}
-    assert parts(methods.FORMS["instance"], deep) == {"heads": {"global": {"projector"}}}
+    assert parts(objective_terms.FORMS["instance"], deep) == {"heads": {"global": {"projector"}}}
     for encoder in ("frozen", "shared"):
-        assert parts(methods.vary(methods.FORMS["instance"], target_encoder=encoder)) == {"heads": {"global": {"projector"}}}
-    online = (methods.pooled(methods.FULL, 1, encoder="online", posterior=families.Contrast()),)
-    assert parts(online) == {} and parts((methods.pooled(methods.FULL, 1, head=methods.Projection()),)) == {}
+        assert parts(objective_terms.with_options(objective_terms.FORMS["instance"], target_encoder=encoder)) == {"heads": {"global": {"projector"}}}
+    online = (objective_terms.pooled_term(objective_terms.FULL, 1, encoder="online", posterior=posteriors.NTXent()),)
+    assert parts(online) == {} and parts((objective_terms.pooled_term(objective_terms.FULL, 1, head=objective_terms.ProjectionHead()),)) == {}
     tree = shapes(terms=online)
     assert m3i.target_parts(CONFIG, online, tree)["encoder"] is tree["encoder"]
 
@@ -112,7 +113,7 @@ def test_a_part_starts_the_same_whatever_else_there_is(params):
     jax.tree.map(np.testing.assert_array_equal, pool(jax.random.key(0)), params["pool"])
     assert np.abs(pool(jax.random.key(1))["out"]["kernel"] - params["pool"]["out"]["kernel"]).max() > 0
     small = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, head=schema.Head(hidden=9, width=5)))
-    more = (methods.FORMS["instance"], (*DENSE_CL[1:], *methods.FORMS["instance"]))
+    more = (objective_terms.FORMS["instance"], (*DENSE_CL[1:], *objective_terms.FORMS["instance"]))
     head, among = jit(lambda key: tuple(m3i.init(small, key, t, classes=0, vocabulary=0)["heads"] for t in more))(jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, head["global"], among["global"])
     assert not np.array_equal(among["dense"]["projector"]["layer_0"]["kernel"], among["global"]["projector"]["layer_0"]["kernel"])
@@ -124,7 +125,7 @@ def test_parameter_table_of_the_paper():
     text = dict(m3i.parameter_table(shapes(schema.Config(), M3I, 0, 49_408)))
     assert list(text) == ["encoder", "decoder", "pool", "image_projection", "text", "logit_scale"]
     assert (text["image_projection"], text["text"], text["logit_scale"]) == (768 * 768, 123_650_304, 1)
-    assert [part for part, _ in m3i.parameter_table(shapes(terms=methods.FORMS["instance"]))] == ["encoder", "heads"]
+    assert [part for part, _ in m3i.parameter_table(shapes(terms=objective_terms.FORMS["instance"]))] == ["encoder", "heads"]
 
 
 def test_first_values_of_the_heads(params):
@@ -146,7 +147,7 @@ def test_one_mixed_input_through_every_part(params):
     def forward(params):
         z = m3i.encode(CONFIG, params["encoder"], x)
         own = jnp.take_along_axis(z[:, 1:], index[..., None], 1)
-        out = {"z": z, "rows": m3i.decode(CONFIG, params, own, index, m3i.queries(CONFIG, params, positions.identity(3, 12)))}
+        out = {"z": z, "rows": m3i.decode(CONFIG, params, own, index, m3i.queries(CONFIG, params, positions.same_view_positions(3, 12)))}
         out["dense"] = m3i.decode_head(CONFIG, params, out["rows"], "tokens")
         out["pooled"] = m3i.pool(CONFIG, params, own)
         out["logits"] = m3i.category_logits(CONFIG, params, out["pooled"])
@@ -170,8 +171,8 @@ def test_one_mixed_input_through_every_part(params):
 
 def test_filled_inputs_linear_heads_and_projections_through_the_thin_functions():
     terms = (
-        methods.tokens(BEIT, 0, head=methods.Linear()), methods.pixels(BEIT, 0, head=methods.Linear()),
-        methods.pooled(methods.FULL, 1, head=methods.MOCO), methods.pixels(methods.MASKED, 1),
+        objective_terms.token_term(BEIT, 0, head=objective_terms.LinearHead()), objective_terms.pixel_term(BEIT, 0, head=objective_terms.LinearHead()),
+        objective_terms.pooled_term(objective_terms.FULL, 1, head=objective_terms.MOCO), objective_terms.pixel_term(objective_terms.MASKED, 1),
     )  # fmt: skip
     model = dataclasses.replace(
         CONFIG.model, head=schema.Head(hidden=9, width=5), decoder=dataclasses.replace(CONFIG.model.decoder, projector_depth=1)
@@ -183,15 +184,15 @@ def test_filled_inputs_linear_heads_and_projections_through_the_thin_functions()
     def forward(params):
         z = m3i.encode(config, params["encoder"], patches, hidden=jnp.zeros((2, 9), bool))
         target, tokens, cls = m3i.encode(config, params["encoder"], patches, blocks=1), z[:, 1:], z[:, 0]
-        query = m3i.queries(config, params, positions.identity(3, 12))[:6]
+        query = m3i.queries(config, params, positions.same_view_positions(3, 12))[:6]
         rows = m3i.decode(config, params, tokens[:, :4], index, query, cls)
-        kept = m3i.target_parts(config, methods.FORMS["instance"], params)["heads"]
+        kept = m3i.target_parts(config, objective_terms.FORMS["instance"], params)["heads"]
         return {
             "pixels": m3i.decode_head(config, params, rows, "pixels"),
             "projected": m3i.target_projection(config, params["decoder"], target),
             "linear": [m3i.linear(config, params, tokens, of) for of in ("tokens", "pixels")],
-            "target": m3i.project(config, kept, methods.MOCO, cls),
-            "prediction": m3i.predict(config, params["heads"], methods.MOCO, tokens),
+            "target": m3i.project(config, kept, objective_terms.MOCO, cls),
+            "prediction": m3i.predict(config, params["heads"], objective_terms.MOCO, tokens),
         }
 
     made = jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(forward, tree))
@@ -202,6 +203,6 @@ def test_filled_inputs_linear_heads_and_projections_through_the_thin_functions()
 
 def test_pooling_by_cls():
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, pool=schema.Pool(kind="cls", width=7)))
-    tree = shapes(config, methods.FORMS["supervised"])
+    tree = shapes(config, objective_terms.FORMS["supervised"])
     made = jax.eval_shape(lambda p: m3i.pool(config, p, jnp.zeros((2, 9, 8)), cls=jnp.zeros((2, 8))), tree)
     assert made.shape == (2, 7) and set(tree["pool"]) == {"norm", "out"}

@@ -3,11 +3,11 @@ import pytest
 
 from m3i_jax import config as configuration
 from m3i_jax.models import m3i, presets
-from m3i_jax.objective.methods import FORMS
+from m3i_jax.objective.terms import FORMS
 
 
 def built(name):
-    config = configuration.default()
+    config = configuration.default_config()
     config.model.update(presets.preset(name))
     if name == "vit_h14":
         config.data.image_size = 224  # 16 x 16 patches of 14
@@ -28,7 +28,7 @@ def test_sizes(name, patch, width, depth, heads):
 
 
 def test_vit_b16_is_the_default():
-    assert built("vit_b16").model == configuration.resolve(configuration.default()).model
+    assert built("vit_b16").model == configuration.resolve(configuration.default_config()).model
 
 
 def test_vit_tiny_is_tiny():

@@ -105,7 +105,7 @@ def test_decoder():
     z, raw, index = rng.normal(size=(2, 3, 12)), rng.normal(size=(2, 9, 16)), np.array([[4, 0, 7], [1, 2, 8]])
 
     def predict(p, z, raw):
-        return decoder.head(MODEL, p, decoder.apply(MODEL, p, z, jnp.asarray(index), decoder.queries(MODEL, p, raw), grid=3), "tokens")
+        return decoder.prediction_head(MODEL, p, decoder.apply(MODEL, p, z, jnp.asarray(index), decoder.decoder_queries(MODEL, p, raw), grid=3), "tokens")
 
     got = jit(predict)(params, z.astype(np.float32), raw.astype(np.float32))
     for row in range(2):
@@ -124,10 +124,10 @@ def test_decoder_of_siamese_im():
     index = np.array([[4, 0, 7], [1, 2, 8]])
 
     def predict(p, z, raw, cls):
-        queries = decoder.queries(model, p, raw)
+        queries = decoder.decoder_queries(model, p, raw)
         rows = decoder.apply(model, p, z, jnp.asarray(index), queries, grid=3, cls_BxD=cls)
         kept = {part: p[part] for part in ("embed", "projector")}  # of a target
-        return decoder.head(model, p, rows, "tokens"), decoder.project(model, kept, jnp.concatenate([cls[:, None], z], 1))
+        return decoder.prediction_head(model, p, rows, "tokens"), decoder.project_targets(model, kept, jnp.concatenate([cls[:, None], z], 1))
 
     got, target = jit(predict)(params, *(x.astype(np.float32) for x in (z, raw, cls)))
     own = blocks_with_batch_norm(params["projector"], dense(params["embed"], np.concatenate([cls[:, None], z], 1)), 2)

@@ -7,7 +7,7 @@ import pytest
 from m3i_jax import main as command
 from m3i_jax.errors import UserError
 from m3i_jax.modes import compare
-from m3i_jax.modes import job as jobs
+from m3i_jax.modes import setup as jobs
 from m3i_jax.training import loop
 from tests import toy
 
@@ -26,11 +26,11 @@ def settings(**changes: object):
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[jobs.Job]:
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[jobs.Setup]:
     """Runs that were made; each writes the log of a run whose last loss is 3 + seed."""
-    made: list[jobs.Job] = []
+    made: list[jobs.Setup] = []
 
-    def pretrain(job: jobs.Job, allow_changes: bool) -> int:
+    def pretrain(job: jobs.Setup, allow_changes: bool) -> int:
         made.append(job)
         compare.train.agree(job, None, allow_changes)
         lines = [line | ({"loss": line["loss"] + job.config.seed} if "loss" in line else {}) for line in LINES]
@@ -42,7 +42,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[jobs.Job]:
     return made
 
 
-def names(ran: list[jobs.Job]) -> list[str]:
+def names(ran: list[jobs.Setup]) -> list[str]:
     return [job.workdir.name for job in ran]
 
 
@@ -112,7 +112,7 @@ def test_a_run_that_is_not_finite_does_not_stop_the_others(ran, tmp_path, monkey
         ({"compare__forms": "mim,sim", "objective__isolate": True}, "there is no mixed input in mim, sim"),
         ({"compare__forms": "mim,mim"}, "names mim twice"),
         ({"compare__forms": "mim,+clip"}, "joined by +"),
-        ({"compare__seeds": 0}, "compare.seeds"),
+        ({"compare__seeds": 0}, "compare.compare_seeds"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_runs(ran, tmp_path, changes, wanted) -> None:

@@ -17,7 +17,7 @@ from m3i_jax import main as command
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.modes import compile as mode
-from m3i_jax.reporting import compiled
+from m3i_jax.profiling import compile_report
 from m3i_jax.training import trainer
 from tests import toy
 from tests.test_main import TINY, environment
@@ -39,7 +39,7 @@ def test_the_state_by_parts_is_the_state() -> None:
     made = trainer.Trainer(config, parallel.make_mesh((2, 4, 1), jax.devices()[:8]), toy.VOCABULARY)
     parts = mode.state_bytes(made)
     held = jax.tree.map(lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize, made.template, made.shardings)
-    assert sum(parts.values()) == sum(jax.tree.leaves(held)) and set(parts) == set(compiled.STATE)
+    assert sum(parts.values()) == sum(jax.tree.leaves(held)) and set(parts) == set(compile_report.STATE)
     assert parts["params"] == sum(jax.tree.leaves(held.params)) and parts["target"] == sum(jax.tree.leaves(held.opt["target"]))
     assert parts["moments"] == 2 * parts["params"] and 0 < parts["other"] < 100
     whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(made.template.params))
@@ -103,7 +103,7 @@ def test_a_step_for_eight_devices_is_compiled_and_reported(tmp_path, capsys) -> 
     assert (report["batch_size"], report["batch_per_device"], report["limit_bytes"]) == (16, 2, 0.0005 * 2**30)
     assert not report["fits"] and report["over_bytes"] == report["peak_bytes"] - report["limit_bytes"] > 0
     assert sum(report["memory"].values()) == pytest.approx(report["peak_bytes"]) and min(report["memory"].values()) > 0
-    held = sum(report["memory"][part] for part in (*compiled.STATE, "batch"))
+    held = sum(report["memory"][part] for part in (*compile_report.STATE, "batch"))
     assert report["peak_ratio"] == pytest.approx(report["peak_bytes"] / (held + report["residual_bytes"])) and report["residual_bytes"] > 0
     assert "wait for the backward pass" in out
     assert 1 <= report["flops"]["ratio"] < 1.1  # eight programs do what one model needs, and little of it twice
@@ -111,7 +111,7 @@ def test_a_step_for_eight_devices_is_compiled_and_reported(tmp_path, capsys) -> 
     assert reduced >= 2 * 7 / 8 * report["memory"]["params"] * 0.8  # the gradient of every trained parameter
     assert "does not fit: " in out and "temporaries" in out and "all-reduce" in out and str(tmp_path / "compile.json") in out
     assert err.count("\n") == 1 and "too much" in err and "--config." in err
-    assert compiled.__doc__ and not set(report) - set(compiled.__doc__.split()), "a key that is not documented"
+    assert compile_report.__doc__ and not set(report) - set(compile_report.__doc__.split()), "a key that is not documented"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_mesh_that_a_run_refuses_is_refused(search, tmp_path, capsys, monkeypa
     def refuse(mesh: jax.sharding.Mesh) -> None:
         raise UserError(f"config.parallel.mesh: hosts of {mesh.size} devices share rows")
 
-    monkeypatch.setattr(parallel, "own_rows", refuse)
+    monkeypatch.setattr(parallel, "check_host_rows", refuse)
     assert command.main([*ARGUMENTS, *search, "--workdir", str(tmp_path), "--topology=cpu:8"]) == 2
     assert "hosts of 8 devices share rows" in capsys.readouterr().err
 
@@ -162,13 +162,13 @@ def fake(limit_units: int):
 
 
 def test_the_largest_batch_and_suggestions_are_told(tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(mode, "report", fake(22))
-    monkeypatch.setattr(compiled, "_costs", lambda report: "")
+    monkeypatch.setattr(mode, "report_program", fake(22))
+    monkeypatch.setattr(compile_report, "_costs", lambda report: "")
     base = [*ARGUMENTS, "--workdir", str(tmp_path), "--topology=cpu:8", "--memory=1"]
     assert command.main([*base, "--largest-batch"]) == 0
     told = json.loads((tmp_path / "compile.json").read_text())
     assert told["largest_batch"] == 22 and len(told["tried"]) >= 2 and "22 images a data shard" in capsys.readouterr().out
-    monkeypatch.setattr(mode, "report", fake(4))
+    monkeypatch.setattr(mode, "report_program", fake(4))
     assert command.main([*base, "--suggest", "--config.train.batch_size=64"]) == 3
     err = capsys.readouterr().err
     assert "add --config.train.microbatches=2" in err or "add --config.model.remat" in err
@@ -179,8 +179,8 @@ def test_the_largest_batch_and_suggestions_are_told(tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize(("images", "parts"), [(2, ""), (4, "2"), (6, ""), (32, "16")])
 def test_only_parts_that_a_batch_divides_into_are_advised(images: int, parts: str, tmp_path, capsys, monkeypatch) -> None:
     """Two megabytes, of which the state is one and every image of a data shard wants another."""
-    monkeypatch.setattr(mode, "report", fake(1))
-    monkeypatch.setattr(compiled, "_costs", lambda report: "")
+    monkeypatch.setattr(mode, "report_program", fake(1))
+    monkeypatch.setattr(compile_report, "_costs", lambda report: "")
     size = [f"--config.train.batch_size={8 * images}", "--config.data.size=512", "--workdir", str(tmp_path)]
     assert command.main([*ARGUMENTS, *size, "--topology=cpu:8", f"--memory={2e6 / 2**30}"]) == 3
     assert "".join(re.findall(r"microbatches=(\d+)", capsys.readouterr().err)) == parts
@@ -189,10 +189,10 @@ def test_only_parts_that_a_batch_divides_into_are_advised(images: int, parts: st
 @pytest.mark.parametrize(("gib", "told"), [(55, False), (62, True)])
 def test_more_than_the_pool_of_a_card_is_said_whatever_memory_was_given(gib: int, told: bool, tmp_path, capsys, monkeypatch) -> None:
     """Three quarters of an H100 are 59 GiB."""
-    place = mode.Site(topology=mode.topologies.read("h100:8"), devices=jax.devices(), limit=64 * 2**30)
-    monkeypatch.setattr(mode, "site", lambda *_, **__: place)
-    monkeypatch.setattr(mode, "report", lambda *given: fake(10**6)(*given) | {"peak_bytes": gib * 2**30})
-    monkeypatch.setattr(compiled, "_costs", lambda report: "")
+    place = mode.CompileTarget(topology=mode.topology.read("h100:8"), devices=jax.devices(), limit=64 * 2**30)
+    monkeypatch.setattr(mode, "compile_target", lambda *_, **__: place)
+    monkeypatch.setattr(mode, "report_program", lambda *given: fake(10**6)(*given) | {"peak_bytes": gib * 2**30})
+    monkeypatch.setattr(compile_report, "_costs", lambda report: "")
     assert command.main([*ARGUMENTS, "--workdir", str(tmp_path), "--topology=h100:8", "--memory=64"]) == 0
     assert ("XLA_PYTHON_CLIENT_MEM_FRACTION" in capsys.readouterr().out) == told
 
@@ -232,7 +232,7 @@ def test_a_tpu_step_without_a_tpu(tmp_path, capsys) -> None:
 def test_the_peak_is_what_a_tpus_compiler_holds_against_its_memory() -> None:
     """Three towers in scans, at three batches: what the largest would have needed, as the refusal says, lies on the line through the peaks
     of the others, and the second passed although the sum of its statistics is more than a chip has."""
-    where = mode.site("v5e:1x1", "")
+    where = mode.compile_target("v5e:1x1", "")
     one = jax.sharding.SingleDeviceSharding(where.devices[0])
 
     def shape(*size: int) -> jax.ShapeDtypeStruct:
@@ -252,8 +252,8 @@ def test_the_peak_is_what_a_tpus_compiler_holds_against_its_memory() -> None:
     for rows in (65_536, 98_304):
         found = jax.jit(jax.grad(loss)).lower(weights, shape(rows, 768)).compile().memory_analysis()
         peaks.append(found.peak_memory_in_bytes)
-    assert compiled.memory(found, {}, 0.0).peak > where.limit > compiled.memory(found, {}, 0.0, own=True).peak == peaks[1]
+    assert compile_report.program_memory(found, {}, 0.0).peak > where.limit > compile_report.program_memory(found, {}, 0.0, own=True).peak == peaks[1]
     with pytest.raises(jax.errors.JaxRuntimeError) as refused:
         jax.jit(jax.grad(loss)).lower(weights, shape(131_072, 768)).compile()
-    wanted = compiled.wanted(str(refused.value))
+    wanted = compile_report.parse_out_of_memory(str(refused.value))
     assert wanted is not None and wanted[0] == pytest.approx(2 * peaks[1] - peaks[0], rel=0.01)

@@ -10,8 +10,9 @@ import time
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.data import array_records, convert
-from m3i_jax.data.folder import Folder
+from m3i_jax.data import conversion
+from m3i_jax.data.sources import array_record
+from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import UserError
 from m3i_jax.modes import convert as mode
 from tests import broken
@@ -31,7 +32,7 @@ def config(pictures: pathlib.Path, workers: int) -> schema.Config:
 
 
 def same(place: pathlib.Path, pictures: pathlib.Path) -> None:
-    before, after = Folder(str(pictures)), array_records.ArrayRecords(str(place))
+    before, after = FolderSource(str(pictures)), array_record.ArrayRecordSource(str(place))
     assert len(before) == len(after) == 620 and before.classes == after.classes and after.captions
     for i in range(len(before)):
         a, b = before[i], after[i]
@@ -57,13 +58,13 @@ def test_records_are_kept_byte_for_byte_and_a_second_run_makes_nothing(pictures,
 
 
 def test_another_source_is_refused(pictures, tmp_path):
-    convert.agree(Folder(str(pictures)), str(tmp_path))
+    conversion.check_plan(FolderSource(str(pictures)), str(tmp_path))
     with pytest.raises(UserError, match="another source, or another state of it, is converted there"):
-        convert.agree(Folder(str(pictures / "a")), str(tmp_path))
+        conversion.check_plan(FolderSource(str(pictures / "a")), str(tmp_path))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x.array_record").write_bytes(b"")
     with pytest.raises(UserError, match="'x.array_record' is there and not from this conversion"):
-        convert.agree(Folder(str(pictures)), str(tmp_path / "other"))
+        conversion.check_plan(FolderSource(str(pictures)), str(tmp_path / "other"))
 
 
 def test_a_mixture_of_nothing_is_refused(tmp_path):
@@ -73,8 +74,8 @@ def test_a_mixture_of_nothing_is_refused(tmp_path):
 
 def test_rows_of_all_shards_are_all_rows():
     for records in (1, 255, 620, 5000, 100_000):
-        shards = convert.shards_of(records)
-        assert [i for s in range(shards) for i in convert.rows_of(records, s, shards)] == list(range(records))
+        shards = conversion.shard_count(records)
+        assert [i for s in range(shards) for i in conversion.shard_rows(records, s, shards)] == list(range(records))
 
 
 @pytest.mark.slow

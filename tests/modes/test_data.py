@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from m3i_jax import schema
-from m3i_jax.data import summary, survey
-from m3i_jax.data.folder import Folder
-from m3i_jax.errors import Unreadable
+from m3i_jax.data import dataset_scan, dataset_stats
+from m3i_jax.data.sources.folder import FolderSource
+from m3i_jax.errors import UnreadableError
 from m3i_jax.modes import data
-from m3i_jax.reporting import slices
+from m3i_jax.profiling import hardware
 from tests import broken, toy
 
 
@@ -36,7 +36,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, str, dict
     source = schema.Data(source="folder", path=str(folder), image_size=32, holdout=0.25, caption_length=16, vocabulary_size=300)
     config = schema.Config(data=source, model=small, train=schema.Train(batch_size=8, steps=10))
     patch = pytest.MonkeyPatch()
-    patch.setattr(data.survey.speed, "__kwdefaults__", {"seconds": 0.05})
+    patch.setattr(data.dataset_scan.speed, "__kwdefaults__", {"seconds": 0.05})
     printed: list[str] = []
     patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
     try:
@@ -74,7 +74,7 @@ def test_speed_and_chips(told):
     report = told[0]
     speed, feeds = report["speed"], report["feeds"]
     assert feeds["mfu"] == schema.Report().mfu
-    assert {kind: peak for kind, peak, *_ in feeds["chips"]} == {kind: chip.peak for kind, chip in slices.CHIPS.items()}
+    assert {kind: peak for kind, peak, *_ in feeds["chips"]} == {kind: chip.peak for kind, chip in hardware.CHIPS.items()}
     assert speed["decode"] > speed["pipeline"] > 10 and speed["pictures"] == 26
     for _, peak, wants, fed in feeds["chips"]:
         assert wants == pytest.approx(peak * feeds["mfu"] / feeds["flops_per_image"])
@@ -82,9 +82,9 @@ def test_speed_and_chips(told):
 
 
 def test_what_is_computed_twice_is_no_work_of_the_model():
-    plain = data.feeds(toy.settings(objective__forms="supervised"), toy.VOCABULARY, 100.0)
+    plain = data.chips_fed(toy.settings(objective__forms="supervised"), toy.VOCABULARY, 100.0)
     again = toy.settings(objective__forms="supervised", model__remat="full", train__microbatches=2, report__mfu=0.5)
-    made = data.feeds(again, toy.VOCABULARY, 100.0)
+    made = data.chips_fed(again, toy.VOCABULARY, 100.0)
     assert made["flops_per_image"] == plain["flops_per_image"] and made["mfu"] == 0.5
     assert [row[3] for row in made["chips"]] == pytest.approx([row[3] * plain["mfu"] / 0.5 for row in plain["chips"]])
 
@@ -92,12 +92,12 @@ def test_what_is_computed_twice_is_no_work_of_the_model():
 def test_a_file_that_vanishes_is_reported_where_it_may_be(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(broken.encode(broken.smooth(20, 20 + i), "PNG"))
-    source, kept = Folder(str(tmp_path)), schema.Data(missing="replace")
-    seen = survey.scan(source, range(3), threads=1)
+    source, kept = FolderSource(str(tmp_path)), schema.Data(missing="replace")
+    seen = dataset_scan.scan_records(source, range(3), threads=1)
     (tmp_path / "1.png").unlink()
-    with pytest.raises(Unreadable):
-        survey.scan(source, range(3), threads=1)
-    found = survey.scan(source, range(3), threads=1, missing="replace")
+    with pytest.raises(UnreadableError):
+        dataset_scan.scan_records(source, range(3), threads=1)
+    found = dataset_scan.scan_records(source, range(3), threads=1, missing="replace")
     assert [(s.index, s.reason) for s in found] == [(0, ""), (1, "unreadable"), (2, "")] and "1.png' cannot be read" in found[1].detail
     assert [row["key"] for row in data._examples(source, seen, kept)] == ["0.png", "2.png"]
 
@@ -130,23 +130,23 @@ def test_the_page_stands_alone(told):
 
 
 def test_a_large_source_is_sampled_evenly_and_always_the_same():
-    assert survey.chosen(10**9, 5) == [0, 200_000_000, 400_000_000, 600_000_000, 800_000_000]
-    assert data.spread(list(range(10)), 20) == list(range(10))
+    assert dataset_scan.spread_indices(10**9, 5) == [0, 200_000_000, 400_000_000, 600_000_000, 800_000_000]
+    assert data.spread_items(list(range(10)), 20) == list(range(10))
 
 
 def test_both_parts_are_read_in_order():
     class Part(list):
         name, classes, captions = "x (train)", (), False
 
-    both = survey.Both(Part("abc"), Part("de"))
+    both = dataset_scan.ConcatSource(Part("abc"), Part("de"))
     assert len(both) == 5 and both.__getitems__([0, 2, 3, 4]) == ["a", "c", "d", "e"] and both[4] == "e" and both.name == "x"
 
 
 def test_duplicates_across_the_parts_are_counted():
-    def seen(index: int, content: bytes) -> survey.Seen:
-        return survey.Seen(index, str(index), "PNG", 5, content, "", "", 20, 20, -1, None)
+    def seen(index: int, content: bytes) -> dataset_scan.RecordInfo:
+        return dataset_scan.RecordInfo(index, str(index), "PNG", 5, content, "", "", 20, 20, -1, None)
 
-    made = summary.summarize([seen(0, b"x"), seen(1, b"y"), seen(2, b"x"), seen(3, b"y"), seen(4, b"y"), seen(5, b"z")],
+    made = dataset_stats.dataset_stats([seen(0, b"x"), seen(1, b"y"), seen(2, b"x"), seen(3, b"y"), seen(4, b"y"), seen(5, b"z")],
                              classes=(), kept=0, length=8, ids=None, held_out=range(3, 6))  # fmt: skip
     twice = made["duplicates"]
     assert (twice["records"], twice["groups"], twice["in_both_parts"]) == (3, 2, 1)
@@ -155,10 +155,10 @@ def test_duplicates_across_the_parts_are_counted():
 
 
 def test_nothing_usable_is_reported_not_raised(tmp_path):
-    seen = [survey.look(i, survey.sources.Record(str(i), b"<html>")) for i in range(3)]
-    made = summary.summarize(seen, classes=("a",), kept=1, length=8, ids=len)
+    seen = [dataset_scan.inspect_record(i, dataset_scan.base.Record(str(i), b"<html>")) for i in range(3)]
+    made = dataset_stats.dataset_stats(seen, classes=("a",), kept=1, length=8, ids=len)
     assert made["pictures"]["usable"] == 0 and made["sizes"]["short_side"] == [] and made["categories"]["empty"] == ["a"]
-    assert survey.speed(schema.Config(), [], None, None) == survey.Speed(0.0, 0.0, 0)
+    assert dataset_scan.measure_speed(schema.Config(), [], None, None) == dataset_scan.ReadSpeed(0.0, 0.0, 0)
 
 
 def test_thumbnails_are_upright_and_small():
@@ -167,14 +167,14 @@ def test_thumbnails_are_upright_and_small():
     exif = Image.Exif()
     exif[0x0112] = 6
     content = broken.encode(np.zeros((600, 300, 3), np.uint8), "JPEG", exif=exif)
-    with Image.open(io.BytesIO(survey.thumbnail(survey.sources.Record("a", content)))) as image:
+    with Image.open(io.BytesIO(dataset_scan.thumbnail(dataset_scan.base.Record("a", content)))) as image:
         assert image.size == (160, 80) and image.format == "JPEG"
 
 
 def test_bins_hold_every_value():
     values = np.concatenate([np.arange(0, 5000), [10**6]])
-    bars = summary.histogram(values.tolist(), summary.SIDES)
+    bars = dataset_stats.histogram(values.tolist(), dataset_stats.SIDES)
     assert sum(n for _, n in bars) == len(values) and bars[0] == ("below 32", 32) and bars[1] == ("32-63", 32)
     assert bars[-1] == ("4096 and more", 5000 - 4096 + 1)
-    assert summary.histogram([], summary.SIDES) == []
-    assert pathlib.Path(summary.__file__).is_file()
+    assert dataset_stats.histogram([], dataset_stats.SIDES) == []
+    assert pathlib.Path(dataset_stats.__file__).is_file()

@@ -7,21 +7,21 @@ import types
 
 import jax
 import pytest
+from tests.evaluation.test_loaded import intern_image_file
 
 from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax import parallel
-from m3i_jax.data.folder import Folder
+from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import UserError
-from m3i_jax.interop import tensors
+from m3i_jax.interop import tensor_files
 from m3i_jax.modes import eval as evaluate
-from m3i_jax.modes import job as jobs
+from m3i_jax.modes import setup as jobs
 from m3i_jax.modes import train
-from m3i_jax.training import steps
+from m3i_jax.training import checkpoint_dir
 from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.trainer import Trainer
 from tests import broken, toy
-from tests.evaluation.test_loaded import intern_image_file
 from tests.interop.published_vit import ENCODERS, weights
 
 SMALL = {
@@ -37,9 +37,9 @@ EVERY = tuple(evaluate.evaluators.EVALUATORS)
 def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The directory of a run that saved its first parameters, and their average with other numbers."""
     place = tmp_path_factory.mktemp("run")
-    job = jobs.open_job(toy.settings(**SMALL), str(place), trains=[("supervised", "weakly_supervised")])
+    job = jobs.open_setup(toy.settings(**SMALL), str(place), trains=[("supervised", "weakly_supervised")])
     trainer = Trainer(job.config, job.mesh, job.tokenizer.vocabulary)
-    train.agree(job, None, False)
+    train.check_same_run(job, None, False)
     checkpoints = Checkpoints(place / "checkpoints", 2)
     state = trainer.init()
     for step in (1, 2):
@@ -83,7 +83,7 @@ def test_files_that_vanish_are_left_out_where_they_may_be(tmp_path: pathlib.Path
         (tmp_path / f"{i}.png").write_bytes(broken.encode(broken.smooth(40, 40 + i), "PNG"))
     settings = SMALL | {"data__source": "folder", "data__path": str(tmp_path), "data__missing": "replace", "data__captions": "no"}
     config = toy.settings(**settings)
-    source = Folder(str(tmp_path))
+    source = FolderSource(str(tmp_path))
     (tmp_path / "3.png").unlink()
     job = types.SimpleNamespace(config=config, mesh=parallel.make_mesh((1, 1, 1), jax.devices()[:1]), held_out=source)
     read = evaluate.evaluators.batches(job, source, 10)
@@ -91,7 +91,7 @@ def test_files_that_vanish_are_left_out_where_they_may_be(tmp_path: pathlib.Path
     assert len(evaluate.evaluators.drawn.Easel(job, str, str).tiles([2, 3])) == 2
     asked: list[str] = []
     monkeypatch.setattr(evaluate.evaluators.retrieval, "measure", lambda *a, missing, **k: asked.append(missing))
-    job = jobs.open_job(toy.settings(**SMALL, data__missing="replace"), str(tmp_path), trains=[("supervised", "weakly_supervised")])
+    job = jobs.open_setup(toy.settings(**SMALL, data__missing="replace"), str(tmp_path), trains=[("supervised", "weakly_supervised")])
     evaluate.evaluators.measures(job, print, easel=evaluate.evaluators.drawn.Easel(job, str, str))
     assert asked == ["replace"]
 
@@ -100,7 +100,7 @@ def test_files_that_vanish_are_left_out_where_they_may_be(tmp_path: pathlib.Path
 def test_what_cannot_be_evaluated_is_said(thorough: bool, tmp_path: pathlib.Path) -> None:
     """While a run trains, only what was asked for because of the categories: the terms of an objective are known from elsewhere."""
     settings = SMALL | {"objective__forms": "mim", "data__classes": 0, "data__captions": "no", "evaluate__linear": True}
-    job, said = jobs.open_job(toy.settings(**settings), str(tmp_path), trains=[("mim",)]), []
+    job, said = jobs.open_setup(toy.settings(**settings), str(tmp_path), trains=[("mim",)]), []
     assert evaluate.evaluators.wanted(job, said.append, thorough=thorough) == ["embedding", "attention"]
     by_class = "kNN and linear" if not thorough else "kNN, linear and confusion"
     lines = ["no direct evaluation: the objective trains no categories"]
@@ -110,7 +110,7 @@ def test_what_cannot_be_evaluated_is_said(thorough: bool, tmp_path: pathlib.Path
 
 def test_an_encoder_alone_on_other_pictures(run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = weights(ENCODERS["timm"], width=32, depth=2, heads=2, patch=8, grid=4)
-    tensors.write_safetensors(tmp_path / "vit.safetensors", table)
+    tensor_files.write_safetensors(tmp_path / "vit.safetensors", table)
     other = ["--checkpoint", str(tmp_path / "vit.safetensors"), "--config.data.size=50", "--config.model.encoder.positions=learned"]
     assert command.main(["--mode=eval", "--workdir", str(run), *asked("attention", "knn", "direct", "examples"), *other]) == 0
     out = capsys.readouterr().out
@@ -133,13 +133,13 @@ def test_what_is_known_is_not_measured_again(run: pathlib.Path, monkeypatch: pyt
     """The same call goes on; another checkpoint is another thing, and so is another setting."""
     ran, agreed = [], []
     real = evaluate.evaluators.measures
-    monkeypatch.setattr(evaluate.distributed, "agree", lambda name, items: agreed.append(items["checkpoint"]))
+    monkeypatch.setattr(evaluate.distributed, "assert_same_on_all_hosts", lambda name, items: agreed.append(items["checkpoint"]))
 
     def noted(*rest, **more):
         found, sets = real(*rest, **more)
         return {name: lambda seen, name=name: (ran.append(name), iter([(f"eval/{name}", 0.5)]))[1] for name in found}, sets
 
-    monkeypatch.setattr(evaluate.evaluators, "measures", noted)
+    monkeypatch.setattr(evaluate.evaluators, "enabled_metrics", noted)
     (run / "eval.json").unlink(missing_ok=True)
     call = ["--mode=eval", "--workdir", str(run), *asked("knn", "direct")]
     assert command.main(call) == 0 and ran == ["knn", "direct"]
@@ -149,7 +149,7 @@ def test_what_is_known_is_not_measured_again(run: pathlib.Path, monkeypatch: pyt
     assert command.main(call) == 0 and ran == ["knn", "direct", "direct"]
     assert command.main([*call, "--checkpoint", str(run / "checkpoints" / "1")]) == 0 and ran[3:] == ["knn", "direct"]
     assert json.loads((run / "eval.json").read_text())["step"] == 1
-    assert agreed == [str(max(steps.listed(run / "checkpoints")))] * 2 + ["1"]  # what several hosts must have in common
+    assert agreed == [str(max(checkpoint_dir.complete_steps(run / "checkpoints")))] * 2 + ["1"]  # what several hosts must have in common
     assert command.main([*call, "--config.evaluate.crop=1.0", "--checkpoint", str(run / "checkpoints" / "1")]) == 0
     assert ran[5:] == ["knn", "direct"]
 
@@ -173,7 +173,7 @@ def test_refusals(arguments: list[str], told: str, run: pathlib.Path, tmp_path: 
 
 
 def test_the_settings_of_a_run_come_back(run: pathlib.Path) -> None:
-    config = configuration.resolve(configuration.of_run(str(run), "--workdir"))
-    assert configuration.to_text(config) == (run / "config.txt").read_text()
+    config = configuration.resolve(configuration.load_from_workdir(str(run), "--workdir"))
+    assert configuration.config_to_text(config) == (run / "config.txt").read_text()
     with pytest.raises(UserError, match="is no setting of this version"):
-        configuration.from_text("optim.fast = 1\n", "config.txt")
+        configuration.config_from_text("optim.fast = 1\n", "config.txt")

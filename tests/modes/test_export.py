@@ -14,8 +14,8 @@ import pytest
 from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import loaded
-from m3i_jax.interop import tensors, vit
+from m3i_jax.evaluation import load
+from m3i_jax.interop import tensor_files, vit_weights
 from m3i_jax.models import presets
 from m3i_jax.modes import export
 from tests import saved, toy
@@ -43,10 +43,10 @@ def exported(workdir: pathlib.Path, format: str, *more: str) -> pathlib.Path:
 
 def test_timm(run, capsys: pytest.CaptureFixture[str]) -> None:
     place = exported(run[0], "timm")
-    table = tensors.read(place / "model.safetensors")
+    table = tensor_files.read_tensors(place / "model.safetensors")
     wanted = {name: shape for name, shape in shapes(ENCODERS["timm"], **SIZES).items() if not name.startswith("norm.")}
     assert table.shapes == wanted  # no final norm, as in the run
-    back = vit.load(table).arrays
+    back = vit_weights.load_vit(table).arrays
     for path, array in saved.flat({"encoder": run[1]["encoder"]}).items():
         np.testing.assert_array_equal(back[path], array, err_msg=path)
     config = json.loads((place / "config.json").read_text())
@@ -58,7 +58,7 @@ def test_timm(run, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_hugging_face_and_the_momentum_average(run, capsys: pytest.CaptureFixture[str]) -> None:
     place = exported(run[0], "hf", "--config.evaluate.encoder=ema")
-    table = tensors.read(place / "model.safetensors")
+    table = tensor_files.read_tensors(place / "model.safetensors")
     assert table.shapes == shapes(ENCODERS["hf"], **SIZES)
     np.testing.assert_array_equal(table["encoder.layer.1.output.dense.weight"], run[2]["encoder"]["blocks"]["mlp"]["fc2"]["kernel"][1].T)
     np.testing.assert_array_equal(table["layernorm.weight"], np.ones(32))
@@ -71,10 +71,10 @@ def test_hugging_face_and_the_momentum_average(run, capsys: pytest.CaptureFixtur
 
 def test_what_was_exported_loads_as_the_same_function(run) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
-    expected = loaded.load(str(run[0]), pool="mean").features(pictures)
+    expected = load.load(str(run[0]), pool="mean").features(pictures)
     for format in ("timm", "npz"):
         place = exported(run[0], format)
-        got = loaded.load(str(place / "vit.npz" if format == "npz" else place), pool="mean")
+        got = load.load(str(place / "vit.npz" if format == "npz" else place), pool="mean")
         if format == "npz":  # Google's layout is used with the tanh form of GELU and other pixels; ours was not
             assert got.config.model.encoder.activation == "gelu_tanh" and got.config.model.encoder.heads == 2
         else:
@@ -84,8 +84,8 @@ def test_what_was_exported_loads_as_the_same_function(run) -> None:
 @pytest.fixture(scope="module")
 def intern(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A run of the toy among InternImage's presets."""
-    workdir, config = tmp_path_factory.mktemp("intern"), configuration.default()
-    presets.use(config, "internimage_pico")
+    workdir, config = tmp_path_factory.mktemp("intern"), configuration.default_config()
+    presets.apply_preset(config, "internimage_pico")
     config.data.update({"image_size": 32, "classes": 5, "captions": "no", "size": 80})
     config.objective.forms = ("sim",)
     saved.run(workdir, configuration.resolve(config))
@@ -95,14 +95,14 @@ def intern(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.mark.parametrize("format", ["hf", "npz"])
 def test_an_intern_image_under_its_published_names(intern: pathlib.Path, format: str, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
-    expected = loaded.load(str(intern), pool="mean").features(pictures)
+    expected = load.load(str(intern), pool="mean").features(pictures)
     place = exported(intern, format)
     assert "its stem has strides (2, 1), theirs (2, 2)" in capsys.readouterr().out
     path = place if format == "hf" else place / "intern_image.npz"
     wanted = published.shapes(published.PICO._replace(fused=128, pooled=1))
     names = {name for name in wanted if name.startswith(("patch_embed", "levels", "dcnv3_head"))}
-    assert tensors.read(path).shapes == {f"model.{name}" if format == "hf" else name: wanted[name] for name in names}
-    got = loaded.load(str(path))
+    assert tensor_files.read_tensors(path).shapes == {f"model.{name}" if format == "hf" else name: wanted[name] for name in names}
+    got = load.load(str(path))
     assert got.config.data.image_size == (32 if format == "hf" else 224)
     got = dataclasses.replace(got, config=dataclasses.replace(got.config, data=dataclasses.replace(got.config.data, image_size=32)))
     np.testing.assert_allclose(got.features(pictures), expected, atol=1e-5 * np.abs(expected).max())
@@ -139,7 +139,7 @@ def test_stablehlo_runs_in_a_fresh_process_for_any_batch(run, tmp_path: pathlib.
     np.save(tmp_path / "pictures.npy", pictures)
     arguments = [str(place / "features.stablehlo"), str(tmp_path / "pictures.npy"), str(tmp_path / "out.npz")]
     subprocess.run([sys.executable, "-c", FRESH, *arguments], check=True, cwd=tmp_path)
-    expected = loaded.load(str(run[0])).features(pictures)  # attention: this objective trained it
+    expected = load.load(str(run[0])).features(pictures)  # attention: this objective trained it
     with np.load(tmp_path / "out.npz") as got:
         for n in ("1", "3"):
             assert got[n].shape == (int(n), 24)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from m3i_jax import main as command
-from m3i_jax.data import central, parts
-from m3i_jax.evaluation import loaded
-from m3i_jax.interop import tensors
+from m3i_jax.data import eval_batches, splits
+from m3i_jax.evaluation import load
+from m3i_jax.interop import tensor_files
 from m3i_jax.modes import features
 from tests import saved, toy
 from tests.interop.published_vit import ENCODERS, weights
@@ -30,14 +30,14 @@ def written(workdir: pathlib.Path, out: pathlib.Path, *more: str) -> int:
 
 def test_every_picture_once_and_in_order(workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert written(workdir, tmp_path / "a.npz") == 0
-    table, about = features.read(str(tmp_path / "a.npz"))
-    train, held_out = parts.open_parts(toy.settings(**SOURCE).data)
+    table, about = features.read_feature_file(str(tmp_path / "a.npz"))
+    train, held_out = splits.open_splits(toy.settings(**SOURCE).data)
     assert len(train) + len(held_out) == 40 and len(held_out) > 4
     assert table["held_out"].tolist() == [False] * len(train) + [True] * len(held_out)
     assert table["keys"].tolist() == [source[i].key for source in (train, held_out) for i in range(len(source))]
     assert table["labels"].tolist() == [source[i].label for source in (train, held_out) for i in range(len(source))]
-    views = np.concatenate([batch["views"][batch["valid"]] for batch in central.evaluation_batches(held_out, range(len(held_out)), 32, 8)])
-    np.testing.assert_allclose(table["features"][len(train) :], loaded.load(str(workdir)).features(views), atol=1e-5)
+    views = np.concatenate([batch["views"][batch["valid"]] for batch in eval_batches.evaluation_batches(held_out, range(len(held_out)), 32, 8)])
+    np.testing.assert_allclose(table["features"][len(train) :], load.load(str(workdir)).features(views), atol=1e-5)
     assert about["pool"] == "attention" and about["classes"] == list(train.classes) and about["skipped"] == {}
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
     assert f"40 x 24 in {tmp_path / 'a.npz'}" in capsys.readouterr().out
@@ -46,7 +46,7 @@ def test_every_picture_once_and_in_order(workdir: pathlib.Path, tmp_path: pathli
 def stopped_at_the_second_part(monkeypatch: pytest.MonkeyPatch) -> list:
     """(first index, settings) of every part that is asked for, of 16 pictures; a person interrupts the second."""
     monkeypatch.setattr(features, "_PART", 16)
-    read, asked = central.evaluation_batches, []
+    read, asked = eval_batches.evaluation_batches, []
 
     def stops(source, indices, *arguments, **settings):
         asked.append((indices.start, settings))
@@ -54,7 +54,7 @@ def stopped_at_the_second_part(monkeypatch: pytest.MonkeyPatch) -> list:
             raise KeyboardInterrupt
         return read(source, indices, *arguments, **settings)
 
-    monkeypatch.setattr(features.central, "evaluation_batches", stops)
+    monkeypatch.setattr(features.eval_batches, "evaluation_batches", stops)
     return asked
 
 
@@ -67,7 +67,7 @@ def test_a_stopped_run_goes_on_where_it_was(workdir: pathlib.Path, tmp_path: pat
     assert not (tmp_path / "a.npz").exists()
     assert written(workdir, tmp_path / "a.npz") == 0
     assert [start for start, _ in asked] == [0, 16, 16, 0, 16]  # stopped at the second part, gone on there; then the held-out ones
-    whole, stopped = (features.read(str(tmp_path / name))[0] for name in ("whole.npz", "a.npz"))
+    whole, stopped = (features.read_feature_file(str(tmp_path / name))[0] for name in ("whole.npz", "a.npz"))
     for name in whole:
         assert whole[name].dtype == stopped[name].dtype
         if name != "features":
@@ -77,10 +77,10 @@ def test_a_stopped_run_goes_on_where_it_was(workdir: pathlib.Path, tmp_path: pat
 
 def test_other_weights_and_other_pictures(workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = weights(ENCODERS["timm"], width=32, depth=1, heads=2, patch=8, grid=2)
-    tensors.write_safetensors(tmp_path / "vit.safetensors", table)
+    tensor_files.write_safetensors(tmp_path / "vit.safetensors", table)
     arguments = [f"--config.init_from={tmp_path / 'vit.safetensors'}", "--config.data.size=20"]
     assert written(workdir, tmp_path / "a.npz", *arguments) == 0
-    got, about = features.read(str(tmp_path / "a.npz"))
+    got, about = features.read_feature_file(str(tmp_path / "a.npz"))
     assert got["features"].shape == (20, 32) and about["image_size"] == 16 and about["pool"] == "mean" and "(timm)" in about["weights"]
     assert np.isfinite(got["features"]).all() and np.std(got["features"], 0).min() > 0
     assert written(workdir, tmp_path / "b.npz", *arguments, "--config.evaluate.features=attention") == 2
@@ -97,9 +97,9 @@ def test_the_settings_of_evaluation_hold_and_parts_of_others_are_not_gone_on_wit
     assert written(workdir, tmp_path / "a.npz", *(f"--config.{key}={value}" for key, value in wanted.items())) == 0
     assert [start for start, _ in asked] == [0, 16, 0, 16, 0, 16]  # from the start, for the crop is another one
     assert all(settings == {key.split(".")[1]: value for key, value in wanted.items()} for _, settings in asked[2:])
-    assert features.read(str(tmp_path / "a.npz"))[1]["crop"] == 1.0
+    assert features.read_feature_file(str(tmp_path / "a.npz"))[1]["crop"] == 1.0
     assert written(workdir, tmp_path / "b.npz", "--config.evaluate.features=mean") == 0
-    table, about = features.read(str(tmp_path / "b.npz"))
+    table, about = features.read_feature_file(str(tmp_path / "b.npz"))
     assert about["pool"] == "mean" and table["features"].shape == (40, 32)  # 24 of the attention pooling
 
 
@@ -109,7 +109,7 @@ def test_parts_of_other_features_are_not_gone_on_with(workdir: pathlib.Path, tmp
     (kept / "about.json").write_text(json.dumps({"weights": "others"}))
     np.savez(kept / "train.0.npz", keys=np.array(["wrong"]))
     assert written(workdir, tmp_path / "a.npz") == 0
-    assert "wrong" not in features.read(str(tmp_path / "a.npz"))[0]["keys"]
+    assert "wrong" not in features.read_feature_file(str(tmp_path / "a.npz"))[0]["keys"]
 
 
 def test_what_is_refused(workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

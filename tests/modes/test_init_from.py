@@ -11,10 +11,10 @@ import pytest
 from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax import parallel
-from m3i_jax.interop import tensors
-from m3i_jax.modes import job as jobs
+from m3i_jax.interop import tensor_files
+from m3i_jax.modes import setup as jobs
 from m3i_jax.objective import positions
-from m3i_jax.parallel.rules import path_of
+from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training.trainer import Trainer
 from tests import saved, toy
 from tests.interop.published_vit import ENCODERS, OTHERS, weights
@@ -31,19 +31,19 @@ SIZES = {"width": 32, "depth": 2, "heads": 2, "patch": 8, "grid": 4}
 
 
 def timm(place: pathlib.Path) -> tuple[str, list[str]]:
-    tensors.write_safetensors(place / "vit.safetensors", weights(ENCODERS["timm"] + "|" + OTHERS["timm"], **SIZES))
+    tensor_files.write_safetensors(place / "vit.safetensors", weights(ENCODERS["timm"] + "|" + OTHERS["timm"], **SIZES))
     return str(place / "vit.safetensors"), ["model.encoder.positions=learned", "model.encoder.final_norm=true"]
 
 
 def mae(place: pathlib.Path) -> tuple[str, list[str]]:
     """With its fixed table, whose halves are exchanged."""
     fixed = np.concatenate([np.zeros((1, 32)), np.roll(positions.sincos_2d(4, 32), 16, -1)]).astype(np.float32)[None]
-    tensors.write_safetensors(place / "mae.safetensors", {**weights(ENCODERS["mae"], **SIZES), "pos_embed": fixed})
+    tensor_files.write_safetensors(place / "mae.safetensors", {**weights(ENCODERS["mae"], **SIZES), "pos_embed": fixed})
     return str(place / "mae.safetensors"), ["model.encoder.positions=sincos_columns", "model.encoder.final_norm=true"]
 
 
 def google(place: pathlib.Path) -> tuple[str, list[str]]:
-    tensors.write_npz(place / "vit.npz", weights(ENCODERS["google"], **SIZES))
+    tensor_files.write_npz(place / "vit.npz", weights(ENCODERS["google"], **SIZES))
     return str(place / "vit.npz"), ["model.encoder.positions=learned", "model.encoder.final_norm=true"]
 
 
@@ -55,9 +55,9 @@ def ours(place: pathlib.Path) -> tuple[str, list[str]]:
 def qkv(layout: str, path: str) -> np.ndarray:
     """The first block's kernel of q, k and v [D, 3 D], read from the file by itself."""
     if layout == "google":
-        table, at = tensors.read(path), "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/{}/kernel"
+        table, at = tensor_files.read_tensors(path), "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/{}/kernel"
         return np.concatenate([np.asarray(table[at.format(n)]).reshape(32, 32) for n in ("query", "key", "value")], 1)
-    return np.asarray(tensors.read(path)["blocks.0.attn.qkv.weight"]).T
+    return np.asarray(tensor_files.read_tensors(path)["blocks.0.attn.qkv.weight"]).T
 
 
 SLOW = [pytest.param(layout, marks=pytest.mark.slow, id=layout.__name__) for layout in (ours, mae, google)]
@@ -80,18 +80,18 @@ def test_the_first_loss_is_that_of_the_weights(layout, tmp_path: pathlib.Path, c
     assert sorted(losses) == [1, 2, 3] and all(np.isfinite(list(losses.values())))
 
     # The same first step with the encoder put in by hand, and without it.
-    config = configuration.load("configs/quickstart.py")
-    configuration.override(config, [*SMALL, *more])
-    job = jobs.open_job(configuration.resolve(config), str(tmp_path / "other"), trains=[("mim", "supervised")])
+    config = configuration.load_config("configs/quickstart.py")
+    configuration.apply_overrides(config, [*SMALL, *more])
+    job = jobs.open_setup(configuration.resolve(config), str(tmp_path / "other"), trains=[("mim", "supervised")])
     trainer = Trainer(job.config, job.mesh, 0)
     source = {}
     if layout is ours:
         params = saved.random(toy.settings(objective__forms="mim", data__captions="no", data__classes=0), seed=1)
         source = {name: array for name, array in saved.flat(params).items()}
     else:
-        from m3i_jax.interop import vit
+        from m3i_jax.interop import vit_weights
 
-        source = vit.load(tensors.read(path)).arrays
+        source = vit_weights.load_vit(tensor_files.read_tensors(path)).arrays
         np.testing.assert_allclose(source["encoder/blocks/attention/qkv/kernel"][0], qkv(layout.__name__, path), atol=1e-6)
     batch = next(job.batches(0))
     found = []
@@ -100,7 +100,7 @@ def test_the_first_loss_is_that_of_the_weights(layout, tmp_path: pathlib.Path, c
         replaced = []
 
         def put(at, leaf, given=given, replaced=replaced):
-            name = path_of(at)
+            name = path_text(at)
             path = re.sub(r"^(params/|opt/target/params/)", "", name)
             if path == name or path not in given or given[path].shape != leaf.shape:
                 return leaf

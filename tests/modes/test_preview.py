@@ -5,45 +5,47 @@ import pytest
 from PIL import Image
 
 from m3i_jax import schema
-from m3i_jax.data import blend, crops, photometric, pipeline, records, sources
-from m3i_jax.data.folder import Folder
-from m3i_jax.modes import job as jobs
+from m3i_jax.augment import mixup, photometric
+from m3i_jax.data import crops, decode, pipeline
+from m3i_jax.data.sources import base
+from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.modes import preview as show
-from m3i_jax.reporting import preview, sheet
+from m3i_jax.modes import setup as jobs
+from m3i_jax.reporting import image_grid, preview_sheet
 from tests import broken, toy
 
 
 def test_the_record_of_a_row_gives_its_views(tmp_path):
     broken.fill(tmp_path, good=20, kinds=10)
-    source = Folder(str(tmp_path))
+    source = FolderSource(str(tmp_path))
     data = schema.Data(image_size=32, threads=0, max_bad_share=1.0, resizer="pillow")
     config = schema.Config(data=data, train=schema.Train(batch_size=40))
-    batches = pipeline.iterate(config, source, None, start=0)
+    batches = pipeline.iterate_batches(config, source, None, start=0)
     try:
         batch = next(batches)
     finally:
         batches.close()
     assert sum(batches.skipped.values()) > 3 and batches.record.shape == (40,)
-    for row, record in enumerate(sources.read(source, batches.record.tolist())):
-        picture = records.decode(record.image)
+    for row, record in enumerate(base.read_items(source, batches.record.tolist())):
+        picture = decode.decode_image(record.image)
         for view in range(2):
             height, width = picture.shape[:2]
             box = batch["box"][row, view].astype(int).tolist()
-            made = crops.cut(Image.fromarray(picture), box, 32, height=height, width=width)
+            made = crops.cut_view(Image.fromarray(picture), box, 32, height=height, width=width)
             np.testing.assert_array_equal(made.reshape(32, 32, 3), batch["views"][row, view])
 
 
 def test_frames_stand_where_the_boxes_are():
     original = np.full((50, 100, 3), 200, np.uint8)
     boxes, side = np.array([[0, 0, 50, 40], [10, 50, 30, 50]]), 100
-    tile = np.asarray(preview.framed(original, boxes, np.array([False, True]), side))
-    assert (tile[0, 50] == sheet.PAPER).all() and (tile[50, 45] == 200).all()  # letterboxed, and untouched between the frames
-    for (top, left, height, width), colour in zip(boxes, preview.BOXES, strict=True):
+    tile = np.asarray(preview_sheet.frame_boxes(original, boxes, np.array([False, True]), side))
+    assert (tile[0, 50] == image_grid.PAPER).all() and (tile[50, 45] == 200).all()  # letterboxed, and untouched between the frames
+    for (top, left, height, width), colour in zip(boxes, preview_sheet.BOXES, strict=True):
         top += 25
         for y, x in ((top, left), (top + height - 1, left), (top, left + width - 1), (top + height - 1, left + width - 1)):
             assert (tile[y, x] == colour).all(), (y, x)
     # The notch is on the left of the plain view and on the right of the mirrored one.
-    assert (tile[50, 4] == preview.BOXES[0]).all() and (tile[50, 95] == preview.BOXES[1]).all()
+    assert (tile[50, 4] == preview_sheet.BOXES[0]).all() and (tile[50, 95] == preview_sheet.BOXES[1]).all()
     assert (tile[50, 36] == 200).all() and (tile[50, 55] == 200).all()
 
 
@@ -59,14 +61,14 @@ def test_a_sheet_with_originals_has_one_column_more(tmp_path):
     originals = [rng.integers(0, 256, (40, 60, 3), np.uint8) for _ in range(2)]
     sizes = []
     for shown in ([], originals):
-        preview.write(tmp_path / "p.png", batch, captions=["", ""], classes=("cat",), originals=shown)
+        preview_sheet.write_preview(tmp_path / "p.png", batch, captions=["", ""], classes=("cat",), originals=shown)
         with Image.open(tmp_path / "p.png") as image:
             sizes.append(image.size)
             pixels = np.asarray(image.convert("RGB"))
-    side = sheet.tile_side(32, 4)
-    assert sizes[1][0] - sizes[0][0] == 2 * (side + sheet.GAP) and sizes[1][1] == sizes[0][1]
-    top, left = sheet.MARGIN + preview.HEAD, sheet.MARGIN
-    wanted = np.asarray(preview.framed(originals[0], batch["box"][0], batch["flip"][0], side))
+    side = image_grid.side_of_tile(32, 4)
+    assert sizes[1][0] - sizes[0][0] == 2 * (side + image_grid.GAP) and sizes[1][1] == sizes[0][1]
+    top, left = image_grid.MARGIN + preview_sheet.HEAD, image_grid.MARGIN
+    wanted = np.asarray(preview_sheet.frame_boxes(originals[0], batch["box"][0], batch["flip"][0], side))
     np.testing.assert_array_equal(pixels[top : top + side, left : left + side], wanted)
 
 
@@ -75,19 +77,19 @@ def test_a_fine_tuning_shows_what_is_blended(tmp_path):
     changes = {"data__size": 40, "data__classes": -1, "data__captions": "no", "train__batch_size": 16, "data__augment__mixup": 0.8}
     config = toy.settings(**changes, objective__forms="finetune")
     assert show.run(config, workdir=str(tmp_path)) == 0
-    job = jobs.open_job(config, str(tmp_path))
+    job = jobs.open_setup(config, str(tmp_path))
     data = job.batches(0)
     batch = {name: value[:8] for name, value in next(data).items()}
     data.close()
     assert not batch["views"][:, 1].any()
-    side = sheet.tile_side(32, 4)
+    side = image_grid.side_of_tile(32, 4)
     with Image.open(tmp_path / "preview.png") as image:
-        assert image.width == 2 * sheet.MARGIN + preview.BETWEEN + 2 * (3 * (side + sheet.GAP) - sheet.GAP)
+        assert image.width == 2 * image_grid.MARGIN + preview_sheet.BETWEEN + 2 * (3 * (side + image_grid.GAP) - image_grid.GAP)
         pixels = np.asarray(image.convert("RGB"))
-    share = blend.draw(batch["position"], seed=config.seed, size=32, settings=config.data.augment).share[0]
+    share = mixup.draw_mixup(batch["position"], seed=config.seed, size=32, settings=config.data.augment).share[0]
     clean = np.asarray(photometric.mirror(batch["views"][:2, 0], batch["flip"][:2, 0])) / 255
     wanted = (share * clean[0] + (1 - share) * clean[1]) * 255
-    left, top = sheet.MARGIN + 2 * (side + sheet.GAP), sheet.MARGIN + preview.HEAD
+    left, top = image_grid.MARGIN + 2 * (side + image_grid.GAP), image_grid.MARGIN + preview_sheet.HEAD
     shown = pixels[top : top + side, left : left + side]
     zoom = side // 32
     np.testing.assert_allclose(shown[zoom // 2 :: zoom, zoom // 2 :: zoom], wanted, atol=2.5)
@@ -99,7 +101,7 @@ def test_a_sheet_has_only_what_the_objective_reads(tmp_path, form, tiles):
     config = toy.settings(data__size=40, data__classes=-1, train__batch_size=16, objective__forms=form)
     assert show.run(config, workdir=str(tmp_path)) == 0
     with Image.open(tmp_path / "preview.png") as image:
-        assert image.width == 2 * sheet.MARGIN + preview.BETWEEN + 2 * (tiles * (sheet.tile_side(32, 4) + sheet.GAP) - sheet.GAP)
+        assert image.width == 2 * image_grid.MARGIN + preview_sheet.BETWEEN + 2 * (tiles * (image_grid.side_of_tile(32, 4) + image_grid.GAP) - image_grid.GAP)
         left = np.asarray(image.convert("RGB"))[:, : image.width // 2]
-    assert (left == sheet.PARTNER).all(-1).any() == (form == "m3i")  # a cell is the partner's only where it is mixed in
-    assert (left == sheet.HIDDEN).all(-1).any() == (form in ("mae", "sim"))
+    assert (left == image_grid.PARTNER).all(-1).any() == (form == "m3i")  # a cell is the partner's only where it is mixed in
+    assert (left == image_grid.HIDDEN).all(-1).any() == (form in ("mae", "sim"))

@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     checkpoints.save(3, trainer.init(), {"samples_seen": 0, "fingerprint": "none"})
     checkpoints.wait()
     checkpoints.close()
-    (place / "config.txt").write_text(configuration.to_text(config))
+    (place / "config.txt").write_text(configuration.config_to_text(config))
     return place
 
 
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_the_start_is_the_encoder_of_the_run(run: pathlib.Path) -> None:
-    config = configuration.load(f"configs/transfer/finetune.py:path=/pictures,from={run},ema=0.9,batch_size=16")
+    config = configuration.load_config(f"configs/transfer/finetune.py:path=/pictures,from={run},ema=0.9,batch_size=16")
     config.data.update({"size": 64, "classes": toy.CLASSES})
     made = configuration.resolve(config)
     trainer = Trainer(made, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0)
@@ -61,7 +61,7 @@ def test_the_start_is_the_encoder_of_the_run(run: pathlib.Path) -> None:
 
 
 def test_an_encoder_of_another_shape_is_refused(run: pathlib.Path) -> None:
-    config = configuration.load(f"configs/transfer/finetune.py:path=/pictures,from={run},batch_size=16")
+    config = configuration.load_config(f"configs/transfer/finetune.py:path=/pictures,from={run},batch_size=16")
     config.data.update({"size": 64, "classes": 2})
     config.model.encoder.width = 64
     with pytest.raises(UserError, match="init_from"):

@@ -45,24 +45,24 @@ def test_a_group_seen_late_starts_at_its_first_value():
 
 def test_lambda_is_gamma_until_both_groups_were_seen():
     states = run([(4.0, 0.0), (4.0, 2.0)])
-    weights = [float(jax.jit(lambda s: balance.weight(s, gamma=3.0))(s)) for s in states]
+    weights = [float(jax.jit(lambda s: balance.balance_weight(s, gamma=3.0))(s)) for s in states]
     np.testing.assert_allclose(weights, [3.0, 3.0, 6.0], rtol=1e-6)
 
 
 def test_lambda_is_gamma_times_the_ratio_and_clipped():
     state = balance.BalanceState(jnp.int32(1), jnp.float32(3.0), jnp.float32(1.5))
-    assert float(balance.weight(state)) == pytest.approx(2.0)
-    assert float(balance.weight(state, gamma=0.25)) == pytest.approx(0.5)
-    assert float(balance.weight(state, limits=(0.0, 1.5))) == 1.5
-    assert float(balance.weight(state, limits=(5.0, 10.0))) == 5.0
+    assert float(balance.balance_weight(state)) == pytest.approx(2.0)
+    assert float(balance.balance_weight(state, gamma=0.25)) == pytest.approx(0.5)
+    assert float(balance.balance_weight(state, limits=(0.0, 1.5))) == 1.5
+    assert float(balance.balance_weight(state, limits=(5.0, 10.0))) == 5.0
     tiny = balance.BalanceState(jnp.int32(1), jnp.float32(3.0), jnp.float32(1e-30))
-    assert float(balance.weight(tiny)) == 1e4
+    assert float(balance.balance_weight(tiny)) == 1e4
 
 
 def test_lambda_makes_the_gradients_equal_at_gamma_one():
     a, b = np.random.default_rng(0).normal(size=(2, 4, 5, 3)).astype(np.float32)
     states = run([(balance.feature_norm(a), balance.feature_norm(5 * b))], decay=0.0)
-    lam = balance.weight(states[1])
+    lam = balance.balance_weight(states[1])
     np.testing.assert_allclose(balance.feature_norm(lam * 5 * b), balance.feature_norm(a), rtol=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_lambda_and_norms_send_no_gradient():
         state = balance.BalanceState(jnp.int32(1), x, 2 * x)
         tx = balance.track_balance(0.5)
         _, new = tx.update({}, state, feature_grad_norms=(x * x, x))
-        return balance.weight(state)
+        return balance.balance_weight(state)
 
     assert float(jax.jit(jax.grad(loss))(2.0)) == 0
 
@@ -116,4 +116,4 @@ def test_errors():
         tx.update({}, tx.init({}))
     for limits in ((-1.0, 2.0), (3.0, 2.0)):
         with pytest.raises(ValueError, match="limits"):
-            balance.weight(tx.init({}), limits=limits)
+            balance.balance_weight(tx.init({}), limits=limits)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from m3i_jax.objective.information import softmax_bits
-from m3i_jax.objective.posterior import boltzmann, category
+from m3i_jax.objective.losses import boltzmann, category
 
 X, Y1, Y2 = 3, 4, 3
 nll = jax.jit(functools.partial(category, smoothing=0.0))

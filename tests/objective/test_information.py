@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from m3i_jax.objective import information, posterior
+from m3i_jax.objective import information, losses
 
 gaussian_bits = jax.jit(information.gaussian_bits, static_argnums=2)
 softmax_bits, category_bits = jax.jit(information.softmax_bits), jax.jit(information.category_bits)
-gaussian, boltzmann, category = jax.jit(posterior.gaussian), jax.jit(posterior.boltzmann), jax.jit(posterior.category)
+gaussian, boltzmann, category = jax.jit(losses.gaussian), jax.jit(losses.boltzmann), jax.jit(losses.category)
 
 
 def test_gaussian_bits_of_jointly_gaussian_targets_is_their_information():

@@ -15,7 +15,7 @@ IN, OUT = np.array([[10.0, 20.0, 100.0, 120.0]], np.float32), np.array([[40.0, 2
 NO, YES = np.array([False]), np.array([True])
 
 coordinates = jax.jit(positions.coordinates, static_argnames="grid")
-relative = jax.jit(positions.relative, static_argnames=("grid", "width"))
+relative = jax.jit(positions.relative_positions, static_argnames=("grid", "width"))
 relative_parts = jax.jit(positions.relative_parts, static_argnames=("grid", "width"))
 
 
@@ -149,7 +149,7 @@ def test_relative_in_float32_is_the_float64_reference_of_the_other_frame(flip_in
 def test_identity_is_relative_of_equal_views_and_starts_with_the_table():
     boxes = random_boxes(np.random.default_rng(3), 4, 300, 400)
     flips = np.array([False, True, False, True])
-    raw, same = relative(boxes, flips, boxes, flips, grid=6, width=16), positions.identity(6, 16)
+    raw, same = relative(boxes, flips, boxes, flips, grid=6, width=16), positions.same_view_positions(6, 16)
     np.testing.assert_array_equal(same[:, :16], positions.sincos_2d(6, 16))
     np.testing.assert_array_equal(same[:, 16:], np.tile([0, 0, 0, 0, 1, 1, 1, 1], (36, 2)))
     np.testing.assert_allclose(raw, np.broadcast_to(same, raw.shape), atol=3e-7)
@@ -183,9 +183,9 @@ def test_boxes_may_be_whole_numbers():
     [
         (partial(positions.sincos_2d, 2, 6), "width is 6"),
         (partial(positions.sincos_2d, 0, 8), "grid is 0"),
-        (partial(positions.identity, 2, 0), "width is 0"),
-        (partial(positions.relative, IN, NO, OUT, NO, grid=2, width=10), "width is 10"),
-        (partial(positions.relative, IN[0], NO, OUT, NO, grid=2, width=8), r"\(4,\)"),
+        (partial(positions.same_view_positions, 2, 0), "width is 0"),
+        (partial(positions.relative_positions, IN, NO, OUT, NO, grid=2, width=10), "width is 10"),
+        (partial(positions.relative_positions, IN[0], NO, OUT, NO, grid=2, width=8), r"\(4,\)"),
         (partial(positions.coordinates, IN, NO, np.repeat(OUT, 2, 0), NO, grid=2), r"\(2, 4\)"),
         (partial(positions.coordinates, IN, np.repeat(NO, 2), OUT, NO, grid=2), r"\(2,\)"),
     ],

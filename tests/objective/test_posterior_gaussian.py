@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m3i_jax.objective import posterior
+from m3i_jax.objective import losses
 from tests.objective.numeric import check_gradient, equations, grad_of, mean, normal, primitives, value_and_grad_of
 
 # Compiled as a whole: faster than operation by operation, and it is how they are used.
-gaussian = jax.jit(posterior.gaussian, static_argnames=("second_moment",))
-second_moment = jax.jit(posterior.second_moment)
-layer_normalize = jax.jit(posterior.layer_normalize)
+gaussian = jax.jit(losses.gaussian, static_argnames=("second_moment",))
+second_moment = jax.jit(losses.second_moment)
+layer_normalize = jax.jit(losses.layer_normalize)
 
 P = np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, -1.0]], np.float32)
 RAW = np.array([[1.0, 2.0, 3.0, 4.0], [4.0, 0.0, 0.0, 0.0]], np.float32)
@@ -80,7 +80,7 @@ def test_gaussian_backward_adds_no_product():
 
 def test_gaussian_gives_no_gradient_to_target_moment_and_weight():
     p, t, c = normal(6, 4), normal(6, 4, seed=1), np.eye(4, dtype=np.float32)
-    grads = grad_of(lambda t, c, w: posterior.gaussian(p, t, second_moment=w, moment_DxD=c)[0], (0, 1, 2))(t, c, 0.5)
+    grads = grad_of(lambda t, c, w: losses.gaussian(p, t, second_moment=w, moment_DxD=c)[0], (0, 1, 2))(t, c, 0.5)
     assert all(not np.any(g) for g in grads)
     shared = grad_of(lambda x: gaussian(x, 2 * x, second_moment=0.5)[0])(p)
     apart = grad_of(lambda x: gaussian(x, 2 * p, second_moment=0.5)[0])(p)
@@ -132,7 +132,7 @@ def test_gaussian_computes_in_float32():
 
 def test_gaussian_weight_may_be_traced():
     p, t = normal(6, 4), normal(6, 4, seed=1)
-    traced = jax.jit(lambda p, t, w: posterior.gaussian(p, t, second_moment=w))(p, t, 0.25)
+    traced = jax.jit(lambda p, t, w: losses.gaussian(p, t, second_moment=w))(p, t, 0.25)
     np.testing.assert_allclose(traced, gaussian(p, t, second_moment=0.25), rtol=1e-6)
 
 

@@ -22,7 +22,7 @@ def main():
     import numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-    from m3i_jax.objective import balance, masks, mixing, positions, posterior, regularize, target
+    from m3i_jax.objective import balance, collapse, ema, losses, masks, mixing, positions
 
     assert jax.device_count() == 8
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -32,9 +32,9 @@ def main():
     p, t, x, mask = normal(16, 4, 8), normal(16, 4, 8), normal(16, 16, 3), masks.blockwise(0, 0, 16, grid=4, hidden=8)
     label, where = rng.integers(-1, 5, 16), (rng.random((16, 4)) < 0.7)
     box, flip = np.abs(normal(2, 16, 4)) * 50 + 10, rng.random((2, 16)) < 0.5
-    relative = lambda a, f, b, g: positions.relative(a, f, b, g, grid=4, width=8)  # noqa: E731
-    gaussian = lambda p, t, where: posterior.gaussian(p, t, where, second_moment=0.1)[0]  # noqa: E731
-    contrast = lambda u, v, where, chunk=0: posterior.text(u, v, 1.0, where, chunk=chunk)[0]  # noqa: E731
+    relative = lambda a, f, b, g: positions.relative_positions(a, f, b, g, grid=4, width=8)  # noqa: E731
+    gaussian = lambda p, t, where: losses.gaussian(p, t, where, second_moment=0.1)[0]  # noqa: E731
+    contrast = lambda u, v, where, chunk=0: losses.text(u, v, 1.0, where, chunk=chunk)[0]  # noqa: E731
     chunked = lambda u, v, where: contrast(u, v, where, 6)  # noqa: E731
     free = {  # name: function, arguments; all arguments sharded over rows. These move nothing between devices.
         "partner": (mixing.partner, (x,)),
@@ -43,16 +43,16 @@ def main():
         "unmix": (lambda x, m: mixing.unmix(x, m, 8), (x, mask)),
         "unmix gradient": (jax.grad(lambda x, m: jnp.sin(mixing.unmix(x, m, 8)[0]).sum()), (x, mask)),
         "relative": (relative, (box[0], flip[0], box[1], flip[1])),
-        "gradient of gaussian": (jax.grad(lambda p, t, w: posterior.gaussian(p, t, w)[0]), (p, t, where)),
+        "gradient of gaussian": (jax.grad(lambda p, t, w: losses.gaussian(p, t, w)[0]), (p, t, where)),
     }
     summed = {
         "gaussian": (jax.value_and_grad(gaussian), (p, t, where)),
-        "second_moment": (posterior.second_moment, (t, where)),
-        "boltzmann": (lambda p, k: posterior.boltzmann(p, k, jnp.arange(16), temperature=0.2), (p[:, 0], t[:, 0])),
-        "category": (posterior.category, (p[:, 0], label)),
+        "second_moment": (losses.second_moment, (t, where)),
+        "boltzmann": (lambda p, k: losses.boltzmann(p, k, jnp.arange(16), temperature=0.2), (p[:, 0], t[:, 0])),
+        "category": (losses.category, (p[:, 0], label)),
         "text": (jax.value_and_grad(contrast, (0, 1)), (p[:, 0], t[:, 0], where[:, 0])),
         "text in chunks": (jax.value_and_grad(chunked, (0, 1)), (p[:, 0], t[:, 0], where[:, 0])),
-        "norms": (lambda t: (balance.feature_norm(t), regularize.target_std(t)), (t,)),
+        "norms": (lambda t: (balance.feature_norm(t), collapse.target_std(t)), (t,)),
     }
     for name, (function, arguments) in (free | summed).items():
         one = jax.jit(function)(*arguments)
@@ -63,7 +63,7 @@ def main():
         moved = [word for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute") if word in text]
         assert bool(moved) == (name in summed), (name, moved)
 
-    tx = target.track_target(0.5)
+    tx = ema.track_target(0.5)
     params = jax.device_put(normal(8, 4), rows)
     state = jax.jit(lambda p: tx.update(p, tx.init(p), p)[1])(params)
     assert state.params.sharding.is_equivalent_to(rows, 2)

@@ -14,9 +14,9 @@ import time
 import pytest
 
 from m3i_jax.errors import UserError
-from m3i_jax.interop import tensors
+from m3i_jax.interop import tensor_files
 from m3i_jax.parallel import barriers, distributed
-from m3i_jax.parallel.distributed import Place, decide
+from m3i_jax.parallel.distributed import ProcessInfo, detect_processes
 from tests import saved, toy
 from tests.interop.published_vit import ENCODERS, weights
 
@@ -30,22 +30,22 @@ JAX = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:99", "JAX_NUM_PROCESSES": "2", "JAX_
 
 def test_flags_then_tpu_then_slurm_then_environment() -> None:
     everything = SLURM | JAX
-    assert decide("a:1", "8", "7", environ=everything, tpu=True) == Place(source="flags", coordinator="a:1", processes=8, process=7)
-    assert decide("", "", "", environ=everything, tpu=True) == Place(source="TPU metadata", processes=0)
-    slurm = decide("", "", "", environ=everything, tpu=False)
-    assert slurm == Place(source="Slurm", coordinator="gpu07:61443", processes=4, process=3, devices=(1,))
-    assert decide("", "", "", environ=JAX, tpu=False) == Place(source="environment", coordinator="10.0.0.1:99", processes=2, process=1)
-    assert decide("", "", "", environ={}, tpu=False) == Place(source="alone")
+    assert detect_processes("a:1", "8", "7", environ=everything, tpu=True) == ProcessInfo(source="flags", coordinator="a:1", processes=8, process=7)
+    assert detect_processes("", "", "", environ=everything, tpu=True) == ProcessInfo(source="TPU metadata", processes=0)
+    slurm = detect_processes("", "", "", environ=everything, tpu=False)
+    assert slurm == ProcessInfo(source="Slurm", coordinator="gpu07:61443", processes=4, process=3, devices=(1,))
+    assert detect_processes("", "", "", environ=JAX, tpu=False) == ProcessInfo(source="environment", coordinator="10.0.0.1:99", processes=2, process=1)
+    assert detect_processes("", "", "", environ={}, tpu=False) == ProcessInfo(source="alone")
 
 
 @pytest.mark.parametrize(
     ("variables", "wanted"),
     [
-        ({}, Place(source="TPU variables", coordinator="t0:8482", processes=3, process=2)),
+        ({}, ProcessInfo(source="TPU variables", coordinator="t0:8482", processes=3, process=2)),
         ({"TPU_WORKER_HOSTNAMES": "t0:8471, t1:8471"}, None),  # numbers from 0
         ({"TPU_WORKER_HOSTNAMES": "t0:8471, t1:8471", "TPU_WORKER_ID": "1"},
-         Place(source="TPU variables", coordinator="t0:8482", processes=2, process=1)),
-        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, Place(source="TPU variables", coordinator="localhost:8482")),
+         ProcessInfo(source="TPU variables", coordinator="t0:8482", processes=2, process=1)),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, ProcessInfo(source="TPU variables", coordinator="localhost:8482")),
         ({"TPU_WORKER_HOSTNAMES": ""}, None),
         ({"TPU_WORKER_HOSTNAMES": "t0,,t2"}, None),
         ({"TPU_WORKER_ID": ""}, None),
@@ -53,17 +53,17 @@ def test_flags_then_tpu_then_slurm_then_environment() -> None:
         ({"TPU_PROCESS_ADDRESSES": "t0:8476,t0:8477"}, None),
     ],
 )  # fmt: skip
-def test_a_tpu_whose_variables_name_all_hosts_meets_them_by_name(variables: dict[str, str], wanted: Place | None) -> None:
+def test_a_tpu_whose_variables_name_all_hosts_meets_them_by_name(variables: dict[str, str], wanted: ProcessInfo | None) -> None:
     environ = {"TPU_WORKER_HOSTNAMES": "t0,t1,t2", "TPU_WORKER_ID": "2"} | JAX | variables
-    assert decide("", "", "", environ=environ, tpu=True) == (wanted or Place(source="TPU metadata", processes=0))
-    assert decide("", "", "", environ=environ, tpu=False).source == "environment"
+    assert detect_processes("", "", "", environ=environ, tpu=True) == (wanted or ProcessInfo(source="TPU metadata", processes=0))
+    assert detect_processes("", "", "", environ=environ, tpu=False).source == "environment"
 
 
 def test_slurm_one_process_a_node_has_all_devices_of_it() -> None:
     node = SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
-    assert decide("", "", "", environ=node, tpu=False).devices is None
+    assert detect_processes("", "", "", environ=node, tpu=False).devices is None
     # In a batch script, outside srun, this process is alone whatever the job has.
-    assert decide("", "", "", environ=node | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, tpu=False).source == "alone"
+    assert detect_processes("", "", "", environ=node | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, tpu=False).source == "alone"
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_slurm_one_process_a_node_has_all_devices_of_it() -> None:
 )
 def test_what_is_missing_or_wrong_is_named(flags: tuple[str, str, str], environ: dict[str, str], wanted: str) -> None:
     with pytest.raises(UserError) as error:
-        decide(*flags, environ=environ, tpu=False)
+        detect_processes(*flags, environ=environ, tpu=False)
     assert wanted in str(error.value)
 
 
@@ -93,13 +93,13 @@ def test_a_tpu_needs_chips_libtpu_and_leave(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_alone_nothing_waits() -> None:
-    distributed.initialize(Place(source="alone"), say=lambda text: pytest.fail(text))
-    barriers.wait("never")
-    with barriers.first("never"):
+    distributed.initialize(ProcessInfo(source="alone"), say=lambda text: pytest.fail(text))
+    barriers.barrier("never")
+    with barriers.host0_first("never"):
         pass
-    assert barriers.exchange("never", "me") == ["me"]
+    assert barriers.exchange_values("never", "me") == ["me"]
     asked = []
-    together = barriers.Together(lambda: bool(asked)).open()
+    together = barriers.CoordinatedStop(lambda: bool(asked)).open()
     assert not together.poll()
     asked.append(1)
     assert together.poll()
@@ -143,32 +143,32 @@ TALK = """
     from m3i_jax.errors import UserError
     from m3i_jax.parallel import barriers, distributed
     me = int(sys.argv[1])
-    distributed.initialize(distributed.Place(source="test", coordinator=sys.argv[2], processes=2, process=me), limit=60)
-    barriers.introduce(f"name{me}")
-    print("hosts", barriers.hosts(), barriers.host())
-    print("exchange", barriers.exchange("a", f"from {me}"), barriers.exchange("a", f"again {me}"))
-    with barriers.first("make"):
+    distributed.initialize(distributed.ProcessInfo(source="test", coordinator=sys.argv[2], processes=2, process=me), limit=60)
+    barriers.announce_host(f"name{me}")
+    print("hosts", barriers.host_names(), barriers.host_name())
+    print("exchange", barriers.exchange_values("a", f"from {me}"), barriers.exchange_values("a", f"again {me}"))
+    with barriers.host0_first("make"):
         print("first", time.monotonic())
         time.sleep(0.0 if me else 0.3)
     for who in (0, 1):
         try:
-            with barriers.first("fails"):
+            with barriers.host0_first("fails"):
                 assert me != who, "broken"
         except (AssertionError, barriers.HostMissing) as error:
             print(f"fails{who}", type(error).__name__, error)
-    distributed.agree("start", {"code": "1", "seed": "0"})
+    distributed.assert_same_on_all_hosts("start", {"code": "1", "seed": "0"})
     try:
-        distributed.agree("start", {"code": "1", "seed": str(me), "lr": "1"})
+        distributed.assert_same_on_all_hosts("start", {"code": "1", "seed": str(me), "lr": "1"})
     except UserError as error:
         print("differ", error)
 
     # Host 1 is told while host 0 is ahead: both stop at the same poll, after the largest number.
     asked = threading.Event()
-    together = barriers.Together(asked.is_set, limit=30).open()
+    together = barriers.CoordinatedStop(asked.is_set, limit=30).open()
     if me == 0:
         for _ in range(7):
             assert not together.poll()
-    barriers.wait("ahead")
+    barriers.barrier("ahead")
     if me == 1:
         asked.set()
         time.sleep(0.5)
@@ -180,7 +180,7 @@ TALK = """
     together.close()
 
     # A run that ends by itself while nobody asks.
-    together = barriers.Together(lambda: False, limit=30).open()
+    together = barriers.CoordinatedStop(lambda: False, limit=30).open()
     assert not together.poll()
     together.close()
     print("ended")
@@ -189,10 +189,10 @@ TALK = """
     if me == 0:
         start = time.monotonic()
         try:
-            barriers.wait("lunch", limit=1.0)
+            barriers.barrier("lunch", limit=1.0)
         except barriers.HostMissing as error:
             print("missing", round(time.monotonic() - start), error)
-    barriers.wait("end")
+    barriers.barrier("end")
 """
 
 
@@ -337,7 +337,7 @@ BEGIN = """
     from m3i_jax.parallel import distributed
     me, hosts = int(sys.argv[1]), int(sys.argv[3])
     if hosts > 1:
-        distributed.initialize(distributed.Place(source="test", coordinator=sys.argv[2], processes=hosts, process=me), limit=60)
+        distributed.initialize(distributed.ProcessInfo(source="test", coordinator=sys.argv[2], processes=hosts, process=me), limit=60)
     from m3i_jax import parallel
     from m3i_jax.training.trainer import Trainer
     from tests import toy
@@ -359,7 +359,7 @@ def test_two_hosts_start_from_the_same_weights(tmp_path: pathlib.Path) -> None:
     """`init_from` of a run and of a file: whole on both hosts, or a half of every matrix on each, every number is that of one host."""
     saved.run(tmp_path / "run", toy.settings(model__encoder__width=64))
     table = weights(ENCODERS["timm"], width=64, depth=2, heads=2, patch=8, grid=4)
-    tensors.write_safetensors(tmp_path / "vit.safetensors", table)
+    tensor_files.write_safetensors(tmp_path / "vit.safetensors", table)
     script = tmp_path / "begin.py"
     script.write_text(textwrap.dedent(BEGIN))
     file = f"init_from={tmp_path / 'vit.safetensors'},model__encoder__positions=learned,model__encoder__final_norm=true"

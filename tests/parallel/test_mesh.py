@@ -35,9 +35,9 @@ def test_devices_of_several_hosts_share_no_rows() -> None:
     """jax would take the rows of each host for all there are, and train on half of the batch."""
     two_hosts = [types.SimpleNamespace(process_index=n // 4) for n in range(8)]
     for shape in ((8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2)):
-        parallel.own_rows(types.SimpleNamespace(devices=np.reshape(two_hosts, shape), shape={"tensor": shape[2]}))
+        parallel.check_host_rows(types.SimpleNamespace(devices=np.reshape(two_hosts, shape), shape={"tensor": shape[2]}))
     with pytest.raises(UserError, match="config.parallel.mesh: a tensor axis of 8 spans 2 hosts"):
-        parallel.own_rows(types.SimpleNamespace(devices=np.reshape(two_hosts, (1, 1, 8)), shape={"tensor": 8}))
+        parallel.check_host_rows(types.SimpleNamespace(devices=np.reshape(two_hosts, (1, 1, 8)), shape={"tensor": 8}))
 
 
 def test_axis_types_are_stated() -> None:

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from m3i_jax.errors import UserError
-from m3i_jax.reporting import panels, sheet
+from m3i_jax.reporting import image_grid, panels
 
 
 def page(path):
@@ -103,13 +103,13 @@ def test_similarity_is_the_mean_cosine_over_positions():
         for n in range(5):
             norm = np.linalg.norm(p[r, n]) * np.linalg.norm(t[r, n])
             cosine[r, n] = p[r, n] @ t[r, n] / norm if norm else 0
-    np.testing.assert_allclose(panels.similarity(p, t), cosine.mean(1), rtol=1e-6)
+    np.testing.assert_allclose(panels.similarity_map(p, t), cosine.mean(1), rtol=1e-6)
 
 
 def test_every_tile_is_where_it_belongs(tmp_path):
     made = example()
-    panels.write(tmp_path / "p.png", **made)
-    image, side = page(tmp_path / "p.png"), sheet.tile_side(32, 4)
+    panels.write_panel(tmp_path / "p.png", **made)
+    image, side = page(tmp_path / "p.png"), image_grid.side_of_tile(32, 4)
     pictures, features, before = made["pictures"], made["features"], 0
     for row in range(4):
         [(mixed_x, y)] = find(image, enlarged(pictures["input"][row], side))
@@ -129,27 +129,27 @@ def test_every_tile_is_where_it_belongs(tmp_path):
         mask_x = (partner_x + mixed_x) // 2
         for cell, own_cell in enumerate(made["batch"]["mask"][row]):
             centre = image[y + (2 * (cell // 4) + 1) * side // 8, mask_x + (2 * (cell % 4) + 1) * side // 8]
-            assert tuple(centre) == (sheet.OWN if own_cell else sheet.PARTNER)
+            assert tuple(centre) == (image_grid.OWN if own_cell else image_grid.PARTNER)
 
 
 def test_a_masked_input_hides_cells_and_has_no_partner(tmp_path):
     made = example(rows=3, terms=("inter",), mixed=False)
-    panels.write(tmp_path / "p.png", **made)
-    image, side = page(tmp_path / "p.png"), sheet.tile_side(32, 4)
+    panels.write_panel(tmp_path / "p.png", **made)
+    image, side = page(tmp_path / "p.png"), image_grid.side_of_tile(32, 4)
     for row in range(3):
         cells = made["batch"]["mask"][row].reshape(4, 4).repeat(8, 0).repeat(8, 1)[..., None]
-        masked = np.where(cells, made["pictures"]["input_view"][row], np.array(sheet.HIDDEN, np.uint8))
+        masked = np.where(cells, made["pictures"]["input_view"][row], np.array(image_grid.HIDDEN, np.uint8))
         assert len(find(image, enlarged(masked, side))) == 1
         assert len(find(image, enlarged(made["pictures"]["input_view"][row], side))) == 1
-    assert not (image == sheet.PARTNER).all(-1).any()
+    assert not (image == image_grid.PARTNER).all(-1).any()
 
 
 def test_predicted_pixels_stand_beside_their_target_view(tmp_path):
     made, rng = example(rows=2, terms=(), mixed=False), np.random.default_rng(7)
     for name in ("view", "picture", "completed"):
         made["pictures"][f"pixel/{name}"] = rng.integers(0, 256, (2, 32, 32, 3), np.uint8)
-    panels.write(tmp_path / "p.png", **made | {"reads": "masked"})
-    image, side = page(tmp_path / "p.png"), sheet.tile_side(32, 4)
+    panels.write_panel(tmp_path / "p.png", **made | {"reads": "masked"})
+    image, side = page(tmp_path / "p.png"), image_grid.side_of_tile(32, 4)
     for row in range(2):
         places = [
             find(image, enlarged(made["pictures"][name][row], side))
@@ -163,17 +163,17 @@ def test_predicted_pixels_stand_beside_their_target_view(tmp_path):
 def test_whole_views_are_shown_as_they_are(tmp_path):
     """No mask and no partner, though the batch has both."""
     made = example(rows=2, terms=("inter",), mixed=False)
-    panels.write(tmp_path / "p.png", **made | {"reads": "whole"})
-    image, side = page(tmp_path / "p.png"), sheet.tile_side(32, 4)
+    panels.write_panel(tmp_path / "p.png", **made | {"reads": "whole"})
+    image, side = page(tmp_path / "p.png"), image_grid.side_of_tile(32, 4)
     assert image.shape[1] < 4 * (side + 20) + 60
-    assert not (image == sheet.HIDDEN).all(-1).any() and not (image == sheet.PARTNER).all(-1).any()
+    assert not (image == image_grid.HIDDEN).all(-1).any() and not (image == image_grid.PARTNER).all(-1).any()
     assert all(len(find(image, enlarged(made["pictures"]["input_view"][row], side))) == 1 for row in range(2))
 
 
 def test_partners_without_a_row_of_their_own_are_not_shown(tmp_path):
     made = example(rows=2, terms=("intra",))
-    panels.write(tmp_path / "p.png", **made, paired=False)
-    image, side = page(tmp_path / "p.png"), sheet.tile_side(32, 4)
+    panels.write_panel(tmp_path / "p.png", **made, paired=False)
+    image, side = page(tmp_path / "p.png"), image_grid.side_of_tile(32, 4)
     for row in range(2):
         assert len(find(image, enlarged(made["pictures"]["input_view"][row], side))) == 2  # as image i, and as the target view
         assert len(find(image, enlarged(made["pictures"]["input"][row], side))) == 1
@@ -184,44 +184,44 @@ def test_partners_without_a_row_of_their_own_are_not_shown(tmp_path):
 )
 @pytest.mark.parametrize("words", [True, False])
 def test_forms(tmp_path, mixed, terms, columns, words):
-    panels.write(tmp_path / "p.png", **example(rows=2, mixed=mixed, terms=terms, words=words))
+    panels.write_panel(tmp_path / "p.png", **example(rows=2, mixed=mixed, terms=terms, words=words))
     height, width = page(tmp_path / "p.png").shape[:2]
-    side = sheet.tile_side(32, 4)
+    side = image_grid.side_of_tile(32, 4)
     assert columns * side < width < columns * (side + 20) + 60
     assert 2 * side < height < 2 * (side + 60) + 100
 
 
 @pytest.mark.parametrize(("size", "grid"), [(32, 2), (48, 3), (96, 6), (128, 8), (224, 14), (224, 16), (384, 24)])
 def test_sizes(tmp_path, size, grid):
-    side = sheet.tile_side(size, grid)
+    side = image_grid.side_of_tile(size, grid)
     assert side % grid == 0 and 90 <= side <= 130
-    panels.write(tmp_path / "p.png", **example(rows=2, size=size, grid=grid))
+    panels.write_panel(tmp_path / "p.png", **example(rows=2, size=size, grid=grid))
     assert page(tmp_path / "p.png").shape[1] > 10 * side
 
 
 def test_similarity_is_printed_and_words_do_not_run_into_it(tmp_path):
     made = example(rows=2, terms=("intra",))
-    panels.write(tmp_path / "a.png", **made)
+    panels.write_panel(tmp_path / "a.png", **made)
     first = page(tmp_path / "a.png")
-    side = sheet.tile_side(32, 4)
-    left = first.shape[1] - sheet.MARGIN - side
-    rows = slice(sheet.MARGIN + panels.HEAD + side + 1, sheet.MARGIN + panels.HEAD + side + panels.LINE)
-    assert (first[rows, left - sheet.GAP : left] == sheet.PAPER).all()
-    assert (first[rows, left : -sheet.MARGIN] != sheet.PAPER).any()
+    side = image_grid.side_of_tile(32, 4)
+    left = first.shape[1] - image_grid.MARGIN - side
+    rows = slice(image_grid.MARGIN + panels.HEAD + side + 1, image_grid.MARGIN + panels.HEAD + side + panels.LINE)
+    assert (first[rows, left - image_grid.GAP : left] == image_grid.PAPER).all()
+    assert (first[rows, left : -image_grid.MARGIN] != image_grid.PAPER).any()
     made["features"]["intra/prediction"] = -made["features"]["intra/prediction"]
-    panels.write(tmp_path / "b.png", **made)
+    panels.write_panel(tmp_path / "b.png", **made)
     assert (page(tmp_path / "b.png")[rows, left:] != first[rows, left:]).any()
 
 
 def test_same_input_same_bytes_and_nothing_left_behind(tmp_path):
     for name in ("a.png", "b.png", "a.png"):
-        panels.write(tmp_path / name, **example())
+        panels.write_panel(tmp_path / name, **example())
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    panels.write(tmp_path / "p.png", **example())
+    panels.write_panel(tmp_path / "p.png", **example())
     before = (tmp_path / "p.png").read_bytes()
 
     def full(self, place, format):
@@ -230,15 +230,15 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(UserError, match="p.png: No space left on device"):
-        panels.write(tmp_path / "p.png", **example(rows=2))
+        panels.write_panel(tmp_path / "p.png", **example(rows=2))
     assert (tmp_path / "p.png").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
 
 
 def test_elided_words_fit():
-    face = sheet.font(12)
+    face = image_grid.font(12)
     for width in (3, 20, 57, 200):
-        text = sheet.elide("a long caption, longer than all of these", width, face)
+        text = image_grid.elide_text("a long caption, longer than all of these", width, face)
         assert face.getlength(text) <= width
         assert text == "" or text.endswith("…")
-    assert sheet.elide("short", 200, face) == "short"
+    assert image_grid.elide_text("short", 200, face) == "short"

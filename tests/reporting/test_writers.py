@@ -92,7 +92,7 @@ def test_a_failing_sink_is_counted_and_told_and_stops_nothing():
 def test_a_full_disk_is_survived(tmp_path, capsys):
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
-    writer = writers.Writers({"metrics.jsonl": writers.JsonLines("/dev/full")}, writers.say)
+    writer = writers.Writers({"metrics.jsonl": writers.JsonLines("/dev/full")}, writers.log_line)
     writer.write(1, VALUES)
     writer.close()
     assert writer.dropped == {"metrics.jsonl": 1}
@@ -103,8 +103,8 @@ def test_a_closed_console_is_survived(monkeypatch):
     closed = io.StringIO()
     closed.close()
     monkeypatch.setattr(sys, "stdout", closed)
-    writers.say("into the void")
-    writers.say("again")
+    writers.log_line("into the void")
+    writers.log_line("again")
 
 
 def test_resume_cuts_later_and_torn_lines_and_keeps_the_rest_byte_by_byte(tmp_path):
@@ -112,14 +112,14 @@ def test_resume_cuts_later_and_torn_lines_and_keeps_the_rest_byte_by_byte(tmp_pa
     whole = b'{"step": 0, "eval/knn/top1": 0.1}\n{"loss": NaN, "step": 10}\n{"step":20}\n'
     path.write_bytes(whole + b'{"step": 30}\nnonsense\n{"no": "step"}\n[]\n{"step": 20, "loss"')
     path.chmod(0o640)
-    assert writers.resume(path, 20) == 5
+    assert writers.truncate_log(path, 20) == 5
     assert path.read_bytes() == whole
     before = path.stat()
-    assert writers.resume(path, 20) == 0  # nothing to cut: the file is left alone
+    assert writers.truncate_log(path, 20) == 0  # nothing to cut: the file is left alone
     assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_ino == before.st_ino
-    assert writers.resume(path, 5) == 2 and lines(path) == [{"step": 0, "eval/knn/top1": 0.1}]
-    assert writers.resume(path, -1) == 1 and path.read_bytes() == b""
-    assert writers.resume(tmp_path / "absent", 3) == 0 and not (tmp_path / "absent").exists()
+    assert writers.truncate_log(path, 5) == 2 and lines(path) == [{"step": 0, "eval/knn/top1": 0.1}]
+    assert writers.truncate_log(path, -1) == 1 and path.read_bytes() == b""
+    assert writers.truncate_log(tmp_path / "absent", 3) == 0 and not (tmp_path / "absent").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -127,7 +127,7 @@ def test_resume_leaves_the_log_as_readable_as_a_new_file(tmp_path):
     path, new = tmp_path / "metrics.jsonl", tmp_path / "new"
     path.write_text('{"step": 1}\n{"step": 2}\n')
     new.touch()
-    writers.resume(path, 1)
+    writers.truncate_log(path, 1)
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(new.stat().st_mode)
 
 
@@ -140,7 +140,7 @@ def test_resume_is_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(writers.os, "fsync", fail)
     with pytest.raises(UserError, match="No space left on device"):
-        writers.resume(path, 1)
+        writers.truncate_log(path, 1)
     assert len(lines(path)) == 2 and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -229,4 +229,4 @@ def test_tensorboard_for_real(tmp_path):
 
 @pytest.mark.parametrize("seconds, text", [(0, "0s"), (59.4, "59s"), (60, "1m00s"), (3599.6, "1h00m"), (86400, "1d00h")])
 def test_duration(seconds, text):
-    assert writers.duration(seconds) == text
+    assert writers.format_duration(seconds) == text

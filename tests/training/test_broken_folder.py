@@ -6,8 +6,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from m3i_jax.data import order, records, sources
-from m3i_jax.data.folder import Folder
+from m3i_jax.data import decode, sampler
+from m3i_jax.data.sources import base
+from m3i_jax.data.sources.folder import FolderSource
 from tests import broken
 from tests.test_main import TINY, finish
 
@@ -18,7 +19,7 @@ GOOD, BATCH, STEPS = 88, 32, 10
 def test_a_run_on_a_folder_that_is_one_fifth_broken(tmp_path: pathlib.Path) -> None:
     reasons = broken.fill(tmp_path / "pictures", good=GOOD)
     assert len(reasons) == 22 == round(0.2 * (GOOD + len(reasons)))
-    assert set(reasons.values()) == set(records.REASONS) - {records.UNREADABLE}
+    assert set(reasons.values()) == set(decode.REASONS) - {decode.UNREADABLE}
     changes = [
         "data.holdout=0.0", f"train.batch_size={BATCH}", f"train.steps={STEPS}", "data.max_bad_share=0.3", "train.eval_every=0",
         "evaluate.knn=False", "model.encoder.patch_size=8", "train.save_every=1000", "data.size=0",
@@ -32,20 +33,20 @@ def test_a_run_on_a_folder_that_is_one_fifth_broken(tmp_path: pathlib.Path) -> N
     lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "loss" in line][-1]
     assert last["step"] == STEPS and np.isfinite(last["loss"])
-    counted = {reason: last.get(f"data/skipped/{reason}", 0) for reason in records.REASONS}
-    assert counted == expected(sources.split(Folder(str(tmp_path / "pictures")), 0.0, "train"), reasons)
+    counted = {reason: last.get(f"data/skipped/{reason}", 0) for reason in decode.REASONS}
+    assert counted == expected(base.split_by_hash(FolderSource(str(tmp_path / "pictures")), 0.0, "train"), reasons)
     assert 0.1 < sum(counted.values()) / (BATCH * STEPS) < 0.4
 
 
-def expected(source: sources.Source, reasons: dict[str, str]) -> dict[str, int]:
+def expected(source: base.DataSource, reasons: dict[str, str]) -> dict[str, int]:
     """By the rule written out: draw again until the record is good and not the one of its partner."""
-    counts, used = dict.fromkeys(records.REASONS, 0), [-1]
+    counts, used = dict.fromkeys(decode.REASONS, 0), [-1]
     for position in range(BATCH * STEPS):
         for attempt in range(100):
-            index = int(order.locate(0, np.array([position]), len(source), attempt)[0])
+            index = int(sampler.sample_index(0, np.array([position]), len(source), attempt)[0])
             if position % 2 and index == used[-1]:
                 continue
-            if (reason := reasons.get(sources.key_of(source, index))) is None:
+            if (reason := reasons.get(base.source_key(source, index))) is None:
                 used.append(index)
                 break
             counts[reason] += 1

@@ -13,7 +13,7 @@ import pytest
 
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
-from m3i_jax.objective import methods
+from m3i_jax.objective import terms
 from m3i_jax.training import checkpoint, optimizer, state
 from m3i_jax.training.checkpoint import FORMAT, Checkpoints
 from tests import toy
@@ -31,7 +31,7 @@ def make(width: int = 128) -> state.State:
         "decoder": {"head": {"kernel": draw(width, 8)}, "mask_token": draw(1, 1, 8).at[0, 0, 0].set(jnp.nan)},  # a NaN has bits too
         "logit_scale": jnp.float32(1.3),
     }
-    tx = optimizer.build(toy.settings(optim__clip=0.0, optim__ema=0.5), methods.FORMS["m3i"], steps=20, warmup=0)
+    tx = optimizer.build_optimizer(toy.settings(optim__clip=0.0, optim__ema=0.5), terms.FORMS["m3i"], steps=20, warmup=0)
     updates, opt = tx.update(jax.tree.map(jnp.sin, params), tx.init(params), params, feature_grad_norms=(2.0, 3.0))
     return state.State(step=jnp.int32(7), params=optax.apply_updates(params, updates), opt=opt)
 
@@ -42,7 +42,7 @@ def whole() -> state.State:
 
 
 def laid_out(tree, mesh: jax.sharding.Mesh):
-    return jax.device_put(tree, parallel.shardings(mesh, tree))
+    return jax.device_put(tree, parallel.tree_shardings(mesh, tree))
 
 
 def template(width: int = 128) -> state.State:
@@ -87,7 +87,7 @@ def eight(whole: state.State, tmp_path_factory: pytest.TempPathFactory) -> pathl
 @pytest.mark.row("A9")
 def test_every_bit_comes_back_on_any_mesh(eight: pathlib.Path, whole: state.State, open_at, shape, devices: int, parts: int) -> None:
     mesh = parallel.make_mesh(shape, jax.devices()[:devices])
-    shardings = parallel.shardings(mesh, template())
+    shardings = parallel.tree_shardings(mesh, template())
     got = open_at(eight).restore(7, template(), shardings)
     assert jax.tree.structure(got) == jax.tree.structure(whole)  # named tuples of the optimizer included
     assert bits(got) == bits(whole)
@@ -109,7 +109,7 @@ def test_a_state_in_many_files_comes_back(
     saved(tmp_path / "checkpoints", laid_out(whole, mesh), 7)
     few, many = (sum(path.is_file() for path in place.rglob("*")) for place in (eight, tmp_path / "checkpoints"))
     assert many > few + 10
-    got = open_at(tmp_path / "checkpoints").restore(7, template(), parallel.shardings(mesh, template()))
+    got = open_at(tmp_path / "checkpoints").restore(7, template(), parallel.tree_shardings(mesh, template()))
     assert bits(got) == bits(whole)
 
 
@@ -137,7 +137,7 @@ def test_a_step_that_is_there_is_not_written_again(tmp_path: pathlib.Path, open_
     one.wait()
     assert one.position(4)["samples_seen"] == 64
     wanted = jax.eval_shape(lambda: {"x": jnp.arange(3)})
-    got = one.restore(4, wanted, parallel.shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), wanted))
+    got = one.restore(4, wanted, parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), wanted))
     assert got["x"].tolist() == [0, 1, 2]
 
 
@@ -148,7 +148,7 @@ def test_the_state_may_be_donated_while_it_is_written(tmp_path: pathlib.Path, op
     jax.block_until_ready(jax.jit(lambda t: {"x": t["x"] * 0 - 1}, donate_argnums=0)(tree))
     one.wait()
     wanted = {"x": jax.ShapeDtypeStruct((2**20,), jnp.float32)}
-    got = one.restore(1, wanted, parallel.shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), wanted))
+    got = one.restore(1, wanted, parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), wanted))
     assert bits(got) == before
 
 
@@ -157,7 +157,7 @@ def test_a_host_that_does_not_see_the_step_yet_does_not_write_it_again_alone(tmp
     one = open_at(tmp_path / "there")
     one.save(2, laid_out({"a": jnp.arange(3.0)}, parallel.make_mesh((1, 1, 1), jax.devices()[:1])), POSITION)
     one.wait()
-    monkeypatch.setattr(checkpoint.steps, "listed", lambda directory: [])
+    monkeypatch.setattr(checkpoint.checkpoint_dir, "complete_steps", lambda directory: [])
     monkeypatch.setattr(one, "_start", lambda *_: pytest.fail("saved once more"))
     one.save(2, {}, POSITION)
 
@@ -202,7 +202,7 @@ def changed(kind: str) -> state.State:
 def test_another_layout_is_refused_with_the_place(eight: pathlib.Path, open_at, kind: str, words: str) -> None:
     wanted = changed(kind)
     with pytest.raises(UserError) as error:
-        open_at(eight).restore(7, wanted, parallel.shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), wanted))
+        open_at(eight).restore(7, wanted, parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), wanted))
     text = str(error.value)
     assert error.value.__cause__ is None  # seen before anything was read
     assert text.startswith("checkpoint 7: ") and words in text and "--workdir" in text, text
@@ -227,6 +227,6 @@ def test_a_damaged_checkpoint_is_one_line_with_the_way_out(
 
         monkeypatch.setattr(one._orbax, "restore", fail)
     with pytest.raises(UserError) as error:
-        one.restore(7, template(), parallel.shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), template()))
+        one.restore(7, template(), parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), template()))
     text = str(error.value)
     assert text.startswith("checkpoint 7: cannot be read (") and f"delete {here}" in text and "\n" not in text and len(text) < 600

@@ -6,7 +6,7 @@ from m3i_jax.training import loop
 
 
 def rises(values: list[dict[str, float]]) -> list[int]:
-    watch = loop.Collapse()
+    watch = loop.CollapseAlarm()
     return [step for step, line in enumerate(values) if watch.see(line)]
 
 
@@ -15,10 +15,10 @@ def test_the_alarm_knows_no_scale(scale: float) -> None:
     """Deviation and uniformity are judged against the largest seen, a spread as it is; one bad step is no collapse."""
     falling = [scale * 0.8**k for k in range(40)]
     first = next(k for k in range(40) if falling[k] < 0.02 * falling[0])
-    assert rises([{"collapse/target_std": x} for x in falling]) == [first + loop.Collapse.PATIENCE - 1]
-    assert rises([{"collapse/uniformity": -x} for x in falling]) == [first + loop.Collapse.PATIENCE - 1]
+    assert rises([{"collapse/target_std": x} for x in falling]) == [first + loop.CollapseAlarm.PATIENCE - 1]
+    assert rises([{"collapse/uniformity": -x} for x in falling]) == [first + loop.CollapseAlarm.PATIENCE - 1]
     joined = [{"collapse/uniformity": -1.0, "collapse/uniformity/global_moco_v3": -x} for x in falling]
-    assert rises(joined) == [first + loop.Collapse.PATIENCE - 1]
+    assert rises(joined) == [first + loop.CollapseAlarm.PATIENCE - 1]
     assert rises([{"collapse/target_std": scale if k != 20 else 0.0} for k in range(40)]) == []
     assert rises([{"collapse/target_std": scale * 1e-3}] * 40) == []  # small from the start is a scale, not a collapse
 

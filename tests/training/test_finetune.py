@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import parallel
-from m3i_jax.data import blend, photometric
+from m3i_jax.augment import mixup, photometric
 from m3i_jax.models import m3i, vit
 from m3i_jax.training import plan, step
 from m3i_jax.training.trainer import Trainer, abstract_batch
@@ -28,11 +28,11 @@ def test_the_loss_is_that_of_blended_pictures_and_targets(microbatches: int) -> 
     """Pixels blended in numpy before they are cut into patches; soft targets as timm makes them, cross-entropy over them."""
     config = toy.settings(**FINE, train__microbatches=microbatches)
     batch = {name: jnp.asarray(x) for name, x in toy.batch(config).items()}
-    made = plan.read(config)
+    made = plan.build_plan(config)
     params = jax.jit(lambda: m3i.init(config, jax.random.key(0), made.terms, classes=toy.CLASSES, vocabulary=0))()
-    _, metrics, _ = jax.jit(lambda p, b: step.gradients(made, p, {"ema": {"encoder": p["encoder"]}}, b, 1.0))(params, batch)
+    _, metrics, _ = jax.jit(lambda p, b: step.objective_gradients(made, p, {"ema": {"encoder": p["encoder"]}}, b, 1.0))(params, batch)
 
-    how = jax.device_get(blend.draw(batch["position"], seed=config.seed, size=32, settings=config.data.augment))
+    how = jax.device_get(mixup.draw_mixup(batch["position"], seed=config.seed, size=32, settings=config.data.augment))
     assert how.cut.any() and not how.cut.all()
     shown = np.where(np.asarray(batch["flip"])[:, 0, None, None, None], batch["views"][:, 0, :, ::-1], batch["views"][:, 0])
     pixels = np.asarray(photometric.normalize(shown, config.data.augment))

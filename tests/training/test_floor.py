@@ -8,8 +8,8 @@ import jax
 
 from m3i_jax import config as configuration
 from m3i_jax import parallel
-from m3i_jax.modes import job
-from m3i_jax.reporting import flops
+from m3i_jax.modes import setup
+from m3i_jax.profiling import flops
 from m3i_jax.training import trainer
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -22,11 +22,11 @@ FLOOR = 279.5e9
 @functools.cache
 def counted(**objective: object) -> float:
     """Operations a mixed view with categories and no captions."""
-    made = configuration.load(f"{ROOT}/configs/folder.py:model=vit_b16,batch_size={BATCH}")
-    config = job.complete(configuration.resolve(made), classes=1000, captions=False, size=1000)
+    made = configuration.load_config(f"{ROOT}/configs/folder.py:model=vit_b16,batch_size={BATCH}")
+    config = setup.complete_config(configuration.resolve(made), classes=1000, captions=False, size=1000)
     config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, **objective))
     one = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0)
-    return flops.count(one.trace, one.template, trainer.abstract_batch(config)).dot / BATCH
+    return flops.count_flops(one.trace, one.template, trainer.abstract_batch(config)).dot / BATCH
 
 
 def test_a_step_is_at_its_floor() -> None:

@@ -12,21 +12,22 @@ import pytest
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
-from m3i_jax.objective import methods, mixing, named, posterior
-from m3i_jax.objective.methods import FULL, MASKED, MIXED, Mlp, Pass, Projection, pooled, tokens
+from m3i_jax.objective import losses, mixing, terms
+from m3i_jax.objective import published as published_methods
+from m3i_jax.objective.terms import FULL, MASKED, MIXED, MlpShape, Pass, ProjectionHead, pooled_term, token_term
 from m3i_jax.training import plan as plans
-from m3i_jax.training import step, targets, terms, trainer, views
+from m3i_jax.training import step, targets, term_losses, trainer, views
 from tests import toy
 
 NEEDS = {"milan": {"objective__target_checkpoint": "x"}, "feature_distillation": {"objective__target_checkpoint": "x"}}
-ROWS = [*methods.FORMS, *named.METHODS]
+ROWS = [*terms.FORMS, *published_methods.PUBLISHED]
 SMALL = {"model__encoder__depth": 1, "model__encoder__drop_path": 0.0, "train__batch_size": 8, "model__text__depth": 1}
 
 
-def plan_of(forms: str | methods.Terms, **changes: object) -> plans.Plan:
+def plan_of(forms: str | terms.Terms, **changes: object) -> plans.Plan:
     config = toy.settings(**{**SMALL, **changes})
     if isinstance(forms, str):
-        return plans.read(dataclasses.replace(config, objective=dataclasses.replace(config.objective, forms=tuple(forms.split(",")))))
+        return plans.build_plan(dataclasses.replace(config, objective=dataclasses.replace(config.objective, forms=tuple(forms.split(",")))))
     return plans.Plan(config, forms)
 
 
@@ -61,12 +62,12 @@ def forward(plan: plans.Plan, batch=None, params=None) -> Forward:
 
     @jax.jit
     def run(params, trees, batch):
-        crops = views.patches(plan.config, batch, plan.crops, exact=plan.exact)
-        goals = targets.goals(plan, trees, crops)
-        z = views.encode(plan.config, plan.passes, batch, crops, params["encoder"])
-        seen = terms.Seen(goals=goals, keys=goals, index=None, moments=targets.moments(plan, goals))
-        tally, factors = terms.scales(plan, batch)
-        made = [terms.group_loss(plan, g, factors=factors, batch=batch, seen=seen, cached=None)(params, z)[1] for g in ("ssp", "sp")]
+        crops = views.augmented_patches(plan.config, batch, plan.crops, exact=plan.exact)
+        goals = targets.target_features(plan, trees, crops)
+        z = views.encode_passes(plan.config, plan.passes, batch, crops, params["encoder"])
+        seen = term_losses.TargetBundle(goals=goals, keys=goals, index=None, moments=targets.target_moments(plan, goals))
+        tally, factors = term_losses.loss_weights(plan, batch)
+        made = [term_losses.group_loss(plan, g, factors=factors, batch=batch, seen=seen, cached=None)(params, z)[1] for g in ("ssp", "sp")]
         return z, goals, step._losses(plan, made[0] | made[1], tally, factors)
 
     z, goals, losses = run(params, trees, batch)
@@ -78,24 +79,24 @@ def forward(plan: plans.Plan, batch=None, params=None) -> Forward:
 
 def test_the_letters_are_the_rows_of_the_papers_tables() -> None:
     """Table 3: a-f predict the own view, g-l another one; b, e, h, k dense features; c, f, i, l a global one; d-f and j-l are masked."""
-    for letter, name in methods.LETTERS.items():
+    for letter, name in terms.LETTERS.items():
         if len(letter) > 1:
             continue
-        (term,) = methods.FORMS[name]
+        (term,) = terms.FORMS[name]
         at = "abcdefghijkl".index(letter)
         assert (term.target.crop, term.reads.masked) == (int(at >= 6), at % 6 >= 3), letter
         assert term.target.of == ("pixels", "tokens", "pooled")[at % 3], letter
         assert term.target.encoder == ("identity", "ema", "ema")[at % 3], letter
         assert (type(term.posterior).__name__ == "Boltzmann") == (letter in "chil"), letter
-    assert [t.target.of for t in methods.FORMS[methods.LETTERS["ic"]]] == ["category"]
+    assert [t.target.of for t in terms.FORMS[terms.LETTERS["ic"]]] == ["category"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", [*ROWS, "byol,moco_v3"])
 def test_every_row_trains(row: str) -> None:
     changes = NEEDS.get(row, {})
-    if row in named.METHODS:
-        published = named.METHODS[row].settings
+    if row in published_methods.PUBLISHED:
+        published = published_methods.PUBLISHED[row].settings
         kept = ("decoder.positions", "decoder.cls", "decoder.norm", "decoder.projector_depth", "pool.kind")
         changes = changes | {f"model__{k.replace('.', '__')}": published[f"model.{k}"] for k in kept if f"model.{k}" in published}
     plan = plan_of(row, **changes)
@@ -116,7 +117,7 @@ def test_sets_share_passes() -> None:
     both = plan_of("sim,supervised,clip")
     assert both.passes == (MASKED,) and [(v.encoder, v.crop) for v in both.views] == [("ema", 1)]
     assert plan_of("m3i,m3i").terms == plan_of("m3i").terms
-    assert {t.image for t in methods.combine(methods.FORMS["m3i"][:2], methods.FORMS["supervised"]) if t.name == "category"} == {
+    assert {t.image for t in terms.merge(terms.FORMS["m3i"][:2], terms.FORMS["supervised"]) if t.name == "category"} == {
         "own",
         "partner",
     }
@@ -160,12 +161,12 @@ def test_what_cannot_go_together_is_refused(forms: str, changes: dict, words: tu
     [
         lambda: Pass(masked=True, mixed=True),
         lambda: Pass(filled=True),
-        lambda: methods.Target(of="tokens"),
-        lambda: methods.Target(of="pixels", crop=0, encoder="ema"),
-        lambda: methods.Target(of="tokens", crop=0),
-        lambda: tokens(FULL, 0, image="partner"),
-        lambda: tokens(FULL, 0, head=methods.Pooled()),
-        lambda: pooled(FULL, 0, head=methods.Decoder()),
+        lambda: terms.Target(of="tokens"),
+        lambda: terms.Target(of="pixels", crop=0, encoder="ema"),
+        lambda: terms.Target(of="tokens", crop=0),
+        lambda: token_term(FULL, 0, image="partner"),
+        lambda: token_term(FULL, 0, head=terms.PooledHead()),
+        lambda: pooled_term(FULL, 0, head=terms.DecoderHead()),
     ],
 )
 def test_rows_that_mean_nothing_cannot_be_written(make) -> None:
@@ -181,7 +182,7 @@ def test_instance_is_infonce_of_two_pooled_projections(temperature: float) -> No
     got = forward(plan_of("instance", objective__temperature=temperature))
     config, head = got.plan.config, got.plan.terms[0].head
     query = m3i.predict(config, got.params["heads"], head, got.z[FULL][:, 1:].mean(1))
-    crops = views.patches(config, got.batch, (1,))
+    crops = views.augmented_patches(config, got.batch, (1,))
     key = m3i.project(config, got.trees["ema"]["heads"], head, m3i.encode(config, got.trees["ema"]["encoder"], crops[1])[:, 1:].mean(1))
     q, k = (np.asarray(x, np.float64) / np.linalg.norm(x, axis=-1, keepdims=True) for x in (query, key))
     logits = q @ k.T / temperature
@@ -194,8 +195,8 @@ def test_instance_is_infonce_of_two_pooled_projections(temperature: float) -> No
 def test_pixels_are_normalised_by_patch_and_only_hidden_ones_count() -> None:
     got = forward(plan_of("mim_pixel"))
     config = got.plan.config
-    crops = views.patches(config, got.batch, (0,), exact=True)
-    prediction = terms.predictions(got.plan, got.params, got.z, got.batch, (0,))[0]
+    crops = views.augmented_patches(config, got.batch, (0,), exact=True)
+    prediction = term_losses.predictions(got.plan, got.params, got.z, got.batch, (0,))[0]
     x = np.asarray(crops[0], np.float64)
     want = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, ddof=1, keepdims=True) + 1e-6)
     error = np.square(np.asarray(prediction) - want).mean(-1)
@@ -208,9 +209,9 @@ def test_pixels_are_normalised_by_patch_and_only_hidden_ones_count() -> None:
 def test_mae_decodes_hidden_cells_alone() -> None:
     plan = plan_of("mae", model__decoder__positions="absolute", model__decoder__cls="yes")
     got = forward(plan)
-    shape = terms.predictions(plan, got.params, got.z, got.batch, (0,))[0].shape
+    shape = term_losses.predictions(plan, got.params, got.z, got.batch, (0,))[0].shape
     assert shape == (8, plan.config.hidden, 192)
-    inputs = terms.decoder_inputs(plan, got.params, got.z, got.batch, (0,))[0]
+    inputs = term_losses.decoder_inputs(plan, got.params, got.z, got.batch, (0,))[0]
     np.testing.assert_array_equal(inputs[1], mixing.split(got.batch["mask"], plan.config.tokens - plan.config.hidden)[0])
     assert inputs[3] is not None  # the cls token
 
@@ -221,9 +222,9 @@ def test_data2vec_averages_blocks_and_reads_mask_tokens() -> None:
     (read,) = plan.passes
     assert read.filled and got.z[read].shape[1] == 1 + plan.config.tokens
     config = plan.config
-    crops = views.patches(config, got.batch, (0,))
+    crops = views.augmented_patches(config, got.batch, (0,))
     mean = m3i.encode(config, got.trees["ema"]["encoder"], crops[0], blocks=2)[:, 1:]
-    target = posterior.layer_normalize(mean)
+    target = losses.layer_normalize(mean)
     prediction = m3i.linear(config, got.params, got.z[read][:, 1:], "tokens")
     d = np.abs(np.asarray(prediction - target, np.float64))
     cost = np.where(d < 2, d**2 / 4, d - 1).mean(-1)[~np.asarray(got.batch["mask"])]
@@ -234,7 +235,7 @@ def test_densecl_matches_the_most_alike_token() -> None:
     got = forward(plan_of("densecl"))
     config, (_, term) = got.plan.config, got.plan.terms
     z = np.asarray(got.z[FULL][:, 1:], np.float64)
-    features = np.asarray(got.goals[plans.Goal(term.target, None)], np.float64)
+    features = np.asarray(got.goals[plans.TargetKey(term.target, None)], np.float64)
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
     match = np.einsum("bnd,bmd->bnm", unit(z), unit(features)).argmax(-1)
     keys = np.asarray(got.goals[got.plan.goal(term)], np.float64)
@@ -253,7 +254,7 @@ def test_siamese_im_projects_the_target_too() -> None:
     got = forward(plan)
     (goal,) = plan.goals
     assert goal.space == "decoder"
-    crops = views.patches(plan.config, got.batch, (1,))
+    crops = views.augmented_patches(plan.config, got.batch, (1,))
     z = m3i.encode(plan.config, got.trees["ema"]["encoder"], crops[1])
     want = m3i.target_projection(plan.config, got.trees["ema"]["decoder"], z)[:, 1:]
     np.testing.assert_allclose(got.goals[goal], want, atol=1e-5)
@@ -266,7 +267,7 @@ def test_a_mask_of_ones_is_the_unmixed_form() -> None:
     """M3I with every cell own (the partner's role switched off) is dense distillation of image i."""
     config = toy.settings(**SMALL)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, mask_ratio=0.0))
-    mixed, whole = (plans.Plan(config, (tokens(read, 0),)) for read in (MIXED, FULL))
+    mixed, whole = (plans.Plan(config, (token_term(read, 0),)) for read in (MIXED, FULL))
     whole = plans.Plan(
         dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=dataclasses.replace(config.model.decoder, cls="no"))),
         whole.terms,
@@ -278,9 +279,9 @@ def test_a_mask_of_ones_is_the_unmixed_form() -> None:
 
 
 def test_mixing_pixels_is_mixing_patch_embeddings() -> None:
-    plan = plan_of((tokens(MIXED, 0),))
+    plan = plan_of((token_term(MIXED, 0),))
     got = forward(plan)
-    crops = views.patches(plan.config, got.batch, (0,))
+    crops = views.augmented_patches(plan.config, got.batch, (0,))
     kernel, bias = (got.params["encoder"]["patch_embed"][n] for n in ("kernel", "bias"))
     late = mixing.mix(crops[0] @ kernel + bias, got.batch["mask"])
     early = mixing.mix(crops[0], got.batch["mask"]) @ kernel + bias
@@ -291,28 +292,28 @@ def test_mixing_pixels_is_mixing_patch_embeddings() -> None:
 
 
 def test_isolated_images_are_two_masked_inputs() -> None:
-    plan = plan_of((tokens(MIXED, 0),), objective__isolate=True)
+    plan = plan_of((token_term(MIXED, 0),), objective__isolate=True)
     got = forward(plan)
     config = plan.config
     own, other = mixing.split(got.batch["mask"], config.tokens - config.hidden)
-    crops = views.patches(config, got.batch, (0,))
+    crops = views.augmented_patches(config, got.batch, (0,))
     for index, image in ((own, crops[0]), (other, mixing.partner(crops[0]))):
         alone = m3i.encode(config, got.params["encoder"], image, index=index)[:, 1:]
         np.testing.assert_allclose(mixing.gather(got.z[MIXED][:, 1:], index), alone, atol=2e-5)
-    open_to_both = forward(plan_of((tokens(MIXED, 0),)))
+    open_to_both = forward(plan_of((token_term(MIXED, 0),)))
     assert np.abs(np.asarray(open_to_both.z[MIXED] - got.z[MIXED])).max() > 1e-3
 
 
 def test_halves_are_every_other_row_of_flip() -> None:
-    rows = tuple(t for t in methods.FORMS["m3i"] if t.name != "text")
+    rows = tuple(t for t in terms.FORMS["m3i"] if t.name != "text")
     flip, halves = (forward(plan_of(rows, objective__pairing=which)) for which in ("flip", "halves"))
     assert halves.z[MIXED].shape[0] == 4
     np.testing.assert_allclose(halves.z[MIXED], flip.z[MIXED][::2], atol=1e-5)
     for place in (0, 1):
-        a, b = (terms.predictions(f.plan, f.params, f.z, f.batch, (place,))[place] for f in (flip, halves))
+        a, b = (term_losses.predictions(f.plan, f.params, f.z, f.batch, (place,))[place] for f in (flip, halves))
         np.testing.assert_allclose(a[::2], b, atol=1e-5)
     label = np.asarray(flip.batch["label"])
-    tally = dict(zip([(t.name, t.image) for t in halves.plan.terms], terms.scales(halves.plan, halves.batch)[0], strict=True))
+    tally = dict(zip([(t.name, t.image) for t in halves.plan.terms], term_losses.loss_weights(halves.plan, halves.batch)[0], strict=True))
     assert (int(tally["category", "own"]), int(tally["category", "partner"])) == ((label[::2] >= 0).sum(), (label[1::2] >= 0).sum())
 
 
@@ -327,8 +328,8 @@ def test_joint_soft_label_reads_all_tokens_once() -> None:
 
 
 def test_symmetric_is_the_mean_of_both_directions() -> None:
-    one = (tokens(FULL, 1),)
-    both = methods.vary(one, symmetric=True)
+    one = (token_term(FULL, 1),)
+    both = terms.with_options(one, symmetric=True)
     batch = batch_of(plan_of(one))
     exchanged = {**batch, **{k: batch[k][:, ::-1] for k in ("views", "box", "flip")}}
     params = parameters(plan_of(one))
@@ -360,7 +361,7 @@ def test_equal_captions_are_no_negatives() -> None:
 def test_shared_target_is_the_online_encoder() -> None:
     plan = plan_of("sim", objective__target_encoder="shared")
     got = forward(plan)
-    crops = views.patches(plan.config, got.batch, (1,))
+    crops = views.augmented_patches(plan.config, got.batch, (1,))
     (goal,) = plan.goals
     np.testing.assert_allclose(got.goals[goal], m3i.encode(plan.config, got.params["encoder"], crops[1])[:, 1:], atol=1e-5)
 
@@ -381,12 +382,12 @@ def test_a_constant_momentum_stays() -> None:
 @functools.cache
 def _contrast_gradients(count: int):
     """InfoNCE against the keys of the whole batch, and dense InfoNCE, in `count` microbatches."""
-    head = Projection(projector=Mlp(layers=2, norm="none"), predictor=Mlp(layers=2, norm="none"))
-    rows = (pooled(FULL, 1, head=head), tokens(FULL, 1, posterior=methods.Boltzmann()))
+    head = ProjectionHead(projector=MlpShape(layers=2, norm="none"), predictor=MlpShape(layers=2, norm="none"))
+    rows = (pooled_term(FULL, 1, head=head), token_term(FULL, 1, posterior=terms.Boltzmann()))
     plan = plan_of(rows, train__microbatches=count)
     params = parameters(plan)
     trees = {"ema": jax.tree.map(lambda a: a * 0.9, m3i.target_parts(plan.config, plan.terms, params))}
-    return jax.jit(lambda p, t, b: step.gradients(plan, p, t, b, jnp.float32(1)))(params, trees, batch_of(plan))
+    return jax.jit(lambda p, t, b: step.objective_gradients(plan, p, t, b, jnp.float32(1)))(params, trees, batch_of(plan))
 
 
 def test_microbatches_contrast_with_the_whole_batch() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from m3i_jax import config as configuration
 from m3i_jax import parallel
-from m3i_jax.modes import job as jobs
+from m3i_jax.modes import setup as jobs
 from m3i_jax.training.trainer import Trainer
 from tests import toy
 
@@ -151,10 +151,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_one_step(name: str, places: dict[str, str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(parallel.mesh.jax, "devices", lambda: [jax.local_devices()[0]])
-    made = configuration.load(places[name])
+    made = configuration.load_config(places[name])
     small = SMALL | ({"data.size": "60"} if name == "forms" else toy.INTERN_IMAGE if name == "intern_image" else {})
-    configuration.override(made, [f"{key}={value}" for key, value in small.items()])
-    job = jobs.open_job(configuration.resolve(made), str(tmp_path))
+    configuration.apply_overrides(made, [f"{key}={value}" for key, value in small.items()])
+    job = jobs.open_setup(configuration.resolve(made), str(tmp_path))
     trainer = Trainer(job.config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
     batches = job.batches(0)
     _, metrics = trainer.step(trainer.init(), parallel.to_global(job.mesh, next(batches)))

@@ -27,14 +27,14 @@ from tests.training.test_forms import forward, plan_of
 def test_what_no_objective_reads_is_refused(forms: str, changes: dict, words: tuple[str, ...]) -> None:
     config, row = toy.settings(**changes), tuple(forms.split("+"))
     with pytest.raises(UserError) as error:
-        plans.refuse_idle(config, [row])
+        plans.reject_unused_settings(config, [row])
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
     if "objective__second_group" not in changes:  # one of those that are compared is enough
-        plans.refuse_idle(config, [row, ("m3i", "milan"), ("finetune",)])
+        plans.reject_unused_settings(config, [row, ("m3i", "milan"), ("finetune",)])
 
 
 def test_a_run_is_refused_before_its_data_are_opened(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.watch, "keep_compilations", lambda place: None)
+    monkeypatch.setattr(train.monitoring, "enable_compilation_cache", lambda place: None)
     with pytest.raises(UserError, match="objective.isolate"):
         train.run(toy.settings(objective__forms="sim", objective__isolate=True), workdir=str(tmp_path / "run"), allow_changes=False)
     assert not (tmp_path / "run").exists()
@@ -42,7 +42,7 @@ def test_a_run_is_refused_before_its_data_are_opened(tmp_path, monkeypatch: pyte
 
 def test_the_second_group_may_be_named_after_a_joined_row() -> None:
     config = toy.settings(objective__second_group="global_moco_v3")
-    plans.refuse_idle(config, [("byol", "moco_v3"), ("mim",)])
+    plans.reject_unused_settings(config, [("byol", "moco_v3"), ("mim",)])
     assert [t.group for t in plan_of("byol,moco_v3", objective__second_group="global_moco_v3").terms] == ["ssp", "ssp", "sp", "sp"]
 
 

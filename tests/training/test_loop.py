@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from m3i_jax import parallel, schema
-from m3i_jax.objective import families, methods, posterior
-from m3i_jax.training import loop, phases, trainer
+from m3i_jax.objective import losses, posteriors, terms
+from m3i_jax.training import goodput, loop, trainer
 from m3i_jax.training.step import MOMENT
 from tests import toy
 
@@ -113,10 +113,10 @@ class World:
             "panel": lambda step, state, batch: self.note(f"panel {step}"),
             "evaluators": [self.evaluator],
             "position": lambda samples: {"samples_seen": samples},
-            "clock": phases.Clock(images=BATCH),
+            "clock": goodput.GoodputClock(images=BATCH),
         }
         samples = first * BATCH if samples is None else samples
-        code, state = loop.run(self, State(first), samples_seen=samples, outside=loop.Outside(**outside | changes))  # type: ignore[arg-type]
+        code, state = loop.run_loop(self, State(first), samples_seen=samples, outside=loop.Callbacks(**outside | changes))  # type: ignore[arg-type]
         self.final = state.step
         return code
 
@@ -295,14 +295,14 @@ def test_without_monitors_there_is_no_alarm(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pull(families.Gaussian):
+class Pull(posteriors.Gaussian):
     """A Gaussian posterior whose target has a gradient: nothing keeps all features from becoming the same."""
 
     two_sided = True
 
-    def cost(self, prediction: Any, target: Any, where: Any, given: families.Given) -> families.Cost:
+    def cost(self, prediction: Any, target: Any, where: Any, given: posteriors.LossInputs) -> posteriors.LossSum:
         made = super().cost(prediction, target, where, dataclasses.replace(given, weight=0.0))
-        other = posterior.gaussian(target.reshape(-1, target.shape[-1]), prediction.reshape(-1, target.shape[-1]), where.reshape(-1))[0]
+        other = losses.gaussian(target.reshape(-1, target.shape[-1]), prediction.reshape(-1, target.shape[-1]), where.reshape(-1))[0]
         return made._replace(sum=made.sum + other - jax.lax.stop_gradient(other))  # its value once, the gradient of both sides
 
 
@@ -322,19 +322,19 @@ class _Data:
 @pytest.mark.row("D4")
 def test_a_forced_collapse_warns_within_100_steps_and_a_healthy_run_does_not(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """Real steps at toy size. The collapse is watched on the features of the encoder, as the target of a second term."""
-    pulled = methods.tokens(methods.FULL, 1, encoder="online", posterior=Pull())
-    watched = methods.tokens(methods.FULL, 0, encoder="shared", posterior=families.Gaussian())
-    monkeypatch.setitem(methods.FORMS, "collapsing", (pulled, watched))
+    pulled = terms.token_term(terms.FULL, 1, encoder="online", posterior=Pull())
+    watched = terms.token_term(terms.FULL, 0, encoder="shared", posterior=posteriors.Gaussian())
+    monkeypatch.setitem(terms.FORMS, "collapsing", (pulled, watched))
     settings = {"objective__forms": form, "objective__second_moment": 0.0, "train__steps": 60, "optim__lr": 0.01, "train__log_every": 10}
     config = toy.settings(**settings)
     made = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), toy.VOCABULARY)
     said, lines, world = [], [], World(0)
-    outside = loop.Outside(
+    outside = loop.Callbacks(
         data=_Data(toy.batch(config, k) for k in range(60)), checkpoints=world, write=lambda step, values: lines.append((step, values)),
         say=said.append, panel=lambda *_: None, evaluators=[], position=lambda samples: {},
     )  # fmt: skip
     monkeypatch.setattr(world, "save", lambda *_: None)
-    loop.run(made, made.init(), samples_seen=0, outside=outside)
+    loop.run_loop(made, made.init(), samples_seen=0, outside=outside)
     if form == "collapsing":
         assert len(said) == 1 and "have collapsed" in said[0]
         first = next(step for step, values in lines if values["collapse/alarm"])
@@ -360,7 +360,7 @@ def test_signals_are_left_alone_outside_the_main_thread() -> None:
 def test_every_line_has_the_speed_of_the_steps_that_were_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step takes two seconds until its metrics are there, lines before a save come one step earlier than others."""
     now = [100.0]
-    monkeypatch.setattr(phases.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(goodput.time, "monotonic", lambda: now[0])
     world = World(6, save_every=3)
     world.at = {f"fetch {k}": lambda: now.__setitem__(0, now[0] + 2.0) for k in range(1, 7)}
     world.run(monkeypatch, evaluators=[])

@@ -10,8 +10,9 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.models import m3i
-from m3i_jax.objective import methods, target
-from m3i_jax.parallel.rules import path_of
+from m3i_jax.objective import ema
+from m3i_jax.objective import terms as objective_terms
+from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import optimizer
 from tests import toy
 
@@ -46,33 +47,33 @@ ZERO = {"feature_grad_norms": (0.0, 0.0)}
 
 def shapes(config: schema.Config):
     return jax.eval_shape(
-        lambda key: m3i.init(config, key, methods.FORMS["m3i"], classes=toy.CLASSES, vocabulary=toy.VOCABULARY), jax.random.key(0)
+        lambda key: m3i.init(config, key, objective_terms.FORMS["m3i"], classes=toy.CLASSES, vocabulary=toy.VOCABULARY), jax.random.key(0)
     )
 
 
 def names(tree, keep=lambda leaf: True) -> set[str]:
-    return {path_of(path) for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if keep(leaf)}
+    return {path_text(path) for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if keep(leaf)}
 
 
 @pytest.mark.parametrize("final_norm", [False, True])
 def test_exactly_these_leaves_are_not_decayed(final_norm: bool) -> None:
     params = shapes(toy.settings(model__encoder__final_norm=final_norm))
     norm = {"encoder/norm/scale", "encoder/norm/bias"} if final_norm else set()
-    assert names(optimizer.decayed(params), lambda kept: not kept) == NOT_DECAYED | norm
-    frozen = optimizer.decayed(params, frozen=("encoder/patch_embed/",))
+    assert names(optimizer.decay_mask(params), lambda kept: not kept) == NOT_DECAYED | norm
+    frozen = optimizer.decay_mask(params, frozen=("encoder/patch_embed/",))
     assert names(frozen, lambda kept: not kept) == NOT_DECAYED | norm | {"encoder/patch_embed/kernel"}
     assert names(frozen) == names(params)  # a tree of the same structure, so that it can be a mask
 
 
 def test_kernels_and_the_token_table_are_decayed() -> None:
-    decayed = names(optimizer.decayed(shapes(toy.settings())), bool)
+    decayed = names(optimizer.decay_mask(shapes(toy.settings())), bool)
     assert all(name.endswith(("kernel", "token_table")) for name in decayed)
     assert {"text/token_table", "category/kernel", "decoder/position_map/kernel", "encoder/blocks/attention/qkv/kernel"} <= decayed
 
 
 def test_learning_rate_golden() -> None:
     """Table 7: 1e-3, 40 of 1600 epochs of ImageNet at 4096 images, cosine to 0."""
-    rate = jax.jit(optimizer.learning_rate(schema.Optim(), steps=499_200, warmup=12_480))
+    rate = jax.jit(optimizer.lr_schedule(schema.Optim(), steps=499_200, warmup=12_480))
     got = [float(rate(k)) for k in (0, 6_240, 12_480, 134_160, 255_840, 377_520, 499_200, 600_000)]
     half = 1e-3 * 0.5 * (1 + math.sqrt(0.5))
     np.testing.assert_allclose(got, [0, 5e-4, 1e-3, half, 5e-4, 1e-3 - half, 0, 0], rtol=1e-6, atol=1e-10)
@@ -80,8 +81,8 @@ def test_learning_rate_golden() -> None:
 
 def test_a_run_of_more_steps_than_an_int32_can_be_planned() -> None:
     """442 million pictures, thirty times, four at once: where the largest batch is sought on a small chip."""
-    rate = jax.jit(optimizer.learning_rate(schema.Optim(lr=1.0), steps=2**32, warmup=2**31 + 2**10))
-    assert 0 < float(rate(10)) < 1e-8 and 0 < float(jax.jit(target.cosine_momentum(0.0, 2**32))(2**20)) < 1e-6
+    rate = jax.jit(optimizer.lr_schedule(schema.Optim(lr=1.0), steps=2**32, warmup=2**31 + 2**10))
+    assert 0 < float(rate(10)) < 1e-8 and 0 < float(jax.jit(ema.cosine_momentum(0.0, 2**32))(2**20)) < 1e-6
 
 
 @pytest.mark.parametrize(("steps", "warmup", "low"), [(100, 10, 0.0), (100, 0, 1e-3), (50, 50, 0.1), (7, 3, 0.25)])
@@ -89,18 +90,18 @@ def test_learning_rate_is_the_formula(steps: int, warmup: int, low: float) -> No
     k = np.arange(steps + 20, dtype=np.float64)
     share = np.clip((k - warmup) / max(steps - warmup, 1), 0, 1)
     wanted = np.where(k < warmup, 0.5 * k / max(warmup, 1), low + (0.5 - low) * 0.5 * (1 + np.cos(np.pi * share)))
-    got = jax.vmap(optimizer.learning_rate(schema.Optim(lr=0.5, min_lr=low), steps=steps, warmup=warmup))(np.arange(steps + 20))
+    got = jax.vmap(optimizer.lr_schedule(schema.Optim(lr=0.5, min_lr=low), steps=steps, warmup=warmup))(np.arange(steps + 20))
     np.testing.assert_allclose(got, wanted, rtol=2e-6, atol=1e-7)
 
 
 def test_momentum_is_a_plain_number() -> None:
-    momentum = optimizer.momentum(schema.Optim(ema=0.9), steps=10)
+    momentum = optimizer.ema_momentum(schema.Optim(ema=0.9), steps=10)
     assert [type(momentum(k)) for k in (0, 5)] == [float, float]
     assert [momentum(k) for k in (0, 5, 10)] == pytest.approx([0.9, 0.95, 1.0], abs=1e-7)
 
 
 def test_keep_within_is_a_clamp_of_the_parameter_after_every_update() -> None:
-    tx = optimizer.keep_within("x", 0.0, 2.0)
+    tx = optimizer.clamp_parameter("x", 0.0, 2.0)
     params = {"x": jnp.float32(1.0), "y": jnp.float32(1.0)}
     state, seen = tx.init(params), []
     for change in (0.5, 0.5, 0.7, -1.0, -1.5, 0.25):
@@ -138,7 +139,7 @@ def run(
     config: schema.Config, params: dict, *, count: int, frozen: bool = True, steps: int = 20, warmup: int = 0
 ) -> list[tuple[dict, dict]]:
     """(params, state) after every update, the start included."""
-    tx = optimizer.build(config, methods.FORMS["m3i"], steps=steps, warmup=warmup)
+    tx = optimizer.build_optimizer(config, objective_terms.FORMS["m3i"], steps=steps, warmup=warmup)
     update = jax.jit(lambda g, s, p: (lambda u, s: (optax.apply_updates(p, u), s))(*tx.update(g, s, p, feature_grad_norms=(2.0, 4.0))))
     seen = [(params, tx.init(params))]
     for k in range(count):
@@ -147,7 +148,7 @@ def run(
 
 
 def as_numpy(tree) -> dict[str, np.ndarray]:
-    return {path_of(path): np.asarray(leaf, np.float64) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {path_text(path): np.asarray(leaf, np.float64) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def adamw(o: schema.Optim, params: dict, *, count: int, steps: int, warmup: int, frozen: bool) -> dict[str, np.ndarray]:
@@ -190,7 +191,7 @@ def test_the_frozen_patch_embedding_does_not_move() -> None:
 def test_a_patch_embedding_that_is_trained_is_decayed() -> None:
     """Zero gradients: all that moves a kernel is the decay, all else stays."""
     config = toy.settings(optim__lr=0.1, optim__weight_decay=0.5, model__encoder__freeze_patch_embed=False)
-    tx, params = optimizer.build(config, methods.FORMS["m3i"], steps=20, warmup=0), small()
+    tx, params = optimizer.build_optimizer(config, objective_terms.FORMS["m3i"], steps=20, warmup=0), small()
     updates = jax.jit(lambda p: tx.update(jax.tree.map(jnp.zeros_like, p), tx.init(p), p, **ZERO)[0])(params)
     got = as_numpy(updates)
     for name, value in as_numpy(params).items():
@@ -200,7 +201,7 @@ def test_a_patch_embedding_that_is_trained_is_decayed() -> None:
 @pytest.mark.parametrize(("sign", "limit"), [(1.0, math.log(100)), (-1.0, 0.0)])
 def test_the_logit_scale_stays_within_ln_1_and_ln_100(sign: float, limit: float) -> None:
     params, seen = small(2.0), []
-    tx = optimizer.build(toy.settings(optim__lr=1.5), methods.FORMS["m3i"], steps=20, warmup=0)
+    tx = optimizer.build_optimizer(toy.settings(optim__lr=1.5), objective_terms.FORMS["m3i"], steps=20, warmup=0)
 
     @jax.jit
     def step(params, state):
@@ -239,12 +240,12 @@ def test_the_balance_statistics_see_the_norms_and_leave_the_update_alone() -> No
     balance = seen[-1][1]["balance"]
     assert (int(balance.count), float(balance.ssp), float(balance.sp)) == (2, 2.0, 4.0)
     with pytest.raises(ValueError, match="feature_grad_norms"):
-        optimizer.build(toy.settings(), methods.FORMS["m3i"], steps=20, warmup=0).update(small(), seen[0][1], small())
+        optimizer.build_optimizer(toy.settings(), objective_terms.FORMS["m3i"], steps=20, warmup=0).update(small(), seen[0][1], small())
 
 
 def test_a_frozen_target_never_moves() -> None:
-    terms = methods.vary(methods.FORMS["sim"], target_encoder="frozen")
-    tx, params = optimizer.build(toy.settings(optim__lr=0.1), terms, steps=20, warmup=0), small()
+    terms = objective_terms.with_options(objective_terms.FORMS["sim"], target_encoder="frozen")
+    tx, params = optimizer.build_optimizer(toy.settings(optim__lr=0.1), terms, steps=20, warmup=0), small()
     before = as_numpy(params["encoder"])
     state = tx.init(params)
     assert list(state) == ["balance", "clip", "adamw", "bounds", "target", "frozen"]

@@ -19,7 +19,7 @@ SCAN = {"model__scan": True, "model__remat": "names", "model__encoder__depth": 3
 
 @pytest.fixture(autouse=True)
 def split_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel.rules, "SMALL", 1)  # or nothing of a toy would be worth a split
+    monkeypatch.setattr(parallel.sharding, "SMALL", 1)  # or nothing of a toy would be worth a split
 
 
 @functools.cache

@@ -9,10 +9,11 @@ import pytest
 
 from m3i_jax import parallel
 from m3i_jax.models import m3i
-from m3i_jax.objective import methods, mixing, positions, posterior
-from m3i_jax.objective.families import Boltzmann
-from m3i_jax.objective.methods import MIXED
-from m3i_jax.training import plan, step, targets, terms, trainer, views
+from m3i_jax.objective import losses as loss_functions
+from m3i_jax.objective import mixing, positions, terms
+from m3i_jax.objective.posteriors import Boltzmann
+from m3i_jax.objective.terms import MIXED
+from m3i_jax.training import plan, step, targets, term_losses, trainer, views
 from tests import toy
 from tests.training.test_forms import forward, plan_of
 
@@ -28,7 +29,7 @@ def made(form: str, **changes: object) -> tuple[trainer.Trainer, object]:
 
 def gradients(form: str, **changes: object):
     one, state = made(form, **changes)
-    run = jax.jit(lambda p, t, b: step.gradients(one.plan, p, t, b, jnp.float32(LAMBDA)))
+    run = jax.jit(lambda p, t, b: step.objective_gradients(one.plan, p, t, b, jnp.float32(LAMBDA)))
     return run(state.params, teachers(one, state), toy.batch(one.config))
 
 
@@ -42,11 +43,11 @@ def of_terms(one: trainer.Trainer, state, trees: dict, batch, params=None):
     """What `group_loss` is given, and z, by the definitions."""
     plan, params = one.plan, params or state.params
     trees = {**trees, "shared": jax.lax.stop_gradient(m3i.target_parts(one.config, plan.terms, params))}
-    crops = views.patches(plan.config, batch, plan.crops, exact=plan.exact)
-    goals = targets.goals(plan, trees, crops)
-    seen = terms.Seen(goals=goals, keys=goals, index=None, moments=targets.moments(plan, goals))
-    shared = dict(factors=terms.scales(plan, batch)[1], batch=batch, seen=seen, cached=None)
-    return shared, views.encode(plan.config, plan.passes, batch, crops, params["encoder"])
+    crops = views.augmented_patches(plan.config, batch, plan.crops, exact=plan.exact)
+    goals = targets.target_features(plan, trees, crops)
+    seen = term_losses.TargetBundle(goals=goals, keys=goals, index=None, moments=targets.target_moments(plan, goals))
+    shared = dict(factors=term_losses.loss_weights(plan, batch)[1], batch=batch, seen=seen, cached=None)
+    return shared, views.encode_passes(plan.config, plan.passes, batch, crops, params["encoder"])
 
 
 def difference(a, b) -> float:
@@ -71,7 +72,7 @@ def test_one_backward_is_the_gradient_of_the_plain_sum(form: str, changes: dict)
     def plain(params, batch):
         shared, z = of_terms(one, state, trees, batch, params)
         heads = {k: v for k, v in params.items() if k != "encoder"}
-        return sum(w * terms.group_loss(one.plan, g, **shared)(heads, z)[0] for g, w in (("ssp", 1.0), ("sp", LAMBDA)))
+        return sum(w * term_losses.group_loss(one.plan, g, **shared)(heads, z)[0] for g, w in (("ssp", 1.0), ("sp", LAMBDA)))
 
     want = jax.jit(jax.grad(plain))(state.params, batch)
     got, metrics, _ = gradients(form, **changes)
@@ -85,7 +86,7 @@ def test_norms_are_those_of_the_two_losses_at_the_encoder_output() -> None:
 
     def at_output(batch):
         shared, z = of_terms(one, state, trees, batch)
-        return [jax.grad(lambda z, g=g: terms.group_loss(one.plan, g, **shared)(state.params, z)[0])(z) for g in ("ssp", "sp")]
+        return [jax.grad(lambda z, g=g: term_losses.group_loss(one.plan, g, **shared)(state.params, z)[0])(z) for g in ("ssp", "sp")]
 
     want = [float(np.sqrt(sum(float(jnp.square(x).sum()) for x in jax.tree.leaves(g)))) for g in jax.jit(at_output)(batch)]
     np.testing.assert_allclose([float(n) for n in gradients("m3i")[2]], want, rtol=1e-5)
@@ -105,12 +106,12 @@ def test_microbatches_are_the_whole_batch(form: str) -> None:
 
 @pytest.mark.parametrize("pairing", ["flip", "halves"])
 def test_a_mixed_input_points_at_the_target_of_its_own_image(pairing: str) -> None:
-    term = methods.pooled(MIXED, 1, image="partner", posterior=Boltzmann(temperature=0.5), head=methods.Projection())
+    term = terms.pooled_term(MIXED, 1, image="partner", posterior=Boltzmann(temperature=0.5), head=terms.ProjectionHead())
     got = forward(plan_of((term,), objective__pairing=pairing))
-    _, hidden = views.cells(got.plan.config, MIXED, got.batch)
+    _, hidden = views.visible_cells(got.plan.config, MIXED, got.batch)
     p = mixing.gather(got.z[MIXED][:, 1:], hidden).mean(1)
     index = jnp.arange(8) ^ 1 if pairing == "flip" else jnp.arange(1, 8, 2)
-    total, count = posterior.boltzmann(p, got.goals[got.plan.goal(term)], index, temperature=0.5)
+    total, count = loss_functions.boltzmann(p, got.goals[got.plan.goal(term)], index, temperature=0.5)
     assert got.losses["loss/global"] == pytest.approx(float(total / count), rel=1e-4)
 
 
@@ -147,7 +148,7 @@ def all_towers(one: trainer.Trainer, params):
     """A number that goes through the blocks of all of them."""
     config, batch = one.config, toy.batch(one.config)
     z = m3i.encode(config, params["encoder"], jnp.ones((2, 16, 192)))
-    query = m3i.queries(config, params, jnp.asarray(positions.identity(config.grid, config.model.decoder.width)))
+    query = m3i.queries(config, params, jnp.asarray(positions.same_view_positions(config.grid, config.model.decoder.width)))
     rows = m3i.decode(config, params, z[:, 1:9], jnp.arange(16).reshape(2, 8), query)
     return rows.sum() + m3i.text_embedding(config, params, batch["tokens"], batch["length"]).sum()
 
@@ -161,7 +162,7 @@ def test_microbatch_softmax_is_another_loss() -> None:
 def test_losses_are_averages_over_those_that_have_an_annotation() -> None:
     one, _ = made("m3i")
     batch = toy.batch(one.config)
-    tally, factors = terms.scales(one.plan, batch)
+    tally, factors = term_losses.loss_weights(one.plan, batch)
     names = [t.name for t in one.plan.terms]
     labels, captions = int((batch["label"] >= 0).sum()), int((batch["length"] > 0).sum())
     assert [int(tally[names.index(n)]) for n in ("intra", "category", "text")] == [16 * 16, labels, captions]
@@ -175,7 +176,7 @@ def test_missing_annotations_do_not_enter() -> None:
     batch = toy.batch(one.config)
     other = {**batch, "tokens": batch["tokens"].copy()}
     other["tokens"][batch["length"] == 0] = 7
-    run = jax.jit(lambda b: step.gradients(one.plan, state.params, teachers(one, state), b, jnp.float32(1))[1]["loss/sp"])
+    run = jax.jit(lambda b: step.objective_gradients(one.plan, state.params, teachers(one, state), b, jnp.float32(1))[1]["loss/sp"])
     assert float(run(batch)) == float(run(other))
     bare = {**batch, "label": np.full_like(batch["label"], -1), "length": np.zeros_like(batch["length"])}
     assert float(run(bare)) == 0.0
@@ -195,7 +196,7 @@ def test_sim_with_equal_views_is_masked_image_modelling() -> None:
     batch = {**batch, **{k: np.repeat(batch[k][:, :1], 2, 1) for k in ("views", "box", "flip")}}
     trees = teachers(sim, state)
     losses = [
-        float(jax.jit(lambda b, p=m.plan: step.gradients(p, state.params, trees, b, jnp.float32(1))[1]["loss/ssp"])(batch))
+        float(jax.jit(lambda b, p=m.plan: step.objective_gradients(p, state.params, trees, b, jnp.float32(1))[1]["loss/ssp"])(batch))
         for m in (sim, mim)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -240,12 +241,12 @@ def test_eight_devices_are_one_device() -> None:
 @pytest.mark.slow
 def test_eight_devices_are_one_device_with_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Data parallel, and with parameters and products split: DCNv3's groups among them."""
-    monkeypatch.setattr(parallel.rules, "SMALL", 1)
+    monkeypatch.setattr(parallel.sharding, "SMALL", 1)
     one, _ = losses((1, 1, 1), 1, 5, **toy.INTERN)
     np.testing.assert_allclose(losses((-1, 1, 1), 8, 5, **toy.INTERN)[0], one, rtol=1e-5)
     sharded, state = losses((2, 2, 2), 8, 5, **toy.INTERN)
     np.testing.assert_allclose(sharded, one, rtol=5e-5)
-    split = {parallel.rules.path_of(path) for path, x in jax.tree_util.tree_leaves_with_path(state.params["encoder"])
+    split = {parallel.sharding.path_text(path) for path, x in jax.tree_util.tree_leaves_with_path(state.params["encoder"])
              if x.sharding.shard_shape(x.shape) != x.shape}  # fmt: skip
     wanted = ("dcn/input", "dcn/output", "dcn/offsets", "dcn/depthwise", "mlp/fc1", "mlp/fc2")
     assert {f"stage3/layers/{name}/kernel" for name in wanted} | {"fusion/deep/kernel", "stage2/down/conv/kernel"} <= split
@@ -253,7 +254,7 @@ def test_eight_devices_are_one_device_with_convolutions(monkeypatch: pytest.Monk
 
 @pytest.mark.row("D6")
 def test_sharded_parameters_are_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel.rules, "SMALL", 1)  # or nothing of a toy would be worth a split
+    monkeypatch.setattr(parallel.sharding, "SMALL", 1)  # or nothing of a toy would be worth a split
     sharded, state = losses((2, 2, 2), 8, 10)
     np.testing.assert_allclose(sharded, losses((1, 1, 1), 1, 10)[0], rtol=2e-5)  # split products add up in another order
     split = [x for x in jax.tree.leaves((state.params, state.opt)) if x.sharding.shard_shape(x.shape) != x.shape]
@@ -261,11 +262,11 @@ def test_sharded_parameters_are_one_device(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_plan_shares_passes() -> None:
-    made_plan = plan.Plan(toy.settings(), methods.FORMS["m3i"])
+    made_plan = plan.Plan(toy.settings(), terms.FORMS["m3i"])
     assert len(made_plan.passes) == 1 and [(v.encoder, v.crop) for v in made_plan.views] == [("ema", 0), ("ema", 1)]
     one, _ = made("m3i")
     counted = {"encoder": 0, "decoder": 0}
-    original = {"encoder": terms.m3i.encode, "decoder": terms.m3i.decode}
+    original = {"encoder": term_losses.m3i.encode, "decoder": term_losses.m3i.decode}
 
     def spy(name):
         def call(*a, **k):
@@ -275,7 +276,7 @@ def test_plan_shares_passes() -> None:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(terms.m3i, "encode", spy("encoder"))
-        patch.setattr(terms.m3i, "decode", spy("decoder"))
+        patch.setattr(term_losses.m3i, "encode", spy("encoder"))
+        patch.setattr(term_losses.m3i, "decode", spy("decoder"))
         jax.eval_shape(one.trace, one.template, toy.batch(one.config))
     assert counted == {"encoder": 2, "decoder": 1}  # the mixed input once, both clean views in one target call; one decoder call

@@ -46,14 +46,14 @@ def with_data(settings: schema.Config, **changes: object) -> schema.Config:
     ],
 )
 def test_length(changes: dict, wanted: tuple[int, int, int]) -> None:
-    got = trainer.length(config(**changes))
+    got = trainer.run_length(config(**changes))
     assert (got.steps_per_epoch, got.steps, got.warmup) == wanted
 
 
 def test_length_golden() -> None:
     """Table 7: 1600 epochs of ImageNet-1k at 4096 images, 40 of them warm-up."""
-    got = trainer.length(schema.Config(data=schema.Data(size=1_281_167)))
-    assert got == trainer.Length(steps_per_epoch=312, steps=499_200, warmup=12_480)
+    got = trainer.run_length(schema.Config(data=schema.Data(size=1_281_167)))
+    assert got == trainer.RunLength(steps_per_epoch=312, steps=499_200, warmup=12_480)
 
 
 @pytest.mark.parametrize(
@@ -69,14 +69,14 @@ def test_length_golden() -> None:
 )
 def test_an_impossible_length_names_its_key(changes: dict, words: tuple[str, ...]) -> None:
     with pytest.raises(UserError) as error:
-        trainer.length(config(**changes))
+        trainer.run_length(config(**changes))
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value)
 
 
 def test_plan_leaves_out_what_the_data_does_not_have() -> None:
     both = toy.settings()
-    names = lambda c: [t.name for t in plan.read(c).terms]  # noqa: E731
+    names = lambda c: [t.name for t in plan.build_plan(c).terms]  # noqa: E731
     assert names(both) == ["intra", "inter", "category", "text", "category", "text"]
     assert names(with_data(both, captions="no")) == ["intra", "inter", "category", "category"]
     assert names(with_data(both, classes=0)) == ["intra", "inter", "text", "text"]
@@ -84,7 +84,7 @@ def test_plan_leaves_out_what_the_data_does_not_have() -> None:
 
 
 def test_plan_passes_on_which_positions_count() -> None:
-    hidden = {t.name: t.hidden for t in plan.read(toy.settings(objective__intra_positions="hidden")).terms}
+    hidden = {t.name: t.hidden for t in plan.build_plan(toy.settings(objective__intra_positions="hidden")).terms}
     assert hidden == {"intra": True, "inter": False, "category": False, "text": False}
 
 
@@ -100,7 +100,7 @@ def test_a_form_that_cannot_be_trained_is_refused(form: str, changes: dict, word
     settings = toy.settings()
     settings = dataclasses.replace(settings, objective=dataclasses.replace(settings.objective, forms=(form,)))
     with pytest.raises(UserError) as error:
-        plan.read(with_data(settings, **changes))
+        plan.build_plan(with_data(settings, **changes))
     assert all(word in str(error.value) for word in words), error.value
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from m3i_jax.training import loop
-from m3i_jax.training.phases import Clock
+from m3i_jax.training.goodput import GoodputClock
 from m3i_jax.training.watchdog import Watchdog
 from tests.training.test_loop import World
 
@@ -29,7 +29,7 @@ class Hanging(World):
 
 
 def test_a_hanging_iterator_is_reported_with_its_stack(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    world, clock, said = Hanging(4), Clock(images=8), []
+    world, clock, said = Hanging(4), GoodputClock(images=8), []
 
     def say(line: str) -> None:
         said.append(line)
@@ -45,7 +45,7 @@ def test_a_hanging_iterator_is_reported_with_its_stack(monkeypatch: pytest.Monke
 
 def test_the_first_step_has_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     """Silence before it is compilation, and much longer than one between steps."""
-    world, clock, said = Hanging(1), Clock(images=8), []
+    world, clock, said = Hanging(1), GoodputClock(images=8), []
 
     def say(line: str) -> None:
         said.append(line)
@@ -60,7 +60,7 @@ def test_the_first_step_has_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_it_ends_the_process_after_so_many_reports_in_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    world, clock, said, ended = Hanging(3), Clock(images=8), [], []
+    world, clock, said, ended = Hanging(3), GoodputClock(images=8), [], []
 
     def end(status: int) -> None:
         ended.append(status)
@@ -73,19 +73,19 @@ def test_it_ends_the_process_after_so_many_reports_in_a_row(monkeypatch: pytest.
 
 
 def test_a_run_that_lives_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    world, clock, said = World(6), Clock(images=8), []
+    world, clock, said = World(6), GoodputClock(images=8), []
     with Watchdog(clock, tmp_path / "stacks-0.txt", said.append, limit=SECONDS, first=SECONDS):
         world.run(monkeypatch, clock=clock)
     assert not said and not list(tmp_path.iterdir())
 
 
 def test_an_evaluator_that_polls_is_alive() -> None:
-    clock = Clock()
+    clock = GoodputClock()
     before = clock.alive
     clock.beat()
     assert clock.alive > before
 
 
 def test_0_watches_nothing(tmp_path: pathlib.Path) -> None:
-    with Watchdog(Clock(), tmp_path / "stacks-0.txt", print, limit=0, first=1):
+    with Watchdog(GoodputClock(), tmp_path / "stacks-0.txt", print, limit=0, first=1):
         assert not any(thread.name == "watchdog" for thread in threading.enumerate())

@@ -1,0 +1,1 @@
+"""Augmentation on the device: photometric changes, random erasing, mixup and CutMix."""

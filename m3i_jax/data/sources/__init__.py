@@ -1,0 +1,1 @@
+"""Random access to what users have: one file a kind of source."""

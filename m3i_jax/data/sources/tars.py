@@ -1,0 +1,308 @@
+"""Pictures in tar files, as img2dataset and WebDataset write them, read in place: nothing is ever unpacked.
+
+An index of the members is built once by reading headers (and the small JSON and label members), and read by position afterwards: one
+`pread` a picture. Only regular members with a known extension count; links, devices, absolute names and names with `..` are passed over
+and counted; a pickle is just an unknown extension. A damaged or truncated file keeps what is valid. Tar files in a bucket (gs://,
+s3://, ...) are read in the same way through fsspec: the headers once, then ranges, those of a batch at the same time.
+"""
+
+import collections
+import glob
+import json
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from m3i_jax.data import decode
+from m3i_jax.data.sources import array_files, base, remote, tar_headers
+from m3i_jax.data.sources.base import EXTENSIONS, FILE_LIMIT, Record
+from m3i_jax.errors import UserError
+
+VERSION = 2  # of the index; another one is built anew
+JSON_LIMIT = 1 << 20
+_NONE, _TEXT, _JSON = 0, 1, 2  # where the caption of a picture stands
+_log = logging.getLogger(__name__)
+
+
+class TarSource:
+    """The pictures of all tar files that match a glob, in the order of file names and then of members.
+
+    Members that share a stem belong together: `KEY.jpg`, `KEY.txt` (caption), `KEY.json` (`caption` where there is no text, `label` if a
+    whole number), `KEY.cls` (label). The key of a record is the stem, so equal keys of two tar files fall into the same part of a split.
+    Categories have no names here: they are "0", "1", ... up to the highest label.
+
+    Args:
+        path: glob of tar files, or a directory that holds them; local or a URL that fsspec knows.
+        cache: directory for the index; "" to build it at every start.
+
+    Raises:
+        UserError: no tar file matches, or none of them holds a picture.
+
+    >>> import io, tarfile, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with tarfile.open(f"{folder}/00000.tar", "w") as tar:
+    ...         for name, content in (("7.jpg", b"..."), ("7.json", b'{"caption": "a cat", "label": 1}')):
+    ...             member = tarfile.TarInfo(name)
+    ...             member.size = len(content)
+    ...             tar.addfile(member, io.BytesIO(content))
+    ...     source = TarSource(f"{folder}/*.tar")
+    ...     print(source.classes, source[0])
+    ('0', '1') Record(key='7', image=b'...', label=1, caption='a cat')
+    """
+
+    def __init__(self, path: str, *, cache: str = "") -> None:
+        self.files = _match(path)
+        self.name = f"tars {path!r}"
+        self._signature = np.array([_state(file) for file in self.files], np.int64)
+        names = [file if remote.is_remote(file) else os.path.realpath(file) for file in self.files]
+        self._cached = os.path.join(cache, f"tar_index_{base.stable_digest(*names)}.npz") if cache else ""
+        index = _load(self._cached, self._signature)
+        if index is None:
+            index = _build(self.files)
+            if self._cached:
+                _save(self._cached, self._signature, index)
+        self._adopt(index)
+        if not len(self):
+            kinds = ", ".join(e[1:] for e in EXTENSIONS)
+            one = "the tar file that matches" if len(self.files) == 1 else f"the {len(self.files):,} tar files that match"
+            raise UserError(f"{one} data.path={path!r} holds no picture ({kinds}){base.format_counts(self.ignored)}")
+
+    def _adopt(self, index: dict[str, np.ndarray]) -> None:
+        self._index = index
+        self.ignored = collections.Counter(json.loads(bytes(index["ignored"])))
+        self.captions = bool((index["caption_kind"] != _NONE).any())
+        highest = int(index["label"].max(initial=-1))
+        self.classes = tuple(str(i) for i in range(highest + 1))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker process loads the index from its file where there is one: pickling it would hold it twice in memory.
+        state = self.__dict__.copy()
+        if self._cached and os.path.exists(self._cached):
+            del state["_index"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if "_index" not in state:
+            index = _load(self._cached, self._signature)
+            self._index = _build(self.files) if index is None else index
+
+    def __len__(self) -> int:
+        return len(self._index["shard"])
+
+    def __getitem__(self, index: int) -> Record:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record]:
+        x, wanted = self._index, sorted(set(indices), key=lambda i: (self._index["shard"][i], self._index["offset"][i]))
+        # In the order of the disk, which is kinder to it; the answer keeps the order asked for.
+        ranges = [(self.files[x["shard"][i]], int(x["offset"][i]), int(x["size"][i])) for i in wanted]
+        captioned = [i for i in wanted if x["caption_kind"][i] != _NONE]
+        read = _read([*ranges, *(self._caption_range(i) for i in captioned)])
+        captions = dict(zip(captioned, read[len(ranges) :], strict=True))
+        got = {
+            i: Record(self.key(i), image, int(x["label"][i]), self._caption_in(i, captions[i]) if i in captions else None)
+            for i, image in zip(wanted, read, strict=False)
+        }
+        return [got[i] for i in indices]
+
+    def key(self, index: int) -> str:
+        ends = self._index["key_end"]
+        raw = self._index["keys"][ends[index - 1] if index else 0 : ends[index]]
+        return bytes(raw).decode("utf-8", "surrogateescape")
+
+    def caption(self, index: int) -> str | bytes | None:
+        """The caption, read by itself; only as much of a text as is ever used."""
+        if self._index["caption_kind"][index] == _NONE:
+            return None
+        return self._caption_in(index, _read([self._caption_range(index)])[0])
+
+    def _caption_range(self, index: int) -> tuple[str, int, int]:
+        x = self._index
+        limit = decode.CAPTION_LIMIT + 1 if x["caption_kind"][index] == _TEXT else JSON_LIMIT
+        return self.files[x["shard"][index]], int(x["caption_offset"][index]), min(int(x["caption_size"][index]), limit)
+
+    def _caption_in(self, index: int, raw: bytes) -> str | bytes | None:
+        return raw if self._index["caption_kind"][index] == _TEXT else _parse(raw).get("caption")
+
+    def key_hashes(self) -> np.ndarray:
+        return self._index["key_hash"]
+
+    def fingerprint(self) -> str:
+        names = [os.path.basename(file) for file in self.files]
+        arrays = [self._index[name].tobytes() for name in ("shard", "offset", "size", "label", "caption_offset", "caption_size", "keys")]
+        return base.stable_digest(*names, *arrays)
+
+    def description(self) -> str:
+        share = f", captions for {(self._index['caption_kind'] != _NONE).mean():.0%}" if self.captions else ""
+        classes = f", {len(self.classes):,} classes" if self.classes else ""
+        files = f"{len(self.files):,} tar file{'s' * (len(self.files) > 1)}"
+        return f"{len(self):,} pictures in {files} of {self.name}{classes}{share}{base.format_counts(self.ignored)}"
+
+
+def _state(file: str) -> tuple[int, int]:
+    """Two numbers that change when a file does."""
+    if remote.is_remote(file):
+        size, stamp = remote.file_state(file)
+        return size, base.key_hash(stamp) >> 1
+    state = os.stat(file)
+    return state.st_size, state.st_mtime_ns
+
+
+def _read(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    if ranges and remote.is_remote(ranges[0][0]):
+        return remote.read_ranges(ranges)
+    return [base.read_byte_range(*one) for one in ranges]
+
+
+def _match(path: str) -> list[str]:
+    """The tar files a glob stands for, sorted; or an error that says what lies there instead."""
+    if remote.is_remote(path):
+        if found := [file for file in remote.glob_urls(path) if file.lower().endswith(".tar")]:
+            return found
+        raise UserError(f"no tar file matches data.path={path!r}: give a glob such as 'gs://BUCKET/DIR/*.tar', and check the access")
+    pattern = os.path.expanduser(path)
+    pattern = os.path.join(pattern, "*.tar") if os.path.isdir(pattern) else pattern
+    found = sorted(glob.glob(pattern, recursive=True))
+    files = [file for file in found if file.lower().endswith(".tar") and os.path.isfile(file)]
+    if files:
+        return files
+    folder = os.path.dirname(pattern) or "."
+    if glob.has_magic(folder):
+        raise UserError(f"no tar file matches data.path={path!r}: give a glob such as 'DIR/*.tar'")
+    if not os.path.isdir(folder):
+        raise UserError(f"no tar file matches data.path={path!r}: {base.missing_path_error(folder)}")
+    names = sorted(os.listdir(folder))
+    tars = [name for name in names if name.lower().endswith(".tar")]
+    packed = [name for name in names if name.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz"))]
+    if tars:
+        many, every = f"{len(tars):,} .tar file{'s' * (len(tars) > 1)}", os.path.join(folder, "*.tar")
+        hint = f"{folder!r} holds {many}, the first is {tars[0]!r}: did you mean {every!r}?"
+    elif packed:
+        hint = f"{folder!r} holds {len(packed):,} compressed ones, which cannot be read in place: decompress them first"
+    else:
+        hint = f"{folder!r} holds no .tar file"
+    raise UserError(f"no tar file matches data.path={path!r}: {hint}")
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    """A JSON member as a dictionary; empty if it is anything else."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+class _Columns:
+    """The index while it grows: one list a column, joined to arrays at the end of each file so that a member costs few bytes."""
+
+    KINDS = {
+        "shard": np.int32,
+        "offset": np.int64,
+        "size": np.uint32,
+        "label": np.int32,
+        "caption_kind": np.uint8,
+        "caption_offset": np.int64,
+        "caption_size": np.uint32,
+        "key_hash": np.uint64,
+    }
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[np.ndarray]] = {name: [] for name in self.KINDS}
+        self.keys, self.lengths = bytearray(), [np.zeros(0, np.int64)]
+
+    def add(self, shard: int, groups: dict[str, dict[str, Any]]) -> None:
+        pictures = [(key.encode("utf-8", "surrogateescape"), group) for key, group in groups.items() if "size" in group]
+        for key, group in groups.items():
+            group["key_hash"] = base.key_hash(key)
+        for name, kind in self.KINDS.items():
+            default = -1 if name == "label" else shard if name == "shard" else 0
+            self.parts[name].append(np.array([group.get(name, default) for _, group in pictures], kind))
+        self.keys += b"".join(key for key, _ in pictures)
+        self.lengths.append(np.array([len(key) for key, _ in pictures], np.int64))
+
+    def arrays(self, ignored: dict[str, int]) -> dict[str, np.ndarray]:
+        columns = {name: np.concatenate(parts) for name, parts in self.parts.items()}
+        columns["keys"], columns["key_end"] = np.frombuffer(bytes(self.keys), np.uint8), np.concatenate(self.lengths).cumsum()
+        columns["ignored"] = np.frombuffer(json.dumps(ignored).encode(), np.uint8)
+        return columns
+
+
+def _build(files: list[str]) -> dict[str, np.ndarray]:
+    columns, ignored = _Columns(), collections.Counter[str]()
+    for number, file in enumerate(files):
+        columns.add(number, _scan(file, ignored))
+        if len(files) > 20 and number % (len(files) // 10) == 0:
+            _log.info("indexing tar files: %d of %d", number + 1, len(files))
+    return columns.arrays(ignored)
+
+
+def _scan(path: str, ignored: collections.Counter[str]) -> dict[str, dict[str, Any]]:
+    """What one tar file holds, by stem, in the order in which the stems appear."""
+    groups: dict[str, dict[str, Any]] = {}
+    problems = collections.Counter[str]()
+    with remote.open_file(path) if remote.is_remote(path) else open(path, "rb") as file:
+        for name, offset, size in tar_headers.tar_members(file, problems):
+            stem, extension = os.path.splitext(name)
+            extension = extension.lower()
+            if any(part.startswith(".") and part != "." or part == "__MACOSX" for part in name.split("/")):
+                problems["hidden"] += 1
+            elif extension in EXTENSIONS:
+                group = groups.setdefault(stem, {})
+                if "size" in group:
+                    problems["pictures with the key of an earlier one"] += 1
+                elif size > FILE_LIMIT:
+                    problems["files over 256 MiB"] += 1
+                else:
+                    group.update(offset=offset, size=size)
+            elif extension == ".txt":
+                if 0 < size < FILE_LIMIT:  # stronger than the JSON, whichever comes first
+                    groups.setdefault(stem, {}).update(caption_kind=_TEXT, caption_offset=offset, caption_size=size)
+            elif extension in (".json", ".cls"):
+                if size > JSON_LIMIT:
+                    problems["JSON over 1 MiB"] += 1
+                    continue
+                file.seek(offset)
+                raw = file.read(size)
+                value = _parse(raw) if extension == ".json" else {"label": int(raw) if raw.strip().isdigit() and size < 20 else raw}
+                group = groups.setdefault(stem, {})
+                if value.get("label") is not None:
+                    label = base.parse_label(value["label"])
+                    problems["labels that are no category"] += label is None
+                    if label is not None:
+                        group["label"] = label
+                caption = value.get("caption")
+                if isinstance(caption, str) and caption.strip() and group.get("caption_kind") != _TEXT:
+                    group.update(caption_kind=_JSON, caption_offset=offset, caption_size=size)
+            else:
+                problems["other members"] += 1
+    for problem in (*tar_headers.DAMAGE, *tar_headers.HOSTILE):
+        if problems[problem]:
+            _log.warning("%r: %d %s; what is valid is used", path, problems[problem], problem)
+    problems["captions or labels without a picture"] += sum("size" not in group for group in groups.values())
+    ignored.update(problems)
+    return groups
+
+
+def _load(path: str, signature: np.ndarray) -> dict[str, np.ndarray] | None:
+    """A saved index, if it is whole, of this version, and of files of the same sizes and times."""
+    if not path or not os.path.exists(path):
+        return None
+    index = array_files.load_arrays(path)
+    if index is None:
+        _log.warning("the tar index %r is damaged; it is built again", path)
+        return None
+    if int(index.pop("version", -1)) != VERSION or not np.array_equal(index.pop("signature", np.zeros(0)), signature):
+        return None
+    return index
+
+
+def _save(path: str, signature: np.ndarray, index: dict[str, np.ndarray]) -> None:
+    try:
+        array_files.save_arrays(path, version=VERSION, signature=signature, **index)
+    except OSError as error:
+        _log.warning("the tar index cannot be kept in %r (%s); it is built again at the next start", path, error.strerror)

@@ -1,0 +1,219 @@
+"""Weights as a function of pictures, whatever they come from: `m3i_jax.load`.
+
+import m3i_jax
+model = m3i_jax.load("runs/first")           # a workdir, or a file of timm, Hugging Face, MAE, SiameseIM, Google, InternImage
+vectors = model.features(pictures)           # uint8 or float [B, H, W, 3] of any size -> float32 [B, D]
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from m3i_jax import config as configuration
+from m3i_jax import schema
+from m3i_jax.data import crops
+from m3i_jax.errors import UserError
+from m3i_jax.evaluation import feature_extraction
+from m3i_jax.models import intern_image
+from m3i_jax.training import checkpoint, checkpoint_dir, init_from, plan
+
+POOLS = ("auto", "attention", "mean", "cls", "tokens")
+_ROWS = 64  # pictures a device step
+
+
+@dataclasses.dataclass
+class LoadedEncoder:
+    """An encoder with its weights.
+
+    Attributes:
+      config: settings; those of the run, or what a file tells and the defaults of its layout.
+      params: `encoder`, and `pool` where it was trained.
+      pool: what `feature_extraction` reads: attention, mean, cls or tokens.
+      name: where the weights come from.
+    """
+
+    config: schema.Config
+    params: Any
+    pool: str
+    name: str
+
+    @functools.cached_property
+    def function(self) -> Callable[[Any, Any], jax.Array]:
+        """The compiled (params, pixels [B, S, S, 3]) -> features, for pictures that have the size already."""
+        return jax.jit(functools.partial(feature_extraction.extract_features, self.config, self.pool))
+
+    def features(self, images: Any) -> np.ndarray:
+        """Features of pictures, float32 [B, D], not normalised: `mean`, `attention` or `cls`, or [B, T, D] of `tokens`.
+
+        Args:
+          images: uint8, or floats in 0..1, [B, H, W, 3] (or one, [H, W, 3]), RGB; or a list of pictures of any sizes. Those that do not
+            have the model's size are seen as in evaluation: short side resized to size * 256 / 224 (bicubic), centre cut out.
+
+        Raises:
+          ValueError: arrays of another shape or type, or floats outside 0..1.
+
+        >>> from m3i_jax.models import vit
+        >>> model = schema.Model(encoder=schema.Encoder(patch_size=8, width=8, depth=1, heads=2), dtype="float32")
+        >>> config = schema.Config(model=model, data=schema.Data(image_size=32))
+        >>> loaded = LoadedEncoder(config, {"encoder": vit.init(model, jax.random.key(0))}, "mean", "")
+        >>> loaded.features([np.zeros((40, 60, 3), np.uint8), np.ones((32, 32, 3))]).shape
+        (2, 8)
+        """
+        if isinstance(images, Sequence) or np.ndim(images) == 4:
+            pictures = list(images)
+        else:
+            pictures = [images]
+        size = self.config.data.image_size
+        out = []
+        for at in range(0, len(pictures), _ROWS):
+            views = [eval_view(np.asarray(picture), size) for picture in pictures[at : at + _ROWS]]
+            kind = np.uint8 if all(v.dtype == np.uint8 for v in views) else np.float32
+            rows = 1 << (len(views) - 1).bit_length()  # few sizes, so that little is compiled
+            batch = np.zeros((rows, size, size, 3), kind)
+            for row, v in enumerate(views):
+                batch[row] = v / np.float32(255) if v.dtype != kind else v
+            out.append(np.asarray(self.function(self.params, batch))[: len(views)])
+        if not out:
+            shape = jax.eval_shape(self.function, self.params, jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)).shape
+            return np.zeros((0, *shape[1:]), np.float32)
+        return np.concatenate(out)
+
+
+def eval_view(picture_HxWx3: np.ndarray, size: int) -> np.ndarray:
+    """A picture as evaluation sees it, [size, size, 3]; one that has the size already as it is.
+
+    >>> eval_view(np.zeros((20, 30, 3), np.uint8), 16).shape, eval_view(np.full((20, 30, 3), 0.5), 16).max()
+    ((16, 16, 3), np.float32(0.5))
+    """
+    picture = np.asarray(picture_HxWx3)
+    if picture.ndim != 3 or picture.shape[-1] != 3 or not (picture.dtype == np.uint8 or np.issubdtype(picture.dtype, np.floating)):
+        raise ValueError(f"a picture has shape {picture.shape} and type {picture.dtype}; it must be [H, W, 3], uint8 or floats in 0..1")
+    if picture.dtype != np.uint8:
+        picture = picture.astype(np.float32)
+        if picture.size and not (picture.min() >= 0 and picture.max() <= 1):  # nor NaN
+            raise ValueError(f"a float picture has values in {picture.min()}..{picture.max()}; they must lie in 0..1")
+    height, width = picture.shape[:2]
+    if (height, width) == (size, size):
+        return picture
+    box = crops.central_box(height, width, size)
+    if picture.dtype == np.uint8:
+        image = Image.fromarray(np.ascontiguousarray(picture))
+        return crops.cut_view(image, box, size, height=height, width=width).reshape(size, size, 3)
+    top, left, h, w = box
+    window = (left, top, min(left + w, width), min(top + h, height))
+    bands = [Image.fromarray(np.ascontiguousarray(picture[..., c])) for c in range(3)]
+    resized = [np.asarray(band.resize((size, size), Image.Resampling.BICUBIC, window)) for band in bands]
+    return np.clip(np.stack(resized, -1), 0, 1)  # bicubic overshoots; bytes are clipped by Pillow itself
+
+
+def load(path: str, *, weights: str = "online", pool: str = "auto", heads: int = 0, dtype: str = "") -> LoadedEncoder:
+    """The encoder of a run or of a file of weights.
+
+    Args:
+      path: workdir of a run, or a file or directory of timm, Hugging Face ViT or CLIP, MAE, SiameseIM, Google ViT or InternImage. An
+        InternImage must have the sizes of a preset. With the fusion of M3I (H, G) its dense features are fused; without (T to XL) they are
+        the last stage's map. Its pictures have the size that a preprocessor_config.json beside it tells, or 224 pixels.
+      weights: online, or ema: the momentum average.
+      pool: of the features: attention, mean of the patch tokens, cls, or all tokens; auto: attention if the run trained it, else mean.
+      heads: of attention, where a file cannot tell; 0: as it tells, or 64 channels a head.
+      dtype: bfloat16 or float32; empty: the run's, float32 for files.
+
+    Raises:
+      UserError: nothing there that can be read; a pooling that was not trained; weights that are no vision transformer of this kind and no
+        InternImage of a preset.
+    """
+    if pool not in POOLS:
+        raise UserError(f"pool={pool!r} is none of {', '.join(POOLS)}")
+    source = init_from.open_weights(path, weights=weights, key="load")
+    run = checkpoint_dir.is_run(path)
+    config = configuration.resolve(configuration.load_from_workdir(path, "load") if run else _described(source, path, heads, "load"))
+    if dtype:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    trained = run and bool(plan.build_plan(config).where("category", "text")) and any(p.startswith("pool/") for p in source.shapes)
+    if pool == "attention" and not trained:
+        raise UserError(f"load: {path}: has no pooling that was trained; use pool='mean'")
+    if pool == "cls" and not config.model.encoder.cls_token:
+        raise UserError(f"load: {path}: has no cls token; use pool='mean'")
+    pool = ("attention" if trained else "mean") if pool == "auto" else pool
+    wanted = [p for p in source.shapes if p.startswith("encoder/") or (pool == "attention" and p.startswith("pool/"))]
+    params: dict[str, Any] = {}
+    for name, array in source.read(dict.fromkeys(wanted)).items():
+        checkpoint.set_leaf(params, name, jnp.asarray(array))
+    return LoadedEncoder(config, params, pool, source.name)
+
+
+def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
+    """The settings of a run, or those that go with a file of weights: `model`, the size of the pictures and their mean and deviation.
+
+    Args:
+      path: as of `load`.
+      flag: what named it, for messages.
+
+    Raises:
+      UserError: nothing there that can be read, or no vision transformer of this kind and no InternImage of a preset.
+    """
+    if checkpoint_dir.is_run(path):
+        return configuration.load_from_workdir(path, flag)
+    return _described(init_from.open_weights(path, key=flag), path, 0, flag)
+
+
+def build_encoder(config: ml_collections.ConfigDict, path: str, flag: str) -> None:
+    """Let a run start from an encoder of elsewhere: its model, the size of its pictures and their mean and deviation, and its weights.
+
+    Args:
+      config: the run's, changed in place.
+      path, flag: as of `settings_of_weights`, which raises.
+    """
+    there = settings_of_weights(path, flag)
+    config.model.update(there.model)
+    _seen_as(config, there)
+    config.init_from, config.init.only = path, ("^encoder/",)
+
+
+def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema.Config:
+    """The configuration for a file of weights: as it is where its encoder has the file's sizes, else with the encoder and the pictures that
+    go with the file.
+
+    Args:
+      config: settings.
+      path, flag: as of `settings_of_weights`, which raises.
+    """
+    told = init_from.open_weights(path, key=flag).settings
+    here = {**dataclasses.asdict(config.model.encoder), **dataclasses.asdict(config.model)}
+    shaping = ("backbone", "patch_size", "width", "depth", "mlp_ratio", *(["intern_image"] if config.model.backbone != "vit" else []))
+    if all(told.get(name, here[name]) == here[name] for name in shaping):
+        return config
+    there, out = settings_of_weights(path, flag), configuration.config_from_text(configuration.config_to_text(config), flag)
+    out.model.update({name: there.model[name] for name in ("backbone", "scan", "encoder", "intern_image")})
+    out.model.pool.heads = 1  # divides any width; a file has no pooling that was trained
+    _seen_as(out, there)
+    return configuration.resolve(out)
+
+
+def _seen_as(config: ml_collections.ConfigDict, there: ml_collections.ConfigDict) -> None:
+    config.data.image_size = there.data.image_size
+    config.data.augment.mean, config.data.augment.std = there.data.augment.mean, there.data.augment.std
+
+
+def _described(source: init_from.WeightSource, path: str, heads: int, flag: str) -> ml_collections.ConfigDict:
+    """The settings of a file of weights."""
+    told, config = dict(source.settings), configuration.default_config()
+    if "width" not in told or "image_size" not in told:
+        raise UserError(
+            f"{flag}: {path}: is neither a vision transformer of this kind nor one of {', '.join(intern_image.PRESETS)} ({source.name}); "
+            "it can be read, but not run from here"
+        )
+    told["heads"] = heads or told.get("heads") or (16 if told["width"] == 1280 else max(1, told["width"] // 64))
+    config.model.encoder.update({name: told[name] for name in config.model.encoder if name in told})
+    config.model.update({name: told[name] for name in ("backbone", "scan", "intern_image") if name in told})
+    config.model.update({"dtype": "float32", "pool": {"heads": 1}})
+    config.data.image_size = told["image_size"]
+    config.data.augment.update({name: told[name] for name in ("mean", "std") if name in told})
+    return config

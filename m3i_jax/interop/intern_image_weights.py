@@ -1,0 +1,235 @@
+"""Published InternImage weights (github.com/OpenGVLab/InternImage, and its Hugging Face repositories) as our trees, and back.
+
+A published file is a flat table of names and arrays in PyTorch's layouts. What becomes of each name stands in one table, read in both
+directions. Hugging Face's names are the same behind `model.`, and call the layer scales `layer_scale1`, `layer_scale2`.
+
+Arrays may be of any library that numpy can read: `tensor_files.read_tensors` opens the files, a `.pth` with PyTorch, which is not needed otherwise.
+`m3i_jax.load(FILE)` and `init_from` do all of it.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from m3i_jax.errors import UserError
+
+Tree = dict[str, Any]
+_Change = Callable[[np.ndarray], np.ndarray]
+
+
+class _Entry(NamedTuple):
+    """`theirs` and `ours` share the numbers {i} (stage) and {j} (place on the stacked axis)."""
+
+    theirs: str
+    ours: str
+    load: _Change
+    store: _Change
+
+
+def _same(a: np.ndarray) -> np.ndarray:
+    return a
+
+
+def _pairs_apart(a: np.ndarray) -> np.ndarray:
+    """Rows (group, point, x or y) of offsets as (group, x or y, point): 9 points, as all published models have."""
+    return a.reshape(-1, 9, 2, *a.shape[1:]).swapaxes(1, 2).reshape(a.shape)
+
+
+def _pairs_together(a: np.ndarray) -> np.ndarray:
+    return a.reshape(-1, 2, 9, *a.shape[1:]).swapaxes(1, 2).reshape(a.shape)
+
+
+_LAYOUTS: dict[str, tuple[_Change, _Change]] = {
+    "as it is": (_same, _same),
+    "linear": (np.transpose, np.transpose),
+    "convolution": (lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),
+    "depthwise": (lambda a: a[:, 0].transpose(1, 2, 0), lambda a: a.transpose(2, 0, 1)[:, None]),
+    "offset": (lambda a: _pairs_apart(a).T, lambda a: _pairs_together(a.T)),
+    "1x1": (lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None]),
+}
+
+
+def _table() -> tuple[_Entry, ...]:
+    found: list[_Entry] = []
+
+    def one(theirs: str, ours: str, layout: str = "as it is") -> None:
+        found.append(_Entry(theirs, ours, *_LAYOUTS[layout]))
+
+    def norm(theirs: str, ours: str) -> None:
+        one(f"{theirs}.weight", f"{ours}/scale")
+        one(f"{theirs}.bias", f"{ours}/bias")
+
+    def dense(theirs: str, ours: str, layout: str = "linear") -> None:
+        one(f"{theirs}.weight", f"{ours}/kernel", layout)
+        one(f"{theirs}.bias", f"{ours}/bias", layout if layout == "offset" else "as it is")
+
+    for n in (1, 2):
+        dense(f"patch_embed.conv{n}", f"encoder/stem/conv{n}", "convolution")
+        norm(f"patch_embed.norm{n}.1", f"encoder/stem/norm{n}")
+    theirs, ours = "levels.{i}.blocks.{j}", "encoder/stage{i}/layers"
+    for n in (1, 2):
+        norm(f"{theirs}.norm{n}.0", f"{ours}/norm{n}")
+        norm(f"{theirs}.res_post_norm{n}.0", f"{ours}/res_norm{n}")
+        one(f"{theirs}.gamma{n}", f"{ours}/gamma{n}")
+        dense(f"{theirs}.mlp.fc{n}", f"{ours}/mlp/fc{n}")
+    dense(f"{theirs}.dcn.dw_conv.0", f"{ours}/dcn/depthwise", "depthwise")
+    norm(f"{theirs}.dcn.dw_conv.1.1", f"{ours}/dcn/norm")
+    dense(f"{theirs}.dcn.offset", f"{ours}/dcn/offsets", "offset")
+    for a, b in (("mask", "mask"), ("input_proj", "input"), ("output_proj", "output")):
+        dense(f"{theirs}.dcn.{a}", f"{ours}/dcn/{b}")
+    one(f"{theirs}.dcn.center_feature_scale_proj_weight", f"{ours}/dcn/center/kernel", "linear")
+    one(f"{theirs}.dcn.center_feature_scale_proj_bias", f"{ours}/dcn/center/bias")
+    norm("levels.{i}.post_norms.{j}.0", "encoder/stage{i}/extra_norms")
+    norm("levels.{i}.norm.0", "encoder/stage{i}/norm")
+    one("levels.{i}.downsample.conv.weight", "encoder/stage{i}/down/conv/kernel", "convolution")
+    norm("levels.{i}.downsample.norm.1", "encoder/stage{i}/down/norm")
+    dense("dcnv3_head_x4.0", "encoder/fusion/deep", "1x1")
+    dense("dcnv3_head_x3", "encoder/fusion/shallow", "1x1")
+    for a, b in (("q", "query"), ("k", "key"), ("v", "value")):
+        norm(f"clip_projector.norm1_{a}.0", f"pool/norm_{b}")
+        one(f"clip_projector.cross_dcn.{a}.weight", f"pool/{b}/kernel", "linear")
+        one(f"clip_projector.cross_dcn.{a}_bias", f"pool/{b}/bias")
+    dense("clip_projector.cross_dcn.proj", "pool/out")
+    norm("fc_norm.0", "classifier/norm")
+    one("conv_head.0.weight", "classifier/convolution/kernel", "1x1")
+    norm("conv_head.1.0", "classifier/batch_norm")
+    one("conv_head.1.0.running_mean", "classifier/batch_norm/mean")
+    one("conv_head.1.0.running_var", "classifier/batch_norm/variance")
+    dense("head", "classifier/linear")
+    return tuple(found)
+
+
+_TABLE = _table()
+_UNUSED = re.compile(r"num_batches_tracked$")
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.escape(template).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)") + "$")
+
+
+_THEIRS = [(_pattern(entry.theirs), entry) for entry in _TABLE]
+_OURS = [(_pattern(entry.ours), entry) for entry in _TABLE]
+
+
+def published_name(name: str) -> str:
+    """A name of a Hugging Face file as in the PyTorch files; those stay as they are.
+
+    >>> published_name("model.levels.0.blocks.1.layer_scale1"), published_name("head.bias")
+    ('levels.0.blocks.1.gamma1', 'head.bias')
+    """
+    return re.sub(r"\.layer_scale([12])$", r".gamma\1", name.removeprefix("model."))
+
+
+def hugging_face_name(name: str) -> str:
+    """Inverse of `published_name`.
+
+    >>> hugging_face_name("levels.0.blocks.1.gamma1")
+    'model.levels.0.blocks.1.layer_scale1'
+    """
+    return "model." + re.sub(r"\.gamma([12])$", r".layer_scale\1", name)
+
+
+def _put(tree: Tree, path: str, value: np.ndarray) -> None:
+    *way, last = path.split("/")
+    for part in way:
+        tree = tree.setdefault(part, {})
+    tree[last] = value
+
+
+def _leaves(tree: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for name, node in tree.items():
+        below = f"{path}/{name}" if path else name
+        found += _leaves(node, below) if isinstance(node, Mapping) else [(below, node)]
+    return found
+
+
+def load_intern_image(state: Mapping[str, Any]) -> Tree:
+    """Published weights as `encoder` (with `fusion` where there is one), `pool` (InternImage-H and G) and `classifier`, whatever is there.
+
+    Args:
+      state: {name: array} with PyTorch's or Hugging Face's names, or the whole file, with the table under `model`.
+
+    Raises:
+      UserError: names that InternImage does not have, layers that are missing or differ in shape.
+
+    >>> tree = load_intern_image({"patch_embed.conv1.weight": np.zeros((32, 3, 3, 3)), "levels.0.blocks.0.gamma1": np.zeros(64)})
+    >>> tree["encoder"]["stem"]["conv1"]["kernel"].shape, tree["encoder"]["stage0"]["layers"]["gamma1"].shape
+    ((3, 3, 3, 32), (1, 64))
+    """
+    if isinstance(state.get("model"), Mapping):
+        state = state["model"]
+    tree: Tree = {}
+    stacks: dict[str, dict[int, np.ndarray]] = {}
+    unknown = []
+    for given, array in state.items():
+        name = published_name(given)
+        if _UNUSED.search(name):
+            continue
+        matches = ((pattern.match(name), entry) for pattern, entry in _THEIRS)
+        match, entry = next(((found, entry) for found, entry in matches if found), (None, None))
+        if match is None or entry is None:
+            unknown.append(given)
+            continue
+        numbers = match.groupdict()
+        path, value = entry.ours.format(**numbers), entry.load(np.asarray(array))
+        if "j" in numbers:
+            stacks.setdefault(path, {})[int(numbers["j"])] = value
+        else:
+            _put(tree, path, value)
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise UserError(f"these are not weights of an InternImage: there is {', '.join(unknown[:3])}{more}; load a file of that project")
+    longest: dict[str, int] = {}
+    for path, parts in stacks.items():
+        owner = "/".join(path.split("/")[:3])
+        longest[owner] = max(longest.get(owner, 0), max(parts) + 1)
+    for path, parts in stacks.items():
+        depth = longest["/".join(path.split("/")[:3])]
+        missing = [j for j in range(depth) if j not in parts]
+        if missing:
+            raise UserError(f"the weights of {path} are missing for layer {missing[0]} of {depth}; the file is not complete")
+        shapes = {value.shape for value in parts.values()}
+        if len(shapes) > 1:
+            raise UserError(
+                f"the weights of {path} differ in shape from layer to layer ({', '.join(map(str, sorted(shapes)))}); the file is broken"
+            )
+        _put(tree, path, np.stack([parts[j] for j in range(depth)]))
+    return tree
+
+
+def store_intern_image(tree: Mapping[str, Any], *, hugging_face: bool = False) -> dict[str, np.ndarray]:
+    """Inverse of `load_intern_image`: a tree of `encoder`, and `pool` and `classifier` if given, as a table of published names.
+
+    What the published net has no place for, the learned fill of hidden cells, is left out.
+
+    Args:
+      tree: parts with arrays that numpy can read.
+      hugging_face: with the names of the Hugging Face repositories.
+
+    Raises:
+      UserError: a parameter that InternImage does not have.
+
+    >>> table = store_intern_image({"encoder": {"stage2": {"extra_norms": {"scale": np.ones((5, 8))}}}}, hugging_face=True)
+    >>> list(table)[:2], table["model.levels.2.post_norms.4.0.weight"].shape
+    (['model.levels.2.post_norms.0.0.weight', 'model.levels.2.post_norms.1.0.weight'], (8,))
+    """
+    table: dict[str, np.ndarray] = {}
+    for path, leaf in _leaves(tree):
+        if path == "encoder/mask_token":
+            continue
+        matches = ((pattern.match(path), entry) for pattern, entry in _OURS)
+        match, entry = next(((found, entry) for found, entry in matches if found), (None, None))
+        if match is None or entry is None:
+            raise UserError(
+                f"{path} is no parameter of an InternImage; only its encoder, pool and classifier can be stored under published names"
+            )
+        array = np.asarray(leaf)
+        if "{j}" in entry.theirs:
+            for j, value in enumerate(array):
+                table[entry.theirs.format(**match.groupdict(), j=j)] = entry.store(value)
+        else:
+            table[entry.theirs.format(**match.groupdict())] = entry.store(array)
+    return {hugging_face_name(name) if hugging_face else name: np.ascontiguousarray(value) for name, value in table.items()}

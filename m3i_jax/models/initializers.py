@@ -1,0 +1,102 @@
+"""First values of parameters. Modules only declare names and shapes; what fills them is stated here, once, by the names.
+
+L blocks, D width.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m3i_jax.models.layers import Block, Params
+
+InitSpec = tuple[Literal["constant", "uniform", "normal"], float]  # value, bound or standard deviation
+
+
+def shapes_of(module: nn.Module, *inputs: Any) -> Params:
+    """The parameters of a module as a tree of shapes.
+
+    >>> from m3i_jax.models.layers import Dense
+    >>> shapes_of(Dense(3, jnp.float32), jnp.zeros((1, 2)))["kernel"].shape
+    (2, 3)
+    """
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs).get("params", {})
+
+
+def fill(rng: jax.Array, shapes: Params, rule: Callable[[str, tuple[int, ...]], InitSpec]) -> dict[str, Any]:
+    """First values of a tree of parameters by a rule, float32. All are cut from one draw: a random call for every array would make the
+    program several times as slow to compile.
+
+    Args:
+      rng: key.
+      shapes: tree of arrays, of their shapes and dtypes, or of shapes alone.
+      rule: (path, shape) to (constant, value), (uniform, bound) or (normal, std).
+
+    >>> fill(jax.random.key(0), {"a": (2,)}, lambda path, shape: ("constant", 3.0))["a"].tolist()
+    [3.0, 3.0]
+    """
+    paths, structure = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=lambda node: isinstance(node, tuple))
+    named = [("/".join(str(getattr(k, "key", k)) for k in path), tuple(getattr(leaf, "shape", leaf))) for path, leaf in paths]
+    rules = [(shape, *rule(path, shape)) for path, shape in named]
+    total = sum(math.prod(shape) for shape, kind, _ in rules if kind != "constant")
+    open_unit = jax.random.uniform(rng, (total,), minval=np.nextafter(np.float32(-1), np.float32(0)), maxval=1.0)
+    leaves, at = [], 0
+    for shape, kind, value in rules:
+        if kind == "constant":
+            leaves.append(jnp.full(shape, value, jnp.float32))  # a weak type would change with the first update
+            continue
+        part = open_unit[at : at + math.prod(shape)].reshape(shape)
+        at += part.size
+        leaves.append(value * part if kind == "uniform" else value * math.sqrt(2) * jax.lax.erf_inv(part))
+    return jax.tree.unflatten(structure, leaves)
+
+
+def init_params(rng: jax.Array, shapes: Params, normal: Mapping[str, float] | None = None) -> Params:
+    """First values of the parameters of a tower, float32.
+
+    A `scale` is 1 and a `bias` 0. A `kernel` [in, out] is Xavier-uniform, bound sqrt(6 / (in + out)): qkv is the one [D, 3 D] matrix that
+    it is (MAE, SiameseIM; MoCo v3 bounds q, k and v by themselves), a patch embedding a [P, D] matrix. Names in `normal` are N(0, std^2)
+    instead.
+
+    Args:
+      rng: key.
+      shapes: as of `fill`.
+      normal: {end of a path: std}; the first that matches.
+
+    Raises:
+      ValueError: a parameter that none of these rules is about.
+
+    >>> from m3i_jax.models.layers import Dense
+    >>> tree = init_params(jax.random.key(0), shapes_of(Dense(50, jnp.float32), jnp.zeros((1, 100))))
+    >>> round(float(jnp.abs(tree["kernel"]).max()), 3), float(jnp.abs(tree["bias"]).max())
+    (0.2, 0.0)
+    """
+
+    def rule(path: str, shape: tuple[int, ...]) -> InitSpec:
+        last = path.split("/")[-1]
+        if last in ("scale", "bias"):
+            return "constant", float(last == "scale")
+        std = next((std for end, std in (normal or {}).items() if path.endswith(end)), None)
+        if std is not None:
+            return "normal", std
+        if last == "kernel":
+            return "uniform", math.sqrt(6 / sum(shape))
+        raise ValueError(f"parameter {path} of shape {shape} has no rule for its first values")
+
+    return fill(rng, shapes, rule)
+
+
+def init_blocks(one: Block, rng: jax.Array, *, width: int, depth: int, normal: Mapping[str, float] | None = None) -> Params:
+    """Parameters of `depth` blocks, each drawn by itself and stacked on a leading axis: every leaf is [L, ...].
+
+    >>> from m3i_jax.models.layers import block
+    >>> shapes = jax.eval_shape(lambda key: init_blocks(block(8, 2, 4.0, "float32"), key, width=8, depth=3), jax.random.key(0))
+    >>> shapes["attention"]["qkv"]["kernel"].shape
+    (3, 8, 24)
+    """
+    shapes = shapes_of(one, jnp.zeros((1, 1, width)))
+    return jax.lax.map(lambda key: init_params(key, shapes, normal), jax.random.split(rng, depth))

@@ -1,0 +1,158 @@
+"""Watching for collapse: the regularization term H(p(z_y | t_y)) of Eq. 2 cannot be computed, so its loss has to be noticed.
+
+The terms that prevent collapse live with the posteriors (stop-gradient and second moment in `losses.gaussian`, negatives in
+`losses.boltzmann`; Table 1). These numbers say whether they do. Healthy targets stay well away from the end named here:
+
+    target_std, spread, effective_rank    dense targets    a collapse goes to 0, 0 and 1
+    alignment, uniformity                 global ones      a collapse goes to 0 and 0 together; alignment 0 alone is what training wants
+
+None of them has a gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from m3i_jax.objective.numerics import EXACT, check_same_shape, float32, l2_normalize, zero_masked_rows
+
+
+def target_std(target_TxD: ArrayLike, where_T: ArrayLike | None = None) -> jax.Array:
+    """Standard deviation of the targets over tokens, averaged over the D dimensions.
+
+    Give it targets *before* layer norm: normalised ones have a large deviation within a token even if all tokens are equal.
+
+    Args:
+      target_TxD: [..., D] targets.
+      where_T: [...] weights >= 0 of the tokens; None counts every token once.
+
+    Returns:
+      float32 scalar >= 0, in the units of the features; 0 means that all tokens are the same (or that none counts).
+
+    Raises:
+      ValueError: weights of another shape than the tokens.
+
+    >>> import jax.numpy as jnp
+    >>> float(target_std(jnp.array([[1., 5.], [3., 5.]])))
+    0.5
+    """
+    x_TxD = jax.lax.stop_gradient(float32(target_TxD))
+    x_TxD, _, weight_T = zero_masked_rows(x_TxD, x_TxD, where_T)
+    rows = tuple(range(x_TxD.ndim - 1))
+    share_Tx1 = (weight_T / jnp.maximum(weight_T.sum(), jnp.finfo(jnp.float32).tiny))[..., None]
+    mean_D = (share_Tx1 * x_TxD).sum(rows)
+    return jnp.sqrt((share_Tx1 * jnp.square(x_TxD - mean_D)).sum(rows)).mean()
+
+
+def effective_rank(moment_DxD: ArrayLike) -> jax.Array:
+    """Effective rank of the targets: the exponential of the entropy of the normalised eigenvalues of their second moment.
+
+    An eigenvalue decomposition costs about D^3: call it at log intervals, not inside every step.
+
+    Args:
+      moment_DxD: symmetric second moment, `losses.second_moment` of the targets.
+
+    Returns:
+      float32 scalar: D if all directions carry the same energy, 1 if all energy lies in one direction, 0 for a zero matrix.
+
+    Raises:
+      ValueError: not a square matrix.
+
+    >>> import jax.numpy as jnp
+    >>> print(f"{effective_rank(jnp.eye(8)):.2f} {effective_rank(jnp.ones((8, 8))):.2f}")
+    8.00 1.00
+    """
+    c_DxD = jax.lax.stop_gradient(float32(moment_DxD))
+    if c_DxD.ndim != 2 or c_DxD.shape[0] != c_DxD.shape[1]:
+        raise ValueError(f"moment_DxD has shape {c_DxD.shape}; it must be square")
+    # Rounding makes small eigenvalues negative, and a logarithm of them NaN.
+    energy_D = jnp.maximum(jnp.linalg.eigvalsh(c_DxD), 0.0)
+    total = energy_D.sum()
+    share_D = energy_D / jnp.where(total > 0, total, 1.0)
+    return jnp.where(total > 0, jnp.exp(jax.scipy.special.entr(share_D).sum()), 0.0)
+
+
+def centered_energy(mean_D: ArrayLike, moment_DxD: ArrayLike) -> jax.Array:
+    """Share of the targets' energy that varies over tokens: `1 - |mean|^2 / trace(C)`.
+
+    Unlike the standard deviation it has no scale, so one threshold serves all models, and layer norm does not hide a collapse from it.
+
+    Args:
+      mean_D: mean target.
+      moment_DxD: second moment C of the same targets, `losses.second_moment`.
+
+    Returns:
+      float32 scalar in 0..1: 1 if the targets have mean 0, 0 if all are the same (or all are 0).
+
+    Raises:
+      ValueError: shapes that do not belong together.
+
+    >>> import jax.numpy as jnp
+    >>> c = jnp.array([[5., 1.], [1., 2.]])                            # of the targets (1, 2) and (3, 0)
+    >>> print(f"{spread(jnp.array([2., 1.]), c):.4f}")                 # 1 - 5 / 7
+    0.2857
+    """
+    mean_D, c_DxD = jax.lax.stop_gradient((float32(mean_D), float32(moment_DxD)))
+    if mean_D.ndim != 1:
+        raise ValueError(f"mean_D has shape {mean_D.shape}; it must be [D]")
+    check_same_shape("moment_DxD", c_DxD.shape, "the product of the mean with itself", (*mean_D.shape, *mean_D.shape))
+    energy = jnp.trace(c_DxD)
+    share = jnp.square(mean_D).sum() / jnp.where(energy > 0, energy, 1.0)
+    return jnp.where(energy > 0, jnp.clip(1 - share, 0.0, 1.0), 0.0)
+
+
+def alignment(a_BxD: ArrayLike, b_BxD: ArrayLike, where_B: ArrayLike | None = None) -> jax.Array:
+    """Alignment of Wang and Isola: mean squared distance of two views of an image on the unit sphere.
+
+    Args:
+      a_BxD: global features of one view, of any length; they are scaled to length 1.
+      b_BxD: those of the other view.
+      where_B: weights >= 0 of the images; None counts every image once.
+
+    Returns:
+      float32 scalar in 0..4: 0 if both views agree, 2 if they have nothing to do with each other; 0 if no image counts.
+
+    Raises:
+      ValueError: shapes that do not belong together.
+
+    >>> import jax.numpy as jnp
+    >>> float(alignment(jnp.array([[2., 0.], [0., 1.]]), jnp.array([[1., 0.], [1., 0.]])))
+    1.0
+    """
+    a_BxD, b_BxD = jax.lax.stop_gradient((float32(a_BxD), float32(b_BxD)))
+    check_same_shape("one view", a_BxD.shape, "the other", b_BxD.shape)
+    a_BxD, b_BxD, weight_B = zero_masked_rows(a_BxD, b_BxD, where_B)
+    total = weight_B.sum()
+    return (weight_B * jnp.square(l2_normalize(a_BxD) - l2_normalize(b_BxD)).sum(-1)).sum() / jnp.where(total > 0, total, 1.0)
+
+
+def uniformity(x_BxD: ArrayLike, where_B: ArrayLike | None = None, t: float = 2.0) -> jax.Array:
+    """Uniformity of Wang and Isola: `log mean exp(-t |u - v|^2)` over all pairs of different images on the unit sphere.
+
+    Args:
+      x_BxD: global features of the images, of any length; they are scaled to length 1.
+      where_B: weights >= 0 of the images, a pair weighs their product; None counts every image once.
+      t: inverse width > 0 of the kernel; 2 as published.
+
+    Returns:
+      float32 scalar <= 0: 0 if all images are the same, about -2 t (a little above) if they are spread over a sphere of many dimensions;
+      0 if fewer than two images count.
+
+    Raises:
+      ValueError: shapes that do not belong together.
+
+    >>> import jax.numpy as jnp
+    >>> print(uniformity(jnp.array([[1., 0.], [-3., 0.]])), uniformity(jnp.ones((5, 2))))
+    -8.0 0.0
+    """
+    x_BxD = jax.lax.stop_gradient(float32(x_BxD))
+    if x_BxD.ndim != 2:
+        raise ValueError(f"features have shape {x_BxD.shape}; they must be [B, D]")
+    x_BxD, _, weight_B = zero_masked_rows(x_BxD, x_BxD, where_B)
+    x_BxD = l2_normalize(x_BxD)
+    square_B = jnp.square(x_BxD).sum(-1)
+    # Rounding makes the distance of equal rows negative, and the value of a collapse positive.
+    distance_BxB = jnp.maximum(square_B[:, None] + square_B - 2 * jnp.matmul(x_BxD, x_BxD.T, precision=EXACT), 0.0)
+    pair_BxB = jnp.where(jnp.eye(len(square_B), dtype=bool), 0.0, weight_B[:, None] * weight_B)
+    total = pair_BxB.sum()
+    log_sum = jax.nn.logsumexp(-t * distance_BxB, b=jnp.where(total > 0, pair_BxB, 1.0))
+    return jnp.where(total > 0, log_sum - jnp.log(jnp.where(total > 0, total, 1.0)), 0.0)

@@ -1,0 +1,108 @@
+"""The embedding report: whom the features hold to be alike, and a 2-D map of all of them."""
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from m3i_jax.errors import UserError
+from m3i_jax.reporting import image_grid
+from m3i_jax.reporting.image_grid import Color
+
+SIDE = 720  # of the map
+TOLD = 24  # classes named beside the map
+NONE: Color = (170, 172, 176)  # points without a class
+
+
+def nearest_neighbors(vectors_NxD: np.ndarray, rows_Q: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows [Q, K], cosines [Q, K]) of the vectors most alike to some of them, themselves left out, the most alike first.
+
+    Args:
+      vectors_NxD: L2-normalised.
+      rows_Q: of those that are asked.
+      count: K, at most N - 1.
+
+    >>> nearest_neighbors(np.array([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6]]), [0], 2)[0].tolist()
+    [[2, 1]]
+    """
+    asked = np.asarray(rows_Q, np.int64)
+    cosine_QxN = vectors_NxD[asked] @ vectors_NxD.T
+    cosine_QxN[np.arange(len(asked)), asked] = -np.inf
+    found = np.argsort(-cosine_QxN, axis=1, kind="stable")[:, : min(count, len(vectors_NxD) - 1)]
+    return found, np.take_along_axis(cosine_QxN, found, 1)
+
+
+def neighbor_agreement(vectors_NxD: np.ndarray, label_N: np.ndarray, chunk: int = 1024) -> float | None:
+    """Share of the labelled vectors whose nearest labelled neighbour has their label; None if there are fewer than two.
+
+    >>> neighbor_agreement(np.eye(3)[[0, 0, 1]], np.array([5, 5, 6]))
+    0.6666666666666666
+    """
+    x, label = vectors_NxD[label_N >= 0], label_N[label_N >= 0]
+    if len(x) < 2:
+        return None
+    right = 0
+    for at in range(0, len(x), chunk):
+        rows = range(at, min(at + chunk, len(x)))
+        right += int((label[nearest_neighbors(x, rows, 1)[0][:, 0]] == label[rows]).sum())
+    return right / len(x)
+
+
+def project_to_2d(vectors_NxD: np.ndarray, how: str = "pca") -> np.ndarray:
+    """A point [N, 2] for every vector: the first two principal components, or the layout of another package.
+
+    Raises:
+      UserError: a package is missing.
+
+    >>> project_to_2d(np.array([[0.0, 0.0, 1.0], [2.0, 0.0, 1.0], [4.0, 0.0, 1.0]]))[:, 0].tolist()
+    [-2.0, 0.0, 2.0]
+    """
+    centred = vectors_NxD - vectors_NxD.mean(0, dtype=np.float64)
+    if how == "pca":
+        _, axes = np.linalg.eigh(centred.T @ centred)
+        axes_Dx2 = axes[:, ::-1][:, :2]
+        strongest = np.take_along_axis(axes_Dx2, np.abs(axes_Dx2).argmax(0)[None], 0)
+        points = centred @ (axes_Dx2 * np.where(strongest < 0, -1.0, 1.0))  # the sign of an axis means nothing: fixed
+        return np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise UserError(f"config.evaluate.map: {how!r} needs {error.name}: pip install 'm3i-jax[maps]', or use 'pca'") from None
+    perplexity = min(30.0, max(1.0, (len(centred) - 1) / 3))
+    return TSNE(n_components=2, init="pca", perplexity=perplexity, random_state=0).fit_transform(centred.astype(np.float32))
+
+
+def class_color(number: int, count: int) -> Color:
+    """Colours of classes, all around the circle.
+
+    >>> class_color(0, 3) != class_color(1, 3)
+    True
+    """
+    value = (0.9, 0.65, 0.78)[number % 3]
+    r, g, b = colorsys.hsv_to_rgb(number / max(count, 1), 0.75, value)
+    return round(255 * r), round(255 * g), round(255 * b)
+
+
+def embedding_image(points_Nx2: np.ndarray, label_N: np.ndarray, names: Sequence[str]) -> tuple[Image.Image, list[tuple[str, Color]]]:
+    """A map, one dot a picture in the colour of its class, and what the colours are: at most TOLD of them.
+
+    >>> image, key = embedding_image(np.array([[0.0, 0.0], [1.0, 2.0]]), np.array([0, -1]), ["cat"])
+    >>> image.size, [name for name, _ in key]
+    ((720, 720), ['cat', 'no class'])
+    """
+    present = [label for label in range(len(names)) if (label_N == label).any()]
+    image = Image.new("RGB", (SIDE, SIDE), image_grid.PAPER)
+    draw = ImageDraw.Draw(image)
+    low, high = points_Nx2.min(0), points_Nx2.max(0)
+    span, radius = np.where(high > low, high - low, 1.0), 4
+    colours = {label: class_color(row, len(present)) for row, label in enumerate(present)}
+    for (x, y), label in zip((points_Nx2 - low) / span, label_N.tolist(), strict=True):
+        at_x, at_y = 10 + x * (SIDE - 20), 10 + (1 - y) * (SIDE - 20)
+        draw.ellipse((at_x - radius, at_y - radius, at_x + radius, at_y + radius), fill=colours.get(label, NONE))
+    key = [(names[label], colours[label]) for label in present[:TOLD]]
+    if len(present) > TOLD:
+        key.append((f"and {len(present) - TOLD} more", image_grid.PAPER))
+    if present and not np.isin(label_N, present).all():
+        key.append(("no class", NONE))
+    return image, key

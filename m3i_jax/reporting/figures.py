@@ -1,0 +1,245 @@
+"""What evaluators draw for a person: rows of pictures with words, and lines of words with bars.
+
+One value, `Figure`, whatever is shown. `write_figure` keeps it in two files of WORKDIR/pictures: NAME.png, a sheet that can be looked at by
+itself, and NAME.json, its words and where in the sheet each picture lies. From these `figure_html` sets it for a page, with words as text: they
+can be read on a phone, in any script, and in the dark.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from m3i_jax.errors import UserError
+from m3i_jax.reporting import html_page, image_grid
+from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.reporting.image_grid import GAP, INK, MARGIN, MUTED, Color
+
+LINE, HEAD, BESIDE, BAR, LEAST = 17, 32, 260, 60, 480  # of a sheet: a line of words, the title, the column of lines, its bars, the width
+RIGHT, WRONG = (64, 145, 92), (196, 70, 66)
+_MANY, _LARGE = 5, 200  # tiles of a row, or pixels of one, from which on it takes the whole width of a page
+
+
+@dataclasses.dataclass(frozen=True)
+class FigureTile:
+    """A picture, words below it, a note below those. right: whether the words are the right ones; None: that is no question."""
+
+    image: Image.Image
+    words: str = ""
+    note: str = ""
+    right: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class FigureLine:
+    """Words, with a bar for a share in 0..1, or with a chip of a colour."""
+
+    words: str
+    share: float | None = None
+    right: bool | None = None
+    chip: Color | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class FigureRow:
+    """Pictures beside each other, and lines beside them."""
+
+    tiles: Sequence[FigureTile]
+    lines: Sequence[FigureLine] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """Rows under a title; note: what it is made of and how to read it."""
+
+    title: str
+    note: str
+    rows: Sequence[FigureRow]
+
+
+def write_figure(place: str | os.PathLike[str], name: str, exhibit: Figure) -> None:
+    """PLACE/NAME.png and then PLACE/NAME.json, each whole or not there.
+
+    Raises:
+      UserError: the place cannot be written to.
+
+    >>> import tempfile
+    >>> directory = tempfile.mkdtemp()
+    >>> one = Figure("a title", "a note", [FigureRow([FigureTile(Image.new("RGB", (8, 8)), "a cat")], [FigureLine("cat", 0.75)])])
+    >>> write_figure(directory, "000001-example", one)
+    >>> [file.name for file in newest_figures(directory)], "a cat" in figure_html(newest_figures(directory)[0])
+    (['000001-example.json'], True)
+    """
+    directory = pathlib.Path(place)
+    directory.mkdir(exist_ok=True)
+    paper, boxes = draw_figure(exhibit)
+    paper.save(directory / f"{name}.png")
+    rows = [
+        {
+            "tiles": [{"box": box, "words": t.words, "note": t.note, "right": t.right} for box, t in zip(at, row.tiles, strict=True)],
+            "lines": [dataclasses.asdict(line) for line in row.lines],
+        }
+        for at, row in zip(boxes, exhibit.rows, strict=True)
+    ]
+    made = {"title": exhibit.title, "note": exhibit.note, "made": time.time(), "rows": rows}
+    write_text_atomic(directory / f"{name}.json", json.dumps(made, ensure_ascii=False))
+
+
+def newest_figures(place: str | os.PathLike[str]) -> list[pathlib.Path]:
+    """The newest exhibit of every kind, STEP-KIND.json, in the order of the kinds.
+
+    Raises:
+      UserError: a file that is no exhibit.
+    """
+    kinds: dict[str, pathlib.Path] = {}
+    for file in sorted(pathlib.Path(place).glob("*-*.json"), key=lambda file: (_read(file)["made"], file.name)):
+        kinds[file.stem.partition("-")[2]] = file
+    return [kinds[kind] for kind in sorted(kinds)]
+
+
+def figure_html(file: pathlib.Path) -> str:
+    """A section of a page.
+
+    Raises:
+      UserError: the file is no exhibit, or its sheet is not beside it.
+    """
+    saved = _read(file)
+    try:
+        with Image.open(file.with_suffix(".png")) as opened:
+            paper = opened.convert("RGB")
+        rows = "".join(_html_row(row, paper) for row in saved["rows"])
+        return f"<h2>{html_page.escape_html(saved['title'])}</h2><p class=muted>{html_page.escape_html(saved['note'])}</p><div class=exhibit>{rows}</div>"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _broken(file, error) from error
+
+
+def _read(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        return saved | {"made": float(saved["made"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _broken(file, error) from error
+
+
+def _broken(file: pathlib.Path, error: Exception) -> UserError:
+    told = " ".join(f"{type(error).__name__}: {error}".split())[:150]
+    return UserError(f"{file}: is no picture that an evaluator drew ({told}); delete it, and --mode=eval draws it anew")
+
+
+def _html_row(row: dict[str, Any], paper: Image.Image) -> str:
+    sides = [tile["box"][2] for tile in row["tiles"]]
+    many, large = len(sides) > _MANY, max(sides, default=0) > _LARGE
+    columns = "repeat(auto-fill,minmax(4.8rem,1fr))" if many else f"repeat({len(sides)},minmax(0,{max(sides, default=0)}px))"
+    tiles = "".join(_html_tile(tile, paper) for tile in row["tiles"])
+    lines = "".join(_html_line(line) for line in row["lines"])
+    short = " chips" if all(line["chip"] for line in row["lines"]) else ""
+    return (
+        f'<div class="row{" wide" if many or large else ""}"><div class=tiles style="grid-template-columns:{columns}">{tiles}</div>'
+        + (f'<div class="lines{short}">{lines}</div>' if lines else "")
+        + "</div>"
+    )
+
+
+def _html_tile(tile: dict[str, Any], paper: Image.Image) -> str:
+    left, top, width, height = (int(n) for n in tile["box"])
+    content = io.BytesIO()
+    paper.crop((left, top, left + width, top + height)).save(content, format="PNG")
+    words = f'<b class="{_tone(tile["right"])}">{html_page.escape_html(tile["words"])}</b>' if tile["words"] else ""
+    note = f"<span class=key>{html_page.escape_html(tile['note'])}</span>" if tile["note"] else ""
+    caption = f"<figcaption>{words}{note}</figcaption>" if words or note else ""
+    return f"<figure>{html_page.embed_image(content.getvalue(), ' '.join(filter(None, (tile['words'], tile['note']))) or 'picture')}{caption}</figure>"
+
+
+def _html_line(line: dict[str, Any]) -> str:
+    chip = f'<i class=chip style="background:rgb({",".join(str(int(c)) for c in line["chip"])})"></i>' if line["chip"] else ""
+    words = f'<span class="{_tone(line["right"])}">{chip}{html_page.escape_html(line["words"])}</span>'
+    if line["share"] is None:
+        return f'<div class="line">{words}</div>'
+    share = min(max(float(line["share"]), 0.0), 1.0)
+    return f'<div class="line">{words}<i class=track><i style="width:{100 * share:.1f}%"></i></i><b>{format_percent(share)}</b></div>'
+
+
+def _tone(right: bool | None) -> str:
+    return "" if right is None else "right" if right else "wrong"
+
+
+def format_percent(share: float) -> str:
+    """A share for people, in few characters.
+
+    >>> format_percent(0.123), format_percent(0.004), format_percent(0.0)
+    ('12 %', '0.4 %', '0 %')
+    """
+    return f"{100 * share:.1f} %" if 0 < share < 0.01 else f"{100 * share:.0f} %"
+
+
+def draw_figure(exhibit: Figure) -> tuple[image_grid.ImageGrid, list[list[tuple[int, int, int, int]]]]:
+    """The sheet, and where in it the pictures of every row lie: (left, top, width, height).
+
+    >>> draw_figure(Figure("", "", [FigureRow([FigureTile(Image.new("RGB", (8, 9)))])]))[1]
+    [[(24, 56, 8, 9)]]
+    """
+    worded = [2 * LINE if any(t.words or t.note for t in row.tiles) else 0 for row in exhibit.rows]
+    heights = [
+        max([t.image.height + below for t in row.tiles] + [len(row.lines) * LINE]) for row, below in zip(exhibit.rows, worded, strict=True)
+    ]
+    tiles = [sum(t.image.width + GAP for t in row.tiles) for row in exhibit.rows]
+    beside = BESIDE if any(row.lines for row in exhibit.rows) else 0
+    room = max([*tiles, LEAST - beside]) + beside
+    notes = image_grid.wrap_text(exhibit.note, room, image_grid.font(12))
+    head = HEAD + len(notes) * LINE
+    paper = image_grid.ImageGrid(2 * MARGIN + room, 2 * MARGIN + head + sum(height + 2 * GAP for height in heights))
+    paper.words(MARGIN, MARGIN + 14, exhibit.title, size=14, width=room)
+    for number, words in enumerate(notes):
+        paper.words(MARGIN, MARGIN + 34 + number * LINE, words, ink=MUTED)
+    y, boxes = MARGIN + head, []
+    for row, height in zip(exhibit.rows, heights, strict=True):
+        x, at = MARGIN, []
+        for tile in row.tiles:
+            paper.tile(x, y, tile.image)
+            at.append((x, y, tile.image.width, tile.image.height))
+            below = y + tile.image.height + LINE - 3
+            paper.words(x, below, tile.words, width=tile.image.width, ink=_ink(tile.right))
+            paper.words(x, below + LINE - 2, tile.note, size=11, ink=MUTED, width=tile.image.width)
+            x += tile.image.width + GAP
+        for number, line in enumerate(row.lines):
+            _draw_line(paper, x + GAP, y + number * LINE + 12, line)
+        boxes.append(at)
+        y += height + 2 * GAP
+    return paper, boxes
+
+
+def _draw_line(paper: image_grid.ImageGrid, x: int, y: int, line: FigureLine) -> None:
+    if line.chip:
+        paper.chip(x, y, line.chip)
+        x += 14
+    width = BESIDE - 2 * GAP - (BAR + 44 if line.share is not None else 14)
+    paper.words(x, y, line.words, width=width, ink=_ink(line.right))
+    if line.share is not None:
+        left = x + width + GAP
+        paper.draw.rectangle((left, y - 8, left + max(1, round(line.share * BAR)), y - 1), fill=image_grid.PARTNER)
+        paper.words(left + BAR + 6, y, format_percent(line.share), size=11, ink=MUTED)
+
+
+def _ink(right: bool | None) -> Color:
+    return INK if right is None else RIGHT if right else WRONG
+
+
+STYLE = """
+.exhibit { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1.2rem 2rem; }
+.row { display: flex; flex-wrap: wrap; gap: .6rem 1rem; align-items: flex-start; min-width: 0; } .row.wide { grid-column: 1 / -1; }
+.tiles { display: grid; gap: .5rem; flex: 0 1 auto; min-width: 0; } .wide .tiles { flex: 1 1 auto; }
+.tiles img { height: auto; border-radius: 4px; } .tiles figcaption b { display: block; font-weight: 500; }
+.lines { flex: 1 1 11rem; min-width: 0; font-size: .85rem; } .line { display: flex; gap: .5rem; align-items: center; padding: .1rem 0; }
+.line > span { flex: 1 1 auto; min-width: 0; } .line b { flex: 0 0 2.8rem; text-align: right; font-weight: 400; color: var(--muted); }
+.chips { display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: 0 .8rem; }
+.track { flex: 0 0 4.5rem; height: .7rem; background: var(--rule); border-radius: 2px; overflow: hidden; }
+.track i { display: block; height: 100%; background: var(--bar); }
+.chip { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px; margin-right: .45rem; }
+.right { color: #3f9160; } .wrong { color: var(--bad); }
+"""

@@ -1,0 +1,140 @@
+"""Curves as SVG for a page: small charts with axes, drawn once, no script."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from m3i_jax.reporting.html_page import escape_html
+
+WIDTH, HEIGHT = 420, 190
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 8, 24
+_MOST = 400  # points of a curve; more are averaged in runs of equal length
+_WIDE = 300.0  # largest over smallest value above which an axis is logarithmic
+
+
+@dataclasses.dataclass(frozen=True)
+class SvgCurve:
+    """One line of a chart. `tone` is its colour, a name of the style sheet: c0 ... c7."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    tone: str = "c0"
+
+
+def axis_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) from low to high, both included in the range.
+
+    >>> axis_ticks(0.0, 1.0), axis_ticks(3.0, 3.0)
+    ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [3.0])
+    """
+    if high <= low:
+        return [low]
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def tick_label(value: float, apart: float = 0.0) -> str:
+    """A number in few characters, but enough to tell it from another one that is `apart` from it.
+
+    >>> [tick_label(v) for v in (0.0, 0.25, 12000.0, 2.5e6, 3e-5, -1.5)]
+    ['0', '0.25', '12k', '2.5M', '3e-05', '-1.5']
+    >>> tick_label(4.594, 0.002)
+    '4.594'
+    """
+    for above, size, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= above:
+            return f"{value / size:.3g}{letter}"
+    digits = 1 + math.floor(math.log10(abs(value))) - math.floor(math.log10(apart)) if apart and value else 0
+    return f"{value:.{max(3, digits)}g}"
+
+
+def thin_points(x: Sequence[float], y: Sequence[float], most: int = _MOST) -> tuple[list[float], list[float]]:
+    """At most `most` points: means over consecutive points. What is not finite is left out.
+
+    >>> thin_points([0, 1, 2, 3], [1.0, 3.0, float("nan"), 5.0], most=2)
+    ([0.5, 3.0], [2.0, 5.0])
+    """
+    good = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
+    size = -(-len(good) // most) if good else 1
+    groups = [good[i : i + size] for i in range(0, len(good), size)]
+    return [sum(a for a, _ in g) / len(g) for g in groups], [sum(b for _, b in g) / len(g) for g in groups]
+
+
+def svg_chart(title: str, curves: Sequence[SvgCurve], *, last: float, note: str = "") -> str:
+    """A figure with one chart.
+
+    Args:
+      title: above it.
+      curves: each drawn over steps; one point alone is drawn as a dot.
+      last: right end of the axis of steps.
+      note: a line below it.
+
+    >>> svg_chart("loss", [SvgCurve("a", [0, 10], [2.0, 1.0])], last=10).count("<path")
+    1
+    """
+    drawn = [(curve, *thin_points(curve.x, curve.y)) for curve in curves]
+    values = [v for _, _, y in drawn for v in y]
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    logarithmic = low > 0 and high / low > _WIDE
+    if not logarithmic:
+        margin = (high - low) * 0.06 or abs(high) * 0.05 or 1.0
+        low, high = low - margin * (low != 0 or high <= 0), high + margin
+
+    def height(value: float) -> float:
+        share = math.log(value / low) / math.log(high / low) if logarithmic else (value - low) / (high - low)
+        return _TOP + (1 - share) * (HEIGHT - _TOP - _BOTTOM)
+
+    def place(step: float) -> float:
+        return _LEFT + step / max(last, 1) * (WIDTH - _LEFT - _RIGHT)
+
+    levels = _powers(low, high) if logarithmic else axis_ticks(low, high)
+    apart = levels[1] - levels[0] if len(levels) > 1 else 0.0
+    parts = [
+        f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{height(v):.1f}" y2="{height(v):.1f}"/>'
+        f'<text x="{_LEFT - 6}" y="{height(v) + 3.5:.1f}" text-anchor="end">{tick_label(v, 0 if logarithmic else apart)}</text>'
+        for v in levels
+    ]
+    parts += [
+        f'<text x="{min(place(step), WIDTH - 16):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{tick_label(step)}</text>'
+        for step in axis_ticks(0, last)
+    ]
+    for curve, x, y in drawn:
+        told = f"<title>{escape_html(curve.name)}: {tick_label(y[-1])} at step {tick_label(x[-1])}</title>" if y else ""
+        if len(x) == 1:
+            parts.append(f'<circle class="{curve.tone}" cx="{place(x[0]):.1f}" cy="{height(y[0]):.1f}" r="3">{told}</circle>')
+        elif x:
+            path = " ".join(f"{place(a):.1f},{height(b):.1f}" for a, b in zip(x, y, strict=True))
+            dots = "".join(
+                f'<circle class="{curve.tone}" cx="{place(a):.1f}" cy="{height(b):.1f}" r="2.2"/>' for a, b in zip(x, y, strict=True)
+            )
+            parts.append(f'<path class="{curve.tone}" d="M{path}">{told}</path>' + (dots if len(x) <= 12 else ""))
+    scale = " <small>(logarithmic)</small>" if logarithmic else ""
+    return (
+        f'<figure class="chart"><h3>{escape_html(title)}{scale}</h3><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape_html(title)}">{"".join(parts)}</svg>' + (f"<figcaption>{escape_html(note)}</figcaption>" if note else "") + "</figure>"
+    )
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """Powers of ten in a range, or every second or more of them."""
+    exponents = range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)
+    return [10.0**e for e in exponents[:: -(-len(exponents) // 5) or 1]]
+
+
+STYLE = """
+.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1rem 2rem; }
+.chart svg { display: block; width: 100%; height: auto; } .chart text { fill: var(--muted); font-size: 10.5px; }
+.chart .grid { stroke: var(--rule); stroke-width: 1; } .chart path { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+.chart small { font-weight: 400; color: var(--muted); } .chart figcaption { color: var(--muted); }
+.legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; margin: .6rem 0; } .legend i { display: inline-block; width: 1.1rem;
+  height: .3rem; border-radius: 2px; margin-right: .4rem; vertical-align: middle; }
+""" + "".join(
+    f".c{i} {{ stroke: {colour}; }} circle.c{i} {{ fill: {colour}; }} .legend i.c{i} {{ background: {colour}; }}\n"
+    for i, colour in enumerate(("#4676b2", "#e4873e", "#3f9a76", "#b4442f", "#8b6bb8", "#8a7346", "#c867a0", "#7d8590"))
+)

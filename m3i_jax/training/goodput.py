@@ -1,0 +1,217 @@
+"""Where the seconds of a run go. At every moment a run is in exactly one phase, so that the seconds of all phases add up to the wall time
+of its processes, those before a restart included:
+
+    start     importing, meeting the other hosts, opening data, the trainer, the first state; restore: reading a checkpoint
+    compile   tracing and compiling, wherever it happens
+    data      waiting for a batch           step      training: sending steps, waiting for the device
+    evaluate  evaluators                    save      what the loop waits for checkpoints; panel: pictures; trace: the profiler's
+    stop      closing files at the end      lost      steps that a restart had to do again
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Mapping
+
+PHASES = ("start", "restore", "compile", "data", "step", "evaluate", "save", "panel", "trace", "stop", "lost")
+PREFIX = "perf/seconds/"
+
+
+class GoodputClock:
+    """Measures phases, and from them the speed of training between two readings. Made by a mode, told by the loop.
+
+    Args:
+      images: images a step.
+      chips: accelerators that share a step.
+      flops: matrix FLOPs a step, without recomputation; 0: unknown.
+      peak: dense FLOP/s of all chips together; 0: unknown, and there is no MFU then.
+      earlier: seconds by phase of the run before a restart, as of `resumed_seconds`.
+      restarts: how often the run was started again.
+      began: when the process turned to this run, of `time.monotonic()`; None: now.
+
+    >>> clock = GoodputClock(images=8)
+    >>> with clock.phase("step"):
+    ...     with clock.phase("data"):
+    ...         clock.ended += 1
+    >>> sorted(name for name, seconds in clock.total().items() if seconds)
+    ['data', 'start', 'step']
+    """
+
+    def __init__(
+        self,
+        *,
+        images: int = 0,
+        chips: float = 1,
+        flops: float = 0.0,
+        peak: float = 0.0,
+        earlier: Mapping[str, float] | None = None,
+        restarts: int = 0,
+        began: float | None = None,
+    ) -> None:
+        self.images, self.chips, self.flops, self.peak, self.restarts = images, chips, flops, peak, restarts
+        self._seconds = dict.fromkeys(PHASES, 0.0) | dict(earlier or {})
+        self._stack = ["start"]
+        self._since = time.monotonic() if began is None else began
+        self._owner = threading.get_ident()
+        self._compiled: list[tuple[float, float]] = []
+        self.steps = 0  # since the last reading
+        self.ended = 0  # steps of this process whose metrics came back
+        self.alive = self._since  # when anything was last heard of the run
+        self._mark = self._busy()
+
+    @property
+    def now(self) -> str:
+        """The phase the run is in."""
+        return self._stack[-1]
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Seconds of the block go to `name`, and not to the phase around it."""
+        self._settle()
+        self._stack.append(name)
+        try:
+            yield
+        finally:
+            self._settle()
+            self._stack.pop()
+
+    def turn(self, name: str) -> None:
+        """What is not in any phase's block goes to `name` from here on."""
+        self._settle()
+        self._stack[0] = name
+
+    def beat(self) -> None:
+        """Something is going on, inside a phase that may be long."""
+        self.alive = time.monotonic()
+
+    def step_ended(self) -> None:
+        """A step is done: its metrics are there."""
+        self.steps += 1
+        self.ended += 1
+
+    def compiled(self, seconds: float) -> None:
+        """Tracing or compiling has just taken so long; it goes to `compile` instead of the phase in which it happened. Compilations inside
+        one another, as JAX reports them, count once; those of other threads do not hold the run up."""
+        if threading.get_ident() != self._owner:
+            return
+        self._settle()
+        begin, inside = self._since - seconds, 0.0
+        while self._compiled and self._compiled[-1][0] >= begin:
+            a, b = self._compiled.pop()
+            inside += b - a
+        if self._compiled:  # a neighbour that overlaps by the grain of the clock
+            begin = max(begin, self._compiled[-1][1])
+        self._compiled.append((begin, self._since))
+        more = max(self._since - begin - inside, 0.0)
+        self._seconds[self.now] -= more
+        self._seconds["compile"] += more
+
+    def total(self) -> dict[str, float]:
+        """Seconds by phase so far, of all starts of the run."""
+        self._settle()
+        return dict(self._seconds)
+
+    def read(self) -> dict[str, float]:
+        """Metrics of the steps since the last reading, and the seconds by phase so far.
+
+        perf/images_per_sec, perf/images_per_sec_per_chip, perf/step_seconds: of training, data included, everything else left out.
+        perf/input_wait: share of that time in which the loop waited for data. perf/mfu: model FLOPs over the chips' peak.
+        """
+        total = self.total()
+        (data, step), (data_before, step_before) = self._busy(), self._mark
+        self._mark = data, step
+        waited = data - data_before
+        busy = max(waited + step - step_before, 1e-9)
+        rate, self.steps = self.steps / busy, 0
+        out = {
+            "perf/images_per_sec": self.images * rate,
+            "perf/images_per_sec_per_chip": self.images * rate / self.chips,
+            "perf/step_seconds": 1 / rate if rate else busy,
+            "perf/input_wait": waited / busy,
+        }
+        if self.peak and self.flops:
+            out["perf/mfu"] = self.flops * rate / self.peak
+        return out | self._lines(total)
+
+    def summary(self) -> tuple[dict[str, float], str]:
+        """(metrics, one line) of the whole run: the share of its wall time that went into steps, and where the rest went."""
+        total = self.total()
+        wall = sum(total.values())
+        values = {"perf/goodput": total["step"] / wall if wall else 0.0, "perf/wall_seconds": wall} | self._lines(total)
+        # Rounded so that the parts printed add up to the sum printed.
+        shown, exact, done = {}, 0.0, 0
+        for name in PHASES:
+            exact += total[name]
+            shown[name], done = round(10 * exact) - done, round(10 * exact)
+        parts = sorted((item for item in shown.items() if item[1]), key=lambda item: -item[1])
+        again = f"; started {self.restarts + 1} times" if self.restarts else ""
+        told = " + ".join(f"{name} {tenths / 10:,.1f}" for name, tenths in parts)
+        return values, f"goodput {values['perf/goodput']:.1%}: {done / 10:,.1f} s = {told}{again}"
+
+    def _lines(self, total: Mapping[str, float]) -> dict[str, float]:
+        out = {PREFIX + name: seconds for name, seconds in total.items() if seconds}
+        return out | ({"perf/restarts": self.restarts} if self.restarts else {})
+
+    def _busy(self) -> tuple[float, float]:
+        return self._seconds["data"], self._seconds["step"]
+
+    def _settle(self) -> None:
+        now = time.monotonic()
+        self._seconds[self.now] += now - self._since
+        self._since = self.alive = now
+
+
+class InputStallAlarm:
+    """Notices when training waits for its data, from the readings of a clock.
+
+    The alarm rises when in at least READINGS readings in a row at least SHARE of the time, and SECONDS in all, were spent waiting, so that
+    neither the first batches nor a short stall raise it; it falls with the first reading of less than half the share.
+    """
+
+    SHARE, READINGS, SECONDS = 0.5, 2, 5.0
+
+    def __init__(self) -> None:
+        self.alarm, self._row, self._before = False, 0, 0.0
+
+    def see(self, values: Mapping[str, float]) -> str:
+        """Look at what `Clock.read` returned; what to tell a person if the alarm rises with it, else nothing.
+
+        >>> starving, readings = InputStallAlarm(), [(0.9, 4.0), (0.8, 8.0), (0.9, 12.0), (0.1, 12.1), (0.9, 16.0), (0.9, 22.0)]
+        >>> told = [starving.see({"perf/input_wait": share, "perf/seconds/data": seconds}) for share, seconds in readings]
+        >>> [bool(text) for text in told]
+        [False, True, False, False, False, True]
+        >>> print(told[1][:58])
+        training waits for data: 80% of the last reading's time, 8
+        """
+        share, total = values["perf/input_wait"], values.get(f"{PREFIX}data", 0.0)
+        if share < self.SHARE:
+            self._row, self._before = 0, total
+        else:
+            self._row += 1
+        before, waited = self.alarm, total - self._before
+        enough = self._row >= self.READINGS and waited >= self.SECONDS
+        self.alarm = enough or (self.alarm and share >= self.SHARE / 2)
+        if before or not self.alarm:
+            return ""
+        return (
+            f"training waits for data: {share:.0%} of the last reading's time, {waited:,.1f} s since it began; raise data.threads or "
+            "data.workers, use a faster disk, or smaller pictures in ArrayRecord shards (--mode=convert)"
+        )
+
+
+def resumed_seconds(saved: Mapping[str, float], logged: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by phase with which a run goes on.
+
+    Args:
+      saved: those at the checkpoint that it goes on from.
+      logged: those of the last line of its log, which may be later; what was trained in between is trained again, and so lost.
+
+    >>> resumed_seconds({"step": 60.0, "save": 1.0}, {"step": 90.0, "data": 2.0, "save": 3.0})
+    {'step': 60.0, 'save': 3.0, 'data': 0.0, 'lost': 32.0}
+    """
+    out = {name: max(saved.get(name, 0.0), logged.get(name, 0.0)) for name in {**saved, **logged}}
+    for name in ("data", "step"):
+        if again := out.get(name, 0.0) - saved.get(name, 0.0):
+            out[name] -= again
+            out["lost"] = out.get("lost", 0.0) + again
+    return out

@@ -1,0 +1,158 @@
+"""ArrayRecord files: what is written comes back, files of others are understood, and damage costs the record that it hits."""
+
+import json
+import pathlib
+from multiprocessing.reduction import ForkingPickler
+
+import numpy as np
+import pytest
+
+from m3i_jax import schema
+from m3i_jax.data import decode
+from m3i_jax.data.sources import array_record as array_record_source
+from m3i_jax.data.sources import base, tf_example
+from m3i_jax.data.sources.array_record import ArrayRecordSource
+from m3i_jax.errors import UserError
+
+array_record = pytest.importorskip("array_record.python.array_record_module")
+RECORDS = [
+    base.Record("a/0.jpg", b"zero" * 999, 1, b"caf\xe9 \xff"),
+    base.Record("caf\udce9", b"one", -1, None),
+    base.Record("2", b"", 0, "a cat"),
+    base.Record("3", b"three", 2, b""),
+    base.Record("4", b"four", 2, None),
+]
+
+
+def write(folder: pathlib.Path, count: int = 2) -> list[base.Record]:
+    for shard in range(count):
+        path = str(folder / f"x-{shard:05d}-of-{count:05d}.array_record")
+        assert array_record_source.shard_length(path) is None
+        assert array_record_source.write_shard(path, RECORDS[shard::count]) == len(RECORDS[shard::count]) == array_record_source.shard_length(path)
+    assert array_record_source.write_shard_index(str(folder), classes=("x", "y", "z"), name="five") == 5
+    return [r for shard in range(count) for r in RECORDS[shard::count]]
+
+
+def bare(record: base.Record) -> base.Record:
+    caption = record.caption.encode() if isinstance(record.caption, str) else record.caption
+    return base.Record(record.key, record.image, record.label, caption)
+
+
+def test_what_is_written_comes_back(tmp_path):
+    written = [bare(r) for r in write(tmp_path)]
+    source = base.open_source(schema.Data(source="array_record", path=str(tmp_path)))
+    assert isinstance(source, base.DataSource) and len(source) == 5 and source.classes == ("x", "y", "z") and source.captions
+    assert [source[i] for i in range(5)] == written
+    assert base.read_items(source, [4, 0, 3, 0]) == [written[i] for i in (4, 0, 3, 0)]
+    assert [source.key(i) for i in range(5)] == [r.key for r in written]
+    assert base.source_key_hashes(source).tolist() == [base.key_hash(r.key) for r in written]
+    assert source.description() == f"5 pictures in 2 files of array_record {str(tmp_path)!r}, 3 classes, captions for 60%"
+    assert [source[i] for i in range(5)] == [ForkingPickler.loads(ForkingPickler.dumps(source))[i] for i in range(5)]
+    for wrong in (5, -1):
+        with pytest.raises(IndexError):
+            source[wrong]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_pixels_are_kept_without_loss(make):
+    pixels = make.smooth(20, 30)
+    assert (decode.decode_image(array_record_source.unpack_record(array_record_source.pack_record(base.Record("a", pixels))).image) == pixels).all()
+
+
+def test_a_split_is_that_of_the_source_it_was_made_from(tmp_path):
+    many = [base.Record(f"key {i}", b"x") for i in range(300)]
+    array_record_source.write_shard(str(tmp_path / "x-00000-of-00001.array_record"), many)
+    array_record_source.write_shard_index(str(tmp_path))
+    held = base.split_by_hash(ArrayRecordSource(str(tmp_path)), 0.2, "held_out")
+    assert [held[i].key for i in range(len(held))] == [r.key for r in many if base.key_hash(r.key) / 2**64 < 0.2]
+    assert 30 < len(held) < 90
+
+
+def test_the_same_content_has_the_same_fingerprint(tmp_path):
+    found = []
+    for name, change in (("a", None), ("b", None), ("c", base.Record("3", b"other", 2))):
+        (tmp_path / name).mkdir()
+        array_record_source.write_shard(str(tmp_path / name / "x.array_record"), [*RECORDS[:4], change or RECORDS[4]])
+        array_record_source.write_shard_index(str(tmp_path / name), classes=("x", "y", "z"))
+        found.append(ArrayRecordSource(str(tmp_path / name)).fingerprint())
+    assert found[0] == found[1] != found[2] and len(found[0]) == 16
+
+
+def test_files_of_somebody_else(tmp_path):
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    data.mkdir()
+    writer = array_record.ArrayRecordWriter(str(data / "train.array_record-00000-of-00001"), "group_size:1")
+    writer.write(tf_example.encode_example({"image/encoded": b"one", "label": 4, "text": b"first", "image/filename": b"1.jpg"}))
+    writer.write(tf_example.encode_example({"image": b"two", "other": 3}))
+    writer.write(b"\xff\xff no message")
+    writer.close()
+    source = ArrayRecordSource(str(data), cache=str(cache))
+    first, second, third = (source[i] for i in range(3))
+    assert first == base.Record("1.jpg", b"one", 4, b"first") and source.classes == ("0", "1", "2", "3", "4") and source.captions
+    assert second == base.Record("train.array_record-00000-of-00001#1", b"two", -1, None)
+    with pytest.raises(decode.BadRecord, match="undecodable"):
+        decode.open_image(third.image)
+    (kept,) = cache.iterdir()
+    stamp = kept.stat().st_mtime_ns
+    again = ArrayRecordSource(str(data), cache=str(cache))
+    assert kept.stat().st_mtime_ns == stamp and again.fingerprint() == source.fingerprint() and again.classes == source.classes
+    kept.write_bytes(b"damaged")
+    assert ArrayRecordSource(str(data), cache=str(cache)).fingerprint() == source.fingerprint()
+
+
+def test_damage_costs_one_record(tmp_path):
+    path = tmp_path / "x.array_record"
+    rng = np.random.default_rng(0)
+    contents = [rng.bytes(3000) for _ in range(20)]
+    array_record_source.write_shard(str(path), [base.Record(str(i), c) for i, c in enumerate(contents)])
+    array_record_source.write_shard_index(str(tmp_path))
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(contents[7][:20]) + 1000] ^= 0xFF
+    path.write_bytes(raw)
+    got = base.read_items(ArrayRecordSource(str(tmp_path)), list(range(20)))
+    assert [i for i, record in enumerate(got) if record.image != contents[i]] == [7]
+    with pytest.raises(decode.BadRecord, match="undecodable"):
+        decode.open_image(got[7].image)
+
+
+def test_refusals(tmp_path):
+    def refusal(place: pathlib.Path) -> str:
+        with pytest.raises(UserError) as caught:
+            ArrayRecordSource(str(place))
+        return str(caught.value)
+
+    (tmp_path / "empty").mkdir()
+    assert "holds no .array_record file" in refusal(tmp_path / "empty") and "holds no .array_record file" in refusal(tmp_path / "none")
+    with pytest.raises(UserError, match="holds no .array_record file to index"):
+        array_record_source.write_shard_index(str(tmp_path / "empty"))
+    data = tmp_path / "data"
+    data.mkdir()
+    write(data)
+    shard, index = data / "x-00001-of-00002.array_record", data / "dataset.json"
+    whole, about = shard.read_bytes(), index.read_text()
+    index.write_text(about.replace('"version": 1', '"version": 9'))
+    assert "is of version 9, this program reads 1" in refusal(data)
+    index.write_text(about[:40])
+    assert "dataset.json' is damaged" in refusal(data)
+    # A name in the index cannot lead out of the directory.
+    index.write_text(json.dumps({**json.loads(about), "shards": [{"file": "../../etc/passwd", "count": 1, "digest": "0"}]}))
+    assert f"{str(data / 'passwd')!r} is missing" in refusal(data)
+    index.write_text(about)
+    shard.unlink()
+    assert "is missing, and" in refusal(data)
+    shard.write_bytes(whole[:100])
+    (data / "dataset.json").unlink()
+    assert "is no whole ArrayRecord file" in refusal(data)
+    (data / "x-00001-of-00002.array_record.npz").unlink()
+    with pytest.raises(UserError, match="has no index beside it: it was not written whole"):
+        array_record_source.write_shard_index(str(data))
+
+
+def test_a_failing_write_leaves_nothing(tmp_path):
+    def broken():
+        yield RECORDS[0]
+        raise RuntimeError("the source fails")
+
+    with pytest.raises(RuntimeError, match="the source fails"):
+        array_record_source.write_shard(str(tmp_path / "x.array_record"), broken())
+    assert list(tmp_path.iterdir()) == []

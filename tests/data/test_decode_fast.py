@@ -1,0 +1,111 @@
+"""The extra `decode_fast`: whatever decodes and cuts, a view is the same bytes, and a broken file breaks for the same reason."""
+
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m3i_jax.data import crops, decode, decode_fast
+
+pytest.importorskip("cykooz_resizer", reason="the extra `fast` is not installed")
+pytest.importorskip("simplejpeg", reason="the extra `fast` is not installed")
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_fast_resizer_shows_what_pillow_shows(monkeypatch, in_place):
+    monkeypatch.setattr(decode_fast, "_IN_PLACE", in_place)
+    monkeypatch.setattr(decode_fast, "_OWN", threading.local())
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+    for u in rng.random((20, 22)).tolist():
+        box = crops.crop_box(u, 375, 500)
+        slow, quick = (crops.cut_view(coarse, box, 96, height=375, width=500, by=by).astype(int) for by in ("pillow", "fast 4"))
+        assert np.abs(slow - quick).mean() <= 0.5
+    # A window whose far edge rounds above the picture's.
+    small = coarse.reduce(3)
+    for width in range(480, 500):
+        assert crops.cut_view(small, (0, 500 - width, 375, width), 16, height=375, width=500, by="fast 4").size == 768
+
+
+def test_both_ways_into_the_fast_resizer_give_the_same_bytes():
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 120, 3), np.uint8))
+    out = []
+    for in_place in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode_fast, "_IN_PLACE", in_place)
+            patch.setattr(decode_fast, "_OWN", threading.local())
+            out.append(crops.cut_view(picture, (3.5, 7.25, 60.5, 80.0), 48, height=90, width=120, by="fast 4").tobytes())
+    assert out[0] == out[1]
+
+
+def plain(make, height, width, **options):
+    rng = np.random.default_rng(height)
+    noisy = np.clip(make.smooth(height, width) + rng.normal(0, 12, (height, width, 3)), 0, 255).astype(np.uint8)
+    return make.encode(noisy, "JPEG", **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"quality": 20}, {"optimize": True}], ids=str
+)
+def test_packed_pixels_are_those_of_pillow(make, options):
+    for height, width in ((75, 103), (64, 64), (211, 97)):
+        content = plain(make, height, width, **options)
+        packed, image = decode.open_jpeg_fast(content).rgb(), decode.open_image(content).rgb()
+        assert isinstance(packed, decode_fast.PackedImage)
+        assert packed.size == image.size
+        rng = np.random.default_rng(width)
+        for _ in range(2):
+            box = crops.crop_box(rng.random(22).tolist(), height, width)
+            one, two = (crops.cut_view(p, box, 48, height=height, width=width, by="fast 4") for p in (packed, image))
+            np.testing.assert_array_equal(one, two)
+
+
+def test_what_is_no_plain_jpeg_is_left_to_pillow(make):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    pictures = {
+        "a PNG": make.encode(make.smooth(64, 64), "PNG"),
+        "gray": make.encode(make.smooth(64, 64)[:, :, 0], "JPEG"),
+        "CMYK": make.encode(Image.fromarray(make.smooth(64, 64)).convert("CMYK"), "JPEG"),
+        "turned": plain(make, 64, 96, exif=turned),
+    }
+    for name, content in pictures.items():
+        assert isinstance(decode.open_jpeg_fast(content).rgb(), Image.Image), name
+    reduced = decode.open_jpeg_fast(plain(make, 640, 480)).rgb(least=(300, 200))
+    assert reduced.size == (240, 320)
+    assert isinstance(reduced, Image.Image)
+
+
+def outcome(raw, how):
+    """(the bytes of a view or the reason why there is none, whether it was decoded packed)."""
+    try:
+        opened = how(raw)
+        decoded = opened.rgb()
+        view = crops.cut_view(decoded, (3, 5, 60, 70), 32, height=opened.height, width=opened.width, by="fast 4")
+        return view.tobytes(), isinstance(decoded, decode_fast.PackedImage)
+    except decode.BadRecord as error:
+        return error.reason, False
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut"])
+def test_a_broken_jpeg_breaks_as_with_pillow_alone(make, harm):
+    content, rng = plain(make, 96, 128), np.random.default_rng(0)
+    packed = 0
+    for trial in range(100):
+        raw = bytearray(content)
+        if harm == "cut":
+            del raw[rng.integers(2, len(raw)) :]
+        else:
+            for at in rng.integers(2, len(raw), 1 + trial % 3):
+                raw[at] ^= 1 << rng.integers(8)
+        one, two = (outcome(bytes(raw), how) for how in (decode.open_jpeg_fast, decode.open_image))
+        assert one[0] == two[0], trial
+        packed += one[1]
+    assert packed > 5 or harm == "cut"  # some flips do no harm that libjpeg would see
+
+
+def test_without_simplejpeg_the_pixels_stay(make, monkeypatch):
+    content = plain(make, 64, 80)
+    monkeypatch.setattr(decode_fast, "is_installed", lambda package: package != "simplejpeg")
+    assert isinstance(decode.open_jpeg_fast(content).rgb(), Image.Image)

@@ -1,0 +1,243 @@
+"""Folders and splits: what counts as a picture, a class and a caption, and the one line that a mistake gets."""
+
+import collections
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from m3i_jax import schema
+from m3i_jax.data import decode
+from m3i_jax.data.sources import base
+from m3i_jax.data.sources.folder import FolderSource
+from m3i_jax.errors import UserError
+
+KINDS = "jpg, jpeg, png, webp, gif, bmp, tif, tiff"
+
+
+def refusal(path: str | pathlib.Path, source: str = "folder") -> str:
+    with pytest.raises(UserError) as caught:
+        base.open_source(schema.Data(source=source, path=str(path)))
+    return str(caught.value)
+
+
+def test_classes_captions_and_order(fill):
+    files = {
+        "zebra/2.JPG": b"z2",
+        "zebra/deep/er/1.webp": b"z1",
+        "ant/x.png": b"x",
+        "ant/x.txt": b"an ant",
+        "loose.gif": b"l",
+        "notes/readme.txt": b"n",
+    }
+    source = FolderSource(str(fill(files)))
+    assert source.classes == ("ant", "zebra") and source.captions and len(source) == 4
+    got = [source[i] for i in range(len(source))]
+    assert [(r.key, r.image, r.label, r.caption) for r in got] == [
+        ("ant/x.png", b"x", 0, b"an ant"),
+        ("loose.gif", b"l", -1, None),
+        ("zebra/2.JPG", b"z2", 1, None),
+        ("zebra/deep/er/1.webp", b"z1", 1, None),
+    ]
+    assert [source.key(i) for i in range(4)] == [r.key for r in got]
+    assert source.description().startswith(f"4 pictures in folder {source.path!r}, 2 classes, captions for 25%")
+
+
+def test_every_extension_in_any_case(fill):
+    names = [f"{i}{e}" for i, e in enumerate(base.EXTENSIONS)] + [f"{i}{e.upper()}" for i, e in enumerate(base.EXTENSIONS)]
+    source = FolderSource(str(fill(dict.fromkeys([*names, "a.heic", "b.jpg.bak", "jpg"], b"x"))))
+    assert sorted(source.key(i) for i in range(len(source))) == sorted(names)
+    assert source.ignored["other files"] == 3
+
+
+def test_one_sub_folder_is_no_category(fill):
+    assert FolderSource(str(fill({"images/a.jpg": b"", "images/b.jpg": b""}))).classes == ()
+    assert FolderSource(str(fill({"images/a.jpg": b"", "texts/a.txt": b""}, "other"))).classes == ()
+
+
+def test_what_is_not_followed(fill, tmp_path):
+    outside = fill({"secret.jpg": b"secret", "deep/secret.jpg": b"secret"}, "outside")
+    folder = fill({"a/1.jpg": b"1", "b/2.jpg": b"2", ".hidden.jpg": b"h", ".git/3.jpg": b"h", "__MACOSX/4.jpg": b"h"})
+    (folder / "a/link.jpg").symlink_to(outside / "secret.jpg")
+    (folder / "c").symlink_to(outside / "deep")
+    (folder / "a/up").symlink_to(folder)
+    (folder / "a/broken.jpg").symlink_to(folder / "gone.jpg")
+    (folder / "a/inside.jpg").symlink_to(folder / "b/2.jpg")
+    (folder / "a/twin").symlink_to(folder / "b")
+    os.mkfifo(folder / "a/pipe.jpg")
+    with open(folder / "a/huge.jpg", "wb") as huge:
+        huge.truncate(base.FILE_LIMIT + 1)
+    source = FolderSource(str(folder))
+    assert {source.key(i): source[i].image for i in range(len(source))} == {
+        "a/1.jpg": b"1",
+        "a/inside.jpg": b"2",
+        "a/twin/2.jpg": b"2",
+        "b/2.jpg": b"2",
+    }
+    assert {kind: n for kind, n in source.ignored.items() if n} == {
+        "hidden": 3,
+        "links out of the folder": 2,
+        "links to a folder above": 1,
+        "broken links": 1,
+        "special files": 1,
+        "files over 256 MiB": 1,
+    }
+    assert "; ignored: 1 broken links, 1 files over 256 MiB, 3 hidden, 2 links out" in source.description()
+
+
+def test_a_folder_that_is_a_link_itself(fill, tmp_path):
+    folder = fill({"1.jpg": b"1"})
+    (tmp_path / "link").symlink_to(folder)
+    assert FolderSource(str(tmp_path / "link"))[0].image == b"1"
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    name = b"caf\xe9.jpg"
+    with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+        file.write(b"x")
+    source = FolderSource(str(tmp_path))
+    assert source[0].image == b"x" and os.fsencode(source.key(0)) == name
+    assert len(source.fingerprint()) == 16 and len(base.split_by_hash(source, 0.0, "train")) == 1
+
+
+def test_refusals_of_a_folder(fill, tmp_path):
+    fill({"pictures/a.jpg": b""}, "data")
+    assert refusal("") == "data.path is empty, and data.source='folder' needs it: give the directory that holds the pictures"
+    assert refusal("", "tars") == "data.path is empty, and data.source='tars' needs it: give the tar files, such as 'DIR/*.tar'"
+    missing = tmp_path / "data/pictuers"
+    assert refusal(missing) == (
+        f"data.path={str(missing)!r} does not exist: there is no 'pictuers' in {str(tmp_path / 'data')!r}, "
+        f"did you mean {str(tmp_path / 'data/pictures')!r}?; give the directory that holds the pictures"
+    )
+    deep = tmp_path / "dta/pictures/x"
+    assert f"there is no 'dta' in {str(tmp_path)!r}, did you mean {str(tmp_path / 'data')!r}?" in refusal(deep)
+    (tmp_path / "empty").mkdir()
+    assert refusal(tmp_path / "empty") == f"data.path={str(tmp_path / 'empty')!r} is an empty folder: put pictures there ({KINDS})"
+    other = fill({"a.heic": b"", "b.heic": b"", "c.pdf": b"", "c.txt": b""}, "other")
+    assert refusal(other) == f"data.path={str(other)!r} holds 4 files but no picture ({KINDS}), most of them .heic"
+    tars = fill({"0.tar": b""}, "tars")
+    assert refusal(tars).endswith("most of them .tar; tar files are read by data.source='tars'")
+    assert refusal(tars / "0.tar") == (
+        f"data.path={str(tars / '0.tar')!r} is a file: data.source='folder' needs the directory that holds the pictures; "
+        "tar files are read by data.source='tars'"
+    )
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "class").symlink_to(tmp_path / "data/pictures")
+    assert refusal(linked) == f"data.path={str(linked)!r} holds no picture ({KINDS}); ignored: 1 links out of the folder"
+    kinds = "'shapes', 'folder', 'tars', 'array_record', 'tfds', 'hugging_face' or 'mixture'"
+    assert refusal(tmp_path, "folders") == f"data.source='folders' is not a source: use {kinds}"
+
+
+def test_fingerprint_is_of_the_content_not_of_the_place(fill, tmp_path):
+    folder = fill({"a/1.jpg": b"one", "b/2.jpg": b"two"})
+    before = FolderSource(str(folder)).fingerprint()
+    shutil.copytree(folder, tmp_path / "copy")
+    assert FolderSource(str(tmp_path / "copy")).fingerprint() == before
+    found = {before}
+    for change in ({"a/1.jpg": b"longer"}, {"a/3.jpg": b"three"}, {"b/2.txt": b"two"}):
+        found.add(FolderSource(str(fill(change))).fingerprint())
+    assert len(found) == 4 and all(len(f) == 16 for f in found)
+
+
+class Numbers:
+    """A source with nothing but what every source must have."""
+
+    name, captions, classes = "numbers", True, ("even", "odd")
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> base.Record:
+        return base.Record(f"n{index}", b"", index % 2, f"number {index}" if index % 3 else None)
+
+    def fingerprint(self) -> str:
+        return base.stable_digest(self.count)
+
+    def description(self) -> str:
+        return f"{self.count} numbers"
+
+
+def test_a_source_is_known_by_its_methods():
+    assert isinstance(Numbers(1), base.DataSource) and isinstance(base.split_by_hash(Numbers(1), 0, "train"), base.DataSource)
+    assert isinstance(FolderSource, type) and not isinstance(object(), base.DataSource)
+
+
+def test_split_is_a_stable_partition():
+    whole = Numbers(20_000)
+    train, held = (base.split_by_hash(whole, 0.1, part) for part in ("train", "held_out"))
+    assert sorted([*train.indices, *held.indices]) == list(range(20_000))
+    assert abs(len(held) / 20_000 - 0.1) < 0.01
+    assert train[7] == whole[int(train.indices[7])] and train.__getitems__([3, 1]) == [train[3], train[1]]
+    assert train.classes == whole.classes and train.captions
+    assert train.description() == f"{len(train):,} of 20000 numbers (train)"
+    # More records move none of those before; a larger share only adds.
+    assert set(held.indices) == {i for i in base.split_by_hash(Numbers(30_000), 0.1, "held_out").indices if i < 20_000}
+    assert set(held.indices) < set(base.split_by_hash(whole, 0.2, "held_out").indices)
+    assert len({train.fingerprint(), held.fingerprint(), whole.fingerprint(), base.split_by_hash(whole, 0.2, "train").fingerprint()}) == 4
+    assert len(base.split_by_hash(whole, 0.0, "train")) == 20_000 and len(base.split_by_hash(whole, 0.0, "held_out")) == 0
+    with pytest.raises(ValueError, match="'test'"):
+        base.split_by_hash(whole, 0.1, "test")
+
+
+def test_captions_of_a_source():
+    assert list(decode.sample_captions(Numbers(5))) == ["number 1", "number 2", "number 4"]
+    some = list(decode.sample_captions(Numbers(1000), 100))
+    assert 50 < len(some) <= 100 and some == list(decode.sample_captions(Numbers(1000), 100)) and some[-1] > "number 9"
+
+
+def test_reading_fails_with_one_line(fill, monkeypatch):
+    path = str(fill({"a.jpg": b"0123456789"}) / "a.jpg")
+    assert base.read_byte_range(path, 2, 3) == b"234" and base.read_byte_range(path, 8) == b"89" and base.read_byte_range(path, 10) == b""
+    with pytest.raises(UserError, match=r"ends before byte 12: it became shorter while the run was reading it; start again$"):
+        base.read_byte_range(path, 8, 4)
+    with pytest.raises(
+        UserError, match=r"gone' cannot be read \(No such file or directory\) although it could when the run began; restore it$"
+    ):
+        base.read_byte_range(path + "gone")
+    # A disk that fails twice and then answers is no error; one that goes on failing is.
+    fails = collections.deque([OSError(5, "Input/output error")] * 2)
+    real = os.pread
+
+    def pread(*arguments):
+        if fails:
+            raise fails.popleft()
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(base.time, "sleep", lambda seconds: None)
+    assert base.read_byte_range(path, 0, 3) == b"012" and not fails
+    fails.extend([OSError(5, "Input/output error")] * 3)
+    with pytest.raises(UserError, match="Input/output error"):
+        base.read_byte_range(path, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        (0, 0),
+        (7, 7),
+        (1_000_000, 1_000_000),
+        (1_000_001, None),
+        (-1, None),
+        (1.0, None),
+        ("1", None),
+        (True, None),
+        (None, None),
+        ([1], None),
+        (10**30, None),
+    ],
+)
+def test_labels(value, label):
+    assert base.parse_label(value) == label
+
+
+def test_digest_keeps_parts_apart():
+    assert len({base.stable_digest("ab", "c"), base.stable_digest("a", "bc"), base.stable_digest("abc"), base.stable_digest("abc", "")}) == 4
+    assert base.stable_digest(b"x", 1, 0.5) == base.stable_digest(b"x", 1, 0.5)
+    assert np.unique([base.stable_digest(i) for i in range(1000)]).size == 1000

@@ -1,0 +1,75 @@
+"""Worker processes of a trainer that is gone."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+BARE = """
+import multiprocessing, sys, time
+from m3i_jax.data import watch
+
+def work(pipe):
+    workers.begin_worker(0, 1)
+    pipe.send("here")
+    time.sleep(600)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=work, args=(theirs,))
+    child.start()
+    ours.recv()
+    print(child.pid, flush=True)
+    time.sleep(600)
+"""
+WHOLE = """
+import multiprocessing, time
+from m3i_jax import schema
+from m3i_jax.data import pipeline, sources
+
+if __name__ == "__main__":
+    data = schema.Data(size=100, image_size=32, workers=1, captions="no")
+    config = schema.Config(data=data, train=schema.Train(batch_size=4))
+    batches = pipeline.iterate_batches(config, base.open_source(data), None, start=0)
+    next(batches)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    time.sleep(600)
+"""
+
+
+def lives(pid: int) -> bool:
+    try:
+        return pathlib.Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="the fate of another process is read from /proc")
+@pytest.mark.parametrize("script", [pytest.param(BARE, id="bare"), pytest.param(WHOLE, id="whole", marks=pytest.mark.slow)])
+@pytest.mark.row("A1")
+def test_workers_end_with_a_trainer_that_is_killed(tmp_path, script) -> None:
+    place = tmp_path / "trainer.py"  # a worker imports the script of its trainer
+    place.write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    trainer = subprocess.Popen([sys.executable, str(place)], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert trainer.stdout is not None
+        workers = [int(pid) for pid in trainer.stdout.readline().split()]
+        assert workers
+        assert all(map(lives, workers))
+    finally:
+        os.kill(trainer.pid, signal.SIGKILL)
+        trainer.wait()
+    limit = time.monotonic() + 30
+    while any(map(lives, workers)) and time.monotonic() < limit:
+        time.sleep(0.05)
+    left = [pid for pid in workers if lives(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left

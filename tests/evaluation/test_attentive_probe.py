@@ -1,0 +1,63 @@
+"""The attentive probe: it finds what the mean of the tokens hides, and learns with the frozen encoder's tokens alone."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m3i_jax import parallel
+from m3i_jax.evaluation import attentive_probe, feature_extraction
+from m3i_jax.models import vit
+from tests import toy
+
+
+def settings(**more: object):
+    return toy.settings(data__image_size=16, model__encoder__depth=1, data__classes=2, **more)
+
+
+def test_it_finds_the_one_token_that_matters() -> None:
+    """The class is the sign of one token's second channel, that token being marked by the first; the other tokens cancel the mean."""
+    config = settings(evaluate__attentive_epochs=40, evaluate__attentive_lr=3e-3, model__encoder__cls_token="false")
+    r, rows = np.random.default_rng(0), 96
+    tokens = (0.3 * r.normal(size=(2 * rows, 4, 32))).astype(np.float32)
+    label = (np.arange(2 * rows) % 2).astype(np.int32)
+    place = r.integers(0, 4, 2 * rows)
+    tokens[..., :2] = 0
+    tokens[np.arange(2 * rows), place, 0] = 6
+    tokens[..., 1] = (label - 0.5)[:, None] * -2
+    tokens[np.arange(2 * rows), place, 1] = (label - 0.5) * 6  # the mean of channel 1 is 0
+    assert np.abs(tokens[..., 1].mean(1)).max() < 1e-6
+    probe = attentive_probe.AttentiveProbe(config, parallel.make_mesh((2, 2, 1), jax.devices()[:4]))
+    head = probe.fit(tokens[:rows], label[:rows], 2, 32, lambda: None)
+    right = np.asarray(jax.jit(probe.logits)(head, jnp.asarray(tokens[rows:]))).argmax(1) == label[rows:]
+    assert right.mean() > 0.9
+
+
+def test_the_measure_reads_both_sources_and_counts_what_is_labelled() -> None:
+    """Dark and light pictures, some without a label, in batches whose end is not valid."""
+    config = settings(evaluate__attentive_epochs=6, evaluate__attentive_lr=3e-3)
+    mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
+    params = {"encoder": jax.jit(lambda: vit.init(config.model, jax.random.key(3)))()}
+
+    def batches(count: int, seed: int):
+        r = np.random.default_rng(seed)
+
+        class Batches(list):
+            skipped = {"small": 2}
+
+        out = Batches()
+        for k in range(count):
+            label = r.integers(-1, 2, 8).astype(np.int32)
+            views = np.clip(r.normal(size=(8, 16, 16, 3)) * 20 + (60 + 120 * (label > 0))[:, None, None, None], 0, 255).astype(np.uint8)
+            out.append({"views": views, "label": label, "index": np.arange(8), "valid": np.arange(8) < (8 if k else 5)})
+        return out
+
+    measure = attentive_probe.measure(config, mesh, lambda: batches(6, 0), lambda: batches(3, 1), 8)
+    seen = feature_extraction.EvalContext({}, params, lambda: None)
+    got = dict(measure(seen))
+    assert list(got) == ["eval/attentive/top1"] and got["eval/attentive/top1"] > 0.9
+    asked = sum((b["valid"] & (b["label"] >= 0)).sum() for b in batches(3, 1))
+    assert (got["eval/attentive/top1"] * asked) % 1 < 1e-6 and seen.skipped == {"small": 2}
+    nothing = attentive_probe.measure(config, mesh, lambda: [], lambda: batches(1, 1), 8)
+    assert list(nothing(types.SimpleNamespace(params=params, poll=lambda: None, skipped=seen.skipped))) == []

@@ -1,0 +1,52 @@
+"""Named methods at their own size: the settings of their publications, as configs/forms.py makes a run of them."""
+
+import pathlib
+from typing import Any
+
+import pytest
+
+from m3i_jax import config as configuration
+from m3i_jax import schema
+from m3i_jax.objective import published
+
+FORMS = pathlib.Path(__file__).parents[2] / "configs/forms.py"
+
+
+def recipe(form: str) -> schema.Config:
+    return configuration.resolve(configuration.load_config(f"{FORMS}:form={form}"))
+
+
+# Golden: the public recipes. BYOL's 0.996 belongs to its 1,000 epochs; SLIP trains CLIP without flips and colours.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "mae": {"epochs": 1600, "flip": 0.5, "jitter": 0.0},
+    "data2vec": {"epochs": 800, "ema": 0.9998},
+    "feature_distillation": {"epochs": 300, "jitter": 0.0},
+    "byol": {"epochs": 1000, "ema": 0.996, "blur": (1.0, 0.1)},
+    "moco_v3": {"epochs": 300, "ema": 0.99, "warmup": 30},
+    "simclr": {"epochs": 1000},
+    "barlow_twins": {"epochs": 1000, "solarize": (0.0, 0.2)},
+    "densecl": {"epochs": 200, "saturation": 0.4, "blur": (0.5, 0.5), "solarize": (0.0, 0.0)},
+    "msn": {"epochs": 800, "saturation": 0.4, "blur": (0.5, 0.5), "solarize": (0.0, 0.0)},
+    "siamese_im": {"epochs": 1600, "warmup": 40, "decay": 0.05},
+    "clip": {"epochs": 25, "warmup": 1, "flip": 0.0, "decay": 0.5, "b2": 0.98, "lowest": 1e-5},
+    "slip": {"epochs": 25, "warmup": 1, "flip": 0.5, "decay": 0.1, "b2": 0.98, "lowest": 1e-5},
+    "deit": {"epochs": 800, "warmup": 40},
+    "milan": {"epochs": 400, "warmup": 40},
+}
+
+
+@pytest.mark.parametrize("name", published.PUBLISHED)
+def test_a_named_method_has_the_recipe_it_was_published_with(name: str) -> None:
+    config = recipe(name)
+    a, o = config.data.augment, config.optim
+    found = {
+        "epochs": config.train.epochs, "warmup": o.warmup_epochs, "decay": o.weight_decay, "b2": o.b2, "lowest": o.min_lr,
+        "ema": round(o.ema, 6),  # through a sum and a difference
+        "flip": config.data.flip_p, "jitter": a.jitter_p, "saturation": a.saturation, "blur": a.blur_p, "solarize": a.solarize_p,
+    }  # fmt: skip
+    assert {key: found[key] for key in PUBLISHED[name]} == PUBLISHED[name]
+
+
+def test_the_papers_forms_keep_the_recipe_of_its_ablations() -> None:
+    config = recipe("k")
+    assert (config.train.epochs, config.optim.warmup_epochs) == (400, 40)

@@ -1,0 +1,82 @@
+"""The meeting before jax.distributed, between threads that stand for processes."""
+
+import concurrent.futures
+import socket
+import time
+
+import pytest
+
+from m3i_jax.errors import UserError
+from m3i_jax.parallel import rendezvous
+from m3i_jax.parallel.barriers import HostMissing
+
+
+def address() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def meet(*who: tuple[int, int, float], limit: float = 10.0, at: str = "") -> list[str]:
+    """(process, processes, seconds until it comes) each; what became of each of them."""
+    at = at or address()
+
+    def one(process: int, processes: int, after: float) -> str:
+        time.sleep(after)
+        try:
+            rendezvous.wait_for_processes(at, processes, process, limit=limit)
+        except (HostMissing, UserError) as error:
+            return f"{type(error).__name__} {error}"
+        return "go"
+
+    with concurrent.futures.ThreadPoolExecutor(len(who)) as pool:
+        return list(pool.map(lambda w: one(*w), who))
+
+
+def test_all_come_in_any_order_and_the_port_is_free_again() -> None:
+    at = address()
+    for _ in range(2):
+        assert meet((0, 3, 0.3), (2, 3, 0.0), (1, 3, 0.5), at=at) == ["go"] * 3
+
+
+def test_who_is_missing_is_named_to_all_that_came() -> None:
+    said = meet((0, 4, 0.0), (2, 4, 0.0), limit=1.0)
+    assert said[0] == said[1] and said[0].startswith("HostMissing") and "for process 1, 3 of 4" in said[0]
+    (alone,) = meet((1, 2, 0.0), limit=0.5)
+    assert "HostMissing" in alone and "for process 0 at 127.0.0.1" in alone
+
+
+def test_numbers_and_counts_must_fit() -> None:
+    said = meet((0, 3, 0.0), (1, 3, 0.2), (1, 3, 0.6))
+    assert all("UserError --process-id: 1 was given twice" in s for s in said)
+    said = meet((0, 2, 0.0), (1, 4, 0.1))
+    assert all("process 1 on " in s and "is one of 4, process 0 is one of 2" in s for s in said)
+
+
+def test_a_process_that_was_started_anew_takes_the_place_of_the_first() -> None:
+    at = address()
+    host, port = at.split(":")
+
+    def dies() -> None:
+        for _ in range(50):
+            try:
+                with socket.create_connection((host, int(port)), timeout=1.0) as line:
+                    line.sendall(b"m3i_jax 1 3 gone\n")
+                    return
+            except OSError:
+                time.sleep(0.05)
+
+    def stranger() -> None:
+        time.sleep(0.3)
+        with socket.create_connection((host, int(port)), timeout=1.0) as line:
+            line.sendall(b"GET / HTTP/1.1\r\n\r\n")
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        run = pool.submit(meet, (0, 3, 0.0), (1, 3, 0.6), (2, 3, 0.9), at=at)
+        pool.submit(dies), pool.submit(stranger)
+        assert run.result() == ["go"] * 3
+
+
+def test_a_port_that_is_taken_is_a_mistake() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="cannot be used here"):
+        rendezvous.wait_for_processes(f"127.0.0.1:{taken.getsockname()[1]}", 2, 0, limit=0.5)

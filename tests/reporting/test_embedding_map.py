@@ -1,0 +1,74 @@
+"""Neighbours and maps against brute force, and the pictures of both."""
+
+import builtins
+
+import numpy as np
+import pytest
+
+from m3i_jax.errors import UserError
+from m3i_jax.reporting import embedding_map
+
+
+def unit(rows: int, width: int = 6, seed: int = 0) -> np.ndarray:
+    x = np.random.default_rng(seed).normal(size=(rows, width))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_neighbours_are_those_of_a_loop() -> None:
+    x = unit(30)
+    found, cosine = embedding_map.nearest_neighbors(x, [4, 29], 5)
+    for row, asked in enumerate((4, 29)):
+        order = sorted((i for i in range(30) if i != asked), key=lambda i: -float(x[i] @ x[asked]))
+        assert found[row].tolist() == order[:5]
+        np.testing.assert_allclose(cosine[row], [x[i] @ x[asked] for i in order[:5]], rtol=1e-6)
+    assert embedding_map.nearest_neighbors(x[:3], [0], 8)[0].shape == (1, 2)
+
+
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_agreement_leaves_out_the_unlabelled(chunk: int) -> None:
+    x, label = unit(40), np.random.default_rng(1).integers(-1, 3, 40)
+    known = np.flatnonzero(label >= 0)
+    right = []
+    for i in known:
+        others = [j for j in known if j != i]
+        right.append(label[max(others, key=lambda j: float(x[j] @ x[i]))] == label[i])
+    assert embedding_map.neighbor_agreement(x, label, chunk) == pytest.approx(np.mean(right)) and 0 < np.mean(right) < 1
+    assert embedding_map.neighbor_agreement(x, np.full(40, -1)) is None
+
+
+def test_the_map_is_the_first_two_components() -> None:
+    x = np.random.default_rng(2).normal(size=(50, 7)) * np.array([9, 1, 5, 1, 1, 0.5, 0.1]) + 3
+    u, s, _ = np.linalg.svd(x - x.mean(0))
+    wanted, got = u[:, :2] * s[:2], embedding_map.project_to_2d(x)
+    np.testing.assert_allclose(np.abs(got), np.abs(wanted), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(embedding_map.project_to_2d(x[::-1].copy()), got[::-1], atol=1e-6)  # no sign by chance
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name, *rest, **more):
+        if name.split(".")[0] == "sklearn":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(UserError, match=r"config.evaluate.map: .*m3i-jax\[maps\]"):
+        embedding_map.project_to_2d(unit(9), "tsne")
+
+
+def test_every_point_of_a_map_has_the_colour_of_its_class() -> None:
+    image, key = embedding_map.embedding_image(np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 5.0]]), np.array([0, 1, -1]), ["cat", "dog", "never"])
+    colours = [embedding_map.class_color(0, 2), embedding_map.class_color(1, 2), embedding_map.NONE]
+    assert key == list(zip(("cat", "dog", "no class"), colours, strict=True))
+    shown = np.asarray(image)
+    at = [np.argwhere((shown == np.array(colour)).all(-1)).mean(0) for colour in colours]
+    np.testing.assert_allclose([x for _, x in at], [10, 360, 710], atol=1)  # from left to right, and from the bottom up
+    np.testing.assert_allclose([y for y, _ in at], [710, 570, 10], atol=1)
+
+
+def test_many_classes_and_none() -> None:
+    points, label = np.random.default_rng(0).normal(size=(90, 2)), np.arange(90) % 30
+    _, key = embedding_map.embedding_image(points, label, [str(i) for i in range(30)])
+    assert len(key) == embedding_map.TOLD + 1 and key[-1][0] == "and 6 more"
+    assert embedding_map.embedding_image(points, np.full(90, -1), [])[1] == []
