@@ -1,4 +1,4 @@
-"""Pre-train on a folder of pictures, as it is: sub-folders are categories if there are any, NAME.txt beside a picture is its caption.
+"""Pre-train on a folder of images, as it is: sub-folders are categories if there are any, NAME.txt beside an image is its caption.
 
 python -m m3i_jax.main --config configs/folder.py:path=DIR --workdir runs/mine
 """

@@ -1,5 +1,5 @@
 """The paper's pre-training runs, Table 7 to the letter: ImageNet-1k with categories and YFCC-15M with captions, a ViT-B/16 each, and 442
-million pictures of both, InternImage-H. Any other model can be put on any data.
+million images of both, InternImage-H. Any other model can be put on any data.
 
 python -m m3i_jax.main --config configs/m3i.py:data=imagenet,model=vit_b16,epochs=1600,path=/data/imagenet --workdir runs/m3i
 python -m m3i_jax.main --config configs/m3i.py:data=joint,model=internimage_h --mode=show
@@ -20,8 +20,8 @@ from m3i_jax.models import presets
 EPOCHS = {"imagenet": 1600.0, "yfcc": 138.0, "joint": 30.0}  # [P]; ImageNet's ablations have 400 [S]
 WARMUP = {"imagenet": 40.0, "yfcc": 3.5, "joint": 1.0}  # epochs [P]
 BATCH = {"imagenet": 4096, "yfcc": 4096, "joint": 40_000}  # [P]
-# Pictures, so that --mode=show can plan without data; a run counts what is there. ImageNet-1k's training split; YFCC-15M as CLIP published
-# it; 427 million captioned and 15 million labelled pictures [S].
+# Images, so that --mode=show can plan without data; a run counts what is there. ImageNet-1k's training split; YFCC-15M as CLIP published
+# it; 427 million captioned and 15 million labelled images [S].
 SIZE = {"imagenet": 1_281_167, "yfcc": 14_829_396, "joint": 442_000_000}
 
 
@@ -67,7 +67,7 @@ def get_config(data: str = "imagenet", model: str = "vit_b16", epochs: float = 0
         config.data.captions = "yes"
     else:
         config.data.source = "mixture"
-        config.data.mixture = (  # [S]; without weights: by number of pictures, one epoch sees each once [C]
+        config.data.mixture = (  # [S]; without weights: by number of images, one epoch sees each once [C]
             f"folder:{place}/imagenet22k",
             f"tars:{place}/laion400m/*.tar",
             f"tars:{place}/yfcc15m/*.tar",

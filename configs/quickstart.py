@@ -1,6 +1,6 @@
 """A small M3I run on built-in shapes with category and caption: no download, two minutes on two CPU cores.
 
-The class of a picture is its shape; colour, size, place, rotation and background are nuisance. Figures and pictures: README.md.
+The class of an image is its shape; colour, size, place, rotation and background are nuisance. Figures and images: README.md.
 """
 
 from ml_collections import ConfigDict
@@ -10,7 +10,7 @@ from m3i_jax.models import presets
 
 
 def get_config(size: int = 40_000, steps: int = 0, model: str = "vit_tiny") -> ConfigDict:
-    """size: pictures to render. steps: optimizer steps; 0: 420 of vit_tiny, 850 of internimage_pico, which take minutes. model: one of
+    """size: images to render. steps: optimizer steps; 0: 420 of vit_tiny, 850 of internimage_pico, which take minutes. model: one of
     the two."""
     steps, every = steps or (420 if model == "vit_tiny" else 850), 210 if model == "vit_tiny" else 425
     config = default_config()
@@ -36,7 +36,7 @@ def get_config(size: int = 40_000, steps: int = 0, model: str = "vit_tiny") -> C
     config.data.caption_length = 20
     config.data.vocabulary_size = 512
     config.data.augment.blur_p = (0.5, 0.1)
-    config.data.augment.blur_sigma = (0.1, 0.5)  # in proportion to the picture: 2 pixels of 224 are 0.3 of 32
+    config.data.augment.blur_sigma = (0.1, 0.5)  # in proportion to the image: 2 pixels of 224 are 0.3 of 32
     config.objective.gamma = 3.0 if model == "vit_tiny" else 2.0  # minutes, not days: the annotations lead
     config.optim.lr = 2e-3
     config.optim.warmup_steps = 30 if model == "vit_tiny" else 60

@@ -1,4 +1,4 @@
-"""M3I and single methods at toy scale, on a few thousand small pictures of one's own: minutes on one CPU core. What `tests/bench/tables.py`
+"""M3I and single methods at toy scale, on a few thousand small images of one's own: minutes on one CPU core. What `tests/bench/tables.py`
 runs.
 
 python -m m3i_jax.main --config 'configs/toy.py:source=tars,path=DIR/*.tar,form=m3i' --workdir runs/toy
@@ -20,7 +20,7 @@ OWN = ("data.mask", "model.encoder.final_norm", "model.decoder.norm", "model.dec
 def get_config(
     form: str = "m3i", source: str = "tars", path: str = "", steps: int = 3500, batch_size: int = 32, gamma: float = 3.0
 ) -> ConfigDict:
-    """form: names joined by +. source, path: the pictures. steps: optimizer steps. batch_size: images a step.
+    """form: names joined by +. source, path: the images. steps: optimizer steps. batch_size: images a step.
     gamma: weight of annotations."""
     config = default_config()
     presets.apply_preset(config, "vit_tiny")

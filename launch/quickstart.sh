@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a trained encoder: makes a virtual environment, installs for the accelerator of this machine, pre-trains a small M3I model
-# on rendered shapes, evaluates it before and after, and says what it measured and where the pictures are.
+# on rendered shapes, evaluates it before and after, and says what it measured and where the images are.
 #
 #   bash launch/quickstart.sh                               # runs/quickstart
 #   bash launch/quickstart.sh --config.train.steps=1000     # arguments go to the run; the same command again resumes it

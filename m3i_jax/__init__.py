@@ -6,9 +6,9 @@
     from m3i_jax import sincos_2d, relative                         # positions
     from m3i_jax import track_balance, weight, track_target         # optax transforms
 
-They need jax, numpy, optax and chex, and are loaded on first use. And, of the whole package, weights as a function of pictures:
+They need jax, numpy, optax and chex, and are loaded on first use. And, of the whole package, weights as a function of images:
 
-    m3i_jax.load("runs/first").features(pictures)
+    m3i_jax.load("runs/first").features(images)
 """
 
 import importlib

@@ -366,7 +366,7 @@ def rescale(config: ml_collections.ConfigDict, batch_size: int) -> None:
 
 
 def scale_for_custom_data(config: ml_collections.ConfigDict, *, epochs: float, batch_size: int) -> None:
-    """Set the length and the batch of a run on a user's own pictures: warm-up a tenth of it, as in M3I's ablations (40 epochs of 400), the
+    """Set the length and the batch of a run on a user's own images: warm-up a tenth of it, as in M3I's ablations (40 epochs of 400), the
     rest by `rescale`.
 
     >>> config = default_config(); scale_for_custom_data(config, epochs=50.0, batch_size=256); config.optim.warmup_epochs, config.train.batch_size

@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--config.KEY=VALUE", action="store_true", dest="_", help="set one key of the configuration, as --config.optim.lr=1e-4"
     )
-    out.add_argument("--workdir", metavar="DIR", help="where the run keeps checkpoints, metrics and pictures; the same command resumes it")
+    out.add_argument("--workdir", metavar="DIR", help="where the run keeps checkpoints, metrics and images; the same command resumes it")
     out.add_argument("--mode", default="train", metavar="MODE", help=f"one of {', '.join(MODES)} (default: train)")
     out.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of several hosts: address of the first (not on TPU, Slurm)")
     out.add_argument("--processes", default="", metavar="N", help="of several hosts: how many")

@@ -19,11 +19,11 @@ class Data:
     class_names: str = option("", "file with names of the classes, for WordNet ids or numbers; empty: look beside an ImageNet folder")
     split: str = option("", "part to train on: sub-folder, glob below a directory of tars, or name (tfds, hugging_face); empty: all")
     holdout_split: str = option("", "part held out for evaluators, named like data.split, or another path; empty: data.holdout")
-    size: int = option(0, "training pictures; shapes: how many to render, else 0: count the source")
+    size: int = option(0, "training images; shapes: how many to render, else 0: count the source")
     image_size: int = option(224, "side of a view in pixels [P]")
     classes: int = option(-1, "categories; -1: as many as the source has, 0: ignore labels")
     captions: str = option("auto", "use captions; auto: if the source has them", "auto", "yes", "no")
-    holdout: float = option(0.1, "share of the pictures held out for evaluators, by hash of the key")
+    holdout: float = option(0.1, "share of the images held out for evaluators, by hash of the key")
     crop_scale: tuple[float, ...] = option((0.08, 1.0), "area of a random resized crop as a share of the picture")
     crop_ratio: tuple[float, ...] = option((0.75, 4 / 3), "aspect ratio of a crop, log-uniform")
     flip_p: float = option(0.5, "probability of a horizontal flip, each view by itself")
@@ -175,7 +175,7 @@ class Model:
 
     @property
     def pooled(self) -> int:
-        """Width of a pooled picture."""
+        """Width of a pooled image."""
         return self.pool.width if self.pool.projection else self.encoder.width
 
 
@@ -259,7 +259,7 @@ class Train:
     batch_size: int = option(4096, "images a step; each plays the role i and the role j once [P]")
     microbatches: int = option(1, "parts a step is computed in, with the same result")
     round_batch: bool = option(False, "a batch_size that does not divide into pairs on the devices is rounded up and said, not refused")
-    epochs: float = option(1600.0, "passes over the training pictures, unless steps is set [P]")
+    epochs: float = option(1600.0, "passes over the training images, unless steps is set [P]")
     steps: int = option(0, "optimizer steps; 0: from epochs")
     log_every: int = option(50, "steps between lines of metrics")
     save_every: int = option(1000, "steps between checkpoints")
@@ -277,16 +277,16 @@ class Evaluate:
 
     knn: bool = option(True, "k-nearest-neighbour accuracy on frozen features, where there are labels")
     linear: bool = option(False, "accuracy of a linear classifier on the same features, fitted by L-BFGS, where there are labels")
-    retrieval: bool = option(True, "recall of pictures by caption and of captions by picture, where there are captions and a text term")
+    retrieval: bool = option(True, "recall of images by caption and of captions by image, where there are captions and a text term")
     direct: bool = option(True, "accuracy of the category head itself, nothing trained on top, where there is a category term")
     zero_shot: bool = option(True, "accuracy of class names as captions, where there are labels, captions and a text term")
-    few_shot: bool = option(False, "accuracy of least squares on a few pictures a class, where there are labels")
+    few_shot: bool = option(False, "accuracy of least squares on a few images a class, where there are labels")
     probe: bool = option(False, "linear probe of Table 9, batch norm and LARS, on features of clean views, where there are labels")
     attentive: bool = option(False, "accuracy of an attentive probe of the frozen tokens, where there are labels")
     embedding: bool = option(True, "drawn in WORKDIR/pictures when a run is done: nearest neighbours and a map of the held-out pictures")
     attention: bool = option(True, "drawn too: attention, and dense features in colours, of some held-out pictures")
     confusion: bool = option(True, "drawn too: which classes `direct`, or else `knn`, takes for which")
-    examples: bool = option(True, "drawn too: some pictures and what `zero_shot` sees in them")
+    examples: bool = option(True, "drawn too: some images and what `zero_shot` sees in them")
     encoder: str = option("online", "parameters that are evaluated: the trained ones, or their EMA, the target", "online", "ema")
     features: str = option(
         "auto",
@@ -295,8 +295,8 @@ class Evaluate:
         "attention",
         "mean",
     )
-    train_limit: int = option(50_000, "most training pictures in the index")
-    query_limit: int = option(10_000, "most held-out pictures asked")
+    train_limit: int = option(50_000, "most training images in the index")
+    query_limit: int = option(10_000, "most held-out images asked")
     batch_size: int = option(256, "pictures a device step")
     crop: float = option(0.875, "share of the short side that a view keeps (224 of 256 pixels); 1 for CLIP's zero-shot protocol")
     k: int = option(20, "neighbours that vote")
@@ -310,9 +310,9 @@ class Evaluate:
     probe_batch: int = option(16_384, "its features a step, or all of fewer [P]")
     attentive_lr: float = option(1e-3, "peak learning rate of the attentive probe")
     attentive_epochs: int = option(20, "of the attentive probe")
-    attentive_limit: int = option(5_000, "most training pictures of the attentive probe, whose tokens lie in memory")
+    attentive_limit: int = option(5_000, "most training images of the attentive probe, whose tokens lie in memory")
     map: str = option("pca", "2-D map of the embedding report: principal components, or t-SNE (extra: maps)", "pca", "tsne")
-    neighbours: int = option(8, "nearest neighbours shown of a picture")
+    neighbours: int = option(8, "nearest neighbours shown of an image")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

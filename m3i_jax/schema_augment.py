@@ -31,7 +31,7 @@ class Augment:
     mixup: float = option(0.0, "alpha of the Beta distribution of mixup's shares, for the form finetune; 0: none (fine-tuning: 0.8)")
     cutmix: float = option(0.0, "alpha of CutMix's, for the form finetune; 0: none (fine-tuning: 1)")
     cutmix_switch: float = option(0.5, "with both, probability of CutMix")
-    blend_p: float = option(1.0, "probability that a pair of pictures is blended at all")
+    blend_p: float = option(1.0, "probability that a pair of images is blended at all")
     mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "subtracted from RGB in 0..1")
     std: tuple[float, ...] = option((0.229, 0.224, 0.225), "divides RGB in 0..1 after the mean")
 

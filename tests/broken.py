@@ -1,4 +1,4 @@
-"""A folder of pictures of which a share is broken, in more than 20 ways, each with the reason that it must be refused for."""
+"""A folder of images of which a share is broken, in more than 20 ways, each with the reason that it must be refused for."""
 
 import functools
 import gzip
@@ -20,7 +20,7 @@ def encode(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:
 
 
 def smooth(height: int, width: int) -> np.ndarray:
-    """An RGB picture without symmetry that survives JPEG: two ramps and a diagonal wave."""
+    """An RGB image without symmetry that survives JPEG: two ramps and a diagonal wave."""
     y, x = np.mgrid[:height, :width]
     wave = 127 + 100 * np.sin((x + 2 * y) / 9)
     return np.stack([x * 255 // max(width - 1, 1), y * 255 // max(height - 1, 1), wave.astype(int)], -1).astype(np.uint8)
@@ -37,7 +37,7 @@ def png_header(width: int, height: int) -> bytes:
 
 @functools.cache
 def bad_files() -> dict[str, tuple[bytes, str]]:
-    """Files that are no usable pictures, with the reason each must be refused for, by file name."""
+    """Files that are no usable images, with the reason each must be refused for, by file name."""
     image = Image.fromarray(smooth(480, 400))
     jpeg, png, webp = encode(image, "JPEG", quality=95), encode(image, "PNG"), encode(image, "WEBP")
     gif, tiff = encode(image.quantize(64), "GIF"), encode(image, "TIFF")
@@ -68,14 +68,14 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
 
 
 def fill(folder: pathlib.Path, *, good: int, kinds: int = 22) -> dict[str, str]:
-    """Writes `good` sound pictures in two classes, with captions, and one broken file a kind; returns the broken ones' reasons by key."""
+    """Writes `good` sound images in two classes, with captions, and one broken file a kind; returns the broken ones' reasons by key."""
     rng, reasons = np.random.default_rng(3), {}
     for i in range(good):
         place = folder / "ab"[i % 2]
         place.mkdir(parents=True, exist_ok=True)
         coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((48, 40), Image.Resampling.BICUBIC)
         (place / f"{i:04}.png").write_bytes(encode(coarse, "PNG"))
-        (place / f"{i:04}.txt").write_text(f"picture number {i}")
+        (place / f"{i:04}.txt").write_text(f"image number {i}")
     for i, (name, (content, reason)) in enumerate(list(bad_files().items())[:kinds]):
         (folder / "ab"[i % 2] / f"bad_{name}").write_bytes(content)
         reasons[f"{'ab'[i % 2]}/bad_{name}"] = reason

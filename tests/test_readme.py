@@ -9,7 +9,7 @@ How training commands are made small
     A line with `m3i_jax.main` or `launch/quickstart.sh` gets the overrides TINY appended (two steps of a toy model), so it must name no
     file that only its real size makes sense with. `--help` and `--version` lines are left as they are.
 Data
-    `/data/pictures` and `/data/shards` stand for a folder of pictures (two classes, captions beside them) and a folder of img2dataset tars
+    `/data/images` and `/data/shards` stand for a folder of images (two classes, captions beside them) and a folder of img2dataset tars
     `*.tar`; use these paths in the README. They are replaced by small ones made here.
 Marks
     A comment on the last line before a block changes how it is run: `<!-- test: DIRECTIVE; DIRECTIVE -->`
@@ -136,7 +136,7 @@ def script(block: Block) -> tuple[str, int]:
 
 
 def pictures() -> Iterator[tuple[str, str, bytes]]:
-    """(class, name, JPEG) of a few small pictures of two classes."""
+    """(class, name, JPEG) of a few small images of two classes."""
     image_module = pytest.importorskip("PIL.Image")
     for index in range(32):
         picture, kind = io.BytesIO(), ("dark", "light")[index % 2]
@@ -157,7 +157,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         for kind, name, jpeg in pictures():
             folder = home / "pictures" / kind
             folder.mkdir(parents=True, exist_ok=True)
-            caption = f"a {kind} picture"
+            caption = f"a {kind} image"
             (folder / f"{name}.jpg").write_bytes(jpeg)
             (folder / f"{name}.txt").write_text(caption)
             label = json.dumps({"caption": caption, "label": int(kind == "light")})
@@ -248,7 +248,7 @@ EXAMPLE = """
 git clone https://example.org/m3i_jax && cd m3i_jax
 bash launch/quickstart.sh     # a few minutes
 bash launch/test.sh
-python -m m3i_jax.main --config configs/folder.py:path=/data/pictures \\
+python -m m3i_jax.main --config configs/folder.py:path=/data/images \\
     --workdir runs/mine | tail -n 3
 ```
 <!-- test: append --config.seed=3; exit 2 -->
@@ -267,7 +267,7 @@ def test_extraction() -> None:
     first, second = text.splitlines()
     assert count == 2
     assert first.startswith("bash launch/quickstart.sh --config.train.steps=2 ") and first.endswith("     # a few minutes")
-    assert second.startswith("python -m m3i_jax.main --config configs/folder.py:path=/data/pictures --workdir runs/mine --config.train.")
+    assert second.startswith("python -m m3i_jax.main --config configs/folder.py:path=/data/images --workdir runs/mine --config.train.")
     assert second.endswith("=16 | tail -n 3")
     assert script(dataclasses.replace(shell, as_is=True))[0].splitlines()[0] == "bash launch/quickstart.sh     # a few minutes"
     assert (
@@ -311,7 +311,7 @@ def test_a_failing_block_fails(scratch: pathlib.Path) -> None:
     failing = Block(line=0, language="bash", text="false\ntrue\n")
     with pytest.raises(AssertionError, match="status 1, not 0"):
         execute(prepared(failing, scratch), scratch, failing.status)
-    data = Block(line=0, language="bash", text="ls /data/pictures/dark /data/shards\n")
+    data = Block(line=0, language="bash", text="ls /data/images/dark /data/shards\n")
     assert {"00000.jpg", "00000.txt", "00000.tar"} <= set(execute(prepared(data, scratch), scratch, 0).split())
 
 

@@ -1,4 +1,4 @@
-"""The runner of the toy-scale tables: its arithmetic, its parts of the data, and one run of a few steps on built-in pictures in tars."""
+"""The runner of the toy-scale tables: its arithmetic, its parts of the data, and one run of a few steps on built-in images in tars."""
 
 import io
 import json

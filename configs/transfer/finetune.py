@@ -5,10 +5,10 @@ python -m m3i_jax.main --config configs/transfer/finetune.py:path=/data/imagenet
     --config.data.holdout_split=val --workdir runs/finetuned
 
 `from` is the working directory of a run, or a file of weights that `init_from` knows (timm, Hugging Face, MAE and the like): its model, its
-picture size and the mean and deviation of pixels are taken over, its encoder is where this run starts. [P] is the paper's Table 8, [M] MAE
+image size and the mean and deviation of pixels are taken over, its encoder is where this run starts. [P] is the paper's Table 8, [M] MAE
 and SiameseIM, whose recipe it is, [C] a choice of this project.
 
-Another batch size: the learning rate goes with it in proportion. Another picture size: positions are made for the cells of the pre-trained
+Another batch size: the learning rate goes with it in proportion. Another image size: positions are made for the cells of the pre-trained
 model and resized. `ema` below 1 also keeps an average of all parameters; evaluate it with --config.evaluate.encoder=ema.
 """
 
@@ -39,8 +39,8 @@ def get_config(
     image_size: int = 0,
     ema: float = 1.0,
 ) -> ConfigDict:
-    """path: the pictures, a folder a class. from: working directory of the run that made the encoder, or a file of weights; empty: from
-    scratch. model: size, where no run tells it. source: kind of the source. epochs: 0: the paper's. batch_size: pictures a step.
+    """path: the images, a folder a class. from: working directory of the run that made the encoder, or a file of weights; empty: from
+    scratch. model: size, where no run tells it. source: kind of the source. epochs: 0: the paper's. batch_size: images a step.
     image_size: 0: that of the run. ema: momentum of an average of all parameters; 1: none."""
     config = default_config()
     if from_:

@@ -6,7 +6,7 @@ python -m m3i_jax.main --config configs/transfer/probe.py:path=DIR,from=RUN,kind
 
 [P] is the paper's Table 9, [M] MAE and SiameseIM, whose recipe it is, [C] a choice of this project. Another batch size: the learning rate
 goes down in proportion. While it trains, batch norm takes the statistics of the batch; its accuracy is measured with the mean and variance
-over the clean views of the training pictures (evaluate.train_limit of them) instead of a running average.
+over the clean views of the training images (evaluate.train_limit of them) instead of a running average.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +23,7 @@ def get_config(
     path: str = "", from_: str = "", kind: str = "linear", model: str = "vit_b16", source: str = "folder", epochs: float = 90.0,
     batch_size: int = 0,
 ) -> ConfigDict:  # fmt: skip
-    """path: the pictures, a folder a class. from: working directory of the run that made the encoder, or a file of weights. kind: linear or
+    """path: the images, a folder a class. from: working directory of the run that made the encoder, or a file of weights. kind: linear or
     attentive. model: size, where no run tells it. source: kind of the source. epochs: passes. batch_size: 0: 16,384, or 1,024 of an
     attentive probe."""
     if kind not in ("linear", "attentive"):
@@ -52,7 +52,7 @@ def get_config(
     config.train.epochs = epochs  # [P]
     config.train.panel_every = 0
     config.optim.rule = "lars" if linear else "adamw"  # [P]
-    config.optim.lr = (3.2 if linear else 16e-3) * batch / BATCH  # [P]; attentive: 1e-3 of 1,024 pictures [C]
+    config.optim.lr = (3.2 if linear else 16e-3) * batch / BATCH  # [P]; attentive: 1e-3 of 1,024 images [C]
     config.optim.warmup_epochs = epochs / 9  # [P]: 10 of 90
     config.optim.weight_decay = 0.0 if linear else 0.05  # [P]
     config.optim.clip = 0.0  # [M]

@@ -1,10 +1,10 @@
-"""Random erasing, mixup and CutMix on the device: what fine-tuning does to pictures after they are normalised (M3I Table 8). Pure, of
+"""Random erasing, mixup and CutMix on the device: what fine-tuning does to images after they are normalised (M3I Table 8). Pure, of
 static shape, keyed by (seed, stream position).
 
 Partners are neighbours of the stream, 2k and 2k + 1. Both of a pair are blended with the same share and the same box: row r shows `share`
-of its own picture and 1 - share of its partner's. One draw a pair stands between the two usual forms, one a batch and one a picture.
+of its own image and 1 - share of its partner's. One draw a pair stands between the two usual forms, one a batch and one an image.
 
-B pictures, S pixels a side.
+B images, S pixels a side.
 """
 
 from typing import NamedTuple
@@ -16,11 +16,11 @@ from m3i_jax import schema
 
 BLEND, ERASE = 0x626C6E64, 0x65726173  # keep these draws apart from all others that are keyed by the stream position
 TRIES = 10
-AREA, ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # of an erased box: share of the picture, height over width
+AREA, ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # of an erased box: share of the image, height over width
 
 
 class MixupDraws(NamedTuple):
-    """share [B] float32: of a row's own picture. box [B, 4] int32: (top, left, bottom, right) in pixels that show the partner, empty for
+    """share [B] float32: of a row's own image. box [B, 4] int32: (top, left, bottom, right) in pixels that show the partner, empty for
     mixup. cut [B] bool: CutMix, not mixup."""
 
     share: jax.Array
@@ -85,9 +85,9 @@ def box_mask(box_Bx4: jax.Array, size: int) -> jax.Array:
 
 
 def random_erase(images_BxSxSx3: jax.Array, position_Bx2: jax.Array, *, seed: int, probability: float) -> jax.Array:
-    """Random erasing: with a probability, one box of a normalised picture becomes N(0, 1) noise, a number a pixel and channel.
+    """Random erasing: with a probability, one box of a normalised image becomes N(0, 1) noise, a number a pixel and channel.
 
-    Up to ten boxes are drawn, of 2 to 33 % of the picture and aspects of 0.3 to 1 / 0.3, log-uniform; the first that fits is taken.
+    Up to ten boxes are drawn, of 2 to 33 % of the image and aspects of 0.3 to 1 / 0.3, log-uniform; the first that fits is taken.
 
     >>> images = jnp.zeros((2, 8, 8, 3))
     >>> out = random_erase(images, jnp.array([[0, 0], [0, 1]], jnp.uint32), seed=0, probability=1.0)

@@ -92,7 +92,7 @@ class BatchBuilder:
             if attempt:
                 chosen[row] = sampler.records_at(self.source, self.seed, np.array([position]), attempt)[0]
             if row % 2 and chosen[row] == chosen[row - 1]:
-                continue  # a picture is not mixed with itself: the turn of the epoch, or a replacement
+                continue  # an image is not mixed with itself: the turn of the epoch, or a replacement
             if attempt:
                 (found,) = decode.read_records(self.source, [int(chosen[row])], self.data.missing)
             try:
@@ -108,7 +108,7 @@ class BatchBuilder:
                 tried[error.reason].append(repr(name))
         why = summarize_bad_records({reason: (len(keys), keys) for reason, keys in tried.items()}) + last
         raise UserError(
-            f"{TRIES} draws in a row at position {position} of {self.source.name} gave no picture that could be used beside its partner: "
+            f"{TRIES} draws in a row at position {position} of {self.source.name} gave no image that could be used beside its partner: "
             f"{why or 'there is only one'}; check the source"
         )
 

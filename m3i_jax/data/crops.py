@@ -1,6 +1,6 @@
-"""Where the two views of a picture are cut, and the cutting. Geometry only: colours are changed on the device.
+"""Where the two views of an image are cut, and the cutting. Geometry only: colours are changed on the device.
 
-A box is (top, left, height, width) in pixels of the whole, un-mirrored picture; a view that is flipped is mirrored on the device.
+A box is (top, left, height, width) in pixels of the whole, un-mirrored image; a view that is flipped is mirrored on the device.
 
 Two resizers cut a view with the same antialiased bicubic filter: Pillow's, and one with vector instructions, six times as fast (the package
 cykooz-resizer, in the extra `decode_fast`; the same bytes on every processor). They differ by 0.3 gray levels on average, so which of them made a
@@ -34,12 +34,12 @@ def crop_box(
 
     Args:
         u: 22 numbers in [0, 1): area and aspect of each try, then top and left.
-        height, width: of the picture in pixels.
+        height, width: of the image in pixels.
         scale: range of the crop's area as a share of the picture's.
         ratio: range of width over height.
 
     Returns:
-        (top, left, height, width) in pixels, inside the picture.
+        (top, left, height, width) in pixels, inside the image.
 
     >>> crop_box([0.5] * 22, 100, 100)
     (14, 14, 73, 73)
@@ -57,7 +57,7 @@ def crop_box(
 
 
 def sufficient_size(boxes: Sequence[Box], height: int, width: int, size: int, gap: float) -> tuple[float, float]:
-    """The (height, width) at which a picture may be decoded so that every box keeps `gap * size` pixels a side.
+    """The (height, width) at which an image may be decoded so that every box keeps `gap * size` pixels a side.
 
     >>> sufficient_size([(0, 0, 100, 200), (0, 0, 400, 400)], 400, 800, size=10, gap=3.0)
     (120.0, 120.0)
@@ -104,10 +104,10 @@ def cut_view(
     """Cuts one view: antialiased bicubic.
 
     Args:
-        image: RGB, the whole picture, perhaps decoded at a smaller scale; packed, it is always the fast resizer that cuts.
-        box: (top, left, height, width) in pixels of the picture at full scale.
+        image: RGB, the whole image, perhaps decoded at a smaller scale; packed, it is always the fast resizer that cuts.
+        box: (top, left, height, width) in pixels of the image at full scale.
         size: side of the view in pixels.
-        height, width: of the picture at full scale.
+        height, width: of the image at full scale.
         by: a resizer, as `choose_resizer` names it.
         out: uint8 [size * size * 3] to fill and return; None: a new array.
 
@@ -140,12 +140,12 @@ def central_box(height: int, width: int, size: int, *, crop: float = 224 / 256) 
     """The box of the usual evaluation view: the short side resized to size / crop, then the centre cut out.
 
     Args:
-        height, width: of the picture in pixels.
+        height, width: of the image in pixels.
         size: side of the view in pixels.
         crop: share of the short side that is kept.
 
     Returns:
-        (top, left, height, width) in pixels of the picture, not whole numbers.
+        (top, left, height, width) in pixels of the image, not whole numbers.
 
     >>> central_box(256, 512, 224)
     (16.0, 144.0, 224.0, 224.0)

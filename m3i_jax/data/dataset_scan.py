@@ -111,7 +111,7 @@ def thumbnail(record: base.Record, *, background: int = 255, side: int = THUMBNA
     """A small JPEG of a good record, the longer side at most `side` pixels.
 
     Raises:
-        BadRecord: the record is no usable picture.
+        BadRecord: the record is no usable image.
 
     >>> Image.open(io.BytesIO(thumbnail(base.Record("a", np.zeros((20, 400, 3), np.uint8))))).size
     (160, 8)
@@ -168,7 +168,7 @@ class ConcatSource:
         return base.stable_digest(self.train.fingerprint(), self.held_out.fingerprint())
 
     def description(self) -> str:
-        return f"trained on: {self.train.description()}; held out: {len(self.held_out):,} pictures"
+        return f"trained on: {self.train.description()}; held out: {len(self.held_out):,} images"
 
 
 @dataclasses.dataclass(frozen=True)

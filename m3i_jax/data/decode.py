@@ -1,6 +1,6 @@
 """From the bytes of a record to RGB pixels and clean text: every rule about bad or odd input stands here and nowhere else.
 
-A picture is refused by its header before it is decoded (too many pixels, or too few to crop). What is left comes out as 8-bit RGB in the
+An image is refused by its header before it is decoded (too many pixels, or too few to crop). What is left comes out as 8-bit RGB in the
 orientation its EXIF tag asks for: transparency over a plain background, palettes looked up, 16-bit gray scaled (not clipped), CMYK
 converted (JPEGs hold it inverted, as Adobe writes it), the first frame of an animation. Embedded colour profiles are not applied.
 """
@@ -47,11 +47,11 @@ _TURNS = {
 }
 _ORIENTATION = 0x0112
 ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 1 << 18)  # a view leaves Pillow in one piece: 3 % of the whole pipeline
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # PIXEL_LIMIT refuses such pictures already
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # PIXEL_LIMIT refuses such images already
 
 
 class BadRecord(Exception):
-    """A record whose bytes are no usable picture. `reason` is one of REASONS; `detail`, as the message, says more.
+    """A record whose bytes are no usable image. `reason` is one of REASONS; `detail`, as the message, says more.
 
     >>> BadRecord("too_small", "5000 x 3 pixels").reason
     'too_small'
@@ -123,7 +123,7 @@ def sample_captions(source: DataSource, limit: int = 200_000, *, missing: str = 
 
 @dataclasses.dataclass
 class DecodedImage:
-    """An opened picture whose header is accepted. `height` and `width` are those after the EXIF rotation."""
+    """An opened image whose header is accepted. `height` and `width` are those after the EXIF rotation."""
 
     image: Image.Image
     turn: Image.Transpose | None
@@ -170,16 +170,16 @@ class PlainJpeg:
 
 
 def open_image(image: bytes | np.ndarray) -> DecodedImage:
-    """Opens an encoded picture, or wraps one that is decoded already, and applies every rule that needs only its header.
+    """Opens an encoded image, or wraps one that is decoded already, and applies every rule that needs only its header.
 
     Args:
         image: the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file, or a uint8 array [height, width, 3].
 
     Returns:
-        The picture; its pixels are decoded by `Picture.rgb`.
+        The image; its pixels are decoded by `Picture.rgb`.
 
     Raises:
-        BadRecord: the bytes are no picture, or one of more than 64 million pixels or with a side below 16.
+        BadRecord: the bytes are no image, or one of more than 64 million pixels or with a side below 16.
 
     >>> open_image(np.zeros((20, 30, 3), np.uint8)).width
     30
@@ -225,7 +225,7 @@ def open_jpeg_fast(image: bytes | np.ndarray) -> DecodedImage | PlainJpeg:
 
 
 def decode_image(image: bytes | np.ndarray, *, background: int = 255) -> np.ndarray:
-    """Decodes a picture at full size.
+    """Decodes an image at full size.
 
     Args:
         image: see `open_image`.
@@ -260,7 +260,7 @@ def _bad(error: Exception) -> BadRecord:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a broken EXIF block costs its picture nothing but the rotation
+    except Exception:  # a broken EXIF block costs its image nothing but the rotation
         return None
 
 
@@ -272,7 +272,7 @@ def _rgb(image: Image.Image, background: int) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # the latter in older versions of Pillow
         return _gray(image, 0, 65535, np.uint32)
     if image.mode in ("I", "F"):
-        # 32-bit integers and floats have no agreed white: the picture's own range is stretched.
+        # 32-bit integers and floats have no agreed white: the image's own range is stretched.
         ends = [(float(band.min()), float(band.max())) for band in _bands(image)]
         low, high = float(np.min(ends)), float(np.max(ends))  # NaN, if there is one
         if not math.isfinite(high - low):
@@ -289,7 +289,7 @@ def _rgb(image: Image.Image, background: int) -> Image.Image:
 
 
 def _gray(image: Image.Image, low: float, white: float, kind: type) -> Image.Image:
-    """Pixels of `low` to `low` + `white` as gray of 0 to 255, a band at a time: wide numbers of a whole picture would fill the memory."""
+    """Pixels of `low` to `low` + `white` as gray of 0 to 255, a band at a time: wide numbers of a whole image would fill the memory."""
     out = Image.new("L", image.size)
     top = 0
     for band in _bands(image):
@@ -301,7 +301,7 @@ def _gray(image: Image.Image, low: float, white: float, kind: type) -> Image.Ima
 
 
 def _bands(image: Image.Image) -> Iterator[np.ndarray]:
-    """The pixels of a picture of one channel, about a million at a time, from top to bottom."""
+    """The pixels of an image of one channel, about a million at a time, from top to bottom."""
     rows = max(1, (1 << 20) // image.width)
     for top in range(0, image.height, rows):
         yield np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))

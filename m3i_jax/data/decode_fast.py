@@ -32,7 +32,7 @@ def is_installed(package: str) -> bool:
 
 
 class PackedImage:
-    """An RGB picture of three bytes a pixel, to cut views from. Made by `decode_jpeg`.
+    """An RGB image of three bytes a pixel, to cut views from. Made by `decode_jpeg`.
 
     Attributes:
         size: (width, height) in pixels, as of a Pillow image.
@@ -68,7 +68,7 @@ class PackedImage:
 
 
 def plain_jpeg_size(raw: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG of colours that says nothing about itself which would change its pixels: no EXIF, XMP or second picture.
+    """(height, width) of a JPEG of colours that says nothing about itself which would change its pixels: no EXIF, XMP or second image.
 
     Args:
         raw: the bytes of a file.
@@ -103,7 +103,7 @@ def decode_jpeg(raw: bytes, height: int, width: int) -> PackedImage | None:
         height, width: in pixels, as its header was read before.
 
     Returns:
-        The picture; None if simplejpeg is not installed or finds anything odd about the file.
+        The image; None if simplejpeg is not installed or finds anything odd about the file.
 
     >>> decode_jpeg(b"no picture", 16, 16) is None
     True

@@ -39,7 +39,7 @@ def uses_captions(data: schema.Data, source: DataSource) -> bool:
     True
     """
     if data.captions == "yes" and not source.captions:
-        raise UserError(f"data.captions='yes', but {source.name} has no captions: use 'auto', or put NAME.txt beside the pictures")
+        raise UserError(f"data.captions='yes', but {source.name} has no captions: use 'auto', or put NAME.txt beside the images")
     return data.captions != "no" and source.captions
 
 
@@ -82,7 +82,7 @@ def stream_identity(config: schema.Config, source: DataSource) -> str:
     ...     def stream_fingerprint(self): return "0123456789abcdef"
     >>> print(stream_identity(schema.Config(seed=1, data=schema.Data(resizer="pillow")), Five()), end="")
     order of the stream = version 2, seed 1
-    source 1 = five, 5 pictures, fingerprint 0123456789abcdef
+    source 1 = five, 5 images, fingerprint 0123456789abcdef
     """
     lines = {f"source {i}": line for i, line in enumerate(base.source_identity(source), 1)}
     stream = ", ".join([f"version {STREAM}", f"seed {config.seed}", *_resizer(config)])
@@ -182,7 +182,7 @@ def iterate_batches(
     Returns:
         An iterator of dicts of numpy arrays, with B = batch_size / hosts rows, S = image_size, N = patches, L = caption length:
         views uint8 [B, 2, S, S, 3]: input and target view, not mirrored yet (`photometric.mirror`);
-        box float32 [B, 2, 4]: top, left, height, width in pixels of the un-mirrored picture;
+        box float32 [B, 2, 4]: top, left, height, width in pixels of the un-mirrored image;
         flip bool [B, 2]: whether it is to be mirrored; label int32 [B], -1 = none; position uint32 [B, 2], high and low word;
         mask bool [B, N]: True = own image, exactly `config.hidden` False a row, the same within a mask cell;
         with a tokenizer, tokens int32 [B, L] and length int32 [B], 0 = no caption.
@@ -206,7 +206,7 @@ def iterate_batches(
     if batch % (2 * hosts) or start % 2 or start < 0:
         raise ValueError(f"batch {batch} must be a multiple of 2 x {hosts} hosts, and start {start} even: partners are 2k and 2k + 1")
     if len(source) < 2:
-        raise UserError(f"{source.name} has {len(source)} pictures to train on, mixing needs 2: add pictures or lower data.holdout")
+        raise UserError(f"{source.name} has {len(source)} images to train on, mixing needs 2: add images or lower data.holdout")
     if tokenizer and tokenizer.length != data.caption_length:
         raise ValueError(f"the tokenizer makes {tokenizer.length} ids, data.caption_length is {data.caption_length}")
     rows = batch // hosts

@@ -14,7 +14,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from m3i_jax import schema
 
 WIDTH = 5  # uniforms an operation needs: which, whether, sign, and two for its magnitude
-FILL = (124, 116, 104)  # ImageNet's mean in gray levels: what comes in from outside the picture
+FILL = (124, 116, 104)  # ImageNet's mean in gray levels: what comes in from outside the image
 _MOST = 10.0
 
 

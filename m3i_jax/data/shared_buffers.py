@@ -1,7 +1,7 @@
 """Large arrays from worker processes, or from threads, in memory that is lent and comes back.
 
-A batch of pictures is tens of megabytes. Fresh memory for each of them costs page faults, of shared memory one every 4 KiB, an eighth of
-the time that it takes to decode the pictures; so a worker fills what it has filled before, as soon as nobody in the main process holds it
+A batch of images is tens of megabytes. Fresh memory for each of them costs page faults, of shared memory one every 4 KiB, an eighth of
+the time that it takes to decode the images; so a worker fills what it has filled before, as soon as nobody in the main process holds it
 any more. "Nobody" is what Python says of the array and of all views of it, and so of `jax.device_put`, which on CPU reads the very memory
 of a batch later on.
 

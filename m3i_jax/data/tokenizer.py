@@ -85,7 +85,7 @@ class Tokenizer:
         return self.frame(self.ids(text))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of ids up to the end token, without start and end: for pictures and reports."""
+        """The text of ids up to the end token, without start and end: for images and reports."""
         ids = [int(i) for i in ids]
         ids = ids[: ids.index(self.end)] if self.end in ids else ids
         return self.core.decode([i for i in ids if i != self.start], skip_special_tokens=False).strip()

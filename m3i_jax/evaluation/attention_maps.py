@@ -1,4 +1,4 @@
-"""Where an encoder looks and what it tells apart: attention and dense features of single pictures, to be shown."""
+"""Where an encoder looks and what it tells apart: attention and dense features of single images, to be shown."""
 
 import functools
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def attention_maps(config: schema.Config, pooled: bool, params: Any, views_BxSxS
       config: the run's settings.
       pooled: whether the objective trains an attention pooling.
       params: with `encoder` and, if pooled, `pool`.
-      views_BxSxSx3: pictures of the model's size.
+      views_BxSxSx3: images of the model's size.
     """
     model, first = config.model, int(config.model.encoder.cls_token)
     x_BxNxD = drop_cls(config, params, views_BxSxSx3)[:, first:]

@@ -1,8 +1,8 @@
-"""The attentive probe: a learned query attends to the frozen tokens of a picture, and a linear map classifies what it gathers. What a mean
+"""The attentive probe: a learned query attends to the frozen tokens of an image, and a linear map classifies what it gathers. What a mean
 of the tokens hides, it finds: pixel and dense targets leave most of their knowledge in the tokens (CAE).
 
-The tokens of the index are made once and kept in the memory of every host, in the compute precision: `evaluate.attentive_limit` pictures of
-them. With more pictures and augmentation it is a run of its own, configs/transfer/probe.py:kind=attentive.
+The tokens of the index are made once and kept in the memory of every host, in the compute precision: `evaluate.attentive_limit` images of
+them. With more images and augmentation it is a run of its own, configs/transfer/probe.py:kind=attentive.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ def measure(config: schema.Config, mesh: jax.sharding.Mesh, index: Batches, quer
       config: the run's settings.
       mesh: devices.
       index, queries: give fresh batches of clean views.
-      batch: pictures a step, a multiple of the data axes.
+      batch: images a step, a multiple of the data axes.
     """
     probe, whole = AttentiveProbe(config, mesh), parallel.replicated(mesh)
     encode = jax.jit(lambda params, views: drop_cls(config, params, views), out_shardings=whole)

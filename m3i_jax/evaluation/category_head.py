@@ -31,11 +31,11 @@ def head_accuracy(rank_Q: np.ndarray, classes: int) -> Iterator[tuple[str, float
 
 
 def head_predictions(config: schema.Config, *, pictures: str = "queries", statistics: str = "") -> Callable[[EvalContext], tuple[Predictions, np.ndarray]]:
-    """What the head says of the pictures of a set whose category the model knows, and the ranks of the right answers.
+    """What the head says of the images of a set whose category the model knows, and the ranks of the right answers.
 
     Args:
       config: the run's settings.
-      pictures: name of the set; its features must be those of the pooling that the category term trains.
+      images: name of the set; its features must be those of the pooling that the category term trains.
       statistics: of a pooling with batch norm, the set whose mean and variance stand for the batch's; "" without one.
     """
     logits = jax.jit(lambda params, x: m3i.category_logits(config, params, x))

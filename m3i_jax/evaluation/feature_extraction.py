@@ -1,4 +1,4 @@
-"""Frozen features of whole data sets: what every evaluator starts from. Each set of pictures is read and encoded once an evaluation,
+"""Frozen features of whole data sets: what every evaluator starts from. Each set of images is read and encoded once an evaluation,
 however many measures look at it."""
 
 import collections
@@ -17,7 +17,7 @@ from m3i_jax.training import views
 
 
 def extract_features(config: schema.Config, pool: str, params: Any, pixels_BxSxSx3: jax.Array) -> jax.Array:
-    """What is read from pictures of the model's size as they are (no colour augmentation, no masking): float32, [B, D], or of `tokens`
+    """What is read from images of the model's size as they are (no colour augmentation, no masking): float32, [B, D], or of `tokens`
     [B, T, D] with cls first.
 
     Args:
@@ -35,7 +35,7 @@ def extract_features(config: schema.Config, pool: str, params: Any, pixels_BxSxS
 
 
 def drop_cls(config: schema.Config, params: Any, pixels_BxSxSx3: jax.Array) -> jax.Array:
-    """Tokens [B, T, D] of pictures as they are, cls first, in the compute precision."""
+    """Tokens [B, T, D] of images as they are, cls first, in the compute precision."""
     return m3i.encode(config, params["encoder"], views.plain_patches(config, pixels_BxSxSx3))
 
 
@@ -111,7 +111,7 @@ def extract_set(
 
 
 class Predictions(NamedTuple):
-    """What a classifier says of the pictures whose class is known: labels [q] and guesses [q]."""
+    """What a classifier says of the images whose class is known: labels [q] and guesses [q]."""
 
     labels: np.ndarray
     guesses: np.ndarray
@@ -124,7 +124,7 @@ class EvalContext:
     Attributes:
       params: parameters that are evaluated.
       poll: to be called between pieces of work; may raise.
-      skipped: reason -> pictures that could not be read.
+      skipped: reason -> images that could not be read.
 
     >>> seen = EvalContext({"index": lambda params, poll: (print("extracted"), {})}, params={}, poll=lambda: None)
     >>> seen("index") is seen("index")
@@ -174,7 +174,7 @@ Metric = Callable[[EvalContext], Iterator[tuple[str, float]]]
 
 
 def image_sets(extract: Extractor, batches: Callable[[], Any]) -> ImageSet:
-    """A set of pictures: `batches` gives a fresh iterator, whose `skipped` says in the end what could not be read."""
+    """A set of images: `batches` gives a fresh iterator, whose `skipped` says in the end what could not be read."""
 
     def run(params: Any, poll: Callable[[], None]) -> tuple[FeatureSpec, Mapping[str, int]]:
         read = batches()

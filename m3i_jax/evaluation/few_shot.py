@@ -40,7 +40,7 @@ def solve_ridge(x_NxD: np.ndarray, y_NxC: np.ndarray, l2: float) -> np.ndarray:
 
 
 def draw_shots(label_N: np.ndarray, shots: int, seed: int) -> np.ndarray:
-    """Rows [M] of at most `shots` pictures of every class, drawn by chance and in order; rows without a label are not drawn.
+    """Rows [M] of at most `shots` images of every class, drawn by chance and in order; rows without a label are not drawn.
 
     >>> draw_shots(np.array([0, 1, 0, -1, 1, 1]), 2, seed=0).tolist() in ([0, 1, 2, 4], [0, 1, 2, 5], [0, 2, 4, 5])
     True
@@ -60,7 +60,7 @@ def few_shot_accuracy(
     seeds: int = 3,
     l2: float = L2,
 ) -> Iterator[tuple[str, float]]:
-    """("1", top-1), ("5", top-1), ... of queries (features, labels) by so many pictures a class of an index: means over the draws.
+    """("1", top-1), ("5", top-1), ... of queries (features, labels) by so many images a class of an index: means over the draws.
 
     A number of shots that no class of the index has is left out, for it would repeat the one before; rows without a label are, on both
     sides.

@@ -1,8 +1,8 @@
-"""Weights as a function of pictures, whatever they come from: `m3i_jax.load`.
+"""Weights as a function of images, whatever they come from: `m3i_jax.load`.
 
 import m3i_jax
 model = m3i_jax.load("runs/first")           # a workdir, or a file of timm, Hugging Face, MAE, SiameseIM, Google, InternImage
-vectors = model.features(pictures)           # uint8 or float [B, H, W, 3] of any size -> float32 [B, D]
+vectors = model.features(images)           # uint8 or float [B, H, W, 3] of any size -> float32 [B, D]
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from m3i_jax.models import intern_image
 from m3i_jax.training import checkpoint, checkpoint_dir, init_from, plan
 
 POOLS = ("auto", "attention", "mean", "cls", "tokens")
-_ROWS = 64  # pictures a device step
+_ROWS = 64  # images a device step
 
 
 @dataclasses.dataclass
@@ -46,14 +46,14 @@ class LoadedEncoder:
 
     @functools.cached_property
     def function(self) -> Callable[[Any, Any], jax.Array]:
-        """The compiled (params, pixels [B, S, S, 3]) -> features, for pictures that have the size already."""
+        """The compiled (params, pixels [B, S, S, 3]) -> features, for images that have the size already."""
         return jax.jit(functools.partial(feature_extraction.extract_features, self.config, self.pool))
 
     def features(self, images: Any) -> np.ndarray:
-        """Features of pictures, float32 [B, D], not normalised: `mean`, `attention` or `cls`, or [B, T, D] of `tokens`.
+        """Features of images, float32 [B, D], not normalised: `mean`, `attention` or `cls`, or [B, T, D] of `tokens`.
 
         Args:
-          images: uint8, or floats in 0..1, [B, H, W, 3] (or one, [H, W, 3]), RGB; or a list of pictures of any sizes. Those that do not
+          images: uint8, or floats in 0..1, [B, H, W, 3] (or one, [H, W, 3]), RGB; or a list of images of any sizes. Those that do not
             have the model's size are seen as in evaluation: short side resized to size * 256 / 224 (bicubic), centre cut out.
 
         Raises:
@@ -87,18 +87,18 @@ class LoadedEncoder:
 
 
 def eval_view(picture_HxWx3: np.ndarray, size: int) -> np.ndarray:
-    """A picture as evaluation sees it, [size, size, 3]; one that has the size already as it is.
+    """An image as evaluation sees it, [size, size, 3]; one that has the size already as it is.
 
     >>> eval_view(np.zeros((20, 30, 3), np.uint8), 16).shape, eval_view(np.full((20, 30, 3), 0.5), 16).max()
     ((16, 16, 3), np.float32(0.5))
     """
     picture = np.asarray(picture_HxWx3)
     if picture.ndim != 3 or picture.shape[-1] != 3 or not (picture.dtype == np.uint8 or np.issubdtype(picture.dtype, np.floating)):
-        raise ValueError(f"a picture has shape {picture.shape} and type {picture.dtype}; it must be [H, W, 3], uint8 or floats in 0..1")
+        raise ValueError(f"an image has shape {picture.shape} and type {picture.dtype}; it must be [H, W, 3], uint8 or floats in 0..1")
     if picture.dtype != np.uint8:
         picture = picture.astype(np.float32)
         if picture.size and not (picture.min() >= 0 and picture.max() <= 1):  # nor NaN
-            raise ValueError(f"a float picture has values in {picture.min()}..{picture.max()}; they must lie in 0..1")
+            raise ValueError(f"a float image has values in {picture.min()}..{picture.max()}; they must lie in 0..1")
     height, width = picture.shape[:2]
     if (height, width) == (size, size):
         return picture
@@ -119,7 +119,7 @@ def load(path: str, *, weights: str = "online", pool: str = "auto", heads: int =
     Args:
       path: workdir of a run, or a file or directory of timm, Hugging Face ViT or CLIP, MAE, SiameseIM, Google ViT or InternImage. An
         InternImage must have the sizes of a preset. With the fusion of M3I (H, G) its dense features are fused; without (T to XL) they are
-        the last stage's map. Its pictures have the size that a preprocessor_config.json beside it tells, or 224 pixels.
+        the last stage's map. Its images have the size that a preprocessor_config.json beside it tells, or 224 pixels.
       weights: online, or ema: the momentum average.
       pool: of the features: attention, mean of the patch tokens, cls, or all tokens; auto: attention if the run trained it, else mean.
       heads: of attention, where a file cannot tell; 0: as it tells, or 64 channels a head.
@@ -150,7 +150,7 @@ def load(path: str, *, weights: str = "online", pool: str = "auto", heads: int =
 
 
 def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
-    """The settings of a run, or those that go with a file of weights: `model`, the size of the pictures and their mean and deviation.
+    """The settings of a run, or those that go with a file of weights: `model`, the size of the images and their mean and deviation.
 
     Args:
       path: as of `load`.
@@ -165,7 +165,7 @@ def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
 
 
 def build_encoder(config: ml_collections.ConfigDict, path: str, flag: str) -> None:
-    """Let a run start from an encoder of elsewhere: its model, the size of its pictures and their mean and deviation, and its weights.
+    """Let a run start from an encoder of elsewhere: its model, the size of its images and their mean and deviation, and its weights.
 
     Args:
       config: the run's, changed in place.
@@ -178,7 +178,7 @@ def build_encoder(config: ml_collections.ConfigDict, path: str, flag: str) -> No
 
 
 def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema.Config:
-    """The configuration for a file of weights: as it is where its encoder has the file's sizes, else with the encoder and the pictures that
+    """The configuration for a file of weights: as it is where its encoder has the file's sizes, else with the encoder and the images that
     go with the file.
 
     Args:

@@ -1,7 +1,7 @@
-"""Retrieval between pictures and captions: among all held-out pairs, is the right one within the first k? R@1, R@5 and R@10, both ways.
+"""Retrieval between images and captions: among all held-out pairs, is the right one within the first k? R@1, R@5 and R@10, both ways.
 
-Captions that the model reads as the same tokens count as one: any picture of an equal caption is a right answer, and the candidates of a
-picture are the distinct captions. A tie with a wrong answer counts against the right one, so a collapsed model scores 0, not 100 %.
+Captions that the model reads as the same tokens count as one: any image of an equal caption is a right answer, and the candidates of a
+image are the distinct captions. A tie with a wrong answer counts against the right one, so a collapsed model scores 0, not 100 %.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -43,9 +43,9 @@ def recall_at(
     """("text_to_image/r1", share), ..., ("image_to_text/r10", share).
 
     Args:
-      images_NxE: L2-normalised embeddings of N pictures.
+      images_NxE: L2-normalised embeddings of N images.
       texts_MxE: those of the M distinct captions.
-      caption_N: int, the caption of each picture; every caption belongs to a picture, and is asked once a picture.
+      caption_N: int, the caption of each image; every caption belongs to an image, and is asked once an image.
       chunk: queries at a time; the last chunk is filled up and cut again.
       poll: called between chunks; may raise.
 
@@ -106,13 +106,13 @@ class _Captions:
 def measure(
     mesh: jax.sharding.Mesh, source: base.DataSource, embed: TextEmbedder, *, pictures: str = "queries", missing: str = "stop"
 ) -> Metric:
-    """eval/retrieval/text_to_image/r1, ... of the pictures of a set that have a caption; nothing if none has.
+    """eval/retrieval/text_to_image/r1, ... of the images of a set that have a caption; nothing if none has.
 
     Args:
       mesh: devices, over whose hosts the reading of captions is shared.
       source: what the set was read from; gives the captions.
       embed: both sides of the joint space.
-      pictures: name of the set; its features must be those of the pooling that the text term trains. They are normalised, which a
+      images: name of the set; its features must be those of the pooling that the text term trains. They are normalised, which a
         projection without bias does not mind.
       missing: "replace": a caption that cannot be read any more is left out and counted in `Seen.skipped`; see `schema.Data.missing`.
 

@@ -1,7 +1,7 @@
-"""Zero-shot classification by captions: the names of the classes put into templates, embedded as texts, and compared with the pictures.
+"""Zero-shot classification by captions: the names of the classes put into templates, embedded as texts, and compared with the images.
 
-Of a class every prompt is embedded and normalised, their mean normalised again; the class of a picture is the most similar one. M3I's
-Table 5 compares with numbers of 7 templates and of pictures whose short side is resized to the very size of the view: set evaluate.crop=1.
+Of a class every prompt is embedded and normalised, their mean normalised again; the class of an image is the most similar one. M3I's
+Table 5 compares with numbers of 7 templates and of images whose short side is resized to the very size of the view: set evaluate.crop=1.
 """
 
 import json
@@ -89,7 +89,7 @@ def ensemble_embeddings(embedded_TxCxE: np.ndarray) -> np.ndarray:
 
 
 class ClassPrompts:
-    """The classes as captions: what `measure` compares pictures with, and a person can be shown.
+    """The classes as captions: what `measure` compares images with, and a person can be shown.
 
     Args:
       embed: both sides of the joint space.
@@ -127,11 +127,11 @@ class ClassPrompts:
 
 
 def measure(said: ClassPrompts, *, pictures: str = "queries") -> Metric:
-    """eval/zero_shot/7/top1, ... of the pictures of a set that have a category.
+    """eval/zero_shot/7/top1, ... of the images of a set that have a category.
 
     Args:
       said: the classes.
-      pictures: name of the set; its features must be those of the pooling that the text term trains.
+      images: name of the set; its features must be those of the pooling that the text term trains.
     """
 
     def run(seen: EvalContext) -> Iterator[tuple[str, float]]:

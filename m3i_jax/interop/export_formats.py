@@ -1,5 +1,5 @@
 """What timm and Transformers need beside the arrays to open exported weights, and what they make of them: directories that
-`timm.create_model("local-dir:...")` and `from_pretrained` load, and the same pictures through both. And InternImage under its published
+`timm.create_model("local-dir:...")` and `from_pretrained` load, and the same images through both. And InternImage under its published
 names."""
 
 import functools
@@ -148,7 +148,7 @@ def _library(name: str) -> Any:
 
 
 def timm_output(place: pathlib.Path, encoder: Mapping[str, Any], image_size: int, normal_BxSxSx3: np.ndarray) -> np.ndarray | None:
-    """Tokens [B, T, D] that timm's model makes of normalised pictures with the exported file; None where timm is not installed."""
+    """Tokens [B, T, D] that timm's model makes of normalised images with the exported file; None where timm is not installed."""
     torch, library = _library("torch"), _library("timm")
     if torch is None or library is None:
         return None
@@ -164,7 +164,7 @@ def timm_output(place: pathlib.Path, encoder: Mapping[str, Any], image_size: int
 
 
 def hugging_face_output(place: pathlib.Path, kind: str, final_norm: bool, normal_BxSxSx3: np.ndarray) -> np.ndarray | None:
-    """Tokens [B, T, D] that Transformers' model makes of normalised pictures with the exported directory: with our final norm its last
+    """Tokens [B, T, D] that Transformers' model makes of normalised images with the exported directory: with our final norm its last
     hidden state, else the one before the norm that it always has. None where Transformers is not installed."""
     torch, library = _library("torch"), _library("transformers")
     if torch is None or library is None:

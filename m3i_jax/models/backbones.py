@@ -2,7 +2,7 @@
 
 Another backbone is another value in `BACKBONES` and a section of its settings in `schema.Model`; nothing else asks which one it is.
 
-Every backbone reads a picture as rows of patches, mixed or not, and gives one dense feature a patch, cls first where there is one. A ViT
+Every backbone reads an image as rows of patches, mixed or not, and gives one dense feature a patch, cls first where there is one. A ViT
 drops the cells that are not read. A convolution cannot: it sees a learned vector in their place, and only the features of the cells that
 are read go on (M3I section 3.4 mixes pixels, so that nothing has to be filled; method rows without a partner do).
 

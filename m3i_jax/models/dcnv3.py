@@ -141,7 +141,7 @@ def _gradients(call: _Call, method: str, x_BxQxC: jax.Array, offset: jax.Array, 
     at, pull = jax.vjp(functools.partial(_places if method == "fused" else _samples, call), offset, mask)
     if method == "fused":
         run = functools.partial(dcnv3_cpu.backward, size=call.size)
-        # It makes one axis of pictures, groups and rows of cells, which the partitioner would not know how to split.
+        # It makes one axis of images, groups and rows of cells, which the partitioner would not know how to split.
         alone = parallel.is_single_device(x_BxQxC.shape[0])
         dx, dat = parallel.per_device(run, x_BxQxC, at, grad_BxOxC) if alone else run(x_BxQxC, at, grad_BxOxC)
         return (dx, *pull(dat))

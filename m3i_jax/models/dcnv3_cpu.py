@@ -123,7 +123,7 @@ def _backward(x_BxQxC: jax.Array, at: Samples, grad_BxOxC: jax.Array, size: tupl
     (height, width), dtype = size, widen(x_BxQxC.dtype)
     b, o, groups, points = at.y.shape
     d = x_BxQxC.shape[2] // groups
-    # A map of a picture and group under the other, each with its ring of zeros: [R, W, D]. What a sample reads and adds to is a square of
+    # A map of an image and group under the other, each with its ring of zeros: [R, W, D]. What a sample reads and adds to is a square of
     # four cells then, which XLA's scatter goes through in one inner loop.
     maps = _ringed(x_BxQxC, size, groups).transpose(0, 3, 1, 2, 4).reshape(-1, width + 3, d)
     grad_NxD = grad_BxOxC.reshape(b, o, groups, d).swapaxes(1, 2).reshape(-1, d).astype(dtype)

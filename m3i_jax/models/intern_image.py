@@ -217,7 +217,7 @@ def pixel_shuffle(x_BxHxWx4D: jax.Array) -> jax.Array:
 
 
 def unpatchify(patches_BxNxP: jax.Array, grid: int) -> jax.Array:
-    """Inverse of `vit.patchify` for pictures of three channels: [B, grid p, grid p, 3].
+    """Inverse of `vit.patchify` for images of three channels: [B, grid p, grid p, 3].
 
     >>> unpatchify(jnp.arange(12).reshape(1, 4, 3), 2)[0, :, :, 0].tolist()
     [[0, 3], [6, 9]]
@@ -260,9 +260,9 @@ def feature_maps(
 
     Args:
       model, params: as of `init`.
-      images_BxSxSx3: normalised pictures, any height and width that are multiples of 8 strides of the stem; mixed ones too.
+      images_BxSxSx3: normalised images, any height and width that are multiples of 8 strides of the stem; mixed ones too.
       keep_BxLx2: stochastic depth as factors 0 or 1 / (1 - p) of the (DCNv3, MLP) branch of every layer of all stages; None: off.
-      hidden_BxN: bool, cells of a square grid over the picture that the learned `mask_token` fills at the stem's output; None: none.
+      hidden_BxN: bool, cells of a square grid over the image that the learned `mask_token` fills at the stem's output; None: none.
       dtype: precision of products and of the maps between layers; norms, softmax and sampling places are float32.
       scan: the layers of a stage in a `lax.scan` instead of a loop. Same numbers; compile time does not grow with depth.
       remat: what the backward pass keeps of a layer, none (of recomputation), dots, names or full: its input alone.
@@ -279,7 +279,7 @@ def feature_maps(
     """
     least = 8 * math.prod(model.stem_strides)
     if images_BxSxSx3.shape[1] % least or images_BxSxSx3.shape[2] % least:
-        raise ValueError(f"pictures have shape {images_BxSxSx3.shape}; height and width must be multiples of {least}")
+        raise ValueError(f"images have shape {images_BxSxSx3.shape}; height and width must be multiples of {least}")
     if keep_BxLx2 is not None and keep_BxLx2.shape[1:] != (sum(model.depths), 2):
         raise ValueError(f"keep factors have shape {keep_BxLx2.shape}; they must be [B, {sum(model.depths)}, 2]: [B, L, 2]")
     stem = params["stem"]

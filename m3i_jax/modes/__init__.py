@@ -53,7 +53,7 @@ MODES = {
         of_run=True,
     ),
     "features": Mode(
-        "write the features of all pictures of the source to a file (--out), by the run in the working directory or init_from",
+        "write the features of all images of the source to a file (--out), by the run in the working directory or init_from",
         flags=("out",),
         of_run=True,
         compiles=True,

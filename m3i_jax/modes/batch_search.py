@@ -60,7 +60,7 @@ def _line(known: dict[int, CompileTrial], size: int) -> int | None:
 
 
 def with_batch(config: schema.Config, images: int) -> schema.Config:
-    """The configuration with another batch, as many pictures as one batch has at least, and no warm-up: the run has other steps, fewer
+    """The configuration with another batch, as many images as one batch has at least, and no warm-up: the run has other steps, fewer
     perhaps than its warm-up, and what a step needs does not depend on it."""
     data, optim = dataclasses.replace(config.data, size=max(config.data.size, images)), dataclasses.replace(config.optim, warmup_steps=0)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=images), data=data, optim=optim)

@@ -98,7 +98,7 @@ def chips_fed(config: schema.Config, vocabulary: int, supply: float) -> dict[str
         samples a second that one asks for, how many are fed.
     """
     one = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
-    # What a picture costs does not depend on the schedule, which may not fit the data yet.
+    # What an image costs does not depend on the schedule, which may not fit the data yet.
     train, optim = dataclasses.replace(config.train, steps=1), dataclasses.replace(config.optim, warmup_steps=0)
     made = trainer.Trainer(dataclasses.replace(config, train=train, optim=optim), one, vocabulary)
     cost, mfu = monitoring.model_flops(made) / config.train.batch_size, config.report.mfu

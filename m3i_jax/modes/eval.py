@@ -92,7 +92,7 @@ def evaluate(job: jobs.Setup, about: dict[str, Any], asked: dict[str, feature_ex
                     began = time.monotonic()
                     results[name] = dict(measure(seen))
                     if main:
-                        print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)  # an evaluation of many pictures is long
+                        print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)  # an evaluation of many images is long
                         write_text_atomic(place, json.dumps({**about, "results": results, "skipped": dict(seen.skipped)}, indent=1) + "\n")
         except loop.Preempted:
             if main:
@@ -106,8 +106,8 @@ def evaluate(job: jobs.Setup, about: dict[str, Any], asked: dict[str, feature_ex
         print(text_table.text_table(rows, ("what", "value")))
         bad = {reason: count for reason, count in seen.skipped.items() if count}
         if (job.workdir / "metrics.jsonl").is_file():
-            print(f"\n{report.write_report(job.config, job.workdir)}, with pictures of this")
-        print(f"\n{place}" + (f"; pictures that could not be read: {bad}" if bad else ""), flush=True)
+            print(f"\n{report.write_report(job.config, job.workdir)}, with images of this")
+        print(f"\n{place}" + (f"; images that could not be read: {bad}" if bad else ""), flush=True)
     return loop.DONE
 
 

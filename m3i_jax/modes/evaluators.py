@@ -42,13 +42,13 @@ def eval_rows(job: Setup) -> int:
 
 
 def host_eval_batches(job: Setup, source: Any, limit: int) -> eval_batches.EvaluationBatches:
-    """This host's share of clean views of at most `limit` pictures, spread evenly over the source; batches divide over the devices."""
+    """This host's share of clean views of at most `limit` images, spread evenly over the source; batches divide over the devices."""
     count = min(limit, len(source))
     return chosen_batches(job, source, [i * len(source) // count for i in range(count)])
 
 
 def chosen_batches(job: Setup, source: Any, indices: list[int]) -> eval_batches.EvaluationBatches:
-    """This host's share of clean views of some pictures."""
+    """This host's share of clean views of some images."""
     data = job.config.data
     hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
     return eval_batches.evaluation_batches(
@@ -84,13 +84,13 @@ def enabled_evaluators(job: Setup, say: Say, *, thorough: bool = True) -> list[s
     for why, titles in lacking.items():
         say(f"no {' and '.join(filter(None, (', '.join(titles[:-1]), titles[-1])))} evaluation: {why}")
     if out and not len(job.held_out):
-        say("no evaluation: no pictures are held out; set config.data.holdout")
+        say("no evaluation: no images are held out; set config.data.holdout")
         return []
     return out
 
 
 def enabled_metrics(job: Setup, say: Say, *, easel: figure_evaluators.FigureWriter, thorough: bool = True) -> tuple[dict[str, frozen.Metric], dict[str, frozen.ImageSet]]:
-    """({name: measure}, {name: set of pictures}) of what is wanted.
+    """({name: measure}, {name: set of images}) of what is wanted.
 
     Args:
       job: the run.

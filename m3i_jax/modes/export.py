@@ -4,7 +4,7 @@ timm        model.safetensors and config.json; timm.create_model(...).load_state
 hf          model.safetensors, config.json, preprocessor_config.json; transformers.ViTModel.from_pretrained. Of an InternImage the first
             and the last, with the names of its authors' Hugging Face repositories
 npz         vit.npz with the names of Google's vision_transformer; intern_image.npz with those of InternImage's PyTorch files
-stablehlo   features.stablehlo: pictures [b, S, S, 3] uint8 -> features [b, D] for any b, by jax.export; runs without this package
+stablehlo   features.stablehlo: images [b, S, S, 3] uint8 -> features [b, D] for any b, by jax.export; runs without this package
 orbax       parameters: our own tree, by Orbax
 """
 
@@ -151,8 +151,8 @@ def _to_stablehlo(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) 
     expected, got = np.asarray(function(few)), np.asarray(again.call(few))
     shape = ", ".join(map(str, again.out_avals[0].shape))
     return [
-        f"features ({model.pool}) of uint8 pictures [b, {size}, {size}, 3] as float32 [{shape}], for " + ", ".join(_PLATFORMS),
-        "run it with: jax.export.deserialize(bytearray(open('features.stablehlo', 'rb').read())).call(pictures)",
+        f"features ({model.pool}) of uint8 images [b, {size}, {size}, 3] as float32 [{shape}], for " + ", ".join(_PLATFORMS),
+        "run it with: jax.export.deserialize(bytearray(open('features.stablehlo', 'rb').read())).call(images)",
         _difference("the file, read back,", expected, got),
     ]
 
@@ -180,7 +180,7 @@ def _described(model: load.LoadedEncoder) -> tuple[dict[str, Any], int, dict[str
 
 
 def _pictures(model: load.LoadedEncoder) -> np.ndarray:
-    """Two normalised random pictures to compare with."""
+    """Two normalised random images to compare with."""
     size = model.config.data.image_size
     raw = np.random.default_rng(0).integers(0, 256, (2, size, size, 3)).astype(np.uint8)
     return np.asarray(photometric.normalize(jnp.asarray(raw), model.config.data.augment))

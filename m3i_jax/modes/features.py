@@ -1,4 +1,4 @@
-"""--mode=features --out=FILE: features of every picture of a source, by a run or by other weights (init_from), as one npz.
+"""--mode=features --out=FILE: features of every image of a source, by a run or by other weights (init_from), as one npz.
 
 keys (text), labels int32 (-1: none), held_out bool, features float32 [n, D], in the order of the source, training part first; `about`, JSON
 that says what made them. The file appears when it is whole. What is done until then lies beside it in FILE.parts, and the same command
@@ -21,7 +21,7 @@ from m3i_jax.interop import tensor_files
 from m3i_jax.modes import setup as jobs
 from m3i_jax.training import checkpoint_dir
 
-_PART = 4096  # pictures between two writes
+_PART = 4096  # images between two writes
 
 
 def run(config: schema.Config, *, workdir: str, out: str) -> int:
@@ -43,7 +43,7 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
     kept = target.with_name(target.name + ".parts")
     with jobs.lock_workdir(place):
         _agree(kept, identity)
-        print(f"{model.name}, {model.pool}: {len(train):,} pictures for training, {len(held_out):,} held out")
+        print(f"{model.name}, {model.pool}: {len(train):,} images for training, {len(held_out):,} held out")
         made = [_part(model, config, source, kept / f"{name}.{at}.npz", at) for name, source in (("train", train), ("held_out", held_out))
                 for at in range(0, len(source), _PART)]  # fmt: skip
         skipped: dict[str, int] = {}
@@ -52,7 +52,7 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
                 skipped[reason] = skipped.get(reason, 0) + count
         whole = [part for part in made if "keys" in part]
         if not whole:
-            raise UserError(f"no picture of {train.name} could be read: {skipped}")
+            raise UserError(f"no image of {train.name} could be read: {skipped}")
         columns = {name: np.concatenate([part[name] for part in whole]) for name in ("keys", "labels", "held_out", "features")}
         about = identity | {"classes": list(train.classes), "skipped": {reason: n for reason, n in skipped.items() if n}}
         tensor_files.write_npz(target, columns | {"about": np.array(json.dumps(privacy.redacted(about)))})
@@ -87,7 +87,7 @@ def _agree(kept: pathlib.Path, identity: dict[str, Any]) -> None:
 
 
 def _part(model: load.LoadedEncoder, config: schema.Config, source: base.DataSource, file: pathlib.Path, start: int) -> dict[str, np.ndarray]:
-    """The features of _PART pictures from `start` on, from `file` if they are there."""
+    """The features of _PART images from `start` on, from `file` if they are there."""
     if file.is_file():
         return dict(tensor_files.read_tensors(file))
     mesh = parallel.make_mesh((-1, 1, 1))
@@ -109,7 +109,7 @@ def _part(model: load.LoadedEncoder, config: schema.Config, source: base.DataSou
         found.append(np.asarray(model.function(model.params, jax.device_put(batch["views"], layout)))[valid])
         labels.append(batch["label"][valid])
         index.append(batch["index"][valid])
-    if not found:  # every picture was bad
+    if not found:  # every image was bad
         return {"skipped": np.array(json.dumps(dict(batches.skipped)))}
     places = np.concatenate(index)
     columns = {

@@ -1,4 +1,4 @@
-"""Evaluators that draw: where the encoder looks, which classes it takes for which, what it reads into pictures, whom it holds to be alike.
+"""Evaluators that draw: where the encoder looks, which classes it takes for which, what it reads into images, whom it holds to be alike.
 
 Each gives an exhibit in WORKDIR/pictures, <step>-<kind>.png and .json, which `report.html` shows; the embedding report a figure too. They
 run when a training is done and in --mode=eval, on the features that the other evaluators have made already.
@@ -20,13 +20,13 @@ from m3i_jax.reporting import confusion_matrix as confused
 from m3i_jax.reporting import embedding_map, figures, image_grid, panels
 from m3i_jax.reporting.figures import Figure, FigureLine, FigureRow, FigureTile
 
-ROWS, FEW, TEXTS = 12, 8, 5  # pictures whose neighbours or whose attention is shown; that are named; texts of one of them
+ROWS, FEW, TEXTS = 12, 8, 5  # images whose neighbours or whose attention is shown; that are named; texts of one of them
 Batches = Callable[[list[int]], eval_batches.EvaluationBatches]
 
 
 @dataclasses.dataclass
 class FigureWriter:
-    """Where and under which name an evaluation draws, and how its pictures are read.
+    """Where and under which name an evaluation draws, and how its images are read.
 
     Attributes:
       job: the run.
@@ -64,7 +64,7 @@ class FigureWriter:
         return self.job.classes[label] if 0 <= label < len(self.job.classes) else ""
 
     def pictures(self, count: int) -> str:
-        return f"{count:,} held-out picture" + "s" * (count != 1)
+        return f"{count:,} held-out image" + "s" * (count != 1)
 
 
 def spread_rows(count: int, most: int) -> list[int]:
@@ -78,7 +78,7 @@ def spread_rows(count: int, most: int) -> list[int]:
 
 
 def neighbors_figure(easel: FigureWriter) -> Metric:
-    """eval/embedding/same_class, the share of pictures whose nearest neighbour is of their class, and two exhibits."""
+    """eval/embedding/same_class, the share of images whose nearest neighbour is of their class, and two exhibits."""
 
     def run(seen: EvalContext) -> Iterator[tuple[str, float]]:
         found = seen("queries")
@@ -106,7 +106,7 @@ def _alike(easel: FigureWriter, vectors_NxD: np.ndarray, label_N: np.ndarray, re
             FigureTile(tile[n], name, f"{c:.2f}", name == own if name and own else None) for n, name, c in zip(near, names, close, strict=True)
         ]
         rows.append(FigureRow([FigureTile(tile[row], own), *others]))
-    note = f"first the picture, then those of {easel.pictures(len(vectors_NxD))} most alike to it, with their cosines"
+    note = f"first the image, then those of {easel.pictures(len(vectors_NxD))} most alike to it, with their cosines"
     easel.write("neighbours", "Nearest neighbours", note, rows)
 
 
@@ -145,7 +145,7 @@ def _matrix(easel: FigureWriter, answers: Predictions, by: str) -> None:
 
 
 def attention_figure(easel: FigureWriter, batches: Batches, *, pooled: bool) -> Metric:
-    """An exhibit of where the encoder looks in some pictures, and of its dense features in colours."""
+    """An exhibit of where the encoder looks in some images, and of its dense features in colours."""
     look = attention_maps.compile_maps(easel.job.config, easel.job.mesh, pooled=pooled)
 
     def run(seen: EvalContext) -> Iterator[tuple[str, float]]:
@@ -174,13 +174,13 @@ def _maps(easel: FigureWriter, maps: dict[str, np.ndarray], records: list[int], 
         )
     where = " and ".join(told for _, told in kinds.values())
     note = (f"where {where} looks, mean over the heads, darkest where most; then " if where else "") + (
-        "the dense features, their first three principal components over these pictures as red, green and blue"
+        "the dense features, their first three principal components over these images as red, green and blue"
     )
     easel.write("attention", "Where it looks, and what it tells apart", note, rows)
 
 
 def zero_shot_figure(easel: FigureWriter, said: ClassPrompts, *, pictures: str) -> Metric:
-    """An exhibit of some pictures and the class names that fit them best, as captions."""
+    """An exhibit of some images and the class names that fit them best, as captions."""
 
     def run(seen: EvalContext) -> Iterator[tuple[str, float]]:
         found = seen(pictures)
@@ -200,7 +200,7 @@ def _named(easel: FigureWriter, said: ClassPrompts, name: str, records: list[int
         best = np.argsort(-share_C, kind="stable")[:TEXTS].tolist()
         rows.append(FigureRow([FigureTile(tile, easel.class_of(label))], [FigureLine(said.names[b], float(share_C[b]), right=b == label) for b in best]))
     note = (
-        f"the class names that fit a picture best, as captions ({len(said.sets[name])} templates), and how probable the model holds each "
-        f"of all {len(said.names):,} to be; below the picture its class"
+        f"the class names that fit an image best, as captions ({len(said.sets[name])} templates), and how probable the model holds each "
+        f"of all {len(said.names):,} to be; below the image its class"
     )
     easel.write("zero_shot", "Zero-shot examples", note, rows)

@@ -18,7 +18,7 @@ from m3i_jax.training import plan
 
 
 def complete_config(config: schema.Config, *, classes: int, captions: bool, size: int) -> schema.Config:
-    """The configuration with what only the data knows: its categories, whether captions are used, its training pictures."""
+    """The configuration with what only the data knows: its categories, whether captions are used, its training images."""
     data = dataclasses.replace(config.data, classes=classes, captions="yes" if captions else "no", size=size)
     return dataclasses.replace(config, data=data)
 

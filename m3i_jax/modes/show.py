@@ -29,7 +29,7 @@ def assume_data(config: schema.Config) -> tuple[schema.Config, list[str]]:
         assumed.append("no captions")
     size = d.size or ASSUMED["size"]
     if not d.size:
-        assumed.append(f"{size:,} training pictures")
+        assumed.append(f"{size:,} training images")
     if d.source == "shapes":
         size = round(size * (1 - d.holdout))
     return setup.complete_config(config, classes=classes, captions=captions, size=size), assumed
@@ -66,7 +66,7 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
     total = monitoring.model_flops(made)
     rows = [
         ("steps", f"{length.steps:,} of {images:,} images ({length.steps_per_epoch:,} an epoch, warm-up {length.warmup:,})"),
-        ("samples", f"{length.steps * images:,}, {length.steps * images / done.data.size:,.1f} epochs of {done.data.size:,} pictures"),
+        ("samples", f"{length.steps * images:,}, {length.steps * images / done.data.size:,.1f} epochs of {done.data.size:,} images"),
         ("matrix FLOPs a step", f"{total / 1e12:,.3f} TFLOP, {total / images / 1e9:,.2f} GFLOP a mixed view"),
         ("matrix FLOPs of the run", f"{total * length.steps / 1e18:,.3f} exaFLOP"),
         (

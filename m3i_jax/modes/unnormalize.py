@@ -1,4 +1,4 @@
-"""From arrays of the model's back to pictures and words for a person; shared by panels and the preview sheet."""
+"""From arrays of the model's back to images and words for a person; shared by panels and the preview sheet."""
 
 import numpy as np
 

@@ -1,6 +1,6 @@
 """Where a target position lies, seen from the input view: how the decoder's queries know what to predict (M3I Fig. 2, SiameseIM).
 
-Boxes are `(top, left, height, width)` in pixels of the un-mirrored picture; a view is cropped first and then, if its flip is set, mirrored.
+Boxes are `(top, left, height, width)` in pixels of the un-mirrored image; a view is cropped first and then, if its flip is set, mirrored.
 Positions are measured in patches of the input view from its left-top corner, so that equal views give exactly 0, 1, 2, ... B pairs of
 views, G cells a side, N = G * G positions in row-major order, W the width of an embedding, a multiple of 4.
 
@@ -42,7 +42,7 @@ def sincos_2d(grid: int, width: int) -> np.ndarray:
 
 
 def resized(table_NxW: np.ndarray, grid: int) -> np.ndarray:
-    """A square position table for another number of cells, bicubic: how a model goes on with pictures of another size (MAE, DeiT).
+    """A square position table for another number of cells, bicubic: how a model goes on with images of another size (MAE, DeiT).
 
     Keys' kernel with a = -0.75, without antialiasing, half-pixel centres and repeated borders: the numbers of torch's bicubic.
 
@@ -101,7 +101,7 @@ def coordinates(
     """Rows and columns of the target view's cells in patches of the input view (SiameseIM, for crop first and mirror afterwards).
 
     Args:
-      box_in_Bx4: (top, left, height, width) of the input view, pixels of the un-mirrored picture; height and width > 0.
+      box_in_Bx4: (top, left, height, width) of the input view, pixels of the un-mirrored image; height and width > 0.
       flip_in_B: whether the input view was mirrored after cropping.
       box_out_Bx4: box of the target view.
       flip_out_B: whether the target view was mirrored.
@@ -178,7 +178,7 @@ def relative_positions(
     map 2 W -> W makes a decoder query of it.
 
     Args:
-      box_in_Bx4: (top, left, height, width) of the input view, pixels of the un-mirrored picture; height and width > 0.
+      box_in_Bx4: (top, left, height, width) of the input view, pixels of the un-mirrored image; height and width > 0.
       flip_in_B: whether the input view was mirrored after cropping.
       box_out_Bx4: box of the target view.
       flip_out_B: whether the target view was mirrored.

@@ -41,7 +41,7 @@ _PLAIN = {
     "data.augment.jitter_p": 0.0, "data.augment.grayscale_p": 0.0, "data.augment.blur_p": (0.0, 0.0), "data.augment.solarize_p": (0.0, 0.0)
 }  # fmt: skip
 _EVEN = {"data.augment.blur_p": (0.5, 0.5), "data.augment.solarize_p": (0.0, 0.0)}  # both views alike
-# SLIP's runs on YFCC, CLIP's among them: short, for every picture comes with a caption.
+# SLIP's runs on YFCC, CLIP's among them: short, for every image comes with a caption.
 _YFCC = {"optim.b2": 0.98, "optim.min_lr": 1e-5, "optim.warmup_epochs": 1.0, "train.epochs": 25.0}
 _BYOL = ProjectionHead(projector=MlpShape(layers=2), predictor=MlpShape(layers=2))
 _MOCO = ProjectionHead(pool="cls", projector=MlpShape(layers=3, last_norm=True), predictor=MlpShape(layers=2, last_norm=True))

@@ -24,7 +24,7 @@ class Pass:
     masked  only the cells that show the row's own image are read, the others are dropped
     filled  of a masked pass: hidden cells are not dropped but stand as a learned mask token (BEiT, data2vec)
     mixed   the other cells show the partner image (section 3.4); excludes `masked`
-    blended the whole picture is blended with the partner's, by mixup or CutMix; excludes both
+    blended the whole image is blended with the partner's, by mixup or CutMix; excludes both
 
     >>> Pass(mixed=True).mixed
     True
@@ -40,7 +40,7 @@ class Pass:
         if self.masked and self.mixed:
             raise ValueError("a pass is masked or mixed, not both: a mixed input fills the cells that a masked one drops")
         if self.blended and (self.masked or self.mixed):
-            raise ValueError("a pass that blends whole pictures is neither masked nor mixed")
+            raise ValueError("a pass that blends whole images is neither masked nor mixed")
         if self.filled and not self.masked:
             raise ValueError("only a masked pass has hidden cells to fill")
 
@@ -54,7 +54,7 @@ class Target:
     """One target representation, z_y = f_phi(t_y(s)).
 
     of       pixels, tokens (dense features), pooled (one vector), category or text
-    crop     which view the target encoder reads; None where the target is not a picture
+    crop     which view the target encoder reads; None where the target is not an image
     encoder  identity; ema; shared: the online encoder without gradient; online: with gradient, its own pass; frozen: of a checkpoint
     blocks   tokens: mean over the outputs of this many last blocks, or of all if there are fewer, each normalised (data2vec)
     """
@@ -68,7 +68,7 @@ class Target:
         if self.of not in (*IMAGE_TARGETS, "category", "text"):
             raise ValueError(f"target of {self.of!r}: must be pixels, tokens, pooled, category or text")
         if (self.of in IMAGE_TARGETS) != (self.crop is not None):
-            raise ValueError(f"target of {self.of!r} with crop {self.crop!r}: pictures name a crop, annotations do not")
+            raise ValueError(f"target of {self.of!r} with crop {self.crop!r}: images name a crop, annotations do not")
         if self.encoder not in ("identity", "ema", "shared", "online", "frozen") or self.learned != (self.encoder != "identity"):
             raise ValueError(
                 f"target of {self.of!r} with encoder {self.encoder!r}: tokens and pooled have an encoder, the others have none"
@@ -159,7 +159,7 @@ class Term:
         if self.image == "partner" and not (self.reads.mixed or self.reads.blended):
             raise ValueError(f"term {self.name}: only a mixed or blended pass shows a partner")
         if self.reads.blended and self.head != PooledHead(everything=True):
-            raise ValueError(f"term {self.name}: a blended picture has no cells of its own; predict from all of them")
+            raise ValueError(f"term {self.name}: a blended image has no cells of its own; predict from all of them")
         if self.target.encoder == "online" and not self.posterior.two_sided:
             raise ValueError(f"term {self.name}: {type(self.posterior).__name__} takes its target as a constant; use a shared target")
         wanted = (DecoderHead, LinearHead, ProjectionHead) if self.target.of in DENSE_TARGETS else ProjectionHead if self.target.of == "pooled" else PooledHead
@@ -232,7 +232,7 @@ FORMS: dict[str, Terms] = {
     "m3i_unmixed": (token_term(MASKED, 0), token_term(MASKED, 1), category_term(MASKED), text_term(MASKED)),
 }
 # What is trained after pre-training. The target of a blend is the blend of both targets, and the cross-entropy is linear in its target: so
-# each picture has a term, weighed by its share of the input.
+# each image has a term, weighed by its share of the input.
 TRANSFER: dict[str, Terms] = {
     "finetune": tuple(
         dataclasses.replace(category_term(FULL), reads=BLENDED, image=image, head=PooledHead(everything=True)) for image in ("own", "partner")

@@ -1,4 +1,4 @@
-"""The table of --mode=compare: one row an objective, mean and spread over seeds, as text, Markdown, JSON and a picture of bars.
+"""The table of --mode=compare: one row an objective, mean and spread over seeds, as text, Markdown, JSON and an image of bars.
 
 Losses are in the table, but only the evaluations compare: what one objective calls 0.5 another would call nothing.
 """

@@ -1,4 +1,4 @@
-"""Which classes are taken for which: a matrix as a picture, and the pairs that are confused most often."""
+"""Which classes are taken for which: a matrix as an image, and the pairs that are confused most often."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def shown_classes(counts: ConfusionCounts, most: int = MOST) -> list[int]:
 
 
 def row_shares(counts: ConfusionCounts, classes: list[int]) -> np.ndarray:
-    """[c, c + 1]: of the pictures of a class (row), the share taken for each of the classes, and for any other.
+    """[c, c + 1]: of the images of a class (row), the share taken for each of the classes, and for any other.
 
     >>> row_shares(count_confusions(np.array([0, 0, 1, 2]), np.array([0, 2, 1, 2])), [0, 1]).tolist()
     [[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]
@@ -59,7 +59,7 @@ def row_shares(counts: ConfusionCounts, classes: list[int]) -> np.ndarray:
 
 
 def confused_pairs(counts: ConfusionCounts, most: int = PAIRS) -> list[tuple[int, int, float]]:
-    """(class, what it is taken for, share of its pictures) of the most frequent errors.
+    """(class, what it is taken for, share of its images) of the most frequent errors.
 
     >>> confused_pairs(count_confusions(np.array([0, 0, 1]), np.array([1, 0, 1])))
     [(0, 1, 0.5)]

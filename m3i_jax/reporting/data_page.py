@@ -16,7 +16,7 @@ def data_page_html(report: DataReport, *, pictures: Sequence[Thumbnail], twins: 
 
     Args:
       report: as `data.json` holds it.
-      pictures: examples, each with "jpeg" (bytes), "key", "size", "label" and "caption".
+      images: examples, each with "jpeg" (bytes), "key", "size", "label" and "caption".
       twins: for some duplicates, two or more of such examples.
     """
     source, sample = report["source"], report["sample"]
@@ -35,7 +35,7 @@ def data_page_html(report: DataReport, *, pictures: Sequence[Thumbnail], twins: 
         f"<h1>{_text(source['name'])}</h1><p class=muted>{_text(source['description'])}</p>",
         html_page.headline(numbers),
         html_page.definition_list(data_report.report_facts(report)),
-        "<h2>Pictures</h2>" + (_pictures(pictures) or "<p>There is no usable picture.</p>"),
+        "<h2>Pictures</h2>" + (_pictures(pictures) or "<p>There is no usable image.</p>"),
         '<h2>Distributions</h2><div class="charts">'
         + "".join(_bars(title, bars, good) for title, bars in data_report.histogram_lines(report, 24))
         + "</div>",
@@ -83,9 +83,9 @@ def _bad(report: DataReport) -> str:
 def _twins(report: DataReport, twins: Sequence[Sequence[Thumbnail]]) -> str:
     count, scope = report["duplicates"], "" if report["sample"]["whole"] else " among the records that were looked at"
     if not count["records"]:
-        return f"<p>No two pictures have the same bytes{scope}.</p>"
+        return f"<p>No two images have the same bytes{scope}.</p>"
     told = (
-        f"{count['groups']:,} pictures occur more than once{scope}, {count['records']:,} records too many; of these pictures "
+        f"{count['groups']:,} images occur more than once{scope}, {count['records']:,} records too many; of these images "
         f"{count['with_several_labels']:,} have several labels, {count['in_both_parts']:,} are both trained on and held out."
     )
     return f"<p>{told}</p>" + _pictures([picture for group in twins for picture in group])

@@ -51,9 +51,9 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
     if categories["in_source"] or categories["used"]:
         rows.append((
             "categories",
-            f"{categories['used']:,} used of {categories['in_source']:,}; pictures in each: {categories['smallest']:,} to "
+            f"{categories['used']:,} used of {categories['in_source']:,}; images in each: {categories['smallest']:,} to "
             f"{categories['largest']:,}, median {categories['median']:g}; as uncertain as {categories['effective']:g} equal ones"
-            + (f"; {len(categories['empty']):,} have no picture" if categories["empty"] else "")
+            + (f"; {len(categories['empty']):,} have no image" if categories["empty"] else "")
             + (f"; {categories['dropped']:,} labels dropped" if categories["dropped"] else ""),
         ))  # fmt: skip
     if "median" in captions:
@@ -66,21 +66,21 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
     rows.append((
         "duplicates",
         f"{twice['records']:,} ({format_share(twice['records'], good)}) have the bytes of another one"
-        + (f"; {twice['in_both_parts']:,} pictures are both trained on and held out" if twice["in_both_parts"] else "")
+        + (f"; {twice['in_both_parts']:,} images are both trained on and held out" if twice["in_both_parts"] else "")
         + (f"; {twice['with_several_labels']:,} have several labels" if twice["with_several_labels"] else ""),
     ))  # fmt: skip
     return rows
 
 
 def feeding_lines(report: DataReport) -> tuple[str, list[tuple[str, str, str, str]]]:
-    """A sentence with what was measured and assumed, and rows (chip, peak, pictures a second it asks for, how many this machine feeds)."""
+    """A sentence with what was measured and assumed, and rows (chip, peak, images a second it asks for, how many this machine feeds)."""
     speed, feeds = report["speed"], report["feeds"]
     if not speed["pipeline"]:
-        return "No speed was measured: there are fewer than two usable pictures.", []
+        return "No speed was measured: there are fewer than two usable images.", []
     text = (
-        f"One core decodes {format_rate(speed['decode'])} pictures a second and makes {format_rate(speed['pipeline'])} whole samples a second "
-        f"(decoding, two views of {feeds['image_size']} pixels, mask, caption), measured on {speed['pictures']:,} pictures in memory. Fed "
-        f"by all {speed['cores']} cores, if a step takes {feeds['flops_per_image'] / 1e9:.4g} GFLOP a picture (counted) and a chip reaches "
+        f"One core decodes {format_rate(speed['decode'])} images a second and makes {format_rate(speed['pipeline'])} whole samples a second "
+        f"(decoding, two views of {feeds['image_size']} pixels, mask, caption), measured on {speed['pictures']:,} images in memory. Fed "
+        f"by all {speed['cores']} cores, if a step takes {feeds['flops_per_image'] / 1e9:.4g} GFLOP an image (counted) and a chip reaches "
         f"{feeds['mfu']:.0%} of its peak (assumed):"
     )
     rows = [(chip, f"{peak / 1e12:,.0f} TFLOP/s", format_rate(wants), format_rate(fed)) for chip, peak, wants, fed in feeds["chips"]]

@@ -85,7 +85,7 @@ def class_color(number: int, count: int) -> Color:
 
 
 def embedding_image(points_Nx2: np.ndarray, label_N: np.ndarray, names: Sequence[str]) -> tuple[Image.Image, list[tuple[str, Color]]]:
-    """A map, one dot a picture in the colour of its class, and what the colours are: at most TOLD of them.
+    """A map, one dot an image in the colour of its class, and what the colours are: at most TOLD of them.
 
     >>> image, key = embedding_image(np.array([[0.0, 0.0], [1.0, 2.0]]), np.array([0, -1]), ["cat"])
     >>> image.size, [name for name, _ in key]

@@ -1,7 +1,7 @@
-"""What evaluators draw for a person: rows of pictures with words, and lines of words with bars.
+"""What evaluators draw for a person: rows of images with words, and lines of words with bars.
 
 One value, `Figure`, whatever is shown. `write_figure` keeps it in two files of WORKDIR/pictures: NAME.png, a sheet that can be looked at by
-itself, and NAME.json, its words and where in the sheet each picture lies. From these `figure_html` sets it for a page, with words as text: they
+itself, and NAME.json, its words and where in the sheet each image lies. From these `figure_html` sets it for a page, with words as text: they
 can be read on a phone, in any script, and in the dark.
 """
 
@@ -28,7 +28,7 @@ _MANY, _LARGE = 5, 200  # tiles of a row, or pixels of one, from which on it tak
 
 @dataclasses.dataclass(frozen=True)
 class FigureTile:
-    """A picture, words below it, a note below those. right: whether the words are the right ones; None: that is no question."""
+    """An image, words below it, a note below those. right: whether the words are the right ones; None: that is no question."""
 
     image: Image.Image
     words: str = ""
@@ -129,7 +129,7 @@ def _read(file: pathlib.Path) -> dict[str, Any]:
 
 def _broken(file: pathlib.Path, error: Exception) -> UserError:
     told = " ".join(f"{type(error).__name__}: {error}".split())[:150]
-    return UserError(f"{file}: is no picture that an evaluator drew ({told}); delete it, and --mode=eval draws it anew")
+    return UserError(f"{file}: is no image that an evaluator drew ({told}); delete it, and --mode=eval draws it anew")
 
 
 def _html_row(row: dict[str, Any], paper: Image.Image) -> str:
@@ -179,7 +179,7 @@ def format_percent(share: float) -> str:
 
 
 def draw_figure(exhibit: Figure) -> tuple[image_grid.ImageGrid, list[list[tuple[int, int, int, int]]]]:
-    """The sheet, and where in it the pictures of every row lie: (left, top, width, height).
+    """The sheet, and where in it the images of every row lie: (left, top, width, height).
 
     >>> draw_figure(Figure("", "", [FigureRow([FigureTile(Image.new("RGB", (8, 9)))])]))[1]
     [[(24, 56, 8, 9)]]

@@ -1,4 +1,4 @@
-"""What every HTML report shares: one file, style and pictures inside it, nothing fetched and nothing run, so that it can be mailed, and
+"""What every HTML report shares: one file, style and images inside it, nothing fetched and nothing run, so that it can be mailed, and
 read on a phone, light or dark. Whatever comes from data, names or settings is escaped."""
 
 import base64
@@ -117,7 +117,7 @@ def html_table(headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: i
 
 
 def embed_image(content: bytes, alt: str, kind: str = "png") -> str:
-    """An inlined picture.
+    """An inlined image.
 
     >>> embed_image(b"\\x00", "nothing")
     '<img alt="nothing" src="data:image/png;base64,AA==">'

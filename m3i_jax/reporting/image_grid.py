@@ -1,8 +1,8 @@
-"""What the pictures of a run have in common: tiles of one size, colours, words that fit, and a file that is whole or not there.
+"""What the images of a run have in common: tiles of one size, colours, words that fit, and a file that is whole or not there.
 
-Pictures of at most SMALL pixels are enlarged by a whole factor without interpolation, so that every pixel shown is a pixel that the model
+Images of at most SMALL pixels are enlarged by a whole factor without interpolation, so that every pixel shown is a pixel that the model
 reads; larger ones are reduced with an antialiased bicubic filter. A tile is always a whole number of grid cells wide: maps of cells and the
-pictures beside them line up exactly.
+images beside them line up exactly.
 """
 
 import functools
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from m3i_jax.reporting import atomic_write
 
 TILE = 112  # wanted side of a tile, pixels
-SMALL = 128  # pictures up to this side are never reduced
+SMALL = 128  # images up to this side are never reduced
 GAP, MARGIN = 8, 24
 Color = tuple[int, int, int]
 PAPER, FRAME, RULE = (252, 252, 250), (214, 214, 209), (228, 228, 224)
@@ -49,7 +49,7 @@ def square_side(cells: int) -> int:
 
 
 def side_of_tile(size: int, grid: int) -> int:
-    """Side in pixels of the tiles that show pictures of side `size` cut into grid x grid cells: about TILE, a whole number of cells.
+    """Side in pixels of the tiles that show images of side `size` cut into grid x grid cells: about TILE, a whole number of cells.
 
     >>> side_of_tile(224, 14), side_of_tile(384, 24), side_of_tile(32, 4)
     (112, 120, 128)
@@ -60,14 +60,14 @@ def side_of_tile(size: int, grid: int) -> int:
 
 
 def image_tile(pixels_SxSx3: np.ndarray, side: int) -> Image.Image:
-    """A picture, uint8, as a tile."""
+    """An image, uint8, as a tile."""
     image, size = Image.fromarray(np.ascontiguousarray(pixels_SxSx3)), pixels_SxSx3.shape[0]
     whole = side % size == 0
     return image.resize((side, side), Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC)
 
 
 def upsample_cells(cells_Nx: np.ndarray, side: int) -> np.ndarray:
-    """Cells [N, ...] of a row-major grid as a picture [side, side, ...], each a plain square.
+    """Cells [N, ...] of a row-major grid as an image [side, side, ...], each a plain square.
 
     >>> upsample_cells(np.arange(4), 4)
     array([[0, 0, 1, 1],

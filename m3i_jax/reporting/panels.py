@@ -1,4 +1,4 @@
-"""What a run sees and predicts, as a picture: inputs, targets and predictions side by side, one row an input.
+"""What a run sees and predicts, as an image: inputs, targets and predictions side by side, one row an input.
 
 Features have hundreds of dimensions; the three along which the targets of a term vary most become red, green and blue. Basis and range come
 from the targets alone and hold for all rows of the term: equal features have equal colours, and a prediction that has collapsed looks flat
@@ -169,7 +169,7 @@ def write_panel(
     Args:
       path: the file; its directory must exist.
       features: float [R, N, D] "<term>/prediction" and "<term>/target" of every dense term, none to many; other keys are not looked at.
-      pictures: uint8 [R, S, S, 3] "input" (what the encoder reads), "input_view" (the own view) and, a term, "<term>/view". A term that
+      images: uint8 [R, S, S, 3] "input" (what the encoder reads), "input_view" (the own view) and, a term, "<term>/view". A term that
         predicts pixels has "<term>/picture" instead of features and, where the input hides cells, may have "<term>/completed": the input
         with the predicted pixels in them.
       batch: bool [R, N] "mask", True where a cell shows the own image; other keys are not looked at.

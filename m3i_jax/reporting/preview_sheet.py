@@ -1,4 +1,4 @@
-"""A contact sheet of a batch, to be looked at before anything is trained on it: are the pictures, crops, masks, labels and captions right?
+"""A contact sheet of a batch, to be looked at before anything is trained on it: are the images, crops, masks, labels and captions right?
 
 Partners stand side by side. A mask has the colour of the image that a cell shows, so that it can be checked against the mixed input; where
 nothing is mixed, what is hidden is grey. On the
@@ -34,7 +34,7 @@ def mix_images(views_RxSxSx3: np.ndarray, mask_RxN: np.ndarray) -> np.ndarray:
 
 
 def frame_boxes(original_HxWx3: np.ndarray, box_2x4: np.ndarray, flip_2: np.ndarray, side: int) -> Image.Image:
-    """A whole picture fitted into a tile, with the frames of its views.
+    """A whole image fitted into a tile, with the frames of its views.
 
     Args:
       original_HxWx3: uint8, in its final orientation; its scale does not matter as long as `box_2x4` is in its pixels.
@@ -55,7 +55,7 @@ def frame_boxes(original_HxWx3: np.ndarray, box_2x4: np.ndarray, flip_2: np.ndar
     for (top, left, h, w), mirrored, colour in zip(np.asarray(box_2x4, float), flip_2, BOXES[: len(box_2x4)], strict=True):
         x0, y0, x1, y1 = at[0] + left * scale, at[1] + top * scale, at[0] + (left + w) * scale - 1, at[1] + (top + h) * scale - 1
         x1, y1 = max(x0, x1), max(y0, y1)
-        draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=image_grid.PAPER)  # a light rim: visible on any picture
+        draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=image_grid.PAPER)  # a light rim: visible on any image
         draw.rectangle((x0, y0, x1, y1), outline=colour, width=2)
         edge, middle, inwards = (x1, (y0 + y1) / 2, -5) if mirrored else (x0, (y0 + y1) / 2, 5)
         draw.polygon([(edge, middle - 4), (edge, middle + 4), (edge + inwards, middle)], fill=colour)
@@ -80,8 +80,8 @@ def write_preview(
         input is left out. With originals also float [R, 2, 4] "box" and bool [R, 2] "flip".
       captions: R strings, empty where there is none.
       classes: names of the categories.
-      originals: R pictures uint8 [H, W, 3] at their full size, to show with the frames of the views; or none.
-      blended: uint8 [R, S, S, 3], inputs of an objective that blends whole pictures: shown instead of target view, mask and mixed input.
+      originals: R images uint8 [H, W, 3] at their full size, to show with the frames of the views; or none.
+      blended: uint8 [R, S, S, 3], inputs of an objective that blends whole images: shown instead of target view, mask and mixed input.
       columns: those of COLUMNS that the objective reads, in their order.
 
     Raises:

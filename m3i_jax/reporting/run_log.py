@@ -1,4 +1,4 @@
-"""What a run has written, read back: its log as curves, its settings, its pictures. No jax, and no trust in the last line of a log."""
+"""What a run has written, read back: its log as curves, its settings, its images. No jax, and no trust in the last line of a log."""
 
 import dataclasses
 import json

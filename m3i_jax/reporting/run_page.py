@@ -12,7 +12,7 @@ from m3i_jax.reporting.svg_charts import SvgCurve
 
 PANELS = 5  # of a run
 TONES = 8
-PICTURES_AFTER = "Losses"  # section behind which pictures stand: before what only an operator looks at
+PICTURES_AFTER = "Losses"  # section behind which images stand: before what only an operator looks at
 # Section, its metrics by how their names begin, and what is healthy.
 SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Evaluation", ("eval/",), "Rises above its value at step 0, that of the weights which the run began with."),
@@ -102,7 +102,7 @@ pre { font-size: .78rem; line-height: 1.35; overflow-x: auto; white-space: pre-w
 
 def _about(runs: Sequence[RunLog]) -> str:
     end, samples = runs[0].lines[-1]["step"], runs[0].last("samples_seen")
-    seen = f", {samples:,.0f} pictures seen" if samples else ""
+    seen = f", {samples:,.0f} images seen" if samples else ""
     beside = f"; beside it {', '.join(run.name for run in runs[1:])}" if len(runs) > 1 else ""
     return f"{end:,} steps{seen}{beside}"
 

@@ -220,7 +220,7 @@ class Writers:
             self.say(f"warning: {name} lost {self.dropped[name]} {what}: {type(error).__name__}: {error}")
 
     def attempt(self, name: str, write: Callable[[], Any]) -> None:
-        """Do what writes a file beside the log, such as a picture; a disk that does not take it costs the file, counted as `dropped`, and
+        """Do what writes a file beside the log, such as an image; a disk that does not take it costs the file, counted as `dropped`, and
         nothing else."""
         try:
             write()

@@ -4,7 +4,7 @@ of its processes, those before a restart included:
     start     importing, meeting the other hosts, opening data, the trainer, the first state; restore: reading a checkpoint
     compile   tracing and compiling, wherever it happens
     data      waiting for a batch           step      training: sending steps, waiting for the device
-    evaluate  evaluators                    save      what the loop waits for checkpoints; panel: pictures; trace: the profiler's
+    evaluate  evaluators                    save      what the loop waits for checkpoints; panel: images; trace: the profiler's
     stop      closing files at the end      lost      steps that a restart had to do again
 """
 
@@ -195,7 +195,7 @@ class InputStallAlarm:
             return ""
         return (
             f"training waits for data: {share:.0%} of the last reading's time, {waited:,.1f} s since it began; raise data.threads or "
-            "data.workers, use a faster disk, or smaller pictures in ArrayRecord shards (--mode=convert)"
+            "data.workers, use a faster disk, or smaller images in ArrayRecord shards (--mode=convert)"
         )
 
 

@@ -84,7 +84,7 @@ class Preemption:
 
 @dataclasses.dataclass(kw_only=True)
 class Callbacks:
-    """What the loop talks to; made by the mode, so that the loop imports no sink, no evaluator and no picture."""
+    """What the loop talks to; made by the mode, so that the loop imports no sink, no evaluator and no image."""
 
     data: Any  # iterator of host batches; `.counted()`: metrics of those that were consumed
     checkpoints: Checkpoints

@@ -64,7 +64,7 @@ class Plan:
         return tuple(i for i, t in enumerate(self.terms) if t.target.of in of and group in (None, t.group))
 
     def goal(self, term: Term) -> TargetKey:
-        """The representation that a picture term predicts."""
+        """The representation that an image term predicts."""
         if isinstance(term.head, ProjectionHead):
             return TargetKey(term.target, dataclasses.replace(term.head, predictor=None, match="position"))
         deep = term.target.of == "tokens" and isinstance(term.head, DecoderHead) and self.config.model.decoder.projector_depth

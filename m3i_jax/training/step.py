@@ -237,7 +237,7 @@ def train_step(plan: Plan, tx: optax.GradientTransformationExtraArgs, state: Sta
 
 def panel_outputs(plan: Plan, state: State, batch: Batch) -> dict[str, jax.Array]:
     """What a panel shows of a batch: the input of the first pass, and for every dense term the predicted features beside their
-    target; predicted pixels as a picture, with the mean and deviation of the true patch."""
+    target; predicted pixels as an image, with the mean and deviation of the true patch."""
     config = plan.config
     batch = views.with_mixup_draws(config, plan.passes, batch)
     trees = target_encoders(state) | {"shared": m3i.target_parts(config, plan.terms, state.params)}

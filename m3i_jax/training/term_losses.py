@@ -29,7 +29,7 @@ def rows_of_image(plan: Plan, term: Term, x_Bx: jax.Array) -> jax.Array:
 
 
 def label_weight(plan: Plan, term: Term, batch: Batch) -> jax.Array:
-    """Weight [R] of each row: 0 where the image has no such annotation; of a blended picture the image's share of it."""
+    """Weight [R] of each row: 0 where the image has no such annotation; of a blended image the image's share of it."""
     if term.target.of == "category":
         labelled = (rows_of_image(plan, term, batch["label"]) >= 0).astype(jnp.float32)
         if not term.reads.blended:
@@ -53,7 +53,7 @@ def hidden_index(plan: Plan, term: Term, batch: Batch) -> jax.Array:
 
 
 def position_weight(plan: Plan, term: Term, batch: Batch) -> jax.Array:
-    """Which predictions of a picture term count: [R, N] of dense ones, [R] of pooled ones."""
+    """Which predictions of an image term count: [R, N] of dense ones, [R] of pooled ones."""
     mask_RxN = views.pass_mask(plan.config, term.reads, batch)
     if term.target.of == "pooled":
         return jnp.ones(mask_RxN.shape[0])
@@ -67,7 +67,7 @@ def position_weight(plan: Plan, term: Term, batch: Batch) -> jax.Array:
 def loss_weights(plan: Plan, batch: Batch) -> tuple[list[jax.Array], list[jax.Array]]:
     """(count of every term, factor of its sum in its group's loss), over the whole batch and without gradient.
 
-    Pictures: the mean of each term, then their weighted mean. Annotations: one pool, so that L_sp = (n_c L_category + n_t L_text) /
+    Images: the mean of each term, then their weighted mean. Annotations: one pool, so that L_sp = (n_c L_category + n_t L_text) /
     (n_c + n_t) when some images have a category, some a caption, some both.
     """
     pictures = plan.pictures
@@ -146,7 +146,7 @@ def _decoded(plan: Plan, params: Any, z: dict[Pass, jax.Array], batch: Batch, pl
 
 
 def predictions(plan: Plan, params: Any, z: dict[Pass, jax.Array], batch: Batch, places: tuple[int, ...]) -> Arrays:
-    """Predictions of these picture terms, [R, N, D] of dense ones at the positions of their target view, [R, D] of pooled ones."""
+    """Predictions of these image terms, [R, N, D] of dense ones at the positions of their target view, [R, D] of pooled ones."""
     out = _decoded(plan, params, z, batch, places)
     for i in places:
         term = plan.terms[i]

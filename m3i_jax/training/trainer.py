@@ -36,7 +36,7 @@ def run_length(config: schema.Config) -> RunLength:
     size, batch, t, o = config.data.size, config.train.batch_size, config.train, config.optim
     per_epoch = size // batch
     if not per_epoch and not (t.steps and o.warmup_steps >= 0):
-        raise UserError(f"config.train.batch_size: {batch} is more than the {size} training pictures; set it to at most {size - size % 2}")
+        raise UserError(f"config.train.batch_size: {batch} is more than the {size} training images; set it to at most {size - size % 2}")
     steps = t.steps or max(1, int(t.epochs * per_epoch))
     warmup = o.warmup_steps if o.warmup_steps >= 0 else int(o.warmup_epochs * per_epoch)
     if warmup > steps:

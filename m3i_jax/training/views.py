@@ -33,7 +33,7 @@ def augmented_patches(config: schema.Config, batch: Batch, crops: Iterable[int],
 
 
 def plain_patches(config: schema.Config, pixels_BxSxSx3: jax.Array) -> jax.Array:
-    """Normalised patches [B, N, P], in the compute precision, of pictures as they are: uint8, or floats in 0..1.
+    """Normalised patches [B, N, P], in the compute precision, of images as they are: uint8, or floats in 0..1.
 
     >>> plain_patches(schema.Config(), jnp.zeros((2, 32, 32, 3), jnp.uint8)).shape
     (2, 4, 768)
@@ -94,7 +94,7 @@ def encoder_input(config: schema.Config, read: Pass, salt: int, batch: Batch, cr
 
 
 def mixup_of(config: schema.Config, batch: Batch) -> mixup.MixupDraws:
-    """How the pictures of a batch are blended. The draws are cheap to make and slow to compile: a step makes them once, `with_mixup_draws`."""
+    """How the images of a batch are blended. The draws are cheap to make and slow to compile: a step makes them once, `with_mixup_draws`."""
     if "share" in batch:
         return mixup.MixupDraws(batch["share"], batch["cut_box"], batch["cut"])
     return mixup.draw_mixup(batch["position"], seed=config.seed, size=config.data.image_size, settings=config.data.augment)
@@ -109,7 +109,7 @@ def with_mixup_draws(config: schema.Config, passes: Iterable[Pass], batch: Batch
 
 
 def _blended(config: schema.Config, x_BxNxP: jax.Array, how: mixup.MixupDraws) -> jax.Array:
-    """Patches of blended pictures; in patches as in pixels, for both are linear in every pixel."""
+    """Patches of blended images; in patches as in pixels, for both are linear in every pixel."""
     other, patch = mixing.partner(x_BxNxP), config.model.encoder.patch_size
     share_Bx1x1 = how.share[:, None, None]
     mixed = (share_Bx1x1 * x_BxNxP + (1 - share_Bx1x1) * other).astype(x_BxNxP.dtype)

@@ -22,7 +22,7 @@ OFF = dict(jitter_p=0.0, grayscale_p=0.0, blur_p=(0.0, 0.0), solarize_p=(0.0, 0.
 
 @pytest.fixture(scope="module")
 def pictures() -> np.ndarray:
-    """Smooth coloured pictures with edges and a little noise, uint8 [4, S, S, 3]."""
+    """Smooth coloured images with edges and a little noise, uint8 [4, S, S, 3]."""
     rng = np.random.default_rng(0)
     smooth = scipy.ndimage.zoom(rng.random((4, 5, 5, 3)), (1, SIZE / 5, SIZE / 5, 1), order=1)
     smooth[:, 8:20, 10:26] = 1 - smooth[:, 8:20, 10:26]

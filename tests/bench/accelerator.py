@@ -5,7 +5,7 @@
     python -m tests.bench.accelerator --set model.remat=full       # our step with other settings
     python -m tests.bench.accelerator --toy                        # on any machine: whether it runs
 
-bfloat16 products, float32 parameters, synthetic pictures, categories, no colour augmentation (the PyTorch side has none). Batches grow
+bfloat16 products, float32 parameters, synthetic images, categories, no colour augmentation (the PyTorch side has none). Batches grow
 until one does not fit or two in a row gain nothing; every attempt is a process of its own, so that its peak of memory is its own.
 PyTorch: tests/bench/m3i_torch.py with torch.compile, fused attention and fused AdamW, at the best of the same batches; the loss of the
 first step must agree. MFU is model FLOPs over the dense peak of the chip (M3I_PEAK_TFLOPS where it is not known), the predicted peak of

@@ -82,7 +82,7 @@ def raw(folder: str, wanted: str = "auto") -> Iterator[None]:
 
 
 class _Views:
-    """torchvision's usual data set, giving two views of one decoded picture."""
+    """torchvision's usual data set, giving two views of one decoded image."""
 
     def __init__(self, folder: str, tensors: bool) -> None:
         from torchvision import datasets, transforms

@@ -2,7 +2,7 @@
 
     python -m tests.bench.input            # five to ten minutes
 
-Pictures a second of processor time: decoding a 500 x 375 JPEG once, two antialiased bicubic 224 x 224 crops of it, in batches of 256.
+Images a second of processor time: decoding a 500 x 375 JPEG once, two antialiased bicubic 224 x 224 crops of it, in batches of 256.
 The other loaders mirror half of the views as well; ours leaves that to the device. All contestants are alive at the same time and take
 turns; a line is the median of its rounds. Loaders that are not installed are left out: pip install torch torchvision (CPU builds will do)
 and tensorflow-cpu for all of them. After it, what else is promised: the same bytes from any number of workers and after any restart, a
@@ -194,7 +194,7 @@ def figures(quick: bool) -> list[Figure]:
         for what, over, target in RATIOS:
             rival = over[0] if len(over) == 1 else "the faster DataLoader"
             absent = "" if all(name in speeds for name in (what, over[0])) else "needs the extra bench"
-            out.append(Figure(f"input, pictures a core second: {what} over {rival}", ratio(speeds, what, over), target, False, absent))
+            out.append(Figure(f"input, images a core second: {what} over {rival}", ratio(speeds, what, over), target, False, absent))
         broken = sum(told != wanted for _, told, wanted in promises(folder) if wanted == "True")
         return [*out, Figure("promises broken: same bytes from any number of workers, and after a restart", float(broken), 0)]
 

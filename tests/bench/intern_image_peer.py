@@ -1,10 +1,10 @@
 """InternImage-T, forward and all gradients in float32, over PyTorch with DCNv3 as a `grid_sample` (tests/bench/intern_image_torch.py).
 
-    python -m tests.bench.intern_image_peer                    # 2 and 8 pictures of 224 pixels
+    python -m tests.bench.intern_image_peer                    # 2 and 8 images of 224 pixels
     python -m tests.bench.intern_image_peer 8 --runs 9
     python -m tests.bench.intern_image_peer --torch PYTHON     # torch from another environment
 
-Both start from the same weights, offsets as wide as those of a trained net among them, and see the same pictures; the losses, and the
+Both start from the same weights, offsets as wide as those of a trained net among them, and see the same images; the losses, and the
 gradients of all weights, must agree before anything is timed (tests/bench/race.py).
 """
 
@@ -101,7 +101,7 @@ def figures(quick: bool) -> list[Figure]:
     for name in ("toy",) if quick else ("2", "8"):
         seen = race.race("tests.bench.intern_image_peer", name, 5 if quick else 7, sys.executable, AGREE)
         (a, b), (c, d) = seen["wall"], seen["processor"]
-        label = f"InternImage-T forward and gradients over PyTorch, CPU, {name} picture(s), jax {jax.__version__}"
+        label = f"InternImage-T forward and gradients over PyTorch, CPU, {name} image(s), jax {jax.__version__}"
         out.append(Figure(label, a / b, None if quick else TARGET, note=f"processor time {c / d:.2f}"))
     return out
 

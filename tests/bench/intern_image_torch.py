@@ -133,7 +133,7 @@ class Stem(nn.Module):
 
 
 class InternImage(nn.Module):
-    """`net` is a `tests.interop.published.Net`; pictures [B, 3, H, W], maps [B, H, W, C]."""
+    """`net` is a `tests.interop.published.Net`; images [B, 3, H, W], maps [B, H, W, C]."""
 
     def __init__(self, net):
         super().__init__()

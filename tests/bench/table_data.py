@@ -1,4 +1,4 @@
-"""The pictures of `tests.bench.tables`: parts of tar files by a hash of their keys, and scikit-learn's digits as a folder."""
+"""The images of `tests.bench.tables`: parts of tar files by a hash of their keys, and scikit-learn's digits as a folder."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def part(files: Iterable[pathlib.Path], place: pathlib.Path, keep: Callable[[str
 
 
 def tars(data: pathlib.Path, out: pathlib.Path) -> list[str]:
-    """Write what the tables read from the tars STYLE-*.tar of a directory: tuning/STYLE.tar, the pictures that are trained on under keys of
+    """Write what the tables read from the tars STYLE-*.tar of a directory: tuning/STYLE.tar, the images that are trained on under keys of
     their own, so that a part of them can be held out for choosing settings; styles/STYLE-train.tar and STYLE-held_out.tar; class_names.json
     and names.txt, the prompt that is the bare name.
 

@@ -1,10 +1,10 @@
-"""The paper's Tables 3 to 5 at toy scale, on real pictures: M3I against single methods at equal FLOPs.
+"""The paper's Tables 3 to 5 at toy scale, on real images: M3I against single methods at equal FLOPs.
 
     python -m tests.bench.tables --data DIR --out OUT                      # everything; run it again and it goes on
     python -m tests.bench.tables --data DIR --out OUT --sets emoji         # some
     python -m tests.bench.tables --data DIR --out OUT --only-print         # the tables of what is there
 
-DIR holds pictures as tar files STYLE-NUMBER.tar, as img2dataset writes them, equal keys of two styles showing the same thing, and
+DIR holds images as tar files STYLE-NUMBER.tar, as img2dataset writes them, equal keys of two styles showing the same thing, and
 subcategories.json with the names of the labels. A fifth of the keys is held out by their hash. Every run is the ordinary command line
 (configs/toy.py, then configs/transfer/finetune.py), one process after the other, in OUT/runs/SET/METHOD-SEED; a run whose result.json is
 there is not run again. OUT/tables.md and OUT/results.json are written anew after every run.
@@ -12,7 +12,7 @@ there is not run again. OUT/tables.md and OUT/results.json are written anew afte
 emoji     all styles; all methods with one seed, then M3I, M3I without mix and the best single method with more
 STYLE     trained on one style, evaluated on held-out keys of the other one and of its own
 digits    scikit-learn's digits: no captions
-tuning    settings of M3I, tried on a part of the pictures that the other tables train on: their held-out keys are not looked at
+tuning    settings of M3I, tried on a part of the images that the other tables train on: their held-out keys are not looked at
 
 FLOPs are those of the train step, counted on the traced program; a single method has as many steps as M3I's FLOPs allow. Fine-tuning is the
 same for all. Each column is measured at the end of the run, none is the best over a run.
@@ -134,7 +134,7 @@ TRIED: dict[str, tuple[str, int, dict[str, str]]] = {
 
 
 def sets(data: pathlib.Path, out: pathlib.Path) -> dict[str, Set]:
-    """Every table by name, its pictures written."""
+    """Every table by name, its images written."""
     made = out / "data"
     styles = table_data.tars(data, made)
     shared = {"data.holdout": str(table_data.HOLDOUT), "evaluate.templates": str(made / "names.txt")}

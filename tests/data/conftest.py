@@ -20,7 +20,7 @@ from tests.broken import bad_files, encode, png_header, smooth
 
 @functools.cache
 def good_files() -> dict[str, bytes]:
-    """Odd but valid pictures of 48 x 40 pixels (height x width), by file name."""
+    """Odd but valid images of 48 x 40 pixels (height x width), by file name."""
     rgb = smooth(48, 40)
     image = Image.fromarray(rgb)
     alpha = np.dstack([rgb, np.full((48, 40), 255, np.uint8)])
@@ -68,7 +68,7 @@ def settings(batch: int = 8, **data: Any) -> schema.Config:
 
 
 class Pictures:
-    """A source of arrays: picture i is one colour, so that a view shows which record it comes from. Records below `bad` are no pictures."""
+    """A source of arrays: image i is one colour, so that a view shows which record it comes from. Records below `bad` are no images."""
 
     name, captions = "pictures", True
 
@@ -89,7 +89,7 @@ class Pictures:
         return base.stable_digest(self.count)
 
     def description(self) -> str:
-        return f"{self.count} pictures"
+        return f"{self.count} images"
 
 
 def stream(config: schema.Config, source: Any, bpe: tokenizer.Tokenizer | None, count: int, **place: int) -> list[pipeline.Batch]:

@@ -46,7 +46,7 @@ def test_what_is_written_comes_back(tmp_path):
     assert base.read_items(source, [4, 0, 3, 0]) == [written[i] for i in (4, 0, 3, 0)]
     assert [source.key(i) for i in range(5)] == [r.key for r in written]
     assert base.source_key_hashes(source).tolist() == [base.key_hash(r.key) for r in written]
-    assert source.description() == f"5 pictures in 2 files of array_record {str(tmp_path)!r}, 3 classes, captions for 60%"
+    assert source.description() == f"5 images in 2 files of array_record {str(tmp_path)!r}, 3 classes, captions for 60%"
     assert [source[i] for i in range(5)] == [ForkingPickler.loads(ForkingPickler.dumps(source))[i] for i in range(5)]
     for wrong in (5, -1):
         with pytest.raises(IndexError):

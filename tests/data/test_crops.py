@@ -25,7 +25,7 @@ def test_boxes_lie_inside(height, width):
 
 
 def test_area_and_aspect_have_the_distribution_of_a_random_resized_crop():
-    # In a square picture far larger than the crops no try is refused: the share of the area is uniform, the logarithm of the aspect too.
+    # In a square image far larger than the crops no try is refused: the share of the area is uniform, the logarithm of the aspect too.
     top, left, h, w = draws(4000, 4000, scale=(0.1, 0.4)).T
     assert stats.kstest(h * w / 4000**2, stats.uniform(0.1, 0.3).cdf).pvalue > 0.01
     assert stats.kstest(np.log(w / h), stats.uniform(math.log(3 / 4), math.log(16 / 9)).cdf).pvalue > 0.01

@@ -114,7 +114,7 @@ def test_sixteen_bits_are_scaled_not_clipped(make):
     for kind in ("PNG", "TIFF"):
         out = decode.decode_image(make.encode(values, kind))
         assert (out == expected[..., None]).all(), kind
-    # A dark picture stays dark: its range is that of the format, not its own.
+    # A dark image stays dark: its range is that of the format, not its own.
     assert decode.decode_image(make.encode(values // 256, "PNG")).max() == 1
 
 
@@ -179,7 +179,7 @@ def test_arrays_are_pictures_already(make):
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_no_damage_is_anything_but_a_bad_record(make):
-    """Bytes changed and cut at random: a picture comes out, or a BadRecord, never another exception."""
+    """Bytes changed and cut at random: an image comes out, or a BadRecord, never another exception."""
     rng = np.random.default_rng(1)
     sound = {name: bytearray(content) for name, content in make.good_files().items()}
     refused = 0
@@ -246,7 +246,7 @@ def test_a_bomb_costs_neither_time_nor_memory(make):
 
 
 def test_every_way_to_store_a_picture_gives_the_same_pixels(make):
-    """One picture with an orientation, as a JPEG of every subsampling, progressive or not, CMYK, PNG, WebP and TIFF."""
+    """One image with an orientation, as a JPEG of every subsampling, progressive or not, CMYK, PNG, WebP and TIFF."""
     upright = make.smooth(64, 48)
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -43,7 +43,7 @@ def test_original_bytes_and_names(files, tmp_path):
     assert base.source_key_hashes(source).tolist() == [base.key_hash(k) for k in "wxyz"]
     again = ForkingPickler.loads(ForkingPickler.dumps(source))
     assert again[1] == expected[1] and again.fingerprint() == HuggingFaceSource(str(tmp_path / "x")).fingerprint()
-    assert source.description() == f"4 pictures in hugging_face {str(tmp_path / 'x')!r}, 2 classes, captions"
+    assert source.description() == f"4 images in hugging_face {str(tmp_path / 'x')!r}, 2 classes, captions"
 
 
 def test_splits_and_bare_columns(files, tmp_path):
@@ -64,7 +64,7 @@ def test_refusals(files, tmp_path):
     table(files).save_to_disk(str(tmp_path / "x"))
     (tmp_path / "other").mkdir()
     cases: list[tuple[pathlib.Path, str, str]] = [
-        (tmp_path / "bare", "", r"has no picture: its columns are a \(Value\)"),
+        (tmp_path / "bare", "", r"has no image: its columns are a \(Value\)"),
         (tmp_path / "x", "train", "has no splits: leave data.split='train' empty"),
         (tmp_path / "other", "", "is no data set that `datasets` saved with save_to_disk"),
         (tmp_path / "ohter", "", "did you mean .*other"),

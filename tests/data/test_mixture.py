@@ -136,10 +136,10 @@ def test_records_of_a_mixture():
         with pytest.raises(IndexError):
             both[wrong]
     assert both.description() == (
-        "8 pictures in a mixture of 2 sources, 3 classes (1 of them shared by name): "
+        "8 images in a mixture of 2 sources, 3 classes (1 of them shared by name): "
         "25.00% of the samples (0.4 epochs in one pass) from 5 of a; 75.00% of the samples (2 epochs in one pass) from 3 of b"
     )
-    assert base.source_identity(both)[1] == f"3 of every 4 samples from b, 3 pictures, fingerprint {b.fingerprint()}"
+    assert base.source_identity(both)[1] == f"3 of every 4 samples from b, 3 images, fingerprint {b.fingerprint()}"
 
 
 def test_everything_counts_in_the_fingerprint():
@@ -162,7 +162,7 @@ def test_a_part_of_a_mixture_keeps_the_shares():
     assert len(train) + len(held) == 500 and 20 < len(held) < 80 and train.parts == (1, 1)
     assert {train.key(i) for i in range(len(train))} | {held.key(i) for i in range(len(held))} == {whole.key(i) for i in range(500)}
     empty = mixture.Mixture([Plain(4), Plain(0, name="void")], [F(1), F(1)])
-    with pytest.raises(UserError, match="void has no pictures to give its share of"):
+    with pytest.raises(UserError, match="void has no images to give its share of"):
         empty.locate(0, np.arange(4))
 
 
@@ -193,4 +193,4 @@ def test_identity_tells_what_differs():
     config = schema.Config()
     one, other = (pipeline.stream_identity(config, mixture.Mixture([Plain(9, name="a"), Plain(n, name="b")], [F(1)] * 2)) for n in (5, 6))
     lines = [(x, y) for x, y in zip(one.splitlines(), other.splitlines(), strict=True) if x != y]
-    assert len(lines) == 1 and lines[0][0].startswith("source 2 = 1 of every 2 samples from b, 5 pictures, ")
+    assert len(lines) == 1 and lines[0][0].startswith("source 2 = 1 of every 2 samples from b, 5 images, ")

@@ -30,7 +30,7 @@ def same(a: pipeline.Batch, b: pipeline.Batch) -> None:
 
 @pytest.fixture
 def mixed(fill: Callable, make: types.SimpleNamespace) -> FolderSource:
-    """Two classes with captions, 20 good pictures of many kinds and 4 bad ones."""
+    """Two classes with captions, 20 good images of many kinds and 4 bad ones."""
     files = {f"a/{name}": content for name, content in make.good_files().items()}
     files |= {f"b/{i}.png": make.encode(make.smooth(40 + i, 50), "PNG") for i in range(3)}
     files |= {f"b/{name}": make.bad_files()[name][0] for name in ("cut.jpg", "bomb.png", "page.jpg", "dot.png")}
@@ -154,7 +154,7 @@ def coordinate_picture(height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["array", "png", "png turned by EXIF", "large jpeg turned by EXIF"])
 def test_box_and_flip_describe_the_pixels(make, kind):
-    """A picture whose colours are its coordinates: what a view shows must be where its box says, mirrored on the device if it says so."""
+    """An image whose colours are its coordinates: what a view shows must be where its box says, mirrored on the device if it says so."""
     height, width, steps = (200, 120, 1) if kind != "large jpeg turned by EXIF" else (1600, 960, 8)
     upright = coordinate_picture(height // steps, width // steps).repeat(steps, 0).repeat(steps, 1)
     exif = Image.Exif()
@@ -231,7 +231,7 @@ def test_long_captions_are_cut_and_counted(make, bpe):
 
 
 def test_refusals(make):
-    with pytest.raises(UserError, match="^pictures has 1 pictures to train on, mixing needs 2: add pictures or lower data.holdout$"):
+    with pytest.raises(UserError, match="^images has 1 images to train on, mixing needs 2: add images or lower data.holdout$"):
         pipeline.iterate_batches(make.settings(), make.Pictures(1), None, start=0)
     for wrong in ({"start": 1}, {"start": -2}, {"start": 0, "hosts": 3}, {"start": 0, "hosts": 8}):
         with pytest.raises(ValueError, match="must be a multiple of 2 x"):
@@ -257,7 +257,7 @@ def test_captions_on_demand(make):
     assert pipeline.uses_captions(schema.Data(), make.Pictures(5)) and not pipeline.uses_captions(schema.Data(), silent)
     assert not pipeline.uses_captions(schema.Data(captions="no"), make.Pictures(5))
     with pytest.raises(
-        UserError, match="^data.captions='yes', but pictures has no captions: use 'auto', or put NAME.txt beside the pictures$"
+        UserError, match="^data.captions='yes', but images has no captions: use 'auto', or put NAME.txt beside the images$"
     ):
         pipeline.uses_captions(schema.Data(captions="yes"), silent)
 
@@ -288,7 +288,7 @@ def test_the_memory_of_batches_comes_back(make, bpe):
 
 
 def test_views_that_nothing_reads_are_not_cut(make):
-    """Black instead, and the same pictures, crops and masks otherwise."""
+    """Black instead, and the same images, crops and masks otherwise."""
     config, source = make.settings(batch=8), make.Pictures(50)
     both, first = (next(pipeline.iterate_batches(config, source, None, start=8, views=views)) for views in ((0, 1), (0,)))
     assert not first["views"][:, 1].any() and both["views"][:, 1].any()

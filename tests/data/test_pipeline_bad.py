@@ -47,7 +47,7 @@ def test_too_many_bad_records_stop_the_run(make):
             seen += len(next(batches)["label"])
     assert seen + 100 < 1500  # as soon as 500 bad ones make it certain
     assert str(caught.value).startswith(f"{sum(batches.skipped.values()):,} of the last ")
-    assert " records of pictures were bad, more than data.max_bad_share=0.05 of 10,000: " in str(caught.value)
+    assert " records of images were bad, more than data.max_bad_share=0.05 of 10,000: " in str(caught.value)
     assert f"{batches.skipped['undecodable']:,} undecodable (such as 'p" in str(caught.value)
     assert str(caught.value).endswith("); repair or remove them, or raise the limit")
 
@@ -88,5 +88,5 @@ def test_a_source_without_a_pair_of_good_pictures(make):
         ),
         (make.Pictures(6, bad=5), r"the last is 'p\d' "),
     ):
-        with pytest.raises(UserError, match=rf"^100 draws in a row at position \d of pictures gave no picture that could be used .*{last}"):
+        with pytest.raises(UserError, match=rf"^100 draws in a row at position \d of images gave no image that could be used .*{last}"):
             make.stream(make.settings(batch=4), source, None, 1)

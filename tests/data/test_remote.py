@@ -47,7 +47,7 @@ def test_only_ranges_are_read(bucket, monkeypatch):
     whole = files.cat_ranges
     monkeypatch.setattr(type(files), "cat_ranges", lambda self, p, a, b, **k: read.append((p, a, b)) or whole(p, a, b, **k))
     base.read_items(source, [1, 2, 30])
-    ((paths, starts, ends),) = read  # one call for pictures and captions of a batch
+    ((paths, starts, ends),) = read  # one call for images and captions of a batch
     assert len(paths) == 6 and sum(b - a for a, b in zip(starts, ends, strict=True)) == sum(2 * 99 * len(str(i % 20)) for i in (1, 2, 30))
 
 

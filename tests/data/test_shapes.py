@@ -53,7 +53,7 @@ def test_it_is_a_source_and_a_sequence(source: ShapesSource, pictures: np.ndarra
     opened = base.open_source(schema.Data(size=9))
     assert isinstance(opened, ShapesSource) and isinstance(opened, base.DataSource) and len(opened) == 9
     assert (source.name, source.captions, len(source), source.classes) == ("shapes", True, MANY, shapes.CLASSES)
-    assert source.description() == "600 pictures in shapes (96 x 96 pixels, seed 0), 8 classes, captions for 100%"
+    assert source.description() == "600 images in shapes (96 x 96 pixels, seed 0), 8 classes, captions for 100%"
     assert source[-1].key == source[MANY - 1].key == source.key(np.int64(-1)) and source[np.int64(5)].caption == source.caption(5)
     for outside in (MANY, -MANY - 1):
         for read in (source.__getitem__, source.key, source.caption, source.silhouette):
@@ -65,7 +65,7 @@ def test_it_is_a_source_and_a_sequence(source: ShapesSource, pictures: np.ndarra
 
 
 def test_refusals():
-    with pytest.raises(UserError, match="^data.size=0 renders no picture, and data.source='shapes' has no others: give a number"):
+    with pytest.raises(UserError, match="^data.size=0 renders no image, and data.source='shapes' has no others: give a number"):
         base.open_source(schema.Data(size=0))
     for bad in ({"side": 15}, {"seed": -1}, {"seed": 2**64}):
         with pytest.raises(ValueError, match="a side is at least 16 pixels, a seed 0..2"):

@@ -1,4 +1,4 @@
-"""Folders and splits: what counts as a picture, a class and a caption, and the one line that a mistake gets."""
+"""Folders and splits: what counts as an image, a class and a caption, and the one line that a mistake gets."""
 
 import collections
 import os
@@ -42,7 +42,7 @@ def test_classes_captions_and_order(fill):
         ("zebra/deep/er/1.webp", b"z1", 1, None),
     ]
     assert [source.key(i) for i in range(4)] == [r.key for r in got]
-    assert source.description().startswith(f"4 pictures in folder {source.path!r}, 2 classes, captions for 25%")
+    assert source.description().startswith(f"4 images in folder {source.path!r}, 2 classes, captions for 25%")
 
 
 def test_every_extension_in_any_case(fill):
@@ -109,24 +109,24 @@ def test_refusals_of_a_folder(fill, tmp_path):
     missing = tmp_path / "data/pictuers"
     assert refusal(missing) == (
         f"data.path={str(missing)!r} does not exist: there is no 'pictuers' in {str(tmp_path / 'data')!r}, "
-        f"did you mean {str(tmp_path / 'data/pictures')!r}?; give the directory that holds the pictures"
+        f"did you mean {str(tmp_path / 'data/pictures')!r}?; give the directory that holds the images"
     )
     deep = tmp_path / "dta/pictures/x"
     assert f"there is no 'dta' in {str(tmp_path)!r}, did you mean {str(tmp_path / 'data')!r}?" in refusal(deep)
     (tmp_path / "empty").mkdir()
-    assert refusal(tmp_path / "empty") == f"data.path={str(tmp_path / 'empty')!r} is an empty folder: put pictures there ({KINDS})"
+    assert refusal(tmp_path / "empty") == f"data.path={str(tmp_path / 'empty')!r} is an empty folder: put images there ({KINDS})"
     other = fill({"a.heic": b"", "b.heic": b"", "c.pdf": b"", "c.txt": b""}, "other")
-    assert refusal(other) == f"data.path={str(other)!r} holds 4 files but no picture ({KINDS}), most of them .heic"
+    assert refusal(other) == f"data.path={str(other)!r} holds 4 files but no image ({KINDS}), most of them .heic"
     tars = fill({"0.tar": b""}, "tars")
     assert refusal(tars).endswith("most of them .tar; tar files are read by data.source='tars'")
     assert refusal(tars / "0.tar") == (
-        f"data.path={str(tars / '0.tar')!r} is a file: data.source='folder' needs the directory that holds the pictures; "
+        f"data.path={str(tars / '0.tar')!r} is a file: data.source='folder' needs the directory that holds the images; "
         "tar files are read by data.source='tars'"
     )
     linked = tmp_path / "linked"
     linked.mkdir()
     (linked / "class").symlink_to(tmp_path / "data/pictures")
-    assert refusal(linked) == f"data.path={str(linked)!r} holds no picture ({KINDS}); ignored: 1 links out of the folder"
+    assert refusal(linked) == f"data.path={str(linked)!r} holds no image ({KINDS}); ignored: 1 links out of the folder"
     kinds = "'shapes', 'folder', 'tars', 'array_record', 'tfds', 'hugging_face' or 'mixture'"
     assert refusal(tmp_path, "folders") == f"data.source='folders' is not a source: use {kinds}"
 

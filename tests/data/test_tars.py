@@ -92,7 +92,7 @@ def test_grouping_captions_and_labels(tmp_path, make):
         return json.dumps(values).encode()
 
     members = [
-        ("1.json", meta(caption="from json", label=3)),  # before its picture, and weaker than the text
+        ("1.json", meta(caption="from json", label=3)),  # before its image, and weaker than the text
         ("1.jpg", b"one"),
         ("1.txt", b"from text"),
         ("2.png", b"two"),
@@ -104,7 +104,7 @@ def test_grouping_captions_and_labels(tmp_path, make):
         ("4.json", meta(caption="the text is empty", label=None)),
         ("5.jpg", b"five"),
         ("5.json", meta(caption=7, label=True)),
-        ("5.png", b"a second picture of the key"),
+        ("5.png", b"a second image of the key"),
         ("6.jpg", b"six"),
         ("6.cls", b"5\n"),
         ("7.jpg", b"seven"),
@@ -134,11 +134,11 @@ def test_grouping_captions_and_labels(tmp_path, make):
     assert {kind: n for kind, n in source.ignored.items() if n} == {
         "labels that are no category": 4,
         "pictures with the key of an earlier one": 1,
-        "captions or labels without a picture": 1,
+        "captions or labels without an image": 1,
         "JSON over 1 MiB": 1,
     }
     assert source.__getitems__([5, 0, 5]) == [source[5], source[0], source[5]]
-    assert source.description().startswith("9 pictures in 1 tar file of tars ")
+    assert source.description().startswith("9 images in 1 tar file of tars ")
 
 
 def test_files_in_the_order_of_their_names(tmp_path, make):
@@ -147,7 +147,7 @@ def test_files_in_the_order_of_their_names(tmp_path, make):
     (tmp_path / "a_stats.json").write_bytes(b"{}")  # img2dataset writes such files beside the tars
     source = TarSource(str(tmp_path / "*"))
     assert [r[1] for r in everything(source)] == [b"a", b"b", b"c"]
-    # The same key is the same picture to a split, whichever file it stands in.
+    # The same key is the same image to a split, whichever file it stands in.
     assert {len(base.split_by_hash(source, 0.5, part)) for part in ("train", "held_out")} == {0, 3}
 
 
@@ -251,12 +251,12 @@ def test_memory_of_the_index(tmp_path, make):
     (tmp_path / "0.tar").write_bytes(make.tar_bytes(members))
     source = TarSource(str(tmp_path))
     size = sum(array.nbytes for array in source._index.values())
-    assert size / len(source) < 65  # of the 200 bytes a picture that a million may cost
+    assert size / len(source) < 65  # of the 200 bytes an image that a million may cost
 
 
 @pytest.mark.slow
 def test_memory_while_the_index_is_made():
-    """At the highest, and in the end, from files of ten thousand pictures with captions. Both grow with the number of pictures alone."""
+    """At the highest, and in the end, from files of ten thousand images with captions. Both grow with the number of images alone."""
     tracemalloc.start()
     columns = tars._Columns()
     for shard in range(20):
@@ -305,8 +305,8 @@ def test_refusals_of_tars(tmp_path, make):
         f"did you mean {str(data / '*.tar')!r}?"
     )
     assert refusal(data / "*.tar") == (
-        f"the tar file that matches data.path={str(data / '*.tar')!r} holds no picture (jpg, jpeg, png, webp, gif, bmp, tif, tiff)"
-        "; ignored: 1 captions or labels without a picture, 1 other members"
+        f"the tar file that matches data.path={str(data / '*.tar')!r} holds no image (jpg, jpeg, png, webp, gif, bmp, tif, tiff)"
+        "; ignored: 1 captions or labels without an image, 1 other members"
     )
     (data / "01.tar").write_bytes(b"")
     assert refusal(data / "*.tar").startswith("the 2 tar files that match ")

@@ -77,7 +77,7 @@ def test_refusals(files, tmp_path):
         ("tiny", "val", str(tmp_path / "b"), r"has no split 'val' .* it has train$"),
         ("tinny", "train", str(tmp_path / "b"), r"^tfds has no data set 'tinny'"),
         ("mnist", "train", str(tmp_path / "b"), "^tfds 'mnist' is not prepared in .*run `tfds build mnist --file_format=array_record"),
-        ("tiny", "train", str(tmp_path / "c"), r"has no picture: its features are caption \(Text\), "),
+        ("tiny", "train", str(tmp_path / "c"), r"has no image: its features are caption \(Text\), "),
     ]
     for path, split, directory, why in cases:
         with pytest.raises(UserError, match=why):

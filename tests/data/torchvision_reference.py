@@ -1,4 +1,4 @@
-"""Writes torchvision.npz: what torchvision makes of two small pictures, for the test of the operations that run on the device and of the
+"""Writes torchvision.npz: what torchvision makes of two small images, for the test of the operations that run on the device and of the
 crops. Run it once, with torch and torchvision installed (pip install torch torchvision); the tests need only the file.
 
     python -m tests.data.torchvision_reference

@@ -35,7 +35,7 @@ def test_it_finds_the_one_token_that_matters() -> None:
 
 
 def test_the_measure_reads_both_sources_and_counts_what_is_labelled() -> None:
-    """Dark and light pictures, some without a label, in batches whose end is not valid."""
+    """Dark and light images, some without a label, in batches whose end is not valid."""
     config = settings(evaluate__attentive_epochs=6, evaluate__attentive_lr=3e-3)
     mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
     params = {"encoder": jax.jit(lambda: vit.init(config.model, jax.random.key(3)))()}

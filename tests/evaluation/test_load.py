@@ -1,4 +1,4 @@
-"""`m3i_jax.load`: weights as a function of pictures, of a run or of a file, for pictures of any size and type."""
+"""`m3i_jax.load`: weights as a function of images, of a run or of a file, for images of any size and type."""
 
 import dataclasses
 import json

@@ -31,7 +31,7 @@ def embeddings(pictures: int, captions: int, width: int = 5, seed: int = 0):
 
 
 def brute(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> dict[str, float]:
-    """Every picture asks for its caption among the distinct ones, and the caption of every picture asks for a picture of it."""
+    """Every image asks for its caption among the distinct ones, and the caption of every image asks for an image of it."""
     hits: dict[str, list[bool]] = {}
     for i, image in enumerate(images.astype(np.float64)):
         order = sorted(range(len(texts)), key=lambda c: -float(image @ texts[c].astype(np.float64)))
@@ -57,12 +57,12 @@ def test_a_collapsed_model_finds_nothing() -> None:
 
 
 def test_any_picture_of_an_equal_caption_is_right() -> None:
-    """Both pictures of caption 0 are asked for by it; the nearer one is a hit, though it belongs to another record."""
+    """Both images of caption 0 are asked for by it; the nearer one is a hit, though it belongs to another record."""
     images = np.array([[0, 1], [1, 0], [0.8, 0.6]], np.float32)
     texts = np.array([[1, 0], [0.6, 0.8]], np.float32)
     got = dict(retrieval.recall_at(images, texts, np.array([0, 0, 1])))
     assert got["text_to_image/r1"] == 1.0
-    assert got["image_to_text/r1"] == pytest.approx(2 / 3)  # picture 0 points at caption 1
+    assert got["image_to_text/r1"] == pytest.approx(2 / 3)  # image 0 points at caption 1
 
 
 def test_polls_come_between_chunks() -> None:
@@ -128,7 +128,7 @@ def test_without_captions_there_is_no_retrieval() -> None:
 
 
 def test_a_caption_that_vanishes_counts_as_none_where_it_may(tmp_path: pathlib.Path) -> None:
-    """Its file is removed after the source was opened: what is measured is what a picture without a caption gives, and it is counted."""
+    """Its file is removed after the source was opened: what is measured is what an image without a caption gives, and it is counted."""
     config = toy.settings(objective__forms="clip")
     params = jax.jit(lambda: m3i.init(config, jax.random.key(1), plan.terms_named("clip"), classes=0, vocabulary=300))()
     mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])

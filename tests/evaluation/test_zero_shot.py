@@ -59,7 +59,7 @@ def test_the_mean_is_over_normalised_prompts() -> None:
 
 
 class Embedder:
-    """Texts embedded by a table, pictures as they are."""
+    """Texts embedded by a table, images as they are."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []

@@ -28,8 +28,8 @@ ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
     "B10": ("too few devices for the state", "said before anything is allocated"),
     "B11": ("power is lost after a step was named", "all of it is on the disk before its name, and before an older one goes"),
     # data
-    "C1": ("bad pictures of every kind at 1 % and 20 %", "skipped, replaced and counted, always in the same order"),
-    "C2": ("more bad pictures than the limit", "stops with reasons and examples"),
+    "C1": ("bad images of every kind at 1 % and 20 %", "skipped, replaced and counted, always in the same order"),
+    "C2": ("more bad images than the limit", "stops with reasons and examples"),
     "C3": ("decompression bombs and extreme sizes", "refused by their header, memory stays bounded"),
     "C4": ("16 bit, palette, CMYK, EXIF, WebP, GIF, gray", "the same RGB from every decoder"),
     "C5": ("captions that are missing, broken or huge", "dropped or repaired by rule, never NaN"),

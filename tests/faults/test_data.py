@@ -1,4 +1,4 @@
-"""Rows C1 to C7: bad pictures, captions, labels and files. Whatever is in them, batches keep their shape, their order and their counts."""
+"""Rows C1 to C7: bad images, captions, labels and files. Whatever is in them, batches keep their shape, their order and their counts."""
 
 import html
 import io
@@ -26,7 +26,7 @@ from tests.faults.hostile import JPEG, PEAK, ROOT, tar
 
 
 class Mixed:
-    """Good pictures of one colour each, and every kind of bad file, spread evenly: number i is bad if it is a multiple of `every`."""
+    """Good images of one colour each, and every kind of bad file, spread evenly: number i is bad if it is a multiple of `every`."""
 
     name, classes, captions = "mixed", (), False
 
@@ -62,7 +62,7 @@ def test_bad_pictures_are_replaced_and_counted(every: int, trials) -> None:
         assert (seen[:, 0] + 256 * seen[:, 1]).tolist() == used
         for reason, number in skipped.items():
             assert trials.add(batches.skipped[reason] == number), (reason, batches.skipped, skipped)
-    trials.figure = f"{1 / every:.0%} bad: {sum(skipped.values())} bad pictures in {count:,} samples, all counted"
+    trials.figure = f"{1 / every:.0%} bad: {sum(skipped.values())} bad images in {count:,} samples, all counted"
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_what_bad_pictures_cost(trials) -> None:
             next(batches)
         seconds.append(time.process_time() - start)
         batches.close()
-    trials.figure = f"20 % bad take {seconds[1] / seconds[0]:.2f} times the processor of none, for pictures of 20 pixels"
+    trials.figure = f"20 % bad take {seconds[1] / seconds[0]:.2f} times the processor of none, for images of 20 pixels"
 
 
 @pytest.mark.fast
@@ -174,7 +174,7 @@ def test_bombs_are_refused_by_their_header(trials, tmp_path: pathlib.Path) -> No
 @pytest.mark.slow
 @pytest.mark.row("C3")
 def test_memory_of_the_largest_pictures_that_are_taken(trials, tmp_path: pathlib.Path) -> None:
-    """64 million pixels of every mode: the bytes of the picture and of its RGB, 4 a pixel, are there at once, and little else."""
+    """64 million pixels of every mode: the bytes of the image and of its RGB, 4 a pixel, are there at once, and little else."""
     shapes = {"RGB": (8000, 8000, 3), "RGBA": (8000, 8000, 4), "L": (8000, 8000)}
     for mode, shape in shapes.items():
         (tmp_path / f"{mode}.bomb").write_bytes(broken.encode(np.full(shape, 7, np.uint8), "PNG", compress_level=1))

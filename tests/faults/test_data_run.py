@@ -1,4 +1,4 @@
-"""Rows C8 to C12, and C1 for odd but sound pictures: what happens to files and workers while batches are made."""
+"""Rows C8 to C12, and C1 for odd but sound images: what happens to files and workers while batches are made."""
 
 import copy
 import dataclasses
@@ -31,7 +31,7 @@ def coloured(count: int) -> list[bytes]:
 
 
 def rows(source: Any, count: int, *, start: int = 0, **data: Any) -> tuple[list[int], dict[str, int]]:
-    """(red of every row's picture, bad ones by reason) of `count` batches of 10."""
+    """(red of every row's image, bad ones by reason) of `count` batches of 10."""
     batches = pipeline.iterate_batches(settings(batch=10, **data), source, None, start=start)
     try:
         seen = [next(batches)["views"][:, 0, 0, 0, 0] for _ in range(count)]
@@ -89,7 +89,7 @@ def test_a_file_that_vanishes(kind: str, lose: Any, trials, tmp_path: pathlib.Pa
     for path in lost:
         lose(path)
     source = copy.deepcopy(source)  # as a worker gets it, with nothing open: what is open may still be read
-    if kind == "folder" and lose is emptied:  # a picture of no bytes is a bad picture
+    if kind == "folder" and lose is emptied:  # an image of no bytes is a bad image
         assert rows(source, 8)[1]["empty"] > 0
         return
     with pytest.raises(UserError) as stop:
@@ -251,7 +251,7 @@ def mine(place: pathlib.Path) -> bool:
 @pytest.mark.fast
 @pytest.mark.row("C11")
 def test_few_pictures_and_odd_numbers(trials) -> None:
-    """Fewer pictures than a batch, and odd ones: whole epochs, no partner that is itself; one picture, or a batch that cannot be split, is
+    """Fewer images than a batch, and odd ones: whole epochs, no partner that is itself; one image, or a batch that cannot be split, is
     refused."""
     for count in (2, 3, 5, 7):
         batches = pipeline.iterate_batches(settings(batch=12), Pictures(count), None, start=0)
@@ -259,14 +259,14 @@ def test_few_pictures_and_odd_numbers(trials) -> None:
         batches.close()
         pairs = np.concatenate(got).reshape(-1, 2)
         assert trials.add((pairs[:, 0] != pairs[:, 1]).all() and set(pairs.ravel().tolist()) == set(range(count)))
-    with pytest.raises(UserError, match="has 1 pictures to train on, mixing needs 2"):
+    with pytest.raises(UserError, match="has 1 images to train on, mixing needs 2"):
         pipeline.iterate_batches(settings(batch=4), Pictures(1), None, start=0)
     for change in ("train__batch_size=5", "train__steps=0 train__epochs=0", "train__microbatches=0"):
         with pytest.raises(UserError, match="config.train"):
             toy.settings(**dict(pair.split("=") for pair in change.split()))
     with pytest.raises(ValueError, match="partners are 2k and 2k"):
         pipeline.iterate_batches(settings(batch=6), Pictures(9), None, start=0, host=0, hosts=2)
-    trials.figure = "sources of 2, 3, 5 and 7 pictures in batches of 12"
+    trials.figure = "sources of 2, 3, 5 and 7 images in batches of 12"
 
 
 def check_masks(count: int) -> int:

@@ -85,7 +85,7 @@ def test_what_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.fast
 @pytest.mark.row("C9")
 def test_files_that_come_back_continue_the_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, trials) -> None:
-    """With real data and checkpoints: pictures vanish between two saves, and come back. No step is lost, and no sample."""
+    """With real data and checkpoints: images vanish between two saves, and come back. No step is lost, and no sample."""
     monkeypatch.setattr(loop.parallel, "to_global", lambda mesh, batch: batch)
     (tmp_path / "data").mkdir()
     _, lost, _ = a_folder(tmp_path / "data")

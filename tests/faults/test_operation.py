@@ -101,7 +101,7 @@ def test_the_largest_batch_that_fits_is_said(trials) -> None:
 def job(workdir: pathlib.Path, fingerprint: str = "f", **changes: Any) -> Any:
     made = configuration.default_config()
     configuration.apply_overrides(made, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
-    identity = f"order of the stream = version 1, seed 0\nsource 1 = pictures, fingerprint {fingerprint}\n"
+    identity = f"order of the stream = version 1, seed 0\nsource 1 = images, fingerprint {fingerprint}\n"
     config = configuration.resolve(made)
     return types.SimpleNamespace(workdir=workdir, text=configuration.config_to_text(config), fingerprint=fingerprint, identity=identity)
 
@@ -145,9 +145,9 @@ def test_a_changed_configuration_is_shown_and_asks_for_a_flag(trials, tmp_path: 
         start(**dict([change.split("=", 1)]))
         trials.add(True)
     train.check_same_run(job(tmp_path), None, False)
-    with pytest.raises(UserError, match=r"\(data, source 1: pictures, fingerprint f -> pictures, fingerprint g\)"):
+    with pytest.raises(UserError, match=r"\(data, source 1: images, fingerprint f -> images, fingerprint g\)"):
         train.check_same_run(job(tmp_path, fingerprint="g"), position, False)
-    with pytest.raises(UserError, match=r"\(seed: 0 -> 1; optim.lr: 0.001 -> 0.01; data, source 1: pictures, fingerprint f -> "):
+    with pytest.raises(UserError, match=r"\(seed: 0 -> 1; optim.lr: 0.001 -> 0.01; data, source 1: images, fingerprint f -> "):
         train.check_same_run(job(tmp_path, fingerprint="g", seed="1", optim__lr="0.01"), position, False)
     trials.figure = f"{len(DIFFERENT)} changes told exactly, {len(SAME)} that change no result allowed"
 

@@ -129,7 +129,7 @@ def in_an_override(folder: pathlib.Path, payload: bytes) -> None:
 
 PLACES = {
     **{f"a member .{ending} of a tar": in_a_member(ending) for ending in ("pkl", "pyd", "json", "cls", "txt")},
-    "a picture": in_a_picture,
+    "an image": in_a_picture,
     "the index of tars": in_the_tar_index,
     "the columns of a shard": in_the_columns,
     "dataset.json": in_the_index,

@@ -56,7 +56,7 @@ def inputs(size, *, groups=2, width=3, spread=1.5, batch=2, seed=0, **settings):
     out = [op.output_size(n, kernel=kernel, **rest) for n in size]
     p = kernel**2 - settings.get("remove_center", False)
     offset = spread * rng.normal(size=(batch, *out, groups, p, 2))
-    offset[rng.random(offset.shape) < 0.1] *= 20  # some leave the picture, some by far
+    offset[rng.random(offset.shape) < 0.1] *= 20  # some leave the image, some by far
     near = np.abs(offset * settings.get("offset_scale", 1.0) - np.round(offset * settings.get("offset_scale", 1.0))) < 0.01
     offset += 0.03 * near  # a kink is no place to compare slopes
     mask = rng.dirichlet(np.ones(p), size=(batch, *out, groups))
@@ -206,7 +206,7 @@ def test_the_innermost_loop_of_the_lookup_is_over_the_channels_of_a_group():
 def test_few_pictures_at_a_time_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch):
     arrays = inputs((5, 5), batch=6)
     whole = run(*arrays, groups=2, method="fused")
-    monkeypatch.setattr(dcnv3_cpu, "_BYTES", 2 * 25 * 6 * 16)  # two pictures
+    monkeypatch.setattr(dcnv3_cpu, "_BYTES", 2 * 25 * 6 * 16)  # two images
     few = jax.jit(lambda *a: jax.vjp(lambda *b: op.dcnv3(*b, groups=2, method="fused"), *a[:3])[1](a[3]))
     assert "tensor<3x2x25x2x9xf32>" in few.lower(*arrays).as_text()
     for ours, theirs in zip(few(*arrays), whole[1:], strict=True):

@@ -169,7 +169,7 @@ def test_hidden_cells_show_nothing_of_the_picture():
     params, ones = lively(SMALL), np.ones((2, 6, 2), np.float32)
     hidden = np.ones((2, 4), bool)
     z = forward()(params, ones, hidden)
-    np.testing.assert_allclose(z[0], z[1], atol=1e-5)  # two pictures, both hidden
+    np.testing.assert_allclose(z[0], z[1], atol=1e-5)  # two images, both hidden
     hidden[1, 2] = False
     part = forward()(params, ones, hidden)
     np.testing.assert_array_equal(part[0], z[0])

@@ -20,7 +20,7 @@ from tests import broken, toy
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, str, dict[str, str]]:
-    """(report, page, console, reasons of the broken files) of 24 good pictures, 22 broken ones and two copies."""
+    """(report, page, console, reasons of the broken files) of 24 good images, 22 broken ones and two copies."""
     folder, place = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("run")
     reasons = broken.fill(folder, good=24)
     (folder / "b" / "copy<i>.png").write_bytes((folder / "a" / "0000.png").read_bytes())

@@ -73,7 +73,7 @@ def test_what_is_drawn_is_what_is_measured(run: pathlib.Path, capsys: pytest.Cap
         assert command.main(["--mode=eval", "--workdir", str(run), *asked(by, "confusion")]) == 0
         value = json.loads((run / "eval.json").read_text())["results"][by][f"eval/{by}/top1"]
         note = json.loads((run / "pictures" / "00000002-confusion.json").read_text())["note"]
-        assert words in note and re.search(rf"; {100 * value:.1f} % of \d+ held-out pictures are right; step 2, online", note), note
+        assert words in note and re.search(rf"; {100 * value:.1f} % of \d+ held-out images are right; step 2, online", note), note
     assert "evaluation:" not in capsys.readouterr().out
 
 

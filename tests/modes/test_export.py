@@ -30,7 +30,7 @@ ENCODER = "model__encoder__"
 def run(tmp_path_factory: pytest.TempPathFactory):
     workdir = tmp_path_factory.mktemp("mine")
     params, average = saved.run(workdir, toy.settings())
-    (workdir / "data.txt").write_text("source 1 = folder, 800 pictures, fingerprint 0123456789abcdef\n")
+    (workdir / "data.txt").write_text("source 1 = folder, 800 images, fingerprint 0123456789abcdef\n")
     lines = [{"step": 2, "loss": 3.0, "lr": 1.0}, {"step": 4, "loss": 2.5}, {"step": 4, "eval/knn/top1": 0.75}]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "lo')
     return workdir, params, average
@@ -124,9 +124,9 @@ def test_orbax(run) -> None:
 
 FRESH = """
 import sys, jax, jax.export, numpy as np
-path, pictures, out = sys.argv[1:]
+path, images, out = sys.argv[1:]
 program = jax.export.deserialize(bytearray(open(path, 'rb').read()))
-np.savez(out, **{str(n): program.call(np.load(pictures)[:n]) for n in (1, 3)})
+np.savez(out, **{str(n): program.call(np.load(images)[:n]) for n in (1, 3)})
 assert not any(name.startswith(("m3i_jax", "flax")) for name in sys.modules)
 """
 

@@ -1,4 +1,4 @@
-"""--mode=features: every picture of a source once, in its order, by a run or by other weights; stopped and gone on with; refusals."""
+"""--mode=features: every image of a source once, in its order, by a run or by other weights; stopped and gone on with; refusals."""
 
 import json
 import pathlib
@@ -44,7 +44,7 @@ def test_every_picture_once_and_in_order(workdir: pathlib.Path, tmp_path: pathli
 
 
 def stopped_at_the_second_part(monkeypatch: pytest.MonkeyPatch) -> list:
-    """(first index, settings) of every part that is asked for, of 16 pictures; a person interrupts the second."""
+    """(first index, settings) of every part that is asked for, of 16 images; a person interrupts the second."""
     monkeypatch.setattr(features, "_PART", 16)
     read, asked = eval_batches.evaluation_batches, []
 

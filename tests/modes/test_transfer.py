@@ -70,7 +70,7 @@ def test_an_encoder_of_another_shape_is_refused(run: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_a_folder_in_one_command(run: pathlib.Path, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Fine-tuning learns which way stripes run, on pictures that it did not see; a probe goes through all of its way."""
+    """Fine-tuning learns which way stripes run, on images that it did not see; a probe goes through all of its way."""
     shared = ["--config.model.dtype=float32", "--config.parallel.mesh=(1,2,4)", "--config.evaluate.batch_size=32"]
     spec = f"path={folder},from={run},batch_size=32"
     tuned = ["--config.optim.lr=3e-3", "--config.optim.layer_decay=0.9", "--config.train.log_every=10", "--config.data.augment.erase_p=0.0"]
@@ -83,6 +83,6 @@ def test_a_folder_in_one_command(run: pathlib.Path, folder: pathlib.Path, tmp_pa
     for name in "ab":
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         found.append([line["eval/direct/top1"] for line in lines if "eval/direct/top1" in line])
-    assert found[0][-1] > 0.9 > found[0][0] and len(found[1]) == 2  # a few steps of LARS at its rate for 32 pictures move nothing
+    assert found[0][-1] > 0.9 > found[0][0] and len(found[1]) == 2  # a few steps of LARS at its rate for 32 images move nothing
     assert command.main(["--mode=eval", "--workdir", str(tmp_path / "a"), "--config.evaluate.encoder=ema"]) == 0
     assert json.loads((tmp_path / "a/eval.json").read_text())["encoder"] == "ema"

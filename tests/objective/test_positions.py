@@ -20,7 +20,7 @@ relative_parts = jax.jit(positions.relative_parts, static_argnames=("grid", "wid
 
 
 def reference(box_in, flip_in, box_out, flip_out, *, grid, width, picture_width):
-    """SiameseIM for one pair, in float64: mirror first, crop afterwards; the box of a mirrored view lies in a mirrored picture."""
+    """SiameseIM for one pair, in float64: mirror first, crop afterwards; the box of a mirrored view lies in a mirrored image."""
 
     def own_frame(box, flip):
         top, left, height, wide = map(float, box)
@@ -75,7 +75,7 @@ def test_coordinates_golden():
 
 
 def test_coordinates_of_a_relative_flip_golden():
-    """The golden numbers are for boxes in their own frame; the second view is mirrored in a picture 500 wide."""
+    """The golden numbers are for boxes in their own frame; the second view is mirrored in an image 500 wide."""
     mirrored = OUT.copy()
     mirrored[0, 1] = 500 - OUT[0, 1] - OUT[0, 3]
     y, x = coordinates(IN, NO, mirrored, YES, grid=2)
@@ -101,7 +101,7 @@ def test_a_mirrored_copy_counts_backwards(flips):
 
 @pytest.mark.parametrize(("flip_in", "flip_out"), FLIPS)
 def test_coordinates_are_those_of_the_pixels(flip_in, flip_out):
-    """Crop, mirror and average a picture whose pixels are their own coordinates; nothing here knows a formula of positions."""
+    """Crop, mirror and average an image whose pixels are their own coordinates; nothing here knows a formula of positions."""
     grid, rng = 4, np.random.default_rng(0)
     picture = np.stack(np.meshgrid(np.arange(60) + 0.5, np.arange(80) + 0.5, indexing="ij"), -1)
 

@@ -304,7 +304,7 @@ def test_hosts_that_differ_are_named_before_anything_is_trained(tmp_path: pathli
 
 @pytest.mark.slow
 def test_two_hosts_measure_what_one_measures(tmp_path: pathlib.Path) -> None:
-    """Every evaluator on one checkpoint: each host reads half of the pictures, and both know all features."""
+    """Every evaluator on one checkpoint: each host reads half of the images, and both know all features."""
     short = ["--config.train.steps=2", "--config.train.eval_every=0", "--config.train.panel_every=0", "--config.evaluate.query_limit=1"]
     (trained,) = ends(two(*COMMAND, *short, "--workdir", str(tmp_path / "run"), processes=1))
     assert trained[0] == 0, trained
@@ -327,7 +327,7 @@ def test_two_hosts_measure_what_one_measures(tmp_path: pathlib.Path) -> None:
     one, both = found
     assert len(results) == 12 and set(one) == set(both)
     for name, value in one.items():
-        assert both[name] == pytest.approx(value, abs=0.041), name  # two near ties of 24 pictures may fall the other way
+        assert both[name] == pytest.approx(value, abs=0.041), name  # two near ties of 24 images may fall the other way
     assert one["eval/retrieval/text_to_image/r10"] == both["eval/retrieval/text_to_image/r10"]
 
 

@@ -207,7 +207,7 @@ def test_internimage_gathers_one_layer_at_a_time() -> None:
     for name, kernel in ("fc1", (128, 512)), ("fc2", (512, 128)):
         assert arguments[0]["stage2"]["layers"]["mlp"][name]["kernel"].shape == (4, *kernel)
         assert f"f32[4,{kernel[0]},{kernel[1]}]" not in text and f"f32[2,2,{kernel[0]},{kernel[1]}]" not in text
-    # Rows stay where they are: every map is of three pictures a device.
+    # Rows stay where they are: every map is of three images a device.
     assert not re.search(r"f32\[24,\d+,\d+,\d+\]", text)
     alone, there = convolved((1, 1, 1))
     close(run(*arguments), jax.device_get(alone(*there)))

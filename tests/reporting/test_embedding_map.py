@@ -1,4 +1,4 @@
-"""Neighbours and maps against brute force, and the pictures of both."""
+"""Neighbours and maps against brute force, and the images of both."""
 
 import builtins
 

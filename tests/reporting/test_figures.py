@@ -68,7 +68,7 @@ def test_what_is_broken_is_named(damage: str, tmp_path: pathlib.Path) -> None:
         (tmp_path / "000001-map.png").unlink()
     else:
         (tmp_path / "000001-map.json").write_text(damage)
-    with pytest.raises(UserError, match=r"000001-map\.json: is no picture that an evaluator drew") as error:
+    with pytest.raises(UserError, match=r"000001-map\.json: is no image that an evaluator drew") as error:
         [figures.figure_html(file) for file in figures.newest_figures(tmp_path)]
     assert "\n" not in str(error.value)
 

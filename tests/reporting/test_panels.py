@@ -38,7 +38,7 @@ def example(*, rows=4, size=32, grid=4, terms=("intra", "inter"), mixed=True, wo
         pictures[f"{term}/view"] = views[:, 0] if term == "intra" else views[partner if mixed else np.arange(rows), 1]
         for name in ("prediction", "target"):
             features[f"{term}/{name}"] = rng.normal(size=(rows, grid * grid, 9)).astype(np.float32)
-    captions = [f"a long caption of picture {r}, " * 9 for r in range(rows)] if words else [""] * rows
+    captions = [f"a long caption of image {r}, " * 9 for r in range(rows)] if words else [""] * rows
     labels = [f"class {r}" for r in range(rows)] if words else [""] * rows
     reads = "mixed" if mixed else "masked" if terms else "whole"
     return dict(features=features, pictures=pictures, batch={"mask": mask}, captions=captions, labels=labels, reads=reads)

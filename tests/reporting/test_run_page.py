@@ -133,7 +133,7 @@ def test_what_evaluators_drew_and_measured_is_on_it(two: tuple[pathlib.Path, pat
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_it_and_complains_of_nothing(width: int, two: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path) -> None:
-    """As wide as a phone, and on a desk: nothing sticks out to the right, the console is silent, the charts are coloured, and the pictures
+    """As wide as a phone, and on a desk: nothing sticks out to the right, the console is silent, the charts are coloured, and the images
     are where they were drawn, large enough to be seen. A window of Chromium's cannot be as narrow as a phone, a frame in it can."""
     figures.write_figure(two[0] / "pictures", "00000030-kind", exhibit("drawn", rows=1))
     page = report.write_report(schema.Config(report=schema.Report(beside=(str(two[1]),))), two[0])

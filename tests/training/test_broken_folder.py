@@ -1,4 +1,4 @@
-"""A real run on a folder of which a fifth is broken in 22 ways: it goes on, every row is of a sound picture, and the counts are exact."""
+"""A real run on a folder of which a fifth is broken in 22 ways: it goes on, every row is of a sound image, and the counts are exact."""
 
 import json
 import pathlib

@@ -120,7 +120,7 @@ GOLDEN: dict[str, dict[str, float]] = {
 
 
 def pictures() -> list[tuple[str, Image.Image]]:
-    """Ten pictures of two categories without randomness of any library."""
+    """Ten images of two categories without randomness of any library."""
     y, x = np.mgrid[:60, :80]
     waves = [np.sin(x / (3 + k) + k) * np.cos(y / (4 + k)) for k in range(10)]
     return [(f"{'ab'[k % 2]}", Image.fromarray(np.uint8(np.stack([w, w**2, -w], -1) * 120 + 128))) for k, w in enumerate(waves)]
@@ -132,7 +132,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for k, (kind, image) in enumerate(pictures()):
         (root / "folder" / kind).mkdir(parents=True, exist_ok=True)
         image.save(root / "folder" / kind / f"{k}.png")
-        (root / "folder" / kind / f"{k}.txt").write_text(f"picture {k} of kind {kind}")
+        (root / "folder" / kind / f"{k}.txt").write_text(f"image {k} of kind {kind}")
     (root / "tars").mkdir()
     with tarfile.open(root / "tars" / "0.tar", "w") as tar:
         for k, file in enumerate(sorted((root / "folder").rglob("*.png"))):

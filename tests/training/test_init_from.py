@@ -240,7 +240,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: int) -> np.nda
 
 
 def clip_vision(table: dict[str, np.ndarray], picture: np.ndarray, heads: int) -> np.ndarray:
-    """CLIP's vision tower as its paper and public code define it, float64, one picture [S, S, 3] -> tokens [T, D] before the last norm."""
+    """CLIP's vision tower as its paper and public code define it, float64, one image [S, S, 3] -> tokens [T, D] before the last norm."""
     t = {name: array.astype(np.float64) for name, array in table.items()}
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:

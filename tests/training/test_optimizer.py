@@ -80,7 +80,7 @@ def test_learning_rate_golden() -> None:
 
 
 def test_a_run_of_more_steps_than_an_int32_can_be_planned() -> None:
-    """442 million pictures, thirty times, four at once: where the largest batch is sought on a small chip."""
+    """442 million images, thirty times, four at once: where the largest batch is sought on a small chip."""
     rate = jax.jit(optimizer.lr_schedule(schema.Optim(lr=1.0), steps=2**32, warmup=2**31 + 2**10))
     assert 0 < float(rate(10)) < 1e-8 and 0 < float(jax.jit(ema.cosine_momentum(0.0, 2**32))(2**20)) < 1e-6
 

@@ -32,7 +32,7 @@ def with_data(settings: schema.Config, **changes: object) -> schema.Config:
     ("changes", "wanted"),  # (steps an epoch, steps, warm-up)
     [
         ({}, (10, 30, 10)),
-        ({"size": 109}, (10, 30, 10)),  # the last nine pictures of an epoch wait for another epoch
+        ({"size": 109}, (10, 30, 10)),  # the last nine images of an epoch wait for another epoch
         ({"size": 110}, (11, 33, 11)),
         ({"size": 99}, (9, 27, 9)),
         ({"epochs": 2.5}, (10, 25, 10)),
@@ -42,7 +42,7 @@ def with_data(settings: schema.Config, **changes: object) -> schema.Config:
         ({"warm_steps": 0}, (10, 30, 0)),
         ({"warm_epochs": 0.25}, (10, 30, 2)),
         ({"warm_epochs": 3.0}, (10, 30, 30)),  # all of the run
-        ({"size": 6, "steps": 5, "warm_steps": 2}, (0, 5, 2)),  # nothing is counted in epochs: less than a batch of pictures is enough
+        ({"size": 6, "steps": 5, "warm_steps": 2}, (0, 5, 2)),  # nothing is counted in epochs: less than a batch of images is enough
     ],
 )
 def test_length(changes: dict, wanted: tuple[int, int, int]) -> None:

@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 
 def pack_record(record: Record) -> bytes:
-    """A record as the bytes of a tf.train.Example. A picture that is pixels already is stored as PNG, every other one as it is.
+    """A record as the bytes of a tf.train.Example. An image that is pixels already is stored as PNG, every other one as it is.
 
     >>> unpack_record(pack_record(Record("a", b"...", 3, "a cat")))
     Record(key='a', image=b'...', label=3, caption=b'a cat')
@@ -66,7 +66,7 @@ def unpack_record(raw: bytes, key: str = "") -> Record:
         key: of the record, if the message holds none.
 
     Raises:
-        ValueError: the bytes are no tf.train.Example. One without a picture gives empty bytes.
+        ValueError: the bytes are no tf.train.Example. One without an image gives empty bytes.
 
     >>> unpack_record(tf_example.encode_example({"image/encoded": b"...", "text": b"a dog"}), "7")
     Record(key='7', image=b'...', label=-1, caption=b'a dog')
@@ -169,7 +169,7 @@ class ArrayRecordSource:
     """The records of ArrayRecord files, in the order of file names and then of records.
 
     Of a directory that `--mode=convert` wrote, the index is read; other files are read through once to learn keys and labels, which are
-    then kept in `cache`. Their classes have no names: "0", "1", ... A record whose checksum does not hold is replaced like any picture that
+    then kept in `cache`. Their classes have no names: "0", "1", ... A record whose checksum does not hold is replaced like any image that
     cannot be decoded.
 
     Args:
@@ -299,7 +299,7 @@ class ArrayRecordSource:
     def description(self) -> str:
         share = f", captions for {self._columns['caption'].mean():.0%}" if self.captions else ""
         classes = f", {len(self.classes):,} classes" if self.classes else ""
-        return f"{len(self):,} pictures in {len(self.files):,} files of {self.name}{classes}{share}"
+        return f"{len(self):,} images in {len(self.files):,} files of {self.name}{classes}{share}"
 
     def _record(self, shard: int, row: int, raw: bytes) -> Record:
         key = f"{os.path.basename(self.files[shard])}#{row}"

@@ -1,4 +1,4 @@
-"""Random access to what users have. A source knows how many records it holds and reads any of them; nothing here decodes a picture.
+"""Random access to what users have. A source knows how many records it holds and reads any of them; nothing here decodes an image.
 
 Sources hold paths and small arrays, never an open file, so that they can be sent to worker processes. What a source ignores (hidden
 files, links that lead out, damaged members) is counted and told in its description.
@@ -26,12 +26,12 @@ _WANTED = {
     "tfds": "the name of the data set, such as 'food101', or the directory of its version",
     "hugging_face": "the directory that save_to_disk wrote",
 }
-FILE_LIMIT = 1 << 28  # a picture file above 256 MiB would be read whole before its header can refuse it
+FILE_LIMIT = 1 << 28  # an image file above 256 MiB would be read whole before its header can refuse it
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-    """One picture as the source has it: encoded bytes, or RGB uint8 [height, width, 3]; label -1 and caption None where there is none."""
+    """One image as the source has it: encoded bytes, or RGB uint8 [height, width, 3]; label -1 and caption None where there is none."""
 
     key: str
     image: bytes | np.ndarray
@@ -67,12 +67,12 @@ def open_source(data: schema.Data, *, cache: str = "") -> DataSource:
         The whole source; see `split_by_hash` for the part to train on.
 
     Raises:
-        UserError: the path is missing, or holds nothing that can be read as a picture; see `mixture.mixture_entries`; or a split is held out by
+        UserError: the path is missing, or holds nothing that can be read as an image; see `mixture.mixture_entries`; or a split is held out by
             name, which is none of the source: `splits.open_splits` opens both.
 
     >>> open_source(schema.Data(source="folder"))
     Traceback (most recent call last):
-    m3i_jax.errors.UserError: data.path is empty, and data.source='folder' needs it: give the directory that holds the pictures
+    m3i_jax.errors.UserError: data.path is empty, and data.source='folder' needs it: give the directory that holds the images
     """
     from m3i_jax.data.sources import mixture
 
@@ -94,10 +94,10 @@ def open_kind(kind: str, path: str, split: str, data: schema.Data, *, cache: str
         cache: see `open_source`.
 
     Raises:
-        UserError: nothing there that can be read as a picture, or a package is missing.
+        UserError: nothing there that can be read as an image, or a package is missing.
 
     >>> open_kind("shapes", "12", "", schema.Data()).description()
-    '12 pictures in shapes (336 x 336 pixels, seed 0), 8 classes, captions for 100%'
+    '12 images in shapes (336 x 336 pixels, seed 0), 8 classes, captions for 100%'
     """
     if kind not in KINDS:
         raise UserError(f"data.source={kind!r} is not a source: use {', '.join(map(repr, KINDS[:-1]))}, {KINDS[-1]!r} or 'mixture'")
@@ -222,7 +222,7 @@ def source_key(source: DataSource, index: int) -> str:
 
 
 def source_caption(source: DataSource, index: int) -> str | bytes | None:
-    """The caption of a record as the source has it, without its picture where the source can.
+    """The caption of a record as the source has it, without its image where the source can.
 
     >>> source_caption([Record("a", b"", caption="a cat")], 0)
     'a cat'
@@ -242,17 +242,17 @@ def source_key_hashes(source: DataSource) -> np.ndarray:
 
 
 def source_identity(source: DataSource) -> list[str]:
-    """What a source is, in lines for a person: name, number of pictures, fingerprint; of a mixture, one line a source.
+    """What a source is, in lines for a person: name, number of images, fingerprint; of a mixture, one line a source.
 
     >>> class Five:
     ...     name = "five"
     ...     def __len__(self): return 5
     ...     def fingerprint(self): return "0123456789abcdef"
     >>> source_identity(Five())
-    ['five, 5 pictures, fingerprint 0123456789abcdef']
+    ['five, 5 images, fingerprint 0123456789abcdef']
     """
     lines = getattr(source, "identity", None)
-    return lines() if lines else [f"{source.name}, {len(source):,} pictures, fingerprint {source.fingerprint()}"]
+    return lines() if lines else [f"{source.name}, {len(source):,} images, fingerprint {source.fingerprint()}"]
 
 
 def stable_digest(*parts: str | bytes | int | float) -> str:
@@ -332,7 +332,7 @@ class SubsetSource:
 
 
 def split_by_hash(source: DataSource, holdout: float, part: str) -> DataSource:
-    """One part of a source, by a hash of each record's key: adding pictures moves none of the others, and equal keys stay together.
+    """One part of a source, by a hash of each record's key: adding images moves none of the others, and equal keys stay together.
 
     Args:
         source: the whole.

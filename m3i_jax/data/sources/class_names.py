@@ -15,7 +15,7 @@ from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 
 FILES = ("LOC_synset_mapping.txt", "synset_words.txt", "synsets.txt", "words.txt")
-ABOVE = 4  # folders above the pictures that are searched: ILSVRC/Data/CLS-LOC/train has its file beside ILSVRC
+ABOVE = 4  # folders above the images that are searched: ILSVRC/Data/CLS-LOC/train has its file beside ILSVRC
 LIMIT = 1 << 22  # bytes of a file that are read; WordNet's own words.txt has 2.6 MB
 _ID = re.compile(r"n\d{8}")
 

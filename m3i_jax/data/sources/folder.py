@@ -1,4 +1,4 @@
-"""Pictures in a directory, as they lie: first-level sub-folders are the categories, NAME.txt beside a picture is its caption."""
+"""Pictures in a directory, as they lie: first-level sub-folders are the categories, NAME.txt beside an image is its caption."""
 
 import collections
 import os
@@ -13,16 +13,16 @@ from m3i_jax.errors import UnreadableError, UserError
 
 
 class FolderSource:
-    """A directory of pictures, searched to any depth. Keys are paths relative to it, with `/` on every system.
+    """A directory of images, searched to any depth. Keys are paths relative to it, with `/` on every system.
 
-    Categories are the first-level sub-folders that hold pictures, sorted, if there are at least two of them; a picture that lies in none
-    has label -1. Hidden files and folders, links that lead out of the directory and files that are no pictures are never opened.
+    Categories are the first-level sub-folders that hold images, sorted, if there are at least two of them; an image that lies in none
+    has label -1. Hidden files and folders, links that lead out of the directory and files that are no images are never opened.
 
     Args:
         path: the directory.
 
     Raises:
-        UserError: there is no such directory, or no picture in it.
+        UserError: there is no such directory, or no image in it.
 
     >>> import tempfile, pathlib
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -39,9 +39,9 @@ class FolderSource:
         self.path = os.path.expanduser(path)
         if os.path.isfile(self.path):
             hint = "; tar files are read by data.source='tars'" if self.path.endswith(".tar") else ""
-            raise UserError(f"data.path={path!r} is a file: data.source='folder' needs the directory that holds the pictures{hint}")
+            raise UserError(f"data.path={path!r} is a file: data.source='folder' needs the directory that holds the images{hint}")
         if not os.path.isdir(self.path):
-            raise UserError(f"data.path={path!r} does not exist: {base.missing_path_error(self.path)}; give the directory that holds the pictures")
+            raise UserError(f"data.path={path!r} does not exist: {base.missing_path_error(self.path)}; give the directory that holds the images")
         self.name = f"folder {path!r}"
         self.ignored: collections.Counter[str] = collections.Counter()
         others: collections.Counter[str] = collections.Counter()
@@ -79,7 +79,7 @@ class FolderSource:
         return self._names[index]
 
     def caption(self, index: int) -> bytes | None:
-        """The text beside the picture, or None; only as much of it as is ever used."""
+        """The text beside the image, or None; only as much of it as is ever used."""
         if not self._captioned[index]:
             return None
         path = os.path.join(self.path, os.path.splitext(self._names[index])[0] + ".txt")
@@ -94,7 +94,7 @@ class FolderSource:
     def description(self) -> str:
         share = f", captions for {self._captioned.mean():.0%}" if self.captions else ""
         classes = f", {len(self.classes):,} classes" if self.classes else ""
-        return f"{len(self):,} pictures in {self.name}{classes}{share}{base.format_counts(self.ignored)}"
+        return f"{len(self):,} images in {self.name}{classes}{share}{base.format_counts(self.ignored)}"
 
 
 def _files(root: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, int]]:
@@ -139,12 +139,12 @@ def _files(root: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, 
 
 
 def _emptiness(others: collections.Counter[str], texts: int, ignored: collections.Counter[str]) -> str:
-    """Why a folder without pictures has none, as the end of a sentence."""
+    """Why a folder without images has none, as the end of a sentence."""
     count, kinds = others.total() + texts, ", ".join(e[1:] for e in EXTENSIONS)
     if not count and not ignored.total():
-        return f"is an empty folder: put pictures there ({kinds})"
+        return f"is an empty folder: put images there ({kinds})"
     if not count:
-        return f"holds no picture ({kinds}){base.format_counts(ignored)}"
+        return f"holds no image ({kinds}){base.format_counts(ignored)}"
     most = others.most_common(1)[0][0] if others else ".txt"
     hint = "; tar files are read by data.source='tars'" if others[".tar"] else ""
-    return f"holds {count:,} files but no picture ({kinds}), most of them {most or 'without extension'}{base.format_counts(ignored)}{hint}"
+    return f"holds {count:,} files but no image ({kinds}), most of them {most or 'without extension'}{base.format_counts(ignored)}{hint}"

@@ -1,5 +1,5 @@
 """Data sets of the Hugging Face `datasets` library as they lie on disk (`save_to_disk`): memory-mapped Arrow tables, read by position. The
-picture comes as its original bytes (`decode=False`); nothing is downloaded, and nothing of the data set is run or unpickled.
+image comes as its original bytes (`decode=False`); nothing is downloaded, and nothing of the data set is run or unpickled.
 """
 
 import os
@@ -21,7 +21,7 @@ KEYS = ("key", "__key__", "id", "file_name", "filename", "image_id")
 class HuggingFaceSource:
     """One split of a saved data set.
 
-    The picture is the column `image`, `img`, ..., else the only image column; the label `label`, `labels` or `cls`, else the only
+    The image is the column `image`, `img`, ..., else the only image column; the label `label`, `labels` or `cls`, else the only
     ClassLabel; the caption `caption`, `captions` (the first of several), `text` or `txt`. The key of a record is its `key`, `__key__`, `id`
     or `file_name` if that is text, else its index.
 
@@ -30,7 +30,7 @@ class HuggingFaceSource:
         split: of several; "" if there is one only.
 
     Raises:
-        UserError: the package is missing; there is no such data set or split, or no picture in it.
+        UserError: the package is missing; there is no such data set or split, or no image in it.
     """
 
     def __init__(self, path: str, split: str = "") -> None:
@@ -42,7 +42,7 @@ class HuggingFaceSource:
         self._image = base.column(IMAGES, [n for n, kind in kinds.items() if kind == "Image"])
         if self._image is None:
             columns = ", ".join(f"{name} ({kind})" for name, kind in sorted(kinds.items()))
-            raise UserError(f"data.path={path!r} has no picture: its columns are {columns}")
+            raise UserError(f"data.path={path!r} has no image: its columns are {columns}")
         named, whole = [n for n, k in kinds.items() if k == "ClassLabel"], [n for n, f in features.items() if _dtype(f).startswith("int")]
         self._label = base.column(LABELS, named) or next((name for name in LABELS if name in whole), None)
         self._caption = next((n for n in CAPTIONS if n in kinds and (_dtype(features[n]).endswith("string") or kinds[n] == "List")), None)
@@ -84,7 +84,7 @@ class HuggingFaceSource:
 
     def description(self) -> str:
         classes = f", {len(self.classes):,} classes" if self.classes else ""
-        return f"{len(self):,} pictures in {self.name}{classes}{', captions' if self.captions else ''}"
+        return f"{len(self):,} images in {self.name}{classes}{', captions' if self.captions else ''}"
 
     def _record(self, index: int, row: dict[Any, Any]) -> Record:
         image = row[self._image] or {}

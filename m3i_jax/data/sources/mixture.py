@@ -1,4 +1,4 @@
-"""Several sources as one, each with its share of the samples: M3I's 427 million captioned and 15 million labelled pictures in one stage.
+"""Several sources as one, each with its share of the samples: M3I's 427 million captioned and 15 million labelled images in one stage.
 
 A sample has what its source has: a category, a caption, both or neither. Which source and which record stand at a position of the stream
 is closed arithmetic (`sampler.sample_mixture_index`), like everything else in the order.
@@ -22,7 +22,7 @@ CYCLE_LIMIT = 1 << 40  # samples until the shares are exact
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MixtureEntry:
-    """One line of `data.mixture`. `weight` None: in proportion to the number of pictures."""
+    """One line of `data.mixture`. `weight` None: in proportion to the number of images."""
 
     kind: str
     path: str
@@ -52,7 +52,7 @@ def parse_entry(text: str) -> MixtureEntry:
         try:
             weight = fractions.Fraction(number)
         except (ValueError, ZeroDivisionError):
-            raise UserError(f"{wrong}: the weight {number!r} must be a positive number, or 'size' for the number of pictures") from None
+            raise UserError(f"{wrong}: the weight {number!r} must be a positive number, or 'size' for the number of images") from None
         if weight <= 0:
             raise UserError(f"{wrong}: the weight {number!r} must be positive; leave the source out to give it none")
     before, at, split = path.rpartition("@")
@@ -181,11 +181,11 @@ class Mixture:
         """The record at each position of the stream, int64 [R]: see `sampler.sample_mixture_index`.
 
         Raises:
-            UserError: a source that should give samples has no pictures.
+            UserError: a source that should give samples has no images.
         """
         for source, part in zip(self.sources, self.parts, strict=True):
             if part and not len(source):
-                raise UserError(f"data.mixture: {source.name} has no pictures to give its share of: leave it out, or hold less out")
+                raise UserError(f"data.mixture: {source.name} has no images to give its share of: leave it out, or hold less out")
         which, record = sampler.sample_mixture_index(seed, positions, self.sizes, self.parts, attempt)
         return record + (self._ends - self.sizes)[which]
 
@@ -214,7 +214,7 @@ class Mixture:
         known = sum(len(source.classes) for source in self.sources)
         same = f" ({known - len(self.classes):,} of them shared by name)" if known > len(self.classes) else ""
         classes = f", {len(self.classes):,} classes{same}" if known else ""
-        return f"{len(self):,} pictures in a mixture of {len(self.sources)} sources{classes}: " + "; ".join(parts)
+        return f"{len(self):,} images in a mixture of {len(self.sources)} sources{classes}: " + "; ".join(parts)
 
     def _where(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):

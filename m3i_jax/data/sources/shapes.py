@@ -1,10 +1,10 @@
-"""Built-in pictures with categories and captions, so that every part of the framework runs where there is no data set.
+"""Built-in images with categories and captions, so that every part of the framework runs where there is no data set.
 
-A picture shows one shape, and the shape is the category. All else is nuisance: colour, size, place, rotation, the background's colour and
+An image shows one shape, and the shape is the category. All else is nuisance: colour, size, place, rotation, the background's colour and
 pattern, small lines and blobs behind the shape. Colours are paired by luminance, so that the shape is visible also in gray, and brighter
 than its background as often as darker: pixels and simple statistics say little about the category, outlines say everything.
 
-What a picture shows (category, colours, pattern, size, caption) and where are separate streams of randomness: a caption costs no rendering.
+What an image shows (category, colours, pattern, size, caption) and where are separate streams of randomness: a caption costs no rendering.
 """
 
 import functools
@@ -36,8 +36,8 @@ COLORS = {
 }
 CONTRAST = 60  # least difference of luminance (0..255) between a shape and either shade of its background, before jitter
 
-_VERSION = 1  # of the pictures, part of the fingerprint: raise it when any of them changes
-_JITTER = 10  # a colour's channels differ by at most this from picture to picture
+_VERSION = 1  # of the images, part of the fingerprint: raise it when any of them changes
+_JITTER = 10  # a colour's channels differ by at most this from image to image
 _SCALE = 4  # drawn so many times larger, then averaged: antialiasing
 _TILT = math.pi / 6  # a shape is turned by at most this, either way
 _MARKS = 3  # lines and blobs at most
@@ -46,12 +46,12 @@ _WHAT, _WHERE, _DEAL, _SPECKS = range(4)  # parts of the random stream
 _TEMPLATES = (
     "{thing} on {ground} background",
     "{thing} in front of {ground} background",
-    "a picture of {thing} on {ground} background",
+    "an image of {thing} on {ground} background",
     "there is {thing} on {ground} background",
     "{ground} background with {thing}",
     "{ground} background, and on it {thing}",
 )
-_SHORT = ("{thing}", "a picture of {thing}", "there is {thing}")
+_SHORT = ("{thing}", "an image of {thing}", "there is {thing}")
 
 
 def _luminance(rgb: np.ndarray) -> np.ndarray:
@@ -101,7 +101,7 @@ _POLYGONS = {
 
 
 class ShapeSpec(NamedTuple):
-    """What a picture shows: all that its caption may tell."""
+    """What an image shows: all that its caption may tell."""
 
     label: int
     color: str
@@ -114,12 +114,12 @@ class ShapeSpec(NamedTuple):
 class ShapesSource:
     """Pictures of shapes, rendered when they are read; the same for the same seed and index, whatever the size and the order of reading.
 
-    In every eight consecutive pictures every category occurs once, in random order.
+    In every eight consecutive images every category occurs once, in random order.
 
     Args:
-        size: number of pictures.
-        side: of a picture in pixels, at least 16.
-        seed: 0..2^64-1; another seed gives other pictures, with other keys.
+        size: number of images.
+        side: of an image in pixels, at least 16.
+        seed: 0..2^64-1; another seed gives other images, with other keys.
 
     Raises:
         UserError: there is nothing to render.
@@ -135,7 +135,7 @@ class ShapesSource:
 
     def __init__(self, size: int, side: int = 96, seed: int = 0) -> None:
         if size < 1:
-            raise UserError(f"data.size={size} renders no picture, and data.source='shapes' has no others: give a number such as 10000")
+            raise UserError(f"data.size={size} renders no image, and data.source='shapes' has no others: give a number such as 10000")
         if side < 16 or not 0 <= seed < 2**64:
             raise ValueError(f"side {side}, seed {seed}: a side is at least 16 pixels, a seed 0..2^64-1")
         self.size, self.side, self.seed = size, side, seed
@@ -156,7 +156,7 @@ class ShapesSource:
         return self.what(index).caption
 
     def what(self, index: SupportsIndex) -> ShapeSpec:
-        """What picture `index` shows, without rendering it.
+        """What image `index` shows, without rendering it.
 
         >>> what = ShapesSource(1000).what(7)
         >>> what.color in COLORS, what.ground in GROUNDS[what.color], what.pattern in PATTERNS, 0.5 <= what.size <= 0.85
@@ -175,7 +175,7 @@ class ShapesSource:
         return ShapeSpec(label, color, ground, pattern, size, caption)
 
     def silhouette(self, index: SupportsIndex) -> np.ndarray:
-        """uint8 [side, side]: 255 where picture `index` shows its shape, 0 where it shows background, between them on the outline.
+        """uint8 [side, side]: 255 where image `index` shows its shape, 0 where it shows background, between them on the outline.
 
         >>> mask = ShapesSource(8, side=32).silhouette(0)
         >>> mask.shape, int(mask.max())
@@ -189,7 +189,7 @@ class ShapesSource:
 
     def description(self) -> str:
         about = f"{self.side} x {self.side} pixels, seed {self.seed}"
-        return f"{len(self):,} pictures in {self.name} ({about}), {len(CLASSES)} classes, captions for 100%"
+        return f"{len(self):,} images in {self.name} ({about}), {len(CLASSES)} classes, captions for 100%"
 
     def _at(self, index: SupportsIndex) -> int:
         return range(self.size)[index]  # counts negative indices from the end, raises IndexError
@@ -211,7 +211,7 @@ class ShapesSource:
         return np.array(picture)
 
     def _shape(self, what: ShapeSpec, u: list[float]) -> Image.Image:
-        """The silhouette, at a place that keeps it inside the picture."""
+        """The silhouette, at a place that keeps it inside the image."""
         canvas, draw = self._canvas()
         name, side = CLASSES[what.label], self.side * _SCALE
         radius = what.size * side / 2

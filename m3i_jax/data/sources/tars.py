@@ -1,7 +1,7 @@
 """Pictures in tar files, as img2dataset and WebDataset write them, read in place: nothing is ever unpacked.
 
 An index of the members is built once by reading headers (and the small JSON and label members), and read by position afterwards: one
-`pread` a picture. Only regular members with a known extension count; links, devices, absolute names and names with `..` are passed over
+`pread` an image. Only regular members with a known extension count; links, devices, absolute names and names with `..` are passed over
 and counted; a pickle is just an unknown extension. A damaged or truncated file keeps what is valid. Tar files in a bucket (gs://,
 s3://, ...) are read in the same way through fsspec: the headers once, then ranges, those of a batch at the same time.
 """
@@ -23,12 +23,12 @@ from m3i_jax.errors import UserError
 
 VERSION = 2  # of the index; another one is built anew
 JSON_LIMIT = 1 << 20
-_NONE, _TEXT, _JSON = 0, 1, 2  # where the caption of a picture stands
+_NONE, _TEXT, _JSON = 0, 1, 2  # where the caption of an image stands
 _log = logging.getLogger(__name__)
 
 
 class TarSource:
-    """The pictures of all tar files that match a glob, in the order of file names and then of members.
+    """The images of all tar files that match a glob, in the order of file names and then of members.
 
     Members that share a stem belong together: `KEY.jpg`, `KEY.txt` (caption), `KEY.json` (`caption` where there is no text, `label` if a
     whole number), `KEY.cls` (label). The key of a record is the stem, so equal keys of two tar files fall into the same part of a split.
@@ -39,7 +39,7 @@ class TarSource:
         cache: directory for the index; "" to build it at every start.
 
     Raises:
-        UserError: no tar file matches, or none of them holds a picture.
+        UserError: no tar file matches, or none of them holds an image.
 
     >>> import io, tarfile, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +68,7 @@ class TarSource:
         if not len(self):
             kinds = ", ".join(e[1:] for e in EXTENSIONS)
             one = "the tar file that matches" if len(self.files) == 1 else f"the {len(self.files):,} tar files that match"
-            raise UserError(f"{one} data.path={path!r} holds no picture ({kinds}){base.format_counts(self.ignored)}")
+            raise UserError(f"{one} data.path={path!r} holds no image ({kinds}){base.format_counts(self.ignored)}")
 
     def _adopt(self, index: dict[str, np.ndarray]) -> None:
         self._index = index
@@ -140,7 +140,7 @@ class TarSource:
         share = f", captions for {(self._index['caption_kind'] != _NONE).mean():.0%}" if self.captions else ""
         classes = f", {len(self.classes):,} classes" if self.classes else ""
         files = f"{len(self.files):,} tar file{'s' * (len(self.files) > 1)}"
-        return f"{len(self):,} pictures in {files} of {self.name}{classes}{share}{base.format_counts(self.ignored)}"
+        return f"{len(self):,} images in {files} of {self.name}{classes}{share}{base.format_counts(self.ignored)}"
 
 
 def _state(file: str) -> tuple[int, int]:
@@ -283,7 +283,7 @@ def _scan(path: str, ignored: collections.Counter[str]) -> dict[str, dict[str, A
     for problem in (*tar_headers.DAMAGE, *tar_headers.HOSTILE):
         if problems[problem]:
             _log.warning("%r: %d %s; what is valid is used", path, problems[problem], problem)
-    problems["captions or labels without a picture"] += sum("size" not in group for group in groups.values())
+    problems["captions or labels without an image"] += sum("size" not in group for group in groups.values())
     ignored.update(problems)
     return groups
 

@@ -1,7 +1,7 @@
 """The tf.train.Example message, which ArrayRecord and TFRecord files of other people hold, read and written without TensorFlow.
 
 The wire format is that of protocol buffers: Example {1: Features}, Features {1: map of string to Feature}, Feature {1: bytes list,
-2: float list, 3: int64 list}. Float lists are skipped: no picture, label or caption is one.
+2: float list, 3: int64 list}. Float lists are skipped: no image, label or caption is one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -97,7 +97,7 @@ def _read_varint(raw: bytes, at: int) -> tuple[int, int]:
 def _fields(raw: bytes, at: int, end: int, *, numbers: bool = False) -> list[tuple[int, int, int]]:
     """(number, first byte, end) of the fields of a message that have a length; with `numbers`, those that are one as (number, value, -1).
 
-    Positions instead of slices: a picture is then copied once.
+    Positions instead of slices: an image is then copied once.
     """
     found = []
     while at < end:

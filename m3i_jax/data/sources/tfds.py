@@ -1,5 +1,5 @@
 """Data sets that `tensorflow-datasets` has prepared, read by position and without TensorFlow: its `data_source` hands out the encoded
-picture (`SkipDecoding`), and everything after that is ours. It needs files with random access: ArrayRecord or parquet.
+image (`SkipDecoding`), and everything after that is ours. It needs files with random access: ArrayRecord or parquet.
 """
 
 import os
@@ -19,7 +19,7 @@ IMAGES, LABELS, CAPTIONS = ("image",), ("label",), ("caption", "captions", "text
 class TfdsSource:
     """One split of a prepared data set. Nothing is downloaded: preparing is another, longer job with packages of its own.
 
-    The picture is the feature `image`, else the only image feature; the label `label`, else the only class label; the caption `caption`,
+    The image is the feature `image`, else the only image feature; the label `label`, else the only class label; the caption `caption`,
     `captions` (the first) or `text`. The key of a record is `SPLIT-INDEX`: the order of a prepared data set never changes.
 
     Args:
@@ -28,7 +28,7 @@ class TfdsSource:
         directory: where prepared data sets lie; "": TFDS's default, `TFDS_DATA_DIR` or ~/tensorflow_datasets.
 
     Raises:
-        UserError: the package is missing; the data set is not there, has no random access, no such split or no picture.
+        UserError: the package is missing; the data set is not there, has no random access, no such split or no image.
     """
 
     def __init__(self, path: str, split: str = "train", *, directory: str = "") -> None:
@@ -46,7 +46,7 @@ class TfdsSource:
         kinds = {name: type(feature).__name__ for name, feature in features.items()}
         self._image = base.column(IMAGES, [n for n, kind in kinds.items() if kind == "Image"])
         if self._image is None:
-            raise UserError(f"tfds {path!r} has no picture: its features are {', '.join(f'{n} ({k})' for n, k in sorted(kinds.items()))}")
+            raise UserError(f"tfds {path!r} has no image: its features are {', '.join(f'{n} ({k})' for n, k in sorted(kinds.items()))}")
         self._label = base.column(LABELS, [n for n, kind in kinds.items() if kind == "ClassLabel"])
         self._caption = next((name for name in CAPTIONS if name in kinds), None)
         self.classes: tuple[str, ...] = tuple(features[self._label].names) if self._label else ()
@@ -72,12 +72,12 @@ class TfdsSource:
 
     def description(self) -> str:
         classes = f", {len(self.classes):,} classes" if self.classes else ""
-        return f"{len(self):,} pictures in {self.name}{classes}{', captions' if self.captions else ''}"
+        return f"{len(self):,} images in {self.name}{classes}{', captions' if self.captions else ''}"
 
     def _record(self, index: int, found: dict[Any, Any]) -> Record:
         label = int(found[self._label]) if self._label else -1
         caption = found[self._caption] if self._caption else None
-        if caption is not None and not isinstance(caption, (bytes, str)):  # several captions of one picture, or other things
+        if caption is not None and not isinstance(caption, (bytes, str)):  # several captions of one image, or other things
             first = next(iter(caption), None) if hasattr(caption, "__iter__") else None
             caption = first if isinstance(first, (bytes, str)) else None
         image = found[self._image]
