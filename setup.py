@@ -1,4 +1,5 @@
-"""What the package is and what it needs. The core (install_requires) trains and evaluates on a CPU; everything else is an extra."""
+"""What the package is and what it needs. The core (install_requires) trains and evaluates on a CPU;
+everything else is an extra."""
 
 import pathlib
 import re
@@ -6,7 +7,9 @@ import re
 from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
-VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "m3i_jax" / "version.py").read_text()).group(1)
+VERSION = re.search(
+    r'__version__ = "([^"]+)"', (ROOT / "m3i_jax" / "version.py").read_text()
+).group(1)
 README = ROOT / "README.md"
 
 CORE = [
@@ -36,7 +39,8 @@ def accelerated(extra: str) -> list[str]:
 
 
 EXTRAS = {
-    # What the benchmarks under tests/bench compare with; torch from a CPU build where there is no GPU.
+    # What the benchmarks under tests/bench compare with; torch from a CPU build where there is no
+    # GPU.
     "bench": ["tensorflow-cpu>=2.20", "timm>=1.0.20", "torch>=2.10", "torchvision>=0.25"],
     "cuda": accelerated("cuda12"),
     "cuda13": accelerated("cuda13"),
@@ -48,7 +52,8 @@ EXTRAS = {
     "maps": ["scikit-learn>=1.7"],
     "tensorboard": ["tensorboardX>=2.6.4"],
     "tfds": ["tensorflow-datasets>=4.9.10", "array_record>=0.8.3"],
-    # To read PyTorch's own files, and to compare exported weights with what timm and Transformers make of them.
+    # To read PyTorch's own files, and to compare exported weights with what timm and Transformers
+    # make of them.
     "torch": ["timm>=1.0.20", "torch>=2.10", "transformers>=4.57"],
     "wandb": ["wandb>=0.20"],
     "test": [
@@ -69,7 +74,10 @@ EXTRAS["test"] += EXTRAS["export"] + EXTRAS["fast"] + EXTRAS["huggingface"] + EX
 setup(
     name="m3i-jax",
     version=VERSION,
-    description="M3I Pre-training (CVPR 2023) in JAX: one stage, one input, category, text and dense self-supervised targets together.",
+    description=(
+        "M3I Pre-training (CVPR 2023) in JAX: one stage, one input, category, text and dense"
+        " self-supervised targets together."
+    ),
     long_description=README.read_text() if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

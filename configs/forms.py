@@ -1,11 +1,12 @@
 """Any row of the paper's Tables 1 and 3, any named method, and any set of them, as a run.
 
-python -m m3i_jax.main --config configs/forms.py:form=a,size=tiny --workdir runs/a
-python -m m3i_jax.main --config configs/forms.py:form=mim+clip,size=b --workdir runs/both --config.data.source=folder --config.data.path=DIR
-python -m m3i_jax.main --config configs/forms.py:form=sim,model=internimage_pico --workdir runs/k
+python -m m3i_jax.main --config configs/forms.py:form=a,size=tiny --workdir runs/a python -m
+m3i_jax.main --config configs/forms.py:form=mim+clip,size=b --workdir runs/both
+--config.data.source=folder --config.data.path=DIR python -m m3i_jax.main --config
+configs/forms.py:form=sim,model=internimage_pico --workdir runs/k
 
-The letters a to l, ic and wsp take the recipe of the paper's ablations; a named method takes that and the settings it was published with.
-"""
+The letters a to l, ic and wsp take the recipe of the paper's ablations; a named method takes that
+and the settings it was published with."""
 
 from ml_collections import ConfigDict
 
@@ -16,10 +17,13 @@ from m3i_jax.objective import published, terms
 SIZES = {"tiny": "vit_tiny", "s": "vit_s16", "b": "vit_b16", "l": "vit_l16"}
 
 
-def get_config(form: str = "m3i", size: str = "b", model: str = "", batch_size: int = 0, epochs: float = 0.0) -> ConfigDict:
-    """form: names joined by +. size: of a ViT: tiny, s, b or l. model: a preset instead, vit_h14 or internimage_pico, _t, _s, _b, _l, _xl,
-    _h or _g; pico is as tiny. batch_size: images a step; 0: 4,096, tiny: 64. epochs: 0: as published, 400 for the forms of the paper's
-    ablations; tiny: 400 steps."""
+def get_config(
+    form: str = "m3i", size: str = "b", model: str = "", batch_size: int = 0, epochs: float = 0.0
+) -> ConfigDict:
+    """form: names joined by +. size: of a ViT: tiny, s, b or l. model: a preset instead, vit_h14 or
+    internimage_pico, _t, _s, _b, _l, _xl, _h or _g; pico is as tiny. batch_size: images a step; 0:
+    4,096, tiny: 64. epochs: 0: as published, 400 for the forms of the paper's ablations; tiny: 400
+    steps."""
     if size not in SIZES:
         raise ValueError(f"size {size!r} is none of {', '.join(SIZES)}")
     config, model = default_config(), model or SIZES[size]
@@ -30,7 +34,10 @@ def get_config(form: str = "m3i", size: str = "b", model: str = "", batch_size: 
     config.train.epochs = 400.0  # M3I section 4.2
     for name in names:
         if name in published.PUBLISHED:
-            apply_overrides(config, [f"{key}={value}" for key, value in published.PUBLISHED[name].settings.items()])
+            apply_overrides(
+                config,
+                [f"{key}={value}" for key, value in published.PUBLISHED[name].settings.items()],
+            )
     if epochs:
         config.train.epochs = epochs
     config.optim.warmup_epochs = min(config.optim.warmup_epochs, 0.1 * config.train.epochs)
@@ -44,9 +51,19 @@ def get_config(form: str = "m3i", size: str = "b", model: str = "", batch_size: 
 
 
 def _tiny(config: ConfigDict) -> None:
-    """Built-in shapes of 32 pixels, two CPU cores, minutes: widths of a published head or decoder would be most of the model."""
-    config.data.update({"source": "shapes", "size": 40_000, "image_size": 32, "caption_length": 20, "vocabulary_size": 512})
-    config.data.crop_scale = (max(config.data.crop_scale[0], 0.6), 1.0)  # smaller crops would often miss the shape
+    """Built-in shapes of 32 pixels, two CPU cores, minutes: widths of a published head or decoder
+    would be most of the model."""
+    config.data.update(
+        {
+            "source": "shapes",
+            "size": 40_000,
+            "image_size": 32,
+            "caption_length": 20,
+            "vocabulary_size": 512,
+        }
+    )
+    # smaller crops would often miss the shape
+    config.data.crop_scale = (max(config.data.crop_scale[0], 0.6), 1.0)
     config.data.augment.blur_sigma = (0.1, 0.5)
     config.model.encoder.drop_path = 0.0
     config.model.encoder.freeze_patch_embed = False

@@ -1,15 +1,18 @@
-"""The paper's pre-training runs, Table 7 to the letter: ImageNet-1k with categories and YFCC-15M with captions, a ViT-B/16 each, and 442
-million images of both, InternImage-H. Any other model can be put on any data.
+"""The paper's pre-training runs, Table 7 to the letter: ImageNet-1k with categories and YFCC-15M
+with captions, a ViT-B/16 each, and 442 million images of both, InternImage-H. Any other model can
+be put on any data.
 
-python -m m3i_jax.main --config configs/m3i.py:data=imagenet,model=vit_b16,epochs=1600,path=/data/imagenet --workdir runs/m3i
-python -m m3i_jax.main --config configs/m3i.py:data=joint,model=internimage_h --mode=show
+python -m m3i_jax.main --config
+configs/m3i.py:data=imagenet,model=vit_b16,epochs=1600,path=/data/imagenet --workdir runs/m3i python
+-m m3i_jax.main --config configs/m3i.py:data=joint,model=internimage_h --mode=show
 
-[P] is the paper's Table 7, [S] its section 4, [C] a choice of this project where the paper is silent; the README lists those in full.
+[P] is the paper's Table 7, [S] its section 4, [C] a choice of this project where the paper is
+silent; the README lists those in full.
 
-Another batch size. Below 4,096 images, learning rate and the target's distance from 1 go down in proportion, lr * B / 4096 and
-1 - (1 - 0.995) * B / 4096, so that an epoch moves weights and target as far; above, they stay, since the paper has the same two values at
-4,096 and at 40,000. Warm-up and length are counted in epochs and need no rule. [C]
-"""
+Another batch size. Below 4,096 images, learning rate and the target's distance from 1 go down in
+proportion, lr * B / 4096 and 1 - (1 - 0.995) * B / 4096, so that an epoch moves weights and target
+as far; above, they stay, since the paper has the same two values at 4,096 and at 40,000. Warm-up
+and length are counted in epochs and need no rule. [C]"""
 
 from ml_collections import ConfigDict
 
@@ -17,26 +20,37 @@ from m3i_jax.config import default_config, rescale
 from m3i_jax.errors import UserError
 from m3i_jax.models import presets
 
-EPOCHS = {"imagenet": 1600.0, "yfcc": 138.0, "joint": 30.0}  # [P]; ImageNet's ablations have 400 [S]
+# [P]; ImageNet's ablations have 400 [S]
+EPOCHS = {"imagenet": 1600.0, "yfcc": 138.0, "joint": 30.0}
 WARMUP = {"imagenet": 40.0, "yfcc": 3.5, "joint": 1.0}  # epochs [P]
 BATCH = {"imagenet": 4096, "yfcc": 4096, "joint": 40_000}  # [P]
-# Images, so that --mode=show can plan without data; a run counts what is there. ImageNet-1k's training split; YFCC-15M as CLIP published
-# it; 427 million captioned and 15 million labelled images [S].
+# Images, so that --mode=show can plan without data; a run counts what is there. ImageNet-1k's
+# training split; YFCC-15M as CLIP published it; 427 million captioned and 15 million labelled
+# images [S].
 SIZE = {"imagenet": 1_281_167, "yfcc": 14_829_396, "joint": 442_000_000}
 
 
-def get_config(data: str = "imagenet", model: str = "vit_b16", epochs: float = 0.0, batch_size: int = 0, path: str = "data") -> ConfigDict:
-    """data: imagenet, yfcc or joint. model: vit_b16, vit_l16, vit_h14 (vit_s16 and vit_tiny for a trial), internimage_t, _s, _b, _l, _xl,
-    _h or _g. epochs, batch_size: 0: the paper's. path: imagenet: folder with train/ and val/; yfcc: folder of img2dataset tars; joint:
-    folder with imagenet22k/ (a folder a class) and the folders of tars laion400m/, yfcc15m/ and cc12m/."""
+def get_config(
+    data: str = "imagenet",
+    model: str = "vit_b16",
+    epochs: float = 0.0,
+    batch_size: int = 0,
+    path: str = "data",
+) -> ConfigDict:
+    """data: imagenet, yfcc or joint. model: vit_b16, vit_l16, vit_h14 (vit_s16 and vit_tiny for a
+    trial), internimage_t, _s, _b, _l, _xl,
+    _h or _g. epochs, batch_size: 0: the paper's. path: imagenet: folder with train/ and val/; yfcc:
+    folder of img2dataset tars; joint: folder with imagenet22k/ (a folder a class) and the folders
+    of tars laion400m/, yfcc15m/ and cc12m/."""
     if data not in EPOCHS:
         raise UserError(f"configs/m3i.py: data={data} is none of {', '.join(EPOCHS)}")
     if model not in presets.PRESETS:
         raise UserError(f"configs/m3i.py: model={model} is none of {', '.join(presets.PRESETS)}")
     config, place = default_config(), path.rstrip("/")
 
-    # The model. ViT-B/16 and InternImage-H [P]; of the others the paper gives none: four decoder blocks of the encoder's width, 1024 at
-    # most [C]. InternImage-G goes with H, the smaller ones with the ViT [C].
+    # The model. ViT-B/16 and InternImage-H [P]; of the others the paper gives none: four decoder
+    # blocks of the encoder's width, 1024 at most [C]. InternImage-G goes with H, the smaller ones
+    # with the ViT [C].
     presets.apply_preset(config, model)
     huge = model in ("internimage_h", "internimage_g")
     config.model.encoder.drop_path = 0.2 if huge else 0.1  # [P]
@@ -45,10 +59,13 @@ def get_config(data: str = "imagenet", model: str = "vit_b16", epochs: float = 0
 
     # What is seen.
     config.data.image_size = 192 if huge else 224  # [P]
-    config.data.mask = "blockwise"  # [P]; cells of 16 pixels [P], also where the deepest stage has 32 [C]: --config.data.mask_cell=32
+    # [P]; cells of 16 pixels [P], also where the deepest stage has 32 [C]:
+    # --config.data.mask_cell=32
+    config.data.mask = "blockwise"
     config.data.mask_ratio = 0.5  # [P]
     config.data.crop_scale = (0.08, 1.0)  # [C], as SiameseIM; the ops are [P], their strengths [C]
-    config.data.tokenizer = "clip"  # [C]; the paper says only that the text tower is BERT-Base in size
+    # [C]; the paper says only that the text tower is BERT-Base in size
+    config.data.tokenizer = "clip"
     config.data.caption_length = 77  # [C], CLIP's
     config.data.threads = 16  # [C]; of a host
     config.data.size = SIZE[data]
@@ -62,12 +79,14 @@ def get_config(data: str = "imagenet", model: str = "vit_b16", epochs: float = 0
     elif data == "yfcc":
         config.data.source = "tars"
         config.data.path = f"{place}/*.tar"
-        config.data.holdout = 0.0  # [C]: all of it is trained on; --config.data.holdout=0.001 to follow retrieval
+        # [C]: all of it is trained on; --config.data.holdout=0.001 to follow retrieval
+        config.data.holdout = 0.0
         config.data.classes = 0  # captions alone [S]
         config.data.captions = "yes"
     else:
         config.data.source = "mixture"
-        config.data.mixture = (  # [S]; without weights: by number of images, one epoch sees each once [C]
+        # [S]; without weights: by number of images, one epoch sees each once [C]
+        config.data.mixture = (
             f"folder:{place}/imagenet22k",
             f"tars:{place}/laion400m/*.tar",
             f"tars:{place}/yfcc15m/*.tar",
@@ -89,13 +108,16 @@ def get_config(data: str = "imagenet", model: str = "vit_b16", epochs: float = 0
     config.optim.min_lr = 0.0  # [C]
     config.optim.b1 = 0.9  # [P]
     config.optim.b2 = 0.95  # [P]
-    config.optim.weight_decay = 0.1  # [P]; not of biases, norms, tokens, position tables, logit scale [C]
-    config.optim.clip = presets.CLIP if config.model.backbone == "intern_image" else 1.0  # [C], as InternImage and SiameseIM
+    # [P]; not of biases, norms, tokens, position tables, logit scale [C]
+    config.optim.weight_decay = 0.1
+    # [C], as InternImage and SiameseIM
+    config.optim.clip = presets.CLIP if config.model.backbone == "intern_image" else 1.0
     config.optim.offset_lr = 0.1  # [C], of DCNv3's offsets, as InternImage and SiameseIM's code
     config.optim.ema = 0.995  # [P]
     config.optim.ema_schedule = "cosine"  # [P]
     config.train.epochs = epochs or EPOCHS[data]
-    config.optim.warmup_epochs = min(WARMUP[data], 0.1 * config.train.epochs)  # [P]; of a shorter run at most a tenth [C]
+    # [P]; of a shorter run at most a tenth [C]
+    config.optim.warmup_epochs = min(WARMUP[data], 0.1 * config.train.epochs)
     rescale(config, batch_size or BATCH[data])
     config.train.round_batch = data == "joint"  # [C]: 40,000 is no multiple of 2 x 64 chips
     return config

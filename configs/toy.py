@@ -1,11 +1,12 @@
-"""M3I and single methods at toy scale, on a few thousand small images of one's own: minutes on one CPU core. What `tests/bench/tables.py`
-runs.
+"""M3I and single methods at toy scale, on a few thousand small images of one's own: minutes on one
+CPU core. What `tests/bench/tables.py` runs.
 
-python -m m3i_jax.main --config 'configs/toy.py:source=tars,path=DIR/*.tar,form=m3i' --workdir runs/toy
+python -m m3i_jax.main --config 'configs/toy.py:source=tars,path=DIR/*.tar,form=m3i' --workdir
+runs/toy
 
-All methods have the same encoder, views, optimizer and pooling. Of a named method only what makes its objective is taken over: masks,
-norms, decoder input; not the sizes, rates and augmentation of a run of weeks.
-"""
+All methods have the same encoder, views, optimizer and pooling. Of a named method only what makes
+its objective is taken over: masks, norms, decoder input; not the sizes, rates and augmentation of a
+run of weeks."""
 
 from ml_collections import ConfigDict
 
@@ -18,15 +19,25 @@ OWN = ("data.mask", "model.encoder.final_norm", "model.decoder.norm", "model.dec
 
 
 def get_config(
-    form: str = "m3i", source: str = "tars", path: str = "", steps: int = 3500, batch_size: int = 32, gamma: float = 3.0
+    form: str = "m3i",
+    source: str = "tars",
+    path: str = "",
+    steps: int = 3500,
+    batch_size: int = 32,
+    gamma: float = 3.0,
 ) -> ConfigDict:
-    """form: names joined by +. source, path: the images. steps: optimizer steps. batch_size: images a step.
+    """form: names joined by +. source, path: the images. steps: optimizer steps. batch_size: images
+    a step.
     gamma: weight of annotations."""
     config = default_config()
     presets.apply_preset(config, "vit_tiny")
-    config.model.encoder.update({"width": 64, "depth": 3, "heads": 2, "drop_path": 0.0, "freeze_patch_embed": False})
-    config.model.decoder.update({"width": 32, "depth": 1, "heads": 1})  # a third of M3I's operations would be half
-    config.model.pool.update({"width": 64, "heads": 2, "std": 0.0})  # 0.02 would keep the pooled token near zero for half of the run
+    config.model.encoder.update(
+        {"width": 64, "depth": 3, "heads": 2, "drop_path": 0.0, "freeze_patch_embed": False}
+    )
+    # a third of M3I's operations would be half
+    config.model.decoder.update({"width": 32, "depth": 1, "heads": 1})
+    # 0.02 would keep the pooled token near zero for half of the run
+    config.model.pool.update({"width": 64, "heads": 2, "std": 0.0})
     config.model.text.update({"width": 64, "depth": 1, "heads": 2, "embed": 64})
     config.model.head.update({"hidden": 256, "width": 64, "prototypes": 64})
 
@@ -39,14 +50,27 @@ def get_config(
     config.data.vocabulary_size = 512
     config.data.threads = 1
     # Colour tells categories apart, and there is no time to learn from strong distortions.
-    config.data.augment.update({"jitter_p": 0.5, "brightness": 0.2, "contrast": 0.2, "saturation": 0.1, "hue": 0.02, "grayscale_p": 0.0})
-    config.data.augment.update({"blur_p": (0.5, 0.1), "blur_sigma": (0.1, 0.5), "solarize_p": (0.0, 0.0)})
+    config.data.augment.update(
+        {
+            "jitter_p": 0.5,
+            "brightness": 0.2,
+            "contrast": 0.2,
+            "saturation": 0.1,
+            "hue": 0.02,
+            "grayscale_p": 0.0,
+        }
+    )
+    config.data.augment.update(
+        {"blur_p": (0.5, 0.1), "blur_sigma": (0.1, 0.5), "solarize_p": (0.0, 0.0)}
+    )
 
     config.objective.forms = tuple(form.split("+"))
     for name in config.objective.forms:
         if name in published.PUBLISHED:
             settings = published.PUBLISHED[name].settings
-            apply_overrides(config, [f"{key}={value}" for key, value in settings.items() if key.startswith(OWN)])
+            apply_overrides(
+                config, [f"{key}={value}" for key, value in settings.items() if key.startswith(OWN)]
+            )
     config.objective.gamma = gamma
 
     config.optim.lr = 2e-3

@@ -1,4 +1,5 @@
-"""m3i_jax: M3I Pre-training (CVPR 2023) in JAX. What other projects import are the pure functions of the objective:
+"""m3i_jax: M3I Pre-training (CVPR 2023) in JAX. What other projects import are the pure functions
+of the objective:
 
     from m3i_jax import gaussian, boltzmann, category, text         # posteriors: (sum, count)
     from m3i_jax import smooth_l1, cosine, nt_xent, prototypes      # those of other public methods
@@ -6,7 +7,8 @@
     from m3i_jax import sincos_2d, relative                         # positions
     from m3i_jax import track_balance, weight, track_target         # optax transforms
 
-They need jax, numpy, optax and chex, and are loaded on first use. And, of the whole package, weights as a function of images:
+They need jax, numpy, optax and chex, and are loaded on first use. And, of the whole package,
+weights as a function of images:
 
     m3i_jax.load("runs/first").features(images)
 """
@@ -17,9 +19,24 @@ from typing import Any
 from m3i_jax.version import __version__
 
 _PUBLIC = {
-    "losses": ("boltzmann", "category", "gaussian", "layer_normalize", "patch_normalize", "second_moment", "text"),
+    "losses": (
+        "boltzmann",
+        "category",
+        "gaussian",
+        "layer_normalize",
+        "patch_normalize",
+        "second_moment",
+        "text",
+    ),
     "regression_losses": ("cosine", "smooth_l1"),
-    "contrastive": ("assignments", "barlow_twins", "densecl", "dense_boltzmann", "nt_xent", "prototypes"),
+    "contrastive": (
+        "assignments",
+        "barlow_twins",
+        "densecl",
+        "dense_boltzmann",
+        "nt_xent",
+        "prototypes",
+    ),
     "information": ("MARGINALS", "category_bits", "gaussian_bits", "softmax_bits"),
     "collapse": ("alignment", "effective_rank", "centered_energy", "target_std", "uniformity"),
     "masks": ("blockwise", "uniform"),

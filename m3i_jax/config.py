@@ -1,9 +1,9 @@
-"""The door of the configuration: a ConfigDict comes in, frozen dataclasses go out, and every mistake is named on one line.
+"""The door of the configuration: a ConfigDict comes in, frozen dataclasses go out, and every
+mistake is named on one line.
 
-config = default()                      # a locked ml_collections.ConfigDict, the tree of schema.Config
-config.optim.lr = 3e-4
-settings = resolve(config)              # schema.Config, checked; nothing downstream reads a ConfigDict or a flag
-"""
+config = default()                      # a locked ml_collections.ConfigDict, the tree of
+schema.Config config.optim.lr = 3e-4 settings = resolve(config)              # schema.Config,
+checked; nothing downstream reads a ConfigDict or a flag"""
 
 import ast
 import dataclasses
@@ -22,8 +22,13 @@ import ml_collections
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 
-_EXAMPLE = {int: "numbers such as (-1,1,1)", float: "numbers such as (0.2,1.0)", str: "names such as mim,clip"}
-# Keys that change what is written, how fast or in how much memory, never what is computed: a run may resume with other values of them.
+_EXAMPLE = {
+    int: "numbers such as (-1,1,1)",
+    float: "numbers such as (0.2,1.0)",
+    str: "names such as mim,clip",
+}
+# Keys that change what is written, how fast or in how much memory, never what is computed: a run
+# may resume with other values of them.
 FREE = (
     "train.log_every",
     "train.save_every",
@@ -46,7 +51,10 @@ FREE = (
 
 
 def _tree(node: Any) -> dict[str, Any]:
-    return {f.name: _tree(v) if dataclasses.is_dataclass(v := getattr(node, f.name)) else v for f in dataclasses.fields(node)}
+    return {
+        f.name: _tree(v) if dataclasses.is_dataclass(v := getattr(node, f.name)) else v
+        for f in dataclasses.fields(node)
+    }
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -58,7 +66,9 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(_tree(schema.Config())).lock()
 
 
-def setting_table(node: Any = None, prefix: str = "") -> dict[str, tuple[Any, Any, str, tuple[Any, ...]]]:
+def setting_table(
+    node: Any = None, prefix: str = ""
+) -> dict[str, tuple[Any, Any, str, tuple[Any, ...]]]:
     """Every setting as {dotted key: (type, value, help, choices)}, in the order of the schema.
 
     >>> setting_table()["optim.b2"][:2]
@@ -72,7 +82,12 @@ def setting_table(node: Any = None, prefix: str = "") -> dict[str, tuple[Any, An
         if dataclasses.is_dataclass(value):
             out |= setting_table(value, key + ".")
         else:
-            out[key] = (types[field.name], value, field.metadata.get("help", ""), field.metadata.get("choices", ()))
+            out[key] = (
+                types[field.name],
+                value,
+                field.metadata.get("help", ""),
+                field.metadata.get("choices", ()),
+            )
     return out
 
 
@@ -85,19 +100,30 @@ def _item(kind: Any) -> type:
     return typing.get_args(kind)[0]
 
 
-def unknown_key_error(key: str, known: typing.Iterable[str], where: str = "config.", what: str = "key") -> UserError:
-    """The error for a key, or something else of a name, that does not exist: names the nearest one that does."""
+def unknown_key_error(
+    key: str, known: typing.Iterable[str], where: str = "config.", what: str = "key"
+) -> UserError:
+    """The error for a key, or something else of a name, that does not exist: names the nearest one
+    that does."""
     known = list(known)
-    near = difflib.get_close_matches(key, known, 1, 0.5) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+    near = (
+        difflib.get_close_matches(key, known, 1, 0.5)
+        or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+    )
     hint = f"; did you mean {where}{near[0]}?" if near else f"; --help lists every {what}"
     return UserError(f"{where}{key}: there is no such {what}{hint}")
 
 
 def _typed(name: str, kind: Any, value: Any) -> Any:
-    """`value` as `kind` without guessing: whole numbers pass as numbers, lists as tuples, nothing else changes type; `name` is told."""
+    """`value` as `kind` without guessing: whole numbers pass as numbers, lists as tuples, nothing
+    else changes type; `name` is told."""
     wrong = UserError(f"{name}: {value!r} is not {_type_name(kind)}")
     if kind in (int, float):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and not isinstance(value, int)):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or (kind is int and not isinstance(value, int))
+        ):
             raise wrong
         if not math.isfinite(value):
             raise UserError(f"{name}: {value!r} is not finite")
@@ -146,28 +172,41 @@ def apply_overrides(config: ml_collections.ConfigDict, assignments: typing.Itera
         for part in key.split(".")[:-1]:
             parent = parent[part]
         with parent.ignore_type():
-            parent[key.split(".")[-1]] = _typed(f"config.{key}", kind, _literal(f"config.{key}", kind, text))
+            parent[key.split(".")[-1]] = _typed(
+                f"config.{key}", kind, _literal(f"config.{key}", kind, text)
+            )
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
-    """The ConfigDict of `FILE[:name=value,...]`: calls FILE's `get_config` with the arguments, typed by its defaults.
+    """The ConfigDict of `FILE[:name=value,...]`: calls FILE's `get_config` with the arguments,
+    typed by its defaults.
 
-    Raises UserError for a missing file, a file without `get_config`, an unknown argument or a value of the wrong type.
-    """
+    Raises UserError for a missing file, a file without `get_config`, an unknown argument or a value
+    of the wrong type."""
     file, _, text = spec.partition(":")
     path = pathlib.Path(file)
     if path.suffix != ".py":  # nor an address, of which the part before its colon is left
-        raise UserError(f"--config {spec}: must name a local Python file, such as configs/quickstart.py")
+        raise UserError(
+            f"--config {spec}: must name a local Python file, such as configs/quickstart.py"
+        )
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else [], 1)
-        raise UserError(f"--config {file}: there is no such file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else [], 1
+        )
+        raise UserError(
+            f"--config {file}: there is no such file"
+            + (f"; did you mean {path.parent / near[0]}?" if near else "")
+        )
     found = importlib.util.spec_from_file_location(f"m3i_jax_config_{path.stem}", path)
     assert found and found.loader
     module = importlib.util.module_from_spec(found)
     try:
         found.loader.exec_module(module)
         if not hasattr(module, "get_config"):
-            raise UserError(f"--config {file}: has no function get_config; define one that returns m3i_jax.config.default(), changed")
+            raise UserError(
+                f"--config {file}: has no function get_config; define one that returns"
+                " m3i_jax.config.default(), changed"
+            )
         get_config = module.get_config
         arguments = _arguments(file, inspect.signature(get_config), text)
         config = get_config(**arguments)
@@ -176,7 +215,10 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     except Exception as error:  # a person's own config file: whatever is wrong with it is theirs to read on one line
         raise UserError(f"--config {_reason(file, error)}") from error
     if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"--config {file}: get_config returned {type(config).__name__}; it must return m3i_jax.config.default(), changed")
+        raise UserError(
+            f"--config {file}: get_config returned {type(config).__name__}; it must return"
+            " m3i_jax.config.default(), changed"
+        )
     return config
 
 
@@ -185,18 +227,27 @@ def _reason(file: str, error: Exception) -> str:
     frames, here = traceback.extract_tb(error.__traceback__), pathlib.Path(file).resolve()
     lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename).resolve() == here]
     where = f"{file}, line {lines[-1]}" if lines else file
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # a KeyError's own text is quoted
-    if absent := re.search(r'Key "(.*?)" does not exist', text):  # a locked ConfigDict; the rest of its text is the whole section
+    # a KeyError's own text is quoted
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    # a locked ConfigDict; the rest of its text is the whole section
+    if absent := re.search(r'Key "(.*?)" does not exist', text):
         known = setting_table()
-        near = difflib.get_close_matches(absent[1], {part for key in known for part in key.split(".")}, 1)
+        near = difflib.get_close_matches(
+            absent[1], {part for key in known for part in key.split(".")}, 1
+        )
         places = [f"config.{key}" for key in known if near and near[0] in key.split(".")]
-        hint = f"did you mean {places[0] if len(places) == 1 else near[0]}?" if near else "--help lists every key"
+        hint = (
+            f"did you mean {places[0] if len(places) == 1 else near[0]}?"
+            if near
+            else "--help lists every key"
+        )
         return f"{where}: there is no such key {absent[1]!r}; {hint}"
     return f"{where}: {type(error).__name__}: {' '.join(text.split())}"
 
 
 def reject_config_in_data(spec: str, overrides: typing.Iterable[str]) -> None:
-    """Refuse a configuration that lies in a directory that the command itself names as data: a configuration is run, data never is.
+    """Refuse a configuration that lies in a directory that the command itself names as data: a
+    configuration is run, data never is.
 
     >>> reject_config_in_data("configs/folder.py:path=/data/pictures", [])
     """
@@ -204,9 +255,15 @@ def reject_config_in_data(spec: str, overrides: typing.Iterable[str]) -> None:
     for piece in (*re.split(r"[,;](?=[A-Za-z_]\w*[=:])", text), *overrides):
         place = re.sub(r"^\w+:", "", piece.partition("=")[2]).split("@")[0].split("*")[0]
         folder = pathlib.Path(place).expanduser()
-        if place and "://" not in place and folder.is_dir() and pathlib.Path(file).resolve().is_relative_to(folder.resolve()):
+        if (
+            place
+            and "://" not in place
+            and folder.is_dir()
+            and pathlib.Path(file).resolve().is_relative_to(folder.resolve())
+        ):
             raise UserError(
-                f"--config {file}: lies in the data, {place!r}, and nothing that comes with data is run; copy it if it is yours"
+                f"--config {file}: lies in the data, {place!r}, and nothing that comes with data is"
+                " run; copy it if it is yours"
             )
 
 
@@ -221,18 +278,23 @@ def _arguments(file: str, signature: inspect.Signature, text: str) -> dict[str, 
             near = difflib.get_close_matches(name, taken, 1)
             names = ", ".join(f"{n}=" for n in taken) or "none"
             raise UserError(
-                f"--config {file}:{name}: there is no such argument; " + (f"did you mean {near[0]}=?" if near else f"it takes {names}")
+                f"--config {file}:{name}: there is no such argument; "
+                + (f"did you mean {near[0]}=?" if near else f"it takes {names}")
             )
         kind, where = _kind(signature.parameters[name]), f"--config {file}:{name.rstrip('_')}"
         out[name] = _typed(where, kind, _literal(where, kind, value))
     for name, parameter in signature.parameters.items():
         if parameter.default is parameter.empty and name not in out:
-            raise UserError(f"--config {file}: the argument {name} is missing; write --config {file}:{name.rstrip('_')}=VALUE")
+            raise UserError(
+                f"--config {file}: the argument {name} is missing; write --config"
+                f" {file}:{name.rstrip('_')}=VALUE"
+            )
     return out
 
 
 def _kind(parameter: inspect.Parameter) -> Any:
-    """The type of an argument of `get_config`: that of its default; without one, as it is annotated; else text."""
+    """The type of an argument of `get_config`: that of its default; without one, as it is
+    annotated; else text."""
     default, plain = parameter.default, {"int": int, "float": float, "bool": bool, "str": str}
     if isinstance(default, tuple):
         return tuple[type(default[0]) if default else str, ...]  # type: ignore[misc]
@@ -253,7 +315,10 @@ def _build(cls: type, node: Any, prefix: str, known: dict[str, Any]) -> Any:
         if dataclasses.is_dataclass(kind):
             values[name] = _build(typing.cast(type, kind), value, prefix + name + ".", known)
             continue
-        value, choices = _typed(f"config.{prefix}{name}", kind, value), fields[name].metadata.get("choices", ())
+        value, choices = (
+            _typed(f"config.{prefix}{name}", kind, value),
+            fields[name].metadata.get("choices", ()),
+        )
         if choices and value not in choices:
             near = difflib.get_close_matches(str(value), [str(c) for c in choices], 1)
             raise UserError(
@@ -267,7 +332,8 @@ def _build(cls: type, node: Any, prefix: str, known: dict[str, Any]) -> Any:
 def resolve(config: ml_collections.ConfigDict) -> schema.Config:
     """The checked, frozen settings of a ConfigDict.
 
-    Raises UserError that names the key, the value and the fix for unknown keys, wrong types and impossible values.
+    Raises UserError that names the key, the value and the fix for unknown keys, wrong types and
+    impossible values.
 
     >>> resolve(default_config()).tokens
     196
@@ -280,16 +346,20 @@ def resolve(config: ml_collections.ConfigDict) -> schema.Config:
 
 
 def config_to_text(config: schema.Config) -> str:
-    """One `key = value` a line, in the order of the schema: what is saved with a run and compared when it resumes.
+    """One `key = value` a line, in the order of the schema: what is saved with a run and compared
+    when it resumes.
 
     >>> config_to_text(schema.Config()).splitlines()[0]
     'seed = 0'
     """
-    return "".join(f"{key} = {value!r}\n" for key, (_, value, _, _) in setting_table(config).items())
+    return "".join(
+        f"{key} = {value!r}\n" for key, (_, value, _, _) in setting_table(config).items()
+    )
 
 
 def config_from_text(text: str, where: str) -> ml_collections.ConfigDict:
-    """The ConfigDict of a text of `config_to_text`: the settings of a run from its `config.txt`. What it does not name is at its default.
+    """The ConfigDict of a text of `config_to_text`: the settings of a run from its `config.txt`.
+    What it does not name is at its default.
 
     Args:
       text: lines `key = value`.
@@ -305,7 +375,10 @@ def config_from_text(text: str, where: str) -> ml_collections.ConfigDict:
     for line in filter(None, text.splitlines()):
         key, equals, value = line.partition(" = ")
         if key not in known or not equals:
-            raise UserError(f"{where}: {key!r} is no setting of this version of m3i_jax; use the version that made the run")
+            raise UserError(
+                f"{where}: {key!r} is no setting of this version of m3i_jax; use the version that"
+                " made the run"
+            )
         parent = config
         *way, last = key.split(".")
         for part in way:
@@ -314,7 +387,9 @@ def config_from_text(text: str, where: str) -> ml_collections.ConfigDict:
             with parent.ignore_type():
                 parent[last] = _typed(f"config.{key}", known[key][0], ast.literal_eval(value))
         except (ValueError, SyntaxError):
-            raise UserError(f"{where}: {key}: {value!r} is no value; the file was changed") from None
+            raise UserError(
+                f"{where}: {key}: {value!r} is no value; the file was changed"
+            ) from None
     return config
 
 
@@ -327,15 +402,22 @@ def load_from_workdir(workdir: str, flag: str) -> ml_collections.ConfigDict:
 
 
 def config_difference(old: str, new: str) -> list[str]:
-    """The lines `key: old -> new` in which two texts of `config_to_text` differ, keys that never change the result left out. A setting that the
-    old text does not know yet was at its default.
+    """The lines `key: old -> new` in which two texts of `config_to_text` differ, keys that never
+    change the result left out. A setting that the old text does not know yet was at its default.
 
     >>> config_difference("seed = 0\\ntrain.keep = 2\\n", "seed = 1\\ntrain.keep = 3\\n")
     ['seed: 0 -> 1']
     """
-    was, now = (dict(line.split(" = ", 1) for line in text.splitlines() if " = " in line) for text in (old, new))
+    was, now = (
+        dict(line.split(" = ", 1) for line in text.splitlines() if " = " in line)
+        for text in (old, new)
+    )
     born = {key: repr(value) for key, (_, value, _, _) in setting_table().items()}
-    changed = [k for k in {**was, **now} if was.get(k, born.get(k)) != now.get(k) and not k.startswith(FREE)]
+    changed = [
+        k
+        for k in {**was, **now}
+        if was.get(k, born.get(k)) != now.get(k) and not k.startswith(FREE)
+    ]
     return [f"{k}: {was.get(k, 'absent')} -> {now.get(k, 'absent')}" for k in changed]
 
 
@@ -343,16 +425,24 @@ def help_table() -> str:
     """Every key with its default and meaning, made from the dataclasses."""
     rows = []
     for key, (_, value, text, choices) in setting_table().items():
-        rows.append((f"--config.{key}", repr(value), text + (f" ({' | '.join(map(str, choices))})" if choices else "")))
+        rows.append(
+            (
+                f"--config.{key}",
+                repr(value),
+                text + (f" ({' | '.join(map(str, choices))})" if choices else ""),
+            )
+        )
     widths = [max(len(r[i]) for r in rows) for i in (0, 1)]
     return "\n".join(f"  {k:<{widths[0]}}  {v:<{widths[1]}}  {t}" for k, v, t in rows)
 
 
 def rescale(config: ml_collections.ConfigDict, batch_size: int) -> None:
-    """Set the batch size, and below the paper's 4,096 images learning rate and target momentum by the linear rule from the values there.
+    """Set the batch size, and below the paper's 4,096 images learning rate and target momentum by
+    the linear rule from the values there.
 
-    lr * B / 4096; 1 - (1 - m) * B / 4096, so that the target moves as far an epoch; warm-up and length are counted in epochs already.
-    Above 4,096 both stay: the paper has the same two at 4,096 and at 40,000.
+    lr * B / 4096; 1 - (1 - m) * B / 4096, so that the target moves as far an epoch; warm-up and
+    length are counted in epochs already. Above 4,096 both stay: the paper has the same two at 4,096
+    and at 40,000.
 
     >>> config = default_config(); rescale(config, 1024); config.optim.lr, round(config.optim.ema, 5)
     (0.00025, 0.99875)
@@ -365,9 +455,11 @@ def rescale(config: ml_collections.ConfigDict, batch_size: int) -> None:
     config.train.batch_size = batch_size
 
 
-def scale_for_custom_data(config: ml_collections.ConfigDict, *, epochs: float, batch_size: int) -> None:
-    """Set the length and the batch of a run on a user's own images: warm-up a tenth of it, as in M3I's ablations (40 epochs of 400), the
-    rest by `rescale`.
+def scale_for_custom_data(
+    config: ml_collections.ConfigDict, *, epochs: float, batch_size: int
+) -> None:
+    """Set the length and the batch of a run on a user's own images: warm-up a tenth of it, as in
+    M3I's ablations (40 epochs of 400), the rest by `rescale`.
 
     >>> config = default_config(); scale_for_custom_data(config, epochs=50.0, batch_size=256); config.optim.warmup_epochs, config.train.batch_size
     (5.0, 256)

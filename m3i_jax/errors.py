@@ -2,7 +2,8 @@
 
 
 class UserError(Exception):
-    """A mistake of the person at the keyboard: main prints the message on one line and exits 2, without a traceback."""
+    """A mistake of the person at the keyboard: main prints the message on one line and exits 2,
+    without a traceback."""
 
     status = 2  # of the process
 
@@ -12,7 +13,8 @@ class UnreadableError(UserError):
 
 
 class RunStopped(Exception):
-    """The run cannot go on, through nobody's mistake: main prints the message on one line and exits 1, without a traceback."""
+    """The run cannot go on, through nobody's mistake: main prints the message on one line and exits
+    1, without a traceback."""
 
 
 class DoesNotFit(UserError):

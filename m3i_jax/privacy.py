@@ -1,9 +1,10 @@
-"""What a run may show: texts without secrets, terminals that no file name can command, files that only their owner reads.
+"""What a run may show: texts without secrets, terminals that no file name can command, files that
+only their owner reads.
 
-Secrets come in through paths (`s3://KEY:SECRET@bucket`, `https://host/x?X-Amz-Signature=...`), through the environment (`HF_TOKEN`) and
-through the messages of libraries. They go out through the console, through logs and tracebacks, and through the texts beside a run. All of
-these pass `redact`: the console through `redact_logs`, files through `reporting.files.write_text`.
-"""
+Secrets come in through paths (`s3://KEY:SECRET@bucket`, `https://host/x?X-Amz-Signature=...`),
+through the environment (`HF_TOKEN`) and through the messages of libraries. They go out through the
+console, through logs and tracebacks, and through the texts beside a run. All of these pass
+`redact`: the console through `redact_logs`, files through `reporting.files.write_text`."""
 
 import contextlib
 import logging
@@ -15,40 +16,68 @@ from typing import Any
 
 HIDDEN = "***"
 LEAST = 8  # characters; a shorter value of the environment would also hide words that are no secret
-# The name of a secret, from its beginning on: anything that is called a token but no tokenizer, and no number of tokens.
+# The name of a secret, from its beginning on: anything that is called a token but no tokenizer, and
+# no number of tokens.
 _SECRET = (
     r"(?<![\w.-])[\w.-]{0,60}(?:token(?!i[sz]|s)|secret(?!ar)|passwo?r?d|pwd|api[_-]?key|access[_-]?key|private[_-]?key|credential|signature|"
     r"authorization)[\w.-]{0,60}"
 )
 _NAME = re.compile(
-    r"TOKEN|SECRET|PASSW|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|SIGNATURE|CREDENTIAL|AUTHORIZATION|SAS\b", re.IGNORECASE
+    r"TOKEN|SECRET|PASSW|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|SIGNATURE|CREDENTIAL|AUTHORIZATION|SAS\b",
+    re.IGNORECASE,
 )
 _RULES: list[tuple[re.Pattern[str], Any]] = [
     # user:password@ of a URL; a port is no password. The password may hold a slash, as S3's do.
     (re.compile(r"(://)[^/:@\s'\"<>]{0,200}:(?!\d+[/@])[^@\s'\"<>]{1,500}@"), rf"\1{HIDDEN}@"),
     (re.compile(r"((?:https?|ftp|git)://)[^/@\s'\"<>]{1,500}@"), rf"\1{HIDDEN}@"),
     # Every value of a URL's query: signatures have a name of their own at every store.
-    (re.compile(r"(://[^\s'\"<>?]{0,2000}\?)([^\s'\"<>]{0,200}=[^\s'\"<>]*)"), lambda m: m[1] + re.sub(r"=[^&;#]*", f"={HIDDEN}", m[2])),
-    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[\w+/=\s\\]*-----END [A-Z ]*PRIVATE KEY-----|[\w+/=\\]*)"), HIDDEN),
-    (re.compile(r"\b(bearer|basic)\s+(?=[\w+/=.~-]*\d)[\w+/=.~-]{16,}", re.IGNORECASE), rf"\1 {HIDDEN}"),
-    (re.compile(rf"({_SECRET}['\"]?\s*[=:]\s*['\"]?)(?!\*\*\*)[^\s'\",;&)\]}}]{{6,}}", re.IGNORECASE), rf"\1{HIDDEN}"),
-    # What providers begin their keys with.
-    (re.compile(r"\b(?:A[KS]IA[0-9A-Z]{16}|AIza[\w-]{35}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})"), HIDDEN),
     (
-        re.compile(r"\b(?:glpat-[\w-]{20,}|xox[abprs]-[\w-]{10,}|sk-[\w-]{20,}|ya29\.[\w-]{20,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+)"),
+        re.compile(r"(://[^\s'\"<>?]{0,2000}\?)([^\s'\"<>]{0,200}=[^\s'\"<>]*)"),
+        lambda m: m[1] + re.sub(r"=[^&;#]*", f"={HIDDEN}", m[2]),
+    ),
+    (
+        re.compile(
+            r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[\w+/=\s\\]*-----END [A-Z ]*PRIVATE"
+            r" KEY-----|[\w+/=\\]*)"
+        ),
+        HIDDEN,
+    ),
+    (
+        re.compile(r"\b(bearer|basic)\s+(?=[\w+/=.~-]*\d)[\w+/=.~-]{16,}", re.IGNORECASE),
+        rf"\1 {HIDDEN}",
+    ),
+    (
+        re.compile(
+            rf"({_SECRET}['\"]?\s*[=:]\s*['\"]?)(?!\*\*\*)[^\s'\",;&)\]}}]{{6,}}", re.IGNORECASE
+        ),
+        rf"\1{HIDDEN}",
+    ),
+    # What providers begin their keys with.
+    (
+        re.compile(
+            r"\b(?:A[KS]IA[0-9A-Z]{16}|AIza[\w-]{35}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})"
+        ),
+        HIDDEN,
+    ),
+    (
+        re.compile(
+            r"\b(?:glpat-[\w-]{20,}|xox[abprs]-[\w-]{10,}|sk-[\w-]{20,}|ya29\.[\w-]{20,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+)"
+        ),
         HIDDEN,
     ),
 ]
-# Control characters, and those that turn the direction of a line; a colour and "clear to the end of the line" do no harm.
-_CONTROL = re.compile("(\x1b\\[[0-9;]*[mK])|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+# Control characters, and those that turn the direction of a line; a colour and "clear to the end of
+# the line" do no harm.
+_CONTROL = re.compile(
+    "(\x1b\\[[0-9;]*[mK])|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
+)
 
 
 def redact(text: str, *, environment: Mapping[str, str] | None = None) -> str:
     """A text with "***" where it had a secret.
 
-    Args:
-        text: any.
-        environment: variables whose values are secret if their names say so; those of the process if not given.
+    Args: text: any. environment: variables whose values are secret if their names say so; those of
+        the process if not given.
 
     >>> redact("s3://AKID:p/w+d@bucket/x.tar, https://h/x?X-Amz-Signature=0a1b&part=2", environment={})
     's3://***@bucket/x.tar, https://h/x?X-Amz-Signature=***&part=***'
@@ -58,7 +87,13 @@ def redact(text: str, *, environment: Mapping[str, str] | None = None) -> str:
     'gs://bucket/part-?.tar on host:8080, 12 tokens: 300'
     """
     for name, value in (os.environ if environment is None else environment).items():
-        if len(value) >= LEAST and value in text and _NAME.search(name) and not value.startswith(("/", "~", ".")):  # a path is no secret
+        # a path is no secret
+        if (
+            len(value) >= LEAST
+            and value in text
+            and _NAME.search(name)
+            and not value.startswith(("/", "~", "."))
+        ):
             text = text.replace(value, HIDDEN)
     for rule, instead in _RULES:
         text = rule.sub(instead, text)
@@ -79,13 +114,18 @@ def redacted(value: Any) -> Any:
 
 
 def escape_control(text: str, *, line: bool = False) -> str:
-    """A text that no terminal obeys: control characters are spelt out. `line`: line ends and tabs as well.
+    """A text that no terminal obeys: control characters are spelt out. `line`: line ends and tabs
+    as well.
 
     >>> escape_control("a\\x1b]0;title\\x07\\n"), escape_control("a\\nb", line=True)
     ('a\\\\x1b]0;title\\\\x07\\n', 'a\\\\nb')
     """
     out = _CONTROL.sub(lambda m: m[1] or m[0].encode("unicode_escape").decode("ascii"), text)
-    return re.sub(r"[\r\n\t\x1b]", lambda m: m[0].encode("unicode_escape").decode("ascii"), out) if line else out
+    return (
+        re.sub(r"[\r\n\t\x1b]", lambda m: m[0].encode("unicode_escape").decode("ascii"), out)
+        if line
+        else out
+    )
 
 
 class _Stream:
@@ -107,11 +147,13 @@ class _Stream:
 
 
 def _record(made: Any) -> Any:
-    """A factory of log records whose messages are redacted, for handlers that hold a stream of their own."""
+    """A factory of log records whose messages are redacted, for handlers that hold a stream of
+    their own."""
 
     def make(*arguments: Any, **options: Any) -> logging.LogRecord:
         record = made(*arguments, **options)
-        with contextlib.suppress(Exception):  # a message that cannot be made is its handler's to complain about
+        # a message that cannot be made is its handler's to complain about
+        with contextlib.suppress(Exception):
             record.msg, record.args = escape_control(redact(record.getMessage())), ()
         return record
 
@@ -120,10 +162,13 @@ def _record(made: Any) -> Any:
 
 @contextlib.contextmanager
 def redact_logs(*, forever: bool = False) -> Iterator[None]:
-    """All that is printed, logged or told by a traceback passes `redact` and `escape_control`. `forever`: also after the block, for the traceback
-    of what ends the process."""
+    """All that is printed, logged or told by a traceback passes `redact` and `escape_control`.
+    `forever`: also after the block, for the traceback of what ends the process."""
     before, made = (sys.stdout, sys.stderr), logging.getLogRecordFactory()
-    sys.stdout, sys.stderr = (stream if stream is None or isinstance(stream, _Stream) else _Stream(stream) for stream in before)
+    sys.stdout, sys.stderr = (
+        stream if stream is None or isinstance(stream, _Stream) else _Stream(stream)
+        for stream in before
+    )
     logging.setLogRecordFactory(_record(made))
     try:
         yield
@@ -134,13 +179,15 @@ def redact_logs(*, forever: bool = False) -> Iterator[None]:
 
 
 def guard_output() -> None:
-    """`redact_logs` for the rest of this process: of a worker, whose warnings go to the console of the trainer."""
+    """`redact_logs` for the rest of this process: of a worker, whose warnings go to the console of
+    the trainer."""
     redact_logs(forever=True).__enter__()
 
 
 @contextlib.contextmanager
 def private_umask(private: bool) -> Iterator[None]:
-    """Files made in the block belong to their owner alone (0600, directories 0700) if `private`; else the umask decides, as ever."""
+    """Files made in the block belong to their owner alone (0600, directories 0700) if `private`;
+    else the umask decides, as ever."""
     before = os.umask(0o077)
     os.umask(before | (0o077 if private else 0))
     try:

@@ -1,4 +1,5 @@
-"""What a setting is, and the settings of augmentation: the first part of `schema`, which is where everybody imports them from."""
+"""What a setting is, and the settings of augmentation: the first part of `schema`, which is where
+everybody imports them from."""
 
 import dataclasses
 from typing import Any
@@ -16,7 +17,8 @@ def section(cls: type) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augment:
-    """Photometric augmentation, on the device. Pairs are (input view, target view): SiameseIM's asymmetry."""
+    """Photometric augmentation, on the device. Pairs are (input view, target view): SiameseIM's
+    asymmetry."""
 
     jitter_p: float = option(0.8, "probability of colour jitter")
     brightness: float = option(0.4, "brightness factor range, 1 +- this")
@@ -24,12 +26,26 @@ class Augment:
     saturation: float = option(0.2, "saturation factor range, 1 +- this")
     hue: float = option(0.1, "hue shift range in turns, +- this, at most 0.5")
     grayscale_p: float = option(0.2, "probability of grayscale")
-    blur_p: tuple[float, ...] = option((1.0, 0.1), "probability of Gaussian blur: input view, target view")
+    blur_p: tuple[float, ...] = option(
+        (1.0, 0.1), "probability of Gaussian blur: input view, target view"
+    )
     blur_sigma: tuple[float, ...] = option((0.1, 2.0), "range of the blur's sigma in pixels")
-    solarize_p: tuple[float, ...] = option((0.0, 0.2), "probability of solarization: input view, target view")
-    erase_p: float = option(0.0, "probability that a box of the input view becomes noise, after normalisation (fine-tuning: 0.25)")
-    mixup: float = option(0.0, "alpha of the Beta distribution of mixup's shares, for the form finetune; 0: none (fine-tuning: 0.8)")
-    cutmix: float = option(0.0, "alpha of CutMix's, for the form finetune; 0: none (fine-tuning: 1)")
+    solarize_p: tuple[float, ...] = option(
+        (0.0, 0.2), "probability of solarization: input view, target view"
+    )
+    erase_p: float = option(
+        0.0,
+        "probability that a box of the input view becomes noise, after normalisation (fine-tuning:"
+        " 0.25)",
+    )
+    mixup: float = option(
+        0.0,
+        "alpha of the Beta distribution of mixup's shares, for the form finetune; 0: none"
+        " (fine-tuning: 0.8)",
+    )
+    cutmix: float = option(
+        0.0, "alpha of CutMix's, for the form finetune; 0: none (fine-tuning: 1)"
+    )
     cutmix_switch: float = option(0.5, "with both, probability of CutMix")
     blend_p: float = option(1.0, "probability that a pair of images is blended at all")
     mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "subtracted from RGB in 0..1")

@@ -1,4 +1,5 @@
-"""What makes a configuration impossible, said before anything is compiled: the key, the value, the reason and the way out."""
+"""What makes a configuration impossible, said before anything is compiled: the key, the value, the
+reason and the way out."""
 
 import dataclasses
 import re
@@ -43,25 +44,61 @@ def _ranges(c: schema.Config) -> None:
     }.items():
         _require(0 <= value < 1, key, value, "must lie in 0..1, 1 excluded")
     _require(0 <= c.seed < 2**63, "seed", c.seed, "must be at least 0 and below 2**63")
-    for key, pair in {"data.augment.blur_p": a.blur_p, "data.augment.solarize_p": a.solarize_p}.items():
+    for key, pair in {
+        "data.augment.blur_p": a.blur_p,
+        "data.augment.solarize_p": a.solarize_p,
+    }.items():
         _require(len(pair) == 2, key, pair, "must be two numbers: input view, target view")
-    intervals = {"data.crop_scale": d.crop_scale, "data.crop_ratio": d.crop_ratio, "data.augment.blur_sigma": a.blur_sigma}
+    intervals = {
+        "data.crop_scale": d.crop_scale,
+        "data.crop_ratio": d.crop_ratio,
+        "data.augment.blur_sigma": a.blur_sigma,
+    }
     for key, pair in intervals.items():
-        _require(len(pair) == 2 and 0 < pair[0] <= pair[1], key, pair, "must be two positive numbers, the smaller first")
-    _require(d.crop_scale[1] <= 1, "data.crop_scale", d.crop_scale, "must not exceed 1, the whole picture")
+        _require(
+            len(pair) == 2 and 0 < pair[0] <= pair[1],
+            key,
+            pair,
+            "must be two positive numbers, the smaller first",
+        )
+    _require(
+        d.crop_scale[1] <= 1,
+        "data.crop_scale",
+        d.crop_scale,
+        "must not exceed 1, the whole picture",
+    )
     limits = c.objective.balance_range
     _require(
-        len(limits) == 2 and 0 <= limits[0] <= limits[1], "objective.balance_range", limits, "must be two numbers >= 0, the smaller first"
+        len(limits) == 2 and 0 <= limits[0] <= limits[1],
+        "objective.balance_range",
+        limits,
+        "must be two numbers >= 0, the smaller first",
     )
     for key, triple in {"data.augment.mean": a.mean, "data.augment.std": a.std}.items():
         _require(len(triple) == 3, key, triple, "must be three numbers, for R, G and B")
     _require(min(a.std) > 0, "data.augment.std", a.std, "must be positive")
     _require(0 <= a.hue <= 0.5, "data.augment.hue", a.hue, "must lie in 0..0.5 turns")
-    for key, value in {"brightness": a.brightness, "contrast": a.contrast, "saturation": a.saturation}.items():
+    for key, value in {
+        "brightness": a.brightness,
+        "contrast": a.contrast,
+        "saturation": a.saturation,
+    }.items():
         _require(value >= 0, f"data.augment.{key}", value, "must not be negative")
-    _require(0 <= d.holdout < 1, "data.holdout", d.holdout, "must lie in 0..1, 1 excluded: nothing would be left to train on")
-    _require(0 <= d.background <= 255, "data.background", d.background, "must be a gray level, 0..255")
-    _require(d.caption_length >= 4, "data.caption_length", d.caption_length, "must be at least 4: start, end and two words")
+    _require(
+        0 <= d.holdout < 1,
+        "data.holdout",
+        d.holdout,
+        "must lie in 0..1, 1 excluded: nothing would be left to train on",
+    )
+    _require(
+        0 <= d.background <= 255, "data.background", d.background, "must be a gray level, 0..255"
+    )
+    _require(
+        d.caption_length >= 4,
+        "data.caption_length",
+        d.caption_length,
+        "must be at least 4: start, end and two words",
+    )
     for key, value in {
         "optim.lr": o.lr,
         "optim.eps": o.eps,
@@ -128,12 +165,37 @@ def _ranges(c: schema.Config) -> None:
         "compare.compare_seeds": c.compare.seeds,
     }.items():
         _require(value >= 1, key, value, "must be at least 1")
-    _require(0 <= d.rand_augment.magnitude <= 10, "data.rand_augment.magnitude", d.rand_augment.magnitude, "must lie in 0..10")
-    _require(0 < c.evaluate.crop <= 1, "evaluate.crop", c.evaluate.crop, "must be a share of the short side, above 0 and at most 1")
-    _require(bool(c.evaluate.templates), "evaluate.templates", c.evaluate.templates, "must name a set of prompts: 7, 80 or a file")
-    _require(0 < c.report.mfu <= 1, "report.mfu", c.report.mfu, "must be a share of the peak, above 0 and at most 1")
+    _require(
+        0 <= d.rand_augment.magnitude <= 10,
+        "data.rand_augment.magnitude",
+        d.rand_augment.magnitude,
+        "must lie in 0..10",
+    )
+    _require(
+        0 < c.evaluate.crop <= 1,
+        "evaluate.crop",
+        c.evaluate.crop,
+        "must be a share of the short side, above 0 and at most 1",
+    )
+    _require(
+        bool(c.evaluate.templates),
+        "evaluate.templates",
+        c.evaluate.templates,
+        "must name a set of prompts: 7, 80 or a file",
+    )
+    _require(
+        0 < c.report.mfu <= 1,
+        "report.mfu",
+        c.report.mfu,
+        "must be a share of the peak, above 0 and at most 1",
+    )
     _require(o.min_lr <= o.lr, "optim.min_lr", o.min_lr, f"must not exceed optim.lr, {o.lr!r}")
-    _require(d.vocabulary_size >= 259, "data.vocabulary_size", d.vocabulary_size, "must be at least 259: all bytes, padding, start and end")
+    _require(
+        d.vocabulary_size >= 259,
+        "data.vocabulary_size",
+        d.vocabulary_size,
+        "must be at least 259: all bytes, padding, start and end",
+    )
 
 
 def _towers(c: schema.Config) -> None:
@@ -147,69 +209,171 @@ def _towers(c: schema.Config) -> None:
         ("model.text.heads", m.text.width, m.text.heads),
         ("model.pool.heads", m.encoder.width, m.pool.heads),
     ):
-        _require(heads >= 1 and width % max(heads, 1) == 0, key, heads, f"must divide the width {width}")
+        _require(
+            heads >= 1 and width % max(heads, 1) == 0, key, heads, f"must divide the width {width}"
+        )
     for tower in ("encoder", "decoder", "text"):
         settings = getattr(m, tower)
         _require(settings.depth >= 1, f"model.{tower}.depth", settings.depth, "must be at least 1")
-        _require(settings.mlp_ratio > 0, f"model.{tower}.mlp_ratio", settings.mlp_ratio, "must be positive")
-    for key, value in {"model.encoder.width": m.encoder.width, "model.decoder.width": m.decoder.width}.items():
-        _require(value % 4 == 0, key, value, "must be a multiple of 4: a quarter each for the sine and cosine of rows and columns")
+        _require(
+            settings.mlp_ratio > 0,
+            f"model.{tower}.mlp_ratio",
+            settings.mlp_ratio,
+            "must be positive",
+        )
+    for key, value in {
+        "model.encoder.width": m.encoder.width,
+        "model.decoder.width": m.decoder.width,
+    }.items():
+        _require(
+            value % 4 == 0,
+            key,
+            value,
+            "must be a multiple of 4: a quarter each for the sine and cosine of rows and columns",
+        )
     probing = m.pool.norm == "batch"
-    _require(not probing or m.pool.kind == "mean", "model.pool.norm", m.pool.norm, "is of model.pool.kind=mean alone; use layer")
     _require(
-        not probing or not m.pool.projection, "model.pool.norm", m.pool.norm, "needs model.pool.projection=false: a linear probe is linear"
+        not probing or m.pool.kind == "mean",
+        "model.pool.norm",
+        m.pool.norm,
+        "is of model.pool.kind=mean alone; use layer",
+    )
+    _require(
+        not probing or not m.pool.projection,
+        "model.pool.norm",
+        m.pool.norm,
+        "needs model.pool.projection=false: a linear probe is linear",
     )
     _require(m.pool.width >= 1, "model.pool.width", m.pool.width, "must be at least 1")
     _require(m.text.embed >= 1, "model.text.embed", m.text.embed, "must be at least 1")
 
 
 def _intern_image(c: schema.Config) -> None:
-    m, e, plain, where = c.model.intern_image, c.model.encoder, schema.Encoder(), "for model.backbone=intern_image"
-    for key in ("depth", "heads", "mlp_ratio", "positions", "embedding_norm", "norm_eps", "activation", "position_grid"):
+    m, e, plain, where = (
+        c.model.intern_image,
+        c.model.encoder,
+        schema.Encoder(),
+        "for model.backbone=intern_image",
+    )
+    for key in (
+        "depth",
+        "heads",
+        "mlp_ratio",
+        "positions",
+        "embedding_norm",
+        "norm_eps",
+        "activation",
+        "position_grid",
+    ):
         value = getattr(plain, key)
-        why = f"is of the ViT and does nothing {where}, whose settings are model.intern_image; leave it at {value}"
+        why = (
+            f"is of the ViT and does nothing {where}, whose settings are model.intern_image; leave"
+            f" it at {value}"
+        )
         _require(getattr(e, key) == value, f"model.encoder.{key}", getattr(e, key), why)
-    for key, what in {"cls_token": "cls token", "final_norm": "norm after its features", "freeze_patch_embed": "patch embedding"}.items():
-        _require(not getattr(e, key), f"model.encoder.{key}", True, f"must be false {where}: it has no {what}")
-    _require(m.width >= 2 and m.width % 2 == 0, "model.intern_image.width", m.width, "must be an even number: the stem starts with half")
-    for key, numbers, count in (("depths", m.depths, 4), ("groups", m.groups, 4), ("stem_strides", m.stem_strides, 2)):
+    for key, what in {
+        "cls_token": "cls token",
+        "final_norm": "norm after its features",
+        "freeze_patch_embed": "patch embedding",
+    }.items():
+        _require(
+            not getattr(e, key),
+            f"model.encoder.{key}",
+            True,
+            f"must be false {where}: it has no {what}",
+        )
+    _require(
+        m.width >= 2 and m.width % 2 == 0,
+        "model.intern_image.width",
+        m.width,
+        "must be an even number: the stem starts with half",
+    )
+    for key, numbers, count in (
+        ("depths", m.depths, 4),
+        ("groups", m.groups, 4),
+        ("stem_strides", m.stem_strides, 2),
+    ):
         enough = len(numbers) == count and min(numbers, default=0) >= 1
-        _require(enough, f"model.intern_image.{key}", numbers, f"must be {count} numbers of at least 1")
+        _require(
+            enough, f"model.intern_image.{key}", numbers, f"must be {count} numbers of at least 1"
+        )
     widths = tuple(m.width * 2**i for i in range(4))
     fits = all(w % g == 0 for w, g in zip(widths, m.groups, strict=True))
-    _require(fits, "model.intern_image.groups", m.groups, f"must divide the channels of the stages, {widths}")
-    _require(m.kernel >= 1 and m.kernel % 2 == 1, "model.intern_image.kernel", m.kernel, "must be odd")
+    _require(
+        fits,
+        "model.intern_image.groups",
+        m.groups,
+        f"must divide the channels of the stages, {widths}",
+    )
+    _require(
+        m.kernel >= 1 and m.kernel % 2 == 1, "model.intern_image.kernel", m.kernel, "must be odd"
+    )
     for key in ("layer_scale", "extra_norm", "mlp_std"):
-        _require(getattr(m, key) >= 0, f"model.intern_image.{key}", getattr(m, key), "must not be negative")
+        _require(
+            getattr(m, key) >= 0,
+            f"model.intern_image.{key}",
+            getattr(m, key),
+            "must not be negative",
+        )
     for key in ("offset_scale", "mlp_ratio"):
-        _require(getattr(m, key) > 0, f"model.intern_image.{key}", getattr(m, key), "must be positive")
+        _require(
+            getattr(m, key) > 0, f"model.intern_image.{key}", getattr(m, key), "must be positive"
+        )
     stride, size = 4 * m.stem_strides[0] * m.stem_strides[1], c.data.image_size
-    why = f"must be {stride} {where}: the stride of its third stage; or {2 * stride}, that of its last, and model.encoder.width {widths[3]}"
+    why = (
+        f"must be {stride} {where}: the stride of its third stage; or {2 * stride}, that of its"
+        f" last, and model.encoder.width {widths[3]}"
+    )
     fits = (e.patch_size, e.width) == (2 * stride, widths[3])
     _require(e.patch_size == stride or fits, "model.encoder.patch_size", e.patch_size, why)
-    _require(size % (2 * stride) == 0, "data.image_size", size, f"must be a multiple of {2 * stride} {where}: the stride of its last stage")
+    _require(
+        size % (2 * stride) == 0,
+        "data.image_size",
+        size,
+        f"must be a multiple of {2 * stride} {where}: the stride of its last stage",
+    )
 
 
 def validate_settings(c: schema.Config) -> None:
-    """Raise UserError for the first setting that cannot work, whatever the data and the devices are."""
+    """Raise UserError for the first setting that cannot work, whatever the data and the devices
+    are."""
     _ranges(c)
     _towers(c)
     _compared(c)
     _start(c)
     patch, image = c.model.encoder.patch_size, c.data.image_size
     _require(
-        patch >= 1 and image % max(patch, 1) == 0, "data.image_size", image, f"must be a multiple of model.encoder.patch_size, {patch}"
+        patch >= 1 and image % max(patch, 1) == 0,
+        "data.image_size",
+        image,
+        f"must be a multiple of model.encoder.patch_size, {patch}",
     )
-    _require(2 <= c.grid <= 64, "data.image_size", image, f"gives a grid of {c.grid} x {c.grid} patches of {patch}; 2 to 64 a side work")
+    _require(
+        2 <= c.grid <= 64,
+        "data.image_size",
+        image,
+        f"gives a grid of {c.grid} x {c.grid} patches of {patch}; 2 to 64 a side work",
+    )
     cell = c.data.mask_cell
     _require(
         cell >= 0 and cell % patch == 0 and image % max(cell, 1) == 0,
         "data.mask_cell",
         cell,
-        f"must be a multiple of model.encoder.patch_size, {patch}, that divides data.image_size, {image}; 0 is a patch",
+        f"must be a multiple of model.encoder.patch_size, {patch}, that divides data.image_size,"
+        f" {image}; 0 is a patch",
     )
-    _require(0 < c.hidden < c.tokens, "data.mask_ratio", c.data.mask_ratio, f"must hide at least one and not all of the {c.tokens} cells")
-    _require(c.train.batch_size % 2 == 0, "train.batch_size", c.train.batch_size, "must be even: images are mixed in pairs")
+    _require(
+        0 < c.hidden < c.tokens,
+        "data.mask_ratio",
+        c.data.mask_ratio,
+        f"must hide at least one and not all of the {c.tokens} cells",
+    )
+    _require(
+        c.train.batch_size % 2 == 0,
+        "train.batch_size",
+        c.train.batch_size,
+        "must be even: images are mixed in pairs",
+    )
     mesh = c.parallel.mesh
     _require(
         len(mesh) == 3 and all(n >= 1 or n == -1 for n in mesh) and list(mesh).count(-1) <= 1,
@@ -218,9 +382,21 @@ def validate_settings(c: schema.Config) -> None:
         "must be three numbers, the devices along (replica, fsdp, tensor), at most one of them -1",
     )
     steps, warm = c.train.steps, c.optim.warmup_steps
-    _require(warm >= -1, "optim.warmup_steps", warm, "must be at least 0, or -1 for optim.warmup_epochs")
-    _require(not steps or warm <= steps, "optim.warmup_steps", warm, f"must not exceed train.steps, {steps}")
-    _require(bool(steps or c.train.epochs), "train.epochs", c.train.epochs, "gives no step to train; set train.epochs or train.steps")
+    _require(
+        warm >= -1, "optim.warmup_steps", warm, "must be at least 0, or -1 for optim.warmup_epochs"
+    )
+    _require(
+        not steps or warm <= steps,
+        "optim.warmup_steps",
+        warm,
+        f"must not exceed train.steps, {steps}",
+    )
+    _require(
+        bool(steps or c.train.epochs),
+        "train.epochs",
+        c.train.epochs,
+        "gives no step to train; set train.epochs or train.steps",
+    )
 
 
 def _start(c: schema.Config) -> None:
@@ -228,25 +404,42 @@ def _start(c: schema.Config) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UserError(f"config.init.only: {pattern!r} is no regular expression ({error}); use one such as ^encoder/") from error
+            raise UserError(
+                f"config.init.only: {pattern!r} is no regular expression ({error}); use one such as"
+                " ^encoder/"
+            ) from error
     plain = schema.Init()
     for field in dataclasses.fields(plain):
         asked = getattr(c.init, field.name) != getattr(plain, field.name)
-        why = f"is empty, but config.init.{field.name} asks for something of it; name a run or a file of weights"
+        why = (
+            f"is empty, but config.init.{field.name} asks for something of it; name a run or a file"
+            " of weights"
+        )
         _require(bool(c.init_from) or not asked, "init_from", c.init_from, why)
 
 
 def _compared(c: schema.Config) -> None:
     forms = c.compare.forms
-    _require(bool(forms), "compare.forms", forms, "must name at least one objective, such as mim,mim+clip,m3i")
+    _require(
+        bool(forms),
+        "compare.forms",
+        forms,
+        "must name at least one objective, such as mim,mim+clip,m3i",
+    )
     for form in forms:
-        _require(all(form.split("+")), "compare.forms", form, "must be names joined by +, such as mim+clip")
+        _require(
+            all(form.split("+")),
+            "compare.forms",
+            form,
+            "must be names joined by +, such as mim+clip",
+        )
     twice = [form for form in forms if forms.count(form) > 1]
     _require(not twice, "compare.forms", forms, f"names {twice[0] if twice else ''} twice")
 
 
 def validate_devices(c: schema.Config, shape: tuple[int, int, int]) -> None:
-    """Raise UserError if the batch cannot be split over a mesh of this (replica, fsdp, tensor) shape."""
+    """Raise UserError if the batch cannot be split over a mesh of this (replica, fsdp, tensor)
+    shape."""
     unit, why = _unit(c, shape)
     below = c.train.batch_size // unit * unit
     _require(
@@ -264,7 +457,8 @@ def _unit(c: schema.Config, shape: tuple[int, int, int]) -> tuple[int, str]:
 
 
 def fit_batch_to_mesh(c: schema.Config, shape: tuple[int, int, int]) -> tuple[schema.Config, str]:
-    """The configuration on a mesh of this (replica, fsdp, tensor) shape, and one line if its batch was rounded up for it, else "".
+    """The configuration on a mesh of this (replica, fsdp, tensor) shape, and one line if its batch
+    was rounded up for it, else "".
 
     Raises:
       UserError: a batch that cannot be split over the mesh, without `train.round_batch`.
@@ -276,7 +470,11 @@ def fit_batch_to_mesh(c: schema.Config, shape: tuple[int, int, int]) -> tuple[sc
     asked, (unit, why) = c.train.batch_size, _unit(c, shape)
     told = ""
     if c.train.round_batch and asked % unit:
-        c = dataclasses.replace(c, train=dataclasses.replace(c.train, batch_size=-(-asked // unit) * unit))
-        told = f"train.batch_size: {asked:,} rounded up to {c.train.batch_size:,}, a multiple of {why}"
+        c = dataclasses.replace(
+            c, train=dataclasses.replace(c.train, batch_size=-(-asked // unit) * unit)
+        )
+        told = (
+            f"train.batch_size: {asked:,} rounded up to {c.train.batch_size:,}, a multiple of {why}"
+        )
     validate_devices(c, shape)
     return c, told

@@ -1,4 +1,5 @@
-"""The door of the configuration: what it refuses, in which words, and what it lets through unchanged."""
+"""The door of the configuration: what it refuses, in which words, and what it lets through
+unchanged."""
 
 import dataclasses
 
@@ -123,7 +124,16 @@ def test_every_leaf_survives_the_round_trip() -> None:
 
 def test_overrides_change_one_leaf_and_keep_its_type() -> None:
     made = config.default_config()
-    config.apply_overrides(made, ["optim.lr=1", "train.batch_size=64", "data.path=a=b,c", "data.crop_scale=0.2,1", "model.scan=true"])
+    config.apply_overrides(
+        made,
+        [
+            "optim.lr=1",
+            "train.batch_size=64",
+            "data.path=a=b,c",
+            "data.crop_scale=0.2,1",
+            "model.scan=true",
+        ],
+    )
     done = config.resolve(made)
     assert (done.optim.lr, done.train.batch_size, done.model.scan) == (1.0, 64, True)
     assert (done.data.path, done.data.crop_scale) == ("a=b,c", (0.2, 1.0))
@@ -140,7 +150,10 @@ def test_overrides_change_one_leaf_and_keep_its_type() -> None:
 
 def test_a_config_file_that_misspells_a_key_is_refused(tmp_path) -> None:
     file = tmp_path / "mine.py"
-    file.write_text("from m3i_jax.config import default\ndef get_config():\n    c = default()\n    c.optim.lrr = 1\n    return c\n")
+    file.write_text(
+        "from m3i_jax.config import default\ndef get_config():\n    c = default()\n    c.optim.lrr"
+        " = 1\n    return c\n"
+    )
     with pytest.raises(UserError, match="lrr"):
         config.load_config(str(file))
 
@@ -157,7 +170,9 @@ def test_a_config_file_that_misspells_a_key_is_refused(tmp_path) -> None:
         ("configs", "local Python file"),
     ],
 )
-def test_bad_config_files(spec: str, wanted: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def test_bad_config_files(
+    spec: str, wanted: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.chdir(request.config.rootpath)
     with pytest.raises(UserError) as refusal:
         config.load_config(spec)
@@ -165,7 +180,12 @@ def test_bad_config_files(spec: str, wanted: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_argument_may_be_an_address(request: pytest.FixtureRequest) -> None:
-    assert config.load_config(f"{request.config.rootpath}/configs/tars.py:path=gs://bucket/*.tar").data.path == "gs://bucket/*.tar"
+    assert (
+        config.load_config(
+            f"{request.config.rootpath}/configs/tars.py:path=gs://bucket/*.tar"
+        ).data.path
+        == "gs://bucket/*.tar"
+    )
 
 
 OWN = """from m3i_jax.config import default
@@ -182,18 +202,32 @@ def get_config(path, steps: int, rate=None, names=("a", "b")):
         (OWN, "", "the argument path is missing; write --config FILE:path=VALUE"),
         (OWN, ":path=p,steps=2.5", "--config FILE:steps: 2.5 is not a whole number"),
         ("def get_config(", "", "SyntaxError: '(' was never closed (mine.py, line 1)"),
-        ("x = 1\nimport there_is_none", "", "--config FILE, line 2: ModuleNotFoundError: No module named 'there_is_none'"),
+        (
+            "x = 1\nimport there_is_none",
+            "",
+            "--config FILE, line 2: ModuleNotFoundError: No module named 'there_is_none'",
+        ),
         ("x = 1", "", "--config FILE: has no function get_config; define one"),
         (
             OWN.replace("    return", "    c.model.encoder.widht = 3\n    return"),
             ":path=p,steps=2",
             "line 5: there is no such key 'widht'; ",
         ),
-        (OWN.replace("    return", "    c.model.encoder.widht = 3\n    return"), ":path=p,steps=2", "did you mean width?"),
-        (OWN.replace("    return", "    c.data.mean = 3\n    return"), ":path=p,steps=2", "did you mean config.data.augment.mean?"),
+        (
+            OWN.replace("    return", "    c.model.encoder.widht = 3\n    return"),
+            ":path=p,steps=2",
+            "did you mean width?",
+        ),
+        (
+            OWN.replace("    return", "    c.data.mean = 3\n    return"),
+            ":path=p,steps=2",
+            "did you mean config.data.augment.mean?",
+        ),
     ],
 )
-def test_a_mistake_in_ones_own_config_file_is_told_with_its_line(text: str, arguments: str, wanted: str, tmp_path) -> None:
+def test_a_mistake_in_ones_own_config_file_is_told_with_its_line(
+    text: str, arguments: str, wanted: str, tmp_path
+) -> None:
     (file := tmp_path / "mine.py").write_text(text)
     with pytest.raises(UserError) as refusal:
         config.load_config(f"{file}{arguments}")
@@ -213,9 +247,12 @@ def test_shipped_configs_resolve(name: str, request: pytest.FixtureRequest) -> N
 
 
 @pytest.mark.parametrize(
-    ("batch", "parts", "shape", "fits"), [(16, 1, (8, 1, 1), True), (16, 2, (8, 1, 1), False), (16, 2, (2, 2, 2), True)]
+    ("batch", "parts", "shape", "fits"),
+    [(16, 1, (8, 1, 1), True), (16, 2, (8, 1, 1), False), (16, 2, (2, 2, 2), True)],
 )
-def test_batches_must_divide_over_devices_in_pairs(batch: int, parts: int, shape: tuple[int, int, int], fits: bool) -> None:
+def test_batches_must_divide_over_devices_in_pairs(
+    batch: int, parts: int, shape: tuple[int, int, int], fits: bool
+) -> None:
     c = schema.Config(train=schema.Train(batch_size=batch, microbatches=parts))
     if fits:
         validation.validate_devices(c, shape)
@@ -227,15 +264,23 @@ def test_batches_must_divide_over_devices_in_pairs(batch: int, parts: int, shape
 def test_a_batch_is_rounded_up_only_where_asked() -> None:
     c = schema.Config(train=schema.Train(batch_size=1000, microbatches=3, round_batch=True))
     done, told = validation.fit_batch_to_mesh(c, (4, 2, 8))
-    assert done.train.batch_size == 1008 and "1,000 rounded up to 1,008, a multiple of 48: 2 images mixed x 8 data shards x 3" in told
+    assert (
+        done.train.batch_size == 1008
+        and "1,000 rounded up to 1,008, a multiple of 48: 2 images mixed x 8 data shards x 3"
+        in told
+    )
     assert validation.fit_batch_to_mesh(done, (4, 2, 8)) == (done, "")
     with pytest.raises(UserError, match="multiple of 48"):
-        validation.fit_batch_to_mesh(schema.Config(train=schema.Train(batch_size=1000, microbatches=3)), (4, 2, 8))
+        validation.fit_batch_to_mesh(
+            schema.Config(train=schema.Train(batch_size=1000, microbatches=3)), (4, 2, 8)
+        )
 
 
 def test_text_and_difference() -> None:
     old = config.config_to_text(schema.Config())
-    new = config.config_to_text(schema.Config(seed=3, report=schema.Report(panel_rows=9), optim=schema.Optim(lr=0.1)))
+    new = config.config_to_text(
+        schema.Config(seed=3, report=schema.Report(panel_rows=9), optim=schema.Optim(lr=0.1))
+    )
     assert config.config_difference(old, new) == ["seed: 0 -> 3", "optim.lr: 0.001 -> 0.1"]
     assert len(old.splitlines()) == len(config.setting_table())
 

@@ -1,4 +1,5 @@
-"""The launchers: what a dry run prints, and what they do when a run ends, with stand-ins for everything that would leave this machine."""
+"""The launchers: what a dry run prints, and what they do when a run ends, with stand-ins for
+everything that would leave this machine."""
 
 import os
 import pathlib
@@ -17,7 +18,19 @@ from m3i_jax.parallel import distributed
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 RUN = ["--config", "configs/m3i.py:path=/d/imagenet"]
-TPU = ["--name", "m3i", "--project", "p", "--zone", "z", "--type", "v5litepod-16", "--runtime", "r", "--spot"]
+TPU = [
+    "--name",
+    "m3i",
+    "--project",
+    "p",
+    "--zone",
+    "z",
+    "--type",
+    "v5litepod-16",
+    "--runtime",
+    "r",
+    "--spot",
+]
 GKE = {
     "NAME": "first", "IMAGE": "registry/m3i:1", "ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "4x4", "HOSTS": "4", "CHIPS": "4",
     "BUCKET": "pictures", "ACCOUNT": "trainer", "WORKDIR": "/mnt/m3i/runs/first",
@@ -30,11 +43,16 @@ def _interruptible() -> None:
 
 
 class Stage:
-    """A directory of stand-ins that comes first on the PATH. Each call of one is a line of `calls`."""
+    """A directory of stand-ins that comes first on the PATH. Each call of one is a line of
+    `calls`."""
 
     def __init__(self, place: pathlib.Path):
         self.place, self.log = place, place / "calls"
-        self.environment = {"PATH": f"{place}:{os.environ['PATH']}", "HOME": str(place), "LOG": str(self.log)}
+        self.environment = {
+            "PATH": f"{place}:{os.environ['PATH']}",
+            "HOME": str(place),
+            "LOG": str(self.log),
+        }
         for name in ("gcloud", "kubectl", "ssh", "srun", "scontrol", "sleep"):
             self.stand_in(name, "exit 1")
 
@@ -50,7 +68,8 @@ class Stage:
         self.environment |= {"M3I_VENV": str(self.place / "venv"), "M3I_INSTALL": "0"}
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
-        # A shell cannot trap what was ignored when it began, as SIGINT is where these tests run in the background of another shell.
+        # A shell cannot trap what was ignored when it began, as SIGINT is where these tests run in
+        # the background of another shell.
         return subprocess.Popen(
             ["bash", *command],
             cwd=ROOT,
@@ -85,7 +104,9 @@ def stage(tmp_path: pathlib.Path) -> Stage:
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 def test_shellcheck_has_nothing_to_say() -> None:
     scripts = sorted(str(p.relative_to(ROOT)) for p in LAUNCH.glob("*.sh"))
-    done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert len(scripts) >= 9 and done.returncode == 0, done.stdout
 
 
@@ -106,20 +127,31 @@ def test_a_dry_run_prints_and_does_nothing(name: str, stage: Stage) -> None:
     assert "configs/m3i.py:path=/d/imagenet" in plain and "--workdir" in plain and "/w/a b" in plain
     assert "42" in out or name == "ssh"  # there each host goes on by itself
     if name != "host":
-        assert "bash launch/host.sh" in plain  # everything else of a host is there, and the same for all
+        # everything else of a host is there, and the same for all
+        assert "bash launch/host.sh" in plain
 
 
 def test_dry_runs_say_who_is_who(stage: Stage) -> None:
     ssh = stage.run(*DRY["ssh"])[1].replace("\\", "").splitlines()
     assert [line.split()[2] for line in ssh] == ["me@n1", "n2"]
-    assert all("--coordinator n1:8476 --processes 2" in line and f"--process-id {i}" in line for i, line in enumerate(ssh))
+    assert all(
+        "--coordinator n1:8476 --processes 2" in line and f"--process-id {i}" in line
+        for i, line in enumerate(ssh)
+    )
     job = {"SLURM_JOB_ID": "70001", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "n[1-3]"}
     stage.stand_in("scontrol", "printf 'n1\\nn2\\nn3\\n'")
     slurm = stage.run(*DRY["slurm"], **job)[1]
-    assert f"--coordinator n1:{61440 + 70001 % 4096} --processes 3" in slurm and "SLURM_PROCID" in slurm and "requeue 70001" in slurm
+    assert (
+        f"--coordinator n1:{61440 + 70001 % 4096} --processes 3" in slurm
+        and "SLURM_PROCID" in slurm
+        and "requeue 70001" in slurm
+    )
     tpu = stage.run(*DRY["tpu_vm"])[1]
     assert "--coordinator" not in tpu  # the slice knows
-    assert tpu.index("queued-resources create m3i") < tpu.index("scp") < tpu.index("launch/host.sh") and "--spot" in tpu
+    assert (
+        tpu.index("queued-resources create m3i") < tpu.index("scp") < tpu.index("launch/host.sh")
+        and "--spot" in tpu
+    )
 
 
 @pytest.mark.parametrize(
@@ -137,7 +169,9 @@ def test_dry_runs_say_who_is_who(stage: Stage) -> None:
         (["launch/apply.sh", "launch/gke.yaml", "--dry-run"], "M3I_ACCELERATOR"),
     ],
 )
-def test_a_mistake_is_one_line_and_nothing_is_started(command: list[str], wanted: str, stage: Stage) -> None:
+def test_a_mistake_is_one_line_and_nothing_is_started(
+    command: list[str], wanted: str, stage: Stage
+) -> None:
     status, out, err = stage.run(*command)
     assert status == 2 and wanted in err and err.count("\n") == 1 and not out and not stage.calls
 
@@ -153,9 +187,16 @@ def test_a_host_runs_again_after_42_and_only_then(stage: Stage) -> None:
 
 
 def test_a_host_keeps_its_heap_on_a_cpu_and_only_there(stage: Stage) -> None:
-    stage.python('echo "heap ${MALLOC_ARENA_MAX:-none} ${MALLOC_TOP_PAD_:-none} ${GLIBC_TUNABLES:-none}" >>"$LOG"')
+    stage.python(
+        'echo "heap ${MALLOC_ARENA_MAX:-none} ${MALLOC_TOP_PAD_:-none} ${GLIBC_TUNABLES:-none}"'
+        ' >>"$LOG"'
+    )
     heaps, rest = 2 * (os.cpu_count() or 1), "268435456 glibc.malloc.hugetlb=1"
-    cases = ("", {}, f"{heaps} {rest}"), ("cuda", {}, "none none none"), ("", {"MALLOC_ARENA_MAX": "1"}, f"1 {rest}")
+    cases = (
+        ("", {}, f"{heaps} {rest}"),
+        ("cuda", {}, "none none none"),
+        ("", {"MALLOC_ARENA_MAX": "1"}, f"1 {rest}"),
+    )
     for extra, more, wanted in cases:
         assert stage.run("launch/host.sh", *RUN, M3I_EXTRA=extra, **more)[0] == 0
         assert stage.calls[-1] == f"heap {wanted}"
@@ -163,18 +204,24 @@ def test_a_host_keeps_its_heap_on_a_cpu_and_only_there(stage: Stage) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_host_that_is_told_to_go_lets_the_run_save_and_goes(number: int, stage: Stage) -> None:
-    stage.python("trap '/bin/sleep 0.3; echo saved >>\"$LOG\"; exit 42' TERM\nfor i in {1..300}; do /bin/sleep 0.1; done")
+    stage.python(
+        "trap '/bin/sleep 0.3; echo saved >>\"$LOG\"; exit 42' TERM\nfor i in {1..300}; do"
+        " /bin/sleep 0.1; done"
+    )
     process = stage.start("launch/host.sh", *RUN)
     stage.until("python")
     time.sleep(0.2)
     process.send_signal(number)
     process.communicate(timeout=30)
-    assert process.returncode == 42 and [call for call in stage.calls if not call.startswith("python")] == ["saved"]
+    assert process.returncode == 42 and [
+        call for call in stage.calls if not call.startswith("python")
+    ] == ["saved"]
     assert len(stage.calls) == 2
 
 
 def test_hosts_that_share_an_environment_make_it_once(stage: Stage) -> None:
-    """The second comes while the first installs: it says that it waits, finds all done, and runs."""
+    """The second comes while the first installs: it says that it waits, finds all done, and
+    runs."""
     stage.stand_in("python", f"""case "$*" in
 -V) echo Python 3.99 ;;
 "-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
@@ -182,7 +229,11 @@ def test_hosts_that_share_an_environment_make_it_once(stage: Stage) -> None:
 "-m m3i"*) ;;
 *) exec {sys.executable} "$@" ;;
 esac""")  # fmt: skip
-    settings = {"M3I_PYTHON": str(stage.place / "python"), "M3I_VENV": str(stage.place / "shared/venv/"), "M3I_EXTRA": ""}
+    settings = {
+        "M3I_PYTHON": str(stage.place / "python"),
+        "M3I_VENV": str(stage.place / "shared/venv/"),
+        "M3I_EXTRA": "",
+    }
     first = stage.start("launch/host.sh", "--workdir", "w", **settings)
     try:
         stage.until("-m pip")
@@ -193,7 +244,10 @@ esac""")  # fmt: skip
     ends = [process.communicate(timeout=60) for process in (first, second)]
     assert first.returncode == second.returncode == 0, ends
     assert ends[1] == ("", "") and "waiting" not in ends[0][0]
-    assert [sum(f"-m {what}" in call for call in stage.calls) for what in ("venv", "pip", "m3i_jax.main")] == [1, 1, 2]
+    assert [
+        sum(f"-m {what}" in call for call in stage.calls)
+        for what in ("venv", "pip", "m3i_jax.main")
+    ] == [1, 1, 2]
 
 
 def test_slurm_queues_a_preempted_job_again(stage: Stage) -> None:
@@ -201,7 +255,9 @@ def test_slurm_queues_a_preempted_job_again(stage: Stage) -> None:
     stage.stand_in("srun", "exit 42")
     stage.stand_in("scontrol", "exit 0")
     assert stage.run("launch/slurm.sh", *RUN, "--workdir", "w", **job)[0] == 42
-    assert [call.split()[0] for call in stage.calls] == ["srun", "scontrol"] and stage.calls[1] == "scontrol requeue 5"
+    assert [call.split()[0] for call in stage.calls] == ["srun", "scontrol"] and stage.calls[
+        1
+    ] == "scontrol requeue 5"
     stage.log.unlink()
     stage.stand_in("srun", "exit 2")
     assert stage.run("launch/slurm.sh", *RUN, "--workdir", "w", **job)[0] == 2
@@ -213,17 +269,37 @@ def test_slurm_gives_every_node_its_number(stage: Stage, tmp_path: pathlib.Path)
     (tmp_path / "job/launch").mkdir(parents=True)
     (tmp_path / "job/launch/host.sh").write_text('echo "host $M3I_AGAIN $*"\n')
     stage.stand_in("srun", 'while [[ "$1" == --* ]]; do shift; done; SLURM_PROCID=1 "$@"')
-    job = {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "2", "SLURM_SUBMIT_DIR": str(tmp_path / "job")}
+    job = {
+        "SLURM_JOB_ID": "5",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_SUBMIT_DIR": str(tmp_path / "job"),
+    }
     status, out, err = stage.run(str(LAUNCH / "slurm.sh"), *RUN, "--workdir", "a b", **job)
     assert status == 0, err
-    assert out == f"host 0 {' '.join(RUN)} --workdir a b --coordinator FIRST-NODE:61445 --processes 2 --process-id 1\n"
+    assert (
+        out == f"host 0 {' '.join(RUN)} --workdir a b --coordinator FIRST-NODE:61445 --processes 2"
+        " --process-id 1\n"
+    )
 
 
-def test_ssh_starts_all_and_ends_with_the_first_failure(stage: Stage, tmp_path: pathlib.Path) -> None:
+def test_ssh_starts_all_and_ends_with_the_first_failure(
+    stage: Stage, tmp_path: pathlib.Path
+) -> None:
     (tmp_path / "there/launch").mkdir(parents=True)
-    (tmp_path / "there/launch/host.sh").write_text('echo "$*"; [[ "$*" == *"--process-id 1"* ]] && exit 7; exit 0\n')
+    (tmp_path / "there/launch/host.sh").write_text(
+        'echo "$*"; [[ "$*" == *"--process-id 1"* ]] && exit 7; exit 0\n'
+    )
     stage.stand_in("ssh", 'bash -c "$2"')
-    where = ["--hosts", "n1,n2", "--directory", str(tmp_path / "there"), "--port", "8999", "--workdir", "a b"]
+    where = [
+        "--hosts",
+        "n1,n2",
+        "--directory",
+        str(tmp_path / "there"),
+        "--port",
+        "8999",
+        "--workdir",
+        "a b",
+    ]
     status, out, err = stage.run("launch/ssh.sh", *where, "--", *RUN)
     assert status == 7 and not err
     flags = f"{' '.join(RUN)} --workdir a b --coordinator n1:8999 --processes 2 --process-id"
@@ -231,9 +307,20 @@ def test_ssh_starts_all_and_ends_with_the_first_failure(stage: Stage, tmp_path: 
 
 
 def test_a_tpu_that_is_taken_away_is_ordered_again(stage: Stage) -> None:
-    """Absent, active, run fails, still active for two looks, suspended, deleted, absent, active, run is done."""
+    """Absent, active, run fails, still active for two looks, suspended, deleted, absent, active,
+    run is done."""
     stage.stand_in("sleep", '[[ "$1" == 0.5 ]]')
-    states = ["", "PROVISIONING", "ACTIVE", "ACTIVE", "ACTIVE", "SUSPENDED", "SUSPENDED", "", "ACTIVE"]
+    states = [
+        "",
+        "PROVISIONING",
+        "ACTIVE",
+        "ACTIVE",
+        "ACTIVE",
+        "SUSPENDED",
+        "SUSPENDED",
+        "",
+        "ACTIVE",
+    ]
     (stage.place / "states").write_text("\n".join(states) + "\n")
     stage.stand_in(
         "gcloud",
@@ -244,61 +331,90 @@ case "$*" in
 esac
 exit 0""",
     )
-    status, _, err = stage.run("launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w", "--", *RUN, M3I_PAUSE="0.5")
+    status, _, err = stage.run(
+        "launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w", "--", *RUN, M3I_PAUSE="0.5"
+    )
     assert status == 0, err
     verbs = ["create", "delete", "scp", "host.sh"]
-    did = [next(v for v in verbs if v in call) for call in stage.calls if any(v in call for v in verbs)]
+    did = [
+        next(v for v in verbs if v in call) for call in stage.calls if any(v in call for v in verbs)
+    ]
     assert did == ["create", "scp", "host.sh", "delete", "create", "scp", "host.sh"]
     assert not (stage.place / "states").read_text()
 
 
 @pytest.mark.parametrize(("ended", "looks"), [("2", 0), ("1", 10)])  # refused; failed, or ssh did
-def test_a_run_that_fails_on_a_tpu_that_is_there_is_not_repeated(ended: str, looks: int, stage: Stage) -> None:
+def test_a_run_that_fails_on_a_tpu_that_is_there_is_not_repeated(
+    ended: str, looks: int, stage: Stage
+) -> None:
     stage.stand_in("sleep", "exit 0")
-    stage.stand_in("gcloud", f'case "$*" in *describe*) echo ACTIVE ;; *host.sh*) exit {ended} ;; esac; exit 0')
+    stage.stand_in(
+        "gcloud", f'case "$*" in *describe*) echo ACTIVE ;; *host.sh*) exit {ended} ;; esac; exit 0'
+    )
     status, _, err = stage.run("launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w", "--", *RUN)
     assert status == 2 and f"ended with {ended} on a slice that is still there" in err
-    assert sum("describe" in call for call in stage.calls) == 1 + looks and sum("sleep" in call for call in stage.calls) == max(
-        0, looks - 1
+    assert sum("describe" in call for call in stage.calls) == 1 + looks and sum(
+        "sleep" in call for call in stage.calls
+    ) == max(0, looks - 1)
+    assert sum("host.sh" in call for call in stage.calls) == 1 and not any(
+        "delete" in call for call in stage.calls
     )
-    assert sum("host.sh" in call for call in stage.calls) == 1 and not any("delete" in call for call in stage.calls)
 
 
-# Fields that an object may have, of the public references of JobSet v1alpha2, Kubernetes (batch/v1 Job, core/v1 Pod) and SkyPilot's task:
-# NAME!: it must; NAME:KIND: such an object or a list of them; NAME:names: names of the user's own. Others hold plain values.
+# Fields that an object may have, of the public references of JobSet v1alpha2, Kubernetes (batch/v1
+# Job, core/v1 Pod) and SkyPilot's task: NAME!: it must; NAME:KIND: such an object or a list of
+# them; NAME:names: names of the user's own. Others hold plain values.
 FIELDS = {
     "JobSet": "apiVersion! kind! metadata!:Metadata spec!:JobSetSpec",
     "Metadata": "name namespace labels:names annotations:names",
-    "JobSetSpec": "replicatedJobs!:ReplicatedJob network:Network failurePolicy:FailurePolicy suspend managedBy ttlSecondsAfterFinished",
+    "JobSetSpec": (
+        "replicatedJobs!:ReplicatedJob network:Network failurePolicy:FailurePolicy suspend"
+        " managedBy ttlSecondsAfterFinished"
+    ),
     "Network": "enableDNSHostnames subdomain publishNotReadyAddresses",
     "FailurePolicy": "maxRestarts restartStrategy rules:FailureRule",
     "FailureRule": "name! action! onJobFailureReasons targetReplicatedJobs",
     "ReplicatedJob": "name! replicas groupName template!:Job",
     "Job": "metadata:Metadata spec!:JobSpec",
-    "JobSpec": "completionMode completions parallelism backoffLimit activeDeadlineSeconds podFailurePolicy:PodFailurePolicy template!:Pod",
+    "JobSpec": (
+        "completionMode completions parallelism backoffLimit activeDeadlineSeconds"
+        " podFailurePolicy:PodFailurePolicy template!:Pod"
+    ),
     "PodFailurePolicy": "rules!:PodRule",
     "PodRule": "action! onExitCodes:ExitCodes onPodConditions:PodCondition",
     "ExitCodes": "containerName operator! values!",
     "PodCondition": "type! status!",
     "Pod": "metadata:Metadata spec!:PodSpec",
-    "PodSpec": "containers!:Container volumes:Volume restartPolicy terminationGracePeriodSeconds serviceAccountName nodeSelector:names "
-    "hostNetwork dnsPolicy",
-    "Container": "name! image command args workingDir env:Variable ports:Port resources:Resources volumeMounts:Mount",
+    "PodSpec": (
+        "containers!:Container volumes:Volume restartPolicy terminationGracePeriodSeconds"
+        " serviceAccountName nodeSelector:names hostNetwork dnsPolicy"
+    ),
+    "Container": (
+        "name! image command args workingDir env:Variable ports:Port resources:Resources"
+        " volumeMounts:Mount"
+    ),
     "Variable": "name! value",
     "Port": "containerPort! name protocol",
     "Resources": "limits:names requests:names",
     "Mount": "name! mountPath! subPath readOnly",
     "Volume": "name! csi:Csi",
     "Csi": "driver! readOnly volumeAttributes:names",
-    "Task": "name workdir num_nodes envs:names secrets:names resources:Machine file_mounts:Storage* setup run",
-    "Machine": "accelerators cpus memory infra instance_type image_id disk_size disk_tier network_tier use_spot job_recovery:Recovery",
+    "Task": (
+        "name workdir num_nodes envs:names secrets:names resources:Machine file_mounts:Storage*"
+        " setup run"
+    ),
+    "Machine": (
+        "accelerators cpus memory infra instance_type image_id disk_size disk_tier network_tier"
+        " use_spot job_recovery:Recovery"
+    ),
     "Recovery": "strategy max_restarts_on_errors recover_on_exit_codes",
     "Storage": "source! name store persistent mode",
 }
 
 
 def misspelt(value: Any, kind: str, at: str = "") -> list[str]:
-    """Where an object of a kind has a field that there is not, lacks one, or holds an object for a plain value or the reverse."""
+    """Where an object of a kind has a field that there is not, lacks one, or holds an object for a
+    plain value or the reverse."""
     if isinstance(value, list):
         return [complaint for item in value for complaint in misspelt(item, kind, at)]
     if (kind == "") == isinstance(value, dict):
@@ -306,29 +422,60 @@ def misspelt(value: Any, kind: str, at: str = "") -> list[str]:
     if kind == "":
         return []
     if kind == "names" or kind.endswith("*"):
-        return [complaint for name, item in value.items() for complaint in misspelt(item, kind.removesuffix("*").replace("names", ""), at)]
-    known = {name.rstrip("!"): (name.endswith("!"), of) for name, _, of in (field.partition(":") for field in FIELDS[kind].split())}
+        return [
+            complaint
+            for name, item in value.items()
+            for complaint in misspelt(item, kind.removesuffix("*").replace("names", ""), at)
+        ]
+    known = {
+        name.rstrip("!"): (name.endswith("!"), of)
+        for name, _, of in (field.partition(":") for field in FIELDS[kind].split())
+    }
     found = [f"{at}.{name}: {kind} has no such field" for name in value if name not in known]
-    found += [f"{at}.{name}: missing" for name, (must, _) in known.items() if must and name not in value]
-    return found + [c for name, item in value.items() if name in known for c in misspelt(item, known[name][1], f"{at}.{name}")]
+    found += [
+        f"{at}.{name}: missing" for name, (must, _) in known.items() if must and name not in value
+    ]
+    return found + [
+        c
+        for name, item in value.items()
+        if name in known
+        for c in misspelt(item, known[name][1], f"{at}.{name}")
+    ]
 
 
 def misspellings(value: Any) -> Iterator[Any]:
     """The same text of objects with one more letter in one key, for every key."""
-    items = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    items = (
+        list(value.items())
+        if isinstance(value, dict)
+        else list(enumerate(value))
+        if isinstance(value, list)
+        else []
+    )
     for key, item in items:
         if isinstance(value, dict):
             yield {(f"{k}x" if k == key else k): v for k, v in items}
         for other in misspellings(item):
-            yield {**value, key: other} if isinstance(value, dict) else [*value[:key], other, *value[key + 1 :]]
+            yield (
+                {**value, key: other}
+                if isinstance(value, dict)
+                else [*value[:key], other, *value[key + 1 :]]
+            )
 
 
-# Keys of the user's own, which may be spelt in any way: annotations 2, selectors 2, attributes 1, limits 1; variables 3, a mount.
-@pytest.mark.parametrize(("name", "kind", "free"), [("gke.yaml", "JobSet", 6), ("sky.yaml", "Task", 4)])
+# Keys of the user's own, which may be spelt in any way: annotations 2, selectors 2, attributes 1,
+# limits 1; variables 3, a mount.
+@pytest.mark.parametrize(
+    ("name", "kind", "free"), [("gke.yaml", "JobSet", 6), ("sky.yaml", "Task", 4)]
+)
 def test_a_misspelt_field_is_found(name: str, kind: str, free: int, stage: Stage) -> None:
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     values = {f"M3I_{name}": value for name, value in GKE.items()}
-    text = stage.run("launch/apply.sh", "launch/gke.yaml", "--dry-run", **values)[1] if kind == "JobSet" else (LAUNCH / name).read_text()
+    text = (
+        stage.run("launch/apply.sh", "launch/gke.yaml", "--dry-run", **values)[1]
+        if kind == "JobSet"
+        else (LAUNCH / name).read_text()
+    )
     whole = yaml.safe_load(text)
     assert not misspelt(whole, kind), misspelt(whole, kind)
     wrong = list(misspellings(whole))
@@ -341,19 +488,34 @@ def test_gke_is_a_jobset_that_restarts_after_42(stage: Stage) -> None:
     status, out, err = stage.run("launch/apply.sh", "launch/gke.yaml", "--dry-run", **values)
     assert status == 0 and not stage.calls and "${" not in out, err
     jobset = yaml.safe_load(out)
-    assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and jobset["kind"] == "JobSet" and jobset["metadata"]["name"] == "first"
+    assert (
+        jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+        and jobset["kind"] == "JobSet"
+        and jobset["metadata"]["name"] == "first"
+    )
     (replicated,) = jobset["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
-    assert job["completions"] == job["parallelism"] == 4 and job["completionMode"] == "Indexed" and replicated["replicas"] == 1
+    assert (
+        job["completions"] == job["parallelism"] == 4
+        and job["completionMode"] == "Indexed"
+        and replicated["replicas"] == 1
+    )
     rules = job["podFailurePolicy"]["rules"]
-    assert {tuple(r["onExitCodes"]["values"]): r["action"] for r in rules if "onExitCodes" in r} == {(2,): "FailJob", (42,): "Ignore"}
+    assert {
+        tuple(r["onExitCodes"]["values"]): r["action"] for r in rules if "onExitCodes" in r
+    } == {(2,): "FailJob", (42,): "Ignore"}
     pod = job["template"]["spec"]
     assert pod["restartPolicy"] == "Never"  # a pod failure policy allows no other
     (container,) = pod["containers"]
-    assert all(r["onExitCodes"]["containerName"] == container["name"] for r in rules if "onExitCodes" in r)
-    assert container["args"] == [f"exec bash launch/host.sh {GKE['ARGUMENTS']} --workdir {GKE['WORKDIR']}"]
+    assert all(
+        r["onExitCodes"]["containerName"] == container["name"] for r in rules if "onExitCodes" in r
+    )
+    assert container["args"] == [
+        f"exec bash launch/host.sh {GKE['ARGUMENTS']} --workdir {GKE['WORKDIR']}"
+    ]
     assert container["resources"]["limits"]["google.com/tpu"] == 4
-    assert container["env"] == [{"name": "M3I_AGAIN", "value": "0"}]  # who the hosts are GKE tells a pod of a TPU slice
+    # who the hosts are GKE tells a pod of a TPU slice
+    assert container["env"] == [{"name": "M3I_AGAIN", "value": "0"}]
     assert container["ports"] == [{"containerPort": distributed.TPU_PORT}]
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
 
@@ -364,20 +526,41 @@ def test_apply_refuses_what_would_break_the_file_and_passes_the_rest_on(stage: S
     assert status == 2 and "M3I_NAME: must not contain quotes" in err and not stage.calls
     stage.stand_in("kubectl", 'cat >"$HOME/applied"')
     assert stage.run("launch/apply.sh", "launch/gke.yaml", **values)[0] == 0
-    assert stage.calls == ["kubectl apply -f -"] and "kind: JobSet" in (stage.place / "applied").read_text()
+    assert (
+        stage.calls == ["kubectl apply -f -"]
+        and "kind: JobSet" in (stage.place / "applied").read_text()
+    )
 
 
 def test_sky_gives_every_node_its_number_and_recovers_from_42(stage: Stage) -> None:
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
-    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [42] and task["resources"]["use_spot"] is True
+    assert (
+        task["resources"]["job_recovery"]["recover_on_exit_codes"] == [42]
+        and task["resources"]["use_spot"] is True
+    )
     assert task["envs"]["M3I_BUCKET"] is None  # SkyPilot asks for it
     assert task["file_mounts"] == {"/mnt/m3i": {"source": "${M3I_BUCKET}", "mode": "MOUNT"}}
     (stage.place / "launch").mkdir()
     (stage.place / "launch/host.sh").write_text('printf "%s|" "$@"\n')
-    node = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
+    node = {
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_RANK": "1",
+    }
     settings = {"M3I_ARGUMENTS": "--config c.py", "M3I_WORKDIR": "/w/a b"}
     status, out, err = stage.run("-c", f"cd {stage.place}\n{task['run']}", **node, **settings)
     assert status == 0, err
-    flags = ["--config", "c.py", "--workdir", "/w/a b", "--coordinator", "10.0.0.1:8476", "--processes", "2", "--process-id", "1"]
+    flags = [
+        "--config",
+        "c.py",
+        "--workdir",
+        "/w/a b",
+        "--coordinator",
+        "10.0.0.1:8476",
+        "--processes",
+        "2",
+        "--process-id",
+        "1",
+    ]
     assert out == "".join(f"{flag}|" for flag in flags)

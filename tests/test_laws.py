@@ -1,5 +1,6 @@
-"""The laws of the house that a machine can check. Every checker takes source text and returns complaints, so each is first shown to
-complain about a small offender; then it is run over the project."""
+"""The laws of the house that a machine can check. Every checker takes source text and returns
+complaints, so each is first shown to complain about a small offender; then it is run over the
+project."""
 
 import ast
 import os
@@ -14,9 +15,18 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "m3i_jax"
 LONGEST = 400
 
-# A room (a folder of the package, or a module beside them) may import itself and these. Lower rooms never know higher ones.
+# A room (a folder of the package, or a module beside them) may import itself and these. Lower rooms
+# never know higher ones.
 BASE = {"schema", "errors", "version", "privacy"}
-BELOW_TRAINING = BASE | {"config", "objective", "models", "data", "parallel", "reporting", "interop"}
+BELOW_TRAINING = BASE | {
+    "config",
+    "objective",
+    "models",
+    "data",
+    "parallel",
+    "reporting",
+    "interop",
+}
 ROOMS: dict[str, set[str]] = {
     "version": set(),
     "errors": set(),
@@ -24,7 +34,8 @@ ROOMS: dict[str, set[str]] = {
     "schema_augment": set(),
     "schema": {"schema_augment"},
     "objective": set(),
-    "__init__": {"objective", "version", "evaluation"},  # the last for `load` alone, when it is asked for
+    # the last for `load` alone, when it is asked for
+    "__init__": {"objective", "version", "evaluation"},
     "checks": BASE | {"objective"},
     "config": BASE | {"objective", "checks"},
     "models": BASE | {"objective", "parallel"},
@@ -33,7 +44,9 @@ ROOMS: dict[str, set[str]] = {
     "reporting": BASE,
     "interop": BASE | {"objective"},
     "training": BELOW_TRAINING,
-    "evaluation": BASE | {"config", "objective", "models", "data", "parallel", "training", "interop"},
+    "evaluation": (
+        BASE | {"config", "objective", "models", "data", "parallel", "training", "interop"}
+    ),
     "transfer": BELOW_TRAINING | {"training", "evaluation"},
     "modes": BELOW_TRAINING | {"training", "evaluation", "transfer", "interop", "checks"},
     "main": BELOW_TRAINING | {"training", "evaluation", "transfer", "interop", "checks", "modes"},
@@ -64,9 +77,11 @@ NEVER = {"tensorflow": "no room", "torch": "interop", "torchvision": "no room"}
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve"}
 
 
-def imports(source: str, name: str = "m3i_jax/x.py", *, top_only: bool = False) -> Iterator[tuple[int, str]]:
-    """(line, dotted module) of every import; `from a import b` gives a.b, relative imports are resolved against `name`,
-    and importlib is seen through as far as its text is written out."""
+def imports(
+    source: str, name: str = "m3i_jax/x.py", *, top_only: bool = False
+) -> Iterator[tuple[int, str]]:
+    """(line, dotted module) of every import; `from a import b` gives a.b, relative imports are
+    resolved against `name`, and importlib is seen through as far as its text is written out."""
     package = list(pathlib.PurePosixPath(name).parent.parts)
 
     def walk(node: ast.AST) -> Iterator[ast.AST]:
@@ -88,7 +103,9 @@ def imports(source: str, name: str = "m3i_jax/x.py", *, top_only: bool = False) 
             and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__")
             and node.args
         ):
-            first = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+            first = (
+                node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+            )
             if isinstance(first, ast.Constant):
                 yield node.lineno, str(first.value)
 
@@ -102,7 +119,10 @@ def room_of(name: str) -> str:
 def one_way(source: str, name: str) -> list[str]:
     room, found = room_of(name), []
     if room not in ROOMS:
-        return [f"{name}: the room '{room}' is not in the table ROOMS of tests/test_laws.py: say there what it may import"]
+        return [
+            f"{name}: the room '{room}' is not in the table ROOMS of tests/test_laws.py: say there"
+            " what it may import"
+        ]
     for line, module in imports(source, name):
         parts = module.split(".")
         if parts[0] != "m3i_jax":
@@ -117,7 +137,11 @@ def pure(source: str, name: str) -> list[str]:
     if room_of(name) != "objective":
         return []
     allowed = PURE | {"m3i_jax"} | set(sys.stdlib_module_names)
-    return [f"{name}:{line}: objective imports {m}" for line, m in imports(source, name) if m.split(".")[0] not in allowed]
+    return [
+        f"{name}:{line}: objective imports {m}"
+        for line, m in imports(source, name)
+        if m.split(".")[0] not in allowed
+    ]
 
 
 def kept(source: str, name: str) -> list[str]:
@@ -130,8 +154,14 @@ def kept(source: str, name: str) -> list[str]:
 
 
 def lazy(source: str, name: str) -> list[str]:
-    eager = [(line, m) for line, m in imports(source, name, top_only=True) if m.split(".")[0] in LAZY]
-    never = [(line, m) for line, m in imports(source, name) if NEVER.get(m.split(".")[0], room_of(name)) != room_of(name)]
+    eager = [
+        (line, m) for line, m in imports(source, name, top_only=True) if m.split(".")[0] in LAZY
+    ]
+    never = [
+        (line, m)
+        for line, m in imports(source, name)
+        if NEVER.get(m.split(".")[0], room_of(name)) != room_of(name)
+    ]
     return [f"{name}:{line}: {m} when the module is imported" for line, m in eager] + [
         f"{name}:{line}: {m} in the core" for line, m in never
     ]
@@ -143,19 +173,42 @@ def short(source: str, name: str) -> list[str]:
 
 
 def safe(source: str, name: str) -> list[str]:
-    found = [(line, m) for line, m in imports(source, name) if m.split(".")[0] in UNSAFE_MODULES or m in ("os.system", "os.popen")]
+    found = [
+        (line, m)
+        for line, m in imports(source, name)
+        if m.split(".")[0] in UNSAFE_MODULES or m in ("os.system", "os.popen")
+    ]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            if called in ("eval", "exec", "builtins.eval", "builtins.exec", "os.system", "os.popen"):
+            if called in (
+                "eval",
+                "exec",
+                "builtins.eval",
+                "builtins.exec",
+                "os.system",
+                "os.popen",
+            ):
                 found.append((node.lineno, called))
-            on = {k.arg for k in node.keywords if k.arg and not (isinstance(k.value, ast.Constant) and not k.value.value)}
-            found += [(node.lineno, f"{argument}=True") for argument in ("shell", "allow_pickle") if argument in on]
+            on = {
+                k.arg
+                for k in node.keywords
+                if k.arg and not (isinstance(k.value, ast.Constant) and not k.value.value)
+            }
+            found += [
+                (node.lineno, f"{argument}=True")
+                for argument in ("shell", "allow_pickle")
+                if argument in on
+            ]
     return [f"{name}:{line}: {what}" for line, what in found]
 
 
 def documented(source: str, name: str) -> list[str]:
-    return [] if ast.get_docstring(ast.parse(source)) else [f"{name}: no docstring that says what the module is"]
+    return (
+        []
+        if ast.get_docstring(ast.parse(source))
+        else [f"{name}: no docstring that says what the module is"]
+    )
 
 
 def files(*folders: str) -> list[pathlib.Path]:
@@ -174,16 +227,66 @@ LAWS: dict[str, tuple[Callable[[str, str], list[str]], tuple[str, ...]]] = {
 
 # law -> (name of a file, source that breaks the law, source that does not)
 OFFENDERS: list[tuple[str, str, str, str]] = [
-    ("imports run one way", "m3i_jax/objective/a.py", "from m3i_jax import schema", "from m3i_jax.objective import masks"),
-    ("imports run one way", "m3i_jax/objective/a.py", "def f():\n    import m3i_jax.config", "import m3i_jax.objective.masks"),
-    ("imports run one way", "m3i_jax/models/vit.py", "from m3i_jax.training import step", "from m3i_jax.models.layers import dense"),
-    ("imports run one way", "m3i_jax/models/vit.py", "from ..training.state import State", "from .layers import dense"),
-    ("imports run one way", "m3i_jax/data/a.py", "from m3i_jax.models.vit import patchify", "from m3i_jax.objective import masks"),
-    ("imports run one way", "m3i_jax/reporting/a.py", "from m3i_jax.training.state import State", "from m3i_jax.errors import UserError"),
-    ("imports run one way", "m3i_jax/training/a.py", "from m3i_jax import evaluation", "from m3i_jax import parallel"),
-    ("imports run one way", "m3i_jax/evaluation/a.py", "import m3i_jax.main", "import m3i_jax.training.step"),
-    ("imports run one way", "m3i_jax/schema.py", "from m3i_jax.errors import UserError", "import dataclasses"),
-    ("imports run one way", "m3i_jax/models/vit.py", "from m3i_jax import gaussian", "from m3i_jax.objective.losses import gaussian"),
+    (
+        "imports run one way",
+        "m3i_jax/objective/a.py",
+        "from m3i_jax import schema",
+        "from m3i_jax.objective import masks",
+    ),
+    (
+        "imports run one way",
+        "m3i_jax/objective/a.py",
+        "def f():\n    import m3i_jax.config",
+        "import m3i_jax.objective.masks",
+    ),
+    (
+        "imports run one way",
+        "m3i_jax/models/vit.py",
+        "from m3i_jax.training import step",
+        "from m3i_jax.models.layers import dense",
+    ),
+    (
+        "imports run one way",
+        "m3i_jax/models/vit.py",
+        "from ..training.state import State",
+        "from .layers import dense",
+    ),
+    (
+        "imports run one way",
+        "m3i_jax/data/a.py",
+        "from m3i_jax.models.vit import patchify",
+        "from m3i_jax.objective import masks",
+    ),
+    (
+        "imports run one way",
+        "m3i_jax/reporting/a.py",
+        "from m3i_jax.training.state import State",
+        "from m3i_jax.errors import UserError",
+    ),
+    (
+        "imports run one way",
+        "m3i_jax/training/a.py",
+        "from m3i_jax import evaluation",
+        "from m3i_jax import parallel",
+    ),
+    (
+        "imports run one way",
+        "m3i_jax/evaluation/a.py",
+        "import m3i_jax.main",
+        "import m3i_jax.training.step",
+    ),
+    (
+        "imports run one way",
+        "m3i_jax/schema.py",
+        "from m3i_jax.errors import UserError",
+        "import dataclasses",
+    ),
+    (
+        "imports run one way",
+        "m3i_jax/models/vit.py",
+        "from m3i_jax import gaussian",
+        "from m3i_jax.objective.losses import gaussian",
+    ),
     (
         "imports run one way",
         "m3i_jax/__init__.py",
@@ -191,19 +294,54 @@ OFFENDERS: list[tuple[str, str, str, str]] = [
         "importlib.import_module(f'm3i_jax.objective.{x}')",
     ),
     ("imports run one way", "m3i_jax/cellar/a.py", "import numpy", ""),
-    ("objective is pure", "m3i_jax/objective/a.py", "import flax.linen", "import chex, math, optax\nimport jax.numpy as jnp"),
-    ("objective is pure", "m3i_jax/objective/a.py", "def f():\n    from scipy import stats", "from jax.scipy import stats"),
-    ("flax and orbax are kept in their places", "m3i_jax/training/step.py", "import flax.struct", "import optax"),
-    ("flax and orbax are kept in their places", "m3i_jax/data/a.py", "def f():\n    import orbax.checkpoint as ocp", "import grain"),
-    ("flax and orbax are kept in their places", "m3i_jax/training/state.py", "import orbax.checkpoint", "import flax.struct"),
-    ("flax and orbax are kept in their places", "m3i_jax/models/vit.py", "from orbax import checkpoint", "from flax import linen"),
+    (
+        "objective is pure",
+        "m3i_jax/objective/a.py",
+        "import flax.linen",
+        "import chex, math, optax\nimport jax.numpy as jnp",
+    ),
+    (
+        "objective is pure",
+        "m3i_jax/objective/a.py",
+        "def f():\n    from scipy import stats",
+        "from jax.scipy import stats",
+    ),
+    (
+        "flax and orbax are kept in their places",
+        "m3i_jax/training/step.py",
+        "import flax.struct",
+        "import optax",
+    ),
+    (
+        "flax and orbax are kept in their places",
+        "m3i_jax/data/a.py",
+        "def f():\n    import orbax.checkpoint as ocp",
+        "import grain",
+    ),
+    (
+        "flax and orbax are kept in their places",
+        "m3i_jax/training/state.py",
+        "import orbax.checkpoint",
+        "import flax.struct",
+    ),
+    (
+        "flax and orbax are kept in their places",
+        "m3i_jax/models/vit.py",
+        "from orbax import checkpoint",
+        "from flax import linen",
+    ),
     (
         "optional means lazy",
         "m3i_jax/reporting/a.py",
         "try:\n    import wandb\nexcept ImportError:\n    pass",
         "def f():\n    import wandb",
     ),
-    ("optional means lazy", "m3i_jax/data/a.py", "def f():\n    import tensorflow as tf", "def f():\n    import tensorflow_datasets"),
+    (
+        "optional means lazy",
+        "m3i_jax/data/a.py",
+        "def f():\n    import tensorflow as tf",
+        "def f():\n    import tensorflow_datasets",
+    ),
     (
         "optional means lazy",
         "m3i_jax/data/a.py",
@@ -211,14 +349,39 @@ OFFENDERS: list[tuple[str, str, str, str]] = [
         "class A:\n    def f(self):\n        import simplejpeg",
     ),
     ("optional means lazy", "m3i_jax/interop/a.py", "import torch", "def f():\n    import torch"),
-    ("optional means lazy", "m3i_jax/data/a.py", "def f():\n    import torch", "def f():\n    import simplejpeg"),
+    (
+        "optional means lazy",
+        "m3i_jax/data/a.py",
+        "def f():\n    import torch",
+        "def f():\n    import simplejpeg",
+    ),
     ("no long file", "m3i_jax/a.py", "x = 1\n" * (LONGEST + 1), "x = 1\n" * LONGEST),
     ("nothing runs text or unpickles", "a.py", "eval('1')", "model.eval()"),
     ("nothing runs text or unpickles", "a.py", "exec(text)", "executor(text)"),
-    ("nothing runs text or unpickles", "a.py", "def f():\n    from pickle import loads", "import json"),
-    ("nothing runs text or unpickles", "a.py", "import os\nos.system('ls')", "import os\nos.getcwd()"),
-    ("nothing runs text or unpickles", "a.py", "subprocess.run('ls', shell=True)", "subprocess.run(['ls'], shell=False)"),
-    ("nothing runs text or unpickles", "a.py", "np.load(path, allow_pickle=True)", "np.load(path, allow_pickle=False)"),
+    (
+        "nothing runs text or unpickles",
+        "a.py",
+        "def f():\n    from pickle import loads",
+        "import json",
+    ),
+    (
+        "nothing runs text or unpickles",
+        "a.py",
+        "import os\nos.system('ls')",
+        "import os\nos.getcwd()",
+    ),
+    (
+        "nothing runs text or unpickles",
+        "a.py",
+        "subprocess.run('ls', shell=True)",
+        "subprocess.run(['ls'], shell=False)",
+    ),
+    (
+        "nothing runs text or unpickles",
+        "a.py",
+        "np.load(path, allow_pickle=True)",
+        "np.load(path, allow_pickle=False)",
+    ),
     ("every module says what it is", "a.py", "x = 1", '"""One number."""\nx = 1'),
 ]
 
@@ -253,7 +416,9 @@ def test_law(law: str) -> None:
     check, folders = LAWS[law]
     paths = files(*folders)
     assert paths, f"no Python file in {', '.join(folders)}"
-    complaints = [c for path in paths for c in check(path.read_text(), path.relative_to(ROOT).as_posix())]
+    complaints = [
+        c for path in paths for c in check(path.read_text(), path.relative_to(ROOT).as_posix())
+    ]
     assert not complaints, f"{law}:\n" + "\n".join(complaints)
 
 
@@ -261,19 +426,39 @@ def modules_after(statement: str) -> set[str]:
     """Top-level names in sys.modules of a fresh interpreter after `statement`."""
     code = f"import sys\n{statement}\nprint(*sorted({{m.split('.')[0] for m in sys.modules}}))"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 
 
 @pytest.mark.smoke
 def test_the_pure_functions_come_alone() -> None:
-    """Another project that imports one loss gets jax, numpy, optax and chex, and not the trainer's libraries."""
-    heavy = {"flax", "orbax", "grain", "ml_collections", "tokenizers", "PIL", "ftfy", "tensorflow", "torch", "wandb", "tensorboardX"}
+    """Another project that imports one loss gets jax, numpy, optax and chex, and not the trainer's
+    libraries."""
+    heavy = {
+        "flax",
+        "orbax",
+        "grain",
+        "ml_collections",
+        "tokenizers",
+        "PIL",
+        "ftfy",
+        "tensorflow",
+        "torch",
+        "wandb",
+        "tensorboardX",
+    }
     alone = modules_after("import jax, numpy, optax, chex")
-    ours = modules_after("import m3i_jax\nassert m3i_jax.__all__\nfor name in m3i_jax.__all__: getattr(m3i_jax, name)")
+    ours = modules_after(
+        "import m3i_jax\nassert m3i_jax.__all__\nfor name in m3i_jax.__all__: getattr(m3i_jax,"
+        " name)"
+    )
     assert {"m3i_jax", "jax"} <= ours
-    assert not heavy & (ours - alone), f"import m3i_jax also brings {sorted(heavy & (ours - alone))}"
+    assert not heavy & (ours - alone), (
+        f"import m3i_jax also brings {sorted(heavy & (ours - alone))}"
+    )
     allowed = alone | {"m3i_jax"} | set(sys.stdlib_module_names)
     assert not {m for m in ours - allowed if not m.startswith("_")}
     assert heavy & modules_after("import flax.linen"), "the check itself sees nothing"

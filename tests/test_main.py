@@ -1,4 +1,5 @@
-"""The command line as a person types it: exit codes, one line for a mistake, a real run that is killed, preempted and resumed."""
+"""The command line as a person types it: exit codes, one line for a mistake, a real run that is
+killed, preempted and resumed."""
 
 import json
 import os
@@ -36,7 +37,10 @@ TINY = [
     "--config.train.eval_every=4",
     "--config.train.panel_every=0",
     "--config.evaluate.batch_size=32",
-    *(f"--config.evaluate.{drawn}=false" for drawn in ("embedding", "attention", "confusion", "examples")),
+    *(
+        f"--config.evaluate.{drawn}=false"
+        for drawn in ("embedding", "attention", "confusion", "examples")
+    ),
 ]
 QUICK = ["--config", "configs/quickstart.py", *TINY]
 
@@ -64,35 +68,97 @@ def finish(*arguments: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists() or not shutil.which("ps"), reason="needs /proc and ps to compare with")
+@pytest.mark.skipif(
+    not pathlib.Path("/proc/self/stat").exists() or not shutil.which("ps"),
+    reason="needs /proc and ps to compare with",
+)
 def test_the_time_of_a_run_counts_from_the_start_of_its_process() -> None:
-    """Importing and meeting the other hosts are part of its wall time. `ps` gives it in whole seconds."""
-    age = float(subprocess.run(["ps", "-o", "etimes=", "-p", str(os.getpid())], capture_output=True, text=True, check=True).stdout)
+    """Importing and meeting the other hosts are part of its wall time. `ps` gives it in whole
+    seconds."""
+    age = float(
+        subprocess.run(
+            ["ps", "-o", "etimes=", "-p", str(os.getpid())],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
     assert age - 1 <= time.monotonic() - command._process_began() <= age + 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["--config", "configs/quickstart.py", "--workdir", "W", "--config.optimm.lr=1"], "config.optim.lr"),
-        (["--config", "configs/quickstart.py", "--workdir", "W", "--config.optim.lr=fast"], "config.optim.lr: 'fast' is not a number"),
+        (
+            ["--config", "configs/quickstart.py", "--workdir", "W", "--config.optimm.lr=1"],
+            "config.optim.lr",
+        ),
+        (
+            ["--config", "configs/quickstart.py", "--workdir", "W", "--config.optim.lr=fast"],
+            "config.optim.lr: 'fast' is not a number",
+        ),
         (["--config", "configs/quickstart.py", "--workdir", "W", "--mode=trian"], "--mode=train"),
         (["--config", "configs/quickstart.py", "--workdirr", "W"], "--workdirr"),
-        (["--config", "configs/quickstart.py", "--workdir", "W", "--mode=xyz"], "there is no such mode; --help lists every mode"),
-        (["--config", "configs/quickstart.py", "--workdir", "W", "--config.train.steps", "3"], "--config.train.steps=3"),
-        (["--config", "configs/quickstart.py", "--workdir", "README.md/x"], "'README.md' is no directory"),
-        (["--config", "configs/quickstart.py", "--workdir", "gs://b/x"], "an address is no directory"),
+        (
+            ["--config", "configs/quickstart.py", "--workdir", "W", "--mode=xyz"],
+            "there is no such mode; --help lists every mode",
+        ),
+        (
+            ["--config", "configs/quickstart.py", "--workdir", "W", "--config.train.steps", "3"],
+            "--config.train.steps=3",
+        ),
+        (
+            ["--config", "configs/quickstart.py", "--workdir", "README.md/x"],
+            "'README.md' is no directory",
+        ),
+        (
+            ["--config", "configs/quickstart.py", "--workdir", "gs://b/x"],
+            "an address is no directory",
+        ),
         (["--config", "configs/quickstart.py"], "--workdir: is missing"),
         (["--workdir", "W"], "--config: is missing"),
         (["--config", "configs/folder.py:path=no/such/folder", "--workdir", "W"], "no/such/folder"),
         (["--config", "configs/folder.py", "--workdir", "W"], "data.path is empty"),
-        (["--config", "configs/tars.py:path=no/*.tar", "--workdir", "W", "--mode=preview"], "no/*.tar"),
-        (["--config", "configs/quickstart.py", "--workdir", "W", "--config.train.batch_size=6"], "data shards"),
-        (["--config", "configs/quickstart.py", "--workdir", "W", "--config.parallel.mesh=(3,1,1)"], "config.parallel.mesh"),
-        (["--config", "configs/quickstart.py", "--workdir", "W", "--config.objective.forms=mim3"], "did you mean mim?"),
-        (["--config", "configs/quickstart.py", "--mode=show", "--allow-changes"], "--allow-changes: does not belong to --mode=show"),
-        (["--mode=replay", "--workdir", "W", "--config.optim.lr=1"], "--config: does not belong to --mode=replay"),
-        (["--config", "configs/quickstart.py", "--mode=data", "--workdir", "W", "--processes=2"], "--processes: does not belong to"),
+        (
+            ["--config", "configs/tars.py:path=no/*.tar", "--workdir", "W", "--mode=preview"],
+            "no/*.tar",
+        ),
+        (
+            ["--config", "configs/quickstart.py", "--workdir", "W", "--config.train.batch_size=6"],
+            "data shards",
+        ),
+        (
+            [
+                "--config",
+                "configs/quickstart.py",
+                "--workdir",
+                "W",
+                "--config.parallel.mesh=(3,1,1)",
+            ],
+            "config.parallel.mesh",
+        ),
+        (
+            [
+                "--config",
+                "configs/quickstart.py",
+                "--workdir",
+                "W",
+                "--config.objective.forms=mim3",
+            ],
+            "did you mean mim?",
+        ),
+        (
+            ["--config", "configs/quickstart.py", "--mode=show", "--allow-changes"],
+            "--allow-changes: does not belong to --mode=show",
+        ),
+        (
+            ["--mode=replay", "--workdir", "W", "--config.optim.lr=1"],
+            "--config: does not belong to --mode=replay",
+        ),
+        (
+            ["--config", "configs/quickstart.py", "--mode=data", "--workdir", "W", "--processes=2"],
+            "--processes: does not belong to",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(arguments, wanted, monkeypatch, capsys, tmp_path) -> None:
@@ -104,17 +170,28 @@ def test_a_mistake_is_one_line_and_exit_2(arguments, wanted, monkeypatch, capsys
 
 @pytest.mark.smoke
 def test_a_mistake_takes_less_than_five_seconds_of_processor() -> None:
-    """The limit is on processor time of the whole process, which a busy machine does not stretch."""
+    """The limit is on processor time of the whole process, which a busy machine does not
+    stretch."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    process = start("--config", "configs/quickstart.py", "--workdir", "unused", "--config.optimm.lr=1")
+    process = start(
+        "--config", "configs/quickstart.py", "--workdir", "unused", "--config.optimm.lr=1"
+    )
     _, err = process.communicate(timeout=120)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
-    assert process.returncode == 2 and "did you mean config.optim.lr?" in err and "Traceback" not in err
+    assert (
+        process.returncode == 2
+        and "did you mean config.optim.lr?" in err
+        and "Traceback" not in err
+    )
 
 
 def test_help_and_version(capsys) -> None:
-    for flag, wanted in (("--help", "--config.optim.b2"), ("--help", "--config.KEY=VALUE"), ("--version", "m3i_jax 0.")):
+    for flag, wanted in (
+        ("--help", "--config.optim.b2"),
+        ("--help", "--config.KEY=VALUE"),
+        ("--version", "m3i_jax 0."),
+    ):
         with pytest.raises(SystemExit) as stop:
             command.main([flag])
         assert stop.value.code == 0 and wanted in capsys.readouterr().out
@@ -123,10 +200,20 @@ def test_help_and_version(capsys) -> None:
 @pytest.mark.smoke
 def test_show_reads_no_data(monkeypatch, capsys) -> None:
     monkeypatch.chdir(ROOT)
-    assert command.main(["--config", "configs/folder.py:path=no/such/folder,model=vit_b16,batch_size=4096", "--mode=show"]) == 0
+    assert (
+        command.main(
+            [
+                "--config",
+                "configs/folder.py:path=no/such/folder,model=vit_b16,batch_size=4096",
+                "--mode=show",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     found = re.search(r"([\d.]+) GFLOP a mixed view", out)
-    assert found and 279.3 <= float(found[1]) <= 279.5  # the analytic floor with the patch embedding frozen is 279.3
+    # the analytic floor with the patch embedding frozen is 279.3
+    assert found and 279.3 <= float(found[1]) <= 279.5
     assert "encoder   85,645,824" in out and "loss/inter" in out
 
 
@@ -141,22 +228,26 @@ def without_clock(rows: list[dict]) -> list[dict]:
 def parameters(run: pathlib.Path) -> bytes:
     """Digest of every array of the newest checkpoint, read in a process of its own."""
     code = (
-        "import sys, hashlib, pathlib, numpy as np, orbax.checkpoint as ocp, jax\n"
-        "m = ocp.CheckpointManager(pathlib.Path(sys.argv[1]).absolute() / 'checkpoints', item_names=('state', 'position'))\n"
-        "s = m.restore(m.latest_step(), args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']\n"
-        "h = hashlib.sha256()\n"
-        "for p, a in sorted((jax.tree_util.keystr(p), np.asarray(a)) for p, a in jax.tree_util.tree_leaves_with_path(s)):\n"
-        "    h.update(p.encode() + a.tobytes())\n"
-        "print(m.latest_step(), h.hexdigest())\n"
+        "import sys, hashlib, pathlib, numpy as np, orbax.checkpoint as ocp, jax\nm ="
+        " ocp.CheckpointManager(pathlib.Path(sys.argv[1]).absolute() / 'checkpoints',"
+        " item_names=('state', 'position'))\ns = m.restore(m.latest_step(),"
+        " args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']\nh ="
+        " hashlib.sha256()\nfor p, a in sorted((jax.tree_util.keystr(p), np.asarray(a)) for p, a in"
+        " jax.tree_util.tree_leaves_with_path(s)):\n    h.update(p.encode() +"
+        " a.tobytes())\nprint(m.latest_step(), h.hexdigest())\n"
     )
-    return subprocess.run([sys.executable, "-c", code, str(run)], env=environment(), capture_output=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code, str(run)], env=environment(), capture_output=True, check=True
+    ).stdout
 
 
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory) -> pathlib.Path:
     """Twelve steps from start to end."""
     run = tmp_path_factory.mktemp("unbroken")
-    code, _, err = finish(*QUICK, "--workdir", str(run), "--config.train.steps=12", "--config.train.save_every=4")
+    code, _, err = finish(
+        *QUICK, "--workdir", str(run), "--config.train.steps=12", "--config.train.save_every=4"
+    )
     assert code == 0, err
     return run
 
@@ -167,28 +258,49 @@ def test_a_run_writes_what_the_house_says(unbroken: pathlib.Path) -> None:
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == list(range(1, 13))
     names = (
-        "loss/ssp loss/sp loss/intra loss/inter loss/category loss/text balance/lambda balance/ssp_norm balance/sp_norm lr ema grad_norm"
+        "loss/ssp loss/sp loss/intra loss/inter loss/category loss/text balance/lambda"
+        " balance/ssp_norm balance/sp_norm lr ema grad_norm"
     )
-    wanted = {*names.split(), "collapse/target_std", "collapse/effective_rank", "samples_seen", "perf/images_per_sec"}
+    wanted = {
+        *names.split(),
+        "collapse/target_std",
+        "collapse/effective_rank",
+        "samples_seen",
+        "perf/images_per_sec",
+    }
     assert wanted <= set(trained[-1]) and trained[-1]["samples_seen"] == 12 * 8
     assert [row["step"] for row in rows if "eval/knn/top1" in row] == [0, 4, 8, 12]
-    assert (unbroken / "config.txt").read_text().startswith("seed = 0\n") and (unbroken / "tokenizer.json").is_file()
+    assert (unbroken / "config.txt").read_text().startswith("seed = 0\n") and (
+        unbroken / "tokenizer.json"
+    ).is_file()
 
 
 @pytest.mark.row("D5")
 def test_the_same_seed_gives_the_same_bits(unbroken: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    code, _, err = finish(*QUICK, "--workdir", str(tmp_path), "--config.train.steps=12", "--config.train.save_every=12")
+    code, _, err = finish(
+        *QUICK,
+        "--workdir",
+        str(tmp_path),
+        "--config.train.steps=12",
+        "--config.train.save_every=12",
+    )
     assert code == 0, err
     assert parameters(tmp_path) == parameters(unbroken)
 
 
 def killed(run: pathlib.Path, after: int, number: int) -> int:
     """Start the run, send it a signal once the log has passed a step, wait for its end."""
-    process = start(*QUICK, "--workdir", str(run), "--config.train.steps=12", "--config.train.save_every=4")
+    process = start(
+        *QUICK, "--workdir", str(run), "--config.train.steps=12", "--config.train.save_every=4"
+    )
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         log = run / "metrics.jsonl"
-        if log.is_file() and any(json.loads(r).get("step", 0) >= after for r in log.read_text().splitlines() if r.endswith("}")):
+        if log.is_file() and any(
+            json.loads(r).get("step", 0) >= after
+            for r in log.read_text().splitlines()
+            if r.endswith("}")
+        ):
             break
         time.sleep(0.01)
     process.send_signal(number)
@@ -197,9 +309,13 @@ def killed(run: pathlib.Path, after: int, number: int) -> int:
 
 
 @pytest.mark.row("A1")
-def test_sigkill_and_again_is_as_if_unbroken(unbroken: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_sigkill_and_again_is_as_if_unbroken(
+    unbroken: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     assert killed(tmp_path, 6, signal.SIGKILL) == -signal.SIGKILL
-    code, _, err = finish(*QUICK, "--workdir", str(tmp_path), "--config.train.steps=12", "--config.train.save_every=4")
+    code, _, err = finish(
+        *QUICK, "--workdir", str(tmp_path), "--config.train.steps=12", "--config.train.save_every=4"
+    )
     assert code == 0, err
     assert parameters(tmp_path) == parameters(unbroken)
     assert without_clock(lines(tmp_path)) == without_clock(lines(unbroken))
@@ -208,22 +324,31 @@ def test_sigkill_and_again_is_as_if_unbroken(unbroken: pathlib.Path, tmp_path: p
 @pytest.mark.row("A2")
 def test_sigterm_saves_and_exits_42(unbroken: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert killed(tmp_path, 2, signal.SIGTERM) == 42
-    code, out, err = finish(*QUICK, "--workdir", str(tmp_path), "--config.train.steps=12", "--config.train.save_every=4")
+    code, out, err = finish(
+        *QUICK, "--workdir", str(tmp_path), "--config.train.steps=12", "--config.train.save_every=4"
+    )
     assert code == 0 and "resuming at step" in out, err
     assert parameters(tmp_path) == parameters(unbroken)
-    told, wanted = ([row for row in without_clock(lines(run)) if len(row) > 1] for run in (tmp_path, unbroken))  # goodput is told twice
+    # goodput is told twice
+    told, wanted = (
+        [row for row in without_clock(lines(run)) if len(row) > 1] for run in (tmp_path, unbroken)
+    )
     assert told == wanted
 
 
 def test_another_configuration_does_not_resume(unbroken: pathlib.Path) -> None:
-    code, _, err = finish(*QUICK, "--workdir", str(unbroken), "--config.train.steps=12", "--config.seed=7")
+    code, _, err = finish(
+        *QUICK, "--workdir", str(unbroken), "--config.train.steps=12", "--config.seed=7"
+    )
     assert code == 2 and "seed: 0 -> 7" in err and "--allow-changes" in err and err.count("\n") == 1
 
 
 @pytest.mark.row("D8")
 def test_a_finished_run_says_so(unbroken: pathlib.Path) -> None:
     before = lines(unbroken)
-    code, out, err = finish(*QUICK, "--workdir", str(unbroken), "--config.train.steps=12", "--config.train.save_every=4")
+    code, out, err = finish(
+        *QUICK, "--workdir", str(unbroken), "--config.train.steps=12", "--config.train.save_every=4"
+    )
     assert code == 0 and "done" in out, err
     assert lines(unbroken) == before
 
@@ -232,7 +357,12 @@ def test_preview_writes_a_picture(tmp_path: pathlib.Path, monkeypatch, capsys) -
     from PIL import Image
 
     monkeypatch.chdir(ROOT)
-    assert command.main([*QUICK, "--workdir", str(tmp_path), "--mode=preview", "--config.train.batch_size=16"]) == 0
+    assert (
+        command.main(
+            [*QUICK, "--workdir", str(tmp_path), "--mode=preview", "--config.train.batch_size=16"]
+        )
+        == 0
+    )
     with Image.open(tmp_path / "preview.png") as sheet:
         assert min(sheet.size) > 200
     assert str(tmp_path / "preview.png") in capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""The package says the truth about itself: its version, what it needs, and that the tested set of versions satisfies that. No network."""
+"""The package says the truth about itself: its version, what it needs, and that the tested set of
+versions satisfies that. No network."""
 
 import importlib.util
 import pathlib
@@ -20,7 +21,13 @@ import m3i_jax
 ROOT = pathlib.Path(__file__).parent.parent
 PYTHONS = ("3.11", "3.13")
 # Where a distribution and the module it brings have different names.
-DISTRIBUTIONS = {"PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint", "etils": "etils", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "absl": "absl-py",
+    "orbax": "orbax-checkpoint",
+    "etils": "etils",
+    "sklearn": "scikit-learn",
+}
 
 
 def load(name: str) -> ModuleType:
@@ -50,11 +57,17 @@ def environment(python: str) -> dict[str, str]:
 def needed(lines: list[str], python: str) -> dict[str, Requirement]:
     """{distribution: requirement} of those lines that apply to this Python."""
     parsed = [Requirement(line) for line in lines]
-    return {canonicalize_name(r.name): r for r in parsed if r.marker is None or r.marker.evaluate(environment(python))}
+    return {
+        canonicalize_name(r.name): r
+        for r in parsed
+        if r.marker is None or r.marker.evaluate(environment(python))
+    }
 
 
 def pinned(python: str) -> dict[str, Requirement]:
-    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    lines = [
+        line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()
+    ]
     lines = [line for line in lines if line]
     found = needed(lines, python)
     applying = [line for line in lines if needed([line], python)]
@@ -64,18 +77,34 @@ def pinned(python: str) -> dict[str, Requirement]:
 
 @pytest.mark.smoke
 def test_version_is_stated_once() -> None:
-    done = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.split()[-1] == m3i_jax.__version__
     assert f"\nversion: {m3i_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
-    assert re.search(rf"^## {re.escape(m3i_jax.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert re.search(
+        rf"^## {re.escape(m3i_jax.__version__)}\b",
+        (ROOT / "CHANGELOG.md").read_text(),
+        re.MULTILINE,
+    )
 
 
 def test_metadata(setup_arguments: dict[str, Any]) -> None:
     assert setup_arguments["name"] == "m3i-jax"
     assert setup_arguments["python_requires"] == ">=3.11"
-    assert {"cuda", "tpu", "test", "tensorboard", "wandb", "tfds", "gcs", "fast"} <= set(setup_arguments["extras_require"])
+    assert {"cuda", "tpu", "test", "tensorboard", "wandb", "tfds", "gcs", "fast"} <= set(
+        setup_arguments["extras_require"]
+    )
     licence = (ROOT / "LICENSE").read_text()
-    assert setup_arguments["license"] == "Apache-2.0" and "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence
+    assert (
+        setup_arguments["license"] == "Apache-2.0"
+        and "Apache License" in licence
+        and "END OF TERMS AND CONDITIONS" in licence
+    )
 
 
 @pytest.mark.parametrize("python", PYTHONS)
@@ -90,13 +119,17 @@ def test_the_tested_set_covers_what_is_needed(setup_arguments: dict[str, Any], p
         for name, requirement in needed(lines, python).items():
             assert name in pins, f"{group}: {name} is not in requirements.txt for Python {python}"
             version = next(iter(pins[name].specifier)).version
-            assert requirement.specifier.contains(version), f"{group}: {requirement} refuses {version}, which is the tested one"
+            assert requirement.specifier.contains(version), (
+                f"{group}: {requirement} refuses {version}, which is the tested one"
+            )
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
 def test_one_jax_for_every_python(setup_arguments: dict[str, Any], python: str) -> None:
     for group in ("cuda", "cuda13", "tpu"):
-        applying = [line for line in setup_arguments["extras_require"][group] if needed([line], python)]
+        applying = [
+            line for line in setup_arguments["extras_require"][group] if needed([line], python)
+        ]
         assert len(applying) == 1
     old = needed(setup_arguments["install_requires"], python)["jax"].specifier.contains("0.10.2")
     assert old == (Version(python) < Version("3.12"))
@@ -104,7 +137,9 @@ def test_one_jax_for_every_python(setup_arguments: dict[str, Any], python: str) 
 
 def test_every_room_is_packaged(setup_arguments: dict[str, Any]) -> None:
     rooms = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "m3i_jax").rglob("*.py")}
-    assert rooms == set(setup_arguments["packages"]), "a folder without __init__.py is left out of the package"
+    assert rooms == set(setup_arguments["packages"]), (
+        "a folder without __init__.py is left out of the package"
+    )
 
 
 def third_party(top_only: bool) -> set[str]:
@@ -113,30 +148,48 @@ def third_party(top_only: bool) -> set[str]:
     tops = {
         module.split(".")[0]
         for path in laws.files("m3i_jax")
-        for _, module in laws.imports(path.read_text(), path.relative_to(ROOT).as_posix(), top_only=top_only)
+        for _, module in laws.imports(
+            path.read_text(), path.relative_to(ROOT).as_posix(), top_only=top_only
+        )
     }
-    return {canonicalize_name(DISTRIBUTIONS.get(top, top)) for top in tops - set(sys.stdlib_module_names) - {"m3i_jax"}}
+    return {
+        canonicalize_name(DISTRIBUTIONS.get(top, top))
+        for top in tops - set(sys.stdlib_module_names) - {"m3i_jax"}
+    }
 
 
 @pytest.mark.smoke
 def test_what_is_imported_is_declared(setup_arguments: dict[str, Any]) -> None:
     core = set(needed(setup_arguments["install_requires"], "3.13"))
-    assert third_party(top_only=True) <= core, "imported at the top of a module, but not in install_requires"
-    extras = {name for lines in setup_arguments["extras_require"].values() for name in needed(lines, "3.13")}
-    assert third_party(top_only=False) <= core | extras, "imported somewhere, but in no extra of setup.py"
+    assert third_party(top_only=True) <= core, (
+        "imported at the top of a module, but not in install_requires"
+    )
+    extras = {
+        name
+        for lines in setup_arguments["extras_require"].values()
+        for name in needed(lines, "3.13")
+    }
+    assert third_party(top_only=False) <= core | extras, (
+        "imported somewhere, but in no extra of setup.py"
+    )
 
 
 @pytest.mark.smoke
 def test_core_imports_here() -> None:
-    """The libraries that the core stands on import together, and the tests have their eight devices."""
+    """The libraries that the core stands on import together, and the tests have their eight
+    devices."""
     import flax.linen
     import grain
     import jax
     import optax
     import orbax.checkpoint
 
-    assert all((flax.linen.Dense, grain.MapDataset, optax.adamw, orbax.checkpoint.CheckpointManager))
+    assert all(
+        (flax.linen.Dense, grain.MapDataset, optax.adamw, orbax.checkpoint.CheckpointManager)
+    )
     assert jax.device_count() == 8
-    spread = jax.sharding.NamedSharding(jax.make_mesh((8,), ("x",)), jax.sharding.PartitionSpec("x"))
+    spread = jax.sharding.NamedSharding(
+        jax.make_mesh((8,), ("x",)), jax.sharding.PartitionSpec("x")
+    )
     total = jax.jit(lambda x: x.sum())(jax.device_put(jax.numpy.arange(8.0), spread))
     assert total == 28.0 and len(total.sharding.device_set) == 8

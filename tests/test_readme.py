@@ -1,23 +1,22 @@
-"""The README is executed: every command and every Python block of it, in the order in which they stand, in one scratch copy of the project.
+"""The README is executed: every command and every Python block of it, in the order in which they
+stand, in one scratch copy of the project.
 
-What is run
-    Blocks fenced as ```bash run as one script each (`bash -euo pipefail`), blocks fenced as ```python as one program each. Blocks fenced
-    as text, json, bibtex, yaml or toml are not run; any other fence, or none, fails, so that no command hides in one.
-What is left out of a bash block
-    Commands that install or that would run these tests: the patterns of LEFT_OUT. What follows them after && is run.
-How training commands are made small
-    A line with `m3i_jax.main` or `launch/quickstart.sh` gets the overrides TINY appended (two steps of a toy model), so it must name no
-    file that only its real size makes sense with. `--help` and `--version` lines are left as they are.
-Data
-    `/data/images` and `/data/shards` stand for a folder of images (two classes, captions beside them) and a folder of img2dataset tars
-    `*.tar`; use these paths in the README. They are replaced by small ones made here.
-Marks
-    A comment on the last line before a block changes how it is run: `<!-- test: DIRECTIVE; DIRECTIVE -->`
-        append ARGUMENTS   more overrides for the training commands of this block, after TINY
-        as-is              no overrides for this block
-        exit STATUS        the block must end with this status, not 0
-        slow               run by `-m slow` only; no other block may need what it makes
-        skip REASON        not run; the reason is shown by pytest
+What is run Blocks fenced as ```bash run as one script each (`bash -euo pipefail`), blocks fenced as
+    ```python as one program each. Blocks fenced as text, json, bibtex, yaml or toml are not run;
+    any other fence, or none, fails, so that no command hides in one.
+What is left out of a bash block Commands that install or that would run these tests: the patterns
+    of LEFT_OUT. What follows them after && is run.
+How training commands are made small A line with `m3i_jax.main` or `launch/quickstart.sh` gets the
+    overrides TINY appended (two steps of a toy model), so it must name no file that only its real
+    size makes sense with. `--help` and `--version` lines are left as they are.
+Data `/data/images` and `/data/shards` stand for a folder of images (two classes, captions beside
+    them) and a folder of img2dataset tars `*.tar`; use these paths in the README. They are replaced
+    by small ones made here.
+Marks A comment on the last line before a block changes how it is run: `<!-- test: DIRECTIVE;
+    DIRECTIVE -->` append ARGUMENTS   more overrides for the training commands of this block, after
+    TINY as-is              no overrides for this block exit STATUS        the block must end with
+    this status, not 0 slow               run by `-m slow` only; no other block may need what it
+    makes skip REASON        not run; the reason is shown by pytest
 """
 
 import dataclasses
@@ -90,7 +89,10 @@ def directives(comment: str) -> dict[str, str | bool | int]:
         elif word == "skip" and rest:
             out["skip"] = rest
         else:
-            raise ValueError(f"<!-- test: {part} -->: say append ARGUMENTS, as-is, exit STATUS, slow or skip REASON")
+            raise ValueError(
+                f"<!-- test: {part} -->: say append ARGUMENTS, as-is, exit STATUS, slow or skip"
+                " REASON"
+            )
     return out
 
 
@@ -103,7 +105,14 @@ def blocks(text: str) -> list[Block]:
             fence, language, body, start = opening[1], opening[2], [], number
         elif fence and re.fullmatch(rf"\s*{fence[0]}{{{len(fence)},}}\s*", line):
             mark = re.fullmatch(r"\s*<!--\s*test:\s*(.*?)\s*-->\s*", before)
-            found.append(Block(line=start, language=language, text="\n".join(body) + "\n", **directives(mark[1] if mark else "")))
+            found.append(
+                Block(
+                    line=start,
+                    language=language,
+                    text="\n".join(body) + "\n",
+                    **directives(mark[1] if mark else ""),
+                )
+            )
             fence = before = ""
         elif fence:
             body.append(line)
@@ -117,7 +126,11 @@ def blocks(text: str) -> list[Block]:
 def script(block: Block) -> tuple[str, int]:
     """The bash script that stands for a block, and how many commands of the README it runs."""
     out, count = [], 0
-    overrides = "" if block.as_is else " ".join(f"--config.{item}" for item in TINY) + f" {block.append}".rstrip()
+    overrides = (
+        ""
+        if block.as_is
+        else " ".join(f"--config.{item}" for item in TINY) + f" {block.append}".rstrip()
+    )
     for line in re.sub(r"\\\n\s*", "", block.text).splitlines():
         parts = line.strip().split(" && ")
         while parts and any(re.match(pattern, parts[0].strip()) for pattern in LEFT_OUT):
@@ -127,7 +140,9 @@ def script(block: Block) -> tuple[str, int]:
         command = line.strip()
         if command and not command.startswith("#"):
             count += 1
-            small = re.search(r"m3i_jax\.main|launch/quickstart\.sh", command) and not re.search(r"--(help|version)\b", command)
+            small = re.search(r"m3i_jax\.main|launch/quickstart\.sh", command) and not re.search(
+                r"--(help|version)\b", command
+            )
             if small and overrides:
                 end = re.search(r"\s+(\||&|[12]?>|#\s)|;(?=\s)|\s*$", line)
                 line = f"{line[: end.start()]} {overrides}{line[end.start() :]}"
@@ -140,7 +155,9 @@ def pictures() -> Iterator[tuple[str, str, bytes]]:
     image_module = pytest.importorskip("PIL.Image")
     for index in range(32):
         picture, kind = io.BytesIO(), ("dark", "light")[index % 2]
-        image_module.new("RGB", (48, 40), (60 + 120 * (index % 2), 7 * index, 90)).save(picture, "JPEG")
+        image_module.new("RGB", (48, 40), (60 + 120 * (index % 2), 7 * index, 90)).save(
+            picture, "JPEG"
+        )
         yield kind, f"{index:05d}", picture.getvalue()
 
 
@@ -149,7 +166,9 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A copy of the project with data beside it: what a person has after cloning."""
     home = tmp_path_factory.mktemp("readme")
     for name in ("m3i_jax", "configs", "launch"):
-        shutil.copytree(ROOT / name, home / "clone" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / name, home / "clone" / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
     for name in ("setup.py", "requirements.txt", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, home / "clone" / name)
     (home / "shards").mkdir()
@@ -161,7 +180,11 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
             (folder / f"{name}.jpg").write_bytes(jpeg)
             (folder / f"{name}.txt").write_text(caption)
             label = json.dumps({"caption": caption, "label": int(kind == "light")})
-            for ending, content in (("jpg", jpeg), ("txt", caption.encode()), ("json", label.encode())):
+            for ending, content in (
+                ("jpg", jpeg),
+                ("txt", caption.encode()),
+                ("json", label.encode()),
+            ):
                 member = tarfile.TarInfo(f"{name}.{ending}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -170,9 +193,18 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def execute(command: list[str], home: pathlib.Path, status: int) -> str:
     # One device, as a person has; compiled without effort, as most of these commands is compiling.
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
-    environment |= {"M3I_VENV": sys.prefix, "M3I_INSTALL": "0", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(home / "clone")}
-    environment["PATH"] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    }
+    environment |= {
+        "M3I_VENV": sys.prefix,
+        "M3I_INSTALL": "0",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(home / "clone"),
+    }
+    environment["PATH"] = os.pathsep.join(
+        [str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]
+    )
     done = subprocess.run(
         command,
         cwd=home / "clone",
@@ -184,7 +216,9 @@ def execute(command: list[str], home: pathlib.Path, status: int) -> str:
         timeout=SECONDS,
         check=False,
     )
-    assert done.returncode == status, f"status {done.returncode}, not {status}:\n{done.stdout[-6000:]}"
+    assert done.returncode == status, (
+        f"status {done.returncode}, not {status}:\n{done.stdout[-6000:]}"
+    )
     return done.stdout
 
 
@@ -195,7 +229,11 @@ def prepared(block: Block, home: pathlib.Path) -> list[str]:
         text = text.replace(f"/data/{place}", str(home / place))
     path = home / f"line_{block.line}.{'sh' if block.language == 'bash' else 'py'}"
     path.write_text(text)
-    return ["bash", "-euo", "pipefail", str(path)] if block.language == "bash" else [sys.executable, str(path)]
+    return (
+        ["bash", "-euo", "pipefail", str(path)]
+        if block.language == "bash"
+        else [sys.executable, str(path)]
+    )
 
 
 FOUND = blocks(README.read_text()) if README.exists() else []
@@ -204,7 +242,9 @@ FOUND = blocks(README.read_text()) if README.exists() else []
 def complaints(found: list[Block]) -> list[str]:
     """Why a README with these blocks would not be tested by running it."""
     out = [
-        f"line {b.line}: a block fenced as '{b.language}': use one of {sorted(RUN | QUIET)}" for b in found if b.language not in RUN | QUIET
+        f"line {b.line}: a block fenced as '{b.language}': use one of {sorted(RUN | QUIET)}"
+        for b in found
+        if b.language not in RUN | QUIET
     ]
     commands = [b for b in found if b.language == "bash"]
     if not any(script(b)[1] for b in commands if not b.skip):
@@ -224,13 +264,19 @@ def test_the_readme_has_commands() -> None:
 
 def test_the_readme_links_to_what_exists() -> None:
     outside_fences = re.sub(r"^```.*?^```", "", README.read_text(), flags=re.DOTALL | re.MULTILINE)
-    links = re.findall(r"\]\(([^)\s#]+)[^)]*\)", outside_fences) + re.findall(r"src=\"([^\"]+)\"", outside_fences)
+    links = re.findall(r"\]\(([^)\s#]+)[^)]*\)", outside_fences) + re.findall(
+        r"src=\"([^\"]+)\"", outside_fences
+    )
     local = [link for link in links if not re.match(r"[a-z]+:", link)]
     missing = [link for link in local if not (ROOT / link).exists()]
     assert not missing
 
 
-CASES = [pytest.param(b, id=f"line{b.line}-{b.language}", marks=[pytest.mark.slow] if b.slow else []) for b in FOUND if b.language in RUN]
+CASES = [
+    pytest.param(b, id=f"line{b.line}-{b.language}", marks=[pytest.mark.slow] if b.slow else [])
+    for b in FOUND
+    if b.language in RUN
+]
 
 
 @pytest.mark.parametrize("block", CASES)
@@ -238,7 +284,8 @@ def test_block(block: Block, scratch: pathlib.Path) -> None:
     if block.skip:
         pytest.skip(block.skip)
     if block.language == "bash" and not script(block)[1]:
-        return  # only installation: nothing of it is run, and `complaints` sees to it that other blocks are
+        # only installation: nothing of it is run, and `complaints` sees to it that other blocks are
+        return
     execute(prepared(block, scratch), scratch, block.status)
 
 
@@ -262,22 +309,48 @@ print(1)
 def test_extraction() -> None:
     shell, program = blocks(EXAMPLE)
     assert (shell.language, shell.line, shell.status) == ("bash", 3, 0)
-    assert (program.language, program.text, program.append, program.status) == ("python", "print(1)\n", "--config.seed=3", 2)
+    assert (program.language, program.text, program.append, program.status) == (
+        "python",
+        "print(1)\n",
+        "--config.seed=3",
+        2,
+    )
     text, count = script(shell)
     first, second = text.splitlines()
     assert count == 2
-    assert first.startswith("bash launch/quickstart.sh --config.train.steps=2 ") and first.endswith("     # a few minutes")
-    assert second.startswith("python -m m3i_jax.main --config configs/folder.py:path=/data/images --workdir runs/mine --config.train.")
-    assert second.endswith("=16 | tail -n 3")
-    assert script(dataclasses.replace(shell, as_is=True))[0].splitlines()[0] == "bash launch/quickstart.sh     # a few minutes"
-    assert (
-        script(dataclasses.replace(shell, append="--config.seed=3"))[0].splitlines()[0].endswith("=16 --config.seed=3     # a few minutes")
+    assert first.startswith("bash launch/quickstart.sh --config.train.steps=2 ") and first.endswith(
+        "     # a few minutes"
     )
-    assert script(Block(line=1, language="bash", text="python -m m3i_jax.main --help\n")) == ("python -m m3i_jax.main --help\n", 1)
+    assert second.startswith(
+        "python -m m3i_jax.main --config configs/folder.py:path=/data/images --workdir runs/mine"
+        " --config.train."
+    )
+    assert second.endswith("=16 | tail -n 3")
+    assert (
+        script(dataclasses.replace(shell, as_is=True))[0].splitlines()[0]
+        == "bash launch/quickstart.sh     # a few minutes"
+    )
+    assert (
+        script(dataclasses.replace(shell, append="--config.seed=3"))[0]
+        .splitlines()[0]
+        .endswith("=16 --config.seed=3     # a few minutes")
+    )
+    assert script(Block(line=1, language="bash", text="python -m m3i_jax.main --help\n")) == (
+        "python -m m3i_jax.main --help\n",
+        1,
+    )
     assert not complaints([shell, program])
 
 
-@pytest.mark.parametrize("line", ["python3 -m venv .venv", ". .venv/bin/activate", "pip install -e '.[test]'", "python -m pip install ."])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python3 -m venv .venv",
+        ". .venv/bin/activate",
+        "pip install -e '.[test]'",
+        "python -m pip install .",
+    ],
+)
 def test_installation_is_left_out(line: str) -> None:
     assert script(Block(line=1, language="bash", text=line + "\n"))[1] == 0
 
@@ -312,7 +385,9 @@ def test_a_failing_block_fails(scratch: pathlib.Path) -> None:
     with pytest.raises(AssertionError, match="status 1, not 0"):
         execute(prepared(failing, scratch), scratch, failing.status)
     data = Block(line=0, language="bash", text="ls /data/images/dark /data/shards\n")
-    assert {"00000.jpg", "00000.txt", "00000.tar"} <= set(execute(prepared(data, scratch), scratch, 0).split())
+    assert {"00000.jpg", "00000.txt", "00000.tar"} <= set(
+        execute(prepared(data, scratch), scratch, 0).split()
+    )
 
 
 def test_the_overrides_are_settings() -> None:

@@ -21,7 +21,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def recipe(arguments: str = "") -> schema.Config:
-    return configuration.resolve(configuration.load_config(str(ROOT / "configs/m3i.py") + (f":{arguments}" if arguments else "")))
+    return configuration.resolve(
+        configuration.load_config(
+            str(ROOT / "configs/m3i.py") + (f":{arguments}" if arguments else "")
+        )
+    )
 
 
 def read(config: schema.Config, key: str) -> Any:
@@ -57,8 +61,16 @@ TABLE_7_H = TABLE_7 | {
 def test_table_7_of_the_largest_run() -> None:
     config = recipe("data=joint,model=internimage_h")
     assert {key: read(config, key) for key in TABLE_7_H} == TABLE_7_H
-    assert (config.train.batch_size, config.train.epochs, config.optim.warmup_epochs) == (40_000, 30, 1)
-    assert (config.grid, config.tokens, config.hidden) == (12, 144, 72) and config.optim.offset_lr == 0.1
+    assert (config.train.batch_size, config.train.epochs, config.optim.warmup_epochs) == (
+        40_000,
+        30,
+        1,
+    )
+    assert (config.grid, config.tokens, config.hidden) == (
+        12,
+        144,
+        72,
+    ) and config.optim.offset_lr == 0.1
     assert {name: validation.fit_batch_to_mesh(config, (n, 1, 1))[0].train.batch_size for name, n in (("64 chips", 64), ("256 chips", 256))} == {
         "64 chips": 40_064, "256 chips": 40_448
     }  # fmt: skip
@@ -94,12 +106,18 @@ def test_another_batch_size() -> None:
     """Below 4,096 in proportion; above as it is, since the paper has the same values at 40,000."""
     small, large = recipe("batch_size=256").optim, recipe("batch_size=16384").optim
     assert small.lr == pytest.approx(1e-3 / 16) and 1 - small.ema == pytest.approx(0.005 / 16)
-    assert (large.lr, large.ema) == (1e-3, 0.995) == (recipe("data=joint").optim.lr, recipe("data=joint").optim.ema)
+    assert (
+        (large.lr, large.ema)
+        == (1e-3, 0.995)
+        == (recipe("data=joint").optim.lr, recipe("data=joint").optim.ema)
+    )
     assert small.warmup_epochs == large.warmup_epochs == 40
 
 
 def test_where_the_pictures_come_from() -> None:
-    imagenet, yfcc, joint = (recipe(f"data={data},path=/d/").data for data in ("imagenet", "yfcc", "joint"))
+    imagenet, yfcc, joint = (
+        recipe(f"data={data},path=/d/").data for data in ("imagenet", "yfcc", "joint")
+    )
     assert (imagenet.path, imagenet.split, imagenet.holdout_split) == ("/d", "train", "val")
     assert (imagenet.classes, imagenet.captions) == (1000, "no")
     assert (yfcc.path, yfcc.classes, yfcc.captions, yfcc.holdout) == ("/d/*.tar", 0, "yes", 0)
@@ -107,26 +125,55 @@ def test_where_the_pictures_come_from() -> None:
     assert [(e.kind, e.path) for e in entries] == [
         ("folder", "/d/imagenet22k"), ("tars", "/d/laion400m/*.tar"), ("tars", "/d/yfcc15m/*.tar"), ("tars", "/d/cc12m/*.tar")
     ]  # fmt: skip
-    assert all(e.weight is None for e in entries) and joint.classes == 21_841 and joint.captions == "yes" and joint.size == 442_000_000
+    assert (
+        all(e.weight is None for e in entries)
+        and joint.classes == 21_841
+        and joint.captions == "yes"
+        and joint.size == 442_000_000
+    )
 
 
 def test_models_and_refusals() -> None:
     large, huge = recipe("model=vit_l16").model, recipe("model=vit_h14")
-    assert (large.encoder.depth, large.encoder.width, large.decoder.width) == (24, 1024, 1024) and huge.grid == 16
+    assert (large.encoder.depth, large.encoder.width, large.decoder.width) == (
+        24,
+        1024,
+        1024,
+    ) and huge.grid == 16
     for arguments, wanted in (("model=vit", "none of"), ("data=laion", "imagenet, yfcc, joint")):
         with pytest.raises(UserError, match=wanted):
             recipe(arguments)
 
 
 def test_show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The plan of a recipe: what counts is the table's text; the network is a small one, so that tracing is quick."""
+    """The plan of a recipe: what counts is the table's text; the network is a small one, so that
+    tracing is quick."""
     arguments = "data=joint"
     monkeypatch.chdir(ROOT)
-    small = ["--config.model.encoder.depth=1", "--config.model.decoder.depth=1", "--config.model.text.depth=1"]
-    assert command.main(["--config", f"configs/m3i.py:{arguments}", "--mode=show", "--config.report.mfu=0.5", *small]) == 0
+    small = [
+        "--config.model.encoder.depth=1",
+        "--config.model.decoder.depth=1",
+        "--config.model.text.depth=1",
+    ]
+    assert (
+        command.main(
+            [
+                "--config",
+                f"configs/m3i.py:{arguments}",
+                "--mode=show",
+                "--config.report.mfu=0.5",
+                *small,
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     length = trainer.run_length(recipe(arguments))
-    assert f"{length.steps:,} of " in out and f"warm-up {length.warmup:,}" in out and "assumed" not in out
+    assert (
+        f"{length.steps:,} of " in out
+        and f"warm-up {length.warmup:,}" in out
+        and "assumed" not in out
+    )
     assert "loss/text" in out and "loss/category" in out
     assert f"{length.steps * recipe(arguments).train.batch_size:,}, " in out
     assert "at 50% of the peak" in out and all(f"\n{name} " in out for name, *_ in hardware.SLICES)
@@ -137,22 +184,33 @@ def test_operations_of_the_largest_run() -> None:
     """1.52 TFLOP a mixed view by the shapes alone, and what a formula of every part says."""
     config = recipe("data=joint,model=internimage_h")
     made = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 49_408)
-    counted = flops.count_flops(made.trace, made.template, trainer.abstract_batch(config)).total / config.train.batch_size
+    counted = (
+        flops.count_flops(made.trace, made.template, trainer.abstract_batch(config)).total
+        / config.train.batch_size
+    )
     assert 0.97 < counted / 1.52e12 < 1.03 and 0.97 < counted / formula.step(made.plan) < 1.03
 
 
 def test_days_of_the_paper_s_run() -> None:
-    """Golden: 279.4 GFLOP a view, 1600 epochs of 312 steps of 4,096, on 16 chips of 197 TFLOP/s at 0.45: days by hand."""
+    """Golden: 279.4 GFLOP a view, 1600 epochs of 312 steps of 4,096, on 16 chips of 197 TFLOP/s at
+    0.45: days by hand."""
     total = 279.36e9 * 4096 * 499_200
     by_hand = total / (16 * 197e12 * 0.45) / 3600 / 24
-    assert hardware.training_days(total, kind="v5e", chips=16, mfu=0.45) == pytest.approx(by_hand) and 4.6 < by_hand < 4.7
+    assert (
+        hardware.training_days(total, kind="v5e", chips=16, mfu=0.45) == pytest.approx(by_hand)
+        and 4.6 < by_hand < 4.7
+    )
     rows = {row[0]: row for row in hardware.slice_rows(total, 0.45)}
-    assert rows["v5e-16"][4] == "4.7" and rows["h100:1"][4] == "14.9" and rows["v6e-256"][4] == "0.06"
+    assert (
+        rows["v5e-16"][4] == "4.7" and rows["h100:1"][4] == "14.9" and rows["v6e-256"][4] == "0.06"
+    )
 
 
 def test_slices_are_of_known_chips_and_named_once() -> None:
     names = [name for name, *_ in hardware.SLICES]
-    assert len(set(names)) == len(names) and {kind for _, kind, _ in hardware.SLICES} == set(hardware.CHIPS)
+    assert len(set(names)) == len(names) and {kind for _, kind, _ in hardware.SLICES} == set(
+        hardware.CHIPS
+    )
 
 
 def test_the_share_of_the_peak_is_a_share() -> None:

@@ -1,4 +1,5 @@
-"""The recipes of Tables 8 and 9: their numbers, what they take over from a run, and what they refuse."""
+"""The recipes of Tables 8 and 9: their numbers, what they take over from a run, and what they
+refuse."""
 
 import pathlib
 
@@ -21,22 +22,53 @@ def load(spec: str):
 def test_table_8() -> None:
     made = load("finetune.py:path=/pictures")
     o, a, t = made.optim, made.data.augment, made.train
-    assert (o.lr, o.weight_decay, o.b1, o.b2, o.warmup_epochs, o.layer_decay, o.clip) == (2e-3, 0.1, 0.9, 0.999, 5.0, 0.65, 0.0)
-    assert (t.batch_size, t.epochs, made.objective.label_smoothing, made.model.encoder.drop_path) == (1024, 100.0, 0.1, 0.1)
+    assert (o.lr, o.weight_decay, o.b1, o.b2, o.warmup_epochs, o.layer_decay, o.clip) == (
+        2e-3,
+        0.1,
+        0.9,
+        0.999,
+        5.0,
+        0.65,
+        0.0,
+    )
+    assert (
+        t.batch_size,
+        t.epochs,
+        made.objective.label_smoothing,
+        made.model.encoder.drop_path,
+    ) == (1024, 100.0, 0.1, 0.1)
     assert (a.mixup, a.cutmix, a.cutmix_switch, a.blend_p, a.erase_p) == (0.8, 1.0, 0.5, 1.0, 0.25)
     r = made.data.rand_augment
-    assert (r.ops, r.magnitude, r.deviation, r.p) == (2, 9.0, 0.5, 0.5) and made.objective.forms == ("finetune",)
-    rates = [optimizer.lr_factor(made, f"encoder/{path}") for path in ("patch_embed/kernel", "cls_token")]
+    assert (r.ops, r.magnitude, r.deviation, r.p) == (
+        2,
+        9.0,
+        0.5,
+        0.5,
+    ) and made.objective.forms == ("finetune",)
+    rates = [
+        optimizer.lr_factor(made, f"encoder/{path}") for path in ("patch_embed/kernel", "cls_token")
+    ]
     np.testing.assert_allclose(rates, 0.65**13)
-    np.testing.assert_allclose(optimizer.lr_factor(made, "encoder/blocks/mlp/fc1/kernel"), 0.65 ** np.arange(12, 0, -1))
-    assert optimizer.lr_factor(made, "category/kernel") == optimizer.lr_factor(made, "pool/norm/scale") == 1
+    np.testing.assert_allclose(
+        optimizer.lr_factor(made, "encoder/blocks/mlp/fc1/kernel"), 0.65 ** np.arange(12, 0, -1)
+    )
+    assert (
+        optimizer.lr_factor(made, "category/kernel")
+        == optimizer.lr_factor(made, "pool/norm/scale")
+        == 1
+    )
 
 
 def test_table_9() -> None:
     made = load("probe.py:path=/pictures")
     o = made.optim
     assert (o.rule, o.lr, o.weight_decay, o.b1, o.warmup_epochs) == ("lars", 3.2, 0.0, 0.9, 10.0)
-    assert (made.train.batch_size, made.train.epochs, made.model.pool.norm, made.model.encoder.freeze) == (16_384, 90.0, "batch", True)
+    assert (
+        made.train.batch_size,
+        made.train.epochs,
+        made.model.pool.norm,
+        made.model.encoder.freeze,
+    ) == (16_384, 90.0, "batch", True)
     assert load("probe.py:path=/pictures,kind=attentive").model.pool.query == "learned"
     with pytest.raises(UserError, match="kind=round is none of"):
         load("probe.py:kind=round")
@@ -60,21 +92,39 @@ def test_the_model_is_that_of_a_file_of_weights(name: str, tmp_path: pathlib.Pat
     tensor_files.write_safetensors(tmp_path / "vit.safetensors", table)
     made = load(f"{name}:path=/pictures,from={tmp_path / 'vit.safetensors'}")
     e = made.model.encoder
-    assert (e.width, e.depth, e.heads, e.positions, made.data.image_size) == (64, 2, 1, "learned", 32)
+    assert (e.width, e.depth, e.heads, e.positions, made.data.image_size) == (
+        64,
+        2,
+        1,
+        "learned",
+        32,
+    )
     assert made.init.only == ("^encoder/",)
 
 
 def test_another_size_keeps_the_positions_of_the_run(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.txt").write_text(configuration.config_to_text(toy.settings()))
     made = load(f"finetune.py:from={tmp_path},image_size=48,ema=0.99,batch_size=512")
-    assert (made.model.encoder.position_grid, made.grid, made.optim.ema_of, made.optim.lr) == (4, 6, "all", 1e-3)
+    assert (made.model.encoder.position_grid, made.grid, made.optim.ema_of, made.optim.lr) == (
+        4,
+        6,
+        "all",
+        1e-3,
+    )
 
 
 def test_intern_image_has_the_paper_s_30_epochs(tmp_path: pathlib.Path) -> None:
     made = load("finetune.py:path=/pictures,model=internimage_t")
-    assert (made.train.epochs, made.optim.layer_decay, made.data.augment.mixup, made.optim.lr) == (30.0, 0.9, 0.0, 2e-3)
+    assert (made.train.epochs, made.optim.layer_decay, made.data.augment.mixup, made.optim.lr) == (
+        30.0,
+        0.9,
+        0.0,
+        2e-3,
+    )
     # Weights that are there already are gone on from as their authors do.
-    (tmp_path / "config.txt").write_text(configuration.config_to_text(load("finetune.py:path=/pictures,model=internimage_h")))
+    (tmp_path / "config.txt").write_text(
+        configuration.config_to_text(load("finetune.py:path=/pictures,model=internimage_h"))
+    )
     made = load(f"finetune.py:path=/pictures,from={tmp_path}")
     o, e = made.optim, made.model.encoder
     assert (o.lr, o.warmup_epochs, o.offset_lr, o.center_lr, o.clip) == (4e-5, 2.0, 0.1, 0.1, 5.0)
@@ -85,7 +135,10 @@ def test_intern_image_has_the_paper_s_30_epochs(tmp_path: pathlib.Path) -> None:
     ("change", "told"),
     [
         ({"model__pool__norm": "batch"}, "model.pool.norm"),
-        ({"model__pool__norm": "batch", "model__pool__kind": "mean"}, "model.pool.projection=false"),
+        (
+            {"model__pool__norm": "batch", "model__pool__kind": "mean"},
+            "model.pool.projection=false",
+        ),
         ({"data__rand_augment__magnitude": 11.0}, "data.rand_augment.magnitude"),
         ({"data__augment__mixup": -1.0}, "data.augment.mixup"),
         ({"evaluate__crop": 0.0}, "evaluate.crop"),

@@ -8,7 +8,8 @@ from m3i_jax.objective import masks
 
 COLORLESS = {"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": (0.0, 0.0), "solarize_p": (0.0, 0.0)}
 CLASSES, VOCABULARY, CAPTION = 5, 300, 8
-# An InternImage of four layers on the same 16 cells, as overrides: what the sizes of any backbone are, and its own.
+# An InternImage of four layers on the same 16 cells, as overrides: what the sizes of any backbone
+# are, and its own.
 INTERN_IMAGE = {
     "model.backbone": "intern_image", "model.encoder.depth": "12", "model.encoder.heads": "12", "model.encoder.cls_token": "false",
     "model.encoder.freeze_patch_embed": "false", "model.intern_image.width": "8", "model.intern_image.depths": "(1,1,1,1)",
@@ -19,7 +20,8 @@ INTERN = {key.replace(".", "__"): value for key, value in INTERN_IMAGE.items()}
 
 
 def settings(**changes: object) -> schema.Config:
-    """A complete configuration of a network of two blocks on 16 cells; `changes` are dotted keys with __ for the dot."""
+    """A complete configuration of a network of two blocks on 16 cells; `changes` are dotted keys
+    with __ for the dot."""
     config = configuration.default_config()
     config.model.update({
         "encoder": {"patch_size": 8, "width": 32, "depth": 2, "heads": 2, "drop_path": 0.1},
@@ -27,19 +29,30 @@ def settings(**changes: object) -> schema.Config:
         "text": {"width": 32, "depth": 1, "heads": 2, "embed": 16}, "dtype": "float32",
     })  # fmt: skip
     config.data.update(
-        {"image_size": 32, "classes": CLASSES, "captions": "yes", "caption_length": CAPTION, "size": 800, "vocabulary_size": VOCABULARY}
+        {
+            "image_size": 32,
+            "classes": CLASSES,
+            "captions": "yes",
+            "caption_length": CAPTION,
+            "size": 800,
+            "vocabulary_size": VOCABULARY,
+        }
     )
     config.train.update({"batch_size": 16, "steps": 20, "log_every": 1})
     config.optim.update({"warmup_steps": 2, "ema": 0.9})
     config.data.augment.update(COLORLESS)  # colour is compiled in where a test asks for it
-    configuration.apply_overrides(config, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
+    configuration.apply_overrides(
+        config, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
+    )
     return configuration.resolve(config)
 
 
 def batch(config: schema.Config, seed: int = 0) -> dict[str, np.ndarray]:
     """A random batch; row 1 has no category, row 2 no caption, row 4 neither."""
     r, b, side = np.random.default_rng(seed), config.train.batch_size, config.data.image_size
-    box = np.concatenate([r.uniform(0, 20, (b, 2, 2)), r.uniform(20, 80, (b, 2, 2))], -1).astype(np.float32)
+    box = np.concatenate([r.uniform(0, 20, (b, 2, 2)), r.uniform(20, 80, (b, 2, 2))], -1).astype(
+        np.float32
+    )
     out = {
         "views": r.integers(0, 256, (b, 2, side, side, 3)).astype(np.uint8),
         "box": box,

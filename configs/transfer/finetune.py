@@ -1,16 +1,18 @@
 """Fine-tune an encoder on categories: M3I's Table 8, on any source, by the trainer that pre-trains.
 
-python -m m3i_jax.main --config configs/transfer/finetune.py:path=DIR,from=RUN --workdir runs/finetuned
-python -m m3i_jax.main --config configs/transfer/finetune.py:path=/data/imagenet,from=RUN --config.data.split=train \
-    --config.data.holdout_split=val --workdir runs/finetuned
+python -m m3i_jax.main --config configs/transfer/finetune.py:path=DIR,from=RUN --workdir
+runs/finetuned python -m m3i_jax.main --config
+configs/transfer/finetune.py:path=/data/imagenet,from=RUN --config.data.split=train \
+--config.data.holdout_split=val --workdir runs/finetuned
 
-`from` is the working directory of a run, or a file of weights that `init_from` knows (timm, Hugging Face, MAE and the like): its model, its
-image size and the mean and deviation of pixels are taken over, its encoder is where this run starts. [P] is the paper's Table 8, [M] MAE
-and SiameseIM, whose recipe it is, [C] a choice of this project.
+`from` is the working directory of a run, or a file of weights that `init_from` knows (timm, Hugging
+Face, MAE and the like): its model, its image size and the mean and deviation of pixels are taken
+over, its encoder is where this run starts. [P] is the paper's Table 8, [M] MAE and SiameseIM, whose
+recipe it is, [C] a choice of this project.
 
-Another batch size: the learning rate goes with it in proportion. Another image size: positions are made for the cells of the pre-trained
-model and resized. `ema` below 1 also keeps an average of all parameters; evaluate it with --config.evaluate.encoder=ema.
-"""
+Another batch size: the learning rate goes with it in proportion. Another image size: positions are
+made for the cells of the pre-trained model and resized. `ema` below 1 also keeps an average of all
+parameters; evaluate it with --config.evaluate.encoder=ema. """
 
 from ml_collections import ConfigDict
 
@@ -19,14 +21,16 @@ from m3i_jax.evaluation.load import build_encoder
 from m3i_jax.models import presets
 
 BATCH = 1024  # [P]
-# InternImage-H in the paper: 30 epochs [P]; the rest as its authors fine-tune it, without blending. Pooled is the mean of the features, as
-# of a ViT, where they keep the attention pooling of their pre-training. [C]
+# InternImage-H in the paper: 30 epochs [P]; the rest as its authors fine-tune it, without blending.
+# Pooled is the mean of the features, as of a ViT, where they keep the attention pooling of their
+# pre-training. [C]
 INTERN_IMAGE = {
     "optim.layer_decay": 0.9, "optim.weight_decay": 0.05, "optim.offset_lr": 0.1, "optim.center_lr": 0.1, "optim.clip": presets.CLIP,
     "model.encoder.drop_path": 0.2, "model.encoder.drop_path_rule": "linear", "objective.label_smoothing": 0.3,
     "data.augment.mixup": 0.0, "data.augment.cutmix": 0.0, "data.augment.erase_p": 0.0,
 }  # fmt: skip
-INTERN_IMAGE_RATE, INTERN_IMAGE_WARMUP = 2e-5 / 512, 2.0  # of an image a step, where pre-trained weights are gone on from; epochs
+# of an image a step, where pre-trained weights are gone on from; epochs
+INTERN_IMAGE_RATE, INTERN_IMAGE_WARMUP = 2e-5 / 512, 2.0
 
 
 def get_config(
@@ -39,8 +43,10 @@ def get_config(
     image_size: int = 0,
     ema: float = 1.0,
 ) -> ConfigDict:
-    """path: the images, a folder a class. from: working directory of the run that made the encoder, or a file of weights; empty: from
-    scratch. model: size, where no run tells it. source: kind of the source. epochs: 0: the paper's. batch_size: images a step.
+    """path: the images, a folder a class. from: working directory of the run that made the encoder,
+    or a file of weights; empty: from
+    scratch. model: size, where no run tells it. source: kind of the source. epochs: 0: the paper's.
+    batch_size: images a step.
     image_size: 0: that of the run. ema: momentum of an average of all parameters; 1: none."""
     config = default_config()
     if from_:
@@ -50,7 +56,9 @@ def get_config(
     convolutional = config.model.backbone == "intern_image"
     if image_size and image_size != config.data.image_size:
         if not convolutional:
-            config.model.encoder.position_grid = config.data.image_size // config.model.encoder.patch_size
+            config.model.encoder.position_grid = (
+                config.data.image_size // config.model.encoder.patch_size
+            )
         config.data.image_size = image_size
 
     # What is seen.
@@ -59,9 +67,13 @@ def get_config(
     config.data.captions = "no"
     config.data.threads = 4
     config.data.rand_augment.ops = 2  # [P: 9 / 0.5]
-    config.data.augment.update({"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": (0.0, 0.0), "solarize_p": (0.0, 0.0)})  # [M]
+    # [M]
+    config.data.augment.update(
+        {"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": (0.0, 0.0), "solarize_p": (0.0, 0.0)}
+    )
     config.data.augment.erase_p = 0.25  # [P]
-    config.data.augment.mixup = 0.8  # [P]; what Table 8 calls a probability is the alpha of its Beta distribution [M]
+    # [P]; what Table 8 calls a probability is the alpha of its Beta distribution [M]
+    config.data.augment.mixup = 0.8
     config.data.augment.cutmix = 1.0  # [P]; the same
 
     # What is trained: the mean of the patch tokens, normalised, and a linear map.
@@ -80,7 +92,8 @@ def get_config(
     config.train.panel_every = 0
     config.optim.lr = 2e-3 * batch_size / BATCH  # [P]
     config.optim.min_lr = min(1e-6, config.optim.lr)  # [M]
-    config.optim.warmup_epochs = min(5.0, 0.1 * config.train.epochs)  # [P]; of a shorter run at most a tenth [C]
+    # [P]; of a shorter run at most a tenth [C]
+    config.optim.warmup_epochs = min(5.0, 0.1 * config.train.epochs)
     config.optim.weight_decay = 0.1  # [P]
     config.optim.b2 = 0.999  # [P]
     config.optim.layer_decay = 0.65  # [P]

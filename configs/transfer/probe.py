@@ -1,13 +1,15 @@
-"""Train a classifier on a frozen encoder: the linear probe of M3I's Table 9 with its augmentation, or an attentive probe, by the trainer
-that pre-trains. Without augmentation the same is an evaluator: --mode=eval --config.evaluate.probe=true, or attentive.
+"""Train a classifier on a frozen encoder: the linear probe of M3I's Table 9 with its augmentation,
+or an attentive probe, by the trainer that pre-trains. Without augmentation the same is an
+evaluator: --mode=eval --config.evaluate.probe=true, or attentive.
 
 python -m m3i_jax.main --config configs/transfer/probe.py:path=DIR,from=RUN --workdir runs/probe
-python -m m3i_jax.main --config configs/transfer/probe.py:path=DIR,from=RUN,kind=attentive --workdir runs/attentive
+python -m m3i_jax.main --config configs/transfer/probe.py:path=DIR,from=RUN,kind=attentive --workdir
+runs/attentive
 
-[P] is the paper's Table 9, [M] MAE and SiameseIM, whose recipe it is, [C] a choice of this project. Another batch size: the learning rate
-goes down in proportion. While it trains, batch norm takes the statistics of the batch; its accuracy is measured with the mean and variance
-over the clean views of the training images (evaluate.train_limit of them) instead of a running average.
-"""
+[P] is the paper's Table 9, [M] MAE and SiameseIM, whose recipe it is, [C] a choice of this project.
+Another batch size: the learning rate goes down in proportion. While it trains, batch norm takes the
+statistics of the batch; its accuracy is measured with the mean and variance over the clean views of
+the training images (evaluate.train_limit of them) instead of a running average."""
 
 from ml_collections import ConfigDict
 
@@ -23,9 +25,10 @@ def get_config(
     path: str = "", from_: str = "", kind: str = "linear", model: str = "vit_b16", source: str = "folder", epochs: float = 90.0,
     batch_size: int = 0,
 ) -> ConfigDict:  # fmt: skip
-    """path: the images, a folder a class. from: working directory of the run that made the encoder, or a file of weights. kind: linear or
-    attentive. model: size, where no run tells it. source: kind of the source. epochs: passes. batch_size: 0: 16,384, or 1,024 of an
-    attentive probe."""
+    """path: the images, a folder a class. from: working directory of the run that made the encoder,
+    or a file of weights. kind: linear or
+    attentive. model: size, where no run tells it. source: kind of the source. epochs: passes.
+    batch_size: 0: 16,384, or 1,024 of an attentive probe."""
     if kind not in ("linear", "attentive"):
         raise UserError(f"configs/transfer/probe.py: kind={kind} is none of linear, attentive")
     config, linear = default_config(), kind == "linear"
@@ -37,22 +40,28 @@ def get_config(
     config.data.path = path
     config.data.captions = "no"
     config.data.threads = 4
-    config.data.augment.update({"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": (0.0, 0.0), "solarize_p": (0.0, 0.0)})  # [P]: crop and flip
+    # [P]: crop and flip
+    config.data.augment.update(
+        {"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": (0.0, 0.0), "solarize_p": (0.0, 0.0)}
+    )
     config.objective.forms = ("supervised",)
     config.objective.label_smoothing = 0.0  # [M]
     config.model.encoder.freeze = True
     config.model.encoder.drop_path = 0.0
     if linear:
-        config.model.pool.update({"kind": "mean", "norm": "batch", "projection": False})  # [P]: batch norm without scale and offset
+        # [P]: batch norm without scale and offset
+        config.model.pool.update({"kind": "mean", "norm": "batch", "projection": False})
         config.model.category_std = 0.01  # [M]
     else:
-        config.model.pool.update({"kind": "attention", "query": "learned"})  # [C], as CAE's attentive probe
+        # [C], as CAE's attentive probe
+        config.model.pool.update({"kind": "attention", "query": "learned"})
     batch = batch_size or (BATCH if linear else 1024)
     config.train.batch_size = batch
     config.train.epochs = epochs  # [P]
     config.train.panel_every = 0
     config.optim.rule = "lars" if linear else "adamw"  # [P]
-    config.optim.lr = (3.2 if linear else 16e-3) * batch / BATCH  # [P]; attentive: 1e-3 of 1,024 images [C]
+    # [P]; attentive: 1e-3 of 1,024 images [C]
+    config.optim.lr = (3.2 if linear else 16e-3) * batch / BATCH
     config.optim.warmup_epochs = epochs / 9  # [P]: 10 of 90
     config.optim.weight_decay = 0.0 if linear else 0.05  # [P]
     config.optim.clip = 0.0  # [M]

@@ -1,8 +1,9 @@
-"""Random erasing, mixup and CutMix on the device: what fine-tuning does to images after they are normalised (M3I Table 8). Pure, of
-static shape, keyed by (seed, stream position).
+"""Random erasing, mixup and CutMix on the device: what fine-tuning does to images after they are
+normalised (M3I Table 8). Pure, of static shape, keyed by (seed, stream position).
 
-Partners are neighbours of the stream, 2k and 2k + 1. Both of a pair are blended with the same share and the same box: row r shows `share`
-of its own image and 1 - share of its partner's. One draw a pair stands between the two usual forms, one a batch and one an image.
+Partners are neighbours of the stream, 2k and 2k + 1. Both of a pair are blended with the same share
+and the same box: row r shows `share` of its own image and 1 - share of its partner's. One draw a
+pair stands between the two usual forms, one a batch and one an image.
 
 B images, S pixels a side.
 """
@@ -14,13 +15,16 @@ import jax.numpy as jnp
 
 from m3i_jax import schema
 
-BLEND, ERASE = 0x626C6E64, 0x65726173  # keep these draws apart from all others that are keyed by the stream position
+# keep these draws apart from all others that are keyed by the stream position
+BLEND, ERASE = 0x626C6E64, 0x65726173
 TRIES = 10
-AREA, ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # of an erased box: share of the image, height over width
+# of an erased box: share of the image, height over width
+AREA, ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 
 class MixupDraws(NamedTuple):
-    """share [B] float32: of a row's own image. box [B, 4] int32: (top, left, bottom, right) in pixels that show the partner, empty for
+    """share [B] float32: of a row's own image. box [B, 4] int32: (top, left, bottom, right) in
+    pixels that show the partner, empty for
     mixup. cut [B] bool: CutMix, not mixup."""
 
     share: jax.Array
@@ -28,15 +32,15 @@ class MixupDraws(NamedTuple):
     cut: jax.Array
 
 
-def draw_mixup(position_Bx2: jax.Array, *, seed: int, size: int, settings: schema.Augment) -> MixupDraws:
+def draw_mixup(
+    position_Bx2: jax.Array, *, seed: int, size: int, settings: schema.Augment
+) -> MixupDraws:
     """How every row is blended, the same for both of a pair.
 
-    Args:
-      position_Bx2: uint32, high and low word of the stream position.
-      seed: of the run.
-      size: pixels a side, S.
-      settings: `mixup` and `cutmix` are the alphas of Beta(alpha, alpha), 0 for never; with both, CutMix comes with probability
-        `cutmix_switch`; with probability 1 - `blend_p` nothing is blended.
+    Args: position_Bx2: uint32, high and low word of the stream position. seed: of the run. size:
+      pixels a side, S. settings: `mixup` and `cutmix` are the alphas of Beta(alpha, alpha), 0 for
+      never; with both, CutMix comes with probability `cutmix_switch`; with probability 1 -
+      `blend_p` nothing is blended.
 
     >>> pair = jnp.array([[0, 6], [0, 7]], jnp.uint32)
     >>> share = draw_mixup(pair, seed=0, size=8, settings=schema.Augment(mixup=0.8)).share
@@ -56,13 +60,16 @@ def draw_mixup(position_Bx2: jax.Array, *, seed: int, size: int, settings: schem
         left = 1 - (box[2] - box[0]) * (box[3] - box[1]) / size**2
         blended = (u[3] < a.blend_p) & bool(a.mixup or a.cutmix)
         share = jnp.where(blended, jnp.where(cut, left, mixed), 1.0)
-        return MixupDraws(share.astype(jnp.float32), jnp.where(cut & blended, box, 0), cut & blended)
+        return MixupDraws(
+            share.astype(jnp.float32), jnp.where(cut & blended, box, 0), cut & blended
+        )
 
     return jax.vmap(one)(jnp.asarray(position_Bx2, jnp.uint32))
 
 
 def cut_box(share: jax.Array, u_y: jax.Array, u_x: jax.Array, size: int) -> jax.Array:
-    """The box [4] that CutMix takes out: sides sqrt(1 - share) of the picture's, centre uniform, cut off at the border.
+    """The box [4] that CutMix takes out: sides sqrt(1 - share) of the picture's, centre uniform,
+    cut off at the border.
 
     >>> cut_box(jnp.array(0.75), jnp.array(0.5), jnp.array(0.0), 8).tolist()
     [2, 0, 6, 2]
@@ -73,7 +80,8 @@ def cut_box(share: jax.Array, u_y: jax.Array, u_x: jax.Array, size: int) -> jax.
 
 
 def box_mask(box_Bx4: jax.Array, size: int) -> jax.Array:
-    """bool [B, S, S]: which pixels lie in a box (top, left, bottom, right), the last two not included.
+    """bool [B, S, S]: which pixels lie in a box (top, left, bottom, right), the last two not
+    included.
 
     >>> box_mask(jnp.array([[0, 1, 1, 3]]), 3)[0].tolist()
     [[False, True, True], [False, False, False], [False, False, False]]
@@ -84,10 +92,14 @@ def box_mask(box_Bx4: jax.Array, size: int) -> jax.Array:
     return rows[:, :, None] & columns[:, None, :]
 
 
-def random_erase(images_BxSxSx3: jax.Array, position_Bx2: jax.Array, *, seed: int, probability: float) -> jax.Array:
-    """Random erasing: with a probability, one box of a normalised image becomes N(0, 1) noise, a number a pixel and channel.
+def random_erase(
+    images_BxSxSx3: jax.Array, position_Bx2: jax.Array, *, seed: int, probability: float
+) -> jax.Array:
+    """Random erasing: with a probability, one box of a normalised image becomes N(0, 1) noise, a
+    number a pixel and channel.
 
-    Up to ten boxes are drawn, of 2 to 33 % of the image and aspects of 0.3 to 1 / 0.3, log-uniform; the first that fits is taken.
+    Up to ten boxes are drawn, of 2 to 33 % of the image and aspects of 0.3 to 1 / 0.3, log-uniform;
+    the first that fits is taken.
 
     >>> images = jnp.zeros((2, 8, 8, 3))
     >>> out = random_erase(images, jnp.array([[0, 0], [0, 1]], jnp.uint32), seed=0, probability=1.0)
@@ -97,18 +109,27 @@ def random_erase(images_BxSxSx3: jax.Array, position_Bx2: jax.Array, *, seed: in
     size, base = images_BxSxSx3.shape[1], jax.random.fold_in(jax.random.key(seed), ERASE)
 
     def one(image: jax.Array, words_2: jax.Array) -> jax.Array:
-        of_box, of_noise = jax.random.split(jax.random.fold_in(jax.random.fold_in(base, words_2[0]), words_2[1]))
+        of_box, of_noise = jax.random.split(
+            jax.random.fold_in(jax.random.fold_in(base, words_2[0]), words_2[1])
+        )
         u = jax.random.uniform(of_box, (2 * TRIES + 3,))
         area = size**2 * (AREA[0] + (AREA[1] - AREA[0]) * u[:TRIES])
         low, high = jnp.log(ASPECT[0]), jnp.log(ASPECT[1])
         aspect = jnp.exp(low + (high - low) * u[TRIES : 2 * TRIES])
-        height, width = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32), jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
+        height, width = (
+            jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32),
+            jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32),
+        )
         fits = (height < size) & (width < size)
         chosen = fits.argmax()
         h, w = height[chosen], width[chosen]
-        top, left = ((u[-3 + i] * (size - side + 1)).astype(jnp.int32) for i, side in enumerate((h, w)))
+        top, left = (
+            (u[-3 + i] * (size - side + 1)).astype(jnp.int32) for i, side in enumerate((h, w))
+        )
         here = box_mask(jnp.stack([top, left, top + h, left + w])[None], size)[0, ..., None]
         happens = (u[-1] < probability) & fits.any()
-        return jnp.where(here & happens, jax.random.normal(of_noise, image.shape, image.dtype), image)
+        return jnp.where(
+            here & happens, jax.random.normal(of_noise, image.shape, image.dtype), image
+        )
 
     return jax.vmap(one)(images_BxSxSx3, jnp.asarray(position_Bx2, jnp.uint32))

@@ -1,10 +1,12 @@
-"""Mirroring, colour jitter, grayscale, Gaussian blur, solarization and normalisation on the device: pure, of static shape, and keyed by
-(seed, stream position, view), so that neither sharding nor batch size nor a restart changes a pixel.
+"""Mirroring, colour jitter, grayscale, Gaussian blur, solarization and normalisation on the device:
+pure, of static shape, and keyed by (seed, stream position, view), so that neither sharding nor
+batch size nor a restart changes a pixel.
 
-The host delivers uint8 views as they were cut; mirroring and what only changes colours happen here, where they cost a fraction of a
-percent of a step instead of most of the host's time. Images are float32 RGB in 0..1, channels last. The semantics are those of Pillow and
-torchvision (the augmentations of SiameseIM, MoCo v3 and BYOL), in floating point instead of rounding to 8 bits after every operation.
-"""
+The host delivers uint8 views as they were cut; mirroring and what only changes colours happen here,
+where they cost a fraction of a percent of a step instead of most of the host's time. Images are
+float32 RGB in 0..1, channels last. The semantics are those of Pillow and torchvision (the
+augmentations of SiameseIM, MoCo v3 and BYOL), in floating point instead of rounding to 8 bits after
+every operation."""
 
 import functools
 import math
@@ -17,7 +19,8 @@ import numpy as np
 
 from m3i_jax import schema
 
-PHOTOMETRIC = 0x70686F74  # keeps these draws apart from all other draws that are keyed by the stream position
+# keeps these draws apart from all other draws that are keyed by the stream position
+PHOTOMETRIC = 0x70686F74
 RADIUS = 11  # 23 taps
 BLOCK = 32
 _GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode L
@@ -25,11 +28,16 @@ _GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode L
 
 def to_float(images: jax.Array) -> jax.Array:
     """float32 in 0..1 of uint8 in 0..255; floating-point images are taken as 0..1 already."""
-    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
+    return (
+        images.astype(jnp.float32) / 255
+        if images.dtype == jnp.uint8
+        else images.astype(jnp.float32)
+    )
 
 
-# The operations work on planes, [..., 3, H, W]: channels that lie apart vectorise several times better on a CPU than interleaved ones. The
-# public functions take and return the usual [..., H, W, 3].
+# The operations work on planes, [..., 3, H, W]: channels that lie apart vectorise several times
+# better on a CPU than interleaved ones. The public functions take and return the usual [..., H, W,
+# 3].
 
 
 def _planes(images: jax.Array) -> jax.Array:
@@ -41,7 +49,8 @@ def _pixels(planes: jax.Array) -> jax.Array:
 
 
 def _column(scalars: jax.Array | float) -> jax.Array:
-    """Scalars, one an image or one for all, shaped to broadcast over the height and width of a plane."""
+    """Scalars, one an image or one for all, shaped to broadcast over the height and width of a
+    plane."""
     return jnp.asarray(scalars)[..., None, None]
 
 
@@ -50,23 +59,28 @@ def _gray(x: jax.Array) -> jax.Array:
 
 
 def _mean_gray(x: jax.Array) -> jax.Array:
-    """Mean of the gray levels rounded to 8 bits, itself rounded: a sum of integers, independent of how a device orders its additions."""
+    """Mean of the gray levels rounded to 8 bits, itself rounded: a sum of integers, independent of
+    how a device orders its additions."""
     levels = jnp.floor(_gray(x) * 255 + 0.5).astype(jnp.int32)
     total = levels.sum((-2, -1), keepdims=True).astype(jnp.float32)
     return jnp.floor(total / (x.shape[-2] * x.shape[-1]) + 0.5) / 255
 
 
 def _blend(x: jax.Array, other: jax.Array | float, factor: jax.Array) -> jax.Array:
-    """clip(factor * x + (1 - factor) * other), `other` and `factor` without the channel axis. Factor 1 changes nothing, not a bit."""
-    return jnp.clip(jnp.expand_dims(factor, -3) * x + jnp.expand_dims((1 - factor) * other, -3), 0, 1)
+    """clip(factor * x + (1 - factor) * other), `other` and `factor` without the channel axis.
+    Factor 1 changes nothing, not a bit."""
+    return jnp.clip(
+        jnp.expand_dims(factor, -3) * x + jnp.expand_dims((1 - factor) * other, -3), 0, 1
+    )
 
 
 def _hue(x: jax.Array, shift: jax.Array) -> jax.Array:
     red, green, blue = x[..., 0, :, :], x[..., 1, :, :], x[..., 2, :, :]
     value = jnp.maximum(jnp.maximum(red, green), blue)
     chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
-    # Channels are compared with each other, not with the maximum: a compiler that computes one of them twice, with different rounding,
-    # would make "equal to the maximum" false for all three and the pixel blue. Near ties both branches agree.
+    # Channels are compared with each other, not with the maximum: a compiler that computes one of
+    # them twice, with different rounding, would make "equal to the maximum" false for all three and
+    # the pixel blue. Near ties both branches agree.
     is_red, is_green = (red >= green) & (red >= blue), green >= blue
     sector = jnp.where(is_red, 0.0, jnp.where(is_green, 2.0, 4.0))
     difference = jnp.where(is_red, green - blue, jnp.where(is_green, blue - red, red - green))
@@ -81,11 +95,16 @@ def _hue(x: jax.Array, shift: jax.Array) -> jax.Array:
 
 
 def _jitter(x: jax.Array, factors: jax.Array, ranks: jax.Array) -> jax.Array:
-    """Instead of branching, brightness and saturation have slots before and after contrast, and in each half before and after hue, and are
-    the identity in all but one of them: eight blends, two hues and a single mean, all fusible, for any of the 24 orders."""
+    """Instead of branching, brightness and saturation have slots before and after contrast, and in
+    each half before and after hue, and are the identity in all but one of them: eight blends, two
+    hues and a single mean, all fusible, for any of the 24 orders."""
     factor_b, factor_c, factor_s, shift = (factors[:, i] for i in range(4))
     rank_b, rank_c, rank_s, rank_h = (ranks[:, i] for i in range(4))
-    b_first, first, second = rank_b < rank_s, jnp.minimum(rank_b, rank_s), jnp.maximum(rank_b, rank_s)
+    b_first, first, second = (
+        rank_b < rank_s,
+        jnp.minimum(rank_b, rank_s),
+        jnp.maximum(rank_b, rank_s),
+    )
 
     def slot(x: jax.Array, brighten: jax.Array, active: jax.Array) -> jax.Array:
         factor = jnp.where(active, jnp.where(brighten, factor_b, factor_s), 1.0)
@@ -104,22 +123,33 @@ def _jitter(x: jax.Array, factors: jax.Array, ranks: jax.Array) -> jax.Array:
 
 
 def _blur(x: jax.Array, sigma: jax.Array, radius: int) -> jax.Array:
-    """Of [B, C, H, W], one axis after the other, as products of overlapping blocks with one banded matrix an image. Neither a depthwise
-    convolution nor a sum of shifted images: the first is slow on CPU and TPU, the second makes compilers repeat what comes before it."""
+    """Of [B, C, H, W], one axis after the other, as products of overlapping blocks with one banded
+    matrix an image. Neither a depthwise convolution nor a sum of shifted images: the first is slow
+    on CPU and TPU, the second makes compilers repeat what comes before it."""
     for _ in range(2):
         size = x.shape[-1]
         block = max(n for n in range(1, min(size, BLOCK) + 1) if size % n == 0)
         distance = np.abs(np.arange(block + 2 * radius)[:, None] - radius - np.arange(block))
         weights = jnp.exp(-0.5 * (jnp.arange(-radius, radius + 1) / sigma[:, None]) ** 2).sum(1)
-        band = jnp.where(distance <= radius, jnp.exp(-0.5 * (distance / sigma[:, None, None]) ** 2), 0) / weights[:, None, None]
+        band = (
+            jnp.where(distance <= radius, jnp.exp(-0.5 * (distance / sigma[:, None, None]) ** 2), 0)
+            / weights[:, None, None]
+        )
         padded = jnp.pad(x, [(0, 0), (0, 0), (0, 0), (radius, radius)], mode="edge")
-        blocks = jnp.stack([padded[..., i : i + block + 2 * radius] for i in range(0, size, block)], -2)
-        x = jnp.einsum("bchnk,bko->bchno", blocks, band, precision=jax.lax.Precision.HIGHEST).reshape(x.shape).swapaxes(-1, -2)
+        blocks = jnp.stack(
+            [padded[..., i : i + block + 2 * radius] for i in range(0, size, block)], -2
+        )
+        x = (
+            jnp.einsum("bchnk,bko->bchno", blocks, band, precision=jax.lax.Precision.HIGHEST)
+            .reshape(x.shape)
+            .swapaxes(-1, -2)
+        )
     return x
 
 
 def mirror(images: jax.Array, flip: jax.Array) -> jax.Array:
-    """[B, H, W, C] of any type, each mirrored horizontally where `flip` [B] says so. M3I Table 7: RandomHorizontalFlip.
+    """[B, H, W, C] of any type, each mirrored horizontally where `flip` [B] says so. M3I Table 7:
+    RandomHorizontalFlip.
 
     >>> mirror(jnp.arange(4).reshape(2, 1, 2, 1), jnp.array([False, True])).ravel().tolist()
     [0, 1, 3, 2]
@@ -128,7 +158,8 @@ def mirror(images: jax.Array, flip: jax.Array) -> jax.Array:
 
 
 def brightness(images: jax.Array, factor: jax.Array | float) -> jax.Array:
-    """Blend [..., H, W, 3] with black: 0 is black, 1 the image. `factor` is a scalar or [...]. M3I Table 7: ColorJitter.
+    """Blend [..., H, W, 3] with black: 0 is black, 1 the image. `factor` is a scalar or [...]. M3I
+    Table 7: ColorJitter.
 
     >>> brightness(jnp.full([1, 1, 3], 0.5), 1.5)[0, 0].tolist()
     [0.75, 0.75, 0.75]
@@ -137,7 +168,8 @@ def brightness(images: jax.Array, factor: jax.Array | float) -> jax.Array:
 
 
 def contrast(images: jax.Array, factor: jax.Array | float) -> jax.Array:
-    """Blend [..., H, W, 3] with its mean gray, rounded to 8 bits: 0 is flat, 1 the image. `factor` is a scalar or [...].
+    """Blend [..., H, W, 3] with its mean gray, rounded to 8 bits: 0 is flat, 1 the image. `factor`
+    is a scalar or [...].
 
     >>> contrast(jnp.array([[[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]]), 0.0)[0, 0, 0].item() * 255
     128.0
@@ -147,7 +179,8 @@ def contrast(images: jax.Array, factor: jax.Array | float) -> jax.Array:
 
 
 def saturation(images: jax.Array, factor: jax.Array | float) -> jax.Array:
-    """Blend [..., H, W, 3] with its own gray: 0 is gray, 1 the image. `factor` is a scalar or [...].
+    """Blend [..., H, W, 3] with its own gray: 0 is gray, 1 the image. `factor` is a scalar or
+    [...].
 
     >>> [round(v, 3) for v in saturation(jnp.array([[[1.0, 0.0, 0.0]]]), 0.5)[0, 0].tolist()]
     [0.65, 0.149, 0.149]
@@ -157,7 +190,8 @@ def saturation(images: jax.Array, factor: jax.Array | float) -> jax.Array:
 
 
 def hue(images: jax.Array, shift: jax.Array | float) -> jax.Array:
-    """Turn the hue of [..., H, W, 3] in HSV by `shift` turns, a scalar or [...]; value and saturation stay.
+    """Turn the hue of [..., H, W, 3] in HSV by `shift` turns, a scalar or [...]; value and
+    saturation stay.
 
     >>> [round(v, 3) for v in hue(jnp.array([[[1.0, 0.0, 0.0]]]), 1 / 3)[0, 0].tolist()]
     [0.0, 1.0, 0.0]
@@ -176,7 +210,8 @@ def grayscale(images: jax.Array) -> jax.Array:
 
 
 def solarize(images: jax.Array) -> jax.Array:
-    """Invert what is at least half bright: x >= 128/255 becomes 1 - x (8-bit levels 0..127 stay). Any shape.
+    """Invert what is at least half bright: x >= 128/255 becomes 1 - x (8-bit levels 0..127 stay).
+    Any shape.
 
     >>> (solarize(jnp.array([127, 128, 255]) / 255) * 255).round().tolist()
     [127.0, 127.0, 0.0]
@@ -187,7 +222,8 @@ def solarize(images: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="radius")
 def gaussian_blur(images: jax.Array, sigma: jax.Array | float, radius: int = RADIUS) -> jax.Array:
-    """Gaussian blur of [B, H, W, C] with `sigma` pixels (a scalar or [B]): separable, 2 radius + 1 taps, edges repeated.
+    """Gaussian blur of [B, H, W, C] with `sigma` pixels (a scalar or [B]): separable, 2 radius + 1
+    taps, edges repeated.
 
     >>> gaussian_blur(jnp.ones([1, 4, 4, 3]), 1.0)[0, 0, 0].tolist()
     [1.0, 1.0, 1.0]
@@ -198,10 +234,11 @@ def gaussian_blur(images: jax.Array, sigma: jax.Array | float, radius: int = RAD
 
 @jax.jit
 def color_jitter(images: jax.Array, factors: jax.Array, ranks: jax.Array) -> jax.Array:
-    """Brightness, contrast, saturation and hue of [B, H, W, 3] in an order of its own for every image, clipped after each.
+    """Brightness, contrast, saturation and hue of [B, H, W, 3] in an order of its own for every
+    image, clipped after each.
 
-    `factors` [B, 4]: factors of brightness, contrast and saturation, shift of the hue in turns. `ranks` [B, 4]: when each of the four is
-    applied, a permutation of 0..3.
+    `factors` [B, 4]: factors of brightness, contrast and saturation, shift of the hue in turns.
+    `ranks` [B, 4]: when each of the four is applied, a permutation of 0..3.
 
     >>> grays = jnp.array([[[[0.4] * 3, [0.8] * 3]]] * 2)
     >>> out = color_jitter(grays, jnp.array([[2.0, 0.5, 1.0, 0.0]] * 2), jnp.array([[0, 1, 2, 3], [1, 0, 2, 3]]))
@@ -212,9 +249,12 @@ def color_jitter(images: jax.Array, factors: jax.Array, ranks: jax.Array) -> jax
 
 
 class PhotometricDraws(NamedTuple):
-    """What is decided by chance for every sample of one view; booleans say whether an operation is applied."""
+    """What is decided by chance for every sample of one view; booleans say whether an operation is
+    applied."""
 
-    factors: jax.Array  # [B, 4] float32: brightness, contrast, saturation; shift of hue in turns. (1, 1, 1, 0) where jitter is not applied
+    # [B, 4] float32: brightness, contrast, saturation; shift of hue in turns. (1, 1, 1, 0) where
+    # jitter is not applied
+    factors: jax.Array
     ranks: jax.Array  # [B, 4] int32: when each of those four is applied
     gray: jax.Array  # [B]
     blur: jax.Array  # [B]
@@ -222,8 +262,11 @@ class PhotometricDraws(NamedTuple):
     solarize: jax.Array  # [B]
 
 
-def draw_photometric(position: jax.Array, *, seed: int, view: int, settings: schema.Augment) -> PhotometricDraws:
-    """The chance decisions of one view, a function of (seed, view, stream position) alone, row by row.
+def draw_photometric(
+    position: jax.Array, *, seed: int, view: int, settings: schema.Augment
+) -> PhotometricDraws:
+    """The chance decisions of one view, a function of (seed, view, stream position) alone, row by
+    row.
 
     `position` uint32 [B, 2]: high and low word of the sample's position in the stream.
 
@@ -232,7 +275,8 @@ def draw_photometric(position: jax.Array, *, seed: int, view: int, settings: sch
     >>> bool((a == b).all())
     True
     """
-    with jax.ensure_compile_time_eval():  # the part of the key that all samples share is a constant of the program
+    # the part of the key that all samples share is a constant of the program
+    with jax.ensure_compile_time_eval():
         base = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), PHOTOMETRIC), view)
 
     def uniform(words: jax.Array) -> jax.Array:
@@ -255,18 +299,21 @@ def draw_photometric(position: jax.Array, *, seed: int, view: int, settings: sch
     )
 
 
-def augment(views: jax.Array, position: jax.Array, *, seed: int, view: int, settings: schema.Augment) -> jax.Array:
-    """Photometric augmentation of one view of every image: jitter, grayscale, blur, solarize, each with its probability.
+def augment(
+    views: jax.Array, position: jax.Array, *, seed: int, view: int, settings: schema.Augment
+) -> jax.Array:
+    """Photometric augmentation of one view of every image: jitter, grayscale, blur, solarize, each
+    with its probability.
 
-    Args:
-      views: uint8 [B, S, S, 3], or floats in 0..1.
-      position: uint32 [B, 2], high and low word of the stream position of every sample: with seed and view all that its draws depend on.
-      seed: of the run.
-      view: 0, the input view, or 1, the target view: which entry of the settings' pairs is used, and which stream of draws.
-      settings: probabilities and ranges. An operation of probability 0 costs nothing.
+    Args: views: uint8 [B, S, S, 3], or floats in 0..1. position: uint32 [B, 2], high and low word
+      of the stream position of every sample: with seed and view all that its draws depend on. seed:
+      of the run. view: 0, the input view, or 1, the target view: which entry of the settings' pairs
+      is used, and which stream of draws. settings: probabilities and ranges. An operation of
+      probability 0 costs nothing.
     Returns: float32 [B, S, S, 3] in 0..1, before `normalize`.
     Raises ValueError for views that are no RGB images or positions that do not match them.
-    Source: M3I Table 7 (the list of operations); order, ranges and the asymmetry of the views from SiameseIM.
+    Source: M3I Table 7 (the list of operations); order, ranges and the asymmetry of the views from
+    SiameseIM.
 
     >>> picture = np.full([1, 16, 16, 3], 200, np.uint8)
     >>> run = jax.jit(functools.partial(augment, seed=0, view=0, settings=schema.Augment()))
@@ -275,7 +322,10 @@ def augment(views: jax.Array, position: jax.Array, *, seed: int, view: int, sett
     ((1, 16, 16, 3), 'float32')
     """
     if views.ndim != 4 or views.shape[-1] != 3 or position.shape != (views.shape[0], 2):
-        raise ValueError(f"views must be [B, S, S, 3] and position [B, 2], not {views.shape} and {position.shape}")
+        raise ValueError(
+            f"views must be [B, S, S, 3] and position [B, 2], not {views.shape} and"
+            f" {position.shape}"
+        )
     a, chance = settings, draw_photometric(position, seed=seed, view=view, settings=settings)
 
     def where(active: jax.Array, changed: jax.Array, x: jax.Array) -> jax.Array:
@@ -300,4 +350,6 @@ def normalize(images: jax.Array, settings: schema.Augment) -> jax.Array:
     >>> [round(v, 4) for v in normalize(jnp.array([[[0.485, 0.456, 0.406]]]), schema.Augment())[0, 0].tolist()]
     [0.0, 0.0, 0.0]
     """
-    return (to_float(jnp.asarray(images)) - np.asarray(settings.mean, np.float32)) / np.asarray(settings.std, np.float32)
+    return (to_float(jnp.asarray(images)) - np.asarray(settings.mean, np.float32)) / np.asarray(
+        settings.std, np.float32
+    )

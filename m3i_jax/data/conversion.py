@@ -1,6 +1,7 @@
-"""Any source to ArrayRecord shards: in parallel, and resumable. A shard is renamed into place when it is whole, so one that is there is
-kept and only what is missing is made. Every record is kept with its original bytes, bad ones too: they are counted and replaced when they
-are read, by rules that may become better, and the numbering stays that of the source.
+"""Any source to ArrayRecord shards: in parallel, and resumable. A shard is renamed into place when
+it is whole, so one that is there is kept and only what is missing is made. Every record is kept
+with its original bytes, bad ones too: they are counted and replaced when they are read, by rules
+that may become better, and the numbering stays that of the source.
 
 This module is what the worker processes import, so it stays light.
 """
@@ -28,7 +29,8 @@ _STATE: dict[str, Any] = {}  # of a worker process
 
 
 def shard_count(records: int) -> int:
-    """How many shards a source is cut into, whatever the machine: of FULL records, of small sources up to 16 to make and read in parallel.
+    """How many shards a source is cut into, whatever the machine: of FULL records, of small sources
+    up to 16 to make and read in parallel.
 
     >>> shard_count(100), shard_count(1_911), shard_count(1_281_167)
     (1, 8, 313)
@@ -55,43 +57,68 @@ def shard_rows(records: int, shard: int, shards: int) -> range:
 
 
 def check_plan(source: DataSource, directory: str) -> int:
-    """Number of shards; writes down what is converted, or checks that it is what is being converted there already.
+    """Number of shards; writes down what is converted, or checks that it is what is being converted
+    there already.
 
     Raises:
         UserError: the directory holds (part of) another conversion, or other ArrayRecord files.
     """
     shards, place = shard_count(len(source)), os.path.join(directory, PLAN)
-    plan = {"source": source.fingerprint(), "records": len(source), "shards": shards, "classes": list(source.classes)}
+    plan = {
+        "source": source.fingerprint(),
+        "records": len(source),
+        "shards": shards,
+        "classes": list(source.classes),
+    }
     if os.path.exists(place):
         try:
             with open(place, encoding="utf-8") as file:
                 there = json.load(file)
         except (OSError, ValueError) as error:
-            raise UserError(f"--workdir: {place!r} cannot be read ({error}): remove the directory, or choose another one") from error
+            raise UserError(
+                f"--workdir: {place!r} cannot be read ({error}): remove the directory, or choose"
+                " another one"
+            ) from error
         if there != plan:
             raise UserError(
-                f"--workdir {directory}: another source, or another state of it, is converted there ({there.get('records')} records, "
-                f"this one has {len(source)}): choose another directory"
+                f"--workdir {directory}: another source, or another state of it, is converted there"
+                f" ({there.get('records')} records, this one has {len(source)}): choose another"
+                " directory"
             )
     else:
-        foreign = [name for name in sorted(os.listdir(directory)) if array_record.ENDING in name or name == array_record.INDEX]
+        foreign = [
+            name
+            for name in sorted(os.listdir(directory))
+            if array_record.ENDING in name or name == array_record.INDEX
+        ]
         if foreign:
-            raise UserError(f"--workdir {directory}: {foreign[0]!r} is there and not from this conversion: choose another directory")
+            raise UserError(
+                f"--workdir {directory}: {foreign[0]!r} is there and not from this conversion:"
+                " choose another directory"
+            )
         base.write_atomic(place, json.dumps(plan, ensure_ascii=False).encode("utf-8", "replace"))
     return shards
 
 
 def missing_shards(records: int, directory: str, shards: int) -> list[int]:
-    """The shards that are not there yet, or not whole. Leftovers of a killed process are removed."""
+    """The shards that are not there yet, or not whole. Leftovers of a killed process are
+    removed."""
     for name in os.listdir(directory):
         if name.startswith(f"{NAME}-") and name.endswith(".part"):
             os.unlink(os.path.join(directory, name))
     wanted = ((shard, len(shard_rows(records, shard, shards))) for shard in range(shards))
-    return [shard for shard, count in wanted if array_record.shard_length(shard_path(directory, shard, shards)) != count]
+    return [
+        shard
+        for shard, count in wanted
+        if array_record.shard_length(shard_path(directory, shard, shards)) != count
+    ]
 
 
-def convert(source: DataSource, directory: str, todo: list[int], shards: int, *, processes: int) -> Iterator[int]:
-    """Makes the shards `todo`; yields the number of records of each when it is in place, in any order.
+def convert(
+    source: DataSource, directory: str, todo: list[int], shards: int, *, processes: int
+) -> Iterator[int]:
+    """Makes the shards `todo`; yields the number of records of each when it is in place, in any
+    order.
 
     Args:
         source: what to convert. Sent to the processes.
@@ -108,13 +135,18 @@ def convert(source: DataSource, directory: str, todo: list[int], shards: int, *,
             yield _write(source, directory, shard, shards)
         return
     context, method = multiprocessing.get_context("spawn"), (source, directory, shards)
-    pool = concurrent.futures.ProcessPoolExecutor(min(processes, len(todo)), context, _begin, method)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(processes, len(todo)), context, _begin, method
+    )
     try:
-        for future in concurrent.futures.as_completed([pool.submit(_make, shard) for shard in todo]):
+        for future in concurrent.futures.as_completed(
+            [pool.submit(_make, shard) for shard in todo]
+        ):
             yield future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
         raise UserError(
-            "a process that wrote a shard died, perhaps for want of memory: the same command goes on with what is missing"
+            "a process that wrote a shard died, perhaps for want of memory: the same command goes"
+            " on with what is missing"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -140,9 +172,15 @@ def _make(shard: int) -> int:
 
 def _write(source: DataSource, directory: str, shard: int, shards: int) -> int:
     try:
-        return array_record.write_shard(shard_path(directory, shard, shards), _records(source, shard_rows(len(source), shard, shards)))
+        return array_record.write_shard(
+            shard_path(directory, shard, shards),
+            _records(source, shard_rows(len(source), shard, shards)),
+        )
     except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror or error}; make room, then the same command goes on") from error
+        raise UserError(
+            f"cannot write to {directory}: {error.strerror or error}; make room, then the same"
+            " command goes on"
+        ) from error
 
 
 def _records(source: DataSource, rows: range) -> Iterator[Record]:

@@ -1,10 +1,13 @@
-"""Where the two views of an image are cut, and the cutting. Geometry only: colours are changed on the device.
+"""Where the two views of an image are cut, and the cutting. Geometry only: colours are changed on
+the device.
 
-A box is (top, left, height, width) in pixels of the whole, un-mirrored image; a view that is flipped is mirrored on the device.
+A box is (top, left, height, width) in pixels of the whole, un-mirrored image; a view that is
+flipped is mirrored on the device.
 
-Two resizers cut a view with the same antialiased bicubic filter: Pillow's, and one with vector instructions, six times as fast (the package
-cykooz-resizer, in the extra `decode_fast`; the same bytes on every processor). They differ by 0.3 gray levels on average, so which of them made a
-batch is part of the identity of the stream. Which decoder read a JPEG is not: they give the same pixels.
+Two resizers cut a view with the same antialiased bicubic filter: Pillow's, and one with vector
+instructions, six times as fast (the package cykooz-resizer, in the extra `decode_fast`; the same
+bytes on every processor). They differ by 0.3 gray levels on average, so which of them made a batch
+is part of the identity of the stream. Which decoder read a JPEG is not: they give the same pixels.
 """
 
 import functools
@@ -30,7 +33,8 @@ def crop_box(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Box:
-    """A random resized crop with torchvision's semantics: ten tries at area and aspect (log-uniform), then the central crop.
+    """A random resized crop with torchvision's semantics: ten tries at area and aspect
+    (log-uniform), then the central crop.
 
     Args:
         u: 22 numbers in [0, 1): area and aspect of each try, then top and left.
@@ -48,16 +52,25 @@ def crop_box(
     """
     low, span = math.log(ratio[0]), math.log(ratio[1] / ratio[0])
     for t in range(0, 20, 2):
-        area, aspect = height * width * (scale[0] + u[t] * (scale[1] - scale[0])), math.exp(low + span * u[t + 1])
+        area, aspect = (
+            height * width * (scale[0] + u[t] * (scale[1] - scale[0])),
+            math.exp(low + span * u[t + 1]),
+        )
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(u[20] * (height - h + 1)), int(u[21] * (width - w + 1)), h, w
-    w, h = max(1, min(width, round(height * ratio[1]))), max(1, min(height, round(width / ratio[0])))
+    w, h = (
+        max(1, min(width, round(height * ratio[1]))),
+        max(1, min(height, round(width / ratio[0]))),
+    )
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def sufficient_size(boxes: Sequence[Box], height: int, width: int, size: int, gap: float) -> tuple[float, float]:
-    """The (height, width) at which an image may be decoded so that every box keeps `gap * size` pixels a side.
+def sufficient_size(
+    boxes: Sequence[Box], height: int, width: int, size: int, gap: float
+) -> tuple[float, float]:
+    """The (height, width) at which an image may be decoded so that every box keeps `gap * size`
+    pixels a side.
 
     >>> sufficient_size([(0, 0, 100, 200), (0, 0, 400, 400)], 400, 800, size=10, gap=3.0)
     (120.0, 120.0)
@@ -70,7 +83,8 @@ def sufficient_size(boxes: Sequence[Box], height: int, width: int, size: int, ga
 
 @functools.cache
 def choose_resizer(wanted: str = "auto") -> str:
-    """The resizer that a wish comes to on this machine: "pillow", or "fast" and the version that its pixels depend on.
+    """The resizer that a wish comes to on this machine: "pillow", or "fast" and the version that
+    its pixels depend on.
 
     Args:
         wanted: "pillow"; "fast"; or "auto", which is fast where that is installed.
@@ -85,7 +99,10 @@ def choose_resizer(wanted: str = "auto") -> str:
         raise UserError(f"data.resizer={wanted!r} is no resizer: use 'auto', 'pillow' or 'fast'")
     installed = decode_fast.is_installed("cykooz_resizer")
     if wanted.startswith("fast") and not installed:
-        raise UserError("data.resizer='fast' needs the package cykooz-resizer: pip install 'm3i-jax[fast]', or use 'pillow'")
+        raise UserError(
+            "data.resizer='fast' needs the package cykooz-resizer: pip install 'm3i-jax[fast]', or"
+            " use 'pillow'"
+        )
     if wanted == "pillow" or not installed:
         return "pillow"
     return f"fast {importlib.metadata.version('cykooz-resizer').partition('.')[0]}"
@@ -103,13 +120,11 @@ def cut_view(
 ) -> np.ndarray:
     """Cuts one view: antialiased bicubic.
 
-    Args:
-        image: RGB, the whole image, perhaps decoded at a smaller scale; packed, it is always the fast resizer that cuts.
-        box: (top, left, height, width) in pixels of the image at full scale.
-        size: side of the view in pixels.
-        height, width: of the image at full scale.
-        by: a resizer, as `choose_resizer` names it.
-        out: uint8 [size * size * 3] to fill and return; None: a new array.
+    Args: image: RGB, the whole image, perhaps decoded at a smaller scale; packed, it is always the
+        fast resizer that cuts. box: (top, left, height, width) in pixels of the image at full
+        scale. size: side of the view in pixels. height, width: of the image at full scale. by: a
+        resizer, as `choose_resizer` names it. out: uint8 [size * size * 3] to fill and return;
+        None: a new array.
 
     Returns:
         uint8 [size * size * 3], row-major RGB.
@@ -128,7 +143,11 @@ def cut_view(
             return pixels.copy()
         out[:] = pixels
         return out
-    view = image.resize((size, size), Image.Resampling.BICUBIC, window) if by == "pillow" else decode_fast.resize_region(image, window, size)
+    view = (
+        image.resize((size, size), Image.Resampling.BICUBIC, window)
+        if by == "pillow"
+        else decode_fast.resize_region(image, window, size)
+    )
     pixels = np.frombuffer(view.tobytes(), np.uint8)
     if out is None:
         return pixels
@@ -136,8 +155,11 @@ def cut_view(
     return out
 
 
-def central_box(height: int, width: int, size: int, *, crop: float = 224 / 256) -> tuple[float, float, float, float]:
-    """The box of the usual evaluation view: the short side resized to size / crop, then the centre cut out.
+def central_box(
+    height: int, width: int, size: int, *, crop: float = 224 / 256
+) -> tuple[float, float, float, float]:
+    """The box of the usual evaluation view: the short side resized to size / crop, then the centre
+    cut out.
 
     Args:
         height, width: of the image in pixels.
@@ -154,4 +176,9 @@ def central_box(height: int, width: int, size: int, *, crop: float = 224 / 256) 
     resized_h = short if height <= width else int(short * height / width)
     resized_w = short if width <= height else int(short * width / height)
     sy, sx = height / resized_h, width / resized_w
-    return round((resized_h - size) / 2) * sy, round((resized_w - size) / 2) * sx, size * sy, size * sx
+    return (
+        round((resized_h - size) / 2) * sy,
+        round((resized_w - size) / 2) * sx,
+        size * sy,
+        size * sx,
+    )

@@ -1,4 +1,5 @@
-"""Figures of a survey: sizes, aspects, categories, captions, bad records and duplicates, as plain numbers and lists that JSON holds."""
+"""Figures of a survey: sizes, aspects, categories, captions, bad records and duplicates, as plain
+numbers and lists that JSON holds."""
 
 import collections
 import math
@@ -11,16 +12,20 @@ from m3i_jax.data import decode
 from m3i_jax.data.dataset_scan import RecordInfo
 
 SIDES = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)  # pixels, lower edges
-ASPECTS = (0.0, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 9 / 10, 10 / 9, 4 / 3, 3 / 2, 2.0, 3.0)  # width over height, lower edges
+# width over height, lower edges
+ASPECTS = (0.0, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 9 / 10, 10 / 9, 4 / 3, 3 / 2, 2.0, 3.0)
 ASPECT_NAMES = ("1:3", "1:2", "2:3", "3:4", "9:10", "10:9", "4:3", "3:2", "2:1", "3:1")
-TOKENS = (0, 1, 5, 9, 17, 25, 33, 49, 65, 76, 129, 257)  # ids of a caption without start and end, lower edges
+# ids of a caption without start and end, lower edges
+TOKENS = (0, 1, 5, 9, 17, 25, 33, 49, 65, 76, 129, 257)
 EXAMPLES = 5
 Histogram = list[tuple[str, int]]
 
 
-def histogram(values: Sequence[float], edges: Sequence[float], names: Sequence[str] = ()) -> Histogram:
-    """Counts between edges, in order, without the empty bins at both ends. `names` are those of the edges but the first; without them, the
-    values are whole numbers.
+def histogram(
+    values: Sequence[float], edges: Sequence[float], names: Sequence[str] = ()
+) -> Histogram:
+    """Counts between edges, in order, without the empty bins at both ends. `names` are those of the
+    edges but the first; without them, the values are whole numbers.
 
     >>> histogram([1, 40, 40, 70], (0, 32, 64, 128))
     [('below 32', 1), ('32-63', 2), ('64-127', 1)]
@@ -31,7 +36,9 @@ def histogram(values: Sequence[float], edges: Sequence[float], names: Sequence[s
     counts = np.bincount(places, minlength=len(edges))
     text = list(names) or [f"{edge:g}" for edge in edges[1:]]
     ends = text[1:] if names else [f"{edge - 1:g}" for edge in edges[2:]]
-    between = [start if start == end else f"{start}-{end}" for start, end in zip(text, ends, strict=False)]
+    between = [
+        start if start == end else f"{start}-{end}" for start, end in zip(text, ends, strict=False)
+    ]
     labels = [f"below {text[0]}", *between, f"{text[-1]} and more"]
     bars = [(label, int(count)) for label, count in zip(labels, counts, strict=True)]
     used = [i for i, (_, count) in enumerate(bars) if count]
@@ -90,7 +97,13 @@ def _bad(seen: Sequence[RecordInfo]) -> list[dict[str, Any]]:
     for reason in decode.REASONS:
         found = [s for s in seen if s.reason == reason]
         if found:
-            out.append({"reason": reason, "count": len(found), "examples": [(s.key, s.detail) for s in found[:EXAMPLES]]})
+            out.append(
+                {
+                    "reason": reason,
+                    "count": len(found),
+                    "examples": [(s.key, s.detail) for s in found[:EXAMPLES]],
+                }
+            )
     return sorted(out, key=lambda row: -row["count"])
 
 
@@ -120,12 +133,16 @@ def _categories(good: Sequence[RecordInfo], classes: Sequence[str], kept: int) -
         "median": float(np.median(inside)) if len(inside) else 0.0,
         "largest": int(inside.max()) if len(inside) else 0,
         # exp(entropy): as many equally large ones would be as uncertain
-        "effective": round(float(math.exp(-(share * np.log(share)).sum())), 2) if len(share) else 0.0,
+        "effective": (
+            round(float(math.exp(-(share * np.log(share)).sum())), 2) if len(share) else 0.0
+        ),
         "table": [(names[i], int(counts[i])) for i in order],
     }
 
 
-def _captions(good: Sequence[RecordInfo], length: int, ids: Callable[[str], int] | None) -> dict[str, Any]:
+def _captions(
+    good: Sequence[RecordInfo], length: int, ids: Callable[[str], int] | None
+) -> dict[str, Any]:
     texts = [s.caption for s in good if s.caption is not None]
     if ids is None or not texts:
         return {"used": ids is not None, "count": len(texts), "limit": length}

@@ -1,9 +1,11 @@
-"""From the bytes of a record to RGB pixels and clean text: every rule about bad or odd input stands here and nowhere else.
+"""From the bytes of a record to RGB pixels and clean text: every rule about bad or odd input stands
+here and nowhere else.
 
-An image is refused by its header before it is decoded (too many pixels, or too few to crop). What is left comes out as 8-bit RGB in the
-orientation its EXIF tag asks for: transparency over a plain background, palettes looked up, 16-bit gray scaled (not clipped), CMYK
-converted (JPEGs hold it inverted, as Adobe writes it), the first frame of an animation. Embedded colour profiles are not applied.
-"""
+An image is refused by its header before it is decoded (too many pixels, or too few to crop). What
+is left comes out as 8-bit RGB in the orientation its EXIF tag asks for: transparency over a plain
+background, palettes looked up, 16-bit gray scaled (not clipped), CMYK converted (JPEGs hold it
+inverted, as Adobe writes it), the first frame of an animation. Embedded colour profiles are not
+applied."""
 
 import contextlib
 import dataclasses
@@ -33,8 +35,11 @@ EMPTY, UNDECODABLE, TRUNCATED, TOO_SMALL, TOO_LARGE, UNREADABLE = REASONS = (
 LEAST_SIDE = 16  # pixels
 PIXEL_LIMIT = 64_000_000
 CAPTION_LIMIT = 8192  # bytes; 77 tokens need far less
-GAP = 3.0  # a JPEG is decoded at 1/2, 1/4 or 1/8 only while what is cut from it keeps this many times the pixels asked for, a side
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow knows more, some of which run other programs
+# a JPEG is decoded at 1/2, 1/4 or 1/8 only while what is cut from it keeps this many times the
+# pixels asked for, a side
+GAP = 3.0
+# Pillow knows more, some of which run other programs
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _T = Image.Transpose
 _TURNS = {
     2: _T.FLIP_LEFT_RIGHT,
@@ -46,12 +51,15 @@ _TURNS = {
     8: _T.ROTATE_90,
 }
 _ORIENTATION = 0x0112
-ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 1 << 18)  # a view leaves Pillow in one piece: 3 % of the whole pipeline
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # PIXEL_LIMIT refuses such images already
+# a view leaves Pillow in one piece: 3 % of the whole pipeline
+ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 1 << 18)
+# PIXEL_LIMIT refuses such images already
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BadRecord(Exception):
-    """A record whose bytes are no usable image. `reason` is one of REASONS; `detail`, as the message, says more.
+    """A record whose bytes are no usable image. `reason` is one of REASONS; `detail`, as the
+    message, says more.
 
     >>> BadRecord("too_small", "5000 x 3 pixels").reason
     'too_small'
@@ -86,8 +94,11 @@ def replaceable(missing: str) -> Iterator[None]:
         raise BadRecord(UNREADABLE, str(error)) from error
 
 
-def read_records(source: DataSource, indices: Sequence[int], missing: str) -> list[Record | BadRecord]:
-    """Reads several records, in the order of their indices; with missing="replace", what cannot be read any more is a BadRecord there.
+def read_records(
+    source: DataSource, indices: Sequence[int], missing: str
+) -> list[Record | BadRecord]:
+    """Reads several records, in the order of their indices; with missing="replace", what cannot be
+    read any more is a BadRecord there.
 
     Raises:
         Unreadable: with missing="stop".
@@ -104,7 +115,9 @@ def read_records(source: DataSource, indices: Sequence[int], missing: str) -> li
     return [found for index in indices for found in read_records(source, [index], missing)]
 
 
-def sample_captions(source: DataSource, limit: int = 200_000, *, missing: str = "stop") -> Iterator[str | bytes]:
+def sample_captions(
+    source: DataSource, limit: int = 200_000, *, missing: str = "stop"
+) -> Iterator[str | bytes]:
     """Captions of at most `limit` records, evenly spread over the source, always the same ones.
 
     Raises:
@@ -123,19 +136,21 @@ def sample_captions(source: DataSource, limit: int = 200_000, *, missing: str = 
 
 @dataclasses.dataclass
 class DecodedImage:
-    """An opened image whose header is accepted. `height` and `width` are those after the EXIF rotation."""
+    """An opened image whose header is accepted. `height` and `width` are those after the EXIF
+    rotation."""
 
     image: Image.Image
     turn: Image.Transpose | None
     height: int
     width: int
 
-    def rgb(self, *, background: int = 255, least: tuple[float, float] = (math.inf, math.inf)) -> Image.Image:
+    def rgb(
+        self, *, background: int = 255, least: tuple[float, float] = (math.inf, math.inf)
+    ) -> Image.Image:
         """Decodes to RGB in its final orientation.
 
-        Args:
-            background: gray level 0..255 under transparent pixels.
-            least: (height, width) that suffice: a JPEG may be decoded at a smaller scale, for speed, but not below this.
+        Args: background: gray level 0..255 under transparent pixels. least: (height, width) that
+            suffice: a JPEG may be decoded at a smaller scale, for speed, but not below this.
 
         Returns:
             An RGB image, `height` x `width` or smaller with the same proportions.
@@ -144,7 +159,12 @@ class DecodedImage:
             BadRecord: "truncated" or "undecodable".
         """
         try:
-            if self.turn is not None and self.turn in (_T.TRANSPOSE, _T.ROTATE_270, _T.TRANSVERSE, _T.ROTATE_90):
+            if self.turn is not None and self.turn in (
+                _T.TRANSPOSE,
+                _T.ROTATE_270,
+                _T.TRANSVERSE,
+                _T.ROTATE_90,
+            ):
                 least = least[::-1]
             if self.image.format in ("JPEG", "MPO") and max(least) < math.inf:
                 self.image.draft(None, (math.ceil(least[1]), math.ceil(least[0])))  # type: ignore[arg-type]
@@ -156,30 +176,39 @@ class DecodedImage:
 
 @dataclasses.dataclass
 class PlainJpeg:
-    """A JPEG that `decode_fast.plain_jpeg_size` accepts and Pillow has not opened. `rgb` gives the pixels that it would give, packed, sooner."""
+    """A JPEG that `decode_fast.plain_jpeg_size` accepts and Pillow has not opened. `rgb` gives the
+    pixels that it would give, packed, sooner."""
 
     raw: bytes
     height: int
     width: int
 
-    def rgb(self, *, background: int = 255, least: tuple[float, float] = (math.inf, math.inf)) -> Image.Image | decode_fast.PackedImage:
-        """See `Picture.rgb`, which has the last word about a broken file, and decodes at a smaller scale."""
-        reduced = max(least) < math.inf and self.height >= 2 * math.ceil(least[0]) and self.width >= 2 * math.ceil(least[1])
+    def rgb(
+        self, *, background: int = 255, least: tuple[float, float] = (math.inf, math.inf)
+    ) -> Image.Image | decode_fast.PackedImage:
+        """See `Picture.rgb`, which has the last word about a broken file, and decodes at a smaller
+        scale."""
+        reduced = (
+            max(least) < math.inf
+            and self.height >= 2 * math.ceil(least[0])
+            and self.width >= 2 * math.ceil(least[1])
+        )
         packed = None if reduced else decode_fast.decode_jpeg(self.raw, self.height, self.width)
         return packed or open_image(self.raw).rgb(background=background, least=least)
 
 
 def open_image(image: bytes | np.ndarray) -> DecodedImage:
-    """Opens an encoded image, or wraps one that is decoded already, and applies every rule that needs only its header.
+    """Opens an encoded image, or wraps one that is decoded already, and applies every rule that
+    needs only its header.
 
-    Args:
-        image: the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file, or a uint8 array [height, width, 3].
+    Args: image: the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file, or a uint8 array [height,
+        width, 3].
 
     Returns:
         The image; its pixels are decoded by `Picture.rgb`.
 
-    Raises:
-        BadRecord: the bytes are no image, or one of more than 64 million pixels or with a side below 16.
+    Raises: BadRecord: the bytes are no image, or one of more than 64 million pixels or with a side
+        below 16.
 
     >>> open_image(np.zeros((20, 30, 3), np.uint8)).width
     30
@@ -197,7 +226,8 @@ def open_image(image: bytes | np.ndarray) -> DecodedImage:
             opened = Image.open(io.BytesIO(image), formats=_FORMATS)
         _check(*opened.size)
         if opened.format in ("PNG", "TIFF"):
-            opened.load()  # the orientation may stand behind the pixels of a PNG; Pillow itself turns a TIFF
+            # the orientation may stand behind the pixels of a PNG; Pillow itself turns a TIFF
+            opened.load()
         if opened.format is not None and opened.format != "TIFF":
             turn = _turn(opened)
     except BadRecord:
@@ -269,7 +299,8 @@ def _rgb(image: Image.Image, background: int) -> Image.Image:
     image.load()
     if image.mode == "RGB" and "transparency" not in image.info:
         return image  # convert would copy
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # the latter in older versions of Pillow
+    # the latter in older versions of Pillow
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         return _gray(image, 0, 65535, np.uint32)
     if image.mode in ("I", "F"):
         # 32-bit integers and floats have no agreed white: the image's own range is stretched.
@@ -289,13 +320,16 @@ def _rgb(image: Image.Image, background: int) -> Image.Image:
 
 
 def _gray(image: Image.Image, low: float, white: float, kind: type) -> Image.Image:
-    """Pixels of `low` to `low` + `white` as gray of 0 to 255, a band at a time: wide numbers of a whole image would fill the memory."""
+    """Pixels of `low` to `low` + `white` as gray of 0 to 255, a band at a time: wide numbers of a
+    whole image would fill the memory."""
     out = Image.new("L", image.size)
     top = 0
     for band in _bands(image):
         wide: np.ndarray = band.astype(kind)
         wide = (wide - low if low else wide) * 255
-        out.paste(Image.fromarray(np.clip(np.rint(wide / white), 0, 255).astype(np.uint8)), (0, top))
+        out.paste(
+            Image.fromarray(np.clip(np.rint(wide / white), 0, 255).astype(np.uint8)), (0, top)
+        )
         top += len(band)
     return out.convert("RGB")
 
@@ -311,10 +345,12 @@ _SPACE = re.compile(r"\s+")
 
 
 def clean_caption(caption: str | bytes | None) -> str | None:
-    """A caption as it was meant: decoded, repaired and on one line (the cleaning of CLIP's tokenizer, before its lower-casing).
+    """A caption as it was meant: decoded, repaired and on one line (the cleaning of CLIP's
+    tokenizer, before its lower-casing).
 
-    Bytes that are no UTF-8 become U+FFFD, NULs vanish, more than 8 KiB are cut off, wrongly decoded text is repaired (ftfy), HTML
-    entities are resolved (twice, as web captions are often escaped twice), white space collapses.
+    Bytes that are no UTF-8 become U+FFFD, NULs vanish, more than 8 KiB are cut off, wrongly decoded
+    text is repaired (ftfy), HTML entities are resolved (twice, as web captions are often escaped
+    twice), white space collapses.
 
     Args:
         caption: what the source holds.
@@ -332,7 +368,8 @@ def clean_caption(caption: str | bytes | None) -> str | None:
     if isinstance(caption, bytes):
         whole = caption[:CAPTION_LIMIT]
         text = whole.decode("utf-8", "replace")
-        text = text.rstrip("\ufffd") if len(caption) > len(whole) else text  # a character cut in two is no defect of the caption
+        # a character cut in two is no defect of the caption
+        text = text.rstrip("\ufffd") if len(caption) > len(whole) else text
     else:
         text = caption[:CAPTION_LIMIT]
     text = html.unescape(html.unescape(ftfy.fix_text(text.replace("\0", ""))))

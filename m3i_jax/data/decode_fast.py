@@ -1,9 +1,10 @@
-"""The extra `fast`: JPEGs decoded by simplejpeg and views cut by cykooz-resizer, which uses vector instructions.
+"""The extra `fast`: JPEGs decoded by simplejpeg and views cut by cykooz-resizer, which uses vector
+instructions.
 
-Both decoders have libjpeg-turbo inside and give the same pixels. What differs is how they lie in memory: simplejpeg's are packed, three
-bytes a pixel, as a batch wants them, Pillow's have a fourth byte that is to be removed again. Whatever is no clean JPEG is Pillow's: its
-verdict on broken files is the only one.
-"""
+Both decoders have libjpeg-turbo inside and give the same pixels. What differs is how they lie in
+memory: simplejpeg's are packed, three bytes a pixel, as a batch wants them, Pillow's have a fourth
+byte that is to be removed again. Whatever is no clean JPEG is Pillow's: its verdict on broken files
+is the only one."""
 
 import functools
 import importlib.util
@@ -17,7 +18,8 @@ import PIL
 from PIL import Image
 
 _OWN = threading.local()  # a resizer and a view of each thread
-# It reads the pixels of an image where Pillow keeps them. With a Pillow that this was not tried with, they are copied: the same result.
+# It reads the pixels of an image where Pillow keeps them. With a Pillow that this was not tried
+# with, they are copied: the same result.
 _IN_PLACE = PIL.__version__.partition(".")[0] in ("13",)
 
 
@@ -63,12 +65,17 @@ class PackedImage:
         if getattr(_OWN, "size", None) != size:
             _OWN.size, _OWN.view = size, c.ImageData(size, size, c.PixelType.U8x3)
         run, bicubic = _resizer()
-        run.resize(self._data, _OWN.view, c.ResizeOptions(bicubic, False, c.CropBox(*_inside(window, *self.size))))
+        run.resize(
+            self._data,
+            _OWN.view,
+            c.ResizeOptions(bicubic, False, c.CropBox(*_inside(window, *self.size))),
+        )
         return np.frombuffer(_OWN.view.get_buffer(), np.uint8)
 
 
 def plain_jpeg_size(raw: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG of colours that says nothing about itself which would change its pixels: no EXIF, XMP or second image.
+    """(height, width) of a JPEG of colours that says nothing about itself which would change its
+    pixels: no EXIF, XMP or second image.
 
     Args:
         raw: the bytes of a file.
@@ -79,10 +86,15 @@ def plain_jpeg_size(raw: bytes) -> tuple[int, int] | None:
     >>> plain_jpeg_size(b"no picture") is None
     True
     """
-    if not raw.startswith(b"\xff\xd8\xff") or not is_installed("simplejpeg") or not is_installed("cykooz_resizer"):
+    if (
+        not raw.startswith(b"\xff\xd8\xff")
+        or not is_installed("simplejpeg")
+        or not is_installed("cykooz_resizer")
+    ):
         return None
     at, end = 2, len(raw) - 8
-    while at < end and raw[at] == 0xFF and (marker := raw[at + 1]) != 0xDA:  # its segments, up to the first scan
+    # its segments, up to the first scan
+    while at < end and raw[at] == 0xFF and (marker := raw[at + 1]) != 0xDA:
         if marker == 0xE1 or (marker == 0xE2 and raw[at + 4 : at + 8] == b"MPF\0"):
             return None
         at += 2 + (raw[at + 2] << 8 | raw[at + 3])
@@ -150,7 +162,12 @@ def _inside(window: Sequence[float], width: int, height: int) -> tuple[float, fl
     """(left, top, width, height) whose sums do not round above the edge, which would be refused."""
     left, top, right, bottom = window
     w, h = right - left, bottom - top
-    return left, top, math.nextafter(w, 0) if left + w > width else w, math.nextafter(h, 0) if top + h > height else h
+    return (
+        left,
+        top,
+        math.nextafter(w, 0) if left + w > width else w,
+        math.nextafter(h, 0) if top + h > height else h,
+    )
 
 
 def _resizer() -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
-"""Clean views of chosen records for evaluators: decoded as in training, resized and cut from the centre, no randomness. Of several hosts
-each reads its own rows of every batch; which they are is arithmetic, so that all hosts make equally many batches."""
+"""Clean views of chosen records for evaluators: decoded as in training, resized and cut from the
+centre, no randomness. Of several hosts each reads its own rows of every batch; which they are is
+arithmetic, so that all hosts make equally many batches."""
 
 import concurrent.futures
 import functools
@@ -18,7 +19,8 @@ Found = base.Record | decode.BadRecord
 
 
 class EvaluationBatches(Iterator[Batch]):
-    """Iterator over clean views of chosen records; made by `evaluation_batches`. `skipped`: reason -> bad records of this host so far."""
+    """Iterator over clean views of chosen records; made by `evaluation_batches`. `skipped`: reason
+    -> bad records of this host so far."""
 
     def __init__(self, batches: Iterator[Batch], skipped: dict[str, int]) -> None:
         self._batches, self.skipped = batches, skipped
@@ -40,23 +42,21 @@ def evaluation_batches(
     host: int = 0,
     hosts: int = 1,
 ) -> EvaluationBatches:
-    """Centre views of some records in their order, for evaluators: short side resized to image_size / crop, centre cut out, bicubic.
+    """Centre views of some records in their order, for evaluators: short side resized to image_size
+    / crop, centre cut out, bicubic.
 
-    Args:
-        source: the records.
-        indices: which of them, the same on every host.
-        image_size: side of a view in pixels, S.
-        batch: rows a batch on all hosts together, a multiple of `hosts`; B of them are this host's.
-        background: gray level under transparent pixels.
-        crop: share of the short side that is kept; 1 for an evaluation that resizes to the size of the view itself.
-        threads: that decode.
-        missing: "replace": a record that cannot be read any more is a bad one; see `schema.Data.missing`.
-        host, hosts: which contiguous share of the rows of every batch to read.
+    Args: source: the records. indices: which of them, the same on every host. image_size: side of a
+        view in pixels, S. batch: rows a batch on all hosts together, a multiple of `hosts`; B of
+        them are this host's. background: gray level under transparent pixels. crop: share of the
+        short side that is kept; 1 for an evaluation that resizes to the size of the view itself.
+        threads: that decode. missing: "replace": a record that cannot be read any more is a bad
+        one; see `schema.Data.missing`. host, hosts: which contiguous share of the rows of every
+        batch to read.
 
-    Returns:
-        An iterator of dicts: views uint8 [B, S, S, 3], label int32 [B], index int64 [B] (of the record), valid bool [B]. Every record has
-        the row of its place; that of a bad one is not valid and counted in `skipped`, those that fill up the last batch are not valid.
-        Such rows are zeros, label and index -1.
+    Returns: An iterator of dicts: views uint8 [B, S, S, 3], label int32 [B], index int64 [B] (of
+        the record), valid bool [B]. Every record has the row of its place; that of a bad one is not
+        valid and counted in `skipped`, those that fill up the last batch are not valid. Such rows
+        are zeros, label and index -1.
 
     Raises:
         ValueError: a batch that is no multiple of the hosts.
@@ -73,9 +73,15 @@ def evaluation_batches(
         raise ValueError(f"a batch of {batch} rows does not divide over {hosts} hosts")
     skipped, mine = dict.fromkeys(decode.REASONS, 0), batch // hosts
     every = [int(i) for i in indices]
-    shares = [every[at + host * mine : min(at + (host + 1) * mine, at + batch)] for at in range(0, len(every), batch)]
+    shares = [
+        every[at + host * mine : min(at + (host + 1) * mine, at + batch)]
+        for at in range(0, len(every), batch)
+    ]
     read = functools.partial(decode.read_records, source, missing=missing)
-    return EvaluationBatches(_evaluation(read, shares, image_size, mine, background, crop, max(1, threads), skipped), skipped)
+    return EvaluationBatches(
+        _evaluation(read, shares, image_size, mine, background, crop, max(1, threads), skipped),
+        skipped,
+    )
 
 
 def _evaluation(
@@ -98,15 +104,24 @@ def _evaluation(
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for share in shares:
-            made: Batch = {"views": np.zeros((rows, size, size, 3), np.uint8), "label": np.full(rows, -1, np.int32)}
+            made: Batch = {
+                "views": np.zeros((rows, size, size, 3), np.uint8),
+                "label": np.full(rows, -1, np.int32),
+            }
             made |= {"index": np.full(rows, -1, np.int64), "valid": np.zeros(rows, bool)}
             for at in range(0, len(share), _READ):
                 wanted = share[at : at + _READ]
-                for row, (index, seen) in enumerate(zip(wanted, pool.map(look, read(wanted)), strict=True), at):
+                for row, (index, seen) in enumerate(
+                    zip(wanted, pool.map(look, read(wanted)), strict=True), at
+                ):
                     if isinstance(seen, decode.BadRecord):
                         skipped[seen.reason] += 1
                         continue
-                    (made["views"][row], made["label"][row]), made["index"][row], made["valid"][row] = seen, index, True
+                    (
+                        (made["views"][row], made["label"][row]),
+                        made["index"][row],
+                        made["valid"][row],
+                    ) = (seen, index, True)
             yield made
 
 
@@ -115,4 +130,6 @@ def _central_view(record: base.Record, size: int, background: int, crop: float) 
     box = crops.central_box(opened.height, opened.width, size, crop=crop)
     least = (decode.GAP * size / box[2] * opened.height, decode.GAP * size / box[3] * opened.width)
     image = opened.rgb(background=background, least=least)
-    return crops.cut_view(image, box, size, height=opened.height, width=opened.width).reshape(size, size, 3)
+    return crops.cut_view(image, box, size, height=opened.height, width=opened.width).reshape(
+        size, size, 3
+    )

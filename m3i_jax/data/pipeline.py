@@ -1,10 +1,11 @@
-"""Records to masked view pairs, as a pure function of (seed, position). One element of the Grain dataset is one host batch.
+"""Records to masked view pairs, as a pure function of (seed, position). One element of the Grain
+dataset is one host batch.
 
-The only state is the position, the number of samples seen. Sample p has the same bytes whatever the number of hosts, threads and worker
-processes, and after any restart: the record, the crops, the mask and the replacement of a bad record are closed forms of p. Partners
-are the neighbours 2k and 2k + 1, and never the same record. How many records were bad travels inside the batch, so it is exact for
-what was consumed, from any process.
-"""
+The only state is the position, the number of samples seen. Sample p has the same bytes whatever the
+number of hosts, threads and worker processes, and after any restart: the record, the crops, the
+mask and the replacement of a bad record are closed forms of p. Partners are the neighbours 2k and
+2k + 1, and never the same record. How many records were bad travels inside the batch, so it is
+exact for what was consumed, from any process."""
 
 import collections
 import dataclasses
@@ -39,7 +40,10 @@ def uses_captions(data: schema.Data, source: DataSource) -> bool:
     True
     """
     if data.captions == "yes" and not source.captions:
-        raise UserError(f"data.captions='yes', but {source.name} has no captions: use 'auto', or put NAME.txt beside the images")
+        raise UserError(
+            f"data.captions='yes', but {source.name} has no captions: use 'auto', or put NAME.txt"
+            " beside the images"
+        )
     return data.captions != "no" and source.captions
 
 
@@ -54,7 +58,8 @@ def count_classes(data: schema.Data, source: DataSource) -> int:
 
 
 def stream_fingerprint(config: schema.Config, source: DataSource) -> str:
-    """16 hexadecimal digits that change when position p would mean another sample: seed, source, or the rules of this file.
+    """16 hexadecimal digits that change when position p would mean another sample: seed, source, or
+    the rules of this file.
 
     To be saved beside the position.
 
@@ -64,7 +69,9 @@ def stream_fingerprint(config: schema.Config, source: DataSource) -> str:
     >>> stream_fingerprint(schema.Config(seed=1), Five()) == stream_fingerprint(schema.Config(seed=2), Five())
     False
     """
-    return base.stable_digest(STREAM, config.seed, len(source), source.fingerprint(), *_resizer(config))
+    return base.stable_digest(
+        STREAM, config.seed, len(source), source.fingerprint(), *_resizer(config)
+    )
 
 
 def _resizer(config: schema.Config) -> list[str]:
@@ -74,7 +81,8 @@ def _resizer(config: schema.Config) -> list[str]:
 
 
 def stream_identity(config: schema.Config, source: DataSource) -> str:
-    """What `stream_fingerprint` hashes, as lines `key = value` for a person: two of them show what differs.
+    """What `stream_fingerprint` hashes, as lines `key = value` for a person: two of them show what
+    differs.
 
     >>> class Five:
     ...     name = "five"
@@ -98,9 +106,12 @@ class Batches(Iterator[Batch]):
         record: int64 [B], index of the record that each row of the last batch shows.
     """
 
-    def __init__(self, batches: RestartingIterator, source: DataSource, max_bad_share: float) -> None:
+    def __init__(
+        self, batches: RestartingIterator, source: DataSource, max_bad_share: float
+    ) -> None:
         self._batches, self._source, self._limit = batches, source, max_bad_share
-        self._window: collections.deque[tuple[int, np.ndarray]] = collections.deque()  # records drawn and bad ones, a batch
+        # records drawn and bad ones, a batch
+        self._window: collections.deque[tuple[int, np.ndarray]] = collections.deque()
         self._drawn, self._bad = 0, np.zeros(len(decode.REASONS), np.int64)  # their sums
         self._examples: dict[str, list[str]] = {reason: [] for reason in decode.REASONS}
         self.skipped = dict.fromkeys(decode.REASONS, 0)
@@ -108,8 +119,12 @@ class Batches(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         batch = next(self._batches)
-        skipped, example, noted, self.record = (batch.pop(name) for name in ("skipped", "example", "noted", "record"))
-        for reason, count, index in zip(decode.REASONS, skipped.tolist(), example.tolist(), strict=True):
+        skipped, example, noted, self.record = (
+            batch.pop(name) for name in ("skipped", "example", "noted", "record")
+        )
+        for reason, count, index in zip(
+            decode.REASONS, skipped.tolist(), example.tolist(), strict=True
+        ):
             self.skipped[reason] += count
             if index >= 0 and len(self._examples[reason]) < 3:
                 self._examples[reason].append(repr(record_key(self._source, index)))
@@ -119,8 +134,13 @@ class Batches(Iterator[Batch]):
         return batch
 
     def counted(self) -> dict[str, float]:
-        """What the log says of the batches that were consumed: bad records, cut captions, dropped labels, workers started again."""
-        counts = {**{f"skipped/{reason}": n for reason, n in self.skipped.items()}, **self.noted, "restarts": self._batches.restarts}
+        """What the log says of the batches that were consumed: bad records, cut captions, dropped
+        labels, workers started again."""
+        counts = {
+            **{f"skipped/{reason}": n for reason, n in self.skipped.items()},
+            **self.noted,
+            "restarts": self._batches.restarts,
+        }
         return {f"data/{name}": count for name, count in counts.items() if count}
 
     @property
@@ -129,7 +149,8 @@ class Batches(Iterator[Batch]):
         return {"skipped": dict(self.skipped), "noted": dict(self.noted)}
 
     def go_on(self, counts: Mapping[str, Mapping[str, int]]) -> None:
-        """Count from where a run before left off, so that its log reads as if it had never been broken."""
+        """Count from where a run before left off, so that its log reads as if it had never been
+        broken."""
         for mine, name in ((self.skipped, "skipped"), (self.noted, "noted")):
             for what, count in counts.get(name, {}).items():
                 mine[what] = mine.get(what, 0) + count
@@ -144,14 +165,21 @@ class Batches(Iterator[Batch]):
             self._drawn, self._bad = self._drawn - drawn, self._bad - skipped
         total, of = int(self._bad.sum()), max(self._drawn, WINDOW)
         if total > self._limit * of:
-            why = summarize_bad_records({reason: (n, self._examples[reason]) for reason, n in zip(decode.REASONS, self._bad.tolist(), strict=True)})
+            why = summarize_bad_records(
+                {
+                    reason: (n, self._examples[reason])
+                    for reason, n in zip(decode.REASONS, self._bad.tolist(), strict=True)
+                }
+            )
             raise UserError(
-                f"{total:,} of the last {self._drawn:,} records of {self._source.name} were bad, more than "
-                f"data.max_bad_share={self._limit} of {of:,}: {why}; repair or remove them, or raise the limit"
+                f"{total:,} of the last {self._drawn:,} records of {self._source.name} were bad,"
+                f" more than data.max_bad_share={self._limit} of {of:,}: {why}; repair or remove"
+                " them, or raise the limit"
             )
 
     def start(self) -> None:
-        """Begins to make batches ahead, before the first is asked for: worth it before compiling."""
+        """Begins to make batches ahead, before the first is asked for: worth it before
+        compiling."""
         self._batches.start()
 
     def close(self) -> None:
@@ -171,26 +199,23 @@ def iterate_batches(
 ) -> Batches:
     """An endless iterator over one host's share of the global batches, from a position on.
 
-    Args:
-        config: the run's; of `data`, `threads` and `workers` change nothing but the speed.
-        source: the records to train on, at least two.
-        tokenizer: of `data.caption_length` ids, or None to leave captions out.
-        start: samples seen before; even.
-        host, hosts: which contiguous share of the rows to make.
-        views: those that anything reads; cutting the others is half of the work, and they are black.
+    Args: config: the run's; of `data`, `threads` and `workers` change nothing but the speed.
+        source: the records to train on, at least two. tokenizer: of `data.caption_length` ids, or
+        None to leave captions out. start: samples seen before; even. host, hosts: which contiguous
+        share of the rows to make. views: those that anything reads; cutting the others is half of
+        the work, and they are black.
 
-    Returns:
-        An iterator of dicts of numpy arrays, with B = batch_size / hosts rows, S = image_size, N = patches, L = caption length:
-        views uint8 [B, 2, S, S, 3]: input and target view, not mirrored yet (`photometric.mirror`);
-        box float32 [B, 2, 4]: top, left, height, width in pixels of the un-mirrored image;
-        flip bool [B, 2]: whether it is to be mirrored; label int32 [B], -1 = none; position uint32 [B, 2], high and low word;
-        mask bool [B, N]: True = own image, exactly `config.hidden` False a row, the same within a mask cell;
-        with a tokenizer, tokens int32 [B, L] and length int32 [B], 0 = no caption.
-        The partner of row b is row b ^ 1.
+    Returns: An iterator of dicts of numpy arrays, with B = batch_size / hosts rows, S = image_size,
+        N = patches, L = caption length: views uint8 [B, 2, S, S, 3]: input and target view, not
+        mirrored yet (`photometric.mirror`); box float32 [B, 2, 4]: top, left, height, width in
+        pixels of the un-mirrored image; flip bool [B, 2]: whether it is to be mirrored; label int32
+        [B], -1 = none; position uint32 [B, 2], high and low word; mask bool [B, N]: True = own
+        image, exactly `config.hidden` False a row, the same within a mask cell; with a tokenizer,
+        tokens int32 [B, L] and length int32 [B], 0 = no caption. The partner of row b is row b ^ 1.
 
-    Raises:
-        UserError: the source has fewer than two records, or worker processes lack shared memory; while iterating, too many bad records.
-        ValueError: start or the share of a host is odd, or the tokenizer has another length.
+    Raises: UserError: the source has fewer than two records, or worker processes lack shared
+        memory; while iterating, too many bad records. ValueError: start or the share of a host is
+        odd, or the tokenizer has another length.
 
     >>> class Gray:
     ...     name, count_classes, captions = "gray", (), False
@@ -204,11 +229,20 @@ def iterate_batches(
     """
     batch, data = config.train.batch_size, config.data
     if batch % (2 * hosts) or start % 2 or start < 0:
-        raise ValueError(f"batch {batch} must be a multiple of 2 x {hosts} hosts, and start {start} even: partners are 2k and 2k + 1")
+        raise ValueError(
+            f"batch {batch} must be a multiple of 2 x {hosts} hosts, and start {start} even:"
+            " partners are 2k and 2k + 1"
+        )
     if len(source) < 2:
-        raise UserError(f"{source.name} has {len(source)} images to train on, mixing needs 2: add images or lower data.holdout")
+        raise UserError(
+            f"{source.name} has {len(source)} images to train on, mixing needs 2: add images or"
+            " lower data.holdout"
+        )
     if tokenizer and tokenizer.length != data.caption_length:
-        raise ValueError(f"the tokenizer makes {tokenizer.length} ids, data.caption_length is {data.caption_length}")
+        raise ValueError(
+            f"the tokenizer makes {tokenizer.length} ids, data.caption_length is"
+            f" {data.caption_length}"
+        )
     rows = batch // hosts
     if data.workers:
         _check_shared_memory(data.workers, rows * 2 * data.image_size**2 * 3)
@@ -229,17 +263,29 @@ def iterate_batches(
         borrower=shared_buffers.ThreadBufferPool(),
     )
     make = functools.partial(_from, maker, data.workers, 0 if data.workers else data.threads)
-    return Batches(RestartingIterator(make, workers=data.workers, limit=data.patience), source, data.max_bad_share)
+    return Batches(
+        RestartingIterator(make, workers=data.workers, limit=data.patience),
+        source,
+        data.max_bad_share,
+    )
 
 
-def _from(maker: BatchBuilder, workers: int, threads: int, number: int) -> tuple[Any, shared_buffers.SharedBufferPool | None]:
+def _from(
+    maker: BatchBuilder, workers: int, threads: int, number: int
+) -> tuple[Any, shared_buffers.SharedBufferPool | None]:
     """(Grain iterator over the batches of a maker from one on, lender of their memory)."""
     import grain.python as grain  # seconds to import, and only runs that read data need it
 
     lender = shared_buffers.SharedBufferPool() if workers else None
-    maker = dataclasses.replace(maker, first=maker.first + number * maker.batch, borrower=lender.borrower() if lender else maker.borrower)
+    maker = dataclasses.replace(
+        maker,
+        first=maker.first + number * maker.batch,
+        borrower=lender.borrower() if lender else maker.borrower,
+    )
     # The default options would hold 500 elements ahead, and an element is a whole batch.
-    read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 2) if threads else 0)
+    read = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=max(threads, 2) if threads else 0
+    )
     dataset = grain.MapDataset.range(2**40).map(maker).to_iter_dataset(read)
     if workers:
         from absl import flags
@@ -247,13 +293,19 @@ def _from(maker: BatchBuilder, workers: int, threads: int, number: int) -> tuple
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, also outside absl.app.run
         # Small arrays travel pickled: a shared block each would cost more.
-        dataset = grain.experimental.WithOptionsIterDataset(dataset, grain.experimental.DatasetOptions(min_shm_size=1 << 20))
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), begin_worker)
+        dataset = grain.experimental.WithOptionsIterDataset(
+            dataset, grain.experimental.DatasetOptions(min_shm_size=1 << 20)
+        )
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1),
+            begin_worker,
+        )
     return iter(dataset), lender
 
 
 def _check_shared_memory(workers: int, size: int) -> None:
-    """Refuses what would end in a bus error: every worker has a batch in the making, one waiting, and the trainer holds one."""
+    """Refuses what would end in a bus error: every worker has a batch in the making, one waiting,
+    and the trainer holds one."""
     try:
         free = shutil.disk_usage("/dev/shm").free
     except OSError:  # no such place on this system
@@ -261,6 +313,7 @@ def _check_shared_memory(workers: int, size: int) -> None:
     need = (2 * workers + 1) * size
     if need > free:
         raise UserError(
-            f"data.workers={workers} needs {need / 2**20:,.0f} MiB of shared memory for its batches, and /dev/shm has "
-            f"{free / 2**20:,.0f} free: use data.workers=0 with data.threads, or enlarge /dev/shm"
+            f"data.workers={workers} needs {need / 2**20:,.0f} MiB of shared memory for its"
+            f" batches, and /dev/shm has {free / 2**20:,.0f} free: use data.workers=0 with"
+            " data.threads, or enlarge /dev/shm"
         )

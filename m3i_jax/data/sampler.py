@@ -1,11 +1,13 @@
-"""Which record stands at which position of the stream: a closed form, so a restart anywhere, on any number of hosts, replays nothing.
+"""Which record stands at which position of the stream: a closed form, so a restart anywhere, on any
+number of hosts, replays nothing.
 
-Every epoch is its own keyed permutation of the source. A record that cannot be used is replaced by drawing again under a key that holds
-the number of the attempt: the replacement depends on the position alone, never on what a worker happened to read before.
+Every epoch is its own keyed permutation of the source. A record that cannot be used is replaced by
+drawing again under a key that holds the number of the attempt: the replacement depends on the
+position alone, never on what a worker happened to read before.
 
-A mixture of sources is a cycle of slots: source s owns parts[s] of them, and every cycle deals them out in another order. How often a
-source had its turn before a position is therefore arithmetic too, and with it the epoch and the record.
-"""
+A mixture of sources is a cycle of slots: source s owns parts[s] of them, and every cycle deals them
+out in another order. How often a source had its turn before a position is therefore arithmetic too,
+and with it the epoch and the record."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +21,8 @@ _ROUNDS = 8
 
 
 def hash64(*words: int | np.ndarray) -> np.ndarray:
-    """Hashes integers to 64 bits, element by element: SplitMix64's finaliser, one word absorbed a turn.
+    """Hashes integers to 64 bits, element by element: SplitMix64's finaliser, one word absorbed a
+    turn.
 
     Args:
         *words: integers or integer arrays that broadcast against each other.
@@ -42,8 +45,9 @@ def hash64(*words: int | np.ndarray) -> np.ndarray:
 def permute(index: np.ndarray, size: np.ndarray | int, key: np.ndarray) -> np.ndarray:
     """Element `index` of a keyed permutation of 0..size-1, in constant time and memory.
 
-    A Feistel network on an a x b grid of at least `size` cells (a = ceil(sqrt(size))); the few results beyond `size` walk on until they
-    fall inside (Black and Rogaway, "Ciphers with arbitrary finite domains", cycle walking).
+    A Feistel network on an a x b grid of at least `size` cells (a = ceil(sqrt(size))); the few
+    results beyond `size` walk on until they fall inside (Black and Rogaway, "Ciphers with arbitrary
+    finite domains", cycle walking).
 
     Args:
         index: [R] integers in 0..size-1.
@@ -72,7 +76,8 @@ def permute(index: np.ndarray, size: np.ndarray | int, key: np.ndarray) -> np.nd
 
 
 def sample_index(seed: int, positions: np.ndarray, size: int, attempt: int = 0) -> np.ndarray:
-    """The record at each position of the stream over a source of `size` records; every epoch visits each record once.
+    """The record at each position of the stream over a source of `size` records; every epoch visits
+    each record once.
 
     Args:
         seed: of the run.
@@ -94,7 +99,8 @@ def sample_index(seed: int, positions: np.ndarray, size: int, attempt: int = 0) 
 def sample_mixture_index(
     seed: int, positions: np.ndarray, sizes: Sequence[int], parts: Sequence[int], attempt: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The source and the record at each position of a mixture; a replacement is drawn from the same source.
+    """The source and the record at each position of a mixture; a replacement is drawn from the same
+    source.
 
     Args:
         seed: of the run.
@@ -117,14 +123,21 @@ def sample_mixture_index(
     share = np.asarray(parts, np.int64)[source]
     turn = cycle * share + slot - (ends[source] - share)  # how often the source had its turn before
     epoch, rank = np.divmod(turn, lengths[source])
-    return source, permute(rank, lengths[source], hash64(seed, masks.RECORD, source, epoch, attempt))
+    return source, permute(
+        rank, lengths[source], hash64(seed, masks.RECORD, source, epoch, attempt)
+    )
 
 
 def records_at(source: Any, seed: int, positions: np.ndarray, attempt: int = 0) -> np.ndarray:
-    """The record of a source at each position of the stream: a mixture has an order of its own, all else that of `sample_index`.
+    """The record of a source at each position of the stream: a mixture has an order of its own, all
+    else that of `sample_index`.
 
     >>> records_at("abc", 0, np.arange(3)).tolist() == sample_index(0, np.arange(3), 3).tolist()
     True
     """
     own = getattr(source, "locate", None)
-    return own(seed, positions, attempt) if own else sample_index(seed, positions, len(source), attempt)
+    return (
+        own(seed, positions, attempt)
+        if own
+        else sample_index(seed, positions, len(source), attempt)
+    )

@@ -1,14 +1,15 @@
 """Large arrays from worker processes, or from threads, in memory that is lent and comes back.
 
-A batch of images is tens of megabytes. Fresh memory for each of them costs page faults, of shared memory one every 4 KiB, an eighth of
-the time that it takes to decode the images; so a worker fills what it has filled before, as soon as nobody in the main process holds it
-any more. "Nobody" is what Python says of the array and of all views of it, and so of `jax.device_put`, which on CPU reads the very memory
-of a batch later on.
+A batch of images is tens of megabytes. Fresh memory for each of them costs page faults, of shared
+memory one every 4 KiB, an eighth of the time that it takes to decode the images; so a worker fills
+what it has filled before, as soon as nobody in the main process holds it any more. "Nobody" is what
+Python says of the array and of all views of it, and so of `jax.device_put`, which on CPU reads the
+very memory of a batch later on.
 
-A block of a thread (`ThreadBufferPool`) is private memory. One of a worker process is a file of a private directory in memory: one page whose first byte
-says whether it is lent, then the array. Only the worker that made a block fills it. The main process removes the directory at the end, and
-what others left behind at a sudden end.
-"""
+A block of a thread (`ThreadBufferPool`) is private memory. One of a worker process is a file of a
+private directory in memory: one page whose first byte says whether it is lent, then the array. Only
+the worker that made a block fills it. The main process removes the directory at the end, and what
+others left behind at a sudden end."""
 
 import collections
 import contextlib
@@ -37,7 +38,8 @@ class BufferHandle:
 
 
 class BufferWriter:
-    """The side of the worker: gives arrays of bytes to fill. Sent to the process, it arrives with no blocks.
+    """The side of the worker: gives arrays of bytes to fill. Sent to the process, it arrives with
+    no blocks.
 
     Args:
         place: the directory of the `SharedBufferPool`.
@@ -52,9 +54,13 @@ class BufferWriter:
 
     @contextlib.contextmanager
     def lend(self, shape: tuple[int, ...]) -> Iterator[tuple[BufferHandle, np.ndarray]]:
-        """(what to send, uint8 array of any content to fill first). If filling it fails, the block stays here."""
+        """(what to send, uint8 array of any content to fill first). If filling it fails, the block
+        stays here."""
         size = _HEADER + int(np.prod(shape))
-        name, block = next(((n, b) for n, b in self._blocks.items() if b[0] == _FREE and len(b) == size), (None, None))
+        name, block = next(
+            ((n, b) for n, b in self._blocks.items() if b[0] == _FREE and len(b) == size),
+            (None, None),
+        )
         if name is None or block is None:
             file, path = tempfile.mkstemp(dir=self._place)
             os.truncate(file, size)
@@ -78,7 +84,9 @@ class _Loan(np.ndarray):
             self.back()
 
 
-def _loan(block: mmap.mmap, shape: tuple[int, ...], offset: int, back: Callable[[], None]) -> np.ndarray:
+def _loan(
+    block: mmap.mmap, shape: tuple[int, ...], offset: int, back: Callable[[], None]
+) -> np.ndarray:
     """An array in the block; `back` is called once it and all its views are gone."""
     loan = np.ndarray.__new__(_Loan, shape, np.uint8, block, offset)
     loan.back = back
@@ -100,7 +108,8 @@ class ThreadBufferPool:
 
     @contextlib.contextmanager
     def lend(self, shape: tuple[int, ...]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(what to send, the same to fill first). It is filled again once nobody holds it; whether filling it fails makes no difference."""
+        """(what to send, the same to fill first). It is filled again once nobody holds it; whether
+        filling it fails makes no difference."""
         size = int(np.prod(shape))
         free = self._free.setdefault(size, collections.deque())
         try:
@@ -127,7 +136,8 @@ class SharedBufferPool:
         _sweep()
         self.place = tempfile.mkdtemp(prefix=_PREFIX, dir=_memory())
         lock = os.open(os.path.join(self.place, "lock"), os.O_CREAT | os.O_RDWR, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it with this process, whatever ends it
+        # the system lets go of it with this process, whatever ends it
+        fcntl.flock(lock, fcntl.LOCK_EX)
         self._end = weakref.finalize(self, _end, self.place, lock)
         self._blocks: dict[str, mmap.mmap] = {}
 
@@ -136,7 +146,8 @@ class SharedBufferPool:
         return BufferWriter(self.place)
 
     def take(self, sent: BufferHandle) -> np.ndarray:
-        """The array that was sent, without a copy. It is the borrower's again once this array and all its views are gone."""
+        """The array that was sent, without a copy. It is the borrower's again once this array and
+        all its views are gone."""
         if sent.name not in self._blocks:
             self._blocks[sent.name] = _map(os.open(os.path.join(self.place, sent.name), os.O_RDWR))
         block = self._blocks[sent.name]
@@ -170,7 +181,9 @@ def _sweep() -> None:
     """Removes directories of this user whose process is gone without having done so."""
     folder = _memory() or tempfile.gettempdir()
     with contextlib.suppress(OSError):
-        for entry in itertools.islice((e for e in os.scandir(folder) if e.name.startswith(_PREFIX)), 1000):
+        for entry in itertools.islice(
+            (e for e in os.scandir(folder) if e.name.startswith(_PREFIX)), 1000
+        ):
             with contextlib.suppress(OSError):
                 if entry.stat(follow_symlinks=False).st_uid != os.getuid():
                     continue

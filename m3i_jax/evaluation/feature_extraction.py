@@ -1,5 +1,5 @@
-"""Frozen features of whole data sets: what every evaluator starts from. Each set of images is read and encoded once an evaluation,
-however many measures look at it."""
+"""Frozen features of whole data sets: what every evaluator starts from. Each set of images is read
+and encoded once an evaluation, however many measures look at it."""
 
 import collections
 import functools
@@ -16,22 +16,31 @@ from m3i_jax.models import m3i
 from m3i_jax.training import views
 
 
-def extract_features(config: schema.Config, pool: str, params: Any, pixels_BxSxSx3: jax.Array) -> jax.Array:
-    """What is read from images of the model's size as they are (no colour augmentation, no masking): float32, [B, D], or of `tokens`
-    [B, T, D] with cls first.
+def extract_features(
+    config: schema.Config, pool: str, params: Any, pixels_BxSxSx3: jax.Array
+) -> jax.Array:
+    """What is read from images of the model's size as they are (no colour augmentation, no
+    masking): float32, [B, D], or of `tokens` [B, T, D] with cls first.
 
-    Args:
-      config: of the run; `config.model`, the pixels' mean and std and the image size are read.
-      pool: attention: the pooling that the objective trained (M3I section 3.4); mean: of the patch tokens; cls: that token; tokens: all.
-      params: with `encoder` and, for attention, `pool`.
+    Args: config: of the run; `config.model`, the pixels' mean and std and the image size are read.
+      pool: attention: the pooling that the objective trained (M3I section 3.4); mean: of the patch
+      tokens; cls: that token; tokens: all. params: with `encoder` and, for attention, `pool`.
       pixels_BxSxSx3: uint8, or floats in 0..1.
     """
     z_BxTxD = drop_cls(config, params, pixels_BxSxSx3)
     first = int(config.model.encoder.cls_token)  # an InternImage has none
     if pool == "attention":
-        return m3i.pool(config, params, z_BxTxD[:, first:], cls=z_BxTxD[:, 0] if first else None).astype(jnp.float32)
+        return m3i.pool(
+            config, params, z_BxTxD[:, first:], cls=z_BxTxD[:, 0] if first else None
+        ).astype(jnp.float32)
     z_BxTxD = z_BxTxD.astype(jnp.float32)
-    return z_BxTxD if pool == "tokens" else z_BxTxD[:, 0] if pool == "cls" else z_BxTxD[:, first:].mean(1)
+    return (
+        z_BxTxD
+        if pool == "tokens"
+        else z_BxTxD[:, 0]
+        if pool == "cls"
+        else z_BxTxD[:, first:].mean(1)
+    )
 
 
 def drop_cls(config: schema.Config, params: Any, pixels_BxSxSx3: jax.Array) -> jax.Array:
@@ -40,8 +49,8 @@ def drop_cls(config: schema.Config, params: Any, pixels_BxSxSx3: jax.Array) -> j
 
 
 class FeatureSpec(NamedTuple):
-    """vectors [n, D] float32, L2-normalised; labels [n] int32, -1 = none; records [n] int64, their places in the source; lengths [n]
-    float32, what the vectors were divided by (None: not kept)."""
+    """vectors [n, D] float32, L2-normalised; labels [n] int32, -1 = none; records [n] int64, their
+    places in the source; lengths [n] float32, what the vectors were divided by (None: not kept)."""
 
     vectors: np.ndarray
     labels: np.ndarray
@@ -59,28 +68,44 @@ class FeatureSpec(NamedTuple):
 class Extractor:
     """Features of batches `{views, label, index, valid}`; compiled once for all calls.
 
-    Args:
-      config: the run's settings.
-      mesh: batches are split over its data axes; their size must divide by those. Of several hosts each brings its own rows, and gets all.
-      attention: whether features are attention-pooled, or the mean of the patch tokens.
+    Args: config: the run's settings. mesh: batches are split over its data axes; their size must
+      divide by those. Of several hosts each brings its own rows, and gets all. attention: whether
+      features are attention-pooled, or the mean of the patch tokens.
     """
 
     def __init__(self, config: schema.Config, mesh: jax.sharding.Mesh, *, attention: bool = False):
-        self._mesh, self._width = mesh, config.model.pooled if attention else config.model.encoder.width
+        self._mesh, self._width = (
+            mesh,
+            (config.model.pooled if attention else config.model.encoder.width),
+        )
         pool = "attention" if attention else "mean"
-        self._features = jax.jit(functools.partial(extract_features, config, pool), out_shardings=parallel.replicated(mesh))
+        self._features = jax.jit(
+            functools.partial(extract_features, config, pool),
+            out_shardings=parallel.replicated(mesh),
+        )
 
-    def __call__(self, params: Any, batches: Iterable[dict[str, np.ndarray]], poll: Callable[[], None] = lambda: None) -> FeatureSpec:
-        """Those of the valid rows, in order. `params` holds the part "encoder" and, for attention pooling, "pool". `poll` is called
-        between batches and may raise."""
-        vectors, labels, index = [np.zeros((0, self._width), np.float32)], [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+    def __call__(
+        self,
+        params: Any,
+        batches: Iterable[dict[str, np.ndarray]],
+        poll: Callable[[], None] = lambda: None,
+    ) -> FeatureSpec:
+        """Those of the valid rows, in order. `params` holds the part "encoder" and, for attention
+        pooling, "pool". `poll` is called between batches and may raise."""
+        vectors, labels, index = (
+            [np.zeros((0, self._width), np.float32)],
+            [np.zeros(0, np.int32)],
+            [np.zeros(0, np.int64)],
+        )
         for found, rows in extract_set(self._mesh, self._features, params, batches, poll):
             vectors.append(found)
             labels.append(rows["label"])
             index.append(rows["index"])
         raw_NxD = np.concatenate(vectors)
         length_N = np.sqrt(np.square(raw_NxD).sum(1) + 1e-12)
-        return FeatureSpec(raw_NxD / length_N[:, None], np.concatenate(labels), np.concatenate(index), length_N)
+        return FeatureSpec(
+            raw_NxD / length_N[:, None], np.concatenate(labels), np.concatenate(index), length_N
+        )
 
 
 def extract_set(
@@ -90,13 +115,15 @@ def extract_set(
     batches: Iterable[dict[str, np.ndarray]],
     poll: Callable[[], None],
 ) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
-    """(outputs, {label, index}) of the valid rows of each batch, on every host; the device works while the next batch is read. The
-    function may give an array or a tree of them."""
+    """(outputs, {label, index}) of the valid rows of each batch, on every host; the device works
+    while the next batch is read. The function may give an array or a tree of them."""
 
     def fetch(out: Any, rows: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray]]:
         rows = parallel.allgather_rows(mesh, rows)
         valid = rows.pop("valid")
-        return jax.tree.map(lambda x: np.asarray(x)[valid], out), {name: x[valid] for name, x in rows.items()}
+        return jax.tree.map(lambda x: np.asarray(x)[valid], out), {
+            name: x[valid] for name, x in rows.items()
+        }
 
     pending: Any = None
     for batch in batches:
@@ -118,8 +145,9 @@ class Predictions(NamedTuple):
 
 
 class EvalContext:
-    """What the measures of one evaluation share: `seen(name)` is the features of a set, extracted when first asked for, and
-    `seen.once(name, make)` anything else that more than one of them wants.
+    """What the measures of one evaluation share: `seen(name)` is the features of a set, extracted
+    when first asked for, and `seen.once(name, make)` anything else that more than one of them
+    wants.
 
     Attributes:
       params: parameters that are evaluated.
@@ -132,7 +160,9 @@ class EvalContext:
     True
     """
 
-    def __init__(self, sets: "Mapping[str, ImageSet]", params: Any, poll: Callable[[], None]) -> None:
+    def __init__(
+        self, sets: "Mapping[str, ImageSet]", params: Any, poll: Callable[[], None]
+    ) -> None:
         self._sets, self.params, self.poll = sets, params, poll
         self._made: dict[str, Any] = {}
         self.skipped: collections.Counter[str] = collections.Counter()
@@ -153,11 +183,15 @@ class EvalContext:
 
 
 def encoder_params(config: schema.Config, state: Any) -> Any:
-    """What is evaluated of a state: the online parameters or, with evaluate.encoder=ema, the average where there is one."""
+    """What is evaluated of a state: the online parameters or, with evaluate.encoder=ema, the
+    average where there is one."""
     if config.evaluate.encoder == "online":
         return state.params
     average = state.opt["target"].params
-    return {**state.params, **{part: average[part] for part in ("encoder", *WHOLE) if part in average}}
+    return {
+        **state.params,
+        **{part: average[part] for part in ("encoder", *WHOLE) if part in average},
+    }
 
 
 def gather_from_hosts(skipped: Mapping[str, int]) -> dict[str, int]:
@@ -168,13 +202,15 @@ def gather_from_hosts(skipped: Mapping[str, int]) -> dict[str, int]:
     return dict(total)
 
 
-WHOLE = ("pool", "category", "image_projection", "text", "logit_scale")  # parts that an average either has whole or not at all
+# parts that an average either has whole or not at all
+WHOLE = ("pool", "category", "image_projection", "text", "logit_scale")
 ImageSet = Callable[[Any, Callable[[], None]], tuple[FeatureSpec, Mapping[str, int]]]
 Metric = Callable[[EvalContext], Iterator[tuple[str, float]]]
 
 
 def image_sets(extract: Extractor, batches: Callable[[], Any]) -> ImageSet:
-    """A set of images: `batches` gives a fresh iterator, whose `skipped` says in the end what could not be read."""
+    """A set of images: `batches` gives a fresh iterator, whose `skipped` says in the end what could
+    not be read."""
 
     def run(params: Any, poll: Callable[[], None]) -> tuple[FeatureSpec, Mapping[str, int]]:
         read = batches()
@@ -183,8 +219,11 @@ def image_sets(extract: Extractor, batches: Callable[[], Any]) -> ImageSet:
     return run
 
 
-def make_evaluator(config: schema.Config, sets: Mapping[str, ImageSet], measures: Iterable[Metric]) -> Any:
-    """An evaluator of the online encoder or its EMA (`evaluate.encoder`): (state, poll) -> iterator of (name, value)."""
+def make_evaluator(
+    config: schema.Config, sets: Mapping[str, ImageSet], measures: Iterable[Metric]
+) -> Any:
+    """An evaluator of the online encoder or its EMA (`evaluate.encoder`): (state, poll) -> iterator
+    of (name, value)."""
     measures = tuple(measures)
 
     def run(state: Any, poll: Callable[[], None]) -> Iterator[tuple[str, float]]:

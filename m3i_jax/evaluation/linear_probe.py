@@ -1,10 +1,11 @@
-"""The linear probe of M3I Table 9 on frozen features: batch norm without scale and offset, one linear map, LARS, 90 epochs of batches of
-16,384, cosine after 10 epochs of warm-up (as MAE's code does it).
+"""The linear probe of M3I Table 9 on frozen features: batch norm without scale and offset, one
+linear map, LARS, 90 epochs of batches of 16,384, cosine after 10 epochs of warm-up (as MAE's code
+does it).
 
-Features are those of the clean views, made once: the protocol without its augmentation, in seconds and beside any run. With augmentation
-it is a run of its own, configs/transfer/probe.py. The L-BFGS classifier of `linear` is the optimum of a convex problem; this one is what
-published numbers were made with.
-"""
+Features are those of the clean views, made once: the protocol without its augmentation, in seconds
+and beside any run. With augmentation it is a run of its own, configs/transfer/probe.py. The L-BFGS
+classifier of `linear` is the optimum of a convex problem; this one is what published numbers were
+made with."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -22,12 +23,14 @@ from m3i_jax.objective import losses
 from m3i_jax.training import optimizer, optimizers
 
 BATCH = 16_384  # to which the learning rate refers
-EPS, KEEP = 1e-6, 0.9  # of the batch norm: added to the variance, and what stays of the running statistics
+# of the batch norm: added to the variance, and what stays of the running statistics
+EPS, KEEP = 1e-6, 0.9
 INIT = 0.01  # deviation of the first weights
 
 
 class LinearProbe(NamedTuple):
-    """weights: {"kernel": [D, C], "bias": [C]}. opt: of LARS. mean, variance: running statistics [D] of the batch norm."""
+    """weights: {"kernel": [D, C], "bias": [C]}. opt: of LARS. mean, variance: running statistics
+    [D] of the batch norm."""
 
     weights: Any
     opt: Any
@@ -38,24 +41,38 @@ class LinearProbe(NamedTuple):
 def probe_logits(probe: LinearProbe, x_NxD: jax.Array) -> jax.Array:
     """[N, C] with the running statistics."""
     unit_NxD = (x_NxD - probe.mean) * jax.lax.rsqrt(probe.variance + EPS)
-    return jnp.matmul(unit_NxD, probe.weights["kernel"], precision=jax.lax.Precision.HIGHEST) + probe.weights["bias"]
+    return (
+        jnp.matmul(unit_NxD, probe.weights["kernel"], precision=jax.lax.Precision.HIGHEST)
+        + probe.weights["bias"]
+    )
 
 
-def probe_step(tx: optax.GradientTransformation, probe: LinearProbe, x_BxD: jax.Array, label_B: jax.Array) -> LinearProbe:
+def probe_step(
+    tx: optax.GradientTransformation, probe: LinearProbe, x_BxD: jax.Array, label_B: jax.Array
+) -> LinearProbe:
     """One step of LARS on one batch."""
     mean_D, variance_D = x_BxD.mean(0), x_BxD.var(0)
     unit_BxD = (x_BxD - mean_D) * jax.lax.rsqrt(variance_D + EPS)
 
     def loss(weights: Any) -> jax.Array:
-        made = jnp.matmul(unit_BxD, weights["kernel"], precision=jax.lax.Precision.HIGHEST) + weights["bias"]
+        made = (
+            jnp.matmul(unit_BxD, weights["kernel"], precision=jax.lax.Precision.HIGHEST)
+            + weights["bias"]
+        )
         total, count = losses.category(made, label_B, smoothing=0.0)
         return total / count
 
     updates, opt = tx.update(jax.grad(loss)(probe.weights), probe.opt, probe.weights)
     rows = x_BxD.shape[0]
-    unbiased_D = variance_D * (rows / max(rows - 1, 1))  # what is kept of a batch is the unbiased variance, as in torch
+    # what is kept of a batch is the unbiased variance, as in torch
+    unbiased_D = variance_D * (rows / max(rows - 1, 1))
     mix = lambda old, new: KEEP * old + (1 - KEEP) * new  # noqa: E731
-    return LinearProbe(optax.apply_updates(probe.weights, updates), opt, mix(probe.mean, mean_D), mix(probe.variance, unbiased_D))
+    return LinearProbe(
+        optax.apply_updates(probe.weights, updates),
+        opt,
+        mix(probe.mean, mean_D),
+        mix(probe.variance, unbiased_D),
+    )
 
 
 def fit_linear_probe(
@@ -70,7 +87,8 @@ def fit_linear_probe(
     seed: int = 0,
     poll: Callable[[], None] = lambda: None,
 ) -> LinearProbe:
-    """The probe after training. The last partial batch of an epoch is dropped; of fewer rows than a batch, all of them are one.
+    """The probe after training. The last partial batch of an epoch is dropped; of fewer rows than a
+    batch, all of them are one.
 
     Args:
       x_NxD: features.
@@ -85,14 +103,29 @@ def fit_linear_probe(
     rows, size = len(x_NxD), min(batch, len(x_NxD))
     steps = rows // size
     settings = schema.Optim(lr=lr * size / BATCH, min_lr=0.0)
-    tx = optax.chain(*optimizers.lars(optimizer.lr_schedule(settings, steps=epochs * steps, warmup=min(warmup, epochs) * steps)))
+    tx = optax.chain(
+        *optimizers.lars(
+            optimizer.lr_schedule(
+                settings, steps=epochs * steps, warmup=min(warmup, epochs) * steps
+            )
+        )
+    )
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def epoch(probe: LinearProbe, x_NxD: jax.Array, label_N: jax.Array, order_SxB: jax.Array) -> LinearProbe:
-        return jax.lax.scan(lambda p, rows_B: (probe_step(tx, p, x_NxD[rows_B], label_N[rows_B]), None), probe, order_SxB)[0]
+    def epoch(
+        probe: LinearProbe, x_NxD: jax.Array, label_N: jax.Array, order_SxB: jax.Array
+    ) -> LinearProbe:
+        return jax.lax.scan(
+            lambda p, rows_B: (probe_step(tx, p, x_NxD[rows_B], label_N[rows_B]), None),
+            probe,
+            order_SxB,
+        )[0]
 
     draw, width = np.random.default_rng(seed), x_NxD.shape[1]
-    weights = {"kernel": jnp.asarray(INIT * draw.normal(size=(width, classes)), jnp.float32), "bias": jnp.zeros(classes)}
+    weights = {
+        "kernel": jnp.asarray(INIT * draw.normal(size=(width, classes)), jnp.float32),
+        "bias": jnp.zeros(classes),
+    }
     probe = LinearProbe(weights, tx.init(weights), jnp.zeros(width), jnp.ones(width))
     x, label = jax.device_put((x_NxD.astype(np.float32), label_N.astype(np.int32)))
     for _ in range(epochs):
@@ -102,18 +135,27 @@ def fit_linear_probe(
 
 
 def linear_probe_accuracy(
-    queries: tuple[np.ndarray, np.ndarray], index: tuple[np.ndarray, np.ndarray], *, poll: Callable[[], None] = lambda: None, **more: Any
+    queries: tuple[np.ndarray, np.ndarray],
+    index: tuple[np.ndarray, np.ndarray],
+    *,
+    poll: Callable[[], None] = lambda: None,
+    **more: Any,
 ) -> Iterator[tuple[str, float]]:
-    """("top1", share) and, with more than five classes, ("top5", share) of queries by a probe trained on an index; `more` as of `fit_linear_probe`.
+    """("top1", share) and, with more than five classes, ("top5", share) of queries by a probe
+    trained on an index; `more` as of `fit_linear_probe`.
 
-    Rows without a label (-1) are left out on both sides; nothing comes where that leaves no query or fewer than two rows to train on.
-    """
-    (q, q_label), (x, x_label) = ((f[label >= 0], label[label >= 0]) for f, label in (queries, index))
+    Rows without a label (-1) are left out on both sides; nothing comes where that leaves no query
+    or fewer than two rows to train on."""
+    (q, q_label), (x, x_label) = (
+        (f[label >= 0], label[label >= 0]) for f, label in (queries, index)
+    )
     if not len(q) or len(x) < 2:
         return
     classes = int(max(q_label.max(), x_label.max())) + 1
     probe = fit_linear_probe(x, x_label, classes, poll=poll, **more)
-    yield from head_accuracy(top_k_hits(np.asarray(jax.jit(probe_logits)(probe, jnp.asarray(q))), q_label), classes)
+    yield from head_accuracy(
+        top_k_hits(np.asarray(jax.jit(probe_logits)(probe, jnp.asarray(q))), q_label), classes
+    )
 
 
 def measure(config: schema.Config) -> Metric:
@@ -123,7 +165,13 @@ def measure(config: schema.Config) -> Metric:
         queries, index, e = seen("queries"), seen("index"), config.evaluate
         both = (queries.raw, queries.labels), (index.raw, index.labels)
         for name, value in linear_probe_accuracy(
-            *both, lr=e.probe_lr, epochs=e.probe_epochs, warmup=e.probe_warmup, batch=e.probe_batch, seed=config.seed, poll=seen.poll
+            *both,
+            lr=e.probe_lr,
+            epochs=e.probe_epochs,
+            warmup=e.probe_warmup,
+            batch=e.probe_batch,
+            seed=config.seed,
+            poll=seen.poll,
         ):
             yield f"eval/probe/{name}", value
 

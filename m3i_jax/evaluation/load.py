@@ -1,9 +1,8 @@
 """Weights as a function of images, whatever they come from: `m3i_jax.load`.
 
-import m3i_jax
-model = m3i_jax.load("runs/first")           # a workdir, or a file of timm, Hugging Face, MAE, SiameseIM, Google, InternImage
-vectors = model.features(images)           # uint8 or float [B, H, W, 3] of any size -> float32 [B, D]
-"""
+import m3i_jax model = m3i_jax.load("runs/first")           # a workdir, or a file of timm, Hugging
+Face, MAE, SiameseIM, Google, InternImage vectors = model.features(images)           # uint8 or
+float [B, H, W, 3] of any size -> float32 [B, D]"""
 
 import dataclasses
 import functools
@@ -46,15 +45,19 @@ class LoadedEncoder:
 
     @functools.cached_property
     def function(self) -> Callable[[Any, Any], jax.Array]:
-        """The compiled (params, pixels [B, S, S, 3]) -> features, for images that have the size already."""
-        return jax.jit(functools.partial(feature_extraction.extract_features, self.config, self.pool))
+        """The compiled (params, pixels [B, S, S, 3]) -> features, for images that have the size
+        already."""
+        return jax.jit(
+            functools.partial(feature_extraction.extract_features, self.config, self.pool)
+        )
 
     def features(self, images: Any) -> np.ndarray:
-        """Features of images, float32 [B, D], not normalised: `mean`, `attention` or `cls`, or [B, T, D] of `tokens`.
+        """Features of images, float32 [B, D], not normalised: `mean`, `attention` or `cls`, or [B,
+        T, D] of `tokens`.
 
-        Args:
-          images: uint8, or floats in 0..1, [B, H, W, 3] (or one, [H, W, 3]), RGB; or a list of images of any sizes. Those that do not
-            have the model's size are seen as in evaluation: short side resized to size * 256 / 224 (bicubic), centre cut out.
+        Args: images: uint8, or floats in 0..1, [B, H, W, 3] (or one, [H, W, 3]), RGB; or a list of
+          images of any sizes. Those that do not have the model's size are seen as in evaluation:
+          short side resized to size * 256 / 224 (bicubic), centre cut out.
 
         Raises:
           ValueError: arrays of another shape or type, or floats outside 0..1.
@@ -81,7 +84,9 @@ class LoadedEncoder:
                 batch[row] = v / np.float32(255) if v.dtype != kind else v
             out.append(np.asarray(self.function(self.params, batch))[: len(views)])
         if not out:
-            shape = jax.eval_shape(self.function, self.params, jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)).shape
+            shape = jax.eval_shape(
+                self.function, self.params, jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
+            ).shape
             return np.zeros((0, *shape[1:]), np.float32)
         return np.concatenate(out)
 
@@ -93,12 +98,22 @@ def eval_view(picture_HxWx3: np.ndarray, size: int) -> np.ndarray:
     ((16, 16, 3), np.float32(0.5))
     """
     picture = np.asarray(picture_HxWx3)
-    if picture.ndim != 3 or picture.shape[-1] != 3 or not (picture.dtype == np.uint8 or np.issubdtype(picture.dtype, np.floating)):
-        raise ValueError(f"an image has shape {picture.shape} and type {picture.dtype}; it must be [H, W, 3], uint8 or floats in 0..1")
+    if (
+        picture.ndim != 3
+        or picture.shape[-1] != 3
+        or not (picture.dtype == np.uint8 or np.issubdtype(picture.dtype, np.floating))
+    ):
+        raise ValueError(
+            f"an image has shape {picture.shape} and type {picture.dtype}; it must be [H, W, 3],"
+            " uint8 or floats in 0..1"
+        )
     if picture.dtype != np.uint8:
         picture = picture.astype(np.float32)
         if picture.size and not (picture.min() >= 0 and picture.max() <= 1):  # nor NaN
-            raise ValueError(f"a float image has values in {picture.min()}..{picture.max()}; they must lie in 0..1")
+            raise ValueError(
+                f"a float image has values in {picture.min()}..{picture.max()}; they must lie in"
+                " 0..1"
+            )
     height, width = picture.shape[:2]
     if (height, width) == (size, size):
         return picture
@@ -109,40 +124,57 @@ def eval_view(picture_HxWx3: np.ndarray, size: int) -> np.ndarray:
     top, left, h, w = box
     window = (left, top, min(left + w, width), min(top + h, height))
     bands = [Image.fromarray(np.ascontiguousarray(picture[..., c])) for c in range(3)]
-    resized = [np.asarray(band.resize((size, size), Image.Resampling.BICUBIC, window)) for band in bands]
-    return np.clip(np.stack(resized, -1), 0, 1)  # bicubic overshoots; bytes are clipped by Pillow itself
+    resized = [
+        np.asarray(band.resize((size, size), Image.Resampling.BICUBIC, window)) for band in bands
+    ]
+    # bicubic overshoots; bytes are clipped by Pillow itself
+    return np.clip(np.stack(resized, -1), 0, 1)
 
 
-def load(path: str, *, weights: str = "online", pool: str = "auto", heads: int = 0, dtype: str = "") -> LoadedEncoder:
+def load(
+    path: str, *, weights: str = "online", pool: str = "auto", heads: int = 0, dtype: str = ""
+) -> LoadedEncoder:
     """The encoder of a run or of a file of weights.
 
-    Args:
-      path: workdir of a run, or a file or directory of timm, Hugging Face ViT or CLIP, MAE, SiameseIM, Google ViT or InternImage. An
-        InternImage must have the sizes of a preset. With the fusion of M3I (H, G) its dense features are fused; without (T to XL) they are
-        the last stage's map. Its images have the size that a preprocessor_config.json beside it tells, or 224 pixels.
+    Args: path: workdir of a run, or a file or directory of timm, Hugging Face ViT or CLIP, MAE,
+      SiameseIM, Google ViT or InternImage. An InternImage must have the sizes of a preset. With the
+      fusion of M3I (H, G) its dense features are fused; without (T to XL) they are the last stage's
+      map. Its images have the size that a preprocessor_config.json beside it tells, or 224 pixels.
       weights: online, or ema: the momentum average.
-      pool: of the features: attention, mean of the patch tokens, cls, or all tokens; auto: attention if the run trained it, else mean.
+      pool: of the features: attention, mean of the patch tokens, cls, or all tokens; auto:
+          attention if the run trained it, else mean.
       heads: of attention, where a file cannot tell; 0: as it tells, or 64 channels a head.
       dtype: bfloat16 or float32; empty: the run's, float32 for files.
 
-    Raises:
-      UserError: nothing there that can be read; a pooling that was not trained; weights that are no vision transformer of this kind and no
-        InternImage of a preset.
+    Raises: UserError: nothing there that can be read; a pooling that was not trained; weights that
+      are no vision transformer of this kind and no InternImage of a preset.
     """
     if pool not in POOLS:
         raise UserError(f"pool={pool!r} is none of {', '.join(POOLS)}")
     source = init_from.open_weights(path, weights=weights, key="load")
     run = checkpoint_dir.is_run(path)
-    config = configuration.resolve(configuration.load_from_workdir(path, "load") if run else _described(source, path, heads, "load"))
+    config = configuration.resolve(
+        configuration.load_from_workdir(path, "load")
+        if run
+        else _described(source, path, heads, "load")
+    )
     if dtype:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-    trained = run and bool(plan.build_plan(config).where("category", "text")) and any(p.startswith("pool/") for p in source.shapes)
+    trained = (
+        run
+        and bool(plan.build_plan(config).where("category", "text"))
+        and any(p.startswith("pool/") for p in source.shapes)
+    )
     if pool == "attention" and not trained:
         raise UserError(f"load: {path}: has no pooling that was trained; use pool='mean'")
     if pool == "cls" and not config.model.encoder.cls_token:
         raise UserError(f"load: {path}: has no cls token; use pool='mean'")
     pool = ("attention" if trained else "mean") if pool == "auto" else pool
-    wanted = [p for p in source.shapes if p.startswith("encoder/") or (pool == "attention" and p.startswith("pool/"))]
+    wanted = [
+        p
+        for p in source.shapes
+        if p.startswith("encoder/") or (pool == "attention" and p.startswith("pool/"))
+    ]
     params: dict[str, Any] = {}
     for name, array in source.read(dict.fromkeys(wanted)).items():
         checkpoint.set_leaf(params, name, jnp.asarray(array))
@@ -150,14 +182,15 @@ def load(path: str, *, weights: str = "online", pool: str = "auto", heads: int =
 
 
 def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
-    """The settings of a run, or those that go with a file of weights: `model`, the size of the images and their mean and deviation.
+    """The settings of a run, or those that go with a file of weights: `model`, the size of the
+    images and their mean and deviation.
 
     Args:
       path: as of `load`.
       flag: what named it, for messages.
 
-    Raises:
-      UserError: nothing there that can be read, or no vision transformer of this kind and no InternImage of a preset.
+    Raises: UserError: nothing there that can be read, or no vision transformer of this kind and no
+      InternImage of a preset.
     """
     if checkpoint_dir.is_run(path):
         return configuration.load_from_workdir(path, flag)
@@ -165,7 +198,8 @@ def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
 
 
 def build_encoder(config: ml_collections.ConfigDict, path: str, flag: str) -> None:
-    """Let a run start from an encoder of elsewhere: its model, the size of its images and their mean and deviation, and its weights.
+    """Let a run start from an encoder of elsewhere: its model, the size of its images and their
+    mean and deviation, and its weights.
 
     Args:
       config: the run's, changed in place.
@@ -178,8 +212,8 @@ def build_encoder(config: ml_collections.ConfigDict, path: str, flag: str) -> No
 
 
 def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema.Config:
-    """The configuration for a file of weights: as it is where its encoder has the file's sizes, else with the encoder and the images that
-    go with the file.
+    """The configuration for a file of weights: as it is where its encoder has the file's sizes,
+    else with the encoder and the images that go with the file.
 
     Args:
       config: settings.
@@ -187,11 +221,23 @@ def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema
     """
     told = init_from.open_weights(path, key=flag).settings
     here = {**dataclasses.asdict(config.model.encoder), **dataclasses.asdict(config.model)}
-    shaping = ("backbone", "patch_size", "width", "depth", "mlp_ratio", *(["intern_image"] if config.model.backbone != "vit" else []))
+    shaping = (
+        "backbone",
+        "patch_size",
+        "width",
+        "depth",
+        "mlp_ratio",
+        *(["intern_image"] if config.model.backbone != "vit" else []),
+    )
     if all(told.get(name, here[name]) == here[name] for name in shaping):
         return config
-    there, out = settings_of_weights(path, flag), configuration.config_from_text(configuration.config_to_text(config), flag)
-    out.model.update({name: there.model[name] for name in ("backbone", "scan", "encoder", "intern_image")})
+    there, out = (
+        settings_of_weights(path, flag),
+        configuration.config_from_text(configuration.config_to_text(config), flag),
+    )
+    out.model.update(
+        {name: there.model[name] for name in ("backbone", "scan", "encoder", "intern_image")}
+    )
     out.model.pool.heads = 1  # divides any width; a file has no pooling that was trained
     _seen_as(out, there)
     return configuration.resolve(out)
@@ -199,20 +245,30 @@ def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema
 
 def _seen_as(config: ml_collections.ConfigDict, there: ml_collections.ConfigDict) -> None:
     config.data.image_size = there.data.image_size
-    config.data.augment.mean, config.data.augment.std = there.data.augment.mean, there.data.augment.std
+    config.data.augment.mean, config.data.augment.std = (
+        there.data.augment.mean,
+        there.data.augment.std,
+    )
 
 
-def _described(source: init_from.WeightSource, path: str, heads: int, flag: str) -> ml_collections.ConfigDict:
+def _described(
+    source: init_from.WeightSource, path: str, heads: int, flag: str
+) -> ml_collections.ConfigDict:
     """The settings of a file of weights."""
     told, config = dict(source.settings), configuration.default_config()
     if "width" not in told or "image_size" not in told:
         raise UserError(
-            f"{flag}: {path}: is neither a vision transformer of this kind nor one of {', '.join(intern_image.PRESETS)} ({source.name}); "
-            "it can be read, but not run from here"
+            f"{flag}: {path}: is neither a vision transformer of this kind nor one of"
+            f" {', '.join(intern_image.PRESETS)} ({source.name}); it can be read, but not run from"
+            " here"
         )
-    told["heads"] = heads or told.get("heads") or (16 if told["width"] == 1280 else max(1, told["width"] // 64))
+    told["heads"] = (
+        heads or told.get("heads") or (16 if told["width"] == 1280 else max(1, told["width"] // 64))
+    )
     config.model.encoder.update({name: told[name] for name in config.model.encoder if name in told})
-    config.model.update({name: told[name] for name in ("backbone", "scan", "intern_image") if name in told})
+    config.model.update(
+        {name: told[name] for name in ("backbone", "scan", "intern_image") if name in told}
+    )
     config.model.update({"dtype": "float32", "pool": {"heads": 1}})
     config.data.image_size = told["image_size"]
     config.data.augment.update({name: told[name] for name in ("mean", "std") if name in told})

@@ -1,8 +1,9 @@
-"""A linear classifier on frozen features: the protocol beside kNN that says what a straight cut through the features can tell apart.
+"""A linear classifier on frozen features: the protocol beside kNN that says what a straight cut
+through the features can tell apart.
 
-Multinomial logistic regression by full-batch L-BFGS on standardised features. It is convex, so there is no learning rate, no schedule and
-no seed to choose; the weight decay is, and a held-out fifth of the index chooses it. The queries are looked at once, at the end.
-"""
+Multinomial logistic regression by full-batch L-BFGS on standardised features. It is convex, so
+there is no learning rate, no schedule and no seed to choose; the weight decay is, and a held-out
+fifth of the index chooses it. The queries are looked at once, at the end."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -15,16 +16,24 @@ import optax
 
 from m3i_jax.evaluation.feature_extraction import EvalContext, Metric
 
-L2 = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)  # from strong to weak: each fit starts where the one before ended
+# from strong to weak: each fit starts where the one before ended
+L2 = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 MOST_STEPS, TOLERANCE = 200, 1e-4
 Weights = dict[str, jax.Array]
 
 
 @functools.partial(jax.jit, static_argnames="steps")
 def fit_logistic(
-    x_NxD: jax.Array, label_N: jax.Array, weight_N: jax.Array, start: Weights, l2: jax.Array | float, *, steps: int = MOST_STEPS
+    x_NxD: jax.Array,
+    label_N: jax.Array,
+    weight_N: jax.Array,
+    start: Weights,
+    l2: jax.Array | float,
+    *,
+    steps: int = MOST_STEPS,
 ) -> Weights:
-    """Minimises `sum_n weight_n CE_n / sum_n weight_n + l2 / 2 |kernel|^2` over {"kernel": [D, C], "bias": [C]}; the bias is free.
+    """Minimises `sum_n weight_n CE_n / sum_n weight_n + l2 / 2 |kernel|^2` over {"kernel": [D, C],
+    "bias": [C]}; the bias is free.
 
     Compiled once for all values of `l2` and all choices of rows.
 
@@ -68,7 +77,8 @@ def zero_weights(width: int, classes: int) -> Weights:
 
 
 def standardize_features(x_NxD: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
-    """All arrays shifted and scaled so that the first has mean 0 and deviation 1 in every dimension; one that does not vary becomes 0.
+    """All arrays shifted and scaled so that the first has mean 0 and deviation 1 in every
+    dimension; one that does not vary becomes 0.
 
     >>> [x.tolist() for x in standardize_features(np.array([[1., 5.], [3., 5.]]), np.array([[5., 7.]]))]
     [[[-1.0, 0.0], [1.0, 0.0]], [[3.0, 0.0]]]
@@ -81,16 +91,21 @@ def standardize_features(x_NxD: np.ndarray, *others: np.ndarray) -> list[np.ndar
 
 
 def logistic_accuracy(
-    queries: tuple[np.ndarray, np.ndarray], index: tuple[np.ndarray, np.ndarray], poll: Callable[[], None] = lambda: None
+    queries: tuple[np.ndarray, np.ndarray],
+    index: tuple[np.ndarray, np.ndarray],
+    poll: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[str, float]]:
-    """("top1", share), with more than five classes ("top5", share), and ("log10_l2", exponent of the chosen weight decay) of queries
-    (features [Q, D], labels [Q]) by a classifier fitted to an index (features, labels).
+    """("top1", share), with more than five classes ("top5", share), and ("log10_l2", exponent of
+    the chosen weight decay) of queries (features [Q, D], labels [Q]) by a classifier fitted to an
+    index (features, labels).
 
-    The weight decay is the one of `L2` that is right most often on a fifth of the index, drawn once and for all; of equals, the strongest.
-    The classifier is then fitted to the whole index. Rows without a label (-1) are left out on both sides; nothing comes where that leaves
-    fewer than five rows of an index, or no query. `poll` is called before every fit and may raise.
-    """
-    (q, q_label), (x, x_label) = ((f[label >= 0], label[label >= 0]) for f, label in (queries, index))
+    The weight decay is the one of `L2` that is right most often on a fifth of the index, drawn once
+    and for all; of equals, the strongest. The classifier is then fitted to the whole index. Rows
+    without a label (-1) are left out on both sides; nothing comes where that leaves fewer than five
+    rows of an index, or no query. `poll` is called before every fit and may raise."""
+    (q, q_label), (x, x_label) = (
+        (f[label >= 0], label[label >= 0]) for f, label in (queries, index)
+    )
     if not len(q) or len(x) < 5:
         return
     classes = int(max(q_label.max(), x_label.max())) + 1
@@ -123,7 +138,9 @@ def measure() -> Metric:
 
     def run(seen: EvalContext) -> Iterator[tuple[str, float]]:
         queries, index = seen("queries"), seen("index")
-        for name, value in logistic_accuracy((queries.vectors, queries.labels), (index.vectors, index.labels), seen.poll):
+        for name, value in logistic_accuracy(
+            (queries.vectors, queries.labels), (index.vectors, index.labels), seen.poll
+        ):
             yield f"eval/linear/{name}", value
 
     return run

@@ -1,8 +1,9 @@
-"""Retrieval between images and captions: among all held-out pairs, is the right one within the first k? R@1, R@5 and R@10, both ways.
+"""Retrieval between images and captions: among all held-out pairs, is the right one within the
+first k? R@1, R@5 and R@10, both ways.
 
-Captions that the model reads as the same tokens count as one: any image of an equal caption is a right answer, and the candidates of a
-image are the distinct captions. A tie with a wrong answer counts against the right one, so a collapsed model scores 0, not 100 %.
-"""
+Captions that the model reads as the same tokens count as one: any image of an equal caption is a
+right answer, and the candidates of a image are the distinct captions. A tie with a wrong answer
+counts against the right one, so a collapsed model scores 0, not 100 %."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,8 +23,11 @@ _LOST = -1  # length of a caption that could not be read any more, between hosts
 
 
 @jax.jit
-def retrieval_ranks(queries_QxE: jax.Array, candidates_CxE: jax.Array, right_QxC: jax.Array) -> jax.Array:
-    """How many wrong candidates [Q] are at least as similar to a query as its most similar right one: 0 is a hit.
+def retrieval_ranks(
+    queries_QxE: jax.Array, candidates_CxE: jax.Array, right_QxC: jax.Array
+) -> jax.Array:
+    """How many wrong candidates [Q] are at least as similar to a query as its most similar right
+    one: 0 is a hit.
 
     Args:
       queries_QxE, candidates_CxE: L2-normalised.
@@ -38,15 +42,18 @@ def retrieval_ranks(queries_QxE: jax.Array, candidates_CxE: jax.Array, right_QxC
 
 
 def recall_at(
-    images_NxE: np.ndarray, texts_MxE: np.ndarray, caption_N: np.ndarray, *, chunk: int = 1024, poll: Callable[[], None] = lambda: None
+    images_NxE: np.ndarray,
+    texts_MxE: np.ndarray,
+    caption_N: np.ndarray,
+    *,
+    chunk: int = 1024,
+    poll: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[str, float]]:
     """("text_to_image/r1", share), ..., ("image_to_text/r10", share).
 
-    Args:
-      images_NxE: L2-normalised embeddings of N images.
-      texts_MxE: those of the M distinct captions.
-      caption_N: int, the caption of each image; every caption belongs to an image, and is asked once an image.
-      chunk: queries at a time; the last chunk is filled up and cut again.
+    Args: images_NxE: L2-normalised embeddings of N images. texts_MxE: those of the M distinct
+      captions. caption_N: int, the caption of each image; every caption belongs to an image, and is
+      asked once an image. chunk: queries at a time; the last chunk is filled up and cut again.
       poll: called between chunks; may raise.
 
     >>> dict(recall_at(np.eye(2), np.eye(2), np.array([0, 1])))["text_to_image/r1"]
@@ -56,12 +63,19 @@ def recall_at(
     images, texts, owner = jax.device_put((images_NxE, texts_MxE, caption_N))
     every = jnp.arange(count)
 
-    def all_of(queries: jax.Array, meant: jax.Array, candidates: jax.Array, of: jax.Array) -> np.ndarray:
+    def all_of(
+        queries: jax.Array, meant: jax.Array, candidates: jax.Array, of: jax.Array
+    ) -> np.ndarray:
         found = []
         for at in range(0, len(queries), chunk):
             poll()
-            rows = np.arange(at, at + chunk) % len(queries)  # filled up from the start: one shape, one compilation
-            found.append(np.asarray(retrieval_ranks(queries[rows], candidates, meant[rows][:, None] == of[None]))[: len(queries) - at])
+            # filled up from the start: one shape, one compilation
+            rows = np.arange(at, at + chunk) % len(queries)
+            found.append(
+                np.asarray(
+                    retrieval_ranks(queries[rows], candidates, meant[rows][:, None] == of[None])
+                )[: len(queries) - at]
+            )
         return np.concatenate(found)
 
     of_text = all_of(texts, every, images, owner)[caption_N]
@@ -72,10 +86,13 @@ def recall_at(
 
 
 class _Captions:
-    """Captions of a source as the model reads them; each is read and cut into tokens once a run, by one host. `lost`: the records whose
-    caption could not be read any more, which count as without."""
+    """Captions of a source as the model reads them; each is read and cut into tokens once a run, by
+    one host. `lost`: the records whose caption could not be read any more, which count as
+    without."""
 
-    def __init__(self, source: base.DataSource, words: Tokenizer, mesh: jax.sharding.Mesh, missing: str) -> None:
+    def __init__(
+        self, source: base.DataSource, words: Tokenizer, mesh: jax.sharding.Mesh, missing: str
+    ) -> None:
         self._source, self._words, self._mesh, self._missing = source, words, mesh, missing
         self._known: dict[int, tuple[int, ...]] = {}
         self.lost: set[int] = set()
@@ -86,7 +103,10 @@ class _Captions:
             unit = self._mesh.shape["replica"] * self._mesh.shape["fsdp"]
             hosts, host = jax.process_count(), jax.process_index()
             mine = -(-len(new) // unit) * unit // hosts
-            rows = {"tokens": np.zeros((mine, self._words.length), np.int32), "length": np.zeros(mine, np.int32)}
+            rows = {
+                "tokens": np.zeros((mine, self._words.length), np.int32),
+                "length": np.zeros(mine, np.int32),
+            }
             for row, record in enumerate(new[host * mine : (host + 1) * mine]):
                 try:
                     with decode.replaceable(self._missing):
@@ -104,17 +124,22 @@ class _Captions:
 
 
 def measure(
-    mesh: jax.sharding.Mesh, source: base.DataSource, embed: TextEmbedder, *, pictures: str = "queries", missing: str = "stop"
+    mesh: jax.sharding.Mesh,
+    source: base.DataSource,
+    embed: TextEmbedder,
+    *,
+    pictures: str = "queries",
+    missing: str = "stop",
 ) -> Metric:
-    """eval/retrieval/text_to_image/r1, ... of the images of a set that have a caption; nothing if none has.
+    """eval/retrieval/text_to_image/r1, ... of the images of a set that have a caption; nothing if
+    none has.
 
-    Args:
-      mesh: devices, over whose hosts the reading of captions is shared.
-      source: what the set was read from; gives the captions.
-      embed: both sides of the joint space.
-      images: name of the set; its features must be those of the pooling that the text term trains. They are normalised, which a
-        projection without bias does not mind.
-      missing: "replace": a caption that cannot be read any more is left out and counted in `Seen.skipped`; see `schema.Data.missing`.
+    Args: mesh: devices, over whose hosts the reading of captions is shared. source: what the set
+      was read from; gives the captions. embed: both sides of the joint space. images: name of the
+      set; its features must be those of the pooling that the text term trains. They are normalised,
+      which a projection without bias does not mind.
+      missing: "replace": a caption that cannot be read any more is left out and counted in
+          `Seen.skipped`; see `schema.Data.missing`.
 
     Raises:
       Unreadable: by the measure, with missing="stop".

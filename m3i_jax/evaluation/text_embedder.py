@@ -1,5 +1,5 @@
-"""Embeddings of texts by the caption side of the model, for retrieval and zero-shot classification. Every host has all of them; a batch is
-split over the devices."""
+"""Embeddings of texts by the caption side of the model, for retrieval and zero-shot classification.
+Every host has all of them; a batch is split over the devices."""
 
 import functools
 from collections.abc import Callable
@@ -25,17 +25,29 @@ class TextEmbedder:
       batch: rows a device step; must divide by the data axes.
     """
 
-    def __init__(self, config: schema.Config, mesh: jax.sharding.Mesh, words: Tokenizer, batch: int) -> None:
+    def __init__(
+        self, config: schema.Config, mesh: jax.sharding.Mesh, words: Tokenizer, batch: int
+    ) -> None:
         whole = parallel.replicated(mesh)
         self.words, self._mesh, self._batch = words, mesh, batch
-        self._images = jax.jit(lambda params, x: l2_normalize(m3i.image_embedding(config, params, x)), out_shardings=whole)
-        self._texts = jax.jit(lambda params, ids, length: l2_normalize(m3i.text_embedding(config, params, ids, length)), out_shardings=whole)
+        self._images = jax.jit(
+            lambda params, x: l2_normalize(m3i.image_embedding(config, params, x)),
+            out_shardings=whole,
+        )
+        self._texts = jax.jit(
+            lambda params, ids, length: l2_normalize(
+                m3i.text_embedding(config, params, ids, length)
+            ),
+            out_shardings=whole,
+        )
 
     def images(self, params: Any, pooled_NxW: np.ndarray, poll: Callable[[], None]) -> np.ndarray:
         """[N, E] of pooled features. Their length does not matter: the projection has no bias."""
         return self._run(functools.partial(self._images, params), poll, pooled_NxW)
 
-    def tokens(self, params: Any, ids_MxL: np.ndarray, length_M: np.ndarray, poll: Callable[[], None]) -> np.ndarray:
+    def tokens(
+        self, params: Any, ids_MxL: np.ndarray, length_M: np.ndarray, poll: Callable[[], None]
+    ) -> np.ndarray:
         """[M, E] of texts in tokens, start and end included."""
         return self._run(functools.partial(self._texts, params), poll, ids_MxL, length_M)
 
@@ -49,6 +61,11 @@ class TextEmbedder:
         out, size = [], self._batch
         for at in range(0, len(arrays[0]), size):
             poll()
-            rows = [np.pad(a[at : at + size], [(0, max(0, at + size - len(a)))] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
+            rows = [
+                np.pad(
+                    a[at : at + size], [(0, max(0, at + size - len(a)))] + [(0, 0)] * (a.ndim - 1)
+                )
+                for a in arrays
+            ]
             out.append(np.asarray(function(*(parallel.split_rows(self._mesh, x) for x in rows))))
         return np.concatenate(out)[: len(arrays[0])]

@@ -1,6 +1,6 @@
-"""What timm and Transformers need beside the arrays to open exported weights, and what they make of them: directories that
-`timm.create_model("local-dir:...")` and `from_pretrained` load, and the same images through both. And InternImage under its published
-names."""
+"""What timm and Transformers need beside the arrays to open exported weights, and what they make of
+them: directories that `timm.create_model("local-dir:...")` and `from_pretrained` load, and the same
+images through both. And InternImage under its published names."""
 
 import functools
 import importlib
@@ -24,10 +24,11 @@ _HF_GELU = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "qui
 
 
 def timm_arguments(encoder: Mapping[str, Any], image_size: int) -> tuple[str, dict[str, Any]]:
-    """(name, arguments) of `timm.create_model` for an encoder with these settings of `model.encoder`.
+    """(name, arguments) of `timm.create_model` for an encoder with these settings of
+    `model.encoder`.
 
-    The model's output is the mean of the patch tokens. An eps other than timm's 1e-6 goes in by `norm_layer`, which no JSON can hold.
-    """
+    The model's output is the mean of the patch tokens. An eps other than timm's 1e-6 goes in by
+    `norm_layer`, which no JSON can hold."""
     arguments = {
         "img_size": image_size,
         "patch_size": encoder["patch_size"],
@@ -47,7 +48,11 @@ def timm_arguments(encoder: Mapping[str, Any], image_size: int) -> tuple[str, di
 
 
 def timm_config(
-    place: pathlib.Path, tree: Mapping[str, np.ndarray], encoder: Mapping[str, Any], image_size: int, pixels: Mapping[str, Any]
+    place: pathlib.Path,
+    tree: Mapping[str, np.ndarray],
+    encoder: Mapping[str, Any],
+    image_size: int,
+    pixels: Mapping[str, Any],
 ) -> None:
     """Writes model.safetensors and timm's config.json."""
     name, arguments = timm_arguments(encoder, image_size)
@@ -57,7 +62,11 @@ def timm_config(
         "num_classes": 0,
         "num_features": encoder["width"],
         "global_pool": "avg",
-        "model_args": {name: value for name, value in arguments.items() if name not in ("num_classes", "global_pool")},
+        "model_args": {
+            name: value
+            for name, value in arguments.items()
+            if name not in ("num_classes", "global_pool")
+        },
         "pretrained_cfg": {
             "input_size": [3, image_size, image_size],
             "fixed_input_size": True,
@@ -76,13 +85,18 @@ def timm_config(
 
 
 def hugging_face_config(
-    place: pathlib.Path, tree: Mapping[str, np.ndarray], encoder: Mapping[str, Any], image_size: int, pixels: Mapping[str, Any]
+    place: pathlib.Path,
+    tree: Mapping[str, np.ndarray],
+    encoder: Mapping[str, Any],
+    image_size: int,
+    pixels: Mapping[str, Any],
 ) -> str:
-    """Writes model.safetensors, config.json and preprocessor_config.json; returns the class that reads them: ViTModel, or CLIPVisionModel
-    where there is a norm before the first block."""
+    """Writes model.safetensors, config.json and preprocessor_config.json; returns the class that
+    reads them: ViTModel, or CLIPVisionModel where there is a norm before the first block."""
     if not encoder["cls_token"]:
         raise UserError(
-            "--format=hf: Transformers' vision transformers always have a cls token, and this encoder has none; use timm or npz"
+            "--format=hf: Transformers' vision transformers always have a cls token, and this"
+            " encoder has none; use timm or npz"
         )
     clip = bool(encoder["embedding_norm"])
     config = {
@@ -99,7 +113,11 @@ def hugging_face_config(
         "num_channels": 3,
         "torch_dtype": "float32",
     }
-    config |= {"attention_dropout": 0.0} if clip else {"qkv_bias": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config |= (
+        {"attention_dropout": 0.0}
+        if clip
+        else {"qkv_bias": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    )
     table = vit_weights.store_vit(tree, "clip" if clip else "hf", heads=encoder["heads"])
     tensor_files.write_safetensors(place / "model.safetensors", table, {"format": "pt"})
     _json(place / "config.json", config)
@@ -107,10 +125,17 @@ def hugging_face_config(
     return "CLIPVisionModel" if clip else "ViTModel"
 
 
-def hugging_face_intern_image_config(place: pathlib.Path, tree: Mapping[str, Any], image_size: int, pixels: Mapping[str, Any]) -> pathlib.Path:
-    """Writes model.safetensors, with the names of the Hugging Face repositories of InternImage's authors, and preprocessor_config.json;
-    returns the former. A config.json belongs to the code in those repositories."""
-    tensor_files.write_safetensors(place / "model.safetensors", intern_image_weights.store_intern_image(tree, hugging_face=True), {"format": "pt"})
+def hugging_face_intern_image_config(
+    place: pathlib.Path, tree: Mapping[str, Any], image_size: int, pixels: Mapping[str, Any]
+) -> pathlib.Path:
+    """Writes model.safetensors, with the names of the Hugging Face repositories of InternImage's
+    authors, and preprocessor_config.json; returns the former. A config.json belongs to the code in
+    those repositories."""
+    tensor_files.write_safetensors(
+        place / "model.safetensors",
+        intern_image_weights.store_intern_image(tree, hugging_face=True),
+        {"format": "pt"},
+    )
     _json(place / "preprocessor_config.json", _processor(image_size, pixels))
     return place / "model.safetensors"
 
@@ -118,7 +143,8 @@ def hugging_face_intern_image_config(place: pathlib.Path, tree: Mapping[str, Any
 def _processor(image_size: int, pixels: Mapping[str, Any]) -> dict[str, Any]:
     short = round(image_size * 256 / 224)
     return {
-        "image_processor_type": "CLIPImageProcessor",  # the one that resizes the short side and cuts the centre out
+        # the one that resizes the short side and cuts the centre out
+        "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": short},
         "do_center_crop": True,
@@ -142,13 +168,20 @@ def _library(name: str) -> Any:
     """A module that only the extra `torch` brings, or None."""
     os.environ.setdefault("USE_TF", "0")
     try:
-        return importlib.import_module(name) if name in sys.modules or importlib.util.find_spec(name) else None
+        return (
+            importlib.import_module(name)
+            if name in sys.modules or importlib.util.find_spec(name)
+            else None
+        )
     except ImportError:
         return None
 
 
-def timm_output(place: pathlib.Path, encoder: Mapping[str, Any], image_size: int, normal_BxSxSx3: np.ndarray) -> np.ndarray | None:
-    """Tokens [B, T, D] that timm's model makes of normalised images with the exported file; None where timm is not installed."""
+def timm_output(
+    place: pathlib.Path, encoder: Mapping[str, Any], image_size: int, normal_BxSxSx3: np.ndarray
+) -> np.ndarray | None:
+    """Tokens [B, T, D] that timm's model makes of normalised images with the exported file; None
+    where timm is not installed."""
     torch, library = _library("torch"), _library("timm")
     if torch is None or library is None:
         return None
@@ -156,21 +189,31 @@ def timm_output(place: pathlib.Path, encoder: Mapping[str, Any], image_size: int
     if encoder["norm_eps"] != 1e-6:
         arguments["norm_layer"] = functools.partial(torch.nn.LayerNorm, eps=encoder["norm_eps"])
     model = library.create_model(name, pretrained=False, **arguments)
-    table = {name: torch.from_numpy(np.array(array)) for name, array in tensor_files.read_tensors(place / "model.safetensors").items()}
+    table = {
+        name: torch.from_numpy(np.array(array))
+        for name, array in tensor_files.read_tensors(place / "model.safetensors").items()
+    }
     model.load_state_dict(table)  # strict: every name, and no other
     with torch.no_grad():
-        out = model.eval().forward_features(torch.from_numpy(np.ascontiguousarray(normal_BxSxSx3.transpose(0, 3, 1, 2))))
+        out = model.eval().forward_features(
+            torch.from_numpy(np.ascontiguousarray(normal_BxSxSx3.transpose(0, 3, 1, 2)))
+        )
     return out.numpy()
 
 
-def hugging_face_output(place: pathlib.Path, kind: str, final_norm: bool, normal_BxSxSx3: np.ndarray) -> np.ndarray | None:
-    """Tokens [B, T, D] that Transformers' model makes of normalised images with the exported directory: with our final norm its last
-    hidden state, else the one before the norm that it always has. None where Transformers is not installed."""
+def hugging_face_output(
+    place: pathlib.Path, kind: str, final_norm: bool, normal_BxSxSx3: np.ndarray
+) -> np.ndarray | None:
+    """Tokens [B, T, D] that Transformers' model makes of normalised images with the exported
+    directory: with our final norm its last hidden state, else the one before the norm that it
+    always has. None where Transformers is not installed."""
     torch, library = _library("torch"), _library("transformers")
     if torch is None or library is None:
         return None
     kwargs = {} if kind == "CLIPVisionModel" else {"add_pooling_layer": False}
-    model, report = getattr(library, kind).from_pretrained(str(place), output_loading_info=True, **kwargs)
+    model, report = getattr(library, kind).from_pretrained(
+        str(place), output_loading_info=True, **kwargs
+    )
     if wrong := {name: found for name, found in report.items() if found}:
         raise UserError(f"{place}: Transformers did not take every array: {wrong}")
     with torch.no_grad():
@@ -179,4 +222,6 @@ def hugging_face_output(place: pathlib.Path, kind: str, final_norm: bool, normal
         if kind == "ViTModel":
             return (out.last_hidden_state if final_norm else out.hidden_states[-1]).numpy()
         vision = getattr(model, "vision_model", model)  # Transformers 5 has no such part any more
-        return (vision.post_layernorm(out.last_hidden_state) if final_norm else out.last_hidden_state).numpy()
+        return (
+            vision.post_layernorm(out.last_hidden_state) if final_norm else out.last_hidden_state
+        ).numpy()

@@ -1,11 +1,13 @@
-"""Published InternImage weights (github.com/OpenGVLab/InternImage, and its Hugging Face repositories) as our trees, and back.
+"""Published InternImage weights (github.com/OpenGVLab/InternImage, and its Hugging Face
+repositories) as our trees, and back.
 
-A published file is a flat table of names and arrays in PyTorch's layouts. What becomes of each name stands in one table, read in both
-directions. Hugging Face's names are the same behind `model.`, and call the layer scales `layer_scale1`, `layer_scale2`.
+A published file is a flat table of names and arrays in PyTorch's layouts. What becomes of each name
+stands in one table, read in both directions. Hugging Face's names are the same behind `model.`, and
+call the layer scales `layer_scale1`, `layer_scale2`.
 
-Arrays may be of any library that numpy can read: `tensor_files.read_tensors` opens the files, a `.pth` with PyTorch, which is not needed otherwise.
-`m3i_jax.load(FILE)` and `init_from` do all of it.
-"""
+Arrays may be of any library that numpy can read: `tensor_files.read_tensors` opens the files, a
+`.pth` with PyTorch, which is not needed otherwise. `m3i_jax.load(FILE)` and `init_from` do all of
+it."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -33,7 +35,8 @@ def _same(a: np.ndarray) -> np.ndarray:
 
 
 def _pairs_apart(a: np.ndarray) -> np.ndarray:
-    """Rows (group, point, x or y) of offsets as (group, x or y, point): 9 points, as all published models have."""
+    """Rows (group, point, x or y) of offsets as (group, x or y, point): 9 points, as all published
+    models have."""
     return a.reshape(-1, 9, 2, *a.shape[1:]).swapaxes(1, 2).reshape(a.shape)
 
 
@@ -106,7 +109,9 @@ _UNUSED = re.compile(r"num_batches_tracked$")
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    return re.compile(re.escape(template).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)") + "$")
+    return re.compile(
+        re.escape(template).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)") + "$"
+    )
 
 
 _THEIRS = [(_pattern(entry.theirs), entry) for entry in _TABLE]
@@ -147,10 +152,11 @@ def _leaves(tree: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
 
 
 def load_intern_image(state: Mapping[str, Any]) -> Tree:
-    """Published weights as `encoder` (with `fusion` where there is one), `pool` (InternImage-H and G) and `classifier`, whatever is there.
+    """Published weights as `encoder` (with `fusion` where there is one), `pool` (InternImage-H and
+    G) and `classifier`, whatever is there.
 
-    Args:
-      state: {name: array} with PyTorch's or Hugging Face's names, or the whole file, with the table under `model`.
+    Args: state: {name: array} with PyTorch's or Hugging Face's names, or the whole file, with the
+      table under `model`.
 
     Raises:
       UserError: names that InternImage does not have, layers that are missing or differ in shape.
@@ -181,7 +187,10 @@ def load_intern_image(state: Mapping[str, Any]) -> Tree:
             _put(tree, path, value)
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise UserError(f"these are not weights of an InternImage: there is {', '.join(unknown[:3])}{more}; load a file of that project")
+        raise UserError(
+            f"these are not weights of an InternImage: there is {', '.join(unknown[:3])}{more};"
+            " load a file of that project"
+        )
     longest: dict[str, int] = {}
     for path, parts in stacks.items():
         owner = "/".join(path.split("/")[:3])
@@ -190,18 +199,25 @@ def load_intern_image(state: Mapping[str, Any]) -> Tree:
         depth = longest["/".join(path.split("/")[:3])]
         missing = [j for j in range(depth) if j not in parts]
         if missing:
-            raise UserError(f"the weights of {path} are missing for layer {missing[0]} of {depth}; the file is not complete")
+            raise UserError(
+                f"the weights of {path} are missing for layer {missing[0]} of {depth}; the file is"
+                " not complete"
+            )
         shapes = {value.shape for value in parts.values()}
         if len(shapes) > 1:
             raise UserError(
-                f"the weights of {path} differ in shape from layer to layer ({', '.join(map(str, sorted(shapes)))}); the file is broken"
+                f"the weights of {path} differ in shape from layer to layer"
+                f" ({', '.join(map(str, sorted(shapes)))}); the file is broken"
             )
         _put(tree, path, np.stack([parts[j] for j in range(depth)]))
     return tree
 
 
-def store_intern_image(tree: Mapping[str, Any], *, hugging_face: bool = False) -> dict[str, np.ndarray]:
-    """Inverse of `load_intern_image`: a tree of `encoder`, and `pool` and `classifier` if given, as a table of published names.
+def store_intern_image(
+    tree: Mapping[str, Any], *, hugging_face: bool = False
+) -> dict[str, np.ndarray]:
+    """Inverse of `load_intern_image`: a tree of `encoder`, and `pool` and `classifier` if given, as
+    a table of published names.
 
     What the published net has no place for, the learned fill of hidden cells, is left out.
 
@@ -224,7 +240,8 @@ def store_intern_image(tree: Mapping[str, Any], *, hugging_face: bool = False) -
         match, entry = next(((found, entry) for found, entry in matches if found), (None, None))
         if match is None or entry is None:
             raise UserError(
-                f"{path} is no parameter of an InternImage; only its encoder, pool and classifier can be stored under published names"
+                f"{path} is no parameter of an InternImage; only its encoder, pool and classifier"
+                " can be stored under published names"
             )
         array = np.asarray(leaf)
         if "{j}" in entry.theirs:
@@ -232,4 +249,7 @@ def store_intern_image(tree: Mapping[str, Any], *, hugging_face: bool = False) -
                 table[entry.theirs.format(**match.groupdict(), j=j)] = entry.store(value)
         else:
             table[entry.theirs.format(**match.groupdict())] = entry.store(array)
-    return {hugging_face_name(name) if hugging_face else name: np.ascontiguousarray(value) for name, value in table.items()}
+    return {
+        hugging_face_name(name) if hugging_face else name: np.ascontiguousarray(value)
+        for name, value in table.items()
+    }

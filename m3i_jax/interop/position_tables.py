@@ -1,4 +1,5 @@
-"""Position tables of other projects for another grid: the cells by `positions.resized`, a row for cls as it is."""
+"""Position tables of other projects for another grid: the cells by `positions.resized`, a row for
+cls as it is."""
 
 import numpy as np
 
@@ -25,7 +26,9 @@ def resize_position_table(table_1xRxD: np.ndarray, grid: int, *, cls: bool) -> n
     rows, width = table_1xRxD.shape[1:]
     old = table_grid(rows)
     had = rows - old * old
-    first = np.asarray(table_1xRxD[:, :had], np.float32) if had else np.zeros((1, 1, width), np.float32)
+    first = (
+        np.asarray(table_1xRxD[:, :had], np.float32) if had else np.zeros((1, 1, width), np.float32)
+    )
     cells = positions.resized(np.asarray(table_1xRxD[0, had:], np.float32), grid)[None]
     return np.concatenate([first, cells], 1) if cls else cells
 

@@ -1,9 +1,10 @@
-"""Files of named arrays: safetensors and npz by themselves, PyTorch's where PyTorch is installed. Nothing here unpickles: npz is read
-without objects, `.pt` and `.pth` by `torch.load(weights_only=True)`.
+"""Files of named arrays: safetensors and npz by themselves, PyTorch's where PyTorch is installed.
+Nothing here unpickles: npz is read without objects, `.pt` and `.pth` by
+`torch.load(weights_only=True)`.
 
-A safetensors file is eight bytes with the length of a JSON header (little-endian), the header, {name: {dtype, shape, data_offsets}}, and
-the arrays one after the other. Numpy reads and writes that; the file stays on disk until an array is asked for.
-"""
+A safetensors file is eight bytes with the length of a JSON header (little-endian), the header,
+{name: {dtype, shape, data_offsets}}, and the arrays one after the other. Numpy reads and writes
+that; the file stays on disk until an array is asked for."""
 
 import importlib
 import json
@@ -27,7 +28,8 @@ _TYPES: dict[str, Any] = {
 }  # fmt: skip
 _NAMES = {np.dtype(kind): name for name, kind in _TYPES.items()}
 _LONGEST_HEADER = 100_000_000  # bytes, the limit of the format's own library
-_INDEX = "model.safetensors.index.json"  # of Hugging Face directories whose weights are in several files
+# of Hugging Face directories whose weights are in several files
+_INDEX = "model.safetensors.index.json"
 ENDINGS = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".tar")
 
 
@@ -42,7 +44,9 @@ class TensorFile(Mapping[str, np.ndarray]):
     (['a'], [0.0, 0.0])
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray]) -> None:
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray]
+    ) -> None:
         self.shapes, self._read = dict(shapes), read
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -58,44 +62,70 @@ class TensorFile(Mapping[str, np.ndarray]):
 
 
 def read_tensors(path: str | os.PathLike[str]) -> TensorFile:
-    """The arrays of a file, or of a Hugging Face directory with `model.safetensors` (in one file or several) or `pytorch_model.bin`.
+    """The arrays of a file, or of a Hugging Face directory with `model.safetensors` (in one file or
+    several) or `pytorch_model.bin`.
 
-    Raises:
-      UserError: no such file, a kind that is not known, a file that is damaged; PyTorch's without PyTorch.
+    Raises: UserError: no such file, a kind that is not known, a file that is damaged; PyTorch's
+      without PyTorch.
     """
     place = pathlib.Path(path)
     if place.is_dir():
         return _directory(place)
     if not place.is_file():
         raise UserError(
-            f"{path}: there is no such file; give weights as {', '.join(ENDINGS[:4])}, a directory with them, or a run's workdir"
+            f"{path}: there is no such file; give weights as {', '.join(ENDINGS[:4])}, a directory"
+            " with them, or a run's workdir"
         )
-    openers = {".safetensors": _safetensors, ".npz": _npz, ".pth": _torch, ".pt": _torch, ".bin": _torch, ".tar": _torch}
+    openers = {
+        ".safetensors": _safetensors,
+        ".npz": _npz,
+        ".pth": _torch,
+        ".pt": _torch,
+        ".bin": _torch,
+        ".tar": _torch,
+    }
     if place.suffix not in openers:
-        raise UserError(f"{path}: is no file of weights that is known here; give one that ends in {', '.join(ENDINGS[:4])}")
+        raise UserError(
+            f"{path}: is no file of weights that is known here; give one that ends in"
+            f" {', '.join(ENDINGS[:4])}"
+        )
     try:
         return openers[place.suffix](place)
     except UserError:
         raise
-    except Exception as error:  # a file from elsewhere: whatever is wrong with it, the person needs its name
+    except (
+        Exception
+    ) as error:  # a file from elsewhere: whatever is wrong with it, the person needs its name
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: cannot be read as {place.suffix} ({type(error).__name__}: {reason}); is it complete?") from error
+        raise UserError(
+            f"{path}: cannot be read as {place.suffix} ({type(error).__name__}: {reason}); is it"
+            " complete?"
+        ) from error
 
 
 def _directory(place: pathlib.Path) -> TensorFile:
     if (place / _INDEX).is_file():
         where: dict[str, str] = json.loads((place / _INDEX).read_text())["weight_map"]
         if outside := [name for name in where.values() if pathlib.PurePath(name).name != name]:
-            raise UserError(f"{place / _INDEX}: names {outside[0]!r}, which does not lie beside it; the directory is not to be trusted")
+            raise UserError(
+                f"{place / _INDEX}: names {outside[0]!r}, which does not lie beside it; the"
+                " directory is not to be trusted"
+            )
         files = {name: read_tensors(place / name) for name in sorted(set(where.values()))}
-        return TensorFile({name: files[file].shapes[name] for name, file in where.items()}, lambda name: files[where[name]][name])
+        return TensorFile(
+            {name: files[file].shapes[name] for name, file in where.items()},
+            lambda name: files[where[name]][name],
+        )
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (place / name).is_file():
             return read_tensors(place / name)
     found = sorted(p for p in place.iterdir() if p.suffix in (".safetensors", ".npz"))
     if len(found) == 1:
         return read_tensors(found[0])
-    raise UserError(f"{place}: has neither checkpoints/ of a run nor model.safetensors; name the file of weights, or the workdir of a run")
+    raise UserError(
+        f"{place}: has neither checkpoints/ of a run nor model.safetensors; name the file of"
+        " weights, or the workdir of a run"
+    )
 
 
 def _safetensors(place: pathlib.Path) -> TensorFile:
@@ -104,17 +134,27 @@ def _safetensors(place: pathlib.Path) -> TensorFile:
     (length,) = struct.unpack("<Q", view[:8])
     if length > min(_LONGEST_HEADER, len(view) - 8):
         raise ValueError(f"a header of {length} bytes in a file of {len(view)}")
-    header = {name: entry for name, entry in json.loads(bytes(view[8 : 8 + length])).items() if name != "__metadata__"}
+    header = {
+        name: entry
+        for name, entry in json.loads(bytes(view[8 : 8 + length])).items()
+        if name != "__metadata__"
+    }
     data = view[8 + length :]
 
     def one(name: str) -> np.ndarray:
         entry = header[name]
-        kind, shape, (start, end) = np.dtype(_TYPES[entry["dtype"]]), tuple(entry["shape"]), entry["data_offsets"]
+        kind, shape, (start, end) = (
+            np.dtype(_TYPES[entry["dtype"]]),
+            tuple(entry["shape"]),
+            entry["data_offsets"],
+        )
         return np.frombuffer(data[start:end], kind).reshape(shape)
 
     for name, entry in header.items():
         start, end = entry["data_offsets"]
-        size = int(np.prod(entry["shape"], dtype=np.int64)) * np.dtype(_TYPES[entry["dtype"]]).itemsize
+        size = (
+            int(np.prod(entry["shape"], dtype=np.int64)) * np.dtype(_TYPES[entry["dtype"]]).itemsize
+        )
         if not 0 <= start <= end <= len(data) or end - start != size:
             raise ValueError(f"{name} should lie at {start} to {end} of {len(data)} bytes")
     return TensorFile({name: tuple(entry["shape"]) for name, entry in header.items()}, one)
@@ -126,7 +166,11 @@ def _npz(place: pathlib.Path) -> TensorFile:
         for member in archive.namelist():
             with archive.open(member) as file:
                 version = np.lib.format.read_magic(file)
-                header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                header = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
                 shape, _, kind = header(file)
             if kind.hasobject:
                 raise ValueError(f"{member} holds Python objects, which are not unpickled")
@@ -149,7 +193,11 @@ def _torch(place: pathlib.Path) -> TensorFile:
     for key in ("model", "state_dict", "module"):  # the containers that training scripts save
         if isinstance(table, Mapping) and isinstance(table.get(key), Mapping):
             table = table[key]
-    table = {str(name): value for name, value in table.items() if hasattr(value, "numpy")} if isinstance(table, Mapping) else {}
+    table = (
+        {str(name): value for name, value in table.items() if hasattr(value, "numpy")}
+        if isinstance(table, Mapping)
+        else {}
+    )
     if not table:
         raise ValueError("no table of arrays in it")
 
@@ -160,7 +208,11 @@ def _torch(place: pathlib.Path) -> TensorFile:
     return TensorFile({name: tuple(value.shape) for name, value in table.items()}, one)
 
 
-def write_safetensors(path: str | os.PathLike[str], table: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(
+    path: str | os.PathLike[str],
+    table: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes named arrays, whole or not at all. Transformers wants {"format": "pt"} as metadata.
 
     >>> import tempfile
@@ -169,7 +221,9 @@ def write_safetensors(path: str | os.PathLike[str], table: Mapping[str, np.ndarr
     ...     read_tensors(f"{place}/a.safetensors")["x"].tolist()
     [0, 1, 2]
     """
-    arrays = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in table.items()}
+    arrays = {
+        name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in table.items()
+    }
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     # Wide types first, so that every array begins at a multiple of its own width.
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
@@ -178,7 +232,11 @@ def write_safetensors(path: str | os.PathLike[str], table: Mapping[str, np.ndarr
         array = arrays[name]
         if array.dtype not in _NAMES:
             raise ValueError(f"{name} has type {array.dtype}, which a safetensors file cannot hold")
-        header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+        header[name] = {
+            "dtype": _NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [at, at + array.nbytes],
+        }
         at += array.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -195,7 +253,8 @@ def write_npz(path: str | os.PathLike[str], table: Mapping[str, np.ndarray]) -> 
 
 
 class atomic_replace:  # noqa: N801  used as a function
-    """A binary file that gets its name when it is whole: `with atomic(path) as file`. An exception leaves nothing."""
+    """A binary file that gets its name when it is whole: `with atomic(path) as file`. An exception
+    leaves nothing."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = pathlib.Path(path)

@@ -1,9 +1,12 @@
-"""Vision transformers of other projects, name by name. One table a layout says what becomes of each array, in both directions; what is
-stacked on a layer axis here and numbered there is handled once, in `vit`.
+"""Vision transformers of other projects, name by name. One table a layout says what becomes of each
+array, in both directions; what is stacked on a layer axis here and numbered there is handled once,
+in `vit`.
 
-Here a tree is flat: {path: array}, such as `encoder/blocks/attention/qkv/kernel` [L, D, 3 D]. Two paths are not parameters of ours but
-stand for what a file may hold: `encoder/positions` [1, R, D] is its table, with or without a row for cls, and `encoder/blocks/scale1`,
-`scale2` [L, D] are LayerScale, which is multiplied into the matrix before it.
+Here a tree is flat: {path: array}, such as `encoder/blocks/attention/qkv/kernel` [L, D, 3 D]. Two
+paths are not parameters of ours but
+stand for what a file may hold: `encoder/positions` [1, R, D] is its table, with or without a row
+for cls, and `encoder/blocks/scale1`, `scale2` [L, D] are LayerScale, which is multiplied into the
+matrix before it.
 
 L blocks, D width, h heads, p pixels a patch.
 """
@@ -44,15 +47,13 @@ class LayoutEntry:
 class Layout:
     """How a project stores a vision transformer.
 
-    Attributes:
-      name: of the layout.
-      known_by: a name that only this layout has, as a pattern; the first layout of `LAYOUTS` that a file knows is the file's.
-      table: what becomes of each array.
-      prefix: pattern of what may stand before every name of the encoder.
-      unused: {pattern: what it is}: arrays that have no place here and are left out without concern.
-      settings: of `model.encoder` and `data.augment` that weights of this layout are used with, where a file cannot tell.
-      momentum: prefix of the momentum copy, if the file has one.
-      patch_bias: whether the patch embedding has a bias.
+    Attributes: name: of the layout. known_by: a name that only this layout has, as a pattern; the
+      first layout of `LAYOUTS` that a file knows is the file's. table: what becomes of each array.
+      prefix: pattern of what may stand before every name of the encoder. unused: {pattern: what it
+      is}: arrays that have no place here and are left out without concern. settings: of
+      `model.encoder` and `data.augment` that weights of this layout are used with, where a file
+      cannot tell. momentum: prefix of the momentum copy, if the file has one. patch_bias: whether
+      the patch embedding has a bias.
     """
 
     name: str
@@ -79,31 +80,58 @@ def _matrix_to_convolution(a_PxD: np.ndarray, heads: int) -> tuple[np.ndarray]:
     return (a_PxD.reshape(side, side, 3, -1).transpose(3, 2, 0, 1),)
 
 
-def single_array(theirs: str, ours: str, load: _Load = lambda a: a, store: _Load = lambda a: a) -> LayoutEntry:
+def single_array(
+    theirs: str, ours: str, load: _Load = lambda a: a, store: _Load = lambda a: a
+) -> LayoutEntry:
     return LayoutEntry((theirs,), ours, load, lambda a, heads: (store(a),))
 
 
-def norm_weights(theirs: str, ours: str, names: tuple[str, str] = ("weight", "bias")) -> list[LayoutEntry]:
-    return [single_array(f"{theirs}{names[0]}", f"{ours}/scale"), single_array(f"{theirs}{names[1]}", f"{ours}/bias")]
+def norm_weights(
+    theirs: str, ours: str, names: tuple[str, str] = ("weight", "bias")
+) -> list[LayoutEntry]:
+    return [
+        single_array(f"{theirs}{names[0]}", f"{ours}/scale"),
+        single_array(f"{theirs}{names[1]}", f"{ours}/bias"),
+    ]
 
 
 def linear_weight(theirs: str, ours: str) -> list[LayoutEntry]:
     """PyTorch's linear layer, [out, in] there."""
-    return [single_array(f"{theirs}.weight", f"{ours}/kernel", np.transpose, np.transpose), single_array(f"{theirs}.bias", f"{ours}/bias")]
+    return [
+        single_array(f"{theirs}.weight", f"{ours}/kernel", np.transpose, np.transpose),
+        single_array(f"{theirs}.bias", f"{ours}/bias"),
+    ]
 
 
 def patch_weight(theirs: str, *, bias: bool = True) -> list[LayoutEntry]:
     """PyTorch's convolution [D, 3, p, p] as the matrix [p p 3, D] of `vit.patchify`'s order."""
-    kernel = LayoutEntry((f"{theirs}.weight",), "encoder/patch_embed/kernel", _convolution_to_matrix, _matrix_to_convolution)
-    return [kernel, single_array(f"{theirs}.bias", "encoder/patch_embed/bias")] if bias else [kernel]
+    kernel = LayoutEntry(
+        (f"{theirs}.weight",),
+        "encoder/patch_embed/kernel",
+        _convolution_to_matrix,
+        _matrix_to_convolution,
+    )
+    return (
+        [kernel, single_array(f"{theirs}.bias", "encoder/patch_embed/bias")] if bias else [kernel]
+    )
 
 
 def joined_qkv(theirs: tuple[str, str, str], ours: str) -> list[LayoutEntry]:
     """Three linear layers of PyTorch, query, key and value, as one of ours [D, 3 D]."""
     weights, biases = (tuple(f"{name}.{part}" for name in theirs) for part in ("weight", "bias"))
     return [
-        LayoutEntry(weights, f"{ours}/kernel", lambda *a: np.concatenate(a).T, lambda a, heads: tuple(np.split(a.T, 3))),
-        LayoutEntry(biases, f"{ours}/bias", lambda *a: np.concatenate(a), lambda a, heads: tuple(np.split(a, 3))),
+        LayoutEntry(
+            weights,
+            f"{ours}/kernel",
+            lambda *a: np.concatenate(a).T,
+            lambda a, heads: tuple(np.split(a.T, 3)),
+        ),
+        LayoutEntry(
+            biases,
+            f"{ours}/bias",
+            lambda *a: np.concatenate(a),
+            lambda a, heads: tuple(np.split(a, 3)),
+        ),
     ]
 
 
@@ -117,18 +145,44 @@ def timm_blocks(theirs: str, ours: str, *, norms: str = "norm{n}.") -> list[Layo
 
 
 def timm_encoder() -> list[LayoutEntry]:
-    """The encoder of timm, MAE and SiameseIM: qkv is one matrix whose rows are [q | k | v], as the columns here."""
-    found = [*patch_weight("patch_embed.proj"), single_array("cls_token", "encoder/cls_token"), single_array("pos_embed", "encoder/positions")]
-    found += [*norm_weights("norm_pre.", "encoder/embedding_norm"), *timm_blocks("blocks", "encoder/blocks"), *norm_weights("norm.", "encoder/norm")]
-    return found + [single_array(f"blocks.{{l}}.ls{n}.gamma", f"encoder/blocks/scale{n}") for n in (1, 2)]
+    """The encoder of timm, MAE and SiameseIM: qkv is one matrix whose rows are [q | k | v], as the
+    columns here."""
+    found = [
+        *patch_weight("patch_embed.proj"),
+        single_array("cls_token", "encoder/cls_token"),
+        single_array("pos_embed", "encoder/positions"),
+    ]
+    found += [
+        *norm_weights("norm_pre.", "encoder/embedding_norm"),
+        *timm_blocks("blocks", "encoder/blocks"),
+        *norm_weights("norm.", "encoder/norm"),
+    ]
+    return found + [
+        single_array(f"blocks.{{l}}.ls{n}.gamma", f"encoder/blocks/scale{n}") for n in (1, 2)
+    ]
 
 
 def _siamese_im() -> list[LayoutEntry]:
-    found = [*timm_encoder(), *linear_weight("decoder_embed", "decoder/embed"), single_array("mask_token", "decoder/mask_token")]
-    found += [*linear_weight("decoder_pos_mlp", "decoder/position_map"), *linear_weight("decoder_pred", "decoder/head")]
-    for theirs, ours in (("projector_decoder_blocks", "decoder/projector"), ("predictor_decoder_blocks", "decoder/blocks")):
+    found = [
+        *timm_encoder(),
+        *linear_weight("decoder_embed", "decoder/embed"),
+        single_array("mask_token", "decoder/mask_token"),
+    ]
+    found += [
+        *linear_weight("decoder_pos_mlp", "decoder/position_map"),
+        *linear_weight("decoder_pred", "decoder/head"),
+    ]
+    for theirs, ours in (
+        ("projector_decoder_blocks", "decoder/projector"),
+        ("predictor_decoder_blocks", "decoder/blocks"),
+    ):
         found += timm_blocks(theirs, ours, norms="norm{n}.bn.")
-        found += [entry for n in (1, 2) for entry in norm_weights(f"{theirs}.{{l}}.norm{n}.", f"{ours}/norm{n}")]  # with --use_proj_ln
+        # with --use_proj_ln
+        found += [
+            entry
+            for n in (1, 2)
+            for entry in norm_weights(f"{theirs}.{{l}}.norm{n}.", f"{ours}/norm{n}")
+        ]
     return found
 
 
@@ -140,7 +194,10 @@ def _hugging_face() -> list[LayoutEntry]:
         single_array("embeddings.position_embeddings", "encoder/positions"),
         *norm_weights(f"{block}.layernorm_before.", f"{ours}/norm1"),
         *norm_weights(f"{block}.layernorm_after.", f"{ours}/norm2"),
-        *joined_qkv(tuple(f"{block}.attention.attention.{n}" for n in ("query", "key", "value")), f"{ours}/attention/qkv"),  # type: ignore[arg-type]
+        *joined_qkv(
+            tuple(f"{block}.attention.attention.{n}" for n in ("query", "key", "value")),
+            f"{ours}/attention/qkv",
+        ),  # type: ignore[arg-type]
         *linear_weight(f"{block}.attention.output.dense", f"{ours}/attention/out"),
         *linear_weight(f"{block}.intermediate.dense", f"{ours}/mlp/fc1"),
         *linear_weight(f"{block}.output.dense", f"{ours}/mlp/fc2"),
@@ -152,8 +209,18 @@ def _clip() -> list[LayoutEntry]:
     block, ours = "encoder.layers.{l}", "encoder/blocks"
     return [
         *patch_weight("embeddings.patch_embedding", bias=False),
-        single_array("embeddings.class_embedding", "encoder/cls_token", lambda a: a[None, None], lambda a: a[0, 0]),
-        single_array("embeddings.position_embedding.weight", "encoder/positions", lambda a: a[None], lambda a: a[0]),
+        single_array(
+            "embeddings.class_embedding",
+            "encoder/cls_token",
+            lambda a: a[None, None],
+            lambda a: a[0, 0],
+        ),
+        single_array(
+            "embeddings.position_embedding.weight",
+            "encoder/positions",
+            lambda a: a[None],
+            lambda a: a[0],
+        ),
         *norm_weights("pre_layrnorm.", "encoder/embedding_norm"),
         *norm_weights(f"{block}.layer_norm1.", f"{ours}/norm1"),
         *norm_weights(f"{block}.layer_norm2.", f"{ours}/norm2"),
@@ -166,10 +233,14 @@ def _clip() -> list[LayoutEntry]:
 
 
 def _google() -> list[LayoutEntry]:
-    """Flax's layouts: matrices as here, but heads on an axis of their own, and the patch embedding a convolution [p, p, 3, D]."""
+    """Flax's layouts: matrices as here, but heads on an axis of their own, and the patch embedding
+    a convolution [p, p, 3, D]."""
     block, ours = "Transformer/encoderblock_{l}", "encoder/blocks"
     attention = f"{block}/MultiHeadDotProductAttention_1"
-    kernels, biases = (tuple(f"{attention}/{n}/{part}" for n in ("query", "key", "value")) for part in ("kernel", "bias"))
+    kernels, biases = (
+        tuple(f"{attention}/{n}/{part}" for n in ("query", "key", "value"))
+        for part in ("kernel", "bias")
+    )
 
     def heads_apart(a: np.ndarray, heads: int) -> tuple[np.ndarray, ...]:
         return tuple(part.reshape(*part.shape[:-1], heads, -1) for part in np.split(a, 3, -1))
@@ -182,14 +253,29 @@ def _google() -> list[LayoutEntry]:
         return (a.reshape(side, side, 3, -1),)
 
     return [
-        LayoutEntry(("embedding/kernel",), "encoder/patch_embed/kernel", lambda a: a.reshape(-1, a.shape[-1]), image_order),
+        LayoutEntry(
+            ("embedding/kernel",),
+            "encoder/patch_embed/kernel",
+            lambda a: a.reshape(-1, a.shape[-1]),
+            image_order,
+        ),
         single_array("embedding/bias", "encoder/patch_embed/bias"),
         single_array("cls", "encoder/cls_token"),
         single_array("Transformer/posembed_input/pos_embedding", "encoder/positions"),
         *norm_weights(f"{block}/LayerNorm_0/", f"{ours}/norm1", ("scale", "bias")),
         *norm_weights(f"{block}/LayerNorm_2/", f"{ours}/norm2", ("scale", "bias")),
-        LayoutEntry(kernels, f"{ours}/attention/qkv/kernel", lambda *a: np.concatenate([x.reshape(len(x), -1) for x in a], -1), heads_apart),
-        LayoutEntry(biases, f"{ours}/attention/qkv/bias", lambda *a: np.concatenate([x.reshape(-1) for x in a]), heads_apart),
+        LayoutEntry(
+            kernels,
+            f"{ours}/attention/qkv/kernel",
+            lambda *a: np.concatenate([x.reshape(len(x), -1) for x in a], -1),
+            heads_apart,
+        ),
+        LayoutEntry(
+            biases,
+            f"{ours}/attention/qkv/bias",
+            lambda *a: np.concatenate([x.reshape(-1) for x in a]),
+            heads_apart,
+        ),
         LayoutEntry(
             (f"{attention}/out/kernel",),
             f"{ours}/attention/out/kernel",
@@ -205,7 +291,10 @@ def _google() -> list[LayoutEntry]:
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _HALVES = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-_CLIP_PIXELS = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+_CLIP_PIXELS = {
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+}
 _USUAL = {"activation": "gelu", "norm_eps": 1e-6}
 _HEADS = {r"^(head|fc_norm|head_dist|pre_logits)\b": "classifier"}
 _MAE_DECODER = {r"^(mask_token|decoder_)": "decoder of pixels"}
@@ -218,7 +307,11 @@ LAYOUTS: dict[str, Layout] = {
             name="siamese_im",
             known_by=r"^predictor_decoder_blocks\.0\.",
             table=tuple(_siamese_im()),
-            unused={r"^decoder_pos_embed$": "fixed table", r"\.bn\.(running_|num_batches)": "running statistics", **_HEADS},
+            unused={
+                r"^decoder_pos_embed$": "fixed table",
+                r"\.bn\.(running_|num_batches)": "running statistics",
+                **_HEADS,
+            },
             settings={**_USUAL, **IMAGENET},
             momentum="mm_",
         ),
@@ -241,7 +334,11 @@ LAYOUTS: dict[str, Layout] = {
             known_by=r"encoder\.layer\.0\.layernorm_before\.weight$",
             table=tuple(_hugging_face()),
             prefix=r"^(vit|deit)\.",
-            unused={r"^(classifier|pooler)\b": "classifier and pooler", r"^decoder\.": "decoder of pixels", r"mask_token$": "mask token"},
+            unused={
+                r"^(classifier|pooler)\b": "classifier and pooler",
+                r"^decoder\.": "decoder of pixels",
+                r"mask_token$": "mask token",
+            },
             settings={"activation": "gelu", "norm_eps": 1e-12, **_HALVES},
         ),
         Layout(
@@ -250,7 +347,9 @@ LAYOUTS: dict[str, Layout] = {
             table=tuple(_clip()),
             prefix=r"^vision_model\.",
             unused={
-                r"^(text_model|text_projection|visual_projection|logit_scale)\b": "text tower and projections",
+                r"^(text_model|text_projection|visual_projection|logit_scale)\b": (
+                    "text tower and projections"
+                ),
                 r"position_ids$": "numbers",
             },
             settings={"activation": "quick_gelu", "norm_eps": 1e-5, **_CLIP_PIXELS},
@@ -273,4 +372,11 @@ def layout_of(names: Mapping[str, Any]) -> Layout | None:
     >>> layout_of({"blocks.0.attn.qkv.weight": 0}).name, layout_of({"fc.weight": 0})
     ('timm', None)
     """
-    return next((layout for layout in LAYOUTS.values() if any(re.search(layout.known_by, name) for name in names)), None)
+    return next(
+        (
+            layout
+            for layout in LAYOUTS.values()
+            if any(re.search(layout.known_by, name) for name in names)
+        ),
+        None,
+    )

@@ -1,10 +1,9 @@
-"""Weights from other projects as our flat tree, and back: of vision transformers what `layouts` says, for a whole file; of InternImage what
-`intern_image_weights` says.
+"""Weights from other projects as our flat tree, and back: of vision transformers what `layouts`
+says, for a whole file; of InternImage what `intern_image_weights` says.
 
 found = load(tensor_files.read_tensors("vit.safetensors"))
-found.arrays["encoder/blocks/attention/qkv/kernel"].shape            # (12, 768, 2304)
-table = store(found.arrays, "timm", heads=12)                        # {"blocks.0.attn.qkv.weight": ...}
-"""
+found.arrays["encoder/blocks/attention/qkv/kernel"].shape            # (12, 768, 2304) table =
+store(found.arrays, "timm", heads=12)                        # {"blocks.0.attn.qkv.weight": ...}"""
 
 import collections
 import dataclasses
@@ -24,18 +23,23 @@ from m3i_jax.interop import intern_image_weights, position_tables
 from m3i_jax.interop.vit_layouts import IMAGENET, LAYOUTS, Layout, LayoutEntry, layout_of
 
 Flat = dict[str, np.ndarray]
-_GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
+_GELUS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+}
 
 
 @dataclasses.dataclass
 class PublishedWeights:
     """What a file has of our tree.
 
-    Attributes:
-      layout: whose names these are.
-      arrays: {path: array}; `encoder/positions` as it stands there.
-      settings: what the weights want of `model.encoder` and of the pixels (mean, std, image_size): from the file, its config.json, or the
-        layout. Of an InternImage only what is said of the pixels: its sizes are those of a preset, which models know.
+    Attributes: layout: whose names these are. arrays: {path: array}; `encoder/positions` as it
+      stands there. settings: what the weights want of `model.encoder` and of the pixels (mean, std,
+      image_size): from the file, its config.json, or the layout. Of an InternImage only what is
+      said of the pixels: its sizes are those of a preset, which models know.
       unused: {what it is: arrays} that have no place here.
       unknown: names that no table knows.
       notes: what was changed on the way.
@@ -55,33 +59,48 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 @functools.cache
 def _patterns(layout: str) -> tuple[tuple[re.Pattern[str], LayoutEntry, int], ...]:
-    return tuple((_pattern(name), entry, n) for entry in LAYOUTS[layout].table for n, name in enumerate(entry.theirs))
+    return tuple(
+        (_pattern(name), entry, n)
+        for entry in LAYOUTS[layout].table
+        for n, name in enumerate(entry.theirs)
+    )
 
 
-def load_vit(arrays: Mapping[str, np.ndarray], *, momentum: bool = False, config: Mapping[str, Any] | None = None) -> PublishedWeights:
+def load_vit(
+    arrays: Mapping[str, np.ndarray],
+    *,
+    momentum: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> PublishedWeights:
     """A file of any layout that is known as our flat tree.
 
-    Args:
-      arrays: named arrays, as of `tensor_files.read_tensors`.
-      momentum: of a file that has both, the momentum copy instead of the trained encoder; only SiameseIM's has.
-      config: what stood in the config.json beside it (Hugging Face, timm).
+    Args: arrays: named arrays, as of `tensor_files.read_tensors`. momentum: of a file that has
+      both, the momentum copy instead of the trained encoder; only SiameseIM's has. config: what
+      stood in the config.json beside it (Hugging Face, timm).
 
-    Raises:
-      UserError: no layout that is known, a file without a momentum copy, layers that are missing or differ in shape.
+    Raises: UserError: no layout that is known, a file without a momentum copy, layers that are
+      missing or differ in shape.
     """
     if "patch_embed.conv1.weight" in arrays or "model.patch_embed.conv1.weight" in arrays:
         return _intern_image(arrays, momentum, config or {})
     layout = layout_of(arrays)
     if layout is None:
         some = ", ".join(list(arrays)[:3])
-        raise UserError(f"these names are of no layout that is known ({some}, ...); known are {', '.join(LAYOUTS)} and InternImage")
-    if momentum and not (layout.momentum and any(name.startswith(layout.momentum) for name in arrays)):
+        raise UserError(
+            f"these names are of no layout that is known ({some}, ...); known are"
+            f" {', '.join(LAYOUTS)} and InternImage"
+        )
+    if momentum and not (
+        layout.momentum and any(name.startswith(layout.momentum) for name in arrays)
+    ):
         raise _no_copy(layout.name)
     unused: collections.Counter[str] = collections.Counter()
     unknown: list[str] = []
     gathered: dict[str, dict[int, dict[int, np.ndarray]]] = {}  # ours -> layer -> part
     entries: dict[str, LayoutEntry] = {}
-    names = {name: name for name in arrays if not (layout.momentum and name.startswith(layout.momentum))}
+    names = {
+        name: name for name in arrays if not (layout.momentum and name.startswith(layout.momentum))
+    }
     if copies := [name for name in arrays if name not in names]:
         if momentum:
             names |= {name.removeprefix(layout.momentum): name for name in copies}
@@ -89,9 +108,18 @@ def load_vit(arrays: Mapping[str, np.ndarray], *, momentum: bool = False, config
             unused["momentum copy"] = len(copies)
     for name, there in names.items():
         short = re.sub(layout.prefix, "", name) if layout.prefix else name
-        hit = next(((m, entry, n) for pattern, entry, n in _patterns(layout.name) if (m := pattern.match(short))), None)
+        hit = next(
+            (
+                (m, entry, n)
+                for pattern, entry, n in _patterns(layout.name)
+                if (m := pattern.match(short))
+            ),
+            None,
+        )
         if hit is None:
-            what = next((text for pattern, text in layout.unused.items() if re.search(pattern, short)), None)
+            what = next(
+                (text for pattern, text in layout.unused.items() if re.search(pattern, short)), None
+            )
             unused.update([what] if what else [])
             unknown += [] if what else [name]
             continue
@@ -101,13 +129,19 @@ def load_vit(arrays: Mapping[str, np.ndarray], *, momentum: bool = False, config
         gathered.setdefault(entry.ours, {}).setdefault(layer, {})[n] = np.asarray(arrays[there])
     found = _stacked(gathered, entries)
     notes = _fold_scales(found) + _row_for_cls(found)
-    if "encoder/patch_embed/kernel" in found and "encoder/patch_embed/bias" not in found:  # CLIP, and timm's models of CLIP
-        found["encoder/patch_embed/bias"] = np.zeros(found["encoder/patch_embed/kernel"].shape[-1], np.float32)
+    # CLIP, and timm's models of CLIP
+    if "encoder/patch_embed/kernel" in found and "encoder/patch_embed/bias" not in found:
+        found["encoder/patch_embed/bias"] = np.zeros(
+            found["encoder/patch_embed/kernel"].shape[-1], np.float32
+        )
     settings = {**layout.settings, **_told(config or {}), **_shape_settings(found, layout, arrays)}
     return PublishedWeights(layout.name, found, settings, dict(unused), unknown, notes)
 
 
-def _stacked(gathered: Mapping[str, Mapping[int, Mapping[int, np.ndarray]]], entries: Mapping[str, LayoutEntry]) -> Flat:
+def _stacked(
+    gathered: Mapping[str, Mapping[int, Mapping[int, np.ndarray]]],
+    entries: Mapping[str, LayoutEntry],
+) -> Flat:
     """Parts joined and layers stacked; refuses holes."""
     depths: dict[str, int] = {}
     for path, layers in gathered.items():
@@ -115,14 +149,25 @@ def _stacked(gathered: Mapping[str, Mapping[int, Mapping[int, np.ndarray]]], ent
         depths[stack] = max(depths.get(stack, 0), max(layers) + 1)
     out: Flat = {}
     for path, layers in gathered.items():
-        entry, depth = entries[path], depths["/".join(path.split("/")[:2])] if entries[path].stacked else 1
+        entry, depth = (
+            entries[path],
+            (depths["/".join(path.split("/")[:2])] if entries[path].stacked else 1),
+        )
         for layer in range(depth):
             lacking = [n for n in range(len(entry.theirs)) if n not in layers.get(layer, {})]
             if lacking:
-                raise UserError(f"the weights are not complete: {entry.theirs[lacking[0]].format(l=layer)} is missing of {depth} layers")
-        values = [entry.load(*(layers[layer][n] for n in range(len(entry.theirs)))) for layer in range(depth)]
+                raise UserError(
+                    f"the weights are not complete: {entry.theirs[lacking[0]].format(l=layer)} is"
+                    f" missing of {depth} layers"
+                )
+        values = [
+            entry.load(*(layers[layer][n] for n in range(len(entry.theirs))))
+            for layer in range(depth)
+        ]
         if len({value.shape for value in values}) > 1:
-            raise UserError(f"the weights are broken: {entry.theirs[0]} differs in shape from layer to layer")
+            raise UserError(
+                f"the weights are broken: {entry.theirs[0]} differs in shape from layer to layer"
+            )
         out[path] = np.stack(values) if entry.stacked else values[0]
     return out
 
@@ -141,17 +186,27 @@ def _fold_scales(found: Flat) -> list[str]:
 
 
 def _row_for_cls(found: Flat) -> list[str]:
-    """A row of zeros for cls in front of a table that has none (DeiT III): here a learned table has a row for every token."""
+    """A row of zeros for cls in front of a table that has none (DeiT III): here a learned table has
+    a row for every token."""
     table = found.get("encoder/positions")
-    if table is None or "encoder/cls_token" not in found or position_tables.table_grid(table.shape[1]) ** 2 != table.shape[1]:
+    if (
+        table is None
+        or "encoder/cls_token" not in found
+        or position_tables.table_grid(table.shape[1]) ** 2 != table.shape[1]
+    ):
         return []
     found["encoder/positions"] = np.concatenate([np.zeros_like(table[:, :1]), table], 1)
     return ["the position table has no row for cls there: it gets one of zeros"]
 
 
-def _shape_settings(found: Flat, layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _shape_settings(
+    found: Flat, layout: Layout, arrays: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
     """Settings of `model.encoder` that shapes tell."""
-    kernel, fc1 = found.get("encoder/patch_embed/kernel"), found.get("encoder/blocks/mlp/fc1/kernel")
+    kernel, fc1 = (
+        found.get("encoder/patch_embed/kernel"),
+        found.get("encoder/blocks/mlp/fc1/kernel"),
+    )
     if kernel is None or fc1 is None:
         return {}
     width = kernel.shape[-1]
@@ -173,8 +228,11 @@ def _shape_settings(found: Flat, layout: Layout, arrays: Mapping[str, np.ndarray
 
 
 def _told(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that a config.json tells: Hugging Face's keys, timm's `model_args` and `pretrained_cfg`."""
-    config = config.get("vision_config") if isinstance(config.get("vision_config"), Mapping) else config  # type: ignore[assignment]
+    """Settings that a config.json tells: Hugging Face's keys, timm's `model_args` and
+    `pretrained_cfg`."""
+    config = (
+        config.get("vision_config") if isinstance(config.get("vision_config"), Mapping) else config
+    )  # type: ignore[assignment]
     args, pixels = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
     out: dict[str, Any] = {}
     for heads in (config.get("num_attention_heads"), args.get("num_heads")):
@@ -195,7 +253,8 @@ def _told(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_sidecar_configs(path: str) -> dict[str, Any]:
-    """What config.json and preprocessor_config.json in the directory of a file of weights say; {} without them."""
+    """What config.json and preprocessor_config.json in the directory of a file of weights say; {}
+    without them."""
     place = pathlib.Path(path)
     place = place if place.is_dir() else place.parent
     out: dict[str, Any] = {}
@@ -204,15 +263,21 @@ def read_sidecar_configs(path: str) -> dict[str, Any]:
             try:
                 out |= json.loads((place / name).read_text())
             except ValueError as error:
-                raise UserError(f"{place / name}: is no JSON ({error}); repair or remove it") from error
+                raise UserError(
+                    f"{place / name}: is no JSON ({error}); repair or remove it"
+                ) from error
     return out
 
 
 def _no_copy(layout: str) -> UserError:
-    return UserError(f"the weights have the names of {layout} and no momentum copy: use init.weights=online")
+    return UserError(
+        f"the weights have the names of {layout} and no momentum copy: use init.weights=online"
+    )
 
 
-def _intern_image(arrays: Mapping[str, np.ndarray], momentum: bool, config: Mapping[str, Any]) -> PublishedWeights:
+def _intern_image(
+    arrays: Mapping[str, np.ndarray], momentum: bool, config: Mapping[str, Any]
+) -> PublishedWeights:
     if momentum:
         raise _no_copy("InternImage")
 
@@ -223,16 +288,28 @@ def _intern_image(arrays: Mapping[str, np.ndarray], momentum: bool, config: Mapp
             out |= flat(node, below) if isinstance(node, Mapping) else {below: node}
         return out
 
-    settings = IMAGENET | {name: value for name, value in _told(config).items() if name in ("mean", "std", "image_size")}
-    return PublishedWeights("intern_image", flat(intern_image_weights.load_intern_image({name: arrays[name] for name in arrays})), settings, {}, [], [])
+    settings = IMAGENET | {
+        name: value
+        for name, value in _told(config).items()
+        if name in ("mean", "std", "image_size")
+    }
+    return PublishedWeights(
+        "intern_image",
+        flat(intern_image_weights.load_intern_image({name: arrays[name] for name in arrays})),
+        settings,
+        {},
+        [],
+        [],
+    )
 
 
 def store_vit(tree: Mapping[str, np.ndarray], layout: str, *, heads: int, prefix: str = "") -> Flat:
     """Inverse of `load_vit`: our flat tree under the names of a layout.
 
-    The learned fill of hidden cells, `encoder/mask_token`, has no place there and is left out. Without `encoder/norm`, timm's and
-    Google's tables have no final norm either; Hugging Face's models always have one, which gets scale 1 and offset 0. Where there is no
-    bias of the patch embedding (CLIP, and timm before a norm), ours is added to the rows of the position table.
+    The learned fill of hidden cells, `encoder/mask_token`, has no place there and is left out.
+    Without `encoder/norm`, timm's and Google's tables have no final norm either; Hugging Face's
+    models always have one, which gets scale 1 and offset 0. Where there is no bias of the patch
+    embedding (CLIP, and timm before a norm), ours is added to the rows of the position table.
 
     Args:
       tree: {path: array}; `encoder/positions` [1, R, D] has to be there, the fixed table too.
@@ -246,15 +323,25 @@ def store_vit(tree: Mapping[str, np.ndarray], layout: str, *, heads: int, prefix
     >>> list(store_vit({"encoder/norm/scale": np.ones(4)}, "google", heads=2))
     ['Transformer/encoder_norm/scale']
     """
-    described, tree = LAYOUTS[layout], {path: array for path, array in tree.items() if path != "encoder/mask_token"}
+    described, tree = (
+        LAYOUTS[layout],
+        {path: array for path, array in tree.items() if path != "encoder/mask_token"},
+    )
     no_bias = not described.patch_bias or "encoder/embedding_norm/scale" in tree
     if no_bias and "encoder/patch_embed/bias" in tree:
         bias, table = tree.pop("encoder/patch_embed/bias"), np.array(tree["encoder/positions"])
         table[:, int("encoder/cls_token" in tree) :] += bias
         tree["encoder/positions"] = table
-    if layout in ("hf", "clip") and "encoder/patch_embed/kernel" in tree and "encoder/norm/scale" not in tree:
+    if (
+        layout in ("hf", "clip")
+        and "encoder/patch_embed/kernel" in tree
+        and "encoder/norm/scale" not in tree
+    ):
         width = tree["encoder/patch_embed/kernel"].shape[-1]
-        tree |= {"encoder/norm/scale": np.ones(width, np.float32), "encoder/norm/bias": np.zeros(width, np.float32)}
+        tree |= {
+            "encoder/norm/scale": np.ones(width, np.float32),
+            "encoder/norm/bias": np.zeros(width, np.float32),
+        }
     by_path: dict[str, LayoutEntry] = {}
     for entry in described.table:
         by_path.setdefault(entry.ours, entry)
@@ -262,7 +349,10 @@ def store_vit(tree: Mapping[str, np.ndarray], layout: str, *, heads: int, prefix
     for path, array in tree.items():
         known = by_path.get(path)
         if known is None:
-            raise UserError(f"{path} has no name in the layout {layout}; nearest is {', '.join(nearest_names(path, by_path)) or 'nothing'}")
+            raise UserError(
+                f"{path} has no name in the layout {layout}; nearest is"
+                f" {', '.join(nearest_names(path, by_path)) or 'nothing'}"
+            )
         for layer, value in enumerate(array) if known.stacked else [(0, array)]:
             for name, part in zip(known.theirs, known.store(np.asarray(value), heads), strict=True):
                 out[prefix + name.format(l=layer)] = np.ascontiguousarray(part)

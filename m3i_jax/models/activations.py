@@ -1,4 +1,5 @@
-"""Non-linearities of other projects' transformers, beside the exact GELU of `layers`: for weights that were trained with them."""
+"""Non-linearities of other projects' transformers, beside the exact GELU of `layers`: for weights
+that were trained with them."""
 
 import jax
 import jax.numpy as jnp

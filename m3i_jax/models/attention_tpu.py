@@ -1,8 +1,10 @@
-"""Softmax attention on a TPU, in a Pallas kernel: what weighs the values is made, used and forgotten in fast memory.
+"""Softmax attention on a TPU, in a Pallas kernel: what weighs the values is made, used and
+forgotten in fast memory.
 
-Left to the compiler the weights go through main memory in three types, and heads are laid out apart before and after. Here a step is an
-image and as many heads side by side as fill the lanes, read where they stand in the columns of the projection. The backward pass makes the
-weights again, from queries and keys: one product more, which is the machine's work and not the model's.
+Left to the compiler the weights go through main memory in three types, and heads are laid out apart
+before and after. Here a step is an image and as many heads side by side as fill the lanes, read
+where they stand in the columns of the projection. The backward pass makes the weights again, from
+queries and keys: one product more, which is the machine's work and not the model's.
 
 B batch, Q query rows, T tokens, M columns, C = H E channels of H heads, E of a head.
 """
@@ -17,7 +19,9 @@ _LANES = 128
 _SCORES = 2**19  # of queries times keys, padded
 _BYTES = 16 * 2**20  # of fast memory, which the smallest of the chips (v4) has
 _MOST = 16  # heads side by side, whose code is written out
-NEVER = -1e30  # a logit whose weight is exactly 0 beside any real one, and that gives uniform weights, not NaN, where no key counts
+# a logit whose weight is exactly 0 beside any real one, and that gives uniform weights, not NaN,
+# where no key counts
+NEVER = -1e30
 
 
 class Columns(NamedTuple):
@@ -29,11 +33,15 @@ class Columns(NamedTuple):
 
 def _side_by_side(heads: int, depth: int) -> int:
     """Heads that fill whole lanes, 0: no number does."""
-    return next((n for n in range(1, min(heads, _MOST) + 1) if heads % n == 0 and n * depth % _LANES == 0), 0)
+    return next(
+        (n for n in range(1, min(heads, _MOST) + 1) if heads % n == 0 and n * depth % _LANES == 0),
+        0,
+    )
 
 
 def fits(queries: int, tokens: int, heads: int, depth: int, dtype: Any) -> bool:
-    """Whether the kernel takes attention of that size and type. Of heads that only many together fill whole lanes (80 of ViT-H), less.
+    """Whether the kernel takes attention of that size and type. Of heads that only many together
+    fill whole lanes (80 of ViT-H), less.
 
     >>> fits(197, 197, 12, 64, jnp.bfloat16), fits(294, 294, 16, 48, jnp.bfloat16), fits(197, 197, 3, 64, jnp.bfloat16)
     (True, True, False)
@@ -42,9 +50,12 @@ def fits(queries: int, tokens: int, heads: int, depth: int, dtype: Any) -> bool:
     """
     if dtype not in (jnp.bfloat16, jnp.float32):
         return False
-    padded, lanes = (queries + -queries % 8) * (tokens + -tokens % _LANES), _side_by_side(heads, depth) * depth
-    # A step of the backward pass holds six arrays of scores in float32, and twice, on their way in and out, three arrays like the queries
-    # and four like the keys.
+    padded, lanes = (
+        (queries + -queries % 8) * (tokens + -tokens % _LANES),
+        _side_by_side(heads, depth) * depth,
+    )
+    # A step of the backward pass holds six arrays of scores in float32, and twice, on their way in
+    # and out, three arrays like the queries and four like the keys.
     held = 6 * 4 * padded + 2 * jnp.dtype(dtype).itemsize * lanes * (3 * queries + 4 * tokens)
     return padded <= _SCORES and lanes > 0 and held <= _BYTES
 
@@ -55,7 +66,9 @@ def _product(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _weights(q_QxE: jax.Array, k_TxE: jax.Array, where_1xT: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _weights(
+    q_QxE: jax.Array, k_TxE: jax.Array, where_1xT: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """Scaled queries, and the weights in their type."""
     q_QxE = (q_QxE.astype(jnp.float32) * q_QxE.shape[1] ** -0.5).astype(q_QxE.dtype)
     logits_QxT = _product(q_QxE, k_TxE, (1, 1))
@@ -82,7 +95,10 @@ def _backward_kernel(*refs: Any, depth: int, masked: bool) -> None:
         k_TxE, g_QxE = k[0, :, at], g[0, :, at]
         q_QxE, weights_QxT = _weights(q[0, :, at], k_TxE, where[0][0] if masked else None)
         dv[0, :, at] = _product(weights_QxT, g_QxE, (0, 0)).astype(dv.dtype)
-        dweights_QxT, wide_QxT = _product(g_QxE, v[0, :, at], (1, 1)), weights_QxT.astype(jnp.float32)
+        dweights_QxT, wide_QxT = (
+            _product(g_QxE, v[0, :, at], (1, 1)),
+            weights_QxT.astype(jnp.float32),
+        )
         dlogits_QxT = wide_QxT * (dweights_QxT - (wide_QxT * dweights_QxT).sum(1, keepdims=True))
         if masked:
             dlogits_QxT = jnp.where(where[0][0] > 0, dlogits_QxT, 0)
@@ -101,7 +117,8 @@ def _run(
     products: tuple[int, int],
     interpret: bool,
 ) -> list[jax.Array]:
-    """`rows`: of the arrays [B, rows, C] that come out. `products`: how many of [Q, T] with C are the model's, and how many are made."""
+    """`rows`: of the arrays [B, rows, C] that come out. `products`: how many of [Q, T] with C are
+    the model's, and how many are made."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
@@ -112,12 +129,23 @@ def _run(
         return pl.BlockSpec((1, rows, lanes), lambda i, j: (i, 0, first // lanes + j))
 
     like = jax.typeof(q).manual_axis_type
-    outs = [jax.ShapeDtypeStruct((q.shape[0], n, channels), q.dtype, manual_axis_type=like) for n in rows]
-    arrays, specs = [each.array for each in given], [columns(each.array.shape[1], each.first) for each in given]
+    outs = [
+        jax.ShapeDtypeStruct((q.shape[0], n, channels), q.dtype, manual_axis_type=like)
+        for n in rows
+    ]
+    arrays, specs = (
+        [each.array for each in given],
+        [columns(each.array.shape[1], each.first) for each in given],
+    )
     if where_BxT is not None:
         arrays.append(where_BxT.astype(jnp.float32)[:, None])
         specs.append(pl.BlockSpec((1, 1, where_BxT.shape[1]), lambda i, j: (i, 0, 0)))
-    moved = q.dtype.itemsize * channels * q.shape[0] * sum([*(each.array.shape[1] for each in given), *rows])
+    moved = (
+        q.dtype.itemsize
+        * channels
+        * q.shape[0]
+        * sum([*(each.array.shape[1] for each in given), *rows])
+    )
     each = 2 * q.shape[0] * q.shape[1] * k.shape[1] * channels
     run = pl.pallas_call(
         functools.partial(kernel, depth=depth, masked=where_BxT is not None),
@@ -137,20 +165,47 @@ def _run(
         return run(*arrays)
 
 
-def forward(heads: int, channels: int, q: Columns, k: Columns, v: Columns, where_BxT: jax.Array | None, *, interpret: bool) -> jax.Array:
-    """`softmax(q k' / sqrt(E)) v` of every head, [B, Q, C] in the type of q, as `layers.attend` computes it.
+def forward(
+    heads: int,
+    channels: int,
+    q: Columns,
+    k: Columns,
+    v: Columns,
+    where_BxT: jax.Array | None,
+    *,
+    interpret: bool,
+) -> jax.Array:
+    """`softmax(q k' / sqrt(E)) v` of every head, [B, Q, C] in the type of q, as `layers.attend`
+    computes it.
 
     >>> x = jnp.ones((1, 3, 384)).at[0, 2, 256:].set(4.0)  # queries, keys and values side by side; the third value is another
     >>> parts = (Columns(x, first) for first in (0, 128, 256))
     >>> forward(2, 128, *parts, None, interpret=True)[0, 0, :2].tolist()
     [2.0, 2.0]
     """
-    (out,) = _run(_forward_kernel, heads, channels, [q, k, v], where_BxT, [q.array.shape[1]], (2, 2), interpret)
+    (out,) = _run(
+        _forward_kernel,
+        heads,
+        channels,
+        [q, k, v],
+        where_BxT,
+        [q.array.shape[1]],
+        (2, 2),
+        interpret,
+    )
     return out
 
 
 def backward(
-    heads: int, channels: int, q: Columns, k: Columns, v: Columns, where_BxT: jax.Array | None, g_BxQxC: jax.Array, *, interpret: bool
+    heads: int,
+    channels: int,
+    q: Columns,
+    k: Columns,
+    v: Columns,
+    where_BxT: jax.Array | None,
+    g_BxQxC: jax.Array,
+    *,
+    interpret: bool,
 ) -> list[jax.Array]:
     """Gradients of queries [B, Q, C], keys and values [B, T, C].
 
@@ -161,4 +216,13 @@ def backward(
     (False, 1.0)
     """
     rows = [q.array.shape[1], k.array.shape[1], v.array.shape[1]]
-    return _run(_backward_kernel, heads, channels, [q, k, v, Columns(g_BxQxC, 0)], where_BxT, rows, (4, 5), interpret)
+    return _run(
+        _backward_kernel,
+        heads,
+        channels,
+        [q, k, v, Columns(g_BxQxC, 0)],
+        where_BxT,
+        rows,
+        (4, 5),
+        interpret,
+    )

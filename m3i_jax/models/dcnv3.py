@@ -1,13 +1,16 @@
 """DCNv3, the operator of InternImage (Wang et al., 2023, Eq. 2), as a pure function with gradients.
 
-Every output pixel of every group reads its group's channels at P points, bilinearly, at places the network chooses, and adds them up with
-softmax weights. Four exact ways to compute it: dense products with the matrix of bilinear weights (`dcnv3_dense`; nothing is gathered), the
-same without that matrix ever being in main memory (`dcnv3_tpu`, for TPUs), a loop that looks the four cells around each sample up where
-they are added (`dcnv3_cpu`, for CPUs), and a gather of those cells, packed side by side so that it is one gather (as deformable attention
-does in Scenic), which JAX differentiates by itself: the form to compare with. Which is fastest depends on the size of the map and on the
-platform alone; `choose` is that rule.
+Every output pixel of every group reads its group's channels at P points, bilinearly, at places the
+network chooses, and adds them up with softmax weights. Four exact ways to compute it: dense
+products with the matrix of bilinear weights (`dcnv3_dense`; nothing is gathered), the same without
+that matrix ever being in main memory (`dcnv3_tpu`, for TPUs), a loop that looks the four cells
+around each sample up where they are added (`dcnv3_cpu`, for CPUs), and a gather of those cells,
+packed side by side so that it is one gather (as deformable attention does in Scenic), which JAX
+differentiates by itself: the form to compare with. Which is fastest depends on the size of the map
+and on the platform alone; `choose` is that rule.
 
-Coordinates and weights are float32 whatever the precision of the input. The modulation comes in as weights: the softmax is the caller's.
+Coordinates and weights are float32 whatever the precision of the input. The modulation comes in as
+weights: the softmax is the caller's.
 
 B batch, H W input size, I J output size, C channels, G groups, D = C / G, P points, O = I J.
 """
@@ -29,7 +32,8 @@ _BAND = 2  # rows of a band and of its windows: more rows loop less and multiply
 
 
 def points(kernel: int, dilation: int = 1, *, remove_center: bool = False) -> np.ndarray:
-    """Undisplaced sampling points (x, y) of the kernel around its centre, [P, 2], the column the slow index.
+    """Undisplaced sampling points (x, y) of the kernel around its centre, [P, 2], the column the
+    slow index.
 
     Raises:
       ValueError: the centre of an even kernel.
@@ -48,7 +52,9 @@ def points(kernel: int, dilation: int = 1, *, remove_center: bool = False) -> np
     return np.delete(grid, kernel * kernel // 2, 0)
 
 
-def output_size(size: int, *, kernel: int = 3, stride: int = 1, pad: int = 1, dilation: int = 1) -> int:
+def output_size(
+    size: int, *, kernel: int = 3, stride: int = 1, pad: int = 1, dilation: int = 1
+) -> int:
     """Rows (or columns) of the output of that many of the input.
 
     >>> output_size(12), output_size(12, stride=2)
@@ -58,11 +64,13 @@ def output_size(size: int, *, kernel: int = 3, stride: int = 1, pad: int = 1, di
 
 
 def choose(height: int, width: int, platform: str = "default") -> str:
-    """The fastest method for an input of this size. Measured with `python -m tests.bench.dcnv3`, on TPUs counted: `bytes` of the same.
+    """The fastest method for an input of this size. Measured with `python -m tests.bench.dcnv3`, on
+    TPUs counted: `bytes` of the same.
 
-    The dense matrix has H W entries for every output where the others read 4 P D numbers; bands keep to the rows that samples touch, but
-    loop. Matrix units like products best: up to 14 x 14 cells the plain one, above it bands. On a CPU they pay for the smallest maps alone.
-    On a TPU the kernel moves a quarter to a half of their bytes.
+    The dense matrix has H W entries for every output where the others read 4 P D numbers; bands
+    keep to the rows that samples touch, but loop. Matrix units like products best: up to 14 x 14
+    cells the plain one, above it bands. On a CPU they pay for the smallest maps alone. On a TPU the
+    kernel moves a quarter to a half of their bytes.
 
     >>> choose(12, 12), choose(48, 48), choose(48, 48, "cpu"), choose(48, 48, "tpu")
     ('dense', 'band', 'fused', 'kernel')
@@ -75,7 +83,8 @@ def choose(height: int, width: int, platform: str = "default") -> str:
 
 
 class _Call(NamedTuple):
-    """What is known of a call before it runs. methods: method by platform; grid: [P, 2]; step: stride, and where the first output lies."""
+    """What is known of a call before it runs. methods: method by platform; grid: [P, 2]; step:
+    stride, and where the first output lies."""
 
     methods: tuple[tuple[str, str], ...]
     size: tuple[int, int]
@@ -88,7 +97,10 @@ class _Call(NamedTuple):
 def _rest(call: _Call, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     """Where every point of every output lies before it is displaced: row and column, [O, P]."""
     (stride, shift), grid = call.step, np.asarray(call.grid)
-    rows, columns = (stride * place + shift for place in np.divmod(np.arange(call.out[0] * call.out[1]), call.out[1]))
+    rows, columns = (
+        stride * place + shift
+        for place in np.divmod(np.arange(call.out[0] * call.out[1]), call.out[1])
+    )
     down, over = (call.scale * grid[:, i] for i in (1, 0))
     return (rows[:, None] + down).astype(dtype), (columns[:, None] + over).astype(dtype)
 
@@ -108,7 +120,9 @@ def _samples(call: _Call, offset: jax.Array, mask: jax.Array) -> Samples:
     rest_y, rest_x = (rest.T for rest in _rest(call, dtype))
     moved = jnp.transpose(offset, (0, 2, 4, 3, 1)).astype(dtype)
     weight = jnp.moveaxis(mask.reshape(b, o, -1), 1, 2).reshape(b, g, p, o).astype(dtype)
-    return Samples(call.scale * moved[:, :, 1] + rest_y, call.scale * moved[:, :, 0] + rest_x, weight)
+    return Samples(
+        call.scale * moved[:, :, 1] + rest_y, call.scale * moved[:, :, 0] + rest_x, weight
+    )
 
 
 def _cells_last(x_BxOxC: jax.Array, groups: int) -> jax.Array:
@@ -123,35 +137,72 @@ def _channels_last(x_BxGxDxO: jax.Array) -> jax.Array:
 
 def _by_platform(form: Callable[..., Any], call: _Call, *arrays: jax.Array) -> Any:
     forms = {platform: functools.partial(form, call, method) for platform, method in call.methods}
-    return jax.lax.platform_dependent(*arrays, **forms) if len(set(call.methods)) > 1 else forms["default"](*arrays)
+    return (
+        jax.lax.platform_dependent(*arrays, **forms)
+        if len(set(call.methods)) > 1
+        else forms["default"](*arrays)
+    )
 
 
-def _value(call: _Call, method: str, x_BxQxC: jax.Array, offset: jax.Array, mask: jax.Array) -> jax.Array:
+def _value(
+    call: _Call, method: str, x_BxQxC: jax.Array, offset: jax.Array, mask: jax.Array
+) -> jax.Array:
     if method == "fused":
         return dcnv3_cpu.forward(x_BxQxC, _places(call, offset, mask), call.size)
     if method == "kernel":
-        run = functools.partial(dcnv3_tpu.forward, size=call.size, interpret=parallel.platform() != "tpu")
+        run = functools.partial(
+            dcnv3_tpu.forward, size=call.size, interpret=parallel.platform() != "tpu"
+        )
         return parallel.per_device(run, x_BxQxC, _samples(call, offset, mask))
-    # Without the barrier the compiler would transpose the coordinates again for every entry of the matrix.
-    at, rows = jax.lax.optimization_barrier(_samples(call, offset, mask)), _BAND if method == "band" else 0
-    return _channels_last(dcnv3_dense.forward(_cells_last(x_BxQxC, at.y.shape[1]), at, call.size, rows, call.out[0]))
+    # Without the barrier the compiler would transpose the coordinates again for every entry of the
+    # matrix.
+    at, rows = (
+        jax.lax.optimization_barrier(_samples(call, offset, mask)),
+        (_BAND if method == "band" else 0),
+    )
+    return _channels_last(
+        dcnv3_dense.forward(_cells_last(x_BxQxC, at.y.shape[1]), at, call.size, rows, call.out[0])
+    )
 
 
-def _gradients(call: _Call, method: str, x_BxQxC: jax.Array, offset: jax.Array, mask: jax.Array, grad_BxOxC: jax.Array) -> tuple:
-    at, pull = jax.vjp(functools.partial(_places if method == "fused" else _samples, call), offset, mask)
+def _gradients(
+    call: _Call,
+    method: str,
+    x_BxQxC: jax.Array,
+    offset: jax.Array,
+    mask: jax.Array,
+    grad_BxOxC: jax.Array,
+) -> tuple:
+    at, pull = jax.vjp(
+        functools.partial(_places if method == "fused" else _samples, call), offset, mask
+    )
     if method == "fused":
         run = functools.partial(dcnv3_cpu.backward, size=call.size)
-        # It makes one axis of images, groups and rows of cells, which the partitioner would not know how to split.
+        # It makes one axis of images, groups and rows of cells, which the partitioner would not
+        # know how to split.
         alone = parallel.is_single_device(x_BxQxC.shape[0])
-        dx, dat = parallel.per_device(run, x_BxQxC, at, grad_BxOxC) if alone else run(x_BxQxC, at, grad_BxOxC)
+        dx, dat = (
+            parallel.per_device(run, x_BxQxC, at, grad_BxOxC)
+            if alone
+            else run(x_BxQxC, at, grad_BxOxC)
+        )
         return (dx, *pull(dat))
     groups, rows = at.y.shape[1], _BAND if method == "band" else 0
     if method == "kernel":
-        run = functools.partial(dcnv3_tpu.backward, size=call.size, interpret=parallel.platform() != "tpu")
+        run = functools.partial(
+            dcnv3_tpu.backward, size=call.size, interpret=parallel.platform() != "tpu"
+        )
         dx, dat = parallel.per_device(run, x_BxQxC, at, grad_BxOxC)
         return (dx, *pull(dat))
     at = jax.lax.optimization_barrier(at)
-    dv, dat = dcnv3_dense.backward(_cells_last(x_BxQxC, groups), at, _cells_last(grad_BxOxC, groups), call.size, rows, call.out[0])
+    dv, dat = dcnv3_dense.backward(
+        _cells_last(x_BxQxC, groups),
+        at,
+        _cells_last(grad_BxOxC, groups),
+        call.size,
+        rows,
+        call.out[0],
+    )
     return (_channels_last(dv), *pull(jax.lax.optimization_barrier(dat)))
 
 
@@ -161,13 +212,15 @@ def _operator(call: _Call, x_BxQxC: jax.Array, offset: jax.Array, mask: jax.Arra
 
 
 _operator.defvjp(
-    lambda call, *arrays: (_operator(call, *arrays), arrays), lambda call, kept, grad: _by_platform(_gradients, call, *kept, grad)
+    lambda call, *arrays: (_operator(call, *arrays), arrays),
+    lambda call, kept, grad: _by_platform(_gradients, call, *kept, grad),
 )
 
 
 @jax.custom_vjp
 def _inside(t: jax.Array) -> jax.Array:
-    """Identity; no gradient to a coordinate of -1 or less, which reads only the padding, whatever its right-hand neighbour holds."""
+    """Identity; no gradient to a coordinate of -1 or less, which reads only the padding, whatever
+    its right-hand neighbour holds."""
     return t
 
 
@@ -176,10 +229,12 @@ _inside.defvjp(lambda t: (t, t), lambda t, g: (jnp.where(t > -1, g, 0),))
 
 def _gather(x_BxQxC: jax.Array, at: Samples, size: tuple[int, int]) -> jax.Array:
     height, width = size
-    at = Samples(*(jnp.swapaxes(a, 2, 3) for a in at))  # the points of an output side by side: they are added up
+    # the points of an output side by side: they are added up
+    at = Samples(*(jnp.swapaxes(a, 2, 3) for a in at))
     b, g, o, p = at.y.shape
     d = x_BxQxC.shape[2] // g
-    # One ring of zeros before and two behind: every coordinate in [-1, size] finds its four cells, and beyond there is nothing to find.
+    # One ring of zeros before and two behind: every coordinate in [-1, size] finds its four cells,
+    # and beyond there is nothing to find.
     y, x = jnp.clip(_inside(at.y), -1, height), jnp.clip(_inside(at.x), -1, width)
     row, column = jnp.floor(y), jnp.floor(x)
     below, right = y - row, x - column
@@ -188,10 +243,21 @@ def _gather(x_BxQxC: jax.Array, at: Samples, size: tuple[int, int]) -> jax.Array
     packed_BxGxQx4D = packed.reshape(b, -1, g, 4 * d).swapaxes(1, 2)
     index = ((row + 1) * (width + 2) + column + 1).astype(jnp.int32).reshape(b, g, o * p, 1)
     found = jnp.take_along_axis(packed_BxGxQx4D, index, 2, mode="clip").reshape(b, g, o, p, 4, d)
-    weight = jnp.stack([(1 - below) * (1 - right), (1 - below) * right, below * (1 - right), below * right], -1) * at.m[..., None]
+    weight = (
+        jnp.stack(
+            [(1 - below) * (1 - right), (1 - below) * right, below * (1 - right), below * right], -1
+        )
+        * at.m[..., None]
+    )
     weight = weight.astype(x_BxQxC.dtype)
     precision = None if found.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    out = jnp.einsum("bgopk,bgopkd->bogd", weight, found, precision=precision, preferred_element_type=widen(found.dtype))
+    out = jnp.einsum(
+        "bgopk,bgopkd->bogd",
+        weight,
+        found,
+        precision=precision,
+        preferred_element_type=widen(found.dtype),
+    )
     return out.reshape(b, o, g * d).astype(x_BxQxC.dtype)
 
 
@@ -209,23 +275,26 @@ def dcnv3(
     remove_center: bool = False,
     method: str = "auto",
 ) -> jax.Array:
-    """Deformable convolution, third version: `y[i, j, g] = sum_p mask[p] * x_g(place of p)`, bilinear, zero outside.
+    """Deformable convolution, third version: `y[i, j, g] = sum_p mask[p] * x_g(place of p)`,
+    bilinear, zero outside.
 
-    Point p of output (i, j) lies at column `stride j - pad + c + offset_scale (points[p, 0] + offset[p, 0])` and the row likewise with [1],
-    c = dilation (kernel - 1) // 2. Gradients reach x, offset and mask; at an integer coordinate the offset's is that to the right.
+    Point p of output (i, j) lies at column `stride j - pad + c + offset_scale (points[p, 0] +
+    offset[p, 0])` and the row likewise with [1], c = dilation (kernel - 1) // 2. Gradients reach x,
+    offset and mask; at an integer coordinate the offset's is that to the right.
 
-    Args:
-      x_BxHxWxC: input, channels of a group side by side.
-      offset_BxIxJxGxPx2: displacement (x, y) of every point in pixels before `offset_scale`; P = kernel^2, less one without the centre,
-        in the order of `points`. The last three axes may also be one.
-      mask_BxIxJxGxP: weight of every point; InternImage's softmax over P is already done. The last two axes may also be one.
+    Args: x_BxHxWxC: input, channels of a group side by side. offset_BxIxJxGxPx2: displacement (x,
+      y) of every point in pixels before `offset_scale`; P = kernel^2, less one without the centre,
+      in the order of `points`. The last three axes may also be one.
+      mask_BxIxJxGxP: weight of every point; InternImage's softmax over P is already done. The last
+          two axes may also be one.
       kernel, stride, pad, dilation: as of a convolution; pad in pixels on every side.
       groups: G.
       offset_scale: factor of the points and of the offsets (2 in InternImage-L and XL).
       remove_center: leave the middle point out.
-      method: dense, band (dense over the rows that samples touch), kernel, fused, gather, or auto: `choose`. The same numbers to rounding.
-        The kernel runs on TPUs in bfloat16 or float32, elsewhere as an interpreted program; `auto` takes it where every device has rows
-        of its own: on one device, in a mesh that was set with jax.set_mesh, or inside shard_map.
+      method: dense, band (dense over the rows that samples touch), kernel, fused, gather, or auto:
+        `choose`. The same numbers to rounding. The kernel runs on TPUs in bfloat16 or float32,
+        elsewhere as an interpreted program; `auto` takes it where every device has rows of its own:
+        on one device, in a mesh that was set with jax.set_mesh, or inside shard_map.
 
     Returns:
       [B, I, J, C] in the type of x.
@@ -251,12 +320,20 @@ def dcnv3(
     for name, array, last in (("offset", offset_BxIxJxGxPx2, 2), ("mask", mask_BxIxJxGxP, 1)):
         wanted = (b, *out, groups, len(grid), 2)[: 4 + last]
         if array.shape[:3] != wanted[:3] or np.prod(array.shape[3:]) != np.prod(wanted[3:]):
-            raise ValueError(f"{name} has shape {array.shape}; for an input of {x_BxHxWxC.shape} and these settings it must be {wanted}")
+            raise ValueError(
+                f"{name} has shape {array.shape}; for an input of {x_BxHxWxC.shape} and these"
+                f" settings it must be {wanted}"
+            )
     offset = offset_BxIxJxGxPx2.reshape(b, -1, groups, len(grid), 2)
     mask = mask_BxIxJxGxP.reshape(b, -1, groups, len(grid))
-    alone = parallel.kernels(b) and dcnv3_tpu.fits((height, width), groups, c // groups, len(grid), x_BxHxWxC.dtype)
+    alone = parallel.kernels(b) and dcnv3_tpu.fits(
+        (height, width), groups, c // groups, len(grid), x_BxHxWxC.dtype
+    )
     platforms = {"cpu": "cpu", "default": "tpu" if alone else "default"}
-    methods = {name: choose(height, width, p) if method == "auto" else method for name, p in platforms.items()}
+    methods = {
+        name: choose(height, width, p) if method == "auto" else method
+        for name, p in platforms.items()
+    }
     call = _Call(
         methods=tuple(methods.items()),
         size=(height, width),
@@ -267,7 +344,9 @@ def dcnv3(
     )
     x_BxQxC = x_BxHxWxC.reshape(b, -1, c)
     if method == "gather":
-        y_BxOxC = _gather(x_BxQxC, jax.lax.optimization_barrier(_samples(call, offset, mask)), (height, width))
+        y_BxOxC = _gather(
+            x_BxQxC, jax.lax.optimization_barrier(_samples(call, offset, mask)), (height, width)
+        )
     else:
         y_BxOxC = _operator(call, x_BxQxC, offset, mask)
     return y_BxOxC.reshape(b, *out, c)

@@ -1,15 +1,18 @@
-"""DCNv3 as matrix products: the bilinear weights of all samples are one matrix of products of hat functions.
+"""DCNv3 as matrix products: the bilinear weights of all samples are one matrix of products of hat
+functions.
 
-A sample at (y, x) weighs input cell (q, r) by hat(y - q) hat(x - r) with hat(t) = max(1 - |t|, 0), and zero padding needs no case of its
-own. The matrix of a group, [input cells, output cells], is the sum over its points of modulated hats; the output is one product with it,
-the gradient of the input another, and the gradient of the matrix, read back at the samples, gives those of offsets and modulation. Nothing
-is scattered, and only the arguments are kept for the backward pass.
+A sample at (y, x) weighs input cell (q, r) by hat(y - q) hat(x - r) with hat(t) = max(1 - |t|, 0),
+and zero padding needs no case of its own. The matrix of a group, [input cells, output cells], is
+the sum over its points of modulated hats; the output is one product with it, the gradient of the
+input another, and the gradient of the matrix, read back at the samples, gives those of offsets and
+modulation. Nothing is scattered, and only the arguments are kept for the backward pass.
 
-Whole maps or bands: with `rows`, output rows are taken a few at a time and multiplied only with those input rows that their samples touch.
-How many that are is read from the offsets while the program runs, so the result is exact for offsets of any size and costs what they cost.
+Whole maps or bands: with `rows`, output rows are taken a few at a time and multiplied only with
+those input rows that their samples touch. How many that are is read from the offsets while the
+program runs, so the result is exact for offsets of any size and costs what they cost.
 
-B batch, G groups, D channels of a group, P points, Q input cells, O output cells, R rows of a window.
-"""
+B batch, G groups, D channels of a group, P points, Q input cells, O output cells, R rows of a
+window."""
 
 import functools
 from typing import Any, NamedTuple
@@ -20,7 +23,8 @@ import numpy as np
 
 
 class Samples(NamedTuple):
-    """Where and how much every output reads: pixels and modulation, [B, G, P, O], float32 or wider."""
+    """Where and how much every output reads: pixels and modulation, [B, G, P, O], float32 or
+    wider."""
 
     y: jax.Array
     x: jax.Array
@@ -37,9 +41,12 @@ def widen(dtype: Any) -> Any:
 
 
 def _einsum(terms: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Product in the type of the input, sums wide. float32 is not cut to bfloat16 on the way, as TPUs would."""
+    """Product in the type of the input, sums wide. float32 is not cut to bfloat16 on the way, as
+    TPUs would."""
     precision = None if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    return jnp.einsum(terms, a, b.astype(a.dtype), precision=precision, preferred_element_type=widen(a.dtype))
+    return jnp.einsum(
+        terms, a, b.astype(a.dtype), precision=precision, preferred_element_type=widen(a.dtype)
+    )
 
 
 def _cells(height: int, width: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -62,17 +69,24 @@ def slope(t: jax.Array) -> jax.Array:
     >>> print(slope(jnp.array([-1.0, -0.5, 0.0, 1.0])))
     [ 1.  1. -1.  0.]
     """
-    return jnp.where((t >= 0) & (t < 1), -1.0, jnp.where((t >= -1) & (t < 0), 1.0, 0.0)).astype(t.dtype)
+    return jnp.where((t >= 0) & (t < 1), -1.0, jnp.where((t >= -1) & (t < 0), 1.0, 0.0)).astype(
+        t.dtype
+    )
 
 
 def _columns(at: Samples, width: int) -> jax.Array:
     """The modulated hats of the columns, [B, G, P, W, O]. Stored: they serve every row."""
-    hats = at.m[:, :, :, None] * hat(at.x[:, :, :, None] - np.arange(width, dtype=at.x.dtype)[:, None])
+    hats = at.m[:, :, :, None] * hat(
+        at.x[:, :, :, None] - np.arange(width, dtype=at.x.dtype)[:, None]
+    )
     return jax.lax.optimization_barrier(hats)
 
 
-def _weights(y_BxGxPxO: jax.Array, columns_BxGxPxWxO: jax.Array, height: int, dtype: Any) -> jax.Array:
-    """The matrix [B, G, Q, O], in the precision of the product. The hats of the rows are never stored."""
+def _weights(
+    y_BxGxPxO: jax.Array, columns_BxGxPxWxO: jax.Array, height: int, dtype: Any
+) -> jax.Array:
+    """The matrix [B, G, Q, O], in the precision of the product. The hats of the rows are never
+    stored."""
     b, g, points, width, o = columns_BxGxPxWxO.shape
     rows = np.arange(height, dtype=y_BxGxPxO.dtype)[:, None, None]
     total: Any = 0.0
@@ -82,8 +96,10 @@ def _weights(y_BxGxPxO: jax.Array, columns_BxGxPxWxO: jax.Array, height: int, dt
 
 
 def _read_by_index(slopes_BxGxQxO: jax.Array, at: Samples, height: int, width: int) -> Samples:
-    """Gradient of the matrix at every sample: its derivatives by y and x and its value. By lookup of the four cells around each."""
-    top, left = jnp.clip(at.y, -2, height + 1), jnp.clip(at.x, -2, width + 1)  # the integer of a far number would overflow
+    """Gradient of the matrix at every sample: its derivatives by y and x and its value. By lookup
+    of the four cells around each."""
+    # the integer of a far number would overflow
+    top, left = jnp.clip(at.y, -2, height + 1), jnp.clip(at.x, -2, width + 1)
     row, column = jnp.floor(top).astype(jnp.int32), jnp.floor(left).astype(jnp.int32)
     below, right = top - jnp.floor(top), left - jnp.floor(left)
 
@@ -91,11 +107,15 @@ def _read_by_index(slopes_BxGxQxO: jax.Array, at: Samples, height: int, width: i
         y, x = row + down, column + over
         inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
         index = jnp.clip(y, 0, height - 1) * width + jnp.clip(x, 0, width - 1)
-        return jnp.where(inside, jnp.take_along_axis(slopes_BxGxQxO, index, 2, mode="promise_in_bounds"), 0)
+        return jnp.where(
+            inside, jnp.take_along_axis(slopes_BxGxQxO, index, 2, mode="promise_in_bounds"), 0
+        )
 
     a, b, c, d = cell(0, 0), cell(0, 1), cell(1, 0), cell(1, 1)
     upper, lower = a + right * (b - a), c + right * (d - c)
-    return Samples(lower - upper, (1 - below) * (b - a) + below * (d - c), upper + below * (lower - upper))
+    return Samples(
+        lower - upper, (1 - below) * (b - a) + below * (d - c), upper + below * (lower - upper)
+    )
 
 
 def _read_by_sum(slopes_BxGxQxO: jax.Array, at: Samples, height: int, width: int) -> Samples:
@@ -112,13 +132,15 @@ def _read_by_sum(slopes_BxGxQxO: jax.Array, at: Samples, height: int, width: int
 
 def _read(slopes_BxGxQxO: jax.Array, at: Samples, height: int, width: int) -> Samples:
     forms = {
-        name: functools.partial(form, height=height, width=width) for name, form in (("tpu", _read_by_sum), ("default", _read_by_index))
+        name: functools.partial(form, height=height, width=width)
+        for name, form in (("tpu", _read_by_sum), ("default", _read_by_index))
     }
     return jax.lax.platform_dependent(slopes_BxGxQxO, at, **forms)
 
 
 def sample_gradients(at: Samples, read: Samples) -> Samples:
-    """Gradients of the samples from what was read of the matrix's gradient at each: its derivatives by y and x, and its value.
+    """Gradients of the samples from what was read of the matrix's gradient at each: its derivatives
+    by y and x, and its value.
 
     A coordinate of -1 or less gets none: it reads only the padding, as in the published operator.
 
@@ -126,7 +148,9 @@ def sample_gradients(at: Samples, read: Samples) -> Samples:
     >>> [a.item() for a in sample_gradients(at, read)]
     [2.0, 0.0, 1.0]
     """
-    return Samples(read.y * jnp.where(at.y > -1, at.m, 0), read.x * jnp.where(at.x > -1, at.m, 0), read.m)
+    return Samples(
+        read.y * jnp.where(at.y > -1, at.m, 0), read.x * jnp.where(at.x > -1, at.m, 0), read.m
+    )
 
 
 def _window(v_BxGxDxQ: jax.Array, row: Any, rows: int, width: int) -> jax.Array:
@@ -134,13 +158,15 @@ def _window(v_BxGxDxQ: jax.Array, row: Any, rows: int, width: int) -> jax.Array:
 
 
 def _bands(at: Samples, height: int, rows: int, out_rows: int) -> tuple[Samples, jax.Array]:
-    """Samples of one band of output rows after the other, [T, B, G, P, O / T], and the input rows [T, 2] that each touches."""
+    """Samples of one band of output rows after the other, [T, B, G, P, O / T], and the input rows
+    [T, 2] that each touches."""
     tiles = next(n for n in range(max(1, out_rows // rows), out_rows + 1) if out_rows % n == 0)
     b, g, p, o = at.y.shape
     split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(b, g, p, tiles, o // tiles), 3, 0), at)
     floor = jnp.floor(split.y)
     first, last = floor.min((1, 2, 3, 4)), floor.max((1, 2, 3, 4)) + 2
-    known = jnp.isfinite(first) & jnp.isfinite(last)  # anything else is multiplied with every row, so that a NaN is seen at the end
+    # anything else is multiplied with every row, so that a NaN is seen at the end
+    known = jnp.isfinite(first) & jnp.isfinite(last)
     span = jnp.stack([jnp.where(known, first, 0), jnp.where(known, last, height)], -1)
     return split, jnp.clip(span, 0, height).astype(jnp.int32)
 
@@ -148,20 +174,20 @@ def _bands(at: Samples, height: int, rows: int, out_rows: int) -> tuple[Samples,
 def _through(span: jax.Array, rows: int, body: Any, start: Any) -> Any:
     """`body(row, carry)` for every window of rows from span[0] on until span[1] is reached."""
     step = lambda state: (state[0] + rows, body(state[0], state[1]))  # noqa: E731
-    # For those who count operations (reporting.flops): a band as high as a window and a kernel of 3 x 3 before it has learnt any offset.
+    # For those who count operations (reporting.flops): a band as high as a window and a kernel of 3
+    # x 3 before it has learnt any offset.
     with jax.named_scope(f"turns={-(-(rows + 3) // rows)}"):
         return jax.lax.while_loop(lambda state: state[0] < span[1], step, (span[0], start))[1]
 
 
-def forward(v_BxGxDxQ: jax.Array, at: Samples, size: tuple[int, int], rows: int = 0, out_rows: int = 0) -> jax.Array:
+def forward(
+    v_BxGxDxQ: jax.Array, at: Samples, size: tuple[int, int], rows: int = 0, out_rows: int = 0
+) -> jax.Array:
     """Modulated sum of samples, [B, G, D, O] in the type of v.
 
-    Args:
-      v_BxGxDxQ: the input, cells last.
-      at: samples in pixels of the input.
-      size: its height and width; Q is their product.
-      rows: 0: the matrix of the whole map; else output and input rows are taken about that many at a time.
-      out_rows: rows of the output, for bands.
+    Args: v_BxGxDxQ: the input, cells last. at: samples in pixels of the input. size: its height and
+      width; Q is their product. rows: 0: the matrix of the whole map; else output and input rows
+      are taken about that many at a time. out_rows: rows of the output, for bands.
 
     >>> at = Samples(*(jnp.full((1, 1, 1, 1), value) for value in (0.5, 1.0, 2.0)))
     >>> forward(jnp.arange(4.0).reshape(1, 1, 1, 4), at, (2, 2)).item()  # twice the mean of cells 1 and 3
@@ -169,7 +195,9 @@ def forward(v_BxGxDxQ: jax.Array, at: Samples, size: tuple[int, int], rows: int 
     """
     (height, width), dtype = size, v_BxGxDxQ.dtype
     if not rows:
-        return _einsum("bgdq,bgqo->bgdo", v_BxGxDxQ, _weights(at.y, _columns(at, width), height, dtype)).astype(dtype)
+        return _einsum(
+            "bgdq,bgqo->bgdo", v_BxGxDxQ, _weights(at.y, _columns(at, width), height, dtype)
+        ).astype(dtype)
     padded = jnp.pad(v_BxGxDxQ, ((0, 0), (0, 0), (0, 0), (0, rows * width)))
     split, spans = _bands(at, height, rows, out_rows)
     b, g, d, _ = v_BxGxDxQ.shape
@@ -182,15 +210,23 @@ def forward(v_BxGxDxQ: jax.Array, at: Samples, size: tuple[int, int], rows: int 
             weights = _weights(here.y - row, columns, rows, dtype)
             return total + _einsum("bgdq,bgqo->bgdo", _window(padded, row, rows, width), weights)
 
-        return _through(span, rows, add, jnp.zeros((b, g, d, here.y.shape[-1]), widen(dtype))).astype(dtype)
+        return _through(
+            span, rows, add, jnp.zeros((b, g, d, here.y.shape[-1]), widen(dtype))
+        ).astype(dtype)
 
     return jnp.moveaxis(jax.lax.map(band, (split, spans)), 0, 3).reshape(b, g, d, -1)
 
 
 def backward(
-    v_BxGxDxQ: jax.Array, at: Samples, grad_BxGxDxO: jax.Array, size: tuple[int, int], rows: int = 0, out_rows: int = 0
+    v_BxGxDxQ: jax.Array,
+    at: Samples,
+    grad_BxGxDxO: jax.Array,
+    size: tuple[int, int],
+    rows: int = 0,
+    out_rows: int = 0,
 ) -> tuple[jax.Array, Samples]:
-    """Gradients of the input, and of the samples' coordinates and modulation. Arguments as of `forward`.
+    """Gradients of the input, and of the samples' coordinates and modulation. Arguments as of
+    `forward`.
 
     >>> at = Samples(*(jnp.full((1, 1, 1, 1), value) for value in (0.5, 1.0, 2.0)))
     >>> dv, grad = backward(jnp.arange(4.0).reshape(1, 1, 1, 4), at, jnp.ones((1, 1, 1, 1)), (2, 2))
@@ -199,7 +235,9 @@ def backward(
     """
     (height, width), dtype = size, v_BxGxDxQ.dtype
     if not rows:
-        dv = _einsum("bgdo,bgqo->bgdq", grad_BxGxDxO, _weights(at.y, _columns(at, width), height, dtype))
+        dv = _einsum(
+            "bgdo,bgqo->bgdq", grad_BxGxDxO, _weights(at.y, _columns(at, width), height, dtype)
+        )
         read = _read(_einsum("bgdq,bgdo->bgqo", v_BxGxDxQ, grad_BxGxDxO), at, height, width)
     else:
         padded = jnp.pad(v_BxGxDxQ, ((0, 0), (0, 0), (0, 0), (0, rows * width)))
@@ -207,7 +245,9 @@ def backward(
         b, g, d, o = grad_BxGxDxO.shape
         grads = jnp.moveaxis(grad_BxGxDxO.reshape(b, g, d, len(spans), -1), 3, 0)
 
-        def band(dv: jax.Array, tile: tuple[Samples, jax.Array, jax.Array]) -> tuple[jax.Array, Samples]:
+        def band(
+            dv: jax.Array, tile: tuple[Samples, jax.Array, jax.Array]
+        ) -> tuple[jax.Array, Samples]:
             here, span, grad = tile
             columns = _columns(here, width)
 
@@ -215,7 +255,9 @@ def backward(
                 dv, read = carry
                 local, part = here._replace(y=here.y - row), _window(padded, row, rows, width)
                 part_dv = _einsum("bgdo,bgqo->bgdq", grad, _weights(local.y, columns, rows, dtype))
-                dv = jax.lax.dynamic_update_slice_in_dim(dv, _window(dv, row, rows, width) + part_dv, row * width, 3)
+                dv = jax.lax.dynamic_update_slice_in_dim(
+                    dv, _window(dv, row, rows, width) + part_dv, row * width, 3
+                )
                 more = _read(_einsum("bgdq,bgdo->bgqo", part, grad), local, rows, width)
                 return dv, jax.tree.map(jnp.add, read, more)
 

@@ -1,16 +1,19 @@
-"""DCNv3 as matrix products on a TPU, in a Pallas kernel: the matrix of `dcnv3_dense` is made where the product reads it.
+"""DCNv3 as matrix products on a TPU, in a Pallas kernel: the matrix of `dcnv3_dense` is made where
+the product reads it.
 
-Left to the compiler the matrix of bilinear weights, [input cells, output cells] for every group of every image, is made element by element,
-nine points each, and goes through main memory where it does not fit. Here a window of about 128 input cells at a time is made in fast
-memory, multiplied, and forgotten; windows that no sample of a tile of outputs touches are left out.
+Left to the compiler the matrix of bilinear weights, [input cells, output cells] for every group of
+every image, is made element by element, nine points each, and goes through main memory where it
+does not fit. Here a window of about 128 input cells at a time is made in fast memory, multiplied,
+and forgotten; windows that no sample of a tile of outputs touches are left out.
 
-The rows of a window are its slow axis, columns lie across sublanes and outputs along lanes. So of a sample only its weights by column fill
-vectors, once a tile; those by row are one number an output, and so is what the backward pass sums over rows before it looks at columns.
-Channels stay where they are, as many groups side by side as fill the lanes: a product is taken of all of them, as wide as it would be
-anyway, and the lanes of its group are kept.
+The rows of a window are its slow axis, columns lie across sublanes and outputs along lanes. So of a
+sample only its weights by column fill vectors, once a tile; those by row are one number an output,
+and so is what the backward pass sums over rows before it looks at columns. Channels stay where they
+are, as many groups side by side as fill the lanes: a product is taken of all of them, as wide as it
+would be anyway, and the lanes of its group are kept.
 
-B batch, G groups, C channels, D = C / G, P points, Q input cells, O output cells; V columns of a row, padded to eight; K cells of a window.
-"""
+B batch, G groups, C channels, D = C / G, P points, Q input cells, O output cells; V columns of a
+row, padded to eight; K cells of a window."""
 
 import functools
 from typing import Any, NamedTuple
@@ -22,7 +25,8 @@ from m3i_jax.models.dcnv3_dense import Samples, hat, sample_gradients, slope
 
 _LANES = 128
 _WHOLE = 256  # outputs that are one tile; of more a tile has as many as there are lanes
-_BYTES = 29 * 2**19  # the smallest of the chips (v4) has 16 MiB of fast memory, and what is not counted is small
+# the smallest of the chips (v4) has 16 MiB of fast memory, and what is not counted is small
+_BYTES = 29 * 2**19
 
 
 class _Shape(NamedTuple):
@@ -45,14 +49,20 @@ class _Shape(NamedTuple):
         return -(-self.height // self.rows) * self.cells
 
     def touched(self, tile: int) -> int:
-        """Cells that a tile of outputs reads while no offset is learnt: its rows, one before and one behind, in whole windows."""
+        """Cells that a tile of outputs reads while no offset is learnt: its rows, one before and
+        one behind, in whole windows."""
         windows = -(-(-(-tile // self.width) + 2) // self.rows)
         return min(windows * self.rows, self.height) * self.width
 
     @property
     def padded(self) -> bool:
-        """Whether windows of the map as it comes would be no windows: sixteen rows of bfloat16 lie together."""
-        return self.columns != self.width or self.cells % 16 > 0 or self.held != self.height * self.width
+        """Whether windows of the map as it comes would be no windows: sixteen rows of bfloat16 lie
+        together."""
+        return (
+            self.columns != self.width
+            or self.cells % 16 > 0
+            or self.held != self.height * self.width
+        )
 
 
 def _shape(size: tuple[int, int], depth: int) -> _Shape:
@@ -62,11 +72,14 @@ def _shape(size: tuple[int, int], depth: int) -> _Shape:
 
 def _side_by_side(groups: int, depth: int) -> int:
     """Groups that fill the lanes; all of them where no number does."""
-    return next((n for n in range(1, groups) if groups % n == 0 and n * depth % _LANES == 0), groups)
+    return next(
+        (n for n in range(1, groups) if groups % n == 0 and n * depth % _LANES == 0), groups
+    )
 
 
 def fits(size: tuple[int, int], groups: int, depth: int, points: int, dtype: Any) -> bool:
-    """Whether a map of that size can be held in fast memory, and is of a type that the kernel knows.
+    """Whether a map of that size can be held in fast memory, and is of a type that the kernel
+    knows.
 
     >>> fits((48, 48), 10, 32, 9, jnp.bfloat16), fits((12, 12), 10, 32, 9, jnp.float16), fits((512, 512), 10, 32, 9, jnp.bfloat16)
     (True, False, False)
@@ -74,15 +87,21 @@ def fits(size: tuple[int, int], groups: int, depth: int, points: int, dtype: Any
     if dtype not in (jnp.bfloat16, jnp.float32):
         return False
     shape, lanes = _shape(size, depth), -(-_side_by_side(groups, depth) * depth // _LANES) * _LANES
-    # The gradient in float32, the map with padded rows too; and map and gradient, each twice, on their way in and out.
+    # The gradient in float32, the map with padded rows too; and map and gradient, each twice, on
+    # their way in and out.
     maps = shape.held * lanes * (4 + 4 * shape.padded + 4 * jnp.dtype(dtype).itemsize)
-    return maps + 3 * 4 * points * shape.columns * _LANES <= _BYTES  # and of every point three numbers a column and output
+    # and of every point three numbers a column and output
+    return maps + 3 * 4 * points * shape.columns * _LANES <= _BYTES
 
 
 def _windows(y_PxO: jax.Array, shape: _Shape) -> tuple[jax.Array, jax.Array]:
-    """The first window that a sample touches, and the one after the last; one at least, or a NaN would be seen by nobody."""
+    """The first window that a sample touches, and the one after the last; one at least, or a NaN
+    would be seen by nobody."""
     first = jnp.floor(jnp.where(jnp.isnan(y_PxO), 0, jnp.clip(y_PxO, -1, shape.height)))
-    edges = (jnp.clip(edge.astype(jnp.int32), 0, shape.height - 1) // shape.rows for edge in (jnp.min(first), jnp.max(first) + 1))
+    edges = (
+        jnp.clip(edge.astype(jnp.int32), 0, shape.height - 1) // shape.rows
+        for edge in (jnp.min(first), jnp.max(first) + 1)
+    )
     low, high = edges
     return low, high + 1
 
@@ -90,12 +109,23 @@ def _windows(y_PxO: jax.Array, shape: _Shape) -> tuple[jax.Array, jax.Array]:
 def _product(a: jax.Array, b: jax.Array, over: tuple[int, int], dtype: Any) -> jax.Array:
     precision = None if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     dims = ((over[0],), (over[1],)), ((), ())
-    return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), dims, precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        a.astype(dtype),
+        b.astype(dtype),
+        dims,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _by_column(form: Any, x_1xO: jax.Array, shape: _Shape) -> jax.Array:
     """A function of the distance to every column, [V, O]."""
-    return form(x_1xO - jax.lax.broadcasted_iota(jnp.int32, (shape.columns, x_1xO.shape[1]), 0).astype(jnp.float32))
+    return form(
+        x_1xO
+        - jax.lax.broadcasted_iota(jnp.int32, (shape.columns, x_1xO.shape[1]), 0).astype(
+            jnp.float32
+        )
+    )
 
 
 def _distances(y_PxO: jax.Array, window: jax.Array, shape: _Shape) -> list[jax.Array]:
@@ -126,7 +156,9 @@ def _hold(map_: Any, v: Any, shape: _Shape) -> None:
         return
     map_[...] = jnp.zeros_like(map_)
     for r in range(shape.height):
-        map_[r * shape.columns : r * shape.columns + shape.width] = v[0, r * shape.width : (r + 1) * shape.width].astype(jnp.float32)
+        map_[r * shape.columns : r * shape.columns + shape.width] = v[
+            0, r * shape.width : (r + 1) * shape.width
+        ].astype(jnp.float32)
 
 
 def _read(map_: Any, v: Any, window: jax.Array, shape: _Shape) -> jax.Array:
@@ -141,7 +173,9 @@ def _of_group(lanes: int, g: jax.Array, shape: _Shape) -> jax.Array:
     return (lane >= g * shape.depth) & (lane < (g + 1) * shape.depth)
 
 
-def _forward_kernel(y: Any, x: Any, m: Any, v: Any, out: Any, matrix: Any, hats: Any, map_: Any, *, shape: _Shape) -> None:
+def _forward_kernel(
+    y: Any, x: Any, m: Any, v: Any, out: Any, matrix: Any, hats: Any, map_: Any, *, shape: _Shape
+) -> None:
     from jax.experimental import pallas as pl
 
     pl.when(pl.program_id(2) == 0)(lambda: _hold(map_, v, shape))
@@ -158,7 +192,9 @@ def _forward_kernel(y: Any, x: Any, m: Any, v: Any, out: Any, matrix: Any, hats:
         found_OxC = jax.lax.fori_loop(*_windows(y_PxO, shape), add, jnp.zeros_like(out_OxC))
         return jnp.where(_of_group(out_OxC.shape[1], g, shape), found_OxC, out_OxC)
 
-    out[0] = jax.lax.fori_loop(0, y.shape[1], group, jnp.zeros(out.shape[1:], jnp.float32)).astype(out.dtype)
+    out[0] = jax.lax.fori_loop(0, y.shape[1], group, jnp.zeros(out.shape[1:], jnp.float32)).astype(
+        out.dtype
+    )
 
 
 def _backward_kernel(
@@ -176,7 +212,8 @@ def _backward_kernel(
 
     def group(g: jax.Array, _: None) -> None:
         y_PxO, x_PxO, m_PxO = y[0, g], x[0, g], m[0, g]
-        # The other lanes are zeros: they add nothing to a sum over channels, and a product with them is zero.
+        # The other lanes are zeros: they add nothing to a sum over channels, and a product with
+        # them is zero.
         grad_OxC = jnp.where(_of_group(grad.shape[2], g, shape), grad[0].astype(jnp.float32), 0)
         for p in points:
             hats[p] = m_PxO[p : p + 1] * _by_column(hat, x_PxO[p : p + 1], shape)
@@ -186,7 +223,8 @@ def _backward_kernel(
             here, away = _here(window, shape), _distances(y_PxO, window, shape)
             _fill(matrix, away, hats, shape)
             dmap[here] += _product(matrix[...], grad_OxC, (1, 0), v.dtype)
-            matrix[...] = _product(_read(map_, v, window, shape), grad_OxC, (1, 1), v.dtype)  # from here on the gradient of the matrix
+            # from here on the gradient of the matrix
+            matrix[...] = _product(_read(map_, v, window, shape), grad_OxC, (1, 1), v.dtype)
             near, steep = [hat(t) for t in away], [slope(t) for t in away]
             for p in points:
                 some = [matrix[_row(r, shape)] for r in range(shape.rows)]
@@ -215,9 +253,9 @@ def _run(
 ) -> list[jax.Array]:  # fmt: skip
     """A kernel over images, blocks of channels and tiles of outputs.
 
-    Args:
-      samples: [B, G, P, O]; outputs: [B, O, C]; map_: [B, Q, C]; like: what comes out, by the kind of array it is.
-      maps, sums: more arrays as large as the map, and [P, V, O], that the kernel holds; products: how often a window is multiplied.
+    Args: samples: [B, G, P, O]; outputs: [B, O, C]; map_: [B, Q, C]; like: what comes out, by the
+      kind of array it is. maps, sums: more arrays as large as the map, and [P, V, O], that the
+      kernel holds; products: how often a window is multiplied.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
@@ -233,7 +271,13 @@ def _run(
     given = {"samples": samples, "outputs": outputs, "map": [map_]}
     arrays, outs = ([a for some_of in kinds.values() for a in some_of] for kinds in (given, like))
     by_column = points, shape.columns, tile
-    held = [(shape.cells, tile), by_column, (shape.held if shape.padded else 8, lanes), *[(shape.held, lanes)] * maps, *[by_column] * sums]
+    held = [
+        (shape.cells, tile),
+        by_column,
+        (shape.held if shape.padded else 8, lanes),
+        *[(shape.held, lanes)] * maps,
+        *[by_column] * sums,
+    ]
     return pl.pallas_call(
         functools.partial(kernel, shape=shape),
         grid=(b, channels // lanes, o // tile),
@@ -241,9 +285,12 @@ def _run(
         out_specs=[spec[kind] for kind, some_of in like.items() for _ in some_of],
         out_shape=outs,
         scratch_shapes=[pltpu.VMEM(size, jnp.float32) for size in held],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * products * b * shape.touched(tile) * o * channels,  # of the lanes that are kept
+            # of the lanes that are kept
+            flops=2 * products * b * shape.touched(tile) * o * channels,
             transcendentals=0,
             bytes_accessed=sum(a.size * a.dtype.itemsize for a in (*arrays, *outs)),
         ),
@@ -254,7 +301,11 @@ def _run(
 def _filled(a: jax.Array, axis: int, mode: str = "constant") -> jax.Array:
     """With as many outputs as whole tiles have."""
     o = a.shape[axis]
-    return a if o <= _WHOLE else jnp.pad(a, [(0, -o % _LANES if i == axis else 0) for i in range(a.ndim)], mode=mode)
+    return (
+        a
+        if o <= _WHOLE
+        else jnp.pad(a, [(0, -o % _LANES if i == axis else 0) for i in range(a.ndim)], mode=mode)
+    )
 
 
 def _tiles(at: Samples) -> list[jax.Array]:
@@ -267,7 +318,9 @@ def _like(shape: tuple[int, ...], dtype: Any, rows: jax.Array) -> jax.ShapeDtype
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(rows).manual_axis_type)
 
 
-def forward(x_BxQxC: jax.Array, at: Samples, size: tuple[int, int], *, interpret: bool = False) -> jax.Array:
+def forward(
+    x_BxQxC: jax.Array, at: Samples, size: tuple[int, int], *, interpret: bool = False
+) -> jax.Array:
     """Modulated sum of samples, [B, O, C] in the type of x.
 
     Args:
@@ -283,14 +336,31 @@ def forward(x_BxQxC: jax.Array, at: Samples, size: tuple[int, int], *, interpret
     (b, _, c), samples = x_BxQxC.shape, _tiles(at)
     like = {"outputs": [_like((b, samples[0].shape[3], c), x_BxQxC.dtype, x_BxQxC)]}
     shape = _shape(size, c // at.y.shape[1])
-    (out,) = _run(_forward_kernel, shape, samples, [], x_BxQxC, like, maps=0, sums=0, products=1, interpret=interpret)
+    (out,) = _run(
+        _forward_kernel,
+        shape,
+        samples,
+        [],
+        x_BxQxC,
+        like,
+        maps=0,
+        sums=0,
+        products=1,
+        interpret=interpret,
+    )
     return out[:, : at.y.shape[3]]
 
 
 def backward(
-    x_BxQxC: jax.Array, at: Samples, grad_BxOxC: jax.Array, size: tuple[int, int], *, interpret: bool = False
+    x_BxQxC: jax.Array,
+    at: Samples,
+    grad_BxOxC: jax.Array,
+    size: tuple[int, int],
+    *,
+    interpret: bool = False,
 ) -> tuple[jax.Array, Samples]:
-    """Gradients of the input, and of the samples' coordinates and modulation. Arguments as of `forward`.
+    """Gradients of the input, and of the samples' coordinates and modulation. Arguments as of
+    `forward`.
 
     >>> at = Samples(*(jnp.full((1, 1, 1, 1), value) for value in (0.5, 1.0, 2.0)))
     >>> dx, grad = backward(jnp.arange(4.0).reshape(1, 4, 1), at, jnp.ones((1, 1, 1)), (2, 2), interpret=True)
@@ -298,7 +368,21 @@ def backward(
     ([0.0, 1.0, 0.0, 1.0], 4.0, 2.0)
     """
     samples, outputs = _tiles(at), [_filled(grad_BxOxC, 1)]
-    like = {"map": [_like(x_BxQxC.shape, x_BxQxC.dtype, x_BxQxC)], "samples": [_like(a.shape, jnp.float32, x_BxQxC) for a in samples]}
+    like = {
+        "map": [_like(x_BxQxC.shape, x_BxQxC.dtype, x_BxQxC)],
+        "samples": [_like(a.shape, jnp.float32, x_BxQxC) for a in samples],
+    }
     shape = _shape(size, x_BxQxC.shape[2] // at.y.shape[1])
-    dx, *found = _run(_backward_kernel, shape, samples, outputs, x_BxQxC, like, maps=1, sums=2, products=2, interpret=interpret)
+    dx, *found = _run(
+        _backward_kernel,
+        shape,
+        samples,
+        outputs,
+        x_BxQxC,
+        like,
+        maps=1,
+        sums=2,
+        products=2,
+        interpret=interpret,
+    )
     return dx, sample_gradients(at, Samples(*(a[..., : at.y.shape[3]] for a in found)))

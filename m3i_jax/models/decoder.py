@@ -1,14 +1,17 @@
-"""Decoder of dense targets, f_psi of the paper: what an image's own visible tokens say about every position of a target view.
+"""Decoder of dense targets, f_psi of the paper: what an image's own visible tokens say about every
+position of a target view.
 
-One sequence of K visible tokens, at their absolute positions, and N queries, which are a mask token plus a learned map of where the target
-position lies relative to the input view (M3I section 3.4, Table 7; SiameseIM). Blocks attend over all of it; a linear map of the residual
-stream is the prediction. Only the N query rows of the last block are ever read, so only those are computed there.
+One sequence of K visible tokens, at their absolute positions, and N queries, which are a mask token
+plus a learned map of where the target position lies relative to the input view (M3I section 3.4,
+Table 7; SiameseIM). Blocks attend over all of it; a linear map of the residual stream is the
+prediction. Only the N query rows of the last block are ever read, so only those are computed there.
 
-Options of its ancestors: blocks between the embedding and the positions, which the target encoder then has too, and batch norm (SiameseIM);
-the cls token as one more visible token (SiameseIM, MAE); queries at absolute positions and a head for pixels (MAE).
+Options of its ancestors: blocks between the embedding and the positions, which the target encoder
+then has too, and batch norm (SiameseIM); the cls token as one more visible token (SiameseIM, MAE);
+queries at absolute positions and a head for pixels (MAE).
 
-B images, K visible tokens, N target positions, D encoder width, W decoder width, P = 3 p p numbers of a patch.
-"""
+B images, K visible tokens, N target positions, D encoder width, W decoder width, P = 3 p p numbers
+of a patch."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -27,7 +30,11 @@ def _parts(model: schema.Model) -> tuple[Dense, Dense, Block]:
     """(a map to the decoder's width, a map to the width of dense features, the block)."""
     d, dtype = model.decoder, jnp.dtype(model.dtype)
     features = d.width if d.projector_depth else model.encoder.width
-    return Dense(d.width, dtype), Dense(features, dtype), block(d.width, d.heads, d.mlp_ratio, model.dtype, d.norm)
+    return (
+        Dense(d.width, dtype),
+        Dense(features, dtype),
+        block(d.width, d.heads, d.mlp_ratio, model.dtype, d.norm),
+    )
 
 
 def _pixel_head(model: schema.Model) -> Dense:
@@ -35,11 +42,13 @@ def _pixel_head(model: schema.Model) -> Dense:
 
 
 def init(model: schema.Model, rng: jax.Array, *, of: Iterable[str] = ("tokens",)) -> Params:
-    """Parameters: `embed` [D, W], `mask_token` [1, 1, W], `position_map` [2 W, W] unless positions are absolute, `blocks` stacked on
-    [L, ...], `projector` stacked likewise if it has any, and the heads: `prediction_head` [W, D] of tokens ([W, W] behind a projector),
-    `pixel_norm` and `pixel_head` [W, P].
+    """Parameters: `embed` [D, W], `mask_token` [1, 1, W], `position_map` [2 W, W] unless positions
+    are absolute, `blocks` stacked on [L, ...], `projector` stacked likewise if it has any, and the
+    heads: `prediction_head` [W, D] of tokens ([W, W] behind a projector), `pixel_norm` and
+    `pixel_head` [W, P].
 
-    Dense layers are Xavier-uniform with zero biases, the mask token N(0, 0.02^2). A part starts the same whatever else there is.
+    Dense layers are Xavier-uniform with zero biases, the mask token N(0, 0.02^2). A part starts the
+    same whatever else there is.
 
     Args:
       model: settings.
@@ -62,31 +71,36 @@ def init(model: schema.Model, rng: jax.Array, *, of: Iterable[str] = ("tokens",)
         "position_map": shapes_of(inwards, jnp.zeros((1, 2 * width))),
         "head": shapes_of(outwards, row),
     }
-    params: dict[str, Any] = dict(init_params(of_ends, ends, {"mask_token": 0.02}))  # all of them, so that none starts differently without another
+    # all of them, so that none starts differently without another
+    params: dict[str, Any] = dict(init_params(of_ends, ends, {"mask_token": 0.02}))
     if "tokens" not in of:
         del params["head"]
     if d.positions == "absolute":
         del params["position_map"]
     if "pixels" in of:
-        shapes = {"pixel_norm": shapes_of(LayerNorm(), row), "pixel_head": shapes_of(_pixel_head(model), row)}
+        shapes = {
+            "pixel_norm": shapes_of(LayerNorm(), row),
+            "pixel_head": shapes_of(_pixel_head(model), row),
+        }
         params |= init_params(jax.random.fold_in(of_ends, 1), shapes)
     if d.projector_depth:
-        params["projector"] = init_blocks(one, jax.random.fold_in(of_blocks, 1), width=width, depth=d.projector_depth)
+        params["projector"] = init_blocks(
+            one, jax.random.fold_in(of_blocks, 1), width=width, depth=d.projector_depth
+        )
     return {**params, "blocks": init_blocks(one, of_blocks, width=width, depth=d.depth)}
 
 
 def decoder_queries(model: schema.Model, params: Params, raw_xNx2W: jax.Array) -> jax.Array:
     """Queries of target positions: the mask token plus a learned map of their raw embedding.
 
-    With `decoder.positions=absolute` it is the mask token plus the first W numbers of the raw embedding, without a map. For equal views
-    those are exactly the fixed table, row by row (MAE's decoder); for other views they are sines and cosines of where the position lies in
-    patches of the input view, without its size.
+    With `decoder.positions=absolute` it is the mask token plus the first W numbers of the raw
+    embedding, without a map. For equal views those are exactly the fixed table, row by row (MAE's
+    decoder); for other views they are sines and cosines of where the position lies in patches of
+    the input view, without its size.
 
-    Args:
-      model: settings.
-      params: as of `init`.
-      raw_xNx2W: [B, N, 2 W] of `positions.relative_positions`, or [N, 2 W] of `positions.same_view_positions`, which is mapped once for the batch. No gradient
-        flows into it.
+    Args: model: settings. params: as of `init`. raw_xNx2W: [B, N, 2 W] of
+      `positions.relative_positions`, or [N, 2 W] of `positions.same_view_positions`, which is
+      mapped once for the batch. No gradient flows into it.
 
     Returns:
       [B, N, W] or [N, W] in `model.dtype`.
@@ -106,9 +120,11 @@ def decoder_queries(model: schema.Model, params: Params, raw_xNx2W: jax.Array) -
 
 
 def project_targets(model: schema.Model, params: Params, z_BxTxD: jax.Array) -> jax.Array:
-    """Features in the space that a decoder with a projector reads and predicts: embedding, then the projector's blocks (SiameseIM).
+    """Features in the space that a decoder with a projector reads and predicts: embedding, then the
+    projector's blocks (SiameseIM).
 
-    The target goes through the momentum copy of both, with every token of its clean view and cls among them; drop that one afterwards.
+    The target goes through the momentum copy of both, with every token of its clean view and cls
+    among them; drop that one afterwards.
 
     Args:
       model: settings.
@@ -147,15 +163,15 @@ def apply(
 ) -> jax.Array:
     """What the decoder makes of every query; `prediction_head` makes predictions of it.
 
-    Args:
-      model: settings; `model.decoder`, `model.encoder.width`, `model.dtype` and those of `scan_blocks.block_kwargs` are read.
-      params: as of `init`.
-      z_BxKxD: encoder features of the image's own visible tokens, without cls.
-      index_BxK: int, the cells of those tokens.
-      query_BxNxW: as of `decoder_queries`, as many as there are positions to predict: of every position, or gathered rows of some (MAE predicts at
-        hidden cells only). [N, W] stands for the same queries in every row.
+    Args: model: settings; `model.decoder`, `model.encoder.width`, `model.dtype` and those of
+      `scan_blocks.block_kwargs` are read. params: as of `init`. z_BxKxD: encoder features of the
+      image's own visible tokens, without cls. index_BxK: int, the cells of those tokens.
+      query_BxNxW: as of `decoder_queries`, as many as there are positions to predict: of every
+      position, or gathered rows of some (MAE predicts at hidden cells only). [N, W] stands for the
+      same queries in every row.
       grid: cells a side of the input view.
-      cls_BxD: feature of the cls token, one more visible token without a position. None: it is not read, as where two images share it.
+      cls_BxD: feature of the cls token, one more visible token without a position. None: it is not
+          read, as where two images share it.
 
     Returns:
       [B, N, W] in `model.dtype`, the residual stream of the query rows.
@@ -170,30 +186,36 @@ def apply(
     (3, 4, 8)
     """
     if z_BxKxD.shape[:2] != index_BxK.shape:
-        raise ValueError(f"tokens have shape {z_BxKxD.shape} and indices {index_BxK.shape}; they must be [B, K, D] and [B, K]")
+        raise ValueError(
+            f"tokens have shape {z_BxKxD.shape} and indices {index_BxK.shape}; they must be [B, K,"
+            " D] and [B, K]"
+        )
     _, _, one = _parts(model)
     first = 0 if cls_BxD is None else 1  # rows before the patches
     if cls_BxD is not None:
         z_BxKxD = jnp.concatenate([cls_BxD[:, None].astype(z_BxKxD.dtype), z_BxKxD], 1)
     own_BxTxW = _project(model, params, z_BxKxD)
-    placed_BxKxW = add_positions(own_BxTxW[:, first:], positions.sincos_2d(grid, model.decoder.width), index_BxK)
-    query_BxNxW = jnp.broadcast_to(query_BxNxW.astype(own_BxTxW.dtype), (own_BxTxW.shape[0], *query_BxNxW.shape[-2:]))
+    placed_BxKxW = add_positions(
+        own_BxTxW[:, first:], positions.sincos_2d(grid, model.decoder.width), index_BxK
+    )
+    query_BxNxW = jnp.broadcast_to(
+        query_BxNxW.astype(own_BxTxW.dtype), (own_BxTxW.shape[0], *query_BxNxW.shape[-2:])
+    )
     x_BxTxW = jnp.concatenate([own_BxTxW[:, :first], placed_BxKxW, query_BxNxW], 1)
     wanted = slice(own_BxTxW.shape[1], None)
     return run_blocks(one, params["blocks"], x_BxTxW, rows=wanted, **block_kwargs(model))
 
 
-def prediction_head(model: schema.Model, params: Params, rows_BxNxW: jax.Array, of: str) -> jax.Array:
+def prediction_head(
+    model: schema.Model, params: Params, rows_BxNxW: jax.Array, of: str
+) -> jax.Array:
     """Predictions from the rows of `apply`.
 
-    Args:
-      model: settings.
-      params: as of `init`.
-      rows_BxNxW: as of `apply`.
-      of: tokens, a linear map of the residual stream without a norm (SiameseIM); or pixels, a norm and a linear map (MAE).
+    Args: model: settings. params: as of `init`. rows_BxNxW: as of `apply`. of: tokens, a linear map
+      of the residual stream without a norm (SiameseIM); or pixels, a norm and a linear map (MAE).
 
-    Returns:
-      in `model.dtype`, [B, N, D] of tokens, [B, N, W] of tokens behind a projector, [B, N, P] of pixels.
+    Returns: in `model.dtype`, [B, N, D] of tokens, [B, N, W] of tokens behind a projector, [B, N,
+      P] of pixels.
 
     >>> model = schema.Model(encoder=schema.Encoder(width=12), decoder=schema.Decoder(width=8, depth=2, heads=2))
     >>> shapes = jax.eval_shape(lambda key: init(model, key, of=("tokens", "pixels")), jax.random.key(0))
@@ -204,5 +226,8 @@ def prediction_head(model: schema.Model, params: Params, rows_BxNxW: jax.Array, 
         _, outwards, _ = _parts(model)
         return outwards.apply({"params": params["head"]}, rows_BxNxW)
     if of == "pixels":
-        return _pixel_head(model).apply({"params": params["pixel_head"]}, LayerNorm().apply({"params": params["pixel_norm"]}, rows_BxNxW))
+        return _pixel_head(model).apply(
+            {"params": params["pixel_head"]},
+            LayerNorm().apply({"params": params["pixel_norm"]}, rows_BxNxW),
+        )
     raise ValueError(f"the decoder has no head for {of!r}: it predicts tokens or pixels")

@@ -1,8 +1,10 @@
-"""Small heads beside the decoder and the pooling: projector and predictor of predictions in a space of their own (BYOL, MoCo v3, SimCLR,
-Barlow Twins, MSN), and one linear map of the encoder's tokens (SimMIM, data2vec, feature distillation).
+"""Small heads beside the decoder and the pooling: projector and predictor of predictions in a space
+of their own (BYOL, MoCo v3, SimCLR, Barlow Twins, MSN), and one linear map of the encoder's tokens
+(SimMIM, data2vec, feature distillation).
 
-How many layers a head has is the method's, how wide they are the configuration's (`model.head`). Batch norm takes the statistics of the
-batch it sees, of the whole of it where it is sharded over devices; the target's projector does so too, with its own tokens.
+How many layers a head has is the method's, how wide they are the configuration's (`model.head`).
+Batch norm takes the statistics of the batch it sees, of the whole of it where it is sharded over
+devices; the target's projector does so too, with its own tokens.
 
 x [..., D]: one vector an image, or one a token. K prototypes, W width of the space.
 """
@@ -25,8 +27,11 @@ def _dense(model: schema.Model, mlp: MlpShape, layer: int, width: int) -> Dense:
     return Dense(width, jnp.dtype(model.dtype), use_bias=not normed)
 
 
-def init_mlp(model: schema.Model, rng: jax.Array, mlp: MlpShape, width_in: int, width_out: int) -> Params:
-    """Parameters of a projector or predictor: `layer_0`, `norm_0`, `layer_1`, ...; the last norm has none.
+def init_mlp(
+    model: schema.Model, rng: jax.Array, mlp: MlpShape, width_in: int, width_out: int
+) -> Params:
+    """Parameters of a projector or predictor: `layer_0`, `norm_0`, `layer_1`, ...; the last norm
+    has none.
 
     Matrices are Xavier-uniform, biases 0. There is a bias only where no batch norm follows.
 
@@ -38,7 +43,9 @@ def init_mlp(model: schema.Model, rng: jax.Array, mlp: MlpShape, width_in: int, 
     for layer in range(mlp.layers):
         last = layer == mlp.layers - 1
         width = width_out if last else model.head.hidden
-        shapes[f"layer_{layer}"] = shapes_of(_dense(model, mlp, layer, width), jnp.zeros((1, width_in)))
+        shapes[f"layer_{layer}"] = shapes_of(
+            _dense(model, mlp, layer, width), jnp.zeros((1, width_in))
+        )
         if not last and mlp.norm == "batch":
             shapes[f"norm_{layer}"] = shapes_of(BatchNorm(), jnp.zeros((1, width)))
         width_in = width
@@ -46,7 +53,8 @@ def init_mlp(model: schema.Model, rng: jax.Array, mlp: MlpShape, width_in: int, 
 
 
 def apply_mlp(model: schema.Model, params: Params, mlp: MlpShape, x_xD: jax.Array) -> jax.Array:
-    """Linear maps with batch norm and ReLU between them, and perhaps a batch norm without scale and offset at the end (MoCo v3).
+    """Linear maps with batch norm and ReLU between them, and perhaps a batch norm without scale and
+    offset at the end (MoCo v3).
 
     Args:
       model: settings; `model.head` and `model.dtype` are read.
@@ -75,10 +83,14 @@ def apply_mlp(model: schema.Model, params: Params, mlp: MlpShape, x_xD: jax.Arra
     return x_xD
 
 
-def init_projection(model: schema.Model, rng: jax.Array, projection: ProjectionHead, prototypes: bool) -> Params:
-    """Parameters of a space: `projector`, `predictor` and `prototypes` [K, W], those of them that it has.
+def init_projection(
+    model: schema.Model, rng: jax.Array, projection: ProjectionHead, prototypes: bool
+) -> Params:
+    """Parameters of a space: `projector`, `predictor` and `prototypes` [K, W], those of them that
+    it has.
 
-    Prototypes are uniform within 1 / sqrt(W) (MSN). Without a projector the space is that of the encoder's features.
+    Prototypes are uniform within 1 / sqrt(W) (MSN). Without a projector the space is that of the
+    encoder's features.
 
     >>> head = ProjectionHead(projector=MlpShape(layers=3), predictor=MlpShape(layers=2))
     >>> sorted(jax.eval_shape(lambda key: init_projection(schema.Model(), key, head, False), jax.random.key(0)))
@@ -88,25 +100,38 @@ def init_projection(model: schema.Model, rng: jax.Array, projection: ProjectionH
     width = model.encoder.width if projection.projector is None else model.head.width
     params: dict[str, Any] = {}
     if projection.projector is not None:
-        params["projector"] = init_mlp(model, of_projector, projection.projector, model.encoder.width, width)
+        params["projector"] = init_mlp(
+            model, of_projector, projection.projector, model.encoder.width, width
+        )
     if projection.predictor is not None:
         params["predictor"] = init_mlp(model, of_predictor, projection.predictor, width, width)
     if prototypes:
         bound = width**-0.5
-        params["prototypes"] = jax.random.uniform(of_prototypes, (model.head.prototypes, width), minval=-bound, maxval=bound)
+        params["prototypes"] = jax.random.uniform(
+            of_prototypes, (model.head.prototypes, width), minval=-bound, maxval=bound
+        )
     return params
 
 
-def apply_projector(model: schema.Model, params: Params, projection: ProjectionHead, x_xD: jax.Array) -> jax.Array:
-    """What target and prediction both go through: [..., W] float32 of the projector, or x itself where the space has none.
+def apply_projector(
+    model: schema.Model, params: Params, projection: ProjectionHead, x_xD: jax.Array
+) -> jax.Array:
+    """What target and prediction both go through: [..., W] float32 of the projector, or x itself
+    where the space has none.
 
     >>> apply_projector(schema.Model(), {}, ProjectionHead(), jnp.zeros((2, 768))).shape
     (2, 768)
     """
-    return x_xD if projection.projector is None else apply_mlp(model, params["projector"], projection.projector, x_xD)
+    return (
+        x_xD
+        if projection.projector is None
+        else apply_mlp(model, params["projector"], projection.projector, x_xD)
+    )
 
 
-def apply_predictor(model: schema.Model, params: Params, projection: ProjectionHead, x_xD: jax.Array) -> jax.Array:
+def apply_predictor(
+    model: schema.Model, params: Params, projection: ProjectionHead, x_xD: jax.Array
+) -> jax.Array:
     """The prediction, [..., W]: predictor of the projection, those of the two that the space has.
 
     >>> head = ProjectionHead(projector=MlpShape(layers=2))
@@ -115,7 +140,11 @@ def apply_predictor(model: schema.Model, params: Params, projection: ProjectionH
     (2, 256)
     """
     y_xW = apply_projector(model, params, projection, x_xD)
-    return y_xW if projection.predictor is None else apply_mlp(model, params["predictor"], projection.predictor, y_xW)
+    return (
+        y_xW
+        if projection.predictor is None
+        else apply_mlp(model, params["predictor"], projection.predictor, y_xW)
+    )
 
 
 def init_linear(model: schema.Model, rng: jax.Array, of: str) -> Params:
@@ -128,7 +157,9 @@ def init_linear(model: schema.Model, rng: jax.Array, of: str) -> Params:
     if of not in ("tokens", "pixels"):
         raise ValueError(f"a linear head of {of!r}: it predicts tokens or pixels")
     width = e.width if of == "tokens" else 3 * e.patch_size**2
-    return init_params(rng, shapes_of(Dense(width, jnp.dtype(model.dtype)), jnp.zeros((1, e.width))))
+    return init_params(
+        rng, shapes_of(Dense(width, jnp.dtype(model.dtype)), jnp.zeros((1, e.width)))
+    )
 
 
 def apply_linear(model: schema.Model, params: Params, x_BxNxD: jax.Array) -> jax.Array:
@@ -138,4 +169,6 @@ def apply_linear(model: schema.Model, params: Params, x_BxNxD: jax.Array) -> jax
     >>> jax.eval_shape(lambda params: apply_linear(schema.Model(), params, jnp.zeros((2, 4, 768))), shapes).shape
     (2, 4, 768)
     """
-    return Dense(params["bias"].shape[-1], jnp.dtype(model.dtype)).apply({"params": params}, x_BxNxD)
+    return Dense(params["bias"].shape[-1], jnp.dtype(model.dtype)).apply(
+        {"params": params}, x_BxNxD
+    )

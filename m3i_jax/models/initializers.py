@@ -1,4 +1,5 @@
-"""First values of parameters. Modules only declare names and shapes; what fills them is stated here, once, by the names.
+"""First values of parameters. Modules only declare names and shapes; what fills them is stated
+here, once, by the names.
 
 L blocks, D width.
 """
@@ -14,7 +15,8 @@ import numpy as np
 
 from m3i_jax.models.layers import Block, Params
 
-InitSpec = tuple[Literal["constant", "uniform", "normal"], float]  # value, bound or standard deviation
+# value, bound or standard deviation
+InitSpec = tuple[Literal["constant", "uniform", "normal"], float]
 
 
 def shapes_of(module: nn.Module, *inputs: Any) -> Params:
@@ -27,9 +29,11 @@ def shapes_of(module: nn.Module, *inputs: Any) -> Params:
     return jax.eval_shape(module.init, jax.random.key(0), *inputs).get("params", {})
 
 
-def fill(rng: jax.Array, shapes: Params, rule: Callable[[str, tuple[int, ...]], InitSpec]) -> dict[str, Any]:
-    """First values of a tree of parameters by a rule, float32. All are cut from one draw: a random call for every array would make the
-    program several times as slow to compile.
+def fill(
+    rng: jax.Array, shapes: Params, rule: Callable[[str, tuple[int, ...]], InitSpec]
+) -> dict[str, Any]:
+    """First values of a tree of parameters by a rule, float32. All are cut from one draw: a random
+    call for every array would make the program several times as slow to compile.
 
     Args:
       rng: key.
@@ -39,28 +43,40 @@ def fill(rng: jax.Array, shapes: Params, rule: Callable[[str, tuple[int, ...]], 
     >>> fill(jax.random.key(0), {"a": (2,)}, lambda path, shape: ("constant", 3.0))["a"].tolist()
     [3.0, 3.0]
     """
-    paths, structure = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=lambda node: isinstance(node, tuple))
-    named = [("/".join(str(getattr(k, "key", k)) for k in path), tuple(getattr(leaf, "shape", leaf))) for path, leaf in paths]
+    paths, structure = jax.tree_util.tree_flatten_with_path(
+        shapes, is_leaf=lambda node: isinstance(node, tuple)
+    )
+    named = [
+        ("/".join(str(getattr(k, "key", k)) for k in path), tuple(getattr(leaf, "shape", leaf)))
+        for path, leaf in paths
+    ]
     rules = [(shape, *rule(path, shape)) for path, shape in named]
     total = sum(math.prod(shape) for shape, kind, _ in rules if kind != "constant")
-    open_unit = jax.random.uniform(rng, (total,), minval=np.nextafter(np.float32(-1), np.float32(0)), maxval=1.0)
+    open_unit = jax.random.uniform(
+        rng, (total,), minval=np.nextafter(np.float32(-1), np.float32(0)), maxval=1.0
+    )
     leaves, at = [], 0
     for shape, kind, value in rules:
         if kind == "constant":
-            leaves.append(jnp.full(shape, value, jnp.float32))  # a weak type would change with the first update
+            # a weak type would change with the first update
+            leaves.append(jnp.full(shape, value, jnp.float32))
             continue
         part = open_unit[at : at + math.prod(shape)].reshape(shape)
         at += part.size
-        leaves.append(value * part if kind == "uniform" else value * math.sqrt(2) * jax.lax.erf_inv(part))
+        leaves.append(
+            value * part if kind == "uniform" else value * math.sqrt(2) * jax.lax.erf_inv(part)
+        )
     return jax.tree.unflatten(structure, leaves)
 
 
-def init_params(rng: jax.Array, shapes: Params, normal: Mapping[str, float] | None = None) -> Params:
+def init_params(
+    rng: jax.Array, shapes: Params, normal: Mapping[str, float] | None = None
+) -> Params:
     """First values of the parameters of a tower, float32.
 
-    A `scale` is 1 and a `bias` 0. A `kernel` [in, out] is Xavier-uniform, bound sqrt(6 / (in + out)): qkv is the one [D, 3 D] matrix that
-    it is (MAE, SiameseIM; MoCo v3 bounds q, k and v by themselves), a patch embedding a [P, D] matrix. Names in `normal` are N(0, std^2)
-    instead.
+    A `scale` is 1 and a `bias` 0. A `kernel` [in, out] is Xavier-uniform, bound sqrt(6 / (in +
+    out)): qkv is the one [D, 3 D] matrix that it is (MAE, SiameseIM; MoCo v3 bounds q, k and v by
+    themselves), a patch embedding a [P, D] matrix. Names in `normal` are N(0, std^2) instead.
 
     Args:
       rng: key.
@@ -90,8 +106,11 @@ def init_params(rng: jax.Array, shapes: Params, normal: Mapping[str, float] | No
     return fill(rng, shapes, rule)
 
 
-def init_blocks(one: Block, rng: jax.Array, *, width: int, depth: int, normal: Mapping[str, float] | None = None) -> Params:
-    """Parameters of `depth` blocks, each drawn by itself and stacked on a leading axis: every leaf is [L, ...].
+def init_blocks(
+    one: Block, rng: jax.Array, *, width: int, depth: int, normal: Mapping[str, float] | None = None
+) -> Params:
+    """Parameters of `depth` blocks, each drawn by itself and stacked on a leading axis: every leaf
+    is [L, ...].
 
     >>> from m3i_jax.models.layers import block
     >>> shapes = jax.eval_shape(lambda key: init_blocks(block(8, 2, 4.0, "float32"), key, width=8, depth=3), jax.random.key(0))

@@ -1,13 +1,16 @@
-"""InternImage (Wang et al., 2023): the convolutional backbone of the paper's largest run, T to H and G, and a toy.
+"""InternImage (Wang et al., 2023): the convolutional backbone of the paper's largest run, T to H
+and G, and a toy.
 
-A stem, four stages of DCNv3 layers with a stride of two between them, and, for M3I, one map of dense features at twice the stride of stage
-3's end: stages 3 and 4 are mapped to the same width, the deeper one with four sub-pixels a cell, and added (the released InternImage-H).
-There are no tokens to drop and no positions: a run that hides cells without mixing fills them at the stem's output with a learned vector.
+A stem, four stages of DCNv3 layers with a stride of two between them, and, for M3I, one map of
+dense features at twice the stride of stage 3's end: stages 3 and 4 are mapped to the same width,
+the deeper one with four sub-pixels a cell, and added (the released InternImage-H). There are no
+tokens to drop and no positions: a run that hides cells without mixing fills them at the stem's
+output with a learned vector.
 
 The layers of a stage are one tree with a leading axis [L, ...], run by a loop or by `lax.scan`.
 
-B images, S pixels a side, H W size of a map, C its channels, G groups, P points, L layers, N cells, D width of the dense features.
-"""
+B images, S pixels a side, H W size of a map, C its channels, G groups, P points, L layers, N cells,
+D width of the dense features."""
 
 import dataclasses
 import functools
@@ -26,12 +29,14 @@ from m3i_jax.models.layers import Params, gelu
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InternImageConfig(schema.InternImage):
-    """Settings of the net by itself: those of a run's `model.intern_image`, and what a run says for any backbone. The defaults are
-    InternImage-H.
+    """Settings of the net by itself: those of a run's `model.intern_image`, and what a run says for
+    any backbone. The defaults are InternImage-H.
 
-    Stages end with a norm unless `norm_layer` is post and there is no centre scale. `extra_norm` is the "level-2 post-norm" of the release.
+    Stages end with a norm unless `norm_layer` is post and there is no centre scale. `extra_norm` is
+    the "level-2 post-norm" of the release.
 
-    fused: width of the fused dense features; 0: no fusion, the dense features are the last stage's map.
+    fused: width of the fused dense features; 0: no fusion, the dense features are the last stage's
+    map.
     drop_path, drop_path_rule: rate of stochastic depth, linear from 0 or uniform.
     """
 
@@ -68,23 +73,42 @@ class InternImageConfig(schema.InternImage):
 
 
 def _plain(width: int, depths: tuple[int, ...], groups: int, **changes: Any) -> InternImageConfig:
-    common: dict[str, Any] = {"norm": "post", "layer_scale": 1e-5, "kernel": 3, "center_scale": False, "extra_norm": 0}
+    common: dict[str, Any] = {
+        "norm": "post",
+        "layer_scale": 1e-5,
+        "kernel": 3,
+        "center_scale": False,
+        "extra_norm": 0,
+    }
     sizes = {"width": width, "depths": depths, "groups": tuple(groups * 2**i for i in range(4))}
     return InternImageConfig(**{**common, **sizes, "drop_path_rule": "linear", **changes})
 
 
-# T to XL are published as classifiers without the fused map: here it is added, as wide as the deepest stage but at most InternImage-H's.
+# T to XL are published as classifiers without the fused map: here it is added, as wide as the
+# deepest stage but at most InternImage-H's.
 PRESETS: dict[str, InternImageConfig] = {
     "internimage_pico": _plain(
-        32, (1, 1, 2, 1), 2, norm="pre", layer_scale=0.0, drop_path=0.0, fused=128, stem_strides=(2, 1), mlp_std=0.0
+        32,
+        (1, 1, 2, 1),
+        2,
+        norm="pre",
+        layer_scale=0.0,
+        drop_path=0.0,
+        fused=128,
+        stem_strides=(2, 1),
+        mlp_std=0.0,
     ),
-    "internimage_t": _plain(64, (4, 4, 18, 4), 4, norm="pre", layer_scale=0.0, drop_path=0.1, fused=512),
+    "internimage_t": _plain(
+        64, (4, 4, 18, 4), 4, norm="pre", layer_scale=0.0, drop_path=0.1, fused=512
+    ),
     "internimage_s": _plain(80, (4, 4, 21, 4), 5, drop_path=0.4, fused=640),
     "internimage_b": _plain(112, (4, 4, 21, 4), 7, drop_path=0.5, fused=896),
     "internimage_l": _plain(160, (5, 5, 22, 5), 10, offset_scale=2.0, drop_path=0.1),
     "internimage_xl": _plain(192, (5, 5, 24, 5), 12, offset_scale=2.0, drop_path=0.2),
     "internimage_h": InternImageConfig(),
-    "internimage_g": InternImageConfig(width=512, depths=(2, 2, 48, 4), groups=(16, 32, 64, 128), norm="post", drop_path=0.4),
+    "internimage_g": InternImageConfig(
+        width=512, depths=(2, 2, 48, 4), groups=(16, 32, 64, 128), norm="post", drop_path=0.4
+    ),
 }
 
 
@@ -133,7 +157,10 @@ def shapes(model: InternImageConfig) -> dict[str, Any]:
         if model.trailing_norm:
             part["norm"] = _affine(width)
         if stage < 3:
-            part["down"] = {"conv": {"kernel": (3, 3, width, 2 * width)}, "norm": _affine(2 * width)}
+            part["down"] = {
+                "conv": {"kernel": (3, 3, width, 2 * width)},
+                "norm": _affine(2 * width),
+            }
         tree[f"stage{stage}"] = part
     if model.fused:
         tree["fusion"] = {
@@ -144,7 +171,9 @@ def shapes(model: InternImageConfig) -> dict[str, Any]:
 
 
 def _stacked(tree: Any, depth: int) -> Any:
-    return jax.tree.map(lambda shape: (depth, *shape), tree, is_leaf=lambda node: isinstance(node, tuple))
+    return jax.tree.map(
+        lambda shape: (depth, *shape), tree, is_leaf=lambda node: isinstance(node, tuple)
+    )
 
 
 def parameter_count(model: InternImageConfig) -> int:
@@ -154,11 +183,15 @@ def parameter_count(model: InternImageConfig) -> int:
     (28754672, 1073122480)
     """
     tree = {name: part for name, part in shapes(model).items() if name != "fusion"}
-    return sum(math.prod(shape) for shape in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, tuple)))
+    return sum(
+        math.prod(shape)
+        for shape in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, tuple))
+    )
 
 
 def _first(model: InternImageConfig, path: str, shape: tuple[int, ...]) -> initializers.InitSpec:
-    """How a parameter starts: (uniform, bound), (normal, std) or (constant, value). `shape` is that of one layer."""
+    """How a parameter starts: (uniform, bound), (normal, std) or (constant, value). `shape` is that
+    of one layer."""
     last, owner = path.split("/")[-1], path.split("/")[-2] if "/" in path else ""
     if last == "scale":
         return "constant", 1.0
@@ -168,7 +201,12 @@ def _first(model: InternImageConfig, path: str, shape: tuple[int, ...]) -> initi
         return "constant", 0.0
     if last == "mask_token":
         return "normal", 0.02
-    convolution = {"conv1": 27, "conv2": 9 * model.width // 2, "conv": 9 * shape[-1] // 2, "depthwise": model.kernel**2}
+    convolution = {
+        "conv1": 27,
+        "conv2": 9 * model.width // 2,
+        "conv": 9 * shape[-1] // 2,
+        "depthwise": model.kernel**2,
+    }
     convolution |= {"deep": 8 * model.width, "shallow": 4 * model.width}
     if owner in convolution:  # the framework's default, of the biases too
         return "uniform", convolution[owner] ** -0.5
@@ -180,15 +218,15 @@ def _first(model: InternImageConfig, path: str, shape: tuple[int, ...]) -> initi
 
 
 def init(model: InternImageConfig, rng: jax.Array, *, mask_token: bool = False) -> Params:
-    """Parameters: `stem`, `stage0` to `stage3` (`layers` stacked on [L, ...], `extra_norms`, `norm_layer`, `down`), `fusion`.
+    """Parameters: `stem`, `stage0` to `stage3` (`layers` stacked on [L, ...], `extra_norms`,
+    `norm_layer`, `down`), `fusion`.
 
-    As published: dense N(0, `mlp_std`^2), in and out of DCNv3 Xavier-uniform, convolutions uniform with bound 1 / sqrt(fan in), their
-    biases too; offsets, masks and centre scale 0, so that DCNv3 starts as a box filter.
+    As published: dense N(0, `mlp_std`^2), in and out of DCNv3 Xavier-uniform, convolutions uniform
+    with bound 1 / sqrt(fan in), their biases too; offsets, masks and centre scale 0, so that DCNv3
+    starts as a box filter.
 
-    Args:
-      model: settings.
-      rng: key.
-      mask_token: add `mask_token` [1, 1, 1, C], which stands for hidden cells. All others start the same without it.
+    Args: model: settings. rng: key. mask_token: add `mask_token` [1, 1, 1, C], which stands for
+      hidden cells. All others start the same without it.
 
     >>> params = jax.eval_shape(lambda key: init(InternImageConfig(), key), jax.random.key(0))
     >>> sum(leaf.size for leaf in jax.tree.leaves(params))  # with the fusion
@@ -197,23 +235,36 @@ def init(model: InternImageConfig, rng: jax.Array, *, mask_token: bool = False) 
     rule = functools.partial(_first, model)
     of_layers, of_rest, of_token = jax.random.split(rng, 3)
     tree = shapes(model)
-    params = initializers.fill(of_rest, {name: {k: v for k, v in part.items() if k != "layers"} for name, part in tree.items()}, rule)
-    for stage, (depth, key) in enumerate(zip(model.depths, jax.random.split(of_layers, 4), strict=True)):
+    params = initializers.fill(
+        of_rest,
+        {name: {k: v for k, v in part.items() if k != "layers"} for name, part in tree.items()},
+        rule,
+    )
+    for stage, (depth, key) in enumerate(
+        zip(model.depths, jax.random.split(of_layers, 4), strict=True)
+    ):
         one = _layer(model, stage).shapes()
-        params[f"stage{stage}"]["layers"] = jax.lax.map(lambda key, one=one: initializers.fill(key, one, rule), jax.random.split(key, depth))
+        params[f"stage{stage}"]["layers"] = jax.lax.map(
+            lambda key, one=one: initializers.fill(key, one, rule), jax.random.split(key, depth)
+        )
     if mask_token:
         params |= initializers.fill(of_token, {"mask_token": (1, 1, 1, model.width)}, rule)
     return params
 
 
 def pixel_shuffle(x_BxHxWx4D: jax.Array) -> jax.Array:
-    """[B, H, W, 4 D] -> [B, 2 H, 2 W, D]: channel 4 d + 2 a + b of a cell is channel d of its sub-cell (a, b).
+    """[B, H, W, 4 D] -> [B, 2 H, 2 W, D]: channel 4 d + 2 a + b of a cell is channel d of its
+    sub-cell (a, b).
 
     >>> pixel_shuffle(jnp.arange(8).reshape(1, 1, 1, 8))[0, :, :, 0].tolist()
     [[0, 1], [2, 3]]
     """
     b, h, w, c = x_BxHxWx4D.shape
-    return x_BxHxWx4D.reshape(b, h, w, c // 4, 2, 2).transpose(0, 1, 4, 2, 5, 3).reshape(b, 2 * h, 2 * w, c // 4)
+    return (
+        x_BxHxWx4D.reshape(b, h, w, c // 4, 2, 2)
+        .transpose(0, 1, 4, 2, 5, 3)
+        .reshape(b, 2 * h, 2 * w, c // 4)
+    )
 
 
 def unpatchify(patches_BxNxP: jax.Array, grid: int) -> jax.Array:
@@ -224,7 +275,11 @@ def unpatchify(patches_BxNxP: jax.Array, grid: int) -> jax.Array:
     """
     b, _, size = patches_BxNxP.shape
     p = math.isqrt(size // 3)
-    return patches_BxNxP.reshape(b, grid, grid, p, p, 3).swapaxes(2, 3).reshape(b, grid * p, grid * p, 3)
+    return (
+        patches_BxNxP.reshape(b, grid, grid, p, p, 3)
+        .swapaxes(2, 3)
+        .reshape(b, grid * p, grid * p, 3)
+    )
 
 
 def _fill(x_BxHxWxC: jax.Array, token: jax.Array, hidden_BxN: jax.Array) -> jax.Array:
@@ -232,13 +287,19 @@ def _fill(x_BxHxWxC: jax.Array, token: jax.Array, hidden_BxN: jax.Array) -> jax.
     b, height, width, _ = x_BxHxWxC.shape
     if grid * grid != hidden_BxN.shape[1] or height % grid or width % grid:
         size = f"{height}x{width}"
-        raise ValueError(f"hidden cells have shape {hidden_BxN.shape}; they must be a square grid that divides the stem's {size} map")
+        raise ValueError(
+            f"hidden cells have shape {hidden_BxN.shape}; they must be a square grid that divides"
+            f" the stem's {size} map"
+        )
     hidden = hidden_BxN.reshape(b, grid, grid).repeat(height // grid, 1).repeat(width // grid, 2)
     return jnp.where(hidden[..., None], token.astype(x_BxHxWxC.dtype), x_BxHxWxC)
 
 
-def _gathered(function: Callable[..., jax.Array], params: Params, x_BxHxWxC: jax.Array, *settings: Any) -> jax.Array:
-    """`function(params, x, ...)`, which on a mesh with an fsdp axis every device computes for its own rows, with all of the weights."""
+def _gathered(
+    function: Callable[..., jax.Array], params: Params, x_BxHxWxC: jax.Array, *settings: Any
+) -> jax.Array:
+    """`function(params, x, ...)`, which on a mesh with an fsdp axis every device computes for its
+    own rows, with all of the weights."""
     run = lambda opened, params, x, *_: function(opened(params), x, *settings)  # noqa: E731
     return parallel.with_fsdp_gather(run, params, x_BxHxWxC, dtype=x_BxHxWxC.dtype, stacked=False)
 
@@ -256,18 +317,19 @@ def feature_maps(
     keep_gathered: bool = False,
     method: str = "auto",
 ) -> list[jax.Array]:
-    """The maps at the end of the four stages, [B, H, W, C 2^i] each half as large as the one before, as detectors use them.
+    """The maps at the end of the four stages, [B, H, W, C 2^i] each half as large as the one
+    before, as detectors use them.
 
-    Args:
-      model, params: as of `init`.
-      images_BxSxSx3: normalised images, any height and width that are multiples of 8 strides of the stem; mixed ones too.
-      keep_BxLx2: stochastic depth as factors 0 or 1 / (1 - p) of the (DCNv3, MLP) branch of every layer of all stages; None: off.
-      hidden_BxN: bool, cells of a square grid over the image that the learned `mask_token` fills at the stem's output; None: none.
-      dtype: precision of products and of the maps between layers; norms, softmax and sampling places are float32.
-      scan: the layers of a stage in a `lax.scan` instead of a loop. Same numbers; compile time does not grow with depth.
-      remat: what the backward pass keeps of a layer, none (of recomputation), dots, names or full: its input alone.
-      keep_gathered: on a mesh with an fsdp axis, whether the backward pass keeps the gathered weights or gathers them again.
-      method: how DCNv3 is computed, see `dcnv3.dcnv3`.
+    Args: model, params: as of `init`. images_BxSxSx3: normalised images, any height and width that
+      are multiples of 8 strides of the stem; mixed ones too. keep_BxLx2: stochastic depth as
+      factors 0 or 1 / (1 - p) of the (DCNv3, MLP) branch of every layer of all stages; None: off.
+      hidden_BxN: bool, cells of a square grid over the image that the learned `mask_token` fills at
+      the stem's output; None: none. dtype: precision of products and of the maps between layers;
+      norms, softmax and sampling places are float32. scan: the layers of a stage in a `lax.scan`
+      instead of a loop. Same numbers; compile time does not grow with depth. remat: what the
+      backward pass keeps of a layer, none (of recomputation), dots, names or full: its input alone.
+      keep_gathered: on a mesh with an fsdp axis, whether the backward pass keeps the gathered
+      weights or gathers them again. method: how DCNv3 is computed, see `dcnv3.dcnv3`.
 
     Raises:
       ValueError: sizes that do not fit.
@@ -279,9 +341,15 @@ def feature_maps(
     """
     least = 8 * math.prod(model.stem_strides)
     if images_BxSxSx3.shape[1] % least or images_BxSxSx3.shape[2] % least:
-        raise ValueError(f"images have shape {images_BxSxSx3.shape}; height and width must be multiples of {least}")
+        raise ValueError(
+            f"images have shape {images_BxSxSx3.shape}; height and width must be multiples of"
+            f" {least}"
+        )
     if keep_BxLx2 is not None and keep_BxLx2.shape[1:] != (sum(model.depths), 2):
-        raise ValueError(f"keep factors have shape {keep_BxLx2.shape}; they must be [B, {sum(model.depths)}, 2]: [B, L, 2]")
+        raise ValueError(
+            f"keep factors have shape {keep_BxLx2.shape}; they must be [B, {sum(model.depths)}, 2]:"
+            " [B, L, 2]"
+        )
     stem = params["stem"]
     x = _gathered(convolve, stem["conv1"], images_BxSxSx3.astype(dtype), model.stem_strides[0])
     x = gelu(norm_layer(stem["norm1"], x))
@@ -293,8 +361,21 @@ def feature_maps(
         part = params[f"stage{stage}"]
         keep = None if keep_BxLx2 is None else keep_BxLx2[:, start : start + depth]
         every = model.extra_norm if _extra_norms(model, stage) else 0
-        settings: dict[str, Any] = {"scan": scan, "remat": remat, "keep_gathered": keep_gathered, "method": method, "every": every}
-        x = run_layers(_layer(model, stage), part["layers"], x, keep_BxLx2=keep, extra_norms=part.get("extra_norms"), **settings)
+        settings: dict[str, Any] = {
+            "scan": scan,
+            "remat": remat,
+            "keep_gathered": keep_gathered,
+            "method": method,
+            "every": every,
+        }
+        x = run_layers(
+            _layer(model, stage),
+            part["layers"],
+            x,
+            keep_BxLx2=keep,
+            extra_norms=part.get("extra_norms"),
+            **settings,
+        )
         if "norm" in part:
             x = norm_layer(part["norm"], x)
         maps.append(x)
@@ -305,7 +386,8 @@ def feature_maps(
 
 
 def fuse(model: InternImageConfig, params: Params, maps: list[jax.Array]) -> jax.Array:
-    """Dense features [B, N, D] of the maps of `feature_maps`: the last two, at twice the last one's size, row-major.
+    """Dense features [B, N, D] of the maps of `feature_maps`: the last two, at twice the last one's
+    size, row-major.
 
     Raises:
       ValueError: a model without the fusion.
@@ -319,13 +401,17 @@ def fuse(model: InternImageConfig, params: Params, maps: list[jax.Array]) -> jax
     if not model.fused:
         raise ValueError("this InternImage has fused=0, no fused dense features; read `stages`")
     fusion = params["fusion"]
-    z = pixel_shuffle(_gathered(dense_layer, fusion["deep"], maps[3])) + _gathered(dense_layer, fusion["shallow"], maps[2])
+    z = pixel_shuffle(_gathered(dense_layer, fusion["deep"], maps[3])) + _gathered(
+        dense_layer, fusion["shallow"], maps[2]
+    )
     return z.reshape(z.shape[0], -1, model.fused)
 
 
-def apply(model: InternImageConfig, params: Params, images_BxSxSx3: jax.Array, **settings: Any) -> jax.Array:
-    """Dense features of every cell of `model.stride` pixels, row-major: [B, N, D], 144 x 1024 for InternImage-H at 192 pixels; without the
-    fusion the last stage's map, 36 x 2560 there.
+def apply(
+    model: InternImageConfig, params: Params, images_BxSxSx3: jax.Array, **settings: Any
+) -> jax.Array:
+    """Dense features of every cell of `model.stride` pixels, row-major: [B, N, D], 144 x 1024 for
+    InternImage-H at 192 pixels; without the fusion the last stage's map, 36 x 2560 there.
 
     Arguments and errors as of `feature_maps` and `fuse`.
 
@@ -334,4 +420,8 @@ def apply(model: InternImageConfig, params: Params, images_BxSxSx3: jax.Array, *
     (2, 144, 1024)
     """
     maps = feature_maps(model, params, images_BxSxSx3, **settings)
-    return fuse(model, params, maps) if model.fused else maps[3].reshape(len(maps[3]), -1, model.dense_width)
+    return (
+        fuse(model, params, maps)
+        if model.fused
+        else maps[3].reshape(len(maps[3]), -1, model.dense_width)
+    )

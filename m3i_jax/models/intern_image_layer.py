@@ -1,4 +1,5 @@
-"""One layer of InternImage: DCNv3 with its projections, then an MLP, each a residual branch with norms where the variant has them.
+"""One layer of InternImage: DCNv3 with its projections, then an MLP, each a residual branch with
+norms where the variant has them.
 
 B images, H W size of the map, C channels, G groups, P points, F hidden width of the MLP, L layers.
 """
@@ -24,7 +25,8 @@ SMALL = 16  # cells of a map that is convolved as a product of patches
 
 
 def dense_layer(params: Params, x_xC: jax.Array, out: Any = None) -> jax.Array:
-    """`x W + b` over the last axis in the type of x, as one [rows, C] matrix. `out`: type of the result, by default that of x.
+    """`x W + b` over the last axis in the type of x, as one [rows, C] matrix. `out`: type of the
+    result, by default that of x.
 
     >>> dense_layer({"kernel": jnp.eye(2), "bias": jnp.ones(2)}, jnp.zeros((1, 3, 2))).tolist()
     [[[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]]
@@ -44,19 +46,25 @@ def norm_layer(params: Params, x_xC: jax.Array) -> jax.Array:
 
 
 def convolve(params: Params, x_BxHxWxC: jax.Array, stride: int) -> jax.Array:
-    """3 x 3 convolution with a ring of zeros, in the type of x. (Padding "SAME" would shift even sizes at stride 2.)
+    """3 x 3 convolution with a ring of zeros, in the type of x. (Padding "SAME" would shift even
+    sizes at stride 2.)
 
     >>> convolve({"kernel": jnp.ones((3, 3, 1, 1))}, jnp.ones((1, 4, 4, 1)), 2)[0, :, :, 0].tolist()
     [[4.0, 6.0], [6.0, 9.0]]
     """
     kernel, (_, h, w, c) = params["kernel"].astype(x_BxHxWxC.dtype), x_BxHxWxC.shape
-    if h * w <= SMALL:  # a product of patches: on a CPU the gradient of such a convolution takes ten times as long
+    # a product of patches: on a CPU the gradient of such a convolution takes ten times as long
+    if h * w <= SMALL:
         padded = jnp.pad(x_BxHxWxC, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        patches = [padded[:, i : i + h : stride, j : j + w : stride] for i in range(3) for j in range(3)]
+        patches = [
+            padded[:, i : i + h : stride, j : j + w : stride] for i in range(3) for j in range(3)
+        ]
         y = jnp.concatenate(patches, -1) @ kernel.reshape(9 * c, -1)
     else:
         across = (stride, stride), [(1, 1), (1, 1)]
-        y = jax.lax.conv_general_dilated(x_BxHxWxC, kernel, *across, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        y = jax.lax.conv_general_dilated(
+            x_BxHxWxC, kernel, *across, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
     return y + params["bias"].astype(y.dtype) if "bias" in params else y
 
 
@@ -67,8 +75,14 @@ def _padded(x_BxHxWxC: jax.Array, kernel: int) -> jax.Array:
 
 def _tapped(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
     def form(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
-        (_, h, w, _), k, padded = x_BxHxWxC.shape, kernel_KxKxC.shape[0], _padded(x_BxHxWxC, kernel_KxKxC.shape[0])
-        taps = (padded[:, i : i + h, j : j + w] * kernel_KxKxC[i, j] for i in range(k) for j in range(k))
+        (_, h, w, _), k, padded = (
+            x_BxHxWxC.shape,
+            kernel_KxKxC.shape[0],
+            _padded(x_BxHxWxC, kernel_KxKxC.shape[0]),
+        )
+        taps = (
+            padded[:, i : i + h, j : j + w] * kernel_KxKxC[i, j] for i in range(k) for j in range(k)
+        )
         return (sum(taps) + bias_C).astype(x_BxHxWxC.dtype)
 
     # Or it would be computed again for each of mean, variance and value of the norm that follows.
@@ -77,11 +91,16 @@ def _tapped(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) ->
 
 def _by_shift(padded: jax.Array, g_BxHxWxC: jax.Array, k: int) -> list[jax.Array]:
     _, h, w, _ = g_BxHxWxC.shape
-    return [(padded[:, i : i + h, j : j + w] * g_BxHxWxC).sum((0, 1, 2)) for i in range(k) for j in range(k)]
+    return [
+        (padded[:, i : i + h, j : j + w] * g_BxHxWxC).sum((0, 1, 2))
+        for i in range(k)
+        for j in range(k)
+    ]
 
 
 def _by_row(padded: jax.Array, g_BxHxWxC: jax.Array, k: int) -> list[jax.Array]:
-    """All K^2 sums at once, a row of the maps after the other: a CPU's compiler writes each shift of whole maps down."""
+    """All K^2 sums at once, a row of the maps after the other: a CPU's compiler writes each shift
+    of whole maps down."""
     b, h, w, c = g_BxHxWxC.shape
 
     def row(i: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
@@ -89,15 +108,23 @@ def _by_row(padded: jax.Array, g_BxHxWxC: jax.Array, k: int) -> list[jax.Array]:
         here = jax.lax.dynamic_index_in_dim(g_BxHxWxC, i, 1, keepdims=False)
         return [total + above[:, n // k, n % k : n % k + w] * here for n, total in enumerate(sums)]
 
-    return [total.sum((0, 1)) for total in jax.lax.fori_loop(0, h, row, [jnp.zeros((b, w, c), jnp.float32)] * k**2)]
+    return [
+        total.sum((0, 1))
+        for total in jax.lax.fori_loop(0, h, row, [jnp.zeros((b, w, c), jnp.float32)] * k**2)
+    ]
 
 
 def _tapped_backward(
-    sums: Callable[..., list[jax.Array]], x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, g_BxHxWxC: jax.Array
+    sums: Callable[..., list[jax.Array]],
+    x_BxHxWxC: jax.Array,
+    kernel_KxKxC: jax.Array,
+    g_BxHxWxC: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     dx = _tapped(g_BxHxWxC, kernel_KxKxC[::-1, ::-1], jnp.zeros(x_BxHxWxC.shape[-1]))
     k = kernel_KxKxC.shape[0]
-    return dx, jnp.stack(sums(_padded(x_BxHxWxC, k), g_BxHxWxC.astype(jnp.float32), k)).reshape(kernel_KxKxC.shape)
+    return dx, jnp.stack(sums(_padded(x_BxHxWxC, k), g_BxHxWxC.astype(jnp.float32), k)).reshape(
+        kernel_KxKxC.shape
+    )
 
 
 def _convolved(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
@@ -110,16 +137,20 @@ def _convolved(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array)
     return (y_BxHxWxC + bias_C).astype(x_BxHxWxC.dtype)
 
 
-def _convolved_backward(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, g_BxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jax.vjp(lambda x, kernel: _convolved(x, kernel, jnp.zeros(x.shape[-1])), x_BxHxWxC, kernel_KxKxC)[1](g_BxHxWxC)
+def _convolved_backward(
+    x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, g_BxHxWxC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return jax.vjp(
+        lambda x, kernel: _convolved(x, kernel, jnp.zeros(x.shape[-1])), x_BxHxWxC, kernel_KxKxC
+    )[1](g_BxHxWxC)
 
 
 @jax.custom_vjp
 def depthwise(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
     """Depth-wise convolution of odd side K, stride 1, zeros around; sums in float32, the type of x.
 
-    As K^2 shifted products, one fused pass: as convolutions, value and gradients take ten times as long on a CPU. On a TPU the shifts are
-    copies, and the convolution moves a ninth of their bytes.
+    As K^2 shifted products, one fused pass: as convolutions, value and gradients take ten times as
+    long on a CPU. On a TPU the shifts are copies, and the convolution moves a ninth of their bytes.
 
     >>> depthwise(jnp.ones((1, 2, 3, 1)), jnp.ones((3, 3, 1)), jnp.zeros(1))[0, :, :, 0].tolist()
     [[4.0, 6.0, 4.0], [4.0, 6.0, 4.0]]
@@ -129,13 +160,18 @@ def depthwise(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) 
 
 
 def _depthwise_backward(kept: Any, g_BxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    forms: dict[str, Any] = {"cpu": functools.partial(_tapped_backward, _by_row), "default": functools.partial(_tapped_backward, _by_shift)}
+    forms: dict[str, Any] = {
+        "cpu": functools.partial(_tapped_backward, _by_row),
+        "default": functools.partial(_tapped_backward, _by_shift),
+    }
     forms["tpu"] = _convolved_backward
     dx, dkernel = jax.lax.platform_dependent(*kept, g_BxHxWxC, **forms)
     return dx, dkernel, g_BxHxWxC.astype(jnp.float32).sum((0, 1, 2))
 
 
-depthwise.defvjp(lambda x, kernel, bias: (depthwise(x, kernel, bias), (x, kernel)), _depthwise_backward)
+depthwise.defvjp(
+    lambda x, kernel, bias: (depthwise(x, kernel, bias), (x, kernel)), _depthwise_backward
+)
 
 
 class Layer(NamedTuple):
@@ -183,10 +219,12 @@ class Layer(NamedTuple):
 
 
 def dcn(layer: Layer, params: Params, x_BxHxWxC: jax.Array, method: str = "auto") -> jax.Array:
-    """DCNv3 with its projections: where to read and how much comes from a depth-wise convolution of the input, [B, H, W, C].
+    """DCNv3 with its projections: where to read and how much comes from a depth-wise convolution of
+    the input, [B, H, W, C].
 
-    Offsets and masks are float32 from the product on. Its columns are, of group after group, x of every point and then y of every point
-    (published: x, y of point after point), so that neither has to be picked out of pairs.
+    Offsets and masks are float32 from the product on. Its columns are, of group after group, x of
+    every point and then y of every point (published: x, y of point after point), so that neither
+    has to be picked out of pairs.
 
     >>> layer = Layer(2, 1, "pre", 0.0, 1.0, 3, False, 8)
     >>> params = jax.tree.map(jnp.zeros, layer.shapes()["dcn"], is_leaf=lambda node: isinstance(node, tuple))
@@ -196,26 +234,47 @@ def dcn(layer: Layer, params: Params, x_BxHxWxC: jax.Array, method: str = "auto"
     """
     wide = jnp.float32
     v_BxHxWxC = checkpoint_name(dense_layer(params["input"], x_BxHxWxC), "qkv")
-    h = gelu(norm_layer(params["norm"], depthwise(x_BxHxWxC, params["depthwise"]["kernel"], params["depthwise"]["bias"])))
-    # The names of `scan_blocks.NAMES`, by the part that each has in attention: what is read and where, and what came of it.
+    h = gelu(
+        norm_layer(
+            params["norm"],
+            depthwise(x_BxHxWxC, params["depthwise"]["kernel"], params["depthwise"]["bias"]),
+        )
+    )
+    # The names of `scan_blocks.NAMES`, by the part that each has in attention: what is read and
+    # where, and what came of it.
     offset = checkpoint_name(dense_layer(params["offsets"], h, wide), "qkv")
     logits = checkpoint_name(dense_layer(params["mask"], h, wide), "qkv")
     # Cells as one axis, or a TPU lays rows of twelve along lanes of 128.
     (b, height, width, _), groups = x_BxHxWxC.shape, (layer.groups, _POINTS)
-    offset = offset.reshape(b, -1, layer.groups, 2, _POINTS).swapaxes(-1, -2).reshape(b, height, width, *groups, 2)
+    offset = (
+        offset.reshape(b, -1, layer.groups, 2, _POINTS)
+        .swapaxes(-1, -2)
+        .reshape(b, height, width, *groups, 2)
+    )
     mask = jax.nn.softmax(logits.reshape(b, -1, *groups)).reshape(b, height, width, *groups)
-    y = dcnv3(v_BxHxWxC, offset, mask, groups=layer.groups, offset_scale=layer.offset_scale, method=method)
+    y = dcnv3(
+        v_BxHxWxC, offset, mask, groups=layer.groups, offset_scale=layer.offset_scale, method=method
+    )
     y = checkpoint_name(y, "attended")
     if layer.center_scale:
-        share = jax.nn.sigmoid(checkpoint_name(dense_layer(params["center"], h, wide), "qkv")).astype(y.dtype)
-        # A product with ones, for every channel the share of its group: copies of one number side by side would have a layout of their own.
+        share = jax.nn.sigmoid(
+            checkpoint_name(dense_layer(params["center"], h, wide), "qkv")
+        ).astype(y.dtype)
+        # A product with ones, for every channel the share of its group: copies of one number side
+        # by side would have a layout of their own.
         spread = np.repeat(np.eye(layer.groups, dtype=y.dtype), y.shape[-1] // layer.groups, 1)
         share = jnp.dot(share, spread, precision=jax.lax.Precision.HIGHEST)
         y = y * (1 - share) + v_BxHxWxC * share
     return dense_layer(params["output"], y)
 
 
-def apply(layer: Layer, params: Params, x_BxHxWxC: jax.Array, keep_Bx2: jax.Array | None = None, method: str = "auto") -> jax.Array:
+def apply(
+    layer: Layer,
+    params: Params,
+    x_BxHxWxC: jax.Array,
+    keep_Bx2: jax.Array | None = None,
+    method: str = "auto",
+) -> jax.Array:
     """The two residual branches, with factors of stochastic depth if given.
 
     >>> layer = Layer(4, 1, "post", 1e-5, 1.0, 3, True, 8)
@@ -238,7 +297,8 @@ def apply(layer: Layer, params: Params, x_BxHxWxC: jax.Array, keep_Bx2: jax.Arra
             y = y * params[f"gamma{which + 1}"].astype(y.dtype)
         if keep_Bx2 is None:
             return x + y
-        keep = keep_Bx2[:, which, None, None, None].astype(jnp.float32)  # 1 / (1 - p) in bfloat16 would be wrong for every branch
+        # 1 / (1 - p) in bfloat16 would be wrong for every branch
+        keep = keep_Bx2[:, which, None, None, None].astype(jnp.float32)
         return (x.astype(jnp.float32) + keep * y.astype(jnp.float32)).astype(x.dtype)
 
     return branch(branch(x_BxHxWxC, 0), 1)
@@ -257,9 +317,11 @@ def run_layers(
     keep_gathered: bool = False,
     method: str = "auto",
 ) -> jax.Array:
-    """Runs stacked layers one after the other, and a norm of `extra_norms` [n, C] after every so many of the first n * every.
+    """Runs stacked layers one after the other, and a norm of `extra_norms` [n, C] after every so
+    many of the first n * every.
 
-    On a mesh with an fsdp axis every device gathers the weights of one layer at a time, as in `scan_blocks.run_blocks`.
+    On a mesh with an fsdp axis every device gathers the weights of one layer at a time, as in
+    `scan_blocks.run_blocks`.
 
     >>> layer = Layer(4, 1, "pre", 0.0, 1.0, 3, False, 8)
     >>> stacked = jax.tree.map(lambda shape: jnp.zeros((3, *shape)), layer.shapes(), is_leaf=lambda node: isinstance(node, tuple))
@@ -269,7 +331,9 @@ def run_layers(
     depth = jax.tree.leaves(stacked)[0].shape[0]
     layers = (stacked, None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1))
 
-    def rows(opened: Callable[[Any], Any], stacked: Params, x: jax.Array, keep_LxBx2: Any, _: Any) -> jax.Array:
+    def rows(
+        opened: Callable[[Any], Any], stacked: Params, x: jax.Array, keep_LxBx2: Any, _: Any
+    ) -> jax.Array:
         def one(x: jax.Array, some: Any) -> jax.Array:
             return apply(layer, opened(some[0]), x, some[1], method)
 
@@ -292,7 +356,10 @@ def run_layers(
 
     whole = groups * every
     parts = split_blocks(layers, [whole, depth - whole]) if whole < depth else [layers]
-    grouped = (jax.tree.map(lambda leaf: leaf.reshape(groups, every, *leaf.shape[1:]), parts[0]), extra_norms)
+    grouped = (
+        jax.tree.map(lambda leaf: leaf.reshape(groups, every, *leaf.shape[1:]), parts[0]),
+        extra_norms,
+    )
     if scan:
         x_BxHxWxC, _ = jax.lax.scan(lambda x, some: (group(x, some), None), x_BxHxWxC, grouped)
     else:

@@ -1,18 +1,19 @@
-"""The whole network of an objective as one parameter tree, and thin functions of its parts (M3I sections 3.3 and 3.4).
+"""The whole network of an objective as one parameter tree, and thin functions of its parts (M3I
+sections 3.3 and 3.4).
 
-    encoder            f_theta: one pass over an input, mixed or not
-    decoder            f_psi of dense targets
-    pool               pooling, shared by the two that follow
-    category           linear, its columns are the category representations
-    image_projection   linear without bias into the joint space of text
-    text, logit_scale  the encoder of captions, and the logarithm of the inverse temperature
-    heads              projector, predictor and prototypes of every space by its name; linear maps of tokens
+    encoder            f_theta: one pass over an input, mixed or not decoder            f_psi of
+    dense targets pool               pooling, shared by the two that follow category
+    linear, its columns are the category representations image_projection   linear without bias into
+    the joint space of text text, logit_scale  the encoder of captions, and the logarithm of the
+    inverse temperature heads              projector, predictor and prototypes of every space by its
+    name; linear maps of tokens
 
-The first is what a run makes; all others are heads, and only those that the terms of the objective need are there. `encode` takes the
-encoder's own tree, so that the momentum target is the same call; the others take a tree that has their part in it.
+The first is what a run makes; all others are heads, and only those that the terms of the objective
+need are there. `encode` takes the encoder's own tree, so that the momentum target is the same call;
+the others take a tree that has their part in it.
 
-B rows, N cells, K tokens, D encoder width, W width of the part, P numbers of a patch, C classes, E joint space.
-"""
+B rows, N cells, K tokens, D encoder width, W width of the part, P numbers of a patch, C classes, E
+joint space."""
 
 import math
 import zlib
@@ -31,7 +32,16 @@ from m3i_jax.objective.posteriors import Prototypes
 from m3i_jax.objective.terms import DENSE_TARGETS, DecoderHead, LinearHead, ProjectionHead, Terms
 
 # A new one goes to the end: the random keys go by place.
-PARTS = ("encoder", "decoder", "pool", "category", "image_projection", "text", "logit_scale", "heads")
+PARTS = (
+    "encoder",
+    "decoder",
+    "pool",
+    "category",
+    "image_projection",
+    "text",
+    "logit_scale",
+    "heads",
+)
 _INVERSE_TEMPERATURE = 1 / 0.07  # of CLIP at the start
 
 
@@ -43,8 +53,11 @@ def _image_projection(model: schema.Model) -> Dense:
     return Dense(model.text.embed, jnp.float32, use_bias=False)
 
 
-def init(config: schema.Config, rng: jax.Array, terms: Terms, *, classes: int, vocabulary: int) -> dict[str, Any]:
-    """All parameters that an objective trains, float32. A part starts the same whether or not the others are there.
+def init(
+    config: schema.Config, rng: jax.Array, terms: Terms, *, classes: int, vocabulary: int
+) -> dict[str, Any]:
+    """All parameters that an objective trains, float32. A part starts the same whether or not the
+    others are there.
 
     Args:
       config: settings; `config.model` and `config.data.caption_length` are read.
@@ -64,22 +77,34 @@ def init(config: schema.Config, rng: jax.Array, terms: Terms, *, classes: int, v
     model, row = config.model, jnp.zeros((1, config.model.pooled))
     keys = dict(zip(PARTS, jax.random.split(rng, len(PARTS)), strict=True))
     targets = {t.target.of for t in terms}
-    by_category, by_text = "category" in targets and classes > 0, "text" in targets and vocabulary > 0
+    by_category, by_text = (
+        "category" in targets and classes > 0,
+        "text" in targets and vocabulary > 0,
+    )
     backbone = backbones.get_backbone(model)
     filled = any(p.filled or (p.masked and not backbone.drops) for t in terms for p in t.passes)
-    params: dict[str, Any] = {"encoder": backbone.init(model, keys["encoder"], mask_token=filled, grid=config.grid)}
+    params: dict[str, Any] = {
+        "encoder": backbone.init(model, keys["encoder"], mask_token=filled, grid=config.grid)
+    }
     dense = {t.target.of for t in terms if isinstance(t.head, DecoderHead)}
     if dense:
         params["decoder"] = decoder.init(model, keys["decoder"], of=dense)
-    if (by_category or by_text) and (made := pooling.init(model, keys["pool"])):  # a pooling may have no parameters
+    # a pooling may have no parameters
+    if (by_category or by_text) and (made := pooling.init(model, keys["pool"])):
         params["pool"] = made
     if by_category:
         normal = {"kernel": model.category_std} if model.category_std else None
-        params["category"] = init_params(keys["category"], shapes_of(_category(classes), row), normal)
+        params["category"] = init_params(
+            keys["category"], shapes_of(_category(classes), row), normal
+        )
     if by_text:
         shapes = shapes_of(_image_projection(model), row)
-        params["image_projection"] = init_params(keys["image_projection"], shapes, {"kernel": model.pooled**-0.5})
-        params["text"] = text.init(model, keys["text"], vocabulary=vocabulary, length=config.data.caption_length)
+        params["image_projection"] = init_params(
+            keys["image_projection"], shapes, {"kernel": model.pooled**-0.5}
+        )
+        params["text"] = text.init(
+            model, keys["text"], vocabulary=vocabulary, length=config.data.caption_length
+        )
         params["logit_scale"] = jnp.asarray(math.log(_INVERSE_TEMPERATURE), jnp.float32)
     if made := _init_heads(model, keys["heads"], terms):
         params["heads"] = made
@@ -95,20 +120,31 @@ def _init_heads(model: schema.Model, rng: jax.Array, terms: Terms) -> dict[str, 
         if any(isinstance(t.head, LinearHead) and t.target.of == of for t in terms):
             out[f"linear_{of}"] = small.init_linear(model, key(f"linear_{of}"), of)
     for name in sorted({t.head.name for t in terms if isinstance(t.head, ProjectionHead)}):
-        mine = [(t, t.head) for t in terms if isinstance(t.head, ProjectionHead) and t.head.name == name]
+        mine = [
+            (t, t.head) for t in terms if isinstance(t.head, ProjectionHead) and t.head.name == name
+        ]
         predictors = {head.predictor for _, head in mine} - {None}
         if len({head.projector for _, head in mine}) > 1 or len(predictors) > 1:
-            raise ValueError(f"two spaces are called {name!r} and share parameters, but their projectors or predictors differ")
-        whole = ProjectionHead(name=name, projector=mine[0][1].projector, predictor=next(iter(predictors), None))
-        out[name] = small.init_projection(model, key(name), whole, any(isinstance(t.posterior, Prototypes) for t, _ in mine))
+            raise ValueError(
+                f"two spaces are called {name!r} and share parameters, but their projectors or"
+                " predictors differ"
+            )
+        whole = ProjectionHead(
+            name=name, projector=mine[0][1].projector, predictor=next(iter(predictors), None)
+        )
+        out[name] = small.init_projection(
+            model, key(name), whole, any(isinstance(t.posterior, Prototypes) for t, _ in mine)
+        )
     return out
 
 
 def target_parts(config: schema.Config, terms: Terms, params: Params) -> dict[str, Any]:
-    """The part of the parameters that a target encoder keeps a copy of: the encoder, and whatever a learned target goes through after it.
+    """The part of the parameters that a target encoder keeps a copy of: the encoder, and whatever a
+    learned target goes through after it.
 
-    That is the decoder's embedding and projector, if it has one and predicts tokens, and the projectors of the spaces of targets that have
-    no gradient; never predictors or prototypes (SiameseIM, BYOL, MoCo v3).
+    That is the decoder's embedding and projector, if it has one and predicts tokens, and the
+    projectors of the spaces of targets that have no gradient; never predictors or prototypes
+    (SiameseIM, BYOL, MoCo v3).
 
     Args:
       config: settings; `config.model.decoder.projector_depth` is read.
@@ -123,9 +159,17 @@ def target_parts(config: schema.Config, terms: Terms, params: Params) -> dict[st
     """
     without_gradient = [t for t in terms if t.target.encoder in ("ema", "frozen", "shared")]
     out: dict[str, Any] = {"encoder": params["encoder"]}
-    if config.model.decoder.projector_depth and any(isinstance(t.head, DecoderHead) for t in without_gradient):
+    if config.model.decoder.projector_depth and any(
+        isinstance(t.head, DecoderHead) for t in without_gradient
+    ):
         out["decoder"] = {part: params["decoder"][part] for part in ("embed", "projector")}
-    spaces = sorted({t.head.name for t in without_gradient if isinstance(t.head, ProjectionHead) and t.head.projector is not None})
+    spaces = sorted(
+        {
+            t.head.name
+            for t in without_gradient
+            if isinstance(t.head, ProjectionHead) and t.head.projector is not None
+        }
+    )
     if spaces:
         out["heads"] = {name: {"projector": params["heads"][name]["projector"]} for name in spaces}
     return out
@@ -138,7 +182,10 @@ def parameter_table(params: Params) -> list[tuple[str, int]]:
     [('encoder', 9), ('logit_scale', 1)]
     """
     order = [part for part in PARTS if part in params] + sorted(set(params) - set(PARTS))
-    return [(part, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params[part]))) for part in order]
+    return [
+        (part, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params[part])))
+        for part in order
+    ]
 
 
 def encode(
@@ -151,7 +198,8 @@ def encode(
     hidden: jax.Array | None = None,
     blocks: int = 1,
 ) -> jax.Array:
-    """Features [B, T, D] of every token, cls first where there is one: the backbone's `apply` on the grid of the configuration.
+    """Features [B, T, D] of every token, cls first where there is one: the backbone's `apply` on
+    the grid of the configuration.
 
     Args:
       config: settings.
@@ -169,8 +217,15 @@ def encode(
     """
     if config.model.encoder.freeze:
         encoder = jax.lax.stop_gradient(encoder)
-    settings: dict[str, Any] = {"index_BxK": index, "keep_BxLx2": keep, "hidden_BxN": hidden, "blocks": blocks}
-    return backbones.get_backbone(config.model).apply(config.model, encoder, patches_BxNxP, grid=config.grid, **settings)
+    settings: dict[str, Any] = {
+        "index_BxK": index,
+        "keep_BxLx2": keep,
+        "hidden_BxN": hidden,
+        "blocks": blocks,
+    }
+    return backbones.get_backbone(config.model).apply(
+        config.model, encoder, patches_BxNxP, grid=config.grid, **settings
+    )
 
 
 def queries(config: schema.Config, params: Params, raw_xNx2W: jax.Array) -> jax.Array:
@@ -194,7 +249,8 @@ def decode(
     query_BxNxW: jax.Array,
     cls_BxD: jax.Array | None = None,
 ) -> jax.Array:
-    """What the decoder makes of the queries to one image a row, [B, N, W]: `decoder.apply`. `decode_head` makes predictions of it.
+    """What the decoder makes of the queries to one image a row, [B, N, W]: `decoder.apply`.
+    `decode_head` makes predictions of it.
 
     >>> from m3i_jax.objective.terms import FORMS
     >>> config = schema.Config(data=schema.Data(image_size=32))
@@ -203,11 +259,20 @@ def decode(
     >>> jax.eval_shape(lambda p: decode(config, p, z, index, query), shapes).shape
     (3, 4, 768)
     """
-    return decoder.apply(config.model, params["decoder"], z_BxKxD, index_BxK, query_BxNxW, grid=config.grid, cls_BxD=cls_BxD)
+    return decoder.apply(
+        config.model,
+        params["decoder"],
+        z_BxKxD,
+        index_BxK,
+        query_BxNxW,
+        grid=config.grid,
+        cls_BxD=cls_BxD,
+    )
 
 
 def decode_head(config: schema.Config, params: Params, rows_BxNxW: jax.Array, of: str) -> jax.Array:
-    """Predicted tokens [B, N, D] or pixels [B, N, P] from what `decode` gives: `decoder.prediction_head`.
+    """Predicted tokens [B, N, D] or pixels [B, N, P] from what `decode` gives:
+    `decoder.prediction_head`.
 
     >>> from m3i_jax.objective.terms import FORMS
     >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, FORMS["mim_pixel"], classes=0, vocabulary=0), jax.random.key(0))
@@ -218,7 +283,8 @@ def decode_head(config: schema.Config, params: Params, rows_BxNxW: jax.Array, of
 
 
 def target_projection(config: schema.Config, part: Params, z_BxTxD: jax.Array) -> jax.Array:
-    """Dense target features behind the decoder's projector, [B, T, W]; z itself without one: `decoder.project_targets`.
+    """Dense target features behind the decoder's projector, [B, T, W]; z itself without one:
+    `decoder.project_targets`.
 
     Args:
       config: settings.
@@ -232,7 +298,11 @@ def target_projection(config: schema.Config, part: Params, z_BxTxD: jax.Array) -
 
 
 def pool(
-    config: schema.Config, params: Params, x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None, cls: jax.Array | None = None
+    config: schema.Config,
+    params: Params,
+    x_BxKxD: jax.Array,
+    mask_BxK: jax.Array | None = None,
+    cls: jax.Array | None = None,
 ) -> jax.Array:
     """One vector [B, W] of an image's own tokens, or of its cls feature [B, D]: `pooling.apply`.
 
@@ -245,7 +315,8 @@ def pool(
 
 
 def linear(config: schema.Config, params: Params, x_BxNxD: jax.Array, of: str) -> jax.Array:
-    """Predicted tokens [B, N, D] or pixels [B, N, P] at the cells of the encoder's own tokens: `heads.apply_linear`.
+    """Predicted tokens [B, N, D] or pixels [B, N, P] at the cells of the encoder's own tokens:
+    `heads.apply_linear`.
 
     >>> from m3i_jax.objective.terms import FULL, LinearHead, tokens
     >>> terms = (tokens(FULL, 0, head=LinearHead()),)
@@ -256,7 +327,9 @@ def linear(config: schema.Config, params: Params, x_BxNxD: jax.Array, of: str) -
     return small.apply_linear(config.model, params["heads"][f"linear_{of}"], x_BxNxD)
 
 
-def project(config: schema.Config, heads: Mapping[str, Params], projection: ProjectionHead, x_xD: jax.Array) -> jax.Array:
+def project(
+    config: schema.Config, heads: Mapping[str, Params], projection: ProjectionHead, x_xD: jax.Array
+) -> jax.Array:
     """What the targets of a space go through, [..., W]: `heads.apply_projector`.
 
     Args:
@@ -271,8 +344,11 @@ def project(config: schema.Config, heads: Mapping[str, Params], projection: Proj
     return small.apply_projector(config.model, heads.get(projection.name, {}), projection, x_xD)
 
 
-def predict(config: schema.Config, heads: Mapping[str, Params], projection: ProjectionHead, x_xD: jax.Array) -> jax.Array:
-    """The prediction in a space, [..., W]: `heads.apply_predictor`, with the arguments of `project`.
+def predict(
+    config: schema.Config, heads: Mapping[str, Params], projection: ProjectionHead, x_xD: jax.Array
+) -> jax.Array:
+    """The prediction in a space, [..., W]: `heads.apply_predictor`, with the arguments of
+    `project`.
 
     >>> from m3i_jax.objective.terms import FORMS, MOCO
     >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, FORMS["instance"], classes=0, vocabulary=0), jax.random.key(0))
@@ -283,14 +359,17 @@ def predict(config: schema.Config, heads: Mapping[str, Params], projection: Proj
 
 
 def category_logits(config: schema.Config, params: Params, pooled_BxW: jax.Array) -> jax.Array:
-    """Logits [B, C] of the category posterior, float32: rounded logits would round the loss (M3I section 3.4).
+    """Logits [B, C] of the category posterior, float32: rounded logits would round the loss (M3I
+    section 3.4).
 
     >>> from m3i_jax.objective.terms import FORMS
     >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, FORMS["supervised"], classes=10, vocabulary=0), jax.random.key(0))
     >>> jax.eval_shape(lambda p: category_logits(schema.Config(), p, jnp.zeros((3, 768))), shapes).shape
     (3, 10)
     """
-    return _category(params["category"]["bias"].shape[-1]).apply({"params": params["category"]}, pooled_BxW)
+    return _category(params["category"]["bias"].shape[-1]).apply(
+        {"params": params["category"]}, pooled_BxW
+    )
 
 
 def image_embedding(config: schema.Config, params: Params, pooled_BxW: jax.Array) -> jax.Array:
@@ -305,7 +384,9 @@ def image_embedding(config: schema.Config, params: Params, pooled_BxW: jax.Array
     return _image_projection(config.model).apply({"params": params["image_projection"]}, pooled_BxW)
 
 
-def text_embedding(config: schema.Config, params: Params, tokens_BxL: jax.Array, length_B: jax.Array) -> jax.Array:
+def text_embedding(
+    config: schema.Config, params: Params, tokens_BxL: jax.Array, length_B: jax.Array
+) -> jax.Array:
     """Caption side [B, E] of the text posterior, float32, not normalised: `text.apply`.
 
     >>> from m3i_jax.objective.terms import FORMS

@@ -1,6 +1,8 @@
-"""Pooling: one vector of an image's own tokens, before the category and the text projection (M3I section 3.4; the head that InternImage-H
-ships). The query of the attention is the mean token, or a learned one (CAE); query, keys and values have layer norms of their own; no
-residual. Simpler: the mean of the patch tokens, or the cls token, normalised and mapped (MAE's fine-tuning, DeiT).
+"""Pooling: one vector of an image's own tokens, before the category and the text projection (M3I
+section 3.4; the head that InternImage-H ships). The query of the attention is the mean token, or a
+learned one (CAE); query, keys and values have layer norms of their own; no
+residual. Simpler: the mean of the patch tokens, or the cls token, normalised and mapped (MAE's
+fine-tuning, DeiT).
 
 B images, K tokens, D encoder width, W output width.
 """
@@ -13,13 +15,23 @@ import jax.numpy as jnp
 
 from m3i_jax import parallel, schema
 from m3i_jax.models.initializers import init_params, shapes_of
-from m3i_jax.models.layers import Dense, LayerNorm, Params, attend, attention_weights, batch_norm, from_heads, to_heads
+from m3i_jax.models.layers import (
+    Dense,
+    LayerNorm,
+    Params,
+    attend,
+    attention_weights,
+    batch_norm,
+    from_heads,
+    to_heads,
+)
 
 PROBE_EPS = 1e-6  # of the batch norm of linear probes (MAE, M3I Table 9)
 
 
 def mean_token(x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None) -> jax.Array:
-    """Mean [B, D] float32 of the tokens that the mask names; of all without one. Zeros where it names none.
+    """Mean [B, D] float32 of the tokens that the mask names; of all without one. Zeros where it
+    names none.
 
     >>> print(mean_token(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[True, True, False]])))
     [[2.]]
@@ -27,11 +39,15 @@ def mean_token(x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None) -> jax.Arr
     wide_BxKxD = x_BxKxD.astype(jnp.float32)
     if mask_BxK is None:
         return wide_BxKxD.mean(1)
-    return jnp.where(mask_BxK[..., None], wide_BxKxD, 0).sum(1) / jnp.maximum(mask_BxK.sum(1), 1)[:, None]
+    return (
+        jnp.where(mask_BxK[..., None], wide_BxKxD, 0).sum(1)
+        / jnp.maximum(mask_BxK.sum(1), 1)[:, None]
+    )
 
 
 class AttentionPool(nn.Module):
-    """Multi-head attention of the (masked) mean token, or of a learned one, over the (masked) tokens: [B, K, D] -> [B, width]."""
+    """Multi-head attention of the (masked) mean token, or of a learned one, over the (masked)
+    tokens: [B, K, D] -> [B, width]."""
 
     width: int
     heads: int
@@ -40,8 +56,11 @@ class AttentionPool(nn.Module):
     projection: bool = True
 
     @nn.compact
-    def __call__(self, x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None, weights: bool = False) -> jax.Array:
-        """`pooling_weights`: give what the tokens are weighed with, [B, H, K], and not what comes of it."""
+    def __call__(
+        self, x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None, weights: bool = False
+    ) -> jax.Array:
+        """`pooling_weights`: give what the tokens are weighed with, [B, H, K], and not what comes
+        of it."""
         width = x_BxKxD.shape[-1]
 
         def project(name: str, tokens: jax.Array) -> jax.Array:
@@ -49,19 +68,26 @@ class AttentionPool(nn.Module):
             return to_heads(y, 1, self.heads)[0]
 
         if self.query == "learned":
-            query_1xHx1xE = project("query", self.param("query_token", nn.initializers.zeros, (1, 1, width)))
-            query_BxHx1xE = jnp.broadcast_to(query_1xHx1xE, (x_BxKxD.shape[0], *query_1xHx1xE.shape[1:]))
+            query_1xHx1xE = project(
+                "query", self.param("query_token", nn.initializers.zeros, (1, 1, width))
+            )
+            query_BxHx1xE = jnp.broadcast_to(
+                query_1xHx1xE, (x_BxKxD.shape[0], *query_1xHx1xE.shape[1:])
+            )
         else:
             query_BxHx1xE = project("query", mean_token(x_BxKxD, mask_BxK)[:, None])
         if weights:
             return attention_weights(query_BxHx1xE, project("key", x_BxKxD), mask_BxK)[:, :, 0]
         pooled = attend(query_BxHx1xE, project("key", x_BxKxD), project("value", x_BxKxD), mask_BxK)
         pooled_BxD = from_heads(pooled)[:, 0]
-        return Dense(self.width, self.dtype, name="out")(pooled_BxD) if self.projection else pooled_BxD
+        return (
+            Dense(self.width, self.dtype, name="out")(pooled_BxD) if self.projection else pooled_BxD
+        )
 
 
 class TokenPool(nn.Module):
-    """Norm and linear map of one token: [B, D] -> [B, width]; the norm alone without projection. Batch norm has no parameters."""
+    """Norm and linear map of one token: [B, D] -> [B, width]; the norm alone without projection.
+    Batch norm has no parameters."""
 
     width: int
     dtype: Any
@@ -72,10 +98,14 @@ class TokenPool(nn.Module):
     def __call__(self, token_BxD: jax.Array) -> jax.Array:
         if self.norm == "batch":
             ones = jnp.ones(token_BxD.shape[-1])
-            normed_BxD = batch_norm(token_BxD.astype(jnp.float32), ones, jnp.zeros_like(ones), PROBE_EPS)
+            normed_BxD = batch_norm(
+                token_BxD.astype(jnp.float32), ones, jnp.zeros_like(ones), PROBE_EPS
+            )
         else:
             normed_BxD = LayerNorm(name="norm")(token_BxD)
-        return Dense(self.width, self.dtype, name="out")(normed_BxD) if self.projection else normed_BxD
+        return (
+            Dense(self.width, self.dtype, name="out")(normed_BxD) if self.projection else normed_BxD
+        )
 
 
 def _attention(model: schema.Model) -> AttentionPool:
@@ -89,9 +119,10 @@ def _token(model: schema.Model) -> TokenPool:
 
 
 def init(model: schema.Model, rng: jax.Array) -> Params:
-    """Parameters. Attention: `query`, `key`, `value` [D, D], each with a `norm_...` before it, `query_token` [1, 1, D] if learned, and
-    `out` [D, W] unless there is no projection. Mean and cls: `norm`, if a layer norm, and `out`. Matrices N(0, `pool.std`^2), or
-    N(0, 1 / D) where that is 0, tokens N(0, 0.02^2), biases 0.
+    """Parameters. Attention: `query`, `key`, `value` [D, D], each with a `norm_...` before it,
+    `query_token` [1, 1, D] if learned, and `out` [D, W] unless there is no projection. Mean and
+    cls: `norm`, if a layer norm, and `out`. Matrices N(0, `pool.std`^2), or N(0, 1 / D) where that
+    is 0, tokens N(0, 0.02^2), biases 0.
 
     >>> sorted(jax.eval_shape(lambda key: init(schema.Model(), key), jax.random.key(0)))
     ['key', 'norm_key', 'norm_query', 'norm_value', 'out', 'query', 'value']
@@ -102,24 +133,30 @@ def init(model: schema.Model, rng: jax.Array) -> Params:
         if model.pool.kind == "attention"
         else shapes_of(_token(model), jnp.zeros((1, width)))
     )
-    return init_params(rng, shapes, {"kernel": model.pool.std or width**-0.5, "query_token": 0.02}) if shapes else {}
+    return (
+        init_params(rng, shapes, {"kernel": model.pool.std or width**-0.5, "query_token": 0.02})
+        if shapes
+        else {}
+    )
 
 
 def apply(
-    model: schema.Model, params: Params, x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None, cls_BxD: jax.Array | None = None
+    model: schema.Model,
+    params: Params,
+    x_BxKxD: jax.Array,
+    mask_BxK: jax.Array | None = None,
+    cls_BxD: jax.Array | None = None,
 ) -> jax.Array:
     """One vector an image.
 
-    Args:
-      model: settings; `model.pool` and `model.dtype` are read.
-      params: as of `init`.
-      x_BxKxD: encoder features without cls.
-      mask_BxK: bool, tokens that belong to the image; the result is that of the gathered tokens alone. None: all. Where none belongs the
-        result is finite and means nothing.
+    Args: model: settings; `model.pool` and `model.dtype` are read. params: as of `init`. x_BxKxD:
+      encoder features without cls. mask_BxK: bool, tokens that belong to the image; the result is
+      that of the gathered tokens alone. None: all. Where none belongs the result is finite and
+      means nothing.
       cls_BxD: the feature of the cls token, which `pool.kind=cls` reads instead of the others.
 
-    Returns:
-      [B, W] in `model.dtype`, W = `model.pooled`; without a projection in the precision of what was pooled.
+    Returns: [B, W] in `model.dtype`, W = `model.pooled`; without a projection in the precision of
+      what was pooled.
 
     Raises:
       ValueError: kind cls without a cls token.
@@ -132,10 +169,15 @@ def apply(
     if model.pool.kind == "attention":
         one = _attention(model)
 
-        def run(opened: Any, params: Params, x_BxKxD: jax.Array, _: None, mask_BxK: jax.Array | None) -> jax.Array:
+        def run(
+            opened: Any, params: Params, x_BxKxD: jax.Array, _: None, mask_BxK: jax.Array | None
+        ) -> jax.Array:
             return one.apply({"params": opened(params)}, x_BxKxD, mask_BxK)
 
-        return parallel.with_fsdp_gather(run, params, x_BxKxD, None, mask_BxK, dtype=one.dtype, stacked=False)  # its four matrices travel together
+        # its four matrices travel together
+        return parallel.with_fsdp_gather(
+            run, params, x_BxKxD, None, mask_BxK, dtype=one.dtype, stacked=False
+        )
     token_BxD = cls_BxD if model.pool.kind == "cls" else mean_token(x_BxKxD, mask_BxK)
     if token_BxD is None:
         raise ValueError("model.pool.kind is cls, but no cls token was given")

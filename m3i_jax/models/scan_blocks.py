@@ -1,13 +1,16 @@
-"""The running of stacked blocks, whichever tower they are of: in a loop or a scan, and what the backward pass keeps of each.
+"""The running of stacked blocks, whichever tower they are of: in a loop or a scan, and what the
+backward pass keeps of each.
 
-What is kept is a named policy (`model.remat`). `none` keeps what differentiation asks for, `full` only the input of a block. Between them
-`dots` keeps every matrix product, `names` the tensors of NAMES, from which all else of a transformer block follows by elementwise work and
-one product of attention, q k', and all else of an InternImage layer by elementwise work alone, and `half` those of HALF, in a transformer
-block half as many numbers.
+What is kept is a named policy (`model.remat`). `none` keeps what differentiation asks for, `full`
+only the input of a block. Between them `dots` keeps every matrix product, `names` the tensors of
+NAMES, from which all else of a transformer block follows by elementwise work and one product of
+attention, q k', and all else of an InternImage layer by elementwise work alone, and `half` those of
+HALF, in a transformer block half as many numbers.
 
-What is computed again lives only for as many images as are computed at once. So a block that recomputes goes through its rows in pieces of
-about ROWS: enough of them to fill a chip's matrix units, and few beside the batch. (256 views on a v5e chip, `half`: with 64 the peak is
-7 % higher, traffic to and from main memory 31 %.)
+What is computed again lives only for as many images as are computed at once. So a block that
+recomputes goes through its rows in pieces of about ROWS: enough of them to fill a chip's matrix
+units, and few beside the batch. (256 views on a v5e chip, `half`: with 64 the peak is 7 % higher,
+traffic to and from main memory 31 %.)
 
 B batch, T tokens, D width, L blocks, P pieces.
 """
@@ -22,9 +25,10 @@ import jax.numpy as jnp
 from m3i_jax import parallel, schema
 from m3i_jax.models.layers import Block, Params
 
-# q, k and v; what attention gives; the stream between the branches; the MLP before its GELU. Without `attended` a block computes two
-# products of attention again instead of one, without `middle` also the output projection, without `fc1` the widest product there is.
-# What a branch gives is kept where a norm behind it or its scale asks for it: in InternImage.
+# q, k and v; what attention gives; the stream between the branches; the MLP before its GELU.
+# Without `attended` a block computes two products of attention again instead of one, without
+# `middle` also the output projection, without `fc1` the widest product there is. What a branch
+# gives is kept where a norm behind it or its scale asks for it: in InternImage.
 NAMES = ("qkv", "attended", "middle", "fc1", "branch")
 HALF = ("qkv", "middle")
 ROWS = 32
@@ -46,14 +50,15 @@ def block_kwargs(model: schema.Model) -> dict[str, Any]:
     return {"scan": model.scan, "remat": model.remat, "keep_gathered": model.keep_gathered}
 
 
-def with_remat(step: Callable[..., Any], remat: str, *, scan: bool, keep_gathered: bool = False) -> Callable[..., Any]:
-    """`step` whose backward pass computes again what the policy `remat` does not keep; the same numbers.
+def with_remat(
+    step: Callable[..., Any], remat: str, *, scan: bool, keep_gathered: bool = False
+) -> Callable[..., Any]:
+    """`step` whose backward pass computes again what the policy `remat` does not keep; the same
+    numbers.
 
-    Args:
-      step: one block.
-      remat: none or one of POLICIES.
-      scan: whether it is the body of a scan; elsewhere the compiler is kept from merging both computations.
-      keep_gathered: keep weights that were gathered for the forward, too. With none they are kept as all else is.
+    Args: step: one block. remat: none or one of POLICIES. scan: whether it is the body of a scan;
+      elsewhere the compiler is kept from merging both computations. keep_gathered: keep weights
+      that were gathered for the forward, too. With none they are kept as all else is.
 
     >>> with_remat(len, "none", scan=True) is len
     True
@@ -62,12 +67,15 @@ def with_remat(step: Callable[..., Any], remat: str, *, scan: bool, keep_gathere
         return step
     policy = POLICIES[remat]
     if keep_gathered:
-        policy = _policies.save_from_both_policies(policy, _policies.save_only_these_names(parallel.FSDP_GATHERED))
+        policy = _policies.save_from_both_policies(
+            policy, _policies.save_only_these_names(parallel.FSDP_GATHERED)
+        )
     return jax.checkpoint(step, policy=policy, prevent_cse=not scan)
 
 
 def split_blocks(tree: Any, sizes: list[int]) -> list[Any]:
-    """Consecutive parts of the leading axis. The gradient of `lax.split` is one concatenation; that of indexing adds up padded arrays.
+    """Consecutive parts of the leading axis. The gradient of `lax.split` is one concatenation; that
+    of indexing adds up padded arrays.
 
     >>> import jax.numpy as jnp
     >>> [part["kernel"].shape for part in split_blocks({"kernel": jnp.zeros((3, 8))}, [1, 2])]
@@ -84,13 +92,24 @@ def pieces(rows: int) -> int:
     >>> [pieces(rows) for rows in (2, 64, 96, 128, 254, 512)]
     [1, 2, 3, 4, 2, 16]
     """
-    return min((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: abs(math.log(rows / n / ROWS)))
+    return min(
+        (n for n in range(1, rows + 1) if rows % n == 0),
+        key=lambda n: abs(math.log(rows / n / ROWS)),
+    )
 
 
 def _deal(tree: Any, count: int, axis: int = 0) -> Any:
-    """[B, ...] -> [P, B / P, ...], dealt out like cards: every device keeps its rows. `axis`: where the rows are."""
+    """[B, ...] -> [P, B / P, ...], dealt out like cards: every device keeps its rows. `axis`: where
+    the rows are."""
     return jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(*x.shape[:axis], -1, count, *x.shape[axis + 1 :]), axis + 1, axis) if count > 1 else x, tree
+        lambda x: (
+            jnp.moveaxis(
+                x.reshape(*x.shape[:axis], -1, count, *x.shape[axis + 1 :]), axis + 1, axis
+            )
+            if count > 1
+            else x
+        ),
+        tree,
     )
 
 
@@ -108,18 +127,19 @@ def run_blocks(
 ) -> jax.Array:
     """Runs stacked blocks one after the other.
 
-    Args:
-      block: the settings of each.
-      stacked: parameters with a leading axis [L, ...].
-      x_BxTxD: the residual stream, in the precision it shall keep.
-      keep_BxLx2: stochastic depth as factors, 0 or 1 / (1 - p), of the (attention, MLP) branch of every block; None: all kept.
-      where_BxT: bool, tokens that serve as keys; None: all.
-      rows: token rows wanted at the end. The last block then computes queries, outputs and MLP for those alone; the numbers are those of
-        slicing its full output, to rounding. With batch norm it computes all rows and the output is sliced: statistics of norm2 over the
-        wanted rows alone would be other numbers than SiameseIM's.
-      scan: one `lax.scan` over the blocks instead of a Python loop. Same numbers; compile time does not grow with depth.
-      remat: what the backward pass keeps of a block: none (of recomputation), dots, names, half or full.
-      keep_gathered: on a mesh with an fsdp axis, whether it keeps the gathered weights of a block or gathers them again.
+    Args: block: the settings of each. stacked: parameters with a leading axis [L, ...]. x_BxTxD:
+      the residual stream, in the precision it shall keep. keep_BxLx2: stochastic depth as factors,
+      0 or 1 / (1 - p), of the (attention, MLP) branch of every block; None: all kept. where_BxT:
+      bool, tokens that serve as keys; None: all. rows: token rows wanted at the end. The last block
+      then computes queries, outputs and MLP for those alone; the numbers are those of slicing its
+      full output, to rounding. With batch norm it computes all rows and the output is sliced:
+      statistics of norm2 over the wanted rows alone would be other numbers than SiameseIM's.
+      scan: one `lax.scan` over the blocks instead of a Python loop. Same numbers; compile time does
+          not grow with depth.
+      remat: what the backward pass keeps of a block: none (of recomputation), dots, names, half or
+          full.
+      keep_gathered: on a mesh with an fsdp axis, whether it keeps the gathered weights of a block
+          or gathers them again.
 
     Returns:
       [B, T, D], or [B, len(rows), D].
@@ -137,14 +157,25 @@ def run_blocks(
     """
     depth = jax.tree.leaves(stacked)[0].shape[0]
     if keep_BxLx2 is not None and keep_BxLx2.shape != (x_BxTxD.shape[0], depth, 2):
-        raise ValueError(f"keep factors have shape {keep_BxLx2.shape}; they must be {(x_BxTxD.shape[0], depth, 2)}: [B, L, 2]")
+        raise ValueError(
+            f"keep factors have shape {keep_BxLx2.shape}; they must be"
+            f" {(x_BxTxD.shape[0], depth, 2)}: [B, L, 2]"
+        )
     settings: dict[str, Any] = {"remat": remat, "scan": scan, "keep_gathered": keep_gathered}
     if rows is not None and block.norm == "batch":
-        return run_blocks(block, stacked, x_BxTxD, keep_BxLx2=keep_BxLx2, where_BxT=where_BxT, **settings)[:, rows]
+        return run_blocks(
+            block, stacked, x_BxTxD, keep_BxLx2=keep_BxLx2, where_BxT=where_BxT, **settings
+        )[:, rows]
     whole = depth if rows is None else depth - 1  # blocks that compute every row
 
-    def run(opened: Callable[[Any], Any], stacked: Params, x: jax.Array, keep_LxBx2: Any, where_BxT: Any) -> jax.Array:
-        count = 1 if remat == "none" or block.norm == "batch" else pieces(parallel.rows_of_device(x.shape[0]))
+    def run(
+        opened: Callable[[Any], Any], stacked: Params, x: jax.Array, keep_LxBx2: Any, where_BxT: Any
+    ) -> jax.Array:
+        count = (
+            1
+            if remat == "none" or block.norm == "batch"
+            else pieces(parallel.rows_of_device(x.shape[0]))
+        )
         x, where_BxT = _deal((x, where_BxT), count)
 
         def stepper(rows: slice | None) -> Any:
@@ -153,9 +184,14 @@ def run_blocks(
                 params = opened(params)
                 if count == 1:
                     return block.apply({"params": params}, x, keep_Bx2, where_BxT, rows)
-                # In float32, so that the gradients of the pieces add up in it: what was gathered is in the compute precision.
+                # In float32, so that the gradients of the pieces add up in it: what was gathered is
+                # in the compute precision.
                 params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-                one = with_remat(lambda x, *more: block.apply({"params": params}, x, *more, rows), remat, scan=True)
+                one = with_remat(
+                    lambda x, *more: block.apply({"params": params}, x, *more, rows),
+                    remat,
+                    scan=True,
+                )
                 return jax.lax.map(lambda piece: one(*piece), (x, keep_Bx2, where_BxT))
 
             return with_remat(step, **settings)
@@ -173,4 +209,6 @@ def run_blocks(
         return x if count == 1 else x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
     keep_LxBx2 = None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1)
-    return parallel.with_fsdp_gather(run, stacked, x_BxTxD, keep_LxBx2, where_BxT, dtype=block.dtype, stacked=True)
+    return parallel.with_fsdp_gather(
+        run, stacked, x_BxTxD, keep_LxBx2, where_BxT, dtype=block.dtype, stacked=True
+    )

@@ -1,11 +1,13 @@
 """Vision transformer: f_theta of the paper with a ViT backbone (M3I Table 7; SiameseIM's variant).
 
-Patch embedding, fixed sine-cosine positions, a cls token whose position is zero, pre-norm blocks and, unlike MAE, no final norm by default.
-The patch embedding may stay at its random start (MoCo v3, SiameseIM): no gradient reaches it then. A learned position table, which gives
-the cls token a row too, a norm after the embedding, other GELUs and another eps are for weights of other projects (timm, CLIP).
+Patch embedding, fixed sine-cosine positions, a cls token whose position is zero, pre-norm blocks
+and, unlike MAE, no final norm by default. The patch embedding may stay at its random start (MoCo
+v3, SiameseIM): no gradient reaches it then. A learned position table, which gives the cls token a
+row too, a norm after the embedding, other GELUs and another eps are for weights of other projects
+(timm, CLIP).
 
-B images, S pixels a side, p pixels a patch, N patches, P = 3 p p, K tokens kept, T tokens with cls, D width, L blocks.
-"""
+B images, S pixels a side, p pixels a patch, N patches, P = 3 p p, K tokens kept, T tokens with cls,
+D width, L blocks."""
 
 from typing import Any
 
@@ -35,7 +37,10 @@ def patchify(images_BxSxSx3: jax.Array, patch: int) -> jax.Array:
     """
     b, height, width, channels = images_BxSxSx3.shape
     if height % patch or width % patch:
-        raise ValueError(f"images have shape {images_BxSxSx3.shape}; height and width must be multiples of the patch, {patch}")
+        raise ValueError(
+            f"images have shape {images_BxSxSx3.shape}; height and width must be multiples of the"
+            f" patch, {patch}"
+        )
     split = images_BxSxSx3.reshape(b, height // patch, patch, width // patch, patch, channels)
     return split.swapaxes(2, 3).reshape(b, -1, patch * patch * channels)
 
@@ -47,27 +52,33 @@ def _parts(model: schema.Model) -> tuple[Dense, Block]:
 
 
 def fixed_positions(encoder: schema.Encoder, grid: int) -> np.ndarray:
-    """The table [N, D] of an encoder whose positions are not learned: `positions.sincos_2d`, or MAE's, whose halves are exchanged; of
-    `position_grid` and resized, where that is set.
+    """The table [N, D] of an encoder whose positions are not learned: `positions.sincos_2d`, or
+    MAE's, whose halves are exchanged; of `position_grid` and resized, where that is set.
 
     >>> [fixed_positions(schema.Encoder(width=8, positions=p), 2)[2, [0, 4]].round(2).tolist() for p in ("sincos", "sincos_columns")]
     [[0.84..., 0.0], [0.0, 0.84...]]
     """
-    table_NxD = positions.resized(positions.sincos_2d(encoder.position_grid or grid, encoder.width), grid)
-    return np.roll(table_NxD, encoder.width // 2, -1) if encoder.positions == "sincos_columns" else table_NxD
+    table_NxD = positions.resized(
+        positions.sincos_2d(encoder.position_grid or grid, encoder.width), grid
+    )
+    return (
+        np.roll(table_NxD, encoder.width // 2, -1)
+        if encoder.positions == "sincos_columns"
+        else table_NxD
+    )
 
 
 def init(model: schema.Model, rng: jax.Array, *, mask_token: bool = False, grid: int = 0) -> Params:
-    """Parameters: `patch_embed`, `cls_token` [1, 1, D] if there is one, `positions` [1, T, D] if they are learned, `embedding_norm` if
-    there is one, `blocks` stacked on [L, ...], `norm` if there is one.
+    """Parameters: `patch_embed`, `cls_token` [1, 1, D] if there is one, `positions` [1, T, D] if
+    they are learned, `embedding_norm` if there is one, `blocks` stacked on [L, ...], `norm` if
+    there is one.
 
-    Dense layers are Xavier-uniform on their two-dimensional shapes, the patch embedding as a [P, D] matrix; biases 0, tokens N(0, 0.02^2).
+    Dense layers are Xavier-uniform on their two-dimensional shapes, the patch embedding as a [P, D]
+    matrix; biases 0, tokens N(0, 0.02^2).
 
-    Args:
-      model: settings; `model.encoder` is read.
-      rng: key.
-      mask_token: add `mask_token` [1, 1, D], which stands for hidden cells. All others start the same without it.
-      grid: patches a side; only a learned position table needs it.
+    Args: model: settings; `model.encoder` is read. rng: key. mask_token: add `mask_token` [1, 1,
+      D], which stands for hidden cells. All others start the same without it. grid: patches a side;
+      only a learned position table needs it.
 
     >>> params = jax.eval_shape(lambda key: init(schema.Model(), key), jax.random.key(0))
     >>> sorted(params), params["patch_embed"]["kernel"].shape
@@ -81,11 +92,18 @@ def init(model: schema.Model, rng: jax.Array, *, mask_token: bool = False, grid:
         stem["cls_token"] = jax.ShapeDtypeStruct((1, 1, e.width), jnp.float32)
     if e.final_norm:
         stem["norm"] = shapes_of(LayerNorm(), jnp.zeros((1, e.width)))
-    params = {**init_params(of_stem, stem, {"cls_token": 0.02}), "blocks": init_blocks(one, of_blocks, width=e.width, depth=e.depth)}
+    params = {
+        **init_params(of_stem, stem, {"cls_token": 0.02}),
+        "blocks": init_blocks(one, of_blocks, width=e.width, depth=e.depth),
+    }
     if e.embedding_norm:
-        params["embedding_norm"] = init_params(of_stem, shapes_of(LayerNorm(), jnp.zeros((1, e.width))))
+        params["embedding_norm"] = init_params(
+            of_stem, shapes_of(LayerNorm(), jnp.zeros((1, e.width)))
+        )
     if e.positions == "learned":
-        table = {"positions": jax.ShapeDtypeStruct((1, grid * grid + e.cls_token, e.width), jnp.float32)}
+        table = {
+            "positions": jax.ShapeDtypeStruct((1, grid * grid + e.cls_token, e.width), jnp.float32)
+        }
         params |= init_params(jax.random.fold_in(of_stem, 2), table, {"positions": 0.02})
     if mask_token:
         shape = {"mask_token": jax.ShapeDtypeStruct((1, 1, e.width), jnp.float32)}
@@ -106,22 +124,21 @@ def apply(
 ) -> jax.Array:
     """Features of every token.
 
-    Args:
-      model: settings; `model.encoder`, `model.dtype` and those of `scan_blocks.block_kwargs` are read.
-      params: as of `init`; the momentum target is another tree of the same kind.
-      patches_BxNxP: normalised pixels, as of `patchify`.
-      grid: patches a side, N = grid * grid.
-      index_BxK: int, the cells that are read; the others are dropped before the embedding (SiameseIM, MAE). None: all.
-      keep_BxLx2: stochastic depth as factors 0 or 1 / (1 - p), attention and MLP; None: off, as in the target.
-      hidden_BxN: bool, cells whose patch embedding is replaced by the mask token, at their positions (BEiT, data2vec). None: none.
-      blocks: more than 1: instead of the last block's output the mean over the outputs of this many last blocks, each layer-normalised
-        without scale and offset, and no final norm (data2vec's target).
+    Args: model: settings; `model.encoder`, `model.dtype` and those of `scan_blocks.block_kwargs`
+      are read. params: as of `init`; the momentum target is another tree of the same kind.
+      patches_BxNxP: normalised pixels, as of `patchify`. grid: patches a side, N = grid * grid.
+      index_BxK: int, the cells that are read; the others are dropped before the embedding
+      (SiameseIM, MAE). None: all. keep_BxLx2: stochastic depth as factors 0 or 1 / (1 - p),
+      attention and MLP; None: off, as in the target. hidden_BxN: bool, cells whose patch embedding
+      is replaced by the mask token, at their positions (BEiT, data2vec). None: none. blocks: more
+      than 1: instead of the last block's output the mean over the outputs of this many last blocks,
+      each layer-normalised without scale and offset, and no final norm (data2vec's target).
 
-    Returns:
-      [B, T, D] in `model.dtype`, T = N or K, plus one: cls comes first. A mean over blocks is float32.
+    Returns: [B, T, D] in `model.dtype`, T = N or K, plus one: cls comes first. A mean over blocks
+      is float32.
 
-    Raises:
-      ValueError: patches that are not grid * grid, cells both dropped and replaced, more blocks than there are.
+    Raises: ValueError: patches that are not grid * grid, cells both dropped and replaced, more
+      blocks than there are.
 
     >>> model = schema.Model(encoder=schema.Encoder(patch_size=4, width=8, depth=2, heads=2))
     >>> shapes = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
@@ -134,13 +151,21 @@ def apply(
     z_BxTxD = _embedded(model, params, patches_BxNxP, grid, index_BxK, hidden_BxN)
     if blocks > 1:
         return _mean_of_last(model, params["blocks"], z_BxTxD, keep_BxLx2, blocks)
-    z_BxTxD = run_blocks(one, params["blocks"], z_BxTxD, keep_BxLx2=keep_BxLx2, **block_kwargs(model))
-    return LayerNorm(e.norm_eps).apply({"params": params["norm"]}, z_BxTxD) if e.final_norm else z_BxTxD
+    z_BxTxD = run_blocks(
+        one, params["blocks"], z_BxTxD, keep_BxLx2=keep_BxLx2, **block_kwargs(model)
+    )
+    return (
+        LayerNorm(e.norm_eps).apply({"params": params["norm"]}, z_BxTxD)
+        if e.final_norm
+        else z_BxTxD
+    )
 
 
-def last_attention(model: schema.Model, params: Params, patches_BxNxP: jax.Array, *, grid: int) -> jax.Array:
-    """What every head of the last block weighs the tokens with, [B, H, T, T] float32: of every token (row) over all, cls first where there
-    is one.
+def last_attention(
+    model: schema.Model, params: Params, patches_BxNxP: jax.Array, *, grid: int
+) -> jax.Array:
+    """What every head of the last block weighs the tokens with, [B, H, T, T] float32: of every
+    token (row) over all, cls first where there is one.
 
     Arguments as of `apply`.
 
@@ -151,40 +176,68 @@ def last_attention(model: schema.Model, params: Params, patches_BxNxP: jax.Array
     """
     _, one = _parts(model)
     z_BxTxD, depth = _embedded(model, params, patches_BxNxP, grid, None, None), model.encoder.depth
-    before, last = split_blocks(params["blocks"], [depth - 1, 1]) if depth > 1 else (None, params["blocks"])
+    before, last = (
+        split_blocks(params["blocks"], [depth - 1, 1]) if depth > 1 else (None, params["blocks"])
+    )
     if before is not None:
         z_BxTxD = run_blocks(one, before, z_BxTxD, **block_kwargs(model))
     return one.apply({"params": jax.tree.map(lambda leaf: leaf[0], last)}, z_BxTxD, weights=True)
 
 
 def _embedded(
-    model: schema.Model, params: Params, patches_BxNxP: jax.Array, grid: int, index_BxK: jax.Array | None, hidden_BxN: jax.Array | None
+    model: schema.Model,
+    params: Params,
+    patches_BxNxP: jax.Array,
+    grid: int,
+    index_BxK: jax.Array | None,
+    hidden_BxN: jax.Array | None,
 ) -> jax.Array:
     """What the first block reads."""
     if patches_BxNxP.shape[1] != grid * grid:
-        raise ValueError(f"patches have shape {patches_BxNxP.shape}; a grid of {grid} has {grid * grid} of them on axis 1")
+        raise ValueError(
+            f"patches have shape {patches_BxNxP.shape}; a grid of {grid} has {grid * grid} of them"
+            " on axis 1"
+        )
     if index_BxK is not None and hidden_BxN is not None:
-        raise ValueError("cells are dropped (index_BxK) or replaced by the mask token (hidden_BxN), not both")
+        raise ValueError(
+            "cells are dropped (index_BxK) or replaced by the mask token (hidden_BxN), not both"
+        )
     e = model.encoder
     embed, _ = _parts(model)
-    of_embed = jax.lax.stop_gradient(params["patch_embed"]) if e.freeze_patch_embed else params["patch_embed"]
+    of_embed = (
+        jax.lax.stop_gradient(params["patch_embed"])
+        if e.freeze_patch_embed
+        else params["patch_embed"]
+    )
     shown = patches_BxNxP if index_BxK is None else mixing.gather(patches_BxNxP, index_BxK)
     z_BxTxD = embed.apply({"params": of_embed}, shown)
     if hidden_BxN is not None:
-        z_BxTxD = jnp.where(hidden_BxN[..., None], params["mask_token"].astype(z_BxTxD.dtype), z_BxTxD)
+        z_BxTxD = jnp.where(
+            hidden_BxN[..., None], params["mask_token"].astype(z_BxTxD.dtype), z_BxTxD
+        )
     learned, first = e.positions == "learned", int(e.cls_token)
     table_NxD = params["positions"][0, first:] if learned else fixed_positions(e, grid)
     z_BxTxD = add_positions(z_BxTxD, table_NxD, index_BxK)
     if e.cls_token:
-        cls_1x1xD = params["cls_token"] + params["positions"][:, :1] if learned else params["cls_token"]
-        cls_Bx1xD = jnp.broadcast_to(cls_1x1xD.astype(z_BxTxD.dtype), (z_BxTxD.shape[0], 1, e.width))
+        cls_1x1xD = (
+            params["cls_token"] + params["positions"][:, :1] if learned else params["cls_token"]
+        )
+        cls_Bx1xD = jnp.broadcast_to(
+            cls_1x1xD.astype(z_BxTxD.dtype), (z_BxTxD.shape[0], 1, e.width)
+        )
         z_BxTxD = jnp.concatenate([cls_Bx1xD, z_BxTxD], 1)
     if e.embedding_norm:
         z_BxTxD = LayerNorm(e.norm_eps).apply({"params": params["embedding_norm"]}, z_BxTxD)
     return z_BxTxD
 
 
-def _mean_of_last(model: schema.Model, stacked: Params, z_BxTxD: jax.Array, keep_BxLx2: jax.Array | None, count: int) -> jax.Array:
+def _mean_of_last(
+    model: schema.Model,
+    stacked: Params,
+    z_BxTxD: jax.Array,
+    keep_BxLx2: jax.Array | None,
+    count: int,
+) -> jax.Array:
     """Mean over the normalised outputs of the last `count` blocks, float32."""
     depth = model.encoder.depth
     if count > depth:
@@ -196,7 +249,9 @@ def _mean_of_last(model: schema.Model, stacked: Params, z_BxTxD: jax.Array, keep
         keep = None if keep_LxBx2 is None else keep_LxBx2.swapaxes(0, 1)
         return run_blocks(one, params, z, keep_BxLx2=keep, **block_kwargs(model))
 
-    def step(carry: tuple[jax.Array, jax.Array], layer: Any) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def step(
+        carry: tuple[jax.Array, jax.Array], layer: Any
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
         z = run(carry[0], jax.tree.map(lambda leaf: leaf[None], layer))
         return (z, carry[1] + losses.layer_normalize(z)), None
 

@@ -1,4 +1,5 @@
-"""What fits: the largest batch by bisection, and changes to a configuration in the order of what they cost. Compiles nothing itself."""
+"""What fits: the largest batch by bisection, and changes to a configuration in the order of what
+they cost. Compiles nothing itself."""
 
 import dataclasses
 import math
@@ -11,7 +12,8 @@ from m3i_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileTrial:
-    """What came of one size. peak: bytes it needs or wanted, NaN if unknown; fixed: of these, what does not depend on the size."""
+    """What came of one size. peak: bytes it needs or wanted, NaN if unknown; fixed: of these, what
+    does not depend on the size."""
 
     fits: bool
     peak: float
@@ -20,12 +22,15 @@ class CompileTrial:
 
 
 def largest_batch(attempt: Callable[[int], CompileTrial], start: int) -> int:
-    """The largest size that fits, 0 if 1 does not; exact up to 16, above it to a sixteenth and among round sizes, which a step can take in
-    pieces of the size that it wants (models/scan_blocks.py): of a prime number of rows it cannot, and needs more than of the next above.
+    """The largest size that fits, 0 if 1 does not; exact up to 16, above it to a sixteenth and
+    among round sizes, which a step can take in pieces of the size that it wants
+    (models/scan_blocks.py): of a prime number of rows it cannot, and needs more than of the next
+    above.
 
-    Need grows about linearly with size, so the next size is a little above where a line through what is known meets the limit: a TPU's
-    compiler refuses what is too large before it makes code for it, in a fraction of the time that it takes for what fits. After a
-    few, every second size is the middle instead, since near the limit a compiler bends the line by computing things twice.
+    Need grows about linearly with size, so the next size is a little above where a line through
+    what is known meets the limit: a TPU's compiler refuses what is too large before it makes code
+    for it, in a fraction of the time that it takes for what fits. After a few, every second size is
+    the middle instead, since near the limit a compiler bends the line by computing things twice.
 
     >>> largest_batch(lambda n: CompileTrial(fits=n <= 13, peak=10.0 + n, fixed=10.0, limit=23.0), 4)
     13
@@ -50,7 +55,8 @@ def largest_batch(attempt: Callable[[int], CompileTrial], start: int) -> int:
 
 
 def _line(known: dict[int, CompileTrial], size: int) -> int | None:
-    """Where need would meet the limit: by the two largest sizes of which it is known, or by one and what does not grow."""
+    """Where need would meet the limit: by the two largest sizes of which it is known, or by one and
+    what does not grow."""
     points = sorted((n, t.peak) for n, t in known.items() if not math.isnan(t.peak))
     if not points:
         return None
@@ -60,16 +66,22 @@ def _line(known: dict[int, CompileTrial], size: int) -> int | None:
 
 
 def with_batch(config: schema.Config, images: int) -> schema.Config:
-    """The configuration with another batch, as many images as one batch has at least, and no warm-up: the run has other steps, fewer
-    perhaps than its warm-up, and what a step needs does not depend on it."""
-    data, optim = dataclasses.replace(config.data, size=max(config.data.size, images)), dataclasses.replace(config.optim, warmup_steps=0)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=images), data=data, optim=optim)
+    """The configuration with another batch, as many images as one batch has at least, and no
+    warm-up: the run has other steps, fewer perhaps than its warm-up, and what a step needs does not
+    depend on it."""
+    data, optim = (
+        dataclasses.replace(config.data, size=max(config.data.size, images)),
+        dataclasses.replace(config.optim, warmup_steps=0),
+    )
+    return dataclasses.replace(
+        config, train=dataclasses.replace(config.train, batch_size=images), data=data, optim=optim
+    )
 
 
 def memory_savers(config: schema.Config, devices: int) -> Iterator[tuple[str, schema.Config]]:
-    """(flags, configuration) from the cheapest change to the dearest: what is recomputed costs one per cent by name, a tenth by half and a
-    sixth in full, microbatches cost kernels of less than full size, a sharded state costs network. Only what can be split over so many
-    devices."""
+    """(flags, configuration) from the cheapest change to the dearest: what is recomputed costs one
+    per cent by name, a tenth by half and a sixth in full, microbatches cost kernels of less than
+    full size, a sharded state costs network. Only what can be split over so many devices."""
     some = [("model.remat", "names")] if config.model.remat == "none" else []
     half = [("model.remat", "half")] if config.model.remat not in ("half", "full") else []
     full = [("model.remat", "full")] if config.model.remat != "full" else []
@@ -80,8 +92,22 @@ def memory_savers(config: schema.Config, devices: int) -> Iterator[tuple[str, sc
     shards = config.parallel.mesh[1]
     spread = [("parallel.mesh", f"(-1,{min(devices, 8)},1)")] if shards == 1 and devices > 1 else []
     wide = [("parallel.mesh", f"(1,{devices},1)")] if devices > 8 else spread
-    ladder = [[], some, [parts(2)], [*some, parts(2)], [*some, parts(4)], half, spread, [*spread, *some, parts(4)]]
-    ladder += [[*half, parts(4)], [*full, parts(4)], [*wide, *some, parts(8)], [*wide, *full, parts(8)]]
+    ladder = [
+        [],
+        some,
+        [parts(2)],
+        [*some, parts(2)],
+        [*some, parts(4)],
+        half,
+        spread,
+        [*spread, *some, parts(4)],
+    ]
+    ladder += [
+        [*half, parts(4)],
+        [*full, parts(4)],
+        [*wide, *some, parts(8)],
+        [*wide, *full, parts(8)],
+    ]
     seen: set[str] = set()
     for changes in ladder:
         flags = " ".join(f"--config.{key}={value}" for key, value in changes)
@@ -108,7 +134,9 @@ def changed_settings(config: schema.Config, changes: dict[str, str]) -> schema.C
     wanted = configuration.resolve(door)
     for key in changes:
         section, name = key.split(".")
-        part = dataclasses.replace(getattr(config, section), **{name: getattr(getattr(wanted, section), name)})
+        part = dataclasses.replace(
+            getattr(config, section), **{name: getattr(getattr(wanted, section), name)}
+        )
         config = dataclasses.replace(config, **{section: part})
     return config
 

@@ -1,8 +1,9 @@
-"""--mode=compare: several objectives under one configuration, one after the other, and one table of what came out.
+"""--mode=compare: several objectives under one configuration, one after the other, and one table of
+what came out.
 
-Every objective and seed is an ordinary run in WORKDIR/compare/NAME-SEED, with the data that is opened once. A run that is done has its
-result.json and is not run again; one that was cut off goes on. After each, the table is written anew: WORKDIR/compare.md, .json and .png.
-"""
+Every objective and seed is an ordinary run in WORKDIR/compare/NAME-SEED, with the data that is
+opened once. A run that is done has its result.json and is not run again; one that was cut off goes
+on. After each, the table is written anew: WORKDIR/compare.md, .json and .png."""
 
 import dataclasses
 import gc
@@ -35,7 +36,11 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
     whole = jobs.open_setup(config, workdir, trains=trains)
     main = jax.process_index() == 0
     with jobs.lock_workdir(whole.workdir):
-        wanted = [(form, seed, config_for(whole, form, seed)) for form in config.compare.forms for seed in compare_seeds(config)]
+        wanted = [
+            (form, seed, config_for(whole, form, seed))
+            for form in config.compare.forms
+            for seed in compare_seeds(config)
+        ]
         results: list[dict[str, Any]] = []
         failed: list[str] = []
         for number, (form, seed, job) in enumerate(wanted, 1):
@@ -44,7 +49,10 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
                 result = json.loads(place.read_text())
                 train.check_same_run(job, result, allow_changes)
             else:
-                print(f"compare: {number} of {len(wanted)}: {form}, seed {seed}, in {job.workdir}", flush=True)
+                print(
+                    f"compare: {number} of {len(wanted)}: {form}, seed {seed}, in {job.workdir}",
+                    flush=True,
+                )
                 code = run_one(job, allow_changes)
                 if code == loop.PREEMPTED:
                     return code
@@ -53,7 +61,12 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
                     continue
                 cost = next((r["values"]["flops"] for r in results if r["form"] == form), None)
                 values = read_outcome(job) | {"flops": flops_a_step(job) if cost is None else cost}
-                result = {"form": form, "seed": seed, "fingerprint": job.fingerprint, "values": values}
+                result = {
+                    "form": form,
+                    "seed": seed,
+                    "fingerprint": job.fingerprint,
+                    "values": values,
+                }
                 if main:
                     write_text_atomic(place, json.dumps(result, indent=1) + "\n")
             results.append({**result, "form": form, "seed": seed})
@@ -62,8 +75,14 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
         if main:
             rows = report.compare_rows(results)
             if rows:
-                print("\n" + report.compare_text(rows, compare_notes(whole, results, failed)) + "\n")
-            print("\n".join(str(whole.workdir / f"compare.{ending}") for ending in ("md", "json", "png")))
+                print(
+                    "\n" + report.compare_text(rows, compare_notes(whole, results, failed)) + "\n"
+                )
+            print(
+                "\n".join(
+                    str(whole.workdir / f"compare.{ending}") for ending in ("md", "json", "png")
+                )
+            )
     return loop.FAILED if failed else loop.DONE
 
 
@@ -76,14 +95,17 @@ def objective_names(form: str) -> tuple[str, ...]:
 
 
 def config_for(whole: jobs.Setup, form: str, seed: int) -> jobs.Setup:
-    """The run of one objective and seed: the settings of the whole otherwise, with the linear evaluation that the table shows."""
+    """The run of one objective and seed: the settings of the whole otherwise, with the linear
+    evaluation that the table shows."""
     config = dataclasses.replace(
         jobs.with_objective(whole.config, objective_names(form)),
         seed=seed,
         evaluate=dataclasses.replace(whole.config.evaluate, linear=True),
         compare=schema.Compare(),
     )
-    return dataclasses.replace(whole, config=config, workdir=whole.workdir / "compare" / f"{form}-{seed}")
+    return dataclasses.replace(
+        whole, config=config, workdir=whole.workdir / "compare" / f"{form}-{seed}"
+    )
 
 
 def run_one(job: jobs.Setup, allow_changes: bool) -> int:
@@ -100,8 +122,8 @@ def run_one(job: jobs.Setup, allow_changes: bool) -> int:
 
 
 def read_outcome(job: jobs.Setup) -> dict[str, float]:
-    """Figures of a finished run: its last line of metrics, its last evaluation, and "seconds" of training, without the first step, which
-    compiles, and without evaluations."""
+    """Figures of a finished run: its last line of metrics, its last evaluation, and "seconds" of
+    training, without the first step, which compiles, and without evaluations."""
     lines = [json.loads(line) for line in (job.workdir / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
@@ -115,7 +137,11 @@ def read_outcome(job: jobs.Setup) -> dict[str, float]:
 
 def flops_a_step(job: jobs.Setup) -> float:
     """Matrix FLOPs of the model in one step, which no mesh changes."""
-    made = Trainer(job.config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), job.tokenizer.vocabulary if job.tokenizer else 0)
+    made = Trainer(
+        job.config,
+        parallel.make_mesh((1, 1, 1), jax.devices()[:1]),
+        job.tokenizer.vocabulary if job.tokenizer else 0,
+    )
     return monitoring.model_flops(made)
 
 
@@ -124,18 +150,39 @@ def compare_notes(whole: jobs.Setup, results: list[dict[str, Any]], failed: list
     config, count = whole.config, whole.config.compare.seeds
     steps = max((int(r["values"]["step"]) for r in results), default=0)
     out = [
-        f"{whole.train.description()}; {len(whole.held_out):,} held out. {steps:,} steps of {config.train.batch_size} images of "
-        f"{config.data.image_size} pixels, encoder of {backbones.get_backbone(config.model).describe(config.model)}.",
-        f"Mean ± standard deviation over {count} seeds." if count > 1 else "One seed: differences may be chance; set config.compare.seeds.",
-        "Only the objective differs between rows, and losses of different objectives are not on one scale.",
-        "kNN, linear: of the pooling where the objective trains it (category or text), else of the mean of the patch tokens.",
+        (
+            f"{whole.train.description()}; {len(whole.held_out):,} held out. {steps:,} steps of"
+            f" {config.train.batch_size} images of {config.data.image_size} pixels, encoder of"
+            f" {backbones.get_backbone(config.model).describe(config.model)}."
+        ),
+        (
+            f"Mean ± standard deviation over {count} seeds."
+            if count > 1
+            else "One seed: differences may be chance; set config.compare.seeds."
+        ),
+        (
+            "Only the objective differs between rows, and losses of different objectives are not on"
+            " one scale."
+        ),
+        (
+            "kNN, linear: of the pooling where the objective trains it (category or text), else of"
+            " the mean of the patch tokens."
+        ),
     ]
     if whole.classes:
         out[-1] += f" Chance: {100 / len(whole.classes):.1f} %."
-    methods = sorted({name for form in config.compare.forms for name in objective_names(form)} & set(published.PUBLISHED))
+    methods = sorted(
+        {name for form in config.compare.forms for name in objective_names(form)}
+        & set(published.PUBLISHED)
+    )
     if methods:
-        out.append(f"{', '.join(methods)}: the objective alone; configs/forms.py:form=NAME has the settings that it was published with.")
-    collapsed = [f"{r['form']}, seed {r['seed']}" for r in results if r["values"].get("collapse/alarm")]
+        out.append(
+            f"{', '.join(methods)}: the objective alone; configs/forms.py:form=NAME has the"
+            " settings that it was published with."
+        )
+    collapsed = [
+        f"{r['form']}, seed {r['seed']}" for r in results if r["values"].get("collapse/alarm")
+    ]
     if collapsed:
         out.append(f"Collapsed at the end: {'; '.join(collapsed)}.")
     if failed:
@@ -145,8 +192,16 @@ def compare_notes(whole: jobs.Setup, results: list[dict[str, Any]], failed: list
 
 def write_comparison(whole: jobs.Setup, results: list[dict[str, Any]], failed: list[str]) -> None:
     """WORKDIR/compare.md, compare.json and compare.png of what is done so far."""
-    rows, told, place = report.compare_rows(results), compare_notes(whole, results, failed), pathlib.Path(whole.workdir)
-    settings = {"batch_size": whole.config.train.batch_size, "data": whole.fingerprint, "seeds": list(compare_seeds(whole.config))}
+    rows, told, place = (
+        report.compare_rows(results),
+        compare_notes(whole, results, failed),
+        pathlib.Path(whole.workdir),
+    )
+    settings = {
+        "batch_size": whole.config.train.batch_size,
+        "data": whole.fingerprint,
+        "seeds": list(compare_seeds(whole.config)),
+    }
     write_text_atomic(place / "compare.md", report.compare_markdown(rows, told))
     write_text_atomic(place / "compare.json", report.compare_json(rows, told, settings))
     chance = 1 / len(whole.classes) if whole.classes else None

@@ -1,4 +1,5 @@
-"""--mode=convert: all records of a source as ArrayRecord shards in WORKDIR. The same command goes on where it was stopped."""
+"""--mode=convert: all records of a source as ArrayRecord shards in WORKDIR. The same command goes
+on where it was stopped."""
 
 import os
 import pathlib
@@ -24,7 +25,9 @@ def run(config: schema.Config, *, workdir: str) -> int:
         todo = conversion.missing_shards(len(source), str(place), shards)
         if len(todo) < shards:
             print(f"{shards - len(todo):,} of {shards:,} shards are there already")
-        told = Progress(sum(len(conversion.shard_rows(len(source), shard, shards)) for shard in todo), len(todo))
+        told = Progress(
+            sum(len(conversion.shard_rows(len(source), shard, shards)) for shard in todo), len(todo)
+        )
         processes = config.data.workers or len(os.sched_getaffinity(0))
         try:
             for count in conversion.convert(source, str(place), todo, shards, processes=processes):
@@ -41,7 +44,8 @@ def run(config: schema.Config, *, workdir: str) -> int:
 
 
 class Progress:
-    """A line that says how far the conversion is: rewritten on a terminal, else a new one every ten seconds."""
+    """A line that says how far the conversion is: rewritten on a terminal, else a new one every ten
+    seconds."""
 
     def __init__(self, records: int, shards: int) -> None:
         self.records, self.shards, self.done, self.whole = records, shards, 0, 0
@@ -54,7 +58,12 @@ class Progress:
             return
         self.last = now
         text = self.line(now - self.start)
-        print(f"\r{text}\x1b[K" if terminal else text, end="\n" if last or not terminal else "", file=sys.stderr, flush=True)
+        print(
+            f"\r{text}\x1b[K" if terminal else text,
+            end="\n" if last or not terminal else "",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def line(self, seconds: float) -> str:
         """What is told after so many seconds.
@@ -67,6 +76,7 @@ class Progress:
         share, speed = self.done / max(self.records, 1), self.done / max(seconds, 1e-9)
         left = round((self.records - self.done) / max(speed, 1e-9))
         return (
-            f"[{'#' * int(26 * share):<26}] {self.whole:,} of {self.shards:,} shards, {self.done:,} of {self.records:,} records, "
-            f"{speed:,.0f} a second, {left // 60}:{left % 60:02d} left"
+            f"[{'#' * int(26 * share):<26}] {self.whole:,} of {self.shards:,} shards, {self.done:,}"
+            f" of {self.records:,} records, {speed:,.0f} a second, {left // 60}:{left % 60:02d}"
+            " left"
         )

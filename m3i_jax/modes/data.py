@@ -1,4 +1,5 @@
-"""--mode=data: a report of the source before money is spent on it: on the console, WORKDIR/data.json and WORKDIR/data.html."""
+"""--mode=data: a report of the source before money is spent on it: on the console,
+WORKDIR/data.json and WORKDIR/data.html."""
 
 import dataclasses
 import json
@@ -29,13 +30,27 @@ def run(config: schema.Config, *, workdir: str) -> int:
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     train, held_out = splits.open_splits(config.data, cache=str(place / "index"))
     source = dataset_scan.ConcatSource(train, held_out)
-    classes, captions = pipeline.count_classes(config.data, source), pipeline.uses_captions(config.data, source)
+    classes, captions = (
+        pipeline.count_classes(config.data, source),
+        pipeline.uses_captions(config.data, source),
+    )
     done = jobs.complete_config(config, classes=classes, captions=captions, size=max(len(train), 1))
-    words = tokenizer.open_tokenizer(done.data, train, str(place / "tokenizer.json")) if captions else None
+    words = (
+        tokenizer.open_tokenizer(done.data, train, str(place / "tokenizer.json"))
+        if captions
+        else None
+    )
 
     indices = dataset_scan.spread_indices(len(source), config.report.survey)
     background, missing = config.data.background, config.data.missing
-    seen = dataset_scan.scan_records(source, indices, threads=usable_cores(), background=background, missing=missing, progress=_progress(len(indices)))
+    seen = dataset_scan.scan_records(
+        source,
+        indices,
+        threads=usable_cores(),
+        background=background,
+        missing=missing,
+        progress=_progress(len(indices)),
+    )
     ids = (lambda text: len(words.ids(text, cleaned=True))) if words else None
     made = dataset_stats.dataset_stats(
         seen,
@@ -57,7 +72,10 @@ def run(config: schema.Config, *, workdir: str) -> int:
             "records": len(source),
             "held_out": len(held_out),
         },
-        "sample": {"whole": len(indices) == len(source), "rule": f"record i x {len(source)} // {len(indices)} for i = 0, 1, ..."},
+        "sample": {
+            "whole": len(indices) == len(source),
+            "rule": f"record i x {len(source)} // {len(indices)} for i = 0, 1, ...",
+        },
         **made,
         "speed": {**dataclasses.asdict(speed), "cores": usable_cores()},
         "feeds": chips_fed(done, words.vocabulary if words else 0, usable_cores() * speed.pipeline),
@@ -65,7 +83,9 @@ def run(config: schema.Config, *, workdir: str) -> int:
     write_text_atomic(place / "data.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     shown = _examples(source, spread_items(good, PICTURES), config.data)
     twins = _twins(source, good, config.data)
-    write_text_atomic(place / "data.html", data_page.data_page_html(report, pictures=shown, twins=twins))
+    write_text_atomic(
+        place / "data.html", data_page.data_page_html(report, pictures=shown, twins=twins)
+    )
     print(data_report.report_text(report))
     print(f"\n{place / 'data.json'}\n{place / 'data.html'}")
     return 0
@@ -88,22 +108,32 @@ def spread_items(items: Sequence[Any], count: int) -> list[Any]:
 def chips_fed(config: schema.Config, vocabulary: int, supply: float) -> dict[str, Any]:
     """How many chips `supply` samples a second feed.
 
-    Args:
-        config: completed; says how dear a step is, and by `report.mfu` which share of its peak a chip reaches.
-        vocabulary: of the captions, 0 without.
-        supply: samples a second that the host makes.
+    Args: config: completed; says how dear a step is, and by `report.mfu` which share of its peak a
+        chip reaches. vocabulary: of the captions, 0 without. supply: samples a second that the host
+        makes.
 
-    Returns:
-        "flops_per_image" of the model, "mfu", "image_size" and "chips": a row a kind of `hardware.CHIPS`, with its peak in FLOP/s, the
-        samples a second that one asks for, how many are fed.
+    Returns: "flops_per_image" of the model, "mfu", "image_size" and "chips": a row a kind of
+        `hardware.CHIPS`, with its peak in FLOP/s, the samples a second that one asks for, how many
+        are fed.
     """
     one = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
     # What an image costs does not depend on the schedule, which may not fit the data yet.
-    train, optim = dataclasses.replace(config.train, steps=1), dataclasses.replace(config.optim, warmup_steps=0)
+    train, optim = (
+        dataclasses.replace(config.train, steps=1),
+        dataclasses.replace(config.optim, warmup_steps=0),
+    )
     made = trainer.Trainer(dataclasses.replace(config, train=train, optim=optim), one, vocabulary)
     cost, mfu = monitoring.model_flops(made) / config.train.batch_size, config.report.mfu
-    rows = [(kind, chip.peak, chip.peak * mfu / cost, supply * cost / (chip.peak * mfu)) for kind, chip in hardware.CHIPS.items()]
-    return {"flops_per_image": cost, "mfu": mfu, "image_size": config.data.image_size, "chips": rows}
+    rows = [
+        (kind, chip.peak, chip.peak * mfu / cost, supply * cost / (chip.peak * mfu))
+        for kind, chip in hardware.CHIPS.items()
+    ]
+    return {
+        "flops_per_image": cost,
+        "mfu": mfu,
+        "image_size": config.data.image_size,
+        "chips": rows,
+    }
 
 
 def _progress(total: int) -> Any:
@@ -111,28 +141,54 @@ def _progress(total: int) -> Any:
         return None
 
     def tell(done: int) -> None:
-        print(f"\r{done:,} of {total:,} records", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        print(
+            f"\r{done:,} of {total:,} records",
+            end="\n" if done == total else "",
+            file=sys.stderr,
+            flush=True,
+        )
 
     return tell
 
 
-def _examples(source: base.DataSource, seen: Sequence[dataset_scan.RecordInfo], data: schema.Data) -> list[dict[str, Any]]:
+def _examples(
+    source: base.DataSource, seen: Sequence[dataset_scan.RecordInfo], data: schema.Data
+) -> list[dict[str, Any]]:
     out, classes = [], source.classes
-    for s, record in zip(seen, decode.read_records(source, [s.index for s in seen], data.missing), strict=True):
-        if isinstance(record, decode.BadRecord):  # it was good a moment ago: the source is changing under us
+    for s, record in zip(
+        seen, decode.read_records(source, [s.index for s in seen], data.missing), strict=True
+    ):
+        # it was good a moment ago: the source is changing under us
+        if isinstance(record, decode.BadRecord):
             continue
         try:
             jpeg = dataset_scan.thumbnail(record, background=data.background)
         except decode.BadRecord:
             continue
-        label = classes[s.label] if 0 <= s.label < len(classes) else (str(s.label) if s.label >= 0 else "")
-        out.append({"jpeg": jpeg, "key": s.key, "size": f"{s.width} x {s.height}", "label": label, "caption": s.caption or ""})
+        label = (
+            classes[s.label]
+            if 0 <= s.label < len(classes)
+            else (str(s.label) if s.label >= 0 else "")
+        )
+        out.append(
+            {
+                "jpeg": jpeg,
+                "key": s.key,
+                "size": f"{s.width} x {s.height}",
+                "label": label,
+                "caption": s.caption or "",
+            }
+        )
     return out
 
 
-def _twins(source: base.DataSource, good: Sequence[dataset_scan.RecordInfo], data: schema.Data) -> list[list[dict[str, Any]]]:
+def _twins(
+    source: base.DataSource, good: Sequence[dataset_scan.RecordInfo], data: schema.Data
+) -> list[list[dict[str, Any]]]:
     groups: dict[bytes, list[dataset_scan.RecordInfo]] = {}
     for s in good:
         groups.setdefault(s.content, []).append(s)
-    several = sorted((g for g in groups.values() if len(g) > 1), key=len, reverse=True)[: dataset_stats.EXAMPLES]
+    several = sorted((g for g in groups.values() if len(g) > 1), key=len, reverse=True)[
+        : dataset_stats.EXAMPLES
+    ]
     return [_examples(source, g[:2], data) for g in several]

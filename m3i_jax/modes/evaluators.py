@@ -1,5 +1,5 @@
-"""The evaluators of a run: what its configuration asks for, as far as its data and its objective can feed it. The same while training and
-in --mode=eval."""
+"""The evaluators of a run: what its configuration asks for, as far as its data and its objective
+can feed it. The same while training and in --mode=eval."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +9,16 @@ import jax
 
 from m3i_jax.data import eval_batches
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import attentive_probe, category_head, few_shot, knn, linear_probe, logistic_regression, retrieval, zero_shot
+from m3i_jax.evaluation import (
+    attentive_probe,
+    category_head,
+    few_shot,
+    knn,
+    linear_probe,
+    logistic_regression,
+    retrieval,
+    zero_shot,
+)
 from m3i_jax.evaluation import feature_extraction as frozen
 from m3i_jax.evaluation.text_embedder import TextEmbedder
 from m3i_jax.modes import figure_evaluators
@@ -17,7 +26,8 @@ from m3i_jax.modes.setup import Setup
 from m3i_jax.training import plan
 
 Say = Callable[[str], None]
-# Every evaluator, its name for people, and what it cannot do without; in the order in which they run.
+# Every evaluator, its name for people, and what it cannot do without; in the order in which they
+# run.
 EVALUATORS: dict[str, tuple[str, tuple[str, ...]]] = {
     "knn": ("kNN", ("classes",)),
     "linear": ("linear", ("classes",)),
@@ -32,17 +42,20 @@ EVALUATORS: dict[str, tuple[str, tuple[str, ...]]] = {
     "confusion": ("confusion", ("classes", "classifier")),
     "examples": ("examples", ("text", "classes")),
 }
-DRAWN = ("embedding", "attention", "confusion", "examples")  # not while a run is under way: once, when it is done
+# not while a run is under way: once, when it is done
+DRAWN = ("embedding", "attention", "confusion", "examples")
 
 
 def eval_rows(job: Setup) -> int:
-    """Rows of a device step of evaluation: at least what is asked for, and a multiple of the devices."""
+    """Rows of a device step of evaluation: at least what is asked for, and a multiple of the
+    devices."""
     shards = job.mesh.shape["replica"] * job.mesh.shape["fsdp"]
     return -(-job.config.evaluate.batch_size // shards) * shards
 
 
 def host_eval_batches(job: Setup, source: Any, limit: int) -> eval_batches.EvaluationBatches:
-    """This host's share of clean views of at most `limit` images, spread evenly over the source; batches divide over the devices."""
+    """This host's share of clean views of at most `limit` images, spread evenly over the source;
+    batches divide over the devices."""
     count = min(limit, len(source))
     return chosen_batches(job, source, [i * len(source) // count for i in range(count)])
 
@@ -58,18 +71,25 @@ def chosen_batches(job: Setup, source: Any, indices: list[int]) -> eval_batches.
 
 
 def enabled_evaluators(job: Setup, say: Say, *, thorough: bool = True) -> list[str]:
-    """Names of the evaluators that are asked for and can be fed; a line for those asked for that cannot.
+    """Names of the evaluators that are asked for and can be fed; a line for those asked for that
+    cannot.
 
-    Not `thorough`: only for those that are asked for because a source has categories. All others are on by default and stand for the term
-    of the objective that they measure, and for nothing where it is not trained.
-    """
+    Not `thorough`: only for those that are asked for because a source has categories. All others
+    are on by default and stand for the term of the objective that they measure, and for nothing
+    where it is not trained."""
     ask, terms = job.config.evaluate, plan.build_plan(job.config)
     by_category = bool(terms.where("category"))
     without = {
         "classes": "" if job.classes else "the source has no categories",
         "category": "" if by_category else "the objective trains no categories",
-        "text": "" if terms.where("text") and job.tokenizer is not None else "the objective trains no captions",
-        "classifier": "" if ask.knn or (ask.direct and by_category) else "neither kNN nor direct is evaluated",
+        "text": (
+            ""
+            if terms.where("text") and job.tokenizer is not None
+            else "the objective trains no captions"
+        ),
+        "classifier": (
+            "" if ask.knn or (ask.direct and by_category) else "neither kNN nor direct is evaluated"
+        ),
     }
     out: list[str] = []
     lacking: dict[str, list[str]] = {}
@@ -82,14 +102,19 @@ def enabled_evaluators(job: Setup, say: Say, *, thorough: bool = True) -> list[s
         else:
             out.append(name)
     for why, titles in lacking.items():
-        say(f"no {' and '.join(filter(None, (', '.join(titles[:-1]), titles[-1])))} evaluation: {why}")
+        say(
+            f"no {' and '.join(filter(None, (', '.join(titles[:-1]), titles[-1])))} evaluation:"
+            f" {why}"
+        )
     if out and not len(job.held_out):
         say("no evaluation: no images are held out; set config.data.holdout")
         return []
     return out
 
 
-def enabled_metrics(job: Setup, say: Say, *, easel: figure_evaluators.FigureWriter, thorough: bool = True) -> tuple[dict[str, frozen.Metric], dict[str, frozen.ImageSet]]:
+def enabled_metrics(
+    job: Setup, say: Say, *, easel: figure_evaluators.FigureWriter, thorough: bool = True
+) -> tuple[dict[str, frozen.Metric], dict[str, frozen.ImageSet]]:
     """({name: measure}, {name: set of images}) of what is wanted.
 
     Args:
@@ -98,28 +123,42 @@ def enabled_metrics(job: Setup, say: Say, *, easel: figure_evaluators.FigureWrit
       easel: where and under which name is drawn.
       thorough: as of `enabled_evaluators`.
 
-    Raises:
-      UserError: pooled features of an objective that trains no pooling; templates that cannot be read.
+    Raises: UserError: pooled features of an objective that trains no pooling; templates that cannot
+      be read.
     """
     config, ask, terms = job.config, job.config.evaluate, plan.build_plan(job.config)
     trained = bool(terms.where("category", "text"))
     if ask.features == "attention" and not trained:
         raise UserError(
-            "config.evaluate.features: 'attention' needs an objective that trains the pooling: category or text; use 'auto' or 'mean'"
+            "config.evaluate.features: 'attention' needs an objective that trains the pooling:"
+            " category or text; use 'auto' or 'mean'"
         )
     names = enabled_evaluators(job, say, thorough=thorough)
-    statistics = trained and config.model.pool.kind != "attention" and config.model.pool.norm == "batch"
+    statistics = (
+        trained and config.model.pool.kind != "attention" and config.model.pool.norm == "batch"
+    )
     pool = (ask.features == "attention" or (ask.features == "auto" and trained)) and not statistics
     index = functools.partial(host_eval_batches, job, job.train, ask.train_limit)
     queries = functools.partial(host_eval_batches, job, job.held_out, ask.query_limit)
     extract = frozen.Extractor(config, job.mesh, attention=pool)
-    sets = {"index": frozen.image_sets(extract, index), "queries": frozen.image_sets(extract, queries)}
+    sets = {
+        "index": frozen.image_sets(extract, index),
+        "queries": frozen.image_sets(extract, queries),
+    }
     pooled = "queries"
-    if not pool and not statistics and {"direct", "zero_shot", "retrieval", "examples"} & set(names):
+    if (
+        not pool
+        and not statistics
+        and {"direct", "zero_shot", "retrieval", "examples"} & set(names)
+    ):
         pooled = "pooled queries"
-        sets[pooled] = frozen.image_sets(frozen.Extractor(config, job.mesh, attention=True), queries)
+        sets[pooled] = frozen.image_sets(
+            frozen.Extractor(config, job.mesh, attention=True), queries
+        )
 
-    head = category_head.head_predictions(config, pictures=pooled, statistics="index" if statistics else "")
+    head = category_head.head_predictions(
+        config, pictures=pooled, statistics="index" if statistics else ""
+    )
     by_head = ask.direct and bool(terms.where("category"))
     made: dict[str, Callable[[], frozen.Metric]] = {
         "knn": lambda: knn.measure(config),
@@ -127,17 +166,27 @@ def enabled_metrics(job: Setup, say: Say, *, easel: figure_evaluators.FigureWrit
         "few_shot": lambda: few_shot.measure(config),
         "probe": lambda: linear_probe.measure(config),
         "attentive": lambda: attentive_probe.measure(
-            config, job.mesh, functools.partial(host_eval_batches, job, job.train, ask.attentive_limit), queries, eval_rows(job)
+            config,
+            job.mesh,
+            functools.partial(host_eval_batches, job, job.train, ask.attentive_limit),
+            queries,
+            eval_rows(job),
         ),
         "direct": lambda: category_head.measure(config, head),
         "zero_shot": lambda: zero_shot.measure(said, pictures=pooled),
-        "retrieval": lambda: retrieval.measure(job.mesh, job.held_out, embed, pictures=pooled, missing=config.data.missing),
+        "retrieval": lambda: retrieval.measure(
+            job.mesh, job.held_out, embed, pictures=pooled, missing=config.data.missing
+        ),
         "embedding": lambda: figure_evaluators.neighbors_figure(easel),
         "attention": lambda: figure_evaluators.attention_figure(
-            easel, functools.partial(chosen_batches, job, job.held_out), pooled=pool and config.model.pool.kind == "attention"
+            easel,
+            functools.partial(chosen_batches, job, job.held_out),
+            pooled=pool and config.model.pool.kind == "attention",
         ),
         "confusion": lambda: figure_evaluators.confusion_figure(
-            easel, head if by_head else knn.knn_predictions(config), "the category head" if by_head else f"the vote of {ask.k} neighbours"
+            easel,
+            head if by_head else knn.knn_predictions(config),
+            "the category head" if by_head else f"the vote of {ask.k} neighbours",
         ),
         "examples": lambda: figure_evaluators.zero_shot_figure(easel, said, pictures=pooled),
     }
@@ -148,15 +197,22 @@ def enabled_metrics(job: Setup, say: Say, *, easel: figure_evaluators.FigureWrit
     return {name: made[name]() for name in made if name in names}, sets
 
 
-def make_evaluators(job: Setup, say: Say, total: int, attempt: Callable[[Callable[[], None]], None]) -> list[Any]:
-    """The evaluators of a run that trains for `total` steps: one that shares the features of all measures, or none. At the last step those
-    that draw are among them; `attempt` calls what draws."""
+def make_evaluators(
+    job: Setup, say: Say, total: int, attempt: Callable[[Callable[[], None]], None]
+) -> list[Any]:
+    """The evaluators of a run that trains for `total` steps: one that shares the features of all
+    measures, or none. At the last step those that draw are among them; `attempt` calls what
+    draws."""
     step, encoder = [0], job.config.evaluate.encoder
-    easel = figure_evaluators.FigureWriter(job, lambda: f"{step[0]:08d}", lambda: f"step {step[0]:,}, {encoder} parameters", attempt)
+    easel = figure_evaluators.FigureWriter(
+        job, lambda: f"{step[0]:08d}", lambda: f"step {step[0]:,}, {encoder} parameters", attempt
+    )
     found, sets = enabled_metrics(job, say, easel=easel, thorough=False)
     if not found:
         return []
-    usual = frozen.make_evaluator(job.config, sets, [measure for name, measure in found.items() if name not in DRAWN])
+    usual = frozen.make_evaluator(
+        job.config, sets, [measure for name, measure in found.items() if name not in DRAWN]
+    )
     last = frozen.make_evaluator(job.config, sets, found.values())
 
     def at(state: Any, poll: Callable[[], None]) -> Any:

@@ -1,8 +1,9 @@
-"""--mode=features --out=FILE: features of every image of a source, by a run or by other weights (init_from), as one npz.
+"""--mode=features --out=FILE: features of every image of a source, by a run or by other weights
+(init_from), as one npz.
 
-keys (text), labels int32 (-1: none), held_out bool, features float32 [n, D], in the order of the source, training part first; `about`, JSON
-that says what made them. The file appears when it is whole. What is done until then lies beside it in FILE.parts, and the same command
-goes on there."""
+keys (text), labels int32 (-1: none), held_out bool, features float32 [n, D], in the order of the
+source, training part first; `about`, JSON that says what made them. The file appears when it is
+whole. What is done until then lies beside it in FILE.parts, and the same command goes on there."""
 
 import json
 import pathlib
@@ -34,7 +35,11 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
     place = pathlib.Path(workdir)
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     train, held_out = splits.open_splits(config.data, cache=str(place / "index"))
-    identity = {"weights": model.name, "pool": model.pool, "image_size": model.config.data.image_size}
+    identity = {
+        "weights": model.name,
+        "pool": model.pool,
+        "image_size": model.config.data.image_size,
+    }
     identity |= {"crop": config.evaluate.crop, "background": config.data.background}
     identity |= {
         "train": base.stable_digest(train.fingerprint(), len(train)),
@@ -43,7 +48,10 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
     kept = target.with_name(target.name + ".parts")
     with jobs.lock_workdir(place):
         _agree(kept, identity)
-        print(f"{model.name}, {model.pool}: {len(train):,} images for training, {len(held_out):,} held out")
+        print(
+            f"{model.name}, {model.pool}: {len(train):,} images for training, {len(held_out):,}"
+            " held out"
+        )
         made = [_part(model, config, source, kept / f"{name}.{at}.npz", at) for name, source in (("train", train), ("held_out", held_out))
                 for at in range(0, len(source), _PART)]  # fmt: skip
         skipped: dict[str, int] = {}
@@ -53,12 +61,23 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
         whole = [part for part in made if "keys" in part]
         if not whole:
             raise UserError(f"no image of {train.name} could be read: {skipped}")
-        columns = {name: np.concatenate([part[name] for part in whole]) for name in ("keys", "labels", "held_out", "features")}
-        about = identity | {"classes": list(train.classes), "skipped": {reason: n for reason, n in skipped.items() if n}}
-        tensor_files.write_npz(target, columns | {"about": np.array(json.dumps(privacy.redacted(about)))})
+        columns = {
+            name: np.concatenate([part[name] for part in whole])
+            for name in ("keys", "labels", "held_out", "features")
+        }
+        about = identity | {
+            "classes": list(train.classes),
+            "skipped": {reason: n for reason, n in skipped.items() if n},
+        }
+        tensor_files.write_npz(
+            target, columns | {"about": np.array(json.dumps(privacy.redacted(about)))}
+        )
         shutil.rmtree(kept)
     told = ", ".join(f"{n:,} {reason}" for reason, n in skipped.items() if n)
-    print(f"{columns['features'].shape[0]:,} x {columns['features'].shape[1]} in {target}" + (f"; left out: {told}" if told else ""))
+    print(
+        f"{columns['features'].shape[0]:,} x {columns['features'].shape[1]} in {target}"
+        + (f"; left out: {told}" if told else "")
+    )
     return 0
 
 
@@ -71,9 +90,14 @@ def _model(config: schema.Config, workdir: str) -> load.LoadedEncoder:
     elif checkpoint_dir.is_run(workdir):
         model = load.load(workdir, weights=config.evaluate.encoder, pool=usual)
     else:
-        raise UserError(f"--workdir {workdir}: has no run; name one, or weights by --config.init_from=FILE")
+        raise UserError(
+            f"--workdir {workdir}: has no run; name one, or weights by --config.init_from=FILE"
+        )
     if pool == "attention" and model.pool != pool:
-        raise UserError(f"config.evaluate.features: 'attention' needs a pooling that was trained, and {model.name} has none; use 'mean'")
+        raise UserError(
+            "config.evaluate.features: 'attention' needs a pooling that was trained, and"
+            f" {model.name} has none; use 'mean'"
+        )
     return model
 
 
@@ -86,7 +110,13 @@ def _agree(kept: pathlib.Path, identity: dict[str, Any]) -> None:
     file.write_text(told)
 
 
-def _part(model: load.LoadedEncoder, config: schema.Config, source: base.DataSource, file: pathlib.Path, start: int) -> dict[str, np.ndarray]:
+def _part(
+    model: load.LoadedEncoder,
+    config: schema.Config,
+    source: base.DataSource,
+    file: pathlib.Path,
+    start: int,
+) -> dict[str, np.ndarray]:
     """The features of _PART images from `start` on, from `file` if they are there."""
     if file.is_file():
         return dict(tensor_files.read_tensors(file))
@@ -106,7 +136,9 @@ def _part(model: load.LoadedEncoder, config: schema.Config, source: base.DataSou
     index: list[np.ndarray] = []
     for batch in batches:
         valid = batch["valid"]
-        found.append(np.asarray(model.function(model.params, jax.device_put(batch["views"], layout)))[valid])
+        found.append(
+            np.asarray(model.function(model.params, jax.device_put(batch["views"], layout)))[valid]
+        )
         labels.append(batch["label"][valid])
         index.append(batch["index"][valid])
     if not found:  # every image was bad

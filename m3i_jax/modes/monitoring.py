@@ -1,4 +1,5 @@
-"""What a run is watched with, put together: the clock of its phases, MFU, the watchdog, traces on a signal, the compilation cache."""
+"""What a run is watched with, put together: the clock of its phases, MFU, the watchdog, traces on a
+signal, the compilation cache."""
 
 import contextlib
 import dataclasses
@@ -23,28 +24,44 @@ from m3i_jax.training.watchdog import Watchdog
 
 
 def model_flops(trainer: Trainer) -> float:
-    """Matrix FLOPs that one step asks for: neither what remat computes again nor what microbatches add counts as work done."""
+    """Matrix FLOPs that one step asks for: neither what remat computes again nor what microbatches
+    add counts as work done."""
     config = trainer.config
     plain = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, remat="none"), train=dataclasses.replace(config.train, microbatches=1)
+        config,
+        model=dataclasses.replace(config.model, remat="none"),
+        train=dataclasses.replace(config.train, microbatches=1),
     )
-    run = functools.partial(step.train_step, dataclasses.replace(trainer.plan, config=plain), trainer.tx)
+    run = functools.partial(
+        step.train_step, dataclasses.replace(trainer.plan, config=plain), trainer.tx
+    )
     return flops.count_flops(run, trainer.template, abstract_batch(plain)).total
 
 
 def make_clock(trainer: Trainer, say: Callable[[str], None], **more: Any) -> goodput.GoodputClock:
-    """The clock of a run on the devices of its mesh; says once why there is no MFU if there is none."""
+    """The clock of a run on the devices of its mesh; says once why there is no MFU if there is
+    none."""
     config, devices = trainer.config, list(trainer.mesh.devices.flat)
     kind = devices[0].device_kind
     found = device_peaks.find_chip(kind, len(devices))
     if config.report.peak_tflops:
-        found = device_peaks.ChipPeak(kind, config.report.peak_tflops * 1e12, found.chips if found else len(devices))
-    made = goodput.GoodputClock(images=config.train.batch_size, chips=found.chips if found else len(devices), **more)
+        found = device_peaks.ChipPeak(
+            kind, config.report.peak_tflops * 1e12, found.chips if found else len(devices)
+        )
+    made = goodput.GoodputClock(
+        images=config.train.batch_size, chips=found.chips if found else len(devices), **more
+    )
     if found is None:
-        say(f"no perf/mfu: the peak of {kind!r} is not known; set report.peak_tflops to that of one chip")
+        say(
+            f"no perf/mfu: the peak of {kind!r} is not known; set report.peak_tflops to that of one"
+            " chip"
+        )
     else:
         made.flops, made.peak = model_flops(trainer), found.flops * found.chips
-        say(f"{flops.format_flops(made.flops)} a step; MFU against {found.chips:g} x {found.name} of {found.flops / 1e12:,.4g} TFLOP/s")
+        say(
+            f"{flops.format_flops(made.flops)} a step; MFU against {found.chips:g} x {found.name}"
+            f" of {found.flops / 1e12:,.4g} TFLOP/s"
+        )
     return made
 
 
@@ -55,7 +72,11 @@ def log_metrics(log: pathlib.Path) -> dict[str, float]:
     for line in reversed(log.read_text(encoding="utf-8", errors="replace").splitlines()):
         with contextlib.suppress(ValueError):
             values = json.loads(line)
-            if seconds := {k.removeprefix(goodput.PREFIX): float(v) for k, v in values.items() if k.startswith(goodput.PREFIX)}:
+            if seconds := {
+                k.removeprefix(goodput.PREFIX): float(v)
+                for k, v in values.items()
+                if k.startswith(goodput.PREFIX)
+            }:
                 return seconds
     return {}
 
@@ -76,16 +97,30 @@ def count_compilations(clock: goodput.GoodputClock) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def monitored(config: schema.Config, workdir: pathlib.Path, clock: goodput.GoodputClock, say: Callable[[str], None]) -> Iterator[trace.Tracer]:
-    """Watchdog and traces for the block; gives what the loop calls with every step. SIGUSR1 asks for a trace of the next steps."""
-    tracer = trace.Tracer(workdir / "profile", say, config.report.profile_steps, apart=clock.phase, done=log_top_ops(say))
+def monitored(
+    config: schema.Config,
+    workdir: pathlib.Path,
+    clock: goodput.GoodputClock,
+    say: Callable[[str], None],
+) -> Iterator[trace.Tracer]:
+    """Watchdog and traces for the block; gives what the loop calls with every step. SIGUSR1 asks
+    for a trace of the next steps."""
+    tracer = trace.Tracer(
+        workdir / "profile",
+        say,
+        config.report.profile_steps,
+        apart=clock.phase,
+        done=log_top_ops(say),
+    )
     before = None
     if threading.current_thread() is threading.main_thread():
         before = signal.signal(signal.SIGUSR1, lambda *_: tracer.ask())
     stacks = workdir / f"stacks-{jax.process_index()}.txt"
     t = config.train
     try:
-        with Watchdog(clock, stacks, say, limit=t.watchdog, first=t.watchdog_first, abort=t.watchdog_abort):
+        with Watchdog(
+            clock, stacks, say, limit=t.watchdog, first=t.watchdog_first, abort=t.watchdog_abort
+        ):
             yield tracer
     finally:
         tracer.close()
@@ -109,9 +144,9 @@ def log_top_ops(say: Callable[[str], None]) -> Callable[[pathlib.Path, int], Non
 def enable_compilation_cache(workdir: pathlib.Path) -> str:
     """Where compiled programs are kept, so that no start after the first compiles them again.
 
-    JAX's own setting wins (JAX_COMPILATION_CACHE_DIR; JAX_ENABLE_COMPILATION_CACHE=0 switches it off). Else several hosts keep them in
-    the working directory, where all of them look, and a single one in the user's cache, which all its runs share.
-    """
+    JAX's own setting wins (JAX_COMPILATION_CACHE_DIR; JAX_ENABLE_COMPILATION_CACHE=0 switches it
+    off). Else several hosts keep them in the working directory, where all of them look, and a
+    single one in the user's cache, which all its runs share."""
     settings: Any = jax.config  # its attributes are made at run time
     if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
         return settings.jax_compilation_cache_dir or ""
@@ -129,7 +164,14 @@ def enable_compilation_cache(workdir: pathlib.Path) -> str:
 
 
 def _machine() -> str:
-    """Processors of another kind cannot run each other's programs, and a home directory may be shared by both."""
+    """Processors of another kind cannot run each other's programs, and a home directory may be
+    shared by both."""
     info = pathlib.Path("/proc/cpuinfo")
-    flags = [line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))][:1] if info.is_file() else []
+    flags = (
+        [line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))][
+            :1
+        ]
+        if info.is_file()
+        else []
+    )
     return hashlib.sha256("".join([platform.machine(), *flags]).encode()).hexdigest()[:8]

@@ -1,5 +1,6 @@
-"""--mode=profile: a few steps of the run as it is configured, on its data and devices, with a profiler trace of the last of them. Writes
-WORKDIR/profile; checkpoints and metrics of a run in the same directory stay as they are."""
+"""--mode=profile: a few steps of the run as it is configured, on its data and devices, with a
+profiler trace of the last of them. Writes WORKDIR/profile; checkpoints and metrics of a run in the
+same directory stay as they are."""
 
 import dataclasses
 from typing import Any
@@ -36,7 +37,9 @@ def shorten_run(config: schema.Config) -> schema.Config:
     steps = WARM + config.report.profile_steps
     return dataclasses.replace(
         config,
-        train=dataclasses.replace(config.train, steps=steps, log_every=1, eval_every=0, panel_every=0, save_every=steps),
+        train=dataclasses.replace(
+            config.train, steps=steps, log_every=1, eval_every=0, panel_every=0, save_every=steps
+        ),
         optim=dataclasses.replace(config.optim, warmup_steps=0),
     )
 
@@ -56,7 +59,10 @@ def profile(job: jobs.Setup, began: float | None) -> int:
     console = writers.Console(total, job.config.train.batch_size, say)
     clock = monitoring.make_clock(trainer, say, began=began)
     before = set((job.workdir / "profile").rglob("*.xplane.pb"))
-    with monitoring.count_compilations(clock), monitoring.monitored(job.config, job.workdir, clock, say) as tracer:
+    with (
+        monitoring.count_compilations(clock),
+        monitoring.monitored(job.config, job.workdir, clock, say) as tracer,
+    ):
 
         def sent(step: int, metrics: Any) -> None:
             if step == WARM:
@@ -83,5 +89,8 @@ def profile(job: jobs.Setup, began: float | None) -> int:
         tracer.close()
         say(clock.summary()[1])
     if code == loop.DONE and set((job.workdir / "profile").rglob("*.xplane.pb")) == before:
-        raise UserError(f"--mode=profile: no trace was written to {job.workdir / 'profile'}; the line above says why")
+        raise UserError(
+            f"--mode=profile: no trace was written to {job.workdir / 'profile'}; the line above"
+            " says why"
+        )
     return code

@@ -1,4 +1,5 @@
-"""--mode=replay: take the step that ended a run again, alone, and say what is not finite. Exit 0: the same happened, 1: it did not."""
+"""--mode=replay: take the step that ended a run again, alone, and say what is not finite. Exit 0:
+the same happened, 1: it did not."""
 
 import math
 import pathlib
@@ -14,11 +15,18 @@ def run(config: schema.Config, *, workdir: str) -> int:
     del config
     place = debug_dump.newest_dump(pathlib.Path(workdir))
     about, trainer, state, batch = debug_dump.load_dump(place, print)
-    print(f"step {about['step']:,} of {place}, from {about['hosts']} host(s), {about['devices']} device(s), m3i_jax {about['m3i_jax']}")
+    print(
+        f"step {about['step']:,} of {place}, from {about['hosts']} host(s), {about['devices']}"
+        f" device(s), m3i_jax {about['m3i_jax']}"
+    )
     values, broken = debug_dump.replay_step(trainer, state, batch)
     print(f"loss {values['loss']:.6g} (in the run {about['metrics'].get('loss')})")
-    for name in (name for name, value in values.items() if name != "loss" and not math.isfinite(value)):
-        print(f"not finite: metric {name}, {values[name]} (in the run {about['metrics'].get(name)})")
+    for name in (
+        name for name, value in values.items() if name != "loss" and not math.isfinite(value)
+    ):
+        print(
+            f"not finite: metric {name}, {values[name]} (in the run {about['metrics'].get(name)})"
+        )
     for name, much in list(broken.items())[:SHOWN]:
         print(f"not finite: {name}, {much}")
     if len(broken) > SHOWN:
@@ -29,5 +37,8 @@ def run(config: schema.Config, *, workdir: str) -> int:
     if skipped and debug_dump.same_outcome(about["metrics"], values):
         print("reproduced")
         return 0
-    print("not reproduced: " + ("other metrics are not finite" if skipped else "this time the step is finite"))
+    print(
+        "not reproduced: "
+        + ("other metrics are not finite" if skipped else "this time the step is finite")
+    )
     return 1

@@ -1,4 +1,5 @@
-"""--mode=report: WORKDIR/report.html, one page of what the run there has logged and drawn; training writes it too when it ends."""
+"""--mode=report: WORKDIR/report.html, one page of what the run there has logged and drawn; training
+writes it too when it ends."""
 
 import dataclasses
 import pathlib
@@ -21,11 +22,27 @@ def write_report(config: schema.Config, workdir: pathlib.Path) -> pathlib.Path:
       UserError: a directory has no log of a run.
     """
     beside = config.report.beside
-    found = [run_log.load_run_log(workdir), *(run_log.load_run_log(place, "config.report.beside") for place in beside)]
-    read = [dataclasses.replace(run, name=name) for run, name in zip(found, run_log.run_names([workdir, *beside]), strict=True)]
-    differs = {other.name: configuration.config_difference(read[0].config, other.config) for other in read[1:] if other.config}
+    found = [
+        run_log.load_run_log(workdir),
+        *(run_log.load_run_log(place, "config.report.beside") for place in beside),
+    ]
+    read = [
+        dataclasses.replace(run, name=name)
+        for run, name in zip(found, run_log.run_names([workdir, *beside]), strict=True)
+    ]
+    differs = {
+        other.name: configuration.config_difference(read[0].config, other.config)
+        for other in read[1:]
+        if other.config
+    }
     write_text_atomic(
         workdir / "report.html",
-        run_page.run_page_html(read, differs=differs, exhibits=[figures.figure_html(file) for file in figures.newest_figures(workdir / "pictures")]),
+        run_page.run_page_html(
+            read,
+            differs=differs,
+            exhibits=[
+                figures.figure_html(file) for file in figures.newest_figures(workdir / "pictures")
+            ],
+        ),
     )
     return workdir / "report.html"

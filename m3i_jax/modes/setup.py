@@ -1,4 +1,5 @@
-"""What the modes that read data share: the source, its splits and tokenizer, the completed configuration and the working directory."""
+"""What the modes that read data share: the source, its splits and tokenizer, the completed
+configuration and the working directory."""
 
 import contextlib
 import dataclasses
@@ -17,15 +18,21 @@ from m3i_jax.errors import UserError
 from m3i_jax.training import plan
 
 
-def complete_config(config: schema.Config, *, classes: int, captions: bool, size: int) -> schema.Config:
-    """The configuration with what only the data knows: its categories, whether captions are used, its training images."""
-    data = dataclasses.replace(config.data, classes=classes, captions="yes" if captions else "no", size=size)
+def complete_config(
+    config: schema.Config, *, classes: int, captions: bool, size: int
+) -> schema.Config:
+    """The configuration with what only the data knows: its categories, whether captions are used,
+    its training images."""
+    data = dataclasses.replace(
+        config.data, classes=classes, captions="yes" if captions else "no", size=size
+    )
     return dataclasses.replace(config, data=data)
 
 
 @dataclasses.dataclass(kw_only=True)
 class Setup:
-    """A completed run: settings, devices and data; `asked` is `data.size` before it was completed."""
+    """A completed run: settings, devices and data; `asked` is `data.size` before it was
+    completed."""
 
     config: schema.Config
     mesh: jax.sharding.Mesh
@@ -38,8 +45,9 @@ class Setup:
 
     @property
     def text(self) -> str:
-        """The configuration as `config.txt` keeps it: completed, but `data.size` as it was asked for, if it was. Of shapes it says how many
-        to render, held-out ones too; who opens the run again must get the same ones."""
+        """The configuration as `config.txt` keeps it: completed, but `data.size` as it was asked
+        for, if it was. Of shapes it says how many to render, held-out ones too; who opens the run
+        again must get the same ones."""
         data = dataclasses.replace(self.config.data, size=self.asked or self.config.data.size)
         return configuration.config_to_text(dataclasses.replace(self.config, data=data))
 
@@ -53,14 +61,27 @@ class Setup:
         return pipeline.stream_identity(self.config, self.train)
 
     def batches(self, start: int, views: tuple[int, ...] = ()) -> Any:
-        """Host batches from sample `start` on, with these views or those that the objective reads."""
-        views, host, hosts = views or plan.build_plan(self.config).crops, jax.process_index(), jax.process_count()
-        return pipeline.iterate_batches(self.config, self.train, self.tokenizer, start=start, host=host, hosts=hosts, views=views)
+        """Host batches from sample `start` on, with these views or those that the objective
+        reads."""
+        views, host, hosts = (
+            views or plan.build_plan(self.config).crops,
+            jax.process_index(),
+            jax.process_count(),
+        )
+        return pipeline.iterate_batches(
+            self.config,
+            self.train,
+            self.tokenizer,
+            start=start,
+            host=host,
+            hosts=hosts,
+            views=views,
+        )
 
 
 def _begun(config: schema.Config, workdir: pathlib.Path) -> schema.Config:
-    """With the batch that the run in a directory began with, if that was rounded up from this one: on another slice it would be rounded to
-    another number, and the run be another one."""
+    """With the batch that the run in a directory began with, if that was rounded up from this one:
+    on another slice it would be rounded to another number, and the run be another one."""
     if not config.train.round_batch or not (workdir / "config.txt").is_file():
         return config
     there = configuration.load_from_workdir(str(workdir), "--workdir").train
@@ -68,13 +89,22 @@ def _begun(config: schema.Config, workdir: pathlib.Path) -> schema.Config:
     if not there.round_batch or not asked < there.batch_size < 1.1 * asked:
         return config
     if not jax.process_index():
-        print(f"train.batch_size: {there.batch_size:,}, with which the run in {workdir} began; {asked:,} were asked for", flush=True)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=there.batch_size))
+        print(
+            f"train.batch_size: {there.batch_size:,}, with which the run in {workdir} began;"
+            f" {asked:,} were asked for",
+            flush=True,
+        )
+    return dataclasses.replace(
+        config, train=dataclasses.replace(config.train, batch_size=there.batch_size)
+    )
 
 
-def restore_or_init(config: schema.Config, devices: Sequence[jax.Device] | None = None) -> tuple[schema.Config, jax.sharding.Mesh]:
-    """The configuration, its batch rounded if so configured, and its mesh on these devices or on those that are here; refuses a mesh whose
-    hosts would share rows, and a batch that cannot be split over it."""
+def restore_or_init(
+    config: schema.Config, devices: Sequence[jax.Device] | None = None
+) -> tuple[schema.Config, jax.sharding.Mesh]:
+    """The configuration, its batch rounded if so configured, and its mesh on these devices or on
+    those that are here; refuses a mesh whose hosts would share rows, and a batch that cannot be
+    split over it."""
     mesh = parallel.make_mesh(config.parallel.mesh, devices)
     parallel.check_host_rows(mesh)
     config, told = validation.fit_batch_to_mesh(config, tuple(mesh.shape[a] for a in parallel.AXES))  # type: ignore[arg-type]
@@ -88,38 +118,60 @@ def with_objective(config: schema.Config, forms: tuple[str, ...]) -> schema.Conf
     return dataclasses.replace(config, objective=dataclasses.replace(config.objective, forms=forms))
 
 
-def open_setup(config: schema.Config, workdir: str, *, trains: Iterable[tuple[str, ...]] = ()) -> Setup:
+def open_setup(
+    config: schema.Config, workdir: str, *, trains: Iterable[tuple[str, ...]] = ()
+) -> Setup:
     """Open the data of a configuration and complete it.
 
-    Args:
-      config: settings.
-      workdir: where the index of the data and the vocabulary are kept.
-      trains: the objectives (names of forms) that will be trained on it. If none of them reads captions, there is no vocabulary to learn
-        and no token to carry, unless `data.captions` is "yes". Empty: whoever opens the data looks at all of it.
+    Args: config: settings. workdir: where the index of the data and the vocabulary are kept.
+      trains: the objectives (names of forms) that will be trained on it. If none of them reads
+      captions, there is no vocabulary to learn and no token to carry, unless `data.captions` is
+      "yes". Empty: whoever opens the data looks at all of it.
     """
     place = pathlib.Path(workdir)
     config, devices = restore_or_init(_begun(config, place))
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with parallel.host0_first("index"):  # the first host reads the headers of all files, the others read what it kept
+    # the first host reads the headers of all files, the others read what it kept
+    with parallel.host0_first("index"):
         train, held_out = splits.open_splits(config.data, cache=str(place / "index"))
-    count, captions = pipeline.count_classes(config.data, train), pipeline.uses_captions(config.data, train)
+    count, captions = (
+        pipeline.count_classes(config.data, train),
+        pipeline.uses_captions(config.data, train),
+    )
     done = complete_config(config, classes=count, captions=captions, size=len(train))
-    plans = [plan.build_plan(with_objective(done, forms)) for forms in trains]  # refused here, before a vocabulary is learnt
-    if captions and config.data.captions == "auto" and plans and not any(each.where("text") for each in plans):
+    # refused here, before a vocabulary is learnt
+    plans = [plan.build_plan(with_objective(done, forms)) for forms in trains]
+    if (
+        captions
+        and config.data.captions == "auto"
+        and plans
+        and not any(each.where("text") for each in plans)
+    ):
         captions = False
         done = complete_config(config, classes=count, captions=False, size=len(train))
     with parallel.host0_first("tokenizer"):
-        words = tokenizer.open_tokenizer(done.data, train, str(place / "tokenizer.json")) if captions else None
+        words = (
+            tokenizer.open_tokenizer(done.data, train, str(place / "tokenizer.json"))
+            if captions
+            else None
+        )
     names = tuple(train.classes[:count])
     return Setup(
-        config=done, mesh=devices, train=train, held_out=held_out, classes=names, tokenizer=words, workdir=place, asked=config.data.size
+        config=done,
+        mesh=devices,
+        train=train,
+        held_out=held_out,
+        classes=names,
+        tokenizer=words,
+        workdir=place,
+        asked=config.data.size,
     )
 
 
 @contextlib.contextmanager
 def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
-    """One run a working directory. The lock is the kernel's and ends with the process that holds it, so it is never stale. Of several
-    hosts, the first holds it for all."""
+    """One run a working directory. The lock is the kernel's and ends with the process that holds
+    it, so it is never stale. Of several hosts, the first holds it for all."""
     if jax.process_index():
         yield
         return
@@ -130,7 +182,8 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
         holder = os.read(file, 32).decode(errors="replace").strip()
         os.close(file)
         raise UserError(
-            f"--workdir {workdir}: another run (process {holder or 'unknown'}) is working there; stop it or choose another directory"
+            f"--workdir {workdir}: another run (process {holder or 'unknown'}) is working there;"
+            " stop it or choose another directory"
         ) from None
     os.ftruncate(file, 0)
     os.write(file, str(os.getpid()).encode())

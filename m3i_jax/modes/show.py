@@ -1,5 +1,5 @@
-"""--mode=show: what a configuration amounts to, within seconds and without data: settings, the plan of a step, parameters, FLOPs,
-memory, days on named accelerators."""
+"""--mode=show: what a configuration amounts to, within seconds and without data: settings, the plan
+of a step, parameters, FLOPs, memory, days on named accelerators."""
 
 import math
 
@@ -13,7 +13,8 @@ from m3i_jax.profiling import flops, hardware
 from m3i_jax.reporting import text_table
 from m3i_jax.training import plan_table, trainer
 
-ASSUMED = {"classes": 1000, "size": 1_281_167, "vocabulary": 49_408}  # ImageNet-1k and CLIP, where only the data could tell
+# ImageNet-1k and CLIP, where only the data could tell
+ASSUMED = {"classes": 1000, "size": 1_281_167, "vocabulary": 49_408}
 
 
 def assume_data(config: schema.Config) -> tuple[schema.Config, list[str]]:
@@ -46,14 +47,17 @@ def _rounded(config: schema.Config, shards: list[int]) -> list[tuple[int, str]]:
     """(batch, the numbers of data shards on which it becomes that)."""
     found: dict[int, list[int]] = {}
     for count in shards:
-        found.setdefault(validation.fit_batch_to_mesh(config, (count, 1, 1))[0].train.batch_size, []).append(count)
+        found.setdefault(
+            validation.fit_batch_to_mesh(config, (count, 1, 1))[0].train.batch_size, []
+        ).append(count)
     return [(batch, f"{', '.join(map(str, on))} data shards") for batch, on in found.items()]
 
 
 def run(config: schema.Config, *, workdir: str | None) -> int:
     del workdir
     done, assumed = assume_data(config)
-    # The mesh of the run may be larger than this machine: shapes and counts do not depend on it, so one device stands for all.
+    # The mesh of the run may be larger than this machine: shapes and counts do not depend on it, so
+    # one device stands for all.
     one = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
     made = trainer.Trainer(done, one, vocabulary_size(done))
     batch = trainer.abstract_batch(done)
@@ -61,27 +65,70 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
     leaves = jax.tree.leaves(made.template)
     print(configuration.config_to_text(done))
     print(text_table.text_table(plan_table.term_rows(made.plan), plan_table.HEADERS_TERMS), "\n")
-    print(text_table.text_table(plan_table.call_rows(made.plan, made.template.params, batch, flops.count_flops), plan_table.HEADERS_CALLS), "\n")
-    print(text_table.text_table([(part, f"{n:,}") for part, n in m3i.parameter_table(made.template.params)], ("part", "parameters")), "\n")
+    print(
+        text_table.text_table(
+            plan_table.call_rows(made.plan, made.template.params, batch, flops.count_flops),
+            plan_table.HEADERS_CALLS,
+        ),
+        "\n",
+    )
+    print(
+        text_table.text_table(
+            [(part, f"{n:,}") for part, n in m3i.parameter_table(made.template.params)],
+            ("part", "parameters"),
+        ),
+        "\n",
+    )
     total = monitoring.model_flops(made)
     rows = [
-        ("steps", f"{length.steps:,} of {images:,} images ({length.steps_per_epoch:,} an epoch, warm-up {length.warmup:,})"),
-        ("samples", f"{length.steps * images:,}, {length.steps * images / done.data.size:,.1f} epochs of {done.data.size:,} images"),
-        ("matrix FLOPs a step", f"{total / 1e12:,.3f} TFLOP, {total / images / 1e9:,.2f} GFLOP a mixed view"),
+        (
+            "steps",
+            (
+                f"{length.steps:,} of {images:,} images ({length.steps_per_epoch:,} an epoch,"
+                f" warm-up {length.warmup:,})"
+            ),
+        ),
+        (
+            "samples",
+            (
+                f"{length.steps * images:,}, {length.steps * images / done.data.size:,.1f} epochs"
+                f" of {done.data.size:,} images"
+            ),
+        ),
+        (
+            "matrix FLOPs a step",
+            f"{total / 1e12:,.3f} TFLOP, {total / images / 1e9:,.2f} GFLOP a mixed view",
+        ),
         ("matrix FLOPs of the run", f"{total * length.steps / 1e18:,.3f} exaFLOP"),
         (
             "state",
-            text_table.format_bytes(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves))
+            text_table.format_bytes(
+                sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+            )
             + " (parameters, moments, EMA target), before sharding",
         ),
-        ("batch", text_table.format_bytes(sum(math.prod(s.shape) * s.dtype.itemsize for s in batch.values())) + " a step from the host"),
+        (
+            "batch",
+            text_table.format_bytes(
+                sum(math.prod(s.shape) * s.dtype.itemsize for s in batch.values())
+            )
+            + " a step from the host",
+        ),
     ]
     if config.train.round_batch:
         shards = sorted({chips for _, _, chips in hardware.SLICES})
-        rows.append(("batch, rounded up", "; ".join(f"{images:,} on {fewest}" for images, fewest in _rounded(config, shards))))
+        rows.append(
+            (
+                "batch, rounded up",
+                "; ".join(f"{images:,} on {fewest}" for images, fewest in _rounded(config, shards)),
+            )
+        )
     print(text_table.text_table(rows, ("what", "how much")))
     mfu = done.report.mfu
-    print(f"\nat {mfu:.0%} of the peak (report.mfu), steps alone; whether it fits and what one step takes there, no plan can say")
+    print(
+        f"\nat {mfu:.0%} of the peak (report.mfu), steps alone; whether it fits and what one step"
+        " takes there, no plan can say"
+    )
     print(text_table.text_table(hardware.slice_rows(total * length.steps, mfu), hardware.HEADERS))
     if assumed:
         print(f"assumed, since this mode reads no data: {', '.join(assumed)}")

@@ -22,7 +22,9 @@ from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints, SavesFai
 from m3i_jax.training.trainer import Trainer
 
 
-def run(config: schema.Config, *, workdir: str, allow_changes: bool, began: float | None = None) -> int:
+def run(
+    config: schema.Config, *, workdir: str, allow_changes: bool, began: float | None = None
+) -> int:
     plan.reject_unused_settings(config, [config.objective.forms])
     job = jobs.open_setup(config, workdir, trains=[config.objective.forms])
     distributed.assert_same_on_all_hosts("data", {"data": job.identity})
@@ -31,18 +33,25 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool, began: floa
 
 
 def check_same_run(job: jobs.Setup, position: dict[str, Any] | None, allow_changes: bool) -> None:
-    """A resumed run must be the run it resumes: same settings where they matter, same data. Secrets in paths are in neither text, so that
-    new credentials are no change."""
+    """A resumed run must be the run it resumes: same settings where they matter, same data. Secrets
+    in paths are in neither text, so that new credentials are no change."""
     saved, data = job.workdir / "config.txt", job.workdir / "data.txt"
     text, identity = privacy.redact(job.text), privacy.redact(job.identity)
-    changed = configuration.config_difference(saved.read_text(), text) if saved.is_file() and position else []
+    changed = (
+        configuration.config_difference(saved.read_text(), text)
+        if saved.is_file() and position
+        else []
+    )
     if position and position["fingerprint"] != job.fingerprint:
         told = configuration.config_difference(data.read_text(), identity) if data.is_file() else []
-        changed += [f"data, {line}" for line in told] or [f"data: {position['fingerprint']} -> {job.fingerprint}"]
+        changed += [f"data, {line}" for line in told] or [
+            f"data: {position['fingerprint']} -> {job.fingerprint}"
+        ]
     if changed and not allow_changes:
         raise UserError(
-            f"--workdir {job.workdir}: the run there was made with another configuration ({'; '.join(changed)}); "
-            "choose another directory, or add --allow-changes to go on with the new one"
+            f"--workdir {job.workdir}: the run there was made with another configuration"
+            f" ({'; '.join(changed)}); choose another directory, or add --allow-changes to go on"
+            " with the new one"
         )
     if not jax.process_index():
         write_text_atomic(saved, text)
@@ -50,13 +59,15 @@ def check_same_run(job: jobs.Setup, position: dict[str, Any] | None, allow_chang
 
 
 def pretrain(job: jobs.Setup, allow_changes: bool, began: float | None = None) -> int:
-    """Train a job from the start, or from its newest good checkpoint; 0, 1 or 42 as `loop.run_loop` says. The caller holds the lock. `began`:
-    when the process turned to it, of `time.monotonic()`."""
+    """Train a job from the start, or from its newest good checkpoint; 0, 1 or 42 as `loop.run_loop`
+    says. The caller holds the lock. `began`: when the process turned to it, of
+    `time.monotonic()`."""
     while True:
         try:
             return _pretrain(job, allow_changes, began)
         except CheckpointDamaged:
-            pass  # was told; the one before is the newest now, and if there is none, that is refused
+            # was told; the one before is the newest now, and if there is none, that is refused
+            pass
 
 
 def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
@@ -67,9 +78,19 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
     check_same_run(job, position, allow_changes)
     trainer = Trainer(config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
     trainer.check_room()
-    start, samples = (newest, position["samples_seen"]) if newest is not None and position else (0, 0)
-    before = goodput.resumed_seconds(position.get("seconds", {}), monitoring.log_metrics(workdir / "metrics.jsonl")) if position else {}
-    writer = writers.open_writers(config, workdir, resume_at=start, total=trainer.length.steps, main=jax.process_index() == 0)
+    start, samples = (
+        (newest, position["samples_seen"]) if newest is not None and position else (0, 0)
+    )
+    before = (
+        goodput.resumed_seconds(
+            position.get("seconds", {}), monitoring.log_metrics(workdir / "metrics.jsonl")
+        )
+        if position
+        else {}
+    )
+    writer = writers.open_writers(
+        config, workdir, resume_at=start, total=trainer.length.steps, main=jax.process_index() == 0
+    )
     say = writer.say
     # All hosts skip the same, which is what the first has left in the log.
     own = sorted(evaluations_done(workdir / "metrics.jsonl")) if not jax.process_index() else []
@@ -77,10 +98,17 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
     parameters = sum(count for _, count in m3i.parameter_table(trainer.template.params))
     say(f"{job.train.description()}; {len(job.held_out):,} held out")
     where = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
-    say(f"{parameters:,} parameters; {trainer.length.steps:,} steps of {config.train.batch_size} images on {where}")
+    say(
+        f"{parameters:,} parameters; {trainer.length.steps:,} steps of {config.train.batch_size}"
+        f" images on {where}"
+    )
     restarts = 1 + position.get("restarts", 0) if position else 0
     clock = monitoring.make_clock(trainer, say, earlier=before, restarts=restarts, began=began)
-    with contextlib.closing(writer), monitoring.count_compilations(clock), monitoring.monitored(config, workdir, clock, say) as tracer:
+    with (
+        contextlib.closing(writer),
+        monitoring.count_compilations(clock),
+        monitoring.monitored(config, workdir, clock, say) as tracer,
+    ):
         if newest is not None:
             with clock.phase("restore"):
                 state = checkpoints.restore(newest, trainer.template, trainer.shardings)
@@ -94,8 +122,12 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
             checkpoints=checkpoints,
             write=writer.write,
             say=say,
-            panel=lambda step, state, batch: writer.attempt("panels", lambda: draw_panel(job, trainer, step, state, batch)),
-            evaluators=evaluators.make_evaluators(job, say, trainer.length.steps, lambda draw: writer.attempt("pictures", draw)),
+            panel=lambda step, state, batch: writer.attempt(
+                "panels", lambda: draw_panel(job, trainer, step, state, batch)
+            ),
+            evaluators=evaluators.make_evaluators(
+                job, say, trainer.length.steps, lambda draw: writer.attempt("pictures", draw)
+            ),
             position=lambda samples: {
                 "samples_seen": samples,
                 "fingerprint": job.fingerprint,
@@ -114,9 +146,15 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
             if code == loop.DONE and config.train.panel_every:
                 with clock.phase("panel"):
                     last = next(data)
-                    writer.attempt("panels", lambda: draw_panel(job, trainer, trainer.length.steps, state, last))
+                    writer.attempt(
+                        "panels",
+                        lambda: draw_panel(job, trainer, trainer.length.steps, state, last),
+                    )
         except SavesFailed as error:
-            say(f"stopped: {error}; make room or give permission in {workdir}, and run the same command again")
+            say(
+                f"stopped: {error}; make room or give permission in {workdir}, and run the same"
+                " command again"
+            )
             code = loop.FAILED
         finally:
             data.close()
@@ -128,7 +166,10 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
     if not jax.process_index():
         writer.attempt("report.html", lambda: report.write_report(config, workdir))
     if code == loop.DONE:
-        say(f"done: {trainer.length.steps:,} steps; metrics in {workdir / 'metrics.jsonl'}, drawn in {workdir / 'report.html'}")
+        say(
+            f"done: {trainer.length.steps:,} steps; metrics in {workdir / 'metrics.jsonl'}, drawn"
+            f" in {workdir / 'report.html'}"
+        )
     return code
 
 
@@ -137,39 +178,76 @@ def evaluations_done(log: pathlib.Path) -> frozenset[int]:
     if not log.is_file():
         return frozenset()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    return frozenset(line["step"] for line in lines if any(name.startswith("eval/") for name in line))
+    return frozenset(
+        line["step"] for line in lines if any(name.startswith("eval/") for name in line)
+    )
 
 
-def dump_step(workdir: pathlib.Path, trainer: Trainer, say: Any, step: int, state: Any, batch: Any, values: Any) -> None:
-    """WORKDIR/dumps/<step> of the step that ended the run. One that cannot be written is told, and changes nothing else."""
+def dump_step(
+    workdir: pathlib.Path,
+    trainer: Trainer,
+    say: Any,
+    step: int,
+    state: Any,
+    batch: Any,
+    values: Any,
+) -> None:
+    """WORKDIR/dumps/<step> of the step that ended the run. One that cannot be written is told, and
+    changes nothing else."""
     try:
         place = debug_dump.write_dump(workdir / "dumps", trainer, state, batch, step, values)
     except Exception as error:
         say(f"warning: step {step} could not be dumped ({' '.join(str(error).split())[:200]})")
     else:
-        say(f"{place} has state and batch of step {step}; --mode=replay --workdir {workdir} takes it again and names what is not finite")
+        say(
+            f"{place} has state and batch of step {step}; --mode=replay --workdir {workdir} takes"
+            " it again and names what is not finite"
+        )
 
 
-def draw_panel(job: jobs.Setup, trainer: Trainer, step: int, state: Any, batch: dict[str, np.ndarray]) -> None:
-    """WORKDIR/panels/<step>.png of the first rows of a batch, from what the step itself computes."""
+def draw_panel(
+    job: jobs.Setup, trainer: Trainer, step: int, state: Any, batch: dict[str, np.ndarray]
+) -> None:
+    """WORKDIR/panels/<step>.png of the first rows of a batch, from what the step itself
+    computes."""
     config = job.config
-    rows = min(2 * -(-config.report.panel_rows // 2), config.train.batch_size)  # partners come in pairs
+    # partners come in pairs
+    rows = min(2 * -(-config.report.panel_rows // 2), config.train.batch_size)
     few = parallel.broadcast_from_host0({name: value[:rows] for name, value in batch.items()})
-    seen = {name: np.asarray(value, np.float32) for name, value in jax.device_get(trainer.look_inside(state, few)).items()}
+    seen = {
+        name: np.asarray(value, np.float32)
+        for name, value in jax.device_get(trainer.look_inside(state, few)).items()
+    }
     if jax.process_index():
         return
 
     read, kinds = trainer.plan.passes[0], ("input", "input_view", "view", "picture")
-    shown = {name: unnormalize.patches_to_images(config, seen[name]) for name in seen if name.split("/")[-1] in kinds}
-    captions, labels, mask = unnormalize.decode_captions(job, few), unnormalize.label_names(job, few), np.asarray(few["mask"])
+    shown = {
+        name: unnormalize.patches_to_images(config, seen[name])
+        for name in seen
+        if name.split("/")[-1] in kinds
+    }
+    captions, labels, mask = (
+        unnormalize.decode_captions(job, few),
+        unnormalize.label_names(job, few),
+        np.asarray(few["mask"]),
+    )
     halves = read.mixed and config.objective.pairing == "halves"
     if halves:  # a row is a pair of images, and the first of them its own
         captions, labels, mask = captions[::2], labels[::2], mask[::2]
     if read.masked:
         side = config.data.image_size // config.grid
-        hidden = ~mask.reshape(-1, config.grid, config.grid).repeat(side, 1).repeat(side, 2)[..., None]
-        for term in (t for t in trainer.plan.terms if t.hidden and t.reads == read and f"{t.name}/picture" in shown):
-            shown[f"{term.name}/completed"] = np.where(hidden, shown[f"{term.name}/picture"], shown["input_view"])
+        hidden = (
+            ~mask.reshape(-1, config.grid, config.grid).repeat(side, 1).repeat(side, 2)[..., None]
+        )
+        for term in (
+            t
+            for t in trainer.plan.terms
+            if t.hidden and t.reads == read and f"{t.name}/picture" in shown
+        ):
+            shown[f"{term.name}/completed"] = np.where(
+                hidden, shown[f"{term.name}/picture"], shown["input_view"]
+            )
     directory = job.workdir / "panels"
     directory.mkdir(exist_ok=True)
     panels.write_panel(

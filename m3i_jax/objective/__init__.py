@@ -1,8 +1,10 @@
-"""The objective of M3I Pre-training (section 3 of the paper) as pure functions of arrays, for this project and for others.
+"""The objective of M3I Pre-training (section 3 of the paper) as pure functions of arrays, for this
+project and for others.
 
 `losses`    -log of the approximate posteriors: Gaussian, Boltzmann, category, text
 `regression_losses`   Gaussian ones that public methods measure otherwise: smooth L1, cosine
-`contrastive`     Boltzmann ones that compare the images of a batch: dense, NT-Xent, decorrelation, prototypes
+`contrastive`     Boltzmann ones that compare the images of a batch: dense, NT-Xent, decorrelation,
+                  prototypes
 `posteriors`     all of these as values
 `terms`      the rows of the paper's Table 1 as data
 `published`        public methods as they were published, where they differ from those rows
@@ -14,9 +16,9 @@
 `balance`      lambda of Eq. 13 as an optax transform
 `ema`       the momentum target encoder as an optax transform
 
-Nothing here imports anything of the project outside this package; jax, numpy, optax and chex are all it needs. Submodules are loaded on
-first use, so that a data worker that only draws masks never imports JAX.
-"""
+Nothing here imports anything of the project outside this package; jax, numpy, optax and chex are
+all it needs. Submodules are loaded on first use, so that a data worker that only draws masks never
+imports JAX."""
 
 import importlib
 from types import ModuleType

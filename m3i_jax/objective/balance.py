@@ -1,11 +1,12 @@
 """Dynamic weighting, Eq. 13: `L = L_ssp + lambda L_sp` with lambda = gamma * g_ssp / g_sp.
 
-g is an exponential moving average of the norm of the gradient that a loss sends back to the input features, that is to the encoder's
-output. The averages are the state of an optax transform, so that they are sharded, saved and restored with the optimizer.
+g is an exponential moving average of the norm of the gradient that a loss sends back to the input
+features, that is to the encoder's output. The averages are the state of an optax transform, so that
+they are sharded, saved and restored with the optimizer.
 
-Order of a step: take lambda from the averages as they stand, step, then feed them the norms of this step. So lambda does not depend on how
-a batch is split into microbatches, and costs no second backward pass.
-"""
+Order of a step: take lambda from the averages as they stand, step, then feed them the norms of this
+step. So lambda does not depend on how a batch is split into microbatches, and costs no second
+backward pass."""
 
 import math
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ from jax.typing import ArrayLike
 
 
 class BalanceState(NamedTuple):
-    """count: int32, steps seen. ssp, sp: float32, average gradient norm of the self-supervised and the supervised losses; 0 = none yet."""
+    """count: int32, steps seen. ssp, sp: float32, average gradient norm of the self-supervised and
+    the supervised losses; 0 = none yet."""
 
     count: jax.Array  # type: ignore[assignment]  # optax's name; shadows tuple.count
     ssp: jax.Array
@@ -25,16 +27,18 @@ class BalanceState(NamedTuple):
 
 
 def track_balance(decay: float) -> optax.GradientTransformationExtraArgs:
-    """Optax transform that averages the two feature-gradient norms (M3I appendix B.1) and passes the updates through unchanged.
+    """Optax transform that averages the two feature-gradient norms (M3I appendix B.1) and passes
+    the updates through unchanged.
 
-    `update(..., feature_grad_norms=(ssp, sp))` takes the norms of this step, two scalars >= 0. The first norm of a group becomes its
-    average, without a bias towards zero; a norm that is zero (no labelled sample in the batch) or not finite leaves that average as it was.
+    `update(..., feature_grad_norms=(ssp, sp))` takes the norms of this step, two scalars >= 0. The
+    first norm of a group becomes its average, without a bias towards zero; a norm that is zero (no
+    labelled sample in the batch) or not finite leaves that average as it was.
 
-    Args:
-      decay: weight of the past in [0, 1); the paper gives none, 0.99 is the default of this project.
+    Args: decay: weight of the past in [0, 1); the paper gives none, 0.99 is the default of this
+      project.
 
-    Returns:
-      the transform; its state is a `BalanceState`. `update` raises ValueError without `feature_grad_norms`.
+    Returns: the transform; its state is a `BalanceState`. `update` raises ValueError without
+      `feature_grad_norms`.
 
     Raises:
       ValueError: decay outside [0, 1).
@@ -52,16 +56,28 @@ def track_balance(decay: float) -> optax.GradientTransformationExtraArgs:
 
     def init(params: optax.Params) -> BalanceState:
         del params
-        return BalanceState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32))
+        return BalanceState(
+            jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32)
+        )
 
     def update(
-        updates: optax.Updates, state: BalanceState, params: optax.Params | None = None, **extra: Any
+        updates: optax.Updates,
+        state: BalanceState,
+        params: optax.Params | None = None,
+        **extra: Any,
     ) -> tuple[optax.Updates, BalanceState]:
         del params
         if "feature_grad_norms" not in extra:
-            raise ValueError("track_balance needs update(..., feature_grad_norms=(ssp, sp)), the gradient norms at the encoder output")
+            raise ValueError(
+                "track_balance needs update(..., feature_grad_norms=(ssp, sp)), the gradient norms"
+                " at the encoder output"
+            )
         ssp, sp = extra["feature_grad_norms"]
-        return updates, BalanceState(optax.safe_increment(state.count), _average(state.ssp, ssp, decay), _average(state.sp, sp, decay))
+        return updates, BalanceState(
+            optax.safe_increment(state.count),
+            _average(state.ssp, ssp, decay),
+            _average(state.sp, sp, decay),
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -72,13 +88,15 @@ def _average(old: jax.Array, norm: ArrayLike, decay: float) -> jax.Array:
     return jnp.where(jnp.isfinite(norm) & (norm > 0), new, old)
 
 
-def balance_weight(state: BalanceState, *, gamma: ArrayLike = 1.0, limits: tuple[float, float] = (0.0, 1e4)) -> jax.Array:
-    """lambda of Eq. 13 from the averages: `gamma * ssp / sp`, clipped; gamma itself until both groups have been seen.
+def balance_weight(
+    state: BalanceState, *, gamma: ArrayLike = 1.0, limits: tuple[float, float] = (0.0, 1e4)
+) -> jax.Array:
+    """lambda of Eq. 13 from the averages: `gamma * ssp / sp`, clipped; gamma itself until both
+    groups have been seen.
 
-    Args:
-      state: the averages *before* this step's norms go in.
-      gamma: ratio of the supervised to the self-supervised gradient at the features; 1 in the paper.
-      limits: (lowest, highest) lambda.
+    Args: state: the averages *before* this step's norms go in. gamma: ratio of the supervised to
+      the self-supervised gradient at the features; 1 in the paper. limits: (lowest, highest)
+      lambda.
 
     Returns:
       float32 scalar without a gradient.
@@ -102,10 +120,12 @@ def balance_weight(state: BalanceState, *, gamma: ArrayLike = 1.0, limits: tuple
 
 
 def feature_norm(tree: Any) -> jax.Array:
-    """Global Frobenius norm of a tree of gradients, in float32: the gradient norm "to input features" of M3I appendix B.1.
+    """Global Frobenius norm of a tree of gradients, in float32: the gradient norm "to input
+    features" of M3I appendix B.1.
 
-    On global arrays under `jit` the sum is over the global batch. Given the norms of parts of a batch (microbatches whose losses are
-    divided by the count of the whole batch) it combines them: the root of the sum of squares.
+    On global arrays under `jit` the sum is over the global batch. Given the norms of parts of a
+    batch (microbatches whose losses are divided by the count of the whole batch) it combines them:
+    the root of the sum of squares.
 
     Args:
       tree: any tree of arrays, usually the cotangent of the encoder output [B, T, D].

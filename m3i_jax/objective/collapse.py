@@ -1,10 +1,13 @@
-"""Watching for collapse: the regularization term H(p(z_y | t_y)) of Eq. 2 cannot be computed, so its loss has to be noticed.
+"""Watching for collapse: the regularization term H(p(z_y | t_y)) of Eq. 2 cannot be computed, so
+its loss has to be noticed.
 
-The terms that prevent collapse live with the posteriors (stop-gradient and second moment in `losses.gaussian`, negatives in
-`losses.boltzmann`; Table 1). These numbers say whether they do. Healthy targets stay well away from the end named here:
+The terms that prevent collapse live with the posteriors (stop-gradient and second moment in
+`losses.gaussian`, negatives in `losses.boltzmann`; Table 1). These numbers say whether they do.
+Healthy targets stay well away from the end named here:
 
-    target_std, spread, effective_rank    dense targets    a collapse goes to 0, 0 and 1
-    alignment, uniformity                 global ones      a collapse goes to 0 and 0 together; alignment 0 alone is what training wants
+    target_std, spread, effective_rank    dense targets    a collapse goes to 0, 0 and 1 alignment,
+    uniformity                 global ones      a collapse goes to 0 and 0 together; alignment 0
+    alone is what training wants
 
 None of them has a gradient.
 """
@@ -13,20 +16,27 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from m3i_jax.objective.numerics import EXACT, check_same_shape, float32, l2_normalize, zero_masked_rows
+from m3i_jax.objective.numerics import (
+    EXACT,
+    check_same_shape,
+    float32,
+    l2_normalize,
+    zero_masked_rows,
+)
 
 
 def target_std(target_TxD: ArrayLike, where_T: ArrayLike | None = None) -> jax.Array:
     """Standard deviation of the targets over tokens, averaged over the D dimensions.
 
-    Give it targets *before* layer norm: normalised ones have a large deviation within a token even if all tokens are equal.
+    Give it targets *before* layer norm: normalised ones have a large deviation within a token even
+    if all tokens are equal.
 
     Args:
       target_TxD: [..., D] targets.
       where_T: [...] weights >= 0 of the tokens; None counts every token once.
 
-    Returns:
-      float32 scalar >= 0, in the units of the features; 0 means that all tokens are the same (or that none counts).
+    Returns: float32 scalar >= 0, in the units of the features; 0 means that all tokens are the same
+      (or that none counts).
 
     Raises:
       ValueError: weights of another shape than the tokens.
@@ -44,15 +54,16 @@ def target_std(target_TxD: ArrayLike, where_T: ArrayLike | None = None) -> jax.A
 
 
 def effective_rank(moment_DxD: ArrayLike) -> jax.Array:
-    """Effective rank of the targets: the exponential of the entropy of the normalised eigenvalues of their second moment.
+    """Effective rank of the targets: the exponential of the entropy of the normalised eigenvalues
+    of their second moment.
 
     An eigenvalue decomposition costs about D^3: call it at log intervals, not inside every step.
 
     Args:
       moment_DxD: symmetric second moment, `losses.second_moment` of the targets.
 
-    Returns:
-      float32 scalar: D if all directions carry the same energy, 1 if all energy lies in one direction, 0 for a zero matrix.
+    Returns: float32 scalar: D if all directions carry the same energy, 1 if all energy lies in one
+      direction, 0 for a zero matrix.
 
     Raises:
       ValueError: not a square matrix.
@@ -74,7 +85,8 @@ def effective_rank(moment_DxD: ArrayLike) -> jax.Array:
 def centered_energy(mean_D: ArrayLike, moment_DxD: ArrayLike) -> jax.Array:
     """Share of the targets' energy that varies over tokens: `1 - |mean|^2 / trace(C)`.
 
-    Unlike the standard deviation it has no scale, so one threshold serves all models, and layer norm does not hide a collapse from it.
+    Unlike the standard deviation it has no scale, so one threshold serves all models, and layer
+    norm does not hide a collapse from it.
 
     Args:
       mean_D: mean target.
@@ -94,22 +106,28 @@ def centered_energy(mean_D: ArrayLike, moment_DxD: ArrayLike) -> jax.Array:
     mean_D, c_DxD = jax.lax.stop_gradient((float32(mean_D), float32(moment_DxD)))
     if mean_D.ndim != 1:
         raise ValueError(f"mean_D has shape {mean_D.shape}; it must be [D]")
-    check_same_shape("moment_DxD", c_DxD.shape, "the product of the mean with itself", (*mean_D.shape, *mean_D.shape))
+    check_same_shape(
+        "moment_DxD",
+        c_DxD.shape,
+        "the product of the mean with itself",
+        (*mean_D.shape, *mean_D.shape),
+    )
     energy = jnp.trace(c_DxD)
     share = jnp.square(mean_D).sum() / jnp.where(energy > 0, energy, 1.0)
     return jnp.where(energy > 0, jnp.clip(1 - share, 0.0, 1.0), 0.0)
 
 
 def alignment(a_BxD: ArrayLike, b_BxD: ArrayLike, where_B: ArrayLike | None = None) -> jax.Array:
-    """Alignment of Wang and Isola: mean squared distance of two views of an image on the unit sphere.
+    """Alignment of Wang and Isola: mean squared distance of two views of an image on the unit
+    sphere.
 
     Args:
       a_BxD: global features of one view, of any length; they are scaled to length 1.
       b_BxD: those of the other view.
       where_B: weights >= 0 of the images; None counts every image once.
 
-    Returns:
-      float32 scalar in 0..4: 0 if both views agree, 2 if they have nothing to do with each other; 0 if no image counts.
+    Returns: float32 scalar in 0..4: 0 if both views agree, 2 if they have nothing to do with each
+      other; 0 if no image counts.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -122,20 +140,21 @@ def alignment(a_BxD: ArrayLike, b_BxD: ArrayLike, where_B: ArrayLike | None = No
     check_same_shape("one view", a_BxD.shape, "the other", b_BxD.shape)
     a_BxD, b_BxD, weight_B = zero_masked_rows(a_BxD, b_BxD, where_B)
     total = weight_B.sum()
-    return (weight_B * jnp.square(l2_normalize(a_BxD) - l2_normalize(b_BxD)).sum(-1)).sum() / jnp.where(total > 0, total, 1.0)
+    return (
+        weight_B * jnp.square(l2_normalize(a_BxD) - l2_normalize(b_BxD)).sum(-1)
+    ).sum() / jnp.where(total > 0, total, 1.0)
 
 
 def uniformity(x_BxD: ArrayLike, where_B: ArrayLike | None = None, t: float = 2.0) -> jax.Array:
-    """Uniformity of Wang and Isola: `log mean exp(-t |u - v|^2)` over all pairs of different images on the unit sphere.
+    """Uniformity of Wang and Isola: `log mean exp(-t |u - v|^2)` over all pairs of different images
+    on the unit sphere.
 
-    Args:
-      x_BxD: global features of the images, of any length; they are scaled to length 1.
-      where_B: weights >= 0 of the images, a pair weighs their product; None counts every image once.
-      t: inverse width > 0 of the kernel; 2 as published.
+    Args: x_BxD: global features of the images, of any length; they are scaled to length 1. where_B:
+      weights >= 0 of the images, a pair weighs their product; None counts every image once. t:
+      inverse width > 0 of the kernel; 2 as published.
 
-    Returns:
-      float32 scalar <= 0: 0 if all images are the same, about -2 t (a little above) if they are spread over a sphere of many dimensions;
-      0 if fewer than two images count.
+    Returns: float32 scalar <= 0: 0 if all images are the same, about -2 t (a little above) if they
+      are spread over a sphere of many dimensions; 0 if fewer than two images count.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -151,7 +170,9 @@ def uniformity(x_BxD: ArrayLike, where_B: ArrayLike | None = None, t: float = 2.
     x_BxD = l2_normalize(x_BxD)
     square_B = jnp.square(x_BxD).sum(-1)
     # Rounding makes the distance of equal rows negative, and the value of a collapse positive.
-    distance_BxB = jnp.maximum(square_B[:, None] + square_B - 2 * jnp.matmul(x_BxD, x_BxD.T, precision=EXACT), 0.0)
+    distance_BxB = jnp.maximum(
+        square_B[:, None] + square_B - 2 * jnp.matmul(x_BxD, x_BxD.T, precision=EXACT), 0.0
+    )
     pair_BxB = jnp.where(jnp.eye(len(square_B), dtype=bool), 0.0, weight_B[:, None] * weight_B)
     total = pair_BxB.sum()
     log_sum = jax.nn.logsumexp(-t * distance_BxB, b=jnp.where(total > 0, pair_BxB, 1.0))

@@ -1,17 +1,28 @@
-"""Boltzmann-type posteriors that compare the images of a batch with each other: what the public instance-discrimination methods train.
+"""Boltzmann-type posteriors that compare the images of a batch with each other: what the public
+instance-discrimination methods train.
 
-`losses.boltzmann` is the plain form, over one list of keys. Here are the dense ones (negatives per position, DenseCL), SimCLR's with
-gradient through both views, Barlow Twins' decorrelation and MSN's prototypes. All return `(sum, count)`, two float32 scalars; rows of
-weight 0 may hold anything, NaN included, and are neither query nor negative where a function takes one array for both.
+`losses.boltzmann` is the plain form, over one list of keys. Here are the dense ones (negatives per
+position, DenseCL), SimCLR's with gradient through both views, Barlow Twins' decorrelation and MSN's
+prototypes. All return `(sum, count)`, two float32 scalars; rows of weight 0 may hold anything, NaN
+included, and are neither query nor negative where a function takes one array for both.
 
-B images, N positions, K key images or prototypes, D width. Row b of two arrays are two views of the same image.
-"""
+B images, N positions, K key images or prototypes, D width. Row b of two arrays are two views of the
+same image."""
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from m3i_jax.objective.numerics import ABSENT, EXACT, check_same_shape, float32, l2_normalize, select_logit, weighted_sum, zero_masked_rows
+from m3i_jax.objective.numerics import (
+    ABSENT,
+    EXACT,
+    check_same_shape,
+    float32,
+    l2_normalize,
+    select_logit,
+    weighted_sum,
+    zero_masked_rows,
+)
 
 
 def dense_boltzmann(
@@ -25,25 +36,25 @@ def dense_boltzmann(
     normalize: bool = True,
     stop_gradient: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Dense InfoNCE: the right target of a token against the targets at the same position of the other images (M3I Table 1, dense
-    instance discrimination).
+    """Dense InfoNCE: the right target of a token against the targets at the same position of the
+    other images (M3I Table 1, dense instance discrimination).
 
-    The same numbers as `losses.boltzmann` mapped over positions, by one batched product: logits [N, B, K], no gather. Their memory,
-    4 N B K bytes, limits the batch: 13 GB for 196 positions of 4096 images, divided by the number of devices that share the predictions.
+    The same numbers as `losses.boltzmann` mapped over positions, by one batched product: logits [N,
+    B, K], no gather. Their memory, 4 N B K bytes, limits the batch: 13 GB for 196 positions of 4096
+    images, divided by the number of devices that share the predictions.
 
-    Args:
-      prediction_BxNxD: predictions.
-      keys_KxNxD: targets of all images of the batch.
-      where_BxN: weight of a prediction, bool or float >= 0; None counts every one once.
-      index_B: integer, which key image shows the image of a prediction, 0..K-1; None: the same row, K = B. Give it when the predictions
-        are a part of the batch.
-      where_KxN: which keys exist, bool; None: all. A counted prediction must point at a key that exists.
+    Args: prediction_BxNxD: predictions. keys_KxNxD: targets of all images of the batch. where_BxN:
+      weight of a prediction, bool or float >= 0; None counts every one once. index_B: integer,
+      which key image shows the image of a prediction, 0..K-1; None: the same row, K = B. Give it
+      when the predictions are a part of the batch.
+      where_KxN: which keys exist, bool; None: all. A counted prediction must point at a key that
+          exists.
       temperature: tau > 0; DenseCL uses 0.2.
       normalize: scale predictions and keys to length 1 first (a zero row stays zero).
       stop_gradient: treat the keys as constants.
 
-    Returns:
-      (sum over tokens of weight * cost in nats, sum of weights), float32 scalars. A counted image whose index is not in 0..K-1 gives NaN.
+    Returns: (sum over tokens of weight * cost in nats, sum of weights), float32 scalars. A counted
+      image whose index is not in 0..K-1 gives NaN.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -56,7 +67,10 @@ def dense_boltzmann(
     """
     p_BxNxD, k_KxNxD = float32(prediction_BxNxD), float32(keys_KxNxD)
     if p_BxNxD.ndim != 3 or k_KxNxD.ndim != 3 or p_BxNxD.shape[1:] != k_KxNxD.shape[1:]:
-        raise ValueError(f"prediction has shape {p_BxNxD.shape} and keys {k_KxNxD.shape}; they must be [B, N, D] and [K, N, D]")
+        raise ValueError(
+            f"prediction has shape {p_BxNxD.shape} and keys {k_KxNxD.shape}; they must be [B, N, D]"
+            " and [K, N, D]"
+        )
     index_B = _index(index_B, p_BxNxD.shape[0], k_KxNxD.shape[0])
     p_BxNxD, _, weight_BxN = zero_masked_rows(p_BxNxD, p_BxNxD, where_BxN)
     k_KxNxD = jax.lax.stop_gradient(k_KxNxD) if stop_gradient else k_KxNxD
@@ -86,20 +100,18 @@ def densecl(
 ) -> tuple[jax.Array, jax.Array]:
     """Dense InfoNCE of DenseCL: a token's own target against one key of every other image.
 
-    Everything is scaled to length 1 first, so a negative that is the mean of an image's *un-normalised* dense targets is DenseCL's key.
-    Its queue of 65536 keys is the batch here. Only the predictions get a gradient.
+    Everything is scaled to length 1 first, so a negative that is the mean of an image's
+    *un-normalised* dense targets is DenseCL's key. Its queue of 65536 keys is the batch here. Only
+    the predictions get a gradient.
 
-    Args:
-      prediction_BxNxD: predictions.
-      positive_BxNxD: the target of each prediction.
-      negative_KxD: one key an image, of all images of the batch.
-      where_BxN: weight of a prediction, bool or float >= 0; None counts every one once.
-      index_B: integer, which negative is the image's own and left out; None: the same row, K = B. An index outside 0..K-1 leaves none out.
-      where_K: which negatives exist, bool; None: all.
-      temperature: tau > 0; DenseCL uses 0.2.
+    Args: prediction_BxNxD: predictions. positive_BxNxD: the target of each prediction.
+      negative_KxD: one key an image, of all images of the batch. where_BxN: weight of a prediction,
+      bool or float >= 0; None counts every one once. index_B: integer, which negative is the
+      image's own and left out; None: the same row, K = B. An index outside 0..K-1 leaves none out.
+      where_K: which negatives exist, bool; None: all. temperature: tau > 0; DenseCL uses 0.2.
 
-    Returns:
-      (sum over tokens of weight * cost in nats, sum of weights), float32 scalars. Without any other image a token costs 0.
+    Returns: (sum over tokens of weight * cost in nats, sum of weights), float32 scalars. Without
+      any other image a token costs 0.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -110,10 +122,17 @@ def densecl(
     >>> print(f"{total / count:.4f}")                                  # log(1 + 2 exp(-2))
     0.2395
     """
-    p_BxNxD, t_BxNxD, n_KxD = float32(prediction_BxNxD), float32(positive_BxNxD), float32(negative_KxD)
+    p_BxNxD, t_BxNxD, n_KxD = (
+        float32(prediction_BxNxD),
+        float32(positive_BxNxD),
+        float32(negative_KxD),
+    )
     check_same_shape("prediction", p_BxNxD.shape, "positive", t_BxNxD.shape)
     if p_BxNxD.ndim != 3 or n_KxD.ndim != 2 or p_BxNxD.shape[-1] != n_KxD.shape[-1]:
-        raise ValueError(f"prediction has shape {p_BxNxD.shape} and negatives {n_KxD.shape}; they must be [B, N, D] and [K, D]")
+        raise ValueError(
+            f"prediction has shape {p_BxNxD.shape} and negatives {n_KxD.shape}; they must be [B, N,"
+            " D] and [K, D]"
+        )
     index_B = _index(index_B, p_BxNxD.shape[0], n_KxD.shape[0])
     p_BxNxD, t_BxNxD, weight_BxN = zero_masked_rows(p_BxNxD, t_BxNxD, where_BxN)
     t_BxNxD, n_KxD = jax.lax.stop_gradient((t_BxNxD, n_KxD))
@@ -129,17 +148,18 @@ def densecl(
     return weighted_sum(cost_BxN, weight_BxN), weight_BxN.sum()
 
 
-def nt_xent(a_BxD: ArrayLike, b_BxD: ArrayLike, where_B: ArrayLike | None = None, *, temperature: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """NT-Xent of SimCLR: each view picks its twin among the 2B - 1 other views of the batch; both views receive gradients.
+def nt_xent(
+    a_BxD: ArrayLike, b_BxD: ArrayLike, where_B: ArrayLike | None = None, *, temperature: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """NT-Xent of SimCLR: each view picks its twin among the 2B - 1 other views of the batch; both
+    views receive gradients.
 
-    Args:
-      a_BxD: one view of each image.
-      b_BxD: the other view.
-      where_B: weight of an image, bool or float >= 0; one of weight 0 is neither a query nor a negative. None counts every image once.
+    Args: a_BxD: one view of each image. b_BxD: the other view. where_B: weight of an image, bool or
+      float >= 0; one of weight 0 is neither a query nor a negative. None counts every image once.
       temperature: tau > 0; SimCLR uses 0.1 to 0.5.
 
-    Returns:
-      (sum over images of weight * cost in nats, sum of weights), float32 scalars. A cost is the mean of the cross-entropies of both views.
+    Returns: (sum over images of weight * cost in nats, sum of weights), float32 scalars. A cost is
+      the mean of the cross-entropies of both views.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -157,27 +177,33 @@ def nt_xent(a_BxD: ArrayLike, b_BxD: ArrayLike, where_B: ArrayLike | None = None
     candidate_VxV = exists_V & ~jnp.eye(2 * batch, dtype=bool)
     logits_VxV = jnp.matmul(z_VxD, z_VxD.T, precision=EXACT) / temperature
     normalizer_V = jax.nn.logsumexp(jnp.where(candidate_VxV, logits_VxV, ABSENT), axis=1)
-    cost_B = (normalizer_V[:batch] + normalizer_V[batch:]) / 2 - (a_BxD * b_BxD).sum(-1) / temperature
+    cost_B = (normalizer_V[:batch] + normalizer_V[batch:]) / 2 - (a_BxD * b_BxD).sum(
+        -1
+    ) / temperature
     return weighted_sum(cost_B, weight_B), weight_B.sum()
 
 
 def barlow_twins(
-    a_BxD: ArrayLike, b_BxD: ArrayLike, where_B: ArrayLike | None = None, *, off_diagonal: float = 0.0051, eps: float = 1e-5
+    a_BxD: ArrayLike,
+    b_BxD: ArrayLike,
+    where_B: ArrayLike | None = None,
+    *,
+    off_diagonal: float = 0.0051,
+    eps: float = 1e-5,
 ) -> tuple[jax.Array, jax.Array]:
-    """Redundancy reduction of Barlow Twins: `sum_d (C_dd - 1)^2 + off_diagonal * sum_{d != e} C_de^2`.
+    """Redundancy reduction of Barlow Twins: `sum_d (C_dd - 1)^2 + off_diagonal * sum_{d != e}
+    C_de^2`.
 
-    C is the cross-correlation of the two views over the counted images, each dimension standardised by its mean and biased variance there.
-    Both views receive gradients. It is a function of the batch, not a sum over images: parts of a batch do not add up to the whole.
+    C is the cross-correlation of the two views over the counted images, each dimension standardised
+    by its mean and biased variance there. Both views receive gradients. It is a function of the
+    batch, not a sum over images: parts of a batch do not add up to the whole.
 
-    Args:
-      a_BxD: one view of each image.
-      b_BxD: the other view.
-      where_B: weight of an image, bool or float >= 0, in all statistics; None counts every image once.
-      off_diagonal: weight of the off-diagonal terms; 0.0051 as published.
-      eps: added to the variances.
+    Args: a_BxD: one view of each image. b_BxD: the other view. where_B: weight of an image, bool or
+      float >= 0, in all statistics; None counts every image once. off_diagonal: weight of the
+      off-diagonal terms; 0.0051 as published. eps: added to the variances.
 
-    Returns:
-      (value * count, count) with count the sum of weights, float32 scalars, so that it divides like all other losses. Dimensionless.
+    Returns: (value * count, count) with count the sum of weights, float32 scalars, so that it
+      divides like all other losses. Dimensionless.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -216,24 +242,23 @@ def prototypes(
     sinkhorn: int = 3,
     mean_entropy: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Assignment to learned prototypes with mean-entropy maximisation (MSN): `CE(q, p) + mean_entropy * (log K - H(mean p))`.
+    """Assignment to learned prototypes with mean-entropy maximisation (MSN): `CE(q, p) +
+    mean_entropy * (log K - H(mean p))`.
 
-    `p = softmax(cos / temperature)` over the prototypes for the anchor, `q = assignments(...)` for the target. Anchor and prototypes
-    receive gradients through p; q is a constant. The mean of p and the balancing of q run over the counted images of this call: parts of
-    a batch do not add up to the whole.
+    `p = softmax(cos / temperature)` over the prototypes for the anchor, `q = assignments(...)` for
+    the target. Anchor and prototypes receive gradients through p; q is a constant. The mean of p
+    and the balancing of q run over the counted images of this call: parts of a batch do not add up
+    to the whole.
 
-    Args:
-      anchor_BxD: the view that is trained.
-      target_BxD: the other view of each image.
-      prototypes_KxD: trainable prototypes; MSN draws 1024 from U(-1, 1) / sqrt(D).
-      where_B: weight of an image, bool or float >= 0; None counts every image once.
-      temperature: tau > 0 of the anchor.
-      sharpening: T > 0 of the target, `q ~ p^(1/T)`.
-      sinkhorn: number of balancing steps of q; 0 leaves it as sharpened.
-      mean_entropy: weight of the term that spreads the batch over the prototypes. The Python number 0 leaves it out of the program.
+    Args: anchor_BxD: the view that is trained. target_BxD: the other view of each image.
+      prototypes_KxD: trainable prototypes; MSN draws 1024 from U(-1, 1) / sqrt(D). where_B: weight
+      of an image, bool or float >= 0; None counts every image once. temperature: tau > 0 of the
+      anchor. sharpening: T > 0 of the target, `q ~ p^(1/T)`. sinkhorn: number of balancing steps of
+      q; 0 leaves it as sharpened. mean_entropy: weight of the term that spreads the batch over the
+      prototypes. The Python number 0 leaves it out of the program.
 
-    Returns:
-      (sum over images of weight * cost in nats, sum of weights), float32 scalars; the mean-entropy term counts once an image.
+    Returns: (sum over images of weight * cost in nats, sum of weights), float32 scalars; the
+      mean-entropy term counts once an image.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -246,7 +271,9 @@ def prototypes(
     """
     a_BxD, t_BxD, weight_B = _views(anchor_BxD, target_BxD, where_B)
     k_KxD = float32(prototypes_KxD)
-    q_BxK = assignments(t_BxD, k_KxD, weight_B, temperature=temperature, sharpening=sharpening, sinkhorn=sinkhorn)
+    q_BxK = assignments(
+        t_BxD, k_KxD, weight_B, temperature=temperature, sharpening=sharpening, sinkhorn=sinkhorn
+    )
     log_p_BxK = jax.nn.log_softmax(_likeness(a_BxD, k_KxD) / temperature)
     total, count = weighted_sum(-(q_BxK * log_p_BxK).sum(-1), weight_B), weight_B.sum()
     if not (isinstance(mean_entropy, int | float) and mean_entropy == 0):
@@ -266,21 +293,18 @@ def assignments(
     sharpening: float = 0.25,
     sinkhorn: int = 3,
 ) -> jax.Array:
-    """The targets of `prototypes`: sharpened softmax over the prototypes, balanced by Sinkhorn steps (MSN).
+    """The targets of `prototypes`: sharpened softmax over the prototypes, balanced by Sinkhorn
+    steps (MSN).
 
-    One step scales every prototype to an equal share of the batch, then every image back to its weight. Computed on logarithms: a
-    prototype that no image is near cannot divide by 0.
+    One step scales every prototype to an equal share of the batch, then every image back to its
+    weight. Computed on logarithms: a prototype that no image is near cannot divide by 0.
 
-    Args:
-      target_BxD: target embeddings.
-      prototypes_KxD: prototypes.
-      where_B: weight of an image, bool or float >= 0, in the balancing; None counts every image once.
-      temperature: tau > 0.
-      sharpening: T > 0, the exponent is 1 / T.
-      sinkhorn: number of steps.
+    Args: target_BxD: target embeddings. prototypes_KxD: prototypes. where_B: weight of an image,
+      bool or float >= 0, in the balancing; None counts every image once. temperature: tau > 0.
+      sharpening: T > 0, the exponent is 1 / T. sinkhorn: number of steps.
 
-    Returns:
-      float32 [B, K], rows that sum to 1 (an image of weight 0 has one, too, that means nothing). No gradient flows through it.
+    Returns: float32 [B, K], rows that sum to 1 (an image of weight 0 has one, too, that means
+      nothing). No gradient flows through it.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -305,11 +329,16 @@ def assignments(
 
 def _likeness(x_BxD: jax.Array, k_KxD: jax.Array) -> jax.Array:
     if k_KxD.ndim != 2 or x_BxD.ndim != 2 or k_KxD.shape[-1] != x_BxD.shape[-1]:
-        raise ValueError(f"images have shape {x_BxD.shape} and prototypes {k_KxD.shape}; they must be [B, D] and [K, D]")
+        raise ValueError(
+            f"images have shape {x_BxD.shape} and prototypes {k_KxD.shape}; they must be [B, D] and"
+            " [K, D]"
+        )
     return jnp.matmul(l2_normalize(x_BxD), l2_normalize(k_KxD).T, precision=EXACT)
 
 
-def _views(a_BxD: ArrayLike, b_BxD: ArrayLike, where_B: ArrayLike | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _views(
+    a_BxD: ArrayLike, b_BxD: ArrayLike, where_B: ArrayLike | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     a_BxD, b_BxD = float32(a_BxD), float32(b_BxD)
     check_same_shape("one view", a_BxD.shape, "the other", b_BxD.shape)
     if a_BxD.ndim != 2:
@@ -320,7 +349,10 @@ def _views(a_BxD: ArrayLike, b_BxD: ArrayLike, where_B: ArrayLike | None) -> tup
 def _index(index_B: ArrayLike | None, batch: int, keys: int) -> jax.Array:
     if index_B is None:
         if batch != keys:
-            raise ValueError(f"{batch} images have keys of {keys}: say by index_B which of the keys belong to them")
+            raise ValueError(
+                f"{batch} images have keys of {keys}: say by index_B which of the keys belong to"
+                " them"
+            )
         return jnp.arange(batch)
     index_B = jnp.asarray(index_B)
     check_same_shape("index", index_B.shape, "the images", (batch,))

@@ -1,8 +1,9 @@
-"""The momentum target encoder f_phi of M3I section 3.4 as an optax transform: its parameters are part of the optimizer state.
+"""The momentum target encoder f_phi of M3I section 3.4 as an optax transform: its parameters are
+part of the optimizer state.
 
-Last in a chain it sees the final updates, so the target at step k + 1 contains the parameters of step k + 1: the same as updating the
-target at the beginning of the next step, as SiameseIM and MoCo v3 do. As optimizer state it is sharded, donated, saved and restored like
-the rest."""
+Last in a chain it sees the final updates, so the target at step k + 1 contains the parameters of
+step k + 1: the same as updating the target at the beginning of the next step, as SiameseIM and MoCo
+v3 do. As optimizer state it is sharded, donated, saved and restored like the rest."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,22 +17,26 @@ Schedule = Callable[[Any], Any]
 
 
 class TargetState(NamedTuple):
-    """count: int32, updates so far. params: the target's parameters, shaped like the selected part of the model's."""
+    """count: int32, updates so far. params: the target's parameters, shaped like the selected part
+    of the model's."""
 
     count: jax.Array  # type: ignore[assignment]  # optax's name; shadows tuple.count
     params: Any
 
 
-def track_target(momentum: float | Schedule, select: Callable[[Any], Any] = lambda params: params) -> optax.GradientTransformationExtraArgs:
-    """Optax transform that keeps an exponential moving average of parameters (M3I section 3.4; Table 7) and passes the updates through.
+def track_target(
+    momentum: float | Schedule, select: Callable[[Any], Any] = lambda params: params
+) -> optax.GradientTransformationExtraArgs:
+    """Optax transform that keeps an exponential moving average of parameters (M3I section 3.4;
+    Table 7) and passes the updates through.
 
-    The average starts as a copy of the parameters. Update number k (from 1) sets it to `m(k) * old + (1 - m(k)) * new`, new being the
-    parameters *after* the update: put the transform last in the chain, or "after" is not the end. Integer leaves follow without averaging.
+    The average starts as a copy of the parameters. Update number k (from 1) sets it to `m(k) * old
+    + (1 - m(k)) * new`, new being the parameters *after* the update: put the transform last in the
+    chain, or "after" is not the end. Integer leaves follow without averaging.
 
-    Args:
-      momentum: m in [0, 1], or a schedule k -> m such as `cosine_momentum`.
-      select: which part of the parameters the target has, e.g. `lambda params: params["encoder"]`; default all. The decoder and the heads
-        of the prediction side have no target (SiameseIM).
+    Args: momentum: m in [0, 1], or a schedule k -> m such as `cosine_momentum`. select: which part
+      of the parameters the target has, e.g. `lambda params: params["encoder"]`; default all. The
+      decoder and the heads of the prediction side have no target (SiameseIM).
 
     Returns:
       the transform; its state is a `TargetState`. `update` raises ValueError without params.
@@ -51,19 +56,28 @@ def track_target(momentum: float | Schedule, select: Callable[[Any], Any] = lamb
         raise ValueError(f"momentum is {momentum}; it must lie in 0..1")
 
     def init(params: optax.Params) -> TargetState:
-        # A copy: parameters and state are donated to the step together, and one buffer cannot be donated twice.
-        return TargetState(jnp.zeros([], jnp.int32), jax.tree.map(lambda x: jnp.array(x, copy=True), select(params)))
+        # A copy: parameters and state are donated to the step together, and one buffer cannot be
+        # donated twice.
+        return TargetState(
+            jnp.zeros([], jnp.int32),
+            jax.tree.map(lambda x: jnp.array(x, copy=True), select(params)),
+        )
 
     def update(
         updates: optax.Updates, state: TargetState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, TargetState]:
         del extra
         if params is None:
-            raise ValueError("track_target needs update(updates, state, params): the target follows the parameters, not the updates")
+            raise ValueError(
+                "track_target needs update(updates, state, params): the target follows the"
+                " parameters, not the updates"
+            )
         count = optax.safe_increment(state.count)
         m = jnp.asarray(momentum(count) if callable(momentum) else momentum).astype(jnp.float32)
         new = select(optax.apply_updates(params, updates))
-        return updates, TargetState(count, jax.tree.map(lambda old, x: _average(old, x, m), state.params, new))
+        return updates, TargetState(
+            count, jax.tree.map(lambda old, x: _average(old, x, m), state.params, new)
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -75,13 +89,13 @@ def _average(old: jax.Array, new: jax.Array, m: jax.Array) -> jax.Array:
 
 
 def cosine_momentum(start: float, steps: int) -> Schedule:
-    """Momentum of the target from `start` to 1 along a half cosine (M3I Table 7: "0.995, cosine"; BYOL).
+    """Momentum of the target from `start` to 1 along a half cosine (M3I Table 7: "0.995, cosine";
+    BYOL).
 
     `m(k) = 1 - (1 - start) (1 + cos(pi k / steps)) / 2`, and 1 from step `steps` on.
 
-    Args:
-      start: m(0) in [0, 1]; the paper's 0.995 belongs to batches of 4,096 and more and to runs of 500,000 steps.
-      steps: length of the run in optimizer steps, at least 1.
+    Args: start: m(0) in [0, 1]; the paper's 0.995 belongs to batches of 4,096 and more and to runs
+      of 500,000 steps. steps: length of the run in optimizer steps, at least 1.
 
     Returns:
       schedule k -> m, for Python numbers and traced arrays, float32.

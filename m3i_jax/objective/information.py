@@ -1,11 +1,14 @@
-"""How much information the predictions carry about their targets, in bits: Eq. 2 as a number for the log.
+"""How much information the predictions carry about their targets, in bits: Eq. 2 as a number for
+the log.
 
-    I(z_x; z_y)  >=  H(z_y)  +  E log P^(z_y | prediction)            estimate = (mean -log marginal - mean -log posterior) / ln 2
+    I(z_x; z_y)  >=  H(z_y)  +  E log P^(z_y | prediction)            estimate = (mean -log marginal
+    - mean -log posterior) / ln 2
 
-The posterior term is the loss. The marginal, the best guess at a target without its input, is not known and has to be modelled: `MARGINALS`
-says how for each function. A marginal that fits the targets badly costs more than their entropy, so an estimate is a lower bound of the
-information only as far as its marginal is right. Below 0 means that the model without the input predicts better than the prediction does.
-"""
+The posterior term is the loss. The marginal, the best guess at a target without its input, is not
+known and has to be modelled: `MARGINALS` says how for each function. A marginal that fits the
+targets badly costs more than their entropy, so an estimate is a lower bound of the information only
+as far as its marginal is right. Below 0 means that the model without the input predicts better than
+the prediction does."""
 
 import math
 
@@ -18,27 +21,31 @@ from m3i_jax.objective.numerics import float32
 # Function of this module -> the estimator of its marginal, to be printed beside the number.
 MARGINALS = {
     "gaussian_bits": "isotropic Gaussian around the mean target with the variance of the targets",
-    "softmax_bits": "uniform over the candidates of the softmax (InfoNCE: never more than log2 of their number)",
+    "softmax_bits": (
+        "uniform over the candidates of the softmax (InfoNCE: never more than log2 of their number)"
+    ),
     "category_bits": "shares of the classes, or mean assignment to the prototypes, in the batch",
 }
-# float32 resolves a value to 2^-24 of its size: an element cannot be predicted to more bits than that.
+# float32 resolves a value to 2^-24 of its size: an element cannot be predicted to more bits than
+# that.
 _FINEST = 2.0**-48
 
 
 def gaussian_bits(squared_error: ArrayLike, variance: ArrayLike, width: int) -> jax.Array:
-    """Information of a Gaussian posterior (M3I section 3.1), `width / 2 * log2(variance / squared error)`.
+    """Information of a Gaussian posterior (M3I section 3.1), `width / 2 * log2(variance / squared
+    error)`.
 
-    Posterior and marginal are isotropic Gaussians, around the prediction and around the mean target, each with the variance that fits best.
-    Exact for jointly Gaussian, isotropic targets with the best linear prediction. Targets whose elements depend on each other or differ in
+    Posterior and marginal are isotropic Gaussians, around the prediction and around the mean
+    target, each with the variance that fits best. Exact for jointly Gaussian, isotropic targets
+    with the best linear prediction. Targets whose elements depend on each other or differ in
     variance have a narrower marginal than this one: then it says too much.
 
-    Args:
-      squared_error: mean of (p - t)^2 over rows and elements.
-      variance: mean of (t - mean target)^2 over rows and elements; the mean target is a vector of `width` elements.
-      width: elements of a target.
+    Args: squared_error: mean of (p - t)^2 over rows and elements. variance: mean of (t - mean
+      target)^2 over rows and elements; the mean target is a vector of `width` elements. width:
+      elements of a target.
 
-    Returns:
-      float32, bits a row, at most 24 `width`; 0 where the targets do not vary (a constant can be told nothing about). No gradient.
+    Returns: float32, bits a row, at most 24 `width`; 0 where the targets do not vary (a constant
+      can be told nothing about). No gradient.
 
     >>> print(gaussian_bits(0.25, 1.0, 8), gaussian_bits(2.0, 1.0, 8), gaussian_bits(0.0, 0.0, 8))
     8.0 -4.0 0.0
@@ -50,10 +57,11 @@ def gaussian_bits(squared_error: ArrayLike, variance: ArrayLike, width: int) -> 
 
 
 def softmax_bits(negative_log_likelihood: ArrayLike, log_choices: ArrayLike) -> jax.Array:
-    """Information of a Boltzmann posterior over K candidates, `(log K - nll) / ln 2`: the bound of InfoNCE.
+    """Information of a Boltzmann posterior over K candidates, `(log K - nll) / ln 2`: the bound of
+    InfoNCE.
 
-    A lower bound of the mutual information in expectation, if the negatives are drawn like the positive; at most log2 K, so a small batch
-    hides what a prediction knows.
+    A lower bound of the mutual information in expectation, if the negatives are drawn like the
+    positive; at most log2 K, so a small batch hides what a prediction knows.
 
     Args:
       negative_log_likelihood: mean cost of a row in nats, without label smoothing or other terms.
@@ -66,19 +74,22 @@ def softmax_bits(negative_log_likelihood: ArrayLike, log_choices: ArrayLike) -> 
     >>> print(softmax_bits(0.0, math.log(256)), softmax_bits(math.log(256), math.log(256)))
     8.0 0.0
     """
-    nll, log_choices = jax.lax.stop_gradient((float32(negative_log_likelihood), float32(log_choices)))
+    nll, log_choices = jax.lax.stop_gradient(
+        (float32(negative_log_likelihood), float32(log_choices))
+    )
     return (log_choices - nll) / math.log(2)
 
 
 def category_bits(negative_log_likelihood: ArrayLike, counts_C: ArrayLike) -> jax.Array:
-    """Information about a category, or about the assignment to a prototype: `(H(shares) - nll) / ln 2`.
+    """Information about a category, or about the assignment to a prototype: `(H(shares) - nll) / ln
+    2`.
 
-    Of a batch with fewer images than there are classes, the shares have a smaller entropy than the classes: sum up counts and costs over
-    several batches. A soft assignment counts as it is.
+    Of a batch with fewer images than there are classes, the shares have a smaller entropy than the
+    classes: sum up counts and costs over several batches. A soft assignment counts as it is.
 
-    Args:
-      negative_log_likelihood: mean cost of a counted row in nats, without label smoothing (`losses.category` with smoothing 0).
-      counts_C: number, or sum of weights, of the counted rows of each class; rows without a label belong to none.
+    Args: negative_log_likelihood: mean cost of a counted row in nats, without label smoothing
+      (`losses.category` with smoothing 0). counts_C: number, or sum of weights, of the counted rows
+      of each class; rows without a label belong to none.
 
     Returns:
       float32, bits a row; 0 if no class was counted. No gradient.

@@ -1,18 +1,29 @@
-"""-log P^(z_y | prediction), the prediction terms of Eq. 3 and Eq. 4: Gaussian (squared error) or Boltzmann (softmax cross-entropy).
+"""-log P^(z_y | prediction), the prediction terms of Eq. 3 and Eq. 4: Gaussian (squared error) or
+Boltzmann (softmax cross-entropy).
 
-Every function returns `(sum, count)`, two float32 scalars: the weighted sum over rows and the sum of the weights. The caller divides once,
-so parts of a batch (microbatches, devices) add up exactly, and a row without a target is simply a row of weight 0. Such rows may hold
-anything, NaN included: neither the sum nor a gradient sees them. Inputs of any float type are computed in float32.
+Every function returns `(sum, count)`, two float32 scalars: the weighted sum over rows and the sum
+of the weights. The caller divides once, so parts of a batch (microbatches, devices) add up exactly,
+and a row without a target is simply a row of weight 0. Such rows may hold anything, NaN included:
+neither the sum nor a gradient sees them. Inputs of any float type are computed in float32.
 
-T rows (tokens or images), D width, K keys, B images, C classes, E width of the joint space. Functions of `_TxD` arrays take any number of
-leading axes: `[B, N, D]` with weights `[B, N]` gives the same numbers as `[B * N, D]` with weights `[B * N]`.
-"""
+T rows (tokens or images), D width, K keys, B images, C classes, E width of the joint space.
+Functions of `_TxD` arrays take any number of leading axes: `[B, N, D]` with weights `[B, N]` gives
+the same numbers as `[B * N, D]` with weights `[B * N]`."""
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from m3i_jax.objective.numerics import ABSENT, EXACT, check_same_shape, float32, l2_normalize, select_logit, weighted_sum, zero_masked_rows
+from m3i_jax.objective.numerics import (
+    ABSENT,
+    EXACT,
+    check_same_shape,
+    float32,
+    l2_normalize,
+    select_logit,
+    weighted_sum,
+    zero_masked_rows,
+)
 from m3i_jax.objective.similarity import Pairs, normalizers, similarities
 
 
@@ -26,23 +37,25 @@ def gaussian(
 ) -> tuple[jax.Array, jax.Array]:
     """Dense Gaussian posterior: squared error per element, with an optional anti-collapse term.
 
-    A row costs `(|p - t|^2 + w p' C p) / D`. The first part is the Gaussian of M3I section 3.1 (the paper's 1 / (2 sigma^2) is 1 / D here);
-    the second, with C the second moment of the targets, is the one SiameseIM takes from UniGrad: `p' C p` is about `|p|^2` while the target
-    features are decorrelated and D times as much once they have collapsed to one direction.
+    A row costs `(|p - t|^2 + w p' C p) / D`. The first part is the Gaussian of M3I section 3.1 (the
+    paper's 1 / (2 sigma^2) is 1 / D here); the second, with C the second moment of the targets, is
+    the one SiameseIM takes from UniGrad: `p' C p` is about `|p|^2` while the target features are
+    decorrelated and D times as much once they have collapsed to one direction.
 
-    Its gradient with respect to p, `2 g (p - t + w p C) / D`, is written by hand: the product p C of the forward pass is kept inside it, so
-    the backward pass holds no matrix product. Only p gets a gradient: t and C are constants, also where the target shares parameters.
-    The product runs at JAX's default matrix precision (`jax.default_matmul_precision` changes it); everything else is float32.
+    Its gradient with respect to p, `2 g (p - t + w p C) / D`, is written by hand: the product p C
+    of the forward pass is kept inside it, so the backward pass holds no matrix product. Only p gets
+    a gradient: t and C are constants, also where the target shares parameters. The product runs at
+    JAX's default matrix precision (`jax.default_matmul_precision` changes it); everything else is
+    float32.
 
-    Args:
-      prediction_TxD: predictions p, not normalised.
-      target_TxD: targets t of the same shape; `layer_normalize` them for features, `patch_normalize` for pixels.
-      where_T: weight of a row, bool or float >= 0; None counts every row once.
-      second_moment: w >= 0; SiameseIM uses 0.02. The Python number 0 leaves the term out of the program.
-      moment_DxD: C, symmetric. None: computed from the counted targets. Give it when the call sees only a part of the batch.
+    Args: prediction_TxD: predictions p, not normalised. target_TxD: targets t of the same shape;
+      `layer_normalize` them for features, `patch_normalize` for pixels. where_T: weight of a row,
+      bool or float >= 0; None counts every row once. second_moment: w >= 0; SiameseIM uses 0.02.
+      The Python number 0 leaves the term out of the program. moment_DxD: C, symmetric. None:
+      computed from the counted targets. Give it when the call sees only a part of the batch.
 
-    Returns:
-      (sum over rows of weight * cost, sum of weights), float32 scalars. Dimensionless, per element of a row.
+    Returns: (sum over rows of weight * cost, sum of weights), float32 scalars. Dimensionless, per
+      element of a row.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -57,7 +70,9 @@ def gaussian(
     p_TxD, t_TxD = float32(prediction_TxD), jax.lax.stop_gradient(float32(target_TxD))
     check_same_shape("prediction", p_TxD.shape, "target", t_TxD.shape)
     if p_TxD.ndim < 1:
-        raise ValueError("gaussian needs rows: prediction and target are scalars; give arrays of shape [..., D]")
+        raise ValueError(
+            "gaussian needs rows: prediction and target are scalars; give arrays of shape [..., D]"
+        )
     p_TxD, t_TxD, weight_T = zero_masked_rows(p_TxD, t_TxD, where_T)
     width = p_TxD.shape[-1]
     if isinstance(second_moment, int | float) and second_moment == 0:
@@ -68,8 +83,16 @@ def gaussian(
         else:
             c_DxD = float32(moment_DxD)
             if c_DxD.shape != (width, width):
-                raise ValueError(f"moment_DxD has shape {c_DxD.shape}, but predictions of shape {p_TxD.shape} need {(width, width)}")
-        cost_T = _energy(p_TxD, t_TxD, jax.lax.stop_gradient(c_DxD), jax.lax.stop_gradient(float32(second_moment)))
+                raise ValueError(
+                    f"moment_DxD has shape {c_DxD.shape}, but predictions of shape {p_TxD.shape}"
+                    f" need {(width, width)}"
+                )
+        cost_T = _energy(
+            p_TxD,
+            t_TxD,
+            jax.lax.stop_gradient(c_DxD),
+            jax.lax.stop_gradient(float32(second_moment)),
+        )
     return (weight_T * cost_T).sum() / width, weight_T.sum()
 
 
@@ -78,9 +101,12 @@ def _energy(p_TxD: jax.Array, t_TxD: jax.Array, c_DxD: jax.Array, w: jax.Array) 
     return _energy_forward(p_TxD, t_TxD, c_DxD, w)[0]
 
 
-def _energy_forward(p_TxD: jax.Array, t_TxD: jax.Array, c_DxD: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _energy_forward(
+    p_TxD: jax.Array, t_TxD: jax.Array, c_DxD: jax.Array, w: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     error_TxD, weighted_TxD = p_TxD - t_TxD, w * (p_TxD @ c_DxD)
-    # The one array kept for the backward pass is half of the gradient: neither p, t, C nor their product has to live on.
+    # The one array kept for the backward pass is half of the gradient: neither p, t, C nor their
+    # product has to live on.
     return (jnp.square(error_TxD) + p_TxD * weighted_TxD).sum(-1), error_TxD + weighted_TxD
 
 
@@ -92,9 +118,11 @@ _energy.defvjp(_energy_forward, _energy_backward)
 
 
 def second_moment(target_TxD: ArrayLike, where_T: ArrayLike | None = None) -> jax.Array:
-    """Second moment of the targets, `C = sum_t w t t' / sum_t w` (SiameseIM's anti-collapse term), without a T x T product.
+    """Second moment of the targets, `C = sum_t w t t' / sum_t w` (SiameseIM's anti-collapse term),
+    without a T x T product.
 
-    Take it over all targets of the global batch together: the average of C over parts is C only if the parts have equal weight.
+    Take it over all targets of the global batch together: the average of C over parts is C only if
+    the parts have equal weight.
 
     Args:
       target_TxD: targets.
@@ -135,26 +163,25 @@ def boltzmann(
     normalize: bool = True,
     stop_gradient: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Boltzmann posterior over given targets: `-log( exp(p.k_index / tau) / sum_k exp(p.k / tau) )`, M3I section 3.1; InfoNCE.
+    """Boltzmann posterior over given targets: `-log( exp(p.k_index / tau) / sum_k exp(p.k / tau)
+    )`, M3I section 3.1; InfoNCE.
 
-    The keys are the target representations that the denominator runs over: those of the batch stand for those of the training set. For
-    dense targets whose negatives are the same position of the other images, `jax.vmap` this function over positions. MoCo v3 uses
-    temperature 0.2 and multiplies its loss by twice the temperature; that factor is left to the caller.
+    The keys are the target representations that the denominator runs over: those of the batch stand
+    for those of the training set. For dense targets whose negatives are the same position of the
+    other images, `jax.vmap` this function over positions. MoCo v3 uses temperature 0.2 and
+    multiplies its loss by twice the temperature; that factor is left to the caller.
 
-    Args:
-      prediction_TxD: predictions.
-      keys_KxD: target representations, the right one and the negatives.
-      index_T: integer, the row of `keys_KxD` that is the target of a prediction, 0..K-1.
-      where_T: weight of a prediction, bool or float >= 0; None counts every row once.
-      where_K: which keys exist, bool; None: all. A counted prediction must point at a key that exists.
-      temperature: tau > 0.
-      normalize: scale predictions and keys to length 1 first (a zero row stays zero). The paper's formula has no such step, every public
-        implementation has.
+    Args: prediction_TxD: predictions. keys_KxD: target representations, the right one and the
+      negatives. index_T: integer, the row of `keys_KxD` that is the target of a prediction, 0..K-1.
+      where_T: weight of a prediction, bool or float >= 0; None counts every row once. where_K:
+      which keys exist, bool; None: all. A counted prediction must point at a key that exists.
+      temperature: tau > 0. normalize: scale predictions and keys to length 1 first (a zero row
+      stays zero). The paper's formula has no such step, every public implementation has.
       stop_gradient: treat the keys as constants.
 
-    Returns:
-      (sum over rows of weight * cost in nats, sum of weights), float32 scalars. A counted row whose index is not in 0..K-1 gives NaN: an
-      error of the caller must not train on in silence.
+    Returns: (sum over rows of weight * cost in nats, sum of weights), float32 scalars. A counted
+      row whose index is not in 0..K-1 gives NaN: an error of the caller must not train on in
+      silence.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -167,7 +194,10 @@ def boltzmann(
     """
     p_TxD, k_KxD, index_T = float32(prediction_TxD), float32(keys_KxD), jnp.asarray(index_T)
     if k_KxD.ndim != 2 or p_TxD.ndim < 1 or p_TxD.shape[-1] != k_KxD.shape[-1]:
-        raise ValueError(f"prediction has shape {p_TxD.shape} and keys {k_KxD.shape}; they must be [..., D] and [K, D]")
+        raise ValueError(
+            f"prediction has shape {p_TxD.shape} and keys {k_KxD.shape}; they must be [..., D] and"
+            " [K, D]"
+        )
     check_same_shape("index", index_T.shape, "the rows of prediction", p_TxD.shape[:-1])
     p_TxD, _, weight_T = zero_masked_rows(p_TxD, p_TxD, where_T)
     k_KxD = jax.lax.stop_gradient(k_KxD) if stop_gradient else k_KxD
@@ -185,22 +215,24 @@ def boltzmann(
 
 
 def category(
-    logits_BxC: ArrayLike, label_B: ArrayLike, where_B: ArrayLike | None = None, *, smoothing: ArrayLike = 0.1
+    logits_BxC: ArrayLike,
+    label_B: ArrayLike,
+    where_B: ArrayLike | None = None,
+    *,
+    smoothing: ArrayLike = 0.1,
 ) -> tuple[jax.Array, jax.Array]:
-    """Category posterior: softmax cross-entropy with label smoothing; the targets are the rows of the classifier (M3I section 3.2).
+    """Category posterior: softmax cross-entropy with label smoothing; the targets are the rows of
+    the classifier (M3I section 3.2).
 
-    `(1 - s) (-log p_label) + s (-mean_c log p_c)`: the smoothed part is spread over all C classes, the right one included. M3I uses
-    s = 0.1 (Table 7).
+    `(1 - s) (-log p_label) + s (-mean_c log p_c)`: the smoothed part is spread over all C classes,
+    the right one included. M3I uses s = 0.1 (Table 7).
 
-    Args:
-      logits_BxC: unnormalised log-probabilities.
-      label_B: integer class 0..C-1; a negative label means that the image has no category and weighs 0.
-      where_B: further weight of an image, bool or float >= 0; None counts every labelled image once.
-      smoothing: s in [0, 1].
+    Args: logits_BxC: unnormalised log-probabilities. label_B: integer class 0..C-1; a negative
+      label means that the image has no category and weighs 0. where_B: further weight of an image,
+      bool or float >= 0; None counts every labelled image once. smoothing: s in [0, 1].
 
-    Returns:
-      (sum over images of weight * cost in nats, sum of weights), float32 scalars. A counted label >= C gives NaN: a wrong number of classes
-      must not train on in silence.
+    Returns: (sum over images of weight * cost in nats, sum of weights), float32 scalars. A counted
+      label >= C gives NaN: a wrong number of classes must not train on in silence.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -222,7 +254,9 @@ def category(
         weight_B = weight_B * where_B.astype(jnp.float32)
     logits_BxC = jnp.where((weight_B > 0)[..., None], logits_BxC, 0.0)
     log_total_B = jax.nn.logsumexp(logits_BxC, axis=-1)
-    expected_B = (1 - smoothing) * select_logit(logits_BxC, label_B) + smoothing * logits_BxC.mean(-1)
+    expected_B = (1 - smoothing) * select_logit(logits_BxC, label_B) + smoothing * logits_BxC.mean(
+        -1
+    )
     return weighted_sum(log_total_B - expected_B, weight_B), weight_B.sum()
 
 
@@ -235,24 +269,27 @@ def text(
     group_B: ArrayLike | None = None,
     chunk: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Text posterior: the symmetric contrastive loss of CLIP over the whole batch (M3I section 3.2, weakly-supervised).
+    """Text posterior: the symmetric contrastive loss of CLIP over the whole batch (M3I section 3.2,
+    weakly-supervised).
 
-    With u, v the embeddings scaled to length 1 and s = exp(log_scale), a pair costs the mean of two cross-entropies over `s u v'`: its
-    caption among all captions and its image among all images. On global arrays under `jit` this is the loss of the global batch with its
-    full gradient, whatever the sharding. Call it once for each role: the same caption must not stand in one softmax twice.
+    With u, v the embeddings scaled to length 1 and s = exp(log_scale), a pair costs the mean of two
+    cross-entropies over `s u v'`: its caption among all captions and its image among all images. On
+    global arrays under `jit` this is the loss of the global batch with its full gradient, whatever
+    the sharding. Call it once for each role: the same caption must not stand in one softmax twice.
 
-    Args:
-      image_BxE: image embeddings; row b belongs to row b of `text_BxE`.
-      text_BxE: text embeddings. Both receive gradients: the text tower is trained jointly (M3I section 3.4).
-      log_scale: scalar, the logarithm of the inverse temperature; CLIP starts at ln(1 / 0.07) and keeps it at most ln 100.
-      where_B: weight of a pair, bool or float >= 0; a pair of weight 0 is neither a query nor a negative. None counts every pair once.
-      group_B: integers; pairs of equal number, such as those of equal captions, are no negatives of each other. A pair stays its own
-        positive. None: all other pairs are negatives.
-      chunk: captions whose similarities to all images are in memory at once, in forward and backward; any number. 0: all, as one B x B
-        matrix. Same numbers; the product of similarities is computed once more in the backward.
+    Args: image_BxE: image embeddings; row b belongs to row b of `text_BxE`. text_BxE: text
+      embeddings. Both receive gradients: the text tower is trained jointly (M3I section 3.4).
+      log_scale: scalar, the logarithm of the inverse temperature; CLIP starts at ln(1 / 0.07) and
+      keeps it at most ln 100. where_B: weight of a pair, bool or float >= 0; a pair of weight 0 is
+      neither a query nor a negative. None counts every pair once. group_B: integers; pairs of equal
+      number, such as those of equal captions, are no negatives of each other. A pair stays its own
+      positive. None: all other pairs are negatives.
+      chunk: captions whose similarities to all images are in memory at once, in forward and
+        backward; any number. 0: all, as one B x B matrix. Same numbers; the product of similarities
+        is computed once more in the backward.
 
-    Returns:
-      (sum over pairs of weight * cost in nats, sum of weights), float32 scalars; (0, 0) if no pair counts.
+    Returns: (sum over pairs of weight * cost in nats, sum of weights), float32 scalars; (0, 0) if
+      no pair counts.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -280,12 +317,15 @@ def text(
         normalizer_B = normalizers(chunk, u_BxE, v_BxE, rows)
     else:
         logits_BxB = similarities(u_BxE, v_BxE, rows, rows)
-        normalizer_B = (jax.nn.logsumexp(logits_BxB, axis=1) + jax.nn.logsumexp(logits_BxB, axis=0)) / 2
+        normalizer_B = (
+            jax.nn.logsumexp(logits_BxB, axis=1) + jax.nn.logsumexp(logits_BxB, axis=0)
+        ) / 2
     return weighted_sum(normalizer_B - (u_BxE * v_BxE).sum(-1), weight_B), weight_B.sum()
 
 
 def layer_normalize(x: ArrayLike, eps: float = 1e-5) -> jax.Array:
-    """Layer norm over the last axis without scale and offset: what the dense targets go through (SiameseIM; eps as there, not 1e-6).
+    """Layer norm over the last axis without scale and offset: what the dense targets go through
+    (SiameseIM; eps as there, not 1e-6).
 
     Args:
       x: [..., D].
@@ -304,7 +344,8 @@ def layer_normalize(x: ArrayLike, eps: float = 1e-5) -> jax.Array:
 
 
 def patch_normalize(pixels: ArrayLike, eps: float = 1e-6) -> jax.Array:
-    """Normalise the pixels of each patch by their own mean and unbiased variance: MAE's pixel targets.
+    """Normalise the pixels of each patch by their own mean and unbiased variance: MAE's pixel
+    targets.
 
     Args:
       pixels: [..., P], the P numbers of a patch (row in the patch, column in the patch, channel).
@@ -322,6 +363,10 @@ def patch_normalize(pixels: ArrayLike, eps: float = 1e-6) -> jax.Array:
     """
     x = float32(pixels)
     if x.ndim < 1 or x.shape[-1] < 2:
-        raise ValueError(f"pixels have shape {x.shape}; a patch needs at least two numbers on the last axis")
+        raise ValueError(
+            f"pixels have shape {x.shape}; a patch needs at least two numbers on the last axis"
+        )
     centred = x - x.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).sum(-1, keepdims=True) / (x.shape[-1] - 1) + eps)
+    return centred * jax.lax.rsqrt(
+        jnp.square(centred).sum(-1, keepdims=True) / (x.shape[-1] - 1) + eps
+    )

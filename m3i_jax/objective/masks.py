@@ -1,45 +1,64 @@
-"""Which cells of a mixed input show which image: the mask m of M3I section 3.4, drawn on the host, in numpy alone.
+"""Which cells of a mixed input show which image: the mask m of M3I section 3.4, drawn on the host,
+in numpy alone.
 
-True = the cell shows the row's own image (i), False = the partner's (j). Every row has exactly `hidden` False cells, so that shapes on the
-device are static. Masks are blockwise (BEiT's generator, as M3I's Table 7 asks) or uniform.
+True = the cell shows the row's own image (i), False = the partner's (j). Every row has exactly
+`hidden` False cells, so that shapes on the device are static. Masks are blockwise (BEiT's
+generator, as M3I's Table 7 asks) or uniform.
 
-Randomness is a pure function of (seed, purpose, stream position of the sample): a sample has the same mask on any number of hosts, workers
-and restarts, and another one every epoch. `uniforms` is that function for everything random on the host.
-"""
+Randomness is a pure function of (seed, purpose, stream position of the sample): a sample has the
+same mask on any number of hosts, workers and restarts, and another one every epoch. `uniforms` is
+that function for everything random on the host."""
 
 import math
 
 import numpy as np
 
-# Purposes: the second word of the key, so that no two uses of randomness share a stream. One width a purpose (see `uniforms`).
-CROP, MASK, TOPUP, SWAP, CYCLE, RECORD, UNIFORM, CAPTION, SHAPE, SPLIT, COLOR, DROP_PATH, RAND_AUGMENT = range(13)
+# Purposes: the second word of the key, so that no two uses of randomness share a stream. One width
+# a purpose (see `uniforms`).
+(
+    CROP,
+    MASK,
+    TOPUP,
+    SWAP,
+    CYCLE,
+    RECORD,
+    UNIFORM,
+    CAPTION,
+    SHAPE,
+    SPLIT,
+    COLOR,
+    DROP_PATH,
+    RAND_AUGMENT,
+) = range(13)
 SPARE = range(13, 256)
 """Purposes that this project does not use: for projects that import `uniforms`."""
 
 _U64 = np.uint64
 _TRIES = 32  # tries that one part of a stream holds: 99 masks in 100 need no second part
 _AHEAD = 4  # tries looked at together; only the speed depends on it
-_GIVE_UP = 10  # rectangles in a row that did not fit, before single cells fill what is missing (BEiT)
+# rectangles in a row that did not fit, before single cells fill what is missing (BEiT)
+_GIVE_UP = 10
 _TILT = math.log(1 / 0.3)  # the aspect ratio of a rectangle is log-uniform in 0.3 .. 1 / 0.3 (BEiT)
 _CELL = _U64(4095)  # low bits of a sort key that hold the cell: 64 x 64 at most
 
 
-def uniforms(seed: int, purpose: int, first: int, rows: int, width: int, *, part: int = 0) -> np.ndarray:
-    """Uniform random numbers of consecutive samples; row r is a function of (seed, purpose, part, first + r) alone.
+def uniforms(
+    seed: int, purpose: int, first: int, rows: int, width: int, *, part: int = 0
+) -> np.ndarray:
+    """Uniform random numbers of consecutive samples; row r is a function of (seed, purpose, part,
+    first + r) alone.
 
-    One Philox generator makes all rows, since its counter is the stream position times the blocks a sample takes. Numbers of one width are
-    independent; calls that differ in nothing but the width overlap, so give every purpose one width.
+    One Philox generator makes all rows, since its counter is the stream position times the blocks a
+    sample takes. Numbers of one width are independent; calls that differ in nothing but the width
+    overlap, so give every purpose one width.
 
-    Args:
-      seed: of the run, 0 <= seed < 2^64.
-      purpose: what the numbers are for, 0 <= purpose < 256: one of the constants of this module or of `SPARE`.
-      first: stream position of the first row, >= 0.
-      rows: number of samples.
-      width: numbers a sample.
-      part: continuation of a stream whose length is not known ahead, >= 0.
+    Args: seed: of the run, 0 <= seed < 2^64. purpose: what the numbers are for, 0 <= purpose < 256:
+      one of the constants of this module or of `SPARE`. first: stream position of the first row, >=
+      0. rows: number of samples. width: numbers a sample. part: continuation of a stream whose
+      length is not known ahead, >= 0.
 
-    Returns:
-      float64 [rows, width] in [0, 1), multiples of 2^-53. The same numbers in every version of numpy, which keeps Philox's stream.
+    Returns: float64 [rows, width] in [0, 1), multiples of 2^-53. The same numbers in every version
+      of numpy, which keeps Philox's stream.
 
     Raises:
       ValueError: a number out of its range.
@@ -54,36 +73,55 @@ def uniforms(seed: int, purpose: int, first: int, rows: int, width: int, *, part
 
 def _words(seed: int, purpose: int, first: int, rows: int, width: int, part: int = 0) -> np.ndarray:
     """uint64 [rows, width]: what `uniforms` makes its numbers of."""
-    if not (0 <= seed < 2**64 and 0 <= purpose < 256 and first >= 0 and rows >= 0 and width >= 1 and 0 <= part < 2**56):
+    if not (
+        0 <= seed < 2**64
+        and 0 <= purpose < 256
+        and first >= 0
+        and rows >= 0
+        and width >= 1
+        and 0 <= part < 2**56
+    ):
         raise ValueError(
-            f"seed {seed}, purpose {purpose}, first {first}, rows {rows}, width {width}, part {part}: "
-            "a seed is 0..2^64-1, a purpose 0..255, a width at least 1 and the others at least 0"
+            f"seed {seed}, purpose {purpose}, first {first}, rows {rows}, width {width}, part"
+            f" {part}: a seed is 0..2^64-1, a purpose 0..255, a width at least 1 and the others at"
+            " least 0"
         )
     blocks = -(-width // 4)  # Philox makes four words a count
-    generator = np.random.Philox(key=np.array([seed, purpose + (part << 8)], _U64), counter=int(first) * blocks)
+    generator = np.random.Philox(
+        key=np.array([seed, purpose + (part << 8)], _U64), counter=int(first) * blocks
+    )
     return generator.random_raw(rows * blocks * 4).reshape(rows, blocks * 4)[:, :width]
 
 
-def blockwise(seed: int, first: int, rows: int, *, grid: int, hidden: int, min_block: int | None = None, swap: bool = True) -> np.ndarray:
-    """Blockwise masks with an exact count: rectangles until full, then single cells (BEiT; SiameseIM for the exact count).
+def blockwise(
+    seed: int,
+    first: int,
+    rows: int,
+    *,
+    grid: int,
+    hidden: int,
+    min_block: int | None = None,
+    swap: bool = True,
+) -> np.ndarray:
+    """Blockwise masks with an exact count: rectangles until full, then single cells (BEiT;
+    SiameseIM for the exact count).
 
-    While cells are missing, draw a rectangle whose area is uniform between `min_block` and the number that is missing, whose aspect ratio
-    is log-uniform in 0.3..1/0.3 and whose place is uniform; take it if it is smaller than the grid in both directions and hides at least
-    one new cell and not too many. After ten failures in a row, uniformly drawn single cells make up the count (three masks in ten, usually
-    one to three cells).
+    While cells are missing, draw a rectangle whose area is uniform between `min_block` and the
+    number that is missing, whose aspect ratio is log-uniform in 0.3..1/0.3 and whose place is
+    uniform; take it if it is smaller than the grid in both directions and hides at least one new
+    cell and not too many. After ten failures in a row, uniformly drawn single cells make up the
+    count (three masks in ten, usually one to three cells).
 
-    Rectangles prefer the centre: of 98 of 14 x 14 cells, the four in the middle are hidden in 86 % of the masks, a corner in 7 %.
-    Therefore, if exactly half of the cells is hidden, the roles are swapped with probability 1/2, sample by sample: every cell then shows
-    either image equally often.
+    Rectangles prefer the centre: of 98 of 14 x 14 cells, the four in the middle are hidden in 86 %
+    of the masks, a corner in 7 %. Therefore, if exactly half of the cells is hidden, the roles are
+    swapped with probability 1/2, sample by sample: every cell then shows either image equally
+    often.
 
-    Args:
-      seed: of the run, 0 <= seed < 2^64.
-      first: stream position of the first row, >= 0.
-      rows: number of samples.
-      grid: cells a side, 1..64.
-      hidden: number of cells that show the partner, 0..grid^2; 98 of 14 x 14 in the paper ("blockwise", 50 %).
-      min_block: smallest area of a rectangle; None: BEiT's 16 of 196 cells, scaled to the grid.
-      swap: False leaves the roles as drawn also at one half.
+    Args: seed: of the run, 0 <= seed < 2^64. first: stream position of the first row, >= 0. rows:
+      number of samples. grid: cells a side, 1..64. hidden: number of cells that show the partner,
+      0..grid^2; 98 of 14 x 14 in the paper ("blockwise", 50 %). min_block: smallest area of a
+      rectangle; None: BEiT's 16 of 196 cells, scaled to the grid. swap: False leaves the roles as
+      drawn also at one half.
 
     Returns:
       bool [rows, grid * grid], row-major cells, True = own; exactly `hidden` False a row.
@@ -106,8 +144,14 @@ def blockwise(seed: int, first: int, rows: int, *, grid: int, hidden: int, min_b
     _check(grid, hidden)
     if min_block is not None and min_block < 1:
         raise ValueError(f"min_block is {min_block}; a rectangle has at least 1 cell")
-    cells, count = _rectangles(seed, first, rows, grid, hidden, min_block or max(1, round(16 * grid * grid / 196)))
-    drawn = (cells[:, :, None] >> np.arange(grid).astype(_U64) & _U64(1)).astype(bool).reshape(rows, grid * grid)
+    cells, count = _rectangles(
+        seed, first, rows, grid, hidden, min_block or max(1, round(16 * grid * grid / 196))
+    )
+    drawn = (
+        (cells[:, :, None] >> np.arange(grid).astype(_U64) & _U64(1))
+        .astype(bool)
+        .reshape(rows, grid * grid)
+    )
     short = np.flatnonzero(count < hidden)
     if short.size:
         missing = hidden - count[short]
@@ -118,30 +162,41 @@ def blockwise(seed: int, first: int, rows: int, *, grid: int, hidden: int, min_b
     return ~drawn
 
 
-def _rectangles(seed: int, first: int, rows: int, grid: int, hidden: int, least: int) -> tuple[np.ndarray, np.ndarray]:
-    """(uint64 [rows, grid], a bit a cell; int [rows], cells a row): rectangles alone, for all unfinished masks at a time.
+def _rectangles(
+    seed: int, first: int, rows: int, grid: int, hidden: int, least: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(uint64 [rows, grid], a bit a cell; int [rows], cells a row): rectangles alone, for all
+    unfinished masks at a time.
 
-    A mask takes its tries in the order of its stream. `_AHEAD` of them are computed together and the first that fits is taken: the next one
-    starts behind it, so what is drawn is what one try after the other would draw.
-    """
+    A mask takes its tries in the order of its stream. `_AHEAD` of them are computed together and
+    the first that fits is taken: the next one starts behind it, so what is drawn is what one try
+    after the other would draw."""
     cells, state = np.zeros((rows, grid), _U64), np.zeros((3, rows), np.int64)
     count, used, failures = state
     line, ahead, live = np.arange(grid), np.arange(_AHEAD), np.arange(rows if hidden else 0)
     tries = np.empty((rows, 0, 4))
     while live.size:
         if used[live].max() + _AHEAD > tries.shape[1]:
-            more = uniforms(seed, MASK, first, rows, 4 * _TRIES, part=tries.shape[1] // _TRIES).reshape(rows, _TRIES, 4)
+            more = uniforms(
+                seed, MASK, first, rows, 4 * _TRIES, part=tries.shape[1] // _TRIES
+            ).reshape(rows, _TRIES, 4)
             tries = np.concatenate([tries, more], 1)
-        area_u, tilt_u, top_u, left_u = np.moveaxis(tries[live[:, None], used[live, None] + ahead], 2, 0)
+        area_u, tilt_u, top_u, left_u = np.moveaxis(
+            tries[live[:, None], used[live, None] + ahead], 2, 0
+        )
         room = hidden - count[live, None]
-        # Where less is missing than the smallest block, the range of areas runs backwards, as in BEiT: blocks up to the smallest.
+        # Where less is missing than the smallest block, the range of areas runs backwards, as in
+        # BEiT: blocks up to the smallest.
         side, tall = np.sqrt(least + area_u * (room - least)), np.exp((tilt_u - 0.5) * _TILT)
         height, width = np.rint(side * tall).astype(np.int64), np.rint(side / tall).astype(np.int64)
         fits = (height < grid) & (width < grid)
         top = (top_u * (grid - height + 1)).astype(np.int64)
         left = (left_u * (grid - width + 1)).astype(np.int64)
-        # A word is a row of the grid: a rectangle is an OR of equal words, its new cells a population count.
-        word = ((_U64(1) << np.where(fits, width, 0).astype(_U64)) - _U64(1)) << np.where(fits, left, 0).astype(_U64)
+        # A word is a row of the grid: a rectangle is an OR of equal words, its new cells a
+        # population count.
+        word = ((_U64(1) << np.where(fits, width, 0).astype(_U64)) - _U64(1)) << np.where(
+            fits, left, 0
+        ).astype(_U64)
         below = line - top[..., None]
         fresh = ((below >= 0) & (below < height[..., None])) * word[..., None] & ~cells[live, None]
         new = np.bitwise_count(fresh).sum(-1, dtype=np.int64)
@@ -156,10 +211,15 @@ def _rectangles(seed: int, first: int, rows: int, grid: int, hidden: int, least:
     return cells, count
 
 
-def _shuffled(seed: int, purpose: int, first: int, rows: int, taken: np.ndarray, which: np.ndarray) -> np.ndarray:
-    """int [which, cells]: a random order of the cells of some rows, those already taken last. Sorts words whose low bits are the cell."""
+def _shuffled(
+    seed: int, purpose: int, first: int, rows: int, taken: np.ndarray, which: np.ndarray
+) -> np.ndarray:
+    """int [which, cells]: a random order of the cells of some rows, those already taken last. Sorts
+    words whose low bits are the cell."""
     size = taken.shape[1]
-    keys = _words(seed, purpose, first, rows, size)[which] & ~(_CELL | _U64(1 << 63)) | np.arange(size).astype(_U64)
+    keys = _words(seed, purpose, first, rows, size)[which] & ~(_CELL | _U64(1 << 63)) | np.arange(
+        size
+    ).astype(_U64)
     return (np.sort(keys | taken[which].astype(_U64) << _U64(63), axis=1) & _CELL).astype(np.int64)
 
 
@@ -191,7 +251,8 @@ def uniform(seed: int, first: int, rows: int, *, grid: int, hidden: int) -> np.n
 
 
 def upsample_masks(mask: np.ndarray, factor: int) -> np.ndarray:
-    """The same masks on a grid of smaller patches: a cell becomes `factor` x `factor` of them (SimMIM's cells of 32 pixels).
+    """The same masks on a grid of smaller patches: a cell becomes `factor` x `factor` of them
+    (SimMIM's cells of 32 pixels).
 
     Args:
       mask: bool [rows, G * G], row-major cells.
@@ -213,4 +274,6 @@ def _check(grid: int, hidden: int) -> None:
     if not 1 <= grid <= 64:
         raise ValueError(f"grid is {grid}; it must lie in 1..64: a row of cells is one 64-bit word")
     if not 0 <= hidden <= grid * grid:
-        raise ValueError(f"hidden is {hidden}; a grid of {grid} x {grid} has 0..{grid * grid} cells to hide")
+        raise ValueError(
+            f"hidden is {hidden}; a grid of {grid} x {grid} has 0..{grid * grid} cells to hide"
+        )

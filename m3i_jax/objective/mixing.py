@@ -1,8 +1,10 @@
-"""Pair, mix and un-mix, M3I section 3.4: `I_mix = m * I_i + (1 - m) * I_j` with a mask m that is constant on patches.
+"""Pair, mix and un-mix, M3I section 3.4: `I_mix = m * I_i + (1 - m) * I_j` with a mask m that is
+constant on patches.
 
-The partner of row b of a batch is row b ^ 1: the neighbours 2k and 2k + 1 exchange. Every image plays the role i (own, m = 1) in its own
-row and the role j in its neighbour's; a batch that is sharded in even parts needs no communication. For non-overlapping patch embeddings
-mixing pixels and mixing embeddings are the same thing.
+The partner of row b of a batch is row b ^ 1: the neighbours 2k and 2k + 1 exchange. Every image
+plays the role i (own, m = 1) in its own row and the role j in its neighbour's; a batch that is
+sharded in even parts needs no communication. For non-overlapping patch embeddings mixing pixels and
+mixing embeddings are the same thing.
 
 B images, N cells, K own cells, H = N - K cells of the partner, T tokens, D width.
 """
@@ -31,19 +33,23 @@ def partner(x: ArrayLike) -> jax.Array:
     """
     x = jnp.asarray(x)
     if x.ndim < 1 or x.shape[0] % 2:
-        raise ValueError(f"x has shape {x.shape}; rows are mixed with their neighbours, so the first axis must be even")
+        raise ValueError(
+            f"x has shape {x.shape}; rows are mixed with their neighbours, so the first axis must"
+            " be even"
+        )
     return jnp.flip(x.reshape(x.shape[0] // 2, 2, *x.shape[1:]), 1).reshape(x.shape)
 
 
 def mix(x_BxN: ArrayLike, mask_BxN: ArrayLike) -> jax.Array:
-    """The mixed input: cell n of row b is its own where the mask is True and its partner's elsewhere (M3I section 3.4).
+    """The mixed input: cell n of row b is its own where the mask is True and its partner's
+    elsewhere (M3I section 3.4).
 
     Args:
       x_BxN: [B, N, ...] patches or embeddings with the cells on axis 1, B even.
       mask_BxN: bool [B, N]; True = own.
 
-    Returns:
-      the shape and type of x. Exchanging the rows of every pair and inverting the mask gives the same array.
+    Returns: the shape and type of x. Exchanging the rows of every pair and inverting the mask gives
+      the same array.
 
     Raises:
       ValueError: an odd number of rows, or a mask whose shape is not [B, N].
@@ -55,19 +61,20 @@ def mix(x_BxN: ArrayLike, mask_BxN: ArrayLike) -> jax.Array:
     """
     x_BxN, mask_BxN = jnp.asarray(x_BxN), jnp.asarray(mask_BxN).astype(bool)
     _cells(x_BxN, mask_BxN)
-    return jnp.where(mask_BxN.reshape(mask_BxN.shape + (1,) * (x_BxN.ndim - 2)), x_BxN, partner(x_BxN))
+    return jnp.where(
+        mask_BxN.reshape(mask_BxN.shape + (1,) * (x_BxN.ndim - 2)), x_BxN, partner(x_BxN)
+    )
 
 
 def split(mask_BxN: ArrayLike, own: int) -> tuple[jax.Array, jax.Array]:
     """Indices of the cells that show the own image, and of those that show the partner.
 
-    Args:
-      mask_BxN: bool [B, N] with exactly `own` True a row, as the functions of `masks` guarantee; True = own. The count is not checked: it
-        would have to leave the device.
+    Args: mask_BxN: bool [B, N] with exactly `own` True a row, as the functions of `masks`
+      guarantee; True = own. The count is not checked: it would have to leave the device.
       own: K, a Python number: shapes are static.
 
-    Returns:
-      (own int32 [B, K], other int32 [B, N - K]), ascending; together each row is a permutation of 0..N-1.
+    Returns: (own int32 [B, K], other int32 [B, N - K]), ascending; together each row is a
+      permutation of 0..N-1.
 
     Raises:
       ValueError: a mask that is not [B, N], or own outside 0..N.
@@ -81,7 +88,10 @@ def split(mask_BxN: ArrayLike, own: int) -> tuple[jax.Array, jax.Array]:
     if mask_BxN.ndim != 2:
         raise ValueError(f"mask has shape {mask_BxN.shape}; it must be [B, N]")
     if not 0 <= own <= mask_BxN.shape[1]:
-        raise ValueError(f"own is {own}, but the mask has shape {mask_BxN.shape}: it must lie in 0..{mask_BxN.shape[1]}")
+        raise ValueError(
+            f"own is {own}, but the mask has shape {mask_BxN.shape}: it must lie in"
+            f" 0..{mask_BxN.shape[1]}"
+        )
     order_BxN = jnp.argsort(~mask_BxN, axis=1, stable=True).astype(jnp.int32)
     return order_BxN[:, :own], order_BxN[:, own:]
 
@@ -105,7 +115,10 @@ def gather(x_BxT: ArrayLike, index_BxK: ArrayLike) -> jax.Array:
     """
     x_BxT, index_BxK = jnp.asarray(x_BxT), jnp.asarray(index_BxK)
     if x_BxT.ndim < 2 or index_BxK.ndim != 2 or index_BxK.shape[0] != x_BxT.shape[0]:
-        raise ValueError(f"x has shape {x_BxT.shape} and index {index_BxK.shape}; they must be [B, T, ...] and [B, K]")
+        raise ValueError(
+            f"x has shape {x_BxT.shape} and index {index_BxK.shape}; they must be [B, T, ...] and"
+            " [B, K]"
+        )
     index = index_BxK.reshape(index_BxK.shape + (1,) * (x_BxT.ndim - 2))
     return jnp.take_along_axis(x_BxT, index, axis=1, mode="promise_in_bounds")
 
@@ -113,15 +126,16 @@ def gather(x_BxT: ArrayLike, index_BxK: ArrayLike) -> jax.Array:
 def unmix(x_BxN: ArrayLike, mask_BxN: ArrayLike, own: int) -> tuple[jax.Array, jax.Array]:
     """The tokens of a mixed sequence, taken apart by image.
 
-    The same as gathering both index sets of `split`, but as one permutation whose backward pass is the inverse permutation: no scatter.
+    The same as gathering both index sets of `split`, but as one permutation whose backward pass is
+    the inverse permutation: no scatter.
 
     Args:
       x_BxN: [B, N, ...] tokens of the mixed input, one a cell (without cls).
       mask_BxN: bool [B, N] with exactly `own` True a row; True = own.
       own: K, a Python number.
 
-    Returns:
-      (own [B, K, ...], other [B, N - K, ...]) in ascending order of cells. `other[b]` shows the partner, image b ^ 1.
+    Returns: (own [B, K, ...], other [B, N - K, ...]) in ascending order of cells. `other[b]` shows
+      the partner, image b ^ 1.
 
     Raises:
       ValueError: a mask that is not [B, N] for x, or own outside 0..N.
@@ -157,4 +171,6 @@ _permute.defvjp(_permute_forward, _permute_backward)
 
 def _cells(x: jax.Array, mask: jax.Array) -> None:
     if mask.ndim != 2 or x.shape[:2] != mask.shape:
-        raise ValueError(f"x has shape {x.shape} and mask {mask.shape}; they must be [B, N, ...] and [B, N]")
+        raise ValueError(
+            f"x has shape {x.shape} and mask {mask.shape}; they must be [B, N, ...] and [B, N]"
+        )

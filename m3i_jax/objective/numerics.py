@@ -1,4 +1,5 @@
-"""What all losses over rows share: float32 inside, weights that may be 0, and no NaN from a row that does not count."""
+"""What all losses over rows share: float32 inside, weights that may be 0, and no NaN from a row
+that does not count."""
 
 import math
 
@@ -6,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-# Softmax entries that do not exist get this logit. Finite, because a row of minus infinities only would be NaN in value and gradient.
+# Softmax entries that do not exist get this logit. Finite, because a row of minus infinities only
+# would be NaN in value and gradient.
 ABSENT = -1e30
-# Products in float32 for real. The default of TPUs and GPUs rounds their inputs to 8 or 11 bits, an error of .2 at CLIP's largest scale.
+# Products in float32 for real. The default of TPUs and GPUs rounds their inputs to 8 or 11 bits, an
+# error of .2 at CLIP's largest scale.
 EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -21,7 +24,9 @@ def float32(x: ArrayLike) -> jax.Array:
     return jnp.asarray(x).astype(jnp.float32)
 
 
-def check_same_shape(what: str, shape: tuple[int, ...], other: str, wanted: tuple[int, ...]) -> None:
+def check_same_shape(
+    what: str, shape: tuple[int, ...], other: str, wanted: tuple[int, ...]
+) -> None:
     """Raises ValueError unless both shapes are equal.
 
     >>> check_same_shape("label", (3,), "the rows of logits", (4,))
@@ -29,11 +34,16 @@ def check_same_shape(what: str, shape: tuple[int, ...], other: str, wanted: tupl
     ValueError: label has shape (3,), but the rows of logits has shape (4,); they must be equal
     """
     if shape != wanted:
-        raise ValueError(f"{what} has shape {shape}, but {other} has shape {wanted}; they must be equal")
+        raise ValueError(
+            f"{what} has shape {shape}, but {other} has shape {wanted}; they must be equal"
+        )
 
 
-def zero_masked_rows(a_TxD: jax.Array, b_TxD: jax.Array, where_T: ArrayLike | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Both arrays with rows of weight 0 set to 0, and the weights: 0 times NaN would be NaN, in the sum and in the gradient.
+def zero_masked_rows(
+    a_TxD: jax.Array, b_TxD: jax.Array, where_T: ArrayLike | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Both arrays with rows of weight 0 set to 0, and the weights: 0 times NaN would be NaN, in the
+    sum and in the gradient.
 
     >>> a = jnp.array([[jnp.nan], [2.0]])
     >>> [x.tolist() for x in zero_masked_rows(a, a, jnp.array([False, True]))]
@@ -48,7 +58,8 @@ def zero_masked_rows(a_TxD: jax.Array, b_TxD: jax.Array, where_T: ArrayLike | No
 
 
 def l2_normalize(x_TxD: jax.Array) -> jax.Array:
-    """Rows at length 1; a zero row stays zero and gets no gradient, where dividing by a tiny length would give it a huge one.
+    """Rows at length 1; a zero row stays zero and gets no gradient, where dividing by a tiny length
+    would give it a huge one.
 
     >>> l2_normalize(jnp.array([[2.0, 0.0], [0.0, 0.0]])).tolist()
     [[1.0, 0.0], [0.0, 0.0]]
@@ -59,8 +70,8 @@ def l2_normalize(x_TxD: jax.Array) -> jax.Array:
 
 
 def select_logit(logits_TxK: jax.Array, index_T: jax.Array) -> jax.Array:
-    """Entry `index` of each row by comparison: no gather, no scatter in the backward pass, and any sharding of K stays as it is. NaN where
-    the index is outside.
+    """Entry `index` of each row by comparison: no gather, no scatter in the backward pass, and any
+    sharding of K stays as it is. NaN where the index is outside.
 
     >>> select_logit(jnp.array([[5.0, 6.0], [7.0, 8.0]]), jnp.array([1, 2])).tolist()
     [6.0, nan]

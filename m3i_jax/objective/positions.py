@@ -1,11 +1,13 @@
-"""Where a target position lies, seen from the input view: how the decoder's queries know what to predict (M3I Fig. 2, SiameseIM).
+"""Where a target position lies, seen from the input view: how the decoder's queries know what to
+predict (M3I Fig. 2, SiameseIM).
 
-Boxes are `(top, left, height, width)` in pixels of the un-mirrored image; a view is cropped first and then, if its flip is set, mirrored.
-Positions are measured in patches of the input view from its left-top corner, so that equal views give exactly 0, 1, 2, ... B pairs of
-views, G cells a side, N = G * G positions in row-major order, W the width of an embedding, a multiple of 4.
+Boxes are `(top, left, height, width)` in pixels of the un-mirrored image; a view is cropped first
+and then, if its flip is set, mirrored. Positions are measured in patches of the input view from its
+left-top corner, so that equal views give exactly 0, 1, 2, ... B pairs of views, G cells a side, N =
+G * G positions in row-major order, W the width of an embedding, a multiple of 4.
 
-Each number x is embedded as `[sin(x w_k), cos(x w_k)]` with `w_k = 10000^(-k / (W / 4))`, k = 0..W/4-1; rows come before columns.
-"""
+Each number x is embedded as `[sin(x w_k), cos(x w_k)]` with `w_k = 10000^(-k / (W / 4))`, k =
+0..W/4-1; rows come before columns."""
 
 import math
 
@@ -14,11 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-_SCALE = 10.0  # the logarithm of a size ratio is stretched by this, so that ratios near 1 differ as much as neighbouring patches do
+# the logarithm of a size ratio is stretched by this, so that ratios near 1 differ as much as
+# neighbouring patches do
+_SCALE = 10.0
 
 
 def sincos_2d(grid: int, width: int) -> np.ndarray:
-    """Fixed two-dimensional sine-cosine table, row first: `[sin(r w), cos(r w), sin(c w), cos(c w)]` (MoCo v3, SiameseIM).
+    """Fixed two-dimensional sine-cosine table, row first: `[sin(r w), cos(r w), sin(c w), cos(c
+    w)]` (MoCo v3, SiameseIM).
 
     MAE's table is the same with its two halves exchanged: column first.
 
@@ -26,8 +31,8 @@ def sincos_2d(grid: int, width: int) -> np.ndarray:
       grid: cells a side, G.
       width: W, a multiple of 4.
 
-    Returns:
-      float32 [G * G, W] numpy array, computed in float64; row-major cells. A token without a place (cls) has zeros instead.
+    Returns: float32 [G * G, W] numpy array, computed in float64; row-major cells. A token without a
+      place (cls) has zeros instead.
 
     Raises:
       ValueError: a width that is not a positive multiple of 4, or no cells.
@@ -38,13 +43,19 @@ def sincos_2d(grid: int, width: int) -> np.ndarray:
     _check(grid, width)
     place_GxH = _embed_numpy(np.arange(grid, dtype=np.float64), width)
     row_GxGxH = np.broadcast_to(place_GxH[:, None], (grid, grid, width // 2))
-    return np.concatenate([row_GxGxH, row_GxGxH.swapaxes(0, 1)], -1).reshape(grid * grid, width).astype(np.float32)
+    return (
+        np.concatenate([row_GxGxH, row_GxGxH.swapaxes(0, 1)], -1)
+        .reshape(grid * grid, width)
+        .astype(np.float32)
+    )
 
 
 def resized(table_NxW: np.ndarray, grid: int) -> np.ndarray:
-    """A square position table for another number of cells, bicubic: how a model goes on with images of another size (MAE, DeiT).
+    """A square position table for another number of cells, bicubic: how a model goes on with images
+    of another size (MAE, DeiT).
 
-    Keys' kernel with a = -0.75, without antialiasing, half-pixel centres and repeated borders: the numbers of torch's bicubic.
+    Keys' kernel with a = -0.75, without antialiasing, half-pixel centres and repeated borders: the
+    numbers of torch's bicubic.
 
     Args:
       table_NxW: a row a cell, row-major.
@@ -65,16 +76,22 @@ def resized(table_NxW: np.ndarray, grid: int) -> np.ndarray:
         distance = np.abs(at - (first + tap))
         near = 1.25 * distance**3 - 2.25 * distance**2 + 1
         far = -0.75 * (distance**3 - 5 * distance**2 + 8 * distance - 4)
-        np.add.at(weights, (np.arange(grid), np.clip(first + tap, 0, old - 1)), np.where(distance <= 1, near, far))
+        np.add.at(
+            weights,
+            (np.arange(grid), np.clip(first + tap, 0, old - 1)),
+            np.where(distance <= 1, near, far),
+        )
     square_GxGxW = table_NxW.astype(np.float64).reshape(old, old, -1)
     out_GxGxW = np.einsum("ya,xb,abw->yxw", weights, weights, square_GxGxW, optimize=True)
     return out_GxGxW.reshape(grid * grid, -1).astype(np.float32)
 
 
 def same_view_positions(grid: int, width: int) -> np.ndarray:
-    """What `relative_positions` gives for equal views: the absolute table, then the embedding of two size ratios of 1, zeros and ones.
+    """What `relative_positions` gives for equal views: the absolute table, then the embedding of
+    two size ratios of 1, zeros and ones.
 
-    For the intra-view role, where it is the same for every image: one array, and one product with the decoder's map, for the whole batch.
+    For the intra-view role, where it is the same for every image: one array, and one product with
+    the decoder's map, for the whole batch.
 
     Args:
       grid: cells a side, G.
@@ -96,20 +113,23 @@ def same_view_positions(grid: int, width: int) -> np.ndarray:
 
 
 def coordinates(
-    box_in_Bx4: ArrayLike, flip_in_B: ArrayLike, box_out_Bx4: ArrayLike, flip_out_B: ArrayLike, grid: int
+    box_in_Bx4: ArrayLike,
+    flip_in_B: ArrayLike,
+    box_out_Bx4: ArrayLike,
+    flip_out_B: ArrayLike,
+    grid: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Rows and columns of the target view's cells in patches of the input view (SiameseIM, for crop first and mirror afterwards).
+    """Rows and columns of the target view's cells in patches of the input view (SiameseIM, for crop
+    first and mirror afterwards).
 
-    Args:
-      box_in_Bx4: (top, left, height, width) of the input view, pixels of the un-mirrored image; height and width > 0.
-      flip_in_B: whether the input view was mirrored after cropping.
-      box_out_Bx4: box of the target view.
-      flip_out_B: whether the target view was mirrored.
-      grid: cells a side of both views, G.
+    Args: box_in_Bx4: (top, left, height, width) of the input view, pixels of the un-mirrored image;
+      height and width > 0. flip_in_B: whether the input view was mirrored after cropping.
+      box_out_Bx4: box of the target view. flip_out_B: whether the target view was mirrored. grid:
+      cells a side of both views, G.
 
-    Returns:
-      (y [B, G], x [B, G]) float32: y of the target's cell rows, x of its cell columns; cell n of an equal view is exactly n. A target
-      outside the input view has coordinates below 0 or above G - 1; mirrored against it, x falls with the column.
+    Returns: (y [B, G], x [B, G]) float32: y of the target's cell rows, x of its cell columns; cell
+      n of an equal view is exactly n. A target outside the input view has coordinates below 0 or
+      above G - 1; mirrored against it, x falls with the column.
 
     Raises:
       ValueError: boxes that are not [B, 4] or flips that are not [B].
@@ -126,12 +146,17 @@ def coordinates(
     centre_G = jnp.arange(grid, dtype=jnp.float32) + 0.5
 
     def seen(axis: int, flips: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-        start_a, start_b, size_a, size_b = a_Bx4[:, axis, None], b_Bx4[:, axis, None], a_Bx4[:, axis + 2, None], b_Bx4[:, axis + 2, None]
+        start_a, start_b, size_a, size_b = (
+            a_Bx4[:, axis, None],
+            b_Bx4[:, axis, None],
+            a_Bx4[:, axis + 2, None],
+            b_Bx4[:, axis + 2, None],
+        )
         step_BxG = jnp.broadcast_to(centre_G, (a_Bx4.shape[0], grid))
         if flips is not None:
             step_BxG = jnp.where(flips[1][:, None], grid - step_BxG, step_BxG)
-        # Grid times the distance from the input view's edge, then from its own cell n: exact for whole pixels, and 0 for equal views, so
-        # that no rounding of the division shows there.
+        # Grid times the distance from the input view's edge, then from its own cell n: exact for
+        # whole pixels, and 0 for equal views, so that no rounding of the division shows there.
         reach_BxG = grid * (start_b - start_a) + size_b * step_BxG
         if flips is not None:
             reach_BxG = jnp.where(flips[0][:, None], grid * size_a - reach_BxG, reach_BxG)
@@ -141,17 +166,24 @@ def coordinates(
 
 
 def relative_parts(
-    box_in_Bx4: ArrayLike, flip_in_B: ArrayLike, box_out_Bx4: ArrayLike, flip_out_B: ArrayLike, *, grid: int, width: int
+    box_in_Bx4: ArrayLike,
+    flip_in_B: ArrayLike,
+    box_out_Bx4: ArrayLike,
+    flip_out_B: ArrayLike,
+    *,
+    grid: int,
+    width: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The three parts that `relative_positions` is put together from: rows, columns and size ratios, each embedded once.
+    """The three parts that `relative_positions` is put together from: rows, columns and size
+    ratios, each embedded once.
 
-    A linear map of `relative_positions`'s rows is the sum of maps of these parts, of G + G + 1 rows instead of G * G: use it to save the product.
+    A linear map of `relative_positions`'s rows is the sum of maps of these parts, of G + G + 1 rows
+    instead of G * G: use it to save the product.
 
     Args: as for `relative_positions`.
 
-    Returns:
-      (row [B, G, W / 2], column [B, G, W / 2], ratio [B, W]) float32, such that position (r, c) of `relative_positions` is
-      `concatenate([row[:, r], column[:, c], ratio])`.
+    Returns: (row [B, G, W / 2], column [B, G, W / 2], ratio [B, W]) float32, such that position (r,
+      c) of `relative_positions` is `concatenate([row[:, r], column[:, c], ratio])`.
 
     Raises:
       ValueError: as for `relative_positions`.
@@ -169,34 +201,41 @@ def relative_parts(
 
 
 def relative_positions(
-    box_in_Bx4: ArrayLike, flip_in_B: ArrayLike, box_out_Bx4: ArrayLike, flip_out_B: ArrayLike, *, grid: int, width: int
+    box_in_Bx4: ArrayLike,
+    flip_in_B: ArrayLike,
+    box_out_Bx4: ArrayLike,
+    flip_out_B: ArrayLike,
+    *,
+    grid: int,
+    width: int,
 ) -> jax.Array:
-    """Raw embedding of every target position relative to the input view: offset, scale and mirroring (M3I Fig. 2, SiameseIM).
+    """Raw embedding of every target position relative to the input view: offset, scale and
+    mirroring (M3I Fig. 2, SiameseIM).
 
-    `[sin(y w), cos(y w), sin(x w), cos(x w), sin(h w), cos(h w), sin(v w), cos(v w)]`, W / 4 numbers each, with (y, x) from `coordinates`
-    and h, v ten times the natural logarithm of the target's height and width over the input's. Mirroring shows in x alone. A learned linear
-    map 2 W -> W makes a decoder query of it.
+    `[sin(y w), cos(y w), sin(x w), cos(x w), sin(h w), cos(h w), sin(v w), cos(v w)]`, W / 4
+    numbers each, with (y, x) from `coordinates` and h, v ten times the natural logarithm of the
+    target's height and width over the input's. Mirroring shows in x alone. A learned linear map 2 W
+    -> W makes a decoder query of it.
 
-    Args:
-      box_in_Bx4: (top, left, height, width) of the input view, pixels of the un-mirrored image; height and width > 0.
-      flip_in_B: whether the input view was mirrored after cropping.
-      box_out_Bx4: box of the target view.
-      flip_out_B: whether the target view was mirrored.
-      grid: cells a side, G.
-      width: W of the decoder, a multiple of 4.
+    Args: box_in_Bx4: (top, left, height, width) of the input view, pixels of the un-mirrored image;
+      height and width > 0. flip_in_B: whether the input view was mirrored after cropping.
+      box_out_Bx4: box of the target view. flip_out_B: whether the target view was mirrored. grid:
+      cells a side, G. width: W of the decoder, a multiple of 4.
 
-    Returns:
-      float32 [B, G * G, 2 W], row-major target positions. Keep it in float32 until the map: its phases reach a hundred and more.
+    Returns: float32 [B, G * G, 2 W], row-major target positions. Keep it in float32 until the map:
+      its phases reach a hundred and more.
 
-    Raises:
-      ValueError: a width that is not a positive multiple of 4, no cells, boxes that are not [B, 4] or flips that are not [B].
+    Raises: ValueError: a width that is not a positive multiple of 4, no cells, boxes that are not
+      [B, 4] or flips that are not [B].
 
     >>> import jax.numpy as jnp
     >>> a, b, no = jnp.array([[10., 20., 100., 120.]]), jnp.array([[40., 200., 200., 150.]]), jnp.array([False])
     >>> print(*(f"{x:.4f}" for x in relative_positions(a, no, b, no, grid=2, width=8)[0, 0, :4]))
     0.8912 0.0110 0.4536 0.9999
     """
-    row_BxGxH, column_BxGxH, ratio_BxW = relative_parts(box_in_Bx4, flip_in_B, box_out_Bx4, flip_out_B, grid=grid, width=width)
+    row_BxGxH, column_BxGxH, ratio_BxW = relative_parts(
+        box_in_Bx4, flip_in_B, box_out_Bx4, flip_out_B, grid=grid, width=width
+    )
     batch = ratio_BxW.shape[0]
     raw_BxGxGx2W = jnp.concatenate(
         [
@@ -209,13 +248,18 @@ def relative_positions(
     return raw_BxGxGx2W.reshape(batch, grid * grid, 2 * width)
 
 
-def _views(box_in: ArrayLike, flip_in: ArrayLike, box_out: ArrayLike, flip_out: ArrayLike) -> tuple[jax.Array, ...]:
+def _views(
+    box_in: ArrayLike, flip_in: ArrayLike, box_out: ArrayLike, flip_out: ArrayLike
+) -> tuple[jax.Array, ...]:
     boxes = [jnp.asarray(box).astype(jnp.float32) for box in (box_in, box_out)]
     flips = [jnp.asarray(flip).astype(bool) for flip in (flip_in, flip_out)]
     shapes = [x.shape for x in (boxes[0], flips[0], boxes[1], flips[1])]
     rows = shapes[0][:1]
     if shapes != [(*rows, 4), rows, (*rows, 4), rows]:
-        raise ValueError(f"input box, input flip, target box and target flip have shapes {shapes}; they must be [B, 4], [B], [B, 4], [B]")
+        raise ValueError(
+            f"input box, input flip, target box and target flip have shapes {shapes}; they must be"
+            " [B, 4], [B], [B, 4], [B]"
+        )
     return boxes[0], flips[0], boxes[1], flips[1]
 
 
@@ -237,4 +281,7 @@ def _check(grid: int, width: int) -> None:
     if grid < 1:
         raise ValueError(f"grid is {grid}; it must be at least 1")
     if width < 4 or width % 4:
-        raise ValueError(f"width is {width}; it must be a positive multiple of 4: sine and cosine of a row and of a column")
+        raise ValueError(
+            f"width is {width}; it must be a positive multiple of 4: sine and cosine of a row and"
+            " of a column"
+        )

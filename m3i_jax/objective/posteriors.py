@@ -1,11 +1,14 @@
-"""Normal forms of the posterior P^(z_y | prediction) as values, so that a row of Table 1 can name one (M3I section 3.1).
+"""Normal forms of the posterior P^(z_y | prediction) as values, so that a row of Table 1 can name
+one (M3I section 3.1).
 
-`cost` of each gives the negative log-likelihood that is trained, and the sums from which `bits` estimates how much information the
-prediction carries about its target. Both add up over parts of a batch, also of `Boltzmann` and `DenseCL`, which see the targets of the
-whole batch through `Given.keys`. Not of `NTXent`, `BarlowTwins` and `Prototypes`: they compare the images of one part with each other.
+`cost` of each gives the negative log-likelihood that is trained, and the sums from which `bits`
+estimates how much information the prediction carries about its target. Both add up over parts of a
+batch, also of `Boltzmann` and `DenseCL`, which see the targets of the whole batch through
+`Given.keys`. Not of `NTXent`, `BarlowTwins` and `Prototypes`: they compare the images of one part
+with each other.
 
-R rows of predictions (images), N positions, D width, B images of the whole batch, K prototypes, C classes, E joint space.
-"""
+R rows of predictions (images), N positions, D width, B images of the whole batch, K prototypes, C
+classes, E joint space."""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -50,9 +53,12 @@ class LossInputs:
 
 
 class Posterior(Protocol):
-    """`prepare(target)`: the target as the form compares it. `cost(prediction, target, where, given)`: [R, N, D] and [R, N], or [R, D] and
-    [R]. `bits(evidence, count)`: None, if the form is no likelihood. `batch_keys`: whether it wants the targets of the whole batch.
-    `two_sided`: whether the target may have a gradient, and the form is what keeps it from collapsing."""
+    """`prepare(target)`: the target as the form compares it. `cost(prediction, target, where,
+    given)`: [R, N, D] and [R, N], or [R, D] and
+    [R]. `bits(evidence, count)`: None, if the form is no likelihood. `batch_keys`: whether it wants
+    the targets of the whole batch.
+    `two_sided`: whether the target may have a gradient, and the form is what keeps it from
+    collapsing."""
 
     batch_keys: ClassVar[bool]
     two_sided: ClassVar[bool]
@@ -82,7 +88,8 @@ class _Form:
 
 
 class _Regression(_Form):
-    """Forms that predict the target itself: their information is that of a Gaussian around the prediction."""
+    """Forms that predict the target itself: their information is that of a Gaussian around the
+    prediction."""
 
     def prepare(self, target: jax.Array) -> jax.Array:
         return losses.layer_normalize(target)
@@ -102,12 +109,16 @@ class _Softmax(_Form):
 
     @staticmethod
     def evidence(nll: jax.Array, count: jax.Array, choices: Any) -> dict[str, jax.Array]:
-        return {"nll": jax.lax.stop_gradient(nll), "log_choices": count * jnp.log(jnp.maximum(jnp.asarray(choices, jnp.float32), 1.0))}
+        return {
+            "nll": jax.lax.stop_gradient(nll),
+            "log_choices": count * jnp.log(jnp.maximum(jnp.asarray(choices, jnp.float32), 1.0)),
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gaussian(_Regression):
-    """Squared error per element; with `second_moment`, the anti-collapse term of SiameseIM, weighed by the configuration.
+    """Squared error per element; with `second_moment`, the anti-collapse term of SiameseIM, weighed
+    by the configuration.
 
     >>> p = jnp.ones((2, 3, 4))
     >>> print(Gaussian().cost(p, p + 1, jnp.ones((2, 3)), LossInputs()).sum)                                # 6 rows, 1 an element
@@ -116,11 +127,15 @@ class Gaussian(_Regression):
 
     second_moment: bool = False
 
-    def cost(self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs) -> LossSum:
+    def cost(
+        self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs
+    ) -> LossSum:
         width = target.shape[-1]
         p, t, w = prediction.reshape(-1, width), target.reshape(-1, width), where.reshape(-1)
         weight = given.weight if self.second_moment else 0.0
-        total, count = losses.gaussian(p, t, w, second_moment=weight, moment_DxD=given.moment if weight else None)
+        total, count = losses.gaussian(
+            p, t, w, second_moment=weight, moment_DxD=given.moment if weight else None
+        )
         return LossSum(total, count, _moments(p, t, w))
 
 
@@ -134,14 +149,17 @@ class SmoothL1(_Regression):
 
     beta: float = 2.0
 
-    def cost(self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs) -> LossSum:
+    def cost(
+        self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs
+    ) -> LossSum:
         total, count = regression_losses.smooth_l1(prediction, target, where, beta=self.beta)
         return LossSum(total, count, _moments(prediction, target, where))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cosine(_Regression):
-    """2 - 2 cos: the Gaussian of vectors of length 1 (BYOL). `scale`: 2 where a method adds up both directions.
+    """2 - 2 cos: the Gaussian of vectors of length 1 (BYOL). `scale`: 2 where a method adds up both
+    directions.
 
     >>> print(Cosine().cost(jnp.eye(2), jnp.eye(2)[::-1], jnp.ones(2), LossInputs()).sum)
     4.0
@@ -152,16 +170,24 @@ class Cosine(_Regression):
     def prepare(self, target: jax.Array) -> jax.Array:
         return target
 
-    def cost(self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs) -> LossSum:
+    def cost(
+        self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs
+    ) -> LossSum:
         total, count = regression_losses.cosine(prediction, target, where)
-        return LossSum(self.scale * total, count, _moments(l2_normalize(float32(prediction)), l2_normalize(float32(target)), where))
+        return LossSum(
+            self.scale * total,
+            count,
+            _moments(l2_normalize(float32(prediction)), l2_normalize(float32(target)), where),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Boltzmann(_Softmax):
-    """InfoNCE over the targets of the whole batch; of dense targets, over those at the same position of all images.
+    """InfoNCE over the targets of the whole batch; of dense targets, over those at the same
+    position of all images.
 
-    `temperature`: None, that of the configuration. `scale` multiplies the loss (MoCo v3: 2 tau, and 2 for the sum of both directions).
+    `temperature`: None, that of the configuration. `scale` multiplies the loss (MoCo v3: 2 tau, and
+    2 for the sum of both directions).
 
     >>> z = jnp.eye(3)
     >>> print(round(float(Boltzmann(temperature=0.5).cost(z, z, jnp.ones(3), LossInputs()).sum / 3), 4))      # log(1 + 2 exp(-2))
@@ -172,12 +198,16 @@ class Boltzmann(_Softmax):
     scale: float = 1.0
     batch_keys: ClassVar[bool] = True
 
-    def cost(self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs) -> LossSum:
+    def cost(
+        self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs
+    ) -> LossSum:
         keys = target if given.keys is None else given.keys
         index = jnp.arange(prediction.shape[0]) if given.index is None else given.index
         tau = given.temperature if self.temperature is None else self.temperature
         if prediction.ndim == 3:
-            total, count = contrastive.dense_boltzmann(prediction, keys, where, index_B=index, temperature=tau)
+            total, count = contrastive.dense_boltzmann(
+                prediction, keys, where, index_B=index, temperature=tau
+            )
         else:
             total, count = losses.boltzmann(prediction, keys, index, where, temperature=tau)
         return LossSum(self.scale * total, count, self.evidence(total, count, keys.shape[0]))
@@ -185,9 +215,11 @@ class Boltzmann(_Softmax):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseCL(_Softmax):
-    """InfoNCE of dense targets against the mean target of every other image (DenseCL, its queue being the batch).
+    """InfoNCE of dense targets against the mean target of every other image (DenseCL, its queue
+    being the batch).
 
-    The mean is over the keys, every cell of the view once: the targets may be a choice of cells, some of them often.
+    The mean is over the keys, every cell of the view once: the targets may be a choice of cells,
+    some of them often.
 
     >>> z = jnp.eye(2)[:, None]
     >>> print(round(float(DenseCL(temperature=0.5).cost(z, z, jnp.ones((2, 1)), LossInputs()).sum / 2), 4))   # log(1 + exp(-2))
@@ -197,10 +229,14 @@ class DenseCL(_Softmax):
     temperature: float | None = None
     batch_keys: ClassVar[bool] = True
 
-    def cost(self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs) -> LossSum:
+    def cost(
+        self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs
+    ) -> LossSum:
         keys = target if given.keys is None else given.keys
         tau = given.temperature if self.temperature is None else self.temperature
-        total, count = contrastive.densecl(prediction, target, keys.mean(1), where, index_B=given.index, temperature=tau)
+        total, count = contrastive.densecl(
+            prediction, target, keys.mean(1), where, index_B=given.index, temperature=tau
+        )
         return LossSum(total, count, self.evidence(total, count, keys.shape[0]))
 
 
@@ -216,7 +252,9 @@ class NTXent(_Softmax):
     temperature: float | None = None
     two_sided: ClassVar[bool] = True
 
-    def cost(self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs) -> LossSum:
+    def cost(
+        self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs
+    ) -> LossSum:
         tau = given.temperature if self.temperature is None else self.temperature
         total, count = contrastive.nt_xent(prediction, target, where, temperature=tau)
         return LossSum(total, count, self.evidence(total, count, 2 * count - 1))
@@ -224,7 +262,8 @@ class NTXent(_Softmax):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BarlowTwins(_Form):
-    """Cross-correlation of two views against the identity (Barlow Twins). No likelihood, so no bits.
+    """Cross-correlation of two views against the identity (Barlow Twins). No likelihood, so no
+    bits.
 
     >>> z = jnp.array([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
     >>> print(round(float(BarlowTwins().cost(z, z, jnp.ones(4), LossInputs()).sum), 4))
@@ -234,8 +273,12 @@ class BarlowTwins(_Form):
     off_diagonal: float = 0.0051
     two_sided: ClassVar[bool] = True
 
-    def cost(self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs) -> LossSum:
-        total, count = contrastive.barlow_twins(prediction, target, where, off_diagonal=self.off_diagonal)
+    def cost(
+        self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs
+    ) -> LossSum:
+        total, count = contrastive.barlow_twins(
+            prediction, target, where, off_diagonal=self.off_diagonal
+        )
         return LossSum(total, count, {})
 
     def bits(self, evidence: dict[str, jax.Array], count: jax.Array) -> None:
@@ -244,7 +287,8 @@ class BarlowTwins(_Form):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prototypes(_Form):
-    """Assignment to trained prototypes, with the entropy of the mean assignment maximised (MSN). Its bits are over the mean assignment.
+    """Assignment to trained prototypes, with the entropy of the mean assignment maximised (MSN).
+    Its bits are over the mean assignment.
 
     >>> given = LossInputs(parameters=jnp.eye(2))
     >>> print(Prototypes().cost(jnp.eye(2), jnp.eye(2), jnp.ones(2), given).count)
@@ -256,21 +300,43 @@ class Prototypes(_Form):
     sinkhorn: int = 3
     mean_entropy: float = 1.0
 
-    def cost(self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs) -> LossSum:
-        tau, sharp, turns, k_KxD = self.temperature, self.sharpening, self.sinkhorn, given.parameters
+    def cost(
+        self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs
+    ) -> LossSum:
+        tau, sharp, turns, k_KxD = (
+            self.temperature,
+            self.sharpening,
+            self.sinkhorn,
+            given.parameters,
+        )
 
         def loss(mean_entropy: float) -> tuple[jax.Array, jax.Array]:
             return contrastive.prototypes(
-                prediction, target, k_KxD, where, temperature=tau, sharpening=sharp, sinkhorn=turns, mean_entropy=mean_entropy
+                prediction,
+                target,
+                k_KxD,
+                where,
+                temperature=tau,
+                sharpening=sharp,
+                sinkhorn=turns,
+                mean_entropy=mean_entropy,
             )
 
-        q_BxK = contrastive.assignments(target, k_KxD, where, temperature=tau, sharpening=sharp, sinkhorn=turns)
+        q_BxK = contrastive.assignments(
+            target, k_KxD, where, temperature=tau, sharpening=sharp, sinkhorn=turns
+        )
         total, count = loss(self.mean_entropy)
         nll = jax.lax.stop_gradient(loss(0.0)[0])
-        return LossSum(total, count, {"nll": nll, "counts": jax.lax.stop_gradient((where[:, None] * q_BxK).sum(0))})
+        return LossSum(
+            total,
+            count,
+            {"nll": nll, "counts": jax.lax.stop_gradient((where[:, None] * q_BxK).sum(0))},
+        )
 
     def bits(self, evidence: dict[str, jax.Array], count: jax.Array) -> jax.Array:
-        return information.category_bits(evidence["nll"] / jnp.maximum(count, 1), evidence["counts"])
+        return information.category_bits(
+            evidence["nll"] / jnp.maximum(count, 1), evidence["counts"]
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -281,7 +347,9 @@ class CategorySoftmax(_Form):
     1.0
     """
 
-    def cost(self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs) -> LossSum:
+    def cost(
+        self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs
+    ) -> LossSum:
         total, count = losses.category(prediction, target, where, smoothing=given.smoothing)
         nll, _ = losses.category(jax.lax.stop_gradient(prediction), target, where, smoothing=0.0)
         present = where * (target >= 0)
@@ -289,7 +357,9 @@ class CategorySoftmax(_Form):
         return LossSum(total, count, {"nll": nll, "counts": labels})
 
     def bits(self, evidence: dict[str, jax.Array], count: jax.Array) -> jax.Array:
-        return information.category_bits(evidence["nll"] / jnp.maximum(count, 1), evidence["counts"])
+        return information.category_bits(
+            evidence["nll"] / jnp.maximum(count, 1), evidence["counts"]
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -301,6 +371,10 @@ class TextSoftmax(_Softmax):
     0.1269
     """
 
-    def cost(self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs) -> LossSum:
-        total, count = losses.text(prediction, target, given.parameters, where, group_B=given.group, chunk=given.chunk)
+    def cost(
+        self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs
+    ) -> LossSum:
+        total, count = losses.text(
+            prediction, target, given.parameters, where, group_B=given.group, chunk=given.chunk
+        )
         return LossSum(total, count, self.evidence(total, count, count))

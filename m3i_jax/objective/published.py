@@ -1,14 +1,23 @@
-"""Named methods of the paper's Table 1 as values, where their public definition differs from the paper's common skeleton.
+"""Named methods of the paper's Table 1 as values, where their public definition differs from the
+paper's common skeleton.
 
-A method is an objective and the settings it was published with. What is kept is what decides the gradient; what is left out is named.
-AdamW trains them all. `configs/forms.py:form=NAME` makes a run of one.
-"""
+A method is an objective and the settings it was published with. What is kept is what decides the
+gradient; what is left out is named. AdamW trains them all. `configs/forms.py:form=NAME` makes a run
+of one."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from m3i_jax.objective.posteriors import BarlowTwins, Boltzmann, Cosine, DenseCL, NTXent, Prototypes, SmoothL1
+from m3i_jax.objective.posteriors import (
+    BarlowTwins,
+    Boltzmann,
+    Cosine,
+    DenseCL,
+    NTXent,
+    Prototypes,
+    SmoothL1,
+)
 from m3i_jax.objective.terms import (
     FORMS,
     FULL,
@@ -29,7 +38,8 @@ OTHER = Pass(crop=1)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublishedMethod:
-    """terms: the objective. settings: {dotted key: value} of its publication. kept, left_out: in words."""
+    """terms: the objective. settings: {dotted key: value} of its publication. kept, left_out: in
+    words."""
 
     terms: Terms
     settings: Mapping[str, Any]
@@ -40,12 +50,23 @@ class PublishedMethod:
 _PLAIN = {
     "data.augment.jitter_p": 0.0, "data.augment.grayscale_p": 0.0, "data.augment.blur_p": (0.0, 0.0), "data.augment.solarize_p": (0.0, 0.0)
 }  # fmt: skip
-_EVEN = {"data.augment.blur_p": (0.5, 0.5), "data.augment.solarize_p": (0.0, 0.0)}  # both views alike
+# both views alike
+_EVEN = {"data.augment.blur_p": (0.5, 0.5), "data.augment.solarize_p": (0.0, 0.0)}
 # SLIP's runs on YFCC, CLIP's among them: short, for every image comes with a caption.
 _YFCC = {"optim.b2": 0.98, "optim.min_lr": 1e-5, "optim.warmup_epochs": 1.0, "train.epochs": 25.0}
 _BYOL = ProjectionHead(projector=MlpShape(layers=2), predictor=MlpShape(layers=2))
-_MOCO = ProjectionHead(pool="cls", projector=MlpShape(layers=3, last_norm=True), predictor=MlpShape(layers=2, last_norm=True))
-_SLIP = pooled_term(FULL, 1, encoder="online", posterior=NTXent(temperature=0.1), head=ProjectionHead(projector=MlpShape(layers=3)))
+_MOCO = ProjectionHead(
+    pool="cls",
+    projector=MlpShape(layers=3, last_norm=True),
+    predictor=MlpShape(layers=2, last_norm=True),
+)
+_SLIP = pooled_term(
+    FULL,
+    1,
+    encoder="online",
+    posterior=NTXent(temperature=0.1),
+    head=ProjectionHead(projector=MlpShape(layers=3)),
+)
 
 PUBLISHED: dict[str, PublishedMethod] = {
     "mae": PublishedMethod(
@@ -183,7 +204,13 @@ PUBLISHED: dict[str, PublishedMethod] = {
 
 # Rows of Table 1 that this project does not have, and why.
 LEFT_OUT = {
-    "beit": "its targets are codes of a discrete VAE trained elsewhere; a frozen checkpoint gives features, not codes (see milan)",
-    "beit_v2": "its targets are codes of a tokenizer that a method of its own distils from CLIP; see milan for its features",
+    "beit": (
+        "its targets are codes of a discrete VAE trained elsewhere; a frozen checkpoint gives"
+        " features, not codes (see milan)"
+    ),
+    "beit_v2": (
+        "its targets are codes of a tokenizer that a method of its own distils from CLIP; see milan"
+        " for its features"
+    ),
     "mocov2": "its queue is state that no other method has; moco_v3 is its successor without one",
 }

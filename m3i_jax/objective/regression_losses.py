@@ -1,28 +1,40 @@
-"""Gaussian-type posteriors that are not squared error: public methods that predict the target itself but measure the distance otherwise.
+"""Gaussian-type posteriors that are not squared error: public methods that predict the target
+itself but measure the distance otherwise.
 
-`losses.gaussian` is M3I's own. All return `(sum, count)`, two float32 scalars, and treat the target as a constant; rows of weight 0 may
-hold anything, NaN included. `[B, N, D]` with weights `[B, N]` gives the same numbers as `[B * N, D]` with weights `[B * N]`.
-"""
+`losses.gaussian` is M3I's own. All return `(sum, count)`, two float32 scalars, and treat the target
+as a constant; rows of weight 0 may hold anything, NaN included. `[B, N, D]` with weights `[B, N]`
+gives the same numbers as `[B * N, D]` with weights `[B * N]`."""
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from m3i_jax.objective.numerics import check_same_shape, float32, l2_normalize, weighted_sum, zero_masked_rows
+from m3i_jax.objective.numerics import (
+    check_same_shape,
+    float32,
+    l2_normalize,
+    weighted_sum,
+    zero_masked_rows,
+)
 
 
 def smooth_l1(
-    prediction_TxD: ArrayLike, target_TxD: ArrayLike, where_T: ArrayLike | None = None, *, beta: float = 2.0
+    prediction_TxD: ArrayLike,
+    target_TxD: ArrayLike,
+    where_T: ArrayLike | None = None,
+    *,
+    beta: float = 2.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Smooth-L1 loss: squared near the target, absolute far from it (data2vec, Feature Distillation).
+    """Smooth-L1 loss: squared near the target, absolute far from it (data2vec, Feature
+    Distillation).
 
-    An element at distance d costs `d^2 / (2 beta)` where |d| < beta and `|d| - beta / 2` beyond; a row costs the mean of its D elements.
+    An element at distance d costs `d^2 / (2 beta)` where |d| < beta and `|d| - beta / 2` beyond; a
+    row costs the mean of its D elements.
 
-    Args:
-      prediction_TxD: predictions, not normalised.
-      target_TxD: targets of the same shape; both methods `losses.layer_normalize` them. No gradient flows to them.
-      where_T: weight of a row, bool or float >= 0; None counts every row once.
-      beta: distance > 0 at which the square turns into a line, in the units of the target; both methods use 2.
+    Args: prediction_TxD: predictions, not normalised. target_TxD: targets of the same shape; both
+      methods `losses.layer_normalize` them. No gradient flows to them. where_T: weight of a row,
+      bool or float >= 0; None counts every row once. beta: distance > 0 at which the square turns
+      into a line, in the units of the target; both methods use 2.
 
     Returns:
       (sum over rows of weight * cost, sum of weights), float32 scalars. In the units of the target.
@@ -36,15 +48,22 @@ def smooth_l1(
     2.125 1.0
     """
     if not beta > 0:
-        raise ValueError(f"beta is {beta}; it must be > 0, the distance at which the square turns into a line")
+        raise ValueError(
+            f"beta is {beta}; it must be > 0, the distance at which the square turns into a line"
+        )
     p_TxD, t_TxD, weight_T = _pair(prediction_TxD, target_TxD, where_T)
     distance_TxD = jnp.abs(p_TxD - t_TxD)
-    cost_TxD = jnp.where(distance_TxD < beta, jnp.square(distance_TxD) / (2 * beta), distance_TxD - beta / 2)
+    cost_TxD = jnp.where(
+        distance_TxD < beta, jnp.square(distance_TxD) / (2 * beta), distance_TxD - beta / 2
+    )
     return weighted_sum(cost_TxD.mean(-1), weight_T), weight_T.sum()
 
 
-def cosine(prediction_TxD: ArrayLike, target_TxD: ArrayLike, where_T: ArrayLike | None = None) -> tuple[jax.Array, jax.Array]:
-    """Squared distance of the directions, `2 - 2 cos(p, t)` (BYOL): the Gaussian of vectors scaled to length 1.
+def cosine(
+    prediction_TxD: ArrayLike, target_TxD: ArrayLike, where_T: ArrayLike | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Squared distance of the directions, `2 - 2 cos(p, t)` (BYOL): the Gaussian of vectors scaled
+    to length 1.
 
     BYOL adds up the losses of both directions of a pair of views; that is left to the caller.
 
@@ -53,8 +72,8 @@ def cosine(prediction_TxD: ArrayLike, target_TxD: ArrayLike, where_T: ArrayLike 
       target_TxD: targets of the same shape. No gradient flows to them.
       where_T: weight of a row, bool or float >= 0; None counts every row once.
 
-    Returns:
-      (sum over rows of weight * cost, sum of weights), float32 scalars. A cost lies between 0 and 4.
+    Returns: (sum over rows of weight * cost, sum of weights), float32 scalars. A cost lies between
+      0 and 4.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -65,10 +84,15 @@ def cosine(prediction_TxD: ArrayLike, target_TxD: ArrayLike, where_T: ArrayLike 
     4.0 2.0
     """
     p_TxD, t_TxD, weight_T = _pair(prediction_TxD, target_TxD, where_T)
-    return weighted_sum(2 - 2 * (l2_normalize(p_TxD) * l2_normalize(t_TxD)).sum(-1), weight_T), weight_T.sum()
+    return (
+        weighted_sum(2 - 2 * (l2_normalize(p_TxD) * l2_normalize(t_TxD)).sum(-1), weight_T),
+        weight_T.sum(),
+    )
 
 
-def _pair(prediction_TxD: ArrayLike, target_TxD: ArrayLike, where_T: ArrayLike | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _pair(
+    prediction_TxD: ArrayLike, target_TxD: ArrayLike, where_T: ArrayLike | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     p_TxD, t_TxD = float32(prediction_TxD), jax.lax.stop_gradient(float32(target_TxD))
     check_same_shape("prediction", p_TxD.shape, "target", t_TxD.shape)
     if p_TxD.ndim < 1:

@@ -1,4 +1,5 @@
-"""Similarities of all pairs of two lists and their softmax normalisers, as one matrix or in chunks that never stand in memory together.
+"""Similarities of all pairs of two lists and their softmax normalisers, as one matrix or in chunks
+that never stand in memory together.
 
 B rows of both lists, C of a chunk, E width.
 """
@@ -14,8 +15,9 @@ from m3i_jax.objective.numerics import ABSENT, EXACT
 
 
 class Pairs(NamedTuple):
-    """What decides which pairs exist. place: number of a row, [B]. counts: bool [B], rows that take part; None: all. group: [B], rows of
-    equal number and another place are no pair; None: every pair is."""
+    """What decides which pairs exist. place: number of a row, [B]. counts: bool [B], rows that take
+    part; None: all. group: [B], rows of equal number and another place are no pair; None: every
+    pair is."""
 
     place: jax.Array
     counts: jax.Array | None = None
@@ -33,17 +35,21 @@ def similarities(u_BxE: jax.Array, v_CxE: jax.Array, of_B: Pairs, of_C: Pairs) -
     if of_B.counts is not None and of_C.counts is not None:
         logits_BxC = jnp.where(of_B.counts[:, None] & of_C.counts[None, :], logits_BxC, ABSENT)
     if of_B.group is not None and of_C.group is not None:
-        twin_BxC = (of_B.group[:, None] == of_C.group[None, :]) & (of_B.place[:, None] != of_C.place[None, :])
+        twin_BxC = (of_B.group[:, None] == of_C.group[None, :]) & (
+            of_B.place[:, None] != of_C.place[None, :]
+        )
         logits_BxC = jnp.where(twin_BxC, ABSENT, logits_BxC)
     return logits_BxC
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def normalizers(chunk: int, u_BxE: jax.Array, v_BxE: jax.Array, rows: Pairs) -> jax.Array:
-    """Mean of the two softmax normalisers of every row: `(logsumexp_j u_b v_j' + logsumexp_j u_j v_b') / 2`.
+    """Mean of the two softmax normalisers of every row: `(logsumexp_j u_b v_j' + logsumexp_j u_j
+    v_b') / 2`.
 
-    No more than [B, chunk] similarities are in memory at once. With u split over devices by rows, each holds [B / devices, chunk]; v is
-    gathered, and the normalisers over images are reduced, a chunk at a time.
+    No more than [B, chunk] similarities are in memory at once. With u split over devices by rows,
+    each holds [B / devices, chunk]; v is gathered, and the normalisers over images are reduced, a
+    chunk at a time.
 
     Args:
       chunk: rows of v at once; the last chunk has what is left.
@@ -59,8 +65,11 @@ def normalizers(chunk: int, u_BxE: jax.Array, v_BxE: jax.Array, rows: Pairs) -> 
     return _forward(chunk, u_BxE, v_BxE, rows)[0]
 
 
-def _over_chunks(chunk: int, add: Callable[..., Any], start: Any, rows: Any) -> tuple[Any, jax.Array]:
-    """(result, array of all rows) of `add(running, part) -> (running, array of the part)` over chunks of rows, and then over the rest."""
+def _over_chunks(
+    chunk: int, add: Callable[..., Any], start: Any, rows: Any
+) -> tuple[Any, jax.Array]:
+    """(result, array of all rows) of `add(running, part) -> (running, array of the part)` over
+    chunks of rows, and then over the rest."""
     count = jax.tree.leaves(rows)[0].shape[0]
     whole = count - count % chunk
     cut = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), rows)
@@ -73,7 +82,9 @@ def _over_chunks(chunk: int, add: Callable[..., Any], start: Any, rows: Any) -> 
 
 
 def _forward(chunk: int, u_BxE: jax.Array, v_BxE: jax.Array, rows: Pairs) -> tuple[jax.Array, Any]:
-    def add(running: tuple[jax.Array, jax.Array], part: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def add(
+        running: tuple[jax.Array, jax.Array], part: Any
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         largest_B, sum_B = running
         logits_BxC = similarities(u_BxE, part[0], rows, part[1])
         new_B = jnp.maximum(largest_B, logits_BxC.max(1))
@@ -81,9 +92,17 @@ def _forward(chunk: int, u_BxE: jax.Array, v_BxE: jax.Array, rows: Pairs) -> tup
         return (new_B, sum_B), jax.nn.logsumexp(logits_BxC, axis=0)
 
     start_B = u_BxE[:, 0] * 0  # split over devices as the rows are
-    (largest_B, sum_B), over_images_B = _over_chunks(chunk, add, (start_B + 2 * ABSENT, start_B), (v_BxE, rows))
+    (largest_B, sum_B), over_images_B = _over_chunks(
+        chunk, add, (start_B + 2 * ABSENT, start_B), (v_BxE, rows)
+    )
     over_captions_B = largest_B + jnp.log(sum_B)
-    return (over_captions_B + over_images_B) / 2, (u_BxE, v_BxE, rows, over_captions_B, over_images_B)
+    return (over_captions_B + over_images_B) / 2, (
+        u_BxE,
+        v_BxE,
+        rows,
+        over_captions_B,
+        over_images_B,
+    )
 
 
 def _backward(chunk: int, kept: Any, g_B: jax.Array) -> tuple[jax.Array, jax.Array, Pairs]:
@@ -97,7 +116,9 @@ def _backward(chunk: int, kept: Any, g_B: jax.Array) -> tuple[jax.Array, jax.Arr
         du_BxE += jnp.matmul(dlogits_BxC, v_CxE, precision=EXACT)
         return du_BxE, jnp.matmul(dlogits_BxC.T, u_BxE, precision=EXACT)
 
-    du_BxE, dv_BxE = _over_chunks(chunk, add, jnp.zeros_like(u_BxE), (v_BxE, rows, over_images_B, g_B))
+    du_BxE, dv_BxE = _over_chunks(
+        chunk, add, jnp.zeros_like(u_BxE), (v_BxE, rows, over_images_B, g_B)
+    )
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jax.dtypes.float0), rows)
     return du_BxE, dv_BxE, nothing
 

@@ -1,7 +1,16 @@
-"""Devices as a mesh with axes (replica, fsdp, tensor), rules from parameter paths to shardings, and the way of a host's rows to one global
-array. Knows neither models nor training: it speaks of trees and names."""
+"""Devices as a mesh with axes (replica, fsdp, tensor), rules from parameter paths to shardings, and
+the way of a host's rows to one global array. Knows neither models nor training: it speaks of trees
+and names."""
 
-from m3i_jax.parallel.barriers import CoordinatedStop, HostMissing, barrier, exchange_values, host0_first, host_label, host_names
+from m3i_jax.parallel.barriers import (
+    CoordinatedStop,
+    HostMissing,
+    barrier,
+    exchange_values,
+    host0_first,
+    host_label,
+    host_names,
+)
 from m3i_jax.parallel.distributed import broadcast_from_host0
 from m3i_jax.parallel.fsdp import FSDP_GATHERED, mean_over_devices, with_fsdp_gather
 from m3i_jax.parallel.memory import bytes_per_device, device_memory

@@ -1,5 +1,6 @@
-"""What the hosts of a run tell each other beside the arrays: through the key-value store of jax.distributed, never through a collective, so
-that a host that hangs or died is found out. Everything here has a limit and names the host that is missing; alone, everything is free."""
+"""What the hosts of a run tell each other beside the arrays: through the key-value store of
+jax.distributed, never through a collective, so that a host that hangs or died is found out.
+Everything here has a limit and names the host that is missing; alone, everything is free."""
 
 import contextlib
 import threading
@@ -64,7 +65,10 @@ def read_published(key: str, *, limit: float = LIMIT) -> str:
     try:
         return _client().blocking_key_value_get(key, int(limit * 1000))
     except Exception as error:
-        raise HostMissing(f"{key}: waited {limit:.0f} seconds; look into the output of {host_label(0)} ({str(error).splitlines()[0]})") from None
+        raise HostMissing(
+            f"{key}: waited {limit:.0f} seconds; look into the output of {host_label(0)}"
+            f" ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def exchange_values(name: str, text: str, *, limit: float = LIMIT) -> list[str]:
@@ -89,9 +93,14 @@ def exchange_values(name: str, text: str, *, limit: float = LIMIT) -> list[str]:
     try:
         client.wait_at_barrier(f"m3i/{name}/{round_}", int(limit * 1000))
     except Exception as error:
-        missing = sorted(set(range(host_names())) - {int(key.rsplit("/", 1)[1]) for key, _ in _told(room)})
+        missing = sorted(
+            set(range(host_names())) - {int(key.rsplit("/", 1)[1]) for key, _ in _told(room)}
+        )
         who = ", ".join(host_label(n) for n in missing) or "no host, but one of them failed"
-        raise HostMissing(f"{name}: waited {limit:.0f} seconds for {who}; look into its output ({str(error).splitlines()[0]})") from None
+        raise HostMissing(
+            f"{name}: waited {limit:.0f} seconds for {who}; look into its output"
+            f" ({str(error).splitlines()[0]})"
+        ) from None
     said = [value.rstrip(" ") for _, value in sorted(_told(room))]
     if round_:  # all that are here have read what was said before
         with contextlib.suppress(Exception):
@@ -113,8 +122,8 @@ def barrier(name: str, *, limit: float = LIMIT) -> None:
 
 @contextlib.contextmanager
 def host0_first(name: str, *, limit: float = 6 * 3600.0) -> Iterator[None]:
-    """Host 0 does the block, then all others do: what is made once in a shared directory is found there by them. Nobody goes on before all
-    have done it, so that an error of one ends all.
+    """Host 0 does the block, then all others do: what is made once in a shared directory is found
+    there by them. Nobody goes on before all have done it, so that an error of one ends all.
 
     Raises:
       HostMissing: another host failed in the block, or took longer than the limit in seconds.
@@ -131,7 +140,9 @@ def host0_first(name: str, *, limit: float = 6 * 3600.0) -> Iterator[None]:
         try:
             client.blocking_key_value_get(key, int(limit * 1000))
         except Exception:
-            raise HostMissing(f"{name}: waited {limit:.0f} seconds for {host_label(0)}; look into its output") from None
+            raise HostMissing(
+                f"{name}: waited {limit:.0f} seconds for {host_label(0)}; look into its output"
+            ) from None
     try:
         if host_name() and client.key_value_try_get(key) != "done":
             raise HostMissing(f"{name}: {host_label(0)} failed; its output says why")
@@ -139,7 +150,8 @@ def host0_first(name: str, *, limit: float = 6 * 3600.0) -> Iterator[None]:
     except BaseException:
         if not host_name():
             client.key_value_set(key, "failed")
-        with contextlib.suppress(HostMissing):  # the others are told; what happened here is said here
+        # the others are told; what happened here is said here
+        with contextlib.suppress(HostMissing):
             exchange_values(f"{name}, done", "failed", limit=60.0)
         raise
     if not host_name():
@@ -152,9 +164,10 @@ def host0_first(name: str, *, limit: float = 6 * 3600.0) -> Iterator[None]:
 class CoordinatedStop:
     """All hosts of a run stop at the same poll, whichever of them was told to.
 
-    A thread watches for the notice, here or of another host; then every host says how many polls it has seen, and all go on to the one
-    after the largest number. Since hosts do the same things in the same order, that is the same place in the program for all of them, and
-    no collective is left half done. Alone, a notice counts at the next poll, and there is no thread.
+    A thread watches for the notice, here or of another host; then every host says how many polls it
+    has seen, and all go on to the one after the largest number. Since hosts do the same things in
+    the same order, that is the same place in the program for all of them, and no collective is left
+    half done. Alone, a notice counts at the next poll, and there is no thread.
 
     Args:
       asked: whether this host was told to stop; called often, from another thread.
@@ -171,7 +184,8 @@ class CoordinatedStop:
 
     def __init__(self, asked: Callable[[], bool], *, limit: float = LIMIT) -> None:
         self._asked, self._limit, self._alone = asked, limit, host_names() == 1
-        _rounds["notice"] = _rounds.get("notice", -1) + 1  # of this run: a notice of one before is not for it
+        # of this run: a notice of one before is not for it
+        _rounds["notice"] = _rounds.get("notice", -1) + 1
         self._key = f"m3i/notice/{_rounds['notice']}"
         self._count, self._at = 0, 0  # polls so far; the one at which to stop, 0: none
         self._error: HostMissing | None = None
@@ -194,7 +208,8 @@ class CoordinatedStop:
             return bool(self._at) and self._count >= self._at
 
     def close(self, failed: bool = False) -> None:
-        """The run ended here. Answers a host that is told to stop just now; `failed`: does not wait for the others."""
+        """The run ended here. Answers a host that is told to stop just now; `failed`: does not wait
+        for the others."""
         if self._alone or not self._thread.is_alive() and self._at:
             return
         self._closed.set()
@@ -220,6 +235,8 @@ class CoordinatedStop:
     def _agree(self) -> None:
         with self._lock:
             try:
-                self._at = max(map(int, exchange_values("stop", str(self._count), limit=self._limit))) + 1
+                self._at = (
+                    max(map(int, exchange_values("stop", str(self._count), limit=self._limit))) + 1
+                )
             except HostMissing as error:
                 self._error = error

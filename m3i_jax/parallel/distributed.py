@@ -1,8 +1,9 @@
-"""From one process to one program on many hosts: who they are, and whether all of them mean the same run.
+"""From one process to one program on many hosts: who they are, and whether all of them mean the
+same run.
 
-Where the hosts come from, the first that says something: the flags --coordinator, --processes, --process-id; the TPU they stand on; Slurm;
-the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID. Else the run is alone.
-"""
+Where the hosts come from, the first that says something: the flags --coordinator, --processes,
+--process-id; the TPU they stand on; Slurm; the environment variables JAX_COORDINATOR_ADDRESS,
+JAX_NUM_PROCESSES, JAX_PROCESS_ID. Else the run is alone."""
 
 import dataclasses
 import glob
@@ -31,7 +32,8 @@ TPU_PORT = 8482  # jax's choice there: the TPU's own runtime may listen at 8476
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessInfo:
-    """Where this process stands. `processes` 0: jax asks the TPU. `devices`: those of the machine that are this process's, None: all."""
+    """Where this process stands. `processes` 0: jax asks the TPU. `devices`: those of the machine
+    that are this process's, None: all."""
 
     source: str
     coordinator: str = ""
@@ -61,12 +63,17 @@ def _three(source: str, names: tuple[str, str, str], values: tuple[str, str, str
     """A place of an address, a count and a number that a person or a launcher wrote."""
     absent = [name for name, value in zip(names, values, strict=True) if value == ""]
     if absent:
-        raise UserError(f"{', '.join(absent)}: missing; {', '.join(names[:2])} and {names[2]} belong together")
+        raise UserError(
+            f"{', '.join(absent)}: missing; {', '.join(names[:2])} and {names[2]} belong together"
+        )
     address, count, number = values[0], _whole(names[1], values[1]), _whole(names[2], values[2])
     if count < 1:
         raise UserError(f"{names[1]}: {count} must be at least 1")
     if number >= count:
-        raise UserError(f"{names[2]}: {number} must be less than the {count} processes; they are numbered from 0")
+        raise UserError(
+            f"{names[2]}: {number} must be less than the {count} processes; they are numbered"
+            " from 0"
+        )
     if not re.fullmatch(r".+:\d+", address):
         address += f":{PORT}"
     return ProcessInfo(source=source, coordinator=address, processes=count, process=number)
@@ -80,40 +87,60 @@ def first_node(nodes: str) -> str:
     """
     found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
     if not found:
-        raise UserError(f"SLURM_STEP_NODELIST: {nodes!r} names no host; say who it is with --coordinator, --processes and --process-id")
+        raise UserError(
+            f"SLURM_STEP_NODELIST: {nodes!r} names no host; say who it is with --coordinator,"
+            " --processes and --process-id"
+        )
     return "".join(part or "" for part in found.groups())
 
 
 def _slurm(environ: Mapping[str, str]) -> ProcessInfo | None:
-    tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or 1)  # of the step: outside srun it is 1, whatever the job has
+    # of the step: outside srun it is 1, whatever the job has
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or 1)
     if "SLURM_JOB_ID" not in environ or "SLURM_PROCID" not in environ or tasks == 1:
         return None
     nodes = int(environ.get("SLURM_STEP_NUM_NODES") or 1)
-    port = 65_536 - 2**12 + int(environ["SLURM_JOB_ID"]) % 2**12  # jobs that share a node do not share a port
+    # jobs that share a node do not share a port
+    port = 65_536 - 2**12 + int(environ["SLURM_JOB_ID"]) % 2**12
     return ProcessInfo(
         source="Slurm",
         coordinator=f"{first_node(environ.get('SLURM_STEP_NODELIST', ''))}:{port}",
         processes=tasks,
         process=int(environ["SLURM_PROCID"]),
-        devices=(int(environ.get("SLURM_LOCALID") or 0),) if tasks > nodes else None,  # a process a device, or a process a node
+        # a process a device, or a process a node
+        devices=(int(environ.get("SLURM_LOCALID") or 0),) if tasks > nodes else None,
     )
 
 
 def _tpu(environ: Mapping[str, str]) -> ProcessInfo:
-    """Where Cloud TPU's variables say that this host stands: TPU_WORKER_HOSTNAMES (comma-separated, in order) and TPU_WORKER_ID.
+    """Where Cloud TPU's variables say that this host stands: TPU_WORKER_HOSTNAMES (comma-separated,
+    in order) and TPU_WORKER_ID.
 
-    What they alone do not tell is left to jax, which asks the machine's metadata: several slices, several processes a host, no variables.
-    """
-    names = [name.strip().partition(":")[0] for name in environ.get("TPU_WORKER_HOSTNAMES", "").split(",")]
+    What they alone do not tell is left to jax, which asks the machine's metadata: several slices,
+    several processes a host, no variables."""
+    names = [
+        name.strip().partition(":")[0]
+        for name in environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    ]
     number = environ.get("TPU_WORKER_ID", "").strip()
-    more = "TPU_PROCESS_ADDRESSES" in environ or any(name.startswith("MEGASCALE_") for name in environ)
+    more = "TPU_PROCESS_ADDRESSES" in environ or any(
+        name.startswith("MEGASCALE_") for name in environ
+    )
     if more or not all(names) or not re.fullmatch(r"\d+", number) or int(number) >= len(names):
         return ProcessInfo(source="TPU metadata", processes=0)
-    return ProcessInfo(source="TPU variables", coordinator=f"{names[0]}:{TPU_PORT}", processes=len(names), process=int(number))
+    return ProcessInfo(
+        source="TPU variables",
+        coordinator=f"{names[0]}:{TPU_PORT}",
+        processes=len(names),
+        process=int(number),
+    )
 
 
-def detect_processes(coordinator: str, processes: str, process: str, *, environ: Mapping[str, str], tpu: bool) -> ProcessInfo:
-    """Where this process stands, from flags ("" = not given), TPU, Slurm, environment, in this order. Pure.
+def detect_processes(
+    coordinator: str, processes: str, process: str, *, environ: Mapping[str, str], tpu: bool
+) -> ProcessInfo:
+    """Where this process stands, from flags ("" = not given), TPU, Slurm, environment, in this
+    order. Pure.
 
     Raises:
       UserError: something is missing, no number, or out of range.
@@ -126,7 +153,11 @@ def detect_processes(coordinator: str, processes: str, process: str, *, environ:
     Place(source='TPU variables', coordinator='10.0.0.1:8482', processes=2, process=1, devices=None)
     """
     if coordinator or processes or process:
-        return _three("flags", ("--coordinator", "--processes", "--process-id"), (coordinator, processes, process))
+        return _three(
+            "flags",
+            ("--coordinator", "--processes", "--process-id"),
+            (coordinator, processes, process),
+        )
     if tpu:
         return _tpu(environ)
     if place := _slurm(environ):
@@ -138,13 +169,19 @@ def detect_processes(coordinator: str, processes: str, process: str, *, environ:
     return ProcessInfo(source="alone")
 
 
-def initialize(place: ProcessInfo, *, limit: float = barriers.LIMIT, beat: float = heartbeat.LIMIT, say: Callable[[str], None] = print) -> None:
-    """Join the other processes; says in one line how. Must come before the first use of a device. Alone, it does nothing.
+def initialize(
+    place: ProcessInfo,
+    *,
+    limit: float = barriers.LIMIT,
+    beat: float = heartbeat.LIMIT,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Join the other processes; says in one line how. Must come before the first use of a device.
+    Alone, it does nothing.
 
-    Args:
-      place: of `detect_processes`.
-      limit: seconds that the last process may take to come.
-      beat: seconds without a sign of life after which a host is lost; 0: only jax.distributed looks, after 100.
+    Args: place: of `detect_processes`. limit: seconds that the last process may take to come. beat:
+      seconds without a sign of life after which a host is lost; 0: only jax.distributed looks,
+      after 100.
 
     Raises:
       HostMissing: they did not all come; says who did not.
@@ -153,7 +190,9 @@ def initialize(place: ProcessInfo, *, limit: float = barriers.LIMIT, beat: float
     if place.processes == 1:
         return
     if place.processes:
-        rendezvous.wait_for_processes(place.coordinator, place.processes, place.process, limit=limit)
+        rendezvous.wait_for_processes(
+            place.coordinator, place.processes, place.process, limit=limit
+        )
     if place.processes and "cpu" in os.environ.get("JAX_PLATFORMS", ""):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     explicit = {} if not place.processes else {
@@ -165,51 +204,65 @@ def initialize(place: ProcessInfo, *, limit: float = barriers.LIMIT, beat: float
         jax.distributed.initialize(
             **explicit,  # type: ignore[arg-type]
             initialization_timeout=int(limit),
-            heartbeat_timeout_seconds=int(beat) + 30 if beat else 100,  # our own comes first, which names the host
-            shutdown_timeout_seconds=60,  # how long one that ends waits for the others, which may hang in a collective without it
+            # our own comes first, which names the host
+            heartbeat_timeout_seconds=int(beat) + 30 if beat else 100,
+            # how long one that ends waits for the others, which may hang in a collective without it
+            shutdown_timeout_seconds=60,
         )
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise barriers.HostMissing(f"start: {socket.gethostname()} did not meet the others in {limit:.0f} seconds ({reason})") from None
-    signal.signal(signal.SIGTERM, before)  # jax's own notifier would swallow a SIGTERM that comes before the loop asks for it
+        raise barriers.HostMissing(
+            f"start: {socket.gethostname()} did not meet the others in {limit:.0f} seconds"
+            f" ({reason})"
+        ) from None
+    # jax's own notifier would swallow a SIGTERM that comes before the loop asks for it
+    signal.signal(signal.SIGTERM, before)
     barriers.announce_host(socket.gethostname())
     heartbeat.start_heartbeat(beat, say)
     if barriers.host_names() > 1:
         where = f"; coordinator {place.coordinator}" if place.coordinator else ""
-        say(f"host {barriers.host_name()} of {barriers.host_names()}, {socket.gethostname()}{where} (from {place.source})")
+        say(
+            f"host {barriers.host_name()} of {barriers.host_names()}, {socket.gethostname()}{where}"
+            f" (from {place.source})"
+        )
 
 
 def broadcast_from_host0(tree: Any) -> Any:
-    """Host 0's arrays on every host; a collective. The others give arrays of the same shapes and types, whose values do not matter.
+    """Host 0's arrays on every host; a collective. The others give arrays of the same shapes and
+    types, whose values do not matter.
 
     >>> broadcast_from_host0({"x": 3})
     {'x': 3}
     """
     if barriers.host_names() == 1:
         return tree
-    barriers.barrier("from_first")  # the collective itself has no limit: it starts when all are here
+    # the collective itself has no limit: it starts when all are here
+    barriers.barrier("from_first")
     return multihost_utils.broadcast_one_to_all(tree)
 
 
 def code_digest() -> str:
-    """The version of this package and a digest of its source, which differs after any edit on one host.
+    """The version of this package and a digest of its source, which differs after any edit on one
+    host.
 
     >>> code_digest().startswith(version.__version__)
     True
     """
     root, digest = pathlib.Path(__file__).parent.parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+        digest.update(
+            path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
+        )
     return f"{version.__version__} {digest.hexdigest()[:16]}"
 
 
-def assert_same_on_all_hosts(name: str, items: Mapping[str, str], *, limit: float = barriers.LIMIT) -> None:
+def assert_same_on_all_hosts(
+    name: str, items: Mapping[str, str], *, limit: float = barriers.LIMIT
+) -> None:
     """All hosts must say the same of every item; host 0 is the measure.
 
-    Args:
-      name: of the meeting.
-      items: key -> text, such as every line of the configuration, the version of the code, the shape of the mesh.
-      limit: seconds to wait for the last host.
+    Args: name: of the meeting. items: key -> text, such as every line of the configuration, the
+      version of the code, the shape of the mesh. limit: seconds to wait for the last host.
 
     Raises:
       UserError: on every host, with the hosts that differ, in what, and both texts.
@@ -222,8 +275,15 @@ def assert_same_on_all_hosts(name: str, items: Mapping[str, str], *, limit: floa
     digest = hashlib.sha256(json.dumps(sorted(items.items())).encode()).hexdigest()
     if len(set(barriers.exchange_values(f"{name}, digests", digest, limit=limit))) == 1:
         return
-    # Only now is it worth sending whole texts: host 0's to all, and of the others what is different there.
-    measure = json.loads(barriers.exchange_values(f"{name}, host 0", json.dumps(dict(items)) if barriers.host_name() == 0 else "", limit=limit)[0])
+    # Only now is it worth sending whole texts: host 0's to all, and of the others what is different
+    # there.
+    measure = json.loads(
+        barriers.exchange_values(
+            f"{name}, host 0",
+            json.dumps(dict(items)) if barriers.host_name() == 0 else "",
+            limit=limit,
+        )[0]
+    )
     mine = [
         f"{key} is {items.get(key, 'absent')} there, {measure.get(key, 'absent')} on host 0"
         for key in {**measure, **items}
@@ -231,12 +291,24 @@ def assert_same_on_all_hosts(name: str, items: Mapping[str, str], *, limit: floa
     ]
     short = "; ".join(mine[:3]) + (f"; and {len(mine) - 3} more" if len(mine) > 3 else "")
     told = barriers.exchange_values(f"{name}, differences", short, limit=limit)
-    different = [f"{barriers.host_label(number)}: {text}" for number, text in enumerate(told) if text]
+    different = [
+        f"{barriers.host_label(number)}: {text}" for number, text in enumerate(told) if text
+    ]
     more = f", and {len(different) - 3} more hosts" if len(different) > 3 else ""
-    raise UserError(f"{name}: hosts differ, {' | '.join(different[:3])}{more}; start all of them with the same command, code and machines")
+    raise UserError(
+        f"{name}: hosts differ, {' | '.join(different[:3])}{more}; start all of them with the same"
+        " command, code and machines"
+    )
 
 
-def start_distributed(place: ProcessInfo, settings: str, mesh: tuple[int, ...], *, beat: float = heartbeat.LIMIT, say: Callable[[str], None] = print) -> None:
+def start_distributed(
+    place: ProcessInfo,
+    settings: str,
+    mesh: tuple[int, ...],
+    *,
+    beat: float = heartbeat.LIMIT,
+    say: Callable[[str], None] = print,
+) -> None:
     """Join the other hosts and make sure that they have the same configuration, code and devices.
 
     Args:
@@ -252,4 +324,14 @@ def start_distributed(place: ProcessInfo, settings: str, mesh: tuple[int, ...], 
     kinds = sorted({d.device_kind for d in jax.local_devices()})
     devices = f"{jax.local_device_count()} of {jax.device_count()} {' and '.join(kinds)}"
     kernels = os.environ.get(KERNELS, "1")
-    assert_same_on_all_hosts("start", {**lines, "code": code_digest(), "jax": jax.__version__, "devices": devices, "mesh": str(mesh), KERNELS: kernels})
+    assert_same_on_all_hosts(
+        "start",
+        {
+            **lines,
+            "code": code_digest(),
+            "jax": jax.__version__,
+            "devices": devices,
+            "mesh": str(mesh),
+            KERNELS: kernels,
+        },
+    )

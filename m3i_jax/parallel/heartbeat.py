@@ -1,7 +1,8 @@
-"""Signs of life between the hosts of a run. jax.distributed notices a dead host after a minute or more, and then ends the others with a
-stack of C++ that names nobody; here every host has a line to the first one, both ends send a sign now and then, and whoever is silent for
-too long, or whose line breaks without a farewell, is named by all others, which end at once: what launched them starts all again.
-"""
+"""Signs of life between the hosts of a run. jax.distributed notices a dead host after a minute or
+more, and then ends the others with a stack of C++ that names nobody; here every host has a line to
+the first one, both ends send a sign now and then, and whoever is silent for too long, or whose line
+breaks without a farewell, is named by all others, which end at once: what launched them starts all
+again."""
 
 import atexit
 import contextlib
@@ -34,7 +35,8 @@ class Heartbeat:
 
     def __init__(self, limit: float, ended: Callable[[str], None]):
         self.limit, self._ended = limit, ended
-        self._names: dict[int, str] = {}  # host -> its name; the store that has it may be lost, or not answer, when it is wanted
+        # host -> its name; the store that has it may be lost, or not answer, when it is wanted
+        self._names: dict[int, str] = {}
         self._lines: dict[int, socket.socket] = {}  # host -> line
         self._heard: dict[int, float] = {}  # host -> when
         self._text: dict[int, bytes] = {}  # host -> what is not a whole line yet
@@ -44,7 +46,8 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def open(self) -> "Heartbeat":
-        """Connect. Of several hosts, all call this. Raises OSError if the first host cannot be reached on another port."""
+        """Connect. Of several hosts, all call this. Raises OSError if the first host cannot be
+        reached on another port."""
         if barriers.host_name() == 0:
             self._door = socket.create_server(("", 0), backlog=barriers.host_names())
             self._choose.register(self._door, selectors.EVENT_READ, None)
@@ -53,8 +56,12 @@ class Heartbeat:
             self._heard = {number: now for number in range(1, barriers.host_names())}
         else:
             address = barriers.coordinator().rsplit(":", 1)[0].strip("[]")
-            line = socket.create_connection((address, int(barriers.read_published(_KEY))), timeout=min(self.limit, 20.0))
-            line.sendall(f"{barriers.host_name()} {barriers.host_label(barriers.host_name())}\n".encode())
+            line = socket.create_connection(
+                (address, int(barriers.read_published(_KEY))), timeout=min(self.limit, 20.0)
+            )
+            line.sendall(
+                f"{barriers.host_name()} {barriers.host_label(barriers.host_name())}\n".encode()
+            )
             self._names[0] = barriers.host_label(0)
             self._adopt(0, line)
         self._thread.start()
@@ -66,16 +73,18 @@ class Heartbeat:
         self._choose.register(line, selectors.EVENT_READ, number)
 
     def refuse(self, status: int) -> None:
-        """A mistake of a person ends this process with a status: that is no other host's doing, so nobody is missed any more."""
+        """A mistake of a person ends this process with a status: that is no other host's doing, so
+        nobody is missed any more."""
         self.status = status
         self._closed.set()
 
     def close(self) -> bool:
-        """Take leave, so that the others do not miss this host; with a status they shall. Then it first waits a moment, since what failed
-        here may be that another one is lost, which is worth saying instead.
+        """Take leave, so that the others do not miss this host; with a status they shall. Then it
+        first waits a moment, since what failed here may be that another one is lost, which is worth
+        saying instead.
 
-        Returns: whether others were left in the middle of the run, that is not all have failed as this host did, or are done.
-        """
+        Returns: whether others were left in the middle of the run, that is not all have failed as
+        this host did, or are done."""
         if self.status:
             self._thread.join(timeout=1.0)
         self._closed.set()  # from here on nobody is missed
@@ -95,7 +104,8 @@ class Heartbeat:
 
     def _tell(self, text: bytes) -> None:
         for line in list(self._lines.values()):
-            with contextlib.suppress(OSError):  # a line that broke, or is full because nobody reads: found out by its silence
+            # a line that broke, or is full because nobody reads: found out by its silence
+            with contextlib.suppress(OSError):
                 line.send(text)
 
     def _watch(self) -> None:
@@ -124,7 +134,8 @@ class Heartbeat:
             first, _, name = hello.decode(errors="replace").partition(" ")
             number = int(first)
             if number in self._heard and number not in self._lines:
-                self._names[number] = "".join(c for c in name if c.isprintable())  # whoever finds the door may have said it
+                # whoever finds the door may have said it
+                self._names[number] = "".join(c for c in name if c.isprintable())
                 self._adopt(number, line)
                 self._text[number] = more
 
@@ -154,10 +165,14 @@ class Heartbeat:
         if self._closed.is_set():
             return
         who = self._names.get(number) or f"host {number}"
-        text = f"lost {who}: {why}; look into its output, and start all hosts again to go on from the last checkpoint"
+        text = (
+            f"lost {who}: {why}; look into its output, and start all hosts again to go on from the"
+            " last checkpoint"
+        )
         if barriers.host_name() == 0 and barriers.host_names() > 2:
             self._tell(_LOST + text.encode() + b"\n")
-            time.sleep(1.0)  # with this process the coordinator goes, and with it those that have not read that yet
+            # with this process the coordinator goes, and with it those that have not read that yet
+            time.sleep(1.0)
         self._ended(text)
 
 
@@ -169,18 +184,24 @@ def end_heartbeat(text: str) -> None:
 
 
 def start_heartbeat(limit: float, say: Callable[[str], None] = print) -> None:
-    """Begin to listen for the other hosts, until the process ends. Nothing to do alone, or with a limit of 0."""
+    """Begin to listen for the other hosts, until the process ends. Nothing to do alone, or with a
+    limit of 0."""
     if barriers.host_names() == 1 or not limit:
         return
     beat = Heartbeat(limit, end_heartbeat)
     try:
         beat.open()
     except (OSError, ValueError) as error:
-        say(f"warning: no heartbeats from {barriers.host_label(0)} ({error}); a lost host is only noticed by jax.distributed, without its name")
+        say(
+            f"warning: no heartbeats from {barriers.host_label(0)} ({error}); a lost host is only"
+            " noticed by jax.distributed, without its name"
+        )
         return
     before = sys.excepthook
 
-    def hook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    def hook(
+        kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+    ) -> None:
         beat.status = 1
         before(kind, error, trace)
 
@@ -191,19 +212,23 @@ def start_heartbeat(limit: float, say: Callable[[str], None] = print) -> None:
 
 
 def _leave(beat: Heartbeat) -> None:
-    if beat.close():  # what waits for this host has ended, and jax would wait for that before it aborts this process too
+    # what waits for this host has ended, and jax would wait for that before it aborts this process
+    # too
+    if beat.close():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         if barriers.host_name() == 0:
-            time.sleep(1.0)  # with this process the coordinator goes, and with it those that have not seen that yet
+            # with this process the coordinator goes, and with it those that have not seen that yet
+            time.sleep(1.0)
         os._exit(beat.status)
 
 
 @contextlib.contextmanager
 def refuse_on_error() -> Iterator[None]:
-    """A mistake that is told on one line within the block ends the other hosts too, should this one alone have met it: such as a file that
-    vanished, which only the host whose turn it was has seen. They would wait for it.
+    """A mistake that is told on one line within the block ends the other hosts too, should this one
+    alone have met it: such as a file that vanished, which only the host whose turn it was has seen.
+    They would wait for it.
 
     >>> with refuse_on_error(): print("alone, nothing is to be done")
     alone, nothing is to be done

@@ -1,6 +1,6 @@
-"""Before jax.distributed: do all processes exist, and can they reach the first? Its own client ends the process with a stack trace when
-they do not come; here the one that is missing is named. One line of text each way, on the coordinator's port, which is free again
-afterwards."""
+"""Before jax.distributed: do all processes exist, and can they reach the first? Its own client ends
+the process with a stack trace when they do not come; here the one that is missing is named. One
+line of text each way, on the coordinator's port, which is free again afterwards."""
 
 import contextlib
 import socket
@@ -30,7 +30,11 @@ def wait_for_processes(coordinator: str, processes: int, process: int, *, limit:
     if processes == 1:
         return
     deadline = time.monotonic() + limit
-    answer = _gather(coordinator, processes, deadline, limit) if process == 0 else _report(coordinator, processes, process, deadline, limit)
+    answer = (
+        _gather(coordinator, processes, deadline, limit)
+        if process == 0
+        else _report(coordinator, processes, process, deadline, limit)
+    )
     if answer.startswith("wrong: "):
         raise UserError(answer.removeprefix("wrong: "))
     if answer != GO:
@@ -43,13 +47,22 @@ def _gather(coordinator: str, processes: int, deadline: float, limit: float) -> 
     seen, peers = dict[int, tuple[str, socket.socket]](), list[socket.socket]()
     six = socket.has_dualstack_ipv6()
     try:
-        door = socket.create_server(("", port), family=socket.AF_INET6 if six else socket.AF_INET, dualstack_ipv6=six, backlog=processes)
+        door = socket.create_server(
+            ("", port),
+            family=socket.AF_INET6 if six else socket.AF_INET,
+            dualstack_ipv6=six,
+            backlog=processes,
+        )
     except OSError as error:
-        raise UserError(f"--coordinator {coordinator}: port {port} cannot be used here ({error.strerror}); choose another one") from None
+        raise UserError(
+            f"--coordinator {coordinator}: port {port} cannot be used here ({error.strerror});"
+            " choose another one"
+        ) from None
     with door:
         door.settimeout(0.5)
         while len(seen) < processes - 1 and not wrong and time.monotonic() < deadline:
-            with contextlib.suppress(OSError, ValueError):  # nobody came in that half second, or it was somebody else
+            # nobody came in that half second, or it was somebody else
+            with contextlib.suppress(OSError, ValueError):
                 peer, _ = door.accept()
                 peer.settimeout(5.0)
                 word, number, count, name = peer.recv(400).decode().split()
@@ -57,18 +70,26 @@ def _gather(coordinator: str, processes: int, deadline: float, limit: float) -> 
                     continue
                 at = int(number)
                 if int(count) != processes:
-                    wrong = f"wrong: --processes: process {number} on {name} is one of {count}, process 0 is one of {processes}"
+                    wrong = (
+                        f"wrong: --processes: process {number} on {name} is one of {count}, process"
+                        f" 0 is one of {processes}"
+                    )
                 elif at in seen and _alive(seen[at][1]):
-                    wrong = f"wrong: --process-id: {number} was given twice, on {seen[at][0]} and on {name}"
+                    wrong = (
+                        f"wrong: --process-id: {number} was given twice, on {seen[at][0]} and on"
+                        f" {name}"
+                    )
                 seen[at] = name, peer
                 peers.append(peer)
     missing = [str(n) for n in range(1, processes) if n not in seen]
     answer = GO
     if missing:
-        shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        shown = ", ".join(missing[:8]) + (
+            f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        )
         answer = (
-            f"start: waited {limit:.0f} seconds at {coordinator} for process {shown} of {processes}; look into their output, and whether "
-            "they can reach that address"
+            f"start: waited {limit:.0f} seconds at {coordinator} for process {shown} of"
+            f" {processes}; look into their output, and whether they can reach that address"
         )
     answer = wrong or answer
     for peer in peers:
@@ -78,7 +99,8 @@ def _gather(coordinator: str, processes: int, deadline: float, limit: float) -> 
 
 
 def _alive(peer: socket.socket) -> bool:
-    """Whether the other end still listens: a process that was started anew replaces the one before."""
+    """Whether the other end still listens: a process that was started anew replaces the one
+    before."""
     peer.settimeout(0.2)
     try:
         return peer.recv(1) != b""
@@ -92,11 +114,18 @@ def _report(coordinator: str, processes: int, process: int, deadline: float, lim
     """Another process: says who it is and waits for the answer."""
     host, port = coordinator.rsplit(":", 1)
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=5.0) as line:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5.0) as line,
+        ):
             line.sendall(f"{_WORD} {process} {processes} {socket.gethostname() or '-'}\n".encode())
-            line.settimeout(max(deadline - time.monotonic(), 0) + 5.0)  # process 0 may have started later, and its limit ends later
+            # process 0 may have started later, and its limit ends later
+            line.settimeout(max(deadline - time.monotonic(), 0) + 5.0)
             with line.makefile(encoding="utf-8", errors="replace") as text:
                 if answer := text.readline().strip():
                     return answer
         time.sleep(0.3)
-    return f"start: waited {limit:.0f} seconds for process 0 at {coordinator}; look into its output, and whether it can be reached there"
+    return (
+        f"start: waited {limit:.0f} seconds for process 0 at {coordinator}; look into its output,"
+        " and whether it can be reached there"
+    )

@@ -1,6 +1,6 @@
-"""One ordered table of path rules: the first pattern that matches a parameter's path decides over which mesh axes its trailing
-dimensions are
-split. Moments and target are found by the same rules, since their paths end in the parameter's path."""
+"""One ordered table of path rules: the first pattern that matches a parameter's path decides over
+which mesh axes its trailing dimensions are split. Moments and target are found by the same rules,
+since their paths end in the parameter's path."""
 
 import re
 from typing import Any
@@ -8,11 +8,13 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-# (pattern of the path, axes of the last dimensions). Leading dimensions, such as the layer axis of stacked blocks, are never split.
+# (pattern of the path, axes of the last dimensions). Leading dimensions, such as the layer axis of
+# stacked blocks, are never split.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(qkv|fc1|query|key|value|input|deep|shallow)/kernel$", ("fsdp", "tensor")),
     (r"(out|fc2|output)/kernel$", ("tensor", "fsdp")),
-    (r"dcn/(offsets|mask|center)/kernel$", ("fsdp", "tensor")),  # columns are groups, as those of DCNv3's input are
+    # columns are groups, as those of DCNv3's input are
+    (r"dcn/(offsets|mask|center)/kernel$", ("fsdp", "tensor")),
     (r"depthwise/kernel$", ()),  # small, and computed with in float32
     (r"token_table$", ("tensor", "fsdp")),
     (r"kernel$", ("fsdp", None)),
@@ -40,7 +42,10 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh)
     if size < SMALL or not axes or len(shape) < len(axes):
         return PartitionSpec()
     dims = shape[len(shape) - len(axes) :]
-    kept = [axis if axis and mesh.shape[axis] > 1 and n % mesh.shape[axis] == 0 else None for axis, n in zip(axes, dims, strict=True)]
+    kept = [
+        axis if axis and mesh.shape[axis] > 1 and n % mesh.shape[axis] == 0 else None
+        for axis, n in zip(axes, dims, strict=True)
+    ]
     if not any(kept):
         return PartitionSpec()
     return PartitionSpec(*[None] * (len(shape) - len(axes)), *kept)
@@ -48,4 +53,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh)
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     """A NamedSharding for every array (or ShapeDtypeStruct) of a tree."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, partition_spec(path_text(path), leaf.shape, mesh)), tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, partition_spec(path_text(path), leaf.shape, mesh)),
+        tree,
+    )

@@ -1,1 +1,2 @@
-"""What a compiled or traced program costs: FLOPs, memory, traffic, collectives, device names and traces."""
+"""What a compiled or traced program costs: FLOPs, memory, traffic, collectives, device names and
+traces."""

@@ -1,11 +1,13 @@
-"""Which chip of profiling/hardware.py a device is, so that speed can be set in relation to its peak."""
+"""Which chip of profiling/hardware.py a device is, so that speed can be set in relation to its
+peak."""
 
 import re
 from typing import NamedTuple
 
 from m3i_jax.profiling.hardware import CHIPS
 
-# What the devices of JAX call themselves (`device_kind`). A cut-down edition of a GPU has another peak and is not listed.
+# What the devices of JAX call themselves (`device_kind`). A cut-down edition of a GPU has another
+# peak and is not listed.
 _NAMES = (
     (r"TPU v4", "v4"),
     (r"TPU (v5 ?lite|v5e)", "v5e"),
@@ -21,7 +23,8 @@ _DEVICES = {"tpu7x": 2}  # JAX devices a chip, where they are not the same
 
 
 class ChipPeak(NamedTuple):
-    """name: of the kind of chip. flops: dense bf16 FLOP/s of one chip. chips: how many there are."""
+    """name: of the kind of chip. flops: dense bf16 FLOP/s of one chip. chips: how many there
+    are."""
 
     name: str
     flops: float

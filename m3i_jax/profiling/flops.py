@@ -1,7 +1,9 @@
-"""Floating-point operations of matrix products and convolutions, counted on the traced program: a scan counts as often as it runs, the
-share of a device as often as there are devices, and nothing is compiled. (XLA's own cost analysis counts the body of a scan once, and a
-partitioned program on one device.) Without loops, on one device, the numbers are those of XLA. A while loop, whose turns only the data
-decide, counts as often as whoever wrote it expects: it stands in `jax.named_scope("turns=3")`."""
+"""Floating-point operations of matrix products and convolutions, counted on the traced program: a
+scan counts as often as it runs, the share of a device as often as there are devices, and nothing is
+compiled. (XLA's own cost analysis counts the body of a scan once, and a partitioned program on one
+device.) Without loops, on one device, the numbers are those of XLA. A while loop, whose turns only
+the data decide, counts as often as whoever wrote it expects: it stands in
+`jax.named_scope("turns=3")`."""
 
 import dataclasses
 import math
@@ -36,11 +38,11 @@ class FlopCount:
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> FlopCount:
-    """Operations of one call, for arrays or jax.ShapeDtypeStructs. Products whose result nobody uses do not count, as no compiler runs
-    them; of the branches of a condition, the dearest counts.
+    """Operations of one call, for arrays or jax.ShapeDtypeStructs. Products whose result nobody
+    uses do not count, as no compiler runs them; of the branches of a condition, the dearest counts.
 
-    Raises:
-      ValueError: for matrix products in a while loop whose number of turns is unknown and not stated.
+    Raises: ValueError: for matrix products in a while loop whose number of turns is unknown and not
+      stated.
 
     >>> import jax.numpy as jnp
     >>> count_flops(lambda a, b: a @ b, jnp.zeros((2, 3)), jnp.zeros((3, 4)))
@@ -62,7 +64,9 @@ def format_flops(flops: float) -> str:
 
 def _of(jaxpr: Any, used: Sequence[bool]) -> FlopCount:
     """Walks backwards, so that only equations that an output needs are counted."""
-    live = {v for v, u in zip(jaxpr.outvars, used, strict=True) if u and not isinstance(v, core.Literal)}
+    live = {
+        v for v, u in zip(jaxpr.outvars, used, strict=True) if u and not isinstance(v, core.Literal)
+    }
     total = FlopCount()
     for equation in reversed(jaxpr.eqns):
         wanted = [v in live for v in equation.outvars]
@@ -78,21 +82,29 @@ def _equation(equation: Any, wanted: list[bool]) -> FlopCount:
     if name == "dot_general":
         (contract, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape
-        return FlopCount(dot=2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[d] for d in contract))
+        return FlopCount(
+            dot=2.0
+            * math.prod(equation.outvars[0].aval.shape)
+            * math.prod(left[d] for d in contract)
+        )
     if name == "conv_general_dilated":
         return FlopCount(conv=2.0 * _convolution(equation))
     if name == "pallas_call" and params.get("cost_estimate"):
-        # A kernel knows what of its products is thrown away; and in jax.named_scope("flops=N"), what of them is the model's work.
+        # A kernel knows what of its products is thrown away; and in jax.named_scope("flops=N"),
+        # what of them is the model's work.
         stated = _STATED.findall(str(equation.source_info.name_stack))
         return FlopCount(dot=float(stated[-1] if stated else params["cost_estimate"].flops))
     turns = name in ("scan", "while")  # what one turn gives the next one needs
-    inner = [_of(p, wanted if len(p.outvars) == len(wanted) and not turns else [True] * len(p.outvars)) for p in _programs(params)]
+    inner = [
+        _of(p, wanted if len(p.outvars) == len(wanted) and not turns else [True] * len(p.outvars))
+        for p in _programs(params)
+    ]
     if name == "while" and any(f.total for f in inner):
         stated = _TURNS.findall(str(equation.source_info.name_stack))
         if not stated:
             raise ValueError(
-                "matrix products in a while loop: how often it runs is not known before it does; use lax.scan, or state it by "
-                'jax.named_scope("turns=N")'
+                "matrix products in a while loop: how often it runs is not known before it does;"
+                ' use lax.scan, or state it by jax.named_scope("turns=N")'
             )
         return sum(inner, FlopCount()).times(float(stated[-1]))
     if name == "cond":
@@ -121,13 +133,18 @@ def _repeats(name: str, params: dict[str, Any]) -> float:
 
 
 def _convolution(equation: Any) -> float:
-    """Multiply-adds with real elements of the input: those with padding and with holes of a dilation are zeros that nobody multiplies."""
+    """Multiply-adds with real elements of the input: those with padding and with holes of a
+    dilation are zeros that nobody multiplies."""
     params, dims = equation.params, equation.params["dimension_numbers"]
     left, kernel = (v.aval.shape for v in equation.invars)
     out = equation.outvars[0].aval.shape
     macs = float(out[dims.out_spec[0]] * out[dims.out_spec[1]] * kernel[dims.rhs_spec[1]])
     for i in range(len(dims.out_spec) - 2):
-        size, taps, places = left[dims.lhs_spec[i + 2]], kernel[dims.rhs_spec[i + 2]], out[dims.out_spec[i + 2]]
+        size, taps, places = (
+            left[dims.lhs_spec[i + 2]],
+            kernel[dims.rhs_spec[i + 2]],
+            out[dims.out_spec[i + 2]],
+        )
         at = np.arange(places)[:, None] * params["window_strides"][i] - params["padding"][i][0]
         at = at + np.arange(taps) * params["rhs_dilation"][i]
         hole = params["lhs_dilation"][i]

@@ -1,4 +1,5 @@
-"""Named slices of accelerators, and how long a run would take on them at a stated share of their peak."""
+"""Named slices of accelerators, and how long a run would take on them at a stated share of their
+peak."""
 
 import dataclasses
 
@@ -7,9 +8,11 @@ EXA = 1e18
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """peak: dense bf16 FLOP/s; memory: bytes of HBM; bandwidth: bytes a second to and from HBM; link: bytes a second that arrive from other
-    chips over all links, at a GPU from those of its host; usable: bytes that a program may use a device (of tpu7x there are two a chip), if
-    not all; clock: cycles a second of the matrix units; network: bytes a second that arrive at a GPU from other hosts."""
+    """peak: dense bf16 FLOP/s; memory: bytes of HBM; bandwidth: bytes a second to and from HBM;
+    link: bytes a second that arrive from other chips over all links, at a GPU from those of its
+    host; usable: bytes that a program may use a device (of tpu7x there are two a chip), if not all;
+    clock: cycles a second of the matrix units; network: bytes a second that arrive at a GPU from
+    other hosts."""
 
     peak: float
     memory: float
@@ -20,11 +23,14 @@ class Chip:
     network: float = 0.0
 
 
-# TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, "peak compute per chip (bf16)", "HBM capacity", "HBM bandwidth", and half of
-# "bidirectional inter-chip interconnect bandwidth"; usable is what libtpu 0.0.42 states when it refuses a program; clock is the peak over
-# the multiply-adds of the matrix units. GPUs: NVIDIA's data sheets of A100, H100 and H200 (SXM) and of the HGX B200; peak dense, which is
-# half of the figure with sparsity, link half of NVLink's total; usable nine tenths of what CUDA reports, which JAX takes if it is told to;
-# network is one adapter a GPU, of 200 Gb/s in the data sheet of the DGX A100 and of 400 Gb/s in those of the DGX H100, H200 and B200.
+# TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, "peak compute per chip (bf16)", "HBM
+# capacity", "HBM bandwidth", and half of "bidirectional inter-chip interconnect bandwidth"; usable
+# is what libtpu 0.0.42 states when it refuses a program; clock is the peak over the multiply-adds
+# of the matrix units. GPUs: NVIDIA's data sheets of A100, H100 and H200 (SXM) and of the HGX B200;
+# peak dense, which is half of the figure with sparsity, link half of NVLink's total; usable nine
+# tenths of what CUDA reports, which JAX takes if it is told to; network is one adapter a GPU, of
+# 200 Gb/s in the data sheet of the DGX A100 and of 400 Gb/s in those of the DGX H100, H200 and
+# B200.
 CHIPS = {
     "v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9, 30.75 * 2**30, 1.05e9),
     "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 15.75 * 2**30, 1.5e9),
@@ -37,7 +43,8 @@ CHIPS = {
     "b200": Chip(2250e12, 180e9, 7700e9, 900e9, 0.9 * 191_514_411_008, network=50e9),
 }
 
-# (name a person orders, kind of chip, chips). v4 and v5p are ordered by cores, two a chip; the others by chips.
+# (name a person orders, kind of chip, chips). v4 and v5p are ordered by cores, two a chip; the
+# others by chips.
 SLICES = (
     ("v4-32", "v4", 16),
     ("v5e-16", "v5e", 16),
@@ -74,5 +81,13 @@ def slice_rows(total: float, mfu: float) -> list[tuple[str, str, str, str, str]]
     for name, kind, chips in SLICES:
         chip, time = CHIPS[kind], training_days(total, kind=kind, chips=chips, mfu=mfu)
         told = f"{time:,.1f}" if time >= 1 else f"{time:.2f}"
-        out.append((name, str(chips), f"{chip.peak * chips / EXA:.4f}", f"{chip.memory / 1e9:.1f} GB", told))
+        out.append(
+            (
+                name,
+                str(chips),
+                f"{chip.peak * chips / EXA:.4f}",
+                f"{chip.memory / 1e9:.1f} GB",
+                told,
+            )
+        )
     return out

@@ -1,4 +1,5 @@
-"""What a compiled program reads from and writes to a device's main memory, estimated from its text (`profiling/hlo.py`)."""
+"""What a compiled program reads from and writes to a device's main memory, estimated from its text
+(`profiling/hlo.py`)."""
 
 from m3i_jax.profiling.hlo import HloArray, HloInstruction, HloProgram, executed_counts
 
@@ -30,10 +31,15 @@ _SLICES = {"dynamic-slice", "slice", "gather"}
 
 
 def hbm_traffic(program: HloProgram) -> float:
-    """Bytes that a device reads from and writes to its main memory: operands and results of all instructions that are not inside a fusion,
-    what stays in the scratchpad left out. Of an operand that a fusion only slices, the slices count, of a buffer that is updated in place,
-    the update."""
-    return sum(times * _moved(program, each) for times, each, fused in executed_counts(program) if not fused and each.opcode not in _FREE)
+    """Bytes that a device reads from and writes to its main memory: operands and results of all
+    instructions that are not inside a fusion, what stays in the scratchpad left out. Of an operand
+    that a fusion only slices, the slices count, of a buffer that is updated in place, the
+    update."""
+    return sum(
+        times * _moved(program, each)
+        for times, each, fused in executed_counts(program)
+        if not fused and each.opcode not in _FREE
+    )
 
 
 def _slow(items: tuple[HloArray, ...] | list[HloArray]) -> float:
@@ -44,7 +50,9 @@ def _moved(program: HloProgram, each: HloInstruction) -> float:
     here = program.computations[each.inside]
     given = [here[name].arrays for name in each.operands if name in here]
     if each.opcode in _SLICES or each.opcode.removesuffix("-start") in ("slice", "dynamic-slice"):
-        return (_slow(given[0]) > 0) * sum(a.bytes for a in each.arrays[-1:]) + _slow(each.arrays[-1:])
+        return (_slow(given[0]) > 0) * sum(a.bytes for a in each.arrays[-1:]) + _slow(
+            each.arrays[-1:]
+        )
     if each.opcode == "dynamic-update-slice":
         return _slow(given[1]) + (_slow(each.arrays) > 0) * sum(a.bytes for a in given[1])
     if each.opcode == "copy-start":
@@ -55,7 +63,10 @@ def _moved(program: HloProgram, each: HloInstruction) -> float:
         return sum(map(_slow, given)) + _slow(each.arrays)
     body = program.computations.get(next(iter(each.called("calls")), ""), {})
     inputs = {int(i.text[1:].split(")")[0]): i for i in body.values() if i.opcode == "parameter"}
-    total = sum(_slow(a) and _read(body, inputs[i], sum(x.bytes for x in a)) if i in inputs else _slow(a) for i, a in enumerate(given))
+    total = sum(
+        _slow(a) and _read(body, inputs[i], sum(x.bytes for x in a)) if i in inputs else _slow(a)
+        for i, a in enumerate(given)
+    )
     return total + _written(body, each)
 
 
@@ -83,5 +94,7 @@ def _written(body: dict[str, HloInstruction], each: HloInstruction) -> float:
         while end and end.opcode == "bitcast" and end.operands:
             end = body.get(end.operands[0])
         update = body.get(end.operands[1]) if end and end.opcode == "dynamic-update-slice" else None
-        total += _slow((array,)) and (sum(a.bytes for a in update.arrays) if update else array.bytes)
+        total += _slow((array,)) and (
+            sum(a.bytes for a in update.arrays) if update else array.bytes
+        )
     return total

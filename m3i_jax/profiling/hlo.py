@@ -1,7 +1,9 @@
-"""What a compiled program does, read from its text (HLO): how often an instruction runs, matrix operations, collectives.
+"""What a compiled program does, read from its text (HLO): how often an instruction runs, matrix
+operations, collectives.
 
-The text is that of one device. A loop's body is printed once; here it counts as often as the loop turns. A collective that is spread over
-several fusions is printed once in each, under one chain id; here it counts once. Pure functions of text: nothing is compiled or run."""
+The text is that of one device. A loop's body is printed once; here it counts as often as the loop
+turns. A collective that is spread over several fusions is printed once in each, under one chain id;
+here it counts once. Pure functions of text: nothing is compiled or run."""
 
 import collections
 import dataclasses
@@ -12,8 +14,23 @@ from collections.abc import Iterator
 
 import numpy as np
 
-WIDTH = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-WIDTH |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16} | dict.fromkeys(("f8e4m3fn", "f8e5m2", "f8e4m3", "f8e4m3b11fnuz"), 1)
+WIDTH = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+}
+WIDTH |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16} | dict.fromkeys(
+    ("f8e4m3fn", "f8e5m2", "f8e4m3", "f8e4m3b11fnuz"), 1
+)
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -28,12 +45,15 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _REFERENCE = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(r"(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+_CALLED = re.compile(
+    r"(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class HloArray:
-    """fast: it lives in the chip's own scratchpad, not in main memory (TPU: a layout with a memory space other than 0)."""
+    """fast: it lives in the chip's own scratchpad, not in main memory (TPU: a layout with a memory
+    space other than 0)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -46,7 +66,8 @@ class HloArray:
 
 @dataclasses.dataclass(frozen=True)
 class HloInstruction:
-    """One line. operands: names of instructions of the same computation; text: everything behind the operands."""
+    """One line. operands: names of instructions of the same computation; text: everything behind
+    the operands."""
 
     name: str
     opcode: str
@@ -68,7 +89,8 @@ class HloInstruction:
 
 @dataclasses.dataclass(frozen=True)
 class HloProgram:
-    """computations: {name: {instruction name: Instruction}}, in the order of the text; devices: how many run it."""
+    """computations: {name: {instruction name: Instruction}}, in the order of the text; devices: how
+    many run it."""
 
     computations: dict[str, dict[str, HloInstruction]]
     entry: str
@@ -77,7 +99,9 @@ class HloProgram:
     def operands(self, instruction: HloInstruction) -> list[HloArray]:
         """The arrays that an instruction reads."""
         here = self.computations[instruction.inside]
-        return [array for name in instruction.operands if name in here for array in here[name].arrays]
+        return [
+            array for name in instruction.operands if name in here for array in here[name].arrays
+        ]
 
 
 def parse_arrays(text: str) -> tuple[HloArray, ...]:
@@ -87,7 +111,11 @@ def parse_arrays(text: str) -> tuple[HloArray, ...]:
     (Array(dtype='bf16', shape=(2, 3), fast=True), Array(dtype='f32', shape=(), fast=False))
     """
     return tuple(
-        HloArray(dtype, tuple(int(n.strip("<=")) for n in dims.split(",") if n), space not in ("", "S(0)"))
+        HloArray(
+            dtype,
+            tuple(int(n.strip("<=")) for n in dims.split(",") if n),
+            space not in ("", "S(0)"),
+        )
         for dtype, dims, space in _ARRAY.findall(text)
         if dtype in WIDTH
     )
@@ -126,20 +154,33 @@ def parse_hlo(text: str) -> HloProgram:
                 continue
             close = _closing(kind, opcode.end() - 1)
             inner = kind[opcode.end() : close]
-            operands = () if opcode[1] in ("constant", "parameter") else tuple(_REFERENCE.findall(inner) or re.findall(r"[\w.\-]+", inner))
-            rest = f"({inner})" + kind[close + 1 :] if opcode[1] in ("constant", "parameter") else kind[close + 1 :]
-            computations[here][hit[2]] = HloInstruction(hit[2], opcode[1], parse_arrays(kind[:end]), operands, rest, here, bool(hit[1]))
+            operands = (
+                ()
+                if opcode[1] in ("constant", "parameter")
+                else tuple(_REFERENCE.findall(inner) or re.findall(r"[\w.\-]+", inner))
+            )
+            rest = (
+                f"({inner})" + kind[close + 1 :]
+                if opcode[1] in ("constant", "parameter")
+                else kind[close + 1 :]
+            )
+            computations[here][hit[2]] = HloInstruction(
+                hit[2], opcode[1], parse_arrays(kind[:end]), operands, rest, here, bool(hit[1])
+            )
     return HloProgram(computations, entry, devices)
 
 
 def trip_count(program: HloProgram, loop: HloInstruction) -> int:
-    """How often a while loop turns: as the compiler noted it, or from a condition `counter < constant`, counting by one; 1 if neither."""
+    """How often a while loop turns: as the compiler noted it, or from a condition `counter <
+    constant`, counting by one; 1 if neither."""
     if noted := re.search(r'known_trip_count":?\{"?n"?:"?(\d+)', loop.text):
         return int(noted[1])
     for name in loop.called("condition"):
         condition = program.computations.get(name, {})
         limits = [
-            int(n) for each in _within(program, condition) if each.opcode == "constant" and (n := each.text[1:].split(")")[0]).isdigit()
+            int(n)
+            for each in _within(program, condition)
+            if each.opcode == "constant" and (n := each.text[1:].split(")")[0]).isdigit()
         ]
         tests = [each for each in _within(program, condition) if each.opcode == "compare"]
         if limits and tests:
@@ -147,7 +188,9 @@ def trip_count(program: HloProgram, loop: HloInstruction) -> int:
     return 1
 
 
-def _within(program: HloProgram, computation: dict[str, HloInstruction]) -> Iterator[HloInstruction]:
+def _within(
+    program: HloProgram, computation: dict[str, HloInstruction]
+) -> Iterator[HloInstruction]:
     for each in computation.values():
         yield each
         for name in each.called("calls"):
@@ -156,21 +199,34 @@ def _within(program: HloProgram, computation: dict[str, HloInstruction]) -> Iter
 
 def _start(program: HloProgram, loop: HloInstruction, condition: dict[str, HloInstruction]) -> int:
     """The counter's first value: the element of the initial tuple that the condition reads."""
-    read = [re.search(r"index=(\d+)", each.text) for each in condition.values() if each.opcode == "get-tuple-element"]
+    read = [
+        re.search(r"index=(\d+)", each.text)
+        for each in condition.values()
+        if each.opcode == "get-tuple-element"
+    ]
     here = program.computations[loop.inside]
     initial = here.get(loop.operands[0]) if loop.operands else None
     for index in (int(found[1]) for found in read if found):
         if initial and initial.opcode == "tuple" and index < len(initial.operands):
             first = here.get(initial.operands[index])
-            while first and first.opcode in ("copy", "bitcast", "copy-done", "copy-start") and first.operands:
+            while (
+                first
+                and first.opcode in ("copy", "bitcast", "copy-done", "copy-start")
+                and first.operands
+            ):
                 first = here.get(first.operands[0])
-            if first and first.opcode == "constant" and (value := first.text[1:].split(")")[0]).isdigit():
+            if (
+                first
+                and first.opcode == "constant"
+                and (value := first.text[1:].split(")")[0]).isdigit()
+            ):
                 return int(value)
     return 0
 
 
 def executed_counts(program: HloProgram) -> Iterator[tuple[int, HloInstruction, bool]]:
-    """(how often a step runs it, instruction, whether it stands inside a fusion) for all a step reaches, all branches included."""
+    """(how often a step runs it, instruction, whether it stands inside a fusion) for all a step
+    reaches, all branches included."""
 
     def walk(name: str, times: int, fused: bool) -> Iterator[tuple[int, HloInstruction, bool]]:
         for each in program.computations.get(name, {}).values():
@@ -188,7 +244,8 @@ def executed_counts(program: HloProgram) -> Iterator[tuple[int, HloInstruction, 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """count: collectives a step; received: bytes that arrive at a device; outside: those of them that come from other hosts."""
+    """count: collectives a step; received: bytes that arrive at a device; outside: those of them
+    that come from other hosts."""
 
     count: int = 0
     received: float = 0.0
@@ -198,9 +255,10 @@ class Traffic:
 def collective_traffic(program: HloProgram, host: int = 0) -> dict[str, Traffic]:
     """Collectives by kind; host: devices of one, 0: all.
 
-    Of n devices that take part, with S bytes of operands each: an all-gather receives (n - 1) S, a reduce-scatter or all-to-all (n - 1) / n
-    S, an all-reduce 2 (n - 1) / n S (a reduce-scatter and an all-gather), a permute S. An all-reduce of which a device keeps only its
-    slice, inside one fusion, is a reduce-scatter, which is what it runs as."""
+    Of n devices that take part, with S bytes of operands each: an all-gather receives (n - 1) S, a
+    reduce-scatter or all-to-all (n - 1) / n S, an all-reduce 2 (n - 1) / n S (a reduce-scatter and
+    an all-gather), a permute S. An all-reduce of which a device keeps only its slice, inside one
+    fusion, is a reduce-scatter, which is what it runs as."""
     found: dict[str, Traffic] = {}
     seen: set[tuple[str, str]] = set()
     for times, each, fused in executed_counts(program):
@@ -213,9 +271,14 @@ def collective_traffic(program: HloProgram, host: int = 0) -> dict[str, Traffic]
             seen.add((chain[1], kind))
         if kind == "all-reduce" and fused and _keeps_a_slice(program, each):
             kind = "reduce-scatter"
-        size, who = sum(array.bytes for array in program.operands(each)), group_members(each.text, program.devices)
+        size, who = (
+            sum(array.bytes for array in program.operands(each)),
+            group_members(each.text, program.devices),
+        )
         n = len(who)
-        share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(kind, (n - 1) / n)
+        share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(
+            kind, (n - 1) / n
+        )
         if n > 1:
             old = found.get(kind, Traffic())
             received = times * size * share
@@ -227,12 +290,15 @@ def collective_traffic(program: HloProgram, host: int = 0) -> dict[str, Traffic]
 def _keeps_a_slice(program: HloProgram, each: HloInstruction) -> bool:
     users = [u for u in program.computations[each.inside].values() if each.name in u.operands]
     while len(users) == 1 and users[0].opcode in ("bitcast", "reshape", "copy", "transpose"):
-        users = [u for u in program.computations[each.inside].values() if users[0].name in u.operands]
+        users = [
+            u for u in program.computations[each.inside].values() if users[0].name in u.operands
+        ]
     return bool(users) and all(u.opcode == "dynamic-slice" for u in users)
 
 
 def group_members(text: str, devices: int) -> tuple[int, ...]:
-    """Devices of the first group that takes part in a collective, from its attributes in any of the ways in which they are printed.
+    """Devices of the first group that takes part in a collective, from its attributes in any of the
+    ways in which they are printed.
 
     >>> group_members("replica_groups={{0,2},{1,3}}", 4), group_members("replica_groups=[2,2]<=[2,2]T(1,0)", 4), group_members("replica_groups={}", 3)
     ((0, 2), (0, 2), (0, 1, 2))
@@ -246,11 +312,19 @@ def group_members(text: str, devices: int) -> tuple[int, ...]:
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         sides = [int(n) for n in found[2].split(",")]
         turned = [int(n) for n in found[3].split(",")] if found[3] else range(len(sides))
-        return tuple(np.arange(math.prod(sides)).reshape(sides).transpose(turned).ravel()[: int(found[1])].tolist())
+        return tuple(
+            np.arange(math.prod(sides))
+            .reshape(sides)
+            .transpose(turned)
+            .ravel()[: int(found[1])]
+            .tolist()
+        )
     if found := re.search(r"replica_groups=@?\w*\[([^\]]*)\]\s*\{([^}]*)\}", text):
         sizes = {axis: int(n) for axis, n in re.findall(r"'?([\w.]+)'?=(\d+)", found[1])}
         places = [0]
-        for axis, before, part in re.findall(r"'?([A-Za-z_][\w.]*)'?(?::\((\d+)\)(\d+))?", found[2]):
+        for axis, before, part in re.findall(
+            r"'?([A-Za-z_][\w.]*)'?(?::\((\d+)\)(\d+))?", found[2]
+        ):
             if axis not in sizes:
                 continue
             size = int(part or sizes[axis])
@@ -262,28 +336,36 @@ def group_members(text: str, devices: int) -> tuple[int, ...]:
 
 
 def _outside(kind: str, each: HloInstruction, who: tuple[int, ...], host: int) -> float:
-    """Of the bytes that a device receives in a collective, the share that must come from other hosts, of so many devices each."""
-    if pairs := re.findall(r"\{(\d+),(\d+)\}", each.text) if "source_target_pairs" in each.text else []:
+    """Of the bytes that a device receives in a collective, the share that must come from other
+    hosts, of so many devices each."""
+    if pairs := (
+        re.findall(r"\{(\d+),(\d+)\}", each.text) if "source_target_pairs" in each.text else []
+    ):
         return float(any(int(a) // host != int(b) // host for a, b in pairs))
     n, near = len(who), max(collections.Counter(place // host for place in who).values())
-    # What comes into a host comes once, through all of its devices that take part, and is handed on inside; not what is one device's own.
+    # What comes into a host comes once, through all of its devices that take part, and is handed on
+    # inside; not what is one device's own.
     return (n - near) / (n - 1) / (1 if "all-to-all" in kind else near)
 
 
-# Where input, kernel and output stand among (operand, operand, result) of a cuDNN call, whose window and labels are those of the forward.
+# Where input, kernel and output stand among (operand, operand, result) of a cuDNN call, whose
+# window and labels are those of the forward.
 _GRADIENTS = {"BackwardInput": (2, 1, 0), "BackwardFilter": (0, 2, 1)}
 
 
 def hlo_flops(program: HloProgram) -> float:
-    """Operations of matrix products and convolutions on one device, a multiply-add being two, products with padding and with the holes of
-    a dilation left out. Covers dot, convolution (which is what a TPU makes of a batched product), calls of cuBLAS and cuDNN, and what a
-    kernel states."""
+    """Operations of matrix products and convolutions on one device, a multiply-add being two,
+    products with padding and with the holes of a dilation left out. Covers dot, convolution (which
+    is what a TPU makes of a batched product), calls of cuBLAS and cuDNN, and what a kernel
+    states."""
     return sum(times * _flops(program, each) for times, each, _ in executed_counts(program))
 
 
 def _flops(program: HloProgram, each: HloInstruction) -> float:
     if each.opcode == "dot" or "__cublas$" in each.text:
-        contract = re.search(r"lhs_contracting_dim(?:ensions)?(?:s)?\"?[=:][{\[]([\d,\"]*)[}\]]", each.text)
+        contract = re.search(
+            r"lhs_contracting_dim(?:ensions)?(?:s)?\"?[=:][{\[]([\d,\"]*)[}\]]", each.text
+        )
         if not contract:
             return 0.0
         left = program.operands(each)[0].shape
@@ -300,18 +382,35 @@ def _flops(program: HloProgram, each: HloInstruction) -> float:
     left, kernel, out = (shapes[i] for i in _GRADIENTS.get(call[1] if call else "", (0, 1, 2)))
     window = re.search(r"window=\{([^}]*)\}", each.text)
     given = dict(item.split("=") for item in window[1].split()) if window else {}
-    macs = float(out[labels[3].index("b")] * out[labels[3].index("f")] * kernel[labels[2].index("i")])
+    macs = float(
+        out[labels[3].index("b")] * out[labels[3].index("f")] * kernel[labels[2].index("i")]
+    )
     for d in range(sum(c.isdigit() for c in labels[1])):
-        number = {k: int(v.split("x")[d]) for k, v in given.items() if k in ("size", "stride", "lhs_dilate", "rhs_dilate")}
+        number = {
+            k: int(v.split("x")[d])
+            for k, v in given.items()
+            if k in ("size", "stride", "lhs_dilate", "rhs_dilate")
+        }
         low = int(given["pad"].split("x")[d].split("_")[0]) if "pad" in given else 0
-        sizes = left[labels[1].index(str(d))], kernel[labels[2].index(str(d))], out[labels[3].index(str(d))]
-        macs *= _taps(*sizes, number.get("stride", 1), low, number.get("lhs_dilate", 1), number.get("rhs_dilate", 1))
+        sizes = (
+            left[labels[1].index(str(d))],
+            kernel[labels[2].index(str(d))],
+            out[labels[3].index(str(d))],
+        )
+        macs *= _taps(
+            *sizes,
+            number.get("stride", 1),
+            low,
+            number.get("lhs_dilate", 1),
+            number.get("rhs_dilate", 1),
+        )
     return 2.0 * macs
 
 
 @functools.cache
 def _taps(size: int, taps: int, places: int, stride: int, low: int, hole: int, spread: int) -> int:
-    """Pairs of (output place, tap) that meet a real element of an input of `size` with `hole` - 1 zeros between its elements."""
+    """Pairs of (output place, tap) that meet a real element of an input of `size` with `hole` - 1
+    zeros between its elements."""
     last = (size - 1) * hole
     at = (p * stride - low + t * spread for p in range(places) for t in range(taps))
     return sum(1 for x in at if 0 <= x <= last and not x % hole)

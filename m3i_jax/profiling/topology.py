@@ -1,8 +1,9 @@
-"""Devices that are not here: the name of a slice, such as v5e:4x4, h100:8 or cpu:8, as devices that programs can be compiled for.
+"""Devices that are not here: the name of a slice, such as v5e:4x4, h100:8 or cpu:8, as devices that
+programs can be compiled for.
 
-TPU programs are compiled by libtpu and GPU programs by the CUDA plugin, without either being attached; both come with an extra of this
-package. `cpu:N` are N devices on this host. What a library must find in the environment before it loads is set here, where nothing was set.
-"""
+TPU programs are compiled by libtpu and GPU programs by the CUDA plugin, without either being
+attached; both come with an extra of this package. `cpu:N` are N devices on this host. What a
+library must find in the environment before it loads is set here, where nothing was set."""
 
 import dataclasses
 import difflib
@@ -19,8 +20,9 @@ from m3i_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceFamily:
-    """platform: tpu, cuda or cpu; sides: numbers in the shape of a slice (TPU); cores: devices a chip; options: for libtpu; host: devices
-    of a host, where the links between devices end with it, else 0."""
+    """platform: tpu, cuda or cpu; sides: numbers in the shape of a slice (TPU); cores: devices a
+    chip; options: for libtpu; host: devices of a host, where the links between devices end with it,
+    else 0."""
 
     platform: str
     sides: int = 1
@@ -44,7 +46,8 @@ FAMILIES = {
 }
 EXAMPLES = "v5e:4x4, v5p:4x4x4, v6e:4x8, tpu7x:2x2x1, h100:8, cpu:8"
 EXTRA = {"tpu": ("libtpu", "tpu"), "cuda": ("jax_plugins.xla_cuda12", "cuda")}
-# libtpu would ask a cloud's metadata server what machine it is on, claim a chip, and write of both to stderr.
+# libtpu would ask a cloud's metadata server what machine it is on, claim a chip, and write of both
+# to stderr.
 _QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -53,21 +56,68 @@ _QUIET = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
 }
-# Options of the compiler, by platform. A GPU's kernels would be tuned on the GPU; without one, Triton has no tile sizes for products.
-COMPILER: dict[str, dict[str, Any]] = {"tpu": {}, "cpu": {}, "cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}}
-# Of each card: cores, compute capability, clock in GHz, bytes of shared memory a core and a block, of L2, of memory, of bandwidth a second,
-# name. From the properties that CUDA reports of the SXM cards.
+# Options of the compiler, by platform. A GPU's kernels would be tuned on the GPU; without one,
+# Triton has no tile sizes for products.
+COMPILER: dict[str, dict[str, Any]] = {
+    "tpu": {},
+    "cpu": {},
+    "cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False},
+}
+# Of each card: cores, compute capability, clock in GHz, bytes of shared memory a core and a block,
+# of L2, of memory, of bandwidth a second, name. From the properties that CUDA reports of the SXM
+# cards.
 CARDS = {
-    "a100": (108, 8, 1.41, 167_936, 166_912, 41_943_040, 85_100_068_864, 2_039_040_000_000, "NVIDIA A100-SXM4-80GB"),
-    "h100": (132, 9, 1.98, 233_472, 232_448, 52_428_800, 84_942_979_072, 3_352_320_000_000, "NVIDIA H100 80GB HBM3"),
-    "h200": (132, 9, 1.98, 233_472, 232_448, 62_914_560, 150_754_820_096, 4_814_000_000_000, "NVIDIA H200"),
-    "b200": (148, 10, 1.965, 233_472, 232_448, 132_644_864, 191_514_411_008, 7_672_320_000_000, "NVIDIA B200"),
+    "a100": (
+        108,
+        8,
+        1.41,
+        167_936,
+        166_912,
+        41_943_040,
+        85_100_068_864,
+        2_039_040_000_000,
+        "NVIDIA A100-SXM4-80GB",
+    ),
+    "h100": (
+        132,
+        9,
+        1.98,
+        233_472,
+        232_448,
+        52_428_800,
+        84_942_979_072,
+        3_352_320_000_000,
+        "NVIDIA H100 80GB HBM3",
+    ),
+    "h200": (
+        132,
+        9,
+        1.98,
+        233_472,
+        232_448,
+        62_914_560,
+        150_754_820_096,
+        4_814_000_000_000,
+        "NVIDIA H200",
+    ),
+    "b200": (
+        148,
+        10,
+        1.965,
+        233_472,
+        232_448,
+        132_644_864,
+        191_514_411_008,
+        7_672_320_000_000,
+        "NVIDIA B200",
+    ),
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Topology:
-    """A slice by name. shape: its sides; devices: how many programs run on it, which on tpu7x are two a chip."""
+    """A slice by name. shape: its sides; devices: how many programs run on it, which on tpu7x are
+    two a chip."""
 
     name: str
     kind: str
@@ -100,15 +150,27 @@ def parse_topology(text: str) -> Topology:
     kind, _, size = text.partition(":")
     if kind not in FAMILIES:
         near = difflib.get_close_matches(re.split(r"[-_:]", kind)[0], FAMILIES, 1, 0.5)
-        hint = f"did you mean {near[0]}:{_example(near[0])}?" if near else f"known are {', '.join(FAMILIES)}, such as {EXAMPLES}"
+        hint = (
+            f"did you mean {near[0]}:{_example(near[0])}?"
+            if near
+            else f"known are {', '.join(FAMILIES)}, such as {EXAMPLES}"
+        )
         raise UserError(f"--topology {text}: there is no such topology; {hint}")
     family = FAMILIES[kind]
     if not re.fullmatch(r"[1-9]\d{0,4}" + r"x[1-9]\d{0,4}" * (family.sides - 1), size):
-        wanted = "the number of devices" if family.sides == 1 else f"{family.sides} sides joined by x"
-        raise UserError(f"--topology {text}: {kind} takes {wanted} behind the colon, such as {kind}:{_example(kind)}")
+        wanted = (
+            "the number of devices" if family.sides == 1 else f"{family.sides} sides joined by x"
+        )
+        raise UserError(
+            f"--topology {text}: {kind} takes {wanted} behind the colon, such as"
+            f" {kind}:{_example(kind)}"
+        )
     shape = tuple(int(n) for n in size.split("x"))
     out = Topology(name=text, kind=kind, shape=shape)
-    hosts = f"{out.devices} devices are more than a host's {PER_HOST} and not whole hosts; use a multiple of {PER_HOST}"
+    hosts = (
+        f"{out.devices} devices are more than a host's {PER_HOST} and not whole hosts; use a"
+        f" multiple of {PER_HOST}"
+    )
     if family.platform == "cuda" and out.devices > PER_HOST and out.devices % PER_HOST:
         raise UserError(f"--topology {text}: {hosts}")
     return out
@@ -119,8 +181,9 @@ def _example(kind: str) -> str:
 
 
 def topology_devices(topology: Topology) -> list[jax.Device]:
-    """The devices of a slice, to compile for. Sets what must stand in the environment and JAX's platform to the CPU, so that no attached
-    accelerator is taken; call it before anything else has run on a device.
+    """The devices of a slice, to compile for. Sets what must stand in the environment and JAX's
+    platform to the CPU, so that no attached accelerator is taken; call it before anything else has
+    run on a device.
 
     Raises:
       UserError: if the library that compiles for it is not installed, or does not know the slice.
@@ -131,8 +194,9 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
     library, extra = EXTRA[platform]
     if not _installed(library):
         raise UserError(
-            f"--topology {topology.name}: compiling for it needs {library.split('.')[-1]}, which is not installed, though no accelerator: "
-            f"pip install 'm3i-jax[{extra}]'; --topology cpu:{min(cores, 64)} shows shares of state and FLOPs without it"
+            f"--topology {topology.name}: compiling for it needs {library.split('.')[-1]}, which is"
+            f" not installed, though no accelerator: pip install 'm3i-jax[{extra}]'; --topology"
+            f" cpu:{min(cores, 64)} shows shares of state and FLOPs without it"
         )
     _host(1, topology.name)
     from jax.experimental import topologies
@@ -145,13 +209,24 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
             if topology.chips == 1:
                 options["chips_per_host_bounds"] = (1, 1, 1)
             shape = "x".join(str(n) for n in topology.shape)
-            return list(topologies.get_topology_desc(f"{topology.kind}:{shape}", platform="tpu", **options).devices)
+            return list(
+                topologies.get_topology_desc(
+                    f"{topology.kind}:{shape}", platform="tpu", **options
+                ).devices
+            )
         hosts = max(1, cores // PER_HOST)
         layout = f"1x{hosts}x{cores // hosts}"
-        return list(topologies.get_topology_desc(platform="cuda", target_config=card(topology.kind), topology=layout).devices)
+        return list(
+            topologies.get_topology_desc(
+                platform="cuda", target_config=card(topology.kind), topology=layout
+            ).devices
+        )
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--topology {topology.name}: {library.split('.')[-1]} does not know it: {reason}; known are {EXAMPLES}") from error
+        raise UserError(
+            f"--topology {topology.name}: {library.split('.')[-1]} does not know it: {reason};"
+            f" known are {EXAMPLES}"
+        ) from error
 
 
 def _installed(library: str) -> bool:
@@ -162,8 +237,11 @@ def _installed(library: str) -> bool:
 
 
 def _host(count: int, name: str) -> list[jax.Device]:
-    """So many devices of this host. Their number is fixed when the first of them is used, so before that it is raised."""
-    forced = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    """So many devices of this host. Their number is fixed when the first of them is used, so before
+    that it is raised."""
+    forced = re.search(
+        r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
+    )
     try:
         if count > int(forced[1] if forced else 1):
             jax.config.update("jax_num_cpu_devices", count)
@@ -172,7 +250,10 @@ def _host(count: int, name: str) -> list[jax.Device]:
         pass  # some program of this process already has devices: as many as there are must do
     found = jax.devices("cpu")
     if len(found) < count:
-        raise UserError(f"--topology {name}: this process already runs on {len(found)} CPU devices; start it anew")
+        raise UserError(
+            f"--topology {name}: this process already runs on {len(found)} CPU devices; start it"
+            " anew"
+        )
     return found[:count]
 
 

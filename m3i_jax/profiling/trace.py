@@ -14,7 +14,8 @@ HEADERS = ("operation", "ms a step", "share", "calls a step", "kind")
 
 
 class TraceOp(NamedTuple):
-    """An operation of the compiled step; seconds and calls of the whole trace. Time of operations inside it is not counted twice."""
+    """An operation of the compiled step; seconds and calls of the whole trace. Time of operations
+    inside it is not counted twice."""
 
     name: str
     kind: str
@@ -23,15 +24,14 @@ class TraceOp(NamedTuple):
 
 
 class Tracer:
-    """Traces a few steps of a run when it is asked to. Called with every step that was sent and its metrics; a trace begins and ends when
-    the device has nothing to do, so that it holds whole steps.
+    """Traces a few steps of a run when it is asked to. Called with every step that was sent and its
+    metrics; a trace begins and ends when the device has nothing to do, so that it holds whole
+    steps.
 
-    Args:
-      directory: where traces go, each in a folder with the time as its name.
-      say: prints a line.
-      steps: length of a trace.
-      apart: gives the block in which the profiler starts, or stops and writes, which is no time of training.
-      done: called with the directory of each finished trace and its steps.
+    Args: directory: where traces go, each in a folder with the time as its name. say: prints a
+      line. steps: length of a trace. apart: gives the block in which the profiler starts, or stops
+      and writes, which is no time of training. done: called with the directory of each finished
+      trace and its steps.
     """
 
     def __init__(
@@ -49,7 +49,8 @@ class Tracer:
         self.running = False
 
     def ask(self) -> None:
-        """Trace the next steps. Nothing but a mark is set: it may be called from a signal handler."""
+        """Trace the next steps. Nothing but a mark is set: it may be called from a signal
+        handler."""
         self._asked = True
 
     def __call__(self, step: int, metrics: Any) -> None:
@@ -67,8 +68,12 @@ class Tracer:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # Python frames of all threads would fill it
         try:
-            jax.profiler.start_trace(str(self._directory), create_perfetto_trace=True, profiler_options=options)
-        except Exception as error:  # another profiler is at work, or the disk is full: no reason to stop training
+            jax.profiler.start_trace(
+                str(self._directory), create_perfetto_trace=True, profiler_options=options
+            )
+        except (
+            Exception
+        ) as error:  # another profiler is at work, or the disk is full: no reason to stop training
             self._say(f"warning: no trace: {' '.join(str(error).split())[:200]}")
             return
         self.running, self._first, self._last = True, step, step + self._steps
@@ -87,7 +92,10 @@ class Tracer:
         try:
             jax.profiler.stop_trace()
             place = newest_trace(self._directory)
-            self._say(f"trace of {step - self._first} steps: {place}; open perfetto_trace.json.gz there in https://ui.perfetto.dev")
+            self._say(
+                f"trace of {step - self._first} steps: {place}; open perfetto_trace.json.gz there"
+                " in https://ui.perfetto.dev"
+            )
             self._done(place, step - self._first)
         except Exception as error:
             self._say(f"warning: the trace is lost: {' '.join(str(error).split())[:200]}")
@@ -95,21 +103,29 @@ class Tracer:
 
 def newest_trace(directory: pathlib.Path) -> pathlib.Path:
     """The folder of the last trace under a directory."""
-    return max((path.parent for path in directory.rglob("*.xplane.pb")), key=lambda place: place.stat().st_mtime)
+    return max(
+        (path.parent for path in directory.rglob("*.xplane.pb")),
+        key=lambda place: place.stat().st_mtime,
+    )
 
 
 def trace_operations(place: pathlib.Path) -> list[TraceOp]:
-    """The operations that the devices of this host ran, the costliest first, from the xplane.pb of a trace."""
+    """The operations that the devices of this host ran, the costliest first, from the xplane.pb of
+    a trace."""
     totals: dict[tuple[str, str], list[float]] = {}
     for file in sorted(place.glob("*.xplane.pb")):
         planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
         devices = [plane for plane in planes if plane.name.startswith("/device:")]
         for plane in devices or planes:
             lines = list(plane.lines)
-            only = [line for line in lines if line.name == "XLA Ops"]  # TPU: other lines show the same time as modules and steps
+            # TPU: other lines show the same time as modules and steps
+            only = [line for line in lines if line.name == "XLA Ops"]
             for line in only or lines:
                 _add(totals, line.events, every=bool(only))
-    ops = [TraceOp(name, kind, seconds, int(calls)) for (name, kind), (seconds, calls) in totals.items()]
+    ops = [
+        TraceOp(name, kind, seconds, int(calls))
+        for (name, kind), (seconds, calls) in totals.items()
+    ]
     return sorted(ops, key=lambda op: -op.seconds)
 
 
@@ -120,7 +136,9 @@ def _add(totals: dict[tuple[str, str], list[float]], events: Iterable[Any], ever
         stats = dict(event.stats)
         if (every or "hlo_op" in stats) and not event.name.startswith("end: "):
             name = str(stats.get("hlo_op", event.name))
-            found.append((event.start_ns, -event.duration_ns, name, str(stats.get("hlo_category", ""))))
+            found.append(
+                (event.start_ns, -event.duration_ns, name, str(stats.get("hlo_category", "")))
+            )
     open_: list[tuple[float, list[float]]] = []
     for start, minus, name, kind in sorted(found):
         seconds = -minus / 1e9
@@ -147,10 +165,24 @@ def operation_table(ops: list[TraceOp], steps: int, most: int = 15) -> str:
     """The costliest operations as text."""
     whole = sum(op.seconds for op in ops)
     rows = [
-        (op.name[:48], f"{1e3 * op.seconds / steps:.3f}", f"{op.seconds / whole:.1%}", f"{op.calls / steps:.1f}", op.kind[:32])
+        (
+            op.name[:48],
+            f"{1e3 * op.seconds / steps:.3f}",
+            f"{op.seconds / whole:.1%}",
+            f"{op.calls / steps:.1f}",
+            op.kind[:32],
+        )
         for op in ops[:most]
     ]
     rest = sum(op.seconds for op in ops[most:])
     if rest:
-        rows.append((f"{len(ops) - most} others", f"{1e3 * rest / steps:.3f}", f"{rest / whole:.1%}", "", ""))
+        rows.append(
+            (
+                f"{len(ops) - most} others",
+                f"{1e3 * rest / steps:.3f}",
+                f"{rest / whole:.1%}",
+                "",
+                "",
+            )
+        )
     return text_table.text_table(rows, HEADERS)

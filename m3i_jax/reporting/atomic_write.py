@@ -12,7 +12,8 @@ from m3i_jax.errors import UserError
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A place to write a file to, which takes the name `path` at the end of the block, or is gone after an error.
+    """A place to write a file to, which takes the name `path` at the end of the block, or is gone
+    after an error.
 
     Raises:
       UserError: the place cannot be written to.
@@ -34,7 +35,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {wanted}: {error.strerror or error}; make room or choose another --workdir") from error
+        raise UserError(
+            f"cannot write {wanted}: {error.strerror or error}; make room or choose another"
+            " --workdir"
+        ) from error
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:

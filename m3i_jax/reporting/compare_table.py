@@ -1,7 +1,8 @@
-"""The table of --mode=compare: one row an objective, mean and spread over seeds, as text, Markdown, JSON and an image of bars.
+"""The table of --mode=compare: one row an objective, mean and spread over seeds, as text, Markdown,
+JSON and an image of bars.
 
-Losses are in the table, but only the evaluations compare: what one objective calls 0.5 another would call nothing.
-"""
+Losses are in the table, but only the evaluations compare: what one objective calls 0.5 another
+would call nothing."""
 
 import dataclasses
 import json
@@ -17,7 +18,8 @@ from m3i_jax.reporting.image_grid import INK, MARGIN, MUTED, OWN, PARTNER
 
 @dataclasses.dataclass(frozen=True)
 class CompareColumn:
-    """A figure of the table: its name in the log, its title, how it is written, and whether the largest is the best."""
+    """A figure of the table: its name in the log, its title, how it is written, and whether the
+    largest is the best."""
 
     key: str
     title: str
@@ -56,7 +58,8 @@ class MetricStats:
 
 @dataclasses.dataclass(frozen=True)
 class CompareRow:
-    """An objective, the seeds that are done and their figures by column; no figure where a run has none."""
+    """An objective, the seeds that are done and their figures by column; no figure where a run has
+    none."""
 
     form: str
     seeds: tuple[int, ...]
@@ -81,7 +84,9 @@ def compare_rows(results: Sequence[Mapping[str, Any]]) -> list[CompareRow]:
             each = tuple(float(r["values"][key]) for r in mine if key in r["values"])
             finite = all(map(math.isfinite, each))
             spread = statistics.stdev(each) if len(each) > 1 and finite else None
-            figures[key] = MetricStats(math.fsum(each) / len(each) if finite else math.nan, spread, each)
+            figures[key] = MetricStats(
+                math.fsum(each) / len(each) if finite else math.nan, spread, each
+            )
         rows.append(CompareRow(form, tuple(r["seed"] for r in mine), figures))
     return rows
 
@@ -100,53 +105,96 @@ def table_cell(column: CompareColumn, figure: MetricStats | None) -> str:
     if figure is None:
         return "-"
     text = format(figure.mean * column.scale, column.form)
-    constant = figure.spread is None or (not figure.spread and not column.best)  # FLOPs have no spread worth a word
-    return text if figure.spread is None or constant else f"{text} ± {format(figure.spread * column.scale, column.form)}"
+    # FLOPs have no spread worth a word
+    constant = figure.spread is None or (not figure.spread and not column.best)
+    return (
+        text
+        if figure.spread is None or constant
+        else f"{text} ± {format(figure.spread * column.scale, column.form)}"
+    )
 
 
 def compare_text(rows: Sequence[CompareRow], notes: Sequence[str]) -> str:
     """The table for a console, notes below."""
     shown = used_columns(rows)
-    table = text_table.text_table([(r.form, *(table_cell(c, r.figures.get(c.key)) for c in shown)) for r in rows], ("objective", *(c.title for c in shown)))
+    table = text_table.text_table(
+        [(r.form, *(table_cell(c, r.figures.get(c.key)) for c in shown)) for r in rows],
+        ("objective", *(c.title for c in shown)),
+    )
     return "\n".join([table, "", *notes])
 
 
 def compare_markdown(rows: Sequence[CompareRow], notes: Sequence[str]) -> str:
     """The table as Markdown, the best of each evaluation bold, notes below."""
     shown = used_columns(rows)
-    found = {c.key: [r.figures[c.key].mean for r in rows if c.key in r.figures and math.isfinite(r.figures[c.key].mean)] for c in shown}
+    found = {
+        c.key: [
+            r.figures[c.key].mean
+            for r in rows
+            if c.key in r.figures and math.isfinite(r.figures[c.key].mean)
+        ]
+        for c in shown
+    }
 
     def one(row: CompareRow, column: CompareColumn) -> str:
         figure, means = row.figures.get(column.key), found[column.key]
         plain = table_cell(column, figure)
-        return f"**{plain}**" if column.best and figure and len(means) > 1 and figure.mean == max(means) else plain
+        return (
+            f"**{plain}**"
+            if column.best and figure and len(means) > 1 and figure.mean == max(means)
+            else plain
+        )
 
-    lines = [f"| objective | {' | '.join(c.title for c in shown)} |", f"|---|{'---:|' * len(shown)}"]
+    lines = [
+        f"| objective | {' | '.join(c.title for c in shown)} |",
+        f"|---|{'---:|' * len(shown)}",
+    ]
     lines += [f"| {row.form} | {' | '.join(one(row, c) for c in shown)} |" for row in rows]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 
-def compare_json(rows: Sequence[CompareRow], notes: Sequence[str], settings: Mapping[str, Any]) -> str:
-    """Everything as JSON, every metric of the last lines among it; numbers that are not finite are null."""
+def compare_json(
+    rows: Sequence[CompareRow], notes: Sequence[str], settings: Mapping[str, Any]
+) -> str:
+    """Everything as JSON, every metric of the last lines among it; numbers that are not finite are
+    null."""
 
     def number(x: float | None) -> float | None:
         return x if x is not None and math.isfinite(x) else None
 
     def one(row: CompareRow) -> dict[str, Any]:
         figures = {
-            key: {"mean": number(f.mean), "spread": number(f.spread), "each": [number(v) for v in f.each]} for key, f in row.figures.items()
+            key: {
+                "mean": number(f.mean),
+                "spread": number(f.spread),
+                "each": [number(v) for v in f.each],
+            }
+            for key, f in row.figures.items()
         }
         return {"form": row.form, "seeds": row.seeds, "figures": figures}
 
-    return json.dumps({"settings": settings, "rows": [one(row) for row in rows], "notes": notes}, indent=1, ensure_ascii=False) + "\n"
+    return (
+        json.dumps(
+            {"settings": settings, "rows": [one(row) for row in rows], "notes": notes},
+            indent=1,
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
 
 
 LABELS, SPAN, BAR, BETWEEN, HEAD = 190, 460, 15, 16, 74
 
 
-def write_bar_chart(path: str | os.PathLike[str], rows: Sequence[CompareRow], *, title: str, chance: float | None = None) -> bool:
-    """Write a PNG of bars, kNN and linear accuracy of every objective, or recall where there is neither; the spread as a line across the
-    end. False, and no file, if there is nothing to draw.
+def write_bar_chart(
+    path: str | os.PathLike[str],
+    rows: Sequence[CompareRow],
+    *,
+    title: str,
+    chance: float | None = None,
+) -> bool:
+    """Write a PNG of bars, kNN and linear accuracy of every objective, or recall where there is
+    neither; the spread as a line across the end. False, and no file, if there is nothing to draw.
 
     Args:
       path: the file; its directory must exist.
@@ -165,8 +213,15 @@ def write_bar_chart(path: str | os.PathLike[str], rows: Sequence[CompareRow], *,
     bars = by_label or [b for b in OTHER_BARS if any(b[0] in row.figures for row in rows)]
     if not bars:
         return False
-    means = [f.mean + (f.spread or 0) for row in rows for key, *_ in bars if (f := row.figures.get(key)) and math.isfinite(f.mean)]
-    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2) if max(means, default=0) <= 5 * s or s == 0.2)
+    means = [
+        f.mean + (f.spread or 0)
+        for row in rows
+        for key, *_ in bars
+        if (f := row.figures.get(key)) and math.isfinite(f.mean)
+    ]
+    step = next(
+        s for s in (0.01, 0.02, 0.05, 0.1, 0.2) if max(means, default=0) <= 5 * s or s == 0.2
+    )
     most = min(max(step, math.ceil(max(means, default=0) / step - 1e-9) * step), 1.0)
     pitch = len(bars) * BAR + BETWEEN
     left, bottom = MARGIN + LABELS, MARGIN + HEAD + len(rows) * pitch
@@ -194,26 +249,49 @@ def write_bar_chart(path: str | os.PathLike[str], rows: Sequence[CompareRow], *,
         page.words(at, top - 4, "chance", size=11, ink=MUTED, anchor="ms")
     for number, row in enumerate(rows):
         y = MARGIN + HEAD + number * pitch - BETWEEN // 2
-        page.words(left - 12, y + len(bars) * BAR / 2 + 4, row.form, size=13, width=LABELS - 12, anchor="rs")
+        page.words(
+            left - 12,
+            y + len(bars) * BAR / 2 + 4,
+            row.form,
+            size=13,
+            width=LABELS - 12,
+            anchor="rs",
+        )
         for place, (key, _, colour) in enumerate(bars):
             _bar(page, left, y + place * BAR, across, row.figures.get(key), colour)
     page.save(path)
     return True
 
 
-def _bar(page: image_grid.ImageGrid, left: int, y: int, across: Any, figure: MetricStats | None, colour: image_grid.Color) -> None:
+def _bar(
+    page: image_grid.ImageGrid,
+    left: int,
+    y: int,
+    across: Any,
+    figure: MetricStats | None,
+    colour: image_grid.Color,
+) -> None:
     if figure is None or not math.isfinite(figure.mean):
-        page.words(left + 6, y + BAR - 4, "none" if figure is None else "not finite", size=11, ink=MUTED)
+        page.words(
+            left + 6, y + BAR - 4, "none" if figure is None else "not finite", size=11, ink=MUTED
+        )
         return
     end = across(figure.mean)
     page.draw.rectangle((left, y + 1, max(end, left), y + BAR - 2), fill=colour)
     if figure.spread:
-        low, high, middle = across(max(figure.mean - figure.spread, 0)), across(figure.mean + figure.spread), y + BAR // 2
+        low, high, middle = (
+            across(max(figure.mean - figure.spread, 0)),
+            across(figure.mean + figure.spread),
+            y + BAR // 2,
+        )
         page.draw.line((low, middle, high, middle), fill=INK)
         for at in (low, high):
             page.draw.line((at, middle - 3, at, middle + 3), fill=INK)
         end = max(end, high)
     words = table_cell(CompareColumn("", "", ".1f", scale=100), figure)
     # On paper of their own: the lines of the axis do not cross words.
-    page.draw.rectangle((end + 4, y + 2, end + 8 + image_grid.font(11).getlength(words), y + BAR - 2), fill=image_grid.PAPER)
+    page.draw.rectangle(
+        (end + 4, y + 2, end + 8 + image_grid.font(11).getlength(words), y + BAR - 2),
+        fill=image_grid.PAPER,
+    )
     page.words(end + 6, y + BAR - 3, words, size=11)

@@ -1,4 +1,5 @@
-"""Which classes are taken for which: a matrix as an image, and the pairs that are confused most often."""
+"""Which classes are taken for which: a matrix as an image, and the pairs that are confused most
+often."""
 
 import dataclasses
 
@@ -21,7 +22,8 @@ class ConfusionCounts:
 
 
 def count_confusions(label_Q: np.ndarray, guess_Q: np.ndarray) -> ConfusionCounts:
-    """Counts of labels and guesses; no matrix of all classes, of which there may be tens of thousands.
+    """Counts of labels and guesses; no matrix of all classes, of which there may be tens of
+    thousands.
 
     >>> count_confusions(np.array([0, 0, 1]), np.array([1, 1, 1]))
     Counts(true=array([0, 1]), guessed=array([1, 1]), count=array([2, 1]))
@@ -31,7 +33,8 @@ def count_confusions(label_Q: np.ndarray, guess_Q: np.ndarray) -> ConfusionCount
 
 
 def shown_classes(counts: ConfusionCounts, most: int = MOST) -> list[int]:
-    """The classes to show, in the order of their numbers: all that occur, or of more than `most` those with the most errors to and from.
+    """The classes to show, in the order of their numbers: all that occur, or of more than `most`
+    those with the most errors to and from.
 
     >>> shown_classes(count_confusions(np.array([0, 0, 1, 2]), np.array([0, 2, 1, 2])), most=2)
     [0, 2]
@@ -45,14 +48,17 @@ def shown_classes(counts: ConfusionCounts, most: int = MOST) -> list[int]:
 
 
 def row_shares(counts: ConfusionCounts, classes: list[int]) -> np.ndarray:
-    """[c, c + 1]: of the images of a class (row), the share taken for each of the classes, and for any other.
+    """[c, c + 1]: of the images of a class (row), the share taken for each of the classes, and for
+    any other.
 
     >>> row_shares(count_confusions(np.array([0, 0, 1, 2]), np.array([0, 2, 1, 2])), [0, 1]).tolist()
     [[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]
     """
     place = {one: row for row, one in enumerate(classes)}
     made = np.zeros((len(classes), len(classes) + 1))
-    for true, guessed, count in zip(counts.true.tolist(), counts.guessed.tolist(), counts.count.tolist(), strict=True):
+    for true, guessed, count in zip(
+        counts.true.tolist(), counts.guessed.tolist(), counts.count.tolist(), strict=True
+    ):
         if true in place:
             made[place[true], place.get(guessed, len(classes))] += count
     return made / np.maximum(made.sum(1, keepdims=True), 1)
@@ -66,24 +72,36 @@ def confused_pairs(counts: ConfusionCounts, most: int = PAIRS) -> list[tuple[int
     """
     wrong = np.flatnonzero(counts.true != counts.guessed)
     chosen = wrong[np.argsort(-counts.count[wrong], kind="stable")][:most]
-    total = {one: int(counts.count[counts.true == one].sum()) for one in set(counts.true[chosen].tolist())}
+    total = {
+        one: int(counts.count[counts.true == one].sum())
+        for one in set(counts.true[chosen].tolist())
+    }
     return [
         (int(t), int(g), int(n) / total[t])
-        for t, g, n in zip(*(x[chosen].tolist() for x in (counts.true, counts.guessed, counts.count)), strict=True)
+        for t, g, n in zip(
+            *(x[chosen].tolist() for x in (counts.true, counts.guessed, counts.count)), strict=True
+        )
     ]
 
 
 def confusion_image(share_CxG: np.ndarray, names: list[str], others: bool) -> Image.Image:
-    """The matrix: a row a class, a column a guess in the same order and, if there are other classes, one for all of them."""
+    """The matrix: a row a class, a column a guess in the same order and, if there are other
+    classes, one for all of them."""
     columns = [*names, "any other"] if others else names
     side = max(CELL, 200 // max(len(names), 1))
-    room = min(WORDS, 12 + round(max(image_grid.font(12).getlength(image_grid.ink_color(name)) for name in columns)))
+    room = min(
+        WORDS,
+        12
+        + round(max(image_grid.font(12).getlength(image_grid.ink_color(name)) for name in columns)),
+    )
     paper = image_grid.ImageGrid(room + side * len(columns) + 1, room + side * len(names) + 1)
     for row, name in enumerate(names):
         paper.words(room - 8, room + row * side + side // 2 + 4, name, width=room - 10, anchor="rs")
         for column, share in enumerate(share_CxG[row, : len(columns)]):
             x, y = room + column * side, room + row * side
-            paper.draw.rectangle((x, y, x + side - 2, y + side - 2), fill=image_grid.heat_tile(share))
+            paper.draw.rectangle(
+                (x, y, x + side - 2, y + side - 2), fill=image_grid.heat_tile(share)
+            )
     upright = image_grid.ImageGrid(room, side * len(columns))
     for column, name in enumerate(columns):
         upright.words(4, column * side + side // 2 + 4, name, width=room - 10)

@@ -11,7 +11,9 @@ Thumbnail = Mapping[str, Any]
 LONGEST = 160  # characters of a caption on the page
 
 
-def data_page_html(report: DataReport, *, pictures: Sequence[Thumbnail], twins: Sequence[Sequence[Thumbnail]]) -> str:
+def data_page_html(
+    report: DataReport, *, pictures: Sequence[Thumbnail], twins: Sequence[Sequence[Thumbnail]]
+) -> str:
     """The page.
 
     Args:
@@ -24,7 +26,10 @@ def data_page_html(report: DataReport, *, pictures: Sequence[Thumbnail], twins: 
     fed = report["feeds"]["chips"] and report["speed"]["pipeline"]
     numbers = [
         (f"{source['records']:,}", "records"),
-        (format_share(good, looked), "usable" + ("" if sample["whole"] else f" of {looked:,} looked at")),
+        (
+            format_share(good, looked),
+            "usable" + ("" if sample["whole"] else f" of {looked:,} looked at"),
+        ),
         (format_share(report["pictures"]["with_label"], good), "have a label"),
         (format_share(report["pictures"]["with_caption"], good), "have a caption"),
         (format_share(report["duplicates"]["records"], good), "are duplicates"),
@@ -37,12 +42,20 @@ def data_page_html(report: DataReport, *, pictures: Sequence[Thumbnail], twins: 
         html_page.definition_list(data_report.report_facts(report)),
         "<h2>Pictures</h2>" + (_pictures(pictures) or "<p>There is no usable image.</p>"),
         '<h2>Distributions</h2><div class="charts">'
-        + "".join(_bars(title, bars, good) for title, bars in data_report.histogram_lines(report, 24))
+        + "".join(
+            _bars(title, bars, good) for title, bars in data_report.histogram_lines(report, 24)
+        )
         + "</div>",
         "<h2>Bad records</h2>" + _bad(report),
         "<h2>Duplicates</h2>" + _twins(report, twins),
         f"<h2>Speed of this machine</h2><p>{_text(sentence)}</p>"
-        + (html_page.html_table(("chip", "peak", "asks for pictures/s", "fed by this machine"), chips, numeric=1) if chips else ""),
+        + (
+            html_page.html_table(
+                ("chip", "peak", "asks for pictures/s", "fed by this machine"), chips, numeric=1
+            )
+            if chips
+            else ""
+        ),
     ]
     return html_page.render_page(f"Data: {source['name']}", body)
 
@@ -50,15 +63,20 @@ def data_page_html(report: DataReport, *, pictures: Sequence[Thumbnail], twins: 
 def _bars(title: str, bars: Sequence[tuple[str, int]], whole: int) -> str:
     most = max(n for _, n in bars)
     rows = "".join(
-        f'<tr title="{_text(label)}: {n:,} ({format_share(n, whole)})"><td>{_text(label)}</td>'
-        f'<td><div class="bar" style="width:{100 * n / most:.1f}%"></div></td><td class="number">{n:,}</td></tr>'
+        f'<tr title="{_text(label)}: {n:,}'
+        f' ({format_share(n, whole)})"><td>{_text(label)}</td><td><div class="bar"'
+        f' style="width:{100 * n / most:.1f}%"></div></td><td class="number">{n:,}</td></tr>'
         for label, n in bars
     )
     return f'<section><h3>{_text(title)}</h3><table class="bars">{rows}</table></section>'
 
 
 def _picture(picture: Thumbnail) -> str:
-    caption = picture["caption"] if len(picture["caption"]) <= LONGEST else picture["caption"][:LONGEST].rstrip() + "…"
+    caption = (
+        picture["caption"]
+        if len(picture["caption"]) <= LONGEST
+        else picture["caption"][:LONGEST].rstrip() + "…"
+    )
     lines = [f"<b>{_text(picture['label'])}</b>"] if picture["label"] else []
     lines += [_text(caption)] if caption else []
     lines.append(f'<span class="key">{_text(picture["key"])} · {_text(picture["size"])}</span>')
@@ -67,7 +85,9 @@ def _picture(picture: Thumbnail) -> str:
 
 
 def _pictures(pictures: Sequence[Thumbnail]) -> str:
-    return '<div class="pictures">' + "".join(map(_picture, pictures)) + "</div>" if pictures else ""
+    return (
+        '<div class="pictures">' + "".join(map(_picture, pictures)) + "</div>" if pictures else ""
+    )
 
 
 def _bad(report: DataReport) -> str:
@@ -75,17 +95,27 @@ def _bad(report: DataReport) -> str:
         return f"<p>None of {report['pictures']['looked_at']:,}.</p>"
     looked, out = report["pictures"]["looked_at"], []
     for row in report["bad"]:
-        examples = "".join(f"<li>{_text(key)} <span class=muted>{_text(detail)}</span></li>" for key, detail in row["examples"])
-        out.append(f"<p><b class=bad>{_text(row['reason'])}</b>: {row['count']:,} ({format_share(row['count'], looked)})</p><ul>{examples}</ul>")
+        examples = "".join(
+            f"<li>{_text(key)} <span class=muted>{_text(detail)}</span></li>"
+            for key, detail in row["examples"]
+        )
+        out.append(
+            f"<p><b class=bad>{_text(row['reason'])}</b>: {row['count']:,}"
+            f" ({format_share(row['count'], looked)})</p><ul>{examples}</ul>"
+        )
     return "".join(out)
 
 
 def _twins(report: DataReport, twins: Sequence[Sequence[Thumbnail]]) -> str:
-    count, scope = report["duplicates"], "" if report["sample"]["whole"] else " among the records that were looked at"
+    count, scope = (
+        report["duplicates"],
+        ("" if report["sample"]["whole"] else " among the records that were looked at"),
+    )
     if not count["records"]:
         return f"<p>No two images have the same bytes{scope}.</p>"
     told = (
-        f"{count['groups']:,} images occur more than once{scope}, {count['records']:,} records too many; of these images "
-        f"{count['with_several_labels']:,} have several labels, {count['in_both_parts']:,} are both trained on and held out."
+        f"{count['groups']:,} images occur more than once{scope}, {count['records']:,} records too"
+        f" many; of these images {count['with_several_labels']:,} have several labels,"
+        f" {count['in_both_parts']:,} are both trained on and held out."
     )
     return f"<p>{told}</p>" + _pictures([picture for group in twins for picture in group])

@@ -36,17 +36,31 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
     """The lines at the top: name and value."""
     source, sample, pictures = report["source"], report["sample"], report["pictures"]
     looked, good = pictures["looked_at"], pictures["usable"]
-    sizes, captions, categories, twice = report["sizes"], report["captions"], report["categories"], report["duplicates"]
+    sizes, captions, categories, twice = (
+        report["sizes"],
+        report["captions"],
+        report["categories"],
+        report["duplicates"],
+    )
     rows = [
         ("records", f"{source['records']:,}, of which {source['held_out']:,} are held out"),
         ("looked at", "all" if sample["whole"] else f"{looked:,}, evenly spread: {sample['rule']}"),
         ("usable", f"{good:,} ({format_share(good, looked)}); bad: {pictures['bad']:,}"),
-        ("with a label", f"{pictures['with_label']:,} ({format_share(pictures['with_label'], good)})"),
-        ("with a caption", f"{pictures['with_caption']:,} ({format_share(pictures['with_caption'], good)})"),
+        (
+            "with a label",
+            f"{pictures['with_label']:,} ({format_share(pictures['with_label'], good)})",
+        ),
+        (
+            "with a caption",
+            f"{pictures['with_caption']:,} ({format_share(pictures['with_caption'], good)})",
+        ),
         ("with neither", f"{pictures['with_neither']:,}"),
         ("formats", ", ".join(f"{n:,} {kind}" for kind, n in pictures["formats"]) or "-"),
         ("bytes a record", text_table.format_bytes(pictures["bytes"] / looked) if looked else "-"),
-        ("median size", f"{sizes['median_width']} x {sizes['median_height']} pixels (width x height)"),
+        (
+            "median size",
+            f"{sizes['median_width']} x {sizes['median_height']} pixels (width x height)",
+        ),
     ]
     if categories["in_source"] or categories["used"]:
         rows.append((
@@ -73,36 +87,67 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
 
 
 def feeding_lines(report: DataReport) -> tuple[str, list[tuple[str, str, str, str]]]:
-    """A sentence with what was measured and assumed, and rows (chip, peak, images a second it asks for, how many this machine feeds)."""
+    """A sentence with what was measured and assumed, and rows (chip, peak, images a second it asks
+    for, how many this machine feeds)."""
     speed, feeds = report["speed"], report["feeds"]
     if not speed["pipeline"]:
         return "No speed was measured: there are fewer than two usable images.", []
     text = (
-        f"One core decodes {format_rate(speed['decode'])} images a second and makes {format_rate(speed['pipeline'])} whole samples a second "
-        f"(decoding, two views of {feeds['image_size']} pixels, mask, caption), measured on {speed['pictures']:,} images in memory. Fed "
-        f"by all {speed['cores']} cores, if a step takes {feeds['flops_per_image'] / 1e9:.4g} GFLOP an image (counted) and a chip reaches "
-        f"{feeds['mfu']:.0%} of its peak (assumed):"
+        f"One core decodes {format_rate(speed['decode'])} images a second and makes"
+        f" {format_rate(speed['pipeline'])} whole samples a second (decoding, two views of"
+        f" {feeds['image_size']} pixels, mask, caption), measured on {speed['pictures']:,} images"
+        f" in memory. Fed by all {speed['cores']} cores, if a step takes"
+        f" {feeds['flops_per_image'] / 1e9:.4g} GFLOP an image (counted) and a chip reaches"
+        f" {feeds['mfu']:.0%} of its peak (assumed):"
     )
-    rows = [(chip, f"{peak / 1e12:,.0f} TFLOP/s", format_rate(wants), format_rate(fed)) for chip, peak, wants, fed in feeds["chips"]]
+    rows = [
+        (chip, f"{peak / 1e12:,.0f} TFLOP/s", format_rate(wants), format_rate(fed))
+        for chip, peak, wants, fed in feeds["chips"]
+    ]
     return text, rows
 
 
 def report_text(report: DataReport) -> str:
     """The whole report for a console: facts, histograms, bad records, duplicates, speed."""
-    parts = [report["source"]["description"], text_table.text_table(report_facts(report), ("of the source", ""))]
+    parts = [
+        report["source"]["description"],
+        text_table.text_table(report_facts(report), ("of the source", "")),
+    ]
     good = report["pictures"]["usable"]
     for title, bars in histogram_lines(report):
-        bins = [(_name(label), f"{n:,}", format_share(n, good), "#" * round(30 * n / max(m for _, m in bars))) for label, n in bars]
+        bins = [
+            (
+                _name(label),
+                f"{n:,}",
+                format_share(n, good),
+                "#" * round(30 * n / max(m for _, m in bars)),
+            )
+            for label, n in bars
+        ]
         parts.append(text_table.text_table(bins, (title, "pictures", "share", "")))
     if report["bad"]:
-        rows = [(row["reason"], f"{row['count']:,}", "; ".join(_name(key) for key, _ in row["examples"])) for row in report["bad"]]
+        rows = [
+            (
+                row["reason"],
+                f"{row['count']:,}",
+                "; ".join(_name(key) for key, _ in row["examples"]),
+            )
+            for row in report["bad"]
+        ]
         parts.append(text_table.text_table(rows, ("bad", "records", "such as")))
     if report["duplicates"]["examples"]:
-        parts.append("same bytes: " + "; ".join(" = ".join(map(_name, keys)) for keys in report["duplicates"]["examples"]))
+        parts.append(
+            "same bytes: "
+            + "; ".join(" = ".join(map(_name, keys)) for keys in report["duplicates"]["examples"])
+        )
     sentence, chips = feeding_lines(report)
     parts.append(sentence)
     if chips:
-        parts.append(text_table.text_table(chips, ("chip", "peak", "asks for pictures/s", "fed by this machine")))
+        parts.append(
+            text_table.text_table(
+                chips, ("chip", "peak", "asks for pictures/s", "fed by this machine")
+            )
+        )
     return "\n\n".join(parts)
 
 
@@ -112,7 +157,8 @@ def _name(text: str) -> str:
 
 
 def histogram_lines(report: DataReport, most: int = 12) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Title and bars of every histogram that is not empty; of many categories only the largest and smallest.
+    """Title and bars of every histogram that is not empty; of many categories only the largest and
+    smallest.
 
     >>> bars = [(str(i), 9 - i) for i in range(9)]
     >>> made = histogram_lines({"sizes": {"short_side": [], "aspect": []}, "captions": {}, "categories": {"table": bars}}, most=4)
@@ -121,7 +167,11 @@ def histogram_lines(report: DataReport, most: int = 12) -> list[tuple[str, list[
     """
     table = report["categories"]["table"]
     cut = table if len(table) <= most else [*table[: most - most // 2], *table[-(most // 2) :]]
-    title = "category" if len(table) <= most else f"category ({most - most // 2} largest, {most // 2} smallest)"
+    title = (
+        "category"
+        if len(table) <= most
+        else f"category ({most - most // 2} largest, {most // 2} smallest)"
+    )
     found = [
         ("short side, pixels", report["sizes"]["short_side"]),
         ("width : height", report["sizes"]["aspect"]),

@@ -15,8 +15,11 @@ TOLD = 24  # classes named beside the map
 NONE: Color = (170, 172, 176)  # points without a class
 
 
-def nearest_neighbors(vectors_NxD: np.ndarray, rows_Q: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows [Q, K], cosines [Q, K]) of the vectors most alike to some of them, themselves left out, the most alike first.
+def nearest_neighbors(
+    vectors_NxD: np.ndarray, rows_Q: Sequence[int], count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rows [Q, K], cosines [Q, K]) of the vectors most alike to some of them, themselves left out,
+    the most alike first.
 
     Args:
       vectors_NxD: L2-normalised.
@@ -33,8 +36,11 @@ def nearest_neighbors(vectors_NxD: np.ndarray, rows_Q: Sequence[int], count: int
     return found, np.take_along_axis(cosine_QxN, found, 1)
 
 
-def neighbor_agreement(vectors_NxD: np.ndarray, label_N: np.ndarray, chunk: int = 1024) -> float | None:
-    """Share of the labelled vectors whose nearest labelled neighbour has their label; None if there are fewer than two.
+def neighbor_agreement(
+    vectors_NxD: np.ndarray, label_N: np.ndarray, chunk: int = 1024
+) -> float | None:
+    """Share of the labelled vectors whose nearest labelled neighbour has their label; None if there
+    are fewer than two.
 
     >>> neighbor_agreement(np.eye(3)[[0, 0, 1]], np.array([5, 5, 6]))
     0.6666666666666666
@@ -50,7 +56,8 @@ def neighbor_agreement(vectors_NxD: np.ndarray, label_N: np.ndarray, chunk: int 
 
 
 def project_to_2d(vectors_NxD: np.ndarray, how: str = "pca") -> np.ndarray:
-    """A point [N, 2] for every vector: the first two principal components, or the layout of another package.
+    """A point [N, 2] for every vector: the first two principal components, or the layout of another
+    package.
 
     Raises:
       UserError: a package is missing.
@@ -63,14 +70,20 @@ def project_to_2d(vectors_NxD: np.ndarray, how: str = "pca") -> np.ndarray:
         _, axes = np.linalg.eigh(centred.T @ centred)
         axes_Dx2 = axes[:, ::-1][:, :2]
         strongest = np.take_along_axis(axes_Dx2, np.abs(axes_Dx2).argmax(0)[None], 0)
-        points = centred @ (axes_Dx2 * np.where(strongest < 0, -1.0, 1.0))  # the sign of an axis means nothing: fixed
+        # the sign of an axis means nothing: fixed
+        points = centred @ (axes_Dx2 * np.where(strongest < 0, -1.0, 1.0))
         return np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
-        raise UserError(f"config.evaluate.map: {how!r} needs {error.name}: pip install 'm3i-jax[maps]', or use 'pca'") from None
+        raise UserError(
+            f"config.evaluate.map: {how!r} needs {error.name}: pip install 'm3i-jax[maps]', or use"
+            " 'pca'"
+        ) from None
     perplexity = min(30.0, max(1.0, (len(centred) - 1) / 3))
-    return TSNE(n_components=2, init="pca", perplexity=perplexity, random_state=0).fit_transform(centred.astype(np.float32))
+    return TSNE(n_components=2, init="pca", perplexity=perplexity, random_state=0).fit_transform(
+        centred.astype(np.float32)
+    )
 
 
 def class_color(number: int, count: int) -> Color:
@@ -84,8 +97,11 @@ def class_color(number: int, count: int) -> Color:
     return round(255 * r), round(255 * g), round(255 * b)
 
 
-def embedding_image(points_Nx2: np.ndarray, label_N: np.ndarray, names: Sequence[str]) -> tuple[Image.Image, list[tuple[str, Color]]]:
-    """A map, one dot an image in the colour of its class, and what the colours are: at most TOLD of them.
+def embedding_image(
+    points_Nx2: np.ndarray, label_N: np.ndarray, names: Sequence[str]
+) -> tuple[Image.Image, list[tuple[str, Color]]]:
+    """A map, one dot an image in the colour of its class, and what the colours are: at most TOLD of
+    them.
 
     >>> image, key = embedding_image(np.array([[0.0, 0.0], [1.0, 2.0]]), np.array([0, -1]), ["cat"])
     >>> image.size, [name for name, _ in key]
@@ -99,7 +115,10 @@ def embedding_image(points_Nx2: np.ndarray, label_N: np.ndarray, names: Sequence
     colours = {label: class_color(row, len(present)) for row, label in enumerate(present)}
     for (x, y), label in zip((points_Nx2 - low) / span, label_N.tolist(), strict=True):
         at_x, at_y = 10 + x * (SIDE - 20), 10 + (1 - y) * (SIDE - 20)
-        draw.ellipse((at_x - radius, at_y - radius, at_x + radius, at_y + radius), fill=colours.get(label, NONE))
+        draw.ellipse(
+            (at_x - radius, at_y - radius, at_x + radius, at_y + radius),
+            fill=colours.get(label, NONE),
+        )
     key = [(names[label], colours[label]) for label in present[:TOLD]]
     if len(present) > TOLD:
         key.append((f"and {len(present) - TOLD} more", image_grid.PAPER))

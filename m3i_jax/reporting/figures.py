@@ -1,9 +1,9 @@
 """What evaluators draw for a person: rows of images with words, and lines of words with bars.
 
-One value, `Figure`, whatever is shown. `write_figure` keeps it in two files of WORKDIR/pictures: NAME.png, a sheet that can be looked at by
-itself, and NAME.json, its words and where in the sheet each image lies. From these `figure_html` sets it for a page, with words as text: they
-can be read on a phone, in any script, and in the dark.
-"""
+One value, `Figure`, whatever is shown. `write_figure` keeps it in two files of WORKDIR/pictures:
+NAME.png, a sheet that can be looked at by itself, and NAME.json, its words and where in the sheet
+each image lies. From these `figure_html` sets it for a page, with words as text: they can be read
+on a phone, in any script, and in the dark."""
 
 import dataclasses
 import io
@@ -21,14 +21,17 @@ from m3i_jax.reporting import html_page, image_grid
 from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.reporting.image_grid import GAP, INK, MARGIN, MUTED, Color
 
-LINE, HEAD, BESIDE, BAR, LEAST = 17, 32, 260, 60, 480  # of a sheet: a line of words, the title, the column of lines, its bars, the width
+# of a sheet: a line of words, the title, the column of lines, its bars, the width
+LINE, HEAD, BESIDE, BAR, LEAST = 17, 32, 260, 60, 480
 RIGHT, WRONG = (64, 145, 92), (196, 70, 66)
-_MANY, _LARGE = 5, 200  # tiles of a row, or pixels of one, from which on it takes the whole width of a page
+# tiles of a row, or pixels of one, from which on it takes the whole width of a page
+_MANY, _LARGE = 5, 200
 
 
 @dataclasses.dataclass(frozen=True)
 class FigureTile:
-    """An image, words below it, a note below those. right: whether the words are the right ones; None: that is no question."""
+    """An image, words below it, a note below those. right: whether the words are the right ones;
+    None: that is no question."""
 
     image: Image.Image
     words: str = ""
@@ -82,7 +85,10 @@ def write_figure(place: str | os.PathLike[str], name: str, exhibit: Figure) -> N
     paper.save(directory / f"{name}.png")
     rows = [
         {
-            "tiles": [{"box": box, "words": t.words, "note": t.note, "right": t.right} for box, t in zip(at, row.tiles, strict=True)],
+            "tiles": [
+                {"box": box, "words": t.words, "note": t.note, "right": t.right}
+                for box, t in zip(at, row.tiles, strict=True)
+            ],
             "lines": [dataclasses.asdict(line) for line in row.lines],
         }
         for at, row in zip(boxes, exhibit.rows, strict=True)
@@ -98,7 +104,9 @@ def newest_figures(place: str | os.PathLike[str]) -> list[pathlib.Path]:
       UserError: a file that is no exhibit.
     """
     kinds: dict[str, pathlib.Path] = {}
-    for file in sorted(pathlib.Path(place).glob("*-*.json"), key=lambda file: (_read(file)["made"], file.name)):
+    for file in sorted(
+        pathlib.Path(place).glob("*-*.json"), key=lambda file: (_read(file)["made"], file.name)
+    ):
         kinds[file.stem.partition("-")[2]] = file
     return [kinds[kind] for kind in sorted(kinds)]
 
@@ -114,7 +122,11 @@ def figure_html(file: pathlib.Path) -> str:
         with Image.open(file.with_suffix(".png")) as opened:
             paper = opened.convert("RGB")
         rows = "".join(_html_row(row, paper) for row in saved["rows"])
-        return f"<h2>{html_page.escape_html(saved['title'])}</h2><p class=muted>{html_page.escape_html(saved['note'])}</p><div class=exhibit>{rows}</div>"
+        return (
+            f"<h2>{html_page.escape_html(saved['title'])}</h2><p"
+            f" class=muted>{html_page.escape_html(saved['note'])}</p><div"
+            f" class=exhibit>{rows}</div>"
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _broken(file, error) from error
 
@@ -129,18 +141,26 @@ def _read(file: pathlib.Path) -> dict[str, Any]:
 
 def _broken(file: pathlib.Path, error: Exception) -> UserError:
     told = " ".join(f"{type(error).__name__}: {error}".split())[:150]
-    return UserError(f"{file}: is no image that an evaluator drew ({told}); delete it, and --mode=eval draws it anew")
+    return UserError(
+        f"{file}: is no image that an evaluator drew ({told}); delete it, and --mode=eval draws it"
+        " anew"
+    )
 
 
 def _html_row(row: dict[str, Any], paper: Image.Image) -> str:
     sides = [tile["box"][2] for tile in row["tiles"]]
     many, large = len(sides) > _MANY, max(sides, default=0) > _LARGE
-    columns = "repeat(auto-fill,minmax(4.8rem,1fr))" if many else f"repeat({len(sides)},minmax(0,{max(sides, default=0)}px))"
+    columns = (
+        "repeat(auto-fill,minmax(4.8rem,1fr))"
+        if many
+        else f"repeat({len(sides)},minmax(0,{max(sides, default=0)}px))"
+    )
     tiles = "".join(_html_tile(tile, paper) for tile in row["tiles"])
     lines = "".join(_html_line(line) for line in row["lines"])
     short = " chips" if all(line["chip"] for line in row["lines"]) else ""
     return (
-        f'<div class="row{" wide" if many or large else ""}"><div class=tiles style="grid-template-columns:{columns}">{tiles}</div>'
+        f'<div class="row{" wide" if many or large else ""}"><div class=tiles'
+        f' style="grid-template-columns:{columns}">{tiles}</div>'
         + (f'<div class="lines{short}">{lines}</div>' if lines else "")
         + "</div>"
     )
@@ -150,19 +170,32 @@ def _html_tile(tile: dict[str, Any], paper: Image.Image) -> str:
     left, top, width, height = (int(n) for n in tile["box"])
     content = io.BytesIO()
     paper.crop((left, top, left + width, top + height)).save(content, format="PNG")
-    words = f'<b class="{_tone(tile["right"])}">{html_page.escape_html(tile["words"])}</b>' if tile["words"] else ""
+    words = (
+        f'<b class="{_tone(tile["right"])}">{html_page.escape_html(tile["words"])}</b>'
+        if tile["words"]
+        else ""
+    )
     note = f"<span class=key>{html_page.escape_html(tile['note'])}</span>" if tile["note"] else ""
     caption = f"<figcaption>{words}{note}</figcaption>" if words or note else ""
     return f"<figure>{html_page.embed_image(content.getvalue(), ' '.join(filter(None, (tile['words'], tile['note']))) or 'picture')}{caption}</figure>"
 
 
 def _html_line(line: dict[str, Any]) -> str:
-    chip = f'<i class=chip style="background:rgb({",".join(str(int(c)) for c in line["chip"])})"></i>' if line["chip"] else ""
-    words = f'<span class="{_tone(line["right"])}">{chip}{html_page.escape_html(line["words"])}</span>'
+    chip = (
+        f'<i class=chip style="background:rgb({",".join(str(int(c)) for c in line["chip"])})"></i>'
+        if line["chip"]
+        else ""
+    )
+    words = (
+        f'<span class="{_tone(line["right"])}">{chip}{html_page.escape_html(line["words"])}</span>'
+    )
     if line["share"] is None:
         return f'<div class="line">{words}</div>'
     share = min(max(float(line["share"]), 0.0), 1.0)
-    return f'<div class="line">{words}<i class=track><i style="width:{100 * share:.1f}%"></i></i><b>{format_percent(share)}</b></div>'
+    return (
+        f'<div class="line">{words}<i class=track><i'
+        f' style="width:{100 * share:.1f}%"></i></i><b>{format_percent(share)}</b></div>'
+    )
 
 
 def _tone(right: bool | None) -> str:
@@ -178,7 +211,9 @@ def format_percent(share: float) -> str:
     return f"{100 * share:.1f} %" if 0 < share < 0.01 else f"{100 * share:.0f} %"
 
 
-def draw_figure(exhibit: Figure) -> tuple[image_grid.ImageGrid, list[list[tuple[int, int, int, int]]]]:
+def draw_figure(
+    exhibit: Figure,
+) -> tuple[image_grid.ImageGrid, list[list[tuple[int, int, int, int]]]]:
     """The sheet, and where in it the images of every row lie: (left, top, width, height).
 
     >>> draw_figure(Figure("", "", [FigureRow([FigureTile(Image.new("RGB", (8, 9)))])]))[1]
@@ -186,14 +221,17 @@ def draw_figure(exhibit: Figure) -> tuple[image_grid.ImageGrid, list[list[tuple[
     """
     worded = [2 * LINE if any(t.words or t.note for t in row.tiles) else 0 for row in exhibit.rows]
     heights = [
-        max([t.image.height + below for t in row.tiles] + [len(row.lines) * LINE]) for row, below in zip(exhibit.rows, worded, strict=True)
+        max([t.image.height + below for t in row.tiles] + [len(row.lines) * LINE])
+        for row, below in zip(exhibit.rows, worded, strict=True)
     ]
     tiles = [sum(t.image.width + GAP for t in row.tiles) for row in exhibit.rows]
     beside = BESIDE if any(row.lines for row in exhibit.rows) else 0
     room = max([*tiles, LEAST - beside]) + beside
     notes = image_grid.wrap_text(exhibit.note, room, image_grid.font(12))
     head = HEAD + len(notes) * LINE
-    paper = image_grid.ImageGrid(2 * MARGIN + room, 2 * MARGIN + head + sum(height + 2 * GAP for height in heights))
+    paper = image_grid.ImageGrid(
+        2 * MARGIN + room, 2 * MARGIN + head + sum(height + 2 * GAP for height in heights)
+    )
     paper.words(MARGIN, MARGIN + 14, exhibit.title, size=14, width=room)
     for number, words in enumerate(notes):
         paper.words(MARGIN, MARGIN + 34 + number * LINE, words, ink=MUTED)
@@ -222,7 +260,9 @@ def _draw_line(paper: image_grid.ImageGrid, x: int, y: int, line: FigureLine) ->
     paper.words(x, y, line.words, width=width, ink=_ink(line.right))
     if line.share is not None:
         left = x + width + GAP
-        paper.draw.rectangle((left, y - 8, left + max(1, round(line.share * BAR)), y - 1), fill=image_grid.PARTNER)
+        paper.draw.rectangle(
+            (left, y - 8, left + max(1, round(line.share * BAR)), y - 1), fill=image_grid.PARTNER
+        )
         paper.words(left + BAR + 6, y, format_percent(line.share), size=11, ink=MUTED)
 
 

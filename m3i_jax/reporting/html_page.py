@@ -1,5 +1,6 @@
-"""What every HTML report shares: one file, style and images inside it, nothing fetched and nothing run, so that it can be mailed, and
-read on a phone, light or dark. Whatever comes from data, names or settings is escaped."""
+"""What every HTML report shares: one file, style and images inside it, nothing fetched and nothing
+run, so that it can be mailed, and read on a phone, light or dark. Whatever comes from data, names
+or settings is escaped."""
 
 import base64
 import html as escaping
@@ -53,14 +54,17 @@ def render_page(title: str, body: Sequence[str], style: str = "") -> str:
     1
     """
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{escape_html(title)}</title>'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
+        ' content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy"'
+        f' content="{_POLICY}"><title>{escape_html(title)}</title>'
         f"<style>{STYLE}{style}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 
 
 def with_toc(body: Sequence[str], after: int) -> list[str]:
-    """The parts of a body with links to their headings (h2), which stand behind the first `after` parts.
+    """The parts of a body with links to their headings (h2), which stand behind the first `after`
+    parts.
 
     >>> with_toc(["<h1>a</h1>", "<h2>b</h2>"], after=1)
     ['<h1>a</h1>', '<nav><a href="#s1">b</a></nav>', '<h2 id="s1">b</h2>']
@@ -91,7 +95,14 @@ def headline(numbers: Sequence[tuple[str, str]]) -> str:
     >>> headline([("7", "records")])
     '<div class="big"><div><b>7</b><span>records</span></div></div>'
     """
-    return '<div class="big">' + "".join(f"<div><b>{escape_html(n)}</b><span>{escape_html(what)}</span></div>" for n, what in numbers) + "</div>"
+    return (
+        '<div class="big">'
+        + "".join(
+            f"<div><b>{escape_html(n)}</b><span>{escape_html(what)}</span></div>"
+            for n, what in numbers
+        )
+        + "</div>"
+    )
 
 
 def definition_list(rows: Sequence[tuple[str, str]]) -> str:
@@ -100,7 +111,11 @@ def definition_list(rows: Sequence[tuple[str, str]]) -> str:
     >>> definition_list([("seed", "0")])
     '<dl><dt>seed</dt><dd>0</dd></dl>'
     """
-    return "<dl>" + "".join(f"<dt>{escape_html(k)}</dt><dd>{escape_html(v)}</dd>" for k, v in rows) + "</dl>"
+    return (
+        "<dl>"
+        + "".join(f"<dt>{escape_html(k)}</dt><dd>{escape_html(v)}</dd>" for k, v in rows)
+        + "</dl>"
+    )
 
 
 def html_table(headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: int) -> str:
@@ -111,7 +126,14 @@ def html_table(headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: i
     """
 
     def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}{' class=number' if i >= numeric else ''}>{escape_html(c)}</{tag}>" for i, c in enumerate(cells)) + "</tr>"
+        return (
+            "<tr>"
+            + "".join(
+                f"<{tag}{' class=number' if i >= numeric else ''}>{escape_html(c)}</{tag}>"
+                for i, c in enumerate(cells)
+            )
+            + "</tr>"
+        )
 
     return "<table>" + line(headers, "th") + "".join(line(row, "td") for row in rows) + "</table>"
 
@@ -122,4 +144,7 @@ def embed_image(content: bytes, alt: str, kind: str = "png") -> str:
     >>> embed_image(b"\\x00", "nothing")
     '<img alt="nothing" src="data:image/png;base64,AA==">'
     """
-    return f'<img alt="{escape_html(alt)}" src="data:image/{kind};base64,{base64.b64encode(content).decode("ascii")}">'
+    return (
+        f'<img alt="{escape_html(alt)}"'
+        f' src="data:image/{kind};base64,{base64.b64encode(content).decode("ascii")}">'
+    )

@@ -1,9 +1,10 @@
-"""What the images of a run have in common: tiles of one size, colours, words that fit, and a file that is whole or not there.
+"""What the images of a run have in common: tiles of one size, colours, words that fit, and a file
+that is whole or not there.
 
-Images of at most SMALL pixels are enlarged by a whole factor without interpolation, so that every pixel shown is a pixel that the model
-reads; larger ones are reduced with an antialiased bicubic filter. A tile is always a whole number of grid cells wide: maps of cells and the
-images beside them line up exactly.
-"""
+Images of at most SMALL pixels are enlarged by a whole factor without interpolation, so that every
+pixel shown is a pixel that the model reads; larger ones are reduced with an antialiased bicubic
+filter. A tile is always a whole number of grid cells wide: maps of cells and the images beside them
+line up exactly."""
 
 import functools
 import math
@@ -21,11 +22,25 @@ GAP, MARGIN = 8, 24
 Color = tuple[int, int, int]
 PAPER, FRAME, RULE = (252, 252, 250), (214, 214, 209), (228, 228, 224)
 INK, MUTED = (38, 40, 44), (118, 121, 127)
-OWN, PARTNER, HIDDEN = (228, 135, 62), (70, 118, 178), (224, 224, 220)  # orange and blue stay apart for colour-blind eyes
+# orange and blue stay apart for colour-blind eyes
+OWN, PARTNER, HIDDEN = (228, 135, 62), (70, 118, 178), (224, 224, 220)
 
-# The font inside Pillow has these besides ASCII; other letters are spelt with their nearest of these, or "?".
+# The font inside Pillow has these besides ASCII; other letters are spelt with their nearest of
+# these, or "?".
 GLYPHS = frozenset("©«°±´·»‘’“”…‹›⁄")
-SPELT = str.maketrans({**dict.fromkeys("–—−‐‑", "-"), "×": "x", "ß": "ss", "æ": "ae", "œ": "oe", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L"})
+SPELT = str.maketrans(
+    {
+        **dict.fromkeys("–—−‐‑", "-"),
+        "×": "x",
+        "ß": "ss",
+        "æ": "ae",
+        "œ": "oe",
+        "ø": "o",
+        "Ø": "O",
+        "ł": "l",
+        "Ł": "L",
+    }
+)
 
 
 @functools.cache
@@ -49,7 +64,8 @@ def square_side(cells: int) -> int:
 
 
 def side_of_tile(size: int, grid: int) -> int:
-    """Side in pixels of the tiles that show images of side `size` cut into grid x grid cells: about TILE, a whole number of cells.
+    """Side in pixels of the tiles that show images of side `size` cut into grid x grid cells: about
+    TILE, a whole number of cells.
 
     >>> side_of_tile(224, 14), side_of_tile(384, 24), side_of_tile(32, 4)
     (112, 120, 128)
@@ -63,7 +79,9 @@ def image_tile(pixels_SxSx3: np.ndarray, side: int) -> Image.Image:
     """An image, uint8, as a tile."""
     image, size = Image.fromarray(np.ascontiguousarray(pixels_SxSx3)), pixels_SxSx3.shape[0]
     whole = side % size == 0
-    return image.resize((side, side), Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC)
+    return image.resize(
+        (side, side), Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC
+    )
 
 
 def upsample_cells(cells_Nx: np.ndarray, side: int) -> np.ndarray:
@@ -82,12 +100,19 @@ def upsample_cells(cells_Nx: np.ndarray, side: int) -> np.ndarray:
 
 def color_tile(rgb_Nx3: np.ndarray, side: int) -> Image.Image:
     """A map of cell colours, 0..1, as a tile."""
-    return Image.fromarray(upsample_cells((np.clip(rgb_Nx3, 0, 1) * 255).round().astype(np.uint8), side))
+    return Image.fromarray(
+        upsample_cells((np.clip(rgb_Nx3, 0, 1) * 255).round().astype(np.uint8), side)
+    )
 
 
-def mask_tile(mask_N: np.ndarray, side: int, own: Color = OWN, other: Color = PARTNER) -> Image.Image:
-    """Which cell shows whom (True: the own image), with the lines of the grid where cells are wide enough for them."""
-    pixels = upsample_cells(np.where(mask_N[:, None], np.array(own, np.uint8), np.array(other, np.uint8)), side)
+def mask_tile(
+    mask_N: np.ndarray, side: int, own: Color = OWN, other: Color = PARTNER
+) -> Image.Image:
+    """Which cell shows whom (True: the own image), with the lines of the grid where cells are wide
+    enough for them."""
+    pixels = upsample_cells(
+        np.where(mask_N[:, None], np.array(own, np.uint8), np.array(other, np.uint8)), side
+    )
     cell = side // square_side(len(mask_N))
     if cell >= 6:  # narrower cells would be more line than colour
         pixels[cell::cell] = PAPER
@@ -95,11 +120,15 @@ def mask_tile(mask_N: np.ndarray, side: int, own: Color = OWN, other: Color = PA
     return Image.fromarray(pixels)
 
 
-_HEAT = np.array([(244, 244, 240), (252, 214, 140), (238, 134, 73), (178, 51, 92), (72, 20, 84)], np.float64)  # from nothing to all
+# from nothing to all
+_HEAT = np.array(
+    [(244, 244, 240), (252, 214, 140), (238, 134, 73), (178, 51, 92), (72, 20, 84)], np.float64
+)
 
 
 def heat_tile(share: float) -> Color:
-    """The colour of a share in 0..1, from paper through orange to violet: in gray it only grows darker.
+    """The colour of a share in 0..1, from paper through orange to violet: in gray it only grows
+    darker.
 
     >>> heat_tile(0.0), heat_tile(1.0)
     ((244, 244, 240), (72, 20, 84))
@@ -110,13 +139,19 @@ def heat_tile(share: float) -> Color:
 
 def _heat(share_N: np.ndarray) -> np.ndarray:
     at = np.clip(np.nan_to_num(share_N), 0, 1) * (len(_HEAT) - 1)
-    return np.stack([np.interp(at, np.arange(len(_HEAT)), channel) for channel in _HEAT.T], -1).round().astype(np.uint8)
+    return (
+        np.stack([np.interp(at, np.arange(len(_HEAT)), channel) for channel in _HEAT.T], -1)
+        .round()
+        .astype(np.uint8)
+    )
 
 
 def weight_tile(weight_N: np.ndarray, side: int) -> Image.Image:
     """A map of weights as a tile, the largest in the darkest colour; 0 is that of paper."""
     largest = np.nanmax(weight_N) if np.isfinite(weight_N).any() else 0
-    return Image.fromarray(upsample_cells(_heat(weight_N / largest if largest > 0 else np.zeros_like(weight_N)), side))
+    return Image.fromarray(
+        upsample_cells(_heat(weight_N / largest if largest > 0 else np.zeros_like(weight_N)), side)
+    )
 
 
 def ink_color(text: str) -> str:
@@ -126,7 +161,9 @@ def ink_color(text: str) -> str:
     'Cafe - Strasse un ?'
     """
     plain = unicodedata.normalize("NFKD", " ".join(text.split()).translate(SPELT))
-    kept = (c if " " <= c <= "~" or c in GLYPHS else "?" for c in plain if not unicodedata.combining(c))
+    kept = (
+        c if " " <= c <= "~" or c in GLYPHS else "?" for c in plain if not unicodedata.combining(c)
+    )
     return "".join(kept)
 
 
@@ -142,7 +179,11 @@ def elide_text(text: str, width: float, face: ImageFont.FreeTypeFont) -> str:
     low, high = 0, len(text)  # the longest beginning that fits, by bisection
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if face.getlength(text[:middle].rstrip() + "…") <= width else (low, middle - 1)
+        low, high = (
+            (middle, high)
+            if face.getlength(text[:middle].rstrip() + "…") <= width
+            else (low, middle - 1)
+        )
     return text[:low].rstrip() + "…" if low else ""
 
 
@@ -162,19 +203,29 @@ def wrap_text(text: str, width: float, face: ImageFont.FreeTypeFont) -> list[str
 
 
 class ImageGrid:
-    """White paper with tiles and words; positions in pixels from the top left, words by their baseline."""
+    """White paper with tiles and words; positions in pixels from the top left, words by their
+    baseline."""
 
     def __init__(self, width: int, height: int) -> None:
         self.image = Image.new("RGB", (width, height), PAPER)
         self.draw = ImageDraw.Draw(self.image)
 
     def tile(self, x: int, y: int, tile: Image.Image) -> None:
-        """A tile in a hairline frame; the frame lies outside, all pixels of the tile stay visible."""
+        """A tile in a hairline frame; the frame lies outside, all pixels of the tile stay
+        visible."""
         self.draw.rectangle((x - 1, y - 1, x + tile.width, y + tile.height), outline=FRAME)
         self.image.paste(tile, (x, y))
 
     def words(
-        self, x: float, y: float, text: str, *, size: int = 12, ink: Color = INK, width: float = math.inf, anchor: str = "ls"
+        self,
+        x: float,
+        y: float,
+        text: str,
+        *,
+        size: int = 12,
+        ink: Color = INK,
+        width: float = math.inf,
+        anchor: str = "ls",
     ) -> float:
         """Words on the baseline y, elided to a width; returns the width that they take."""
         text = elide_text(text, width, font(size))

@@ -1,9 +1,10 @@
-"""What a run sees and predicts, as an image: inputs, targets and predictions side by side, one row an input.
+"""What a run sees and predicts, as an image: inputs, targets and predictions side by side, one row
+an input.
 
-Features have hundreds of dimensions; the three along which the targets of a term vary most become red, green and blue. Basis and range come
-from the targets alone and hold for all rows of the term: equal features have equal colours, and a prediction that has collapsed looks flat
-instead of being stretched to full contrast.
-"""
+Features have hundreds of dimensions; the three along which the targets of a term vary most become
+red, green and blue. Basis and range come from the targets alone and hold for all rows of the term:
+equal features have equal colours, and a prediction that has collapsed looks flat instead of being
+stretched to full contrast."""
 
 import dataclasses
 import os
@@ -37,9 +38,10 @@ class _Group:
 def feature_rgb(features: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Colours of features by principal components.
 
-    The first array gives the basis (three directions of largest variance; the largest coordinate of each is positive) and the range (2nd to
-    98th percentile of each component become 0 and 1); all arrays are drawn with it. A component without variance is 0.5 everywhere, a
-    feature that is not finite is black.
+    The first array gives the basis (three directions of largest variance; the largest coordinate of
+    each is positive) and the range (2nd to 98th percentile of each component become 0 and 1); all
+    arrays are drawn with it. A component without variance is 0.5 everywhere, a feature that is not
+    finite is black.
 
     Args:
       features: arrays [..., N, D] of one width D, the targets first.
@@ -59,7 +61,8 @@ def feature_rgb(features: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [np.zeros((*x.shape[:-1], CHANNELS), np.float32) for x in features]
     mean_D = basis_TxD.mean(0)
     centred_TxD = basis_TxD - mean_D
-    # Eigenvectors of the D x D moments are the right singular vectors, and cheaper than a decomposition of all T x D.
+    # Eigenvectors of the D x D moments are the right singular vectors, and cheaper than a
+    # decomposition of all T x D.
     variance, vectors = np.linalg.eigh(centred_TxD.T @ centred_TxD)
     variance, directions = variance[::-1][:CHANNELS], vectors.T[::-1][:CHANNELS]
     present = int((variance > 1e-12 * max(variance[0], np.square(basis_TxD).max())).sum())
@@ -80,7 +83,8 @@ def feature_rgb(features: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def similarity_map(prediction_RxNxD: np.ndarray, target_RxNxD: np.ndarray) -> np.ndarray:
-    """Cosine similarity of prediction and target, mean over positions, float64 [R]; a zero vector is similar to nothing.
+    """Cosine similarity of prediction and target, mean over positions, float64 [R]; a zero vector
+    is similar to nothing.
 
     >>> similarity_map(np.array([[[1., 0.], [0., 2.]]]), np.array([[[3., 0.], [0., -1.]]]))
     array([0.])
@@ -95,14 +99,21 @@ def _partners(rows: int) -> list[int | None]:
 
 
 def _terms(features: Mapping[str, np.ndarray], pictures: Mapping[str, np.ndarray]) -> list[str]:
-    """Dense terms, own image first: a compiled step returns its dict in the order of the alphabet."""
+    """Dense terms, own image first: a compiled step returns its dict in the order of the
+    alphabet."""
     found = [name.removesuffix("/prediction") for name in features if name.endswith("/prediction")]
     found += [name.removesuffix("/picture") for name in pictures if name.endswith("/picture")]
     known = ("pixel", "intra", "inter")
     return [t for t in known if t in found] + sorted(t for t in found if t not in known)
 
 
-def _input(pictures: Mapping[str, np.ndarray], mask_RxN: np.ndarray, side: int, reads: str, partners: Sequence[int | None]) -> _Group:
+def _input(
+    pictures: Mapping[str, np.ndarray],
+    mask_RxN: np.ndarray,
+    side: int,
+    reads: str,
+    partners: Sequence[int | None],
+) -> _Group:
     views, shown = pictures["input_view"], pictures["input"]
     own = [image_grid.image_tile(view, side) for view in views]
     if reads == "mixed":
@@ -112,11 +123,22 @@ def _input(pictures: Mapping[str, np.ndarray], mask_RxN: np.ndarray, side: int, 
             _Column("mixed input", [image_grid.image_tile(x, side) for x in shown]),
         ]
         if any(other is not None for other in partners):
-            columns.insert(1, _Column("image j", [own[other] if other is not None else None for other in partners], PARTNER))
+            columns.insert(
+                1,
+                _Column(
+                    "image j",
+                    [own[other] if other is not None else None for other in partners],
+                    PARTNER,
+                ),
+            )
     elif reads == "masked":  # the encoder reads the own cells only
         masks = [image_grid.mask_tile(mask, side, OWN, image_grid.HIDDEN) for mask in mask_RxN]
         seen = [_masked(tile, mask) for tile, mask in zip(own, mask_RxN, strict=True)]
-        columns = [_Column("image i", own, OWN), _Column("mask", masks), _Column("masked input", seen)]
+        columns = [
+            _Column("image i", own, OWN),
+            _Column("mask", masks),
+            _Column("masked input", seen),
+        ]
     else:
         columns = [_Column("image i", own, OWN)]
     return _Group("input", columns)
@@ -129,13 +151,29 @@ def _masked(tile: Image.Image, mask_N: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _dense(term: str, features: Mapping[str, np.ndarray], pictures: Mapping[str, np.ndarray], side: int, mixed: bool) -> _Group:
+def _dense(
+    term: str,
+    features: Mapping[str, np.ndarray],
+    pictures: Mapping[str, np.ndarray],
+    side: int,
+    mixed: bool,
+) -> _Group:
     image, chip = ("j", PARTNER) if mixed and term == "inter" else ("i", OWN)
     if f"{term}/picture" in pictures:
         what = "pixels"
-        columns = [_Column(f"predicted {image}", [image_grid.image_tile(x, side) for x in pictures[f"{term}/picture"]])]
+        columns = [
+            _Column(
+                f"predicted {image}",
+                [image_grid.image_tile(x, side) for x in pictures[f"{term}/picture"]],
+            )
+        ]
         if f"{term}/completed" in pictures:
-            columns.append(_Column("completed input", [image_grid.image_tile(x, side) for x in pictures[f"{term}/completed"]]))
+            columns.append(
+                _Column(
+                    "completed input",
+                    [image_grid.image_tile(x, side) for x in pictures[f"{term}/completed"]],
+                )
+            )
     else:
         what = "features"
         target, prediction = features[f"{term}/target"], features[f"{term}/prediction"]
@@ -149,7 +187,14 @@ def _dense(term: str, features: Mapping[str, np.ndarray], pictures: Mapping[str,
             ),
         ]
     if f"{term}/view" in pictures:
-        columns.insert(0, _Column(f"target view {image}", [image_grid.image_tile(x, side) for x in pictures[f"{term}/view"]], chip))
+        columns.insert(
+            0,
+            _Column(
+                f"target view {image}",
+                [image_grid.image_tile(x, side) for x in pictures[f"{term}/view"]],
+                chip,
+            ),
+        )
     return _Group(f"{term}: {what} of image {image}", columns)
 
 
@@ -164,18 +209,22 @@ def write_panel(
     reads: str = "mixed",
     paired: bool = True,
 ) -> None:
-    """Write a panel as PNG: one row an input; its image or images, mask and input, then view, target and prediction of every dense term.
+    """Write a panel as PNG: one row an input; its image or images, mask and input, then view,
+    target and prediction of every dense term.
 
-    Args:
-      path: the file; its directory must exist.
-      features: float [R, N, D] "<term>/prediction" and "<term>/target" of every dense term, none to many; other keys are not looked at.
-      images: uint8 [R, S, S, 3] "input" (what the encoder reads), "input_view" (the own view) and, a term, "<term>/view". A term that
-        predicts pixels has "<term>/picture" instead of features and, where the input hides cells, may have "<term>/completed": the input
-        with the predicted pixels in them.
-      batch: bool [R, N] "mask", True where a cell shows the own image; other keys are not looked at.
+    Args: path: the file; its directory must exist. features: float [R, N, D] "<term>/prediction"
+      and "<term>/target" of every dense term, none to many; other keys are not looked at. images:
+      uint8 [R, S, S, 3] "input" (what the encoder reads), "input_view" (the own view) and, a term,
+      "<term>/view". A term that predicts pixels has "<term>/picture" instead of features and, where
+      the input hides cells, may have "<term>/completed": the input with the predicted pixels in
+      them.
+      batch: bool [R, N] "mask", True where a cell shows the own image; other keys are not looked
+          at.
       captions, labels: R strings, empty where there is none.
-      reads: what the encoder reads: "mixed" inputs, "masked" ones (own cells only) or "whole" views.
-      paired: of mixed inputs, whether the partner of row r is row r ^ 1, or no row of its own and not shown.
+      reads: what the encoder reads: "mixed" inputs, "masked" ones (own cells only) or "whole"
+          views.
+      paired: of mixed inputs, whether the partner of row r is row r ^ 1, or no row of its own and
+          not shown.
 
     Raises:
       UserError: if the file cannot be written.
@@ -202,7 +251,9 @@ def write_panel(
     width = 2 * MARGIN + max(tiles, 3 * side + 2 * GAP)  # captions want room, however few the tiles
     annotated = any([*captions, *labels])
     noted = any(column.notes for group in groups for column in group.columns)
-    lines = 2 if annotated and any(other is not None for other in partners) else int(annotated or noted)
+    lines = (
+        2 if annotated and any(other is not None for other in partners) else int(annotated or noted)
+    )
     pitch = side + lines * LINE + AFTER
     page = image_grid.ImageGrid(width, MARGIN + HEAD + rows * pitch - AFTER + MARGIN)
     words_end = _draw(page, groups, side, pitch)
@@ -210,12 +261,15 @@ def write_panel(
         y = MARGIN + HEAD + row * pitch + side
         who = [(row, OWN)] + ([(other, PARTNER)] if other is not None else [])
         for line, (index, colour) in enumerate(who if annotated else []):
-            _describe(page, y + (line + 1) * LINE, words_end, colour, labels[index], captions[index])
+            _describe(
+                page, y + (line + 1) * LINE, words_end, colour, labels[index], captions[index]
+            )
     page.save(path)
 
 
 def _draw(page: image_grid.ImageGrid, groups: list[_Group], side: int, pitch: int) -> int:
-    """Titles and tiles; returns where the words below a row must end, so as not to run into the first note."""
+    """Titles and tiles; returns where the words below a row must end, so as not to run into the
+    first note."""
     x, words_end = MARGIN, page.image.width - MARGIN
     for group in groups:
         right = x + len(group.columns) * (side + GAP) - GAP
@@ -232,7 +286,14 @@ def _draw(page: image_grid.ImageGrid, groups: list[_Group], side: int, pitch: in
                 if tile is not None:
                     page.tile(x, y, tile)
                 if column.notes:
-                    page.words(x + side, y + side + LINE - 2, column.notes[row], size=11, ink=MUTED, anchor="rs")
+                    page.words(
+                        x + side,
+                        y + side + LINE - 2,
+                        column.notes[row],
+                        size=11,
+                        ink=MUTED,
+                        anchor="rs",
+                    )
             if column.notes:
                 words_end = min(words_end, x - GAP)
             x += side + GAP
@@ -240,7 +301,14 @@ def _draw(page: image_grid.ImageGrid, groups: list[_Group], side: int, pitch: in
     return words_end
 
 
-def _describe(page: image_grid.ImageGrid, y: int, right: int, colour: image_grid.Color, label: str, caption: str) -> None:
+def _describe(
+    page: image_grid.ImageGrid,
+    y: int,
+    right: int,
+    colour: image_grid.Color,
+    label: str,
+    caption: str,
+) -> None:
     page.chip(MARGIN, y - 2, colour)
     x: float = MARGIN + 13
     if label:

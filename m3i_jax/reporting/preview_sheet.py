@@ -1,9 +1,10 @@
-"""A contact sheet of a batch, to be looked at before anything is trained on it: are the images, crops, masks, labels and captions right?
+"""A contact sheet of a batch, to be looked at before anything is trained on it: are the images,
+crops, masks, labels and captions right?
 
-Partners stand side by side. A mask has the colour of the image that a cell shows, so that it can be checked against the mixed input; where
-nothing is mixed, what is hidden is grey. On the
-original stand the frames that its two views were cut from, with a notch where the view's left is: on the right if the view is mirrored.
-"""
+Partners stand side by side. A mask has the colour of the image that a cell shows, so that it can be
+checked against the mixed input; where nothing is mixed, what is hidden is grey. On the original
+stand the frames that its two views were cut from, with a notch where the view's left is: on the
+right if the view is mirrored."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,8 @@ BOXES = ((24, 144, 96), (196, 58, 148))  # frames of the input and of the target
 
 
 def mix_images(views_RxSxSx3: np.ndarray, mask_RxN: np.ndarray) -> np.ndarray:
-    """The mixed inputs of a batch (M3I section 3.4): own image where the mask is True, else row r ^ 1; R must be even.
+    """The mixed inputs of a batch (M3I section 3.4): own image where the mask is True, else row r ^
+    1; R must be even.
 
     >>> views = np.stack([np.full((2, 2, 3), 10, np.uint8), np.full((2, 2, 3), 20, np.uint8)])
     >>> mix_images(views, np.array([[True, False, False, True], [True] * 4]))[0, :, :, 0]
@@ -29,18 +31,20 @@ def mix_images(views_RxSxSx3: np.ndarray, mask_RxN: np.ndarray) -> np.ndarray:
            [20, 10]], dtype=uint8)
     """
     rows, size = views_RxSxSx3.shape[:2]
-    own = np.stack([image_grid.upsample_cells(mask_N, size) for mask_N in np.asarray(mask_RxN, bool)])
+    own = np.stack(
+        [image_grid.upsample_cells(mask_N, size) for mask_N in np.asarray(mask_RxN, bool)]
+    )
     return np.where(own[..., None], views_RxSxSx3, views_RxSxSx3[np.arange(rows) ^ 1])
 
 
-def frame_boxes(original_HxWx3: np.ndarray, box_2x4: np.ndarray, flip_2: np.ndarray, side: int) -> Image.Image:
+def frame_boxes(
+    original_HxWx3: np.ndarray, box_2x4: np.ndarray, flip_2: np.ndarray, side: int
+) -> Image.Image:
     """A whole image fitted into a tile, with the frames of its views.
 
-    Args:
-      original_HxWx3: uint8, in its final orientation; its scale does not matter as long as `box_2x4` is in its pixels.
-      box_2x4: top, left, height, width of both views, or of the first alone.
-      flip_2: whether they are mirrored.
-      side: of the tile in pixels.
+    Args: original_HxWx3: uint8, in its final orientation; its scale does not matter as long as
+      `box_2x4` is in its pixels. box_2x4: top, left, height, width of both views, or of the first
+      alone. flip_2: whether they are mirrored. side: of the tile in pixels.
 
     >>> frame_boxes(np.zeros((20, 40, 3), np.uint8), np.array([[0, 0, 20, 20], [5, 5, 10, 10]]), np.array([False, True]), 64).size
     (64, 64)
@@ -50,15 +54,30 @@ def frame_boxes(original_HxWx3: np.ndarray, box_2x4: np.ndarray, flip_2: np.ndar
     fitted = max(1, round(width * scale)), max(1, round(height * scale))
     at = (side - fitted[0]) // 2, (side - fitted[1]) // 2
     tile = Image.new("RGB", (side, side), image_grid.PAPER)
-    tile.paste(Image.fromarray(np.ascontiguousarray(original_HxWx3)).resize(fitted, Image.Resampling.BICUBIC), at)
+    tile.paste(
+        Image.fromarray(np.ascontiguousarray(original_HxWx3)).resize(
+            fitted, Image.Resampling.BICUBIC
+        ),
+        at,
+    )
     draw = ImageDraw.Draw(tile)
-    for (top, left, h, w), mirrored, colour in zip(np.asarray(box_2x4, float), flip_2, BOXES[: len(box_2x4)], strict=True):
-        x0, y0, x1, y1 = at[0] + left * scale, at[1] + top * scale, at[0] + (left + w) * scale - 1, at[1] + (top + h) * scale - 1
+    for (top, left, h, w), mirrored, colour in zip(
+        np.asarray(box_2x4, float), flip_2, BOXES[: len(box_2x4)], strict=True
+    ):
+        x0, y0, x1, y1 = (
+            at[0] + left * scale,
+            at[1] + top * scale,
+            at[0] + (left + w) * scale - 1,
+            at[1] + (top + h) * scale - 1,
+        )
         x1, y1 = max(x0, x1), max(y0, y1)
-        draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=image_grid.PAPER)  # a light rim: visible on any image
+        # a light rim: visible on any image
+        draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=image_grid.PAPER)
         draw.rectangle((x0, y0, x1, y1), outline=colour, width=2)
         edge, middle, inwards = (x1, (y0 + y1) / 2, -5) if mirrored else (x0, (y0 + y1) / 2, 5)
-        draw.polygon([(edge, middle - 4), (edge, middle + 4), (edge + inwards, middle)], fill=colour)
+        draw.polygon(
+            [(edge, middle - 4), (edge, middle + 4), (edge + inwards, middle)], fill=colour
+        )
     return tile
 
 
@@ -72,16 +91,18 @@ def write_preview(
     blended: np.ndarray | None = None,
     columns: Sequence[str] = COLUMNS,
 ) -> None:
-    """Write a contact sheet as PNG: two partners a row; of each the original with its crops, `columns`, label, caption.
+    """Write a contact sheet as PNG: two partners a row; of each the original with its crops,
+    `columns`, label, caption.
 
-    Args:
-      path: the file; its directory must exist.
-      batch: uint8 [R, 2, S, S, 3] "views", bool [R, N] "mask", int [R] "label" (-1: none). If R is odd, the last has no partner: its mixed
-        input is left out. With originals also float [R, 2, 4] "box" and bool [R, 2] "flip".
+    Args: path: the file; its directory must exist. batch: uint8 [R, 2, S, S, 3] "views", bool [R,
+      N] "mask", int [R] "label" (-1: none). If R is odd, the last has no partner: its mixed input
+      is left out. With originals also float [R, 2, 4] "box" and bool [R, 2] "flip".
       captions: R strings, empty where there is none.
       classes: names of the categories.
-      originals: R images uint8 [H, W, 3] at their full size, to show with the frames of the views; or none.
-      blended: uint8 [R, S, S, 3], inputs of an objective that blends whole images: shown instead of target view, mask and mixed input.
+      originals: R images uint8 [H, W, 3] at their full size, to show with the frames of the views;
+          or none.
+      blended: uint8 [R, S, S, 3], inputs of an objective that blends whole images: shown instead of
+          target view, mask and mixed input.
       columns: those of COLUMNS that the objective reads, in their order.
 
     Raises:
@@ -108,16 +129,38 @@ def write_preview(
     block = len(columns) * (side + GAP) - GAP
     lines = int(any(names)) + int(any(captions))
     pitch = side + lines * LINE + AFTER
-    page = image_grid.ImageGrid(2 * MARGIN + 2 * block + BETWEEN, MARGIN + HEAD + (rows + 1) // 2 * pitch - AFTER + MARGIN)
+    page = image_grid.ImageGrid(
+        2 * MARGIN + 2 * block + BETWEEN, MARGIN + HEAD + (rows + 1) // 2 * pitch - AFTER + MARGIN
+    )
     for row in range(rows):
         second = row % 2
         own, other = (PARTNER, OWN) if second else (OWN, PARTNER)
         left, top = MARGIN + second * (block + BETWEEN), MARGIN + HEAD + row // 2 * pitch
-        tiles = [frame_boxes(originals[row], batch["box"][row, :count], batch["flip"][row, :count], side)] if len(originals) else []
-        made = {"input view": image_grid.image_tile(views[row, 0], side), "target view": image_grid.image_tile(views[row, 1], side)}
-        made["mask"] = image_grid.mask_tile(mask_RxN[row], side, own, other if "mixed input" in shown else HIDDEN)
-        pictures = {"mixed input": inputs[row : row + 1], "blended input": inputs[:0] if blended is None else blended[row : row + 1]}
-        made |= {name: image_grid.image_tile(each[0], side) for name, each in pictures.items() if len(each)}
+        tiles = (
+            [
+                frame_boxes(
+                    originals[row], batch["box"][row, :count], batch["flip"][row, :count], side
+                )
+            ]
+            if len(originals)
+            else []
+        )
+        made = {
+            "input view": image_grid.image_tile(views[row, 0], side),
+            "target view": image_grid.image_tile(views[row, 1], side),
+        }
+        made["mask"] = image_grid.mask_tile(
+            mask_RxN[row], side, own, other if "mixed input" in shown else HIDDEN
+        )
+        pictures = {
+            "mixed input": inputs[row : row + 1],
+            "blended input": inputs[:0] if blended is None else blended[row : row + 1],
+        }
+        made |= {
+            name: image_grid.image_tile(each[0], side)
+            for name, each in pictures.items()
+            if len(each)
+        }
         tiles += [made[name] for name in shown if name in made]
         for column, tile in enumerate(tiles):
             x = left + column * (side + GAP)
@@ -131,7 +174,13 @@ def write_preview(
         y = top + side - 1
         if any(names):
             y += LINE
-            page.words(left, y, names[row] or "no label", ink=image_grid.INK if names[row] else MUTED, width=block)
+            page.words(
+                left,
+                y,
+                names[row] or "no label",
+                ink=image_grid.INK if names[row] else MUTED,
+                width=block,
+            )
         if any(captions):
             page.words(left, y + LINE, captions[row], ink=MUTED, width=block)
     page.save(path)

@@ -1,4 +1,5 @@
-"""What a run has written, read back: its log as curves, its settings, its images. No jax, and no trust in the last line of a log."""
+"""What a run has written, read back: its log as curves, its settings, its images. No jax, and no
+trust in the last line of a log."""
 
 import dataclasses
 import json
@@ -37,7 +38,11 @@ class RunLog:
         >>> RunLog("a", [{"step": 1, "loss": 2.0}, {"step": 2}], "", "", [], {}).curve("loss")
         ([1], [2.0])
         """
-        found = [(line["step"], line[name]) for line in self.lines if isinstance(line.get(name), int | float)]
+        found = [
+            (line["step"], line[name])
+            for line in self.lines
+            if isinstance(line.get(name), int | float)
+        ]
         return [step for step, _ in found], [value for _, value in found]
 
     def last(self, name: str) -> float | None:
@@ -48,7 +53,14 @@ class RunLog:
     @property
     def names(self) -> list[str]:
         """All metrics with a number, in the order in which they first appear."""
-        return list(dict.fromkeys(name for line in self.lines for name, v in line.items() if isinstance(v, int | float) and name != "step"))
+        return list(
+            dict.fromkeys(
+                name
+                for line in self.lines
+                for name, v in line.items()
+                if isinstance(v, int | float) and name != "step"
+            )
+        )
 
 
 def run_names(workdirs: Sequence[str | pathlib.Path]) -> list[str]:
@@ -58,7 +70,10 @@ def run_names(workdirs: Sequence[str | pathlib.Path]) -> list[str]:
     (['first', 'b'], ['a/k', 'b/k'])
     """
     places = [pathlib.Path(workdir).resolve().parts for workdir in workdirs]
-    several = ([pathlib.Path(*place[-n:]).as_posix() for place in places] for n in range(1, max(map(len, places)) + 1))
+    several = (
+        [pathlib.Path(*place[-n:]).as_posix() for place in places]
+        for n in range(1, max(map(len, places)) + 1)
+    )
     return next(called for called in several if len(set(called)) == len(set(places)))
 
 
@@ -71,7 +86,9 @@ def load_run_log(workdir: str | pathlib.Path, key: str = "--workdir") -> RunLog:
     place = pathlib.Path(workdir)
     log = place / "metrics.jsonl"
     if not log.is_file():
-        raise UserError(f"{key} {workdir}: there is no metrics.jsonl; name the working directory of a run")
+        raise UserError(
+            f"{key} {workdir}: there is no metrics.jsonl; name the working directory of a run"
+        )
     by_step: dict[int, LogLine] = {}
     for text in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -82,7 +99,10 @@ def load_run_log(workdir: str | pathlib.Path, key: str = "--workdir") -> RunLog:
             by_step[line["step"]] = by_step.get(line["step"], {}) | line
     if not by_step:
         raise UserError(f"{log}: holds no line of a run; train first")
-    files = [(re.fullmatch(r"(\d+)\.png", file.name), file) for file in sorted((place / "panels").glob("*.png"))]
+    files = [
+        (re.fullmatch(r"(\d+)\.png", file.name), file)
+        for file in sorted((place / "panels").glob("*.png"))
+    ]
     evaluation = place / "eval.json"
     return RunLog(
         name=place.resolve().name,

@@ -1,5 +1,5 @@
-"""The report of one run, or of several beside each other, as one page: curves of everything in the log with what a healthy one looks like,
-panels over time, evaluations, throughput, settings."""
+"""The report of one run, or of several beside each other, as one page: curves of everything in the
+log with what a healthy one looks like, panels over time, evaluations, throughput, settings."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,25 +12,46 @@ from m3i_jax.reporting.svg_charts import SvgCurve
 
 PANELS = 5  # of a run
 TONES = 8
-PICTURES_AFTER = "Losses"  # section behind which images stand: before what only an operator looks at
+# section behind which images stand: before what only an operator looks at
+PICTURES_AFTER = "Losses"
 # Section, its metrics by how their names begin, and what is healthy.
 SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("Evaluation", ("eval/",), "Rises above its value at step 0, that of the weights which the run began with."),
+    (
+        "Evaluation",
+        ("eval/",),
+        "Rises above its value at step 0, that of the weights which the run began with.",
+    ),
     (
         "Losses",
         ("loss",),
-        "The dense losses fall fast at first and then slowly, and rise a little when the target moves; categories move last.",
+        (
+            "The dense losses fall fast at first and then slowly, and rise a little when the target"
+            " moves; categories move last."
+        ),
     ),
-    ("Bits", ("info/",), "Information that a prediction carries about its target; below 0 it is worse than knowing nothing."),
+    (
+        "Bits",
+        ("info/",),
+        (
+            "Information that a prediction carries about its target; below 0 it is worse than"
+            " knowing nothing."
+        ),
+    ),
     (
         "Weight of the losses",
         ("balance/",),
-        "Lambda falls once both gradient norms are known, then drifts with their ratio; it does not stay at a limit.",
+        (
+            "Lambda falls once both gradient norms are known, then drifts with their ratio; it does"
+            " not stay at a limit."
+        ),
     ),
     (
         "Collapse",
         ("collapse/",),
-        "The rank stays well above 1 and the deviation above 0; if both go to their floor, the targets have collapsed.",
+        (
+            "The rank stays well above 1 and the deviation above 0; if both go to their floor, the"
+            " targets have collapsed."
+        ),
     ),
     ("Optimizer", ("grad_norm", "lr", "ema"), "The gradient norm settles after the warm-up."),
     (
@@ -41,9 +62,16 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         "Seconds by phase",
         ("perf/",),
-        "They add up to the wall time of all starts; steps have by far the most, and what is lost was trained twice.",
+        (
+            "They add up to the wall time of all starts; steps have by far the most, and what is"
+            " lost was trained twice."
+        ),
     ),
-    ("Skipped", ("skipped/", "data/skipped/"), "Steps that are not finite stay at 0; bad records are few."),
+    (
+        "Skipped",
+        ("skipped/", "data/skipped/"),
+        "Steps that are not finite stay at 0; bad records are few.",
+    ),
 )
 NOTES = {
     "loss/ssp": "squared error on normalised features",
@@ -56,7 +84,9 @@ NOTES = {
 }
 
 
-def run_page_html(runs: Sequence[RunLog], *, differs: Mapping[str, Sequence[str]], exhibits: Sequence[str] = ()) -> str:
+def run_page_html(
+    runs: Sequence[RunLog], *, differs: Mapping[str, Sequence[str]], exhibits: Sequence[str] = ()
+) -> str:
     """The page.
 
     Args:
@@ -69,7 +99,11 @@ def run_page_html(runs: Sequence[RunLog], *, differs: Mapping[str, Sequence[str]
     True
     """
     first, last = runs[0], max(run.lines[-1]["step"] for run in runs)
-    body = [f"<h1>{html_page.escape_html(first.name)}</h1>", f"<p class=muted>{html_page.escape_html(_about(runs))}</p>", html_page.headline(_figures(first))]
+    body = [
+        f"<h1>{html_page.escape_html(first.name)}</h1>",
+        f"<p class=muted>{html_page.escape_html(_about(runs))}</p>",
+        html_page.headline(_figures(first)),
+    ]
     if len(runs) > 1:
         body.append(_legend(runs) + _comparison(runs))
     shown: set[str] = set()
@@ -78,19 +112,37 @@ def run_page_html(runs: Sequence[RunLog], *, differs: Mapping[str, Sequence[str]
         charts = "".join(_chart(name, runs, last) for name in names)
         shown |= set(names)
         if charts:
-            body.append(f'<h2>{html_page.escape_html(title)}</h2><p class=muted>{html_page.escape_html(healthy)}</p><div class="charts">{charts}</div>')
+            body.append(
+                f"<h2>{html_page.escape_html(title)}</h2><p"
+                f" class=muted>{html_page.escape_html(healthy)}</p><div"
+                f' class="charts">{charts}</div>'
+            )
         if title == PICTURES_AFTER:
             body += [_panels(run) for run in runs if run.panels] + list(exhibits)
             if first.evaluation:
                 body.append(_evaluation(first.evaluation))
     if others := [name for name in _names(runs, ("",), shown) if name != "samples_seen"]:
-        body.append('<h2>Other metrics</h2><div class="charts">' + "".join(_chart(name, runs, last) for name in others) + "</div>")
+        body.append(
+            '<h2>Other metrics</h2><div class="charts">'
+            + "".join(_chart(name, runs, last) for name in others)
+            + "</div>"
+        )
     if first.data:
         body.append(f"<h2>Data</h2><pre>{html_page.escape_html(first.data)}</pre>")
     if first.config:
-        changed = "".join(f"<h3>{html_page.escape_html(name)} differs in</h3>{_lines(lines)}" for name, lines in differs.items())
-        body.append(f"<h2>Settings</h2>{changed}<details><summary>all of them</summary><pre>{html_page.escape_html(first.config)}</pre></details>")
-    return html_page.render_page(f"Run: {first.name}", html_page.with_toc(body, after=3), svg_charts.STYLE + drawn.STYLE + STYLE)
+        changed = "".join(
+            f"<h3>{html_page.escape_html(name)} differs in</h3>{_lines(lines)}"
+            for name, lines in differs.items()
+        )
+        body.append(
+            f"<h2>Settings</h2>{changed}<details><summary>all of"
+            f" them</summary><pre>{html_page.escape_html(first.config)}</pre></details>"
+        )
+    return html_page.render_page(
+        f"Run: {first.name}",
+        html_page.with_toc(body, after=3),
+        svg_charts.STYLE + drawn.STYLE + STYLE,
+    )
 
 
 STYLE = """
@@ -113,7 +165,11 @@ def _figures(run: RunLog) -> list[tuple[str, str]]:
         if name.startswith("eval/") and name.endswith(("top1", "/r1")):
             x, y = run.curve(name)
             out.append(
-                (f"{100 * y[-1]:.1f} %", name.removeprefix("eval/") + (f", {100 * y[0]:.1f} % at step {x[0]:,}" if len(y) > 1 else ""))
+                (
+                    f"{100 * y[-1]:.1f} %",
+                    name.removeprefix("eval/")
+                    + (f", {100 * y[0]:.1f} % at step {x[0]:,}" if len(y) > 1 else ""),
+                )
             )
     for name, form, what in (
         ("loss", "{:.3f}", "loss"),
@@ -132,40 +188,64 @@ def _names(runs: Sequence[RunLog], prefixes: tuple[str, ...], shown: set[str]) -
     """Metrics that begin so and change, or are not 0; in the order of the log."""
     found = dict.fromkeys(name for run in runs for name in run.names if name not in shown)
     exact = {"loss", "lr", "ema", "grad_norm"}
-    chosen = [n for n in found if any(n == p or (n.startswith(p) and (p not in exact or n.startswith(p + "/"))) for p in prefixes)]
+    chosen = [
+        n
+        for n in found
+        if any(
+            n == p or (n.startswith(p) and (p not in exact or n.startswith(p + "/")))
+            for p in prefixes
+        )
+    ]
     return [n for n in chosen if any(v != 0 for run in runs for v in run.curve(n)[1])]
 
 
 def _chart(name: str, runs: Sequence[RunLog], last: float) -> str:
-    lines = [SvgCurve(run.name, *run.curve(name), tone=f"c{i % TONES}") for i, run in enumerate(runs)]
-    return svg_charts.svg_chart(name.removeprefix("eval/"), lines, last=last, note=NOTES.get(name, ""))
+    lines = [
+        SvgCurve(run.name, *run.curve(name), tone=f"c{i % TONES}") for i, run in enumerate(runs)
+    ]
+    return svg_charts.svg_chart(
+        name.removeprefix("eval/"), lines, last=last, note=NOTES.get(name, "")
+    )
 
 
 def _legend(runs: Sequence[RunLog]) -> str:
     return (
         '<div class="legend">'
-        + "".join(f'<span><i class="c{i % TONES}"></i>{html_page.escape_html(r.name)}</span>' for i, r in enumerate(runs))
+        + "".join(
+            f'<span><i class="c{i % TONES}"></i>{html_page.escape_html(r.name)}</span>'
+            for i, r in enumerate(runs)
+        )
         + "</div>"
     )
 
 
 def _comparison(runs: Sequence[RunLog]) -> str:
     """Last values of evaluations and losses, a run a row."""
-    wanted = [n for n in dict.fromkeys(name for run in runs for name in run.names) if n.startswith("eval/") or n == "loss"]
+    wanted = [
+        n
+        for n in dict.fromkeys(name for run in runs for name in run.names)
+        if n.startswith("eval/") or n == "loss"
+    ]
     wanted = [n for n in wanted if not n.endswith(("r5", "r10", "top5"))]
     values = [[run.last(name) for name in wanted] for run in runs]
     rows = [
-        [run.name, *("" if v is None or not math.isfinite(v) else f"{v:.4g}" for v in row)] for run, row in zip(runs, values, strict=True)
+        [run.name, *("" if v is None or not math.isfinite(v) else f"{v:.4g}" for v in row)]
+        for run, row in zip(runs, values, strict=True)
     ]
-    return html_page.html_table(("run", *(n.removeprefix("eval/") for n in wanted)), rows, numeric=1)
+    return html_page.html_table(
+        ("run", *(n.removeprefix("eval/") for n in wanted)), rows, numeric=1
+    )
 
 
 def _panels(run: RunLog) -> str:
     """The first panel, the last and some between."""
     count = len(run.panels)
-    chosen = sorted({round(k * (count - 1) / max(min(count, PANELS) - 1, 1)) for k in range(min(count, PANELS))})
+    chosen = sorted(
+        {round(k * (count - 1) / max(min(count, PANELS) - 1, 1)) for k in range(min(count, PANELS))}
+    )
     figures = [
-        f'<figure class="panel"><h3>step {step:,}</h3>{html_page.embed_image(file.read_bytes(), f"panel of step {step}")}</figure>'
+        '<figure class="panel"><h3>step'
+        f" {step:,}</h3>{html_page.embed_image(file.read_bytes(), f'panel of step {step}')}</figure>"
         for step, file in (run.panels[i] for i in chosen)
     ]
     return f"<h2>What {html_page.escape_html(run.name)} saw and predicted</h2>" + "".join(figures)
@@ -173,11 +253,23 @@ def _panels(run: RunLog) -> str:
 
 def _evaluation(saved: Mapping[str, Any]) -> str:
     """What --mode=eval measured, as a table."""
-    found = {name: value for one in saved.get("results", {}).values() for name, value in one.items()}
-    about = f"by --mode=eval, of {saved.get('checkpoint', '')}, {saved.get('encoder', '')} parameters; accuracies are fractions"
+    found = {
+        name: value for one in saved.get("results", {}).values() for name, value in one.items()
+    }
+    about = (
+        f"by --mode=eval, of {saved.get('checkpoint', '')}, {saved.get('encoder', '')} parameters;"
+        " accuracies are fractions"
+    )
     rows = [(name.removeprefix("eval/"), f"{value:.4f}") for name, value in found.items()]
-    return f"<h2>Evaluation alone</h2><p class=muted>{html_page.escape_html(about)}</p>{html_page.html_table(('what', 'value'), rows, numeric=1)}"
+    return (
+        "<h2>Evaluation alone</h2><p"
+        f" class=muted>{html_page.escape_html(about)}</p>{html_page.html_table(('what', 'value'), rows, numeric=1)}"
+    )
 
 
 def _lines(lines: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{html_page.escape_html(line)}</li>" for line in lines) + "</ul>" if lines else "<p>nothing that matters</p>"
+    return (
+        "<ul>" + "".join(f"<li>{html_page.escape_html(line)}</li>" for line in lines) + "</ul>"
+        if lines
+        else "<p>nothing that matters</p>"
+    )

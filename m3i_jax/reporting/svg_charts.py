@@ -23,7 +23,8 @@ class SvgCurve:
 
 
 def axis_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) from low to high, both included in the range.
+    """Round numbers (1, 2 or 5 times a power of ten apart) from low to high, both included in the
+    range.
 
     >>> axis_ticks(0.0, 1.0), axis_ticks(3.0, 3.0)
     ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [3.0])
@@ -48,11 +49,17 @@ def tick_label(value: float, apart: float = 0.0) -> str:
     for above, size, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= above:
             return f"{value / size:.3g}{letter}"
-    digits = 1 + math.floor(math.log10(abs(value))) - math.floor(math.log10(apart)) if apart and value else 0
+    digits = (
+        1 + math.floor(math.log10(abs(value))) - math.floor(math.log10(apart))
+        if apart and value
+        else 0
+    )
     return f"{value:.{max(3, digits)}g}"
 
 
-def thin_points(x: Sequence[float], y: Sequence[float], most: int = _MOST) -> tuple[list[float], list[float]]:
+def thin_points(
+    x: Sequence[float], y: Sequence[float], most: int = _MOST
+) -> tuple[list[float], list[float]]:
     """At most `most` points: means over consecutive points. What is not finite is left out.
 
     >>> thin_points([0, 1, 2, 3], [1.0, 3.0, float("nan"), 5.0], most=2)
@@ -61,7 +68,9 @@ def thin_points(x: Sequence[float], y: Sequence[float], most: int = _MOST) -> tu
     good = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
     size = -(-len(good) // most) if good else 1
     groups = [good[i : i + size] for i in range(0, len(good), size)]
-    return [sum(a for a, _ in g) / len(g) for g in groups], [sum(b for _, b in g) / len(g) for g in groups]
+    return [sum(a for a, _ in g) / len(g) for g in groups], [
+        sum(b for _, b in g) / len(g) for g in groups
+    ]
 
 
 def svg_chart(title: str, curves: Sequence[SvgCurve], *, last: float, note: str = "") -> str:
@@ -87,7 +96,11 @@ def svg_chart(title: str, curves: Sequence[SvgCurve], *, last: float, note: str 
         low, high = low - margin * (low != 0 or high <= 0), high + margin
 
     def height(value: float) -> float:
-        share = math.log(value / low) / math.log(high / low) if logarithmic else (value - low) / (high - low)
+        share = (
+            math.log(value / low) / math.log(high / low)
+            if logarithmic
+            else (value - low) / (high - low)
+        )
         return _TOP + (1 - share) * (HEIGHT - _TOP - _BOTTOM)
 
     def place(step: float) -> float:
@@ -96,28 +109,44 @@ def svg_chart(title: str, curves: Sequence[SvgCurve], *, last: float, note: str 
     levels = _powers(low, high) if logarithmic else axis_ticks(low, high)
     apart = levels[1] - levels[0] if len(levels) > 1 else 0.0
     parts = [
-        f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{height(v):.1f}" y2="{height(v):.1f}"/>'
-        f'<text x="{_LEFT - 6}" y="{height(v) + 3.5:.1f}" text-anchor="end">{tick_label(v, 0 if logarithmic else apart)}</text>'
+        f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{height(v):.1f}"'
+        f' y2="{height(v):.1f}"/><text x="{_LEFT - 6}" y="{height(v) + 3.5:.1f}"'
+        f' text-anchor="end">{tick_label(v, 0 if logarithmic else apart)}</text>'
         for v in levels
     ]
     parts += [
-        f'<text x="{min(place(step), WIDTH - 16):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{tick_label(step)}</text>'
+        f'<text x="{min(place(step), WIDTH - 16):.1f}" y="{HEIGHT - 7}"'
+        f' text-anchor="middle">{tick_label(step)}</text>'
         for step in axis_ticks(0, last)
     ]
     for curve, x, y in drawn:
-        told = f"<title>{escape_html(curve.name)}: {tick_label(y[-1])} at step {tick_label(x[-1])}</title>" if y else ""
+        told = (
+            f"<title>{escape_html(curve.name)}: {tick_label(y[-1])} at step"
+            f" {tick_label(x[-1])}</title>"
+            if y
+            else ""
+        )
         if len(x) == 1:
-            parts.append(f'<circle class="{curve.tone}" cx="{place(x[0]):.1f}" cy="{height(y[0]):.1f}" r="3">{told}</circle>')
+            parts.append(
+                f'<circle class="{curve.tone}" cx="{place(x[0]):.1f}" cy="{height(y[0]):.1f}"'
+                f' r="3">{told}</circle>'
+            )
         elif x:
             path = " ".join(f"{place(a):.1f},{height(b):.1f}" for a, b in zip(x, y, strict=True))
             dots = "".join(
-                f'<circle class="{curve.tone}" cx="{place(a):.1f}" cy="{height(b):.1f}" r="2.2"/>' for a, b in zip(x, y, strict=True)
+                f'<circle class="{curve.tone}" cx="{place(a):.1f}" cy="{height(b):.1f}" r="2.2"/>'
+                for a, b in zip(x, y, strict=True)
             )
-            parts.append(f'<path class="{curve.tone}" d="M{path}">{told}</path>' + (dots if len(x) <= 12 else ""))
+            parts.append(
+                f'<path class="{curve.tone}" d="M{path}">{told}</path>'
+                + (dots if len(x) <= 12 else "")
+            )
     scale = " <small>(logarithmic)</small>" if logarithmic else ""
     return (
-        f'<figure class="chart"><h3>{escape_html(title)}{scale}</h3><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape_html(title)}">{"".join(parts)}</svg>' + (f"<figcaption>{escape_html(note)}</figcaption>" if note else "") + "</figure>"
+        f'<figure class="chart"><h3>{escape_html(title)}{scale}</h3><svg viewBox="0 0 {WIDTH}'
+        f' {HEIGHT}" role="img" aria-label="{escape_html(title)}">{"".join(parts)}</svg>'
+        + (f"<figcaption>{escape_html(note)}</figcaption>" if note else "")
+        + "</figure>"
     )
 
 
@@ -135,6 +164,9 @@ STYLE = """
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; margin: .6rem 0; } .legend i { display: inline-block; width: 1.1rem;
   height: .3rem; border-radius: 2px; margin-right: .4rem; vertical-align: middle; }
 """ + "".join(
-    f".c{i} {{ stroke: {colour}; }} circle.c{i} {{ fill: {colour}; }} .legend i.c{i} {{ background: {colour}; }}\n"
-    for i, colour in enumerate(("#4676b2", "#e4873e", "#3f9a76", "#b4442f", "#8b6bb8", "#8a7346", "#c867a0", "#7d8590"))
+    f".c{i} {{ stroke: {colour}; }} circle.c{i} {{ fill: {colour}; }} .legend i.c{i} {{ background:"
+    f" {colour}; }}\n"
+    for i, colour in enumerate(
+        ("#4676b2", "#e4873e", "#3f9a76", "#b4442f", "#8b6bb8", "#8a7346", "#c867a0", "#7d8590")
+    )
 )

@@ -14,10 +14,15 @@ def text_table(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> str:
     """
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(headers), *cells]) for i in range(len(headers))]
-    numeric = [all(row[i].replace(",", "").replace(".", "").lstrip("-").isdigit() for row in cells) for i in range(len(headers))]
+    numeric = [
+        all(row[i].replace(",", "").replace(".", "").lstrip("-").isdigit() for row in cells)
+        for i in range(len(headers))
+    ]
 
     def line(row: Sequence[str]) -> str:
-        return "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)).rstrip()
+        return "  ".join(
+            c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)
+        ).rstrip()
 
     return "\n".join([line(headers), "  ".join("-" * w for w in widths), *map(line, cells)])
 

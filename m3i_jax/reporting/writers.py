@@ -1,5 +1,7 @@
-"""Where metrics go: a JSON line and a console line always, TensorBoard and Weights & Biases if asked. A sink that fails never stops
-training: what it lost is counted, told, and written by the others as `report/dropped/<sink>`. Only the first process of a run writes."""
+"""Where metrics go: a JSON line and a console line always, TensorBoard and Weights & Biases if
+asked. A sink that fails never stops
+training: what it lost is counted, told, and written by the others as `report/dropped/<sink>`. Only
+the first process of a run writes."""
 
 import dataclasses
 import errno
@@ -29,8 +31,10 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one JSON object a line, `step` first. A line is there whole or not at all, also when the disk is full. JSON has no
-    numbers that are not finite: they become the texts "nan", "inf" and "-inf", which `float` reads back.
+    """metrics.jsonl: one JSON object a line, `step` first. A line is there whole or not at all,
+    also when the disk is full. JSON has no
+    numbers that are not finite: they become the texts "nan", "inf" and "-inf", which `float` reads
+    back.
 
     >>> import tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
@@ -43,10 +47,15 @@ class JsonLines:
         try:
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}; make room or choose another --workdir") from error
+            raise UserError(
+                f"cannot write {path}: {error.strerror or error}; make room or choose another"
+                " --workdir"
+            ) from error
 
     def write(self, step: int, values: Values) -> None:
-        line = (json.dumps({"step": int(step)} | {k: _plain(v) for k, v in values.items()}) + "\n").encode()
+        line = (
+            json.dumps({"step": int(step)} | {k: _plain(v) for k, v in values.items()}) + "\n"
+        ).encode()
         before, done = os.fstat(self._file).st_size, 0
         try:
             while done < len(line):  # a disk that fills up takes a part
@@ -85,8 +94,13 @@ class Console:
             raise OSError("it takes no line")
 
     def write(self, step: int, values: Values) -> None:
-        if evaluation := {k.removeprefix("eval/"): v for k, v in values.items() if k.startswith("eval/")}:
-            self._say(f"{self._place(step)}  evaluation  " + "  ".join(f"{k} {v:.4f}" for k, v in evaluation.items()))
+        if evaluation := {
+            k.removeprefix("eval/"): v for k, v in values.items() if k.startswith("eval/")
+        }:
+            self._say(
+                f"{self._place(step)}  evaluation  "
+                + "  ".join(f"{k} {v:.4f}" for k, v in evaluation.items())
+            )
         if "loss" not in values:
             return
         shown = [
@@ -99,9 +113,13 @@ class Console:
             ("mfu", "perf/mfu", ".1%"),
             ("wait", "perf/input_wait", ".0%"),
         ]
-        line = "  ".join(f"{name} {values[key]:{form}}" for name, key, form in shown if key in values)
+        line = "  ".join(
+            f"{name} {values[key]:{form}}" for name, key, form in shown if key in values
+        )
         rate = values.get("perf/images_per_sec", 0.0)
-        left = f"  left {format_duration((self._total - step) * self._images / rate)}" if rate else ""
+        left = (
+            f"  left {format_duration((self._total - step) * self._images / rate)}" if rate else ""
+        )
         self._say(f"{self._place(step)}  {line}{left}")
 
     def _place(self, step: int) -> str:
@@ -122,13 +140,18 @@ def format_duration(seconds: float) -> str:
         return f"{s}s"
     if s < 3600:
         return f"{s // 60}m{s % 60:02d}s"
-    return f"{s // 3600}h{s % 3600 // 60:02d}m" if s < 86400 else f"{s // 86400}d{s % 86400 // 3600:02d}h"
+    return (
+        f"{s // 3600}h{s % 3600 // 60:02d}m"
+        if s < 86400
+        else f"{s // 86400}d{s % 86400 // 3600:02d}h"
+    )
 
 
 class _TensorBoard:
     def __init__(self, directory: pathlib.Path, resume_at: int):
         writer = require_package("tensorboardX", "report.tensorboard", "tensorboard").SummaryWriter
-        self._writer = writer(str(directory), purge_step=resume_at + 1)  # hides what a run that was cut off had written after this step
+        # hides what a run that was cut off had written after this step
+        self._writer = writer(str(directory), purge_step=resume_at + 1)
 
     def write(self, step: int, values: Values) -> None:
         for name, value in values.items():
@@ -142,12 +165,22 @@ class _TensorBoard:
 class _Wandb:
     def __init__(self, project: str, directory: pathlib.Path, config: dict[str, Any]):
         wandb = require_package("wandb", "report.wandb", "wandb")
-        # One run a working directory, so that a resumed run goes on in the same place; its name alone may be that of another run.
+        # One run a working directory, so that a resumed run goes on in the same place; its name
+        # alone may be that of another run.
         place = directory / "wandb.id"
         if not place.is_file():
-            place.write_text(f"{directory.absolute().name[:40]}-{secrets.token_hex(4)}\n", encoding="utf-8")
+            place.write_text(
+                f"{directory.absolute().name[:40]}-{secrets.token_hex(4)}\n", encoding="utf-8"
+            )
         identity = place.read_text(encoding="utf-8").strip()
-        self._run = wandb.init(project=project, dir=str(directory), id=identity, name=identity, resume="allow", config=config)
+        self._run = wandb.init(
+            project=project,
+            dir=str(directory),
+            id=identity,
+            name=identity,
+            resume="allow",
+            config=config,
+        )
 
     def write(self, step: int, values: Values) -> None:
         self._run.log(values, step=step)
@@ -166,11 +199,15 @@ def require_package(module: str, key: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"config.{key}: needs the package {module}; pip install 'm3i-jax[{extra}]', or leave the key unset") from error
+        raise UserError(
+            f"config.{key}: needs the package {module}; pip install 'm3i-jax[{extra}]', or leave"
+            " the key unset"
+        ) from error
 
 
 def truncate_log(path: pathlib.Path, step: int) -> int:
-    """Cut a log back to the lines up to `step`, whole or not at all, since a resumed run writes the others again. A torn line goes too.
+    """Cut a log back to the lines up to `step`, whole or not at all, since a resumed run writes the
+    others again. A torn line goes too.
 
     Returns: how many lines were cut. Raises UserError if the place cannot be written to.
 
@@ -217,11 +254,13 @@ class Writers:
     def _lost(self, name: str, what: str, error: Exception) -> None:
         self.dropped[name] = self.dropped.get(name, 0) + 1
         if self.dropped[name] in (1, 10, 100, 1000):
-            self.say(f"warning: {name} lost {self.dropped[name]} {what}: {type(error).__name__}: {error}")
+            self.say(
+                f"warning: {name} lost {self.dropped[name]} {what}: {type(error).__name__}: {error}"
+            )
 
     def attempt(self, name: str, write: Callable[[], Any]) -> None:
-        """Do what writes a file beside the log, such as an image; a disk that does not take it costs the file, counted as `dropped`, and
-        nothing else."""
+        """Do what writes a file beside the log, such as an image; a disk that does not take it
+        costs the file, counted as `dropped`, and nothing else."""
         try:
             write()
         except (OSError, UserError) as error:
@@ -236,22 +275,30 @@ class Writers:
 
 
 def log_line(text: str) -> None:
-    """A line on the console with the time. A closed console, or a full disk behind it, is no reason to stop."""
+    """A line on the console with the time. A closed console, or a full disk behind it, is no reason
+    to stop."""
     log_lines(text)
 
 
 def log_lines(text: str) -> bool:
-    """`log_line`, and whether the line was taken. A closed console stays closed; a disk may have room again."""
+    """`log_line`, and whether the line was taken. A closed console stays closed; a disk may have
+    room again."""
     try:
         print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
     except (OSError, ValueError) as error:
-        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if not isinstance(error, OSError) or error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EIO,
+        ):
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (closed for the rest of the process)
         return False
     return True
 
 
-def open_writers(config: schema.Config, workdir: pathlib.Path, *, resume_at: int, total: int, main: bool = True) -> Writers:
+def open_writers(
+    config: schema.Config, workdir: pathlib.Path, *, resume_at: int, total: int, main: bool = True
+) -> Writers:
     """The sinks of a run.
 
     Args:
@@ -268,10 +315,17 @@ def open_writers(config: schema.Config, workdir: pathlib.Path, *, resume_at: int
         return Writers({}, lambda text: None)
     log = workdir / "metrics.jsonl"
     if cut := truncate_log(log, resume_at):
-        log_line(f"{log.name}: {cut:,} lines after step {resume_at:,} cut, they will be written again")
-    sinks: dict[str, Sink] = {"metrics.jsonl": JsonLines(log), "console": Console(total, config.train.batch_size, log_lines)}
+        log_line(
+            f"{log.name}: {cut:,} lines after step {resume_at:,} cut, they will be written again"
+        )
+    sinks: dict[str, Sink] = {
+        "metrics.jsonl": JsonLines(log),
+        "console": Console(total, config.train.batch_size, log_lines),
+    }
     if config.report.tensorboard:
         sinks["tensorboard"] = _TensorBoard(workdir, resume_at)
     if config.report.wandb:
-        sinks["wandb"] = _Wandb(config.report.wandb, workdir, privacy.redacted(dataclasses.asdict(config)))
+        sinks["wandb"] = _Wandb(
+            config.report.wandb, workdir, privacy.redacted(dataclasses.asdict(config))
+        )
     return Writers(sinks, log_line)

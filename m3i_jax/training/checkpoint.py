@@ -1,13 +1,14 @@
-"""Checkpoints: the only place that knows Orbax. A checkpoint is the state (params, optimizer with target and balance statistics), a small
-JSON with the data position, and digests of all its files and arrays. Where a run starts, in this order:
+"""Checkpoints: the only place that knows Orbax. A checkpoint is the state (params, optimizer with
+target and balance statistics), a small JSON with the data position, and digests of all its files
+and arrays. Where a run starts, in this order:
 
     1. the newest whole step under <workdir>/checkpoints
     2. else config.init_from: weights of another run, or of another project (training/init_from.py)
     3. else the initial parameters of the configuration
 
-The way of a save: Orbax writes <step>.new behind the training, then its files are digested, and only then it becomes <step>: a rename, so
-that a step is there whole or not at all. What is found damaged when a run starts becomes <step>.bad-<time>, and the step before is used.
-"""
+The way of a save: Orbax writes <step>.new behind the training, then its files are digested, and
+only then it becomes <step>: a rename, so that a step is there whole or not at all. What is found
+damaged when a run starts becomes <step>.bad-<time>, and the step before is used."""
 
 import concurrent.futures
 import contextlib
@@ -35,7 +36,8 @@ class SavesFailed(RuntimeError):
 
 
 class CheckpointDamaged(UserError):
-    """What was read is not what was trained; the step was set aside, so that the one before is the newest now."""
+    """What was read is not what was trained; the step was set aside, so that the one before is the
+    newest now."""
 
 
 class Checkpoints:
@@ -50,22 +52,31 @@ class Checkpoints:
     MISSES = 3  # saves in a row that may fail before the run ends
     BACK_OFF = 10.0  # seconds before a failed save is tried again; twice as long each time
     LIMIT = 1800.0  # seconds that hosts wait for each other in a save or a restore
-    FILE = 2**27  # bytes of a file after which the next is begun: while a disk takes the one, a processor makes the other
+    # bytes of a file after which the next is begun: while a disk takes the one, a processor makes
+    # the other
+    FILE = 2**27
 
     def __init__(self, directory: pathlib.Path, keep: int, *, say: Callable[[str], None] = print):
         self._directory, self._keep, self._say = directory.absolute(), keep, say
         self._hosts, self._first = jax.process_count(), jax.process_index() == 0
         malloc.patch_tensorstore()
-        # Named processes: Orbax's barriers between all of them have no limit, those between named ones do.
-        together = ocp.options.MultiprocessingOptions(active_processes=set(range(self._hosts)) if self._hosts > 1 else None)
+        # Named processes: Orbax's barriers between all of them have no limit, those between named
+        # ones do.
+        together = ocp.options.MultiprocessingOptions(
+            active_processes=set(range(self._hosts)) if self._hosts > 1 else None
+        )
         handler = ocp.CompositeCheckpointHandler(
             composite_options=ocp.CompositeOptions(multiprocessing_options=together),
             # Random bits of float32 do not compress: trying takes longer than writing them.
-            state=ocp.PyTreeCheckpointHandler(multiprocessing_options=together, use_compression=False),
+            state=ocp.PyTreeCheckpointHandler(
+                multiprocessing_options=together, use_compression=False
+            ),
             position=ocp.JsonCheckpointHandler(multiprocessing_options=together),
         )
         self._orbax = ocp.AsyncCheckpointer(
-            handler, multiprocessing_options=together, async_options=ocp.options.AsyncOptions(timeout_secs=int(self.LIMIT))
+            handler,
+            multiprocessing_options=together,
+            async_options=ocp.options.AsyncOptions(timeout_secs=int(self.LIMIT)),
         )
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, dict[str, Any], concurrent.futures.Future[None]] | None = None
@@ -82,8 +93,9 @@ class Checkpoints:
         return max(checkpoint_dir.complete_steps(self._directory), default=None)
 
     def newest_good(self) -> int | None:
-        """The newest step whose files all are as they were written, None if there never was a step. What is damaged is set aside under
-        another name, with a warning that names the file. All hosts get the same answer: the first looks.
+        """The newest step whose files all are as they were written, None if there never was a step.
+        What is damaged is set aside under another name, with a warning that names the file. All
+        hosts get the same answer: the first looks.
 
         Raises:
           UserError: there are steps, but no good one: to start anew then is for a person to decide.
@@ -101,7 +113,8 @@ class Checkpoints:
         bad = sorted(p.name for p in self._directory.glob("*.bad-*"))
         if not good and bad:
             raise UserError(
-                f"{self._directory}: no whole checkpoint is left ({', '.join(bad)[:200]}); move the directory away to start anew"
+                f"{self._directory}: no whole checkpoint is left ({', '.join(bad)[:200]}); move the"
+                " directory away to start anew"
             )
         if not good:
             return None
@@ -114,7 +127,8 @@ class Checkpoints:
             found = file_checksums.read_checksums(place)
             if found and found.get("format", 0) > FORMAT:
                 raise UserError(
-                    f"checkpoint {step}: is of format {found['format']}, this version of m3i_jax reads up to {FORMAT}; use a newer version"
+                    f"checkpoint {step}: is of format {found['format']}, this version of m3i_jax"
+                    f" reads up to {FORMAT}; use a newer version"
                 )
             return file_checksums.verify_checksums(place)
         try:
@@ -123,13 +137,17 @@ class Checkpoints:
             return [f"position/metadata: cannot be read ({' '.join(str(error).split())[:100]})"]
         if not old:
             return file_checksums.verify_checksums(place)
-        self._say(f"warning: checkpoint {step} was saved by an older version, without digests: it is used as it is")
+        self._say(
+            f"warning: checkpoint {step} was saved by an older version, without digests: it is used"
+            " as it is"
+        )
         return []
 
     # Saving
 
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
-        """Copies the state to the host and returns; the write goes on behind. A step that is already there is not written again.
+        """Copies the state to the host and returns; the write goes on behind. A step that is
+        already there is not written again.
 
         Raises:
           SavesFailed: the save before was one too many that failed.
@@ -140,7 +158,8 @@ class Checkpoints:
             self._start(step, state, position)
 
     def retry(self) -> bool:
-        """Whether a save failed and it is time to try again. Of several hosts, they do with the next regular save, which all come to."""
+        """Whether a save failed and it is time to try again. Of several hosts, they do with the
+        next regular save, which all come to."""
         if self._hosts > 1:
             return False
         if self._saving and self._saving[-1].done() and self._saving[-1].exception():
@@ -148,7 +167,8 @@ class Checkpoints:
         return bool(self._again) and time.monotonic() >= self._again
 
     def wait(self, state: Any = None) -> None:
-        """Until every save is on disk. One that failed is tried again if its state is given. Raises SavesFailed."""
+        """Until every save is on disk. One that failed is tried again if its state is given. Raises
+        SavesFailed."""
         while self._saving:
             step, position, _ = self._saving
             if self._settle() or state is None:
@@ -167,12 +187,16 @@ class Checkpoints:
             if self._first and not self._cleaned:
                 checkpoint_dir.remove_leftovers(self._directory)
             self._cleaned = True
-            arrays = array_checksums.checksum_arrays(state)  # sent before the state is given away, fetched behind
+            # sent before the state is given away, fetched behind
+            arrays = array_checksums.checksum_arrays(state)
             whole = ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=self.FILE)
-            args = ocp.args.Composite(state=whole, position=ocp.args.JsonSave(position | {"format": FORMAT}))
+            args = ocp.args.Composite(
+                state=whole, position=ocp.args.JsonSave(position | {"format": FORMAT})
+            )
             self._orbax.save(self._directory / f"{step}.new", args=args, force=True)
             done = self._thread.submit(self._finish, step, arrays)
-            self._thread.submit(malloc.malloc_trim)  # the step has its name by then: nobody waits for it
+            # the step has its name by then: nobody waits for it
+            self._thread.submit(malloc.malloc_trim)
         except Exception as error:  # a full disk or no permission: told when the hosts next meet, as if it came later
             done.set_exception(error)
         self._saving = step, position, done
@@ -195,7 +219,13 @@ class Checkpoints:
         (step, _, done), self._saving = self._saving, None
         error = done.exception()
         reason = "" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        failed = {parallel.host_label(number): why for number, why in enumerate(parallel.exchange_values("saved", reason, limit=self.LIMIT)) if why}
+        failed = {
+            parallel.host_label(number): why
+            for number, why in enumerate(
+                parallel.exchange_values("saved", reason, limit=self.LIMIT)
+            )
+            if why
+        }
         if not failed:
             self._misses, self._there = 0, step
             return True
@@ -204,28 +234,42 @@ class Checkpoints:
             checkpoint_dir.remove_leftovers(self._directory)
         wait = self.BACK_OFF * 2 ** (self._misses - 1)
         self._again = time.monotonic() + wait
-        why = reason if self._hosts == 1 else "; ".join(f"{host}: {text}" for host, text in failed.items())[:300]
+        why = (
+            reason
+            if self._hosts == 1
+            else "; ".join(f"{host}: {text}" for host, text in failed.items())[:300]
+        )
         told = f"checkpoint {step}: save {self._misses} of {self.MISSES} in a row failed ({why})"
         if self._misses >= self.MISSES:
             raise SavesFailed(told)
-        self._say(f"warning: {told}; {self.latest() or 'no step'} is still there, it is tried again in {wait:.0f} seconds or with the next")
+        self._say(
+            f"warning: {told}; {self.latest() or 'no step'} is still there, it is tried again in"
+            f" {wait:.0f} seconds or with the next"
+        )
         return False
 
     # Restoring
 
     def _read_position(self, step: int) -> dict[str, Any]:
-        return self._orbax.restore(self._directory / str(step), args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
+        return self._orbax.restore(
+            self._directory / str(step), args=ocp.args.Composite(position=ocp.args.JsonRestore())
+        )["position"]
 
     def position(self, step: int) -> dict[str, Any]:
         """The JSON saved beside a state. Raises UserError if it cannot be read."""
         try:
-            return {name: value for name, value in self._read_position(step).items() if name != "format"}
+            return {
+                name: value for name, value in self._read_position(step).items() if name != "format"
+            }
         except Exception as error:
             raise self._damaged(step, error) from error
 
     def _damaged(self, step: int, error: Exception) -> UserError:
         reason, place = " ".join(str(error).split())[:200], self._directory / str(step)
-        return UserError(f"checkpoint {step}: cannot be read ({reason}); if it is damaged, delete {place} and run again")
+        return UserError(
+            f"checkpoint {step}: cannot be read ({reason}); if it is damaged, delete {place} and"
+            " run again"
+        )
 
     def restore(self, step: int, template: Any, shardings: Any) -> Any:
         """The state of a step, laid out as this run wants it, on any number of devices.
@@ -235,19 +279,26 @@ class Checkpoints:
           template: tree of jax.ShapeDtypeStruct.
           shardings: tree of shardings of the same structure.
 
-        Raises:
-          UserError: if the layout of the saved state is another one, or it cannot be read. All differences are in <workdir>/layout.txt.
-          Damaged: an array is not the one that was trained.
+        Raises: UserError: if the layout of the saved state is another one, or it cannot be read.
+          All differences are in <workdir>/layout.txt. Damaged: an array is not the one that was
+          trained.
         """
-        abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), template, shardings)
+        abstract = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            template,
+            shardings,
+        )
         place = self._directory / str(step)
         try:
             with checkpoint_dir.hold_step(place):
                 self._verify(step)
-                different = self._difference(step, template)  # asked first: a read that fails leaves Orbax's other reads complaining
+                # asked first: a read that fails leaves Orbax's other reads complaining
+                different = self._difference(step, template)
                 if not different:
                     how = ocp.checkpoint_utils.construct_restore_args(abstract)
-                    args = ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract, restore_args=how))
+                    args = ocp.args.Composite(
+                        state=ocp.args.PyTreeRestore(abstract, restore_args=how)
+                    )
                     state = self._orbax.restore(place, args=args)["state"]
         except Exception as error:
             raise self._damaged(step, error) from error
@@ -259,44 +310,67 @@ class Checkpoints:
             more = f", and {len(different) - 3} more: {self._directory.parent / 'layout.txt'}"
             if self._first:
                 with contextlib.suppress(OSError):
-                    (self._directory.parent / "layout.txt").write_text("".join(f"{line}\n" for line in different), encoding="utf-8")
+                    (self._directory.parent / "layout.txt").write_text(
+                        "".join(f"{line}\n" for line in different), encoding="utf-8"
+                    )
         raise UserError(
-            f"checkpoint {step}: does not fit this configuration ({', '.join(different[:3])}{more}); "
-            "use another --workdir or the configuration of that run"
+            f"checkpoint {step}: does not fit this configuration"
+            f" ({', '.join(different[:3])}{more}); use another --workdir or the configuration of"
+            " that run"
         )
 
     def _compare(self, step: int, state: Any) -> None:
-        """Arrays against the fingerprints that were taken of them; a step of an older version has none."""
+        """Arrays against the fingerprints that were taken of them; a step of an older version has
+        none."""
         noted = (file_checksums.read_checksums(self._directory / str(step)) or {}).get("arrays")
         if noted is None or not (wrong := array_checksums.changed_arrays(state, noted)):
             return
         if self._first:
-            self._say(checkpoint_dir.quarantine_step(self._directory / str(step), [f"{path}: is not what was trained" for path in wrong]))
-        raise CheckpointDamaged(f"checkpoint {step}: {len(wrong)} arrays are not what was trained, first {wrong[0]}; it was set aside, run again")
+            self._say(
+                checkpoint_dir.quarantine_step(
+                    self._directory / str(step),
+                    [f"{path}: is not what was trained" for path in wrong],
+                )
+            )
+        raise CheckpointDamaged(
+            f"checkpoint {step}: {len(wrong)} arrays are not what was trained, first {wrong[0]}; it"
+            " was set aside, run again"
+        )
 
     def _verify(self, step: int) -> None:
         """Look at the files of a step that was not looked at yet: the first host does, for all."""
         if step in self._whole:
             return
-        wrong = parallel.exchange_values("verify", "; ".join(self._complaints(step)[:3]) if self._first else "", limit=6 * 3600.0)[0]
+        wrong = parallel.exchange_values(
+            "verify", "; ".join(self._complaints(step)[:3]) if self._first else "", limit=6 * 3600.0
+        )[0]
         if wrong:
             raise ValueError(wrong)
         self._whole.add(step)
 
     def _difference(self, step: int, template: Any) -> list[str]:
-        """Every array that is missing in the saved state or here, or of another shape or type, by path."""
+        """Every array that is missing in the saved state or here, or of another shape or type, by
+        path."""
         saved = self._orbax.metadata(self._directory / str(step)).item_metadata["state"]
         there, here = (
-            {path_text(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+            {
+                path_text(path): f"{leaf.dtype}{list(leaf.shape)}"
+                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            }
             for tree in (getattr(saved, "tree", saved), template)
         )
         paths = [path for path in {**here, **there} if here.get(path) != there.get(path)]
-        paths.sort(key=lambda path: path.startswith("opt/"))  # moments and target only repeat what the parameters say
-        return [f"{path} is {there.get(path, 'absent')} there, {here.get(path, 'absent')} here" for path in paths]
+        # moments and target only repeat what the parameters say
+        paths.sort(key=lambda path: path.startswith("opt/"))
+        return [
+            f"{path} is {there.get(path, 'absent')} there, {here.get(path, 'absent')} here"
+            for path in paths
+        ]
 
 
 class RunWeights:
-    """The newest checkpoint of a run, read array by array: what `init_from`, evaluation and export take from it.
+    """The newest checkpoint of a run, read array by array: what `init_from`, evaluation and export
+    take from it.
 
     Args:
       workdir: directory of the run.
@@ -313,26 +387,41 @@ class RunWeights:
     def __init__(self, workdir: str, key: str):
         place, where = pathlib.Path(workdir) / "checkpoints", f"{key}: {workdir!r}"
         if not place.is_dir():
-            raise UserError(f"{where} has no checkpoints; give the --workdir of a run that saved one")
+            raise UserError(
+                f"{where} has no checkpoints; give the --workdir of a run that saved one"
+            )
         listed = checkpoint_dir.complete_steps(place)
         if not listed:
-            raise UserError(f"{where} has no complete checkpoint; give the --workdir of a run that saved one")
+            raise UserError(
+                f"{where} has no complete checkpoint; give the --workdir of a run that saved one"
+            )
         self.step, self._at, self._key = listed[-1], place.absolute() / str(listed[-1]), key
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
         with checkpoint_dir.hold_step(self._at):
-            if wrong := file_checksums.verify_checksums(self._at) if (self._at / file_checksums.NAME).exists() else []:
+            if wrong := (
+                file_checksums.verify_checksums(self._at)
+                if (self._at / file_checksums.NAME).exists()
+                else []
+            ):
                 raise UserError(
-                    f"{where}: its checkpoint {self.step} is damaged ({wrong[0]}); set it aside and give the one before, or another run"
+                    f"{where}: its checkpoint {self.step} is damaged ({wrong[0]}); set it aside and"
+                    " give the one before, or another run"
                 )
             try:
                 tree = self._reader.metadata(self._at).item_metadata["state"].tree
             except Exception as error:  # Orbax has no class of its own for a damaged file
                 raise self._damaged(error) from error
-        self.shapes = {path_text(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        self.shapes = {
+            path_text(path): tuple(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
 
     def _damaged(self, error: Exception) -> UserError:
-        return UserError(f"{self._key}: checkpoint {self._at} cannot be read ({' '.join(str(error).split())[:200]}); give another run")
+        return UserError(
+            f"{self._key}: checkpoint {self._at} cannot be read"
+            f" ({' '.join(str(error).split())[:200]}); give another run"
+        )
 
     def read(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Arrays by path.
@@ -345,15 +434,26 @@ class RunWeights:
         for path, sharding in wanted.items():
             plain = ocp.RestoreArgs(restore_type=np.ndarray)
             set_leaf(item, path, jax.ShapeDtypeStruct(self.shapes[path], np.float32))
-            set_leaf(how, path, plain if sharding is None else ocp.ArrayRestoreArgs(sharding=sharding, global_shape=self.shapes[path]))
+            set_leaf(
+                how,
+                path,
+                (
+                    plain
+                    if sharding is None
+                    else ocp.ArrayRestoreArgs(sharding=sharding, global_shape=self.shapes[path])
+                ),
+            )
         restore = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
         with checkpoint_dir.hold_step(self._at):
             try:
-                got = self._reader.restore(self._at, args=ocp.args.Composite(state=restore))["state"]
+                got = self._reader.restore(self._at, args=ocp.args.Composite(state=restore))[
+                    "state"
+                ]
             except Exception as error:
                 raise self._damaged(error) from error
         out = {path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(got)}
-        noted = (file_checksums.read_checksums(self._at) or {}).get("arrays")  # a step of an older version has none
+        # a step of an older version has none
+        noted = (file_checksums.read_checksums(self._at) or {}).get("arrays")
         if noted is not None and (wrong := array_checksums.changed_arrays(out, noted)):
             raise self._damaged(ValueError(f"{wrong[0]}: is not what was trained"))
         return out
@@ -373,9 +473,14 @@ def load_encoder(workdir: str, template: Any, shardings: Any) -> Any:
     run = RunWeights(workdir, key)
     leaves, structure = jax.tree_util.tree_flatten_with_path(template)
     here = {"params/encoder/" + path_text(path): leaf.shape for path, leaf in leaves}
-    if wrong := [f"{p} {run.shapes.get(p, 'absent')} there, {shape} here" for p, shape in here.items() if run.shapes.get(p) != shape]:
+    if wrong := [
+        f"{p} {run.shapes.get(p, 'absent')} there, {shape} here"
+        for p, shape in here.items()
+        if run.shapes.get(p) != shape
+    ]:
         raise UserError(
-            f"{key}: {workdir!r}: its encoder is another one ({len(wrong)} arrays differ, first {wrong[0]}); use the same model settings"
+            f"{key}: {workdir!r}: its encoder is another one ({len(wrong)} arrays differ, first"
+            f" {wrong[0]}); use the same model settings"
         )
     got = run.read(dict(zip(here, jax.tree.leaves(shardings), strict=True)))
     return jax.tree.unflatten(structure, [got[path] for path in here])
@@ -394,7 +499,8 @@ def set_leaf(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def write_tree(directory: pathlib.Path, tree: Any) -> None:
-    """A tree of arrays as a checkpoint of its own, without anything of a run, for `ocp.StandardCheckpointer().restore(directory)`."""
+    """A tree of arrays as a checkpoint of its own, without anything of a run, for
+    `ocp.StandardCheckpointer().restore(directory)`."""
     shutil.rmtree(directory, ignore_errors=True)
     with ocp.StandardCheckpointer() as writer:
         writer.save(directory.absolute(), tree)

@@ -1,4 +1,5 @@
-"""The directories of a run's checkpoints: which steps are complete, who reads one, how one is deleted, and what saves leave behind.
+"""The directories of a run's checkpoints: which steps are complete, who reads one, how one is
+deleted, and what saves leave behind.
 
 checkpoints/<step>              complete: it got this name when all of it was there
 checkpoints/<step>.new[...]     being written
@@ -21,11 +22,16 @@ _LEFT = re.compile(r"\d+\.(new|old|orbax-checkpoint-tmp)([.-].*)?")
 
 
 def complete_steps(directory: pathlib.Path) -> list[int]:
-    """The steps that are complete on the disk, oldest first. Only real directories count, no link out of the place."""
+    """The steps that are complete on the disk, oldest first. Only real directories count, no link
+    out of the place."""
     if not directory.is_dir():
         return []
     with os.scandir(directory) as entries:
-        return sorted(int(e.name) for e in entries if re.fullmatch(r"0|[1-9]\d*", e.name) and e.is_dir(follow_symlinks=False))
+        return sorted(
+            int(e.name)
+            for e in entries
+            if re.fullmatch(r"0|[1-9]\d*", e.name) and e.is_dir(follow_symlinks=False)
+        )
 
 
 def is_run(place: str) -> bool:
@@ -51,7 +57,8 @@ def hold_step(step: pathlib.Path) -> Iterator[None]:
 
 
 def delete_step(step: pathlib.Path) -> bool:
-    """Delete a step unless somebody reads it: first its name, so that half of it is never taken for all."""
+    """Delete a step unless somebody reads it: first its name, so that half of it is never taken for
+    all."""
     gone = step.with_name(f"{step.name}.old")
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(FileNotFoundError):
@@ -84,7 +91,10 @@ def quarantine_step(step: pathlib.Path, wrong: list[str]) -> str:
     os.rename(step, step.with_name(name))
     fsync_dir(step.parent)
     more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    return f"warning: checkpoint {step.name} is damaged ({'; '.join(wrong[:3])}{more}); set aside as {name}, the one before is used"
+    return (
+        f"warning: checkpoint {step.name} is damaged ({'; '.join(wrong[:3])}{more}); set aside as"
+        f" {name}, the one before is used"
+    )
 
 
 def fsync_dir(directory: pathlib.Path) -> None:
@@ -94,13 +104,18 @@ def fsync_dir(directory: pathlib.Path) -> None:
 
 
 def remove_leftovers(directory: pathlib.Path) -> None:
-    """Remove what saves and deletions left behind that were cut off. Only for the one that saves there.
+    """Remove what saves and deletions left behind that were cut off. Only for the one that saves
+    there.
 
-    A save that failed is told at its first error, when other threads of it may still write: what they leave is removed again, for a second.
-    """
+    A save that failed is told at its first error, when other threads of it may still write: what
+    they leave is removed again, for a second."""
     for wait in (0.0, 0.1, 0.3, 0.6):
         with os.scandir(directory) as entries:
-            left = [e.path for e in entries if _LEFT.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+            left = [
+                e.path
+                for e in entries
+                if _LEFT.fullmatch(e.name) and e.is_dir(follow_symlinks=False)
+            ]
         if not left:
             return
         time.sleep(wait)

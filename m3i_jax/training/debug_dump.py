@@ -1,5 +1,6 @@
-"""A step that went wrong, kept so that it can be taken again alone: the state before it, its batch, the configuration and what came out.
-All randomness of a step is keyed by the seed and the positions in the batch, so nothing else is needed. `--mode=replay` reads it.
+"""A step that went wrong, kept so that it can be taken again alone: the state before it, its batch,
+the configuration and what came out. All randomness of a step is keyed by the seed and the positions
+in the batch, so nothing else is needed. `--mode=replay` reads it.
 
     dumps/<step>/step.json          step, metrics, versions
     dumps/<step>/config.txt         the completed configuration
@@ -29,7 +30,12 @@ from m3i_jax.training.trainer import Trainer
 
 
 def write_dump(
-    directory: pathlib.Path, trainer: Trainer, state: State, batch: Mapping[str, np.ndarray], step: int, values: Mapping[str, float]
+    directory: pathlib.Path,
+    trainer: Trainer,
+    state: State,
+    batch: Mapping[str, np.ndarray],
+    step: int,
+    values: Mapping[str, float],
 ) -> pathlib.Path:
     """Keep a step whose update was skipped; every host of the run calls this.
 
@@ -47,7 +53,9 @@ def write_dump(
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     np.savez(place / f"batch-{jax.process_index()}.npz", **dict[str, Any](batch))
     if jax.process_index() == 0:
-        (place / "config.txt").write_text(configuration.config_to_text(trainer.config), encoding="utf-8")
+        (place / "config.txt").write_text(
+            configuration.config_to_text(trainer.config), encoding="utf-8"
+        )
     before = State(step=state.step - 1, params=state.params, opt=state.opt)
     saved = Checkpoints(place / "state", 1)
     try:
@@ -69,9 +77,16 @@ def write_dump(
 
 def newest_dump(workdir: pathlib.Path) -> pathlib.Path:
     """The newest whole dump of a run. Raises UserError if there is none."""
-    found = [path.parent for path in (workdir / "dumps").glob("*/step.json") if path.parent.name.isdecimal()]
+    found = [
+        path.parent
+        for path in (workdir / "dumps").glob("*/step.json")
+        if path.parent.name.isdecimal()
+    ]
     if not found:
-        raise UserError(f"--workdir {workdir}: no dumps/<step> there; a run writes one when {steps.MOST_NOT_FINITE} steps in a row are bad")
+        raise UserError(
+            f"--workdir {workdir}: no dumps/<step> there; a run writes one when"
+            f" {steps.MOST_NOT_FINITE} steps in a row are bad"
+        )
     return max(found, key=lambda path: int(path.name))
 
 
@@ -87,11 +102,16 @@ def nonfinite_arrays(tree: Any) -> dict[str, str]:
             continue
         nan, inf = (int(jnp.sum(count(jnp.asarray(leaf)))) for count in (jnp.isnan, jnp.isinf))
         if nan or inf:
-            out[path_text(path)] = " and ".join(f"{n:,} {what}" for n, what in ((nan, "NaN"), (inf, "Inf")) if n) + f" of {leaf.size:,}"
+            out[path_text(path)] = (
+                " and ".join(f"{n:,} {what}" for n, what in ((nan, "NaN"), (inf, "Inf")) if n)
+                + f" of {leaf.size:,}"
+            )
     return out
 
 
-def replay_step(trainer: Trainer, state: State, batch: dict[str, jax.Array]) -> tuple[dict[str, float], dict[str, str]]:
+def replay_step(
+    trainer: Trainer, state: State, batch: dict[str, jax.Array]
+) -> tuple[dict[str, float], dict[str, str]]:
     """Take the step of a dump.
 
     Args:
@@ -104,7 +124,9 @@ def replay_step(trainer: Trainer, state: State, batch: dict[str, jax.Array]) -> 
     """
     broken = nonfinite_arrays({"batch": batch, "params": state.params, "opt": state.opt})
     with jax.set_mesh(trainer.mesh):
-        grads = jax.jit(lambda state, batch: steps.gradients_of(trainer.plan, state, batch)[0])(state, batch)
+        grads = jax.jit(lambda state, batch: steps.gradients_of(trainer.plan, state, batch)[0])(
+            state, batch
+        )
     broken |= nonfinite_arrays({"gradient": grads})
     _, metrics = trainer.step(state, batch)
     metrics.pop(steps.MOMENT, None)
@@ -117,17 +139,27 @@ def same_outcome(before: Mapping[str, str], after: Mapping[str, float]) -> bool:
     >>> same_outcome({"loss": "nan", "lr": "0.1"}, {"loss": math.nan}), same_outcome({"loss": "nan"}, {"loss": 0.5})
     (True, False)
     """
-    return all(math.isfinite(float(before[name])) == math.isfinite(value) for name, value in after.items() if name in before)
+    return all(
+        math.isfinite(float(before[name])) == math.isfinite(value)
+        for name, value in after.items()
+        if name in before
+    )
 
 
-def load_dump(place: pathlib.Path, say: Callable[[str], None]) -> tuple[dict[str, Any], Trainer, State, dict[str, jax.Array]]:
+def load_dump(
+    place: pathlib.Path, say: Callable[[str], None]
+) -> tuple[dict[str, Any], Trainer, State, dict[str, jax.Array]]:
     """(what step.json says, trainer, state, global batch) of a dump, on the devices that are here.
 
     Raises:
       UserError: it cannot be read.
     """
     about = json.loads((place / "step.json").read_text(encoding="utf-8"))
-    settings = configuration.resolve(configuration.config_from_text((place / "config.txt").read_text(encoding="utf-8"), str(place / "config.txt")))
+    settings = configuration.resolve(
+        configuration.config_from_text(
+            (place / "config.txt").read_text(encoding="utf-8"), str(place / "config.txt")
+        )
+    )
     mesh = _mesh(settings, say)
     trainer = Trainer(settings, mesh, about["vocabulary"])
     saved = Checkpoints(place / "state", 1, say=say)
@@ -150,7 +182,11 @@ def _mesh(settings: Any, say: Callable[[str], None]) -> jax.sharding.Mesh:
     """The mesh of the run if these devices can make it and share its batch, else one device."""
     try:
         mesh = parallel.make_mesh(settings.parallel.mesh)
-        if settings.train.batch_size % (2 * mesh.shape["replica"] * mesh.shape["fsdp"] * settings.train.microbatches) == 0:
+        if (
+            settings.train.batch_size
+            % (2 * mesh.shape["replica"] * mesh.shape["fsdp"] * settings.train.microbatches)
+            == 0
+        ):
             return mesh
     except UserError:
         pass

@@ -1,9 +1,10 @@
-"""Digests of the files of a checkpoint: what was written is what is read, or it is found out before it is used.
+"""Digests of the files of a checkpoint: what was written is what is read, or it is found out before
+it is used.
 
-`digests.json` lies in the directory of a step and has two lines: a JSON object with the name of the digest, and size and digest of every
-other file, and the CRC-32 of that line. The digest is XXH3 of 64 bits: it misses one of 2^64 damages, and takes less time than bringing
-the bytes from memory. Steps of before have CRC-32, which takes seven times as long.
-"""
+`digests.json` lies in the directory of a step and has two lines: a JSON object with the name of the
+digest, and size and digest of every other file, and the CRC-32 of that line. The digest is XXH3 of
+64 bits: it misses one of 2^64 damages, and takes less time than bringing the bytes from memory.
+Steps of before have CRC-32, which takes seven times as long."""
 
 import concurrent.futures
 import contextlib
@@ -20,7 +21,8 @@ from typing import Any
 import xxhash
 
 NAME = "digests.json"
-BLOCK = 2**18  # bytes read at once: so few that they are still in the processor's cache when they are digested
+# bytes read at once: so few that they are still in the processor's cache when they are digested
+BLOCK = 2**18
 LONGEST = 2**26  # bytes of digests.json that are read at all
 THREADS = min(8, os.cpu_count() or 1)
 
@@ -43,11 +45,10 @@ NOW = "xxh3-64"  # what is written
 def file_digest(path: pathlib.Path, kind: str = NOW, *, written: bool = False) -> tuple[int, str]:
     """Size in bytes and digest of a file.
 
-    Args:
-      path: of the file.
-      kind: of the digest, one of KINDS.
-      written: it was written a moment ago, and is still in memory: on a local disk it is digested there, which takes half the time. A page
-        that could not be brought from a disk or a network would end the process, so all else is read.
+    Args: path: of the file. kind: of the digest, one of KINDS. written: it was written a moment
+      ago, and is still in memory: on a local disk it is digested there, which takes half the time.
+      A page that could not be brought from a disk or a network would end the process, so all else
+      is read.
 
     >>> import tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "x"
@@ -82,7 +83,8 @@ def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def fsync_path(path: pathlib.Path) -> None:
-    """A file, or the names in a directory, to the disk itself: a machine that loses power has it afterwards."""
+    """A file, or the names in a directory, to the disk itself: a machine that loses power has it
+    afterwards."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -91,15 +93,26 @@ def fsync_path(path: pathlib.Path) -> None:
 
 
 def write_checksums(directory: pathlib.Path, **notes: Any) -> None:
-    """Digest all files of a directory, write it down there, and see all of it to the disk itself. `notes` are kept beside.
+    """Digest all files of a directory, write it down there, and see all of it to the disk itself.
+    `notes` are kept beside.
 
     Raises:
       OSError: something cannot be read or written.
     """
     files = _files(directory)
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as disk, concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        kept = [disk.submit(fsync_path, path) for path in files.values()]  # a disk writes while a processor digests
-        made = dict(zip(files, pool.map(functools.partial(file_digest, written=True), files.values()), strict=True))
+    with (
+        concurrent.futures.ThreadPoolExecutor(THREADS) as disk,
+        concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
+    ):
+        # a disk writes while a processor digests
+        kept = [disk.submit(fsync_path, path) for path in files.values()]
+        made = dict(
+            zip(
+                files,
+                pool.map(functools.partial(file_digest, written=True), files.values()),
+                strict=True,
+            )
+        )
         for one in kept:
             one.result()
     line = json.dumps({**notes, "digest": NOW, "files": made}, sort_keys=True)
@@ -125,8 +138,8 @@ def read_checksums(directory: pathlib.Path) -> dict[str, Any] | None:
 
 
 def verify_checksums(directory: pathlib.Path) -> list[str]:
-    """What is wrong with the files of a directory, `FILE: WHAT` each; nothing if all are as they were written. Files that came later are
-    not looked at.
+    """What is wrong with the files of a directory, `FILE: WHAT` each; nothing if all are as they
+    were written. Files that came later are not looked at.
 
     >>> import tempfile
     >>> place = pathlib.Path(tempfile.mkdtemp())
@@ -151,7 +164,11 @@ def verify_checksums(directory: pathlib.Path) -> list[str]:
                 return f"{name}: is not a file any more"
             if about.st_size != size:
                 return f"{name}: {about.st_size:,} bytes, {size:,} were written"
-            return "" if file_digest(path, kind) == (size, value) else f"{name}: other bytes than were written"
+            return (
+                ""
+                if file_digest(path, kind) == (size, value)
+                else f"{name}: other bytes than were written"
+            )
         except FileNotFoundError:
             return f"{name}: is missing"
         except OSError as error:

@@ -1,11 +1,12 @@
-"""Where the seconds of a run go. At every moment a run is in exactly one phase, so that the seconds of all phases add up to the wall time
-of its processes, those before a restart included:
+"""Where the seconds of a run go. At every moment a run is in exactly one phase, so that the seconds
+of all phases add up to the wall time of its processes, those before a restart included:
 
-    start     importing, meeting the other hosts, opening data, the trainer, the first state; restore: reading a checkpoint
-    compile   tracing and compiling, wherever it happens
-    data      waiting for a batch           step      training: sending steps, waiting for the device
-    evaluate  evaluators                    save      what the loop waits for checkpoints; panel: images; trace: the profiler's
-    stop      closing files at the end      lost      steps that a restart had to do again
+    start     importing, meeting the other hosts, opening data, the trainer, the first state;
+    restore: reading a checkpoint compile   tracing and compiling, wherever it happens data
+    waiting for a batch           step      training: sending steps, waiting for the device evaluate
+    evaluators                    save      what the loop waits for checkpoints; panel: images;
+    trace: the profiler's stop      closing files at the end      lost      steps that a restart had
+    to do again
 """
 
 import contextlib
@@ -13,12 +14,25 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 
-PHASES = ("start", "restore", "compile", "data", "step", "evaluate", "save", "panel", "trace", "stop", "lost")
+PHASES = (
+    "start",
+    "restore",
+    "compile",
+    "data",
+    "step",
+    "evaluate",
+    "save",
+    "panel",
+    "trace",
+    "stop",
+    "lost",
+)
 PREFIX = "perf/seconds/"
 
 
 class GoodputClock:
-    """Measures phases, and from them the speed of training between two readings. Made by a mode, told by the loop.
+    """Measures phases, and from them the speed of training between two readings. Made by a mode,
+    told by the loop.
 
     Args:
       images: images a step.
@@ -48,7 +62,13 @@ class GoodputClock:
         restarts: int = 0,
         began: float | None = None,
     ) -> None:
-        self.images, self.chips, self.flops, self.peak, self.restarts = images, chips, flops, peak, restarts
+        self.images, self.chips, self.flops, self.peak, self.restarts = (
+            images,
+            chips,
+            flops,
+            peak,
+            restarts,
+        )
         self._seconds = dict.fromkeys(PHASES, 0.0) | dict(earlier or {})
         self._stack = ["start"]
         self._since = time.monotonic() if began is None else began
@@ -90,8 +110,9 @@ class GoodputClock:
         self.ended += 1
 
     def compiled(self, seconds: float) -> None:
-        """Tracing or compiling has just taken so long; it goes to `compile` instead of the phase in which it happened. Compilations inside
-        one another, as JAX reports them, count once; those of other threads do not hold the run up."""
+        """Tracing or compiling has just taken so long; it goes to `compile` instead of the phase in
+        which it happened. Compilations inside one another, as JAX reports them, count once; those
+        of other threads do not hold the run up."""
         if threading.get_ident() != self._owner:
             return
         self._settle()
@@ -114,9 +135,9 @@ class GoodputClock:
     def read(self) -> dict[str, float]:
         """Metrics of the steps since the last reading, and the seconds by phase so far.
 
-        perf/images_per_sec, perf/images_per_sec_per_chip, perf/step_seconds: of training, data included, everything else left out.
-        perf/input_wait: share of that time in which the loop waited for data. perf/mfu: model FLOPs over the chips' peak.
-        """
+        perf/images_per_sec, perf/images_per_sec_per_chip, perf/step_seconds: of training, data
+        included, everything else left out. perf/input_wait: share of that time in which the loop
+        waited for data. perf/mfu: model FLOPs over the chips' peak."""
         total = self.total()
         (data, step), (data_before, step_before) = self._busy(), self._mark
         self._mark = data, step
@@ -134,10 +155,14 @@ class GoodputClock:
         return out | self._lines(total)
 
     def summary(self) -> tuple[dict[str, float], str]:
-        """(metrics, one line) of the whole run: the share of its wall time that went into steps, and where the rest went."""
+        """(metrics, one line) of the whole run: the share of its wall time that went into steps,
+        and where the rest went."""
         total = self.total()
         wall = sum(total.values())
-        values = {"perf/goodput": total["step"] / wall if wall else 0.0, "perf/wall_seconds": wall} | self._lines(total)
+        values = {
+            "perf/goodput": total["step"] / wall if wall else 0.0,
+            "perf/wall_seconds": wall,
+        } | self._lines(total)
         # Rounded so that the parts printed add up to the sum printed.
         shown, exact, done = {}, 0.0, 0
         for name in PHASES:
@@ -164,9 +189,9 @@ class GoodputClock:
 class InputStallAlarm:
     """Notices when training waits for its data, from the readings of a clock.
 
-    The alarm rises when in at least READINGS readings in a row at least SHARE of the time, and SECONDS in all, were spent waiting, so that
-    neither the first batches nor a short stall raise it; it falls with the first reading of less than half the share.
-    """
+    The alarm rises when in at least READINGS readings in a row at least SHARE of the time, and
+    SECONDS in all, were spent waiting, so that neither the first batches nor a short stall raise
+    it; it falls with the first reading of less than half the share."""
 
     SHARE, READINGS, SECONDS = 0.5, 2, 5.0
 
@@ -174,7 +199,8 @@ class InputStallAlarm:
         self.alarm, self._row, self._before = False, 0, 0.0
 
     def see(self, values: Mapping[str, float]) -> str:
-        """Look at what `Clock.read` returned; what to tell a person if the alarm rises with it, else nothing.
+        """Look at what `Clock.read` returned; what to tell a person if the alarm rises with it,
+        else nothing.
 
         >>> starving, readings = InputStallAlarm(), [(0.9, 4.0), (0.8, 8.0), (0.9, 12.0), (0.1, 12.1), (0.9, 16.0), (0.9, 22.0)]
         >>> told = [starving.see({"perf/input_wait": share, "perf/seconds/data": seconds}) for share, seconds in readings]
@@ -194,17 +220,17 @@ class InputStallAlarm:
         if before or not self.alarm:
             return ""
         return (
-            f"training waits for data: {share:.0%} of the last reading's time, {waited:,.1f} s since it began; raise data.threads or "
-            "data.workers, use a faster disk, or smaller images in ArrayRecord shards (--mode=convert)"
+            f"training waits for data: {share:.0%} of the last reading's time, {waited:,.1f} s"
+            " since it began; raise data.threads or data.workers, use a faster disk, or smaller"
+            " images in ArrayRecord shards (--mode=convert)"
         )
 
 
 def resumed_seconds(saved: Mapping[str, float], logged: Mapping[str, float]) -> dict[str, float]:
     """Seconds by phase with which a run goes on.
 
-    Args:
-      saved: those at the checkpoint that it goes on from.
-      logged: those of the last line of its log, which may be later; what was trained in between is trained again, and so lost.
+    Args: saved: those at the checkpoint that it goes on from. logged: those of the last line of its
+      log, which may be later; what was trained in between is trained again, and so lost.
 
     >>> resumed_seconds({"step": 60.0, "save": 1.0}, {"step": 90.0, "data": 2.0, "save": 3.0})
     {'step': 60.0, 'save': 3.0, 'data': 0.0, 'lost': 32.0}

@@ -1,10 +1,12 @@
-"""First weights from elsewhere: what `init_from` names, laid over the initial parameters of a run, and an account of every array.
+"""First weights from elsewhere: what `init_from` names, laid over the initial parameters of a run,
+and an account of every array.
 
-A source is the workdir of a run (any mesh) or a file of another project; both are seen as {path: shape} of our own paths, so that a subset
-is a subset of paths, whatever the source. Nothing is left to chance silently: what matched, what is not there, what differs in shape or
-setting is said; an encoder that fits in part, a position table that would be replaced by another, or no match at all is refused. What an
-encoder may lack is what pre-training adds to it: the mask token, and the fusion of an InternImage unless it is frozen.
-"""
+A source is the workdir of a run (any mesh) or a file of another project; both are seen as {path:
+shape} of our own paths, so that a subset is a subset of paths, whatever the source. Nothing is left
+to chance silently: what matched, what is not there, what differs in shape or setting is said; an
+encoder that fits in part, a position table that would be replaced by another, or no match at all is
+refused. What an encoder may lack is what pre-training adds to it: the mask token, and the fusion of
+an InternImage unless it is frozen."""
 
 import dataclasses
 import math
@@ -26,8 +28,10 @@ from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import checkpoint, checkpoint_dir
 
 TABLE = "encoder/positions"
-_CLOSE = 1e-3  # two tables are the same: float32 frequencies make errors of the size of the rounded index
-_COMPARED = ("heads", "activation", "norm_eps")  # settings of the encoder that change what it computes and not the shapes
+# two tables are the same: float32 frequencies make errors of the size of the rounded index
+_CLOSE = 1e-3
+# settings of the encoder that change what it computes and not the shapes
+_COMPARED = ("heads", "activation", "norm_eps")
 _DRAWN = ("layer_scale", "mlp_std")  # settings of an InternImage that say how it starts
 _ADDED = re.compile(r"encoder/(mask_token$|fusion/)")  # parts that pre-training adds
 
@@ -36,12 +40,11 @@ _ADDED = re.compile(r"encoder/(mask_token$|fusion/)")  # parts that pre-training
 class WeightSource:
     """Weights somewhere else.
 
-    Attributes:
-      name: what it is, for messages.
-      shapes: {path: shape} of everything that is there under a path of ours, without a fixed position table.
-      read: {path: sharding or None} -> {path: array}; None: numpy.
-      settings: of `model.encoder` and the pixels (mean, std, image_size), as far as the source tells; of an InternImage `backbone`, `scan`
-        and `intern_image` of `model` too, and of a file the `preset` that it is.
+    Attributes: name: what it is, for messages. shapes: {path: shape} of everything that is there
+      under a path of ours, without a fixed position table. read: {path: sharding or None} -> {path:
+      array}; None: numpy. settings: of `model.encoder` and the pixels (mean, std, image_size), as
+      far as the source tells; of an InternImage `backbone`, `scan` and `intern_image` of `model`
+      too, and of a file the `preset` that it is.
       unused: {what: arrays} that have no place here.
       notes: what was changed while reading.
     """
@@ -54,7 +57,9 @@ class WeightSource:
     notes: list[str]
 
 
-def open_weights(place: str, *, weights: str = "online", key: str = "config.init_from") -> WeightSource:
+def open_weights(
+    place: str, *, weights: str = "online", key: str = "config.init_from"
+) -> WeightSource:
     """The weights of a run or a file.
 
     Args:
@@ -67,38 +72,79 @@ def open_weights(place: str, *, weights: str = "online", key: str = "config.init
     """
     path = pathlib.Path(place)
     if not path.exists():
-        raise UserError(f"{key}: there is no {place!r}; give the workdir of a run, or a file of weights ({', '.join(tensor_files.ENDINGS[:4])})")
+        raise UserError(
+            f"{key}: there is no {place!r}; give the workdir of a run, or a file of weights"
+            f" ({', '.join(tensor_files.ENDINGS[:4])})"
+        )
     if checkpoint_dir.is_run(place):
         return _of_run(place, weights, key)
     try:
-        found = vit_weights.load_vit(tensor_files.read_tensors(place), momentum=weights == "ema", config=vit_weights.read_sidecar_configs(place))
+        found = vit_weights.load_vit(
+            tensor_files.read_tensors(place),
+            momentum=weights == "ema",
+            config=vit_weights.read_sidecar_configs(place),
+        )
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
 
     def read(wanted: Mapping[str, Any]) -> dict[str, Any]:
         return {path: _placed(found.arrays[path], sharding) for path, sharding in wanted.items()}
 
-    unused = found.unused | ({"of unknown names, such as " + found.unknown[0]: len(found.unknown)} if found.unknown else {})
-    settings = {**(_preset(found) if found.layout == "intern_image" else {"backbone": "vit", "positions": "learned"}), **found.settings}
-    return WeightSource(f"{place} ({found.layout})", {p: a.shape for p, a in found.arrays.items()}, read, settings, unused, found.notes)
+    unused = found.unused | (
+        {"of unknown names, such as " + found.unknown[0]: len(found.unknown)}
+        if found.unknown
+        else {}
+    )
+    settings = {
+        **(
+            _preset(found)
+            if found.layout == "intern_image"
+            else {"backbone": "vit", "positions": "learned"}
+        ),
+        **found.settings,
+    }
+    return WeightSource(
+        f"{place} ({found.layout})",
+        {p: a.shape for p, a in found.arrays.items()},
+        read,
+        settings,
+        unused,
+        found.notes,
+    )
 
 
 def _preset(found: vit_weights.PublishedWeights) -> dict[str, Any]:
-    """Settings of an InternImage, by names and shapes: those of the preset that it is; {} if of none."""
-    encoder = {path.removeprefix("encoder/"): array.shape for path, array in found.arrays.items() if path.startswith("encoder/")}
+    """Settings of an InternImage, by names and shapes: those of the preset that it is; {} if of
+    none."""
+    encoder = {
+        path.removeprefix("encoder/"): array.shape
+        for path, array in found.arrays.items()
+        if path.startswith("encoder/")
+    }
     known = presets.match_intern_image(encoder)
     if known is None:
         return {}
     name, sizes = known
     whole = dataclasses.asdict(schema.Encoder()) | {"image_size": schema.Data().image_size}
-    return {**whole, **sizes["encoder"], **{key: sizes[key] for key in ("backbone", "scan", "intern_image")}, "preset": name}
+    return {
+        **whole,
+        **sizes["encoder"],
+        **{key: sizes[key] for key in ("backbone", "scan", "intern_image")},
+        "preset": name,
+    }
 
 
 def _of_run(workdir: str, weights: str, key: str) -> WeightSource:
     run = checkpoint.RunWeights(workdir, key)
-    there = {path.removeprefix("params/"): path for path in run.shapes if path.startswith("params/")}
+    there = {
+        path.removeprefix("params/"): path for path in run.shapes if path.startswith("params/")
+    }
     if weights == "ema":
-        average = {path.removeprefix("opt/target/params/"): path for path in run.shapes if path.startswith("opt/target/params/")}
+        average = {
+            path.removeprefix("opt/target/params/"): path
+            for path in run.shapes
+            if path.startswith("opt/target/params/")
+        }
         if not average:
             raise UserError(f"{key}: {workdir!r} has no momentum average; use the online weights")
         there |= average
@@ -108,20 +154,36 @@ def _of_run(workdir: str, weights: str, key: str) -> WeightSource:
         return {path: got[there[path]] for path in wanted}
 
     config = configuration.resolve(configuration.load_from_workdir(workdir, key))
-    pixels = {"mean": config.data.augment.mean, "std": config.data.augment.std, "image_size": config.data.image_size}
-    model = {"backbone": config.model.backbone, "intern_image": dataclasses.asdict(config.model.intern_image)}
+    pixels = {
+        "mean": config.data.augment.mean,
+        "std": config.data.augment.std,
+        "image_size": config.data.image_size,
+    }
+    model = {
+        "backbone": config.model.backbone,
+        "intern_image": dataclasses.asdict(config.model.intern_image),
+    }
     settings = {**dataclasses.asdict(config.model.encoder), **model, **pixels}
     name = f"{workdir} (step {run.step:,}, {'momentum average' if weights == 'ema' else 'online'})"
-    return WeightSource(name, {path: run.shapes[full] for path, full in there.items()}, read, settings, {}, [])
+    return WeightSource(
+        name, {path: run.shapes[full] for path, full in there.items()}, read, settings, {}, []
+    )
 
 
 def _placed(array: Any, sharding: Any) -> Any:
     value = np.asarray(array, np.float32)
-    return value if sharding is None else jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    return (
+        value
+        if sharding is None
+        else jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    )
 
 
-def initialize_from(config: schema.Config, params: Any, shardings: Any, say: Callable[[str], None] = print) -> Any:
-    """Initial parameters with everything in place of them that `config.init_from` has and `config.init` asks for.
+def initialize_from(
+    config: schema.Config, params: Any, shardings: Any, say: Callable[[str], None] = print
+) -> Any:
+    """Initial parameters with everything in place of them that `config.init_from` has and
+    `config.init` asks for.
 
     Args:
       config: settings of this run.
@@ -129,19 +191,24 @@ def initialize_from(config: schema.Config, params: Any, shardings: Any, say: Cal
       shardings: of the same structure.
       say: gets the account, a line a call.
 
-    Raises:
-      UserError: nothing matches; the encoder fits in part; it is frozen and would have a fusion at random; its position table is another
-        one; with init.strict, anything is missing.
+    Raises: UserError: nothing matches; the encoder fits in part; it is frozen and would have a
+      fusion at random; its position table is another one; with init.strict, anything is missing.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     here = {path_text(path): leaf for path, leaf in leaves}
-    layout = {path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)}
+    layout = {
+        path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)
+    }
     source = open_weights(config.init_from, weights=config.init.weights)
     wanted = {path for path in here if _asked(config.init.only, path)}
     table = _table(config, source) if _asked(config.init.only, TABLE) else PositionTable(None, "")
-    same = {path for path in wanted if path != TABLE and source.shapes.get(path) == here[path].shape}
+    same = {
+        path for path in wanted if path != TABLE and source.shapes.get(path) == here[path].shape
+    }
     differ = sorted(path for path in wanted - same if path != TABLE and path in source.shapes)
-    missed = sorted(path for path in wanted - same - set(differ) if path != TABLE or table.value is None)
+    missed = sorted(
+        path for path in wanted - same - set(differ) if path != TABLE or table.value is None
+    )
     _refuse(config, source, here, wanted, same, differ, missed)
     got = source.read({path: layout[path] for path in sorted(same)})
     if TABLE in wanted and table.value is not None:
@@ -150,7 +217,9 @@ def initialize_from(config: schema.Config, params: Any, shardings: Any, say: Cal
         got["encoder/cls_token"] = got["encoder/cls_token"] + table.cls
     for line in _account(config, source, here, got, differ, missed, table.told):
         say(line)
-    return jax.tree.unflatten(structure, [got.get(path, leaf).astype(leaf.dtype) for path, leaf in here.items()])
+    return jax.tree.unflatten(
+        structure, [got.get(path, leaf).astype(leaf.dtype) for path, leaf in here.items()]
+    )
 
 
 def _asked(patterns: Iterable[str], path: str) -> bool:
@@ -160,8 +229,8 @@ def _asked(patterns: Iterable[str], path: str) -> bool:
 
 @dataclasses.dataclass
 class PositionTable:
-    """What becomes of a source's position table: `value` [1, T, D] for a learned one here; told: what was done; cls: its row for cls,
-    where the table here is fixed and has none."""
+    """What becomes of a source's position table: `value` [1, T, D] for a learned one here; told:
+    what was done; cls: its row for cls, where the table here is fixed and has none."""
 
     value: np.ndarray | None
     told: str
@@ -170,24 +239,43 @@ class PositionTable:
 
 def _table(config: schema.Config, source: WeightSource) -> PositionTable:
     e, kind = config.model.encoder, source.settings.get("positions", "sincos")
-    if "encoder/patch_embed/kernel" not in source.shapes or source.settings.get("width", e.width) != e.width:
+    if (
+        "encoder/patch_embed/kernel" not in source.shapes
+        or source.settings.get("width", e.width) != e.width
+    ):
         return PositionTable(None, "")  # another encoder, which is said elsewhere, or none
     if e.positions == "learned":
         if kind != "learned":
             old = _grid(source, config)
-            fixed = fixed_positions(dataclasses.replace(e, positions=kind, position_grid=old), config.grid)
+            fixed = fixed_positions(
+                dataclasses.replace(e, positions=kind, position_grid=old), config.grid
+            )
             told = f"{TABLE} starts as the source's fixed table of {old} x {old}"
-            return PositionTable(position_tables.resize_position_table(fixed[None], config.grid, cls=e.cls_token), told)
+            return PositionTable(
+                position_tables.resize_position_table(fixed[None], config.grid, cls=e.cls_token),
+                told,
+            )
         if TABLE not in source.shapes:
             return PositionTable(None, "")
         there = source.read({TABLE: None})[TABLE]
         old = position_tables.table_grid(there.shape[1])
-        told = f"{TABLE} was resized from {old} x {old} to {config.grid} x {config.grid} by bicubic interpolation"
-        return PositionTable(position_tables.resize_position_table(there, config.grid, cls=e.cls_token), told if old != config.grid else "")
+        told = (
+            f"{TABLE} was resized from {old} x {old} to {config.grid} x {config.grid} by bicubic"
+            " interpolation"
+        )
+        return PositionTable(
+            position_tables.resize_position_table(there, config.grid, cls=e.cls_token),
+            told if old != config.grid else "",
+        )
     if kind != "learned":
         old, made = _grid(source, config), e.position_grid or config.grid
-        told = f"positions were of a grid of {old} there and are of {made} here; config.model.encoder.position_grid={old} resizes them"
-        return dataclasses.replace(_same_kind(source, kind, e.positions), told="" if old == made else told)
+        told = (
+            f"positions were of a grid of {old} there and are of {made} here;"
+            f" config.model.encoder.position_grid={old} resizes them"
+        )
+        return dataclasses.replace(
+            _same_kind(source, kind, e.positions), told="" if old == made else told
+        )
     if TABLE not in source.shapes:
         return PositionTable(None, "")
     there = source.read({TABLE: None})[TABLE]
@@ -196,22 +284,33 @@ def _table(config: schema.Config, source: WeightSource) -> PositionTable:
     for possible in ("sincos", "sincos_columns"):
         fixed = fixed_positions(dataclasses.replace(e, positions=possible, position_grid=0), old)
         if np.abs(there[0, had:] - fixed).max() < _CLOSE:
-            told = f"the position table there is the fixed one of model.encoder.positions={e.positions}"
-            return dataclasses.replace(_same_kind(source, possible, e.positions), told=told, cls=there[:, :1] if had else None)
+            told = (
+                "the position table there is the fixed one of"
+                f" model.encoder.positions={e.positions}"
+            )
+            return dataclasses.replace(
+                _same_kind(source, possible, e.positions),
+                told=told,
+                cls=there[:, :1] if had else None,
+            )
     return _same_kind(source, "learned", e.positions)
 
 
 def _grid(source: WeightSource, config: schema.Config) -> int:
     """Patches a side for which a run made its fixed positions."""
     patch = config.model.encoder.patch_size
-    return source.settings.get("position_grid") or source.settings.get("image_size", config.grid * patch) // patch
+    return (
+        source.settings.get("position_grid")
+        or source.settings.get("image_size", config.grid * patch) // patch
+    )
 
 
 def _same_kind(source: WeightSource, there: str, here: str) -> PositionTable:
     if there != here:
         raise UserError(
-            f"config.init_from: {source.name}: its blocks were trained with model.encoder.positions={there}, and here it is {here}; "
-            f"set config.model.encoder.positions={there}, or leave the encoder out by config.init.only"
+            f"config.init_from: {source.name}: its blocks were trained with"
+            f" model.encoder.positions={there}, and here it is {here}; set"
+            f" config.model.encoder.positions={there}, or leave the encoder out by config.init.only"
         )
     return PositionTable(None, "")
 
@@ -229,13 +328,14 @@ def _refuse(
     where = f"config.init_from: {source.name}"
     if not wanted:
         raise UserError(
-            f"{where}: no path here matches config.init.only={','.join(config.init.only)}; there are {', '.join(list(here)[:3])}"
+            f"{where}: no path here matches config.init.only={','.join(config.init.only)}; there"
+            f" are {', '.join(list(here)[:3])}"
         )
     if wrong := [path for path in differ if path.startswith("encoder/")]:
         path = wrong[0]
         raise UserError(
-            f"{where}: its encoder is another one ({len(wrong)} arrays differ, first {path}: {source.shapes[path]} there, "
-            f"{here[path].shape} here); {_to_fit(source)}"
+            f"{where}: its encoder is another one ({len(wrong)} arrays differ, first {path}:"
+            f" {source.shapes[path]} there, {here[path].shape} here); {_to_fit(source)}"
         )
     if not same:
         near = {path: vit_weights.nearest_names(path, source.shapes, 1) for path in sorted(wanted)}
@@ -244,34 +344,59 @@ def _refuse(
             or f"there: {', '.join(list(source.shapes)[:3])}"
         )
         raise UserError(
-            f"{where}: none of the {len(wanted)} arrays here{only} is there ({told[:300]}); a run never starts at random unasked"
+            f"{where}: none of the {len(wanted)} arrays here{only} is there ({told[:300]}); a run"
+            " never starts at random unasked"
         )
     if lost := [path for path in missed if path.startswith("encoder/") and not _ADDED.match(path)]:
         raise UserError(
-            f"{where}: its encoder fits in part ({len(lost)} arrays are not there, first {lost[0]}); {_to_fit(source)}, "
-            "or ask for less by config.init.only"
+            f"{where}: its encoder fits in part ({len(lost)} arrays are not there, first"
+            f" {lost[0]}); {_to_fit(source)}, or ask for less by config.init.only"
         )
-    if config.model.encoder.freeze and (lost := [path for path in missed if path.startswith("encoder/fusion/")]):
+    if config.model.encoder.freeze and (
+        lost := [path for path in missed if path.startswith("encoder/fusion/")]
+    ):
         cells, i = 2 * config.model.encoder.patch_size, config.model.intern_image
         raise UserError(
-            f"{where}: has no {lost[0]}: a frozen encoder would have a fusion at random; read its last stage as it is, by "
-            f"config.model.encoder.patch_size={cells} and width={8 * i.width}, as configs/transfer/probe.py:from= does"
+            f"{where}: has no {lost[0]}: a frozen encoder would have a fusion at random; read its"
+            f" last stage as it is, by config.model.encoder.patch_size={cells} and"
+            f" width={8 * i.width}, as configs/transfer/probe.py:from= does"
         )
     if config.init.strict and (lost := differ + missed):
-        told = f"{len(lost)} of {len(wanted)} arrays are not there or differ in shape, first {lost[0]}"
-        raise UserError(f"{where}: {told}; narrow config.init.only, or use config.init.strict=false")
+        told = (
+            f"{len(lost)} of {len(wanted)} arrays are not there or differ in shape, first {lost[0]}"
+        )
+        raise UserError(
+            f"{where}: {told}; narrow config.init.only, or use config.init.strict=false"
+        )
     if config.init.strict and (others := _settings(config, source)):
-        raise UserError(f"{where}: is used there with other settings ({'; '.join(others)}); set them, or use config.init.strict=false")
+        raise UserError(
+            f"{where}: is used there with other settings ({'; '.join(others)}); set them, or use"
+            " config.init.strict=false"
+        )
 
 
 def _to_fit(source: WeightSource) -> str:
     """What to do so that the encoder here is the source's."""
-    told, names = source.settings, ("patch_size", "width", "depth", "mlp_ratio", "cls_token", "final_norm", "embedding_norm")
+    told, names = (
+        source.settings,
+        (
+            "patch_size",
+            "width",
+            "depth",
+            "mlp_ratio",
+            "cls_token",
+            "final_norm",
+            "embedding_norm",
+        ),
+    )
     if "preset" in told:
         return f"it is {told['preset']}: use that model"
     if told.get("backbone") == "intern_image":
         own = ", ".join(f"{name}={value}" for name, value in told["intern_image"].items())
-        return f"set config.model.encoder to patch_size={told['patch_size']}, width={told['width']} and config.model.intern_image to {own}"
+        return (
+            f"set config.model.encoder to patch_size={told['patch_size']}, width={told['width']}"
+            f" and config.model.intern_image to {own}"
+        )
     sizes = ", ".join(f"{name}={told[name]}" for name in names if name in told)
     return f"set config.model.encoder to {sizes}" if sizes else "use the same model settings"
 
@@ -283,7 +408,11 @@ def _settings(config: schema.Config, source: WeightSource) -> list[str]:
         there = source.settings.get(name, getattr(e, name))
         if there != getattr(e, name):
             out.append(f"model.encoder.{name}={there} there, {getattr(e, name)} here")
-    own = source.settings["intern_image"] if config.model.backbone == source.settings.get("backbone") == "intern_image" else {}
+    own = (
+        source.settings["intern_image"]
+        if config.model.backbone == source.settings.get("backbone") == "intern_image"
+        else {}
+    )
     for name, there in own.items():
         here = getattr(config.model.intern_image, name)
         if name not in _DRAWN and there != here:
@@ -310,19 +439,30 @@ def _account(
 ) -> list[str]:
     """The lines that say what came from where."""
     numbers = sum(math.prod(here[path].shape) for path in got)
-    lines = [f"init_from {source.name}: {len(got)} of {len(here)} arrays, {numbers:,} numbers: {', '.join(_grouped(got, here))}"]
+    lines = [
+        f"init_from {source.name}: {len(got)} of {len(here)} arrays, {numbers:,} numbers:"
+        f" {', '.join(_grouped(got, here))}"
+    ]
     lines += [f"  {note}" for note in [*source.notes, table] if note]
     if missed:
         lines.append(f"  not there, start at random: {', '.join(_grouped(missed, here))}")
     if any(path.startswith("encoder/fusion/") for path in missed):
-        lines.append("  the fusion of the last two stages is not there: the encoder's features are at random until it is trained")
+        lines.append(
+            "  the fusion of the last two stages is not there: the encoder's features are at random"
+            " until it is trained"
+        )
     if differ:
-        told = ", ".join(f"{path} {source.shapes[path]} there, {here[path].shape} here" for path in differ[:5])
+        told = ", ".join(
+            f"{path} {source.shapes[path]} there, {here[path].shape} here" for path in differ[:5]
+        )
         more = f", and {len(differ) - 5} more" if len(differ) > 5 else ""
         lines.append(f"  of another shape, start at random: {told}{more}")
     left = sorted(set(source.shapes) - set(here) - {TABLE})
     if left or source.unused:
-        names = [*_grouped(left, source.shapes), *(f"{what} ({count})" for what, count in source.unused.items())]
+        names = [
+            *_grouped(left, source.shapes),
+            *(f"{what} ({count})" for what, count in source.unused.items()),
+        ]
         lines.append(f"  there and not used: {', '.join(names)}")
     if others := _settings(config, source):
         lines.append(f"  set otherwise: {'; '.join(others)}")

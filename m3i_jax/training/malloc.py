@@ -1,20 +1,24 @@
 """What a run of a month would leave in memory, and why it does not.
 
-TensorStore (0.1.86, the newest that this was tried with) turns JSON into Python objects without ever freeing the keys and values of their
-dicts. Orbax asks it for the JSON of the place of every array of every save, and twice a save for its metrics: some 1,100 objects a save
-for a state of 200 arrays. Orbax has no option that avoids either, so `patch_tensorstore` has both functions answer otherwise, in all of this process:
+TensorStore (0.1.86, the newest that this was tried with) turns JSON into Python objects without
+ever freeing the keys and values of their dicts. Orbax asks it for the JSON of the place of every
+array of every save, and twice a save for its metrics: some 1,100 objects a save for a state of 200
+arrays. Orbax has no option that avoids either, so `patch_tensorstore` has both functions answer
+otherwise, in all of this process:
 
-    KvStore.Spec.to_json                    TensorStore is asked once for a place, then it is what was said before
-    experimental_collect_matching_metrics   nothing; Orbax makes a line about bytes on the disk for its own log of it, which it leaves out
+    KvStore.Spec.to_json                    TensorStore is asked once for a place, then it is what
+    was said before experimental_collect_matching_metrics   nothing; Orbax makes a line about bytes
+    on the disk for its own log of it, which it leaves out
 
 A save still asks for the few directories that it has not used before, which leaves about 1 kB.
 
-And the C library of Linux keeps what is freed, in pieces in the heaps of all threads that ever asked for some, up to eight a core: what a
-compilation or an evaluation needed for a moment stays the process's own. `malloc_trim` returns what is free, after every save; two heaps a
-core (`limit_arenas`) leave less of it, about 3 kB a save. One for all (MALLOC_ARENA_MAX=1) leaves nothing that was seen in an hour, but
-threads wait for it, and what a compilation leaves in it slows every step after: the toys of configs/quickstart.py trained at half and at
-two thirds of the speed, and compiled in 1.5 times the time.
-"""
+And the C library of Linux keeps what is freed, in pieces in the heaps of all threads that ever
+asked for some, up to eight a core: what a compilation or an evaluation needed for a moment stays
+the process's own. `malloc_trim` returns what is free, after every save; two heaps a core
+(`limit_arenas`) leave less of it, about 3 kB a save. One for all (MALLOC_ARENA_MAX=1) leaves
+nothing that was seen in an hour, but threads wait for it, and what a compilation leaves in it slows
+every step after: the toys of configs/quickstart.py trained at half and at two thirds of the speed,
+and compiled in 1.5 times the time."""
 
 import contextlib
 import ctypes
@@ -38,7 +42,8 @@ def patch_tensorstore() -> None:
     >>> spec.to_json(), len([spec.to_json() for _ in range(1000)]), sys.getallocatedblocks() - before[1] < 1000
     ({'driver': 'file', 'path': '/a/b/'}, 1000, True)
     """
-    import tensorstore  # here, for a mistake on the command line is told before anything heavy is imported
+    # here, for a mistake on the command line is told before anything heavy is imported
+    import tensorstore
 
     ask = tensorstore.KvStore.Spec.to_json
     said: dict[tuple[str, str], str] = {}

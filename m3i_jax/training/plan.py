@@ -1,4 +1,5 @@
-"""What a tuple of terms (objective/terms.py) asks of one step: every encoder pass, every target view and every projection once."""
+"""What a tuple of terms (objective/terms.py) asks of one step: every encoder pass, every target
+view and every projection once."""
 
 import dataclasses
 import difflib
@@ -10,7 +11,16 @@ from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.objective import published
 from m3i_jax.objective import terms as objective_terms
-from m3i_jax.objective.terms import DENSE_TARGETS, IMAGE_TARGETS, DecoderHead, Pass, ProjectionHead, Target, Term, Terms
+from m3i_jax.objective.terms import (
+    DENSE_TARGETS,
+    IMAGE_TARGETS,
+    DecoderHead,
+    Pass,
+    ProjectionHead,
+    Target,
+    Term,
+    Terms,
+)
 
 
 class TargetPass(NamedTuple):
@@ -22,13 +32,15 @@ class TargetPass(NamedTuple):
 
 
 class TargetKey(NamedTuple):
-    """One array of target representations; terms with an equal goal share it. `space`: what the target's features went through."""
+    """One array of target representations; terms with an equal goal share it. `space`: what the
+    target's features went through."""
 
     target: Target
     space: Any  # a Projection, "decoder" for the decoder's own projector, or None
 
     def __lt__(self, other: object) -> bool:
-        return repr(self) < repr(other)  # a dict of goals is a tree to JAX, which sorts its keys; spaces have no order of their own
+        # a dict of goals is a tree to JAX, which sorts its keys; spaces have no order of their own
+        return repr(self) < repr(other)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +58,22 @@ class Plan:
     @property
     def views(self) -> tuple[TargetPass, ...]:
         """Calls of target encoders: those without gradient."""
-        seen = {target_pass(t.target) for t in self.terms if t.target.learned and t.target.encoder != "online"}
+        seen = {
+            target_pass(t.target)
+            for t in self.terms
+            if t.target.learned and t.target.encoder != "online"
+        }
         return tuple(sorted(seen))
 
     @property
     def crops(self) -> tuple[int, ...]:
         """Views of an image that anything reads."""
-        return tuple(sorted({p.crop for p in self.passes} | {t.target.crop for t in self.terms if t.target.crop is not None}))
+        return tuple(
+            sorted(
+                {p.crop for p in self.passes}
+                | {t.target.crop for t in self.terms if t.target.crop is not None}
+            )
+        )
 
     @property
     def exact(self) -> bool:
@@ -61,26 +82,43 @@ class Plan:
 
     def where(self, *of: str, group: str | None = None) -> tuple[int, ...]:
         """Places of the terms that predict one of these, in a group."""
-        return tuple(i for i, t in enumerate(self.terms) if t.target.of in of and group in (None, t.group))
+        return tuple(
+            i for i, t in enumerate(self.terms) if t.target.of in of and group in (None, t.group)
+        )
 
     def goal(self, term: Term) -> TargetKey:
         """The representation that an image term predicts."""
         if isinstance(term.head, ProjectionHead):
-            return TargetKey(term.target, dataclasses.replace(term.head, predictor=None, match="position"))
-        deep = term.target.of == "tokens" and isinstance(term.head, DecoderHead) and self.config.model.decoder.projector_depth
+            return TargetKey(
+                term.target, dataclasses.replace(term.head, predictor=None, match="position")
+            )
+        deep = (
+            term.target.of == "tokens"
+            and isinstance(term.head, DecoderHead)
+            and self.config.model.decoder.projector_depth
+        )
         return TargetKey(term.target, "decoder" if deep else None)
 
     @property
     def goals(self) -> tuple[TargetKey, ...]:
         """All of them that can be computed before the online encoder runs."""
-        fixed = [t for t in self.terms if t.target.of in IMAGE_TARGETS and t.target.encoder != "online"]
-        matched = [TargetKey(t.target, None) for t in fixed if isinstance(t.head, ProjectionHead) and t.head.match == "likeness"]
+        fixed = [
+            t for t in self.terms if t.target.of in IMAGE_TARGETS and t.target.encoder != "online"
+        ]
+        matched = [
+            TargetKey(t.target, None)
+            for t in fixed
+            if isinstance(t.head, ProjectionHead) and t.head.match == "likeness"
+        ]
         return tuple(dict.fromkeys([*(self.goal(t) for t in fixed), *matched]))
 
     def reads_cls(self, term: Term) -> bool:
-        """Whether the decoder of a term reads the cls token: that of a mixed input is shared by two images."""
+        """Whether the decoder of a term reads the cls token: that of a mixed input is shared by two
+        images."""
         wanted = self.config.model.decoder.cls
-        return self.config.model.encoder.cls_token and (wanted == "yes" or (wanted == "auto" and not term.reads.mixed))
+        return self.config.model.encoder.cls_token and (
+            wanted == "yes" or (wanted == "auto" and not term.reads.mixed)
+        )
 
     @property
     def dense(self) -> tuple[int, ...]:
@@ -98,7 +136,8 @@ def target_pass(target: Target) -> TargetPass:
 
 
 def terms_named(name: str, key: str = "config.objective.forms") -> objective_terms.Terms:
-    """One row of an objective: a form, its letter in the paper's Table 3, or a named method; `key` is the setting that names it.
+    """One row of an objective: a form, its letter in the paper's Table 3, or a named method; `key`
+    is the setting that names it.
 
     Raises:
       UserError: for a name that is none of them.
@@ -115,7 +154,12 @@ def terms_named(name: str, key: str = "config.objective.forms") -> objective_ter
         return objective_terms.TRANSFER[name]
     if name in published.LEFT_OUT:
         raise UserError(f"{key}: {name!r} is not here: {published.LEFT_OUT[name]}")
-    names = [*objective_terms.FORMS, *objective_terms.LETTERS, *objective_terms.TRANSFER, *published.PUBLISHED]
+    names = [
+        *objective_terms.FORMS,
+        *objective_terms.LETTERS,
+        *objective_terms.TRANSFER,
+        *published.PUBLISHED,
+    ]
     near = difflib.get_close_matches(name, names, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"{key}: {name!r} is none of {', '.join(dict.fromkeys(names))}{hint}")
@@ -125,7 +169,9 @@ def _terms_of(o: schema.Objective) -> Terms:
     """The terms of an objective, whatever the data have."""
     if not o.forms:
         raise UserError("config.objective.forms: is empty; name at least one form, such as m3i")
-    rows = objective_terms.uniquify({objective_terms.LETTERS.get(name, name): terms_named(name) for name in o.forms})
+    rows = objective_terms.uniquify(
+        {objective_terms.LETTERS.get(name, name): terms_named(name) for name in o.forms}
+    )
     return objective_terms.with_options(
         objective_terms.merge(*rows, annotation_input=o.annotation_input), intra_positions=o.intra_positions, soft_label=o.soft_label,
         symmetric=o.symmetric, target_encoder=o.target_encoder, second_group=o.second_group,
@@ -136,10 +182,13 @@ def build_plan(config: schema.Config) -> Plan:
     """The terms of a completed configuration (data.classes and data.captions known)."""
     o, terms = config.objective, _terms_of(config.objective)
     try:
-        terms = objective_terms.drop_unavailable(terms, categories=config.data.classes > 0, captions=config.data.captions == "yes")
+        terms = objective_terms.drop_unavailable(
+            terms, categories=config.data.classes > 0, captions=config.data.captions == "yes"
+        )
     except ValueError as error:
         raise UserError(
-            f"config.objective.forms: {', '.join(o.forms)}: {error}; choose another form or a source with categories or captions"
+            f"config.objective.forms: {', '.join(o.forms)}: {error}; choose another form or a"
+            " source with categories or captions"
         ) from None
     made = Plan(config, terms)
     _validate(made)
@@ -150,58 +199,89 @@ def _validate(made: Plan) -> None:
     """Refuse what the terms and the settings cannot do together."""
     config, terms = made.config, made.terms
     annotations = [t for t in terms if t.target.of in ("category", "text")]
-    if config.objective.annotation_input == "own" and any(t.reads.masked or t.reads.mixed for t in annotations):
+    if config.objective.annotation_input == "own" and any(
+        t.reads.masked or t.reads.mixed for t in annotations
+    ):
         raise UserError(
-            "config.objective.annotation_input: 'own' gives the annotations of a set a view of their own, and "
-            f"{', '.join(config.objective.forms)} predicts them from its hidden or mixed input by itself; use shared, or a set such as "
-            "objective.forms=sim,supervised"
+            "config.objective.annotation_input: 'own' gives the annotations of a set a view of"
+            f" their own, and {', '.join(config.objective.forms)} predicts them from its hidden or"
+            " mixed input by itself; use shared, or a set such as objective.forms=sim,supervised"
         )
     frozen = any(t.target.encoder == "frozen" for t in terms)
     if frozen and not config.objective.target_checkpoint:
-        raise UserError("config.objective.target_checkpoint: is empty, and the objective has a frozen target; give the workdir of a run")
+        raise UserError(
+            "config.objective.target_checkpoint: is empty, and the objective has a frozen target;"
+            " give the workdir of a run"
+        )
     if config.model.decoder.positions == "absolute" and any(
-        isinstance(t.head, objective_terms.DecoderHead) and t.reads.crop != t.target.crop for t in terms
+        isinstance(t.head, objective_terms.DecoderHead) and t.reads.crop != t.target.crop
+        for t in terms
     ):
         raise UserError(
-            "config.model.decoder.positions: 'absolute' cannot say where another view lies, and the objective predicts one; use 'relative'"
+            "config.model.decoder.positions: 'absolute' cannot say where another view lies, and the"
+            " objective predicts one; use 'relative'"
         )
     if not config.model.encoder.cls_token:
         for key, wanted in (
-            ("model.pool.kind", config.model.pool.kind == "cls" and any(isinstance(t.head, objective_terms.PooledHead) for t in terms)),
-            ("objective.forms", any(isinstance(t.head, objective_terms.ProjectionHead) and t.head.pool == "cls" for t in terms)),
+            (
+                "model.pool.kind",
+                config.model.pool.kind == "cls"
+                and any(isinstance(t.head, objective_terms.PooledHead) for t in terms),
+            ),
+            (
+                "objective.forms",
+                any(
+                    isinstance(t.head, objective_terms.ProjectionHead) and t.head.pool == "cls"
+                    for t in terms
+                ),
+            ),
         ):
             if wanted:
-                way = "set model.encoder.cls_token" if config.model.backbone == "vit" else f"{config.model.backbone} has none: use another"
+                way = (
+                    "set model.encoder.cls_token"
+                    if config.model.backbone == "vit"
+                    else f"{config.model.backbone} has none: use another"
+                )
                 raise UserError(f"config.{key}: needs the cls token; {way}")
-    if config.model.pool.kind == "cls" and (shared := [t.name for t in annotations if t.reads.mixed and t.head == objective_terms.PooledHead()]):
+    if config.model.pool.kind == "cls" and (
+        shared := [
+            t.name for t in annotations if t.reads.mixed and t.head == objective_terms.PooledHead()
+        ]
+    ):
         raise UserError(
-            f"config.model.pool.kind: 'cls' is one token for both images of a mixed input, and {shared[0]} is predicted of each; use "
-            "attention or mean, or for categories alone objective.soft_label=joint"
+            "config.model.pool.kind: 'cls' is one token for both images of a mixed input, and"
+            f" {shared[0]} is predicted of each; use attention or mean, or for categories alone"
+            " objective.soft_label=joint"
         )
     mixed = any(t.reads.mixed for t in terms)
     backbone = backbones.get_backbone(config.model)
     if config.objective.isolate and mixed and not backbone.isolates:
         raise UserError(
-            f"config.objective.isolate: the layers of model.backbone={config.model.backbone} look across the seam of two images; use false"
+            f"config.objective.isolate: the layers of model.backbone={config.model.backbone} look"
+            " across the seam of two images; use false"
         )
     averaged = [t.target.blocks for t in terms if t.target.blocks > 1]
     if averaged and not backbone.averages:
         raise UserError(
-            f"config.objective.forms: {', '.join(config.objective.forms)}: the target is a mean over the last {averaged[0]} blocks, which "
-            f"model.backbone={config.model.backbone} does not have; choose another form or vit"
+            f"config.objective.forms: {', '.join(config.objective.forms)}: the target is a mean"
+            f" over the last {averaged[0]} blocks, which model.backbone={config.model.backbone}"
+            " does not have; choose another form or vit"
         )
     if config.objective.isolate and mixed and 2 * config.hidden != config.tokens:
         raise UserError(
-            f"config.objective.isolate: needs as many cells of both images, and data.mask_ratio {config.data.mask_ratio} shows "
-            f"{config.tokens - config.hidden} of {config.tokens}; use 0.5"
+            "config.objective.isolate: needs as many cells of both images, and data.mask_ratio"
+            f" {config.data.mask_ratio} shows {config.tokens - config.hidden} of {config.tokens};"
+            " use 0.5"
         )
 
 
 def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ...]]) -> None:
-    """Refuse a setting that does nothing in all of these objectives (names of forms): whoever sets it expects something of it.
+    """Refuse a setting that does nothing in all of these objectives (names of forms): whoever sets
+    it expects something of it.
 
-    For whoever starts to train. A run that is evaluated or goes on as an encoder may keep what its objective no longer reads.
-    `objective.pairing` is not judged: configs/quickstart.py sets it for whatever form comes after.
+    For whoever starts to train. A run that is evaluated or goes on as an encoder may keep what its
+    objective no longer reads. `objective.pairing` is not judged: configs/quickstart.py sets it for
+    whatever form comes after.
 
     Raises:
       UserError: the setting, why it does nothing, and what to leave it at.
@@ -215,7 +295,13 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
     mixed, blended = any(t.reads.mixed for t in terms), any(t.reads.blended for t in terms)
     a, b = config.data.augment, plain.data.augment
     for key, value, default, read, what in (
-        ("objective.target_checkpoint", o.target_checkpoint, "", any(t.target.encoder == "frozen" for t in terms), "no frozen target"),
+        (
+            "objective.target_checkpoint",
+            o.target_checkpoint,
+            "",
+            any(t.target.encoder == "frozen" for t in terms),
+            "no frozen target",
+        ),
         ("objective.isolate", o.isolate, plain.objective.isolate, mixed, "no mixed input"),
         ("objective.soft_label", o.soft_label, plain.objective.soft_label, mixed, "no mixed input"),
         ("data.augment.mixup", a.mixup, b.mixup, blended, "no blended input (as in finetune)"),
@@ -223,10 +309,18 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
     ):
         if value != default and not read:
             raise UserError(
-                f"config.{key}: {value!r} does nothing: there is {what} in {told}; leave it at {default!r} or choose another form"
+                f"config.{key}: {value!r} does nothing: there is {what} in {told}; leave it at"
+                f" {default!r} or choose another form"
             )
-    rows = [*objective_terms.FORMS.values(), *objective_terms.TRANSFER.values(), *(method.terms for method in published.PUBLISHED.values())]
+    rows = [
+        *objective_terms.FORMS.values(),
+        *objective_terms.TRANSFER.values(),
+        *(method.terms for method in published.PUBLISHED.values()),
+    ]
     known = sorted({t.name for each in (*rows, terms) for t in each})
     for name in o.second_group if o.second_group != plain.objective.second_group else ():
         if name not in known:
-            raise UserError(f"config.objective.second_group: {name!r} is the name of no term; there are {', '.join(known)}")
+            raise UserError(
+                f"config.objective.second_group: {name!r} is the name of no term; there are"
+                f" {', '.join(known)}"
+            )

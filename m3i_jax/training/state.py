@@ -1,4 +1,5 @@
-"""The state of a run: three trees, all of them sharded by the same rules and saved with no special case."""
+"""The state of a run: three trees, all of them sharded by the same rules and saved with no special
+case."""
 
 from typing import Any
 
@@ -10,8 +11,9 @@ import optax
 
 @flax.struct.dataclass
 class State:
-    """step: int32 scalar, optimizer steps taken. params: all trained parameters. opt: the state of a named optax chain, so that
-    `opt["target"].params` is the EMA target and `opt["balance"]` the gradient-norm statistics."""
+    """step: int32 scalar, optimizer steps taken. params: all trained parameters. opt: the state of
+    a named optax chain, so that `opt["target"].params` is the EMA target and `opt["balance"]` the
+    gradient-norm statistics."""
 
     step: jax.Array
     params: Any

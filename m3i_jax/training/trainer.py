@@ -1,4 +1,5 @@
-"""What a run is made of before its first step: shapes, shardings, the initial state and the compiled functions."""
+"""What a run is made of before its first step: shapes, shardings, the initial state and the
+compiled functions."""
 
 import dataclasses
 import functools
@@ -36,14 +37,21 @@ def run_length(config: schema.Config) -> RunLength:
     size, batch, t, o = config.data.size, config.train.batch_size, config.train, config.optim
     per_epoch = size // batch
     if not per_epoch and not (t.steps and o.warmup_steps >= 0):
-        raise UserError(f"config.train.batch_size: {batch} is more than the {size} training images; set it to at most {size - size % 2}")
+        raise UserError(
+            f"config.train.batch_size: {batch} is more than the {size} training images; set it to"
+            f" at most {size - size % 2}"
+        )
     steps = t.steps or max(1, int(t.epochs * per_epoch))
     warmup = o.warmup_steps if o.warmup_steps >= 0 else int(o.warmup_epochs * per_epoch)
     if warmup > steps:
         if o.warmup_steps >= 0:
-            raise UserError(f"config.optim.warmup_steps: {warmup} is more than the run's {steps} steps; lower it")
+            raise UserError(
+                f"config.optim.warmup_steps: {warmup} is more than the run's {steps} steps;"
+                " lower it"
+            )
         raise UserError(
-            f"config.optim.warmup_epochs: {o.warmup_epochs!r} are {warmup} steps, more than the run's {steps}; lower it or set warmup_steps"
+            f"config.optim.warmup_epochs: {o.warmup_epochs!r} are {warmup} steps, more than the"
+            f" run's {steps}; lower it or set warmup_steps"
         )
     return RunLength(steps_per_epoch=per_epoch, steps=steps, warmup=warmup)
 
@@ -58,11 +66,20 @@ class Trainer:
     """
 
     def __init__(self, config: schema.Config, mesh: jax.sharding.Mesh, vocabulary: int):
-        self.config, self.mesh, self.plan, self.length = config, mesh, plan.build_plan(config), run_length(config)
+        self.config, self.mesh, self.plan, self.length = (
+            config,
+            mesh,
+            plan.build_plan(config),
+            run_length(config),
+        )
         self.vocabulary = vocabulary
-        self.tx = optimizer.build_optimizer(config, self.plan.terms, steps=self.length.steps, warmup=self.length.warmup)
+        self.tx = optimizer.build_optimizer(
+            config, self.plan.terms, steps=self.length.steps, warmup=self.length.warmup
+        )
         self.momentum = optimizer.ema_momentum(config.optim, steps=self.length.steps)
-        self.learning_rate = optimizer.lr_schedule(config.optim, steps=self.length.steps, warmup=self.length.warmup)
+        self.learning_rate = optimizer.lr_schedule(
+            config.optim, steps=self.length.steps, warmup=self.length.warmup
+        )
         uses = {t.target.of for t in self.plan.terms}
         make = functools.partial(
             m3i.init,
@@ -85,57 +102,75 @@ class Trainer:
         self._look = jax.jit(functools.partial(step.panel_outputs, self.plan), out_shardings=whole)
 
     def check_room(self) -> None:
-        """Refuse a state that the devices cannot hold, before anything of it is made or read. What a step needs beside it is not judged:
-        --mode=compile knows that.
+        """Refuse a state that the devices cannot hold, before anything of it is made or read. What
+        a step needs beside it is not judged: --mode=compile knows that.
 
         Raises:
           DoesNotFit: says what it needs, what there is and what would do.
         """
-        need, room = parallel.bytes_per_device(self.template, self.shardings), parallel.device_memory(self.mesh)
+        need, room = (
+            parallel.bytes_per_device(self.template, self.shardings),
+            parallel.device_memory(self.mesh),
+        )
         if need <= room:
             return
-        devices, whole = self.mesh.devices.size, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.template))
+        devices, whole = (
+            self.mesh.devices.size,
+            sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.template)),
+        )
         wanted = -(-whole // max(int(room), 1))
         way = (
-            "config.parallel.mesh=(1,-1,1) splits it over all of them" if whole < devices * room else f"it needs {wanted:,} or more of them"
+            "config.parallel.mesh=(1,-1,1) splits it over all of them"
+            if whole < devices * room
+            else f"it needs {wanted:,} or more of them"
         )
         all_, each, there = (f"{size / 2**30:,.1f} GiB" for size in (whole, need, room))
         raise DoesNotFit(
-            f"config.parallel.mesh: the state (parameters, moments and target, {all_} in all) takes {each} of each of the {devices} "
-            f"{self.mesh.devices.flat[0].platform} device(s), which have {there}; {way}, or use a smaller model; "
-            "--mode=compile --suggest knows what fits"
+            f"config.parallel.mesh: the state (parameters, moments and target, {all_} in all) takes"
+            f" {each} of each of the {devices} {self.mesh.devices.flat[0].platform} device(s),"
+            f" which have {there}; {way}, or use a smaller model; --mode=compile --suggest knows"
+            " what fits"
         )
 
     def init(self, say: Callable[[str], None] = print) -> state.State:
-        """The state at step 0, made where it will live: no device ever holds more than its share. What `init_from` names is in it, in the
-        momentum target too, and `say` gets the account of it."""
+        """The state at step 0, made where it will live: no device ever holds more than its share.
+        What `init_from` names is in it, in the momentum target too, and `say` gets the account of
+        it."""
         if self.config.init_from:
             params = jax.jit(self._params, out_shardings=self.shardings.params)()
             params = init_from.initialize_from(self.config, params, self.shardings.params, say)
-            made = jax.jit(lambda params: state.create(params, self.tx), out_shardings=self.shardings)(params)
+            made = jax.jit(
+                lambda params: state.create(params, self.tx), out_shardings=self.shardings
+            )(params)
         else:
             made = jax.jit(self._create, out_shardings=self.shardings)()
         if "frozen" not in made.opt:
             return made
         frozen, layout = made.opt["frozen"], self.shardings.opt["frozen"].params["encoder"]
-        teacher = checkpoint.load_encoder(self.config.objective.target_checkpoint, self.template.params["encoder"], layout)
+        teacher = checkpoint.load_encoder(
+            self.config.objective.target_checkpoint, self.template.params["encoder"], layout
+        )
         opt = made.opt.copy()  # of its own kind: to JAX another mapping is another tree
         opt["frozen"] = frozen._replace(params={**frozen.params, "encoder": teacher})
         return made.replace(opt=opt)
 
-    def step(self, current: state.State, batch: dict[str, jax.Array]) -> tuple[state.State, dict[str, jax.Array]]:
+    def step(
+        self, current: state.State, batch: dict[str, jax.Array]
+    ) -> tuple[state.State, dict[str, jax.Array]]:
         """One step; `current` is donated. Returns at once, the device works on."""
         with jax.set_mesh(self.mesh):
             return self._step(current, batch)
 
     def lower(self, batch: dict[str, jax.ShapeDtypeStruct]) -> Any:
         """The lowered step for counting and ahead-of-time compilation."""
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # no constant is put on devices that may not be there
+        # no constant is put on devices that may not be there
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             return self._step.lower(self.template, batch)
 
     def residuals(self, batch: dict[str, jax.ShapeDtypeStruct]) -> float:
-        """Bytes that live from the forward pass to the backward, counted on the traced program: what the encoder and the dearer of the two
-        groups of losses keep of a batch that is computed at once, without what is there anyway, state and batch."""
+        """Bytes that live from the forward pass to the backward, counted on the traced program:
+        what the encoder and the dearer of the two groups of losses keep of a batch that is computed
+        at once, without what is there anyway, state and batch."""
         pull = functools.partial(step.loss_pullbacks, self.plan)
         closed, (encoder, groups) = jax.make_jaxpr(pull, return_shape=True)(self.template, batch)
         kept, given = iter(closed.jaxpr.outvars), set(closed.jaxpr.invars)
@@ -146,12 +181,20 @@ class Trainer:
 
         of_encoder = arrays(encoder)
         each = [of_encoder | arrays(group) for group in groups]
-        return max(float(sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in mine)) for mine in each)
+        return max(
+            float(sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in mine))
+            for mine in each
+        )
 
     def looked(self, batch: dict[str, jax.ShapeDtypeStruct]) -> float:
-        """Bytes of the views and targets of a batch: those of one microbatch wait for the others."""
-        found = jax.eval_shape(functools.partial(step.views_and_targets, self.plan), self.template, batch)
-        return float(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(found)))
+        """Bytes of the views and targets of a batch: those of one microbatch wait for the
+        others."""
+        found = jax.eval_shape(
+            functools.partial(step.views_and_targets, self.plan), self.template, batch
+        )
+        return float(
+            sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(found))
+        )
 
     def look_inside(self, current: state.State, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """Arrays for a panel of a few rows."""

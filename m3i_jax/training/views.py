@@ -1,5 +1,6 @@
-"""From a batch of uint8 views to what the encoders read: mirroring, colour, patches, mixing, dropping, and the stochastic-depth draws. On
-the device, pure, and keyed by (seed, stream position), so that neither sharding nor microbatches nor a restart changes a pixel."""
+"""From a batch of uint8 views to what the encoders read: mirroring, colour, patches, mixing,
+dropping, and the stochastic-depth draws. On the device, pure, and keyed by (seed, stream position),
+so that neither sharding nor microbatches nor a restart changes a pixel."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -18,22 +19,31 @@ DROP_PATH = 0x64726F70  # keeps these draws apart from the photometric ones
 Batch = dict[str, jax.Array]
 
 
-def augmented_patches(config: schema.Config, batch: Batch, crops: Iterable[int], *, exact: bool = False) -> dict[int, jax.Array]:
-    """Mirrored, coloured, normalised and patchified views, {crop: [B, N, P]} in the compute precision; `exact`: in float32, as pixel
-    targets are."""
+def augmented_patches(
+    config: schema.Config, batch: Batch, crops: Iterable[int], *, exact: bool = False
+) -> dict[int, jax.Array]:
+    """Mirrored, coloured, normalised and patchified views, {crop: [B, N, P]} in the compute
+    precision; `exact`: in float32, as pixel targets are."""
     out = {}
     for crop in crops:
         view = photometric.mirror(batch["views"][:, crop], batch["flip"][:, crop])
-        view = photometric.augment(view, batch["position"], seed=config.seed, view=crop, settings=config.data.augment)
+        view = photometric.augment(
+            view, batch["position"], seed=config.seed, view=crop, settings=config.data.augment
+        )
         view = photometric.normalize(view, config.data.augment)
         if crop == 0 and config.data.augment.erase_p:
-            view = mixup.random_erase(view, batch["position"], seed=config.seed, probability=config.data.augment.erase_p)
-        out[crop] = vit.patchify(view, config.model.encoder.patch_size).astype(jnp.float32 if exact else config.model.dtype)
+            view = mixup.random_erase(
+                view, batch["position"], seed=config.seed, probability=config.data.augment.erase_p
+            )
+        out[crop] = vit.patchify(view, config.model.encoder.patch_size).astype(
+            jnp.float32 if exact else config.model.dtype
+        )
     return out
 
 
 def plain_patches(config: schema.Config, pixels_BxSxSx3: jax.Array) -> jax.Array:
-    """Normalised patches [B, N, P], in the compute precision, of images as they are: uint8, or floats in 0..1.
+    """Normalised patches [B, N, P], in the compute precision, of images as they are: uint8, or
+    floats in 0..1.
 
     >>> plain_patches(schema.Config(), jnp.zeros((2, 32, 32, 3), jnp.uint8)).shape
     (2, 4, 768)
@@ -42,8 +52,11 @@ def plain_patches(config: schema.Config, pixels_BxSxSx3: jax.Array) -> jax.Array
     return vit.patchify(normal, config.model.encoder.patch_size).astype(config.model.dtype)
 
 
-def drop_path_factors(config: schema.Config, position_Bx2: jax.Array, salt: int) -> jax.Array | None:
-    """Keep factors [B, L, 2] of stochastic depth, 0 or 1 / (1 - p) for both branches of every layer; None where the rate is 0."""
+def drop_path_factors(
+    config: schema.Config, position_Bx2: jax.Array, salt: int
+) -> jax.Array | None:
+    """Keep factors [B, L, 2] of stochastic depth, 0 or 1 / (1 - p) for both branches of every
+    layer; None where the rate is 0."""
     if not config.model.encoder.drop_path:
         return None
     rates_Lx1 = jnp.asarray(backbones.backbone_drop_rates(config.model))[:, None]
@@ -58,7 +71,8 @@ def drop_path_factors(config: schema.Config, position_Bx2: jax.Array, salt: int)
 
 
 def image_rows(config: schema.Config, read: Pass, image: str, x_Bx: jax.Array) -> jax.Array:
-    """Rows [R, ...] of `x` for one of the images that a pass shows: R = B, or B / 2 mixed inputs of a batch in halves."""
+    """Rows [R, ...] of `x` for one of the images that a pass shows: R = B, or B / 2 mixed inputs of
+    a batch in halves."""
     if read.blended:
         return mixing.partner(x_Bx) if image == "partner" else x_Bx
     if not read.mixed:
@@ -78,9 +92,15 @@ def visible_cells(config: schema.Config, read: Pass, batch: Batch) -> tuple[jax.
     return mixing.split(pass_mask(config, read, batch), config.tokens - config.hidden)
 
 
-def encoder_input(config: schema.Config, read: Pass, salt: int, batch: Batch, crops: dict[int, jax.Array]) -> dict[str, Any]:
-    """Arguments of the encoder for a pass: `augmented_patches` [R, N, P], `index` of those that are read, `hidden` cells, `keep` of drop path."""
-    x_RxNxP, keep = crops[read.crop], drop_path_factors(config, image_rows(config, read, "own", batch["position"]), salt)
+def encoder_input(
+    config: schema.Config, read: Pass, salt: int, batch: Batch, crops: dict[int, jax.Array]
+) -> dict[str, Any]:
+    """Arguments of the encoder for a pass: `augmented_patches` [R, N, P], `index` of those that are
+    read, `hidden` cells, `keep` of drop path."""
+    x_RxNxP, keep = (
+        crops[read.crop],
+        drop_path_factors(config, image_rows(config, read, "own", batch["position"]), salt),
+    )
     if read.mixed:
         x_RxNxP = image_rows(config, read, "own", mixing.mix(x_RxNxP, batch["mask"]))
     if read.blended:
@@ -94,10 +114,16 @@ def encoder_input(config: schema.Config, read: Pass, salt: int, batch: Batch, cr
 
 
 def mixup_of(config: schema.Config, batch: Batch) -> mixup.MixupDraws:
-    """How the images of a batch are blended. The draws are cheap to make and slow to compile: a step makes them once, `with_mixup_draws`."""
+    """How the images of a batch are blended. The draws are cheap to make and slow to compile: a
+    step makes them once, `with_mixup_draws`."""
     if "share" in batch:
         return mixup.MixupDraws(batch["share"], batch["cut_box"], batch["cut"])
-    return mixup.draw_mixup(batch["position"], seed=config.seed, size=config.data.image_size, settings=config.data.augment)
+    return mixup.draw_mixup(
+        batch["position"],
+        seed=config.seed,
+        size=config.data.image_size,
+        settings=config.data.augment,
+    )
 
 
 def with_mixup_draws(config: schema.Config, passes: Iterable[Pass], batch: Batch) -> Batch:
@@ -119,7 +145,11 @@ def _blended(config: schema.Config, x_BxNxP: jax.Array, how: mixup.MixupDraws) -
 
 
 def encode_passes(
-    config: schema.Config, passes: tuple[Pass, ...], batch: Batch, crops: dict[int, jax.Array], encoder: Any
+    config: schema.Config,
+    passes: tuple[Pass, ...],
+    batch: Batch,
+    crops: dict[int, jax.Array],
+    encoder: Any,
 ) -> dict[Pass, jax.Array]:
     """Features {pass: [R, T, D]}, cls first, every pass once."""
     out = {}
@@ -134,10 +164,17 @@ def encode_passes(
 
 
 def _isolated(
-    config: schema.Config, encoder: Any, patches: jax.Array, *, index: jax.Array, hidden: None, keep: jax.Array | None
+    config: schema.Config,
+    encoder: Any,
+    patches: jax.Array,
+    *,
+    index: jax.Array,
+    hidden: None,
+    keep: jax.Array | None,
 ) -> jax.Array:
-    """A mixed input whose images do not attend to each other: two sequences of half the length, each with a cls token of its own, put
-    back in place. Half of the attention of one long sequence under a mask, and the same numbers. Returns their mean as the cls token."""
+    """A mixed input whose images do not attend to each other: two sequences of half the length,
+    each with a cls token of its own, put back in place. Half of the attention of one long sequence
+    under a mask, and the same numbers. Returns their mean as the cls token."""
     rows, both = index.shape[0], index.reshape(-1, index.shape[-1])
     twice = None if keep is None else jnp.repeat(keep, 2, 0)
     z_2RxTxD = m3i.encode(config, encoder, jnp.repeat(patches, 2, 0), index=both, keep=twice)
@@ -146,4 +183,6 @@ def _isolated(
     in_place = mixing.gather(tokens, order)
     if not config.model.encoder.cls_token:
         return in_place
-    return jnp.concatenate([z_2RxTxD[:, :1].reshape(rows, 2, -1).mean(1, keepdims=True), in_place], 1)
+    return jnp.concatenate(
+        [z_2RxTxD[:, :1].reshape(rows, 2, -1).mean(1, keepdims=True), in_place], 1
+    )

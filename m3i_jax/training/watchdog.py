@@ -1,4 +1,5 @@
-"""Notices a run that hangs: a thread that writes where every thread stands to a file, says one line, and ends the run if that is wanted."""
+"""Notices a run that hangs: a thread that writes where every thread stands to a file, says one
+line, and ends the run if that is wanted."""
 
 import faulthandler
 import os
@@ -16,10 +17,11 @@ FAILED = 1
 class Watchdog:
     """Watches a clock from a thread of its own while its block runs.
 
-    A phase that begins or ends, and an evaluator that polls, are signs of life. If there is none for `limit` seconds (for `first`, until
-    the first step of the process has ended: it compiles), the stacks of all threads are appended to `path` and `say` gets one line; again
-    after every further `limit` of silence. Should the interpreter itself be stuck, so that no Python thread runs, the stacks are written
-    all the same.
+    A phase that begins or ends, and an evaluator that polls, are signs of life. If there is none
+    for `limit` seconds (for `first`, until the first step of the process has ended: it compiles),
+    the stacks of all threads are appended to `path` and `say` gets one line; again after every
+    further `limit` of silence. Should the interpreter itself be stuck, so that no Python thread
+    runs, the stacks are written all the same.
 
     Args:
       clock: of the run.
@@ -41,7 +43,13 @@ class Watchdog:
         abort: int = 0,
         end: Callable[[int], Any] = os._exit,
     ) -> None:
-        self._clock, self._path, self._say, self._limit, self._first = clock, path, say, limit, first
+        self._clock, self._path, self._say, self._limit, self._first = (
+            clock,
+            path,
+            say,
+            limit,
+            first,
+        )
         self._abort, self._end = abort, end
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -64,7 +72,8 @@ class Watchdog:
             try:
                 while not self._stop.wait(period):
                     limit = self._limit if self._clock.ended else max(self._first, self._limit)
-                    # For when this thread is kept from running: the interpreter's own watchdog needs no interpreter.
+                    # For when this thread is kept from running: the interpreter's own watchdog
+                    # needs no interpreter.
                     faulthandler.dump_traceback_later(limit + 4 * period, file=file)
                     if self._clock.alive != heard:
                         reports, heard = 0, self._clock.alive
@@ -73,7 +82,10 @@ class Watchdog:
                         reports += 1
                         self._report(file, silent)
                         if self._abort and reports >= self._abort:
-                            self._say(f"ended by the watchdog after {reports} report(s) in a row (train.watchdog_abort)")
+                            self._say(
+                                f"ended by the watchdog after {reports} report(s) in a row"
+                                " (train.watchdog_abort)"
+                            )
                             self._end(FAILED)
                             return
             finally:
@@ -83,9 +95,14 @@ class Watchdog:
 
     def _report(self, file: Any, silent: float) -> None:
         where = f"in phase {self._clock.now!r} after {self._clock.ended:,} step(s) of this process"
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  no sign of life for {silent:,.1f} s, {where}\n")
+        file.write(
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')}  no sign of life for {silent:,.1f} s, {where}\n"
+        )
         file.flush()
         faulthandler.dump_traceback(file=file, all_threads=True)
         file.write("\n")
         file.flush()
-        self._say(f"warning: no sign of life for {silent:,.0f} s, {where}: where every thread stands is in {self._path}")
+        self._say(
+            f"warning: no sign of life for {silent:,.0f} s, {where}: where every thread stands is"
+            f" in {self._path}"
+        )

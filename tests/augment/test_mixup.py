@@ -17,7 +17,11 @@ SIZE, ROWS = 20, 4000
 def drawn(mixup: float, cutmix: float, blend_p: float = 1.0) -> mixup_draws.MixupDraws:
     position = np.stack([np.zeros(ROWS), np.arange(ROWS)], 1).astype(np.uint32)
     settings = schema.Augment(mixup=mixup, cutmix=cutmix, blend_p=blend_p)
-    return jax.device_get(jax.jit(functools.partial(mixup_draws.draw_mixup, seed=3, size=SIZE, settings=settings))(position))
+    return jax.device_get(
+        jax.jit(functools.partial(mixup_draws.draw_mixup, seed=3, size=SIZE, settings=settings))(
+            position
+        )
+    )
 
 
 def area(box: np.ndarray) -> np.ndarray:
@@ -25,7 +29,8 @@ def area(box: np.ndarray) -> np.ndarray:
 
 
 def test_shares_of_a_pair_and_of_all() -> None:
-    """Mixup's are Beta(0.8, 0.8): mean 1/2, variance 1 / (4 (2 * 0.8 + 1)). Half of the pairs are cut; both of a pair alike."""
+    """Mixup's are Beta(0.8, 0.8): mean 1/2, variance 1 / (4 (2 * 0.8 + 1)). Half of the pairs are
+    cut; both of a pair alike."""
     made = drawn(0.8, 1.0)
     for part in made:
         np.testing.assert_array_equal(part[::2], part[1::2])
@@ -33,7 +38,9 @@ def test_shares_of_a_pair_and_of_all() -> None:
     mixed = made.share[~made.cut]
     assert abs(mixed.mean() - 0.5) < 0.04 and abs(mixed.var() - 1 / (4 * 2.6)) < 0.01
     assert not made.box[~made.cut].any()
-    np.testing.assert_allclose(made.share[made.cut], 1 - area(made.box[made.cut]) / SIZE**2, atol=1e-6)
+    np.testing.assert_allclose(
+        made.share[made.cut], 1 - area(made.box[made.cut]) / SIZE**2, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.75, 1.0])
@@ -60,7 +67,9 @@ def test_some_pairs_are_left_alone() -> None:
 
 def test_a_position_has_its_own_draw_wherever_it_stands() -> None:
     position = np.array([[0, 41], [0, 40], [0, 7]], np.uint32)
-    made = mixup_draws.draw_mixup(position, seed=3, size=SIZE, settings=schema.Augment(mixup=0.8, cutmix=1.0))
+    made = mixup_draws.draw_mixup(
+        position, seed=3, size=SIZE, settings=schema.Augment(mixup=0.8, cutmix=1.0)
+    )
     np.testing.assert_allclose(made.share, drawn(0.8, 1.0).share[[41, 40, 7]], rtol=1e-6)
 
 
@@ -68,16 +77,26 @@ def test_erasing_fills_one_box_with_noise() -> None:
     rows, size = 300, 32
     position = np.stack([np.zeros(rows), np.arange(rows)], 1).astype(np.uint32)
     images = jnp.full((rows, size, size, 3), 7.0)
-    out = np.asarray(jax.jit(functools.partial(mixup_draws.random_erase, seed=1, probability=0.25))(images, position))
+    out = np.asarray(
+        jax.jit(functools.partial(mixup_draws.random_erase, seed=1, probability=0.25))(
+            images, position
+        )
+    )
     changed = (out != 7).all(-1)
     happened = changed.any((1, 2))
     assert 0.18 < happened.mean() < 0.32
     heights, widths = changed.any(2).sum(1)[happened], changed.any(1).sum(1)[happened]
-    np.testing.assert_array_equal(changed.sum((1, 2))[happened], heights * widths)  # full rectangles
+    # full rectangles
+    np.testing.assert_array_equal(changed.sum((1, 2))[happened], heights * widths)
     shares = heights * widths / size**2
     assert shares.min() > 0.015 and shares.max() < 0.36 and shares.std() > 0.05
     aspects = heights / widths
-    assert aspects.min() > 0.25 and aspects.max() < 4.2 and (aspects > 1.2).any() and (aspects < 0.8).any()
+    assert (
+        aspects.min() > 0.25
+        and aspects.max() < 4.2
+        and (aspects > 1.2).any()
+        and (aspects < 0.8).any()
+    )
     noise = out[changed]
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     np.testing.assert_array_equal(out[~happened], images[~happened])

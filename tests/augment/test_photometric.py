@@ -1,4 +1,5 @@
-"""Against Pillow (8-bit, as torchvision's PIL path) and scipy; and against itself on other batches."""
+"""Against Pillow (8-bit, as torchvision's PIL path) and scipy; and against itself on other
+batches."""
 
 import colorsys
 import dataclasses
@@ -45,7 +46,10 @@ def pillow_hue(image: Image.Image, shift: float) -> Image.Image:
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.6, 1.0, 1.4])
-@pytest.mark.parametrize("name, enhancer", [("brightness", "Brightness"), ("contrast", "Contrast"), ("saturation", "Color")])
+@pytest.mark.parametrize(
+    "name, enhancer",
+    [("brightness", "Brightness"), ("contrast", "Contrast"), ("saturation", "Color")],
+)
 def test_blends_equal_pillow(pictures, name, enhancer, factor):
     enhance = getattr(ImageEnhance, enhancer)
     out = np.asarray(getattr(photometric, name)(pictures, factor))
@@ -61,20 +65,26 @@ def test_hue_equals_pillow_and_colorsys(pictures, shift):
     assert np.abs(out - want).mean() <= TOLERANCE
     for y, x in [(0, 0), (3, 17), (12, 12), (31, 5)]:
         h, s, v = colorsys.rgb_to_hsv(*(pictures[1, y, x] / 255))
-        np.testing.assert_allclose(out[1, y, x], colorsys.hsv_to_rgb((h + shift) % 1, s, v), atol=1e-5)
+        np.testing.assert_allclose(
+            out[1, y, x], colorsys.hsv_to_rgb((h + shift) % 1, s, v), atol=1e-5
+        )
 
 
 def test_hue_of_grays_and_primaries():
     corners = np.array(list(itertools.product([0.0, 0.5, 1.0], repeat=3)), np.float32)[None]
     out = np.asarray(jax.jit(photometric.hue)(corners, 0.07))[0]
-    want = [colorsys.hsv_to_rgb((h + 0.07) % 1, s, v) for h, s, v in (colorsys.rgb_to_hsv(*c) for c in corners[0])]
+    want = [
+        colorsys.hsv_to_rgb((h + 0.07) % 1, s, v)
+        for h, s, v in (colorsys.rgb_to_hsv(*c) for c in corners[0])
+    ]
     np.testing.assert_allclose(out, want, atol=1e-5)
 
 
 def test_grayscale_equals_pillow(pictures):
     want = np.stack([pillow(lambda image: image.convert("L").convert("RGB"), p) for p in pictures])
     assert np.abs(np.asarray(photometric.grayscale(pictures)) - want).max() <= 0.51 / 255
-    assert np.asarray(photometric.grayscale(np.full([1, 1, 3], 255, np.uint8))).min() > 0.99999  # white stays white
+    # white stays white
+    assert np.asarray(photometric.grayscale(np.full([1, 1, 3], 255, np.uint8))).min() > 0.99999
 
 
 def test_solarize_equals_pillow(pictures):
@@ -90,17 +100,27 @@ def test_blur_equals_scipy(shape):
     sigma = np.array([0.1, 0.5, 1.0, 1.5, 2.0], np.float32)
     out = np.asarray(photometric.gaussian_blur(images, sigma))
     for i, s in enumerate(sigma):
-        want = scipy.ndimage.gaussian_filter(images[i].astype(np.float64), s, mode="nearest", radius=photometric.RADIUS, axes=(0, 1))
+        want = scipy.ndimage.gaussian_filter(
+            images[i].astype(np.float64), s, mode="nearest", radius=photometric.RADIUS, axes=(0, 1)
+        )
         np.testing.assert_allclose(out[i], want, atol=2e-6)
 
 
 def test_jitter_equals_the_operations_one_by_one_in_all_24_orders(pictures):
     orders = list(itertools.permutations(range(4)))
     images = jnp.asarray(np.resize(pictures, (24, SIZE, SIZE, 3))) / 255
-    factors = jnp.asarray(np.random.default_rng(2).uniform([0.6, 0.6, 0.6, -0.1], [1.4, 1.4, 1.4, 0.1], (24, 4)), jnp.float32)
+    factors = jnp.asarray(
+        np.random.default_rng(2).uniform([0.6, 0.6, 0.6, -0.1], [1.4, 1.4, 1.4, 0.1], (24, 4)),
+        jnp.float32,
+    )
     ranks = jnp.asarray([[order.index(op) for op in range(4)] for order in orders])
     out = photometric.color_jitter(images, factors, ranks)
-    operations = [photometric.brightness, photometric.contrast, photometric.saturation, photometric.hue]
+    operations = [
+        photometric.brightness,
+        photometric.contrast,
+        photometric.saturation,
+        photometric.hue,
+    ]
     wants = []
     for i, order in enumerate(orders):
         want = images[i]
@@ -110,7 +130,10 @@ def test_jitter_equals_the_operations_one_by_one_in_all_24_orders(pictures):
     # One level of difference where the mean gray lies on the edge between two.
     assert np.abs(out - np.stack(wants)).max() <= 1.01 / 255
     assert np.abs(out - np.stack(wants)).mean() <= 1e-4
-    spread = np.abs(np.asarray(out)[::4] - np.asarray(photometric.color_jitter(images, factors, ranks[::-1]))[::4]).mean()
+    spread = np.abs(
+        np.asarray(out)[::4]
+        - np.asarray(photometric.color_jitter(images, factors, ranks[::-1]))[::4]
+    ).mean()
     assert spread > 1e-3  # the order matters, so the equality above says something
 
 
@@ -133,22 +156,29 @@ def test_jitter_equals_pillow_in_sequence(pictures):
 def test_statistics_of_the_draws():
     count, a = 20_000, schema.Augment()
     for view in (0, 1):
-        d = jax.tree.map(np.asarray, photometric.draw_photometric(positions(count), seed=3, view=view, settings=a))
+        d = jax.tree.map(
+            np.asarray,
+            photometric.draw_photometric(positions(count), seed=3, view=view, settings=a),
+        )
         rates = {"gray": 0.2, "blur": a.blur_p[view], "solarize": a.solarize_p[view]}
         for name, p in rates.items():
             assert abs(getattr(d, name).mean() - p) <= 4 * np.sqrt(p * (1 - p) / count), name
         applied = (d.factors != [1, 1, 1, 0]).any(1)
         assert abs(applied.mean() - 0.8) <= 4 * np.sqrt(0.16 / count)
         used, spans = d.factors[applied], np.array([0.4, 0.4, 0.2, 0.1])
-        assert (used >= np.array([1, 1, 1, 0]) - spans - 1e-6).all() and (used <= np.array([1, 1, 1, 0]) + spans + 1e-6).all()
+        assert (used >= np.array([1, 1, 1, 0]) - spans - 1e-6).all() and (
+            used <= np.array([1, 1, 1, 0]) + spans + 1e-6
+        ).all()
         np.testing.assert_allclose(used.mean(0), [1, 1, 1, 0], atol=0.012)
         np.testing.assert_allclose(used.std(0), spans / np.sqrt(3), rtol=0.02)
         assert d.sigma.min() >= 0.1 and d.sigma.max() <= 2.0 and abs(d.sigma.mean() - 1.05) < 0.02
         _, orders = np.unique(d.ranks @ [64, 16, 4, 1], return_counts=True)
-        assert len(orders) == 24 and ((orders - count / 24) ** 2 / (count / 24)).sum() < 56.5  # chi-square, 23 degrees of freedom, p = 1e-4
+        # chi-square, 23 degrees of freedom, p = 1e-4
+        assert len(orders) == 24 and ((orders - count / 24) ** 2 / (count / 24)).sum() < 56.5
         several = np.stack([applied, d.gray, d.blur, d.solarize, d.sigma, d.ranks[:, 0]])
         changing = several[several.std(1) > 0]
-        assert np.abs(np.corrcoef(changing) - np.eye(len(changing))).max() < 0.03  # independent of each other
+        # independent of each other
+        assert np.abs(np.corrcoef(changing) - np.eye(len(changing))).max() < 0.03
 
 
 @functools.cache
@@ -157,7 +187,9 @@ def compiled(view, settings):
 
 
 def augment(views, position, view=0, **changes):
-    return np.asarray(compiled(view, dataclasses.replace(schema.Augment(), **changes))(views, position))
+    return np.asarray(
+        compiled(view, dataclasses.replace(schema.Augment(), **changes))(views, position)
+    )
 
 
 def test_a_row_depends_on_its_own_picture_and_position_alone(pictures):
@@ -169,8 +201,13 @@ def test_a_row_depends_on_its_own_picture_and_position_alone(pictures):
     others[3:5], elsewhere[3:5] = batch[3:5], where[3:5]
     np.testing.assert_array_equal(augment(others, elsewhere, view=1)[3:5], out[3:5])
     same = augment(np.repeat(pictures[:1], 8, 0), where, view=1)
-    assert all(np.abs(same[i] - same[j]).max() > 1e-3 for i, j in itertools.combinations(range(8), 2))
-    whole, part = (photometric.draw_photometric(where[rows], seed=0, view=1, settings=schema.Augment()) for rows in (slice(0, 8), slice(5, 6)))
+    assert all(
+        np.abs(same[i] - same[j]).max() > 1e-3 for i, j in itertools.combinations(range(8), 2)
+    )
+    whole, part = (
+        photometric.draw_photometric(where[rows], seed=0, view=1, settings=schema.Augment())
+        for rows in (slice(0, 8), slice(5, 6))
+    )
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[5:6], b), whole, part)
 
 
@@ -189,9 +226,25 @@ def test_seed_view_and_both_words_of_the_position_are_keys():
 
     def factors(high, low, seed=0, view=0):
         position = jnp.array([[high, low]], jnp.uint32)
-        return tuple(photometric.draw_photometric(position, seed=seed, view=view, settings=settings).factors[0].tolist())
+        return tuple(
+            photometric.draw_photometric(position, seed=seed, view=view, settings=settings)
+            .factors[0]
+            .tolist()
+        )
 
-    assert len({factors(0, 7), factors(1, 7), factors(0, 8), factors(7, 0), factors(0, 7, seed=1), factors(0, 7, view=1)}) == 6
+    assert (
+        len(
+            {
+                factors(0, 7),
+                factors(1, 7),
+                factors(0, 8),
+                factors(7, 0),
+                factors(0, 7, seed=1),
+                factors(0, 7, view=1),
+            }
+        )
+        == 6
+    )
 
 
 def test_switched_off_is_the_identity(pictures):
@@ -212,7 +265,9 @@ def test_the_chain_is_the_operations_in_order(pictures):
         out = augment(batch, where, view=1)
         assert out.dtype == np.float32 and out.min() >= 0 and out.max() <= 1
         d = photometric.draw_photometric(where, seed=0, view=1, settings=settings)
-        chosen = [np.asarray(active)[:, None, None, None] for active in (d.gray, d.blur, d.solarize)]
+        chosen = [
+            np.asarray(active)[:, None, None, None] for active in (d.gray, d.blur, d.solarize)
+        ]
         want = photometric.color_jitter(batch, d.factors, d.ranks)
         want = np.where(chosen[0], photometric.grayscale(want), want)
         want = np.where(chosen[1], photometric.gaussian_blur(want, d.sigma), want)
@@ -227,12 +282,16 @@ def test_normalize(pictures):
     a = schema.Augment()
     want = (pictures / 255.0 - np.array(a.mean)) / np.array(a.std)
     np.testing.assert_allclose(photometric.normalize(pictures, a), want, atol=1e-5)
-    np.testing.assert_allclose(photometric.normalize(np.float32(pictures) / 255, a), want, atol=1e-5)
+    np.testing.assert_allclose(
+        photometric.normalize(np.float32(pictures) / 255, a), want, atol=1e-5
+    )
 
 
 def test_costs_a_few_tens_of_megaflop():
     views = jax.ShapeDtypeStruct((2, 224, 224, 3), np.uint8)
-    chain = jax.jit(functools.partial(photometric.augment, seed=0, view=1, settings=schema.Augment()))
+    chain = jax.jit(
+        functools.partial(photometric.augment, seed=0, view=1, settings=schema.Augment())
+    )
     flops = chain.lower(views, jax.ShapeDtypeStruct((2, 2), np.uint32)).cost_analysis()["flops"] / 2
     assert 20e6 < flops < 60e6
 

@@ -1,1 +1,2 @@
-"""Benchmarks: counts, and ratios within one run. Each is one command, `python -m tests.bench.NAME`; none asserts a wall time."""
+"""Benchmarks: counts, and ratios within one run. Each is one command, `python -m tests.bench.NAME`;
+none asserts a wall time."""

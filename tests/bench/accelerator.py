@@ -1,16 +1,18 @@
-"""What an accelerator makes of the step of ViT-B/16: its share of the peak, the same step in PyTorch on the same card, memory, attention.
+"""What an accelerator makes of the step of ViT-B/16: its share of the peak, the same step in
+PyTorch on the same card, memory, attention.
 
     bash launch/bench.sh --gpu                                     # all of it, as one table
     python -m tests.bench.accelerator --batches 128,256,384        # with every batch that is tried
     python -m tests.bench.accelerator --set model.remat=full       # our step with other settings
     python -m tests.bench.accelerator --toy                        # on any machine: whether it runs
 
-bfloat16 products, float32 parameters, synthetic images, categories, no colour augmentation (the PyTorch side has none). Batches grow
-until one does not fit or two in a row gain nothing; every attempt is a process of its own, so that its peak of memory is its own.
-PyTorch: tests/bench/m3i_torch.py with torch.compile, fused attention and fused AdamW, at the best of the same batches; the loss of the
-first step must agree. MFU is model FLOPs over the dense peak of the chip (M3I_PEAK_TFLOPS where it is not known), the predicted peak of
-memory is the compiler's. Attention: forward and all gradients of the variants that run here.
-"""
+bfloat16 products, float32 parameters, synthetic images, categories, no colour augmentation (the
+PyTorch side has none). Batches grow until one does not fit or two in a row gain nothing; every
+attempt is a process of its own, so that its peak of memory is its own. PyTorch:
+tests/bench/m3i_torch.py with torch.compile, fused attention and fused AdamW, at the best of the
+same batches; the loss of the first step must agree. MFU is model FLOPs over the dense peak of the
+chip (M3I_PEAK_TFLOPS where it is not known), the predicted peak of memory is the compiler's.
+Attention: forward and all gradients of the variants that run here."""
 
 import argparse
 import ast
@@ -46,8 +48,14 @@ def settings(batch: int, toy: bool, changes: list[str]) -> Any:
     if not changes:
         return made
     config = configuration.default_config()
-    text = dict(line.split(" = ", 1) for line in configuration.config_to_text(made).splitlines() if " = " in line)
-    configuration.apply_overrides(config, [f"{key}={_plain(value)}" for key, value in text.items()] + changes)
+    text = dict(
+        line.split(" = ", 1)
+        for line in configuration.config_to_text(made).splitlines()
+        if " = " in line
+    )
+    configuration.apply_overrides(
+        config, [f"{key}={_plain(value)}" for key, value in text.items()] + changes
+    )
     return configuration.resolve(config)
 
 
@@ -68,7 +76,9 @@ def timed(step: Callable[[], Any], finish: Callable[[Any], Any], steps: int) -> 
     return (time.perf_counter() - start) / steps
 
 
-def ours(batch: int, folder: pathlib.Path, toy: bool, changes: list[str], steps: int) -> dict[str, Any]:
+def ours(
+    batch: int, folder: pathlib.Path, toy: bool, changes: list[str], steps: int
+) -> dict[str, Any]:
     """Speed and memory of our step at one batch; leaves what the PyTorch side starts from."""
     import jax
 
@@ -77,7 +87,8 @@ def ours(batch: int, folder: pathlib.Path, toy: bool, changes: list[str], steps:
     from m3i_jax.profiling import device_peaks
     from m3i_jax.training.trainer import Trainer, abstract_batch
 
-    monitoring.enable_compilation_cache(folder)  # the step is compiled ahead for its memory, and then found there
+    # the step is compiled ahead for its memory, and then found there
+    monitoring.enable_compilation_cache(folder)
     config, device = settings(batch, toy, changes), jax.devices()[0]
     trainer = Trainer(config, parallel.make_mesh((1, 1, 1), [device]), 0)
     state = trainer.init()
@@ -97,8 +108,15 @@ def ours(batch: int, folder: pathlib.Path, toy: bool, changes: list[str], steps:
     seconds = timed(step, jax.block_until_ready, steps)
     stats = device.memory_stats() or {}
     found = device_peaks.find_chip(device.device_kind, 1)
-    peak = float(os.environ.get("M3I_PEAK_TFLOPS", 0)) * 1e12 or (found.flops * found.chips if found else 0.0)
-    whole = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    peak = float(os.environ.get("M3I_PEAK_TFLOPS", 0)) * 1e12 or (
+        found.flops * found.chips if found else 0.0
+    )
+    whole = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
     return {
         "device": device.device_kind,
         "loss": first[0],
@@ -126,13 +144,17 @@ def theirs(batch: int, folder: pathlib.Path, toy: bool, steps: int) -> dict[str,
 
     def step() -> Any:
         nonlocal done
-        out = peer.step(there, keep, float(arrays["lr"][done]), float(arrays["momentum"][done]))["loss"]
+        out = peer.step(there, keep, float(arrays["lr"][done]), float(arrays["momentum"][done]))[
+            "loss"
+        ]
         done += 1
         if not first:
             first.append(float(out))
         return out
 
-    seconds = timed(step, lambda out: float(out) if device == "cpu" else torch.cuda.synchronize(), steps)
+    seconds = timed(
+        step, lambda out: float(out) if device == "cpu" else torch.cuda.synchronize(), steps
+    )
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     return {"device": name, "loss": first[0], "rate": batch / seconds, "compiled": device == "cuda"}
 
@@ -146,9 +168,15 @@ def attention(toy: bool, steps: int) -> list[tuple[str, str, float]]:
 
     def public(kind: str) -> Callable[..., Any]:
         turn = lambda x: x.swapaxes(1, 2)  # noqa: E731 (theirs is [B, T, H, E])
-        return lambda q, k, v: turn(jax.nn.dot_product_attention(turn(q), turn(k), turn(v), implementation=kind))  # type: ignore[arg-type]
+        return lambda q, k, v: turn(
+            jax.nn.dot_product_attention(turn(q), turn(k), turn(v), implementation=kind)
+        )  # type: ignore[arg-type]
 
-    variants = {"ours": layers.attend, "jax.nn, xla": public("xla"), "jax.nn, cudnn": public("cudnn")}
+    variants = {
+        "ours": layers.attend,
+        "jax.nn, xla": public("xla"),
+        "jax.nn, cudnn": public("cudnn"),
+    }
     if jax.devices()[0].platform != "gpu":
         del variants["jax.nn, cudnn"]
     out = []
@@ -167,15 +195,25 @@ def child(*arguments: str) -> Any:
     """The answer of a process of this module; None if it ran out of memory."""
     command = [sys.executable, "-m", "tests.bench.accelerator", *arguments]
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} | os.environ  # the card is its own
-    done = subprocess.run(command, text=True, capture_output=True, cwd=pathlib.Path(__file__).parent.parent.parent, env=environment)
+    done = subprocess.run(
+        command,
+        text=True,
+        capture_output=True,
+        cwd=pathlib.Path(__file__).parent.parent.parent,
+        env=environment,
+    )
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    if any(sign in done.stderr for sign in ("RESOURCE_EXHAUSTED", "OutOfMemoryError", "out of memory")):
+    if any(
+        sign in done.stderr for sign in ("RESOURCE_EXHAUSTED", "OutOfMemoryError", "out of memory")
+    ):
         return None
     raise RuntimeError((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
 
 
-def best(side: str, batches: tuple[int, ...], folder: str, more: list[str], log: Callable[[str], None]) -> dict[str, Any]:
+def best(
+    side: str, batches: tuple[int, ...], folder: str, more: list[str], log: Callable[[str], None]
+) -> dict[str, Any]:
     """The fastest batch of a side, with its first loss by batch."""
     top: dict[str, Any] = {"rate": 0.0, "losses": {}}
     behind = 0
@@ -202,7 +240,10 @@ def best(side: str, batches: tuple[int, ...], folder: str, more: list[str], log:
 
 
 def figures(
-    quick: bool, batches: tuple[int, ...] = (), changes: tuple[str, ...] = (), log: Callable[[str], None] = lambda line: None
+    quick: bool,
+    batches: tuple[int, ...] = (),
+    changes: tuple[str, ...] = (),
+    log: Callable[[str], None] = lambda line: None,
 ) -> list[Figure]:
     batches = batches or (TOY_BATCHES if quick else BATCHES)
     toy = [*(["--toy"] if quick else []), *(f"--set={change}" for change in changes)]
@@ -211,10 +252,29 @@ def figures(
         where = f"{'toy' if quick else 'ViT-B/16'}, {mine['device']}, {mine['batch']} images"
         rate = f"{mine['rate']:,.1f} mixed views a second"
         no_peak = "the peak of this device is not known: set M3I_PEAK_TFLOPS"
-        out = [Figure(f"MFU of the step, {where}", mine["mfu"], GOAL, most=False, note=rate if mine["mfu"] else f"{no_peak}; {rate}")]
+        out = [
+            Figure(
+                f"MFU of the step, {where}",
+                mine["mfu"],
+                GOAL,
+                most=False,
+                note=rate if mine["mfu"] else f"{no_peak}; {rate}",
+            )
+        ]
         off = mine["measured"] / mine["predicted"] if mine["measured"] else None
-        note = "this device does not count its memory" if off is None else f"{text_table.format_bytes(mine['measured'])}, ratio {off:.3f}"
-        out.append(Figure(f"peak of memory, measured and predicted apart, {where}", max(off, 1 / off) if off else None, MEMORY, note=note))
+        note = (
+            "this device does not count its memory"
+            if off is None
+            else f"{text_table.format_bytes(mine['measured'])}, ratio {off:.3f}"
+        )
+        out.append(
+            Figure(
+                f"peak of memory, measured and predicted apart, {where}",
+                max(off, 1 / off) if off else None,
+                MEMORY,
+                note=note,
+            )
+        )
         try:
             other = best("torch", batches, folder, toy, log)
         except RuntimeError as error:
@@ -229,21 +289,45 @@ def figures(
                 )
             )
         else:
-            told = f"{other['rate']:,.1f} a second at {other['batch']}, {'torch.compile' if other['compiled'] else 'not compiled'}"
-            out.append(Figure(f"speed over PyTorch on the same device, {where}", mine["rate"] / other["rate"], 1.0, most=False, note=told))
+            told = (
+                f"{other['rate']:,.1f} a second at {other['batch']},"
+                f" {'torch.compile' if other['compiled'] else 'not compiled'}"
+            )
+            out.append(
+                Figure(
+                    f"speed over PyTorch on the same device, {where}",
+                    mine["rate"] / other["rate"],
+                    1.0,
+                    most=False,
+                    note=told,
+                )
+            )
             both = mine["losses"].keys() & other["losses"].keys()
-            apart = max(abs(mine["losses"][b] - other["losses"][b]) / abs(other["losses"][b]) for b in both)
-            out.append(Figure("loss of the first step over PyTorch's in bfloat16: difference", apart, AGREE))
+            apart = max(
+                abs(mine["losses"][b] - other["losses"][b]) / abs(other["losses"][b]) for b in both
+            )
+            out.append(
+                Figure(
+                    "loss of the first step over PyTorch's in bfloat16: difference", apart, AGREE
+                )
+            )
     times = child("--side", "attention", *toy)
     least = {where: min(ms for place, _, ms in times if place == where) for where, _, _ in times}
-    out += [Figure(f"attention, {place}: {name} over the fastest", ms / least[place], note=f"{ms:.3f} ms") for place, name, ms in times]
+    out += [
+        Figure(
+            f"attention, {place}: {name} over the fastest", ms / least[place], note=f"{ms:.3f} ms"
+        )
+        for place, name, ms in times
+    ]
     return out
 
 
 def main() -> None:
     flags = argparse.ArgumentParser()
     flags.add_argument("--batches", default="", help="images a step to try, in this order")
-    flags.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of our step")
+    flags.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of our step"
+    )
     flags.add_argument("--toy", action="store_true")
     for name in ("side", "folder"):
         flags.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
@@ -258,8 +342,14 @@ def main() -> None:
         print(json.dumps(attention(given.toy, steps)))
     else:
         batches = tuple(int(size) for size in given.batches.split(",") if size)
-        found = figures(given.toy, batches, tuple(given.set), log=lambda line: print(line, flush=True))
-        print(text_table.text_table([figure.cells for figure in found], ("figure", "measured", "target", "", "note")))
+        found = figures(
+            given.toy, batches, tuple(given.set), log=lambda line: print(line, flush=True)
+        )
+        print(
+            text_table.text_table(
+                [figure.cells for figure in found], ("figure", "measured", "target", "", "note")
+            )
+        )
 
 
 if __name__ == "__main__":

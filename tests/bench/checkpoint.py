@@ -1,15 +1,18 @@
-"""What a checkpoint costs, beside what it is made of: copying, writing and reading the same bytes, in turns on the same disk.
+"""What a checkpoint costs, beside what it is made of: copying, writing and reading the same bytes,
+in turns on the same disk.
 
     python -m tests.bench.checkpoint                   # 600 MB
     python -m tests.bench.checkpoint --megabytes 64 --runs 3 --place /mnt/disk
 
-blocked: how long `save` keeps the loop, over a copy of the state from memory to memory that is there already. total: until the checkpoint
-is on the disk under its name, digests included, over writing the bytes to one file and fsync. restore: reading it back into arrays, digests
-checked, over reading that file. digests: digesting the files and taking the fingerprints of the arrays, each of them alone, over total,
-by the clock and by the processors' time of both; that a save digests while the disk writes is not counted in its favour. The numbers are
-random: nothing compresses. The least of several runs, taken in turns; on a CPU the state is in the host's memory already, on an accelerator
-`save` also has to bring it there, and fingerprints are the accelerator's work.
-"""
+blocked: how long `save` keeps the loop, over a copy of the state from memory to memory that is
+there already. total: until the checkpoint is on the disk under its name, digests included, over
+writing the bytes to one file and fsync. restore: reading it back into arrays, digests
+checked, over reading that file. digests: digesting the files and taking the fingerprints of the
+arrays, each of them alone, over total, by the clock and by the processors' time of both; that a
+save digests while the disk writes is not counted in its favour. The numbers are
+random: nothing compresses. The least of several runs, taken in turns; on a CPU the state is in the
+host's memory already, on an accelerator `save` also has to bring it there, and fingerprints are the
+accelerator's work."""
 
 import argparse
 import os
@@ -54,7 +57,8 @@ def costs(run: Callable[[], Any]) -> tuple[float, float]:
 
 
 def write(place: pathlib.Path, arrays: list[np.ndarray]) -> None:
-    """In pieces: of a write of many megabytes Linux makes large pages, for which it may look four times as long as the write takes."""
+    """In pieces: of a write of many megabytes Linux makes large pages, for which it may look four
+    times as long as the write takes."""
     with open(place, "wb", buffering=0) as file:
         for array in arrays:
             whole = memoryview(array).cast("B")
@@ -83,7 +87,8 @@ def measure(megabytes: int, runs: int, place: str | None) -> dict[str, float]:
         least[name] = min(least.get(name, value), value)
 
     folder = pathlib.Path(tempfile.mkdtemp(dir=place))
-    checkpoints = Checkpoints(folder / "checkpoints", runs + 2)  # removing one of before is no part of a save: it comes after the name
+    # removing one of before is no part of a save: it comes after the name
+    checkpoints = Checkpoints(folder / "checkpoints", runs + 2)
     try:
         for turn in range(1, runs + 2):
             working = jax.block_until_ready(step({name: x.copy() for name, x in state.items()}))
@@ -102,8 +107,12 @@ def measure(megabytes: int, runs: int, place: str | None) -> dict[str, float]:
             after = seconds(lambda: jax.block_until_ready(step(working)))  # noqa: B023
             checkpoints.wait()
             total, processors = time.perf_counter() - start, time.process_time() - before - of_step
-            files = [path for path in (folder / "checkpoints" / str(turn)).rglob("*") if path.is_file()]
-            digested = costs(lambda: [file_checksums.file_digest(path, written=True) for path in files])  # noqa: B023
+            files = [
+                path for path in (folder / "checkpoints" / str(turn)).rglob("*") if path.is_file()
+            ]
+            digested = costs(
+                lambda: [file_checksums.file_digest(path, written=True) for path in files]
+            )  # noqa: B023
             printed = costs(lambda: array_checksums.checksum_arrays(state).read())
             back: Any = None
 
@@ -113,10 +122,14 @@ def measure(megabytes: int, runs: int, place: str | None) -> dict[str, float]:
                 back = jax.block_until_ready(checkpoints.restore(turn, template, shardings))
 
             restored = seconds(restore)
-            if not all((np.asarray(back[name]) == value).all() for name, value in zip(state, host, strict=True)):
+            if not all(
+                (np.asarray(back[name]) == value).all()
+                for name, value in zip(state, host, strict=True)
+            ):
                 raise RuntimeError("what was read is not what was saved")
             del back
-            shutil.rmtree(folder / "checkpoints" / str(turn - 1), ignore_errors=True)  # as many pages of memory are in use in each turn
+            # as many pages of memory are in use in each turn
+            shutil.rmtree(folder / "checkpoints" / str(turn - 1), ignore_errors=True)
             if turn > 1:  # the first makes what all use
                 for name, value in {"copy": copied, "raw": raw, "read": loaded, "blocked": blocked, "total": total, "restore": restored,
                                     "step": plain, "step after": after, "digests": digested[0], "fingerprints": printed[0],
@@ -151,15 +164,34 @@ def main() -> None:
     flags = argparse.ArgumentParser()
     flags.add_argument("--megabytes", type=int, default=600)
     flags.add_argument("--runs", type=int, default=5)
-    flags.add_argument("--place", default=None, help="directory on the disk to measure; default: the temporary directory")
+    flags.add_argument(
+        "--place",
+        default=None,
+        help="directory on the disk to measure; default: the temporary directory",
+    )
     given = flags.parse_args()
     s = measure(given.megabytes, given.runs, given.place)
     size = s.pop("bytes")
-    print(text_table.text_table([(name, f"{1e3 * value:,.1f}", f"{size / value / 1e9:.2f}") for name, value in s.items()], ("", "ms", "GB/s")))
-    print(f"blocked over copy {s['blocked'] / s['copy']:.3f}, total over raw {s['total'] / s['raw']:.3f}, ", end="")
+    print(
+        text_table.text_table(
+            [
+                (name, f"{1e3 * value:,.1f}", f"{size / value / 1e9:.2f}")
+                for name, value in s.items()
+            ],
+            ("", "ms", "GB/s"),
+        )
+    )
+    print(
+        f"blocked over copy {s['blocked'] / s['copy']:.3f}, total over raw"
+        f" {s['total'] / s['raw']:.3f}, ",
+        end="",
+    )
     print(f"restore over read {s['restore'] / s['read']:.3f}, load {os.getloadavg()[0]:.1f}")
     for what in ("digests", "digests and fingerprints"):
-        print(f"{what} over total {share(s, '', what):.3f} by clock, {share(s, ', processors', what):.3f} by processors")
+        print(
+            f"{what} over total {share(s, '', what):.3f} by clock,"
+            f" {share(s, ', processors', what):.3f} by processors"
+        )
 
 
 if __name__ == "__main__":

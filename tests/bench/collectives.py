@@ -1,14 +1,17 @@
-"""Collectives and memory of one ViT-B/16 step, from the text of the program compiled for TPUs that are not there.
+"""Collectives and memory of one ViT-B/16 step, from the text of the program compiled for TPUs that
+are not there.
 
-    pip install "jax[tpu]"                                 # libtpu compiles without a TPU
-    python -m tests.bench.collectives                      # FSDP over 8, gathered weights dropped and kept
-    python -m tests.bench.collectives --remat              # what each policy of model.remat costs and saves, data parallel
-    python -m tests.bench.collectives key=value ...        # one program of your own, settings as on the command line of a run
+    pip install "jax[tpu]"                                 # libtpu compiles without a TPU python -m
+    tests.bench.collectives                      # FSDP over 8, gathered weights dropped and kept
+    python -m tests.bench.collectives --remat              # what each policy of model.remat costs
+    and saves, data parallel python -m tests.bench.collectives key=value ...        # one program of
+    your own, settings as on the command line of a run
 
-received: bytes that reach a device, as `reporting.hlo.collectives` counts them. floor: weights of 119.5 M trained parameters in bfloat16,
-gathered for the forward and again for the backward, their gradients scattered, and 85.6 M of the target encoder gathered once, all times
-(n - 1) / n: 0.78 GB over 8. a layer and pass: collectives over the 16 blocks that hold trained parameters.
-"""
+received: bytes that reach a device, as `reporting.hlo.collectives` counts them. floor: weights of
+119.5 M trained parameters in bfloat16, gathered for the forward and again for the backward, their
+gradients scattered, and 85.6 M of the target encoder gathered once, all times
+(n - 1) / n: 0.78 GB over 8. a layer and pass: collectives over the 16 blocks that hold trained
+parameters."""
 
 import importlib.util
 import sys
@@ -21,33 +24,57 @@ from m3i_jax.modes import compile as mode
 from m3i_jax.reporting import text_table
 from tests.bench.figures import Figure
 
-TRAINED, TARGET = 119.5e6, 85.6e6  # ViT-B/16 with one decoder and a category head; its target encoder
+# ViT-B/16 with one decoder and a category head; its target encoder
+TRAINED, TARGET = 119.5e6, 85.6e6
 TOPOLOGY, DEVICES = "v5e:2x4", 8
 FLOOR = 2 * (3 * TRAINED + TARGET) * (DEVICES - 1) / DEVICES
 FSDP = ("train.batch_size=256", "model.remat=names", "parallel.mesh=1,8,1")
-HEADERS = ("program", "GB received", "over floor", "a layer and pass", "FLOPs", "peak GB", "temporary GB", "compile s", "kinds")
+HEADERS = (
+    "program",
+    "GB received",
+    "over floor",
+    "a layer and pass",
+    "FLOPs",
+    "peak GB",
+    "temporary GB",
+    "compile s",
+    "kinds",
+)
 
 
 def settings(*changes: str) -> schema.Config:
-    """ViT-B/16 on 1,000 categories, without captions, and without colour: it moves nothing between devices, and takes long to compile."""
+    """ViT-B/16 on 1,000 categories, without captions, and without colour: it moves nothing between
+    devices, and takes long to compile."""
     config = configuration.default_config()
     config.model.update(presets.preset("vit_b16"))
     base = ["data.size=100000", "data.classes=1000", "data.captions=no", "model.scan=true"]
-    base += ["data.augment.jitter_p=0", "data.augment.grayscale_p=0", "data.augment.blur_p=0,0", "data.augment.solarize_p=0,0"]
+    base += [
+        "data.augment.jitter_p=0",
+        "data.augment.grayscale_p=0",
+        "data.augment.blur_p=0,0",
+        "data.augment.solarize_p=0,0",
+    ]
     configuration.apply_overrides(config, [*base, *changes])
     return configuration.resolve(config)
 
 
 def report(config: schema.Config) -> dict[str, Any]:
-    """compile.json of a step, and two numbers more: received, bytes a device; layer, collectives a layer and pass."""
+    """compile.json of a step, and two numbers more: received, bytes a device; layer, collectives a
+    layer and pass."""
     got = mode.report_program(config, mode.compile_target(TOPOLOGY, ""), 0)
     found = got["collectives"].values()
     layers = config.model.encoder.depth + config.model.decoder.depth
-    return got | {"received": sum(each["received_bytes"] for each in found), "layer": sum(each["count"] for each in found) / layers}
+    return got | {
+        "received": sum(each["received_bytes"] for each in found),
+        "layer": sum(each["count"] for each in found) / layers,
+    }
 
 
 def row(name: str, got: dict[str, Any]) -> tuple[str, ...]:
-    kinds = ", ".join(f"{kind} {each['count']} x, {each['received_bytes'] / 1e9:.3f} GB" for kind, each in got["collectives"].items())
+    kinds = ", ".join(
+        f"{kind} {each['count']} x, {each['received_bytes'] / 1e9:.3f} GB"
+        for kind, each in got["collectives"].items()
+    )
     return (
         name, f"{got['received'] / 1e9:.3f}", f"{got['received'] / FLOOR:.2f}", f"{got['layer']:.1f}", f"{got['flops']['ratio']:.3f}",
         f"{got['peak_bytes'] / 1e9:.2f}", f"{got['memory']['temporaries'] / 1e9:.2f}", f"{got['compile_seconds']:.0f}", kinds,
@@ -57,17 +84,29 @@ def row(name: str, got: dict[str, Any]) -> tuple[str, ...]:
 def figures(quick: bool) -> list[Figure]:
     """For `tests.bench.report`; quick: two blocks instead of sixteen, whose bytes mean nothing."""
     if importlib.util.find_spec("libtpu") is None:
-        return [Figure("collectives of FSDP over 8 on v5e", None, note="needs libtpu: the extra tpu")]
+        return [
+            Figure("collectives of FSDP over 8 on v5e", None, note="needs libtpu: the extra tpu")
+        ]
     small = ("model.encoder.depth=1", "model.decoder.depth=1") if quick else ()
     dropped = report(settings(*FSDP, *small))
     out = [
-        Figure("FSDP over 8 on v5e: bytes received over the floor", dropped["received"] / FLOOR, 1.0, note=row("", dropped)[-1]),
+        Figure(
+            "FSDP over 8 on v5e: bytes received over the floor",
+            dropped["received"] / FLOOR,
+            1.0,
+            note=row("", dropped)[-1],
+        ),
         Figure("FSDP over 8 on v5e: collectives a layer and pass", dropped["layer"], 5.0),
     ]
     if not quick:
         kept = report(settings(*FSDP, "model.keep_gathered=true"))
         out.append(
-            Figure("the same, gathered weights kept: bytes received over the floor", kept["received"] / FLOOR, 0.75, note=row("", kept)[-1])
+            Figure(
+                "the same, gathered weights kept: bytes received over the floor",
+                kept["received"] / FLOOR,
+                0.75,
+                note=row("", kept)[-1],
+            )
         )
     return out
 
@@ -76,14 +115,21 @@ def main(wanted: list[str]) -> None:
     changes = [each for each in wanted if "=" in each]
     if "--remat" in wanted:
         programs = {
-            remat: (f"train.batch_size={64 * DEVICES}", f"model.remat={remat}") for remat in ("none", "dots", "names", "half", "full")
+            remat: (f"train.batch_size={64 * DEVICES}", f"model.remat={remat}")
+            for remat in ("none", "dots", "names", "half", "full")
         }
     elif wanted:
         programs = {" ".join(wanted): FSDP}
     else:
-        programs = {"gathered twice": FSDP, "gathered weights kept": (*FSDP, "model.keep_gathered=true")}
+        programs = {
+            "gathered twice": FSDP,
+            "gathered weights kept": (*FSDP, "model.keep_gathered=true"),
+        }
     for name, base in programs.items():
-        print(text_table.text_table([row(name, report(settings(*base, *changes)))], HEADERS), flush=True)
+        print(
+            text_table.text_table([row(name, report(settings(*base, *changes)))], HEADERS),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

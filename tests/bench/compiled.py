@@ -1,14 +1,18 @@
-"""What the train step of ViT-B/16 needs on TPUs that are not here: compiled ahead of time, counted from the compiled program's text.
+"""What the train step of ViT-B/16 needs on TPUs that are not here: compiled ahead of time, counted
+from the compiled program's text.
 
-    python -m tests.bench.compiled                    # all: some thirty compilations; those for `depth`, of code too, take minutes
-    python -m tests.bench.compiled slice scaling      # some of: slice, largest, loop, depth, scaling, chips
+    python -m tests.bench.compiled                    # all: some thirty compilations; those for
+    `depth`, of code too, take minutes python -m tests.bench.compiled slice scaling      # some of:
+    slice, largest, loop, depth, scaling, chips
 
-slice: the paper's batch on v5e:4x4, in 4 microbatches. largest: views on one v5e chip at no more than 1.10 times the model's FLOPs without
-microbatches and 1.02 times in four, by bisection over multiples of 64, and what the largest takes over state, batch and what the backward
-waits for. loop: temporaries at 64 views over those of a loop over blocks that keeps what differentiation asks for. depth: compile time of
-an encoder of 48 blocks over one of 12, the least of three each. scaling: FLOPs of a device at 8, 64 and 256 chips with the same views a
-chip. chips: the paper's batch of ViT-B and ViT-L on slices of v5p and v6e: whether it fits, and days. Needs libtpu (extra tpu), no TPU.
-"""
+slice: the paper's batch on v5e:4x4, in 4 microbatches. largest: views on one v5e chip at no more
+than 1.10 times the model's FLOPs without microbatches and 1.02 times in four, by bisection over
+multiples of 64, and what the largest takes over state, batch and what the backward
+waits for. loop: temporaries at 64 views over those of a loop over blocks that keeps what
+differentiation asks for. depth: compile time of an encoder of 48 blocks over one of 12, the least
+of three each. scaling: FLOPs of a device at 8, 64 and 256 chips with the same views a
+chip. chips: the paper's batch of ViT-B and ViT-L on slices of v5p and v6e: whether it fits, and
+days. Needs libtpu (extra tpu), no TPU."""
 
 import importlib.util
 import math
@@ -34,14 +38,19 @@ HEADERS = ("figure", "measured", "target", "", "note")
 def settings(model: str = "vit_b16", **changes: Any) -> schema.Config:
     """The paper's ImageNet run with blocks in one scan, completed."""
     config = configuration.load_config(f"configs/m3i.py:data=imagenet,model={model}")
-    keys = {"model.scan": "true"} | {key.replace("__", "."): str(value) for key, value in changes.items()}
+    keys = {"model.scan": "true"} | {
+        key.replace("__", "."): str(value) for key, value in changes.items()
+    }
     configuration.apply_overrides(config, [f"{key}={value}" for key, value in keys.items()])
     return show.assume_data(configuration.resolve(config))[0]
 
 
 def plain(model: str = "vit_b16", **changes: Any) -> schema.Config:
-    """The same without photometric augmentation, which is a third of the compile time and none of what is asked."""
-    return settings(model, **{f"data__augment__{key}": value for key, value in COLORLESS.items()}, **changes)
+    """The same without photometric augmentation, which is a third of the compile time and none of
+    what is asked."""
+    return settings(
+        model, **{f"data__augment__{key}": value for key, value in COLORLESS.items()}, **changes
+    )
 
 
 def got(topology: str, config: schema.Config, *, code: bool = False) -> dict[str, Any]:
@@ -53,31 +62,59 @@ def got(topology: str, config: schema.Config, *, code: bool = False) -> dict[str
 def the_slice() -> list[Figure]:
     report = got("v5e:4x4", settings(model__remat="names", train__microbatches=4))
     share = report["peak_bytes"] / report["limit_bytes"]
-    note = f"256 views a chip in 4 microbatches, remat names, FLOPs {report['flops']['ratio']:.3f} times the model's"
-    return [Figure("v5e:4x4, ImageNet, 4,096 images: peak over what a chip has", share, 1.0, note=note)]
+    note = (
+        f"256 views a chip in 4 microbatches, remat names, FLOPs {report['flops']['ratio']:.3f}"
+        " times the model's"
+    )
+    return [
+        Figure("v5e:4x4, ImageNet, 4,096 images: peak over what a chip has", share, 1.0, note=note)
+    ]
 
 
 def largest() -> list[Figure]:
     out = []
-    for name, parts, most, remat in (("in one", 1, 1.10, "half"), ("in four microbatches", 4, 1.02, "names")):
+    for name, parts, most, remat in (
+        ("in one", 1, 1.10, "half"),
+        ("in four microbatches", 4, 1.02, "names"),
+    ):
         tried: dict[int, dict[str, Any]] = {}
 
-        def attempt(units: int, parts: int = parts, most: float = most, remat: str = remat, tried: Any = tried) -> batch_search.CompileTrial:
-            config = settings(train__batch_size=units * STEP, train__microbatches=parts, model__remat=remat)
+        def attempt(
+            units: int,
+            parts: int = parts,
+            most: float = most,
+            remat: str = remat,
+            tried: Any = tried,
+        ) -> batch_search.CompileTrial:
+            config = settings(
+                train__batch_size=units * STEP, train__microbatches=parts, model__remat=remat
+            )
             report = tried[units] = got("v5e:1x1", config)
             cheap = "flops" in report and report["flops"]["ratio"] <= most
             fixed = sum(report["memory"].get(part, 0.0) for part in compile_report.STATE)
-            peak = report["peak_bytes"] or math.nan  # the compiler does not always say what it wanted
-            return batch_search.CompileTrial(fits=report["fits"] and cheap, peak=peak, fixed=fixed, limit=report["limit_bytes"])
+            # the compiler does not always say what it wanted
+            peak = report["peak_bytes"] or math.nan
+            return batch_search.CompileTrial(
+                fits=report["fits"] and cheap, peak=peak, fixed=fixed, limit=report["limit_bytes"]
+            )
 
         found = batch_search.largest_batch(attempt, 256 // STEP)
         best = tried.get(found)
-        note = f"FLOPs {best['flops']['ratio']:.3f} times the model's, remat {remat}" if best else ""
+        note = (
+            f"FLOPs {best['flops']['ratio']:.3f} times the model's, remat {remat}" if best else ""
+        )
         what = f"v5e chip: largest ViT-B batch {name}, FLOPs at most {most}"
         out.append(Figure(what, float(found * STEP), 256.0, most=False, note=note))
         if best:
             note = f"{format_bytes(best['peak_bytes'])} at {found * STEP} views"
-            out.append(Figure(f"the same: peak over state, batch and residuals, {name}", best["peak_ratio"], 1.15, note=note))
+            out.append(
+                Figure(
+                    f"the same: peak over state, batch and residuals, {name}",
+                    best["peak_ratio"],
+                    1.15,
+                    note=note,
+                )
+            )
     return out
 
 
@@ -85,10 +122,22 @@ def loop() -> list[Figure]:
     named = got("v5e:1x1", plain(train__batch_size=64, model__remat="names"))
     plainly = got("v5e:1x1", plain(train__batch_size=64, model__scan="false"))
     share = named["memory"]["temporaries"] / plainly["memory"]["temporaries"]
-    each = f"{format_bytes(named['memory']['temporaries'])} over {format_bytes(plainly['memory']['temporaries'])}"
+    each = (
+        f"{format_bytes(named['memory']['temporaries'])} over"
+        f" {format_bytes(plainly['memory']['temporaries'])}"
+    )
     return [
-        Figure("64 views on v5e: temporaries, scan with remat names over a loop without", share, 0.85, note=each),
-        Figure("the same: matrix FLOPs", named["flops"]["compiled"] / plainly["flops"]["compiled"], 1.02),
+        Figure(
+            "64 views on v5e: temporaries, scan with remat names over a loop without",
+            share,
+            0.85,
+            note=each,
+        ),
+        Figure(
+            "the same: matrix FLOPs",
+            named["flops"]["compiled"] / plainly["flops"]["compiled"],
+            1.02,
+        ),
     ]
 
 
@@ -97,10 +146,22 @@ def chips() -> list[Figure]:
     for model in ("vit_b16", "vit_l16"):
         for name in SLICES:
             report = got(name, plain(model, model__remat="names"))
-            days = f"{report['run']['days_at_mfu']:,.1f} days at {report['run']['mfu']:.0%} of the peak" if "run" in report else ""
+            days = (
+                f"{report['run']['days_at_mfu']:,.1f} days at {report['run']['mfu']:.0%} of the"
+                " peak"
+                if "run" in report
+                else ""
+            )
             note = f"{report['batch_per_device']} views a chip in one, {days}"
             share = (report["peak_bytes"] or math.inf) / report["limit_bytes"]
-            out.append(Figure(f"{name}, ImageNet, 4,096 images, {model}: peak over what a chip has", share, 1.0, note=note))
+            out.append(
+                Figure(
+                    f"{name}, ImageNet, 4,096 images, {model}: peak over what a chip has",
+                    share,
+                    1.0,
+                    note=note,
+                )
+            )
     return out
 
 
@@ -118,10 +179,17 @@ def depth() -> list[Figure]:
 def scaling() -> list[Figure]:
     each = {}
     for name, chips in (("v5e:2x4", 8), ("v5e:8x8", 64), ("v5e:16x16", 256)):
-        each[chips] = got(name, plain(train__batch_size=2 * chips, model__remat="names"))["flops"]["compiled"]
+        each[chips] = got(name, plain(train__batch_size=2 * chips, model__remat="names"))["flops"][
+            "compiled"
+        ]
     note = ", ".join(f"{chips}: {count / 1e9:,.2f} GFLOP" for chips, count in each.items())
     return [
-        Figure(f"FLOPs of a device at {chips} chips over those at 8, off 1 by", abs(each[chips] / each[8] - 1), 0.01, note=note)
+        Figure(
+            f"FLOPs of a device at {chips} chips over those at 8, off 1 by",
+            abs(each[chips] / each[8] - 1),
+            0.01,
+            note=note,
+        )
         for chips in (64, 256)
     ]
 
@@ -129,15 +197,31 @@ def scaling() -> list[Figure]:
 def figures(quick: bool, parts: tuple[str, ...] = PARTS) -> list[Figure]:
     """For `tests.bench.report`; quick: one small compilation."""
     if importlib.util.find_spec("libtpu") is None:
-        return [Figure("compiled for TPUs that are not here", None, note="needs libtpu: the extra tpu")]
+        return [
+            Figure("compiled for TPUs that are not here", None, note="needs libtpu: the extra tpu")
+        ]
     if quick:
         small = plain(train__batch_size=8, model__encoder__depth=1, model__decoder__depth=1)
-        return [Figure("v5e chip: peak over what it has, toy", (r := got("v5e:1x1", small))["peak_bytes"] / r["limit_bytes"], 1.0)]
-    made = {"slice": the_slice, "largest": largest, "loop": loop, "depth": depth, "scaling": scaling, "chips": chips}
+        return [
+            Figure(
+                "v5e chip: peak over what it has, toy",
+                (r := got("v5e:1x1", small))["peak_bytes"] / r["limit_bytes"],
+                1.0,
+            )
+        ]
+    made = {
+        "slice": the_slice,
+        "largest": largest,
+        "loop": loop,
+        "depth": depth,
+        "scaling": scaling,
+        "chips": chips,
+    }
     out = []
     for part in parts:
         out += (mine := made[part]())
-        print(tables.text_table([figure.cells for figure in mine], HEADERS), flush=True)  # not lost with what comes behind it
+        # not lost with what comes behind it
+        print(tables.text_table([figure.cells for figure in mine], HEADERS), flush=True)
     return out
 
 

@@ -2,7 +2,8 @@
 
     python -m tests.bench.contestants NAME FOLDER
 
-which answers every number of batches on its standard input when they are made. What that cost is measured from outside."""
+which answers every number of batches on its standard input when they are made. What that cost is
+measured from outside."""
 
 import dataclasses
 import importlib.util
@@ -25,12 +26,18 @@ WARM = 6  # batches before anything is measured: by then workers fill memory tha
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
-def make_pictures(folder: pathlib.Path, count: int = 64, height: int = 375, width: int = 500) -> None:
+def make_pictures(
+    folder: pathlib.Path, count: int = 64, height: int = 375, width: int = 500
+) -> None:
     """JPEGs of the size and weight of a photograph: smooth shapes and noise, always the same."""
     rng = np.random.default_rng(0)
     for i in range(count):
-        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-        pixels = np.clip(np.asarray(coarse) + rng.normal(0, 12, (height, width, 3)), 0, 255).astype(np.uint8)
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize(
+            (width, height), Image.Resampling.BICUBIC
+        )
+        pixels = np.clip(np.asarray(coarse) + rng.normal(0, 12, (height, width, 3)), 0, 255).astype(
+            np.uint8
+        )
         place = folder / str(i % 8)
         place.mkdir(exist_ok=True)
         Image.fromarray(pixels).save(place / f"{i:04}.jpg", quality=92)
@@ -38,7 +45,14 @@ def make_pictures(folder: pathlib.Path, count: int = 64, height: int = 375, widt
 
 def config(batch: int = BATCH, **data: object) -> schema.Config:
     """A ViT-B/16 run without captions, on no threads of its own."""
-    plain = {"source": "folder", "holdout": 0.0, "captions": "no", "threads": 0, "image_size": SIZE, "resizer": "auto"}
+    plain = {
+        "source": "folder",
+        "holdout": 0.0,
+        "captions": "no",
+        "threads": 0,
+        "image_size": SIZE,
+        "resizer": "auto",
+    }
     made = schema.Data(**{**plain, **data})
     return schema.Config(data=made, train=schema.Train(batch_size=batch))
 
@@ -57,7 +71,8 @@ def without_augmentation(folder: str) -> Iterator[dict[str, np.ndarray]]:
 
 
 def raw(folder: str, wanted: str = "auto") -> Iterator[None]:
-    """The decoder and the resizer alone, on boxes drawn beforehand: no order, batch, mirror, mask or label."""
+    """The decoder and the resizer alone, on boxes drawn beforehand: no order, batch, mirror, mask
+    or label."""
     files = sorted(pathlib.Path(folder).rglob("*.jpg"))
     u = np.random.default_rng(1).random((4096, 2, 22)).tolist()
     boxes = [[crops.crop_box(v, 375, 500, scale=SCALE, ratio=RATIO) for v in row] for row in u]
@@ -88,7 +103,10 @@ class _Views:
         from torchvision import datasets, transforms
 
         bicubic = transforms.InterpolationMode.BICUBIC
-        steps = [transforms.RandomResizedCrop(SIZE, SCALE, RATIO, bicubic, antialias=True), transforms.RandomHorizontalFlip()]
+        steps = [
+            transforms.RandomResizedCrop(SIZE, SCALE, RATIO, bicubic, antialias=True),
+            transforms.RandomHorizontalFlip(),
+        ]
         self.view = transforms.Compose(steps if tensors else [*steps, transforms.PILToTensor()])
         self.files, self.tensors = datasets.ImageFolder(folder), tensors
 
@@ -111,7 +129,11 @@ def dataloader(folder: str, *, tensors: bool = False) -> Iterator[object]:
     import torch
 
     torch.set_num_threads(1)
-    return iter(torch.utils.data.DataLoader(_Views(folder, tensors), BATCH, num_workers=1, prefetch_factor=2))
+    return iter(
+        torch.utils.data.DataLoader(
+            _Views(folder, tensors), BATCH, num_workers=1, prefetch_factor=2
+        )
+    )
 
 
 def tf_data(folder: str) -> Iterator[object]:
@@ -122,10 +144,19 @@ def tf_data(folder: str) -> Iterator[object]:
     def view(picture: object) -> object:
         box = tf.constant([[[0.0, 0.0, 1.0, 1.0]]])
         begin, size, _ = tf.image.sample_distorted_bounding_box(
-            tf.shape(picture), box, area_range=SCALE, aspect_ratio_range=RATIO, max_attempts=10, use_image_if_no_bounding_boxes=True
+            tf.shape(picture),
+            box,
+            area_range=SCALE,
+            aspect_ratio_range=RATIO,
+            max_attempts=10,
+            use_image_if_no_bounding_boxes=True,
         )
-        cut = tf.image.resize(tf.slice(picture, begin, size), (SIZE, SIZE), "bicubic", antialias=True)
-        return tf.image.random_flip_left_right(tf.cast(tf.clip_by_value(tf.round(cut), 0, 255), tf.uint8))
+        cut = tf.image.resize(
+            tf.slice(picture, begin, size), (SIZE, SIZE), "bicubic", antialias=True
+        )
+        return tf.image.random_flip_left_right(
+            tf.cast(tf.clip_by_value(tf.round(cut), 0, 255), tf.uint8)
+        )
 
     def sample(path: object) -> object:
         picture = tf.io.decode_jpeg(tf.io.read_file(path), 3)
@@ -135,7 +166,13 @@ def tf_data(folder: str) -> Iterator[object]:
     options.threading.private_threadpool_size = 1
     options.threading.max_intra_op_parallelism = 1
     files = sorted(map(str, pathlib.Path(folder).rglob("*.jpg")))
-    return iter(tf.data.Dataset.from_tensor_slices(files).repeat().map(sample).batch(BATCH).with_options(options))
+    return iter(
+        tf.data.Dataset.from_tensor_slices(files)
+        .repeat()
+        .map(sample)
+        .batch(BATCH)
+        .with_options(options)
+    )
 
 
 def decode_pillow(folder: str) -> Iterator[None]:
@@ -179,10 +216,14 @@ CONTESTANTS = {
     "pipeline, 1 worker": Contestant(lambda folder: pipeline(folder, workers=1)),
     "raw loop, Pillow": Contestant(lambda folder: raw(folder, "pillow")),
     "pipeline, Pillow": Contestant(lambda folder: pipeline(folder, resizer="pillow")),
-    "pipeline, Pillow, 1 worker": Contestant(lambda folder: pipeline(folder, resizer="pillow", workers=1)),
+    "pipeline, Pillow, 1 worker": Contestant(
+        lambda folder: pipeline(folder, resizer="pillow", workers=1)
+    ),
     "pipeline, no augmentation": Contestant(without_augmentation),
     "DataLoader, Pillow, 1 worker": Contestant(dataloader, ("torch", "torchvision")),
-    "DataLoader, tensors, 1 worker": Contestant(lambda folder: dataloader(folder, tensors=True), ("torch", "torchvision")),
+    "DataLoader, tensors, 1 worker": Contestant(
+        lambda folder: dataloader(folder, tensors=True), ("torch", "torchvision")
+    ),
     "tf.data": Contestant(tf_data, ("tensorflow",)),
     "decode: Pillow": Contestant(decode_pillow),
     "decode: simplejpeg": Contestant(decode_simplejpeg, ("simplejpeg",)),

@@ -1,12 +1,13 @@
-"""DCNv3: time and bytes of `auto` over the packed gather, at the four maps of InternImage-H at 192 pixels.
+"""DCNv3: time and bytes of `auto` over the packed gather, at the four maps of InternImage-H at 192
+pixels.
 
-    python -m tests.bench.dcnv3            # time on this machine
-    python -m tests.bench.dcnv3 sizes      # every method by size of the map: what `dcnv3.choose` is read from
-    python -m tests.bench.dcnv3 bytes      # bytes accessed of the program compiled for one TPU v5e chip; needs libtpu, no TPU
+    python -m tests.bench.dcnv3            # time on this machine python -m tests.bench.dcnv3 sizes
+    # every method by size of the map: what `dcnv3.choose` is read from python -m tests.bench.dcnv3
+    bytes      # bytes accessed of the program compiled for one TPU v5e chip; needs libtpu, no TPU
 
-Times are the least of several alternating runs of forward and all gradients, offsets drawn from N(0, spread^2) pixels. The mean of the
-ratios is weighted by the number of layers of each stage. Bytes: of a kernel they are what it reads and writes, as XLA counts a custom call.
-"""
+Times are the least of several alternating runs of forward and all gradients, offsets drawn from
+N(0, spread^2) pixels. The mean of the ratios is weighted by the number of layers of each stage.
+Bytes: of a kernel they are what it reads and writes, as XLA counts a custom call."""
 
 import importlib.util
 import os
@@ -25,10 +26,14 @@ DEPTHS, SIDES, GROUPS, WIDTH = (6, 6, 32, 6), (48, 24, 12, 6), (10, 20, 40, 80),
 BATCHES = (1, 2, 4, 4)
 
 
-def inputs(batch: int, side: int, groups: int, *, width: int = WIDTH, spread: float = 1.0) -> list[np.ndarray]:
+def inputs(
+    batch: int, side: int, groups: int, *, width: int = WIDTH, spread: float = 1.0
+) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     where = batch, side, side, groups
-    x, ct = (rng.normal(size=(batch, side, side, groups * width)).astype(np.float32) for _ in range(2))
+    x, ct = (
+        rng.normal(size=(batch, side, side, groups * width)).astype(np.float32) for _ in range(2)
+    )
     offset = spread * rng.normal(size=(*where, 9, 2)).astype(np.float32)
     return [x, offset, rng.dirichlet(np.ones(9), size=where).astype(np.float32), ct]
 
@@ -61,21 +66,53 @@ def times(runs: int = 9) -> None:
     for spread in (1.0, 0.25, 3.0):
         rows, ratios = [], []
         for batch, side, groups, depth in zip(BATCHES, SIDES, GROUPS, DEPTHS, strict=True):
-            found = milliseconds({m: both(m, groups) for m in ("gather", "auto")}, inputs(batch, side, groups, spread=spread), runs)
+            found = milliseconds(
+                {m: both(m, groups) for m in ("gather", "auto")},
+                inputs(batch, side, groups, spread=spread),
+                runs,
+            )
             ratios.append(found["auto"] / found["gather"])
             method = dcnv3.choose(side, side, jax.default_backend())
-            rows.append((f"{batch}x{side}x{side}", groups, depth, method, *(f"{found[m]:.1f}" for m in found), f"{ratios[-1]:.3f}"))
-        print(text_table.text_table(rows, ("map", "groups", "layers", "auto", "gather ms", "auto ms", "ratio")))
-        print(f"offsets of {spread} pixels: mean ratio by layers {np.average(ratios, weights=DEPTHS):.3f}\n", flush=True)
+            rows.append(
+                (
+                    f"{batch}x{side}x{side}",
+                    groups,
+                    depth,
+                    method,
+                    *(f"{found[m]:.1f}" for m in found),
+                    f"{ratios[-1]:.3f}",
+                )
+            )
+        print(
+            text_table.text_table(
+                rows, ("map", "groups", "layers", "auto", "gather ms", "auto ms", "ratio")
+            )
+        )
+        print(
+            f"offsets of {spread} pixels: mean ratio by layers"
+            f" {np.average(ratios, weights=DEPTHS):.3f}\n",
+            flush=True,
+        )
 
 
 def figures(quick: bool) -> list[Figure]:
     ratios = []
     for batch, side, groups in [(1, 6, 2)] if quick else zip(BATCHES, SIDES, GROUPS, strict=True):
-        found = milliseconds({m: both(m, groups) for m in ("gather", "auto")}, inputs(batch, side, groups), 1 if quick else 9)
+        found = milliseconds(
+            {m: both(m, groups) for m in ("gather", "auto")},
+            inputs(batch, side, groups),
+            1 if quick else 9,
+        )
         ratios.append(found["auto"] / found["gather"])
     mean = float(np.average(ratios, weights=DEPTHS[: len(ratios)]))
-    out = [Figure("DCNv3 forward and gradients over the packed gather, InternImage-H at 192 px, by layers", mean, 0.45)]
+    out = [
+        Figure(
+            "DCNv3 forward and gradients over the packed gather, InternImage-H at 192 px, by"
+            " layers",
+            mean,
+            0.45,
+        )
+    ]
     if not quick and importlib.util.find_spec("libtpu"):
         goals = {"12 x 12": 0.33, "6 x 6": 0.33, "all layers": 0.41}
         out += [
@@ -90,12 +127,28 @@ def sizes(runs: int = 5) -> None:
     for width in (16, 32):
         for side in (6, 7, 8, 10, 12, 14, 24, 28, 48, 56):
             arrays = inputs(1, side, 8, width=width)
-            skip = {"auto"} | ({"kernel"} if jax.default_backend() != "tpu" else set()) | ({"dense"} if side > 28 else set())  # minutes
+            # minutes
+            skip = (
+                {"auto"}
+                | ({"kernel"} if jax.default_backend() != "tpu" else set())
+                | ({"dense"} if side > 28 else set())
+            )
             methods = [m for m in dcnv3.METHODS if m not in skip]
             found = milliseconds({m: both(m, 8) for m in methods}, arrays, runs)
             auto = dcnv3.choose(side, side, jax.default_backend())
-            rows.append((width, side, auto, *(f"{found[m]:.1f}" if m in found else "" for m in dcnv3.METHODS[1:])))
-    print(text_table.text_table(rows, ("channels a group", "side", "auto", *(f"{m} ms" for m in dcnv3.METHODS[1:]))))
+            rows.append(
+                (
+                    width,
+                    side,
+                    auto,
+                    *(f"{found[m]:.1f}" if m in found else "" for m in dcnv3.METHODS[1:]),
+                )
+            )
+    print(
+        text_table.text_table(
+            rows, ("channels a group", "side", "auto", *(f"{m} ms" for m in dcnv3.METHODS[1:]))
+        )
+    )
 
 
 def compile_for_v5e(run, arrays: list):
@@ -104,21 +157,30 @@ def compile_for_v5e(run, arrays: list):
 
     from m3i_jax import parallel
 
-    mesh = parallel.make_mesh((1, 1, 1), topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[:1])
+    mesh = parallel.make_mesh(
+        (1, 1, 1), topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[:1]
+    )
     with jax.set_mesh(mesh):
-        return run.lower(*(jax.ShapeDtypeStruct(*array, sharding=parallel.replicated(mesh)) for array in arrays)).compile()
+        return run.lower(
+            *(jax.ShapeDtypeStruct(*array, sharding=parallel.replicated(mesh)) for array in arrays)
+        ).compile()
 
 
 def counted(program) -> tuple[float, float, int]:
     """(GB accessed, MiB of temporaries, gathers and scatters) of a compiled program."""
     text = program.as_text()
     gathers = sum(text.count(f" {name}(") for name in ("gather", "scatter"))
-    return program.cost_analysis()["bytes accessed"] / 1e9, program.memory_analysis().temp_size_in_bytes / 2**20, gathers
+    return (
+        program.cost_analysis()["bytes accessed"] / 1e9,
+        program.memory_analysis().temp_size_in_bytes / 2**20,
+        gathers,
+    )
 
 
 def bytes_accessed(batch: int = 16) -> dict[str, float]:
-    """Of one layer of every stage, bfloat16: bytes of `auto` over those of the gather, by map and over all layers. The matrix of `dense` is
-    that of the whole map, also where `auto` takes bands on other machines."""
+    """Of one layer of every stage, bfloat16: bytes of `auto` over those of the gather, by map and
+    over all layers. The matrix of `dense` is that of the whole map, also where `auto` takes bands
+    on other machines."""
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     half = jnp.bfloat16
     methods = ("gather", "dense", "auto")
@@ -131,12 +193,23 @@ def bytes_accessed(batch: int = 16) -> dict[str, float]:
             ((*where, 9), half),
             ((*where[:3], groups * WIDTH), half),
         ]
-        found = {name: counted(compile_for_v5e(both(name, groups), arrays)) for name in methods if name != "dense" or side <= 24}
+        found = {
+            name: counted(compile_for_v5e(both(name, groups), arrays))
+            for name in methods
+            if name != "dense" or side <= 24
+        }
         for name, (gigabytes, _, _) in found.items():
             total[name] += depth * gigabytes
         cells = [f"{found[m][i]:.2f}" if m in found else "" for i in (0, 1) for m in methods]
         ratios[f"{side} x {side}"] = found["auto"][0] / found["gather"][0]
-        rows.append((f"{batch}x{side}x{side}", *cells, found["auto"][2], f"{ratios[f'{side} x {side}']:.3f}"))
+        rows.append(
+            (
+                f"{batch}x{side}x{side}",
+                *cells,
+                found["auto"][2],
+                f"{ratios[f'{side} x {side}']:.3f}",
+            )
+        )
     heads = [f"{m} {unit}" for unit in ("GB", "MiB") for m in methods]
     print(text_table.text_table(rows, ("map", *heads, "gathers of auto", "auto over gather")))
     print(f"all layers: {total['auto'] / total['gather']:.3f}")
@@ -144,4 +217,6 @@ def bytes_accessed(batch: int = 16) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    {"times": times, "sizes": sizes, "bytes": bytes_accessed}[sys.argv[1] if len(sys.argv) > 1 else "times"]()
+    {"times": times, "sizes": sizes, "bytes": bytes_accessed}[
+        sys.argv[1] if len(sys.argv) > 1 else "times"
+    ]()

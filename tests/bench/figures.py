@@ -5,8 +5,8 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=False)
 class Figure:
-    """value: a ratio, a count, or a share; None: not measured, and `note` says why. target: None where it is only reported. most: whether
-    the target is the most allowed, or the least."""
+    """value: a ratio, a count, or a share; None: not measured, and `note` says why. target: None
+    where it is only reported. most: whether the target is the most allowed, or the least."""
 
     what: str
     value: float | None
@@ -24,11 +24,25 @@ class Figure:
             return "not measured"
         if self.target is None:
             return ""
-        return "met" if (self.value <= self.target if self.most else self.value >= self.target) else "missed"
+        return (
+            "met"
+            if (self.value <= self.target if self.most else self.value >= self.target)
+            else "missed"
+        )
 
     @property
     def cells(self) -> tuple[str, str, str, str, str]:
         """A row of the table."""
-        value = "-" if self.value is None else f"{self.value:.1e}" if 0 < abs(self.value) < 1e-3 else f"{self.value:.3f}"
-        target = "-" if self.target is None else f"{'at most' if self.most else 'at least'} {self.target:g}"
+        value = (
+            "-"
+            if self.value is None
+            else f"{self.value:.1e}"
+            if 0 < abs(self.value) < 1e-3
+            else f"{self.value:.3f}"
+        )
+        target = (
+            "-"
+            if self.target is None
+            else f"{'at most' if self.most else 'at least'} {self.target:g}"
+        )
         return self.what, value, target, self.verdict, self.note

@@ -1,13 +1,15 @@
-"""Floating-point operations and memory of one train step of ViT-B/16, for every form, named method and set, and of the paper's largest run.
+"""Floating-point operations and memory of one train step of ViT-B/16, for every form, named method
+and set, and of the paper's largest run.
 
     python -m tests.bench.flops                    # all rows
     python -m tests.bench.flops m3i k mim+clip     # some
 
-dot: matrix products and convolutions of the traced, unrolled step, an image. formula: tests/bench/formula.py, from shapes. all: what XLA
-counts in the lowered step, elementwise work included; "other" is what exceeds dot, over dot. temporary: peak temporary memory of the step
-of ViT-S/16 compiled for CPU at 16 images, blocks in one scan, from the compiler's statistics; only with --memory,
-which compiles each step (XLA_FLAGS=--xla_backend_optimization_level=0 compiles faster to the same plan of buffers).
-"""
+dot: matrix products and convolutions of the traced, unrolled step, an image. formula:
+tests/bench/formula.py, from shapes. all: what XLA counts in the lowered step, elementwise work
+included; "other" is what exceeds dot, over dot. temporary: peak temporary memory of the step of
+ViT-S/16 compiled for CPU at 16 images, blocks in one scan, from the compiler's statistics; only
+with --memory, which compiles each step (XLA_FLAGS=--xla_backend_optimization_level=0 compiles
+faster to the same plan of buffers)."""
 
 import dataclasses
 import pathlib
@@ -25,7 +27,9 @@ from m3i_jax.training.trainer import Trainer, abstract_batch
 from tests.bench import formula
 from tests.bench.figures import Figure
 
-FLOOR = 279.5e9  # with the patch embedding trained; 287.0e9 before the dead rows of the last decoder layer are left out
+# with the patch embedding trained; 287.0e9 before the dead rows of the last decoder layer are left
+# out
+FLOOR = 279.5e9
 SETS = ("mim+clip", "sim+supervised", "mim+instance", "m3i_unmixed")
 VARIANTS = {
     "m3i, category": {},
@@ -46,7 +50,12 @@ def variant(forms: str = "m3i", **changes: str) -> schema.Config:
         if name in published.PUBLISHED:
             settings |= {k: str(v) for k, v in published.PUBLISHED[name].settings.items()}
     text = any(t.target.of == "text" for name in names for t in _terms(name)) and forms != "m3i"
-    base = {"data.size": "100000", "data.classes": "1000", "data.captions": "yes" if text else "no", "train.batch_size": "64"}
+    base = {
+        "data.size": "100000",
+        "data.classes": "1000",
+        "data.captions": "yes" if text else "no",
+        "train.batch_size": "64",
+    }
     base |= {"objective.target_checkpoint": "(a run)"} | settings | changes
     configuration.apply_overrides(config, [f"{key}={value}" for key, value in base.items()])
     return configuration.resolve(config)
@@ -54,7 +63,10 @@ def variant(forms: str = "m3i", **changes: str) -> schema.Config:
 
 def joint() -> schema.Config:
     """The paper's InternImage-H on categories and captions, of the recipe's batch."""
-    config = configuration.load_config(str(pathlib.Path(__file__).parent.parent.parent / "configs/m3i.py") + ":data=joint,model=internimage_h")
+    config = configuration.load_config(
+        str(pathlib.Path(__file__).parent.parent.parent / "configs/m3i.py")
+        + ":data=joint,model=internimage_h"
+    )
     return configuration.resolve(config)
 
 
@@ -67,7 +79,11 @@ def measure(config: schema.Config) -> tuple[float, float, float]:
     trainer = Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 49_408)
     batch = abstract_batch(config)
     counted = flops.count_flops(trainer.trace, trainer.template, batch)
-    lowered = trainer.lower(batch).cost_analysis()["flops"] if config.train.microbatches == 1 else float("nan")
+    lowered = (
+        trainer.lower(batch).cost_analysis()["flops"]
+        if config.train.microbatches == 1
+        else float("nan")
+    )
     images = config.train.batch_size
     return (counted.dot + counted.conv) / images, formula.step(trainer.plan), lowered / images
 
@@ -77,8 +93,12 @@ def temporary(forms: str) -> float:
     base = variant(forms, **{"train.batch_size": "16", "model.scan": "true"})
     small = presets.preset("vit_s16")
     encoder = dataclasses.replace(base.model.encoder, **{k: v for k, v in small["encoder"].items()})
-    decoder = dataclasses.replace(base.model.decoder, width=min(base.model.decoder.width, 384), heads=8)
-    config = dataclasses.replace(base, model=dataclasses.replace(base.model, encoder=encoder, decoder=decoder))
+    decoder = dataclasses.replace(
+        base.model.decoder, width=min(base.model.decoder.width, 384), heads=8
+    )
+    config = dataclasses.replace(
+        base, model=dataclasses.replace(base.model, encoder=encoder, decoder=decoder)
+    )
     trainer = Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 49_408)
     return trainer.lower(abstract_batch(config)).compile().memory_analysis().temp_size_in_bytes
 
@@ -95,15 +115,32 @@ def figures(quick: bool) -> list[Figure]:
     settings = {name: variant(**VARIANTS[name]) for name in names}  # type: ignore[arg-type]
     if quick:
         encoder, decoder = schema.Encoder(depth=2), schema.Decoder(depth=2)
-        small = {n: dataclasses.replace(c.model, encoder=encoder, decoder=decoder) for n, c in settings.items()}
+        small = {
+            n: dataclasses.replace(c.model, encoder=encoder, decoder=decoder)
+            for n, c in settings.items()
+        }
         settings = {n: dataclasses.replace(c, model=small[n]) for n, c in settings.items()}
     seen = {name: measure(config) for name, config in settings.items()}
-    out = [Figure(f"FLOPs of the ViT-B/16 step over the formula: {name}", dot / wanted, 1.02) for name, (dot, wanted, _) in seen.items()]
+    out = [
+        Figure(f"FLOPs of the ViT-B/16 step over the formula: {name}", dot / wanted, 1.02)
+        for name, (dot, wanted, _) in seen.items()
+    ]
     dot, _, everything = seen["m3i, category"]
-    out.append(Figure("elementwise FLOPs over those of matrix products", everything / dot - 1, 0.02))
+    out.append(
+        Figure("elementwise FLOPs over those of matrix products", everything / dot - 1, 0.02)
+    )
     if not quick:
-        trained, fixed = seen["m3i, category, patch embedding trained"][0], seen["m3i, category, fixed weight"][0]
-        out.append(Figure(f"FLOPs of the step over the floor of {FLOOR / 1e9} GFLOP an image", trained / FLOOR, 1.02))
+        trained, fixed = (
+            seen["m3i, category, patch embedding trained"][0],
+            seen["m3i, category, fixed weight"][0],
+        )
+        out.append(
+            Figure(
+                f"FLOPs of the step over the floor of {FLOOR / 1e9} GFLOP an image",
+                trained / FLOOR,
+                1.02,
+            )
+        )
         out.append(Figure("FLOPs of dynamic over fixed weighting", dot / fixed, 1.005))
     return out
 
@@ -125,8 +162,14 @@ def main(wanted: list[str]) -> None:
         print(text_table.text_table([cells for cells, _ in seen.values()], headers[:6]))
         dots = {name: dot for name, (_, dot) in seen.items()}
         trained = dots["m3i, category, patch embedding trained"]
-        print(f"over the floor of {FLOOR / 1e9} GFLOP: {trained / FLOOR:.4f}; over 287.0: {trained / 287.0e9:.4f}")
-        print(f"dynamic over fixed weighting: {dots['m3i, category'] / dots['m3i, category, fixed weight']:.5f}\n")
+        print(
+            f"over the floor of {FLOOR / 1e9} GFLOP: {trained / FLOOR:.4f}; over 287.0:"
+            f" {trained / 287.0e9:.4f}"
+        )
+        print(
+            "dynamic over fixed weighting:"
+            f" {dots['m3i, category'] / dots['m3i, category, fixed weight']:.5f}\n"
+        )
         cells, dot = row("InternImage-H, joint", joint())
         print(text_table.text_table([cells], headers[:6]))
         print(f"over 1.52 TFLOP: {dot / 1.52e12:.4f}\n")

@@ -1,11 +1,20 @@
-"""Floating-point operations of a step from shapes alone, for any objective: what `tests.bench.flops` holds the counted program against.
+"""Floating-point operations of a step from shapes alone, for any objective: what
+`tests.bench.flops` holds the counted program against.
 
-Written from the paper's shapes, not from the program: a multiply-add is two operations, a trained product costs three times its forward
-(two gradients), a product whose input needs no gradient twice.
-"""
+Written from the paper's shapes, not from the program: a multiply-add is two operations, a trained
+product costs three times its forward (two gradients), a product whose input needs no gradient
+twice."""
 
 from m3i_jax import schema
-from m3i_jax.objective.terms import DecoderHead, LinearHead, MlpShape, Pass, PooledHead, ProjectionHead, Term
+from m3i_jax.objective.terms import (
+    DecoderHead,
+    LinearHead,
+    MlpShape,
+    Pass,
+    PooledHead,
+    ProjectionHead,
+    Term,
+)
 from m3i_jax.training.plan import Plan
 
 
@@ -24,7 +33,8 @@ def vit(c: schema.Config, shown: int) -> tuple[int, int]:
 def intern_image(c: schema.Config) -> tuple[int, int]:
     """The same of InternImage with its fusion, whatever is shown: a convolution reads every place.
 
-    The operator at its least: of every point the four cells around it, and the convolution before its offsets tap by tap. The program
+    The operator at its least: of every point the four cells around it, and the convolution before
+    its offsets tap by tap. The program
     spends those otherwise: in products with zeros, and in sums that are not products of matrices.
 
     >>> import dataclasses
@@ -56,12 +66,17 @@ def encoder(c: schema.Config, shown: int) -> tuple[int, int]:
     return vit(c, shown) if c.model.backbone == "vit" else intern_image(c)
 
 
-def _mlp(rows: int, c: schema.Config, mlp: MlpShape | None, width: int, trained: int = 3) -> tuple[int, int]:
+def _mlp(
+    rows: int, c: schema.Config, mlp: MlpShape | None, width: int, trained: int = 3
+) -> tuple[int, int]:
     """(multiply-adds, output width) of a projector or predictor."""
     if mlp is None:
         return 0, width
     widths = [width, *[c.model.head.hidden] * (mlp.layers - 1), c.model.head.width]
-    return trained * rows * sum(a * b for a, b in zip(widths, widths[1:], strict=False)), c.model.head.width
+    return (
+        trained * rows * sum(a * b for a, b in zip(widths, widths[1:], strict=False)),
+        c.model.head.width,
+    )
 
 
 def _shown(c: schema.Config, read: Pass) -> int:
@@ -80,16 +95,23 @@ def _decoder(plan: Plan, term: Term) -> int:
     c, e, d = plan.config, plan.config.model.encoder, plan.config.model.decoder
     patch = 3 * e.patch_size**2
     own = _own(c, term) + plan.reads_cls(term)
-    n = c.hidden if isinstance(term.head, DecoderHead) and term.head.queries == "hidden" else c.tokens
+    n = (
+        c.hidden
+        if isinstance(term.head, DecoderHead) and term.head.queries == "hidden"
+        else c.tokens
+    )
     total, whole = 3 * own * e.width * d.width, own + n
-    total += 3 * (d.depth - 1 + d.projector_depth * 0) * block(whole, d.width) + 3 * d.projector_depth * block(own, d.width)
+    total += 3 * (d.depth - 1 + d.projector_depth * 0) * block(
+        whole, d.width
+    ) + 3 * d.projector_depth * block(own, d.width)
     if d.norm == "batch":
         total += 3 * block(whole, d.width)
     else:  # of the last block only rows that predict, keys and values of all
         total += 3 * (2 * whole * d.width**2 + 10 * n * d.width**2 + 2 * n * whole * d.width)
     out = patch if term.target.of == "pixels" else d.width if d.projector_depth else e.width
     total += 3 * n * d.width * out
-    if term.reads.crop != term.target.crop:  # the map of relative positions, whose input takes no gradient; else one row for the batch
+    # the map of relative positions, whose input takes no gradient; else one row for the batch
+    if term.reads.crop != term.target.crop:
         total += 2 * c.tokens * 2 * d.width * d.width
     return total
 
@@ -115,18 +137,33 @@ def step(plan: Plan) -> float:
     # Blocks of a target that is read once more at each of the last ones are the same blocks.
     total += len(plan.views) * encoder(c, c.tokens)[0]
     if plan.where("text") and c.train.microbatches > 1 and c.objective.text_softmax == "batch":
-        total += sum(encoder(c, _shown(c, read))[0] for read in plan.passes)  # embeddings are computed once more
+        # embeddings are computed once more
+        total += sum(encoder(c, _shown(c, read))[0] for read in plan.passes)
     for goal in plan.goals:
         if goal.space == "decoder":
-            total += (c.tokens + cls) * e.width * d.width + d.projector_depth * block(c.tokens + cls, d.width)
+            total += (c.tokens + cls) * e.width * d.width + d.projector_depth * block(
+                c.tokens + cls, d.width
+            )
         elif isinstance(goal.space, ProjectionHead):
-            total += _mlp(c.tokens if goal.space.pool == "none" else 1, c, goal.space.projector, e.width, 1)[0]
+            total += _mlp(
+                c.tokens if goal.space.pool == "none" else 1, c, goal.space.projector, e.width, 1
+            )[0]
     learned = [g for g in plan.goals if g.target.learned]
-    weighed = {plan.goal(x).space for x in plan.terms if getattr(x.posterior, "second_moment", False) and c.objective.second_moment}
+    weighed = {
+        plan.goal(x).space
+        for x in plan.terms
+        if getattr(x.posterior, "second_moment", False) and c.objective.second_moment
+    }
     measured = [g for n, g in enumerate(learned) if g.space in weighed or n == 0]
     for goal in measured:  # C, also where it is only watched
         space = goal.space
-        width = d.width if space == "decoder" else e.width if space is None else _mlp(1, c, space.projector, e.width)[1]
+        width = (
+            d.width
+            if space == "decoder"
+            else e.width
+            if space is None
+            else _mlp(1, c, space.projector, e.width)[1]
+        )
         total += (1 if goal.target.of == "pooled" else c.tokens) * width**2
     for term in plan.terms:
         n = _own(c, term)
@@ -144,14 +181,22 @@ def step(plan: Plan) -> float:
                 total += c.tokens * c.tokens * e.width
         total += _posterior(plan, term, b)
     vectors = {(x.reads, x.image, x.head) for x in plan.terms if isinstance(x.head, PooledHead)}
-    by_key = {key: next(x for x in plan.terms if (x.reads, x.image, x.head) == key) for key in vectors}
+    by_key = {
+        key: next(x for x in plan.terms if (x.reads, x.image, x.head) == key) for key in vectors
+    }
     for term in by_key.values():
         n = _own(c, term) if c.model.pool.kind == "attention" else 0
-        total += 3 * ((2 * n + 1 if n else 0) * e.width**2 + 2 * n * e.width + e.width * c.model.pool.width)
+        total += 3 * (
+            (2 * n + 1 if n else 0) * e.width**2 + 2 * n * e.width + e.width * c.model.pool.width
+        )
     total += 3 * len(plan.where("category")) * c.model.pool.width * c.data.classes
     if texts := len(plan.where("text")):
         length = c.data.caption_length
-        last = 2 * length * t.width**2 + 10 * t.width**2 + 2 * length * t.width if t.pool == "first" else block(length, t.width)
+        last = (
+            2 * length * t.width**2 + 10 * t.width**2 + 2 * length * t.width
+            if t.pool == "first"
+            else block(length, t.width)
+        )
         total += 3 * ((t.depth - 1) * block(length, t.width) + last + t.width * t.embed)
         total += 3 * texts * (c.model.pool.width * t.embed + b * t.embed)
     return 2.0 * total
@@ -161,7 +206,11 @@ def _posterior(plan: Plan, term: Term, b: int) -> float:
     """Products of the posterior itself."""
     c, name = plan.config, type(term.posterior).__name__
     e, d = c.model.encoder, c.model.decoder
-    if name == "Gaussian" and getattr(term.posterior, "second_moment", False) and c.objective.second_moment:
+    if (
+        name == "Gaussian"
+        and getattr(term.posterior, "second_moment", False)
+        and c.objective.second_moment
+    ):
         width = d.width if d.projector_depth and isinstance(term.head, DecoderHead) else e.width
         return c.tokens * width**2  # p C, whose gradient costs none
     width = c.model.head.width if isinstance(term.head, ProjectionHead) else e.width

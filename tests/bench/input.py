@@ -1,12 +1,15 @@
-"""The speed of the input pipeline against what it is made of and against other loaders, side by side in one run.
+"""The speed of the input pipeline against what it is made of and against other loaders, side by
+side in one run.
 
     python -m tests.bench.input            # five to ten minutes
 
-Images a second of processor time: decoding a 500 x 375 JPEG once, two antialiased bicubic 224 x 224 crops of it, in batches of 256.
-The other loaders mirror half of the views as well; ours leaves that to the device. All contestants are alive at the same time and take
-turns; a line is the median of its rounds. Loaders that are not installed are left out: pip install torch torchvision (CPU builds will do)
-and tensorflow-cpu for all of them. After it, what else is promised: the same bytes from any number of workers and after any restart, a
-far position as near as the first, augmentation that costs next to nothing."""
+Images a second of processor time: decoding a 500 x 375 JPEG once, two antialiased bicubic 224 x 224
+crops of it, in batches of 256. The other loaders mirror half of the views as well; ours leaves that
+to the device. All contestants are alive at the same time and take turns; a line is the median of
+its rounds. Loaders that are not installed are left out: pip install torch torchvision (CPU builds
+will do) and tensorflow-cpu for all of them. After it, what else is promised: the same bytes from
+any number of workers and after any restart, a far position as near as the first, augmentation that
+costs next to nothing."""
 
 import contextlib
 import hashlib
@@ -34,7 +37,11 @@ RATIOS = [
     ("pipeline, Pillow", ("raw loop, Pillow",), 0.90),
     ("pipeline, Pillow, 1 worker", ("raw loop, Pillow",), 0.85),
     ("pipeline, 1 worker", ("DataLoader, Pillow, 1 worker", "DataLoader, tensors, 1 worker"), 1.1),
-    ("pipeline, Pillow, 1 worker", ("DataLoader, Pillow, 1 worker", "DataLoader, tensors, 1 worker"), 1.1),
+    (
+        "pipeline, Pillow, 1 worker",
+        ("DataLoader, Pillow, 1 worker", "DataLoader, tensors, 1 worker"),
+        1.1,
+    ),
     ("pipeline", ("tf.data",), 2.5),
     ("pipeline", ("pipeline, Pillow",), None),
     ("pipeline", ("pipeline, no augmentation",), 0.95),
@@ -46,9 +53,17 @@ class Running:
     """A contestant's process."""
 
     def __init__(self, name: str, folder: str) -> None:
-        environment = {**os.environ, **heap.kept(), "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            **heap.kept(),
+            "JAX_PLATFORMS": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
         command = [sys.executable, "-m", "tests.bench.contestants", name, folder]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self.told("ready")
 
     def spent(self) -> float:
@@ -57,14 +72,21 @@ class Running:
         for entry in os.listdir("/proc"):
             if entry.isdigit():
                 with contextlib.suppress(OSError):
-                    parents[int(entry)] = int(pathlib.Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[1])
+                    parents[int(entry)] = int(
+                        pathlib.Path("/proc", entry, "stat")
+                        .read_text()
+                        .rpartition(")")[2]
+                        .split()[1]
+                    )
         ours = {self.process.pid}
         while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
             ours |= more
-        return sum(time.clock_gettime(~pid << 3 | 2) for pid in ours)  # Linux's clock of another process, to the nanosecond
+        # Linux's clock of another process, to the nanosecond
+        return sum(time.clock_gettime(~pid << 3 | 2) for pid in ours)
 
     def at_rest(self) -> float:
-        """The same once nobody works any more. The watching is not the contestant's expense: this process does it."""
+        """The same once nobody works any more. The watching is not the contestant's expense: this
+        process does it."""
         last = self.spent()
         while True:
             time.sleep(0.25)
@@ -77,11 +99,14 @@ class Running:
         assert self.process.stdout is not None
         line = self.process.stdout.readline().strip()
         if not line or (expected and line != expected):
-            raise RuntimeError(f"{self.process.args!r} ended with {self.process.wait()} (it said {line!r})")
+            raise RuntimeError(
+                f"{self.process.args!r} ended with {self.process.wait()} (it said {line!r})"
+            )
         return line
 
     def round(self) -> float:
-        """Pictures a second of processor time, from rest to rest: what was made ahead and not asked for is the same before and after."""
+        """Pictures a second of processor time, from rest to rest: what was made ahead and not asked
+        for is the same before and after."""
         assert self.process.stdin is not None
         before = self.at_rest()
         print(BATCHES, file=self.process.stdin, flush=True)
@@ -99,7 +124,11 @@ class Running:
 
 def race(folder: str) -> dict[str, list[float]]:
     """Pictures a second of every contestant that is installed, round by round."""
-    running = {name: Running(name, folder) for name, contestant in CONTESTANTS.items() if not contestant.absent}
+    running = {
+        name: Running(name, folder)
+        for name, contestant in CONTESTANTS.items()
+        if not contestant.absent
+    }
     speeds: dict[str, list[float]] = {name: [] for name in running}
     try:
         for turn in range(ROUNDS):
@@ -127,7 +156,11 @@ def digest(folder: str, batches: int, *, start: int = 0, **data: object) -> list
     try:
         for _ in range(batches):
             batch = next(made)
-            out.append(hashlib.sha256(b"".join(name.encode() + batch[name].tobytes() for name in sorted(batch))).hexdigest())
+            out.append(
+                hashlib.sha256(
+                    b"".join(name.encode() + batch[name].tobytes() for name in sorted(batch))
+                ).hexdigest()
+            )
     finally:
         made.close()
     return out
@@ -136,10 +169,17 @@ def digest(folder: str, batches: int, *, start: int = 0, **data: object) -> list
 def promises(folder: str) -> list[tuple[str, str, str]]:
     """Same bytes for any number of workers and threads, and after a restart; a far position."""
     whole = digest(folder, 6)
-    others = {f"{n} workers": digest(folder, 6, workers=n) for n in (1, 2, 4)} | {"2 threads": digest(folder, 6, threads=2)}
-    one, two = (streams.by_processes(folder, hosts, batches=6, start=0, batch=SMALL) for hosts in (1, 2))
+    others = {f"{n} workers": digest(folder, 6, workers=n) for n in (1, 2, 4)} | {
+        "2 threads": digest(folder, 6, threads=2)
+    }
+    one, two = (
+        streams.by_processes(folder, hosts, batches=6, start=0, batch=SMALL) for hosts in (1, 2)
+    )
     rest = [digest(folder, 6 - k, start=k * SMALL) == whole[k:] for k in range(1, 6)]
-    rows = [(f"batches of {name} equal those of none", str(seen == whole), "True") for name, seen in others.items()]
+    rows = [
+        (f"batches of {name} equal those of none", str(seen == whole), "True")
+        for name, seen in others.items()
+    ]
     rows.append(("batches of 2 processes equal those of 1", str(one == two), "True"))
     rows.append(("restarts after 1 to 5 batches go on with the same bytes", str(all(rest)), "True"))
     seconds: dict[int, list[float]] = {0: [], 10**9: []}
@@ -148,12 +188,19 @@ def promises(folder: str) -> list[tuple[str, str, str]]:
         digest(folder, 1, start=start)
         seconds[start].append(time.perf_counter() - begin)
     near, far = (min(times) for times in seconds.values())
-    rows.append((f"first batch at position 1,000,000,000 (at 0: {near:.2f} s), no worker", f"{far:.2f} s", "1 s"))
+    rows.append(
+        (
+            f"first batch at position 1,000,000,000 (at 0: {near:.2f} s), no worker",
+            f"{far:.2f} s",
+            "1 s",
+        )
+    )
     return rows
 
 
 def augmentation_share() -> float:
-    """FLOPs of augmenting both views over those of the whole step of a ViT-B/16, both as XLA counts them."""
+    """FLOPs of augmenting both views over those of the whole step of a ViT-B/16, both as XLA counts
+    them."""
     import functools
 
     import jax
@@ -167,44 +214,81 @@ def augmentation_share() -> float:
 
     made = configuration.default_config()
     made.model.update(presets.preset("vit_b16"))
-    configuration.apply_overrides(made, ["data.size=100000", "data.classes=1000", "data.captions=no", "train.batch_size=8"])
+    configuration.apply_overrides(
+        made, ["data.size=100000", "data.classes=1000", "data.captions=no", "train.batch_size=8"]
+    )
     settings = configuration.resolve(made)
     one = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
     trainer = Trainer(settings, one, 0)
-    step = jax.jit(trainer.trace).lower(trainer.template, abstract_batch(settings)).cost_analysis()["flops"]
+    step = (
+        jax.jit(trainer.trace)
+        .lower(trainer.template, abstract_batch(settings))
+        .cost_analysis()["flops"]
+    )
 
     def augment(view: int, views: jax.Array, flip: jax.Array, where: jax.Array) -> jax.Array:
         mirrored = photometric.mirror(views, flip)
-        return photometric.augment(mirrored, where, seed=0, view=view, settings=settings.data.augment)
+        return photometric.augment(
+            mirrored, where, seed=0, view=view, settings=settings.data.augment
+        )
 
-    shapes = [jax.ShapeDtypeStruct((8, *rest), kind) for rest, kind in (((224, 224, 3), np.uint8), ((), np.bool_), ((2,), np.uint32))]
+    shapes = [
+        jax.ShapeDtypeStruct((8, *rest), kind)
+        for rest, kind in (((224, 224, 3), np.uint8), ((), np.bool_), ((2,), np.uint32))
+    ]
     lowered = [jax.jit(functools.partial(augment, view)).lower(*shapes) for view in (0, 1)]
     return sum(each.cost_analysis()["flops"] for each in lowered) / step
 
 
 def figures(quick: bool) -> list[Figure]:
-    share = Figure("FLOPs of augmenting two views over the step of a ViT-B/16", augmentation_share(), 0.01)
+    share = Figure(
+        "FLOPs of augmenting two views over the step of a ViT-B/16", augmentation_share(), 0.01
+    )
     with tempfile.TemporaryDirectory() as folder:
         contestants.make_pictures(pathlib.Path(folder), 8 if quick else 64)
         if quick:
             whole, rest = digest(folder, 2), digest(folder, 1, start=SMALL)
-            return [Figure("batches after a restart that are other bytes", float(whole[1:] != rest), 0), share]
+            return [
+                Figure("batches after a restart that are other bytes", float(whole[1:] != rest), 0),
+                share,
+            ]
         speeds = race(folder)
         out = [share]
         for what, over, target in RATIOS:
             rival = over[0] if len(over) == 1 else "the faster DataLoader"
-            absent = "" if all(name in speeds for name in (what, over[0])) else "needs the extra bench"
-            out.append(Figure(f"input, images a core second: {what} over {rival}", ratio(speeds, what, over), target, False, absent))
+            absent = (
+                "" if all(name in speeds for name in (what, over[0])) else "needs the extra bench"
+            )
+            out.append(
+                Figure(
+                    f"input, images a core second: {what} over {rival}",
+                    ratio(speeds, what, over),
+                    target,
+                    False,
+                    absent,
+                )
+            )
         broken = sum(told != wanted for _, told, wanted in promises(folder) if wanted == "True")
-        return [*out, Figure("promises broken: same bytes from any number of workers, and after a restart", float(broken), 0)]
+        return [
+            *out,
+            Figure(
+                "promises broken: same bytes from any number of workers, and after a restart",
+                float(broken),
+                0,
+            ),
+        ]
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         contestants.make_pictures(pathlib.Path(folder))
         speeds = race(folder)
-        rows = [(name, f"{statistics.median(s):,.0f}", f"{max(s):,.0f}") for name, s in speeds.items()]
-        print(text_table.text_table(rows, ("pictures a second of one core", "median", "best")), "\n")
+        rows = [
+            (name, f"{statistics.median(s):,.0f}", f"{max(s):,.0f}") for name, s in speeds.items()
+        ]
+        print(
+            text_table.text_table(rows, ("pictures a second of one core", "median", "best")), "\n"
+        )
         for name, contestant in CONTESTANTS.items():
             if contestant.absent:
                 print(f"left out: {name}: the package {contestant.absent} is not installed")
@@ -214,7 +298,11 @@ def main() -> None:
             measured = "not measured" if value is None else f"{value:.2f}"
             rival = over[0] if len(over) == 1 else "the faster DataLoader"
             table.append((f"{what} over {rival}", measured, f"{target:.2f}" if target else "-"))
-        share = ("augmentation of two views over the step of a ViT-B/16, FLOPs", f"{augmentation_share():.2%}", "1 %")
+        share = (
+            "augmentation of two views over the step of a ViT-B/16, FLOPs",
+            f"{augmentation_share():.2%}",
+            "1 %",
+        )
         print(text_table.text_table([*table, *promises(folder), share], ("", "measured", "target")))
 
 

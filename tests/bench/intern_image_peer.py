@@ -1,12 +1,13 @@
-"""InternImage-T, forward and all gradients in float32, over PyTorch with DCNv3 as a `grid_sample` (tests/bench/intern_image_torch.py).
+"""InternImage-T, forward and all gradients in float32, over PyTorch with DCNv3 as a `grid_sample`
+(tests/bench/intern_image_torch.py).
 
     python -m tests.bench.intern_image_peer                    # 2 and 8 images of 224 pixels
     python -m tests.bench.intern_image_peer 8 --runs 9
     python -m tests.bench.intern_image_peer --torch PYTHON     # torch from another environment
 
-Both start from the same weights, offsets as wide as those of a trained net among them, and see the same images; the losses, and the
-gradients of all weights, must agree before anything is timed (tests/bench/race.py).
-"""
+Both start from the same weights, offsets as wide as those of a trained net among them, and see the
+same images; the losses, and the gradients of all weights, must agree before anything is timed
+(tests/bench/race.py)."""
 
 import pathlib
 import sys
@@ -20,8 +21,9 @@ from tests.bench.figures import Figure
 NEEDS = ("torch",)
 TARGET = 0.7
 AGREE = 1e-4  # of the loss
-# Of the gradients, the median and the worst. A sample on the border of two cells has the slope of either, which rounding alone decides, and
-# what comes before it differs then: PyTorch's own differ from those in float64 by as much.
+# Of the gradients, the median and the worst. A sample on the border of two cells has the slope of
+# either, which rounding alone decides, and what comes before it differs then: PyTorch's own differ
+# from those in float64 by as much.
 TYPICAL, WORST = 1e-3, 1e-2
 SIDE = {"toy": 64}
 
@@ -30,11 +32,14 @@ def inputs(name: str) -> tuple[np.ndarray, np.ndarray]:
     """Pictures, and what the last map is weighted with: always the same."""
     batch, side = int(name) if name.isdigit() else 1, SIDE.get(name, 224)
     images = np.random.default_rng(0).normal(size=(batch, side, side, 3)).astype(np.float32)
-    return images, np.random.default_rng(1).normal(size=(batch, side // 32, side // 32, 512)).astype(np.float32)
+    return images, np.random.default_rng(1).normal(
+        size=(batch, side // 32, side // 32, 512)
+    ).astype(np.float32)
 
 
 def ours(folder: pathlib.Path, name: str) -> Any:
-    """Our step as a function that takes one and returns the loss; writes weights and gradients under the published names first."""
+    """Our step as a function that takes one and returns the loss; writes weights and gradients
+    under the published names first."""
     import jax
     import jax.numpy as jnp
 
@@ -43,8 +48,15 @@ def ours(folder: pathlib.Path, name: str) -> Any:
 
     model, noise = intern_image.PRESETS["internimage_t"], np.random.default_rng(2)
     drawn = jax.tree.map(np.asarray, intern_image.init(model, jax.random.key(0)))
-    state = interop.store_intern_image({"encoder": {part: tree for part, tree in drawn.items() if part != "fusion"}})  # which the published net has not
-    state |= {key: noise.normal(0, 0.1, value.shape).astype(np.float32) for key, value in state.items() if ".offset." in key}
+    # which the published net has not
+    state = interop.store_intern_image(
+        {"encoder": {part: tree for part, tree in drawn.items() if part != "fusion"}}
+    )
+    state |= {
+        key: noise.normal(0, 0.1, value.shape).astype(np.float32)
+        for key, value in state.items()
+        if ".offset." in key
+    }
     params = jax.tree.map(jnp.asarray, interop.load_intern_image(state)["encoder"])
     images, weight = (jnp.asarray(a) for a in inputs(name))
 
@@ -54,7 +66,10 @@ def ours(folder: pathlib.Path, name: str) -> Any:
     run = jax.jit(jax.value_and_grad(loss)).lower(params, images, weight).compile()
     _, grads = run(params, images, weight)
     np.savez(folder / "weights.npz", **state)
-    np.savez(folder / "gradients.npz", **interop.store_intern_image({"encoder": jax.tree.map(np.asarray, grads)}))
+    np.savez(
+        folder / "gradients.npz",
+        **interop.store_intern_image({"encoder": jax.tree.map(np.asarray, grads)}),
+    )
 
     def step() -> float:
         return float(jax.block_until_ready(run(params, images, weight))[0])
@@ -75,7 +90,9 @@ def theirs(folder: pathlib.Path, name: str) -> Any:
 
     torch.set_num_threads(race.THREADS)
     net = intern_image_torch.InternImage(Net(64, (4, 4, 18, 4), (4, 8, 16, 32), "pre"))
-    net.load_state_dict({key: torch.from_numpy(value) for key, value in np.load(folder / "weights.npz").items()})
+    net.load_state_dict(
+        {key: torch.from_numpy(value) for key, value in np.load(folder / "weights.npz").items()}
+    )
     images, weight = (torch.from_numpy(a) for a in inputs(name))
 
     def step() -> float:
@@ -87,7 +104,10 @@ def theirs(folder: pathlib.Path, name: str) -> Any:
     step()
     wanted = dict(np.load(folder / "gradients.npz"))
     found = {key: parameter.grad.numpy() for key, parameter in net.named_parameters()}
-    off = {key: float(np.linalg.norm(found[key] - wanted[key]) / np.linalg.norm(wanted[key])) for key in found}
+    off = {
+        key: float(np.linalg.norm(found[key] - wanted[key]) / np.linalg.norm(wanted[key]))
+        for key in found
+    }
     if not (np.median(list(off.values())) <= TYPICAL and max(off.values()) <= WORST):
         worst = max(off, key=off.__getitem__)
         raise RuntimeError(f"the gradients of {worst} differ by {off[worst]:.1e}")
@@ -99,10 +119,17 @@ def figures(quick: bool) -> list[Figure]:
 
     out = []
     for name in ("toy",) if quick else ("2", "8"):
-        seen = race.race("tests.bench.intern_image_peer", name, 5 if quick else 7, sys.executable, AGREE)
+        seen = race.race(
+            "tests.bench.intern_image_peer", name, 5 if quick else 7, sys.executable, AGREE
+        )
         (a, b), (c, d) = seen["wall"], seen["processor"]
-        label = f"InternImage-T forward and gradients over PyTorch, CPU, {name} image(s), jax {jax.__version__}"
-        out.append(Figure(label, a / b, None if quick else TARGET, note=f"processor time {c / d:.2f}"))
+        label = (
+            f"InternImage-T forward and gradients over PyTorch, CPU, {name} image(s), jax"
+            f" {jax.__version__}"
+        )
+        out.append(
+            Figure(label, a / b, None if quick else TARGET, note=f"processor time {c / d:.2f}")
+        )
     return out
 
 

@@ -1,7 +1,8 @@
-"""InternImage in PyTorch, under the published names, with DCNv3 as one `grid_sample`: the form that runs without the CUDA operator.
+"""InternImage in PyTorch, under the published names, with DCNv3 as one `grid_sample`: the form that
+runs without the CUDA operator.
 
-Written from the paper's description for comparisons of numbers and of time. The classifier of T to XL is left out: the four maps come out.
-"""
+Written from the paper's description for comparisons of numbers and of time. The classifier of T to
+XL is left out: the four maps come out."""
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +14,27 @@ def sample(value, offset, mask, groups, scale):
     b, h, w, c = value.shape
     line = torch.arange(-1, 2, dtype=value.dtype)
     base = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1).reshape(1, 1, 1, 1, 9, 2)
-    rows, columns = torch.meshgrid(torch.arange(h, dtype=value.dtype), torch.arange(w, dtype=value.dtype), indexing="ij")
-    place = torch.stack([columns, rows], -1)[None, :, :, None, None] + scale * (base + offset.reshape(b, h, w, groups, 9, 2))
+    rows, columns = torch.meshgrid(
+        torch.arange(h, dtype=value.dtype), torch.arange(w, dtype=value.dtype), indexing="ij"
+    )
+    place = torch.stack([columns, rows], -1)[None, :, :, None, None] + scale * (
+        base + offset.reshape(b, h, w, groups, 9, 2)
+    )
     unit = (2 * place + 1) / torch.tensor([w, h], dtype=value.dtype) - 1
     grid = unit.permute(0, 3, 1, 2, 4, 5).reshape(b * groups, h * w, 9, 2)
-    v = value.reshape(b, h, w, groups, c // groups).permute(0, 3, 4, 1, 2).reshape(b * groups, c // groups, h, w)
+    v = (
+        value.reshape(b, h, w, groups, c // groups)
+        .permute(0, 3, 4, 1, 2)
+        .reshape(b * groups, c // groups, h, w)
+    )
     found = F.grid_sample(v, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     weight = mask.reshape(b, h * w, groups, 9).transpose(1, 2).reshape(b * groups, 1, h * w, 9)
     return (found * weight).sum(-1).reshape(b, c, h, w).permute(0, 2, 3, 1)
 
 
 class First(nn.Module):
-    """Channels first before, channels last after: the wrappers that give the published names their numbers."""
+    """Channels first before, channels last after: the wrappers that give the published names their
+    numbers."""
 
     def forward(self, x):
         return x.permute(0, 2, 3, 1)
@@ -58,7 +68,9 @@ class Dcn(nn.Module):
         mask = self.mask(features).reshape(b, h, w, self.groups, 9).softmax(-1)
         y = sample(v, self.offset(features), mask, self.groups, self.scale)
         if self.center:
-            share = F.linear(features, self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias).sigmoid()
+            share = F.linear(
+                features, self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias
+            ).sigmoid()
             share = share[..., None].expand(-1, -1, -1, -1, c // self.groups).reshape(b, h, w, c)
             y = y * (1 - share) + v * share
         return self.output_proj(y)
@@ -81,10 +93,20 @@ class Layer(nn.Module):
         self.norm1, self.norm2 = norm(c), norm(c)
         if net.norm == "res_post":
             self.res_post_norm1, self.res_post_norm2 = norm(c), norm(c)
-        self.gamma1, self.gamma2 = (nn.Parameter(torch.ones(c)) if net.scale else None for _ in range(2))
+        self.gamma1, self.gamma2 = (
+            nn.Parameter(torch.ones(c)) if net.scale else None for _ in range(2)
+        )
 
     def forward(self, x):
-        branches = (self.dcn, self.norm1, self.gamma1, "res_post_norm1"), (self.mlp, self.norm2, self.gamma2, "res_post_norm2")
+        branches = (
+            (self.dcn, self.norm1, self.gamma1, "res_post_norm1"),
+            (
+                self.mlp,
+                self.norm2,
+                self.gamma2,
+                "res_post_norm2",
+            ),
+        )
         for branch, own, gamma, after in branches:
             y = own(branch(x)) if self.kind == "post" else branch(own(x))
             if self.kind == "res_post":

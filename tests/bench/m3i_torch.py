@@ -1,8 +1,10 @@
-"""One M3I step (categories, dynamic weighting) in plain PyTorch and timm: what tests.bench.torch_peer and tests.bench.accelerator let run
-against ours. It knows nothing of JAX: parameters, batch and schedules come as numpy arrays, by the paths of our tree.
+"""One M3I step (categories, dynamic weighting) in plain PyTorch and timm: what
+tests.bench.torch_peer and tests.bench.accelerator let run against ours. It knows nothing of JAX:
+parameters, batch and schedules come as numpy arrays, by the paths of our tree.
 
-Written with the care of somebody who wants it fast: one encoder backward, timm's fused attention, fused AdamW, one foreach call for the
-moving average, dead rows of the last decoder layer left out, no product that the formulas do not ask for."""
+Written with the care of somebody who wants it fast: one encoder backward, timm's fused attention,
+fused AdamW, one foreach call for the moving average, dead rows of the last decoder layer left out,
+no product that the formulas do not ask for."""
 
 import functools
 from typing import Any
@@ -19,13 +21,18 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def _blocks(width: int, heads: int, depth: int, ratio: float) -> nn.ModuleList:
     norm = functools.partial(nn.LayerNorm, eps=1e-6)
-    return nn.ModuleList(Block(width, heads, ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+    return nn.ModuleList(
+        Block(width, heads, ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+    )
 
 
 class Encoder(nn.Module):
-    """Vision transformer with a cls token, fixed positions, a patch embedding that is not trained and no final norm."""
+    """Vision transformer with a cls token, fixed positions, a patch embedding that is not trained
+    and no final norm."""
 
-    def __init__(self, width: int, heads: int, depth: int, ratio: float, patch: int, table: np.ndarray) -> None:
+    def __init__(
+        self, width: int, heads: int, depth: int, ratio: float, patch: int, table: np.ndarray
+    ) -> None:
         super().__init__()
         self.patch_embed = nn.Linear(3 * patch * patch, width).requires_grad_(False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -35,7 +42,8 @@ class Encoder(nn.Module):
     def forward(self, patches: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         x = self.patch_embed(patches)
         x = x + self.table.to(x.dtype)
-        keep = None if keep is None else keep.to(x.dtype)  # so that the residual stream keeps the precision of the products, as ours does
+        # so that the residual stream keeps the precision of the products, as ours does
+        keep = None if keep is None else keep.to(x.dtype)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
         for i, block in enumerate(self.blocks):
             if keep is None:
@@ -48,9 +56,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Own tokens at their places and one query a target position; of the last layer only the queries' rows."""
+    """Own tokens at their places and one query a target position; of the last layer only the
+    queries' rows."""
 
-    def __init__(self, width_in: int, width: int, heads: int, depth: int, ratio: float, table: np.ndarray) -> None:
+    def __init__(
+        self, width_in: int, width: int, heads: int, depth: int, ratio: float, table: np.ndarray
+    ) -> None:
         super().__init__()
         self.embed, self.head = nn.Linear(width_in, width), nn.Linear(width, width_in)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -58,7 +69,9 @@ class Decoder(nn.Module):
         self.blocks = _blocks(width, heads, depth, ratio)
         self.register_buffer("table", torch.from_numpy(table), persistent=False)
 
-    def forward(self, tokens: torch.Tensor, index: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, tokens: torch.Tensor, index: torch.Tensor, places: torch.Tensor
+    ) -> torch.Tensor:
         own = self.embed(tokens)
         own = own + self.table[index].to(own.dtype)
         queries = self.position_map(places) + self.mask_token
@@ -73,7 +86,9 @@ class Decoder(nn.Module):
         q = F.linear(normed[:, first:], weight[:width], bias[:width])
         k, v = F.linear(normed, weight[width:], bias[width:]).chunk(2, -1)
         q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
-        x = x[:, first:] + last.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x[:, first:] + last.attn.proj(
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        )
         x = x + last.mlp(last.norm2(x))
         return self.head(x)
 
@@ -83,7 +98,9 @@ class Pool(nn.Module):
 
     def __init__(self, width: int, heads: int, out: int) -> None:
         super().__init__()
-        self.norm_query, self.norm_key, self.norm_value = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
+        self.norm_query, self.norm_key, self.norm_value = (
+            nn.LayerNorm(width, eps=1e-6) for _ in range(3)
+        )
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.out, self.heads = nn.Linear(width, out), heads
 
@@ -107,7 +124,14 @@ def sincos(x: torch.Tensor, width: int) -> torch.Tensor:
     return torch.cat([phase.sin(), phase.cos()], -1)
 
 
-def relative(box_in: torch.Tensor, flip_in: torch.Tensor, box: torch.Tensor, flip: torch.Tensor, grid: int, width: int) -> torch.Tensor:
+def relative(
+    box_in: torch.Tensor,
+    flip_in: torch.Tensor,
+    box: torch.Tensor,
+    flip: torch.Tensor,
+    grid: int,
+    width: int,
+) -> torch.Tensor:
     """Raw embedding [B, N, 2 W] of every position of a target view, seen from the input view."""
     centre = torch.arange(grid, device=box.device) + 0.5
 
@@ -132,8 +156,11 @@ def _partner(x: torch.Tensor) -> torch.Tensor:
     return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
-def _energy(p: torch.Tensor, target: torch.Tensor, moment: torch.Tensor, weight: float) -> torch.Tensor:
-    """|p - t|^2 + w p'Cp by row over its width; of the second part the gradient is 2 w C p without a product in the backward pass."""
+def _energy(
+    p: torch.Tensor, target: torch.Tensor, moment: torch.Tensor, weight: float
+) -> torch.Tensor:
+    """|p - t|^2 + w p'Cp by row over its width; of the second part the gradient is 2 w C p without
+    a product in the backward pass."""
     p = p.float()
     product = p.detach() @ moment
     value = (p - target).square() + weight * (2 * p * product - p.detach() * product)
@@ -143,19 +170,37 @@ def _energy(p: torch.Tensor, target: torch.Tensor, moment: torch.Tensor, weight:
 class Peer:
     """Everything of a run.
 
-    Args:
-      shape: numbers of the model: width, heads, depth, ratio, patch, grid, hidden, decoder_width, decoder_heads, decoder_depth, pool_heads,
-        pool_width, classes; and decay, second_moment, smoothing, gamma, balance_decay, clip, b1, b2, eps.
-      arrays: parameters as params/..., by the paths of our tree; tables as table/encoder, table/decoder, table/identity.
+    Args: shape: numbers of the model: width, heads, depth, ratio, patch, grid, hidden,
+      decoder_width, decoder_heads, decoder_depth, pool_heads, pool_width, classes; and decay,
+      second_moment, smoothing, gamma, balance_decay, clip, b1, b2, eps.
+      arrays: parameters as params/..., by the paths of our tree; tables as table/encoder,
+          table/decoder, table/identity.
       device: cpu or cuda.
       half: run matrix products in bfloat16, parameters and sums in float32.
       compiled: let torch.compile have encoder, decoder and pooling.
     """
 
-    def __init__(self, shape: dict[str, Any], arrays: Arrays, *, device: str = "cpu", half: bool = False, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        shape: dict[str, Any],
+        arrays: Arrays,
+        *,
+        device: str = "cpu",
+        half: bool = False,
+        compiled: bool = False,
+    ) -> None:
         s = self.shape = shape
-        make = lambda: Encoder(s["width"], s["heads"], s["depth"], s["ratio"], s["patch"], arrays["table/encoder"])  # noqa: E731
-        decoder = Decoder(s["width"], s["decoder_width"], s["decoder_heads"], s["decoder_depth"], s["ratio"], arrays["table/decoder"])
+        make = lambda: Encoder(
+            s["width"], s["heads"], s["depth"], s["ratio"], s["patch"], arrays["table/encoder"]
+        )  # noqa: E731
+        decoder = Decoder(
+            s["width"],
+            s["decoder_width"],
+            s["decoder_heads"],
+            s["decoder_depth"],
+            s["ratio"],
+            arrays["table/decoder"],
+        )
         pool = Pool(s["width"], s["pool_heads"], s["pool_width"])
         self.encoder, self.target = make(), make().requires_grad_(False)
         self.heads = Heads(decoder, pool, nn.Linear(s["pool_width"], s["classes"]))
@@ -170,29 +215,51 @@ class Peer:
         trained = [(name, p) for name, p in trained if p.requires_grad]
         plain = [p for name, p in trained if p.ndim == 1 or name.endswith("token")]
         decayed = [p for name, p in trained if not (p.ndim == 1 or name.endswith("token"))]
-        groups = [{"params": decayed, "weight_decay": s["decay"]}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(s["b1"], s["b2"]), eps=s["eps"], fused=True)
+        groups = [
+            {"params": decayed, "weight_decay": s["decay"]},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=0.0, betas=(s["b1"], s["b2"]), eps=s["eps"], fused=True
+        )
         self.trained = [p for _, p in trained]
         self.followed = [p for p in self.encoder.parameters() if p.requires_grad]
-        self.following = [t for t, p in zip(self.target.parameters(), self.encoder.parameters(), strict=True) if p.requires_grad]
+        self.following = [
+            t
+            for t, p in zip(self.target.parameters(), self.encoder.parameters(), strict=True)
+            if p.requires_grad
+        ]
         self.norms: torch.Tensor | None = None
         self.device, self.half = device, half
-        self.mean, self.std = (torch.tensor(x, device=device)[None, None, None, None] for x in (MEAN, STD))
+        self.mean, self.std = (
+            torch.tensor(x, device=device)[None, None, None, None] for x in (MEAN, STD)
+        )
         wrap = torch.compile if compiled else lambda module: module
         self._encode, self._encode_target = wrap(self.encoder), wrap(self.target)
         self._decode, self._pool = wrap(self.heads.decoder), wrap(self.heads.pool)
 
     def patches(self, views: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-        """[B, 2, S, S, 3] uint8 -> [2, B, N, 3 p p], mirrored where `flip` [B, 2] says so, and normalised."""
+        """[B, 2, S, S, 3] uint8 -> [2, B, N, 3 p p], mirrored where `flip` [B, 2] says so, and
+        normalised."""
         views = torch.where(flip[..., None, None, None], views.flip(-2), views)
         x = (views.float() / 255 - self.mean) / self.std
         b, grid, p = len(x), self.shape["grid"], self.shape["patch"]
-        return x.reshape(b, 2, grid, p, grid, p, 3).permute(1, 0, 2, 4, 3, 5, 6).reshape(2, b, grid * grid, -1)
+        return (
+            x.reshape(b, 2, grid, p, grid, p, 3)
+            .permute(1, 0, 2, 4, 3, 5, 6)
+            .reshape(2, b, grid * grid, -1)
+        )
 
-    def step(self, batch: dict[str, torch.Tensor], keep: torch.Tensor | None, lr: float, momentum: float) -> dict[str, torch.Tensor]:
+    def step(
+        self, batch: dict[str, torch.Tensor], keep: torch.Tensor | None, lr: float, momentum: float
+    ) -> dict[str, torch.Tensor]:
         """One optimizer step; its metrics."""
         s = self.shape
-        weight = torch.tensor(s["gamma"], device=self.device) if self.norms is None else s["gamma"] * self.norms[0] / self.norms[1]
+        weight = (
+            torch.tensor(s["gamma"], device=self.device)
+            if self.norms is None
+            else s["gamma"] * self.norms[0] / self.norms[1]
+        )
         with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
             crops = self.patches(batch["views"], batch["flip"])
             with torch.no_grad():
@@ -201,7 +268,11 @@ class Peer:
                 targets = F.layer_norm(seen, seen.shape[-1:], eps=1e-5).unflatten(0, (2, -1))
                 rows = targets.flatten(0, 2)
                 moment = (rows.T @ rows) / len(rows)
-                monitors = {"target_std": seen.unflatten(0, (2, -1))[0].flatten(0, 1).std(0, correction=0).mean()}
+                monitors = {
+                    "target_std": (
+                        seen.unflatten(0, (2, -1))[0].flatten(0, 1).std(0, correction=0).mean()
+                    )
+                }
             mask = batch["mask"]
             mixed = torch.where(mask[..., None], crops[0], _partner(crops[0]))
             z = self._encode(mixed, keep)
@@ -209,11 +280,18 @@ class Peer:
 
             order = torch.argsort((~mask).int(), dim=1, stable=True)
             cells = order.split([mask.shape[1] - s["hidden"], s["hidden"]], 1)
-            own, other = (tokens[:, 1:].gather(1, index[..., None].expand(-1, -1, s["width"])) for index in cells)
+            own, other = (
+                tokens[:, 1:].gather(1, index[..., None].expand(-1, -1, s["width"]))
+                for index in cells
+            )
             box, flip = _partner(batch["box"]), _partner(batch["flip"])
-            places = relative(box[:, 0], flip[:, 0], box[:, 1], flip[:, 1], s["grid"], s["decoder_width"])
+            places = relative(
+                box[:, 0], flip[:, 0], box[:, 1], flip[:, 1], s["grid"], s["decoder_width"]
+            )
             both = torch.cat([own, other])
-            made = self._decode(both, torch.cat(cells), torch.cat([self.identity.expand(len(own), -1, -1), places]))
+            made = self._decode(
+                both, torch.cat(cells), torch.cat([self.identity.expand(len(own), -1, -1), places])
+            )
             logits = self.heads.category(self._pool(both)).float()
         with torch.autocast(self.device, enabled=False):
             goal = torch.cat([targets[0], _partner(targets[1])])
@@ -223,7 +301,8 @@ class Peer:
 
         decoder = list(self.heads.decoder.parameters())
         pooled = [*self.heads.pool.parameters(), *self.heads.category.parameters()]
-        dz_sp, *d_pooled = torch.autograd.grad(sp, [tokens, *pooled], retain_graph=True)  # both read the same gathered tokens
+        # both read the same gathered tokens
+        dz_sp, *d_pooled = torch.autograd.grad(sp, [tokens, *pooled], retain_graph=True)
         dz_ssp, *d_decoder = torch.autograd.grad(ssp, [tokens, *decoder])
         norms = torch.stack([dz_ssp.float().norm(), dz_sp.float().norm()])
         self.optimizer.zero_grad(set_to_none=True)
@@ -248,7 +327,12 @@ class Peer:
 
 
 # Their names in timm, by ours.
-_NAMES = {"attention/qkv": "attn.qkv", "attention/out": "attn.proj", "mlp/fc1": "mlp.fc1", "mlp/fc2": "mlp.fc2"}
+_NAMES = {
+    "attention/qkv": "attn.qkv",
+    "attention/out": "attn.proj",
+    "mlp/fc1": "mlp.fc1",
+    "mlp/fc2": "mlp.fc2",
+}
 
 
 def _load(module: nn.Module, arrays: Arrays, prefix: str) -> None:
@@ -262,14 +346,23 @@ def _load(module: nn.Module, arrays: Arrays, prefix: str) -> None:
         if where and where[0] == "blocks":
             inner = "/".join(where[1:])
             for layer, one in enumerate(value):
-                state[f"blocks.{layer}.{_NAMES.get(inner, inner)}.{last}"] = one.T if one.ndim == 2 else one
+                state[f"blocks.{layer}.{_NAMES.get(inner, inner)}.{last}"] = (
+                    one.T if one.ndim == 2 else one
+                )
         else:
             state[".".join([*where, last])] = value.T if value.ndim == 2 else value
-    module.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})  # strict: all of them
+    # strict: all of them
+    module.load_state_dict(
+        {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
+    )
 
 
 def batch_of(arrays: Arrays, device: str = "cpu") -> dict[str, torch.Tensor]:
     """The batch among the arrays, on a device."""
-    made = {name.removeprefix("batch/"): torch.from_numpy(value).to(device) for name, value in arrays.items() if name.startswith("batch/")}
+    made = {
+        name.removeprefix("batch/"): torch.from_numpy(value).to(device)
+        for name, value in arrays.items()
+        if name.startswith("batch/")
+    }
     made["label"] = made["label"].long()
     return made

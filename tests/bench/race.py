@@ -1,10 +1,11 @@
-"""Two programs that compute the same, ours and one in PyTorch, each in a process of its own, taking turns.
+"""Two programs that compute the same, ours and one in PyTorch, each in a process of its own, taking
+turns.
 
-A contest is a module of this package with `ours(folder, name)` and `theirs(folder, name)`: each returns a function that takes a step and
-returns its loss. Ours begins, and leaves in `folder` what theirs starts from; NEEDS names the packages of theirs. Both get the heap of
-tests.bench.heap; the least of the runs counts. What else runs on the machine slows both down: the load is told with the result, and the
-ratio of the processor time is less sensitive to it.
-"""
+A contest is a module of this package with `ours(folder, name)` and `theirs(folder, name)`: each
+returns a function that takes a step and returns its loss. Ours begins, and leaves in `folder` what
+theirs starts from; NEEDS names the packages of theirs. Both get the heap of tests.bench.heap; the
+least of the runs counts. What else runs on the machine slows both down: the load is told with the
+result, and the ratio of the processor time is less sensitive to it."""
 
 import argparse
 import importlib
@@ -30,16 +31,26 @@ def contestant(module: str, side: str, folder: pathlib.Path, name: str) -> None:
     for _ in sys.stdin:
         wall, processor = time.perf_counter(), time.process_time()
         loss = step()
-        print(json.dumps([loss, time.perf_counter() - wall, time.process_time() - processor]), flush=True)
+        print(
+            json.dumps([loss, time.perf_counter() - wall, time.process_time() - processor]),
+            flush=True,
+        )
 
 
 class Running:
     """A contestant's process."""
 
     def __init__(self, python: str, *arguments: str) -> None:
-        environment = {**os.environ, **heap.kept(), "OMP_NUM_THREADS": str(THREADS), "JAX_PLATFORMS": "cpu"}
+        environment = {
+            **os.environ,
+            **heap.kept(),
+            "OMP_NUM_THREADS": str(THREADS),
+            "JAX_PLATFORMS": "cpu",
+        }
         command = [python, "-m", "tests.bench.race", *arguments]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         if self.line() != "ready":
             raise RuntimeError(f"{' '.join(arguments)} did not start")
 
@@ -66,10 +77,9 @@ class Running:
 def race(module: str, name: str, runs: int, python: str, agree: float) -> dict[str, Any]:
     """Losses of the first steps, and the least seconds of both; `python` runs theirs.
 
-    Raises:
-      ModuleNotFoundError: theirs would run here, and a package is missing.
-      RuntimeError: the losses of the first step differ by more than `agree`: then they do not compute the same thing, and no time means
-        anything.
+    Raises: ModuleNotFoundError: theirs would run here, and a package is missing. RuntimeError: the
+      losses of the first step differ by more than `agree`: then they do not compute the same thing,
+      and no time means anything.
     """
     if python == sys.executable:
         for package in importlib.import_module(module).NEEDS:
@@ -78,23 +88,38 @@ def race(module: str, name: str, runs: int, python: str, agree: float) -> dict[s
         running = [Running(sys.executable, module, "jax", folder, name)]
         try:
             running.append(Running(python, module, "torch", folder, name))
-            rounds = [[one.step() for one in running[:: 1 if turn % 2 else -1]][:: 1 if turn % 2 else -1] for turn in range(runs + 3)]
+            rounds = [
+                [one.step() for one in running[:: 1 if turn % 2 else -1]][:: 1 if turn % 2 else -1]
+                for turn in range(runs + 3)
+            ]
         finally:
             for one in running:
                 one.end()
     differ = [abs(a[0] - b[0]) / abs(b[0]) for a, b in rounds]
     if differ[0] > agree:
-        raise RuntimeError(f"the losses of the first step are {rounds[0][0][0]} and {rounds[0][1][0]}")
+        raise RuntimeError(
+            f"the losses of the first step are {rounds[0][0][0]} and {rounds[0][1][0]}"
+        )
     timed = rounds[3:]
-    least = {side: [min(pair[i][j] for pair in timed) for i in range(2)] for j, side in ((1, "wall"), (2, "processor"))}
-    return {"differ": differ, "rounds": timed, "wall": least["wall"], "processor": least["processor"]}
+    least = {
+        side: [min(pair[i][j] for pair in timed) for i in range(2)]
+        for j, side in ((1, "wall"), (2, "processor"))
+    }
+    return {
+        "differ": differ,
+        "rounds": timed,
+        "wall": least["wall"],
+        "processor": least["processor"],
+    }
 
 
 def told(name: str, seen: dict[str, Any]) -> str:
     (ours_, theirs_), (a, b) = seen["wall"], seen["processor"]
     return (
-        f"{name}: {ours_:.3f} s, PyTorch {theirs_:.3f} s, ratio {ours_ / theirs_:.3f} (processor time {a / b:.3f}); losses of three "
-        f"steps differ by {', '.join(f'{d:.1e}' for d in seen['differ'][:3])}; {len(seen['rounds'])} runs, load {os.getloadavg()[0]:.1f}"
+        f"{name}: {ours_:.3f} s, PyTorch {theirs_:.3f} s, ratio {ours_ / theirs_:.3f} (processor"
+        f" time {a / b:.3f}); losses of three steps differ by"
+        f" {', '.join(f'{d:.1e}' for d in seen['differ'][:3])}; {len(seen['rounds'])} runs, load"
+        f" {os.getloadavg()[0]:.1f}"
     )
 
 
@@ -103,7 +128,9 @@ def main(module: str, names: list[str], agree: float) -> None:
     flags = argparse.ArgumentParser()
     flags.add_argument("names", nargs="*", default=names)
     flags.add_argument("--runs", type=int, default=7)
-    flags.add_argument("--torch", default=sys.executable, help="the Python that has PyTorch, if this one has not")
+    flags.add_argument(
+        "--torch", default=sys.executable, help="the Python that has PyTorch, if this one has not"
+    )
     given = flags.parse_args()
     for name in given.names:
         print(told(name, race(module, name, given.runs, given.torch, agree)), flush=True)

@@ -1,4 +1,5 @@
-"""The images of `tests.bench.tables`: parts of tar files by a hash of their keys, and scikit-learn's digits as a folder."""
+"""The images of `tests.bench.tables`: parts of tar files by a hash of their keys, and
+scikit-learn's digits as a folder."""
 
 import io
 import json
@@ -26,8 +27,14 @@ def held_out(key: str) -> bool:
     return key_hash(key) / 2.0**64 < HOLDOUT
 
 
-def part(files: Iterable[pathlib.Path], place: pathlib.Path, keep: Callable[[str], bool], prefix: str = "") -> None:
-    """Write one tar with the members of other tars whose key is kept. Nothing is written where the file is there already.
+def part(
+    files: Iterable[pathlib.Path],
+    place: pathlib.Path,
+    keep: Callable[[str], bool],
+    prefix: str = "",
+) -> None:
+    """Write one tar with the members of other tars whose key is kept. Nothing is written where the
+    file is there already.
 
     Args:
         files: tars.
@@ -53,9 +60,10 @@ def part(files: Iterable[pathlib.Path], place: pathlib.Path, keep: Callable[[str
 
 
 def tars(data: pathlib.Path, out: pathlib.Path) -> list[str]:
-    """Write what the tables read from the tars STYLE-*.tar of a directory: tuning/STYLE.tar, the images that are trained on under keys of
-    their own, so that a part of them can be held out for choosing settings; styles/STYLE-train.tar and STYLE-held_out.tar; class_names.json
-    and names.txt, the prompt that is the bare name.
+    """Write what the tables read from the tars STYLE-*.tar of a directory: tuning/STYLE.tar, the
+    images that are trained on under keys of their own, so that a part of them can be held out for
+    choosing settings; styles/STYLE-train.tar and STYLE-held_out.tar; class_names.json and
+    names.txt, the prompt that is the bare name.
 
     Returns:
         The styles, sorted.
@@ -67,19 +75,25 @@ def tars(data: pathlib.Path, out: pathlib.Path) -> list[str]:
     for file in sorted(data.glob("*-*.tar")):
         by_style.setdefault(file.name.rpartition("-")[0], []).append(file)
     if not by_style:
-        raise UserError(f"--data {data}: holds no STYLE-NUMBER.tar; give the directory of the tar files, such as google-00000.tar")
+        raise UserError(
+            f"--data {data}: holds no STYLE-NUMBER.tar; give the directory of the tar files, such"
+            " as google-00000.tar"
+        )
     for style, files in by_style.items():
         part(files, out / "tuning" / f"{style}.tar", lambda key: not held_out(key), "tune-")
         part(files, out / "styles" / f"{style}-train.tar", lambda key: not held_out(key))
         part(files, out / "styles" / f"{style}-held_out.tar", held_out)
     if (names := data / "subcategories.json").is_file():
-        (out / "class_names.json").write_text(json.dumps([name.replace("-", " ") for name in json.loads(names.read_text())]))
+        (out / "class_names.json").write_text(
+            json.dumps([name.replace("-", " ") for name in json.loads(names.read_text())])
+        )
     (out / "names.txt").write_text("{}\n")
     return sorted(by_style)
 
 
 def digits(place: pathlib.Path) -> bool:
-    """Write scikit-learn's 1,797 handwritten digits as PNG of 32 pixels, a folder a class. False if scikit-learn is not installed."""
+    """Write scikit-learn's 1,797 handwritten digits as PNG of 32 pixels, a folder a class. False if
+    scikit-learn is not installed."""
     if place.is_dir():
         return True
     try:
@@ -92,6 +106,8 @@ def digits(place: pathlib.Path) -> bool:
         folder = whole / str(label)
         folder.mkdir(parents=True, exist_ok=True)
         gray = Image.fromarray(np.round(image_8x8 * (255 / 16)).astype(np.uint8))
-        gray.resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB").save(folder / f"{number:04d}.png")
+        gray.resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB").save(
+            folder / f"{number:04d}.png"
+        )
     os.replace(whole, place)
     return True

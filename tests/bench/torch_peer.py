@@ -1,12 +1,13 @@
-"""The step of ViT M3I over the same step in plain PyTorch and timm (tests/bench/m3i_torch.py), on this machine's processor in float32.
+"""The step of ViT M3I over the same step in plain PyTorch and timm (tests/bench/m3i_torch.py), on
+this machine's processor in float32.
 
     python -m tests.bench.torch_peer                 # shapes A and B
     python -m tests.bench.torch_peer A --runs 9
     python -m tests.bench.torch_peer A --torch PYTHON    # torch and timm from another environment
 
-A: width 384, 4 layers. B: width 192, 12 layers. Batch 8, 224 pixels, categories, decoder of 4 layers and 16 heads, two threads. Both start
-from the same parameters and see the same batch; the losses must agree before anything is timed (tests/bench/race.py).
-"""
+A: width 384, 4 layers. B: width 192, 12 layers. Batch 8, 224 pixels, categories, decoder of 4
+layers and 16 heads, two threads. Both start from the same parameters and see the same batch; the
+losses must agree before anything is timed (tests/bench/race.py)."""
 
 import json
 import pathlib
@@ -23,14 +24,22 @@ SHAPES = {
     "B": {"width": 192, "heads": 3, "depth": 12},
     "toy": {"width": 48, "heads": 4, "depth": 2},
 }
-TARGET = 1.1  # of shape A with the newest jax; the older one and the deep, narrow shape are reported beside it
+# of shape A with the newest jax; the older one and the deep, narrow shape are reported beside it
+TARGET = 1.1
 NEWEST = (0, 12)
 NEEDS = ("torch", "timm")
 CLASSES = 1000
 AGREE = 1e-4
 
 
-def settings(name: str, *, batch: int = 8, size: int = 224, dtype: str = "float32", model: dict[str, Any] | None = None) -> Any:
+def settings(
+    name: str,
+    *,
+    batch: int = 8,
+    size: int = 224,
+    dtype: str = "float32",
+    model: dict[str, Any] | None = None,
+) -> Any:
     """A completed configuration of a shape."""
     from m3i_jax import config as configuration
 
@@ -40,13 +49,23 @@ def settings(name: str, *, batch: int = 8, size: int = 224, dtype: str = "float3
     shape = SHAPES.get(name, {})
     config.model.encoder.update({**shape, "patch_size": 16})
     if shape:
-        config.model.decoder.update({"width": shape["width"], "depth": 4 if name != "toy" else 2, "heads": 16 if name != "toy" else 4})
+        config.model.decoder.update(
+            {
+                "width": shape["width"],
+                "depth": 4 if name != "toy" else 2,
+                "heads": 16 if name != "toy" else 4,
+            }
+        )
         config.model.pool.update({"width": shape["width"], "heads": 16 if name != "toy" else 4})
     config.model.update({"dtype": dtype, **(model or {})})
-    config.data.update({"image_size": size, "classes": CLASSES, "captions": "no", "size": 100 * batch})
+    config.data.update(
+        {"image_size": size, "classes": CLASSES, "captions": "no", "size": 100 * batch}
+    )
     config.train.update({"batch_size": batch, "steps": 1000})
     config.optim.update({"warmup_steps": 0, "lr": 1e-4})
-    config.data.augment.update({"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": (0.0, 0.0), "solarize_p": (0.0, 0.0)})
+    config.data.augment.update(
+        {"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": (0.0, 0.0), "solarize_p": (0.0, 0.0)}
+    )
     return configuration.resolve(config)
 
 
@@ -57,7 +76,11 @@ def batch_of(config: Any) -> dict[str, np.ndarray]:
     r, b, side = np.random.default_rng(0), config.train.batch_size, config.data.image_size
     return {
         "views": r.integers(0, 256, (b, 2, side, side, 3)).astype(np.uint8),
-        "box": np.concatenate([r.uniform(0, 100, (b, 2, 2)), r.uniform(60, 300, (b, 2, 2))], -1).astype(np.float32),
+        "box": (
+            np.concatenate(
+                [r.uniform(0, 100, (b, 2, 2)), r.uniform(60, 300, (b, 2, 2))], -1
+            ).astype(np.float32)
+        ),
         "flip": r.random((b, 2)) < 0.5,
         "mask": masks.blockwise(0, 0, b, grid=config.grid, hidden=config.hidden),
         "label": r.integers(0, CLASSES, b).astype(np.int32),
@@ -70,15 +93,32 @@ def numbers(config: Any) -> dict[str, Any]:
     m, o = config.model, config.objective
     return {
         **{name: getattr(m.encoder, name) for name in ("width", "heads", "depth")},
-        **{"ratio": m.encoder.mlp_ratio, "patch": m.encoder.patch_size, "grid": config.grid, "hidden": config.hidden},
+        **{
+            "ratio": m.encoder.mlp_ratio,
+            "patch": m.encoder.patch_size,
+            "grid": config.grid,
+            "hidden": config.hidden,
+        },
         **{f"decoder_{name}": getattr(m.decoder, name) for name in ("width", "heads", "depth")},
-        **{"pool_heads": m.pool.heads, "pool_width": m.pool.width, "classes": CLASSES, "decay": config.optim.weight_decay},
-        **{"second_moment": o.second_moment, "smoothing": o.label_smoothing, "gamma": o.gamma, "balance_decay": o.balance_decay},
+        **{
+            "pool_heads": m.pool.heads,
+            "pool_width": m.pool.width,
+            "classes": CLASSES,
+            "decay": config.optim.weight_decay,
+        },
+        **{
+            "second_moment": o.second_moment,
+            "smoothing": o.label_smoothing,
+            "gamma": o.gamma,
+            "balance_decay": o.balance_decay,
+        },
         **{name: getattr(config.optim, name) for name in ("clip", "b1", "b2", "eps")},
     }
 
 
-def hand_over(folder: pathlib.Path, config: Any, params: Any, trainer: Any, steps: int = 100) -> None:
+def hand_over(
+    folder: pathlib.Path, config: Any, params: Any, trainer: Any, steps: int = 100
+) -> None:
     """Everything that the PyTorch side starts from, as files."""
     import jax
 
@@ -86,11 +126,18 @@ def hand_over(folder: pathlib.Path, config: Any, params: Any, trainer: Any, step
     from m3i_jax.parallel.sharding import path_text
     from m3i_jax.training import views
 
-    arrays = {f"params/{path_text(path)}": np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    arrays |= {f"batch/{name}": value for name, value in batch_of(config).items() if name != "position"}
+    arrays = {
+        f"params/{path_text(path)}": np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    arrays |= {
+        f"batch/{name}": value for name, value in batch_of(config).items() if name != "position"
+    }
     arrays["table/encoder"] = positions.sincos_2d(config.grid, config.model.encoder.width)
     arrays["table/decoder"] = positions.sincos_2d(config.grid, config.model.decoder.width)
-    arrays["table/identity"] = positions.same_view_positions(config.grid, config.model.decoder.width)
+    arrays["table/identity"] = positions.same_view_positions(
+        config.grid, config.model.decoder.width
+    )
     arrays["keep"] = np.asarray(views.drop_path_factors(config, batch_of(config)["position"], 0))
     arrays["lr"] = np.asarray([trainer.learning_rate(k) for k in range(steps)], np.float32)
     arrays["momentum"] = np.asarray([trainer.momentum(k + 1) for k in range(steps)], np.float64)
@@ -99,7 +146,8 @@ def hand_over(folder: pathlib.Path, config: Any, params: Any, trainer: Any, step
 
 
 def ours(folder: pathlib.Path, name: str) -> Any:
-    """Our step as a function that takes one and returns the loss; writes what the other side needs first."""
+    """Our step as a function that takes one and returns the loss; writes what the other side needs
+    first."""
     import jax
 
     from m3i_jax import parallel
@@ -148,8 +196,21 @@ def figures(quick: bool) -> list[Figure]:
         seen = race.race("tests.bench.torch_peer", name, 5 if quick else 7, sys.executable, AGREE)
         (a, b), (c, d) = seen["wall"], seen["processor"]
         label = f"ViT M3I step over PyTorch, CPU, shape {name}, jax {jax.__version__}"
-        out.append(Figure(label, a / b, TARGET if name == "A" and new else None, note=f"processor time {c / d:.2f}"))
-        out.append(Figure(f"loss of the first step over PyTorch's, shape {name}: difference", seen["differ"][0], AGREE))
+        out.append(
+            Figure(
+                label,
+                a / b,
+                TARGET if name == "A" and new else None,
+                note=f"processor time {c / d:.2f}",
+            )
+        )
+        out.append(
+            Figure(
+                f"loss of the first step over PyTorch's, shape {name}: difference",
+                seen["differ"][0],
+                AGREE,
+            )
+        )
     return out
 
 

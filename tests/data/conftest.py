@@ -1,4 +1,5 @@
-"""Pictures of every kind, good and bad, and small streams of them, made on the spot: no test of the data room needs a file from outside."""
+"""Pictures of every kind, good and bad, and small streams of them, made on the spot: no test of the
+data room needs a file from outside."""
 
 import functools
 import io
@@ -64,23 +65,40 @@ def settings(batch: int = 8, **data: Any) -> schema.Config:
     """A small run: views of 32 pixels, a mask of 4 x 4 cells, captions of 12 tokens."""
     data = {"image_size": SIZE, "caption_length": LENGTH, "threads": 0, "max_bad_share": 1.0} | data
     encoder = schema.Encoder(patch_size=8)
-    return schema.Config(data=schema.Data(**data), train=schema.Train(batch_size=batch), model=schema.Model(encoder=encoder))
+    return schema.Config(
+        data=schema.Data(**data),
+        train=schema.Train(batch_size=batch),
+        model=schema.Model(encoder=encoder),
+    )
 
 
 class Pictures:
-    """A source of arrays: image i is one colour, so that a view shows which record it comes from. Records below `bad` are no images."""
+    """A source of arrays: image i is one colour, so that a view shows which record it comes from.
+    Records below `bad` are no images."""
 
     name, captions = "pictures", True
 
-    def __init__(self, count: int, classes: int = 7, size: tuple[int, int] = (24, 20), bad: int = 0) -> None:
-        self.count, self.size, self.bad, self.classes = count, size, bad, tuple(map(str, range(classes)))
+    def __init__(
+        self, count: int, classes: int = 7, size: tuple[int, int] = (24, 20), bad: int = 0
+    ) -> None:
+        self.count, self.size, self.bad, self.classes = (
+            count,
+            size,
+            bad,
+            tuple(map(str, range(classes))),
+        )
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> base.Record:
         picture = b"<html>" if index < self.bad else np.full((*self.size, 3), index % 256, np.uint8)
-        return base.Record(self.key(index), picture, index % (len(self.classes) + 1) - 1, f"number {index}" if index % 4 else None)
+        return base.Record(
+            self.key(index),
+            picture,
+            index % (len(self.classes) + 1) - 1,
+            f"number {index}" if index % 4 else None,
+        )
 
     def key(self, index: int) -> str:
         return f"p{index}"
@@ -92,7 +110,9 @@ class Pictures:
         return f"{self.count} images"
 
 
-def stream(config: schema.Config, source: Any, bpe: tokenizer.Tokenizer | None, count: int, **place: int) -> list[pipeline.Batch]:
+def stream(
+    config: schema.Config, source: Any, bpe: tokenizer.Tokenizer | None, count: int, **place: int
+) -> list[pipeline.Batch]:
     """The first `count` batches."""
     batches = pipeline.iterate_batches(config, source, bpe, **{"start": 0, **place})
     try:
@@ -106,9 +126,11 @@ def joined(batches: list[pipeline.Batch]) -> pipeline.Batch:
     return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
 
 
-def expected_stream(source: Any, bad: dict[int, str], count: int) -> tuple[list[int], dict[str, int]]:
-    """The records of the first `count` positions and how many were refused, by the rule written out: draw again until the record is good
-    and not the one of its partner."""
+def expected_stream(
+    source: Any, bad: dict[int, str], count: int
+) -> tuple[list[int], dict[str, int]]:
+    """The records of the first `count` positions and how many were refused, by the rule written
+    out: draw again until the record is good and not the one of its partner."""
     used: list[int] = []
     skipped = dict.fromkeys(decode.REASONS, 0)
     for position in range(count):
@@ -127,7 +149,19 @@ def expected_stream(source: Any, bad: dict[int, str], count: int) -> tuple[list[
 @pytest.fixture(scope="session")
 def make() -> types.SimpleNamespace:
     """What this file defines, for the tests beside it."""
-    ours = (encode, smooth, good_files, bad_files, png_header, tar_bytes, settings, Pictures, stream, joined, expected_stream)
+    ours = (
+        encode,
+        smooth,
+        good_files,
+        bad_files,
+        png_header,
+        tar_bytes,
+        settings,
+        Pictures,
+        stream,
+        joined,
+        expected_stream,
+    )
     return types.SimpleNamespace(**{f.__name__: f for f in ours})
 
 

@@ -1,4 +1,5 @@
-"""ArrayRecord files: what is written comes back, files of others are understood, and damage costs the record that it hits."""
+"""ArrayRecord files: what is written comes back, files of others are understood, and damage costs
+the record that it hits."""
 
 import json
 import pathlib
@@ -28,8 +29,15 @@ def write(folder: pathlib.Path, count: int = 2) -> list[base.Record]:
     for shard in range(count):
         path = str(folder / f"x-{shard:05d}-of-{count:05d}.array_record")
         assert array_record_source.shard_length(path) is None
-        assert array_record_source.write_shard(path, RECORDS[shard::count]) == len(RECORDS[shard::count]) == array_record_source.shard_length(path)
-    assert array_record_source.write_shard_index(str(folder), classes=("x", "y", "z"), name="five") == 5
+        assert (
+            array_record_source.write_shard(path, RECORDS[shard::count])
+            == len(RECORDS[shard::count])
+            == array_record_source.shard_length(path)
+        )
+    assert (
+        array_record_source.write_shard_index(str(folder), classes=("x", "y", "z"), name="five")
+        == 5
+    )
     return [r for shard in range(count) for r in RECORDS[shard::count]]
 
 
@@ -41,13 +49,23 @@ def bare(record: base.Record) -> base.Record:
 def test_what_is_written_comes_back(tmp_path):
     written = [bare(r) for r in write(tmp_path)]
     source = base.open_source(schema.Data(source="array_record", path=str(tmp_path)))
-    assert isinstance(source, base.DataSource) and len(source) == 5 and source.classes == ("x", "y", "z") and source.captions
+    assert (
+        isinstance(source, base.DataSource)
+        and len(source) == 5
+        and source.classes == ("x", "y", "z")
+        and source.captions
+    )
     assert [source[i] for i in range(5)] == written
     assert base.read_items(source, [4, 0, 3, 0]) == [written[i] for i in (4, 0, 3, 0)]
     assert [source.key(i) for i in range(5)] == [r.key for r in written]
     assert base.source_key_hashes(source).tolist() == [base.key_hash(r.key) for r in written]
-    assert source.description() == f"5 images in 2 files of array_record {str(tmp_path)!r}, 3 classes, captions for 60%"
-    assert [source[i] for i in range(5)] == [ForkingPickler.loads(ForkingPickler.dumps(source))[i] for i in range(5)]
+    assert (
+        source.description()
+        == f"5 images in 2 files of array_record {str(tmp_path)!r}, 3 classes, captions for 60%"
+    )
+    assert [source[i] for i in range(5)] == [
+        ForkingPickler.loads(ForkingPickler.dumps(source))[i] for i in range(5)
+    ]
     for wrong in (5, -1):
         with pytest.raises(IndexError):
             source[wrong]
@@ -56,7 +74,14 @@ def test_what_is_written_comes_back(tmp_path):
 
 def test_pixels_are_kept_without_loss(make):
     pixels = make.smooth(20, 30)
-    assert (decode.decode_image(array_record_source.unpack_record(array_record_source.pack_record(base.Record("a", pixels))).image) == pixels).all()
+    assert (
+        decode.decode_image(
+            array_record_source.unpack_record(
+                array_record_source.pack_record(base.Record("a", pixels))
+            ).image
+        )
+        == pixels
+    ).all()
 
 
 def test_a_split_is_that_of_the_source_it_was_made_from(tmp_path):
@@ -64,7 +89,9 @@ def test_a_split_is_that_of_the_source_it_was_made_from(tmp_path):
     array_record_source.write_shard(str(tmp_path / "x-00000-of-00001.array_record"), many)
     array_record_source.write_shard_index(str(tmp_path))
     held = base.split_by_hash(ArrayRecordSource(str(tmp_path)), 0.2, "held_out")
-    assert [held[i].key for i in range(len(held))] == [r.key for r in many if base.key_hash(r.key) / 2**64 < 0.2]
+    assert [held[i].key for i in range(len(held))] == [
+        r.key for r in many if base.key_hash(r.key) / 2**64 < 0.2
+    ]
     assert 30 < len(held) < 90
 
 
@@ -72,7 +99,9 @@ def test_the_same_content_has_the_same_fingerprint(tmp_path):
     found = []
     for name, change in (("a", None), ("b", None), ("c", base.Record("3", b"other", 2))):
         (tmp_path / name).mkdir()
-        array_record_source.write_shard(str(tmp_path / name / "x.array_record"), [*RECORDS[:4], change or RECORDS[4]])
+        array_record_source.write_shard(
+            str(tmp_path / name / "x.array_record"), [*RECORDS[:4], change or RECORDS[4]]
+        )
         array_record_source.write_shard_index(str(tmp_path / name), classes=("x", "y", "z"))
         found.append(ArrayRecordSource(str(tmp_path / name)).fingerprint())
     assert found[0] == found[1] != found[2] and len(found[0]) == 16
@@ -81,21 +110,35 @@ def test_the_same_content_has_the_same_fingerprint(tmp_path):
 def test_files_of_somebody_else(tmp_path):
     data, cache = tmp_path / "data", tmp_path / "cache"
     data.mkdir()
-    writer = array_record.ArrayRecordWriter(str(data / "train.array_record-00000-of-00001"), "group_size:1")
-    writer.write(tf_example.encode_example({"image/encoded": b"one", "label": 4, "text": b"first", "image/filename": b"1.jpg"}))
+    writer = array_record.ArrayRecordWriter(
+        str(data / "train.array_record-00000-of-00001"), "group_size:1"
+    )
+    writer.write(
+        tf_example.encode_example(
+            {"image/encoded": b"one", "label": 4, "text": b"first", "image/filename": b"1.jpg"}
+        )
+    )
     writer.write(tf_example.encode_example({"image": b"two", "other": 3}))
     writer.write(b"\xff\xff no message")
     writer.close()
     source = ArrayRecordSource(str(data), cache=str(cache))
     first, second, third = (source[i] for i in range(3))
-    assert first == base.Record("1.jpg", b"one", 4, b"first") and source.classes == ("0", "1", "2", "3", "4") and source.captions
+    assert (
+        first == base.Record("1.jpg", b"one", 4, b"first")
+        and source.classes == ("0", "1", "2", "3", "4")
+        and source.captions
+    )
     assert second == base.Record("train.array_record-00000-of-00001#1", b"two", -1, None)
     with pytest.raises(decode.BadRecord, match="undecodable"):
         decode.open_image(third.image)
     (kept,) = cache.iterdir()
     stamp = kept.stat().st_mtime_ns
     again = ArrayRecordSource(str(data), cache=str(cache))
-    assert kept.stat().st_mtime_ns == stamp and again.fingerprint() == source.fingerprint() and again.classes == source.classes
+    assert (
+        kept.stat().st_mtime_ns == stamp
+        and again.fingerprint() == source.fingerprint()
+        and again.classes == source.classes
+    )
     kept.write_bytes(b"damaged")
     assert ArrayRecordSource(str(data), cache=str(cache)).fingerprint() == source.fingerprint()
 
@@ -104,7 +147,9 @@ def test_damage_costs_one_record(tmp_path):
     path = tmp_path / "x.array_record"
     rng = np.random.default_rng(0)
     contents = [rng.bytes(3000) for _ in range(20)]
-    array_record_source.write_shard(str(path), [base.Record(str(i), c) for i, c in enumerate(contents)])
+    array_record_source.write_shard(
+        str(path), [base.Record(str(i), c) for i, c in enumerate(contents)]
+    )
     array_record_source.write_shard_index(str(tmp_path))
     raw = bytearray(path.read_bytes())
     raw[raw.index(contents[7][:20]) + 1000] ^= 0xFF
@@ -122,7 +167,9 @@ def test_refusals(tmp_path):
         return str(caught.value)
 
     (tmp_path / "empty").mkdir()
-    assert "holds no .array_record file" in refusal(tmp_path / "empty") and "holds no .array_record file" in refusal(tmp_path / "none")
+    assert "holds no .array_record file" in refusal(
+        tmp_path / "empty"
+    ) and "holds no .array_record file" in refusal(tmp_path / "none")
     with pytest.raises(UserError, match="holds no .array_record file to index"):
         array_record_source.write_shard_index(str(tmp_path / "empty"))
     data = tmp_path / "data"
@@ -135,7 +182,14 @@ def test_refusals(tmp_path):
     index.write_text(about[:40])
     assert "dataset.json' is damaged" in refusal(data)
     # A name in the index cannot lead out of the directory.
-    index.write_text(json.dumps({**json.loads(about), "shards": [{"file": "../../etc/passwd", "count": 1, "digest": "0"}]}))
+    index.write_text(
+        json.dumps(
+            {
+                **json.loads(about),
+                "shards": [{"file": "../../etc/passwd", "count": 1, "digest": "0"}],
+            }
+        )
+    )
     assert f"{str(data / 'passwd')!r} is missing" in refusal(data)
     index.write_text(about)
     shard.unlink()

@@ -8,17 +8,31 @@ from m3i_jax import schema
 from m3i_jax.data.sources import base, class_names
 from m3i_jax.errors import UserError
 
-IDS = {"n01440764": "tench, Tinca tinca", "n02012849": "crane", "n03126707": "crane", "n01443537": "goldfish, Carassius auratus"}
+IDS = {
+    "n01440764": "tench, Tinca tinca",
+    "n02012849": "crane",
+    "n03126707": "crane",
+    "n01443537": "goldfish, Carassius auratus",
+}
 
 
 @pytest.mark.parametrize(
     ("file", "line"),
-    [("LOC_synset_mapping.txt", "{} {}\n"), ("words.txt", "{}\t{}\n"), ("synset_words.txt", "{} {}\r\n")],
+    [
+        ("LOC_synset_mapping.txt", "{} {}\n"),
+        ("words.txt", "{}\t{}\n"),
+        ("synset_words.txt", "{} {}\r\n"),
+    ],
 )
 def test_an_imagenet_folder(fill, file, line):
     text = "".join(line.format(*pair) for pair in IDS.items()) + "nonsense\n\n"
-    root = fill({f"ILSVRC/Data/CLS-LOC/train/{name}/{name}_1.JPEG": b"x" for name in IDS} | {file: text.encode()})
-    source = base.open_source(schema.Data(source="folder", path=str(root / "ILSVRC/Data/CLS-LOC/train")))
+    root = fill(
+        {f"ILSVRC/Data/CLS-LOC/train/{name}/{name}_1.JPEG": b"x" for name in IDS}
+        | {file: text.encode()}
+    )
+    source = base.open_source(
+        schema.Data(source="folder", path=str(root / "ILSVRC/Data/CLS-LOC/train"))
+    )
     # The order is that of the ids, as everywhere.
     assert source.classes == ("tench", "goldfish", "crane (n02012849)", "crane (n03126707)")
     assert source[0].key.startswith("n01440764/") and source[0].label == 0
@@ -26,9 +40,17 @@ def test_an_imagenet_folder(fill, file, line):
 
 def test_without_a_file_the_ids_stay(fill):
     root = fill({"n01440764/1.jpg": b"x", "n02012849/1.jpg": b"x"})
-    assert base.open_source(schema.Data(source="folder", path=str(root))).classes == ("n01440764", "n02012849")
-    mixed = fill({"n01440764/1.jpg": b"x", "cat/1.jpg": b"x", "words.txt": b"n01440764 tench"}, "mixed")
-    assert base.open_source(schema.Data(source="folder", path=str(mixed))).classes == ("cat", "n01440764")
+    assert base.open_source(schema.Data(source="folder", path=str(root))).classes == (
+        "n01440764",
+        "n02012849",
+    )
+    mixed = fill(
+        {"n01440764/1.jpg": b"x", "cat/1.jpg": b"x", "words.txt": b"n01440764 tench"}, "mixed"
+    )
+    assert base.open_source(schema.Data(source="folder", path=str(mixed))).classes == (
+        "cat",
+        "n01440764",
+    )
 
 
 @pytest.mark.parametrize(
@@ -41,16 +63,24 @@ def test_without_a_file_the_ids_stay(fill):
     ],
 )
 def test_names_of_numbers(tmp_path, make, name, content):
-    (tmp_path / "0.tar").write_bytes(make.tar_bytes([("1.jpg", b"x"), ("1.cls", b"1"), ("2.jpg", b"x"), ("2.cls", b"2")]))
+    (tmp_path / "0.tar").write_bytes(
+        make.tar_bytes([("1.jpg", b"x"), ("1.cls", b"1"), ("2.jpg", b"x"), ("2.cls", b"2")])
+    )
     (tmp_path / name).write_text(content)
-    source = base.open_source(schema.Data(source="tars", path=str(tmp_path), class_names=str(tmp_path / name)))
+    source = base.open_source(
+        schema.Data(source="tars", path=str(tmp_path), class_names=str(tmp_path / name))
+    )
     assert source.classes == ("ant", "bee", "cat") and source[0].label == 1
 
 
 def test_refusals(tmp_path):
     (tmp_path / "words.txt").write_text("n00000001 x\n")
     (tmp_path / "x.json").write_text("{")
-    cases = {"wrods.txt": "did you mean .*words.txt", "x.json": "is no JSON list or object", "words.txt": "none of the source's"}
+    cases = {
+        "wrods.txt": "did you mean .*words.txt",
+        "x.json": "is no JSON list or object",
+        "words.txt": "none of the source's",
+    }
     for file, why in cases.items():
         with pytest.raises(UserError, match=why):
             class_names.class_names_from_file(str(tmp_path / file), ("n01440764",))

@@ -1,4 +1,5 @@
-"""Geometry of the views: boxes follow torchvision's semantics, and what is cut is what the box says."""
+"""Geometry of the views: boxes follow torchvision's semantics, and what is cut is what the box
+says."""
 
 import math
 
@@ -17,7 +18,9 @@ def draws(height: int, width: int, n: int = 4000, **options) -> np.ndarray:
     return np.array([crops.crop_box(row, height, width, **options) for row in u])
 
 
-@pytest.mark.parametrize(("height", "width"), [(100, 100), (375, 500), (500, 20), (17, 4000), (16, 16)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(100, 100), (375, 500), (500, 20), (17, 4000), (16, 16)]
+)
 def test_boxes_lie_inside(height, width):
     top, left, h, w = draws(height, width).T
     assert (top >= 0).all() and (left >= 0).all() and (h >= 1).all() and (w >= 1).all()
@@ -25,22 +28,35 @@ def test_boxes_lie_inside(height, width):
 
 
 def test_area_and_aspect_have_the_distribution_of_a_random_resized_crop():
-    # In a square image far larger than the crops no try is refused: the share of the area is uniform, the logarithm of the aspect too.
+    # In a square image far larger than the crops no try is refused: the share of the area is
+    # uniform, the logarithm of the aspect too.
     top, left, h, w = draws(4000, 4000, scale=(0.1, 0.4)).T
     assert stats.kstest(h * w / 4000**2, stats.uniform(0.1, 0.3).cdf).pvalue > 0.01
-    assert stats.kstest(np.log(w / h), stats.uniform(math.log(3 / 4), math.log(16 / 9)).cdf).pvalue > 0.01
+    assert (
+        stats.kstest(np.log(w / h), stats.uniform(math.log(3 / 4), math.log(16 / 9)).cdf).pvalue
+        > 0.01
+    )
     assert stats.kstest(top / (4000 - h), stats.uniform.cdf).pvalue > 0.01
     assert stats.kstest(left / (4000 - w), stats.uniform.cdf).pvalue > 0.01
 
 
 def test_a_refused_try_is_followed_by_the_next():
     wide = [1.0 - 1e-9, 1.0 - 1e-9]  # all of the area at aspect 4/3: too wide for a square
-    assert crops.crop_box(wide + [0.0, 0.5] + [0.5] * 18, 100, 100, scale=(0.25, 1.0)) == (25, 25, 50, 50)
+    assert crops.crop_box(wide + [0.0, 0.5] + [0.5] * 18, 100, 100, scale=(0.25, 1.0)) == (
+        25,
+        25,
+        50,
+        50,
+    )
 
 
 @pytest.mark.parametrize(
     ("height", "width", "box"),
-    [(100, 1000, (0, 433, 100, 133)), (1000, 100, (433, 0, 133, 100)), (16, 5000, (0, 2489, 16, 21))],
+    [
+        (100, 1000, (0, 433, 100, 133)),
+        (1000, 100, (433, 0, 133, 100)),
+        (16, 5000, (0, 2489, 16, 21)),
+    ],
 )
 def test_after_ten_refusals_the_central_crop(height, width, box):
     # torchvision's fallback: the whole short side, the aspect clamped to 3/4 .. 4/3
@@ -52,10 +68,14 @@ def coordinates(height: int, width: int) -> np.ndarray:
     return np.stack([x, y, np.zeros_like(x)], -1).astype(np.uint8)
 
 
-@pytest.mark.parametrize("box", [(0, 0, 200, 250), (10, 20, 100, 50), (150, 200, 50, 50), (3, 7, 20, 30)])
+@pytest.mark.parametrize(
+    "box", [(0, 0, 200, 250), (10, 20, 100, 50), (150, 200, 50, 50), (3, 7, 20, 30)]
+)
 def test_a_view_shows_what_its_box_says(box):
     size, (top, left, h, w) = 32, box
-    view = crops.cut_view(Image.fromarray(coordinates(200, 250)), box, size, height=200, width=250).reshape(size, size, 3)
+    view = crops.cut_view(
+        Image.fromarray(coordinates(200, 250)), box, size, height=200, width=250
+    ).reshape(size, size, 3)
     at = np.arange(size)
     x, y = left + (at + 0.5) * w / size - 0.5, top + (np.arange(size) + 0.5) * h / size - 0.5
     inner = slice(2, -2)
@@ -66,7 +86,10 @@ def test_a_view_shows_what_its_box_says(box):
 def test_a_reduced_picture_gives_the_same_view():
     picture = Image.fromarray(coordinates(200, 248))
     box = (20, 40, 120, 160)
-    full, half = (crops.cut_view(p, box, 16, height=200, width=248).astype(int) for p in (picture, picture.reduce(2)))
+    full, half = (
+        crops.cut_view(p, box, 16, height=200, width=248).astype(int)
+        for p in (picture, picture.reduce(2))
+    )
     assert np.abs(full - half).max() <= 1
 
 
@@ -84,17 +107,27 @@ def test_antialiasing():
     assert np.abs(inner.astype(int) - 127.5).max() <= 1
 
 
-@pytest.mark.parametrize(("height", "width"), [(256, 256), (300, 400), (500, 333), (31, 97), (1000, 64)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(256, 256), (300, 400), (500, 333), (31, 97), (1000, 64)]
+)
 @pytest.mark.parametrize("size", [224, 96])
 def test_the_evaluation_view_is_resize_then_centre_crop(height, width, size):
-    """The usual two steps (torchvision's Resize and CenterCrop) done by Pillow one after the other."""
-    # Away from black and white: between its two passes Pillow clips overshoot, and it may take the passes in either order.
+    """The usual two steps (torchvision's Resize and CenterCrop) done by Pillow one after the
+    other."""
+    # Away from black and white: between its two passes Pillow clips overshoot, and it may take the
+    # passes in either order.
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(100, 156, (height, width, 3), np.uint8))
     short = round(size * 256 / 224)
-    h, w = (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+    h, w = (
+        (short, int(short * width / height))
+        if height <= width
+        else (int(short * height / width), short)
+    )
     top, left = round((h - size) / 2), round((w - size) / 2)
-    expected = np.asarray(picture.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size)))
+    expected = np.asarray(
+        picture.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    )
     box = crops.central_box(height, width, size)
     view = crops.cut_view(picture, box, size, height=height, width=width).reshape(size, size, 3)
     assert np.abs(view.astype(int) - expected).max() <= 2
@@ -122,7 +155,10 @@ def test_the_resizer_is_part_of_the_identity_of_the_stream(monkeypatch):
     told = {}
     for name in ("pillow", "fast 4", "fast 5"):
         monkeypatch.setattr(crops, "choose_resizer", lambda wanted, name=name: name)
-        told[name] = pipeline.stream_fingerprint(config, Five()), pipeline.stream_identity(config, Five())
+        told[name] = (
+            pipeline.stream_fingerprint(config, Five()),
+            pipeline.stream_identity(config, Five()),
+        )
     assert len({mark for mark, _ in told.values()}) == 3
     assert "resizer fast 4" in told["fast 4"][1] and "resizer" not in told["pillow"][1]
 
@@ -132,7 +168,9 @@ def test_a_resizer_that_is_not_there_is_named(monkeypatch):
     crops.choose_resizer.cache_clear()
     try:
         assert crops.choose_resizer("auto") == "pillow"
-        with pytest.raises(UserError, match="data.resizer='fast' needs the package cykooz-resizer: pip install"):
+        with pytest.raises(
+            UserError, match="data.resizer='fast' needs the package cykooz-resizer: pip install"
+        ):
             crops.choose_resizer("fast")
         with pytest.raises(UserError, match="data.resizer='nearest' is no resizer"):
             crops.choose_resizer("nearest")

@@ -1,4 +1,5 @@
-"""Every rule about bad and odd input: what is refused, for which reason, and what the rest looks like."""
+"""Every rule about bad and odd input: what is refused, for which reason, and what the rest looks
+like."""
 
 import io
 import time
@@ -24,7 +25,9 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_every_bad_file_has_its_reason(make):
     files = make.bad_files()
-    assert {name: reason(content) for name, (content, _) in files.items()} == {name: why for name, (_, why) in files.items()}
+    assert {name: reason(content) for name, (content, _) in files.items()} == {
+        name: why for name, (_, why) in files.items()
+    }
     assert {why for _, why in files.values()} == set(decode.REASONS) - {decode.UNREADABLE}
 
 
@@ -40,9 +43,13 @@ def test_size_is_judged_before_a_pixel_is_read(make):
 def test_every_good_file_is_the_same_picture(make):
     rgb = make.smooth(48, 40)
     gray = np.asarray(Image.fromarray(rgb).convert("L").convert("RGB"))
-    # What is lossless is exact; JPEG at quality 95 and 64 colours differ a little; the others are compared below.
+    # What is lossless is exact; JPEG at quality 95 and 64 colours differ a little; the others are
+    # compared below.
     expected = {
-        **dict.fromkeys(("plain.png", "alpha.png", "lossless.webp", "plain.bmp", "plain.tif", "png_called.jpg"), (rgb, 0)),
+        **dict.fromkeys(
+            ("plain.png", "alpha.png", "lossless.webp", "plain.bmp", "plain.tif", "png_called.jpg"),
+            (rgb, 0),
+        ),
         **dict.fromkeys(("gray.png", "gray_alpha.png"), (gray, 0)),
         **dict.fromkeys(("plain.jpg", "progressive.JPEG", "cmyk.jpg"), (rgb, 3)),
         "gray.jpg": (gray, 1),
@@ -59,7 +66,8 @@ def test_every_good_file_is_the_same_picture(make):
 
 
 def stored_as(upright: np.ndarray, orientation: int) -> np.ndarray:
-    """What a camera writes with this EXIF orientation (TIFF 6.0, tag 274), so that it shows `upright`."""
+    """What a camera writes with this EXIF orientation (TIFF 6.0, tag 274), so that it shows
+    `upright`."""
     return {
         1: lambda a: a,
         2: lambda a: a[:, ::-1],
@@ -78,8 +86,15 @@ def test_exif_orientation_is_applied(make, orientation, kind):
     upright = make.smooth(64, 48)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}, "JPEG": {"quality": 97, "subsampling": 0}}[kind]
-    out = decode.decode_image(make.encode(stored_as(upright, orientation), kind, exif=exif, **options))
+    options = {
+        "PNG": {},
+        "WEBP": {"lossless": True},
+        "TIFF": {},
+        "JPEG": {"quality": 97, "subsampling": 0},
+    }[kind]
+    out = decode.decode_image(
+        make.encode(stored_as(upright, orientation), kind, exif=exif, **options)
+    )
     assert distance(out, upright) <= (2 if kind == "JPEG" else 0)
 
 
@@ -89,7 +104,14 @@ def test_a_jpeg_decodes_at_the_smallest_scale_that_suffices(make, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = make.encode(stored_as(upright, orientation), "JPEG", quality=95, exif=exif)
-    for least, scale in (((640, 480), 1), ((321, 100), 1), ((320, 240), 2), ((320, 100), 2), ((100, 120), 4), ((10, 10), 8)):
+    for least, scale in (
+        ((640, 480), 1),
+        ((321, 100), 1),
+        ((320, 240), 2),
+        ((320, 100), 2),
+        ((100, 120), 4),
+        ((10, 10), 8),
+    ):
         picture = decode.open_image(content)
         assert (picture.height, picture.width) == (640, 480)
         image = picture.rgb(least=least)
@@ -99,7 +121,10 @@ def test_a_jpeg_decodes_at_the_smallest_scale_that_suffices(make, orientation):
 
 
 def test_only_jpegs_are_reduced(make):
-    assert decode.open_image(make.encode(make.smooth(64, 64), "PNG")).rgb(least=(8, 8)).size == (64, 64)
+    assert decode.open_image(make.encode(make.smooth(64, 64), "PNG")).rgb(least=(8, 8)).size == (
+        64,
+        64,
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -145,7 +170,9 @@ def test_transparency_shows_the_background(make, background):
         out = decode.decode_image(make.encode(palette, "PNG", **options), background=background)
         assert out[0, 0].tolist() == [background] * 3 and out[0, 31].tolist() == [50, 60, 70]
     keyed = Image.new("RGB", (32, 32), (1, 2, 3))
-    out = decode.decode_image(make.encode(keyed, "PNG", transparency=(1, 2, 3)), background=background)
+    out = decode.decode_image(
+        make.encode(keyed, "PNG", transparency=(1, 2, 3)), background=background
+    )
     assert (out == background).all()
 
 
@@ -166,7 +193,10 @@ def test_first_frame_of_an_animation():
     for kind in ("GIF", "WEBP", "PNG", "TIFF"):
         buffer = io.BytesIO()
         frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
-        assert np.abs(decode.decode_image(buffer.getvalue())[16, 16].astype(int) - (255, 0, 0)).max() <= 4, kind
+        assert (
+            np.abs(decode.decode_image(buffer.getvalue())[16, 16].astype(int) - (255, 0, 0)).max()
+            <= 4
+        ), kind
 
 
 def test_arrays_are_pictures_already(make):
@@ -179,7 +209,8 @@ def test_arrays_are_pictures_already(make):
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_no_damage_is_anything_but_a_bad_record(make):
-    """Bytes changed and cut at random: an image comes out, or a BadRecord, never another exception."""
+    """Bytes changed and cut at random: an image comes out, or a BadRecord, never another
+    exception."""
     rng = np.random.default_rng(1)
     sound = {name: bytearray(content) for name, content in make.good_files().items()}
     refused = 0
@@ -215,8 +246,14 @@ def test_no_damage_is_anything_but_a_bad_record(make):
         ("\u201ccurly\u201d \u2018quotes\u2019", "\"curly\" 'quotes'"),
         ("sch\u00c3\u00b6n", "sch\u00f6n"),
         ("\ufb01ne \ufb02ag", "fine flag"),
-        ("\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627", "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627"),
-        ("\U0001f468\u200d\U0001f469\u200d\U0001f467 family", "\U0001f468\u200d\U0001f469\u200d\U0001f467 family"),
+        (
+            "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+            "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+        ),
+        (
+            "\U0001f468\u200d\U0001f469\u200d\U0001f467 family",
+            "\U0001f468\u200d\U0001f469\u200d\U0001f467 family",
+        ),
         ("lone \ud800 surrogate", "lone \ufffd surrogate"),
         ("&#0;a", "\ufffda"),
     ],
@@ -229,24 +266,33 @@ def test_long_captions_are_cut():
     assert len(decode.clean_caption(b"word " * 200_000)) <= decode.CAPTION_LIMIT
     assert len(decode.clean_caption("x" * 1_000_000)) == decode.CAPTION_LIMIT
     # The cut goes through the two bytes of a letter, which is no defect of the caption.
-    assert decode.clean_caption(b"x" + "\u00e9".encode() * 100_000) == "x" + "\u00e9" * ((decode.CAPTION_LIMIT - 1) // 2)
+    assert decode.clean_caption(b"x" + "\u00e9".encode() * 100_000) == "x" + "\u00e9" * (
+        (decode.CAPTION_LIMIT - 1) // 2
+    )
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bomb_costs_neither_time_nor_memory(make):
-    """Refused by the header, before anything is decoded: within milliseconds, with little memory."""
+    """Refused by the header, before anything is decoded: within milliseconds, with little
+    memory."""
     resource = pytest.importorskip("resource")
-    bombs = [make.png_header(60_000, 60_000), make.png_header(65_500, 2000), make.bad_files()["large.png"][0]]
+    bombs = [
+        make.png_header(60_000, 60_000),
+        make.png_header(65_500, 2000),
+        make.bad_files()["large.png"][0],
+    ]
     decode.decode_image(make.encode(make.smooth(32, 32), "PNG"))
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     for bomb in bombs * 10:
         assert reason(bomb) == "too_large"
     assert time.process_time() - start < 10 * len(bombs) * 0.05
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB; decoded, the first would take 10 GB
+    # KB; decoded, the first would take 10 GB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 
 def test_every_way_to_store_a_picture_gives_the_same_pixels(make):
-    """One image with an orientation, as a JPEG of every subsampling, progressive or not, CMYK, PNG, WebP and TIFF."""
+    """One image with an orientation, as a JPEG of every subsampling, progressive or not, CMYK, PNG,
+    WebP and TIFF."""
     upright = make.smooth(64, 48)
     exif = Image.Exif()
     exif[0x0112] = 6

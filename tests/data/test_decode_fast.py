@@ -1,4 +1,5 @@
-"""The extra `decode_fast`: whatever decodes and cuts, a view is the same bytes, and a broken file breaks for the same reason."""
+"""The extra `decode_fast`: whatever decodes and cuts, a view is the same bytes, and a broken file
+breaks for the same reason."""
 
 import threading
 
@@ -17,15 +18,25 @@ def test_the_fast_resizer_shows_what_pillow_shows(monkeypatch, in_place):
     monkeypatch.setattr(decode_fast, "_IN_PLACE", in_place)
     monkeypatch.setattr(decode_fast, "_OWN", threading.local())
     rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize(
+        (500, 375), Image.Resampling.BICUBIC
+    )
     for u in rng.random((20, 22)).tolist():
         box = crops.crop_box(u, 375, 500)
-        slow, quick = (crops.cut_view(coarse, box, 96, height=375, width=500, by=by).astype(int) for by in ("pillow", "fast 4"))
+        slow, quick = (
+            crops.cut_view(coarse, box, 96, height=375, width=500, by=by).astype(int)
+            for by in ("pillow", "fast 4")
+        )
         assert np.abs(slow - quick).mean() <= 0.5
     # A window whose far edge rounds above the picture's.
     small = coarse.reduce(3)
     for width in range(480, 500):
-        assert crops.cut_view(small, (0, 500 - width, 375, width), 16, height=375, width=500, by="fast 4").size == 768
+        assert (
+            crops.cut_view(
+                small, (0, 500 - width, 375, width), 16, height=375, width=500, by="fast 4"
+            ).size
+            == 768
+        )
 
 
 def test_both_ways_into_the_fast_resizer_give_the_same_bytes():
@@ -35,18 +46,33 @@ def test_both_ways_into_the_fast_resizer_give_the_same_bytes():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(decode_fast, "_IN_PLACE", in_place)
             patch.setattr(decode_fast, "_OWN", threading.local())
-            out.append(crops.cut_view(picture, (3.5, 7.25, 60.5, 80.0), 48, height=90, width=120, by="fast 4").tobytes())
+            out.append(
+                crops.cut_view(
+                    picture, (3.5, 7.25, 60.5, 80.0), 48, height=90, width=120, by="fast 4"
+                ).tobytes()
+            )
     assert out[0] == out[1]
 
 
 def plain(make, height, width, **options):
     rng = np.random.default_rng(height)
-    noisy = np.clip(make.smooth(height, width) + rng.normal(0, 12, (height, width, 3)), 0, 255).astype(np.uint8)
+    noisy = np.clip(
+        make.smooth(height, width) + rng.normal(0, 12, (height, width, 3)), 0, 255
+    ).astype(np.uint8)
     return make.encode(noisy, "JPEG", **options)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"quality": 20}, {"optimize": True}], ids=str
+    "options",
+    [
+        {},
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"progressive": True},
+        {"quality": 20},
+        {"optimize": True},
+    ],
+    ids=str,
 )
 def test_packed_pixels_are_those_of_pillow(make, options):
     for height, width in ((75, 103), (64, 64), (211, 97)):
@@ -57,7 +83,10 @@ def test_packed_pixels_are_those_of_pillow(make, options):
         rng = np.random.default_rng(width)
         for _ in range(2):
             box = crops.crop_box(rng.random(22).tolist(), height, width)
-            one, two = (crops.cut_view(p, box, 48, height=height, width=width, by="fast 4") for p in (packed, image))
+            one, two = (
+                crops.cut_view(p, box, 48, height=height, width=width, by="fast 4")
+                for p in (packed, image)
+            )
             np.testing.assert_array_equal(one, two)
 
 
@@ -82,7 +111,9 @@ def outcome(raw, how):
     try:
         opened = how(raw)
         decoded = opened.rgb()
-        view = crops.cut_view(decoded, (3, 5, 60, 70), 32, height=opened.height, width=opened.width, by="fast 4")
+        view = crops.cut_view(
+            decoded, (3, 5, 60, 70), 32, height=opened.height, width=opened.width, by="fast 4"
+        )
         return view.tobytes(), isinstance(decoded, decode_fast.PackedImage)
     except decode.BadRecord as error:
         return error.reason, False

@@ -26,19 +26,41 @@ def some(make):
 
 @pytest.mark.parametrize(("crop", "short"), [(224 / 256, 32), (1.0, 28)])
 def test_evaluation_views(make, crop: float, short: int):
-    """Against resize and centre crop done one after the other, in the order asked for, bad ones at their place but not valid."""
+    """Against resize and centre crop done one after the other, in the order asked for, bad ones at
+    their place but not valid."""
     source, pictures = some(make)
-    batches = eval_batches.evaluation_batches(source, np.array([6, 3, 0, 1, 5, 3, 2]), 28, 3, crop=crop, threads=3)
+    batches = eval_batches.evaluation_batches(
+        source, np.array([6, 3, 0, 1, 5, 3, 2]), 28, 3, crop=crop, threads=3
+    )
     first, second, third = batches
     assert batches.skipped == dict.fromkeys(decode.REASONS, 0) | {"undecodable": 2}
-    assert [b["valid"].tolist() for b in (first, second, third)] == [[True, False, True], [True, True, False], [True, False, False]]
-    assert [b["label"].tolist() for b in (first, second, third)] == [[60, -1, 0], [10, 50, -1], [20, -1, -1]]
-    assert [b["index"].tolist() for b in (first, second, third)] == [[6, -1, 0], [1, 5, -1], [2, -1, -1]]
-    assert first["views"].shape == third["views"].shape == (3, 28, 28, 3) and third["views"][1:].max() == first["views"][1].max() == 0
+    assert [b["valid"].tolist() for b in (first, second, third)] == [
+        [True, False, True],
+        [True, True, False],
+        [True, False, False],
+    ]
+    assert [b["label"].tolist() for b in (first, second, third)] == [
+        [60, -1, 0],
+        [10, 50, -1],
+        [20, -1, -1],
+    ]
+    assert [b["index"].tolist() for b in (first, second, third)] == [
+        [6, -1, 0],
+        [1, 5, -1],
+        [2, -1, -1],
+    ]
+    assert (
+        first["views"].shape == third["views"].shape == (3, 28, 28, 3)
+        and third["views"][1:].max() == first["views"][1].max() == 0
+    )
     shown = [(first, 0, 6), (first, 2, 0), (second, 0, 1), (second, 1, 5), (third, 0, 2)]
     for batch, row, index in shown:
         height, width, _ = pictures[index].shape
-        h, w = (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+        h, w = (
+            (short, int(short * width / height))
+            if height <= width
+            else (int(short * height / width), short)
+        )
         resized = Image.fromarray(pictures[index]).resize((w, h), Image.Resampling.BICUBIC)
         top, left = round((h - 28) / 2), round((w - 28) / 2)
         view = batch["views"][row].astype(int)
@@ -47,14 +69,17 @@ def test_evaluation_views(make, crop: float, short: int):
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_hosts_share_the_rows_and_read_nothing_twice(make, hosts: int):
-    """The parts laid side by side are the batches of one host; each host makes as many batches as any other, and opens its own records."""
+    """The parts laid side by side are the batches of one host; each host makes as many batches as
+    any other, and opens its own records."""
     order = [6, 3, 0, 1, 5, 3]
     whole = list(eval_batches.evaluation_batches(some(make)[0], order, 28, 4))
     sources_, parts = [], []
     for host in range(hosts):
         source, _ = some(make)
         sources_.append(source)
-        parts.append(list(eval_batches.evaluation_batches(source, order, 28, 4, host=host, hosts=hosts)))
+        parts.append(
+            list(eval_batches.evaluation_batches(source, order, 28, 4, host=host, hosts=hosts))
+        )
     assert len(whole) == 2 and {len(part) for part in parts} == {2}
     for k, batch in enumerate(whole):
         for name, array in batch.items():
@@ -71,18 +96,26 @@ def test_evaluation_of_nothing(make):
 
 
 def test_a_file_that_vanishes_is_a_bad_record_where_it_may_be(fill, make):
-    """Removed after the source was opened: the others keep their rows, and those read with it are read again one by one."""
+    """Removed after the source was opened: the others keep their rows, and those read with it are
+    read again one by one."""
     folder = fill({f"{i}.png": make.encode(make.smooth(20 + i, 30), "PNG") for i in range(4)})
     source = FolderSource(str(folder))
     whole = list(eval_batches.evaluation_batches(source, [3, 1, 0, 1, 2], 16, 3))
     (folder / "1.png").unlink()
     with pytest.raises(UnreadableError, match="1.png' cannot be read"):
         list(eval_batches.evaluation_batches(source, [3, 1, 0, 1, 2], 16, 3))
-    batches = eval_batches.evaluation_batches(source, [3, 1, 0, 1, 2], 16, 3, missing="replace", threads=2)
+    batches = eval_batches.evaluation_batches(
+        source, [3, 1, 0, 1, 2], 16, 3, missing="replace", threads=2
+    )
     got = list(batches)
     assert batches.skipped == dict.fromkeys(decode.REASONS, 0) | {"unreadable": 2}
     assert [b["index"].tolist() for b in got] == [[3, -1, 0], [-1, 2, -1]]
     assert [b["valid"].tolist() for b in got] == [[True, False, True], [False, True, False]]
     for before, after in zip(whole, got, strict=True):
-        assert before["views"].shape == after["views"].shape and not after["views"][~after["valid"]].any()
-        np.testing.assert_array_equal(before["views"][after["valid"]], after["views"][after["valid"]])
+        assert (
+            before["views"].shape == after["views"].shape
+            and not after["views"][~after["valid"]].any()
+        )
+        np.testing.assert_array_equal(
+            before["views"][after["valid"]], after["views"][after["valid"]]
+        )

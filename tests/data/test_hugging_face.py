@@ -1,4 +1,5 @@
-"""Data sets that the library `datasets` saved: original bytes, names of classes, captions, splits."""
+"""Data sets that the library `datasets` saved: original bytes, names of classes, captions,
+splits."""
 
 import pathlib
 from multiprocessing.reduction import ForkingPickler
@@ -16,7 +17,10 @@ datasets.disable_progress_bars()
 
 def table(content: list[bytes], **columns: tuple[list, object]):
     features = {"image": datasets.Image(), **{name: kind for name, (_, kind) in columns.items()}}
-    values = {"image": [{"bytes": c, "path": None} for c in content], **{name: v for name, (v, _) in columns.items()}}
+    values = {
+        "image": [{"bytes": c, "path": None} for c in content],
+        **{name: v for name, (v, _) in columns.items()},
+    }
     return datasets.Dataset.from_dict(values, features=datasets.Features(features))
 
 
@@ -35,27 +39,55 @@ def test_original_bytes_and_names(files, tmp_path):
     )
     saved.save_to_disk(str(tmp_path / "x"))
     source = base.open_source(schema.Data(source="hugging_face", path=str(tmp_path / "x")))
-    assert isinstance(source, base.DataSource) and source.classes == ("ant", "bee") and source.captions
+    assert (
+        isinstance(source, base.DataSource) and source.classes == ("ant", "bee") and source.captions
+    )
     captions = ["a bee", "an ant", None, "two bees"]
-    expected = [base.Record(*one) for one in zip("wxyz", files, [1, 0, -1, 1], captions, strict=True)]
-    assert [source[i] for i in range(4)] == expected and base.read_items(source, [3, 0, 3]) == [expected[i] for i in (3, 0, 3)]
-    assert [source.key(i) for i in range(4)] == list("wxyz") and source.caption(3) == "two bees" and source.caption(2) is None
+    expected = [
+        base.Record(*one) for one in zip("wxyz", files, [1, 0, -1, 1], captions, strict=True)
+    ]
+    assert [source[i] for i in range(4)] == expected and base.read_items(source, [3, 0, 3]) == [
+        expected[i] for i in (3, 0, 3)
+    ]
+    assert (
+        [source.key(i) for i in range(4)] == list("wxyz")
+        and source.caption(3) == "two bees"
+        and source.caption(2) is None
+    )
     assert base.source_key_hashes(source).tolist() == [base.key_hash(k) for k in "wxyz"]
     again = ForkingPickler.loads(ForkingPickler.dumps(source))
-    assert again[1] == expected[1] and again.fingerprint() == HuggingFaceSource(str(tmp_path / "x")).fingerprint()
-    assert source.description() == f"4 images in hugging_face {str(tmp_path / 'x')!r}, 2 classes, captions"
+    assert (
+        again[1] == expected[1]
+        and again.fingerprint() == HuggingFaceSource(str(tmp_path / "x")).fingerprint()
+    )
+    assert (
+        source.description()
+        == f"4 images in hugging_face {str(tmp_path / 'x')!r}, 2 classes, captions"
+    )
 
 
 def test_splits_and_bare_columns(files, tmp_path):
-    captions = ([["first", "second"], [], ["third"], ["x"]], datasets.List(datasets.Value("string")))
+    captions = (
+        [["first", "second"], [], ["third"], ["x"]],
+        datasets.List(datasets.Value("string")),
+    )
     train = table(files, label=([3, 0, 1, -1], datasets.Value("int64")), captions=captions)
     datasets.DatasetDict(train=train, test=train.select([2])).save_to_disk(str(tmp_path / "x"))
     source = HuggingFaceSource(str(tmp_path / "x"), "train")
-    assert source.classes == ("0", "1", "2", "3") and [source[i].label for i in range(4)] == [3, 0, 1, -1]
-    assert [source[i].caption for i in range(4)] == ["first", None, "third", "x"] and source.key(2) == "2" == source[2].key
+    assert source.classes == ("0", "1", "2", "3") and [source[i].label for i in range(4)] == [
+        3,
+        0,
+        1,
+        -1,
+    ]
+    assert [source[i].caption for i in range(4)] == ["first", None, "third", "x"] and source.key(
+        2
+    ) == "2" == source[2].key
     assert len(HuggingFaceSource(str(tmp_path / "x"), "test")) == 1
     for split in ("", "val"):
-        with pytest.raises(UserError, match=f"has the splits test, train, data.split='{split}' is none of them"):
+        with pytest.raises(
+            UserError, match=f"has the splits test, train, data.split='{split}' is none of them"
+        ):
             HuggingFaceSource(str(tmp_path / "x"), split)
 
 

@@ -1,4 +1,5 @@
-"""Mixtures: the shares are exact, the order is a closed form, classes meet by name, and a replacement comes from the same source."""
+"""Mixtures: the shares are exact, the order is a closed form, classes meet by name, and a
+replacement comes from the same source."""
 
 import collections
 import fractions
@@ -23,7 +24,10 @@ F = fractions.Fraction
         ("folder:/date=7/x", ("folder", "/date=7/x", "", "", None)),
         ("folder:/date=7/x=size", ("folder", "/date=7/x", "", "", None)),
         ("tars:gs://a@b/c-*.tar=1/3", ("tars", "gs://a@b/c-*.tar=1/3", "", "", None)),
-        ("tfds:imagenet2012:5.1.0@train+validation=3e-1", ("tfds", "imagenet2012:5.1.0", "train+validation", "", F(3, 10))),
+        (
+            "tfds:imagenet2012:5.1.0@train+validation=3e-1",
+            ("tfds", "imagenet2012:5.1.0", "train+validation", "", F(3, 10)),
+        ),
         ("tfds:imagenet2012@|validation", ("tfds", "imagenet2012", "", "validation", None)),
     ],
 )
@@ -63,7 +67,9 @@ def test_one_source_has_the_order_it_has_alone():
     positions = np.arange(3000)
     for attempt in (0, 3):
         source, record = sampler.sample_mixture_index(5, positions, [700], [1], attempt)
-        assert (source == 0).all() and (record == sampler.sample_index(5, positions, 700, attempt)).all()
+        assert (source == 0).all() and (
+            record == sampler.sample_index(5, positions, 700, attempt)
+        ).all()
 
 
 def test_shares_are_exact_and_every_record_has_its_turn():
@@ -91,7 +97,9 @@ def test_any_part_of_the_order_is_the_order():
         rest = sampler.sample_mixture_index(3, np.arange(start, 5000), *arguments)
         assert all((a == b[start:]).all() for a, b in zip(rest, whole, strict=True))
     # The paper's mixture, far out: nothing is gone through.
-    source, record = sampler.sample_mixture_index(0, 10**12 + np.arange(442 * 4), [427_000_000, 15_000_000], [427, 15])
+    source, record = sampler.sample_mixture_index(
+        0, 10**12 + np.arange(442 * 4), [427_000_000, 15_000_000], [427, 15]
+    )
     assert (source == 1).sum() == 60 and record.max() < 427_000_000
 
 
@@ -101,7 +109,12 @@ class Plain:
     captions = False
 
     def __init__(self, count: int, *classes: str, name: str = "plain") -> None:
-        self.count, self.classes, self.name, self.reads = count, classes, name, collections.Counter[int]()
+        self.count, self.classes, self.name, self.reads = (
+            count,
+            classes,
+            name,
+            collections.Counter[int](),
+        )
 
     def __len__(self) -> int:
         return self.count
@@ -110,7 +123,9 @@ class Plain:
         assert 0 <= index < self.count
         self.reads[index] += 1
         label = index % (len(self.classes) + 1) - 1
-        return base.Record(f"{self.name}-{index}", np.full((20, 20, 3), index % 256, np.uint8), label)
+        return base.Record(
+            f"{self.name}-{index}", np.full((20, 20, 3), index % 256, np.uint8), label
+        )
 
     def key(self, index: int) -> str:
         return f"{self.name}-{index}"
@@ -125,26 +140,47 @@ class Plain:
 def test_records_of_a_mixture():
     a, b = Plain(5, "cat", "dog", name="a"), Plain(3, "dog", "eel", name="b")
     both = mixture.Mixture([a, b], [F(1), F(3)])
-    assert isinstance(both, base.DataSource) and len(both) == 8 and both.classes == ("cat", "dog", "eel")
+    assert (
+        isinstance(both, base.DataSource)
+        and len(both) == 8
+        and both.classes == ("cat", "dog", "eel")
+    )
     got = base.read_items(both, [7, 0, 5, 1, 6, 7, 2])
-    assert [(r.key, r.label) for r in got] == [("b-2", 2), ("a-0", -1), ("b-0", -1), ("a-1", 0), ("b-1", 1), ("b-2", 2), ("a-2", 1)]
+    assert [(r.key, r.label) for r in got] == [
+        ("b-2", 2),
+        ("a-0", -1),
+        ("b-0", -1),
+        ("a-1", 0),
+        ("b-1", 1),
+        ("b-2", 2),
+        ("a-2", 1),
+    ]
     assert [both[i].key for i in range(8)] == [both.key(i) for i in range(8)]
     assert base.source_key_hashes(both).tolist() == [base.key_hash(both.key(i)) for i in range(8)]
     apart = mixture.Mixture([a, b], [None, None], shared=False)
-    assert apart.classes == ("cat", "dog", "dog", "eel") and [apart[i].label for i in (1, 2, 6, 7)] == [0, 1, 2, 3]
+    assert apart.classes == ("cat", "dog", "dog", "eel") and [
+        apart[i].label for i in (1, 2, 6, 7)
+    ] == [0, 1, 2, 3]
     for wrong in (8, -1):
         with pytest.raises(IndexError):
             both[wrong]
-    assert both.description() == (
-        "8 images in a mixture of 2 sources, 3 classes (1 of them shared by name): "
-        "25.00% of the samples (0.4 epochs in one pass) from 5 of a; 75.00% of the samples (2 epochs in one pass) from 3 of b"
+    assert (
+        both.description()
+        == "8 images in a mixture of 2 sources, 3 classes (1 of them shared by name): 25.00% of the"
+        " samples (0.4 epochs in one pass) from 5 of a; 75.00% of the samples (2 epochs in one"
+        " pass) from 3 of b"
     )
-    assert base.source_identity(both)[1] == f"3 of every 4 samples from b, 3 images, fingerprint {b.fingerprint()}"
+    assert (
+        base.source_identity(both)[1]
+        == f"3 of every 4 samples from b, 3 images, fingerprint {b.fingerprint()}"
+    )
 
 
 def test_everything_counts_in_the_fingerprint():
     def of(weights: list, *names: str, **more: bool) -> str:
-        return mixture.Mixture([Plain(9, "x", name=name) for name in names], weights, **more).fingerprint()
+        return mixture.Mixture(
+            [Plain(9, "x", name=name) for name in names], weights, **more
+        ).fingerprint()
 
     found = [
         of([F(1), F(1)], "a", "b"),
@@ -153,21 +189,26 @@ def test_everything_counts_in_the_fingerprint():
         of([F(1), F(1)], "a", "c"),
         of([F(1), F(1)], "a", "b", shared=False),
     ]
-    assert len(set(found)) == 5 and of([F("0.5"), F("0.5")], "a", "b") == found[0] == of([None, None], "a", "b")
+    assert len(set(found)) == 5 and of([F("0.5"), F("0.5")], "a", "b") == found[0] == of(
+        [None, None], "a", "b"
+    )
 
 
 def test_a_part_of_a_mixture_keeps_the_shares():
     whole = mixture.Mixture([Plain(400, name="a"), Plain(100, name="b")], [F(1), F(1)])
     train, held = (base.split_by_hash(whole, 0.1, part) for part in ("train", "held_out"))
     assert len(train) + len(held) == 500 and 20 < len(held) < 80 and train.parts == (1, 1)
-    assert {train.key(i) for i in range(len(train))} | {held.key(i) for i in range(len(held))} == {whole.key(i) for i in range(500)}
+    assert {train.key(i) for i in range(len(train))} | {held.key(i) for i in range(len(held))} == {
+        whole.key(i) for i in range(500)
+    }
     empty = mixture.Mixture([Plain(4), Plain(0, name="void")], [F(1), F(1)])
     with pytest.raises(UserError, match="void has no images to give its share of"):
         empty.locate(0, np.arange(4))
 
 
 def test_a_stream_of_a_mixture(make):
-    """Batches hold what the order says; bad records are replaced from their own source; hosts, restarts and threads change nothing."""
+    """Batches hold what the order says; bad records are replaced from their own source; hosts,
+    restarts and threads change nothing."""
     good, bad = Plain(90, "x", name="good"), make.Pictures(40, bad=20)
     source = mixture.Mixture([good, bad], [F(3), F(1)])
     config = make.settings(batch=16)
@@ -185,12 +226,21 @@ def test_a_stream_of_a_mixture(make):
 def test_nothing_is_replayed(make):
     """The first batch at position a billion reads the records of that batch."""
     a, b = Plain(1000, name="a"), Plain(300, name="b")
-    (batch,) = make.stream(make.settings(batch=16), mixture.Mixture([a, b], [F(3), F(1)]), None, 1, start=10**9)
+    (batch,) = make.stream(
+        make.settings(batch=16), mixture.Mixture([a, b], [F(3), F(1)]), None, 1, start=10**9
+    )
     assert len(batch["label"]) == 16 and a.reads.total() + b.reads.total() == 16
 
 
 def test_identity_tells_what_differs():
     config = schema.Config()
-    one, other = (pipeline.stream_identity(config, mixture.Mixture([Plain(9, name="a"), Plain(n, name="b")], [F(1)] * 2)) for n in (5, 6))
+    one, other = (
+        pipeline.stream_identity(
+            config, mixture.Mixture([Plain(9, name="a"), Plain(n, name="b")], [F(1)] * 2)
+        )
+        for n in (5, 6)
+    )
     lines = [(x, y) for x, y in zip(one.splitlines(), other.splitlines(), strict=True) if x != y]
-    assert len(lines) == 1 and lines[0][0].startswith("source 2 = 1 of every 2 samples from b, 5 images, ")
+    assert len(lines) == 1 and lines[0][0].startswith(
+        "source 2 = 1 of every 2 samples from b, 5 images, "
+    )

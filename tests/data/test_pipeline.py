@@ -1,4 +1,5 @@
-"""The stream: the same bytes from any number of hosts, threads, workers and restarts, and what a batch holds."""
+"""The stream: the same bytes from any number of hosts, threads, workers and restarts, and what a
+batch holds."""
 
 import dataclasses
 import os
@@ -25,7 +26,11 @@ SIZE, LENGTH = 32, 12
 def same(a: pipeline.Batch, b: pipeline.Batch) -> None:
     assert list(a) == list(b) or set(a) == set(b)
     for name in a:
-        assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape and a[name].tobytes() == b[name].tobytes(), name
+        assert (
+            a[name].dtype == b[name].dtype
+            and a[name].shape == b[name].shape
+            and a[name].tobytes() == b[name].tobytes()
+        ), name
 
 
 @pytest.fixture
@@ -33,7 +38,10 @@ def mixed(fill: Callable, make: types.SimpleNamespace) -> FolderSource:
     """Two classes with captions, 20 good images of many kinds and 4 bad ones."""
     files = {f"a/{name}": content for name, content in make.good_files().items()}
     files |= {f"b/{i}.png": make.encode(make.smooth(40 + i, 50), "PNG") for i in range(3)}
-    files |= {f"b/{name}": make.bad_files()[name][0] for name in ("cut.jpg", "bomb.png", "page.jpg", "dot.png")}
+    files |= {
+        f"b/{name}": make.bad_files()[name][0]
+        for name in ("cut.jpg", "bomb.png", "page.jpg", "dot.png")
+    }
     files |= {"b/0.txt": b"number nought", "a/plain.txt": b"number " * 20}
     return FolderSource(str(fill(files)))
 
@@ -90,7 +98,9 @@ def test_a_restart_goes_on_with_the_same_bytes(make, mixed, bpe, start):
 
 
 def test_threads_change_nothing(make, mixed, bpe):
-    alone, threaded = (make.stream(make.settings(threads=threads), mixed, bpe, 8) for threads in (0, 2))
+    alone, threaded = (
+        make.stream(make.settings(threads=threads), mixed, bpe, 8) for threads in (0, 2)
+    )
     for a, b in zip(alone, threaded, strict=True):
         same(a, b)
 
@@ -103,25 +113,38 @@ def test_worker_processes_change_nothing(make, mixed, bpe):
         batches = pipeline.iterate_batches(make.settings(workers=workers), mixed, bpe, start=4)
         for batch in expected:
             same(next(batches), batch)
-        assert batches.skipped == alone.skipped and sum(batches.skipped.values()) > 0 and batches.noted == alone.noted
+        assert (
+            batches.skipped == alone.skipped
+            and sum(batches.skipped.values()) > 0
+            and batches.noted == alone.noted
+        )
         batches.close()
 
 
 def test_workers_outside_an_absl_app_and_their_errors(fill, tmp_path):
-    """A plain script: Grain's flags are not parsed there, and a mistake found by a worker must still be one line for the person."""
+    """A plain script: Grain's flags are not parsed there, and a mistake found by a worker must
+    still be one line for the person."""
     fill({f"{i}.png": b"no picture" for i in range(4)})
     script = tmp_path / "script.py"
     script.write_text(
-        "from m3i_jax import schema, errors\nfrom m3i_jax.data import folder, pipeline\n"
-        "if __name__ == '__main__':\n"
-        "    data = schema.Data(image_size=32, workers=1)\n"
-        "    config = schema.Config(data=data, train=schema.Train(batch_size=4))\n"
-        f"    batches = pipeline.iterate(config, folder.Folder({str(tmp_path / 'pictures')!r}), None, start=0)\n"
-        "    try:\n        next(batches)\n    except errors.UserError as error:\n        print('refused:', error)\n    batches.close()\n"
+        "from m3i_jax import schema, errors\nfrom m3i_jax.data import folder, pipeline\nif"
+        " __name__ == '__main__':\n    data = schema.Data(image_size=32, workers=1)\n    config ="
+        " schema.Config(data=data, train=schema.Train(batch_size=4))\n    batches ="
+        f" pipeline.iterate(config, folder.Folder({str(tmp_path / 'pictures')!r}), None, start=0)\n"
+        "    try:\n        next(batches)\n    except errors.UserError as error:\n       "
+        " print('refused:', error)\n    batches.close()\n"
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(pipeline.__file__)))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root}, check=False)
-    assert done.stdout.startswith("refused: 100 draws in a row at position 0 of folder "), done.stderr
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": root},
+        check=False,
+    )
+    assert done.stdout.startswith("refused: 100 draws in a row at position 0 of folder "), (
+        done.stderr
+    )
     assert "leaked" not in done.stderr
 
 
@@ -142,7 +165,12 @@ def test_epochs_augment_anew(make, bpe):
 
 
 def test_seeds_differ(make, bpe):
-    a, b = (make.stream(dataclasses.replace(make.settings(batch=32), seed=seed), make.Pictures(100), bpe, 1)[0] for seed in (0, 1))
+    a, b = (
+        make.stream(
+            dataclasses.replace(make.settings(batch=32), seed=seed), make.Pictures(100), bpe, 1
+        )[0]
+        for seed in (0, 1)
+    )
     assert (a["views"][:, 0, 0, 0, 0] != b["views"][:, 0, 0, 0, 0]).mean() > 0.8
     assert (a["box"] != b["box"]).any((1, 2)).all() and (a["mask"] != b["mask"]).any(1).all()
 
@@ -152,9 +180,12 @@ def coordinate_picture(height: int, width: int) -> np.ndarray:
     return np.stack([x, y, np.full_like(x, 7)], -1).astype(np.uint8)
 
 
-@pytest.mark.parametrize("kind", ["array", "png", "png turned by EXIF", "large jpeg turned by EXIF"])
+@pytest.mark.parametrize(
+    "kind", ["array", "png", "png turned by EXIF", "large jpeg turned by EXIF"]
+)
 def test_box_and_flip_describe_the_pixels(make, kind):
-    """An image whose colours are its coordinates: what a view shows must be where its box says, mirrored on the device if it says so."""
+    """An image whose colours are its coordinates: what a view shows must be where its box says,
+    mirrored on the device if it says so."""
     height, width, steps = (200, 120, 1) if kind != "large jpeg turned by EXIF" else (1600, 960, 8)
     upright = coordinate_picture(height // steps, width // steps).repeat(steps, 0).repeat(steps, 1)
     exif = Image.Exif()
@@ -164,7 +195,9 @@ def test_box_and_flip_describe_the_pixels(make, kind):
         "array": lambda: upright,
         "png": lambda: make.encode(upright, "PNG"),
         "png turned by EXIF": lambda: make.encode(turned, "PNG", exif=exif),
-        "large jpeg turned by EXIF": lambda: make.encode(turned, "JPEG", quality=98, subsampling=0, exif=exif),
+        "large jpeg turned by EXIF": lambda: make.encode(
+            turned, "JPEG", quality=98, subsampling=0, exif=exif
+        ),
     }[kind]()
 
     class One(make.Pictures):
@@ -173,14 +206,18 @@ def test_box_and_flip_describe_the_pixels(make, kind):
 
     batch = make.joined(make.stream(make.settings(batch=32), One(100), None, 2))
     top, left, h, w = (batch["box"][..., i, None] for i in range(4))
-    assert (top + h <= height).all() and (left + w <= width).all() and 0.3 < batch["flip"].mean() < 0.7
+    assert (
+        (top + h <= height).all() and (left + w <= width).all() and 0.3 < batch["flip"].mean() < 0.7
+    )
     at = np.arange(SIZE)
     across = np.where(batch["flip"][..., None], at[::-1], at)
     # A step of coordinates is `steps` pixels wide, its middle is where the coordinate is exact.
     x = (left + (across + 0.5) * w / SIZE) / steps - 0.5
     y = (top + (at + 0.5) * h / SIZE) / steps - 0.5
     inner = slice(2, -2)
-    shown = [photometric.mirror(batch["views"][:, view], batch["flip"][:, view]) for view in range(2)]
+    shown = [
+        photometric.mirror(batch["views"][:, view], batch["flip"][:, view]) for view in range(2)
+    ]
     views = np.stack(shown, 1).astype(float)[:, :, inner, inner]
     tolerance = 1 if steps == 1 else 4
     assert np.abs(views[..., 0] - x[:, :, None, inner]).max() <= tolerance
@@ -189,27 +226,45 @@ def test_box_and_flip_describe_the_pixels(make, kind):
 
 def test_options_of_the_crop(make, bpe):
     whole = make.stream(
-        make.settings(batch=32, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_p=0.0), make.Pictures(90, size=(40, 40)), None, 1
+        make.settings(batch=32, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_p=0.0),
+        make.Pictures(90, size=(40, 40)),
+        None,
+        1,
     )[0]
     assert (whole["box"] == [0, 0, 40, 40]).all() and not whole["flip"].any()
-    assert make.stream(make.settings(batch=32, flip_p=1.0), make.Pictures(90), None, 1)[0]["flip"].all()
-    small = make.stream(make.settings(batch=64, crop_scale=(0.1, 0.2)), make.Pictures(90, size=(400, 400)), None, 1)[0]["box"]
+    assert make.stream(make.settings(batch=32, flip_p=1.0), make.Pictures(90), None, 1)[0][
+        "flip"
+    ].all()
+    small = make.stream(
+        make.settings(batch=64, crop_scale=(0.1, 0.2)), make.Pictures(90, size=(400, 400)), None, 1
+    )[0]["box"]
     share = small[..., 2] * small[..., 3] / 160_000
     assert share.min() > 0.097 and share.max() < 0.203
 
 
 def test_masks_are_those_of_the_objective(make, bpe):
     for kind in ("blockwise", "uniform"):
-        (batch,) = make.stream(make.settings(mask=kind, mask_ratio=0.25), make.Pictures(90), None, 1, start=6)
+        (batch,) = make.stream(
+            make.settings(mask=kind, mask_ratio=0.25), make.Pictures(90), None, 1, start=6
+        )
         assert (batch["mask"] == getattr(masks, kind)(0, 6, 8, grid=4, hidden=4)).all()
 
 
 def test_transparency_takes_the_background(fill, make):
-    folder = fill({f"{i}.png": make.encode(np.zeros((20, 20, 4), np.uint8), "PNG") for i in range(4)})
-    assert (make.stream(make.settings(batch=4, background=77), FolderSource(str(folder)), None, 1)[0]["views"] == 77).all()
+    folder = fill(
+        {f"{i}.png": make.encode(np.zeros((20, 20, 4), np.uint8), "PNG") for i in range(4)}
+    )
+    assert (
+        make.stream(make.settings(batch=4, background=77), FolderSource(str(folder)), None, 1)[0][
+            "views"
+        ]
+        == 77
+    ).all()
 
 
-@pytest.mark.parametrize(("classes", "kept", "dropped"), [(-1, 7, 0), (0, 0, 0), (3, 3, 112), (99, 7, 0)])
+@pytest.mark.parametrize(
+    ("classes", "kept", "dropped"), [(-1, 7, 0), (0, 0, 0), (3, 3, 112), (99, 7, 0)]
+)
 def test_labels_beyond_the_classes_are_dropped_and_counted(make, classes, kept, dropped):
     source, config = make.Pictures(224), make.settings(batch=224, classes=classes)
     batches = pipeline.iterate_batches(config, source, None, start=0)
@@ -222,7 +277,9 @@ def test_labels_beyond_the_classes_are_dropped_and_counted(make, classes, kept, 
 def test_long_captions_are_cut_and_counted(make, bpe):
     class Talkative(make.Pictures):
         def __getitem__(self, index: int) -> base.Record:
-            return dataclasses.replace(super().__getitem__(index), caption="number one " * (index % 2 * 50) + "number")
+            return dataclasses.replace(
+                super().__getitem__(index), caption="number one " * (index % 2 * 50) + "number"
+            )
 
     batches = pipeline.iterate_batches(make.settings(batch=100), Talkative(100), bpe, start=0)
     batch = next(batches)
@@ -231,13 +288,18 @@ def test_long_captions_are_cut_and_counted(make, bpe):
 
 
 def test_refusals(make):
-    with pytest.raises(UserError, match="^images has 1 images to train on, mixing needs 2: add images or lower data.holdout$"):
+    with pytest.raises(
+        UserError,
+        match="^images has 1 images to train on, mixing needs 2: add images or lower data.holdout$",
+    ):
         pipeline.iterate_batches(make.settings(), make.Pictures(1), None, start=0)
     for wrong in ({"start": 1}, {"start": -2}, {"start": 0, "hosts": 3}, {"start": 0, "hosts": 8}):
         with pytest.raises(ValueError, match="must be a multiple of 2 x"):
             pipeline.iterate_batches(make.settings(), make.Pictures(9), None, **wrong)
     with pytest.raises(ValueError, match="makes 5 ids, data.caption_length is 12"):
-        pipeline.iterate_batches(make.settings(), make.Pictures(9), tokenizer.train_tokenizer(["a"], 259, 5), start=0)
+        pipeline.iterate_batches(
+            make.settings(), make.Pictures(9), tokenizer.train_tokenizer(["a"], 259, 5), start=0
+        )
 
 
 def test_shared_memory_is_checked_before_a_bus_error(make, monkeypatch):
@@ -246,7 +308,11 @@ def test_shared_memory_is_checked_before_a_bus_error(make, monkeypatch):
     config = make.settings(batch=512, workers=2, image_size=224)
     config = dataclasses.replace(config, model=schema.Model(encoder=schema.Encoder(patch_size=16)))
     with pytest.raises(
-        UserError, match="^data.workers=2 needs 735 MiB of shared memory for its batches, and /dev/shm has 64 free: use data.workers=0"
+        UserError,
+        match=(
+            "^data.workers=2 needs 735 MiB of shared memory for its batches, and /dev/shm has 64"
+            " free: use data.workers=0"
+        ),
     ):
         pipeline.iterate_batches(config, make.Pictures(9), None, start=0)
 
@@ -254,10 +320,16 @@ def test_shared_memory_is_checked_before_a_bus_error(make, monkeypatch):
 def test_captions_on_demand(make):
     silent = make.Pictures(5)
     silent.captions = False
-    assert pipeline.uses_captions(schema.Data(), make.Pictures(5)) and not pipeline.uses_captions(schema.Data(), silent)
+    assert pipeline.uses_captions(schema.Data(), make.Pictures(5)) and not pipeline.uses_captions(
+        schema.Data(), silent
+    )
     assert not pipeline.uses_captions(schema.Data(captions="no"), make.Pictures(5))
     with pytest.raises(
-        UserError, match="^data.captions='yes', but images has no captions: use 'auto', or put NAME.txt beside the images$"
+        UserError,
+        match=(
+            "^data.captions='yes', but images has no captions: use 'auto', or put NAME.txt beside"
+            " the images$"
+        ),
     ):
         pipeline.uses_captions(schema.Data(captions="yes"), silent)
 
@@ -266,11 +338,19 @@ def test_the_fingerprint_is_of_the_stream(make):
     config, source = make.settings(), make.Pictures(50)
     whole = pipeline.stream_fingerprint(config, source)
     assert len(whole) == 16 and int(whole, 16) >= 0
-    assert pipeline.stream_fingerprint(make.settings(batch=64, threads=2, image_size=64), make.Pictures(50)) == whole
+    assert (
+        pipeline.stream_fingerprint(
+            make.settings(batch=64, threads=2, image_size=64), make.Pictures(50)
+        )
+        == whole
+    )
     others = [
         pipeline.stream_fingerprint(dataclasses.replace(config, seed=1), source),
         pipeline.stream_fingerprint(config, make.Pictures(51)),
-        *(pipeline.stream_fingerprint(config, base.split_by_hash(source, 0.1, part)) for part in ("train", "held_out")),
+        *(
+            pipeline.stream_fingerprint(config, base.split_by_hash(source, 0.1, part))
+            for part in ("train", "held_out")
+        ),
     ]
     assert len({whole, *others}) == 5
 
@@ -279,7 +359,9 @@ def test_batches_are_never_reused(make, bpe):
     """The device may read a batch long after it was handed over."""
     batches = make.stream(make.settings(threads=2), make.Pictures(50), bpe, 4)
     for name in batches[0]:
-        assert not any(np.shares_memory(a[name], b[name]) for i, a in enumerate(batches) for b in batches[:i])
+        assert not any(
+            np.shares_memory(a[name], b[name]) for i, a in enumerate(batches) for b in batches[:i]
+        )
 
 
 def test_the_memory_of_batches_comes_back(make, bpe):
@@ -290,7 +372,10 @@ def test_the_memory_of_batches_comes_back(make, bpe):
 def test_views_that_nothing_reads_are_not_cut(make):
     """Black instead, and the same images, crops and masks otherwise."""
     config, source = make.settings(batch=8), make.Pictures(50)
-    both, first = (next(pipeline.iterate_batches(config, source, None, start=8, views=views)) for views in ((0, 1), (0,)))
+    both, first = (
+        next(pipeline.iterate_batches(config, source, None, start=8, views=views))
+        for views in ((0, 1), (0,))
+    )
     assert not first["views"][:, 1].any() and both["views"][:, 1].any()
     np.testing.assert_array_equal(first["views"][:, 0], both["views"][:, 0])
     for name in ("box", "flip", "mask", "label", "position"):
@@ -304,8 +389,13 @@ def test_rand_augment_belongs_to_the_position(make):
     config = dataclasses.replace(plain, data=dataclasses.replace(plain.data, rand_augment=strong))
     stream = pipeline.iterate_batches(config, source, None, start=0)
     next(stream)
-    second, again, without = next(stream), *(next(pipeline.iterate_batches(c, source, None, start=8)) for c in (config, plain))
+    second, again, without = (
+        next(stream),
+        *(next(pipeline.iterate_batches(c, source, None, start=8)) for c in (config, plain)),
+    )
     np.testing.assert_array_equal(second["views"], again["views"])
     np.testing.assert_array_equal(second["box"], without["box"])
     changed = (second["views"] != without["views"]).any((2, 3, 4))
-    assert changed.mean() > 0.5 and len({row.tobytes() for row in second["views"].reshape(16, -1)}) > 8
+    assert (
+        changed.mean() > 0.5 and len({row.tobytes() for row in second["views"].reshape(16, -1)}) > 8
+    )

@@ -1,4 +1,5 @@
-"""Bad records in the stream: replaced by a rule, counted exactly, and too many of them stop the run."""
+"""Bad records in the stream: replaced by a rule, counted exactly, and too many of them stop the
+run."""
 
 import dataclasses
 
@@ -15,14 +16,23 @@ def test_bad_records_are_replaced_and_counted_exactly(fill, make):
     """Every kind of bad file at 20 %: exact counts, and every row of a good record."""
     bad = make.bad_files()
     files = {f"bad_{name}": content for name, (content, _) in bad.items()}
-    files |= {f"good_{i:03}.png": make.encode(np.full((20, 20, 3), i, np.uint8), "PNG") for i in range(4 * len(bad))}
+    files |= {
+        f"good_{i:03}.png": make.encode(np.full((20, 20, 3), i, np.uint8), "PNG")
+        for i in range(4 * len(bad))
+    }
     source = FolderSource(str(fill(files)))
-    reasons = {i: bad[key.removeprefix("bad_")][1] for i in range(len(source)) if (key := source.key(i)).startswith("bad_")}
+    reasons = {
+        i: bad[key.removeprefix("bad_")][1]
+        for i in range(len(source))
+        if (key := source.key(i)).startswith("bad_")
+    }
     assert len(reasons) == len(bad) and len(source) == 5 * len(bad)
     batches = pipeline.iterate_batches(make.settings(batch=20), source, None, start=0)
     views = np.concatenate([next(batches)["views"] for _ in range(16)])
     used, skipped = make.expected_stream(source, reasons, 320)
-    assert batches.skipped == skipped and [reason for reason, n in skipped.items() if not n] == ["unreadable"]
+    assert batches.skipped == skipped and [reason for reason, n in skipped.items() if not n] == [
+        "unreadable"
+    ]
     colours = [int(source.key(i).removeprefix("good_")[:3]) for i in used]
     assert (views == np.array(colours)[:, None, None, None, None]).all()
 
@@ -47,14 +57,17 @@ def test_too_many_bad_records_stop_the_run(make):
             seen += len(next(batches)["label"])
     assert seen + 100 < 1500  # as soon as 500 bad ones make it certain
     assert str(caught.value).startswith(f"{sum(batches.skipped.values()):,} of the last ")
-    assert " records of images were bad, more than data.max_bad_share=0.05 of 10,000: " in str(caught.value)
+    assert " records of images were bad, more than data.max_bad_share=0.05 of 10,000: " in str(
+        caught.value
+    )
     assert f"{batches.skipped['undecodable']:,} undecodable (such as 'p" in str(caught.value)
     assert str(caught.value).endswith("); repair or remove them, or raise the limit")
 
 
 @pytest.mark.parametrize(("bad", "stops"), [(11, False), (30, True)])
 def test_the_share_is_over_the_last_ten_thousand(make, bad, stops):
-    """5 % of 300 records are 15: 11 bad ones never stop the run, 30 do, though not before 500 of them were met."""
+    """5 % of 300 records are 15: 11 bad ones never stop the run, 30 do, though not before 500 of
+    them were met."""
     config = make.settings(batch=500, max_bad_share=0.05, image_size=8, crop_scale=(0.9, 1.0))
     config = dataclasses.replace(config, model=schema.Model(encoder=schema.Encoder(patch_size=4)))
     batches = pipeline.iterate_batches(config, make.Pictures(300, bad=bad), None, start=0)
@@ -84,9 +97,18 @@ def test_a_source_without_a_pair_of_good_pictures(make):
     for source, last in (
         (
             make.Pictures(6, bad=6),
-            r"partner: 100 undecodable \(such as 'p\d', 'p\d', 'p\d'\); the last is 'p\d' \(undecodable: cannot identify the format\)",
+            (
+                r"partner: 100 undecodable \(such as 'p\d', 'p\d', 'p\d'\); the last is 'p\d'"
+                r" \(undecodable: cannot identify the format\)"
+            ),
         ),
         (make.Pictures(6, bad=5), r"the last is 'p\d' "),
     ):
-        with pytest.raises(UserError, match=rf"^100 draws in a row at position \d of images gave no image that could be used .*{last}"):
+        with pytest.raises(
+            UserError,
+            match=(
+                r"^100 draws in a row at position \d of images gave no image that could be used"
+                rf" .*{last}"
+            ),
+        ):
             make.stream(make.settings(batch=4), source, None, 1)

@@ -1,4 +1,5 @@
-"""The stream of a mixture of every kind of source, as hashes: from any number of worker processes and hosts, and after a restart."""
+"""The stream of a mixture of every kind of source, as hashes: from any number of worker processes
+and hosts, and after a restart."""
 
 import hashlib
 import pathlib
@@ -14,19 +15,45 @@ from tests import rows
 def data(fill, make, tmp_path) -> dict:
     """A folder with bad files, a tar file, ArrayRecord files and shapes: 3 : 2 : 2 : 1."""
     picture = [make.encode(make.smooth(30 + i, 40), "JPEG", quality=90) for i in range(24)]
-    bad = {f"b/{name}": content for name, (content, _) in make.bad_files().items() if name.startswith(("cut", "page", "empty"))}
-    folder = fill({f"a/{i}.jpg": p for i, p in enumerate(picture)} | {"a/3.txt": b"number three"} | bad)
-    members = [member for i, p in enumerate(picture) for member in ((f"t{i}.jpg", p), (f"t{i}.cls", b"%d" % (i % 3)))]
+    bad = {
+        f"b/{name}": content
+        for name, (content, _) in make.bad_files().items()
+        if name.startswith(("cut", "page", "empty"))
+    }
+    folder = fill(
+        {f"a/{i}.jpg": p for i, p in enumerate(picture)} | {"a/3.txt": b"number three"} | bad
+    )
+    members = [
+        member
+        for i, p in enumerate(picture)
+        for member in ((f"t{i}.jpg", p), (f"t{i}.cls", b"%d" % (i % 3)))
+    ]
     (tmp_path / "0.tar").write_bytes(make.tar_bytes(members))
     records = [base.Record(f"r{i}", p, i % 2, f"number {i}") for i, p in enumerate(picture)]
     pathlib.Path(tmp_path / "records").mkdir()
     array_record.write_shard(str(tmp_path / "records" / "x-00000-of-00001.array_record"), records)
     array_record.write_shard_index(str(tmp_path / "records"), classes=("even", "odd"))
-    entries = (f"folder:{folder}=3", f"tars:{tmp_path}/*.tar=2", f"array_record:{tmp_path}/records=2", "shapes:64=1")
+    entries = (
+        f"folder:{folder}=3",
+        f"tars:{tmp_path}/*.tar=2",
+        f"array_record:{tmp_path}/records=2",
+        "shapes:64=1",
+    )
     return {"source": "mixture", "mixture": entries, "cache": str(tmp_path / "cache")}
 
 
-def hashes(data: dict, make, bpe, count: int, *, start: int = 0, batch: int = 16, host: int = 0, hosts: int = 1, **more: int) -> list[str]:
+def hashes(
+    data: dict,
+    make,
+    bpe,
+    count: int,
+    *,
+    start: int = 0,
+    batch: int = 16,
+    host: int = 0,
+    hosts: int = 1,
+    **more: int,
+) -> list[str]:
     """Of every row of the global batches of one host."""
     cache = str(data["cache"])
     config = make.settings(batch=batch, **{k: v for k, v in data.items() if k != "cache"}, **more)
@@ -36,7 +63,11 @@ def hashes(data: dict, make, bpe, count: int, *, start: int = 0, batch: int = 16
         found = [next(batches) for _ in range(count)]
     finally:
         batches.close()
-    rows = [b"".join(b[name][row].tobytes() for name in sorted(b)) for b in found for row in range(len(b["label"]))]
+    rows = [
+        b"".join(b[name][row].tobytes() for name in sorted(b))
+        for b in found
+        for row in range(len(b["label"]))
+    ]
     return [hashlib.sha256(row).hexdigest() for row in rows]
 
 
@@ -49,8 +80,16 @@ def test_hosts_and_restarts(data, make, bpe):
 
 
 def test_processes_that_share_nothing(fill, make):
-    """Two processes make the bytes that one makes, though their dictionaries and sets iterate in other orders."""
-    folder = str(fill({f"{i % 3}/{i}.jpg": make.encode(make.smooth(30 + i, 40), "JPEG", quality=90) for i in range(24)}))
+    """Two processes make the bytes that one makes, though their dictionaries and sets iterate in
+    other orders."""
+    folder = str(
+        fill(
+            {
+                f"{i % 3}/{i}.jpg": make.encode(make.smooth(30 + i, 40), "JPEG", quality=90)
+                for i in range(24)
+            }
+        )
+    )
     whole = rows.hashes(folder, 3, 8, 0, 1, 16)
     assert len(set(whole)) == 48
     assert rows.by_processes(folder, 2, batches=3, start=8, batch=16) == whole

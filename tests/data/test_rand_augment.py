@@ -20,13 +20,26 @@ def array(image: Image.Image) -> np.ndarray:
 
 
 def moved(image: Image.Image, *matrix: float) -> np.ndarray:
-    return array(image.transform(image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=MEAN))
+    return array(
+        image.transform(
+            image.size,
+            Image.Transform.AFFINE,
+            matrix,
+            resample=Image.Resampling.BICUBIC,
+            fillcolor=MEAN,
+        )
+    )
 
 
-# The table of rand-m9-inc1 at magnitude 9 (level 0.9) with a negative sign, and at 5 with a positive one; strengths are written out.
+# The table of rand-m9-inc1 at magnitude 9 (level 0.9) with a negative sign, and at 5 with a
+# positive one; strengths are written out.
 BY_HAND = {
-    ("rotate", 0.9, -1): lambda im: array(im.rotate(-27, resample=Image.Resampling.BICUBIC, fillcolor=MEAN)),
-    ("rotate", 0.5, 1): lambda im: array(im.rotate(15, resample=Image.Resampling.BICUBIC, fillcolor=MEAN)),
+    ("rotate", 0.9, -1): lambda im: array(
+        im.rotate(-27, resample=Image.Resampling.BICUBIC, fillcolor=MEAN)
+    ),
+    ("rotate", 0.5, 1): lambda im: array(
+        im.rotate(15, resample=Image.Resampling.BICUBIC, fillcolor=MEAN)
+    ),
     ("shear_x", 0.9, -1): lambda im: moved(im, 1, -0.27, 0, 0, 1, 0),
     ("shear_y", 0.5, 1): lambda im: moved(im, 1, 0, 0, 0.15, 1, 0),
     ("translate_x", 0.9, -1): lambda im: moved(im, 1, 0, -0.405 * SIDE, 0, 1, 0),
@@ -37,9 +50,12 @@ BY_HAND = {
     ("posterize", 0.9, 1): lambda im: array(im) & 0b10000000,  # 4 - floor(3.6) = 1 bit
     ("posterize", 0.5, -1): lambda im: array(im) & 0b11000000,
     ("posterize", 1.0, 1): lambda im: 0 * array(im),
-    ("solarize", 0.9, 1): lambda im: np.where(array(im) < 26, array(im), 255 - array(im)),  # 256 - floor(230.4)
+    # 256 - floor(230.4)
+    ("solarize", 0.9, 1): lambda im: np.where(array(im) < 26, array(im), 255 - array(im)),
     ("solarize", 0.5, 1): lambda im: np.where(array(im) < 128, array(im), 255 - array(im)),
-    ("solarize_add", 0.9, 1): lambda im: np.where(array(im) < 128, np.minimum(255, array(im) + 99), array(im)),
+    ("solarize_add", 0.9, 1): lambda im: np.where(
+        array(im) < 128, np.minimum(255, array(im) + 99), array(im)
+    ),
     ("brightness", 0.9, -1): lambda im: array(ImageEnhance.Brightness(im).enhance(0.19)),
     ("brightness", 0.5, 1): lambda im: array(ImageEnhance.Brightness(im).enhance(1.45)),
     ("brightness", 1.0, -1): lambda im: array(ImageEnhance.Brightness(im).enhance(0.1)),
@@ -52,18 +68,27 @@ BY_HAND = {
 @pytest.mark.parametrize(("name", "level", "sign"), BY_HAND)
 def test_the_table_of_operations(name: str, level: float, sign: float) -> None:
     image = picture()
-    got, wanted = array(rand_augment.OPERATIONS[name](image, level, sign)), BY_HAND[name, level, sign](image)
-    assert np.abs(got - wanted).max() <= 1  # a strength may round to its neighbour in Pillow's fixed point
+    got, wanted = (
+        array(rand_augment.OPERATIONS[name](image, level, sign)),
+        BY_HAND[name, level, sign](image),
+    )
+    # a strength may round to its neighbour in Pillow's fixed point
+    assert np.abs(got - wanted).max() <= 1
     assert np.abs(got - array(image)).max() > 3
 
 
 def test_every_operation_is_in_the_table() -> None:
-    assert {name for name, *_ in BY_HAND} == set(rand_augment.OPERATIONS) and len(rand_augment.OPERATIONS) == 15
+    assert {name for name, *_ in BY_HAND} == set(rand_augment.OPERATIONS) and len(
+        rand_augment.OPERATIONS
+    ) == 15
 
 
 def test_draws_have_the_probabilities_of_the_recipe() -> None:
     settings, r = schema.RandAugment(ops=2), np.random.default_rng(0)
-    drawn = [rand_augment.draw_operations(u, settings) for u in r.random((4000, 2 * rand_augment.WIDTH)).tolist()]
+    drawn = [
+        rand_augment.draw_operations(u, settings)
+        for u in r.random((4000, 2 * rand_augment.WIDTH)).tolist()
+    ]
     counts = np.bincount([len(found) for found in drawn], minlength=3) / len(drawn)
     np.testing.assert_allclose(counts, [0.25, 0.5, 0.25], atol=0.03)
     every = [one for found in drawn for one in found]
@@ -71,15 +96,28 @@ def test_draws_have_the_probabilities_of_the_recipe() -> None:
     np.testing.assert_allclose(shares, 1 / 15, atol=0.02)
     magnitudes = 10 * np.array([level for _, level, _ in every])
     assert magnitudes.max() <= 10 and abs(np.median(magnitudes) - 9) < 0.05
-    assert abs(magnitudes[magnitudes < 10].std() - 0.5) < 0.05 and abs(np.mean([sign for *_, sign in every])) < 0.05
+    assert (
+        abs(magnitudes[magnitudes < 10].std() - 0.5) < 0.05
+        and abs(np.mean([sign for *_, sign in every])) < 0.05
+    )
 
 
 def test_operations_are_applied_in_their_order() -> None:
     image, names = picture(), list(rand_augment.OPERATIONS)
-    u = [x for name in ("solarize", "rotate") for x in ((names.index(name) + 0.5) / 15, 0.0, 0.9, 0.0, 0.0)]
-    got = rand_augment.apply_operations(np.asarray(image).reshape(-1), SIDE, u, schema.RandAugment(ops=2, deviation=0.0))
-    solarized = Image.fromarray(np.where(array(image) < 26, array(image), 255 - array(image)).astype(np.uint8))
+    u = [
+        x
+        for name in ("solarize", "rotate")
+        for x in ((names.index(name) + 0.5) / 15, 0.0, 0.9, 0.0, 0.0)
+    ]
+    got = rand_augment.apply_operations(
+        np.asarray(image).reshape(-1), SIDE, u, schema.RandAugment(ops=2, deviation=0.0)
+    )
+    solarized = Image.fromarray(
+        np.where(array(image) < 26, array(image), 255 - array(image)).astype(np.uint8)
+    )
     wanted = solarized.rotate(27, resample=Image.Resampling.BICUBIC, fillcolor=MEAN)
     np.testing.assert_array_equal(got, np.asarray(wanted).reshape(-1))
-    untouched = rand_augment.apply_operations(np.asarray(image).reshape(-1), SIDE, u, schema.RandAugment(ops=2, p=0.0))
+    untouched = rand_augment.apply_operations(
+        np.asarray(image).reshape(-1), SIDE, u, schema.RandAugment(ops=2, p=0.0)
+    )
     np.testing.assert_array_equal(untouched, np.asarray(image).reshape(-1))

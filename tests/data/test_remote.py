@@ -1,4 +1,5 @@
-"""Tar files in a bucket: the same records as from a disk, read by ranges, through a network that fails now and then."""
+"""Tar files in a bucket: the same records as from a disk, read by ranges, through a network that
+fails now and then."""
 
 import uuid
 from multiprocessing.reduction import ForkingPickler
@@ -19,7 +20,9 @@ def bucket(make, tmp_path):
     files = fsspec.filesystem("memory")
     place = f"bucket-{uuid.uuid4().hex}"
     for shard in range(2):
-        members = [(f"{shard}{i}.{kind}", b"%d" % i * 99) for i in range(20) for kind in ("jpg", "txt")]
+        members = [
+            (f"{shard}{i}.{kind}", b"%d" % i * 99) for i in range(20) for kind in ("jpg", "txt")
+        ]
         members += [(f"{shard}{i}.json", b'{"label": %d, "caption": "c"}' % i) for i in range(9)]
         content = make.tar_bytes(members)
         files.pipe(f"/{place}/deep/{shard}.tar", content)
@@ -34,7 +37,9 @@ def test_the_same_records_as_on_disk(bucket, glob):
     source, local = TarSource(url + glob), TarSource(path)
     assert source.files == [f"{url}/0.tar", f"{url}/1.tar"] and len(source) == 40
     wanted = [33, 2, 39, 2, 0]
-    assert base.read_items(source, wanted) == base.read_items(local, wanted) and source[7] == local[7]
+    assert (
+        base.read_items(source, wanted) == base.read_items(local, wanted) and source[7] == local[7]
+    )
     assert [source.caption(i) for i in range(40)] == [local.caption(i) for i in range(40)]
     assert source.fingerprint() == local.fingerprint() and source.classes == local.classes
     assert ForkingPickler.loads(ForkingPickler.dumps(source))[5] == local[5]
@@ -45,21 +50,31 @@ def test_only_ranges_are_read(bucket, monkeypatch):
     read = []
     files = remote.file_system(bucket[0])
     whole = files.cat_ranges
-    monkeypatch.setattr(type(files), "cat_ranges", lambda self, p, a, b, **k: read.append((p, a, b)) or whole(p, a, b, **k))
+    monkeypatch.setattr(
+        type(files),
+        "cat_ranges",
+        lambda self, p, a, b, **k: read.append((p, a, b)) or whole(p, a, b, **k),
+    )
     base.read_items(source, [1, 2, 30])
     ((paths, starts, ends),) = read  # one call for images and captions of a batch
-    assert len(paths) == 6 and sum(b - a for a, b in zip(starts, ends, strict=True)) == sum(2 * 99 * len(str(i % 20)) for i in (1, 2, 30))
+    assert len(paths) == 6 and sum(b - a for a, b in zip(starts, ends, strict=True)) == sum(
+        2 * 99 * len(str(i % 20)) for i in (1, 2, 30)
+    )
 
 
 def test_the_index_is_kept_and_renewed(bucket, tmp_path, monkeypatch, make):
     def opened() -> TarSource:
-        return base.open_source(schema.Data(source="tars", path=bucket[0]), cache=str(tmp_path / "cache"))
+        return base.open_source(
+            schema.Data(source="tars", path=bucket[0]), cache=str(tmp_path / "cache")
+        )
 
     first = opened()
     with monkeypatch.context() as patch:
         patch.setattr(remote, "open_file", lambda path: pytest.fail("read again"))
         assert opened().fingerprint() == first.fingerprint()
-    remote.file_system(bucket[0]).pipe(bucket[0].removeprefix("memory:/") + "/0.tar", make.tar_bytes([("x.jpg", b"x")]))
+    remote.file_system(bucket[0]).pipe(
+        bucket[0].removeprefix("memory:/") + "/0.tar", make.tar_bytes([("x.jpg", b"x")])
+    )
     assert len(opened()) == 21
 
 
@@ -91,7 +106,9 @@ def test_a_network_that_fails(bucket, monkeypatch):
 
 
 def test_refusals():
-    with pytest.raises(UserError, match=r"^no tar file matches data.path='memory://none-[^ ]*': give a glob"):
+    with pytest.raises(
+        UserError, match=r"^no tar file matches data.path='memory://none-[^ ]*': give a glob"
+    ):
         TarSource(f"memory://none-{uuid.uuid4().hex}/*.tar")
     with pytest.raises(UserError, match="nosuch"):
         TarSource("nosuch://bucket/*.tar")

@@ -10,7 +10,8 @@ from m3i_jax.data import sampler
 
 
 def test_hash_is_splitmix64():
-    # golden: the first outputs of SplitMix64 seeded with 0 and with 1234567 (Vigna's reference implementation)
+    # golden: the first outputs of SplitMix64 seeded with 0 and with 1234567 (Vigna's reference
+    # implementation)
     assert sampler.hash64(0).tolist() == [0xE220A8397B1DCDAF]
     assert sampler.hash64(1234567).tolist() == [6457827717110365317]
 
@@ -23,12 +24,16 @@ def test_hash_separates_its_words():
 @pytest.mark.parametrize("size", [*range(1, 40), 97, 1000, 4096, 10_007])
 def test_permutation(size):
     for key in (1, 2):
-        assert sorted(sampler.permute(np.arange(size), size, sampler.hash64(key)).tolist()) == list(range(size))
+        assert sorted(sampler.permute(np.arange(size), size, sampler.hash64(key)).tolist()) == list(
+            range(size)
+        )
 
 
 def test_permutations_look_random():
     size, keys = 10, 20_000
-    where = sampler.permute(np.repeat(np.arange(size), keys), size, np.tile(sampler.hash64(np.arange(keys)), size)).reshape(size, keys)
+    where = sampler.permute(
+        np.repeat(np.arange(size), keys), size, np.tile(sampler.hash64(np.arange(keys)), size)
+    ).reshape(size, keys)
     counts = np.stack([np.bincount(row, minlength=size) for row in where])
     assert stats.chisquare(counts.ravel()).pvalue > 0.001
     pairs = np.bincount(where[3] * size + where[4], minlength=size * size).reshape(size, size)

@@ -1,4 +1,5 @@
-"""The built-in shapes: the same in any order, visible to a person, told truly by their captions, and no gift to raw pixels."""
+"""The built-in shapes: the same in any order, visible to a person, told truly by their captions,
+and no gift to raw pixels."""
 
 import collections
 import copy
@@ -51,21 +52,42 @@ def test_a_record_is_a_function_of_seed_and_index(source, pictures):
 
 def test_it_is_a_source_and_a_sequence(source: ShapesSource, pictures: np.ndarray):
     opened = base.open_source(schema.Data(size=9))
-    assert isinstance(opened, ShapesSource) and isinstance(opened, base.DataSource) and len(opened) == 9
-    assert (source.name, source.captions, len(source), source.classes) == ("shapes", True, MANY, shapes.CLASSES)
-    assert source.description() == "600 images in shapes (96 x 96 pixels, seed 0), 8 classes, captions for 100%"
-    assert source[-1].key == source[MANY - 1].key == source.key(np.int64(-1)) and source[np.int64(5)].caption == source.caption(5)
+    assert (
+        isinstance(opened, ShapesSource)
+        and isinstance(opened, base.DataSource)
+        and len(opened) == 9
+    )
+    assert (source.name, source.captions, len(source), source.classes) == (
+        "shapes",
+        True,
+        MANY,
+        shapes.CLASSES,
+    )
+    assert (
+        source.description()
+        == "600 images in shapes (96 x 96 pixels, seed 0), 8 classes, captions for 100%"
+    )
+    assert source[-1].key == source[MANY - 1].key == source.key(np.int64(-1)) and source[
+        np.int64(5)
+    ].caption == source.caption(5)
     for outside in (MANY, -MANY - 1):
         for read in (source.__getitem__, source.key, source.caption, source.silhouette):
             with pytest.raises(IndexError):
                 read(outside)
     assert pictures.shape == (MANY, 96, 96, 3) and pictures.dtype == np.uint8
-    assert image(ShapesSource(3, side=33), 2).shape == (33, 33, 3) and image(source, 2).flags.writeable
+    assert (
+        image(ShapesSource(3, side=33), 2).shape == (33, 33, 3) and image(source, 2).flags.writeable
+    )
     assert len(base.read_items(ShapesSource(4, side=16), range(4))) == 4
 
 
 def test_refusals():
-    with pytest.raises(UserError, match="^data.size=0 renders no image, and data.source='shapes' has no others: give a number"):
+    with pytest.raises(
+        UserError,
+        match=(
+            "^data.size=0 renders no image, and data.source='shapes' has no others: give a number"
+        ),
+    ):
         base.open_source(schema.Data(size=0))
     for bad in ({"side": 15}, {"seed": -1}, {"seed": 2**64}):
         with pytest.raises(ValueError, match="a side is at least 16 pixels, a seed 0..2"):
@@ -73,7 +95,16 @@ def test_refusals():
 
 
 def test_fingerprint_tells_apart_what_differs():
-    found = [s.fingerprint() for s in (ShapesSource(10), ShapesSource(11), ShapesSource(10, side=48), ShapesSource(10, seed=1), ShapesSource(10))]
+    found = [
+        s.fingerprint()
+        for s in (
+            ShapesSource(10),
+            ShapesSource(11),
+            ShapesSource(10, side=48),
+            ShapesSource(10, seed=1),
+            ShapesSource(10),
+        )
+    ]
     assert len(set(found)) == 4 and found[0] == found[4] and all(len(f) == 16 for f in found)
 
 
@@ -89,19 +120,38 @@ def test_captions_tell_the_truth(source):
     for i in range(MANY):
         what, caption = source.what(i), source.caption(i)
         words = caption.replace(",", "").split()
-        thing, ground = f"{what.color} {source.classes[what.label]}", f"{what.pattern} {what.ground} background"
+        thing, ground = (
+            f"{what.color} {source.classes[what.label]}",
+            f"{what.pattern} {what.ground} background",
+        )
         assert [w for w in words if w in source.classes] == [source.classes[what.label]]
         told = [what.color] * (thing in caption) + [what.ground] * (ground in caption)
-        assert sorted(w for w in words if w in COLORS) == sorted(told)  # no colour but the picture's, each where it belongs
-        openings["color"], openings["ground"] = openings["color"] + (thing in caption), openings["ground"] + (ground in caption)
+        # no colour but the picture's, each where it belongs
+        assert sorted(w for w in words if w in COLORS) == sorted(told)
+        openings["color"], openings["ground"] = (
+            openings["color"] + (thing in caption),
+            openings["ground"] + (ground in caption),
+        )
         assert ("small" in words) <= (what.size < 0.6) and ("large" in words) <= (what.size > 0.75)
-        assert all(following[0] in "aeiou" for word, following in zip(words, words[1:], strict=False) if word == "an")
-        assert all(following[0] not in "aeiou" for word, following in zip(words, words[1:], strict=False) if word == "a")
+        assert all(
+            following[0] in "aeiou"
+            for word, following in zip(words, words[1:], strict=False)
+            if word == "an"
+        )
+        assert all(
+            following[0] not in "aeiou"
+            for word, following in zip(words, words[1:], strict=False)
+            if word == "a"
+        )
         openings[words[0]] += 1
         openings["sized"] += any(w in words for w in ("small", "medium-sized", "large"))
-    assert {"a", "there"} <= set(openings) and all(0.4 * MANY < openings[kind] < 0.6 * MANY for kind in ("sized", "color", "ground"))
+    assert {"a", "there"} <= set(openings) and all(
+        0.4 * MANY < openings[kind] < 0.6 * MANY for kind in ("sized", "color", "ground")
+    )
     whats = [source.what(i) for i in range(MANY)]
-    assert {w.pattern for w in whats} == set(PATTERNS) and {w.color for w in whats} == {w.ground for w in whats} == set(COLORS)
+    assert {w.pattern for w in whats} == set(PATTERNS) and {w.color for w in whats} == {
+        w.ground for w in whats
+    } == set(COLORS)
 
 
 def test_the_picture_has_the_colors_of_the_caption(source, pictures):
@@ -118,12 +168,15 @@ def test_the_shape_is_seen(source, pictures):
     for i in range(MANY):
         mask, gray = source.silhouette(i), luminance(pictures[i])
         background = gray[mask == 0]
-        assert np.abs(background - gray[mask == 255].mean()).min() >= shapes.CONTRAST - 21  # in every pixel; jitter takes 2 x 10 at most
+        # in every pixel; jitter takes 2 x 10 at most
+        assert np.abs(background - gray[mask == 255].mean()).min() >= shapes.CONTRAST - 21
         assert not mask[[0, -1]].any() and not mask[:, [0, -1]].any()
         shares.append((mask > 127).mean())
     assert min(shares) > 0.02 and max(shares) < 0.4
     gray_of = {name: float(luminance(np.array(rgb))) for name, rgb in COLORS.items()}
-    brighter = np.mean([gray_of[w.color] > gray_of[w.ground] for w in map(source.what, range(MANY))])
+    brighter = np.mean(
+        [gray_of[w.color] > gray_of[w.ground] for w in map(source.what, range(MANY))]
+    )
     assert 0.4 < brighter < 0.6
 
 
@@ -136,7 +189,8 @@ def test_the_diameter_is_what_the_plan_says(source):
     for i in range(100):
         points = np.argwhere(source.silhouette(i) > 127)
         widest = np.ptp(points @ np.stack([np.sin(angle), np.cos(angle)]), axis=0).max() / 96
-        assert 0.75 < widest / source.what(i).size < 1.03  # polygons are inscribed in the circle of that diameter
+        # polygons are inscribed in the circle of that diameter
+        assert 0.75 < widest / source.what(i).size < 1.03
 
 
 def test_pictures_differ(pictures):
@@ -144,18 +198,24 @@ def test_pictures_differ(pictures):
 
 
 def test_raw_pixels_do_not_tell_the_class(source, pictures):
-    small = np.stack([np.asarray(Image.fromarray(p).resize((48, 48))) for p in pictures]).reshape(MANY, -1).astype(float)
+    small = (
+        np.stack([np.asarray(Image.fromarray(p).resize((48, 48))) for p in pictures])
+        .reshape(MANY, -1)
+        .astype(float)
+    )
     labels = np.array([source.what(i).label for i in range(MANY)])
     bank, query = small[:400], small[400:]
     distance = (bank**2).sum(1) - 2 * query @ bank.T
     for k in (1, 5, 20):
         near = labels[np.argsort(distance, 1)[:, :k]]
         guess = np.array([np.bincount(row, minlength=8).argmax() for row in near])
-        assert (guess == labels[400:]).mean() < 0.3  # chance is 0.125; the silhouette alone, below, gives more than 0.9
+        # chance is 0.125; the silhouette alone, below, gives more than 0.9
+        assert (guess == labels[400:]).mean() < 0.3
 
 
 def test_outlines_tell_the_class(source):
-    """A profile that ignores place, size, rotation and colour separates the classes: a perfect learner has something to find."""
+    """A profile that ignores place, size, rotation and colour separates the classes: a perfect
+    learner has something to find."""
     rows, names = [], []
     for i in range(MANY):
         mask = source.silhouette(i) / 255.0
@@ -170,5 +230,13 @@ def test_outlines_tell_the_class(source):
 
 
 def test_no_jax_is_imported():
-    code = "import sys, m3i_jax.data.sources.shapes; m3i_jax.data.sources.shapes.ShapesSource(1)[0]; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
+    code = (
+        "import sys, m3i_jax.data.sources.shapes; m3i_jax.data.sources.shapes.ShapesSource(1)[0];"
+        " sys.exit('jax' in sys.modules)"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}
+        ).returncode
+        == 0
+    )

@@ -21,7 +21,9 @@ def lender():
     made.close()
 
 
-def send(borrower: shared_buffers.BufferWriter, value: int, shape: tuple[int, ...] = (64, 128)) -> shared_buffers.BufferHandle:
+def send(
+    borrower: shared_buffers.BufferWriter, value: int, shape: tuple[int, ...] = (64, 128)
+) -> shared_buffers.BufferHandle:
     with borrower.lend(shape) as (sent, array):
         array[:] = value
     return copy.copy(sent)
@@ -41,7 +43,11 @@ def test_a_block_is_filled_again_only_when_no_view_is_left(lender):
     del part
     gc.collect()
     fourth = lender.take(send(borrower, 4))
-    assert fourth.__array_interface__["data"][0] == place and (fourth == 4).all() and (third == 3).all()
+    assert (
+        fourth.__array_interface__["data"][0] == place
+        and (fourth == 4).all()
+        and (third == 3).all()
+    )
 
 
 def test_what_the_device_reads_is_not_filled_again(lender):
@@ -49,7 +55,9 @@ def test_what_the_device_reads_is_not_filled_again(lender):
     borrower, kept = lender.borrower(), []
     for value in range(8):
         kept.append(jax.device_put(lender.take(send(borrower, value))))
-    assert [set(np.asarray(array).ravel().tolist()) for array in kept] == [{value} for value in range(8)]
+    assert [set(np.asarray(array).ravel().tolist()) for array in kept] == [
+        {value} for value in range(8)
+    ]
 
 
 def test_a_loop_needs_few_blocks(lender):
@@ -67,7 +75,9 @@ def test_other_shapes_and_failures(lender):
         array[:] = 9
         raise RuntimeError("no picture")
     before = len(os.listdir(lender.place))
-    assert (lender.take(send(borrower, 6, (7, 7))) == 6).all() and len(os.listdir(lender.place)) == before
+    assert (lender.take(send(borrower, 6, (7, 7))) == 6).all() and len(
+        os.listdir(lender.place)
+    ) == before
     assert (small == 5).all() and (large == 5).all()
 
 
@@ -80,20 +90,31 @@ def test_nothing_is_left_and_nothing_is_pulled_away(lender):
 
 
 def test_the_next_run_sweeps_after_one_that_was_killed():
-    code = "import os, signal\nfrom m3i_jax.data import loans\nlender = shared_buffers.SharedBufferPool()\nprint(lender.place, flush=True)\n"
-    killed = subprocess.run([sys.executable, "-c", code + "os.kill(os.getpid(), signal.SIGKILL)"], capture_output=True, text=True)
+    code = (
+        "import os, signal\nfrom m3i_jax.data import loans\nlender ="
+        " shared_buffers.SharedBufferPool()\nprint(lender.place, flush=True)\n"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", code + "os.kill(os.getpid(), signal.SIGKILL)"],
+        capture_output=True,
+        text=True,
+    )
     left = killed.stdout.strip()
     assert os.path.isdir(left)
     with_lock = shared_buffers.SharedBufferPool()  # alive: not swept by the next
     other = shared_buffers.SharedBufferPool()
-    assert not os.path.exists(left) and os.path.isdir(with_lock.place) and os.path.isdir(other.place)
+    assert (
+        not os.path.exists(left) and os.path.isdir(with_lock.place) and os.path.isdir(other.place)
+    )
     other.close()
     with_lock.close()
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not os.path.exists(ended.stdout.strip())
 
 
-def made(own: shared_buffers.ThreadBufferPool, value: int, shape: tuple[int, ...] = (64, 128)) -> np.ndarray:
+def made(
+    own: shared_buffers.ThreadBufferPool, value: int, shape: tuple[int, ...] = (64, 128)
+) -> np.ndarray:
     with own.lend(shape) as (sent, array):
         array[:] = value
     return sent
@@ -124,7 +145,9 @@ def test_threads_fill_again_only_what_nobody_holds():
 def test_what_the_device_reads_is_not_filled_again_by_threads():
     own = shared_buffers.ThreadBufferPool()
     kept = [jax.device_put(made(own, value)) for value in range(8)]
-    assert [set(np.asarray(array).ravel().tolist()) for array in kept] == [{value} for value in range(8)]
+    assert [set(np.asarray(array).ravel().tolist()) for array in kept] == [
+        {value} for value in range(8)
+    ]
 
 
 def test_threads_never_get_the_same_block():

@@ -1,4 +1,5 @@
-"""Folders and splits: what counts as an image, a class and a caption, and the one line that a mistake gets."""
+"""Folders and splits: what counts as an image, a class and a caption, and the one line that a
+mistake gets."""
 
 import collections
 import os
@@ -42,11 +43,15 @@ def test_classes_captions_and_order(fill):
         ("zebra/deep/er/1.webp", b"z1", 1, None),
     ]
     assert [source.key(i) for i in range(4)] == [r.key for r in got]
-    assert source.description().startswith(f"4 images in folder {source.path!r}, 2 classes, captions for 25%")
+    assert source.description().startswith(
+        f"4 images in folder {source.path!r}, 2 classes, captions for 25%"
+    )
 
 
 def test_every_extension_in_any_case(fill):
-    names = [f"{i}{e}" for i, e in enumerate(base.EXTENSIONS)] + [f"{i}{e.upper()}" for i, e in enumerate(base.EXTENSIONS)]
+    names = [f"{i}{e}" for i, e in enumerate(base.EXTENSIONS)] + [
+        f"{i}{e.upper()}" for i, e in enumerate(base.EXTENSIONS)
+    ]
     source = FolderSource(str(fill(dict.fromkeys([*names, "a.heic", "b.jpg.bak", "jpg"], b"x"))))
     assert sorted(source.key(i) for i in range(len(source))) == sorted(names)
     assert source.ignored["other files"] == 3
@@ -59,7 +64,15 @@ def test_one_sub_folder_is_no_category(fill):
 
 def test_what_is_not_followed(fill, tmp_path):
     outside = fill({"secret.jpg": b"secret", "deep/secret.jpg": b"secret"}, "outside")
-    folder = fill({"a/1.jpg": b"1", "b/2.jpg": b"2", ".hidden.jpg": b"h", ".git/3.jpg": b"h", "__MACOSX/4.jpg": b"h"})
+    folder = fill(
+        {
+            "a/1.jpg": b"1",
+            "b/2.jpg": b"2",
+            ".hidden.jpg": b"h",
+            ".git/3.jpg": b"h",
+            "__MACOSX/4.jpg": b"h",
+        }
+    )
     (folder / "a/link.jpg").symlink_to(outside / "secret.jpg")
     (folder / "c").symlink_to(outside / "deep")
     (folder / "a/up").symlink_to(folder)
@@ -84,7 +97,10 @@ def test_what_is_not_followed(fill, tmp_path):
         "special files": 1,
         "files over 256 MiB": 1,
     }
-    assert "; ignored: 1 broken links, 1 files over 256 MiB, 3 hidden, 2 links out" in source.description()
+    assert (
+        "; ignored: 1 broken links, 1 files over 256 MiB, 3 hidden, 2 links out"
+        in source.description()
+    )
 
 
 def test_a_folder_that_is_a_link_itself(fill, tmp_path):
@@ -104,29 +120,51 @@ def test_names_that_are_no_utf8(tmp_path):
 
 def test_refusals_of_a_folder(fill, tmp_path):
     fill({"pictures/a.jpg": b""}, "data")
-    assert refusal("") == "data.path is empty, and data.source='folder' needs it: give the directory that holds the pictures"
-    assert refusal("", "tars") == "data.path is empty, and data.source='tars' needs it: give the tar files, such as 'DIR/*.tar'"
+    assert (
+        refusal("")
+        == "data.path is empty, and data.source='folder' needs it: give the directory that holds"
+        " the pictures"
+    )
+    assert (
+        refusal("", "tars")
+        == "data.path is empty, and data.source='tars' needs it: give the tar files, such as"
+        " 'DIR/*.tar'"
+    )
     missing = tmp_path / "data/pictuers"
-    assert refusal(missing) == (
-        f"data.path={str(missing)!r} does not exist: there is no 'pictuers' in {str(tmp_path / 'data')!r}, "
-        f"did you mean {str(tmp_path / 'data/pictures')!r}?; give the directory that holds the images"
+    assert (
+        refusal(missing) == f"data.path={str(missing)!r} does not exist: there is no 'pictuers' in"
+        f" {str(tmp_path / 'data')!r}, did you mean {str(tmp_path / 'data/pictures')!r}?; give"
+        " the directory that holds the images"
     )
     deep = tmp_path / "dta/pictures/x"
-    assert f"there is no 'dta' in {str(tmp_path)!r}, did you mean {str(tmp_path / 'data')!r}?" in refusal(deep)
+    assert (
+        f"there is no 'dta' in {str(tmp_path)!r}, did you mean {str(tmp_path / 'data')!r}?"
+        in refusal(deep)
+    )
     (tmp_path / "empty").mkdir()
-    assert refusal(tmp_path / "empty") == f"data.path={str(tmp_path / 'empty')!r} is an empty folder: put images there ({KINDS})"
+    assert (
+        refusal(tmp_path / "empty")
+        == f"data.path={str(tmp_path / 'empty')!r} is an empty folder: put images there ({KINDS})"
+    )
     other = fill({"a.heic": b"", "b.heic": b"", "c.pdf": b"", "c.txt": b""}, "other")
-    assert refusal(other) == f"data.path={str(other)!r} holds 4 files but no image ({KINDS}), most of them .heic"
+    assert (
+        refusal(other)
+        == f"data.path={str(other)!r} holds 4 files but no image ({KINDS}), most of them .heic"
+    )
     tars = fill({"0.tar": b""}, "tars")
     assert refusal(tars).endswith("most of them .tar; tar files are read by data.source='tars'")
-    assert refusal(tars / "0.tar") == (
-        f"data.path={str(tars / '0.tar')!r} is a file: data.source='folder' needs the directory that holds the images; "
-        "tar files are read by data.source='tars'"
+    assert (
+        refusal(tars / "0.tar")
+        == f"data.path={str(tars / '0.tar')!r} is a file: data.source='folder' needs the directory"
+        " that holds the images; tar files are read by data.source='tars'"
     )
     linked = tmp_path / "linked"
     linked.mkdir()
     (linked / "class").symlink_to(tmp_path / "data/pictures")
-    assert refusal(linked) == f"data.path={str(linked)!r} holds no image ({KINDS}); ignored: 1 links out of the folder"
+    assert (
+        refusal(linked)
+        == f"data.path={str(linked)!r} holds no image ({KINDS}); ignored: 1 links out of the folder"
+    )
     kinds = "'shapes', 'folder', 'tars', 'array_record', 'tfds', 'hugging_face' or 'mixture'"
     assert refusal(tmp_path, "folders") == f"data.source='folders' is not a source: use {kinds}"
 
@@ -164,7 +202,9 @@ class Numbers:
 
 
 def test_a_source_is_known_by_its_methods():
-    assert isinstance(Numbers(1), base.DataSource) and isinstance(base.split_by_hash(Numbers(1), 0, "train"), base.DataSource)
+    assert isinstance(Numbers(1), base.DataSource) and isinstance(
+        base.split_by_hash(Numbers(1), 0, "train"), base.DataSource
+    )
     assert isinstance(FolderSource, type) and not isinstance(object(), base.DataSource)
 
 
@@ -173,14 +213,32 @@ def test_split_is_a_stable_partition():
     train, held = (base.split_by_hash(whole, 0.1, part) for part in ("train", "held_out"))
     assert sorted([*train.indices, *held.indices]) == list(range(20_000))
     assert abs(len(held) / 20_000 - 0.1) < 0.01
-    assert train[7] == whole[int(train.indices[7])] and train.__getitems__([3, 1]) == [train[3], train[1]]
+    assert train[7] == whole[int(train.indices[7])] and train.__getitems__([3, 1]) == [
+        train[3],
+        train[1],
+    ]
     assert train.classes == whole.classes and train.captions
     assert train.description() == f"{len(train):,} of 20000 numbers (train)"
     # More records move none of those before; a larger share only adds.
-    assert set(held.indices) == {i for i in base.split_by_hash(Numbers(30_000), 0.1, "held_out").indices if i < 20_000}
+    assert set(held.indices) == {
+        i for i in base.split_by_hash(Numbers(30_000), 0.1, "held_out").indices if i < 20_000
+    }
     assert set(held.indices) < set(base.split_by_hash(whole, 0.2, "held_out").indices)
-    assert len({train.fingerprint(), held.fingerprint(), whole.fingerprint(), base.split_by_hash(whole, 0.2, "train").fingerprint()}) == 4
-    assert len(base.split_by_hash(whole, 0.0, "train")) == 20_000 and len(base.split_by_hash(whole, 0.0, "held_out")) == 0
+    assert (
+        len(
+            {
+                train.fingerprint(),
+                held.fingerprint(),
+                whole.fingerprint(),
+                base.split_by_hash(whole, 0.2, "train").fingerprint(),
+            }
+        )
+        == 4
+    )
+    assert (
+        len(base.split_by_hash(whole, 0.0, "train")) == 20_000
+        and len(base.split_by_hash(whole, 0.0, "held_out")) == 0
+    )
     with pytest.raises(ValueError, match="'test'"):
         base.split_by_hash(whole, 0.1, "test")
 
@@ -188,16 +246,31 @@ def test_split_is_a_stable_partition():
 def test_captions_of_a_source():
     assert list(decode.sample_captions(Numbers(5))) == ["number 1", "number 2", "number 4"]
     some = list(decode.sample_captions(Numbers(1000), 100))
-    assert 50 < len(some) <= 100 and some == list(decode.sample_captions(Numbers(1000), 100)) and some[-1] > "number 9"
+    assert (
+        50 < len(some) <= 100
+        and some == list(decode.sample_captions(Numbers(1000), 100))
+        and some[-1] > "number 9"
+    )
 
 
 def test_reading_fails_with_one_line(fill, monkeypatch):
     path = str(fill({"a.jpg": b"0123456789"}) / "a.jpg")
-    assert base.read_byte_range(path, 2, 3) == b"234" and base.read_byte_range(path, 8) == b"89" and base.read_byte_range(path, 10) == b""
-    with pytest.raises(UserError, match=r"ends before byte 12: it became shorter while the run was reading it; start again$"):
+    assert (
+        base.read_byte_range(path, 2, 3) == b"234"
+        and base.read_byte_range(path, 8) == b"89"
+        and base.read_byte_range(path, 10) == b""
+    )
+    with pytest.raises(
+        UserError,
+        match=r"ends before byte 12: it became shorter while the run was reading it; start again$",
+    ):
         base.read_byte_range(path, 8, 4)
     with pytest.raises(
-        UserError, match=r"gone' cannot be read \(No such file or directory\) although it could when the run began; restore it$"
+        UserError,
+        match=(
+            r"gone' cannot be read \(No such file or directory\) although it could when the run"
+            r" began; restore it$"
+        ),
     ):
         base.read_byte_range(path + "gone")
     # A disk that fails twice and then answers is no error; one that goes on failing is.
@@ -238,6 +311,16 @@ def test_labels(value, label):
 
 
 def test_digest_keeps_parts_apart():
-    assert len({base.stable_digest("ab", "c"), base.stable_digest("a", "bc"), base.stable_digest("abc"), base.stable_digest("abc", "")}) == 4
+    assert (
+        len(
+            {
+                base.stable_digest("ab", "c"),
+                base.stable_digest("a", "bc"),
+                base.stable_digest("abc"),
+                base.stable_digest("abc", ""),
+            }
+        )
+        == 4
+    )
     assert base.stable_digest(b"x", 1, 0.5) == base.stable_digest(b"x", 1, 0.5)
     assert np.unique([base.stable_digest(i) for i in range(1000)]).size == 1000

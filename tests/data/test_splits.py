@@ -1,4 +1,5 @@
-"""What is trained on and what is held out: by hash or by name, with one numbering of the classes."""
+"""What is trained on and what is held out: by hash or by name, with one numbering of the
+classes."""
 
 import pytest
 
@@ -19,31 +20,56 @@ def data(fill) -> str:
 
 
 def test_a_named_split_is_held_out(data):
-    train, held = splits.open_splits(schema.Data(source="folder", path=data, split="train", holdout_split="val"))
+    train, held = splits.open_splits(
+        schema.Data(source="folder", path=data, split="train", holdout_split="val")
+    )
     assert len(train) == 30 and train.classes == held.classes == ("ant", "bee", "cat")
-    # bee and cat have other numbers in the folder of the held-out split, and eel is unknown to the run.
-    assert [(r.key, r.label) for r in (held[i] for i in range(3))] == [("bee/0.jpg", 1), ("cat/1.jpg", 2), ("eel/2.jpg", -1)]
-    again, elsewhere = splits.open_splits(schema.Data(source="folder", path=f"{data}/train", holdout_split=f"{data}/val"))
+    # bee and cat have other numbers in the folder of the held-out split, and eel is unknown to the
+    # run.
+    assert [(r.key, r.label) for r in (held[i] for i in range(3))] == [
+        ("bee/0.jpg", 1),
+        ("cat/1.jpg", 2),
+        ("eel/2.jpg", -1),
+    ]
+    again, elsewhere = splits.open_splits(
+        schema.Data(source="folder", path=f"{data}/train", holdout_split=f"{data}/val")
+    )
     assert keys(again) == keys(train) and keys(elsewhere) == keys(held)
 
 
 def test_a_hash_holds_out_a_share(data):
-    train, held = splits.open_splits(schema.Data(source="folder", path=data, split="train", holdout=0.3))
-    assert len(train) + len(held) == 30 and 0 < len(held) < 20 and not set(keys(train)) & set(keys(held))
+    train, held = splits.open_splits(
+        schema.Data(source="folder", path=data, split="train", holdout=0.3)
+    )
+    assert (
+        len(train) + len(held) == 30
+        and 0 < len(held) < 20
+        and not set(keys(train)) & set(keys(held))
+    )
 
 
 def test_both_splits_of_tars(tmp_path, make):
     for name in ("train-0", "train-1", "val-0"):
         (tmp_path / f"{name}.tar").write_bytes(make.tar_bytes([(f"{name}.jpg", b"x")]))
-    train, held = splits.open_splits(schema.Data(source="tars", path=str(tmp_path), split="train-*.tar", holdout_split="val-*.tar"))
+    train, held = splits.open_splits(
+        schema.Data(
+            source="tars", path=str(tmp_path), split="train-*.tar", holdout_split="val-*.tar"
+        )
+    )
     assert keys(train) == ["train-0", "train-1"] and keys(held) == ["val-0"]
 
 
 def test_parts_of_a_mixture(data):
     entries = (f"folder:{data}@train|val=3", "shapes:50=1")
     train, held = splits.open_splits(schema.Data(source="mixture", mixture=entries, holdout=0.2))
-    assert train.classes == held.classes and train.classes[:4] == ("ant", "bee", "cat", "circle") and train.parts == (3, 1)
-    assert keys(train)[:30] == [f"{name}/{i}.jpg" for name in ("ant", "bee", "cat") for i in range(10)]
+    assert (
+        train.classes == held.classes
+        and train.classes[:4] == ("ant", "bee", "cat", "circle")
+        and train.parts == (3, 1)
+    )
+    assert keys(train)[:30] == [
+        f"{name}/{i}.jpg" for name in ("ant", "bee", "cat") for i in range(10)
+    ]
     assert len(train) + len(held) == 30 + 3 + 50
     assert held[2].label == -1 and held[0].label == 1 and held.captions
 
@@ -51,8 +77,14 @@ def test_parts_of_a_mixture(data):
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"source": "folder", "holdout_split": "val"}, "without data.split all of that would be trained on"),
-        ({"source": "folder", "split": "val", "holdout_split": "val"}, "is also what is trained on"),
+        (
+            {"source": "folder", "holdout_split": "val"},
+            "without data.split all of that would be trained on",
+        ),
+        (
+            {"source": "folder", "split": "val", "holdout_split": "val"},
+            "is also what is trained on",
+        ),
         ({"source": "folder", "split": "trian"}, "did you mean '.*/train'"),
         ({"source": "shapes", "size": 9, "holdout_split": "val"}, "have no splits"),
         ({"source": "shapes", "size": 9, "path": "", "split": "val"}, "have no split 'val'"),
@@ -81,13 +113,21 @@ def test_refusals_of_both_ways_to_open(data, opens, settings, why):
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"source": "folder", "split": "train", "holdout_split": "val"}, "^data.holdout_split names 'val', which would be left out here"),
-        ({"source": "mixture", "mixture": ("folder:D@train|val",)}, r"^the part of data.mixture after '\|' names 'val'"),
+        (
+            {"source": "folder", "split": "train", "holdout_split": "val"},
+            "^data.holdout_split names 'val', which would be left out here",
+        ),
+        (
+            {"source": "mixture", "mixture": ("folder:D@train|val",)},
+            r"^the part of data.mixture after '\|' names 'val'",
+        ),
     ],
 )
 def test_one_source_leaves_no_named_split_out(data, settings, why):
     """What `--mode=convert` opens."""
     with pytest.raises(UserError, match=why):
         base.open_source(schema.Data(**{"path": data} | settings))
-    whole = base.open_source(schema.Data(source="mixture", mixture=(f"folder:{data}@train", f"folder:{data}@val")))
+    whole = base.open_source(
+        schema.Data(source="mixture", mixture=(f"folder:{data}@train", f"folder:{data}@val"))
+    )
     assert len(whole) == 33 and whole.classes == ("ant", "bee", "cat", "eel")

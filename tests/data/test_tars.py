@@ -1,4 +1,5 @@
-"""Tar files read in place: members are found as Python's tarfile finds them, nothing leads outside, and damage costs only what it hits."""
+"""Tar files read in place: members are found as Python's tarfile finds them, nothing leads outside,
+and damage costs only what it hits."""
 
 import collections
 import io
@@ -25,7 +26,10 @@ def everything(source: TarSource) -> list[tuple]:
 
 def walk(content: bytes) -> tuple[list[tuple[str, bytes]], dict[str, int]]:
     problems: collections.Counter[str] = collections.Counter()
-    found = [(name, content[at : at + size]) for name, at, size in tar_headers.tar_members(io.BytesIO(content), problems)]
+    found = [
+        (name, content[at : at + size])
+        for name, at, size in tar_headers.tar_members(io.BytesIO(content), problems)
+    ]
     return found, {kind: n for kind, n in problems.items() if n}
 
 
@@ -40,7 +44,9 @@ def test_members_are_those_of_tarfile(make, kind):
     found, problems = walk(content)
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         expected = [(m.name.removeprefix("./"), tar.extractfile(m).read()) for m in tar]
-    assert found == expected == [(name.removeprefix("./"), c) for name, c in members] and not problems
+    assert (
+        found == expected == [(name.removeprefix("./"), c) for name, c in members] and not problems
+    )
 
 
 def test_sizes_in_base_256_and_in_pax_headers(make):
@@ -52,7 +58,15 @@ def test_sizes_in_base_256_and_in_pax_headers(make):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
         member = tarfile.TarInfo("a.jpg")
-        member.size, member.pax_headers = 3, {"size": "3", "path": "b.jpg", "mtime": "1.5", "comment": "x=y z"}
+        member.size, member.pax_headers = (
+            3,
+            {
+                "size": "3",
+                "path": "b.jpg",
+                "mtime": "1.5",
+                "comment": "x=y z",
+            },
+        )
         tar.addfile(member, io.BytesIO(b"abc"))
     assert walk(buffer.getvalue())[0] == [("b.jpg", b"abc")]
 
@@ -61,18 +75,38 @@ def test_nothing_leads_outside(tmp_path, make):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for i in range(50):
-            for name in (f"../../{i}.jpg", f"/etc/{i}.jpg", f"a/../../{i}.jpg", "..", "x" * 200 + f"/../../{i}.jpg"):
+            for name in (
+                f"../../{i}.jpg",
+                f"/etc/{i}.jpg",
+                f"a/../../{i}.jpg",
+                "..",
+                "x" * 200 + f"/../../{i}.jpg",
+            ):
                 member = tarfile.TarInfo(name)
                 member.size = 1
                 tar.addfile(member, io.BytesIO(b"x"))
-        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
+        for kind in (
+            tarfile.SYMTYPE,
+            tarfile.LNKTYPE,
+            tarfile.CHRTYPE,
+            tarfile.BLKTYPE,
+            tarfile.FIFOTYPE,
+            tarfile.DIRTYPE,
+        ):
             member = tarfile.TarInfo(f"link{kind.decode()}.jpg")
             member.type, member.linkname = kind, "/etc/passwd"
             tar.addfile(member)
         member = tarfile.TarInfo("good.jpg")
         member.size = 4
         tar.addfile(member, io.BytesIO(b"good"))
-        for name in ("bad.pkl", "bad.pickle", "bad.pyd", ".hidden.jpg", "._good.jpg", "__MACOSX/good.jpg"):
+        for name in (
+            "bad.pkl",
+            "bad.pickle",
+            "bad.pyd",
+            ".hidden.jpg",
+            "._good.jpg",
+            "__MACOSX/good.jpg",
+        ):
             tar.addfile(tarfile.TarInfo(name))
     (tmp_path / "0.tar").write_bytes(buffer.getvalue())
     source = TarSource(str(tmp_path / "*.tar"))
@@ -92,7 +126,8 @@ def test_grouping_captions_and_labels(tmp_path, make):
         return json.dumps(values).encode()
 
     members = [
-        ("1.json", meta(caption="from json", label=3)),  # before its image, and weaker than the text
+        # before its image, and weaker than the text
+        ("1.json", meta(caption="from json", label=3)),
         ("1.jpg", b"one"),
         ("1.txt", b"from text"),
         ("2.png", b"two"),
@@ -154,12 +189,20 @@ def test_files_in_the_order_of_their_names(tmp_path, make):
 def test_truncation_keeps_what_is_whole(make):
     members = [(f"{i}.jpg", bytes([i]) * (300 + 200 * i)) for i in range(8)]
     content = make.tar_bytes(members)
-    ends = [at + size for _, at, size in tar_headers.tar_members(io.BytesIO(content), collections.Counter())]
+    ends = [
+        at + size
+        for _, at, size in tar_headers.tar_members(io.BytesIO(content), collections.Counter())
+    ]
     for length in range(0, len(content), 77):
         found, problems = walk(content[:length])
         assert found == members[: sum(end <= length for end in ends)]
-        on_block_edge = length in {-(-end // 512) * 512 for end in [0, *ends]} or length >= -(-ends[-1] // 512) * 512 + 512
-        assert problems == ({} if on_block_edge else {tar_headers.TRUNCATED: 1}) or length > ends[-1]
+        on_block_edge = (
+            length in {-(-end // 512) * 512 for end in [0, *ends]}
+            or length >= -(-ends[-1] // 512) * 512 + 512
+        )
+        assert (
+            problems == ({} if on_block_edge else {tar_headers.TRUNCATED: 1}) or length > ends[-1]
+        )
 
 
 def test_a_damaged_header_costs_its_member_only(make):
@@ -174,7 +217,9 @@ def test_a_damaged_header_costs_its_member_only(make):
 
 def test_random_damage_never_raises(make):
     rng = np.random.default_rng(0)
-    content = make.tar_bytes([(f"{'x' * 120}{i}.jpg", rng.bytes(600)) for i in range(6)], tarfile.PAX_FORMAT)
+    content = make.tar_bytes(
+        [(f"{'x' * 120}{i}.jpg", rng.bytes(600)) for i in range(6)], tarfile.PAX_FORMAT
+    )
     for _ in range(300):
         damaged = bytearray(content)
         for _ in range(rng.integers(1, 30)):
@@ -205,7 +250,9 @@ def test_damage_is_told_with_the_name_of_the_file(tmp_path, make, caplog):
 def test_the_index_is_kept_and_renewed(tmp_path, make, monkeypatch):
     data, cache = tmp_path / "data", str(tmp_path / "cache")
     data.mkdir()
-    (data / "0.tar").write_bytes(make.tar_bytes([("1.jpg", b"one"), ("1.txt", b"caption"), ("2.jpg", b"two")]))
+    (data / "0.tar").write_bytes(
+        make.tar_bytes([("1.jpg", b"one"), ("1.txt", b"caption"), ("2.jpg", b"two")])
+    )
     built = []
     real = tars._build
     monkeypatch.setattr(tars, "_build", lambda files: built.append(1) or real(files))
@@ -247,7 +294,15 @@ def test_worker_processes_get_paths_not_files(tmp_path, make, cached):
 
 
 def test_memory_of_the_index(tmp_path, make):
-    members = [m for i in range(3000) for m in ((f"{i:09d}.jpg", b"j"), (f"{i:09d}.txt", b"t"), (f"{i:09d}.json", b'{"label": 1}'))]
+    members = [
+        m
+        for i in range(3000)
+        for m in (
+            (f"{i:09d}.jpg", b"j"),
+            (f"{i:09d}.txt", b"t"),
+            (f"{i:09d}.json", b'{"label": 1}'),
+        )
+    ]
     (tmp_path / "0.tar").write_bytes(make.tar_bytes(members))
     source = TarSource(str(tmp_path))
     size = sum(array.nbytes for array in source._index.values())
@@ -256,12 +311,15 @@ def test_memory_of_the_index(tmp_path, make):
 
 @pytest.mark.slow
 def test_memory_while_the_index_is_made():
-    """At the highest, and in the end, from files of ten thousand images with captions. Both grow with the number of images alone."""
+    """At the highest, and in the end, from files of ten thousand images with captions. Both grow
+    with the number of images alone."""
     tracemalloc.start()
     columns = tars._Columns()
     for shard in range(20):
         group = {"size": 10_000, "caption_kind": 1, "caption_offset": 7, "caption_size": 50}
-        columns.add(shard, {f"{shard:05d}{i:04d}": {"offset": 12_000 * i, **group} for i in range(10_000)})
+        columns.add(
+            shard, {f"{shard:05d}{i:04d}": {"offset": 12_000 * i, **group} for i in range(10_000)}
+        )
     index = columns.arrays({})
     del columns
     kept, highest = tracemalloc.get_traced_memory()
@@ -290,23 +348,37 @@ def test_refusals_of_tars(tmp_path, make):
 
     data = tmp_path / "data"
     data.mkdir()
-    assert refusal(data / "*.tar") == f"no tar file matches data.path={str(data / '*.tar')!r}: {str(data)!r} holds no .tar file"
-    assert refusal(tmp_path / "dat/*.tar") == (
-        f"no tar file matches data.path={str(tmp_path / 'dat/*.tar')!r}: there is no 'dat' in {str(tmp_path)!r}, "
-        f"did you mean {str(data)!r}?"
+    assert (
+        refusal(data / "*.tar")
+        == f"no tar file matches data.path={str(data / '*.tar')!r}: {str(data)!r} holds no .tar"
+        " file"
+    )
+    assert (
+        refusal(tmp_path / "dat/*.tar")
+        == f"no tar file matches data.path={str(tmp_path / 'dat/*.tar')!r}: there is no 'dat' in"
+        f" {str(tmp_path)!r}, did you mean {str(data)!r}?"
     )
     pattern = str(tmp_path / "*/x-*.tar")
-    assert refusal(pattern) == f"no tar file matches data.path={pattern!r}: give a glob such as 'DIR/*.tar'"
-    (data / "0.tar.gz").write_bytes(b"")
-    assert refusal(data / "*.tar").endswith(f"{str(data)!r} holds 1 compressed ones, which cannot be read in place: decompress them first")
-    (data / "00.tar").write_bytes(make.tar_bytes([("a.heic", b""), ("a.txt", b"text")]))
-    assert refusal(data / "00*.tra") == (
-        f"no tar file matches data.path={str(data / '00*.tra')!r}: {str(data)!r} holds 1 .tar file, the first is '00.tar': "
-        f"did you mean {str(data / '*.tar')!r}?"
+    assert (
+        refusal(pattern)
+        == f"no tar file matches data.path={pattern!r}: give a glob such as 'DIR/*.tar'"
     )
-    assert refusal(data / "*.tar") == (
-        f"the tar file that matches data.path={str(data / '*.tar')!r} holds no image (jpg, jpeg, png, webp, gif, bmp, tif, tiff)"
-        "; ignored: 1 captions or labels without an image, 1 other members"
+    (data / "0.tar.gz").write_bytes(b"")
+    assert refusal(data / "*.tar").endswith(
+        f"{str(data)!r} holds 1 compressed ones, which cannot be read in place: decompress them"
+        " first"
+    )
+    (data / "00.tar").write_bytes(make.tar_bytes([("a.heic", b""), ("a.txt", b"text")]))
+    assert (
+        refusal(data / "00*.tra")
+        == f"no tar file matches data.path={str(data / '00*.tra')!r}: {str(data)!r} holds 1 .tar"
+        f" file, the first is '00.tar': did you mean {str(data / '*.tar')!r}?"
+    )
+    assert (
+        refusal(data / "*.tar")
+        == f"the tar file that matches data.path={str(data / '*.tar')!r} holds no image (jpg, jpeg,"
+        " png, webp, gif, bmp, tif, tiff); ignored: 1 captions or labels without an image, 1"
+        " other members"
     )
     (data / "01.tar").write_bytes(b"")
     assert refusal(data / "*.tar").startswith("the 2 tar files that match ")

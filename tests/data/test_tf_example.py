@@ -1,4 +1,5 @@
-"""The message of tf.train.Example: what we write others read, what others wrote we read, and noise is refused with one kind of error."""
+"""The message of tf.train.Example: what we write others read, what others wrote we read, and noise
+is refused with one kind of error."""
 
 import numpy as np
 import pytest
@@ -7,8 +8,12 @@ from m3i_jax.data.sources import tf_example
 
 
 def test_golden_bytes():
-    # golden: made by the protocol buffers library from the published definition of tf.train.Example: label = 3, caption = b"hi"
-    golden = b"\n#\n\x11\n\x07caption\x12\x06\n\x04\n\x02hi" + b"\n\x0e\n\x05label\x12\x05\x1a\x03\n\x01\x03"
+    # golden: made by the protocol buffers library from the published definition of
+    # tf.train.Example: label = 3, caption = b"hi"
+    golden = (
+        b"\n#\n\x11\n\x07caption\x12\x06\n\x04\n\x02hi"
+        + b"\n\x0e\n\x05label\x12\x05\x1a\x03\n\x01\x03"
+    )
     golden = b"\n" + bytes([len(golden) - 2]) + golden[2:]
     assert tf_example.encode_example({"label": 3, "caption": b"hi"}) == golden
     assert tf_example.decode_example(golden) == {"caption": [b"hi"], "label": [3]}
@@ -18,11 +23,14 @@ def test_golden_bytes():
 def test_there_and_back(size):
     content = np.random.default_rng(size).bytes(size)
     features = {"image": content, "ümlaut": b"x", "one": 1, "big": 2**62, "negative": -5}
-    assert tf_example.decode_example(tf_example.encode_example(features)) == {name: [value] for name, value in features.items()}
+    assert tf_example.decode_example(tf_example.encode_example(features)) == {
+        name: [value] for name, value in features.items()
+    }
 
 
 def test_what_others_write():
-    # Several values, an int64 list that is not packed, a float list, an unknown field, a feature without a kind.
+    # Several values, an int64 list that is not packed, a float list, an unknown field, a feature
+    # without a kind.
     def field(number: int, content: bytes, wire: int = 2) -> bytes:
         return bytes([number << 3 | wire]) + (bytes([len(content)]) if wire == 2 else b"") + content
 
@@ -37,13 +45,23 @@ def test_what_others_write():
         + entry(b"nothing", b"")
         + field(9, b"unknown")
     )
-    raw = field(1, features) + field(7, b"\0" * 8, 1) + field(7, b"\0" * 4, 5) + field(6, b"\x01", 0)
-    assert tf_example.decode_example(raw) == {"texts": [b"a", b"bc"], "plain": [7, 150], "packed": [1, 150]}
+    raw = (
+        field(1, features) + field(7, b"\0" * 8, 1) + field(7, b"\0" * 4, 5) + field(6, b"\x01", 0)
+    )
+    assert tf_example.decode_example(raw) == {
+        "texts": [b"a", b"bc"],
+        "plain": [7, 150],
+        "packed": [1, 150],
+    }
     assert tf_example.decode_example(b"") == {}
 
 
 def test_noise_is_a_value_error():
-    rng, whole, refused = np.random.default_rng(0), tf_example.encode_example({"image": b"content", "label": 300}), 0
+    rng, whole, refused = (
+        np.random.default_rng(0),
+        tf_example.encode_example({"image": b"content", "label": 300}),
+        0,
+    )
     for _ in range(3000):
         raw = bytearray(whole[: rng.integers(len(whole) + 1)])
         for _ in range(rng.integers(3)):

@@ -1,4 +1,5 @@
-"""Data sets of tensorflow-datasets, prepared here by hand: read by position, original bytes, and never a TensorFlow in sight."""
+"""Data sets of tensorflow-datasets, prepared here by hand: read by position, original bytes, and
+never a TensorFlow in sight."""
 
 import json
 import os
@@ -20,30 +21,66 @@ array_record = pytest.importorskip("array_record.python.array_record_module")
 FEATURES = "tensorflow_datasets.core.features."
 
 
-def prepare(root: pathlib.Path, splits: dict[str, list[bytes]], kind: str = "array_record", picture: bool = True) -> pathlib.Path:
+def prepare(
+    root: pathlib.Path,
+    splits: dict[str, list[bytes]],
+    kind: str = "array_record",
+    picture: bool = True,
+) -> pathlib.Path:
     """What `tfds build tiny --file_format=array_record` leaves behind."""
     place = root / "tiny" / "1.0.0"
     place.mkdir(parents=True)
     infos = []
     for split, content in splits.items():
-        writer = array_record.ArrayRecordWriter(str(place / f"tiny-{split}.{kind}-00000-of-00001"), "group_size:1")
+        writer = array_record.ArrayRecordWriter(
+            str(place / f"tiny-{split}.{kind}-00000-of-00001"), "group_size:1"
+        )
         for i, image in enumerate(content):
-            writer.write(tf_example.encode_example({"image": image, "label": i % 3, "caption": f"number {i}".encode(), "extra": i}))
+            writer.write(
+                tf_example.encode_example(
+                    {"image": image, "label": i % 3, "caption": f"number {i}".encode(), "extra": i}
+                )
+            )
         writer.close()
         pattern = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-        infos.append({"name": split, "shardLengths": [str(len(content))], "numBytes": "1", "filepathTemplate": pattern})
-    about = {"name": "tiny", "version": "1.0.0", "fileFormat": kind, "splits": infos, "moduleName": "x", "description": "x"}
+        infos.append(
+            {
+                "name": split,
+                "shardLengths": [str(len(content))],
+                "numBytes": "1",
+                "filepathTemplate": pattern,
+            }
+        )
+    about = {
+        "name": "tiny",
+        "version": "1.0.0",
+        "fileFormat": kind,
+        "splits": infos,
+        "moduleName": "x",
+        "description": "x",
+    }
     shape = {"shape": {"dimensions": ["-1", "-1", "3"]}, "dtype": "uint8", "encodingFormat": "png"}
     features = {
-        "label": {"pythonClassName": FEATURES + "class_label_feature.ClassLabel", "classLabel": {"numClasses": "3"}},
+        "label": {
+            "pythonClassName": FEATURES + "class_label_feature.ClassLabel",
+            "classLabel": {"numClasses": "3"},
+        },
         "caption": {"pythonClassName": FEATURES + "text_feature.Text", "text": {}},
-        "extra": {"pythonClassName": FEATURES + "tensor_feature.Tensor", "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"}},
+        "extra": {
+            "pythonClassName": FEATURES + "tensor_feature.Tensor",
+            "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"},
+        },
     }
     if picture:
         features["image"] = {"pythonClassName": FEATURES + "image_feature.Image", "image": shape}
     (place / "dataset_info.json").write_text(json.dumps(about))
     (place / "features.json").write_text(
-        json.dumps({"pythonClassName": FEATURES + "features_dict.FeaturesDict", "featuresDict": {"features": features}})
+        json.dumps(
+            {
+                "pythonClassName": FEATURES + "features_dict.FeaturesDict",
+                "featuresDict": {"features": features},
+            }
+        )
     )
     (place / "label.labels.txt").write_text("ant\nbee\ncat\n")
     return place
@@ -56,13 +93,31 @@ def files(make) -> list[bytes]:
 
 def test_records(files, tmp_path):
     place = prepare(tmp_path, {"train": files, "test": files[:2]})
-    for name, directory in (("tiny", str(tmp_path)), ("tiny:1.0.0", str(tmp_path)), (str(place), "")):
+    for name, directory in (
+        ("tiny", str(tmp_path)),
+        ("tiny:1.0.0", str(tmp_path)),
+        (str(place), ""),
+    ):
         source = base.open_source(schema.Data(source="tfds", path=name, directory=directory))
-        assert isinstance(source, base.DataSource) and len(source) == 5 and source.classes == ("ant", "bee", "cat") and source.captions
-        expected = [base.Record(f"train-{i}", f, i % 3, f"number {i}".encode()) for i, f in enumerate(files)]
-        assert [source[i] for i in range(5)] == expected and base.read_items(source, [4, 0, 4]) == [expected[i] for i in (4, 0, 4)]
-        assert ForkingPickler.loads(ForkingPickler.dumps(source))[2] == expected[2] and source.key(2) == "train-2"
-    train, held = splits.open_splits(schema.Data(source="tfds", path="tiny", directory=str(tmp_path), holdout_split="test"))
+        assert (
+            isinstance(source, base.DataSource)
+            and len(source) == 5
+            and source.classes == ("ant", "bee", "cat")
+            and source.captions
+        )
+        expected = [
+            base.Record(f"train-{i}", f, i % 3, f"number {i}".encode()) for i, f in enumerate(files)
+        ]
+        assert [source[i] for i in range(5)] == expected and base.read_items(source, [4, 0, 4]) == [
+            expected[i] for i in (4, 0, 4)
+        ]
+        assert (
+            ForkingPickler.loads(ForkingPickler.dumps(source))[2] == expected[2]
+            and source.key(2) == "train-2"
+        )
+    train, held = splits.open_splits(
+        schema.Data(source="tfds", path="tiny", directory=str(tmp_path), holdout_split="test")
+    )
     assert len(train) == 5 and len(held) == 2 and train.fingerprint() != held.fingerprint()
     assert len(TfdsSource("tiny", "train[:3]", directory=str(tmp_path))) == 3
 
@@ -72,12 +127,35 @@ def test_refusals(files, tmp_path):
     prepare(tmp_path / "b", {"train": files})
     prepare(tmp_path / "c", {"train": files}, picture=False)
     cases = [
-        (str(records), "train", "", rf"no random access: run `tfds convert_format --dataset_version_dir={records} --out_file_format=array"),
-        ("tiny", "train", str(tmp_path / "a"), "or remove '.*' and run `tfds build tiny --file_format=array_record --data_dir="),
+        (
+            str(records),
+            "train",
+            "",
+            (
+                rf"no random access: run `tfds convert_format --dataset_version_dir={records}"
+                r" --out_file_format=array"
+            ),
+        ),
+        (
+            "tiny",
+            "train",
+            str(tmp_path / "a"),
+            "or remove '.*' and run `tfds build tiny --file_format=array_record --data_dir=",
+        ),
         ("tiny", "val", str(tmp_path / "b"), r"has no split 'val' .* it has train$"),
         ("tinny", "train", str(tmp_path / "b"), r"^tfds has no data set 'tinny'"),
-        ("mnist", "train", str(tmp_path / "b"), "^tfds 'mnist' is not prepared in .*run `tfds build mnist --file_format=array_record"),
-        ("tiny", "train", str(tmp_path / "c"), r"has no image: its features are caption \(Text\), "),
+        (
+            "mnist",
+            "train",
+            str(tmp_path / "b"),
+            "^tfds 'mnist' is not prepared in .*run `tfds build mnist --file_format=array_record",
+        ),
+        (
+            "tiny",
+            "train",
+            str(tmp_path / "c"),
+            r"has no image: its features are caption \(Text\), ",
+        ),
     ]
     for path, split, directory, why in cases:
         with pytest.raises(UserError, match=why):
@@ -85,15 +163,25 @@ def test_refusals(files, tmp_path):
 
 
 def test_no_tensorflow(files, tmp_path):
-    """Not even where it is installed: an import would take seconds, memory, and on some machines the GPU."""
+    """Not even where it is installed: an import would take seconds, memory, and on some machines
+    the GPU."""
     prepare(tmp_path, {"train": files})
     (tmp_path / "tensorflow").mkdir()
-    (tmp_path / "tensorflow" / "__init__.py").write_text("raise AssertionError('TensorFlow was imported')")
+    (tmp_path / "tensorflow" / "__init__.py").write_text(
+        "raise AssertionError('TensorFlow was imported')"
+    )
     code = (
-        "import sys\nfrom m3i_jax import schema\nfrom m3i_jax.data import sources\n"
-        f"source = sources.open_source(schema.Data(source='tfds', path='tiny', directory={str(tmp_path)!r}))\n"
-        "print(len(source.__getitems__([0, 3])), 'tensorflow' in sys.modules, 'torch' in sys.modules)"
+        "import sys\nfrom m3i_jax import schema\nfrom m3i_jax.data import sources\nsource ="
+        " sources.open_source(schema.Data(source='tfds', path='tiny',"
+        f" directory={str(tmp_path)!r}))\nprint(len(source.__getitems__([0, 3])), 'tensorflow' in"
+        " sys.modules, 'torch' in sys.modules)"
     )
     path = os.pathsep.join([str(pathlib.Path(base.__file__).parents[2]), str(tmp_path)])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        check=False,
+    )
     assert done.stdout.split() == ["2", "False", "False"], done.stderr

@@ -1,4 +1,5 @@
-"""Captions to ids: CLIP's byte-pair encoding against a slow one written out here, and the one that is learnt."""
+"""Captions to ids: CLIP's byte-pair encoding against a slow one written out here, and the one that
+is learnt."""
 
 import functools
 import gzip
@@ -58,17 +59,34 @@ def vocabulary(tmp_path: pathlib.Path) -> str:
 
 
 def byte_table() -> dict[int, str]:
-    """GPT-2's table: printable bytes stand for themselves, the others for the characters from 256 on."""
-    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    """GPT-2's table: printable bytes stand for themselves, the others for the characters from 256
+    on."""
+    kept = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [b for b in range(256) if b not in kept]
-    return dict(zip([*kept, *others], map(chr, [*kept, *(256 + i for i in range(len(others)))]), strict=True))
+    return dict(
+        zip(
+            [*kept, *others], map(chr, [*kept, *(256 + i for i in range(len(others)))]), strict=True
+        )
+    )
 
 
 def slow_ids(text: str) -> list[int]:
-    """The textbook byte-pair encoding: in every word, join the strongest pair until none is left."""
+    """The textbook byte-pair encoding: in every word, join the strongest pair until none is
+    left."""
     table = byte_table()
-    names = [*table.values(), *(c + "</w>" for c in table.values()), *("".join(pair) for pair in merges())]
-    number, rank = {name: i for i, name in enumerate(names)}, {pair: i for i, pair in enumerate(merges())}
+    names = [
+        *table.values(),
+        *(c + "</w>" for c in table.values()),
+        *("".join(pair) for pair in merges()),
+    ]
+    number, rank = (
+        {name: i for i, name in enumerate(names)},
+        {pair: i for i, pair in enumerate(merges())},
+    )
     text = (clean_caption(text) or "").lower()
     out = []
     for word in re.findall(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|[\d²½③]|(?:[^\s\w²½③]|_)+", text):
@@ -90,12 +108,18 @@ def slow_ids(text: str) -> list[int]:
 
 def test_clip_ids_are_those_of_the_plain_algorithm(vocabulary):
     made = tokenizer.clip_tokenizer(vocabulary)
-    assert {text: made.ids(text) for text in CAPTIONS} == {text: slow_ids(text) for text in CAPTIONS}
-    assert made.vocabulary == 512 + len(merges()) + 2 and (made.start, made.end) == (made.vocabulary - 2, made.vocabulary - 1)
+    assert {text: made.ids(text) for text in CAPTIONS} == {
+        text: slow_ids(text) for text in CAPTIONS
+    }
+    assert made.vocabulary == 512 + len(merges()) + 2 and (made.start, made.end) == (
+        made.vocabulary - 2,
+        made.vocabulary - 1,
+    )
 
 
 def test_clip_golden_ids(vocabulary):
-    # golden: OpenAI's tokenizer gives 0, 4, 261 for "!%&" and ends a word with 256 for "!"; neither needs a merge of the file
+    # golden: OpenAI's tokenizer gives 0, 4, 261 for "!%&" and ends a word with 256 for "!"; neither
+    # needs a merge of the file
     made = tokenizer.clip_tokenizer(vocabulary)
     ids, length = made.encode("!%&")
     assert ids.dtype == np.int32 and ids.shape == (77,) and length == 5
@@ -108,15 +132,29 @@ def test_a_cut_caption_keeps_its_end(vocabulary, length):
     made = tokenizer.clip_tokenizer(vocabulary, length)
     whole = made.ids("the cat and the dog and the red dog")
     ids, real = made.encode("the cat and the dog and the red dog")
-    assert real == min(len(whole) + 2, length) and ids[0] == made.start and ids[real - 1] == made.end
+    assert (
+        real == min(len(whole) + 2, length) and ids[0] == made.start and ids[real - 1] == made.end
+    )
     assert ids[1 : real - 1].tolist() == whole[: length - 2] and (ids[real:] == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["clip", "train"])
 def test_special_literals_never_become_special_ids(vocabulary, kind):
-    made = tokenizer.clip_tokenizer(vocabulary) if kind == "clip" else tokenizer.train_tokenizer(["the cat <end>", "the cat"], 300, 77)
+    made = (
+        tokenizer.clip_tokenizer(vocabulary)
+        if kind == "clip"
+        else tokenizer.train_tokenizer(["the cat <end>", "the cat"], 300, 77)
+    )
     plain = made.ids("the cat")
-    for literal in ("<|startoftext|>", "<|endoftext|>", "<start_of_text>", "<END_OF_TEXT>", "<pad>", "<start>", "<end>"):
+    for literal in (
+        "<|startoftext|>",
+        "<|endoftext|>",
+        "<start_of_text>",
+        "<END_OF_TEXT>",
+        "<pad>",
+        "<start>",
+        "<end>",
+    ):
         for text in (f"{literal} the {literal} cat{literal}", f"the <|start{literal}oftext|> cat"):
             ids = made.ids(text)
             assert not {made.start, made.end} & set(ids)
@@ -126,7 +164,10 @@ def test_special_literals_never_become_special_ids(vocabulary, kind):
 
 
 def test_an_empty_text_is_start_and_end(vocabulary):
-    for made in (tokenizer.clip_tokenizer(vocabulary, 5), tokenizer.train_tokenizer(["cat"], 259, 5)):
+    for made in (
+        tokenizer.clip_tokenizer(vocabulary, 5),
+        tokenizer.train_tokenizer(["cat"], 259, 5),
+    ):
         ids, length = made.encode("  ")
         assert ids.tolist() == [made.start, made.end, 0, 0, 0] and length == 2
 
@@ -138,7 +179,10 @@ def test_missing_or_wrong_vocabulary(tmp_path, vocabulary, monkeypatch):
         return str(caught.value)
 
     fetch = "fetch it with `python -m m3i_jax.data.tokenizer FOLDER`"
-    assert refusal("/no/such.gz") == f"CLIP's vocabulary '/no/such.gz' cannot be read (No such file or directory): {fetch}"
+    assert (
+        refusal("/no/such.gz")
+        == f"CLIP's vocabulary '/no/such.gz' cannot be read (No such file or directory): {fetch}"
+    )
     wrong = tmp_path / "wrong.gz"
     for content in (
         b"not packed",
@@ -149,9 +193,11 @@ def test_missing_or_wrong_vocabulary(tmp_path, vocabulary, monkeypatch):
         wrong.write_bytes(content)
         assert str(wrong) in refusal(str(wrong)) and refusal(str(wrong)).endswith(fetch)
     monkeypatch.setattr(tokenizer, "_PACKAGES", ("no_such_package_at_all",))
-    assert refusal("") == (
-        "data.tokenizer='clip' needs bpe_simple_vocab_16e6.txt.gz, and no installed package ships it: "
-        "run `python -m m3i_jax.data.tokenizer FOLDER`, then set data.vocabulary to the file"
+    assert (
+        refusal("")
+        == "data.tokenizer='clip' needs bpe_simple_vocab_16e6.txt.gz, and no installed package"
+        " ships it: run `python -m m3i_jax.data.tokenizer FOLDER`, then set data.vocabulary to"
+        " the file"
     )
 
 
@@ -162,14 +208,32 @@ def test_an_installed_package_is_found_and_not_imported(tmp_path, vocabulary, mo
     (package / tokenizer.VOCABULARY).write_bytes(pathlib.Path(vocabulary).read_bytes())
     monkeypatch.syspath_prepend(str(package.parent))
     importlib.invalidate_caches()
-    assert tokenizer.clip_tokenizer().ids("the cat") == tokenizer.clip_tokenizer(vocabulary).ids("the cat")
+    assert tokenizer.clip_tokenizer().ids("the cat") == tokenizer.clip_tokenizer(vocabulary).ids(
+        "the cat"
+    )
     assert "open_clip" not in sys.modules
 
 
 @functools.cache
 def corpus() -> list[str]:
     rng = np.random.default_rng(0)
-    words = np.array(["red", "green", "blue", "circle", "square", "star", "on", "a", "plain", "striped", "background", "the", "small"])
+    words = np.array(
+        [
+            "red",
+            "green",
+            "blue",
+            "circle",
+            "square",
+            "star",
+            "on",
+            "a",
+            "plain",
+            "striped",
+            "background",
+            "the",
+            "small",
+        ]
+    )
     return [" ".join(rng.choice(words, rng.integers(1, 9))) for _ in range(500)]
 
 
@@ -184,7 +248,12 @@ def test_learning_is_deterministic(tmp_path):
     for seed in ("1", "2"):
         environment = {"PYTHONPATH": str(root), "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": seed}
         done = subprocess.run(
-            [sys.executable, "-c", code], input=json.dumps(corpus()), capture_output=True, text=True, check=True, env=environment
+            [sys.executable, "-c", code],
+            input=json.dumps(corpus()),
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
         )
         assert done.stdout == first.core.to_str()
 
@@ -201,10 +270,21 @@ def test_nothing_is_unknown_to_a_learnt_tokenizer():
 
 
 def test_refusals_of_learning():
-    with pytest.raises(UserError, match="^data.vocabulary_size=258 is too small: 256 bytes, padding, start and end need at least 259$"):
+    with pytest.raises(
+        UserError,
+        match=(
+            "^data.vocabulary_size=258 is too small: 256 bytes, padding, start and end need at"
+            " least 259$"
+        ),
+    ):
         tokenizer.train_tokenizer(["a"], 258, 77)
     for captions in ([], ["", b"\n", "<end>"]):
-        with pytest.raises(UserError, match="^data.tokenizer='train' found no caption to learn from: set data.captions='no', or"):
+        with pytest.raises(
+            UserError,
+            match=(
+                "^data.tokenizer='train' found no caption to learn from: set data.captions='no', or"
+            ),
+        ):
             tokenizer.train_tokenizer(captions, 300, 77)
     with pytest.raises(UserError, match="^data.caption_length=1 has no room"):
         tokenizer.train_tokenizer(["a"], 300, 1)
@@ -212,13 +292,27 @@ def test_refusals_of_learning():
 
 @pytest.mark.parametrize("kind", ["clip", "train"])
 def test_saved_and_sent_tokenizers_are_the_same(tmp_path, vocabulary, kind):
-    made = tokenizer.clip_tokenizer(vocabulary, 12) if kind == "clip" else tokenizer.train_tokenizer(corpus(), 400, 12)
+    made = (
+        tokenizer.clip_tokenizer(vocabulary, 12)
+        if kind == "clip"
+        else tokenizer.train_tokenizer(corpus(), 400, 12)
+    )
     path = str(tmp_path / "tokenizer.json")
     made.save(path)
-    for other in (tokenizer.Tokenizer.load(path, 12), ForkingPickler.loads(bytes(ForkingPickler.dumps(made)))):
-        assert (other.vocabulary, other.start, other.end, other.length) == (made.vocabulary, made.start, made.end, made.length)
+    for other in (
+        tokenizer.Tokenizer.load(path, 12),
+        ForkingPickler.loads(bytes(ForkingPickler.dumps(made))),
+    ):
+        assert (other.vocabulary, other.start, other.end, other.length) == (
+            made.vocabulary,
+            made.start,
+            made.end,
+            made.length,
+        )
         for text in CAPTIONS:
-            assert (other.encode(text)[0] == made.encode(text)[0]).all() and other.encode(text)[1] == made.encode(text)[1]
+            assert (other.encode(text)[0] == made.encode(text)[0]).all() and other.encode(text)[
+                1
+            ] == made.encode(text)[1]
     for damage, message in (("{", "is damaged"), ('{"a": 1}', "is damaged")):
         pathlib.Path(path).write_text(damage)
         with pytest.raises(UserError, match=message):
@@ -240,10 +334,17 @@ def test_the_tokenizer_of_a_run_is_kept(tmp_path, vocabulary):
     data = schema.Data(vocabulary_size=300, caption_length=9)
     first = tokenizer.open_tokenizer(data, Captions(), saved)
     assert first.vocabulary == 300 and first.length == 9
-    again = tokenizer.open_tokenizer(schema.Data(vocabulary_size=400, caption_length=11), Captions(), saved)
+    again = tokenizer.open_tokenizer(
+        schema.Data(vocabulary_size=400, caption_length=11), Captions(), saved
+    )
     assert again.core.to_str() == first.core.to_str() and again.length == 11
-    clip = tokenizer.open_tokenizer(schema.Data(tokenizer="clip", vocabulary=vocabulary), Captions())
-    assert clip.core.to_str() == tokenizer.clip_tokenizer(vocabulary).core.to_str() and clip.length == 77
+    clip = tokenizer.open_tokenizer(
+        schema.Data(tokenizer="clip", vocabulary=vocabulary), Captions()
+    )
+    assert (
+        clip.core.to_str() == tokenizer.clip_tokenizer(vocabulary).core.to_str()
+        and clip.length == 77
+    )
 
 
 def test_only_the_right_vocabulary_is_kept(tmp_path, monkeypatch):
@@ -252,7 +353,9 @@ def test_only_the_right_vocabulary_is_kept(tmp_path, monkeypatch):
         tokenizer.save_tokenizer(b"another file", str(folder))
     assert not folder.exists()
     monkeypatch.setattr(tokenizer, "SHA256", hashlib.sha256(b"the file").hexdigest())
-    assert pathlib.Path(tokenizer.save_tokenizer(b"the file", str(folder))).read_bytes() == b"the file"
+    assert (
+        pathlib.Path(tokenizer.save_tokenizer(b"the file", str(folder))).read_bytes() == b"the file"
+    )
     assert [p.name for p in folder.iterdir()] == [tokenizer.VOCABULARY]
 
 
@@ -266,7 +369,22 @@ GOLDEN = {
     "A diagram!": [320, 22697, 256],
     "!%&": [0, 4, 261],
     "don't you think it's I'll": [847, 713, 592, 1331, 585, 568, 328, 1342],
-    "3 dogs in 2021 & 45,000": [274, 3255, 530, 273, 271, 273, 272, 261, 275, 276, 267, 271, 271, 271],
+    "3 dogs in 2021 & 45,000": [
+        274,
+        3255,
+        530,
+        273,
+        271,
+        273,
+        272,
+        261,
+        275,
+        276,
+        267,
+        271,
+        271,
+        271,
+    ],
     "café Straße": [15304, 1894, 127, 253, 324],
     "“curly” ‘quotes’ …": [257, 20795, 257, 262, 5808, 262, 959],
     "l&amp;#39;amour &lt;3": [331, 262, 29908, 283, 274],
@@ -297,7 +415,10 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, bpe):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(base.os, "replace", full)
-    for write in (lambda: bpe.save(str(tmp_path / "tokenizer.json")), lambda: tokenizer.save_tokenizer(b"the file", str(tmp_path))):
+    for write in (
+        lambda: bpe.save(str(tmp_path / "tokenizer.json")),
+        lambda: tokenizer.save_tokenizer(b"the file", str(tmp_path)),
+    ):
         with pytest.raises(OSError, match="No space left"):
             write()
     assert list(tmp_path.iterdir()) == []
@@ -312,4 +433,7 @@ def test_captions_that_vanish_are_not_learnt_where_they_may_be_left_out(tmp_path
     with pytest.raises(UnreadableError, match="b.txt"):
         tokenizer.open_tokenizer(schema.Data(), source)
     made = tokenizer.open_tokenizer(schema.Data(missing="replace"), source)
-    assert made.core.to_str() == tokenizer.train_tokenizer(["a cat"], schema.Data().vocabulary_size, 9).core.to_str()
+    assert (
+        made.core.to_str()
+        == tokenizer.train_tokenizer(["a cat"], schema.Data().vocabulary_size, 9).core.to_str()
+    )

@@ -1,4 +1,5 @@
-"""Every operation against torchvision itself: mean absolute error at most 2/255. `torchvision_reference` wrote the values."""
+"""Every operation against torchvision itself: mean absolute error at most 2/255.
+`torchvision_reference` wrote the values."""
 
 import numpy as np
 import pytest
@@ -26,7 +27,10 @@ def test_the_pictures_are_those_of_the_file(saved):
     np.testing.assert_array_equal(saved["pictures"], reference.pictures())
     # An operation that did nothing would not pass.
     for name in ("brightness", "contrast", "saturation", "hue"):
-        assert np.abs(unit(saved[f"{name}/tensor"]) - unit(saved["pictures"])).mean((1, 2, 3, 4)).min() > 2 * TOLERANCE, name
+        assert (
+            np.abs(unit(saved[f"{name}/tensor"]) - unit(saved["pictures"])).mean((1, 2, 3, 4)).min()
+            > 2 * TOLERANCE
+        ), name
 
 
 @pytest.mark.parametrize("kind", ["pillow", "tensor"])
@@ -39,8 +43,15 @@ def test_jitter(saved, name, kind):
 
 @pytest.mark.parametrize("kind", ["pillow", "tensor"])
 def test_grayscale_and_solarize(saved, kind):
-    assert np.abs(np.asarray(photometric.grayscale(saved["pictures"])) - unit(saved[f"grayscale/{kind}"])).mean() <= TOLERANCE
-    np.testing.assert_allclose(photometric.solarize(saved["pictures"]), unit(saved[f"solarize/{kind}"]), atol=1e-6)
+    assert (
+        np.abs(
+            np.asarray(photometric.grayscale(saved["pictures"])) - unit(saved[f"grayscale/{kind}"])
+        ).mean()
+        <= TOLERANCE
+    )
+    np.testing.assert_allclose(
+        photometric.solarize(saved["pictures"]), unit(saved[f"solarize/{kind}"]), atol=1e-6
+    )
 
 
 def test_blur(saved):
@@ -53,7 +64,11 @@ def test_blur(saved):
 
 
 def test_normalize(saved):
-    np.testing.assert_allclose(photometric.normalize(saved["pictures"], schema.Augment()), saved["normalize/tensor"], atol=1e-5)
+    np.testing.assert_allclose(
+        photometric.normalize(saved["pictures"], schema.Augment()),
+        saved["normalize/tensor"],
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("kind", ["pillow", "tensor"])
@@ -65,5 +80,7 @@ def test_crops(saved, kind, by):
     for box, want in zip(reference.BOXES, saved[f"crop/{kind}"], strict=True):
         for picture, view in zip(saved["pictures"], want, strict=True):
             side = reference.SIDE
-            out = crops.cut_view(Image.fromarray(picture), box, reference.CROP, height=side, width=side, by=name)
+            out = crops.cut_view(
+                Image.fromarray(picture), box, reference.CROP, height=side, width=side, by=name
+            )
             assert np.abs(out.reshape(view.shape) / 255 - unit(view)).mean() <= TOLERANCE, box

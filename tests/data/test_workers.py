@@ -45,19 +45,28 @@ if __name__ == "__main__":
 
 def lives(pid: int) -> bool:
     try:
-        return pathlib.Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return (
+            pathlib.Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        )
     except OSError:
         return False
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="the fate of another process is read from /proc")
-@pytest.mark.parametrize("script", [pytest.param(BARE, id="bare"), pytest.param(WHOLE, id="whole", marks=pytest.mark.slow)])
+@pytest.mark.skipif(
+    not os.path.isdir("/proc/self"), reason="the fate of another process is read from /proc"
+)
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(BARE, id="bare"), pytest.param(WHOLE, id="whole", marks=pytest.mark.slow)],
+)
 @pytest.mark.row("A1")
 def test_workers_end_with_a_trainer_that_is_killed(tmp_path, script) -> None:
     place = tmp_path / "trainer.py"  # a worker imports the script of its trainer
     place.write_text(script)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    trainer = subprocess.Popen([sys.executable, str(place)], stdout=subprocess.PIPE, text=True, env=environment)
+    trainer = subprocess.Popen(
+        [sys.executable, str(place)], stdout=subprocess.PIPE, text=True, env=environment
+    )
     try:
         assert trainer.stdout is not None
         workers = [int(pid) for pid in trainer.stdout.readline().split()]

@@ -1,4 +1,5 @@
-"""Maps of attention: what the network itself weighs with, on any mesh, for every backbone that attends."""
+"""Maps of attention: what the network itself weighs with, on any mesh, for every backbone that
+attends."""
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,22 @@ def views(rows: int, seed: int = 0) -> np.ndarray:
 
 
 def started(config):
-    params = jax.jit(lambda: m3i.init(config, jax.random.key(3), FORMS["supervised"], classes=4, vocabulary=0))()
-    return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    params = jax.jit(
+        lambda: m3i.init(config, jax.random.key(3), FORMS["supervised"], classes=4, vocabulary=0)
+    )()
+    return jax.tree.map(
+        lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params
+    )
 
 
-@pytest.mark.parametrize("changes", [{}, {"model__encoder__cls_token": "false", "model__encoder__depth": 1}, {"model__scan": "true"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model__encoder__cls_token": "false", "model__encoder__depth": 1},
+        {"model__scan": "true"},
+    ],
+)
 def test_the_last_block_makes_of_these_weights_what_it_makes(changes: dict) -> None:
     """The block by hand, with the weights that are shown, gives the encoder's own output."""
     config = toy.settings(**SETTINGS, **changes)
@@ -36,19 +48,35 @@ def test_the_last_block_makes_of_these_weights_what_it_makes(changes: dict) -> N
     blocks = params["encoder"]["blocks"]
     z = vit._embedded(config.model, params["encoder"], patches, config.grid, None, None)
     for i in range(e.depth - 1):
-        z = vit._parts(config.model)[1].apply({"params": jax.tree.map(lambda x, i=i: x[i], blocks)}, z)
+        z = vit._parts(config.model)[1].apply(
+            {"params": jax.tree.map(lambda x, i=i: x[i], blocks)}, z
+        )
     last = jax.tree.map(lambda x: x[-1], blocks)
     qkv = last["attention"]["qkv"]
-    v = layers.to_heads(layers.layer_norm(z, *(last["norm1"][n] for n in ("scale", "bias"))) @ qkv["kernel"] + qkv["bias"], 3, e.heads)[2]
-    z = z + layers.from_heads(weights @ v) @ last["attention"]["out"]["kernel"] + last["attention"]["out"]["bias"]
+    v = layers.to_heads(
+        layers.layer_norm(z, *(last["norm1"][n] for n in ("scale", "bias"))) @ qkv["kernel"]
+        + qkv["bias"],
+        3,
+        e.heads,
+    )[2]
+    z = (
+        z
+        + layers.from_heads(weights @ v) @ last["attention"]["out"]["kernel"]
+        + last["attention"]["out"]["bias"]
+    )
     h = layers.layer_norm(z, last["norm2"]["scale"], last["norm2"]["bias"])
-    h = jax.nn.gelu(h @ last["mlp"]["fc1"]["kernel"] + last["mlp"]["fc1"]["bias"], approximate=False)
+    h = jax.nn.gelu(
+        h @ last["mlp"]["fc1"]["kernel"] + last["mlp"]["fc1"]["bias"], approximate=False
+    )
     z = z + h @ last["mlp"]["fc2"]["kernel"] + last["mlp"]["fc2"]["bias"]
-    np.testing.assert_allclose(z, m3i.encode(config, params["encoder"], patches), atol=2e-4, rtol=2e-4)
+    np.testing.assert_allclose(
+        z, m3i.encode(config, params["encoder"], patches), atol=2e-4, rtol=2e-4
+    )
 
 
 def test_the_pooling_reads_what_its_weights_say() -> None:
-    """With the projections of the values taken apart, the pooled vector is their mean under the weights of each head."""
+    """With the projections of the values taken apart, the pooled vector is their mean under the
+    weights of each head."""
     config = toy.settings(**SETTINGS)
     params, p = started(config), config.model.pool
     x = jax.random.normal(jax.random.key(1), (3, 16, 32))
@@ -56,15 +84,24 @@ def test_the_pooling_reads_what_its_weights_say() -> None:
 
     weights = pooling.pooling_weights(config.model, params["pool"], x)
     part = params["pool"]
-    value = layers.layer_norm(x, part["norm_value"]["scale"], part["norm_value"]["bias"]) @ part["value"]["kernel"] + part["value"]["bias"]
+    value = (
+        layers.layer_norm(x, part["norm_value"]["scale"], part["norm_value"]["bias"])
+        @ part["value"]["kernel"]
+        + part["value"]["bias"]
+    )
     (heads,) = layers.to_heads(value, 1, p.heads)
     mixed = jnp.einsum("bhk,bhke->bhe", weights, heads).reshape(3, -1)
-    np.testing.assert_allclose(mixed @ part["out"]["kernel"] + part["out"]["bias"], pooling.apply(config.model, part, x), atol=2e-5)
+    np.testing.assert_allclose(
+        mixed @ part["out"]["kernel"] + part["out"]["bias"],
+        pooling.apply(config.model, part, x),
+        atol=2e-5,
+    )
 
 
 @pytest.mark.parametrize("changes", [{}, pytest.param(toy.INTERN, marks=pytest.mark.slow)])
 def test_maps_on_a_mesh_are_those_of_one_device(changes: dict) -> None:
-    """Sharded rows and weights, a last batch that is not full, and only valid rows; an InternImage has no attention of its own."""
+    """Sharded rows and weights, a last batch that is not full, and only valid rows; an InternImage
+    has no attention of its own."""
     config = toy.settings(**{**changes, **SETTINGS, "model__encoder__width": 64})
     params, pictures = started(config), views(6)
     wanted = attention_maps.attention_maps(config, True, params, jnp.asarray(pictures))
@@ -77,6 +114,14 @@ def test_maps_on_a_mesh_are_those_of_one_device(changes: dict) -> None:
         {"views": np.pad(pictures[at : at + 4], [(0, max(0, at - 2))] + [(0, 0)] * 3), "label": np.arange(4), "index": at + np.arange(4),
          "valid": at + np.arange(4) < 6} for at in (0, 4)
     ]  # fmt: skip
-    found = [made for made, _ in feature_extraction.extract_set(mesh, look, laid, batches, lambda: None)]
+    found = [
+        made for made, _ in feature_extraction.extract_set(mesh, look, laid, batches, lambda: None)
+    ]
     for name, array in wanted.items():
-        np.testing.assert_allclose(np.concatenate([each[name] for each in found]), array, atol=1e-4, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(
+            np.concatenate([each[name] for each in found]),
+            array,
+            atol=1e-4,
+            rtol=1e-4,
+            err_msg=name,
+        )

@@ -1,4 +1,5 @@
-"""The attentive probe: it finds what the mean of the tokens hides, and learns with the frozen encoder's tokens alone."""
+"""The attentive probe: it finds what the mean of the tokens hides, and learns with the frozen
+encoder's tokens alone."""
 
 import types
 
@@ -17,8 +18,13 @@ def settings(**more: object):
 
 
 def test_it_finds_the_one_token_that_matters() -> None:
-    """The class is the sign of one token's second channel, that token being marked by the first; the other tokens cancel the mean."""
-    config = settings(evaluate__attentive_epochs=40, evaluate__attentive_lr=3e-3, model__encoder__cls_token="false")
+    """The class is the sign of one token's second channel, that token being marked by the first;
+    the other tokens cancel the mean."""
+    config = settings(
+        evaluate__attentive_epochs=40,
+        evaluate__attentive_lr=3e-3,
+        model__encoder__cls_token="false",
+    )
     r, rows = np.random.default_rng(0), 96
     tokens = (0.3 * r.normal(size=(2 * rows, 4, 32))).astype(np.float32)
     label = (np.arange(2 * rows) % 2).astype(np.int32)
@@ -30,7 +36,10 @@ def test_it_finds_the_one_token_that_matters() -> None:
     assert np.abs(tokens[..., 1].mean(1)).max() < 1e-6
     probe = attentive_probe.AttentiveProbe(config, parallel.make_mesh((2, 2, 1), jax.devices()[:4]))
     head = probe.fit(tokens[:rows], label[:rows], 2, 32, lambda: None)
-    right = np.asarray(jax.jit(probe.logits)(head, jnp.asarray(tokens[rows:]))).argmax(1) == label[rows:]
+    right = (
+        np.asarray(jax.jit(probe.logits)(head, jnp.asarray(tokens[rows:]))).argmax(1)
+        == label[rows:]
+    )
     assert right.mean() > 0.9
 
 
@@ -49,8 +58,19 @@ def test_the_measure_reads_both_sources_and_counts_what_is_labelled() -> None:
         out = Batches()
         for k in range(count):
             label = r.integers(-1, 2, 8).astype(np.int32)
-            views = np.clip(r.normal(size=(8, 16, 16, 3)) * 20 + (60 + 120 * (label > 0))[:, None, None, None], 0, 255).astype(np.uint8)
-            out.append({"views": views, "label": label, "index": np.arange(8), "valid": np.arange(8) < (8 if k else 5)})
+            views = np.clip(
+                r.normal(size=(8, 16, 16, 3)) * 20 + (60 + 120 * (label > 0))[:, None, None, None],
+                0,
+                255,
+            ).astype(np.uint8)
+            out.append(
+                {
+                    "views": views,
+                    "label": label,
+                    "index": np.arange(8),
+                    "valid": np.arange(8) < (8 if k else 5),
+                }
+            )
         return out
 
     measure = attentive_probe.measure(config, mesh, lambda: batches(6, 0), lambda: batches(3, 1), 8)
@@ -60,4 +80,7 @@ def test_the_measure_reads_both_sources_and_counts_what_is_labelled() -> None:
     asked = sum((b["valid"] & (b["label"] >= 0)).sum() for b in batches(3, 1))
     assert (got["eval/attentive/top1"] * asked) % 1 < 1e-6 and seen.skipped == {"small": 2}
     nothing = attentive_probe.measure(config, mesh, lambda: [], lambda: batches(1, 1), 8)
-    assert list(nothing(types.SimpleNamespace(params=params, poll=lambda: None, skipped=seen.skipped))) == []
+    assert (
+        list(nothing(types.SimpleNamespace(params=params, poll=lambda: None, skipped=seen.skipped)))
+        == []
+    )

@@ -1,4 +1,5 @@
-"""Direct classification: ranks against a sort, ties against the model, and the head as it was trained."""
+"""Direct classification: ranks against a sort, ties against the model, and the head as it was
+trained."""
 
 import jax
 import numpy as np
@@ -14,38 +15,63 @@ def test_ranks_are_those_of_a_sort() -> None:
     r = np.random.default_rng(0)
     logits, label = r.normal(size=(50, 9)), r.integers(0, 9, 50)
     order = np.argsort(-logits, axis=1)
-    assert category_head.top_k_hits(logits, label).tolist() == [row.tolist().index(one) for row, one in zip(order, label, strict=True)]
+    assert category_head.top_k_hits(logits, label).tolist() == [
+        row.tolist().index(one) for row, one in zip(order, label, strict=True)
+    ]
 
 
 def test_a_tie_or_no_number_is_no_hit() -> None:
     assert category_head.top_k_hits(np.zeros((2, 3)), np.array([0, 2])).tolist() == [2, 2]
-    assert category_head.top_k_hits(np.array([[np.nan, 0.0], [np.nan, 0.0]]), np.array([0, 1])).tolist() == [1, 1]
+    assert category_head.top_k_hits(
+        np.array([[np.nan, 0.0], [np.nan, 0.0]]), np.array([0, 1])
+    ).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 def test_the_measure_is_the_head_on_raw_features(norm: str) -> None:
     """Not on normalised ones; with batch norm, by the mean and variance of the index."""
-    config = toy.settings(data__classes=7, model__pool__kind="mean", model__pool__norm=norm, model__pool__projection="false")
-    params = jax.jit(lambda: m3i.init(config, jax.random.key(0), FORMS["supervised"], classes=7, vocabulary=0))()
+    config = toy.settings(
+        data__classes=7,
+        model__pool__kind="mean",
+        model__pool__norm=norm,
+        model__pool__projection="false",
+    )
+    params = jax.jit(
+        lambda: m3i.init(config, jax.random.key(0), FORMS["supervised"], classes=7, vocabulary=0)
+    )()
     r = np.random.default_rng(2)
     raw, label = 5 * r.normal(size=(40, 32)) + 1, r.integers(-1, 9, 40).astype(np.int32)
     index = (3 * r.normal(size=(60, 32)) + 2).astype(np.float32)
 
     def as_features(x: np.ndarray, label: np.ndarray) -> feature_extraction.FeatureSpec:
         length = np.linalg.norm(x, axis=1)
-        return feature_extraction.FeatureSpec((x / length[:, None]).astype(np.float32), label, np.arange(len(x)), length.astype(np.float32))
+        return feature_extraction.FeatureSpec(
+            (x / length[:, None]).astype(np.float32),
+            label,
+            np.arange(len(x)),
+            length.astype(np.float32),
+        )
 
-    sets = {"q": lambda p, poll: (as_features(raw, label), {}), "i": lambda p, poll: (as_features(index, np.zeros(60, np.int32)), {})}
-    ask = category_head.head_predictions(config, pictures="q", statistics="i" if norm == "batch" else "")
+    sets = {
+        "q": lambda p, poll: (as_features(raw, label), {}),
+        "i": lambda p, poll: (as_features(index, np.zeros(60, np.int32)), {}),
+    }
+    ask = category_head.head_predictions(
+        config, pictures="q", statistics="i" if norm == "batch" else ""
+    )
     seen = feature_extraction.EvalContext(sets, params, lambda: None)
     got = dict(category_head.measure(config, ask)(seen))
     known = (label >= 0) & (label < 7)
     assert 0 < known.sum() < 38
     x = (raw - index.mean(0)) / np.sqrt(index.var(0) + 1e-6) if norm == "batch" else raw
-    logits = x[known] @ np.asarray(params["category"]["kernel"]) + np.asarray(params["category"]["bias"])
+    logits = x[known] @ np.asarray(params["category"]["kernel"]) + np.asarray(
+        params["category"]["bias"]
+    )
     order = np.argsort(-logits, axis=1)
     answers, _ = ask(seen)
     np.testing.assert_array_equal(answers.labels, label[known])
     np.testing.assert_array_equal(answers.guesses, order[:, 0])
     for top in (1, 5):
-        assert got[f"eval/direct/top{top}"] == pytest.approx((order[:, :top] == label[known][:, None]).any(1).mean())
+        assert got[f"eval/direct/top{top}"] == pytest.approx(
+            (order[:, :top] == label[known][:, None]).any(1).mean()
+        )

@@ -1,4 +1,5 @@
-"""Frozen features: what is averaged and normalised, which rows count, and that the number of devices does not matter."""
+"""Frozen features: what is averaged and normalised, which rows count, and that the number of
+devices does not matter."""
 
 import functools
 import types
@@ -18,7 +19,12 @@ SIDE, ROWS = 16, 8
 
 @functools.cache
 def settings(cls_token: bool = True):
-    return toy.settings(data__image_size=SIDE, model__encoder__depth=1, model__encoder__drop_path=0.5, model__encoder__cls_token=cls_token)
+    return toy.settings(
+        data__image_size=SIDE,
+        model__encoder__depth=1,
+        model__encoder__drop_path=0.5,
+        model__encoder__cls_token=cls_token,
+    )
 
 
 @functools.cache
@@ -31,7 +37,9 @@ def batches(count: int = 3) -> list[dict[str, np.ndarray]]:
     out = []
     for k in range(count):
         views = r.integers(0, 256, (ROWS, SIDE, SIDE, 3)).astype(np.uint8)
-        out.append({"views": views, "label": np.arange(k * ROWS, (k + 1) * ROWS, dtype=np.int32) - 1})
+        out.append(
+            {"views": views, "label": np.arange(k * ROWS, (k + 1) * ROWS, dtype=np.int32) - 1}
+        )
         out[-1] |= {"index": 7 * out[-1]["label"].astype(np.int64), "valid": np.ones(ROWS, bool)}
     return out
 
@@ -52,10 +60,14 @@ def test_features_are_the_normalised_mean_of_the_patch_tokens(cls_token: bool) -
     pixels = (views / 255.0 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     patches = [pixels[:, y : y + 8, x : x + 8].reshape(ROWS, -1) for y in (0, 8) for x in (0, 8)]
     run = jax.jit(lambda p, x: vit.apply(config.model, p, x, grid=2))
-    z_BxTxD = np.asarray(run(encoder(cls_token), np.stack(patches, 1).astype(np.float32)), np.float64)
+    z_BxTxD = np.asarray(
+        run(encoder(cls_token), np.stack(patches, 1).astype(np.float32)), np.float64
+    )
     assert z_BxTxD.shape[1] == 4 + cls_token
     mean = z_BxTxD[:, -4:].mean(1)
-    got, *_ = feature_extraction.Extractor(config, one_device())({"encoder": encoder(cls_token)}, batches(1))
+    got, *_ = feature_extraction.Extractor(config, one_device())(
+        {"encoder": encoder(cls_token)}, batches(1)
+    )
     np.testing.assert_allclose(got, mean / np.linalg.norm(mean, axis=1, keepdims=True), atol=2e-5)
 
 
@@ -64,7 +76,9 @@ def test_features_have_norm_one_and_labels_their_order() -> None:
     assert got.shape == (3 * ROWS, 32) and got.dtype == np.float32 and labels.dtype == np.int32
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5)
     assert (lengths > 0).all() and lengths.std() > 0
-    assert labels.tolist() == list(range(-1, 3 * ROWS - 1)) and records.tolist() == [7 * label for label in labels]
+    assert labels.tolist() == list(range(-1, 3 * ROWS - 1)) and records.tolist() == [
+        7 * label for label in labels
+    ]
 
 
 def test_invalid_rows_are_dropped_and_the_order_is_kept() -> None:
@@ -73,9 +87,14 @@ def test_invalid_rows_are_dropped_and_the_order_is_kept() -> None:
     for batch, which in zip(some, valid, strict=True):
         batch["valid"] = which
         batch["views"][~which] = 0
-    got, labels, records, _ = feature_extraction.Extractor(settings(), one_device())({"encoder": encoder()}, iter(some))
+    got, labels, records, _ = feature_extraction.Extractor(settings(), one_device())(
+        {"encoder": encoder()}, iter(some)
+    )
     np.testing.assert_allclose(got, everything()[0][valid.reshape(-1)], atol=1e-6)
-    assert labels.tolist() == everything()[1][valid.reshape(-1)].tolist() and 0 < len(labels) < 3 * ROWS
+    assert (
+        labels.tolist() == everything()[1][valid.reshape(-1)].tolist()
+        and 0 < len(labels) < 3 * ROWS
+    )
     assert (records == 7 * labels).all()
 
 
@@ -84,8 +103,13 @@ def test_eight_devices_are_one_device() -> None:
     seen = []
     extract = feature_extraction.Extractor(settings(), mesh)
     inner = extract._features
-    extract._features = lambda params, views: (seen.append(views.sharding.shard_shape(views.shape)), inner(params, views))[1]
-    got, labels, *_ = extract(jax.device_put({"encoder": encoder()}, parallel.replicated(mesh)), batches())
+    extract._features = lambda params, views: (
+        seen.append(views.sharding.shard_shape(views.shape)),
+        inner(params, views),
+    )[1]
+    got, labels, *_ = extract(
+        jax.device_put({"encoder": encoder()}, parallel.replicated(mesh)), batches()
+    )
     np.testing.assert_allclose(got, everything()[0], atol=1e-6)
     assert labels.tolist() == everything()[1].tolist()
     assert seen == [(1, SIDE, SIDE, 3)] * 3
@@ -93,7 +117,10 @@ def test_eight_devices_are_one_device() -> None:
 
 def test_attention_features_are_the_pooling_of_the_objective() -> None:
     config = settings()
-    params = {"encoder": encoder(), "pool": jax.jit(lambda: pooling.init(config.model, jax.random.key(4)))()}
+    params = {
+        "encoder": encoder(),
+        "pool": jax.jit(lambda: pooling.init(config.model, jax.random.key(4)))(),
+    }
     found = feature_extraction.Extractor(config, one_device(), attention=True)(params, batches(1))
     got = found.vectors
     pixels = photometric.normalize(batches(1)[0]["views"] / np.float32(255), config.data.augment)
@@ -105,8 +132,14 @@ def test_attention_features_are_the_pooling_of_the_objective() -> None:
 
 
 def test_no_batches_give_no_features() -> None:
-    got, labels, records, _ = feature_extraction.Extractor(settings(), one_device())({"encoder": encoder()}, [])
-    assert got.shape == (0, 32) and labels.shape == records.shape == (0,) and (got.dtype, labels.dtype) == (np.float32, np.int32)
+    got, labels, records, _ = feature_extraction.Extractor(settings(), one_device())(
+        {"encoder": encoder()}, []
+    )
+    assert (
+        got.shape == (0, 32)
+        and labels.shape == records.shape == (0,)
+        and (got.dtype, labels.dtype) == (np.float32, np.int32)
+    )
 
 
 def test_a_poll_comes_before_every_batch_and_may_raise() -> None:
@@ -128,20 +161,32 @@ def test_a_poll_comes_before_every_batch_and_may_raise() -> None:
 
 
 def made_of(name: str, label: int = 0) -> feature_extraction.FeatureSpec:
-    return feature_extraction.FeatureSpec(np.full((2, 3), len(name), np.float32), np.full(2, label, np.int32), np.arange(2))
+    return feature_extraction.FeatureSpec(
+        np.full((2, 3), len(name), np.float32), np.full(2, label, np.int32), np.arange(2)
+    )
 
 
 def test_measures_share_what_is_extracted_and_read_nothing_else() -> None:
     asked = []
 
     def a_set(name: str, skipped: dict[str, int]) -> feature_extraction.ImageSet:
-        return lambda params, poll: (asked.append((name, params["encoder"])), (made_of(name), skipped))[1]
+        return lambda params, poll: (
+            asked.append((name, params["encoder"])),
+            (made_of(name), skipped),
+        )[1]
 
     def measure(name: str) -> feature_extraction.Metric:
-        return lambda seen: iter([(f"eval/{name}", float(seen("queries").vectors.sum() + seen("index").vectors.sum()))])
+        return lambda seen: iter(
+            [(f"eval/{name}", float(seen("queries").vectors.sum() + seen("index").vectors.sum()))]
+        )
 
-    sets = {"index": a_set("index", {"truncated": 2, "empty": 0}), "queries": a_set("queries", {"truncated": 1, "empty": 1})}
-    run = feature_extraction.make_evaluator(settings(), sets | {"more": a_set("more", {"small": 9})}, [measure("one"), measure("two")])
+    sets = {
+        "index": a_set("index", {"truncated": 2, "empty": 0}),
+        "queries": a_set("queries", {"truncated": 1, "empty": 1}),
+    }
+    run = feature_extraction.make_evaluator(
+        settings(), sets | {"more": a_set("more", {"small": 9})}, [measure("one"), measure("two")]
+    )
     state = types.SimpleNamespace(params={"encoder": "online"}, opt={})
     for _ in range(2):  # a second evaluation extracts anew
         value = 6.0 * (len("queries") + len("index"))
@@ -153,10 +198,17 @@ def test_measures_share_what_is_extracted_and_read_nothing_else() -> None:
 def test_the_evaluator_asks_the_encoder_that_is_configured() -> None:
     config = toy.settings(evaluate__encoder="ema")
     target = types.SimpleNamespace(params={"encoder": "average"})
-    state, asked = types.SimpleNamespace(params={"encoder": "online", "pool": 1}, opt={"target": target}), []
+    state, asked = (
+        types.SimpleNamespace(params={"encoder": "online", "pool": 1}, opt={"target": target}),
+        [],
+    )
     sets = {"queries": lambda params, poll: (asked.append(params), (made_of("a"), {}))[1]}
-    run = feature_extraction.make_evaluator(config, sets, [lambda seen: iter([("x", seen("queries").labels[0])])])
-    assert dict(run(state, lambda: None)) == {"x": 0} and asked == [{"encoder": "average", "pool": 1}]
+    run = feature_extraction.make_evaluator(
+        config, sets, [lambda seen: iter([("x", seen("queries").labels[0])])]
+    )
+    assert dict(run(state, lambda: None)) == {"x": 0} and asked == [
+        {"encoder": "average", "pool": 1}
+    ]
 
 
 def test_a_set_reads_fresh_batches_and_tells_what_it_could_not_read() -> None:

@@ -11,16 +11,24 @@ def data(rows: int, width: int, classes: int = 4, seed: int = 0):
     r = np.random.default_rng(seed)
     centres = np.random.default_rng(9).normal(size=(classes, width))
     label = r.permutation(np.arange(rows) % classes).astype(np.int32)
-    return ((centres[label] + 0.8 * r.normal(size=(rows, width))) * 10.0 ** np.linspace(-1, 1, width) + 2).astype(np.float32), label
+    return (
+        (centres[label] + 0.8 * r.normal(size=(rows, width))) * 10.0 ** np.linspace(-1, 1, width)
+        + 2
+    ).astype(np.float32), label
 
 
 @pytest.mark.parametrize(("rows", "width"), [(40, 7), (12, 30), (9, 9)])
 @pytest.mark.parametrize("l2", [1024.0, 1e-3])
 def test_the_weights_are_those_of_lstsq(rows: int, width: int, l2: float) -> None:
-    """Regularised least squares is plain least squares with sqrt(l2) times the identity below the data and zeros below the targets."""
+    """Regularised least squares is plain least squares with sqrt(l2) times the identity below the
+    data and zeros below the targets."""
     r = np.random.default_rng(1)
     x, y = r.normal(size=(rows, width)), r.normal(size=(rows, 3))
-    wanted = np.linalg.lstsq(np.concatenate([x, l2**0.5 * np.eye(width)]), np.concatenate([y, np.zeros((width, 3))]), rcond=None)[0]
+    wanted = np.linalg.lstsq(
+        np.concatenate([x, l2**0.5 * np.eye(width)]),
+        np.concatenate([y, np.zeros((width, 3))]),
+        rcond=None,
+    )[0]
     np.testing.assert_allclose(few_shot.solve_ridge(x, y, l2), wanted, rtol=1e-6, atol=1e-9)
 
 
@@ -29,7 +37,14 @@ def test_shots_are_so_many_of_each_class(shots: int) -> None:
     label = np.array([2, 0, 0, -1, 2, 0, 0, 2, 5, -1])
     drawn = [few_shot.draw_shots(label, shots, seed) for seed in range(40)]
     for rows in drawn:
-        assert np.bincount(label[rows], minlength=6).tolist() == [min(shots, 4), 0, min(shots, 3), 0, 0, min(shots, 1)]
+        assert np.bincount(label[rows], minlength=6).tolist() == [
+            min(shots, 4),
+            0,
+            min(shots, 3),
+            0,
+            0,
+            min(shots, 1),
+        ]
         assert (np.diff(rows) > 0).all()
     seen = {int(row) for rows in drawn for row in rows}
     assert seen == {0, 1, 2, 4, 5, 6, 7, 8}  # every labelled row has its chance
@@ -46,7 +61,9 @@ def test_accuracy_is_that_of_the_steps_one_by_one() -> None:
         for seed in range(3):
             rows = few_shot.draw_shots(label, count, seed)
             mean, std = x[rows].astype(np.float64).mean(0), x[rows].astype(np.float64).std(0) + 1e-5
-            train, asked = (np.hstack([(a - mean) / std, np.full((len(a), 1), 100.0)]) for a in (x[rows], q))
+            train, asked = (
+                np.hstack([(a - mean) / std, np.full((len(a), 1), 100.0)]) for a in (x[rows], q)
+            )
             y = np.where(np.arange(4) == label[rows][:, None], 1.0, -1.0)
             padded = np.vstack([train, np.sqrt(1024.0) * np.eye(7)])
             w = np.linalg.lstsq(padded, np.vstack([y, np.zeros((7, 4))]), rcond=None)[0]
@@ -63,8 +80,17 @@ def test_nothing_comes_of_nothing() -> None:
 
 def test_the_measure_reads_the_settings_and_both_sets() -> None:
     (x, label), (q, q_label) = data(40, 5), data(20, 5, seed=2)
-    sets = {"index": feature_extraction.FeatureSpec(x, label, np.arange(40)), "queries": feature_extraction.FeatureSpec(q, q_label, np.arange(20))}
+    sets = {
+        "index": feature_extraction.FeatureSpec(x, label, np.arange(40)),
+        "queries": feature_extraction.FeatureSpec(q, q_label, np.arange(20)),
+    }
     config = toy.settings(evaluate__shots="(2,4)", evaluate__shot_seeds=2)
-    got = dict(few_shot.measure(config)(feature_extraction.EvalContext({k: lambda p, poll, v=v: (v, {}) for k, v in sets.items()}, {}, lambda: None)))
+    got = dict(
+        few_shot.measure(config)(
+            feature_extraction.EvalContext(
+                {k: lambda p, poll, v=v: (v, {}) for k, v in sets.items()}, {}, lambda: None
+            )
+        )
+    )
     wanted = few_shot.few_shot_accuracy((q, q_label), (x, label), shots=(2, 4), seeds=2)
     assert got == {f"eval/few_shot/{name}": value for name, value in wanted}

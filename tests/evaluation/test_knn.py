@@ -10,7 +10,8 @@ from m3i_jax.evaluation import feature_extraction, knn
 
 
 def data(classes: int, *, seed: int = 0, queries: int = 37, index: int = 60, width: int = 6):
-    """Unit vectors around a centre a class, so noisy that neighbours disagree; every third vector has another label than its centre."""
+    """Unit vectors around a centre a class, so noisy that neighbours disagree; every third vector
+    has another label than its centre."""
     r = np.random.default_rng(seed)
     centres = r.normal(size=(classes, width))
 
@@ -19,7 +20,9 @@ def data(classes: int, *, seed: int = 0, queries: int = 37, index: int = 60, wid
         x = centres[label] + 1.5 * r.normal(size=(n, width))
         label[::3] = r.integers(0, classes, len(label[::3]))
         label[-1] = classes - 1
-        return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32), label.astype(np.int32)
+        return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32), label.astype(
+            np.int32
+        )
 
     return some(queries), some(index)
 
@@ -35,18 +38,32 @@ def brute(queries, index, *, k: int, classes: int, temperature: float) -> np.nda
 
 
 def share(votes: np.ndarray, label: np.ndarray, top: int) -> float:
-    return float(np.mean([label[i] in sorted(range(votes.shape[1]), key=lambda c: -votes[i, c])[:top] for i in range(len(label))]))
+    return float(
+        np.mean(
+            [
+                label[i] in sorted(range(votes.shape[1]), key=lambda c: -votes[i, c])[:top]
+                for i in range(len(label))
+            ]
+        )
+    )
 
 
 @pytest.mark.parametrize("classes", [3, 9])
-@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.5), (60, 1.0), (59, 0.02)])
+@pytest.mark.parametrize(
+    ("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.5), (60, 1.0), (59, 0.02)]
+)
 def test_votes_and_accuracy_are_those_of_a_loop(classes: int, k: int, temperature: float) -> None:
     queries, index = data(classes)
     wanted = brute(queries, index, k=k, classes=classes, temperature=temperature)
-    got = np.asarray(knn.knn_votes(queries[0], *index, k=k, classes=classes, temperature=temperature))
+    got = np.asarray(
+        knn.knn_votes(queries[0], *index, k=k, classes=classes, temperature=temperature)
+    )
     assert got.shape == wanted.shape
-    np.testing.assert_allclose(got / got.sum(1, keepdims=True), wanted / wanted.sum(1, keepdims=True), atol=2e-5)
-    result = dict(knn.knn_accuracy(queries, index, k=k, temperature=temperature, chunk=10))  # the last chunk is shorter
+    np.testing.assert_allclose(
+        got / got.sum(1, keepdims=True), wanted / wanted.sum(1, keepdims=True), atol=2e-5
+    )
+    # the last chunk is shorter
+    result = dict(knn.knn_accuracy(queries, index, k=k, temperature=temperature, chunk=10))
     assert result.pop("top1") == share(wanted, queries[1], 1)
     assert result == ({"top5": share(wanted, queries[1], 5)} if classes > 5 else {})
 
@@ -60,7 +77,9 @@ def test_weights_decide_against_a_majority() -> None:
     """One neighbour at cosine 1 against two at 0.6: near at low temperature, many at high."""
     queries = np.array([[1, 0]], np.float32), np.array([0])
     index = np.array([[1, 0], [0.6, 0.8], [0.6, -0.8]], np.float32), np.array([0, 1, 1])
-    assert [dict(knn.knn_accuracy(queries, index, k=3, temperature=t))["top1"] for t in (0.1, 10.0)] == [1.0, 0.0]
+    assert [
+        dict(knn.knn_accuracy(queries, index, k=3, temperature=t))["top1"] for t in (0.1, 10.0)
+    ] == [1.0, 0.0]
 
 
 def test_a_very_low_temperature_is_the_nearest_neighbour() -> None:
@@ -74,7 +93,9 @@ def test_a_very_low_temperature_is_the_nearest_neighbour() -> None:
 
 def test_k_beyond_the_index_is_the_whole_index() -> None:
     queries, index = data(4, index=7)
-    assert list(knn.knn_accuracy(queries, index, k=1000, temperature=0.1)) == list(knn.knn_accuracy(queries, index, k=7, temperature=0.1))
+    assert list(knn.knn_accuracy(queries, index, k=1000, temperature=0.1)) == list(
+        knn.knn_accuracy(queries, index, k=7, temperature=0.1)
+    )
 
 
 def test_rows_without_a_label_are_left_out_on_both_sides() -> None:
@@ -89,14 +110,26 @@ def test_rows_without_a_label_are_left_out_on_both_sides() -> None:
 def test_without_any_label_there_is_no_accuracy() -> None:
     queries, index = data(4)
     none = queries[0], np.full_like(queries[1], -1)
-    assert list(knn.knn_accuracy(none, index, k=3, temperature=0.1)) == list(knn.knn_accuracy(index, none, k=3, temperature=0.1)) == []
+    assert (
+        list(knn.knn_accuracy(none, index, k=3, temperature=0.1))
+        == list(knn.knn_accuracy(index, none, k=3, temperature=0.1))
+        == []
+    )
 
 
 def test_the_measure_is_the_accuracy_with_the_settings() -> None:
     queries, index = data(8)
     config = dataclasses.replace(schema.Config(), evaluate=schema.Evaluate(k=4, temperature=0.3))
-    sets = {name: feature_extraction.FeatureSpec(*part, np.arange(len(part[1]))) for name, part in (("queries", queries), ("index", index))}
-    wanted = [(f"eval/knn/{name}", value) for name, value in knn.knn_accuracy(queries, index, k=4, temperature=0.3)]
-    seen = feature_extraction.EvalContext({name: lambda params, poll, name=name: (sets[name], {}) for name in sets}, {}, lambda: None)
+    sets = {
+        name: feature_extraction.FeatureSpec(*part, np.arange(len(part[1])))
+        for name, part in (("queries", queries), ("index", index))
+    }
+    wanted = [
+        (f"eval/knn/{name}", value)
+        for name, value in knn.knn_accuracy(queries, index, k=4, temperature=0.3)
+    ]
+    seen = feature_extraction.EvalContext(
+        {name: lambda params, poll, name=name: (sets[name], {}) for name in sets}, {}, lambda: None
+    )
     assert [name for name, _ in wanted] == ["eval/knn/top1", "eval/knn/top5"]
     assert list(knn.measure(config)(seen)) == wanted

@@ -11,22 +11,42 @@ def data(rows: int = 48, width: int = 5, classes: int = 3, seed: int = 0):
     r = np.random.default_rng(seed)
     centres = np.random.default_rng(9).normal(size=(classes, width))
     label = r.permutation(np.arange(rows) % classes).astype(np.int32)
-    x = (centres[label] + 0.5 * r.normal(size=(rows, width))) * 10.0 ** np.linspace(-1, 1, width) + 4
+    x = (centres[label] + 0.5 * r.normal(size=(rows, width))) * 10.0 ** np.linspace(
+        -1, 1, width
+    ) + 4
     return x.astype(np.float32), label
 
 
-def reference(x: np.ndarray, label: np.ndarray, classes: int, lr: float, epochs: int, warmup: int, batch: int, seed: int):
+def reference(
+    x: np.ndarray,
+    label: np.ndarray,
+    classes: int,
+    lr: float,
+    epochs: int,
+    warmup: int,
+    batch: int,
+    seed: int,
+):
     """The recipe once more, in float64 and without jax."""
     r, size = np.random.default_rng(seed), min(batch, len(x))
     steps, peak = len(x) // size, lr * size / 16_384
     w, b = 0.01 * r.normal(size=(x.shape[1], classes)), np.zeros(classes)
-    mw, mb, mean, var = np.zeros_like(w), np.zeros_like(b), np.zeros(x.shape[1]), np.ones(x.shape[1])
+    mw, mb, mean, var = (
+        np.zeros_like(w),
+        np.zeros_like(b),
+        np.zeros(x.shape[1]),
+        np.ones(x.shape[1]),
+    )
     for epoch in range(epochs):
         order = r.permutation(len(x))
         for k in range(steps):
             t = epoch * steps + k
             share = (t - warmup * steps) / max((epochs - warmup) * steps, 1)
-            rate = peak * t / (warmup * steps) if t < warmup * steps else peak * 0.5 * (1 + np.cos(np.pi * share))
+            rate = (
+                peak * t / (warmup * steps)
+                if t < warmup * steps
+                else peak * 0.5 * (1 + np.cos(np.pi * share))
+            )
             rows = order[k * size : (k + 1) * size]
             m, v = x[rows].mean(0), x[rows].var(0)
             unit = (x[rows] - m) / np.sqrt(v + 1e-6)
@@ -47,16 +67,27 @@ def test_the_probe_is_its_recipe(batch: int) -> None:
     settings = {"lr": 3000.0, "epochs": 6, "warmup": 2, "batch": batch, "seed": 4}
     made = linear_probe.fit_linear_probe(x, label, 3, **settings)
     w, b, mean, var = reference(x.astype(np.float64), label, 3, **settings)
-    for got, wanted in ((made.weights["kernel"], w), (made.weights["bias"], b), (made.mean, mean), (made.variance, var)):
+    for got, wanted in (
+        (made.weights["kernel"], w),
+        (made.weights["bias"], b),
+        (made.mean, mean),
+        (made.variance, var),
+    ):
         np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=2e-4 * np.abs(wanted).max())
     logits = (x - mean) / np.sqrt(var + 1e-6) @ w + b
-    np.testing.assert_allclose(linear_probe.probe_logits(made, x), logits, rtol=5e-3, atol=5e-3 * np.abs(logits).max())
+    np.testing.assert_allclose(
+        linear_probe.probe_logits(made, x), logits, rtol=5e-3, atol=5e-3 * np.abs(logits).max()
+    )
 
 
 def test_the_probe_learns_and_polls() -> None:
     (x, label), (q, q_label) = data(300), data(200, seed=1)
     label[:9], q_label[:7], polls = -1, -1, []
-    got = dict(linear_probe.linear_probe_accuracy((q, q_label), (x, label), batch=64, lr=3.2 * 16_384 / 64, poll=lambda: polls.append(1)))
+    got = dict(
+        linear_probe.linear_probe_accuracy(
+            (q, q_label), (x, label), batch=64, lr=3.2 * 16_384 / 64, poll=lambda: polls.append(1)
+        )
+    )
     assert list(got) == ["top1"] and got["top1"] > 0.9 and len(polls) == 90
     assert list(linear_probe.linear_probe_accuracy((q, np.full(200, -1)), (x, label))) == []
 
@@ -66,7 +97,26 @@ def test_the_measure_probes_raw_features() -> None:
     found = {}
     for name, raw, its in (("index", x, label), ("queries", q, q_label)):
         length = np.linalg.norm(raw, axis=1)
-        found[name] = feature_extraction.FeatureSpec(raw / length[:, None], its, np.arange(len(raw)), length)
-    config = toy.settings(evaluate__probe_epochs=3, evaluate__probe_warmup=1, evaluate__probe_lr=900.0, evaluate__probe_batch=20)
-    got = dict(linear_probe.measure(config)(feature_extraction.EvalContext({k: lambda p, poll, v=v: (v, {}) for k, v in found.items()}, {}, lambda: None)))
-    assert got == {"eval/probe/top1": dict(linear_probe.linear_probe_accuracy((q, q_label), (x, label), lr=900.0, epochs=3, warmup=1, batch=20))["top1"]}
+        found[name] = feature_extraction.FeatureSpec(
+            raw / length[:, None], its, np.arange(len(raw)), length
+        )
+    config = toy.settings(
+        evaluate__probe_epochs=3,
+        evaluate__probe_warmup=1,
+        evaluate__probe_lr=900.0,
+        evaluate__probe_batch=20,
+    )
+    got = dict(
+        linear_probe.measure(config)(
+            feature_extraction.EvalContext(
+                {k: lambda p, poll, v=v: (v, {}) for k, v in found.items()}, {}, lambda: None
+            )
+        )
+    )
+    assert got == {
+        "eval/probe/top1": dict(
+            linear_probe.linear_probe_accuracy(
+                (q, q_label), (x, label), lr=900.0, epochs=3, warmup=1, batch=20
+            )
+        )["top1"]
+    }

@@ -1,4 +1,5 @@
-"""`m3i_jax.load`: weights as a function of images, of a run or of a file, for images of any size and type."""
+"""`m3i_jax.load`: weights as a function of images, of a run or of a file, for images of any size
+and type."""
 
 import dataclasses
 import json
@@ -44,15 +45,27 @@ def pictures() -> np.ndarray:
 def test_a_run_gives_what_its_parts_compute(run, pictures: np.ndarray) -> None:
     workdir, params, average = run
     config = toy.settings()
-    normal = (pictures / 255 - np.array(config.data.augment.mean)) / np.array(config.data.augment.std)
-    patches = jnp.asarray(normal.reshape(5, 4, 8, 4, 8, 3).swapaxes(2, 3).reshape(5, 16, 192), jnp.float32)
+    normal = (pictures / 255 - np.array(config.data.augment.mean)) / np.array(
+        config.data.augment.std
+    )
+    patches = jnp.asarray(
+        normal.reshape(5, 4, 8, 4, 8, 3).swapaxes(2, 3).reshape(5, 16, 192), jnp.float32
+    )
     for weights_, encoder in (("online", params["encoder"]), ("ema", average["encoder"])):
         tokens = np.asarray(m3i.encode(config, encoder, patches))
-        got = {pool: m3i_jax.load(workdir, weights=weights_, pool=pool).features(pictures) for pool in load.POOLS}
+        got = {
+            pool: m3i_jax.load(workdir, weights=weights_, pool=pool).features(pictures)
+            for pool in load.POOLS
+        }
         np.testing.assert_allclose(got["tokens"], tokens, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(got["cls"], tokens[:, 0], rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(got["mean"], tokens[:, 1:].mean(1), rtol=1e-4, atol=1e-4)
-        pooled = m3i.pool(config, {"pool": jax.tree.map(jnp.asarray, params["pool"])}, tokens[:, 1:], cls=tokens[:, 0])
+        pooled = m3i.pool(
+            config,
+            {"pool": jax.tree.map(jnp.asarray, params["pool"])},
+            tokens[:, 1:],
+            cls=tokens[:, 0],
+        )
         np.testing.assert_allclose(got["attention"], pooled, rtol=1e-3, atol=1e-4)
         np.testing.assert_array_equal(got["auto"], got["attention"])  # its objective trained it
         assert all(a.dtype == np.float32 and len(a) == 5 for a in got.values())
@@ -61,15 +74,26 @@ def test_a_run_gives_what_its_parts_compute(run, pictures: np.ndarray) -> None:
 def test_pictures_are_seen_as_in_evaluation(run) -> None:
     """Of any size: what `evaluation_batches` cuts out of the same record."""
     workdir, _, _ = run
-    smooth = lambda h, w: 128 + 90 * np.sin(np.mgrid[:h, :w].transpose(1, 2, 0) @ np.random.default_rng(h).uniform(-0.2, 0.2, (2, 3)))  # noqa: E731
+    smooth = lambda h, w: (
+        128
+        + 90
+        * np.sin(
+            np.mgrid[:h, :w].transpose(1, 2, 0)
+            @ np.random.default_rng(h).uniform(-0.2, 0.2, (2, 3))
+        )
+    )  # noqa: E731
     records = [base.Record(str(h), smooth(h, w).astype(np.uint8)) for h, w in ((40, 70), (90, 33))]
     (batch,) = eval_batches.evaluation_batches(records, range(2), 32, 2)
     model = load.load(workdir, pool="mean")
-    np.testing.assert_array_equal(model.features([record.image for record in records]), model.features(batch["views"]))
+    np.testing.assert_array_equal(
+        model.features([record.image for record in records]), model.features(batch["views"])
+    )
     floats = [record.image / np.float32(255) for record in records]
     for view, cut in zip(batch["views"], floats, strict=True):  # bytes are rounded twice on the way
         assert np.abs(load.eval_view(cut, 32) - view / 255).max() < 1.6 / 255
-    expected = feature_extraction.extract_features(model.config, "mean", model.params, jnp.asarray(batch["views"]))
+    expected = feature_extraction.extract_features(
+        model.config, "mean", model.params, jnp.asarray(batch["views"])
+    )
     np.testing.assert_allclose(model.features(batch["views"]), expected, atol=1e-5)
 
 
@@ -78,8 +102,12 @@ def test_types_and_numbers_of_pictures(run, pictures: np.ndarray) -> None:
     whole = model.features(pictures)
     np.testing.assert_allclose(model.features(pictures / 255), whole, atol=1e-5)
     np.testing.assert_allclose(model.features(pictures[0])[0], whole[0], atol=1e-5)
-    np.testing.assert_allclose(model.features([pictures[0], pictures[1] / 255]), whole[:2], atol=1e-5)
-    np.testing.assert_allclose(model.features([Image.fromarray(pictures[2])])[0], whole[2], atol=1e-5)
+    np.testing.assert_allclose(
+        model.features([pictures[0], pictures[1] / 255]), whole[:2], atol=1e-5
+    )
+    np.testing.assert_allclose(
+        model.features([Image.fromarray(pictures[2])])[0], whole[2], atol=1e-5
+    )
     assert model.features(pictures[:0]).shape == (0, 32)
     many = model.features(np.repeat(pictures, 14, 0))  # more than a device step
     np.testing.assert_allclose(many, np.repeat(whole, 14, 0), atol=1e-5)
@@ -91,44 +119,86 @@ def test_types_and_numbers_of_pictures(run, pictures: np.ndarray) -> None:
 
 
 def test_files_of_other_projects(tmp_path: pathlib.Path, pictures: np.ndarray) -> None:
-    """timm's and Hugging Face's file of the same weights are the same function but for eps and pixels, which each layout has its own of."""
+    """timm's and Hugging Face's file of the same weights are the same function but for eps and
+    pixels, which each layout has its own of."""
     table = weights(ENCODERS["timm"], **SIZES)
     tensor_files.write_safetensors(tmp_path / "timm.safetensors", table)
     timm = load.load(str(tmp_path / "timm.safetensors"), heads=2)
     e = timm.config.model.encoder
-    assert (e.patch_size, e.width, e.depth, e.heads, e.positions, e.final_norm) == (8, 32, 2, 2, "learned", True)
-    assert timm.config.data.image_size == 32 and timm.config.model.dtype == "float32" and timm.pool == "mean"
+    assert (e.patch_size, e.width, e.depth, e.heads, e.positions, e.final_norm) == (
+        8,
+        32,
+        2,
+        2,
+        "learned",
+        True,
+    )
+    assert (
+        timm.config.data.image_size == 32
+        and timm.config.model.dtype == "float32"
+        and timm.pool == "mean"
+    )
     (tmp_path / "hf").mkdir()
-    tensor_files.write_safetensors(tmp_path / "hf" / "model.safetensors", vit_weights.store_vit(vit_weights.load_vit(table).arrays, "hf", heads=2))
-    (tmp_path / "hf" / "config.json").write_text('{"num_attention_heads": 2, "layer_norm_eps": 1e-6}')
-    (tmp_path / "hf" / "preprocessor_config.json").write_text('{"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}')
+    tensor_files.write_safetensors(
+        tmp_path / "hf" / "model.safetensors",
+        vit_weights.store_vit(vit_weights.load_vit(table).arrays, "hf", heads=2),
+    )
+    (tmp_path / "hf" / "config.json").write_text(
+        '{"num_attention_heads": 2, "layer_norm_eps": 1e-6}'
+    )
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}'
+    )
     hf = load.load(str(tmp_path / "hf"))
     np.testing.assert_array_equal(hf.features(pictures), timm.features(pictures))
     other = load.load(str(tmp_path / "timm.safetensors"), heads=4)
     assert np.abs(other.features(pictures) - timm.features(pictures)).max() > 1e-3
 
 
-def intern_image_file(place: pathlib.Path, *, fused: int = 0, hugging_face: bool = True) -> tuple[str, published.Net, dict]:
-    """A file of the toy among InternImage's presets as it would be published: (path, net, table of its authors' names)."""
+def intern_image_file(
+    place: pathlib.Path, *, fused: int = 0, hugging_face: bool = True
+) -> tuple[str, published.Net, dict]:
+    """A file of the toy among InternImage's presets as it would be published: (path, net, table of
+    its authors' names)."""
     net = published.PICO._replace(fused=fused, pooled=5)
     table = published.weights(net)
     if not hugging_face:
         tensor_files.write_npz(place / "intern.npz", table)
         return str(place / "intern.npz"), net, table
-    tensor_files.write_safetensors(place / "model.safetensors", {intern_image_weights.hugging_face_name(n): array for n, array in table.items()})
-    (place / "preprocessor_config.json").write_text(json.dumps({"crop_size": {"height": 32, "width": 32}}))
+    tensor_files.write_safetensors(
+        place / "model.safetensors",
+        {intern_image_weights.hugging_face_name(n): array for n, array in table.items()},
+    )
+    (place / "preprocessor_config.json").write_text(
+        json.dumps({"crop_size": {"height": 32, "width": 32}})
+    )
     return str(place), net, table
 
 
 @pytest.mark.parametrize(("fused", "hugging_face"), [(0, True), (48, False)])
-def test_a_published_intern_image(fused: int, hugging_face: bool, tmp_path: pathlib.Path, pictures: np.ndarray) -> None:
-    """Features are what the published net computes: the mean of its fused map, or without the fusion of its last one."""
+def test_a_published_intern_image(
+    fused: int, hugging_face: bool, tmp_path: pathlib.Path, pictures: np.ndarray
+) -> None:
+    """Features are what the published net computes: the mean of its fused map, or without the
+    fusion of its last one."""
     path, net, table = intern_image_file(tmp_path, fused=fused, hugging_face=hugging_face)
     model = load.load(path)
     size = model.config.data.image_size
-    assert size == (32 if hugging_face else 224) and (model.config.model.encoder.patch_size, model.pool) == (8 if fused else 16, "mean")
-    model = dataclasses.replace(model, config=dataclasses.replace(model.config, data=dataclasses.replace(model.config.data, image_size=32)))
-    theirs = published.Run(net, table, (pictures / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225]))
+    assert size == (32 if hugging_face else 224) and (
+        model.config.model.encoder.patch_size,
+        model.pool,
+    ) == (8 if fused else 16, "mean")
+    model = dataclasses.replace(
+        model,
+        config=dataclasses.replace(
+            model.config, data=dataclasses.replace(model.config.data, image_size=32)
+        ),
+    )
+    theirs = published.Run(
+        net,
+        table,
+        (pictures / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225]),
+    )
     expected = theirs.fused().mean(1) if fused else theirs.maps[3].mean((1, 2))
     got = model.features(pictures)
     assert got.shape == (5, fused or 256) and np.abs(expected).max() > 0.1
@@ -138,25 +208,40 @@ def test_a_published_intern_image(fused: int, hugging_face: bool, tmp_path: path
 @pytest.mark.parametrize("recipe", ["probe", "finetune"])
 def test_recipes_start_from_a_published_intern_image(recipe: str, tmp_path: pathlib.Path) -> None:
     path, _, table = intern_image_file(tmp_path)
-    config = configuration.load_config(f"configs/transfer/{recipe}.py:path=/pictures,from={path},batch_size=8")
+    config = configuration.load_config(
+        f"configs/transfer/{recipe}.py:path=/pictures,from={path},batch_size=8"
+    )
     config.data.update({"size": 64, "classes": toy.CLASSES})
     lines: list[str] = []
-    made = Trainer(configuration.resolve(config), parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0).init(lines.append)
+    made = Trainer(
+        configuration.resolve(config), parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0
+    ).init(lines.append)
     given = vit_weights.load_vit(table).arrays
     for name, array in saved.flat({"encoder": made.params["encoder"]}).items():
         np.testing.assert_array_equal(array, given[name], err_msg=name)
-    assert not [line for line in lines if "at random" in line and "encoder" in line] and "set otherwise" not in " ".join(lines)
+    assert not [
+        line for line in lines if "at random" in line and "encoder" in line
+    ] and "set otherwise" not in " ".join(lines)
 
 
 def test_what_is_refused(run, tmp_path: pathlib.Path) -> None:
-    tensor_files.write_safetensors(tmp_path / "timm.safetensors", weights(ENCODERS["timm"], **SIZES))
-    tensor_files.write_safetensors(tmp_path / "intern.safetensors", {"patch_embed.conv1.weight": np.zeros((32, 3, 3, 3), np.float32)})
+    tensor_files.write_safetensors(
+        tmp_path / "timm.safetensors", weights(ENCODERS["timm"], **SIZES)
+    )
+    tensor_files.write_safetensors(
+        tmp_path / "intern.safetensors",
+        {"patch_embed.conv1.weight": np.zeros((32, 3, 3, 3), np.float32)},
+    )
     for path, settings, words in (
         ("nowhere", {}, "there is no 'nowhere'"),
         (str(tmp_path / "timm.safetensors"), {"pool": "attention"}, "no pooling that was trained"),
         (str(tmp_path / "timm.safetensors"), {"pool": "max"}, "is none of auto"),
         (str(tmp_path / "timm.safetensors"), {"weights": "ema"}, "no momentum copy"),
-        (str(tmp_path / "intern.safetensors"), {}, "nor one of internimage_pico, internimage_t, .*internimage_g"),
+        (
+            str(tmp_path / "intern.safetensors"),
+            {},
+            "nor one of internimage_pico, internimage_t, .*internimage_g",
+        ),
         (str(tmp_path / "intern.safetensors"), {"weights": "ema"}, "no momentum copy"),
     ):
         with pytest.raises(UserError, match=words):
@@ -164,5 +249,8 @@ def test_what_is_refused(run, tmp_path: pathlib.Path) -> None:
 
 
 def test_importing_the_package_does_not_load_it() -> None:
-    code = "import sys, m3i_jax; assert 'flax' not in sys.modules and callable(m3i_jax.load) and 'flax' in sys.modules"
+    code = (
+        "import sys, m3i_jax; assert 'flax' not in sys.modules and callable(m3i_jax.load) and"
+        " 'flax' in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -18,7 +18,16 @@ from m3i_jax.models import m3i
 from m3i_jax.training import plan
 from tests import toy
 
-CAPTIONS = ["a red cat", "a dog", "A red  cat", None, "two birds", "", "a cat that sits on a very long and very red mat", "a dog"]
+CAPTIONS = [
+    "a red cat",
+    "a dog",
+    "A red  cat",
+    None,
+    "two birds",
+    "",
+    "a cat that sits on a very long and very red mat",
+    "a dog",
+]
 
 
 def embeddings(pictures: int, captions: int, width: int = 5, seed: int = 0):
@@ -31,18 +40,24 @@ def embeddings(pictures: int, captions: int, width: int = 5, seed: int = 0):
 
 
 def brute(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> dict[str, float]:
-    """Every image asks for its caption among the distinct ones, and the caption of every image asks for an image of it."""
+    """Every image asks for its caption among the distinct ones, and the caption of every image asks
+    for an image of it."""
     hits: dict[str, list[bool]] = {}
     for i, image in enumerate(images.astype(np.float64)):
         order = sorted(range(len(texts)), key=lambda c: -float(image @ texts[c].astype(np.float64)))
-        asked = sorted(range(len(images)), key=lambda n: -float(texts[owner[i]].astype(np.float64) @ images[n].astype(np.float64)))
+        asked = sorted(
+            range(len(images)),
+            key=lambda n: -float(texts[owner[i]].astype(np.float64) @ images[n].astype(np.float64)),
+        )
         for k in (1, 5, 10):
             hits.setdefault(f"image_to_text/r{k}", []).append(owner[i] in order[:k])
             hits.setdefault(f"text_to_image/r{k}", []).append(owner[i] in owner[asked[:k]])
     return {name: float(np.mean(found)) for name, found in hits.items()}
 
 
-@pytest.mark.parametrize(("pictures", "captions", "chunk"), [(40, 40, 1024), (43, 17, 10), (30, 1, 7), (12, 9, 12)])
+@pytest.mark.parametrize(
+    ("pictures", "captions", "chunk"), [(40, 40, 1024), (43, 17, 10), (30, 1, 7), (12, 9, 12)]
+)
 def test_recall_is_that_of_a_loop(pictures: int, captions: int, chunk: int) -> None:
     made = embeddings(pictures, captions)
     got = dict(retrieval.recall_at(*made, chunk=chunk))
@@ -57,7 +72,8 @@ def test_a_collapsed_model_finds_nothing() -> None:
 
 
 def test_any_picture_of_an_equal_caption_is_right() -> None:
-    """Both images of caption 0 are asked for by it; the nearer one is a hit, though it belongs to another record."""
+    """Both images of caption 0 are asked for by it; the nearer one is a hit, though it belongs to
+    another record."""
     images = np.array([[0, 1], [1, 0], [0.8, 0.6]], np.float32)
     texts = np.array([[1, 0], [0.6, 0.8]], np.float32)
     got = dict(retrieval.recall_at(images, texts, np.array([0, 0, 1])))
@@ -87,25 +103,46 @@ class Source(list):
 
 
 def test_the_measure_embeds_what_the_model_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records in an order of their own, two without a caption, two pairs of equal ones; batches of four leave a remainder."""
+    """Records in an order of their own, two without a caption, two pairs of equal ones; batches of
+    four leave a remainder."""
     config = toy.settings(objective__forms="clip")
-    params = jax.jit(lambda: m3i.init(config, jax.random.key(1), plan.terms_named("clip"), classes=0, vocabulary=300))()
+    params = jax.jit(
+        lambda: m3i.init(
+            config, jax.random.key(1), plan.terms_named("clip"), classes=0, vocabulary=300
+        )
+    )()
     source = Source(base.Record(str(i), b"", caption=caption) for i, caption in enumerate(CAPTIONS))
     order = np.array([6, 3, 0, 1, 5, 2, 7, 4])
     vectors = np.random.default_rng(0).normal(size=(8, config.model.pool.width)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     found = feature_extraction.FeatureSpec(vectors, np.full(8, -1, np.int32), order)
     mesh = parallel.make_mesh((2, 2, 1), jax.devices()[:4])
-    measure = retrieval.measure(mesh, source, TextEmbedder(config, mesh, words(), 4), pictures="mine")
-    seen = feature_extraction.EvalContext({"mine": lambda params, poll: (found, {})}, jax.device_put(params, parallel.replicated(mesh)), lambda: None)
+    measure = retrieval.measure(
+        mesh, source, TextEmbedder(config, mesh, words(), 4), pictures="mine"
+    )
+    seen = feature_extraction.EvalContext(
+        {"mine": lambda params, poll: (found, {})},
+        jax.device_put(params, parallel.replicated(mesh)),
+        lambda: None,
+    )
     passed = []
     inner = retrieval.recall_at
-    monkeypatch.setattr(retrieval, "recall_at", lambda *a, **k: (passed.append(a), inner(*a, **k))[1])
+    monkeypatch.setattr(
+        retrieval, "recall_at", lambda *a, **k: (passed.append(a), inner(*a, **k))[1]
+    )
     got = dict(measure(seen))
 
     kept = [i for i in range(8) if CAPTIONS[order[i]]]
-    distinct = ["a cat that sits on a very long and very red mat", "a red cat", "a dog", "two birds"]  # as they come
-    ids, lengths = (np.stack(x) for x in zip(*(words().encode(text) for text in distinct), strict=True))
+    # as they come
+    distinct = [
+        "a cat that sits on a very long and very red mat",
+        "a red cat",
+        "a dog",
+        "two birds",
+    ]
+    ids, lengths = (
+        np.stack(x) for x in zip(*(words().encode(text) for text in distinct), strict=True)
+    )
     assert lengths.max() == toy.CAPTION  # one is cut
     texts = np.asarray(m3i.text_embedding(config, params, ids, lengths))
     images = np.asarray(m3i.image_embedding(config, params, 3.0 * vectors[kept]))
@@ -122,27 +159,56 @@ def test_the_measure_embeds_what_the_model_would(monkeypatch: pytest.MonkeyPatch
 def test_without_captions_there_is_no_retrieval() -> None:
     source = [base.Record("a", b"", caption=None)] * 3
     mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
-    measure = retrieval.measure(mesh, source, TextEmbedder(toy.settings(objective__forms="clip"), mesh, words(), 4))
-    found = feature_extraction.FeatureSpec(np.ones((3, 4), np.float32), np.zeros(3, np.int32), np.arange(3))
-    assert list(measure(feature_extraction.EvalContext({"queries": lambda params, poll: (found, {})}, {}, lambda: None))) == []
+    measure = retrieval.measure(
+        mesh, source, TextEmbedder(toy.settings(objective__forms="clip"), mesh, words(), 4)
+    )
+    found = feature_extraction.FeatureSpec(
+        np.ones((3, 4), np.float32), np.zeros(3, np.int32), np.arange(3)
+    )
+    assert (
+        list(
+            measure(
+                feature_extraction.EvalContext(
+                    {"queries": lambda params, poll: (found, {})}, {}, lambda: None
+                )
+            )
+        )
+        == []
+    )
 
 
 def test_a_caption_that_vanishes_counts_as_none_where_it_may(tmp_path: pathlib.Path) -> None:
-    """Its file is removed after the source was opened: what is measured is what an image without a caption gives, and it is counted."""
+    """Its file is removed after the source was opened: what is measured is what an image without a
+    caption gives, and it is counted."""
     config = toy.settings(objective__forms="clip")
-    params = jax.jit(lambda: m3i.init(config, jax.random.key(1), plan.terms_named("clip"), classes=0, vocabulary=300))()
+    params = jax.jit(
+        lambda: m3i.init(
+            config, jax.random.key(1), plan.terms_named("clip"), classes=0, vocabulary=300
+        )
+    )()
     mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
     vectors = np.random.default_rng(0).normal(size=(4, config.model.pool.width)).astype(np.float32)
-    found = feature_extraction.FeatureSpec(vectors, np.full(4, -1, np.int32), np.array([3, 0, 2, 1]))
+    found = feature_extraction.FeatureSpec(
+        vectors, np.full(4, -1, np.int32), np.array([3, 0, 2, 1])
+    )
     for name, caption in zip("abcd", ("a dog", "two birds", "a red cat", "a cat"), strict=True):
         (tmp_path / f"{name}.png").touch()
         (tmp_path / f"{name}.txt").write_text(caption)
 
-    def measured(source: base.DataSource, **missing: str) -> tuple[dict[str, float], dict[str, int]]:
-        seen = feature_extraction.EvalContext({"queries": lambda params, poll: (found, {})}, jax.device_put(params, parallel.replicated(mesh)), lambda: None)
+    def measured(
+        source: base.DataSource, **missing: str
+    ) -> tuple[dict[str, float], dict[str, int]]:
+        seen = feature_extraction.EvalContext(
+            {"queries": lambda params, poll: (found, {})},
+            jax.device_put(params, parallel.replicated(mesh)),
+            lambda: None,
+        )
         measure = retrieval.measure(mesh, source, TextEmbedder(config, mesh, words(), 4), **missing)
-        again = feature_extraction.EvalContext({"queries": lambda params, poll: (found, {})}, seen.params, lambda: None)
-        assert dict(measure(seen)) == dict(measure(again)) and seen.skipped == again.skipped  # of each evaluation, though read once
+        again = feature_extraction.EvalContext(
+            {"queries": lambda params, poll: (found, {})}, seen.params, lambda: None
+        )
+        # of each evaluation, though read once
+        assert dict(measure(seen)) == dict(measure(again)) and seen.skipped == again.skipped
         return dict(measure(seen)), dict(again.skipped)
 
     source = FolderSource(str(tmp_path))

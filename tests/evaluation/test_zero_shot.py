@@ -1,4 +1,5 @@
-"""Zero-shot: the sets of templates, the mean over them, and the measure with texts that are known."""
+"""Zero-shot: the sets of templates, the mean over them, and the measure with texts that are
+known."""
 
 import pathlib
 
@@ -12,7 +13,9 @@ from m3i_jax.evaluation import feature_extraction, zero_shot
 def test_the_published_sets() -> None:
     assert len(zero_shot.SEVEN) == 7 and len(set(zero_shot.EIGHTY)) == len(zero_shot.EIGHTY) == 80
     assert set(zero_shot.SEVEN) < set(zero_shot.EIGHTY)
-    assert all(template.count("{}") == 1 and template.endswith(".") for template in zero_shot.EIGHTY)
+    assert all(
+        template.count("{}") == 1 and template.endswith(".") for template in zero_shot.EIGHTY
+    )
     some = {
         "a photo of a hard to see {}.",
         "the embroidered {}.",
@@ -23,7 +26,13 @@ def test_the_published_sets() -> None:
     assert some < set(zero_shot.EIGHTY)
 
 
-@pytest.mark.parametrize(("name", "text"), [("mine.txt", "# remarks\na {}.\n\nthe {} there\n"), ("mine.json", '["a {}.", "the {} there"]')])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("mine.txt", "# remarks\na {}.\n\nthe {} there\n"),
+        ("mine.json", '["a {}.", "the {} there"]'),
+    ],
+)
 def test_templates_of_a_file(name: str, text: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / name).write_text(text)
     assert zero_shot.prompt_templates(str(tmp_path / name)) == ("mine", ("a {}.", "the {} there"))
@@ -40,7 +49,9 @@ def test_templates_of_a_file(name: str, text: str, tmp_path: pathlib.Path) -> No
         ("", "", "there is no such file"),
     ],
 )
-def test_templates_that_cannot_be_used(name: str, text: str, told: str, tmp_path: pathlib.Path) -> None:
+def test_templates_that_cannot_be_used(
+    name: str, text: str, told: str, tmp_path: pathlib.Path
+) -> None:
     place = tmp_path / (name or "absent.txt")
     if name:
         place.write_text(text)
@@ -66,17 +77,30 @@ class Embedder:
 
     def texts(self, params, texts, poll):
         self.asked.append(texts)
-        return np.stack([np.random.default_rng(sum(map(ord, text))).normal(size=6) for text in texts])
+        return np.stack(
+            [np.random.default_rng(sum(map(ord, text))).normal(size=6) for text in texts]
+        )
 
     def images(self, params, x, poll):
         return x
 
 
-def test_the_measure_asks_every_prompt_once_and_leaves_out_the_unlabelled(tmp_path: pathlib.Path) -> None:
+def test_the_measure_asks_every_prompt_once_and_leaves_out_the_unlabelled(
+    tmp_path: pathlib.Path,
+) -> None:
     (tmp_path / "one.txt").write_text("a {} in a video game.\n")  # one of the seven too
     names, r, embed = ["hot_dog", "cat"], np.random.default_rng(1), Embedder()
     x, label = r.normal(size=(30, 6)).astype(np.float32), r.integers(-1, 3, 30).astype(np.int32)
-    seen = feature_extraction.EvalContext({"mine": lambda params, poll: (feature_extraction.FeatureSpec(x, label, np.arange(30)), {})}, {}, lambda: None)
+    seen = feature_extraction.EvalContext(
+        {
+            "mine": lambda params, poll: (
+                feature_extraction.FeatureSpec(x, label, np.arange(30)),
+                {},
+            )
+        },
+        {},
+        lambda: None,
+    )
     said = zero_shot.ClassPrompts(embed, names, ("7", str(tmp_path / "one.txt")))
     got = dict(zero_shot.measure(said, pictures="mine")(seen))
     assert said.classes(seen)["7"].shape == (2, 6)  # what is known is not asked again
@@ -96,7 +120,9 @@ def test_the_measure_asks_every_prompt_once_and_leaves_out_the_unlabelled(tmp_pa
 
 def test_probabilities_are_those_of_the_temperature() -> None:
     said = zero_shot.ClassPrompts(Embedder(), ["hot_dog", "cat", "owl"], ("80", "7"))
-    seen = feature_extraction.EvalContext({}, {"logit_scale": np.float32(np.log(20.0))}, lambda: None)
+    seen = feature_extraction.EvalContext(
+        {}, {"logit_scale": np.float32(np.log(20.0))}, lambda: None
+    )
     x = np.random.default_rng(3).normal(size=(4, 6))
     name, got = said.probabilities(seen, x)
     weights = np.exp(20 * x @ said.classes(seen)["80"].T)

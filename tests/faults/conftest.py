@@ -1,10 +1,12 @@
 """Marks and results of the fault matrix.
 
-`@pytest.mark.row("B3")` (or several names) says which rows of rows.py a test is a trial of; every test in this folder has it, those of
-the matrix itself with no name. A test that makes many trials counts them with the fixture `trials`; any other counts as one. `fast` are
-short versions for the normal suite, `slow` the long ones that launch/faults.sh runs. With M3I_FAULTS_RESULTS=FILE.md a run writes its
-table there, and beside it in FILE.json what every test said, so that the matrix can be run in parts: a table is made of what each test said
-last. Rows of which no test ever ran keep the line they had."""
+`@pytest.mark.row("B3")` (or several names) says which rows of rows.py a test is a trial of; every
+test in this folder has it, those of the matrix itself with no name. A test that makes many trials
+counts them with the fixture `trials`; any other counts as one. `fast` are short versions for the
+normal suite, `slow` the long ones that launch/faults.sh runs. With M3I_FAULTS_RESULTS=FILE.md a run
+writes its table there, and beside it in FILE.json what every test said, so that the matrix can be
+run in parts: a table is made of what each test said last. Rows of which no test ever ran keep the
+line they had."""
 
 import dataclasses
 import json
@@ -22,7 +24,8 @@ RESULTS = "M3I_FAULTS_RESULTS"
 
 @dataclasses.dataclass
 class Trials:
-    """What a test counts: trials, how many of them passed, and the figure that is reported, such as "0 of 1,000 silent"."""
+    """What a test counts: trials, how many of them passed, and the figure that is reported, such as
+    "0 of 1,000 silent"."""
 
     trials: int = 0
     passed: int = 0
@@ -36,7 +39,8 @@ class Trials:
 
 @pytest.fixture
 def trials(request: pytest.FixtureRequest) -> Iterator[Trials]:
-    """Counts the trials of a test; give it a figure before asserting, so that a failure is reported with it too."""
+    """Counts the trials of a test; give it a figure before asserting, so that a failure is reported
+    with it too."""
     counted = Trials()
     yield counted
     request.node.user_properties.append(("trials", dataclasses.asdict(counted)))
@@ -47,16 +51,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         marks = list(item.iter_markers("row"))
         rows = [name for mark in marks for name in mark.args]
-        if here in item.path.parents and item.path.suffix == ".py" and item.path.name.startswith("test_") and not marks:
-            raise pytest.UsageError(f"{item.nodeid}: say which row of the fault matrix it is a trial of: @pytest.mark.row(...)")
+        if (
+            here in item.path.parents
+            and item.path.suffix == ".py"
+            and item.path.name.startswith("test_")
+            and not marks
+        ):
+            raise pytest.UsageError(
+                f"{item.nodeid}: say which row of the fault matrix it is a trial of:"
+                " @pytest.mark.row(...)"
+            )
         if unknown := [name for name in rows if name not in ROWS]:
-            raise pytest.UsageError(f"{item.nodeid}: row {unknown[0]} is not in tests/faults/rows.py")
+            raise pytest.UsageError(
+                f"{item.nodeid}: row {unknown[0]} is not in tests/faults/rows.py"
+            )
         item.user_properties += [("row", name) for name in rows]
 
 
 @dataclasses.dataclass
 class Said:
-    """What a test said last: the rows it is a trial of, passed, failed or skipped, why if skipped, and what it counted."""
+    """What a test said last: the rows it is a trial of, passed, failed or skipped, why if skipped,
+    and what it counted."""
 
     rows: list[str]
     outcome: str = "passed"
@@ -70,26 +85,46 @@ class Said:
             self.outcome = "failed"
         if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
             self.why = report.longrepr[2].removeprefix("Skipped: ")
-        self.counted = next((dict(value) for name, value in report.user_properties if name == "trials" and isinstance(value, dict)), {})
+        self.counted = next(
+            (
+                dict(value)
+                for name, value in report.user_properties
+                if name == "trials" and isinstance(value, dict)
+            ),
+            {},
+        )
 
 
 def line(row: str, tests: list[Said]) -> str:
-    """A row of the table. A test counts its trials or is one; a failure that no trial shows is one more that did not pass."""
+    """A row of the table. A test counts its trials or is one; a failure that no trial shows is one
+    more that did not pass."""
     trials = passed = 0
     notes: list[str] = []
     for test in tests:
-        counted = test.counted if test.counted.get("trials") else {"trials": 1, "passed": test.outcome == "passed", "figure": ""}
+        counted = (
+            test.counted
+            if test.counted.get("trials")
+            else {"trials": 1, "passed": test.outcome == "passed", "figure": ""}
+        )
         if test.outcome != "skipped":
-            trials += counted["trials"] + (test.outcome == "failed" and counted["passed"] == counted["trials"])
+            trials += counted["trials"] + (
+                test.outcome == "failed" and counted["passed"] == counted["trials"]
+            )
             passed += counted["passed"]
             notes += [counted["figure"]] if counted["figure"] else []
     notes += [f"not tried: {test.why}" for test in tests if test.outcome == "skipped"]
-    return f"| {row} | {ROWS[row][0]} | {trials} | {passed} | {'; '.join(dict.fromkeys(notes)).replace('|', '/')} |"
+    return (
+        f"| {row} | {ROWS[row][0]} | {trials} | {passed} |"
+        f" {'; '.join(dict.fromkeys(notes)).replace('|', '/')} |"
+    )
 
 
 def table(tests: list[Said], before: str) -> str:
-    """The table of all rows; those without a test among these keep the line that they have in `before`."""
-    kept = {text.split("|")[1].strip(): text for text in before.splitlines() if text.startswith("| ")}
+    """The table of all rows; those without a test among these keep the line that they have in
+    `before`."""
+    kept = {
+        text.split("|")[1].strip(): text for text in before.splitlines() if text.startswith("| ")
+    }
     out = [
         "# Results of the fault matrix",
         "",
@@ -100,7 +135,11 @@ def table(tests: list[Said], before: str) -> str:
     ]
     for row, (fault, _) in ROWS.items():
         mine = [test for test in tests if row in test.rows]
-        out.append(line(row, mine) if mine else kept.get(row, f"| {row} | {fault} | 0 | 0 | {NOT_HERE.get(row, 'not run')} |"))
+        out.append(
+            line(row, mine)
+            if mine
+            else kept.get(row, f"| {row} | {fault} | 0 | 0 | {NOT_HERE.get(row, 'not run')} |")
+        )
     return "\n".join(out) + "\n"
 
 
@@ -123,10 +162,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     record, all_ = path.with_suffix(".json"), {}
     if record.is_file():
         for name, said in json.loads(record.read_text(encoding="utf-8")).items():
-            file, function = session.config.rootpath / name.split("::")[0], name.split("::")[-1].split("[")[0]
-            if file.is_file() and f"def {function}(" in file.read_text(encoding="utf-8"):  # else it is gone, and so is what it said
+            file, function = (
+                session.config.rootpath / name.split("::")[0],
+                name.split("::")[-1].split("[")[0],
+            )
+            # else it is gone, and so is what it said
+            if file.is_file() and f"def {function}(" in file.read_text(encoding="utf-8"):
                 all_[name] = Said(**said)
     all_ |= {name: said for name, said in _said.items() if name in _ended}
-    record.write_text(json.dumps({name: dataclasses.asdict(all_[name]) for name in sorted(all_)}, indent=1) + "\n", encoding="utf-8")
+    record.write_text(
+        json.dumps({name: dataclasses.asdict(all_[name]) for name in sorted(all_)}, indent=1)
+        + "\n",
+        encoding="utf-8",
+    )
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
     path.write_text(table([all_[name] for name in sorted(all_)], before), encoding="utf-8")

@@ -1,10 +1,12 @@
-"""How long a start takes that goes on from a checkpoint, against one that begins: from the process to the line of its first new step.
+"""How long a start takes that goes on from a checkpoint, against one that begins: from the process
+to the line of its first new step.
 
-    python -m tests.faults.restart DIRECTORY --trials 5 --settings model.encoder.width=192 model.encoder.depth=6
+    python -m tests.faults.restart DIRECTORY --trials 5 --settings model.encoder.width=192
+    model.encoder.depth=6
 
-Both have all compiled programs in the cache, and take turns. No evaluator runs, since only a clean start would have to wait for it. Prints
-one JSON object: medians of the seconds on the clock and of processor time, and their ratios.
-"""
+Both have all compiled programs in the cache, and take turns. No evaluator runs, since only a clean
+start would have to wait for it. Prints one JSON object: medians of the seconds on the clock and of
+processor time, and their ratios."""
 
 import argparse
 import json
@@ -18,11 +20,19 @@ from typing import Any
 
 from tests.faults import soak
 
-QUIET = ["evaluate.knn=False", "evaluate.direct=False", "evaluate.zero_shot=False", "evaluate.retrieval=False"]
+QUIET = [
+    "evaluate.knn=False",
+    "evaluate.direct=False",
+    "evaluate.zero_shot=False",
+    "evaluate.retrieval=False",
+]
 
 
-def first_step(run: pathlib.Path, cache: pathlib.Path, settings: Sequence[str], *, save: bool = False) -> tuple[float, float]:
-    """(seconds on the clock, of processors) to the first new step of a process, which then is killed, or told to save and end."""
+def first_step(
+    run: pathlib.Path, cache: pathlib.Path, settings: Sequence[str], *, save: bool = False
+) -> tuple[float, float]:
+    """(seconds on the clock, of processors) to the first new step of a process, which then is
+    killed, or told to save and end."""
     life = soak.Life(run, 1000, 1000, cache, settings=[*QUIET, *settings])
     while life.process.poll() is None and not life.first:
         time.sleep(0.01)
@@ -46,7 +56,9 @@ def measure(place: pathlib.Path, *, trials: int, settings: Sequence[str] = ()) -
             took[kind].append(first_step(run, cache, settings))
             shutil.rmtree(run)
     size = sum(path.stat().st_size for path in (saved / "checkpoints").rglob("*") if path.is_file())
-    clock, cost = ({kind: statistics.median(t[i] for t in all_) for kind, all_ in took.items()} for i in (0, 1))
+    clock, cost = (
+        {kind: statistics.median(t[i] for t in all_) for kind, all_ in took.items()} for i in (0, 1)
+    )
     return {
         "trials": trials, "checkpoint_mb": round(size / 1e6, 1),
         "clean_seconds": round(clock["clean"], 2), "restart_seconds": round(clock["restart"], 2),
@@ -62,7 +74,9 @@ def main() -> int:
     ask.add_argument("--trials", type=int, default=5)
     ask.add_argument("--settings", nargs="*", default=[], metavar="KEY=VALUE")
     flags = ask.parse_args()
-    print(json.dumps(measure(flags.directory, trials=flags.trials, settings=flags.settings), indent=1))
+    print(
+        json.dumps(measure(flags.directory, trials=flags.trials, settings=flags.settings), indent=1)
+    )
     return 0
 
 

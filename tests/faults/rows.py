@@ -1,53 +1,105 @@
-"""The fault matrix: what may break, and what is promised then. A test says which rows it is a trial of with `@pytest.mark.row("B3")`; the
-table of a run is tests/faults/RESULTS.md (see conftest.py beside this file)."""
+"""The fault matrix: what may break, and what is promised then. A test says which rows it is a trial
+of with `@pytest.mark.row("B3")`; the table of a run is tests/faults/RESULTS.md (see conftest.py
+beside this file)."""
 
 ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
     # processes and time
-    "A1": ("SIGKILL at a random instant", "the next start goes on bitwise from the last committed step"),
+    "A1": (
+        "SIGKILL at a random instant",
+        "the next start goes on bitwise from the last committed step",
+    ),
     "A2": ("SIGTERM in any phase", "the step is finished and saved, exit 42"),
-    "A3": ("SIGTERM during an asynchronous save", "one complete newest step, no second save beside it"),
-    "A4": ("SIGINT, and a second one", "as SIGTERM; the second stops at once and harms no committed step"),
-    "A5": ("one of two processes killed", "the other ends within heartbeat + 5 s and names it; a restart resumes"),
+    "A3": (
+        "SIGTERM during an asynchronous save",
+        "one complete newest step, no second save beside it",
+    ),
+    "A4": (
+        "SIGINT, and a second one",
+        "as SIGTERM; the second stops at once and harms no committed step",
+    ),
+    "A5": (
+        "one of two processes killed",
+        "the other ends within heartbeat + 5 s and names it; a restart resumes",
+    ),
     "A6": ("one process hangs", "no barrier without a limit; stacks of all threads are written"),
     "A7": ("the input starves the main thread", "waiting is measured and told"),
-    "A8": ("another configuration or code on one host", "all refuse at the start and name the keys"),
+    "A8": (
+        "another configuration or code on one host",
+        "all refuse at the start and name the keys",
+    ),
     "A9": ("resume on other devices and shardings", "the same state bit for bit, losses to 1e-6"),
     "A10": ("resume with other workers or hosts", "the same batches in the same order"),
     "A11": ("no tty, closed stdout, read-only directory, no HOME, umask 077", "the run goes on"),
-    "A12": ("two runs in one working directory", "the second refuses; a lock of a dead process is none"),
+    "A12": (
+        "two runs in one working directory",
+        "the second refuses; a lock of a dead process is none",
+    ),
     # checkpoints
-    "B1": ("disk full during a save", "noticed, cleaned, tried again; the old step stays; ends after three misses"),
+    "B1": (
+        "disk full during a save",
+        "noticed, cleaned, tried again; the old step stays; ends after three misses",
+    ),
     "B2": ("EIO, EACCES or quota during a save", "as B1"),
-    "B3": ("any bit of a committed checkpoint flips", "found before training; the previous good step is used"),
+    "B3": (
+        "any bit of a committed checkpoint flips",
+        "found before training; the previous good step is used",
+    ),
     "B4": ("a file truncated, emptied, deleted or swapped", "found, and the file is named"),
-    "B5": ("leftovers, foreign files and links beside the steps", "the right step is chosen; no link is followed"),
-    "B6": ("retention against a reader, or only one good step", "never deletes the last good step or one being read"),
-    "B7": ("the layout of the state changed", "every missing, unexpected and differing key is listed"),
+    "B5": (
+        "leftovers, foreign files and links beside the steps",
+        "the right step is chosen; no link is followed",
+    ),
+    "B6": (
+        "retention against a reader, or only one good step",
+        "never deletes the last good step or one being read",
+    ),
+    "B7": (
+        "the layout of the state changed",
+        "every missing, unexpected and differing key is listed",
+    ),
     "B8": ("the state is donated while it is saved", "what is saved is the value at that step"),
     "B9": ("a checkpoint of an older version", "is loaded, or refused with its version"),
     "B10": ("too few devices for the state", "said before anything is allocated"),
-    "B11": ("power is lost after a step was named", "all of it is on the disk before its name, and before an older one goes"),
+    "B11": (
+        "power is lost after a step was named",
+        "all of it is on the disk before its name, and before an older one goes",
+    ),
     # data
-    "C1": ("bad images of every kind at 1 % and 20 %", "skipped, replaced and counted, always in the same order"),
+    "C1": (
+        "bad images of every kind at 1 % and 20 %",
+        "skipped, replaced and counted, always in the same order",
+    ),
     "C2": ("more bad images than the limit", "stops with reasons and examples"),
-    "C3": ("decompression bombs and extreme sizes", "refused by their header, memory stays bounded"),
+    "C3": (
+        "decompression bombs and extreme sizes",
+        "refused by their header, memory stays bounded",
+    ),
     "C4": ("16 bit, palette, CMYK, EXIF, WebP, GIF, gray", "the same RGB from every decoder"),
     "C5": ("captions that are missing, broken or huge", "dropped or repaired by rule, never NaN"),
     "C6": ("labels that are missing or out of range", "dropped with a reason, never clamped"),
-    "C7": ("tar shards that are broken or hostile", "what is whole is read; nothing is written outside"),
+    "C7": (
+        "tar shards that are broken or hostile",
+        "what is whole is read; nothing is written outside",
+    ),
     "C8": ("ArrayRecord and TFRecord flipped or cut", "found by their checksums"),
     "C9": ("a shard that is missing or vanishes", "as configured, and the same after a resume"),
     "C10": ("a worker that is killed, fails or hangs", "an error or the same order again, in time"),
     "C11": ("data smaller than a batch, odd sizes, epoch ends", "defined or refused"),
     "C12": ("a mask of all or nothing, a partner that is itself", "never made"),
     # numerics
-    "D1": ("NaN or Inf in a loss, a gradient, a head", "the state stays bitwise; three in a row end the run with a dump that replays"),
+    "D1": (
+        "NaN or Inf in a loss, a gradient, a head",
+        "the state stays bitwise; three in a row end the run with a dump that replays",
+    ),
     "D2": ("a spike of the loss or the gradient", "skipped where asked for, and only there"),
     "D3": ("lambda of nothing, of tiny or of huge gradients", "finite and within its limits"),
     "D4": ("all targets become the same", "an alarm within 100 steps"),
     "D5": ("the same seed twice, with and without cache, log, evaluation", "the same bits"),
     "D6": ("other devices, microbatches, scan, remat", "the same losses"),
-    "D7": ("bfloat16 products", "parameters, moments and target in float32; the target does not stall"),
+    "D7": (
+        "bfloat16 products",
+        "parameters, moments and target in float32; the target does not stall",
+    ),
     "D8": ("2^31 examples, the last step, no step", "no overflow, a clean end"),
     # configuration and operation
     "E1": ("60 bad configurations", "each refused in 5 s, exit 2, with its key"),
@@ -66,5 +118,6 @@ ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
     "F7": ("unsafe calls in the source", "none outside the allow-list"),
 }
 
-# What cannot be tried on a small machine, or is not there yet: row -> why. It stands in the table of results.
+# What cannot be tried on a small machine, or is not there yet: row -> why. It stands in the table
+# of results.
 NOT_HERE: dict[str, str] = {}

@@ -1,15 +1,18 @@
-"""A small run that is killed again and again against one that is left alone: the end must be the same bits, and nothing may grow.
+"""A small run that is killed again and again against one that is left alone: the end must be the
+same bits, and nothing may grow.
 
-    python -m tests.faults.soak DIRECTORY --hours 1                 # a kill every minute; what launch/soak.sh calls
-    python -m tests.faults.soak DIRECTORY --steps 400 --kills 50    # kills at random instants, from the import to the last save
+    python -m tests.faults.soak DIRECTORY --hours 1                 # a kill every minute; what
+    launch/soak.sh calls python -m tests.faults.soak DIRECTORY --steps 400 --kills 50    # kills at
+    random instants, from the import to the last save
 
-Prints one JSON object; exit 0 if the end is bitwise the same, nothing is left over and, where an hour was asked for, memory and descriptors
-of the process that was left alone do not grow. That they do not must be shown: a life too short or too restless to tell fails as well.
-Memory is both, what is allocated and not freed and what is resident, with all that the C library keeps; of one heap (MALLOC_ARENA_MAX=1),
-for pieces in several hide what a run leaves: with two a core, as runs have, resident memory grew by 6 +- 3 MB an hour of 1,800 saves. It
-counts as not growing at up to 1 MB an hour, 24 MB a day, its error included, beside 1.5 kB a save: a run that saves every 20 steps does so
-a thousand times an hour, and TensorStore is known to leave 1 kB each time (training/malloc.py).
-"""
+Prints one JSON object; exit 0 if the end is bitwise the same, nothing is left over and, where an
+hour was asked for, memory and descriptors of the process that was left alone do not grow. That they
+do not must be shown: a life too short or too restless to tell fails as well. Memory is both, what
+is allocated and not freed and what is resident, with all that the C library keeps; of one heap
+(MALLOC_ARENA_MAX=1), for pieces in several hide what a run leaves: with two a core, as runs have,
+resident memory grew by 6 +- 3 MB an hour of 1,800 saves. It counts as not growing at up to 1 MB an
+hour, 24 MB a day, its error included, beside 1.5 kB a save: a run that saves every 20 steps does so
+a thousand times an hour, and TensorStore is known to leave 1 kB each time (training/malloc.py)."""
 
 import argparse
 import atexit
@@ -47,7 +50,13 @@ LEFT_MB = 1.5e-3  # a save
 
 def environment(cache: pathlib.Path) -> dict[str, str]:
     fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    more = {"XLA_FLAGS": fast, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    more = {
+        "XLA_FLAGS": fast,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",
+    }
     keep = {"JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache))}
     return {**os.environ, **more, **keep, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
 
@@ -55,12 +64,27 @@ def environment(cache: pathlib.Path) -> dict[str, str]:
 def rows(run: pathlib.Path) -> list[dict[str, Any]]:
     """The whole lines of a log."""
     log = run / "metrics.jsonl"
-    return [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")] if log.is_file() else []
+    return (
+        [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+        if log.is_file()
+        else []
+    )
 
 
 def learned(run: pathlib.Path) -> list[dict[str, Any]]:
     """What a log says about learning: no clocks."""
-    kept = ("step", "loss", "balance/", "grad_norm", "eval/", "samples_seen", "lr", "ema", "collapse/", "skipped/")
+    kept = (
+        "step",
+        "loss",
+        "balance/",
+        "grad_norm",
+        "eval/",
+        "samples_seen",
+        "lr",
+        "ema",
+        "collapse/",
+        "skipped/",
+    )
     return [{k: v for k, v in row.items() if k.startswith(kept)} for row in rows(run)]
 
 
@@ -80,17 +104,21 @@ print(digest.hexdigest())
 
 
 def state_at(run: pathlib.Path, step: int, cache: pathlib.Path) -> str:
-    """Digest of every bit of the state of a step, of its position, and of what the log says about learning up to it."""
+    """Digest of every bit of the state of a step, of its position, and of what the log says about
+    learning up to it."""
     command = [sys.executable, "-c", DIGEST, str(run), str(step)]
-    done = subprocess.run(command, env=environment(cache), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, env=environment(cache), capture_output=True, text=True, check=True
+    )
     said = [row for row in learned(run) if row["step"] <= step]
     return done.stdout.strip() + hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """What a life had more of as it went on. `mb`: of its own memory, an hour, a line through the medians of its windows; the true slope
-    lies with 95 % between mb - error and mb + error. `descriptors`: of the last quarter against the first, medians and maxima."""
+    """What a life had more of as it went on. `mb`: of its own memory, an hour, a line through the
+    medians of its windows; the true slope lies with 95 % between mb - error and mb + error.
+    `descriptors`: of the last quarter against the first, medians and maxima."""
 
     minutes: float
     mb: float
@@ -112,15 +140,23 @@ class Growth:
 
 
 def growth(samples: list[tuple[float, float, int]], settled: float = SETTLED) -> Growth | None:
-    """From (seconds since the first step, MB, descriptors); None if a life has too few. Of memory only what comes after a quarter of the
-    life is judged, since an allocator takes minutes to have what it needs, and the window of data/pipeline.py 10,000 records to be full."""
+    """From (seconds since the first step, MB, descriptors); None if a life has too few. Of memory
+    only what comes after a quarter of the life is judged, since an allocator takes minutes to have
+    what it needs, and the window of data/pipeline.py 10,000 records to be full."""
     late = [s for s in samples if s[0] >= settled]
     judged = [s for s in late if s[0] >= samples[-1][0] / 4]
     if len(judged) < 2 * WINDOWS:
         return None
     first, last = judged[0][0], judged[-1][0]
-    windows = [[s[1] for s in judged if i <= WINDOWS * (s[0] - first) / (last - first) < i + 1] for i in range(WINDOWS)]
-    points = [((first + (i + 0.5) * (last - first) / WINDOWS) / 3600, statistics.median(w)) for i, w in enumerate(windows) if w]
+    windows = [
+        [s[1] for s in judged if i <= WINDOWS * (s[0] - first) / (last - first) < i + 1]
+        for i in range(WINDOWS)
+    ]
+    points = [
+        ((first + (i + 0.5) * (last - first) / WINDOWS) / 3600, statistics.median(w))
+        for i, w in enumerate(windows)
+        if w
+    ]
     hours, memory = zip(*points, strict=True)
     slope, at = statistics.linear_regression(hours, memory)
     left = sum((m - slope * h - at) ** 2 for h, m in points) / (len(points) - 2)
@@ -128,7 +164,12 @@ def growth(samples: list[tuple[float, float, int]], settled: float = SETTLED) ->
     quarter = len(late) // 4
     early, late_ = [s[2] for s in late[:quarter]], [s[2] for s in late[-quarter:]]
     more = max(statistics.median_low(late_) - statistics.median_low(early), max(late_) - max(early))
-    return Growth(minutes=round((last - first) / 60, 1), mb=round(slope, 3), error=round(error, 3), descriptors=more)
+    return Growth(
+        minutes=round((last - first) / 60, 1),
+        mb=round(slope, 3),
+        error=round(error, 3),
+        descriptors=more,
+    )
 
 
 class Life:
@@ -138,14 +179,32 @@ class Life:
         self, run: pathlib.Path, steps: int, save_every: int, cache: pathlib.Path, keep: int = 2, settings: Sequence[str] = (),
         watched: bool = False,
     ) -> None:  # fmt: skip
-        regular = {"steps": steps, "save_every": save_every, "eval_every": 8 * save_every, "keep": keep}
+        regular = {
+            "steps": steps,
+            "save_every": save_every,
+            "eval_every": 8 * save_every,
+            "keep": keep,
+        }
         settings = [*TINY, *(f"train.{name}={value}" for name, value in regular.items()), *settings]
         self._noted = run / "memory.txt"  # by itself, of one that is watched
         traced = {"PYTHONMALLOC": "malloc"} if watched else {}
         program = ["tests.faults.watched", str(self._noted)] if watched else ["m3i_jax.main"]
-        command = [sys.executable, "-m", *program, "--config", "configs/quickstart.py", "--workdir", str(run)]
+        command = [
+            sys.executable,
+            "-m",
+            *program,
+            "--config",
+            "configs/quickstart.py",
+            "--workdir",
+            str(run),
+        ]
         self.cost = 0.0  # seconds of processors up to the first step
-        self.run, self.began, self.first, self._log = run, time.monotonic(), 0.0, run / "metrics.jsonl"
+        self.run, self.began, self.first, self._log = (
+            run,
+            time.monotonic(),
+            0.0,
+            run / "metrics.jsonl",
+        )
         run.mkdir(parents=True, exist_ok=True)
         self._size = self._log.stat().st_size if self._log.is_file() else 0
         self.output = open(run / "output.txt", "ab")  # noqa: SIM115 (the process writes to it)
@@ -157,8 +216,10 @@ class Life:
             stderr=self.output,
         )
         self._told = False  # to stop: what it does then is not what it did all its life
-        self.samples: list[tuple[float, float, int]] = []  # seconds since the first step, MB of its own, descriptors
-        self.resident: list[tuple[float, float, int]] = []  # of one that is watched, whose samples are what is allocated
+        # seconds since the first step, MB of its own, descriptors
+        self.samples: list[tuple[float, float, int]] = []
+        # of one that is watched, whose samples are what is allocated
+        self.resident: list[tuple[float, float, int]] = []
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         atexit.register(self.process.kill)  # whoever watches it may fail
@@ -172,7 +233,8 @@ class Life:
         """Notice the line of the first new step in the log, and sample the process."""
         now = time.monotonic()
         size = self._log.stat().st_size if self._log.is_file() else 0
-        if not self.first and self._size < size:  # a resumed log is first cut, which makes it shorter
+        # a resumed log is first cut, which makes it shorter
+        if not self.first and self._size < size:
             with open(self._log, "rb") as log:
                 log.seek(self._size)
                 if b'"loss"' in log.read():  # an evaluation before the first step has none
@@ -189,12 +251,19 @@ class Life:
                 held, own_ = map(float, noted.split())
                 self.samples.append((now - self.first, held, handles))
                 self.resident.append((now - self.first, own_, handles))
-            elif own := re.search(r"RssAnon:\s+(\d+) kB", about):  # not what the kernel keeps of files and may drop
+            elif own := re.search(
+                r"RssAnon:\s+(\d+) kB", about
+            ):  # not what the kernel keeps of files and may drop
                 self.samples.append((now - self.first, int(own[1]) / 1024, handles))
 
     def _processor(self) -> float:
         try:
-            words = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2].split()
+            words = (
+                pathlib.Path(f"/proc/{self.process.pid}/stat")
+                .read_text()
+                .rpartition(") ")[2]
+                .split()
+            )
         except OSError:
             return math.nan
         return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
@@ -202,7 +271,9 @@ class Life:
     def last(self, seconds: float = math.inf) -> bool:
         """Let it live so long, counted from its start; whether it ended by itself."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(None if seconds == math.inf else max(self.began + seconds - time.monotonic(), 0.01))
+            self.process.wait(
+                None if seconds == math.inf else max(self.began + seconds - time.monotonic(), 0.01)
+            )
         if self.process.returncode is None:
             return False
         self._close()
@@ -218,7 +289,9 @@ class Life:
         self._told = True
         self.process.send_signal(signal.SIGTERM)
         if self.process.wait() not in (0, 42):
-            raise SystemExit(f"{self.run}: exit {self.process.returncode} after SIGTERM: {self.told()}")
+            raise SystemExit(
+                f"{self.run}: exit {self.process.returncode} after SIGTERM: {self.told()}"
+            )
         self._close()
 
     def _close(self) -> None:
@@ -251,13 +324,22 @@ class Lost:
         self.run, self.most, self.back, self.reached = run, 0, 0, 0
 
     def killed(self) -> None:
-        now, seen = max(committed(self.run), default=0), max((row["step"] for row in rows(self.run)), default=0)
-        self.back, self.most, self.reached = max(self.back, self.reached - now), max(self.most, seen - now), now
+        now, seen = (
+            max(committed(self.run), default=0),
+            max((row["step"] for row in rows(self.run)), default=0),
+        )
+        self.back, self.most, self.reached = (
+            max(self.back, self.reached - now),
+            max(self.most, seen - now),
+            now,
+        )
 
 
-def at_random(place: pathlib.Path, *, steps: int, kills: int, save_every: int, seed: int = 0) -> dict[str, Any]:
-    """So many kills at random instants from the start of a process to shortly after its first step, over as many runs as it takes. Each of
-    them is compared with one that was left alone."""
+def at_random(
+    place: pathlib.Path, *, steps: int, kills: int, save_every: int, seed: int = 0
+) -> dict[str, Any]:
+    """So many kills at random instants from the start of a process to shortly after its first step,
+    over as many runs as it takes. Each of them is compared with one that was left alone."""
     r, cache = random.Random(seed), place / "cache"
     whole = Life(place / "alone", steps, save_every, cache)
     whole.last()
@@ -267,7 +349,8 @@ def at_random(place: pathlib.Path, *, steps: int, kills: int, save_every: int, s
     lost = [Lost(place / "killed-0")]
     while True:
         life = Life(lost[-1].run, steps, save_every, cache)
-        # No later than half as long again as a start takes, or the run is over before it was killed so often.
+        # No later than half as long again as a start takes, or the run is over before it was killed
+        # so often.
         most = 1.5 * (statistics.median(starts) if starts else clean)
         ended = life.last(r.uniform(0.0, most) if done < kills else math.inf)
         if not ended:
@@ -292,9 +375,10 @@ def at_random(place: pathlib.Path, *, steps: int, kills: int, save_every: int, s
 
 
 def soak(place: pathlib.Path, *, seconds: float, every: float, save_every: int) -> dict[str, Any]:
-    """Two runs for so long, side by side: one is left alone, and keeps all its steps; the other is killed every so many seconds. In the end
-    both are told to stop, and are compared at the newest regular step that the killed one has. A life after one in which nothing was saved
-    gets twice the time, or a slow machine would never come any further."""
+    """Two runs for so long, side by side: one is left alone, and keeps all its steps; the other is
+    killed every so many seconds. In the end both are told to stop, and are compared at the newest
+    regular step that the killed one has. A life after one in which nothing was saved gets twice the
+    time, or a slow machine would never come any further."""
     cache, began = place / "cache", time.monotonic()
     whole = Life(place / "alone", STEPS, save_every, cache, keep=STEPS, watched=True)
     lost, kills, starts, lives, time_ = Lost(place / "killed"), 0, [], [], every
@@ -314,7 +398,10 @@ def soak(place: pathlib.Path, *, seconds: float, every: float, save_every: int) 
         lost.killed()
         time_ = every if lost.reached > before else 2 * time_
     if not (regular := [step for step in committed(lost.run) if step % save_every == 0]):
-        raise SystemExit(f"the run that was killed never came to step {save_every}: raise --every, or lower --save-every")
+        raise SystemExit(
+            f"the run that was killed never came to step {save_every}: raise --every, or lower"
+            " --save-every"
+        )
     while (step := regular[-1]) not in committed(whole.run):
         if whole.last(time.monotonic() - whole.began + 1.0):
             raise SystemExit(f"the run that was left alone ended by itself: {whole.told()}")
@@ -323,7 +410,8 @@ def soak(place: pathlib.Path, *, seconds: float, every: float, save_every: int) 
     saves = len(committed(whole.run))  # it keeps all
     an_hour, resident = 3600 * saves / (time.monotonic() - whole.began), growth(whole.resident)
     (place / "samples.json").write_text(json.dumps([whole.samples, whole.resident]))
-    of_lives = [statistics.median(s[1] for s in life) for life in lives]  # of one life after the other, each at the same age
+    # of one life after the other, each at the same age
+    of_lives = [statistics.median(s[1] for s in life) for life in lives]
     part = max(len(of_lives) // 3, 1)
     return {
         "minutes": round((time.monotonic() - began) / 60, 1), "steps": step, "kills": kills,
@@ -346,18 +434,38 @@ def main() -> int:
     ask.add_argument("--hours", type=float, default=0.0, help="so long, with a kill every minute")
     ask.add_argument("--every", type=float, default=60.0, help="seconds between these kills")
     ask.add_argument("--steps", type=int, default=400, help="without --hours: steps of the run")
-    ask.add_argument("--kills", type=int, default=50, help="without --hours: kills, at random in the first seconds of every start")
-    ask.add_argument("--save-every", type=int, default=0, help="steps; default: 20 with --hours, else 5")
+    ask.add_argument(
+        "--kills",
+        type=int,
+        default=50,
+        help="without --hours: kills, at random in the first seconds of every start",
+    )
+    ask.add_argument(
+        "--save-every", type=int, default=0, help="steps; default: 20 with --hours, else 5"
+    )
     flags = ask.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its runs end with it
     if flags.hours:
-        told = soak(flags.directory, seconds=3600 * flags.hours, every=flags.every, save_every=flags.save_every or 20)
+        told = soak(
+            flags.directory,
+            seconds=3600 * flags.hours,
+            every=flags.every,
+            save_every=flags.save_every or 20,
+        )
     else:
-        told = at_random(flags.directory, steps=flags.steps, kills=flags.kills, save_every=flags.save_every or 5)
+        told = at_random(
+            flags.directory, steps=flags.steps, kills=flags.kills, save_every=flags.save_every or 5
+        )
     print(json.dumps(told, indent=1))
     fine = told["bitwise"] and not told["leftovers"] and not told["committed_steps_lost"]
-    if flags.hours and not all(told[name] and told[name]["none"] for name in ("alone", "alone_resident")):
-        print(f"it is not shown that memory grows by at most {MOST_MB:g} MB an hour and descriptors not at all", file=sys.stderr)
+    if flags.hours and not all(
+        told[name] and told[name]["none"] for name in ("alone", "alone_resident")
+    ):
+        print(
+            f"it is not shown that memory grows by at most {MOST_MB:g} MB an hour and descriptors"
+            " not at all",
+            file=sys.stderr,
+        )
         fine = False
     return 0 if fine else 1
 

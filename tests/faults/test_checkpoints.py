@@ -1,4 +1,5 @@
-"""Rows B: what happens to a checkpoint between its save and its restore. A small state, real files, real saves."""
+"""Rows B: what happens to a checkpoint between its save and its restore. A small state, real files,
+real saves."""
 
 import itertools
 import os
@@ -21,14 +22,23 @@ Make = Callable[..., Checkpoints]
 
 
 def state(step: int, size: int = 4096) -> dict[str, jax.Array]:
-    """A small state that differs at every step, with numbers that no compression shortens, and a NaN, which has bits too."""
+    """A small state that differs at every step, with numbers that no compression shortens, and a
+    NaN, which has bits too."""
     r = np.random.default_rng(step)
-    return {"step": jnp.int32(step), "w": jnp.asarray(r.normal(size=size), jnp.float32).at[3].set(jnp.nan), "b": jnp.ones(7, jnp.bfloat16)}
+    return {
+        "step": jnp.int32(step),
+        "w": jnp.asarray(r.normal(size=size), jnp.float32).at[3].set(jnp.nan),
+        "b": jnp.ones(7, jnp.bfloat16),
+    }
 
 
 def restored(one: Checkpoints, step: int, size: int = 4096) -> dict[str, jax.Array]:
     template = jax.eval_shape(lambda: state(0, size))
-    return one.restore(step, template, parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), template))
+    return one.restore(
+        step,
+        template,
+        parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), template),
+    )
 
 
 def same(got: dict[str, jax.Array], wanted: dict[str, jax.Array]) -> bool:
@@ -77,7 +87,8 @@ def flip(path: pathlib.Path, bit: int) -> None:
 
 
 def places(step: pathlib.Path, count: int, seed: int) -> Iterator[tuple[pathlib.Path, int]]:
-    """Bits drawn over all files by their size, and of every file at least one, since the small ones would hardly be drawn."""
+    """Bits drawn over all files by their size, and of every file at least one, since the small ones
+    would hardly be drawn."""
     r = random.Random(seed)
     every = [path for path in files(step) if path.stat().st_size]
     sizes = [path.stat().st_size for path in every]
@@ -86,7 +97,8 @@ def places(step: pathlib.Path, count: int, seed: int) -> Iterator[tuple[pathlib.
 
 
 def flips(pair: pathlib.Path, make: Make, trials, count: int) -> None:
-    """Flip a bit of the newest step; a restart must find it, name the file, and go on bitwise with the step before."""
+    """Flip a bit of the newest step; a restart must find it, name the file, and go on bitwise with
+    the step before."""
     one, silent = make(pair), 0
     for path, bit in places(pair / "8", count, seed=0):
         flip(path, bit)
@@ -102,7 +114,11 @@ def flips(pair: pathlib.Path, make: Make, trials, count: int) -> None:
             flip(path, bit)
     trials.figure = f"{silent} of {count:,} flips silent, {trials.passed:,} of {count:,} fall back"
     assert trials.passed == count and not silent
-    assert one.newest_good() == 8 and same(restored(one, 8), state(8)) and same(restored(one, 4), state(4))
+    assert (
+        one.newest_good() == 8
+        and same(restored(one, 8), state(8))
+        and same(restored(one, 4), state(4))
+    )
 
 
 @pytest.mark.fast
@@ -119,7 +135,9 @@ def test_a_thousand_flipped_bits_are_found(pair: pathlib.Path, make: Make, trial
 
 @pytest.mark.fast
 @pytest.mark.row("B4")
-def test_a_file_cut_emptied_deleted_swapped_or_a_link_is_named(pair: pathlib.Path, tmp_path: pathlib.Path, make: Make, trials) -> None:
+def test_a_file_cut_emptied_deleted_swapped_or_a_link_is_named(
+    pair: pathlib.Path, tmp_path: pathlib.Path, make: Make, trials
+) -> None:
     """Every file of the step with each of five faults, the digests among them."""
 
     def link(path: pathlib.Path) -> None:
@@ -133,7 +151,11 @@ def test_a_file_cut_emptied_deleted_swapped_or_a_link_is_named(pair: pathlib.Pat
 
     def other(path: pathlib.Path) -> bytes:
         """What another file of the step holds."""
-        return next(p.read_bytes() for p in files(pair / "8") if p != path and p.read_bytes() != path.read_bytes())
+        return next(
+            p.read_bytes()
+            for p in files(pair / "8")
+            if p != path and p.read_bytes() != path.read_bytes()
+        )
 
     one, names = make(pair), [path.relative_to(pair / "8") for path in files(pair / "8")]
     assert pathlib.Path(file_checksums.NAME) in names and len(names) >= 10
@@ -156,21 +178,35 @@ def test_a_file_cut_emptied_deleted_swapped_or_a_link_is_named(pair: pathlib.Pat
 
 @pytest.mark.fast
 @pytest.mark.row("B3")
-def test_a_step_that_is_asked_for_by_its_number_is_looked_at_too(pair: pathlib.Path, tmp_path: pathlib.Path, make: Make) -> None:
+def test_a_step_that_is_asked_for_by_its_number_is_looked_at_too(
+    pair: pathlib.Path, tmp_path: pathlib.Path, make: Make
+) -> None:
     """An evaluation of one step sets nothing aside, and does not read what is damaged either."""
     here = tmp_path / "checkpoints"
     shutil.copytree(pair, here)
     victim = max(files(here / "4"), key=lambda path: path.stat().st_size)
     flip(victim, 8 * 5000)
-    with pytest.raises(UserError, match=f"checkpoint 4: cannot be read .{victim.relative_to(here / '4')}: other bytes than were written"):
+    with pytest.raises(
+        UserError,
+        match=(
+            f"checkpoint 4: cannot be read .{victim.relative_to(here / '4')}: other bytes than were"
+            " written"
+        ),
+    ):
         restored(make(here), 4)
-    assert same(restored(make(here), 8), state(8)) and sorted(p.name for p in here.iterdir()) == ["4", "8"]
+    assert same(restored(make(here), 8), state(8)) and sorted(p.name for p in here.iterdir()) == [
+        "4",
+        "8",
+    ]
 
 
 @pytest.mark.fast
 @pytest.mark.row("B4")
-def test_when_all_are_damaged_a_person_decides(pair: pathlib.Path, tmp_path: pathlib.Path, make: Make) -> None:
-    """A run that lost all its checkpoints does not start anew by itself, not even at the next start."""
+def test_when_all_are_damaged_a_person_decides(
+    pair: pathlib.Path, tmp_path: pathlib.Path, make: Make
+) -> None:
+    """A run that lost all its checkpoints does not start anew by itself, not even at the next
+    start."""
     here = tmp_path / "checkpoints"
     shutil.copytree(pair, here)
     for step in ("4", "8"):

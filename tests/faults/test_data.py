@@ -1,4 +1,5 @@
-"""Rows C1 to C7: bad images, captions, labels and files. Whatever is in them, batches keep their shape, their order and their counts."""
+"""Rows C1 to C7: bad images, captions, labels and files. Whatever is in them, batches keep their
+shape, their order and their counts."""
 
 import html
 import io
@@ -26,14 +27,17 @@ from tests.faults.hostile import JPEG, PEAK, ROOT, tar
 
 
 class Mixed:
-    """Good images of one colour each, and every kind of bad file, spread evenly: number i is bad if it is a multiple of `every`."""
+    """Good images of one colour each, and every kind of bad file, spread evenly: number i is bad if
+    it is a multiple of `every`."""
 
     name, classes, captions = "mixed", (), False
 
     def __init__(self, count: int, every: int) -> None:
         kinds = list(broken.bad_files().values())
         self.count = count
-        self.bad = {i: kinds[i // every % len(kinds)] for i in range(0, count, every)} if every else {}
+        self.bad = (
+            {i: kinds[i // every % len(kinds)] for i in range(0, count, every)} if every else {}
+        )
 
     def __len__(self) -> int:
         return self.count
@@ -47,7 +51,8 @@ class Mixed:
 @pytest.mark.row("C1")
 @pytest.mark.parametrize("every", [100, 5])
 def test_bad_pictures_are_replaced_and_counted(every: int, trials) -> None:
-    """1 % and 20 %, all 22 kinds: counts, order and pixels are those of the rule, also the second time."""
+    """1 % and 20 %, all 22 kinds: counts, order and pixels are those of the rule, also the second
+    time."""
     source = Mixed(22 * every if every > 50 else 440, every)
     reasons = {i: reason for i, (_, reason) in source.bad.items()}
     count = len(source) // 40 * 40
@@ -62,7 +67,9 @@ def test_bad_pictures_are_replaced_and_counted(every: int, trials) -> None:
         assert (seen[:, 0] + 256 * seen[:, 1]).tolist() == used
         for reason, number in skipped.items():
             assert trials.add(batches.skipped[reason] == number), (reason, batches.skipped, skipped)
-    trials.figure = f"{1 / every:.0%} bad: {sum(skipped.values())} bad images in {count:,} samples, all counted"
+    trials.figure = (
+        f"{1 / every:.0%} bad: {sum(skipped.values())} bad images in {count:,} samples, all counted"
+    )
 
 
 @pytest.mark.slow
@@ -76,7 +83,8 @@ def test_a_whole_run_on_a_folder_that_is_one_fifth_broken(tmp_path: pathlib.Path
 @pytest.mark.slow
 @pytest.mark.row("C1")
 def test_what_bad_pictures_cost(trials) -> None:
-    """Seconds of a core for the same samples with and without a fifth of bad files: a figure, since no limit holds everywhere."""
+    """Seconds of a core for the same samples with and without a fifth of bad files: a figure, since
+    no limit holds everywhere."""
     seconds = []
     for every in (0, 5):
         batches = pipeline.iterate_batches(settings(batch=40), Mixed(440, every), None, start=0)
@@ -85,13 +93,18 @@ def test_what_bad_pictures_cost(trials) -> None:
             next(batches)
         seconds.append(time.process_time() - start)
         batches.close()
-    trials.figure = f"20 % bad take {seconds[1] / seconds[0]:.2f} times the processor of none, for images of 20 pixels"
+    trials.figure = (
+        f"20 % bad take {seconds[1] / seconds[0]:.2f} times the processor of none, for images of 20"
+        " pixels"
+    )
 
 
 @pytest.mark.fast
 @pytest.mark.row("C2")
 def test_too_many_bad_pictures_end_the_run_with_reasons_and_examples(trials) -> None:
-    batches = pipeline.iterate_batches(settings(batch=50, max_bad_share=0.05), Mixed(440, 2), None, start=0)
+    batches = pipeline.iterate_batches(
+        settings(batch=50, max_bad_share=0.05), Mixed(440, 2), None, start=0
+    )
     seen = 0
     with pytest.raises(UserError) as stop:
         while seen < 2 * pipeline.WINDOW:
@@ -106,7 +119,12 @@ def test_too_many_bad_pictures_end_the_run_with_reasons_and_examples(trials) -> 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
     """A chunk of a PNG."""
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 BOMBS = (
@@ -142,9 +160,15 @@ def test_bombs_are_refused_by_their_header(trials, tmp_path: pathlib.Path) -> No
     bombs = {
         "png_60k": (broken.png_header(60_000, 60_000), "too_large"),
         "png_400_million": (broken.encode(Image.new("1", (20_000, 20_000)), "PNG"), "too_large"),
-        "jpeg_header": (jpeg.replace(jpeg[jpeg.index(b"\xff\xc0") + 5 :][:4], b"\xff\xdc\xff\xdc", 1), "too_large"),
+        "jpeg_header": (
+            jpeg.replace(jpeg[jpeg.index(b"\xff\xc0") + 5 :][:4], b"\xff\xdc\xff\xdc", 1),
+            "too_large",
+        ),
         "gif_frame": (gif[:6] + b"\xff\xff\xff\xff" + gif[10:], "too_large"),
-        "bmp_header": ((lambda b: b[:18] + b"\x60\xea\0\0\x60\xea\0\0" + b[26:])(broken.encode(image, "BMP")), "too_large"),
+        "bmp_header": (
+            (lambda b: b[:18] + b"\x60\xea\0\0\x60\xea\0\0" + b[26:])(broken.encode(image, "BMP")),
+            "too_large",
+        ),
         "text_of_50_MB": (png[:33] + chunk(b"zTXt", b"a\0\0" + packed) + png[33:], "undecodable"),
         "profile_of_50_MB": (png[:33] + chunk(b"iCCP", b"a\0\0" + packed) + png[33:], None),
         "dot": (broken.encode(Image.new("RGB", (1, 1)), "PNG"), "too_small"),
@@ -166,19 +190,31 @@ def test_bombs_are_refused_by_their_header(trials, tmp_path: pathlib.Path) -> No
     assert told.keys() == bombs.keys()
     for name, (reason, grown, _) in told.items():
         wanted = bombs[name][1]  # None: a profile is not applied, so that it may be passed over
-        assert trials.add(reason == wanted or wanted is None) and trials.add(grown < 300 * 1024), (name, reason, grown)
+        assert trials.add(reason == wanted or wanted is None) and trials.add(grown < 300 * 1024), (
+            name,
+            reason,
+            grown,
+        )
     refused = [seconds for reason, _, seconds in told.values() if reason]
-    trials.figure = f"most memory {max(g for _, g, _ in told.values()) / 1024:.0f} MB; a refusal takes at most {1000 * max(refused):.0f} ms"
+    trials.figure = (
+        f"most memory {max(g for _, g, _ in told.values()) / 1024:.0f} MB; a refusal takes at most"
+        f" {1000 * max(refused):.0f} ms"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.row("C3")
 def test_memory_of_the_largest_pictures_that_are_taken(trials, tmp_path: pathlib.Path) -> None:
-    """64 million pixels of every mode: the bytes of the image and of its RGB, 4 a pixel, are there at once, and little else."""
+    """64 million pixels of every mode: the bytes of the image and of its RGB, 4 a pixel, are there
+    at once, and little else."""
     shapes = {"RGB": (8000, 8000, 3), "RGBA": (8000, 8000, 4), "L": (8000, 8000)}
     for mode, shape in shapes.items():
-        (tmp_path / f"{mode}.bomb").write_bytes(broken.encode(np.full(shape, 7, np.uint8), "PNG", compress_level=1))
-    (tmp_path / "I;16.bomb").write_bytes(broken.encode(np.full((8000, 8000), 700, np.uint16), "PNG", compress_level=1))
+        (tmp_path / f"{mode}.bomb").write_bytes(
+            broken.encode(np.full(shape, 7, np.uint8), "PNG", compress_level=1)
+        )
+    (tmp_path / "I;16.bomb").write_bytes(
+        broken.encode(np.full((8000, 8000), 700, np.uint16), "PNG", compress_level=1)
+    )
     (tmp_path / "first").write_bytes(JPEG)
     sizes = {}
     for path in sorted(tmp_path.glob("*.bomb")):
@@ -198,7 +234,9 @@ def test_memory_of_the_largest_pictures_that_are_taken(trials, tmp_path: pathlib
         sizes[path.stem] = json.loads(line)[2] / 1024
         assert json.loads(line)[1] == ""
         (alone / path.name).unlink()
-    trials.figure = "64 million pixels take " + ", ".join(f"{mode} {size:.0f} MB" for mode, size in sizes.items())
+    trials.figure = "64 million pixels take " + ", ".join(
+        f"{mode} {size:.0f} MB" for mode, size in sizes.items()
+    )
     for mode, size in sizes.items():
         assert trials.add(size < 800), (mode, size)
 
@@ -206,7 +244,8 @@ def test_memory_of_the_largest_pictures_that_are_taken(trials, tmp_path: pathlib
 @pytest.mark.fast
 @pytest.mark.row("C4")
 def test_the_same_rgb_from_every_kind_of_file(trials) -> None:
-    """The truth is the array that was encoded; what loses bits by design (JPEG, WebP) may differ by 2 of 255 on average."""
+    """The truth is the array that was encoded; what loses bits by design (JPEG, WebP) may differ by
+    2 of 255 on average."""
     rgb = broken.smooth(48, 64)
     image, gray = Image.fromarray(rgb), rgb[..., 0]
     alpha = np.dstack([rgb, np.full((48, 64), 255, np.uint8)])
@@ -220,7 +259,10 @@ def test_the_same_rgb_from_every_kind_of_file(trials) -> None:
     cases = {
         "PNG": (broken.encode(image, "PNG"), rgb),
         "16-bit gray": (broken.encode(gray.astype(np.uint16) * 257, "PNG"), gray_rgb),
-        "gray": (broken.encode(image.convert("L").point(lambda v: v), "PNG"), np.repeat(np.asarray(image.convert("L"))[..., None], 3, 2)),
+        "gray": (
+            broken.encode(image.convert("L").point(lambda v: v), "PNG"),
+            np.repeat(np.asarray(image.convert("L"))[..., None], 3, 2),
+        ),
         "opaque": (broken.encode(alpha, "PNG"), rgb),
         "clear": (broken.encode(clear, "PNG"), white),
         "palette": (broken.encode(palette, "PNG"), np.asarray(palette.convert("RGB"))),
@@ -232,7 +274,10 @@ def test_the_same_rgb_from_every_kind_of_file(trials) -> None:
         "WebP": (broken.encode(image, "WEBP", quality=99), rgb),
         "JPEG": (wide(), rgb),
         "progressive JPEG": (wide(progressive=True), rgb),
-        "gray JPEG": (broken.encode(image.convert("L"), "JPEG", quality=98), np.repeat(np.asarray(image.convert("L"))[..., None], 3, 2)),
+        "gray JPEG": (
+            broken.encode(image.convert("L"), "JPEG", quality=98),
+            np.repeat(np.asarray(image.convert("L"))[..., None], 3, 2),
+        ),
         "CMYK JPEG": (broken.encode(cmyk, "JPEG", quality=98, subsampling=0), rgb),
         "turned JPEG": (wide(exif=exif), np.rot90(rgb, -1)),
         "turned PNG": (broken.encode(image, "PNG", exif=exif), np.rot90(rgb, -1)),
@@ -244,7 +289,10 @@ def test_the_same_rgb_from_every_kind_of_file(trials) -> None:
         errors[name] = float(np.abs(got.astype(int) - truth).mean())
         lossless = not any(kind in name for kind in ("JPEG", "WebP")) or name == "lossless WebP"
         assert trials.add(errors[name] <= (0 if lossless else 2)), (name, errors[name])
-    trials.figure = f"largest mean error {max(errors.values()):.2f} of 255 ({max(errors, key=lambda name: errors[name])}), lossless 0"
+    trials.figure = (
+        f"largest mean error {max(errors.values()):.2f} of 255"
+        f" ({max(errors, key=lambda name: errors[name])}), lossless 0"
+    )
 
 
 CAPTIONS: list[str | bytes | None] = [
@@ -264,7 +312,9 @@ class Captioned:
         return len(CAPTIONS)
 
     def __getitem__(self, index: int) -> base.Record:
-        return base.Record(str(index), np.full((20, 20, 3), index, np.uint8), caption=CAPTIONS[index])
+        return base.Record(
+            str(index), np.full((20, 20, 3), index, np.uint8), caption=CAPTIONS[index]
+        )
 
 
 @pytest.mark.fast
@@ -282,32 +332,52 @@ def test_captions_of_every_kind(trials) -> None:
         empty, cut = empty + (text is None), cut + (len(ids) > 10)
         wanted = [words.start, *ids[:10], words.end] if text else []
         length = int(batch["length"][row])
-        good = batch["tokens"][row, :length].tolist() == wanted and not batch["tokens"][row, length:].any()
+        good = (
+            batch["tokens"][row, :length].tolist() == wanted
+            and not batch["tokens"][row, length:].any()
+        )
         assert trials.add(good and (batch["tokens"][row] < words.vocabulary).all()), CAPTIONS[index]
-        assert text is None or ("\0" not in text and "\n" not in text and text.encode() and html.unescape(text) is not None)
+        assert text is None or (
+            "\0" not in text
+            and "\n" not in text
+            and text.encode()
+            and html.unescape(text) is not None
+        )
     assert sorted(batches.record.tolist()) == list(range(30))
-    assert (empty, batches.noted["caption_cut"], (batch["length"] == 0).sum()) == (NOTHING, cut, NOTHING) and cut >= 8
+    assert (empty, batches.noted["caption_cut"], (batch["length"] == 0).sum()) == (
+        NOTHING,
+        cut,
+        NOTHING,
+    ) and cut >= 8
     trials.figure = f"30 captions: {empty} empty, {cut} cut, none raised"
 
 
 @pytest.mark.fast
 @pytest.mark.row("C6")
 def test_labels_of_every_kind(trials, tmp_path: pathlib.Path) -> None:
-    """Missing, negative, not whole, text, beyond the classes: dropped and counted, never clamped to a class that is there."""
+    """Missing, negative, not whole, text, beyond the classes: dropped and counted, never clamped to
+    a class that is there."""
     labels = [None, -1, 0, 1, 2, 3, 7, 10**12, 1.5, "2", True, [1], {"a": 1}]
     whole = {2: 0, 3: 1, 4: 2, 5: 3, 6: 7}  # place in the list -> category that is meant
     members = [
-        m for i, label in enumerate(labels) for m in ((f"{i:02}.jpg", JPEG), (f"{i:02}.json", json.dumps({"label": label}).encode()))
+        m
+        for i, label in enumerate(labels)
+        for m in ((f"{i:02}.jpg", JPEG), (f"{i:02}.json", json.dumps({"label": label}).encode()))
     ]
     source = TarSource(tar(tmp_path / "0.tar", members))
-    assert [source[i].label for i in range(len(labels))] == [whole.get(i, -1) for i in range(len(labels))]
+    assert [source[i].label for i in range(len(labels))] == [
+        whole.get(i, -1) for i in range(len(labels))
+    ]
     assert source.ignored["labels that are no category"] == 7
     batches = pipeline.iterate_batches(settings(batch=26, classes=3), source, None, start=0)
     batch = next(batches)
     batches.close()
     for row, index in enumerate(batches.record.tolist()):
         meant = whole.get(index, -1)
-        assert trials.add(batch["label"][row] == (meant if meant < 3 else -1)), (index, batch["label"][row])
+        assert trials.add(batch["label"][row] == (meant if meant < 3 else -1)), (
+            index,
+            batch["label"][row],
+        )
     dropped = sum(whole.get(i, -1) >= 3 for i in batches.record.tolist())
     assert batches.counted() == {"data/label_dropped": dropped} and dropped > 0
 
@@ -315,7 +385,8 @@ def test_labels_of_every_kind(trials, tmp_path: pathlib.Path) -> None:
 @pytest.mark.fast
 @pytest.mark.row("C7")
 def test_broken_tars_give_what_is_whole(trials, tmp_path: pathlib.Path, caplog) -> None:
-    """Cut anywhere, any byte of a header changed, the same name twice: what is read is what was written, and the file is named."""
+    """Cut anywhere, any byte of a header changed, the same name twice: what is read is what was
+    written, and the file is named."""
     members = [(f"{i}.jpg", bytes([i]) * (300 + 700 * i)) for i in range(6)]
     path = pathlib.Path(tar(tmp_path / "in" / "0.tar", members))
     content, written = path.read_bytes(), dict(members)
@@ -330,12 +401,20 @@ def test_broken_tars_give_what_is_whole(trials, tmp_path: pathlib.Path, caplog) 
         caplog.clear()
         source = TarSource(str(path))
         got = {record.key: record.image for record in (source[i] for i in range(len(source)))}
-        assert trials.add(all(written.get(f"{key}.jpg") == image for key, image in got.items())), what
+        assert trials.add(all(written.get(f"{key}.jpg") == image for key, image in got.items())), (
+            what
+        )
         assert len(got) >= 5 or what.startswith("cut"), what
         assert len(got) == 6 or any(str(path) in message for message in caplog.messages), what
     path.write_bytes(content)
-    twice = TarSource(tar(tmp_path / "in" / "1.tar", [*members, ("0.jpg", b"other"), ("0.png", b"another")]))
-    assert len(twice) == 6 and twice[0].image == members[0][1] and twice.ignored["pictures with the key of an earlier one"] == 2
+    twice = TarSource(
+        tar(tmp_path / "in" / "1.tar", [*members, ("0.jpg", b"other"), ("0.png", b"another")])
+    )
+    assert (
+        len(twice) == 6
+        and twice[0].image == members[0][1]
+        and twice.ignored["pictures with the key of an earlier one"] == 2
+    )
     assert sorted(os.listdir(tmp_path)) == ["in"]
     trials.figure = f"{len(changed)} damaged tars, 0 crashes, 0 wrong bytes"
 
@@ -351,9 +430,18 @@ def test_a_million_members(trials, tmp_path: pathlib.Path) -> None:
             header[148:156] = b" " * 8
             header[148:156] = b"%06o\0 " % sum(header)
             out.write(header)
-    code = PEAK + "import sys\nfrom m3i_jax.data.sources.tars import Tars\nfirst = peak()\nsource = Tars(sys.argv[1])\n"
+    code = (
+        PEAK + "import sys\nfrom m3i_jax.data.sources.tars import Tars\nfirst = peak()\nsource ="
+        " Tars(sys.argv[1])\n"
+    )
     code += "print(len(source), source.key(999_999), peak() - first)"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "0.tar")], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "0.tar")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     count, key, grown = done.stdout.split()
     assert trials.add((count, key) == ("1000000", "0999999") and int(grown) < 2 << 20)
     trials.figure = f"10^6 members: {int(grown) / 1024:.0f} MB while the index is built"

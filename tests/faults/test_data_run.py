@@ -1,4 +1,5 @@
-"""Rows C8 to C12, and C1 for odd but sound images: what happens to files and workers while batches are made."""
+"""Rows C8 to C12, and C1 for odd but sound images: what happens to files and workers while batches
+are made."""
 
 import copy
 import dataclasses
@@ -30,7 +31,9 @@ def coloured(count: int) -> list[bytes]:
     return [broken.encode(np.full((20, 20, 3), i, np.uint8), "PNG") for i in range(count)]
 
 
-def rows(source: Any, count: int, *, start: int = 0, **data: Any) -> tuple[list[int], dict[str, int]]:
+def rows(
+    source: Any, count: int, *, start: int = 0, **data: Any
+) -> tuple[list[int], dict[str, int]]:
     """(red of every row's image, bad ones by reason) of `count` batches of 10."""
     batches = pipeline.iterate_batches(settings(batch=10, **data), source, None, start=start)
     try:
@@ -49,17 +52,26 @@ def a_folder(place: pathlib.Path) -> tuple[Any, list[pathlib.Path], set[int]]:
 def tar_shards(place: pathlib.Path) -> tuple[Any, list[pathlib.Path], set[int]]:
     pictures = coloured(40)
     for shard in range(4):
-        tar(place / f"{shard}.tar", [(f"{i:02}.png", pictures[i]) for i in range(10 * shard, 10 * shard + 10)])
+        tar(
+            place / f"{shard}.tar",
+            [(f"{i:02}.png", pictures[i]) for i in range(10 * shard, 10 * shard + 10)],
+        )
     return TarSource(str(place)), [place / "2.tar"], set(range(20, 30))
 
 
 def record_shards(place: pathlib.Path) -> tuple[Any, list[pathlib.Path], set[int]]:
     pytest.importorskip("array_record.python.array_record_module")
     for shard in range(4):
-        records = [base.Record(str(i), content) for i, content in enumerate(coloured(40))][10 * shard : 10 * shard + 10]
+        records = [base.Record(str(i), content) for i, content in enumerate(coloured(40))][
+            10 * shard : 10 * shard + 10
+        ]
         array_record.write_shard(str(place / f"x-{shard:05}-of-00004.array_record"), records)
     array_record.write_shard_index(str(place))
-    return array_record.ArrayRecordSource(str(place)), [place / "x-00002-of-00004.array_record"], set(range(20, 30))
+    return (
+        array_record.ArrayRecordSource(str(place)),
+        [place / "x-00002-of-00004.array_record"],
+        set(range(20, 30)),
+    )
 
 
 MADE = {"folder": a_folder, "tars": tar_shards, "array_record": record_shards}
@@ -83,12 +95,14 @@ def closed(path: pathlib.Path) -> None:
 @pytest.mark.parametrize("kind", MADE)
 @pytest.mark.parametrize("lose", [removed, emptied, closed])
 def test_a_file_that_vanishes(kind: str, lose: Any, trials, tmp_path: pathlib.Path) -> None:
-    """`stop` names the file; `replace` draws others for its records by the rule of bad ones, also after a restart in the middle."""
+    """`stop` names the file; `replace` draws others for its records by the rule of bad ones, also
+    after a restart in the middle."""
     source, lost, colours = MADE[kind](tmp_path)
     rows(source, 2)
     for path in lost:
         lose(path)
-    source = copy.deepcopy(source)  # as a worker gets it, with nothing open: what is open may still be read
+    # as a worker gets it, with nothing open: what is open may still be read
+    source = copy.deepcopy(source)
     if kind == "folder" and lose is emptied:  # an image of no bytes is a bad image
         assert rows(source, 8)[1]["empty"] > 0
         return
@@ -96,14 +110,19 @@ def test_a_file_that_vanishes(kind: str, lose: Any, trials, tmp_path: pathlib.Pa
         rows(source, 8)
     assert trials.add(any(path.name in str(stop.value) for path in lost)), stop.value
     replaced, skipped = rows(source, 8, missing="replace")
-    assert trials.add((replaced, skipped) == expected_stream(source, dict.fromkeys(colours, "unreadable"), 80)), skipped
+    assert trials.add(
+        (replaced, skipped) == expected_stream(source, dict.fromkeys(colours, "unreadable"), 80)
+    ), skipped
     assert skipped["unreadable"] > 5
     assert trials.add(rows(source, 4, start=40, missing="replace")[0] == replaced[40:])
     if kind == "array_record" and lose is not emptied:  # a converted data set knows what it had
         with pytest.raises(UserError, match="is missing"):
             array_record.ArrayRecordSource(str(tmp_path))
         again = array_record.ArrayRecordSource(str(tmp_path), lenient=True)
-        assert trials.add(again.fingerprint() == source.fingerprint() and rows(again, 8, missing="replace")[0] == replaced)
+        assert trials.add(
+            again.fingerprint() == source.fingerprint()
+            and rows(again, 8, missing="replace")[0] == replaced
+        )
 
 
 @pytest.mark.fast
@@ -116,7 +135,8 @@ def test_too_many_lost_files_end_the_run(tmp_path: pathlib.Path) -> None:
 
 
 class Workers:
-    """Stands for a Grain iterator over workers: batch k is {"k": k}, and what `fails` says of it happens first."""
+    """Stands for a Grain iterator over workers: batch k is {"k": k}, and what `fails` says of it
+    happens first."""
 
     def __init__(self, first: int, fails: dict[int, list[Any]]) -> None:
         self.k, self.fails = first, fails
@@ -133,11 +153,15 @@ class Workers:
 
 
 def died() -> None:
-    raise RuntimeError("Worker process was terminated unexpectedly with exit code -9. Search the logs above")
+    raise RuntimeError(
+        "Worker process was terminated unexpectedly with exit code -9. Search the logs above"
+    )
 
 
 def watched(fails: dict[int, list[Any]], limit: float = 0.3) -> workers.RestartingIterator:
-    return workers.RestartingIterator(lambda first: (Workers(first, fails), None), workers=2, limit=limit)
+    return workers.RestartingIterator(
+        lambda first: (Workers(first, fails), None), workers=2, limit=limit
+    )
 
 
 @pytest.mark.fast
@@ -146,15 +170,29 @@ def test_lost_workers_are_replaced_in_the_same_order(trials, caplog) -> None:
     forever = threading.Event()
     try:
         batches = watched({2: [died], 5: [forever.wait, died], 7: [died, died]})
-        assert trials.add([next(batches)["k"] for _ in range(10)] == list(range(10)) and batches.restarts == 5)
+        assert trials.add(
+            [next(batches)["k"] for _ in range(10)] == list(range(10)) and batches.restarts == 5
+        )
         told = "\n".join(caplog.messages)
-        assert "worker 0 of 2 of the data (for batch 2 since the start) ended with exit code -9, killed, as the kernel does" in told
-        assert "worker 1 of 2 of the data (for batch 5 since the start) made no batch in 0.3 seconds (config.data.patience)" in told
+        assert (
+            "worker 0 of 2 of the data (for batch 2 since the start) ended with exit code -9,"
+            " killed, as the kernel does" in told
+        )
+        assert (
+            "worker 1 of 2 of the data (for batch 5 since the start) made no batch in 0.3 seconds"
+            " (config.data.patience)" in told
+        )
         batches.close()
         for fails in ({3: [died] * 3}, {3: [forever.wait] * 3}):
             batches = watched(fails)
             assert [next(batches)["k"] for _ in range(3)] == [0, 1, 2]
-            with pytest.raises(RunStopped, match=r"^worker \d of 2 of the data \(for batch 3 .*, 3 times in a row: look at the memory"):
+            with pytest.raises(
+                RunStopped,
+                match=(
+                    r"^worker \d of 2 of the data \(for batch 3 .*, 3 times in a row: look at the"
+                    r" memory"
+                ),
+            ):
                 next(batches)
             trials.add(True)
             batches.close()
@@ -192,22 +230,40 @@ class Slow(Pictures):
 @pytest.mark.fast
 @pytest.mark.row("C9", "C10")
 def test_a_disk_that_does_not_answer_ends_the_run(trials, tmp_path: pathlib.Path) -> None:
-    """In threads of this process: told, tried again, ended; and if the disk answers in time, nothing is lost."""
+    """In threads of this process: told, tried again, ended; and if the disk answers in time,
+    nothing is lost."""
     gate = tmp_path / "gate"
     for threads in (0, 2):
         gate.touch()
-        batches = pipeline.iterate_batches(settings(batch=4, threads=threads, patience=0.3), Slow(20, gate), None, start=0)
-        with pytest.raises(RunStopped, match=r"^the threads that read the data \(for batch 0 since the start\) made no batch in 0.3 seconds"):
+        batches = pipeline.iterate_batches(
+            settings(batch=4, threads=threads, patience=0.3), Slow(20, gate), None, start=0
+        )
+        with pytest.raises(
+            RunStopped,
+            match=(
+                r"^the threads that read the data \(for batch 0 since the start\) made no batch in"
+                r" 0.3 seconds"
+            ),
+        ):
             next(batches)
         gate.unlink()
         batches.close()
         trials.add(True)
         gate.touch()
-        batches = pipeline.iterate_batches(settings(batch=4, threads=threads, patience=1.0), Slow(20, gate), None, start=0)
+        batches = pipeline.iterate_batches(
+            settings(batch=4, threads=threads, patience=1.0), Slow(20, gate), None, start=0
+        )
         threading.Timer(1.3, gate.unlink).start()
         first = next(batches)["views"]
         batches.close()
-        assert trials.add((first == next(pipeline.iterate_batches(settings(batch=4), Pictures(20), None, start=0))["views"]).all())
+        assert trials.add(
+            (
+                first
+                == next(pipeline.iterate_batches(settings(batch=4), Pictures(20), None, start=0))[
+                    "views"
+                ]
+            ).all()
+        )
 
 
 def children() -> list[Any]:
@@ -218,9 +274,12 @@ def children() -> list[Any]:
 @pytest.mark.row("C10")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_real_workers_that_are_killed_or_stopped(number: int, trials, caplog) -> None:
-    """Each of two worker processes, once: every batch is that of a run without workers, and what they held is given back."""
+    """Each of two worker processes, once: every batch is that of a run without workers, and what
+    they held is given back."""
     wanted = pipeline.iterate_batches(settings(batch=6), Pictures(50), None, start=0)
-    batches = pipeline.iterate_batches(settings(batch=6, workers=2, patience=12.0), Pictures(50), None, start=0)
+    batches = pipeline.iterate_batches(
+        settings(batch=6, workers=2, patience=12.0), Pictures(50), None, start=0
+    )
     waits = []
     try:
         for k in range(36):
@@ -239,8 +298,15 @@ def test_real_workers_that_are_killed_or_stopped(number: int, trials, caplog) ->
     while children() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not children(), "a worker is still there"
-    assert not [p for p in pathlib.Path("/dev/shm").glob(f"{shared_buffers._PREFIX}*") if p.stat().st_mtime > time.time() - 300 and mine(p)]
-    trials.figure = f"{signal.Signals(number).name}: {batches._batches.restarts} restarts, longest wait {max(waits):.1f} s, patience 12 s"
+    assert not [
+        p
+        for p in pathlib.Path("/dev/shm").glob(f"{shared_buffers._PREFIX}*")
+        if p.stat().st_mtime > time.time() - 300 and mine(p)
+    ]
+    trials.figure = (
+        f"{signal.Signals(number).name}: {batches._batches.restarts} restarts, longest wait"
+        f" {max(waits):.1f} s, patience 12 s"
+    )
 
 
 def mine(place: pathlib.Path) -> bool:
@@ -251,17 +317,23 @@ def mine(place: pathlib.Path) -> bool:
 @pytest.mark.fast
 @pytest.mark.row("C11")
 def test_few_pictures_and_odd_numbers(trials) -> None:
-    """Fewer images than a batch, and odd ones: whole epochs, no partner that is itself; one image, or a batch that cannot be split, is
-    refused."""
+    """Fewer images than a batch, and odd ones: whole epochs, no partner that is itself; one image,
+    or a batch that cannot be split, is refused."""
     for count in (2, 3, 5, 7):
         batches = pipeline.iterate_batches(settings(batch=12), Pictures(count), None, start=0)
         got = [(next(batches), batches.record)[1] for _ in range(4)]
         batches.close()
         pairs = np.concatenate(got).reshape(-1, 2)
-        assert trials.add((pairs[:, 0] != pairs[:, 1]).all() and set(pairs.ravel().tolist()) == set(range(count)))
+        assert trials.add(
+            (pairs[:, 0] != pairs[:, 1]).all() and set(pairs.ravel().tolist()) == set(range(count))
+        )
     with pytest.raises(UserError, match="has 1 images to train on, mixing needs 2"):
         pipeline.iterate_batches(settings(batch=4), Pictures(1), None, start=0)
-    for change in ("train__batch_size=5", "train__steps=0 train__epochs=0", "train__microbatches=0"):
+    for change in (
+        "train__batch_size=5",
+        "train__steps=0 train__epochs=0",
+        "train__microbatches=0",
+    ):
         with pytest.raises(UserError, match="config.train"):
             toy.settings(**dict(pair.split("=") for pair in change.split()))
     with pytest.raises(ValueError, match="partners are 2k and 2k"):
@@ -290,7 +362,12 @@ def test_masks_hide_exactly_what_they_say(trials) -> None:
 @pytest.mark.row("C12")
 def test_a_hundred_thousand_masks_and_pairs(trials) -> None:
     wrong = check_masks(100_000)
-    batches = pipeline.iterate_batches(settings(batch=1000, image_size=8, crop_scale=(0.9, 1.0), mask="uniform"), Pictures(501), None, start=0)
+    batches = pipeline.iterate_batches(
+        settings(batch=1000, image_size=8, crop_scale=(0.9, 1.0), mask="uniform"),
+        Pictures(501),
+        None,
+        start=0,
+    )
     same = 0
     for _ in range(20):
         next(batches)
@@ -308,7 +385,12 @@ def test_stopped_is_one_line_and_exit_1(monkeypatch, capsys, tmp_path: pathlib.P
 
     monkeypatch.setattr(data_mode, "run", run)
     monkeypatch.chdir(pathlib.Path(__file__).parent.parent.parent)
-    assert command.main(["--config", "configs/quickstart.py", "--workdir", str(tmp_path), "--mode=data"]) == 1
+    assert (
+        command.main(
+            ["--config", "configs/quickstart.py", "--workdir", str(tmp_path), "--mode=data"]
+        )
+        == 1
+    )
     out, err = capsys.readouterr()
     assert err == "m3i_jax: stopped: worker 1 of 2 made no batch\n" and not out
 
@@ -318,19 +400,28 @@ def test_stopped_is_one_line_and_exit_1(monkeypatch, capsys, tmp_path: pathlib.P
 def test_pictures_that_are_odd_but_whole_are_no_bad_records(tmp_path: pathlib.Path) -> None:
     for name, content in good_files().items():
         (tmp_path / name).write_bytes(content)
-    batches = pipeline.iterate_batches(settings(batch=34), FolderSource(str(tmp_path)), None, start=0)
+    batches = pipeline.iterate_batches(
+        settings(batch=34), FolderSource(str(tmp_path)), None, start=0
+    )
     next(batches)
     batches.close()
-    assert not any(batches.skipped.values()) and len(set(batches.record.tolist())) == len(good_files()) == 17
+    assert (
+        not any(batches.skipped.values())
+        and len(set(batches.record.tolist())) == len(good_files()) == 17
+    )
 
 
 @pytest.mark.fast
 @pytest.mark.row("C8")
 def test_no_flip_of_an_array_record_is_silent(trials, tmp_path: pathlib.Path) -> None:
-    """200 flipped bits of shard, columns and index: refused at the start, a record that counts as damaged, or nothing changed at all."""
+    """200 flipped bits of shard, columns and index: refused at the start, a record that counts as
+    damaged, or nothing changed at all."""
     pytest.importorskip("array_record.python.array_record_module")
     rng = np.random.default_rng(0)
-    written = [base.Record(f"key {i}", rng.bytes(20_000), i % 3, f"caption {i}".encode()) for i in range(12)]
+    written = [
+        base.Record(f"key {i}", rng.bytes(20_000), i % 3, f"caption {i}".encode())
+        for i in range(12)
+    ]
     shard = tmp_path / "x-00000-of-00001.array_record"
     array_record.write_shard(str(shard), written)
     array_record.write_shard_index(str(tmp_path), classes=("a", "b", "c"))
@@ -351,14 +442,22 @@ def test_no_flip_of_an_array_record_is_silent(trials, tmp_path: pathlib.Path) ->
             else:
                 bad = [r for r in got if r.image == array_record.DAMAGED]
                 same = [r for r in got if r in written]
-                told = len(bad) + len(same) == 12 == len(got) or source.fingerprint() != before.fingerprint()
-                hashes = (base.source_key_hashes(source) == base.source_key_hashes(before)).all() or source.fingerprint() != before.fingerprint()
+                told = (
+                    len(bad) + len(same) == 12 == len(got)
+                    or source.fingerprint() != before.fingerprint()
+                )
+                hashes = (
+                    base.source_key_hashes(source) == base.source_key_hashes(before)
+                ).all() or source.fingerprint() != before.fingerprint()
                 replaced += len(bad)
                 if not (told and hashes):
                     silent.append((path.name, at))
             trials.add(not silent)
         path.write_bytes(content)
-    trials.figure = f"{len(silent)} of {trials.trials} flips silent; {refused} refused at the start, {replaced} records replaced"
+    trials.figure = (
+        f"{len(silent)} of {trials.trials} flips silent; {refused} refused at the start, {replaced}"
+        " records replaced"
+    )
     assert not silent and trials.trials == 200, silent
     for at in rng.integers(1, len(files[1][1]), 20).tolist():
         shard.write_bytes(files[1][1][:at])

@@ -1,4 +1,5 @@
-"""Rows A5, A6: hosts that die or hang are named, and nothing waits for them without a limit. Two real processes on this machine."""
+"""Rows A5, A6: hosts that die or hang are named, and nothing waits for them without a limit. Two
+real processes on this machine."""
 
 import ast
 import os
@@ -31,20 +32,40 @@ WAITS: dict[str, tuple[int, str] | None] = {
 
 
 def untimed(source: str, name: str) -> list[str]:
-    """Calls that may wait forever for another host. A collective is let through where the same function first meets all hosts in time."""
+    """Calls that may wait forever for another host. A collective is let through where the same
+    function first meets all hosts in time."""
     found = []
-    for function in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.Module)):
-        body = [n for statement in function.body for n in ast.walk(statement) if isinstance(n, ast.Call)]
+    for function in (
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.Module)
+    ):
+        body = [
+            n for statement in function.body for n in ast.walk(statement) if isinstance(n, ast.Call)
+        ]
         if isinstance(function, ast.Module):
-            inner = {id(n) for f in ast.walk(function) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+            inner = {
+                id(n)
+                for f in ast.walk(function)
+                if isinstance(f, ast.FunctionDef)
+                for n in ast.walk(f)
+            }
             body = [n for n in body if id(n) not in inner]
-        meets = [call.lineno for call in body if ast.unparse(call.func) in ("barriers.barrier", "parallel.wait")]
+        meets = [
+            call.lineno
+            for call in body
+            if ast.unparse(call.func) in ("barriers.barrier", "parallel.wait")
+        ]
         for call in body:
             what = ast.unparse(call.func).split(".")[-1]
-            if what not in WAITS or (what == "assert_equal" and "multihost" not in ast.unparse(call.func)):
+            if what not in WAITS or (
+                what == "assert_equal" and "multihost" not in ast.unparse(call.func)
+            ):
                 continue
             limit = WAITS[what]
-            if limit and (len(call.args) > limit[0] or any(k.arg == limit[1] for k in call.keywords)):
+            if limit and (
+                len(call.args) > limit[0] or any(k.arg == limit[1] for k in call.keywords)
+            ):
                 continue
             if not (limit is None and any(line < call.lineno for line in meets)):
                 found.append(f"{name}:{call.lineno}: {what} without a limit")
@@ -63,9 +84,13 @@ def test_no_barrier_is_without_a_limit() -> None:
         "client.wait_at_barrier('a', 1000)", "client.blocking_key_value_get('k', timeout_in_ms=5)", "np.testing.assert_equal(1, 1)",
         "def f(tree):\n    barriers.barrier('a')\n    return multihost_utils.broadcast_one_to_all(tree)",
     ]  # fmt: skip
-    assert all(untimed(source, "a.py") for source in offenders) and not any(untimed(source, "a.py") for source in lawful)
+    assert all(untimed(source, "a.py") for source in offenders) and not any(
+        untimed(source, "a.py") for source in lawful
+    )
     complaints = [
-        c for path in sorted((ROOT / "m3i_jax").rglob("*.py")) for c in untimed(path.read_text(), path.relative_to(ROOT).as_posix())
+        c
+        for path in sorted((ROOT / "m3i_jax").rglob("*.py"))
+        for c in untimed(path.read_text(), path.relative_to(ROOT).as_posix())
     ]
     assert not complaints, "\n".join(complaints)
 
@@ -103,7 +128,8 @@ WAIT = (
 
 
 def lost(tmp_path: pathlib.Path, victim: int, number: int, processes: int) -> float:
-    """Send a signal to one of the hosts that wait for each other; all others must end with its name. Returns how long that took."""
+    """Send a signal to one of the hosts that wait for each other; all others must end with its
+    name. Returns how long that took."""
     script = tmp_path / "wait.py"
     script.write_text(textwrap.dedent(WAIT))
     all_ = start(script, str(BEAT), processes=processes)
@@ -116,7 +142,11 @@ def lost(tmp_path: pathlib.Path, victim: int, number: int, processes: int) -> fl
         for i, process in enumerate(all_):
             if i != victim:
                 _, err = process.communicate(timeout=90)
-                assert process.returncode == 1 and f"m3i_jax: lost host {victim} (" in err, (i, process.returncode, err[-2000:])
+                assert process.returncode == 1 and f"m3i_jax: lost host {victim} (" in err, (
+                    i,
+                    process.returncode,
+                    err[-2000:],
+                )
         return time.monotonic() - before
     finally:
         for process in all_:
@@ -124,7 +154,13 @@ def lost(tmp_path: pathlib.Path, victim: int, number: int, processes: int) -> fl
             process.wait()
 
 
-CASES = [(1, signal.SIGKILL, 2), (0, signal.SIGKILL, 2), (1, signal.SIGSTOP, 2), (0, signal.SIGSTOP, 3), (2, signal.SIGKILL, 3)]
+CASES = [
+    (1, signal.SIGKILL, 2),
+    (0, signal.SIGKILL, 2),
+    (1, signal.SIGSTOP, 2),
+    (0, signal.SIGSTOP, 3),
+    (2, signal.SIGKILL, 3),
+]
 
 
 @pytest.mark.fast
@@ -133,7 +169,10 @@ def test_a_lost_host_is_named(tmp_path: pathlib.Path, trials) -> None:
     """Killed: its line breaks; stopped: it is silent."""
     took = [lost(tmp_path, *CASES[0]), lost(tmp_path, *CASES[2])]
     trials.trials = trials.passed = len(took)
-    trials.figure = f"named after {took[0]:.1f} s (killed) and {took[1]:.1f} s (stopped; heartbeat {BEAT:.0f} s)"
+    trials.figure = (
+        f"named after {took[0]:.1f} s (killed) and {took[1]:.1f} s (stopped; heartbeat"
+        f" {BEAT:.0f} s)"
+    )
 
 
 @pytest.mark.slow
@@ -142,7 +181,10 @@ def test_every_host_that_may_be_lost_is_named(tmp_path: pathlib.Path, trials) ->
     took = [lost(tmp_path, *case) for case in CASES for _ in range(2)]
     for seconds in took:
         trials.add(seconds < BEAT + 5)
-    trials.figure = f"first or other, killed or stopped, of 2 or 3: named in {max(took):.1f} s at most (heartbeat {BEAT:.0f} s)"
+    trials.figure = (
+        f"first or other, killed or stopped, of 2 or 3: named in {max(took):.1f} s at most"
+        f" (heartbeat {BEAT:.0f} s)"
+    )
     assert trials.passed == trials.trials == 10
 
 
@@ -166,7 +208,8 @@ REFUSE = (
 
 @pytest.mark.row("A5", "A6")
 def test_a_mistake_that_one_host_meets_ends_all(tmp_path: pathlib.Path) -> None:
-    """A file that vanished is seen by the host whose turn it was: the others would wait for it. One that all meet is told by each."""
+    """A file that vanished is seen by the host whose turn it was: the others would wait for it. One
+    that all meet is told by each."""
     script = tmp_path / "refuse.py"
     script.write_text(textwrap.dedent(REFUSE))
     pairs = {who: start(script, who) for who in ("0", "1", "01")}
@@ -175,7 +218,12 @@ def test_a_mistake_that_one_host_meets_ends_all(tmp_path: pathlib.Path) -> None:
             for i, process in enumerate(both):
                 _, err = process.communicate(timeout=90)
                 told = "" if str(i) in who else f"m3i_jax: lost host {who} ("
-                assert process.returncode == (1 if told else 2) and told in err, (who, i, process.returncode, err[-2000:])
+                assert process.returncode == (1 if told else 2) and told in err, (
+                    who,
+                    i,
+                    process.returncode,
+                    err[-2000:],
+                )
     finally:
         for process in sum(pairs.values(), []):
             process.kill()
@@ -259,8 +307,16 @@ def test_two_hosts_save_and_restore_with_limits(tmp_path: pathlib.Path) -> None:
         for process in both:
             process.kill()
     for said in done:
-        assert said["kept"] == "['4', '6']" and said["good"] == "4 {'samples_seen': 4}" and said["same"] == "True"
-        assert "checkpoint 8: save 1 of 3 in a row failed" in said["after"] and "host 1" in said["after"] and "No space" in said["after"]
+        assert (
+            said["kept"] == "['4', '6']"
+            and said["good"] == "4 {'samples_seen': 4}"
+            and said["same"] == "True"
+        )
+        assert (
+            "checkpoint 8: save 1 of 3 in a row failed" in said["after"]
+            and "host 1" in said["after"]
+            and "No space" in said["after"]
+        )
 
 
 def pair(run: pathlib.Path, steps: int) -> list[subprocess.Popen[str]]:
@@ -268,20 +324,50 @@ def pair(run: pathlib.Path, steps: int) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         at = f"127.0.0.1:{free.getsockname()[1]}"
-    more = [f"train.steps={steps}", "train.save_every=4", "train.eval_every=8"]  # killed: its line breaks at once, whatever the heartbeat
-    command = [sys.executable, "-m", "m3i_jax.main", "--config", "configs/quickstart.py", *(f"--config.{s}" for s in soak.TINY + more)]
-    own = [[*command, "--workdir", str(run), "--coordinator", at, "--processes", "2", "--process-id", str(i)] for i in range(2)]
+    # killed: its line breaks at once, whatever the heartbeat
+    more = [f"train.steps={steps}", "train.save_every=4", "train.eval_every=8"]
+    command = [
+        sys.executable,
+        "-m",
+        "m3i_jax.main",
+        "--config",
+        "configs/quickstart.py",
+        *(f"--config.{s}" for s in soak.TINY + more),
+    ]
+    own = [
+        [
+            *command,
+            "--workdir",
+            str(run),
+            "--coordinator",
+            at,
+            "--processes",
+            "2",
+            "--process-id",
+            str(i),
+        ]
+        for i in range(2)
+    ]
     environment = soak.environment(run.parent / "cache")
     return [
-        subprocess.Popen(words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for words in own
+        subprocess.Popen(
+            words,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for words in own
     ]
 
 
 @pytest.mark.slow
 @pytest.mark.row("A5")
 def test_a_lost_host_costs_no_bit(tmp_path: pathlib.Path, trials) -> None:
-    """Of two hosts that train together one is killed, each twice, at different steps; the other ends too; both come back, and the
-    end is that of two hosts that were left alone. Only steps since the last whole save are trained again."""
+    """Of two hosts that train together one is killed, each twice, at different steps; the other
+    ends too; both come back, and the end is that of two hosts that were left alone. Only steps
+    since the last whole save are trained again."""
     steps, at = 40, (3, 10, 17, 30)
     alone = pair(tmp_path / "alone", steps)
     said = [process.communicate(timeout=500)[0] for process in alone]
@@ -291,7 +377,8 @@ def test_a_lost_host_costs_no_bit(tmp_path: pathlib.Path, trials) -> None:
         began, log = time.time(), run / "metrics.jsonl"
         both, victim = pair(run, steps), victim % 2
         try:
-            # By the rows of this life: one of before may have gone further than its kill was meant to come.
+            # By the rows of this life: one of before may have gone further than its kill was meant
+            # to come.
             while (
                 not log.is_file()
                 or log.stat().st_mtime < began
@@ -311,14 +398,19 @@ def test_a_lost_host_costs_no_bit(tmp_path: pathlib.Path, trials) -> None:
         lost_steps.append(seen - max(soak.committed(run), default=0))
     both = pair(run, steps)
     said = [process.communicate(timeout=500)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0] and "resuming at step" in said[0], said
+    assert [process.returncode for process in both] == [0, 0] and "resuming at step" in said[0], (
+        said
+    )
     cache = tmp_path / "cache"
     same = soak.state_at(run, steps, cache) == soak.state_at(tmp_path / "alone", steps, cache)
     trials.passed *= same
-    named = sum(it for it, _ in outs)  # of the first host JAX itself may notice it sooner, and aborts
+    # of the first host JAX itself may notice it sooner, and aborts
+    named = sum(it for it, _ in outs)
     trials.figure = (
-        f"{trials.passed} of {len(at)} kills of one of two hosts in training: the other ended, {named} named it, both came back, bitwise; "
-        f"at most {max(lost_steps)} steps lost (saves every 4)"
+        f"{trials.passed} of {len(at)} kills of one of two hosts in training: the other ended,"
+        f" {named} named it, both came back, bitwise; at most {max(lost_steps)} steps lost (saves"
+        " every 4)"
     )
     assert same and named >= len(at) // 2, outs
-    assert max(lost_steps) <= 8 and not soak.leftovers(run), lost_steps  # a save that was under way counts for nothing
+    # a save that was under way counts for nothing
+    assert max(lost_steps) <= 8 and not soak.leftovers(run), lost_steps

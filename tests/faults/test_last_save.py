@@ -1,4 +1,5 @@
-"""Rows C9, C10: a run that cannot go on since its data or an evaluator fails saves what it has, and goes on from there when told to."""
+"""Rows C9, C10: a run that cannot go on since its data or an evaluator fails saves what it has, and
+goes on from there when told to."""
 
 import os
 import pathlib
@@ -42,12 +43,15 @@ def failing(event: str, error: Exception, **more: Any) -> World:
 @pytest.mark.fast
 @pytest.mark.row("C9", "C10")
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_the_state_is_saved_before_the_run_ends(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_the_state_is_saved_before_the_run_ends(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     world = failing("draw", error)
     with pytest.raises(type(error), match=str(error)):
         world.run(monkeypatch)
     assert list(world.positions) == [4, 5] and world.positions[5] == {"samples_seen": 40}
-    assert world.events[-2:] == ["save 5", "wait"] and "write 5" in world.events  # what is saved has its line in the log
+    # what is saved has its line in the log
+    assert world.events[-2:] == ["save 5", "wait"] and "write 5" in world.events
     assert "saved step 5" in world.said[-1]
 
 
@@ -63,7 +67,8 @@ def test_an_evaluator_that_fails_costs_no_step(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.fast
 @pytest.mark.row("C9")
 def test_what_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing was trained yet; other hosts do not come; the disk is full as well: the error is that of the data in every case."""
+    """Nothing was trained yet; other hosts do not come; the disk is full as well: the error is that
+    of the data in every case."""
     world = World(9)
     world.at["draw"] = lambda: (_ for _ in ()).throw(UnreadableError("gone"))
     with pytest.raises(UnreadableError, match="gone"):
@@ -84,8 +89,11 @@ def test_what_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.fast
 @pytest.mark.row("C9")
-def test_files_that_come_back_continue_the_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, trials) -> None:
-    """With real data and checkpoints: images vanish between two saves, and come back. No step is lost, and no sample."""
+def test_files_that_come_back_continue_the_run(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, trials
+) -> None:
+    """With real data and checkpoints: images vanish between two saves, and come back. No step is
+    lost, and no sample."""
     monkeypatch.setattr(loop.parallel, "to_global", lambda mesh, batch: batch)
     (tmp_path / "data").mkdir()
     _, lost, _ = a_folder(tmp_path / "data")
@@ -94,7 +102,9 @@ def test_files_that_come_back_continue_the_run(tmp_path: pathlib.Path, monkeypat
     def go(name: str, first: int, vanish: int) -> tuple[int, list[str]]:
         said: list[str] = []
         checkpoints = Checkpoints(tmp_path / name, 2, say=said.append)
-        inner = pipeline.iterate_batches(settings(batch=8), FolderSource(str(tmp_path / "data")), None, start=8 * first)
+        inner = pipeline.iterate_batches(
+            settings(batch=8), FolderSource(str(tmp_path / "data")), None, start=8 * first
+        )
 
         class Data:
             def counted(self) -> dict[str, float]:
@@ -111,12 +121,27 @@ def test_files_that_come_back_continue_the_run(tmp_path: pathlib.Path, monkeypat
         seen.setdefault(name, [])
         state = one.init()
         if first:
-            shardings = parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), jax.eval_shape(one.init))
+            shardings = parallel.tree_shardings(
+                parallel.make_mesh((1, 1, 1), jax.devices()[:1]), jax.eval_shape(one.init)
+            )
             state = checkpoints.restore(first, jax.eval_shape(one.init), shardings)
-            assert checkpoints.newest_good() == first and checkpoints.position(first) == {"n": 8 * first}
-        quiet = {"write": lambda *_: None, "say": said.append, "panel": lambda *_: None, "evaluators": [], "position": lambda n: {"n": n}}
+            assert checkpoints.newest_good() == first and checkpoints.position(first) == {
+                "n": 8 * first
+            }
+        quiet = {
+            "write": lambda *_: None,
+            "say": said.append,
+            "panel": lambda *_: None,
+            "evaluators": [],
+            "position": lambda n: {"n": n},
+        }
         try:
-            _, state = loop.run_loop(one, state, samples_seen=8 * first, outside=loop.Callbacks(data=Data(), checkpoints=checkpoints, **quiet))
+            _, state = loop.run_loop(
+                one,
+                state,
+                samples_seen=8 * first,
+                outside=loop.Callbacks(data=Data(), checkpoints=checkpoints, **quiet),
+            )
         finally:
             inner.close()
             checkpoints.close()
@@ -133,4 +158,6 @@ def test_files_that_come_back_continue_the_run(tmp_path: pathlib.Path, monkeypat
         os.rename(path.with_suffix(".gone"), path)
     assert go("broken", done, -1)[0] == 20
     assert trials.add(seen["broken"] == seen["whole"])
-    trials.figure = f"files vanish at step {done} of a run that saves every 100: 0 steps and 0 samples lost"
+    trials.figure = (
+        f"files vanish at step {done} of a run that saves every 100: 0 steps and 0 samples lost"
+    )

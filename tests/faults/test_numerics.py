@@ -33,7 +33,8 @@ def made(form: str = "m3i", **changes: object) -> trainer.Trainer:
 
 @functools.cache
 def trained() -> Any:
-    """A state after two steps, on the host: moments, target and statistics are not their initial values."""
+    """A state after two steps, on the host: moments, target and statistics are not their initial
+    values."""
     one = made(model__encoder__depth=1)
     made_ = one.init()
     for seed in (0, 1):
@@ -63,28 +64,37 @@ def poison(whole: Any, value: float, *way: str) -> Any:
 
 
 DENSE, ENCODER, TEXT = ("decoder", "mask_token"), ("encoder", "cls_token"), ("logit_scale",)
-CASES = [(place, value) for place in (DENSE, ENCODER, TEXT) for value in (math.nan, math.inf)] + [(DENSE, 1e38), (TEXT, 1e38)]
+CASES = [(place, value) for place in (DENSE, ENCODER, TEXT) for value in (math.nan, math.inf)] + [
+    (DENSE, 1e38),
+    (TEXT, 1e38),
+]
 
 
 @pytest.mark.fast
 @pytest.mark.row("D1")
 @pytest.mark.parametrize(("place", "value"), CASES)
 def test_a_skipped_step_leaves_every_bit(place: tuple[str, ...], value: float) -> None:
-    """Parameters, both moments, the target, the statistics of lambda and their counts; and the next batch is trained on as if nothing
-    had been."""
+    """Parameters, both moments, the target, the statistics of lambda and their counts; and the next
+    batch is trained on as if nothing had been."""
     one, before = made(model__encoder__depth=1), poison(trained(), value, *place)
     after, metrics = one.step(device(before), toy.batch(one.config, 2))
     assert float(metrics["skipped/not_finite"]) == 1 and int(after.step) == int(before.step) + 1
     assert bits((after.params, after.opt)) == bits((before.params, before.opt))
-    healed = state.State(step=jnp.asarray(trained().step), params=device(trained().params), opt=after.opt)
-    assert bits(one.step(healed, toy.batch(one.config, 3))[0]) == bits(one.step(device(trained()), toy.batch(one.config, 3))[0])
+    healed = state.State(
+        step=jnp.asarray(trained().step), params=device(trained().params), opt=after.opt
+    )
+    assert bits(one.step(healed, toy.batch(one.config, 3))[0]) == bits(
+        one.step(device(trained()), toy.batch(one.config, 3))[0]
+    )
 
 
 @pytest.mark.fast
 @pytest.mark.row("D1")
-def test_three_in_a_row_leave_a_dump_that_replays(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """The loop with a real step: from the fifth batch on a box is not finite. The run ends, and its dump does the same alone; with the
-    batch repaired it does not, and says so."""
+def test_three_in_a_row_leave_a_dump_that_replays(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """The loop with a real step: from the fifth batch on a box is not finite. The run ends, and its
+    dump does the same alone; with the batch repaired it does not, and says so."""
     one, drawn = made("sim", model__encoder__depth=1), [0]
 
     class Data:
@@ -106,7 +116,12 @@ def test_three_in_a_row_leave_a_dump_that_replays(tmp_path: pathlib.Path, monkey
     )  # fmt: skip
     code, ended = loop.run_loop(one, one.init(), samples_seen=0, outside=outside)
     checkpoints.close()
-    assert code == loop.FAILED and drawn[0] == 7 and "stopped at step 7" in said[0] and "--mode=replay" in said[1]
+    assert (
+        code == loop.FAILED
+        and drawn[0] == 7
+        and "stopped at step 7" in said[0]
+        and "--mode=replay" in said[1]
+    )
     place = tmp_path / "dumps" / "7"
     assert {p.name for p in place.iterdir()} == {"step.json", "config.txt", "batch-0.npz", "state"}
     about = json.loads((place / "step.json").read_text())
@@ -117,7 +132,11 @@ def test_three_in_a_row_leave_a_dump_that_replays(tmp_path: pathlib.Path, monkey
     capsys.readouterr()
     assert replay.run(one.config, workdir=str(tmp_path)) == 0
     out = capsys.readouterr().out
-    assert "loss nan (in the run nan)" in out and "not finite: batch/box, 1 NaN of" in out and "not finite: gradient/" in out
+    assert (
+        "loss nan (in the run nan)" in out
+        and "not finite: batch/box, 1 NaN of" in out
+        and "not finite: gradient/" in out
+    )
     assert "not finite: params/" not in out and out.endswith("reproduced\n")
 
     with np.load(place / "batch-0.npz") as file:
@@ -125,7 +144,9 @@ def test_three_in_a_row_leave_a_dump_that_replays(tmp_path: pathlib.Path, monkey
     np.savez(place / "batch-0.npz", **arrays | {"box": np.nan_to_num(arrays["box"], nan=30.0)})
     assert replay.run(one.config, workdir=str(tmp_path)) == 1
     out = capsys.readouterr().out
-    assert "all arrays are finite" in out and out.endswith("not reproduced: this time the step is finite\n")
+    assert "all arrays are finite" in out and out.endswith(
+        "not reproduced: this time the step is finite\n"
+    )
 
 
 @pytest.mark.fast
@@ -143,10 +164,15 @@ def test_without_a_dump_there_is_nothing_to_replay(tmp_path: pathlib.Path, capsy
 @pytest.mark.fast
 @pytest.mark.row("D3")
 def test_lambda_is_finite_whatever_the_gradients(trials) -> None:
-    """10,000 sequences of norms, among them zeros, the smallest and the largest floats, and what is not finite."""
+    """10,000 sequences of norms, among them zeros, the smallest and the largest floats, and what is
+    not finite."""
     r, limits = np.random.default_rng(0), (0.0, 1e4)
     edges = np.array([0.0, 1e-45, 1e-38, 1e-8, 1.0, 1e8, 3e38, np.inf, np.nan], np.float32)
-    norms = np.where(r.random((10_000, 6, 2)) < 0.7, r.choice(edges, (10_000, 6, 2)), np.exp(r.normal(0, 20, (10_000, 6, 2))))
+    norms = np.where(
+        r.random((10_000, 6, 2)) < 0.7,
+        r.choice(edges, (10_000, 6, 2)),
+        np.exp(r.normal(0, 20, (10_000, 6, 2))),
+    )
     tx = balance.track_balance(0.99)
 
     def weights(norms_6x2: jax.Array) -> jax.Array:
@@ -162,14 +188,18 @@ def test_lambda_is_finite_whatever_the_gradients(trials) -> None:
     trials.figure = f"{trials.passed:,} of {trials.trials:,} finite"
     assert trials.passed == 10_000
     usable = np.isfinite(norms.astype(np.float32)) & (norms.astype(np.float32) > 0)
-    unseen = ~(np.maximum.accumulate(usable, 1).all(-1))  # one of the two was never seen: lambda is gamma
+    # one of the two was never seen: lambda is gamma
+    unseen = ~(np.maximum.accumulate(usable, 1).all(-1))
     assert unseen.any() and (out[unseen] == 1.0).all()
 
 
 def series(count: int, seed: int) -> np.ndarray:
     """A loss that falls, and a gradient norm, with normal noise [count, 2]."""
     r, t = np.random.default_rng(seed), np.arange(count)
-    return np.stack([3 * np.exp(-t / 4000) + 1 + 0.1 * r.normal(size=count), 0.5 + 0.05 * r.normal(size=count)], 1).astype(np.float32)
+    return np.stack(
+        [3 * np.exp(-t / 4000) + 1 + 0.1 * r.normal(size=count), 0.5 + 0.05 * r.normal(size=count)],
+        1,
+    ).astype(np.float32)
 
 
 @jax.jit
@@ -185,8 +215,12 @@ def skipped(values: jax.Array) -> jax.Array:
 @pytest.mark.fast
 @pytest.mark.row("D2")
 def test_spikes_are_skipped_and_noise_is_not(trials) -> None:
-    """Losses ten times and gradients a hundred times their level, alone and three in a row; 20,000 steps of clean noise."""
-    at_, values = np.array([0, 100, 127, 128, 500, 501, 502, 3000, 9999]), np.stack([series(10_000, seed) for seed in (0, 1, 0, 0)])
+    """Losses ten times and gradients a hundred times their level, alone and three in a row; 20,000
+    steps of clean noise."""
+    at_, values = (
+        np.array([0, 100, 127, 128, 500, 501, 502, 3000, 9999]),
+        np.stack([series(10_000, seed) for seed in (0, 1, 0, 0)]),
+    )
     values[2, at_, 0] *= 10.0
     values[3, at_, 1] *= 100.0
     found = np.asarray(skipped(values))
@@ -210,18 +244,26 @@ def test_a_lasting_change_is_not_skipped_forever() -> None:
 @pytest.mark.slow
 @pytest.mark.row("D2")
 def test_a_skipped_spike_leaves_every_bit_but_the_window() -> None:
-    """In the real step: a batch whose loss is beyond all before is skipped where asked for, and the window survives a save."""
+    """In the real step: a batch whose loss is beyond all before is skipped where asked for, and the
+    window survives a save."""
     one = made("sim", model__encoder__depth=1, optim__skip_spikes=6.0, train__steps=400)
     current = one.init()
     for k in range(spikes.WINDOW):
         current, metrics = one.step(current, toy.batch(one.config, k))
     assert int(metrics["skipped/spikes"]) == 0
-    before, window = jax.device_get((current.params, current.opt)), jax.device_get(current.opt["spikes"])
+    before, window = (
+        jax.device_get((current.params, current.opt)),
+        jax.device_get(current.opt["spikes"]),
+    )
     opt = before[1].copy()
     opt["spikes"] = window._replace(seen=window.seen * np.float32(0.1))
     lowered = state.State(step=current.step, params=before[0], opt=opt)
     after, metrics = one.step(device(lowered), toy.batch(one.config, 999))
-    assert int(metrics["skipped/spikes"]) == 1 and float(metrics["skipped/not_finite"]) == 0 and int(after.step) == spikes.WINDOW + 1
+    assert (
+        int(metrics["skipped/spikes"]) == 1
+        and float(metrics["skipped/not_finite"]) == 0
+        and int(after.step) == spikes.WINDOW + 1
+    )
     rest = [{k: v for k, v in opt.items() if k != "spikes"} for opt in (before[1], after.opt)]
     assert bits((after.params, rest[1])) == bits((before[0], rest[0]))
     assert int(after.opt["spikes"].steps) == spikes.WINDOW + 1
@@ -233,9 +275,12 @@ def test_a_skipped_spike_leaves_every_bit_but_the_window() -> None:
 @pytest.mark.fast
 @pytest.mark.row("D7")
 def test_the_target_does_not_stall(trials) -> None:
-    """10,000 updates with a momentum that goes from 0.995 to 1, against float64 in numpy; in bfloat16 it would stand still."""
+    """10,000 updates with a momentum that goes from 0.995 to 1, against float64 in numpy; in
+    bfloat16 it would stand still."""
     count, width = 10_000, 64
-    walk = (1 + np.cumsum(np.random.default_rng(0).normal(0, 1e-3, (count + 1, width)), 0)).astype(np.float32)
+    walk = (1 + np.cumsum(np.random.default_rng(0).normal(0, 1e-3, (count + 1, width)), 0)).astype(
+        np.float32
+    )
     momentum = 1 - 0.005 * (np.cos(np.pi * np.arange(1, count + 1) / count) + 1) / 2
     exact = walk[0].astype(np.float64)
     for m, now in zip(momentum, walk[1:].astype(np.float64), strict=True):
@@ -247,10 +292,15 @@ def test_the_target_does_not_stall(trials) -> None:
             return tx.update(jnp.zeros_like(now), seen, now)[1], None
 
         start = tx.init(jnp.asarray(walk[0], dtype))
-        return np.asarray(jax.jit(lambda w: jax.lax.scan(one, start, w)[0].params)(jnp.asarray(walk[1:], dtype)), np.float64)
+        return np.asarray(
+            jax.jit(lambda w: jax.lax.scan(one, start, w)[0].params)(jnp.asarray(walk[1:], dtype)),
+            np.float64,
+        )
 
     moved = np.abs(exact - walk[0]).max()
-    error, coarse = (np.abs(end(dtype) - exact).max() / moved for dtype in (jnp.float32, jnp.bfloat16))
+    error, coarse = (
+        np.abs(end(dtype) - exact).max() / moved for dtype in (jnp.float32, jnp.bfloat16)
+    )
     trials.figure = f"error {error:.1e} of the way in float32, {coarse:.1e} in bfloat16"
     trials.add(bool(error < 1e-4 < coarse))
     assert trials.passed == 1, trials.figure
@@ -259,6 +309,12 @@ def test_the_target_does_not_stall(trials) -> None:
 @pytest.mark.fast
 @pytest.mark.row("D7")
 def test_what_is_kept_is_float32_when_products_are_bfloat16() -> None:
-    one = trainer.Trainer(toy.settings(objective__forms="m3i", model__dtype="bfloat16"), made_mesh(), toy.VOCABULARY)
-    kinds = {leaf.dtype for leaf in jax.tree.leaves((one.template.params, one.template.opt)) if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+    one = trainer.Trainer(
+        toy.settings(objective__forms="m3i", model__dtype="bfloat16"), made_mesh(), toy.VOCABULARY
+    )
+    kinds = {
+        leaf.dtype
+        for leaf in jax.tree.leaves((one.template.params, one.template.opt))
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    }
     assert kinds == {jnp.dtype("float32")}

@@ -1,4 +1,5 @@
-"""Rows E: configurations that cannot be, runs that are resumed as others, and a machine without packages, network or room."""
+"""Rows E: configurations that cannot be, runs that are resumed as others, and a machine without
+packages, network or room."""
 
 import errno
 import json
@@ -26,7 +27,8 @@ from tests.test_config import BAD
 from tests.test_main import TINY, environment
 
 QUICK = ["--config", "configs/quickstart.py"]
-# Mistakes of the command line and of files, beside those of single settings in BAD: what must be in the message.
+# Mistakes of the command line and of files, beside those of single settings in BAD: what must be in
+# the message.
 LINES: dict[str, tuple[list[str], str]] = {
     "unknown model": (["--config", "configs/folder.py:model=vit_b17,path=x"], "vit_b16"),
     "unknown argument": (["--config", "configs/quickstart.py:stepz=3"], "did you mean steps=?"),
@@ -34,33 +36,57 @@ LINES: dict[str, tuple[list[str], str]] = {
     "no configuration": ([], "--config: is missing"),
     "unknown flag": ([*QUICK, "--workdirr=x"], "--workdirr"),
     "unknown mode": ([*QUICK, "--mode=trian"], "--mode=train"),
-    "three devices, 2 x 2": ([*QUICK, "--config.parallel.mesh=(2,2,1)", "--config.train.batch_size=6"], "config.parallel.mesh: (2, 2, 1)"),
-    "more devices than there are": ([*QUICK, "--config.parallel.mesh=(3,1,1)"], "config.parallel.mesh"),
-    "a batch that does not divide": ([*QUICK, "--config.train.batch_size=10"], "config.train.batch_size: 10"),
+    "three devices, 2 x 2": (
+        [*QUICK, "--config.parallel.mesh=(2,2,1)", "--config.train.batch_size=6"],
+        "config.parallel.mesh: (2, 2, 1)",
+    ),
+    "more devices than there are": (
+        [*QUICK, "--config.parallel.mesh=(3,1,1)"],
+        "config.parallel.mesh",
+    ),
+    "a batch that does not divide": (
+        [*QUICK, "--config.train.batch_size=10"],
+        "config.train.batch_size: 10",
+    ),
     "no such folder": (["--config", "configs/folder.py:path=tests/dta"], "did you mean"),
     "no path": (["--config", "configs/folder.py"], "data.path is empty"),
     "an unknown objective": ([*QUICK, "--config.objective.forms=mim3"], "did you mean mim?"),
-    "no patience": ([*QUICK, "--config.data.patience=0"], "config.data.patience: 0.0 must be positive"),
+    "no patience": (
+        [*QUICK, "--config.data.patience=0"],
+        "config.data.patience: 0.0 must be positive",
+    ),
     "what is missing": ([*QUICK, "--config.data.missing=skip"], "stop, replace"),
 }
 
 
 def all_lines(folder: pathlib.Path) -> dict[str, tuple[list[str], str]]:
-    """The single settings of BAD are wrong for the defaults; --mode=show refuses like any other, and would train nothing."""
-    (folder / "defaults.py").write_text("from m3i_jax.config import default\n\n\ndef get_config():\n    return default()\n")
+    """The single settings of BAD are wrong for the defaults; --mode=show refuses like any other,
+    and would train nothing."""
+    (folder / "defaults.py").write_text(
+        "from m3i_jax.config import default\n\n\ndef get_config():\n    return default()\n"
+    )
     show = ["--config", f"{folder}/defaults.py", "--mode=show"]
     return {a: ([*show, f"--config.{a}"], wanted) for a, wanted in BAD.items()} | LINES
 
 
 @pytest.mark.fast
 @pytest.mark.row("E1")
-def test_bad_configurations_are_refused(trials, monkeypatch, capsys, tmp_path: pathlib.Path) -> None:
-    """As a command line: exit 2, one line, with the key (or flag) and what to do; nothing is left where the run would have been."""
+def test_bad_configurations_are_refused(
+    trials, monkeypatch, capsys, tmp_path: pathlib.Path
+) -> None:
+    """As a command line: exit 2, one line, with the key (or flag) and what to do; nothing is left
+    where the run would have been."""
     monkeypatch.chdir(ROOT)
     for name, (arguments, wanted) in all_lines(tmp_path).items():
         code = command.main([*arguments, "--workdir", str(tmp_path / "run")])
         out, err = capsys.readouterr()
-        good = code == 2 and wanted in err and err.startswith("m3i_jax: ") and err.count("\n") == 1 and "Traceback" not in out + err
+        good = (
+            code == 2
+            and wanted in err
+            and err.startswith("m3i_jax: ")
+            and err.count("\n") == 1
+            and "Traceback" not in out + err
+        )
         assert trials.add(good and not list(tmp_path.glob("run/checkpoints*"))), (name, code, err)
     trials.figure = f"{trials.passed} of {trials.trials} refused"
     assert trials.trials >= 60
@@ -69,7 +95,8 @@ def test_bad_configurations_are_refused(trials, monkeypatch, capsys, tmp_path: p
 @pytest.mark.slow
 @pytest.mark.row("E1")
 def test_each_is_refused_in_five_seconds_of_a_processor(trials, tmp_path: pathlib.Path) -> None:
-    """In a process of its own, from the start of Python. Time of the processor: a busy machine does not stretch it."""
+    """In a process of its own, from the start of Python. Time of the processor: a busy machine does
+    not stretch it."""
     most = 0.0
     for name, (arguments, wanted) in all_lines(tmp_path).items():
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -84,26 +111,45 @@ def test_each_is_refused_in_five_seconds_of_a_processor(trials, tmp_path: pathli
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         most = max(most, seconds)
-        assert trials.add(done.returncode == 2 and wanted in done.stderr and seconds < 5), (name, seconds, done.stderr)
-    trials.figure = f"{trials.passed} of {trials.trials} with exit 2, at most {most:.1f} s of a core"
+        assert trials.add(done.returncode == 2 and wanted in done.stderr and seconds < 5), (
+            name,
+            seconds,
+            done.stderr,
+        )
+    trials.figure = (
+        f"{trials.passed} of {trials.trials} with exit 2, at most {most:.1f} s of a core"
+    )
 
 
 @pytest.mark.fast
 @pytest.mark.row("E2")
 def test_the_largest_batch_that_fits_is_said(trials) -> None:
-    """Ten sizes of memory, against a compiler that is a formula; what a real compiler says is tried in tests/modes/test_compile.py."""
+    """Ten sizes of memory, against a compiler that is a formula; what a real compiler says is tried
+    in tests/modes/test_compile.py."""
     for largest in (0, 1, 2, 3, 5, 8, 11, 13, 15, 16):
         attempt, _ = test_fitting.machine(10.0 + largest + 0.5, silent=bool(largest % 2))
         assert trials.add(batch_search.largest_batch(attempt, 6) == largest), largest
-    trials.figure = f"{trials.passed} of {trials.trials} right, against a formula; no chip was here to run out of memory"
+    trials.figure = (
+        f"{trials.passed} of {trials.trials} right, against a formula; no chip was here to run out"
+        " of memory"
+    )
 
 
 def job(workdir: pathlib.Path, fingerprint: str = "f", **changes: Any) -> Any:
     made = configuration.default_config()
-    configuration.apply_overrides(made, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
-    identity = f"order of the stream = version 1, seed 0\nsource 1 = images, fingerprint {fingerprint}\n"
+    configuration.apply_overrides(
+        made, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
+    )
+    identity = (
+        f"order of the stream = version 1, seed 0\nsource 1 = images, fingerprint {fingerprint}\n"
+    )
     config = configuration.resolve(made)
-    return types.SimpleNamespace(workdir=workdir, text=configuration.config_to_text(config), fingerprint=fingerprint, identity=identity)
+    return types.SimpleNamespace(
+        workdir=workdir,
+        text=configuration.config_to_text(config),
+        fingerprint=fingerprint,
+        identity=identity,
+    )
 
 
 DIFFERENT = {
@@ -127,7 +173,9 @@ SAME = [
 
 @pytest.mark.fast
 @pytest.mark.row("E3")
-def test_a_changed_configuration_is_shown_and_asks_for_a_flag(trials, tmp_path: pathlib.Path) -> None:
+def test_a_changed_configuration_is_shown_and_asks_for_a_flag(
+    trials, tmp_path: pathlib.Path
+) -> None:
     position = {"samples_seen": 8, "fingerprint": "f"}
 
     def start(**changes: str) -> None:
@@ -138,18 +186,30 @@ def test_a_changed_configuration_is_shown_and_asks_for_a_flag(trials, tmp_path: 
         with pytest.raises(UserError) as refusal:
             start(**dict([change.split("=", 1)]))
         told = str(refusal.value)
-        assert trials.add(f"another configuration ({wanted}); choose another directory, or add --allow-changes" in told), told
+        assert trials.add(
+            f"another configuration ({wanted}); choose another directory, or add --allow-changes"
+            in told
+        ), told
         train.check_same_run(job(tmp_path, **dict([change.split("=", 1)])), position, True)
         assert trials.add(wanted.split(" -> ")[1] in (tmp_path / "config.txt").read_text())
     for change in SAME:
         start(**dict([change.split("=", 1)]))
         trials.add(True)
     train.check_same_run(job(tmp_path), None, False)
-    with pytest.raises(UserError, match=r"\(data, source 1: images, fingerprint f -> images, fingerprint g\)"):
+    with pytest.raises(
+        UserError, match=r"\(data, source 1: images, fingerprint f -> images, fingerprint g\)"
+    ):
         train.check_same_run(job(tmp_path, fingerprint="g"), position, False)
-    with pytest.raises(UserError, match=r"\(seed: 0 -> 1; optim.lr: 0.001 -> 0.01; data, source 1: images, fingerprint f -> "):
-        train.check_same_run(job(tmp_path, fingerprint="g", seed="1", optim__lr="0.01"), position, False)
-    trials.figure = f"{len(DIFFERENT)} changes told exactly, {len(SAME)} that change no result allowed"
+    with pytest.raises(
+        UserError,
+        match=r"\(seed: 0 -> 1; optim.lr: 0.001 -> 0.01; data, source 1: images, fingerprint f -> ",
+    ):
+        train.check_same_run(
+            job(tmp_path, fingerprint="g", seed="1", optim__lr="0.01"), position, False
+        )
+    trials.figure = (
+        f"{len(DIFFERENT)} changes told exactly, {len(SAME)} that change no result allowed"
+    )
 
 
 def absent(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
@@ -162,19 +222,37 @@ def absent(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
 @pytest.mark.parametrize(
     ("packages", "extra", "act"),
     [
-        (["tensorboardX"], "tensorboard", lambda place: writers.require_package("tensorboardX", "report.tensorboard", "tensorboard")),
-        (["wandb"], "wandb", lambda place: writers.require_package("wandb", "report.wandb", "wandb")),
+        (
+            ["tensorboardX"],
+            "tensorboard",
+            lambda place: writers.require_package(
+                "tensorboardX", "report.tensorboard", "tensorboard"
+            ),
+        ),
+        (
+            ["wandb"],
+            "wandb",
+            lambda place: writers.require_package("wandb", "report.wandb", "wandb"),
+        ),
         (["tensorflow_datasets"], "tfds", lambda place: tfds.TfdsSource("food101", "train")),
-        (["array_record", "array_record.python"], "tfds", lambda place: array_record.ArrayRecordSource(place)),
+        (
+            ["array_record", "array_record.python"],
+            "tfds",
+            lambda place: array_record.ArrayRecordSource(place),
+        ),
         (["datasets"], "huggingface", lambda place: hugging_face.HuggingFaceSource(place, "")),
         (["fsspec"], "gcs", lambda place: remote.glob_urls("gs://bucket/*.tar")),
     ],
 )
-def test_a_missing_package_names_its_extra(packages: list[str], extra: str, act: Any, monkeypatch, tmp_path: pathlib.Path) -> None:
+def test_a_missing_package_names_its_extra(
+    packages: list[str], extra: str, act: Any, monkeypatch, tmp_path: pathlib.Path
+) -> None:
     absent(monkeypatch, *packages)
     with pytest.raises(UserError) as refusal:
         act(str(tmp_path))
-    assert f"pip install 'm3i-jax[{extra}]'" in str(refusal.value) and "\n" not in str(refusal.value)
+    assert f"pip install 'm3i-jax[{extra}]'" in str(refusal.value) and "\n" not in str(
+        refusal.value
+    )
 
 
 @pytest.mark.fast
@@ -214,7 +292,9 @@ sys.exit(code)
 """
 
 
-def bare(place: pathlib.Path, *arguments: str, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def bare(
+    place: pathlib.Path, *arguments: str, before: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*before, sys.executable, "-c", BARE, *QUICK, *TINY, "--workdir", str(place), *arguments],
         cwd=ROOT,
@@ -235,9 +315,13 @@ def test_the_core_needs_neither_extras_nor_network(tmp_path: pathlib.Path) -> No
 @pytest.mark.slow
 @pytest.mark.row("E4", "E6")
 def test_a_run_without_extras_and_network(tmp_path: pathlib.Path) -> None:
-    """In a namespace without any network where the system allows one; else Python's sockets refuse."""
+    """In a namespace without any network where the system allows one; else Python's sockets
+    refuse."""
     try:
-        alone = subprocess.run(["unshare", "-rn", "true"], check=False, capture_output=True).returncode == 0
+        alone = (
+            subprocess.run(["unshare", "-rn", "true"], check=False, capture_output=True).returncode
+            == 0
+        )
     except OSError:
         alone = False
     done = bare(tmp_path, "--config.train.steps=4", before=("unshare", "-rn") if alone else ())
@@ -264,8 +348,11 @@ def steps(path: pathlib.Path) -> list[int]:
 
 @pytest.mark.fast
 @pytest.mark.row("E5")
-def test_a_full_disk_costs_whole_lines_which_are_counted(trials, monkeypatch, tmp_path: pathlib.Path, capsys) -> None:
-    """Wherever in a line the room ends; when there is room again, the log goes on and says what it lost."""
+def test_a_full_disk_costs_whole_lines_which_are_counted(
+    trials, monkeypatch, tmp_path: pathlib.Path, capsys
+) -> None:
+    """Wherever in a line the room ends; when there is room again, the log goes on and says what it
+    lost."""
     for room in range(1, 60, 3):
         path = tmp_path / f"{room}.jsonl"
         writer = writers.Writers({"metrics.jsonl": writers.JsonLines(path)}, writers.log_line)
@@ -277,7 +364,11 @@ def test_a_full_disk_costs_whole_lines_which_are_counted(trials, monkeypatch, tm
         lost = 5 - len(steps(path))
         writer.write(6, {"loss": 1.5})
         writer.close()
-        assert trials.add(writer.dropped["metrics.jsonl"] == lost and steps(path) == [*range(1, 6 - lost), 6] and lost >= 3)
+        assert trials.add(
+            writer.dropped["metrics.jsonl"] == lost
+            and steps(path) == [*range(1, 6 - lost), 6]
+            and lost >= 3
+        )
         assert json.loads(path.read_text().splitlines()[-1])["report/dropped/metrics.jsonl"] == lost
     assert "No space left on device" in capsys.readouterr().out
 
@@ -310,7 +401,11 @@ def test_a_console_on_a_full_disk_comes_back(monkeypatch, tmp_path: pathlib.Path
     writer.write(4, {"loss": 1.5})
     writer.close()
     monkeypatch.undo()
-    assert writer.dropped == {"metrics.jsonl": 0, "console": 3} and "4/10" in console.text and "3/10" not in console.text
+    assert (
+        writer.dropped == {"metrics.jsonl": 0, "console": 3}
+        and "4/10" in console.text
+        and "3/10" not in console.text
+    )
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last == {"step": 4, "loss": 1.5, "report/dropped/console": 3}
 
@@ -357,7 +452,9 @@ def test_a_run_whose_log_lies_on_a_full_disk(trials, tmp_path: pathlib.Path) -> 
         text=True,
         check=False,
     )
-    assert trials.add(done.returncode == 0 and "metrics.jsonl lost 1 line(s)" in done.stdout and "done: 4 steps" in done.stdout), (
-        done.stderr
-    )
+    assert trials.add(
+        done.returncode == 0
+        and "metrics.jsonl lost 1 line(s)" in done.stdout
+        and "done: 4 steps" in done.stdout
+    ), done.stderr
     assert list((tmp_path / "checkpoints").glob("4*"))

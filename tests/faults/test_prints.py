@@ -1,7 +1,9 @@
-"""Rows B3, B8, B11: what is in the files is what was trained, and it is on the disk before it counts.
+"""Rows B3, B8, B11: what is in the files is what was trained, and it is on the disk before it
+counts.
 
-The digests of files are made of what was written. If the wrong bytes were written, or the right ones come out as another array, they say
-nothing; and a name that reached the disk before what it names is a step that a loss of power leaves empty."""
+The digests of files are made of what was written. If the wrong bytes were written, or the right
+ones come out as another array, they say nothing; and a name that reached the disk before what it
+names is a step that a loss of power leaves empty."""
 
 import dataclasses
 import json
@@ -29,7 +31,16 @@ def test_any_element_that_changes_changes_the_fingerprint(trials) -> None:
     """One bit anywhere, two that change places, another shape: of every type that a state has."""
     r = np.random.default_rng(0)
     missed = 0
-    for kind in (np.float32, np.int32, np.uint32, np.float16, ml_dtypes.bfloat16, np.int8, np.bool_, np.uint8):
+    for kind in (
+        np.float32,
+        np.int32,
+        np.uint32,
+        np.float16,
+        ml_dtypes.bfloat16,
+        np.int8,
+        np.bool_,
+        np.uint8,
+    ):
         x = r.integers(0, 2 if kind is np.bool_ else 100, (6, 11)).astype(kind)
         before = array_checksums.checksum_arrays({"x": jnp.asarray(x)}).read()
         for _ in range(25):
@@ -37,14 +48,21 @@ def test_any_element_that_changes_changes_the_fingerprint(trials) -> None:
             flat = y.reshape(-1).view(np.uint8)
             at = int(r.integers(len(flat)))
             flat[at] ^= 1 if kind is np.bool_ else 1 << int(r.integers(8))
-            missed += not trials.add(array_checksums.checksum_arrays({"x": jnp.asarray(y)}).read() != before)
+            missed += not trials.add(
+                array_checksums.checksum_arrays({"x": jnp.asarray(y)}).read() != before
+            )
         a, b = np.argmax(x), np.argmin(x)
         y = x.copy().reshape(-1)
         y[a], y[b] = y[b], y[a]
-        missed += not trials.add(array_checksums.checksum_arrays({"x": jnp.asarray(y.reshape(x.shape))}).read() != before)
+        missed += not trials.add(
+            array_checksums.checksum_arrays({"x": jnp.asarray(y.reshape(x.shape))}).read() != before
+        )
     trials.figure = f"{missed} of {trials.trials} changed arrays with the same fingerprint"
     assert not missed
-    one, again, other = (array_checksums.checksum_arrays({"x": jnp.asarray([np.nan, zero], jnp.float32)}).read() for zero in (-0.0, -0.0, 0.0))
+    one, again, other = (
+        array_checksums.checksum_arrays({"x": jnp.asarray([np.nan, zero], jnp.float32)}).read()
+        for zero in (-0.0, -0.0, 0.0)
+    )
     assert one == again != other  # bits, not values
 
 
@@ -55,7 +73,10 @@ def test_the_fingerprint_is_the_same_in_every_layout(trials) -> None:
     found = set()
     for shape in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)):
         devices = jax.devices()[: int(np.prod(shape))]
-        tree = {"encoder": {"blocks": {"mlp": {"up": {"kernel": jnp.asarray(x)}}}}, "step": jnp.int32(3)}
+        tree = {
+            "encoder": {"blocks": {"mlp": {"up": {"kernel": jnp.asarray(x)}}}},
+            "step": jnp.int32(3),
+        }
         layout = parallel.tree_shardings(parallel.make_mesh(shape, devices), tree)
         found.add(json.dumps(array_checksums.checksum_arrays(jax.device_put(tree, layout)).read()))
         trials.add(len(found) == 1)
@@ -63,7 +84,8 @@ def test_the_fingerprint_is_the_same_in_every_layout(trials) -> None:
 
 
 def wrong_write(one: Checkpoints, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """From here on one bit of an array is another one when it comes to the files: a copy that was overtaken, memory that forgets."""
+    """From here on one bit of an array is another one when it comes to the files: a copy that was
+    overtaken, memory that forgets."""
     inner = one._orbax.save
 
     def save(place: Any, *, args: Any, force: bool) -> Any:
@@ -71,7 +93,13 @@ def wrong_write(one: Checkpoints, monkeypatch: pytest.MonkeyPatch, name: str) ->
         bits = np.array(tree[name])
         bits.reshape(-1).view(np.uint8)[1] ^= 4
         tree[name] = jax.device_put(bits, tree[name].sharding)
-        return inner(place, args=type(args)(state=dataclasses.replace(args.state, item=tree), position=args.position), force=force)
+        return inner(
+            place,
+            args=type(args)(
+                state=dataclasses.replace(args.state, item=tree), position=args.position
+            ),
+            force=force,
+        )
 
     monkeypatch.setattr(one._orbax, "save", save)
 
@@ -79,7 +107,9 @@ def wrong_write(one: Checkpoints, monkeypatch: pytest.MonkeyPatch, name: str) ->
 @pytest.mark.fast
 @pytest.mark.row("B3", "B8")
 @pytest.mark.parametrize("name", ["w", "b", "step"])
-def test_wrong_bytes_with_right_digests_are_found(tmp_path: pathlib.Path, make, monkeypatch, trials, name: str) -> None:  # noqa: F811
+def test_wrong_bytes_with_right_digests_are_found(
+    tmp_path: pathlib.Path, make, monkeypatch, trials, name: str
+) -> None:  # noqa: F811
     one = make(tmp_path)
     one.save(1, state(1), {"samples_seen": 8})
     one.wait()
@@ -87,12 +117,18 @@ def test_wrong_bytes_with_right_digests_are_found(tmp_path: pathlib.Path, make, 
     one.save(2, state(2), {"samples_seen": 16})
     one.wait()
     again = make(tmp_path)
-    assert again.newest_good() == 2 and not file_checksums.verify_checksums(tmp_path / "2")  # the files are what was written
-    with pytest.raises(CheckpointDamaged, match=f"checkpoint 2: 1 arrays are not what was trained, first {name}"):
+    # the files are what was written
+    assert again.newest_good() == 2 and not file_checksums.verify_checksums(tmp_path / "2")
+    with pytest.raises(
+        CheckpointDamaged, match=f"checkpoint 2: 1 arrays are not what was trained, first {name}"
+    ):
         restored(again, 2)
     assert trials.add(again.newest_good() == 1 and same(restored(again, 1), state(1)))
     assert [path.split("-")[0] for path in names(tmp_path)] == ["1", "2.bad"]
-    assert f"warning: checkpoint 2 is damaged ({name}: is not what was trained); set aside as 2.bad-" in again.said[0]
+    assert (
+        f"warning: checkpoint 2 is damaged ({name}: is not what was trained); set aside as 2.bad-"
+        in again.said[0]
+    )
 
 
 @pytest.mark.fast
@@ -122,12 +158,19 @@ def test_a_step_without_fingerprints_is_used(tmp_path: pathlib.Path, make) -> No
 
 @pytest.mark.fast
 @pytest.mark.row("B11")
-def test_everything_is_on_the_disk_before_the_name_counts(tmp_path: pathlib.Path, make, monkeypatch, trials) -> None:  # noqa: F811
-    """By inode: every file and every directory of a step, then its name, then the directory that has the name."""
+def test_everything_is_on_the_disk_before_the_name_counts(
+    tmp_path: pathlib.Path, make, monkeypatch, trials
+) -> None:  # noqa: F811
+    """By inode: every file and every directory of a step, then its name, then the directory that
+    has the name."""
     order: list[Any] = []
     fsync, rename = os.fsync, os.rename
-    monkeypatch.setattr(os, "fsync", lambda file: (order.append(os.fstat(file).st_ino), fsync(file))[1])
-    monkeypatch.setattr(os, "rename", lambda a, b: (order.append(pathlib.Path(b).name), rename(a, b))[1])
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (order.append(os.fstat(file).st_ino), fsync(file))[1]
+    )
+    monkeypatch.setattr(
+        os, "rename", lambda a, b: (order.append(pathlib.Path(b).name), rename(a, b))[1]
+    )
     one = make(tmp_path, keep=1)
     for step in (1, 2):
         one.save(step, state(step), {"samples_seen": step})
@@ -141,12 +184,16 @@ def test_everything_is_on_the_disk_before_the_name_counts(tmp_path: pathlib.Path
         assert trials.add(tmp_path.stat().st_ino in after)
         if step == 2:  # the last good one goes when the new one is safe
             assert trials.add(after.index(tmp_path.stat().st_ino) < after.index("1.old"))
-    trials.figure = "every file and directory of a step, before its name and before an older one goes"
+    trials.figure = (
+        "every file and directory of a step, before its name and before an older one goes"
+    )
 
 
 @pytest.mark.fast
 @pytest.mark.row("B3", "B8")
-def test_wrong_bytes_are_found_by_another_run_too(tmp_path: pathlib.Path, make, monkeypatch) -> None:  # noqa: F811
+def test_wrong_bytes_are_found_by_another_run_too(
+    tmp_path: pathlib.Path, make, monkeypatch
+) -> None:  # noqa: F811
     """What `init_from`, evaluation and export read is looked at too, as far as they read it."""
     one = make(tmp_path / "checkpoints")
     wrong_write(one, monkeypatch, "w")
@@ -154,5 +201,11 @@ def test_wrong_bytes_are_found_by_another_run_too(tmp_path: pathlib.Path, make, 
     one.wait()
     run = RunWeights(str(tmp_path), "--workdir")
     assert same(run.read({"b": None}), {"b": state(2)["b"]})
-    with pytest.raises(UserError, match="--workdir: checkpoint .*2 cannot be read .w: is not what was trained.; give another run"):
+    with pytest.raises(
+        UserError,
+        match=(
+            "--workdir: checkpoint .*2 cannot be read .w: is not what was trained.; give"
+            " another run"
+        ),
+    ):
         run.read({"b": None, "w": None})

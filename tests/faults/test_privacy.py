@@ -1,4 +1,5 @@
-"""Rows F2, F4 and F5: names lead nowhere and command nothing, secrets are in no output, what is written is its owner's."""
+"""Rows F2, F4 and F5: names lead nowhere and command nothing, secrets are in no output, what is
+written is its owner's."""
 
 import html.parser
 import logging
@@ -43,12 +44,20 @@ def everything_below(folder: pathlib.Path) -> list[str]:
 
 @pytest.mark.fast
 @pytest.mark.row("F2", "C7")
-def test_no_name_of_an_archive_leads_out_or_commands_a_terminal(trials, tmp_path: pathlib.Path, monkeypatch, capsys, caplog) -> None:
-    """What is read, what is converted and what is told of them: nothing is written but the shards of the conversion."""
+def test_no_name_of_an_archive_leads_out_or_commands_a_terminal(
+    trials, tmp_path: pathlib.Path, monkeypatch, capsys, caplog
+) -> None:
+    """What is read, what is converted and what is told of them: nothing is written but the shards
+    of the conversion."""
     monkeypatch.chdir(tmp_path)
-    shard = tar(tmp_path / "in" / "0.tar", [(name, JPEG if i % 2 else b"broken") for i, name in enumerate(HOSTILE)])
+    shard = tar(
+        tmp_path / "in" / "0.tar",
+        [(name, JPEG if i % 2 else b"broken") for i, name in enumerate(HOSTILE)],
+    )
     with tarfile.open(shard, "a", format=tarfile.GNU_FORMAT) as out:
-        for number, kind in enumerate((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)):
+        for number, kind in enumerate(
+            (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+        ):
             member = tarfile.TarInfo(f"{number}.jpg")
             member.type, member.linkname = kind, "/etc/passwd"
             out.addfile(member)
@@ -56,20 +65,36 @@ def test_no_name_of_an_archive_leads_out_or_commands_a_terminal(trials, tmp_path
     with caplog.at_level(logging.WARNING):
         source = TarSource(str(tmp_path / "in"))
     outside = sum(name.startswith("/") or ".." in name.split("/") for name in HOSTILE)
-    assert source.ignored["names that lead outside"] == outside and source.ignored["links"] == 2 and source.ignored["special members"] == 3
+    assert (
+        source.ignored["names that lead outside"] == outside
+        and source.ignored["links"] == 2
+        and source.ignored["special members"] == 3
+    )
     assert all("0.tar" in message for message in caplog.messages) and len(caplog.messages) == 3
     assert len(source) == len(HOSTILE) - outside
     read_all(source)
     assert everything_below(tmp_path) == before
-    arguments = ["--config", f"{ROOT}/configs/tars.py:path={tmp_path}/in", *TINY, "--workdir", str(tmp_path / "run")]
+    arguments = [
+        "--config",
+        f"{ROOT}/configs/tars.py:path={tmp_path}/in",
+        *TINY,
+        "--workdir",
+        str(tmp_path / "run"),
+    ]
     monkeypatch.setattr(data_mode.dataset_scan.speed, "__kwdefaults__", {"seconds": 0.02})
     assert command.main([*arguments, "--mode=data", "--config.data.holdout=0"]) == 0
     out, err = capsys.readouterr()
     told = out + err
     for name in HOSTILE:
         assert trials.add(not (tmp_path / name).exists() or str(name).startswith("a/")), name
-    assert not any(c in told for c in "\x1b\x07\x08\r\u202e") and "\nforged" not in told and "\\x1b" in told
-    assert sorted(os.listdir(tmp_path.parent)) == above and not list(pathlib.Path("/tmp").glob("escaped*.jpg"))
+    assert (
+        not any(c in told for c in "\x1b\x07\x08\r\u202e")
+        and "\nforged" not in told
+        and "\\x1b" in told
+    )
+    assert sorted(os.listdir(tmp_path.parent)) == above and not list(
+        pathlib.Path("/tmp").glob("escaped*.jpg")
+    )
     assert everything_below(tmp_path / "in") == ["0.tar"]
     trials.figure = f"0 of {len(HOSTILE)} names escaped"
     assert len(HOSTILE) >= 200
@@ -116,7 +141,9 @@ def planted(monkeypatch) -> dict[str, str]:
     monkeypatch.setenv("STORE_PASSWORD", s["password of the environment"])
     return {
         "password of a URL": f"memory://user:{s['password of a URL']}@store/shards",
-        "signature of a URL": f"https://store.example/x.tar?X-Amz-Signature={s['signature of a URL']}&part=1",
+        "signature of a URL": (
+            f"https://store.example/x.tar?X-Amz-Signature={s['signature of a URL']}&part=1"
+        ),
         "token of a URL": f"gs://bucket/x.tar?token={s['token of a URL']}",
         "key of the environment": f"/no/such/{s['key of the environment']}/folder",
         "password of the environment": f"/no/such-{s['password of the environment']}",
@@ -134,13 +161,25 @@ def found(text: str) -> list[str]:
 
 @pytest.mark.fast
 @pytest.mark.row("F4")
-def test_no_secret_is_in_a_message_a_log_or_a_traceback(trials, planted, monkeypatch, capsys, caplog, tmp_path: pathlib.Path) -> None:
+def test_no_secret_is_in_a_message_a_log_or_a_traceback(
+    trials, planted, monkeypatch, capsys, caplog, tmp_path: pathlib.Path
+) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(remote, "retry_network", lambda path, act: (_ for _ in ()).throw(UserError(f"{path!r} cannot be read")))
+    monkeypatch.setattr(
+        remote,
+        "retry_network",
+        lambda path, act: (_ for _ in ()).throw(UserError(f"{path!r} cannot be read")),
+    )
     pytest.importorskip("fsspec")
     for name, path in planted.items():
         kind = "tars" if "://" in path else "folder"
-        arguments = ["--config", f"configs/{kind}.py", f"--config.data.path={path}", "--workdir", str(tmp_path / "run")]
+        arguments = [
+            "--config",
+            f"configs/{kind}.py",
+            f"--config.data.path={path}",
+            "--workdir",
+            str(tmp_path / "run"),
+        ]
         assert command.main(arguments) == 2
         out, err = capsys.readouterr()
         with privacy.redact_logs():
@@ -152,19 +191,31 @@ def test_no_secret_is_in_a_message_a_log_or_a_traceback(trials, planted, monkeyp
             writers.log_line(f"reading {path}")
         logged = "".join(capsys.readouterr()) + caplog.messages[-1]
         assert "***" in err and logged.count("***") >= 3, (name, err, logged)
-        assert trials.add(not found(out + err + logged)), (name, found(out + err + logged), err, logged)
+        assert trials.add(not found(out + err + logged)), (
+            name,
+            found(out + err + logged),
+            err,
+            logged,
+        )
     trials.figure = f"0 of {len(planted)} secrets in messages, logs and tracebacks"
 
 
 @pytest.mark.fast
 @pytest.mark.row("F4")
-def test_no_secret_is_in_a_file_of_a_run(trials, planted, monkeypatch, capsys, tmp_path: pathlib.Path) -> None:
-    """The address of a source holds one secret, captions and names the others: every file of --mode=data and of the start of a run."""
+def test_no_secret_is_in_a_file_of_a_run(
+    trials, planted, monkeypatch, capsys, tmp_path: pathlib.Path
+) -> None:
+    """The address of a source holds one secret, captions and names the others: every file of
+    --mode=data and of the start of a run."""
     fsspec = pytest.importorskip("fsspec")
     monkeypatch.chdir(ROOT)
     url, path = planted["password of a URL"], tmp_path / "0.tar"
     texts = list(planted.values())
-    members = [(f"{i}.{kind}", JPEG if kind == "jpg" else texts[i % 10].encode()) for i in range(30) for kind in ("jpg", "txt")]
+    members = [
+        (f"{i}.{kind}", JPEG if kind == "jpg" else texts[i % 10].encode())
+        for i in range(30)
+        for kind in ("jpg", "txt")
+    ]
     tar(path, [*members, (f"{SECRETS['access key']}.jpg", b"broken")])
     fsspec.filesystem("memory").pipe(f"{url.removeprefix('memory:/')}/0.tar", path.read_bytes())
     monkeypatch.setattr(data_mode.dataset_scan.speed, "__kwdefaults__", {"seconds": 0.02})
@@ -183,9 +234,16 @@ def test_no_secret_is_in_a_file_of_a_run(trials, planted, monkeypatch, capsys, t
     assert command.main([*arguments, "--mode=show"]) == 0
     started(arguments, monkeypatch)
     printed = "".join(capsys.readouterr())
-    written = {file.name: file.read_bytes().decode("latin-1") for file in run.rglob("*") if file.is_file()}
-    # The vocabulary and the index are the data's own words, for this program to read; all else is for people.
-    written = {name: text for name, text in written.items() if name != "tokenizer.json" and not name.startswith("tar_index")}
+    written = {
+        file.name: file.read_bytes().decode("latin-1") for file in run.rglob("*") if file.is_file()
+    }
+    # The vocabulary and the index are the data's own words, for this program to read; all else is
+    # for people.
+    written = {
+        name: text
+        for name, text in written.items()
+        if name != "tokenizer.json" and not name.startswith("tar_index")
+    }
     assert {"config.txt", "data.txt", "data.json", "data.html"} <= written.keys()
     for name in SECRETS:
         where = [file for file, text in written.items() if SECRETS[name] in text]
@@ -195,13 +253,17 @@ def test_no_secret_is_in_a_file_of_a_run(trials, planted, monkeypatch, capsys, t
 
 
 def started(arguments: list[str], monkeypatch) -> None:
-    """What --mode=train writes before the first step: settings and data of the run, and again with new credentials."""
+    """What --mode=train writes before the first step: settings and data of the run, and again with
+    new credentials."""
     from m3i_jax.modes import setup as jobs
     from m3i_jax.modes import train
 
     def settings(swap: tuple[str, str] = ("", "")) -> schema.Config:
         made = configuration.load_config("configs/tars.py")
-        configuration.apply_overrides(made, [a.replace(*swap)[len("--config.") :] for a in arguments if a.startswith("--config.")])
+        configuration.apply_overrides(
+            made,
+            [a.replace(*swap)[len("--config.") :] for a in arguments if a.startswith("--config.")],
+        )
         return configuration.resolve(made)
 
     for swap in (("", ""), (SECRETS["password of a URL"], SECRETS["password of a URL"])):
@@ -211,15 +273,27 @@ def started(arguments: list[str], monkeypatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.row("F4", "F5")
-def test_a_whole_run_shows_no_secret_and_is_its_owners(trials, planted, tmp_path: pathlib.Path) -> None:
-    """Training in a process of its own, with worker processes, from a place whose name holds secrets; then a refusal and a crash of it."""
+def test_a_whole_run_shows_no_secret_and_is_its_owners(
+    trials, planted, tmp_path: pathlib.Path
+) -> None:
+    """Training in a process of its own, with worker processes, from a place whose name holds
+    secrets; then a refusal and a crash of it."""
     folder, run = (
-        tmp_path / f"api_key={SECRETS['assignment']}-{SECRETS['token of a hub']}" / SECRETS["key of the environment"],
+        tmp_path
+        / f"api_key={SECRETS['assignment']}-{SECRETS['token of a hub']}"
+        / SECRETS["key of the environment"],
         tmp_path / "run",
     )
     folder.mkdir(parents=True)
     broken.fill(folder, good=40, kinds=3)
-    small = ["train.batch_size=8", "train.steps=4", "train.panel_every=2", "data.size=0", "data.max_bad_share=1.0", "data.workers=1"]
+    small = [
+        "train.batch_size=8",
+        "train.steps=4",
+        "train.panel_every=2",
+        "data.size=0",
+        "data.max_bad_share=1.0",
+        "data.workers=1",
+    ]
     small += ["evaluate.knn=False", "report.tensorboard=True"]
     flags = [
         "--config",
@@ -235,37 +309,62 @@ def test_a_whole_run_shows_no_secret_and_is_its_owners(trials, planted, tmp_path
         command = f"import sys; {before}\nfrom m3i_jax import main\nsys.exit(main.main())"
         environ = {**environment(), "HF_TOKEN": SECRETS["key of the environment"]}
         return subprocess.run(
-            [sys.executable, "-c", command, *flags, *more], cwd=ROOT, env=environ, umask=0o022, capture_output=True, text=True, check=False
+            [sys.executable, "-c", command, *flags, *more],
+            cwd=ROOT,
+            env=environ,
+            umask=0o022,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     whole = start()
     assert whole.returncode == 0 and "done: 4 steps" in whole.stdout, whole.stderr
     refused = start("--config.seed=7")
     assert refused.returncode == 2 and "seed: 0 -> 7" in refused.stderr
-    crash = start(before="from m3i_jax.modes import job; setup.lock_workdir = lambda place: open(sys.argv[3])")
+    crash = start(
+        before="from m3i_jax.modes import job; setup.lock_workdir = lambda place: open(sys.argv[3])"
+    )
     assert crash.returncode == 1 and "FileNotFoundError" in crash.stderr and "***" in crash.stderr
     printed = "".join(done.stdout + done.stderr for done in (whole, refused, crash))
-    written = {path: path.read_bytes().decode("latin-1") for path in run.rglob("*") if path.is_file()}
+    written = {
+        path: path.read_bytes().decode("latin-1") for path in run.rglob("*") if path.is_file()
+    }
     names = {path.name for path in written}
-    assert {"config.txt", "data.txt", "metrics.jsonl"} <= names and any(name.startswith("events.") for name in names)
+    assert {"config.txt", "data.txt", "metrics.jsonl"} <= names and any(
+        name.startswith("events.") for name in names
+    )
     for name, secret in SECRETS.items():
         where = [str(path) for path, text in written.items() if secret in text]
         assert trials.add(not where and secret not in printed), (name, where, printed)
     for path in [run, *run.rglob("*")]:
         mode = stat.S_IMODE(path.stat().st_mode)
         assert trials.add(not mode & 0o077), (path, oct(mode))
-    trials.figure = f"a whole run: 0 of {len(SECRETS)} secrets in {len(written)} files and its output, none open to others"
+    trials.figure = (
+        f"a whole run: 0 of {len(SECRETS)} secrets in {len(written)} files and its output, none"
+        " open to others"
+    )
 
 
 @pytest.mark.fast
 @pytest.mark.row("F4")
-def test_no_secret_goes_to_a_service_or_into_a_converted_data_set(planted, monkeypatch, tmp_path: pathlib.Path) -> None:
+def test_no_secret_goes_to_a_service_or_into_a_converted_data_set(
+    planted, monkeypatch, tmp_path: pathlib.Path
+) -> None:
     sent: dict[str, Any] = {}
-    wandb = types.SimpleNamespace(init=lambda **what: sent.update(what) or types.SimpleNamespace(finish=lambda: None))
+    wandb = types.SimpleNamespace(
+        init=lambda **what: sent.update(what) or types.SimpleNamespace(finish=lambda: None)
+    )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    config = schema.Config(data=schema.Data(mixture=tuple(planted.values())), report=schema.Report(wandb="project"))
+    config = schema.Config(
+        data=schema.Data(mixture=tuple(planted.values())), report=schema.Report(wandb="project")
+    )
     writers.open_writers(config, tmp_path, resume_at=0, total=1).close()
-    assert len(sent["config"]["data"]["mixture"]) == 10 and not found(str(sent)) and str(sent).count("***") >= 10
+    assert (
+        len(sent["config"]["data"]["mixture"]) == 10
+        and not found(str(sent))
+        and str(sent).count("***") >= 10
+    )
     pytest.importorskip("array_record.python.array_record_module")
     array_record.write_shard(str(tmp_path / "x.array_record"), [base.Record("1", JPEG)])
     array_record.write_shard_index(str(tmp_path), name=" ".join(planted.values()))
@@ -275,14 +374,22 @@ def test_no_secret_goes_to_a_service_or_into_a_converted_data_set(planted, monke
 @pytest.mark.fast
 @pytest.mark.row("F4")
 def test_new_credentials_are_no_other_configuration(tmp_path: pathlib.Path) -> None:
-    """A signed address is another one every hour: a run resumes with it; with another file it does not."""
+    """A signed address is another one every hour: a run resumes with it; with another file it does
+    not."""
     old, new, other = (
         privacy.redact(
-            configuration.config_to_text(schema.Config(data=schema.Data(path=f"https://me:{key}@host/{name}.tar?X-Amz-Signature={key}")))
+            configuration.config_to_text(
+                schema.Config(
+                    data=schema.Data(path=f"https://me:{key}@host/{name}.tar?X-Amz-Signature={key}")
+                )
+            )
         )
         for key, name in (("one-11111", "a"), ("two-22222", "a"), ("two-22222", "b"))
     )
-    assert configuration.config_difference(old, new) == [] and len(configuration.config_difference(old, other)) == 1
+    assert (
+        configuration.config_difference(old, new) == []
+        and len(configuration.config_difference(old, other)) == 1
+    )
 
 
 @pytest.mark.fast
@@ -296,13 +403,21 @@ def test_what_is_no_secret_stays() -> None:
         configuration.help_table(),
         configuration.config_to_text(schema.Config()),
     ):
-        assert privacy.redact(text, environment={"PATH": "/data/2024-01-01", "AUTHOR": "pictures", "TOKEN": "short"}) == text
+        assert (
+            privacy.redact(
+                text,
+                environment={"PATH": "/data/2024-01-01", "AUTHOR": "pictures", "TOKEN": "short"},
+            )
+            == text
+        )
 
 
 @pytest.mark.fast
 @pytest.mark.row("F5")
 @pytest.mark.parametrize("private", [True, False])
-def test_files_are_their_owners(private: bool, trials, monkeypatch, tmp_path: pathlib.Path, capsys) -> None:
+def test_files_are_their_owners(
+    private: bool, trials, monkeypatch, tmp_path: pathlib.Path, capsys
+) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(data_mode.dataset_scan.speed, "__kwdefaults__", {"seconds": 0.02})
     run, folder = tmp_path / "made" / "run", tmp_path / "pictures"
@@ -325,7 +440,9 @@ def test_files_are_their_owners(private: bool, trials, monkeypatch, tmp_path: pa
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in [run.parent, run, *run.rglob("*")]}
     assert len(modes) >= 5
     for path, mode in modes.items():
-        wanted = (0o700 if path.is_dir() else 0o600) if private else (0o755 if path.is_dir() else 0o644)
+        wanted = (
+            (0o700 if path.is_dir() else 0o600) if private else (0o755 if path.is_dir() else 0o644)
+        )
         assert trials.add(mode == wanted or (path == run and mode == 0o700)), (path, oct(mode))
 
 
@@ -343,6 +460,22 @@ def test_text_of_the_data_does_nothing_on_the_page() -> None:
     reader = html.parser.HTMLParser()
     reader.handle_starttag = lambda name, attributes: seen.append((name, dict(attributes)))
     reader.feed(page)
-    assert {name for name, _ in seen} == {"div", "figure", "img", "figcaption", "b", "br", "span", "table", "tr", "th", "td"}
+    assert {name for name, _ in seen} == {
+        "div",
+        "figure",
+        "img",
+        "figcaption",
+        "b",
+        "br",
+        "span",
+        "table",
+        "tr",
+        "th",
+        "td",
+    }
     assert {key for _, attributes in seen for key in attributes} == {"alt", "src", "class"}
-    assert all(a["alt"] in attacks and a["src"].startswith("data:image/jpeg;base64,") for name, a in seen if name == "img")
+    assert all(
+        a["alt"] in attacks and a["src"].startswith("data:image/jpeg;base64,")
+        for name, a in seen
+        if name == "img"
+    )

@@ -1,4 +1,5 @@
-"""Rows B about saving: disks that are full or refuse, what lies beside the steps, retention, layouts, donation, older versions."""
+"""Rows B about saving: disks that are full or refuse, what lies beside the steps, retention,
+layouts, donation, older versions."""
 
 import contextlib
 import errno
@@ -26,7 +27,11 @@ Make = Callable[..., Checkpoints]
 
 def state(step: int, size: int = 4096) -> dict[str, jax.Array]:
     r = np.random.default_rng(step)
-    return {"step": jnp.int32(step), "w": jnp.asarray(r.normal(size=size), jnp.float32), "b": jnp.ones(7, jnp.bfloat16)}
+    return {
+        "step": jnp.int32(step),
+        "w": jnp.asarray(r.normal(size=size), jnp.float32),
+        "b": jnp.ones(7, jnp.bfloat16),
+    }
 
 
 def shardings(tree):
@@ -64,7 +69,8 @@ def make() -> Iterator[Make]:
 
 @contextlib.contextmanager
 def no_file_above(size: int) -> Iterator[None]:
-    """The kernel refuses larger files (EFBIG), as a quota or a full disk would, also to the threads that write arrays."""
+    """The kernel refuses larger files (EFBIG), as a quota or a full disk would, also to the threads
+    that write arrays."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -73,7 +79,11 @@ def no_file_above(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def failing(one: Checkpoints, directory: pathlib.Path, broken: Callable[[], contextlib.AbstractContextManager]) -> None:
+def failing(
+    one: Checkpoints,
+    directory: pathlib.Path,
+    broken: Callable[[], contextlib.AbstractContextManager],
+) -> None:
     """A good save, two that fail, a good one, then three that fail: what is promised at each."""
     one.save(2, state(2), {})
     one.wait()
@@ -81,7 +91,10 @@ def failing(one: Checkpoints, directory: pathlib.Path, broken: Callable[[], cont
         for step, miss in ((4, 1), (5, 2)):
             one.save(step, state(step), {})
             one.wait()  # does not raise: training goes on
-            assert len(one.said) == miss and f"checkpoint {step}: save {miss} of 3 in a row failed" in one.said[-1]
+            assert (
+                len(one.said) == miss
+                and f"checkpoint {step}: save {miss} of 3 in a row failed" in one.said[-1]
+            )
             assert "2 is still there" in one.said[-1]
             assert one.latest() == 2 and names(directory) == ["2"]
             assert one.retry()
@@ -96,12 +109,18 @@ def failing(one: Checkpoints, directory: pathlib.Path, broken: Callable[[], cont
             one.save(9, state(9), {})
             one.wait(state(9))  # the end of a run: its state is still there, and is tried again
     assert names(directory) == ["2", "6"]
-    assert one.newest_good() == 6 and same(restored(one, 6), state(6)) and same(restored(one, 2), state(2))
+    assert (
+        one.newest_good() == 6
+        and same(restored(one, 6), state(6))
+        and same(restored(one, 2), state(2))
+    )
 
 
 @pytest.mark.fast
 @pytest.mark.row("B2")
-def test_what_a_late_thread_of_a_failed_save_writes_is_removed_too(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_late_thread_of_a_failed_save_writes_is_removed_too(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "4.new.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "2").mkdir()
     remove, turns = shutil.rmtree, []
@@ -126,7 +145,9 @@ def test_a_disk_that_refuses_large_files(tmp_path: pathlib.Path, make: Make) -> 
 @pytest.mark.fast
 @pytest.mark.row("B2")
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EDQUOT])
-def test_a_disk_that_fails_in_the_last_moment(tmp_path: pathlib.Path, make: Make, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_a_disk_that_fails_in_the_last_moment(
+    tmp_path: pathlib.Path, make: Make, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     """All arrays are written, and the digests cannot be: that is no checkpoint either."""
 
     @contextlib.contextmanager
@@ -146,7 +167,12 @@ def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A file system of 6 MB."""
     place = tmp_path / "disk"
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         pytest.skip("mounting a small tmpfs needs root")
     yield place
@@ -180,7 +206,8 @@ def test_a_full_disk(small_disk: pathlib.Path, make: Make) -> None:
 @pytest.mark.fast
 @pytest.mark.row("B5")
 def test_what_lies_beside_the_steps(tmp_path: pathlib.Path, make: Make) -> None:
-    """Leftovers, foreign files, links that lead out: the newest real step is chosen, and nothing outside is read or touched."""
+    """Leftovers, foreign files, links that lead out: the newest real step is chosen, and nothing
+    outside is read or touched."""
     outside, place = tmp_path / "outside", tmp_path / "checkpoints"
     for where, step in ((place, 4), (outside, 99)):
         one = make(where)
@@ -190,13 +217,22 @@ def test_what_lies_beside_the_steps(tmp_path: pathlib.Path, make: Make) -> None:
     (place / "50").write_text("a file")
     (place / "007").mkdir()
     (place / "-3").mkdir()
-    for left in ("60.new", "60.new.orbax-checkpoint-tmp", "61.orbax-checkpoint-tmp-1700000000", "3.old"):
+    for left in (
+        "60.new",
+        "60.new.orbax-checkpoint-tmp",
+        "61.orbax-checkpoint-tmp-1700000000",
+        "3.old",
+    ):
         shutil.copytree(place / "4", place / left)
     (place / "62.new").symlink_to(outside / "99")
     (place / "notes.txt").write_text("mine")
     before = {path: path.stat().st_mtime_ns for path in outside.rglob("*")}
     one = make(place)
-    assert one.latest() == one.newest_good() == 4 and not one.said and checkpoint_dir.complete_steps(place) == [4]
+    assert (
+        one.latest() == one.newest_good() == 4
+        and not one.said
+        and checkpoint_dir.complete_steps(place) == [4]
+    )
     one.save(6, state(6), {})
     one.wait()
     assert names(place) == sorted(["-3", "007", "100", "4", "50", "6", "62.new", "notes.txt"])
@@ -209,7 +245,9 @@ def test_what_lies_beside_the_steps(tmp_path: pathlib.Path, make: Make) -> None:
 
 @pytest.mark.fast
 @pytest.mark.row("B6")
-def test_retention_spares_what_is_read_and_the_last_good(tmp_path: pathlib.Path, make: Make) -> None:
+def test_retention_spares_what_is_read_and_the_last_good(
+    tmp_path: pathlib.Path, make: Make
+) -> None:
     place = tmp_path / "checkpoints"
     one = make(place, keep=1)
     one.save(2, state(2), {})
@@ -231,7 +269,8 @@ def test_retention_spares_what_is_read_and_the_last_good(tmp_path: pathlib.Path,
 @pytest.mark.slow
 @pytest.mark.row("B6")
 def test_a_reader_races_with_retention(tmp_path: pathlib.Path, make: Make, trials) -> None:
-    """A second reader restores whatever is newest while a run saves and deletes: it never gets half a step."""
+    """A second reader restores whatever is newest while a run saves and deletes: it never gets half
+    a step."""
     place = tmp_path / "checkpoints"
     writer, reader, stop = make(place, keep=1), make(place), threading.Event()
     writer.save(0, state(0), {})
@@ -251,8 +290,12 @@ def test_a_reader_races_with_retention(tmp_path: pathlib.Path, make: Make, trial
             while True:
                 step = reader.latest()
                 with checkpoint_dir.hold_step(place / str(step)):
-                    if step in checkpoint_dir.complete_steps(place):  # it was not deleted before the lock was ours
-                        trials.add(same(restored(reader, step), state(step)) and not file_checksums.verify_checksums(place / str(step)))
+                    # it was not deleted before the lock was ours
+                    if step in checkpoint_dir.complete_steps(place):
+                        trials.add(
+                            same(restored(reader, step), state(step))
+                            and not file_checksums.verify_checksums(place / str(step))
+                        )
                         break
     finally:
         stop.set()
@@ -291,7 +334,11 @@ def test_every_difference_of_a_layout_is_listed(tmp_path: pathlib.Path, make: Ma
             one.restore(2, template, shardings(template))
         text = str(error.value)
         told = (tmp_path / "layout.txt").read_text().splitlines() if len(wanted) > 3 else wanted
-        trials.add(sorted(told) == sorted(wanted) and all(line in text for line in told[:3]) and "checkpoint 2: does not fit" in text)
+        trials.add(
+            sorted(told) == sorted(wanted)
+            and all(line in text for line in told[:3])
+            and "checkpoint 2: does not fit" in text
+        )
     trials.figure = f"{trials.passed} of {trials.trials} mutations listed in full"
     assert trials.passed == len(CHANGES) == 6
     assert same(restored(one, 2), state(2))
@@ -322,14 +369,20 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path: pathlib.Path, make: Make, 
 @pytest.mark.fast
 @pytest.mark.row("B9")
 def test_checkpoints_of_older_versions(tmp_path: pathlib.Path, make: Make) -> None:
-    """Those of each format so far are kept here; one without digests is told from one that lost them."""
+    """Those of each format so far are kept here; one without digests is told from one that lost
+    them."""
     for form in (1, 2, 3):
         place = tmp_path / str(form) / "checkpoints"
         shutil.copytree(GOLDEN / f"format{form}", place / "3")
         one = make(place)
-        assert one.newest_good() == 3 and one.position(3) == {"samples_seen": 24, "fingerprint": "golden"}
+        assert one.newest_good() == 3 and one.position(3) == {
+            "samples_seen": 24,
+            "fingerprint": "golden",
+        }
         assert same(restored(one, 3, 16), state(3, 16))
-        assert [("older version, without digests" in text) for text in one.said] == ([True] if form == 1 else [])
+        assert [("older version, without digests" in text) for text in one.said] == (
+            [True] if form == 1 else []
+        )
     (place / "3" / file_checksums.NAME).unlink()
     with pytest.raises(UserError, match="no whole checkpoint is left"):
         one.newest_good()
@@ -342,13 +395,20 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: pathlib.Path, make
     place = tmp_path / "checkpoints" / "3"
     shutil.copytree(GOLDEN / f"format{checkpoint.FORMAT}", place)
     file_checksums.write_checksums(place, format=checkpoint.FORMAT + 1)
-    with pytest.raises(UserError, match="checkpoint 3: is of format 4, this version of m3i_jax reads up to 3; use a newer version"):
+    with pytest.raises(
+        UserError,
+        match=(
+            "checkpoint 3: is of format 4, this version of m3i_jax reads up to 3; use a newer"
+            " version"
+        ),
+    ):
         make(place.parent).newest_good()
     assert place.is_dir()  # not set aside: nothing is wrong with it
 
 
 def write_golden() -> None:
-    """How tests/faults/golden was made, and is for a new format. Orbax notes the directory it wrote to, which says nothing here."""
+    """How tests/faults/golden was made, and is for a new format. Orbax notes the directory it wrote
+    to, which says nothing here."""
     one = Checkpoints(GOLDEN / "making", 1)
     one.save(3, state(3, 16), {"samples_seen": 24, "fingerprint": "golden"})
     one.wait()

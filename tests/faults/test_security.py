@@ -1,4 +1,5 @@
-"""Rows F1, F3 and F6: what comes with data, an archive or a configuration runs nothing and takes no more memory than its size."""
+"""Rows F1, F3 and F6: what comes with data, an archive or a configuration runs nothing and takes no
+more memory than its size."""
 
 import io
 import json
@@ -36,7 +37,10 @@ def objects(canary: pathlib.Path, names: tuple[str, ...]) -> bytes:
     with zipfile.ZipFile(buffer, "w") as packed:
         for name in names:
             header = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(117) + b"\n"
-            packed.writestr(f"{name}.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + pickled(canary))
+            packed.writestr(
+                f"{name}.npy",
+                b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + pickled(canary),
+            )
     return buffer.getvalue()
 
 
@@ -46,7 +50,8 @@ def test_the_payload_itself_fires(tmp_path: pathlib.Path) -> None:
     """Else none of the tests below could fail."""
     ForkingPickler.loads(pickled(tmp_path / "fired"))
     assert (tmp_path / "fired").is_dir()
-    unsafe_load = {"allow_pickle": True}  # spelt so that the law against it, which is read from the source, keeps its eye on all else
+    # spelt so that the law against it, which is read from the source, keeps its eye on all else
+    unsafe_load = {"allow_pickle": True}
     with np.load(io.BytesIO(objects(tmp_path / "again", ("x",))), **unsafe_load) as packed:
         _ = packed["x"]
     assert (tmp_path / "again").is_dir()
@@ -54,7 +59,14 @@ def test_the_payload_itself_fires(tmp_path: pathlib.Path) -> None:
 
 def in_a_member(ending: str) -> Callable[[pathlib.Path, bytes], None]:
     def place(folder: pathlib.Path, payload: bytes) -> None:
-        read_all(TarSource(tar(folder / "0.tar", [("1.jpg", JPEG), (f"1.{ending}", payload), ("2.jpg", payload)])))
+        read_all(
+            TarSource(
+                tar(
+                    folder / "0.tar",
+                    [("1.jpg", JPEG), (f"1.{ending}", payload), ("2.jpg", payload)],
+                )
+            )
+        )
 
     return place
 
@@ -77,7 +89,9 @@ def in_the_tar_index(folder: pathlib.Path, payload: bytes) -> None:
 
 def records_in(folder: pathlib.Path, image: bytes = JPEG) -> pathlib.Path:
     pytest.importorskip("array_record.python.array_record_module")
-    array_record.write_shard(str(folder / "x-00000-of-00001.array_record"), [base.Record("1", image, 0, "a")])
+    array_record.write_shard(
+        str(folder / "x-00000-of-00001.array_record"), [base.Record("1", image, 0, "a")]
+    )
     array_record.write_shard_index(str(folder), classes=("a",))
     return folder
 
@@ -117,7 +131,9 @@ def in_the_names(folder: pathlib.Path, payload: bytes) -> None:
 def in_the_log(folder: pathlib.Path, payload: bytes) -> None:
     (folder / "metrics.jsonl").write_bytes(payload + b"\n")
     assert writers.truncate_log(folder / "metrics.jsonl", 5)
-    configuration.config_difference(payload.decode("latin-1"), configuration.config_to_text(schema.Config()))
+    configuration.config_difference(
+        payload.decode("latin-1"), configuration.config_to_text(schema.Config())
+    )
 
 
 def in_an_override(folder: pathlib.Path, payload: bytes) -> None:
@@ -128,7 +144,10 @@ def in_an_override(folder: pathlib.Path, payload: bytes) -> None:
 
 
 PLACES = {
-    **{f"a member .{ending} of a tar": in_a_member(ending) for ending in ("pkl", "pyd", "json", "cls", "txt")},
+    **{
+        f"a member .{ending} of a tar": in_a_member(ending)
+        for ending in ("pkl", "pyd", "json", "cls", "txt")
+    },
     "an image": in_a_picture,
     "the index of tars": in_the_tar_index,
     "the columns of a shard": in_the_columns,
@@ -154,7 +173,8 @@ def test_no_pickle_is_loaded(trials, tmp_path: pathlib.Path) -> None:
 
 
 CODE = (
-    "import pathlib\npathlib.Path({canary!r}).mkdir()\nfrom m3i_jax.config import default\ndef get_config(path=''):\n    return default()\n"
+    "import pathlib\npathlib.Path({canary!r}).mkdir()\nfrom m3i_jax.config import default\ndef"
+    " get_config(path=''):\n    return default()\n"
 )
 
 
@@ -175,44 +195,87 @@ def asked(canary: pathlib.Path, folder: pathlib.Path) -> dict[str, list[str]]:
         "JSON": ["--config", f"{folder}/evil.json"],
         "another ending": ["--config", f"{folder}/evil.txt"],
         "a configuration in the data": ["--config", f"{folder}/data/config.py:path={folder}/data"],
-        "one below the data": ["--config", f"{folder}/data/deep/config.py", f"--config.data.path={folder}/data"],
-        "one in a mixture": ["--config", f"{folder}/data/config.py", f"--config.data.mixture=folder:{folder}/data@x=3"],
+        "one below the data": [
+            "--config",
+            f"{folder}/data/deep/config.py",
+            f"--config.data.path={folder}/data",
+        ],
+        "one in a mixture": [
+            "--config",
+            f"{folder}/data/config.py",
+            f"--config.data.mixture=folder:{folder}/data@x=3",
+        ],
         "pipe:": [*there, f"--config.data.path=pipe:mkdir {canary}"],
         "pipe://": ["--config", "configs/tars.py", f"--config.data.path=pipe://mkdir {canary}"],
-        "ssh://": ["--config", "configs/tars.py", f"--config.data.path=ssh://host/$(mkdir {canary})/*.tar"],
-        "a chain": ["--config", "configs/tars.py", f"--config.data.path=simplecache::file://{folder}/*.tar"],
+        "ssh://": [
+            "--config",
+            "configs/tars.py",
+            f"--config.data.path=ssh://host/$(mkdir {canary})/*.tar",
+        ],
+        "a chain": [
+            "--config",
+            "configs/tars.py",
+            f"--config.data.path=simplecache::file://{folder}/*.tar",
+        ],
         "a shell": [*there, f"--config.data.path=$(mkdir {canary})"],
         "interpolation": [*there, "--config.data.path=${oc.env:HOME}"],
         "an expression": [*quick, f"--config.optim.lr=__import__('os').mkdir('{canary}')"],
-        "an expression in a list": [*quick, f"--config.data.crop_scale=(__import__('os').mkdir('{canary}'), 1)"],
+        "an expression in a list": [
+            *quick,
+            f"--config.data.crop_scale=(__import__('os').mkdir('{canary}'), 1)",
+        ],
         "a form": [*quick, f"--config.objective.forms=__import__('os').mkdir('{canary}')"],
-        "names in YAML": [*there, f"--config.data.path={folder}/data", f"--config.data.class_names={folder}/evil.yaml"],
+        "names in YAML": [
+            *there,
+            f"--config.data.path={folder}/data",
+            f"--config.data.class_names={folder}/evil.yaml",
+        ],
         "a mode": [*quick, "--mode=../../evil"],
     }
 
 
 @pytest.mark.fast
 @pytest.mark.row("F3")
-def test_only_the_configuration_of_the_user_is_run(trials, tmp_path: pathlib.Path, monkeypatch, capsys) -> None:
+def test_only_the_configuration_of_the_user_is_run(
+    trials, tmp_path: pathlib.Path, monkeypatch, capsys
+) -> None:
     monkeypatch.chdir(ROOT)
     canary = tmp_path / "fired"
     lines = asked(canary, tmp_path)
     for name, arguments in lines.items():
         code = command.main([*arguments, "--workdir", str(tmp_path / "run")])
         out, err = capsys.readouterr()
-        assert trials.add(code == 2 and err.count("\n") == 1 and "Traceback" not in err + out and not canary.exists()), (name, code, err)
+        assert trials.add(
+            code == 2
+            and err.count("\n") == 1
+            and "Traceback" not in err + out
+            and not canary.exists()
+        ), (name, code, err)
     trials.figure = f"0 of {len(lines)} payloads fired; with F1: 0 of {len(lines) + len(PLACES)}"
     assert len(lines) >= 15
 
 
 @pytest.mark.fast
 @pytest.mark.row("F3")
-def test_a_configuration_outside_the_data_is_run(tmp_path: pathlib.Path, monkeypatch, capsys) -> None:
+def test_a_configuration_outside_the_data_is_run(
+    tmp_path: pathlib.Path, monkeypatch, capsys
+) -> None:
     """The same file, where its user keeps it: what is refused above is the place."""
     (tmp_path / "data").mkdir()
     (tmp_path / "mine.py").write_text(CODE.format(canary=str(tmp_path / "ran")))
-    code = command.main(["--config", f"{tmp_path}/mine.py:path={tmp_path}/data", "--mode=show", "--config.data.source=folderr"])
-    assert code == 2 and "did you mean folder?" in capsys.readouterr().err and (tmp_path / "ran").is_dir()
+    code = command.main(
+        [
+            "--config",
+            f"{tmp_path}/mine.py:path={tmp_path}/data",
+            "--mode=show",
+            "--config.data.source=folderr",
+        ]
+    )
+    assert (
+        code == 2
+        and "did you mean folder?" in capsys.readouterr().err
+        and (tmp_path / "ran").is_dir()
+    )
 
 
 BOMBS = (
@@ -255,20 +318,33 @@ def test_metadata_is_limited_before_it_is_parsed(trials, tmp_path: pathlib.Path)
     """Each in a process that says how much memory it took; the limit is the matrix's."""
     pytest.importorskip("array_record.python.array_record_module")
     keys = json.dumps({str(i): i for i in range(1_000_000)})
-    tar(tmp_path / "nested.tar", [("1.json", b"[" * (1 << 20)), ("1.jpg", JPEG), ("2.json", keys.encode()), ("2.jpg", JPEG)])
+    tar(
+        tmp_path / "nested.tar",
+        [("1.json", b"[" * (1 << 20)), ("1.jpg", JPEG), ("2.json", keys.encode()), ("2.jpg", JPEG)],
+    )
     (tmp_path / "huge").mkdir()
-    (tmp_path / "names.json").write_text("[" + "[]," * 12_000_000 + "[]]")  # 0.7 GB when it is parsed
+    # 0.7 GB when it is parsed
+    (tmp_path / "names.json").write_text("[" + "[]," * 12_000_000 + "[]]")
     for name in ("huge/dataset.json", "tokenizer.json"):
         (tmp_path / name).hardlink_to(tmp_path / "names.json")
-    with zipfile.ZipFile(tmp_path / "inflates.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
-        header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (600000000,), }".ljust(117) + b"\n"
+    with zipfile.ZipFile(
+        tmp_path / "inflates.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1
+    ) as packed:
+        header = (
+            b"{'descr': '|u1', 'fortran_order': False, 'shape': (600000000,), }".ljust(117) + b"\n"
+        )
         with packed.open("x.npy", "w") as member:
             member.write(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
             for _ in range(600):
                 member.write(bytes(1_000_000))
     with zipfile.ZipFile(tmp_path / "claims.npz", "w") as packed:
-        header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000,), }".ljust(117) + b"\n"
-        packed.writestr("x.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + b"0")
+        header = (
+            b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000,), }".ljust(117)
+            + b"\n"
+        )
+        packed.writestr(
+            "x.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + b"0"
+        )
     done = subprocess.run(
         [sys.executable, "-c", BOMBS, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -279,5 +355,8 @@ def test_metadata_is_limited_before_it_is_parsed(trials, tmp_path: pathlib.Path)
     told = [json.loads(line) for line in done.stdout.splitlines()]
     for name, good, grown, seconds in told:
         assert trials.add(good and grown < 300 * 1024), (name, good, grown, seconds)
-    trials.figure = f"most memory {max(grown for *_, grown, _ in told) / 1024:.0f} MB, longest {max(s for *_, s in told):.1f} s of a core"
+    trials.figure = (
+        f"most memory {max(grown for *_, grown, _ in told) / 1024:.0f} MB, longest"
+        f" {max(s for *_, s in told):.1f} s of a core"
+    )
     assert len(told) == 6

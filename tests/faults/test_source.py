@@ -6,10 +6,27 @@ import pytest
 
 from tests.faults.hostile import ROOT
 
-ALLOWED = {("m3i_jax/config.py", "exec_module"), ("m3i_jax/data/tokenizer.py", "subprocess.run"), ("m3i_jax/training/malloc.py", "ctypes")}
+ALLOWED = {
+    ("m3i_jax/config.py", "exec_module"),
+    ("m3i_jax/data/tokenizer.py", "subprocess.run"),
+    ("m3i_jax/training/malloc.py", "ctypes"),
+}
 
 
-MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "yaml", "joblib", "pty", "commands", "telnetlib", "ctypes"}
+MODULES = {
+    "pickle",
+    "cPickle",
+    "cloudpickle",
+    "dill",
+    "marshal",
+    "shelve",
+    "yaml",
+    "joblib",
+    "pty",
+    "commands",
+    "telnetlib",
+    "ctypes",
+}
 
 
 CALLS = {
@@ -20,30 +37,59 @@ CALLS = {
 
 
 def unsafe(source: str, name: str) -> list[str]:
-    """Complaints about a file: what runs text, unpickles, starts programs, unpacks, or opens a file to everybody."""
+    """Complaints about a file: what runs text, unpickles, starts programs, unpacks, or opens a file
+    to everybody."""
     out = []
     for node in ast.walk(ast.parse(source)):
         found: list[str] = []
         if isinstance(node, ast.Import | ast.ImportFrom):
-            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            modules = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+            )
             found += [m for m in modules if m.split(".")[0] in MODULES]
             if isinstance(node, ast.ImportFrom):
-                found += [f"{node.module}.{a.name}" for a in node.names if f"{node.module}.{a.name}" in CALLS]
+                found += [
+                    f"{node.module}.{a.name}"
+                    for a in node.names
+                    if f"{node.module}.{a.name}" in CALLS
+                ]
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             keywords = {k.arg: k.value for k in node.keywords}
-            if called in CALLS or called.split(".")[-1] in {"exec_module", "load_module", "extractall"}:
+            if called in CALLS or called.split(".")[-1] in {
+                "exec_module",
+                "load_module",
+                "extractall",
+            }:
                 found.append(called.split(".")[-1] if called.endswith("_module") else called)
-            if called.split(".")[0] in ("subprocess", "pexpect") or called.startswith(("os.exec", "os.spawn", "os.posix_spawn")):
+            if called.split(".")[0] in ("subprocess", "pexpect") or called.startswith(
+                ("os.exec", "os.spawn", "os.posix_spawn")
+            ):
                 found.append(called)
             for argument in ("shell", "allow_pickle", "trust_remote_code"):
-                if argument in keywords and not (isinstance(keywords[argument], ast.Constant) and not keywords[argument].value):
+                if argument in keywords and not (
+                    isinstance(keywords[argument], ast.Constant) and not keywords[argument].value
+                ):
                     found.append(f"{argument}=")
-            if called.split(".")[-1] == "load" and called.split(".")[0] in ("np", "numpy") and "allow_pickle" not in keywords:
+            if (
+                called.split(".")[-1] == "load"
+                and called.split(".")[0] in ("np", "numpy")
+                and "allow_pickle" not in keywords
+            ):
                 found.append(f"{called} without allow_pickle=False")
             if called.split(".")[-1] in ("chmod", "fchmod", "mkdir", "makedirs"):
-                modes = [a for a in [*node.args, *keywords.values()] if isinstance(a, ast.Constant) and type(a.value) is int]
-                found += [f"{called} for everybody" for a in modes if 0o100 < a.value <= 0o7777 and a.value & 0o002]
+                modes = [
+                    a
+                    for a in [*node.args, *keywords.values()]
+                    if isinstance(a, ast.Constant) and type(a.value) is int
+                ]
+                found += [
+                    f"{called} for everybody"
+                    for a in modes
+                    if 0o100 < a.value <= 0o7777 and a.value & 0o002
+                ]
         out += [f"{name}:{node.lineno}: {what}" for what in found if (name, what) not in ALLOWED]
     return out
 
@@ -68,16 +114,24 @@ def test_the_reader_of_source_sees(bad: str, good: str) -> None:
 @pytest.mark.fast
 @pytest.mark.row("F7")
 def test_nothing_unsafe_is_in_the_source(trials) -> None:
-    files = [path for folder in ("m3i_jax", "configs", "launch") for path in sorted((ROOT / folder).rglob("*.py"))]
+    files = [
+        path
+        for folder in ("m3i_jax", "configs", "launch")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
     assert len(files) > 100
     allowed = set()
     for path in files:
         name, source = path.relative_to(ROOT).as_posix(), path.read_text()
         complaints = unsafe(source, name)
         assert trials.add(not complaints), "\n".join(complaints)
-        allowed |= {entry for entry in ALLOWED if entry[0] == name and entry[1].split(".")[-1] in source}
+        allowed |= {
+            entry for entry in ALLOWED if entry[0] == name and entry[1].split(".")[-1] in source
+        }
     assert allowed == ALLOWED, "the allow-list has an entry that nobody uses"
     for path in sorted((ROOT / "launch").glob("*.sh")):
         words = path.read_text().replace(";", " ; ").split()
         assert trials.add("eval" not in words and "777" not in words and "curl" not in words), path
-    trials.figure = f"0 unsafe calls in {trials.trials} files outside an allow-list of {len(ALLOWED)}"
+    trials.figure = (
+        f"0 unsafe calls in {trials.trials} files outside an allow-list of {len(ALLOWED)}"
+    )

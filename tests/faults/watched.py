@@ -1,9 +1,9 @@
-"""A run that notes its own memory every few seconds, after what is free was collected and given back: `python -m tests.faults.watched FILE`
-and the arguments of m3i_jax.main. What a garbage collection will free anyway comes and goes by ten MB, and hides what stays.
+"""A run that notes its own memory every few seconds, after what is free was collected and given
+back: `python -m tests.faults.watched FILE` and the arguments of m3i_jax.main. What a garbage
+collection will free anyway comes and goes by ten MB, and hides what stays.
 
-FILE has two numbers, MB: what is allocated, of Python too if PYTHONMALLOC=malloc; and what is resident, with all that the C library keeps
-in pieces between what is allocated.
-"""
+FILE has two numbers, MB: what is allocated, of Python too if PYTHONMALLOC=malloc; and what is
+resident, with all that the C library keeps in pieces between what is allocated."""
 
 import ctypes
 import gc
@@ -30,7 +30,18 @@ class _Info(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
     ]
 
 

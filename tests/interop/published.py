@@ -1,5 +1,6 @@
-"""InternImage as published, in float64 numpy and under its own names: what it computes and what its files hold. Written from the paper's
-and the project's description; shares nothing with the package."""
+"""InternImage as published, in float64 numpy and under its own names: what it computes and what its
+files hold. Written from the paper's and the project's description; shares nothing with the
+package."""
 
 import math
 from typing import NamedTuple
@@ -105,7 +106,9 @@ def weights(net: Net, seed: int = 0) -> dict[str, np.ndarray]:
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
         fan = math.prod(shape[1:]) if len(shape) > 1 else 1
         values = rng.normal(size=shape) * (1.5 if ".offset." in name else 1.0) / math.sqrt(fan)
-        return (values * 0.3 + (1 if name.endswith("weight") else 0) if len(shape) == 1 else values).astype(np.float32)
+        return (
+            values * 0.3 + (1 if name.endswith("weight") else 0) if len(shape) == 1 else values
+        ).astype(np.float32)
 
     return {name: draw(name, shape) for name, shape in shapes(net).items()}
 
@@ -114,7 +117,10 @@ def _conv(x, w, bias, stride):
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     h, wd = x.shape[1], x.shape[2]
     taps = ((i, j) for i in range(3) for j in range(3))
-    return sum(padded[:, i : i + h : stride, j : j + wd : stride] @ w[:, :, i, j].T for i, j in taps) + bias
+    return (
+        sum(padded[:, i : i + h : stride, j : j + wd : stride] @ w[:, :, i, j].T for i, j in taps)
+        + bias
+    )
 
 
 def _gelu(x):
@@ -127,7 +133,10 @@ class Run:
     def __init__(self, net: Net, state: dict[str, np.ndarray], images: np.ndarray) -> None:
         self.net = net
         self.state = {name: np.asarray(array, np.float64) for name, array in state.items()}
-        x = self.norm("patch_embed.norm1.1", self.conv("patch_embed.conv1", np.asarray(images, np.float64), net.stem[0]))
+        x = self.norm(
+            "patch_embed.norm1.1",
+            self.conv("patch_embed.conv1", np.asarray(images, np.float64), net.stem[0]),
+        )
         x = self.norm("patch_embed.norm2.1", self.conv("patch_embed.conv2", _gelu(x), net.stem[1]))
         self.maps = []
         for i, depth in enumerate(net.depths):
@@ -139,12 +148,17 @@ class Run:
                 x = self.norm(f"levels.{i}.norm.0", x)
             self.maps.append(x)
             if i < 3:
-                x = self.norm(f"levels.{i}.downsample.norm.1", self.conv(f"levels.{i}.downsample.conv", x))
+                x = self.norm(
+                    f"levels.{i}.downsample.norm.1", self.conv(f"levels.{i}.downsample.conv", x)
+                )
 
     def fused(self) -> np.ndarray:
         weight, bias = self.state["dcnv3_head_x4.0.weight"], self.state["dcnv3_head_x4.0.bias"]
         deep = self.maps[3] @ weight[:, :, 0, 0].T + bias
-        shallow = self.maps[2] @ self.state["dcnv3_head_x3.weight"][:, :, 0, 0].T + self.state["dcnv3_head_x3.bias"]
+        shallow = (
+            self.maps[2] @ self.state["dcnv3_head_x3.weight"][:, :, 0, 0].T
+            + self.state["dcnv3_head_x3.bias"]
+        )
         for a in (0, 1):
             for b in (0, 1):
                 shallow[:, a::2, b::2] += deep[..., 2 * a + b :: 4]
@@ -158,10 +172,15 @@ class Run:
 
     def norm(self, name, x):
         mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-        return (x - mean) / np.sqrt(var + 1e-6) * self.state[f"{name}.weight"] + self.state[f"{name}.bias"]
+        return (x - mean) / np.sqrt(var + 1e-6) * self.state[f"{name}.weight"] + self.state[
+            f"{name}.bias"
+        ]
 
     def layer(self, at, groups, x):
-        for n, branch in ((1, lambda y: self.dcn(f"{at}.dcn", groups, y)), (2, lambda y: self.mlp(f"{at}.mlp", y))):
+        for n, branch in (
+            (1, lambda y: self.dcn(f"{at}.dcn", groups, y)),
+            (2, lambda y: self.mlp(f"{at}.mlp", y)),
+        ):
             if self.net.norm == "post":
                 y = self.norm(f"{at}.norm{n}.0", branch(x))
             else:
@@ -179,7 +198,10 @@ class Run:
         kernel, reach = self.state[f"{at}.dw_conv.0.weight"][:, 0], self.net.kernel // 2
         padded = np.pad(x, ((0, 0), (reach, reach), (reach, reach), (0, 0)))
         taps = [(i, j) for i in range(self.net.kernel) for j in range(self.net.kernel)]
-        h = sum(padded[:, i : i + height, j : j + width] * kernel[:, i, j] for i, j in taps) + self.state[f"{at}.dw_conv.0.bias"]
+        h = (
+            sum(padded[:, i : i + height, j : j + width] * kernel[:, i, j] for i, j in taps)
+            + self.state[f"{at}.dw_conv.0.bias"]
+        )
         h = _gelu(self.norm(f"{at}.dw_conv.1.1", h))
         v = self.linear(f"{at}.input_proj", x).reshape(b, height, width, groups, -1)
         offset = self.linear(f"{at}.offset", h).reshape(b, height, width, groups, 9, 2)
@@ -193,10 +215,19 @@ class Run:
             for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
                 yy, xx = top + i, left + j
                 inside = (yy >= 0) & (yy < height) & (xx >= 0) & (xx < width)
-                weight = np.maximum(1 - abs(row - yy), 0) * np.maximum(1 - abs(column - xx), 0) * inside * mask[n, r, k, :, p]
-                y[n, r, k] += weight[:, None] * v[n, np.clip(yy, 0, height - 1), np.clip(xx, 0, width - 1), g]
+                weight = (
+                    np.maximum(1 - abs(row - yy), 0)
+                    * np.maximum(1 - abs(column - xx), 0)
+                    * inside
+                    * mask[n, r, k, :, p]
+                )
+                y[n, r, k] += (
+                    weight[:, None] * v[n, np.clip(yy, 0, height - 1), np.clip(xx, 0, width - 1), g]
+                )
         if self.net.center:
-            weight, bias = (self.state[f"{at}.center_feature_scale_proj_{part}"] for part in ("weight", "bias"))
+            weight, bias = (
+                self.state[f"{at}.center_feature_scale_proj_{part}"] for part in ("weight", "bias")
+            )
             share = expit(h @ weight.T + bias)[..., None]
             y = y * (1 - share) + v * share
         return self.linear(f"{at}.output_proj", y.reshape(b, height, width, c))

@@ -1,14 +1,18 @@
-"""Names and shapes of vision transformers in the files of other projects, written down from their public definitions (timm 1.0, MAE,
-SiameseIM, Transformers 4 and 5, Google's vision_transformer), and random weights of them."""
+"""Names and shapes of vision transformers in the files of other projects, written down from their
+public definitions (timm 1.0, MAE, SiameseIM, Transformers 4 and 5, Google's vision_transformer),
+and random weights of them."""
 
 import numpy as np
 
-# {l} layer; in shapes D width, F = 4 D, T = 1 + N tokens, p patch, C classes, W decoder width, G = 4 W, P = 3 p p, h heads, d = D / h.
+# {l} layer; in shapes D width, F = 4 D, T = 1 + N tokens, p patch, C classes, W decoder width, G =
+# 4 W, P = 3 p p, h heads, d = D / h.
 _BLOCK = """
 {b}.norm1.weight D | {b}.norm1.bias D | {b}.attn.qkv.weight 3D,D | {b}.attn.qkv.bias 3D | {b}.attn.proj.weight D,D | {b}.attn.proj.bias D
 {b}.norm2.weight D | {b}.norm2.bias D | {b}.mlp.fc1.weight F,D | {b}.mlp.fc1.bias F | {b}.mlp.fc2.weight D,F | {b}.mlp.fc2.bias D
 """
-_STEM = "cls_token 1,1,D | pos_embed 1,T,D | patch_embed.proj.weight D,3,p,p | patch_embed.proj.bias D"
+_STEM = (
+    "cls_token 1,1,D | pos_embed 1,T,D | patch_embed.proj.weight D,3,p,p | patch_embed.proj.bias D"
+)
 _NORM = "norm.weight D | norm.bias D"
 
 
@@ -60,25 +64,33 @@ ENCODERS = {
 }
 OTHERS = {
     "timm": "head.weight C,D | head.bias C",
-    "mae": "mask_token 1,1,W | decoder_embed.weight W,D | decoder_embed.bias W | decoder_pos_embed 1,T,W | decoder_norm.weight W | "
-    "decoder_norm.bias W | decoder_pred.weight P,W | decoder_pred.bias P" + _timm_block("decoder_blocks.{l}", "W", "G"),
-    "siamese_im": "decoder_pos_embed 1,T,D | mm_cls_token 1,1,D | mm_mask_token 1,1,D | mm_patch_embed.proj.weight D,3,p,p | "
-    "mm_patch_embed.proj.bias D | mm_decoder_embed.weight D,D | mm_decoder_embed.bias D"
-    + _timm_block("mm_blocks.{l}")
-    + _timm_block("mm_projector_decoder_blocks.{l}", bn=True),
+    "mae": (
+        "mask_token 1,1,W | decoder_embed.weight W,D | decoder_embed.bias W | decoder_pos_embed"
+        " 1,T,W | decoder_norm.weight W | decoder_norm.bias W | decoder_pred.weight P,W |"
+        " decoder_pred.bias P" + _timm_block("decoder_blocks.{l}", "W", "G")
+    ),
+    "siamese_im": (
+        "decoder_pos_embed 1,T,D | mm_cls_token 1,1,D | mm_mask_token 1,1,D |"
+        " mm_patch_embed.proj.weight D,3,p,p | mm_patch_embed.proj.bias D | mm_decoder_embed.weight"
+        " D,D | mm_decoder_embed.bias D"
+        + _timm_block("mm_blocks.{l}")
+        + _timm_block("mm_projector_decoder_blocks.{l}", bn=True)
+    ),
     "hf": "pooler.dense.weight D,D | pooler.dense.bias D",
     "clip": "embeddings.position_ids 1,T",
     "google": "head/kernel D,C | head/bias C",
 }
 SIAMESE_DECODER = (
-    "decoder_embed.weight D,D | decoder_embed.bias D | mask_token 1,1,D | decoder_pos_mlp.weight D,2D | decoder_pos_mlp.bias D | "
-    "decoder_pred.weight D,D | decoder_pred.bias D"
+    "decoder_embed.weight D,D | decoder_embed.bias D | mask_token 1,1,D | decoder_pos_mlp.weight"
+    " D,2D | decoder_pos_mlp.bias D | decoder_pred.weight D,D | decoder_pred.bias D"
     + _timm_block("projector_decoder_blocks.{l}", bn=True)
     + _timm_block("predictor_decoder_blocks.{l}", bn=True)
 )
 
 
-def shapes(text: str, *, width: int, depth: int, heads: int, patch: int, grid: int, classes: int = 10) -> dict[str, tuple[int, ...]]:
+def shapes(
+    text: str, *, width: int, depth: int, heads: int, patch: int, grid: int, classes: int = 10
+) -> dict[str, tuple[int, ...]]:
     """{name: shape} of a table of names."""
     decoder = width // 2
     size = {"D": width, "F": 4 * width, "2D": 2 * width, "3D": 3 * width, "T": 1 + grid * grid, "p": patch, "C": classes, "W": decoder,
@@ -98,4 +110,7 @@ TINY = {"width": 16, "depth": 2, "heads": 2, "patch": 4, "grid": 3}
 def weights(text: str, seed: int = 0, **sizes: int) -> dict[str, np.ndarray]:
     """Random weights under the names of a table; norms near 1, everything else small."""
     r = np.random.default_rng(seed)
-    return {name: r.normal(size=shape).astype(np.float32) * 0.3 for name, shape in shapes(text, **sizes).items()}
+    return {
+        name: r.normal(size=shape).astype(np.float32) * 0.3
+        for name, shape in shapes(text, **sizes).items()
+    }

@@ -1,4 +1,5 @@
-"""Weights under the published names: what they compute in our net is what they compute in theirs."""
+"""Weights under the published names: what they compute in our net is what they compute in
+theirs."""
 
 import dataclasses
 import functools
@@ -17,11 +18,22 @@ from tests.saved import flat
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-# One of each kind: T, L (post-norm, layer scale, offsets doubled), H (res-post-norm, centre scale, extra norms, fused).
+# One of each kind: T, L (post-norm, layer scale, offsets doubled), H (res-post-norm, centre scale,
+# extra norms, fused).
 NETS = {
     "t": Net(8, (1, 1, 1, 1), (1, 2, 4, 8), "pre"),
     "l": Net(8, (1, 1, 2, 1), (1, 2, 4, 8), "post", scale=True, offset_scale=2.0),
-    "h": Net(8, (1, 1, 3, 1), (1, 2, 4, 8), "res_post", kernel=5, center=True, posts=(1,), fused=6, pooled=5),
+    "h": Net(
+        8,
+        (1, 1, 3, 1),
+        (1, 2, 4, 8),
+        "res_post",
+        kernel=5,
+        center=True,
+        posts=(1,),
+        fused=6,
+        pooled=5,
+    ),
 }
 OURS = {
     "t": InternImageConfig(norm="pre", kernel=3, center_scale=False, extra_norm=0, fused=0, width=8, depths=(1, 1, 1, 1), groups=(1, 2, 4, 8)),
@@ -55,13 +67,19 @@ def test_loaded_weights_compute_what_they_did(kind):
         assert mine.shape == other.shape
         np.testing.assert_allclose(mine, other, rtol=0, atol=2e-5 * np.abs(other).max())
     if tokens is not None:
-        np.testing.assert_allclose(tokens, theirs.fused(), rtol=0, atol=2e-5 * np.abs(theirs.fused()).max())
+        np.testing.assert_allclose(
+            tokens, theirs.fused(), rtol=0, atol=2e-5 * np.abs(theirs.fused()).max()
+        )
 
 
 @pytest.mark.parametrize("hugging_face", (False, True))
 @pytest.mark.parametrize("kind", NETS)
 def test_there_and_back_is_the_same_file(kind, hugging_face):
-    state = {name: array for name, array in published.weights(NETS[kind]).items() if not name.endswith("tracked")}
+    state = {
+        name: array
+        for name, array in published.weights(NETS[kind]).items()
+        if not name.endswith("tracked")
+    }
     if hugging_face:
         state = {interop.hugging_face_name(name): array for name, array in state.items()}
     back = interop.store_intern_image(interop.load_intern_image(state), hugging_face=hugging_face)
@@ -106,38 +124,76 @@ def test_full_size_names_shapes_and_counts(kind):
     assert GOLDEN[kind].items() <= file.items()
     # Golden: parameters with the head of 1,000 classes; running statistics are none.
     statistics = ("running_mean", "running_var", "num_batches_tracked")
-    total = sum(int(np.prod(shape)) for name, shape in file.items() if not name.endswith(statistics))
+    total = sum(
+        int(np.prod(shape)) for name, shape in file.items() if not name.endswith(statistics)
+    )
     assert total == {"t": 29_918_424, "h": 1_089_636_760}[kind]
     empty = {name: np.broadcast_to(np.float32(0), shape) for name, shape in file.items()}
     if kind == "h":
-        empty = {name: array for name, array in empty.items() if not name.startswith("levels.") or name.startswith("levels.2.post")}
+        empty = {
+            name: array
+            for name, array in empty.items()
+            if not name.startswith("levels.") or name.startswith("levels.2.post")
+        }
     tree = interop.load_intern_image(empty)
     ours = intern_image.shapes(intern_image.PRESETS[f"internimage_{kind}"])
     assert shapes_of(tree["encoder"]["stem"]) == ours["stem"]
     if kind == "t":
-        assert shapes_of(tree["encoder"]) == {name: part for name, part in ours.items() if name != "fusion"}
-        name, sizes = presets.match_intern_image({path: array.shape for path, array in flat(tree["encoder"]).items()})
-        assert (name, sizes["encoder"]["patch_size"], sizes["encoder"]["width"]) == ("internimage_t", 32, 512)
+        assert shapes_of(tree["encoder"]) == {
+            name: part for name, part in ours.items() if name != "fusion"
+        }
+        name, sizes = presets.match_intern_image(
+            {path: array.shape for path, array in flat(tree["encoder"]).items()}
+        )
+        assert (name, sizes["encoder"]["patch_size"], sizes["encoder"]["width"]) == (
+            "internimage_t",
+            32,
+            512,
+        )
     else:
         assert shapes_of(tree["encoder"]["fusion"]) == ours["fusion"]
         assert shapes_of(tree["encoder"]["stage2"]["extra_norms"]) == ours["stage2"]["extra_norms"]
-        assert set(tree["pool"]) == {"key", "norm_key", "norm_query", "norm_value", "out", "query", "value"}  # of models.pooling
+        # of models.pooling
+        assert set(tree["pool"]) == {
+            "key",
+            "norm_key",
+            "norm_query",
+            "norm_value",
+            "out",
+            "query",
+            "value",
+        }
 
 
 @pytest.mark.parametrize("fused", (0, 64))
 @pytest.mark.parametrize("name", intern_image.PRESETS)
 def test_a_preset_is_known_by_its_shapes_alone(name, fused):
     net = dataclasses.replace(intern_image.PRESETS[name], fused=fused)
-    leaves = jax.tree_util.tree_leaves_with_path(intern_image.shapes(net), is_leaf=lambda node: isinstance(node, tuple))
+    leaves = jax.tree_util.tree_leaves_with_path(
+        intern_image.shapes(net), is_leaf=lambda node: isinstance(node, tuple)
+    )
     shapes = {"/".join(key.key for key in path): shape for path, shape in leaves}
     found, sizes = presets.match_intern_image(shapes)
     assert found == name and sizes["intern_image"]["offset_scale"] == net.offset_scale
-    assert (sizes["encoder"]["patch_size"], sizes["encoder"]["width"]) == (net.stride, fused or 8 * net.width)
-    assert presets.match_intern_image({path: shape for path, shape in shapes.items() if path != "stage3/norm/scale"} | {"x": (1,)}) is None
+    assert (sizes["encoder"]["patch_size"], sizes["encoder"]["width"]) == (
+        net.stride,
+        fused or 8 * net.width,
+    )
+    assert (
+        presets.match_intern_image(
+            {path: shape for path, shape in shapes.items() if path != "stage3/norm/scale"}
+            | {"x": (1,)}
+        )
+        is None
+    )
 
 
 def test_the_learned_fill_has_no_place_in_a_published_file():
-    state = {name: array for name, array in published.weights(NETS["t"]).items() if not name.endswith("tracked")}
+    state = {
+        name: array
+        for name, array in published.weights(NETS["t"]).items()
+        if not name.endswith("tracked")
+    }
     tree = interop.load_intern_image(state)
     tree["encoder"]["mask_token"] = np.zeros((1, 1, 1, 8))
     assert set(interop.store_intern_image(tree)) == set(state)
@@ -148,6 +204,8 @@ def test_other_files_are_refused():
         interop.load_intern_image({"blocks.0.attn.qkv.weight": np.zeros((3, 1))})
     state = published.weights(NETS["l"])
     with pytest.raises(UserError, match="stage2/layers/gamma1.*layer 0 of 2"):
-        interop.load_intern_image({name: array for name, array in state.items() if name != "levels.2.blocks.0.gamma1"})
+        interop.load_intern_image(
+            {name: array for name, array in state.items() if name != "levels.2.blocks.0.gamma1"}
+        )
     with pytest.raises(UserError, match="decoder/embed/kernel"):
         interop.store_intern_image({"decoder": {"embed": {"kernel": np.zeros(1)}}})

@@ -1,4 +1,5 @@
-"""Files of arrays: every bit, refusals on one line, nothing unpickled; the format's own library agrees where it is installed."""
+"""Files of arrays: every bit, refusals on one line, nothing unpickled; the format's own library
+agrees where it is installed."""
 
 import json
 import pathlib
@@ -23,9 +24,10 @@ def check(table) -> None:
     assert sorted(table) == sorted(TABLE) and len(table) == len(TABLE)
     for name, array in TABLE.items():
         assert table.shapes[name] == array.shape
-        assert table[name].dtype == array.dtype and np.ascontiguousarray(table[name]).tobytes() == np.ascontiguousarray(array).tobytes(), (
-            name
-        )
+        assert (
+            table[name].dtype == array.dtype
+            and np.ascontiguousarray(table[name]).tobytes() == np.ascontiguousarray(array).tobytes()
+        ), name
 
 
 def test_safetensors_keep_every_bit(tmp_path: pathlib.Path) -> None:
@@ -36,12 +38,20 @@ def test_safetensors_keep_every_bit(tmp_path: pathlib.Path) -> None:
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
-    assert header["__metadata__"] == {"format": "pt"} and header["half"]["dtype"] == "BF16" and length % 8 == 0
+    assert (
+        header["__metadata__"] == {"format": "pt"}
+        and header["half"]["dtype"] == "BF16"
+        and length % 8 == 0
+    )
 
 
 def test_the_library_of_the_format_agrees(tmp_path: pathlib.Path) -> None:
     library = pytest.importorskip("safetensors.numpy")
-    plain = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in TABLE.items() if name != "half"}
+    plain = {
+        name: np.ascontiguousarray(array).reshape(array.shape)
+        for name, array in TABLE.items()
+        if name != "half"
+    }
     tensor_files.write_safetensors(tmp_path / "ours.safetensors", plain)
     theirs = library.load((tmp_path / "ours.safetensors").read_bytes())
     for name, array in plain.items():
@@ -55,7 +65,10 @@ def test_npz_is_read_by_its_headers_and_never_unpickled(tmp_path: pathlib.Path) 
     table = {name: array for name, array in TABLE.items() if name != "half"}
     tensor_files.write_npz(tmp_path / "a.npz", table)
     got = tensor_files.read_tensors(tmp_path / "a.npz")
-    assert all(got[name].tobytes() == array.tobytes() and got.shapes[name] == array.shape for name, array in table.items())
+    assert all(
+        got[name].tobytes() == array.tobytes() and got.shapes[name] == array.shape
+        for name, array in table.items()
+    )
     np.savez(tmp_path / "objects.npz", x=np.array([{"a": 1}], dtype=object))
     with pytest.raises(UserError, match="not unpickled"):
         tensor_files.read_tensors(tmp_path / "objects.npz")
@@ -67,11 +80,15 @@ def test_a_directory_of_hugging_face_in_one_file_and_in_several(tmp_path: pathli
     check(tensor_files.read_tensors(one))
     names = sorted(TABLE)
     for n, part in enumerate((names[:3], names[3:])):
-        tensor_files.write_safetensors(several / f"model-{n}.safetensors", {name: TABLE[name] for name in part})
+        tensor_files.write_safetensors(
+            several / f"model-{n}.safetensors", {name: TABLE[name] for name in part}
+        )
     where = {name: f"model-{int(name in names[3:])}.safetensors" for name in names}
     (several / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     check(tensor_files.read_tensors(several))
-    (several / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../one/model.safetensors"}}))
+    (several / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "../one/model.safetensors"}})
+    )
     with pytest.raises(UserError, match="not to be trusted"):
         tensor_files.read_tensors(several)
 
@@ -84,14 +101,17 @@ def test_a_directory_of_hugging_face_in_one_file_and_in_several(tmp_path: pathli
         ("a.safetensors", struct.pack("<Q", 2) + b"{x", "a.safetensors: cannot be read"),
         (
             "a.safetensors",
-            struct.pack("<Q", 70) + b'{"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}'.ljust(70),
+            struct.pack("<Q", 70)
+            + b'{"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}'.ljust(70),
             "should lie at",
         ),
         ("a.npz", b"PK", "cannot be read as .npz"),
         ("a.txt", b"", "no file of weights"),
     ],
 )
-def test_a_broken_file_is_one_line(tmp_path: pathlib.Path, name: str, content: bytes, words: str) -> None:
+def test_a_broken_file_is_one_line(
+    tmp_path: pathlib.Path, name: str, content: bytes, words: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
         tensor_files.read_tensors(tmp_path / name)

@@ -1,5 +1,6 @@
-"""Against the libraries themselves: what timm and Transformers compute with their weights, we compute with them, and the other way round.
-Skipped without torch, timm and Transformers (the extra `torch`)."""
+"""Against the libraries themselves: what timm and Transformers compute with their weights, we
+compute with them, and the other way round. Skipped without torch, timm and Transformers (the extra
+`torch`)."""
 
 import dataclasses
 import pathlib
@@ -16,11 +17,20 @@ from m3i_jax.training import init_from
 from tests import saved, toy
 from tests.interop.published_vit import ENCODERS, OTHERS, shapes
 
-torch, timm, transformers = (pytest.importorskip(name) for name in ("torch", "timm", "transformers"))
+torch, timm, transformers = (
+    pytest.importorskip(name) for name in ("torch", "timm", "transformers")
+)
 
 SIZES = {"width": 32, "depth": 2, "heads": 2, "patch": 8, "grid": 4}
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128, "image_size": 32, "patch_size": 8}
+HF = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "image_size": 32,
+    "patch_size": 8,
+}
 BASE = {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
 HF_BASE = {
     "hidden_size": 768,
@@ -42,7 +52,9 @@ def exact():
 def shaken(model):
     """Random values everywhere, norms and biases too, of the size of trained ones."""
     for parameter in model.parameters():
-        parameter.add_(0.3 * parameter.std(correction=0).clamp(min=0.1) * torch.randn_like(parameter))
+        parameter.add_(
+            0.3 * parameter.std(correction=0).clamp(min=0.1) * torch.randn_like(parameter)
+        )
     return model.eval()
 
 
@@ -51,27 +63,40 @@ def pictures(side: int, count: int = 2) -> np.ndarray:
 
 
 def close(got: np.ndarray, expected, tolerance: float = 1e-5) -> None:
-    """To `tolerance` of the largest number: tokens reach a hundred, and float32 has seven digits."""
+    """To `tolerance` of the largest number: tokens reach a hundred, and float32 has seven
+    digits."""
     expected = expected.numpy() if hasattr(expected, "numpy") else expected
     assert got.shape == expected.shape
-    assert np.abs(got - expected).max() <= tolerance * max(1.0, np.abs(expected).max()), np.abs(got - expected).max()
+    assert np.abs(got - expected).max() <= tolerance * max(1.0, np.abs(expected).max()), np.abs(
+        got - expected
+    ).max()
 
 
 def normal(model: load.LoadedEncoder, raw: np.ndarray):
     augment = model.config.data.augment
-    pixels = (raw / np.float32(255) - np.array(augment.mean, np.float32)) / np.array(augment.std, np.float32)
+    pixels = (raw / np.float32(255) - np.array(augment.mean, np.float32)) / np.array(
+        augment.std, np.float32
+    )
     return torch.from_numpy(pixels.astype(np.float32).transpose(0, 3, 1, 2).copy())
 
 
-def from_timm(place: pathlib.Path, arguments: dict, name: str = "vit_base_patch16_224", suffix: str = ".safetensors") -> None:
+def from_timm(
+    place: pathlib.Path,
+    arguments: dict,
+    name: str = "vit_base_patch16_224",
+    suffix: str = ".safetensors",
+) -> None:
     model = shaken(timm.create_model(name, pretrained=False, num_classes=3, **arguments))
     path = place / f"model{suffix}"
     if suffix == ".safetensors":
-        tensor_files.write_safetensors(path, {name: value.numpy() for name, value in model.state_dict().items()})
+        tensor_files.write_safetensors(
+            path, {name: value.numpy() for name, value in model.state_dict().items()}
+        )
     else:
         torch.save({"model": model.state_dict(), "epoch": 3}, path)
     mine = load.load(str(path), pool="tokens", heads=arguments["num_heads"])
-    mine.config = with_encoder(mine.config, activation=arguments.get("act_layer", "gelu"))  # a bare file of timm's cannot tell
+    # a bare file of timm's cannot tell
+    mine.config = with_encoder(mine.config, activation=arguments.get("act_layer", "gelu"))
     raw = pictures(arguments["img_size"])
     close(mine.features(raw), model.forward_features(normal(mine, raw)))
 
@@ -98,7 +123,9 @@ def test_a_file_of_torchs_own(tmp_path: pathlib.Path) -> None:
 
 
 def hugging_face(place: pathlib.Path, kind: str, sizes: dict) -> None:
-    config = {"ViTModel": transformers.ViTConfig, "CLIPVisionModel": transformers.CLIPVisionConfig}[kind](**sizes)
+    config = {"ViTModel": transformers.ViTConfig, "CLIPVisionModel": transformers.CLIPVisionConfig}[
+        kind
+    ](**sizes)
     model = shaken(getattr(transformers, kind)(config))
     model.save_pretrained(place)
     mine = load.load(str(place), pool="tokens")
@@ -107,10 +134,16 @@ def hugging_face(place: pathlib.Path, kind: str, sizes: dict) -> None:
     if kind == "ViTModel":
         close(mine.features(raw), out.last_hidden_state)  # the file has the norm, so it is ours too
     else:
-        close(mine.features(raw), getattr(model, "vision_model", model).post_layernorm(out.last_hidden_state))
+        close(
+            mine.features(raw),
+            getattr(model, "vision_model", model).post_layernorm(out.last_hidden_state),
+        )
     without = load.load(str(place), pool="tokens")
     without.config = with_encoder(without.config, final_norm=False)
-    close(without.features(raw), out.hidden_states[-1] if kind == "ViTModel" else out.last_hidden_state)
+    close(
+        without.features(raw),
+        out.hidden_states[-1] if kind == "ViTModel" else out.last_hidden_state,
+    )
 
 
 @pytest.mark.parametrize("kind", ["ViTModel", "CLIPVisionModel"])
@@ -119,7 +152,12 @@ def test_we_compute_what_transformers_does(tmp_path: pathlib.Path, kind: str) ->
 
 
 def test_masked_auto_encoders_of_transformers_are_known(tmp_path: pathlib.Path) -> None:
-    sizes = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 32}
+    sizes = {
+        "decoder_hidden_size": 16,
+        "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 2,
+        "decoder_intermediate_size": 32,
+    }
     model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**HF, **sizes))
     model.save_pretrained(tmp_path)
     found = vit_weights.load_vit(tensor_files.read_tensors(tmp_path))
@@ -161,7 +199,9 @@ def both_ways(place: pathlib.Path, library: str, mine: load.LoadedEncoder) -> No
 
 def test_timms_own_loader_reads_our_npz(tmp_path: pathlib.Path) -> None:
     mine = random_encoder(tmp_path / "run", final_norm="true")
-    tensor_files.write_npz(tmp_path / "vit.npz", vit_weights.store_vit(mode.tree_of(mine), "google", heads=2))
+    tensor_files.write_npz(
+        tmp_path / "vit.npz", vit_weights.store_vit(mode.tree_of(mine), "google", heads=2)
+    )
     name, arguments = export_formats.timm_arguments(mode._described(mine)[0], 32)
     model = timm.create_model(name, pretrained=False, **arguments).eval()
     model.load_pretrained(str(tmp_path / "vit.npz"))
@@ -174,9 +214,16 @@ def test_the_tables_of_names_are_theirs(tmp_path: pathlib.Path) -> None:
     real = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     assert real == shapes(f"{ENCODERS['timm']} | {OTHERS['timm']}", **SIZES)
     transformers.ViTModel(transformers.ViTConfig(**HF)).save_pretrained(tmp_path / "hf")
-    assert tensor_files.read_tensors(tmp_path / "hf").shapes == shapes(f"{ENCODERS['hf']} | {OTHERS['hf']}", **SIZES)
-    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**HF)).save_pretrained(tmp_path / "clip")
-    files = {name.removeprefix("vision_model."): shape for name, shape in tensor_files.read_tensors(tmp_path / "clip").shapes.items()}
+    assert tensor_files.read_tensors(tmp_path / "hf").shapes == shapes(
+        f"{ENCODERS['hf']} | {OTHERS['hf']}", **SIZES
+    )
+    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**HF)).save_pretrained(
+        tmp_path / "clip"
+    )
+    files = {
+        name.removeprefix("vision_model."): shape
+        for name, shape in tensor_files.read_tensors(tmp_path / "clip").shapes.items()
+    }
     assert files == shapes(ENCODERS["clip"], **SIZES)
 
 
@@ -191,6 +238,10 @@ def test_vit_base_as_they_compute_it(tmp_path: pathlib.Path, library: str) -> No
 @pytest.mark.parametrize("final_norm", ["false", "true"])
 def test_vit_base_as_we_compute_it(tmp_path: pathlib.Path, library: str, final_norm: str) -> None:
     sizes = {"width": 768, "patch_size": 16, "depth": 12, "heads": 12, "final_norm": final_norm}
-    config = toy.settings(data__image_size=224, objective__forms="mim", **{f"model__encoder__{name}": n for name, n in sizes.items()})
+    config = toy.settings(
+        data__image_size=224,
+        objective__forms="mim",
+        **{f"model__encoder__{name}": n for name, n in sizes.items()},
+    )
     saved.run(tmp_path / "run", config)
     both_ways(tmp_path, library, load.load(str(tmp_path / "run"), pool="tokens"))

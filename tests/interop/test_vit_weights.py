@@ -1,4 +1,5 @@
-"""Weights of timm, MAE, SiameseIM, Hugging Face and Google: exact names and shapes, every bit both ways, and what is refused."""
+"""Weights of timm, MAE, SiameseIM, Hugging Face and Google: exact names and shapes, every bit both
+ways, and what is refused."""
 
 import numpy as np
 import pytest
@@ -7,7 +8,9 @@ from m3i_jax.errors import UserError
 from m3i_jax.interop import vit_layouts, vit_weights
 from tests.interop.published_vit import ENCODERS, OTHERS, SIAMESE_DECODER, TINY, weights
 
-ENCODER = {  # of our ViT with a final norm and a learned table; D = 16, F = 64, two layers, patches of 4, 9 cells and cls
+# of our ViT with a final norm and a learned table; D = 16, F = 64, two layers, patches of 4, 9
+# cells and cls
+ENCODER = {
     "encoder/cls_token": (1, 1, 16), "encoder/positions": (1, 10, 16), "encoder/patch_embed/kernel": (48, 16),
     "encoder/patch_embed/bias": (16,), "encoder/norm/scale": (16,), "encoder/norm/bias": (16,),
     **{f"encoder/blocks/norm{n}/{what}": (2, 16) for n in (1, 2) for what in ("scale", "bias")},
@@ -30,55 +33,87 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
 @pytest.mark.parametrize("layout", ENCODERS)
 def test_every_bit_goes_both_ways(layout: str) -> None:
     theirs = weights(ENCODERS[layout], **TINY)
-    others = weights(OTHERS[layout], 1, **TINY) | (weights(SIAMESE_DECODER, 2, **TINY) if layout == "siamese_im" else {})
+    others = weights(OTHERS[layout], 1, **TINY) | (
+        weights(SIAMESE_DECODER, 2, **TINY) if layout == "siamese_im" else {}
+    )
     found = vit_weights.load_vit({**theirs, **others})
     assert found.layout == layout and not found.unknown and not found.notes
     mine = {path: array for path, array in found.arrays.items() if path.startswith("encoder/")}
-    wanted = {path: shape for path, shape in ENCODER.items() if layout not in WITHOUT_NORM or "/norm/" not in path} | EXTRA.get(layout, {})
+    wanted = {
+        path: shape
+        for path, shape in ENCODER.items()
+        if layout not in WITHOUT_NORM or "/norm/" not in path
+    } | EXTRA.get(layout, {})
     assert {path: array.shape for path, array in mine.items()} == wanted
     same(vit_weights.store_vit(mine, layout, heads=2), theirs)
 
 
 @pytest.mark.parametrize("layout", ENCODERS)
 def test_from_one_layout_into_every_other_and_back(layout: str) -> None:
-    """A file of one project becomes a file of another and comes back with every bit; with CLIP, which has no bias of the patch embedding,
-    where that is zero."""
-    theirs = weights(ENCODERS["timm"], **TINY) | ({"patch_embed.proj.bias": np.zeros(16, np.float32)} if layout == "clip" else {})
+    """A file of one project becomes a file of another and comes back with every bit; with CLIP,
+    which has no bias of the patch embedding, where that is zero."""
+    theirs = weights(ENCODERS["timm"], **TINY) | (
+        {"patch_embed.proj.bias": np.zeros(16, np.float32)} if layout == "clip" else {}
+    )
     between = vit_weights.store_vit(vit_weights.load_vit(theirs).arrays, layout, heads=2)
     same(vit_weights.store_vit(vit_weights.load_vit(between).arrays, "timm", heads=2), theirs)
 
 
 def test_values_land_where_they_mean_the_same() -> None:
-    """Against the definitions: a linear layer is x W' + b there and x W + b here; a patch embedding is a convolution; [q | k | v]."""
+    """Against the definitions: a linear layer is x W' + b there and x W + b here; a patch embedding
+    is a convolution; [q | k | v]."""
     r = np.random.default_rng(0)
     theirs = weights(ENCODERS["timm"], **TINY)
     here = vit_weights.load_vit(theirs).arrays
     x = r.normal(size=(5, 16)).astype(np.float32)
-    for name, path in {"mlp.fc1": "mlp/fc1", "attn.proj": "attention/out", "attn.qkv": "attention/qkv"}.items():
+    for name, path in {
+        "mlp.fc1": "mlp/fc1",
+        "attn.proj": "attention/out",
+        "attn.qkv": "attention/qkv",
+    }.items():
         expected = x @ theirs[f"blocks.1.{name}.weight"].T + theirs[f"blocks.1.{name}.bias"]
         np.testing.assert_allclose(
-            x @ here[f"encoder/blocks/{path}/kernel"][1] + here[f"encoder/blocks/{path}/bias"][1], expected, atol=1e-6
+            x @ here[f"encoder/blocks/{path}/kernel"][1] + here[f"encoder/blocks/{path}/bias"][1],
+            expected,
+            atol=1e-6,
         )
     picture = r.normal(size=(4, 4, 3)).astype(np.float32)
     convolved = np.einsum("dcij,ijc->d", theirs["patch_embed.proj.weight"], picture)
-    np.testing.assert_allclose(picture.reshape(-1) @ here["encoder/patch_embed/kernel"], convolved, atol=1e-5)
+    np.testing.assert_allclose(
+        picture.reshape(-1) @ here["encoder/patch_embed/kernel"], convolved, atol=1e-5
+    )
     apart = vit_weights.store_vit(here, "hf", heads=2)
     for n, name in enumerate(("query", "key", "value")):
         part = apart[f"encoder.layer.0.attention.attention.{name}.weight"]
-        np.testing.assert_array_equal(part, theirs["blocks.0.attn.qkv.weight"][16 * n : 16 * n + 16])
-    heads = vit_weights.store_vit(here, "google", heads=2)["Transformer/encoderblock_1/MultiHeadDotProductAttention_1/key/kernel"]
-    np.testing.assert_array_equal(heads[:, 1], theirs["blocks.1.attn.qkv.weight"][16 + 8 : 16 + 16].T)  # rows of k, second head
+        np.testing.assert_array_equal(
+            part, theirs["blocks.0.attn.qkv.weight"][16 * n : 16 * n + 16]
+        )
+    heads = vit_weights.store_vit(here, "google", heads=2)[
+        "Transformer/encoderblock_1/MultiHeadDotProductAttention_1/key/kernel"
+    ]
+    # rows of k, second head
+    np.testing.assert_array_equal(
+        heads[:, 1], theirs["blocks.1.attn.qkv.weight"][16 + 8 : 16 + 16].T
+    )
 
 
 def test_the_momentum_copy_of_siamese_im_is_the_other_encoder() -> None:
-    theirs = weights(ENCODERS["siamese_im"] + "|" + OTHERS["siamese_im"] + "|" + SIAMESE_DECODER, **TINY)
+    theirs = weights(
+        ENCODERS["siamese_im"] + "|" + OTHERS["siamese_im"] + "|" + SIAMESE_DECODER, **TINY
+    )
     online, copy = vit_weights.load_vit(theirs), vit_weights.load_vit(theirs, momentum=True)
     path, name = "encoder/blocks/mlp/fc1/bias", "blocks.1.mlp.fc1.bias"
     np.testing.assert_array_equal(online.arrays[path][1], theirs[name])
     np.testing.assert_array_equal(copy.arrays[path][1], theirs[f"mm_{name}"])
-    assert online.unused["momentum copy"] == sum(name.startswith("mm_") for name in theirs) and "momentum copy" not in copy.unused
-    np.testing.assert_array_equal(copy.arrays["decoder/head/bias"], theirs["decoder_pred.bias"])  # has no copy: the only one there is
-    assert online.arrays["decoder/projector/norm2/scale"].shape == (2, 16) and online.arrays["decoder/position_map/kernel"].shape == (
+    assert (
+        online.unused["momentum copy"] == sum(name.startswith("mm_") for name in theirs)
+        and "momentum copy" not in copy.unused
+    )
+    # has no copy: the only one there is
+    np.testing.assert_array_equal(copy.arrays["decoder/head/bias"], theirs["decoder_pred.bias"])
+    assert online.arrays["decoder/projector/norm2/scale"].shape == (2, 16) and online.arrays[
+        "decoder/position_map/kernel"
+    ].shape == (
         32,
         16,
     )
@@ -88,12 +123,21 @@ def test_the_momentum_copy_of_siamese_im_is_the_other_encoder() -> None:
 
 def test_layer_scale_becomes_part_of_the_matrix_before_it() -> None:
     theirs, r = weights(ENCODERS["timm"], **TINY), np.random.default_rng(3)
-    gamma = {f"blocks.{layer}.ls{n}.gamma": r.normal(size=16).astype(np.float32) for layer in range(2) for n in (1, 2)}
+    gamma = {
+        f"blocks.{layer}.ls{n}.gamma": r.normal(size=16).astype(np.float32)
+        for layer in range(2)
+        for n in (1, 2)
+    }
     found = vit_weights.load_vit({**theirs, **gamma})
     assert len(found.notes) == 2
     x = r.normal(size=(3, 64)).astype(np.float32)
-    expected = (x @ theirs["blocks.1.mlp.fc2.weight"].T + theirs["blocks.1.mlp.fc2.bias"]) * gamma["blocks.1.ls2.gamma"]
-    got = x @ found.arrays["encoder/blocks/mlp/fc2/kernel"][1] + found.arrays["encoder/blocks/mlp/fc2/bias"][1]
+    expected = (x @ theirs["blocks.1.mlp.fc2.weight"].T + theirs["blocks.1.mlp.fc2.bias"]) * gamma[
+        "blocks.1.ls2.gamma"
+    ]
+    got = (
+        x @ found.arrays["encoder/blocks/mlp/fc2/kernel"][1]
+        + found.arrays["encoder/blocks/mlp/fc2/bias"][1]
+    )
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
@@ -102,38 +146,81 @@ def test_clip_has_no_bias_of_the_patch_embedding_so_ours_moves_into_the_position
     stored = vit_weights.store_vit(tree, "clip", heads=2)
     assert "embeddings.patch_embedding.bias" not in stored
     moved = stored["embeddings.position_embedding.weight"] - tree["encoder/positions"][0]
-    np.testing.assert_allclose(moved[1:], np.broadcast_to(tree["encoder/patch_embed/bias"], (9, 16)), atol=1e-6)
+    np.testing.assert_allclose(
+        moved[1:], np.broadcast_to(tree["encoder/patch_embed/bias"], (9, 16)), atol=1e-6
+    )
     np.testing.assert_array_equal(moved[0], 0)
 
 
 def test_prefixes_and_what_files_hold_besides() -> None:
-    hf = {f"vit.{name}": array for name, array in weights(ENCODERS["hf"], **TINY).items()} | {"classifier.weight": np.zeros((3, 16))}
+    hf = {f"vit.{name}": array for name, array in weights(ENCODERS["hf"], **TINY).items()} | {
+        "classifier.weight": np.zeros((3, 16))
+    }
     found = vit_weights.load_vit(hf)
-    assert found.layout == "hf" and found.unused == {"classifier and pooler": 1} and len(found.arrays) == len(ENCODER)
-    clip = {f"vision_model.{name}": array for name, array in weights(ENCODERS["clip"], **TINY).items()}
-    clip |= {"text_model.encoder.layers.0.self_attn.q_proj.weight": np.zeros((4, 4)), "logit_scale": np.zeros(())}
+    assert (
+        found.layout == "hf"
+        and found.unused == {"classifier and pooler": 1}
+        and len(found.arrays) == len(ENCODER)
+    )
+    clip = {
+        f"vision_model.{name}": array for name, array in weights(ENCODERS["clip"], **TINY).items()
+    }
+    clip |= {
+        "text_model.encoder.layers.0.self_attn.q_proj.weight": np.zeros((4, 4)),
+        "logit_scale": np.zeros(()),
+    }
     found = vit_weights.load_vit({**clip, "surprise": np.zeros(3)})
-    assert found.layout == "clip" and found.unused == {"text tower and projections": 2} and found.unknown == ["surprise"]
-    assert vit_weights.store_vit({"encoder/cls_token": np.ones((1, 1, 4))}, "hf", heads=1, prefix="vit.").keys() == {"vit.embeddings.cls_token"}
+    assert (
+        found.layout == "clip"
+        and found.unused == {"text tower and projections": 2}
+        and found.unknown == ["surprise"]
+    )
+    assert vit_weights.store_vit(
+        {"encoder/cls_token": np.ones((1, 1, 4))}, "hf", heads=1, prefix="vit."
+    ).keys() == {"vit.embeddings.cls_token"}
 
 
 def test_settings_come_from_shapes_and_from_the_json_beside() -> None:
     sizes = {"patch_size": 4, "width": 16, "depth": 2, "mlp_ratio": 4.0, "cls_token": True}
     told = vit_weights.load_vit(weights(ENCODERS["google"], **TINY)).settings
-    assert sizes.items() <= told.items() and told["heads"] == 2 and told["activation"] == "gelu_tanh" and told["mean"] == (0.5, 0.5, 0.5)
-    clip = {"vision_config": {"num_attention_heads": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-3}}
+    assert (
+        sizes.items() <= told.items()
+        and told["heads"] == 2
+        and told["activation"] == "gelu_tanh"
+        and told["mean"] == (0.5, 0.5, 0.5)
+    )
+    clip = {
+        "vision_config": {"num_attention_heads": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-3}
+    }
     told = vit_weights.load_vit(weights(ENCODERS["clip"], **TINY), config=clip).settings
-    assert (told["heads"], told["activation"], told["norm_eps"], told["embedding_norm"]) == (4, "gelu", 1e-3, True)
-    timm = {"model_args": {"num_heads": 8}, "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}}
+    assert (told["heads"], told["activation"], told["norm_eps"], told["embedding_norm"]) == (
+        4,
+        "gelu",
+        1e-3,
+        True,
+    )
+    timm = {
+        "model_args": {"num_heads": 8},
+        "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]},
+    }
     told = vit_weights.load_vit(weights(ENCODERS["timm"], **TINY), config=timm).settings
-    assert told["heads"] == 8 and told["mean"] == (0.1, 0.2, 0.3) and told["final_norm"] and not told["embedding_norm"]
+    assert (
+        told["heads"] == 8
+        and told["mean"] == (0.1, 0.2, 0.3)
+        and told["final_norm"]
+        and not told["embedding_norm"]
+    )
 
 
 def test_what_is_refused() -> None:
     whole = weights(ENCODERS["timm"], **TINY)
     without = {name: array for name, array in whole.items() if name != "blocks.0.mlp.fc2.bias"}
     ragged = {**whole, "blocks.1.norm1.bias": np.zeros(8, np.float32)}
-    query = {n: a for n, a in weights(ENCODERS["hf"], **TINY).items() if "layer.1.attention.attention.key.bias" not in n}
+    query = {
+        n: a
+        for n, a in weights(ENCODERS["hf"], **TINY).items()
+        if "layer.1.attention.attention.key.bias" not in n
+    }
     for table, words in (
         ({"fc.weight": np.zeros(3)}, ("no layout", "fc.weight", "timm")),
         (without, ("blocks.0.mlp.fc2.bias is missing",)),
@@ -142,19 +229,39 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(UserError) as error:
             vit_weights.load_vit(table)
-        assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(error.value)
-    with pytest.raises(UserError, match="encoder/norm/scales has no name in the layout timm; nearest is encoder/norm/scale"):
+        assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), (
+            str(error.value)
+        )
+    with pytest.raises(
+        UserError,
+        match="encoder/norm/scales has no name in the layout timm; nearest is encoder/norm/scale",
+    ):
         vit_weights.store_vit({"encoder/norm/scales": np.ones(3)}, "timm", heads=1)
 
 
 def test_an_intern_image_file_is_seen_as_one() -> None:
-    found = vit_weights.load_vit({"patch_embed.conv1.weight": np.zeros((32, 3, 3, 3)), "levels.0.blocks.0.gamma1": np.zeros(64)})
-    assert found.layout == "intern_image" and found.arrays["encoder/stage0/layers/gamma1"].shape == (1, 64)
+    found = vit_weights.load_vit(
+        {
+            "patch_embed.conv1.weight": np.zeros((32, 3, 3, 3)),
+            "levels.0.blocks.0.gamma1": np.zeros(64),
+        }
+    )
+    assert found.layout == "intern_image" and found.arrays[
+        "encoder/stage0/layers/gamma1"
+    ].shape == (1, 64)
     assert found.settings == {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    beside = {"num_attention_heads": 3, "image_mean": [0.1, 0.2, 0.3], "crop_size": {"height": 384, "width": 384}}
-    told = vit_weights.load_vit({"model.patch_embed.conv1.weight": np.zeros((32, 3, 3, 3))}, config=beside).settings
+    beside = {
+        "num_attention_heads": 3,
+        "image_mean": [0.1, 0.2, 0.3],
+        "crop_size": {"height": 384, "width": 384},
+    }
+    told = vit_weights.load_vit(
+        {"model.patch_embed.conv1.weight": np.zeros((32, 3, 3, 3))}, config=beside
+    ).settings
     assert told == {"mean": (0.1, 0.2, 0.3), "std": (0.229, 0.224, 0.225), "image_size": 384}
-    with pytest.raises(UserError, match="InternImage and no momentum copy: use init.weights=online"):
+    with pytest.raises(
+        UserError, match="InternImage and no momentum copy: use init.weights=online"
+    ):
         vit_weights.load_vit({"patch_embed.conv1.weight": np.zeros((32, 3, 3, 3))}, momentum=True)
 
 

@@ -14,4 +14,6 @@ def tpu_mesh(request: pytest.FixtureRequest) -> jax.sharding.Mesh:
     """Four chips of a kind, as replicas."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu")
-    return parallel.make_mesh((-1, 1, 1), topology.topology_devices(topology.parse_topology(request.param)))
+    return parallel.make_mesh(
+        (-1, 1, 1), topology.topology_devices(topology.parse_topology(request.param))
+    )

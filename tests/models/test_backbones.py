@@ -1,4 +1,5 @@
-"""Encoders behind one face: InternImage as an encoder of the objective, what it cannot do, and the layers of either."""
+"""Encoders behind one face: InternImage as an encoder of the objective, what it cannot do, and the
+layers of either."""
 
 import functools
 from typing import Any
@@ -26,7 +27,8 @@ def chosen(name: str, **data: object) -> schema.Config:
     return configuration.resolve(config)
 
 
-# Of the published backbones with the fusion of M3I to the width of the decoder: stage 4 to 4 D, stage 3 to D, both with biases.
+# Of the published backbones with the fusion of M3I to the width of the decoder: stage 4 to 4 D,
+# stage 3 to D, both with biases.
 FUSED = {"t": 512, "s": 640, "b": 896, "l": 1024, "xl": 1024, "h": 1024, "g": 1024}
 
 
@@ -35,12 +37,26 @@ def test_presets_are_whole_models(size: str) -> None:
     name, width = f"internimage_{size}", FUSED[size]
     config, net = chosen(name, image_size=192), intern_image.PRESETS[f"internimage_{size}"]
     e, d, pool = config.model.encoder, config.model.decoder, config.model.pool
-    assert (e.width, d.width, pool.width, config.tokens, config.optim.clip) == (width, width, 768, 144, 5.0)
+    assert (e.width, d.width, pool.width, config.tokens, config.optim.clip) == (
+        width,
+        width,
+        768,
+        144,
+        5.0,
+    )
     assert width // d.heads == width // pool.heads == 64
     assert backbones.intern_image_config(config.model) == net
-    shapes = jax.eval_shape(lambda key: m3i.init(config, key, terms.FORMS["m3i"], classes=1000, vocabulary=49_408), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: m3i.init(config, key, terms.FORMS["m3i"], classes=1000, vocabulary=49_408),
+        jax.random.key(0),
+    )
     found = dict(m3i.parameter_table(shapes))
-    assert found["encoder"] == intern_image.parameter_count(net) + (8 * net.width + 1) * 4 * width + (4 * net.width + 1) * width
+    assert (
+        found["encoder"]
+        == intern_image.parameter_count(net)
+        + (8 * net.width + 1) * 4 * width
+        + (4 * net.width + 1) * width
+    )
     assert found["pool"] == 3 * (width**2 + width + 2 * width) + (width + 1) * 768
     assert found["text"] == 123_650_304
 
@@ -48,22 +64,34 @@ def test_presets_are_whole_models(size: str) -> None:
 def test_the_largest_model_of_the_paper_in_numbers() -> None:
     """Golden: section 8.2's backbone, the fusion, and attention pooling from 1024 to 768."""
     config = chosen("internimage_h", image_size=192)
-    shapes = jax.eval_shape(lambda key: m3i.init(config, key, terms.FORMS["m3i"], classes=0, vocabulary=9), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: m3i.init(config, key, terms.FORMS["m3i"], classes=0, vocabulary=9),
+        jax.random.key(0),
+    )
     found = dict(m3i.parameter_table(shapes))
     assert (found["encoder"], found["pool"]) == (1_073_122_480 + 11_801_600, 3_942_144)
-    assert config.model.encoder.drop_path == 0.2 and backbones.backbone_drop_rates(config.model).tolist() == [np.float32(0.2)] * 50
+    assert (
+        config.model.encoder.drop_path == 0.2
+        and backbones.backbone_drop_rates(config.model).tolist() == [np.float32(0.2)] * 50
+    )
 
 
 @functools.cache
 def started(**changes: object) -> tuple[schema.Config, dict]:
     config = toy.settings(**toy.INTERN, **changes)
-    return config, jit(lambda key: backbones.get_backbone(config.model).init(config.model, key, mask_token=True))(jax.random.key(0))
+    return config, jit(
+        lambda key: backbones.get_backbone(config.model).init(config.model, key, mask_token=True)
+    )(jax.random.key(0))
 
 
 @functools.cache
 def encoder():
     config, _ = started()
-    return jit(lambda params, patches, index, hidden: m3i.encode(config, params, patches, index=index, hidden=hidden))
+    return jit(
+        lambda params, patches, index, hidden: m3i.encode(
+            config, params, patches, index=index, hidden=hidden
+        )
+    )
 
 
 def patches(seed: int = 0) -> jax.Array:
@@ -71,7 +99,8 @@ def patches(seed: int = 0) -> jax.Array:
 
 
 def test_cells_that_are_not_read_are_filled_and_have_no_feature() -> None:
-    """What a ViT drops, a convolution sees as the learned vector; the features of the cells that are read go on."""
+    """What a ViT drops, a convolution sees as the learned vector; the features of the cells that
+    are read go on."""
     _, params = started()
     index = jnp.array([[0, 3, 7, 12], [1, 2, 8, 15]])
     hidden = jnp.ones((2, 16), bool).at[jnp.arange(2)[:, None], index].set(False)
@@ -86,21 +115,26 @@ def test_cells_that_are_not_read_are_filled_and_have_no_feature() -> None:
 def test_both_in_one_call_and_means_over_blocks_are_refused() -> None:
     config, params = started()
     with pytest.raises(ValueError, match="not both"):
-        m3i.encode(config, params, patches(), index=jnp.zeros((2, 1), int), hidden=jnp.zeros((2, 16), bool))
+        m3i.encode(
+            config, params, patches(), index=jnp.zeros((2, 1), int), hidden=jnp.zeros((2, 16), bool)
+        )
     with pytest.raises(ValueError, match="no mean over the last"):
         m3i.encode(config, params, patches(), blocks=2)
 
 
 @pytest.mark.parametrize("cell", [8, 16])
 def test_mixing_patches_is_mixing_pixels(cell: int) -> None:
-    """Cells as large as a patch, and of two by two patches: twice as large as the stride of the dense features, as 32 is to 16."""
+    """Cells as large as a patch, and of two by two patches: twice as large as the stride of the
+    dense features, as 32 is to 16."""
     config = toy.settings(**toy.INTERN, data__mask_cell=cell)
     side = 32 // cell
     mask = masks.blockwise(0, 0, 4, grid=side, hidden=side * side // 2)
     views = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype(np.float32)
     shown = mask.reshape(4, side, side).repeat(cell, 1).repeat(cell, 2)[..., None]
     by_pixel = np.where(shown, views, views[[1, 0, 3, 2]])
-    by_patch = mixing.mix(vit.patchify(jnp.asarray(views), 8), masks.upsample_masks(mask, config.cell))
+    by_patch = mixing.mix(
+        vit.patchify(jnp.asarray(views), 8), masks.upsample_masks(mask, config.cell)
+    )
     np.testing.assert_array_equal(intern_image.unpatchify(by_patch, config.grid), by_pixel)
     assert config.hidden == 8 and config.cell == cell // 8
 
@@ -165,8 +199,12 @@ def test_layers_of_the_encoder() -> None:
     assert [below(f"stage{n}/layers/mlp/fc1/kernel").tolist()[:: length - 1] for n, length in enumerate((6, 6, 32, 6))] == [
         [49, 44], [43, 38], [37, 6], [5, 0]
     ]  # fmt: skip
-    vit_b, plain = backbones.VIT.below, schema.Model()  # twelve blocks: 0.65 ** (13 - id), ids as in MAE's fine-tuning
-    assert vit_b(plain, "patch_embed/kernel") == vit_b(plain, "cls_token") == 13 and vit_b(plain, "norm/scale") == 0
+    # twelve blocks: 0.65 ** (13 - id), ids as in MAE's fine-tuning
+    vit_b, plain = backbones.VIT.below, schema.Model()
+    assert (
+        vit_b(plain, "patch_embed/kernel") == vit_b(plain, "cls_token") == 13
+        and vit_b(plain, "norm/scale") == 0
+    )
     assert vit_b(plain, "blocks/mlp/fc1/kernel").tolist() == list(range(12, 0, -1))
 
 
@@ -184,26 +222,42 @@ def test_rates_of_every_kind_of_parameter() -> None:
         "decoder/blocks/mlp/fc1/kernel": 1.0,
         "text/blocks/norm1/scale": 1.0,
     }
-    assert {path: float(np.squeeze(optimizer.lr_factor(config, path))) for path in rates} == pytest.approx(rates)
-    slow = toy.settings(**toy.INTERN, optim__layer_decay=0.5, optim__center_lr=0.25, optim__encoder_lr=0.5)
+    assert {
+        path: float(np.squeeze(optimizer.lr_factor(config, path))) for path in rates
+    } == pytest.approx(rates)
+    slow = toy.settings(
+        **toy.INTERN, optim__layer_decay=0.5, optim__center_lr=0.25, optim__encoder_lr=0.5
+    )
     for path, rate in rates.items():
-        assert np.squeeze(optimizer.lr_factor(slow, path)) == pytest.approx(rate / 2 if path.startswith("encoder/") else rate)
+        assert np.squeeze(optimizer.lr_factor(slow, path)) == pytest.approx(
+            rate / 2 if path.startswith("encoder/") else rate
+        )
 
 
 def scaled(config: schema.Config) -> dict[str, Any]:
     """What updates of ones become."""
-    params = jax.eval_shape(lambda key: m3i.init(config, key, terms.FORMS["sim"], classes=0, vocabulary=0), jax.random.key(0))
-    return optimizer.scale_by_lr_factor(config).update(jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), params), ())[0]
+    params = jax.eval_shape(
+        lambda key: m3i.init(config, key, terms.FORMS["sim"], classes=0, vocabulary=0),
+        jax.random.key(0),
+    )
+    return optimizer.scale_by_lr_factor(config).update(
+        jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), params), ()
+    )[0]
 
 
 def test_matrices_of_many_inputs_learn_slower_if_asked() -> None:
-    changes = {"model__intern_image__depths": "(1,1,3,1)", "model__decoder__projector_depth": "1", "model__encoder__cls_token": "false"}
+    changes = {
+        "model__intern_image__depths": "(1,1,3,1)",
+        "model__decoder__projector_depth": "1",
+        "model__encoder__cls_token": "false",
+    }
     config = toy.settings(**(toy.INTERN | changes), optim__fan_in_lr=24)
     updates = scaled(config)
     stage, decoder = updates["encoder"]["stage2"], updates["decoder"]
     rates = [
         (updates["encoder"]["stem"]["conv1"]["kernel"], 24 / 27),
-        (stage["layers"]["dcn"]["depthwise"]["kernel"], 1.0),  # adds up 9 numbers, whatever its channels
+        # adds up 9 numbers, whatever its channels
+        (stage["layers"]["dcn"]["depthwise"]["kernel"], 1.0),
         (stage["layers"]["mlp"]["fc1"]["kernel"], 24 / 32),
         (stage["layers"]["mlp"]["fc2"]["kernel"], 24 / 128),
         (stage["layers"]["mlp"]["fc2"]["bias"], 1.0),
@@ -221,14 +275,23 @@ def test_updates_are_scaled_by_their_rates() -> None:
     config = toy.settings(**toy.INTERN, optim__layer_decay=0.5)
     updates = scaled(config)
     assert sorted(updates) == ["decoder", "encoder"]
-    np.testing.assert_allclose(updates["encoder"]["stage1"]["layers"]["dcn"]["offsets"]["kernel"], 0.1 * 0.25, rtol=1e-6)
+    np.testing.assert_allclose(
+        updates["encoder"]["stage1"]["layers"]["dcn"]["offsets"]["kernel"], 0.1 * 0.25, rtol=1e-6
+    )
     np.testing.assert_array_equal(updates["decoder"]["mask_token"], 1.0)
 
 
 def test_norms_scales_and_tokens_are_not_decayed() -> None:
     config = toy.settings(**(toy.INTERN | {"model__intern_image__extra_norm": 1}))
-    params = jax.eval_shape(lambda key: m3i.init(config, key, terms.FORMS["sim"], classes=0, vocabulary=0), jax.random.key(0))["encoder"]
+    params = jax.eval_shape(
+        lambda key: m3i.init(config, key, terms.FORMS["sim"], classes=0, vocabulary=0),
+        jax.random.key(0),
+    )["encoder"]
     kept = jax.tree_util.tree_leaves_with_path(optimizer.decay_mask({"encoder": params})["encoder"])
     names = {"/".join(k.key for k in path): flag for path, flag in kept}
-    assert "mask_token" in names and "stage2/extra_norms/scale" in names and "stage3/layers/gamma2" in names
+    assert (
+        "mask_token" in names
+        and "stage2/extra_norms/scale" in names
+        and "stage3/layers/gamma2" in names
+    )
     assert all(flag == name.endswith("kernel") for name, flag in names.items())

@@ -1,4 +1,5 @@
-"""The kernel of DCNv3. What it alone has; the rest is in test_dcnv3.py: blocks of lanes, tiles, devices, TPUs."""
+"""The kernel of DCNv3. What it alone has; the rest is in test_dcnv3.py: blocks of lanes, tiles,
+devices, TPUs."""
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,24 @@ from m3i_jax.models import dcnv3, dcnv3_tpu
 from tests.models.test_dcnv3 import compare, inputs
 
 
-@pytest.mark.parametrize(("size", "groups", "width"), (((18, 16), 8, 32), ((3, 130), 3, 8)), ids=str)
+@pytest.mark.parametrize(
+    ("size", "groups", "width"), (((18, 16), 8, 32), ((3, 130), 3, 8)), ids=str
+)
 def test_blocks_of_lanes_and_tiles_of_outputs(size, groups, width):
-    """Eight groups of 32 are two blocks of lanes; 288 and 390 outputs are tiles, the last not full; rows of 130 are a window each."""
+    """Eight groups of 32 are two blocks of lanes; 288 and 390 outputs are tiles, the last not full;
+    rows of 130 are a window each."""
     compare(inputs(size, groups=groups, width=width, batch=1), methods=("kernel",), groups=groups)
 
 
 def test_windows_that_no_sample_touches_are_left_out():
     shape = dcnv3_tpu._shape((48, 48), 32)
     assert (shape.rows, shape.cells, shape.padded) == (2, 96, False)
-    for rows, wanted in (((10.2, 13.9), (5, 8)), ((-7.0, -3.0), (0, 1)), ((90.0, 1e30), (23, 24)), ((np.nan, 3.0), (0, 3))):
+    for rows, wanted in (
+        ((10.2, 13.9), (5, 8)),
+        ((-7.0, -3.0), (0, 1)),
+        ((90.0, 1e30), (23, 24)),
+        ((np.nan, 3.0), (0, 3)),
+    ):
         low, high = dcnv3_tpu._windows(jnp.asarray([rows]), shape)
         assert (int(low), int(high)) == wanted, rows
 
@@ -35,7 +44,9 @@ def test_every_device_has_its_own_rows(shape):
     wanted = jax.jit(run)(*arrays)
     mesh = parallel.make_mesh(shape)
     with jax.set_mesh(mesh):
-        program = jax.jit(run).lower(*jax.device_put(arrays, parallel.data_sharding(mesh))).compile()
+        program = (
+            jax.jit(run).lower(*jax.device_put(arrays, parallel.data_sharding(mesh))).compile()
+        )
         found = program(*jax.device_put(arrays, parallel.data_sharding(mesh)))
     for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert f" {name}" not in program.as_text(), name
@@ -43,11 +54,15 @@ def test_every_device_has_its_own_rows(shape):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
-def test_auto_takes_it_on_a_tpu_where_devices_have_rows_of_their_own(monkeypatch: pytest.MonkeyPatch):
+def test_auto_takes_it_on_a_tpu_where_devices_have_rows_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+):
     def taken(batch=8, side=8, dtype="float32", mesh=None):
         arrays = [jnp.asarray(a, dtype) for a in inputs((side, side), batch=batch)[:3]]
         with jax.set_mesh(mesh or parallel.make_mesh((8, 1, 1))):
-            return "pallas_call" in str(jax.make_jaxpr(lambda *a: dcnv3.dcnv3(*a, groups=2))(*arrays))
+            return "pallas_call" in str(
+                jax.make_jaxpr(lambda *a: dcnv3.dcnv3(*a, groups=2))(*arrays)
+            )
 
     assert not taken()  # here are processors
     monkeypatch.setattr(parallel.mesh, "platform", lambda: "tpu")
@@ -63,11 +78,22 @@ def test_auto_takes_it_on_a_tpu_where_devices_have_rows_of_their_own(monkeypatch
 
 @pytest.mark.slow
 def test_tpus_compile_it(tpu_mesh):
-    """At the maps of InternImage-H, and of T in float32: one kernel forward, one backward, and no gather or scatter beside them."""
+    """At the maps of InternImage-H, and of T in float32: one kernel forward, one backward, and no
+    gather or scatter beside them."""
     data = parallel.data_sharding(tpu_mesh)
-    for side, groups, width, dtype in ((48, 10, 32, "bfloat16"), (12, 40, 32, "bfloat16"), (6, 80, 32, "bfloat16"), (56, 4, 16, "float32")):
+    for side, groups, width, dtype in (
+        (48, 10, 32, "bfloat16"),
+        (12, 40, 32, "bfloat16"),
+        (6, 80, 32, "bfloat16"),
+        (56, 4, 16, "float32"),
+    ):
         where = 4, side, side, groups
-        shapes = (*where[:3], groups * width), (*where, 9, 2), (*where, 9), (*where[:3], groups * width)
+        shapes = (
+            (*where[:3], groups * width),
+            (*where, 9, 2),
+            (*where, 9),
+            (*where[:3], groups * width),
+        )
         arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=data) for shape in shapes]
 
         def run(x, offset, mask, ct, groups=groups):

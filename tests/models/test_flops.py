@@ -1,4 +1,5 @@
-"""The multiply-adds of every tower's matrix products are those of the formula, not one more: forward, and backward twice as many."""
+"""The multiply-adds of every tower's matrix products are those of the formula, not one more:
+forward, and backward twice as many."""
 
 import dataclasses
 
@@ -11,7 +12,8 @@ from m3i_jax import schema
 from m3i_jax.models import decoder, heads, pooling, text, vit
 from m3i_jax.objective.terms import MlpShape
 
-D, W, L, M, N, K, P = 24, 16, 3, 2, 9, 4, 48  # widths of encoder and decoder, their blocks, target cells, visible cells, patch elements
+# widths of encoder and decoder, their blocks, target cells, visible cells, patch elements
+D, W, L, M, N, K, P = 24, 16, 3, 2, 9, 4, 48
 MODEL = schema.Model(
     encoder=schema.Encoder(patch_size=4, width=D, depth=L, heads=3),
     decoder=schema.Decoder(width=W, depth=M, heads=2),
@@ -35,7 +37,9 @@ def macs(program):
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
-            total += equation.outvars[0].aval.size * int(np.prod([shape[axis] for axis in contracted]))
+            total += equation.outvars[0].aval.size * int(
+                np.prod([shape[axis] for axis in contracted])
+            )
         repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
         total += repeats * sum(macs(p) for value in equation.params.values() for p in inner(value))
     return total
@@ -46,7 +50,8 @@ def of(function, *arguments):
 
 
 def block(rows, width, wanted=None):
-    """12 T D^2 + 2 T^2 D, or with only some rows wanted: keys and values for all, everything else for those."""
+    """12 T D^2 + 2 T^2 D, or with only some rows wanted: keys and values for all, everything else
+    for those."""
     wanted = rows if wanted is None else wanted
     return 2 * rows * width**2 + 10 * wanted * width**2 + 2 * rows * wanted * width
 
@@ -60,19 +65,27 @@ def shapes(init):
 def test_encoder(scan, dtype):
     model = schema.Model(encoder=MODEL.encoder, dtype=dtype, scan=scan)
     params, x = shapes(lambda key: vit.init(model, key)), jnp.zeros((2, N, P))
-    assert of(lambda p: vit.apply(model, p, x, grid=3), params) == 2 * (L * block(N + 1, D) + N * P * D)
-    assert of(lambda p: vit.apply(model, p, x, grid=3, index_BxK=jnp.zeros((2, K), int)), params) == 2 * (L * block(K + 1, D) + K * P * D)
+    assert of(lambda p: vit.apply(model, p, x, grid=3), params) == 2 * (
+        L * block(N + 1, D) + N * P * D
+    )
+    assert of(
+        lambda p: vit.apply(model, p, x, grid=3, index_BxK=jnp.zeros((2, K), int)), params
+    ) == 2 * (L * block(K + 1, D) + K * P * D)
 
 
 def test_mask_tokens_and_the_mean_over_blocks_cost_no_product():
     params, x = shapes(lambda key: vit.init(MODEL, key, mask_token=True)), jnp.zeros((2, N, P))
     options = {"hidden_BxN": jnp.zeros((2, N), bool), "blocks": 2}
-    assert of(lambda p: vit.apply(MODEL, p, x, grid=3, **options), params) == 2 * (L * block(N + 1, D) + N * P * D)
+    assert of(lambda p: vit.apply(MODEL, p, x, grid=3, **options), params) == 2 * (
+        L * block(N + 1, D) + N * P * D
+    )
 
 
 @pytest.mark.parametrize("freeze", [True, False])
 def test_encoder_backward(freeze):
-    model = schema.Model(encoder=schema.Encoder(patch_size=4, width=D, depth=L, heads=3, freeze_patch_embed=freeze))
+    model = schema.Model(
+        encoder=schema.Encoder(patch_size=4, width=D, depth=L, heads=3, freeze_patch_embed=freeze)
+    )
     params, x = shapes(lambda key: vit.init(model, key)), jnp.zeros((2, N, P))
     got = of(jax.grad(lambda p: vit.apply(model, p, x, grid=3).astype(jnp.float32).sum()), params)
     assert got == 2 * (3 * L * block(N + 1, D) + (1 if freeze else 2) * N * P * D)
@@ -80,7 +93,12 @@ def test_encoder_backward(freeze):
 
 def decode(model, wanted="tokens", cls=None):
     def run(params, z, query):
-        return decoder.prediction_head(model, params, decoder.apply(model, params, z, jnp.zeros((2, K), int), query, grid=3, cls_BxD=cls), wanted)
+        return decoder.prediction_head(
+            model,
+            params,
+            decoder.apply(model, params, z, jnp.zeros((2, K), int), query, grid=3, cls_BxD=cls),
+            wanted,
+        )
 
     return run
 
@@ -101,12 +119,19 @@ def test_fewer_queries_cls_and_pixels():
     params = shapes(lambda key: decoder.init(MODEL, key, of=("pixels",)))
     got = of(decode(MODEL, "pixels", jnp.zeros((2, D))), params, INPUTS[0], INPUTS[1][:, :5])
     visible = K + 1
-    assert got == 2 * (visible * D * W + (M - 1) * block(visible + 5, W) + block(visible + 5, W, wanted=5) + 5 * W * P)
+    assert got == 2 * (
+        visible * D * W
+        + (M - 1) * block(visible + 5, W)
+        + block(visible + 5, W, wanted=5)
+        + 5 * W * P
+    )
 
 
 def test_projector_and_the_dead_rows_that_batch_norm_needs():
     for norm in ("layer", "batch"):
-        model = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, projector_depth=1, norm=norm))
+        model = dataclasses.replace(
+            MODEL, decoder=dataclasses.replace(MODEL.decoder, projector_depth=1, norm=norm)
+        )
         params = shapes(lambda key, model=model: decoder.init(model, key))
         last = block(K + N, W, wanted=N) if norm == "layer" else block(K + N, W)
         got = of(decode(model), params, *INPUTS)
@@ -116,24 +141,40 @@ def test_projector_and_the_dead_rows_that_batch_norm_needs():
 @pytest.mark.parametrize("of_target,width", [("tokens", D), ("pixels", P)])
 def test_linear_head(of_target, width):
     params = shapes(lambda key: heads.init_linear(MODEL, key, of_target))
-    assert of(lambda p: heads.apply_linear(MODEL, p, jnp.zeros((2, N, D))), params) == 2 * N * D * width
+    assert (
+        of(lambda p: heads.apply_linear(MODEL, p, jnp.zeros((2, N, D))), params)
+        == 2 * N * D * width
+    )
 
 
 def test_mlp():
-    model, mlp = dataclasses.replace(MODEL, head=schema.Head(hidden=30)), MlpShape(layers=3, last_norm=True)
+    model, mlp = (
+        dataclasses.replace(MODEL, head=schema.Head(hidden=30)),
+        MlpShape(layers=3, last_norm=True),
+    )
     params = shapes(lambda key: heads.init_mlp(model, key, mlp, D, 7))
-    assert of(lambda p: heads.apply_mlp(model, p, mlp, jnp.zeros((5, D))), params) == 5 * (D * 30 + 30 * 30 + 30 * 7)
+    assert of(lambda p: heads.apply_mlp(model, p, mlp, jnp.zeros((5, D))), params) == 5 * (
+        D * 30 + 30 * 30 + 30 * 7
+    )
 
 
 def test_queries_of_equal_views_are_mapped_once():
     params = shapes(lambda key: decoder.init(MODEL, key))
-    assert of(lambda p: decoder.decoder_queries(MODEL, p, jnp.zeros((N, 2 * W))), params) == N * 2 * W * W
-    assert of(lambda p: decoder.decoder_queries(MODEL, p, jnp.zeros((5, N, 2 * W))), params) == 5 * N * 2 * W * W
+    assert (
+        of(lambda p: decoder.decoder_queries(MODEL, p, jnp.zeros((N, 2 * W))), params)
+        == N * 2 * W * W
+    )
+    assert (
+        of(lambda p: decoder.decoder_queries(MODEL, p, jnp.zeros((5, N, 2 * W))), params)
+        == 5 * N * 2 * W * W
+    )
 
 
 def test_attention_pool():
     params = shapes(lambda key: pooling.init(MODEL, key))
-    assert of(lambda p: pooling.apply(MODEL, p, jnp.zeros((5, K, D))), params) == 5 * ((2 * K + 1) * D**2 + 2 * K * D + 20 * D)
+    assert of(lambda p: pooling.apply(MODEL, p, jnp.zeros((5, K, D))), params) == 5 * (
+        (2 * K + 1) * D**2 + 2 * K * D + 20 * D
+    )
 
 
 def test_a_learned_query_is_mapped_once_for_the_batch():
@@ -145,16 +186,24 @@ def test_a_learned_query_is_mapped_once_for_the_batch():
 
 @pytest.mark.parametrize("pool,wanted", [("first", 1), ("last", 7), ("mean", 7)])
 def test_text_tower(pool, wanted):
-    model = schema.Model(text=schema.Text(width=W, depth=M, heads=2, embed=12, pool=pool), dtype="float32")
+    model = schema.Model(
+        text=schema.Text(width=W, depth=M, heads=2, embed=12, pool=pool), dtype="float32"
+    )
     params = shapes(lambda key: text.init(model, key, vocabulary=50, length=7))
     got = of(lambda p: text.apply(model, p, jnp.zeros((5, 7), int), jnp.full(5, 3)), params)
     assert got == 5 * ((M - 1) * block(7, W) + block(7, W, wanted=wanted) + W * 12)
 
 
 def test_recomputation_costs_the_blocks_once_more():
-    plain, remat = (schema.Model(encoder=MODEL.encoder, dtype="float32", remat=remat) for remat in ("none", "full"))
+    plain, remat = (
+        schema.Model(encoder=MODEL.encoder, dtype="float32", remat=remat)
+        for remat in ("none", "full")
+    )
     params, x = shapes(lambda key: vit.init(plain, key)), jnp.zeros((2, N, P))
-    cost = [of(jax.grad(lambda p, m=m: vit.apply(m, p, x, grid=3).sum()), params) for m in (plain, remat)]
+    cost = [
+        of(jax.grad(lambda p, m=m: vit.apply(m, p, x, grid=3).sum()), params)
+        for m in (plain, remat)
+    ]
     # The last product of each recomputed block is not needed again.
     assert cost[0] < cost[1] <= cost[0] + 2 * L * block(N + 1, D)
 
@@ -164,4 +213,5 @@ def test_vit_b16_is_the_published_17_5_giga_multiply_adds():
     params = shapes(lambda key: vit.init(model, key))
     got = of(lambda p: vit.apply(model, p, jnp.zeros((1, 196, 768), jnp.bfloat16), grid=14), params)
     assert got == 12 * (12 * 197 * 768**2 + 2 * 197**2 * 768) + 196 * 768 * 768
-    assert got / 1e9 == pytest.approx(17.56, abs=0.01)  # golden: timm's vit_base_patch16_224 without its head
+    # golden: timm's vit_base_patch16_224 without its head
+    assert got / 1e9 == pytest.approx(17.56, abs=0.01)

@@ -10,19 +10,28 @@ from m3i_jax import schema
 from m3i_jax.models import heads
 from m3i_jax.objective.terms import MlpShape, ProjectionHead
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is what takes the time here
+# compiling is what takes the time here
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 MODEL = schema.Model(
     encoder=schema.Encoder(patch_size=2, width=12), head=schema.Head(hidden=20, width=6, prototypes=5), dtype="float32"
 )  # fmt: skip
 X = np.random.default_rng(1).normal(size=(7, 12)).astype(np.float32)
-BYOL, MOCO, PLAIN = MlpShape(layers=2), MlpShape(layers=3, last_norm=True), MlpShape(layers=3, norm="none")
+BYOL, MOCO, PLAIN = (
+    MlpShape(layers=2),
+    MlpShape(layers=3, last_norm=True),
+    MlpShape(layers=3, norm="none"),
+)
 
 
 def randomly(init, seed=0):
-    """Parameters of the right shapes, all of them random: also the norms and biases, which start at one and zero."""
+    """Parameters of the right shapes, all of them random: also the norms and biases, which start at
+    one and zero."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: jnp.asarray(0.5 * rng.normal(size=s.shape), jnp.float32), jax.eval_shape(init, jax.random.key(0)))
+    return jax.tree.map(
+        lambda s: jnp.asarray(0.5 * rng.normal(size=s.shape), jnp.float32),
+        jax.eval_shape(init, jax.random.key(0)),
+    )
 
 
 def mlp_tree(mlp, width_in=12, width_out=6, seed=0):
@@ -57,14 +66,24 @@ def test_only_a_layer_without_a_batch_norm_behind_it_has_a_bias():
     names = lambda mlp: {name: sorted(part) for name, part in mlp_tree(mlp).items()}  # noqa: E731
     norm, bare, biased = ["bias", "scale"], ["kernel"], ["bias", "kernel"]
     assert names(BYOL) == {"layer_0": bare, "norm_0": norm, "layer_1": biased}
-    assert names(MOCO) == {"layer_0": bare, "norm_0": norm, "layer_1": bare, "norm_1": norm, "layer_2": bare}
+    assert names(MOCO) == {
+        "layer_0": bare,
+        "norm_0": norm,
+        "layer_1": bare,
+        "norm_1": norm,
+        "layer_2": bare,
+    }
     assert names(PLAIN) == {f"layer_{n}": biased for n in range(3)}
 
 
 def test_moco_v3_has_the_published_number_of_parameters():
     head = ProjectionHead(projector=MOCO, predictor=dataclasses.replace(MOCO, layers=2))
-    shapes = jax.eval_shape(lambda key: heads.init_projection(schema.Model(), key, head, False), jax.random.key(0))
-    count = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in shapes.items()}
+    shapes = jax.eval_shape(
+        lambda key: heads.init_projection(schema.Model(), key, head, False), jax.random.key(0)
+    )
+    count = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in shapes.items()
+    }
     assert count == {
         "projector": 768 * 4096 + 4096 * 4096 + 4096 * 256 + 2 * 2 * 4096,
         "predictor": 256 * 4096 + 4096 * 256 + 2 * 4096,
@@ -78,49 +97,93 @@ def test_precision_of_products_is_the_configured_one_and_of_norms_float32():
     assert got.dtype == jnp.float32
     error = np.abs(np.asarray(got) - exact).mean()
     assert 1e-4 < error < 0.05
-    np.testing.assert_allclose(np.asarray(got).mean(0), 0, atol=1e-5)  # the last norm saw no rounding
-    assert jax.make_jaxpr(lambda p: heads.apply_mlp(model, p, MOCO, jnp.asarray(X)))(params).pretty_print().count("bf16[20,20]") > 0
+    # the last norm saw no rounding
+    np.testing.assert_allclose(np.asarray(got).mean(0), 0, atol=1e-5)
+    assert (
+        jax.make_jaxpr(lambda p: heads.apply_mlp(model, p, MOCO, jnp.asarray(X)))(params)
+        .pretty_print()
+        .count("bf16[20,20]")
+        > 0
+    )
 
 
 def test_a_space_has_the_parts_that_its_terms_name():
-    make = lambda projection, prototypes: randomly(lambda key: heads.init_projection(MODEL, key, projection, prototypes))  # noqa: E731
+    make = lambda projection, prototypes: randomly(
+        lambda key: heads.init_projection(MODEL, key, projection, prototypes)
+    )  # noqa: E731
     assert make(ProjectionHead(), False) == {}
     both = make(ProjectionHead(projector=BYOL, predictor=BYOL), False)
     assert set(both) == {"projector", "predictor"}
-    assert both["projector"]["layer_0"]["kernel"].shape == (12, 20) and both["predictor"]["layer_0"]["kernel"].shape == (6, 20)
-    alone = make(ProjectionHead(predictor=BYOL), True)  # in the space of the features, as the target is
-    assert alone["predictor"]["layer_1"]["kernel"].shape == (20, 12) and alone["prototypes"].shape == (5, 12)
+    assert both["projector"]["layer_0"]["kernel"].shape == (12, 20) and both["predictor"][
+        "layer_0"
+    ]["kernel"].shape == (6, 20)
+    # in the space of the features, as the target is
+    alone = make(ProjectionHead(predictor=BYOL), True)
+    assert alone["predictor"]["layer_1"]["kernel"].shape == (20, 12) and alone[
+        "prototypes"
+    ].shape == (5, 12)
 
 
 def test_first_values():
-    model = schema.Model(encoder=schema.Encoder(width=48), head=schema.Head(hidden=64, width=16, prototypes=400))
+    model = schema.Model(
+        encoder=schema.Encoder(width=48), head=schema.Head(hidden=64, width=16, prototypes=400)
+    )
     head = ProjectionHead(projector=BYOL, predictor=BYOL)
     params = jit(lambda key: heads.init_projection(model, key, head, True))(jax.random.key(0))
     prototypes = np.asarray(params["prototypes"])
-    assert prototypes.dtype == np.float32 and np.abs(prototypes).max() == pytest.approx(0.25, rel=1e-2)
-    assert prototypes.std() == pytest.approx(0.25 / np.sqrt(3), rel=0.02) and abs(prototypes.mean()) < 0.01
-    assert np.abs(params["projector"]["layer_0"]["kernel"]).max() == pytest.approx(np.sqrt(6 / 112), rel=1e-2)
-    assert not np.asarray(params["projector"]["layer_1"]["bias"]).any() and (np.asarray(params["projector"]["norm_0"]["scale"]) == 1).all()
-    assert not np.array_equal(params["projector"]["layer_1"]["kernel"][:16], params["predictor"]["layer_1"]["kernel"][:16])
+    assert prototypes.dtype == np.float32 and np.abs(prototypes).max() == pytest.approx(
+        0.25, rel=1e-2
+    )
+    assert (
+        prototypes.std() == pytest.approx(0.25 / np.sqrt(3), rel=0.02)
+        and abs(prototypes.mean()) < 0.01
+    )
+    assert np.abs(params["projector"]["layer_0"]["kernel"]).max() == pytest.approx(
+        np.sqrt(6 / 112), rel=1e-2
+    )
+    assert (
+        not np.asarray(params["projector"]["layer_1"]["bias"]).any()
+        and (np.asarray(params["projector"]["norm_0"]["scale"]) == 1).all()
+    )
+    assert not np.array_equal(
+        params["projector"]["layer_1"]["kernel"][:16], params["predictor"]["layer_1"]["kernel"][:16]
+    )
 
 
 def test_the_prediction_is_predictor_of_projection_and_the_target_the_projection():
     head = ProjectionHead(projector=MOCO, predictor=BYOL)
     params = randomly(lambda key: heads.init_projection(MODEL, key, head, False))
     projected = in_numpy(params["projector"], MOCO, X)
-    np.testing.assert_allclose(heads.apply_projector(MODEL, {"projector": params["projector"]}, head, X), projected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        heads.apply_projector(MODEL, {"projector": params["projector"]}, head, X),
+        projected,
+        rtol=1e-3,
+        atol=1e-4,
+    )
     expected = in_numpy(params["predictor"], BYOL, projected)
-    np.testing.assert_allclose(heads.apply_predictor(MODEL, params, head, jnp.asarray(X)), expected, rtol=1e-3, atol=1e-3)
-    assert heads.apply_projector(MODEL, {}, ProjectionHead(), X) is X and heads.apply_predictor(MODEL, {}, ProjectionHead(), X) is X
+    np.testing.assert_allclose(
+        heads.apply_predictor(MODEL, params, head, jnp.asarray(X)), expected, rtol=1e-3, atol=1e-3
+    )
+    assert (
+        heads.apply_projector(MODEL, {}, ProjectionHead(), X) is X
+        and heads.apply_predictor(MODEL, {}, ProjectionHead(), X) is X
+    )
 
 
 def test_every_parameter_of_a_space_learns():
     head = ProjectionHead(projector=BYOL, predictor=dataclasses.replace(BYOL, last_norm=True))
     params = randomly(lambda key: heads.init_projection(MODEL, key, head, False))
     g = np.random.default_rng(3).normal(size=(7, 6))
-    grads = jit(jax.grad(lambda p: (heads.apply_predictor(MODEL, p, head, jnp.asarray(X)) * g).sum()))(params)
-    silent = {jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(grads) if np.abs(leaf).max() < 1e-4}
-    assert silent == {"['projector']['layer_1']['bias']"}  # taken out by the predictor's first norm, as in BYOL
+    grads = jit(
+        jax.grad(lambda p: (heads.apply_predictor(MODEL, p, head, jnp.asarray(X)) * g).sum())
+    )(params)
+    silent = {
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
+        if np.abs(leaf).max() < 1e-4
+    }
+    # taken out by the predictor's first norm, as in BYOL
+    assert silent == {"['projector']['layer_1']['bias']"}
 
 
 @pytest.mark.parametrize("of,width", [("tokens", 12), ("pixels", 3 * 2 * 2)])
@@ -129,6 +192,8 @@ def test_a_linear_head_is_one_map_of_every_token(of, width):
     x = np.random.default_rng(4).normal(size=(2, 3, 12)).astype(np.float32)
     got = heads.apply_linear(MODEL, params, jnp.asarray(x))
     assert got.shape == (2, 3, width)
-    np.testing.assert_allclose(got, x @ np.asarray(params["kernel"]) + np.asarray(params["bias"]), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        got, x @ np.asarray(params["kernel"]) + np.asarray(params["bias"]), rtol=1e-4, atol=1e-4
+    )
     with pytest.raises(ValueError, match="'pooled'"):
         heads.init_linear(MODEL, jax.random.key(0), "pooled")

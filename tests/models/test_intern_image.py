@@ -1,4 +1,5 @@
-"""Sizes, variants and the running of layers. What the net computes is compared with the published one in tests/interop."""
+"""Sizes, variants and the running of layers. What the net computes is compared with the published
+one in tests/interop."""
 
 import dataclasses
 import functools
@@ -25,7 +26,15 @@ COUNTS = {
     "h": 1_073_122_480,
     "g": 3_052_781_184,
 }
-SMALL = InternImageConfig(width=8, depths=(1, 1, 3, 1), groups=(1, 1, 2, 2), kernel=3, extra_norm=2, fused=6, stem_strides=(2, 1))
+SMALL = InternImageConfig(
+    width=8,
+    depths=(1, 1, 3, 1),
+    groups=(1, 1, 2, 2),
+    kernel=3,
+    extra_norm=2,
+    fused=6,
+    stem_strides=(2, 1),
+)
 
 
 @pytest.mark.parametrize("size", COUNTS)
@@ -33,12 +42,20 @@ def test_parameter_counts(size):
     model = PRESETS[f"internimage_{size}"]
     assert intern_image.parameter_count(model) == COUNTS[size]
     params = jax.eval_shape(lambda key: intern_image.init(model, key), jax.random.key(0))
-    found = sum(math.prod(leaf.shape) for name, part in params.items() if name != "fusion" for leaf in jax.tree.leaves(part))
+    found = sum(
+        math.prod(leaf.shape)
+        for name, part in params.items()
+        if name != "fusion"
+        for leaf in jax.tree.leaves(part)
+    )
     assert found == COUNTS[size]
 
 
 def test_fusion_and_fill_of_the_largest_model_of_the_paper():
-    params = jax.eval_shape(lambda key: intern_image.init(PRESETS["internimage_h"], key, mask_token=True), jax.random.key(0))
+    params = jax.eval_shape(
+        lambda key: intern_image.init(PRESETS["internimage_h"], key, mask_token=True),
+        jax.random.key(0),
+    )
     assert sum(leaf.size for leaf in jax.tree.leaves(params["fusion"])) == 10_489_856 + 1_311_744
     assert params["mask_token"].shape == (1, 1, 1, 320)
 
@@ -51,14 +68,19 @@ def start(model, mask_token=False):
 def test_first_values():
     model = PRESETS["internimage_pico"]
     params = start(dataclasses.replace(model, layer_scale=0.25))
-    assert jax.tree.map(jnp.shape, params) == intern_image.shapes(dataclasses.replace(model, layer_scale=0.25))
+    assert jax.tree.map(jnp.shape, params) == intern_image.shapes(
+        dataclasses.replace(model, layer_scale=0.25)
+    )
     layers = params["stage2"]["layers"]
     for name in ("offsets", "mask"):
         assert not any(leaf.any() for leaf in jax.tree.leaves(layers["dcn"][name]))
     np.testing.assert_array_equal(layers["gamma1"], 0.25)
-    np.testing.assert_allclose(layers["mlp"]["fc1"]["kernel"].std(), 128**-0.5, rtol=0.03)  # the toy; all others as published:
+    # the toy; all others as published:
+    np.testing.assert_allclose(layers["mlp"]["fc1"]["kernel"].std(), 128**-0.5, rtol=0.03)
     np.testing.assert_allclose(layers["mlp"]["fc2"]["kernel"].std(), 512**-0.5, rtol=0.03)
-    assert {name for name, preset in PRESETS.items() if preset.mlp_std != 0.02} == {"internimage_pico"}
+    assert {name for name, preset in PRESETS.items() if preset.mlp_std != 0.02} == {
+        "internimage_pico"
+    }
     published = start(dataclasses.replace(model, mlp_std=0.02))["stage2"]["layers"]
     np.testing.assert_allclose(published["mlp"]["fc1"]["kernel"].std(), 0.02, rtol=0.03)
     largest = {
@@ -74,7 +96,9 @@ def test_first_values():
     for path, bound in largest.items():
         leaf = functools.reduce(lambda node, name: node[name], path.split("/"), params)
         assert 0.8 * bound < np.abs(leaf).max() <= bound, path
-    assert not np.array_equal(layers["dcn"]["input"]["kernel"][0], layers["dcn"]["input"]["kernel"][1])
+    assert not np.array_equal(
+        layers["dcn"]["input"]["kernel"][0], layers["dcn"]["input"]["kernel"][1]
+    )
 
 
 def test_the_fill_moves_no_other_draw():
@@ -90,7 +114,10 @@ def images(size=16, batch=2, seed=0):
 def lively(model, seed=0):
     """Parameters with offsets, masks and shares that are not zero."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: leaf + jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32), start(model, True))
+    return jax.tree.map(
+        lambda leaf: leaf + jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32),
+        start(model, True),
+    )
 
 
 KEEP = np.stack([np.full((6, 2), 1.25), np.tile([0.0, 1.25], (6, 1))]).astype(np.float32)
@@ -99,12 +126,21 @@ KEEP = np.stack([np.full((6, 2), 1.25), np.tile([0.0, 1.25], (6, 1))]).astype(np
 def run_stage(part, x, **settings):
     layer = intern_image._layer(SMALL, 2)
     return intern_image_layer.run_layers(
-        layer, part["layers"], x, keep_BxLx2=KEEP[:, 1:4], extra_norms=part["extra_norms"], every=2, **settings
+        layer,
+        part["layers"],
+        x,
+        keep_BxLx2=KEEP[:, 1:4],
+        extra_norms=part["extra_norms"],
+        every=2,
+        **settings,
     )
 
 
 def test_scan_changes_no_number():
-    params, x = lively(SMALL)["stage2"], jnp.asarray(np.random.default_rng(1).normal(size=(2, 2, 2, 32)), jnp.float32)
+    params, x = (
+        lively(SMALL)["stage2"],
+        jnp.asarray(np.random.default_rng(1).normal(size=(2, 2, 2, 32)), jnp.float32),
+    )
     loop, scan = (jit(functools.partial(run_stage, scan=scan))(params, x) for scan in (False, True))
     assert np.abs(loop - x).max() > 0.1
     np.testing.assert_allclose(loop, scan, atol=1e-5)
@@ -119,12 +155,21 @@ def test_gradients():
         return (jnp.arange(6.0) * jnp.square(z)).mean()
 
     grads, *others = (
-        jax.jit(jax.grad(loss), static_argnums=(1, 2))(lively(SMALL), *s) for s in ((True, "none"), (True, "full"), (False, "full"))
+        jax.jit(jax.grad(loss), static_argnums=(1, 2))(lively(SMALL), *s)
+        for s in ((True, "none"), (True, "full"), (False, "full"))
     )
-    dead = {"/".join(k.key for k in path) for path, leaf in jax.tree_util.tree_leaves_with_path(grads) if not np.asarray(leaf).any()}
+    dead = {
+        "/".join(k.key for k in path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
+        if not np.asarray(leaf).any()
+    }
     assert dead == {"mask_token"}  # hidden cells were not given
     for other in others:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(a).max()), grads, other)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(a).max()),
+            grads,
+            other,
+        )
 
 
 @pytest.mark.parametrize("norm", ("pre", "post", "res_post"))
@@ -133,18 +178,27 @@ def test_what_is_kept_by_name_needs_no_product_twice(norm):
     params = jax.eval_shape(lambda key: intern_image.init(model, key), jax.random.key(0))
 
     def products(remat):
-        gradient = jax.grad(lambda p: jnp.square(intern_image.apply(model, p, images(), remat=remat, method="dense")).sum())
+        gradient = jax.grad(
+            lambda p: jnp.square(
+                intern_image.apply(model, p, images(), remat=remat, method="dense")
+            ).sum()
+        )
         return flops.count_flops(gradient, params).dot
 
     names, none = products("names"), products("none")
     assert none < products("full")
-    # But for the product with ones that hands every channel its group's share: too large to keep for what it costs.
+    # But for the product with ones that hands every channel its group's share: too large to keep
+    # for what it costs.
     assert none <= names < 1.002 * none and (names == none) == (not model.center_scale)
 
 
 @functools.cache
 def forward():
-    return jit(lambda params, keep, hidden: intern_image.apply(SMALL, params, images(), keep_BxLx2=keep, hidden_BxN=hidden, scan=True))
+    return jit(
+        lambda params, keep, hidden: intern_image.apply(
+            SMALL, params, images(), keep_BxLx2=keep, hidden_BxN=hidden, scan=True
+        )
+    )
 
 
 def test_stochastic_depth_skips_branches_of_their_own_rows():
@@ -182,11 +236,15 @@ def test_pictures_and_patches():
 
 
 def test_what_does_not_fit_is_refused():
-    shapes = jax.eval_shape(lambda key: intern_image.init(SMALL, key, mask_token=True), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: intern_image.init(SMALL, key, mask_token=True), jax.random.key(0)
+    )
 
     def run(**settings):
         size = settings.pop("size", 16)
-        return jax.eval_shape(lambda params: intern_image.apply(SMALL, params, images(size), **settings), shapes)
+        return jax.eval_shape(
+            lambda params: intern_image.apply(SMALL, params, images(size), **settings), shapes
+        )
 
     with pytest.raises(ValueError, match=r"\(2, 24, 24, 3\).*multiples of 16"):
         run(size=24)
@@ -202,19 +260,45 @@ def test_what_does_not_fit_is_refused():
 def test_all_forms_of_the_depthwise_convolution(kernel, dtype):
     r = np.random.default_rng(0)
     x, g = (jnp.asarray(r.normal(size=(2, 7, 9, 6)), dtype) for _ in range(2))
-    weight, bias = jnp.asarray(r.normal(size=(kernel, kernel, 6)), jnp.float32), jnp.asarray(r.normal(size=6), jnp.float32)
+    weight, bias = (
+        jnp.asarray(r.normal(size=(kernel, kernel, 6)), jnp.float32),
+        jnp.asarray(r.normal(size=6), jnp.float32),
+    )
     weight = weight.astype(dtype).astype(jnp.float32)  # what a product in bfloat16 makes of it
-    value = intern_image_layer._tapped(x, weight, bias), intern_image_layer._convolved(x, weight, bias)
+    value = (
+        intern_image_layer._tapped(x, weight, bias),
+        intern_image_layer._convolved(x, weight, bias),
+    )
     by_shift, by_row = (
-        intern_image_layer._tapped_backward(sums, x, weight, g) for sums in (intern_image_layer._by_shift, intern_image_layer._by_row)
+        intern_image_layer._tapped_backward(sums, x, weight, g)
+        for sums in (intern_image_layer._by_shift, intern_image_layer._by_row)
     )
     gradients = by_shift, intern_image_layer._convolved_backward(x, weight, g), by_row
-    wide = np.pad(np.asarray(x, np.float64), ((0, 0), (kernel // 2,) * 2, (kernel // 2,) * 2, (0, 0)))
-    wanted = sum(wide[:, i : i + 7, j : j + 9] * np.asarray(weight, np.float64)[i, j] for i in range(kernel) for j in range(kernel)) + bias
-    np.testing.assert_allclose(np.asarray(value[1], np.float64), wanted, atol=0.02 * np.abs(wanted).max() if dtype == "bfloat16" else 1e-5)
-    for ours, theirs in zip((value[1], *gradients[1], *gradients[2]), (value[0], *gradients[0], *gradients[0]), strict=True):
+    wide = np.pad(
+        np.asarray(x, np.float64), ((0, 0), (kernel // 2,) * 2, (kernel // 2,) * 2, (0, 0))
+    )
+    wanted = (
+        sum(
+            wide[:, i : i + 7, j : j + 9] * np.asarray(weight, np.float64)[i, j]
+            for i in range(kernel)
+            for j in range(kernel)
+        )
+        + bias
+    )
+    np.testing.assert_allclose(
+        np.asarray(value[1], np.float64),
+        wanted,
+        atol=0.02 * np.abs(wanted).max() if dtype == "bfloat16" else 1e-5,
+    )
+    for ours, theirs in zip(
+        (value[1], *gradients[1], *gradients[2]),
+        (value[0], *gradients[0], *gradients[0]),
+        strict=True,
+    ):
         assert ours.dtype == theirs.dtype
         scale = np.abs(np.asarray(theirs, np.float32)).max()
         np.testing.assert_allclose(
-            np.asarray(ours, np.float32), np.asarray(theirs, np.float32), atol=(0.01 if dtype == "bfloat16" else 1e-5) * scale
+            np.asarray(ours, np.float32),
+            np.asarray(theirs, np.float32),
+            atol=(0.01 if dtype == "bfloat16" else 1e-5) * scale,
         )

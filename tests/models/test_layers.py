@@ -8,7 +8,8 @@ from scipy import special, stats
 
 from m3i_jax.models import layers
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is what takes the time here
+# compiling is what takes the time here
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def normal(seed, *shape):
@@ -17,41 +18,62 @@ def normal(seed, *shape):
 
 def close(a, b, tolerance=2e-5):
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=tolerance, atol=tolerance), a, b
+        lambda x, y: np.testing.assert_allclose(
+            np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=tolerance, atol=tolerance
+        ),
+        a,
+        b,
     )
 
 
 def test_layer_norm_equals_numpy_and_its_gradient_equals_autodiff():
     x, scale, bias, g = normal(0, 3, 5, 8) * 2 + 1, normal(1, 8), normal(2, 8), normal(3, 3, 5, 8)
     wide = np.asarray(x, np.float64)
-    expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6) * np.asarray(scale) + np.asarray(bias)
+    expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(
+        wide.var(-1, keepdims=True) + 1e-6
+    ) * np.asarray(scale) + np.asarray(bias)
     close(layers.layer_norm(x, scale, bias), expected)
 
     def plain(x, scale, bias):
-        return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6) * scale + bias
+        return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(
+            x.var(-1, keepdims=True) + 1e-6
+        ) * scale + bias
 
-    got, want = (jit(jax.grad(lambda *a, f=f: (f(*a) * g).sum(), (0, 1, 2)))(x, scale, bias) for f in (layers.layer_norm, plain))
+    got, want = (
+        jit(jax.grad(lambda *a, f=f: (f(*a) * g).sum(), (0, 1, 2)))(x, scale, bias)
+        for f in (layers.layer_norm, plain)
+    )
     close(got, want)
 
 
 def test_layer_norm_works_in_float32_inside_and_keeps_the_type():
-    x = (normal(0, 4, 64) + 100).astype(jnp.bfloat16)  # in bfloat16 arithmetic the mean alone would be off by up to 0.25
+    # in bfloat16 arithmetic the mean alone would be off by up to 0.25
+    x = (normal(0, 4, 64) + 100).astype(jnp.bfloat16)
     y = layers.layer_norm(x, jnp.ones(64), jnp.zeros(64))
     wide = np.asarray(x, np.float64)
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(y, np.float64), (wide - wide.mean(-1, keepdims=True)) / wide.std(-1, keepdims=True), atol=0.01)
+    np.testing.assert_allclose(
+        np.asarray(y, np.float64),
+        (wide - wide.mean(-1, keepdims=True)) / wide.std(-1, keepdims=True),
+        atol=0.01,
+    )
 
 
 def test_batch_norm_equals_numpy_and_its_gradient_equals_autodiff():
     x, scale, bias, g = normal(0, 3, 5, 8) * 2 + 1, normal(1, 8), normal(2, 8), normal(3, 3, 5, 8)
     wide = np.asarray(x, np.float64)
-    expected = (wide - wide.mean((0, 1))) / np.sqrt(wide.var((0, 1)) + 1e-5) * np.asarray(scale) + np.asarray(bias)
+    expected = (wide - wide.mean((0, 1))) / np.sqrt(wide.var((0, 1)) + 1e-5) * np.asarray(
+        scale
+    ) + np.asarray(bias)
     close(layers.batch_norm(x, scale, bias), expected)
 
     def plain(x, scale, bias):
         return (x - x.mean((0, 1))) / jnp.sqrt(x.var((0, 1)) + 1e-5) * scale + bias
 
-    got, want = (jit(jax.grad(lambda *a, f=f: (f(*a) * g).sum(), (0, 1, 2)))(x, scale, bias) for f in (layers.batch_norm, plain))
+    got, want = (
+        jit(jax.grad(lambda *a, f=f: (f(*a) * g).sum(), (0, 1, 2)))(x, scale, bias)
+        for f in (layers.batch_norm, plain)
+    )
     close(got, want)
 
 
@@ -60,7 +82,9 @@ def test_batch_norm_works_in_float32_inside_and_keeps_the_type():
     y = layers.batch_norm(x, jnp.ones(8), jnp.zeros(8))
     wide = np.asarray(x, np.float64)
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(y, np.float64), (wide - wide.mean((0, 1))) / wide.std((0, 1)), atol=0.01)
+    np.testing.assert_allclose(
+        np.asarray(y, np.float64), (wide - wide.mean((0, 1))) / wide.std((0, 1)), atol=0.01
+    )
 
 
 def test_gelu_is_exact_and_so_is_its_slope():
@@ -69,12 +93,15 @@ def test_gelu_is_exact_and_so_is_its_slope():
     wide = np.asarray(x, np.float64)
     np.testing.assert_allclose(layers.gelu(x), wide * special.ndtr(wide), rtol=1e-5, atol=7e-7)
     slope = special.ndtr(wide) + wide * stats.norm.pdf(wide)
-    np.testing.assert_allclose(jit(jax.grad(lambda x: layers.gelu(x).sum()))(x), slope, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        jit(jax.grad(lambda x: layers.gelu(x).sum()))(x), slope, rtol=1e-5, atol=1e-6
+    )
     assert layers.gelu(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_gelu_keeps_its_input_alone():
-    """Of every layer the product and its GELU wait for the backward pass; with an erf that both passes share, a third array would."""
+    """Of every layer the product and its GELU wait for the backward pass; with an erf that both
+    passes share, a third array would."""
     depth, x = 6, jnp.zeros((512, 128))
 
     def run(kernels):
@@ -96,10 +123,16 @@ def test_attention_and_its_gradient_equal_autodiff_of_the_plain_formula(masked):
         return jnp.einsum("bhqt,bhte->bhqe", jax.nn.softmax(logits), v)
 
     close(layers.attend(q, k, v, where), plain(q, k, v))
-    got, want = (jit(jax.grad(lambda *a, f=f: (f(*a) * g).sum(), (0, 1, 2)))(q, k, v) for f in (lambda *a: layers.attend(*a, where), plain))
+    got, want = (
+        jit(jax.grad(lambda *a, f=f: (f(*a) * g).sum(), (0, 1, 2)))(q, k, v)
+        for f in (lambda *a: layers.attend(*a, where), plain)
+    )
     close(got, want)
     if masked:
-        assert not np.asarray(got[1])[0, :, [1, 4]].any() and not np.asarray(got[2])[0, :, [1, 4]].any()
+        assert (
+            not np.asarray(got[1])[0, :, [1, 4]].any()
+            and not np.asarray(got[2])[0, :, [1, 4]].any()
+        )
 
 
 def test_attention_without_any_key_is_the_mean_and_finite():
@@ -119,6 +152,8 @@ def test_heads_are_cut_part_by_part_then_head_by_head():
 
 
 def test_drop_rates():
-    np.testing.assert_allclose(layers.linear_drop_rates(12, 0.1), 0.1 * np.arange(12) / 11, rtol=1e-6)
+    np.testing.assert_allclose(
+        layers.linear_drop_rates(12, 0.1), 0.1 * np.arange(12) / 11, rtol=1e-6
+    )
     np.testing.assert_allclose(layers.linear_drop_rates(4, 0.2, "uniform"), [0.2] * 4, rtol=1e-6)
     assert layers.linear_drop_rates(1, 0.2).tolist() == [0.0]

@@ -16,13 +16,20 @@ def built(name):
 
 @pytest.mark.parametrize(
     "name,patch,width,depth,heads",
-    [("vit_s16", 16, 384, 12, 6), ("vit_b16", 16, 768, 12, 12), ("vit_l16", 16, 1024, 24, 16), ("vit_h14", 14, 1280, 32, 16)],
+    [
+        ("vit_s16", 16, 384, 12, 6),
+        ("vit_b16", 16, 768, 12, 12),
+        ("vit_l16", 16, 1024, 24, 16),
+        ("vit_h14", 14, 1280, 32, 16),
+    ],
 )
 def test_sizes(name, patch, width, depth, heads):
     settings = built(name)
     e = settings.model.encoder
     assert (e.patch_size, e.width, e.depth, e.heads) == (patch, width, depth, heads)
-    shapes = jax.eval_shape(lambda key: m3i.init(settings, key, (), classes=0, vocabulary=0), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: m3i.init(settings, key, (), classes=0, vocabulary=0), jax.random.key(0)
+    )
     counted = dict(m3i.parameter_table(shapes))["encoder"]
     assert counted == depth * (12 * width**2 + 13 * width) + (3 * patch**2 + 1) * width + width
 
@@ -33,7 +40,10 @@ def test_vit_b16_is_the_default():
 
 def test_vit_tiny_is_tiny():
     settings = built("vit_tiny")
-    shapes = jax.eval_shape(lambda key: m3i.init(settings, key, FORMS["m3i"], classes=10, vocabulary=1000), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: m3i.init(settings, key, FORMS["m3i"], classes=10, vocabulary=1000),
+        jax.random.key(0),
+    )
     assert sum(count for _, count in m3i.parameter_table(shapes)) < 1.5e6
 
 

@@ -9,8 +9,16 @@ from m3i_jax.training import trainer
 from tests import toy
 
 
-def machine(limit: float, *, fixed: float = 10.0, slope: float = 1.0, soft: float = 0.0, silent: bool = False):
-    """A compiler: need is a line, which near the limit is bent by `soft` of the excess; and the sizes that were tried."""
+def machine(
+    limit: float,
+    *,
+    fixed: float = 10.0,
+    slope: float = 1.0,
+    soft: float = 0.0,
+    silent: bool = False,
+):
+    """A compiler: need is a line, which near the limit is bent by `soft` of the excess; and the
+    sizes that were tried."""
     tried: list[int] = []
 
     def attempt(n: int) -> batch_search.CompileTrial:
@@ -18,7 +26,9 @@ def machine(limit: float, *, fixed: float = 10.0, slope: float = 1.0, soft: floa
         need = fixed + slope * n
         need -= soft * max(0.0, need - 0.8 * limit)
         fits = need <= limit
-        return batch_search.CompileTrial(fits=fits, peak=math.nan if silent and not fits else need, fixed=fixed, limit=limit)
+        return batch_search.CompileTrial(
+            fits=fits, peak=math.nan if silent and not fits else need, fixed=fixed, limit=limit
+        )
 
     return attempt, tried
 
@@ -42,7 +52,8 @@ def test_large_sizes_are_found_to_a_sixteenth_in_few_attempts(soft: float, start
 
 
 def test_what_is_too_large_is_tried_before_what_fits() -> None:
-    """A compiler says soon that something does not fit, and takes many times as long for what does."""
+    """A compiler says soon that something does not fit, and takes many times as long for what
+    does."""
     attempt, tried = machine(100.0, fixed=6.0)
     found = batch_search.largest_batch(attempt, 40)
     assert 15 / 16 * 94 - 1 <= found <= 94
@@ -50,7 +61,8 @@ def test_what_is_too_large_is_tried_before_what_fits() -> None:
 
 
 def test_large_sizes_that_are_tried_are_round() -> None:
-    """990 would fit by the line; but a step takes its rows in pieces, and the more divisors they have, the nearer to the wanted size."""
+    """990 would fit by the line; but a step takes its rows in pieces, and the more divisors they
+    have, the nearer to the wanted size."""
     attempt, tried = machine(1000.0)
     found = batch_search.largest_batch(attempt, 64)
     assert 15 / 16 * 990 - 1 <= found < 990 and all(n % 4 == 0 for n in tried), tried
@@ -65,16 +77,30 @@ def test_candidates_go_from_cheap_to_dear_and_can_be_split() -> None:
     config = toy.settings(train__batch_size=64)
     listed = list(batch_search.memory_savers(config, 8))
     flags = [name for name, _ in listed]
-    assert flags[0] == "as configured" and listed[0][1] == config and len(set(flags)) == len(flags) <= 12
+    assert (
+        flags[0] == "as configured"
+        and listed[0][1] == config
+        and len(set(flags)) == len(flags) <= 12
+    )
     assert "--config.train.microbatches=2" in flags and "--config.parallel.mesh=(-1,8,1)" in flags
-    assert flags.index("--config.train.microbatches=2") < flags.index("--config.parallel.mesh=(-1,8,1)")
-    names, half, full = (min(i for i, flag in enumerate(flags) if f"remat={name}" in flag) for name in ("names", "half", "full"))
+    assert flags.index("--config.train.microbatches=2") < flags.index(
+        "--config.parallel.mesh=(-1,8,1)"
+    )
+    names, half, full = (
+        min(i for i, flag in enumerate(flags) if f"remat={name}" in flag)
+        for name in ("names", "half", "full")
+    )
     assert names < half < full
-    assert not any("microbatches=8" in name for name in flags)  # 64 images are 4 pairs a shard: not eight parts
+    # 64 images are 4 pairs a shard: not eight parts
+    assert not any("microbatches=8" in name for name in flags)
     for name, made in listed[1:]:
         assert made != config and all(flag.startswith("--config.") for flag in name.split())
     changed = dict(listed)["--config.train.microbatches=2"]
-    assert (changed.train.microbatches, changed.model, changed.data) == (2, config.model, config.data)
+    assert (changed.train.microbatches, changed.model, changed.data) == (
+        2,
+        config.model,
+        config.data,
+    )
 
 
 def test_one_device_has_no_mesh_to_change() -> None:
@@ -82,7 +108,8 @@ def test_one_device_has_no_mesh_to_change() -> None:
 
 
 def test_a_batch_that_is_rounded_is_no_reason_to_leave_a_candidate_out() -> None:
-    rounded = toy.settings(train__batch_size=24, train__round_batch=True)  # on eight devices in two parts: 32
+    # on eight devices in two parts: 32
+    rounded = toy.settings(train__batch_size=24, train__round_batch=True)
     assert "--config.train.microbatches=2" in dict(batch_search.memory_savers(rounded, 8))
     refused = toy.settings(train__batch_size=24)
     assert "--config.train.microbatches=2" not in dict(batch_search.memory_savers(refused, 8))
@@ -91,11 +118,15 @@ def test_a_batch_that_is_rounded_is_no_reason_to_leave_a_candidate_out() -> None
 @pytest.mark.parametrize(
     ("images", "changes"),
     [
-        (2, {"optim__warmup_steps": -1, "optim__warmup_epochs": 0.4}),  # an epoch of more steps than the whole run
-        (800, {"train__steps": 0, "train__epochs": 1.0, "optim__warmup_steps": 40}),  # a run of one step
+        # an epoch of more steps than the whole run
+        (2, {"optim__warmup_steps": -1, "optim__warmup_epochs": 0.4}),
+        # a run of one step
+        (800, {"train__steps": 0, "train__epochs": 1.0, "optim__warmup_steps": 40}),
     ],
 )
-def test_a_batch_of_another_size_may_make_a_run_shorter_than_its_warm_up(images: int, changes: dict) -> None:
+def test_a_batch_of_another_size_may_make_a_run_shorter_than_its_warm_up(
+    images: int, changes: dict
+) -> None:
     config = toy.settings(**changes)
     assert trainer.run_length(config).warmup > 2
     assert trainer.run_length(batch_search.with_batch(config, images)).steps in (20, 1)

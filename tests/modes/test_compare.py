@@ -1,4 +1,5 @@
-"""Several objectives, one table: which runs are made, which are not made again, and what the table says. Runs are stand-ins but for one."""
+"""Several objectives, one table: which runs are made, which are not made again, and what the table
+says. Runs are stand-ins but for one."""
 
 import json
 
@@ -15,7 +16,13 @@ LINES = [
     {"step": 0, "eval/knn/top1": 0.1},
     {"step": 1, "loss": 5.0, "perf/step_seconds": 90.0, "collapse/spread": 0.9},
     {"step": 10, "loss": 4.0, "perf/step_seconds": 2.0, "collapse/spread": 0.8},
-    {"step": 20, "loss": 3.0, "perf/step_seconds": 1.0, "collapse/spread": 0.7, "collapse/alarm": 0.0},
+    {
+        "step": 20,
+        "loss": 3.0,
+        "perf/step_seconds": 1.0,
+        "collapse/spread": 0.7,
+        "collapse/alarm": 0.0,
+    },
     {"step": 20, "eval/knn/top1": 0.4, "eval/linear/top1": 0.6},
 ]
 
@@ -33,8 +40,13 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[jobs.Setup]:
     def pretrain(job: jobs.Setup, allow_changes: bool) -> int:
         made.append(job)
         compare.train.agree(job, None, allow_changes)
-        lines = [line | ({"loss": line["loss"] + job.config.seed} if "loss" in line else {}) for line in LINES]
-        (job.workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        lines = [
+            line | ({"loss": line["loss"] + job.config.seed} if "loss" in line else {})
+            for line in LINES
+        ]
+        (job.workdir / "metrics.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
         return loop.DONE
 
     monkeypatch.setattr(compare.train, "pretrain", pretrain)
@@ -46,18 +58,29 @@ def names(ran: list[jobs.Setup]) -> list[str]:
     return [job.workdir.name for job in ran]
 
 
-def test_every_form_and_seed_is_a_run_with_the_same_settings_otherwise(ran, tmp_path, capsys) -> None:
+def test_every_form_and_seed_is_a_run_with_the_same_settings_otherwise(
+    ran, tmp_path, capsys
+) -> None:
     assert compare.run(settings(seed=5), workdir=str(tmp_path), allow_changes=False) == 0
     assert names(ran) == ["mim-5", "mim-6", "mae+clip-5", "mae+clip-6"]
     assert [job.config.objective.forms for job in ran] == [("mim",)] * 2 + [("mae", "clip")] * 2
     assert [job.config.seed for job in ran] == [5, 6, 5, 6]
     assert all(job.config.evaluate.linear for job in ran)
-    assert len({(job.config.model, job.config.optim, job.config.data) for job in ran}) == 1 and ran[0].config.data.mask_ratio == 0.5
-    assert all((job.workdir / name).is_file() for job in ran for name in ("config.txt", "result.json", "tokenizer.json"))
+    assert (
+        len({(job.config.model, job.config.optim, job.config.data) for job in ran}) == 1
+        and ran[0].config.data.mask_ratio == 0.5
+    )
+    assert all(
+        (job.workdir / name).is_file()
+        for job in ran
+        for name in ("config.txt", "result.json", "tokenizer.json")
+    )
     out = capsys.readouterr().out
     for name in ("compare.md", "compare.json", "compare.png"):
         assert (tmp_path / name).stat().st_size > 100 and str(tmp_path / name) in out
-    assert "mae, clip" in out.replace("clip, mae", "mae, clip") and "only the objective" in out.lower()
+    assert (
+        "mae, clip" in out.replace("clip, mae", "mae, clip") and "only the objective" in out.lower()
+    )
 
 
 def test_the_table_has_the_last_figures_with_their_spread(ran, tmp_path) -> None:
@@ -66,10 +89,18 @@ def test_the_table_has_the_last_figures_with_their_spread(ran, tmp_path) -> None
     assert [row["form"] for row in rows] == ["mim", "mae+clip"] and rows[0]["seeds"] == [0, 1]
     found = {name: figure["mean"] for name, figure in rows[0]["figures"].items()}
     assert found["loss"] == 3.5 and rows[0]["figures"]["loss"]["each"] == [3.0, 4.0]
-    assert (found["eval/knn/top1"], found["eval/linear/top1"], found["collapse/spread"]) == (0.4, 0.6, 0.7)
-    assert found["seconds"] == 9 * 2.0 + 10 * 1.0  # neither the first step, which compiles, nor evaluations
+    assert (found["eval/knn/top1"], found["eval/linear/top1"], found["collapse/spread"]) == (
+        0.4,
+        0.6,
+        0.7,
+    )
+    # neither the first step, which compiles, nor evaluations
+    assert found["seconds"] == 9 * 2.0 + 10 * 1.0
     assert found["flops"] == 7e9 and rows[1]["figures"]["flops"]["each"] == [14e9, 14e9]
-    assert "| mim | **40.0 ± 0.0** | **60.0 ± 0.0** | 3.5000 ± 0.7071 |" in (tmp_path / "compare.md").read_text()
+    assert (
+        "| mim | **40.0 ± 0.0** | **60.0 ± 0.0** | 3.5000 ± 0.7071 |"
+        in (tmp_path / "compare.md").read_text()
+    )
 
 
 def test_what_is_done_is_not_run_again_and_what_is_not_is(ran, tmp_path) -> None:
@@ -88,34 +119,62 @@ def test_a_result_of_other_settings_is_refused(ran, tmp_path) -> None:
     assert len(ran) == 4
 
 
-def test_preemption_passes_through_and_the_table_has_what_was_done(ran, tmp_path, monkeypatch) -> None:
+def test_preemption_passes_through_and_the_table_has_what_was_done(
+    ran, tmp_path, monkeypatch
+) -> None:
     inner = compare.train.pretrain
-    monkeypatch.setattr(compare.train, "pretrain", lambda job, allow: loop.PREEMPTED if job.workdir.name == "mim-1" else inner(job, allow))
+    monkeypatch.setattr(
+        compare.train,
+        "pretrain",
+        lambda job, allow: loop.PREEMPTED if job.workdir.name == "mim-1" else inner(job, allow),
+    )
     assert compare.run(settings(), workdir=str(tmp_path), allow_changes=False) == 42
-    assert names(ran) == ["mim-0"] and json.loads((tmp_path / "compare.json").read_text())["rows"][0]["seeds"] == [0]
+    assert names(ran) == ["mim-0"] and json.loads((tmp_path / "compare.json").read_text())["rows"][
+        0
+    ]["seeds"] == [0]
 
 
-def test_a_run_that_is_not_finite_does_not_stop_the_others(ran, tmp_path, monkeypatch, capsys) -> None:
+def test_a_run_that_is_not_finite_does_not_stop_the_others(
+    ran, tmp_path, monkeypatch, capsys
+) -> None:
     inner = compare.train.pretrain
-    monkeypatch.setattr(compare.train, "pretrain", lambda job, allow: loop.FAILED if job.workdir.name == "mim-0" else inner(job, allow))
+    monkeypatch.setattr(
+        compare.train,
+        "pretrain",
+        lambda job, allow: loop.FAILED if job.workdir.name == "mim-0" else inner(job, allow),
+    )
     assert compare.run(settings(), workdir=str(tmp_path), allow_changes=False) == loop.FAILED
-    assert names(ran) == ["mim-1", "mae+clip-0", "mae+clip-1"] and "mim, seed 0" in capsys.readouterr().out
+    assert (
+        names(ran) == ["mim-1", "mae+clip-0", "mae+clip-1"]
+        and "mim, seed 0" in capsys.readouterr().out
+    )
     assert not (tmp_path / "compare" / "mim-0" / "result.json").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        ({"compare__forms": "mim,mimm"}, "config.compare.forms: 'mimm' is none of .*; did you mean mim"),
-        ({"compare__forms": "mim,clip", "data__captions": "no"}, "only what this data does not have"),
+        (
+            {"compare__forms": "mim,mimm"},
+            "config.compare.forms: 'mimm' is none of .*; did you mean mim",
+        ),
+        (
+            {"compare__forms": "mim,clip", "data__captions": "no"},
+            "only what this data does not have",
+        ),
         ({"compare__forms": "mim,milan"}, "target_checkpoint"),
-        ({"compare__forms": "mim,sim", "objective__isolate": True}, "there is no mixed input in mim, sim"),
+        (
+            {"compare__forms": "mim,sim", "objective__isolate": True},
+            "there is no mixed input in mim, sim",
+        ),
         ({"compare__forms": "mim,mim"}, "names mim twice"),
         ({"compare__forms": "mim,+clip"}, "joined by +"),
         ({"compare__seeds": 0}, "compare.compare_seeds"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_before_anything_runs(ran, tmp_path, changes, wanted) -> None:
+def test_what_cannot_be_compared_is_refused_before_anything_runs(
+    ran, tmp_path, changes, wanted
+) -> None:
     with pytest.raises(UserError, match=wanted.replace("+", r"\+")):
         compare.run(settings(**changes), workdir=str(tmp_path), allow_changes=False)
     assert not ran
@@ -125,18 +184,37 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(ran, tmp_path, 
 def test_two_real_runs(tmp_path, monkeypatch, capsys) -> None:
     tiny = [
         *("model.encoder.depth=1", "train.steps=4", "train.batch_size=16", "train.log_every=1"),
-        *("train.panel_every=2", "data.size=300", "evaluate.train_limit=40", "evaluate.query_limit=20", "evaluate.batch_size=32"),
+        *(
+            "train.panel_every=2",
+            "data.size=300",
+            "evaluate.train_limit=40",
+            "evaluate.query_limit=20",
+            "evaluate.batch_size=32",
+        ),
         *("optim.warmup_steps=1", "compare.forms=d,mim+clip"),
     ]
-    arguments = ["--mode=compare", "--config", "configs/forms.py:form=m3i,size=tiny", "--workdir", str(tmp_path)]
+    arguments = [
+        "--mode=compare",
+        "--config",
+        "configs/forms.py:form=m3i,size=tiny",
+        "--workdir",
+        str(tmp_path),
+    ]
     arguments += [f"--config.{setting}" for setting in tiny]
     monkeypatch.chdir(command.__file__.rpartition("/m3i_jax/")[0])
     assert command.main(arguments) == 0
     rows = json.loads((tmp_path / "compare.json").read_text())["rows"]
     wanted = {"eval/knn/top1", "eval/linear/top1", "loss", "flops", "seconds"}
-    assert rows[1]["figures"]["flops"]["mean"] > rows[0]["figures"]["flops"]["mean"] > 1e8  # a text tower more
-    assert wanted <= set(rows[0]["figures"]) and "eval/retrieval/text_to_image/r1" in rows[1]["figures"]
-    assert "collapse/target_std" in rows[1]["figures"] and (tmp_path / "compare/d-0/panels/00000004.png").is_file()
+    # a text tower more
+    assert rows[1]["figures"]["flops"]["mean"] > rows[0]["figures"]["flops"]["mean"] > 1e8
+    assert (
+        wanted <= set(rows[0]["figures"])
+        and "eval/retrieval/text_to_image/r1" in rows[1]["figures"]
+    )
+    assert (
+        "collapse/target_std" in rows[1]["figures"]
+        and (tmp_path / "compare/d-0/panels/00000004.png").is_file()
+    )
     capsys.readouterr()
     assert command.main(arguments) == 0  # nothing is run again
     assert "compare: 1 of 2" not in capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""--mode=compile on forced devices of this host: what it writes, refuses and exits with; for a TPU where libtpu is installed."""
+"""--mode=compile on forced devices of this host: what it writes, refuses and exits with; for a TPU
+where libtpu is installed."""
 
 import importlib.util
 import json
@@ -24,7 +25,10 @@ from tests.test_main import TINY, environment
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXTLESS = ["--config.data.captions=no", "--config.train.batch_size=16"]
-COLORLESS = [f"--config.data.augment.{k}" for k in ("jitter_p=0", "grayscale_p=0", "blur_p=(0.0,0.0)", "solarize_p=(0.0,0.0)")]
+COLORLESS = [
+    f"--config.data.augment.{k}"
+    for k in ("jitter_p=0", "grayscale_p=0", "blur_p=(0.0,0.0)", "solarize_p=(0.0,0.0)")
+]
 ARGUMENTS = ["--config", "configs/quickstart.py", *TINY, *TEXTLESS, *COLORLESS, "--mode=compile"]
 
 
@@ -38,16 +42,25 @@ def test_the_state_by_parts_is_the_state() -> None:
     config = toy.settings(model__encoder__width=128)  # wide enough that kernels are worth splitting
     made = trainer.Trainer(config, parallel.make_mesh((2, 4, 1), jax.devices()[:8]), toy.VOCABULARY)
     parts = mode.state_bytes(made)
-    held = jax.tree.map(lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize, made.template, made.shardings)
-    assert sum(parts.values()) == sum(jax.tree.leaves(held)) and set(parts) == set(compile_report.STATE)
-    assert parts["params"] == sum(jax.tree.leaves(held.params)) and parts["target"] == sum(jax.tree.leaves(held.opt["target"]))
+    held = jax.tree.map(
+        lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+        made.template,
+        made.shardings,
+    )
+    assert sum(parts.values()) == sum(jax.tree.leaves(held)) and set(parts) == set(
+        compile_report.STATE
+    )
+    assert parts["params"] == sum(jax.tree.leaves(held.params)) and parts["target"] == sum(
+        jax.tree.leaves(held.opt["target"])
+    )
     assert parts["moments"] == 2 * parts["params"] and 0 < parts["other"] < 100
     whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(made.template.params))
     assert whole / 4 < parts["params"] < whole / 2
 
 
 def test_what_waits_for_the_backward_is_counted_from_shapes() -> None:
-    """`names` keeps two tensors more than `half`: what attention gives, [B, T, D], and the MLP before its GELU, [B, T, 4 D]."""
+    """`names` keeps two tensors more than `half`: what attention gives, [B, T, D], and the MLP
+    before its GELU, [B, T, 4 D]."""
 
     def kept(remat: str) -> float:
         config = toy.settings(model__remat=remat, model__scan=True, data__captions="no")
@@ -55,8 +68,10 @@ def test_what_waits_for_the_backward_is_counted_from_shapes() -> None:
         return one.residuals(trainer.abstract_batch(config))
 
     images, width, cells = 16, 32, 16
-    encoder, decoder = 2 * images * (cells + 1), 2 * images * cells  # rows: two blocks; one that gives two images' wanted rows
-    bias = 4 * width  # of the decoder's block outside the scan: a slice of the parameters that `half` reads again
+    # rows: two blocks; one that gives two images' wanted rows
+    encoder, decoder = 2 * images * (cells + 1), 2 * images * cells
+    # of the decoder's block outside the scan: a slice of the parameters that `half` reads again
+    bias = 4 * width
     assert kept("names") - kept("half") == 4 * (5 * width * (encoder + decoder) - bias)
     assert kept("half") > kept("full") > 0
 
@@ -70,7 +85,10 @@ def test_views_and_targets_wait_for_the_other_microbatches() -> None:
 
 def test_a_program_is_compiled_although_the_cache_has_it(tmp_path) -> None:
     """Also in a process that has used its cache before: JAX asks once whether there is one."""
-    settings = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
     before = {name: jax.config.values[name] for name in settings}
 
     def entries(factor: float) -> int:
@@ -92,26 +110,61 @@ def test_a_program_is_compiled_although_the_cache_has_it(tmp_path) -> None:
 
 
 def test_a_step_for_eight_devices_is_compiled_and_reported(tmp_path, capsys) -> None:
-    """Half a MiB is too little: everything is written and told all the same, then one line says by how much, and the exit code is 3. The
-    batch is rounded up as in a run."""
+    """Half a MiB is too little: everything is written and told all the same, then one line says by
+    how much, and the exit code is 3. The batch is rounded up as in a run."""
     rounded = ["--config.train.batch_size=12", "--config.train.round_batch=true"]
-    assert command.main([*ARGUMENTS, *rounded, "--workdir", str(tmp_path), "--topology=cpu:8", "--memory=0.0005"]) == 3
+    assert (
+        command.main(
+            [
+                *ARGUMENTS,
+                *rounded,
+                "--workdir",
+                str(tmp_path),
+                "--topology=cpu:8",
+                "--memory=0.0005",
+            ]
+        )
+        == 3
+    )
     out, err = capsys.readouterr()
     assert "12 rounded up to 16" in out
     report = json.loads((tmp_path / "compile.json").read_text())
     assert report["devices"] == 8 and report["mesh"] == {"replica": 8, "fsdp": 1, "tensor": 1}
-    assert (report["batch_size"], report["batch_per_device"], report["limit_bytes"]) == (16, 2, 0.0005 * 2**30)
-    assert not report["fits"] and report["over_bytes"] == report["peak_bytes"] - report["limit_bytes"] > 0
-    assert sum(report["memory"].values()) == pytest.approx(report["peak_bytes"]) and min(report["memory"].values()) > 0
+    assert (report["batch_size"], report["batch_per_device"], report["limit_bytes"]) == (
+        16,
+        2,
+        0.0005 * 2**30,
+    )
+    assert (
+        not report["fits"]
+        and report["over_bytes"] == report["peak_bytes"] - report["limit_bytes"] > 0
+    )
+    assert (
+        sum(report["memory"].values()) == pytest.approx(report["peak_bytes"])
+        and min(report["memory"].values()) > 0
+    )
     held = sum(report["memory"][part] for part in (*compile_report.STATE, "batch"))
-    assert report["peak_ratio"] == pytest.approx(report["peak_bytes"] / (held + report["residual_bytes"])) and report["residual_bytes"] > 0
+    assert (
+        report["peak_ratio"]
+        == pytest.approx(report["peak_bytes"] / (held + report["residual_bytes"]))
+        and report["residual_bytes"] > 0
+    )
     assert "wait for the backward pass" in out
-    assert 1 <= report["flops"]["ratio"] < 1.1  # eight programs do what one model needs, and little of it twice
+    # eight programs do what one model needs, and little of it twice
+    assert 1 <= report["flops"]["ratio"] < 1.1
     reduced = report["collectives"]["all-reduce"]["received_bytes"]
-    assert reduced >= 2 * 7 / 8 * report["memory"]["params"] * 0.8  # the gradient of every trained parameter
-    assert "does not fit: " in out and "temporaries" in out and "all-reduce" in out and str(tmp_path / "compile.json") in out
+    # the gradient of every trained parameter
+    assert reduced >= 2 * 7 / 8 * report["memory"]["params"] * 0.8
+    assert (
+        "does not fit: " in out
+        and "temporaries" in out
+        and "all-reduce" in out
+        and str(tmp_path / "compile.json") in out
+    )
     assert err.count("\n") == 1 and "too much" in err and "--config." in err
-    assert compile_report.__doc__ and not set(report) - set(compile_report.__doc__.split()), "a key that is not documented"
+    assert compile_report.__doc__ and not set(report) - set(compile_report.__doc__.split()), (
+        "a key that is not documented"
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,7 +220,11 @@ def test_the_largest_batch_and_suggestions_are_told(tmp_path, capsys, monkeypatc
     base = [*ARGUMENTS, "--workdir", str(tmp_path), "--topology=cpu:8", "--memory=1"]
     assert command.main([*base, "--largest-batch"]) == 0
     told = json.loads((tmp_path / "compile.json").read_text())
-    assert told["largest_batch"] == 22 and len(told["tried"]) >= 2 and "22 images a data shard" in capsys.readouterr().out
+    assert (
+        told["largest_batch"] == 22
+        and len(told["tried"]) >= 2
+        and "22 images a data shard" in capsys.readouterr().out
+    )
     monkeypatch.setattr(mode, "report_program", fake(4))
     assert command.main([*base, "--suggest", "--config.train.batch_size=64"]) == 3
     err = capsys.readouterr().err
@@ -177,32 +234,61 @@ def test_the_largest_batch_and_suggestions_are_told(tmp_path, capsys, monkeypatc
 
 
 @pytest.mark.parametrize(("images", "parts"), [(2, ""), (4, "2"), (6, ""), (32, "16")])
-def test_only_parts_that_a_batch_divides_into_are_advised(images: int, parts: str, tmp_path, capsys, monkeypatch) -> None:
+def test_only_parts_that_a_batch_divides_into_are_advised(
+    images: int, parts: str, tmp_path, capsys, monkeypatch
+) -> None:
     """Two megabytes, of which the state is one and every image of a data shard wants another."""
     monkeypatch.setattr(mode, "report_program", fake(1))
     monkeypatch.setattr(compile_report, "_costs", lambda report: "")
-    size = [f"--config.train.batch_size={8 * images}", "--config.data.size=512", "--workdir", str(tmp_path)]
+    size = [
+        f"--config.train.batch_size={8 * images}",
+        "--config.data.size=512",
+        "--workdir",
+        str(tmp_path),
+    ]
     assert command.main([*ARGUMENTS, *size, "--topology=cpu:8", f"--memory={2e6 / 2**30}"]) == 3
     assert "".join(re.findall(r"microbatches=(\d+)", capsys.readouterr().err)) == parts
 
 
 @pytest.mark.parametrize(("gib", "told"), [(55, False), (62, True)])
-def test_more_than_the_pool_of_a_card_is_said_whatever_memory_was_given(gib: int, told: bool, tmp_path, capsys, monkeypatch) -> None:
+def test_more_than_the_pool_of_a_card_is_said_whatever_memory_was_given(
+    gib: int, told: bool, tmp_path, capsys, monkeypatch
+) -> None:
     """Three quarters of an H100 are 59 GiB."""
-    place = mode.CompileTarget(topology=mode.topology.read("h100:8"), devices=jax.devices(), limit=64 * 2**30)
+    place = mode.CompileTarget(
+        topology=mode.topology.read("h100:8"), devices=jax.devices(), limit=64 * 2**30
+    )
     monkeypatch.setattr(mode, "compile_target", lambda *_, **__: place)
-    monkeypatch.setattr(mode, "report_program", lambda *given: fake(10**6)(*given) | {"peak_bytes": gib * 2**30})
+    monkeypatch.setattr(
+        mode, "report_program", lambda *given: fake(10**6)(*given) | {"peak_bytes": gib * 2**30}
+    )
     monkeypatch.setattr(compile_report, "_costs", lambda report: "")
-    assert command.main([*ARGUMENTS, "--workdir", str(tmp_path), "--topology=h100:8", "--memory=64"]) == 0
+    assert (
+        command.main([*ARGUMENTS, "--workdir", str(tmp_path), "--topology=h100:8", "--memory=64"])
+        == 0
+    )
     assert ("XLA_PYTHON_CLIENT_MEM_FRACTION" in capsys.readouterr().out) == told
 
 
 @pytest.mark.slow
 def test_the_command_forces_the_devices_itself(tmp_path) -> None:
     """A process of its own with one device asks for twelve."""
-    arguments = [sys.executable, "-m", "m3i_jax.main", *ARGUMENTS, "--workdir", str(tmp_path), "--topology=cpu:12"]
+    arguments = [
+        sys.executable,
+        "-m",
+        "m3i_jax.main",
+        *ARGUMENTS,
+        "--workdir",
+        str(tmp_path),
+        "--topology=cpu:12",
+    ]
     done = subprocess.run(
-        [*arguments, "--config.train.batch_size=24"], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+        [*arguments, "--config.train.batch_size=24"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "compile.json").read_text())["devices"] == 12
@@ -216,12 +302,20 @@ def test_a_tpu_step_without_a_tpu(tmp_path, capsys) -> None:
     report = json.loads((tmp_path / "compile.json").read_text())
     assert report["fits"] and report["roofline"]["step_seconds"] > 0
     assert 1 <= report["flops"]["ratio"] < 1.2 and report["collectives"]["all-reduce"]["count"] > 0
-    assert command.main([*ARGUMENTS, *small, "--workdir", str(tmp_path), "--topology=v5e:2x2", "--code"]) == 0
+    assert (
+        command.main(
+            [*ARGUMENTS, *small, "--workdir", str(tmp_path), "--topology=v5e:2x2", "--code"]
+        )
+        == 0
+    )
     whole = json.loads((tmp_path / "compile.json").read_text())
     differ = {key for key in report if report[key] != whole[key]}
     assert differ <= {"compile_seconds", "compiler_seconds", "peak_bytes", "peak_ratio", "memory"}
-    assert 0 <= report["peak_bytes"] - whole["peak_bytes"] < 2**20  # what the compiler holds against the limit has gaps
-    assert whole["compiler_seconds"] > 0 and report["compile_seconds"] < whole["compile_seconds"] / 2
+    # what the compiler holds against the limit has gaps
+    assert 0 <= report["peak_bytes"] - whole["peak_bytes"] < 2**20
+    assert (
+        whole["compiler_seconds"] > 0 and report["compile_seconds"] < whole["compile_seconds"] / 2
+    )
     huge = ["--config.train.batch_size=400000", "--config.data.size=800000"]
     assert command.main([*ARGUMENTS, *huge, "--workdir", str(tmp_path), "--topology=v5e:2x2"]) == 3
     assert "of 15.75 GiB a device" in capsys.readouterr().err
@@ -230,8 +324,9 @@ def test_a_tpu_step_without_a_tpu(tmp_path, capsys) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_the_peak_is_what_a_tpus_compiler_holds_against_its_memory() -> None:
-    """Three towers in scans, at three batches: what the largest would have needed, as the refusal says, lies on the line through the peaks
-    of the others, and the second passed although the sum of its statistics is more than a chip has."""
+    """Three towers in scans, at three batches: what the largest would have needed, as the refusal
+    says, lies on the line through the peaks of the others, and the second passed although the sum
+    of its statistics is more than a chip has."""
     where = mode.compile_target("v5e:1x1", "")
     one = jax.sharding.SingleDeviceSharding(where.devices[0])
 
@@ -239,7 +334,10 @@ def test_the_peak_is_what_a_tpus_compiler_holds_against_its_memory() -> None:
         return jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=one)
 
     def tower(weights: tuple[jax.Array, jax.Array], x_BxD: jax.Array) -> jax.Array:
-        block = jax.checkpoint(lambda x, w: x + jax.nn.gelu(x @ w[0]) @ w[1], policy=jax.checkpoint_policies.dots_saveable)
+        block = jax.checkpoint(
+            lambda x, w: x + jax.nn.gelu(x @ w[0]) @ w[1],
+            policy=jax.checkpoint_policies.dots_saveable,
+        )
         return jax.lax.scan(lambda x, w: (block(x, w), None), x_BxD, weights)[0]
 
     def loss(weights: list[tuple[jax.Array, jax.Array]], x_BxD: jax.Array) -> jax.Array:
@@ -252,7 +350,12 @@ def test_the_peak_is_what_a_tpus_compiler_holds_against_its_memory() -> None:
     for rows in (65_536, 98_304):
         found = jax.jit(jax.grad(loss)).lower(weights, shape(rows, 768)).compile().memory_analysis()
         peaks.append(found.peak_memory_in_bytes)
-    assert compile_report.program_memory(found, {}, 0.0).peak > where.limit > compile_report.program_memory(found, {}, 0.0, own=True).peak == peaks[1]
+    assert (
+        compile_report.program_memory(found, {}, 0.0).peak
+        > where.limit
+        > compile_report.program_memory(found, {}, 0.0, own=True).peak
+        == peaks[1]
+    )
     with pytest.raises(jax.errors.JaxRuntimeError) as refused:
         jax.jit(jax.grad(loss)).lower(weights, shape(131_072, 768)).compile()
     wanted = compile_report.parse_out_of_memory(str(refused.value))

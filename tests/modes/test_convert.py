@@ -1,4 +1,5 @@
-"""--mode=convert: the same records in the same order, whatever the number of processes, and after being stopped."""
+"""--mode=convert: the same records in the same order, whatever the number of processes, and after
+being stopped."""
 
 import os
 import pathlib
@@ -36,8 +37,11 @@ def same(place: pathlib.Path, pictures: pathlib.Path) -> None:
     assert len(before) == len(after) == 620 and before.classes == after.classes and after.captions
     for i in range(len(before)):
         a, b = before[i], after[i]
-        assert (a.key, a.image, a.label) == (b.key, b.image, b.label)  # broken files too, byte for byte
-        assert (a.caption if isinstance(a.caption, bytes | None) else a.caption.encode()) == b.caption
+        # broken files too, byte for byte
+        assert (a.key, a.image, a.label) == (b.key, b.image, b.label)
+        assert (
+            a.caption if isinstance(a.caption, bytes | None) else a.caption.encode()
+        ) == b.caption
 
 
 def test_records_are_kept_byte_for_byte_and_a_second_run_makes_nothing(pictures, tmp_path, capsys):
@@ -59,7 +63,9 @@ def test_records_are_kept_byte_for_byte_and_a_second_run_makes_nothing(pictures,
 
 def test_another_source_is_refused(pictures, tmp_path):
     conversion.check_plan(FolderSource(str(pictures)), str(tmp_path))
-    with pytest.raises(UserError, match="another source, or another state of it, is converted there"):
+    with pytest.raises(
+        UserError, match="another source, or another state of it, is converted there"
+    ):
         conversion.check_plan(FolderSource(str(pictures / "a")), str(tmp_path))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x.array_record").write_bytes(b"")
@@ -75,18 +81,32 @@ def test_a_mixture_of_nothing_is_refused(tmp_path):
 def test_rows_of_all_shards_are_all_rows():
     for records in (1, 255, 620, 5000, 100_000):
         shards = conversion.shard_count(records)
-        assert [i for s in range(shards) for i in conversion.shard_rows(records, s, shards)] == list(range(records))
+        assert [
+            i for s in range(shards) for i in conversion.shard_rows(records, s, shards)
+        ] == list(range(records))
 
 
 @pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on(pictures, tmp_path):
-    """Killed with its two processes at work: nothing half-written is taken for a shard, no process is left, and the result is the same."""
-    command = [sys.executable, "-m", "m3i_jax.main", "--config", f"configs/folder.py:path={pictures}", "--mode=convert"]
+    """Killed with its two processes at work: nothing half-written is taken for a shard, no process
+    is left, and the result is the same."""
+    command = [
+        sys.executable,
+        "-m",
+        "m3i_jax.main",
+        "--config",
+        f"configs/folder.py:path={pictures}",
+        "--mode=convert",
+    ]
     command += ["--workdir", str(tmp_path), "--config.data.workers=2"]
     for turn in range(3):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and len(list(tmp_path.glob("*.npz"))) <= turn and process.poll() is None:
+        while (
+            time.monotonic() < deadline
+            and len(list(tmp_path.glob("*.npz"))) <= turn
+            and process.poll() is None
+        ):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -1,4 +1,5 @@
-"""--mode=eval on a run that was saved: every evaluator at once, what is kept of it, what is refused."""
+"""--mode=eval on a run that was saved: every evaluator at once, what is kept of it, what is
+refused."""
 
 import json
 import pathlib
@@ -35,9 +36,12 @@ EVERY = tuple(evaluate.evaluators.EVALUATORS)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The directory of a run that saved its first parameters, and their average with other numbers."""
+    """The directory of a run that saved its first parameters, and their average with other
+    numbers."""
     place = tmp_path_factory.mktemp("run")
-    job = jobs.open_setup(toy.settings(**SMALL), str(place), trains=[("supervised", "weakly_supervised")])
+    job = jobs.open_setup(
+        toy.settings(**SMALL), str(place), trains=[("supervised", "weakly_supervised")]
+    )
     trainer = Trainer(job.config, job.mesh, job.tokenizer.vocabulary)
     train.check_same_run(job, None, False)
     checkpoints = Checkpoints(place / "checkpoints", 2)
@@ -56,88 +60,186 @@ def asked(*names: str) -> list[str]:
 def test_every_evaluator_of_a_run(run: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--mode=eval", "--workdir", str(run), *asked(*EVERY)]) == 0
     saved = json.loads((run / "eval.json").read_text())
-    assert saved["step"] == 2 and saved["encoder"] == "online" and list(saved["results"]) == list(EVERY)
+    assert (
+        saved["step"] == 2
+        and saved["encoder"] == "online"
+        and list(saved["results"]) == list(EVERY)
+    )
     values = {name: value for found in saved["results"].values() for name, value in found.items()}
-    wanted = {f"eval/{e}/top1" for e in ("knn", "linear", "probe", "attentive", "direct", "zero_shot/7")}
-    wanted |= {"eval/few_shot/1", "eval/few_shot/2", "eval/retrieval/text_to_image/r5", "eval/embedding/same_class"}
+    wanted = {
+        f"eval/{e}/top1" for e in ("knn", "linear", "probe", "attentive", "direct", "zero_shot/7")
+    }
+    wanted |= {
+        "eval/few_shot/1",
+        "eval/few_shot/2",
+        "eval/retrieval/text_to_image/r5",
+        "eval/embedding/same_class",
+    }
     assert wanted <= set(values) and all(0 <= values[name] <= 1 for name in wanted)
     kinds = ("attention", "confusion", "map", "neighbours", "zero_shot")
-    assert {p.name for p in (run / "pictures").iterdir()} == {f"00000002-{kind}.{end}" for kind in kinds for end in ("json", "png")}
+    assert {p.name for p in (run / "pictures").iterdir()} == {
+        f"00000002-{kind}.{end}" for kind in kinds for end in ("json", "png")
+    }
     out = capsys.readouterr().out
     assert all(name in out for name in values) and str(run / "checkpoints" / "2") in out
 
 
-def test_what_is_drawn_is_what_is_measured(run: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The matrix is of the right answers that an evaluator counts: those of the head, or without it those of the neighbours."""
-    for by, words in (("direct", "what the category head says"), ("knn", "what the vote of 3 neighbours says")):
+def test_what_is_drawn_is_what_is_measured(
+    run: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The matrix is of the right answers that an evaluator counts: those of the head, or without it
+    those of the neighbours."""
+    for by, words in (
+        ("direct", "what the category head says"),
+        ("knn", "what the vote of 3 neighbours says"),
+    ):
         assert command.main(["--mode=eval", "--workdir", str(run), *asked(by, "confusion")]) == 0
         value = json.loads((run / "eval.json").read_text())["results"][by][f"eval/{by}/top1"]
         note = json.loads((run / "pictures" / "00000002-confusion.json").read_text())["note"]
-        assert words in note and re.search(rf"; {100 * value:.1f} % of \d+ held-out images are right; step 2, online", note), note
+        assert words in note and re.search(
+            rf"; {100 * value:.1f} % of \d+ held-out images are right; step 2, online", note
+        ), note
     assert "evaluation:" not in capsys.readouterr().out
 
 
-def test_files_that_vanish_are_left_out_where_they_may_be(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_vanish_are_left_out_where_they_may_be(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """data.missing=replace holds for every set, for what is drawn and for captions."""
     for i in range(5):
         (tmp_path / f"{i}.png").write_bytes(broken.encode(broken.smooth(40, 40 + i), "PNG"))
-    settings = SMALL | {"data__source": "folder", "data__path": str(tmp_path), "data__missing": "replace", "data__captions": "no"}
+    settings = SMALL | {
+        "data__source": "folder",
+        "data__path": str(tmp_path),
+        "data__missing": "replace",
+        "data__captions": "no",
+    }
     config = toy.settings(**settings)
     source = FolderSource(str(tmp_path))
     (tmp_path / "3.png").unlink()
-    job = types.SimpleNamespace(config=config, mesh=parallel.make_mesh((1, 1, 1), jax.devices()[:1]), held_out=source)
+    job = types.SimpleNamespace(
+        config=config, mesh=parallel.make_mesh((1, 1, 1), jax.devices()[:1]), held_out=source
+    )
     read = evaluate.evaluators.batches(job, source, 10)
-    assert [batch["index"][batch["valid"]].tolist() for batch in read] == [[0, 1, 2, 4]] and read.skipped["unreadable"] == 1
+    assert [batch["index"][batch["valid"]].tolist() for batch in read] == [
+        [0, 1, 2, 4]
+    ] and read.skipped["unreadable"] == 1
     assert len(evaluate.evaluators.drawn.Easel(job, str, str).tiles([2, 3])) == 2
     asked: list[str] = []
-    monkeypatch.setattr(evaluate.evaluators.retrieval, "measure", lambda *a, missing, **k: asked.append(missing))
-    job = jobs.open_setup(toy.settings(**SMALL, data__missing="replace"), str(tmp_path), trains=[("supervised", "weakly_supervised")])
+    monkeypatch.setattr(
+        evaluate.evaluators.retrieval, "measure", lambda *a, missing, **k: asked.append(missing)
+    )
+    job = jobs.open_setup(
+        toy.settings(**SMALL, data__missing="replace"),
+        str(tmp_path),
+        trains=[("supervised", "weakly_supervised")],
+    )
     evaluate.evaluators.measures(job, print, easel=evaluate.evaluators.drawn.Easel(job, str, str))
     assert asked == ["replace"]
 
 
 @pytest.mark.parametrize("thorough", [True, False])
 def test_what_cannot_be_evaluated_is_said(thorough: bool, tmp_path: pathlib.Path) -> None:
-    """While a run trains, only what was asked for because of the categories: the terms of an objective are known from elsewhere."""
-    settings = SMALL | {"objective__forms": "mim", "data__classes": 0, "data__captions": "no", "evaluate__linear": True}
+    """While a run trains, only what was asked for because of the categories: the terms of an
+    objective are known from elsewhere."""
+    settings = SMALL | {
+        "objective__forms": "mim",
+        "data__classes": 0,
+        "data__captions": "no",
+        "evaluate__linear": True,
+    }
     job, said = jobs.open_setup(toy.settings(**settings), str(tmp_path), trains=[("mim",)]), []
-    assert evaluate.evaluators.wanted(job, said.append, thorough=thorough) == ["embedding", "attention"]
+    assert evaluate.evaluators.wanted(job, said.append, thorough=thorough) == [
+        "embedding",
+        "attention",
+    ]
     by_class = "kNN and linear" if not thorough else "kNN, linear and confusion"
     lines = ["no direct evaluation: the objective trains no categories"]
     lines += ["no zero-shot, retrieval and examples evaluation: the objective trains no captions"]
-    assert said == [f"no {by_class} evaluation: the source has no categories", *(lines if thorough else [])]
+    assert said == [
+        f"no {by_class} evaluation: the source has no categories",
+        *(lines if thorough else []),
+    ]
 
 
-def test_an_encoder_alone_on_other_pictures(run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_encoder_alone_on_other_pictures(
+    run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     table = weights(ENCODERS["timm"], width=32, depth=2, heads=2, patch=8, grid=4)
     tensor_files.write_safetensors(tmp_path / "vit.safetensors", table)
-    other = ["--checkpoint", str(tmp_path / "vit.safetensors"), "--config.data.size=50", "--config.model.encoder.positions=learned"]
-    assert command.main(["--mode=eval", "--workdir", str(run), *asked("attention", "knn", "direct", "examples"), *other]) == 0
+    other = [
+        "--checkpoint",
+        str(tmp_path / "vit.safetensors"),
+        "--config.data.size=50",
+        "--config.model.encoder.positions=learned",
+    ]
+    assert (
+        command.main(
+            [
+                "--mode=eval",
+                "--workdir",
+                str(run),
+                *asked("attention", "knn", "direct", "examples"),
+                *other,
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
-    assert "vit.safetensors is an encoder alone: its features are evaluated, and nothing that asks a head" in out
+    assert (
+        "vit.safetensors is an encoder alone: its features are evaluated, and nothing that asks a"
+        " head" in out
+    )
     assert "the data are not those of the run" in out and "eval/direct" not in out
-    assert "vit.safetensors, online parameters" in (run / "pictures" / "00000000-attention.json").read_text()
+    assert (
+        "vit.safetensors, online parameters"
+        in (run / "pictures" / "00000000-attention.json").read_text()
+    )
 
 
 def test_a_published_intern_image_brings_its_settings(
     run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, _, _ = intern_image_file(tmp_path)
-    assert command.main(["--mode=eval", "--workdir", str(run), *asked("knn"), "--config.data.size=40", "--checkpoint", path]) == 0
+    assert (
+        command.main(
+            [
+                "--mode=eval",
+                "--workdir",
+                str(run),
+                *asked("knn"),
+                "--config.data.size=40",
+                "--checkpoint",
+                path,
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
-    assert "(InternImage of 1+1+2+1 layers from 32 channels, 32 pixels)" in out and "eval/knn" in out
+    assert (
+        "(InternImage of 1+1+2+1 layers from 32 channels, 32 pixels)" in out and "eval/knn" in out
+    )
     assert "of the last two stages" not in out  # nothing of the encoder is at random
 
 
-def test_what_is_known_is_not_measured_again(run: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_known_is_not_measured_again(
+    run: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same call goes on; another checkpoint is another thing, and so is another setting."""
     ran, agreed = [], []
     real = evaluate.evaluators.measures
-    monkeypatch.setattr(evaluate.distributed, "assert_same_on_all_hosts", lambda name, items: agreed.append(items["checkpoint"]))
+    monkeypatch.setattr(
+        evaluate.distributed,
+        "assert_same_on_all_hosts",
+        lambda name, items: agreed.append(items["checkpoint"]),
+    )
 
     def noted(*rest, **more):
         found, sets = real(*rest, **more)
-        return {name: lambda seen, name=name: (ran.append(name), iter([(f"eval/{name}", 0.5)]))[1] for name in found}, sets
+        return {
+            name: lambda seen, name=name: (ran.append(name), iter([(f"eval/{name}", 0.5)]))[1]
+            for name in found
+        }, sets
 
     monkeypatch.setattr(evaluate.evaluators, "enabled_metrics", noted)
     (run / "eval.json").unlink(missing_ok=True)
@@ -147,10 +249,18 @@ def test_what_is_known_is_not_measured_again(run: pathlib.Path, monkeypatch: pyt
     del saved["results"]["direct"]
     (run / "eval.json").write_text(json.dumps(saved))
     assert command.main(call) == 0 and ran == ["knn", "direct", "direct"]
-    assert command.main([*call, "--checkpoint", str(run / "checkpoints" / "1")]) == 0 and ran[3:] == ["knn", "direct"]
+    assert command.main([*call, "--checkpoint", str(run / "checkpoints" / "1")]) == 0 and ran[
+        3:
+    ] == ["knn", "direct"]
     assert json.loads((run / "eval.json").read_text())["step"] == 1
-    assert agreed == [str(max(checkpoint_dir.complete_steps(run / "checkpoints")))] * 2 + ["1"]  # what several hosts must have in common
-    assert command.main([*call, "--config.evaluate.crop=1.0", "--checkpoint", str(run / "checkpoints" / "1")]) == 0
+    # what several hosts must have in common
+    assert agreed == [str(max(checkpoint_dir.complete_steps(run / "checkpoints")))] * 2 + ["1"]
+    assert (
+        command.main(
+            [*call, "--config.evaluate.crop=1.0", "--checkpoint", str(run / "checkpoints" / "1")]
+        )
+        == 0
+    )
     assert ran[5:] == ["knn", "direct"]
 
 
@@ -162,10 +272,19 @@ def test_what_is_known_is_not_measured_again(run: pathlib.Path, monkeypatch: pyt
         (["--workdir", "RUN", *asked()], "nothing that is asked for can be evaluated"),
         (["--workdir", "RUN", *asked("confusion")], "nothing that is asked for can be evaluated"),
         (["--workdir", "RUN", "--config.evaluate.templates=mine.txt"], "there is no such file"),
-        (["--config", "configs/quickstart.py", "--mode=show", "--checkpoint", "RUN"], "--checkpoint: does not belong to --mode=show"),
+        (
+            ["--config", "configs/quickstart.py", "--mode=show", "--checkpoint", "RUN"],
+            "--checkpoint: does not belong to --mode=show",
+        ),
     ],
 )
-def test_refusals(arguments: list[str], told: str, run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals(
+    arguments: list[str],
+    told: str,
+    run: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     places = {"RUN": str(run), "NOWHERE": str(tmp_path / "no")}
     assert command.main(["--mode=eval", *(places.get(a, a) for a in arguments)]) == 2
     err = capsys.readouterr().err

@@ -1,5 +1,5 @@
-"""--mode=export: files with the names and shapes that other tools expect, bit by bit what the run has; a StableHLO program that runs in a
-process that does not know this package; the model card."""
+"""--mode=export: files with the names and shapes that other tools expect, bit by bit what the run
+has; a StableHLO program that runs in a process that does not know this package; the model card."""
 
 import dataclasses
 import json
@@ -30,21 +30,35 @@ ENCODER = "model__encoder__"
 def run(tmp_path_factory: pytest.TempPathFactory):
     workdir = tmp_path_factory.mktemp("mine")
     params, average = saved.run(workdir, toy.settings())
-    (workdir / "data.txt").write_text("source 1 = folder, 800 images, fingerprint 0123456789abcdef\n")
-    lines = [{"step": 2, "loss": 3.0, "lr": 1.0}, {"step": 4, "loss": 2.5}, {"step": 4, "eval/knn/top1": 0.75}]
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "lo')
+    (workdir / "data.txt").write_text(
+        "source 1 = folder, 800 images, fingerprint 0123456789abcdef\n"
+    )
+    lines = [
+        {"step": 2, "loss": 3.0, "lr": 1.0},
+        {"step": 4, "loss": 2.5},
+        {"step": 4, "eval/knn/top1": 0.75},
+    ]
+    (workdir / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "lo'
+    )
     return workdir, params, average
 
 
 def exported(workdir: pathlib.Path, format: str, *more: str) -> pathlib.Path:
-    assert command.main(["--mode=export", f"--format={format}", "--workdir", str(workdir), *more]) == 0
+    assert (
+        command.main(["--mode=export", f"--format={format}", "--workdir", str(workdir), *more]) == 0
+    )
     return workdir / "export" / format
 
 
 def test_timm(run, capsys: pytest.CaptureFixture[str]) -> None:
     place = exported(run[0], "timm")
     table = tensor_files.read_tensors(place / "model.safetensors")
-    wanted = {name: shape for name, shape in shapes(ENCODERS["timm"], **SIZES).items() if not name.startswith("norm.")}
+    wanted = {
+        name: shape
+        for name, shape in shapes(ENCODERS["timm"], **SIZES).items()
+        if not name.startswith("norm.")
+    }
     assert table.shapes == wanted  # no final norm, as in the run
     back = vit_weights.load_vit(table).arrays
     for path, array in saved.flat({"encoder": run[1]["encoder"]}).items():
@@ -53,17 +67,26 @@ def test_timm(run, capsys: pytest.CaptureFixture[str]) -> None:
     assert config["model_args"]["embed_dim"] == 32 and config["model_args"]["final_norm"] is False
     said = capsys.readouterr().out
     assert "timm.create_model('vit_base_patch16_224', img_size=32" in said
-    assert ("equal" in said) != ("not compared with timm, which is not installed: pip install 'm3i-jax[torch]'" in said)
+    assert ("equal" in said) != (
+        "not compared with timm, which is not installed: pip install 'm3i-jax[torch]'" in said
+    )
 
 
 def test_hugging_face_and_the_momentum_average(run, capsys: pytest.CaptureFixture[str]) -> None:
     place = exported(run[0], "hf", "--config.evaluate.encoder=ema")
     table = tensor_files.read_tensors(place / "model.safetensors")
     assert table.shapes == shapes(ENCODERS["hf"], **SIZES)
-    np.testing.assert_array_equal(table["encoder.layer.1.output.dense.weight"], run[2]["encoder"]["blocks"]["mlp"]["fc2"]["kernel"][1].T)
+    np.testing.assert_array_equal(
+        table["encoder.layer.1.output.dense.weight"],
+        run[2]["encoder"]["blocks"]["mlp"]["fc2"]["kernel"][1].T,
+    )
     np.testing.assert_array_equal(table["layernorm.weight"], np.ones(32))
     config = json.loads((place / "config.json").read_text())
-    assert config["layer_norm_eps"] == 1e-6 and config["intermediate_size"] == 128 and config["architectures"] == ["ViTModel"]
+    assert (
+        config["layer_norm_eps"] == 1e-6
+        and config["intermediate_size"] == 128
+        and config["architectures"] == ["ViTModel"]
+    )
     pixels = json.loads((place / "preprocessor_config.json").read_text())
     assert pixels["size"] == {"shortest_edge": 37} and pixels["image_mean"] == [0.485, 0.456, 0.406]
     assert "hidden_states[-1]" in capsys.readouterr().out
@@ -75,8 +98,12 @@ def test_what_was_exported_loads_as_the_same_function(run) -> None:
     for format in ("timm", "npz"):
         place = exported(run[0], format)
         got = load.load(str(place / "vit.npz" if format == "npz" else place), pool="mean")
-        if format == "npz":  # Google's layout is used with the tanh form of GELU and other pixels; ours was not
-            assert got.config.model.encoder.activation == "gelu_tanh" and got.config.model.encoder.heads == 2
+        # Google's layout is used with the tanh form of GELU and other pixels; ours was not
+        if format == "npz":
+            assert (
+                got.config.model.encoder.activation == "gelu_tanh"
+                and got.config.model.encoder.heads == 2
+            )
         else:
             np.testing.assert_allclose(got.features(pictures), expected, atol=1e-5)
 
@@ -93,7 +120,9 @@ def intern(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("format", ["hf", "npz"])
-def test_an_intern_image_under_its_published_names(intern: pathlib.Path, format: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_intern_image_under_its_published_names(
+    intern: pathlib.Path, format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
     expected = load.load(str(intern), pool="mean").features(pictures)
     place = exported(intern, format)
@@ -101,16 +130,26 @@ def test_an_intern_image_under_its_published_names(intern: pathlib.Path, format:
     path = place if format == "hf" else place / "intern_image.npz"
     wanted = published.shapes(published.PICO._replace(fused=128, pooled=1))
     names = {name for name in wanted if name.startswith(("patch_embed", "levels", "dcnv3_head"))}
-    assert tensor_files.read_tensors(path).shapes == {f"model.{name}" if format == "hf" else name: wanted[name] for name in names}
+    assert tensor_files.read_tensors(path).shapes == {
+        f"model.{name}" if format == "hf" else name: wanted[name] for name in names
+    }
     got = load.load(str(path))
     assert got.config.data.image_size == (32 if format == "hf" else 224)
-    got = dataclasses.replace(got, config=dataclasses.replace(got.config, data=dataclasses.replace(got.config.data, image_size=32)))
+    got = dataclasses.replace(
+        got,
+        config=dataclasses.replace(
+            got.config, data=dataclasses.replace(got.config.data, image_size=32)
+        ),
+    )
     np.testing.assert_allclose(got.features(pictures), expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_timm_has_no_intern_image(intern: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--mode=export", "--format=timm", "--workdir", str(intern)]) == 2
-    assert "--format=timm: has no model for intern_image, which this encoder is; use stablehlo, orbax, hf, npz" in capsys.readouterr().err
+    assert (
+        "--format=timm: has no model for intern_image, which this encoder is; use stablehlo, orbax,"
+        " hf, npz" in capsys.readouterr().err
+    )
 
 
 def test_orbax(run) -> None:
@@ -131,13 +170,19 @@ assert not any(name.startswith(("m3i_jax", "flax")) for name in sys.modules)
 """
 
 
-def test_stablehlo_runs_in_a_fresh_process_for_any_batch(run, tmp_path: pathlib.Path, capsys) -> None:
+def test_stablehlo_runs_in_a_fresh_process_for_any_batch(
+    run, tmp_path: pathlib.Path, capsys
+) -> None:
     pytest.importorskip("flatbuffers")
     place = exported(run[0], "stablehlo")
     assert "pictures [b, 32, 32, 3] as float32 [b, 24], for cpu" in capsys.readouterr().out
     pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
     np.save(tmp_path / "pictures.npy", pictures)
-    arguments = [str(place / "features.stablehlo"), str(tmp_path / "pictures.npy"), str(tmp_path / "out.npz")]
+    arguments = [
+        str(place / "features.stablehlo"),
+        str(tmp_path / "pictures.npy"),
+        str(tmp_path / "out.npz"),
+    ]
     subprocess.run([sys.executable, "-c", FRESH, *arguments], check=True, cwd=tmp_path)
     expected = load.load(str(run[0])).features(pictures)  # attention: this objective trained it
     with np.load(tmp_path / "out.npz") as got:
@@ -147,19 +192,39 @@ def test_stablehlo_runs_in_a_fresh_process_for_any_batch(run, tmp_path: pathlib.
 
 
 def test_the_card_says_what_it_is(run) -> None:
-    for place, share in ((run[0], 0.625), (pathlib.Path("elsewhere"), 0.875)):  # the latter is of other weights
+    # the latter is of other weights
+    for place, share in ((run[0], 0.625), (pathlib.Path("elsewhere"), 0.875)):
         about = {"checkpoint": str(place / "checkpoints" / "4"), "step": 4, "encoder": "ema"}
-        (run[0] / "eval.json").write_text(json.dumps(about | {"results": {"linear": {"eval/linear/top1": share}}}))
-        text = (exported(run[0], "npz", "--config.report.licence=CC-BY-4.0") / "model_card.md").read_text()
-        assert ("| eval/linear/top1, ema (--mode=eval) | 0.625 | 4 |" in text) == (share == 0.625) and "0.875" not in text
+        (run[0] / "eval.json").write_text(
+            json.dumps(about | {"results": {"linear": {"eval/linear/top1": share}}})
+        )
+        text = (
+            exported(run[0], "npz", "--config.report.licence=CC-BY-4.0") / "model_card.md"
+        ).read_text()
+        assert ("| eval/linear/top1, ema (--mode=eval) | 0.625 | 4 |" in text) == (
+            share == 0.625
+        ) and "0.875" not in text
     (run[0] / "eval.json").unlink()
-    wanted = [f"{run[0].name} (step 4, online), written as npz", "vit, patch 8, 2 blocks of 32", "fingerprint 0123456789abcdef"]
-    for words in [*wanted, "CC-BY-4.0", "| eval/knn/top1 | 0.75 | 4 |", "| loss | 2.5 | 4 |", "data.image_size = 32", "m3i"]:
+    wanted = [
+        f"{run[0].name} (step 4, online), written as npz",
+        "vit, patch 8, 2 blocks of 32",
+        "fingerprint 0123456789abcdef",
+    ]
+    for words in [
+        *wanted,
+        "CC-BY-4.0",
+        "| eval/knn/top1 | 0.75 | 4 |",
+        "| loss | 2.5 | 4 |",
+        "data.image_size = 32",
+        "m3i",
+    ]:
         assert words in text, words
     assert "| lr |" not in text and str(run[0]) not in text
 
 
-def test_what_is_refused(run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_refused(
+    run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     saved.run(tmp_path, toy.settings(**{f"{ENCODER}cls_token": "false", "objective__forms": "mim"}))
     for arguments, words in (
         ([f"--workdir={run[0]}"], "--format: is missing; timm, hf"),

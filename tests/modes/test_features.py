@@ -1,4 +1,5 @@
-"""--mode=features: every image of a source once, in its order, by a run or by other weights; stopped and gone on with; refusals."""
+"""--mode=features: every image of a source once, in its order, by a run or by other weights;
+stopped and gone on with; refusals."""
 
 import json
 import pathlib
@@ -14,7 +15,12 @@ from m3i_jax.modes import features
 from tests import saved, toy
 from tests.interop.published_vit import ENCODERS, weights
 
-SOURCE = {"data__source": "shapes", "data__size": 40, "data__holdout": 0.25, "evaluate__batch_size": 8}
+SOURCE = {
+    "data__source": "shapes",
+    "data__size": 40,
+    "data__holdout": 0.25,
+    "evaluate__batch_size": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,23 +34,41 @@ def written(workdir: pathlib.Path, out: pathlib.Path, *more: str) -> int:
     return command.main(["--mode=features", "--workdir", str(workdir), f"--out={out}", *more])
 
 
-def test_every_picture_once_and_in_order(workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_picture_once_and_in_order(
+    workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert written(workdir, tmp_path / "a.npz") == 0
     table, about = features.read_feature_file(str(tmp_path / "a.npz"))
     train, held_out = splits.open_splits(toy.settings(**SOURCE).data)
     assert len(train) + len(held_out) == 40 and len(held_out) > 4
     assert table["held_out"].tolist() == [False] * len(train) + [True] * len(held_out)
-    assert table["keys"].tolist() == [source[i].key for source in (train, held_out) for i in range(len(source))]
-    assert table["labels"].tolist() == [source[i].label for source in (train, held_out) for i in range(len(source))]
-    views = np.concatenate([batch["views"][batch["valid"]] for batch in eval_batches.evaluation_batches(held_out, range(len(held_out)), 32, 8)])
-    np.testing.assert_allclose(table["features"][len(train) :], load.load(str(workdir)).features(views), atol=1e-5)
-    assert about["pool"] == "attention" and about["classes"] == list(train.classes) and about["skipped"] == {}
+    assert table["keys"].tolist() == [
+        source[i].key for source in (train, held_out) for i in range(len(source))
+    ]
+    assert table["labels"].tolist() == [
+        source[i].label for source in (train, held_out) for i in range(len(source))
+    ]
+    views = np.concatenate(
+        [
+            batch["views"][batch["valid"]]
+            for batch in eval_batches.evaluation_batches(held_out, range(len(held_out)), 32, 8)
+        ]
+    )
+    np.testing.assert_allclose(
+        table["features"][len(train) :], load.load(str(workdir)).features(views), atol=1e-5
+    )
+    assert (
+        about["pool"] == "attention"
+        and about["classes"] == list(train.classes)
+        and about["skipped"] == {}
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
     assert f"40 x 24 in {tmp_path / 'a.npz'}" in capsys.readouterr().out
 
 
 def stopped_at_the_second_part(monkeypatch: pytest.MonkeyPatch) -> list:
-    """(first index, settings) of every part that is asked for, of 16 images; a person interrupts the second."""
+    """(first index, settings) of every part that is asked for, of 16 images; a person interrupts
+    the second."""
     monkeypatch.setattr(features, "_PART", 16)
     read, asked = eval_batches.evaluation_batches, []
 
@@ -58,16 +82,24 @@ def stopped_at_the_second_part(monkeypatch: pytest.MonkeyPatch) -> list:
     return asked
 
 
-def test_a_stopped_run_goes_on_where_it_was(workdir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_goes_on_where_it_was(
+    workdir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert written(workdir, tmp_path / "whole.npz") == 0
     asked = stopped_at_the_second_part(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         written(workdir, tmp_path / "a.npz")
-    assert sorted(p.name for p in (tmp_path / "a.npz.parts").iterdir()) == ["about.json", "train.0.npz"]
+    assert sorted(p.name for p in (tmp_path / "a.npz.parts").iterdir()) == [
+        "about.json",
+        "train.0.npz",
+    ]
     assert not (tmp_path / "a.npz").exists()
     assert written(workdir, tmp_path / "a.npz") == 0
-    assert [start for start, _ in asked] == [0, 16, 16, 0, 16]  # stopped at the second part, gone on there; then the held-out ones
-    whole, stopped = (features.read_feature_file(str(tmp_path / name))[0] for name in ("whole.npz", "a.npz"))
+    # stopped at the second part, gone on there; then the held-out ones
+    assert [start for start, _ in asked] == [0, 16, 16, 0, 16]
+    whole, stopped = (
+        features.read_feature_file(str(tmp_path / name))[0] for name in ("whole.npz", "a.npz")
+    )
     for name in whole:
         assert whole[name].dtype == stopped[name].dtype
         if name != "features":
@@ -75,16 +107,29 @@ def test_a_stopped_run_goes_on_where_it_was(workdir: pathlib.Path, tmp_path: pat
     np.testing.assert_allclose(whole["features"], stopped["features"], atol=1e-5)
 
 
-def test_other_weights_and_other_pictures(workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_weights_and_other_pictures(
+    workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     table = weights(ENCODERS["timm"], width=32, depth=1, heads=2, patch=8, grid=2)
     tensor_files.write_safetensors(tmp_path / "vit.safetensors", table)
     arguments = [f"--config.init_from={tmp_path / 'vit.safetensors'}", "--config.data.size=20"]
     assert written(workdir, tmp_path / "a.npz", *arguments) == 0
     got, about = features.read_feature_file(str(tmp_path / "a.npz"))
-    assert got["features"].shape == (20, 32) and about["image_size"] == 16 and about["pool"] == "mean" and "(timm)" in about["weights"]
+    assert (
+        got["features"].shape == (20, 32)
+        and about["image_size"] == 16
+        and about["pool"] == "mean"
+        and "(timm)" in about["weights"]
+    )
     assert np.isfinite(got["features"]).all() and np.std(got["features"], 0).min() > 0
-    assert written(workdir, tmp_path / "b.npz", *arguments, "--config.evaluate.features=attention") == 2
-    assert "config.evaluate.features: 'attention' needs a pooling that was trained" in capsys.readouterr().err
+    assert (
+        written(workdir, tmp_path / "b.npz", *arguments, "--config.evaluate.features=attention")
+        == 2
+    )
+    assert (
+        "config.evaluate.features: 'attention' needs a pooling that was trained"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_settings_of_evaluation_hold_and_parts_of_others_are_not_gone_on_with(
@@ -93,17 +138,36 @@ def test_the_settings_of_evaluation_hold_and_parts_of_others_are_not_gone_on_wit
     asked = stopped_at_the_second_part(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         written(workdir, tmp_path / "a.npz")
-    wanted = {"evaluate.crop": 1.0, "data.threads": 3, "data.missing": "replace", "data.background": 0}
-    assert written(workdir, tmp_path / "a.npz", *(f"--config.{key}={value}" for key, value in wanted.items())) == 0
-    assert [start for start, _ in asked] == [0, 16, 0, 16, 0, 16]  # from the start, for the crop is another one
-    assert all(settings == {key.split(".")[1]: value for key, value in wanted.items()} for _, settings in asked[2:])
+    wanted = {
+        "evaluate.crop": 1.0,
+        "data.threads": 3,
+        "data.missing": "replace",
+        "data.background": 0,
+    }
+    assert (
+        written(
+            workdir,
+            tmp_path / "a.npz",
+            *(f"--config.{key}={value}" for key, value in wanted.items()),
+        )
+        == 0
+    )
+    # from the start, for the crop is another one
+    assert [start for start, _ in asked] == [0, 16, 0, 16, 0, 16]
+    assert all(
+        settings == {key.split(".")[1]: value for key, value in wanted.items()}
+        for _, settings in asked[2:]
+    )
     assert features.read_feature_file(str(tmp_path / "a.npz"))[1]["crop"] == 1.0
     assert written(workdir, tmp_path / "b.npz", "--config.evaluate.features=mean") == 0
     table, about = features.read_feature_file(str(tmp_path / "b.npz"))
-    assert about["pool"] == "mean" and table["features"].shape == (40, 32)  # 24 of the attention pooling
+    # 24 of the attention pooling
+    assert about["pool"] == "mean" and table["features"].shape == (40, 32)
 
 
-def test_parts_of_other_features_are_not_gone_on_with(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_parts_of_other_features_are_not_gone_on_with(
+    workdir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     kept = tmp_path / "a.npz.parts"
     kept.mkdir()
     (kept / "about.json").write_text(json.dumps({"weights": "others"}))
@@ -112,12 +176,20 @@ def test_parts_of_other_features_are_not_gone_on_with(workdir: pathlib.Path, tmp
     assert "wrong" not in features.read_feature_file(str(tmp_path / "a.npz"))[0]["keys"]
 
 
-def test_what_is_refused(workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_refused(
+    workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for arguments, words in (
         (["--workdir", str(workdir)], "--out: is missing"),
-        (["--workdir", str(workdir), "--out=x.h5"], "--out: 'x.h5' must be a file that ends in .npz"),
+        (
+            ["--workdir", str(workdir), "--out=x.h5"],
+            "--out: 'x.h5' must be a file that ends in .npz",
+        ),
         (["--workdir", str(tmp_path), "--out=x.npz"], "has no config.txt"),
-        (["--config", "configs/quickstart.py", "--workdir", str(tmp_path), "--out=x.npz"], "has no run; name one, or weights by"),
+        (
+            ["--config", "configs/quickstart.py", "--workdir", str(tmp_path), "--out=x.npz"],
+            "has no run; name one, or weights by",
+        ),
     ):
         assert command.main(["--mode=features", *arguments]) == 2
         error = capsys.readouterr().err

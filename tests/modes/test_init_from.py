@@ -1,4 +1,5 @@
-"""A run that begins with weights from elsewhere, from the command line: what it says of them, and that its first loss is theirs."""
+"""A run that begins with weights from elsewhere, from the command line: what it says of them, and
+that its first loss is theirs."""
 
 import json
 import pathlib
@@ -31,20 +32,35 @@ SIZES = {"width": 32, "depth": 2, "heads": 2, "patch": 8, "grid": 4}
 
 
 def timm(place: pathlib.Path) -> tuple[str, list[str]]:
-    tensor_files.write_safetensors(place / "vit.safetensors", weights(ENCODERS["timm"] + "|" + OTHERS["timm"], **SIZES))
-    return str(place / "vit.safetensors"), ["model.encoder.positions=learned", "model.encoder.final_norm=true"]
+    tensor_files.write_safetensors(
+        place / "vit.safetensors", weights(ENCODERS["timm"] + "|" + OTHERS["timm"], **SIZES)
+    )
+    return str(place / "vit.safetensors"), [
+        "model.encoder.positions=learned",
+        "model.encoder.final_norm=true",
+    ]
 
 
 def mae(place: pathlib.Path) -> tuple[str, list[str]]:
     """With its fixed table, whose halves are exchanged."""
-    fixed = np.concatenate([np.zeros((1, 32)), np.roll(positions.sincos_2d(4, 32), 16, -1)]).astype(np.float32)[None]
-    tensor_files.write_safetensors(place / "mae.safetensors", {**weights(ENCODERS["mae"], **SIZES), "pos_embed": fixed})
-    return str(place / "mae.safetensors"), ["model.encoder.positions=sincos_columns", "model.encoder.final_norm=true"]
+    fixed = np.concatenate([np.zeros((1, 32)), np.roll(positions.sincos_2d(4, 32), 16, -1)]).astype(
+        np.float32
+    )[None]
+    tensor_files.write_safetensors(
+        place / "mae.safetensors", {**weights(ENCODERS["mae"], **SIZES), "pos_embed": fixed}
+    )
+    return str(place / "mae.safetensors"), [
+        "model.encoder.positions=sincos_columns",
+        "model.encoder.final_norm=true",
+    ]
 
 
 def google(place: pathlib.Path) -> tuple[str, list[str]]:
     tensor_files.write_npz(place / "vit.npz", weights(ENCODERS["google"], **SIZES))
-    return str(place / "vit.npz"), ["model.encoder.positions=learned", "model.encoder.final_norm=true"]
+    return str(place / "vit.npz"), [
+        "model.encoder.positions=learned",
+        "model.encoder.final_norm=true",
+    ]
 
 
 def ours(place: pathlib.Path) -> tuple[str, list[str]]:
@@ -55,44 +71,76 @@ def ours(place: pathlib.Path) -> tuple[str, list[str]]:
 def qkv(layout: str, path: str) -> np.ndarray:
     """The first block's kernel of q, k and v [D, 3 D], read from the file by itself."""
     if layout == "google":
-        table, at = tensor_files.read_tensors(path), "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/{}/kernel"
-        return np.concatenate([np.asarray(table[at.format(n)]).reshape(32, 32) for n in ("query", "key", "value")], 1)
+        table, at = (
+            tensor_files.read_tensors(path),
+            "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/{}/kernel",
+        )
+        return np.concatenate(
+            [np.asarray(table[at.format(n)]).reshape(32, 32) for n in ("query", "key", "value")], 1
+        )
     return np.asarray(tensor_files.read_tensors(path)["blocks.0.attn.qkv.weight"]).T
 
 
-SLOW = [pytest.param(layout, marks=pytest.mark.slow, id=layout.__name__) for layout in (ours, mae, google)]
+SLOW = [
+    pytest.param(layout, marks=pytest.mark.slow, id=layout.__name__)
+    for layout in (ours, mae, google)
+]
 
 
 @pytest.mark.parametrize("layout", [pytest.param(timm, id="timm"), *SLOW])
-def test_the_first_loss_is_that_of_the_weights(layout, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_loss_is_that_of_the_weights(
+    layout, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "there").mkdir()
     path, more = layout(tmp_path / "there")
     settings = [f"--config.{item}" for item in [*SMALL, *more]]
-    call = ["--config", "configs/quickstart.py", "--workdir", str(tmp_path / "run"), *settings, f"--config.init_from={path}"]
+    call = [
+        "--config",
+        "configs/quickstart.py",
+        "--workdir",
+        str(tmp_path / "run"),
+        *settings,
+        f"--config.init_from={path}",
+    ]
     assert command.main(call) == 0
     out = capsys.readouterr().out
-    matched, here, taken = re.search(r"init_from .*: (\d+) of (\d+) arrays, [\d,]+ numbers: (.*)", out).groups()  # type: ignore[union-attr]
+    matched, here, taken = re.search(
+        r"init_from .*: (\d+) of (\d+) arrays, [\d,]+ numbers: (.*)", out
+    ).groups()  # type: ignore[union-attr]
     assert "encoder (" in taken
     missed = re.search(r"not there, start at random: (.*)", out)[1]  # type: ignore[index]
-    assert "encoder" not in missed and "pool" in missed and "category" in missed and ("decoder" in missed) != (layout is ours)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert (
+        "encoder" not in missed
+        and "pool" in missed
+        and "category" in missed
+        and ("decoder" in missed) != (layout is ours)
+    )
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     assert sorted(losses) == [1, 2, 3] and all(np.isfinite(list(losses.values())))
 
     # The same first step with the encoder put in by hand, and without it.
     config = configuration.load_config("configs/quickstart.py")
     configuration.apply_overrides(config, [*SMALL, *more])
-    job = jobs.open_setup(configuration.resolve(config), str(tmp_path / "other"), trains=[("mim", "supervised")])
+    job = jobs.open_setup(
+        configuration.resolve(config), str(tmp_path / "other"), trains=[("mim", "supervised")]
+    )
     trainer = Trainer(job.config, job.mesh, 0)
     source = {}
     if layout is ours:
-        params = saved.random(toy.settings(objective__forms="mim", data__captions="no", data__classes=0), seed=1)
+        params = saved.random(
+            toy.settings(objective__forms="mim", data__captions="no", data__classes=0), seed=1
+        )
         source = {name: array for name, array in saved.flat(params).items()}
     else:
         from m3i_jax.interop import vit_weights
 
         source = vit_weights.load_vit(tensor_files.read_tensors(path)).arrays
-        np.testing.assert_allclose(source["encoder/blocks/attention/qkv/kernel"][0], qkv(layout.__name__, path), atol=1e-6)
+        np.testing.assert_allclose(
+            source["encoder/blocks/attention/qkv/kernel"][0], qkv(layout.__name__, path), atol=1e-6
+        )
     batch = next(job.batches(0))
     found = []
     for given in (source, {}):

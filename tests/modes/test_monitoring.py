@@ -23,11 +23,16 @@ def made(**changes: Any) -> trainer.Trainer:
 
 def test_model_flops_are_those_of_the_plain_step() -> None:
     plain = made()
-    wanted = flops.count_flops(plain.trace, plain.template, trainer.abstract_batch(plain.config)).total
+    wanted = flops.count_flops(
+        plain.trace, plain.template, trainer.abstract_batch(plain.config)
+    ).total
     assert monitoring.model_flops(plain) == wanted
     again = made(model__remat="full", train__microbatches=2)
-    counted = flops.count_flops(again.trace, again.template, trainer.abstract_batch(again.config)).total
-    assert monitoring.model_flops(again) == wanted < counted  # what is computed twice is asked for once
+    counted = flops.count_flops(
+        again.trace, again.template, trainer.abstract_batch(again.config)
+    ).total
+    # what is computed twice is asked for once
+    assert monitoring.model_flops(again) == wanted < counted
 
 
 def test_mfu_only_where_the_peak_is_known() -> None:
@@ -41,7 +46,11 @@ def test_mfu_only_where_the_peak_is_known() -> None:
 def test_seconds_are_read_from_the_last_line_that_has_them(tmp_path: pathlib.Path) -> None:
     log = tmp_path / "metrics.jsonl"
     assert monitoring.log_metrics(log) == {}
-    lines = [{"step": 1, "perf/seconds/step": 3.0}, {"step": 2, "perf/seconds/step": 5.0, "perf/goodput": 1.0}, {"step": 2, "eval/x": 1}]
+    lines = [
+        {"step": 1, "perf/seconds/step": 3.0},
+        {"step": 2, "perf/seconds/step": 5.0, "perf/goodput": 1.0},
+        {"step": 2, "eval/x": 1},
+    ]
     log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "perf/sec')
     assert monitoring.log_metrics(log) == {"step": 5.0}
 
@@ -59,7 +68,9 @@ def test_compilations_go_to_the_clock_while_it_is_asked() -> None:
 def test_a_signal_asks_for_a_trace_and_the_handler_is_put_back(tmp_path: pathlib.Path) -> None:
     before = signal.getsignal(signal.SIGUSR1)
     said: list[str] = []
-    with monitoring.monitored(toy.settings(report__profile_steps=2), tmp_path, goodput.GoodputClock(), said.append) as tracer:
+    with monitoring.monitored(
+        toy.settings(report__profile_steps=2), tmp_path, goodput.GoodputClock(), said.append
+    ) as tracer:
         os.kill(os.getpid(), signal.SIGUSR1)
         for step in range(1, 5):
             tracer(step, None)
@@ -67,18 +78,26 @@ def test_a_signal_asks_for_a_trace_and_the_handler_is_put_back(tmp_path: pathlib
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_compiled_programs_are_kept_unless_jax_is_told_where(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+def test_compiled_programs_are_kept_unless_jax_is_told_where(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     set_ = jax.config.jax_compilation_cache_dir
     assert monitoring.enable_compilation_cache(tmp_path) == (set_ or "")  # as the tests are run
     changed: dict[str, str] = {}
-    settings = type("Settings", (), {"jax_compilation_cache_dir": None, "jax_enable_compilation_cache": True})()
+    settings = type(
+        "Settings", (), {"jax_compilation_cache_dir": None, "jax_enable_compilation_cache": True}
+    )()
     settings.update = changed.__setitem__
     monkeypatch.setattr(monitoring.jax, "config", settings)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     place = monitoring.enable_compilation_cache(tmp_path)
-    assert pathlib.Path(place).parent == tmp_path / "cache" / "m3i_jax" and pathlib.Path(place).is_dir()
+    assert (
+        pathlib.Path(place).parent == tmp_path / "cache" / "m3i_jax"
+        and pathlib.Path(place).is_dir()
+    )
     assert changed == {"jax_compilation_cache_dir": place}
-    monkeypatch.setattr(monitoring.parallel, "host_names", lambda: 2)  # of several hosts all look in one place
+    # of several hosts all look in one place
+    monkeypatch.setattr(monitoring.parallel, "host_names", lambda: 2)
     assert monitoring.enable_compilation_cache(tmp_path) == str(tmp_path / "compiled")
     settings.jax_enable_compilation_cache = False
     assert monitoring.enable_compilation_cache(tmp_path) == ""
@@ -90,12 +109,21 @@ TINY = {
 }  # fmt: skip
 
 
-def test_profile_leaves_a_trace_and_nothing_else(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_profile_leaves_a_trace_and_nothing_else(
+    tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     config = toy.settings(**TINY, report__profile_steps=2, report__peak_tflops=0.1)
     assert profile.run(config, workdir=str(tmp_path)) == 0
     out = capfd.readouterr().out
-    assert "tracing steps 4 to 5" in out and "ms a step" in out and "goodput" in out and "x cpu of 0.1 TFLOP/s" in out
-    assert [path.name for path in (tmp_path / "profile").rglob("operations.txt")] == ["operations.txt"]
+    assert (
+        "tracing steps 4 to 5" in out
+        and "ms a step" in out
+        and "goodput" in out
+        and "x cpu of 0.1 TFLOP/s" in out
+    )
+    assert [path.name for path in (tmp_path / "profile").rglob("operations.txt")] == [
+        "operations.txt"
+    ]
     assert {path.name for path in tmp_path.iterdir()} == {"profile", "run.lock"}
 
 
@@ -103,7 +131,8 @@ def test_profile_leaves_a_trace_and_nothing_else(tmp_path: pathlib.Path, capfd: 
 def test_a_run_and_its_restart_account_for_all_their_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Preempted after step 3, and run again: the sum goes on where it stood, and nothing is lost."""
+    """Preempted after step 3, and run again: the sum goes on where it stood, and nothing is
+    lost."""
     config = toy.settings(**TINY, train__steps=5, train__save_every=2, train__log_every=1)
     told = lambda step: signal.raise_signal(signal.SIGTERM) if step == 3 else None  # noqa: E731
     monkeypatch.setattr(monitoring.trace.Tracer, "__call__", lambda self, step, metrics: told(step))
@@ -112,10 +141,12 @@ def test_a_run_and_its_restart_account_for_all_their_time(
     assert out.count("no perf/mfu") == 1 and out.count("goodput") == 1
     log = tmp_path / "metrics.jsonl"
     last = json.loads(log.read_text().splitlines()[-1])
-    assert last["step"] == 3 and sum(v for k, v in last.items() if k.startswith("perf/seconds/")) == pytest.approx(
-        last["perf/wall_seconds"]
+    assert last["step"] == 3 and sum(
+        v for k, v in last.items() if k.startswith("perf/seconds/")
+    ) == pytest.approx(last["perf/wall_seconds"])
+    assert (
+        last["perf/seconds/compile"] > 0 and "perf/mfu" not in last and "perf/restarts" not in last
     )
-    assert last["perf/seconds/compile"] > 0 and "perf/mfu" not in last and "perf/restarts" not in last
     monkeypatch.undo()
     assert train.run(config, workdir=str(tmp_path), allow_changes=False) == loop.DONE
     assert "started 2 times" in capfd.readouterr().out
@@ -123,5 +154,9 @@ def test_a_run_and_its_restart_account_for_all_their_time(
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
     after = lines[-1]
     assert after["perf/restarts"] == 1 and after["perf/seconds/restore"] > 0
-    assert after.get("perf/seconds/lost", 0.0) < 0.1 * last["perf/seconds/step"]  # what the loop did after it had saved
-    assert after["perf/seconds/step"] > last["perf/seconds/step"] and after["perf/wall_seconds"] > last["perf/wall_seconds"]
+    # what the loop did after it had saved
+    assert after.get("perf/seconds/lost", 0.0) < 0.1 * last["perf/seconds/step"]
+    assert (
+        after["perf/seconds/step"] > last["perf/seconds/step"]
+        and after["perf/wall_seconds"] > last["perf/wall_seconds"]
+    )

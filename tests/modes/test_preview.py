@@ -1,4 +1,5 @@
-"""--mode=preview: the original beside the views is the record that the row shows, also where a bad one was replaced."""
+"""--mode=preview: the original beside the views is the record that the row shows, also where a bad
+one was replaced."""
 
 import numpy as np
 import pytest
@@ -39,13 +40,21 @@ def test_frames_stand_where_the_boxes_are():
     original = np.full((50, 100, 3), 200, np.uint8)
     boxes, side = np.array([[0, 0, 50, 40], [10, 50, 30, 50]]), 100
     tile = np.asarray(preview_sheet.frame_boxes(original, boxes, np.array([False, True]), side))
-    assert (tile[0, 50] == image_grid.PAPER).all() and (tile[50, 45] == 200).all()  # letterboxed, and untouched between the frames
+    # letterboxed, and untouched between the frames
+    assert (tile[0, 50] == image_grid.PAPER).all() and (tile[50, 45] == 200).all()
     for (top, left, height, width), colour in zip(boxes, preview_sheet.BOXES, strict=True):
         top += 25
-        for y, x in ((top, left), (top + height - 1, left), (top, left + width - 1), (top + height - 1, left + width - 1)):
+        for y, x in (
+            (top, left),
+            (top + height - 1, left),
+            (top, left + width - 1),
+            (top + height - 1, left + width - 1),
+        ):
             assert (tile[y, x] == colour).all(), (y, x)
     # The notch is on the left of the plain view and on the right of the mirrored one.
-    assert (tile[50, 4] == preview_sheet.BOXES[0]).all() and (tile[50, 95] == preview_sheet.BOXES[1]).all()
+    assert (tile[50, 4] == preview_sheet.BOXES[0]).all() and (
+        tile[50, 95] == preview_sheet.BOXES[1]
+    ).all()
     assert (tile[50, 36] == 200).all() and (tile[50, 55] == 200).all()
 
 
@@ -61,20 +70,31 @@ def test_a_sheet_with_originals_has_one_column_more(tmp_path):
     originals = [rng.integers(0, 256, (40, 60, 3), np.uint8) for _ in range(2)]
     sizes = []
     for shown in ([], originals):
-        preview_sheet.write_preview(tmp_path / "p.png", batch, captions=["", ""], classes=("cat",), originals=shown)
+        preview_sheet.write_preview(
+            tmp_path / "p.png", batch, captions=["", ""], classes=("cat",), originals=shown
+        )
         with Image.open(tmp_path / "p.png") as image:
             sizes.append(image.size)
             pixels = np.asarray(image.convert("RGB"))
     side = image_grid.side_of_tile(32, 4)
     assert sizes[1][0] - sizes[0][0] == 2 * (side + image_grid.GAP) and sizes[1][1] == sizes[0][1]
     top, left = image_grid.MARGIN + preview_sheet.HEAD, image_grid.MARGIN
-    wanted = np.asarray(preview_sheet.frame_boxes(originals[0], batch["box"][0], batch["flip"][0], side))
+    wanted = np.asarray(
+        preview_sheet.frame_boxes(originals[0], batch["box"][0], batch["flip"][0], side)
+    )
     np.testing.assert_array_equal(pixels[top : top + side, left : left + side], wanted)
 
 
 def test_a_fine_tuning_shows_what_is_blended(tmp_path):
-    """The input that the step makes, instead of a mask that it does not read; and both views of objectives that read one are cut."""
-    changes = {"data__size": 40, "data__classes": -1, "data__captions": "no", "train__batch_size": 16, "data__augment__mixup": 0.8}
+    """The input that the step makes, instead of a mask that it does not read; and both views of
+    objectives that read one are cut."""
+    changes = {
+        "data__size": 40,
+        "data__classes": -1,
+        "data__captions": "no",
+        "train__batch_size": 16,
+        "data__augment__mixup": 0.8,
+    }
     config = toy.settings(**changes, objective__forms="finetune")
     assert show.run(config, workdir=str(tmp_path)) == 0
     job = jobs.open_setup(config, str(tmp_path))
@@ -84,12 +104,19 @@ def test_a_fine_tuning_shows_what_is_blended(tmp_path):
     assert not batch["views"][:, 1].any()
     side = image_grid.side_of_tile(32, 4)
     with Image.open(tmp_path / "preview.png") as image:
-        assert image.width == 2 * image_grid.MARGIN + preview_sheet.BETWEEN + 2 * (3 * (side + image_grid.GAP) - image_grid.GAP)
+        assert image.width == 2 * image_grid.MARGIN + preview_sheet.BETWEEN + 2 * (
+            3 * (side + image_grid.GAP) - image_grid.GAP
+        )
         pixels = np.asarray(image.convert("RGB"))
-    share = mixup.draw_mixup(batch["position"], seed=config.seed, size=32, settings=config.data.augment).share[0]
+    share = mixup.draw_mixup(
+        batch["position"], seed=config.seed, size=32, settings=config.data.augment
+    ).share[0]
     clean = np.asarray(photometric.mirror(batch["views"][:2, 0], batch["flip"][:2, 0])) / 255
     wanted = (share * clean[0] + (1 - share) * clean[1]) * 255
-    left, top = image_grid.MARGIN + 2 * (side + image_grid.GAP), image_grid.MARGIN + preview_sheet.HEAD
+    left, top = (
+        image_grid.MARGIN + 2 * (side + image_grid.GAP),
+        image_grid.MARGIN + preview_sheet.HEAD,
+    )
     shown = pixels[top : top + side, left : left + side]
     zoom = side // 32
     np.testing.assert_allclose(shown[zoom // 2 :: zoom, zoom // 2 :: zoom], wanted, atol=2.5)
@@ -97,11 +124,17 @@ def test_a_fine_tuning_shows_what_is_blended(tmp_path):
 
 @pytest.mark.parametrize(("form", "tiles"), [("supervised", 2), ("mae", 3), ("sim", 4), ("m3i", 5)])
 def test_a_sheet_has_only_what_the_objective_reads(tmp_path, form, tiles):
-    """The original, the input view, then the other view, the mask and the mixed input where there are any."""
-    config = toy.settings(data__size=40, data__classes=-1, train__batch_size=16, objective__forms=form)
+    """The original, the input view, then the other view, the mask and the mixed input where there
+    are any."""
+    config = toy.settings(
+        data__size=40, data__classes=-1, train__batch_size=16, objective__forms=form
+    )
     assert show.run(config, workdir=str(tmp_path)) == 0
     with Image.open(tmp_path / "preview.png") as image:
-        assert image.width == 2 * image_grid.MARGIN + preview_sheet.BETWEEN + 2 * (tiles * (image_grid.side_of_tile(32, 4) + image_grid.GAP) - image_grid.GAP)
+        assert image.width == 2 * image_grid.MARGIN + preview_sheet.BETWEEN + 2 * (
+            tiles * (image_grid.side_of_tile(32, 4) + image_grid.GAP) - image_grid.GAP
+        )
         left = np.asarray(image.convert("RGB"))[:, : image.width // 2]
-    assert (left == image_grid.PARTNER).all(-1).any() == (form == "m3i")  # a cell is the partner's only where it is mixed in
+    # a cell is the partner's only where it is mixed in
+    assert (left == image_grid.PARTNER).all(-1).any() == (form == "m3i")
     assert (left == image_grid.HIDDEN).all(-1).any() == (form in ("mae", "sim"))

@@ -1,4 +1,5 @@
-"""Opening the data of a run: captions are carried where an objective reads them, and wherever somebody looks at the data itself."""
+"""Opening the data of a run: captions are carried where an objective reads them, and wherever
+somebody looks at the data itself."""
 
 import pathlib
 
@@ -10,7 +11,13 @@ from m3i_jax.modes import compare
 from m3i_jax.modes import setup as jobs
 from tests import toy
 
-SMALL = {"data__size": 40, "data__classes": -1, "data__captions": "auto", "data__holdout": 0.3, "train__batch_size": 16}
+SMALL = {
+    "data__size": 40,
+    "data__classes": -1,
+    "data__captions": "auto",
+    "data__holdout": 0.3,
+    "train__batch_size": 16,
+}
 
 
 @pytest.mark.parametrize(
@@ -22,44 +29,86 @@ SMALL = {"data__size": 40, "data__classes": -1, "data__captions": "auto", "data_
         ([("mim",), ("sim", "weakly_supervised")], "auto", "yes"),
     ],
 )
-def test_captions_are_left_out_where_nothing_reads_them(trains, captions: str, wanted: str, tmp_path: pathlib.Path) -> None:
-    job = jobs.open_setup(toy.settings(**SMALL | {"data__captions": captions}), str(tmp_path), trains=trains)
+def test_captions_are_left_out_where_nothing_reads_them(
+    trains, captions: str, wanted: str, tmp_path: pathlib.Path
+) -> None:
+    job = jobs.open_setup(
+        toy.settings(**SMALL | {"data__captions": captions}), str(tmp_path), trains=trains
+    )
     assert job.config.data.captions == wanted
-    assert (job.tokenizer is not None) == (wanted == "yes") == (tmp_path / "tokenizer.json").is_file()
+    assert (
+        (job.tokenizer is not None) == (wanted == "yes") == (tmp_path / "tokenizer.json").is_file()
+    )
 
 
-def test_a_form_that_the_data_cannot_feed_is_refused_before_anything_is_learnt(tmp_path: pathlib.Path) -> None:
+def test_a_form_that_the_data_cannot_feed_is_refused_before_anything_is_learnt(
+    tmp_path: pathlib.Path,
+) -> None:
     with pytest.raises(UserError, match="config.objective.forms: supervised"):
-        jobs.open_setup(toy.settings(**SMALL | {"data__classes": 0}), str(tmp_path), trains=[("mim",), ("supervised",)])
+        jobs.open_setup(
+            toy.settings(**SMALL | {"data__classes": 0}),
+            str(tmp_path),
+            trains=[("mim",), ("supervised",)],
+        )
     assert not (tmp_path / "tokenizer.json").exists()
 
 
-def test_a_comparison_carries_captions_for_the_form_that_reads_them(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comparison_carries_captions_for_the_form_that_reads_them(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where the objective of the configuration itself, which is not trained, reads none."""
     seen = []
-    monkeypatch.setattr(compare.train, "pretrain", lambda job, allow: seen.append(job) or compare.loop.PREEMPTED)
-    settings = toy.settings(**SMALL | {"objective__forms": "mim", "compare__forms": "weakly_supervised"})
-    assert compare.run(settings, workdir=str(tmp_path), allow_changes=False) == compare.loop.PREEMPTED
-    assert seen[0].tokenizer is not None and seen[0].config.objective.forms == ("weakly_supervised",)
+    monkeypatch.setattr(
+        compare.train, "pretrain", lambda job, allow: seen.append(job) or compare.loop.PREEMPTED
+    )
+    settings = toy.settings(
+        **SMALL | {"objective__forms": "mim", "compare__forms": "weakly_supervised"}
+    )
+    assert (
+        compare.run(settings, workdir=str(tmp_path), allow_changes=False) == compare.loop.PREEMPTED
+    )
+    assert seen[0].tokenizer is not None and seen[0].config.objective.forms == (
+        "weakly_supervised",
+    )
 
 
 def test_a_run_that_is_opened_again_has_the_same_pictures(tmp_path: pathlib.Path) -> None:
-    """Of 40 shapes some are held out. A run of those that are left would hold out others, and --mode=eval measure on them."""
+    """Of 40 shapes some are held out. A run of those that are left would hold out others, and
+    --mode=eval measure on them."""
     first = jobs.open_setup(toy.settings(**SMALL), str(tmp_path), trains=[("mim",)])
     assert len(first.held_out) and first.config.data.size == len(first.train) < 40
-    again = jobs.open_setup(configuration.resolve(configuration.config_from_text(first.text, "config.txt")), str(tmp_path), trains=[("mim",)])
-    assert again.identity == first.identity and len(again.held_out) == len(first.held_out) and again.text == first.text
+    again = jobs.open_setup(
+        configuration.resolve(configuration.config_from_text(first.text, "config.txt")),
+        str(tmp_path),
+        trains=[("mim",)],
+    )
+    assert (
+        again.identity == first.identity
+        and len(again.held_out) == len(first.held_out)
+        and again.text == first.text
+    )
 
 
-def test_a_run_keeps_the_batch_that_its_first_slice_rounded_to(tmp_path: pathlib.Path, capsys) -> None:
-    """Eight data shards make 64 of 62 images. On a slice that needs no rounding it stays 64, or it would be another run."""
+def test_a_run_keeps_the_batch_that_its_first_slice_rounded_to(
+    tmp_path: pathlib.Path, capsys
+) -> None:
+    """Eight data shards make 64 of 62 images. On a slice that needs no rounding it stays 64, or it
+    would be another run."""
     asked = SMALL | {"data__size": 200, "train__batch_size": 62, "train__round_batch": True}
     first = jobs.open_setup(toy.settings(**asked), str(tmp_path))
     (tmp_path / "config.txt").write_text(first.text)
     elsewhere = toy.settings(**asked, parallel__mesh="(1,1,8)")
     capsys.readouterr()
-    assert first.config.train.batch_size == jobs.open_setup(elsewhere, str(tmp_path)).config.train.batch_size == 64
-    assert f"train.batch_size: 64, with which the run in {tmp_path} began; 62 were asked for" in capsys.readouterr().out
+    assert (
+        first.config.train.batch_size
+        == jobs.open_setup(elsewhere, str(tmp_path)).config.train.batch_size
+        == 64
+    )
+    assert (
+        f"train.batch_size: 64, with which the run in {tmp_path} began; 62 were asked for"
+        in capsys.readouterr().out
+    )
     assert jobs.open_setup(elsewhere, str(tmp_path / "new")).config.train.batch_size == 62
     fewer = toy.settings(**asked | {"train__batch_size": 32}, parallel__mesh="(1,1,8)")
-    assert jobs.open_setup(fewer, str(tmp_path)).config.train.batch_size == 32  # asked for, and so told as a change
+    # asked for, and so told as a change
+    assert jobs.open_setup(fewer, str(tmp_path)).config.train.batch_size == 32

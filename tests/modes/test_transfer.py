@@ -1,4 +1,5 @@
-"""From a run to a fine-tuned one and to a probe: the encoder is the run's, and each is one command on a folder."""
+"""From a run to a fine-tuned one and to a probe: the encoder is the run's, and each is one command
+on a folder."""
 
 import json
 import pathlib
@@ -38,7 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     for i in range(240):
         wave = np.sin(np.arange(48) * r.uniform(0.5, 1.2) + r.uniform(0, 6)) > 0
         colours = r.integers(0, 256, (2, 3))
-        pixels = np.where(np.broadcast_to(wave[:, None], (48, 48))[..., None], *colours).astype(np.uint8)
+        pixels = np.where(np.broadcast_to(wave[:, None], (48, 48))[..., None], *colours).astype(
+            np.uint8
+        )
         name = "lying" if i % 2 else "standing"
         (place / name).mkdir(exist_ok=True)
         Image.fromarray(pixels if i % 2 else pixels.swapaxes(0, 1)).save(place / name / f"{i}.png")
@@ -46,7 +49,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_the_start_is_the_encoder_of_the_run(run: pathlib.Path) -> None:
-    config = configuration.load_config(f"configs/transfer/finetune.py:path=/pictures,from={run},ema=0.9,batch_size=16")
+    config = configuration.load_config(
+        f"configs/transfer/finetune.py:path=/pictures,from={run},ema=0.9,batch_size=16"
+    )
     config.data.update({"size": 64, "classes": toy.CLASSES})
     made = configuration.resolve(config)
     trainer = Trainer(made, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0)
@@ -55,34 +60,79 @@ def test_the_start_is_the_encoder_of_the_run(run: pathlib.Path) -> None:
     pretrained = Trainer(there, trainer.mesh, 0).init()
     for tree in (state.params, state.opt["target"].params):
         assert set(tree) == {"encoder", "pool", "category"}
-        for mine, theirs in zip(jax.tree.leaves(tree["encoder"]), jax.tree.leaves(pretrained.params["encoder"]), strict=True):
+        for mine, theirs in zip(
+            jax.tree.leaves(tree["encoder"]),
+            jax.tree.leaves(pretrained.params["encoder"]),
+            strict=True,
+        ):
             np.testing.assert_array_equal(mine, theirs)
     assert 1e-5 < np.asarray(state.params["category"]["kernel"]).std() < 3e-5
 
 
 def test_an_encoder_of_another_shape_is_refused(run: pathlib.Path) -> None:
-    config = configuration.load_config(f"configs/transfer/finetune.py:path=/pictures,from={run},batch_size=16")
+    config = configuration.load_config(
+        f"configs/transfer/finetune.py:path=/pictures,from={run},batch_size=16"
+    )
     config.data.update({"size": 64, "classes": 2})
     config.model.encoder.width = 64
     with pytest.raises(UserError, match="init_from"):
-        Trainer(configuration.resolve(config), parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0).init()
+        Trainer(
+            configuration.resolve(config), parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0
+        ).init()
 
 
 @pytest.mark.slow
-def test_a_folder_in_one_command(run: pathlib.Path, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Fine-tuning learns which way stripes run, on images that it did not see; a probe goes through all of its way."""
-    shared = ["--config.model.dtype=float32", "--config.parallel.mesh=(1,2,4)", "--config.evaluate.batch_size=32"]
+def test_a_folder_in_one_command(
+    run: pathlib.Path, folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Fine-tuning learns which way stripes run, on images that it did not see; a probe goes through
+    all of its way."""
+    shared = [
+        "--config.model.dtype=float32",
+        "--config.parallel.mesh=(1,2,4)",
+        "--config.evaluate.batch_size=32",
+    ]
     spec = f"path={folder},from={run},batch_size=32"
-    tuned = ["--config.optim.lr=3e-3", "--config.optim.layer_decay=0.9", "--config.train.log_every=10", "--config.data.augment.erase_p=0.0"]
+    tuned = [
+        "--config.optim.lr=3e-3",
+        "--config.optim.layer_decay=0.9",
+        "--config.train.log_every=10",
+        "--config.data.augment.erase_p=0.0",
+    ]
     assert (
-        command.main(["--config", f"configs/transfer/finetune.py:{spec},epochs=30", "--workdir", str(tmp_path / "a"), *shared, *tuned]) == 0
+        command.main(
+            [
+                "--config",
+                f"configs/transfer/finetune.py:{spec},epochs=30",
+                "--workdir",
+                str(tmp_path / "a"),
+                *shared,
+                *tuned,
+            ]
+        )
+        == 0
     )
-    probe = ["--config", f"configs/transfer/probe.py:{spec},epochs=3", "--workdir", str(tmp_path / "b"), *shared]
+    probe = [
+        "--config",
+        f"configs/transfer/probe.py:{spec},epochs=3",
+        "--workdir",
+        str(tmp_path / "b"),
+        *shared,
+    ]
     assert command.main(probe) == 0
     found = []
     for name in "ab":
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
         found.append([line["eval/direct/top1"] for line in lines if "eval/direct/top1" in line])
-    assert found[0][-1] > 0.9 > found[0][0] and len(found[1]) == 2  # a few steps of LARS at its rate for 32 images move nothing
-    assert command.main(["--mode=eval", "--workdir", str(tmp_path / "a"), "--config.evaluate.encoder=ema"]) == 0
+    # a few steps of LARS at its rate for 32 images move nothing
+    assert found[0][-1] > 0.9 > found[0][0] and len(found[1]) == 2
+    assert (
+        command.main(
+            ["--mode=eval", "--workdir", str(tmp_path / "a"), "--config.evaluate.encoder=ema"]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "a/eval.json").read_text())["encoder"] == "ema"

@@ -12,7 +12,9 @@ from m3i_jax.objective import balance
 def run(norms, decay=0.9):
     tx = balance.track_balance(decay)
     state = tx.init({"w": jnp.ones(3)})
-    step = jax.jit(lambda state, norms: tx.update({"w": jnp.ones(3)}, state, feature_grad_norms=norms)[1])
+    step = jax.jit(
+        lambda state, norms: tx.update({"w": jnp.ones(3)}, state, feature_grad_norms=norms)[1]
+    )
     states = [state]
     for pair in norms:
         states.append(step(states[-1], tuple(map(jnp.float32, pair))))
@@ -63,7 +65,9 @@ def test_lambda_makes_the_gradients_equal_at_gamma_one():
     a, b = np.random.default_rng(0).normal(size=(2, 4, 5, 3)).astype(np.float32)
     states = run([(balance.feature_norm(a), balance.feature_norm(5 * b))], decay=0.0)
     lam = balance.balance_weight(states[1])
-    np.testing.assert_allclose(balance.feature_norm(lam * 5 * b), balance.feature_norm(a), rtol=1e-5)
+    np.testing.assert_allclose(
+        balance.feature_norm(lam * 5 * b), balance.feature_norm(a), rtol=1e-5
+    )
 
 
 def test_lambda_and_norms_send_no_gradient():
@@ -82,14 +86,19 @@ def test_in_a_chain_updates_pass_through():
     params = {"w": jnp.arange(3.0), "b": jnp.ones(2)}
     grads = jax.tree.map(lambda x: x + 1, params)
     wanted, _ = jax.jit(plain.update)(grads, plain.init(params), params)
-    got, state = jax.jit(balanced.update)(grads, balanced.init(params), params, feature_grad_norms=(1.0, 2.0))
+    got, state = jax.jit(balanced.update)(
+        grads, balanced.init(params), params, feature_grad_norms=(1.0, 2.0)
+    )
     jax.tree.map(np.testing.assert_allclose, got, wanted)
     assert float(state["balance"].sp) == 2.0
     assert all(x.dtype == jnp.float32 for x in state["balance"][1:])
 
 
 def test_feature_norm():
-    tree = {"z": np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32), "cls": [np.full(2, 3.0, np.float32)]}
+    tree = {
+        "z": np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32),
+        "cls": [np.full(2, 3.0, np.float32)],
+    }
     wanted = np.sqrt((tree["z"] ** 2).sum() + 18)
     np.testing.assert_allclose(jax.jit(balance.feature_norm)(tree), wanted, rtol=1e-6)
     assert float(balance.feature_norm({})) == 0

@@ -1,9 +1,10 @@
-"""Equations 1, 2, 10 and 12 of the paper as exact statements, on a world small enough to write down completely.
+"""Equations 1, 2, 10 and 12 of the paper as exact statements, on a world small enough to write down
+completely.
 
-A sample s, an input transform t_x and target transforms t_y are drawn; what they lead to is deterministic: z_x of 3 values, z_1 of 4,
-z_2 of 3. True information is summed up in float64, the prediction terms are this project's losses: `category` on a table of logits,
-`boltzmann` on embeddings of the targets.
-"""
+A sample s, an input transform t_x and target transforms t_y are drawn; what they lead to is
+deterministic: z_x of 3 values, z_1 of 4, z_2 of 3. True information is summed up in float64, the
+prediction terms are this project's losses: `category` on a table of logits, `boltzmann` on
+embeddings of the targets."""
 
 import functools
 
@@ -29,11 +30,15 @@ def entropy(p):
 
 
 def world(seed, samples=5, transforms=2):
-    """p(t_x, t_y, z_x, z_1, z_2): transforms are independent of the sample ("data-irrelevant"), encoders deterministic."""
+    """p(t_x, t_y, z_x, z_1, z_2): transforms are independent of the sample ("data-irrelevant"),
+    encoders deterministic."""
     rng = np.random.default_rng(seed)
     p_s, p_tx, p_ty = (rng.dirichlet(np.full(n, 3.0)) for n in (samples, transforms, transforms))
     of_x = rng.integers(X, size=(samples, transforms))
-    of_1, of_2 = rng.integers(Y1, size=(samples, transforms)), rng.integers(Y2, size=(samples, transforms))
+    of_1, of_2 = (
+        rng.integers(Y1, size=(samples, transforms)),
+        rng.integers(Y2, size=(samples, transforms)),
+    )
     p = np.zeros((transforms, transforms, X, Y1, Y2))
     for s, a, b in np.ndindex(samples, transforms, transforms):
         p[a, b, of_x[s, a], of_1[s, b], of_2[s, b]] += p_s[s] * p_tx[a] * p_ty[b]
@@ -42,27 +47,41 @@ def world(seed, samples=5, transforms=2):
 
 def joint(seed):
     """The same with any joint table: encoders that draw their representations."""
-    return np.random.default_rng(seed).dirichlet(np.full(2 * 2 * X * Y1 * Y2, 0.3)).reshape(2, 2, X, Y1, Y2)
+    return (
+        np.random.default_rng(seed)
+        .dirichlet(np.full(2 * 2 * X * Y1 * Y2, 0.3))
+        .reshape(2, 2, X, Y1, Y2)
+    )
 
 
 def independent(seed):
     """Targets that are independent of each other given z_x and the transforms."""
     rng = np.random.default_rng(seed)
     p_tx, p_ty = rng.dirichlet(np.ones(2)), rng.dirichlet(np.ones(2))
-    p_x, p_1, p_2 = rng.dirichlet(np.ones(X), size=(2, 2)), rng.dirichlet(np.ones(Y1), (2, 2, X)), rng.dirichlet(np.ones(Y2), (2, 2, X))
+    p_x, p_1, p_2 = (
+        rng.dirichlet(np.ones(X), size=(2, 2)),
+        rng.dirichlet(np.ones(Y1), (2, 2, X)),
+        rng.dirichlet(np.ones(Y2), (2, 2, X)),
+    )
     return np.einsum("a,b,abx,abxi,abxj->abxij", p_tx, p_ty, p_x, p_1, p_2)
 
 
 def information(p_txz):
     """I(z_x; z | t_x, t_y) of a table [t_x, t_y, z_x, z], in nats."""
-    apart, total = p_txz.sum(3, keepdims=True) * p_txz.sum(2, keepdims=True), p_txz.sum((2, 3), keepdims=True)
+    apart, total = (
+        p_txz.sum(3, keepdims=True) * p_txz.sum(2, keepdims=True),
+        p_txz.sum((2, 3), keepdims=True),
+    )
     return (p_txz * (log(p_txz * total) - log(apart))).sum()
 
 
 def given_t(p_txz):
-    """E over the transforms of H(p(z | t_x, t_y)), which is H(p(z | t_y)) where t_x tells nothing about z."""
+    """E over the transforms of H(p(z | t_x, t_y)), which is H(p(z | t_y)) where t_x tells nothing
+    about z."""
     p_t = p_txz.sum((2, 3))
-    return sum(p_t[a, b] * entropy(p_txz[a, b].sum(0) / p_t[a, b]) for a, b in np.ndindex(p_t.shape))
+    return sum(
+        p_t[a, b] * entropy(p_txz[a, b].sum(0) / p_t[a, b]) for a, b in np.ndindex(p_t.shape)
+    )
 
 
 def conditional(p_txz):
@@ -72,7 +91,8 @@ def conditional(p_txz):
 
 
 def prediction_term(p_txz, logits):
-    """E log P^(z | prediction) by the project's own loss: one row for every (t_x, t_y, z_x, z), weighed by its probability."""
+    """E log P^(z | prediction) by the project's own loss: one row for every (t_x, t_y, z_x, z),
+    weighed by its probability."""
     target = np.broadcast_to(np.arange(p_txz.shape[-1]), p_txz.shape)
     rows = np.broadcast_to(logits[..., None, :], (*p_txz.shape, p_txz.shape[-1]))
     total, count = nll(rows, target, p_txz)
@@ -97,7 +117,8 @@ def bounded(p):
     return np.maximum(np.log(np.maximum(p, 1e-30)), -60)
 
 
-# --- Equations 1 and 2: one target -------------------------------------------------------------------------------------------------------
+# --- Equations 1 and 2: one target
+# -------------------------------------------------------------------------------------------------------
 @SEEDS
 @pytest.mark.parametrize("make", [world, joint])
 def test_bound_never_exceeds_the_information(make, seed):
@@ -123,12 +144,14 @@ def test_bound_is_tight_for_the_true_posterior(make, seed):
     assert information(p) > 0.05
     rows = np.broadcast_to(logits[..., None, :], (*p.shape, Y1)).astype(np.float32)
     grad = jax.grad(lambda x: nll(x, np.broadcast_to(np.arange(Y1), p.shape), p)[0])(rows)
-    np.testing.assert_allclose(grad.sum(3), 0, atol=1e-6)  # the supremum over f_psi: no table of logits is better nearby
+    # the supremum over f_psi: no table of logits is better nearby
+    np.testing.assert_allclose(grad.sum(3), 0, atol=1e-6)
 
 
 @SEEDS
 def test_target_entropy_does_not_know_the_input_transform(seed):
-    """The regularization term of Eq. 2 is H(p(z_y | t_y)): transforms are drawn independently of the sample."""
+    """The regularization term of Eq. 2 is H(p(z_y | t_y)): transforms are drawn independently of
+    the sample."""
     p = first(world(seed))
     p_ty = p.sum((0, 2))  # [t_y, z]
     wanted = sum(p_ty[b].sum() * entropy(p_ty[b] / p_ty[b].sum()) for b in range(2))
@@ -137,7 +160,8 @@ def test_target_entropy_does_not_know_the_input_transform(seed):
 
 @SEEDS
 def test_boltzmann_over_target_representations_is_tight_too(seed):
-    """Section 3.1: P^ ~ exp(prediction . z_y / tau), z' over all possible target representations."""
+    """Section 3.1: P^ ~ exp(prediction . z_y / tau), z' over all possible target
+    representations."""
     p, tau = first(world(seed)), 0.7
     keys = np.random.default_rng(seed).normal(size=(Y1, 6))
     log_p = np.maximum(bounded(conditional(p)), -30)
@@ -145,12 +169,15 @@ def test_boltzmann_over_target_representations_is_tight_too(seed):
     rows = np.broadcast_to(prediction[..., None, :], (*p.shape, 6))
     total, _ = point(rows, keys, np.broadcast_to(np.arange(Y1), p.shape), p, temperature=tau)
     assert given_t(p) - float(total) == pytest.approx(information(p), abs=2e-5)
-    wrong, _ = point(rows[..., ::-1], keys, np.broadcast_to(np.arange(Y1), p.shape), p, temperature=tau)
+    wrong, _ = point(
+        rows[..., ::-1], keys, np.broadcast_to(np.arange(Y1), p.shape), p, temperature=tau
+    )
     assert given_t(p) - float(wrong) < information(p) - 0.01
 
 
 def test_info_nce_over_a_batch_never_exceeds_the_information():
-    """The estimate in the log: log2 B - loss, on average over all batches of B = 2 pairs, for the best critic and a poor one."""
+    """The estimate in the log: log2 B - loss, on average over all batches of B = 2 pairs, for the
+    best critic and a poor one."""
     p = np.random.default_rng(3).dirichlet(np.full(9, 0.4)).reshape(3, 3)
     ratio = np.log(p / np.outer(p.sum(1), p.sum(0)))
     true = (p * ratio).sum() / np.log(2)
@@ -167,9 +194,11 @@ def test_info_nce_over_a_batch_never_exceeds_the_information():
     assert bits(0.2 * ratio) < bits(ratio) and bits(-ratio) < 0
 
 
-# --- Equations 10 and 12: several targets ------------------------------------------------------------------------------------------------
+# --- Equations 10 and 12: several targets
+# ------------------------------------------------------------------------------------------------
 def total_correlation(p):
-    """What the targets tell about each other once z_x is known, E KL(p(z_1, z_2 | z_x, t) || p(z_1 | z_x, t) p(z_2 | z_x, t))."""
+    """What the targets tell about each other once z_x is known, E KL(p(z_1, z_2 | z_x, t) || p(z_1
+    | z_x, t) p(z_2 | z_x, t))."""
     product = conditional(first(p))[..., :, None] * conditional(second(p))[..., None, :]
     return (p * (log(conditional(both(p)).reshape(p.shape)) - log(product))).sum()
 
@@ -177,23 +206,35 @@ def total_correlation(p):
 @SEEDS
 @pytest.mark.parametrize("make", [world, joint])
 def test_sum_over_targets_never_exceeds_the_information(make, seed):
-    """Eq. 12, with the gap written out: the divergence of each posterior and what the targets tell about each other."""
+    """Eq. 12, with the gap written out: the divergence of each posterior and what the targets tell
+    about each other."""
     p, rng = make(seed), np.random.default_rng(seed + 10)
     logits = rng.normal(size=first(p).shape), rng.normal(size=second(p).shape)
-    bound = given_t(both(p)) + prediction_term(first(p), logits[0]) + prediction_term(second(p), logits[1])
-    best = given_t(both(p)) + sum(prediction_term(of(p), bounded(conditional(of(p)))) for of in (first, second))
+    bound = (
+        given_t(both(p))
+        + prediction_term(first(p), logits[0])
+        + prediction_term(second(p), logits[1])
+    )
+    best = given_t(both(p)) + sum(
+        prediction_term(of(p), bounded(conditional(of(p)))) for of in (first, second)
+    )
     true = information(both(p))
     assert bound < best <= true + 2e-6
     assert true - best == pytest.approx(total_correlation(p), abs=4e-6)
     normalized = [x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in logits]
-    divergences = [(of(p) * (log(conditional(of(p))) - x)).sum() for of, x in zip((first, second), normalized, strict=True)]
+    divergences = [
+        (of(p) * (log(conditional(of(p))) - x)).sum()
+        for of, x in zip((first, second), normalized, strict=True)
+    ]
     assert true - bound == pytest.approx(sum(divergences) + total_correlation(p), abs=4e-6)
 
 
 @SEEDS
 def test_sum_over_targets_is_tight_where_the_input_explains_their_dependence(seed):
     p = independent(seed)
-    best = given_t(both(p)) + sum(prediction_term(of(p), bounded(conditional(of(p)))) for of in (first, second))
+    best = given_t(both(p)) + sum(
+        prediction_term(of(p), bounded(conditional(of(p)))) for of in (first, second)
+    )
     assert total_correlation(p) == pytest.approx(0, abs=1e-12)
     assert best == pytest.approx(information(both(p)), abs=2e-6)
     assert total_correlation(joint(seed)) > 0.05  # the case above is not this one
@@ -201,7 +242,8 @@ def test_sum_over_targets_is_tight_where_the_input_explains_their_dependence(see
 
 @SEEDS
 def test_separate_losses_are_the_loss_of_the_product(seed):
-    """The split itself: sum_k -log P^_k is -log of one posterior over all targets together, for any posteriors."""
+    """The split itself: sum_k -log P^_k is -log of one posterior over all targets together, for any
+    posteriors."""
     p, rng = joint(seed), np.random.default_rng(seed)
     one, two = rng.normal(size=first(p).shape), rng.normal(size=second(p).shape)
     product = (one[..., :, None] + two[..., None, :]).reshape(*p.shape[:3], Y1 * Y2)
@@ -214,5 +256,7 @@ def test_chain_of_targets_is_exact(seed):
     """Eq. 10: predictions that may also look at the targets before them lose nothing."""
     p = joint(seed)
     after_first = p.reshape(2, 2, X * Y1, Y2)  # condition: z_x together with z_1
-    chain = prediction_term(first(p), bounded(conditional(first(p)))) + prediction_term(after_first, bounded(conditional(after_first)))
+    chain = prediction_term(first(p), bounded(conditional(first(p)))) + prediction_term(
+        after_first, bounded(conditional(after_first))
+    )
     assert given_t(both(p)) + chain == pytest.approx(information(both(p)), abs=4e-6)

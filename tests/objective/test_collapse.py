@@ -7,8 +7,12 @@ import pytest
 
 from m3i_jax.objective import collapse, losses
 
-target_std, effective_rank, second_moment = map(jax.jit, (collapse.target_std, collapse.effective_rank, losses.second_moment))
-spread, alignment, uniformity = map(jax.jit, (collapse.centered_energy, collapse.alignment, collapse.uniformity))
+target_std, effective_rank, second_moment = map(
+    jax.jit, (collapse.target_std, collapse.effective_rank, losses.second_moment)
+)
+spread, alignment, uniformity = map(
+    jax.jit, (collapse.centered_energy, collapse.alignment, collapse.uniformity)
+)
 
 
 def normal(*shape, seed=0):
@@ -76,7 +80,9 @@ def test_alignment_is_numpy():
     np.testing.assert_allclose(alignment(a, b), square.mean(), rtol=1e-5)
     np.testing.assert_allclose(alignment(3 * a, 0.2 * b), square.mean(), rtol=1e-5)
     a[1], b[4] = np.nan, np.inf
-    np.testing.assert_allclose(alignment(a, b, where), (square * where).sum() / where.sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        alignment(a, b, where), (square * where).sum() / where.sum(), rtol=1e-5
+    )
     assert float(alignment(a, a, where)) == 0 and float(alignment(a, b, np.zeros(6))) == 0
 
 
@@ -90,17 +96,23 @@ def test_uniformity_is_numpy(t):
         log_pairs = [-t * ((u[i] - u[j]) ** 2).sum() for i in range(len(u)) for j in range(i)]
         return np.logaddexp.reduce(log_pairs) - np.log(len(log_pairs))
 
-    np.testing.assert_allclose(jax.jit(collapse.uniformity, static_argnames="t")(x, t=t), wanted(x), rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(collapse.uniformity, static_argnames="t")(x, t=t), wanted(x), rtol=1e-5
+    )
     where = np.array([1, 0, 1, 1, 0, 1], bool)
     kept, x[~where] = wanted(x[where]), np.nan
-    np.testing.assert_allclose(jax.jit(collapse.uniformity, static_argnames="t")(x, where, t=t), kept, rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(collapse.uniformity, static_argnames="t")(x, where, t=t), kept, rtol=1e-5
+    )
 
 
 def test_uniformity_weights_count_like_copies_of_other_images():
     x, w = normal(4, 3), np.array([2.0, 1.0, 0.5, 1.0])
     u = unit(x)
     pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
-    kernel = sum(w[i] * w[j] * np.exp(-2 * ((u[i] - u[j]) ** 2).sum()) for i, j in pairs) / sum(w[i] * w[j] for i, j in pairs)
+    kernel = sum(w[i] * w[j] * np.exp(-2 * ((u[i] - u[j]) ** 2).sum()) for i, j in pairs) / sum(
+        w[i] * w[j] for i, j in pairs
+    )
     np.testing.assert_allclose(uniformity(x, w), np.log(kernel), rtol=1e-5)
 
 
@@ -112,12 +124,20 @@ def test_uniformity_sees_collapse_and_nothing():
     collapsed = float(uniformity(np.tile(normal(1, 300), (40, 1))))
     assert -1e-4 < collapsed <= 0
     assert float(uniformity(normal(200, 64))) < -3.5
-    assert float(uniformity(normal(3, 4), np.array([0, 1, 0]))) == 0 and float(uniformity(normal(3, 4), np.zeros(3))) == 0
+    assert (
+        float(uniformity(normal(3, 4), np.array([0, 1, 0]))) == 0
+        and float(uniformity(normal(3, 4), np.zeros(3))) == 0
+    )
 
 
 def test_monitors_take_bfloat16_and_have_no_gradient():
     x, y = normal(6, 4), normal(6, 4, seed=1)
-    for f in (target_std, uniformity, lambda x: alignment(x, y), lambda x: spread(x.mean(0), second_moment(x))):
+    for f in (
+        target_std,
+        uniformity,
+        lambda x: alignment(x, y),
+        lambda x: spread(x.mean(0), second_moment(x)),
+    ):
         low = jax.jit(f)(jnp.asarray(x, jnp.bfloat16))
         value, grad = jax.jit(jax.value_and_grad(f))(x)
         assert low.dtype == jnp.float32 and float(low) == pytest.approx(float(value), rel=0.02)

@@ -1,4 +1,5 @@
-"""The momentum target: schedule values, the average itself, its place at the end of an optax chain."""
+"""The momentum target: schedule values, the average itself, its place at the end of an optax
+chain."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,9 @@ def test_the_target_starts_as_a_copy():
     state = ema.track_target(0.9, encoder).init(params)
     np.testing.assert_array_equal(state.params["w"], params["encoder"]["w"])
     assert jax.tree.structure(state.params) == jax.tree.structure(params["encoder"])
-    assert state.params["w"].unsafe_buffer_pointer() != params["encoder"]["w"].unsafe_buffer_pointer()
+    assert (
+        state.params["w"].unsafe_buffer_pointer() != params["encoder"]["w"].unsafe_buffer_pointer()
+    )
     assert int(state.count) == 0
 
 
@@ -40,7 +43,9 @@ def test_average_of_the_parameters_after_the_step(momentum):
     tx = optax.named_chain(("sgd", optax.sgd(0.5)), ("target", ema.track_target(momentum, encoder)))
     params = {"encoder": jnp.array([1.0, -2.0]), "decoder": jnp.array(3.0)}
     state, average = tx.init(params), np.array([1.0, -2.0])
-    step = jax.jit(lambda g, s, p: (lambda u, s: (optax.apply_updates(p, u), s))(*tx.update(g, s, p)))
+    step = jax.jit(
+        lambda g, s, p: (lambda u, s: (optax.apply_updates(p, u), s))(*tx.update(g, s, p))
+    )
     for k in range(1, 6):
         grads = {"encoder": jnp.array([0.3 * k, 1.0]), "decoder": jnp.array(1.0)}
         params, state = step(grads, state, params)

@@ -10,7 +10,11 @@ from m3i_jax.objective import information, losses
 
 gaussian_bits = jax.jit(information.gaussian_bits, static_argnums=2)
 softmax_bits, category_bits = jax.jit(information.softmax_bits), jax.jit(information.category_bits)
-gaussian, boltzmann, category = jax.jit(losses.gaussian), jax.jit(losses.boltzmann), jax.jit(losses.category)
+gaussian, boltzmann, category = (
+    jax.jit(losses.gaussian),
+    jax.jit(losses.boltzmann),
+    jax.jit(losses.category),
+)
 
 
 def test_gaussian_bits_of_jointly_gaussian_targets_is_their_information():
@@ -31,13 +35,16 @@ def test_gaussian_bits_of_jointly_gaussian_targets_is_their_information():
 
 
 def test_gaussian_bits_has_no_scale():
-    np.testing.assert_allclose(gaussian_bits(0.3, 0.9, 16), gaussian_bits(300.0, 900.0, 16), rtol=1e-5)
+    np.testing.assert_allclose(
+        gaussian_bits(0.3, 0.9, 16), gaussian_bits(300.0, 900.0, 16), rtol=1e-5
+    )
 
 
 def test_gaussian_bits_at_the_ends():
     assert float(gaussian_bits(0.0, 1.0, 10)) == 240  # 24 bits an element
     assert float(gaussian_bits(0.0, 0.0, 10)) == float(gaussian_bits(1.0, 0.0, 10)) == 0
-    assert float(gaussian_bits(1.0, -1e-9, 10)) == 0  # a variance as a difference of rounded moments
+    # a variance as a difference of rounded moments
+    assert float(gaussian_bits(1.0, -1e-9, 10)) == 0
     assert float(gaussian_bits(1.0, 1.0, 10)) == 0
 
 
@@ -56,7 +63,9 @@ def test_category_bits_is_the_information_in_a_confusion_matrix():
         log_posterior = np.maximum(np.log(joint / joint.sum(1, keepdims=True)), -50)
     total, count = category(log_posterior[x], label, joint.ravel(), smoothing=0.0)
     ratio = np.where(joint > 0, joint / np.outer(joint.sum(1), marginal), 1.0)
-    assert float(category_bits(total / count, 100 * marginal)) == pytest.approx((joint * np.log2(ratio)).sum(), rel=1e-5)
+    assert float(category_bits(total / count, 100 * marginal)) == pytest.approx(
+        (joint * np.log2(ratio)).sum(), rel=1e-5
+    )
 
 
 def test_category_bits_at_the_ends():
@@ -64,7 +73,11 @@ def test_category_bits_at_the_ends():
     assert float(category_bits(0.0, np.zeros(3))) == 0
     assert float(category_bits(np.log(4), np.ones(4))) == pytest.approx(0, abs=1e-6)
     soft = np.array([0.5, 0.25, 0.25])
-    assert float(category_bits(0.0, soft)) == pytest.approx(1.5) == pytest.approx(float(category_bits(0.0, 7 * soft)))
+    assert (
+        float(category_bits(0.0, soft))
+        == pytest.approx(1.5)
+        == pytest.approx(float(category_bits(0.0, 7 * soft)))
+    )
     with pytest.raises(ValueError, match=r"\(2, 3\)"):
         category_bits(0.0, np.ones((2, 3)))
 
@@ -76,5 +89,9 @@ def test_no_gradient():
 
 
 def test_every_estimator_names_its_marginal():
-    functions = {name for name, _ in inspect.getmembers(information, inspect.isfunction) if name.endswith("_bits")}
+    functions = {
+        name
+        for name, _ in inspect.getmembers(information, inspect.isfunction)
+        if name.endswith("_bits")
+    }
     assert functions == set(information.MARGINALS) and all(information.MARGINALS.values())

@@ -1,4 +1,5 @@
-"""Boltzmann posteriors and normalised targets against numpy, scipy and optax: golden values, gradients, errors. See also *_gaussian."""
+"""Boltzmann posteriors and normalised targets against numpy, scipy and optax: golden values,
+gradients, errors. See also *_gaussian."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,14 @@ import pytest
 from scipy.special import logsumexp
 
 from m3i_jax.objective import losses
-from tests.objective.numeric import check_gradient, grad_of, mean, normal, primitives, value_and_grad_of
+from tests.objective.numeric import (
+    check_gradient,
+    grad_of,
+    mean,
+    normal,
+    primitives,
+    value_and_grad_of,
+)
 
 # Compiled as a whole: faster than operation by operation, and it is how they are used.
 boltzmann = jax.jit(losses.boltzmann, static_argnames=("temperature", "normalize", "stop_gradient"))
@@ -18,7 +26,8 @@ layer_normalize = jax.jit(losses.layer_normalize)
 patch_normalize = jax.jit(losses.patch_normalize)
 
 
-# --- Boltzmann ---------------------------------------------------------------------------------------------------------------------------
+# --- Boltzmann
+# ---------------------------------------------------------------------------------------------------------------------------
 def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
@@ -29,7 +38,9 @@ def test_boltzmann_is_scipy(normalize):
     total, count = boltzmann(p, k, index, temperature=0.2, normalize=normalize)
     a, b = (unit(p), unit(k)) if normalize else (p, k)
     logits = (a.astype(np.float64) @ b.T) / 0.2
-    np.testing.assert_allclose(total, (logsumexp(logits, axis=1) - logits[np.arange(7), index]).sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        total, (logsumexp(logits, axis=1) - logits[np.arange(7), index]).sum(), rtol=1e-5
+    )
     assert float(count) == 7
 
 
@@ -37,7 +48,9 @@ def test_boltzmann_over_the_batch_is_info_nce():
     q, k = normal(6, 8), normal(6, 8, seed=1)
     logits = unit(q) @ unit(k).T / 0.2
     wanted = optax.softmax_cross_entropy_with_integer_labels(logits, np.arange(6)).mean()
-    np.testing.assert_allclose(mean(boltzmann(q, k, np.arange(6), temperature=0.2)), wanted, rtol=1e-5)
+    np.testing.assert_allclose(
+        mean(boltzmann(q, k, np.arange(6), temperature=0.2)), wanted, rtol=1e-5
+    )
 
 
 def test_boltzmann_gradient_numerically_and_to_keys():
@@ -53,7 +66,12 @@ def test_boltzmann_gradient_numerically_and_to_keys():
 
 
 def test_boltzmann_weights_and_missing_keys():
-    p, k, index, where = normal(4, 3), normal(5, 3, seed=1), np.array([0, -1, 3, 3]), np.array([1.0, 0.0, 0.5, 1.0])
+    p, k, index, where = (
+        normal(4, 3),
+        normal(5, 3, seed=1),
+        np.array([0, -1, 3, 3]),
+        np.array([1.0, 0.0, 0.5, 1.0]),
+    )
     exists = np.array([1, 0, 1, 1, 0], bool)
     k[~exists], p[1] = np.nan, np.nan
     total, count = boltzmann(p, k, index, where, where_K=exists)
@@ -61,7 +79,9 @@ def test_boltzmann_weights_and_missing_keys():
     cost = logsumexp(logits, axis=1) - logits[np.arange(4), [0, 0, 2, 2]]
     np.testing.assert_allclose(total, cost[0] + 0.5 * cost[2] + cost[3], rtol=1e-5)
     assert float(count) == 2.5
-    grads = grad_of(lambda p, k: boltzmann(p, k, index, where, where_K=exists, stop_gradient=False)[0], (0, 1))(p, k)
+    grads = grad_of(
+        lambda p, k: boltzmann(p, k, index, where, where_K=exists, stop_gradient=False)[0], (0, 1)
+    )(p, k)
     assert all(np.isfinite(g).all() for g in grads)
 
 
@@ -74,20 +94,26 @@ def test_boltzmann_index_outside_is_loud():
 
 def test_boltzmann_of_a_zero_row_is_finite():
     p, k = np.zeros((2, 3), np.float32), normal(4, 3)
-    (total, _), grad = value_and_grad_of(lambda p: boltzmann(p, k, np.zeros(2, int)), has_aux=True)(p)
+    (total, _), grad = value_and_grad_of(lambda p: boltzmann(p, k, np.zeros(2, int)), has_aux=True)(
+        p
+    )
     assert float(total) == pytest.approx(2 * np.log(4), rel=1e-6)
     assert np.isfinite(grad).all()
 
 
 def test_boltzmann_maps_over_positions():
-    """Dense instance discrimination: the negatives of a token are the same position of the other images."""
+    """Dense instance discrimination: the negatives of a token are the same position of the other
+    images."""
     p, k = normal(6, 4, 5), normal(6, 4, 5, seed=1)
-    total, count = jax.vmap(lambda p, k: boltzmann(p, k, jnp.arange(6), temperature=0.2), in_axes=(1, 1))(p, k)
+    total, count = jax.vmap(
+        lambda p, k: boltzmann(p, k, jnp.arange(6), temperature=0.2), in_axes=(1, 1)
+    )(p, k)
     one = boltzmann(p[:, 2], k[:, 2], np.arange(6), temperature=0.2)
     np.testing.assert_allclose((total[2], count[2]), one, rtol=1e-5)
 
 
-# --- category ----------------------------------------------------------------------------------------------------------------------------
+# --- category
+# ----------------------------------------------------------------------------------------------------------------------------
 def test_category_golden():
     total, count = category(np.array([[2.0, 1.0, 0.0, -1.0]]), np.array([0]))
     assert float(total / count) == pytest.approx(0.5901897, rel=1e-6)
@@ -97,13 +123,19 @@ def test_category_golden():
 def test_category_is_optax(smoothing):
     logits, label = 3 * normal(9, 6), np.random.default_rng(1).integers(0, 6, 9)
     total, count = category(logits, label, smoothing=smoothing)
-    wanted = optax.softmax_cross_entropy(logits, optax.smooth_labels(jax.nn.one_hot(label, 6), smoothing))
+    wanted = optax.softmax_cross_entropy(
+        logits, optax.smooth_labels(jax.nn.one_hot(label, 6), smoothing)
+    )
     np.testing.assert_allclose(total, wanted.sum(), rtol=1e-5)
     assert float(count) == 9
 
 
 def test_category_missing_labels_weigh_nothing():
-    logits, label, where = normal(5, 4), np.array([1, -1, 3, 0, 2]), np.array([1, 1, 0, 0.5, 1], np.float32)
+    logits, label, where = (
+        normal(5, 4),
+        np.array([1, -1, 3, 0, 2]),
+        np.array([1, 1, 0, 0.5, 1], np.float32),
+    )
     counted = np.array([0, 3, 4])
     single = [float(category(logits[b : b + 1], label[b : b + 1])[0]) for b in counted]
     logits[[1, 2]] = np.nan
@@ -115,7 +147,9 @@ def test_category_missing_labels_weigh_nothing():
 
 
 def test_category_without_labels_is_zero_and_finite():
-    (total, count), grad = value_and_grad_of(lambda x: category(x, np.full(3, -1)), has_aux=True)(normal(3, 4))
+    (total, count), grad = value_and_grad_of(lambda x: category(x, np.full(3, -1)), has_aux=True)(
+        normal(3, 4)
+    )
     assert (float(total), float(count)) == (0, 0) and not np.any(grad)
 
 
@@ -133,10 +167,16 @@ def test_category_gradient():
 
 def test_category_needs_no_gather():
     jaxpr = jax.make_jaxpr(grad_of(lambda x: category(x, jnp.array([0, 1]))[0]))(normal(2, 4)).jaxpr
-    assert primitives(jaxpr, "gather") == primitives(jaxpr, "scatter-add") == primitives(jaxpr, "scatter") == 0
+    assert (
+        primitives(jaxpr, "gather")
+        == primitives(jaxpr, "scatter-add")
+        == primitives(jaxpr, "scatter")
+        == 0
+    )
 
 
-# --- text --------------------------------------------------------------------------------------------------------------------------------
+# --- text
+# --------------------------------------------------------------------------------------------------------------------------------
 def clip(u, v, log_scale):
     logits = np.exp(log_scale) * unit(u).astype(np.float64) @ unit(v).astype(np.float64).T
     return (logsumexp(logits, axis=1) + logsumexp(logits, axis=0)) / 2 - np.diag(logits)
@@ -181,14 +221,18 @@ def test_text_fractional_weights_weigh():
 
 def test_text_without_captions_is_zero_and_finite():
     u, v = normal(3, 4), np.zeros((3, 4), np.float32)
-    value, grads = value_and_grad_of(lambda u, v, s: text(u, v, s, np.zeros(3)), (0, 1, 2), has_aux=True)(u, v, 2.0)
+    value, grads = value_and_grad_of(
+        lambda u, v, s: text(u, v, s, np.zeros(3)), (0, 1, 2), has_aux=True
+    )(u, v, 2.0)
     assert tuple(map(float, value)) == (0, 0) and all(not np.any(g) for g in grads)
 
 
 def test_text_of_a_zero_embedding_is_finite():
     u, v = np.zeros((2, 3), np.float32), normal(2, 3)
     value, grads = value_and_grad_of(lambda u, v: text(u, v, 2.0)[0], (0, 1))(u, v)
-    assert float(value) == pytest.approx(2 * np.log(2), rel=1e-6) and all(np.isfinite(g).all() for g in grads)
+    assert float(value) == pytest.approx(2 * np.log(2), rel=1e-6) and all(
+        np.isfinite(g).all() for g in grads
+    )
 
 
 def test_text_equal_captions_are_no_negatives():
@@ -196,19 +240,32 @@ def test_text_equal_captions_are_no_negatives():
     logits = np.exp(1.5) * unit(u).astype(np.float64) @ unit(v).astype(np.float64).T
     apart = (group[:, None] != group) | np.eye(5, dtype=bool)
     rows, columns = (logsumexp(np.where(apart, x, -np.inf), axis=1) for x in (logits, logits.T))
-    np.testing.assert_allclose(text(u, v, 1.5, group_B=group)[0], ((rows + columns) / 2 - np.diag(logits)).sum(), rtol=1e-5)
-    check_gradient(lambda u, v, s: text(u, v, s, group_B=group)[0], u[:, :2], v[:, :2], np.float32(0.7))
+    np.testing.assert_allclose(
+        text(u, v, 1.5, group_B=group)[0], ((rows + columns) / 2 - np.diag(logits)).sum(), rtol=1e-5
+    )
+    check_gradient(
+        lambda u, v, s: text(u, v, s, group_B=group)[0], u[:, :2], v[:, :2], np.float32(0.7)
+    )
 
 
 def test_text_groups_of_one_change_nothing_and_of_all_leave_nothing():
     u, v = normal(5, 4), normal(5, 4, seed=1)
-    np.testing.assert_array_equal(text(u, v, 1.5, group_B=np.array([4, 2, 9, -1, 0])), text(u, v, 1.5))
-    value, grads = value_and_grad_of(lambda u, v, s: text(u, v, s, group_B=np.zeros(5, int))[0], (0, 1, 2))(u, v, 1.5)
+    np.testing.assert_array_equal(
+        text(u, v, 1.5, group_B=np.array([4, 2, 9, -1, 0])), text(u, v, 1.5)
+    )
+    value, grads = value_and_grad_of(
+        lambda u, v, s: text(u, v, s, group_B=np.zeros(5, int))[0], (0, 1, 2)
+    )(u, v, 1.5)
     assert abs(float(value)) < 1e-5 and all(np.abs(g).max() < 1e-5 for g in grads)
 
 
 def test_text_groups_and_missing_pairs():
-    u, v, where, group = normal(6, 4), normal(6, 4, seed=1), np.array([1, 0, 1, 1, 0, 1], bool), np.array([0, 0, 1, 0, 1, 2])
+    u, v, where, group = (
+        normal(6, 4),
+        normal(6, 4, seed=1),
+        np.array([1, 0, 1, 1, 0, 1], bool),
+        np.array([0, 0, 1, 0, 1, 2]),
+    )
     wanted = text(u[where], v[where], 1.5, group_B=group[where])
     u[1], v[4] = np.nan, np.inf
     np.testing.assert_allclose(text(u, v, 1.5, where, group_B=group), wanted, rtol=1e-5)
@@ -220,10 +277,13 @@ def test_text_computes_in_float32():
     u, v = (jnp.asarray(normal(6, 4, seed=k), jnp.bfloat16) for k in (0, 1))
     low = text(u, v, 4.6)
     assert all(x.dtype == jnp.float32 for x in low)
-    np.testing.assert_allclose(low, text(u.astype(jnp.float32), v.astype(jnp.float32), 4.6), rtol=1e-6)
+    np.testing.assert_allclose(
+        low, text(u.astype(jnp.float32), v.astype(jnp.float32), 4.6), rtol=1e-6
+    )
 
 
-# --- targets -----------------------------------------------------------------------------------------------------------------------------
+# --- targets
+# -----------------------------------------------------------------------------------------------------------------------------
 def test_layer_normalize():
     x = 5 + 3 * normal(4, 3, 8)
     x64 = x.astype(np.float64)
@@ -236,7 +296,9 @@ def test_layer_normalize():
 
 
 def test_patch_normalize_golden():
-    np.testing.assert_allclose(patch_normalize(np.arange(4.0)), [-1.161895, -0.387298, 0.387298, 1.161895], atol=1e-6)
+    np.testing.assert_allclose(
+        patch_normalize(np.arange(4.0)), [-1.161895, -0.387298, 0.387298, 1.161895], atol=1e-6
+    )
 
 
 def test_patch_normalize_divides_by_one_less():
@@ -245,7 +307,8 @@ def test_patch_normalize_divides_by_one_less():
     np.testing.assert_allclose(patch_normalize(x), wanted, atol=1e-5)
 
 
-# --- errors ------------------------------------------------------------------------------------------------------------------------------
+# --- errors
+# ------------------------------------------------------------------------------------------------------------------------------
 A = np.zeros
 
 
@@ -254,7 +317,10 @@ A = np.zeros
     [
         (lambda: losses.gaussian(A((3, 4)), A((3, 5))), ["(3, 4)", "(3, 5)"]),
         (lambda: losses.gaussian(A((3, 4)), A((3, 4)), A(4)), ["(4,)", "(3,)"]),
-        (lambda: losses.gaussian(A((3, 4)), A((3, 4)), second_moment=1.0, moment_DxD=A((3, 3))), ["(3, 3)", "(4, 4)"]),
+        (
+            lambda: losses.gaussian(A((3, 4)), A((3, 4)), second_moment=1.0, moment_DxD=A((3, 3))),
+            ["(3, 3)", "(4, 4)"],
+        ),
         (lambda: losses.gaussian(A(()), A(())), ["scalars"]),
         (lambda: losses.second_moment(A((3, 4)), A(2)), ["(2,)", "(3,)"]),
         (lambda: losses.boltzmann(A((3, 4)), A((5, 3)), A(3, int)), ["(3, 4)", "(5, 3)"]),

@@ -1,4 +1,5 @@
-"""Masks: exact counts, the stream of random numbers, and what blockwise masks look like on average."""
+"""Masks: exact counts, the stream of random numbers, and what blockwise masks look like on
+average."""
 
 import itertools
 import math
@@ -13,17 +14,27 @@ from m3i_jax.objective import masks
 MANY = 20_000
 
 
-# --- random numbers ----------------------------------------------------------------------------------------------------------------------
+# --- random numbers
+# ----------------------------------------------------------------------------------------------------------------------
 def test_uniforms_are_a_function_of_the_position():
     whole = masks.uniforms(7, masks.CROP, 100, 32, 6)
     for first, rows in ((100, 1), (103, 5), (131, 1)):
-        np.testing.assert_array_equal(masks.uniforms(7, masks.CROP, first, rows, 6), whole[first - 100 : first - 100 + rows])
+        np.testing.assert_array_equal(
+            masks.uniforms(7, masks.CROP, first, rows, 6), whole[first - 100 : first - 100 + rows]
+        )
 
 
 def test_uniforms_of_other_keys_are_other_numbers():
     base = masks.uniforms(7, masks.CROP, 0, 50, 8)
-    others = [masks.uniforms(8, masks.CROP, 0, 50, 8), masks.uniforms(7, masks.SWAP, 0, 50, 8), masks.uniforms(7, masks.CROP, 50, 50, 8)]
-    others += [masks.uniforms(7, masks.CROP, 0, 50, 8, part=1), masks.uniforms(7, masks.CROP, 2**40, 50, 8)]
+    others = [
+        masks.uniforms(8, masks.CROP, 0, 50, 8),
+        masks.uniforms(7, masks.SWAP, 0, 50, 8),
+        masks.uniforms(7, masks.CROP, 50, 50, 8),
+    ]
+    others += [
+        masks.uniforms(7, masks.CROP, 0, 50, 8, part=1),
+        masks.uniforms(7, masks.CROP, 2**40, 50, 8),
+    ]
     for k, a in enumerate([base, *others]):
         for b in [base, *others][:k]:
             assert not np.intersect1d(a, b).size
@@ -34,7 +45,9 @@ def test_uniforms_are_uniform():
     assert u.dtype == np.float64 and u.shape == (MANY, 5) and u.min() >= 0 and u.max() < 1
     counts = np.apply_along_axis(lambda column: np.histogram(column, 50, (0, 1))[0], 0, u)
     chi_square = ((counts - MANY / 50) ** 2 / (MANY / 50)).sum(0)
-    assert (chi_square < 49 + 5 * math.sqrt(2 * 49)).all() and (chi_square > 49 - 5 * math.sqrt(2 * 49)).all()
+    assert (chi_square < 49 + 5 * math.sqrt(2 * 49)).all() and (
+        chi_square > 49 - 5 * math.sqrt(2 * 49)
+    ).all()
     correlation = np.corrcoef(np.concatenate([u, np.roll(u, 1, 0)], 1).T) - np.eye(10)
     assert np.abs(correlation).max() < 5 / math.sqrt(MANY)
 
@@ -42,7 +55,9 @@ def test_uniforms_are_uniform():
 def test_uniforms_golden_stream():
     """A sample must have the same crops and masks after an update of numpy."""
     golden = [8754284111654990, 6397069702274852, 2190875705135625, 1490890088417539]
-    np.testing.assert_array_equal((masks.uniforms(1, masks.CROP, 5, 1, 4)[0] * 2**53).astype(np.int64), golden)
+    np.testing.assert_array_equal(
+        (masks.uniforms(1, masks.CROP, 5, 1, 4)[0] * 2**53).astype(np.int64), golden
+    )
 
 
 def test_far_positions_and_large_seeds():
@@ -52,15 +67,38 @@ def test_far_positions_and_large_seeds():
 
 
 def test_purposes_are_different():
-    used = [v for k, v in vars(masks).items() if k.isupper() and isinstance(v, int) and not k.startswith("_")]
+    used = [
+        v
+        for k, v in vars(masks).items()
+        if k.isupper() and isinstance(v, int) and not k.startswith("_")
+    ]
     assert len(used) == len(set(used)) >= 6 and not set(used) & set(masks.SPARE)
 
 
-# --- counts and convention ---------------------------------------------------------------------------------------------------------------
+# --- counts and convention
+# ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("grid", "hidden", "rows"),
-    [(14, 98, 5000), (14, 118, 3000), (14, 147, 1000), (12, 72, 3000), (6, 18, 3000), (4, 8, 3000), (7, 24, 2000), (2, 2, 500)]
-    + [(64, 2048, 40), (64, 1, 40), (63, 3968, 10), (8, 0, 50), (8, 64, 50), (1, 0, 5), (1, 1, 5), (16, 128, 1000)],
+    [
+        (14, 98, 5000),
+        (14, 118, 3000),
+        (14, 147, 1000),
+        (12, 72, 3000),
+        (6, 18, 3000),
+        (4, 8, 3000),
+        (7, 24, 2000),
+        (2, 2, 500),
+    ]
+    + [
+        (64, 2048, 40),
+        (64, 1, 40),
+        (63, 3968, 10),
+        (8, 0, 50),
+        (8, 64, 50),
+        (1, 0, 5),
+        (1, 1, 5),
+        (16, 128, 1000),
+    ],
 )
 def test_counts_are_exact(grid, hidden, rows):
     for draw in (masks.blockwise, masks.uniform):
@@ -73,7 +111,9 @@ def test_counts_are_exact(grid, hidden, rows):
 def test_a_mask_depends_on_seed_and_position_alone(draw):
     whole = draw(5, 1000, 64, grid=14, hidden=98)
     for first, rows in ((1000, 1), (1017, 30), (1063, 1)):
-        np.testing.assert_array_equal(draw(5, first, rows, grid=14, hidden=98), whole[first - 1000 : first - 1000 + rows])
+        np.testing.assert_array_equal(
+            draw(5, first, rows, grid=14, hidden=98), whole[first - 1000 : first - 1000 + rows]
+        )
     assert len(np.unique(whole, axis=0)) == 64
     assert (draw(6, 1000, 64, grid=14, hidden=98) != whole).any(1).all()
     assert draw(5, 0, 0, grid=14, hidden=98).shape == (0, 196)
@@ -86,11 +126,16 @@ def test_blockwise_golden_stream():
 
 def numbers(seed, position):
     for part in itertools.count():
-        yield from masks.uniforms(seed, masks.MASK, position, 1, 4 * masks._TRIES, part=part).reshape(-1, 4).tolist()
+        yield from (
+            masks.uniforms(seed, masks.MASK, position, 1, 4 * masks._TRIES, part=part)
+            .reshape(-1, 4)
+            .tolist()
+        )
 
 
 def one_by_one(seed, position, grid, hidden, least):
-    """BEiT's generator for one sample, in plain loops over sets of cells, fed with the same stream of numbers."""
+    """BEiT's generator for one sample, in plain loops over sets of cells, fed with the same stream
+    of numbers."""
     taken, stream = set(), numbers(seed, position)
     while len(taken) < hidden:
         for _ in range(10):
@@ -110,22 +155,36 @@ def one_by_one(seed, position, grid, hidden, least):
     return taken
 
 
-@pytest.mark.parametrize(("grid", "hidden", "least"), [(14, 98, 16), (14, 118, 16), (6, 18, 3), (64, 2048, 334)])
+@pytest.mark.parametrize(
+    ("grid", "hidden", "least"), [(14, 98, 16), (14, 118, 16), (6, 18, 3), (64, 2048, 334)]
+)
 def test_rectangles_are_those_of_the_sequential_generator(grid, hidden, least):
     rows = 200 if grid < 64 else 10
     bits, count = masks._rectangles(2, 50, rows, grid, hidden, least)
     for k in range(rows):
         wanted = one_by_one(2, 50 + k, grid, hidden, least)
-        assert {(r, c) for r in range(grid) for c in range(grid) if int(bits[k, r]) >> c & 1} == wanted
+        assert {
+            (r, c) for r in range(grid) for c in range(grid) if int(bits[k, r]) >> c & 1
+        } == wanted
         assert count[k] == len(wanted)
     drawn = ~masks.blockwise(2, 50, rows, grid=grid, hidden=hidden, min_block=least, swap=False)
-    columns = (bits[:, :, None] >> np.arange(grid, dtype=np.uint64) & np.uint64(1)).astype(bool).reshape(rows, -1)
-    assert (drawn | ~columns).all() and (drawn.sum(1) == hidden).all()  # what single cells add comes on top
+    columns = (
+        (bits[:, :, None] >> np.arange(grid, dtype=np.uint64) & np.uint64(1))
+        .astype(bool)
+        .reshape(rows, -1)
+    )
+    # what single cells add comes on top
+    assert (drawn | ~columns).all() and (drawn.sum(1) == hidden).all()
 
 
-# --- statistics --------------------------------------------------------------------------------------------------------------------------
+# --- statistics
+# --------------------------------------------------------------------------------------------------------------------------
 def hidden_share(grid, hidden, **options):
-    return (~masks.blockwise(0, 0, MANY, grid=grid, hidden=hidden, **options)).mean(0).reshape(grid, grid)
+    return (
+        (~masks.blockwise(0, 0, MANY, grid=grid, hidden=hidden, **options))
+        .mean(0)
+        .reshape(grid, grid)
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,7 +203,8 @@ def test_rectangles_prefer_the_centre(grid, hidden, centre, edge, corner, tolera
     assert share[low:high, low:high].mean() == pytest.approx(centre, abs=tolerance)
     assert np.mean(edges) == pytest.approx(edge, abs=tolerance)
     assert share[:: grid - 1, :: grid - 1].mean() == pytest.approx(corner, abs=tolerance)
-    # Mirrored and turned, the distribution is the same: five standard deviations of the difference of two shares.
+    # Mirrored and turned, the distribution is the same: five standard deviations of the difference
+    # of two shares.
     for other in (share[::-1], share[:, ::-1], share.T):
         assert (np.abs(share - other) < 5 * np.sqrt(2 * share * (1 - share) / MANY) + 1e-9).all()
 
@@ -152,7 +212,9 @@ def test_rectangles_prefer_the_centre(grid, hidden, centre, edge, corner, tolera
 def test_the_role_swap_makes_every_cell_even():
     share = hidden_share(14, 98)
     assert np.abs(share - 0.5).max() < 5 * 0.5 / math.sqrt(MANY)
-    drawn, swapped = (masks.blockwise(0, 0, MANY, grid=14, hidden=98, swap=swap) for swap in (False, True))
+    drawn, swapped = (
+        masks.blockwise(0, 0, MANY, grid=14, hidden=98, swap=swap) for swap in (False, True)
+    )
     inverted = (drawn != swapped).all(1)
     assert ((drawn == swapped).all(1) | inverted).all()
     assert abs(inverted.mean() - 0.5) < 5 * 0.5 / math.sqrt(MANY)
@@ -162,7 +224,9 @@ def test_the_role_swap_makes_every_cell_even():
 
 @pytest.mark.parametrize(("grid", "hidden"), [(14, 118), (7, 24), (5, 12)])
 def test_no_swap_unless_exactly_half_is_hidden(grid, hidden):
-    np.testing.assert_array_equal(*(masks.blockwise(0, 0, 200, grid=grid, hidden=hidden, swap=swap) for swap in (False, True)))
+    np.testing.assert_array_equal(
+        *(masks.blockwise(0, 0, 200, grid=grid, hidden=hidden, swap=swap) for swap in (False, True))
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,8 +247,13 @@ def test_single_cells_are_uniform():
 
 
 def test_min_block_scales_with_the_grid():
-    np.testing.assert_array_equal(*(masks.blockwise(0, 0, 100, grid=12, hidden=72, min_block=least) for least in (None, 12)))
-    assert (masks.blockwise(0, 0, 100, grid=12, hidden=72, min_block=16) != masks.blockwise(0, 0, 100, grid=12, hidden=72)).any()
+    np.testing.assert_array_equal(
+        *(masks.blockwise(0, 0, 100, grid=12, hidden=72, min_block=least) for least in (None, 12))
+    )
+    assert (
+        masks.blockwise(0, 0, 100, grid=12, hidden=72, min_block=16)
+        != masks.blockwise(0, 0, 100, grid=12, hidden=72)
+    ).any()
 
 
 def test_uniform_masks_are_uniform():
@@ -195,7 +264,8 @@ def test_uniform_masks_are_uniform():
     assert np.abs(both[~np.eye(36, dtype=bool)] - pair).max() < 5.5 * math.sqrt(pair / MANY)
 
 
-# --- errors and imports ------------------------------------------------------------------------------------------------------------------
+# --- errors and imports
+# ------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("draw", [masks.blockwise, masks.uniform])
 def test_errors_of_masks(draw):
     for options, text in (
@@ -213,12 +283,27 @@ def test_errors_of_masks(draw):
 def test_errors_of_numbers():
     with pytest.raises(ValueError, match="min_block is 0"):
         masks.blockwise(0, 0, 2, grid=4, hidden=8, min_block=0)
-    for wrong in ((2**64, 0, 0, 1, 4), (0, 256, 0, 1, 4), (0, 0, -1, 1, 4), (0, 0, 0, -1, 4), (0, 0, 0, 1, 0)):
+    for wrong in (
+        (2**64, 0, 0, 1, 4),
+        (0, 256, 0, 1, 4),
+        (0, 0, -1, 1, 4),
+        (0, 0, 0, -1, 4),
+        (0, 0, 0, 1, 0),
+    ):
         with pytest.raises(ValueError, match="a seed is"):
             masks.uniforms(*wrong)
 
 
 def test_drawing_masks_needs_no_jax():
-    code = "import sys; from m3i_jax.objective import masks; masks.blockwise(0, 0, 2, grid=4, hidden=8); print('jax' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)})
+    code = (
+        "import sys; from m3i_jax.objective import masks; masks.blockwise(0, 0, 2, grid=4,"
+        " hidden=8); print('jax' in sys.modules)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": ":".join(sys.path)},
+    )
     assert out.stdout.strip() == "False"

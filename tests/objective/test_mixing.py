@@ -41,8 +41,13 @@ def test_swapping_roles_leaves_the_mix_unchanged():
 
 
 def test_mixing_pixels_is_mixing_embeddings():
-    kernel, bias = np.random.default_rng(2).normal(size=(P, 7)).astype(np.float32), np.arange(7, dtype=np.float32)
-    np.testing.assert_allclose(mix(X, MASK) @ kernel + bias, mix(X @ kernel + bias, MASK), rtol=1e-5, atol=1e-5)
+    kernel, bias = (
+        np.random.default_rng(2).normal(size=(P, 7)).astype(np.float32),
+        np.arange(7, dtype=np.float32),
+    )
+    np.testing.assert_allclose(
+        mix(X, MASK) @ kernel + bias, mix(X @ kernel + bias, MASK), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_mix_sends_each_gradient_to_the_cell_that_was_shown():
@@ -56,7 +61,11 @@ def test_mix_sends_each_gradient_to_the_cell_that_was_shown():
 def test_split_partitions_the_cells(grid, hidden):
     mask = masks.blockwise(1, 0, B, grid=grid, hidden=hidden)
     own, other = split(mask, own=grid**2 - hidden)
-    assert own.shape == (B, grid**2 - hidden) and other.shape == (B, hidden) and own.dtype == other.dtype == jnp.int32
+    assert (
+        own.shape == (B, grid**2 - hidden)
+        and other.shape == (B, hidden)
+        and own.dtype == other.dtype == jnp.int32
+    )
     for b in range(B):
         np.testing.assert_array_equal(own[b], np.flatnonzero(mask[b]))
         np.testing.assert_array_equal(other[b], np.flatnonzero(~mask[b]))
@@ -67,7 +76,8 @@ def test_gather():
     np.testing.assert_array_equal(gather(X, index), X[np.arange(B)[:, None], index])
     np.testing.assert_array_equal(gather(X[..., 0], index), X[np.arange(B)[:, None], index, 0])
     grad = jax.jit(jax.grad(lambda x: mixing.gather(x, np.zeros((B, 3), int)).sum()))(X)
-    np.testing.assert_array_equal(grad[:, 0], np.full((B, P), 3.0))  # an index that comes three times counts three times
+    # an index that comes three times counts three times
+    np.testing.assert_array_equal(grad[:, 0], np.full((B, P), 3.0))
     assert not np.any(grad[:, 1:])
 
 
@@ -107,7 +117,10 @@ def test_unmix_is_two_gathers_with_the_same_gradient():
         (lambda: mixing.split(np.zeros(4, bool), 2), r"\(4,\)"),
         (lambda: mixing.split(np.zeros((2, 4), bool), 5), r"own is 5.*\(2, 4\)"),
         (lambda: mixing.gather(np.zeros((2, 4)), np.zeros((3, 1), int)), r"\(2, 4\).*\(3, 1\)"),
-        (lambda: mixing.unmix(np.zeros((2, 5, 1)), np.zeros((2, 4), bool), 2), r"\(2, 5, 1\).*\(2, 4\)"),
+        (
+            lambda: mixing.unmix(np.zeros((2, 5, 1)), np.zeros((2, 4), bool), 2),
+            r"\(2, 5, 1\).*\(2, 4\)",
+        ),
     ],
 )
 def test_wrong_shapes_are_named(call, text):

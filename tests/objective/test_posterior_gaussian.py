@@ -1,4 +1,5 @@
-"""The Gaussian posterior and the second moment: golden values, gradients, weights, and what the backward pass holds."""
+"""The Gaussian posterior and the second moment: golden values, gradients, weights, and what the
+backward pass holds."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +7,15 @@ import numpy as np
 import pytest
 
 from m3i_jax.objective import losses
-from tests.objective.numeric import check_gradient, equations, grad_of, mean, normal, primitives, value_and_grad_of
+from tests.objective.numeric import (
+    check_gradient,
+    equations,
+    grad_of,
+    mean,
+    normal,
+    primitives,
+    value_and_grad_of,
+)
 
 # Compiled as a whole: faster than operation by operation, and it is how they are used.
 gaussian = jax.jit(losses.gaussian, static_argnames=("second_moment",))
@@ -18,10 +27,13 @@ RAW = np.array([[1.0, 2.0, 3.0, 4.0], [4.0, 0.0, 0.0, 0.0]], np.float32)
 
 
 def largest(jaxpr):
-    return max(np.prod(v.aval.shape, dtype=int) for equation in equations(jaxpr) for v in equation.outvars)
+    return max(
+        np.prod(v.aval.shape, dtype=int) for equation in equations(jaxpr) for v in equation.outvars
+    )
 
 
-# --- Gaussian ----------------------------------------------------------------------------------------------------------------------------
+# --- Gaussian
+# ----------------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("weight", "golden"), [(0.0, 1.7104032), (0.02, 1.7204031)])
 def test_gaussian_golden(weight, golden):
     total, count = gaussian(P, layer_normalize(RAW), second_moment=weight)
@@ -40,8 +52,12 @@ def test_gaussian_parts_golden():
 def test_gaussian_gradient_is_the_formula(given):
     p, t, w = normal(12, 6), normal(12, 6, seed=1), 0.3
     c = t.T @ t / 12
-    value, grad = value_and_grad_of(lambda p: mean(gaussian(p, t, second_moment=w, moment_DxD=c if given else None)))(p)
-    np.testing.assert_allclose(value, (((p - t) ** 2).sum(-1) + w * ((p @ c) * p).sum(-1)).mean() / 6, rtol=1e-5)
+    value, grad = value_and_grad_of(
+        lambda p: mean(gaussian(p, t, second_moment=w, moment_DxD=c if given else None))
+    )(p)
+    np.testing.assert_allclose(
+        value, (((p - t) ** 2).sum(-1) + w * ((p @ c) * p).sum(-1)).mean() / 6, rtol=1e-5
+    )
     np.testing.assert_allclose(grad, 2 / (12 * 6) * ((p - t) + w * (p @ c)), rtol=1e-5, atol=1e-7)
 
 
@@ -80,7 +96,9 @@ def test_gaussian_backward_adds_no_product():
 
 def test_gaussian_gives_no_gradient_to_target_moment_and_weight():
     p, t, c = normal(6, 4), normal(6, 4, seed=1), np.eye(4, dtype=np.float32)
-    grads = grad_of(lambda t, c, w: losses.gaussian(p, t, second_moment=w, moment_DxD=c)[0], (0, 1, 2))(t, c, 0.5)
+    grads = grad_of(
+        lambda t, c, w: losses.gaussian(p, t, second_moment=w, moment_DxD=c)[0], (0, 1, 2)
+    )(t, c, 0.5)
     assert all(not np.any(g) for g in grads)
     shared = grad_of(lambda x: gaussian(x, 2 * x, second_moment=0.5)[0])(p)
     apart = grad_of(lambda x: gaussian(x, 2 * p, second_moment=0.5)[0])(p)
@@ -101,7 +119,9 @@ def test_gaussian_skips_rows_without_weight_even_nan():
 
 def test_gaussian_without_any_row_is_zero_and_finite():
     p = normal(3, 4)
-    (total, count), grad = value_and_grad_of(lambda p: gaussian(p, p, np.zeros(3), second_moment=0.5), has_aux=True)(p)
+    (total, count), grad = value_and_grad_of(
+        lambda p: gaussian(p, p, np.zeros(3), second_moment=0.5), has_aux=True
+    )(p)
     assert (float(total), float(count)) == (0, 0) and not np.any(grad)
 
 
@@ -109,13 +129,20 @@ def test_gaussian_parts_of_a_batch_add_up():
     p, t = normal(8, 4), normal(8, 4, seed=1)
     c = second_moment(t)
     whole = gaussian(p, t, second_moment=0.5)
-    parts = [gaussian(p[k : k + 2], t[k : k + 2], second_moment=0.5, moment_DxD=c) for k in range(0, 8, 2)]
+    parts = [
+        gaussian(p[k : k + 2], t[k : k + 2], second_moment=0.5, moment_DxD=c)
+        for k in range(0, 8, 2)
+    ]
     np.testing.assert_allclose(sum(x[0] for x in parts), whole[0], rtol=1e-6)
     assert sum(float(x[1]) for x in parts) == float(whole[1]) == 8
 
 
 def test_gaussian_takes_leading_axes():
-    p, t, where = normal(3, 5, 4), normal(3, 5, 4, seed=1), np.random.default_rng(2).random((3, 5)) < 0.6
+    p, t, where = (
+        normal(3, 5, 4),
+        normal(3, 5, 4, seed=1),
+        np.random.default_rng(2).random((3, 5)) < 0.6,
+    )
     nested = gaussian(p, t, where, second_moment=0.5)
     flat = gaussian(p.reshape(15, 4), t.reshape(15, 4), where.reshape(15), second_moment=0.5)
     np.testing.assert_allclose(nested, flat, rtol=1e-6)
@@ -151,10 +178,13 @@ def test_second_moment_punishes_collapse_by_the_width():
     assert penalty(collapsed) == pytest.approx(16 * along, rel=1e-4)
 
 
-# --- second moment -----------------------------------------------------------------------------------------------------------------------
+# --- second moment
+# -----------------------------------------------------------------------------------------------------------------------
 def test_second_moment():
     t, weight = normal(3, 7, 5), np.random.default_rng(1).random((3, 7)).astype(np.float32)
-    np.testing.assert_allclose(second_moment(t), np.einsum("bnd,bne->de", t, t) / 21, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        second_moment(t), np.einsum("bnd,bne->de", t, t) / 21, rtol=1e-5, atol=1e-6
+    )
     weighted = np.einsum("bn,bnd,bne->de", weight, t, t) / weight.sum()
     np.testing.assert_allclose(second_moment(t, weight), weighted, rtol=1e-5, atol=1e-6)
     assert not np.any(second_moment(t, np.zeros((3, 7))))
@@ -165,4 +195,7 @@ def test_second_moment_makes_no_gram_matrix():
     t = normal(64, 4)
     assert largest(jax.make_jaxpr(second_moment)(t).jaxpr) <= 64 * 4
     assert largest(jax.make_jaxpr(lambda t: t @ t.T)(t).jaxpr) == 64 * 64
-    assert largest(jax.make_jaxpr(lambda p, t: gaussian(p, t, second_moment=0.1)[0])(t, t).jaxpr) <= 64 * 4
+    assert (
+        largest(jax.make_jaxpr(lambda p, t: gaussian(p, t, second_moment=0.1)[0])(t, t).jaxpr)
+        <= 64 * 4
+    )

@@ -1,4 +1,5 @@
-"""Named methods at their own size: the settings of their publications, as configs/forms.py makes a run of them."""
+"""Named methods at their own size: the settings of their publications, as configs/forms.py makes a
+run of them."""
 
 import pathlib
 from typing import Any
@@ -16,7 +17,8 @@ def recipe(form: str) -> schema.Config:
     return configuration.resolve(configuration.load_config(f"{FORMS}:form={form}"))
 
 
-# Golden: the public recipes. BYOL's 0.996 belongs to its 1,000 epochs; SLIP trains CLIP without flips and colours.
+# Golden: the public recipes. BYOL's 0.996 belongs to its 1,000 epochs; SLIP trains CLIP without
+# flips and colours.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "mae": {"epochs": 1600, "flip": 0.5, "jitter": 0.0},
     "data2vec": {"epochs": 800, "ema": 0.9998},

@@ -38,9 +38,14 @@ def test_smooth_l1_default_is_two():
 
 
 def test_smooth_l1_golden_and_smooth():
-    """Both branches and their slopes meet at beta; far away a step costs 1 / D, near 0 it is half a squared error over beta."""
-    assert float(smooth_l1(np.array([[1.0, -3.0, 2.0, 0.0]]), np.zeros((1, 4)))[0]) == pytest.approx((0.25 + 2 + 1 + 0) / 4)
-    grad = grad_of(lambda p: smooth_l1(p, np.zeros((1, 5)))[0])(np.array([[0.0, 1.999, 2.0, 2.001, -9.0]]))
+    """Both branches and their slopes meet at beta; far away a step costs 1 / D, near 0 it is half a
+    squared error over beta."""
+    assert float(
+        smooth_l1(np.array([[1.0, -3.0, 2.0, 0.0]]), np.zeros((1, 4)))[0]
+    ) == pytest.approx((0.25 + 2 + 1 + 0) / 4)
+    grad = grad_of(lambda p: smooth_l1(p, np.zeros((1, 5)))[0])(
+        np.array([[0.0, 1.999, 2.0, 2.001, -9.0]])
+    )
     np.testing.assert_allclose(5 * grad, [[0, 0.9995, 1, 1, -1]], atol=1e-6)
 
 
@@ -53,12 +58,16 @@ def test_cosine_is_numpy_and_blind_to_length():
 
 
 def test_cosine_of_unit_vectors_is_squared_distance():
-    p, t = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (normal(5, 4), normal(5, 4, seed=1)))
+    p, t = (
+        x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (normal(5, 4), normal(5, 4, seed=1))
+    )
     np.testing.assert_allclose(cosine(p, t)[0], ((p - t) ** 2).sum(), rtol=1e-5)
 
 
 def test_cosine_of_a_zero_row_is_finite():
-    value, grad = value_and_grad_of(lambda p: cosine(p, normal(2, 3))[0])(np.zeros((2, 3), np.float32))
+    value, grad = value_and_grad_of(lambda p: cosine(p, normal(2, 3))[0])(
+        np.zeros((2, 3), np.float32)
+    )
     assert float(value) == 4 and not np.any(grad)
 
 
@@ -84,8 +93,14 @@ def test_rows_without_weight_may_hold_anything(loss):
 
 @BOTH
 def test_leading_axes_and_bfloat16(loss):
-    p, t, where = normal(3, 4, 5), normal(3, 4, 5, seed=1), np.random.default_rng(2).random((3, 4)) < 0.6
-    np.testing.assert_allclose(loss(p, t, where), loss(p.reshape(12, 5), t.reshape(12, 5), where.reshape(12)), rtol=1e-6)
+    p, t, where = (
+        normal(3, 4, 5),
+        normal(3, 4, 5, seed=1),
+        np.random.default_rng(2).random((3, 4)) < 0.6,
+    )
+    np.testing.assert_allclose(
+        loss(p, t, where), loss(p.reshape(12, 5), t.reshape(12, 5), where.reshape(12)), rtol=1e-6
+    )
     p, t = jnp.asarray(p, jnp.bfloat16), jnp.asarray(t, jnp.bfloat16)
     low = loss(p, t)
     assert all(x.dtype == jnp.float32 and x.shape == () for x in low)

@@ -1,4 +1,5 @@
-"""The text posterior in chunks: the same numbers as with one matrix, and no such matrix in memory, on one device or on eight."""
+"""The text posterior in chunks: the same numbers as with one matrix, and no such matrix in memory,
+on one device or on eight."""
 
 import re
 
@@ -22,17 +23,29 @@ def cost(u, v, s, where=None, group=None, chunk=0):
 
 
 def compiled(chunk, batch, width, devices=1):
-    """Gradient of the loss, compiled for rows that are split over devices; nothing of it is computed."""
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-    rows = jax.ShapeDtypeStruct((batch, width), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    """Gradient of the loss, compiled for rows that are split over devices; nothing of it is
+    computed."""
+    mesh = jax.make_mesh(
+        (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+    )
+    rows = jax.ShapeDtypeStruct(
+        (batch, width), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data"))
+    )
     group = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows.sharding)
-    gradient = jax.value_and_grad(lambda u, v, s, group: cost(u, v, s, jnp.ones(batch), group, chunk), (0, 1, 2))
-    return jax.jit(gradient).lower(rows, rows, jax.ShapeDtypeStruct((), jnp.float32), group).compile()
+    gradient = jax.value_and_grad(
+        lambda u, v, s, group: cost(u, v, s, jnp.ones(batch), group, chunk), (0, 1, 2)
+    )
+    return (
+        jax.jit(gradient).lower(rows, rows, jax.ShapeDtypeStruct((), jnp.float32), group).compile()
+    )
 
 
 def largest(program):
     """Numbers of the largest array in a compiled program, as a device sees it."""
-    return max(int(np.prod([int(n) for n in dims.split(",")])) for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program.as_text()))
+    return max(
+        int(np.prod([int(n) for n in dims.split(",")]))
+        for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program.as_text())
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 5, 7, 12, 20])
@@ -50,11 +63,15 @@ def test_normalizers_are_scipy():
     logits[(GROUP[:, None] == GROUP) & ~np.eye(BATCH, dtype=bool)] = -np.inf
     rows = similarity.Pairs(jnp.arange(BATCH), group=jnp.asarray(GROUP))
     wanted = (logsumexp(logits, 1) + logsumexp(logits, 0)) / 2
-    np.testing.assert_allclose(jax.jit(similarity.normalizers, static_argnums=0)(3, u, v, rows), wanted, rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(similarity.normalizers, static_argnums=0)(3, u, v, rows), wanted, rtol=1e-5
+    )
 
 
 def test_gradient_of_chunks_is_that_of_differences():
-    check_gradient(lambda u, v, s: cost(u, v, s, chunk=2), normal(4, 3), normal(4, 3, seed=1), np.float32(1.5))
+    check_gradient(
+        lambda u, v, s: cost(u, v, s, chunk=2), normal(4, 3), normal(4, 3, seed=1), np.float32(1.5)
+    )
 
 
 def test_rows_that_do_not_count_may_hold_anything():
@@ -62,7 +79,9 @@ def test_rows_that_do_not_count_may_hold_anything():
     bad = np.where(WHERE[:, None] > 0, u, np.nan)
     run = jax.jit(jax.value_and_grad(lambda u: cost(u, v, 2.0, WHERE, GROUP, chunk=5)))
     (value, gradient), (wanted, other) = run(bad), run(u)
-    assert float(value) == float(wanted) and np.array_equal(gradient, other) and not gradient[2].any()
+    assert (
+        float(value) == float(wanted) and np.array_equal(gradient, other) and not gradient[2].any()
+    )
     assert float(cost(u, v, 2.0, np.zeros(BATCH), chunk=5)) == 0
 
 
@@ -74,8 +93,11 @@ def test_memory_grows_with_the_chunk_and_not_with_the_square_of_the_batch():
 
 
 def test_batch_40_000_of_eight_devices():
-    """Of all pairs a device holds its rows against one chunk; without chunks an eighth of the matrix, and never all of it."""
+    """Of all pairs a device holds its rows against one chunk; without chunks an eighth of the
+    matrix, and never all of it."""
     batch = 40_000
     for chunk in (500, 499):
-        assert largest(compiled(chunk, batch, 64, devices=8)) == max(batch // chunk * chunk * 64, batch // 8 * chunk)
+        assert largest(compiled(chunk, batch, 64, devices=8)) == max(
+            batch // chunk * chunk * 64, batch // 8 * chunk
+        )
     assert largest(compiled(0, batch, 64, devices=8)) == batch * batch // 8

@@ -1,4 +1,5 @@
-"""Several hosts: who they are, what they tell each other, and whole runs of two processes on this machine (gloo), which must be one run."""
+"""Several hosts: who they are, what they tell each other, and whole runs of two processes on this
+machine (gloo), which must be one run."""
 
 import json
 import os
@@ -30,11 +31,19 @@ JAX = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:99", "JAX_NUM_PROCESSES": "2", "JAX_
 
 def test_flags_then_tpu_then_slurm_then_environment() -> None:
     everything = SLURM | JAX
-    assert detect_processes("a:1", "8", "7", environ=everything, tpu=True) == ProcessInfo(source="flags", coordinator="a:1", processes=8, process=7)
-    assert detect_processes("", "", "", environ=everything, tpu=True) == ProcessInfo(source="TPU metadata", processes=0)
+    assert detect_processes("a:1", "8", "7", environ=everything, tpu=True) == ProcessInfo(
+        source="flags", coordinator="a:1", processes=8, process=7
+    )
+    assert detect_processes("", "", "", environ=everything, tpu=True) == ProcessInfo(
+        source="TPU metadata", processes=0
+    )
     slurm = detect_processes("", "", "", environ=everything, tpu=False)
-    assert slurm == ProcessInfo(source="Slurm", coordinator="gpu07:61443", processes=4, process=3, devices=(1,))
-    assert detect_processes("", "", "", environ=JAX, tpu=False) == ProcessInfo(source="environment", coordinator="10.0.0.1:99", processes=2, process=1)
+    assert slurm == ProcessInfo(
+        source="Slurm", coordinator="gpu07:61443", processes=4, process=3, devices=(1,)
+    )
+    assert detect_processes("", "", "", environ=JAX, tpu=False) == ProcessInfo(
+        source="environment", coordinator="10.0.0.1:99", processes=2, process=1
+    )
     assert detect_processes("", "", "", environ={}, tpu=False) == ProcessInfo(source="alone")
 
 
@@ -53,9 +62,13 @@ def test_flags_then_tpu_then_slurm_then_environment() -> None:
         ({"TPU_PROCESS_ADDRESSES": "t0:8476,t0:8477"}, None),
     ],
 )  # fmt: skip
-def test_a_tpu_whose_variables_name_all_hosts_meets_them_by_name(variables: dict[str, str], wanted: ProcessInfo | None) -> None:
+def test_a_tpu_whose_variables_name_all_hosts_meets_them_by_name(
+    variables: dict[str, str], wanted: ProcessInfo | None
+) -> None:
     environ = {"TPU_WORKER_HOSTNAMES": "t0,t1,t2", "TPU_WORKER_ID": "2"} | JAX | variables
-    assert detect_processes("", "", "", environ=environ, tpu=True) == (wanted or ProcessInfo(source="TPU metadata", processes=0))
+    assert detect_processes("", "", "", environ=environ, tpu=True) == (
+        wanted or ProcessInfo(source="TPU metadata", processes=0)
+    )
     assert detect_processes("", "", "", environ=environ, tpu=False).source == "environment"
 
 
@@ -63,7 +76,12 @@ def test_slurm_one_process_a_node_has_all_devices_of_it() -> None:
     node = SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
     assert detect_processes("", "", "", environ=node, tpu=False).devices is None
     # In a batch script, outside srun, this process is alone whatever the job has.
-    assert detect_processes("", "", "", environ=node | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, tpu=False).source == "alone"
+    assert (
+        detect_processes(
+            "", "", "", environ=node | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, tpu=False
+        ).source
+        == "alone"
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,19 +93,31 @@ def test_slurm_one_process_a_node_has_all_devices_of_it() -> None:
         (("a", "2", "-1"), {}, "--process-id: '-1' is not a whole number"),
         (("a", "2", "2"), {}, "--process-id: 2 must be less than the 2 processes"),
         (("a", "0", "0"), {}, "--processes: 0 must be at least 1"),
-        (("", "", ""), {"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_NUM_PROCESSES, JAX_PROCESS_ID: missing"),
+        (
+            ("", "", ""),
+            {"JAX_COORDINATOR_ADDRESS": "a:1"},
+            "JAX_NUM_PROCESSES, JAX_PROCESS_ID: missing",
+        ),
     ],
 )
-def test_what_is_missing_or_wrong_is_named(flags: tuple[str, str, str], environ: dict[str, str], wanted: str) -> None:
+def test_what_is_missing_or_wrong_is_named(
+    flags: tuple[str, str, str], environ: dict[str, str], wanted: str
+) -> None:
     with pytest.raises(UserError) as error:
         detect_processes(*flags, environ=environ, tpu=False)
     assert wanted in str(error.value)
 
 
 def test_a_tpu_needs_chips_libtpu_and_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
+    monkeypatch.setattr(
+        distributed.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else []
+    )
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: object())
-    assert distributed.on_tpu({}) and distributed.on_tpu({"JAX_PLATFORMS": "tpu,cpu"}) and not distributed.on_tpu({"JAX_PLATFORMS": "cpu"})
+    assert (
+        distributed.on_tpu({})
+        and distributed.on_tpu({"JAX_PLATFORMS": "tpu,cpu"})
+        and not distributed.on_tpu({"JAX_PLATFORMS": "cpu"})
+    )
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     assert not distributed.on_tpu({})
 
@@ -198,23 +228,39 @@ TALK = """
 
 @pytest.mark.row("A6")
 def test_hosts_talk(tmp_path: pathlib.Path) -> None:
-    """Two processes with no device in use: meetings, host 0 first, what differs, a common end, and who is missing."""
+    """Two processes with no device in use: meetings, host 0 first, what differs, a common end, and
+    who is missing."""
     script = tmp_path / "talk.py"
     script.write_text(textwrap.dedent(TALK))
     done = ends(two(str(script), "{i}", "127.0.0.1:{port}"))
     assert [status for status, *_ in done] == [0, 0], done
-    said = [{line.split(" ")[0]: line.partition(" ")[2] for line in out.splitlines()} for _, out, _ in done]
+    said = [
+        {line.split(" ")[0]: line.partition(" ")[2] for line in out.splitlines()}
+        for _, out, _ in done
+    ]
     assert [s["hosts"] for s in said] == ["2 0", "2 1"]
-    assert said[0]["exchange"] == said[1]["exchange"] == "['from 0', 'from 1'] ['again 0', 'again 1']"
+    assert (
+        said[0]["exchange"] == said[1]["exchange"] == "['from 0', 'from 1'] ['again 0', 'again 1']"
+    )
     assert float(said[1]["first"]) - float(said[0]["first"]) >= 0.3
     for who in (0, 1):
         assert said[who][f"fails{who}"] == "AssertionError broken"
-        assert said[1 - who][f"fails{who}"] == f"HostMissing fails: host {who} (name{who}) failed; its output says why"
+        assert (
+            said[1 - who][f"fails{who}"]
+            == f"HostMissing fails: host {who} (name{who}) failed; its output says why"
+        )
     for s in said:
-        assert "host 1 (name1): seed is 1 there, 0 on host 0" in s["differ"] and "code" not in s["differ"].partition(";")[0]
+        assert (
+            "host 1 (name1): seed is 1 there, 0 on host 0" in s["differ"]
+            and "code" not in s["differ"].partition(";")[0]
+        )
         assert "ended" in s
     assert said[0]["stopped"] == said[1]["stopped"] and int(said[0]["stopped"]) >= 8
-    assert "missing" not in said[1] and "host 1 (name1)" in said[0]["missing"] and int(said[0]["missing"].split()[0]) <= 5
+    assert (
+        "missing" not in said[1]
+        and "host 1 (name1)" in said[0]["missing"]
+        and int(said[0]["missing"].split()[0]) <= 5
+    )
     assert "host 0 of 2" in done[0][1] and "from test" in done[0][1]
 
 
@@ -224,35 +270,69 @@ TINY = [
     "model.text.width=32", "model.text.heads=2", "model.text.depth=1", "data.vocabulary_size=300", "train.log_every=1",
     "train.panel_every=4", "train.eval_every=4", "train.save_every=4", "train.steps=8", "evaluate.batch_size=32",
 ]  # fmt: skip
-COMMAND = ["-m", "m3i_jax.main", "--config", "configs/quickstart.py", *(f"--config.{item}" for item in TINY)]
+COMMAND = [
+    "-m",
+    "m3i_jax.main",
+    "--config",
+    "configs/quickstart.py",
+    *(f"--config.{item}" for item in TINY),
+]
 HOSTS = ["--coordinator", "127.0.0.1:{port}", "--processes", "2", "--process-id", "{i}"]
 
 
 def lines(run: pathlib.Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+        if line.endswith("}")
+    ]
 
 
 @pytest.mark.slow
 def test_two_hosts_train_what_one_trains(tmp_path: pathlib.Path) -> None:
-    """The same global batch, in halves on two processes: the same losses, one log, one set of checkpoints; and one host goes on with it."""
+    """The same global batch, in halves on two processes: the same losses, one log, one set of
+    checkpoints; and one host goes on with it."""
     (alone,) = ends(two(*COMMAND, "--workdir", str(tmp_path / "one"), processes=1))
     both = ends(two(*COMMAND, *HOSTS, "--workdir", str(tmp_path / "two")))
     assert alone[0] == 0 and [status for status, *_ in both] == [0, 0], (alone, both)
     one, two_ = lines(tmp_path / "one"), lines(tmp_path / "two")
-    assert [row["step"] for row in one] == [row["step"] for row in two_] and [set(row) for row in one] == [set(row) for row in two_]
+    assert [row["step"] for row in one] == [row["step"] for row in two_] and [
+        set(row) for row in one
+    ] == [set(row) for row in two_]
     for a, b in zip(one, two_, strict=True):
-        for name in ("loss", "loss/ssp", "loss/category", "loss/text", "balance/lambda", "eval/knn/top1"):
-            assert (name in a) == (name in b) and a.get(name, 0.0) == pytest.approx(b.get(name, 0.0), rel=1e-5), (a["step"], name)
-    panels = [sorted(p.name for p in (tmp_path / name / "panels").iterdir()) for name in ("one", "two")]
+        for name in (
+            "loss",
+            "loss/ssp",
+            "loss/category",
+            "loss/text",
+            "balance/lambda",
+            "eval/knn/top1",
+        ):
+            assert (name in a) == (name in b) and a.get(name, 0.0) == pytest.approx(
+                b.get(name, 0.0), rel=1e-5
+            ), (a["step"], name)
+    panels = [
+        sorted(p.name for p in (tmp_path / name / "panels").iterdir()) for name in ("one", "two")
+    ]
     assert panels[0] == panels[1]
     # A checkpoint of two hosts goes on with one.
-    (on,) = ends(two(*COMMAND, "--config.train.steps=10", "--allow-changes", "--workdir", str(tmp_path / "two"), processes=1))
+    (on,) = ends(
+        two(
+            *COMMAND,
+            "--config.train.steps=10",
+            "--allow-changes",
+            "--workdir",
+            str(tmp_path / "two"),
+            processes=1,
+        )
+    )
     assert on[0] == 0 and "resuming at step 8" in on[1], on
 
 
 @pytest.mark.slow
 def test_another_number_of_hosts_goes_on_with_the_same_data(tmp_path: pathlib.Path) -> None:
-    """One host trains eight steps; its checkpoint of step 4 goes on with two hosts, whose steps 5 to 8 are the same."""
+    """One host trains eight steps; its checkpoint of step 4 goes on with two hosts, whose steps 5
+    to 8 are the same."""
     run = tmp_path / "run"
     (alone,) = ends(two(*COMMAND, "--workdir", str(run), processes=1))
     assert alone[0] == 0, alone
@@ -272,12 +352,19 @@ def test_another_number_of_hosts_goes_on_with_the_same_data(tmp_path: pathlib.Pa
 @pytest.mark.parametrize("told", [0, 1])
 @pytest.mark.row("A2")
 def test_sigterm_on_one_host_saves_on_both(told: int, tmp_path: pathlib.Path) -> None:
-    longer = ["--config.train.steps=2000", "--config.train.save_every=1000", "--config.train.eval_every=0", "--config.train.panel_every=0"]
+    longer = [
+        "--config.train.steps=2000",
+        "--config.train.save_every=1000",
+        "--config.train.eval_every=0",
+        "--config.train.panel_every=0",
+    ]
     command = [*COMMAND, *longer, *HOSTS, "--workdir", str(tmp_path / "run")]
     processes = two(*command)
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and all(p.poll() is None for p in processes):
-        if (tmp_path / "run/metrics.jsonl").is_file() and any(row["step"] >= 5 for row in lines(tmp_path / "run")):
+        if (tmp_path / "run/metrics.jsonl").is_file() and any(
+            row["step"] >= 5 for row in lines(tmp_path / "run")
+        ):
             break
         time.sleep(0.05)
     processes[told].send_signal(signal.SIGTERM)
@@ -285,27 +372,47 @@ def test_sigterm_on_one_host_saves_on_both(told: int, tmp_path: pathlib.Path) ->
     assert [status for status, *_ in done] == [42, 42], done
     assert "preempted: saved step" in done[0][1]
     last = max(row["step"] for row in lines(tmp_path / "run"))
-    assert [int(p.name) for p in (tmp_path / "run/checkpoints").iterdir() if p.name.isdigit()] == [last]
+    assert [int(p.name) for p in (tmp_path / "run/checkpoints").iterdir() if p.name.isdigit()] == [
+        last
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.row("A8")
 def test_hosts_that_differ_are_named_before_anything_is_trained(tmp_path: pathlib.Path) -> None:
     at = port()
-    where = ["--coordinator", f"127.0.0.1:{at}", "--processes", "2", "--workdir", str(tmp_path / "run")]
+    where = [
+        "--coordinator",
+        f"127.0.0.1:{at}",
+        "--processes",
+        "2",
+        "--workdir",
+        str(tmp_path / "run"),
+    ]
     (first,), (second,) = (
-        two(*COMMAND, *where, "--process-id", str(i), f"--config.optim.lr={lr}", processes=1) for i, lr in ((0, 1e-3), (1, 2e-3))
+        two(*COMMAND, *where, "--process-id", str(i), f"--config.optim.lr={lr}", processes=1)
+        for i, lr in ((0, 1e-3), (1, 2e-3))
     )
     for status, _, err in ends([first, second]):
         message = err.strip().splitlines()[-1]
-        assert status == 2 and "host 1" in message and "optim.lr is 0.002 there, 0.001 on host 0" in message
+        assert (
+            status == 2
+            and "host 1" in message
+            and "optim.lr is 0.002 there, 0.001 on host 0" in message
+        )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_two_hosts_measure_what_one_measures(tmp_path: pathlib.Path) -> None:
-    """Every evaluator on one checkpoint: each host reads half of the images, and both know all features."""
-    short = ["--config.train.steps=2", "--config.train.eval_every=0", "--config.train.panel_every=0", "--config.evaluate.query_limit=1"]
+    """Every evaluator on one checkpoint: each host reads half of the images, and both know all
+    features."""
+    short = [
+        "--config.train.steps=2",
+        "--config.train.eval_every=0",
+        "--config.train.panel_every=0",
+        "--config.evaluate.query_limit=1",
+    ]
     (trained,) = ends(two(*COMMAND, *short, "--workdir", str(tmp_path / "run"), processes=1))
     assert trained[0] == 0, trained
     asked = [
@@ -327,7 +434,8 @@ def test_two_hosts_measure_what_one_measures(tmp_path: pathlib.Path) -> None:
     one, both = found
     assert len(results) == 12 and set(one) == set(both)
     for name, value in one.items():
-        assert both[name] == pytest.approx(value, abs=0.041), name  # two near ties of 24 images may fall the other way
+        # two near ties of 24 images may fall the other way
+        assert both[name] == pytest.approx(value, abs=0.041), name
     assert one["eval/retrieval/text_to_image/r10"] == both["eval/retrieval/text_to_image/r10"]
 
 
@@ -356,18 +464,28 @@ BEGIN = """
 
 @pytest.mark.slow
 def test_two_hosts_start_from_the_same_weights(tmp_path: pathlib.Path) -> None:
-    """`init_from` of a run and of a file: whole on both hosts, or a half of every matrix on each, every number is that of one host."""
+    """`init_from` of a run and of a file: whole on both hosts, or a half of every matrix on each,
+    every number is that of one host."""
     saved.run(tmp_path / "run", toy.settings(model__encoder__width=64))
     table = weights(ENCODERS["timm"], width=64, depth=2, heads=2, patch=8, grid=4)
     tensor_files.write_safetensors(tmp_path / "vit.safetensors", table)
     script = tmp_path / "begin.py"
     script.write_text(textwrap.dedent(BEGIN))
     file = f"init_from={tmp_path / 'vit.safetensors'},model__encoder__positions=learned,model__encoder__final_norm=true"
-    sources = [f"init_from={tmp_path / 'run'}", f"init_from={tmp_path / 'run'},init__weights=ema", file, "seed=0"]
+    sources = [
+        f"init_from={tmp_path / 'run'}",
+        f"init_from={tmp_path / 'run'},init__weights=ema",
+        file,
+        "seed=0",
+    ]
     found = []
     for hosts in (1, 2):
-        done = ends(two(str(script), "{i}", "127.0.0.1:{port}", str(hosts), *sources, processes=hosts))
+        done = ends(
+            two(str(script), "{i}", "127.0.0.1:{port}", str(hosts), *sources, processes=hosts)
+        )
         assert [status for status, *_ in done] == [0] * hosts, done
-        found += [[line for line in out.splitlines() if line.startswith("start")] for _, out, _ in done]
+        found += [
+            [line for line in out.splitlines() if line.startswith("start")] for _, out, _ in done
+        ]
     one, *both = found
     assert both == [one, one] and len(one) == 5 and len({line.split()[1] for line in one}) == 4

@@ -35,13 +35,18 @@ def test_devices_of_several_hosts_share_no_rows() -> None:
     """jax would take the rows of each host for all there are, and train on half of the batch."""
     two_hosts = [types.SimpleNamespace(process_index=n // 4) for n in range(8)]
     for shape in ((8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2)):
-        parallel.check_host_rows(types.SimpleNamespace(devices=np.reshape(two_hosts, shape), shape={"tensor": shape[2]}))
+        parallel.check_host_rows(
+            types.SimpleNamespace(devices=np.reshape(two_hosts, shape), shape={"tensor": shape[2]})
+        )
     with pytest.raises(UserError, match="config.parallel.mesh: a tensor axis of 8 spans 2 hosts"):
-        parallel.check_host_rows(types.SimpleNamespace(devices=np.reshape(two_hosts, (1, 1, 8)), shape={"tensor": 8}))
+        parallel.check_host_rows(
+            types.SimpleNamespace(devices=np.reshape(two_hosts, (1, 1, 8)), shape={"tensor": 8})
+        )
 
 
 def test_axis_types_are_stated() -> None:
-    """The default of jax.make_mesh is Explicit, under which a sharding constraint is an assertion."""
+    """The default of jax.make_mesh is Explicit, under which a sharding constraint is an
+    assertion."""
     assert parallel.make_mesh((2, 2, 2)).axis_types == (AxisType.Auto,) * 3
     assert parallel.make_mesh((-1, 1, 1)).size == jax.device_count() == 8
 
@@ -51,7 +56,12 @@ def test_a_shape_that_does_not_fit_names_key_value_and_way_out(shape: tuple[int,
     with pytest.raises(UserError) as error:
         parallel.make_mesh(shape)
     text = str(error.value)
-    assert text.startswith(f"config.parallel.mesh: {shape} ") and "8 devices" in text and "(-1,1,1)" in text and "\n" not in text
+    assert (
+        text.startswith(f"config.parallel.mesh: {shape} ")
+        and "8 devices" in text
+        and "(-1,1,1)" in text
+        and "\n" not in text
+    )
 
 
 def test_rows_are_split_over_replica_and_fsdp() -> None:
@@ -77,7 +87,9 @@ def test_to_global_keeps_content_types_and_order(shape: tuple[int, int, int]) ->
         np.testing.assert_array_equal(out[name], rows)
         assert out[name].sharding == parallel.data_sharding(mesh)
     # consecutive rows lie together, so that partners 2k and 2k + 1 are on one device
-    pieces = {s.index[0].start or 0: np.asarray(s.data).tolist() for s in out["label"].addressable_shards}
+    pieces = {
+        s.index[0].start or 0: np.asarray(s.data).tolist() for s in out["label"].addressable_shards
+    }
     assert pieces == {i: list(range(i, i + 16 // shards)) for i in range(0, 16, 16 // shards)}
 
 

@@ -41,7 +41,11 @@ def test_all_come_in_any_order_and_the_port_is_free_again() -> None:
 
 def test_who_is_missing_is_named_to_all_that_came() -> None:
     said = meet((0, 4, 0.0), (2, 4, 0.0), limit=1.0)
-    assert said[0] == said[1] and said[0].startswith("HostMissing") and "for process 1, 3 of 4" in said[0]
+    assert (
+        said[0] == said[1]
+        and said[0].startswith("HostMissing")
+        and "for process 1, 3 of 4" in said[0]
+    )
     (alone,) = meet((1, 2, 0.0), limit=0.5)
     assert "HostMissing" in alone and "for process 0 at 127.0.0.1" in alone
 
@@ -78,5 +82,8 @@ def test_a_process_that_was_started_anew_takes_the_place_of_the_first() -> None:
 
 
 def test_a_port_that_is_taken_is_a_mistake() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="cannot be used here"):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(UserError, match="cannot be used here"),
+    ):
         rendezvous.wait_for_processes(f"127.0.0.1:{taken.getsockname()[1]}", 2, 0, limit=0.5)

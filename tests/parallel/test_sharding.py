@@ -1,4 +1,5 @@
-"""The table from paths to shardings: the parameters, and the moments and the target that follow them."""
+"""The table from paths to shardings: the parameters, and the moments and the target that follow
+them."""
 
 import math
 
@@ -64,7 +65,8 @@ def test_table(mesh: Mesh, path: str, shape: tuple[int, ...], wanted: P) -> None
 @pytest.mark.parametrize(
     ("shape", "wanted"),
     [
-        ((2, 771, 2304), P(None, None, "tensor")),  # an axis that does not divide its dimension is dropped, the others stay
+        # an axis that does not divide its dimension is dropped, the others stay
+        ((2, 771, 2304), P(None, None, "tensor")),
         ((2, 768, 2305), P(None, "fsdp", None)),
         ((2, 771, 2305), P()),
         ((768, 2304), P("fsdp", "tensor")),  # without a layer axis
@@ -103,17 +105,35 @@ def test_the_first_rule_that_matches_decides_and_one_always_does() -> None:
 
 
 def test_paths_of_all_kinds_of_keys() -> None:
-    state = trainer.Trainer(toy.settings(), parallel.make_mesh((1, 1, 1), jax.devices()[:1]), toy.VOCABULARY).template
+    state = trainer.Trainer(
+        toy.settings(), parallel.make_mesh((1, 1, 1), jax.devices()[:1]), toy.VOCABULARY
+    ).template
     paths = {sharding.path_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)}
-    wanted = {"step", "params/logit_scale", "params/encoder/blocks/mlp/fc1/kernel", "opt/balance/ssp", "opt/target/count"}
-    assert wanted | {"opt/adamw/0/mu/encoder/blocks/mlp/fc1/kernel", "opt/target/params/encoder/blocks/mlp/fc1/kernel"} <= paths
+    wanted = {
+        "step",
+        "params/logit_scale",
+        "params/encoder/blocks/mlp/fc1/kernel",
+        "opt/balance/ssp",
+        "opt/target/count",
+    }
+    assert (
+        wanted
+        | {
+            "opt/adamw/0/mu/encoder/blocks/mlp/fc1/kernel",
+            "opt/target/params/encoder/blocks/mlp/fc1/kernel",
+        }
+        <= paths
+    )
 
 
 @pytest.fixture(scope="module")
 def state():
-    """Shapes of the whole state of the paper's ViT-B/16 with ImageNet's categories and CLIP's words."""
+    """Shapes of the whole state of the paper's ViT-B/16 with ImageNet's categories and CLIP's
+    words."""
     config = schema.Config(data=schema.Data(classes=1000, captions="yes", size=1_281_167))
-    return trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 49_408).template
+    return trainer.Trainer(
+        config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 49_408
+    ).template
 
 
 def test_moments_and_target_are_split_as_their_parameters(mesh: Mesh, state) -> None:
@@ -128,13 +148,29 @@ def test_moments_and_target_are_split_as_their_parameters(mesh: Mesh, state) -> 
 def test_fsdp_over_eight_devices_holds_an_eighth(state) -> None:
     mesh = parallel.make_mesh((1, 8, 1))
     count = lambda shape: math.prod(shape)  # noqa: E731
-    pairs = list(zip(jax.tree.leaves(state), jax.tree.leaves(parallel.tree_shardings(mesh, state)), strict=True))
-    held, whole = (sum(sizes) for sizes in zip(*((count(s.shard_shape(leaf.shape)), count(leaf.shape)) for leaf, s in pairs), strict=True))
-    assert 1 / 8 < held / whole < 1.02 / 8  # norms, biases, positions and the statistics are whole on each
+    pairs = list(
+        zip(
+            jax.tree.leaves(state),
+            jax.tree.leaves(parallel.tree_shardings(mesh, state)),
+            strict=True,
+        )
+    )
+    held, whole = (
+        sum(sizes)
+        for sizes in zip(
+            *((count(s.shard_shape(leaf.shape)), count(leaf.shape)) for leaf, s in pairs),
+            strict=True,
+        )
+    )
+    # norms, biases, positions and the statistics are whole on each
+    assert 1 / 8 < held / whole < 1.02 / 8
 
 
 def test_splitting_an_array_keeps_its_content(mesh: Mesh) -> None:
-    tree = {"fc1": {"kernel": jnp.arange(2.0**15).reshape(128, 256)}, "norm": {"scale": jnp.ones(2**15)}}
+    tree = {
+        "fc1": {"kernel": jnp.arange(2.0**15).reshape(128, 256)},
+        "norm": {"scale": jnp.ones(2**15)},
+    }
     put = jax.device_put(tree, parallel.tree_shardings(mesh, tree))
     assert put["fc1"]["kernel"].addressable_shards[0].data.shape == (64, 128)
     assert put["norm"]["scale"].addressable_shards[0].data.shape == (2**15,)

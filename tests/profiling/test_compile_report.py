@@ -1,4 +1,5 @@
-"""The report of a compiled step: parts that sum, a compiler's out-of-memory error, times from a chip's figures, tables."""
+"""The report of a compiled step: parts that sum, a compiler's out-of-memory error, times from a
+chip's figures, tables."""
 
 import json
 import math
@@ -17,13 +18,18 @@ def stats(**bytes_: int) -> types.SimpleNamespace:
 
 
 def test_parts_sum_to_the_peak_and_results_in_place_count_once() -> None:
-    need = compile_report.program_memory(stats(argument=170, output=162, alias=152, temp=100), STATE, 10.0)
+    need = compile_report.program_memory(
+        stats(argument=170, output=162, alias=152, temp=100), STATE, 10.0
+    )
     assert need.peak == 170 + 10 + 100 == sum(need.parts.values())
-    assert need.parts["temporaries"] == 280 - 152 - 10  # the padding of arguments, 8, and new results, 10, among them
+    # the padding of arguments, 8, and new results, 10, among them
+    assert need.parts["temporaries"] == 280 - 152 - 10
 
 
 def test_the_peak_of_a_compiler_that_refuses_by_it_is_believed() -> None:
-    through = types.SimpleNamespace(**vars(stats(argument=170, output=162, alias=152, temp=100)), peak_memory_in_bytes=230)
+    through = types.SimpleNamespace(
+        **vars(stats(argument=170, output=162, alias=152, temp=100)), peak_memory_in_bytes=230
+    )
     for own, peak in ((True, 230), (False, 280)):
         need = compile_report.program_memory(through, STATE, 10.0, own=own)
         assert need.peak == peak == sum(need.parts.values())
@@ -56,10 +62,12 @@ def test_times_are_the_chips_and_the_longest_is_the_steps() -> None:
     roof = got["roofline"]
     assert roof["compute_seconds"] == pytest.approx(10 * 2 * 8 * 16 * 16 / chip.peak)
     assert roof["network_seconds"] == pytest.approx((10 * 3 * 128 + 10 * 1.5 * 516) / chip.link)
-    assert roof["step_seconds"] == max(roof[f"{k}_seconds"] for k in ("compute", "memory", "network"))
-    assert compile_report.analyze_program(LOOP, chip="tpu7x", cores=2)["roofline"]["compute_seconds"] == pytest.approx(
-        2 * 40_960 / hardware.CHIPS["tpu7x"].peak
+    assert roof["step_seconds"] == max(
+        roof[f"{k}_seconds"] for k in ("compute", "memory", "network")
     )
+    assert compile_report.analyze_program(LOOP, chip="tpu7x", cores=2)["roofline"][
+        "compute_seconds"
+    ] == pytest.approx(2 * 40_960 / hardware.CHIPS["tpu7x"].peak)
     assert compile_report.analyze_program(LOOP, chip="cpu")["roofline"] is None
 
 
@@ -84,13 +92,22 @@ ENTRY %e (a: bf16[1024]) -> bf16[1024] {{
     assert chip.network == 50e9  # 400 Gb/s
     got = compile_report.analyze_program(text, chip="h100", host=8)
     received = got["collectives"]["all-reduce"]["received_bytes"]
-    assert got["roofline"]["network_seconds"] == pytest.approx(max(received / chip.link, received * outside / chip.network))
-    assert compile_report.analyze_program(text, chip="h100")["roofline"]["network_seconds"] == pytest.approx(received / chip.link)
+    assert got["roofline"]["network_seconds"] == pytest.approx(
+        max(received / chip.link, received * outside / chip.network)
+    )
+    assert compile_report.analyze_program(text, chip="h100")["roofline"][
+        "network_seconds"
+    ] == pytest.approx(received / chip.link)
 
 
 def test_the_compilers_cycles_are_summed_with_their_loops() -> None:
-    cycles = LOOP.replace('op_name="jit(f)/while/body/dot_general"}', 'op_name="x"}, backend_config={"estimated_cycles":"1500"}')
-    assert compile_report.analyze_program(cycles, chip="v5e")["compiler_seconds"] == pytest.approx(10 * 1500 / 1.5e9)
+    cycles = LOOP.replace(
+        'op_name="jit(f)/while/body/dot_general"}',
+        'op_name="x"}, backend_config={"estimated_cycles":"1500"}',
+    )
+    assert compile_report.analyze_program(cycles, chip="v5e")["compiler_seconds"] == pytest.approx(
+        10 * 1500 / 1.5e9
+    )
     assert compile_report.analyze_program(LOOP, chip="v5e")["compiler_seconds"] is None
 
 
@@ -101,12 +118,43 @@ def test_tables_say_what_the_report_says() -> None:
         "memory": {"params": 2**30, "temporaries": 2**31},
     }  # fmt: skip
     text = compile_report.report_tables(report)
-    assert "does not fit: 3.00 GiB of 2.00 GiB a device, 1.00 GiB too much" in text and "replica 2, fsdp 8" in text
-    assert [line.split() for line in text.splitlines() if line.startswith("temporaries")] == [["temporaries", "2.00", "GiB", "66.7%"]]
-    full = report | compile_report.analyze_program(LOOP, chip="v5e") | {"fits": True, "run": {"steps": 10, "days": 0.5, "days_at_mfu": 1.0, "mfu": 0.45}}
+    assert (
+        "does not fit: 3.00 GiB of 2.00 GiB a device, 1.00 GiB too much" in text
+        and "replica 2, fsdp 8" in text
+    )
+    assert [line.split() for line in text.splitlines() if line.startswith("temporaries")] == [
+        ["temporaries", "2.00", "GiB", "66.7%"]
+    ]
+    full = (
+        report
+        | compile_report.analyze_program(LOOP, chip="v5e")
+        | {
+            "fits": True,
+            "run": {"steps": 10, "days": 0.5, "days_at_mfu": 1.0, "mfu": 0.45},
+        }
+    )
     full["flops"] |= {"model": 40_000.0, "ratio": 1.024}
     text = compile_report.report_tables(full)
-    assert "all-gather" in text and "10 times" in text and "1.024 times the model's" in text and "1.00 days" in text
+    assert (
+        "all-gather" in text
+        and "10 times" in text
+        and "1.024 times the model's" in text
+        and "1.00 days" in text
+    )
     assert json.loads(json.dumps(full)) == full
-    rows = [{"tried": "as configured", "fits": False, "peak_bytes": None, "flops_ratio": None, "seconds": 1.0}]
-    assert compile_report.attempt_table(rows).splitlines()[-1].split() == ["as", "configured", "no", "?", "-"]
+    rows = [
+        {
+            "tried": "as configured",
+            "fits": False,
+            "peak_bytes": None,
+            "flops_ratio": None,
+            "seconds": 1.0,
+        }
+    ]
+    assert compile_report.attempt_table(rows).splitlines()[-1].split() == [
+        "as",
+        "configured",
+        "no",
+        "?",
+        "-",
+    ]

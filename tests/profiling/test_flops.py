@@ -1,4 +1,5 @@
-"""Counts against hand counts, and against XLA where it counts right: programs without loops, on one device."""
+"""Counts against hand counts, and against XLA where it counts right: programs without loops, on one
+device."""
 
 import functools
 
@@ -34,7 +35,8 @@ def test_products(equation, left, right, macs):
 
 
 CONVOLUTIONS = [
-    # strides, padding, lhs dilation, rhs dilation, feature groups, batch groups; input NHWC, kernel HWIO
+    # strides, padding, lhs dilation, rhs dilation, feature groups, batch groups; input NHWC, kernel
+    # HWIO
     ((1, 1), "VALID", (1, 1), (1, 1), 1, 1, (2, 9, 8, 4), (3, 2, 4, 6)),
     ((1, 1), "SAME", (1, 1), (1, 1), 1, 1, (2, 9, 8, 4), (3, 3, 4, 6)),
     ((2, 3), ((2, 1), (0, 4)), (1, 1), (2, 1), 1, 1, (2, 9, 8, 4), (3, 3, 4, 6)),
@@ -45,12 +47,18 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.mark.parametrize("strides, padding, left_dilation, right_dilation, groups, batches, image, kernel", CONVOLUTIONS)
-def test_convolutions_equal_xla(strides, padding, left_dilation, right_dilation, groups, batches, image, kernel):
+@pytest.mark.parametrize(
+    "strides, padding, left_dilation, right_dilation, groups, batches, image, kernel", CONVOLUTIONS
+)
+def test_convolutions_equal_xla(
+    strides, padding, left_dilation, right_dilation, groups, batches, image, kernel
+):
     names = ("NHWC", "HWIO", "NHWC")
 
     def function(x, k):
-        return jax.lax.conv_general_dilated(x, k, strides, padding, left_dilation, right_dilation, names, groups, batches)
+        return jax.lax.conv_general_dilated(
+            x, k, strides, padding, left_dilation, right_dilation, names, groups, batches
+        )
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (image, kernel)]
     assert flops.count_flops(function, *shapes) == FlopCount(conv=xla(function, *shapes))
@@ -58,16 +66,29 @@ def test_convolutions_equal_xla(strides, padding, left_dilation, right_dilation,
 
 def test_convolutions_by_hand():
     def conv(x, k, groups=1, padding="VALID"):
-        return jax.lax.conv_general_dilated(x, k, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups)
+        return jax.lax.conv_general_dilated(
+            x,
+            k,
+            (1, 1),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
 
     x = jnp.zeros((2, 10, 10, 4))
     assert flops.count_flops(conv, x, jnp.zeros((3, 3, 4, 6))).conv == 2 * 2 * 8 * 8 * 6 * 9 * 4
     depthwise = functools.partial(conv, groups=4)
     assert flops.count_flops(depthwise, x, jnp.zeros((5, 5, 1, 4))).conv == 2 * 2 * 6 * 6 * 4 * 25
     # "SAME": the border rows and columns see two of three taps.
-    assert flops.count_flops(functools.partial(conv, padding="SAME"), x, jnp.zeros((3, 3, 4, 6))).conv == 2 * 2 * 28 * 28 * 4 * 6
+    assert (
+        flops.count_flops(functools.partial(conv, padding="SAME"), x, jnp.zeros((3, 3, 4, 6))).conv
+        == 2 * 2 * 28 * 28 * 4 * 6
+    )
     gradients = jax.grad(lambda x, k: (conv(x, k) ** 2).sum(), (0, 1))
-    assert flops.count_flops(gradients, x, jnp.zeros((3, 3, 4, 6))).conv == 3 * 2 * 2 * 8 * 8 * 6 * 9 * 4
+    assert (
+        flops.count_flops(gradients, x, jnp.zeros((3, 3, 4, 6))).conv
+        == 3 * 2 * 2 * 8 * 8 * 6 * 9 * 4
+    )
 
 
 def mlp(params, x):
@@ -85,8 +106,13 @@ def test_backward_is_twice_the_forward_less_the_first_input():
 
 
 def test_close_to_xla_on_an_unrolled_network():
-    params, x = [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 3, jax.ShapeDtypeStruct((64, 256), jnp.float32)
-    assert flops.count_flops(jax.grad(mlp), params, x).dot == pytest.approx(xla(jax.grad(mlp), params, x), rel=0.01)
+    params, x = (
+        [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 3,
+        jax.ShapeDtypeStruct((64, 256), jnp.float32),
+    )
+    assert flops.count_flops(jax.grad(mlp), params, x).dot == pytest.approx(
+        xla(jax.grad(mlp), params, x), rel=0.01
+    )
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -102,9 +128,12 @@ def test_a_scan_counts_as_often_as_it_runs(remat):
     stacked, x = jnp.zeros((5, 8, 8)), jnp.zeros((4, 8))
     layer = 2.0 * 4 * 8 * 8
     assert flops.count_flops(scanned, stacked, x).dot == 5 * layer
-    # The gradient of x is carried from layer to layer: all three products in each, and a fourth where the forward is repeated.
+    # The gradient of x is carried from layer to layer: all three products in each, and a fourth
+    # where the forward is repeated.
     assert flops.count_flops(jax.grad(scanned), stacked, x).dot == (3 + remat) * 5 * layer
-    nested = jax.jit(lambda s, x: jax.lax.scan(lambda c, _: (c, scanned(s, x)), 0.0, None, length=3))
+    nested = jax.jit(
+        lambda s, x: jax.lax.scan(lambda c, _: (c, scanned(s, x)), 0.0, None, length=3)
+    )
     assert flops.count_flops(nested, stacked, x).dot == 15 * layer
 
 
@@ -119,11 +148,29 @@ def test_inside_calls_of_every_kind():
     def with_jvp(a, b):
         return a @ b
 
-    with_jvp.defjvp(lambda primals, tangents: (primals[0] @ primals[1], tangents[0] @ primals[1] + primals[0] @ tangents[1]))
-    for function in (with_vjp, with_jvp, jax.jit(with_vjp), jax.checkpoint(with_vjp), jax.jit(lambda a, b: with_jvp(a, b) + 1)):
+    with_jvp.defjvp(
+        lambda primals, tangents: (
+            primals[0] @ primals[1],
+            tangents[0] @ primals[1] + primals[0] @ tangents[1],
+        )
+    )
+    for function in (
+        with_vjp,
+        with_jvp,
+        jax.jit(with_vjp),
+        jax.checkpoint(with_vjp),
+        jax.jit(lambda a, b: with_jvp(a, b) + 1),
+    ):
         assert flops.count_flops(function, A, B) == ONE
-        assert flops.count_flops(lambda a, b, f=function: jax.vjp(f, a, b)[1](jnp.zeros((6, 7))), A, B).dot >= 2 * ONE.dot
-    assert flops.count_flops(jax.vmap(with_vjp), jnp.zeros((4, 6, 5)), jnp.zeros((4, 5, 7))) == ONE.times(4)
+        assert (
+            flops.count_flops(
+                lambda a, b, f=function: jax.vjp(f, a, b)[1](jnp.zeros((6, 7))), A, B
+            ).dot
+            >= 2 * ONE.dot
+        )
+    assert flops.count_flops(
+        jax.vmap(with_vjp), jnp.zeros((4, 6, 5)), jnp.zeros((4, 5, 7))
+    ) == ONE.times(4)
 
 
 def test_what_nobody_uses_does_not_count():
@@ -160,11 +207,18 @@ def test_while_loops_are_refused_if_they_multiply_matrices():
 
     def carried(a):  # the product of a turn is wanted by the next, though not at the end
         with jax.named_scope("turns=3"):
-            return jax.lax.while_loop(lambda c: c[1].sum() < 1, lambda c: (c[0] @ c[0], c[1] + c[0]), (a, a))[1]
+            return jax.lax.while_loop(
+                lambda c: c[1].sum() < 1, lambda c: (c[0] @ c[0], c[1] + c[0]), (a, a)
+            )[1]
 
     assert flops.count_flops(carried, square) == FlopCount(dot=3 * 2 * 64.0)
-    assert flops.count_flops(lambda a: jax.lax.fori_loop(0, 6, lambda _, c: c @ c, a), square) == FlopCount(dot=6 * 2 * 64.0)
-    assert flops.count_flops(lambda key: jax.random.normal(key, (3,)), jax.random.key(0)) == FlopCount()
+    assert flops.count_flops(
+        lambda a: jax.lax.fori_loop(0, 6, lambda _, c: c @ c, a), square
+    ) == FlopCount(dot=6 * 2 * 64.0)
+    assert (
+        flops.count_flops(lambda key: jax.random.normal(key, (3,)), jax.random.key(0))
+        == FlopCount()
+    )
 
 
 def test_a_share_of_a_device_counts_for_all_of_them():
@@ -173,9 +227,16 @@ def test_a_share_of_a_device_counts_for_all_of_them():
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     a, b = jnp.zeros((8, 5)), jnp.zeros((5, 6))
     whole = FlopCount(dot=2.0 * 8 * 5 * 6)
-    both = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("data"), P(None, "tensor")), out_specs=P("data", "tensor"))
+    both = jax.shard_map(
+        jnp.matmul,
+        mesh=mesh,
+        in_specs=(P("data"), P(None, "tensor")),
+        out_specs=P("data", "tensor"),
+    )
     assert flops.count_flops(both, a, b) == whole
-    part = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), axis_names={"data"})
+    part = jax.shard_map(
+        jnp.matmul, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), axis_names={"data"}
+    )
     assert flops.count_flops(jax.jit(part), a, b) == whole
     placed = jax.device_put(a, NamedSharding(mesh, P("data")))
     assert flops.count_flops(jnp.matmul, placed, b) == whole
@@ -194,11 +255,15 @@ def test_a_kernel_counts_what_it_says_or_once_a_cell_of_its_grid(told):
         out_specs=pl.BlockSpec((2, 7), lambda i: (i, 0)),
         cost_estimate=told and pl.CostEstimate(flops=told, transcendentals=0, bytes_accessed=0),
     )
-    assert flops.count_flops(call, jnp.zeros((8, 5)), jnp.zeros((5, 7))) == FlopCount(dot=told or 2.0 * 8 * 5 * 7)
+    assert flops.count_flops(call, jnp.zeros((8, 5)), jnp.zeros((5, 7))) == FlopCount(
+        dot=told or 2.0 * 8 * 5 * 7
+    )
 
 
 def test_humanize_and_sums():
     assert [flops.format_flops(x) for x in (0, 999, 1e3, 12345, 2.795e11, 6.2e22, 3e25)] == [
         "0 FLOP", "999 FLOP", "1 kFLOP", "12.35 kFLOP", "279.5 GFLOP", "6.2e+04 EFLOP", "3e+07 EFLOP"
     ]  # fmt: skip
-    assert FlopCount(1, 2) + FlopCount(3, 4) == FlopCount(4, 6) and FlopCount(1, 2).times(3).total == 9
+    assert (
+        FlopCount(1, 2) + FlopCount(3, 4) == FlopCount(4, 6) and FlopCount(1, 2).times(3).total == 9
+    )

@@ -1,4 +1,5 @@
-"""Texts of programs, written by hand after what the compilers print, against bytes counted by hand."""
+"""Texts of programs, written by hand after what the compilers print, against bytes counted by
+hand."""
 
 from m3i_jax.profiling import hbm_traffic, hlo
 
@@ -22,7 +23,8 @@ ENTRY %main (x: f32[100,8], y: f32[8]) -> f32[100,8] {
   ROOT %f = f32[100,8]{1,0} fusion(%x, %near), kind=kLoop, calls=%inner
 }
 """
-    assert hbm_traffic.hbm_traffic(hlo.parse_hlo(text)) == 8 * 4 + (8 + 8) * 4  # y into the scratchpad; a row of x, and the row that is written
+    # y into the scratchpad; a row of x, and the row that is written
+    assert hbm_traffic.hbm_traffic(hlo.parse_hlo(text)) == 8 * 4 + (8 + 8) * 4
 
 
 def test_memory_that_is_only_taken_is_no_traffic() -> None:

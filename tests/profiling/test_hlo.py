@@ -1,4 +1,5 @@
-"""Texts of compiled programs, written by hand after what the compilers print, and one compiled here, against counts by hand."""
+"""Texts of compiled programs, written by hand after what the compilers print, and one compiled
+here, against counts by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from m3i_jax import parallel
 from m3i_jax.profiling import hlo
 
-# A scan of 12 turns whose counter starts at 2, as a peeled loop's does, and in it a reduced gradient and a gathered weight.
+# A scan of 12 turns whose counter starts at 2, as a peeled loop's does, and in it a reduced
+# gradient and a gathered weight.
 LOOP = """HloModule jit_f, is_scheduled=true, num_partitions=4
 %add (a: f32[], b: f32[]) -> f32[] {
   %a = f32[]{:T(128)} parameter(0)
@@ -57,7 +59,9 @@ def test_what_stands_in_a_loop_counts_as_often_as_it_turns() -> None:
 
 
 def test_a_noted_trip_count_is_believed() -> None:
-    noted = LOOP.replace("body=%body\n", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}\n')
+    noted = LOOP.replace(
+        "body=%body\n", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}\n'
+    )
     program = hlo.parse_hlo(noted)
     assert hlo.trip_count(program, program.computations["main"]["loop"]) == 7
 
@@ -94,17 +98,24 @@ ENTRY %main (x: bf16[8,64], y: f32[64,64], k: s32[]) -> f32[8,64] {
 @pytest.mark.parametrize(
     ("line", "outside"),
     [
-        ("all-gather(%a), replica_groups=[1,16]<=[16]", 8 * 4096 / 8),  # eight shares of the other host, through eight devices
+        # eight shares of the other host, through eight devices
+        ("all-gather(%a), replica_groups=[1,16]<=[16]", 8 * 4096 / 8),
         ("reduce-scatter(%a), replica_groups=[1,16]<=[16]", 4096 / 2 / 8),
-        ("all-to-all(%a), replica_groups=[1,16]<=[16]", 4096 / 2),  # each device's own: nobody else could fetch it
+        # each device's own: nobody else could fetch it
+        ("all-to-all(%a), replica_groups=[1,16]<=[16]", 4096 / 2),
         ("collective-permute(%a), source_target_pairs={{0,1},{1,0}}", 0),
         ("collective-permute(%a), source_target_pairs={{0,1},{7,8}}", 4096),
     ],
 )
 def test_of_what_a_device_receives_a_part_comes_from_other_hosts(line: str, outside: float) -> None:
-    text = "HloModule m, num_partitions=16\nENTRY %e (a: f32[1024]) -> f32[1024] {\n  %a = f32[1024]{0} parameter(0)\n"
+    text = (
+        "HloModule m, num_partitions=16\nENTRY %e (a: f32[1024]) -> f32[1024] {\n  %a ="
+        " f32[1024]{0} parameter(0)\n"
+    )
     program = hlo.parse_hlo(f"{text}  ROOT %g = f32[1024]{{0}} {line}\n}}\n")
-    assert [traffic.outside for traffic in hlo.collective_traffic(program, 8).values()] == [pytest.approx(outside)]
+    assert [traffic.outside for traffic in hlo.collective_traffic(program, 8).values()] == [
+        pytest.approx(outside)
+    ]
     assert [traffic.outside for traffic in hlo.collective_traffic(program).values()] == [0.0]
 
 
@@ -120,14 +131,17 @@ def test_what_is_spread_over_fusions_counts_once_and_a_kept_slice_is_a_scatter()
 def entry(line: str, *parameters: str) -> hlo.HloProgram:
     """A program of one line and its parameters."""
     given = "".join(f"  %p{i} = {kind} parameter({i})\n" for i, kind in enumerate(parameters))
-    return hlo.parse_hlo(f"HloModule m\nENTRY %main (p0: f32[]) -> f32[] {{\n{given}  ROOT %out = {line}\n}}\n")
+    return hlo.parse_hlo(
+        f"HloModule m\nENTRY %main (p0: f32[]) -> f32[] {{\n{given}  ROOT %out = {line}\n}}\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("line", "parameters", "wanted"),
     [
         ("f32[4,5] dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}", ("f32[4,3]", "f32[3,5]"), 2 * 4 * 5 * 3),
-        # batched product as a TPU prints it: the batch of 32 as a window, of whose 32 taps one is real at each place
+        # batched product as a TPU prints it: the batch of 32 as a window, of whose 32 taps one is
+        # real at each place
         (
             "f32[32,12,7,7] convolution(%p0, %p1), window={size=32x12 stride=31x11 lhs_dilate=32x12}, dim_labels=01bf_01oi->01bf",
             ("bf16[32,12,7,64]", "bf16[32,12,7,64]"),
@@ -145,7 +159,8 @@ def entry(line: str, *parameters: str) -> hlo.HloProgram:
             ("f32[2,4,6]", "f32[1,1,6]"),
             2 * 2 * 4 * 6,
         ),
-        # cuDNN's, with a stride of two from 9 x 9 to 4 x 4: forward; from the output to the input; from input and output to the kernel
+        # cuDNN's, with a stride of two from 9 x 9 to 4 x 4: forward; from the output to the input;
+        # from input and output to the kernel
         *(
             (
                 f"({result}, u8[0]) custom-call(%p0, %p1), window={{size=3x3 stride=2x2}}, dim_labels=b01f_o01i->b01f, "
@@ -179,7 +194,8 @@ def test_products_and_convolutions(line: str, parameters: tuple[str, ...], wante
 
 
 def test_a_compiled_program_on_eight_devices_has_the_collectives_it_must_have() -> None:
-    """Gradients of a scan over six layers, data split over eight devices: each layer's gradient [16, 16] is reduced, in the loop."""
+    """Gradients of a scan over six layers, data split over eight devices: each layer's gradient
+    [16, 16] is reduced, in the loop."""
     mesh = parallel.make_mesh((8, 1, 1))
 
     def step(w_6xDxD, x_BxD):
@@ -196,5 +212,7 @@ def test_a_compiled_program_on_eight_devices_has_the_collectives_it_must_have() 
     found = hlo.collective_traffic(program)
     size = 6 * 16 * 16 * 4
     assert program.devices == 8 and set(found) == {"all-reduce"}
-    assert found["all-reduce"].received == pytest.approx(2 * 7 / 8 * size) and found["all-reduce"].count in (1, 6)
+    assert found["all-reduce"].received == pytest.approx(2 * 7 / 8 * size) and found[
+        "all-reduce"
+    ].count in (1, 6)
     assert hlo.hlo_flops(program) == 6 * 3 * 2 * (64 / 8) * 16 * 16

@@ -1,4 +1,5 @@
-"""What libtpu dumps is read before it has made code; without libtpu, from files as it writes them."""
+"""What libtpu dumps is read before it has made code; without libtpu, from files as it writes
+them."""
 
 import os
 import pathlib
@@ -51,7 +52,10 @@ def test_nothing_is_read_before_all_is_there(tmp_path):
     assert libtpu_dump.read_libtpu_dump(tmp_path) is None
     write(tmp_path)
     found = libtpu_dump.read_libtpu_dump(tmp_path)
-    assert found.as_text() == "HloModule jit_train_step" and found.memory_analysis().peak_memory_in_bytes == 34_283_771_520
+    assert (
+        found.as_text() == "HloModule jit_train_step"
+        and found.memory_analysis().peak_memory_in_bytes == 34_283_771_520
+    )
 
 
 def test_a_report_of_another_form_is_not_guessed_at(tmp_path):
@@ -68,19 +72,25 @@ def test_the_compiler_is_not_waited_for(tmp_path):
 
 
 def test_without_files_it_is_and_its_errors_are_those_of_the_program(tmp_path):
-    assert libtpu_dump.compile_until_scheduled(Slow(files=False), {"level": 3}, tmp_path) == "all of it, by 3"
+    assert (
+        libtpu_dump.compile_until_scheduled(Slow(files=False), {"level": 3}, tmp_path)
+        == "all of it, by 3"
+    )
     with pytest.raises(ValueError, match="too large"):
         libtpu_dump.compile_until_scheduled(Slow(wrong="too large"), {"level": 3}, tmp_path)
 
 
 def test_a_platform_that_writes_other_files_is_compiled(tmp_path):
-    done = libtpu_dump.compile_until_scheduled(jax.jit(lambda x: x + 1).lower(jnp.zeros(3)), {}, tmp_path)
+    done = libtpu_dump.compile_until_scheduled(
+        jax.jit(lambda x: x + 1).lower(jnp.zeros(3)), {}, tmp_path
+    )
     assert isinstance(done, jax.stages.Compiled) and list(tmp_path.iterdir())
 
 
 def busy(folder: pathlib.Path, value: int) -> int:
     assert not list(folder.iterdir())
-    threading.Thread(target=time.sleep, args=(600,)).start()  # not one that Python would leave alone
+    # not one that Python would leave alone
+    threading.Thread(target=time.sleep, args=(600,)).start()
     return os.getpid() * value
 
 

@@ -17,7 +17,11 @@ from m3i_jax.profiling import topology
 )  # fmt: skip
 def test_names(name: str, devices: int, platform: str) -> None:
     read = topology.parse_topology(name)
-    assert (read.devices, read.family.platform, read.family.host) == (devices, platform, 8 if platform == "cuda" else 0)
+    assert (read.devices, read.family.platform, read.family.host) == (
+        devices,
+        platform,
+        8 if platform == "cuda" else 0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -43,7 +47,9 @@ def test_a_name_that_is_none_says_what_is(name: str, wanted: str) -> None:
     assert wanted in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "extra"), [("v5e:4x4", "m3i-jax[tpu]"), ("h100:8", "m3i-jax[cuda]")])
+@pytest.mark.parametrize(
+    ("name", "extra"), [("v5e:4x4", "m3i-jax[tpu]"), ("h100:8", "m3i-jax[cuda]")]
+)
 def test_without_the_compiler_the_extra_is_named(name: str, extra: str, monkeypatch) -> None:
     monkeypatch.setattr(topology, "_installed", lambda library: False)
     with pytest.raises(UserError) as error:
@@ -53,7 +59,9 @@ def test_without_the_compiler_the_extra_is_named(name: str, extra: str, monkeypa
 
 def test_what_is_installed() -> None:
     assert (
-        topology._installed("jax") and not topology._installed("no_such_package.inside") and not topology._installed("jax.no_such_module")
+        topology._installed("jax")
+        and not topology._installed("no_such_package.inside")
+        and not topology._installed("jax.no_such_module")
     )
 
 
@@ -65,7 +73,9 @@ def test_devices_of_this_host() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:1x1", "v5e:4x4", "v5p:4x4x4", "v6e:2x4", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(
+    "name", ["v4:2x2x1", "v5e:1x1", "v5e:4x4", "v5p:4x4x4", "v6e:2x4", "tpu7x:2x2x1"]
+)
 def test_libtpu_knows_the_names(name: str) -> None:
     read = topology.parse_topology(name)
     found = topology.topology_devices(read)

@@ -1,4 +1,5 @@
-"""Traces: whole steps, the costliest operations with the time of their own, and nothing that stops training."""
+"""Traces: whole steps, the costliest operations with the time of their own, and nothing that stops
+training."""
 
 import contextlib
 import dataclasses
@@ -36,17 +37,32 @@ def op(name: str, start: float, length: float, **stats: Any) -> Event:
     return Event(name, start, length, (("hlo_op", name), *stats.items()))
 
 
-def read(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, *planes: Plane) -> dict[str, tuple[float, int]]:
+def read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, *planes: Plane
+) -> dict[str, tuple[float, int]]:
     (tmp_path / "host.xplane.pb").touch()
-    made = type("Profile", (), {"from_file": staticmethod(lambda path: type("Data", (), {"planes": planes})())})
+    made = type(
+        "Profile",
+        (),
+        {"from_file": staticmethod(lambda path: type("Data", (), {"planes": planes})())},
+    )
     monkeypatch.setattr(trace.jax.profiler, "ProfileData", made)
     return {o.name: (round(o.seconds * 1e9), o.calls) for o in trace.trace_operations(tmp_path)}
 
 
-def test_time_of_operations_inside_others_counts_once(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+def test_time_of_operations_inside_others_counts_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     inner = [op("dot.1", 110, 20), op("add.2", 130, 5), op("dot.1", 140, 20)]
     line = Line(
-        "threads", [op("while.3", 100, 100), *inner, op("tail", 200, 7), Event("ThreadpoolListener", 0, 900), op("end: dot.1", 0, 9)]
+        "threads",
+        [
+            op("while.3", 100, 100),
+            *inner,
+            op("tail", 200, 7),
+            Event("ThreadpoolListener", 0, 900),
+            op("end: dot.1", 0, 9),
+        ],
     )
     assert read(monkeypatch, tmp_path, Plane("/host:CPU", [line])) == {
         "while.3": (55, 1),
@@ -56,12 +72,26 @@ def test_time_of_operations_inside_others_counts_once(monkeypatch: pytest.Monkey
     }
 
 
-def test_of_a_device_only_its_operations_count(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+def test_of_a_device_only_its_operations_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     """On a TPU the same time stands in lines of steps, modules and operations."""
-    ops = Line("XLA Ops", [Event("%fusion.7 = f32[]", 0, 30, (("hlo_category", "convolution fusion"),)), Event("copy.1", 30, 10)])
-    device = Plane("/device:TPU:0", [Line("Steps", [Event("0", 0, 40)]), Line("XLA Modules", [Event("jit_step", 0, 40)]), ops])
+    ops = Line(
+        "XLA Ops",
+        [
+            Event("%fusion.7 = f32[]", 0, 30, (("hlo_category", "convolution fusion"),)),
+            Event("copy.1", 30, 10),
+        ],
+    )
+    device = Plane(
+        "/device:TPU:0",
+        [Line("Steps", [Event("0", 0, 40)]), Line("XLA Modules", [Event("jit_step", 0, 40)]), ops],
+    )
     host = Plane("/host:CPU", [Line("python", [op("on_the_host", 0, 500)])])
-    assert read(monkeypatch, tmp_path, host, device) == {"%fusion.7 = f32[]": (30, 1), "copy.1": (10, 1)}
+    assert read(monkeypatch, tmp_path, host, device) == {
+        "%fusion.7 = f32[]": (30, 1),
+        "copy.1": (10, 1),
+    }
 
 
 def test_the_table_has_shares_of_all_and_the_rest_in_one_line() -> None:
@@ -88,7 +118,13 @@ def test_a_real_trace_of_whole_steps(tmp_path: pathlib.Path) -> None:
         apart.append(name)
         yield
 
-    tracer = trace.Tracer(tmp_path, said.append, 3, apart=block, done=lambda place, steps: found.append((place, steps)))
+    tracer = trace.Tracer(
+        tmp_path,
+        said.append,
+        3,
+        apart=block,
+        done=lambda place, steps: found.append((place, steps)),
+    )
     for number in range(1, 8):
         if number == 2:
             tracer.ask()
@@ -98,11 +134,14 @@ def test_a_real_trace_of_whole_steps(tmp_path: pathlib.Path) -> None:
     ((place, steps),) = found
     assert steps == 3 and (place / "perfetto_trace.json.gz").is_file() and str(place) in said[1]
     calls = {o.name: o.calls for o in trace.trace_operations(place)}
-    assert calls and set(calls.values()) == {3}  # every operation of the step as often as there are steps, whatever it is called
+    # every operation of the step as often as there are steps, whatever it is called
+    assert calls and set(calls.values()) == {3}
     assert apart == ["trace", "trace"]
 
 
-def test_a_profiler_that_does_not_start_stops_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+def test_a_profiler_that_does_not_start_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     def busy(*_: Any, **__: Any) -> None:
         raise RuntimeError("Profile has\nalready been started.")
 
@@ -123,4 +162,7 @@ def test_a_run_that_ends_first_says_so(tmp_path: pathlib.Path) -> None:
     tracer(1, None)
     tracer.close()
     tracer.close()
-    assert said == ["tracing steps 2 to 31", "the run ended before the trace had its 30 steps"] and not tracer.running
+    assert (
+        said == ["tracing steps 2 to 31", "the run ended before the trace had its 30 steps"]
+        and not tracer.running
+    )

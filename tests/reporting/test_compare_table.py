@@ -1,4 +1,5 @@
-"""The table of objectives: means and spreads by hand, what is bold, and the bars on the very pixels."""
+"""The table of objectives: means and spreads by hand, what is bold, and the bars on the very
+pixels."""
 
 import json
 import statistics
@@ -10,13 +11,39 @@ from PIL import Image
 from m3i_jax.reporting import compare_table, image_grid
 
 RESULTS = [
-    {"form": "a", "seed": 0, "values": {"eval/knn/top1": 0.30, "eval/linear/top1": 0.5, "loss": 2.0, "flops": 4.1e9, "seconds": 30.0}},
+    {
+        "form": "a",
+        "seed": 0,
+        "values": {
+            "eval/knn/top1": 0.30,
+            "eval/linear/top1": 0.5,
+            "loss": 2.0,
+            "flops": 4.1e9,
+            "seconds": 30.0,
+        },
+    },
     {
         "form": "m3i",
         "seed": 0,
-        "values": {"eval/knn/top1": 0.60, "eval/linear/top1": 0.4, "loss": 1.0, "flops": 9e9, "collapse/spread": 0.5},
+        "values": {
+            "eval/knn/top1": 0.60,
+            "eval/linear/top1": 0.4,
+            "loss": 1.0,
+            "flops": 9e9,
+            "collapse/spread": 0.5,
+        },
     },
-    {"form": "a", "seed": 1, "values": {"eval/knn/top1": 0.40, "eval/linear/top1": 0.6, "loss": 3.0, "flops": 4.1e9, "seconds": 50.0}},
+    {
+        "form": "a",
+        "seed": 1,
+        "values": {
+            "eval/knn/top1": 0.40,
+            "eval/linear/top1": 0.6,
+            "loss": 3.0,
+            "flops": 4.1e9,
+            "seconds": 50.0,
+        },
+    },
 ]
 
 
@@ -32,7 +59,11 @@ def test_mean_and_spread_over_seeds_in_the_order_of_objectives() -> None:
 def test_the_table_has_only_columns_that_a_row_has_and_marks_the_best() -> None:
     rows = compare_table.compare_rows(RESULTS)
     lines = compare_table.compare_markdown(rows, ["a note"]).splitlines()
-    assert lines[0] == "| objective | kNN top-1 % | linear top-1 % | loss | GFLOP a step | seconds | target spread |"
+    assert (
+        lines[0]
+        == "| objective | kNN top-1 % | linear top-1 % | loss | GFLOP a step | seconds | target"
+        " spread |"
+    )
     assert lines[2] == "| a | 35.0 ± 7.1 | **55.0 ± 7.1** | 2.5000 ± 0.7071 | 4.10 | 40 ± 14 | - |"
     assert lines[3] == "| m3i | **60.0** | 40.0 | 1.0000 | 9.00 | - | 0.500 |"
     assert lines[-1] == "- a note"
@@ -46,9 +77,13 @@ def test_a_single_row_is_not_the_best_of_anything() -> None:
 
 def test_json_has_every_seed_and_null_for_what_is_not_finite() -> None:
     results = [*RESULTS, {"form": "k", "seed": 0, "values": {"loss": float("nan"), "lr": 0.1}}]
-    read = json.loads(compare_table.compare_json(compare_table.compare_rows(results), ["note ±"], {"steps": 3}))
+    read = json.loads(
+        compare_table.compare_json(compare_table.compare_rows(results), ["note ±"], {"steps": 3})
+    )
     assert read["settings"] == {"steps": 3} and read["notes"] == ["note ±"]
-    assert read["rows"][0]["figures"]["loss"]["each"] == [2.0, 3.0] and read["rows"][0]["seeds"] == [0, 1]
+    assert read["rows"][0]["figures"]["loss"]["each"] == [2.0, 3.0] and read["rows"][0][
+        "seeds"
+    ] == [0, 1]
     assert read["rows"][2]["figures"] == {
         "loss": {"mean": None, "spread": None, "each": [None]},
         "lr": {"mean": 0.1, "spread": None, "each": [0.1]},
@@ -66,7 +101,9 @@ def lengths(path, colour: image_grid.Color) -> list[int]:
 
 
 def test_bars_are_as_long_as_their_figures(tmp_path) -> None:
-    rows = compare_table.compare_rows([{**r, "values": {k: v for k, v in r["values"].items()}} for r in RESULTS[:2]])
+    rows = compare_table.compare_rows(
+        [{**r, "values": {k: v for k, v in r["values"].items()}} for r in RESULTS[:2]]
+    )
     assert compare_table.write_bar_chart(tmp_path / "c.png", rows, title="two", chance=0.2)
     for colour, values in ((image_grid.OWN, (0.3, 0.6)), (image_grid.PARTNER, (0.5, 0.4))):
         got = lengths(tmp_path / "c.png", colour)
@@ -79,18 +116,35 @@ def test_a_figure_that_is_missing_or_not_finite_has_no_bar(tmp_path) -> None:
         {"form": "k", "seed": 0, "values": {"eval/knn/top1": float("nan")}},
         {"form": "z", "seed": 0, "values": {"loss": 1.0}},
     ]
-    assert compare_table.write_bar_chart(tmp_path / "c.png", compare_table.compare_rows(results), title="four")
+    assert compare_table.write_bar_chart(
+        tmp_path / "c.png", compare_table.compare_rows(results), title="four"
+    )
     assert len(lengths(tmp_path / "c.png", image_grid.OWN)) == 2
 
 
 def test_recall_stands_in_where_there_are_no_labels(tmp_path) -> None:
-    results = [{"form": "clip", "seed": 0, "values": {"eval/retrieval/text_to_image/r1": 0.04, "eval/retrieval/image_to_text/r1": 0.02}}]
-    assert compare_table.write_bar_chart(tmp_path / "c.png", compare_table.compare_rows(results), title="one", chance=0.1)
-    np.testing.assert_allclose(lengths(tmp_path / "c.png", image_grid.OWN), [compare_table.SPAN + 1], atol=2)
+    results = [
+        {
+            "form": "clip",
+            "seed": 0,
+            "values": {
+                "eval/retrieval/text_to_image/r1": 0.04,
+                "eval/retrieval/image_to_text/r1": 0.02,
+            },
+        }
+    ]
+    assert compare_table.write_bar_chart(
+        tmp_path / "c.png", compare_table.compare_rows(results), title="one", chance=0.1
+    )
+    np.testing.assert_allclose(
+        lengths(tmp_path / "c.png", image_grid.OWN), [compare_table.SPAN + 1], atol=2
+    )
 
 
 def test_nothing_to_draw_is_no_file(tmp_path) -> None:
     assert not compare_table.write_bar_chart(
-        tmp_path / "c.png", compare_table.compare_rows([{"form": "a", "seed": 0, "values": {"loss": 1.0}}]), title="none"
+        tmp_path / "c.png",
+        compare_table.compare_rows([{"form": "a", "seed": 0, "values": {"loss": 1.0}}]),
+        title="none",
     )
     assert not list(tmp_path.iterdir())

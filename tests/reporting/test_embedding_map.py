@@ -32,7 +32,10 @@ def test_agreement_leaves_out_the_unlabelled(chunk: int) -> None:
     for i in known:
         others = [j for j in known if j != i]
         right.append(label[max(others, key=lambda j: float(x[j] @ x[i]))] == label[i])
-    assert embedding_map.neighbor_agreement(x, label, chunk) == pytest.approx(np.mean(right)) and 0 < np.mean(right) < 1
+    assert (
+        embedding_map.neighbor_agreement(x, label, chunk) == pytest.approx(np.mean(right))
+        and 0 < np.mean(right) < 1
+    )
     assert embedding_map.neighbor_agreement(x, np.full(40, -1)) is None
 
 
@@ -41,7 +44,8 @@ def test_the_map_is_the_first_two_components() -> None:
     u, s, _ = np.linalg.svd(x - x.mean(0))
     wanted, got = u[:, :2] * s[:2], embedding_map.project_to_2d(x)
     np.testing.assert_allclose(np.abs(got), np.abs(wanted), rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(embedding_map.project_to_2d(x[::-1].copy()), got[::-1], atol=1e-6)  # no sign by chance
+    # no sign by chance
+    np.testing.assert_allclose(embedding_map.project_to_2d(x[::-1].copy()), got[::-1], atol=1e-6)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,12 +62,17 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_point_of_a_map_has_the_colour_of_its_class() -> None:
-    image, key = embedding_map.embedding_image(np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 5.0]]), np.array([0, 1, -1]), ["cat", "dog", "never"])
+    image, key = embedding_map.embedding_image(
+        np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 5.0]]),
+        np.array([0, 1, -1]),
+        ["cat", "dog", "never"],
+    )
     colours = [embedding_map.class_color(0, 2), embedding_map.class_color(1, 2), embedding_map.NONE]
     assert key == list(zip(("cat", "dog", "no class"), colours, strict=True))
     shown = np.asarray(image)
     at = [np.argwhere((shown == np.array(colour)).all(-1)).mean(0) for colour in colours]
-    np.testing.assert_allclose([x for _, x in at], [10, 360, 710], atol=1)  # from left to right, and from the bottom up
+    # from left to right, and from the bottom up
+    np.testing.assert_allclose([x for _, x in at], [10, 360, 710], atol=1)
     np.testing.assert_allclose([y for y, _ in at], [710, 570, 10], atol=1)
 
 

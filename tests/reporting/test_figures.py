@@ -1,4 +1,5 @@
-"""What evaluators draw: the sheet and its words say the same, the newest of a kind is shown, words are words."""
+"""What evaluators draw: the sheet and its words say the same, the newest of a kind is shown, words
+are words."""
 
 import base64
 import io
@@ -16,11 +17,16 @@ from m3i_jax.reporting.figures import Figure, FigureLine, FigureRow, FigureTile
 
 
 def noise(side: int, seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side + 3, 3)).astype(np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (side, side + 3, 3)).astype(np.uint8)
+    )
 
 
 def shown(html: str) -> list[np.ndarray]:
-    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(found)))) for found in re.findall(r'base64,([^"]*)"', html)]
+    return [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(found))))
+        for found in re.findall(r'base64,([^"]*)"', html)
+    ]
 
 
 ROWS = [
@@ -33,12 +39,20 @@ ROWS = [
 
 
 def test_the_page_shows_the_pixels_and_words_that_were_given(tmp_path: pathlib.Path) -> None:
-    """Pixel by pixel, though they lie in one sheet; in any script, and nothing that stands in data becomes markup."""
+    """Pixel by pixel, though they lie in one sheet; in any script, and nothing that stands in data
+    becomes markup."""
     figures.write_figure(tmp_path / "new", "000007-kind", Figure("A <title>", "a note", ROWS))
     html = figures.figure_html(tmp_path / "new" / "000007-kind.json")
-    for got, wanted in zip(shown(html), (tile.image for row in ROWS for tile in row.tiles), strict=True):
+    for got, wanted in zip(
+        shown(html), (tile.image for row in ROWS for tile in row.tiles), strict=True
+    ):
         np.testing.assert_array_equal(got, np.asarray(wanted))
-    assert "猫 &lt;b&gt;" in html and "dog &amp; co" in html and "A &lt;title&gt;" in html and "<title>" not in html
+    assert (
+        "猫 &lt;b&gt;" in html
+        and "dog &amp; co" in html
+        and "A &lt;title&gt;" in html
+        and "<title>" not in html
+    )
     assert html.count("26 %") == 1 and "width:25.7%" in html and "rgb(1,2,3)" in html
     assert html.count('class="right"') == 1 and html.count('class="wrong"') == 2
 
@@ -46,29 +60,42 @@ def test_the_page_shows_the_pixels_and_words_that_were_given(tmp_path: pathlib.P
 def test_nothing_of_a_sheet_overlaps() -> None:
     paper, boxes = figures.draw_figure(Figure("t", "note " * 60, [*ROWS, *ROWS]))
     pixels, places = np.asarray(paper.image), [box for row in boxes for box in row]
-    for (x, y, w, h), tile in zip(places, [t for row in [*ROWS, *ROWS] for t in row.tiles], strict=True):
+    for (x, y, w, h), tile in zip(
+        places, [t for row in [*ROWS, *ROWS] for t in row.tiles], strict=True
+    ):
         np.testing.assert_array_equal(pixels[y : y + h, x : x + w], np.asarray(tile.image))
-        assert x + w <= paper.image.width - image_grid.MARGIN and y + h <= paper.image.height - image_grid.MARGIN
+        assert (
+            x + w <= paper.image.width - image_grid.MARGIN
+            and y + h <= paper.image.height - image_grid.MARGIN
+        )
 
 
 def test_the_newest_of_every_kind(tmp_path: pathlib.Path) -> None:
-    """By when it was made, not by its step: an evaluation may look at an older checkpoint again. Copies need not keep times of files."""
+    """By when it was made, not by its step: an evaluation may look at an older checkpoint again.
+    Copies need not keep times of files."""
     for name, made in (("000009-map", 1), ("000005-map", 2), ("000009-zero_shot", 0)):
         figures.write_figure(tmp_path, name, Figure(name, "", ROWS))
         place = tmp_path / f"{name}.json"
         place.write_text(json.dumps(json.loads(place.read_text()) | {"made": made}))
-    assert [file.stem for file in figures.newest_figures(tmp_path)] == ["000005-map", "000009-zero_shot"]
+    assert [file.stem for file in figures.newest_figures(tmp_path)] == [
+        "000005-map",
+        "000009-zero_shot",
+    ]
     assert figures.newest_figures(tmp_path / "absent") == []
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"made": 1, "title": "", "note": "", "rows": [{}]}', "no sheet"])
+@pytest.mark.parametrize(
+    "damage", ["{", "[]", '{"made": 1, "title": "", "note": "", "rows": [{}]}', "no sheet"]
+)
 def test_what_is_broken_is_named(damage: str, tmp_path: pathlib.Path) -> None:
     figures.write_figure(tmp_path, "000001-map", Figure("", "", ROWS))
     if damage == "no sheet":
         (tmp_path / "000001-map.png").unlink()
     else:
         (tmp_path / "000001-map.json").write_text(damage)
-    with pytest.raises(UserError, match=r"000001-map\.json: is no image that an evaluator drew") as error:
+    with pytest.raises(
+        UserError, match=r"000001-map\.json: is no image that an evaluator drew"
+    ) as error:
         [figures.figure_html(file) for file in figures.newest_figures(tmp_path)]
     assert "\n" not in str(error.value)
 
@@ -83,14 +110,24 @@ def test_confusion_is_that_of_a_full_matrix() -> None:
     counts = confusion_matrix.count_confusions(label, guess)
     chosen = confusion_matrix.shown_classes(counts, 10)
     errors = full.sum(0) + full.sum(1) - 2 * np.diag(full)
-    assert {0, 1, 2, 39} < set(chosen) and min(errors[chosen]) >= max(np.delete(errors, chosen)) and chosen == sorted(chosen)
+    assert (
+        {0, 1, 2, 39} < set(chosen)
+        and min(errors[chosen]) >= max(np.delete(errors, chosen))
+        and chosen == sorted(chosen)
+    )
     share = confusion_matrix.row_shares(counts, chosen)
-    np.testing.assert_allclose(share[:, :-1], full[np.ix_(chosen, chosen)] / full[chosen].sum(1, keepdims=True))
+    np.testing.assert_allclose(
+        share[:, :-1], full[np.ix_(chosen, chosen)] / full[chosen].sum(1, keepdims=True)
+    )
     np.testing.assert_allclose(share.sum(1), 1)
     first = confusion_matrix.confused_pairs(counts)
-    assert {(t, g) for t, g, _ in first[:3]} == {(0, 39), (1, 39), (2, 39)} and all(part == 1 for *_, part in first[:3])
+    assert {(t, g) for t, g, _ in first[:3]} == {(0, 39), (1, 39), (2, 39)} and all(
+        part == 1 for *_, part in first[:3]
+    )
     off = full - np.diag(np.diag(full))
-    assert [full[t, g] for t, g, _ in first] == sorted(off.reshape(-1), reverse=True)[: confusion_matrix.PAIRS]
+    assert [full[t, g] for t, g, _ in first] == sorted(off.reshape(-1), reverse=True)[
+        : confusion_matrix.PAIRS
+    ]
 
 
 def test_the_matrix_is_drawn_the_right_way_round() -> None:
@@ -99,7 +136,10 @@ def test_the_matrix_is_drawn_the_right_way_round() -> None:
     image = np.asarray(confusion_matrix.confusion_image(share, ["a", "b"], others=False))
     side = 100
     cells = image[-2 * side :, -2 * side :][side // 2 :: side, side // 2 :: side]
-    np.testing.assert_array_equal(cells, [[image_grid.heat_tile(x) for x in row[:2]] for row in share])
+    np.testing.assert_array_equal(
+        cells, [[image_grid.heat_tile(x) for x in row[:2]] for row in share]
+    )
     wide = np.asarray(confusion_matrix.confusion_image(np.eye(2, 3), ["mm", "i"], others=False))
-    names = (wide[: -2 * side, -2 * side - 1 : -1] < 200).any(-1).sum(0).reshape(2, side).sum(1)  # ink above the columns
+    # ink above the columns
+    names = (wide[: -2 * side, -2 * side - 1 : -1] < 200).any(-1).sum(0).reshape(2, side).sum(1)
     assert names[0] > 2 * names[1] > 0

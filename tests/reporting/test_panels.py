@@ -17,8 +17,14 @@ def find(image, tile):
     """(x, y) of every place of a page that shows exactly this tile."""
     image, tile = (x.astype(np.int32) @ np.array([65536, 256, 1], np.int32) for x in (image, tile))
     height, width = tile.shape
-    starts = (image[: 1 - height, : 1 - width] == tile[0, 0]) & (image[height - 1 :, width - 1 :] == tile[-1, -1])
-    return [(int(x), int(y)) for y, x in np.argwhere(starts) if (image[y : y + height, x : x + width] == tile).all()]
+    starts = (image[: 1 - height, : 1 - width] == tile[0, 0]) & (
+        image[height - 1 :, width - 1 :] == tile[-1, -1]
+    )
+    return [
+        (int(x), int(y))
+        for y, x in np.argwhere(starts)
+        if (image[y : y + height, x : x + width] == tile).all()
+    ]
 
 
 def enlarged(pixels, side):
@@ -30,18 +36,32 @@ def example(*, rows=4, size=32, grid=4, terms=("intra", "inter"), mixed=True, wo
     rng = np.random.default_rng(3)
     views = rng.integers(0, 256, (rows, 2, size, size, 3), np.uint8)
     mask = rng.permuted(np.tile(np.arange(grid * grid) % 2 == 0, (rows, 1)), axis=1)
-    cells = mask.reshape(rows, grid, grid).repeat(size // grid, 1).repeat(size // grid, 2)[..., None]
+    cells = (
+        mask.reshape(rows, grid, grid).repeat(size // grid, 1).repeat(size // grid, 2)[..., None]
+    )
     partner = np.arange(rows) ^ 1
-    pictures = {"input": np.where(cells, views[:, 0], views[partner, 0]) if mixed else views[:, 0], "input_view": views[:, 0]}
+    pictures = {
+        "input": np.where(cells, views[:, 0], views[partner, 0]) if mixed else views[:, 0],
+        "input_view": views[:, 0],
+    }
     features = {"input": rng.normal(size=(rows, grid * grid, 7)).astype(np.float32)}
     for term in sorted(terms):
-        pictures[f"{term}/view"] = views[:, 0] if term == "intra" else views[partner if mixed else np.arange(rows), 1]
+        pictures[f"{term}/view"] = (
+            views[:, 0] if term == "intra" else views[partner if mixed else np.arange(rows), 1]
+        )
         for name in ("prediction", "target"):
             features[f"{term}/{name}"] = rng.normal(size=(rows, grid * grid, 9)).astype(np.float32)
     captions = [f"a long caption of image {r}, " * 9 for r in range(rows)] if words else [""] * rows
     labels = [f"class {r}" for r in range(rows)] if words else [""] * rows
     reads = "mixed" if mixed else "masked" if terms else "whole"
-    return dict(features=features, pictures=pictures, batch={"mask": mask}, captions=captions, labels=labels, reads=reads)
+    return dict(
+        features=features,
+        pictures=pictures,
+        batch={"mask": mask},
+        captions=captions,
+        labels=labels,
+        reads=reads,
+    )
 
 
 def test_colours_are_the_principal_components_of_the_targets():
@@ -55,7 +75,9 @@ def test_colours_are_the_principal_components_of_the_targets():
     low, high = np.percentile(along[0].reshape(-1, 3), (2, 98), axis=0)
     for colour, expected in zip(panels.feature_rgb([target, prediction]), along, strict=True):
         assert colour.dtype == np.float32 and colour.shape == (3, 16, 3)
-        np.testing.assert_allclose(colour, np.clip((expected - low) / (high - low), 0, 1), atol=1e-5)
+        np.testing.assert_allclose(
+            colour, np.clip((expected - low) / (high - low), 0, 1), atol=1e-5
+        )
 
 
 def test_equal_features_have_equal_colours():
@@ -72,9 +94,12 @@ def test_equal_features_have_equal_colours():
 
 
 def test_signs_are_fixed():
-    """The direction of largest coordinate is positive, whatever sign the decomposition returned: mirrored data mirror their colours."""
+    """The direction of largest coordinate is positive, whatever sign the decomposition returned:
+    mirrored data mirror their colours."""
     target = np.random.default_rng(2).normal(size=(1, 64, 4)) * [8, 4, 2, 1]
-    np.testing.assert_allclose(panels.feature_rgb([-target])[0], 1 - panels.feature_rgb([target])[0], atol=1e-6)
+    np.testing.assert_allclose(
+        panels.feature_rgb([-target])[0], 1 - panels.feature_rgb([target])[0], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("width", [1, 2])
@@ -114,21 +139,29 @@ def test_every_tile_is_where_it_belongs(tmp_path):
     for row in range(4):
         [(mixed_x, y)] = find(image, enlarged(pictures["input"][row], side))
         own = find(image, enlarged(pictures["input_view"][row], side))
-        own_x, again_x = sorted(x for x, top in own if top == y)  # as image i, and as the target view of intra
-        [partner_x] = [x for x, top in find(image, enlarged(pictures["input_view"][row ^ 1], side)) if top == y]
+        # as image i, and as the target view of intra
+        own_x, again_x = sorted(x for x, top in own if top == y)
+        [partner_x] = [
+            x for x, top in find(image, enlarged(pictures["input_view"][row ^ 1], side)) if top == y
+        ]
         xs = [own_x, partner_x, mixed_x, again_x]
         for term in ("intra", "inter"):
             if term == "inter":
                 xs += [x for x, _ in find(image, enlarged(pictures["inter/view"][row], side))]
-            for rgb in panels.feature_rgb([features[f"{term}/target"], features[f"{term}/prediction"]]):
+            for rgb in panels.feature_rgb(
+                [features[f"{term}/target"], features[f"{term}/prediction"]]
+            ):
                 tile = (rgb[row] * 255).round().astype(np.uint8).reshape(4, 4, 3)
                 xs += [x for x, top in find(image, enlarged(tile, side)) if top == y]
-        assert len(xs) == 9 and xs == sorted(xs) and y > before  # i, j, mixed, then view, target, predicted of i and of j
+        # i, j, mixed, then view, target, predicted of i and of j
+        assert len(xs) == 9 and xs == sorted(xs) and y > before
         before = y
 
         mask_x = (partner_x + mixed_x) // 2
         for cell, own_cell in enumerate(made["batch"]["mask"][row]):
-            centre = image[y + (2 * (cell // 4) + 1) * side // 8, mask_x + (2 * (cell % 4) + 1) * side // 8]
+            centre = image[
+                y + (2 * (cell // 4) + 1) * side // 8, mask_x + (2 * (cell % 4) + 1) * side // 8
+            ]
             assert tuple(centre) == (image_grid.OWN if own_cell else image_grid.PARTNER)
 
 
@@ -138,7 +171,9 @@ def test_a_masked_input_hides_cells_and_has_no_partner(tmp_path):
     image, side = page(tmp_path / "p.png"), image_grid.side_of_tile(32, 4)
     for row in range(3):
         cells = made["batch"]["mask"][row].reshape(4, 4).repeat(8, 0).repeat(8, 1)[..., None]
-        masked = np.where(cells, made["pictures"]["input_view"][row], np.array(image_grid.HIDDEN, np.uint8))
+        masked = np.where(
+            cells, made["pictures"]["input_view"][row], np.array(image_grid.HIDDEN, np.uint8)
+        )
         assert len(find(image, enlarged(masked, side))) == 1
         assert len(find(image, enlarged(made["pictures"]["input_view"][row], side))) == 1
     assert not (image == image_grid.PARTNER).all(-1).any()
@@ -166,8 +201,14 @@ def test_whole_views_are_shown_as_they_are(tmp_path):
     panels.write_panel(tmp_path / "p.png", **made | {"reads": "whole"})
     image, side = page(tmp_path / "p.png"), image_grid.side_of_tile(32, 4)
     assert image.shape[1] < 4 * (side + 20) + 60
-    assert not (image == image_grid.HIDDEN).all(-1).any() and not (image == image_grid.PARTNER).all(-1).any()
-    assert all(len(find(image, enlarged(made["pictures"]["input_view"][row], side))) == 1 for row in range(2))
+    assert (
+        not (image == image_grid.HIDDEN).all(-1).any()
+        and not (image == image_grid.PARTNER).all(-1).any()
+    )
+    assert all(
+        len(find(image, enlarged(made["pictures"]["input_view"][row], side))) == 1
+        for row in range(2)
+    )
 
 
 def test_partners_without_a_row_of_their_own_are_not_shown(tmp_path):
@@ -175,12 +216,20 @@ def test_partners_without_a_row_of_their_own_are_not_shown(tmp_path):
     panels.write_panel(tmp_path / "p.png", **made, paired=False)
     image, side = page(tmp_path / "p.png"), image_grid.side_of_tile(32, 4)
     for row in range(2):
-        assert len(find(image, enlarged(made["pictures"]["input_view"][row], side))) == 2  # as image i, and as the target view
+        # as image i, and as the target view
+        assert len(find(image, enlarged(made["pictures"]["input_view"][row], side))) == 2
         assert len(find(image, enlarged(made["pictures"]["input"][row], side))) == 1
 
 
 @pytest.mark.parametrize(
-    ("mixed", "terms", "columns"), [(True, ("inter",), 7), (True, ("intra",), 7), (True, (), 4), (False, (), 3), (False, ("intra",), 6)]
+    ("mixed", "terms", "columns"),
+    [
+        (True, ("inter",), 7),
+        (True, ("intra",), 7),
+        (True, (), 4),
+        (False, (), 3),
+        (False, ("intra",), 6),
+    ],
 )
 @pytest.mark.parametrize("words", [True, False])
 def test_forms(tmp_path, mixed, terms, columns, words):
@@ -191,7 +240,9 @@ def test_forms(tmp_path, mixed, terms, columns, words):
     assert 2 * side < height < 2 * (side + 60) + 100
 
 
-@pytest.mark.parametrize(("size", "grid"), [(32, 2), (48, 3), (96, 6), (128, 8), (224, 14), (224, 16), (384, 24)])
+@pytest.mark.parametrize(
+    ("size", "grid"), [(32, 2), (48, 3), (96, 6), (128, 8), (224, 14), (224, 16), (384, 24)]
+)
 def test_sizes(tmp_path, size, grid):
     side = image_grid.side_of_tile(size, grid)
     assert side % grid == 0 and 90 <= side <= 130
@@ -205,7 +256,10 @@ def test_similarity_is_printed_and_words_do_not_run_into_it(tmp_path):
     first = page(tmp_path / "a.png")
     side = image_grid.side_of_tile(32, 4)
     left = first.shape[1] - image_grid.MARGIN - side
-    rows = slice(image_grid.MARGIN + panels.HEAD + side + 1, image_grid.MARGIN + panels.HEAD + side + panels.LINE)
+    rows = slice(
+        image_grid.MARGIN + panels.HEAD + side + 1,
+        image_grid.MARGIN + panels.HEAD + side + panels.LINE,
+    )
     assert (first[rows, left - image_grid.GAP : left] == image_grid.PAPER).all()
     assert (first[rows, left : -image_grid.MARGIN] != image_grid.PAPER).any()
     made["features"]["intra/prediction"] = -made["features"]["intra/prediction"]

@@ -17,7 +17,9 @@ def example(rows=4, size=32, grid=4):
 
 
 def write(path, batch, *, caption="a caption", classes=("cat", "dog")):
-    preview_sheet.write_preview(path, batch, captions=[caption] * len(batch["label"]), classes=classes)
+    preview_sheet.write_preview(
+        path, batch, captions=[caption] * len(batch["label"]), classes=classes
+    )
     with Image.open(path) as image:
         return np.array(image.convert("RGB"))
 
@@ -34,22 +36,38 @@ def test_mixing_is_what_the_mask_says():
 
 def test_tiles_of_a_sample_stand_in_order_and_partners_side_by_side(tmp_path):
     batch, side = example(), image_grid.side_of_tile(32, 4)
-    image, inputs = write(tmp_path / "p.png", batch), preview_sheet.mix_images(batch["views"][:, 0], batch["mask"])
+    image, inputs = (
+        write(tmp_path / "p.png", batch),
+        preview_sheet.mix_images(batch["views"][:, 0], batch["mask"]),
+    )
     left, pitch = image_grid.MARGIN, side + image_grid.GAP
     down = side + 2 * preview_sheet.LINE + preview_sheet.AFTER
     for row in range(4):
         x = left + row % 2 * (4 * pitch - image_grid.GAP + preview_sheet.BETWEEN)
         y = image_grid.MARGIN + preview_sheet.HEAD + row // 2 * down
-        for column, pixels in ((0, batch["views"][row, 0]), (1, batch["views"][row, 1]), (3, inputs[row])):
+        for column, pixels in (
+            (0, batch["views"][row, 0]),
+            (1, batch["views"][row, 1]),
+            (3, inputs[row]),
+        ):
             shown = image[y : y + side, x + column * pitch : x + column * pitch + side]
             np.testing.assert_array_equal(shown, pixels.repeat(side // 32, 0).repeat(side // 32, 1))
-        colours = (image_grid.OWN, image_grid.PARTNER) if row % 2 == 0 else (image_grid.PARTNER, image_grid.OWN)
+        colours = (
+            (image_grid.OWN, image_grid.PARTNER)
+            if row % 2 == 0
+            else (image_grid.PARTNER, image_grid.OWN)
+        )
         for cell, own in enumerate(batch["mask"][row]):
-            at = image[y + (2 * (cell // 4) + 1) * side // 8, x + 2 * pitch + (2 * (cell % 4) + 1) * side // 8]
+            at = image[
+                y + (2 * (cell // 4) + 1) * side // 8,
+                x + 2 * pitch + (2 * (cell % 4) + 1) * side // 8,
+            ]
             assert tuple(at) == colours[0 if own else 1]
 
 
-@pytest.mark.parametrize(("rows", "size", "grid"), [(1, 32, 2), (2, 96, 6), (3, 224, 14), (8, 48, 3), (2, 384, 24)])
+@pytest.mark.parametrize(
+    ("rows", "size", "grid"), [(1, 32, 2), (2, 96, 6), (3, 224, 14), (8, 48, 3), (2, 384, 24)]
+)
 def test_sizes(tmp_path, rows, size, grid):
     side = image_grid.side_of_tile(size, grid)
     height, width = write(tmp_path / "p.png", example(rows, size, grid)).shape[:2]
@@ -67,7 +85,9 @@ def test_no_room_is_kept_for_words_that_are_not_there(tmp_path):
 def test_words_stay_below_their_sample(tmp_path):
     image = write(tmp_path / "p.png", example(), caption="very long words " * 40)
     block = 4 * (image_grid.side_of_tile(32, 4) + image_grid.GAP) - image_grid.GAP
-    gutter = image[:, image_grid.MARGIN + block + 2 : image_grid.MARGIN + block + preview_sheet.BETWEEN - 2]
+    gutter = image[
+        :, image_grid.MARGIN + block + 2 : image_grid.MARGIN + block + preview_sheet.BETWEEN - 2
+    ]
     assert (gutter == image_grid.PAPER).all()
 
 

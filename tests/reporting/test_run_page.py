@@ -1,4 +1,5 @@
-"""The report of a run: what it reads of a log, what it draws, that it opens without a network and says nothing of its own in a browser."""
+"""The report of a run: what it reads of a log, what it draws, that it opens without a network and
+says nothing of its own in a browser."""
 
 import json
 import pathlib
@@ -15,7 +16,14 @@ from m3i_jax.errors import UserError
 from m3i_jax.modes import report
 from m3i_jax.reporting import figures, run_log, run_page, svg_charts
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), "")
+CHROMIUM = next(
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (found := shutil.which(name))
+    ),
+    "",
+)
 HOSTILE = '</pre><script>document.title="fired"</script><img src=x onerror="document.title=1">'
 
 
@@ -29,19 +37,31 @@ def log(place: pathlib.Path, lines: list[dict], tail: str = "") -> pathlib.Path:
 def two(tmp_path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     """A run with panels and settings of a hostile name, and a shorter one."""
     lines = [{"step": 0, "eval/knn/top1": 0.25}]
-    lines += [{"step": s, "loss": 5.0 / s, "loss/text": 1.0, "perf/images_per_sec": 90.0, "made/up": s % 3} for s in range(1, 31)]
+    lines += [
+        {
+            "step": s,
+            "loss": 5.0 / s,
+            "loss/text": 1.0,
+            "perf/images_per_sec": 90.0,
+            "made/up": s % 3,
+        }
+        for s in range(1, 31)
+    ]
     first = log(tmp_path / "first", [*lines, {"step": 30, "eval/knn/top1": 0.5}])
     (first / "config.txt").write_text(f"seed = 0\ndata.path = {HOSTILE!r}\n")
     (first / "panels").mkdir()
     for step in range(9):
-        Image.fromarray(np.full((4, 4, 3), step, np.uint8)).save(first / "panels" / f"{step:08d}.png")
+        Image.fromarray(np.full((4, 4, 3), step, np.uint8)).save(
+            first / "panels" / f"{step:08d}.png"
+        )
     second = log(tmp_path / "second", [{"step": s, "loss": 7.0 / s} for s in range(1, 11)])
     (second / "config.txt").write_text("seed = 1\n")
     return first, second
 
 
 def test_a_log_is_read_as_the_run_meant_it(tmp_path: pathlib.Path) -> None:
-    """A step written again replaces the first; half a line at the end is left out; evaluation and metrics of a step are one."""
+    """A step written again replaces the first; half a line at the end is left out; evaluation and
+    metrics of a step are one."""
     lines = [
         {"step": 2, "loss": 9.0},
         {"step": 1, "loss": 3.0},
@@ -50,12 +70,21 @@ def test_a_log_is_read_as_the_run_meant_it(tmp_path: pathlib.Path) -> None:
         {"step": 3, "x": "y"},
     ]
     run = run_log.load_run_log(log(tmp_path / "a", lines, '{"step": 4, "lo'))
-    assert run.curve("loss") == ([1, 2], [3.0, 1.0]) and run.last("eval/knn/top1") == 0.5 and run.last("x") is None
-    assert [line["step"] for line in run.lines] == [1, 2, 3] and run.names == ["loss", "eval/knn/top1"]
+    assert (
+        run.curve("loss") == ([1, 2], [3.0, 1.0])
+        and run.last("eval/knn/top1") == 0.5
+        and run.last("x") is None
+    )
+    assert [line["step"] for line in run.lines] == [1, 2, 3] and run.names == [
+        "loss",
+        "eval/knn/top1",
+    ]
 
 
 def test_refusals(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="there is no metrics.jsonl; name the working directory of a run$"):
+    with pytest.raises(
+        UserError, match="there is no metrics.jsonl; name the working directory of a run$"
+    ):
         run_log.load_run_log(tmp_path)
     with pytest.raises(UserError, match="holds no line of a run"):
         run_log.load_run_log(log(tmp_path / "a", [], "nothing\n"))
@@ -64,35 +93,63 @@ def test_refusals(tmp_path: pathlib.Path) -> None:
         report.write_report(schema.Config(report=schema.Report(beside=("nowhere",))), mine)
 
 
-def test_runs_of_one_name_are_told_apart(two: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path) -> None:
-    """As those of two comparisons: DIR/compare/k-0 in each. What differs is told of each of them, not of the last alone."""
+def test_runs_of_one_name_are_told_apart(
+    two: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    """As those of two comparisons: DIR/compare/k-0 in each. What differs is told of each of them,
+    not of the last alone."""
     places = [tmp_path / "others" / name / "same" for name in ("a", "b")]
     for seed, place in enumerate(places, 5):
         log(place, [{"step": 1, "loss": 1.0}])
         (place / "config.txt").write_text(f"seed = {seed}\n")
-    page = report.write_report(schema.Config(report=schema.Report(beside=tuple(map(str, places)))), two[0]).read_text()
-    assert "a/same" in page and "b/same" in page and "seed: 0 -&gt; 5" in page and "seed: 0 -&gt; 6" in page
+    page = report.write_report(
+        schema.Config(report=schema.Report(beside=tuple(map(str, places)))), two[0]
+    ).read_text()
+    assert (
+        "a/same" in page
+        and "b/same" in page
+        and "seed: 0 -&gt; 5" in page
+        and "seed: 0 -&gt; 6" in page
+    )
 
 
 def test_curves_show_the_values() -> None:
-    """Coordinates are those of the axes: a line from the lowest to the highest value spans what the ticks say."""
-    drawn = svg_charts.svg_chart("t", [svg_charts.SvgCurve("a", [0, 50, 100], [0.0, 5.0, 10.0])], last=100)
-    points = np.array([[float(v) for v in p.split(",")] for p in re.findall(r'd="M([^"]*)"', drawn)[0].split(" ")])
+    """Coordinates are those of the axes: a line from the lowest to the highest value spans what the
+    ticks say."""
+    drawn = svg_charts.svg_chart(
+        "t", [svg_charts.SvgCurve("a", [0, 50, 100], [0.0, 5.0, 10.0])], last=100
+    )
+    points = np.array(
+        [[float(v) for v in p.split(",")] for p in re.findall(r'd="M([^"]*)"', drawn)[0].split(" ")]
+    )
     grid = [float(y) for y in re.findall(r'class="grid"[^>]* y1="([\d.]+)"', drawn)]
     labels = [float(v) for v in re.findall(r'text-anchor="end">([^<]*)<', drawn)]
     scale = np.polyfit(labels, grid, 1)
     np.testing.assert_allclose(points[:, 1], np.polyval(scale, [0, 5, 10]), atol=0.1)
     np.testing.assert_allclose(np.diff(points[:, 0]), [(svg_charts.WIDTH - 64) / 2] * 2, atol=0.1)
-    assert "logarithmic" in svg_charts.svg_chart("t", [svg_charts.SvgCurve("a", [0, 1], [1e-6, 1.0])], last=1)
-    assert svg_charts.svg_chart("t", [svg_charts.SvgCurve("a", [0, 1], [float("nan")] * 2)], last=1) == ""
+    assert "logarithmic" in svg_charts.svg_chart(
+        "t", [svg_charts.SvgCurve("a", [0, 1], [1e-6, 1.0])], last=1
+    )
+    assert (
+        svg_charts.svg_chart("t", [svg_charts.SvgCurve("a", [0, 1], [float("nan")] * 2)], last=1)
+        == ""
+    )
 
 
-def test_the_page_has_everything_once_and_escapes_it(two: tuple[pathlib.Path, pathlib.Path]) -> None:
+def test_the_page_has_everything_once_and_escapes_it(
+    two: tuple[pathlib.Path, pathlib.Path],
+) -> None:
     first, second = two
-    page = report.write_report(schema.Config(report=schema.Report(beside=(str(second),))), first).read_text()
+    page = report.write_report(
+        schema.Config(report=schema.Report(beside=(str(second),))), first
+    ).read_text()
     for name in ("knn/top1", "loss", "loss/text", "perf/images_per_sec", "made/up"):
         assert page.count(f"<h3>{name}</h3>") == 1, name
-    assert page.count('class="panel"') == run_page.PANELS and "step 0</h3>" in page and "step 8</h3>" in page
+    assert (
+        page.count('class="panel"') == run_page.PANELS
+        and "step 0</h3>" in page
+        and "step 8</h3>" in page
+    )
     assert "untrained" not in page  # a run may begin with trained weights
     assert "50.0 %" in page and "25.0 % at step 0" in page and "seed: 0 -&gt; 1" in page
     assert "<script" not in page and 'onerror="' not in page and "&lt;script&gt;" in page
@@ -105,41 +162,73 @@ def test_the_reference_run_is_the_one_of_the_readme() -> None:
     """What the README says of the quickstart stands in the log that is kept of it."""
     root = pathlib.Path(__file__).parents[2]
     run = run_log.load_run_log(root / "tests" / "data" / "reference" / "quickstart")
-    losses = {int(step): loss for step, loss in re.findall(r"^\| (\d+) \| ([\d.]+) \|", (root / "README.md").read_text(), re.M)}
+    losses = {
+        int(step): loss
+        for step, loss in re.findall(
+            r"^\| (\d+) \| ([\d.]+) \|", (root / "README.md").read_text(), re.M
+        )
+    }
     steps, values = run.curve("loss")
     kept = dict(zip(steps, values, strict=True))
     assert len(losses) >= 5 and {step: f"{kept[step]:.3f}" for step in losses} == losses
 
 
 def exhibit(title: str, rows: int = 3) -> figures.Figure:
-    """Tiles as an evaluator draws them: four, nine and one large in a row, words below and beside."""
+    """Tiles as an evaluator draws them: four, nine and one large in a row, words below and
+    beside."""
     tile = Image.fromarray(np.full((112, 112, 3), 90, np.uint8))
     lines = [figures.FigureLine("a word, " * 9, 0.4, right=False), figures.FigureLine("short", 1.0)]
-    few, many = [figures.FigureTile(tile, "words", "0.93")] * 4, [figures.FigureTile(tile, "words that do not fit", right=True)] * 9
+    few, many = (
+        [figures.FigureTile(tile, "words", "0.93")] * 4,
+        [figures.FigureTile(tile, "words that do not fit", right=True)] * 9,
+    )
     large = [figures.FigureTile(Image.fromarray(np.full((700, 700, 3), 50, np.uint8)))]
-    made = [figures.FigureRow(few), figures.FigureRow(many), figures.FigureRow(few[:1], lines), figures.FigureRow(large, [figures.FigureLine("a", chip=(9, 9, 9))])]
+    made = [
+        figures.FigureRow(few),
+        figures.FigureRow(many),
+        figures.FigureRow(few[:1], lines),
+        figures.FigureRow(large, [figures.FigureLine("a", chip=(9, 9, 9))]),
+    ]
     return figures.Figure(title, "a note", made * rows)
 
 
 def test_what_evaluators_drew_and_measured_is_on_it(two: tuple[pathlib.Path, pathlib.Path]) -> None:
     figures.write_figure(two[0] / "pictures", "00000010-kind", exhibit("an older one"))
     figures.write_figure(two[0] / "pictures", "00000030-kind", exhibit("What was <drawn>"))
-    (two[0] / "eval.json").write_text(json.dumps({"checkpoint": HOSTILE, "results": {"knn": {"eval/knn/top1": 0.123456}}}))
+    (two[0] / "eval.json").write_text(
+        json.dumps({"checkpoint": HOSTILE, "results": {"knn": {"eval/knn/top1": 0.123456}}})
+    )
     page = report.write_report(schema.Config(), two[0]).read_text()
-    assert page.count(">What was &lt;drawn&gt;</h2>") == 1 and "an older one" not in page and page.count("a note") == 1
+    assert (
+        page.count(">What was &lt;drawn&gt;</h2>") == 1
+        and "an older one" not in page
+        and page.count("a note") == 1
+    )
     assert "0.1235" in page and "<script" not in page
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_it_and_complains_of_nothing(width: int, two: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path) -> None:
-    """As wide as a phone, and on a desk: nothing sticks out to the right, the console is silent, the charts are coloured, and the images
-    are where they were drawn, large enough to be seen. A window of Chromium's cannot be as narrow as a phone, a frame in it can."""
+def test_a_browser_shows_it_and_complains_of_nothing(
+    width: int, two: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    """As wide as a phone, and on a desk: nothing sticks out to the right, the console is silent,
+    the charts are coloured, and the images are where they were drawn, large enough to be seen. A
+    window of Chromium's cannot be as narrow as a phone, a frame in it can."""
     figures.write_figure(two[0] / "pictures", "00000030-kind", exhibit("drawn", rows=1))
     page = report.write_report(schema.Config(report=schema.Report(beside=(str(two[1]),))), two[0])
     frame, shot, height = tmp_path / "frame.html", tmp_path / "shot.png", 8000
-    frame.write_text(f'<body style="margin:0"><iframe src="{page.as_uri()}" style="width:{width}px;height:{height}px;border:0"></iframe>')
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={max(width, 500)},{height}"]
+    frame.write_text(
+        f'<body style="margin:0"><iframe src="{page.as_uri()}"'
+        f' style="width:{width}px;height:{height}px;border:0"></iframe>'
+    )
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--window-size={max(width, 500)},{height}",
+    ]
     done = subprocess.run(
         [CHROMIUM, *flags, "--enable-logging=stderr", f"--screenshot={shot}", frame.as_uri()],
         capture_output=True, text=True, timeout=120, check=True,

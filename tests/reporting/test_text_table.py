@@ -6,7 +6,10 @@ from m3i_jax.reporting import text_table
 
 
 def test_numbers_are_flush_right_and_words_flush_left():
-    text = text_table.text_table([("encoder", "85,798,656", "12 blocks"), ("text", "-7.5", "")], ("part", "parameters", "what"))
+    text = text_table.text_table(
+        [("encoder", "85,798,656", "12 blocks"), ("text", "-7.5", "")],
+        ("part", "parameters", "what"),
+    )
     assert text.splitlines() == [
         "part     parameters  what",
         "-------  ----------  ---------",
@@ -16,7 +19,10 @@ def test_numbers_are_flush_right_and_words_flush_left():
 
 
 def test_objects_and_no_rows():
-    assert text_table.text_table([(1, None), (20, "x")], ("n", "y")).splitlines()[2:] == [" 1  None", "20  x"]
+    assert text_table.text_table([(1, None), (20, "x")], ("n", "y")).splitlines()[2:] == [
+        " 1  None",
+        "20  x",
+    ]
     assert text_table.text_table([], ("a", "bc")).splitlines() == ["a  bc", "-  --"]
     with pytest.raises((ValueError, IndexError)):
         text_table.text_table([("one",)], ("a", "b"))

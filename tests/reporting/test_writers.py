@@ -28,7 +28,9 @@ def settings(**report) -> schema.Config:
 
 
 def open_writers(tmp_path, *, resume_at=0, main=True, **report) -> writers.Writers:
-    return writers.open_writers(settings(**report), tmp_path, resume_at=resume_at, total=1000, main=main)
+    return writers.open_writers(
+        settings(**report), tmp_path, resume_at=resume_at, total=1000, main=main
+    )
 
 
 def lines(path) -> list[dict]:
@@ -38,9 +40,20 @@ def lines(path) -> list[dict]:
 def test_a_json_line_and_a_console_line_a_step(tmp_path, capsys):
     writer = open_writers(tmp_path)
     writer.write(100, VALUES)
-    assert lines(tmp_path / "metrics.jsonl") == [{"step": 100, **VALUES}]  # before it is closed: flushed at once
+    # before it is closed: flushed at once
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 100, **VALUES}]
     shown = capsys.readouterr().out
-    for words in ("100/1000", "10%", "loss 1.2500", "ssp 0.7500", "sp 0.5000", "lambda 1", "img/s 200.0", "wait 3%", "left 7m30s"):
+    for words in (
+        "100/1000",
+        "10%",
+        "loss 1.2500",
+        "ssp 0.7500",
+        "sp 0.5000",
+        "lambda 1",
+        "img/s 200.0",
+        "wait 3%",
+        "left 7m30s",
+    ):
         assert words in shown
     assert shown.count("\n") == 1
     writer.write(100, {"eval/knn/top1": 0.75})
@@ -52,7 +65,14 @@ def test_a_json_line_and_a_console_line_a_step(tmp_path, capsys):
 
 
 def test_numbers_of_every_library_are_valid_json(tmp_path):
-    values = {"a": np.float32(0.5), "b": np.int64(3), "c": math.nan, "d": -np.float32(np.inf), "e": np.array(2.0), "f": 2**60}
+    values = {
+        "a": np.float32(0.5),
+        "b": np.int64(3),
+        "c": math.nan,
+        "d": -np.float32(np.inf),
+        "e": np.array(2.0),
+        "f": 2**60,
+    }
     writer = open_writers(tmp_path)
     writer.write(np.int32(1), values)
     assert writer.dropped["metrics.jsonl"] == 0
@@ -163,10 +183,14 @@ def test_other_processes_write_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("key, value, module", [("tensorboard", True, "tensorboardX"), ("wandb", "project", "wandb")])
+@pytest.mark.parametrize(
+    "key, value, module", [("tensorboard", True, "tensorboardX"), ("wandb", "project", "wandb")]
+)
 def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, key, value, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"config\.report\.{key}.*{module}.*pip install 'm3i-jax\[{key}\]'"):
+    with pytest.raises(
+        UserError, match=rf"config\.report\.{key}.*{module}.*pip install 'm3i-jax\[{key}\]'"
+    ):
         open_writers(tmp_path, **{key: value})
 
 
@@ -176,7 +200,10 @@ def test_wandb_goes_on_in_the_run_of_the_directory(tmp_path, monkeypatch):
 
     def init(**arguments):
         started.append(arguments)
-        return types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append((-1, {})))
+        return types.SimpleNamespace(
+            log=lambda values, step: logged.append((step, values)),
+            finish=lambda: logged.append((-1, {})),
+        )
 
     fake = types.ModuleType("wandb")
     fake.init = init  # type: ignore[attr-defined]
@@ -187,7 +214,11 @@ def test_wandb_goes_on_in_the_run_of_the_directory(tmp_path, monkeypatch):
         writer.write(5, {"loss": 1.0})
         writer.close()
     first, again, elsewhere = started
-    assert first["project"] == "project" and first["resume"] == "allow" and first["config"]["train"]["batch_size"] == 100
+    assert (
+        first["project"] == "project"
+        and first["resume"] == "allow"
+        and first["config"]["train"]["batch_size"] == 100
+    )
     assert first["id"] == again["id"] != elsewhere["id"] and first["id"].startswith("run-")
     assert logged[:2] == [(5, {"loss": 1.0}), (-1, {})]
 
@@ -227,6 +258,8 @@ def test_tensorboard_for_real(tmp_path):
     assert b"balance/lambda" in events.read_bytes()
 
 
-@pytest.mark.parametrize("seconds, text", [(0, "0s"), (59.4, "59s"), (60, "1m00s"), (3599.6, "1h00m"), (86400, "1d00h")])
+@pytest.mark.parametrize(
+    "seconds, text", [(0, "0s"), (59.4, "59s"), (60, "1m00s"), (3599.6, "1h00m"), (86400, "1d00h")]
+)
 def test_duration(seconds, text):
     assert writers.format_duration(seconds) == text

@@ -1,4 +1,5 @@
-"""A real run on a folder of which a fifth is broken in 22 ways: it goes on, every row is of a sound image, and the counts are exact."""
+"""A real run on a folder of which a fifth is broken in 22 ways: it goes on, every row is of a sound
+image, and the counts are exact."""
 
 import json
 import pathlib
@@ -34,12 +35,15 @@ def test_a_run_on_a_folder_that_is_one_fifth_broken(tmp_path: pathlib.Path) -> N
     last = [line for line in lines if "loss" in line][-1]
     assert last["step"] == STEPS and np.isfinite(last["loss"])
     counted = {reason: last.get(f"data/skipped/{reason}", 0) for reason in decode.REASONS}
-    assert counted == expected(base.split_by_hash(FolderSource(str(tmp_path / "pictures")), 0.0, "train"), reasons)
+    assert counted == expected(
+        base.split_by_hash(FolderSource(str(tmp_path / "pictures")), 0.0, "train"), reasons
+    )
     assert 0.1 < sum(counted.values()) / (BATCH * STEPS) < 0.4
 
 
 def expected(source: base.DataSource, reasons: dict[str, str]) -> dict[str, int]:
-    """By the rule written out: draw again until the record is good and not the one of its partner."""
+    """By the rule written out: draw again until the record is good and not the one of its
+    partner."""
     counts, used = dict.fromkeys(decode.REASONS, 0), [-1]
     for position in range(BATCH * STEPS):
         for attempt in range(100):

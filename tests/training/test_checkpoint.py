@@ -1,4 +1,5 @@
-"""Checkpoints: every bit comes back, on any mesh; only whole ones count; the newest are kept; one that does not fit says where."""
+"""Checkpoints: every bit comes back, on any mesh; only whole ones count; the newest are kept; one
+that does not fit says where."""
 
 import json
 import pathlib
@@ -22,17 +23,25 @@ POSITION = {"samples_seen": 112, "fingerprint": "0123456789abcdef"}
 
 
 def make(width: int = 128) -> state.State:
-    """A state after one update, so that moments, target and statistics are not their initial values; its kernels are large enough to be
-    split over devices."""
+    """A state after one update, so that moments, target and statistics are not their initial
+    values; its kernels are large enough to be split over devices."""
     r = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(r.normal(size=shape), jnp.float32)  # noqa: E731
     params = {
         "encoder": {"blocks": {"fc1": {"kernel": draw(2, width, width), "bias": draw(2, width)}}},
-        "decoder": {"head": {"kernel": draw(width, 8)}, "mask_token": draw(1, 1, 8).at[0, 0, 0].set(jnp.nan)},  # a NaN has bits too
+        # a NaN has bits too
+        "decoder": {
+            "head": {"kernel": draw(width, 8)},
+            "mask_token": draw(1, 1, 8).at[0, 0, 0].set(jnp.nan),
+        },
         "logit_scale": jnp.float32(1.3),
     }
-    tx = optimizer.build_optimizer(toy.settings(optim__clip=0.0, optim__ema=0.5), terms.FORMS["m3i"], steps=20, warmup=0)
-    updates, opt = tx.update(jax.tree.map(jnp.sin, params), tx.init(params), params, feature_grad_norms=(2.0, 3.0))
+    tx = optimizer.build_optimizer(
+        toy.settings(optim__clip=0.0, optim__ema=0.5), terms.FORMS["m3i"], steps=20, warmup=0
+    )
+    updates, opt = tx.update(
+        jax.tree.map(jnp.sin, params), tx.init(params), params, feature_grad_norms=(2.0, 3.0)
+    )
     return state.State(step=jnp.int32(7), params=optax.apply_updates(params, updates), opt=opt)
 
 
@@ -83,13 +92,18 @@ def eight(whole: state.State, tmp_path_factory: pytest.TempPathFactory) -> pathl
     return directory
 
 
-@pytest.mark.parametrize(("shape", "devices", "parts"), [((1, 8, 1), 8, 8), ((1, 1, 1), 1, 1), ((2, 2, 2), 8, 4)])
+@pytest.mark.parametrize(
+    ("shape", "devices", "parts"), [((1, 8, 1), 8, 8), ((1, 1, 1), 1, 1), ((2, 2, 2), 8, 4)]
+)
 @pytest.mark.row("A9")
-def test_every_bit_comes_back_on_any_mesh(eight: pathlib.Path, whole: state.State, open_at, shape, devices: int, parts: int) -> None:
+def test_every_bit_comes_back_on_any_mesh(
+    eight: pathlib.Path, whole: state.State, open_at, shape, devices: int, parts: int
+) -> None:
     mesh = parallel.make_mesh(shape, jax.devices()[:devices])
     shardings = parallel.tree_shardings(mesh, template())
     got = open_at(eight).restore(7, template(), shardings)
-    assert jax.tree.structure(got) == jax.tree.structure(whole)  # named tuples of the optimizer included
+    # named tuples of the optimizer included
+    assert jax.tree.structure(got) == jax.tree.structure(whole)
     assert bits(got) == bits(whole)
     for leaf, sharding in zip(jax.tree.leaves(got), jax.tree.leaves(shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
@@ -101,15 +115,24 @@ def test_every_bit_comes_back_on_any_mesh(eight: pathlib.Path, whole: state.Stat
 
 
 def test_a_state_in_many_files_comes_back(
-    eight: pathlib.Path, whole: state.State, tmp_path: pathlib.Path, open_at, monkeypatch: pytest.MonkeyPatch
+    eight: pathlib.Path,
+    whole: state.State,
+    tmp_path: pathlib.Path,
+    open_at,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In files so small that arrays are cut into pieces."""
     monkeypatch.setattr(Checkpoints, "FILE", 2**12)
     mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
     saved(tmp_path / "checkpoints", laid_out(whole, mesh), 7)
-    few, many = (sum(path.is_file() for path in place.rglob("*")) for place in (eight, tmp_path / "checkpoints"))
+    few, many = (
+        sum(path.is_file() for path in place.rglob("*"))
+        for place in (eight, tmp_path / "checkpoints")
+    )
     assert many > few + 10
-    got = open_at(tmp_path / "checkpoints").restore(7, template(), parallel.tree_shardings(mesh, template()))
+    got = open_at(tmp_path / "checkpoints").restore(
+        7, template(), parallel.tree_shardings(mesh, template())
+    )
     assert bits(got) == bits(whole)
 
 
@@ -137,7 +160,9 @@ def test_a_step_that_is_there_is_not_written_again(tmp_path: pathlib.Path, open_
     one.wait()
     assert one.position(4)["samples_seen"] == 64
     wanted = jax.eval_shape(lambda: {"x": jnp.arange(3)})
-    got = one.restore(4, wanted, parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), wanted))
+    got = one.restore(
+        4, wanted, parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), wanted)
+    )
     assert got["x"].tolist() == [0, 1, 2]
 
 
@@ -148,14 +173,23 @@ def test_the_state_may_be_donated_while_it_is_written(tmp_path: pathlib.Path, op
     jax.block_until_ready(jax.jit(lambda t: {"x": t["x"] * 0 - 1}, donate_argnums=0)(tree))
     one.wait()
     wanted = {"x": jax.ShapeDtypeStruct((2**20,), jnp.float32)}
-    got = one.restore(1, wanted, parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), wanted))
+    got = one.restore(
+        1, wanted, parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), wanted)
+    )
     assert bits(got) == before
 
 
-def test_a_host_that_does_not_see_the_step_yet_does_not_write_it_again_alone(tmp_path: pathlib.Path, open_at, monkeypatch) -> None:
-    """What another host has renamed may take half a minute to be seen on a shared disk; a save by one host alone would wait for all."""
+def test_a_host_that_does_not_see_the_step_yet_does_not_write_it_again_alone(
+    tmp_path: pathlib.Path, open_at, monkeypatch
+) -> None:
+    """What another host has renamed may take half a minute to be seen on a shared disk; a save by
+    one host alone would wait for all."""
     one = open_at(tmp_path / "there")
-    one.save(2, laid_out({"a": jnp.arange(3.0)}, parallel.make_mesh((1, 1, 1), jax.devices()[:1])), POSITION)
+    one.save(
+        2,
+        laid_out({"a": jnp.arange(3.0)}, parallel.make_mesh((1, 1, 1), jax.devices()[:1])),
+        POSITION,
+    )
     one.wait()
     monkeypatch.setattr(checkpoint.checkpoint_dir, "complete_steps", lambda directory: [])
     monkeypatch.setattr(one, "_start", lambda *_: pytest.fail("saved once more"))
@@ -163,7 +197,9 @@ def test_a_host_that_does_not_see_the_step_yet_does_not_write_it_again_alone(tmp
 
 
 @pytest.mark.row("B5")
-def test_what_a_killed_save_leaves_is_not_a_checkpoint(eight: pathlib.Path, tmp_path: pathlib.Path, open_at) -> None:
+def test_what_a_killed_save_leaves_is_not_a_checkpoint(
+    eight: pathlib.Path, tmp_path: pathlib.Path, open_at
+) -> None:
     shutil.copytree(eight, tmp_path / "checkpoints")
     torn = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp-1700000000"
     shutil.copytree(eight / "7", torn)
@@ -181,9 +217,16 @@ def changed(kind: str) -> state.State:
     if kind == "width":
         return template(64)
     if kind == "precision":
-        return usual.replace(params={**usual.params, "logit_scale": jax.ShapeDtypeStruct((), jnp.bfloat16)})
+        return usual.replace(
+            params={**usual.params, "logit_scale": jax.ShapeDtypeStruct((), jnp.bfloat16)}
+        )
     if kind == "a head more":
-        return usual.replace(params={**usual.params, "category": {"kernel": jax.ShapeDtypeStruct((24, 5), jnp.float32)}})
+        return usual.replace(
+            params={
+                **usual.params,
+                "category": {"kernel": jax.ShapeDtypeStruct((24, 5), jnp.float32)},
+            }
+        )
     less = lambda tree: {k: v for k, v in tree.items() if k != "logit_scale"}  # noqa: E731
     adam, *others = usual.opt["adamw"]
     opt = {**usual.opt, "adamw": (adam._replace(mu=less(adam.mu), nu=less(adam.nu)), *others)}
@@ -193,28 +236,51 @@ def changed(kind: str) -> state.State:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("width", "params/encoder/blocks/fc1/kernel is float32[2, 128, 128] there, float32[2, 64, 64] here"),
+        (
+            "width",
+            (
+                "params/encoder/blocks/fc1/kernel is float32[2, 128, 128] there, float32[2, 64, 64]"
+                " here"
+            ),
+        ),
         ("precision", "params/logit_scale is float32[] there, bfloat16[] here"),
         ("a head more", "params/category/kernel is absent there, float32[24, 5] here"),
-        ("a head less", "(params/logit_scale is float32[] there, absent here, opt/adamw"),  # what the moments repeat comes last
+        # what the moments repeat comes last
+        ("a head less", "(params/logit_scale is float32[] there, absent here, opt/adamw"),
     ],
 )
-def test_another_layout_is_refused_with_the_place(eight: pathlib.Path, open_at, kind: str, words: str) -> None:
+def test_another_layout_is_refused_with_the_place(
+    eight: pathlib.Path, open_at, kind: str, words: str
+) -> None:
     wanted = changed(kind)
     with pytest.raises(UserError) as error:
-        open_at(eight).restore(7, wanted, parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), wanted))
+        open_at(eight).restore(
+            7,
+            wanted,
+            parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), wanted),
+        )
     text = str(error.value)
     assert error.value.__cause__ is None  # seen before anything was read
     assert text.startswith("checkpoint 7: ") and words in text and "--workdir" in text, text
     assert "\n" not in text and len(text) < 500
-    if kind == "width":  # the line names three, the file all: kernel, bias and decoder head, in parameters, both moments and the target
+    # the line names three, the file all: kernel, bias and decoder head, in parameters, both moments
+    # and the target
+    if kind == "width":
         every = (eight.parent / "layout.txt").read_text().splitlines()
-        assert len(every) == 11 and f"and 8 more: {eight.parent / 'layout.txt'}" in text and all(line in every for line in [words])
+        assert (
+            len(every) == 11
+            and f"and 8 more: {eight.parent / 'layout.txt'}" in text
+            and all(line in every for line in [words])
+        )
 
 
 @pytest.mark.parametrize("damage", ["arrays", "metadata"])
 def test_a_damaged_checkpoint_is_one_line_with_the_way_out(
-    eight: pathlib.Path, tmp_path: pathlib.Path, open_at, monkeypatch: pytest.MonkeyPatch, damage: str
+    eight: pathlib.Path,
+    tmp_path: pathlib.Path,
+    open_at,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: str,
 ) -> None:
     shutil.copytree(eight, tmp_path / "checkpoints")
     one, here = open_at(tmp_path / "checkpoints"), tmp_path / "checkpoints" / "7"
@@ -223,10 +289,22 @@ def test_a_damaged_checkpoint_is_one_line_with_the_way_out(
     else:  # what Orbax raises for a flipped bit or a missing file, without the reads that it leaves behind to complain later
 
         def fail(*_: object, **__: object) -> None:
-            raise Exception("Encountered error while reading array.\nSee full TensorStore details: " + 9000 * "x")
+            raise Exception(
+                "Encountered error while reading array.\nSee full TensorStore details: "
+                + 9000 * "x"
+            )
 
         monkeypatch.setattr(one._orbax, "restore", fail)
     with pytest.raises(UserError) as error:
-        one.restore(7, template(), parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), template()))
+        one.restore(
+            7,
+            template(),
+            parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), template()),
+        )
     text = str(error.value)
-    assert text.startswith("checkpoint 7: cannot be read (") and f"delete {here}" in text and "\n" not in text and len(text) < 600
+    assert (
+        text.startswith("checkpoint 7: cannot be read (")
+        and f"delete {here}" in text
+        and "\n" not in text
+        and len(text) < 600
+    )

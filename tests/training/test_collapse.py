@@ -12,15 +12,23 @@ def rises(values: list[dict[str, float]]) -> list[int]:
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_the_alarm_knows_no_scale(scale: float) -> None:
-    """Deviation and uniformity are judged against the largest seen, a spread as it is; one bad step is no collapse."""
+    """Deviation and uniformity are judged against the largest seen, a spread as it is; one bad step
+    is no collapse."""
     falling = [scale * 0.8**k for k in range(40)]
     first = next(k for k in range(40) if falling[k] < 0.02 * falling[0])
-    assert rises([{"collapse/target_std": x} for x in falling]) == [first + loop.CollapseAlarm.PATIENCE - 1]
-    assert rises([{"collapse/uniformity": -x} for x in falling]) == [first + loop.CollapseAlarm.PATIENCE - 1]
-    joined = [{"collapse/uniformity": -1.0, "collapse/uniformity/global_moco_v3": -x} for x in falling]
+    assert rises([{"collapse/target_std": x} for x in falling]) == [
+        first + loop.CollapseAlarm.PATIENCE - 1
+    ]
+    assert rises([{"collapse/uniformity": -x} for x in falling]) == [
+        first + loop.CollapseAlarm.PATIENCE - 1
+    ]
+    joined = [
+        {"collapse/uniformity": -1.0, "collapse/uniformity/global_moco_v3": -x} for x in falling
+    ]
     assert rises(joined) == [first + loop.CollapseAlarm.PATIENCE - 1]
     assert rises([{"collapse/target_std": scale if k != 20 else 0.0} for k in range(40)]) == []
-    assert rises([{"collapse/target_std": scale * 1e-3}] * 40) == []  # small from the start is a scale, not a collapse
+    # small from the start is a scale, not a collapse
+    assert rises([{"collapse/target_std": scale * 1e-3}] * 40) == []
 
 
 def test_the_alarm_rises_once_a_collapse_and_again_after_a_recovery() -> None:
@@ -29,6 +37,11 @@ def test_the_alarm_rises_once_a_collapse_and_again_after_a_recovery() -> None:
 
 
 def test_what_is_missing_or_not_finite_is_not_judged() -> None:
-    nothing = [{}, {"collapse/spread": float("nan")}, {"collapse/target_std": float("inf")}, {"loss": 0.0}]
+    nothing = [
+        {},
+        {"collapse/spread": float("nan")},
+        {"collapse/target_std": float("inf")},
+        {"loss": 0.0},
+    ]
     assert rises(nothing * 9) == []
     assert rises([{"collapse/target_std": 0.0}] * 9) == []  # never was anything

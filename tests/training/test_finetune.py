@@ -1,4 +1,5 @@
-"""Fine-tuning through the step of pre-training: the loss is the cross-entropy of blended targets, a frozen encoder stays, LARS is used."""
+"""Fine-tuning through the step of pre-training: the loss is the cross-entropy of blended targets, a
+frozen encoder stays, LARS is used."""
 
 import jax
 import jax.numpy as jnp
@@ -20,30 +21,49 @@ FINE = {
 
 
 def smoothed(label: np.ndarray, classes: int, smoothing: float) -> np.ndarray:
-    return np.where(np.arange(classes) == label[:, None], 1 - smoothing + smoothing / classes, smoothing / classes)
+    return np.where(
+        np.arange(classes) == label[:, None],
+        1 - smoothing + smoothing / classes,
+        smoothing / classes,
+    )
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_the_loss_is_that_of_blended_pictures_and_targets(microbatches: int) -> None:
-    """Pixels blended in numpy before they are cut into patches; soft targets as timm makes them, cross-entropy over them."""
+    """Pixels blended in numpy before they are cut into patches; soft targets as timm makes them,
+    cross-entropy over them."""
     config = toy.settings(**FINE, train__microbatches=microbatches)
     batch = {name: jnp.asarray(x) for name, x in toy.batch(config).items()}
     made = plan.build_plan(config)
-    params = jax.jit(lambda: m3i.init(config, jax.random.key(0), made.terms, classes=toy.CLASSES, vocabulary=0))()
-    _, metrics, _ = jax.jit(lambda p, b: step.objective_gradients(made, p, {"ema": {"encoder": p["encoder"]}}, b, 1.0))(params, batch)
+    params = jax.jit(
+        lambda: m3i.init(config, jax.random.key(0), made.terms, classes=toy.CLASSES, vocabulary=0)
+    )()
+    _, metrics, _ = jax.jit(
+        lambda p, b: step.objective_gradients(made, p, {"ema": {"encoder": p["encoder"]}}, b, 1.0)
+    )(params, batch)
 
-    how = jax.device_get(mixup.draw_mixup(batch["position"], seed=config.seed, size=32, settings=config.data.augment))
+    how = jax.device_get(
+        mixup.draw_mixup(batch["position"], seed=config.seed, size=32, settings=config.data.augment)
+    )
     assert how.cut.any() and not how.cut.all()
-    shown = np.where(np.asarray(batch["flip"])[:, 0, None, None, None], batch["views"][:, 0, :, ::-1], batch["views"][:, 0])
+    shown = np.where(
+        np.asarray(batch["flip"])[:, 0, None, None, None],
+        batch["views"][:, 0, :, ::-1],
+        batch["views"][:, 0],
+    )
     pixels = np.asarray(photometric.normalize(shown, config.data.augment))
     blended = np.empty_like(pixels)
     for row, (share, (top, left, bottom, right), cut) in enumerate(zip(*how, strict=True)):
         blended[row] = pixels[row] if cut else share * pixels[row] + (1 - share) * pixels[row ^ 1]
         blended[row, top:bottom, left:right] = pixels[row ^ 1, top:bottom, left:right]
-    z = jax.jit(lambda p, x: vit.apply(config.model, p, vit.patchify(x, 8), grid=4))(params["encoder"], blended)
+    z = jax.jit(lambda p, x: vit.apply(config.model, p, vit.patchify(x, 8), grid=4))(
+        params["encoder"], blended
+    )
     mean = np.asarray(z, np.float64)[:, 1:].mean(1)
     unit = (mean - mean.mean(1, keepdims=True)) / np.sqrt(mean.var(1, keepdims=True) + 1e-6)
-    logits = unit @ np.asarray(params["category"]["kernel"]) + np.asarray(params["category"]["bias"])
+    logits = unit @ np.asarray(params["category"]["kernel"]) + np.asarray(
+        params["category"]["bias"]
+    )
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     label, weight = np.asarray(batch["label"]), np.zeros(16)
     target = np.zeros((16, toy.CLASSES))
@@ -65,7 +85,9 @@ def test_a_frozen_encoder_stays_and_the_head_learns_by_lars() -> None:
     trainer = Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0)
     state = trainer.init()
     before = jax.device_get(state.params)
-    assert "pool" not in before and set(before) == {"encoder", "category"} == set(state.opt["target"].params)
+    assert "pool" not in before and set(before) == {"encoder", "category"} == set(
+        state.opt["target"].params
+    )
     batch = parallel.to_global(trainer.mesh, toy.batch(config))
     losses = []
     for _ in range(40):
@@ -73,12 +95,16 @@ def test_a_frozen_encoder_stays_and_the_head_learns_by_lars() -> None:
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.9 * losses[0], losses
     after = jax.device_get(state.params)
-    for old, new in zip(jax.tree.leaves(before["encoder"]), jax.tree.leaves(after["encoder"]), strict=True):
+    for old, new in zip(
+        jax.tree.leaves(before["encoder"]), jax.tree.leaves(after["encoder"]), strict=True
+    ):
         np.testing.assert_array_equal(old, new)  # neither gradient nor decay
     assert list(state.opt) == ["balance", "clip", "lars", "bounds", "target"]
     average = np.asarray(state.opt["target"].params["category"]["kernel"])
     assert (
-        0 < np.abs(average - before["category"]["kernel"]).max() < np.abs(after["category"]["kernel"] - before["category"]["kernel"]).max()
+        0
+        < np.abs(average - before["category"]["kernel"]).max()
+        < np.abs(after["category"]["kernel"] - before["category"]["kernel"]).max()
     )
 
 

@@ -1,4 +1,5 @@
-"""The matrix products of one step of the paper's ViT-B/16, counted on the traced program of the real step, against the floor."""
+"""The matrix products of one step of the paper's ViT-B/16, counted on the traced program of the
+real step, against the floor."""
 
 import dataclasses
 import functools
@@ -14,8 +15,8 @@ from m3i_jax.training import trainer
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 BATCH = 8
-# golden: a mixed view, 12 blocks of 197 tokens forward and backward, two clean views forward, two passes of 4 decoder blocks without the
-# rows that nobody reads, pooling and categories
+# golden: a mixed view, 12 blocks of 197 tokens forward and backward, two clean views forward, two
+# passes of 4 decoder blocks without the rows that nobody reads, pooling and categories
 FLOOR = 279.5e9
 
 
@@ -23,8 +24,12 @@ FLOOR = 279.5e9
 def counted(**objective: object) -> float:
     """Operations a mixed view with categories and no captions."""
     made = configuration.load_config(f"{ROOT}/configs/folder.py:model=vit_b16,batch_size={BATCH}")
-    config = setup.complete_config(configuration.resolve(made), classes=1000, captions=False, size=1000)
-    config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, **objective))
+    config = setup.complete_config(
+        configuration.resolve(made), classes=1000, captions=False, size=1000
+    )
+    config = dataclasses.replace(
+        config, objective=dataclasses.replace(config.objective, **objective)
+    )
     one = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0)
     return flops.count_flops(one.trace, one.template, trainer.abstract_batch(config)).dot / BATCH
 

@@ -1,5 +1,6 @@
-"""Every row of Table 1 and every option of an objective: what it computes against the same written out by hand, and its degenerate cases.
-Losses are compared forwards only; that gradients are those of the plain sum is shown in test_step.py for any set of terms."""
+"""Every row of Table 1 and every option of an objective: what it computes against the same written
+out by hand, and its degenerate cases. Losses are compared forwards only; that gradients are those
+of the plain sum is shown in test_step.py for any set of terms."""
 
 import dataclasses
 import functools
@@ -14,29 +15,56 @@ from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
 from m3i_jax.objective import losses, mixing, terms
 from m3i_jax.objective import published as published_methods
-from m3i_jax.objective.terms import FULL, MASKED, MIXED, MlpShape, Pass, ProjectionHead, pooled_term, token_term
+from m3i_jax.objective.terms import (
+    FULL,
+    MASKED,
+    MIXED,
+    MlpShape,
+    Pass,
+    ProjectionHead,
+    pooled_term,
+    token_term,
+)
 from m3i_jax.training import plan as plans
 from m3i_jax.training import step, targets, term_losses, trainer, views
 from tests import toy
 
-NEEDS = {"milan": {"objective__target_checkpoint": "x"}, "feature_distillation": {"objective__target_checkpoint": "x"}}
+NEEDS = {
+    "milan": {"objective__target_checkpoint": "x"},
+    "feature_distillation": {"objective__target_checkpoint": "x"},
+}
 ROWS = [*terms.FORMS, *published_methods.PUBLISHED]
-SMALL = {"model__encoder__depth": 1, "model__encoder__drop_path": 0.0, "train__batch_size": 8, "model__text__depth": 1}
+SMALL = {
+    "model__encoder__depth": 1,
+    "model__encoder__drop_path": 0.0,
+    "train__batch_size": 8,
+    "model__text__depth": 1,
+}
 
 
 def plan_of(forms: str | terms.Terms, **changes: object) -> plans.Plan:
     config = toy.settings(**{**SMALL, **changes})
     if isinstance(forms, str):
-        return plans.build_plan(dataclasses.replace(config, objective=dataclasses.replace(config.objective, forms=tuple(forms.split(",")))))
+        return plans.build_plan(
+            dataclasses.replace(
+                config,
+                objective=dataclasses.replace(config.objective, forms=tuple(forms.split(","))),
+            )
+        )
     return plans.Plan(config, forms)
 
 
 def parameters(plan: plans.Plan):
-    params = m3i.init(plan.config, jax.random.key(0), plan.terms, classes=toy.CLASSES, vocabulary=toy.VOCABULARY)
-    # Not where heads of zero bias and unit scale start, where many a wrong composition would give the same numbers.
+    params = m3i.init(
+        plan.config, jax.random.key(0), plan.terms, classes=toy.CLASSES, vocabulary=toy.VOCABULARY
+    )
+    # Not where heads of zero bias and unit scale start, where many a wrong composition would give
+    # the same numbers.
     leaves, tree = jax.tree.flatten(params)
     r = np.random.default_rng(1)
-    return jax.tree.unflatten(tree, [leaf + 0.02 * r.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+    return jax.tree.unflatten(
+        tree, [leaf + 0.02 * r.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
+    )
 
 
 def batch_of(plan: plans.Plan, **changes: object) -> dict:
@@ -58,27 +86,40 @@ def forward(plan: plans.Plan, batch=None, params=None) -> Forward:
     """Losses by name, and the arrays on the way to them, without any gradient."""
     batch, params = batch or batch_of(plan), params or parameters(plan)
     parts = m3i.target_parts(plan.config, plan.terms, params)
-    trees = {"ema": jax.tree.map(lambda a: a * 0.9, parts), "frozen": jax.tree.map(lambda a: a * 1.1, parts), "shared": parts}
+    trees = {
+        "ema": jax.tree.map(lambda a: a * 0.9, parts),
+        "frozen": jax.tree.map(lambda a: a * 1.1, parts),
+        "shared": parts,
+    }
 
     @jax.jit
     def run(params, trees, batch):
         crops = views.augmented_patches(plan.config, batch, plan.crops, exact=plan.exact)
         goals = targets.target_features(plan, trees, crops)
         z = views.encode_passes(plan.config, plan.passes, batch, crops, params["encoder"])
-        seen = term_losses.TargetBundle(goals=goals, keys=goals, index=None, moments=targets.target_moments(plan, goals))
+        seen = term_losses.TargetBundle(
+            goals=goals, keys=goals, index=None, moments=targets.target_moments(plan, goals)
+        )
         tally, factors = term_losses.loss_weights(plan, batch)
-        made = [term_losses.group_loss(plan, g, factors=factors, batch=batch, seen=seen, cached=None)(params, z)[1] for g in ("ssp", "sp")]
+        made = [
+            term_losses.group_loss(plan, g, factors=factors, batch=batch, seen=seen, cached=None)(
+                params, z
+            )[1]
+            for g in ("ssp", "sp")
+        ]
         return z, goals, step._losses(plan, made[0] | made[1], tally, factors)
 
     z, goals, losses = run(params, trees, batch)
     return Forward(plan, params, trees, batch, z, goals, {k: float(v) for k, v in losses.items()})
 
 
-# ---- the table itself -------------------------------------------------------------------------------------------------------------------
+# ---- the table itself
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_letters_are_the_rows_of_the_papers_tables() -> None:
-    """Table 3: a-f predict the own view, g-l another one; b, e, h, k dense features; c, f, i, l a global one; d-f and j-l are masked."""
+    """Table 3: a-f predict the own view, g-l another one; b, e, h, k dense features; c, f, i, l a
+    global one; d-f and j-l are masked."""
     for letter, name in terms.LETTERS.items():
         if len(letter) > 1:
             continue
@@ -97,10 +138,22 @@ def test_every_row_trains(row: str) -> None:
     changes = NEEDS.get(row, {})
     if row in published_methods.PUBLISHED:
         published = published_methods.PUBLISHED[row].settings
-        kept = ("decoder.positions", "decoder.cls", "decoder.norm", "decoder.projector_depth", "pool.kind")
-        changes = changes | {f"model__{k.replace('.', '__')}": published[f"model.{k}"] for k in kept if f"model.{k}" in published}
+        kept = (
+            "decoder.positions",
+            "decoder.cls",
+            "decoder.norm",
+            "decoder.projector_depth",
+            "pool.kind",
+        )
+        changes = changes | {
+            f"model__{k.replace('.', '__')}": published[f"model.{k}"]
+            for k in kept
+            if f"model.{k}" in published
+        }
     plan = plan_of(row, **changes)
-    one = trainer.Trainer(plan.config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), toy.VOCABULARY)
+    one = trainer.Trainer(
+        plan.config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), toy.VOCABULARY
+    )
     state = jax.jit(one._create)()  # a frozen target stays the copy that it starts as
     state, first = one.step(state, toy.batch(plan.config))
     state, second = one.step(state, toy.batch(plan.config))
@@ -117,7 +170,11 @@ def test_sets_share_passes() -> None:
     both = plan_of("sim,supervised,clip")
     assert both.passes == (MASKED,) and [(v.encoder, v.crop) for v in both.views] == [("ema", 1)]
     assert plan_of("m3i,m3i").terms == plan_of("m3i").terms
-    assert {t.image for t in terms.merge(terms.FORMS["m3i"][:2], terms.FORMS["supervised"]) if t.name == "category"} == {
+    assert {
+        t.image
+        for t in terms.merge(terms.FORMS["m3i"][:2], terms.FORMS["supervised"])
+        if t.name == "category"
+    } == {
         "own",
         "partner",
     }
@@ -136,7 +193,10 @@ def test_a_target_with_a_gradient_is_a_pass_of_its_own() -> None:
 
 
 def test_second_group_is_any_set_of_names() -> None:
-    assert [t.group for t in plan_of("instance,mim", objective__second_group="global").terms] == ["sp", "ssp"]
+    assert [t.group for t in plan_of("instance,mim", objective__second_group="global").terms] == [
+        "sp",
+        "ssp",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -145,15 +205,27 @@ def test_second_group_is_any_set_of_names() -> None:
         ("sim", {"model__decoder__positions": "absolute"}, ("model.decoder.positions", "relative")),
         ("milan", {}, ("objective.target_checkpoint", "workdir")),
         ("msn", {"model__encoder__cls_token": False}, ("cls token",)),
-        ("clip", {"model__encoder__cls_token": False, "model__pool__kind": "cls"}, ("model.pool.kind", "cls token")),
+        (
+            "clip",
+            {"model__encoder__cls_token": False, "model__pool__kind": "cls"},
+            ("model.pool.kind", "cls token"),
+        ),
         ("beit", {}, ("'beit' is not here", "discrete VAE")),
-        ("m3i", {"objective__isolate": True, "data__mask_ratio": 0.25}, ("objective.isolate", "0.5")),
+        (
+            "m3i",
+            {"objective__isolate": True, "data__mask_ratio": 0.25},
+            ("objective.isolate", "0.5"),
+        ),
     ],
 )
-def test_what_cannot_go_together_is_refused(forms: str, changes: dict, words: tuple[str, ...]) -> None:
+def test_what_cannot_go_together_is_refused(
+    forms: str, changes: dict, words: tuple[str, ...]
+) -> None:
     with pytest.raises(UserError) as error:
         plan_of(forms, **changes)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), (
+        error.value
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,7 +246,8 @@ def test_rows_that_mean_nothing_cannot_be_written(make) -> None:
         make()
 
 
-# ---- what the rows compute --------------------------------------------------------------------------------------------------------------
+# ---- what the rows compute
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.2, 0.5])
@@ -183,13 +256,24 @@ def test_instance_is_infonce_of_two_pooled_projections(temperature: float) -> No
     config, head = got.plan.config, got.plan.terms[0].head
     query = m3i.predict(config, got.params["heads"], head, got.z[FULL][:, 1:].mean(1))
     crops = views.augmented_patches(config, got.batch, (1,))
-    key = m3i.project(config, got.trees["ema"]["heads"], head, m3i.encode(config, got.trees["ema"]["encoder"], crops[1])[:, 1:].mean(1))
-    q, k = (np.asarray(x, np.float64) / np.linalg.norm(x, axis=-1, keepdims=True) for x in (query, key))
+    key = m3i.project(
+        config,
+        got.trees["ema"]["heads"],
+        head,
+        m3i.encode(config, got.trees["ema"]["encoder"], crops[1])[:, 1:].mean(1),
+    )
+    q, k = (
+        np.asarray(x, np.float64) / np.linalg.norm(x, axis=-1, keepdims=True) for x in (query, key)
+    )
     logits = q @ k.T / temperature
     nll = np.log(np.exp(logits).sum(1)) - np.diag(logits)
     assert got.losses["loss/global"] == pytest.approx(nll.mean(), rel=1e-4)
-    assert got.losses["info/global"] == pytest.approx((np.log(len(q)) - nll.mean()) / np.log(2), rel=1e-4, abs=1e-5)
-    assert got.losses["collapse/alignment"] == pytest.approx(np.square(q - k).sum(-1).mean(), rel=1e-4)
+    assert got.losses["info/global"] == pytest.approx(
+        (np.log(len(q)) - nll.mean()) / np.log(2), rel=1e-4, abs=1e-5
+    )
+    assert got.losses["collapse/alignment"] == pytest.approx(
+        np.square(q - k).sum(-1).mean(), rel=1e-4
+    )
 
 
 def test_pixels_are_normalised_by_patch_and_only_hidden_ones_count() -> None:
@@ -212,7 +296,9 @@ def test_mae_decodes_hidden_cells_alone() -> None:
     shape = term_losses.predictions(plan, got.params, got.z, got.batch, (0,))[0].shape
     assert shape == (8, plan.config.hidden, 192)
     inputs = term_losses.decoder_inputs(plan, got.params, got.z, got.batch, (0,))[0]
-    np.testing.assert_array_equal(inputs[1], mixing.split(got.batch["mask"], plan.config.tokens - plan.config.hidden)[0])
+    np.testing.assert_array_equal(
+        inputs[1], mixing.split(got.batch["mask"], plan.config.tokens - plan.config.hidden)[0]
+    )
     assert inputs[3] is not None  # the cls token
 
 
@@ -239,18 +325,29 @@ def test_densecl_matches_the_most_alike_token() -> None:
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
     match = np.einsum("bnd,bmd->bnm", unit(z), unit(features)).argmax(-1)
     keys = np.asarray(got.goals[got.plan.goal(term)], np.float64)
-    p = unit(np.asarray(m3i.predict(config, got.params["heads"], term.head, got.z[FULL][:, 1:]), np.float64))
+    p = unit(
+        np.asarray(
+            m3i.predict(config, got.params["heads"], term.head, got.z[FULL][:, 1:]), np.float64
+        )
+    )
     positive = np.take_along_axis(keys, match[..., None], 1)
     away = unit(keys.mean(1))  # of all cells, not of the matched ones
     logits = np.einsum("bnd,kd->bnk", p, away) / 0.2
     own = (p * unit(positive)).sum(-1) / 0.2
     b = np.arange(len(z))
     logits[b, :, b] = own
-    assert got.losses["loss/dense"] == pytest.approx((np.log(np.exp(logits).sum(-1)) - own).mean(), rel=1e-4)
+    assert got.losses["loss/dense"] == pytest.approx(
+        (np.log(np.exp(logits).sum(-1)) - own).mean(), rel=1e-4
+    )
 
 
 def test_siamese_im_projects_the_target_too() -> None:
-    plan = plan_of("siamese_im", model__decoder__norm="batch", model__decoder__projector_depth=1, model__decoder__cls="yes")
+    plan = plan_of(
+        "siamese_im",
+        model__decoder__norm="batch",
+        model__decoder__projector_depth=1,
+        model__decoder__cls="yes",
+    )
     got = forward(plan)
     (goal,) = plan.goals
     assert goal.space == "decoder"
@@ -260,16 +357,23 @@ def test_siamese_im_projects_the_target_too() -> None:
     np.testing.assert_allclose(got.goals[goal], want, atol=1e-5)
 
 
-# ---- degenerate cases -------------------------------------------------------------------------------------------------------------------
+# ---- degenerate cases
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_mask_of_ones_is_the_unmixed_form() -> None:
-    """M3I with every cell own (the partner's role switched off) is dense distillation of image i."""
+    """M3I with every cell own (the partner's role switched off) is dense distillation of image
+    i."""
     config = toy.settings(**SMALL)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, mask_ratio=0.0))
     mixed, whole = (plans.Plan(config, (token_term(read, 0),)) for read in (MIXED, FULL))
     whole = plans.Plan(
-        dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=dataclasses.replace(config.model.decoder, cls="no"))),
+        dataclasses.replace(
+            config,
+            model=dataclasses.replace(
+                config.model, decoder=dataclasses.replace(config.model.decoder, cls="no")
+            ),
+        ),
         whole.terms,
     )
     params = parameters(mixed)
@@ -288,7 +392,8 @@ def test_mixing_pixels_is_mixing_patch_embeddings() -> None:
     np.testing.assert_array_equal(late, early)
 
 
-# ---- options ----------------------------------------------------------------------------------------------------------------------------
+# ---- options
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_isolated_images_are_two_masked_inputs() -> None:
@@ -306,21 +411,38 @@ def test_isolated_images_are_two_masked_inputs() -> None:
 
 def test_halves_are_every_other_row_of_flip() -> None:
     rows = tuple(t for t in terms.FORMS["m3i"] if t.name != "text")
-    flip, halves = (forward(plan_of(rows, objective__pairing=which)) for which in ("flip", "halves"))
+    flip, halves = (
+        forward(plan_of(rows, objective__pairing=which)) for which in ("flip", "halves")
+    )
     assert halves.z[MIXED].shape[0] == 4
     np.testing.assert_allclose(halves.z[MIXED], flip.z[MIXED][::2], atol=1e-5)
     for place in (0, 1):
-        a, b = (term_losses.predictions(f.plan, f.params, f.z, f.batch, (place,))[place] for f in (flip, halves))
+        a, b = (
+            term_losses.predictions(f.plan, f.params, f.z, f.batch, (place,))[place]
+            for f in (flip, halves)
+        )
         np.testing.assert_allclose(a[::2], b, atol=1e-5)
     label = np.asarray(flip.batch["label"])
-    tally = dict(zip([(t.name, t.image) for t in halves.plan.terms], term_losses.loss_weights(halves.plan, halves.batch)[0], strict=True))
-    assert (int(tally["category", "own"]), int(tally["category", "partner"])) == ((label[::2] >= 0).sum(), (label[1::2] >= 0).sum())
+    tally = dict(
+        zip(
+            [(t.name, t.image) for t in halves.plan.terms],
+            term_losses.loss_weights(halves.plan, halves.batch)[0],
+            strict=True,
+        )
+    )
+    assert (int(tally["category", "own"]), int(tally["category", "partner"])) == (
+        (label[::2] >= 0).sum(),
+        (label[1::2] >= 0).sum(),
+    )
 
 
 def test_joint_soft_label_reads_all_tokens_once() -> None:
     got = forward(plan_of("m3i", objective__soft_label="joint"))
     config = got.plan.config
-    logits = np.asarray(m3i.category_logits(config, got.params, m3i.pool(config, got.params, got.z[MIXED][:, 1:])), np.float64)
+    logits = np.asarray(
+        m3i.category_logits(config, got.params, m3i.pool(config, got.params, got.z[MIXED][:, 1:])),
+        np.float64,
+    )
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     labels = [np.asarray(got.batch["label"]), np.asarray(mixing.partner(got.batch["label"]))]
     costs = [-(0.9 * log_p[np.arange(8), y] + 0.1 * log_p.mean(-1))[y >= 0] for y in labels]
@@ -336,7 +458,9 @@ def test_symmetric_is_the_mean_of_both_directions() -> None:
     # The moment C is that of both views then, so the error alone is compared.
     changes = {"objective__second_moment": 0.0}
     got = forward(plan_of(both, **changes), batch, params).losses["loss/inter"]
-    there, back = (forward(plan_of(one, **changes), b, params).losses["loss/inter"] for b in (batch, exchanged))
+    there, back = (
+        forward(plan_of(one, **changes), b, params).losses["loss/inter"] for b in (batch, exchanged)
+    )
     assert got == pytest.approx((there + back) / 2, rel=1e-5)
 
 
@@ -344,7 +468,10 @@ def test_equal_captions_are_no_negatives() -> None:
     batch = batch_of(plan_of("clip"))
     batch["length"] = jnp.full_like(batch["length"], 5)
     batch["tokens"] = batch["tokens"].at[3].set(batch["tokens"][0])
-    kept, ignored = (forward(plan_of("clip", objective__equal_captions=which), batch) for which in ("negatives", "ignored"))
+    kept, ignored = (
+        forward(plan_of("clip", objective__equal_captions=which), batch)
+        for which in ("negatives", "ignored")
+    )
     config, params = kept.plan.config, kept.params
     u = m3i.image_embedding(config, params, m3i.pool(config, params, kept.z[FULL][:, 1:]))
     v = m3i.text_embedding(config, params, batch["tokens"], batch["length"])
@@ -363,35 +490,56 @@ def test_shared_target_is_the_online_encoder() -> None:
     got = forward(plan)
     crops = views.augmented_patches(plan.config, got.batch, (1,))
     (goal,) = plan.goals
-    np.testing.assert_allclose(got.goals[goal], m3i.encode(plan.config, got.params["encoder"], crops[1])[:, 1:], atol=1e-5)
+    np.testing.assert_allclose(
+        got.goals[goal], m3i.encode(plan.config, got.params["encoder"], crops[1])[:, 1:], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("model__pool__query", "learned"), ("model__pool__kind", "mean"), ("model__pool__kind", "cls")]
+    ("option", "value"),
+    [
+        ("model__pool__query", "learned"),
+        ("model__pool__kind", "mean"),
+        ("model__pool__kind", "cls"),
+    ],
 )
 def test_other_poolings_predict_annotations(option: str, value: str) -> None:
     plain, other = forward(plan_of("supervised")), forward(plan_of("supervised", **{option: value}))
-    assert np.isfinite(other.losses["loss/category"]) and other.losses["loss/category"] != plain.losses["loss/category"]
+    assert (
+        np.isfinite(other.losses["loss/category"])
+        and other.losses["loss/category"] != plain.losses["loss/category"]
+    )
 
 
 def test_a_constant_momentum_stays() -> None:
-    one = trainer.optimizer.momentum(toy.settings(optim__ema=0.9, optim__ema_schedule="constant").optim, steps=10)
+    one = trainer.optimizer.momentum(
+        toy.settings(optim__ema=0.9, optim__ema_schedule="constant").optim, steps=10
+    )
     assert [one(k) for k in (0, 5, 10)] == pytest.approx([0.9] * 3)
 
 
 @functools.cache
 def _contrast_gradients(count: int):
     """InfoNCE against the keys of the whole batch, and dense InfoNCE, in `count` microbatches."""
-    head = ProjectionHead(projector=MlpShape(layers=2, norm="none"), predictor=MlpShape(layers=2, norm="none"))
+    head = ProjectionHead(
+        projector=MlpShape(layers=2, norm="none"), predictor=MlpShape(layers=2, norm="none")
+    )
     rows = (pooled_term(FULL, 1, head=head), token_term(FULL, 1, posterior=terms.Boltzmann()))
     plan = plan_of(rows, train__microbatches=count)
     params = parameters(plan)
-    trees = {"ema": jax.tree.map(lambda a: a * 0.9, m3i.target_parts(plan.config, plan.terms, params))}
-    return jax.jit(lambda p, t, b: step.objective_gradients(plan, p, t, b, jnp.float32(1)))(params, trees, batch_of(plan))
+    trees = {
+        "ema": jax.tree.map(lambda a: a * 0.9, m3i.target_parts(plan.config, plan.terms, params))
+    }
+    return jax.jit(lambda p, t, b: step.objective_gradients(plan, p, t, b, jnp.float32(1)))(
+        params, trees, batch_of(plan)
+    )
 
 
 def test_microbatches_contrast_with_the_whole_batch() -> None:
-    (one, metrics, norms), (parts, metrics_2, norms_2) = _contrast_gradients(1), _contrast_gradients(2)
+    (one, metrics, norms), (parts, metrics_2, norms_2) = (
+        _contrast_gradients(1),
+        _contrast_gradients(2),
+    )
     for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
     for name in ("loss/global", "loss/inter", "info/global", "info/inter"):

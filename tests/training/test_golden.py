@@ -1,8 +1,9 @@
-"""The metrics of one step of every shipped configuration, at toy size, through its real source and pipeline.
+"""The metrics of one step of every shipped configuration, at toy size, through its real source and
+pipeline.
 
-If this fails and you meant to change what a step computes, the message has the new values: put them here and say in the commit why
-they moved. If you did not mean to, something moved that should not have.
-"""
+If this fails and you meant to change what a step computes, the message has the new values: put them
+here and say in the commit why they moved. If you did not mean to, something moved that should not
+have."""
 
 import pathlib
 import tarfile
@@ -123,7 +124,10 @@ def pictures() -> list[tuple[str, Image.Image]]:
     """Ten images of two categories without randomness of any library."""
     y, x = np.mgrid[:60, :80]
     waves = [np.sin(x / (3 + k) + k) * np.cos(y / (4 + k)) for k in range(10)]
-    return [(f"{'ab'[k % 2]}", Image.fromarray(np.uint8(np.stack([w, w**2, -w], -1) * 120 + 128))) for k, w in enumerate(waves)]
+    return [
+        (f"{'ab'[k % 2]}", Image.fromarray(np.uint8(np.stack([w, w**2, -w], -1) * 120 + 128)))
+        for k, w in enumerate(waves)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +151,23 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("name", ["quickstart", "folder", "tars", "forms", pytest.param("intern_image", marks=pytest.mark.slow)])
-def test_one_step(name: str, places: dict[str, str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["quickstart", "folder", "tars", "forms", pytest.param("intern_image", marks=pytest.mark.slow)],
+)
+def test_one_step(
+    name: str, places: dict[str, str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(parallel.mesh.jax, "devices", lambda: [jax.local_devices()[0]])
     made = configuration.load_config(places[name])
-    small = SMALL | ({"data.size": "60"} if name == "forms" else toy.INTERN_IMAGE if name == "intern_image" else {})
+    small = SMALL | (
+        {"data.size": "60"}
+        if name == "forms"
+        else toy.INTERN_IMAGE
+        if name == "intern_image"
+        else {}
+    )
     configuration.apply_overrides(made, [f"{key}={value}" for key, value in small.items()])
     job = jobs.open_setup(configuration.resolve(made), str(tmp_path))
     trainer = Trainer(job.config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)

@@ -1,4 +1,5 @@
-"""Seconds by phase: they add up to the wall time, whatever is nested in what, however often a run was started."""
+"""Seconds by phase: they add up to the wall time, whatever is nested in what, however often a run
+was started."""
 
 import threading
 
@@ -102,7 +103,9 @@ def test_speed_is_that_of_training_alone(pass_: Time) -> None:
         clock.step_ended()
         clock.step_ended()
         seen = clock.read()
-        assert {name: value for name, value in seen.items() if not name.startswith(goodput.PREFIX)} == {
+        assert {
+            name: value for name, value in seen.items() if not name.startswith(goodput.PREFIX)
+        } == {
             "perf/images_per_sec": 4.0,
             "perf/images_per_sec_per_chip": 1.0,
             "perf/step_seconds": 2.0,
@@ -113,7 +116,8 @@ def test_speed_is_that_of_training_alone(pass_: Time) -> None:
         clock.step_ended()
         again = clock.read()
     assert again["perf/images_per_sec"] == 4.0 and again["perf/input_wait"] == 0.0
-    assert again["perf/seconds/step"] == 5.0 and again["perf/seconds/evaluate"] == 1000.0  # these go on adding up
+    # these go on adding up
+    assert again["perf/seconds/step"] == 5.0 and again["perf/seconds/evaluate"] == 1000.0
 
 
 def test_no_peak_no_mfu(pass_: Time) -> None:
@@ -132,11 +136,16 @@ def test_the_line_at_the_end_adds_up_as_printed(pass_: Time) -> None:
     total = float(line.partition(": ")[2].partition(" s")[0])
     assert round(sum(float(part.split()[-1]) for part in told), 1) == total == 6.2
     assert values["perf/goodput"] == pytest.approx(1 / 6) and line.startswith("goodput 16.7%")
-    assert values["perf/wall_seconds"] == pytest.approx(6.24) == sum(v for k, v in values.items() if k.startswith(goodput.PREFIX))
+    assert (
+        values["perf/wall_seconds"]
+        == pytest.approx(6.24)
+        == sum(v for k, v in values.items() if k.startswith(goodput.PREFIX))
+    )
 
 
 def test_what_a_restart_throws_away_is_lost_and_everything_else_goes_on(pass_: Time) -> None:
-    """Killed at step 90 of which 60 are saved: 30 steps are trained again, evaluations and compilations are not undone."""
+    """Killed at step 90 of which 60 are saved: 30 steps are trained again, evaluations and
+    compilations are not undone."""
     saved = {"step": 60.0, "data": 1.0, "compile": 7.0}
     logged = {"step": 90.0, "data": 3.0, "compile": 7.0, "evaluate": 5.0}
     earlier = goodput.resumed_seconds(saved, logged)
@@ -146,11 +155,18 @@ def test_what_a_restart_throws_away_is_lost_and_everything_else_goes_on(pass_: T
     with clock.phase("step"):
         pass_(40)
     values, line = clock.summary()
-    assert values["perf/restarts"] == 1 and values["perf/goodput"] == pytest.approx(100 / 145) and line.endswith("; started 2 times")
+    assert (
+        values["perf/restarts"] == 1
+        and values["perf/goodput"] == pytest.approx(100 / 145)
+        and line.endswith("; started 2 times")
+    )
 
 
 def test_a_log_older_than_the_checkpoint_takes_nothing_away() -> None:
-    assert goodput.resumed_seconds({"step": 60.0}, {"step": 50.0, "save": 1.0}) == {"step": 60.0, "save": 1.0}
+    assert goodput.resumed_seconds({"step": 60.0}, {"step": 50.0, "save": 1.0}) == {
+        "step": 60.0,
+        "save": 1.0,
+    }
     assert goodput.resumed_seconds({}, {}) == {}
 
 
@@ -159,7 +175,19 @@ def test_the_phases_of_a_run_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(goodput.time, "monotonic", lambda: now[0])
     world = World(4, save_every=2, eval_every=2, panel_every=3)
-    events = ("evaluate 0", "evaluate 2", "evaluate 4", "save 2", "save 4", "wait", "draw", "panel 3", "fetch 1", "fetch 2", "fetch 3")
+    events = (
+        "evaluate 0",
+        "evaluate 2",
+        "evaluate 4",
+        "save 2",
+        "save 4",
+        "wait",
+        "draw",
+        "panel 3",
+        "fetch 1",
+        "fetch 2",
+        "fetch 3",
+    )
     world.at = {event: lambda: now.__setitem__(0, now[0] + 1.0) for event in events}
     clock = goodput.GoodputClock(images=BATCH)
     world.run(monkeypatch, clock=clock)
@@ -168,9 +196,13 @@ def test_the_phases_of_a_run_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(told.values()) == now[0] - 100
 
 
-def test_every_step_is_passed_on_with_its_metrics_unfetched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_is_passed_on_with_its_metrics_unfetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     world = World(3)
-    world.run(monkeypatch, sent=lambda step, metrics: world.note(f"sent {step} {sorted(metrics)[0]}"))
+    world.run(
+        monkeypatch, sent=lambda step, metrics: world.note(f"sent {step} {sorted(metrics)[0]}")
+    )
     assert world.of("sent") == [f"sent {k} loss" for k in (1, 2, 3)]
     for k in (1, 2, 3):
         assert world.events.index(f"sent {k} loss") < world.events.index(f"fetch {k}")

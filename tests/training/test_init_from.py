@@ -1,5 +1,5 @@
-"""First weights from elsewhere: a run on any mesh or a file of another project, any subset by path, an account of every array, and no
-start at random that nobody asked for."""
+"""First weights from elsewhere: a run on any mesh or a file of another project, any subset by path,
+an account of every array, and no start at random that nobody asked for."""
 
 import dataclasses
 import pathlib
@@ -39,10 +39,13 @@ def take(config: schema.Config, seed: int = 7, devices: int = 1):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, np.ndarray], dict[str, np.ndarray]]:
+def run(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[str, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """A run that saved at step 4 from eight devices: (workdir, parameters, momentum average)."""
     workdir = tmp_path_factory.mktemp("run")
-    params, average = saved.run(workdir, toy.settings(model__encoder__width=64), devices=8)  # wide enough to be split
+    # wide enough to be split
+    params, average = saved.run(workdir, toy.settings(model__encoder__width=64), devices=8)
     return str(workdir), flat(params), flat(average)
 
 
@@ -52,28 +55,52 @@ def test_a_run_gives_all_that_fits_to_any_mesh(run, devices: int) -> None:
     config = toy.settings(model__encoder__width=64, init_from=workdir, data__classes=3)
     before, after, lines = take(config, devices=devices)
     for path, array in after.items():
-        np.testing.assert_array_equal(array, before[path] if path.startswith("category/") else there[path], err_msg=path)
+        np.testing.assert_array_equal(
+            array, before[path] if path.startswith("category/") else there[path], err_msg=path
+        )
     text = "\n".join(lines)
-    assert re.match(rf"init_from .*\(step 4, online\): {len(after) - 2} of {len(after)} arrays, [\d,]+ numbers: ", lines[0])
-    assert "of another shape, start at random: category/bias (5,) there, (3,) here, category/kernel (24, 5) there, (24, 3) here" in text
+    assert re.match(
+        rf"init_from .*\(step 4, online\): {len(after) - 2} of {len(after)} arrays, [\d,]+"
+        r" numbers: ",
+        lines[0],
+    )
+    assert (
+        "of another shape, start at random: category/bias (5,) there, (3,) here, category/kernel"
+        " (24, 5) there, (24, 3) here" in text
+    )
 
 
 def test_the_momentum_average_and_a_subset(run) -> None:
     workdir, there, average = run
-    config = toy.settings(model__encoder__width=64, init_from=workdir, init__weights="ema", init__only="^encoder/blocks/mlp,^decoder/embed")
+    config = toy.settings(
+        model__encoder__width=64,
+        init_from=workdir,
+        init__weights="ema",
+        init__only="^encoder/blocks/mlp,^decoder/embed",
+    )
     before, after, lines = take(config)
     taken = {path for path in after if not np.array_equal(after[path], before[path])}
-    assert taken == {path for path in after if path.startswith(("encoder/blocks/mlp", "decoder/embed"))}
+    assert taken == {
+        path for path in after if path.startswith(("encoder/blocks/mlp", "decoder/embed"))
+    }
     for path in taken:  # the average has no decoder: what it lacks comes from the parameters
-        np.testing.assert_array_equal(after[path], average[path] if path.startswith("encoder/") else there[path])
+        np.testing.assert_array_equal(
+            after[path], average[path] if path.startswith("encoder/") else there[path]
+        )
     assert "momentum average" in lines[0] and "not there" not in "\n".join(lines)
 
 
 def test_a_learned_table_starts_as_the_fixed_one_of_a_run(run) -> None:
     workdir, there, _ = run
-    config = toy.settings(model__encoder__width=64, init_from=workdir, model__encoder__positions="learned", data__image_size=48)
+    config = toy.settings(
+        model__encoder__width=64,
+        init_from=workdir,
+        model__encoder__positions="learned",
+        data__image_size=48,
+    )
     _, after, lines = take(config)
-    fixed = position_tables.resize_position_table(positions.sincos_2d(4, 64)[None], 6, cls=False)  # of the run's grid, resized
+    # of the run's grid, resized
+    fixed = position_tables.resize_position_table(positions.sincos_2d(4, 64)[None], 6, cls=False)
     np.testing.assert_allclose(after["encoder/positions"][:, 1:], fixed, atol=1e-6)
     np.testing.assert_array_equal(after["encoder/positions"][0, 0], 0)
     np.testing.assert_array_equal(after["encoder/cls_token"], there["encoder/cls_token"])
@@ -92,33 +119,53 @@ def test_a_file_of_timm(timm) -> None:
     path, table = timm
     before, after, lines = take(toy.settings(init_from=path, **LEARNED))
     np.testing.assert_array_equal(after["encoder/positions"], table["pos_embed"])
-    np.testing.assert_array_equal(after["encoder/blocks/attention/qkv/kernel"][1], table["blocks.1.attn.qkv.weight"].T)
+    np.testing.assert_array_equal(
+        after["encoder/blocks/attention/qkv/kernel"][1], table["blocks.1.attn.qkv.weight"].T
+    )
     for name, array in after.items():
         assert name.startswith("encoder/") != np.array_equal(array, before[name]), name
     text = "\n".join(lines)
     assert "(timm): 18 of" in lines[0] and "encoder (18)" in lines[0]
-    assert "not there, start at random: category (2), decoder (" in text and "there and not used: classifier (2)" in text
+    assert (
+        "not there, start at random: category (2), decoder (" in text
+        and "there and not used: classifier (2)" in text
+    )
 
 
 def test_a_table_of_another_grid_is_resized_and_said_so(timm) -> None:
     path, table = timm
     _, after, lines = take(toy.settings(init_from=path, data__image_size=48, **LEARNED))
-    np.testing.assert_array_equal(after["encoder/positions"], position_tables.resize_position_table(table["pos_embed"], 6, cls=True))
+    np.testing.assert_array_equal(
+        after["encoder/positions"],
+        position_tables.resize_position_table(table["pos_embed"], 6, cls=True),
+    )
     assert any("resized from 4 x 4 to 6 x 6 by bicubic interpolation" in line for line in lines)
 
 
 def test_a_fixed_table_in_a_file_is_known_as_the_fixed_one_here(tmp_path: pathlib.Path) -> None:
     """MAE and SiameseIM save their sine-cosine tables; MAE's is column first."""
-    table = weights(ENCODERS["siamese_im"] + "|" + OTHERS["siamese_im"] + "|" + SIAMESE_DECODER, **SIZES)
+    table = weights(
+        ENCODERS["siamese_im"] + "|" + OTHERS["siamese_im"] + "|" + SIAMESE_DECODER, **SIZES
+    )
     fixed = np.concatenate([np.zeros((1, 32)), positions.sincos_2d(4, 32)]).astype(np.float32)[None]
     tensor_files.write_safetensors(tmp_path / "sim.safetensors", {**table, "pos_embed": fixed})
-    settings = {"init_from": str(tmp_path / "sim.safetensors"), "model__decoder__projector_depth": 2, "model__decoder__depth": 2}
+    settings = {
+        "init_from": str(tmp_path / "sim.safetensors"),
+        "model__decoder__projector_depth": 2,
+        "model__decoder__depth": 2,
+    }
     _, after, lines = take(toy.settings(**settings, model__decoder__norm="batch"))
     np.testing.assert_array_equal(after["decoder/head/kernel"], table["decoder_pred.weight"].T)
-    np.testing.assert_array_equal(after["decoder/projector/norm1/scale"][1], table["projector_decoder_blocks.1.norm1.bn.weight"])
-    assert "not there, start at random: category (2), image_projection" in "\n".join(lines)  # and nothing of encoder and decoder
+    np.testing.assert_array_equal(
+        after["decoder/projector/norm1/scale"][1],
+        table["projector_decoder_blocks.1.norm1.bn.weight"],
+    )
+    # and nothing of encoder and decoder
+    assert "not there, start at random: category (2), image_projection" in "\n".join(lines)
     columns = np.concatenate([fixed[:, :, 16:], fixed[:, :, :16]], -1)
-    tensor_files.write_safetensors(tmp_path / "mae.safetensors", {**weights(ENCODERS["mae"], **SIZES), "pos_embed": columns})
+    tensor_files.write_safetensors(
+        tmp_path / "mae.safetensors", {**weights(ENCODERS["mae"], **SIZES), "pos_embed": columns}
+    )
     mae = {"init_from": str(tmp_path / "mae.safetensors")}
     with pytest.raises(UserError, match=r"set config\.model\.encoder\.positions=sincos_columns"):
         take(toy.settings(**mae))
@@ -126,18 +173,39 @@ def test_a_fixed_table_in_a_file_is_known_as_the_fixed_one_here(tmp_path: pathli
 
 
 def test_other_settings_are_told_and_with_strict_refused(tmp_path: pathlib.Path) -> None:
-    tensor_files.write_safetensors(tmp_path / "model.safetensors", weights(ENCODERS["clip"], **SIZES))
+    tensor_files.write_safetensors(
+        tmp_path / "model.safetensors", weights(ENCODERS["clip"], **SIZES)
+    )
     (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
-    only = {"init_from": str(tmp_path), "init__only": "^encoder/", **LEARNED, "model__encoder__embedding_norm": True}
+    only = {
+        "init_from": str(tmp_path),
+        "init__only": "^encoder/",
+        **LEARNED,
+        "model__encoder__embedding_norm": True,
+    }
     _, _, lines = take(toy.settings(**only))
     (told,) = (line for line in lines if "set otherwise" in line)
-    assert all(f"model.encoder.{x}" in told for x in ("heads=4 there, 2 here", "activation=quick_gelu there", "norm_eps=1e-05 there"))
+    assert all(
+        f"model.encoder.{x}" in told
+        for x in ("heads=4 there, 2 here", "activation=quick_gelu there", "norm_eps=1e-05 there")
+    )
     assert "data.augment.mean=(0.48145466, 0.4578275, 0.40821073) there" in told
     with pytest.raises(UserError, match="other settings"):
         take(toy.settings(init__strict="true", **only))
-    fits = {"model__encoder__heads": 4, "model__encoder__activation": "quick_gelu", "model__encoder__norm_eps": 1e-5}
-    pixels = {"data__augment__mean": "(0.48145466,0.4578275,0.40821073)", "data__augment__std": "(0.26862954,0.26130258,0.27577711)"}
-    assert not [line for line in take(toy.settings(init__strict="true", **only, **fits, **pixels))[2] if "otherwise" in line]
+    fits = {
+        "model__encoder__heads": 4,
+        "model__encoder__activation": "quick_gelu",
+        "model__encoder__norm_eps": 1e-5,
+    }
+    pixels = {
+        "data__augment__mean": "(0.48145466,0.4578275,0.40821073)",
+        "data__augment__std": "(0.26862954,0.26130258,0.27577711)",
+    }
+    assert not [
+        line
+        for line in take(toy.settings(init__strict="true", **only, **fits, **pixels))[2]
+        if "otherwise" in line
+    ]
 
 
 def test_the_momentum_target_starts_from_the_same_weights(timm) -> None:
@@ -146,16 +214,26 @@ def test_the_momentum_target_starts_from_the_same_weights(timm) -> None:
     lines: list[str] = []
     made = Trainer(config, parallel.make_mesh((1, 2, 1), jax.devices()[:2]), 0).init(lines.append)
     encoder = flat(made.params["encoder"])
-    np.testing.assert_array_equal(encoder["blocks/mlp/fc1/kernel"][0], table["blocks.0.mlp.fc1.weight"].T)
+    np.testing.assert_array_equal(
+        encoder["blocks/mlp/fc1/kernel"][0], table["blocks.0.mlp.fc1.weight"].T
+    )
     for path, array in flat(made.opt["target"].params["encoder"]).items():
         np.testing.assert_array_equal(array, encoder[path])
-    assert int(made.step) == 0 and lines and not np.any(flat(made.opt["adamw"])["0/mu/encoder/cls_token"])
+    assert (
+        int(made.step) == 0
+        and lines
+        and not np.any(flat(made.opt["adamw"])["0/mu/encoder/cls_token"])
+    )
 
 
 @pytest.fixture(scope="module")
 def intern(tmp_path_factory: pytest.TempPathFactory):
     """A file of the toy InternImage as T to XL are published, without the fusion: (path, tree)."""
-    tree = {name: part for name, part in saved.random(toy.settings(**toy.INTERN))["encoder"].items() if name != "fusion"}
+    tree = {
+        name: part
+        for name, part in saved.random(toy.settings(**toy.INTERN))["encoder"].items()
+        if name != "fusion"
+    }
     path = tmp_path_factory.mktemp("intern") / "intern.safetensors"
     tensor_files.write_safetensors(path, intern_image_weights.store_intern_image({"encoder": tree}))
     return str(path), flat({"encoder": tree})
@@ -167,9 +245,18 @@ def test_pre_training_adds_a_fusion_to_an_intern_image_and_says_so(intern) -> No
     for name, array in after.items():
         np.testing.assert_array_equal(array, tree.get(name, before[name]), err_msg=name)
     assert any("the fusion of the last two stages is not there" in line for line in lines)
-    with pytest.raises(UserError, match=r"a frozen encoder would have a fusion at random.*encoder\.patch_size=16 and width=64"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"a frozen encoder would have a fusion at random.*encoder\.patch_size=16 and width=64"
+        ),
+    ):
         take(toy.settings(**toy.INTERN, init_from=path, model__encoder__freeze="true"))
-    last = toy.INTERN | {"model__encoder__patch_size": "16", "model__encoder__width": "64", "model__encoder__freeze": "true"}
+    last = toy.INTERN | {
+        "model__encoder__patch_size": "16",
+        "model__encoder__width": "64",
+        "model__encoder__freeze": "true",
+    }
     assert not any("fusion" in line for line in take(toy.settings(**last, init_from=path))[2])
 
 
@@ -179,13 +266,25 @@ def test_an_encoder_that_fits_in_part_is_refused(intern, tmp_path: pathlib.Path)
     for name, array in tree.items():
         if "gamma" not in name:
             init_from.checkpoint.put(bare, name, array)
-    tensor_files.write_safetensors(tmp_path / "bare.safetensors", intern_image_weights.store_intern_image(bare))
-    with pytest.raises(UserError, match=r"fits in part \(8 arrays are not there, first encoder/stage0/layers/gamma1\)"):
+    tensor_files.write_safetensors(
+        tmp_path / "bare.safetensors", intern_image_weights.store_intern_image(bare)
+    )
+    with pytest.raises(
+        UserError,
+        match=r"fits in part \(8 arrays are not there, first encoder/stage0/layers/gamma1\)",
+    ):
         take(toy.settings(**toy.INTERN, init_from=str(tmp_path / "bare.safetensors")))
-    tensor_files.write_safetensors(tmp_path / "vit.safetensors", weights(ENCODERS["siamese_im"] + "|" + SIAMESE_DECODER, **SIZES))
+    tensor_files.write_safetensors(
+        tmp_path / "vit.safetensors",
+        weights(ENCODERS["siamese_im"] + "|" + SIAMESE_DECODER, **SIZES),
+    )
     settings = {**LEARNED, "init_from": str(tmp_path / "vit.safetensors")}
     with pytest.raises(
-        UserError, match=r"2 arrays are not there, first encoder/norm/bias\); set config.model.encoder to .*final_norm=False"
+        UserError,
+        match=(
+            r"2 arrays are not there, first encoder/norm/bias\); set config.model.encoder to"
+            r" .*final_norm=False"
+        ),
     ):
         take(toy.settings(**settings))
     take(toy.settings(**settings, init__only="^encoder/(?!norm/)"))
@@ -195,34 +294,58 @@ def test_an_intern_image_with_other_settings_is_told(tmp_path: pathlib.Path) -> 
     alone = {**toy.INTERN, "objective__forms": "sim", "data__captions": "no"}
     saved.run(tmp_path, toy.settings(**alone, model__intern_image__offset_scale=2.0))
     _, _, lines = take(toy.settings(**alone, init_from=str(tmp_path)))
-    assert any("set otherwise: model.intern_image.offset_scale=2.0 there, 1.0 here" in line for line in lines)
+    assert any(
+        "set otherwise: model.intern_image.offset_scale=2.0 there, 1.0 here" in line
+        for line in lines
+    )
 
 
 def test_what_is_refused(timm, run, tmp_path: pathlib.Path) -> None:
     path, _ = timm
     (tmp_path / "empty").mkdir()
-    tensor_files.write_safetensors(tmp_path / "other.safetensors", {"fc.weight": np.zeros((3, 3), np.float32)})
+    tensor_files.write_safetensors(
+        tmp_path / "other.safetensors", {"fc.weight": np.zeros((3, 3), np.float32)}
+    )
     small = weights(ENCODERS["timm"], **{**SIZES, "width": 16})
     tensor_files.write_safetensors(tmp_path / "small.safetensors", small)
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.txt").write_text(configuration.config_to_text(toy.settings()))
     for changes, words in (
         ({"init_from": "nowhere"}, ("config.init_from: there is no 'nowhere'", "workdir")),
-        ({"init_from": str(tmp_path / "empty")}, ("neither checkpoints/ of a run nor model.safetensors",)),
+        (
+            {"init_from": str(tmp_path / "empty")},
+            ("neither checkpoints/ of a run nor model.safetensors",),
+        ),
         ({"init_from": str(tmp_path / "bare")}, ("has no checkpoints",)),
-        ({"init_from": str(tmp_path / "other.safetensors")}, ("no layout that is known", "fc.weight")),
-        ({"init_from": str(tmp_path / "small.safetensors"), **LEARNED}, ("another one", "(48, 16)" and "width=16", "patch_size=8")),
+        (
+            {"init_from": str(tmp_path / "other.safetensors")},
+            ("no layout that is known", "fc.weight"),
+        ),
+        (
+            {"init_from": str(tmp_path / "small.safetensors"), **LEARNED},
+            ("another one", "(48, 16)" and "width=16", "patch_size=8"),
+        ),
         ({"init_from": path}, ("positions=learned", "here it is sincos")),
-        ({"init_from": path, "init__only": "^decoder/"}, ("none of the", "init.only=^decoder/", "never starts at random unasked")),
+        (
+            {"init_from": path, "init__only": "^decoder/"},
+            ("none of the", "init.only=^decoder/", "never starts at random unasked"),
+        ),
         ({"init_from": path, "init__only": "^decoders/"}, ("no path here matches",)),
-        ({"init_from": path, "init__strict": "true", **LEARNED}, ("are not there or differ in shape, first", "init.strict=false")),
+        (
+            {"init_from": path, "init__strict": "true", **LEARNED},
+            ("are not there or differ in shape, first", "init.strict=false"),
+        ),
         ({"init_from": path, "init__weights": "ema", **LEARNED}, ("no momentum copy",)),
         ({"init_from": run[0]}, ("its encoder is another one", "width=64")),
     ):
         with pytest.raises(UserError) as error:
             take(toy.settings(**changes))
         text = str(error.value)
-        assert all(word in text for word in words) and "\n" not in text and text.startswith("config.init_from"), text
+        assert (
+            all(word in text for word in words)
+            and "\n" not in text
+            and text.startswith("config.init_from")
+        ), text
     for changes, words in (
         ({"init__only": "("}, "config.init.only: '('"),
         ({"init__strict": "true"}, "config.init_from: '' is empty"),
@@ -240,7 +363,8 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: int) -> np.nda
 
 
 def clip_vision(table: dict[str, np.ndarray], picture: np.ndarray, heads: int) -> np.ndarray:
-    """CLIP's vision tower as its paper and public code define it, float64, one image [S, S, 3] -> tokens [T, D] before the last norm."""
+    """CLIP's vision tower as its paper and public code define it, float64, one image [S, S, 3] ->
+    tokens [T, D] before the last norm."""
     t = {name: array.astype(np.float64) for name, array in table.items()}
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
@@ -270,8 +394,16 @@ def clip_vision(table: dict[str, np.ndarray], picture: np.ndarray, heads: int) -
 def test_clip_weights_compute_what_clip_defines(tmp_path: pathlib.Path) -> None:
     table = weights(ENCODERS["clip"], **SIZES)
     tensor_files.write_safetensors(tmp_path / "clip.safetensors", table)
-    changes = {"positions": "learned", "embedding_norm": True, "activation": "quick_gelu", "norm_eps": 1e-5}
-    config = toy.settings(init_from=str(tmp_path / "clip.safetensors"), **{f"model__encoder__{k}": v for k, v in changes.items()})
+    changes = {
+        "positions": "learned",
+        "embedding_norm": True,
+        "activation": "quick_gelu",
+        "norm_eps": 1e-5,
+    }
+    config = toy.settings(
+        init_from=str(tmp_path / "clip.safetensors"),
+        **{f"model__encoder__{k}": v for k, v in changes.items()},
+    )
     _, after, _ = take(config)
     tree: dict = {}
     for path, array in after.items():
@@ -280,10 +412,17 @@ def test_clip_weights_compute_what_clip_defines(tmp_path: pathlib.Path) -> None:
     picture = np.random.default_rng(5).normal(size=(32, 32, 3))
     got = m3i.encode(config, tree, vit.patchify(jnp.asarray(picture, jnp.float32)[None], 8))[0]
     np.testing.assert_allclose(got, clip_vision(table, picture, heads=2), atol=2e-4, rtol=1e-4)
-    other = dataclasses.replace(config.model, encoder=dataclasses.replace(config.model.encoder, activation="gelu"))
+    other = dataclasses.replace(
+        config.model, encoder=dataclasses.replace(config.model.encoder, activation="gelu")
+    )
     assert (
         np.abs(
-            m3i.encode(dataclasses.replace(config, model=other), tree, vit.patchify(jnp.asarray(picture, jnp.float32)[None], 8))[0] - got
+            m3i.encode(
+                dataclasses.replace(config, model=other),
+                tree,
+                vit.patchify(jnp.asarray(picture, jnp.float32)[None], 8),
+            )[0]
+            - got
         ).max()
         > 0.01
     )

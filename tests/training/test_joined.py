@@ -16,63 +16,107 @@ from tests.training.test_forms import forward, plan_of
 @pytest.mark.parametrize(
     ("forms", "changes", "words"),
     [
-        ("mim", {"objective__target_checkpoint": "x"}, ("objective.target_checkpoint: 'x'", "no frozen target in mim")),
+        (
+            "mim",
+            {"objective__target_checkpoint": "x"},
+            ("objective.target_checkpoint: 'x'", "no frozen target in mim"),
+        ),
         ("mim", {"objective__isolate": True}, ("objective.isolate", "no mixed input")),
-        ("supervised+clip", {"objective__soft_label": "joint"}, ("objective.soft_label", "no mixed input in supervised+clip")),
+        (
+            "supervised+clip",
+            {"objective__soft_label": "joint"},
+            ("objective.soft_label", "no mixed input in supervised+clip"),
+        ),
         ("supervised", {"data__augment__mixup": 0.8}, ("data.augment.mixup", "no blended input")),
         ("m3i", {"data__augment__cutmix": 1.0}, ("data.augment.cutmix", "no blended input")),
-        ("m3i", {"objective__second_group": "category,txt"}, ("objective.second_group: 'txt'", "category", "text")),
+        (
+            "m3i",
+            {"objective__second_group": "category,txt"},
+            ("objective.second_group: 'txt'", "category", "text"),
+        ),
     ],
 )
-def test_what_no_objective_reads_is_refused(forms: str, changes: dict, words: tuple[str, ...]) -> None:
+def test_what_no_objective_reads_is_refused(
+    forms: str, changes: dict, words: tuple[str, ...]
+) -> None:
     config, row = toy.settings(**changes), tuple(forms.split("+"))
     with pytest.raises(UserError) as error:
         plans.reject_unused_settings(config, [row])
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), (
+        error.value
+    )
     if "objective__second_group" not in changes:  # one of those that are compared is enough
         plans.reject_unused_settings(config, [row, ("m3i", "milan"), ("finetune",)])
 
 
-def test_a_run_is_refused_before_its_data_are_opened(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_refused_before_its_data_are_opened(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(train.monitoring, "enable_compilation_cache", lambda place: None)
     with pytest.raises(UserError, match="objective.isolate"):
-        train.run(toy.settings(objective__forms="sim", objective__isolate=True), workdir=str(tmp_path / "run"), allow_changes=False)
+        train.run(
+            toy.settings(objective__forms="sim", objective__isolate=True),
+            workdir=str(tmp_path / "run"),
+            allow_changes=False,
+        )
     assert not (tmp_path / "run").exists()
 
 
 def test_the_second_group_may_be_named_after_a_joined_row() -> None:
     config = toy.settings(objective__second_group="global_moco_v3")
     plans.reject_unused_settings(config, [("byol", "moco_v3"), ("mim",)])
-    assert [t.group for t in plan_of("byol,moco_v3", objective__second_group="global_moco_v3").terms] == ["ssp", "ssp", "sp", "sp"]
+    assert [
+        t.group for t in plan_of("byol,moco_v3", objective__second_group="global_moco_v3").terms
+    ] == ["ssp", "ssp", "sp", "sp"]
 
 
 @pytest.mark.parametrize(
     ("forms", "heads", "logged"),
     [
         ("byol,moco_v3", {"global", "global_moco_v3"}, {"global", "global_moco_v3"}),
-        ("instance,byol,mim_global", {"global", "global_byol"}, {"global", "global_byol", "global_mim_global"}),
-        ("byol,densecl", {"global", "global_densecl", "dense"}, {"global", "global_densecl", "dense"}),
+        (
+            "instance,byol,mim_global",
+            {"global", "global_byol"},
+            {"global", "global_byol", "global_mim_global"},
+        ),
+        (
+            "byol,densecl",
+            {"global", "global_densecl", "dense"},
+            {"global", "global_densecl", "dense"},
+        ),
         ("byol,simclr", {"global", "global_simclr"}, {"global", "global_simclr"}),
         ("i,instance", {"global"}, {"global"}),
         ("sim,dense_instance", set(), {"inter", "inter_dense_instance"}),
         ("slip,barlow_twins", {"global"}, {"global", "global_barlow_twins", "text"}),
     ],
 )
-def test_rows_that_train_together_have_spaces_and_figures_of_their_own(forms: str, heads: set[str], logged: set[str]) -> None:
+def test_rows_that_train_together_have_spaces_and_figures_of_their_own(
+    forms: str, heads: set[str], logged: set[str]
+) -> None:
     plan = plan_of(forms)
-    make = functools.partial(m3i.init, plan.config, terms=plan.terms, classes=toy.CLASSES, vocabulary=toy.VOCABULARY)
-    assert set(jax.eval_shape(lambda key: make(rng=key), jax.random.key(0)).get("heads", {})) == heads
+    make = functools.partial(
+        m3i.init, plan.config, terms=plan.terms, classes=toy.CLASSES, vocabulary=toy.VOCABULARY
+    )
+    assert (
+        set(jax.eval_shape(lambda key: make(rng=key), jax.random.key(0)).get("heads", {})) == heads
+    )
     assert {t.name for t in plan.terms} == logged
     alone = plan_of(forms.split(",")[0])
-    assert plan.terms[: len(alone.terms)] == alone.terms  # the first keeps its names, as a run of it alone
+    # the first keeps its names, as a run of it alone
+    assert plan.terms[: len(alone.terms)] == alone.terms
 
 
 def test_two_joined_methods_lose_what_each_loses_alone() -> None:
     """With the same parameters, and neither's monitors over the other's."""
     both = forward(plan_of("byol,moco_v3"))
     heads = both.params["heads"]
-    for name, own, end in (("byol", "global", ""), ("moco_v3", "global_moco_v3", "/global_moco_v3")):
-        alone = forward(plan_of(name), batch=both.batch, params=both.params | {"heads": {"global": heads[own]}}).losses
+    for name, own, end in (
+        ("byol", "global", ""),
+        ("moco_v3", "global_moco_v3", "/global_moco_v3"),
+    ):
+        alone = forward(
+            plan_of(name), batch=both.batch, params=both.params | {"heads": {"global": heads[own]}}
+        ).losses
         for key, figure in (("loss/global", f"loss/{own}"), ("info/global", f"info/{own}")):
             assert both.losses[figure] == pytest.approx(alone[key], rel=1e-4), figure
         for monitor in ("collapse/alignment", "collapse/uniformity"):
@@ -88,9 +132,15 @@ def test_targets_of_another_encoder_do_not_enter_the_second_moment() -> None:
         assert both.losses[figure] == pytest.approx(alone.losses[figure], rel=1e-5), figure
 
 
-@pytest.mark.parametrize(("forms", "changes"), [("m3i", {}), ("m3i,deit", {}), ("sim,m3i", {"objective__soft_label": "joint"})])
+@pytest.mark.parametrize(
+    ("forms", "changes"),
+    [("m3i", {}), ("m3i,deit", {}), ("sim,m3i", {"objective__soft_label": "joint"})],
+)
 def test_one_token_is_not_asked_for_two_images(forms: str, changes: dict) -> None:
-    """Both would be predicted to be the same; only a category of both together can be told from it."""
+    """Both would be predicted to be the same; only a category of both together can be told from
+    it."""
     with pytest.raises(UserError, match=r"model\.pool\.kind: 'cls'.*attention"):
         plan_of(forms, model__pool__kind="cls", **changes)
-    assert plan_of(forms, model__pool__kind="cls", objective__soft_label="joint", data__captions="no").terms
+    assert plan_of(
+        forms, model__pool__kind="cls", objective__soft_label="joint", data__captions="no"
+    ).terms

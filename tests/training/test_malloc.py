@@ -1,4 +1,5 @@
-"""Saves leave nothing behind in memory. RSS says that only after an hour; the blocks that Python has allocated say it after ten saves."""
+"""Saves leave nothing behind in memory. RSS says that only after an hour; the blocks that Python
+has allocated say it after ten saves."""
 
 import gc
 import os
@@ -16,8 +17,8 @@ ARRAYS, SAVES = 40, 10
 
 
 def test_a_save_leaves_nothing_behind(tmp_path: pathlib.Path) -> None:
-    """TensorStore leaves four objects an array and 270 more behind, 430 a save here; with training/malloc.py it is 20, and 30 more in the
-    first saves, which fill what is filled once."""
+    """TensorStore leaves four objects an array and 270 more behind, 430 a save here; with
+    training/malloc.py it is 20, and 30 more in the first saves, which fill what is filled once."""
     one = Checkpoints(tmp_path, 1, say=lambda _: None)
     state = {f"a{i}": jnp.full((3, 5 + i % 7), i) for i in range(ARRAYS)}
     blocks = []
@@ -49,7 +50,14 @@ def test_threads_share_few_heaps(tmp_path: pathlib.Path) -> None:
     """Unless the user says how many there may be."""
     heaps = []
     for more in ({}, {"MALLOC_ARENA_MAX": "1"}):
-        environment = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"} | more
-        done = subprocess.run([sys.executable, "-c", HEAPS, str(tmp_path / "heaps")], env=environment, capture_output=True, text=True)
+        environment = {
+            name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"
+        } | more
+        done = subprocess.run(
+            [sys.executable, "-c", HEAPS, str(tmp_path / "heaps")],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         heaps.append(int(done.stdout))
     assert heaps[1] == 1 < heaps[0] <= 2 * (os.cpu_count() or 1), heaps

@@ -10,7 +10,8 @@ from m3i_jax.training import optimizers
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_lars_is_its_definition(weight_decay: float) -> None:
-    """For matrices: decay, trust ratio 0.001 |p| / |g|, 1 where either norm is 0; the rate stands outside the momentum. Vectors plainly."""
+    """For matrices: decay, trust ratio 0.001 |p| / |g|, 1 where either norm is 0; the rate stands
+    outside the momentum. Vectors plainly."""
     r = np.random.default_rng(0)
     shapes = {"kernel": (4, 3), "zero": (2, 2), "bias": (3,)}
     params = {name: r.normal(size=shape) for name, shape in shapes.items()}
@@ -23,7 +24,9 @@ def test_lars_is_its_definition(weight_decay: float) -> None:
         grads = {name: r.normal(size=shape) for name, shape in shapes.items()}
         if step == 2:
             grads["kernel"][:] = 0
-        updates, state = tx.update({name: jnp.asarray(x, jnp.float32) for name, x in grads.items()}, state, ours)
+        updates, state = tx.update(
+            {name: jnp.asarray(x, jnp.float32) for name, x in grads.items()}, state, ours
+        )
         ours = optax.apply_updates(ours, updates)
         for name, p in params.items():
             g = grads[name]

@@ -1,4 +1,5 @@
-"""Whole runs on meshes of eight devices against one device, and runs that go on elsewhere than they began."""
+"""Whole runs on meshes of eight devices against one device, and runs that go on elsewhere than they
+began."""
 
 import functools
 import pathlib
@@ -25,7 +26,9 @@ def split_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 @functools.cache
 def made(shape: tuple[int, int, int], **changes: object) -> trainer.Trainer:
     devices = jax.devices()[: int(np.prod(shape))]
-    return trainer.Trainer(toy.settings(**SCAN, **changes), parallel.make_mesh(shape, devices), toy.VOCABULARY)
+    return trainer.Trainer(
+        toy.settings(**SCAN, **changes), parallel.make_mesh(shape, devices), toy.VOCABULARY
+    )
 
 
 def run(one: trainer.Trainer, state, first: int, last: int):
@@ -57,7 +60,11 @@ def test_split_parameters_are_one_device(shape: tuple[int, int, int], changes: d
     one = made(shape, **changes)
     state, losses = run(one, one.init(), 0, STEPS)
     np.testing.assert_allclose(losses, alone(), rtol=1e-6)
-    split = [x for x in jax.tree.leaves((state.params, state.opt)) if x.sharding.shard_shape(x.shape) != x.shape]
+    split = [
+        x
+        for x in jax.tree.leaves((state.params, state.opt))
+        if x.sharding.shard_shape(x.shape) != x.shape
+    ]
     assert len(split) > 50
     sizes = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
     assert sizes(state.opt["adamw"][0].mu) == sizes(state.params)
@@ -65,7 +72,8 @@ def test_split_parameters_are_one_device(shape: tuple[int, int, int], changes: d
 
 @pytest.mark.slow
 def test_a_run_goes_on_elsewhere(tmp_path: pathlib.Path) -> None:
-    """Eight devices save; eight, one, four and a 2 x 4 mesh go on with the losses that one device has without a break."""
+    """Eight devices save; eight, one, four and a 2 x 4 mesh go on with the losses that one device
+    has without a break."""
     eight = made((1, 8, 1))
     state, losses = run(eight, eight.init(), 0, HALF)
     np.testing.assert_allclose(losses, alone()[:HALF], rtol=1e-6)
@@ -83,7 +91,8 @@ def test_a_run_goes_on_elsewhere(tmp_path: pathlib.Path) -> None:
 
 
 def test_what_is_computed_in_bfloat16_is_kept_in_float32() -> None:
-    """Parameters, both moments, the target and the statistics; the step gives the same types back, and its argument's memory with them."""
+    """Parameters, both moments, the target and the statistics; the step gives the same types back,
+    and its argument's memory with them."""
     one = made((1, 8, 1), model__dtype="bfloat16")
     wide = {str(leaf.dtype) for leaf in jax.tree.leaves(one.template)}
     assert wide == {"float32", "int32"}
@@ -91,8 +100,14 @@ def test_what_is_computed_in_bfloat16_is_kept_in_float32() -> None:
     with jax.sharding.use_abstract_mesh(one.mesh.abstract_mesh):
         new, _ = jax.eval_shape(one.trace, one.template, batch)
         program = one.lower(batch).as_text()
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), one.template)
-    assert program.count("tensor<32x384xbf16>") > 0  # a block's kernels side by side, gathered in bfloat16
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), one.template
+    )
+    # a block's kernels side by side, gathered in bfloat16
+    assert program.count("tensor<32x384xbf16>") > 0
     donated = program.count("tf.aliasing_output") + program.count("jax.buffer_donor")
     assert donated >= len(jax.tree.leaves(one.template))
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((one.template.params, one.template.opt["target"].params)))
+    assert all(
+        leaf.dtype == jnp.float32
+        for leaf in jax.tree.leaves((one.template.params, one.template.opt["target"].params))
+    )

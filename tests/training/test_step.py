@@ -1,4 +1,5 @@
-"""The one train step against plain automatic differentiation, against itself in parts, and on other meshes."""
+"""The one train step against plain automatic differentiation, against itself in parts, and on other
+meshes."""
 
 import functools
 
@@ -36,32 +37,49 @@ def gradients(form: str, **changes: object):
 def teachers(one: trainer.Trainer, state) -> dict:
     """Other trees than the online encoder's."""
     parts = m3i.target_parts(one.config, one.plan.terms, state.params)
-    return {"ema": jax.tree.map(lambda a: a * 0.9, parts), "frozen": jax.tree.map(lambda a: a * 1.1, parts)}
+    return {
+        "ema": jax.tree.map(lambda a: a * 0.9, parts),
+        "frozen": jax.tree.map(lambda a: a * 1.1, parts),
+    }
 
 
 def of_terms(one: trainer.Trainer, state, trees: dict, batch, params=None):
     """What `group_loss` is given, and z, by the definitions."""
     plan, params = one.plan, params or state.params
-    trees = {**trees, "shared": jax.lax.stop_gradient(m3i.target_parts(one.config, plan.terms, params))}
+    trees = {
+        **trees,
+        "shared": jax.lax.stop_gradient(m3i.target_parts(one.config, plan.terms, params)),
+    }
     crops = views.augmented_patches(plan.config, batch, plan.crops, exact=plan.exact)
     goals = targets.target_features(plan, trees, crops)
-    seen = term_losses.TargetBundle(goals=goals, keys=goals, index=None, moments=targets.target_moments(plan, goals))
-    shared = dict(factors=term_losses.loss_weights(plan, batch)[1], batch=batch, seen=seen, cached=None)
+    seen = term_losses.TargetBundle(
+        goals=goals, keys=goals, index=None, moments=targets.target_moments(plan, goals)
+    )
+    shared = dict(
+        factors=term_losses.loss_weights(plan, batch)[1], batch=batch, seen=seen, cached=None
+    )
     return shared, views.encode_passes(plan.config, plan.passes, batch, crops, params["encoder"])
 
 
 def difference(a, b) -> float:
-    """Largest difference of two trees, each leaf relative to its largest entry; leaves of pure rounding noise against a floor."""
+    """Largest difference of two trees, each leaf relative to its largest entry; leaves of pure
+    rounding noise against a floor."""
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(b))
     return max(
-        float(jnp.abs(x - y).max() / (jnp.abs(y).max() + 1e-4 * scale)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        float(jnp.abs(x - y).max() / (jnp.abs(y).max() + 1e-4 * scale))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
 
 
-ALSO = [pytest.param(form, marks=pytest.mark.slow) for form in ("sim,supervised,clip", "supervised")]
+ALSO = [
+    pytest.param(form, marks=pytest.mark.slow) for form in ("sim,supervised,clip", "supervised")
+]
 PLAIN = [pytest.param(p.values[0], {}, marks=pytest.mark.slow, id=p.values[0]) for p in ALSO]
 # InternImage: mixed, and masked without a partner, where hidden cells are filled.
-CONVOLVED = [pytest.param(form, toy.INTERN, marks=pytest.mark.slow, id=f"intern_image,{form}") for form in ("m3i", "sim")]
+CONVOLVED = [
+    pytest.param(form, toy.INTERN, marks=pytest.mark.slow, id=f"intern_image,{form}")
+    for form in ("m3i", "sim")
+]
 
 
 @pytest.mark.parametrize(("form", "changes"), [("m3i", {}), *PLAIN, *CONVOLVED])
@@ -72,7 +90,10 @@ def test_one_backward_is_the_gradient_of_the_plain_sum(form: str, changes: dict)
     def plain(params, batch):
         shared, z = of_terms(one, state, trees, batch, params)
         heads = {k: v for k, v in params.items() if k != "encoder"}
-        return sum(w * term_losses.group_loss(one.plan, g, **shared)(heads, z)[0] for g, w in (("ssp", 1.0), ("sp", LAMBDA)))
+        return sum(
+            w * term_losses.group_loss(one.plan, g, **shared)(heads, z)[0]
+            for g, w in (("ssp", 1.0), ("sp", LAMBDA))
+        )
 
     want = jax.jit(jax.grad(plain))(state.params, batch)
     got, metrics, _ = gradients(form, **changes)
@@ -86,9 +107,17 @@ def test_norms_are_those_of_the_two_losses_at_the_encoder_output() -> None:
 
     def at_output(batch):
         shared, z = of_terms(one, state, trees, batch)
-        return [jax.grad(lambda z, g=g: term_losses.group_loss(one.plan, g, **shared)(state.params, z)[0])(z) for g in ("ssp", "sp")]
+        return [
+            jax.grad(
+                lambda z, g=g: term_losses.group_loss(one.plan, g, **shared)(state.params, z)[0]
+            )(z)
+            for g in ("ssp", "sp")
+        ]
 
-    want = [float(np.sqrt(sum(float(jnp.square(x).sum()) for x in jax.tree.leaves(g)))) for g in jax.jit(at_output)(batch)]
+    want = [
+        float(np.sqrt(sum(float(jnp.square(x).sum()) for x in jax.tree.leaves(g))))
+        for g in jax.jit(at_output)(batch)
+    ]
     np.testing.assert_allclose([float(n) for n in gradients("m3i")[2]], want, rtol=1e-5)
 
 
@@ -106,21 +135,28 @@ def test_microbatches_are_the_whole_batch(form: str) -> None:
 
 @pytest.mark.parametrize("pairing", ["flip", "halves"])
 def test_a_mixed_input_points_at_the_target_of_its_own_image(pairing: str) -> None:
-    term = terms.pooled_term(MIXED, 1, image="partner", posterior=Boltzmann(temperature=0.5), head=terms.ProjectionHead())
+    term = terms.pooled_term(
+        MIXED, 1, image="partner", posterior=Boltzmann(temperature=0.5), head=terms.ProjectionHead()
+    )
     got = forward(plan_of((term,), objective__pairing=pairing))
     _, hidden = views.visible_cells(got.plan.config, MIXED, got.batch)
     p = mixing.gather(got.z[MIXED][:, 1:], hidden).mean(1)
     index = jnp.arange(8) ^ 1 if pairing == "flip" else jnp.arange(1, 8, 2)
-    total, count = loss_functions.boltzmann(p, got.goals[got.plan.goal(term)], index, temperature=0.5)
+    total, count = loss_functions.boltzmann(
+        p, got.goals[got.plan.goal(term)], index, temperature=0.5
+    )
     assert got.losses["loss/global"] == pytest.approx(float(total / count), rel=1e-4)
 
 
 @pytest.mark.parametrize("pairing", ["flip", pytest.param("halves", marks=pytest.mark.slow)])
 def test_captions_in_chunks_and_microbatches_are_the_whole_batch(pairing: str) -> None:
-    """Their softmax spans 16 captions through cached embeddings, 4 of them at a time; equal captions are no negatives."""
+    """Their softmax spans 16 captions through cached embeddings, 4 of them at a time; equal
+    captions are no negatives."""
     changes = {"objective__equal_captions": "ignored", "objective__pairing": pairing}
     whole, metrics, _ = gradients("clip", **changes)
-    parts, metrics_4, _ = gradients("clip", **changes, train__microbatches=2, objective__text_chunk=5)
+    parts, metrics_4, _ = gradients(
+        "clip", **changes, train__microbatches=2, objective__text_chunk=5
+    )
     assert difference(parts, whole) < 2e-5
     np.testing.assert_allclose(metrics_4["loss/text"], metrics["loss/text"], rtol=2e-5)
 
@@ -132,23 +168,36 @@ def test_what_the_backward_computes_again_changes_nothing(remat: str) -> None:
     whole, metrics, _ = gradients("m3i")
     again, metrics_again, _ = gradients("m3i", model__remat=remat, model__scan=True)
     assert difference(again, whole) < 1e-5
-    np.testing.assert_allclose(float(metrics_again["loss/ssp"]), float(metrics["loss/ssp"]), rtol=1e-6)
+    np.testing.assert_allclose(
+        float(metrics_again["loss/ssp"]), float(metrics["loss/ssp"]), rtol=1e-6
+    )
 
 
 def test_every_tower_computes_again_by_the_same_setting() -> None:
     counts = {}
     for remat in ("none", "names"):
-        one = trainer.Trainer(toy.settings(model__remat=remat), parallel.make_mesh((1, 1, 1), jax.devices()[:1]), toy.VOCABULARY)
+        one = trainer.Trainer(
+            toy.settings(model__remat=remat),
+            parallel.make_mesh((1, 1, 1), jax.devices()[:1]),
+            toy.VOCABULARY,
+        )
         program = jax.make_jaxpr(jax.grad(functools.partial(all_towers, one)))(one.template.params)
-        counts[remat] = sum(equation.primitive.name in ("checkpoint", "remat2") for equation in program.eqns)
-    assert counts == {"none": 0, "names": 4}  # two blocks of the encoder, one of the decoder, one of the text tower
+        counts[remat] = sum(
+            equation.primitive.name in ("checkpoint", "remat2") for equation in program.eqns
+        )
+    # two blocks of the encoder, one of the decoder, one of the text tower
+    assert counts == {"none": 0, "names": 4}
 
 
 def all_towers(one: trainer.Trainer, params):
     """A number that goes through the blocks of all of them."""
     config, batch = one.config, toy.batch(one.config)
     z = m3i.encode(config, params["encoder"], jnp.ones((2, 16, 192)))
-    query = m3i.queries(config, params, jnp.asarray(positions.same_view_positions(config.grid, config.model.decoder.width)))
+    query = m3i.queries(
+        config,
+        params,
+        jnp.asarray(positions.same_view_positions(config.grid, config.model.decoder.width)),
+    )
     rows = m3i.decode(config, params, z[:, 1:9], jnp.arange(16).reshape(2, 8), query)
     return rows.sum() + m3i.text_embedding(config, params, batch["tokens"], batch["length"]).sum()
 
@@ -165,7 +214,11 @@ def test_losses_are_averages_over_those_that_have_an_annotation() -> None:
     tally, factors = term_losses.loss_weights(one.plan, batch)
     names = [t.name for t in one.plan.terms]
     labels, captions = int((batch["label"] >= 0).sum()), int((batch["length"] > 0).sum())
-    assert [int(tally[names.index(n)]) for n in ("intra", "category", "text")] == [16 * 16, labels, captions]
+    assert [int(tally[names.index(n)]) for n in ("intra", "category", "text")] == [
+        16 * 16,
+        labels,
+        captions,
+    ]
     # L_sp = (n_c L_category + n_t L_text) / (n_c + n_t), each loss being the mean of its two roles
     np.testing.assert_allclose(factors[names.index("category")], 1 / (2 * (labels + captions)))
     np.testing.assert_allclose(factors[names.index("inter")], 0.5 / (16 * 16))
@@ -176,27 +229,44 @@ def test_missing_annotations_do_not_enter() -> None:
     batch = toy.batch(one.config)
     other = {**batch, "tokens": batch["tokens"].copy()}
     other["tokens"][batch["length"] == 0] = 7
-    run = jax.jit(lambda b: step.objective_gradients(one.plan, state.params, teachers(one, state), b, jnp.float32(1))[1]["loss/sp"])
+    run = jax.jit(
+        lambda b: step.objective_gradients(
+            one.plan, state.params, teachers(one, state), b, jnp.float32(1)
+        )[1]["loss/sp"]
+    )
     assert float(run(batch)) == float(run(other))
-    bare = {**batch, "label": np.full_like(batch["label"], -1), "length": np.zeros_like(batch["length"])}
+    bare = {
+        **batch,
+        "label": np.full_like(batch["label"], -1),
+        "length": np.zeros_like(batch["length"]),
+    }
     assert float(run(bare)) == 0.0
 
 
 def test_hidden_positions_count_only_what_the_input_hides() -> None:
-    everything, hidden = (gradients("m3i", objective__intra_positions=which)[1] for which in ("all", "hidden"))
+    everything, hidden = (
+        gradients("m3i", objective__intra_positions=which)[1] for which in ("all", "hidden")
+    )
     assert float(everything["loss/inter"]) == pytest.approx(float(hidden["loss/inter"]), rel=1e-6)
     assert float(everything["loss/intra"]) != pytest.approx(float(hidden["loss/intra"]), rel=1e-4)
 
 
 def test_sim_with_equal_views_is_masked_image_modelling() -> None:
-    """SiameseIM whose target view is the input view, geometry and pixels, is dense MIM: one decoder, identity positions."""
+    """SiameseIM whose target view is the input view, geometry and pixels, is dense MIM: one
+    decoder, identity positions."""
     sim, state = made("sim")
     mim, _ = made("mim")
     batch = toy.batch(sim.config)
     batch = {**batch, **{k: np.repeat(batch[k][:, :1], 2, 1) for k in ("views", "box", "flip")}}
     trees = teachers(sim, state)
     losses = [
-        float(jax.jit(lambda b, p=m.plan: step.objective_gradients(p, state.params, trees, b, jnp.float32(1))[1]["loss/ssp"])(batch))
+        float(
+            jax.jit(
+                lambda b, p=m.plan: step.objective_gradients(
+                    p, state.params, trees, b, jnp.float32(1)
+                )[1]["loss/ssp"]
+            )(batch)
+        )
         for m in (sim, mim)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -217,9 +287,13 @@ def test_dynamic_weighting_uses_the_statistics_before_the_step() -> None:
     )
 
 
-def losses(mesh_shape: tuple[int, int, int], devices: int, steps: int, **changes: object) -> tuple[list[float], object]:
+def losses(
+    mesh_shape: tuple[int, int, int], devices: int, steps: int, **changes: object
+) -> tuple[list[float], object]:
     config = toy.settings(train__batch_size=16, **changes)
-    one = trainer.Trainer(config, parallel.make_mesh(mesh_shape, jax.devices()[:devices]), toy.VOCABULARY)
+    one = trainer.Trainer(
+        config, parallel.make_mesh(mesh_shape, jax.devices()[:devices]), toy.VOCABULARY
+    )
     state, out = one.init(), []
     for k in range(steps):
         state, metrics = one.step(state, parallel.to_global(one.mesh, toy.batch(config, k)))
@@ -229,9 +303,16 @@ def losses(mesh_shape: tuple[int, int, int], devices: int, steps: int, **changes
 
 @pytest.mark.row("D6")
 def test_eight_devices_are_one_device() -> None:
-    """With colour, stochastic depth, missing annotations and a dynamic weight: all that could depend on where a row lives."""
+    """With colour, stochastic depth, missing annotations and a dynamic weight: all that could
+    depend on where a row lives."""
     colour = {
-        f"data__augment__{name}_p": p for name, p in {"jitter": 0.8, "grayscale": 0.2, "blur": (1.0, 0.1), "solarize": (0.0, 0.2)}.items()
+        f"data__augment__{name}_p": p
+        for name, p in {
+            "jitter": 0.8,
+            "grayscale": 0.2,
+            "blur": (1.0, 0.1),
+            "solarize": (0.0, 0.2),
+        }.items()
     }
     eight, _ = losses((-1, 1, 1), 8, 20, **colour)
     one, _ = losses((1, 1, 1), 1, 20, **colour)
@@ -249,21 +330,32 @@ def test_eight_devices_are_one_device_with_convolutions(monkeypatch: pytest.Monk
     split = {parallel.sharding.path_text(path) for path, x in jax.tree_util.tree_leaves_with_path(state.params["encoder"])
              if x.sharding.shard_shape(x.shape) != x.shape}  # fmt: skip
     wanted = ("dcn/input", "dcn/output", "dcn/offsets", "dcn/depthwise", "mlp/fc1", "mlp/fc2")
-    assert {f"stage3/layers/{name}/kernel" for name in wanted} | {"fusion/deep/kernel", "stage2/down/conv/kernel"} <= split
+    assert {f"stage3/layers/{name}/kernel" for name in wanted} | {
+        "fusion/deep/kernel",
+        "stage2/down/conv/kernel",
+    } <= split
 
 
 @pytest.mark.row("D6")
 def test_sharded_parameters_are_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel.sharding, "SMALL", 1)  # or nothing of a toy would be worth a split
     sharded, state = losses((2, 2, 2), 8, 10)
-    np.testing.assert_allclose(sharded, losses((1, 1, 1), 1, 10)[0], rtol=2e-5)  # split products add up in another order
-    split = [x for x in jax.tree.leaves((state.params, state.opt)) if x.sharding.shard_shape(x.shape) != x.shape]
+    # split products add up in another order
+    np.testing.assert_allclose(sharded, losses((1, 1, 1), 1, 10)[0], rtol=2e-5)
+    split = [
+        x
+        for x in jax.tree.leaves((state.params, state.opt))
+        if x.sharding.shard_shape(x.shape) != x.shape
+    ]
     assert len(split) > 50
 
 
 def test_plan_shares_passes() -> None:
     made_plan = plan.Plan(toy.settings(), terms.FORMS["m3i"])
-    assert len(made_plan.passes) == 1 and [(v.encoder, v.crop) for v in made_plan.views] == [("ema", 0), ("ema", 1)]
+    assert len(made_plan.passes) == 1 and [(v.encoder, v.crop) for v in made_plan.views] == [
+        ("ema", 0),
+        ("ema", 1),
+    ]
     one, _ = made("m3i")
     counted = {"encoder": 0, "decoder": 0}
     original = {"encoder": term_losses.m3i.encode, "decoder": term_losses.m3i.decode}
@@ -279,4 +371,5 @@ def test_plan_shares_passes() -> None:
         patch.setattr(term_losses.m3i, "encode", spy("encoder"))
         patch.setattr(term_losses.m3i, "decode", spy("decoder"))
         jax.eval_shape(one.trace, one.template, toy.batch(one.config))
-    assert counted == {"encoder": 2, "decoder": 1}  # the mixed input once, both clean views in one target call; one decoder call
+    # the mixed input once, both clean views in one target call; one decoder call
+    assert counted == {"encoder": 2, "decoder": 1}

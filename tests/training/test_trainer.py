@@ -1,4 +1,5 @@
-"""What a run is made of before its first step: its length, its terms, the shapes of a batch and of the state."""
+"""What a run is made of before its first step: its length, its terms, the shapes of a batch and of
+the state."""
 
 import dataclasses
 import functools
@@ -16,7 +17,15 @@ from m3i_jax.training import checkpoint, plan, trainer
 from tests import toy
 
 
-def config(*, size: int = 100, batch: int = 10, steps: int = 0, epochs: float = 3.0, warm_steps: int = -1, warm_epochs: float = 1.0):
+def config(
+    *,
+    size: int = 100,
+    batch: int = 10,
+    steps: int = 0,
+    epochs: float = 3.0,
+    warm_steps: int = -1,
+    warm_epochs: float = 1.0,
+):
     return schema.Config(
         data=schema.Data(size=size),
         train=schema.Train(batch_size=batch, steps=steps, epochs=epochs),
@@ -42,7 +51,8 @@ def with_data(settings: schema.Config, **changes: object) -> schema.Config:
         ({"warm_steps": 0}, (10, 30, 0)),
         ({"warm_epochs": 0.25}, (10, 30, 2)),
         ({"warm_epochs": 3.0}, (10, 30, 30)),  # all of the run
-        ({"size": 6, "steps": 5, "warm_steps": 2}, (0, 5, 2)),  # nothing is counted in epochs: less than a batch of images is enough
+        # nothing is counted in epochs: less than a batch of images is enough
+        ({"size": 6, "steps": 5, "warm_steps": 2}, (0, 5, 2)),
     ],
 )
 def test_length(changes: dict, wanted: tuple[int, int, int]) -> None:
@@ -60,7 +70,8 @@ def test_length_golden() -> None:
     ("changes", "words"),
     [
         ({"size": 9}, ("config.train.batch_size: 10", "9 training pictures", "at most 8")),
-        ({"size": 9, "steps": 5}, ("config.train.batch_size",)),  # the warm-up is still counted in epochs
+        # the warm-up is still counted in epochs
+        ({"size": 9, "steps": 5}, ("config.train.batch_size",)),
         ({"size": 9, "warm_steps": 1}, ("config.train.batch_size",)),
         ({"warm_epochs": 4.0}, ("config.optim.warmup_epochs: 4.0", "40 steps", "30")),
         ({"warm_steps": 31}, ("config.optim.warmup_steps: 31", "30 steps")),
@@ -84,21 +95,32 @@ def test_plan_leaves_out_what_the_data_does_not_have() -> None:
 
 
 def test_plan_passes_on_which_positions_count() -> None:
-    hidden = {t.name: t.hidden for t in plan.build_plan(toy.settings(objective__intra_positions="hidden")).terms}
+    hidden = {
+        t.name: t.hidden
+        for t in plan.build_plan(toy.settings(objective__intra_positions="hidden")).terms
+    }
     assert hidden == {"intra": True, "inter": False, "category": False, "text": False}
 
 
 @pytest.mark.parametrize(
     ("form", "changes", "words"),
     [
-        ("nonsense", {}, ("config.objective.forms: 'nonsense' is none of auto_encoder, dense_distillation",)),
+        (
+            "nonsense",
+            {},
+            ("config.objective.forms: 'nonsense' is none of auto_encoder, dense_distillation",),
+        ),
         ("clip", {"captions": "no"}, ("config.objective.forms: clip", "captions")),
         ("supervised", {"classes": 0}, ("config.objective.forms: supervised", "categories")),
     ],
 )
-def test_a_form_that_cannot_be_trained_is_refused(form: str, changes: dict, words: tuple[str, ...]) -> None:
+def test_a_form_that_cannot_be_trained_is_refused(
+    form: str, changes: dict, words: tuple[str, ...]
+) -> None:
     settings = toy.settings()
-    settings = dataclasses.replace(settings, objective=dataclasses.replace(settings.objective, forms=(form,)))
+    settings = dataclasses.replace(
+        settings, objective=dataclasses.replace(settings.objective, forms=(form,))
+    )
     with pytest.raises(UserError) as error:
         plan.build_plan(with_data(settings, **changes))
     assert all(word in str(error.value) for word in words), error.value
@@ -108,7 +130,9 @@ def test_a_form_that_cannot_be_trained_is_refused(form: str, changes: dict, word
 def test_the_abstract_batch_has_the_shapes_of_a_batch(captions: str) -> None:
     settings = with_data(toy.settings(), captions=captions)
     got, batch = trainer.abstract_batch(settings), toy.batch(settings)
-    assert {k: (v.shape, v.dtype) for k, v in got.items()} == {k: (v.shape, v.dtype) for k, v in batch.items()}
+    assert {k: (v.shape, v.dtype) for k, v in got.items()} == {
+        k: (v.shape, v.dtype) for k, v in batch.items()
+    }
     assert ("tokens" in got) == (captions == "yes")
 
 
@@ -120,12 +144,24 @@ def made() -> trainer.Trainer:
 def test_the_template_is_the_initial_state() -> None:
     one = made()
     state = one.init()
-    assert jax.tree.structure(one.template) == jax.tree.structure(state) == jax.tree.structure(one.shardings)
-    for template, leaf, sharding in zip(*map(jax.tree.leaves, (one.template, state, one.shardings)), strict=True):
+    assert (
+        jax.tree.structure(one.template)
+        == jax.tree.structure(state)
+        == jax.tree.structure(one.shardings)
+    )
+    for template, leaf, sharding in zip(
+        *map(jax.tree.leaves, (one.template, state, one.shardings)), strict=True
+    ):
         assert (template.shape, template.dtype) == (leaf.shape, leaf.dtype)
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-    assert int(state.step) == 0 and {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
-    jax.tree.map(np.testing.assert_array_equal, state.opt["target"].params["encoder"], state.params["encoder"])
+    assert int(state.step) == 0 and {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {
+        jnp.dtype("float32")
+    }
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        state.opt["target"].params["encoder"],
+        state.params["encoder"],
+    )
     assert all(not np.asarray(moment).any() for moment in jax.tree.leaves(state.opt["adamw"]))
 
 
@@ -140,14 +176,17 @@ def block(width: int, hidden: int) -> int:
 
 
 def test_number_of_parameters_by_part() -> None:
-    """Widths 32 (towers) and 24 (pool), patches of 8 x 8 x 3, 5 classes, 300 words, captions of 8, joint space 16."""
+    """Widths 32 (towers) and 24 (pool), patches of 8 x 8 x 3, 5 classes, 300 words, captions of 8,
+    joint space 16."""
     wanted = {
         "encoder": 2 * block(32, 128) + (192 + 1) * 32 + 32,  # blocks, patch embedding, cls token
-        "decoder": block(32, 128) + 2 * (32 + 1) * 32 + (64 + 1) * 32 + 32,  # block, embed and head, position map, mask token
+        # block, embed and head, position map, mask token
+        "decoder": block(32, 128) + 2 * (32 + 1) * 32 + (64 + 1) * 32 + 32,
         "pool": 3 * (32 + 1) * 32 + (32 + 1) * 24 + 3 * 2 * 32,  # query, key, value; out; norms
         "category": (24 + 1) * 5,
         "image_projection": 24 * 16,
-        "text": block(32, 128) + 300 * 32 + 8 * 32 + 2 * 32 + 32 * 16,  # block, tokens, positions, norm, projection
+        # block, tokens, positions, norm, projection
+        "text": block(32, 128) + 300 * 32 + 8 * 32 + 2 * 32 + 32 * 16,
         "logit_scale": 1,
     }
     assert dict(m3i.parameter_table(made().template.params)) == wanted
@@ -179,24 +218,39 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_a_frozen_target_starts_from_another_run(teacher: pathlib.Path) -> None:
-    settings = toy.settings(objective__forms="milan", objective__target_checkpoint=str(teacher), seed=7)
+    settings = toy.settings(
+        objective__forms="milan", objective__target_checkpoint=str(teacher), seed=7
+    )
     one = trainer.Trainer(settings, made().mesh, toy.VOCABULARY)
     state = one.init()
     wanted = made().init().params["encoder"]
     jax.tree.map(np.testing.assert_array_equal, state.opt["frozen"].params["encoder"], wanted)
     assert jax.tree.structure(state) == jax.tree.structure(one.template)
-    assert not np.array_equal(state.params["encoder"]["cls_token"], wanted["cls_token"])  # the student has another seed
+    # the student has another seed
+    assert not np.array_equal(state.params["encoder"]["cls_token"], wanted["cls_token"])
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"objective__target_checkpoint": "nowhere"}, ("'nowhere' has no checkpoints", "--workdir")),
-        ({"model__encoder__depth": 3}, ("its encoder is another one", "params/encoder/blocks", "same model settings")),
+        (
+            {"objective__target_checkpoint": "nowhere"},
+            ("'nowhere' has no checkpoints", "--workdir"),
+        ),
+        (
+            {"model__encoder__depth": 3},
+            ("its encoder is another one", "params/encoder/blocks", "same model settings"),
+        ),
     ],
 )
-def test_a_teacher_that_does_not_fit_is_refused(teacher: pathlib.Path, changes: dict, words: tuple[str, ...]) -> None:
-    settings = toy.settings(**{"objective__forms": "milan", "objective__target_checkpoint": str(teacher), **changes})
+def test_a_teacher_that_does_not_fit_is_refused(
+    teacher: pathlib.Path, changes: dict, words: tuple[str, ...]
+) -> None:
+    settings = toy.settings(
+        **{"objective__forms": "milan", "objective__target_checkpoint": str(teacher), **changes}
+    )
     with pytest.raises(UserError) as error:
         trainer.Trainer(settings, made().mesh, toy.VOCABULARY).init()
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), (
+        error.value
+    )

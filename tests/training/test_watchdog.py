@@ -19,7 +19,12 @@ class Hanging(World):
 
     def __init__(self, at: int, **more: Any) -> None:
         super().__init__(6, **more)
-        self.hangs, self.drawn, self.freed, self.first_steps = at, 0, threading.Event(), threading.Event()
+        self.hangs, self.drawn, self.freed, self.first_steps = (
+            at,
+            0,
+            threading.Event(),
+            threading.Event(),
+        )
 
     def __next__(self) -> dict:
         self.drawn += 1
@@ -28,7 +33,9 @@ class Hanging(World):
         return super().__next__()
 
 
-def test_a_hanging_iterator_is_reported_with_its_stack(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+def test_a_hanging_iterator_is_reported_with_its_stack(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     world, clock, said = Hanging(4), GoodputClock(images=8), []
 
     def say(line: str) -> None:
@@ -37,13 +44,19 @@ def test_a_hanging_iterator_is_reported_with_its_stack(monkeypatch: pytest.Monke
 
     with Watchdog(clock, tmp_path / "stacks-0.txt", say, limit=0.3, first=SECONDS):
         assert world.run(monkeypatch, clock=clock) == loop.DONE  # reported, not ended
-    assert len(said) == 1 and "in phase 'data' after 2 step(s)" in said[0] and "stacks-0.txt" in said[0]
+    assert (
+        len(said) == 1
+        and "in phase 'data' after 2 step(s)" in said[0]
+        and "stacks-0.txt" in said[0]
+    )
     text = (tmp_path / "stacks-0.txt").read_text()
     assert "in __next__" in text and "in run" in text  # where it hangs, and who called
     assert text.count("no sign of life") == 1
 
 
-def test_the_first_step_has_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+def test_the_first_step_has_a_limit_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     """Silence before it is compilation, and much longer than one between steps."""
     world, clock, said = Hanging(1), GoodputClock(images=8), []
 
@@ -59,20 +72,26 @@ def test_the_first_step_has_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch, 
     assert float(line.partition("for ")[2].partition(" s")[0]) >= 0.5 > seconds - 1
 
 
-def test_it_ends_the_process_after_so_many_reports_in_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+def test_it_ends_the_process_after_so_many_reports_in_a_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     world, clock, said, ended = Hanging(3), GoodputClock(images=8), [], []
 
     def end(status: int) -> None:
         ended.append(status)
         world.freed.set()
 
-    with Watchdog(clock, tmp_path / "stacks-0.txt", said.append, limit=0.2, first=SECONDS, abort=3, end=end):
+    with Watchdog(
+        clock, tmp_path / "stacks-0.txt", said.append, limit=0.2, first=SECONDS, abort=3, end=end
+    ):
         world.run(monkeypatch, clock=clock)
     assert ended == [1]
     assert [line.split()[0] for line in said] == ["warning:"] * 3 + ["ended"]
 
 
-def test_a_run_that_lives_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+def test_a_run_that_lives_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     world, clock, said = World(6), GoodputClock(images=8), []
     with Watchdog(clock, tmp_path / "stacks-0.txt", said.append, limit=SECONDS, first=SECONDS):
         world.run(monkeypatch, clock=clock)

@@ -1,4 +1,5 @@
-"""Arrays in .npz files as this package writes them: no objects, hence no pickle, and not compressed, hence never larger than the file."""
+"""Arrays in .npz files as this package writes them: no objects, hence no pickle, and not
+compressed, hence never larger than the file."""
 
 import os
 import zipfile
@@ -7,7 +8,8 @@ import numpy as np
 
 
 def save_arrays(path: str, **arrays: np.ndarray | int) -> None:
-    """Writes a file beside its final name first: another process sees the whole of it or nothing. Its directory is made.
+    """Writes a file beside its final name first: another process sees the whole of it or nothing.
+    Its directory is made.
 
     Raises:
         OSError: the place cannot be written to; nothing is left there.
@@ -24,7 +26,8 @@ def save_arrays(path: str, **arrays: np.ndarray | int) -> None:
 
 
 def load_arrays(path: str) -> dict[str, np.ndarray] | None:
-    """The arrays of a file that `save_arrays` wrote; None if there is none, or it is damaged, or somebody else's.
+    """The arrays of a file that `save_arrays` wrote; None if there is none, or it is damaged, or
+    somebody else's.
 
     >>> load_arrays("/no/such.npz") is None
     True
@@ -37,5 +40,13 @@ def load_arrays(path: str) -> dict[str, np.ndarray] | None:
                 return None
         with np.load(path, allow_pickle=False) as saved:
             return {name: saved[name] for name in saved.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, MemoryError, NotImplementedError):
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+        KeyError,
+        MemoryError,
+        NotImplementedError,
+    ):
         return None

@@ -1,15 +1,18 @@
-"""ArrayRecord files: random access to millions of records, with a checksum each. What `--mode=convert` writes, and what others wrote.
+"""ArrayRecord files: random access to millions of records, with a checksum each. What
+`--mode=convert` writes, and what others wrote.
 
-A record is a tf.train.Example, which every tool of that world reads: `image` (the original bytes, never encoded again), `key`, and, if
-there are any, `label` and `caption`. No pickle anywhere. A converted data set is a directory:
+A record is a tf.train.Example, which every tool of that world reads: `image` (the original bytes,
+never encoded again), `key`, and, if there are any, `label` and `caption`. No pickle anywhere. A
+converted data set is a directory:
 
-    NAME-00000-of-00008.array_record        the records, group size 1, not compressed: JPEGs do not get smaller
-    NAME-00000-of-00008.array_record.npz    of each record: hash of its key, label, whether it has a caption (13 bytes); digest of the shard
-    dataset.json                            version, classes, shards with counts and digests; written last, so it says "complete"
+    NAME-00000-of-00008.array_record        the records, group size 1, not compressed: JPEGs do not
+    get smaller NAME-00000-of-00008.array_record.npz    of each record: hash of its key, label,
+    whether it has a caption (13 bytes); digest of the shard dataset.json
+    version, classes, shards with counts and digests; written last, so it says "complete"
 
-To write one: `write_shard` once a shard, in any order and from any process, then `write_shard_index`. A shard is renamed into place when it
-is whole, so a shard that is there need not be written again (`shard_length`).
-"""
+To write one: `write_shard` once a shard, in any order and from any process, then
+`write_shard_index`. A shard is renamed into place when it is whole, so a shard that is there need
+not be written again (`shard_length`)."""
 
 import glob
 import hashlib
@@ -31,7 +34,8 @@ VERSION = 1
 INDEX = "dataset.json"
 INDEX_LIMIT = 1 << 22  # bytes of it that are read; a shard takes a hundred
 ENDING = ".array_record"
-DAMAGED = b"damaged record"  # stands for bytes whose checksum does not hold: no decoder takes it, so it is counted and replaced
+# stands for bytes whose checksum does not hold: no decoder takes it, so it is counted and replaced
+DAMAGED = b"damaged record"
 # What others call these things, the first that is there counts.
 IMAGES = ("image", "image/encoded", "image_bytes", "jpg", "jpeg", "png", "webp")
 LABELS = ("label", "image/class/label", "class", "cls")
@@ -44,22 +48,31 @@ _log = logging.getLogger(__name__)
 
 
 def pack_record(record: Record) -> bytes:
-    """A record as the bytes of a tf.train.Example. An image that is pixels already is stored as PNG, every other one as it is.
+    """A record as the bytes of a tf.train.Example. An image that is pixels already is stored as
+    PNG, every other one as it is.
 
     >>> unpack_record(pack_record(Record("a", b"...", 3, "a cat")))
     Record(key='a', image=b'...', label=3, caption=b'a cat')
     """
     image = record.image if isinstance(record.image, bytes) else _png(record.image)
-    features: dict[str, bytes | int] = {"image": image, "key": record.key.encode("utf-8", "surrogateescape")}
+    features: dict[str, bytes | int] = {
+        "image": image,
+        "key": record.key.encode("utf-8", "surrogateescape"),
+    }
     if record.label >= 0:
         features["label"] = int(record.label)
     if record.caption is not None:
-        features["caption"] = record.caption if isinstance(record.caption, bytes) else record.caption.encode("utf-8", "replace")
+        features["caption"] = (
+            record.caption
+            if isinstance(record.caption, bytes)
+            else record.caption.encode("utf-8", "replace")
+        )
     return tf_example.encode_example(features)
 
 
 def unpack_record(raw: bytes, key: str = "") -> Record:
-    """The record of a tf.train.Example, ours or one with the usual names (IMAGES, LABELS, CAPTIONS, KEYS).
+    """The record of a tf.train.Example, ours or one with the usual names (IMAGES, LABELS, CAPTIONS,
+    KEYS).
 
     Args:
         raw: the message.
@@ -89,7 +102,8 @@ def unpack_record(raw: bytes, key: str = "") -> Record:
 
 
 def write_shard(path: str, records: Iterable[Record]) -> int:
-    """Writes one file of records and the small file of its keys and labels, each whole or not at all.
+    """Writes one file of records and the small file of its keys and labels, each whole or not at
+    all.
 
     Args:
         path: of the new file; ends in ".array_record". Its directory is made.
@@ -114,7 +128,11 @@ def write_shard(path: str, records: Iterable[Record]) -> int:
                 writer.write(packed)
         finally:
             writer.close()
-        _save(f"{path}.npz", {name: np.array(columns[name], kind) for name, kind in _COLUMNS.items()}, content.hexdigest())
+        _save(
+            f"{path}.npz",
+            {name: np.array(columns[name], kind) for name, kind in _COLUMNS.items()},
+            content.hexdigest(),
+        )
         os.replace(part, path)
     finally:
         if os.path.exists(part):
@@ -132,8 +150,11 @@ def shard_length(path: str) -> int | None:
     return None if columns is None else len(columns["key"])
 
 
-def write_shard_index(directory: str, *, classes: Sequence[str] = (), captions: bool | None = None, name: str = "") -> int:
-    """Writes `dataset.json` for the shards that lie in a directory; without it they are not read as one finished data set.
+def write_shard_index(
+    directory: str, *, classes: Sequence[str] = (), captions: bool | None = None, name: str = ""
+) -> int:
+    """Writes `dataset.json` for the shards that lie in a directory; without it they are not read as
+    one finished data set.
 
     Args:
         directory: holds the finished shards.
@@ -152,15 +173,30 @@ def write_shard_index(directory: str, *, classes: Sequence[str] = (), captions: 
     for path in _files(directory):
         columns = _load(f"{path}.npz")
         if columns is None:
-            raise UserError(f"{path!r} has no index beside it: it was not written whole; remove it and convert again")
+            raise UserError(
+                f"{path!r} has no index beside it: it was not written whole; remove it and convert"
+                " again"
+            )
         any_caption |= bool(columns["caption"].any())
-        shards.append({"file": os.path.basename(path), "count": len(columns["key"]), "digest": str(columns["digest"])})
+        shards.append(
+            {
+                "file": os.path.basename(path),
+                "count": len(columns["key"]),
+                "digest": str(columns["digest"]),
+            }
+        )
     if not shards:
         raise UserError(f"{directory!r} holds no {ENDING} file to index")
     count = sum(int(shard["count"]) for shard in shards)
-    about = {"version": VERSION, "name": privacy.redact(name), "count": count, "captions": any_caption if captions is None else captions}
+    about = {
+        "version": VERSION,
+        "name": privacy.redact(name),
+        "count": count,
+        "captions": any_caption if captions is None else captions,
+    }
     base.write_atomic(
-        os.path.join(directory, INDEX), json.dumps({**about, "classes": list(classes), "shards": shards}, indent=1).encode()
+        os.path.join(directory, INDEX),
+        json.dumps({**about, "classes": list(classes), "shards": shards}, indent=1).encode(),
     )
     return count
 
@@ -168,15 +204,14 @@ def write_shard_index(directory: str, *, classes: Sequence[str] = (), captions: 
 class ArrayRecordSource:
     """The records of ArrayRecord files, in the order of file names and then of records.
 
-    Of a directory that `--mode=convert` wrote, the index is read; other files are read through once to learn keys and labels, which are
-    then kept in `cache`. Their classes have no names: "0", "1", ... A record whose checksum does not hold is replaced like any image that
-    cannot be decoded.
+    Of a directory that `--mode=convert` wrote, the index is read; other files are read through once
+    to learn keys and labels, which are then kept in `cache`. Their classes have no names: "0", "1",
+    ... A record whose checksum does not hold is replaced like any image that cannot be decoded.
 
-    Args:
-        path: directory of the files, or a glob of them.
-        cache: directory for the index of files that have none; "" to build it at every start.
-        lenient: a shard of a converted data set may be missing if its index is there: its records are `UnreadableError`, and all others keep
-            their places.
+    Args: path: directory of the files, or a glob of them. cache: directory for the index of files
+        that have none; "" to build it at every start. lenient: a shard of a converted data set may
+        be missing if its index is there: its records are `UnreadableError`, and all others keep
+        their places.
 
     Raises:
         UserError: no file, a damaged one, or the package array_record is missing.
@@ -202,40 +237,71 @@ class ArrayRecordSource:
             self._learn(cache)
         self._ends = np.cumsum(self._counts)
         if not len(self):
-            raise UserError(f"data.path={path!r} holds no record: the {ENDING} files there are empty")
+            raise UserError(
+                f"data.path={path!r} holds no record: the {ENDING} files there are empty"
+            )
 
     def _adopt(self, index: str) -> None:
         """A directory of `write_shard_index`."""
         try:
-            about = json.loads(base.read_byte_range(index, 0, min(os.path.getsize(index), INDEX_LIMIT)))
+            about = json.loads(
+                base.read_byte_range(index, 0, min(os.path.getsize(index), INDEX_LIMIT))
+            )
             shards = about["shards"]
             self.classes: tuple[str, ...] = tuple(map(str, about["classes"]))
             self.captions = bool(about["captions"])
-            self.files = [os.path.join(self.path, os.path.basename(shard["file"])) for shard in shards]
+            self.files = [
+                os.path.join(self.path, os.path.basename(shard["file"])) for shard in shards
+            ]
             self._counts = [int(shard["count"]) for shard in shards]
-            self._identity = base.stable_digest(*(shard["digest"] for shard in shards), *self.classes)
+            self._identity = base.stable_digest(
+                *(shard["digest"] for shard in shards), *self.classes
+            )
             version = int(about["version"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{index!r} is damaged ({type(error).__name__}: {error}): remove it and convert the data set again") from error
+            raise UserError(
+                f"{index!r} is damaged ({type(error).__name__}: {error}): remove it and convert the"
+                " data set again"
+            ) from error
         if version != VERSION:
-            raise UserError(f"{index!r} is of version {version}, this program reads {VERSION}: convert the data set again")
+            raise UserError(
+                f"{index!r} is of version {version}, this program reads {VERSION}: convert the data"
+                " set again"
+            )
         for file in self.files:
             if not os.path.isfile(file):
                 if not self._lenient:
-                    raise UserError(f"{file!r} is missing, and {index!r} lists it: restore it or convert the data set again")
+                    raise UserError(
+                        f"{file!r} is missing, and {index!r} lists it: restore it or convert the"
+                        " data set again"
+                    )
                 _log.warning("%r is missing: its records are replaced (config.data.missing)", file)
         parts = [_load(f"{file}.npz") for file in self.files]
-        if any(part is None or len(part["key"]) != count for part, count in zip(parts, self._counts, strict=True)):
-            raise UserError(f"the small .npz files beside the shards of {self.path!r} are missing or damaged: convert the data set again")
-        self._columns = {name: np.concatenate([part[name] for part in parts if part is not None]) for name in _COLUMNS}
+        if any(
+            part is None or len(part["key"]) != count
+            for part, count in zip(parts, self._counts, strict=True)
+        ):
+            raise UserError(
+                f"the small .npz files beside the shards of {self.path!r} are missing or damaged:"
+                " convert the data set again"
+            )
+        self._columns = {
+            name: np.concatenate([part[name] for part in parts if part is not None])
+            for name in _COLUMNS
+        }
 
     def _learn(self, cache: str) -> None:
         """Files of somebody else: what their records hold has to be read."""
         self.files = _files(self.path)
         if not self.files:
-            raise UserError(f"data.path={self.path!r} holds no {ENDING} file: give a directory or a glob of them")
+            raise UserError(
+                f"data.path={self.path!r} holds no {ENDING} file: give a directory or a glob of"
+                " them"
+            )
         states = [(os.path.realpath(file), os.stat(file)) for file in self.files]
-        signature = base.stable_digest(VERSION, *(f"{path}\0{state.st_size}\0{state.st_mtime_ns}" for path, state in states))
+        signature = base.stable_digest(
+            VERSION, *(f"{path}\0{state.st_size}\0{state.st_mtime_ns}" for path, state in states)
+        )
         kept = os.path.join(cache, f"array_record_{signature}.npz") if cache else ""
         self._counts = [_count(self._reader(i), file) for i, file in enumerate(self.files)]
         columns = _load(kept) if kept else None
@@ -245,7 +311,11 @@ class ArrayRecordSource:
                 try:
                     _save(kept, {name: columns[name] for name in _COLUMNS}, str(columns["digest"]))
                 except OSError as error:
-                    _log.warning("the index %r cannot be kept (%s); it is built again at the next start", kept, error.strerror)
+                    _log.warning(
+                        "the index %r cannot be kept (%s); it is built again at the next start",
+                        kept,
+                        error.strerror,
+                    )
         self._columns = {name: columns[name] for name in _COLUMNS}
         self.captions = bool(columns["caption"].any())
         highest = int(columns["label"].max(initial=-1))
@@ -254,15 +324,24 @@ class ArrayRecordSource:
 
     def _read_all(self) -> dict[str, np.ndarray]:
         content, at = hashlib.blake2b(digest_size=8), 0
-        columns: dict[str, np.ndarray] = {name: np.zeros(sum(self._counts), kind) for name, kind in _COLUMNS.items()}
+        columns: dict[str, np.ndarray] = {
+            name: np.zeros(sum(self._counts), kind) for name, kind in _COLUMNS.items()
+        }
         for shard, count in enumerate(self._counts):
             _log.info("indexing %s: %d of %d", self.files[shard], shard + 1, len(self.files))
             for first in range(0, count, _BLOCK):
                 rows = range(first, min(first + _BLOCK, count))
                 for row, raw in zip(rows, self._raw(shard, list(rows)), strict=True):
                     record = self._record(shard, row, raw)
-                    content.update(f"{record.key}\0{len(raw)}\0{record.label}".encode("utf-8", "surrogateescape"))
-                    columns["key"][at], columns["label"][at] = base.key_hash(record.key), record.label
+                    content.update(
+                        f"{record.key}\0{len(raw)}\0{record.label}".encode(
+                            "utf-8", "surrogateescape"
+                        )
+                    )
+                    columns["key"][at], columns["label"][at] = (
+                        base.key_hash(record.key),
+                        record.label,
+                    )
                     columns["caption"][at] = record.caption is not None
                     at += 1
         return {**columns, "digest": np.array(content.hexdigest())}
@@ -274,7 +353,8 @@ class ArrayRecordSource:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record]:
-        """Several records at once: one call of the library a file, tens of times faster than one by one."""
+        """Several records at once: one call of the library a file, tens of times faster than one by
+        one."""
         wanted = np.asarray(indices, np.int64)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
             raise IndexError(f"{wanted.min()}..{wanted.max()} of {len(self)} records")
@@ -313,8 +393,12 @@ class ArrayRecordSource:
             return self._reader(shard).read(rows)
         except (RuntimeError, ValueError, IndexError):
             if not os.path.isfile(self.files[shard]):
-                raise UnreadableError(f"{self.files[shard]!r} cannot be read although it could when the run began; restore it") from None
-        return [self._one(shard, row) for row in rows]  # one by one, so that a damaged record takes none of its neighbours along
+                raise UnreadableError(
+                    f"{self.files[shard]!r} cannot be read although it could when the run began;"
+                    " restore it"
+                ) from None
+        # one by one, so that a damaged record takes none of its neighbours along
+        return [self._one(shard, row) for row in rows]
 
     def _one(self, shard: int, row: int) -> bytes:
         try:
@@ -322,31 +406,48 @@ class ArrayRecordSource:
         except (RuntimeError, ValueError, IndexError) as error:
             if "orrupt" in str(error) or "mismatch" in str(error):
                 return DAMAGED
-            raise UnreadableError(f"record {row} of {self.files[shard]!r} cannot be read ({error}); restore the file and start again") from error
+            raise UnreadableError(
+                f"record {row} of {self.files[shard]!r} cannot be read ({error}); restore the file"
+                " and start again"
+            ) from error
 
     def _reader(self, shard: int) -> Any:
         options = "readahead_buffer_size:0,max_parallelism:0"
-        return self._readers(shard, lambda: _library().ArrayRecordReader(self.files[shard], options, file_reader_buffer_size=1 << 15))
+        return self._readers(
+            shard,
+            lambda: _library().ArrayRecordReader(
+                self.files[shard], options, file_reader_buffer_size=1 << 15
+            ),
+        )
 
 
 def _library() -> Any:
     try:
         from array_record.python import array_record_module
     except ImportError:
-        raise UserError("ArrayRecord files need the package array_record: pip install 'm3i-jax[tfds]'") from None
+        raise UserError(
+            "ArrayRecord files need the package array_record: pip install 'm3i-jax[tfds]'"
+        ) from None
     return array_record_module
 
 
 def _count(reader: Any, path: str) -> int:
     count = reader.num_records()
     if not reader.ok():
-        raise UserError(f"{path!r} is no whole ArrayRecord file: it is cut off or of another format; restore it or leave it out")
+        raise UserError(
+            f"{path!r} is no whole ArrayRecord file: it is cut off or of another format; restore it"
+            " or leave it out"
+        )
     return count
 
 
 def _files(path: str) -> list[str]:
     pattern = os.path.join(glob.escape(path), f"*{ENDING}*") if os.path.isdir(path) else path
-    return sorted(f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f) and not f.endswith((".npz", ".part")))
+    return sorted(
+        f
+        for f in glob.glob(pattern, recursive=True)
+        if os.path.isfile(f) and not f.endswith((".npz", ".part"))
+    )
 
 
 def _png(pixels: np.ndarray) -> bytes:

@@ -1,8 +1,9 @@
-"""Random access to what users have. A source knows how many records it holds and reads any of them; nothing here decodes an image.
+"""Random access to what users have. A source knows how many records it holds and reads any of them;
+nothing here decodes an image.
 
-Sources hold paths and small arrays, never an open file, so that they can be sent to worker processes. What a source ignores (hidden
-files, links that lead out, damaged members) is counted and told in its description.
-"""
+Sources hold paths and small arrays, never an open file, so that they can be sent to worker
+processes. What a source ignores (hidden files, links that lead out, damaged members) is counted and
+told in its description."""
 
 import dataclasses
 import difflib
@@ -26,12 +27,14 @@ _WANTED = {
     "tfds": "the name of the data set, such as 'food101', or the directory of its version",
     "hugging_face": "the directory that save_to_disk wrote",
 }
-FILE_LIMIT = 1 << 28  # an image file above 256 MiB would be read whole before its header can refuse it
+# an image file above 256 MiB would be read whole before its header can refuse it
+FILE_LIMIT = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-    """One image as the source has it: encoded bytes, or RGB uint8 [height, width, 3]; label -1 and caption None where there is none."""
+    """One image as the source has it: encoded bytes, or RGB uint8 [height, width, 3]; label -1 and
+    caption None where there is none."""
 
     key: str
     image: bytes | np.ndarray
@@ -41,8 +44,8 @@ class Record:
 
 @runtime_checkable
 class DataSource(Protocol):
-    """What every source offers. Optional, for speed: `__getitems__(indices)`, `key(i)`, `caption(i)`, `key_hashes()`:
-    see `read_items` and what follows it."""
+    """What every source offers. Optional, for speed: `__getitems__(indices)`, `key(i)`,
+    `caption(i)`, `key_hashes()`: see `read_items` and what follows it."""
 
     @property
     def name(self) -> str: ...
@@ -59,16 +62,16 @@ class DataSource(Protocol):
 def open_source(data: schema.Data, *, cache: str = "") -> DataSource:
     """Opens the source that the configuration names.
 
-    Args:
-        data: `source`, `path`, `split_by_hash`, `mixture` and, for the built-in shapes, `size`.
-        cache: directory in which the index of tar files is kept, so that the next start need not read their headers again; "" for none.
+    Args: data: `source`, `path`, `split_by_hash`, `mixture` and, for the built-in shapes, `size`.
+        cache: directory in which the index of tar files is kept, so that the next start need not
+        read their headers again; "" for none.
 
     Returns:
         The whole source; see `split_by_hash` for the part to train on.
 
-    Raises:
-        UserError: the path is missing, or holds nothing that can be read as an image; see `mixture.mixture_entries`; or a split is held out by
-            name, which is none of the source: `splits.open_splits` opens both.
+    Raises: UserError: the path is missing, or holds nothing that can be read as an image; see
+        `mixture.mixture_entries`; or a split is held out by name, which is none of the source:
+        `splits.open_splits` opens both.
 
     >>> open_source(schema.Data(source="folder"))
     Traceback (most recent call last):
@@ -78,19 +81,30 @@ def open_source(data: schema.Data, *, cache: str = "") -> DataSource:
 
     entries = mixture.mixture_entries(data)
     if held_out := [entry.held_out for entry in entries if entry.held_out]:
-        place = "the part of data.mixture after '|'" if data.source == "mixture" else "data.holdout_split"
-        raise UserError(f"{place} names {held_out[0]!r}, which would be left out here: remove it, and read that split by itself")
-    return mixture.join_sources(data, entries, [open_kind(entry.kind, entry.path, entry.split, data, cache=cache) for entry in entries])
+        place = (
+            "the part of data.mixture after '|'"
+            if data.source == "mixture"
+            else "data.holdout_split"
+        )
+        raise UserError(
+            f"{place} names {held_out[0]!r}, which would be left out here: remove it, and read that"
+            " split by itself"
+        )
+    return mixture.join_sources(
+        data,
+        entries,
+        [open_kind(entry.kind, entry.path, entry.split, data, cache=cache) for entry in entries],
+    )
 
 
-def open_kind(kind: str, path: str, split: str, data: schema.Data, *, cache: str = "") -> DataSource:
+def open_kind(
+    kind: str, path: str, split: str, data: schema.Data, *, cache: str = ""
+) -> DataSource:
     """Opens one source.
 
-    Args:
-        kind: one of KINDS.
-        path: what its kind understands by it; see `schema.Data.path`. For the built-in shapes their number, "" for `data.size`.
-        split: part of it: name of a split of TFDS or Hugging Face, else a folder (or glob) below the path. "": all.
-        data: the other settings.
+    Args: kind: one of KINDS. path: what its kind understands by it; see `schema.Data.path`. For the
+        built-in shapes their number, "" for `data.size`. split: part of it: name of a split of TFDS
+        or Hugging Face, else a folder (or glob) below the path. "": all. data: the other settings.
         cache: see `open_source`.
 
     Raises:
@@ -100,17 +114,28 @@ def open_kind(kind: str, path: str, split: str, data: schema.Data, *, cache: str
     '12 images in shapes (336 x 336 pixels, seed 0), 8 classes, captions for 100%'
     """
     if kind not in KINDS:
-        raise UserError(f"data.source={kind!r} is not a source: use {', '.join(map(repr, KINDS[:-1]))}, {KINDS[-1]!r} or 'mixture'")
+        raise UserError(
+            f"data.source={kind!r} is not a source: use {', '.join(map(repr, KINDS[:-1]))},"
+            f" {KINDS[-1]!r} or 'mixture'"
+        )
     if kind == "shapes":
         from m3i_jax.data.sources.shapes import ShapesSource
 
         if split:
-            raise UserError(f"the built-in shapes have no split {split!r}: leave data.split empty, data.holdout holds a share out")
+            raise UserError(
+                f"the built-in shapes have no split {split!r}: leave data.split empty, data.holdout"
+                " holds a share out"
+            )
         if path and not path.isdigit():
-            raise UserError(f"shapes:{path}: the built-in shapes have no path: give their number, such as shapes:10000")
+            raise UserError(
+                f"shapes:{path}: the built-in shapes have no path: give their number, such as"
+                " shapes:10000"
+            )
         return ShapesSource(int(path) if path else data.size, side=3 * data.image_size // 2)
     if not path:
-        raise UserError(f"data.path is empty, and data.source={kind!r} needs it: give {_WANTED[kind]}")
+        raise UserError(
+            f"data.path is empty, and data.source={kind!r} needs it: give {_WANTED[kind]}"
+        )
     place = split_path(path, split) if split else path
     source: Any
     if kind == "folder":
@@ -143,12 +168,17 @@ def open_kind(kind: str, path: str, split: str, data: schema.Data, *, cache: str
 
 
 def split_path(path: str, split: str) -> str:
-    """A split of a path: the folder or glob of that name in it, or another place if the split is one.
+    """A split of a path: the folder or glob of that name in it, or another place if the split is
+    one.
 
     >>> split_path("/data", "train"), split_path("/data", "/other/val"), split_path("gs://bucket/x", "val-*.tar")
     ('/data/train', '/other/val', 'gs://bucket/x/val-*.tar')
     """
-    return split if "://" in split else os.path.join(os.path.expanduser(path), os.path.expanduser(split))
+    return (
+        split
+        if "://" in split
+        else os.path.join(os.path.expanduser(path), os.path.expanduser(split))
+    )
 
 
 def missing_path_error(path: str) -> str:
@@ -161,12 +191,17 @@ def missing_path_error(path: str) -> str:
     while not os.path.isdir(parent):
         parent, name = os.path.split(parent)
     near = difflib.get_close_matches(name, sorted(os.listdir(parent)), 1)
-    return f"there is no {name!r} in {parent!r}" + (f", did you mean {os.path.join(parent, near[0])!r}?" if near else "")
+    return f"there is no {name!r} in {parent!r}" + (
+        f", did you mean {os.path.join(parent, near[0])!r}?" if near else ""
+    )
 
 
-def read_byte_range(path: str, offset: int = 0, size: int | None = None, *, tries: int = 3) -> bytes:
-    """Reads part of a file by position. A failing read is repeated; that it fails for good is an error, never a bad record: otherwise the
-    order of the stream would depend on the weather of a network disk.
+def read_byte_range(
+    path: str, offset: int = 0, size: int | None = None, *, tries: int = 3
+) -> bytes:
+    """Reads part of a file by position. A failing read is repeated; that it fails for good is an
+    error, never a bad record: otherwise the order of the stream would depend on the weather of a
+    network disk.
 
     Args:
         path: local file.
@@ -186,17 +221,29 @@ def read_byte_range(path: str, offset: int = 0, size: int | None = None, *, trie
     for attempt in range(1, tries + 1):
         try:
             with open(path, "rb", buffering=0) as file:
-                wanted = min(os.fstat(file.fileno()).st_size - offset, FILE_LIMIT) if size is None else size
+                wanted = (
+                    min(os.fstat(file.fileno()).st_size - offset, FILE_LIMIT)
+                    if size is None
+                    else size
+                )
                 pieces, got = [], 0
-                while got < wanted and (piece := os.pread(file.fileno(), wanted - got, offset + got)):
+                while got < wanted and (
+                    piece := os.pread(file.fileno(), wanted - got, offset + got)
+                ):
                     pieces.append(piece)
                     got += len(piece)
             if size is not None and got < size:
-                raise UnreadableError(f"{path!r} ends before byte {offset + size}: it became shorter while the run was reading it; start again")
+                raise UnreadableError(
+                    f"{path!r} ends before byte {offset + size}: it became shorter while the run"
+                    " was reading it; start again"
+                )
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
         except OSError as error:
             if attempt == tries or isinstance(error, (FileNotFoundError, PermissionError)):
-                raise UnreadableError(f"{path!r} cannot be read ({error.strerror}) although it could when the run began; restore it") from error
+                raise UnreadableError(
+                    f"{path!r} cannot be read ({error.strerror}) although it could when the run"
+                    " began; restore it"
+                ) from error
             time.sleep(0.2 * attempt**2)
     raise AssertionError("unreachable")
 
@@ -238,11 +285,18 @@ def source_key_hashes(source: DataSource) -> np.ndarray:
     True
     """
     many = getattr(source, "key_hashes", None)
-    return many() if many else np.fromiter((key_hash(source_key(source, i)) for i in range(len(source))), np.uint64, len(source))
+    return (
+        many()
+        if many
+        else np.fromiter(
+            (key_hash(source_key(source, i)) for i in range(len(source))), np.uint64, len(source)
+        )
+    )
 
 
 def source_identity(source: DataSource) -> list[str]:
-    """What a source is, in lines for a person: name, number of images, fingerprint; of a mixture, one line a source.
+    """What a source is, in lines for a person: name, number of images, fingerprint; of a mixture,
+    one line a source.
 
     >>> class Five:
     ...     name = "five"
@@ -252,7 +306,11 @@ def source_identity(source: DataSource) -> list[str]:
     ['five, 5 images, fingerprint 0123456789abcdef']
     """
     lines = getattr(source, "identity", None)
-    return lines() if lines else [f"{source.name}, {len(source):,} images, fingerprint {source.fingerprint()}"]
+    return (
+        lines()
+        if lines
+        else [f"{source.name}, {len(source):,} images, fingerprint {source.fingerprint()}"]
+    )
 
 
 def stable_digest(*parts: str | bytes | int | float) -> str:
@@ -274,11 +332,14 @@ def key_hash(key: str) -> int:
     >>> key_hash("a") == key_hash("a") != key_hash("b"), 0 <= key_hash("a") < 2**64
     (True, True)
     """
-    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little"
+    )
 
 
 def write_atomic(path: str, content: bytes) -> None:
-    """Writes a file beside its final name first: another process sees the whole of it or nothing."""
+    """Writes a file beside its final name first: another process sees the whole of it or
+    nothing."""
     part = f"{path}.{os.getpid()}.part"
     try:
         with open(part, "wb") as file:
@@ -300,11 +361,16 @@ def format_counts(ignored: dict[str, int]) -> str:
 
 
 class SubsetSource:
-    """A part of a source, with the source's classes: index i of the part is record `indices[i]` of the whole."""
+    """A part of a source, with the source's classes: index i of the part is record `indices[i]` of
+    the whole."""
 
     def __init__(self, source: DataSource, indices: np.ndarray, part: str, identity: str) -> None:
         self.source, self.indices, self.part, self._identity = source, indices, part, identity
-        self.name, self.classes, self.captions = f"{source.name} ({part})", source.classes, source.captions
+        self.name, self.classes, self.captions = (
+            f"{source.name} ({part})",
+            source.classes,
+            source.captions,
+        )
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -332,7 +398,8 @@ class SubsetSource:
 
 
 def split_by_hash(source: DataSource, holdout: float, part: str) -> DataSource:
-    """One part of a source, by a hash of each record's key: adding images moves none of the others, and equal keys stay together.
+    """One part of a source, by a hash of each record's key: adding images moves none of the others,
+    and equal keys stay together.
 
     Args:
         source: the whole.
@@ -354,11 +421,18 @@ def split_by_hash(source: DataSource, holdout: float, part: str) -> DataSource:
     """
     if part not in ("train", "held_out"):
         raise ValueError(f"part must be 'train' or 'held_out', not {part!r}")
-    if parts := getattr(source, "part", None):  # a mixture is split source by source: its weights hold for each part
+    # a mixture is split source by source: its weights hold for each part
+    if parts := getattr(source, "part", None):
         return parts(holdout, part)
     held = source_key_hashes(source) / 2.0**64 < holdout
-    small = np.uint32 if len(source) < 1 << 32 else np.int64  # 442 million records: 1.8 GB instead of 3.5
-    return SubsetSource(source, np.flatnonzero(held == (part == "held_out")).astype(small), part, f"{part} {holdout!r}")
+    # 442 million records: 1.8 GB instead of 3.5
+    small = np.uint32 if len(source) < 1 << 32 else np.int64
+    return SubsetSource(
+        source,
+        np.flatnonzero(held == (part == "held_out")).astype(small),
+        part,
+        f"{part} {holdout!r}",
+    )
 
 
 def column(wanted: Sequence[str], present: Sequence[str]) -> str | None:
@@ -367,7 +441,9 @@ def column(wanted: Sequence[str], present: Sequence[str]) -> str | None:
     >>> column(("image", "img"), ("mask", "img")), column(("image",), ("photo",)), column(("image",), ("a", "b"))
     ('img', 'photo', None)
     """
-    return next((name for name in wanted if name in present), present[0] if len(present) == 1 else None)
+    return next(
+        (name for name in wanted if name in present), present[0] if len(present) == 1 else None
+    )
 
 
 def parse_label(value: Any) -> int | None:

@@ -1,4 +1,5 @@
-"""Pictures in a directory, as they lie: first-level sub-folders are the categories, NAME.txt beside an image is its caption."""
+"""Pictures in a directory, as they lie: first-level sub-folders are the categories, NAME.txt beside
+an image is its caption."""
 
 import collections
 import os
@@ -13,10 +14,12 @@ from m3i_jax.errors import UnreadableError, UserError
 
 
 class FolderSource:
-    """A directory of images, searched to any depth. Keys are paths relative to it, with `/` on every system.
+    """A directory of images, searched to any depth. Keys are paths relative to it, with `/` on
+    every system.
 
-    Categories are the first-level sub-folders that hold images, sorted, if there are at least two of them; an image that lies in none
-    has label -1. Hidden files and folders, links that lead out of the directory and files that are no images are never opened.
+    Categories are the first-level sub-folders that hold images, sorted, if there are at least two
+    of them; an image that lies in none has label -1. Hidden files and folders, links that lead out
+    of the directory and files that are no images are never opened.
 
     Args:
         path: the directory.
@@ -38,10 +41,18 @@ class FolderSource:
     def __init__(self, path: str) -> None:
         self.path = os.path.expanduser(path)
         if os.path.isfile(self.path):
-            hint = "; tar files are read by data.source='tars'" if self.path.endswith(".tar") else ""
-            raise UserError(f"data.path={path!r} is a file: data.source='folder' needs the directory that holds the images{hint}")
+            hint = (
+                "; tar files are read by data.source='tars'" if self.path.endswith(".tar") else ""
+            )
+            raise UserError(
+                f"data.path={path!r} is a file: data.source='folder' needs the directory that holds"
+                f" the images{hint}"
+            )
         if not os.path.isdir(self.path):
-            raise UserError(f"data.path={path!r} does not exist: {base.missing_path_error(self.path)}; give the directory that holds the images")
+            raise UserError(
+                f"data.path={path!r} does not exist: {base.missing_path_error(self.path)}; give the"
+                " directory that holds the images"
+            )
         self.name = f"folder {path!r}"
         self.ignored: collections.Counter[str] = collections.Counter()
         others: collections.Counter[str] = collections.Counter()
@@ -62,18 +73,26 @@ class FolderSource:
         self._captioned = np.array([os.path.splitext(name)[0] in texts for name in self._names])
         tops = [name.split("/", 1)[0] if "/" in name else "" for name in self._names]
         names = sorted(set(tops) - {""})
-        self.classes: tuple[str, ...] = tuple(names) if len(names) > 1 else ()  # one sub-folder tells nothing apart
+        # one sub-folder tells nothing apart
+        self.classes: tuple[str, ...] = tuple(names) if len(names) > 1 else ()
         number = {name: i for i, name in enumerate(self.classes)}
         self._labels = np.array([number.get(top, -1) for top in tops], np.int32)
         self.captions = bool(self._captioned.any())
-        self._fingerprint = base.stable_digest(*(f"{name}\0{size}" for name, size in found), self._captioned.tobytes())
+        self._fingerprint = base.stable_digest(
+            *(f"{name}\0{size}" for name, size in found), self._captioned.tobytes()
+        )
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Record:
         name = self._names[index]
-        return Record(name, base.read_byte_range(os.path.join(self.path, name)), int(self._labels[index]), self.caption(index))
+        return Record(
+            name,
+            base.read_byte_range(os.path.join(self.path, name)),
+            int(self._labels[index]),
+            self.caption(index),
+        )
 
     def key(self, index: int) -> str:
         return self._names[index]
@@ -84,9 +103,14 @@ class FolderSource:
             return None
         path = os.path.join(self.path, os.path.splitext(self._names[index])[0] + ".txt")
         try:
-            return base.read_byte_range(path, 0, min(os.path.getsize(path), decode.CAPTION_LIMIT + 1))
+            return base.read_byte_range(
+                path, 0, min(os.path.getsize(path), decode.CAPTION_LIMIT + 1)
+            )
         except OSError as error:
-            raise UnreadableError(f"{path!r} cannot be read ({error.strerror}) although it could when the run began; restore it") from error
+            raise UnreadableError(
+                f"{path!r} cannot be read ({error.strerror}) although it could when the run began;"
+                " restore it"
+            ) from error
 
     def fingerprint(self) -> str:
         return self._fingerprint
@@ -94,11 +118,14 @@ class FolderSource:
     def description(self) -> str:
         share = f", captions for {self._captioned.mean():.0%}" if self.captions else ""
         classes = f", {len(self.classes):,} classes" if self.classes else ""
-        return f"{len(self):,} images in {self.name}{classes}{share}{base.format_counts(self.ignored)}"
+        return (
+            f"{len(self):,} images in {self.name}{classes}{share}{base.format_counts(self.ignored)}"
+        )
 
 
 def _files(root: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, int]]:
-    """(path relative to root, size) of every readable file that lies inside root, counting what is passed over."""
+    """(path relative to root, size) of every readable file that lies inside root, counting what is
+    passed over."""
     real = os.path.realpath(root)
     stack: list[tuple[str, tuple[str, ...]]] = [("", (real,))]
     while stack:
@@ -138,7 +165,9 @@ def _files(root: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, 
                 yield name, size
 
 
-def _emptiness(others: collections.Counter[str], texts: int, ignored: collections.Counter[str]) -> str:
+def _emptiness(
+    others: collections.Counter[str], texts: int, ignored: collections.Counter[str]
+) -> str:
     """Why a folder without images has none, as the end of a sentence."""
     count, kinds = others.total() + texts, ", ".join(e[1:] for e in EXTENSIONS)
     if not count and not ignored.total():
@@ -147,4 +176,7 @@ def _emptiness(others: collections.Counter[str], texts: int, ignored: collection
         return f"holds no image ({kinds}){base.format_counts(ignored)}"
     most = others.most_common(1)[0][0] if others else ".txt"
     hint = "; tar files are read by data.source='tars'" if others[".tar"] else ""
-    return f"holds {count:,} files but no image ({kinds}), most of them {most or 'without extension'}{base.format_counts(ignored)}{hint}"
+    return (
+        f"holds {count:,} files but no image ({kinds}), most of them"
+        f" {most or 'without extension'}{base.format_counts(ignored)}{hint}"
+    )

@@ -1,4 +1,5 @@
-"""What a source opens at first use stays in the process that opened it: sent to a worker, the source arrives with nothing open."""
+"""What a source opens at first use stays in the process that opened it: sent to a worker, the
+source arrives with nothing open."""
 
 import collections
 import threading
@@ -9,8 +10,8 @@ from typing import Any
 class HandleCache:
     """The last few things that were opened, by key; safe to use from several threads.
 
-    Args:
-        most: how many are kept; the one unused for longest is let go, and closed when nobody reads from it any more.
+    Args: most: how many are kept; the one unused for longest is let go, and closed when nobody
+        reads from it any more.
 
     >>> import copy                                                                  # copies as it is sent: through `__reduce__`
     >>> opened = HandleCache(1)

@@ -1,6 +1,6 @@
-"""Data sets of the Hugging Face `datasets` library as they lie on disk (`save_to_disk`): memory-mapped Arrow tables, read by position. The
-image comes as its original bytes (`decode=False`); nothing is downloaded, and nothing of the data set is run or unpickled.
-"""
+"""Data sets of the Hugging Face `datasets` library as they lie on disk (`save_to_disk`):
+memory-mapped Arrow tables, read by position. The image comes as its original bytes
+(`decode=False`); nothing is downloaded, and nothing of the data set is run or unpickled."""
 
 import os
 from collections.abc import Sequence
@@ -14,16 +14,21 @@ from m3i_jax.data.sources.base import Record
 from m3i_jax.data.sources.handle_cache import HandleCache
 from m3i_jax.errors import UserError
 
-IMAGES, LABELS, CAPTIONS = ("image", "img", "jpg", "png", "webp"), ("label", "labels", "cls"), ("caption", "captions", "text", "txt")
+IMAGES, LABELS, CAPTIONS = (
+    ("image", "img", "jpg", "png", "webp"),
+    ("label", "labels", "cls"),
+    ("caption", "captions", "text", "txt"),
+)
 KEYS = ("key", "__key__", "id", "file_name", "filename", "image_id")
 
 
 class HuggingFaceSource:
     """One split of a saved data set.
 
-    The image is the column `image`, `img`, ..., else the only image column; the label `label`, `labels` or `cls`, else the only
-    ClassLabel; the caption `caption`, `captions` (the first of several), `text` or `txt`. The key of a record is its `key`, `__key__`, `id`
-    or `file_name` if that is text, else its index.
+    The image is the column `image`, `img`, ..., else the only image column; the label `label`,
+    `labels` or `cls`, else the only ClassLabel; the caption `caption`, `captions` (the first of
+    several), `text` or `txt`. The key of a record is its `key`, `__key__`, `id` or `file_name` if
+    that is text, else its index.
 
     Args:
         path: the directory that `save_to_disk` wrote.
@@ -43,21 +48,41 @@ class HuggingFaceSource:
         if self._image is None:
             columns = ", ".join(f"{name} ({kind})" for name, kind in sorted(kinds.items()))
             raise UserError(f"data.path={path!r} has no image: its columns are {columns}")
-        named, whole = [n for n, k in kinds.items() if k == "ClassLabel"], [n for n, f in features.items() if _dtype(f).startswith("int")]
-        self._label = base.column(LABELS, named) or next((name for name in LABELS if name in whole), None)
-        self._caption = next((n for n in CAPTIONS if n in kinds and (_dtype(features[n]).endswith("string") or kinds[n] == "List")), None)
-        self._key = next((name for name in KEYS if _dtype(features.get(name)).endswith("string")), None)
+        named, whole = (
+            [n for n, k in kinds.items() if k == "ClassLabel"],
+            [n for n, f in features.items() if _dtype(f).startswith("int")],
+        )
+        self._label = base.column(LABELS, named) or next(
+            (name for name in LABELS if name in whole), None
+        )
+        self._caption = next(
+            (
+                n
+                for n in CAPTIONS
+                if n in kinds and (_dtype(features[n]).endswith("string") or kinds[n] == "List")
+            ),
+            None,
+        )
+        self._key = next(
+            (name for name in KEYS if _dtype(features.get(name)).endswith("string")), None
+        )
         self._length, self.captions = len(table), self._caption is not None
         if not self._length:
-            raise UserError(f"data.path={path!r} has no records{f' in split {split!r}' if split else ''}")
+            raise UserError(
+                f"data.path={path!r} has no records{f' in split {split!r}' if split else ''}"
+            )
         if self._label in named:
             self.classes: tuple[str, ...] = tuple(features[self._label].names)
         else:
             labels = table.select_columns([self._label])[:][self._label] if self._label else []
-            highest = max((label for x in labels if (label := base.parse_label(x)) is not None), default=-1)
+            highest = max(
+                (label for x in labels if (label := base.parse_label(x)) is not None), default=-1
+            )
             self.classes = tuple(str(i) for i in range(highest + 1))
         self.name = f"hugging_face {path!r}" + (f" ({split})" if split else "")
-        self._identity = base.stable_digest("hugging_face", self._saved, self._length, *sorted(kinds), *self.classes)
+        self._identity = base.stable_digest(
+            "hugging_face", self._saved, self._length, *sorted(kinds), *self.classes
+        )
 
     def __len__(self) -> int:
         return self._length
@@ -67,7 +92,10 @@ class HuggingFaceSource:
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record]:
         found = self._columns("all")[list(indices)]
-        return [self._record(i, {name: values[at] for name, values in found.items()}) for at, i in enumerate(indices)]
+        return [
+            self._record(i, {name: values[at] for name, values in found.items()})
+            for at, i in enumerate(indices)
+        ]
 
     def key(self, index: int) -> str:
         return self._key_of(index, self._columns("key")[index] if self._key else {})
@@ -77,22 +105,38 @@ class HuggingFaceSource:
 
     def key_hashes(self) -> np.ndarray:
         keys = self._columns("key")[:][self._key] if self._key else [None] * len(self)
-        return np.fromiter((base.key_hash(self._key_of(i, {self._key: key})) for i, key in enumerate(keys)), np.uint64, len(self))
+        return np.fromiter(
+            (base.key_hash(self._key_of(i, {self._key: key})) for i, key in enumerate(keys)),
+            np.uint64,
+            len(self),
+        )
 
     def fingerprint(self) -> str:
         return self._identity
 
     def description(self) -> str:
         classes = f", {len(self.classes):,} classes" if self.classes else ""
-        return f"{len(self):,} images in {self.name}{classes}{', captions' if self.captions else ''}"
+        return (
+            f"{len(self):,} images in {self.name}{classes}{', captions' if self.captions else ''}"
+        )
 
     def _record(self, index: int, row: dict[Any, Any]) -> Record:
         image = row[self._image] or {}
         content = image.get("bytes")
-        if content is None and (path := image.get("path")):  # saved without embedding: a file of the person who saved it
-            content = base.read_byte_range(path) if path.lower().endswith(base.EXTENSIONS) and os.path.isfile(path) else b""
+        # saved without embedding: a file of the person who saved it
+        if content is None and (path := image.get("path")):
+            content = (
+                base.read_byte_range(path)
+                if path.lower().endswith(base.EXTENSIONS) and os.path.isfile(path)
+                else b""
+            )
         label = base.parse_label(row[self._label]) if self._label else None
-        return Record(self._key_of(index, row), content or b"", -1 if label is None else label, self._caption_of(row))
+        return Record(
+            self._key_of(index, row),
+            content or b"",
+            -1 if label is None else label,
+            self._caption_of(row),
+        )
 
     def _key_of(self, index: int, row: dict[Any, Any]) -> str:
         return row.get(self._key) or str(index)
@@ -119,25 +163,42 @@ class HuggingFaceSource:
         try:
             import datasets
         except ImportError:
-            raise UserError("data.source='hugging_face' needs the package datasets: pip install 'm3i-jax[huggingface]'") from None
+            raise UserError(
+                "data.source='hugging_face' needs the package datasets: pip install"
+                " 'm3i-jax[huggingface]'"
+            ) from None
         if not os.path.isdir(self.path):
-            raise UserError(f"data.path={self.path!r} does not exist: {base.missing_path_error(self.path)}; give what save_to_disk wrote")
+            raise UserError(
+                f"data.path={self.path!r} does not exist: {base.missing_path_error(self.path)};"
+                " give what save_to_disk wrote"
+            )
         try:
             found = datasets.load_from_disk(self.path)
-        except Exception as error:  # of many kinds: not saved by that library, damaged, or by a newer one
+        except (
+            Exception
+        ) as error:  # of many kinds: not saved by that library, damaged, or by a newer one
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"data.path={self.path!r} is no data set that `datasets` saved with save_to_disk ({reason})") from error
+            raise UserError(
+                f"data.path={self.path!r} is no data set that `datasets` saved with save_to_disk"
+                f" ({reason})"
+            ) from error
         if isinstance(found, dict):
             names = ", ".join(sorted(found))
             if self._split not in found:
-                raise UserError(f"data.path={self.path!r} has the splits {names}, data.split={self._split!r} is none of them: choose one")
+                raise UserError(
+                    f"data.path={self.path!r} has the splits {names}, data.split={self._split!r} is"
+                    " none of them: choose one"
+                )
             found = found[self._split]
         elif self._split:
             raise UserError(
-                f"data.path={self.path!r} has no splits: leave data.split={self._split!r} empty, data.holdout holds a share out"
+                f"data.path={self.path!r} has no splits: leave data.split={self._split!r} empty,"
+                " data.holdout holds a share out"
             )
         self._saved = str(found._fingerprint)
-        pictures = [name for name, feature in found.features.items() if type(feature).__name__ == "Image"]
+        pictures = [
+            name for name, feature in found.features.items() if type(feature).__name__ == "Image"
+        ]
         for name in pictures:
             found = found.cast_column(name, datasets.Image(decode=False))
         return found

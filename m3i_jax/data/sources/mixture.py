@@ -1,8 +1,9 @@
-"""Several sources as one, each with its share of the samples: M3I's 427 million captioned and 15 million labelled images in one stage.
+"""Several sources as one, each with its share of the samples: M3I's 427 million captioned and 15
+million labelled images in one stage.
 
-A sample has what its source has: a category, a caption, both or neither. Which source and which record stand at a position of the stream
-is closed arithmetic (`sampler.sample_mixture_index`), like everything else in the order.
-"""
+A sample has what its source has: a category, a caption, both or neither. Which source and which
+record stand at a position of the stream is closed arithmetic (`sampler.sample_mixture_index`), like
+everything else in the order."""
 
 import dataclasses
 import fractions
@@ -40,7 +41,10 @@ def parse_entry(text: str) -> MixtureEntry:
     >>> parse_entry("tars:/a/*.tar=427").weight, parse_entry("folder:/b@train|val").held_out, parse_entry("tfds:food101=size").weight
     (Fraction(427, 1), 'val', None)
     """
-    wrong = f"data.mixture: {text!r} is not KIND:PATH, KIND:PATH=WEIGHT or KIND:PATH@SPLIT|HELD_OUT=WEIGHT"
+    wrong = (
+        f"data.mixture: {text!r} is not KIND:PATH, KIND:PATH=WEIGHT or"
+        " KIND:PATH@SPLIT|HELD_OUT=WEIGHT"
+    )
     kind, colon, rest = text.strip().partition(":")
     if kind not in base.KINDS or not colon:
         raise UserError(f"{wrong}: the kind must be one of {', '.join(base.KINDS)}")
@@ -52,9 +56,15 @@ def parse_entry(text: str) -> MixtureEntry:
         try:
             weight = fractions.Fraction(number)
         except (ValueError, ZeroDivisionError):
-            raise UserError(f"{wrong}: the weight {number!r} must be a positive number, or 'size' for the number of images") from None
+            raise UserError(
+                f"{wrong}: the weight {number!r} must be a positive number, or 'size' for the"
+                " number of images"
+            ) from None
         if weight <= 0:
-            raise UserError(f"{wrong}: the weight {number!r} must be positive; leave the source out to give it none")
+            raise UserError(
+                f"{wrong}: the weight {number!r} must be positive; leave the source out to give it"
+                " none"
+            )
     before, at, split = path.rpartition("@")
     if not at or "/" in split:
         before, split = path, ""
@@ -67,23 +77,32 @@ def parse_entry(text: str) -> MixtureEntry:
 def mixture_entries(data: schema.Data) -> list[MixtureEntry]:
     """The sources that the configuration names: those of the mixture, or the one there is.
 
-    Raises:
-        UserError: an entry that `parse_entry` refuses, a mixture of nothing, or one beside another source, which would not read it.
+    Raises: UserError: an entry that `parse_entry` refuses, a mixture of nothing, or one beside
+        another source, which would not read it.
 
     >>> mixture_entries(schema.Data(source="folder", path="/b", holdout_split="val"))
     [Entry(kind='folder', path='/b', split='', held_out='val', weight=None)]
     """
     if data.source != "mixture":
         if data.mixture:
-            raise UserError(f"data.mixture is given and data.source={data.source!r} does not read it: set data.source='mixture'")
+            raise UserError(
+                f"data.mixture is given and data.source={data.source!r} does not read it: set"
+                " data.source='mixture'"
+            )
         return [MixtureEntry(data.source, data.path, data.split, data.holdout_split)]
     if not data.mixture:
-        raise UserError("data.source='mixture' mixes nothing: give data.mixture, such as ('tars:/a/*.tar=427', 'folder:/b=15')")
+        raise UserError(
+            "data.source='mixture' mixes nothing: give data.mixture, such as ('tars:/a/*.tar=427',"
+            " 'folder:/b=15')"
+        )
     return [parse_entry(text) for text in data.mixture]
 
 
-def join_sources(data: schema.Data, entries: Sequence[MixtureEntry], opened: Sequence[DataSource]) -> DataSource:
-    """What was opened for each of the `mixture_entries` as one source: their mixture, or the one there is.
+def join_sources(
+    data: schema.Data, entries: Sequence[MixtureEntry], opened: Sequence[DataSource]
+) -> DataSource:
+    """What was opened for each of the `mixture_entries` as one source: their mixture, or the one
+    there is.
 
     >>> join_sources(schema.Data(), mixture_entries(schema.Data()), ["the source"])
     'the source'
@@ -93,7 +112,9 @@ def join_sources(data: schema.Data, entries: Sequence[MixtureEntry], opened: Seq
     return Mixture(opened, [entry.weight for entry in entries], shared=data.class_space == "shared")
 
 
-def integer_shares(weights: Sequence[fractions.Fraction | None], sizes: Sequence[int]) -> tuple[int, ...]:
+def integer_shares(
+    weights: Sequence[fractions.Fraction | None], sizes: Sequence[int]
+) -> tuple[int, ...]:
     """Weights as the smallest whole numbers of the same proportions; without weights, the sizes.
 
     Raises:
@@ -105,23 +126,29 @@ def integer_shares(weights: Sequence[fractions.Fraction | None], sizes: Sequence
     """
     given = [w for w in weights if w is not None]
     if given and len(given) < len(weights):
-        raise UserError("data.mixture: some sources have a weight and some have none: give one to all of them, or to none for their sizes")
+        raise UserError(
+            "data.mixture: some sources have a weight and some have none: give one to all of them,"
+            " or to none for their sizes"
+        )
     exact = given or [fractions.Fraction(size) for size in sizes]
     scale = math.lcm(*(w.denominator for w in exact))
     parts = [int(w * scale) for w in exact]
     parts = [part // (math.gcd(*parts) or 1) for part in parts]
     if sum(parts) > CYCLE_LIMIT:
-        raise UserError(f"data.mixture: the weights {', '.join(map(str, given))} have too many digits to be mixed exactly: round them")
+        raise UserError(
+            f"data.mixture: the weights {', '.join(map(str, given))} have too many digits to be"
+            " mixed exactly: round them"
+        )
     return tuple(parts)
 
 
 class Mixture:
-    """Sources with weights, as one source: its records are those of the first source, then those of the second, and so on.
+    """Sources with weights, as one source: its records are those of the first source, then those of
+    the second, and so on.
 
-    Args:
-        parts: the sources.
-        weights: of the samples, one a source; all None: in proportion to their sizes.
-        shared: classes of the same name are one class; else every source has its own, one behind the other.
+    Args: parts: the sources. weights: of the samples, one a source; all None: in proportion to
+        their sizes. shared: classes of the same name are one class; else every source has its own,
+        one behind the other.
 
     Raises:
         UserError: some sources have a weight and some have none.
@@ -140,7 +167,13 @@ class Mixture:
     [2.0, 4.0]
     """
 
-    def __init__(self, parts: Sequence[DataSource], weights: Sequence[fractions.Fraction | None], *, shared: bool = True) -> None:
+    def __init__(
+        self,
+        parts: Sequence[DataSource],
+        weights: Sequence[fractions.Fraction | None],
+        *,
+        shared: bool = True,
+    ) -> None:
         self.sources, self.weights, self.shared = list(parts), list(weights), shared
         self.sizes = [len(source) for source in parts]
         self.parts = integer_shares(weights, self.sizes)
@@ -162,8 +195,16 @@ class Mixture:
         got: dict[int, Record] = {}
         for number in np.unique(which).tolist():
             places = np.flatnonzero(which == number)
-            found = base.read_items(self.sources[number], (wanted[places] - self._start(number)).tolist())
-            got.update(zip(places.tolist(), (relabel_record(record, self._tables[number]) for record in found), strict=True))
+            found = base.read_items(
+                self.sources[number], (wanted[places] - self._start(number)).tolist()
+            )
+            got.update(
+                zip(
+                    places.tolist(),
+                    (relabel_record(record, self._tables[number]) for record in found),
+                    strict=True,
+                )
+            )
         return [got[i] for i in range(len(wanted))]
 
     def key(self, index: int) -> str:
@@ -175,7 +216,9 @@ class Mixture:
 
     def caption(self, index: int) -> str | bytes | None:
         which, at = self._where(index)
-        return base.source_caption(self.sources[which], at) if self.sources[which].captions else None
+        return (
+            base.source_caption(self.sources[which], at) if self.sources[which].captions else None
+        )
 
     def locate(self, seed: int, positions: np.ndarray, attempt: int = 0) -> np.ndarray:
         """The record at each position of the stream, int64 [R]: see `sampler.sample_mixture_index`.
@@ -185,21 +228,38 @@ class Mixture:
         """
         for source, part in zip(self.sources, self.parts, strict=True):
             if part and not len(source):
-                raise UserError(f"data.mixture: {source.name} has no images to give its share of: leave it out, or hold less out")
-        which, record = sampler.sample_mixture_index(seed, positions, self.sizes, self.parts, attempt)
+                raise UserError(
+                    f"data.mixture: {source.name} has no images to give its share of: leave it out,"
+                    " or hold less out"
+                )
+        which, record = sampler.sample_mixture_index(
+            seed, positions, self.sizes, self.parts, attempt
+        )
         return record + (self._ends - self.sizes)[which]
 
     def part(self, holdout: float, part: str) -> "Mixture":
         """The mixture of one part of each source: see `base.split_by_hash`."""
-        return Mixture([base.split_by_hash(source, holdout, part) for source in self.sources], self.weights, shared=self.shared)
+        return Mixture(
+            [base.split_by_hash(source, holdout, part) for source in self.sources],
+            self.weights,
+            shared=self.shared,
+        )
 
     def fingerprint(self) -> str:
-        return base.stable_digest("mixture", *self.parts, *self.classes, *(source.fingerprint() for source in self.sources))
+        return base.stable_digest(
+            "mixture",
+            *self.parts,
+            *self.classes,
+            *(source.fingerprint() for source in self.sources),
+        )
 
     def identity(self) -> list[str]:
         """One line a source, for a person who has to find out what differs between two mixtures."""
         shares = zip(self.parts, self.sources, strict=True)
-        return [f"{part} of every {sum(self.parts):,} samples from {base.source_identity(source)[0]}" for part, source in shares]
+        return [
+            f"{part} of every {sum(self.parts):,} samples from {base.source_identity(source)[0]}"
+            for part, source in shares
+        ]
 
     def epochs(self, samples: int) -> list[float]:
         """How often so many samples go through each source."""
@@ -208,13 +268,23 @@ class Mixture:
 
     def description(self) -> str:
         parts = [
-            f"{part / max(sum(self.parts), 1):.2%} of the samples ({epochs:.3g} epochs in one pass) from {source.description()}"
-            for source, part, epochs in zip(self.sources, self.parts, self.epochs(len(self)), strict=True)
+            f"{part / max(sum(self.parts), 1):.2%} of the samples ({epochs:.3g} epochs in one pass)"
+            f" from {source.description()}"
+            for source, part, epochs in zip(
+                self.sources, self.parts, self.epochs(len(self)), strict=True
+            )
         ]
         known = sum(len(source.classes) for source in self.sources)
-        same = f" ({known - len(self.classes):,} of them shared by name)" if known > len(self.classes) else ""
+        same = (
+            f" ({known - len(self.classes):,} of them shared by name)"
+            if known > len(self.classes)
+            else ""
+        )
         classes = f", {len(self.classes):,} classes{same}" if known else ""
-        return f"{len(self):,} images in a mixture of {len(self.sources)} sources{classes}: " + "; ".join(parts)
+        return (
+            f"{len(self):,} images in a mixture of {len(self.sources)} sources{classes}: "
+            + "; ".join(parts)
+        )
 
     def _where(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
@@ -227,7 +297,8 @@ class Mixture:
 
 
 class RelabelledSource:
-    """A source whose categories are numbered as in another list of classes; those that are not in it become -1.
+    """A source whose categories are numbered as in another list of classes; those that are not in
+    it become -1.
 
     >>> class Two:
     ...     name, classes, captions = "two", ("cat", "eel"), False
@@ -240,7 +311,12 @@ class RelabelledSource:
 
     def __init__(self, source: DataSource, classes: Sequence[str]) -> None:
         number = {name: i for i, name in enumerate(classes)}
-        self.source, self.name, self.captions, self.classes = source, source.name, source.captions, tuple(classes)
+        self.source, self.name, self.captions, self.classes = (
+            source,
+            source.name,
+            source.captions,
+            tuple(classes),
+        )
         self._table = np.array([number.get(name, -1) for name in source.classes], np.int32)
 
     def __len__(self) -> int:
@@ -250,7 +326,9 @@ class RelabelledSource:
         return relabel_record(self.source[index], self._table)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record]:
-        return [relabel_record(record, self._table) for record in base.read_items(self.source, indices)]
+        return [
+            relabel_record(record, self._table) for record in base.read_items(self.source, indices)
+        ]
 
     def key(self, index: int) -> str:
         return base.source_key(self.source, index)
@@ -272,11 +350,16 @@ def relabel_record(record: Record, table: np.ndarray) -> Record:
     (7, -1)
     """
     label = int(table[record.label]) if 0 <= record.label < len(table) else -1
-    return record if label == record.label else Record(record.key, record.image, label, record.caption)
+    return (
+        record if label == record.label else Record(record.key, record.image, label, record.caption)
+    )
 
 
-def join_classes(spaces: Sequence[Sequence[str]], shared: bool) -> tuple[tuple[str, ...], list[np.ndarray]]:
-    """(all classes, for each source the number in them of each of its own), in the order in which they appear.
+def join_classes(
+    spaces: Sequence[Sequence[str]], shared: bool
+) -> tuple[tuple[str, ...], list[np.ndarray]]:
+    """(all classes, for each source the number in them of each of its own), in the order in which
+    they appear.
 
     >>> join_classes([("a", "b"), ("b", "c")], True)[0], join_classes([("a", "b"), ("b", "c")], False)[0]
     (('a', 'b', 'c'), ('a', 'b', 'b', 'c'))

@@ -1,11 +1,14 @@
-"""Built-in images with categories and captions, so that every part of the framework runs where there is no data set.
+"""Built-in images with categories and captions, so that every part of the framework runs where
+there is no data set.
 
-An image shows one shape, and the shape is the category. All else is nuisance: colour, size, place, rotation, the background's colour and
-pattern, small lines and blobs behind the shape. Colours are paired by luminance, so that the shape is visible also in gray, and brighter
-than its background as often as darker: pixels and simple statistics say little about the category, outlines say everything.
+An image shows one shape, and the shape is the category. All else is nuisance: colour, size, place,
+rotation, the background's colour and pattern, small lines and blobs behind the shape. Colours are
+paired by luminance, so that the shape is visible also in gray, and brighter than its background as
+often as darker: pixels and simple statistics say little about the category, outlines say
+everything.
 
-What an image shows (category, colours, pattern, size, caption) and where are separate streams of randomness: a caption costs no rendering.
-"""
+What an image shows (category, colours, pattern, size, caption) and where are separate streams of
+randomness: a caption costs no rendering."""
 
 import functools
 import math
@@ -34,7 +37,9 @@ COLORS = {
     "gray": (120, 120, 120),
     "black": (25, 25, 25),
 }
-CONTRAST = 60  # least difference of luminance (0..255) between a shape and either shade of its background, before jitter
+# least difference of luminance (0..255) between a shape and either shade of its background, before
+# jitter
+CONTRAST = 60
 
 _VERSION = 1  # of the images, part of the fingerprint: raise it when any of them changes
 _JITTER = 10  # a colour's channels differ by at most this from image to image
@@ -59,16 +64,24 @@ def _luminance(rgb: np.ndarray) -> np.ndarray:
 
 
 def _shades(name: str) -> np.ndarray:
-    """Two shades [2, 3] of a background: the colour, and one away from middle gray (towards it for black and white)."""
+    """Two shades [2, 3] of a background: the colour, and one away from middle gray (towards it for
+    black and white)."""
     rgb = np.array(COLORS[name], float)
-    other = {"black": rgb + 50, "white": rgb - 50}.get(name, rgb * 0.6 if _luminance(rgb) < 140 else rgb * 0.55 + 255 * 0.45)
+    other = {"black": rgb + 50, "white": rgb - 50}.get(
+        name, rgb * 0.6 if _luminance(rgb) < 140 else rgb * 0.55 + 255 * 0.45
+    )
     return np.stack([rgb, other])
 
 
 _NAMES = tuple(COLORS)
 _SHADES = {name: _shades(name) for name in _NAMES}
 GROUNDS = {
-    name: tuple(g for g in _NAMES if np.abs(_luminance(_SHADES[g]) - _luminance(_SHADES[name][0])).min() >= CONTRAST) for name in _NAMES
+    name: tuple(
+        g
+        for g in _NAMES
+        if np.abs(_luminance(_SHADES[g]) - _luminance(_SHADES[name][0])).min() >= CONTRAST
+    )
+    for name in _NAMES
 }
 """For every colour of a shape the colours that its background may have."""
 
@@ -112,7 +125,8 @@ class ShapeSpec(NamedTuple):
 
 
 class ShapesSource:
-    """Pictures of shapes, rendered when they are read; the same for the same seed and index, whatever the size and the order of reading.
+    """Pictures of shapes, rendered when they are read; the same for the same seed and index,
+    whatever the size and the order of reading.
 
     In every eight consecutive images every category occurs once, in random order.
 
@@ -135,9 +149,14 @@ class ShapesSource:
 
     def __init__(self, size: int, side: int = 96, seed: int = 0) -> None:
         if size < 1:
-            raise UserError(f"data.size={size} renders no image, and data.source='shapes' has no others: give a number such as 10000")
+            raise UserError(
+                f"data.size={size} renders no image, and data.source='shapes' has no others: give a"
+                " number such as 10000"
+            )
         if side < 16 or not 0 <= seed < 2**64:
-            raise ValueError(f"side {side}, seed {seed}: a side is at least 16 pixels, a seed 0..2^64-1")
+            raise ValueError(
+                f"side {side}, seed {seed}: a side is at least 16 pixels, a seed 0..2^64-1"
+            )
         self.size, self.side, self.seed = size, side, seed
         self.name, self.classes, self.captions = "shapes", CLASSES, True
 
@@ -166,16 +185,26 @@ class ShapesSource:
         deal = np.argsort(self._uniforms(_DEAL, i // len(CLASSES), len(CLASSES)), kind="stable")
         u = self._uniforms(_WHAT, i, 8).tolist()
         label, color = int(deal[i % len(CLASSES)]), _pick(_NAMES, u[0])
-        ground, pattern, size = _pick(GROUNDS[color], u[1]), _pick(PATTERNS, u[2]), 0.5 + 0.35 * u[3]
-        # Every caption names the shape, half of them its colour, half the background: what tells most captions apart is the shape.
+        ground, pattern, size = (
+            _pick(GROUNDS[color], u[1]),
+            _pick(PATTERNS, u[2]),
+            0.5 + 0.35 * u[3],
+        )
+        # Every caption names the shape, half of them its colour, half the background: what tells
+        # most captions apart is the shape.
         words = f"{color} {CLASSES[label]}" if u[6] < 0.5 else CLASSES[label]
         if u[4] < 0.5:
-            words = f"{'small' if size < 0.6 else 'large' if size > 0.75 else 'medium-sized'} {words}"
-        caption = _pick(_TEMPLATES if u[7] < 0.5 else _SHORT, u[5]).format(thing=_a(words), ground=_a(f"{pattern} {ground}"))
+            words = (
+                f"{'small' if size < 0.6 else 'large' if size > 0.75 else 'medium-sized'} {words}"
+            )
+        caption = _pick(_TEMPLATES if u[7] < 0.5 else _SHORT, u[5]).format(
+            thing=_a(words), ground=_a(f"{pattern} {ground}")
+        )
         return ShapeSpec(label, color, ground, pattern, size, caption)
 
     def silhouette(self, index: SupportsIndex) -> np.ndarray:
-        """uint8 [side, side]: 255 where image `index` shows its shape, 0 where it shows background, between them on the outline.
+        """uint8 [side, side]: 255 where image `index` shows its shape, 0 where it shows background,
+        between them on the outline.
 
         >>> mask = ShapesSource(8, side=32).silhouette(0)
         >>> mask.shape, int(mask.max())
@@ -189,7 +218,10 @@ class ShapesSource:
 
     def description(self) -> str:
         about = f"{self.side} x {self.side} pixels, seed {self.seed}"
-        return f"{len(self):,} images in {self.name} ({about}), {len(CLASSES)} classes, captions for 100%"
+        return (
+            f"{len(self):,} images in {self.name} ({about}), {len(CLASSES)} classes, captions for"
+            " 100%"
+        )
 
     def _at(self, index: SupportsIndex) -> int:
         return range(self.size)[index]  # counts negative indices from the end, raises IndexError
@@ -205,8 +237,11 @@ class ShapesSource:
         first, second = _SHADES[what.ground] + _shift(u[6:9])
         picture = Image.new("RGB", (self.side, self.side), _rgb(first))
         picture.paste(_rgb(second), mask=self._field(i, what.pattern, *u[9:12]))
-        # A mark has a colour that the background could have had: it must not hide the shape's outline.
-        picture.paste(_rgb(_SHADES[_pick(GROUNDS[what.color], u[12])][0]), mask=self._marks(u[13], u[16:]))
+        # A mark has a colour that the background could have had: it must not hide the shape's
+        # outline.
+        picture.paste(
+            _rgb(_SHADES[_pick(GROUNDS[what.color], u[12])][0]), mask=self._marks(u[13], u[16:])
+        )
         picture.paste(_rgb(_SHADES[what.color][0] + _shift(u[3:6])), mask=self._shape(what, u))
         return np.array(picture)
 
@@ -238,8 +273,15 @@ class ShapesSource:
             v = u[5 * m : 5 * m + 5]
             x, y, angle = v[0] * side, v[1] * side, 2 * math.pi * v[2]
             if v[3] < 0.6:
-                dx, dy = (0.05 + 0.2 * v[4]) * side * math.cos(angle), (0.05 + 0.2 * v[4]) * side * math.sin(angle)
-                draw.line((x - dx, y - dy, x + dx, y + dy), fill=255, width=round((0.01 + 0.02 * v[4]) * side))
+                dx, dy = (
+                    (0.05 + 0.2 * v[4]) * side * math.cos(angle),
+                    (0.05 + 0.2 * v[4]) * side * math.sin(angle),
+                )
+                draw.line(
+                    (x - dx, y - dy, x + dx, y + dy),
+                    fill=255,
+                    width=round((0.01 + 0.02 * v[4]) * side),
+                )
             else:
                 rx, ry = (0.015 + 0.035 * v[4]) * side, (0.015 + 0.035 * v[2]) * side
                 draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=255)
@@ -249,25 +291,36 @@ class ShapesSource:
         canvas = Image.new("L", (self.side * _SCALE,) * 2)
         return canvas, ImageDraw.Draw(canvas)
 
-    def _field(self, i: int, pattern: str, angle: float, period: float, phase: float) -> Image.Image:
+    def _field(
+        self, i: int, pattern: str, angle: float, period: float, phase: float
+    ) -> Image.Image:
         """The mask of a background's second shade."""
         if pattern == "plain":
             return Image.new("L", (self.side, self.side), int(64 * phase))
         if pattern == "speckled":
-            cells = (self._uniforms(_SPECKS, i, _GRAIN**2) * 256).astype(np.uint8).reshape(_GRAIN, _GRAIN)
+            cells = (
+                (self._uniforms(_SPECKS, i, _GRAIN**2) * 256)
+                .astype(np.uint8)
+                .reshape(_GRAIN, _GRAIN)
+            )
             return Image.fromarray(cells).resize((self.side, self.side), Image.Resampling.BILINEAR)
         y, x = _grid(self.side)
         c, s = np.float32(math.cos(2 * math.pi * angle)), np.float32(math.sin(2 * math.pi * angle))
         if pattern == "shaded":
             return _mask((x * c + y * s) / (abs(c) + abs(s)))
-        wave = {"striped": 0.1, "checkered": 0.16, "dotted": 0.12}[pattern] * (1 + period)  # a period, as a share of the side
+        # a period, as a share of the side
+        wave = {"striped": 0.1, "checkered": 0.16, "dotted": 0.12}[pattern] * (1 + period)
         turn = np.float32(2 * math.pi / wave)
         along = (x * c + y * s) * turn + np.float32(2 * math.pi * phase)
         if pattern == "striped":
             height = np.sin(along)
         else:
             across = (y * c - x * s) * turn
-            height = np.sin(along) * np.sin(across) if pattern == "checkered" else np.cos(along) + np.cos(across) - np.float32(0.7)
+            height = (
+                np.sin(along) * np.sin(across)
+                if pattern == "checkered"
+                else np.cos(along) + np.cos(across) - np.float32(0.7)
+            )
         # Edges are ramps about a pixel wide instead of steps: antialiasing.
         return _mask(height * np.float32(wave * self.side / (2 * math.pi)))
 
@@ -281,7 +334,9 @@ def _grid(side: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _mask(height: np.ndarray) -> Image.Image:
     """-0.5 and less: 0, 0.5 and more: 255."""
-    return Image.fromarray(np.clip(height * np.float32(255) + np.float32(128), 0, 255).astype(np.uint8))
+    return Image.fromarray(
+        np.clip(height * np.float32(255) + np.float32(128), 0, 255).astype(np.uint8)
+    )
 
 
 def _pick(options: tuple[str, ...], u: float) -> str:

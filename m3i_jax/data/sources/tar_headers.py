@@ -1,8 +1,9 @@
-"""Walks the headers of a tar file: names, positions and sizes of its regular members, without reading what they hold.
+"""Walks the headers of a tar file: names, positions and sizes of its regular members, without
+reading what they hold.
 
-Python's `tarfile` keeps every member in memory and ends in silence at a damaged header; this walk holds one header at a time, goes on
-behind damage, and counts it. POSIX ustar, GNU long names and sizes, and pax `path` and `size` are understood.
-"""
+Python's `tarfile` keeps every member in memory and ends in silence at a damaged header; this walk
+holds one header at a time, goes on behind damage, and counts it. POSIX ustar, GNU long names and
+sizes, and pax `path` and `size` are understood."""
 
 import collections
 import os
@@ -16,12 +17,13 @@ LINKS, SPECIAL, OUTSIDE = "links", "special members", "names that lead outside"
 DAMAGE, HOSTILE = (TRUNCATED, BROKEN), (LINKS, SPECIAL, OUTSIDE)
 
 
-def tar_members(file: BinaryIO, problems: collections.Counter[str]) -> Iterator[tuple[str, int, int]]:
+def tar_members(
+    file: BinaryIO, problems: collections.Counter[str]
+) -> Iterator[tuple[str, int, int]]:
     """Yields (name, offset of the content, size) of the regular members of an open tar file.
 
-    Args:
-        file: opened for reading, not compressed.
-        problems: counts what is passed over: links, special files, names that lead outside, damaged headers, truncated ends.
+    Args: file: opened for reading, not compressed. problems: counts what is passed over: links,
+        special files, names that lead outside, damaged headers, truncated ends.
 
     >>> import io, tarfile
     >>> buffer = io.BytesIO()
@@ -87,7 +89,8 @@ def _valid_size(header: bytes) -> int | None:
 
 def _octal(field: bytes) -> int | None:
     digits = field.split(b"\0", 1)[0].strip() or b"0"
-    return int(digits, 8) if digits.isdigit() and not (b"8" in digits or b"9" in digits) else None  # int() alone also takes a sign
+    # int() alone also takes a sign
+    return int(digits, 8) if digits.isdigit() and not (b"8" in digits or b"9" in digits) else None
 
 
 def _name(header: bytes) -> bytes:

@@ -1,10 +1,12 @@
-"""Pictures in tar files, as img2dataset and WebDataset write them, read in place: nothing is ever unpacked.
+"""Pictures in tar files, as img2dataset and WebDataset write them, read in place: nothing is ever
+unpacked.
 
-An index of the members is built once by reading headers (and the small JSON and label members), and read by position afterwards: one
-`pread` an image. Only regular members with a known extension count; links, devices, absolute names and names with `..` are passed over
-and counted; a pickle is just an unknown extension. A damaged or truncated file keeps what is valid. Tar files in a bucket (gs://,
-s3://, ...) are read in the same way through fsspec: the headers once, then ranges, those of a batch at the same time.
-"""
+An index of the members is built once by reading headers (and the small JSON and label members), and
+read by position afterwards: one `pread` an image. Only regular members with a known extension
+count; links, devices, absolute names and names with `..` are passed over and counted; a pickle is
+just an unknown extension. A damaged or truncated file keeps what is valid. Tar files in a bucket
+(gs://, s3://, ...) are read in the same way through fsspec: the headers once, then ranges, those of
+a batch at the same time."""
 
 import collections
 import glob
@@ -28,11 +30,13 @@ _log = logging.getLogger(__name__)
 
 
 class TarSource:
-    """The images of all tar files that match a glob, in the order of file names and then of members.
+    """The images of all tar files that match a glob, in the order of file names and then of
+    members.
 
-    Members that share a stem belong together: `KEY.jpg`, `KEY.txt` (caption), `KEY.json` (`caption` where there is no text, `label` if a
-    whole number), `KEY.cls` (label). The key of a record is the stem, so equal keys of two tar files fall into the same part of a split.
-    Categories have no names here: they are "0", "1", ... up to the highest label.
+    Members that share a stem belong together: `KEY.jpg`, `KEY.txt` (caption), `KEY.json` (`caption`
+    where there is no text, `label` if a whole number), `KEY.cls` (label). The key of a record is
+    the stem, so equal keys of two tar files fall into the same part of a split. Categories have no
+    names here: they are "0", "1", ... up to the highest label.
 
     Args:
         path: glob of tar files, or a directory that holds them; local or a URL that fsspec knows.
@@ -58,7 +62,9 @@ class TarSource:
         self.name = f"tars {path!r}"
         self._signature = np.array([_state(file) for file in self.files], np.int64)
         names = [file if remote.is_remote(file) else os.path.realpath(file) for file in self.files]
-        self._cached = os.path.join(cache, f"tar_index_{base.stable_digest(*names)}.npz") if cache else ""
+        self._cached = (
+            os.path.join(cache, f"tar_index_{base.stable_digest(*names)}.npz") if cache else ""
+        )
         index = _load(self._cached, self._signature)
         if index is None:
             index = _build(self.files)
@@ -67,8 +73,15 @@ class TarSource:
         self._adopt(index)
         if not len(self):
             kinds = ", ".join(e[1:] for e in EXTENSIONS)
-            one = "the tar file that matches" if len(self.files) == 1 else f"the {len(self.files):,} tar files that match"
-            raise UserError(f"{one} data.path={path!r} holds no image ({kinds}){base.format_counts(self.ignored)}")
+            one = (
+                "the tar file that matches"
+                if len(self.files) == 1
+                else f"the {len(self.files):,} tar files that match"
+            )
+            raise UserError(
+                f"{one} data.path={path!r} holds no image"
+                f" ({kinds}){base.format_counts(self.ignored)}"
+            )
 
     def _adopt(self, index: dict[str, np.ndarray]) -> None:
         self._index = index
@@ -78,7 +91,8 @@ class TarSource:
         self.classes = tuple(str(i) for i in range(highest + 1))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker process loads the index from its file where there is one: pickling it would hold it twice in memory.
+        # A worker process loads the index from its file where there is one: pickling it would hold
+        # it twice in memory.
         state = self.__dict__.copy()
         if self._cached and os.path.exists(self._cached):
             del state["_index"]
@@ -97,14 +111,24 @@ class TarSource:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record]:
-        x, wanted = self._index, sorted(set(indices), key=lambda i: (self._index["shard"][i], self._index["offset"][i]))
+        x, wanted = (
+            self._index,
+            sorted(set(indices), key=lambda i: (self._index["shard"][i], self._index["offset"][i])),
+        )
         # In the order of the disk, which is kinder to it; the answer keeps the order asked for.
-        ranges = [(self.files[x["shard"][i]], int(x["offset"][i]), int(x["size"][i])) for i in wanted]
+        ranges = [
+            (self.files[x["shard"][i]], int(x["offset"][i]), int(x["size"][i])) for i in wanted
+        ]
         captioned = [i for i in wanted if x["caption_kind"][i] != _NONE]
         read = _read([*ranges, *(self._caption_range(i) for i in captioned)])
         captions = dict(zip(captioned, read[len(ranges) :], strict=True))
         got = {
-            i: Record(self.key(i), image, int(x["label"][i]), self._caption_in(i, captions[i]) if i in captions else None)
+            i: Record(
+                self.key(i),
+                image,
+                int(x["label"][i]),
+                self._caption_in(i, captions[i]) if i in captions else None,
+            )
             for i, image in zip(wanted, read, strict=False)
         }
         return [got[i] for i in indices]
@@ -123,7 +147,11 @@ class TarSource:
     def _caption_range(self, index: int) -> tuple[str, int, int]:
         x = self._index
         limit = decode.CAPTION_LIMIT + 1 if x["caption_kind"][index] == _TEXT else JSON_LIMIT
-        return self.files[x["shard"][index]], int(x["caption_offset"][index]), min(int(x["caption_size"][index]), limit)
+        return (
+            self.files[x["shard"][index]],
+            int(x["caption_offset"][index]),
+            min(int(x["caption_size"][index]), limit),
+        )
 
     def _caption_in(self, index: int, raw: bytes) -> str | bytes | None:
         return raw if self._index["caption_kind"][index] == _TEXT else _parse(raw).get("caption")
@@ -133,14 +161,32 @@ class TarSource:
 
     def fingerprint(self) -> str:
         names = [os.path.basename(file) for file in self.files]
-        arrays = [self._index[name].tobytes() for name in ("shard", "offset", "size", "label", "caption_offset", "caption_size", "keys")]
+        arrays = [
+            self._index[name].tobytes()
+            for name in (
+                "shard",
+                "offset",
+                "size",
+                "label",
+                "caption_offset",
+                "caption_size",
+                "keys",
+            )
+        ]
         return base.stable_digest(*names, *arrays)
 
     def description(self) -> str:
-        share = f", captions for {(self._index['caption_kind'] != _NONE).mean():.0%}" if self.captions else ""
+        share = (
+            f", captions for {(self._index['caption_kind'] != _NONE).mean():.0%}"
+            if self.captions
+            else ""
+        )
         classes = f", {len(self.classes):,} classes" if self.classes else ""
         files = f"{len(self.files):,} tar file{'s' * (len(self.files) > 1)}"
-        return f"{len(self):,} images in {files} of {self.name}{classes}{share}{base.format_counts(self.ignored)}"
+        return (
+            f"{len(self):,} images in {files} of"
+            f" {self.name}{classes}{share}{base.format_counts(self.ignored)}"
+        )
 
 
 def _state(file: str) -> tuple[int, int]:
@@ -163,7 +209,10 @@ def _match(path: str) -> list[str]:
     if remote.is_remote(path):
         if found := [file for file in remote.glob_urls(path) if file.lower().endswith(".tar")]:
             return found
-        raise UserError(f"no tar file matches data.path={path!r}: give a glob such as 'gs://BUCKET/DIR/*.tar', and check the access")
+        raise UserError(
+            f"no tar file matches data.path={path!r}: give a glob such as 'gs://BUCKET/DIR/*.tar',"
+            " and check the access"
+        )
     pattern = os.path.expanduser(path)
     pattern = os.path.join(pattern, "*.tar") if os.path.isdir(pattern) else pattern
     found = sorted(glob.glob(pattern, recursive=True))
@@ -174,15 +223,27 @@ def _match(path: str) -> list[str]:
     if glob.has_magic(folder):
         raise UserError(f"no tar file matches data.path={path!r}: give a glob such as 'DIR/*.tar'")
     if not os.path.isdir(folder):
-        raise UserError(f"no tar file matches data.path={path!r}: {base.missing_path_error(folder)}")
+        raise UserError(
+            f"no tar file matches data.path={path!r}: {base.missing_path_error(folder)}"
+        )
     names = sorted(os.listdir(folder))
     tars = [name for name in names if name.lower().endswith(".tar")]
-    packed = [name for name in names if name.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz"))]
+    packed = [
+        name
+        for name in names
+        if name.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz"))
+    ]
     if tars:
-        many, every = f"{len(tars):,} .tar file{'s' * (len(tars) > 1)}", os.path.join(folder, "*.tar")
+        many, every = (
+            f"{len(tars):,} .tar file{'s' * (len(tars) > 1)}",
+            os.path.join(folder, "*.tar"),
+        )
         hint = f"{folder!r} holds {many}, the first is {tars[0]!r}: did you mean {every!r}?"
     elif packed:
-        hint = f"{folder!r} holds {len(packed):,} compressed ones, which cannot be read in place: decompress them first"
+        hint = (
+            f"{folder!r} holds {len(packed):,} compressed ones, which cannot be read in place:"
+            " decompress them first"
+        )
     else:
         hint = f"{folder!r} holds no .tar file"
     raise UserError(f"no tar file matches data.path={path!r}: {hint}")
@@ -198,7 +259,8 @@ def _parse(raw: bytes) -> dict[str, Any]:
 
 
 class _Columns:
-    """The index while it grows: one list a column, joined to arrays at the end of each file so that a member costs few bytes."""
+    """The index while it grows: one list a column, joined to arrays at the end of each file so that
+    a member costs few bytes."""
 
     KINDS = {
         "shard": np.int32,
@@ -216,18 +278,27 @@ class _Columns:
         self.keys, self.lengths = bytearray(), [np.zeros(0, np.int64)]
 
     def add(self, shard: int, groups: dict[str, dict[str, Any]]) -> None:
-        pictures = [(key.encode("utf-8", "surrogateescape"), group) for key, group in groups.items() if "size" in group]
+        pictures = [
+            (key.encode("utf-8", "surrogateescape"), group)
+            for key, group in groups.items()
+            if "size" in group
+        ]
         for key, group in groups.items():
             group["key_hash"] = base.key_hash(key)
         for name, kind in self.KINDS.items():
             default = -1 if name == "label" else shard if name == "shard" else 0
-            self.parts[name].append(np.array([group.get(name, default) for _, group in pictures], kind))
+            self.parts[name].append(
+                np.array([group.get(name, default) for _, group in pictures], kind)
+            )
         self.keys += b"".join(key for key, _ in pictures)
         self.lengths.append(np.array([len(key) for key, _ in pictures], np.int64))
 
     def arrays(self, ignored: dict[str, int]) -> dict[str, np.ndarray]:
         columns = {name: np.concatenate(parts) for name, parts in self.parts.items()}
-        columns["keys"], columns["key_end"] = np.frombuffer(bytes(self.keys), np.uint8), np.concatenate(self.lengths).cumsum()
+        columns["keys"], columns["key_end"] = (
+            np.frombuffer(bytes(self.keys), np.uint8),
+            np.concatenate(self.lengths).cumsum(),
+        )
         columns["ignored"] = np.frombuffer(json.dumps(ignored).encode(), np.uint8)
         return columns
 
@@ -249,7 +320,10 @@ def _scan(path: str, ignored: collections.Counter[str]) -> dict[str, dict[str, A
         for name, offset, size in tar_headers.tar_members(file, problems):
             stem, extension = os.path.splitext(name)
             extension = extension.lower()
-            if any(part.startswith(".") and part != "." or part == "__MACOSX" for part in name.split("/")):
+            if any(
+                part.startswith(".") and part != "." or part == "__MACOSX"
+                for part in name.split("/")
+            ):
                 problems["hidden"] += 1
             elif extension in EXTENSIONS:
                 group = groups.setdefault(stem, {})
@@ -261,14 +335,20 @@ def _scan(path: str, ignored: collections.Counter[str]) -> dict[str, dict[str, A
                     group.update(offset=offset, size=size)
             elif extension == ".txt":
                 if 0 < size < FILE_LIMIT:  # stronger than the JSON, whichever comes first
-                    groups.setdefault(stem, {}).update(caption_kind=_TEXT, caption_offset=offset, caption_size=size)
+                    groups.setdefault(stem, {}).update(
+                        caption_kind=_TEXT, caption_offset=offset, caption_size=size
+                    )
             elif extension in (".json", ".cls"):
                 if size > JSON_LIMIT:
                     problems["JSON over 1 MiB"] += 1
                     continue
                 file.seek(offset)
                 raw = file.read(size)
-                value = _parse(raw) if extension == ".json" else {"label": int(raw) if raw.strip().isdigit() and size < 20 else raw}
+                value = (
+                    _parse(raw)
+                    if extension == ".json"
+                    else {"label": int(raw) if raw.strip().isdigit() and size < 20 else raw}
+                )
                 group = groups.setdefault(stem, {})
                 if value.get("label") is not None:
                     label = base.parse_label(value["label"])
@@ -276,14 +356,20 @@ def _scan(path: str, ignored: collections.Counter[str]) -> dict[str, dict[str, A
                     if label is not None:
                         group["label"] = label
                 caption = value.get("caption")
-                if isinstance(caption, str) and caption.strip() and group.get("caption_kind") != _TEXT:
+                if (
+                    isinstance(caption, str)
+                    and caption.strip()
+                    and group.get("caption_kind") != _TEXT
+                ):
                     group.update(caption_kind=_JSON, caption_offset=offset, caption_size=size)
             else:
                 problems["other members"] += 1
     for problem in (*tar_headers.DAMAGE, *tar_headers.HOSTILE):
         if problems[problem]:
             _log.warning("%r: %d %s; what is valid is used", path, problems[problem], problem)
-    problems["captions or labels without an image"] += sum("size" not in group for group in groups.values())
+    problems["captions or labels without an image"] += sum(
+        "size" not in group for group in groups.values()
+    )
     ignored.update(problems)
     return groups
 
@@ -296,7 +382,9 @@ def _load(path: str, signature: np.ndarray) -> dict[str, np.ndarray] | None:
     if index is None:
         _log.warning("the tar index %r is damaged; it is built again", path)
         return None
-    if int(index.pop("version", -1)) != VERSION or not np.array_equal(index.pop("signature", np.zeros(0)), signature):
+    if int(index.pop("version", -1)) != VERSION or not np.array_equal(
+        index.pop("signature", np.zeros(0)), signature
+    ):
         return None
     return index
 
@@ -305,4 +393,8 @@ def _save(path: str, signature: np.ndarray, index: dict[str, np.ndarray]) -> Non
     try:
         array_files.save_arrays(path, version=VERSION, signature=signature, **index)
     except OSError as error:
-        _log.warning("the tar index cannot be kept in %r (%s); it is built again at the next start", path, error.strerror)
+        _log.warning(
+            "the tar index cannot be kept in %r (%s); it is built again at the next start",
+            path,
+            error.strerror,
+        )

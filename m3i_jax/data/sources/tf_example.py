@@ -1,8 +1,9 @@
-"""The tf.train.Example message, which ArrayRecord and TFRecord files of other people hold, read and written without TensorFlow.
+"""The tf.train.Example message, which ArrayRecord and TFRecord files of other people hold, read and
+written without TensorFlow.
 
-The wire format is that of protocol buffers: Example {1: Features}, Features {1: map of string to Feature}, Feature {1: bytes list,
-2: float list, 3: int64 list}. Float lists are skipped: no image, label or caption is one.
-"""
+The wire format is that of protocol buffers: Example {1: Features}, Features {1: map of string to
+Feature}, Feature {1: bytes list, 2: float list, 3: int64 list}. Float lists are skipped: no image,
+label or caption is one."""
 
 from collections.abc import Iterator, Mapping
 
@@ -30,7 +31,8 @@ def encode_example(features: Mapping[str, bytes | int]) -> bytes:
 
 
 def decode_example(raw: bytes) -> dict[str, list[bytes] | list[int]]:
-    """The features of a message by name; those that are neither bytes nor whole numbers are left out.
+    """The features of a message by name; those that are neither bytes nor whole numbers are left
+    out.
 
     Raises:
         ValueError: the bytes are no such message.
@@ -51,7 +53,9 @@ def decode_example(raw: bytes) -> dict[str, list[bytes] | list[int]]:
                     feature, feature_end = part_at, part_end
             for kind, first, last in _fields(raw, feature, feature_end):
                 if kind == _BYTES_LIST:
-                    found[name] = [raw[start:stop] for f, start, stop in _fields(raw, first, last) if f == 1]
+                    found[name] = [
+                        raw[start:stop] for f, start, stop in _fields(raw, first, last) if f == 1
+                    ]
                 elif kind == _INT64_LIST:
                     found[name] = list(_integers(raw, first, last))
     return found
@@ -95,7 +99,8 @@ def _read_varint(raw: bytes, at: int) -> tuple[int, int]:
 
 
 def _fields(raw: bytes, at: int, end: int, *, numbers: bool = False) -> list[tuple[int, int, int]]:
-    """(number, first byte, end) of the fields of a message that have a length; with `numbers`, those that are one as (number, value, -1).
+    """(number, first byte, end) of the fields of a message that have a length; with `numbers`,
+    those that are one as (number, value, -1).
 
     Positions instead of slices: an image is then copied once.
     """

@@ -1,6 +1,6 @@
-"""Data sets that `tensorflow-datasets` has prepared, read by position and without TensorFlow: its `data_source` hands out the encoded
-image (`SkipDecoding`), and everything after that is ours. It needs files with random access: ArrayRecord or parquet.
-"""
+"""Data sets that `tensorflow-datasets` has prepared, read by position and without TensorFlow: its
+`data_source` hands out the encoded image (`SkipDecoding`), and everything after that is ours. It
+needs files with random access: ArrayRecord or parquet."""
 
 import os
 from collections.abc import Sequence
@@ -17,18 +17,20 @@ IMAGES, LABELS, CAPTIONS = ("image",), ("label",), ("caption", "captions", "text
 
 
 class TfdsSource:
-    """One split of a prepared data set. Nothing is downloaded: preparing is another, longer job with packages of its own.
+    """One split of a prepared data set. Nothing is downloaded: preparing is another, longer job
+    with packages of its own.
 
-    The image is the feature `image`, else the only image feature; the label `label`, else the only class label; the caption `caption`,
-    `captions` (the first) or `text`. The key of a record is `SPLIT-INDEX`: the order of a prepared data set never changes.
+    The image is the feature `image`, else the only image feature; the label `label`, else the only
+    class label; the caption `caption`, `captions` (the first) or `text`. The key of a record is
+    `SPLIT-INDEX`: the order of a prepared data set never changes.
 
-    Args:
-        path: its name as TFDS writes it ("food101", "imagenet2012:5.1.0"), or the directory of one version.
-        split: as TFDS writes it: "train", "train[:10%]", "train+validation".
-        directory: where prepared data sets lie; "": TFDS's default, `TFDS_DATA_DIR` or ~/tensorflow_datasets.
+    Args: path: its name as TFDS writes it ("food101", "imagenet2012:5.1.0"), or the directory of
+        one version. split: as TFDS writes it: "train", "train[:10%]", "train+validation".
+        directory: where prepared data sets lie; "": TFDS's default, `TFDS_DATA_DIR` or
+        ~/tensorflow_datasets.
 
-    Raises:
-        UserError: the package is missing; the data set is not there, has no random access, no such split or no image.
+    Raises: UserError: the package is missing; the data set is not there, has no random access, no
+        such split or no image.
     """
 
     def __init__(self, path: str, split: str = "train", *, directory: str = "") -> None:
@@ -41,17 +43,25 @@ class TfdsSource:
         except Exception as error:  # of its own kinds: assertions, file adapters that do not do this, unknown splits
             raise self._refusal(builder, error) from error
         if not self._length:
-            raise UserError(f"tfds {path!r} has no records in split {split!r}: it has {', '.join(sorted(info.splits))}")
+            raise UserError(
+                f"tfds {path!r} has no records in split {split!r}: it has"
+                f" {', '.join(sorted(info.splits))}"
+            )
         features = dict(info.features)
         kinds = {name: type(feature).__name__ for name, feature in features.items()}
         self._image = base.column(IMAGES, [n for n, kind in kinds.items() if kind == "Image"])
         if self._image is None:
-            raise UserError(f"tfds {path!r} has no image: its features are {', '.join(f'{n} ({k})' for n, k in sorted(kinds.items()))}")
+            raise UserError(
+                f"tfds {path!r} has no image: its features are"
+                f" {', '.join(f'{n} ({k})' for n, k in sorted(kinds.items()))}"
+            )
         self._label = base.column(LABELS, [n for n, kind in kinds.items() if kind == "ClassLabel"])
         self._caption = next((name for name in CAPTIONS if name in kinds), None)
         self.classes: tuple[str, ...] = tuple(features[self._label].names) if self._label else ()
         self.captions, self.name = self._caption is not None, f"tfds {path!r} ({split})"
-        self._identity = base.stable_digest("tfds", info.full_name, split, self._length, *self.classes)
+        self._identity = base.stable_digest(
+            "tfds", info.full_name, split, self._length, *self.classes
+        )
 
     def __len__(self) -> int:
         return self._length
@@ -62,7 +72,10 @@ class TfdsSource:
     def __getitems__(self, indices: Sequence[int]) -> list[Record]:
         if any(not 0 <= i < self._length for i in indices):
             raise IndexError(f"{min(indices)}..{max(indices)} of {self._length} records")
-        return [self._record(i, found) for i, found in zip(indices, self._data().__getitems__(list(indices)), strict=True)]
+        return [
+            self._record(i, found)
+            for i, found in zip(indices, self._data().__getitems__(list(indices)), strict=True)
+        ]
 
     def key(self, index: int) -> str:
         return f"{self._split}-{index}"
@@ -72,22 +85,33 @@ class TfdsSource:
 
     def description(self) -> str:
         classes = f", {len(self.classes):,} classes" if self.classes else ""
-        return f"{len(self):,} images in {self.name}{classes}{', captions' if self.captions else ''}"
+        return (
+            f"{len(self):,} images in {self.name}{classes}{', captions' if self.captions else ''}"
+        )
 
     def _record(self, index: int, found: dict[Any, Any]) -> Record:
         label = int(found[self._label]) if self._label else -1
         caption = found[self._caption] if self._caption else None
-        if caption is not None and not isinstance(caption, (bytes, str)):  # several captions of one image, or other things
+        # several captions of one image, or other things
+        if caption is not None and not isinstance(caption, (bytes, str)):
             first = next(iter(caption), None) if hasattr(caption, "__iter__") else None
             caption = first if isinstance(first, (bytes, str)) else None
         image = found[self._image]
-        return Record(self.key(index), image if isinstance(image, bytes) else np.asarray(image, np.uint8), max(label, -1), caption)
+        return Record(
+            self.key(index),
+            image if isinstance(image, bytes) else np.asarray(image, np.uint8),
+            max(label, -1),
+            caption,
+        )
 
     def _builder(self) -> Any:
         try:
             import tensorflow_datasets as tfds
         except ImportError:
-            raise UserError("data.source='tfds' needs the package tensorflow-datasets: pip install 'm3i-jax[tfds]'") from None
+            raise UserError(
+                "data.source='tfds' needs the package tensorflow-datasets: pip install"
+                " 'm3i-jax[tfds]'"
+            ) from None
         path = os.path.expanduser(self._path)
         try:
             if os.path.isfile(os.path.join(path, "dataset_info.json")):
@@ -96,8 +120,9 @@ class TfdsSource:
         except Exception as error:  # its own, of many kinds: not registered, a missing package, a damaged description
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"tfds has no data set {self._path!r} ({type(error).__name__}: {reason}): give its name and data.directory, "
-                "where it was prepared, or the directory of one version, which holds dataset_info.json"
+                f"tfds has no data set {self._path!r} ({type(error).__name__}: {reason}): give its"
+                " name and data.directory, where it was prepared, or the directory of one version,"
+                " which holds dataset_info.json"
             ) from error
 
     def _refusal(self, builder: Any, error: Exception) -> UserError:
@@ -106,15 +131,22 @@ class TfdsSource:
         where = f" --data_dir={self._directory}" if self._directory else ""
         build = f"tfds build {builder.name} --file_format=array_record{where}"
         if not os.path.isfile(os.path.join(place, "dataset_info.json")):
-            return UserError(f"tfds {self._path!r} is not prepared in {place!r}: run `{build}` once, where TensorFlow is installed")
+            return UserError(
+                f"tfds {self._path!r} is not prepared in {place!r}: run `{build}` once, where"
+                " TensorFlow is installed"
+            )
         if kind not in ("array_record", "parquet"):
             return UserError(
-                f"tfds {self._path!r} is prepared as {kind}, which has no random access: run `tfds convert_format "
-                f"--dataset_version_dir={place} --out_file_format=array_record --out_dir=NEW/{builder.name}/{builder.version}` where "
-                f"TensorFlow is installed and give that directory, or remove {place!r} and run `{build}`"
+                f"tfds {self._path!r} is prepared as {kind}, which has no random access: run `tfds"
+                f" convert_format --dataset_version_dir={place} --out_file_format=array_record"
+                f" --out_dir=NEW/{builder.name}/{builder.version}` where TensorFlow is installed"
+                f" and give that directory, or remove {place!r} and run `{build}`"
             )
         reason = " ".join(str(error).split())[:200]
-        return UserError(f"tfds {self._path!r} has no split {self._split!r} ({reason}): it has {', '.join(sorted(builder.info.splits))}")
+        return UserError(
+            f"tfds {self._path!r} has no split {self._split!r} ({reason}): it has"
+            f" {', '.join(sorted(builder.info.splits))}"
+        )
 
     def _data(self) -> Any:
         return self._opened("data", self._open)
@@ -123,6 +155,10 @@ class TfdsSource:
         import tensorflow_datasets as tfds
 
         builder = self._builder()
-        images = [name for name, feature in dict(builder.info.features or {}).items() if type(feature).__name__ == "Image"]
+        images = [
+            name
+            for name, feature in dict(builder.info.features or {}).items()
+            if type(feature).__name__ == "Image"
+        ]
         decoders = {name: tfds.decode.SkipDecoding() for name in images}
         return builder.as_data_source(self._split, decoders=decoders)
