@@ -22,9 +22,9 @@ def random(config: schema.Config, seed: int = 0) -> Any:
     terms = plan.build_plan(config).terms
     make = lambda key: m3i.init(
         config, key, terms, classes=config.data.classes, vocabulary=toy.VOCABULARY
-    )  # noqa: E731
+    )
     r = np.random.default_rng(seed)
-    draw = lambda leaf: jnp.asarray(0.3 * r.normal(size=leaf.shape), leaf.dtype)  # noqa: E731
+    draw = lambda leaf: jnp.asarray(0.3 * r.normal(size=leaf.shape), leaf.dtype)
     return jax.tree.map(draw, jax.eval_shape(make, jax.random.key(0)))
 
 

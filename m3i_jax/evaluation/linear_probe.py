@@ -66,7 +66,7 @@ def probe_step(
     rows = x_BxD.shape[0]
     # what is kept of a batch is the unbiased variance, as in torch
     unbiased_D = variance_D * (rows / max(rows - 1, 1))
-    mix = lambda old, new: KEEP * old + (1 - KEEP) * new  # noqa: E731
+    mix = lambda old, new: KEEP * old + (1 - KEEP) * new
     return LinearProbe(
         optax.apply_updates(probe.weights, updates),
         opt,

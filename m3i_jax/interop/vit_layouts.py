@@ -195,9 +195,13 @@ def _hugging_face() -> list[LayoutEntry]:
         *norm_weights(f"{block}.layernorm_before.", f"{ours}/norm1"),
         *norm_weights(f"{block}.layernorm_after.", f"{ours}/norm2"),
         *joined_qkv(
-            tuple(f"{block}.attention.attention.{n}" for n in ("query", "key", "value")),
+            (
+                f"{block}.attention.attention.query",
+                f"{block}.attention.attention.key",
+                f"{block}.attention.attention.value",
+            ),
             f"{ours}/attention/qkv",
-        ),  # type: ignore[arg-type]
+        ),
         *linear_weight(f"{block}.attention.output.dense", f"{ours}/attention/out"),
         *linear_weight(f"{block}.intermediate.dense", f"{ours}/mlp/fc1"),
         *linear_weight(f"{block}.output.dense", f"{ours}/mlp/fc2"),

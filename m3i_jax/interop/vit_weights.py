@@ -230,9 +230,9 @@ def _shape_settings(
 def _told(config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that a config.json tells: Hugging Face's keys, timm's `model_args` and
     `pretrained_cfg`."""
-    config = (
-        config.get("vision_config") if isinstance(config.get("vision_config"), Mapping) else config
-    )  # type: ignore[assignment]
+    vision = config.get("vision_config")
+    if isinstance(vision, Mapping):
+        config = vision
     args, pixels = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
     out: dict[str, Any] = {}
     for heads in (config.get("num_attention_heads"), args.get("num_heads")):

@@ -136,10 +136,9 @@ def backward(
     """
     b, o, c = grad_BxOxC.shape
     fit = max(n for n in range(1, b + 1) if b % n == 0 and (n == 1 or n * o * c * 4 * 4 <= _BYTES))
-    deal = lambda a: a.reshape(fit, b // fit, *a.shape[1:]).swapaxes(
-        0, 1
-    )  # as in models.stacked: every device keeps its rows  # noqa: E731
-    collect = lambda a: a.swapaxes(0, 1).reshape(b, *a.shape[2:])  # noqa: E731
+    # As in models.scan_blocks: every device keeps its rows.
+    deal = lambda a: a.reshape(fit, b // fit, *a.shape[1:]).swapaxes(0, 1)
+    collect = lambda a: a.swapaxes(0, 1).reshape(b, *a.shape[2:])
     some = jax.tree.map(deal, (x_BxQxC, at, grad_BxOxC))
     return jax.tree.map(
         collect, jax.lax.map(lambda one: _backward(one[0], one[1], one[2], size), some)

@@ -173,7 +173,7 @@ def _bands(at: Samples, height: int, rows: int, out_rows: int) -> tuple[Samples,
 
 def _through(span: jax.Array, rows: int, body: Any, start: Any) -> Any:
     """`body(row, carry)` for every window of rows from span[0] on until span[1] is reached."""
-    step = lambda state: (state[0] + rows, body(state[0], state[1]))  # noqa: E731
+    step = lambda state: (state[0] + rows, body(state[0], state[1]))
     # For those who count operations (reporting.flops): a band as high as a window and a kernel of 3
     # x 3 before it has learnt any offset.
     with jax.named_scope(f"turns={-(-(rows + 3) // rows)}"):

@@ -300,7 +300,7 @@ def _gathered(
 ) -> jax.Array:
     """`function(params, x, ...)`, which on a mesh with an fsdp axis every device computes for its
     own rows, with all of the weights."""
-    run = lambda opened, params, x, *_: function(opened(params), x, *settings)  # noqa: E731
+    run = lambda opened, params, x, *_: function(opened(params), x, *settings)
     return parallel.with_fsdp_gather(run, params, x_BxHxWxC, dtype=x_BxHxWxC.dtype, stacked=False)
 
 

@@ -210,11 +210,10 @@ class Term:
     def passes(self) -> tuple[Pass, ...]:
         """Online passes that the term needs: its input, and its target where that has a
         gradient."""
-        return (
-            (self.reads, Pass(crop=self.target.crop))
-            if self.target.encoder == "online"
-            else (self.reads,)
-        )  # type: ignore[arg-type]
+        if self.target.encoder != "online":
+            return (self.reads,)
+        assert self.target.crop is not None
+        return (self.reads, Pass(crop=self.target.crop))
 
 
 Terms = tuple[Term, ...]

@@ -61,7 +61,7 @@ def with_fsdp_gather(
     """
     mesh = jax.sharding.get_abstract_mesh()
     arrays = (params, x_Bx, along_LxBx, beside_Bx)
-    whole = lambda layer: layer  # noqa: E731
+    whole = lambda layer: layer
     if (
         mesh.empty
         or not set(DATA) <= set(mesh.axis_names)

@@ -104,7 +104,7 @@ def measure(megabytes: int, runs: int, place: str | None) -> dict[str, float]:
             start, before = time.perf_counter(), time.process_time()
             checkpoints.save(turn, working, {"samples_seen": turn})  # type: ignore[arg-type]
             blocked = time.perf_counter() - start
-            after = seconds(lambda: jax.block_until_ready(step(working)))  # noqa: B023
+            after = seconds(lambda: jax.block_until_ready(step(working)))
             checkpoints.wait()
             total, processors = time.perf_counter() - start, time.process_time() - before - of_step
             files = [
@@ -112,7 +112,7 @@ def measure(megabytes: int, runs: int, place: str | None) -> dict[str, float]:
             ]
             digested = costs(
                 lambda: [file_checksums.file_digest(path, written=True) for path in files]
-            )  # noqa: B023
+            )
             printed = costs(lambda: array_checksums.checksum_arrays(state).read())
             back: Any = None
 

@@ -192,7 +192,7 @@ class Peer:
         s = self.shape = shape
         make = lambda: Encoder(
             s["width"], s["heads"], s["depth"], s["ratio"], s["patch"], arrays["table/encoder"]
-        )  # noqa: E731
+        )
         decoder = Decoder(
             s["width"],
             s["decoder_width"],

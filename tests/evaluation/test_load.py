@@ -81,7 +81,7 @@ def test_pictures_are_seen_as_in_evaluation(run) -> None:
             np.mgrid[:h, :w].transpose(1, 2, 0)
             @ np.random.default_rng(h).uniform(-0.2, 0.2, (2, 3))
         )
-    )  # noqa: E731
+    )
     records = [base.Record(str(h), smooth(h, w).astype(np.uint8)) for h, w in ((40, 70), (90, 33))]
     (batch,) = eval_batches.evaluation_batches(records, range(2), 32, 2)
     model = load.load(workdir, pool="mean")

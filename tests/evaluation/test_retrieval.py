@@ -35,7 +35,7 @@ def embeddings(pictures: int, captions: int, width: int = 5, seed: int = 0):
     owner = np.concatenate([r.permutation(captions), r.integers(0, captions, pictures - captions)])
     texts = r.normal(size=(captions, width))
     images = texts[owner] + 1.2 * r.normal(size=(pictures, width))
-    unit = lambda x: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)  # noqa: E731
+    unit = lambda x: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
     return unit(images), unit(texts), owner
 
 

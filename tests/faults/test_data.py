@@ -254,7 +254,7 @@ def test_the_same_rgb_from_every_kind_of_file(trials) -> None:
     gray_rgb, white = np.repeat(gray[..., None], 3, 2), np.full_like(rgb, 255)
     exif = Image.Exif()
     exif[0x0112] = 6
-    wide = lambda **kw: broken.encode(image, "JPEG", quality=98, subsampling=0, **kw)  # noqa: E731
+    wide = lambda **kw: broken.encode(image, "JPEG", quality=98, subsampling=0, **kw)
     cmyk = Image.fromarray(255 - np.dstack([rgb, np.full((48, 64), 255, np.uint8)]), "CMYK")
     cases = {
         "PNG": (broken.encode(image, "PNG"), rgb),

@@ -109,7 +109,7 @@ def wrong_write(one: Checkpoints, monkeypatch: pytest.MonkeyPatch, name: str) ->
 @pytest.mark.parametrize("name", ["w", "b", "step"])
 def test_wrong_bytes_with_right_digests_are_found(
     tmp_path: pathlib.Path, make, monkeypatch, trials, name: str
-) -> None:  # noqa: F811
+) -> None:
     one = make(tmp_path)
     one.save(1, state(1), {"samples_seen": 8})
     one.wait()
@@ -148,7 +148,7 @@ def test_a_run_falls_back_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.fast
 @pytest.mark.row("B9")
-def test_a_step_without_fingerprints_is_used(tmp_path: pathlib.Path, make) -> None:  # noqa: F811
+def test_a_step_without_fingerprints_is_used(tmp_path: pathlib.Path, make) -> None:
     one = make(tmp_path)
     one.save(1, state(1), {})
     one.wait()
@@ -160,7 +160,7 @@ def test_a_step_without_fingerprints_is_used(tmp_path: pathlib.Path, make) -> No
 @pytest.mark.row("B11")
 def test_everything_is_on_the_disk_before_the_name_counts(
     tmp_path: pathlib.Path, make, monkeypatch, trials
-) -> None:  # noqa: F811
+) -> None:
     """By inode: every file and every directory of a step, then its name, then the directory that
     has the name."""
     order: list[Any] = []
@@ -193,7 +193,7 @@ def test_everything_is_on_the_disk_before_the_name_counts(
 @pytest.mark.row("B3", "B8")
 def test_wrong_bytes_are_found_by_another_run_too(
     tmp_path: pathlib.Path, make, monkeypatch
-) -> None:  # noqa: F811
+) -> None:
     """What `init_from`, evaluation and export read is looked at too, as far as they read it."""
     one = make(tmp_path / "checkpoints")
     wrong_write(one, monkeypatch, "w")

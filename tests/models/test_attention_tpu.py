@@ -83,7 +83,7 @@ def test_stacks_and_what_they_keep(monkeypatch: pytest.MonkeyPatch):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, 128)), jnp.float32)
     loss = lambda params, remat, scan: jnp.square(
         scan_blocks.run_blocks(one, params, x, scan=scan, remat=remat)
-    ).mean()  # noqa: E731
+    ).mean()
     wanted = jax.jit(jax.grad(loss), static_argnums=(1, 2))(params, "none", False)
     monkeypatch.setattr(parallel, "kernels", lambda rows: True)
     for remat, calls in (("names", 2), ("full", 3)):

@@ -57,7 +57,7 @@ def plain(model):
     """The same decoder with every row of every block computed, then sliced."""
     d = model.decoder
     one = layers.block(d.width, d.heads, d.mlp_ratio, model.dtype, d.norm)
-    dense = lambda p, x: x @ p["kernel"] + p["bias"]  # noqa: E731
+    dense = lambda p, x: x @ p["kernel"] + p["bias"]
 
     def run_all(stacked, x):
         for layer in range(stacked["norm1"]["scale"].shape[0]):

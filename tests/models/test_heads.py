@@ -42,7 +42,7 @@ def in_numpy(params, mlp, x):
     """The formula in float64; `batch` over all axes but the last."""
     tree = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     rows = tuple(range(x.ndim - 1))
-    unit = lambda x: (x - x.mean(rows)) / np.sqrt(x.var(rows) + 1e-5)  # noqa: E731
+    unit = lambda x: (x - x.mean(rows)) / np.sqrt(x.var(rows) + 1e-5)
     x = x.astype(np.float64)
     for layer in range(mlp.layers):
         x = x @ tree[f"layer_{layer}"]["kernel"] + tree[f"layer_{layer}"].get("bias", 0)
@@ -63,7 +63,7 @@ def test_mlp_equals_numpy(mlp, shape):
 
 
 def test_only_a_layer_without_a_batch_norm_behind_it_has_a_bias():
-    names = lambda mlp: {name: sorted(part) for name, part in mlp_tree(mlp).items()}  # noqa: E731
+    names = lambda mlp: {name: sorted(part) for name, part in mlp_tree(mlp).items()}
     norm, bare, biased = ["bias", "scale"], ["kernel"], ["bias", "kernel"]
     assert names(BYOL) == {"layer_0": bare, "norm_0": norm, "layer_1": biased}
     assert names(MOCO) == {
@@ -110,7 +110,7 @@ def test_precision_of_products_is_the_configured_one_and_of_norms_float32():
 def test_a_space_has_the_parts_that_its_terms_name():
     make = lambda projection, prototypes: randomly(
         lambda key: heads.init_projection(MODEL, key, projection, prototypes)
-    )  # noqa: E731
+    )
     assert make(ProjectionHead(), False) == {}
     both = make(ProjectionHead(projector=BYOL, predictor=BYOL), False)
     assert set(both) == {"projector", "predictor"}

@@ -115,7 +115,7 @@ def test_a_learned_query_is_one_token_for_all_images():
     )
     dense = lambda part, x: (
         x @ np.asarray(params[part]["kernel"], np.float64) + np.asarray(params[part]["bias"])
-    )  # noqa: E731
+    )
 
     def norm(part, x):
         unit = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)

@@ -98,8 +98,8 @@ def test_a_block_with_batch_norm_normalises_channels_over_batch_and_tokens(stack
     )
     norm = lambda p, x: (
         (x - x.mean((0, 1))) / np.sqrt(x.var((0, 1)) + 1e-5) * p["scale"] + p["bias"]
-    )  # noqa: E731
-    dense = lambda p, x: x @ p["kernel"] + p["bias"]  # noqa: E731
+    )
+    dense = lambda p, x: x @ p["kernel"] + p["bias"]
     q, k, v = np.split(dense(first["attention"]["qkv"], norm(first["norm1"], x)), 3, -1)
     x = x + dense(
         first["attention"]["out"], special.softmax(q @ k.swapaxes(1, 2) / np.sqrt(8), -1) @ v

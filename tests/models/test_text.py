@@ -79,7 +79,7 @@ def test_a_missing_caption_is_finite_and_so_are_its_gradients():
     model = pooled("mean")  # a plain mean over no token would divide by zero
     loss = lambda p: jnp.linalg.norm(
         text.apply(model, p, jnp.asarray(TOKENS[3:]), jnp.asarray(LENGTH[3:]))
-    )  # noqa: E731
+    )
     value, grads = jit(jax.value_and_grad(loss))(random_tree())
     assert value > 0 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 

@@ -134,7 +134,7 @@ def test_a_run_and_its_restart_account_for_all_their_time(
     """Preempted after step 3, and run again: the sum goes on where it stood, and nothing is
     lost."""
     config = toy.settings(**TINY, train__steps=5, train__save_every=2, train__log_every=1)
-    told = lambda step: signal.raise_signal(signal.SIGTERM) if step == 3 else None  # noqa: E731
+    told = lambda step: signal.raise_signal(signal.SIGTERM) if step == 3 else None
     monkeypatch.setattr(monitoring.trace.Tracer, "__call__", lambda self, step, metrics: told(step))
     assert train.run(config, workdir=str(tmp_path), allow_changes=False) == loop.PREEMPTED
     out = capfd.readouterr().out

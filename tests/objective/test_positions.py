@@ -39,7 +39,7 @@ def reference(box_in, flip_in, box_out, flip_out, *, grid, width, picture_width)
     else:
         x = -w2 / w1 * n + grid * (picture_width - j1 - j2) / w1 - 0.5
     omega = 10000.0 ** (-np.arange(width // 4) / (width / 4))
-    embed = lambda v: np.concatenate([np.sin(v * omega), np.cos(v * omega)])  # noqa: E731
+    embed = lambda v: np.concatenate([np.sin(v * omega), np.cos(v * omega)])
     ratio = np.concatenate([embed(10 * np.log(h2 / h1)), embed(10 * np.log(w2 / w1))])
     return (
         y,

@@ -34,7 +34,7 @@ def main():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
     rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
     p, t, x, mask = (
         normal(16, 4, 8),
         normal(16, 4, 8),
@@ -43,10 +43,10 @@ def main():
     )
     label, where = rng.integers(-1, 5, 16), (rng.random((16, 4)) < 0.7)
     box, flip = np.abs(normal(2, 16, 4)) * 50 + 10, rng.random((2, 16)) < 0.5
-    relative = lambda a, f, b, g: positions.relative_positions(a, f, b, g, grid=4, width=8)  # noqa: E731
-    gaussian = lambda p, t, where: losses.gaussian(p, t, where, second_moment=0.1)[0]  # noqa: E731
-    contrast = lambda u, v, where, chunk=0: losses.text(u, v, 1.0, where, chunk=chunk)[0]  # noqa: E731
-    chunked = lambda u, v, where: contrast(u, v, where, 6)  # noqa: E731
+    relative = lambda a, f, b, g: positions.relative_positions(a, f, b, g, grid=4, width=8)
+    gaussian = lambda p, t, where: losses.gaussian(p, t, where, second_moment=0.1)[0]
+    contrast = lambda u, v, where, chunk=0: losses.text(u, v, 1.0, where, chunk=chunk)[0]
+    chunked = lambda u, v, where: contrast(u, v, where, 6)
     # name: function, arguments; all arguments sharded over rows. These move nothing between
     # devices.
     free = {

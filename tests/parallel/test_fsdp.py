@@ -105,7 +105,7 @@ def traced(width: int, depth: int, x_BxT: tuple[int, int], **settings):
     )
     loss = lambda tree, x: jnp.square(
         scan_blocks.run_blocks(one, tree, x, **settings).astype(jnp.float32)
-    ).sum()  # noqa: E731
+    ).sum()
     return jax.grad(loss, (0, 1)), tree, jax.ShapeDtypeStruct((*x_BxT, width), jnp.bfloat16)
 
 
@@ -145,7 +145,7 @@ def test_a_tpu_scatters_the_gradients_of_blocks_in_pieces(monkeypatch: pytest.Mo
     mesh = parallel.make_mesh(
         (1, 8, 1), topology.topology_devices(topology.parse_topology("v5e:2x4"))
     )
-    place = lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)  # noqa: E731
+    place = lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
     with jax.set_mesh(mesh):
         run, tree, x = traced(256, 3, (128, 16), scan=True, remat="names")
         layout, rows = parallel.tree_shardings(mesh, tree), parallel.data_sharding(mesh)
@@ -209,7 +209,7 @@ def test_heads_gather_once_and_scatter_once() -> None:
 def test_by_hand_is_nothing_where_nothing_is_split() -> None:
     def program(shape, x, tree):
         mesh = parallel.make_mesh(shape)
-        run = lambda opened, p, x, *_: x @ opened(p)["fc1/kernel"]  # noqa: E731
+        run = lambda opened, p, x, *_: x @ opened(p)["fc1/kernel"]
         with jax.set_mesh(mesh):
             return str(
                 jax.make_jaxpr(

@@ -147,7 +147,7 @@ def test_moments_and_target_are_split_as_their_parameters(mesh: Mesh, state) -> 
 
 def test_fsdp_over_eight_devices_holds_an_eighth(state) -> None:
     mesh = parallel.make_mesh((1, 8, 1))
-    count = lambda shape: math.prod(shape)  # noqa: E731
+    count = lambda shape: math.prod(shape)
     pairs = list(
         zip(
             jax.tree.leaves(state),

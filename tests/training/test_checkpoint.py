@@ -26,7 +26,7 @@ def make(width: int = 128) -> state.State:
     """A state after one update, so that moments, target and statistics are not their initial
     values; its kernels are large enough to be split over devices."""
     r = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(r.normal(size=shape), jnp.float32)  # noqa: E731
+    draw = lambda *shape: jnp.asarray(r.normal(size=shape), jnp.float32)
     params = {
         "encoder": {"blocks": {"fc1": {"kernel": draw(2, width, width), "bias": draw(2, width)}}},
         # a NaN has bits too
@@ -227,7 +227,7 @@ def changed(kind: str) -> state.State:
                 "category": {"kernel": jax.ShapeDtypeStruct((24, 5), jnp.float32)},
             }
         )
-    less = lambda tree: {k: v for k, v in tree.items() if k != "logit_scale"}  # noqa: E731
+    less = lambda tree: {k: v for k, v in tree.items() if k != "logit_scale"}
     adam, *others = usual.opt["adamw"]
     opt = {**usual.opt, "adamw": (adam._replace(mu=less(adam.mu), nu=less(adam.nu)), *others)}
     return usual.replace(params=less(usual.params), opt=opt)

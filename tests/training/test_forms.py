@@ -322,7 +322,7 @@ def test_densecl_matches_the_most_alike_token() -> None:
     config, (_, term) = got.plan.config, got.plan.terms
     z = np.asarray(got.z[FULL][:, 1:], np.float64)
     features = np.asarray(got.goals[plans.TargetKey(term.target, None)], np.float64)
-    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
     match = np.einsum("bnd,bmd->bnm", unit(z), unit(features)).argmax(-1)
     keys = np.asarray(got.goals[got.plan.goal(term)], np.float64)
     p = unit(

@@ -355,7 +355,7 @@ def test_what_is_refused(timm, run, tmp_path: pathlib.Path) -> None:
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: int) -> np.ndarray:
-    split = lambda x: x.reshape(len(x), heads, -1).swapaxes(0, 1)  # noqa: E731
+    split = lambda x: x.reshape(len(x), heads, -1).swapaxes(0, 1)
     q, k, v = split(q), split(k), split(v)
     logits = q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1])
     w = np.exp(logits - logits.max(-1, keepdims=True))

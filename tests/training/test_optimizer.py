@@ -152,7 +152,7 @@ def test_keep_within_is_a_clamp_of_the_parameter_after_every_update() -> None:
 
 def small(logit_scale: float = 1.0) -> dict:
     r = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(r.normal(size=shape), jnp.float32)  # noqa: E731
+    draw = lambda *shape: jnp.asarray(r.normal(size=shape), jnp.float32)
     return {
         "encoder": {
             "patch_embed": {"kernel": draw(3, 2), "bias": draw(2)},

@@ -16,7 +16,7 @@ def test_lars_is_its_definition(weight_decay: float) -> None:
     shapes = {"kernel": (4, 3), "zero": (2, 2), "bias": (3,)}
     params = {name: r.normal(size=shape) for name, shape in shapes.items()}
     params["zero"][:] = 0
-    rate = lambda step: 0.5 * (1 + step)  # noqa: E731
+    rate = lambda step: 0.5 * (1 + step)
     tx = optax.chain(*optimizers.lars(rate, weight_decay=weight_decay))
     ours = {name: jnp.asarray(x, jnp.float32) for name, x in params.items()}
     state, buffer = tx.init(ours), {name: np.zeros(shape) for name, shape in shapes.items()}

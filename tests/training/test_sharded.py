@@ -66,7 +66,7 @@ def test_split_parameters_are_one_device(shape: tuple[int, int, int], changes: d
         if x.sharding.shard_shape(x.shape) != x.shape
     ]
     assert len(split) > 50
-    sizes = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
+    sizes = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
     assert sizes(state.opt["adamw"][0].mu) == sizes(state.params)
 
 

@@ -87,7 +87,7 @@ def test_an_impossible_length_names_its_key(changes: dict, words: tuple[str, ...
 
 def test_plan_leaves_out_what_the_data_does_not_have() -> None:
     both = toy.settings()
-    names = lambda c: [t.name for t in plan.build_plan(c).terms]  # noqa: E731
+    names = lambda c: [t.name for t in plan.build_plan(c).terms]
     assert names(both) == ["intra", "inter", "category", "text", "category", "text"]
     assert names(with_data(both, captions="no")) == ["intra", "inter", "category", "category"]
     assert names(with_data(both, classes=0)) == ["intra", "inter", "text", "text"]
