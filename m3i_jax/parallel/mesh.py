@@ -1,6 +1,7 @@
 """The mesh, the sharding of data and the one sharding constraint of the project; where a program of
 one device may stand."""
 
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from m3i_jax.errors import UserError
+from m3i_jax.parallel.programs import Program
 
 AXES = ("replica", "fsdp", "tensor")
 DATA = ("replica", "fsdp")  # the leading axis of a batch is split over both
@@ -178,7 +180,7 @@ def allgather_rows(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, np.nda
         for name, rows in batch.items()
     }
     spread = to_global(mesh, words)
-    whole = jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(spread))
+    whole = jax.device_get(_gather(mesh)(spread))
     return {
         name: (
             np.ascontiguousarray(rows).view(batch[name].dtype)[..., 0]
@@ -187,6 +189,11 @@ def allgather_rows(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, np.nda
         )
         for name, rows in whole.items()
     }
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Program:
+    return Program(lambda x: x, name="everywhere", out_shardings=replicated(mesh))
 
 
 def split_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
