@@ -68,7 +68,7 @@ def test_what_is_installed() -> None:
 def test_devices_of_this_host() -> None:
     found = topology.topology_devices(topology.parse_topology("cpu:4"))
     assert len(found) == 4 and {d.platform for d in found} == {"cpu"}
-    with pytest.raises(UserError, match="start it anew"):  # jax runs already, with eight
+    with pytest.raises(UserError, match="start a new one"):  # jax runs already, with eight
         topology.topology_devices(topology.parse_topology("cpu:512"))
 
 
