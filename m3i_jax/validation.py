@@ -200,11 +200,7 @@ def _ranges(c: schema.Config) -> None:
 
 def _towers(c: schema.Config) -> None:
     m = c.model
-    if m.backbone == "intern_image":
-        _intern_image(c)
-    vit = m.encoder if m.backbone == "vit" else schema.Encoder()
     for key, width, heads in (
-        ("model.encoder.heads", vit.width, vit.heads),
         ("model.decoder.heads", m.decoder.width, m.decoder.heads),
         ("model.text.heads", m.text.width, m.text.heads),
         ("model.pool.heads", m.encoder.width, m.pool.heads),
@@ -246,92 +242,6 @@ def _towers(c: schema.Config) -> None:
     )
     _require(m.pool.width >= 1, "model.pool.width", m.pool.width, "must be at least 1")
     _require(m.text.embed >= 1, "model.text.embed", m.text.embed, "must be at least 1")
-
-
-def _intern_image(c: schema.Config) -> None:
-    m, e, plain, where = (
-        c.model.intern_image,
-        c.model.encoder,
-        schema.Encoder(),
-        "for model.backbone=intern_image",
-    )
-    for key in (
-        "depth",
-        "heads",
-        "mlp_ratio",
-        "positions",
-        "embedding_norm",
-        "norm_eps",
-        "activation",
-        "position_grid",
-    ):
-        value = getattr(plain, key)
-        why = (
-            f"is of the ViT and does nothing {where}, whose settings are model.intern_image; leave"
-            f" it at {value}"
-        )
-        _require(getattr(e, key) == value, f"model.encoder.{key}", getattr(e, key), why)
-    for key, what in {
-        "cls_token": "cls token",
-        "final_norm": "norm after its features",
-        "freeze_patch_embed": "patch embedding",
-    }.items():
-        _require(
-            not getattr(e, key),
-            f"model.encoder.{key}",
-            True,
-            f"must be false {where}: it has no {what}",
-        )
-    _require(
-        m.width >= 2 and m.width % 2 == 0,
-        "model.intern_image.width",
-        m.width,
-        "must be an even number: the stem starts with half",
-    )
-    for key, numbers, count in (
-        ("depths", m.depths, 4),
-        ("groups", m.groups, 4),
-        ("stem_strides", m.stem_strides, 2),
-    ):
-        enough = len(numbers) == count and min(numbers, default=0) >= 1
-        _require(
-            enough, f"model.intern_image.{key}", numbers, f"must be {count} numbers of at least 1"
-        )
-    widths = tuple(m.width * 2**i for i in range(4))
-    fits = all(w % g == 0 for w, g in zip(widths, m.groups, strict=True))
-    _require(
-        fits,
-        "model.intern_image.groups",
-        m.groups,
-        f"must divide the channels of the stages, {widths}",
-    )
-    _require(
-        m.kernel >= 1 and m.kernel % 2 == 1, "model.intern_image.kernel", m.kernel, "must be odd"
-    )
-    for key in ("layer_scale", "extra_norm", "mlp_std"):
-        _require(
-            getattr(m, key) >= 0,
-            f"model.intern_image.{key}",
-            getattr(m, key),
-            "must not be negative",
-        )
-    for key in ("offset_scale", "mlp_ratio"):
-        _require(
-            getattr(m, key) > 0, f"model.intern_image.{key}", getattr(m, key), "must be positive"
-        )
-    stride, size = 4 * m.stem_strides[0] * m.stem_strides[1], c.data.image_size
-    why = (
-        f"must be {stride} {where}: the stride of its third stage; or {2 * stride}, that of its"
-        f" last, and model.encoder.width {widths[3]}"
-    )
-    fits = (e.patch_size, e.width) == (2 * stride, widths[3])
-    _require(e.patch_size == stride or fits, "model.encoder.patch_size", e.patch_size, why)
-    _require(
-        size % (2 * stride) == 0,
-        "data.image_size",
-        size,
-        f"must be a multiple of {2 * stride} {where}: the stride of its last stage",
-    )
 
 
 def validate_settings(c: schema.Config) -> None:

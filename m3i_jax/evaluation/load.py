@@ -20,7 +20,7 @@ from m3i_jax import schema
 from m3i_jax.data import crops
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction
-from m3i_jax.models import intern_image
+from m3i_jax.models import backbones, presets
 from m3i_jax.training import checkpoint, checkpoint_dir, init_from, plan
 
 POOLS = ("auto", "attention", "mean", "cls", "tokens")
@@ -227,7 +227,7 @@ def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema
         "width",
         "depth",
         "mlp_ratio",
-        *(["intern_image"] if config.model.backbone != "vit" else []),
+        *backbones.get_backbone(config.model).sections,
     )
     if all(told.get(name, here[name]) == here[name] for name in shaping):
         return config
@@ -236,7 +236,10 @@ def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema
         configuration.config_from_text(configuration.config_to_text(config), flag),
     )
     out.model.update(
-        {name: there.model[name] for name in ("backbone", "scan", "encoder", "intern_image")}
+        {
+            name: there.model[name]
+            for name in ("backbone", "scan", "encoder", *backbones.section_names())
+        }
     )
     out.model.pool.heads = 1  # divides any width; a file has no pooling that was trained
     _seen_as(out, there)
@@ -259,7 +262,7 @@ def _described(
     if "width" not in told or "image_size" not in told:
         raise UserError(
             f"{flag}: {path}: is neither a vision transformer of this kind nor one of"
-            f" {', '.join(intern_image.PRESETS)} ({source.name}); it can be read, but not run from"
+            f" {', '.join(presets.preset_names())} ({source.name}); it can be read, but not run from"
             " here"
         )
     told["heads"] = (
@@ -267,7 +270,11 @@ def _described(
     )
     config.model.encoder.update({name: told[name] for name in config.model.encoder if name in told})
     config.model.update(
-        {name: told[name] for name in ("backbone", "scan", "intern_image") if name in told}
+        {
+            name: told[name]
+            for name in ("backbone", "scan", *backbones.section_names())
+            if name in told
+        }
     )
     config.model.update({"dtype": "float32", "pool": {"heads": 1}})
     config.data.image_size = told["image_size"]

@@ -248,7 +248,7 @@ def test_pre_training_adds_a_fusion_to_an_intern_image_and_says_so(intern) -> No
     with pytest.raises(
         UserError,
         match=(
-            r"a frozen encoder would have a fusion at random.*encoder\.patch_size=16 and width=64"
+            r"a frozen encoder would keep at random values.*encoder\.patch_size=16 and width=64"
         ),
     ):
         take(toy.settings(**toy.INTERN, init_from=path, model__encoder__freeze="true"))
