@@ -43,7 +43,7 @@ def _pixel_head(model: schema.Model) -> Dense:
 
 def init(model: schema.Model, rng: jax.Array, *, of: Iterable[str] = ("tokens",)) -> Params:
     """Parameters: `embed` [D, W], `mask_token` [1, 1, W], `position_map` [2 W, W] unless positions
-    are absolute, `blocks` stacked on [L, ...], `projector` stacked likewise if it has any, and the
+    are absolute, `blocks` stacked on [L, ...], `projector` stacked the same way if it has blocks, and the
     heads: `head` [W, D] of tokens ([W, W] behind a projector), `pixel_norm` and `pixel_head` [W,
     P].
 

@@ -32,7 +32,7 @@ class InternImageConfig(schema.InternImage):
     """Settings of the network: those of `model.intern_image`, and those that a run sets for every
     backbone. The defaults are InternImage-H.
 
-    Stages end with a norm unless `norm_layer` is post and there is no centre scale. `extra_norm` is
+    Stages end with a norm unless `norm` is post and there is no centre scale. `extra_norm` is
     the "level-2 post-norm" of the release.
 
     Attributes:

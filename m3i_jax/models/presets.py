@@ -36,7 +36,7 @@ def preset(name: str) -> dict[str, Any]:
     for kind, backbone in backbones.registered_backbones().items():
         if name in backbone.presets:
             return {"backbone": kind, **backbone.presets[name]}
-    raise KeyError(f"there is no preset {name!r}; there are {', '.join(preset_names())}")
+    raise KeyError(f"there is no preset {name!r}; known are {', '.join(preset_names())}")
 
 
 def apply_preset(config: Any, name: str) -> None:

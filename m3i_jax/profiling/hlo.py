@@ -316,23 +316,23 @@ def group_members(text: str, devices: int) -> tuple[int, ...]:
     """
     if "source_target_pairs" in text:
         return tuple(range(devices))
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return tuple(int(n) for n in found[1].split(",") if n)
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        sides = [int(n) for n in found[2].split(",")]
-        turned = [int(n) for n in found[3].split(",")] if found[3] else range(len(sides))
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return tuple(int(n) for n in match[1].split(",") if n)
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        sides = [int(n) for n in match[2].split(",")]
+        axes = [int(n) for n in match[3].split(",")] if match[3] else range(len(sides))
         return tuple(
             np.arange(math.prod(sides))
             .reshape(sides)
-            .transpose(turned)
-            .ravel()[: int(found[1])]
+            .transpose(axes)
+            .ravel()[: int(match[1])]
             .tolist()
         )
-    if found := re.search(r"replica_groups=@?\w*\[([^\]]*)\]\s*\{([^}]*)\}", text):
-        sizes = {axis: int(n) for axis, n in re.findall(r"'?([\w.]+)'?=(\d+)", found[1])}
+    if match := re.search(r"replica_groups=@?\w*\[([^\]]*)\]\s*\{([^}]*)\}", text):
+        sizes = {axis: int(n) for axis, n in re.findall(r"'?([\w.]+)'?=(\d+)", match[1])}
         members = [0]
         for axis, before, part in re.findall(
-            r"'?([A-Za-z_][\w.]*)'?(?::\((\d+)\)(\d+))?", found[2]
+            r"'?([A-Za-z_][\w.]*)'?(?::\((\d+)\)(\d+))?", match[2]
         ):
             if axis not in sizes:
                 continue

@@ -91,8 +91,8 @@ def compile_until_scheduled(
     thread.start()
     while thread.is_alive():
         thread.join(POLL)
-        if not done and (found := read_libtpu_dump(folder)):
-            return found
+        if not done and (program := read_libtpu_dump(folder)):
+            return program
     if isinstance(done[0], Exception):
         raise done[0]
     return done[0]

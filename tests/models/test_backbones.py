@@ -201,18 +201,27 @@ def test_heads_of_a_vit_divide_its_width() -> None:
 
 # InternImage-H: 50 layers; distance from the last, for the learning rate decay ** distance.
 LAYERS_H = {
-    "stem/conv1/kernel": 49, "mask_token": 49, "stage0/norm/scale": 43, "stage0/down/conv/kernel": 43, "stage1/down/norm/bias": 37,
-    "stage2/norm/scale": 5, "stage2/down/conv/kernel": 5, "stage2/extra_norms/scale": 0, "stage3/norm/bias": 0, "fusion/deep/kernel": 0,
-}  # fmt: skip
+    "stem/conv1/kernel": 49,
+    "mask_token": 49,
+    "stage0/norm/scale": 43,
+    "stage0/down/conv/kernel": 43,
+    "stage1/down/norm/bias": 37,
+    "stage2/norm/scale": 5,
+    "stage2/down/conv/kernel": 5,
+    "stage2/extra_norms/scale": 0,
+    "stage3/norm/bias": 0,
+    "fusion/deep/kernel": 0,
+}
 
 
 def test_layers_of_the_encoder() -> None:
     model = chosen("internimage_h", image_size=192).model
     below = functools.partial(backbones.get_backbone(model).layers_above, model)
     assert {path: below(path) for path in LAYERS_H} == LAYERS_H
-    assert [below(f"stage{n}/layers/mlp/fc1/kernel").tolist()[:: length - 1] for n, length in enumerate((6, 6, 32, 6))] == [
-        [49, 44], [43, 38], [37, 6], [5, 0]
-    ]  # fmt: skip
+    assert [
+        below(f"stage{n}/layers/mlp/fc1/kernel").tolist()[:: length - 1]
+        for n, length in enumerate((6, 6, 32, 6))
+    ] == [[49, 44], [43, 38], [37, 6], [5, 0]]
     # twelve blocks: 0.65 ** (13 - id), ids as in MAE's fine-tuning
     vit_b, plain = vit_backbone.VIT.layers_above, schema.Model()
     assert (

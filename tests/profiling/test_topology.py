@@ -11,10 +11,16 @@ from m3i_jax.profiling import topology
 @pytest.mark.parametrize(
     ("name", "devices", "platform"),
     [
-        ("v5e:4x4", 16, "tpu"), ("v5e:1x1", 1, "tpu"), ("v5p:4x4x4", 64, "tpu"), ("v6e:16x16", 256, "tpu"), ("tpu7x:2x2x1", 8, "tpu"),
-        ("h100:8", 8, "cuda"), ("h100:64", 64, "cuda"), ("cpu:8", 8, "cpu"),
+        ("v5e:4x4", 16, "tpu"),
+        ("v5e:1x1", 1, "tpu"),
+        ("v5p:4x4x4", 64, "tpu"),
+        ("v6e:16x16", 256, "tpu"),
+        ("tpu7x:2x2x1", 8, "tpu"),
+        ("h100:8", 8, "cuda"),
+        ("h100:64", 64, "cuda"),
+        ("cpu:8", 8, "cpu"),
     ],
-)  # fmt: skip
+)
 def test_names(name: str, devices: int, platform: str) -> None:
     read = topology.parse_topology(name)
     assert (read.devices, read.family.platform, read.family.host) == (
