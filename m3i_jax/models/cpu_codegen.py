@@ -1,7 +1,8 @@
 """Operations in the form from which XLA's CPU compiler makes faster code.
 
-`matmul` computes the gradient of a tall kernel transposed; `fusion_barrier` keeps a function from
-being fused with the code around it. README's CPU figures of ViT and InternImage rest on them.
+`matmul` computes the gradient of a tall kernel transposed, which saves 2 to 4 % of a ViT block's
+forward and backward pass; `fusion_barrier` keeps a function from being fused with the code around
+it, without which a layer of InternImage takes 1.6 to 1.8 times as long at 32 x 32 cells.
 """
 
 from collections.abc import Callable
@@ -33,8 +34,8 @@ def matmul(x_NxC: jax.Array, kernel_CxD: jax.Array, out: Any = None) -> jax.Arra
 
     On a CPU the gradient of a kernel with more rows than columns, such as a transformer's second
     MLP layer, is computed as [D, C] and transposed: XLA's product that sums over the rows of both
-    factors takes up to twice as long the other way round. With few rows of x the transposition
-    would cost more than it saves. On other platforms the gradient is that of `x @ W`.
+    factors is slower the other way round. With few rows of x the transposition would cost more than
+    it saves. On other platforms the gradient is that of `x @ W`.
 
     >>> matmul(jnp.ones((1, 2)), jnp.eye(2)).tolist()
     [[1.0, 1.0]]

@@ -6,7 +6,7 @@ import math
 import types
 
 import pytest
-from tests.reporting.test_hlo import LOOP
+from tests.profiling.test_hlo import LOOP
 
 from m3i_jax.profiling import compile_report, hardware
 
