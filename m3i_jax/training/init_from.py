@@ -327,8 +327,7 @@ def _refuse(
             f"{where}: none of the {len(wanted)} arrays here{only} is there ({told[:300]}); a run"
             " never starts at random unasked"
         )
-    backbone = backbones.get_backbone(config.model)
-    added = tuple(f"encoder/{prefix}" for prefix in backbone.added_parameters)
+    added = _added_parameters(config)
     if lost := [
         path for path in missed if path.startswith("encoder/") and not path.startswith(added)
     ]:
@@ -341,7 +340,7 @@ def _refuse(
     ):
         raise UserError(
             f"{where}: has no {lost[0]}, which a frozen encoder would keep at random values;"
-            f" {backbone.without_added(config.model)}"
+            f" {backbones.get_backbone(config.model).without_added(config.model)}"
         )
     if config.init.strict and (lost := differ + missed):
         told = (
@@ -355,6 +354,12 @@ def _refuse(
             f"{where}: is used there with other settings ({'; '.join(others)}); set them, or use"
             " config.init.strict=false"
         )
+
+
+def _added_parameters(config: schema.Config) -> tuple[str, ...]:
+    """Prefixes of parameters that pre-training adds to a published encoder."""
+    backbone = backbones.get_backbone(config.model)
+    return tuple(f"encoder/{prefix}" for prefix in backbone.added_parameters)
 
 
 def _to_fit(source: WeightSource) -> str:
@@ -417,10 +422,11 @@ def _account(
     lines += [f"  {note}" for note in [*source.notes, table] if note]
     if missed:
         lines.append(f"  not there, start at random: {', '.join(_grouped(missed, here))}")
-    if any(path.startswith("encoder/fusion/") for path in missed):
+    added = _added_parameters(config)
+    if random := [path for path in missed if path.startswith(added) and path != MASK_TOKEN]:
         lines.append(
-            "  the fusion of the last two stages is not there: the encoder's features are at random"
-            " until it is trained"
+            f"  not in published encoders: {', '.join(_grouped(random, here))}; the encoder's"
+            " features are random until they are trained"
         )
     if differ:
         told = ", ".join(

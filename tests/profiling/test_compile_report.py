@@ -6,9 +6,9 @@ import math
 import types
 
 import pytest
-from tests.profiling.test_hlo import LOOP
 
 from m3i_jax.profiling import compile_report, hardware
+from tests.profiling.test_hlo import LOOP
 
 STATE = {"params": 40.0, "moments": 80.0, "target": 30.0, "other": 2.0}
 
