@@ -38,7 +38,7 @@ def test_names(name: str, devices: int, platform: str) -> None:
         ("v5e-16", "did you mean v5e:4x4?"),
         ("H100:8", "did you mean h100:8?"),
         ("abacus", "known are v4, v5e"),
-        ("v5e", "2 sides joined by x behind the colon, such as v5e:4x4"),
+        ("v5e", "2 sides joined by x after the colon, such as v5e:4x4"),
         ("v5e:16", "such as v5e:4x4"),
         ("v5p:4x4", "3 sides"),
         ("v5e:0x4", "such as v5e:4x4"),
