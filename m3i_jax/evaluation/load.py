@@ -20,7 +20,7 @@ from m3i_jax import schema
 from m3i_jax.data import crops
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction
-from m3i_jax.models import backbones, presets
+from m3i_jax.models import backbones
 from m3i_jax.training import checkpoint, checkpoint_dir, init_from, plan
 
 POOLS = ("auto", "attention", "mean", "cls", "tokens")
@@ -260,10 +260,16 @@ def _described(
     """The settings of a file of weights."""
     told, config = dict(source.settings), configuration.default_config()
     if "width" not in told or "image_size" not in told:
+        # a backbone with its own section of settings is recognized by the sizes of its presets
+        sizes = [
+            name
+            for backbone in backbones.registered_backbones().values()
+            if backbone.sections
+            for name in backbone.presets
+        ]
         raise UserError(
             f"{flag}: {path}: is neither a vision transformer of this kind nor one of"
-            f" {', '.join(presets.preset_names())} ({source.name}); it can be read, but not run from"
-            " here"
+            f" {', '.join(sizes)} ({source.name}); it can be read, but not run from here"
         )
     told["heads"] = (
         heads or told.get("heads") or (16 if told["width"] == 1280 else max(1, told["width"] // 64))
