@@ -57,6 +57,7 @@ EXTRAS = {
     "torch": ["timm>=1.0.20", "torch>=2.10", "transformers>=4.57"],
     "wandb": ["wandb>=0.20"],
     "test": [
+        "hypothesis>=6.150",  # the fuzzer, python -m tests.faults.fuzz
         "mypy>=2.0",
         "packaging>=24",
         "pytest>=9.0",

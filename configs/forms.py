@@ -10,9 +10,10 @@ and the settings it was published with."""
 
 from ml_collections import ConfigDict
 
+from m3i_jax import published_settings
 from m3i_jax.config import apply_overrides, default_config, rescale
 from m3i_jax.models import presets
-from m3i_jax.objective import published, terms
+from m3i_jax.objective import terms
 
 SIZES = {"tiny": "vit_tiny", "s": "vit_s16", "b": "vit_b16", "l": "vit_l16"}
 
@@ -33,11 +34,10 @@ def get_config(
     config.objective.forms = names
     config.train.epochs = 400.0  # M3I section 4.2
     for name in names:
-        if name in published.PUBLISHED:
-            apply_overrides(
-                config,
-                [f"{key}={value}" for key, value in published.PUBLISHED[name].settings.items()],
-            )
+        apply_overrides(
+            config,
+            [f"{key}={value}" for key, value in published_settings.SETTINGS.get(name, {}).items()],
+        )
     if epochs:
         config.train.epochs = epochs
     config.optim.warmup_epochs = min(config.optim.warmup_epochs, 0.1 * config.train.epochs)

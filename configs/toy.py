@@ -10,9 +10,9 @@ run of weeks."""
 
 from ml_collections import ConfigDict
 
+from m3i_jax import published_settings
 from m3i_jax.config import apply_overrides, default_config
 from m3i_jax.models import presets
-from m3i_jax.objective import published
 
 OWN = ("data.mask", "model.encoder.final_norm", "model.decoder.norm", "model.decoder.projector_depth", "model.decoder.positions",
        "model.decoder.cls")  # fmt: skip
@@ -66,11 +66,10 @@ def get_config(
 
     config.objective.forms = tuple(form.split("+"))
     for name in config.objective.forms:
-        if name in published.PUBLISHED:
-            settings = published.PUBLISHED[name].settings
-            apply_overrides(
-                config, [f"{key}={value}" for key, value in settings.items() if key.startswith(OWN)]
-            )
+        settings = published_settings.SETTINGS.get(name, {})
+        apply_overrides(
+            config, [f"{key}={value}" for key, value in settings.items() if key.startswith(OWN)]
+        )
     config.objective.gamma = gamma
 
     config.optim.lr = 2e-3

@@ -6,6 +6,7 @@
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+usage "$@"
 
 file="${1:-}" dry="${2:-}"
 [[ -f "$file" ]] || fail "name a file, such as launch/gke.yaml"

@@ -13,6 +13,21 @@ fail() {
     exit 2
 }
 
+# usage ARGUMENTS: with --help or -h among them, before any --, prints the head of the script, which is its
+# manual, and ends with 0. Called before anything is made or installed.
+usage() {
+    local argument
+    for argument in "$@"; do
+        case "$argument" in
+            --) return ;;
+            -h | --help)
+                awk 'NR > 1 && !/^#/ { exit } NR > 1 && !/^#( shellcheck|SBATCH)/ { sub(/^# ?/, ""); print }' "$0"
+                exit 0
+                ;;
+        esac
+    done
+}
+
 # works PYTHON [MINOR]: it runs, and is Python 3.11 or newer, or exactly 3.MINOR
 works() {
     "$1" -c 'import sys; v = sys.version_info[:2]; sys.exit(not (v == (3, int(sys.argv[1])) if sys.argv[1:] else v >= (3, 11)))' "${@:2}" \
@@ -108,3 +123,5 @@ build() {
         -e "$ROOT${extra:+[$extra]}" -c "$ROOT/requirements.txt" || fail "the installation failed; pip's reason is above"
     echo "$stamp" >"$venv/.m3i_stamp"
 }
+
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then usage --help; fi

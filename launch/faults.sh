@@ -8,6 +8,7 @@
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+usage "$@"
 
 venv="${M3I_VENV:-$ROOT/.venv-test}"
 prepare "$venv" test

@@ -7,6 +7,7 @@
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+usage "$@"
 
 extra="${M3I_EXTRA-$(accelerator)}"
 venv="${M3I_VENV:-$ROOT/.venv}"

@@ -16,3 +16,5 @@ finish() {
     fi
     return "$status"
 }
+
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then echo "signals.sh: functions for the scripts beside it; it does nothing by itself"; fi

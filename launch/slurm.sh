@@ -15,6 +15,14 @@
 #SBATCH --signal=TERM@120
 #SBATCH --output=m3i-%j.log
 set -euo pipefail
+for argument in "$@"; do
+    case "$argument" in
+        -h | --help)
+            awk 'NR > 1 && !/^#/ { exit } NR > 1 && !/^#( shellcheck|SBATCH)/ { sub(/^# ?/, ""); print }' "$0"
+            exit 0
+            ;;
+    esac
+done
 # Slurm runs a copy of this file: the project is where the job was submitted.
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 

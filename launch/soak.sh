@@ -7,6 +7,7 @@
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+usage "$@"
 
 [[ "${1:-}" =~ ^[0-9]*\.?[0-9]+$ ]] || fail "how many hours? such as: bash launch/soak.sh 1"
 hours="$1"

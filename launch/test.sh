@@ -4,12 +4,14 @@
 #   bash launch/test.sh                             # everything but the tests marked slow
 #   bash launch/test.sh -m slow                     # those
 #   bash launch/test.sh tests/objective -k mask     # arguments go to pytest
+#   bash launch/test.sh --random 7                  # files, and the tests of each, in an order drawn with this seed
 #   bash launch/test.sh --python python3.13         # with another interpreter, in .venv-test-3.13
 #
 # The last line is pytest's closing line; the status is pytest's, or 1 if only ruff or mypy complained.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+usage "$@"
 
 default="$ROOT/.venv-test"
 if [[ "${1:-}" == --python ]]; then

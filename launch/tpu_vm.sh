@@ -3,7 +3,7 @@
 # of that again, until the run is done. The workers find each other by the slice's metadata.
 #
 #   bash launch/tpu_vm.sh run --name m3i --project P --zone Z --type v5litepod-16 --runtime v2-alpha-tpuv5-lite --spot \
-#       --mount 'sudo mkdir -p /mnt/m3i && sudo mount FILESTORE:/share /mnt/m3i' --workdir /mnt/m3i/runs/first -- \
+#       --mount 'sudo mkdir -p /mnt/m3i; mountpoint -q /mnt/m3i || sudo mount FILESTORE:/share /mnt/m3i' --workdir /mnt/m3i/runs/first -- \
 #       --config configs/m3i.py:path=/mnt/m3i/imagenet
 #   bash launch/tpu_vm.sh delete --name m3i --project P --zone Z
 #
@@ -11,7 +11,8 @@
 #   --name, --project, --zone   of the slice
 #   --type, --runtime       accelerator type and software version, as `gcloud compute tpus` names them
 #   --spot                  cheaper, and may be taken away
-#   --mount COMMAND         run on every worker before each start: makes data and working directory visible, as a shared file system
+#   --mount COMMAND         run on every worker before each start, so more than once: makes data and working
+#                           directory visible, as a shared file system; --mount : where workers see both
 #   --workdir DIR           a directory that all workers see
 #   --dry-run               print the commands
 #
@@ -21,8 +22,9 @@
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+usage "$@"
 
-verb="${1:-}" name='' project='' zone='' type='' runtime='' spot='' mount=: workdir='' dry=''
+verb="${1:-}" name='' project='' zone='' type='' runtime='' spot='' mount='' workdir='' dry=''
 case "$verb" in
     create | run | delete) shift ;;
     *) fail "say create, run or delete first" ;;
@@ -46,6 +48,8 @@ if [[ "$verb" == run ]]; then needed+=(workdir); fi
 for flag in "${needed[@]}"; do
     [[ -n "${!flag}" ]] || fail "--$flag is missing"
 done
+# Without it every worker would make a --workdir on its own disk.
+[[ "$verb" != run || -n "$mount" ]] || fail "--mount is missing: a command that lets every worker see --workdir; --mount : if they do"
 pause="${M3I_PAUSE:-30}"
 place=(--project "$project" --zone "$zone")
 
@@ -60,12 +64,13 @@ act() {
     fi
 }
 
+look=(gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format 'value(state.state)')
 # WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, SUSPENDED, FAILED, ...; ABSENT
 state() {
     if [[ -n "$dry" ]]; then
         echo ABSENT
     else
-        gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format 'value(state.state)' 2>/dev/null || echo ABSENT
+        "${look[@]}" 2>/dev/null || echo ABSENT
     fi
 }
 
@@ -89,7 +94,10 @@ ready() {
             ABSENT) create ;;
             FAILED | SUSPENDED | SUSPENDING) delete ;;
         esac
-        if [[ -n "$dry" ]]; then return; fi
+        if [[ -n "$dry" ]]; then
+            echo "+ every $pause seconds until it prints ACTIVE:$(printf ' %q' "${look[@]}")"
+            return
+        fi
         if [[ "$now" != ABSENT ]]; then echo "tpu_vm.sh: $name is $now" >&2; fi
         sleep "$pause"
     done
@@ -97,11 +105,11 @@ ready() {
 
 # Whether the slice is taken away; looked at several times.
 lost() {
-    local look
+    local i
     echo "tpu_vm.sh: the run ended; looking whether $name is still there" >&2
-    for look in {1..10}; do
+    for i in {1..10}; do
         if [[ "$(state)" != ACTIVE ]]; then return; fi
-        if ((look < 10)); then sleep "$pause"; fi
+        if ((i < 10)); then sleep "$pause"; fi
     done
     return 1
 }

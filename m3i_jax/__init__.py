@@ -1,11 +1,12 @@
 """m3i_jax: M3I Pre-training (CVPR 2023) in JAX. What other projects import are the pure functions
 of the objective:
 
-    from m3i_jax import gaussian, boltzmann, category, text         # posteriors: (sum, count)
-    from m3i_jax import smooth_l1, cosine, nt_xent, prototypes      # those of other public methods
-    from m3i_jax import blockwise, mix, split, gather, partner      # masks and mixing
-    from m3i_jax import sincos_2d, relative                         # positions
-    from m3i_jax import track_balance, weight, track_target         # optax transforms
+    from m3i_jax import gaussian, boltzmann, category, text         # posteriors: (sum, count) from
+    m3i_jax import smooth_l1, cosine, nt_xent, prototypes      # those of other public methods from
+    m3i_jax import blockwise, mix, split, gather, partner      # masks and mixing from m3i_jax
+    import sincos_2d, relative                         # positions from m3i_jax import
+    track_balance, weight, track_target         # optax transforms from m3i_jax import register_form
+    # an objective of your own, for objective.forms
 
 They need jax, numpy, optax and chex, and are loaded on first use. And, of the whole package,
 weights as a function of images:
@@ -47,6 +48,7 @@ _PUBLIC = {
     "posteriors": (),
     "published": ("PUBLISHED",),
     "terms": ("FORMS", "Pass", "Target", "Term"),
+    "registry": ("register_form",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import inspect
 import math
+import os
 import pathlib
 import re
 import traceback
@@ -19,9 +20,11 @@ from typing import Any
 
 import ml_collections
 
-from m3i_jax import schema
-from m3i_jax.errors import UserError
+from m3i_jax import run_files, schema
+from m3i_jax.errors import UserError, one_line, refuse_system_errors, shorten
 
+OURS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+LONGEST = 100_000  # characters of the text of a value; lists of thousands of paths have fewer
 _EXAMPLE = {
     int: "numbers such as (-1,1,1)",
     float: "numbers such as (0.2,1.0)",
@@ -117,7 +120,7 @@ def unknown_key_error(
 def _typed(name: str, kind: Any, value: Any) -> Any:
     """`value` as `kind` without guessing: whole numbers pass as numbers, lists as tuples, nothing
     else changes type; `name` is told."""
-    wrong = UserError(f"{name}: {value!r} is not {_type_name(kind)}")
+    wrong = UserError(f"{name}: {shorten(value)} is not {_type_name(kind)}")
     if kind in (int, float):
         if (
             isinstance(value, bool)
@@ -125,9 +128,12 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
             or (kind is int and not isinstance(value, int))
         ):
             raise wrong
-        if not math.isfinite(value):
-            raise UserError(f"{name}: {value!r} is not finite")
-        return kind(value)
+        try:
+            if math.isfinite(value):
+                return kind(value)
+        except OverflowError:  # a whole number of more than 308 digits, which no float is
+            pass
+        raise UserError(f"{name}: {shorten(value)} is not finite")
     if kind in (bool, str):
         if not isinstance(value, kind):
             raise wrong
@@ -137,20 +143,35 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     return tuple(_typed(name, _item(kind), v) for v in value)
 
 
+def _evaluated(text: str) -> Any:
+    """The Python literal that a text is; nothing is called. Raises ValueError for anything else,
+    and for what is too long or nested too deep for Python's parser.
+
+    >>> _evaluated("(1, 0.5)")
+    (1, 0.5)
+    """
+    if len(text) > LONGEST:
+        raise ValueError(f"has {len(text):,} characters, more than {LONGEST:,}")
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(one_line(error)) from None
+
+
 def _literal(name: str, kind: Any, text: str) -> Any:
     """The text of an override as `kind`; only Python literals, nothing is evaluated."""
     if kind is str:
         return text
     if kind is bool:
         if text.lower() not in ("true", "false"):
-            raise UserError(f"{name}: {text!r} is not true or false")
+            raise UserError(f"{name}: {shorten(text)} is not true or false")
         return text.lower() == "true"
     if kind not in (int, float) and _item(kind) is str and text[:1] not in ("(", "["):
         return tuple(filter(None, (item.strip() for item in text.split(","))))
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        raise UserError(f"{name}: {text!r} is not {_type_name(kind)}") from None
+        value = _evaluated(text)
+    except ValueError:
+        raise UserError(f"{name}: {shorten(text)} is not {_type_name(kind)}") from None
     return (value,) if kind not in (int, float) and isinstance(value, (int, float)) else value
 
 
@@ -177,14 +198,20 @@ def apply_overrides(config: ml_collections.ConfigDict, assignments: typing.Itera
             )
 
 
-def load_config(spec: str) -> ml_collections.ConfigDict:
+def load_config(spec: str, overrides: typing.Iterable[str] = ()) -> ml_collections.ConfigDict:
     """The ConfigDict of `FILE[:name=value,...]`: calls FILE's `get_config` with the arguments,
-    typed by its defaults.
+    typed by its defaults. `overrides` are not applied, but a file that lies in the data that they
+    name is not run.
 
     Raises UserError for a missing file, a file without `get_config`, an unknown argument or a value
     of the wrong type."""
     file, _, text = spec.partition(":")
     path = pathlib.Path(file)
+    if len(spec) > LONGEST or "\0" in spec:
+        raise UserError(
+            f"--config {shorten(spec)}: must name a local Python file, such as"
+            " configs/quickstart.py"
+        )
     if path.suffix != ".py":  # nor an address, of which the part before its colon is left
         raise UserError(
             f"--config {spec}: must name a local Python file, such as configs/quickstart.py"
@@ -197,6 +224,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
             f"--config {file}: there is no such file"
             + (f"; did you mean {path.parent / near[0]}?" if near else "")
         )
+    _before_it_runs(file, text, overrides)
     found = importlib.util.spec_from_file_location(f"m3i_jax_config_{path.stem}", path)
     assert found and found.loader
     module = importlib.util.module_from_spec(found)
@@ -212,7 +240,14 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
         config = get_config(**arguments)
     except UserError:
         raise
-    except Exception as error:  # a person's own config file: whatever is wrong with it is theirs to read on one line
+    except KeyboardInterrupt:
+        raise
+    except SystemExit as error:
+        raise UserError(
+            f"--config {_reason(file, error)}; a configuration returns its settings and ends"
+            " nothing"
+        ) from error
+    except BaseException as error:  # a person's own config file: whatever is wrong with it is theirs to read on one line
         raise UserError(f"--config {_reason(file, error)}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
@@ -222,13 +257,13 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     return config
 
 
-def _reason(file: str, error: Exception) -> str:
+def _reason(file: str, error: BaseException) -> str:
     """The file, the line of it that failed, and why, of an error that is not ours."""
     frames, here = traceback.extract_tb(error.__traceback__), pathlib.Path(file).resolve()
     lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename).resolve() == here]
     where = f"{file}, line {lines[-1]}" if lines else file
     # a KeyError's own text is quoted
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = one_line(error.args[0] if isinstance(error, KeyError) and error.args else error)
     # a locked ConfigDict; the rest of its text is the whole section
     if absent := re.search(r'Key "(.*?)" does not exist', text):
         known = setting_table()
@@ -242,29 +277,79 @@ def _reason(file: str, error: Exception) -> str:
             else "--help lists every key"
         )
         return f"{where}: there is no such key {absent[1]!r}; {hint}"
-    return f"{where}: {type(error).__name__}: {' '.join(text.split())}"
+    return f"{where}: {type(error).__name__}: {text}"
 
 
-def reject_config_in_data(spec: str, overrides: typing.Iterable[str]) -> None:
-    """Refuse a configuration that lies in a directory that the command itself names as data: a
-    configuration is run, data never is.
+def reject_config_in_data(file: str, data: Any) -> None:
+    """Refuse a configuration file that lies in the data that it reads: a configuration is run, data
+    never is.
 
-    >>> reject_config_in_data("configs/folder.py:path=/data/pictures", [])
+    >>> made = default_config(); made.data.update({"source": "folder", "path": "/data/pictures"})
+    >>> reject_config_in_data("configs/folder.py", made.data)
     """
-    file, _, text = spec.partition(":")
-    for piece in (*re.split(r"[,;](?=[A-Za-z_]\w*[=:])", text), *overrides):
-        place = re.sub(r"^\w+:", "", piece.partition("=")[2]).split("@")[0].split("*")[0]
-        folder = pathlib.Path(place).expanduser()
+    for entry in data.mixture if data.source == "mixture" else [f"{data.source}:{data.path}"]:
+        kind, _, place = entry.partition(":")
+        if kind not in ("shapes", "tfds"):
+            _apart(file, place)
+    for place in (data.directory, data.split, data.holdout_split):
+        if place.startswith(("/", "~")):
+            _apart(file, place)
+
+
+def _apart(file: str, place: str) -> None:
+    """Refuse a configuration file that lies in a directory of data, or in that of a pattern, split
+    or weight of it."""
+    place = place.split("@")[0].split("*")[0]
+    for named in filter(None, {place, place.rpartition("=")[0]}):
+        folder = os.path.realpath(os.path.expanduser(named))
         if (
-            place
-            and "://" not in place
-            and folder.is_dir()
-            and pathlib.Path(file).resolve().is_relative_to(folder.resolve())
+            "://" not in named
+            and os.path.isdir(folder)
+            and pathlib.Path(os.path.realpath(file)).is_relative_to(folder)
         ):
             raise UserError(
-                f"--config {file}: lies in the data, {place!r}, and nothing that comes with data is"
-                " run; copy it if it is yours"
+                f"--config {file}: lies in the data, {shorten(named)}, and nothing that comes with"
+                " data is run; copy it if it is yours"
             )
+
+
+def _before_it_runs(file: str, text: str, overrides: typing.Iterable[str]) -> None:
+    """What can be refused before a configuration file is run: an argument that it does not take,
+    and a file that lies in what the command gives as data. Which argument that is, only the file
+    knows, and it may be hostile: each of them counts, unless the file is one of this project, which
+    `reject_config_in_data` is asked about when it has run."""
+    taken = _takes(file)
+    pieces = [piece.partition("=") for piece in re.split(r"[,;](?=[A-Za-z_]\w*[=:])", text)]
+    if not pathlib.Path(file).resolve().is_relative_to(OURS):
+        for name, _, value in pieces:
+            if taken is None or name in taken or ":" in name:
+                _apart(file, re.sub(r"^\w+:(?!//)", "", value))
+    for key, _, value in (assignment.partition("=") for assignment in overrides):
+        if key in (
+            "data.path",
+            "data.directory",
+            "data.mixture",
+            "data.split",
+            "data.holdout_split",
+        ):
+            for entry in value.strip("()[]").split(","):
+                _apart(file, re.sub(r"^\w+:(?!//)", "", entry.strip(" '\"")))
+
+
+def _takes(file: str) -> set[str] | None:
+    """The arguments of `get_config` in a file that is read and not run; None if they cannot be
+    known."""
+    try:
+        tree = ast.parse(pathlib.Path(file).read_bytes())
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "get_config" and not node.args.kwarg:
+            return {
+                one.arg.rstrip("_")
+                for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            }
+    return None
 
 
 def _arguments(file: str, signature: inspect.Signature, text: str) -> dict[str, Any]:
@@ -305,7 +390,7 @@ def _kind(parameter: inspect.Parameter) -> Any:
 
 def _build(cls: type, node: Any, prefix: str, known: dict[str, Any]) -> Any:
     if not isinstance(node, (dict, ml_collections.ConfigDict)):
-        raise UserError(f"config.{prefix[:-1]}: {node!r} is not a section of settings")
+        raise UserError(f"config.{prefix[:-1]}: {shorten(node)} is not a section of settings")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     types, values = typing.get_type_hints(cls), {}
     for name in node:
@@ -322,7 +407,7 @@ def _build(cls: type, node: Any, prefix: str, known: dict[str, Any]) -> Any:
         if choices and value not in choices:
             near = difflib.get_close_matches(str(value), [str(c) for c in choices], 1)
             raise UserError(
-                f"config.{prefix}{name}: {value!r} is none of {', '.join(map(str, choices))}"
+                f"config.{prefix}{name}: {shorten(value)} is none of {', '.join(map(str, choices))}"
                 + (f"; did you mean {near[0]}?" if near else "")
             )
         values[name] = value
@@ -376,8 +461,8 @@ def config_from_text(text: str, where: str) -> ml_collections.ConfigDict:
         key, equals, value = line.partition(" = ")
         if key not in known or not equals:
             raise UserError(
-                f"{where}: {key!r} is no setting of this version of m3i_jax; use the version that"
-                " made the run"
+                f"{where}: {shorten(key)} is no setting of this version of m3i_jax; use the version"
+                " that made the run"
             )
         parent = config
         *way, last = key.split(".")
@@ -385,10 +470,10 @@ def config_from_text(text: str, where: str) -> ml_collections.ConfigDict:
             parent = parent[part]
         try:
             with parent.ignore_type():
-                parent[last] = _typed(f"config.{key}", known[key][0], ast.literal_eval(value))
-        except (ValueError, SyntaxError):
+                parent[last] = _typed(f"{where}: {key}", known[key][0], _evaluated(value))
+        except ValueError:
             raise UserError(
-                f"{where}: {key}: {value!r} is no value; the file was changed"
+                f"{where}: {key}: {shorten(value)} is no value; the file was changed"
             ) from None
     return config
 
@@ -398,7 +483,11 @@ def load_from_workdir(workdir: str, flag: str) -> ml_collections.ConfigDict:
     file = pathlib.Path(workdir) / "config.txt"
     if not file.is_file():
         raise UserError(f"{flag}: {workdir!r} has no config.txt; give the --workdir of a run")
-    return config_from_text(file.read_text(), str(file))
+    with refuse_system_errors():
+        text = run_files.read_run_text(
+            file, "restore it; the command that trained the run writes it anew if it is deleted"
+        )
+        return config_from_text(text, str(file))
 
 
 def config_difference(old: str, new: str) -> list[str]:
@@ -458,13 +547,19 @@ def rescale(config: ml_collections.ConfigDict, batch_size: int) -> None:
 def scale_for_custom_data(
     config: ml_collections.ConfigDict, *, epochs: float, batch_size: int
 ) -> None:
-    """Set the length and the batch of a run on a user's own images: warm-up a tenth of it, as in
-    M3I's ablations (40 epochs of 400), the rest by `rescale`.
+    """Set the length and the batch of a run on a user's own images, and leave open what follows
+    from them, from the number of images and from their size (training/scaling.py): rate, momentum,
+    warm-up, crops and blur. A value that is set later is kept.
 
-    >>> config = default_config(); scale_for_custom_data(config, epochs=50.0, batch_size=256); config.optim.warmup_epochs, config.train.batch_size
-    (5.0, 256)
+    The pooling starts at full size: at 0.02 its token is near zero for most of a short run of a
+    narrow encoder.
+
+    >>> config = default_config(); scale_for_custom_data(config, epochs=50.0, batch_size=256)
+    >>> config.optim.lr, config.train.batch_size
+    (0.0, 256)
     """
     config.data.threads = 4
-    config.train.epochs = epochs
-    config.optim.warmup_epochs = 0.1 * epochs
-    rescale(config, batch_size)
+    config.data.crop_scale = config.data.augment.blur_sigma = ()
+    config.model.pool.std = 0.0
+    config.optim.update({"lr": 0.0, "ema": -1.0, "warmup_epochs": -1.0})
+    config.train.update({"epochs": epochs, "batch_size": batch_size})

@@ -7,23 +7,42 @@ mode that runs is imported."""
 import argparse
 import contextlib
 import importlib
+import io
 import os
 import pathlib
 import sys
 import time
+import traceback
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from m3i_jax import config as configuration
-from m3i_jax import privacy
-from m3i_jax.errors import RunStopped, UserError
+from m3i_jax import library_errors, privacy
+from m3i_jax.errors import RunStopped, UserError, one_line, refuse_system_errors
 from m3i_jax.modes import MODES
 from m3i_jax.training import malloc
 from m3i_jax.version import __version__
 
+LONGEST = 4_000  # characters of the line that says what went wrong
 
-def parser() -> argparse.ArgumentParser:
+
+class Parser(argparse.ArgumentParser):
+    """Refuses on one line, as everything else does; and a flag that is given twice."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = [argument.partition("=")[0] for argument in args or ()]
+        for flag in given:
+            if flag.startswith("--") and given.count(flag) > 1:
+                raise UserError(f"{flag}: is given twice; leave one of them out")
+        return super().parse_known_args(args, namespace)
+
+
+def parser() -> Parser:
     modes = "\n".join(f"  {name:<8} {mode.text}" for name, mode in MODES.items())
-    out = argparse.ArgumentParser(
+    out = Parser(
         prog="python -m m3i_jax.main",
         description="M3I Pre-training in JAX.",
         epilog=(
@@ -168,18 +187,18 @@ def _run(arguments: Sequence[str], began: float) -> int:
             " saved; leave it out"
         )
     if flags.config:
-        configuration.reject_config_in_data(flags.config, overrides)
-    config = (
-        configuration.load_config(flags.config)
-        if flags.config
-        else configuration.load_from_workdir(flags.workdir, "--workdir")
-    )
+        config = configuration.load_config(flags.config, overrides)
+    else:
+        config = configuration.load_from_workdir(flags.workdir, "--workdir")
     configuration.apply_overrides(config, overrides)
     settings = configuration.resolve(config)
+    mode.refuse(flags.mode, overrides, settings, flags.workdir or "")
+    if flags.config:
+        configuration.reject_config_in_data(flags.config.partition(":")[0], settings.data)
     more = {name: getattr(flags, name) for name in mode.flags} | (
         {"began": began} if mode.timed else {}
     )
-    refusing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    alone: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if mode.together:
         from m3i_jax.parallel import distributed, heartbeat
 
@@ -196,33 +215,59 @@ def _run(arguments: Sequence[str], began: float) -> int:
             settings.parallel.mesh,
             beat=settings.parallel.heartbeat,
         )
-        refusing = heartbeat.refuse_on_error()
+        alone = heartbeat.refuse_on_error()
     if mode.compiles:
         watch = importlib.import_module("m3i_jax.modes.monitoring")
         watch.keep_compilations(pathlib.Path(flags.workdir))
     room = importlib.import_module(f"m3i_jax.modes.{flags.mode}")
-    with privacy.private_umask(settings.report.private), refusing:
+    with privacy.private_umask(settings.report.private), alone, refuse_system_errors():
         return room.run(settings, workdir=flags.workdir, **more)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    began = time.monotonic()
-    if arguments is None:
+    """The exit code of a command; of this process, which it then may silence, if no arguments are
+    given."""
+    began, process = time.monotonic(), arguments is None
+    if process:
         began = _process_began()
         malloc.limit_arenas()  # before there are threads
-    with privacy.redact_logs(forever=arguments is None):
+        for stream in (sys.stdout, sys.stderr):  # a name that is no UTF-8 can be printed, too
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+    with privacy.redact_logs(forever=process):
+        if process:
+            library_errors.install_hooks()
         try:
-            return _run(sys.argv[1:] if arguments is None else arguments, began)
-        except UserError as error:
-            print(f"m3i_jax: {' '.join(str(error).split())}", file=sys.stderr)
-            return error.status
-        except RunStopped as error:
-            print(f"m3i_jax: stopped: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-            if arguments is None:
+            with refuse_system_errors():
+                code = _run(sys.argv[1:] if arguments is None else arguments, began)
+                if sys.stdout is not None:
+                    # a disk or a pipe that refuses it does so here, not after the last word
+                    sys.stdout.flush()
+        except (UserError, RunStopped) as error:
+            stopped = isinstance(error, RunStopped)
+            print(
+                f"m3i_jax: {'stopped: ' if stopped else ''}{one_line(error, LONGEST)}",
+                file=sys.stderr,
+                flush=True,
+            )
+            if process and stopped:
                 # a thread may wait for a disk that never answers, and Python would wait for the
                 # thread
                 os._exit(1)
-            return 1
+            code = getattr(error, "status", 1)
+        except Exception as error:
+            if not process:
+                raise
+            traceback.print_exc()
+            print(
+                f"m3i_jax: a bug in m3i_jax ({one_line(error) or type(error).__name__}); please"
+                " report the lines above",
+                file=sys.stderr,
+            )
+            code = 1
+        if process and code:
+            library_errors.silence_process()
+        return code
 
 
 if __name__ == "__main__":

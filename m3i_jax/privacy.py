@@ -7,6 +7,7 @@ console, through logs and tracebacks, and through the texts beside a run. All of
 `redact`: the console through `redact_logs`, files through `reporting.files.write_text`."""
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -66,11 +67,9 @@ _RULES: list[tuple[re.Pattern[str], Any]] = [
         HIDDEN,
     ),
 ]
-# Control characters, and those that turn the direction of a line; a colour and "clear to the end of
-# the line" do no harm.
-_CONTROL = re.compile(
-    "(\x1b\\[[0-9;]*[mK])|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
-)
+# Control characters, and those that turn the direction of a line; not the tab and the ends of
+# lines.
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def redact(text: str, *, environment: Mapping[str, str] | None = None) -> str:
@@ -100,32 +99,61 @@ def redact(text: str, *, environment: Mapping[str, str] | None = None) -> str:
     return text
 
 
-def redacted(value: Any) -> Any:
+def redact_tree(value: Any) -> Any:
     """`redact` for every text in lists, tuples and dictionaries.
 
-    >>> redacted({"path": "https://me:word-1@host/x", "sizes": [1, 2]})
+    >>> redact_tree({"path": "https://me:word-1@host/x", "sizes": [1, 2]})
     {'path': 'https://***@host/x', 'sizes': [1, 2]}
     """
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):
-        return {k: redacted(v) for k, v in value.items()}
-    return type(value)(map(redacted, value)) if isinstance(value, list | tuple) else value
+        return {k: redact_tree(v) for k, v in value.items()}
+    return type(value)(map(redact_tree, value)) if isinstance(value, list | tuple) else value
 
 
 def escape_control(text: str, *, line: bool = False) -> str:
     """A text that no terminal obeys: control characters are spelt out. `line`: line ends and tabs
     as well.
 
+    Whatever comes from data (names, captions, classes) passes here on its way to a page, a text
+    file or a log line.
+
     >>> escape_control("a\\x1b]0;title\\x07\\n"), escape_control("a\\nb", line=True)
     ('a\\\\x1b]0;title\\\\x07\\n', 'a\\\\nb')
     """
-    out = _CONTROL.sub(lambda m: m[1] or m[0].encode("unicode_escape").decode("ascii"), text)
-    return (
-        re.sub(r"[\r\n\t\x1b]", lambda m: m[0].encode("unicode_escape").decode("ascii"), out)
-        if line
-        else out
+    out = _CONTROL.sub(_spelt, text)
+    return re.sub(r"[\r\n\t]", _spelt, out) if line else out
+
+
+def _spelt(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode("ascii")
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """A value as JSON that no terminal obeys: letters of every script stand as they are, control
+    characters as `\\uXXXX`.
+
+    >>> print(json_text({"猫": "a\\x1b[31m\\x9b"}))
+    {"猫": "a\\u001b[31m\\u009b"}
+    """
+    return _CONTROL.sub(
+        lambda m: f"\\u{ord(m[0]):04x}", json.dumps(value, indent=indent, ensure_ascii=False)
     )
+
+
+_COLOUR = re.compile("\x1b\\[[0-9;]*m")
+CLEAR = "\x1b[K"  # to the end of the line: progress of our own
+
+
+def plain_text(text: str) -> str:
+    """What a console shows of a text: without secrets and colours, control characters spelt out but
+    for CLEAR.
+
+    >>> plain_text("\\x1b[31mred\\x1b[0m \\x1b[2J \\x1b[K")
+    'red \\\\x1b[2J \\x1b[K'
+    """
+    return CLEAR.join(escape_control(_COLOUR.sub("", piece)) for piece in redact(text).split(CLEAR))
 
 
 class _Stream:
@@ -135,8 +163,22 @@ class _Stream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(escape_control(redact(text)))
+        with self._named():
+            self._stream.write(plain_text(text))
         return len(text)
+
+    def flush(self) -> None:
+        with self._named():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """An error of the system has the name of the stream, as it has that of any other file."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or getattr(self._stream, "name", None)
+            raise
 
     def writelines(self, lines: Any) -> None:
         for text in lines:
@@ -154,7 +196,7 @@ def _record(made: Any) -> Any:
         record = made(*arguments, **options)
         # a message that cannot be made is its handler's to complain about
         with contextlib.suppress(Exception):
-            record.msg, record.args = escape_control(redact(record.getMessage())), ()
+            record.msg, record.args = plain_text(record.getMessage()), ()
         return record
 
     return make
@@ -162,8 +204,8 @@ def _record(made: Any) -> Any:
 
 @contextlib.contextmanager
 def redact_logs(*, forever: bool = False) -> Iterator[None]:
-    """All that is printed, logged or told by a traceback passes `redact` and `escape_control`.
-    `forever`: also after the block, for the traceback of what ends the process."""
+    """All that is printed, logged or told by a traceback passes `plain_text`. `forever`: also after
+    the block, for the traceback of what ends the process."""
     before, made = (sys.stdout, sys.stderr), logging.getLogRecordFactory()
     sys.stdout, sys.stderr = (
         stream if stream is None or isinstance(stream, _Stream) else _Stream(stream)

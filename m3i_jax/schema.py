@@ -4,9 +4,14 @@ into it and checks it, `--help` prints it. Defaults are the paper's ViT-B/16 run
 the comment says otherwise; `[P]` marks what the paper states, the README lists what it leaves
 open."""
 
-import dataclasses
+import dataclasses  # noqa: I001 - a line a name would be a page
 
-from m3i_jax.schema_augment import Augment, RandAugment, option, section
+from m3i_jax.schema_augment import Augment, RandAugment
+from m3i_jax.setting_limits import BELOW_ONE, DEPTH, EPOCHS, EPS, EVERY, HEADS, INT32, LINE, MANY, NAME, PATH, RATE, RATIO, SECONDS, SHARE, STD, STEPS, TEMPERATURE, WEIGHT, WIDTH, ListLimit, TextLimit, NumberLimit, option, section  # fmt: skip
+
+TWO = ListLimit(fewest=2, most=2, rising=True)
+STAGES = ListLimit(fewest=4, most=4)
+NAMES = TextLimit("name", most=1000, count=ListLimit(most=100, unique=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,12 +33,14 @@ class Data:
         "",
         "directory (folder, array_record, hugging_face), glob of tar files (tars; gs:// and the"
         " like too), name (tfds)",
+        PATH,
     )
-    directory: str = option("", "tfds: where prepared data sets lie; empty: its default")
+    directory: str = option("", "tfds: where prepared data sets lie; empty: its default", PATH)
     mixture: tuple[str, ...] = option(
         (),
         "mixture: one KIND:PATH[@SPLIT[|HELD_OUT]][=WEIGHT] a source; no weights: by number of"
         " pictures",
+        PATH,
     )
     class_space: str = option(
         "shared",
@@ -45,44 +52,77 @@ class Data:
         "",
         "file with names of the classes, for WordNet ids or numbers; empty: look beside an ImageNet"
         " folder",
+        PATH,
     )
     split: str = option(
         "",
         "part to train on: sub-folder, glob below a directory of tars, or name (tfds,"
         " hugging_face); empty: all",
+        PATH,
     )
     holdout_split: str = option(
         "",
         "part held out for evaluators, named like data.split, or another path; empty: data.holdout",
+        PATH,
     )
-    size: int = option(0, "training images; shapes: how many to render, else 0: count the source")
-    image_size: int = option(224, "side of a view in pixels [P]")
-    classes: int = option(-1, "categories; -1: as many as the source has, 0: ignore labels")
+    size: int = option(
+        0,
+        "training images; shapes: how many to render, else 0: count the source",
+        NumberLimit(0, 2**40),
+    )
+    image_size: int = option(224, "side of a view in pixels [P]", NumberLimit(1, 8192))
+    classes: int = option(
+        -1, "categories; -1: as many as the source has, 0: ignore labels", NumberLimit(-1, 2**24)
+    )
     captions: str = option(
         "auto", "use captions; auto: if the source has them", "auto", "yes", "no"
     )
-    holdout: float = option(0.1, "share of the images held out for evaluators, by hash of the key")
-    crop_scale: tuple[float, ...] = option(
-        (0.08, 1.0), "area of a random resized crop as a share of the picture"
+    holdout: float = option(
+        0.1,
+        "share of the images held out for evaluators, by hash of the key",
+        NumberLimit(0, 1, natural=True, below=True, text="(nothing would be left to train on)"),
     )
-    crop_ratio: tuple[float, ...] = option((0.75, 4 / 3), "aspect ratio of a crop, log-uniform")
-    flip_p: float = option(0.5, "probability of a horizontal flip, each view by itself")
-    mask_ratio: float = option(0.5, "share of the cells that show the partner image [P]")
+    crop_scale: tuple[float, ...] = option(
+        (0.08, 1.0),
+        "area of a random resized crop as a share of the image; (): from length and image_size"
+        " (training/scaling.py)",
+        NumberLimit(0, 1, natural=True, above=True, count=dataclasses.replace(TWO, open=True)),
+    )
+    crop_ratio: tuple[float, ...] = option(
+        (0.75, 4 / 3), "aspect ratio of a crop, log-uniform", NumberLimit(0.01, 100, count=TWO)
+    )
+    flip_p: float = option(0.5, "probability of a horizontal flip, each view by itself", SHARE)
+    mask_ratio: float = option(0.5, "share of the cells that show the partner image [P]", SHARE)
     mask: str = option("blockwise", "how masks are drawn [P: blockwise]", "blockwise", "uniform")
     mask_cell: int = option(
         0,
         "side of a mask cell in pixels, a multiple of model.encoder.patch_size; 0: that of a patch"
         " [P: 16]",
+        NumberLimit(0, 8192),
     )
     tokenizer: str = option(
         "train", "train: BPE learnt from the source's captions; clip: CLIP's BPE", "train", "clip"
     )
     vocabulary: str = option(
-        "", "clip: path of bpe_simple_vocab_16e6.txt.gz; empty: an installed package that ships it"
+        "",
+        "clip: path of bpe_simple_vocab_16e6.txt.gz; empty: an installed package that ships it",
+        PATH,
     )
-    vocabulary_size: int = option(1024, "train: most entries of the learnt vocabulary")
-    caption_length: int = option(77, "tokens a caption is padded or cut to, start and end included")
-    background: int = option(255, "gray level under transparent pixels")
+    vocabulary_size: int = option(
+        1024,
+        "train: most entries of the learnt vocabulary",
+        NumberLimit(259, 2**20, text="(all bytes, padding, start and end are 259)"),
+    )
+    caption_length: int = option(
+        77,
+        "tokens a caption is padded or cut to, start and end included",
+        NumberLimit(4, 2**14, text="(start, end and two words are 4)"),
+    )
+    background: int = option(
+        255,
+        "gray level under transparent pixels",
+        NumberLimit(0, 255, natural=True, text="(a gray level)"),
+    )
     resizer: str = option(
         "auto",
         "of the crops: pillow; fast (extra `fast`), hardly other pixels; auto: fast if installed",
@@ -90,12 +130,15 @@ class Data:
         "pillow",
         "fast",
     )
-    threads: int = option(2, "threads that make batches ahead, when there are no workers")
-    workers: int = option(0, "worker processes that make batches")
+    threads: int = option(
+        2, "threads that make batches ahead, when there are no workers", NumberLimit(0, 1024)
+    )
+    workers: int = option(0, "worker processes that make batches", NumberLimit(0, 1024))
     patience: float = option(
         600.0,
         "seconds that a batch may take before its threads or worker count as hanging and are"
         " started again",
+        NumberLimit(0, 1e7, above=True),
     )
     missing: str = option(
         "stop",
@@ -104,7 +147,7 @@ class Data:
         "replace",
     )
     max_bad_share: float = option(
-        0.05, "stop when more than this share of the last 10,000 records was bad"
+        0.05, "stop when more than this share of the last 10,000 records was bad", SHARE
     )
     augment: Augment = section(Augment)
     rand_augment: RandAugment = section(RandAugment)
@@ -115,12 +158,14 @@ class Encoder:
     """The encoder whose features are the product. Patch size, width and drop path are those of any
     backbone, the others of the ViT."""
 
-    patch_size: int = option(16, "side of a patch, the pixels of one dense feature [P]")
-    width: int = option(768, "width of the dense features")
-    depth: int = option(12, "ViT: blocks")
-    heads: int = option(12, "ViT: attention heads; must divide width")
-    mlp_ratio: float = option(4.0, "ViT: hidden width of the MLP over width")
-    drop_path: float = option(0.1, "stochastic depth rate [P; InternImage-H: 0.2]")
+    patch_size: int = option(
+        16, "side of a patch, the pixels of one dense feature [P]", NumberLimit(1, 4096)
+    )
+    width: int = option(768, "width of the dense features", WIDTH)
+    depth: int = option(12, "ViT: blocks", DEPTH)
+    heads: int = option(12, "ViT: attention heads; must divide width", HEADS)
+    mlp_ratio: float = option(4.0, "ViT: hidden width of the MLP over width", RATIO)
+    drop_path: float = option(0.1, "stochastic depth rate [P; InternImage-H: 0.2]", BELOW_ONE)
     drop_path_rule: str = option(
         "linear",
         "linear: from 0 to the rate; uniform: the rate everywhere [P: linear; InternImage-H:"
@@ -141,6 +186,7 @@ class Encoder:
     norm_eps: float = option(
         1e-6,
         "ViT: epsilon of the layer norms (timm, MAE: 1e-6; Hugging Face ViT: 1e-12; CLIP: 1e-5)",
+        EPS,
     )
     activation: str = option(
         "gelu",
@@ -154,6 +200,7 @@ class Encoder:
         0,
         "ViT: patches a side for which fixed positions are made and then resized to the grid of the"
         " views; 0: theirs",
+        NumberLimit(0, 4096),
     )
     freeze_patch_embed: bool = option(True, "ViT: keep the patch embedding at its initial values")
 
@@ -165,10 +212,18 @@ class InternImage:
     the stride of the last but one stage, where the last two are fused, or of the last, whose map
     they are then, with 8 * width channels."""
 
-    width: int = option(320, "channels of the first of four stages; each next has twice as many")
-    depths: tuple[int, ...] = option((6, 6, 32, 6), "layers of the four stages")
+    width: int = option(
+        320,
+        "channels of the first of four stages; each next has twice as many",
+        NumberLimit(2, 2**16, text="(the stem starts with half of it)"),
+    )
+    depths: tuple[int, ...] = option(
+        (6, 6, 32, 6), "layers of the four stages", NumberLimit(1, 1024, count=STAGES)
+    )
     groups: tuple[int, ...] = option(
-        (10, 20, 40, 80), "DCNv3 groups of the four stages; must divide their channels"
+        (10, 20, 40, 80),
+        "DCNv3 groups of the four stages; must divide their channels",
+        NumberLimit(1, 2**16, count=STAGES),
     )
     norm: str = option(
         "res_post",
@@ -178,18 +233,29 @@ class InternImage:
         "res_post",
     )
     layer_scale: float = option(
-        0.0, "first value of the learned factor of every branch; 0: there is none"
+        0.0, "first value of the learned factor of every branch; 0: there is none", STD
     )
-    offset_scale: float = option(1.0, "factor of DCNv3's points and offsets")
-    kernel: int = option(5, "side of the depth-wise convolution before offsets and masks; odd")
+    offset_scale: float = option(
+        1.0, "factor of DCNv3's points and offsets", NumberLimit(0, 1e3, above=True)
+    )
+    kernel: int = option(
+        5, "side of the depth-wise convolution before offsets and masks; odd", NumberLimit(1, 63)
+    )
     center_scale: bool = option(True, "DCNv3 mixes in the undisplaced centre by a learned share")
-    extra_norm: int = option(6, "stage 3 has a norm after every so many layers; 0: none")
-    mlp_ratio: float = option(4.0, "hidden width of the MLP over width")
-    stem_strides: tuple[int, ...] = option((2, 2), "strides of the stem's two convolutions")
+    extra_norm: int = option(
+        6, "stage 3 has a norm after every so many layers; 0: none", NumberLimit(0, 1024)
+    )
+    mlp_ratio: float = option(4.0, "hidden width of the MLP over width", RATIO)
+    stem_strides: tuple[int, ...] = option(
+        (2, 2),
+        "strides of the stem's two convolutions",
+        NumberLimit(1, 64, count=ListLimit(fewest=2, most=2)),
+    )
     mlp_std: float = option(
         0.02,
         "deviation of the MLP's first matrices; 0: 1 / sqrt(inputs), for nets so narrow that 0.02"
         " is nothing",
+        STD,
     )
 
 
@@ -197,10 +263,10 @@ class InternImage:
 class Decoder:
     """Predicts dense targets from an image's own visible tokens and one query a target position."""
 
-    width: int = option(768, "token width [P]")
-    depth: int = option(4, "blocks [P]")
-    heads: int = option(16, "attention heads [P]; must divide width")
-    mlp_ratio: float = option(4.0, "hidden width of the MLP over width [P: 3072]")
+    width: int = option(768, "token width [P]", WIDTH)
+    depth: int = option(4, "blocks [P]", DEPTH)
+    heads: int = option(16, "attention heads [P]; must divide width", HEADS)
+    mlp_ratio: float = option(4.0, "hidden width of the MLP over width [P: 3072]", RATIO)
     norm: str = option(
         "layer",
         "layer; batch: statistics of the batch's tokens, as in SiameseIM's code",
@@ -211,6 +277,7 @@ class Decoder:
         0,
         "blocks between embedding and decoder, which the target encoder has too; 0 [P];"
         " SiameseIM: 2",
+        NumberLimit(0, 1024),
     )
     cls: str = option(
         "auto",
@@ -241,8 +308,8 @@ class Pool:
     query: str = option(
         "mean", "query of the attention: the mean token, or a learned one", "mean", "learned"
     )
-    width: int = option(768, "output width [P]")
-    heads: int = option(16, "attention heads [P]; must divide the encoder's width")
+    width: int = option(768, "output width [P]", WIDTH)
+    heads: int = option(16, "attention heads [P]; must divide the encoder's width", HEADS)
     norm: str = option(
         "layer",
         "of mean and cls: layer norm; batch: by the batch's statistics, without scale and offset"
@@ -250,7 +317,7 @@ class Pool:
         "layer",
         "batch",
     )
-    std: float = option(0.02, "deviation of its first matrices; 0: 1 / sqrt(inputs)")
+    std: float = option(0.02, "deviation of its first matrices; 0: 1 / sqrt(inputs)", STD)
     projection: bool = option(
         True,
         "linear map to the output width; without it the pooled token itself is the output (MAE's"
@@ -262,20 +329,22 @@ class Pool:
 class Head:
     """Projector and predictor of global targets; how many layers they have is the method's."""
 
-    hidden: int = option(4096, "width of the hidden layers (MoCo v3, BYOL: 4096)")
-    width: int = option(256, "output width (MoCo v3, BYOL: 256)")
-    prototypes: int = option(1024, "prototypes of a method that has them (MSN: 1024)")
+    hidden: int = option(4096, "width of the hidden layers (MoCo v3, BYOL: 4096)", WIDTH)
+    width: int = option(256, "output width (MoCo v3, BYOL: 256)", WIDTH)
+    prototypes: int = option(
+        1024, "prototypes of a method that has them (MSN: 1024)", NumberLimit(1, 2**24)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text:
     """The text tower, BERT-Base in size [P], trained from scratch."""
 
-    width: int = option(768, "token width [P]")
-    depth: int = option(12, "blocks [P]")
-    heads: int = option(12, "attention heads [P]; must divide width")
-    mlp_ratio: float = option(4.0, "hidden width of the MLP over width [P: 3072]")
-    embed: int = option(768, "width of the joint image-text space")
+    width: int = option(768, "token width [P]", WIDTH)
+    depth: int = option(12, "blocks [P]", DEPTH)
+    heads: int = option(12, "attention heads [P]; must divide width", HEADS)
+    mlp_ratio: float = option(4.0, "hidden width of the MLP over width [P: 3072]", RATIO)
+    embed: int = option(768, "width of the joint image-text space", WIDTH)
     pool: str = option("first", "token that stands for the caption", "first", "last", "mean")
 
 
@@ -320,6 +389,7 @@ class Model:
         0.0,
         "deviation of the first category weights; 0: Xavier (fine-tuning: 2e-5, linear probe:"
         " 0.01)",
+        STD,
     )
 
     @property
@@ -333,21 +403,25 @@ class Objective:
     """Which terms of the mutual information are maximised, and how they are weighed."""
 
     forms: tuple[str, ...] = option(
-        ("m3i",), "rows of terms.FORMS or published.PUBLISHED; several train together"
+        ("m3i",),
+        "names or letters of objectives, see objective/registry; several train together",
+        NAMES,
     )
     second_moment: float = option(
         0.02,
         "weight of the anti-collapse term p'Cp of the dense posterior; 0 is the paper's text alone",
+        WEIGHT,
     )
     temperature: float = option(
         0.2,
         "of the Boltzmann posterior over the batch, where the method does not fix it (MoCo v3:"
         " 0.2)",
+        TEMPERATURE,
     )
     intra_positions: str = option(
         "all", "target positions of the same view that count", "all", "hidden"
     )
-    label_smoothing: float = option(0.1, "of the category posterior [P]")
+    label_smoothing: float = option(0.1, "of the category posterior [P]", SHARE)
     soft_label: str = option(
         "separate",
         "of a mixed input: a category for each image from its own tokens; joint: both from all"
@@ -373,7 +447,9 @@ class Objective:
         "shared",
         "frozen",
     )
-    target_checkpoint: str = option("", "directory of a run whose encoder is the frozen target")
+    target_checkpoint: str = option(
+        "", "directory of a run whose encoder is the frozen target", PATH
+    )
     annotation_input: str = option(
         "shared",
         "in a set, category and caption are predicted from: the self-supervised input, or a whole"
@@ -391,11 +467,14 @@ class Objective:
         "batch", "negatives of the text posterior with microbatches", "batch", "microbatch"
     )
     text_chunk: int = option(
-        0, "captions compared with all images at once, so that no B x B matrix is made; 0: all"
+        0,
+        "captions compared with all images at once, so that no B x B matrix is made; 0: all",
+        STEPS,
     )
     second_group: tuple[str, ...] = option(
         ("category", "text"),
         "names of the terms that lambda scales; the others are the first group",
+        NAMES,
     )
     weighting: str = option(
         "dynamic",
@@ -403,9 +482,11 @@ class Objective:
         "dynamic",
         "fixed",
     )
-    gamma: float = option(1.0, "ratio of the second group's gradient to the first's [P]")
-    balance_decay: float = option(0.99, "decay of the average of the gradient norms")
-    balance_range: tuple[float, ...] = option((0.0, 1e4), "lambda is clipped to this range")
+    gamma: float = option(1.0, "ratio of the second group's gradient to the first's [P]", RATE)
+    balance_decay: float = option(0.99, "decay of the average of the gradient norms", BELOW_ONE)
+    balance_range: tuple[float, ...] = option(
+        (0.0, 1e4), "lambda is clipped to this range", NumberLimit(0, 1e12, count=TWO)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -421,6 +502,7 @@ class Init:
     only: tuple[str, ...] = option(
         (),
         "patterns of the paths here that are taken, such as ^encoder/; empty: all that are there",
+        TextLimit("pattern", most=1000),
     )
     strict: bool = option(
         False, "refuse if anything that is wanted is missing there, or of another shape"
@@ -432,39 +514,63 @@ class Optim:
     rule: str = option(
         "adamw", "of the updates: AdamW, or LARS of linear probes with momentum b1", "adamw", "lars"
     )
-    lr: float = option(1e-3, "peak learning rate [P]")
-    min_lr: float = option(0.0, "learning rate at the end of the cosine")
-    warmup_epochs: float = option(40.0, "epochs of linear warm-up, unless warmup_steps is set [P]")
-    warmup_steps: int = option(-1, "steps of linear warm-up; -1: from warmup_epochs")
+    lr: float = option(
+        1e-3,
+        "peak learning rate [P]; 0: from batch and length (training/scaling.py)",
+        dataclasses.replace(RATE, open=0),
+    )
+    min_lr: float = option(0.0, "learning rate at the end of the cosine", WEIGHT)
+    warmup_epochs: float = option(
+        40.0,
+        "epochs of linear warm-up, unless warmup_steps is set [P]; -1: a tenth of the run",
+        dataclasses.replace(EPOCHS, open=-1),
+    )
+    warmup_steps: int = option(
+        -1, "steps of linear warm-up; -1: from warmup_epochs", NumberLimit(-1, INT32)
+    )
     weight_decay: float = option(
         0.1,
         "AdamW's decoupled decay [P]; not of biases, norms, tokens, position tables, logit scale",
+        WEIGHT,
     )
-    b1: float = option(0.9, "AdamW beta 1 [P]")
-    b2: float = option(0.95, "AdamW beta 2 [P]")
-    eps: float = option(1e-8, "AdamW epsilon")
-    clip: float = option(1.0, "global gradient norm is clipped to this; 0: not clipped")
+    b1: float = option(0.9, "AdamW beta 1 [P]", BELOW_ONE)
+    b2: float = option(0.95, "AdamW beta 2 [P]", BELOW_ONE)
+    eps: float = option(1e-8, "AdamW epsilon", EPS)
+    clip: float = option(1.0, "global gradient norm is clipped to this; 0: not clipped", WEIGHT)
     encoder_lr: float = option(
-        1.0, "factor of the learning rate of the encoder; the heads keep the whole one"
+        1.0, "factor of the learning rate of the encoder; the heads keep the whole one", SHARE
     )
     layer_decay: float = option(
-        1.0, "factor of the learning rate from a layer of the encoder to the one below it; 1: none"
+        1.0,
+        "factor of the learning rate from a layer of the encoder to the one below it; 1: none; 0:"
+        " from the length (training/scaling.py)",
+        SHARE,
     )
-    offset_lr: float = option(0.1, "factor of the learning rate of DCNv3's offsets (InternImage)")
+    offset_lr: float = option(
+        0.1, "factor of the learning rate of DCNv3's offsets (InternImage)", SHARE
+    )
     center_lr: float = option(
-        1.0, "factor of the learning rate of DCNv3's centre scale (InternImage fine-tunes with 0.1)"
+        1.0,
+        "factor of the learning rate of DCNv3's centre scale (InternImage fine-tunes with 0.1)",
+        SHARE,
     )
     fan_in_lr: int = option(
         0,
         "a matrix of more inputs than this has the learning rate times this over its inputs (muP:"
         " steps of Adam add up); 0: all the same",
+        STEPS,
     )
     skip_spikes: float = option(
         0.0,
         "skip a step whose loss or gradient norm is so many deviations above the median of the last"
         " 128; 0: none; 6 is rare",
+        WEIGHT,
     )
-    ema: float = option(0.995, "first momentum of the target encoder [P]")
+    ema: float = option(
+        0.995,
+        "first momentum of the target encoder [P]; -1: from batch and length (training/scaling.py)",
+        dataclasses.replace(SHARE, open=-1),
+    )
     ema_of: str = option(
         "targets",
         "the EMA keeps what targets are made with, or all parameters (fine-tuning)",
@@ -478,30 +584,37 @@ class Optim:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
-    batch_size: int = option(4096, "images a step; each plays the role i and the role j once [P]")
-    microbatches: int = option(1, "parts a step is computed in, with the same result")
+    batch_size: int = option(
+        4096, "images a step; each plays the role i and the role j once [P]", MANY
+    )
+    microbatches: int = option(
+        1, "parts a step is computed in, with the same result", NumberLimit(1, 2**20)
+    )
     round_batch: bool = option(
         False,
         "a batch_size that does not divide into pairs on the devices is rounded up and said, not"
         " refused",
     )
-    epochs: float = option(1600.0, "passes over the training images, unless steps is set [P]")
-    steps: int = option(0, "optimizer steps; 0: from epochs")
-    log_every: int = option(50, "steps between lines of metrics")
-    save_every: int = option(1000, "steps between checkpoints")
-    keep: int = option(2, "checkpoints kept")
-    panel_every: int = option(5000, "steps between panels; 0: none")
-    eval_every: int = option(5000, "steps between evaluations; 0: only before and after")
+    epochs: float = option(
+        1600.0, "passes over the training images, unless steps is set [P]", EPOCHS
+    )
+    steps: int = option(0, "optimizer steps; 0: from epochs", STEPS)
+    log_every: int = option(50, "steps between lines of metrics", EVERY)
+    save_every: int = option(1000, "steps between checkpoints", EVERY)
+    keep: int = option(2, "checkpoints kept", EVERY)
+    panel_every: int = option(5000, "steps between panels; 0: none", STEPS)
+    eval_every: int = option(5000, "steps between evaluations; 0: only before and after", STEPS)
     watchdog: float = option(
         1800.0,
         "seconds without a sign of life after which the stacks of all threads are written; 0: not"
         " watched",
+        SECONDS,
     )
     watchdog_first: float = option(
-        7200.0, "the same until the first step of a process has ended, which compiles"
+        7200.0, "the same until the first step of a process has ended, which compiles", SECONDS
     )
     watchdog_abort: int = option(
-        0, "end the process after so many such reports in a row; 0: only report"
+        0, "end the process after so many such reports in a row; 0: only report", STEPS
     )
 
 
@@ -568,31 +681,40 @@ class Evaluate:
         "attention",
         "mean",
     )
-    train_limit: int = option(50_000, "most training images in the index")
-    query_limit: int = option(10_000, "most held-out images asked")
-    batch_size: int = option(256, "pictures a device step")
+    train_limit: int = option(50_000, "most training images in the index", EVERY)
+    query_limit: int = option(10_000, "most held-out images asked", EVERY)
+    batch_size: int = option(256, "pictures a device step", MANY)
     crop: float = option(
         0.875,
         "share of the short side that a view keeps (224 of 256 pixels); 1 for CLIP's zero-shot"
         " protocol",
+        NumberLimit(0, 1, natural=True, above=True, text="(a share of the short side)"),
     )
-    k: int = option(20, "neighbours that vote")
-    temperature: float = option(0.07, "of the votes, exp(similarity / temperature)")
+    k: int = option(20, "neighbours that vote", EVERY)
+    temperature: float = option(0.07, "of the votes, exp(similarity / temperature)", TEMPERATURE)
     templates: tuple[str, ...] = option(
-        ("7",), "sets of prompts for zero-shot: 7 or 80 (CLIP's), or files with a template a line"
+        ("7",),
+        "sets of prompts for zero-shot: 7 or 80 (CLIP's), or files with a template a line",
+        TextLimit("path", count=ListLimit(fewest=1, unique=True, names="7, 80 or a file")),
     )
-    shots: tuple[int, ...] = option((1, 5, 10, 25), "pictures a class of the few-shot evaluation")
-    shot_seeds: int = option(3, "draws of them that are averaged")
+    shots: tuple[int, ...] = option(
+        (1, 5, 10, 25),
+        "pictures a class of the few-shot evaluation",
+        NumberLimit(1, INT32, count=ListLimit(fewest=1, most=100, unique=True)),
+    )
+    shot_seeds: int = option(3, "draws of them that are averaged", NumberLimit(1, 1000))
     probe_lr: float = option(
-        3.2, "peak learning rate of the linear probe for a batch of 16,384, else in proportion [P]"
+        3.2,
+        "peak learning rate of the linear probe for a batch of 16,384, else in proportion [P]",
+        RATE,
     )
-    probe_epochs: int = option(90, "of the linear probe [P]")
-    probe_warmup: int = option(10, "epochs of its linear warm-up [P]")
-    probe_batch: int = option(16_384, "its features a step, or all of fewer [P]")
-    attentive_lr: float = option(1e-3, "peak learning rate of the attentive probe")
-    attentive_epochs: int = option(20, "of the attentive probe")
+    probe_epochs: int = option(90, "of the linear probe [P]", NumberLimit(1, 10**6))
+    probe_warmup: int = option(10, "epochs of its linear warm-up [P]", NumberLimit(0, 10**6))
+    probe_batch: int = option(16_384, "its features a step, or all of fewer [P]", MANY)
+    attentive_lr: float = option(1e-3, "peak learning rate of the attentive probe", RATE)
+    attentive_epochs: int = option(20, "of the attentive probe", NumberLimit(1, 10**6))
     attentive_limit: int = option(
-        5_000, "most training images of the attentive probe, whose tokens lie in memory"
+        5_000, "most training images of the attentive probe, whose tokens lie in memory", EVERY
     )
     map: str = option(
         "pca",
@@ -600,7 +722,7 @@ class Evaluate:
         "pca",
         "tsne",
     )
-    neighbours: int = option(8, "nearest neighbours shown of an image")
+    neighbours: int = option(8, "nearest neighbours shown of an image", NumberLimit(1, 1000))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -610,59 +732,78 @@ class Compare:
     forms: tuple[str, ...] = option(
         ("mim", "sim", "instance", "m3i"),
         "objectives to compare, each one or more names joined by +",
+        TextLimit(
+            "name",
+            most=1000,
+            count=ListLimit(fewest=1, unique=True, names="objectives, such as mim,mim+clip,m3i"),
+        ),
     )
-    seeds: int = option(1, "runs of each, with the seeds seed, seed + 1, ...")
+    seeds: int = option(1, "runs of each, with the seeds seed, seed + 1, ...", NumberLimit(1, 1000))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallel:
     mesh: tuple[int, ...] = option(
-        (-1, 1, 1), "devices along (replica, fsdp, tensor); one may be -1: the rest"
+        (-1, 1, 1),
+        "devices along (replica, fsdp, tensor); one may be -1: the rest",
+        NumberLimit(
+            -1,
+            2**20,
+            count=ListLimit(fewest=3, most=3, names="the devices along (replica, fsdp, tensor)"),
+        ),
     )
     heartbeat: float = option(
         60.0,
         "seconds without a sign of life after which a host is lost, and all others end; 0: not"
         " watched",
+        SECONDS,
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
     tensorboard: bool = option(False, "also write TensorBoard events (extra: tensorboard)")
-    wandb: str = option("", "also log to this Weights & Biases project (extra: wandb)")
+    wandb: str = option("", "also log to this Weights & Biases project (extra: wandb)", NAME)
     private: bool = option(
         True,
         "files of the run are readable by their owner alone (0600, 0700); False: as the umask says",
     )
-    panel_rows: int = option(4, "mixed inputs a panel")
+    panel_rows: int = option(4, "mixed inputs a panel", NumberLimit(1, 1024))
     mfu: float = option(
-        0.45, "share of the accelerators' peak that --mode=show, compile and data plan with"
+        0.45,
+        "share of the accelerators' peak that --mode=show, compile and data plan with",
+        NumberLimit(0, 1, natural=True, above=True, text="(a share of the peak)"),
     )
     beside: tuple[str, ...] = option(
-        (), "working directories whose curves stand beside this run's in report.html"
+        (),
+        "working directories whose curves stand beside this run's in report.html",
+        TextLimit("path", count=ListLimit(unique=True)),
     )
     peak_tflops: float = option(
         0.0,
         "dense TFLOP/s of one chip, which perf/mfu is measured against; 0: by the kind of the chip",
+        NumberLimit(0, 1e6),
     )
     profile_steps: int = option(
-        5, "steps of a profiler trace (--mode=profile, or SIGUSR1 to a run)"
+        5, "steps of a profiler trace (--mode=profile, or SIGUSR1 to a run)", NumberLimit(1, 10_000)
     )
-    licence: str = option("", "licence of the weights, for the model card of --mode=export")
+    licence: str = option("", "licence of the weights, for the model card of --mode=export", LINE)
     survey: int = option(
         20_000,
         "--mode=data looks at all records of a source up to so many, else at so many evenly spread"
         " ones",
+        NumberLimit(1, 2**40),
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    seed: int = option(0, "of everything random")
+    seed: int = option(0, "of everything random", NumberLimit(0, 2**63 - 1))
     init_from: str = option(
         "",
         "first weights: workdir of a run, or file of timm, Hugging Face ViT or CLIP, MAE,"
         " SiameseIM, Google ViT",
+        PATH,
     )
     init: Init = section(Init)
     data: Data = section(Data)

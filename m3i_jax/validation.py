@@ -2,200 +2,49 @@
 reason and the way out."""
 
 import dataclasses
-import re
 
-from m3i_jax import schema
-from m3i_jax.errors import UserError
+from m3i_jax import schema, setting_limits
+from m3i_jax.errors import UserError, shorten
 
 
 def _require(condition: bool, key: str, value: object, why: str) -> None:
     if not condition:
-        raise UserError(f"config.{key}: {value!r} {why}")
+        raise UserError(f"config.{key}: {shorten(value)} {why}")
 
 
-def _ranges(c: schema.Config) -> None:
-    a, d, o, t = c.data.augment, c.data, c.optim, c.train
-    probabilities = {
-        "data.augment.jitter_p": (a.jitter_p,),
-        "data.augment.grayscale_p": (a.grayscale_p,),
-        "data.augment.blur_p": a.blur_p,
-        "data.augment.solarize_p": a.solarize_p,
-        "data.augment.erase_p": (a.erase_p,),
-        "data.augment.cutmix_switch": (a.cutmix_switch,),
-        "data.augment.blend_p": (a.blend_p,),
-        "data.rand_augment.p": (d.rand_augment.p,),
-        "data.flip_p": (d.flip_p,),
-        "data.max_bad_share": (d.max_bad_share,),
-        "objective.label_smoothing": (c.objective.label_smoothing,),
-        "optim.ema": (o.ema,),
-        "optim.encoder_lr": (o.encoder_lr,),
-        "optim.layer_decay": (o.layer_decay,),
-        "optim.offset_lr": (o.offset_lr,),
-        "optim.center_lr": (o.center_lr,),
-    }
-    for key, values in probabilities.items():
-        for value in values:
-            _require(0 <= value <= 1, key, value, "must lie in 0..1")
-    for key, value in {
-        "model.encoder.drop_path": c.model.encoder.drop_path,
-        "objective.balance_decay": c.objective.balance_decay,
-        "optim.b1": o.b1,
-        "optim.b2": o.b2,
-    }.items():
-        _require(0 <= value < 1, key, value, "must lie in 0..1, 1 excluded")
-    _require(0 <= c.seed < 2**63, "seed", c.seed, "must be at least 0 and below 2**63")
-    for key, pair in {
-        "data.augment.blur_p": a.blur_p,
-        "data.augment.solarize_p": a.solarize_p,
-    }.items():
-        _require(len(pair) == 2, key, pair, "must be two numbers: input view, target view")
-    intervals = {
-        "data.crop_scale": d.crop_scale,
-        "data.crop_ratio": d.crop_ratio,
-        "data.augment.blur_sigma": a.blur_sigma,
-    }
-    for key, pair in intervals.items():
+def _between(c: schema.Config) -> None:
+    """What one setting asks of another; what it takes by itself stands in the schema."""
+    d, o, m = c.data, c.optim, c.model
+    _require(
+        o.min_lr <= o.lr or not o.lr,
+        "optim.min_lr",
+        o.min_lr,
+        f"must not exceed optim.lr, {o.lr!r}",
+    )
+    for key, value, read, what in (
+        ("class_names", d.class_names, d.source != "shapes", "the built-in shapes have names"),
+        (
+            "directory",
+            d.directory,
+            d.source in ("tfds", "mixture"),
+            f"it is of data.source=tfds, and that is {d.source}",
+        ),
+        (
+            "vocabulary",
+            d.vocabulary,
+            d.tokenizer == "clip",
+            f"it is of data.tokenizer=clip, and that is {d.tokenizer}",
+        ),
+    ):
+        _require(not value or read, f"data.{key}", value, f"does nothing: {what}; leave it empty")
+    for key in ("encoder", "decoder", "text", "intern_image"):
+        width, ratio = getattr(m, key).width, getattr(m, key).mlp_ratio
         _require(
-            len(pair) == 2 and 0 < pair[0] <= pair[1],
-            key,
-            pair,
-            "must be two positive numbers, the smaller first",
+            width * ratio >= 1,
+            f"model.{key}.mlp_ratio",
+            ratio,
+            f"leaves nothing of a width of {width}",
         )
-    _require(
-        d.crop_scale[1] <= 1,
-        "data.crop_scale",
-        d.crop_scale,
-        "must not exceed 1, the whole picture",
-    )
-    limits = c.objective.balance_range
-    _require(
-        len(limits) == 2 and 0 <= limits[0] <= limits[1],
-        "objective.balance_range",
-        limits,
-        "must be two numbers >= 0, the smaller first",
-    )
-    for key, triple in {"data.augment.mean": a.mean, "data.augment.std": a.std}.items():
-        _require(len(triple) == 3, key, triple, "must be three numbers, for R, G and B")
-    _require(min(a.std) > 0, "data.augment.std", a.std, "must be positive")
-    _require(0 <= a.hue <= 0.5, "data.augment.hue", a.hue, "must lie in 0..0.5 turns")
-    for key, value in {
-        "brightness": a.brightness,
-        "contrast": a.contrast,
-        "saturation": a.saturation,
-    }.items():
-        _require(value >= 0, f"data.augment.{key}", value, "must not be negative")
-    _require(
-        0 <= d.holdout < 1,
-        "data.holdout",
-        d.holdout,
-        "must lie in 0..1, 1 excluded: nothing would be left to train on",
-    )
-    _require(
-        0 <= d.background <= 255, "data.background", d.background, "must be a gray level, 0..255"
-    )
-    _require(
-        d.caption_length >= 4,
-        "data.caption_length",
-        d.caption_length,
-        "must be at least 4: start, end and two words",
-    )
-    for key, value in {
-        "optim.lr": o.lr,
-        "optim.eps": o.eps,
-        "objective.gamma": c.objective.gamma,
-        "objective.temperature": c.objective.temperature,
-        "evaluate.temperature": c.evaluate.temperature,
-        "evaluate.probe_lr": c.evaluate.probe_lr,
-        "evaluate.attentive_lr": c.evaluate.attentive_lr,
-        "data.patience": d.patience,
-        "model.encoder.norm_eps": c.model.encoder.norm_eps,
-    }.items():
-        _require(value > 0, key, value, "must be positive")
-    for key, value in {
-        "optim.min_lr": o.min_lr,
-        "optim.weight_decay": o.weight_decay,
-        "optim.clip": o.clip,
-        "optim.fan_in_lr": o.fan_in_lr,
-        "model.pool.std": c.model.pool.std,
-        "optim.skip_spikes": o.skip_spikes,
-        "optim.warmup_epochs": o.warmup_epochs,
-        "objective.second_moment": c.objective.second_moment,
-        "objective.text_chunk": c.objective.text_chunk,
-        "train.steps": t.steps,
-        "train.epochs": t.epochs,
-        "train.panel_every": t.panel_every,
-        "train.eval_every": t.eval_every,
-        "train.watchdog": t.watchdog,
-        "train.watchdog_first": t.watchdog_first,
-        "train.watchdog_abort": t.watchdog_abort,
-        "report.peak_tflops": c.report.peak_tflops,
-        "data.threads": d.threads,
-        "data.workers": d.workers,
-        "data.size": d.size,
-        "data.augment.mixup": a.mixup,
-        "data.augment.cutmix": a.cutmix,
-        "data.rand_augment.ops": d.rand_augment.ops,
-        "data.rand_augment.deviation": d.rand_augment.deviation,
-        "model.category_std": c.model.category_std,
-        "model.encoder.position_grid": c.model.encoder.position_grid,
-        "evaluate.probe_warmup": c.evaluate.probe_warmup,
-        "parallel.heartbeat": c.parallel.heartbeat,
-    }.items():
-        _require(value >= 0, key, value, "must not be negative")
-    for key, value in {
-        "train.batch_size": t.batch_size,
-        "train.microbatches": t.microbatches,
-        "train.log_every": t.log_every,
-        "train.save_every": t.save_every,
-        "train.keep": t.keep,
-        "evaluate.k": c.evaluate.k,
-        "evaluate.batch_size": c.evaluate.batch_size,
-        "data.image_size": d.image_size,
-        "evaluate.train_limit": c.evaluate.train_limit,
-        "evaluate.query_limit": c.evaluate.query_limit,
-        "evaluate.shot_seeds": c.evaluate.shot_seeds,
-        "evaluate.shots": min(c.evaluate.shots, default=0),
-        "evaluate.probe_epochs": c.evaluate.probe_epochs,
-        "evaluate.probe_batch": c.evaluate.probe_batch,
-        "evaluate.attentive_epochs": c.evaluate.attentive_epochs,
-        "evaluate.attentive_limit": c.evaluate.attentive_limit,
-        "evaluate.neighbours": c.evaluate.neighbours,
-        "report.panel_rows": c.report.panel_rows,
-        "report.profile_steps": c.report.profile_steps,
-        "compare.compare_seeds": c.compare.seeds,
-    }.items():
-        _require(value >= 1, key, value, "must be at least 1")
-    _require(
-        0 <= d.rand_augment.magnitude <= 10,
-        "data.rand_augment.magnitude",
-        d.rand_augment.magnitude,
-        "must lie in 0..10",
-    )
-    _require(
-        0 < c.evaluate.crop <= 1,
-        "evaluate.crop",
-        c.evaluate.crop,
-        "must be a share of the short side, above 0 and at most 1",
-    )
-    _require(
-        bool(c.evaluate.templates),
-        "evaluate.templates",
-        c.evaluate.templates,
-        "must name a set of prompts: 7, 80 or a file",
-    )
-    _require(
-        0 < c.report.mfu <= 1,
-        "report.mfu",
-        c.report.mfu,
-        "must be a share of the peak, above 0 and at most 1",
-    )
-    _require(o.min_lr <= o.lr, "optim.min_lr", o.min_lr, f"must not exceed optim.lr, {o.lr!r}")
-    _require(
-        d.vocabulary_size >= 259,
-        "data.vocabulary_size",
-        d.vocabulary_size,
-        "must be at least 259: all bytes, padding, start and end",
-    )
 
 
 def _towers(c: schema.Config) -> None:
@@ -205,18 +54,7 @@ def _towers(c: schema.Config) -> None:
         ("model.text.heads", m.text.width, m.text.heads),
         ("model.pool.heads", m.encoder.width, m.pool.heads),
     ):
-        _require(
-            heads >= 1 and width % max(heads, 1) == 0, key, heads, f"must divide the width {width}"
-        )
-    for tower in ("encoder", "decoder", "text"):
-        settings = getattr(m, tower)
-        _require(settings.depth >= 1, f"model.{tower}.depth", settings.depth, "must be at least 1")
-        _require(
-            settings.mlp_ratio > 0,
-            f"model.{tower}.mlp_ratio",
-            settings.mlp_ratio,
-            "must be positive",
-        )
+        _require(width % heads == 0, key, heads, f"must divide the width {width}")
     for key, value in {
         "model.encoder.width": m.encoder.width,
         "model.decoder.width": m.decoder.width,
@@ -240,20 +78,19 @@ def _towers(c: schema.Config) -> None:
         m.pool.norm,
         "needs model.pool.projection=false: a linear probe is linear",
     )
-    _require(m.pool.width >= 1, "model.pool.width", m.pool.width, "must be at least 1")
-    _require(m.text.embed >= 1, "model.text.embed", m.text.embed, "must be at least 1")
 
 
 def validate_settings(c: schema.Config) -> None:
     """Raise UserError for the first setting that cannot work, whatever the data and the devices
     are."""
-    _ranges(c)
+    setting_limits.check_limits(c)
+    _between(c)
     _towers(c)
     _compared(c)
     _start(c)
     patch, image = c.model.encoder.patch_size, c.data.image_size
     _require(
-        patch >= 1 and image % max(patch, 1) == 0,
+        image % patch == 0,
         "data.image_size",
         image,
         f"must be a multiple of model.encoder.patch_size, {patch}",
@@ -266,7 +103,7 @@ def validate_settings(c: schema.Config) -> None:
     )
     cell = c.data.mask_cell
     _require(
-        cell >= 0 and cell % patch == 0 and image % max(cell, 1) == 0,
+        cell % patch == 0 and image % max(cell, 1) == 0,
         "data.mask_cell",
         cell,
         f"must be a multiple of model.encoder.patch_size, {patch}, that divides data.image_size,"
@@ -286,15 +123,12 @@ def validate_settings(c: schema.Config) -> None:
     )
     mesh = c.parallel.mesh
     _require(
-        len(mesh) == 3 and all(n >= 1 or n == -1 for n in mesh) and list(mesh).count(-1) <= 1,
+        0 not in mesh and list(mesh).count(-1) <= 1,
         "parallel.mesh",
         mesh,
         "must be three numbers, the devices along (replica, fsdp, tensor), at most one of them -1",
     )
     steps, warm = c.train.steps, c.optim.warmup_steps
-    _require(
-        warm >= -1, "optim.warmup_steps", warm, "must be at least 0, or -1 for optim.warmup_epochs"
-    )
     _require(
         not steps or warm <= steps,
         "optim.warmup_steps",
@@ -310,14 +144,6 @@ def validate_settings(c: schema.Config) -> None:
 
 
 def _start(c: schema.Config) -> None:
-    for pattern in c.init.only:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(
-                f"config.init.only: {pattern!r} is no regular expression ({error}); use one such as"
-                " ^encoder/"
-            ) from error
     plain = schema.Init()
     for field in dataclasses.fields(plain):
         asked = getattr(c.init, field.name) != getattr(plain, field.name)
@@ -329,22 +155,13 @@ def _start(c: schema.Config) -> None:
 
 
 def _compared(c: schema.Config) -> None:
-    forms = c.compare.forms
-    _require(
-        bool(forms),
-        "compare.forms",
-        forms,
-        "must name at least one objective, such as mim,mim+clip,m3i",
-    )
-    for form in forms:
+    for form in c.compare.forms:
         _require(
             all(form.split("+")),
             "compare.forms",
             form,
             "must be names joined by +, such as mim+clip",
         )
-    twice = [form for form in forms if forms.count(form) > 1]
-    _require(not twice, "compare.forms", forms, f"names {twice[0] if twice else ''} twice")
 
 
 def validate_devices(c: schema.Config, shape: tuple[int, int, int]) -> None:

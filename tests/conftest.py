@@ -1,9 +1,15 @@
 """What must be true before jax is imported: the CPU, eight devices, a compilation cache. Each
-setting can be overridden from outside; tests that start a process of their own state their own
-settings."""
+setting can be overridden from outside; tests that start another process state its settings.
+`--random SEED` shuffles the files, and the tests of each."""
 
+import ast
+import functools
+import gc
 import os
 import pathlib
+import random
+
+import pytest
 
 # import torch, which only benchmarks need
 collect_ignore = ["bench/intern_image_torch.py", "bench/m3i_torch.py"]
@@ -32,3 +38,49 @@ for name, value in {
 
 # The fault matrix has tests in every room, and pytest asks a conftest only about those beside it.
 from tests.faults.conftest import pytest_runtest_logreport, pytest_sessionfinish  # noqa: E402, F401
+
+
+def uninterrupted(function):
+    """The function, during which no garbage is collected."""
+
+    @functools.wraps(function)
+    def run(*arguments, **more):
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return function(*arguments, **more)
+        finally:
+            if collects:
+                gc.enable()
+
+    return run
+
+
+# CPython 3.11 counts the depth of one tree only. Garbage that is collected while it makes a tree,
+# such as a task of a closed event loop that an earlier test left, complains with a traceback, for
+# whose carets Python parses a line: "SystemError: AST constructor recursion depth mismatch"
+# (github.com/python/cpython/issues/106905). pytest parses every file of tests, and some tests parse
+# the whole package.
+ast.parse = uninterrupted(ast.parse)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--random",
+        type=int,
+        metavar="SEED",
+        help="shuffle the files, and the tests of each, with this seed",
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (seed := config.getoption("--random")) is None:
+        return
+    draw, files = random.Random(seed), dict[pathlib.Path, list[pytest.Item]]()
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    order = list(files.values())
+    for tests in (order, *order):
+        draw.shuffle(tests)
+    items[:] = [item for tests in order for item in tests]

@@ -51,7 +51,8 @@ BAD = {
     "data.image_size=225": "multiple of model.encoder.patch_size",
     "data.image_size=16": "2 to 64 a side",
     "data.image_size=0": "at least 1",
-    "model.encoder.patch_size=0": "multiple of",
+    "model.encoder.patch_size=0": "at least 1",
+    "model.encoder.heads=0": "at least 1",
     "model.decoder.heads=5": "must divide the width 768",
     "model.text.heads=5": "must divide the width 768",
     "model.pool.heads=5": "must divide the width 768",
@@ -63,8 +64,8 @@ BAD = {
     "data.holdout=1": "0..1",
     "data.flip_p=2": "0..1",
     "data.crop_scale=(0.5,0.1)": "the smaller first",
-    "data.crop_scale=(0.5,1.5)": "must not exceed 1",
-    "data.crop_scale=0.5": "two positive numbers",
+    "data.crop_scale=(0.5,1.5)": "0..1, 0 excluded",
+    "data.crop_scale=0.5": "two numbers",
     "data.augment.hue=0.7": "0..0.5",
     "data.augment.std=(0,1,1)": "must be positive",
     "data.augment.mean=(0,1)": "three numbers",
@@ -87,17 +88,35 @@ BAD = {
     "objective.balance_decay=1": "0..1, 1 excluded",
     "model.encoder.drop_path=1": "0..1, 1 excluded",
     "objective.temperature=0": "must be positive",
-    "seed=-1": "at least 0 and below 2**63",
-    "seed=9223372036854775808": "at least 0 and below 2**63",
+    "seed=-1": "must not be negative",
+    "seed=9223372036854775808": "must be at most 9,223,372,036,854,775,807",
     "init.weights=ema": "config.init.weights asks for something",
     "optim.ema=2": "0..1",
-    "optim.warmup_steps=-2": "at least 0",
+    "optim.warmup_steps=-2": "at least -1",
     "objective.gamma=0": "must be positive",
     "objective.balance_range=(2,1)": "the smaller first",
     "parallel.mesh=(2,2)": "(replica, fsdp, tensor)",
     "parallel.mesh=(-1,-1,1)": "at most one of them -1",
     "parallel.mesh=(0,1,1)": "three numbers",
     "evaluate.k=0": "at least 1",
+    "data.classes=-5": "at least -1",
+    "optim.lr=1e300": "at most 1e+06",
+    "train.epochs=1e300": "at most 1e+06",
+    "data.size=1000000000000000": "at most 1,099,511,627,776",
+    "objective.forms=m3i,m3i": "names m3i twice",
+    "data.class_names=/nope": "does nothing",  # of the built-in shapes
+    "data.vocabulary=/nope": "does nothing",  # without data.tokenizer=clip
+    "data.path=~nosuchuser/x": "the home of a user who is not here, ~nosuchuser",
+    "model.text.width=0": "at least 1",
+    "model.decoder.width=0": "at least 1",
+    "model.head.hidden=0": "at least 1",
+    "model.encoder.mlp_ratio=0.001": "at least 0.01",
+    f"optim.lr={'1' * 5000}": "is not a number",
+    f"parallel.mesh={'(' * 5000}": "is not a list of numbers",
+    f"train.steps={'-' * 20000}1": "is not a whole number",
+    "evaluate.shots=5,5": "names 5 twice",
+    "init.only=x(": "is no regular expression",
+    "report.licence=a\nb": "one line without control characters",
 }
 
 
@@ -108,7 +127,7 @@ def test_bad_settings_are_refused_with_key_and_way_out(assignment: str) -> None:
         config.apply_overrides(made, [assignment])
         config.resolve(made)
     text = str(refusal.value)
-    assert BAD[assignment] in text and "\n" not in text
+    assert BAD[assignment] in text and "\n" not in text and len(text) < 400
     assert assignment.partition("=")[0].split(".")[-1] in text  # the key is named
 
 
@@ -199,6 +218,21 @@ def get_config(path, steps: int, rate=None, names=("a", "b")):
     [
         (OWN, "", "the argument path is missing; write --config FILE:path=VALUE"),
         (OWN, ":path=p,steps=2.5", "--config FILE:steps: 2.5 is not a whole number"),
+        (
+            "import sys\nsys.exit(0)\n" + OWN,
+            ":path=p,steps=2",
+            "--config FILE, line 2: SystemExit: 0; a configuration returns its settings",
+        ),
+        (
+            OWN.replace("    return", "    raise SystemExit\n    return"),
+            ":path=p,steps=2",
+            "--config FILE, line 5: SystemExit",
+        ),
+        (
+            OWN,
+            ":pth=p,steps=2",
+            "--config FILE:pth: there is no such argument; did you mean path=?",
+        ),
         ("def get_config(", "", "SyntaxError: '(' was never closed (mine.py, line 1)"),
         (
             "x = 1\nimport there_is_none",
@@ -230,7 +264,42 @@ def test_a_mistake_in_ones_own_config_file_is_told_with_its_line(
     with pytest.raises(UserError) as refusal:
         config.load_config(f"{file}{arguments}")
     told = str(refusal.value).replace(str(file), "FILE")
-    assert wanted in told and len(told) < 160
+    assert wanted in told and len(told) < 170
+
+
+def test_what_is_data_is_known_by_the_setting_not_by_a_value_that_is_a_path(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory that holds the configuration is data if data.path or the like says so, and no
+    other setting does."""
+    (folder := tmp_path / "configs").mkdir()
+    (file := folder / "mine.py").write_text(
+        "from m3i_jax.config import default\ndef get_config(path=''):\n    return default()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for overrides in (
+        ["report.wandb=configs"],
+        ["evaluate.templates=configs"],
+        ["report.licence=" + "m3i," * 200],
+        ["data.path=~nosuchuser"],
+    ):
+        config.load_config(str(file), overrides)
+    for overrides in (
+        ["data.path=configs"],
+        ["data.mixture=folder:configs=3"],
+        ["data.mixture=('folder:a', 'folder:configs@x')"],
+        ["data.directory=configs"],
+    ):
+        with pytest.raises(UserError, match="lies in the data, 'configs'"):
+            config.load_config(str(file), overrides)
+    with pytest.raises(UserError, match="lies in the data"):
+        config.load_config(f"{file}:path={tmp_path}")
+    config.load_config(f"{file}:path={tmp_path}/elsewhere")
+    data = dataclasses.replace(schema.Data(), source="folder", path=str(tmp_path))
+    with pytest.raises(UserError, match="lies in the data"):
+        config.reject_config_in_data(str(file), data)
+    config.reject_config_in_data(str(file), dataclasses.replace(data, path=str(tmp_path / "x*")))
+    config.reject_config_in_data(str(file), dataclasses.replace(data, source="shapes"))
 
 
 def test_arguments_of_ones_own_config_file_have_the_type_of_default_or_annotation(tmp_path) -> None:

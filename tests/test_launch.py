@@ -30,6 +30,8 @@ TPU = [
     "--runtime",
     "r",
     "--spot",
+    "--mount",
+    "mount /w",
 ]
 GKE = {
     "NAME": "first", "IMAGE": "registry/m3i:1", "ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "4x4", "HOSTS": "4", "CHIPS": "4",
@@ -131,6 +133,27 @@ def test_a_dry_run_prints_and_does_nothing(name: str, stage: Stage) -> None:
         assert "bash launch/host.sh" in plain
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in LAUNCH.glob("*.sh")))
+def test_help_is_the_head_of_the_script_and_nothing_else_happens(
+    name: str, stage: Stage, tmp_path: pathlib.Path
+) -> None:
+    for tool in ("python3", "python3.11", "python3.12", "python3.13", "python3.14"):
+        stage.stand_in(tool, "exit 1")
+    before = sorted(tmp_path.iterdir())
+    for arguments in (["--help"], ["run", "-h"]):
+        status, out, err = stage.run(f"launch/{name}", *arguments, M3I_VENV=str(tmp_path / "made"))
+        assert status == 0 and not err and not stage.calls and sorted(tmp_path.iterdir()) == before
+        first = (LAUNCH / name).read_text().splitlines()[1].removeprefix("# ")
+        assert (
+            name == "signals.sh"
+            or out.startswith(first + "\n")
+            and "shellcheck" not in out
+            and "SBATCH" not in out
+        )
+    if name != "signals.sh" and name != "environment.sh":
+        assert f"launch/{name}" in out  # how it is called
+
+
 def test_dry_runs_say_who_is_who(stage: Stage) -> None:
     ssh = stage.run(*DRY["ssh"])[1].replace("\\", "").splitlines()
     assert [line.split()[2] for line in ssh] == ["me@n1", "n2"]
@@ -148,10 +171,16 @@ def test_dry_runs_say_who_is_who(stage: Stage) -> None:
     )
     tpu = stage.run(*DRY["tpu_vm"])[1]
     assert "--coordinator" not in tpu  # the slice knows
-    assert (
-        tpu.index("queued-resources create m3i") < tpu.index("scp") < tpu.index("launch/host.sh")
-        and "--spot" in tpu
-    )
+    order = [
+        "queued-resources create m3i",
+        "until it prints ACTIVE: gcloud",
+        " scp ",
+        "mount\\ /w",
+        "launch/host.sh",
+    ]
+    assert [tpu.find(step) for step in order] == sorted(
+        tpu.index(step) for step in order
+    ) and "--spot" in tpu
 
 
 @pytest.mark.parametrize(
@@ -164,6 +193,10 @@ def test_dry_runs_say_who_is_who(stage: Stage) -> None:
         (["launch/slurm.sh", "--dry-run", *RUN], "--workdir is missing"),
         (["launch/tpu_vm.sh", "start"], "say create, run or delete first"),
         (["launch/tpu_vm.sh", "run", *TPU, "--", *RUN], "--workdir is missing"),
+        (
+            ["launch/tpu_vm.sh", "run", *TPU[:-2], "--workdir", "w", "--", *RUN],
+            "--mount is missing",
+        ),
         (["launch/tpu_vm.sh", "delete", "--name", "a", "--zone", "z"], "--project is missing"),
         (["launch/apply.sh", "launch/none.yaml"], "name a file"),
         (["launch/apply.sh", "launch/gke.yaml", "--dry-run"], "M3I_ACCELERATOR"),

@@ -17,9 +17,10 @@ LONGEST = 500
 
 # A room (a folder of the package, or a module beside them) may import itself and these. Lower rooms
 # never know higher ones.
-BASE = {"schema", "errors", "version", "privacy"}
+BASE = {"schema", "setting_limits", "errors", "version", "privacy", "run_files"}
 BELOW_TRAINING = BASE | {
     "config",
+    "published_settings",
     "objective",
     "models",
     "augment",
@@ -32,12 +33,16 @@ BELOW_TRAINING = BASE | {
 ROOMS: dict[str, set[str]] = {
     "version": set(),
     "errors": set(),
+    "library_errors": {"errors"},
     "privacy": set(),
-    "schema_augment": set(),
-    "schema": {"schema_augment"},
+    "run_files": {"errors"},
+    "setting_limits": {"errors"},
+    "schema_augment": {"setting_limits"},
+    "schema": {"schema_augment", "setting_limits"},
     "objective": set(),
     # the last for `load` alone, when it is asked for
     "__init__": {"objective", "version", "evaluation"},
+    "published_settings": BASE | {"config"},
     "validation": BASE | {"objective"},
     "config": BASE | {"objective", "validation"},
     "models": BASE | {"objective", "parallel"},
@@ -52,7 +57,7 @@ ROOMS: dict[str, set[str]] = {
     | {"config", "objective", "models", "augment", "data", "parallel"}
     | {"training", "interop"},
     "modes": BELOW_TRAINING | {"training", "evaluation", "validation"},
-    "main": BELOW_TRAINING | {"training", "evaluation", "validation", "modes"},
+    "main": BELOW_TRAINING | {"training", "evaluation", "validation", "modes", "library_errors"},
 }
 # The pure room: what another project gets with it.
 PURE = {"jax", "jaxlib", "numpy", "optax", "chex"}

@@ -138,6 +138,33 @@ def test_the_time_of_a_run_counts_from_the_start_of_its_process() -> None:
             "config.parallel.mesh",
         ),
         (
+            ["--config", "configs/quickstart.py", "--workdir", "W", "--config.report.beside=/nope"],
+            "there is no directory '/nope'",
+        ),
+        (
+            [
+                "--config",
+                "configs/quickstart.py",
+                "--workdir",
+                "W",
+                "--config.objective.forms=k,sim",
+            ],
+            "k and sim are the same",
+        ),
+        (
+            [
+                "--config",
+                "configs/quickstart.py",
+                "--workdir",
+                "W",
+                "--coordinator",
+                "h:99999",
+                "--processes=2",
+                "--process-id=0",
+            ],
+            "99999",
+        ),
+        (
             [
                 "--config",
                 "configs/quickstart.py",

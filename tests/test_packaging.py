@@ -1,11 +1,14 @@
 """The package says the truth about itself: its version, what it needs, and that the tested set of
 versions satisfies that. No network."""
 
+import ast
+import gc
 import importlib.util
 import pathlib
 import re
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -172,6 +175,35 @@ def test_what_is_imported_is_declared(setup_arguments: dict[str, Any]) -> None:
     assert third_party(top_only=False) <= core | extras, (
         "imported somewhere, but in no extra of setup.py"
     )
+
+
+class Complains:
+    """Garbage whose end formats a traceback, as that of a task of a closed event loop does."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __del__(self) -> None:
+        try:
+            {}["a"]["b"]
+        except KeyError:
+            traceback.format_exc()
+
+
+def test_what_earlier_tests_left_does_not_disturb_reading_source() -> None:
+    """CPython 3.11 raises SystemError where a tree is made in the middle of another;
+    tests/conftest.py sees to it that none is."""
+    text = "\n".join(
+        f"def f{i}(a, b={i}):\n    return [a, b, {{'k': (a, b)}}]" for i in range(3000)
+    )
+    before = gc.get_threshold()
+    gc.set_threshold(200, 2, 2)
+    try:
+        for _ in range(200):
+            Complains()
+        assert len(ast.parse(text).body) == 3000
+    finally:
+        gc.set_threshold(*before)
 
 
 @pytest.mark.smoke

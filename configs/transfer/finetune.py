@@ -10,9 +10,14 @@ Face, MAE and the like): its model, its image size and the mean and deviation of
 over, its encoder is where this run starts. [P] is the paper's Table 8, [M] MAE and SiameseIM, whose
 recipe it is, [C] a choice of this project.
 
-Another batch size: the learning rate goes with it in proportion. Another image size: positions are
-made for the cells of the pre-trained model and resized. `ema` below 1 also keeps an average of all
-parameters; evaluate it with --config.evaluate.encoder=ema. """
+What the paper chose for 128 million samples follows here from the number of samples and the batch
+(training/scaling.py): rate, layer decay, crops, blending, erasing and RandAugment. ImageNet with
+the paper's batch and epochs gets the paper's values; 6,000 images get a larger rate and gentle
+augmentation. --mode=show prints them.
+
+Another image size: positions are made for the cells of the pre-trained model and resized. `ema`
+below 1 also keeps an average of all parameters; evaluate it with --config.evaluate.encoder=ema.
+"""
 
 from ml_collections import ConfigDict
 
@@ -29,8 +34,7 @@ INTERN_IMAGE = {
     "model.encoder.drop_path": 0.2, "model.encoder.drop_path_rule": "linear", "objective.label_smoothing": 0.3,
     "data.augment.mixup": 0.0, "data.augment.cutmix": 0.0, "data.augment.erase_p": 0.0,
 }  # fmt: skip
-# of an image a step, where pre-trained weights are gone on from; epochs
-INTERN_IMAGE_RATE, INTERN_IMAGE_WARMUP = 2e-5 / 512, 2.0
+INTERN_IMAGE_WARMUP = 2.0  # epochs, where pre-trained weights are gone on from
 
 
 def get_config(
@@ -66,12 +70,14 @@ def get_config(
     config.data.path = path
     config.data.captions = "no"
     config.data.threads = 4
-    config.data.rand_augment.ops = 2  # [P: 9 / 0.5]
+    config.data.crop_scale = ()  # (0.08, 1) [M] in long runs
+    config.data.rand_augment.update({"ops": 2, "p": -1.0})  # [P: 9 / 0.5]; p 0.5 in long runs
     # [M]
     config.data.augment.update(
         {"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": (0.0, 0.0), "solarize_p": (0.0, 0.0)}
     )
-    config.data.augment.erase_p = 0.25  # [P]
+    config.data.augment.erase_p = -1.0  # 0.25 [P] in long runs
+    config.data.augment.blend_p = -1.0  # 1 [M] in long runs
     # [P]; what Table 8 calls a probability is the alpha of its Beta distribution [M]
     config.data.augment.mixup = 0.8
     config.data.augment.cutmix = 1.0  # [P]; the same
@@ -90,13 +96,13 @@ def get_config(
     config.train.batch_size = batch_size
     config.train.epochs = epochs or (30.0 if convolutional else 100.0)  # [P]
     config.train.panel_every = 0
-    config.optim.lr = 2e-3 * batch_size / BATCH  # [P]
-    config.optim.min_lr = min(1e-6, config.optim.lr)  # [M]
+    config.optim.lr = 0.0  # 2e-3 [P] in long runs of the paper's batch
+    config.optim.min_lr = 1e-6  # [M]
     # [P]; of a shorter run at most a tenth [C]
     config.optim.warmup_epochs = min(5.0, 0.1 * config.train.epochs)
     config.optim.weight_decay = 0.1  # [P]
     config.optim.b2 = 0.999  # [P]
-    config.optim.layer_decay = 0.65  # [P]
+    config.optim.layer_decay = 0.0  # 0.65 [P] in long runs
     config.optim.clip = 0.0  # [M]
     config.optim.ema = ema
     config.optim.ema_schedule = "constant"
@@ -104,8 +110,6 @@ def get_config(
     if convolutional:
         config.update_from_flattened_dict(INTERN_IMAGE)
         if from_:
-            config.optim.lr = INTERN_IMAGE_RATE * batch_size
-            config.optim.min_lr = min(1e-6, config.optim.lr)
             config.optim.warmup_epochs = min(INTERN_IMAGE_WARMUP, config.optim.warmup_epochs)
 
     config.evaluate.knn = False  # the accuracy of the head is what counts

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from m3i_jax.data import crops, decode
+from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.base import DataSource
 
 _READ = 64  # records held encoded at a time
-CROP = 224 / 256  # share of the short side that the centre view keeps
 Batch = dict[str, np.ndarray]
 Found = base.Record | decode.BadRecord
 
@@ -32,26 +32,21 @@ class EvaluationBatches(Iterator[Batch]):
 def evaluation_batches(
     source: DataSource,
     indices: Iterable[int],
-    image_size: int,
+    preprocessing: Preprocessing,
     batch: int,
     *,
-    background: int = 255,
-    crop: float = CROP,
     threads: int = 1,
     missing: str = "stop",
     host: int = 0,
     hosts: int = 1,
 ) -> EvaluationBatches:
-    """Centre views of some records in their order, for evaluators: short side resized to image_size
-    / crop, centre cut out, bicubic.
+    """Centre views of some records in their order, for evaluators.
 
-    Args: source: the records. indices: which of them, the same on every host. image_size: side of a
-        view in pixels, S. batch: rows a batch on all hosts together, a multiple of `hosts`; B of
-        them are this host's. background: gray level under transparent pixels. crop: share of the
-        short side that is kept; 1 for an evaluation that resizes to the size of the view itself.
-        threads: that decode. missing: "replace": a record that cannot be read any more is a bad
-        one; see `schema.Data.missing`. host, hosts: which contiguous share of the rows of every
-        batch to read.
+    Args: source: the records. indices: which of them, the same on every host. preprocessing: how an
+        image is seen; S is the side of a view in pixels. batch: rows a batch on all hosts together,
+        a multiple of `hosts`; B of them are this host's. threads: that decode. missing: "replace":
+        a record that cannot be read any more is a bad one; see `schema.Data.missing`. host, hosts:
+        which contiguous share of the rows of every batch to read.
 
     Returns: An iterator of dicts: views uint8 [B, S, S, 3], label int32 [B], index int64 [B] (of
         the record), valid bool [B]. Every record has the row of its place; that of a bad one is not
@@ -64,9 +59,10 @@ def evaluation_batches(
 
     >>> class Two:
     ...     def __getitem__(self, i): return base.Record(str(i), np.full((20, 30, 3), i, np.uint8), label=i)
-    >>> [(b["views"].shape, b["label"].tolist(), b["valid"].tolist()) for b in evaluation_batches(Two(), [1, 0, 1], 16, 2)]
+    >>> seen = Preprocessing(image_size=16)
+    >>> [(b["views"].shape, b["label"].tolist(), b["valid"].tolist()) for b in evaluation_batches(Two(), [1, 0, 1], seen, 2)]
     [((2, 16, 16, 3), [1, 0], [True, True]), ((2, 16, 16, 3), [1, -1], [True, False])]
-    >>> [b["label"].tolist() for b in evaluation_batches(Two(), [1, 0, 1], 16, 2, host=1, hosts=2)]
+    >>> [b["label"].tolist() for b in evaluation_batches(Two(), [1, 0, 1], seen, 2, host=1, hosts=2)]
     [[0], [-1]]
     """
     if batch % hosts:
@@ -79,18 +75,15 @@ def evaluation_batches(
     ]
     read = functools.partial(decode.read_records, source, missing=missing)
     return EvaluationBatches(
-        _evaluation(read, shares, image_size, mine, background, crop, max(1, threads), skipped),
-        skipped,
+        _evaluation(read, shares, preprocessing, mine, max(1, threads), skipped), skipped
     )
 
 
 def _evaluation(
     read: Callable[[list[int]], list[Found]],
     shares: list[list[int]],
-    size: int,
+    preprocessing: Preprocessing,
     rows: int,
-    background: int,
-    crop: float,
     threads: int,
     skipped: dict[str, int],
 ) -> Iterator[Batch]:
@@ -98,10 +91,11 @@ def _evaluation(
         if isinstance(found, decode.BadRecord):
             return found
         try:
-            return _central_view(found, size, background, crop), found.label
+            return _central_view(found, preprocessing), found.label
         except decode.BadRecord as error:
             return error
 
+    size = preprocessing.image_size
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for share in shares:
             made: Batch = {
@@ -125,11 +119,11 @@ def _evaluation(
             yield made
 
 
-def _central_view(record: base.Record, size: int, background: int, crop: float) -> np.ndarray:
-    opened = decode.open_image(record.image)
-    box = crops.central_box(opened.height, opened.width, size, crop=crop)
+def _central_view(record: base.Record, preprocessing: Preprocessing) -> np.ndarray:
+    opened, size = decode.open_image(record.image), preprocessing.image_size
+    box = preprocessing.box(opened.height, opened.width)
     least = (decode.GAP * size / box[2] * opened.height, decode.GAP * size / box[3] * opened.width)
-    image = opened.rgb(background=background, least=least)
+    image = opened.rgb(background=preprocessing.background, least=least)
     return crops.cut_view(image, box, size, height=opened.height, width=opened.width).reshape(
         size, size, 3
     )

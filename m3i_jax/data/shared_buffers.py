@@ -9,7 +9,11 @@ very memory of a batch later on.
 A block of a thread (`ThreadBufferPool`) is private memory. One of a worker process is a file of a
 private directory in memory: one page whose first byte says whether it is lent, then the array. Only
 the worker that made a block fills it. The main process removes the directory at the end, and what
-others left behind at a sudden end."""
+others left behind at a sudden end.
+
+So it is with semaphores, of which the queues of a worker need more than a dozen: multiprocessing
+removes them at the end, by a process that dies with its group when that is killed. They are named
+after the directory, and removed with it."""
 
 import collections
 import contextlib
@@ -17,6 +21,7 @@ import fcntl
 import functools
 import itertools
 import mmap
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -28,6 +33,7 @@ import numpy as np
 _HEADER = mmap.PAGESIZE
 _FREE, _LENT = 0, 1
 _PREFIX = "m3i-batches-"
+_SEMAPHORE = "sem."  # how the C library begins the names of the files of semaphores
 
 
 class BufferHandle:
@@ -139,6 +145,7 @@ class SharedBufferPool:
         # the system lets go of it with this process, whatever ends it
         fcntl.flock(lock, fcntl.LOCK_EX)
         self._end = weakref.finalize(self, _end, self.place, lock)
+        _name_semaphores(self.place)
         self._blocks: dict[str, mmap.mmap] = {}
 
     def borrower(self) -> BufferWriter:
@@ -160,8 +167,17 @@ class SharedBufferPool:
 
 
 def _end(place: str, lock: int) -> None:
+    if multiprocessing.current_process()._config.get("semprefix") == f"/{os.path.basename(place)}":  # type: ignore[attr-defined]
+        _name_semaphores("mp")
     shutil.rmtree(place, ignore_errors=True)
     os.close(lock)
+
+
+def _name_semaphores(place: str) -> None:
+    """Names of the semaphores that this process makes from now on begin with that of the directory;
+    "mp": as Python's do."""
+    if _memory():
+        multiprocessing.current_process()._config["semprefix"] = f"/{os.path.basename(place)}"  # type: ignore[attr-defined]
 
 
 def _memory() -> str | None:
@@ -178,14 +194,25 @@ def _map(file: int) -> mmap.mmap:
 
 
 def _sweep() -> None:
-    """Removes directories of this user whose process is gone without having done so."""
+    """Removes directories of this user whose process is gone without having done so, and semaphores
+    of directories that are gone."""
     folder = _memory() or tempfile.gettempdir()
     with contextlib.suppress(OSError):
-        for entry in itertools.islice(
-            (e for e in os.scandir(folder) if e.name.startswith(_PREFIX)), 1000
-        ):
+        ours = (
+            entry
+            for entry in os.scandir(folder)
+            if entry.name.removeprefix(_SEMAPHORE).startswith(_PREFIX)
+        )
+        # directories come before semaphores
+        for entry in sorted(itertools.islice(ours, 1000), key=lambda entry: entry.name):
             with contextlib.suppress(OSError):
                 if entry.stat(follow_symlinks=False).st_uid != os.getuid():
+                    continue
+                if entry.name.startswith(_SEMAPHORE):
+                    if not os.path.isdir(
+                        os.path.join(folder, entry.name.removeprefix(_SEMAPHORE).rpartition("-")[0])
+                    ):
+                        os.unlink(entry.path)
                     continue
                 lock = os.open(os.path.join(entry.path, "lock"), os.O_RDWR | os.O_NOFOLLOW)
                 try:

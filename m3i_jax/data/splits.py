@@ -1,8 +1,10 @@
 """What a run trains on and what it holds out: by a hash of each key, or by the names of two
 splits."""
 
+import dataclasses
+
 from m3i_jax import schema
-from m3i_jax.data.sources import base, mixture
+from m3i_jax.data.sources import base, mixture, split_folders
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.errors import UserError
 
@@ -10,9 +12,10 @@ from m3i_jax.errors import UserError
 def open_splits(data: schema.Data, *, cache: str = "") -> tuple[DataSource, DataSource]:
     """Opens the data of a run.
 
-    With `data.holdout_split` the held-out part is that split, its categories numbered like the
-    training part's by their names; else it is a share of the records. A source of a mixture may
-    name both splits of its own: `KIND:PATH@TRAIN|HELD_OUT`.
+    A folder that holds train/ and val/ or test/ is split by them, as the description of the
+    training part notes: see `split_folders`. With `data.holdout_split` the held-out part is that
+    split, its categories numbered like the training part's by their names; else it is a share of
+    the records. A source of a mixture may name both splits of its own: `KIND:PATH@TRAIN|HELD_OUT`.
 
     Args:
         data: source, mixture, splits and hold-out.
@@ -38,6 +41,17 @@ def open_splits(data: schema.Data, *, cache: str = "") -> tuple[DataSource, Data
 def _open_pair(
     entry: mixture.MixtureEntry, data: schema.Data, cache: str
 ) -> tuple[DataSource, DataSource]:
+    found = (
+        None
+        if entry.split or entry.held_out or entry.kind != "folder"
+        else split_folders.find_split_folders(entry.path)
+    )
+    if found:
+        train, held_out = _open_pair(
+            dataclasses.replace(entry, split=found.train, held_out=found.held_out), data, cache
+        )
+        (train if found.held_out else train.source).note = found.note  # type: ignore[attr-defined, union-attr]
+        return train, held_out
     if not entry.held_out:
         whole = base.open_kind(entry.kind, entry.path, entry.split, data, cache=cache)
         return base.split_by_hash(whole, data.holdout, "train"), base.split_by_hash(

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import importlib.util
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from m3i_jax import schema
+from m3i_jax import run_files, schema
 from m3i_jax.data.decode import clean_caption, sample_captions
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
@@ -33,6 +34,8 @@ FETCH = "python -m m3i_jax.data.tokenizer FOLDER"
 # ship the file; found without being imported
 _PACKAGES = ("open_clip", "clip", "eva_clip", "mobileclip")
 _MERGES = 48_894  # of the file's lines, the rest is not used by CLIP
+_UNPACKED = 1 << 23  # bytes; CLIP's file has 3.2 million
+_LONGEST = 256  # characters of a token of the file
 _LEARNT, _CLIP = ("<pad>", "<start>", "<end>"), ("<|startoftext|>", "<|endoftext|>")
 _LITERALS = re.compile(
     "|".join(map(re.escape, (*_LEARNT, *_CLIP, "<start_of_text>", "<end_of_text>")))
@@ -106,23 +109,27 @@ class Tokenizer:
         ).strip()
 
     def save(self, path: str) -> None:
-        """Writes the JSON of the `tokenizers` package, whole or not at all."""
-        base.write_atomic(path, self.core.to_str().encode())
+        """Writes the JSON of the `tokenizers` package, whole or not at all, and notes its digest
+        beside it."""
+        content = self.core.to_str().encode()
+        run_files.note_mark(pathlib.Path(path), run_files.file_mark(content))
+        base.write_atomic(path, content)
 
     @classmethod
     def load(cls, path: str, length: int) -> "Tokenizer":
         """Reads what `save` wrote.
 
         Raises:
-            UserError: there is no such file, or it is no tokenizer.
+            UserError: there is no such file, or it is no tokenizer, or another one than was saved.
 
         >>> Tokenizer.load("/no/such/tokenizer.json", 77)
         Traceback (most recent call last):
         m3i_jax.errors.UserError: the tokenizer '/no/such/tokenizer.json' cannot be read: No such file or directory
         """
         try:
-            with open(path, encoding="utf-8") as file:
-                text = file.read(FILE_LIMIT + 1)
+            text = run_files.read_run_text(
+                pathlib.Path(path), "restore it, or delete it to learn it again"
+            )
             if len(text) > FILE_LIMIT:
                 raise UserError(
                     f"the tokenizer {path!r} has more than {FILE_LIMIT >> 20} MiB: no tokenizer of"
@@ -226,6 +233,10 @@ def clip_tokenizer(path: str = "", length: int = 77) -> Tokenizer:
         + list(_CLIP)
     )
     vocabulary = {token: i for i, token in enumerate(tokens)}
+    if wrong := _inconsistent(merges, tokens[:512]):
+        raise UserError(
+            f"{path!r} is not CLIP's vocabulary {VOCABULARY} ({wrong}): fetch it with `{FETCH}`"
+        )
     core = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>")
     )
@@ -240,6 +251,23 @@ def clip_tokenizer(path: str = "", length: int = 77) -> Tokenizer:
     return Tokenizer(core, length)
 
 
+def _inconsistent(merges: Sequence[tuple[str, str]], tokens: Iterable[str]) -> str:
+    """What is wrong with the pairs of a vocabulary, "" if nothing is: each joins two tokens that
+    are there already to a new one.
+
+    >>> _inconsistent([("a", "b"), ("ab", "c")], "abc"), _inconsistent([("a", "bc"), ("b", "c")], "abc")
+    ('', "pair 1, 'a' and 'bc', has a part that no pair before it makes")
+    """
+    known = set(tokens)
+    for number, (left, right) in enumerate(merges, 1):
+        if left not in known or right not in known:
+            return f"pair {number}, {left!r} and {right!r}, has a part that no pair before it makes"
+        if left + right in known:
+            return f"pair {number}, {left!r} and {right!r}, makes a token that is there already"
+        known.add(left + right)
+    return ""
+
+
 def _byte_characters() -> Iterable[str]:
     """GPT-2's printable stand-ins of the 256 bytes, in CLIP's order: printable bytes first, then
     the others."""
@@ -249,14 +277,22 @@ def _byte_characters() -> Iterable[str]:
 
 
 def _merges(path: str) -> list[tuple[str, str]]:
-    """The pairs of the vocabulary file: its first line is a header, and CLIP uses the next
-    48,894."""
+    """The pairs of the vocabulary file: its first line is a header, and CLIP uses the next 48,894.
+    No more is unpacked than CLIP's own file holds, whatever a file of a few bytes would unpack
+    to."""
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            lines = file.read(1 << 26).split("\n")[1 : _MERGES + 1]
+        with gzip.open(path, "rb") as file:
+            content = file.read(_UNPACKED + 1)
+        if len(content) > _UNPACKED:
+            raise ValueError(f"it unpacks to more than {_UNPACKED >> 20} MiB")
+        lines = content.decode("utf-8").split("\n")[1 : _MERGES + 1]
         pairs = [tuple(line.split()) for line in lines if line]
-        if not pairs or any(len(pair) != 2 for pair in pairs):
+        if any(len(pair) != 2 or max(map(len, pair)) > _LONGEST for pair in pairs):
             raise ValueError("a line is no pair of tokens")
+        if len(pairs) < _MERGES or len(set(pairs)) < len(pairs):
+            raise ValueError(
+                f"it has {len(set(pairs)):,} pairs of tokens, and CLIP's has {_MERGES:,}"
+            )
     except OSError as error:
         raise UserError(
             f"CLIP's vocabulary {path!r} cannot be read ({error.strerror or error}): fetch it with"

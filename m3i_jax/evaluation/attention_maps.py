@@ -51,6 +51,8 @@ def compile_maps(
 ) -> Callable[[Any, jax.Array], AttentionMaps]:
     """`attention_maps` as a function of (params, views), whose rows are split over the data axes of
     a mesh and whose results are whole everywhere."""
-    return jax.jit(
-        functools.partial(attention_maps, config, pooled), out_shardings=parallel.replicated(mesh)
+    return parallel.Program(
+        functools.partial(attention_maps, config, pooled),
+        name="maps",
+        out_shardings=parallel.replicated(mesh),
     )

@@ -87,7 +87,7 @@ class AttentiveProbe:
             )
         )
 
-        @jax.jit
+        @parallel.Program
         def step(head: Any, opt: Any, tokens: jax.Array, label_B: jax.Array) -> tuple[Any, Any]:
             def loss(head: Any) -> jax.Array:
                 total, count = losses.category(self.logits(head, tokens), label_B, smoothing=0.0)
@@ -127,9 +127,12 @@ def measure(
       batch: images a step, a multiple of the data axes.
     """
     probe, whole = AttentiveProbe(config, mesh), parallel.replicated(mesh)
-    encode = jax.jit(lambda params, views: drop_cls(config, params, views), out_shardings=whole)
-    ask = jax.jit(
+    encode = parallel.Program(
+        lambda params, views: drop_cls(config, params, views), name="tokens", out_shardings=whole
+    )
+    ask = parallel.Program(
         lambda both, views: probe.logits(both[1], drop_cls(config, both[0], views)),
+        name="attentive",
         out_shardings=whole,
     )
 

@@ -4,11 +4,10 @@ fine-tuned run, its accuracy)."""
 
 from collections.abc import Callable, Iterator
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3i_jax import schema
+from m3i_jax import parallel, schema
 from m3i_jax.evaluation.feature_extraction import EvalContext, Metric, Predictions
 from m3i_jax.models import m3i
 
@@ -42,7 +41,9 @@ def head_predictions(
       pooling that the category term trains. statistics: of a pooling with batch norm, the set whose
       mean and variance stand for the batch's; "" without one.
     """
-    logits = jax.jit(lambda params, x: m3i.category_logits(config, params, x))
+    logits = parallel.Program(
+        lambda params, x: m3i.category_logits(config, params, x), name="category_logits"
+    )
 
     def run(seen: EvalContext) -> tuple[Predictions, np.ndarray]:
         found = seen(pictures)

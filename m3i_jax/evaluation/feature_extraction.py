@@ -79,9 +79,9 @@ class Extractor:
             (config.model.pooled if attention else config.model.encoder.width),
         )
         pool = "attention" if attention else "mean"
-        self._features = jax.jit(
-            functools.partial(extract_features, config, pool),
-            out_shardings=parallel.replicated(mesh),
+        whole = parallel.replicated(mesh)
+        self._features = parallel.Program(
+            functools.partial(extract_features, config, pool), name="features", out_shardings=whole
         )
 
     def __call__(

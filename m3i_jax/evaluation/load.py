@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from PIL import Image
 
 from m3i_jax import config as configuration
 from m3i_jax import schema
-from m3i_jax.data import crops
+from m3i_jax.data import preprocessing
+from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction
 from m3i_jax.models import backbones
+from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import checkpoint, checkpoint_dir, init_from, plan
 
 POOLS = ("auto", "attention", "mean", "cls", "tokens")
@@ -45,22 +46,29 @@ class LoadedEncoder:
 
     @functools.cached_property
     def function(self) -> Callable[[Any, Any], jax.Array]:
-        """The compiled (params, pixels [B, S, S, 3]) -> features, for images that have the size
-        already."""
+        """The compiled (params, pixels [B, S, S, 3]) -> features, for views: images that have the
+        size already."""
         return jax.jit(
             functools.partial(feature_extraction.extract_features, self.config, self.pool)
         )
 
-    def features(self, images: Any) -> np.ndarray:
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images are seen: as in the evaluations of the run, or as a file says."""
+        return Preprocessing.of(self.config)
+
+    def features(self, images: Any, *, ready: bool = False) -> np.ndarray:
         """Features of images, float32 [B, D], not normalised: `mean`, `attention` or `cls`, or [B,
         T, D] of `tokens`.
 
-        Args: images: uint8, or floats in 0..1, [B, H, W, 3] (or one, [H, W, 3]), RGB; or a list of
-          images of any sizes. Those that do not have the model's size are seen as in evaluation:
-          short side resized to size * 256 / 224 (bicubic), centre cut out.
+        Args:
+          images: uint8, or floats in 0..1, [B, H, W, 3] (or one, [H, W, 3]), RGB; or a list of
+            images of any sizes. Each is resized and cut as `preprocessing` says, which is what
+            an evaluation of the run sees of it.
+          ready: the images are views already, of the model's size: they are not resized or cut.
 
-        Raises:
-          ValueError: arrays of another shape or type, or floats outside 0..1.
+        Raises: ValueError: arrays of another shape or type, floats outside 0..1, or views of
+          another size; features that are not finite.
 
         >>> from m3i_jax.models import vit
         >>> model = schema.Model(encoder=schema.Encoder(patch_size=8, width=8, depth=1, heads=2), dtype="float32")
@@ -73,10 +81,15 @@ class LoadedEncoder:
             pictures = list(images)
         else:
             pictures = [images]
+        see = (
+            functools.partial(_ready, self.config.data.image_size)
+            if ready
+            else self.preprocessing.view
+        )
         size = self.config.data.image_size
         out = []
         for at in range(0, len(pictures), _ROWS):
-            views = [eval_view(np.asarray(picture), size) for picture in pictures[at : at + _ROWS]]
+            views = [see(np.asarray(picture)) for picture in pictures[at : at + _ROWS]]
             kind = np.uint8 if all(v.dtype == np.uint8 for v in views) else np.float32
             rows = 1 << (len(views) - 1).bit_length()  # few sizes, so that little is compiled
             batch = np.zeros((rows, size, size, 3), kind)
@@ -84,51 +97,32 @@ class LoadedEncoder:
                 batch[row] = v / np.float32(255) if v.dtype != kind else v
             out.append(np.asarray(self.function(self.params, batch))[: len(views)])
         if not out:
-            shape = jax.eval_shape(
-                self.function, self.params, jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
-            ).shape
-            return np.zeros((0, *shape[1:]), np.float32)
-        return np.concatenate(out)
-
-
-def eval_view(picture_HxWx3: np.ndarray, size: int) -> np.ndarray:
-    """An image as evaluation sees it, [size, size, 3]; one that has the size already as it is.
-
-    >>> eval_view(np.zeros((20, 30, 3), np.uint8), 16).shape, eval_view(np.full((20, 30, 3), 0.5), 16).max()
-    ((16, 16, 3), np.float32(0.5))
-    """
-    picture = np.asarray(picture_HxWx3)
-    if (
-        picture.ndim != 3
-        or picture.shape[-1] != 3
-        or not (picture.dtype == np.uint8 or np.issubdtype(picture.dtype, np.floating))
-    ):
-        raise ValueError(
-            f"an image has shape {picture.shape} and type {picture.dtype}; it must be [H, W, 3],"
-            " uint8 or floats in 0..1"
-        )
-    if picture.dtype != np.uint8:
-        picture = picture.astype(np.float32)
-        if picture.size and not (picture.min() >= 0 and picture.max() <= 1):  # nor NaN
+            return np.zeros((0, *self.shape[1:]), np.float32)
+        found = np.concatenate(out)
+        if wrong := np.flatnonzero(~np.isfinite(found).reshape(len(found), -1).all(1)).tolist():
             raise ValueError(
-                f"a float image has values in {picture.min()}..{picture.max()}; they must lie in"
-                " 0..1"
+                f"the features of {len(wrong)} images are not finite, first of image {wrong[0]}:"
+                f" {self.name} overflows"
             )
-    height, width = picture.shape[:2]
-    if (height, width) == (size, size):
-        return picture
-    box = crops.central_box(height, width, size)
-    if picture.dtype == np.uint8:
-        image = Image.fromarray(np.ascontiguousarray(picture))
-        return crops.cut_view(image, box, size, height=height, width=width).reshape(size, size, 3)
-    top, left, h, w = box
-    window = (left, top, min(left + w, width), min(top + h, height))
-    bands = [Image.fromarray(np.ascontiguousarray(picture[..., c])) for c in range(3)]
-    resized = [
-        np.asarray(band.resize((size, size), Image.Resampling.BICUBIC, window)) for band in bands
-    ]
-    # bicubic overshoots; bytes are clipped by Pillow itself
-    return np.clip(np.stack(resized, -1), 0, 1)
+        return found
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the features of one image: (1, D), or (1, T, D). Traces the encoder."""
+        size = self.config.data.image_size
+        return jax.eval_shape(
+            self.function, self.params, jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
+        ).shape
+
+
+def _ready(size: int, picture: np.ndarray) -> np.ndarray:
+    view = preprocessing.check_images(picture)
+    if view.shape[:2] != (size, size):
+        raise ValueError(
+            f"a view has shape {view.shape}; it must be [{size}, {size}, 3], or leave"
+            " ready=True out"
+        )
+    return view
 
 
 def load(
@@ -146,8 +140,9 @@ def load(
       heads: of attention, where a file cannot tell; 0: as it tells, or 64 channels a head.
       dtype: bfloat16 or float32; empty: the run's, float32 for files.
 
-    Raises: UserError: nothing there that can be read; a pooling that was not trained; weights that
-      are no vision transformer of this kind and no InternImage of a preset.
+    Raises: UserError: nothing there that can be read, or a checkpoint of a newer format; numbers
+      that are not finite; a pooling that was not trained; weights that are no vision transformer of
+      this kind and no InternImage of a preset, or do not fit each other.
     """
     if pool not in POOLS:
         raise UserError(f"pool={pool!r} is none of {', '.join(POOLS)}")
@@ -178,7 +173,29 @@ def load(
     params: dict[str, Any] = {}
     for name, array in source.read(dict.fromkeys(wanted)).items():
         checkpoint.set_leaf(params, name, jnp.asarray(array))
+    _fits(config, {name: source.shapes[name] for name in wanted}, path)
     return LoadedEncoder(config, params, pool, source.name)
+
+
+def _fits(config: schema.Config, there: dict[str, tuple[int, ...]], path: str) -> None:
+    """Raises UserError unless arrays of these shapes make up the encoder that their settings
+    describe: some of any shape would be broadcast."""
+    make = functools.partial(
+        backbones.get_backbone(config.model).init, config.model, mask_token=True, grid=config.grid
+    )
+    made = jax.tree_util.tree_leaves_with_path(jax.eval_shape(make, jax.random.key(0)))
+    wanted = {f"encoder/{path_text(way)}": leaf.shape for way, leaf in made}
+    lost = [name for name in wanted if name not in there and name != "encoder/mask_token"]
+    wrong = [
+        name
+        for name, shape in there.items()
+        if name.startswith("encoder/") and name in wanted and shape != wanted[name]
+    ]
+    for name in [*lost, *wrong][:1]:
+        told = f"{name} is {there.get(name, 'absent')}, and its encoder has {wanted[name]}"
+        raise UserError(
+            f"load: {path}: the arrays there do not make up an encoder ({told}); is the file whole?"
+        )
 
 
 def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
@@ -285,4 +302,6 @@ def _described(
     config.model.update({"dtype": "float32", "pool": {"heads": 1}})
     config.data.image_size = told["image_size"]
     config.data.augment.update({name: told[name] for name in ("mean", "std") if name in told})
+    config.evaluate.crop = told.get("crop", config.evaluate.crop)
+    config.data.background = told.get("background", config.data.background)
     return config

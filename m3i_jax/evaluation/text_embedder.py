@@ -30,14 +30,16 @@ class TextEmbedder:
     ) -> None:
         whole = parallel.replicated(mesh)
         self.words, self._mesh, self._batch = words, mesh, batch
-        self._images = jax.jit(
+        self._images = parallel.Program(
             lambda params, x: l2_normalize(m3i.image_embedding(config, params, x)),
+            name="image_embedding",
             out_shardings=whole,
         )
-        self._texts = jax.jit(
+        self._texts = parallel.Program(
             lambda params, ids, length: l2_normalize(
                 m3i.text_embedding(config, params, ids, length)
             ),
+            name="text_embedding",
             out_shardings=whole,
         )
 

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import sys
@@ -51,10 +52,17 @@ def timm_config(
     place: pathlib.Path,
     tree: Mapping[str, np.ndarray],
     encoder: Mapping[str, Any],
-    image_size: int,
-    pixels: Mapping[str, Any],
+    preprocessing: Mapping[str, Any],
 ) -> None:
-    """Writes model.safetensors and timm's config.json."""
+    """Writes model.safetensors and timm's config.json.
+
+    Args:
+      place: a directory.
+      tree: {path: array}.
+      encoder: settings of `model.encoder`.
+      preprocessing: image_size, short_side, mean and std of `data.preprocessing`.
+    """
+    image_size = preprocessing["image_size"]
     name, arguments = timm_arguments(encoder, image_size)
     table = vit_weights.store_vit(tree, "timm", heads=encoder["heads"])
     config = {
@@ -71,9 +79,10 @@ def timm_config(
             "input_size": [3, image_size, image_size],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": 0.875,
-            "mean": list(pixels["mean"]),
-            "std": list(pixels["std"]),
+            "crop_pct": crop_pct(image_size, preprocessing["short_side"]),
+            "crop_mode": "center",
+            "mean": list(preprocessing["mean"]),
+            "std": list(preprocessing["std"]),
             "num_classes": 0,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
@@ -84,15 +93,25 @@ def timm_config(
     _json(place / "config.json", config)
 
 
+def crop_pct(image_size: int, short_side: int) -> float:
+    """timm's setting with which its short side, floor(image_size / crop_pct), is this one.
+
+    >>> crop_pct(224, 256), math.floor(32 / crop_pct(32, 37)), math.floor(49 / crop_pct(49, 49))
+    (0.875, 37, 49)
+    """
+    share = image_size / short_side
+    return share if math.floor(image_size / share) == short_side else math.nextafter(share, 0.0)
+
+
 def hugging_face_config(
     place: pathlib.Path,
     tree: Mapping[str, np.ndarray],
     encoder: Mapping[str, Any],
-    image_size: int,
-    pixels: Mapping[str, Any],
+    preprocessing: Mapping[str, Any],
 ) -> str:
     """Writes model.safetensors, config.json and preprocessor_config.json; returns the class that
-    reads them: ViTModel, or CLIPVisionModel where there is a norm before the first block."""
+    reads them: ViTModel, or CLIPVisionModel where there is a norm before the first block. The
+    arguments are those of `timm_config`."""
     if not encoder["cls_token"]:
         raise UserError(
             "--format=hf: Transformers' vision transformers always have a cls token, and this"
@@ -108,7 +127,7 @@ def hugging_face_config(
         "intermediate_size": round(encoder["width"] * encoder["mlp_ratio"]),
         "hidden_act": _HF_GELU[encoder["activation"]],
         "layer_norm_eps": encoder["norm_eps"],
-        "image_size": image_size,
+        "image_size": preprocessing["image_size"],
         "patch_size": encoder["patch_size"],
         "num_channels": 3,
         "torch_dtype": "float32",
@@ -121,12 +140,12 @@ def hugging_face_config(
     table = vit_weights.store_vit(tree, "clip" if clip else "hf", heads=encoder["heads"])
     tensor_files.write_safetensors(place / "model.safetensors", table, {"format": "pt"})
     _json(place / "config.json", config)
-    _json(place / "preprocessor_config.json", _processor(image_size, pixels))
+    _json(place / "preprocessor_config.json", _processor(preprocessing))
     return "CLIPVisionModel" if clip else "ViTModel"
 
 
 def hugging_face_intern_image_config(
-    place: pathlib.Path, tree: Mapping[str, Any], image_size: int, pixels: Mapping[str, Any]
+    place: pathlib.Path, tree: Mapping[str, Any], preprocessing: Mapping[str, Any]
 ) -> pathlib.Path:
     """Writes model.safetensors, with the names of the Hugging Face repositories of InternImage's
     authors, and preprocessor_config.json; returns the former. A config.json belongs to the code in
@@ -136,27 +155,34 @@ def hugging_face_intern_image_config(
         intern_image_weights.store_intern_image(tree, hugging_face=True),
         {"format": "pt"},
     )
-    _json(place / "preprocessor_config.json", _processor(image_size, pixels))
+    _json(place / "preprocessor_config.json", _processor(preprocessing))
     return place / "model.safetensors"
 
 
-def _processor(image_size: int, pixels: Mapping[str, Any]) -> dict[str, Any]:
-    short = round(image_size * 256 / 224)
+def _processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    side = preprocessing["image_size"]
     return {
         # the one that resizes the short side and cuts the centre out
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": short},
+        "size": {"shortest_edge": preprocessing["short_side"]},
         "do_center_crop": True,
-        "crop_size": {"height": image_size, "width": image_size},
+        "crop_size": {"height": side, "width": side},
         "resample": 3,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(pixels["mean"]),
-        "image_std": list(pixels["std"]),
+        "image_mean": list(preprocessing["mean"]),
+        "image_std": list(preprocessing["std"]),
         "do_convert_rgb": True,
     }
+
+
+def description(place: pathlib.Path, preprocessing: Mapping[str, Any]) -> None:
+    """Writes preprocessing.json, which stands beside weights whose own files cannot say how images
+    are seen. `vit_weights.read_sidecar_configs` reads it."""
+    told = {"resample": "bicubic", "rescale_factor": 1 / 255, **preprocessing}
+    _json(place / tensor_files.PREPROCESSING, told)
 
 
 def _json(path: pathlib.Path, content: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m3i_jax.errors import UserError
+from m3i_jax.interop import tensor_files
 
 Tree = dict[str, Any]
 _Change = Callable[[np.ndarray], np.ndarray]
@@ -180,7 +181,7 @@ def load_intern_image(state: Mapping[str, Any]) -> Tree:
             unknown.append(given)
             continue
         numbers = match.groupdict()
-        path, value = entry.ours.format(**numbers), entry.load(np.asarray(array))
+        path, value = entry.ours.format(**numbers), entry.load(tensor_files.weights(given, array))
         if "j" in numbers:
             stacks.setdefault(path, {})[int(numbers["j"])] = value
         else:

@@ -8,6 +8,7 @@ that; the file stays on disk until an array is asked for."""
 
 import importlib
 import json
+import math
 import mmap
 import os
 import pathlib
@@ -27,9 +28,14 @@ _TYPES: dict[str, Any] = {
     "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
 _NAMES = {np.dtype(kind): name for name, kind in _TYPES.items()}
+_FLOATS = {np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
+# bytes: of a hundred thousand arrays it has 10 MB; parsed, JSON takes ten times as much memory
+_LONGEST_INDEX = 1 << 24
+_LONGEST_JSON = 1 << 22  # of a configuration: one that names 21,000 classes has 1.5 MB
 _LONGEST_HEADER = 100_000_000  # bytes, the limit of the format's own library
 # of Hugging Face directories whose weights are in several files
 _INDEX = "model.safetensors.index.json"
+PREPROCESSING = "preprocessing.json"  # beside weights that we exported
 ENDINGS = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".tar")
 
 
@@ -50,9 +56,19 @@ class TensorFile(Mapping[str, np.ndarray]):
         self.shapes, self._read = dict(shapes), read
 
     def __getitem__(self, name: str) -> np.ndarray:
+        """Raises UserError where the array cannot be read any more."""
         if name not in self.shapes:
             raise KeyError(name)
-        return self._read(name)
+        try:
+            return self._read(name)
+        except UserError:
+            raise
+        except (
+            Exception
+        ) as error:  # a file from elsewhere: whatever is wrong with it, the person needs its name
+            raise UserError(
+                f"{name}: cannot be read ({_reason(error)}); is the file complete?"
+            ) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -96,36 +112,116 @@ def read_tensors(path: str | os.PathLike[str]) -> TensorFile:
     except (
         Exception
     ) as error:  # a file from elsewhere: whatever is wrong with it, the person needs its name
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path}: cannot be read as {place.suffix} ({type(error).__name__}: {reason}); is it"
-            " complete?"
+            f"{path}: cannot be read as {place.suffix} ({_reason(error)}); is it complete?"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def read_json(path: pathlib.Path, longest: int = _LONGEST_JSON) -> dict[str, Any]:
+    """The JSON object of a file that stands beside weights.
+
+    Raises:
+      UserError: the file cannot be read, is too long, or holds something else.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(longest + 1)
+        if len(raw) > longest:
+            raise ValueError(f"it has more than {longest >> 20} MiB")
+        found = json.loads(raw)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: cannot be read as JSON ({_reason(error)}); repair or remove it"
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{path}: holds no JSON object but {type(found).__name__}; repair or remove it"
+        )
+    return found
 
 
 def _directory(place: pathlib.Path) -> TensorFile:
     if (place / _INDEX).is_file():
-        where: dict[str, str] = json.loads((place / _INDEX).read_text())["weight_map"]
-        if outside := [name for name in where.values() if pathlib.PurePath(name).name != name]:
-            raise UserError(
-                f"{place / _INDEX}: names {outside[0]!r}, which does not lie beside it; the"
-                " directory is not to be trusted"
-            )
-        files = {name: read_tensors(place / name) for name in sorted(set(where.values()))}
-        return TensorFile(
-            {name: files[file].shapes[name] for name, file in where.items()},
-            lambda name: files[where[name]][name],
-        )
+        return _several(place, place / _INDEX)
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (place / name).is_file():
             return read_tensors(place / name)
-    found = sorted(p for p in place.iterdir() if p.suffix in (".safetensors", ".npz"))
+    try:
+        found = sorted(p for p in place.iterdir() if p.suffix in (".safetensors", ".npz"))
+    except OSError as error:
+        raise UserError(
+            f"{place}: cannot be read ({error.strerror}); give another directory"
+        ) from error
     if len(found) == 1:
         return read_tensors(found[0])
     raise UserError(
         f"{place}: has neither checkpoints/ of a run nor model.safetensors; name the file of"
         " weights, or the workdir of a run"
     )
+
+
+def _several(place: pathlib.Path, index: pathlib.Path) -> TensorFile:
+    """The arrays of a directory whose weights are in several files."""
+    where = read_json(index, _LONGEST_INDEX).get("weight_map")
+    if (
+        not isinstance(where, dict)
+        or not where
+        or not all(isinstance(file, str) for file in where.values())
+    ):
+        raise UserError(
+            f"{index}: has no weight_map that says which file holds which array; restore it"
+        )
+    if outside := [file for file in where.values() if pathlib.PurePath(file).name != file]:
+        raise UserError(
+            f"{index}: names {outside[0]!r}, which does not lie beside it; the directory is not to"
+            " be trusted"
+        )
+    files = {file: read_tensors(place / file) for file in sorted(set(where.values()))}
+    if lost := [name for name, file in where.items() if name not in files[file].shapes]:
+        raise UserError(
+            f"{index}: {lost[0]} is not in {where[lost[0]]!r} ({len(lost)} of {len(where)} arrays);"
+            " restore the directory"
+        )
+    return TensorFile(
+        {name: files[file].shapes[name] for name, file in where.items()},
+        lambda name: files[where[name]][name],
+    )
+
+
+def weights(name: str, array: Any) -> np.ndarray:
+    """An array as weights: floating point of at least 16 bits, as it is stored, all of it finite.
+
+    Args:
+      name: of the array, for messages.
+      array: of any library that numpy can read.
+
+    Raises:
+      UserError: quantised or other integers, NaN or Inf, or numbers beyond float32.
+
+    >>> weights("a", np.ones(2, np.float16)).dtype, weights("b", np.ones(2, ml_dtypes.bfloat16)).size
+    (dtype('float16'), 2)
+    >>> weights("c", np.ones(2, np.int8))
+    Traceback (most recent call last):
+    m3i_jax.errors.UserError: c has type int8: quantised weights cannot be used; give the file in float32, float16 or bfloat16
+    """
+    value = np.asarray(array)
+    if value.dtype not in _FLOATS:
+        raise UserError(
+            f"{name} has type {value.dtype}: quantised weights cannot be used; give the file in"
+            " float32, float16 or bfloat16"
+        )
+    with np.errstate(over="ignore"):  # of float64
+        wrong = value.size - int(np.isfinite(value.astype(np.float32, copy=False)).sum())
+    if wrong:
+        raise UserError(
+            f"{name}: {wrong:,} of {value.size:,} numbers are not finite (NaN or Inf); these"
+            " weights are broken, give others"
+        )
+    return value
 
 
 def _safetensors(place: pathlib.Path) -> TensorFile:
@@ -152,9 +248,7 @@ def _safetensors(place: pathlib.Path) -> TensorFile:
 
     for name, entry in header.items():
         start, end = entry["data_offsets"]
-        size = (
-            int(np.prod(entry["shape"], dtype=np.int64)) * np.dtype(_TYPES[entry["dtype"]]).itemsize
-        )
+        size = math.prod(entry["shape"]) * np.dtype(_TYPES[entry["dtype"]]).itemsize
         if not 0 <= start <= end <= len(data) or end - start != size:
             raise ValueError(f"{name} should lie at {start} to {end} of {len(data)} bytes")
     return TensorFile({name: tuple(entry["shape"]) for name, entry in header.items()}, one)
@@ -189,7 +283,18 @@ def import_torch(why: str) -> Any:
 
 def _torch(place: pathlib.Path) -> TensorFile:
     library = import_torch(f"{place}: a file of PyTorch's")
-    table = library.load(place, weights_only=True, map_location="cpu")
+    try:
+        table = library.load(place, weights_only=True, map_location="cpu")
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":  # its module is none that is imported here
+            raise
+        # PyTorch's own text tells how to load it unsafely.
+        raise UserError(
+            f"{place}: is damaged, or holds other Python objects than arrays, and those are never"
+            " loaded; where it was made, save the weights alone:"
+            " safetensors.torch.save_file(model.state_dict(), FILE), or"
+            " torch.save(model.state_dict(), FILE)"
+        ) from error
     for key in ("model", "state_dict", "module"):  # the containers that training scripts save
         if isinstance(table, Mapping) and isinstance(table.get(key), Mapping):
             table = table[key]

@@ -9,17 +9,16 @@ import collections
 import dataclasses
 import difflib
 import functools
-import json
 import math
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from m3i_jax.errors import UserError
-from m3i_jax.interop import intern_image_weights, position_tables
+from m3i_jax.interop import intern_image_weights, position_tables, tensor_files
 from m3i_jax.interop.vit_layouts import IMAGENET, LAYOUTS, Layout, LayoutEntry, layout_of
 
 Flat = dict[str, np.ndarray]
@@ -38,8 +37,9 @@ class PublishedWeights:
 
     Attributes: layout: whose names these are. arrays: {path: array}; `encoder/positions` as it
       stands there. settings: what the weights want of `model.encoder` and of the pixels (mean, std,
-      image_size): from the file, its config.json, or the layout. Of an InternImage only what is
-      said of the pixels: its sizes are those of a preset, which models know.
+      image_size, crop, background): from the file, its config.json, or the layout. Of an
+      InternImage only what is said of the pixels: its sizes are those of a preset, which models
+      know.
       unused: {what it is: arrays} that have no place here.
       unknown: names that no table knows.
       notes: what was changed on the way.
@@ -126,7 +126,9 @@ def load_vit(
         match, entry, n = hit
         layer = int(match[1]) if entry.stacked else 0
         entries[entry.ours] = entry
-        gathered.setdefault(entry.ours, {}).setdefault(layer, {})[n] = np.asarray(arrays[there])
+        gathered.setdefault(entry.ours, {}).setdefault(layer, {})[n] = tensor_files.weights(
+            there, arrays[there]
+        )
     found = _stacked(gathered, entries)
     notes = _fold_scales(found) + _row_for_cls(found)
     # CLIP, and timm's models of CLIP
@@ -229,43 +231,108 @@ def _shape_settings(
 
 def _told(config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that a config.json tells: Hugging Face's keys, timm's `model_args` and
-    `pretrained_cfg`."""
-    vision = config.get("vision_config")
-    if isinstance(vision, Mapping):
-        config = vision
-    args, pixels = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
+    `pretrained_cfg`.
+
+    >>> _told({"num_attention_heads": 2, "image_mean": [0.5, 0.5, 0.5], "hidden_act": ["gelu"]})
+    {'heads': 2, 'mean': (0.5, 0.5, 0.5)}
+    """
+    config = _part(config, "vision_config") or config
+    args = _part(config, "model_args")
     out: dict[str, Any] = {}
     for heads in (config.get("num_attention_heads"), args.get("num_heads")):
-        if isinstance(heads, int):
+        if _is_size(heads):
             out["heads"] = heads
-    if (act := config.get("hidden_act") or args.get("act_layer")) in _GELUS:
-        out["activation"] = _GELUS[act]
-    if isinstance(eps := config.get("layer_norm_eps"), float):
+    for act in (config.get("hidden_act"), args.get("act_layer")):
+        if isinstance(act, str) and act in _GELUS and "activation" not in out:
+            out["activation"] = _GELUS[act]
+    if isinstance(eps := config.get("layer_norm_eps"), float) and 0 < eps < 1:
         out["norm_eps"] = eps
-    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-        value = config.get(theirs) or pixels.get(ours)
-        if isinstance(value, list | tuple) and len(value) == 3:
-            out[ours] = tuple(float(x) for x in value)
-    crop = config.get("crop_size")
-    if isinstance(side := crop.get("height") if isinstance(crop, Mapping) else crop, int):
+    return out | _pixels(config)
+
+
+def _pixels(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How images are seen: Hugging Face's processor and timm's `pretrained_cfg`, then our own
+    preprocessing.json.
+
+    >>> _pixels({"crop_size": 224, "size": {"shortest_edge": 256}})
+    {'crop': 0.875, 'image_size': 224}
+    >>> _pixels({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 0.9}})
+    {'crop': 0.9142857142857143}
+    """
+    pretrained, ours = _part(config, "pretrained_cfg"), _part(config, tensor_files.PREPROCESSING)
+    out: dict[str, Any] = {}
+    for name, theirs in (("mean", "image_mean"), ("std", "image_std")):
+        for value in (config.get(theirs), pretrained.get(name), ours.get(name)):
+            if (
+                name not in out
+                and isinstance(value, list | tuple)
+                and len(value) == 3
+                and all(_is_number(x) for x in value)
+            ):
+                out[name] = tuple(float(x) for x in value)
+    sides = (
+        _side(config.get("crop_size")),
+        _side(config.get("size"), "shortest_edge"),
+        _side(config.get("size")),
+    )
+    if sides[0] and sides[1] and sides[0] <= sides[1]:  # CLIP's processor
+        out["crop"] = sides[0] / sides[1]
+    elif not sides[0] and sides[2]:  # that of ViT, which keeps all of an image
+        out["crop"] = 1.0
+    size, share = pretrained.get("input_size"), pretrained.get("crop_pct")
+    if (
+        isinstance(size, list | tuple)
+        and len(size) == 3
+        and _is_size(size[-1])
+        and _is_number(share)
+        and 0 < share <= 1
+    ):
+        out["crop"] = size[-1] / math.floor(size[-1] / share)
+    if _is_number(share := ours.get("crop")) and 0 < share <= 1:
+        out.setdefault("crop", share)
+    if _is_size(side := sides[0] or ours.get("image_size")):
         out["image_size"] = side
+    if isinstance(gray := ours.get("background"), int) and 0 <= gray <= 255:
+        out["background"] = gray
     return out
 
 
+def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section of a configuration; {} where there is something else."""
+    found = config.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _is_size(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 16
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    # nor NaN
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
+
+
+def _side(size: Any, key: str = "height") -> int:
+    """Pixels of a size as processors write it, a number or {key: number}; 0 where there is none."""
+    side = size.get(key) if isinstance(size, Mapping) else size
+    return side if _is_size(side) else 0
+
+
 def read_sidecar_configs(path: str) -> dict[str, Any]:
-    """What config.json and preprocessor_config.json in the directory of a file of weights say; {}
-    without them."""
+    """What config.json and preprocessor_config.json in the directory of a file of weights say, and,
+    by its name, our own preprocessing.json; {} without them.
+
+    Raises:
+      UserError: one of them is no JSON object.
+    """
     place = pathlib.Path(path)
     place = place if place.is_dir() else place.parent
     out: dict[str, Any] = {}
     for name in ("preprocessor_config.json", "config.json"):
         if (place / name).is_file():
-            try:
-                out |= json.loads((place / name).read_text())
-            except ValueError as error:
-                raise UserError(
-                    f"{place / name}: is no JSON ({error}); repair or remove it"
-                ) from error
+            out |= tensor_files.read_json(place / name)
+    if (place / tensor_files.PREPROCESSING).is_file():
+        out[tensor_files.PREPROCESSING] = tensor_files.read_json(place / tensor_files.PREPROCESSING)
     return out
 
 
@@ -288,11 +355,7 @@ def _intern_image(
             out |= flat(node, below) if isinstance(node, Mapping) else {below: node}
         return out
 
-    settings = IMAGENET | {
-        name: value
-        for name, value in _told(config).items()
-        if name in ("mean", "std", "image_size")
-    }
+    settings = IMAGENET | _pixels(config)
     return PublishedWeights(
         "intern_image",
         flat(intern_image_weights.load_intern_image({name: arrays[name] for name in arrays})),

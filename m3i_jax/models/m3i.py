@@ -320,7 +320,7 @@ def linear(config: schema.Config, params: Params, x_BxNxD: jax.Array, of: str) -
     """Predicted tokens [B, N, D] or pixels [B, N, P] at the cells of the encoder's own tokens:
     `heads.apply_linear`.
 
-    >>> from m3i_jax.objective.terms import FULL, LinearHead, tokens
+    >>> from m3i_jax.objective.terms import FULL, LinearHead, token_term
     >>> terms = (tokens(FULL, 0, head=LinearHead()),)
     >>> shapes = jax.eval_shape(lambda key: init(schema.Config(), key, terms, classes=0, vocabulary=0), jax.random.key(0))
     >>> jax.eval_shape(lambda p: linear(schema.Config(), p, jnp.zeros((3, 4, 768)), "tokens"), shapes).shape

@@ -13,7 +13,7 @@ from m3i_jax.models.backbone import Backbone, as_toy
 
 def _validate(config: schema.Config) -> None:
     e = config.model.encoder
-    if e.heads < 1 or e.width % e.heads:
+    if e.width % e.heads:
         raise UserError(f"config.model.encoder.heads: {e.heads!r} must divide the width {e.width}")
 
 

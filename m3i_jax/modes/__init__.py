@@ -1,7 +1,13 @@
 """One file a mode, each with `run(config, *, workdir, ...) -> exit code`: here the rooms meet, and
 nowhere else."""
 
+import os
+import pathlib
+from collections.abc import Iterable
 from typing import NamedTuple
+
+from m3i_jax import schema
+from m3i_jax.errors import UserError
 
 
 class Mode(NamedTuple):
@@ -11,8 +17,8 @@ class Mode(NamedTuple):
     needs no --config. settings: whether it
     may be given any. together: all hosts of a run enter it; the others need one. timed: its `run`
     takes `began`, when the process did.
-    compiles: what it compiles is kept for the next start.
-    """
+    compiles: what it compiles is kept for the next start. reads: how the settings begin that it
+    reads; (): all, for it trains with them."""
 
     text: str
     flags: tuple[str, ...] = ()
@@ -21,8 +27,23 @@ class Mode(NamedTuple):
     together: bool = False
     timed: bool = False
     compiles: bool = False
+    reads: tuple[str, ...] = ()
+
+    def refuse(
+        self, name: str, overrides: Iterable[str], config: schema.Config, workdir: str
+    ) -> None:
+        """Refuse what needs neither data nor JAX to be known as wrong: see `refuse_unread` and
+        `refuse_missing`."""
+        refuse_missing(name, config, workdir)
+        refuse_unread(name, overrides, config)
 
 
+_DATA = tuple(
+    f"data.{name}"
+    for name in ("source", "path", "directory", "mixture", "class_space", "class_names", "split", "holdout_split", "size", "holdout",
+                 "background", "threads", "missing")
+)  # fmt: skip
+_EVALUATION = ("image_size", "classes", "captions", "caption_length", "augment.mean", "augment.std")
 MODES = {
     "train": Mode(
         "pre-train, or go on with the run in the working directory",
@@ -47,6 +68,7 @@ MODES = {
         "write what the run in the working directory has logged to WORKDIR/report.html, beside"
         " those of report.beside; no --config",
         of_run=True,
+        reads=("report.beside", "report.private"),
     ),
     "eval": Mode(
         "evaluate the newest checkpoint of the run in the working directory: a table and"
@@ -55,12 +77,35 @@ MODES = {
         of_run=True,
         together=True,
         compiles=True,
+        reads=(
+            "seed",
+            *_DATA,
+            *(f"data.{name}" for name in _EVALUATION),
+            *(
+                "evaluate.",
+                "model.",
+                "objective.forms",
+                "objective.target_checkpoint",
+                "init.weights",
+                "init.strict",
+                "optim.ema_of",
+            ),
+            *(
+                "parallel.",
+                "report.private",
+                "report.beside",
+                "train.batch_size",
+                "train.microbatches",
+                "train.round_batch",
+            ),
+        ),
     ),
     "export": Mode(
         "write the encoder of the run in the working directory for other tools (--format), with a"
         " model card, to WORKDIR/export",
         flags=("format",),
         of_run=True,
+        reads=("evaluate.encoder", "evaluate.crop", "report.licence", "report.private"),
     ),
     "features": Mode(
         "write the features of all images of the source to a file (--out), by the run in the"
@@ -68,6 +113,11 @@ MODES = {
         flags=("out",),
         of_run=True,
         compiles=True,
+        reads=(
+            *_DATA,
+            *(f"evaluate.{name}" for name in ("features", "encoder", "crop", "batch_size")),
+            *("init_from", "init.weights", "report.private"),
+        ),
     ),
     "data": Mode(
         "report on the source before training: text, WORKDIR/data.json and the page"
@@ -96,3 +146,66 @@ MODES = {
         " resumes it"
     ),
 }
+
+
+def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) -> None:
+    """Refuse assignments of the command line that change nothing: settings that the mode, or the
+    kind of source, does not read.
+
+    Args:
+      mode: its name.
+      overrides: assignments `a.b=v`.
+      config: the settings with them.
+
+    Raises:
+      UserError: says which setting does nothing, and what reads it.
+
+    >>> mixed = schema.Data(source="mixture", mixture=("folder:/a",), path="/b")
+    >>> refuse_unread("eval", ["data.path=/b"], schema.Config(data=mixed))
+    Traceback (most recent call last):
+    m3i_jax.errors.UserError: config.data.path: '/b' changes nothing, for data.source='mixture' reads data.mixture alone; ...
+    >>> refuse_unread("export", ["optim.lr=1"], schema.Config())
+    Traceback (most recent call last):
+    m3i_jax.errors.UserError: config.optim.lr: changes nothing, for --mode=export does not read it; leave it out
+    """
+    from m3i_jax.data.sources import mixture
+
+    reads, keys = MODES[mode].reads, [text.partition("=")[0] for text in overrides]
+    if lost := [key for key in keys if reads and not key.startswith(reads)]:
+        raise UserError(
+            f"config.{lost[0]}: changes nothing, for --mode={mode} does not read it; leave it out"
+        )
+    why = mixture.unread(config.data, counted=bool(reads))
+    for key in keys:
+        value = getattr(config.data, key.removeprefix("data."), None)
+        if key in why and value != getattr(schema.Data, key.removeprefix("data.")):
+            raise UserError(f"config.{key}: {value!r} changes nothing, for {why[key]}")
+
+
+def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:
+    """Refuse first weights that are not there, before the trainer is even imported. A run that has
+    a checkpoint does not need them.
+
+    Raises:
+      UserError: `init_from` or `objective.target_checkpoint` names nothing.
+    """
+    place = pathlib.Path(workdir)
+    saved = [step for step in (place / "checkpoints").glob("*") if step.name.isdecimal()]
+    begun = {
+        "train": bool(saved),
+        "compare": (place / "compare").is_dir(),
+        "profile": False,
+        "features": False,
+    }
+    if begun.get(mode, True):
+        return
+    asked = {
+        "init_from": config.init_from,
+        "objective.target_checkpoint": config.objective.target_checkpoint,
+    }
+    for key, weights in asked.items():
+        if weights and not os.path.exists(weights):
+            raise UserError(
+                f"config.{key}: there is no {weights!r}; give the workdir of a run, or a file of"
+                " weights"
+            )

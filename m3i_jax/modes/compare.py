@@ -14,11 +14,11 @@ from typing import Any
 
 import jax
 
-from m3i_jax import parallel, schema
+from m3i_jax import parallel, published_settings, run_files, schema
+from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.modes import monitoring, train
 from m3i_jax.modes import setup as jobs
-from m3i_jax.objective import published
 from m3i_jax.reporting import compare_table as report
 from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import loop, plan
@@ -46,7 +46,14 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
         for number, (form, seed, job) in enumerate(wanted, 1):
             place = job.workdir / RESULT
             if place.is_file():
-                result = json.loads(place.read_text())
+                result = run_files.read_run_json(
+                    place, "restore it, or delete it to have it made again from the run's log"
+                )
+                if not is_result(result):
+                    raise UserError(
+                        f"{place}: is not the result of a run; delete it to have it made again from"
+                        " the run's log"
+                    )
                 train.check_same_run(job, result, allow_changes)
             else:
                 print(
@@ -68,7 +75,7 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
                     "values": values,
                 }
                 if main:
-                    write_text_atomic(place, json.dumps(result, indent=1) + "\n")
+                    write_text_atomic(place, json.dumps(result, indent=1) + "\n", noted=True)
             results.append({**result, "form": form, "seed": seed})
             if main:
                 write_comparison(whole, results, failed)
@@ -84,6 +91,14 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
                 )
             )
     return loop.FAILED if failed else loop.DONE
+
+
+def is_result(found: dict[str, Any]) -> bool:
+    """Whether what was read has the structure of a result."""
+    values = found.get("values")
+    if not isinstance(values, dict) or not isinstance(found.get("fingerprint"), str):
+        return False
+    return "step" in values and all(isinstance(value, int | float) for value in values.values())
 
 
 def compare_seeds(config: schema.Config) -> range:
@@ -124,7 +139,7 @@ def run_one(job: jobs.Setup, allow_changes: bool) -> int:
 def read_outcome(job: jobs.Setup) -> dict[str, float]:
     """Figures of a finished run: its last line of metrics, its last evaluation, and "seconds" of
     training, without the first step, which compiles, and without evaluations."""
-    lines = [json.loads(line) for line in (job.workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = train.logged(job.workdir)
     trained = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
     before, seconds = 1, 0.0
@@ -173,7 +188,7 @@ def compare_notes(whole: jobs.Setup, results: list[dict[str, Any]], failed: list
         out[-1] += f" Chance: {100 / len(whole.classes):.1f} %."
     methods = sorted(
         {name for form in config.compare.forms for name in objective_names(form)}
-        & set(published.PUBLISHED)
+        & set(published_settings.SETTINGS)
     )
     if methods:
         out.append(

@@ -2,7 +2,6 @@
 WORKDIR/data.json and WORKDIR/data.html."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 
 import jax
 
-from m3i_jax import parallel, schema
+from m3i_jax import parallel, privacy, schema
 from m3i_jax.data import dataset_scan, dataset_stats, decode, pipeline, splits, tokenizer
 from m3i_jax.data.sources import base
 from m3i_jax.modes import monitoring
@@ -80,7 +79,7 @@ def run(config: schema.Config, *, workdir: str) -> int:
         "speed": {**dataclasses.asdict(speed), "cores": usable_cores()},
         "feeds": chips_fed(done, words.vocabulary if words else 0, usable_cores() * speed.pipeline),
     }
-    write_text_atomic(place / "data.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_text_atomic(place / "data.json", privacy.json_text(report, indent=1) + "\n")
     shown = _examples(source, spread_items(good, PICTURES), config.data)
     twins = _twins(source, good, config.data)
     write_text_atomic(

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from m3i_jax.data import eval_batches
+from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import (
     attentive_probe,
@@ -65,9 +66,14 @@ def chosen_batches(job: Setup, source: Any, indices: list[int]) -> eval_batches.
     data = job.config.data
     hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
     return eval_batches.evaluation_batches(
-        source, indices, data.image_size, eval_rows(job), background=data.background, crop=job.config.evaluate.crop,
-        threads=max(1, data.threads), missing=data.missing, **hosts,
-    )  # fmt: skip
+        source,
+        indices,
+        Preprocessing.of(job.config),
+        eval_rows(job),
+        threads=max(1, data.threads),
+        missing=data.missing,
+        **hosts,
+    )
 
 
 def enabled_evaluators(job: Setup, say: Say, *, thorough: bool = True) -> list[str]:

@@ -8,7 +8,10 @@ last, with the names of its authors' Hugging Face repositories
 npz         vit.npz with the names of Google's vision_transformer; intern_image.npz with those of
 InternImage's PyTorch files stablehlo   features.stablehlo: images [b, S, S, 3] uint8 -> features
 [b, D] for any b, by jax.export; runs without this package orbax       parameters: our own tree, by
-Orbax"""
+Orbax
+
+Each has preprocessing.json too: how the run's evaluations see images. timm's and Hugging Face's own
+files say the same."""
 
 import dataclasses
 import importlib.util
@@ -27,7 +30,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load
 from m3i_jax.interop import export_formats, intern_image_weights, tensor_files, vit_weights
 from m3i_jax.models import backbones
-from m3i_jax.modes import model_card
+from m3i_jax.modes import model_card, output
 from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import checkpoint, init_from
 
@@ -56,6 +59,12 @@ def run(config: schema.Config, *, workdir: str, format: str) -> int:
             f"--format={format}: has no model for {config.model.backbone}, which this encoder is;"
             f" use {', '.join(write)}"
         )
+    place = pathlib.Path(workdir) / "export" / format
+    output.check_writable(
+        place.parent,
+        f"--workdir {workdir}",
+        "exports go to WORKDIR/export; copy config.txt and checkpoints elsewhere",
+    )
     model = load.load(
         workdir,
         weights=config.evaluate.encoder,
@@ -65,10 +74,11 @@ def run(config: schema.Config, *, workdir: str, format: str) -> int:
         model,
         config=dataclasses.replace(model.config, evaluate=config.evaluate, report=config.report),
     )
-    place = pathlib.Path(workdir) / "export" / format
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     told = write[format](place, model, workdir)
+    export_formats.description(place, model.preprocessing.described())
+    told.append(_seen(model))
     write_text_atomic(
         place / "model_card.md", model_card.model_card_text(model, pathlib.Path(workdir), format)
     )
@@ -78,9 +88,18 @@ def run(config: schema.Config, *, workdir: str, format: str) -> int:
     return 0
 
 
+def _seen(model: load.LoadedEncoder) -> str:
+    seen = model.preprocessing
+    return (
+        f"images are seen as {tensor_files.PREPROCESSING} says: short side {seen.short_side}, of"
+        f" that {seen.image_size} from the centre"
+    )
+
+
 def settings_of(config: schema.Config, workdir: str) -> schema.Config:
-    """What the command line says of the encoder (evaluate.encoder) and the card (report.licence),
-    over the settings of the run itself: no other setting may change what was trained."""
+    """What the command line says of the encoder (evaluate.encoder, evaluate.crop) and the card
+    (report.licence), over the settings of the run itself: no other setting may change what was
+    trained."""
     there = configuration.resolve(configuration.load_from_workdir(workdir, "--workdir"))
     return dataclasses.replace(there, evaluate=config.evaluate, report=config.report)
 
@@ -96,8 +115,9 @@ def tree_of(model: load.LoadedEncoder) -> dict[str, np.ndarray]:
 
 
 def _to_timm(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
-    encoder, size, pixels = _described(model)
-    export_formats.timm_config(place, tree_of(model), encoder, size, pixels)
+    encoder, preprocessing = _described(model)
+    size = model.config.data.image_size
+    export_formats.timm_config(place, tree_of(model), encoder, preprocessing)
     name, arguments = export_formats.timm_arguments(encoder, size)
     words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     told = [
@@ -116,8 +136,8 @@ def _to_timm(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> li
 
 
 def _to_hugging_face(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
-    encoder, size, pixels = _described(model)
-    kind = export_formats.hugging_face_config(place, tree_of(model), encoder, size, pixels)
+    encoder, preprocessing = _described(model)
+    kind = export_formats.hugging_face_config(place, tree_of(model), encoder, preprocessing)
     told = [f"open it with: transformers.{kind}.from_pretrained({str(place)!r})"]
     if kind == "ViTModel" and not encoder["final_norm"]:
         told.append(
@@ -152,10 +172,9 @@ def _to_npz(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> lis
 def _to_intern_image_hugging_face(
     place: pathlib.Path, model: load.LoadedEncoder, workdir: str
 ) -> list[str]:
-    _, size, pixels = _described(model)
     _same(
         file := export_formats.hugging_face_intern_image_config(
-            place, tree_of(model), size, pixels
+            place, tree_of(model), model.preprocessing.described()
         ),
         model,
     )
@@ -250,13 +269,9 @@ _OF_LAYOUT: dict[str, dict[str, Any]] = {
 }
 
 
-def _described(model: load.LoadedEncoder) -> tuple[dict[str, Any], int, dict[str, Any]]:
-    augment = model.config.data.augment
-    return (
-        dataclasses.asdict(model.config.model.encoder),
-        model.config.data.image_size,
-        {"mean": augment.mean, "std": augment.std},
-    )
+def _described(model: load.LoadedEncoder) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of the encoder, and of how it sees images."""
+    return dataclasses.asdict(model.config.model.encoder), model.preprocessing.described()
 
 
 def _pictures(model: load.LoadedEncoder) -> np.ndarray:

@@ -5,6 +5,7 @@ keys (text), labels int32 (-1: none), held_out bool, features float32 [n, D], in
 source, training part first; `about`, JSON that says what made them. The file appears when it is
 whole. What is done until then lies beside it in FILE.parts, and the same command goes on there."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -15,10 +16,12 @@ import numpy as np
 
 from m3i_jax import parallel, privacy, schema
 from m3i_jax.data import eval_batches, splits
+from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import load
 from m3i_jax.interop import tensor_files
+from m3i_jax.modes import output
 from m3i_jax.modes import setup as jobs
 from m3i_jax.training import checkpoint_dir
 
@@ -31,16 +34,21 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
     target = pathlib.Path(out)
     if target.suffix != ".npz" or target.is_dir():
         raise UserError(f"--out: {out!r} must be a file that ends in .npz")
+    output.check_writable(target.parent, f"--out={out}", "choose another directory for the file")
+    place = output.check_writable(
+        workdir,
+        f"--workdir {workdir}",
+        "the index of the data is kept there; choose another --workdir, and name the run by"
+        " init_from",
+    )
     model = _model(config, workdir)
-    place = pathlib.Path(workdir)
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    preprocessing = _seen(config, model)
     train, held_out = splits.open_splits(config.data, cache=str(place / "index"))
     identity = {
         "weights": model.name,
         "pool": model.pool,
-        "image_size": model.config.data.image_size,
+        **json.loads(json.dumps(preprocessing.described())),
     }
-    identity |= {"crop": config.evaluate.crop, "background": config.data.background}
     identity |= {
         "train": base.stable_digest(train.fingerprint(), len(train)),
         "held_out": base.stable_digest(held_out.fingerprint(), len(held_out)),
@@ -48,12 +56,19 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
     kept = target.with_name(target.name + ".parts")
     with jobs.lock_workdir(place):
         _agree(kept, identity)
+        seen = (
+            f"short side {preprocessing.short_side}, of that {preprocessing.image_size} from the"
+            " centre"
+        )
         print(
             f"{model.name}, {model.pool}: {len(train):,} images for training, {len(held_out):,}"
-            " held out"
+            f" held out; {seen}"
         )
-        made = [_part(model, config, source, kept / f"{name}.{at}.npz", at) for name, source in (("train", train), ("held_out", held_out))
-                for at in range(0, len(source), _PART)]  # fmt: skip
+        made = [
+            _part(model, preprocessing, config, source, kept / f"{name}.{at}.npz", at)
+            for name, source in (("train", train), ("held_out", held_out))
+            for at in range(0, len(source), _PART)
+        ]
         skipped: dict[str, int] = {}
         for part in made:
             for reason, count in json.loads(str(part["skipped"])).items():
@@ -70,7 +85,7 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
             "skipped": {reason: n for reason, n in skipped.items() if n},
         }
         tensor_files.write_npz(
-            target, columns | {"about": np.array(json.dumps(privacy.redacted(about)))}
+            target, columns | {"about": np.array(json.dumps(privacy.redact_tree(about)))}
         )
         shutil.rmtree(kept)
     told = ", ".join(f"{n:,} {reason}" for reason, n in skipped.items() if n)
@@ -101,6 +116,13 @@ def _model(config: schema.Config, workdir: str) -> load.LoadedEncoder:
     return model
 
 
+def _seen(config: schema.Config, model: load.LoadedEncoder) -> Preprocessing:
+    """How images are seen: as the weights want it, cut as the configuration says."""
+    return dataclasses.replace(
+        model.preprocessing, crop=config.evaluate.crop, background=config.data.background
+    )
+
+
 def _agree(kept: pathlib.Path, identity: dict[str, Any]) -> None:
     """Parts of other features are not gone on with."""
     told, file = json.dumps(identity), kept / "about.json"
@@ -112,6 +134,7 @@ def _agree(kept: pathlib.Path, identity: dict[str, Any]) -> None:
 
 def _part(
     model: load.LoadedEncoder,
+    preprocessing: Preprocessing,
     config: schema.Config,
     source: base.DataSource,
     file: pathlib.Path,
@@ -126,9 +149,8 @@ def _part(
     indices = range(start, min(start + _PART, len(source)))
     data = config.data
     batches = eval_batches.evaluation_batches(
-        source, indices, model.config.data.image_size, rows, background=data.background, crop=config.evaluate.crop,
-        threads=data.threads, missing=data.missing,
-    )  # fmt: skip
+        source, indices, preprocessing, rows, threads=data.threads, missing=data.missing
+    )
     if not isinstance(jax.tree.leaves(model.params)[0].sharding, jax.sharding.NamedSharding):
         model.params = jax.device_put(model.params, parallel.replicated(mesh))
     found: list[np.ndarray] = []

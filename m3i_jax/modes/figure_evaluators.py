@@ -13,6 +13,7 @@ import numpy as np
 
 from m3i_jax import privacy
 from m3i_jax.data import eval_batches
+from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.evaluation import attention_maps
 from m3i_jax.evaluation.feature_extraction import EvalContext, Metric, Predictions, extract_set
 from m3i_jax.evaluation.zero_shot import ClassPrompts
@@ -56,11 +57,15 @@ class FigureWriter:
 
     def tiles(self, records: Sequence[int]) -> list[image_grid.Image.Image]:
         """The views of records that can be read, as an evaluation sees them."""
-        data, ask = self.job.config.data, self.job.config.evaluate
+        data, preprocessing = self.job.config.data, Preprocessing.of(self.job.config)
         read = eval_batches.evaluation_batches(
-            self.job.held_out, records, data.image_size, len(records), background=data.background, crop=ask.crop, threads=data.threads,
+            self.job.held_out,
+            records,
+            preprocessing,
+            len(records),
+            threads=data.threads,
             missing=data.missing,
-        )  # fmt: skip
+        )
         side = image_grid.side_of_tile(data.image_size, self.job.config.grid)
         return [image_grid.image_tile(view, side) for view in next(read)["views"]]
 

@@ -43,6 +43,13 @@ def model_card_text(model: LoadedEncoder, workdir: pathlib.Path, format: str) ->
                 f" {a.mean} and std {a.std}"
             ),
         ),
+        (
+            "pictures",
+            (
+                f"short side resized to {model.preprocessing.short_side}, bicubic, centre cut out"
+                f" (evaluate.crop={c.evaluate.crop:g})"
+            ),
+        ),
         ("objective", " + ".join(c.objective.forms)),
         ("licence", licence),
     ]

@@ -4,11 +4,8 @@ signal, the compilation cache."""
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import pathlib
-import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +13,7 @@ from typing import Any
 
 import jax
 
-from m3i_jax import parallel, schema
+from m3i_jax import parallel, run_files, schema
 from m3i_jax.profiling import flops, hardware, trace
 from m3i_jax.training import goodput, step
 from m3i_jax.training.trainer import Trainer, abstract_batch
@@ -69,9 +66,8 @@ def log_metrics(log: pathlib.Path) -> dict[str, float]:
     """Seconds by phase of the last line of a log that has them; nothing where there is none."""
     if not log.is_file():
         return {}
-    for line in reversed(log.read_text(encoding="utf-8", errors="replace").splitlines()):
-        with contextlib.suppress(ValueError):
-            values = json.loads(line)
+    for values in reversed(run_files.read_log(log, [])[0]):
+        with contextlib.suppress(ValueError, TypeError):
             if seconds := {
                 k.removeprefix(goodput.PREFIX): float(v)
                 for k, v in values.items()
@@ -154,24 +150,10 @@ def enable_compilation_cache(workdir: pathlib.Path) -> str:
         place = workdir / "compiled"
     else:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        place = pathlib.Path(cache) / "m3i_jax" / f"compiled-{_machine()}"
+        place = pathlib.Path(cache) / "m3i_jax" / f"compiled-{parallel.machine_key()}"
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
         return ""  # a home that cannot be written to: JAX compiles every time
     jax.config.update("jax_compilation_cache_dir", str(place))
     return str(place)
-
-
-def _machine() -> str:
-    """Processors of another kind cannot run each other's programs, and a home directory may be
-    shared by both."""
-    info = pathlib.Path("/proc/cpuinfo")
-    flags = (
-        [line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))][
-            :1
-        ]
-        if info.is_file()
-        else []
-    )
-    return hashlib.sha256("".join([platform.machine(), *flags]).encode()).hexdigest()[:8]

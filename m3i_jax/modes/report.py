@@ -4,8 +4,11 @@ writes it too when it ends."""
 import dataclasses
 import pathlib
 
+import jax
+
 from m3i_jax import config as configuration
 from m3i_jax import schema
+from m3i_jax.errors import UserError
 from m3i_jax.reporting import figures, run_log, run_page
 from m3i_jax.reporting.atomic_write import write_text_atomic
 
@@ -13,6 +16,17 @@ from m3i_jax.reporting.atomic_write import write_text_atomic
 def run(config: schema.Config, *, workdir: str) -> int:
     print(f"wrote {write_report(config, pathlib.Path(workdir))}")
     return 0
+
+
+def refuse_absent(config: schema.Config) -> None:
+    """Raise UserError for a directory of `report.beside` that does not exist: a run that ends would
+    have no report."""
+    for place in config.report.beside:
+        if not jax.process_index() and not pathlib.Path(place).is_dir():
+            raise UserError(
+                f"config.report.beside: there is no directory {place!r}; name the working directory"
+                " of a run, or leave it out"
+            )
 
 
 def write_report(config: schema.Config, workdir: pathlib.Path) -> pathlib.Path:

@@ -6,6 +6,8 @@ import dataclasses
 import fcntl
 import os
 import pathlib
+import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,20 +16,22 @@ import jax
 from m3i_jax import config as configuration
 from m3i_jax import parallel, schema, validation
 from m3i_jax.data import pipeline, splits, tokenizer
+from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
-from m3i_jax.training import plan
+from m3i_jax.training import plan, scaling
 
 
 def complete_config(
     config: schema.Config, *, classes: int, captions: bool, size: int
 ) -> schema.Config:
     """The configuration with what only the data knows: its categories, whether captions are used,
-    its training images."""
+    its training images, and the settings that follow from their number where they are left open
+    (`scaling.fill_open_settings`)."""
     data = dataclasses.replace(
         config.data, classes=classes, captions="yes" if captions else "no", size=size
     )
-    return dataclasses.replace(config, data=data)
+    return scaling.fill_open_settings(dataclasses.replace(config, data=data))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -58,8 +62,11 @@ class Setup:
 
     @property
     def identity(self) -> str:
-        """What the fingerprint is made of, a line each."""
-        return pipeline.stream_identity(self.config, self.train)
+        """What the fingerprint is made of, a line each; then what is held out."""
+        held = enumerate(base.source_identity(self.held_out), 1)
+        return pipeline.stream_identity(self.config, self.train) + "".join(
+            f"held out {i} = {line}\n" for i, line in held
+        )
 
     def batches(self, start: int, views: tuple[int, ...] = ()) -> Any:
         """Host batches from sample `start` on, with these views or those that the objective
@@ -132,7 +139,7 @@ def open_setup(
     backbones.validate_backbone(config)  # before data are opened, which may take minutes
     place = pathlib.Path(workdir)
     config, devices = restore_or_init(_begun(config, place))
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make(place)
     # the first host reads the headers of all files, the others read what it kept
     with parallel.host0_first("index"):
         train, held_out = splits.open_splits(config.data, cache=str(place / "index"))
@@ -170,6 +177,17 @@ def open_setup(
     )
 
 
+def make(workdir: pathlib.Path) -> None:
+    """Make a working directory if it is not there. Raises UserError if it cannot be made."""
+    try:
+        workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--workdir {workdir}: cannot be made ({error.strerror or error}); choose another"
+            " directory"
+        ) from error
+
+
 @contextlib.contextmanager
 def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
     """One run a working directory. The lock is the kernel's and ends with the process that holds
@@ -177,19 +195,53 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
     if jax.process_index():
         yield
         return
-    file = os.open(workdir / "run.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    file, holder = _open_lock(workdir / "run.lock")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        holder = os.read(file, 32).decode(errors="replace").strip()
+    except BlockingIOError:
         os.close(file)
         raise UserError(
             f"--workdir {workdir}: another run (process {holder or 'unknown'}) is working there;"
             " stop it or choose another directory"
         ) from None
-    os.ftruncate(file, 0)
-    os.write(file, str(os.getpid()).encode())
+    except OSError as error:
+        print(
+            f"warning: {workdir} has no locks ({error.strerror}): see to it that no other run works"
+            " there",
+            flush=True,
+        )
+    with contextlib.suppress(OSError):  # a full disk: the number is only for a message
+        os.ftruncate(file, 0)
+        os.pwrite(file, str(os.getpid()).encode(), 0)
     try:
         yield
     finally:
         os.close(file)
+
+
+def _open_lock(path: pathlib.Path) -> tuple[int, str]:
+    """The lock as a file that may be written to, and the process number in it. Nothing that is not
+    a lock is opened for writing: neither what a link leads to, nor a file with another content.
+
+    Raises:
+      UserError: it is something else, or cannot be opened.
+    """
+    try:
+        file = os.open(
+            path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600
+        )
+    except OSError as error:
+        if path.is_symlink() or path.is_dir():
+            raise UserError(
+                f"{path}: is {'a link' if path.is_symlink() else 'a directory'} and no lock of a"
+                " run; delete it"
+            ) from None
+        raise UserError(
+            f"{path}: no run can work there ({error.strerror or error}); choose another --workdir"
+        ) from error
+    if stat.S_ISREG(os.fstat(file).st_mode) and (
+        holder := re.fullmatch(rb"\s*(\d*)\s*", os.read(file, 33))
+    ):
+        return file, holder[1].decode()
+    os.close(file)
+    raise UserError(f"{path}: holds something else than the process number of a run; move it away")

@@ -6,12 +6,12 @@ import math
 import jax
 
 from m3i_jax import config as configuration
-from m3i_jax import parallel, schema, validation
+from m3i_jax import parallel, published_settings, schema, validation
 from m3i_jax.models import m3i
 from m3i_jax.modes import monitoring, setup
 from m3i_jax.profiling import flops, hardware
 from m3i_jax.reporting import text_table
-from m3i_jax.training import plan_table, trainer
+from m3i_jax.training import plan_table, scaling, trainer
 
 # ImageNet-1k and CLIP, where only the data could tell
 ASSUMED = {"classes": 1000, "size": 1_281_167, "vocabulary": 49_408}
@@ -79,6 +79,8 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
         ),
         "\n",
     )
+    if unpublished := published_settings.unpublished_settings_note(done):
+        print(f"{unpublished}\n")
     total = monitoring.model_flops(made)
     rows = [
         (
@@ -130,6 +132,10 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
         " takes there, no plan can say"
     )
     print(text_table.text_table(hardware.slice_rows(total * length.steps, mfu), hardware.HEADERS))
+    for line in scaling.scaling_warnings(done, steps=length.steps, warmup=length.warmup):
+        print(line)
+    if left := scaling.open_settings(config):
+        print(f"from batch, length and size (training/scaling.py): {', '.join(left)}")
     if assumed:
         print(f"assumed, since this mode reads no data: {', '.join(assumed)}")
     return 0

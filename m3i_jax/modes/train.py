@@ -9,23 +9,26 @@ import jax
 import numpy as np
 
 from m3i_jax import config as configuration
-from m3i_jax import parallel, privacy, schema
+from m3i_jax import parallel, privacy, published_settings, run_files, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
 from m3i_jax.modes import evaluators, monitoring, report, unnormalize
 from m3i_jax.modes import setup as jobs
 from m3i_jax.parallel import distributed
-from m3i_jax.reporting import panels, writers
+from m3i_jax.reporting import panels, run_log, writers
 from m3i_jax.reporting.atomic_write import write_text_atomic
-from m3i_jax.training import debug_dump, goodput, loop, plan
+from m3i_jax.training import checkpoint_dir, debug_dump, goodput, loop, plan, scaling
 from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints, SavesFailed
 from m3i_jax.training.trainer import Trainer
+
+LOG = "metrics.jsonl"
 
 
 def run(
     config: schema.Config, *, workdir: str, allow_changes: bool, began: float | None = None
 ) -> int:
     plan.reject_unused_settings(config, [config.objective.forms])
+    report.refuse_absent(config)
     job = jobs.open_setup(config, workdir, trains=[config.objective.forms])
     distributed.assert_same_on_all_hosts("data", {"data": job.identity})
     with jobs.lock_workdir(job.workdir):
@@ -33,20 +36,11 @@ def run(
 
 
 def check_same_run(job: jobs.Setup, position: dict[str, Any] | None, allow_changes: bool) -> None:
-    """A resumed run must be the run it resumes: same settings where they matter, same data. Secrets
-    in paths are in neither text, so that new credentials are no change."""
-    saved, data = job.workdir / "config.txt", job.workdir / "data.txt"
-    text, identity = privacy.redact(job.text), privacy.redact(job.identity)
-    changed = (
-        configuration.config_difference(saved.read_text(), text)
-        if saved.is_file() and position
-        else []
-    )
-    if position and position["fingerprint"] != job.fingerprint:
-        told = configuration.config_difference(data.read_text(), identity) if data.is_file() else []
-        changed += [f"data, {line}" for line in told] or [
-            f"data: {position['fingerprint']} -> {job.fingerprint}"
-        ]
+    """A resumed run must be the run it resumes: same settings where they matter, same data, same
+    tokenizer. Secrets in paths are in neither text, so that new credentials are no change. The
+    first host looks, for all."""
+    changed = _changes(job, position) if position and not jax.process_index() else []
+    changed = list(filter(None, parallel.exchange_values("changes", "; ".join(changed)[:4000])[:1]))
     if changed and not allow_changes:
         raise UserError(
             f"--workdir {job.workdir}: the run there was made with another configuration"
@@ -54,8 +48,89 @@ def check_same_run(job: jobs.Setup, position: dict[str, Any] | None, allow_chang
             " with the new one"
         )
     if not jax.process_index():
-        write_text_atomic(saved, text)
-        write_text_atomic(data, identity)
+        write_text_atomic(job.workdir / "config.txt", privacy.redact(job.text), noted=True)
+        write_text_atomic(job.workdir / "data.txt", privacy.redact(job.identity), noted=True)
+
+
+def _changes(job: jobs.Setup, position: dict[str, Any]) -> list[str]:
+    """What is different from the run at a checkpoint; warns of what cannot be compared and of what
+    no training depends on.
+
+    Raises:
+      UserError: config.txt is not what the run wrote.
+    """
+    saved, data = job.workdir / "config.txt", job.workdir / "data.txt"
+    out = []
+    if saved.is_file():
+        remedy = "restore it, or delete it to go on with the settings of this command"
+        out += configuration.config_difference(
+            run_files.read_run_text(saved, remedy), privacy.redact(job.text)
+        )
+    else:
+        writers.log_line(
+            f"warning: {saved} is missing: whether the settings are those of the run cannot be"
+            " compared"
+        )
+    if position["fingerprint"] != job.fingerprint:
+        told = _difference(data, privacy.redact(job.identity))
+        out += [f"data, {line}" for line in told] or [
+            f"data: {position['fingerprint']} -> {job.fingerprint}"
+        ]
+    for name, wrong in run_files.changed_run_files(position, job.workdir).items():
+        if name == LOG:
+            writers.log_line(
+                f"warning: {job.workdir / name} is not what the run wrote ({wrong}): its figures"
+                " may be wrong"
+            )
+        else:
+            out.append(f"{name}: {wrong}")
+    return out
+
+
+def _difference(data: pathlib.Path, identity: str) -> list[str]:
+    """How data.txt differs, for a message; nothing if it cannot be read."""
+    with contextlib.suppress(OSError, UserError):
+        return configuration.config_difference(run_files.read_run_text(data), identity)
+    return []
+
+
+def sound(position: dict[str, Any], step: int) -> dict[str, Any]:
+    """The position of a checkpoint, if it has the structure that a run gives it.
+
+    Raises:
+      UserError: somebody else made it, with a right checksum.
+    """
+    kinds = {
+        "samples_seen": int,
+        "restarts": int,
+        "fingerprint": str,
+        "seconds": dict,
+        "counts": dict,
+        "files": dict,
+    }
+    wrong = [
+        name
+        for name, kind in kinds.items()
+        if name in position and type(position[name]) is not kind
+    ]
+    wrong += [name for name in ("samples_seen", "fingerprint") if name not in position]
+    if not wrong:
+        groups = list(position.get("counts", {}).values())
+        counts = [count for group in groups if isinstance(group, dict) for count in group.values()]
+        wrong += ["counts"] * (
+            any(type(group) is not dict for group in groups)
+            or any(type(count) is not int for count in counts)
+        )
+        wrong += ["seconds"] * any(
+            type(value) not in (int, float) for value in position.get("seconds", {}).values()
+        )
+    if wrong or position["samples_seen"] < 0:
+        raise UserError(
+            f"checkpoint {step}: its position is not one of a run"
+            f" ({', '.join(wrong) or 'samples_seen'}); move the checkpoint away, and the one before"
+            " is used"
+        )
+    return position
 
 
 def pretrain(job: jobs.Setup, allow_changes: bool, began: float | None = None) -> int:
@@ -72,9 +147,20 @@ def pretrain(job: jobs.Setup, allow_changes: bool, began: float | None = None) -
 
 def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
     config, workdir = job.config, job.workdir
+    if not jax.process_index():
+        checkpoint_dir.refuse_lost(workdir, logged(workdir))
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, say=writers.log_line)
     newest = checkpoints.newest_good()
-    position = checkpoints.position(newest) if newest is not None else None
+    position = sound(checkpoints.position(newest), newest) if newest is not None else None
+    if (
+        newest is not None
+        and not jax.process_index()
+        and (lost := checkpoint_dir.lost_since(workdir, newest))
+    ):
+        writers.log_line(
+            f"warning: checkpoint {lost:,}, which the run saved, is not there: it goes on from"
+            f" {newest:,}"
+        )
     check_same_run(job, position, allow_changes)
     trainer = Trainer(config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
     trainer.check_room()
@@ -82,9 +168,7 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
         (newest, position["samples_seen"]) if newest is not None and position else (0, 0)
     )
     before = (
-        goodput.resumed_seconds(
-            position.get("seconds", {}), monitoring.log_metrics(workdir / "metrics.jsonl")
-        )
+        goodput.resumed_seconds(position.get("seconds", {}), monitoring.log_metrics(workdir / LOG))
         if position
         else {}
     )
@@ -93,15 +177,22 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
     )
     say = writer.say
     # All hosts skip the same, which is what the first has left in the log.
-    own = sorted(evaluations_done(workdir / "metrics.jsonl")) if not jax.process_index() else []
+    own = sorted(evaluations_done(workdir / LOG)) if not jax.process_index() else []
     done = frozenset(json.loads(parallel.exchange_values("evaluated", json.dumps(own))[0]))
+    words = tokenizer_of(workdir) if job.tokenizer else {}
     parameters = sum(count for _, count in m3i.parameter_table(trainer.template.params))
     say(f"{job.train.description()}; {len(job.held_out):,} held out")
+    if unpublished := published_settings.unpublished_settings_note(config):
+        say(unpublished)
     where = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
     say(
         f"{parameters:,} parameters; {trainer.length.steps:,} steps of {config.train.batch_size}"
         f" images on {where}"
     )
+    for line in scaling.scaling_warnings(
+        config, steps=trainer.length.steps, warmup=trainer.length.warmup
+    ):
+        say(line)
     restarts = 1 + position.get("restarts", 0) if position else 0
     clock = monitoring.make_clock(trainer, say, earlier=before, restarts=restarts, began=began)
     with (
@@ -134,6 +225,7 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
                 "seconds": clock.total(),
                 "restarts": restarts,
                 "counts": data.counts,
+                "files": {**writer.mark(), **words},
             },
             dump=lambda *what: dump_step(workdir, trainer, say, *what),
             evaluated=done,
@@ -173,14 +265,23 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
     return code
 
 
+def logged(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of the log of a run, with a warning if it is not as the run wrote it."""
+    return run_log.logged(workdir / LOG)
+
+
 def evaluations_done(log: pathlib.Path) -> frozenset[int]:
     """Steps of a log that have an evaluation."""
-    if not log.is_file():
-        return frozenset()
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = run_files.read_log(log, [])[0] if log.is_file() else []
     return frozenset(
         line["step"] for line in lines if any(name.startswith("eval/") for name in line)
     )
+
+
+def tokenizer_of(workdir: pathlib.Path) -> dict[str, run_files.Mark]:
+    """What the position of a checkpoint knows of the tokenizer of the run."""
+    path = workdir / "tokenizer.json"
+    return {path.name: run_files.file_mark(run_files.read_run_file(path))} if path.is_file() else {}
 
 
 def dump_step(

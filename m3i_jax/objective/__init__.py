@@ -7,7 +7,8 @@ project and for others.
                   prototypes
 `posteriors`     all of these as values
 `terms`      the rows of the paper's Table 1 as data
-`published`        public methods as they were published, where they differ from those rows
+`published`        terms of public methods, where they differ from those rows
+`registry`     all objectives by name; `register_form` adds one from outside
 `information`  the bound of Eq. 2 in bits
 `collapse`   how far the targets are from collapse
 `masks`        which cells of a mixed input show which image (numpy, host)
@@ -34,6 +35,7 @@ __all__ = [
     "published",
     "positions",
     "losses",
+    "registry",
     "regression_losses",
     "collapse",
     "ema",

@@ -19,7 +19,7 @@ from m3i_jax.objective.numerics import (
     check_same_shape,
     float32,
     l2_normalize,
-    select_logit,
+    softmax_cross_entropy,
     weighted_sum,
     zero_masked_rows,
 )
@@ -84,8 +84,10 @@ def dense_boltzmann(
     if where_KxN is not None:
         logits_NxBxK = jnp.where(exists_KxN.T[:, None, :], logits_NxBxK, ABSENT)
     index_NxB = jnp.broadcast_to(index_B, logits_NxBxK.shape[:2])
-    cost_NxB = jax.nn.logsumexp(logits_NxBxK, axis=-1) - select_logit(logits_NxBxK, index_NxB)
-    return weighted_sum(cost_NxB, weight_BxN.T), weight_BxN.sum()
+    return (
+        weighted_sum(softmax_cross_entropy(logits_NxBxK, index_NxB), weight_BxN.T),
+        weight_BxN.sum(),
+    )
 
 
 def densecl(
@@ -143,8 +145,9 @@ def densecl(
         other_BxK, n_KxD = other_BxK & exists_K, jnp.where(exists_K[:, None], n_KxD, 0.0)
     p_BxNxD, t_BxNxD, n_KxD = l2_normalize(p_BxNxD), l2_normalize(t_BxNxD), l2_normalize(n_KxD)
     logits_BxNxK = jnp.einsum("bnd,kd->bnk", p_BxNxD, n_KxD, precision=EXACT) / temperature
-    against_BxN = jax.nn.logsumexp(jnp.where(other_BxK[:, None], logits_BxNxK, ABSENT), axis=-1)
-    cost_BxN = jax.nn.softplus(against_BxN - (p_BxNxD * t_BxNxD).sum(-1) / temperature)
+    own_BxNx1 = (p_BxNxD * t_BxNxD).sum(-1, keepdims=True) / temperature
+    above_BxNxK = jnp.where(other_BxK[:, None], logits_BxNxK - own_BxNx1, ABSENT)
+    cost_BxN = jax.nn.softplus(jax.nn.logsumexp(above_BxNxK, axis=-1))
     return weighted_sum(cost_BxN, weight_BxN), weight_BxN.sum()
 
 
@@ -171,16 +174,13 @@ def nt_xent(
     """
     a_BxD, b_BxD, weight_B = _views(a_BxD, b_BxD, where_B)
     batch = a_BxD.shape[0]
-    a_BxD, b_BxD = l2_normalize(a_BxD), l2_normalize(b_BxD)
-    z_VxD = jnp.concatenate([a_BxD, b_BxD])
+    z_VxD = jnp.concatenate([l2_normalize(a_BxD), l2_normalize(b_BxD)])
     exists_V = jnp.tile(weight_B > 0, 2)
     candidate_VxV = exists_V & ~jnp.eye(2 * batch, dtype=bool)
     logits_VxV = jnp.matmul(z_VxD, z_VxD.T, precision=EXACT) / temperature
-    normalizer_V = jax.nn.logsumexp(jnp.where(candidate_VxV, logits_VxV, ABSENT), axis=1)
-    cost_B = (normalizer_V[:batch] + normalizer_V[batch:]) / 2 - (a_BxD * b_BxD).sum(
-        -1
-    ) / temperature
-    return weighted_sum(cost_B, weight_B), weight_B.sum()
+    twin_V = jnp.roll(jnp.arange(2 * batch), batch)
+    cost_V = softmax_cross_entropy(jnp.where(candidate_VxV, logits_VxV, ABSENT), twin_V)
+    return weighted_sum((cost_V[:batch] + cost_V[batch:]) / 2, weight_B), weight_B.sum()
 
 
 def barlow_twins(

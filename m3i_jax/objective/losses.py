@@ -21,10 +21,11 @@ from m3i_jax.objective.numerics import (
     float32,
     l2_normalize,
     select_logit,
+    softmax_cross_entropy,
     weighted_sum,
     zero_masked_rows,
 )
-from m3i_jax.objective.similarity import Pairs, normalizers, similarities
+from m3i_jax.objective.similarity import Pairs, chunked_cross_entropy, similarities
 
 
 def gaussian(
@@ -210,8 +211,7 @@ def boltzmann(
     logits_TxK = jnp.matmul(p_TxD, k_KxD.T, precision=EXACT) / temperature
     if where_K is not None:
         logits_TxK = jnp.where(exists_K, logits_TxK, ABSENT)
-    cost_T = jax.nn.logsumexp(logits_TxK, axis=-1) - select_logit(logits_TxK, index_T)
-    return weighted_sum(cost_T, weight_T), weight_T.sum()
+    return weighted_sum(softmax_cross_entropy(logits_TxK, index_T), weight_T), weight_T.sum()
 
 
 def category(
@@ -253,11 +253,9 @@ def category(
         check_same_shape("where", where_B.shape, "label", label_B.shape)
         weight_B = weight_B * where_B.astype(jnp.float32)
     logits_BxC = jnp.where((weight_B > 0)[..., None], logits_BxC, 0.0)
-    log_total_B = jax.nn.logsumexp(logits_BxC, axis=-1)
-    expected_B = (1 - smoothing) * select_logit(logits_BxC, label_B) + smoothing * logits_BxC.mean(
-        -1
-    )
-    return weighted_sum(log_total_B - expected_B, weight_B), weight_B.sum()
+    above_B = (logits_BxC - select_logit(logits_BxC, label_B)[..., None]).mean(-1)
+    cost_B = softmax_cross_entropy(logits_BxC, label_B) - smoothing * above_B
+    return weighted_sum(cost_B, weight_B), weight_B.sum()
 
 
 def text(
@@ -312,15 +310,17 @@ def text(
     if group_B is not None:
         group_B = jnp.asarray(group_B)
         check_same_shape("group", group_B.shape, "the rows", weight_B.shape)
-    rows = Pairs(jnp.arange(batch), None if where_B is None else weight_B > 0, group_B)
+    number_B = jnp.arange(batch)
+    rows = Pairs(number_B, None if where_B is None else weight_B > 0, group_B)
     if 0 < chunk < batch:
-        normalizer_B = normalizers(chunk, u_BxE, v_BxE, rows)
+        cost_B = chunked_cross_entropy(chunk, u_BxE, v_BxE, rows)
     else:
         logits_BxB = similarities(u_BxE, v_BxE, rows, rows)
-        normalizer_B = (
-            jax.nn.logsumexp(logits_BxB, axis=1) + jax.nn.logsumexp(logits_BxB, axis=0)
+        cost_B = (
+            softmax_cross_entropy(logits_BxB, number_B)
+            + softmax_cross_entropy(logits_BxB.T, number_B)
         ) / 2
-    return weighted_sum(normalizer_B - (u_BxE * v_BxE).sum(-1), weight_B), weight_B.sum()
+    return weighted_sum(cost_B, weight_B), weight_B.sum()
 
 
 def layer_normalize(x: ArrayLike, eps: float = 1e-5) -> jax.Array:

@@ -82,6 +82,25 @@ def select_logit(logits_TxK: jax.Array, index_T: jax.Array) -> jax.Array:
     return jnp.where((index_T >= 0) & (index_T < classes), chosen_T, math.nan)
 
 
+def softmax_cross_entropy(logits_TxK: jax.Array, index_T: jax.Array) -> jax.Array:
+    """`-log softmax(logits)[index]` of each row, in nats, as accurate as its logits and never
+    negative; NaN where the index is outside.
+
+    Computed as `log(1 + sum_{k != index} exp(logit_k - logit_index))`. The usual `logsumexp(logits)
+    - logit_index` subtracts two numbers of the size of the logits: at CLIP's largest scale, 100, it
+    is off by 8e-6 a row, 2e-3 of a loss of .005.
+
+    >>> print(softmax_cross_entropy(jnp.array([[100.0, 80.0], [0.0, 0.0]]), jnp.array([0, 1])))
+    [2.0611537e-09 6.9314718e-01]
+    """
+    classes = logits_TxK.shape[-1]
+    hit_TxK = jnp.arange(classes) == index_T[..., None]
+    own_Tx1 = jnp.where(hit_TxK, logits_TxK, 0.0).sum(-1, keepdims=True)
+    others_T = jax.nn.logsumexp(jnp.where(hit_TxK, ABSENT, logits_TxK - own_Tx1), axis=-1)
+    # NaN enters last, so that a row of weight 0 with such an index has no NaN in its gradient.
+    return jnp.where((index_T >= 0) & (index_T < classes), jax.nn.softplus(others_T), math.nan)
+
+
 def weighted_sum(cost_T: jax.Array, weight_T: jax.Array) -> jax.Array:
     """Sum of weight times cost; a cost of weight 0 may be NaN.
 

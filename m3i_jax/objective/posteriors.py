@@ -68,7 +68,7 @@ class Posterior(Protocol):
     def bits(self, evidence: dict[str, jax.Array], count: jax.Array, /) -> jax.Array | None: ...
 
 
-def _moments(prediction: jax.Array, target: jax.Array, where: jax.Array) -> dict[str, jax.Array]:
+def moments(prediction: jax.Array, target: jax.Array, where: jax.Array) -> dict[str, jax.Array]:
     """Sums of a Gaussian model: squared error, squared targets and the targets themselves."""
     p, t, w = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (prediction, target, where))
     w_x1 = w[..., None]
@@ -79,17 +79,23 @@ def _moments(prediction: jax.Array, target: jax.Array, where: jax.Array) -> dict
     }
 
 
-class _Form:
+class Form:
+    """A `Posterior` but for its `cost`: the target as it is, no keys of the batch, no bits. A
+    subclass is a frozen dataclass, since terms are compared and hashed."""
+
     batch_keys: ClassVar[bool] = False
     two_sided: ClassVar[bool] = False
 
     def prepare(self, target: jax.Array) -> jax.Array:
         return target
 
+    def bits(self, evidence: dict[str, jax.Array], count: jax.Array) -> jax.Array | None:
+        return None
 
-class _Regression(_Form):
-    """Forms that predict the target itself: their information is that of a Gaussian around the
-    prediction."""
+
+class Regression(Form):
+    """Forms that predict the target itself, with `moments` as evidence: their information is that
+    of a Gaussian around the prediction."""
 
     def prepare(self, target: jax.Array) -> jax.Array:
         return losses.layer_normalize(target)
@@ -100,7 +106,7 @@ class _Regression(_Form):
         return information.gaussian_bits(evidence["error"] / n / width, variance, width)
 
 
-class _Softmax(_Form):
+class Softmax(Form):
     """Forms that point at one of several targets: against a uniform guess among them."""
 
     def bits(self, evidence: dict[str, jax.Array], count: jax.Array) -> jax.Array:
@@ -116,7 +122,7 @@ class _Softmax(_Form):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gaussian(_Regression):
+class Gaussian(Regression):
     """Squared error per element; with `second_moment`, the anti-collapse term of SiameseIM, weighed
     by the configuration.
 
@@ -136,11 +142,11 @@ class Gaussian(_Regression):
         total, count = losses.gaussian(
             p, t, w, second_moment=weight, moment_DxD=given.moment if weight else None
         )
-        return LossSum(total, count, _moments(p, t, w))
+        return LossSum(total, count, moments(p, t, w))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SmoothL1(_Regression):
+class SmoothL1(Regression):
     """Smooth L1 (data2vec and feature distillation: beta 2).
 
     >>> print(SmoothL1().cost(jnp.zeros((1, 4)), jnp.ones((1, 4)), jnp.ones(1), LossInputs()).sum)            # d^2 / (2 beta)
@@ -153,11 +159,11 @@ class SmoothL1(_Regression):
         self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs
     ) -> LossSum:
         total, count = regression_losses.smooth_l1(prediction, target, where, beta=self.beta)
-        return LossSum(total, count, _moments(prediction, target, where))
+        return LossSum(total, count, moments(prediction, target, where))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cosine(_Regression):
+class Cosine(Regression):
     """2 - 2 cos: the Gaussian of vectors of length 1 (BYOL). `scale`: 2 where a method adds up both
     directions.
 
@@ -177,12 +183,12 @@ class Cosine(_Regression):
         return LossSum(
             self.scale * total,
             count,
-            _moments(l2_normalize(float32(prediction)), l2_normalize(float32(target)), where),
+            moments(l2_normalize(float32(prediction)), l2_normalize(float32(target)), where),
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Boltzmann(_Softmax):
+class Boltzmann(Softmax):
     """InfoNCE over the targets of the whole batch; of dense targets, over those at the same
     position of all images.
 
@@ -214,7 +220,7 @@ class Boltzmann(_Softmax):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DenseCL(_Softmax):
+class DenseCL(Softmax):
     """InfoNCE of dense targets against the mean target of every other image (DenseCL, its queue
     being the batch).
 
@@ -241,7 +247,7 @@ class DenseCL(_Softmax):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NTXent(_Softmax):
+class NTXent(Softmax):
     """NT-Xent of two views, gradient through both (SimCLR).
 
     >>> z = jnp.eye(2)
@@ -261,7 +267,7 @@ class NTXent(_Softmax):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BarlowTwins(_Form):
+class BarlowTwins(Form):
     """Cross-correlation of two views against the identity (Barlow Twins). No likelihood, so no
     bits.
 
@@ -281,12 +287,9 @@ class BarlowTwins(_Form):
         )
         return LossSum(total, count, {})
 
-    def bits(self, evidence: dict[str, jax.Array], count: jax.Array) -> None:
-        return None
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prototypes(_Form):
+class Prototypes(Form):
     """Assignment to trained prototypes, with the entropy of the mean assignment maximised (MSN).
     Its bits are over the mean assignment.
 
@@ -340,7 +343,7 @@ class Prototypes(_Form):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CategorySoftmax(_Form):
+class CategorySoftmax(Form):
     """Softmax cross-entropy over the classes, with label smoothing (M3I section 3.2).
 
     >>> print(CategorySoftmax().cost(jnp.zeros((2, 4)), jnp.array([1, -1]), jnp.ones(2), LossInputs()).count)
@@ -363,7 +366,7 @@ class CategorySoftmax(_Form):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextSoftmax(_Softmax):
+class TextSoftmax(Softmax):
     """Symmetric softmax over the captions and the images of the batch (CLIP; M3I section 3.2).
 
     >>> given = LossInputs(parameters=jnp.log(2.0))

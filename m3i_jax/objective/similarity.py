@@ -1,5 +1,5 @@
-"""Similarities of all pairs of two lists and their softmax normalisers, as one matrix or in chunks
-that never stand in memory together.
+"""Similarities of all pairs of two lists and their softmax cross-entropies, as one matrix or in
+chunks that never stand in memory together.
 
 B rows of both lists, C of a chunk, E width.
 """
@@ -43,13 +43,14 @@ def similarities(u_BxE: jax.Array, v_CxE: jax.Array, of_B: Pairs, of_C: Pairs) -
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def normalizers(chunk: int, u_BxE: jax.Array, v_BxE: jax.Array, rows: Pairs) -> jax.Array:
-    """Mean of the two softmax normalisers of every row: `(logsumexp_j u_b v_j' + logsumexp_j u_j
-    v_b') / 2`.
+def chunked_cross_entropy(chunk: int, u_BxE: jax.Array, v_BxE: jax.Array, rows: Pairs) -> jax.Array:
+    """Mean of the two cross-entropies of every row over the products `u v'`: its v among all v, and
+    its u among all u.
 
+    The same numbers as `numerics.softmax_cross_entropy` of the whole matrix and of its transpose.
     No more than [B, chunk] similarities are in memory at once. With u split over devices by rows,
-    each holds [B / devices, chunk]; v is gathered, and the normalisers over images are reduced, a
-    chunk at a time.
+    each holds [B / devices, chunk]; v is gathered, and the sums over images are reduced, a chunk at
+    a time.
 
     Args:
       chunk: rows of v at once; the last chunk has what is left.
@@ -57,70 +58,84 @@ def normalizers(chunk: int, u_BxE: jax.Array, v_BxE: jax.Array, rows: Pairs) -> 
       rows: which pairs exist.
 
     Returns:
-      float32 [B].
+      float32 [B], nats, never negative.
 
-    >>> print(normalizers(1, jnp.eye(2), jnp.eye(2), Pairs(jnp.arange(2))).round(4))                     # log(e + 1)
-    [1.3133 1.3133]
+    >>> print(chunked_cross_entropy(1, jnp.eye(2), jnp.eye(2), Pairs(jnp.arange(2))).round(4))           # log(1 + exp(-1))
+    [0.3133 0.3133]
     """
     return _forward(chunk, u_BxE, v_BxE, rows)[0]
 
 
-def _over_chunks(
-    chunk: int, add: Callable[..., Any], start: Any, rows: Any
-) -> tuple[Any, jax.Array]:
-    """(result, array of all rows) of `add(running, part) -> (running, array of the part)` over
-    chunks of rows, and then over the rest."""
+def _over_chunks(chunk: int, add: Callable[..., Any], start: Any, rows: Any) -> tuple[Any, Any]:
+    """(result, arrays of all rows) of `add(running, part) -> (running, arrays of the part)` over
+    chunks of rows, then over the rest."""
     count = jax.tree.leaves(rows)[0].shape[0]
     whole = count - count % chunk
     cut = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), rows)
     running, made = jax.lax.scan(add, start, cut)
-    made = made.reshape(whole, *made.shape[2:])
+    made = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), made)
     if whole == count:
         return running, made
     running, last = add(running, jax.tree.map(lambda x: x[whole:], rows))
-    return running, jnp.concatenate([made, last])
+    return running, jax.tree.map(lambda *x: jnp.concatenate(x), made, last)
+
+
+def _own(of_B: Pairs, of_C: Pairs) -> jax.Array:
+    """Where in [B, C] a row meets its own partner."""
+    return of_B.place[:, None] == of_C.place[None, :]
 
 
 def _forward(chunk: int, u_BxE: jax.Array, v_BxE: jax.Array, rows: Pairs) -> tuple[jax.Array, Any]:
     def add(
-        running: tuple[jax.Array, jax.Array], part: Any
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        largest_B, sum_B = running
-        logits_BxC = similarities(u_BxE, part[0], rows, part[1])
-        new_B = jnp.maximum(largest_B, logits_BxC.max(1))
-        sum_B = sum_B * jnp.exp(largest_B - new_B) + jnp.exp(logits_BxC - new_B[:, None]).sum(1)
-        return (new_B, sum_B), jax.nn.logsumexp(logits_BxC, axis=0)
+        running: tuple[jax.Array, ...], part: Any
+    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array]]:
+        own_B, largest_B, sum_B = running
+        logits_BxC, hit_BxC = similarities(u_BxE, part[0], rows, part[1]), _own(rows, part[1])
+        matched_BxC, others_BxC = (
+            jnp.where(hit_BxC, logits_BxC, 0.0),
+            jnp.where(hit_BxC, ABSENT, logits_BxC),
+        )
+        new_B = jnp.maximum(largest_B, others_BxC.max(1))
+        sum_B = sum_B * jnp.exp(largest_B - new_B) + jnp.exp(others_BxC - new_B[:, None]).sum(1)
+        own_C = matched_BxC.sum(0)
+        over_images_C = jax.nn.softplus(
+            jax.nn.logsumexp(jnp.where(hit_BxC, ABSENT, logits_BxC - own_C), axis=0)
+        )
+        return (own_B + matched_BxC.sum(1), new_B, sum_B), (own_C, over_images_C)
 
     start_B = u_BxE[:, 0] * 0  # split over devices as the rows are
-    (largest_B, sum_B), over_images_B = _over_chunks(
-        chunk, add, (start_B + 2 * ABSENT, start_B), (v_BxE, rows)
+    start = start_B, start_B + 2 * ABSENT, start_B
+    (own_B, largest_B, sum_B), (of_images_B, over_images_B) = _over_chunks(
+        chunk, add, start, (v_BxE, rows)
     )
-    over_captions_B = largest_B + jnp.log(sum_B)
-    return (over_captions_B + over_images_B) / 2, (
-        u_BxE,
-        v_BxE,
-        rows,
-        over_captions_B,
-        over_images_B,
-    )
+    # Both terms are differences of similarities: their rounding is that of the loss, not that of a
+    # similarity.
+    over_captions_B = jax.nn.softplus((largest_B - own_B) + jnp.log(sum_B))
+    kept = u_BxE, v_BxE, rows, (own_B, over_captions_B), (of_images_B, over_images_B)
+    return (over_captions_B + over_images_B) / 2, kept
 
 
 def _backward(chunk: int, kept: Any, g_B: jax.Array) -> tuple[jax.Array, jax.Array, Pairs]:
-    u_BxE, v_BxE, rows, over_captions_B, over_images_B = kept
+    u_BxE, v_BxE, rows, (own_B, cost_B), by_images = kept
 
     def add(du_BxE: jax.Array, part: Any) -> tuple[jax.Array, jax.Array]:
-        v_CxE, of_C, over_images_C, g_C = part
-        logits_BxC = similarities(u_BxE, v_CxE, rows, of_C)
-        by_captions = g_B[:, None] * jnp.exp(logits_BxC - over_captions_B[:, None])
-        dlogits_BxC = (by_captions + g_C * jnp.exp(logits_BxC - over_images_C)) / 2
+        v_CxE, of_C, (own_C, cost_C), g_C = part
+        logits_BxC, hit_BxC = similarities(u_BxE, v_CxE, rows, of_C), _own(rows, of_C)
+
+        def softmax(own: jax.Array, cost: jax.Array) -> jax.Array:
+            """Probabilities; minus the sum of the others in the place of the own one, which is the
+            gradient there."""
+            return jnp.where(hit_BxC, jnp.expm1(-cost), jnp.exp(logits_BxC - own - cost))
+
+        dlogits_BxC = (
+            g_B[:, None] * softmax(own_B[:, None], cost_B[:, None]) + g_C * softmax(own_C, cost_C)
+        ) / 2
         du_BxE += jnp.matmul(dlogits_BxC, v_CxE, precision=EXACT)
         return du_BxE, jnp.matmul(dlogits_BxC.T, u_BxE, precision=EXACT)
 
-    du_BxE, dv_BxE = _over_chunks(
-        chunk, add, jnp.zeros_like(u_BxE), (v_BxE, rows, over_images_B, g_B)
-    )
+    du_BxE, dv_BxE = _over_chunks(chunk, add, jnp.zeros_like(u_BxE), (v_BxE, rows, by_images, g_B))
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jax.dtypes.float0), rows)
     return du_BxE, dv_BxE, nothing
 
 
-normalizers.defvjp(_forward, _backward)
+chunked_cross_entropy.defvjp(_forward, _backward)

@@ -30,6 +30,7 @@ from m3i_jax.parallel.mesh import (
     split_rows,
     to_global,
 )
+from m3i_jax.parallel.programs import Program, machine_key
 from m3i_jax.parallel.sharding import RULES, tree_shardings
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "FSDP_GATHERED",
     "RULES",
     "HostMissing",
+    "Program",
     "CoordinatedStop",
     "per_device",
     "with_fsdp_gather",
@@ -51,6 +53,7 @@ __all__ = [
     "hint",
     "host_names",
     "kernels",
+    "machine_key",
     "make_mesh",
     "check_host_rows",
     "mean_over_devices",

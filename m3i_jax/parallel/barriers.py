@@ -3,6 +3,7 @@ jax.distributed, never through a collective, so that a host that hangs or died i
 Everything here has a limit and names the host that is missing; alone, everything is free."""
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,11 +11,15 @@ from typing import Any
 
 from jax._src import distributed as _distributed  # the store has no public name
 
+from m3i_jax.errors import RunStopped
+
 LIMIT = 600.0  # seconds
+NOTICE = 15.0  # seconds of waiting for other hosts that are worth a line, and between two of them
+_log = logging.getLogger(__name__)
 _rounds: dict[str, int] = {}
 
 
-class HostMissing(RuntimeError):
+class HostMissing(RunStopped):
     """A host did not come to a meeting in time."""
 
 
@@ -91,12 +96,13 @@ def exchange_values(name: str, text: str, *, limit: float = LIMIT) -> list[str]:
     room, me, client = f"m3i/{name}/{round_}/", host_name(), _client()
     client.key_value_set(f"{room}{me:06d}", text or " ")
     try:
-        client.wait_at_barrier(f"m3i/{name}/{round_}", int(limit * 1000))
+        with _noticed(name, room):
+            client.wait_at_barrier(f"m3i/{name}/{round_}", int(limit * 1000))
     except Exception as error:
-        missing = sorted(
-            set(range(host_names())) - {int(key.rsplit("/", 1)[1]) for key, _ in _told(room)}
-        )
-        who = ", ".join(host_label(n) for n in missing) or "no host, but one of them failed"
+        who = ", ".join(host_label(n) for n in _missing(room)) or "no host, but one of them failed"
+        if host_name() == 0:
+            # with this process the store goes, which the others still ask who is missing
+            time.sleep(1.0)
         raise HostMissing(
             f"{name}: waited {limit:.0f} seconds for {who}; look into its output"
             f" ({str(error).splitlines()[0]})"
@@ -106,6 +112,31 @@ def exchange_values(name: str, text: str, *, limit: float = LIMIT) -> list[str]:
         with contextlib.suppress(Exception):
             client.key_value_delete(f"m3i/{name}/{round_ - 1}/{me:06d}")
     return said
+
+
+def _missing(room: str) -> list[int]:
+    """Hosts that have not come to a meeting yet."""
+    return sorted(set(range(host_names())) - {int(key.rsplit("/", 1)[1]) for key, _ in _told(room)})
+
+
+@contextlib.contextmanager
+def _noticed(name: str, room: str) -> Iterator[None]:
+    """A block that waits logs, every NOTICE seconds, for whom."""
+    came, began = threading.Event(), time.monotonic()
+
+    def log() -> None:
+        while not came.wait(NOTICE):
+            who = ", ".join(host_label(number) for number in _missing(room))
+            if who and not came.is_set():
+                _log.warning(
+                    "%s: waiting for %s (%.0f seconds so far)", name, who, time.monotonic() - began
+                )
+
+    threading.Thread(target=log, name="barrier", daemon=True).start()
+    try:
+        yield
+    finally:
+        came.set()
 
 
 def _told(room: str) -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from m3i_jax import version
 from m3i_jax.errors import UserError
-from m3i_jax.parallel import barriers, heartbeat, rendezvous
+from m3i_jax.parallel import barriers, heartbeat, programs, rendezvous
 from m3i_jax.parallel.mesh import KERNELS
 
 PORT = 8476
@@ -54,8 +54,8 @@ def on_tpu(environ: Mapping[str, str]) -> bool:
 
 
 def _whole(name: str, text: str) -> int:
-    if not re.fullmatch(r"\d+", text.strip()):
-        raise UserError(f"{name}: {text!r} is not a whole number")
+    if not re.fullmatch(r"[0-9]{1,9}", text.strip()):
+        raise UserError(f"{name}: {text[:60]!r} is not a whole number")
     return int(text)
 
 
@@ -76,6 +76,12 @@ def _three(source: str, names: tuple[str, str, str], values: tuple[str, str, str
         )
     if not re.fullmatch(r".+:\d+", address):
         address += f":{PORT}"
+    port = address.rpartition(":")[2]
+    if len(port) > 5 or not 0 < int(port) < 2**16:
+        raise UserError(
+            f"{names[0]}: the port of {values[0][:60]!r} is not between 1 and 65535; leave it out"
+            f" for {PORT}"
+        )
     return ProcessInfo(source=source, coordinator=address, processes=count, process=number)
 
 
@@ -174,7 +180,7 @@ def initialize(
     *,
     limit: float = barriers.LIMIT,
     beat: float = heartbeat.LIMIT,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = rendezvous.now,
 ) -> None:
     """Join the other processes; says in one line how. Must come before the first use of a device.
     Alone, it does nothing.
@@ -190,11 +196,18 @@ def initialize(
     if place.processes == 1:
         return
     if place.processes:
+        typed = place.source in ("flags", "environment")
         rendezvous.wait_for_processes(
-            place.coordinator, place.processes, place.process, limit=limit
+            place.coordinator,
+            place.processes,
+            place.process,
+            limit=limit,
+            patient=not typed,
+            say=say,
         )
     if place.processes and "cpu" in os.environ.get("JAX_PLATFORMS", ""):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        programs.share_cache_keys()
     explicit = {} if not place.processes else {
         "coordinator_address": place.coordinator, "num_processes": place.processes, "process_id": place.process,
         "local_device_ids": place.devices, "cluster_detection_method": "deactivate",
@@ -307,7 +320,7 @@ def start_distributed(
     mesh: tuple[int, ...],
     *,
     beat: float = heartbeat.LIMIT,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = rendezvous.now,
 ) -> None:
     """Join the other hosts and make sure that they have the same configuration, code and devices.
 

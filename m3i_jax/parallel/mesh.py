@@ -1,6 +1,7 @@
 """The mesh, the sharding of data, the only sharding constraint of the project, and programs that
 run on each device separately."""
 
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from m3i_jax.errors import UserError
+from m3i_jax.parallel.programs import Program
 
 AXES = ("replica", "fsdp", "tensor")
 DATA = ("replica", "fsdp")  # the leading axis of a batch is split over both
@@ -178,8 +180,7 @@ def allgather_rows(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, np.nda
         name: rows.view(np.uint32).reshape(*rows.shape, 2) if rows.dtype.itemsize == 8 else rows
         for name, rows in batch.items()
     }
-    global_words = to_global(mesh, words)
-    gathered = jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(global_words))
+    gathered = jax.device_get(_gather(mesh)(to_global(mesh, words)))
     return {
         name: (
             np.ascontiguousarray(rows).view(batch[name].dtype)[..., 0]
@@ -188,6 +189,11 @@ def allgather_rows(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, np.nda
         )
         for name, rows in gathered.items()
     }
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Program:
+    return Program(lambda x: x, name="everywhere", out_shardings=replicated(mesh))
 
 
 def split_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:

@@ -1,4 +1,5 @@
-"""Devices to compile for that are not attached, from the name of a slice: v5e:4x4, h100:8, cpu:8.
+"""Devices to compile for that are not attached, from the name of a slice, such as v5e:4x4, h100:8
+or cpu:8, or of an accelerator type of Google Cloud, such as v5litepod-16.
 
 libtpu compiles TPU programs and the CUDA plugin GPU programs without an accelerator; both are
 extras of this package. `cpu:N` are N devices of this host. The environment variables that a library
@@ -49,7 +50,16 @@ FAMILIES = {
     "b200": DeviceFamily(platform="cuda", host=PER_HOST),
     "cpu": DeviceFamily(platform="cpu"),
 }
-EXAMPLES = "v5e:4x4, v5p:4x4x4, v6e:4x8, tpu7x:2x2x1, h100:8, cpu:8"
+EXAMPLES = "v5e:4x4, v5litepod-16, v5p:4x4x4, v6e:4x8, tpu7x:2x2x1, h100:8, cpu:8"
+# Google Cloud's accelerator types: first part of the name -> (kind, what the number counts a chip,
+# most chips). Of v4 and v5p it counts TensorCores, two a chip
+# (https://cloud.google.com/tpu/docs/v5p and v5e).
+CLOUD = {
+    "v4": ("v4", 2, 4096),
+    "v5litepod": ("v5e", 1, 256),
+    "v5p": ("v5p", 2, 4096),
+    "v6e": ("v6e", 1, 256),
+}
 EXTRA = {"tpu": ("libtpu", "tpu"), "cuda": ("jax_plugins.xla_cuda12", "cuda")}
 # libtpu would otherwise query the cloud's metadata server, claim a chip, and log both to stderr
 _QUIET = {
@@ -148,9 +158,14 @@ def parse_topology(text: str) -> Topology:
     (16, (4, 4, 4))
     >>> parse_topology("h100:8").family.platform
     'cuda'
+    >>> parse_topology("v5litepod-16").shape, parse_topology("v4-16").shape
+    ((4, 4), (2, 2, 2))
     """
     if not text:
         raise UserError(f"--topology: is missing; name what to compile for, such as {EXAMPLES}")
+    if typed := re.fullmatch(rf"({'|'.join(CLOUD)})-(\d{{1,6}})", text):
+        kind, shape = _of_cloud(typed[1], int(typed[2]))
+        return Topology(name=text, kind=kind, shape=shape)
     kind, _, size = text.partition(":")
     if kind not in FAMILIES:
         near = difflib.get_close_matches(re.split(r"[-_:]", kind)[0], FAMILIES, 1, 0.5)
@@ -178,6 +193,23 @@ def parse_topology(text: str) -> Topology:
     if family.platform == "cuda" and out.devices > PER_HOST and out.devices % PER_HOST:
         raise UserError(f"--topology {text}: {hosts}")
     return out
+
+
+def _of_cloud(name: str, number: int) -> tuple[str, tuple[int, ...]]:
+    """(kind, shape) of an accelerator type: a power of two of chips, and the sides as equal as they
+    can be, the longer ones last."""
+    kind, each, most = CLOUD[name]
+    sides, chips = FAMILIES[kind].sides, number // each
+    power = chips.bit_length() - 1
+    least = 2 if sides == 3 else 0  # the smallest slice with three sides is a host, 2x2x1
+    if number != each << max(power, 0) or power < least or power == 1 or chips > most:
+        raise UserError(
+            f"--topology {name}-{number}: the shape of that slice is not known; give its sides,"
+            f" such as {kind}:{_example(kind)}"
+        )
+    if sides == 3 and power == 2:
+        return kind, (2, 2, 1)
+    return kind, tuple(2 ** (power // sides + (i >= sides - power % sides)) for i in range(sides))
 
 
 def _example(kind: str) -> str:

@@ -6,7 +6,7 @@ import pathlib
 import socket
 from collections.abc import Iterator
 
-from m3i_jax import privacy
+from m3i_jax import privacy, run_files
 from m3i_jax.errors import UserError
 
 
@@ -41,8 +41,15 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         ) from error
 
 
-def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 file whole or not at all, without the secrets that the text may hold.
+def write_text_atomic(path: str | os.PathLike[str], text: str, *, noted: bool = False) -> None:
+    """Write a UTF-8 file whole or not at all, without the secrets that the text may hold and with
+    its control characters spelt out. JSON comes from `privacy.json_text`, which spells them as JSON
+    does.
+
+    Args:
+      path: of the file.
+      text: its content.
+      noted: the run reads it back, by `run_files.read_run_file`: note its digest first.
 
     Raises:
       UserError: the place cannot be written to.
@@ -53,5 +60,8 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     >>> place.read_bytes()
     b'\\xc3\\xa9'
     """
+    content = privacy.escape_control(privacy.redact(text)).encode("utf-8", "replace")
+    if noted:
+        run_files.note_mark(pathlib.Path(path), run_files.file_mark(content))
     with atomic_file(path) as place:
-        place.write_text(privacy.redact(text), encoding="utf-8", errors="replace")
+        place.write_bytes(content)

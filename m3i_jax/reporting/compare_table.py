@@ -5,13 +5,13 @@ Losses are in the table, but only the evaluations compare: what one objective ca
 would call nothing."""
 
 import dataclasses
-import json
 import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from m3i_jax import privacy
 from m3i_jax.reporting import image_grid, text_table
 from m3i_jax.reporting.image_grid import INK, MARGIN, MUTED, OWN, PARTNER
 
@@ -174,10 +174,8 @@ def compare_json(
         return {"form": row.form, "seeds": row.seeds, "figures": figures}
 
     return (
-        json.dumps(
-            {"settings": settings, "rows": [one(row) for row in rows], "notes": notes},
-            indent=1,
-            ensure_ascii=False,
+        privacy.json_text(
+            {"settings": settings, "rows": [one(row) for row in rows], "notes": notes}, indent=1
         )
         + "\n"
     )

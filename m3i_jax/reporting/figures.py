@@ -7,7 +7,6 @@ on a phone, in any script, and in the dark."""
 
 import dataclasses
 import io
-import json
 import os
 import pathlib
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from m3i_jax import privacy, run_files
 from m3i_jax.errors import UserError
 from m3i_jax.reporting import html_page, image_grid
 from m3i_jax.reporting.atomic_write import write_text_atomic
@@ -94,7 +94,7 @@ def write_figure(place: str | os.PathLike[str], name: str, exhibit: Figure) -> N
         for at, row in zip(boxes, exhibit.rows, strict=True)
     ]
     made = {"title": exhibit.title, "note": exhibit.note, "made": time.time(), "rows": rows}
-    write_text_atomic(directory / f"{name}.json", json.dumps(made, ensure_ascii=False))
+    write_text_atomic(directory / f"{name}.json", privacy.json_text(made), noted=True)
 
 
 def newest_figures(place: str | os.PathLike[str]) -> list[pathlib.Path]:
@@ -119,7 +119,7 @@ def figure_html(file: pathlib.Path) -> str:
     """
     saved = _read(file)
     try:
-        with Image.open(file.with_suffix(".png")) as opened:
+        with Image.open(io.BytesIO(run_files.read_bytes(file.with_suffix(".png")))) as opened:
             paper = opened.convert("RGB")
         rows = "".join(_html_row(row, paper) for row in saved["rows"])
         return (
@@ -127,15 +127,23 @@ def figure_html(file: pathlib.Path) -> str:
             f" class=muted>{html_page.escape_html(saved['note'])}</p><div"
             f" class=exhibit>{rows}</div>"
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        SyntaxError,
+        UserError,
+    ) as error:
         raise _broken(file, error) from error
 
 
 def _read(file: pathlib.Path) -> dict[str, Any]:
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved = run_files.read_run_json(file, "delete it, and --mode=eval draws it anew")
         return saved | {"made": float(saved["made"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         raise _broken(file, error) from error
 
 

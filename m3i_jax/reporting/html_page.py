@@ -7,6 +7,8 @@ import html as escaping
 import re
 from collections.abc import Sequence
 
+from m3i_jax import privacy
+
 STYLE = """
 :root { --paper: #fcfcfa; --ink: #26282c; --muted: #6d7078; --rule: #e4e4e0; --bar: #4676b2; --bad: #b4442f; --card: #ffffff; }
 @media (prefers-color-scheme: dark) {
@@ -81,12 +83,13 @@ def with_toc(body: Sequence[str], after: int) -> list[str]:
 
 
 def escape_html(value: object) -> str:
-    """Escaped, also for attributes.
+    """Escaped, also for attributes; control characters are spelt out, for whoever opens a page in a
+    terminal.
 
-    >>> escape_html('<img src="x">')
-    '&lt;img src=&quot;x&quot;&gt;'
+    >>> escape_html('<img src="x">'), escape_html("\\x1b[2J")
+    ('&lt;img src=&quot;x&quot;&gt;', '\\\\x1b[2J')
     """
-    return escaping.escape(str(value))
+    return escaping.escape(privacy.escape_control(str(value)))
 
 
 def headline(numbers: Sequence[tuple[str, str]]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from m3i_jax.reporting import figures as drawn
 from m3i_jax.reporting import html_page, svg_charts
-from m3i_jax.reporting.run_log import RunLog
+from m3i_jax.reporting.run_log import RunLog, picture
 from m3i_jax.reporting.svg_charts import SvgCurve
 
 PANELS = 5  # of a run
@@ -245,8 +245,9 @@ def _panels(run: RunLog) -> str:
     )
     figures = [
         '<figure class="panel"><h3>step'
-        f" {step:,}</h3>{html_page.embed_image(file.read_bytes(), f'panel of step {step}')}</figure>"
+        f" {step:,}</h3>{html_page.embed_image(content, f'panel of step {step}')}</figure>"
         for step, file in (run.panels[i] for i in chosen)
+        if (content := picture(file))
     ]
     return f"<h2>What {html_page.escape_html(run.name)} saw and predicted</h2>" + "".join(figures)
 
@@ -260,6 +261,11 @@ def _evaluation(saved: Mapping[str, Any]) -> str:
         f"by --mode=eval, of {saved.get('checkpoint', '')}, {saved.get('encoder', '')} parameters;"
         " accuracies are fractions"
     )
+    for name, part in saved.get("data", {}).items():
+        about += (
+            f"; {name}: {part.get('pictures', 0):,} of {part.get('name', '')}, fingerprint"
+            f" {part.get('fingerprint', '')}"
+        )
     rows = [(name.removeprefix("eval/"), f"{value:.4f}") for name, value in found.items()]
     return (
         "<h2>Evaluation alone</h2><p"

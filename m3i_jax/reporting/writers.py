@@ -3,6 +3,7 @@ asked. A sink that fails never stops
 training: what it lost is counted, told, and written by the others as `report/dropped/<sink>`. Only
 the first process of a run writes."""
 
+import contextlib
 import dataclasses
 import errno
 import importlib
@@ -11,12 +12,15 @@ import math
 import os
 import pathlib
 import secrets
+import stat
 import sys
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from m3i_jax import privacy, schema
+import xxhash
+
+from m3i_jax import privacy, run_files, schema
 from m3i_jax.errors import UserError
 from m3i_jax.reporting import atomic_write
 
@@ -44,13 +48,20 @@ class JsonLines:
     """
 
     def __init__(self, path: pathlib.Path):
+        self._path = path = pathlib.Path(path)
         try:
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            # of a pipe nobody reads
+            self._file = os.open(
+                path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666
+            )
+            device = stat.S_ISCHR(os.fstat(self._file).st_mode)
+            before = b"" if device else run_files.read_bytes(path, 2**32)
         except OSError as error:
             raise UserError(
                 f"cannot write {path}: {error.strerror or error}; make room or choose another"
                 " --workdir"
             ) from error
+        self._size, self._content = len(before), xxhash.xxh3_64(before)
 
     def write(self, step: int, values: Values) -> None:
         line = (
@@ -64,8 +75,19 @@ class JsonLines:
             if done:
                 os.ftruncate(self._file, before)
             raise
+        self._size += len(line)
+        self._content.update(line)
+
+    def mark(self) -> run_files.Mark:
+        """Size and digest of what was written so far, which is noted for who reads the log back."""
+        now = self._size, self._content.hexdigest()
+        with contextlib.suppress(UserError):  # a full disk: what was noted before still holds
+            if self._path.is_file():
+                run_files.note_mark(self._path, now)
+        return now
 
     def close(self) -> None:
+        self.mark()
         os.close(self._file)
 
 
@@ -219,9 +241,11 @@ def truncate_log(path: pathlib.Path, step: int) -> int:
     """
     if not path.is_file():
         return 0
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = run_files.read_bytes(path, 2**32).splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
     if len(kept) < len(lines):
+        if run_files.noted_marks(path):
+            run_files.note_mark(path, run_files.file_mark(b"".join(kept)))
         with atomic_write.atomic_file(path) as place, open(place, "wb") as file:
             file.writelines(kept)
             file.flush()
@@ -231,10 +255,8 @@ def truncate_log(path: pathlib.Path, step: int) -> int:
 
 def _step(line: bytes) -> float:
     """The step of a line; later than any if there is none to read."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+    found = run_files.parse_log_line(line)
+    return math.inf if found is None else found["step"]
 
 
 class Writers:
@@ -265,6 +287,12 @@ class Writers:
             write()
         except (OSError, UserError) as error:
             self._lost(name, "file(s)", error)
+
+    def mark(self) -> dict[str, run_files.Mark]:
+        """Size and digest of the log so far, by its name; nothing on a process that writes none."""
+        return {
+            name: sink.mark() for name, sink in self._sinks.items() if isinstance(sink, JsonLines)
+        }
 
     def close(self) -> None:
         for sink in self._sinks.values():
@@ -326,6 +354,6 @@ def open_writers(
         sinks["tensorboard"] = _TensorBoard(workdir, resume_at)
     if config.report.wandb:
         sinks["wandb"] = _Wandb(
-            config.report.wandb, workdir, privacy.redacted(dataclasses.asdict(config))
+            config.report.wandb, workdir, privacy.redact_tree(dataclasses.asdict(config))
         )
     return Writers(sinks, log_line)

@@ -80,8 +80,10 @@ def checksum_arrays(state: Any) -> ArrayChecksums:
 @functools.cache
 def _compiled(mesh: jax.sharding.Mesh | None) -> Any:
     whole = None if mesh is None else parallel.replicated(mesh)
-    return jax.jit(
-        lambda tree: jnp.stack([_one(leaf) for leaf in jax.tree.leaves(tree)]), out_shardings=whole
+    return parallel.Program(
+        lambda tree: jnp.stack([_one(leaf) for leaf in jax.tree.leaves(tree)]),
+        name="fingerprints",
+        out_shardings=whole,
     )
 
 

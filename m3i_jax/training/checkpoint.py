@@ -1,14 +1,16 @@
 """Checkpoints: the only place that knows Orbax. A checkpoint is the state (params, optimizer with
 target and balance statistics), a small JSON with the data position, and digests of all its files
-and arrays. Where a run starts, in this order:
+and arrays and of its step. Where a run starts, in this order:
 
     1. the newest whole step under <workdir>/checkpoints
     2. else config.init_from: weights of another run, or of another project (training/init_from.py)
     3. else the initial parameters of the configuration
 
 The way of a save: Orbax writes <step>.new behind the training, then its files are digested, and
-only then it becomes <step>: a rename, so that a step is there whole or not at all. What is found
-damaged when a run starts becomes <step>.bad-<time>, and the step before is used."""
+only then it becomes <step>: a rename, so that a step is there whole or not at all. What is damaged
+when a run starts becomes <step>.bad-<time>, and the step before is used. What
+cannot be read is not damaged: the run waits for it, then stops, and renames nothing.
+"""
 
 import concurrent.futures
 import contextlib
@@ -26,9 +28,9 @@ import orbax.checkpoint as ocp
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import array_checksums, checkpoint_dir, file_checksums, malloc
+from m3i_jax.training import array_checksums, checkpoint_dir, file_checksums, malloc, orbax_errors
 
-FORMAT = 3  # of a checkpoint; 1: without digests, 2: digests are CRC-32
+FORMAT = checkpoint_dir.FORMAT
 
 
 class SavesFailed(RuntimeError):
@@ -60,6 +62,7 @@ class Checkpoints:
         self._directory, self._keep, self._say = directory.absolute(), keep, say
         self._hosts, self._first = jax.process_count(), jax.process_index() == 0
         malloc.patch_tensorstore()
+        orbax_errors.quiet_orbax()
         # Named processes: Orbax's barriers between all of them have no limit, those between named
         # ones do.
         together = ocp.options.MultiprocessingOptions(
@@ -84,7 +87,7 @@ class Checkpoints:
         self._cleaned, self._there = False, -1  # the newest step that all hosts know to be there
         self._whole: set[int] = set()  # steps whose files were looked at
         if self._first:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            checkpoint_dir.make(self._directory)
 
     # What is there
 
@@ -97,51 +100,43 @@ class Checkpoints:
         What is damaged is set aside under another name, with a warning that names the file. All
         hosts get the same answer: the first looks.
 
-        Raises:
-          UserError: there are steps, but no good one: to start anew then is for a person to decide.
+        Raises: UserError: there are steps, but no good one: to start anew then is for a person to
+          decide. Or one cannot be read.
         """
-        good = ""
-        if self._first:
-            for step in reversed(checkpoint_dir.complete_steps(self._directory)):
-                with checkpoint_dir.hold_step(self._directory / str(step)):
-                    wrong = self._complaints(step)
-                if not wrong:
-                    good = str(step)
-                    break
-                self._say(checkpoint_dir.quarantine_step(self._directory / str(step), wrong))
-        good = parallel.exchange_values("checkpoint", good, limit=6 * 3600.0)[0]
+        good = parallel.exchange_values(
+            "checkpoint", self._look() if self._first else "", limit=6 * 3600.0
+        )[0]
         bad = sorted(p.name for p in self._directory.glob("*.bad-*"))
         if not good and bad:
             raise UserError(
                 f"{self._directory}: no whole checkpoint is left ({', '.join(bad)[:200]}); move the"
                 " directory away to start anew"
             )
-        if not good:
-            return None
-        self._whole.add(int(good))
-        return int(good)
+        if good:
+            self._whole.add(int(good))
+        return int(good) if good else None
+
+    def _look(self) -> str:
+        """The newest whole step, "" without one; damaged ones are set aside on the way."""
+        for step in reversed(
+            checkpoint_dir.patiently(
+                lambda: checkpoint_dir.complete_steps(self._directory), self._directory, self._say
+            )
+        ):
+            place = self._directory / str(step)
+            if not (wrong := self._complaints(step)):
+                return str(step)
+            self._say(checkpoint_dir.quarantine_step(place, wrong))
+        return ""
 
     def _complaints(self, step: int) -> list[str]:
         place = self._directory / str(step)
-        if (place / file_checksums.NAME).exists():
-            found = file_checksums.read_checksums(place)
-            if found and found.get("format", 0) > FORMAT:
-                raise UserError(
-                    f"checkpoint {step}: is of format {found['format']}, this version of m3i_jax"
-                    f" reads up to {FORMAT}; use a newer version"
-                )
-            return file_checksums.verify_checksums(place)
-        try:
-            old = "format" not in self._read_position(step)
-        except Exception as error:  # Orbax has no class of its own for a damaged file
-            return [f"position/metadata: cannot be read ({' '.join(str(error).split())[:100]})"]
-        if not old:
-            return file_checksums.verify_checksums(place)
-        self._say(
-            f"warning: checkpoint {step} was saved by an older version, without digests: it is used"
-            " as it is"
-        )
-        return []
+
+        def look() -> list[str]:
+            with checkpoint_dir.hold_step(place):
+                return checkpoint_dir.complaints(place, self._say)
+
+        return checkpoint_dir.patiently(look, place, self._say)
 
     # Saving
 
@@ -207,9 +202,11 @@ class Checkpoints:
         if not self._first:
             return
         new = self._directory / f"{step}.new"
-        file_checksums.write_checksums(new, format=FORMAT, arrays=arrays.read())
+        file_checksums.write_checksums(new, format=FORMAT, step=step, arrays=arrays.read())
         os.rename(new, self._directory / str(step))
         checkpoint_dir.fsync_dir(self._directory)
+        with contextlib.suppress(UserError):  # it only guards against the loss of all checkpoints
+            checkpoint_dir.note_newest(self._directory, step)
         checkpoint_dir.retain_newest(self._directory, self._keep, self._say)
 
     def _settle(self) -> bool:
@@ -250,19 +247,16 @@ class Checkpoints:
 
     # Restoring
 
-    def _read_position(self, step: int) -> dict[str, Any]:
-        return self._orbax.restore(
-            self._directory / str(step), args=ocp.args.Composite(position=ocp.args.JsonRestore())
-        )["position"]
-
     def position(self, step: int) -> dict[str, Any]:
         """The JSON saved beside a state. Raises UserError if it cannot be read."""
+        place = self._directory / str(step)
         try:
-            return {
-                name: value for name, value in self._read_position(step).items() if name != "format"
-            }
-        except Exception as error:
+            found = checkpoint_dir.patiently(
+                lambda: checkpoint_dir.position(place), place, self._say
+            )
+        except ValueError as error:
             raise self._damaged(step, error) from error
+        return {name: value for name, value in found.items() if name != "format"}
 
     def _damaged(self, step: int, error: Exception) -> UserError:
         reason, place = " ".join(str(error).split())[:200], self._directory / str(step)
@@ -300,38 +294,45 @@ class Checkpoints:
                         state=ocp.args.PyTreeRestore(abstract, restore_args=how)
                     )
                     state = self._orbax.restore(place, args=args)["state"]
+        except UserError:
+            raise
         except Exception as error:
             raise self._damaged(step, error) from error
         if not different:
-            self._compare(step, state)
-            return state
-        more = ""
+            return self._compared(step, state)
+        more, file = "", self._directory.parent / "layout.txt"
         if len(different) > 3:
-            more = f", and {len(different) - 3} more: {self._directory.parent / 'layout.txt'}"
-            if self._first:
-                with contextlib.suppress(OSError):
-                    (self._directory.parent / "layout.txt").write_text(
-                        "".join(f"{line}\n" for line in different), encoding="utf-8"
-                    )
+            more = f", and {len(different) - 3} more: {file}"
+            with contextlib.suppress(OSError):
+                if self._first:
+                    file.write_text("".join(f"{line}\n" for line in different), encoding="utf-8")
         raise UserError(
             f"checkpoint {step}: does not fit this configuration"
             f" ({', '.join(different[:3])}{more}); use another --workdir or the configuration of"
             " that run"
         )
 
-    def _compare(self, step: int, state: Any) -> None:
+    def _compared(self, step: int, state: Any) -> Any:
         """Arrays against the fingerprints that were taken of them; a step of an older version has
         none."""
-        noted = (file_checksums.read_checksums(self._directory / str(step)) or {}).get("arrays")
-        if noted is None or not (wrong := array_checksums.changed_arrays(state, noted)):
-            return
-        if self._first:
-            self._say(
-                checkpoint_dir.quarantine_step(
-                    self._directory / str(step),
-                    [f"{path}: is not what was trained" for path in wrong],
-                )
+        found = file_checksums.read_checksums(self._directory / str(step)) or {}
+        wrong = array_checksums.changed_arrays(state, found["arrays"]) if "arrays" in found else []
+        told = [f"{path}: is not what was trained" for path in wrong]
+        counters = [
+            leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+            if path_text(path) == "step"
+        ]
+        # a copy of another step, of an older format
+        if "step" not in found and any(int(counter) != step for counter in counters):
+            wrong, told = (
+                wrong or ["step"],
+                told or [f"step: is {int(counters[0])}, that of another checkpoint"],
             )
+        if not wrong:
+            return state
+        if self._first:
+            self._say(checkpoint_dir.quarantine_step(self._directory / str(step), told))
         raise CheckpointDamaged(
             f"checkpoint {step}: {len(wrong)} arrays are not what was trained, first {wrong[0]}; it"
             " was set aside, run again"
@@ -396,13 +397,12 @@ class RunWeights:
                 f"{where} has no complete checkpoint; give the --workdir of a run that saved one"
             )
         self.step, self._at, self._key = listed[-1], place.absolute() / str(listed[-1]), key
+        orbax_errors.quiet_orbax()
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
         with checkpoint_dir.hold_step(self._at):
-            if wrong := (
-                file_checksums.verify_checksums(self._at)
-                if (self._at / file_checksums.NAME).exists()
-                else []
+            if wrong := checkpoint_dir.patiently(
+                lambda: checkpoint_dir.complaints(self._at), self._at, print
             ):
                 raise UserError(
                     f"{where}: its checkpoint {self.step} is damaged ({wrong[0]}); set it aside and"

@@ -6,12 +6,14 @@ in the batch, so nothing else is needed. `--mode=replay` reads it.
     dumps/<step>/config.txt         the completed configuration
     dumps/<step>/batch-<host>.npz   the rows of each host
     dumps/<step>/state/<step - 1>   a checkpoint
+    dumps/<step>/digests/*          of the first three
 """
 
+import io
 import json
 import math
-import os
 import pathlib
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,13 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import config as configuration
-from m3i_jax import parallel, version
+from m3i_jax import parallel, run_files, version
 from m3i_jax.errors import UserError
 from m3i_jax.parallel.sharding import path_text
+from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import step as steps
 from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.state import State
 from m3i_jax.training.trainer import Trainer
+
+_REMEDY = "restore the dump, or delete it to replay the one before"
 
 
 def write_dump(
@@ -51,10 +56,12 @@ def write_dump(
     """
     place = directory / str(step)
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    np.savez(place / f"batch-{jax.process_index()}.npz", **dict[str, Any](batch))
+    rows = place / f"batch-{jax.process_index()}.npz"
+    np.savez(rows, **dict[str, Any](batch))
+    run_files.note_mark(rows, run_files.file_mark(rows.read_bytes()))
     if jax.process_index() == 0:
-        (place / "config.txt").write_text(
-            configuration.config_to_text(trainer.config), encoding="utf-8"
+        write_text_atomic(
+            place / "config.txt", configuration.config_to_text(trainer.config), noted=True
         )
     before = State(step=state.step - 1, params=state.params, opt=state.opt)
     saved = Checkpoints(place / "state", 1)
@@ -69,9 +76,7 @@ def write_dump(
     }  # fmt: skip
     parallel.barrier("dump")  # all batches are there before it counts
     if jax.process_index() == 0:
-        unfinished = place / ".step.json"
-        unfinished.write_text(json.dumps(about, indent=1), encoding="utf-8")
-        os.replace(unfinished, place / "step.json")
+        write_text_atomic(place / "step.json", json.dumps(about, indent=1), noted=True)
     return place
 
 
@@ -124,9 +129,10 @@ def replay_step(
     """
     broken = nonfinite_arrays({"batch": batch, "params": state.params, "opt": state.opt})
     with jax.set_mesh(trainer.mesh):
-        grads = jax.jit(lambda state, batch: steps.gradients_of(trainer.plan, state, batch)[0])(
-            state, batch
+        gradients = parallel.Program(
+            lambda state, batch: steps.gradients_of(trainer.plan, state, batch)[0], name="gradients"
         )
+        grads = gradients(state, batch)
     broken |= nonfinite_arrays({"gradient": grads})
     _, metrics = trainer.step(state, batch)
     metrics.pop(steps.MOMENT, None)
@@ -154,12 +160,18 @@ def load_dump(
     Raises:
       UserError: it cannot be read.
     """
-    about = json.loads((place / "step.json").read_text(encoding="utf-8"))
-    settings = configuration.resolve(
-        configuration.config_from_text(
-            (place / "config.txt").read_text(encoding="utf-8"), str(place / "config.txt")
-        )
-    )
+    about = run_files.read_run_json(place / "step.json", _REMEDY)
+    kinds = {
+        "step": int,
+        "hosts": int,
+        "vocabulary": int,
+        "devices": int,
+        "m3i_jax": str,
+        "metrics": dict,
+    }
+    if wrong := [name for name, kind in kinds.items() if type(about.get(name)) is not kind]:
+        raise UserError(f"{place / 'step.json'}: is not of a dump ({', '.join(wrong)}); {_REMEDY}")
+    settings = configuration.resolve(configuration.load_from_workdir(str(place), "--workdir"))
     mesh = _mesh(settings, say)
     trainer = Trainer(settings, mesh, about["vocabulary"])
     saved = Checkpoints(place / "state", 1, say=say)
@@ -172,8 +184,14 @@ def load_dump(
         saved.close()
     parts = []
     for host in range(about["hosts"]):
-        with np.load(place / f"batch-{host}.npz", allow_pickle=False) as file:
-            parts.append({name: file[name] for name in file.files})
+        rows = place / f"batch-{host}.npz"
+        try:
+            with np.load(
+                io.BytesIO(run_files.read_run_file(rows, _REMEDY, limit=2**40)), allow_pickle=False
+            ) as file:
+                parts.append({name: file[name] for name in file.files})
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{rows}: cannot be read ({error}); {_REMEDY}") from error
     batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return about, trainer, state, parallel.to_global(mesh, batch)
 

@@ -1,15 +1,17 @@
-"""Digests of the files of a checkpoint: what was written is what is read, or it is found out before
+"""Digests of the files of a checkpoint: what was written is what is read, or it is noticed before
 it is used.
 
 `digests.json` lies in the directory of a step and has two lines: a JSON object with the name of the
 digest, and size and digest of every other file, and the CRC-32 of that line. The digest is XXH3 of
 64 bits: it misses one of 2^64 damages, and takes less time than bringing the bytes from memory.
-Steps of before have CRC-32, which takes seven times as long."""
+Older steps have CRC-32, which takes seven times as long.
+
+A file that is missing, cut or of other bytes is damaged. A file that cannot be read (permission, a
+disk or a server that fails) is not: what is in it may be whole, so that is an OSError."""
 
 import concurrent.futures
 import contextlib
 import functools
-import json
 import mmap
 import os
 import pathlib
@@ -19,6 +21,8 @@ from collections.abc import Callable
 from typing import Any
 
 import xxhash
+
+from m3i_jax import run_files
 
 NAME = "digests.json"
 # bytes read at once: so few that they are still in the processor's cache when they are digested
@@ -115,9 +119,8 @@ def write_checksums(directory: pathlib.Path, **notes: Any) -> None:
         )
         for one in kept:
             one.result()
-    line = json.dumps({**notes, "digest": NOW, "files": made}, sort_keys=True)
-    with open(directory / NAME, "w", encoding="ascii") as file:
-        file.write(f"{line}\n{zlib.crc32(line.encode()):08x}\n")
+    with open(directory / NAME, "wb") as file:
+        file.write(run_files.seal_note({**notes, "digest": NOW, "files": made}))
         file.flush()
         os.fsync(file.fileno())
     for folder, _, _ in os.walk(directory, topdown=False):
@@ -126,20 +129,51 @@ def write_checksums(directory: pathlib.Path, **notes: Any) -> None:
 
 
 def read_checksums(directory: pathlib.Path) -> dict[str, Any] | None:
-    """What `write_checksums` wrote there, None if it is not whole."""
+    """What `write_checksums` wrote there, None if it is not whole, or not there.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    place = directory / NAME
     try:
-        with open(directory / NAME, "rb") as file:
-            line, _, check = file.read(LONGEST).partition(b"\n")
-        if check != b"%08x\n" % zlib.crc32(line):
+        if not stat.S_ISREG(place.lstat().st_mode):
             return None
-        return json.loads(line)
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    with open(place, "rb") as file:
+        found = run_files.unseal_note(file.read(LONGEST))
+    return found if _is_sound(found) else None
+
+
+def _is_sound(found: Any) -> bool:
+    """Whether something has the structure that `write_checksums` gives it, whoever made its
+    checksum."""
+    if (
+        not isinstance(found, dict)
+        or not isinstance(found.get("digest"), str)
+        or not isinstance(found.get("files"), dict)
+    ):
+        return False
+    numbers = [found[name] for name in ("format", "step") if name in found]
+    arrays = found.get("arrays", {})
+    return (
+        all(type(number) is int for number in numbers)
+        and isinstance(arrays, dict)
+        and all(isinstance(value, str) for value in arrays.values())
+        and run_files.parse_marks(list(found["files"].values())) is not None
+        and not any(
+            pathlib.PurePosixPath(name).is_absolute() or ".." in name.split("/")
+            for name in found["files"]
+        )
+    )
 
 
 def verify_checksums(directory: pathlib.Path) -> list[str]:
     """What is wrong with the files of a directory, `FILE: WHAT` each; nothing if all are as they
     were written. Files that came later are not looked at.
+
+    Raises:
+      OSError: a file is there and cannot be read.
 
     >>> import tempfile
     >>> place = pathlib.Path(tempfile.mkdtemp())
@@ -147,11 +181,16 @@ def verify_checksums(directory: pathlib.Path) -> list[str]:
     >>> verify_checksums(place), (place / "x").write_bytes(b"124"), (place / "y").unlink(), verify_checksums(place)
     ([], 3, None, ['x: other bytes than were written', 'y: is missing'])
     """
-    if (directory / NAME).is_symlink() or not (directory / NAME).is_file():
-        return [f"{NAME}: is missing"]
     found = read_checksums(directory)
     if found is None:
-        return [f"{NAME}: is damaged"]
+        there = os.path.lexists(directory / NAME)
+        return [
+            (
+                f"{NAME}: is damaged"
+                if there and not (directory / NAME).is_symlink()
+                else f"{NAME}: is missing"
+            )
+        ]
     if (kind := found["digest"]) not in KINDS:
         return [f"{NAME}: has digests {kind!r}, which this version of m3i_jax does not know"]
 
@@ -169,10 +208,8 @@ def verify_checksums(directory: pathlib.Path) -> list[str]:
                 if file_digest(path, kind) == (size, value)
                 else f"{name}: other bytes than were written"
             )
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return f"{name}: is missing"
-        except OSError as error:
-            return f"{name}: cannot be read ({error.strerror or error})"
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         return [text for text in pool.map(one, sorted(found["files"].items())) if text]

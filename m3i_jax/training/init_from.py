@@ -81,7 +81,17 @@ def open_weights(
             config=vit_weights.read_sidecar_configs(place),
         )
     except UserError as error:
-        raise UserError(f"{key}: {error}") from error
+        raise UserError(
+            f"{key}: {error}" if place in str(error) else f"{key}: {place}: {error}"
+        ) from error
+    except (
+        Exception
+    ) as error:  # arrays of a known name and another shape: the person needs the name of the file
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{key}: {place}: its arrays are not those of its names ({type(error).__name__}:"
+            f" {reason}); is it whole?"
+        ) from error
 
     def read(wanted: Mapping[str, Any]) -> dict[str, Any]:
         return {path: _placed(found.arrays[path], sharding) for path, sharding in wanted.items()}
@@ -128,6 +138,12 @@ def _of_run(workdir: str, weights: str, key: str) -> WeightSource:
 
     def read(wanted: Mapping[str, Any]) -> dict[str, Any]:
         got = run.read({there[path]: sharding for path, sharding in wanted.items()})
+        if wrong := [path for path in wanted if not _finite(got[there[path]])]:
+            raise UserError(
+                f"{key}: {workdir!r}: {wrong[0]} has numbers that are not finite (NaN or Inf),"
+                f" {len(wrong)} of {len(wanted)} arrays do; give an earlier checkpoint or"
+                " another run"
+            )
         return {path: got[there[path]] for path in wanted}
 
     config = configuration.resolve(configuration.load_from_workdir(workdir, key))
@@ -148,6 +164,17 @@ def _of_run(workdir: str, weights: str, key: str) -> WeightSource:
     return WeightSource(
         name, {path: run.shapes[full] for path, full in there.items()}, read, settings, {}, []
     )
+
+
+def _finite(array: Any) -> bool:
+    """Whether all numbers of an array are finite; of one that is spread over hosts, those that lie
+    here."""
+    parts = (
+        [shard.data for shard in array.addressable_shards]
+        if isinstance(array, jax.Array)
+        else [array]
+    )
+    return all(bool(np.isfinite(np.asarray(part)).all()) for part in parts)
 
 
 def _placed(array: Any, sharding: Any) -> Any:

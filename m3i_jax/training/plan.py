@@ -2,14 +2,13 @@
 view and every projection once."""
 
 import dataclasses
-import difflib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
-from m3i_jax.objective import published
+from m3i_jax.objective import registry
 from m3i_jax.objective import terms as objective_terms
 from m3i_jax.objective.terms import (
     DENSE_TARGETS,
@@ -145,33 +144,25 @@ def terms_named(name: str, key: str = "config.objective.forms") -> objective_ter
     >>> [t.name for t in terms_named("k")] == [t.name for t in terms_named("sim")]
     True
     """
-    name = objective_terms.LETTERS.get(name, name)
-    if name in published.PUBLISHED:
-        return published.PUBLISHED[name].terms
-    if name in objective_terms.FORMS:
-        return objective_terms.FORMS[name]
-    if name in objective_terms.TRANSFER:
-        return objective_terms.TRANSFER[name]
-    if name in published.LEFT_OUT:
-        raise UserError(f"{key}: {name!r} is not here: {published.LEFT_OUT[name]}")
-    names = [
-        *objective_terms.FORMS,
-        *objective_terms.LETTERS,
-        *objective_terms.TRANSFER,
-        *published.PUBLISHED,
-    ]
-    near = difflib.get_close_matches(name, names, 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"{key}: {name!r} is none of {', '.join(dict.fromkeys(names))}{hint}")
+    try:
+        return registry.form(name)
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def _terms_of(o: schema.Objective) -> Terms:
     """The terms of an objective, whatever the data have."""
     if not o.forms:
         raise UserError("config.objective.forms: is empty; name at least one form, such as m3i")
-    rows = objective_terms.uniquify(
-        {objective_terms.LETTERS.get(name, name): terms_named(name) for name in o.forms}
-    )
+    names = [objective_terms.LETTERS.get(name, name) for name in o.forms]
+    if twice := [
+        given for given, name in zip(o.forms, names, strict=True) if names.count(name) > 1
+    ]:
+        raise UserError(
+            f"config.objective.forms: {twice[0]} and {twice[-1]} are the same objective; name it"
+            " once"
+        )
+    rows = objective_terms.uniquify({name: terms_named(name) for name in names})
     return objective_terms.with_options(
         objective_terms.merge(*rows, annotation_input=o.annotation_input), intra_positions=o.intra_positions, soft_label=o.soft_label,
         symmetric=o.symmetric, target_encoder=o.target_encoder, second_group=o.second_group,
@@ -313,12 +304,7 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
                 f"config.{key}: {value!r} does nothing: there is {what} in {told}; leave it at"
                 f" {default!r} or choose another form"
             )
-    rows = [
-        *objective_terms.FORMS.values(),
-        *objective_terms.TRANSFER.values(),
-        *(method.terms for method in published.PUBLISHED.values()),
-    ]
-    known = sorted({t.name for each in (*rows, terms) for t in each})
+    known = sorted({t.name for each in (*registry.forms().values(), terms) for t in each})
     for name in o.second_group if o.second_group != plain.objective.second_group else ():
         if name not in known:
             raise UserError(

@@ -13,7 +13,8 @@ from jax.extend import core
 from m3i_jax import parallel, schema
 from m3i_jax.errors import DoesNotFit, UserError
 from m3i_jax.models import m3i
-from m3i_jax.training import checkpoint, init_from, optimizer, plan, state, step
+from m3i_jax.setting_limits import INT32
+from m3i_jax.training import checkpoint, init_from, optimizer, plan, scaling, state, step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,11 @@ def run_length(config: schema.Config) -> RunLength:
             f" at most {size - size % 2}"
         )
     steps = t.steps or max(1, int(t.epochs * per_epoch))
+    if steps > INT32:
+        raise UserError(
+            f"config.train.epochs: {t.epochs!r} are {steps:,} steps, and a run has at most"
+            f" {INT32:,}; lower it"
+        )
     warmup = o.warmup_steps if o.warmup_steps >= 0 else int(o.warmup_epochs * per_epoch)
     if warmup > steps:
         if o.warmup_steps >= 0:
@@ -59,13 +65,14 @@ def run_length(config: schema.Config) -> RunLength:
 class Trainer:
     """Compiled functions and layouts of a run.
 
-    Args:
-      config: completed settings (data.classes, data.captions, data.size known).
+    Args: config: completed settings (data.classes, data.captions, data.size known); what they leave
+      open is filled in (`scaling.fill_open_settings`).
       mesh: devices.
       vocabulary: entries of the tokenizer, 0 without captions.
     """
 
     def __init__(self, config: schema.Config, mesh: jax.sharding.Mesh, vocabulary: int):
+        config = scaling.fill_open_settings(config)
         self.config, self.mesh, self.plan, self.length = (
             config,
             mesh,
@@ -93,13 +100,18 @@ class Trainer:
         self.template = jax.eval_shape(self._create)
         self.shardings = parallel.tree_shardings(mesh, self.template)
         whole = parallel.replicated(mesh)
-        self._step = jax.jit(
+        self._step = parallel.Program(
             functools.partial(step.train_step, self.plan, self.tx),
+            name="train_step",
             in_shardings=(self.shardings, parallel.data_sharding(mesh)),
             out_shardings=(self.shardings, whole),
             donate_argnums=0,
         )
-        self._look = jax.jit(functools.partial(step.panel_outputs, self.plan), out_shardings=whole)
+        self._look = parallel.Program(
+            functools.partial(step.panel_outputs, self.plan),
+            name="look_inside",
+            out_shardings=whole,
+        )
 
     def check_room(self) -> None:
         """Refuse a state that the devices cannot hold, before anything of it is made or read. What
@@ -137,13 +149,17 @@ class Trainer:
         What `init_from` names is in it, in the momentum target too, and `say` gets the account of
         it."""
         if self.config.init_from:
-            params = jax.jit(self._params, out_shardings=self.shardings.params)()
+            params = parallel.Program(
+                self._params, name="init", out_shardings=self.shardings.params
+            )()
             params = init_from.initialize_from(self.config, params, self.shardings.params, say)
-            made = jax.jit(
-                lambda params: state.create(params, self.tx), out_shardings=self.shardings
+            made = parallel.Program(
+                lambda params: state.create(params, self.tx),
+                name="init",
+                out_shardings=self.shardings,
             )(params)
         else:
-            made = jax.jit(self._create, out_shardings=self.shardings)()
+            made = parallel.Program(self._create, name="init", out_shardings=self.shardings)()
         if "frozen" not in made.opt:
             return made
         frozen, layout = made.opt["frozen"], self.shardings.opt["frozen"].params["encoder"]

@@ -18,7 +18,7 @@ import sys
 import jax
 
 from m3i_jax import config as configuration
-from m3i_jax import parallel, schema
+from m3i_jax import parallel, published_settings, schema
 from m3i_jax.models import presets
 from m3i_jax.objective import published, terms
 from m3i_jax.profiling import flops
@@ -47,8 +47,8 @@ def variant(forms: str = "m3i", **changes: str) -> schema.Config:
     names = [terms.LETTERS.get(name, name) for name in forms.split("+")]
     settings = {"objective.forms": ",".join(names)}
     for name in names:
-        if name in published.PUBLISHED:
-            settings |= {k: str(v) for k, v in published.PUBLISHED[name].settings.items()}
+        if name in published_settings.SETTINGS:
+            settings |= {k: str(v) for k, v in published_settings.SETTINGS[name].items()}
     text = any(t.target.of == "text" for name in names for t in _terms(name)) and forms != "m3i"
     base = {
         "data.size": "100000",

@@ -301,6 +301,7 @@ def commands(run: Run, out: pathlib.Path, steps: int, finetune_steps: int) -> li
         "seed": str(run.seed), **{k: v for k, v in run.of.overrides.items() if k.startswith("data.")},
         "train.steps": str(finetune_steps), "train.save_every": str(finetune_steps), "train.eval_every": "0",
         "optim.lr": "4e-3", "optim.warmup_steps": str(min(20, finetune_steps)), "optim.weight_decay": "0.05",
+        "optim.layer_decay": "0.65",
         "data.rand_augment.ops": "0", "data.threads": "1", "data.crop_scale": "0.7,1.0", "data.augment.erase_p": "0.0",
         "data.augment.mixup": "0.0", "data.augment.cutmix": "0.0", "model.encoder.drop_path": "0.0", "evaluate.crop": "1.0",
     }  # fmt: skip
@@ -345,8 +346,10 @@ def values(place: pathlib.Path) -> dict[str, float]:
         out["finetune"] = float(
             [line for line in tuned if "eval/direct/top1" in line][-1]["eval/direct/top1"]
         )
-    if (place / "eval.json").is_file():
-        for found in json.loads((place / "eval.json").read_text())["results"].values():
+    # The images of its own style are not those that it held out: their evaluation stands in a
+    # directory of its own.
+    for file in (*place.glob("eval.json"), *place.glob("eval-*/eval.json")):
+        for found in json.loads(file.read_text())["results"].values():
             out |= {f"own/{name}": float(value) for name, value in found.items()}
     return out
 

@@ -5,9 +5,12 @@ import pytest
 from PIL import Image
 
 from m3i_jax.data import decode, eval_batches
+from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import UnreadableError
+
+SEEN = Preprocessing(image_size=28)
 
 
 def some(make):
@@ -30,7 +33,11 @@ def test_evaluation_views(make, crop: float, short: int):
     their place but not valid."""
     source, pictures = some(make)
     batches = eval_batches.evaluation_batches(
-        source, np.array([6, 3, 0, 1, 5, 3, 2]), 28, 3, crop=crop, threads=3
+        source,
+        np.array([6, 3, 0, 1, 5, 3, 2]),
+        Preprocessing(image_size=28, crop=crop),
+        3,
+        threads=3,
     )
     first, second, third = batches
     assert batches.skipped == dict.fromkeys(decode.REASONS, 0) | {"undecodable": 2}
@@ -72,13 +79,13 @@ def test_hosts_share_the_rows_and_read_nothing_twice(make, hosts: int):
     """The parts laid side by side are the batches of one host; each host makes as many batches as
     any other, and opens its own records."""
     order = [6, 3, 0, 1, 5, 3]
-    whole = list(eval_batches.evaluation_batches(some(make)[0], order, 28, 4))
+    whole = list(eval_batches.evaluation_batches(some(make)[0], order, SEEN, 4))
     sources_, parts = [], []
     for host in range(hosts):
         source, _ = some(make)
         sources_.append(source)
         parts.append(
-            list(eval_batches.evaluation_batches(source, order, 28, 4, host=host, hosts=hosts))
+            list(eval_batches.evaluation_batches(source, order, SEEN, 4, host=host, hosts=hosts))
         )
     assert len(whole) == 2 and {len(part) for part in parts} == {2}
     for k, batch in enumerate(whole):
@@ -86,12 +93,12 @@ def test_hosts_share_the_rows_and_read_nothing_twice(make, hosts: int):
             np.testing.assert_array_equal(np.concatenate([part[k][name] for part in parts]), array)
     assert sorted(index for source in sources_ for index in source.read) == sorted(order)
     with pytest.raises(ValueError, match="3 hosts"):
-        eval_batches.evaluation_batches(some(make)[0], order, 28, 4, hosts=3)
+        eval_batches.evaluation_batches(some(make)[0], order, SEEN, 4, hosts=3)
 
 
 def test_evaluation_of_nothing(make):
-    assert list(eval_batches.evaluation_batches(make.Pictures(3), [], 28, 4)) == []
-    (only,) = eval_batches.evaluation_batches(make.Pictures(3, bad=3), range(3), 28, 4)
+    assert list(eval_batches.evaluation_batches(make.Pictures(3), [], SEEN, 4)) == []
+    (only,) = eval_batches.evaluation_batches(make.Pictures(3, bad=3), range(3), SEEN, 4)
     assert not only["valid"].any()
 
 
@@ -100,12 +107,18 @@ def test_a_file_that_vanishes_is_a_bad_record_where_it_may_be(fill, make):
     read again one by one."""
     folder = fill({f"{i}.png": make.encode(make.smooth(20 + i, 30), "PNG") for i in range(4)})
     source = FolderSource(str(folder))
-    whole = list(eval_batches.evaluation_batches(source, [3, 1, 0, 1, 2], 16, 3))
+    whole = list(
+        eval_batches.evaluation_batches(source, [3, 1, 0, 1, 2], Preprocessing(image_size=16), 3)
+    )
     (folder / "1.png").unlink()
     with pytest.raises(UnreadableError, match="1.png' cannot be read"):
-        list(eval_batches.evaluation_batches(source, [3, 1, 0, 1, 2], 16, 3))
+        list(
+            eval_batches.evaluation_batches(
+                source, [3, 1, 0, 1, 2], Preprocessing(image_size=16), 3
+            )
+        )
     batches = eval_batches.evaluation_batches(
-        source, [3, 1, 0, 1, 2], 16, 3, missing="replace", threads=2
+        source, [3, 1, 0, 1, 2], Preprocessing(image_size=16), 3, missing="replace", threads=2
     )
     got = list(batches)
     assert batches.skipped == dict.fromkeys(decode.REASONS, 0) | {"unreadable": 2}

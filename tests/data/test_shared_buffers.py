@@ -2,7 +2,10 @@
 
 import copy
 import gc
+import multiprocessing
 import os
+import pathlib
+import signal
 import subprocess
 import sys
 from concurrent import futures
@@ -164,3 +167,44 @@ def test_threads_never_get_the_same_block():
     with futures.ThreadPoolExecutor(4) as pool:
         done = list(pool.map(work, range(4)))
     assert all(whole for whole, _ in done) and max(places for _, places in done) <= 8
+
+
+KILLED = """
+import multiprocessing, os, signal
+from m3i_jax.data import loans
+lender = shared_buffers.SharedBufferPool()
+kept = [multiprocessing.get_context("spawn").Event() for _ in range(3)]
+print(lender.place, flush=True)
+os.killpg(0, signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="semaphores are no files here")
+@pytest.mark.row("A14")
+def test_a_run_that_is_killed_with_its_group_leaves_no_semaphores_for_long():
+    """Python's own janitor dies with the group; the next run removes what is left, and nothing of a
+    run that goes on."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        check=False,
+    )
+    place = pathlib.Path(done.stdout.strip())
+
+    def left():
+        return list(place.parent.glob(f"sem.{place.name}-*"))
+
+    assert done.returncode == -signal.SIGKILL and place.is_dir() and len(left()) >= 3
+    alive = shared_buffers.SharedBufferPool()
+    event = multiprocessing.get_context("spawn").Event()
+    names = set(place.parent.glob(f"sem.{pathlib.Path(alive.place).name}-*"))
+    assert not left() and not place.exists() and names
+    shared_buffers.SharedBufferPool().close()
+    assert (
+        names == set(place.parent.glob(f"sem.{pathlib.Path(alive.place).name}-*"))
+        and not event.is_set()
+    )
+    alive.close()
+    assert multiprocessing.current_process()._config["semprefix"] == "/mp"

@@ -290,6 +290,27 @@ def test_reading_fails_with_one_line(fill, monkeypatch):
         base.read_byte_range(path, 0, 3)
 
 
+@pytest.mark.row("C13")
+def test_a_pipe_in_place_of_a_file_is_told_and_not_waited_for(fill):
+    folder = fill({"a/1.jpg": b"1", "b/2.jpg": b"2", "b/2.txt": b"two"})
+    source = FolderSource(str(folder))
+    for name in ("a/1.jpg", "b/2.txt"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(
+            UserError,
+            match=(
+                rf"{name}' is no regular file any more, as it was when the run began; restore it$"
+            ),
+        ):
+            source[0 if name == "a/1.jpg" else 1]
+    with pytest.raises(UserError, match="is no regular file"):
+        base.read_byte_range("/dev/zero", 0, 3)
+    os.mkfifo(folder / "a/0.jpg")
+    # there from the start: passed over and counted
+    assert FolderSource(str(folder)).ignored["special files"] == 3
+
+
 @pytest.mark.parametrize(
     ("value", "label"),
     [

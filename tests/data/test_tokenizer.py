@@ -21,6 +21,7 @@ from m3i_jax.data.decode import clean_caption
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import UnreadableError, UserError
+from tests.faults.hostile import PEAK, ROOT
 
 # A vocabulary in the format of CLIP's file: one header line, then a pair a line, strongest first.
 MERGES = (
@@ -51,7 +52,9 @@ def merges() -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def vocabulary(tmp_path: pathlib.Path) -> str:
+def vocabulary(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A file of as few merges as can be followed by hand."""
+    monkeypatch.setattr(tokenizer, "_MERGES", len(merges()))
     path = tmp_path / tokenizer.VOCABULARY
     with gzip.open(path, "wt", encoding="utf-8") as file:
         file.write("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges()) + "\n")
@@ -188,6 +191,11 @@ def test_missing_or_wrong_vocabulary(tmp_path, vocabulary, monkeypatch):
         b"not packed",
         gzip.compress(b"header\na b c\n"),
         gzip.compress(b"header\n"),
+        gzip.compress(b"header\na b\n"),  # a pair, of as many as there must be
+        # of tokens that are none
+        gzip.compress(
+            b"header\n" + b"".join(b"xx%d yy%d\n" % (i, i) for i in range(len(merges())))
+        ),
         pathlib.Path(vocabulary).read_bytes()[:-30],
     ):
         wrong.write_bytes(content)
@@ -199,6 +207,31 @@ def test_missing_or_wrong_vocabulary(tmp_path, vocabulary, monkeypatch):
         " ships it: run `python -m m3i_jax.data.tokenizer FOLDER`, then set data.vocabulary to"
         " the file"
     )
+
+
+def test_a_vocabulary_that_unpacks_to_a_thousand_times_its_size_is_not_unpacked(
+    tmp_path: pathlib.Path,
+) -> None:
+    """100 MB of one letter behind a right first line, in 100 kB: refused, at the cost of what
+    CLIP's own file unpacks to."""
+    (bomb := tmp_path / "bomb.gz").write_bytes(gzip.compress(b"header\na b\n" + b"a" * 100_000_000))
+    code = (
+        PEAK
+        + f"""
+from m3i_jax.data import tokenizer
+from m3i_jax.errors import UserError
+before = peak()
+try:
+    tokenizer.clip({str(bomb)!r})
+except UserError as error:
+    assert "unpacks to more than 8 MiB" in str(error), error
+    print(peak() - before)
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert bomb.stat().st_size < 200_000 and int(done.stdout) < 100_000, done.stdout  # KiB
 
 
 def test_an_installed_package_is_found_and_not_imported(tmp_path, vocabulary, monkeypatch):
@@ -419,9 +452,13 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, bpe):
         lambda: bpe.save(str(tmp_path / "tokenizer.json")),
         lambda: tokenizer.save_tokenizer(b"the file", str(tmp_path)),
     ):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(UserError, match="cannot write .*: No space left on device; make room"):
             write()
-    assert list(tmp_path.iterdir()) == []
+    assert (
+        [path.name for path in tmp_path.iterdir() if path.is_file()]
+        == []
+        == list((tmp_path / "digests").iterdir())
+    )
 
 
 def test_captions_that_vanish_are_not_learnt_where_they_may_be_left_out(tmp_path):

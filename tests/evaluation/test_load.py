@@ -54,7 +54,7 @@ def test_a_run_gives_what_its_parts_compute(run, pictures: np.ndarray) -> None:
     for weights_, encoder in (("online", params["encoder"]), ("ema", average["encoder"])):
         tokens = np.asarray(m3i.encode(config, encoder, patches))
         got = {
-            pool: m3i_jax.load(workdir, weights=weights_, pool=pool).features(pictures)
+            pool: m3i_jax.load(workdir, weights=weights_, pool=pool).features(pictures, ready=True)
             for pool in load.POOLS
         }
         np.testing.assert_allclose(got["tokens"], tokens, rtol=1e-4, atol=1e-4)
@@ -72,7 +72,7 @@ def test_a_run_gives_what_its_parts_compute(run, pictures: np.ndarray) -> None:
 
 
 def test_pictures_are_seen_as_in_evaluation(run) -> None:
-    """Of any size: what `evaluation_batches` cuts out of the same record."""
+    """Of any size, the model's too: what `evaluation_batches` cuts out of the same record."""
     workdir, _, _ = run
     smooth = lambda h, w: (
         128
@@ -82,36 +82,50 @@ def test_pictures_are_seen_as_in_evaluation(run) -> None:
             @ np.random.default_rng(h).uniform(-0.2, 0.2, (2, 3))
         )
     )
-    records = [base.Record(str(h), smooth(h, w).astype(np.uint8)) for h, w in ((40, 70), (90, 33))]
-    (batch,) = eval_batches.evaluation_batches(records, range(2), 32, 2)
+    records = [
+        base.Record(str(h), smooth(h, w).astype(np.uint8))
+        for h, w in ((40, 70), (90, 33), (32, 32))
+    ]
     model = load.load(workdir, pool="mean")
-    np.testing.assert_array_equal(
-        model.features([record.image for record in records]), model.features(batch["views"])
-    )
+    (batch,) = eval_batches.evaluation_batches(records, range(3), model.preprocessing, 3)
+    views = model.features(batch["views"], ready=True)
+    np.testing.assert_array_equal(model.features([record.image for record in records]), views)
     floats = [record.image / np.float32(255) for record in records]
     for view, cut in zip(batch["views"], floats, strict=True):  # bytes are rounded twice on the way
-        assert np.abs(load.eval_view(cut, 32) - view / 255).max() < 1.6 / 255
+        assert np.abs(model.preprocessing.view(cut) - view / 255).max() < 1.6 / 255
     expected = feature_extraction.extract_features(
         model.config, "mean", model.params, jnp.asarray(batch["views"])
     )
-    np.testing.assert_allclose(model.features(batch["views"]), expected, atol=1e-5)
+    np.testing.assert_allclose(views, expected, atol=1e-5)
 
 
 def test_types_and_numbers_of_pictures(run, pictures: np.ndarray) -> None:
     model = load.load(run[0], pool="mean")
-    whole = model.features(pictures)
-    np.testing.assert_allclose(model.features(pictures / 255), whole, atol=1e-5)
-    np.testing.assert_allclose(model.features(pictures[0])[0], whole[0], atol=1e-5)
+    whole = model.features(pictures, ready=True)
+    for same, expected in (
+        (pictures / 255, whole),
+        (pictures[0], whole[:1]),
+        ([pictures[0], pictures[1] / 255], whole[:2]),
+        ([Image.fromarray(pictures[2])], whole[2:3]),
+        (pictures[:0], whole[:0]),
+        (np.repeat(pictures, 14, 0), np.repeat(whole, 14, 0)),  # more than a device step
+    ):
+        np.testing.assert_allclose(model.features(same, ready=True), expected, atol=1e-5)
+    seen = model.features(pictures)
     np.testing.assert_allclose(
-        model.features([pictures[0], pictures[1] / 255]), whole[:2], atol=1e-5
+        model.features([*pictures[:2], Image.fromarray(pictures[2])]), seen[:3], atol=1e-5
     )
-    np.testing.assert_allclose(
-        model.features([Image.fromarray(pictures[2])])[0], whole[2], atol=1e-5
-    )
-    assert model.features(pictures[:0]).shape == (0, 32)
-    many = model.features(np.repeat(pictures, 14, 0))  # more than a device step
-    np.testing.assert_allclose(many, np.repeat(whole, 14, 0), atol=1e-5)
-    refused = [(pictures[..., :1], "must be"), (pictures.astype(np.int32), "must be")]
+    assert model.features([]).shape == (0, 32)
+    with pytest.raises(ValueError, match="a view has shape"):
+        model.features(np.zeros((40, 32, 3), np.uint8), ready=True)
+    huge = dataclasses.replace(model, params=jax.tree.map(lambda leaf: 1e30 * leaf, model.params))
+    with pytest.raises(ValueError, match="features of 5 images are not finite, first of image 0"):
+        huge.features(pictures)
+    refused = [
+        (pictures[..., :1], "must be"),
+        (pictures.astype(np.int32), "must be"),
+        (np.zeros((1, 0, 9, 3), np.uint8), "must be"),
+    ]
     refused += [(pictures * 1.0, "must lie in 0..1"), (pictures * np.nan, "must lie in 0..1")]
     for wrong, words in refused:
         with pytest.raises(ValueError, match=words):
@@ -200,7 +214,7 @@ def test_a_published_intern_image(
         (pictures / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225]),
     )
     expected = theirs.fused().mean(1) if fused else theirs.maps[3].mean((1, 2))
-    got = model.features(pictures)
+    got = model.features(pictures, ready=True)
     assert got.shape == (5, fused or 256) and np.abs(expected).max() > 0.1
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 

@@ -34,6 +34,18 @@ ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
         "two runs in one working directory",
         "the second refuses; a lock of a dead process is none",
     ),
+    "A13": (
+        "one host compiles for minutes while another has its program",
+        "all wait for it before the first collective, and name it",
+    ),
+    "A14": (
+        "SIGKILL of a run with workers and all its processes",
+        "the next run removes what is left in shared memory",
+    ),
+    "A15": (
+        "a first host that has no address, or does not answer",
+        "refused at once; a wait logs for whom, every 15 s",
+    ),
     # checkpoints
     "B1": (
         "disk full during a save",
@@ -64,6 +76,14 @@ ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
         "power is lost after a step was named",
         "all of it is on the disk before its name, and before an older one goes",
     ),
+    "B12": (
+        "any file of a run flipped, cut, deleted, a directory, a link, a pipe",
+        "the same result, one line, or a warning",
+    ),
+    "B13": (
+        "checkpoints copied, exchanged, not mounted, not to be read",
+        "none used under another number, none renamed, no start anew",
+    ),
     # data
     "C1": (
         "bad images of every kind at 1 % and 20 %",
@@ -86,6 +106,10 @@ ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
     "C10": ("a worker that is killed, fails or hangs", "an error or the same order again, in time"),
     "C11": ("data smaller than a batch, odd sizes, epoch ends", "defined or refused"),
     "C12": ("a mask of all or nothing, a partner that is itself", "never made"),
+    "C13": (
+        "a named pipe or device under the name of an image",
+        "skipped and counted; if it appears later, told at once",
+    ),
     # numerics
     "D1": (
         "NaN or Inf in a loss, a gradient, a head",
@@ -108,6 +132,23 @@ ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
     "E4": ("optional packages missing", "the core works; the extra is named"),
     "E5": ("a metrics sink fails, the log disk is full", "training goes on, losses are counted"),
     "E6": ("no network", "everything local works"),
+    "E7": (
+        "any command, configuration file or file",
+        "exit 0, 2 or 3, one line, nothing outside the working directory touched",
+    ),
+    "E8": ("an override that changes nothing", "refused, with what would change something"),
+    "E9": (
+        "an evaluation of other data or weights than the run's",
+        "named, and kept apart from the run's own",
+    ),
+    "E10": (
+        "pictures seen otherwise by evaluation, load and exports",
+        "one description gives the same features",
+    ),
+    "E11": (
+        "weights or a place to write to that are not there",
+        "refused before anything is built",
+    ),
     # security
     "F1": ("pickles in data, checkpoint, cache, override", "none is run"),
     "F2": ("archive names and links that lead out, terminal escapes", "contained"),
@@ -116,6 +157,10 @@ ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
     "F5": ("permissions of what is written", "private by default"),
     "F6": ("nested or huge metadata, bombs in records", "limits before parsing"),
     "F7": ("unsafe calls in the source", "none outside the allow-list"),
+    "F8": (
+        "weights of elsewhere: quantised, NaN, nested or inconsistent",
+        "refused on one line, with the file",
+    ),
 }
 
 # What cannot be tried on a small machine, or is not there yet: row -> why. It stands in the table

@@ -319,26 +319,47 @@ def test_two_hosts_save_and_restore_with_limits(tmp_path: pathlib.Path) -> None:
         )
 
 
-def pair(run: pathlib.Path, steps: int) -> list[subprocess.Popen[str]]:
-    """Both hosts of a small run on this machine."""
+# A run that prints which train steps it compiles, and takes so many seconds for each.
+DELAYED = """
+import sys, time
+from jax._src import compiler
+plain = compiler.backend_compile_and_load
+
+def slow(backend, module, *more):
+    if "train_step" in str(module.operation.attributes["sym_name"]):
+        print("compiling train_step", flush=True)
+        time.sleep(float(sys.argv[1]))
+    return plain(backend, module, *more)
+
+compiler.backend_compile_and_load = slow
+from m3i_jax.main import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def pair(
+    run: pathlib.Path, steps: int, *, delays: tuple[float, ...] = ()
+) -> list[subprocess.Popen[str]]:
+    """Both hosts of a small run on this machine. With `delays`, seconds that each takes to compile
+    a train step, compiled programs are kept in the working directory, as hosts keep them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         at = f"127.0.0.1:{free.getsockname()[1]}"
     # killed: its line breaks at once, whatever the heartbeat
     more = [f"train.steps={steps}", "train.save_every=4", "train.eval_every=8"]
-    command = [
-        sys.executable,
-        "-m",
-        "m3i_jax.main",
+    begin = [["-c", DELAYED, str(seconds)] for seconds in delays] or [["-m", "m3i_jax.main"]] * 2
+    settings = [
         "--config",
         "configs/quickstart.py",
         *(f"--config.{s}" for s in soak.TINY + more),
+        "--workdir",
+        str(run),
     ]
     own = [
         [
-            *command,
-            "--workdir",
-            str(run),
+            sys.executable,
+            *begin[i],
+            *settings,
             "--coordinator",
             at,
             "--processes",
@@ -349,6 +370,8 @@ def pair(run: pathlib.Path, steps: int) -> list[subprocess.Popen[str]]:
         for i in range(2)
     ]
     environment = soak.environment(run.parent / "cache")
+    if delays:
+        del environment["JAX_COMPILATION_CACHE_DIR"]
     return [
         subprocess.Popen(
             words,
@@ -414,3 +437,36 @@ def test_a_lost_host_costs_no_bit(tmp_path: pathlib.Path, trials) -> None:
     assert same and named >= len(at) // 2, outs
     # a save that was under way counts for nothing
     assert max(lost_steps) <= 8 and not soak.leftovers(run), lost_steps
+
+
+@pytest.mark.slow
+@pytest.mark.row("A13")
+def test_a_host_that_compiles_for_two_minutes_and_a_restart(tmp_path: pathlib.Path, trials) -> None:
+    """Gloo gives a first collective 30 seconds. The host that compiles is waited for; after a kill
+    both hosts find the program."""
+    run, log = tmp_path / "run", tmp_path / "run/metrics.jsonl"
+    both = pair(run, 40, delays=(0.0, 120.0))
+    try:
+        while (
+            not log.is_file()
+            or max((r["step"] for r in soak.rows(run) if "loss" in r), default=0) < 6
+        ):
+            assert all(process.poll() is None for process in both), both[0].communicate()
+            time.sleep(0.02)
+        both[1].kill()
+        out, _ = both[0].communicate(timeout=120)
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    trials.add("compiling train_step" in out and "compile train_step: waiting for host 1 (" in out)
+    both = pair(run, 40, delays=(120.0, 120.0))
+    again = [process.communicate(timeout=500)[0] for process in both]
+    trials.add(
+        [process.returncode for process in both] == [0, 0] and "resuming at step" in again[0]
+    )
+    trials.add(not any("compiling train_step" in text for text in again))
+    trials.figure = (
+        "a host compiled for 120 s: the other waited; killed and restarted, both loaded the program"
+    )
+    assert trials.passed == trials.trials == 3, (out[-2000:], again)

@@ -2,6 +2,7 @@
 written is its owner's."""
 
 import html.parser
+import json
 import logging
 import os
 import pathlib
@@ -92,6 +93,19 @@ def test_no_name_of_an_archive_leads_out_or_commands_a_terminal(
         and "\nforged" not in told
         and "\\x1b" in told
     )
+    written = {
+        name: (tmp_path / "run" / name).read_bytes().decode() for name in ("data.html", "data.json")
+    }
+    for name, text in written.items():
+        assert (
+            text == privacy.escape_control(text)
+            and ("\\x1b[2J" if name == "data.html" else "\\u001b[2J") in text
+        ), name
+    examples = {
+        key for row in json.loads(written["data.json"])["bad"] for key, _ in row["examples"]
+    }
+    # JSON gives the names back as they were
+    assert examples <= {source.key(i) for i in range(len(source))}
     assert sorted(os.listdir(tmp_path.parent)) == above and not list(
         pathlib.Path("/tmp").glob("escaped*.jpg")
     )

@@ -98,7 +98,7 @@ def from_timm(
     # a bare file of timm's cannot tell
     mine.config = with_encoder(mine.config, activation=arguments.get("act_layer", "gelu"))
     raw = pictures(arguments["img_size"])
-    close(mine.features(raw), model.forward_features(normal(mine, raw)))
+    close(mine.features(raw, ready=True), model.forward_features(normal(mine, raw)))
 
 
 def with_encoder(config: schema.Config, **changes) -> schema.Config:
@@ -132,16 +132,17 @@ def hugging_face(place: pathlib.Path, kind: str, sizes: dict) -> None:
     raw = pictures(sizes["image_size"])
     out = model(pixel_values=normal(mine, raw), output_hidden_states=True)
     if kind == "ViTModel":
-        close(mine.features(raw), out.last_hidden_state)  # the file has the norm, so it is ours too
+        # the file has the norm, so it is ours too
+        close(mine.features(raw, ready=True), out.last_hidden_state)
     else:
         close(
-            mine.features(raw),
+            mine.features(raw, ready=True),
             getattr(model, "vision_model", model).post_layernorm(out.last_hidden_state),
         )
     without = load.load(str(place), pool="tokens")
     without.config = with_encoder(without.config, final_norm=False)
     close(
-        without.features(raw),
+        without.features(raw, ready=True),
         out.hidden_states[-1] if kind == "ViTModel" else out.last_hidden_state,
     )
 
@@ -183,18 +184,19 @@ def test_they_compute_what_we_do(tmp_path: pathlib.Path, library: str, changes: 
 
 
 def both_ways(place: pathlib.Path, library: str, mine: load.LoadedEncoder) -> None:
-    described, size, pixels = mode._described(mine)
+    described, preprocessing = mode._described(mine)
+    size = preprocessing["image_size"]
     raw = pictures(size)
     shown = normal(mine, raw).numpy().transpose(0, 2, 3, 1)
     out = place / "out"
     if library == "timm":
-        export_formats.timm_config(out, mode.tree_of(mine), described, size, pixels)
+        export_formats.timm_config(out, mode.tree_of(mine), described, preprocessing)
         got = export_formats.timm_output(out, described, size, shown)
     else:
-        kind = export_formats.hugging_face_config(out, mode.tree_of(mine), described, size, pixels)
+        kind = export_formats.hugging_face_config(out, mode.tree_of(mine), described, preprocessing)
         got = export_formats.hugging_face_output(out, kind, described["final_norm"], shown)
     assert got is not None
-    close(got, mine.features(raw))
+    close(got, mine.features(raw, ready=True))
 
 
 def test_timms_own_loader_reads_our_npz(tmp_path: pathlib.Path) -> None:
@@ -206,7 +208,7 @@ def test_timms_own_loader_reads_our_npz(tmp_path: pathlib.Path) -> None:
     model = timm.create_model(name, pretrained=False, **arguments).eval()
     model.load_pretrained(str(tmp_path / "vit.npz"))
     raw = pictures(32)
-    close(mine.features(raw), model.forward_features(normal(mine, raw)))
+    close(mine.features(raw, ready=True), model.forward_features(normal(mine, raw)))
 
 
 def test_the_tables_of_names_are_theirs(tmp_path: pathlib.Path) -> None:

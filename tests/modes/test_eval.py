@@ -1,12 +1,14 @@
 """--mode=eval on a run that was saved: every evaluator at once, what is kept of it, what is
 refused."""
 
+import errno
 import json
 import pathlib
 import re
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 from tests.evaluation.test_loaded import intern_image_file
 
@@ -19,6 +21,7 @@ from m3i_jax.interop import tensor_files
 from m3i_jax.modes import eval as evaluate
 from m3i_jax.modes import setup as jobs
 from m3i_jax.modes import train
+from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import checkpoint_dir
 from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.trainer import Trainer
@@ -47,7 +50,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     checkpoints = Checkpoints(place / "checkpoints", 2)
     state = trainer.init()
     for step in (1, 2):
-        checkpoints.save(step, state, {"samples_seen": 0, "fingerprint": job.fingerprint})
+        checkpoints.save(
+            step,
+            state.replace(step=jnp.int32(step)),
+            {"samples_seen": 0, "fingerprint": job.fingerprint},
+        )
     checkpoints.wait()
     checkpoints.close()
     return place
@@ -77,9 +84,8 @@ def test_every_evaluator_of_a_run(run: pathlib.Path, capsys: pytest.CaptureFixtu
     }
     assert wanted <= set(values) and all(0 <= values[name] <= 1 for name in wanted)
     kinds = ("attention", "confusion", "map", "neighbours", "zero_shot")
-    assert {p.name for p in (run / "pictures").iterdir()} == {
-        f"00000002-{kind}.{end}" for kind in kinds for end in ("json", "png")
-    }
+    drawn = {path.name for path in (run / "pictures").iterdir() if path.is_file()}
+    assert drawn == {f"00000002-{kind}.{end}" for kind in kinds for end in ("json", "png")}
     out = capsys.readouterr().out
     assert all(name in out for name in values) and str(run / "checkpoints" / "2") in out
 
@@ -191,10 +197,8 @@ def test_an_encoder_alone_on_other_pictures(
         " head" in out
     )
     assert "the data are not those of the run" in out and "eval/direct" not in out
-    assert (
-        "vit.safetensors, online parameters"
-        in (run / "pictures" / "00000000-attention.json").read_text()
-    )
+    (place,) = run.glob("eval-*/pictures")
+    assert "vit.safetensors, online parameters" in (place / "00000000-attention.json").read_text()
 
 
 def test_a_published_intern_image_brings_its_settings(
@@ -222,6 +226,162 @@ def test_a_published_intern_image_brings_its_settings(
     assert "of the last two stages" not in out  # nothing of the encoder is at random
 
 
+@pytest.mark.row("E9")
+def test_other_data_and_other_weights_keep_to_themselves(
+    run: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their results name what they are of, and leave those of the run and its images as they are;
+    the same command finds them again."""
+    own = ["--mode=eval", "--workdir", str(run), *asked("knn", "embedding")]
+    assert command.main(own) == 0
+    before = {
+        path: path.read_bytes()
+        for path in (run / "eval.json", *(run / "pictures").rglob("*"))
+        if path.is_file()
+    }
+    job = jobs.open_setup(
+        toy.settings(**SMALL), str(run), trains=[("supervised", "weakly_supervised")]
+    )
+    saved = json.loads((run / "eval.json").read_text())
+    parts = {"index": job.train, "queries": job.held_out}
+    assert saved["data"] == {
+        k: {"name": p.name, "pictures": len(p), "fingerprint": p.fingerprint()}
+        for k, p in parts.items()
+    }
+    assert saved["preprocessing"]["crop"] == 0.875 and saved["preprocessing"]["image_size"] == 32
+    capsys.readouterr()
+    known = set(run.glob("eval-*"))
+    changes = {
+        "size": "--config.data.size=50",
+        "share": "--config.data.holdout=0.4",
+        "weights": f"--checkpoint={run}/checkpoints/1",
+    }
+    for name, change in changes.items():
+        assert command.main([*own, change]) == 0
+        out = capsys.readouterr().out
+        new = set(run.glob("eval-*")) - known
+        if name == "weights":  # of the run itself
+            assert not new and json.loads((run / "eval.json").read_text())["step"] == 1
+            continue
+        (place,) = new
+        known |= new
+        assert "the data are not those of the run" in out and str(place / "eval.json") in out
+        found = json.loads((place / "eval.json").read_text())
+        assert (
+            found["data"] != saved["data"]
+            and found["results"]
+            and list((place / "pictures").iterdir())
+        )
+        assert {path: path.read_bytes() for path in before} == before
+        assert command.main([*own, change]) == 0 and set(run.glob("eval-*")) == known
+        assert "knn:" not in capsys.readouterr().out  # not measured again
+
+
+def test_a_directory_that_was_moved_has_the_same_data(tmp_path: pathlib.Path) -> None:
+    """What images are called does not matter, what they are does; a run of before kept no line of
+    what it held out."""
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        for i in range(9):
+            (tmp_path / name / f"{i}.png").write_bytes(
+                broken.encode(broken.smooth(40, 40 + i), "PNG")
+            )
+    settings = SMALL | {
+        "data__source": "folder",
+        "data__captions": "no",
+        "data__size": 0,
+        "objective__forms": "mim",
+    }
+    old, new, fewer = (
+        jobs.open_setup(
+            toy.settings(
+                **{**settings, "data__path": str(tmp_path / name), "data__holdout": share}
+            ),
+            str(tmp_path / "run"),
+        )
+        for name, share in (("old", 0.3), ("new", 0.3), ("new", 0.5))
+    )
+    train.check_same_run(old, None, False)
+    assert "held out 1 = " in (tmp_path / "run/data.txt").read_text()
+    assert (
+        evaluate.other_data(old, tmp_path / "run")
+        == evaluate.other_data(new, tmp_path / "run")
+        == []
+    )
+    assert [line.split(":")[0] for line in evaluate.other_data(fewer, tmp_path / "run")] == [
+        "source 1",
+        "held out 1",
+    ]
+    lines = (tmp_path / "run/data.txt").read_text().splitlines()
+    (tmp_path / "run/data.txt").write_text(
+        "".join(f"{line}\n" for line in lines if "held out" not in line)
+    )
+    # it says that the run wrote something else
+    (tmp_path / "run/digests/data.txt").unlink(missing_ok=True)
+    assert evaluate.other_data(new, tmp_path / "run") == []
+    assert "data.holdout: 0.3 -> 0.5" in evaluate.other_data(fewer, tmp_path / "run")
+
+
+def test_a_head_of_other_categories_is_not_asked(
+    run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(40):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        (tmp_path / "ab"[i % 2] / f"{i}.png").write_bytes(
+            broken.encode(broken.smooth(40, 40 + i), "PNG")
+        )
+    other = [
+        "--config.data.source=folder",
+        f"--config.data.path={tmp_path}",
+        "--config.data.size=0",
+    ]
+    assert (
+        command.main(
+            ["--mode=eval", "--workdir", str(run), *asked("knn", "direct", "zero_shot"), *other]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "eval/knn/top1" in out and "eval/zero_shot/7/top1" in out and "eval/direct" not in out
+    assert "no direct evaluation: these data have 2 categories, and the head of the run 8" in out
+    config = toy.settings(**SMALL | {"data__classes": 2})
+    part = types.SimpleNamespace(classes=("a", "b"))
+    job = jobs.Setup(
+        config=config,
+        mesh=None,
+        train=part,
+        held_out=part,
+        classes=("x", "y"),
+        tokenizer=None,
+        workdir=tmp_path,
+    )
+    said: list[str] = []
+    changed = evaluate._of_other_classes(job, said.append)
+    assert changed.config.evaluate.direct and changed.classes == ("a", "b")
+    assert said == [
+        "direct evaluation takes category k of these data for category k of the run: a, b, ..."
+    ]
+
+
+@pytest.mark.row("E11")
+def test_a_place_that_cannot_be_written_to_is_refused_first(
+    run: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(evaluate.output.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(evaluate.setup, "open_setup", None)  # nothing else is done before
+    for mode in (
+        ["--mode=eval"],
+        ["--mode=export", "--format=npz"],
+        ["--mode=features", "--out=x.npz"],
+    ):
+        assert command.main([*mode, "--workdir", str(run)]) == 2
+        err = capsys.readouterr().err
+        assert "Read-only file system" in err and err.count("\n") == 1
+
+
 def test_what_is_known_is_not_measured_again(
     run: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,7 +407,7 @@ def test_what_is_known_is_not_measured_again(
     assert command.main(call) == 0 and ran == ["knn", "direct"]
     saved = json.loads((run / "eval.json").read_text())
     del saved["results"]["direct"]
-    (run / "eval.json").write_text(json.dumps(saved))
+    write_text_atomic(run / "eval.json", json.dumps(saved), noted=True)
     assert command.main(call) == 0 and ran == ["knn", "direct", "direct"]
     assert command.main([*call, "--checkpoint", str(run / "checkpoints" / "1")]) == 0 and ran[
         3:
@@ -272,6 +432,15 @@ def test_what_is_known_is_not_measured_again(
         (["--workdir", "RUN", *asked()], "nothing that is asked for can be evaluated"),
         (["--workdir", "RUN", *asked("confusion")], "nothing that is asked for can be evaluated"),
         (["--workdir", "RUN", "--config.evaluate.templates=mine.txt"], "there is no such file"),
+        (
+            ["--workdir", "RUN", "--config.optim.lr=1"],
+            "config.optim.lr: changes nothing, for --mode=eval does not read it",
+        ),
+        (["--workdir", "RUN", "--config.init_from=NOWHERE"], "config.init_from: changes nothing"),
+        (
+            ["--workdir", "RUN", "--config.data.directory=/d"],
+            "config.data.directory: '/d' changes nothing, for no source is of TFDS",
+        ),
         (
             ["--config", "configs/quickstart.py", "--mode=show", "--checkpoint", "RUN"],
             "--checkpoint: does not belong to --mode=show",

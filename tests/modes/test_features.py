@@ -48,14 +48,15 @@ def test_every_picture_once_and_in_order(
     assert table["labels"].tolist() == [
         source[i].label for source in (train, held_out) for i in range(len(source))
     ]
+    model, every = load.load(str(workdir)), range(len(held_out))
     views = np.concatenate(
         [
-            batch["views"][batch["valid"]]
-            for batch in eval_batches.evaluation_batches(held_out, range(len(held_out)), 32, 8)
+            b["views"][b["valid"]]
+            for b in eval_batches.evaluation_batches(held_out, every, model.preprocessing, 8)
         ]
     )
     np.testing.assert_allclose(
-        table["features"][len(train) :], load.load(str(workdir)).features(views), atol=1e-5
+        table["features"][len(train) :], model.features(views, ready=True), atol=1e-5
     )
     assert (
         about["pool"] == "attention"
@@ -67,16 +68,16 @@ def test_every_picture_once_and_in_order(
 
 
 def stopped_at_the_second_part(monkeypatch: pytest.MonkeyPatch) -> list:
-    """(first index, settings) of every part that is asked for, of 16 images; a person interrupts
-    the second."""
+    """(first index, preprocessing, settings) of every part that is asked for, of 16 images; a
+    person interrupts the second."""
     monkeypatch.setattr(features, "_PART", 16)
     read, asked = eval_batches.evaluation_batches, []
 
-    def stops(source, indices, *arguments, **settings):
-        asked.append((indices.start, settings))
+    def stops(source, indices, preprocessing, rows, **settings):
+        asked.append((indices.start, preprocessing, settings))
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return read(source, indices, *arguments, **settings)
+        return read(source, indices, preprocessing, rows, **settings)
 
     monkeypatch.setattr(features.eval_batches, "evaluation_batches", stops)
     return asked
@@ -96,7 +97,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert not (tmp_path / "a.npz").exists()
     assert written(workdir, tmp_path / "a.npz") == 0
     # stopped at the second part, gone on there; then the held-out ones
-    assert [start for start, _ in asked] == [0, 16, 16, 0, 16]
+    assert [start for start, *_ in asked] == [0, 16, 16, 0, 16]
     whole, stopped = (
         features.read_feature_file(str(tmp_path / name))[0] for name in ("whole.npz", "a.npz")
     )
@@ -153,11 +154,12 @@ def test_the_settings_of_evaluation_hold_and_parts_of_others_are_not_gone_on_wit
         == 0
     )
     # from the start, for the crop is another one
-    assert [start for start, _ in asked] == [0, 16, 0, 16, 0, 16]
-    assert all(
-        settings == {key.split(".")[1]: value for key, value in wanted.items()}
-        for _, settings in asked[2:]
-    )
+    assert [start for start, *_ in asked] == [0, 16, 0, 16, 0, 16]
+    for preprocessing, settings in (found for _, *found in asked[2:]):
+        assert (preprocessing.crop, preprocessing.background) == (1.0, 0) and settings == {
+            "threads": 3,
+            "missing": "replace",
+        }
     assert features.read_feature_file(str(tmp_path / "a.npz"))[1]["crop"] == 1.0
     assert written(workdir, tmp_path / "b.npz", "--config.evaluate.features=mean") == 0
     table, about = features.read_feature_file(str(tmp_path / "b.npz"))

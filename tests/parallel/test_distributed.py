@@ -14,6 +14,7 @@ import time
 
 import pytest
 
+from m3i_jax import main
 from m3i_jax.errors import UserError
 from m3i_jax.interop import tensor_files
 from m3i_jax.parallel import barriers, distributed
@@ -89,6 +90,13 @@ def test_slurm_one_process_a_node_has_all_devices_of_it() -> None:
     [
         (("a", "2", ""), {}, "--process-id: missing"),
         (("", "2", "0"), {}, "--coordinator: missing"),
+        (
+            ("a:99999", "2", "0"),
+            {},
+            "--coordinator: the port of 'a:99999' is not between 1 and 65535",
+        ),
+        (("a:0", "2", "0"), {}, "not between 1 and 65535"),
+        (("a:" + "9" * 5000, "2", "0"), {}, "not between 1 and 65535"),
         (("a", "two", "0"), {}, "--processes: 'two' is not a whole number"),
         (("a", "2", "-1"), {}, "--process-id: '-1' is not a whole number"),
         (("a", "2", "2"), {}, "--process-id: 2 must be less than the 2 processes"),
@@ -489,3 +497,17 @@ def test_two_hosts_start_from_the_same_weights(tmp_path: pathlib.Path) -> None:
         ]
     one, *both = found
     assert both == [one, one] and len(one) == 5 and len({line.split()[1] for line in one}) == 4
+
+
+def test_a_host_that_does_not_come_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def alone(*arguments: object, **settings: object) -> None:
+        raise barriers.HostMissing("compile train_step: waited 7200 seconds for host 1 (b)")
+
+    monkeypatch.setattr(distributed, "start_distributed", alone)
+    assert main.main(["--config", "configs/quickstart.py", "--workdir", "never"]) == 1
+    assert (
+        capsys.readouterr().err
+        == "m3i_jax: stopped: compile train_step: waited 7200 seconds for host 1 (b)\n"
+    )

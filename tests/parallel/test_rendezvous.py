@@ -81,6 +81,51 @@ def test_a_process_that_was_started_anew_takes_the_place_of_the_first() -> None:
         assert run.result() == ["go"] * 3
 
 
+@pytest.mark.row("A15")
+def test_a_name_without_an_address_is_refused_at_once_and_a_wait_is_logged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for process in (0, 1):
+        with pytest.raises(
+            UserError,
+            match=(
+                r"--coordinator no-such-host\.invalid:8476: the name has no address here \(.+\);"
+                r" give"
+            ),
+        ):
+            rendezvous.wait_for_processes("no-such-host.invalid:8476", 2, process, limit=600.0)
+    monkeypatch.setattr(rendezvous, "FIRST", 0.2)
+    monkeypatch.setattr(rendezvous, "AGAIN", 0.4)
+    for process, wanted in (
+        (0, "waiting for process 1 of 2 at 127.0.0.1:"),
+        (1, "waiting for process 0 at 127.0.0.1:"),
+    ):
+        said: list[str] = []
+        with pytest.raises(HostMissing):
+            rendezvous.wait_for_processes(address(), 2, process, limit=1.5, say=said.append)
+        assert len(said) >= 2 and all(line.startswith(wanted) for line in said)
+    said = []
+    with pytest.raises(UserError, match="has no address here"):  # of a scheduler the name may come
+        rendezvous.wait_for_processes(
+            "no-such-host.invalid:8476", 2, 1, limit=1.5, patient=True, say=said.append
+        )
+    assert said and said[0].startswith("waiting for an address of no-such-host.invalid:8476 (")
+
+
+@pytest.mark.row("A15")
+def test_who_came_and_waits_for_others_logs_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "FIRST", 0.1)
+    at, said = address(), list[str]()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(meet, (0, 3, 0.0), limit=2.0, at=at)
+        with pytest.raises(HostMissing, match="for process 2 of 3"):
+            rendezvous.wait_for_processes(at, 3, 1, limit=2.0, say=said.append)
+        assert "for process 2 of 3" in first.result()[0]
+    assert any(
+        line.startswith("waiting for the other processes, with process 0 at") for line in said
+    )
+
+
 def test_a_port_that_is_taken_is_a_mistake() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,

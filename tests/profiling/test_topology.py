@@ -1,6 +1,8 @@
 """Names of slices: what they mean, and one line for those that mean nothing."""
 
 import importlib.util
+import pathlib
+import re
 
 import pytest
 
@@ -31,8 +33,44 @@ def test_names(name: str, devices: int, platform: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "same"),
+    [
+        ("v5litepod-1", "v5e:1x1"), ("v5litepod-4", "v5e:2x2"), ("v5litepod-8", "v5e:2x4"), ("v5litepod-16", "v5e:4x4"),
+        ("v5litepod-32", "v5e:4x8"), ("v5litepod-256", "v5e:16x16"), ("v6e-8", "v6e:2x4"), ("v6e-128", "v6e:8x16"),
+        ("v4-8", "v4:2x2x1"), ("v4-32", "v4:2x2x4"), ("v4-64", "v4:2x4x4"), ("v5p-8", "v5p:2x2x1"), ("v5p-16", "v5p:2x2x2"),
+        ("v5p-128", "v5p:4x4x4"), ("v5p-256", "v5p:4x4x8"), ("v5p-2048", "v5p:8x8x16"), ("v5p-8192", "v5p:16x16x16"),
+    ],
+)  # fmt: skip
+def test_accelerator_types_of_google_cloud(name: str, same: str) -> None:
+    """The shapes are those of Cloud's tables; of v4 and v5p the number counts TensorCores."""
+    one, other = topology.parse_topology(name), topology.parse_topology(same)
+    assert (one.kind, one.shape, one.devices) == (
+        other.kind,
+        other.shape,
+        other.devices,
+    ) and one.name == name
+
+
+@pytest.mark.parametrize("script", ["launch/tpu_vm.sh", "README.md"])
+def test_the_types_that_our_launcher_is_shown_with_are_known(script: str) -> None:
+    types = set(
+        re.findall(
+            r"--type ([a-z]\S+)", (pathlib.Path(__file__).parent.parent.parent / script).read_text()
+        )
+    )
+    assert types and all(topology.parse_topology(name).family.platform == "tpu" for name in types)
+
+
+@pytest.mark.parametrize(
     ("name", "wanted"),
     [
+        ("v5litepod-12", "give its sides, such as v5e:4x4"),
+        ("v5litepod-2", "give its sides"),
+        ("v5litepod-512", "give its sides"),
+        ("v5p-12", "give its sides, such as v5p:4x4x4"),
+        ("v4-4", "give its sides"),
+        ("v4-0", "give its sides"),
+        ("v5litepod", "there is no such topology"),
         ("", "is missing"),
         ("v5ee:4x4", "did you mean v5e:4x4?"),
         ("v5e-16", "did you mean v5e:4x4?"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m3i_jax import schema
+from m3i_jax import privacy, schema
 from m3i_jax.errors import UserError
 from m3i_jax.modes import report
 from m3i_jax.reporting import figures, run_log, run_page, svg_charts
@@ -156,6 +156,31 @@ def test_the_page_has_everything_once_and_escapes_it(
     assert re.findall(r'(?:src|href)="(?!data:image/png;base64,|#s)[^"]*"', page) == []
     for number, title in re.findall(r'<a href="#s(\d+)">(.*?)</a>', page):
         assert page.count(f'<h2 id="s{number}">{title}</h2>') == 1
+
+
+def test_no_terminal_obeys_the_page(two: tuple[pathlib.Path, pathlib.Path]) -> None:
+    """Colours, titles, cursors and directions of writing, from names, data, settings, evaluations
+    and drawings; lines stay lines."""
+    first, _ = two
+    bad = "a\x1b[31mb\x1b]0;t\x07c\x9b2Jd\u202ee\x7f"
+    with open(first / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 31, f"odd/{bad}": 1.0}) + "\n")
+    (first / "data.txt").write_text(f"folder {bad}\n9 images")
+    (first / "config.txt").write_text(f"seed = 0\ndata.path = {bad}\n")
+    (first / "eval.json").write_text(
+        json.dumps({"checkpoint": bad, "results": {"knn": {f"eval/{bad}": 0.5}}})
+    )
+    figures.write_figure(first / "pictures", "00000030-kind", exhibit(bad))
+    page = report.write_report(schema.Config(), first).read_text()
+    assert (
+        page == privacy.escape_control(page)
+        and page.count("\\x1b[31m") >= 5
+        and "\n9 images" in page
+    )
+    for file in (first / "pictures").glob("*.json"):
+        assert (text := file.read_text()) == privacy.escape_control(text) and json.loads(text)[
+            "title"
+        ] == bad
 
 
 def test_the_reference_run_is_the_one_of_the_readme() -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m3i_jax import parallel
+from m3i_jax import parallel, published_settings
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
 from m3i_jax.objective import losses, mixing, terms
@@ -137,7 +137,7 @@ def test_the_letters_are_the_rows_of_the_papers_tables() -> None:
 def test_every_row_trains(row: str) -> None:
     changes = NEEDS.get(row, {})
     if row in published_methods.PUBLISHED:
-        published = published_methods.PUBLISHED[row].settings
+        settings = published_settings.SETTINGS[row]
         kept = (
             "decoder.positions",
             "decoder.cls",
@@ -146,9 +146,9 @@ def test_every_row_trains(row: str) -> None:
             "pool.kind",
         )
         changes = changes | {
-            f"model__{k.replace('.', '__')}": published[f"model.{k}"]
+            f"model__{k.replace('.', '__')}": settings[f"model.{k}"]
             for k in kept
-            if f"model.{k}" in published
+            if f"model.{k}" in settings
         }
     plan = plan_of(row, **changes)
     one = trainer.Trainer(

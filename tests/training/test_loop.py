@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import parallel, schema
-from m3i_jax.objective import losses, posteriors, terms
+from m3i_jax.objective import losses, posteriors, registry, terms
 from m3i_jax.training import goodput, loop, trainer
 from m3i_jax.training.step import MOMENT
 from tests import toy
@@ -434,7 +434,7 @@ def test_a_forced_collapse_warns_within_100_steps_and_a_healthy_run_does_not(
     of a second term."""
     pulled = terms.token_term(terms.FULL, 1, encoder="online", posterior=Pull())
     watched = terms.token_term(terms.FULL, 0, encoder="shared", posterior=posteriors.Gaussian())
-    monkeypatch.setitem(terms.FORMS, "collapsing", (pulled, watched))
+    registry.register_form("collapsing", (pulled, watched))
     settings = {
         "objective__forms": form,
         "objective__second_moment": 0.0,

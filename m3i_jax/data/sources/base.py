@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import os
+import stat
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -77,9 +78,20 @@ def open_source(data: schema.Data, *, cache: str = "") -> DataSource:
     Traceback (most recent call last):
     m3i_jax.errors.UserError: data.path is empty, and data.source='folder' needs it: give the directory that holds the images
     """
-    from m3i_jax.data.sources import mixture
+    from m3i_jax.data.sources import mixture, split_folders
 
     entries = mixture.mixture_entries(data)
+    for entry in entries:
+        if (
+            entry.kind == "folder"
+            and not entry.split
+            and (found := split_folders.find_split_folders(entry.path))
+        ):
+            raise UserError(
+                f"data.path={entry.path!r} holds splits ({found.note.partition(': ')[2]}), which"
+                f" would be mixed here: set data.split={found.train} and read each by itself, or"
+                " data.split=. to read every sub-folder as a category"
+            )
     if held_out := [entry.held_out for entry in entries if entry.held_out]:
         place = (
             "the part of data.mixture after '|'"
@@ -196,6 +208,11 @@ def missing_path_error(path: str) -> str:
     )
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a file for `open`; of a named pipe, opening would wait for a writer for ever."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def read_byte_range(
     path: str, offset: int = 0, size: int | None = None, *, tries: int = 3
 ) -> bytes:
@@ -220,7 +237,12 @@ def read_byte_range(
     """
     for attempt in range(1, tries + 1):
         try:
-            with open(path, "rb", buffering=0) as file:
+            with open(path, "rb", buffering=0, opener=_without_waiting) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise UnreadableError(
+                        f"{path!r} is no regular file any more, as it was when the run began;"
+                        " restore it"
+                    )
                 wanted = (
                     min(os.fstat(file.fileno()).st_size - offset, FILE_LIMIT)
                     if size is None
@@ -338,16 +360,24 @@ def key_hash(key: str) -> int:
 
 
 def write_atomic(path: str, content: bytes) -> None:
-    """Writes a file beside its final name first: another process sees the whole of it or
-    nothing."""
+    """Writes a file beside its final name first: another process sees the whole of it or nothing.
+
+    Raises:
+        UserError: the place cannot be written to; nothing is left there.
+    """
     part = f"{path}.{os.getpid()}.part"
     try:
-        with open(part, "wb") as file:
-            file.write(content)
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.unlink(part)
+        try:
+            with open(part, "wb") as file:
+                file.write(content)
+            os.replace(part, path)
+        finally:
+            if os.path.exists(part):
+                os.unlink(part)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; make room or choose another directory"
+        ) from error
 
 
 def format_counts(ignored: dict[str, int]) -> str:

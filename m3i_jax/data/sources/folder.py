@@ -54,10 +54,11 @@ class FolderSource:
                 " directory that holds the images"
             )
         self.name = f"folder {path!r}"
+        self.note = ""  # what the log adds to the description: see `layout`
         self.ignored: collections.Counter[str] = collections.Counter()
         others: collections.Counter[str] = collections.Counter()
         found, texts = [], set()
-        for name, size in _files(self.path, self.ignored):
+        for name, size in files(self.path, self.ignored):
             stem, extension = os.path.splitext(name)
             if extension.lower() in EXTENSIONS:
                 found.append((name, size))
@@ -118,12 +119,23 @@ class FolderSource:
     def description(self) -> str:
         share = f", captions for {self._captioned.mean():.0%}" if self.captions else ""
         classes = f", {len(self.classes):,} classes" if self.classes else ""
+        note = f"; {self.note}" if self.note else ""
         return (
-            f"{len(self):,} images in {self.name}{classes}{share}{base.format_counts(self.ignored)}"
+            f"{len(self):,} images in"
+            f" {self.name}{classes}{share}{base.format_counts(self.ignored)}{note}"
         )
 
 
-def _files(root: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, int]]:
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is passed over.
+
+    >>> is_hidden(".git"), is_hidden("cat")
+    (True, False)
+    """
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def files(root: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, int]]:
     """(path relative to root, size) of every readable file that lies inside root, counting what is
     passed over."""
     real = os.path.realpath(root)
@@ -137,7 +149,7 @@ def _files(root: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, 
             continue
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
+            if is_hidden(entry.name):
                 ignored["hidden"] += 1
                 continue
             target = ""

@@ -86,8 +86,8 @@ def mixture_entries(data: schema.Data) -> list[MixtureEntry]:
     if data.source != "mixture":
         if data.mixture:
             raise UserError(
-                f"data.mixture is given and data.source={data.source!r} does not read it: set"
-                " data.source='mixture'"
+                f"data.mixture is given and data.source={data.source!r} does not read it: "
+                "set data.source='mixture', or data.mixture= to nothing"
             )
         return [MixtureEntry(data.source, data.path, data.split, data.holdout_split)]
     if not data.mixture:
@@ -96,6 +96,43 @@ def mixture_entries(data: schema.Data) -> list[MixtureEntry]:
             " 'folder:/b=15')"
         )
     return [parse_entry(text) for text in data.mixture]
+
+
+def unread(data: schema.Data, *, counted: bool) -> dict[str, str]:
+    """Settings that do nothing with this kind of source, and why.
+
+    Args: data: the settings. counted: the mode takes the settings of a run, opens the source and
+        counts its images, so that `data.size` is what it has.
+
+    >>> sorted(unread(schema.Data(source="folder"), counted=True))
+    ['data.class_space', 'data.directory', 'data.size']
+    >>> sorted(unread(schema.Data(source="mixture", mixture=("shapes:9", "tfds:food101")), counted=False))
+    ['data.holdout_split', 'data.path', 'data.split']
+    """
+    mixed = data.source == "mixture"
+    kinds = {text.strip().partition(":")[0] for text in data.mixture} if mixed else {data.source}
+    out: dict[str, str] = {}
+    if mixed:
+        for name in ("path", "split", "holdout_split"):
+            out[f"data.{name}"] = (
+                "data.source='mixture' reads data.mixture alone; set data.source as well, and"
+                " data.mixture= to nothing"
+            )
+    else:
+        out["data.class_space"] = f"data.source={data.source!r} is one source; it is of mixtures"
+    if "tfds" not in kinds:
+        out["data.directory"] = "no source is of TFDS; use data.path"
+    if kinds == {"shapes"}:
+        out["data.class_names"] = "the built-in shapes have names of their own"
+    elif counted and "shapes" not in kinds:
+        out["data.size"] = (
+            "the images of a source are counted; evaluate.train_limit and evaluate.query_limit take"
+            " fewer"
+        )
+    # to give both to a training is usual, as a recipe and a split
+    if data.holdout_split and counted:
+        out["data.holdout"] = f"data.holdout_split={data.holdout_split!r} is what is held out"
+    return out
 
 
 def join_sources(

@@ -1,0 +1,91 @@
+"""Every objective by its name: the rows of `objective_terms`, the named methods of `published`, and
+those that other code registers.
+
+A loss of a project of its own, without a fork:
+
+    class Huber(posteriors.Regression): ...                          # cost(prediction, target,
+    where, given) -> Cost registry.register_form("huber", (terms.token_term(terms.MIXED, 0,
+    posterior=Huber()),))
+
+in the configuration file, or in a module that it imports. `objective.forms=huber` then trains it
+like any other form. What reads the run later (evaluation, `m3i_jax.load`) imports the same module
+first.
+"""
+
+import difflib
+
+from m3i_jax.objective import published
+from m3i_jax.objective import terms as objective_terms
+from m3i_jax.objective.terms import Term, Terms
+
+_FORMS: dict[str, Terms] = {
+    **objective_terms.FORMS,
+    **objective_terms.TRANSFER,
+    **{name: method.terms for name, method in published.PUBLISHED.items()},
+}
+
+
+def register_form(name: str, terms: Terms) -> Terms:
+    """Make an objective known under a name, for `objective.forms` and everything that lists forms.
+
+    Registering the same terms again changes nothing, so a module may be imported twice.
+
+    Args:
+      name: letters, digits and underscores; of no other objective.
+      terms: at least one; equal names of terms share a log line.
+
+    Returns:
+      The terms.
+
+    Raises:
+      ValueError: the name is taken by other terms or cannot be written in a list of forms, or there
+      is no term.
+
+    >>> _ = register_form("mim_huge_weight", (terms.token_term(terms.MASKED, 0, weight=9.0),))
+    >>> form("mim_huge_weight")[0].weight
+    9.0
+    """
+    if not name.isidentifier():
+        raise ValueError(f"form {name!r}: a name consists of letters, digits and underscores")
+    if (
+        not isinstance(terms, tuple)
+        or not terms
+        or not all(isinstance(term, Term) for term in terms)
+    ):
+        raise ValueError(f"form {name!r}: give a tuple of at least one methods.Term, not {terms!r}")
+    if (
+        name in objective_terms.LETTERS
+        or name in published.LEFT_OUT
+        or _FORMS.get(name, terms) != terms
+    ):
+        raise ValueError(f"form {name!r} exists already with other terms; choose another name")
+    return _FORMS.setdefault(name, terms)
+
+
+def form(name: str) -> Terms:
+    """The terms of an objective by its name, or by its letter in the paper's Table 3.
+
+    Raises:
+      ValueError: nothing has that name; with the reason, or the nearest name.
+
+    >>> form("k") == form("sim")
+    True
+    """
+    name = objective_terms.LETTERS.get(name, name)
+    if name in _FORMS:
+        return _FORMS[name]
+    if name in published.LEFT_OUT:
+        raise ValueError(f"{name!r} is not here: {published.LEFT_OUT[name]}")
+    names = dict.fromkeys([*objective_terms.FORMS, *objective_terms.LETTERS, *_FORMS])
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"{name!r} is none of {', '.join(names)}{hint}")
+
+
+def forms() -> dict[str, Terms]:
+    """All objectives by name, registered ones included.
+
+    >>> {"m3i", "mae", "finetune"} <= forms().keys()
+    True
+    """
+    return dict(_FORMS)

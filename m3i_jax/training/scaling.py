@@ -1,0 +1,202 @@
+"""What a run is given where its settings leave it open, from its batch, its length, its encoder
+and the size of its images; and the warnings of a run that cannot get anywhere.
+
+The paper's values belong to runs of half a thousand million samples. On a few thousand images the
+same values, or these lowered in proportion to the batch, move nothing: the rates of all steps add
+up to less than the first weights, and the target encoder keeps its first weights to the end. The
+functions below state what was measured instead (tests/data/tables/scaling.md) and give the paper's
+values at the paper's batch and length. A setting that is not open is never changed.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from m3i_jax import schema
+from m3i_jax.objective import terms
+from m3i_jax.training import plan
+
+IMAGENET = 1_281_167  # training images of ImageNet-1k
+LEAST_WAY = 0.03  # sum of all rates; first matrices deviate by 0.1 at width 96, by 0.04 at 768
+MEASURED = 1e6  # samples; runs of up to so many have the gentlest augmentation
+# Settings that may be open, and the value that leaves them so.
+OPEN: dict[str, Any] = {
+    "optim.lr": 0.0,
+    "optim.ema": -1.0,
+    "optim.warmup_epochs": -1.0,
+    "optim.layer_decay": 0.0,
+    "data.crop_scale": (),
+    "data.augment.blur_sigma": (),
+    "data.augment.erase_p": -1.0,
+    "data.augment.blend_p": -1.0,
+    "data.rand_augment.p": -1.0,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A published run that the rules pass through: peak rate `lr` at `batch` images a step and
+    `samples` images in all; and `most`, the highest rate of a short run at width 96."""
+
+    lr: float
+    batch: int
+    samples: float
+    most: float
+
+
+# M3I's ablations, the shortest runs with the values of Table 7; Table 8; and the fine-tuning of
+# InternImage by its authors, which goes on from weights that are there already.
+PRETRAINING = Reference(lr=1e-3, batch=4096, samples=400.0 * IMAGENET, most=4e-3)
+FINETUNING = Reference(lr=2e-3, batch=1024, samples=100.0 * IMAGENET, most=1e-3)
+INTERN_IMAGE = Reference(lr=4e-5, batch=1024, samples=30.0 * IMAGENET, most=1e-3)
+
+
+def scaling_strength(reference: Reference, samples: float) -> float:
+    """Share of the reference's augmentation: 0 up to MEASURED samples, 1 from the reference on,
+    linear in the logarithm between.
+
+    >>> [round(scaling_strength(PRETRAINING, n), 2) for n in (6e4, 1e6, 2e7, 1e9)]
+    [0.0, 0.0, 0.48, 1.0]
+    """
+    return min(1.0, max(0.0, math.log(samples / MEASURED) / math.log(reference.samples / MEASURED)))
+
+
+def scaled_lr(reference: Reference, *, batch: int, samples: float, width: int) -> float:
+    """Peak learning rate of AdamW: `lr * sqrt(batch / batch0) * (samples0 / samples)^0.4`, each
+    factor for what is smaller than the reference; at most `most * (96 / width)^(2/3)` in runs of up
+    to MEASURED samples and `lr` in those of the reference, geometric between (`scaling_strength`).
+
+    Args:
+      reference: lr, batch0, samples0 and most.
+      batch, samples: images of a step and of the run.
+      width: of the encoder.
+
+    >>> runs = ((4096, 6e8), (40_000, 1.3e10), (256, 6e8))
+    >>> [round(scaled_lr(PRETRAINING, batch=b, samples=n, width=768), 6) for b, n in runs]
+    [0.001, 0.001, 0.00025]
+    >>> [round(scaled_lr(PRETRAINING, batch=64, samples=n, width=96), 4) for n in (6e4, 1e6, 1e7)]
+    [0.004, 0.0015, 0.0006]
+    >>> [round(scaled_lr(FINETUNING, batch=64, samples=6e4, width=w), 5) for w in (96, 768)]
+    [0.001, 0.00025]
+    """
+    scaled = reference.lr * math.sqrt(min(1.0, batch / reference.batch))
+    scaled *= max(1.0, reference.samples / samples) ** 0.4
+    short = reference.most * (96 / width) ** (2 / 3)
+    return min(scaled, short * (reference.lr / short) ** scaling_strength(reference, samples))
+
+
+def scaled_momentum(*, batch: int, steps: float, ema: float = 0.995) -> float:
+    """First momentum of the EMA target: its memory, 1 / (1 - m) steps, is as many samples as the
+    paper's at a batch of 4,096, but at most a twentieth of the run, and at least ten steps.
+
+    >>> runs = ((4096, 125_000), (1024, 2e6), (64, 924), (64, 50))
+    >>> [round(scaled_momentum(batch=b, steps=s), 6) for b, s in runs]
+    [0.995, 0.99875, 0.978355, 0.9]
+    """
+    return 1 - min(0.1, max((1 - ema) * min(1.0, batch / PRETRAINING.batch), 20 / steps))
+
+
+def scaled_crop_scale(share: float, *, size: int) -> tuple[float, float]:
+    """Range of a crop's area as a share of the image: from half of it at strength 0 to the
+    reference's 0.08 at strength 1, and never so small that fewer than 16 pixels a side are left,
+    unless half of the image has fewer.
+
+    >>> scaled_crop_scale(1.0, size=224), scaled_crop_scale(0.0, size=224), scaled_crop_scale(1.0, size=32)
+    ((0.08, 1.0), (0.5, 1.0), (0.25, 1.0))
+    """
+    return round(max(0.5 * (0.08 / 0.5) ** share, min(0.5, (16 / size) ** 2)), 4), 1.0
+
+
+def scaled_blur_sigma(size: int) -> tuple[float, float]:
+    """Range of the blur in pixels, in proportion to the image: 0.1 to 2 of 224.
+
+    >>> scaled_blur_sigma(224), scaled_blur_sigma(32)
+    ((0.1, 2.0), (0.0143, 0.2857))
+    """
+    return round(0.1 * size / 224, 4), round(2 * size / 224, 4)
+
+
+def reference(config: schema.Config) -> Reference:
+    """The published run that a configuration is a smaller one of."""
+    if not any(name in terms.TRANSFER for name in config.objective.forms):
+        return PRETRAINING
+    if not config.init_from:
+        return dataclasses.replace(FINETUNING, most=PRETRAINING.most)
+    return INTERN_IMAGE if config.model.backbone == "intern_image" else FINETUNING
+
+
+def fill_open_settings(config: schema.Config) -> schema.Config:
+    """The configuration with a value for everything that it leaves open. `data.size` must be known.
+
+    >>> optim, train = schema.Optim(lr=0.0, ema=-1.0), schema.Train(epochs=400.0)
+    >>> config = schema.Config(data=schema.Data(size=IMAGENET), optim=optim, train=train)
+    >>> filled = fill_open_settings(config).optim; filled.lr, filled.ema
+    (0.001, 0.995)
+    """
+    t, size, known = config.train, config.data.image_size, reference(config)
+    samples = float(t.steps * t.batch_size or max(t.epochs * config.data.size, t.batch_size))
+    share, steps = scaling_strength(known, samples), samples / t.batch_size
+    width = config.model.encoder.width
+    lr = scaled_lr(known, batch=t.batch_size, samples=samples, width=width)
+    values = {
+        "optim.lr": float(f"{lr:.4g}"),
+        "optim.ema": round(scaled_momentum(batch=t.batch_size, steps=steps), 7),
+        "optim.layer_decay": round(0.65**share, 4),
+        "data.crop_scale": scaled_crop_scale(share, size=size),
+        "data.augment.blur_sigma": scaled_blur_sigma(size),
+        "data.augment.erase_p": round(0.25 * share, 4),
+        "data.augment.blend_p": round(share, 4),
+        "data.rand_augment.p": round(0.5 * share, 4),
+        "optim.warmup_epochs": 0.1 * samples / max(config.data.size, 1),
+    }
+    for key in open_settings(config):
+        config = _with(config, key.split("."), values[key])
+    return config
+
+
+def scaling_warnings(config: schema.Config, *, steps: int, warmup: int) -> list[str]:
+    """Warnings of a run whose rate cannot move its weights, or whose momentum cannot move its
+    target, within its length.
+
+    Args:
+      config: completed settings.
+      steps, warmup: length of the run, and of its warm-up.
+    """
+    o, found = config.optim, []
+    way = f"{o.lr * warmup / 2 + (o.lr + o.min_lr) / 2 * (steps - warmup):.2g}"
+    if o.rule == "adamw" and not config.model.encoder.freeze and float(way) < LEAST_WAY:
+        found.append(
+            f"warning: optim.lr={o.lr:.3g}: the rates of all {steps:,} steps add up to {way}, and "
+            f"AdamW moves no weight further; runs below {LEAST_WAY} learned next to nothing. Leave "
+            "it to the rule (optim.lr=0), raise it, or train longer"
+        )
+    moved = (1 - o.ema) * steps * (0.5 if o.ema_schedule == "cosine" else 1.0)
+    averages = any(view.encoder == "ema" for view in plan.build_plan(config).views) or (
+        o.ema_of == "all" and o.ema < 1
+    )
+    if averages and moved < 1:
+        memory = 1 / max(1 - o.ema, 1e-12)
+        found.append(
+            f"warning: optim.ema={o.ema:.6g}: the memory of the average, {memory:,.0f} steps, is "
+            f"too long for a run of {steps:,}: at its end {math.exp(-moved):.0%} of the average "
+            "are the first weights. Leave it to the rule (optim.ema=-1), lower it, or train longer"
+        )
+    return found
+
+
+def open_settings(config: schema.Config) -> list[str]:
+    """Keys of the settings that a configuration leaves open."""
+    return [key for key, value in OPEN.items() if _read(config, key) == value]
+
+
+def _read(node: Any, key: str) -> Any:
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def _with(node: Any, path: list[str], value: Any) -> Any:
+    first, *rest = path
+    return dataclasses.replace(
+        node, **{first: _with(getattr(node, first), rest, value) if rest else value}
+    )

@@ -1,0 +1,586 @@
+"""What the fuzzer tries: hypothesis strategies of settings by what they declare, command lines,
+configuration files and damage to files.
+
+A new setting, mode or flag is tried as soon as it exists: all are read from the schema, from
+`MODES` and from the parser."""
+
+import dataclasses
+import os
+import pathlib
+import random
+import shutil
+import socket
+from typing import Any
+
+from hypothesis import strategies as st
+from tests.test_setting import SETTINGS
+
+from m3i_jax import config, main, setting_limits
+from m3i_jax.modes import MODES
+from tests.test_main import TINY
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+# Never asked for: a network, other hosts that would be waited for, a compiler that takes minutes.
+LEFT_OUT_FLAGS = {
+    "--help",
+    "-h",
+    "--version",
+    "--config",
+    "--workdir",
+    "--mode",
+    "--config.KEY=VALUE",
+    "--coordinator",
+    "--suggest",
+    "--largest-batch",
+    "--code",
+    "--topology",
+}
+LEFT_OUT_KEYS = {"report.wandb", "parallel.heartbeat"}
+KEYS = tuple(key for key in SETTINGS if key not in LEFT_OUT_KEYS)
+QUICK_MODES = ("show", "preview", "data", "report")
+SLOW_MODES = tuple(
+    mode for mode in MODES if mode not in (*QUICK_MODES, "train", "compare", "profile", "compile")
+)
+NASTY = (
+    "",
+    " ",
+    "-",
+    "--",
+    "~",
+    "~nosuchuser/x",
+    "/",
+    ".",
+    "..",
+    "/dev/null",
+    "/dev/zero",
+    "/dev/full",
+    "/proc/self/mem",
+    "a" * 300,
+    "a/" * 2500,
+    "\N{SNOWMAN}",
+    "\x1b]0;x\x07",
+    "a\nb",
+    "\udcff",
+    "None",
+    "nan",
+    "-inf",
+    "1e400",
+    "0x10",
+    "1_000",
+    "9" * 5000,
+    "-" * 30000 + "1",
+    "(" * 5000,
+    "[" * 150 + "]" * 150,
+    "{}",
+    "()",
+    "(1,)",
+    "'",
+    '"a',
+    "\\",
+    "lambda: 1",
+    "__import__('os').abort()",
+    "*",
+    "[!-]",
+    "@",
+    "=",
+    "a@b|c=d",
+    "folder:",
+    "tars:x=1e999",
+    "folder:/=0",
+    "shapes:99999999999",
+    "gs:",
+    "x://y",
+    "file:///etc/passwd",
+    "$(true)",
+    "%s",
+    "{0}",
+    "*" * 50,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Damage:
+    """One change of one file. kind: of DAMAGES; where: a number in 0..1 that is a place in the
+    file; seed: of random bytes."""
+
+    kind: str
+    where: float
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One command in a room of its own.
+
+    Attributes: arguments: of the command; {W} is the working directory, {D} the data, {C} the
+      configuration file. room: what lies in {W} before: "empty" or "run". script: text of {C}, if
+      that is used. target, damage: the file, by its number among all of {W} or {D}, and what is
+      done to it. judged: whether an equal result, or a word about it, is asked for. shown: it is
+      all about settings, which can be checked without a process.
+    """
+
+    arguments: tuple[str, ...]
+    room: str = "empty"
+    script: bytes = b""
+    target: tuple[str, int] = ("", 0)
+    damage: Damage | None = None
+    judged: bool = False
+    shown: bool = False
+
+
+def inside(limits: Any, whole: bool) -> st.SearchStrategy[Any]:
+    """Numbers that limits allow, their ends often."""
+    low, high = limits.least, limits.most
+    if whole:
+        some = [
+            st.integers(int(low), int(high)),
+            st.integers(int(low), min(int(high), int(low) + 16)),
+        ]
+    else:
+        wide = st.floats(
+            low, high, exclude_min=limits.above, exclude_max=limits.below, allow_nan=False
+        )
+        some = [wide, st.floats(low, min(high, low + 2), allow_nan=False)]
+    return st.one_of(st.sampled_from([low, high]), *some)
+
+
+@st.composite
+def value(draw: Any, key: str) -> str:
+    """The text of a value of a setting: what it takes, the ends, beyond, another type, or
+    anything."""
+    default, metadata = SETTINGS[key]
+    kind = draw(st.integers(0, 9))
+    if kind == 0:
+        return draw(st.sampled_from(NASTY))
+    if kind == 1:
+        return draw(
+            st.one_of(
+                st.text(max_size=30), st.floats().map(str), st.integers(-(2**70), 2**70).map(str)
+            )
+        )
+    entries = default if isinstance(default, tuple) else (default,)
+    limits = metadata["limits"]
+    if metadata["choices"]:
+        return str(draw(st.sampled_from(metadata["choices"])))
+    if isinstance(default, bool):
+        return draw(st.sampled_from(["true", "false", "True", "FALSE"]))
+    if isinstance(limits, setting_limits.NumberLimit):
+        whole = all(isinstance(entry, int) for entry in entries)
+        beyond = st.sampled_from(
+            [limits.least - 1, limits.most + 1, -limits.most, limits.most * 2, 2**31, 2**63, 0, -1]
+        )
+        one = inside(limits, whole) if kind < 8 else beyond
+        if not isinstance(default, tuple):
+            return repr(draw(one))
+        fewest, most = limits.count.fewest, min(limits.count.most, 6)
+        many = draw(
+            st.lists(one, min_size=fewest, max_size=most) if kind < 8 else st.lists(one, max_size=7)
+        )
+        return repr(tuple(sorted(many) if limits.count.rising and kind < 7 else many))
+    known = (
+        "m3i",
+        "mim",
+        "sim",
+        "clip",
+        "k",
+        "category",
+        "text",
+        "7",
+        "80",
+        "configs",
+        "README.md",
+        "tests",
+        "{D}/folder",
+        "{D}",
+        "{W}",
+    )
+    lines = st.one_of(
+        st.sampled_from(known), st.sampled_from(NASTY), st.text("abc/.*~@:=|", max_size=12)
+    )
+    if isinstance(default, tuple):
+        return ",".join(draw(st.lists(lines, max_size=4)))
+    return draw(lines)
+
+
+@st.composite
+def overrides(draw: Any, most: int = 4) -> tuple[str, ...]:
+    keys = draw(st.lists(st.sampled_from(KEYS), min_size=1, max_size=most, unique=True))
+    return tuple(f"{key}={draw(value(key))}" for key in keys)
+
+
+def flags() -> list[str]:
+    return sorted(
+        name
+        for action in main.parser()._actions
+        for name in action.option_strings
+        if name.startswith("--") and name not in LEFT_OUT_FLAGS
+    )
+
+
+CONFIGS = (
+    "quickstart.py",
+    "folder.py",
+    "tars.py",
+    "mixture.py",
+    "toy.py",
+    "m3i.py",
+    "tfds.py",
+    "forms.py",
+    "transfer/finetune.py",
+    "transfer/probe.py",
+)
+
+
+# What arguments of configuration files may sensibly be, by their names.
+ARGUMENTS = {
+    "path": ("{D}/folder", "{D}/tars/*.tar", "{D}", "{D}/nothing"),
+    "source": ("folder", "tars", "shapes"),
+    "sources": (
+        "folder:{D}/folder;tars:{D}/tars/*.tar",
+        "folder:{D}/folder=1;shapes:100=2",
+        "folder:{D}/folder@0|1",
+    ),
+    "model": ("vit_tiny", "internimage_pico", "vit_s16"),
+    "form": ("m3i", "mim", "sim+clip", "k", "finetune"),
+    "from": ("{W}", "{D}/weights/w.npz", "{D}/tensors/w.safetensors", "{D}"),
+    "epochs": ("1", "0.5", "0", "-1", "1e300"),
+    "batch_size": ("2", "8", "64", "0", "-2", "7"),
+}
+NUMBERS = ("0", "1", "3", "32", "-5", "1e300", "0.5")
+
+
+@st.composite
+def commands(draw: Any) -> Case:
+    """A command that may well be right, of any configuration file and mode; then up to two things
+    in it that are wrong."""
+    name = draw(st.sampled_from(CONFIGS))
+    taken = sorted(config._takes(f"{ROOT}/configs/{name}") or ())
+    given = draw(st.lists(st.sampled_from(taken), max_size=3, unique=True))
+    given += [key for key in ("path", "source", "sources") if key in taken and key not in given]
+    given = {key: draw(st.sampled_from(ARGUMENTS.get(key, NUMBERS))) for key in given}
+    mode = draw(st.sampled_from([*QUICK_MODES, *QUICK_MODES, *MODES]))
+    mode = "show" if mode in ("train", "compare", "profile", "compile") else mode
+    room = draw(st.sampled_from(["empty", "run"]))
+    workdir, more = (
+        "{W}",
+        ([f"--config.{text}" for text in draw(overrides(2))] if draw(st.booleans()) else []),
+    )
+    tail, extra = "", []
+    for _ in range(draw(st.integers(0, 2))):
+        nasty, kind = draw(st.sampled_from(NASTY)), draw(st.integers(0, 7))
+        if kind == 0:
+            given |= {draw(st.sampled_from([*taken, "pth"])): nasty}
+        elif kind == 1:
+            tail = nasty
+        elif kind == 2:
+            mode = draw(st.sampled_from(["", "trian", "../../evil", nasty]))
+        elif kind == 3:
+            workdir = draw(
+                st.sampled_from(
+                    [
+                        "{D}/folder/0/0.png",
+                        "/proc/none/x",
+                        "/dev/null/x",
+                        "gs://b/x",
+                        "{W}/" + "a" * 300,
+                        nasty,
+                    ]
+                )
+            )
+        elif kind in (4, 5):
+            flag = draw(st.sampled_from(flags()))
+            extra += draw(
+                st.sampled_from(
+                    [[flag], [f"{flag}=3"], [flag, "x"], [f"{flag}=", flag], [f"{flag}={nasty}"]]
+                )
+            )
+        elif kind == 6:
+            extra.append(nasty)
+        else:
+            room = "empty"
+    spec = f"{ROOT}/configs/{name}" + "".join(
+        f"{',' if i else ':'}{key}={text}" for i, (key, text) in enumerate(given.items())
+    )
+    own = bool(MODES[mode].of_run) if mode in MODES else False
+    out = (
+        []
+        if own and draw(st.booleans())
+        else [f"--config={spec}{tail}", *(TINY if name != "m3i.py" or draw(st.booleans()) else ())]
+    )
+    return Case((*out, f"--mode={mode}", f"--workdir={workdir}", *more, *extra), room=room)
+
+
+@st.composite
+def settings(draw: Any) -> Case:
+    """One to four settings of the quickstart, shown."""
+    some = draw(overrides())
+    return Case(
+        (
+            f"--config={ROOT}/configs/quickstart.py",
+            "--mode=show",
+            *TINY,
+            *(f"--config.{text}" for text in some),
+        ),
+        shown=True,
+    )
+
+
+HEAD = (
+    "import os, sys\nfrom m3i_jax.config import default\ndef get_config(path='', n=1):\n    c ="
+    " default()\n"
+)
+SCRIPTS = (
+    b"",
+    b"\0",
+    b"\xff\xfe",
+    b"# coding: latin-9\nx = '\xe9'\n",
+    b"\xef\xbb\xbfx = 1\n",
+    b"import sys\nsys.exit(0)\n",
+    b"raise SystemExit\n",
+    b"1/0\n",
+    b"def get_config(:\n",
+    b"get_config = 3\n",
+    b"get_config = None\n",
+    b"def get_config(*a, **k): return 1\n",
+    b"class get_config: pass\n",
+    b"def f(): f()\nf()\n",
+    b"get_config = lambda **k: k\n",
+    b"(" * 5000,
+    b"x = " + b"-" * 100_000 + b"1\n",
+    b"raise BaseException('x')\n",
+    b"raise MemoryError\n",
+    b"raise OSError(28, 'No space left on device')\n",
+    b"import there_is_none\n",
+    b"import asyncio\nraise asyncio.CancelledError\n",
+    b"class E(Exception):\n    def __str__(self): raise self\nraise E\n",
+    b"raise GeneratorExit\n",
+    *(
+        HEAD.encode() + f"    {line}\n    return c\n".encode()
+        for line in (
+            "sys.exit(0)",
+            "return None",
+            "return {}",
+            "return 3",
+            "c = {}",
+            "c.optim = 3",
+            "c.optim.lr = 'x'",
+            "c.optim.lr = None",
+            "c.optim.lr = 10**400",
+            "c.optim.lr = 10**5000",
+            "c.optim.lr = float('nan')",
+            "c.optim.lr = True",
+            "c.train.steps = 2.0",
+            "c.seed = -1",
+            "c.unlock(); c.x = 3",
+            "c.unlock(); c.optim.y = {'a': 1}",
+            "c.unlock(); del c.optim.lr",
+            "c.unlock(); c['optim'] = c",
+            "c.unlock(); c.optim = [1]",
+            "c.data.path = 'a\\0b'",
+            "c.data.path = '\\udcff'",
+            "c.data.path = 'a' * 10**6",
+            "c.objective.forms = ('m3i',) * 10**5",
+            "c.objective.forms = (['m3i'],)",
+            "c.objective.forms = (None,)",
+            "c.objective.forms = 'm3i'",
+            "c.parallel.mesh = (1, 1, 10**30)",
+            "import numpy; c.optim.lr = numpy.float64(0.1)",
+            "import numpy; c.train.steps = numpy.int64(3)",
+            "import numpy; c.data.crop_scale = numpy.ones(2)",
+            "c.evaluate.shots = tuple(range(1, 200))",
+            "c.model.encoder.width = 2**20",
+            "c.train.batch_size = 10**18",
+            "print('x' * 10)",
+            "get_config()",
+            "raise Exception('a\\nb' * 1000)",
+            "raise KeyError",
+            "raise UnicodeError('x')",
+            "c = default().copy_and_resolve_references()",
+            "import m3i_jax.schema as s; return s.Config()",
+            "open('/no/such/file')",
+            "os.chdir('/no/such')",
+            "assert False",
+            "yield c",
+        )
+    ),
+)
+
+
+@st.composite
+def scripts(draw: Any) -> Case:
+    """A configuration file of one's own that is wrong in some way."""
+    tail = draw(
+        st.sampled_from(
+            ["", "", ":path=x", ":n=x", ":n=2,m=3", ":", ":,,", ":=", ":n", ":path={D},n=3"]
+        )
+    )
+    script = draw(st.one_of(st.sampled_from(SCRIPTS), st.binary(max_size=40)))
+    return Case(("--config={C}" + tail, "--mode=show", "--workdir={W}", *TINY), script=script)
+
+
+DAMAGES = (
+    "flip",
+    "flips",
+    "cut",
+    "empty",
+    "garbage",
+    "text",
+    "repeat",
+    "delete",
+    "directory",
+    "loop",
+    "away",
+    "fifo",
+    "socket",
+    "zero",
+    "sparse",
+    "nested",
+    "other",
+)
+
+
+def damages() -> st.SearchStrategy[Damage]:
+    return st.builds(Damage, st.sampled_from(DAMAGES), st.floats(0, 1), st.integers(0, 2**31))
+
+
+@st.composite
+def of_a_run(draw: Any) -> Case:
+    """A finished run with one file damaged, then read by a mode."""
+    mode = draw(
+        st.sampled_from(
+            ["report"] * 6 + ["preview"] * 2 + ["train", "train", "eval", "export", "replay"]
+        )
+    )
+    words = {"report": (), "eval": (), "replay": (), "export": ("--format=npz",)}
+    rest = words.get(mode, (f"--config={ROOT}/configs/quickstart.py", *TINY, *RUN))
+    return Case(
+        ("--workdir={W}", f"--mode={mode}", *rest),
+        "run",
+        target=("{W}", draw(st.integers(0, 10**6))),
+        damage=draw(damages()),
+        judged=True,
+    )
+
+
+RUN = (
+    "--config.train.steps=2",
+    "--config.train.save_every=1",
+    "--config.evaluate.knn=false",
+    "--config.evaluate.retrieval=false",
+    "--config.evaluate.direct=false",
+    "--config.evaluate.zero_shot=false",
+)
+
+
+@st.composite
+def of_data(draw: Any) -> Case:
+    """A file that a run reads, damaged: images, captions, tars, names of classes, a vocabulary,
+    weights."""
+    kinds = {
+        "folder": (f"--config={ROOT}/configs/folder.py:path={{D}}/folder,model=vit_tiny",),
+        "tars": (f"--config={ROOT}/configs/tars.py:path={{D}}/tars/*.tar,model=vit_tiny",),
+        "names": (
+            f"--config={ROOT}/configs/folder.py:path={{D}}/folder,model=vit_tiny",
+            "--config.data.class_names={D}/names/names.json",
+        ),
+        "vocabulary": (
+            f"--config={ROOT}/configs/quickstart.py",
+            "--config.data.tokenizer=clip",
+            "--config.data.vocabulary={D}/vocabulary/v.gz",
+        ),
+        "weights": (
+            f"--config={ROOT}/configs/transfer/finetune.py:path={{D}}/folder,from={{D}}/weights/w.npz",
+        ),
+        "tensors": (
+            f"--config={ROOT}/configs/transfer/finetune.py:path={{D}}/folder,from={{D}}/tensors/w.safetensors",
+        ),
+        "mixture": (
+            f"--config={ROOT}/configs/mixture.py:sources=folder:{{D}}/folder=1;tars:{{D}}/tars/*.tar=1,model=vit_tiny",
+        ),
+    }
+    name = draw(st.sampled_from(sorted(kinds)))
+    mode = draw(st.sampled_from(["data", "data", "preview"]))
+    room = {"mixture": draw(st.sampled_from(["folder", "tars"]))}.get(name, name)
+    small = [text for text in TINY if ".data.size=" not in text or name == "vocabulary"]
+    return Case(
+        (*kinds[name], "--workdir={W}", f"--mode={mode}", *small),
+        target=("{D}/" + room, draw(st.integers(0, 10**6))),
+        damage=draw(damages()),
+    )
+
+
+KINDS: dict[str, st.SearchStrategy[Case]] = {
+    "settings": settings(),
+    "commands": commands(),
+    "scripts": scripts(),
+    "of_data": of_data(),
+    "of_a_run": of_a_run(),
+}
+
+
+def apply(damage: Damage, path: pathlib.Path, others: list[pathlib.Path]) -> None:
+    """Change a file, or put something else where it was."""
+    some, content = random.Random(damage.seed), path.read_bytes()
+    at = min(int(damage.where * len(content)), max(len(content) - 1, 0))
+    kind = damage.kind
+    if kind in ("flip", "flips") and content:
+        changed = bytearray(content)
+        for place in [at] if kind == "flip" else [some.randrange(len(content)) for _ in range(20)]:
+            changed[place] ^= 1 << some.randrange(8)
+        path.write_bytes(changed)
+        return
+    replaced = {
+        "cut": content[:at],
+        "empty": b"",
+        "garbage": some.randbytes(len(content) or 10),
+        "text": b"not what it was\n" * 3,
+        "repeat": content + content,
+        "nested": b"[" * 200_000,
+        "other": some.choice(others).read_bytes() if others else b"x",
+    }
+    if kind in replaced:
+        path.write_bytes(replaced[kind])
+        return
+    path.unlink()
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    elif kind == "away":
+        path.symlink_to("/etc/hostname")
+    elif kind == "zero":
+        path.symlink_to("/dev/zero")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        here = os.getcwd()
+        os.chdir(path.parent)  # the name of a socket has at most 107 characters
+        try:
+            socket.socket(socket.AF_UNIX).bind(path.name[:100])
+        finally:
+            os.chdir(here)
+    elif kind == "sparse":
+        with open(path, "wb") as file:
+            file.write(content[:512])
+            file.truncate(2**40)
+
+
+def files(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def copied(source: pathlib.Path, place: pathlib.Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, place, symlinks=True, dirs_exist_ok=True)
+
+
+def text_of(arguments: tuple[str, ...]) -> list[str]:
+    """What a command line gives a configuration, without its flags: for a check in this process."""
+    return [a.removeprefix("--config.") for a in arguments if a.startswith("--config.")]
+
+
+def resolves(case: Case) -> None:
+    """The settings of a case, checked in this process. Raises UserError alone."""
+    made = config.load_config(f"{ROOT}/configs/quickstart.py")
+    config.apply_overrides(made, text_of(case.arguments))
+    config.resolve(made)

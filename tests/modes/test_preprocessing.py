@@ -1,0 +1,179 @@
+"""One description of how images are seen: evaluation, --mode=features, m3i_jax.load and every
+export give the same features of the same images, whatever evaluate.crop the run has."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m3i_jax import config as configuration
+from m3i_jax import main as command
+from m3i_jax.data.preprocessing import Preprocessing
+from m3i_jax.evaluation import feature_extraction, load
+from m3i_jax.modes import evaluators
+from m3i_jax.modes import features as written
+from m3i_jax.modes import setup as jobs
+from tests import saved, toy
+
+SIDES = ((40, 40), (32, 32), (48, 60), (60, 40))  # one has the model's size already
+CROP = 0.7
+# Google's layout is read with the tanh form of GELU, and Hugging Face's encoders end in a norm.
+SETTINGS = {
+    "data__source": "folder", "data__captions": "no", "data__classes": 0, "data__holdout": 0.0, "objective__forms": "mim",
+    "model__encoder__activation": "gelu_tanh", "model__encoder__final_norm": "true", "evaluate__batch_size": 8,
+    "data__augment__mean": "(0.4,0.5,0.6)", "data__augment__std": "(0.2,0.3,0.25)",
+}  # fmt: skip
+
+
+def pictures() -> list[np.ndarray]:
+    """Smooth, so that resizers that round otherwise make no difference that matters."""
+    r = np.random.default_rng(0)
+    waves = [
+        np.sin(
+            np.mgrid[:h, :w].transpose(1, 2, 0) @ r.uniform(-0.2, 0.2, (2, 3)) + r.uniform(0, 6, 3)
+        )
+        for h, w in SIDES
+    ]
+    return [(128 + 100 * wave).astype(np.uint8) for wave in waves]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, np.ndarray]:
+    """A run with another evaluate.crop than the default, and the features [N, D] that its
+    evaluators see of the images."""
+    place = tmp_path_factory.mktemp("seen")
+    (place / "pictures").mkdir()
+    for number, picture in enumerate(pictures()):
+        Image.fromarray(picture).save(place / "pictures" / f"{number}.png")
+    config = toy.settings(**SETTINGS, data__path=str(place / "pictures"), evaluate__crop=CROP)
+    params, _ = saved.run(place / "run", config)
+    job = jobs.open_setup(config, str(place / "elsewhere"))
+    seen = feature_extraction.Extractor(config, job.mesh)(
+        {"encoder": params["encoder"]}, evaluators.host_eval_batches(job, job.train, 9)
+    )
+    return place / "run", seen.raw
+
+
+def close(got: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> None:
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max(), (
+        np.abs(got - expected).max() / np.abs(expected).max()
+    )
+
+
+def exported(workdir: pathlib.Path, format: str) -> pathlib.Path:
+    assert command.main(["--mode=export", f"--format={format}", "--workdir", str(workdir)]) == 0
+    return workdir / "export" / format
+
+
+def test_the_crop_is_no_detail(run) -> None:
+    """Else nothing below could fail: seen as with the default, the features are others."""
+    workdir, expected = run
+    model = load.load(str(workdir))
+    other = np.stack([Preprocessing(image_size=32).view(picture) for picture in pictures()])
+    assert np.abs(model.features(other, ready=True) - expected).max() > 0.1 * np.abs(expected).max()
+
+
+@pytest.mark.row("E10")
+def test_load_and_the_mode_features(run, tmp_path: pathlib.Path) -> None:
+    workdir, expected = run
+    close(load.load(str(workdir)).features(pictures()), expected)
+    assert (
+        command.main(["--mode=features", "--workdir", str(workdir), f"--out={tmp_path / 'a.npz'}"])
+        == 0
+    )
+    table, about = written.read_feature_file(str(tmp_path / "a.npz"))
+    assert table["keys"].tolist() == [f"{n}.png" for n in range(len(SIDES))]
+    close(table["features"], expected)
+    config = configuration.resolve(configuration.load_from_workdir(str(workdir), "--workdir"))
+    assert {key: about[key] for key in ("crop", "short_side", "image_size", "background")} == {
+        "crop": config.evaluate.crop, "short_side": round(32 / config.evaluate.crop), "image_size": 32, "background": 255,
+    }  # fmt: skip
+
+
+@pytest.mark.row("E10")
+@pytest.mark.parametrize("format", ["timm", "hf", "npz"])
+def test_exports_that_are_loaded_again(run, format: str) -> None:
+    workdir, expected = run
+    place = exported(workdir, format)
+    model = load.load(str(place / "vit.npz" if format == "npz" else place))
+    # Their files hold the short side, or what it is made of, and not the share.
+    got, wanted = (
+        {**m.preprocessing.described(), "crop": 0} for m in (model, load.load(str(workdir)))
+    )
+    assert got == wanted and wanted["short_side"] == 46
+    close(model.features(pictures()), expected)
+
+
+def test_other_exports_describe_it(run) -> None:
+    workdir, _ = run
+    place = exported(workdir, "orbax")
+    config = configuration.resolve(
+        configuration.config_from_text((place / "config.txt").read_text(), "config.txt")
+    )
+    told = json.loads((place / "preprocessing.json").read_text())
+    assert {name: told[name] for name in ("crop", "short_side", "mean")} == {
+        "crop": config.evaluate.crop, "short_side": round(32 / config.evaluate.crop), "mean": [0.4, 0.5, 0.6],
+    }  # fmt: skip
+
+
+@pytest.mark.row("E10")
+def test_timm_sees_the_same(run) -> None:
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    workdir, expected = run
+    place = exported(workdir, "timm")
+    config = json.loads((place / "config.json").read_text())
+    see = timm.data.create_transform(
+        **timm.data.resolve_data_config({}, pretrained_cfg=config["pretrained_cfg"])
+    )
+    model = timm.create_model(
+        config["architecture"],
+        num_classes=0,
+        global_pool=config["global_pool"],
+        **config["model_args"],
+    )
+    library = pytest.importorskip("safetensors.torch")
+    model.load_state_dict(library.load_file(place / "model.safetensors"))
+    with torch.no_grad():
+        got = model.eval()(torch.stack([see(Image.fromarray(picture)) for picture in pictures()]))
+    close(got.numpy(), expected, 5e-3)
+
+
+@pytest.mark.row("E10")
+def test_transformers_see_the_same(run) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    workdir, expected = run
+    place = exported(workdir, "hf")
+    see = transformers.AutoImageProcessor.from_pretrained(place)
+    model = transformers.ViTModel.from_pretrained(place, add_pooling_layer=False).eval()
+    seen = torch.cat(
+        [
+            see(Image.fromarray(picture), return_tensors="pt")["pixel_values"]
+            for picture in pictures()
+        ]
+    )
+    with torch.no_grad():
+        got = model(pixel_values=seen).last_hidden_state[:, 1:].mean(1)
+    close(got.numpy(), expected, 5e-3)
+
+
+def test_an_export_with_another_crop_says_so(run) -> None:
+    workdir, _ = run
+    assert (
+        command.main(
+            [
+                "--mode=export",
+                "--format=hf",
+                "--workdir",
+                str(workdir),
+                "--config.evaluate.crop=0.5",
+            ]
+        )
+        == 0
+    )
+    assert json.loads((workdir / "export/hf/preprocessor_config.json").read_text())["size"] == {
+        "shortest_edge": 64
+    }
+    assert "short side resized to 64" in (workdir / "export/hf/model_card.md").read_text()

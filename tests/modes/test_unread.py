@@ -1,0 +1,178 @@
+"""Overrides that change nothing, and first weights that are not there: refused on one line, before
+the trainer is imported."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from m3i_jax import config as configuration
+from m3i_jax import main as command
+from m3i_jax import schema
+from m3i_jax.errors import UserError
+from m3i_jax.modes import MODES, refuse_missing, refuse_unread
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+MIXED = {"source": "mixture", "mixture": ("folder:/a", "shapes:10")}
+
+
+def test_every_setting_that_a_mode_reads_exists() -> None:
+    known = configuration.setting_table()
+    for name, mode in MODES.items():
+        for key in mode.reads:
+            assert any(setting.startswith(key) for setting in known), (name, key)
+
+
+@pytest.mark.row("E8")
+@pytest.mark.parametrize(
+    ("mode", "data", "assignment", "words"),
+    [
+        (
+            "eval",
+            MIXED | {"path": "/b"},
+            "data.path=/b",
+            "data.source='mixture' reads data.mixture alone",
+        ),
+        (
+            "train",
+            MIXED | {"path": "/b"},
+            "data.path=/b",
+            "data.source='mixture' reads data.mixture alone",
+        ),
+        (
+            "features",
+            MIXED | {"split": "val"},
+            "data.split=val",
+            "config.data.split: 'val' changes nothing",
+        ),
+        (
+            "eval",
+            MIXED | {"holdout_split": "val"},
+            "data.holdout_split=val",
+            "config.data.holdout_split: 'val' changes nothing",
+        ),
+        (
+            "eval",
+            {"source": "folder", "class_space": "separate"},
+            "data.class_space=separate",
+            "is of mixtures",
+        ),
+        (
+            "eval",
+            {"source": "folder", "size": 9},
+            "data.size=9",
+            "evaluate.train_limit and evaluate.query_limit take fewer",
+        ),
+        (
+            "eval",
+            {"source": "folder", "holdout": 0.3, "holdout_split": "val"},
+            "data.holdout=0.3",
+            "is what is held out",
+        ),
+        (
+            "eval",
+            {"source": "folder", "crop_scale": (0.5, 1.0)},
+            "data.crop_scale=(0.5,1.0)",
+            "--mode=eval does not read it",
+        ),
+        ("export", {}, "data.image_size=64", "--mode=export does not read it"),
+        ("features", {}, "data.image_size=64", "--mode=features does not read it"),
+        ("report", {}, "evaluate.k=3", "--mode=report does not read it"),
+    ],
+)
+def test_what_changes_nothing_is_refused(
+    mode: str, data: dict, assignment: str, words: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        refuse_unread(mode, [assignment], schema.Config(data=schema.Data(**data)))
+    assert words in str(error.value) and assignment.partition("=")[0] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("mode", "data", "assignments"),
+    [
+        (
+            "eval",
+            {"source": "folder", "path": "/b"},
+            ["data.source=folder", "data.path=/b", "data.mixture=", "data.size=0"],
+        ),
+        ("eval", MIXED | {"size": 9}, ["data.size=9", "evaluate.crop=1.0"]),
+        # it plans with that and counts nothing
+        ("show", {"source": "folder", "size": 9}, ["data.size=9"]),
+        ("train", MIXED, ["data.path=", "optim.lr=1"]),  # emptied
+        ("export", {}, ["evaluate.crop=1.0", "report.licence=MIT"]),
+    ],
+)
+def test_what_is_read_is_not_refused(mode: str, data: dict, assignments: list[str]) -> None:
+    refuse_unread(mode, assignments, schema.Config(data=schema.Data(**data)))
+
+
+@pytest.mark.row("E8")
+def test_a_mixture_evaluated_on_a_path_is_refused_as_a_command(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.txt").write_text(
+        configuration.config_to_text(schema.Config(data=schema.Data(**MIXED)))
+    )
+    before = sorted(tmp_path.iterdir())
+    assert (
+        command.main(["--mode=eval", "--workdir", str(tmp_path), f"--config.data.path={tmp_path}"])
+        == 2
+    )
+    err = capsys.readouterr().err
+    assert "config.data.path" in err and "set data.source as well" in err and err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.row("E11")
+def test_weights_that_are_not_there_are_refused_where_they_are_read(tmp_path: pathlib.Path) -> None:
+    config = schema.Config(init_from=str(tmp_path / "no"))
+    frozen = schema.Config(objective=schema.Objective(target_checkpoint=str(tmp_path / "no")))
+    for mode in ("train", "compare", "profile", "features"):
+        for each, key in (
+            (config, "config.init_from"),
+            (frozen, "config.objective.target_checkpoint"),
+        ):
+            with pytest.raises(UserError, match=f"{key}: there is no"):
+                refuse_missing(mode, each, str(tmp_path))
+    for mode in ("show", "compile", "eval", "export", "report"):
+        refuse_missing(mode, config, str(tmp_path))
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    # a run that goes on has them in its own checkpoint
+    refuse_missing("train", config, str(tmp_path))
+
+
+REFUSED = """
+import sys
+from m3i_jax import main
+code = main.main(sys.argv[1:])
+print(code, "m3i_jax.modes.train" in sys.modules, "m3i_jax.training.trainer" in sys.modules)
+"""
+
+
+@pytest.mark.row("E11")
+def test_nothing_is_built_before_missing_weights_are_refused(tmp_path: pathlib.Path) -> None:
+    """In a process of its own: the trainer takes seconds to import, and its programs longer to
+    make."""
+    arguments = [
+        "--config",
+        "configs/quickstart.py",
+        "--workdir",
+        str(tmp_path / "run"),
+        "--config.init_from=/nowhere",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.split() == ["2", "False", "False"], done
+    assert (
+        done.stderr.startswith("m3i_jax: config.init_from: there is no '/nowhere'")
+        and done.stderr.count("\n") == 1
+    )
+    assert not (tmp_path / "run").exists()

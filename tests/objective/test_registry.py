@@ -1,0 +1,51 @@
+"""Objectives that are registered from outside: found like all others, and never in the place of
+another."""
+
+import pytest
+
+import m3i_jax
+from m3i_jax.errors import UserError
+from m3i_jax.objective import published, registry, terms
+from m3i_jax.training import plan
+
+TERMS = (terms.token_term(terms.MASKED, 0, name="registered"),)
+
+
+def test_a_registered_form_is_found_and_suggested():
+    assert (
+        m3i_jax.register_form("registered_form", TERMS)
+        == TERMS
+        == plan.terms_named("registered_form")
+    )
+    # the module was imported again
+    assert registry.register_form("registered_form", TERMS) == TERMS
+    with pytest.raises(
+        UserError,
+        match=(
+            r"^config.objective.forms: 'registred_form' is none of .*; did you mean"
+            r" registered_form\?$"
+        ),
+    ):
+        plan.terms_named("registred_form")
+
+
+def test_every_form_has_its_terms():
+    found = registry.forms()
+    assert found.keys() >= {*terms.FORMS, *terms.TRANSFER, *published.PUBLISHED}
+    assert all(registry.form(name) == terms for name, terms in found.items())
+    assert all(registry.form(letter) == terms.FORMS[name] for letter, name in terms.LETTERS.items())
+
+
+@pytest.mark.parametrize("name", ["m3i", "mae", "finetune", "k", "beit"])
+def test_no_form_takes_the_place_of_another(name):
+    with pytest.raises(ValueError, match=f"form '{name}' exists already"):
+        registry.register_form(name, TERMS)
+
+
+@pytest.mark.parametrize(
+    ("name", "terms"),
+    [("a+b", TERMS), ("", TERMS), ("empty", ()), ("one", TERMS[0]), ("other", ("m3i",))],
+)
+def test_what_is_no_form_is_refused(name, terms):
+    with pytest.raises(ValueError, match=f"^form '{name.replace('+', '.')}': "):
+        registry.register_form(name, terms)

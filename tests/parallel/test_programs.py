@@ -1,0 +1,158 @@
+"""All hosts compile a program before any runs it, and on CPUs find the same one in a directory that
+they share. Two real processes."""
+
+import ast
+import pathlib
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+from jax._src import cache_key
+
+from m3i_jax.parallel import programs
+from tests.faults.test_hosts import JOIN, ROOT, start
+
+# Host 1 compiles for a while; the collective of the program connects the hosts, which Gloo gives 30
+# seconds.
+SPAN = (
+    JOIN
+    + """
+    import logging
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    import jax, numpy as np
+    from jax._src import compiler
+    from m3i_jax import parallel
+    delay, cache, notice, limit = float(sys.argv[4]), sys.argv[5], float(sys.argv[6]), float(sys.argv[7])
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    barriers.NOTICE = notice
+    distributed.initialize(place, limit=60)
+    mesh = parallel.make_mesh((hosts, 1, 1))
+    rows = parallel.to_global(mesh, {"x": np.arange(3.0, dtype=np.float32)[None] + me})["x"]
+    events, plain = [], compiler.backend_compile_and_load
+
+    def slow(*arguments):
+        events.append("compiled")
+        if me:
+            time.sleep(delay)
+        return plain(*arguments)
+
+    compiler.backend_compile_and_load = slow
+    total = parallel.Program(lambda x: x.sum(0), name="total", limit=limit, out_shardings=parallel.replicated(mesh))
+    try:
+        print("got", np.asarray(total(rows)).tolist(), np.asarray(total(rows)).tolist())
+    except barriers.HostMissing as error:
+        print("missing", error)
+        barriers.barrier("the end", limit=60)
+    print("events", events)
+"""
+)
+
+
+def both(
+    script: pathlib.Path,
+    delay: float,
+    cache: pathlib.Path,
+    *,
+    notice: float = 15.0,
+    limit: float = 600.0,
+) -> list[dict[str, str]]:
+    """First word of a line -> its rest, for each host."""
+    said = []
+    script.write_text(textwrap.dedent(SPAN))
+    processes = start(script, str(delay), str(cache), str(notice), str(limit))
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=delay + 120)
+            assert process.returncode == 0, err[-3000:]
+            said.append({line.split(" ")[0]: line.partition(" ")[2] for line in out.splitlines()})
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return said
+
+
+@pytest.mark.fast
+@pytest.mark.row("A13")
+def test_hosts_wait_for_the_slowest_compilation_and_share_it(tmp_path: pathlib.Path) -> None:
+    """The second start finds every program on both hosts, though only the first host writes
+    them."""
+    script, right = tmp_path / "span.py", "[1.0, 3.0, 5.0] [1.0, 3.0, 5.0]"
+    first, second = (
+        both(script, 2.0, tmp_path / "cache", notice=0.5),
+        both(script, 2.0, tmp_path / "cache"),
+    )
+    assert [host["got"] for host in first + second] == [right] * 4
+    assert (
+        first[0]["compile"].startswith("total: waiting for host 1 (") and "compile" not in first[1]
+    )
+    assert [host["events"] for host in first + second] == [
+        "['compiled']",
+        "['compiled']",
+        "[]",
+        "[]",
+    ]
+
+
+@pytest.mark.fast
+@pytest.mark.row("A13")
+def test_a_compilation_without_an_end_is_named(tmp_path: pathlib.Path) -> None:
+    host, _ = both(tmp_path / "span.py", 4.0, tmp_path / "cache", limit=1.0)
+    assert host["missing"].startswith("compile total: waited 1 seconds for host 1 (")
+
+
+def spanning(source: str) -> list[int]:
+    """Lines that jit a function with layouts over devices, which may be those of several hosts,
+    without `Program`."""
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    return [
+        call.lineno
+        for call in calls
+        if "jax.jit" in (ast.unparse(call.func), *map(ast.unparse, call.args[:1]))
+        and any(word.arg in ("in_shardings", "out_shardings") for word in call.keywords)
+    ]
+
+
+def test_every_program_with_a_layout_is_compiled_by_all_before_any_runs_it() -> None:
+    wrong = "f = jax.jit(g, out_shardings=s)", "f = functools.partial(jax.jit, in_shardings=s)"
+    right = "f = jax.jit(g)", "f = parallel.Program(g, out_shardings=s)"
+    assert all(map(spanning, wrong)) and not any(map(spanning, right))
+    found = {
+        path.name: spanning(path.read_text()) for path in sorted((ROOT / "m3i_jax").rglob("*.py"))
+    }
+    assert not {name: lines for name, lines in found.items() if lines}
+
+
+def test_alone_a_program_is_the_jitted_function() -> None:
+    double = programs.Program(lambda x, y: 2 * x + y, name="double", donate_argnums=1)
+    x, y = np.arange(3.0, dtype=np.float32), jax.numpy.ones(3)
+    assert double(x, y).tolist() == (2 * x + 1).tolist() and y.is_deleted()
+    assert "multiply" in double.lower(x, np.ones(3, np.float32)).as_text()
+
+
+def test_what_a_program_is_compiled_for_is_structure_shape_type_and_layout() -> None:
+    x, here = np.zeros((4, 2), np.float32), jax.devices()
+    spread = jax.sharding.NamedSharding(
+        jax.make_mesh((2,), ("a",), devices=here[:2]), jax.sharding.PartitionSpec("a")
+    )
+    different = [
+        (x,),
+        (x[:2],),
+        (x.astype(np.int32),),
+        ({"x": x},),
+        (jax.device_put(x, here[1]),),
+        (jax.device_put(x, spread),),
+        (x, 3),
+    ]
+    assert len({programs._signature(arguments) for arguments in different}) == len(different)
+    assert programs._signature(({"x": x + 1},)) == programs._signature(({"x": x},))
+
+
+def test_jax_still_has_the_functions_whose_keys_are_shared() -> None:
+    """Otherwise hosts of CPUs would compile at every start again, and nothing else would tell."""
+    assert callable(cache_key._hash_accelerator_config) and callable(
+        cache_key._hash_serialized_compile_options
+    )

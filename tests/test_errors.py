@@ -1,0 +1,217 @@
+"""What the system says, as one line: of which errors, with which path, under which exit code; and
+what other threads print."""
+
+import errno
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import jax
+import pytest
+
+from m3i_jax import errors, library_errors
+from m3i_jax import main as command
+from m3i_jax.errors import DoesNotFit, RunStopped, UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("number", sorted(errors.HINTS))
+def test_a_refusal_of_the_system_has_path_reason_and_way_out(number: int) -> None:
+    found = errors.as_refusal(OSError(number, os.strerror(number), "/data/x"))
+    assert isinstance(found, UserError) and found.status == 2
+    assert str(found) == f"/data/x: {os.strerror(number)}; {errors.HINTS[number]}"
+
+
+def test_both_paths_of_a_rename_are_named() -> None:
+    assert str(
+        errors.as_refusal(OSError(errno.EXDEV, "Invalid cross-device link", "/a", None, "/b"))
+    ).startswith("/a -> /b: Invalid")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (MemoryError("Unable to allocate 7 PiB"), DoesNotFit),
+        (OSError(errno.ENOMEM, "Cannot allocate memory", "x"), DoesNotFit),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes"),
+            DoesNotFit,
+        ),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: the device was lost"), RunStopped),
+        (RuntimeError("Unable to initialize backend 'foo': it is not in the list"), UserError),
+        (RuntimeError("can't start new thread"), UserError),
+        (ValueError("writing /a/b [OS error 28: ENOSPC No space left on device]"), UserError),
+        (
+            IndexError("write() failed: No space left on device; writing /full/x; at byte 57344"),
+            UserError,
+        ),
+        (RunStopped("the disk does not answer"), RunStopped),
+        (jax.errors.JaxRuntimeError("INTERNAL: a bug of a compiler"), None),
+        (ValueError("shapes do not match"), None),
+        (KeyError("x"), None),
+        (RecursionError("maximum recursion depth exceeded"), None),
+    ],
+)
+def test_what_an_error_is_for_the_command_line(error: Exception, kind: type | None) -> None:
+    assert type(errors.as_refusal(error)) is (kind or type(None))
+
+
+def test_an_error_that_was_raised_from_one_of_the_system_is_that_one() -> None:
+    try:
+        try:
+            pathlib.Path("/no/such/file").read_text()
+        except OSError as first:
+            raise RuntimeError("a worker failed") from first
+    except RuntimeError as error:
+        assert "/no/such/file: No such file" in str(errors.as_refusal(error))
+
+
+def test_the_file_is_named_where_the_error_itself_does_not_know_it(tmp_path: pathlib.Path) -> None:
+    (latin := tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (deep := tmp_path / "deep.json").write_text("[" * 100_000)
+    for path, read in (
+        (latin, pathlib.Path.read_text),
+        (deep, lambda place: json.loads(place.read_text())),
+    ):
+        with (
+            pytest.raises(UserError, match=f"^{path}: .*; restore the file") as refused,
+            errors.refuse_system_errors(),
+        ):
+            read(path)
+        assert isinstance(refused.value.__cause__, UnicodeError | RecursionError)
+    with (
+        pytest.raises(UserError, match=f"^{latin}: .*UTF-8"),
+        errors.refuse_system_errors(),
+        open(latin, encoding="utf-8") as file,
+    ):
+        file.read()
+
+
+def test_a_bug_stays_what_it_is() -> None:
+    with pytest.raises(ZeroDivisionError), errors.refuse_system_errors():
+        1 / 0  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--mode"], "argument --mode: expected one argument"),
+        (["--mode=show", "--mode=data"], "--mode: is given twice"),
+        (["--config", "configs/toy.py", "--mode=show"], "--config: is given twice"),
+        (["--workdir", "a", "--workdir", "b"], "--workdir: is given twice"),
+        (["--mode=preview", "--workdir", "/proc/none/x"], "/proc/none: No such file"),
+        (["--mode=preview", "--workdir", "/tmp/" + "a" * 300], "File name too long"),
+    ],
+)
+def test_refusals_that_argparse_and_the_system_make(
+    arguments: list[str], wanted: str, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(ROOT)
+    code = command.main(["--config", "configs/quickstart.py", *arguments])
+    err = capsys.readouterr().err
+    assert code == 2 and wanted in err and err.count("\n") == 1 and err.startswith("m3i_jax: ")
+
+
+def process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_process_prints_a_traceback_for_a_bug_alone_and_is_silent_after_its_last_word() -> None:
+    """A thread that goes on to print, and what Python prints while it ends, come after the last
+    word."""
+    start = (
+        "import sys, atexit\nsys.argv = ['m3i_jax', '--mode=show', '--config',"
+        " 'configs/quickstart.py']\nfrom m3i_jax import main as command\nfrom m3i_jax import"
+        " config\ndef fail(*_):\n    raise ERROR\nconfig.load_config ="
+        " fail\natexit.register(lambda: print('late', file=sys.stderr))\nsys.exit(command.main())\n"
+    )
+    bug = process(start.replace("ERROR", "KeyError('that')"))
+    assert (
+        bug.returncode == 1
+        and "Traceback" in bug.stderr
+        and "please report" in bug.stderr.splitlines()[-1]
+    )
+    full = process(start.replace("ERROR", "OSError(28, 'No space left on device', '/data/x')"))
+    assert (
+        full.returncode == 2
+        and full.stderr.startswith("m3i_jax: /data/x: No space left on device; make room")
+        and full.stderr.count("\n") == 1
+    )
+
+
+def test_devices_that_jax_does_not_know_are_refused_on_one_line() -> None:
+    code = (
+        "from m3i_jax import main\nraise SystemExit(main.main(['--mode=show', '--config',"
+        " 'configs/quickstart.py']))"
+    )
+    done = process(code, JAX_PLATFORMS="foo")
+    assert (
+        done.returncode == 2
+        and "'foo'" in done.stderr
+        and "JAX_PLATFORMS" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
+
+
+def test_output_that_cannot_be_written_is_a_refusal() -> None:
+    command_line = (
+        f"{sys.executable} -m m3i_jax.main --config configs/quickstart.py --mode=show > /dev/full"
+    )
+    done = subprocess.run(
+        ["sh", "-c", command_line], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (
+        done.returncode == 2
+        and "<stdout>: No space left on device" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
+
+
+def fail_elsewhere() -> None:
+    """As a thread of another library does: no call of this package is in its traceback."""
+    json.loads("[" * 3)
+
+
+def test_other_threads_get_one_line_each_once(monkeypatch, capsys) -> None:
+    others = library_errors.LibraryErrorHooks()
+    monkeypatch.setattr(threading, "excepthook", others.threading_hook)
+    for _ in range(3):
+        thread = threading.Thread(target=fail_elsewhere, name="commit")
+        thread.start()
+        thread.join()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "m3i_jax: warning: in a thread of another library (commit): JSONDecodeError: Expecting"
+        " value"
+    )
+
+
+def test_log_records_of_other_libraries_have_no_traceback(monkeypatch) -> None:
+    made = library_errors.LibraryErrorHooks().record(logging.LogRecord)
+
+    def record(text: str) -> logging.LogRecord:
+        return made("absl", logging.ERROR, __file__, 1, text, (), sys.exc_info())
+
+    try:
+        fail_elsewhere()
+    except ValueError:
+        told = record("the save failed")
+        assert told.exc_info is None and told.getMessage().startswith(
+            "the save failed (JSONDecodeError: Expecting value"
+        )
+    try:
+        errors.system_error(None)  # type: ignore[arg-type]
+    except AttributeError:  # an error of ours keeps its traceback
+        assert record("a bug").exc_info

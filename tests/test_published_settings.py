@@ -1,0 +1,102 @@
+"""Named methods that are trained with other settings than their publications': every key of them in
+one line, and no other."""
+
+import pathlib
+
+import pytest
+
+from m3i_jax import config as configuration
+from m3i_jax import published_settings, schema
+from m3i_jax.modes import show
+from m3i_jax.objective import published
+from tests import toy
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def resolved(spec: str, *overrides: str) -> schema.Config:
+    made = (
+        configuration.load_config(f"{ROOT}/configs/{spec}")
+        if spec
+        else configuration.default_config()
+    )
+    configuration.apply_overrides(made, list(overrides))
+    return configuration.resolve(made)
+
+
+def keys(lines: list[str]) -> set[str]:
+    return {line.split(" ")[0] for line in lines}
+
+
+def test_every_named_method_has_settings():
+    assert published_settings.SETTINGS.keys() == published.PUBLISHED.keys()
+
+
+@pytest.mark.parametrize("name", published.PUBLISHED)
+def test_the_recipe_differs_in_nothing_and_the_default_in_what_the_publication_sets(name):
+    for batch in ("", ",batch_size=1024", ",batch_size=16384"):
+        assert (
+            published_settings.unpublished_settings_note(resolved(f"forms.py:form={name}{batch}"))
+            == ""
+        )
+    plain = configuration.default_config()
+    wanted = set()
+    for key, value in published_settings.SETTINGS[name].items():
+        at = plain
+        for part in key.split("."):
+            at = at[part]
+        wanted |= {key} if at != value else set()
+    config = resolved("", f"objective.forms={name}")
+    assert keys(published_settings.published_differences(config)[name]) == wanted and wanted
+    line = published_settings.unpublished_settings_note(config)
+    assert (
+        "\n" not in line
+        and all(key in line for key in wanted)
+        and f"configs/forms.py:form={name}" in line
+    )
+
+
+def test_the_line_has_both_values():
+    line = published_settings.unpublished_settings_note(resolved("", "objective.forms=mae"))
+    assert (
+        "mae: data.mask blockwise instead of uniform, data.mask_ratio 0.5 instead of 0.75" in line
+        and "train.epochs" not in line
+    )
+
+
+def test_steps_overrule_epochs_and_rates_follow_the_batch():
+    found = published_settings.published_differences(
+        resolved("forms.py:form=clip", "train.steps=100", "optim.warmup_steps=7", "optim.lr=1e-3")
+    )
+    assert found == {
+        "clip": [
+            "optim.lr 0.001 instead of 0.0005",
+            "optim.warmup_steps 7 instead of optim.warmup_epochs 1",
+            "train.steps 100 instead of train.epochs 25",
+        ]
+    }
+    assert keys(
+        published_settings.published_differences(resolved("forms.py:form=mae,size=tiny"))["mae"]
+    ) >= {"optim.lr", "train.steps", "model.decoder.width"}
+
+
+def test_show_prints_the_line(capsys):
+    config = toy.settings(objective__forms="simclr")
+    assert show.run(config, workdir=None) == 0
+    assert (
+        published_settings.unpublished_settings_note(config) in capsys.readouterr().out.splitlines()
+    )
+
+
+def test_each_method_of_a_set_is_compared_with_its_own():
+    """The settings of one win; the line has what the other one lost."""
+    found = published_settings.published_differences(resolved("forms.py:form=byol+moco_v3"))
+    assert found.keys() == {"byol"} and keys(found["byol"]) == {"optim.ema", "train.epochs"}
+
+
+def test_forms_of_the_paper_have_no_line():
+    assert (
+        published_settings.unpublished_settings_note(resolved("forms.py:form=k"))
+        == published_settings.unpublished_settings_note(resolved("quickstart.py"))
+        == ""
+    )

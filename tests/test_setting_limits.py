@@ -1,0 +1,108 @@
+"""The limits of settings: that each has some, that they hold at their ends, and that a new setting
+cannot do without."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from m3i_jax import config, schema, setting_limits
+from m3i_jax.errors import DoesNotFit, UserError
+
+
+def fields(node: Any = None, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, default, metadata) of every setting."""
+    node = node or schema.Config()
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from fields(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value, field.metadata
+
+
+SETTINGS = {key: (default, metadata) for key, default, metadata in fields()}
+NUMBERS = [
+    key
+    for key, (_, metadata) in SETTINGS.items()
+    if isinstance(metadata["limits"], setting_limits.NumberLimit)
+]
+LINES = [
+    key
+    for key, (_, metadata) in SETTINGS.items()
+    if isinstance(metadata["limits"], setting_limits.TextLimit)
+]
+
+
+def test_every_setting_declares_what_it_takes() -> None:
+    for key, (default, metadata) in SETTINGS.items():
+        takes = bool(metadata["choices"]) + (metadata["limits"] is not None)
+        assert takes == (0 if isinstance(default, bool) else 1), key
+        entries = default if isinstance(default, tuple) else (default,)
+        if metadata["choices"]:
+            assert default in metadata["choices"], key
+        elif isinstance(default, str) or key in LINES:
+            assert metadata["limits"].kind in setting_limits.TEXTS, key
+        elif not isinstance(default, bool):
+            assert isinstance(metadata["limits"], setting_limits.NumberLimit) and entries, key
+
+
+@pytest.mark.parametrize("default", [1, 0.5, "text", (), (1, 2)])
+def test_a_new_setting_cannot_do_without(default: Any) -> None:
+    with pytest.raises(TypeError, match="the setting 'of something' has no choices and no limits"):
+        setting_limits.option(default, "of something")
+    setting_limits.option(True, "of something")
+
+
+def refused(key: str, value: Any) -> UserError:
+    made = config.default_config()
+    *way, last = key.split(".")
+    parent = made
+    for part in way:
+        parent = parent[part]
+    with parent.ignore_type():
+        parent[last] = value
+    with pytest.raises(UserError) as found:
+        config.resolve(made)
+    return found.value
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_number_beyond_either_end_is_refused_with_its_key(key: str) -> None:
+    """Both ends, by the type of the setting: the next float or whole number beyond."""
+    default, metadata = SETTINGS[key]
+    limits, entries = metadata["limits"], default if isinstance(default, tuple) else (default,)
+    whole = all(isinstance(entry, int) for entry in entries)
+    low = (
+        limits.least
+        if limits.above
+        else (limits.least - 1 if whole else math.nextafter(limits.least, -math.inf))
+    )
+    high = (
+        limits.most
+        if limits.below
+        else (limits.most + 1 if whole else math.nextafter(limits.most, math.inf))
+    )
+    for value in (low, high, *(() if whole else (1e300, -1e300))):
+        error = refused(key, (value,) * len(entries) if isinstance(default, tuple) else value)
+        assert str(error).startswith(f"config.{key}: "), error
+        assert isinstance(error, DoesNotFit) == (limits.fits and value > limits.most)
+
+
+@pytest.mark.parametrize("key", LINES)
+def test_a_text_that_is_no_line_is_refused_with_its_key(key: str) -> None:
+    default, metadata = SETTINGS[key]
+    for value in ("a\0b", "a\nb", "a\x1b[2J", "\udcff", "a" * (metadata["limits"].most + 1)):
+        assert str(refused(key, (value,) if isinstance(default, tuple) else value)).startswith(
+            f"config.{key}: "
+        )
+
+
+def test_what_stands_in_a_list_is_counted() -> None:
+    assert "three numbers: the devices along" in str(refused("parallel.mesh", (1, 1)))
+    assert "the smaller first" in str(refused("data.crop_ratio", (2.0, 1.0)))
+    assert "at least 1 entries" in str(refused("evaluate.templates", ()))
+    assert "names m3i twice" in str(refused("objective.forms", ("m3i", "m3i")))
+    assert "at most 100 entries" in str(refused("objective.forms", tuple(map(str, range(101)))))
