@@ -353,6 +353,7 @@ class Model:
     backbone: str = option(
         "vit",
         "kind of the encoder: vit, intern_image (made of model.intern_image), or a registered one",
+        NAME,
     )
     encoder: Encoder = section(Encoder)
     intern_image: InternImage = section(InternImage)
