@@ -46,7 +46,7 @@ def test_the_last_block_makes_of_these_weights_what_it_makes(changes: dict) -> N
     weights = vit.last_attention(config.model, params["encoder"], patches, grid=config.grid)
     assert weights.shape == (2, e.heads, 16 + e.cls_token, 16 + e.cls_token)
     blocks = params["encoder"]["blocks"]
-    z = vit._embedded(config.model, params["encoder"], patches, config.grid, None, None)
+    z = vit._embed_square(config.model, params["encoder"], patches, config.grid, None, None)
     for i in range(e.depth - 1):
         z = vit._parts(config.model)[1].apply(
             {"params": jax.tree.map(lambda x, i=i: x[i], blocks)}, z
