@@ -48,7 +48,7 @@ def test_the_last_block_makes_of_these_weights_what_it_makes(changes: dict) -> N
     blocks = params["encoder"]["blocks"]
     z = vit._embed_square(config.model, params["encoder"], patches, config.grid, None, None)
     for i in range(e.depth - 1):
-        z = vit._parts(config.model)[1].apply(
+        z = vit._modules(config.model)[1].apply(
             {"params": jax.tree.map(lambda x, i=i: x[i], blocks)}, z
         )
     last = jax.tree.map(lambda x: x[-1], blocks)
