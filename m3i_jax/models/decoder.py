@@ -43,9 +43,9 @@ def _pixel_head(model: schema.Model) -> Dense:
 
 def init(model: schema.Model, rng: jax.Array, *, of: Iterable[str] = ("tokens",)) -> Params:
     """Parameters: `embed` [D, W], `mask_token` [1, 1, W], `position_map` [2 W, W] unless positions
-    are absolute, `blocks` stacked on [L, ...], `projector` stacked the same way if it has blocks, and the
-    heads: `head` [W, D] of tokens ([W, W] behind a projector), `pixel_norm` and `pixel_head` [W,
-    P].
+    are absolute, `blocks` stacked on [L, ...], `projector` stacked the same way if it has blocks,
+    and the heads: `head` [W, D] of tokens ([W, W] behind a projector), `pixel_norm` and
+    `pixel_head` [W, P].
 
     Dense layers are Xavier-uniform with zero biases, the mask token N(0, 0.02^2). The first values
     of a part do not depend on which other parts exist.
