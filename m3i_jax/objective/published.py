@@ -33,7 +33,7 @@ from m3i_jax.objective.terms import (
     token_term,
 )
 
-OTHER = Pass(crop=1)
+OTHER = Pass(view=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ PUBLISHED: dict[str, PublishedMethod] = {
         left_out="its column-first position table (ours is row-first: the same set of numbers, transposed)",
     ),
     "data2vec": PublishedMethod(
-        terms=(token_term(Pass(masked=True, filled=True), 0, blocks=6, posterior=SmoothL1(beta=2.0), head=LinearHead(), hidden=True),),
+        terms=(token_term(Pass(masked=True, mask_tokens=True), 0, blocks=6, posterior=SmoothL1(beta=2.0), head=LinearHead(), hidden=True),),
         settings={
             "data.mask_ratio": 120 / 196, "model.encoder.final_norm": True, "model.encoder.drop_path": 0.25,
             "model.encoder.freeze_patch_embed": False, "optim.lr": 4e-3, "optim.weight_decay": 0.05, "optim.clip": 3.0,

@@ -1,6 +1,6 @@
-"""A step that went wrong, kept so that it can be taken again alone: the state before it, its batch,
-the configuration and what came out. All randomness of a step is keyed by the seed and the positions
-in the batch, so nothing else is needed. `--mode=replay` reads it.
+"""A dump of a step that went wrong, for --mode=replay: the state before it, its batch, the
+configuration and its metrics. All randomness of a step is keyed by the seed and the positions in
+the batch, so nothing else is needed.
 
     dumps/<step>/step.json          step, metrics, versions
     dumps/<step>/config.txt         the completed configuration
@@ -23,7 +23,7 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel, version
 from m3i_jax.errors import UserError
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import step as steps
+from m3i_jax.training import step as step_module
 from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.state import State
 from m3i_jax.training.trainer import Trainer
@@ -37,63 +37,76 @@ def write_dump(
     step: int,
     values: Mapping[str, float],
 ) -> pathlib.Path:
-    """Keep a step whose update was skipped; every host of the run calls this.
+    """Write the dump of a step whose update was skipped. Every host of the run calls this.
 
     Args:
       directory: <workdir>/dumps.
       trainer: of the run.
-      state: after the step, which changed nothing but the counter.
+      state: after the step, which changed only the counter.
       batch: this host's rows.
-      step: the number of the step, that of its line in the log.
+      step: the number of the step in the log.
       values: its metrics.
 
-    Returns: where it is now. Raises OSError or what a save raises.
+    Returns:
+      the directory of the dump.
+
+    Raises:
+      OSError, or the errors of a save.
     """
-    place = directory / str(step)
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    np.savez(place / f"batch-{jax.process_index()}.npz", **dict[str, Any](batch))
+    dump = directory / str(step)
+    dump.mkdir(mode=0o700, parents=True, exist_ok=True)
+    np.savez(dump / f"batch-{jax.process_index()}.npz", **dict[str, Any](batch))
     if jax.process_index() == 0:
-        (place / "config.txt").write_text(
+        (dump / "config.txt").write_text(
             configuration.config_to_text(trainer.config), encoding="utf-8"
         )
     before = State(step=state.step - 1, params=state.params, opt=state.opt)
-    saved = Checkpoints(place / "state", 1)
+    checkpoints = Checkpoints(dump / "state", 1)
     try:
-        saved.save(step - 1, before, {})
-        saved.wait(before)
+        checkpoints.save(step - 1, before, {})
+        checkpoints.wait(before)
     finally:
-        saved.close()
-    about = {
-        "step": step, "metrics": {name: repr(float(value)) for name, value in values.items()}, "hosts": jax.process_count(),
-        "vocabulary": trainer.vocabulary, "m3i_jax": version.__version__, "jax": jax.__version__, "devices": jax.device_count(),
-    }  # fmt: skip
-    parallel.barrier("dump")  # all batches are there before it counts
+        checkpoints.close()
+    description = {
+        "step": step,
+        "metrics": {name: repr(float(value)) for name, value in values.items()},
+        "hosts": jax.process_count(),
+        "vocabulary": trainer.vocabulary,
+        "m3i_jax": version.__version__,
+        "jax": jax.__version__,
+        "devices": jax.device_count(),
+    }
+    parallel.barrier("dump")  # a dump is complete once all hosts have written their batch
     if jax.process_index() == 0:
-        unfinished = place / ".step.json"
-        unfinished.write_text(json.dumps(about, indent=1), encoding="utf-8")
-        os.replace(unfinished, place / "step.json")
-    return place
+        unfinished = dump / ".step.json"
+        unfinished.write_text(json.dumps(description, indent=1), encoding="utf-8")
+        os.replace(unfinished, dump / "step.json")
+    return dump
 
 
 def newest_dump(workdir: pathlib.Path) -> pathlib.Path:
-    """The newest whole dump of a run. Raises UserError if there is none."""
-    found = [
+    """The newest complete dump of a run.
+
+    Raises:
+      UserError: the run has no dump.
+    """
+    dumps = [
         path.parent
         for path in (workdir / "dumps").glob("*/step.json")
         if path.parent.name.isdecimal()
     ]
-    if not found:
+    if not dumps:
         raise UserError(
-            f"--workdir {workdir}: no dumps/<step> there; a run writes one when"
-            f" {steps.MOST_NOT_FINITE} steps in a row are bad"
+            f"--workdir {workdir}: has no dumps/<step>; a run writes one when"
+            f" {step_module.MOST_NOT_FINITE} steps in a row are not finite"
         )
-    return max(found, key=lambda path: int(path.name))
+    return max(dumps, key=lambda path: int(path.name))
 
 
 def nonfinite_arrays(tree: Any) -> dict[str, str]:
-    """Path -> how much of it, of all arrays of a tree that are not finite everywhere.
+    """{path: counts of NaN and Inf} of the arrays of a tree that are not finite everywhere.
 
-    >>> nonfinite_arrays({"a": np.array([1.0, np.nan, -np.inf]), "b": np.zeros(2), "c": np.array([7])})
+    >>> nonfinite_arrays({"a": np.array([1.0, np.nan, -np.inf]), "b": np.zeros(2)})
     {'a': '1 NaN and 1 Inf of 3'}
     """
     out = {}
@@ -112,32 +125,34 @@ def nonfinite_arrays(tree: Any) -> dict[str, str]:
 def replay_step(
     trainer: Trainer, state: State, batch: dict[str, jax.Array]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Take the step of a dump.
+    """Repeat the step of a dump.
 
     Args:
       trainer: of the dump's configuration.
-      state: before the step; its arrays are gone afterwards.
+      state: before the step; it is donated.
       batch: the global batch.
 
     Returns:
-      (metrics, path -> how much is not finite, over batch, parameters, optimizer and gradients).
+      (metrics, `nonfinite_arrays` of batch, parameters, optimizer state and gradients).
     """
-    broken = nonfinite_arrays({"batch": batch, "params": state.params, "opt": state.opt})
+    nonfinite = nonfinite_arrays({"batch": batch, "params": state.params, "opt": state.opt})
     with jax.set_mesh(trainer.mesh):
-        grads = jax.jit(lambda state, batch: steps.gradients_of(trainer.plan, state, batch)[0])(
-            state, batch
-        )
-    broken |= nonfinite_arrays({"gradient": grads})
+        grads = jax.jit(
+            lambda state, batch: step_module.gradients_of(trainer.plan, state, batch)[0]
+        )(state, batch)
+    nonfinite |= nonfinite_arrays({"gradient": grads})
     _, metrics = trainer.step(state, batch)
-    metrics.pop(steps.MOMENT, None)
-    return {name: float(value) for name, value in jax.device_get(metrics).items()}, broken
+    metrics.pop(step_module.MOMENT, None)
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}, nonfinite
 
 
 def same_outcome(before: Mapping[str, str], after: Mapping[str, float]) -> bool:
-    """Whether a replayed step has the same metrics that are not finite as the one that was dumped.
+    """Whether the same metrics are not finite in a replayed step as in the dump.
 
-    >>> same_outcome({"loss": "nan", "lr": "0.1"}, {"loss": math.nan}), same_outcome({"loss": "nan"}, {"loss": 0.5})
-    (True, False)
+    >>> same_outcome({"loss": "nan", "lr": "0.1"}, {"loss": math.nan})
+    True
+    >>> same_outcome({"loss": "nan"}, {"loss": 0.5})
+    False
     """
     return all(
         math.isfinite(float(before[name])) == math.isfinite(value)
@@ -147,39 +162,38 @@ def same_outcome(before: Mapping[str, str], after: Mapping[str, float]) -> bool:
 
 
 def load_dump(
-    place: pathlib.Path, say: Callable[[str], None]
+    dump: pathlib.Path, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], Trainer, State, dict[str, jax.Array]]:
-    """(what step.json says, trainer, state, global batch) of a dump, on the devices that are here.
+    """(contents of step.json, trainer, state, global batch) of a dump, on the current devices.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the dump has no readable state.
     """
-    about = json.loads((place / "step.json").read_text(encoding="utf-8"))
+    description = json.loads((dump / "step.json").read_text(encoding="utf-8"))
+    path = dump / "config.txt"
     settings = configuration.resolve(
-        configuration.config_from_text(
-            (place / "config.txt").read_text(encoding="utf-8"), str(place / "config.txt")
-        )
+        configuration.config_from_text(path.read_text(encoding="utf-8"), str(path))
     )
     mesh = _mesh(settings, say)
-    trainer = Trainer(settings, mesh, about["vocabulary"])
-    saved = Checkpoints(place / "state", 1, say=say)
+    trainer = Trainer(settings, mesh, description["vocabulary"])
+    checkpoints = Checkpoints(dump / "state", 1, say=say)
     try:
-        at = saved.newest_good()
-        if at is None:
-            raise UserError(f"{place}: has no state")
-        state = saved.restore(at, trainer.template, trainer.shardings)
+        step = checkpoints.newest_good()
+        if step is None:
+            raise UserError(f"{dump}: has no readable state; replay another dump")
+        state = checkpoints.restore(step, trainer.template, trainer.shardings)
     finally:
-        saved.close()
+        checkpoints.close()
     parts = []
-    for host in range(about["hosts"]):
-        with np.load(place / f"batch-{host}.npz", allow_pickle=False) as file:
+    for host in range(description["hosts"]):
+        with np.load(dump / f"batch-{host}.npz", allow_pickle=False) as file:
             parts.append({name: file[name] for name in file.files})
     batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return about, trainer, state, parallel.to_global(mesh, batch)
+    return description, trainer, state, parallel.to_global(mesh, batch)
 
 
 def _mesh(settings: Any, say: Callable[[str], None]) -> jax.sharding.Mesh:
-    """The mesh of the run if these devices can make it and share its batch, else one device."""
+    """The mesh of the run if these devices can form it and split its batch, else one device."""
     try:
         mesh = parallel.make_mesh(settings.parallel.mesh)
         if (
@@ -190,5 +204,5 @@ def _mesh(settings: Any, say: Callable[[str], None]) -> jax.sharding.Mesh:
             return mesh
     except UserError:
         pass
-    say(f"on one of {jax.device_count()} devices: they do not make the mesh of that run")
+    say(f"replaying on one of {jax.device_count()} devices, which cannot form the mesh of the run")
     return parallel.make_mesh((1, 1, 1), jax.devices()[:1])
