@@ -162,7 +162,7 @@ def same_outcome(before: Mapping[str, str], after: Mapping[str, float]) -> bool:
 
 
 def load_dump(
-    dump: pathlib.Path, say: Callable[[str], None]
+    dump: pathlib.Path, log: Callable[[str], None]
 ) -> tuple[dict[str, Any], Trainer, State, dict[str, jax.Array]]:
     """(contents of step.json, trainer, state, global batch) of a dump, on the current devices.
 
@@ -174,9 +174,9 @@ def load_dump(
     settings = configuration.resolve(
         configuration.config_from_text(path.read_text(encoding="utf-8"), str(path))
     )
-    mesh = _mesh(settings, say)
+    mesh = _mesh(settings, log)
     trainer = Trainer(settings, mesh, description["vocabulary"])
-    checkpoints = Checkpoints(dump / "state", 1, say=say)
+    checkpoints = Checkpoints(dump / "state", 1, say=log)
     try:
         step = checkpoints.newest_good()
         if step is None:
@@ -192,7 +192,7 @@ def load_dump(
     return description, trainer, state, parallel.to_global(mesh, batch)
 
 
-def _mesh(settings: Any, say: Callable[[str], None]) -> jax.sharding.Mesh:
+def _mesh(settings: Any, log: Callable[[str], None]) -> jax.sharding.Mesh:
     """The mesh of the run if these devices can form it and split its batch, else one device."""
     try:
         mesh = parallel.make_mesh(settings.parallel.mesh)
@@ -204,5 +204,5 @@ def _mesh(settings: Any, say: Callable[[str], None]) -> jax.sharding.Mesh:
             return mesh
     except UserError:
         pass
-    say(f"replaying on one of {jax.device_count()} devices, which cannot form the mesh of the run")
+    log(f"replaying on one of {jax.device_count()} devices, which cannot form the mesh of the run")
     return parallel.make_mesh((1, 1, 1), jax.devices()[:1])

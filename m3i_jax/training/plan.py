@@ -221,11 +221,11 @@ def _validate(plan: Plan) -> None:
         for t in terms
     ):
         raise UserError(
-            "config.model.decoder.positions: 'absolute' cannot say where another view lies, and the"
+            "config.model.decoder.positions: 'absolute' has no position for another view, and the"
             " objective predicts one; use 'relative'"
         )
     if not config.model.encoder.cls_token:
-        for key, wanted in (
+        for key, reads_cls in (
             (
                 "model.pool.kind",
                 config.model.pool.kind == "cls"
@@ -239,7 +239,7 @@ def _validate(plan: Plan) -> None:
                 ),
             ),
         ):
-            if wanted:
+            if reads_cls:
                 way = (
                     "set model.encoder.cls_token"
                     if config.model.backbone == "vit"

@@ -17,7 +17,7 @@ PlanRow = Sequence[str]
 # may not import
 Count = Callable[..., Any]
 HEADERS_TERMS = ("term", "encoder reads", "image", "predicts", "by", "posterior", "group")
-HEADERS_CALLS = ("call", "reads", "asked by", "GFLOP an image, forward")
+HEADERS_CALLS = ("call", "reads", "used by", "GFLOP an image, forward")
 
 
 def describe_pass(read: Pass, drops: bool = True) -> str:

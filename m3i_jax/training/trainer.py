@@ -163,7 +163,7 @@ class Trainer:
 
     def lower(self, batch: dict[str, jax.ShapeDtypeStruct]) -> Any:
         """The lowered step, for counting and ahead-of-time compilation."""
-        # an abstract mesh: no constant is put on devices that may not be there
+        # an abstract mesh: no constant is placed on devices that may not exist
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             return self._step.lower(self.template, batch)
 

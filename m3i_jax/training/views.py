@@ -57,7 +57,7 @@ Inputs = dict[Pass, PassInputs]
 
 def pass_inputs(config: schema.Config, passes: Iterable[Pass], batch: Batch) -> Inputs:
     """The `PassInputs` of every pass of a global batch. `passes` are all those of a plan, in its
-    order: the place of a pass keys its stochastic depth."""
+    order: the index of a pass keys its stochastic depth."""
     arrays = {name: batch[name] for name in ROW_ARRAYS if name in batch}
     arrays["row"] = jnp.arange(batch["mask"].shape[0])
     out: Inputs = {}

@@ -19,14 +19,14 @@ class Watchdog:
 
     A phase that begins or ends, and an evaluator that polls, are signs of life. After `limit`
     seconds without any (`first` seconds before the first step of the process has ended, since it
-    compiles), the stacks of all threads are appended to `path` and `say` gets one line; again
+    compiles), the stacks of all threads are appended to `path` and `log` gets one line; again
     after every further `limit` seconds. The stacks are written even if the interpreter is stuck
     and runs no Python thread.
 
     Args:
       clock: of the run.
       path: file for the stacks.
-      say: logs a line.
+      log: logs a line.
       limit, first: seconds; 0: off.
       abort: after so many consecutive reports the process exits with status 1; 0: it never does.
       end: ends the process, wherever it is stuck.
@@ -36,14 +36,14 @@ class Watchdog:
         self,
         clock: GoodputClock,
         path: pathlib.Path,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         *,
         limit: float,
         first: float,
         abort: int = 0,
         end: Callable[[int], Any] = os._exit,
     ) -> None:
-        self._clock, self._path, self._say = clock, path, say
+        self._clock, self._path, self._log = clock, path, log
         self._limit, self._first = limit, first
         self._abort, self._end = abort, end
         self._stop = threading.Event()
@@ -76,7 +76,7 @@ class Watchdog:
                         reports += 1
                         self._report(file, silent)
                         if self._abort and reports >= self._abort:
-                            self._say(
+                            self._log(
                                 f"ended by the watchdog after {reports} report(s) in a row"
                                 " (train.watchdog_abort)"
                             )
@@ -96,7 +96,7 @@ class Watchdog:
         faulthandler.dump_traceback(file=file, all_threads=True)
         file.write("\n")
         file.flush()
-        self._say(
+        self._log(
             f"warning: no sign of life for {silent:,.0f} s, {where}: the stacks of all threads are"
             f" in {self._path}"
         )
