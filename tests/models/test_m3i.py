@@ -281,9 +281,14 @@ def test_one_mixed_input_through_every_part(params):
 
     (_, out), grads = jit(jax.value_and_grad(forward, has_aux=True))(params)
     assert {name: (value.shape, value.dtype.name) for name, value in out.items()} == {
-        "z": ((2, 10, 8), "bfloat16"), "rows": ((2, 9, 12), "bfloat16"), "dense": ((2, 9, 8), "bfloat16"), "pooled": ((2, 100), "bfloat16"),
-        "logits": ((2, 5), "float32"), "image": ((2, 50), "float32"), "text": ((2, 50), "float32"),
-    }  # fmt: skip
+        "z": ((2, 10, 8), "bfloat16"),
+        "rows": ((2, 9, 12), "bfloat16"),
+        "dense": ((2, 9, 8), "bfloat16"),
+        "pooled": ((2, 100), "bfloat16"),
+        "logits": ((2, 5), "float32"),
+        "image": ((2, 50), "float32"),
+        "text": ((2, 50), "float32"),
+    }
     assert all(
         np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves((out, grads))
     )
@@ -301,9 +306,11 @@ def test_one_mixed_input_through_every_part(params):
 
 def test_filled_inputs_linear_heads_and_projections_through_their_parts():
     terms = (
-        objective_terms.token_term(BEIT, 0, head=objective_terms.LinearHead()), objective_terms.pixel_term(BEIT, 0, head=objective_terms.LinearHead()),
-        objective_terms.pooled_term(objective_terms.FULL, 1, head=objective_terms.MOCO), objective_terms.pixel_term(objective_terms.MASKED, 1),
-    )  # fmt: skip
+        objective_terms.token_term(BEIT, 0, head=objective_terms.LinearHead()),
+        objective_terms.pixel_term(BEIT, 0, head=objective_terms.LinearHead()),
+        objective_terms.pooled_term(objective_terms.FULL, 1, head=objective_terms.MOCO),
+        objective_terms.pixel_term(objective_terms.MASKED, 1),
+    )
     model = dataclasses.replace(
         CONFIG.model,
         head=schema.Head(hidden=9, width=5),
@@ -344,8 +351,12 @@ def test_filled_inputs_linear_heads_and_projections_through_their_parts():
 
     made = jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(forward, tree))
     assert made == {
-        "pixels": (2, 6, 48), "projected": (2, 10, 12), "linear": [(2, 9, 8), (2, 9, 48)], "target": (2, 5), "prediction": (2, 9, 5),
-    }  # fmt: skip
+        "pixels": (2, 6, 48),
+        "projected": (2, 10, 12),
+        "linear": [(2, 9, 8), (2, 9, 48)],
+        "target": (2, 5),
+        "prediction": (2, 9, 5),
+    }
 
 
 def test_pooling_by_cls():
