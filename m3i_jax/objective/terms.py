@@ -28,8 +28,7 @@ class Pass:
 
     view         which of the two views of an image is read
     masked       only the cells that show the row's own image are read, the others are dropped
-    mask_tokens  of a masked pass: hidden cells are not dropped but replaced by a learned mask token
-                 (BEiT, data2vec)
+    mask_tokens  of a masked pass: hidden cells become a learned mask token (BEiT, data2vec)
     mixed        the other cells show the partner image (section 3.4); excludes `masked`
     blended      the whole image is blended with its partner, by mixup or CutMix; excludes both
 
@@ -66,10 +65,8 @@ class Target:
 
     of       pixels, tokens (dense features), pooled (one vector), category or text
     view     which view the target encoder reads; None where the target is not an image
-    encoder  identity; ema; shared: the online encoder without gradient; online: with gradient, in
-             a separate pass; frozen: of a checkpoint
-    blocks   tokens: mean over the outputs of this many last blocks, or of all if there are fewer,
-             each normalised (data2vec)
+    encoder  identity, ema, shared (online without gradient), online (with gradient), or frozen
+    blocks   tokens: mean over the normalised outputs of up to this many last blocks (data2vec)
     """
 
     of: str

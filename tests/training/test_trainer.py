@@ -70,7 +70,7 @@ def test_length_golden() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"size": 9}, ("config.train.batch_size: 10", "9 training pictures", "at most 8")),
+        ({"size": 9}, ("config.train.batch_size: 10", "9 training images", "at most 8")),
         # the warm-up is still counted in epochs
         ({"size": 9, "steps": 5}, ("config.train.batch_size",)),
         ({"size": 9, "warm_steps": 1}, ("config.train.batch_size",)),
