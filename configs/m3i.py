@@ -45,7 +45,9 @@ def get_config(
     if data not in EPOCHS:
         raise UserError(f"configs/m3i.py: data={data} is none of {', '.join(EPOCHS)}")
     if model not in presets.preset_names():
-        raise UserError(f"configs/m3i.py: model={model} is none of {', '.join(presets.preset_names())}")
+        raise UserError(
+            f"configs/m3i.py: model={model} is none of {', '.join(presets.preset_names())}"
+        )
     config, place = default_config(), path.rstrip("/")
 
     # The model. ViT-B/16 and InternImage-H [P]; of the others the paper gives none: four decoder

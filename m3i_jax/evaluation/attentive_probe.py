@@ -27,7 +27,7 @@ from m3i_jax.evaluation.feature_extraction import (
 )
 from m3i_jax.models import pooling
 from m3i_jax.objective import losses
-from m3i_jax.training import optimizer, optimizers
+from m3i_jax.training import optimizer
 
 Batches = Callable[[], Any]
 
@@ -82,7 +82,7 @@ class AttentiveProbe:
             schema.Optim(lr=e.attentive_lr), steps=e.attentive_epochs * steps, warmup=steps
         )
         tx = optax.chain(
-            *optimizers.adamw(
+            *optimizer.adamw(
                 rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05, mask=optimizer.decay_mask
             )
         )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import parallel, schema
-from m3i_jax.models import m3i
+from m3i_jax.models import m3i, pooling
 from m3i_jax.training import views
 
 
@@ -30,8 +30,9 @@ def extract_features(
     z_BxTxD = drop_cls(config, params, pixels_BxSxSx3)
     first = int(config.model.encoder.cls_token)  # an InternImage has none
     if pool == "attention":
-        return m3i.pool(
-            config, params, z_BxTxD[:, first:], cls=z_BxTxD[:, 0] if first else None
+        cls = z_BxTxD[:, 0] if first else None
+        return pooling.apply(
+            config.model, params.get("pool", {}), z_BxTxD[:, first:], cls_BxD=cls
         ).astype(jnp.float32)
     z_BxTxD = z_BxTxD.astype(jnp.float32)
     return (

@@ -20,7 +20,7 @@ from m3i_jax import schema
 from m3i_jax.evaluation.category_head import head_accuracy, top_k_hits
 from m3i_jax.evaluation.feature_extraction import EvalContext, Metric
 from m3i_jax.objective import losses
-from m3i_jax.training import optimizer, optimizers
+from m3i_jax.training import optimizer
 
 BATCH = 16_384  # to which the learning rate refers
 # of the batch norm: added to the variance, and what stays of the running statistics
@@ -104,7 +104,7 @@ def fit_linear_probe(
     steps = rows // size
     settings = schema.Optim(lr=lr * size / BATCH, min_lr=0.0)
     tx = optax.chain(
-        *optimizers.lars(
+        *optimizer.lars(
             optimizer.lr_schedule(
                 settings, steps=epochs * steps, warmup=min(warmup, epochs) * steps
             )

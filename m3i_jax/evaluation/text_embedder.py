@@ -12,6 +12,7 @@ from m3i_jax import parallel, schema
 from m3i_jax.data import decode
 from m3i_jax.data.tokenizer import Tokenizer
 from m3i_jax.models import m3i
+from m3i_jax.models import text as text_tower
 from m3i_jax.objective.numerics import l2_normalize
 
 
@@ -37,7 +38,7 @@ class TextEmbedder:
         )
         self._texts = parallel.Program(
             lambda params, ids, length: l2_normalize(
-                m3i.text_embedding(config, params, ids, length)
+                text_tower.apply(config.model, params["text"], ids, length)
             ),
             name="text_embedding",
             out_shardings=whole,

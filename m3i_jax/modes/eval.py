@@ -32,7 +32,6 @@ from m3i_jax.reporting import text_table
 from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import checkpoint_dir, loop
 from m3i_jax.training.checkpoint import Checkpoints
-from m3i_jax.training.trainer import Trainer
 
 RESULT = "eval.json"
 HELD = "held out"  # of data.txt: what is not trained on
@@ -100,9 +99,7 @@ def run(config: schema.Config, *, workdir: str, checkpoint: str = "") -> int:
             "--mode=eval: nothing that is asked for can be evaluated with this data and objective;"
             " see config.evaluate in --help"
         )
-    trainer = Trainer(
-        _of_any_length(job.config), job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0
-    )
+    trainer = dataclasses.replace(job, config=_of_any_length(job.config)).make_trainer()
     if there:
         checkpoints = Checkpoints(there[0], job.config.train.keep)
         state = checkpoints.restore(step, trainer.template, trainer.shardings)

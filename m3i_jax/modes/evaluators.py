@@ -24,7 +24,6 @@ from m3i_jax.evaluation import feature_extraction as frozen
 from m3i_jax.evaluation.text_embedder import TextEmbedder
 from m3i_jax.modes import figure_evaluators
 from m3i_jax.modes.setup import Setup
-from m3i_jax.training import plan
 
 Say = Callable[[str], None]
 # Every evaluator, its name for people, and what it cannot do without; in the order in which they
@@ -83,7 +82,7 @@ def enabled_evaluators(job: Setup, say: Say, *, thorough: bool = True) -> list[s
     Not `thorough`: only for those that are asked for because a source has categories. All others
     are on by default and stand for the term of the objective that they measure, and for nothing
     where it is not trained."""
-    ask, terms = job.config.evaluate, plan.build_plan(job.config)
+    ask, terms = job.config.evaluate, job.plan
     by_category = bool(terms.where("category"))
     without = {
         "classes": "" if job.classes else "the source has no categories",
@@ -132,7 +131,7 @@ def enabled_metrics(
     Raises: UserError: pooled features of an objective that trains no pooling; templates that cannot
       be read.
     """
-    config, ask, terms = job.config, job.config.evaluate, plan.build_plan(job.config)
+    config, ask, terms = job.config, job.config.evaluate, job.plan
     trained = bool(terms.where("category", "text"))
     if ask.features == "attention" and not trained:
         raise UserError(

@@ -10,7 +10,7 @@ from m3i_jax.data.sources import base
 from m3i_jax.modes import setup as jobs
 from m3i_jax.modes import unnormalize
 from m3i_jax.reporting import preview_sheet
-from m3i_jax.training import plan, views
+from m3i_jax.training import views
 
 ROWS = 8
 
@@ -31,23 +31,26 @@ def run(config: schema.Config, *, workdir: str) -> int:
     }
     # with the colours that the device gives them
     batch["views"] = np.stack([shown[0], shown[1]], 1)
-    passes = plan.build_plan(job.config).passes
+    passes = job.plan.passes
     blended = next((read for read in passes if read.blended), None)
     inputs = None
     if blended:
-        seen = jax.jit(
-            lambda b, x: views.encoder_input(job.config, blended, 0, b, {blended.crop: x})[
-                "patches"
-            ]
-        )(batch, made[blended.crop])
-        inputs = unnormalize.patches_to_images(job.config, np.asarray(seen, np.float32))
+        shown_patches = jax.jit(
+            lambda b, patches: views.encoder_input(
+                job.config,
+                blended,
+                views.pass_inputs(job.config, passes, b)[blended],
+                patches,
+            )
+        )(batch, made)
+        inputs = unnormalize.patches_to_images(job.config, np.asarray(shown_patches, np.float32))
     captions = unnormalize.decode_captions(job, batch)
     originals = [
         decode.decode_image(record.image, background=config.data.background)
         for record in shown_records
     ]
     path = job.workdir / "preview.png"
-    asked = {"input view": True, "target view": 1 in plan.build_plan(job.config).crops}
+    asked = {"input view": True, "target view": 1 in job.plan.views}
     asked["mask"] = any(read.masked or read.mixed for read in passes)
     asked["mixed input"] = any(read.mixed for read in passes)
     columns = [name for name in preview_sheet.COLUMNS if asked[name]]

@@ -14,7 +14,6 @@ from m3i_jax.modes import setup as jobs
 from m3i_jax.parallel import distributed
 from m3i_jax.reporting import writers
 from m3i_jax.training import loop
-from m3i_jax.training.trainer import Trainer
 
 WARM = 3  # steps before the trace: the first compiles, the next fill the queue of batches
 
@@ -53,7 +52,7 @@ def run(config: schema.Config, *, workdir: str, began: float | None = None) -> i
 
 def profile(job: jobs.Setup, began: float | None) -> int:
     """Trace the end of a short run; 0, or what `loop.run_loop` says."""
-    trainer = Trainer(job.config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
+    trainer = job.make_trainer()
     total, main = trainer.length.steps, jax.process_index() == 0
     say = writers.log_line if main else lambda text: None
     console = writers.Console(total, job.config.train.batch_size, say)

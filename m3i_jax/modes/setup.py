@@ -4,6 +4,7 @@ configuration and the working directory."""
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import os
 import pathlib
 import re
@@ -19,7 +20,9 @@ from m3i_jax.data import pipeline, splits, tokenizer
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
-from m3i_jax.training import plan, scaling
+from m3i_jax.training import scaling
+from m3i_jax.training.plan import Plan, build_plan
+from m3i_jax.training.trainer import Trainer
 
 
 def complete_config(
@@ -68,22 +71,27 @@ class Setup:
             f"held out {i} = {line}\n" for i, line in held
         )
 
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """The plan of the objective on these data, built once."""
+        return build_plan(self.config)
+
+    def make_trainer(self) -> Trainer:
+        """The trainer of the run."""
+        vocabulary = self.tokenizer.vocabulary if self.tokenizer else 0
+        return Trainer(self.config, self.mesh, vocabulary, self.plan)
+
     def batches(self, start: int, views: tuple[int, ...] = ()) -> Any:
         """Host batches from sample `start` on, with these views or those that the objective
         reads."""
-        views, host, hosts = (
-            views or plan.build_plan(self.config).crops,
-            jax.process_index(),
-            jax.process_count(),
-        )
         return pipeline.iterate_batches(
             self.config,
             self.train,
             self.tokenizer,
             start=start,
-            host=host,
-            hosts=hosts,
-            views=views,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            views=views or self.plan.views,
         )
 
 
@@ -149,7 +157,7 @@ def open_setup(
     )
     done = complete_config(config, classes=count, captions=captions, size=len(train))
     # refused here, before a vocabulary is learnt
-    plans = [plan.build_plan(with_objective(done, forms)) for forms in trains]
+    plans = [build_plan(with_objective(done, forms)) for forms in trains]
     if (
         captions
         and config.data.captions == "auto"

@@ -162,8 +162,8 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
             f" {newest:,}"
         )
     check_same_run(job, position, allow_changes)
-    trainer = Trainer(config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
-    trainer.check_room()
+    trainer = job.make_trainer()
+    trainer.check_state_fits()
     start, samples = (
         (newest, position["samples_seen"]) if newest is not None and position else (0, 0)
     )
@@ -317,7 +317,7 @@ def draw_panel(
     few = parallel.broadcast_from_host0({name: value[:rows] for name, value in batch.items()})
     seen = {
         name: np.asarray(value, np.float32)
-        for name, value in jax.device_get(trainer.look_inside(state, few)).items()
+        for name, value in jax.device_get(trainer.panel_outputs(state, few)).items()
     }
     if jax.process_index():
         return

@@ -57,11 +57,11 @@ class Posterior(Protocol):
     given)`: [R, N, D] and [R, N], or [R, D] and
     [R]. `bits(evidence, count)`: None, if the form is no likelihood. `batch_keys`: whether it wants
     the targets of the whole batch.
-    `two_sided`: whether the target may have a gradient, and the form is what keeps it from
+    `grad_through_target`: whether the target may have a gradient, and the form is what keeps it from
     collapsing."""
 
     batch_keys: ClassVar[bool]
-    two_sided: ClassVar[bool]
+    grad_through_target: ClassVar[bool]
 
     def prepare(self, target: Any, /) -> Any: ...
     def cost(self, prediction: Any, target: Any, where: Any, given: LossInputs, /) -> LossSum: ...
@@ -84,7 +84,7 @@ class Form:
     subclass is a frozen dataclass, since terms are compared and hashed."""
 
     batch_keys: ClassVar[bool] = False
-    two_sided: ClassVar[bool] = False
+    grad_through_target: ClassVar[bool] = False
 
     def prepare(self, target: jax.Array) -> jax.Array:
         return target
@@ -256,7 +256,7 @@ class NTXent(Softmax):
     """
 
     temperature: float | None = None
-    two_sided: ClassVar[bool] = True
+    grad_through_target: ClassVar[bool] = True
 
     def cost(
         self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs
@@ -277,7 +277,7 @@ class BarlowTwins(Form):
     """
 
     off_diagonal: float = 0.0051
-    two_sided: ClassVar[bool] = True
+    grad_through_target: ClassVar[bool] = True
 
     def cost(
         self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs

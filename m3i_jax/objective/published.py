@@ -31,7 +31,7 @@ from m3i_jax.objective.terms import (
     token_term,
 )
 
-OTHER = Pass(crop=1)
+OTHER = Pass(view=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ PUBLISHED: dict[str, PublishedMethod] = {
         left_out="its column-first position table (ours is row-first: the same set of numbers, transposed)",
     ),
     "data2vec": PublishedMethod(
-        terms=(token_term(Pass(masked=True, filled=True), 0, blocks=6, posterior=SmoothL1(beta=2.0), head=LinearHead(), hidden=True),),
+        terms=(token_term(Pass(masked=True, mask_tokens=True), 0, blocks=6, posterior=SmoothL1(beta=2.0), head=LinearHead(), hidden=True),),
         kept="hidden cells stand as mask tokens, mean of the normalised outputs of the last 6 blocks of the EMA as target, smooth L1 with "
         "beta 2 at hidden cells, one linear map as head",
         left_out="LayerScale, attention dropout, relative position bias, learned positions",

@@ -26,19 +26,19 @@ from m3i_jax.objective.posteriors import (
 class Pass:
     """One call of the online encoder, z_x = f_theta(t_x(s)).
 
-    crop    which of the two views of an image is read masked  only the cells that show the row's
-    own image are read, the others are dropped filled  of a masked pass: hidden cells are not
-    dropped but stand as a learned mask token (BEiT, data2vec) mixed   the other cells show the
-    partner image (section 3.4); excludes `masked` blended the whole image is blended with the
-    partner's, by mixup or CutMix; excludes both
+    view         which of the two views of an image is read
+    masked       only the cells that show the row's own image are read, the others are dropped
+    mask_tokens  of a masked pass: hidden cells become a learned mask token (BEiT, data2vec)
+    mixed        the other cells show the partner image (section 3.4); excludes `masked`
+    blended      the whole image is blended with its partner, by mixup or CutMix; excludes both
 
     >>> Pass(mixed=True).mixed
     True
     """
 
-    crop: int = 0
+    view: int = 0
     masked: bool = False
-    filled: bool = False
+    mask_tokens: bool = False
     mixed: bool = False
     blended: bool = False
 
@@ -50,8 +50,8 @@ class Pass:
             )
         if self.blended and (self.masked or self.mixed):
             raise ValueError("a pass that blends whole images is neither masked nor mixed")
-        if self.filled and not self.masked:
-            raise ValueError("only a masked pass has hidden cells to fill")
+        if self.mask_tokens and not self.masked:
+            raise ValueError("only a masked pass has hidden cells to replace by mask tokens")
 
 
 # targets that a view has; the others are annotations
@@ -63,14 +63,14 @@ DENSE_TARGETS = ("pixels", "tokens")
 class Target:
     """One target representation, z_y = f_phi(t_y(s)).
 
-    of       pixels, tokens (dense features), pooled (one vector), category or text crop     which
-    view the target encoder reads; None where the target is not an image encoder  identity; ema;
-    shared: the online encoder without gradient; online: with gradient, its own pass; frozen: of a
-    checkpoint blocks   tokens: mean over the outputs of this many last blocks, or of all if there
-    are fewer, each normalised (data2vec)"""
+    of       pixels, tokens (dense features), pooled (one vector), category or text
+    view     which view the target encoder reads; None where the target is not an image
+    encoder  identity, ema, shared (online without gradient), online (with gradient), or frozen
+    blocks   tokens: mean over the normalised outputs of up to this many last blocks (data2vec)
+    """
 
     of: str
-    crop: int | None = None
+    view: int | None = None
     encoder: str = "identity"
     blocks: int = 1
 
@@ -79,9 +79,9 @@ class Target:
             raise ValueError(
                 f"target of {self.of!r}: must be pixels, tokens, pooled, category or text"
             )
-        if (self.of in IMAGE_TARGETS) != (self.crop is not None):
+        if (self.of in IMAGE_TARGETS) != (self.view is not None):
             raise ValueError(
-                f"target of {self.of!r} with crop {self.crop!r}: images name a crop, annotations"
+                f"target of {self.of!r} with view {self.view!r}: images name a view, annotations"
                 " do not"
             )
         if self.encoder not in (
@@ -188,7 +188,7 @@ class Term:
                 f"term {self.name}: a blended image has no cells of its own; predict from all of"
                 " them"
             )
-        if self.target.encoder == "online" and not self.posterior.two_sided:
+        if self.target.encoder == "online" and not self.posterior.grad_through_target:
             raise ValueError(
                 f"term {self.name}: {type(self.posterior).__name__} takes its target as a constant;"
                 " use a shared target"
@@ -212,8 +212,8 @@ class Term:
         gradient."""
         if self.target.encoder != "online":
             return (self.reads,)
-        assert self.target.crop is not None
-        return (self.reads, Pass(crop=self.target.crop))
+        assert self.target.view is not None
+        return (self.reads, Pass(view=self.target.view))
 
 
 Terms = tuple[Term, ...]
@@ -226,16 +226,16 @@ MOCO = ProjectionHead(
 )
 
 
-def pixel_term(reads: Pass, crop: int, **more: Any) -> Term:
+def pixel_term(reads: Pass, view: int, **more: Any) -> Term:
     """Predict the pixels of a view; those that the input shows are not counted where they could be
     copied."""
-    copied = reads.masked and crop == reads.crop
+    copied = reads.masked and view == reads.view
     defaults = {"posterior": Gaussian(), "head": DecoderHead(), "hidden": copied}
     return Term(
         **{
             "name": "pixel",
             "reads": reads,
-            "target": Target(of="pixels", crop=crop),
+            "target": Target(of="pixels", view=view),
             **defaults,
             **more,
         }
@@ -243,21 +243,21 @@ def pixel_term(reads: Pass, crop: int, **more: Any) -> Term:
 
 
 def token_term(
-    reads: Pass, crop: int, *, encoder: str = "ema", blocks: int = 1, **more: Any
+    reads: Pass, view: int, *, encoder: str = "ema", blocks: int = 1, **more: Any
 ) -> Term:
     """Predict dense features of a view."""
-    target = Target(of="tokens", crop=crop, encoder=encoder, blocks=blocks)
+    target = Target(of="tokens", view=view, encoder=encoder, blocks=blocks)
     defaults = {
-        "name": "intra" if crop == reads.crop else "inter",
+        "name": "intra" if view == reads.view else "inter",
         "posterior": Gaussian(second_moment=True),
         "head": DecoderHead(),
     }
     return Term(**{"reads": reads, "target": target, **defaults, **more})
 
 
-def pooled_term(reads: Pass, crop: int, *, encoder: str = "ema", **more: Any) -> Term:
+def pooled_term(reads: Pass, view: int, *, encoder: str = "ema", **more: Any) -> Term:
     """Predict one vector of a view."""
-    target = Target(of="pooled", crop=crop, encoder=encoder)
+    target = Target(of="pooled", view=view, encoder=encoder)
     return Term(
         **{
             "name": "global",
@@ -461,7 +461,7 @@ def with_options(
 
     >>> [t.hidden for t in with_options(FORMS["m3i"], intra_positions="hidden")][:2]
     [True, False]
-    >>> [(t.reads.crop, t.target.crop) for t in with_options(FORMS["instance"], symmetric=True)]
+    >>> [(t.reads.view, t.target.view) for t in with_options(FORMS["instance"], symmetric=True)]
     [(0, 1), (1, 0)]
     """
 
@@ -470,7 +470,7 @@ def with_options(
         if (
             intra_positions == "hidden"
             and target.of == "tokens"
-            and target.crop == t.reads.crop
+            and target.view == t.reads.view
             and (t.reads.masked or t.reads.mixed)
         ):
             hidden = True
@@ -487,10 +487,10 @@ def with_options(
         )
 
     def exchanged(t: Term) -> Term:
-        assert t.target.crop is not None
+        assert t.target.view is not None
         reads, target = (
-            dataclasses.replace(t.reads, crop=1 - t.reads.crop),
-            dataclasses.replace(t.target, crop=1 - t.target.crop),
+            dataclasses.replace(t.reads, view=1 - t.reads.view),
+            dataclasses.replace(t.target, view=1 - t.target.view),
         )
         return dataclasses.replace(t, reads=reads, target=target)
 

@@ -1,6 +1,6 @@
-"""A step that went wrong, kept so that it can be taken again alone: the state before it, its batch,
-the configuration and what came out. All randomness of a step is keyed by the seed and the positions
-in the batch, so nothing else is needed. `--mode=replay` reads it.
+"""A dump of a step that went wrong, for --mode=replay: the state before it, its batch, the
+configuration and its metrics. All randomness of a step is keyed by the seed and the positions in
+the batch, so nothing else is needed.
 
     dumps/<step>/step.json          step, metrics, versions
     dumps/<step>/config.txt         the completed configuration
@@ -26,7 +26,7 @@ from m3i_jax import parallel, run_files, version
 from m3i_jax.errors import UserError
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.reporting.atomic_write import write_text_atomic
-from m3i_jax.training import step as steps
+from m3i_jax.training import step as step_module
 from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.state import State
 from m3i_jax.training.trainer import Trainer
@@ -42,63 +42,76 @@ def write_dump(
     step: int,
     values: Mapping[str, float],
 ) -> pathlib.Path:
-    """Keep a step whose update was skipped; every host of the run calls this.
+    """Write the dump of a step whose update was skipped. Every host of the run calls this.
 
     Args:
       directory: <workdir>/dumps.
       trainer: of the run.
-      state: after the step, which changed nothing but the counter.
+      state: after the step, which changed only the counter.
       batch: this host's rows.
-      step: the number of the step, that of its line in the log.
+      step: the number of the step in the log.
       values: its metrics.
 
-    Returns: where it is now. Raises OSError or what a save raises.
+    Returns:
+      the directory of the dump.
+
+    Raises:
+      OSError, or the errors of a save.
     """
-    place = directory / str(step)
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    rows = place / f"batch-{jax.process_index()}.npz"
+    dump = directory / str(step)
+    dump.mkdir(mode=0o700, parents=True, exist_ok=True)
+    rows = dump / f"batch-{jax.process_index()}.npz"
     np.savez(rows, **dict[str, Any](batch))
     run_files.note_mark(rows, run_files.file_mark(rows.read_bytes()))
     if jax.process_index() == 0:
         write_text_atomic(
-            place / "config.txt", configuration.config_to_text(trainer.config), noted=True
+            dump / "config.txt", configuration.config_to_text(trainer.config), noted=True
         )
     before = State(step=state.step - 1, params=state.params, opt=state.opt)
-    saved = Checkpoints(place / "state", 1)
+    checkpoints = Checkpoints(dump / "state", 1)
     try:
-        saved.save(step - 1, before, {})
-        saved.wait(before)
+        checkpoints.save(step - 1, before, {})
+        checkpoints.wait(before)
     finally:
-        saved.close()
-    about = {
-        "step": step, "metrics": {name: repr(float(value)) for name, value in values.items()}, "hosts": jax.process_count(),
-        "vocabulary": trainer.vocabulary, "m3i_jax": version.__version__, "jax": jax.__version__, "devices": jax.device_count(),
-    }  # fmt: skip
-    parallel.barrier("dump")  # all batches are there before it counts
+        checkpoints.close()
+    description = {
+        "step": step,
+        "metrics": {name: repr(float(value)) for name, value in values.items()},
+        "hosts": jax.process_count(),
+        "vocabulary": trainer.vocabulary,
+        "m3i_jax": version.__version__,
+        "jax": jax.__version__,
+        "devices": jax.device_count(),
+    }
+    parallel.barrier("dump")  # a dump is complete once all hosts have written their batch
     if jax.process_index() == 0:
-        write_text_atomic(place / "step.json", json.dumps(about, indent=1), noted=True)
-    return place
+        write_text_atomic(dump / "step.json", json.dumps(description, indent=1), noted=True)
+    return dump
 
 
 def newest_dump(workdir: pathlib.Path) -> pathlib.Path:
-    """The newest whole dump of a run. Raises UserError if there is none."""
-    found = [
+    """The newest complete dump of a run.
+
+    Raises:
+      UserError: the run has no dump.
+    """
+    dumps = [
         path.parent
         for path in (workdir / "dumps").glob("*/step.json")
         if path.parent.name.isdecimal()
     ]
-    if not found:
+    if not dumps:
         raise UserError(
-            f"--workdir {workdir}: no dumps/<step> there; a run writes one when"
-            f" {steps.MOST_NOT_FINITE} steps in a row are bad"
+            f"--workdir {workdir}: has no dumps/<step>; a run writes one when"
+            f" {step_module.MOST_NOT_FINITE} steps in a row are not finite"
         )
-    return max(found, key=lambda path: int(path.name))
+    return max(dumps, key=lambda path: int(path.name))
 
 
 def nonfinite_arrays(tree: Any) -> dict[str, str]:
-    """Path -> how much of it, of all arrays of a tree that are not finite everywhere.
+    """{path: counts of NaN and Inf} of the arrays of a tree that are not finite everywhere.
 
-    >>> nonfinite_arrays({"a": np.array([1.0, np.nan, -np.inf]), "b": np.zeros(2), "c": np.array([7])})
+    >>> nonfinite_arrays({"a": np.array([1.0, np.nan, -np.inf]), "b": np.zeros(2)})
     {'a': '1 NaN and 1 Inf of 3'}
     """
     out = {}
@@ -117,33 +130,36 @@ def nonfinite_arrays(tree: Any) -> dict[str, str]:
 def replay_step(
     trainer: Trainer, state: State, batch: dict[str, jax.Array]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Take the step of a dump.
+    """Repeat the step of a dump.
 
     Args:
       trainer: of the dump's configuration.
-      state: before the step; its arrays are gone afterwards.
+      state: before the step; it is donated.
       batch: the global batch.
 
     Returns:
-      (metrics, path -> how much is not finite, over batch, parameters, optimizer and gradients).
+      (metrics, `nonfinite_arrays` of batch, parameters, optimizer state and gradients).
     """
-    broken = nonfinite_arrays({"batch": batch, "params": state.params, "opt": state.opt})
+    nonfinite = nonfinite_arrays({"batch": batch, "params": state.params, "opt": state.opt})
     with jax.set_mesh(trainer.mesh):
         gradients = parallel.Program(
-            lambda state, batch: steps.gradients_of(trainer.plan, state, batch)[0], name="gradients"
+            lambda state, batch: step_module.gradients_of(trainer.plan, state, batch)[0],
+            name="gradients",
         )
         grads = gradients(state, batch)
-    broken |= nonfinite_arrays({"gradient": grads})
+    nonfinite |= nonfinite_arrays({"gradient": grads})
     _, metrics = trainer.step(state, batch)
-    metrics.pop(steps.MOMENT, None)
-    return {name: float(value) for name, value in jax.device_get(metrics).items()}, broken
+    metrics.pop(step_module.MOMENT, None)
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}, nonfinite
 
 
 def same_outcome(before: Mapping[str, str], after: Mapping[str, float]) -> bool:
-    """Whether a replayed step has the same metrics that are not finite as the one that was dumped.
+    """Whether the same metrics are not finite in a replayed step as in the dump.
 
-    >>> same_outcome({"loss": "nan", "lr": "0.1"}, {"loss": math.nan}), same_outcome({"loss": "nan"}, {"loss": 0.5})
-    (True, False)
+    >>> same_outcome({"loss": "nan", "lr": "0.1"}, {"loss": math.nan})
+    True
+    >>> same_outcome({"loss": "nan"}, {"loss": 0.5})
+    False
     """
     return all(
         math.isfinite(float(before[name])) == math.isfinite(value)
@@ -153,14 +169,14 @@ def same_outcome(before: Mapping[str, str], after: Mapping[str, float]) -> bool:
 
 
 def load_dump(
-    place: pathlib.Path, say: Callable[[str], None]
+    dump: pathlib.Path, log: Callable[[str], None]
 ) -> tuple[dict[str, Any], Trainer, State, dict[str, jax.Array]]:
-    """(what step.json says, trainer, state, global batch) of a dump, on the devices that are here.
+    """(contents of step.json, trainer, state, global batch) of a dump, on the current devices.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the dump has no readable state.
     """
-    about = run_files.read_run_json(place / "step.json", _REMEDY)
+    description = run_files.read_run_json(dump / "step.json", _REMEDY)
     kinds = {
         "step": int,
         "hosts": int,
@@ -169,22 +185,22 @@ def load_dump(
         "m3i_jax": str,
         "metrics": dict,
     }
-    if wrong := [name for name, kind in kinds.items() if type(about.get(name)) is not kind]:
-        raise UserError(f"{place / 'step.json'}: is not of a dump ({', '.join(wrong)}); {_REMEDY}")
-    settings = configuration.resolve(configuration.load_from_workdir(str(place), "--workdir"))
-    mesh = _mesh(settings, say)
-    trainer = Trainer(settings, mesh, about["vocabulary"])
-    saved = Checkpoints(place / "state", 1, say=say)
+    if wrong := [name for name, kind in kinds.items() if type(description.get(name)) is not kind]:
+        raise UserError(f"{dump / 'step.json'}: is not of a dump ({', '.join(wrong)}); {_REMEDY}")
+    settings = configuration.resolve(configuration.load_from_workdir(str(dump), "--workdir"))
+    mesh = _mesh(settings, log)
+    trainer = Trainer(settings, mesh, description["vocabulary"])
+    checkpoints = Checkpoints(dump / "state", 1, say=log)
     try:
-        at = saved.newest_good()
-        if at is None:
-            raise UserError(f"{place}: has no state")
-        state = saved.restore(at, trainer.template, trainer.shardings)
+        step = checkpoints.newest_good()
+        if step is None:
+            raise UserError(f"{dump}: has no readable state; replay another dump")
+        state = checkpoints.restore(step, trainer.template, trainer.shardings)
     finally:
-        saved.close()
+        checkpoints.close()
     parts = []
-    for host in range(about["hosts"]):
-        rows = place / f"batch-{host}.npz"
+    for host in range(description["hosts"]):
+        rows = dump / f"batch-{host}.npz"
         try:
             with np.load(
                 io.BytesIO(run_files.read_run_file(rows, _REMEDY, limit=2**40)), allow_pickle=False
@@ -193,11 +209,11 @@ def load_dump(
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{rows}: cannot be read ({error}); {_REMEDY}") from error
     batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return about, trainer, state, parallel.to_global(mesh, batch)
+    return description, trainer, state, parallel.to_global(mesh, batch)
 
 
-def _mesh(settings: Any, say: Callable[[str], None]) -> jax.sharding.Mesh:
-    """The mesh of the run if these devices can make it and share its batch, else one device."""
+def _mesh(settings: Any, log: Callable[[str], None]) -> jax.sharding.Mesh:
+    """The mesh of the run if these devices can form it and split its batch, else one device."""
     try:
         mesh = parallel.make_mesh(settings.parallel.mesh)
         if (
@@ -208,5 +224,5 @@ def _mesh(settings: Any, say: Callable[[str], None]) -> jax.sharding.Mesh:
             return mesh
     except UserError:
         pass
-    say(f"on one of {jax.device_count()} devices: they do not make the mesh of that run")
+    log(f"replaying on one of {jax.device_count()} devices, which cannot form the mesh of the run")
     return parallel.make_mesh((1, 1, 1), jax.devices()[:1])

@@ -1,12 +1,17 @@
-"""Where the seconds of a run go. At every moment a run is in exactly one phase, so that the seconds
+"""Where the seconds of a run go. A run is in exactly one phase at any moment, so that the seconds
 of all phases add up to the wall time of its processes, those before a restart included:
 
-    start     importing, meeting the other hosts, opening data, the trainer, the first state;
-    restore: reading a checkpoint compile   tracing and compiling, wherever it happens data
-    waiting for a batch           step      training: sending steps, waiting for the device evaluate
-    evaluators                    save      what the loop waits for checkpoints; panel: images;
-    trace: the profiler's stop      closing files at the end      lost      steps that a restart had
-    to do again
+    start      imports, the connection of hosts, opening data, the trainer, the first state
+    restore    reading a checkpoint
+    compile    tracing and compiling, in whatever phase it happens
+    data       waiting for a batch
+    step       training: dispatching steps and waiting for the device
+    evaluate   evaluators
+    save       what the loop waits for checkpoints
+    panel      images
+    trace      the profiler's stop
+    stop       closing files at the end
+    lost       steps that a restart repeated
 """
 
 import contextlib
@@ -31,8 +36,8 @@ PREFIX = "perf/seconds/"
 
 
 class GoodputClock:
-    """Measures phases, and from them the speed of training between two readings. Made by a mode,
-    told by the loop.
+    """Measures phases, and from them the speed of training between two readings. A mode creates it,
+    the loop reports its phases.
 
     Args:
       images: images a step.
@@ -41,7 +46,7 @@ class GoodputClock:
       peak: dense FLOP/s of all chips together; 0: unknown, and there is no MFU then.
       earlier: seconds by phase of the run before a restart, as of `resumed_seconds`.
       restarts: how often the run was started again.
-      began: when the process turned to this run, of `time.monotonic()`; None: now.
+      began: when the process began this run, of `time.monotonic()`; None: now.
 
     >>> clock = GoodputClock(images=8)
     >>> with clock.phase("step"):
@@ -62,21 +67,16 @@ class GoodputClock:
         restarts: int = 0,
         began: float | None = None,
     ) -> None:
-        self.images, self.chips, self.flops, self.peak, self.restarts = (
-            images,
-            chips,
-            flops,
-            peak,
-            restarts,
-        )
+        self.images, self.chips, self.restarts = images, chips, restarts
+        self.flops, self.peak = flops, peak
         self._seconds = dict.fromkeys(PHASES, 0.0) | dict(earlier or {})
         self._stack = ["start"]
         self._since = time.monotonic() if began is None else began
         self._owner = threading.get_ident()
         self._compiled: list[tuple[float, float]] = []
         self.steps = 0  # since the last reading
-        self.ended = 0  # steps of this process whose metrics came back
-        self.alive = self._since  # when anything was last heard of the run
+        self.ended = 0  # steps of this process whose metrics were fetched
+        self.alive = self._since  # when the run last gave a sign of life
         self._mark = self._busy()
 
     @property
@@ -96,23 +96,23 @@ class GoodputClock:
             self._stack.pop()
 
     def turn(self, name: str) -> None:
-        """What is not in any phase's block goes to `name` from here on."""
+        """Seconds outside of any phase's block go to `name` from now on."""
         self._settle()
         self._stack[0] = name
 
     def beat(self) -> None:
-        """Something is going on, inside a phase that may be long."""
+        """A sign of life within a phase that may be long."""
         self.alive = time.monotonic()
 
     def step_ended(self) -> None:
-        """A step is done: its metrics are there."""
+        """Count a step whose metrics were fetched."""
         self.steps += 1
         self.ended += 1
 
     def compiled(self, seconds: float) -> None:
-        """Tracing or compiling has just taken so long; it goes to `compile` instead of the phase in
-        which it happened. Compilations inside one another, as JAX reports them, count once; those
-        of other threads do not hold the run up."""
+        """Move `seconds` of tracing or compiling that have just ended from the current phase to
+        `compile`. Nested compilations, as JAX reports them, count once; those of other threads
+        do not count, since the run does not wait for them."""
         if threading.get_ident() != self._owner:
             return
         self._settle()
@@ -120,7 +120,7 @@ class GoodputClock:
         while self._compiled and self._compiled[-1][0] >= begin:
             a, b = self._compiled.pop()
             inside += b - a
-        if self._compiled:  # a neighbour that overlaps by the grain of the clock
+        if self._compiled:  # the previous one overlaps by the resolution of the clock
             begin = max(begin, self._compiled[-1][1])
         self._compiled.append((begin, self._since))
         more = max(self._since - begin - inside, 0.0)
@@ -135,9 +135,9 @@ class GoodputClock:
     def read(self) -> dict[str, float]:
         """Metrics of the steps since the last reading, and the seconds by phase so far.
 
-        perf/images_per_sec, perf/images_per_sec_per_chip, perf/step_seconds: of training, data
-        included, everything else left out. perf/input_wait: share of that time in which the loop
-        waited for data. perf/mfu: model FLOPs over the chips' peak."""
+        perf/images_per_sec, perf/images_per_sec_per_chip and perf/step_seconds cover the phases
+        data and step; perf/input_wait is the share of data in them; perf/mfu is model FLOPs over
+        the chips' peak."""
         total = self.total()
         (data, step), (data_before, step_before) = self._busy(), self._mark
         self._mark = data, step
@@ -155,23 +155,23 @@ class GoodputClock:
         return out | self._lines(total)
 
     def summary(self) -> tuple[dict[str, float], str]:
-        """(metrics, one line) of the whole run: the share of its wall time that went into steps,
-        and where the rest went."""
+        """(metrics, one line for the log) of the whole run: the share of its wall time spent in
+        steps, and the other phases."""
         total = self.total()
         wall = sum(total.values())
         values = {
             "perf/goodput": total["step"] / wall if wall else 0.0,
             "perf/wall_seconds": wall,
         } | self._lines(total)
-        # Rounded so that the parts printed add up to the sum printed.
+        # rounded so that the printed parts add up to the printed sum
         shown, exact, done = {}, 0.0, 0
         for name in PHASES:
             exact += total[name]
             shown[name], done = round(10 * exact) - done, round(10 * exact)
         parts = sorted((item for item in shown.items() if item[1]), key=lambda item: -item[1])
         again = f"; started {self.restarts + 1} times" if self.restarts else ""
-        told = " + ".join(f"{name} {tenths / 10:,.1f}" for name, tenths in parts)
-        return values, f"goodput {values['perf/goodput']:.1%}: {done / 10:,.1f} s = {told}{again}"
+        phases = " + ".join(f"{name} {tenths / 10:,.1f}" for name, tenths in parts)
+        return values, f"goodput {values['perf/goodput']:.1%}: {done / 10:,.1f} s = {phases}{again}"
 
     def _lines(self, total: Mapping[str, float]) -> dict[str, float]:
         out = {PREFIX + name: seconds for name, seconds in total.items() if seconds}
@@ -187,11 +187,11 @@ class GoodputClock:
 
 
 class InputStallAlarm:
-    """Notices when training waits for its data, from the readings of a clock.
+    """Detects from the readings of a clock that training waits for its data.
 
-    The alarm rises when in at least READINGS readings in a row at least SHARE of the time, and
-    SECONDS in all, were spent waiting, so that neither the first batches nor a short stall raise
-    it; it falls with the first reading of less than half the share."""
+    The alarm rises after READINGS consecutive readings in which at least SHARE of the time, and
+    SECONDS in total, were spent waiting, so that neither the first batches nor a short stall raise
+    it. It falls at the first reading with less than half of that share."""
 
     SHARE, READINGS, SECONDS = 0.5, 2, 5.0
 
@@ -199,14 +199,17 @@ class InputStallAlarm:
         self.alarm, self._row, self._before = False, 0, 0.0
 
     def see(self, values: Mapping[str, float]) -> str:
-        """Look at what `Clock.read` returned; what to tell a person if the alarm rises with it,
-        else nothing.
+        """The warning to log if the alarm rises with a reading of `GoodputClock.read`, else "".
 
-        >>> starving, readings = InputStallAlarm(), [(0.9, 4.0), (0.8, 8.0), (0.9, 12.0), (0.1, 12.1), (0.9, 16.0), (0.9, 22.0)]
-        >>> told = [starving.see({"perf/input_wait": share, "perf/seconds/data": seconds}) for share, seconds in readings]
-        >>> [bool(text) for text in told]
+        >>> alarm = InputStallAlarm()
+        >>> readings = (0.9, 4.0), (0.8, 8.0), (0.9, 12.0), (0.1, 12.1), (0.9, 16.0), (0.9, 22.0)
+        >>> warnings = [
+        ...     alarm.see({"perf/input_wait": share, "perf/seconds/data": seconds})
+        ...     for share, seconds in readings
+        ... ]
+        >>> [bool(text) for text in warnings]
         [False, True, False, False, False, True]
-        >>> print(told[1][:58])
+        >>> print(warnings[1][:58])
         training waits for data: 80% of the last reading's time, 8
         """
         share, total = values["perf/input_wait"], values.get(f"{PREFIX}data", 0.0)
@@ -227,10 +230,12 @@ class InputStallAlarm:
 
 
 def resumed_seconds(saved: Mapping[str, float], logged: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by phase with which a run goes on.
+    """Seconds by phase of a resumed run.
 
-    Args: saved: those at the checkpoint that it goes on from. logged: those of the last line of its
-      log, which may be later; what was trained in between is trained again, and so lost.
+    Args:
+      saved: those at its checkpoint.
+      logged: those of the last line of its log, which may be later; the steps in between are
+        trained again, and so count as lost.
 
     >>> resumed_seconds({"step": 60.0, "save": 1.0}, {"step": 90.0, "data": 2.0, "save": 3.0})
     {'step': 60.0, 'save': 3.0, 'data': 0.0, 'lost': 32.0}

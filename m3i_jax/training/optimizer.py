@@ -1,6 +1,6 @@
-"""The optimizer as one named chain: balance -> clip -> adamw (or lars) -> bounds -> target. Each
-link owns its statistics, so the state of a run has readable keys and everything that must survive a
-restart is in it."""
+"""The optimizer of a run as one named chain: balance -> clip -> adamw (or lars) -> bounds -> target
+-> frozen -> spikes. Each link owns its statistics, so that the optimizer state has readable keys
+and holds everything that must survive a restart."""
 
 import functools
 import math
@@ -18,7 +18,10 @@ from m3i_jax.models import backbones, m3i
 from m3i_jax.objective import balance, ema
 from m3i_jax.objective.terms import Terms
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import optimizers, spikes
+
+Schedule = Callable[[Any], Any]  # a function of the step
+Mask = Callable[[Any], Any]  # params -> tree of booleans
+Links = tuple[optax.GradientTransformation, ...]
 
 # Never decayed, whatever their rank: tokens, position tables, norms, biases, LayerScale and the
 # logit scale (SiameseIM decays the rank-3 tokens; BEiT and MAE's fine-tuning do not).
@@ -26,11 +29,106 @@ _NO_DECAY = re.compile(
     r"(^|/)(bias|scale|gamma[12]|cls_token|mask_token|query_token|prototypes|positions|logit_scale)$|(^|/)\w*_bias$"
 )
 LOGIT_SCALE_LIMITS = (0.0, 4.605170185988092)  # ln 1 .. ln 100
+SPIKE_WINDOW = 128  # steps
+MIN_SPREAD = 1e-3  # of the median: a smaller deviation is rounding, not a spike
+
+
+def build_optimizer(
+    config: schema.Config, terms: Terms, *, steps: int, warmup: int
+) -> optax.GradientTransformationExtraArgs:
+    """The chain for a run of `steps` optimizer steps. `update` takes `feature_grad_norms=(ssp,
+    sp)`, the norms of Eq. 13."""
+
+    def parts(params: Any) -> Any:
+        return params if config.optim.ema_of == "all" else m3i.target_parts(config, terms, params)
+
+    has_frozen = any(t.target.encoder == "frozen" for t in terms)
+    o, e = config.optim, config.model.encoder
+    rate = lr_schedule(o, steps=steps, warmup=warmup)
+    prefixes: tuple[str, ...] = ("encoder/",) if e.freeze else ()
+    if e.freeze_patch_embed:
+        prefixes += ("encoder/patch_embed/",)
+    mask = functools.partial(decay_mask, frozen=prefixes)
+    if o.rule == "lars":
+        links = lars(rate, momentum=o.b1, weight_decay=o.weight_decay, mask=mask)
+    else:
+        links = adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=mask)
+    return optax.named_chain(
+        ("balance", balance.track_balance(config.objective.balance_decay)),
+        ("clip", optax.clip_by_global_norm(o.clip) if o.clip else optax.identity()),
+        (o.rule, optax.chain(*links, scale_by_lr_factor(config))),
+        ("bounds", clamp_parameter("logit_scale", *LOGIT_SCALE_LIMITS)),
+        ("target", ema.track_target(_momentum(o, steps), parts)),
+        *([("frozen", hold_frozen(parts))] if has_frozen else []),
+        *([("spikes", watch_spikes())] if o.skip_spikes else []),
+    )
+
+
+def adamw(
+    rate: Schedule | float,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    mask: Mask | None = None,
+) -> Links:
+    """AdamW: `p <- p - rate * (m / (sqrt(v) + eps) + weight_decay * p)`, bias-corrected; only
+    parameters of the mask decay. Factors of a layer's rate are left to the caller's chain."""
+    return (
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        optax.add_decayed_weights(weight_decay, mask=mask),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def lars(
+    rate: Schedule | float,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    trust: float = 0.001,
+    mask: Mask | None = None,
+) -> Links:
+    """LARS as MoCo v3 and MAE train linear probes (M3I Table 9).
+
+    For the parameters of the mask: `g <- g + weight_decay * p`, then `g <- g * trust * |p| / |g|`,
+    or g itself if either norm is 0. For all parameters: `u <- momentum * u + g`, then
+    `p <- p - rate * u`. The rate is outside the momentum, so that a schedule acts at once.
+
+    Args:
+      rate: learning rate, or a schedule of the step.
+      momentum: of the buffer.
+      weight_decay: added to the gradient.
+      trust: coefficient of the ratio.
+      mask: params -> tree of booleans: those with decay and trust ratio; None: matrices, not
+        vectors.
+
+    >>> import jax.numpy as jnp
+    >>> tx = optax.chain(*lars(1.0))
+    >>> params = {"kernel": jnp.full((1, 1), 2.0), "bias": jnp.ones(1)}
+    >>> grads = {"kernel": jnp.full((1, 1), 5.0), "bias": jnp.ones(1)}
+    >>> updates, _ = tx.update(grads, tx.init(params), params)
+    >>> round(float(updates["kernel"][0, 0]), 6), float(updates["bias"][0])
+    (-0.002, -1.0)
+    """
+    mask = mask or matrix_mask
+    return (
+        optax.add_decayed_weights(weight_decay, mask=mask),
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust), mask),
+        optax.trace(decay=momentum),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def matrix_mask(params: Any) -> Any:
+    """A tree of booleans: which parameters have more than one axis."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def decay_mask(params: Any, *, frozen: tuple[str, ...] = ()) -> Any:
-    """A tree of booleans: which parameters are decayed; none that is `frozen`, by the beginning of
-    its path. Stacked blocks carry a leading layer axis, so names decide, not ranks."""
+    """A tree of booleans: which parameters are decayed; none whose path begins with a prefix of
+    `frozen`. Stacked blocks have a leading layer axis, so names decide, not ranks."""
 
     def one(path: tuple[Any, ...], leaf: Any) -> bool:
         name = path_text(path)
@@ -39,53 +137,55 @@ def decay_mask(params: Any, *, frozen: tuple[str, ...] = ()) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def _inputs(path: str, shape: tuple[int, ...]) -> int:
-    """Numbers that one output of a matrix or a convolution adds up; 0 of any other parameter."""
+def _fan_in(path: str, shape: tuple[int, ...]) -> int:
+    """Inputs of one output of a matrix or a convolution; 0 for any other parameter."""
     stacked = re.search(r"(^|/)(blocks|layers)/|^decoder/projector/", path) is not None
     return math.prod(shape[stacked:-1]) if path.endswith("kernel") else 0
 
 
 def lr_factor(config: schema.Config, path: str, shape: tuple[int, ...] = ()) -> Any:
-    """What a parameter's learning rate is multiplied with: a number, or an array [L] of one a layer
-    of a stacked parameter.
+    """The factor of a parameter's learning rate: a number, or an array [L] with one a layer of a
+    stacked parameter.
 
-    In the encoder alone `optim.encoder_lr`, and `optim.layer_decay` to the power of the layers
-    above; and `optim.offset_lr` or `optim.center_lr` of a DCNv3's offsets or centre scale, whose
-    products sample the map and start at zero (InternImage, and SiameseIM's code). With
-    `optim.fan_in_lr` a matrix of n inputs also has that over n, if it is less than 1: Adam moves
-    every number of it by about the learning rate, whatever n, and an output by up to n of those
-    (Yang et al. 2022, "Tensor Programs V", Table 3).
+    The product of those that apply:
+    - in the encoder, `optim.encoder_lr`, and `optim.layer_decay` to the power of the layers above;
+    - for a DCNv3's offsets or centre scale, whose products sample the map and start at zero,
+      `optim.offset_lr` or `optim.center_lr` (InternImage, and SiameseIM's code);
+    - for a matrix of n inputs, `optim.fan_in_lr` / n if that is less than 1: Adam moves every entry
+      by about the learning rate, whatever n, and so an output by up to n of those (Yang et al.
+      2022, "Tensor Programs V", Table 3).
 
     Args:
       config: settings; `config.optim` and `config.model` are read.
-      path: as of `parallel.rules.path_of`, from the root of the parameters.
-      shape: of the parameter; read with `optim.fan_in_lr` alone.
+      path: as of `sharding.path_text`, from the root of the parameters.
+      shape: of the parameter; read only with `optim.fan_in_lr`.
 
-    >>> config = schema.Config(optim=schema.Optim(layer_decay=0.5, encoder_lr=0.5), model=schema.Model(encoder=schema.Encoder(depth=3)))
+    >>> model = schema.Model(encoder=schema.Encoder(depth=3))
+    >>> config = schema.Config(optim=schema.Optim(layer_decay=0.5, encoder_lr=0.5), model=model)
     >>> lr_factor(config, "encoder/blocks/norm1/scale").tolist()
     [0.0625, 0.125, 0.25]
     >>> lr_factor(config, "encoder/cls_token"), lr_factor(config, "pool/out/kernel")
     (0.03125, 1.0)
     >>> config = schema.Config(optim=schema.Optim(fan_in_lr=64))
-    >>> lr_factor(config, "pool/out/kernel", (128, 96)), lr_factor(config, "encoder/stem/conv1/kernel", (3, 3, 3, 16))
-    (0.5, 1.0)
+    >>> lr_factor(config, "pool/out/kernel", (128, 96))
+    0.5
+    >>> lr_factor(config, "encoder/stem/conv1/kernel", (3, 3, 3, 16))
+    1.0
     """
-    o, within = config.optim, path.removeprefix("encoder/")
-    above: Any = 0
-    part, own = 1.0, 1.0
-    if within != path:
+    o, in_encoder = config.optim, path.removeprefix("encoder/")
+    factor: Any = 1.0
+    if in_encoder != path:
         backbone = backbones.get_backbone(config.model)
-        above, part = backbone.layers_above(config.model, within), o.encoder_lr
-        own = next((getattr(o, key) for name, key in backbone.lr_settings if name in within), 1.0)
-    inputs = _inputs(path, shape) if o.fan_in_lr else 0
-    return (
-        part * o.layer_decay**above * own * (o.fan_in_lr / inputs if inputs > o.fan_in_lr else 1.0)
-    )
+        factor = o.encoder_lr * o.layer_decay ** backbone.layers_above(config.model, in_encoder)
+        own = (getattr(o, key) for part, key in backbone.lr_settings if part in in_encoder)
+        factor = factor * next(own, 1.0)
+    fan_in = _fan_in(path, shape) if o.fan_in_lr else 0
+    return factor * (o.fan_in_lr / fan_in if fan_in > o.fan_in_lr else 1.0)
 
 
 def scale_by_lr_factor(config: schema.Config) -> optax.GradientTransformation:
-    """Multiplies every update with its `lr_factor`. Stands after the learning rate, where it is the
-    same product and has no state."""
+    """Multiplies every update with its `lr_factor`. It comes after the learning rate, which gives
+    the same product without a state."""
 
     def one(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
         factor = np.asarray(lr_factor(config, path_text(path), update.shape), np.float32)
@@ -96,7 +196,7 @@ def scale_by_lr_factor(config: schema.Config) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(one, updates))
 
 
-def lr_schedule(optim: schema.Optim, *, steps: int, warmup: int) -> Callable[[Any], Any]:
+def lr_schedule(optim: schema.Optim, *, steps: int, warmup: int) -> Schedule:
     """Linear warm-up, then a cosine from `lr` to `min_lr`, as a function of the step (M3I Table 7).
 
     >>> rate = lr_schedule(schema.Optim(lr=1.0), steps=100, warmup=10)
@@ -106,8 +206,7 @@ def lr_schedule(optim: schema.Optim, *, steps: int, warmup: int) -> Callable[[An
 
     def rate(step: Any) -> Any:
         step = jnp.asarray(step, jnp.float32)
-        # As floats: a run of three thousand million steps is planned, if never made, where the
-        # largest batch is sought on a small chip.
+        # as floats: --largest-batch plans runs of more steps than an int32 holds
         share = jnp.clip((step - float(warmup)) / float(max(steps - warmup, 1)), 0.0, 1.0)
         cosine = optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + jnp.cos(jnp.pi * share))
         return jnp.where(step < float(warmup), optim.lr * step / float(max(warmup, 1)), cosine)
@@ -121,7 +220,7 @@ def ema_momentum(optim: schema.Optim, *, steps: int) -> Callable[[int], float]:
     return lambda step: float(schedule(step))
 
 
-def _momentum(optim: schema.Optim, steps: int) -> Callable[[Any], Any]:
+def _momentum(optim: schema.Optim, steps: int) -> Schedule:
     return (
         ema.cosine_momentum(optim.ema, steps)
         if optim.ema_schedule == "cosine"
@@ -130,8 +229,8 @@ def _momentum(optim: schema.Optim, steps: int) -> Callable[[Any], Any]:
 
 
 def clamp_parameter(name: str, low: float, high: float) -> optax.GradientTransformation:
-    """Shortens the update of one top-level parameter so that it ends inside [low, high]: a clamp
-    after every step."""
+    """Limits the update of one top-level parameter so that the parameter stays inside
+    [low, high]."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if name in updates:
@@ -149,8 +248,8 @@ class FrozenParams(NamedTuple):
 
 
 def hold_frozen(select: Callable[[Any], Any]) -> optax.GradientTransformation:
-    """Keeps a part of the first parameters as it is: the place in the state of a frozen target,
-    which is then filled from a checkpoint."""
+    """Keeps a part of the first parameters in the optimizer state: the entry of a frozen target,
+    which is then loaded from a checkpoint."""
     return optax.GradientTransformation(
         lambda params: FrozenParams(
             jax.tree.map(lambda x: jnp.array(x, copy=True), select(params))
@@ -159,38 +258,81 @@ def hold_frozen(select: Callable[[Any], Any]) -> optax.GradientTransformation:
     )
 
 
-def build_optimizer(
-    config: schema.Config, terms: Terms, *, steps: int, warmup: int
-) -> optax.GradientTransformationExtraArgs:
-    """The chain for a run of `steps` optimizer steps. `update` takes `feature_grad_norms=(ssp,
-    sp)`, the norms of Eq. 13."""
+class SpikeState(NamedTuple):
+    """A window of recent steps.
 
-    def parts(params: Any) -> Any:
-        return params if config.optim.ema_of == "all" else m3i.target_parts(config, terms, params)
+    seen      float32 [2, SPIKE_WINDOW], losses and gradient norms; the oldest is overwritten
+    steps     int32, steps pushed so far
+    skipped   int32, spikes among them
+    """
 
-    watched = [("spikes", spikes.watch_spikes())] if config.optim.skip_spikes else []
-    frozen = (
-        [("frozen", hold_frozen(parts))] if any(t.target.encoder == "frozen" for t in terms) else []
+    seen: jax.Array
+    steps: jax.Array
+    skipped: jax.Array
+
+
+def watch_spikes() -> optax.GradientTransformation:
+    """The window of losses and gradient norms as a link, so that it is saved and a resumed run
+    decides as an unbroken one. Updates pass through; `skip_update` fills it.
+
+    The spread is 1.4826 times the median distance from the median: a standard deviation of normal
+    noise that no single spike can move. All finite steps enter the window, skipped ones too: after
+    a lasting change of level, half a window of steps is skipped, and then it is the new level."""
+    return optax.GradientTransformation(
+        lambda params: SpikeState(
+            jnp.zeros((2, SPIKE_WINDOW)), jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        ),
+        lambda updates, state, params=None: (updates, state),
     )
-    o, e, rate = (
-        config.optim,
-        config.model.encoder,
-        lr_schedule(config.optim, steps=steps, warmup=warmup),
+
+
+def is_spike(state: SpikeState, loss: jax.Array, norm: jax.Array, sigmas: float) -> jax.Array:
+    """Whether the loss or the gradient norm is more than `sigmas` deviations above the median of
+    its window; never before the window is full.
+
+    >>> state = watch_spikes().init(None)
+    >>> for k in range(SPIKE_WINDOW):
+    ...     state = push_window(state, jnp.float32(1 + k % 2), jnp.float32(5), jnp.array(False))
+    >>> steps = (2.5, 5.0), (9.0, 5.0), (1.0, 5.1), (0.0, 0.0)
+    >>> [bool(is_spike(state, jnp.float32(x), jnp.float32(y), 6.0)) for x, y in steps]
+    [False, True, True, False]
+    """
+    median = jnp.median(state.seen, axis=1)
+    spread = 1.4826 * jnp.median(jnp.abs(state.seen - median[:, None]), axis=1)
+    limit = median + sigmas * jnp.maximum(spread, MIN_SPREAD * jnp.abs(median))
+    return (state.steps >= SPIKE_WINDOW) & jnp.any(jnp.stack([loss, norm]) > limit)
+
+
+def push_window(
+    state: SpikeState, loss: jax.Array, norm: jax.Array, skipped: jax.Array
+) -> SpikeState:
+    """The window with the newest step in place of the oldest."""
+    seen = state.seen.at[:, state.steps % SPIKE_WINDOW].set(
+        jnp.stack([loss, norm]).astype(jnp.float32)
     )
-    still = ("encoder/",) if e.freeze else ("encoder/patch_embed/",) if e.freeze_patch_embed else ()
-    mask = functools.partial(decay_mask, frozen=still)
-    if o.rule == "lars":
-        links = optimizers.lars(rate, momentum=o.b1, weight_decay=o.weight_decay, mask=mask)
-    else:
-        links = optimizers.adamw(
-            rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=mask
-        )
-    return optax.named_chain(
-        ("balance", balance.track_balance(config.objective.balance_decay)),
-        ("clip", optax.clip_by_global_norm(o.clip) if o.clip else optax.identity()),
-        (o.rule, optax.chain(*links, scale_by_lr_factor(config))),
-        ("bounds", clamp_parameter("logit_scale", *LOGIT_SCALE_LIMITS)),
-        ("target", ema.track_target(_momentum(o, steps), parts)),
-        *frozen,
-        *watched,
+    return SpikeState(seen, state.steps + 1, state.skipped + skipped.astype(jnp.int32))
+
+
+def skip_update(
+    old: Any, new: Any, loss: jax.Array, norm: jax.Array, finite: jax.Array, sigmas: float
+) -> tuple[Any, Any]:
+    """Keep the old parameters and optimizer state where a step is not finite or a spike.
+
+    Returns ((params, opt) after the step, metrics).
+
+    Args:
+      old, new: (params, opt) before and after the update.
+      loss, norm, finite: of the step.
+      sigmas: `optim.skip_spikes`.
+    """
+    window = old[1].get("spikes")
+    spike = (
+        is_spike(window, loss, norm, sigmas) & finite if window is not None else jnp.zeros([], bool)
     )
+    params, opt = jax.tree.map(lambda n, o: jnp.where(finite & ~spike, n, o), new, old)
+    metrics = {"skipped/not_finite": 1.0 - finite}
+    if window is not None:
+        pushed = push_window(window, loss, norm, spike)
+        opt["spikes"] = jax.tree.map(lambda n, o: jnp.where(finite, n, o), pushed, window)
+        metrics["skipped/spikes"] = opt["spikes"].skipped
+    return (params, opt), metrics

@@ -1,5 +1,6 @@
-"""What a tuple of terms (objective/terms.py) asks of one step: every encoder pass, every target
-view and every projection once."""
+"""The plan of a step: the terms of an objective (objective/terms.py) and the calls that they share.
+Every encoder pass, target pass and target is listed once. `build_plan` also refuses terms and
+settings that contradict each other."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -26,25 +27,24 @@ class TargetPass(NamedTuple):
     """One call of a target encoder on a clean view."""
 
     encoder: str
-    crop: int
+    view: int
     blocks: int
 
 
 class TargetKey(NamedTuple):
-    """One array of target representations; terms with an equal goal share it. `space`: what the
-    target's features went through."""
+    """Names one array of target representations, which all terms with an equal key share."""
 
     target: Target
-    space: Any  # a Projection, "decoder" for the decoder's own projector, or None
+    space: Any  # of the comparison: a ProjectionHead, "decoder" for its projector, None: features
 
     def __lt__(self, other: object) -> bool:
-        # a dict of goals is a tree to JAX, which sorts its keys; spaces have no order of their own
+        # JAX sorts the keys of a dict, and spaces have no natural order
         return repr(self) < repr(other)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The terms of a run and its settings."""
+    """The terms of a run and its settings. `build_plan` makes it, once a run."""
 
     config: schema.Config
     terms: Terms
@@ -55,52 +55,52 @@ class Plan:
         return tuple(sorted({read for t in self.terms for read in t.passes}))
 
     @property
-    def views(self) -> tuple[TargetPass, ...]:
-        """Calls of target encoders: those without gradient."""
-        seen = {
+    def target_passes(self) -> tuple[TargetPass, ...]:
+        """Calls of target encoders, which have no gradient."""
+        passes = {
             target_pass(t.target)
             for t in self.terms
             if t.target.learned and t.target.encoder != "online"
         }
-        return tuple(sorted(seen))
+        return tuple(sorted(passes))
 
     @property
-    def crops(self) -> tuple[int, ...]:
-        """Views of an image that anything reads."""
-        return tuple(
-            sorted(
-                {p.crop for p in self.passes}
-                | {t.target.crop for t in self.terms if t.target.crop is not None}
-            )
-        )
+    def views(self) -> tuple[int, ...]:
+        """Indices of the views of an image that any pass or target reads."""
+        targets = {t.target.view for t in self.terms if t.target.view is not None}
+        return tuple(sorted({p.view for p in self.passes} | targets))
 
     @property
     def exact(self) -> bool:
-        """Whether pixels are a target, and so must not be rounded to the compute precision."""
+        """Whether pixels are a target, and so are not rounded to the compute precision."""
         return any(t.target.of == "pixels" for t in self.terms)
 
     def where(self, *of: str, group: str | None = None) -> tuple[int, ...]:
-        """Places of the terms that predict one of these, in a group."""
+        """Indices of the terms that predict one of these kinds of target, in a group or in any."""
         return tuple(
             i for i, t in enumerate(self.terms) if t.target.of in of and group in (None, t.group)
         )
 
-    def goal(self, term: Term) -> TargetKey:
-        """The representation that an image term predicts."""
+    @property
+    def dense(self) -> tuple[int, ...]:
+        """Indices of the dense terms."""
+        return self.where(*DENSE_TARGETS)
+
+    def target_key(self, term: Term) -> TargetKey:
+        """The key of the representation that an image term predicts."""
         if isinstance(term.head, ProjectionHead):
-            return TargetKey(
-                term.target, dataclasses.replace(term.head, predictor=None, match="position")
-            )
-        deep = (
+            space = dataclasses.replace(term.head, predictor=None, match="position")
+            return TargetKey(term.target, space)
+        projected = (
             term.target.of == "tokens"
             and isinstance(term.head, DecoderHead)
             and self.config.model.decoder.projector_depth
         )
-        return TargetKey(term.target, "decoder" if deep else None)
+        return TargetKey(term.target, "decoder" if projected else None)
 
     @property
-    def goals(self) -> tuple[TargetKey, ...]:
-        """All of them that can be computed before the online encoder runs."""
+    def target_keys(self) -> tuple[TargetKey, ...]:
+        """Keys of all targets that can be computed before the online encoder runs."""
         fixed = [
             t for t in self.terms if t.target.of in IMAGE_TARGETS and t.target.encoder != "online"
         ]
@@ -109,37 +109,32 @@ class Plan:
             for t in fixed
             if isinstance(t.head, ProjectionHead) and t.head.match == "likeness"
         ]
-        return tuple(dict.fromkeys([*(self.goal(t) for t in fixed), *matched]))
+        return tuple(dict.fromkeys([*(self.target_key(t) for t in fixed), *matched]))
 
     def reads_cls(self, term: Term) -> bool:
-        """Whether the decoder of a term reads the cls token: that of a mixed input is shared by two
-        images."""
-        wanted = self.config.model.decoder.cls
+        """Whether the decoder of a term reads the cls token. With decoder.cls=auto it does not in a
+        mixed input, where two images share it."""
+        cls = self.config.model.decoder.cls
         return self.config.model.encoder.cls_token and (
-            wanted == "yes" or (wanted == "auto" and not term.reads.mixed)
+            cls == "yes" or (cls == "auto" and not term.reads.mixed)
         )
-
-    @property
-    def dense(self) -> tuple[int, ...]:
-        return self.where(*DENSE_TARGETS)
-
-    @property
-    def pictures(self) -> tuple[int, ...]:
-        return self.where(*IMAGE_TARGETS)
 
 
 def target_pass(target: Target) -> TargetPass:
-    """The call of a target encoder that a target is made from."""
-    assert target.crop is not None
-    return TargetPass(target.encoder, target.crop, target.blocks)
+    """The call of a target encoder that computes a target."""
+    assert target.view is not None
+    return TargetPass(target.encoder, target.view, target.blocks)
 
 
 def terms_named(name: str, key: str = "config.objective.forms") -> objective_terms.Terms:
-    """One row of an objective: a form, its letter in the paper's Table 3, or a named method; `key`
-    is the setting that names it.
+    """The terms of one row: a form, its letter in the paper's Table 3, or a published method.
+
+    Args:
+      name: of the row.
+      key: the setting that names it, for the error.
 
     Raises:
-      UserError: for a name that is none of them.
+      UserError: an unknown name.
 
     >>> [t.name for t in terms_named("k")] == [t.name for t in terms_named("sim")]
     True
@@ -151,7 +146,7 @@ def terms_named(name: str, key: str = "config.objective.forms") -> objective_ter
 
 
 def _terms_of(o: schema.Objective) -> Terms:
-    """The terms of an objective, whatever the data have."""
+    """The terms of an objective, before those without data are dropped."""
     if not o.forms:
         raise UserError("config.objective.forms: is empty; name at least one form, such as m3i")
     names = [objective_terms.LETTERS.get(name, name) for name in o.forms]
@@ -164,13 +159,21 @@ def _terms_of(o: schema.Objective) -> Terms:
         )
     rows = objective_terms.uniquify({name: terms_named(name) for name in names})
     return objective_terms.with_options(
-        objective_terms.merge(*rows, annotation_input=o.annotation_input), intra_positions=o.intra_positions, soft_label=o.soft_label,
-        symmetric=o.symmetric, target_encoder=o.target_encoder, second_group=o.second_group,
-    )  # fmt: skip
+        objective_terms.merge(*rows, annotation_input=o.annotation_input),
+        intra_positions=o.intra_positions,
+        soft_label=o.soft_label,
+        symmetric=o.symmetric,
+        target_encoder=o.target_encoder,
+        second_group=o.second_group,
+    )
 
 
 def build_plan(config: schema.Config) -> Plan:
-    """The terms of a completed configuration (data.classes and data.captions known)."""
+    """The plan of a completed configuration (data.classes and data.captions known).
+
+    Raises:
+      UserError: unknown forms, forms without data, or settings that contradict the terms.
+    """
     backbones.validate_backbone(config)
     o, terms = config.objective, _terms_of(config.objective)
     try:
@@ -182,14 +185,14 @@ def build_plan(config: schema.Config) -> Plan:
             f"config.objective.forms: {', '.join(o.forms)}: {error}; choose another form or a"
             " source with categories or captions"
         ) from None
-    made = Plan(config, terms)
-    _validate(made)
-    return made
+    plan = Plan(config, terms)
+    _validate(plan)
+    return plan
 
 
-def _validate(made: Plan) -> None:
-    """Refuse what the terms and the settings cannot do together."""
-    config, terms = made.config, made.terms
+def _validate(plan: Plan) -> None:
+    """Refuse settings that contradict the terms."""
+    config, terms = plan.config, plan.terms
     annotations = [t for t in terms if t.target.of in ("category", "text")]
     if config.objective.annotation_input == "own" and any(
         t.reads.masked or t.reads.mixed for t in annotations
@@ -206,15 +209,15 @@ def _validate(made: Plan) -> None:
             " give the workdir of a run"
         )
     if config.model.decoder.positions == "absolute" and any(
-        isinstance(t.head, objective_terms.DecoderHead) and t.reads.crop != t.target.crop
+        isinstance(t.head, objective_terms.DecoderHead) and t.reads.view != t.target.view
         for t in terms
     ):
         raise UserError(
-            "config.model.decoder.positions: 'absolute' cannot say where another view lies, and the"
+            "config.model.decoder.positions: 'absolute' has no position for another view, and the"
             " objective predicts one; use 'relative'"
         )
     if not config.model.encoder.cls_token:
-        for key, wanted in (
+        for key, reads_cls in (
             (
                 "model.pool.kind",
                 config.model.pool.kind == "cls"
@@ -228,7 +231,7 @@ def _validate(made: Plan) -> None:
                 ),
             ),
         ):
-            if wanted:
+            if reads_cls:
                 way = (
                     "set model.encoder.cls_token"
                     if backbones.get_backbone(config.model).has_cls_token
@@ -268,25 +271,28 @@ def _validate(made: Plan) -> None:
 
 
 def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ...]]) -> None:
-    """Refuse a setting that does nothing in all of these objectives (names of forms): whoever sets
-    it expects something of it.
+    """Refuse a setting that no objective of a training run reads.
 
-    For whoever starts to train. A run that is evaluated or goes on as an encoder may keep what its
-    objective no longer reads. `objective.pairing` is not judged: configs/quickstart.py sets it for
-    whatever form comes after.
+    Only for training: a run that is evaluated or reused as an encoder may keep settings that its
+    objective does not read. `objective.pairing` is exempt, since configs/quickstart.py sets it for
+    any form.
+
+    Args:
+      config: settings.
+      trains: the objectives, each a tuple of names of forms.
 
     Raises:
-      UserError: the setting, why it does nothing, and what to leave it at.
+      UserError: with the setting, why it does nothing, and its default.
 
     >>> reject_unused_settings(schema.Config(), [("sim",)])
     """
-    o, plain = config.objective, schema.Config()
-    sets = list(trains)
-    terms = [t for forms in sets for t in _terms_of(dataclasses.replace(o, forms=forms))]
-    told = ", ".join("+".join(forms) for forms in sets)
+    o, default_config = config.objective, schema.Config()
+    objectives = list(trains)
+    terms = [t for forms in objectives for t in _terms_of(dataclasses.replace(o, forms=forms))]
+    names = ", ".join("+".join(forms) for forms in objectives)
     mixed, blended = any(t.reads.mixed for t in terms), any(t.reads.blended for t in terms)
-    a, b = config.data.augment, plain.data.augment
-    for key, value, default, read, what in (
+    a, b = config.data.augment, default_config.data.augment
+    for key, value, default, is_read, reason in (
         (
             "objective.target_checkpoint",
             o.target_checkpoint,
@@ -294,20 +300,26 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
             any(t.target.encoder == "frozen" for t in terms),
             "no frozen target",
         ),
-        ("objective.isolate", o.isolate, plain.objective.isolate, mixed, "no mixed input"),
-        ("objective.soft_label", o.soft_label, plain.objective.soft_label, mixed, "no mixed input"),
+        ("objective.isolate", o.isolate, default_config.objective.isolate, mixed, "no mixed input"),
+        (
+            "objective.soft_label",
+            o.soft_label,
+            default_config.objective.soft_label,
+            mixed,
+            "no mixed input",
+        ),
         ("data.augment.mixup", a.mixup, b.mixup, blended, "no blended input (as in finetune)"),
         ("data.augment.cutmix", a.cutmix, b.cutmix, blended, "no blended input (as in finetune)"),
     ):
-        if value != default and not read:
+        if value != default and not is_read:
             raise UserError(
-                f"config.{key}: {value!r} does nothing: there is {what} in {told}; leave it at"
+                f"config.{key}: {value!r} does nothing: there is {reason} in {names}; leave it at"
                 f" {default!r} or choose another form"
             )
     known = sorted({t.name for each in (*registry.forms().values(), terms) for t in each})
-    for name in o.second_group if o.second_group != plain.objective.second_group else ():
+    for name in o.second_group if o.second_group != default_config.objective.second_group else ():
         if name not in known:
             raise UserError(
-                f"config.objective.second_group: {name!r} is the name of no term; there are"
+                f"config.objective.second_group: {name!r} is not a term; the terms are"
                 f" {', '.join(known)}"
             )

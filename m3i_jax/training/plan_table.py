@@ -1,57 +1,49 @@
-"""The plan of a step as a table for people: every call of an encoder and of the decoder once, who
-asks for it, and what it costs."""
+"""The plan of a step as a table: every call of an encoder, a decoder or a head once, the terms that
+use it, and its FLOPs."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from m3i_jax.models import backbones, m3i
-from m3i_jax.objective.terms import DecoderHead, Pass, PooledHead, Term
-from m3i_jax.training import term_losses, views
+from m3i_jax.models import backbones, m3i, text
+from m3i_jax.objective.terms import IMAGE_TARGETS, DecoderHead, Pass, PooledHead, Term
+from m3i_jax.training import predictions, views
 from m3i_jax.training.plan import Plan, target_pass
 
 PlanRow = Sequence[str]
-# (function, *arguments) -> something with `.total`; reporting.flops.count, which this room does not
-# know
+# (function, *arguments) -> an object with `.total`: profiling.flops.count_flops, which this room
+# may not import
 Count = Callable[..., Any]
 HEADERS_TERMS = ("term", "encoder reads", "image", "predicts", "by", "posterior", "group")
-HEADERS_CALLS = ("call", "reads", "asked by", "GFLOP an image, forward")
+HEADERS_CALLS = ("call", "reads", "used by", "GFLOP an image, forward")
 
 
 def describe_pass(read: Pass, drops: bool = True) -> str:
-    """What an encoder pass reads. `drops`: whether the backbone leaves cells out, or sees the mask
-    token there.
+    """What an encoder pass reads. `drops`: whether the backbone drops hidden cells; otherwise it
+    reads mask tokens there.
 
-    >>> describe_pass(Pass(mixed=True)), describe_pass(Pass(crop=1, masked=True))
+    >>> describe_pass(Pass(mixed=True)), describe_pass(Pass(view=1, masked=True))
     ('view 0 mixed with the partner', 'view 1, own cells')
     """
-    how = (
-        " mixed with the partner"
-        if read.mixed
-        else (
-            " blended with the partner"
-            if read.blended
-            else (
-                ", hidden cells as mask tokens"
-                if read.filled
-                else (
-                    ", own cells" + ("" if drops else ", the others as mask tokens")
-                    if read.masked
-                    else ""
-                )
-            )
-        )
-    )
-    return f"view {read.crop}{how}"
+    if read.mixed:
+        shown = " mixed with the partner"
+    elif read.blended:
+        shown = " blended with the partner"
+    elif read.mask_tokens:
+        shown = ", hidden cells as mask tokens"
+    elif read.masked:
+        shown = ", own cells" + ("" if drops else ", the others as mask tokens")
+    else:
+        shown = ""
+    return f"view {read.view}{shown}"
 
 
 def describe_target(term: Term) -> str:
     """What a term predicts."""
     t = term.target
-    if t.crop is None:
+    if t.view is None:
         return t.of
     whose = {
         "identity": "",
@@ -62,8 +54,8 @@ def describe_target(term: Term) -> str:
     }[t.encoder]
     what = {"pixels": "pixels", "tokens": "dense features", "pooled": "global feature"}[t.of]
     averaged = f", mean of {t.blocks} blocks" if t.blocks > 1 else ""
-    return f"{whose}{what} of view {t.crop}{averaged}" + (
-        ", hidden cells" if term.hidden or term_losses.predicts_hidden_only(term) else ""
+    return f"{whose}{what} of view {t.view}{averaged}" + (
+        ", hidden cells" if term.hidden or predictions.predicts_hidden_only(term) else ""
     )
 
 
@@ -99,110 +91,76 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
     """One row a call, with its forward matrix products in GFLOP an image. `params` and `batch` may
     be shapes."""
     config, images = plan.config, jax.tree.leaves(batch)[0].shape[0]
-    rows: list[PlanRow] = []
     drops = backbones.get_backbone(config.model).can_drop_tokens
+    rows: list[PlanRow] = []
 
     def add(
-        call: str, reads: str, places: Iterable[int], function: Callable[..., Any], *arguments: Any
+        call: str, reads: str, indices: Iterable[int], function: Callable[..., Any], *arguments: Any
     ) -> None:
-        asked = ", ".join(dict.fromkeys(plan.terms[i].name for i in places))
-        rows.append(
-            (call, reads, asked, f"{count(function, *arguments).total / images / 1e9:,.4g}")
-        )
+        users = ", ".join(dict.fromkeys(plan.terms[i].name for i in indices))
+        gflop = count(function, *arguments).total / images / 1e9
+        rows.append((call, reads, users, f"{gflop:,.4g}"))
 
-    def places(wanted: Callable[[Term], bool]) -> list[int]:
-        return [i for i, t in enumerate(plan.terms) if wanted(t)]
-
-    crops = jax.eval_shape(
-        lambda b: views.augmented_patches(config, b, plan.crops, exact=plan.exact), batch
+    inputs, patches = jax.eval_shape(
+        lambda b: (
+            views.pass_inputs(config, plan.passes, b),
+            views.augmented_patches(config, b, plan.views, exact=plan.exact),
+        ),
+        batch,
     )
+    encode_passes = functools.partial(views.encode_passes, config)
     for read in plan.passes:
         users = [i for i, t in enumerate(plan.terms) if read in t.passes]
+        one = {read: inputs[read]}
         add(
             "encoder",
             describe_pass(read, drops),
             users,
-            functools.partial(views.encode_passes, config, (read,)),
-            batch,
-            crops,
+            encode_passes,
+            one,
+            patches,
             params["encoder"],
         )
-    for seen in plan.views:
+    for target in plan.target_passes:
         users = [
             i
-            for i in plan.pictures
-            if plan.terms[i].target.learned and target_pass(plan.terms[i].target) == seen
+            for i in plan.where(*IMAGE_TARGETS)
+            if plan.terms[i].target.learned and target_pass(plan.terms[i].target) == target
         ]
-        encode = functools.partial(
-            m3i.encode, config, blocks=min(seen.blocks, config.model.encoder.depth)
-        )
+        blocks = min(target.blocks, config.model.encoder.depth)
+        encode = functools.partial(m3i.encode, config, blocks=blocks)
         name = {"ema": "EMA target", "frozen": "frozen target", "shared": "shared target"}[
-            seen.encoder
+            target.encoder
         ]
-        add(name, f"view {seen.crop}", users, encode, params["encoder"], crops[seen.crop])
-    z = jax.eval_shape(
-        functools.partial(views.encode_passes, config, plan.passes), batch, crops, params["encoder"]
-    )
+        add(name, f"view {target.view}", users, encode, params["encoder"], patches[target.view])
+    z = jax.eval_shape(encode_passes, inputs, patches, params["encoder"])
 
-    def predicted(group: Iterable[int]) -> Callable[..., Any]:
-        return functools.partial(term_losses.predictions, plan, places=tuple(group))
+    def predict(group: Iterable[int]) -> Callable[..., Any]:
+        return functools.partial(predictions.predict_images, plan, indices=tuple(group))
 
-    for group in decoder_groups(plan, params, z, batch):
+    for group in decoder_groups(plan, params, z, inputs):
         reads = ", ".join(dict.fromkeys(describe_pass(plan.terms[i].reads, drops) for i in group))
-        add(
-            "decoder",
-            f"{len(group)} x {reads}" if len(group) > 1 else reads,
-            group,
-            predicted(group),
-            params,
-            z,
-            batch,
-        )
-    for i in plan.pictures:
-        if not isinstance(plan.terms[i].head, DecoderHead):
-            add(
-                describe_head(plan.terms[i]),
-                describe_pass(plan.terms[i].reads, drops),
-                (i,),
-                predicted((i,)),
-                params,
-                z,
-                batch,
-            )
-    if annotated := places(lambda t: isinstance(t.head, PooledHead)):
-        add(
-            "pool",
-            "own tokens of each image",
-            annotated,
-            functools.partial(term_losses.pool_terms, plan),
-            params,
-            z,
-            batch,
-        )
-    if text := plan.where("text"):
-        add(
-            "text tower",
-            "captions",
-            text,
-            functools.partial(m3i.text_embedding, config),
-            params,
-            batch["tokens"],
-            batch["length"],
-        )
+        if len(group) > 1:
+            reads = f"{len(group)} x {reads}"
+        add("decoder", reads, group, predict(group), params, z, inputs)
+    for i in plan.where(*IMAGE_TARGETS):
+        term = plan.terms[i]
+        if not isinstance(term.head, DecoderHead):
+            reads = describe_pass(term.reads, drops)
+            add(describe_head(term), reads, (i,), predict((i,)), params, z, inputs)
+    if pooled := [i for i, t in enumerate(plan.terms) if isinstance(t.head, PooledHead)]:
+        pool = functools.partial(predictions.pool_images, plan)
+        add("pool", "own tokens of each image", pooled, pool, params, z, inputs)
+    if captions := plan.where("text"):
+        encode = functools.partial(text.apply, config.model)
+        tokens = batch["tokens"], batch["length"]
+        add("text tower", "captions", captions, encode, params["text"], *tokens)
     return rows
 
 
-def decoder_groups(plan: Plan, params: Any, z: Any, batch: Any) -> list[list[int]]:
-    """Places of the terms of each decoder call."""
-    found: list[list[int]] = []
-
-    def look(params: Any, z: Any, batch: Any) -> jax.Array:
-        found.extend(
-            term_losses.group_by_shape(
-                term_losses.decoder_inputs(plan, params, z, batch, plan.dense)
-            )
-        )
-        return jnp.zeros(())
-
-    jax.eval_shape(look, params, z, batch)
-    return found
+def decoder_groups(plan: Plan, params: Any, z: Any, inputs: Any) -> list[list[int]]:
+    """Indices of the terms of each decoder call."""
+    shapes = jax.eval_shape(
+        functools.partial(predictions.decoder_inputs, plan, indices=plan.dense), params, z, inputs
+    )
+    return predictions.group_by_shape(shapes)

@@ -171,7 +171,7 @@ def scaling_warnings(config: schema.Config, *, steps: int, warmup: int) -> list[
             "it to the rule (optim.lr=0), raise it, or train longer"
         )
     moved = (1 - o.ema) * steps * (0.5 if o.ema_schedule == "cosine" else 1.0)
-    averages = any(view.encoder == "ema" for view in plan.build_plan(config).views) or (
+    averages = any(view.encoder == "ema" for view in plan.build_plan(config).target_passes) or (
         o.ema_of == "all" and o.ema < 1
     )
     if averages and moved < 1:

@@ -1,14 +1,16 @@
-"""The one train step: a pure function (state, batch) -> (state, metrics), whatever the objective.
+"""The one train step, a pure function (state, batch) -> (state, metrics), whatever the objective.
 
-    targets first, without gradient          z_y = f_EMA(clean views) encoder once, kept as a
-    pullback          z, back = vjp(f_theta, input) each group its loss and its gradients     L_ssp,
-    dz_ssp      L_sp, dz_sp lambda from the statistics so far         lambda = gamma * |dz_ssp| /
-    |dz_sp|                 M3I Eq. 13 one encoder backward                      back(dz_ssp +
-    lambda * dz_sp) the optimizer chain                       balance -> clip -> adamw -> target
+    1. what every pass reads of the batch       views.pass_inputs
+    2. targets, without gradient                z_y = f_EMA(clean views)
+    3. the online encoder once, with pullback   z, pullback = vjp(f_theta, input)
+    4. each group: its loss and gradients       L_ssp, dz_ssp      L_sp, dz_sp
+    5. lambda from the statistics so far        lambda = gamma * |dz_ssp| / |dz_sp|   (M3I Eq. 13)
+    6. one encoder backward                     pullback(dz_ssp + lambda * dz_sp)
+    7. the optimizer chain                      balance -> clip -> adamw -> target
 
 k microbatches of B/k give the result of one batch of B: every loss is divided by the count of the
-whole batch, C is taken over all targets before, the norms are roots of summed squares, and the text
-softmax spans the batch through embeddings computed once more."""
+whole batch, the second moment is taken over all targets before, the norms are roots of summed
+squares, and the text softmax spans the batch through embeddings that are computed once more."""
 
 import functools
 from typing import Any
@@ -19,24 +21,25 @@ import optax
 
 from m3i_jax import parallel
 from m3i_jax.models import m3i
-from m3i_jax.objective import balance, collapse, losses
-from m3i_jax.training import spikes, targets, term_losses, views
-from m3i_jax.training.plan import Plan, TargetKey
+from m3i_jax.objective import balance
+from m3i_jax.training import optimizer, predictions, targets, term_losses, views
+from m3i_jax.training.plan import Plan
+from m3i_jax.training.predictions import Arrays
 from m3i_jax.training.state import State
+from m3i_jax.training.targets import MOMENT as MOMENT
 from m3i_jax.training.targets import TargetFeatures
-from m3i_jax.training.term_losses import Arrays, CachedTextGradients, TargetBundle, TermLosses
-from m3i_jax.training.views import Batch
+from m3i_jax.training.term_losses import CachedTextGradients, TargetBundle, TermLosses
+from m3i_jax.training.views import Batch, Inputs, Patches
 
 Metrics = dict[str, jax.Array]
-# steps in a row that may be skipped because something was not finite; then the run ends
+GROUPS = ("ssp", "sp")
+# the run ends after this many steps in a row that were skipped because a value was not finite
 MOST_NOT_FINITE = 3
-# the one metric that is a matrix: its eigenvalues are worth a look only when a line is written
-MOMENT = "moment"
 
 
-def _microbatches(tree: Any, count: int, pairs: int) -> Any:
-    """[B, ...] -> [k, B/k, ...] in pairs dealt out like cards: each device keeps its rows, and
-    partners stay together on any mesh. Arrays with one row a pair are dealt the same way."""
+def _split_microbatches(tree: Any, count: int, pairs: int) -> Any:
+    """[B, ...] -> [k, B/k, ...]. Pairs are dealt in turn, so that each device keeps its rows and
+    partners stay together on any mesh. Arrays with one row a pair are split in the same way."""
 
     def one(x: jax.Array) -> jax.Array:
         dealt = x.reshape(pairs // count, count, -1, *x.shape[1:]).swapaxes(0, 1)
@@ -45,9 +48,9 @@ def _microbatches(tree: Any, count: int, pairs: int) -> Any:
     return jax.tree.map(one, tree)
 
 
-def _whole(tree: Any, count: int, pairs: int) -> Any:
-    """The inverse: all microbatches as one batch in its order, so that it lies on the devices as
-    the batch does."""
+def _merge_microbatches(tree: Any, count: int, pairs: int) -> Any:
+    """The inverse of `_split_microbatches`: rows in the order and with the sharding of the
+    batch."""
 
     def one(x: jax.Array) -> jax.Array:
         collected = x.reshape(count, pairs // count, -1, *x.shape[2:]).swapaxes(0, 1)
@@ -57,54 +60,48 @@ def _whole(tree: Any, count: int, pairs: int) -> Any:
 
 
 def _cached_text_gradients(
-    plan: Plan, params: Any, batch: Batch, parts: Any
+    plan: Plan,
+    params: Any,
+    batch: Batch,
+    inputs: Inputs,
+    microbatches: tuple[Batch, Inputs, Patches],
 ) -> tuple[TermLosses, CachedTextGradients]:
-    """The text terms over all rows of all microbatches: their costs, and their gradients at every
+    """Costs of the text terms over all rows of all microbatches, and their gradients at every
     embedding."""
 
-    def embed(_: None, part: Any) -> tuple[None, Any]:
-        batch, crops = part
-        vectors = term_losses.pool_terms(
-            plan,
-            params,
-            views.encode_passes(plan.config, plan.passes, batch, crops, params["encoder"]),
-            batch,
-        )
-        return None, term_losses.contrastive_embeddings(plan, params, vectors, batch)
+    def embed(_: None, part: tuple[Batch, Inputs, Patches]) -> tuple[None, Any]:
+        part_batch, part_inputs, patches = part
+        z = views.encode_passes(plan.config, part_inputs, patches, params["encoder"])
+        vectors = predictions.pool_images(plan, params, z, part_inputs)
+        return None, predictions.contrastive_embeddings(plan, params, vectors, part_batch)
 
-    _, (images, captions) = jax.lax.scan(embed, None, parts)
-    count, pairs = parts[0]["mask"].shape[0], batch["mask"].shape[0] // 2
+    _, (images, captions) = jax.lax.scan(embed, None, microbatches)
+    count, pairs = microbatches[0]["mask"].shape[0], batch["mask"].shape[0] // 2
 
     def costs(u: Arrays, v: Arrays, s: Arrays) -> tuple[jax.Array, TermLosses]:
-        out = {i: term_losses.text_losses(plan, {i: u[i]}, v[i], s[i], batch)[i] for i in u}
+        out = {i: term_losses.text_losses(plan, {i: u[i]}, v[i], s[i], batch, inputs)[i] for i in u}
         return sum((cost.sum for cost in out.values()), jnp.zeros(())), out
 
-    u, v = _whole((images, captions), count, pairs)
+    u, v = _merge_microbatches((images, captions), count, pairs)
     (_, value), (du, dv, ds) = jax.value_and_grad(costs, (0, 1, 2), has_aux=True)(
         u, dict.fromkeys(u, v), dict.fromkeys(u, params["logit_scale"])
     )
-    du, dv = _microbatches((du, dv), count, pairs)
-    return value, CachedTextGradients(
-        images=du,
-        captions=dv,
-        log_scale=jax.tree.map(lambda x: jnp.broadcast_to(x / count, (count,)), ds),
-    )
+    du, dv = _split_microbatches((du, dv), count, pairs)
+    log_scale = jax.tree.map(lambda x: jnp.broadcast_to(x / count, (count,)), ds)
+    return value, CachedTextGradients(images=du, captions=dv, log_scale=log_scale)
 
 
-def _encoded(plan: Plan, params: Any, batch: Batch, crops: Any) -> tuple[Any, Any]:
+def _encode(plan: Plan, params: Any, inputs: Inputs, patches: Patches) -> tuple[Any, Any]:
     """(features of every pass, their pullback to the encoder's parameters)."""
-    return jax.vjp(
-        functools.partial(views.encode_passes, plan.config, plan.passes, batch, crops),
-        params["encoder"],
-    )
+    encode = functools.partial(views.encode_passes, plan.config, inputs, patches)
+    return jax.vjp(encode, params["encoder"])
 
 
 def _views_and_targets(
     plan: Plan, teachers: dict[str, Any], batch: Batch
-) -> tuple[dict[int, jax.Array], TargetFeatures]:
-    """(patches of every view, goals)."""
-    crops = views.augmented_patches(plan.config, batch, plan.crops, exact=plan.exact)
-    return crops, targets.target_features(plan, teachers, crops)
+) -> tuple[Patches, TargetFeatures]:
+    patches = views.augmented_patches(plan.config, batch, plan.views, exact=plan.exact)
+    return patches, targets.target_features(plan, teachers, patches)
 
 
 def objective_gradients(
@@ -112,152 +109,86 @@ def objective_gradients(
 ) -> tuple[Any, Metrics, tuple[jax.Array, jax.Array]]:
     """Gradients of L_ssp + weight * L_sp with one encoder backward.
 
-    Args: plan: the terms and their settings. params: the parameter tree; `params["encoder"]` is
-      f_theta, all else are heads. teachers: {"ema": tree, "frozen": tree} of the target encoders,
-      as of `m3i.target_parts`; "shared" is made here. batch: one global batch, leading axis B.
-      weight: lambda, a scalar that is a constant here.
+    Args:
+      plan: the terms and their settings.
+      params: the parameter tree; `params["encoder"]` is f_theta, the others are heads.
+      teachers: {"ema": tree, "frozen": tree} of the target encoders, as of `m3i.target_parts`;
+        "shared" is added here.
+      batch: one global batch, leading axis B.
+      weight: lambda, a scalar without gradient.
 
     Returns:
       (gradients like params, metrics, (norm of dL_ssp/dz, norm of dL_sp/dz)).
     """
     config, heads = plan.config, {k: v for k, v in params.items() if k != "encoder"}
-    count = config.train.microbatches
-    teachers = {
-        **teachers,
-        "shared": jax.lax.stop_gradient(m3i.target_parts(config, plan.terms, params)),
-    }
-    tally, factors = term_losses.loss_weights(plan, batch)
+    count, size = config.train.microbatches, batch["mask"].shape[0]
+    teachers = teachers | _shared_encoder(plan, params)
+    inputs = views.pass_inputs(config, plan.passes, batch)
+    counts, weights = term_losses.loss_weights(plan, inputs)
+    views_and_targets = functools.partial(_views_and_targets, plan, teachers)
 
-    look = functools.partial(_views_and_targets, plan, teachers)
-
-    def contribute(
+    def microbatch_grads(
         batch: Batch,
-        crops: Any,
-        goals: TargetFeatures,
-        index: Any,
+        inputs: Inputs,
+        patches: Patches,
+        rows: TargetFeatures,
         cached: CachedTextGradients | None,
     ) -> tuple[Any, Any]:
-        seen = TargetBundle(goals=goals, keys=keys, index=index, moments=moments)
-        z, back = _encoded(plan, params, batch, crops)
-        group = functools.partial(
-            term_losses.group_loss, plan, factors=factors, batch=batch, seen=seen, cached=cached
-        )
-        (_, costs_ssp), (h_ssp, z_ssp) = jax.value_and_grad(group("ssp"), (0, 1), has_aux=True)(
-            heads, z
-        )
-        (_, costs_sp), (h_sp, z_sp) = jax.value_and_grad(group("sp"), (0, 1), has_aux=True)(
-            heads, z
-        )
-        blend = functools.partial(
+        z, pullback = _encode(plan, params, inputs, patches)
+        bundle = TargetBundle(rows=rows, batch=features, moments=moments)
+        costs: TermLosses = {}
+        grads = []
+        for group in GROUPS:
+            loss = term_losses.group_loss(
+                plan,
+                group,
+                weights=weights,
+                batch=batch,
+                inputs=inputs,
+                bundle=bundle,
+                cached=cached,
+            )
+            (_, group_costs), grad = jax.value_and_grad(loss, (0, 1), has_aux=True)(heads, z)
+            costs |= group_costs
+            grads.append(grad)
+        add_weighted = functools.partial(
             jax.tree.map, lambda a, b: (a.astype(jnp.float32) + weight * b).astype(a.dtype)
         )
-        (encoder,) = back(blend(z_ssp, z_sp))
+        (heads_ssp, z_ssp), (heads_sp, z_sp) = grads
+        (encoder,) = pullback(add_weighted(z_ssp, z_sp))
         squares = tuple(jnp.square(balance.feature_norm(g)) for g in (z_ssp, z_sp))
-        return {"encoder": encoder, **blend(h_ssp, h_sp)}, (costs_ssp | costs_sp, squares)
+        return {"encoder": encoder, **add_weighted(heads_ssp, heads_sp)}, (costs, squares)
 
     if count == 1:
-        crops, goals = look(batch)
-        keys, moments = goals, targets.target_moments(plan, goals)
-        grads, (costs, squares) = contribute(batch, crops, goals, None, None)
+        patches, features = views_and_targets(batch)
+        moments = targets.target_moments(plan, features)
+        grads, (costs, squares) = microbatch_grads(batch, inputs, patches, features, None)
     else:
-        size = batch["mask"].shape[0]
-        parts, rows = _microbatches((batch, jnp.arange(size)), count, size // 2)
-        crops, goals = jax.lax.map(look, parts)
-        keys = _whole(goals, count, size // 2)
-        moments = targets.target_moments(plan, keys)
-        whole: TermLosses = {}
+        parts, part_inputs = _split_microbatches((batch, inputs), count, size // 2)
+        patches, rows = jax.lax.map(views_and_targets, parts)
+        features = _merge_microbatches(rows, count, size // 2)
+        moments = targets.target_moments(plan, features)
+        text_costs: TermLosses = {}
         cached = None
         if plan.where("text") and config.objective.text_softmax == "batch":
-            whole, cached = _cached_text_gradients(plan, params, batch, (parts, crops))
+            text_costs, cached = _cached_text_gradients(
+                plan, params, batch, inputs, (parts, part_inputs, patches)
+            )
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, contribute(*part)), None
+            return jax.tree.map(jnp.add, total, microbatch_grads(*part)), None
 
-        xs = (parts, crops, goals, rows, cached)
-        first = jax.tree.map(
+        xs = (parts, part_inputs, patches, rows, cached)
+        zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(contribute, *jax.tree.map(lambda x: x[0], xs)),
+            jax.eval_shape(microbatch_grads, *jax.tree.map(lambda x: x[0], xs)),
         )
-        (grads, (costs, squares)), _ = jax.lax.scan(add, first, xs)
-        costs |= whole
+        (grads, (costs, squares)), _ = jax.lax.scan(add, zeros, xs)
+        costs |= text_costs
 
-    metrics = _losses(plan, costs, tally, factors) | _monitors(plan, keys, moments)
+    metrics = term_losses.loss_metrics(plan, costs, counts, weights)
+    metrics |= targets.target_metrics(plan, features, moments)
     return grads, metrics, (jnp.sqrt(squares[0]), jnp.sqrt(squares[1]))
-
-
-def views_and_targets(
-    plan: Plan, state: State, batch: Batch
-) -> tuple[dict[int, jax.Array], TargetFeatures]:
-    """(patches of every view, goals) of a batch: what with microbatches is made of all of them
-    before the first is learned from."""
-    shared = {
-        "shared": jax.lax.stop_gradient(m3i.target_parts(plan.config, plan.terms, state.params))
-    }
-    return _views_and_targets(
-        plan,
-        target_encoders(state) | shared,
-        views.with_mixup_draws(plan.config, plan.passes, batch),
-    )
-
-
-def loss_pullbacks(plan: Plan, state: State, batch: Batch) -> tuple[Any, list[Any]]:
-    """(that of the encoder, those of each group of losses) for a batch that is one microbatch, as
-    trees of the arrays that they keep: what lives from the forward pass to the backward is the
-    first and one of the others."""
-    crops, goals = views_and_targets(plan, state, batch)
-    batch = views.with_mixup_draws(plan.config, plan.passes, batch)
-    heads = {k: v for k, v in state.params.items() if k != "encoder"}
-    seen = TargetBundle(
-        goals=goals, keys=goals, index=None, moments=targets.target_moments(plan, goals)
-    )
-    z, back = _encoded(plan, state.params, batch, crops)
-    _, factors = term_losses.loss_weights(plan, batch)
-    group = functools.partial(
-        term_losses.group_loss, plan, factors=factors, batch=batch, seen=seen, cached=None
-    )
-    return back, [jax.vjp(group(name), heads, z, has_aux=True)[1] for name in ("ssp", "sp")]
-
-
-def _losses(
-    plan: Plan, costs: TermLosses, tally: list[jax.Array], factors: list[jax.Array]
-) -> Metrics:
-    """loss/<group>, loss/<name>, info/<name> in bits a prediction, and the monitors of pooled
-    targets."""
-    out: Metrics = {}
-    for group in ("ssp", "sp"):
-        if mine := [i for i, t in enumerate(plan.terms) if t.group == group]:
-            out[f"loss/{group}"] = sum((factors[i] * costs[i].sum for i in mine), jnp.zeros(()))
-    for name in dict.fromkeys(t.name for t in plan.terms):
-        mine = [i for i, t in enumerate(plan.terms) if t.name == name]
-        count = jnp.maximum(sum(tally[i] for i in mine), 1)
-        out[f"loss/{name}"] = sum((costs[i].sum for i in mine), jnp.zeros(())) / count
-        evidence = jax.tree.map(lambda *x: sum(x[1:], x[0]), *(costs[i].evidence for i in mine))
-        for monitor in ("alignment", "uniformity"):
-            if monitor in evidence:
-                key = f"collapse/{monitor}"
-                out[f"{key}/{name}" if key in out else key] = evidence.pop(monitor) / count
-        bits = plan.terms[mine[0]].posterior.bits(evidence, count)
-        if bits is not None:
-            out[f"info/{name}"] = bits
-    return out
-
-
-def _monitors(plan: Plan, goals: TargetFeatures, moments: dict[TargetKey, jax.Array]) -> Metrics:
-    """Of the first learned target: standard deviation, share of its energy that varies, and the
-    moment itself."""
-    for goal in plan.goals:
-        if targets.moment_key(goal) in moments and goal.target.learned:
-            rows, moment = (
-                goals[goal].reshape(-1, goals[goal].shape[-1]),
-                moments[targets.moment_key(goal)],
-            )
-            mean_D = losses.layer_normalize(rows).mean(0)
-            return {
-                "collapse/target_std": collapse.target_std(rows),
-                "collapse/spread": collapse.centered_energy(mean_D, moment),
-                MOMENT: moment,
-            }
-    return {}
 
 
 def target_encoders(state: State) -> dict[str, Any]:
@@ -266,35 +197,69 @@ def target_encoders(state: State) -> dict[str, Any]:
     return out | ({"frozen": state.opt["frozen"].params} if "frozen" in state.opt else {})
 
 
+def _shared_encoder(plan: Plan, params: Any) -> dict[str, Any]:
+    """The online encoder as a target encoder, without gradient."""
+    parts = m3i.target_parts(plan.config, plan.terms, params)
+    return {"shared": jax.lax.stop_gradient(parts)}
+
+
+def views_and_targets(plan: Plan, state: State, batch: Batch) -> tuple[Patches, TargetFeatures]:
+    """(patches of every view, targets) of a batch. With microbatches, those of all of them are
+    computed before the first gradient."""
+    teachers = target_encoders(state) | _shared_encoder(plan, state.params)
+    return _views_and_targets(plan, teachers, batch)
+
+
+def loss_pullbacks(plan: Plan, state: State, batch: Batch) -> tuple[Any, list[Any]]:
+    """(pullback of the encoder, [pullback of each group's loss]) of a batch that is one
+    microbatch, as trees of the arrays that they keep. The first and one of the others live from the
+    forward pass to the backward."""
+    patches, features = views_and_targets(plan, state, batch)
+    inputs = views.pass_inputs(plan.config, plan.passes, batch)
+    moments = targets.target_moments(plan, features)
+    z, pullback = _encode(plan, state.params, inputs, patches)
+    group_loss = functools.partial(
+        term_losses.group_loss,
+        plan,
+        weights=term_losses.loss_weights(plan, inputs)[1],
+        batch=batch,
+        inputs=inputs,
+        bundle=TargetBundle(rows=features, batch=features, moments=moments),
+        cached=None,
+    )
+    heads = {k: v for k, v in state.params.items() if k != "encoder"}
+    return pullback, [jax.vjp(group_loss(g), heads, z, has_aux=True)[1] for g in GROUPS]
+
+
 def gradients_of(
     plan: Plan, state: State, batch: Batch
 ) -> tuple[Any, Metrics, tuple[jax.Array, jax.Array], jax.Array]:
     """(gradients, metrics, norms, lambda) of a state, with lambda from its statistics so far."""
     settings = plan.config.objective
-    batch = views.with_mixup_draws(plan.config, plan.passes, batch)
-    lam = jnp.asarray(settings.gamma, jnp.float32)
+    weight = jnp.asarray(settings.gamma, jnp.float32)
     if settings.weighting == "dynamic":
-        lam = balance.balance_weight(
+        weight = balance.balance_weight(
             state.opt["balance"],
             gamma=settings.gamma,
             limits=(settings.balance_range[0], settings.balance_range[1]),
         )
-    return *objective_gradients(plan, state.params, target_encoders(state), batch, lam), lam
+    teachers = target_encoders(state)
+    return *objective_gradients(plan, state.params, teachers, batch, weight), weight
 
 
 def train_step(
     plan: Plan, tx: optax.GradientTransformationExtraArgs, state: State, batch: Batch
 ) -> tuple[State, Metrics]:
-    """One optimizer step on one global batch. A step whose loss or gradient is not finite, or a
-    spike that is to be skipped, changes nothing but `step`, and says so."""
-    grads, metrics, norms, lam = gradients_of(plan, state, batch)
+    """One optimizer step on one global batch. A step whose loss or gradient is not finite, or that
+    is a spike to skip, changes only `step` and is counted in the metrics."""
+    grads, metrics, norms, weight = gradients_of(plan, state, batch)
     updates, opt = tx.update(grads, state.opt, state.params, feature_grad_norms=norms)
     params = optax.apply_updates(state.params, updates)
 
-    loss = metrics.get("loss/ssp", jnp.zeros(())) + lam * metrics.get("loss/sp", jnp.zeros(()))
+    loss = metrics.get("loss/ssp", jnp.zeros(())) + weight * metrics.get("loss/sp", jnp.zeros(()))
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    (params, opt), skipped = spikes.skip_update(
+    (params, opt), skipped = optimizer.skip_update(
         (state.params, state.opt),
         (params, opt),
         loss,
@@ -303,43 +268,10 @@ def train_step(
         plan.config.optim.skip_spikes,
     )
     metrics |= {
-        "loss": loss, "grad_norm": grad_norm, "balance/lambda": lam, "balance/ssp_norm": norms[0], "balance/sp_norm": norms[1],
-    } | skipped  # fmt: skip
-    return State(step=state.step + 1, params=params, opt=opt), metrics
-
-
-def panel_outputs(plan: Plan, state: State, batch: Batch) -> dict[str, jax.Array]:
-    """What a panel shows of a batch: the input of the first pass, and for every dense term the
-    predicted features beside their target; predicted pixels as an image, with the mean and
-    deviation of the true patch."""
-    config = plan.config
-    batch = views.with_mixup_draws(config, plan.passes, batch)
-    trees = target_encoders(state) | {"shared": m3i.target_parts(config, plan.terms, state.params)}
-    crops = views.augmented_patches(config, batch, plan.crops, exact=plan.exact)
-    goals = targets.target_features(plan, trees, crops)
-    first = plan.passes[0]
-    out = {
-        "input": views.encoder_input(config, first, 0, batch, crops)["patches"],
-        "input_view": views.image_rows(config, first, "own", crops[first.crop]),
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "balance/lambda": weight,
+        "balance/ssp_norm": norms[0],
+        "balance/sp_norm": norms[1],
     }
-    places = tuple(i for i in plan.dense if plan.terms[i].target.encoder != "online")
-    z = views.encode_passes(config, plan.passes, batch, crops, state.params["encoder"])
-    for i, prediction in term_losses.predictions(plan, state.params, z, batch, places).items():
-        term = plan.terms[i]
-        assert term.target.crop is not None
-        goal = term_losses.rows_of_image(plan, term, goals[plan.goal(term)]).astype(jnp.float32)
-        target = targets.normalize_target(term, goal)
-        if term_losses.predicts_hidden_only(term):  # what the input shows need not be predicted
-            cells = term_losses.hidden_index(plan, term, batch)
-            prediction = target.at[jnp.arange(cells.shape[0])[:, None], cells].set(
-                prediction.astype(target.dtype)
-            )
-        out[f"{term.name}/view"] = term_losses.rows_of_image(plan, term, crops[term.target.crop])
-        if term.target.of == "pixels":
-            out[f"{term.name}/picture"] = prediction * goal.std(
-                -1, ddof=1, keepdims=True
-            ) + goal.mean(-1, keepdims=True)
-        else:
-            out[f"{term.name}/prediction"] = prediction.astype(jnp.float32)
-            out[f"{term.name}/target"] = target
-    return out
+    return State(step=state.step + 1, params=params, opt=opt), metrics | skipped

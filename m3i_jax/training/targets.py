@@ -1,6 +1,6 @@
-"""Target representations of a step, computed first and without gradient (M3I section 3.4): clean
-views through the target encoders, each view once, and what a term makes of them: pixels, tokens, a
-pooled vector, a projection."""
+"""Target representations of a step, computed first and without gradient (M3I section 3.4): the
+target encoders read clean views, each view once; a term compares pixels, tokens, a pooled vector or
+a projection of them."""
 
 import dataclasses
 from typing import Any
@@ -8,18 +8,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m3i_jax.models import m3i
-from m3i_jax.objective import losses
+from m3i_jax.models import decoder, heads, m3i
+from m3i_jax.objective import collapse, losses
 from m3i_jax.objective.terms import ProjectionHead, Term
 from m3i_jax.training.plan import Plan, TargetKey, TargetPass, target_pass
+from m3i_jax.training.views import Patches
 
 TargetFeatures = dict[TargetKey, jax.Array]
+# the one metric that is a matrix; its eigenvalues are computed only when a log line is written
+MOMENT = "moment"
 
 
-def stack_rows(parts: list[jax.Array]) -> jax.Array:
-    """[B, ...] arrays as one [B * R, ...] in which those of an input lie side by side: the batch
-    stays sharded as it was."""
-    stacked = jnp.stack(parts, 1)
+def stack_rows(arrays: list[jax.Array]) -> jax.Array:
+    """r arrays [B, ...] as one [B * r, ...], those of one row side by side, so that the sharding of
+    the batch stays."""
+    stacked = jnp.stack(arrays, 1)
     return stacked.reshape(-1, *stacked.shape[2:])
 
 
@@ -30,44 +33,49 @@ def unstack_rows(x_BRx: jax.Array, count: int) -> list[jax.Array]:
 
 
 def encode_targets(
-    plan: Plan, teachers: dict[str, Any], crops: dict[int, jax.Array]
+    plan: Plan, teachers: dict[str, Any], patches: Patches
 ) -> dict[TargetPass, jax.Array]:
-    """Tokens [B, T, D] of every target view, cls first; one call of a target encoder for all views
-    it reads in one way."""
+    """Tokens [B, T, D] of every target pass, cls first; one call for all views that an encoder
+    reads in one way."""
     out: dict[TargetPass, jax.Array] = {}
-    for kind in sorted({(v.encoder, v.blocks) for v in plan.views}):
-        mine = [v for v in plan.views if (v.encoder, v.blocks) == kind]
-        stacked = stack_rows([crops[v.crop] for v in mine])
+    for encoder, blocks in sorted({(p.encoder, p.blocks) for p in plan.target_passes}):
+        group = [p for p in plan.target_passes if (p.encoder, p.blocks) == (encoder, blocks)]
         z = m3i.encode(
             plan.config,
-            teachers[kind[0]]["encoder"],
-            stacked,
-            blocks=min(kind[1], plan.config.model.encoder.depth),
+            teachers[encoder]["encoder"],
+            stack_rows([patches[p.view] for p in group]),
+            blocks=min(blocks, plan.config.model.encoder.depth),
         )
-        out |= dict(zip(mine, unstack_rows(jax.lax.stop_gradient(z), len(mine)), strict=True))
+        out |= dict(zip(group, unstack_rows(jax.lax.stop_gradient(z), len(group)), strict=True))
     return out
 
 
-def project_target(plan: Plan, tree: Any, space: Any, z_BxTxD: jax.Array) -> jax.Array:
-    """Features in the space where a term compares them: [B, N, D] of dense terms, [B, D] of pooled
-    ones."""
-    first = int(plan.config.model.encoder.cls_token)
+def project_target(plan: Plan, params: Any, space: Any, z_BxTxD: jax.Array) -> jax.Array:
+    """Target features in the space of a key: [B, N, D] of dense terms, [B, D] of pooled ones.
+
+    Args:
+      plan: of the run.
+      params: the tree of the target encoder.
+      space: of a `TargetKey`.
+      z_BxTxD: features of a clean view, cls first.
+    """
+    first, model = int(plan.config.model.encoder.cls_token), plan.config.model
     if space is None:
         return z_BxTxD[:, first:]
     if isinstance(space, ProjectionHead):
-        return m3i.project(
-            plan.config,
-            tree.get("heads", {space.name: {}}),
+        return heads.apply_projector(
+            model,
+            params.get("heads", {}).get(space.name, {}),
             space,
-            pool_target(plan, space, z_BxTxD[:, first:], z_BxTxD[:, 0]),
+            pool_tokens(space, z_BxTxD[:, first:], z_BxTxD[:, 0]),
         )
-    return m3i.target_projection(plan.config, tree["decoder"], z_BxTxD)[:, first:]
+    return decoder.project_targets(model, params["decoder"], z_BxTxD)[:, first:]
 
 
-def pool_target(
-    plan: Plan, space: ProjectionHead, tokens_RxKxD: jax.Array, cls_RxD: jax.Array | None
+def pool_tokens(
+    space: ProjectionHead, tokens_RxKxD: jax.Array, cls_RxD: jax.Array | None
 ) -> jax.Array:
-    """What a projection projects: the mean of the tokens, cls, or every token by itself."""
+    """The input of a projection: the mean of the tokens, cls, or every token by itself."""
     if space.pool == "none":
         return tokens_RxKxD
     if space.pool == "cls" and cls_RxD is not None:
@@ -75,45 +83,59 @@ def pool_target(
     return tokens_RxKxD.astype(jnp.float32).mean(1)
 
 
-def target_features(
-    plan: Plan, teachers: dict[str, Any], crops: dict[int, jax.Array]
-) -> TargetFeatures:
-    """Every goal of the plan, [B, N, D] or [B, D], without gradient."""
-    seen = encode_targets(plan, teachers, crops)
+def target_features(plan: Plan, teachers: dict[str, Any], patches: Patches) -> TargetFeatures:
+    """Every target of the plan that needs no online pass, [B, N, D] or [B, D], without gradient."""
+    encoded = encode_targets(plan, teachers, patches)
     out: TargetFeatures = {}
-    for goal in plan.goals:
-        if goal.target.of == "pixels":
-            out[goal] = crops[goal.target.crop]  # type: ignore[index]  # pixels always name a crop
+    for key in plan.target_keys:
+        if key.target.of == "pixels":
+            assert key.target.view is not None
+            out[key] = patches[key.target.view]
         else:
-            out[goal] = jax.lax.stop_gradient(
-                project_target(
-                    plan, teachers[goal.target.encoder], goal.space, seen[target_pass(goal.target)]
-                )
-            )
+            tree, z = teachers[key.target.encoder], encoded[target_pass(key.target)]
+            out[key] = jax.lax.stop_gradient(project_target(plan, tree, key.space, z))
     return out
 
 
-def normalize_target(term: Term, goal: jax.Array) -> jax.Array:
-    """A goal as the posterior of a term compares it: pixels by patch, features as the form wants
-    them; float32."""
+def normalize_target(term: Term, target: jax.Array) -> jax.Array:
+    """A target as the posterior of a term compares it, float32: pixels normalised by patch,
+    features prepared by the posterior."""
     if term.target.of == "pixels":
-        return losses.patch_normalize(goal)
-    return term.posterior.prepare(goal)
+        return losses.patch_normalize(target)
+    return term.posterior.prepare(target)
 
 
-def moment_key(goal: TargetKey) -> TargetKey:
-    """What goals have in common whose features one encoder makes in one space, whatever the view:
-    those share a second moment."""
-    return goal._replace(target=dataclasses.replace(goal.target, crop=0))
+def moment_key(key: TargetKey) -> TargetKey:
+    """The key of a second moment: targets of one encoder in one space share it, whatever the
+    view."""
+    return key._replace(target=dataclasses.replace(key.target, view=0))
 
 
-def target_moments(plan: Plan, found: TargetFeatures) -> dict[TargetKey, jax.Array]:
-    """Second moment C [D, D] of the learned targets of each kind, over all their tokens and views
-    of the batch together."""
+def target_moments(plan: Plan, features: TargetFeatures) -> dict[TargetKey, jax.Array]:
+    """Second moment C [D, D] of the learned targets of each kind, over all tokens and views of the
+    batch."""
     out: dict[TargetKey, list[jax.Array]] = {}
-    # in the order of the terms: what comes out of a compiled loop is sorted
-    for goal in plan.goals:
-        if goal.target.learned and (goal.space in (None, "decoder") or not out):
-            rows = losses.layer_normalize(found[goal].reshape(-1, found[goal].shape[-1]))
-            out.setdefault(moment_key(goal), []).append(losses.second_moment(rows))
-    return {goal: sum(each[1:], each[0]) / len(each) for goal, each in out.items()}
+    # in the order of the terms: a dict that leaves a compiled loop is sorted
+    for key in plan.target_keys:
+        if key.target.learned and (key.space in (None, "decoder") or not out):
+            rows = losses.layer_normalize(features[key].reshape(-1, features[key].shape[-1]))
+            out.setdefault(moment_key(key), []).append(losses.second_moment(rows))
+    return {key: sum(each[1:], each[0]) / len(each) for key, each in out.items()}
+
+
+def target_metrics(
+    plan: Plan, features: TargetFeatures, moments: dict[TargetKey, jax.Array]
+) -> dict[str, jax.Array]:
+    """Collapse monitors of the first learned target: its standard deviation, the share of its
+    energy that varies between tokens, and the second moment itself."""
+    for key in plan.target_keys:
+        if moment_key(key) in moments and key.target.learned:
+            rows = features[key].reshape(-1, features[key].shape[-1])
+            moment = moments[moment_key(key)]
+            mean_D = losses.layer_normalize(rows).mean(0)
+            return {
+                "collapse/target_std": collapse.target_std(rows),
+                "collapse/spread": collapse.centered_energy(mean_D, moment),
+                MOMENT: moment,
+            }
+    return {}

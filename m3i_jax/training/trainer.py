@@ -1,5 +1,5 @@
-"""What a run is made of before its first step: shapes, shardings, the initial state and the
-compiled functions."""
+"""What a run needs before its first step: its length, shapes, shardings, initial state and compiled
+functions."""
 
 import dataclasses
 import functools
@@ -14,7 +14,9 @@ from m3i_jax import parallel, schema
 from m3i_jax.errors import DoesNotFit, UserError
 from m3i_jax.models import m3i
 from m3i_jax.setting_limits import INT32
-from m3i_jax.training import checkpoint, init_from, optimizer, plan, scaling, state, step
+from m3i_jax.training import checkpoint, init_from, optimizer, panel, scaling, step
+from m3i_jax.training.plan import Plan, build_plan
+from m3i_jax.training.state import State, create
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,13 +29,13 @@ class RunLength:
 
 
 def run_length(config: schema.Config) -> RunLength:
-    """Steps of a run, defined here and nowhere else.
+    """The optimizer steps of a completed configuration.
 
     Raises:
-      UserError: if an epoch has no full batch.
+      UserError: if an epoch has no full batch, or the warm-up is longer than the run.
 
     >>> run_length(schema.Config(data=schema.Data(size=1_281_167)))
-    Length(steps_per_epoch=312, steps=499200, warmup=12480)
+    RunLength(steps_per_epoch=312, steps=499200, warmup=12480)
     """
     size, batch, t, o = config.data.size, config.train.batch_size, config.train, config.optim
     per_epoch = size // batch
@@ -69,165 +71,169 @@ class Trainer:
       open is filled in (`scaling.fill_open_settings`).
       mesh: devices.
       vocabulary: entries of the tokenizer, 0 without captions.
+      plan: of this configuration; None: built here.
     """
 
-    def __init__(self, config: schema.Config, mesh: jax.sharding.Mesh, vocabulary: int):
-        config = scaling.fill_open_settings(config)
-        self.config, self.mesh, self.plan, self.length = (
-            config,
-            mesh,
-            plan.build_plan(config),
-            run_length(config),
-        )
-        self.vocabulary = vocabulary
-        self.tx = optimizer.build_optimizer(
-            config, self.plan.terms, steps=self.length.steps, warmup=self.length.warmup
-        )
-        self.momentum = optimizer.ema_momentum(config.optim, steps=self.length.steps)
-        self.learning_rate = optimizer.lr_schedule(
-            config.optim, steps=self.length.steps, warmup=self.length.warmup
-        )
-        uses = {t.target.of for t in self.plan.terms}
-        make = functools.partial(
-            m3i.init,
-            config,
-            terms=self.plan.terms,
-            classes=config.data.classes if "category" in uses else 0,
-            vocabulary=vocabulary if "text" in uses else 0,
-        )
-        self._params = lambda: make(rng=jax.random.key(config.seed))
-        self._create = lambda: state.create(self._params(), self.tx)
+    def __init__(
+        self,
+        config: schema.Config,
+        mesh: jax.sharding.Mesh,
+        vocabulary: int,
+        plan: Plan | None = None,
+    ):
+        filled = scaling.fill_open_settings(config)
+        # A plan of other settings is not that of this run.
+        self.plan = plan if plan and plan.config == filled else build_plan(filled)
+        config = filled
+        self.config, self.mesh, self.vocabulary = config, mesh, vocabulary
+        self.length = run_length(config)
+        steps, warmup = self.length.steps, self.length.warmup
+        self.tx = optimizer.build_optimizer(config, self.plan.terms, steps=steps, warmup=warmup)
+        self.momentum = optimizer.ema_momentum(config.optim, steps=steps)
+        self.learning_rate = optimizer.lr_schedule(config.optim, steps=steps, warmup=warmup)
         self.template = jax.eval_shape(self._create)
         self.shardings = parallel.tree_shardings(mesh, self.template)
-        whole = parallel.replicated(mesh)
+        replicated = parallel.replicated(mesh)
         self._step = parallel.Program(
             functools.partial(step.train_step, self.plan, self.tx),
             name="train_step",
             in_shardings=(self.shardings, parallel.data_sharding(mesh)),
-            out_shardings=(self.shardings, whole),
+            out_shardings=(self.shardings, replicated),
             donate_argnums=0,
         )
-        self._look = parallel.Program(
-            functools.partial(step.panel_outputs, self.plan),
-            name="look_inside",
-            out_shardings=whole,
+        self._panel = parallel.Program(
+            functools.partial(panel.panel_outputs, self.plan),
+            name="panel",
+            out_shardings=replicated,
         )
 
-    def check_room(self) -> None:
-        """Refuse a state that the devices cannot hold, before anything of it is made or read. What
-        a step needs beside it is not judged: --mode=compile knows that.
+    def _params(self) -> Any:
+        return m3i.init(
+            self.config,
+            terms=self.plan.terms,
+            classes=self.config.data.classes if self.plan.where("category") else 0,
+            vocabulary=self.vocabulary if self.plan.where("text") else 0,
+            rng=jax.random.key(self.config.seed),
+        )
+
+    def _create(self) -> State:
+        return create(self._params(), self.tx)
+
+    def check_state_fits(self) -> None:
+        """Refuse a state that the devices cannot hold, before any of it is allocated or read. The
+        memory of a step beside the state is not checked; --mode=compile does that.
 
         Raises:
-          DoesNotFit: says what it needs, what there is and what would do.
+          DoesNotFit: with the memory needed, the memory available, and a way out.
         """
-        need, room = (
-            parallel.bytes_per_device(self.template, self.shardings),
-            parallel.device_memory(self.mesh),
-        )
-        if need <= room:
+        needed = parallel.bytes_per_device(self.template, self.shardings)
+        available = parallel.device_memory(self.mesh)
+        if needed <= available:
             return
-        devices, whole = (
-            self.mesh.devices.size,
-            sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.template)),
-        )
-        wanted = -(-whole // max(int(room), 1))
+        devices = self.mesh.devices.size
+        leaves = jax.tree.leaves(self.template)
+        total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        enough = -(-total // max(int(available), 1))
         way = (
             "config.parallel.mesh=(1,-1,1) splits it over all of them"
-            if whole < devices * room
-            else f"it needs {wanted:,} or more of them"
+            if total < devices * available
+            else f"it needs {enough:,} or more of them"
         )
-        all_, each, there = (f"{size / 2**30:,.1f} GiB" for size in (whole, need, room))
+        all_, each, limit = (f"{size / 2**30:,.1f} GiB" for size in (total, needed, available))
         raise DoesNotFit(
             f"config.parallel.mesh: the state (parameters, moments and target, {all_} in all) takes"
             f" {each} of each of the {devices} {self.mesh.devices.flat[0].platform} device(s),"
-            f" which have {there}; {way}, or use a smaller model; --mode=compile --suggest knows"
+            f" which have {limit}; {way}, or use a smaller model; --mode=compile --suggest lists"
             " what fits"
         )
 
-    def init(self, say: Callable[[str], None] = print) -> state.State:
-        """The state at step 0, made where it will live: no device ever holds more than its share.
-        What `init_from` names is in it, in the momentum target too, and `say` gets the account of
+    def init(self, log: Callable[[str], None] = print) -> State:
+        """The state at step 0, created with its shardings, so that no device holds more than its
+        share. It includes what `init_from` names, also in the EMA target; `log` gets the report of
         it."""
         if self.config.init_from:
             params = parallel.Program(
                 self._params, name="init", out_shardings=self.shardings.params
             )()
-            params = init_from.initialize_from(self.config, params, self.shardings.params, say)
-            made = parallel.Program(
-                lambda params: state.create(params, self.tx),
+            params = init_from.initialize_from(self.config, params, self.shardings.params, log)
+            state = parallel.Program(
+                lambda params: create(params, self.tx),
                 name="init",
                 out_shardings=self.shardings,
             )(params)
         else:
-            made = parallel.Program(self._create, name="init", out_shardings=self.shardings)()
-        if "frozen" not in made.opt:
-            return made
-        frozen, layout = made.opt["frozen"], self.shardings.opt["frozen"].params["encoder"]
+            state = parallel.Program(self._create, name="init", out_shardings=self.shardings)()
+        if "frozen" not in state.opt:
+            return state
+        frozen, layout = state.opt["frozen"], self.shardings.opt["frozen"].params["encoder"]
         teacher = checkpoint.load_encoder(
             self.config.objective.target_checkpoint, self.template.params["encoder"], layout
         )
-        opt = made.opt.copy()  # of its own kind: to JAX another mapping is another tree
+        opt = state.opt.copy()  # keeps its type: to JAX another mapping type is another tree
         opt["frozen"] = frozen._replace(params={**frozen.params, "encoder": teacher})
-        return made.replace(opt=opt)
+        return state.replace(opt=opt)
 
-    def step(
-        self, current: state.State, batch: dict[str, jax.Array]
-    ) -> tuple[state.State, dict[str, jax.Array]]:
-        """One step; `current` is donated. Returns at once, the device works on."""
+    def step(self, state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
+        """One step; `state` is donated. Returns at once, while the device computes."""
         with jax.set_mesh(self.mesh):
-            return self._step(current, batch)
+            return self._step(state, batch)
 
     def lower(self, batch: dict[str, jax.ShapeDtypeStruct]) -> Any:
-        """The lowered step for counting and ahead-of-time compilation."""
-        # no constant is put on devices that may not be there
+        """The lowered step, for counting and ahead-of-time compilation."""
+        # an abstract mesh: no constant is placed on devices that may not exist
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             return self._step.lower(self.template, batch)
 
-    def residuals(self, batch: dict[str, jax.ShapeDtypeStruct]) -> float:
+    def residual_bytes(self, batch: dict[str, jax.ShapeDtypeStruct]) -> float:
         """Bytes that live from the forward pass to the backward, counted on the traced program:
-        what the encoder and the dearer of the two groups of losses keep of a batch that is computed
-        at once, without what is there anyway, state and batch."""
-        pull = functools.partial(step.loss_pullbacks, self.plan)
-        closed, (encoder, groups) = jax.make_jaxpr(pull, return_shape=True)(self.template, batch)
-        kept, given = iter(closed.jaxpr.outvars), set(closed.jaxpr.invars)
+        what the encoder and the larger of the two groups of losses keep of a batch that is one
+        microbatch, without state and batch."""
+        pullbacks = functools.partial(step.loss_pullbacks, self.plan)
+        closed, (encoder, groups) = jax.make_jaxpr(pullbacks, return_shape=True)(
+            self.template, batch
+        )
+        outputs, arguments = iter(closed.jaxpr.outvars), set(closed.jaxpr.invars)
 
-        def arrays(tree: Any) -> set[Any]:
-            mine = [next(kept) for _ in jax.tree.leaves(tree)]
-            return {v for v in mine if isinstance(v, core.Var)} - given
+        def residuals(tree: Any) -> set[Any]:
+            variables = [next(outputs) for _ in jax.tree.leaves(tree)]
+            return {v for v in variables if isinstance(v, core.Var)} - arguments
 
-        of_encoder = arrays(encoder)
-        each = [of_encoder | arrays(group) for group in groups]
+        of_encoder = residuals(encoder)
+        each = [of_encoder | residuals(group) for group in groups]
         return max(
-            float(sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in mine))
-            for mine in each
+            float(sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in variables))
+            for variables in each
         )
 
-    def looked(self, batch: dict[str, jax.ShapeDtypeStruct]) -> float:
-        """Bytes of the views and targets of a batch: those of one microbatch wait for the
-        others."""
-        found = jax.eval_shape(
+    def views_and_targets_bytes(self, batch: dict[str, jax.ShapeDtypeStruct]) -> float:
+        """Bytes of the views and targets of a batch, which wait until its microbatch is
+        computed."""
+        arrays = jax.eval_shape(
             functools.partial(step.views_and_targets, self.plan), self.template, batch
         )
-        return float(
-            sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(found))
-        )
+        leaves = jax.tree.leaves(arrays)
+        return float(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves))
 
-    def look_inside(self, current: state.State, batch: dict[str, Any]) -> dict[str, jax.Array]:
-        """Arrays for a panel of a few rows."""
-        return self._look(current, batch)
+    def panel_outputs(self, state: State, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        """Arrays for a panel of a few rows, as of `panel.panel_outputs`."""
+        return self._panel(state, batch)
 
-    def trace(self, current: state.State, batch: dict[str, Any]) -> Any:
-        """The step untransformed, for tracing."""
-        return step.train_step(self.plan, self.tx, current, batch)
+    def trace(self, state: State, batch: dict[str, Any]) -> Any:
+        """The step without `jit`, for tracing."""
+        return step.train_step(self.plan, self.tx, state, batch)
 
 
 def abstract_batch(config: schema.Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of one global batch of a completed configuration."""
     b, s, n = config.train.batch_size, config.data.image_size, config.tokens
     shapes = {
-        "views": ((b, 2, s, s, 3), "uint8"), "box": ((b, 2, 4), "float32"), "flip": ((b, 2), "bool"), "mask": ((b, n), "bool"),
-        "label": ((b,), "int32"), "position": ((b, 2), "uint32"),
-    }  # fmt: skip
+        "views": ((b, 2, s, s, 3), "uint8"),
+        "box": ((b, 2, 4), "float32"),
+        "flip": ((b, 2), "bool"),
+        "mask": ((b, n), "bool"),
+        "label": ((b,), "int32"),
+        "position": ((b, 2), "uint32"),
+    }
     if config.data.captions == "yes":
         shapes |= {"tokens": ((b, config.data.caption_length), "int32"), "length": ((b,), "int32")}
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}

@@ -1,9 +1,9 @@
-"""From a batch of uint8 views to what the encoders read: mirroring, colour, patches, mixing,
-dropping, and the stochastic-depth draws. On the device, pure, and keyed by (seed, stream position),
-so that neither sharding nor microbatches nor a restart changes a pixel."""
+"""From a batch of uint8 views to features: mirroring, colour, patches, mixing, dropped cells,
+stochastic depth, and the online encoder. Pure functions on the device, keyed by (seed, stream
+position), so that neither sharding nor microbatches nor a restart changes a pixel."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,41 +15,78 @@ from m3i_jax.objective import mixing
 from m3i_jax.objective.terms import Pass
 
 DROP_PATH = 0x64726F70  # keeps these draws apart from the photometric ones
+ROW_ARRAYS = ("label", "length", "box", "flip")  # entries of a batch that terms read row by row
 
 Batch = dict[str, jax.Array]
+Patches = dict[int, jax.Array]  # {view: [B, N, P]}
 
 
-def augmented_patches(
-    config: schema.Config, batch: Batch, crops: Iterable[int], *, exact: bool = False
-) -> dict[int, jax.Array]:
-    """Mirrored, coloured, normalised and patchified views, {crop: [B, N, P]} in the compute
-    precision; `exact`: in float32, as pixel targets are."""
-    out = {}
-    for crop in crops:
-        view = photometric.mirror(batch["views"][:, crop], batch["flip"][:, crop])
-        view = photometric.augment(
-            view, batch["position"], seed=config.seed, view=crop, settings=config.data.augment
-        )
-        view = photometric.normalize(view, config.data.augment)
-        if crop == 0 and config.data.augment.erase_p:
-            view = mixup.random_erase(
-                view, batch["position"], seed=config.seed, probability=config.data.augment.erase_p
-            )
-        out[crop] = vit.patchify(view, config.model.encoder.patch_size).astype(
-            jnp.float32 if exact else config.model.dtype
+class PassInputs(NamedTuple):
+    """What one encoder pass and its terms read of a batch beside the patches. `pass_inputs`
+    computes it once a step.
+
+    R rows: B, or B / 2 mixed inputs where the batch is in halves.
+
+    mask    bool [R, N], True where a cell shows the row's own image
+    own     int32 [R, K], cells of the row's own image, ascending
+    other   int32 [R, N - K], the remaining cells, ascending
+    keep    [R, L, 2], keep factors of stochastic depth; None where the rate is 0
+    blend   mixup and CutMix draws; None unless the pass is blended
+    rows    {"own" or "partner": {name: [R, ...]}}, the `ROW_ARRAYS` of either image, and `row`, its
+            number in the global batch
+    """
+
+    mask: jax.Array
+    own: jax.Array
+    other: jax.Array
+    keep: jax.Array | None
+    blend: mixup.MixupDraws | None
+    rows: dict[str, dict[str, jax.Array]]
+
+    def cells(self, image: str) -> jax.Array:
+        """The cells [R, ...] that show an image of a mixed or masked pass."""
+        return self.own if image == "own" else self.other
+
+    def hidden_cells(self, image: str) -> jax.Array:
+        """The cells [R, ...] that do not show an image."""
+        return self.other if image == "own" else self.own
+
+
+Inputs = dict[Pass, PassInputs]
+
+
+def pass_inputs(config: schema.Config, passes: Iterable[Pass], batch: Batch) -> Inputs:
+    """The `PassInputs` of every pass of a global batch. `passes` are all those of a plan, in its
+    order: the index of a pass keys its stochastic depth."""
+    arrays = {name: batch[name] for name in ROW_ARRAYS if name in batch}
+    arrays["row"] = jnp.arange(batch["mask"].shape[0])
+    out: Inputs = {}
+    for salt, read in enumerate(passes):
+        mask = image_rows(config, read, "own", batch["mask"])
+        own, other = mixing.split(mask, config.tokens - config.hidden)
+        position = image_rows(config, read, "own", batch["position"])
+        images = ("own", "partner") if read.mixed or read.blended else ("own",)
+        out[read] = PassInputs(
+            mask=mask,
+            own=own,
+            other=other,
+            keep=drop_path_factors(config, position, salt),
+            blend=_mixup_draws(config, batch) if read.blended else None,
+            rows={
+                image: {name: image_rows(config, read, image, x) for name, x in arrays.items()}
+                for image in images
+            },
         )
     return out
 
 
-def plain_patches(config: schema.Config, pixels_BxSxSx3: jax.Array) -> jax.Array:
-    """Normalised patches [B, N, P], in the compute precision, of images as they are: uint8, or
-    floats in 0..1.
-
-    >>> plain_patches(schema.Config(), jnp.zeros((2, 32, 32, 3), jnp.uint8)).shape
-    (2, 4, 768)
-    """
-    normal = photometric.normalize(pixels_BxSxSx3, config.data.augment)
-    return vit.patchify(normal, config.model.encoder.patch_size).astype(config.model.dtype)
+def image_rows(config: schema.Config, read: Pass, image: str, x_Bx: jax.Array) -> jax.Array:
+    """Rows [R, ...] of an array of the batch for the own or the partner image of a pass."""
+    if read.mixed and config.objective.pairing == "halves":
+        return x_Bx.reshape(-1, 2, *x_Bx.shape[1:])[:, int(image == "partner")]
+    if read.mixed or read.blended:
+        return mixing.partner(x_Bx) if image == "partner" else x_Bx
+    return x_Bx
 
 
 def drop_path_factors(
@@ -70,54 +107,7 @@ def drop_path_factors(
     return jax.vmap(one)(position_Bx2)
 
 
-def image_rows(config: schema.Config, read: Pass, image: str, x_Bx: jax.Array) -> jax.Array:
-    """Rows [R, ...] of `x` for one of the images that a pass shows: R = B, or B / 2 mixed inputs of
-    a batch in halves."""
-    if read.blended:
-        return mixing.partner(x_Bx) if image == "partner" else x_Bx
-    if not read.mixed:
-        return x_Bx
-    if config.objective.pairing == "halves":
-        return x_Bx.reshape(-1, 2, *x_Bx.shape[1:])[:, int(image == "partner")]
-    return mixing.partner(x_Bx) if image == "partner" else x_Bx
-
-
-def pass_mask(config: schema.Config, read: Pass, batch: Batch) -> jax.Array:
-    """Mask [R, N] of a pass: True where a cell shows the row's own image."""
-    return image_rows(config, read, "own", batch["mask"])
-
-
-def visible_cells(config: schema.Config, read: Pass, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """(own [R, K], other [R, N - K]) cells of a pass, ascending."""
-    return mixing.split(pass_mask(config, read, batch), config.tokens - config.hidden)
-
-
-def encoder_input(
-    config: schema.Config, read: Pass, salt: int, batch: Batch, crops: dict[int, jax.Array]
-) -> dict[str, Any]:
-    """Arguments of the encoder for a pass: `augmented_patches` [R, N, P], `index` of those that are
-    read, `hidden` cells, `keep` of drop path."""
-    x_RxNxP, keep = (
-        crops[read.crop],
-        drop_path_factors(config, image_rows(config, read, "own", batch["position"]), salt),
-    )
-    if read.mixed:
-        x_RxNxP = image_rows(config, read, "own", mixing.mix(x_RxNxP, batch["mask"]))
-    if read.blended:
-        x_RxNxP = _blended(config, x_RxNxP, mixup_of(config, batch))
-    return dict(
-        patches=x_RxNxP,
-        index=visible_cells(config, read, batch)[0] if read.masked and not read.filled else None,
-        hidden=~batch["mask"] if read.filled else None,
-        keep=keep,
-    )
-
-
-def mixup_of(config: schema.Config, batch: Batch) -> mixup.MixupDraws:
-    """How the images of a batch are blended. The draws are cheap to make and slow to compile: a
-    step makes them once, `with_mixup_draws`."""
-    if "share" in batch:
-        return mixup.MixupDraws(batch["share"], batch["cut_box"], batch["cut"])
+def _mixup_draws(config: schema.Config, batch: Batch) -> mixup.MixupDraws:
     return mixup.draw_mixup(
         batch["position"],
         seed=config.seed,
@@ -126,63 +116,96 @@ def mixup_of(config: schema.Config, batch: Batch) -> mixup.MixupDraws:
     )
 
 
-def with_mixup_draws(config: schema.Config, passes: Iterable[Pass], batch: Batch) -> Batch:
-    """The batch, with the draws of its blending if a pass asks for them."""
-    if not any(read.blended for read in passes):
-        return batch
-    made = mixup_of(config, batch)
-    return {**batch, "share": made.share, "cut_box": made.box, "cut": made.cut}
-
-
-def _blended(config: schema.Config, x_BxNxP: jax.Array, how: mixup.MixupDraws) -> jax.Array:
-    """Patches of blended images; in patches as in pixels, for both are linear in every pixel."""
-    other, patch = mixing.partner(x_BxNxP), config.model.encoder.patch_size
-    share_Bx1x1 = how.share[:, None, None]
-    mixed = (share_Bx1x1 * x_BxNxP + (1 - share_Bx1x1) * other).astype(x_BxNxP.dtype)
-    within = mixup.box_mask(how.box, config.data.image_size)[..., None]
-    there_BxNxP = vit.patchify(jnp.broadcast_to(within, (*within.shape[:-1], 3)), patch)
-    return jnp.where(how.cut[:, None, None], jnp.where(there_BxNxP, other, x_BxNxP), mixed)
-
-
-def encode_passes(
-    config: schema.Config,
-    passes: tuple[Pass, ...],
-    batch: Batch,
-    crops: dict[int, jax.Array],
-    encoder: Any,
-) -> dict[Pass, jax.Array]:
-    """Features {pass: [R, T, D]}, cls first, every pass once."""
+def augmented_patches(
+    config: schema.Config, batch: Batch, views: Iterable[int], *, exact: bool = False
+) -> Patches:
+    """Mirrored, coloured, normalised and patchified views, in the compute precision, or in float32
+    where `exact`, as pixel targets are."""
     out = {}
-    for salt, read in enumerate(passes):
-        arguments = encoder_input(config, read, salt, batch, crops)
-        isolate = read.mixed and config.objective.isolate
-        run = _isolated if isolate else m3i.encode
-        if isolate:
-            arguments["index"] = jnp.stack(visible_cells(config, read, batch), 1)
-        out[read] = run(config, encoder, arguments.pop("patches"), **arguments)
+    for view in views:
+        x = photometric.mirror(batch["views"][:, view], batch["flip"][:, view])
+        x = photometric.augment(
+            x, batch["position"], seed=config.seed, view=view, settings=config.data.augment
+        )
+        x = photometric.normalize(x, config.data.augment)
+        if view == 0 and config.data.augment.erase_p:
+            x = mixup.random_erase(
+                x, batch["position"], seed=config.seed, probability=config.data.augment.erase_p
+            )
+        out[view] = vit.patchify(x, config.model.encoder.patch_size).astype(
+            jnp.float32 if exact else config.model.dtype
+        )
     return out
 
 
-def _isolated(
-    config: schema.Config,
-    encoder: Any,
-    patches: jax.Array,
-    *,
-    index: jax.Array,
-    hidden: None,
-    keep: jax.Array | None,
+def plain_patches(config: schema.Config, pixels_BxSxSx3: jax.Array) -> jax.Array:
+    """Normalised patches [B, N, P], in the compute precision, of unaugmented images: uint8, or
+    floats in 0..1.
+
+    >>> plain_patches(schema.Config(), jnp.zeros((2, 32, 32, 3), jnp.uint8)).shape
+    (2, 4, 768)
+    """
+    normal = photometric.normalize(pixels_BxSxSx3, config.data.augment)
+    return vit.patchify(normal, config.model.encoder.patch_size).astype(config.model.dtype)
+
+
+def encoder_input(
+    config: schema.Config, read: Pass, inputs: PassInputs, patches: Patches
 ) -> jax.Array:
-    """A mixed input whose images do not attend to each other: two sequences of half the length,
-    each with a cls token of its own, put back in place. Half of the attention of one long sequence
-    under a mask, and the same numbers. Returns their mean as the cls token."""
+    """The patches [R, N, P] that a pass shows to the encoder: of one image, mixed or blended."""
+    x = patches[read.view]
+    if read.mixed:
+        own, partner = (image_rows(config, read, image, x) for image in ("own", "partner"))
+        return jnp.where(inputs.mask[..., None], own, partner)
+    return x if inputs.blend is None else _blend(config, x, inputs.blend)
+
+
+def _blend(config: schema.Config, x_BxNxP: jax.Array, draws: mixup.MixupDraws) -> jax.Array:
+    """Mixup and CutMix, on patches instead of pixels: both act on every pixel by itself."""
+    partner, patch = mixing.partner(x_BxNxP), config.model.encoder.patch_size
+    share_Bx1x1 = draws.share[:, None, None]
+    mixed = (share_Bx1x1 * x_BxNxP + (1 - share_Bx1x1) * partner).astype(x_BxNxP.dtype)
+    inside = mixup.box_mask(draws.box, config.data.image_size)[..., None]
+    inside_BxNxP = vit.patchify(jnp.broadcast_to(inside, (*inside.shape[:-1], 3)), patch)
+    return jnp.where(draws.cut[:, None, None], jnp.where(inside_BxNxP, partner, x_BxNxP), mixed)
+
+
+def encode_passes(
+    config: schema.Config, inputs: Inputs, patches: Patches, encoder: Any
+) -> dict[Pass, jax.Array]:
+    """Features {pass: [R, T, D]} of the online encoder, cls first, every pass once."""
+    out = {}
+    for read, given in inputs.items():
+        x = encoder_input(config, read, given, patches)
+        if read.mixed and config.objective.isolate:
+            out[read] = _encode_isolated(config, encoder, x, given)
+        else:
+            dropped = read.masked and not read.mask_tokens
+            out[read] = m3i.encode(
+                config,
+                encoder,
+                x,
+                index=given.own if dropped else None,
+                hidden=~given.mask if read.mask_tokens else None,
+                keep=given.keep,
+            )
+    return out
+
+
+def _encode_isolated(
+    config: schema.Config, encoder: Any, patches: jax.Array, inputs: PassInputs
+) -> jax.Array:
+    """Features [R, T, D] of mixed inputs whose two images do not attend to each other.
+
+    Each image is a sequence of its own with a cls token of its own: half of the attention FLOPs of
+    one masked sequence, and the same numbers. The cls features are averaged."""
+    index = jnp.stack([inputs.own, inputs.other], 1)
     rows, both = index.shape[0], index.reshape(-1, index.shape[-1])
-    twice = None if keep is None else jnp.repeat(keep, 2, 0)
-    z_2RxTxD = m3i.encode(config, encoder, jnp.repeat(patches, 2, 0), index=both, keep=twice)
+    keep = None if inputs.keep is None else jnp.repeat(inputs.keep, 2, 0)
+    z_2RxTxD = m3i.encode(config, encoder, jnp.repeat(patches, 2, 0), index=both, keep=keep)
     tokens = z_2RxTxD[:, -index.shape[-1] :].reshape(rows, -1, z_2RxTxD.shape[-1])
-    order = jnp.argsort(index.reshape(rows, -1), 1)
-    in_place = mixing.gather(tokens, order)
+    tokens = mixing.gather(tokens, jnp.argsort(index.reshape(rows, -1), 1))
     if not config.model.encoder.cls_token:
-        return in_place
-    return jnp.concatenate(
-        [z_2RxTxD[:, :1].reshape(rows, 2, -1).mean(1, keepdims=True), in_place], 1
-    )
+        return tokens
+    cls = z_2RxTxD[:, :1].reshape(rows, 2, -1).mean(1, keepdims=True)
+    return jnp.concatenate([cls, tokens], 1)

@@ -1,5 +1,5 @@
-"""Notices a run that hangs: a thread that writes where every thread stands to a file, says one
-line, and ends the run if that is wanted."""
+"""Detects a run that hangs: a thread writes the stacks of all threads to a file, logs one line, and
+ends the run if so configured."""
 
 import faulthandler
 import os
@@ -15,41 +15,36 @@ FAILED = 1
 
 
 class Watchdog:
-    """Watches a clock from a thread of its own while its block runs.
+    """Watches a clock from a separate thread while its block runs.
 
-    A phase that begins or ends, and an evaluator that polls, are signs of life. If there is none
-    for `limit` seconds (for `first`, until the first step of the process has ended: it compiles),
-    the stacks of all threads are appended to `path` and `say` gets one line; again after every
-    further `limit` of silence. Should the interpreter itself be stuck, so that no Python thread
-    runs, the stacks are written all the same.
+    A phase that begins or ends, and an evaluator that polls, are signs of life. After `limit`
+    seconds without any (`first` seconds before the first step of the process has ended, since it
+    compiles), the stacks of all threads are appended to `path` and `log` gets one line; again
+    after every further `limit` seconds. The stacks are written even if the interpreter is stuck
+    and runs no Python thread.
 
     Args:
       clock: of the run.
       path: file for the stacks.
-      say: prints a line.
-      limit, first: seconds; 0: not watched.
-      abort: the process ends with status 1 after so many reports in a row; 0: it is only reported.
-      end: ends the process, whatever it is stuck in.
+      log: logs a line.
+      limit, first: seconds; 0: off.
+      abort: after so many consecutive reports the process exits with status 1; 0: it never does.
+      end: ends the process, wherever it is stuck.
     """
 
     def __init__(
         self,
         clock: GoodputClock,
         path: pathlib.Path,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         *,
         limit: float,
         first: float,
         abort: int = 0,
         end: Callable[[int], Any] = os._exit,
     ) -> None:
-        self._clock, self._path, self._say, self._limit, self._first = (
-            clock,
-            path,
-            say,
-            limit,
-            first,
-        )
+        self._clock, self._path, self._log = clock, path, log
+        self._limit, self._first = limit, first
         self._abort, self._end = abort, end
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -67,22 +62,21 @@ class Watchdog:
 
     def _watch(self) -> None:
         period = min(self._limit / 4, 10.0)
-        reports, heard = 0, self._clock.alive
+        reports, alive = 0, self._clock.alive
         with open(self._path, "a", encoding="utf-8") as file:
             try:
                 while not self._stop.wait(period):
                     limit = self._limit if self._clock.ended else max(self._first, self._limit)
-                    # For when this thread is kept from running: the interpreter's own watchdog
-                    # needs no interpreter.
+                    # if this thread cannot run: faulthandler's own thread needs no interpreter
                     faulthandler.dump_traceback_later(limit + 4 * period, file=file)
-                    if self._clock.alive != heard:
-                        reports, heard = 0, self._clock.alive
-                    silent = time.monotonic() - heard
+                    if self._clock.alive != alive:
+                        reports, alive = 0, self._clock.alive
+                    silent = time.monotonic() - alive
                     if silent >= limit * (reports + 1):
                         reports += 1
                         self._report(file, silent)
                         if self._abort and reports >= self._abort:
-                            self._say(
+                            self._log(
                                 f"ended by the watchdog after {reports} report(s) in a row"
                                 " (train.watchdog_abort)"
                             )
@@ -102,7 +96,7 @@ class Watchdog:
         faulthandler.dump_traceback(file=file, all_threads=True)
         file.write("\n")
         file.flush()
-        self._say(
-            f"warning: no sign of life for {silent:,.0f} s, {where}: where every thread stands is"
+        self._log(
+            f"warning: no sign of life for {silent:,.0f} s, {where}: the stacks of all threads are"
             f" in {self._path}"
         )

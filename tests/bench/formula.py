@@ -80,7 +80,7 @@ def _mlp(
 
 
 def _shown(c: schema.Config, read: Pass) -> int:
-    return c.tokens - c.hidden if read.masked and not read.filled else c.tokens
+    return c.tokens - c.hidden if read.masked and not read.mask_tokens else c.tokens
 
 
 def _own(c: schema.Config, term: Term) -> int:
@@ -111,7 +111,7 @@ def _decoder(plan: Plan, term: Term) -> int:
     out = patch if term.target.of == "pixels" else d.width if d.projector_depth else e.width
     total += 3 * n * d.width * out
     # the map of relative positions, whose input takes no gradient; else one row for the batch
-    if term.reads.crop != term.target.crop:
+    if term.reads.view != term.target.view:
         total += 2 * c.tokens * 2 * d.width * d.width
     return total
 
@@ -135,11 +135,11 @@ def step(plan: Plan) -> float:
         whole, first = encoder(c, _shown(c, read))
         total += 3 * (whole - first) + (1 if e.freeze_patch_embed else 2) * first
     # Blocks of a target that is read once more at each of the last ones are the same blocks.
-    total += len(plan.views) * encoder(c, c.tokens)[0]
+    total += len(plan.target_passes) * encoder(c, c.tokens)[0]
     if plan.where("text") and c.train.microbatches > 1 and c.objective.text_softmax == "batch":
         # embeddings are computed once more
         total += sum(encoder(c, _shown(c, read))[0] for read in plan.passes)
-    for goal in plan.goals:
+    for goal in plan.target_keys:
         if goal.space == "decoder":
             total += (c.tokens + cls) * e.width * d.width + d.projector_depth * block(
                 c.tokens + cls, d.width
@@ -148,9 +148,9 @@ def step(plan: Plan) -> float:
             total += _mlp(
                 c.tokens if goal.space.pool == "none" else 1, c, goal.space.projector, e.width, 1
             )[0]
-    learned = [g for g in plan.goals if g.target.learned]
+    learned = [g for g in plan.target_keys if g.target.learned]
     weighed = {
-        plan.goal(x).space
+        plan.target_key(x).space
         for x in plan.terms
         if getattr(x.posterior, "second_moment", False) and c.objective.second_moment
     }

@@ -21,7 +21,7 @@ from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load
 from m3i_jax.interop import intern_image_weights, tensor_files, vit_weights
-from m3i_jax.models import m3i
+from m3i_jax.models import m3i, pooling
 from m3i_jax.training.trainer import Trainer
 from tests import saved, toy
 from tests.interop import published
@@ -60,11 +60,11 @@ def test_a_run_gives_what_its_parts_compute(run, pictures: np.ndarray) -> None:
         np.testing.assert_allclose(got["tokens"], tokens, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(got["cls"], tokens[:, 0], rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(got["mean"], tokens[:, 1:].mean(1), rtol=1e-4, atol=1e-4)
-        pooled = m3i.pool(
-            config,
-            {"pool": jax.tree.map(jnp.asarray, params["pool"])},
+        pooled = pooling.apply(
+            config.model,
+            jax.tree.map(jnp.asarray, params["pool"]),
             tokens[:, 1:],
-            cls=tokens[:, 0],
+            cls_BxD=tokens[:, 0],
         )
         np.testing.assert_allclose(got["attention"], pooled, rtol=1e-3, atol=1e-4)
         np.testing.assert_array_equal(got["auto"], got["attention"])  # its objective trained it

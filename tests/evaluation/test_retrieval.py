@@ -15,6 +15,7 @@ from m3i_jax.errors import UnreadableError
 from m3i_jax.evaluation import feature_extraction, retrieval
 from m3i_jax.evaluation.text_embedder import TextEmbedder
 from m3i_jax.models import m3i
+from m3i_jax.models import text as text_tower
 from m3i_jax.training import plan
 from tests import toy
 
@@ -144,7 +145,7 @@ def test_the_measure_embeds_what_the_model_would(monkeypatch: pytest.MonkeyPatch
         np.stack(x) for x in zip(*(words().encode(text) for text in distinct), strict=True)
     )
     assert lengths.max() == toy.CAPTION  # one is cut
-    texts = np.asarray(m3i.text_embedding(config, params, ids, lengths))
+    texts = np.asarray(text_tower.apply(config.model, params["text"], ids, lengths))
     images = np.asarray(m3i.image_embedding(config, params, 3.0 * vectors[kept]))
     texts, images = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (texts, images))
     owner = np.array([0, 1, 2, 1, 2, 3])

@@ -16,7 +16,7 @@ from m3i_jax import main as command
 from m3i_jax import parallel
 from m3i_jax.modes import replay, train
 from m3i_jax.objective import balance, ema
-from m3i_jax.training import debug_dump, loop, spikes, state, trainer
+from m3i_jax.training import debug_dump, loop, optimizer, state, trainer
 from m3i_jax.training.checkpoint import Checkpoints
 from tests import toy
 
@@ -158,7 +158,7 @@ def test_without_a_dump_there_is_nothing_to_replay(tmp_path: pathlib.Path, capsy
     (tmp_path / "config.txt").write_text(configuration.config_to_text(toy.settings()))
     assert command.main(["--mode=replay", "--workdir", str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert "no dumps/<step> there" in err and err.count("\n") == 1
+    assert "has no dumps/<step>" in err and err.count("\n") == 1
 
 
 @pytest.mark.fast
@@ -205,11 +205,11 @@ def series(count: int, seed: int) -> np.ndarray:
 @jax.jit
 @jax.vmap
 def skipped(values: jax.Array) -> jax.Array:
-    def one(window: spikes.SpikeState, pair: jax.Array) -> Any:
-        spike = spikes.is_spike(window, pair[0], pair[1], 6.0)
-        return spikes.push_window(window, pair[0], pair[1], spike), spike
+    def one(window: optimizer.SpikeState, pair: jax.Array) -> Any:
+        spike = optimizer.is_spike(window, pair[0], pair[1], 6.0)
+        return optimizer.push_window(window, pair[0], pair[1], spike), spike
 
-    return jax.lax.scan(one, spikes.watch_spikes().init(None), values)[1]
+    return jax.lax.scan(one, optimizer.watch_spikes().init(None), values)[1]
 
 
 @pytest.mark.fast
@@ -225,7 +225,7 @@ def test_spikes_are_skipped_and_noise_is_not(trials) -> None:
     values[3, at_, 1] *= 100.0
     found = np.asarray(skipped(values))
     clean = int(found[:2].sum())
-    wanted = at_[at_ >= spikes.WINDOW]  # before that there is nothing to compare with
+    wanted = at_[at_ >= optimizer.SPIKE_WINDOW]  # before that there is nothing to compare with
     for row in found[2:]:
         trials.add(bool(row[wanted].all()) and row.sum() <= len(wanted) + 1)
     trials.figure = f"{clean} of 20,000 clean steps skipped"
@@ -238,7 +238,7 @@ def test_a_lasting_change_is_not_skipped_forever() -> None:
     values = series(1000, 2)
     values[500:, 0] += 30.0
     found = np.flatnonzero(np.asarray(skipped(values[None]))[0])
-    assert found[0] == 500 and found[-1] <= 500 + spikes.WINDOW // 2 + 1
+    assert found[0] == 500 and found[-1] <= 500 + optimizer.SPIKE_WINDOW // 2 + 1
 
 
 @pytest.mark.slow
@@ -248,7 +248,7 @@ def test_a_skipped_spike_leaves_every_bit_but_the_window() -> None:
     window survives a save."""
     one = made("sim", model__encoder__depth=1, optim__skip_spikes=6.0, train__steps=400)
     current = one.init()
-    for k in range(spikes.WINDOW):
+    for k in range(optimizer.SPIKE_WINDOW):
         current, metrics = one.step(current, toy.batch(one.config, k))
     assert int(metrics["skipped/spikes"]) == 0
     before, window = (
@@ -262,11 +262,11 @@ def test_a_skipped_spike_leaves_every_bit_but_the_window() -> None:
     assert (
         int(metrics["skipped/spikes"]) == 1
         and float(metrics["skipped/not_finite"]) == 0
-        and int(after.step) == spikes.WINDOW + 1
+        and int(after.step) == optimizer.SPIKE_WINDOW + 1
     )
     rest = [{k: v for k, v in opt.items() if k != "spikes"} for opt in (before[1], after.opt)]
     assert bits((after.params, rest[1])) == bits((before[0], rest[0]))
-    assert int(after.opt["spikes"].steps) == spikes.WINDOW + 1
+    assert int(after.opt["spikes"].steps) == optimizer.SPIKE_WINDOW + 1
     again = state.State(step=current.step, params=before[0], opt=before[1])
     plain, metrics = one.step(device(again), toy.batch(one.config, 999))
     assert int(metrics["skipped/spikes"]) == 0 and bits(plain.params) != bits(before[0])

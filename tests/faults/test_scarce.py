@@ -110,16 +110,16 @@ def test_too_few_devices_for_a_state_that_was_split(
         and all_ / 8 <= part < all_ / 2
     )
     monkeypatch.setattr(parallel, "device_memory", lambda mesh: all_ / 2)
-    split.check_room()
+    split.check_state_fits()
     with pytest.raises(
         DoesNotFit, match=r"of each of the 1 cpu device\(s\), .*; it needs 2 or more of them"
     ):
-        whole.check_room()
+        whole.check_state_fits()
     with pytest.raises(
         DoesNotFit,
         match=r"8 cpu device\(s\), .*; config.parallel.mesh=\(1,-1,1\) splits it over all of them",
     ):
-        trainer(8, (8, 1, 1)).check_room()
+        trainer(8, (8, 1, 1)).check_state_fits()
     monkeypatch.setattr(parallel, "device_memory", lambda mesh: float(all_))
-    whole.check_room()
+    whole.check_state_fits()
     trials.trials = trials.passed = 4

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.models import m3i
+from m3i_jax.models import decoder, heads, m3i, pooling, text
 from m3i_jax.objective import positions, posteriors
 from m3i_jax.objective import terms as objective_terms
 
@@ -81,7 +81,7 @@ DENSE_CL = (
         ),
     ),
 )
-BEIT = objective_terms.Pass(masked=True, filled=True)
+BEIT = objective_terms.Pass(masked=True, mask_tokens=True)
 
 
 def test_heads_of_every_kind():
@@ -256,29 +256,39 @@ def test_one_mixed_input_through_every_part(params):
         own = jnp.take_along_axis(z[:, 1:], index[..., None], 1)
         out = {
             "z": z,
-            "rows": m3i.decode(
-                CONFIG,
-                params,
+            "rows": decoder.apply(
+                CONFIG.model,
+                params["decoder"],
                 own,
                 index,
-                m3i.queries(CONFIG, params, positions.same_view_positions(3, 12)),
+                decoder.decoder_queries(
+                    CONFIG.model, params["decoder"], positions.same_view_positions(3, 12)
+                ),
+                grid=3,
             ),
         }
-        out["dense"] = m3i.decode_head(CONFIG, params, out["rows"], "tokens")
-        out["pooled"] = m3i.pool(CONFIG, params, own)
+        out["dense"] = decoder.prediction_head(
+            CONFIG.model, params["decoder"], out["rows"], "tokens"
+        )
+        out["pooled"] = pooling.apply(CONFIG.model, params["pool"], own)
         out["logits"] = m3i.category_logits(CONFIG, params, out["pooled"])
         out["image"], out["text"] = (
             m3i.image_embedding(CONFIG, params, out["pooled"]),
-            m3i.text_embedding(CONFIG, params, tokens, length),
+            text.apply(CONFIG.model, params["text"], tokens, length),
         )
         total = jnp.square(out["dense"].astype(jnp.float32)).sum() + jnp.square(out["logits"]).sum()
         return total + (out["image"] * out["text"]).sum() * jnp.exp(params["logit_scale"]), out
 
     (_, out), grads = jit(jax.value_and_grad(forward, has_aux=True))(params)
     assert {name: (value.shape, value.dtype.name) for name, value in out.items()} == {
-        "z": ((2, 10, 8), "bfloat16"), "rows": ((2, 9, 12), "bfloat16"), "dense": ((2, 9, 8), "bfloat16"), "pooled": ((2, 100), "bfloat16"),
-        "logits": ((2, 5), "float32"), "image": ((2, 50), "float32"), "text": ((2, 50), "float32"),
-    }  # fmt: skip
+        "z": ((2, 10, 8), "bfloat16"),
+        "rows": ((2, 9, 12), "bfloat16"),
+        "dense": ((2, 9, 8), "bfloat16"),
+        "pooled": ((2, 100), "bfloat16"),
+        "logits": ((2, 5), "float32"),
+        "image": ((2, 50), "float32"),
+        "text": ((2, 50), "float32"),
+    }
     assert all(
         np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves((out, grads))
     )
@@ -294,11 +304,13 @@ def test_one_mixed_input_through_every_part(params):
     }
 
 
-def test_filled_inputs_linear_heads_and_projections_through_the_thin_functions():
+def test_filled_inputs_linear_heads_and_projections_through_their_parts():
     terms = (
-        objective_terms.token_term(BEIT, 0, head=objective_terms.LinearHead()), objective_terms.pixel_term(BEIT, 0, head=objective_terms.LinearHead()),
-        objective_terms.pooled_term(objective_terms.FULL, 1, head=objective_terms.MOCO), objective_terms.pixel_term(objective_terms.MASKED, 1),
-    )  # fmt: skip
+        objective_terms.token_term(BEIT, 0, head=objective_terms.LinearHead()),
+        objective_terms.pixel_term(BEIT, 0, head=objective_terms.LinearHead()),
+        objective_terms.pooled_term(objective_terms.FULL, 1, head=objective_terms.MOCO),
+        objective_terms.pixel_term(objective_terms.MASKED, 1),
+    )
     model = dataclasses.replace(
         CONFIG.model,
         head=schema.Head(hidden=9, width=5),
@@ -315,21 +327,36 @@ def test_filled_inputs_linear_heads_and_projections_through_the_thin_functions()
             z[:, 1:],
             z[:, 0],
         )
-        query = m3i.queries(config, params, positions.same_view_positions(3, 12))[:6]
-        rows = m3i.decode(config, params, tokens[:, :4], index, query, cls)
+        query = decoder.decoder_queries(
+            config.model, params["decoder"], positions.same_view_positions(3, 12)
+        )[:6]
+        rows = decoder.apply(
+            config.model, params["decoder"], tokens[:, :4], index, query, grid=3, cls_BxD=cls
+        )
         kept = m3i.target_parts(config, objective_terms.FORMS["instance"], params)["heads"]
         return {
-            "pixels": m3i.decode_head(config, params, rows, "pixels"),
-            "projected": m3i.target_projection(config, params["decoder"], target),
-            "linear": [m3i.linear(config, params, tokens, of) for of in ("tokens", "pixels")],
-            "target": m3i.project(config, kept, objective_terms.MOCO, cls),
-            "prediction": m3i.predict(config, params["heads"], objective_terms.MOCO, tokens),
+            "pixels": decoder.prediction_head(config.model, params["decoder"], rows, "pixels"),
+            "projected": decoder.project_targets(config.model, params["decoder"], target),
+            "linear": [
+                heads.apply_linear(config.model, params["heads"][f"linear_{of}"], tokens)
+                for of in ("tokens", "pixels")
+            ],
+            "target": heads.apply_projector(
+                config.model, kept["global"], objective_terms.MOCO, cls
+            ),
+            "prediction": heads.apply_predictor(
+                config.model, params["heads"]["global"], objective_terms.MOCO, tokens
+            ),
         }
 
     made = jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(forward, tree))
     assert made == {
-        "pixels": (2, 6, 48), "projected": (2, 10, 12), "linear": [(2, 9, 8), (2, 9, 48)], "target": (2, 5), "prediction": (2, 9, 5),
-    }  # fmt: skip
+        "pixels": (2, 6, 48),
+        "projected": (2, 10, 12),
+        "linear": [(2, 9, 8), (2, 9, 48)],
+        "target": (2, 5),
+        "prediction": (2, 9, 5),
+    }
 
 
 def test_pooling_by_cls():
@@ -338,6 +365,9 @@ def test_pooling_by_cls():
     )
     tree = shapes(config, objective_terms.FORMS["supervised"])
     made = jax.eval_shape(
-        lambda p: m3i.pool(config, p, jnp.zeros((2, 9, 8)), cls=jnp.zeros((2, 8))), tree
+        lambda p: pooling.apply(
+            config.model, p["pool"], jnp.zeros((2, 9, 8)), cls_BxD=jnp.zeros((2, 8))
+        ),
+        tree,
     )
     assert made.shape == (2, 7) and set(tree["pool"]) == {"norm", "out"}

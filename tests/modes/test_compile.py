@@ -65,7 +65,7 @@ def test_what_waits_for_the_backward_is_counted_from_shapes() -> None:
     def kept(remat: str) -> float:
         config = toy.settings(model__remat=remat, model__scan=True, data__captions="no")
         one = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0)
-        return one.residuals(trainer.abstract_batch(config))
+        return one.residual_bytes(trainer.abstract_batch(config))
 
     images, width, cells = 16, 32, 16
     # rows: two blocks; one that gives two images' wanted rows
@@ -80,7 +80,9 @@ def test_views_and_targets_wait_for_the_other_microbatches() -> None:
     """Of both views of 16 images the 16 cells of 8 x 8 x 3 numbers, and as many features of 32."""
     config = toy.settings(data__captions="no")
     one = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0)
-    assert one.looked(trainer.abstract_batch(config)) == 4 * 2 * 16 * 16 * (8 * 8 * 3 + 32)
+    assert one.views_and_targets_bytes(trainer.abstract_batch(config)) == 4 * 2 * 16 * 16 * (
+        8 * 8 * 3 + 32
+    )
 
 
 def test_a_program_is_compiled_although_the_cache_has_it(tmp_path) -> None:

@@ -14,10 +14,16 @@ from m3i_jax.training.trainer import Trainer, abstract_batch
 from tests import toy
 
 FINE = {
-    "objective__forms": "finetune", "data__captions": "no", "model__encoder__depth": 1, "model__encoder__drop_path": 0.0,
-    "model__pool__kind": "mean", "model__pool__projection": False, "model__category_std": 0.5, "data__augment__mixup": 0.8,
+    "objective__forms": "finetune",
+    "data__captions": "no",
+    "model__encoder__depth": 1,
+    "model__encoder__drop_path": 0.0,
+    "model__pool__kind": "mean",
+    "model__pool__projection": False,
+    "model__category_std": 0.5,
+    "data__augment__mixup": 0.8,
     "data__augment__cutmix": 1.0,
-}  # fmt: skip
+}
 
 
 def smoothed(label: np.ndarray, classes: int, smoothing: float) -> np.ndarray:
@@ -78,10 +84,20 @@ def test_the_loss_is_that_of_blended_pictures_and_targets(microbatches: int) -> 
 
 def test_a_frozen_encoder_stays_and_the_head_learns_by_lars() -> None:
     config = toy.settings(
-        **FINE | {"objective__forms": "supervised", "model__pool__norm": "batch", "model__category_std": 0.3},
-        model__encoder__freeze=True, optim__rule="lars", optim__weight_decay=0.01, optim__lr=1.0, optim__warmup_steps=0,
-        optim__clip=0.0, optim__ema_of="all",
-    )  # fmt: skip
+        **FINE
+        | {
+            "objective__forms": "supervised",
+            "model__pool__norm": "batch",
+            "model__category_std": 0.3,
+        },
+        model__encoder__freeze=True,
+        optim__rule="lars",
+        optim__weight_decay=0.01,
+        optim__lr=1.0,
+        optim__warmup_steps=0,
+        optim__clip=0.0,
+        optim__ema_of="all",
+    )
     trainer = Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0)
     state = trainer.init()
     before = jax.device_get(state.params)

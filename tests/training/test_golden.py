@@ -21,12 +21,29 @@ from tests import toy
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SMALL = {
-    "data.image_size": "32", "train.batch_size": "8", "train.steps": "4", "optim.warmup_steps": "1", "data.caption_length": "8",
-    "model.encoder.patch_size": "8", "model.encoder.width": "32", "model.encoder.depth": "2", "model.encoder.heads": "2",
-    "model.decoder.width": "32", "model.decoder.depth": "2", "model.decoder.heads": "2", "model.pool.width": "24", "model.pool.heads": "2",
-    "model.text.width": "32", "model.text.depth": "1", "model.text.heads": "2", "model.text.embed": "16", "data.vocabulary_size": "300",
-    "data.resizer": "pillow", "model.dtype": "float32", "parallel.mesh": "(1,1,1)",
-}  # fmt: skip
+    "data.image_size": "32",
+    "train.batch_size": "8",
+    "train.steps": "4",
+    "optim.warmup_steps": "1",
+    "data.caption_length": "8",
+    "model.encoder.patch_size": "8",
+    "model.encoder.width": "32",
+    "model.encoder.depth": "2",
+    "model.encoder.heads": "2",
+    "model.decoder.width": "32",
+    "model.decoder.depth": "2",
+    "model.decoder.heads": "2",
+    "model.pool.width": "24",
+    "model.pool.heads": "2",
+    "model.text.width": "32",
+    "model.text.depth": "1",
+    "model.text.heads": "2",
+    "model.text.embed": "16",
+    "data.vocabulary_size": "300",
+    "data.resizer": "pillow",
+    "model.dtype": "float32",
+    "parallel.mesh": "(1,1,1)",
+}
 GOLDEN: dict[str, dict[str, float]] = {
     "quickstart": {
         "balance/lambda": 3.0,

@@ -10,7 +10,7 @@ from m3i_jax.models import m3i
 from m3i_jax.modes import train
 from m3i_jax.training import plan as plans
 from tests import toy
-from tests.training.test_forms import forward, plan_of
+from tests.training.forward import forward, plan_of
 
 
 @pytest.mark.parametrize(

@@ -398,7 +398,7 @@ class Pull(posteriors.Gaussian):
     """A Gaussian posterior whose target has a gradient: nothing keeps all features from becoming
     the same."""
 
-    two_sided = True
+    grad_through_target = True
 
     def cost(
         self, prediction: Any, target: Any, where: Any, given: posteriors.LossInputs

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from m3i_jax import parallel
-from m3i_jax.models import m3i
+from m3i_jax.models import decoder, m3i, text
 from m3i_jax.objective import losses as loss_functions
 from m3i_jax.objective import mixing, positions, terms
 from m3i_jax.objective.posteriors import Boltzmann
 from m3i_jax.objective.terms import MIXED
-from m3i_jax.training import plan, step, targets, term_losses, trainer, views
+from m3i_jax.training import plan, step, term_losses, trainer, views
 from tests import toy
-from tests.training.test_forms import forward, plan_of
+from tests.training.forward import forward, loss_arguments, plan_of
 
 LAMBDA = 0.7
 
@@ -43,22 +43,9 @@ def teachers(one: trainer.Trainer, state) -> dict:
     }
 
 
-def of_terms(one: trainer.Trainer, state, trees: dict, batch, params=None):
-    """What `group_loss` is given, and z, by the definitions."""
-    plan, params = one.plan, params or state.params
-    trees = {
-        **trees,
-        "shared": jax.lax.stop_gradient(m3i.target_parts(one.config, plan.terms, params)),
-    }
-    crops = views.augmented_patches(plan.config, batch, plan.crops, exact=plan.exact)
-    goals = targets.target_features(plan, trees, crops)
-    seen = term_losses.TargetBundle(
-        goals=goals, keys=goals, index=None, moments=targets.target_moments(plan, goals)
-    )
-    shared = dict(
-        factors=term_losses.loss_weights(plan, batch)[1], batch=batch, seen=seen, cached=None
-    )
-    return shared, views.encode_passes(plan.config, plan.passes, batch, crops, params["encoder"])
+def with_shared(one: trainer.Trainer, trees: dict, params) -> dict:
+    parts = m3i.target_parts(one.config, one.plan.terms, params)
+    return {**trees, "shared": jax.lax.stop_gradient(parts)}
 
 
 def difference(a, b) -> float:
@@ -88,10 +75,10 @@ def test_one_backward_is_the_gradient_of_the_plain_sum(form: str, changes: dict)
     batch, trees = toy.batch(one.config), teachers(one, state)
 
     def plain(params, batch):
-        shared, z = of_terms(one, state, trees, batch, params)
+        arguments, z = loss_arguments(one.plan, params, with_shared(one, trees, params), batch)
         heads = {k: v for k, v in params.items() if k != "encoder"}
         return sum(
-            w * term_losses.group_loss(one.plan, g, **shared)(heads, z)[0]
+            w * term_losses.group_loss(one.plan, g, **arguments)(heads, z)[0]
             for g, w in (("ssp", 1.0), ("sp", LAMBDA))
         )
 
@@ -106,10 +93,12 @@ def test_norms_are_those_of_the_two_losses_at_the_encoder_output() -> None:
     batch, trees = toy.batch(one.config), teachers(one, state)
 
     def at_output(batch):
-        shared, z = of_terms(one, state, trees, batch)
+        arguments, z = loss_arguments(
+            one.plan, state.params, with_shared(one, trees, state.params), batch
+        )
         return [
             jax.grad(
-                lambda z, g=g: term_losses.group_loss(one.plan, g, **shared)(state.params, z)[0]
+                lambda z, g=g: term_losses.group_loss(one.plan, g, **arguments)(state.params, z)[0]
             )(z)
             for g in ("ssp", "sp")
         ]
@@ -139,11 +128,10 @@ def test_a_mixed_input_points_at_the_target_of_its_own_image(pairing: str) -> No
         MIXED, 1, image="partner", posterior=Boltzmann(temperature=0.5), head=terms.ProjectionHead()
     )
     got = forward(plan_of((term,), objective__pairing=pairing))
-    _, hidden = views.visible_cells(got.plan.config, MIXED, got.batch)
-    p = mixing.gather(got.z[MIXED][:, 1:], hidden).mean(1)
+    p = mixing.gather(got.z[MIXED][:, 1:], got.inputs[MIXED].other).mean(1)
     index = jnp.arange(8) ^ 1 if pairing == "flip" else jnp.arange(1, 8, 2)
     total, count = loss_functions.boltzmann(
-        p, got.goals[got.plan.goal(term)], index, temperature=0.5
+        p, got.targets[got.plan.target_key(term)], index, temperature=0.5
     )
     assert got.losses["loss/global"] == pytest.approx(float(total / count), rel=1e-4)
 
@@ -193,13 +181,21 @@ def all_towers(one: trainer.Trainer, params):
     """A number that goes through the blocks of all of them."""
     config, batch = one.config, toy.batch(one.config)
     z = m3i.encode(config, params["encoder"], jnp.ones((2, 16, 192)))
-    query = m3i.queries(
-        config,
-        params,
+    query = decoder.decoder_queries(
+        config.model,
+        params["decoder"],
         jnp.asarray(positions.same_view_positions(config.grid, config.model.decoder.width)),
     )
-    rows = m3i.decode(config, params, z[:, 1:9], jnp.arange(16).reshape(2, 8), query)
-    return rows.sum() + m3i.text_embedding(config, params, batch["tokens"], batch["length"]).sum()
+    rows = decoder.apply(
+        config.model,
+        params["decoder"],
+        z[:, 1:9],
+        jnp.arange(16).reshape(2, 8),
+        query,
+        grid=config.grid,
+    )
+    captions = text.apply(config.model, params["text"], batch["tokens"], batch["length"])
+    return rows.sum() + captions.sum()
 
 
 def test_microbatch_softmax_is_another_loss() -> None:
@@ -211,17 +207,18 @@ def test_microbatch_softmax_is_another_loss() -> None:
 def test_losses_are_averages_over_those_that_have_an_annotation() -> None:
     one, _ = made("m3i")
     batch = toy.batch(one.config)
-    tally, factors = term_losses.loss_weights(one.plan, batch)
+    inputs = views.pass_inputs(one.config, one.plan.passes, batch)
+    counts, weights = term_losses.loss_weights(one.plan, inputs)
     names = [t.name for t in one.plan.terms]
     labels, captions = int((batch["label"] >= 0).sum()), int((batch["length"] > 0).sum())
-    assert [int(tally[names.index(n)]) for n in ("intra", "category", "text")] == [
+    assert [int(counts[names.index(n)]) for n in ("intra", "category", "text")] == [
         16 * 16,
         labels,
         captions,
     ]
     # L_sp = (n_c L_category + n_t L_text) / (n_c + n_t), each loss being the mean of its two roles
-    np.testing.assert_allclose(factors[names.index("category")], 1 / (2 * (labels + captions)))
-    np.testing.assert_allclose(factors[names.index("inter")], 0.5 / (16 * 16))
+    np.testing.assert_allclose(weights[names.index("category")], 1 / (2 * (labels + captions)))
+    np.testing.assert_allclose(weights[names.index("inter")], 0.5 / (16 * 16))
 
 
 def test_missing_annotations_do_not_enter() -> None:
@@ -327,8 +324,11 @@ def test_eight_devices_are_one_device_with_convolutions(monkeypatch: pytest.Monk
     np.testing.assert_allclose(losses((-1, 1, 1), 8, 5, **toy.INTERN)[0], one, rtol=1e-5)
     sharded, state = losses((2, 2, 2), 8, 5, **toy.INTERN)
     np.testing.assert_allclose(sharded, one, rtol=5e-5)
-    split = {parallel.sharding.path_text(path) for path, x in jax.tree_util.tree_leaves_with_path(state.params["encoder"])
-             if x.sharding.shard_shape(x.shape) != x.shape}  # fmt: skip
+    split = {
+        parallel.sharding.path_text(path)
+        for path, x in jax.tree_util.tree_leaves_with_path(state.params["encoder"])
+        if x.sharding.shard_shape(x.shape) != x.shape
+    }
     wanted = ("dcn/input", "dcn/output", "dcn/offsets", "dcn/depthwise", "mlp/fc1", "mlp/fc2")
     assert {f"stage3/layers/{name}/kernel" for name in wanted} | {
         "fusion/deep/kernel",
@@ -352,13 +352,15 @@ def test_sharded_parameters_are_one_device(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_plan_shares_passes() -> None:
     made_plan = plan.Plan(toy.settings(), terms.FORMS["m3i"])
-    assert len(made_plan.passes) == 1 and [(v.encoder, v.crop) for v in made_plan.views] == [
+    assert len(made_plan.passes) == 1 and [
+        (p.encoder, p.view) for p in made_plan.target_passes
+    ] == [
         ("ema", 0),
         ("ema", 1),
     ]
     one, _ = made("m3i")
     counted = {"encoder": 0, "decoder": 0}
-    original = {"encoder": term_losses.m3i.encode, "decoder": term_losses.m3i.decode}
+    original = {"encoder": m3i.encode, "decoder": decoder.apply}
 
     def spy(name):
         def call(*a, **k):
@@ -368,8 +370,8 @@ def test_plan_shares_passes() -> None:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(term_losses.m3i, "encode", spy("encoder"))
-        patch.setattr(term_losses.m3i, "decode", spy("decoder"))
+        patch.setattr(m3i, "encode", spy("encoder"))
+        patch.setattr(decoder, "apply", spy("decoder"))
         jax.eval_shape(one.trace, one.template, toy.batch(one.config))
     # the mixed input once, both clean views in one target call; one decoder call
     assert counted == {"encoder": 2, "decoder": 1}

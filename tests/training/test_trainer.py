@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
-from m3i_jax.training import checkpoint, plan, trainer
+from m3i_jax.training import checkpoint, plan, step, trainer
 from tests import toy
 
 
@@ -69,7 +70,7 @@ def test_length_golden() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"size": 9}, ("config.train.batch_size: 10", "9 training pictures", "at most 8")),
+        ({"size": 9}, ("config.train.batch_size: 10", "9 training images", "at most 8")),
         # the warm-up is still counted in epochs
         ({"size": 9, "steps": 5}, ("config.train.batch_size",)),
         ({"size": 9, "warm_steps": 1}, ("config.train.batch_size",)),
@@ -163,6 +164,19 @@ def test_the_template_is_the_initial_state() -> None:
         state.params["encoder"],
     )
     assert all(not np.asarray(moment).any() for moment in jax.tree.leaves(state.opt["adamw"]))
+
+
+def test_a_run_traces_its_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The initial state and that after a step have the same types and shardings; a second trace
+    would be a second compilation of the run."""
+    chex.clear_trace_counter()
+    monkeypatch.setattr(step, "train_step", chex.assert_max_traces(step.train_step, n=1))
+    settings = toy.settings(objective__forms="mim", model__encoder__depth=1)
+    one = trainer.Trainer(settings, parallel.make_mesh((1, 2, 1), jax.devices()[:2]), 0)
+    state = one.init()
+    for k in range(3):
+        state, _ = one.step(state, parallel.to_global(one.mesh, toy.batch(settings, k)))
+    assert int(state.step) == 3
 
 
 def test_the_schedules_have_the_length_of_the_run() -> None:
