@@ -14,7 +14,7 @@ from m3i_jax.data.sources import base
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.data.tokenizer import Tokenizer
 from m3i_jax.errors import UnreadableError, UserError
-from m3i_jax.objective import masks
+from m3i_jax.objective import masks, rng
 
 TRIES = 100  # bad records in a row at one position before the run stops
 # counted beside the bad records: nothing is cut or dropped in silence
@@ -78,12 +78,12 @@ class BatchBuilder:
             batch["tokens"] = np.zeros((self.rows, self.tokenizer.length), np.int32)
             batch["length"] = np.zeros(self.rows, np.int32)
         chosen = sampler.records_at(self.source, self.seed, positions)
-        u = masks.uniforms(self.seed, masks.CROP, first, self.rows, 2 * crops.WIDTH).reshape(
+        u = rng.uniforms(self.seed, rng.CROP, first, self.rows, 2 * crops.WIDTH).reshape(
             self.rows, 2, crops.WIDTH
         )
         if count := rand_augment.WIDTH * self.data.rand_augment.ops:
-            more = masks.uniforms(
-                self.seed, masks.RAND_AUGMENT, first, self.rows, 2 * count
+            more = rng.uniforms(
+                self.seed, rng.RAND_AUGMENT, first, self.rows, 2 * count
             ).reshape(self.rows, 2, count)
             u = np.concatenate([u, more], -1)
         for at in range(0, self.rows, _READ):

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from m3i_jax.data.sources.base import Record, stable_digest
 from m3i_jax.errors import UserError
-from m3i_jax.objective.masks import SHAPE, uniforms
+from m3i_jax.objective.rng import SHAPE, uniforms
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart")
 PATTERNS = ("plain", "shaded", "striped", "checkered", "dotted", "speckled")
