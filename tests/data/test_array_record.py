@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.data import decode
+from m3i_jax.data import decode, splits
 from m3i_jax.data.sources import array_record as array_record_source
 from m3i_jax.data.sources import base, tf_example
 from m3i_jax.data.sources.array_record import ArrayRecordSource
@@ -48,7 +48,7 @@ def bare(record: base.Record) -> base.Record:
 
 def test_what_is_written_comes_back(tmp_path):
     written = [bare(r) for r in write(tmp_path)]
-    source = base.open_source(schema.Data(source="array_record", path=str(tmp_path)))
+    source = splits.open_source(schema.Data(source="array_record", path=str(tmp_path)))
     assert (
         isinstance(source, base.DataSource)
         and len(source) == 5

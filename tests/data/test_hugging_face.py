@@ -7,6 +7,7 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 
 from m3i_jax import schema
+from m3i_jax.data import splits
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.hugging_face import HuggingFaceSource
 from m3i_jax.errors import UserError
@@ -38,7 +39,7 @@ def test_original_bytes_and_names(files, tmp_path):
         weight=([0.5] * 4, datasets.Value("float32")),
     )
     saved.save_to_disk(str(tmp_path / "x"))
-    source = base.open_source(schema.Data(source="hugging_face", path=str(tmp_path / "x")))
+    source = splits.open_source(schema.Data(source="hugging_face", path=str(tmp_path / "x")))
     assert (
         isinstance(source, base.DataSource) and source.classes == ("ant", "bee") and source.captions
     )

@@ -7,6 +7,7 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 
 from m3i_jax import schema
+from m3i_jax.data import splits
 from m3i_jax.data.sources import base, remote
 from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.errors import UserError
@@ -64,7 +65,7 @@ def test_only_ranges_are_read(bucket, monkeypatch):
 
 def test_the_index_is_kept_and_renewed(bucket, tmp_path, monkeypatch, make):
     def opened() -> TarSource:
-        return base.open_source(
+        return splits.open_source(
             schema.Data(source="tars", path=bucket[0]), cache=str(tmp_path / "cache")
         )
 

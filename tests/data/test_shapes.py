@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from m3i_jax import schema
+from m3i_jax.data import splits
 from m3i_jax.data.sources import base, shapes
 from m3i_jax.data.sources.shapes import COLORS, GROUNDS, PATTERNS, ShapesSource
 from m3i_jax.errors import UserError
@@ -51,7 +52,7 @@ def test_a_record_is_a_function_of_seed_and_index(source, pictures):
 
 
 def test_it_is_a_source_and_a_sequence(source: ShapesSource, pictures: np.ndarray):
-    opened = base.open_source(schema.Data(size=9))
+    opened = splits.open_source(schema.Data(size=9))
     assert (
         isinstance(opened, ShapesSource)
         and isinstance(opened, base.DataSource)
@@ -88,7 +89,7 @@ def test_refusals():
             "^data.size=0 renders no image, and data.source='shapes' has no others: give a number"
         ),
     ):
-        base.open_source(schema.Data(size=0))
+        splits.open_source(schema.Data(size=0))
     for bad in ({"side": 15}, {"seed": -1}, {"seed": 2**64}):
         with pytest.raises(ValueError, match="a side is at least 16 pixels, a seed 0..2"):
             ShapesSource(1, **bad)

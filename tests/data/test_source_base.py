@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.data import decode
+from m3i_jax.data import decode, splits
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import UserError
@@ -20,7 +20,7 @@ KINDS = "jpg, jpeg, png, webp, gif, bmp, tif, tiff"
 
 def refusal(path: str | pathlib.Path, source: str = "folder") -> str:
     with pytest.raises(UserError) as caught:
-        base.open_source(schema.Data(source=source, path=str(path)))
+        splits.open_source(schema.Data(source=source, path=str(path)))
     return str(caught.value)
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.data import splits
-from m3i_jax.data.sources import base, split_folders
+from m3i_jax.data.sources.base import DataSource
+from m3i_jax.data.sources.folder import find_split_folders
 from m3i_jax.errors import UserError
 
 
@@ -14,7 +15,7 @@ def images(*folders: str, count: int = 3) -> dict[str, bytes]:
     return {f"{folder}/{i}.jpg": b"x" for folder in folders for i in range(count)}
 
 
-def opened(path, **settings) -> tuple[base.DataSource, base.DataSource]:
+def opened(path, **settings) -> tuple[DataSource, DataSource]:
     return splits.open_splits(schema.Data(source="folder", path=str(path), **settings))
 
 
@@ -105,7 +106,7 @@ BESIDE = "beside other folders with images "
 )  # fmt: skip
 def test_ambiguous_folders_are_refused(fill, folders, why):
     path = fill(images(*folders))
-    for opens in (splits.open_splits, base.open_source):
+    for opens in (splits.open_splits, splits.open_source):
         with pytest.raises(UserError, match=why) as caught:
             opens(schema.Data(source="folder", path=str(path)))
         assert "\n" not in str(caught.value)
@@ -123,8 +124,8 @@ def test_one_source_of_everything_wants_one_split(fill):
             r" sub-folder"
         ),
     ):
-        base.open_source(schema.Data(source="folder", path=str(path)))
-    assert base.open_source(schema.Data(source="folder", path=str(path), split=".")).classes == (
+        splits.open_source(schema.Data(source="folder", path=str(path)))
+    assert splits.open_source(schema.Data(source="folder", path=str(path), split=".")).classes == (
         "test",
         "train",
     )
@@ -143,6 +144,6 @@ def test_links_out_and_hidden_folders_are_no_splits(fill, tmp_path):
     path = fill(images("cat", "dog", ".test"))
     os.symlink(outside, path / "train")
     assert (
-        split_folders.find_split_folders(str(path)) is None
-        and split_folders.find_split_folders(str(tmp_path / "missing")) is None
+        find_split_folders(str(path)) is None
+        and find_split_folders(str(tmp_path / "missing")) is None
     )

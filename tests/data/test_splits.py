@@ -5,7 +5,6 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.data import splits
-from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 
 
@@ -95,7 +94,7 @@ def test_refusals(data, settings, why):
         splits.open_splits(schema.Data(**{"path": data} | settings))
 
 
-@pytest.mark.parametrize("opens", [splits.open_splits, base.open_source])
+@pytest.mark.parametrize("opens", [splits.open_splits, splits.open_source])
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
@@ -126,8 +125,8 @@ def test_refusals_of_both_ways_to_open(data, opens, settings, why):
 def test_one_source_leaves_no_named_split_out(data, settings, why):
     """What `--mode=convert` opens."""
     with pytest.raises(UserError, match=why):
-        base.open_source(schema.Data(**{"path": data} | settings))
-    whole = base.open_source(
+        splits.open_source(schema.Data(**{"path": data} | settings))
+    whole = splits.open_source(
         schema.Data(source="mixture", mixture=(f"folder:{data}@train", f"folder:{data}@val"))
     )
     assert len(whole) == 33 and whole.classes == ("ant", "bee", "cat", "eel")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
+from m3i_jax.data import splits
 from m3i_jax.data.sources import base, tar_headers, tars
 from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.errors import UserError
@@ -258,7 +259,7 @@ def test_the_index_is_kept_and_renewed(tmp_path, make, monkeypatch):
     monkeypatch.setattr(tars, "_build", lambda files: built.append(1) or real(files))
 
     def opened() -> TarSource:
-        return base.open_source(schema.Data(source="tars", path=str(data / "*.tar")), cache=cache)
+        return splits.open_source(schema.Data(source="tars", path=str(data / "*.tar")), cache=cache)
 
     first = opened()
     assert everything(opened()) == everything(first) and len(built) == 1

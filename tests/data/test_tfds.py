@@ -98,7 +98,7 @@ def test_records(files, tmp_path):
         ("tiny:1.0.0", str(tmp_path)),
         (str(place), ""),
     ):
-        source = base.open_source(schema.Data(source="tfds", path=name, directory=directory))
+        source = splits.open_source(schema.Data(source="tfds", path=name, directory=directory))
         assert (
             isinstance(source, base.DataSource)
             and len(source) == 5

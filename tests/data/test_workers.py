@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent.parent
 BARE = """
 import multiprocessing, sys, time
-from m3i_jax.data import watch
+from m3i_jax.data import splits, watch
 
 def work(pipe):
     workers.begin_worker(0, 1)
@@ -36,7 +36,7 @@ from m3i_jax.data import pipeline, sources
 if __name__ == "__main__":
     data = schema.Data(size=100, image_size=32, workers=1, captions="no")
     config = schema.Config(data=data, train=schema.Train(batch_size=4))
-    batches = pipeline.iterate_batches(config, base.open_source(data), None, start=0)
+    batches = pipeline.iterate_batches(config, splits.open_source(data), None, start=0)
     next(batches)
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     time.sleep(600)

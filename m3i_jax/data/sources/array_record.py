@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from m3i_jax import privacy
-from m3i_jax.data.sources import array_files, base, tf_example
-from m3i_jax.data.sources.base import Record
-from m3i_jax.data.sources.handle_cache import HandleCache
+from m3i_jax.data.sources import base, tf_example
+from m3i_jax.data.sources.base import HandleCache, Record
+from m3i_jax.data.sources.registry import SourceKind, register_source
 from m3i_jax.errors import UnreadableError, UserError
 
 VERSION = 1
@@ -461,9 +461,21 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _save(path: str, columns: dict[str, np.ndarray], digest: str) -> None:
-    array_files.save_arrays(path, digest=np.array(digest), **columns)
+    base.save_arrays(path, digest=np.array(digest), **columns)
 
 
 def _load(path: str) -> dict[str, np.ndarray] | None:
-    there = array_files.load_arrays(path)
+    there = base.load_arrays(path)
     return there if there is not None and {*_COLUMNS, "digest"} <= there.keys() else None
+
+
+register_source(
+    SourceKind(
+        name="array_record",
+        open=lambda path, split, data, cache: ArrayRecordSource(
+            base.split_path(path, split), cache=cache, lenient=data.missing == "replace"
+        ),
+        path="the directory that holds the .array_record files",
+        reads=("class_names",),
+    )
+)

@@ -10,8 +10,8 @@ import numpy as np
 
 from m3i_jax.data import decode
 from m3i_jax.data.sources import base
-from m3i_jax.data.sources.base import Record
-from m3i_jax.data.sources.handle_cache import HandleCache
+from m3i_jax.data.sources.base import HandleCache, Record
+from m3i_jax.data.sources.registry import SourceKind, register_source
 from m3i_jax.errors import UserError
 
 IMAGES, LABELS, CAPTIONS = (
@@ -206,3 +206,13 @@ class HuggingFaceSource:
 
 def _dtype(feature: Any) -> str:
     return str(getattr(feature, "dtype", ""))
+
+
+register_source(
+    SourceKind(
+        name="hugging_face",
+        open=lambda path, split, data, cache: HuggingFaceSource(path, split),
+        path="the directory that save_to_disk wrote",
+        reads=("class_names",),
+    )
+)

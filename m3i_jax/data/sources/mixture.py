@@ -14,7 +14,7 @@ import numpy as np
 
 from m3i_jax import schema
 from m3i_jax.data import sampler
-from m3i_jax.data.sources import base
+from m3i_jax.data.sources import base, registry
 from m3i_jax.data.sources.base import DataSource, Record
 from m3i_jax.errors import UserError
 
@@ -46,8 +46,8 @@ def parse_entry(text: str) -> MixtureEntry:
         " KIND:PATH@SPLIT|HELD_OUT=WEIGHT"
     )
     kind, colon, rest = text.strip().partition(":")
-    if kind not in base.KINDS or not colon:
-        raise UserError(f"{wrong}: the kind must be one of {', '.join(base.KINDS)}")
+    if kind not in registry.source_names() or not colon:
+        raise UserError(f"{wrong}: the kind must be one of {', '.join(registry.source_names())}")
     path, equals, number = rest.rpartition("=")
     weight = None
     if not equals or "/" in number:  # an equal sign inside the path, as in /data/date=7/x

@@ -17,7 +17,9 @@ from typing import NamedTuple, SupportsIndex
 import numpy as np
 from PIL import Image, ImageDraw
 
+from m3i_jax import schema
 from m3i_jax.data.sources.base import Record, stable_digest
+from m3i_jax.data.sources.registry import SourceKind, register_source
 from m3i_jax.errors import UserError
 from m3i_jax.objective.rng import SHAPE, uniforms
 
@@ -354,3 +356,20 @@ def _shift(u: list[float]) -> np.ndarray:
 def _rgb(color: np.ndarray) -> tuple[int, int, int]:
     r, g, b = np.clip(np.rint(color), 0, 255).astype(int).tolist()
     return r, g, b
+
+
+def _open(path: str, split: str, data: schema.Data, cache: str) -> ShapesSource:
+    if split:
+        raise UserError(
+            f"the built-in shapes have no split {split!r}: leave data.split empty, data.holdout"
+            " holds a share out"
+        )
+    if path and not path.isdigit():
+        raise UserError(
+            f"shapes:{path}: the built-in shapes have no path: give their number, such as"
+            " shapes:10000"
+        )
+    return ShapesSource(int(path) if path else data.size, side=3 * data.image_size // 2)
+
+
+register_source(SourceKind(name="shapes", open=_open, reads=("size",), splits=False))

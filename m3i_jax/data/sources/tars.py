@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from m3i_jax.data import decode
-from m3i_jax.data.sources import array_files, base, remote, tar_headers
+from m3i_jax.data.sources import base, remote, tar_headers
 from m3i_jax.data.sources.base import EXTENSIONS, FILE_LIMIT, Record
+from m3i_jax.data.sources.registry import SourceKind, register_source
 from m3i_jax.errors import UserError
 
 VERSION = 2  # of the index; another one is built anew
@@ -378,7 +379,7 @@ def _load(path: str, signature: np.ndarray) -> dict[str, np.ndarray] | None:
     """A saved index, if it is whole, of this version, and of files of the same sizes and times."""
     if not path or not os.path.exists(path):
         return None
-    index = array_files.load_arrays(path)
+    index = base.load_arrays(path)
     if index is None:
         _log.warning("the tar index %r is damaged; it is built again", path)
         return None
@@ -391,10 +392,20 @@ def _load(path: str, signature: np.ndarray) -> dict[str, np.ndarray] | None:
 
 def _save(path: str, signature: np.ndarray, index: dict[str, np.ndarray]) -> None:
     try:
-        array_files.save_arrays(path, version=VERSION, signature=signature, **index)
+        base.save_arrays(path, version=VERSION, signature=signature, **index)
     except OSError as error:
         _log.warning(
             "the tar index cannot be kept in %r (%s); it is built again at the next start",
             path,
             error.strerror,
         )
+
+
+register_source(
+    SourceKind(
+        name="tars",
+        open=lambda path, split, data, cache: TarSource(base.split_path(path, split), cache=cache),
+        path="the tar files, such as 'DIR/*.tar'",
+        reads=("class_names",),
+    )
+)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from m3i_jax.data.sources import base
-from m3i_jax.data.sources.base import Record
-from m3i_jax.data.sources.handle_cache import HandleCache
+from m3i_jax.data.sources.base import HandleCache, Record
+from m3i_jax.data.sources.registry import SourceKind, register_source
 from m3i_jax.errors import UserError
 
 IMAGES, LABELS, CAPTIONS = ("image",), ("label",), ("caption", "captions", "text")
@@ -162,3 +162,14 @@ class TfdsSource:
         ]
         decoders = {name: tfds.decode.SkipDecoding() for name in images}
         return builder.as_data_source(self._split, decoders=decoders)
+
+
+register_source(
+    SourceKind(
+        name="tfds",
+        open=lambda path, split, data, cache: TfdsSource(path, split, directory=data.directory),
+        path="the name of the data set, such as 'food101', or the directory of its version",
+        reads=("class_names", "directory"),
+        default_split="train",
+    )
+)
