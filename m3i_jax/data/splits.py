@@ -2,6 +2,7 @@
 by the names of two splits."""
 
 import dataclasses
+from typing import Any
 
 from m3i_jax import schema
 from m3i_jax.data.sources import base, mixture, registry
@@ -56,8 +57,8 @@ def open_splits(data: schema.Data, *, cache: str = "") -> tuple[DataSource, Data
 
     A folder that holds train/ and val/ or test/ is split by them, and the description of the
     training part says so: see `folder.find_split_folders`. With `data.holdout_split`, the held-out
-    part is that split, its labels renumbered by class name to those of the training part. Else it is
-    a share of the records. An entry of a mixture may name both splits: `KIND:PATH@TRAIN|HELD_OUT`.
+    part is that split, its labels renumbered by class name to those of the training part. Else it
+    is a share of the records. An entry of a mixture may name both: `KIND:PATH@TRAIN|HELD_OUT`.
 
     Args:
         data: source, mixture, splits and hold-out.
@@ -93,7 +94,8 @@ def _open_pair(
     if splits := _find_splits(entry):
         named = dataclasses.replace(entry, split=splits.train, held_out=splits.held_out)
         train, held_out = _open_pair(named, data, cache)
-        (train if splits.held_out else train.source).note = splits.note  # type: ignore[attr-defined, union-attr]
+        source: Any = train if splits.held_out else train.source  # type: ignore[attr-defined]
+        source.note = splits.note
         return train, held_out
     if not entry.held_out:
         source = registry.open_kind(entry.kind, entry.path, entry.split, data, cache=cache)
@@ -104,8 +106,8 @@ def _open_pair(
     kind = registry.source_kind(entry.kind)
     if not kind.splits:
         raise UserError(
-            f"data.source={entry.kind!r} has no splits: leave data.holdout_split empty, data.holdout"
-            " holds a share out"
+            f"data.source={entry.kind!r} has no splits: leave data.holdout_split empty,"
+            " data.holdout holds a share out"
         )
     train_split = entry.split or kind.default_split
     outside = "://" in entry.held_out or entry.held_out.startswith(("/", "~"))

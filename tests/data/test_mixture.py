@@ -197,7 +197,7 @@ def test_everything_counts_in_the_fingerprint():
 def test_a_part_of_a_mixture_keeps_the_shares():
     whole = mixture.Mixture([Plain(400, name="a"), Plain(100, name="b")], [F(1), F(1)])
     train, held = (base.split_by_hash(whole, 0.1, part) for part in ("train", "held_out"))
-    assert len(train) + len(held) == 500 and 20 < len(held) < 80 and train.parts == (1, 1)
+    assert len(train) + len(held) == 500 and 20 < len(held) < 80 and train.shares == (1, 1)
     assert {train.key(i) for i in range(len(train))} | {held.key(i) for i in range(len(held))} == {
         whole.key(i) for i in range(500)
     }

@@ -366,7 +366,7 @@ def test_batches_are_never_reused(make, bpe):
 
 def test_the_memory_of_batches_comes_back(make, bpe):
     batch = make.stream(make.settings(threads=2), make.Pictures(50), bpe, 1)[0]
-    assert isinstance(batch["views"].base, shared_buffers._Loan)
+    assert isinstance(batch["views"].base, shared_buffers._TrackedArray)
 
 
 def test_views_that_nothing_reads_are_not_cut(make):

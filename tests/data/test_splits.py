@@ -64,7 +64,7 @@ def test_parts_of_a_mixture(data):
     assert (
         train.classes == held.classes
         and train.classes[:4] == ("ant", "bee", "cat", "circle")
-        and train.parts == (3, 1)
+        and train.shares == (3, 1)
     )
     assert keys(train)[:30] == [
         f"{name}/{i}.jpg" for name in ("ant", "bee", "cat") for i in range(10)

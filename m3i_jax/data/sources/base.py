@@ -45,7 +45,7 @@ class DataSource(Protocol):
     """The methods and attributes that every source has.
 
     classes: names of the categories, by label. captions: whether any record has one. fingerprint():
-    changes when the records or their order do. Optional methods, for speed: `__getitems__(indices)`,
+    changes when the records or their order do. Optional, for speed: `__getitems__(indices)`,
     `key(i)`, `caption(i)`, `key_hashes()`; the functions below fall back to `__getitem__`."""
 
     @property
@@ -197,8 +197,8 @@ def source_key_hashes(source: DataSource) -> np.ndarray:
 
 
 def source_identity(source: DataSource) -> list[str]:
-    """Describes a source for `data.txt`: name, number of images, fingerprint; one line per source of
-    a mixture.
+    """Describes a source for `data.txt`: name, number of images, fingerprint; a mixture has one line
+    per source.
 
     >>> class Five:
     ...     name = "five"

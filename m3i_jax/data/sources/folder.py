@@ -327,9 +327,7 @@ def _folders(root: str) -> list[str]:
     real = os.path.realpath(root)
     try:
         entries = [
-            entry
-            for entry in os.scandir(root)
-            if entry.is_dir() and not is_hidden(entry.name)
+            entry for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name)
         ]
     except OSError:
         return []

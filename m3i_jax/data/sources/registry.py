@@ -12,8 +12,8 @@ own with `register_source`, for example in the configuration file of its runs:
         path="the directory that holds data.mdb",
     ))
 
-Then `--config.data.source=lmdb --config.data.path=DIR` trains on it, and `lmdb:DIR=3` is an entry of
-a mixture. The class must be importable in worker processes, so it belongs in a module."""
+Then `--config.data.source=lmdb --config.data.path=DIR` trains on it, and `lmdb:DIR=3` is an entry
+of a mixture. Worker processes unpickle the source, so its class belongs in an importable module."""
 
 import dataclasses
 import importlib
@@ -27,7 +27,7 @@ from m3i_jax.errors import UserError
 
 
 class Opener(Protocol):
-    """Opens a source: (data.path, data.split, all settings of data, directory for an index or "")."""
+    """Opens a source: (data.path, data.split, all settings of data, directory of the index or "")."""
 
     def __call__(self, path: str, split: str, data: schema.Data, cache: str, /) -> DataSource: ...
 
@@ -143,9 +143,7 @@ def open_kind(
     """
     entry = source_kind(kind)
     if entry.path and not path:
-        raise UserError(
-            f"data.path is empty, and data.source={kind!r} needs it: give {entry.path}"
-        )
+        raise UserError(f"data.path is empty, and data.source={kind!r} needs it: give {entry.path}")
     source = entry.open(path, split or entry.default_split, data, cache)
     if data.class_names and data.source == kind and "class_names" not in entry.reads:
         raise UserError(
