@@ -178,7 +178,7 @@ def test_refusals(tmp_path):
     shard, index = data / "x-00001-of-00002.array_record", data / "dataset.json"
     whole, about = shard.read_bytes(), index.read_text()
     index.write_text(about.replace('"version": 1', '"version": 9'))
-    assert "is of version 9, this program reads 1" in refusal(data)
+    assert "has version 9, this program reads 1" in refusal(data)
     index.write_text(about[:40])
     assert "dataset.json' is damaged" in refusal(data)
     # A name in the index cannot lead out of the directory.
@@ -196,9 +196,9 @@ def test_refusals(tmp_path):
     assert "is missing, and" in refusal(data)
     shard.write_bytes(whole[:100])
     (data / "dataset.json").unlink()
-    assert "is no whole ArrayRecord file" in refusal(data)
+    assert "is not a complete ArrayRecord file" in refusal(data)
     (data / "x-00001-of-00002.array_record.npz").unlink()
-    with pytest.raises(UserError, match="has no index beside it: it was not written whole"):
+    with pytest.raises(UserError, match="has no .npz file beside it, so it is incomplete"):
         array_record_source.write_shard_index(str(data))
 
 

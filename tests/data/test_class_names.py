@@ -79,7 +79,7 @@ def test_refusals(tmp_path):
     (tmp_path / "x.json").write_text("{")
     cases = {
         "wrods.txt": "did you mean .*words.txt",
-        "x.json": "is no JSON list or object",
+        "x.json": "is not a JSON list or object",
         "words.txt": "none of the source's",
     }
     for file, why in cases.items():

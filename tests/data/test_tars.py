@@ -169,7 +169,7 @@ def test_grouping_captions_and_labels(tmp_path, make):
     assert source.classes == ("0", "1", "2", "3", "4", "5") and source.captions
     assert {kind: n for kind, n in source.ignored.items() if n} == {
         "labels that are no category": 4,
-        "pictures with the key of an earlier one": 1,
+        "images with the key of an earlier one": 1,
         "captions or labels without an image": 1,
         "JSON over 1 MiB": 1,
     }
@@ -245,7 +245,7 @@ def test_damage_is_told_with_the_name_of_the_file(tmp_path, make, caplog):
     with caplog.at_level(logging.WARNING):
         source = TarSource(str(tmp_path))
     assert len(source) == 1 and "1 truncated ends" in source.description()
-    assert f"{str(tmp_path / '0.tar')!r}: 1 truncated ends; what is valid is used" in caplog.text
+    assert f"{str(tmp_path / '0.tar')!r}: 1 truncated ends; the valid members are used" in caplog.text
 
 
 def test_the_index_is_kept_and_renewed(tmp_path, make, monkeypatch):
@@ -282,7 +282,7 @@ def test_no_place_for_the_index_is_no_error(tmp_path, make, caplog):
     (tmp_path / "file").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
         assert len(TarSource(str(tmp_path), cache=str(tmp_path / "file" / "cache"))) == 1
-    assert "cannot be kept" in caplog.text
+    assert "cannot be saved" in caplog.text
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -204,7 +204,7 @@ def test_missing_or_wrong_vocabulary(tmp_path, vocabulary, monkeypatch):
     assert (
         refusal("")
         == "data.tokenizer='clip' needs bpe_simple_vocab_16e6.txt.gz, and no installed package"
-        " ships it: run `python -m m3i_jax.data.tokenizer FOLDER`, then set data.vocabulary to"
+        " contains it: run `python -m m3i_jax.data.tokenizer FOLDER`, then set data.vocabulary to"
         " the file"
     )
 
@@ -315,7 +315,7 @@ def test_refusals_of_learning():
         with pytest.raises(
             UserError,
             match=(
-                "^data.tokenizer='train' found no caption to learn from: set data.captions='no', or"
+                "^data.tokenizer='train' needs captions, and none has text: set data.captions='no', or"
             ),
         ):
             tokenizer.train_tokenizer(captions, 300, 77)

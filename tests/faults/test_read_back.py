@@ -45,7 +45,7 @@ def test_two_ids_that_were_exchanged_are_noticed(words: pathlib.Path) -> None:
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     words.write_text(json.dumps(saved))
     with pytest.raises(
-        UserError, match=r"tokenizer\.json: is damaged.*restore it, or delete it to learn it again"
+        UserError, match=r"tokenizer\.json: is damaged.*restore it, or delete it to train it again"
     ):
         tokenizer.open_tokenizer(DATA, pictures(), str(words))
     words.unlink()
