@@ -25,8 +25,8 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchBuilder:
-    """Builds batch k of one host. Pickled to worker processes, so it holds paths and small arrays, no
-    open file and nothing of JAX.
+    """Builds batch k of one host. Pickled to worker processes, so it holds paths and small arrays,
+    no open file and nothing of JAX.
 
     The batch is the dict of `pipeline.iterate_batches`, with four more arrays for the iterator:
     `skipped` int64 [len(REASONS)], bad records drawn; `example` int64 [len(REASONS)], index of one

@@ -29,8 +29,8 @@ _STATE: dict[str, Any] = {}  # of a worker process
 
 
 def shard_count(records: int) -> int:
-    """Returns the number of shards of a source, the same on every machine: of FULL records, or up to
-    16 smaller ones, which can be written and read in parallel.
+    """Returns the number of shards of a source, the same on every machine: of FULL records, or up
+    to 16 smaller ones, which can be written and read in parallel.
 
     >>> shard_count(100), shard_count(1_911), shard_count(1_281_167)
     (1, 8, 313)
@@ -48,7 +48,8 @@ def shard_path(directory: str, shard: int, shards: int) -> str:
 
 
 def shard_rows(records: int, shard: int, shards: int) -> range:
-    """Returns the indices of the records of a shard: consecutive, in shards of equal size up to one.
+    """Returns the indices of the records of a shard: consecutive, in shards of equal size up to
+    one.
 
     >>> [list(shard_rows(5, shard, 2)) for shard in range(2)]
     [[0, 1], [2, 3, 4]]
@@ -147,8 +148,8 @@ def convert(
             yield future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
         raise UserError(
-            "a process that wrote a shard died, perhaps because memory ran out: run the same command"
-            " again, which writes the missing shards"
+            "a process that wrote a shard died, perhaps because memory ran out: run the same"
+            " command again, which writes the missing shards"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

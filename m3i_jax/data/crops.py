@@ -1,5 +1,5 @@
-"""Draws the boxes of the two views of an image, and cuts the views. Colours and flips are applied on
-the device.
+"""Draws the boxes of the two views of an image, and cuts the views. Colours and flips are applied
+on the device.
 
 A box is (top, left, height, width) in pixels of the full, un-mirrored image.
 

@@ -1,5 +1,5 @@
-"""Scans a source before training: decodes every record of a small source, or evenly spread ones of a
-large one, by the rules of `decode`, and measures how fast this machine builds batches.
+"""Scans a source before training: decodes every record of a small source, or evenly spread ones of
+a large one, by the rules of `decode`, and measures how fast this machine builds batches.
 
 Nothing here is random: except for the speeds, the report is the same on every machine."""
 
@@ -26,8 +26,8 @@ THUMBNAIL = 160  # pixels of the longer side
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RecordInfo:
-    """The result of one record. `reason` and `detail` are empty if it is usable; height and width are
-    those after the EXIF rotation, 0 if unknown."""
+    """The result of one record. `reason` and `detail` are empty if it is usable; height and width
+    are those after the EXIF rotation, 0 if unknown."""
 
     index: int
     key: str

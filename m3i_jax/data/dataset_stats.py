@@ -1,5 +1,5 @@
-"""Computes the statistics of scanned records: sizes, aspect ratios, categories, captions, bad records
-and duplicates, as values that JSON can hold."""
+"""Computes the statistics of scanned records: sizes, aspect ratios, categories, captions, bad
+records and duplicates, as values that JSON can hold."""
 
 import collections
 import math

@@ -1,10 +1,10 @@
 """Decodes a record to RGB pixels and clean text. All rules about bad or unusual input are here.
 
-An image with too many pixels, or too few to crop, is refused by its header before it is decoded. The
-others become 8-bit RGB in the orientation of their EXIF tag: transparency is composed over a plain
-background, palettes are looked up, 16-bit gray is scaled (not clipped), CMYK is converted (JPEGs
-store it inverted, as Adobe does), and an animation gives its first frame. Embedded colour profiles
-are not applied."""
+An image with too many pixels, or too few to crop, is refused by its header before it is decoded.
+The others become 8-bit RGB in the orientation of their EXIF tag: transparency is composed over a
+plain background, palettes are looked up, 16-bit gray is scaled (not clipped), CMYK is converted
+(JPEGs store it inverted, as Adobe does), and an animation gives its first frame. Embedded colour
+profiles are not applied."""
 
 import contextlib
 import dataclasses
@@ -117,8 +117,8 @@ def read_records(
 def sample_captions(
     source: DataSource, limit: int = 200_000, *, missing: str = "stop"
 ) -> Iterator[str | bytes]:
-    """Yields the captions of at most `limit` records, evenly spread over the source, always the same
-    ones.
+    """Yields the captions of at most `limit` records, evenly spread over the source, always the
+    same ones.
 
     Raises:
         UnreadableError: a caption cannot be read, with missing="stop"; else it is left out.
@@ -136,8 +136,8 @@ def sample_captions(
 
 @dataclasses.dataclass
 class DecodedImage:
-    """An open image whose header was accepted. `height` and `width` are those after `transpose`, the
-    rotation of its EXIF tag."""
+    """An open image whose header was accepted. `height` and `width` are those after `transpose`,
+    the rotation of its EXIF tag."""
 
     image: Image.Image
     transpose: Image.Transpose | None
@@ -151,8 +151,8 @@ class DecodedImage:
 
         Args:
             background: gray level 0..255 under transparent pixels.
-            least: (height, width) that suffice. For speed, a JPEG may be decoded at a smaller scale,
-                but not below this.
+            least: (height, width) that suffice. For speed, a JPEG may be decoded at a smaller
+                scale, but not below this.
 
         Returns:
             An RGB image, `height` x `width` or smaller with the same proportions.
@@ -173,8 +173,8 @@ class DecodedImage:
 
 @dataclasses.dataclass
 class PlainJpeg:
-    """A JPEG that `decode_fast.plain_jpeg_size` accepts, not opened by Pillow. `rgb` returns the same
-    pixels as Pillow, packed, and is faster."""
+    """A JPEG that `decode_fast.plain_jpeg_size` accepts, not opened by Pillow. `rgb` returns the
+    same pixels as Pillow, packed, and is faster."""
 
     raw: bytes
     height: int

@@ -2,8 +2,8 @@
 Both belong to the extra `fast`.
 
 Pillow and simplejpeg both use libjpeg-turbo and give the same pixels. simplejpeg packs three bytes
-per pixel, as a batch needs them; Pillow uses four, which have to be repacked. Any file that is not a
-plain, undamaged JPEG is left to Pillow, which alone decides what is a bad record."""
+per pixel, as a batch needs them; Pillow uses four, which have to be repacked. Any file that is not
+a plain, undamaged JPEG is left to Pillow, which alone decides what is a bad record."""
 
 import functools
 import importlib.util
@@ -159,8 +159,8 @@ def resize_region(image: Image.Image, window: Sequence[float], size: int) -> Ima
 
 
 def _inside(window: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
-    """Returns (left, top, width, height), rounded so that no sum exceeds the edge of the image, which
-    the resizer refuses."""
+    """Returns (left, top, width, height), rounded so that no sum exceeds the edge of the image,
+    which the resizer refuses."""
     left, top, right, bottom = window
     w, h = right - left, bottom - top
     return (

@@ -18,8 +18,8 @@ RecordOrBad = base.Record | decode.BadRecord
 
 
 class EvaluationBatches(Iterator[Batch]):
-    """Iterator over centre crops; see `evaluation_batches`. `skipped`: reason -> bad records of this
-    host so far."""
+    """Iterator over centre crops; see `evaluation_batches`. `skipped`: reason -> bad records of
+    this host so far."""
 
     def __init__(self, batches: Iterator[Batch], skipped: dict[str, int]) -> None:
         self._batches, self.skipped = batches, skipped
@@ -53,8 +53,8 @@ def evaluation_batches(
 
     Returns:
         An iterator of dicts: views uint8 [B, S, S, 3], label int32 [B], index int64 [B] of the
-        record, valid bool [B]. The row of a bad record, which is counted in `skipped`, and rows that
-        pad the last batch are not valid: zeros, with label and index -1.
+        record, valid bool [B]. The row of a bad record, which is counted in `skipped`, and rows
+        that pad the last batch are not valid: zeros, with label and index -1.
 
     Raises:
         ValueError: the batch is not a multiple of the hosts.

@@ -4,8 +4,8 @@ position). One element of the Grain dataset is one host batch.
 The only state is the position, the number of samples seen. Sample p has the same bytes for any
 number of hosts, threads and worker processes and after any restart: its record, crops, mask and the
 replacement of a bad record are closed forms of p. Partners are the neighbours 2k and 2k + 1, and
-never the same record. Counts of bad records travel inside the batch, so the totals are exact for the
-batches that were consumed, in whichever process they were built."""
+never the same record. Counts of bad records travel inside the batch, so the totals are exact for
+the batches that were consumed, in whichever process they were built."""
 
 import collections
 import dataclasses
@@ -134,8 +134,8 @@ class Batches(Iterator[Batch]):
         return batch
 
     def counted(self) -> dict[str, float]:
-        """Returns the metrics of the consumed batches: bad records, cut captions, dropped labels and
-        restarts of workers, without zeros."""
+        """Returns the metrics of the consumed batches: bad records, cut captions, dropped labels
+        and restarts of workers, without zeros."""
         counts = {
             **{f"skipped/{reason}": n for reason, n in self.skipped.items()},
             **self.noted,

@@ -104,7 +104,6 @@ def check_images(image_HxWx3: np.ndarray) -> np.ndarray:
         image = image.astype(np.float32)
         if not (image.min() >= 0 and image.max() <= 1):  # false for NaN too
             raise ValueError(
-                f"a float image has values in {image.min()}..{image.max()}; they must lie in"
-                " 0..1"
+                f"a float image has values in {image.min()}..{image.max()}; they must lie in 0..1"
             )
     return image

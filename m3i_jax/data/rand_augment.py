@@ -92,9 +92,15 @@ def draw_operations(
         if whether < settings.p:
             # Box-Muller transform
             normal = math.sqrt(-2 * math.log(1 - first)) * math.cos(2 * math.pi * second)
-            magnitude = min(max(settings.magnitude + settings.deviation * normal, 0.0), _MAX_MAGNITUDE)
+            magnitude = min(
+                max(settings.magnitude + settings.deviation * normal, 0.0), _MAX_MAGNITUDE
+            )
             out.append(
-                (names[int(which * len(names))], magnitude / _MAX_MAGNITUDE, -1.0 if sign < 0.5 else 1.0)
+                (
+                    names[int(which * len(names))],
+                    magnitude / _MAX_MAGNITUDE,
+                    -1.0 if sign < 0.5 else 1.0,
+                )
             )
     return out
 

@@ -18,8 +18,8 @@ from m3i_jax.objective.rng import CYCLE, RECORD, hash64, permute
 
 
 def sample_index(seed: int, positions: np.ndarray, size: int, attempt: int = 0) -> np.ndarray:
-    """Returns the record at each position of the stream over a source of `size` records. Every epoch
-    visits each record once.
+    """Returns the record at each position of the stream over a source of `size` records. Every
+    epoch visits each record once.
 
     Args:
         seed: of the run.

@@ -1,18 +1,18 @@
 """Recycles the memory of batches that worker processes or threads fill.
 
-A batch of images is tens of megabytes. New memory for each batch costs page faults, in shared memory
-one per 4 KiB, which take an eighth of the time of decoding. So a worker fills a block again once the
-main process holds no reference to it. References are those of Python: the array, all its views, and
-`jax.device_put`, which on CPU keeps reading the memory of a batch.
+A batch of images is tens of megabytes. New memory for each batch costs page faults, in shared
+memory one per 4 KiB, which take an eighth of the time of decoding. So a worker fills a block again
+once the main process holds no reference to it. References are those of Python: the array, all its
+views, and `jax.device_put`, which on CPU keeps reading the memory of a batch.
 
 A block of a thread (`ThreadBufferPool`) is private memory. A block of a worker process is a file in
 a private directory in shared memory: a page whose first byte says whether the block is lent, then
-the array. Only the worker that made a block fills it. The main process removes the directory when it
-ends, and the directories of processes that were killed.
+the array. Only the worker that made a block fills it. The main process removes the directory when
+it ends, and the directories of processes that were killed.
 
-The queues of a worker need more than a dozen semaphores. Multiprocessing removes those with a helper
-process, which is killed with its process group. So the semaphores are named after the directory and
-removed with it."""
+The queues of a worker need more than a dozen semaphores. Multiprocessing removes those with a
+helper process, which is killed with its process group. So the semaphores are named after the
+directory and removed with it."""
 
 import collections
 import contextlib
@@ -37,7 +37,8 @@ _SEMAPHORE = "sem."  # prefix of the C library for files of semaphores
 
 
 class BufferHandle:
-    """What a worker sends in place of an array: its block and shape; see `SharedBufferPool.take`."""
+    """What a worker sends in place of an array: its block and shape; see
+    `SharedBufferPool.take`."""
 
     def __init__(self, name: str, shape: tuple[int, ...]) -> None:
         self.name, self.shape = name, shape

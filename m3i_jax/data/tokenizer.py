@@ -123,7 +123,8 @@ class Tokenizer:
 
         >>> Tokenizer.load("/no/such/tokenizer.json", 77)
         Traceback (most recent call last):
-        m3i_jax.errors.UserError: the tokenizer '/no/such/tokenizer.json' cannot be read: No such ...
+        m3i_jax.errors.UserError: the tokenizer '/no/such/tokenizer.json' cannot be read: No such
+        ...
         """
         try:
             text = run_files.read_run_text(
@@ -210,7 +211,8 @@ def clip_tokenizer(path: str = "", length: int = 77) -> Tokenizer:
     file, start (49406), end (49407).
 
     Args:
-        path: of bpe_simple_vocab_16e6.txt.gz; "" for that of an installed package (open_clip, clip).
+        path: of bpe_simple_vocab_16e6.txt.gz; "" for that of an installed package (open_clip,
+            clip).
         length: ids to which a caption is padded or cut.
 
     Returns:
@@ -271,8 +273,8 @@ def _inconsistent(merges: Sequence[tuple[str, str]], tokens: Iterable[str]) -> s
 
 
 def _byte_characters() -> Iterable[str]:
-    """Yields GPT-2's printable characters for the 256 bytes, in CLIP's order: printable bytes first.
-    """
+    """Yields GPT-2's printable characters for the 256 bytes, in CLIP's order: printable bytes
+    first."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     yield from map(chr, printable)
     yield from (chr(256 + n) for n in range(256 - len(printable)))
@@ -307,7 +309,8 @@ def _read_merges(path: str) -> list[tuple[str, str]]:
 
 
 def _find_installed() -> str:
-    """Finds the vocabulary in an installed package, without importing it, since it may need torch."""
+    """Finds the vocabulary in an installed package, without importing it, since it may need
+    torch."""
     for package in _PACKAGES:
         spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or []) if spec else []:

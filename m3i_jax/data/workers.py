@@ -31,7 +31,8 @@ class _WorkerLost(Exception):
 
 
 class RestartingIterator(Iterator[dict[str, Any]]):
-    """Iterates over batches; remakes the inner iterator at the batch that is due if a worker is lost.
+    """Iterates over batches; remakes the inner iterator at the batch that is due if a worker is
+    lost.
 
     Args:
         make: number of a batch -> (Grain iterator that begins with it, pool of its memory or None).
@@ -105,7 +106,8 @@ class RestartingIterator(Iterator[dict[str, Any]]):
             batch, error = self._results.get(timeout=self._limit)
         except queue.Empty:
             raise _WorkerLost(
-                f"{self._worker_name()} made no batch in {self._limit:g} seconds (config.data.patience)"
+                f"{self._worker_name()} made no batch in {self._limit:g} seconds"
+                " (config.data.patience)"
             ) from None
         if error is None:
             return batch

@@ -190,7 +190,8 @@ def upsample_masks(mask: np.ndarray, factor: int) -> np.ndarray:
     Returns:
       bool [rows, (G * factor)^2].
 
-    >>> upsample_masks(np.array([[True, False, False, True]]), 2)[0].reshape(4, 4).astype(int).tolist()
+    >>> mask = upsample_masks(np.array([[True, False, False, True]]), 2)[0]
+    >>> mask.reshape(4, 4).astype(int).tolist()
     [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
     """
     if factor == 1:

@@ -298,7 +298,10 @@ def test_every_way_to_store_a_picture_gives_the_same_pixels(make):
     exif[0x0112] = 6
     stored = Image.fromarray(stored_as(upright, 6))
     for kind, options in [
-        *(("JPEG", {"quality": 97, "subsampling": s, "progressive": p}) for s in (0, 1, 2) for p in (False, True)),
+        *(
+            ("JPEG", {"quality": 97, "subsampling": s, "progressive": p})
+            for s in (0, 1, 2) for p in (False, True)
+        ),
         ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {"compression": "tiff_lzw"}),
     ]:  # fmt: skip
         out = decode.decode_image(make.encode(stored, kind, exif=exif, **options))

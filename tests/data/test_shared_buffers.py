@@ -186,8 +186,8 @@ os.killpg(0, signal.SIGKILL)
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="semaphores are no files here")
 @pytest.mark.row("A14")
 def test_a_run_that_is_killed_with_its_group_leaves_no_semaphores_for_long():
-    """Python's pool janitor dies with the group; the next run removes what is left, and nothing of a
-    run that goes on."""
+    """Python's pool janitor dies with the group; the next run removes what is left, and nothing of
+    a run that goes on."""
     done = subprocess.run(
         [sys.executable, "-c", KILLED],
         stdout=subprocess.PIPE,

@@ -94,13 +94,25 @@ BESIDE = "beside other folders with images "
 @pytest.mark.parametrize(
     ("folders", "why"),
     [
-        (("train/a", "test/a", "extra"), BESIDE + r"\(extra/\): set data.split=train and data.holdout_split=test, or"),
-        (("cat", "dog", "test"), BESIDE + r"\(cat/, dog/\): move test/ elsewhere, or set data.split=\. to"),
+        (
+            ("train/a", "test/a", "extra"),
+            BESIDE + r"\(extra/\): set data.split=train and data.holdout_split=test, or",
+        ),
+        (
+            ("cat", "dog", "test"),
+            BESIDE + r"\(cat/, dog/\): move test/ elsewhere, or set data.split=\. to",
+        ),
         (("bus", "train/a", "train/b"), BESIDE + r"\(bus/\): set data.split=train, or"),
         (("train/a", "training/a"), "two folders for one split: set data.split=train$"),
-        (("train/a", "val/a", "valid/a"), "for one split: set data.split=train and data.holdout_split=val$"),
+        (
+            ("train/a", "val/a", "valid/a"),
+            "for one split: set data.split=train and data.holdout_split=val$",
+        ),
         (("test/a", "val/a"), "test/, val/ and no train/: set data.split=test to train on test/"),
-        (("web/train/a", "web/val/a"), "web/ holds the splits train/, val/, .*: set data.path='.*/web'"),
+        (
+            ("web/train/a", "web/val/a"),
+            "web/ holds the splits train/, val/, .*: set data.path='.*/web'",
+        ),
         (("cup/train/a", "cup/test/b", "hat/train/a"), "its sub-folder cup/ holds the splits"),
     ],
 )  # fmt: skip

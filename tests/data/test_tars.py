@@ -245,7 +245,9 @@ def test_damage_is_told_with_the_name_of_the_file(tmp_path, make, caplog):
     with caplog.at_level(logging.WARNING):
         source = TarSource(str(tmp_path))
     assert len(source) == 1 and "1 truncated ends" in source.description()
-    assert f"{str(tmp_path / '0.tar')!r}: 1 truncated ends; the valid members are used" in caplog.text
+    assert (
+        f"{str(tmp_path / '0.tar')!r}: 1 truncated ends; the valid members are used" in caplog.text
+    )
 
 
 def test_the_index_is_kept_and_renewed(tmp_path, make, monkeypatch):

@@ -315,7 +315,7 @@ def test_refusals_of_learning():
         with pytest.raises(
             UserError,
             match=(
-                "^data.tokenizer='train' needs captions, and none has text: set data.captions='no', or"
+                "^data.tokenizer='train' needs captions, and none has text: set data.captions='no',"
             ),
         ):
             tokenizer.train_tokenizer(captions, 300, 77)

@@ -12,8 +12,8 @@ known, `label` and `caption`. Nothing is pickled. A converted data set is a dire
                                           last, so it marks a complete data set
 
 To write one, call `write_shard` for each shard, in any order and in any process, then
-`write_shard_index`. A complete shard is renamed into place, so an existing shard need not be written
-again (`shard_length`)."""
+`write_shard_index`. A complete shard is renamed into place, so an existing shard need not be
+written again (`shard_length`)."""
 
 import glob
 import hashlib
@@ -203,9 +203,9 @@ def write_shard_index(
 class ArrayRecordSource:
     """The records of ArrayRecord files, in the order of file names and then of records.
 
-    The index of a directory that `--mode=convert` wrote is read. Other files are read once for their
-    keys and labels, which are saved in `cache`; their classes are named "0", "1", ... A record
-    whose checksum does not match is a bad record.
+    The index of a directory that `--mode=convert` wrote is read. Other files are read once for
+    their keys and labels, which are saved in `cache`; their classes are named "0", "1", ... A
+    record whose checksum does not match is a bad record.
 
     Args:
         path: directory or glob of the files.

@@ -197,8 +197,8 @@ def source_key_hashes(source: DataSource) -> np.ndarray:
 
 
 def source_identity(source: DataSource) -> list[str]:
-    """Describes a source for `data.txt`: name, number of images, fingerprint; a mixture has one line
-    per source.
+    """Describes a source for `data.txt`: name, number of images, fingerprint; a mixture has one
+    line per source.
 
     >>> class Five:
     ...     name = "five"

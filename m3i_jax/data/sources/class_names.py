@@ -76,8 +76,8 @@ def class_names_from_file(path: str, classes: Sequence[str]) -> tuple[str, ...]:
 
 
 def readable_class_names(classes: Sequence[str], known: Mapping[str, str]) -> tuple[str, ...]:
-    """Returns distinct names of classes: the first of several synonyms. Where two classes would have
-    the same name, all synonyms, and if that is not enough, the id in brackets.
+    """Returns distinct names of classes: the first of several synonyms. Where two classes would
+    have the same name, all synonyms, and if that is not enough, the id in brackets.
 
     >>> names = {"n1": "crane, bird", "n2": "crane", "n3": "tench, Tinca tinca"}
     >>> readable_class_names(("n1", "n2", "n3"), names)

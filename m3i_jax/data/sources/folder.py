@@ -1,5 +1,5 @@
-"""Reads a folder of images: first-level sub-folders are the classes, NAME.txt beside an image is its
-caption, and sub-folders train/, val/ and test/ are recognised as splits."""
+"""Reads a folder of images: first-level sub-folders are the classes, NAME.txt beside an image is
+its caption, and sub-folders train/, val/ and test/ are recognised as splits."""
 
 import collections
 import os
@@ -76,7 +76,9 @@ class FolderSource:
                 others[extension.lower()] += 1
         images.sort()
         if not images:
-            raise UserError(f"data.path={path!r} {_explain_empty(others, len(texts), self.ignored)}")
+            raise UserError(
+                f"data.path={path!r} {_explain_empty(others, len(texts), self.ignored)}"
+            )
         self.ignored["other files"] = others.total()
         self._names = [name for name, _ in images]
         self._captioned = np.array([os.path.splitext(name)[0] in texts for name in self._names])
@@ -239,8 +241,8 @@ def find_split_folders(path: str) -> SplitFolders | None:
         has_train = any(ROLES[name.casefold()] == "train" for name in splits)
         fix = _as_splits(splits) if has_train else f"move {names_of_splits} elsewhere"
         raise UserError(
-            f"data.path={path!r} holds {names_of_splits} beside other folders with images ({_list(others)}): "
-            f"{fix}, or set data.split=. to read every sub-folder as a category"
+            f"data.path={path!r} holds {names_of_splits} beside other folders with images"
+            f" ({_list(others)}): {fix}, or set data.split=. to read every sub-folder as a category"
         )
     roles: dict[str, list[str]] = collections.defaultdict(list)
     for name in splits:
@@ -252,8 +254,8 @@ def find_split_folders(path: str) -> SplitFolders | None:
         )
     if not roles["train"]:
         raise UserError(
-            f"data.path={path!r} holds {names_of_splits} and no train/: set data.split={splits[0]} to train"
-            f" on {splits[0]}/, or data.split=. to train on everything"
+            f"data.path={path!r} holds {names_of_splits} and no train/: set data.split={splits[0]}"
+            f" to train on {splits[0]}/, or data.split=. to train on everything"
         )
     return _choose_splits(root, roles["train"][0], [*roles["val"], *roles["test"]])
 
@@ -272,7 +274,8 @@ def _choose_splits(root: str, train: str, candidates: list[str]) -> SplitFolders
         f"{held_out}/ is held out" if held_out else "data.holdout of it is held out",
     ]
     parts += [
-        f"{name}/ is not read" + ("" if name in matching else f" (none of the categories of {train}/)")
+        f"{name}/ is not read"
+        + ("" if name in matching else f" (none of the categories of {train}/)")
         for name in candidates
         if name != held_out
     ]
@@ -304,8 +307,8 @@ def _refuse_nested(path: str, root: str, names: list[str]) -> None:
             continue
         if len(nested := splits(name)) > 1:
             raise UserError(
-                f"data.path={path!r}: its sub-folder {name}/ holds the splits {_list(nested)}, which"
-                f" would all be trained on: set data.path={os.path.join(path, name)!r}, or"
+                f"data.path={path!r}: its sub-folder {name}/ holds the splits {_list(nested)},"
+                f" which would all be trained on: set data.path={os.path.join(path, name)!r}, or"
                 " data.split=. to train on everything"
             )
 

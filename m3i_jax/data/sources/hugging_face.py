@@ -1,6 +1,6 @@
-"""Reads data sets that the Hugging Face `datasets` library saved (`save_to_disk`): memory-mapped Arrow
-tables with random access. Images are read as their original bytes (`decode=False`). Nothing is
-downloaded, and no code or pickle of the data set is run."""
+"""Reads data sets that the Hugging Face `datasets` library saved (`save_to_disk`): memory-mapped
+Arrow tables with random access. Images are read as their original bytes (`decode=False`). Nothing
+is downloaded, and no code or pickle of the data set is run."""
 
 import os
 from collections.abc import Sequence

@@ -27,7 +27,8 @@ from m3i_jax.errors import UserError
 
 
 class Opener(Protocol):
-    """Opens a source: (data.path, data.split, all settings of data, directory of the index or "")."""
+    """Opens a source: (data.path, data.split, all settings of data, directory of the index or
+    "")."""
 
     def __call__(self, path: str, split: str, data: schema.Data, cache: str, /) -> DataSource: ...
 
@@ -147,8 +148,8 @@ def open_kind(
     source = entry.open(path, split or entry.default_split, data, cache)
     if data.class_names and data.source == kind and "class_names" not in entry.reads:
         raise UserError(
-            f"data.class_names={data.class_names!r} is not read by data.source={kind!r}, which names"
-            " its classes itself: leave it empty"
+            f"data.class_names={data.class_names!r} is not read by data.source={kind!r}, which"
+            " names its classes itself: leave it empty"
         )
     if data.class_names and "class_names" in entry.reads:
         names = class_names.class_names_from_file(data.class_names, source.classes)

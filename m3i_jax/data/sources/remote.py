@@ -71,9 +71,9 @@ def glob_urls(pattern: str) -> list[str]:
         pattern, lambda: files.isfile(pattern)
     ):
         pattern = f"{pattern.rstrip('/')}/*.tar"
-    names = map(str, retry_network(pattern, lambda: files.glob(pattern)))
+    names = [str(name) for name in retry_network(pattern, lambda: files.glob(pattern))]
     if protocol != "file":
-        names = (name.removeprefix(f"{protocol}://").lstrip("/") for name in names)
+        names = [name.removeprefix(f"{protocol}://").lstrip("/") for name in names]
     return sorted(f"{protocol}://{name}" for name in names)
 
 
@@ -103,7 +103,8 @@ def open_file(path: str) -> Any:
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-    """Reads several ranges (URL, offset, size) of one file system, concurrently if it supports that.
+    """Reads several ranges (URL, offset, size) of one file system, concurrently if it supports
+    that.
 
     Raises:
         UnreadableError: a range cannot be read, or a file ends before it.
@@ -129,8 +130,8 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
 
 
 def retry_network(path: str, act: Callable[[], _T], tries: int = 4) -> _T:
-    """Calls `act` until it succeeds, at most `tries` times. A lasting failure is an error, not a bad
-    record.
+    """Calls `act` until it succeeds, at most `tries` times. A lasting failure is an error, not a
+    bad record.
 
     Raises:
         UnreadableError: the last attempt failed, or the file is missing or forbidden.

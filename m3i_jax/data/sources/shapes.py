@@ -1,14 +1,15 @@
-"""Renders built-in images with classes and captions, so that every part of the framework runs without
-a data set.
+"""Renders built-in images with classes and captions, so that every part of the framework runs
+without a data set.
 
 An image shows one shape, which is its class. Everything else is nuisance: colour, size, position,
 rotation, colour and pattern of the background, small lines and blobs behind the shape. Colours are
-paired by luminance, so that the shape is visible in gray too, and is brighter than its background as
+paired by luminance, so that the shape is visible in gray too, and is brighter than its background
+as
 often as darker: pixels and simple statistics carry little information about the class, outlines
 carry all of it.
 
-The content (class, colours, pattern, size, caption) and the geometry are separate random streams, so
-a caption needs no rendering."""
+The content (class, colours, pattern, size, caption) and the geometry are separate random streams,
+so a caption needs no rendering."""
 
 import functools
 import math
@@ -207,8 +208,8 @@ class ShapesSource:
         return ShapeSpec(label, color, ground, pattern, size, caption)
 
     def silhouette(self, index: SupportsIndex) -> np.ndarray:
-        """Returns the mask of the shape of image `index`, uint8 [side, side]: 255 inside, 0 outside,
-        between them on the outline.
+        """Returns the mask of the shape of image `index`, uint8 [side, side]: 255 inside, 0
+        outside, between them on the outline.
 
         >>> mask = ShapesSource(8, side=32).silhouette(0)
         >>> mask.shape, int(mask.max())

@@ -1,5 +1,5 @@
-"""Parses the headers of a tar file: names, offsets and sizes of its regular members, without reading
-their content.
+"""Parses the headers of a tar file: names, offsets and sizes of its regular members, without
+reading their content.
 
 Python's `tarfile` keeps every member in memory and stops at a damaged header without an error. This
 parser holds one header at a time, continues behind damage, and counts it. It supports POSIX ustar,

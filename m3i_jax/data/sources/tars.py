@@ -1,10 +1,11 @@
 """Reads images in tar files of img2dataset or WebDataset in place, without unpacking.
 
-An index of the members is built once from the headers and the small JSON and label members; an image
-is then one `pread`. Only regular members with a known extension are read. Links, devices, absolute
-names and names with `..` are skipped and counted, and so is a pickle, as a member of an unknown
-extension. Of a damaged or truncated file the valid members are used. Tar files in a bucket (gs://,
-s3://, ...) are read through fsspec: the headers once, then ranges, concurrently for a batch."""
+An index of the members is built once from the headers and the small JSON and label members; an
+image is then one `pread`. Only regular members with a known extension are read. Links, devices,
+absolute names and names with `..` are skipped and counted, and so is a pickle, as a member of an
+unknown extension. Of a damaged or truncated file the valid members are used. Tar files in a bucket
+(gs://, s3://, ...) are read through fsspec: the headers once, then ranges, concurrently for a
+batch."""
 
 import collections
 import glob
@@ -34,8 +35,8 @@ class TarSource:
 
     Members with the same stem form a record: `KEY.jpg`, `KEY.txt` (caption), `KEY.json` (`caption`
     if there is no text, `label` if a whole number), `KEY.cls` (label). The key of a record is the
-    stem, so equal keys of two tar files are in the same part of a split. Classes have no names; they
-    are "0", "1", ... up to the highest label.
+    stem, so equal keys of two tar files are in the same part of a split. Classes have no names;
+    they are "0", "1", ... up to the highest label.
 
     Args:
         path: glob of tar files, or their directory; local or a URL of fsspec.
@@ -91,8 +92,8 @@ class TarSource:
         self.classes = tuple(str(i) for i in range(highest + 1))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker process loads the index from its file if there is one; pickling it would need twice
-        # the memory.
+        # A worker process loads the index from its file if there is one; pickling it would need
+        # twice the memory.
         state = self.__dict__.copy()
         if self._cache_path and os.path.exists(self._cache_path):
             del state["_index"]
@@ -152,7 +153,9 @@ class TarSource:
         )
 
     def _parse_caption(self, index: int, raw: bytes) -> str | bytes | None:
-        return raw if self._index["caption_kind"][index] == _TEXT else _parse_json(raw).get("caption")
+        return (
+            raw if self._index["caption_kind"][index] == _TEXT else _parse_json(raw).get("caption")
+        )
 
     def key_hashes(self) -> np.ndarray:
         return self._index["key_hash"]

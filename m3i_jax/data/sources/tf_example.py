@@ -98,8 +98,8 @@ def _read_varint(raw: bytes, at: int) -> tuple[int, int]:
 
 
 def _fields(raw: bytes, at: int, end: int, *, numbers: bool = False) -> list[tuple[int, int, int]]:
-    """Returns (number, first byte, end) of the length-delimited fields of a message; with `numbers`,
-    also (number, value, -1) of the integers.
+    """Returns (number, first byte, end) of the length-delimited fields of a message; with
+    `numbers`, also (number, value, -1) of the integers.
 
     Positions instead of slices, so that an image is copied once.
     """

@@ -1,6 +1,6 @@
-"""Reads data sets that `tensorflow-datasets` has prepared, with random access and without TensorFlow:
-its `data_source` returns encoded images (`SkipDecoding`). The files must be ArrayRecord or
-parquet."""
+"""Reads data sets that `tensorflow-datasets` has prepared, with random access and without
+TensorFlow: its `data_source` returns encoded images (`SkipDecoding`). The files must be ArrayRecord
+or parquet."""
 
 import os
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ class TfdsSource:
     """One split of a prepared data set. Nothing is downloaded; `tfds build` prepares a data set.
 
     The image is the feature `image`, else the only image feature; the label is `label`, else the
-    only class label; the caption is `caption`, `captions` (the first) or `text`. The key of a record
-    is `SPLIT-INDEX`, since the order of a prepared data set never changes.
+    only class label; the caption is `caption`, `captions` (the first) or `text`. The key of a
+    record is `SPLIT-INDEX`, since the order of a prepared data set never changes.
 
     Args:
         path: name in TFDS ("food101", "imagenet2012:5.1.0"), or the directory of one version.
@@ -74,9 +74,7 @@ class TfdsSource:
         if any(not 0 <= i < self._length for i in indices):
             raise IndexError(f"{min(indices)}..{max(indices)} of {self._length} records")
         examples = self._data().__getitems__(list(indices))
-        return [
-            self._record(i, example) for i, example in zip(indices, examples, strict=True)
-        ]
+        return [self._record(i, example) for i, example in zip(indices, examples, strict=True)]
 
     def key(self, index: int) -> str:
         return f"{self._split}-{index}"
