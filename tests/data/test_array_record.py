@@ -176,25 +176,25 @@ def test_refusals(tmp_path):
     data.mkdir()
     write(data)
     shard, index = data / "x-00001-of-00002.array_record", data / "dataset.json"
-    whole, about = shard.read_bytes(), index.read_text()
-    index.write_text(about.replace('"version": 1', '"version": 9'))
+    content, metadata = shard.read_bytes(), index.read_text()
+    index.write_text(metadata.replace('"version": 1', '"version": 9'))
     assert "has version 9, this program reads 1" in refusal(data)
-    index.write_text(about[:40])
+    index.write_text(metadata[:40])
     assert "dataset.json' is damaged" in refusal(data)
     # A name in the index cannot lead out of the directory.
     index.write_text(
         json.dumps(
             {
-                **json.loads(about),
+                **json.loads(metadata),
                 "shards": [{"file": "../../etc/passwd", "count": 1, "digest": "0"}],
             }
         )
     )
     assert f"{str(data / 'passwd')!r} is missing" in refusal(data)
-    index.write_text(about)
+    index.write_text(metadata)
     shard.unlink()
     assert "is missing, and" in refusal(data)
-    shard.write_bytes(whole[:100])
+    shard.write_bytes(content[:100])
     (data / "dataset.json").unlink()
     assert "is not a complete ArrayRecord file" in refusal(data)
     (data / "x-00001-of-00002.array_record.npz").unlink()

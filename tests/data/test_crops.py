@@ -83,20 +83,20 @@ def test_a_view_shows_what_its_box_says(box):
     assert np.abs(view[inner, inner, 1] - y[inner, None]).max() <= 1
 
 
-def test_a_reduced_picture_gives_the_same_view():
-    picture = Image.fromarray(coordinates(200, 248))
+def test_a_reduced_image_gives_the_same_view():
+    image = Image.fromarray(coordinates(200, 248))
     box = (20, 40, 120, 160)
     full, half = (
         crops.cut_view(p, box, 16, height=200, width=248).astype(int)
-        for p in (picture, picture.reduce(2))
+        for p in (image, image.reduce(2))
     )
     assert np.abs(full - half).max() <= 1
 
 
 def test_the_last_pixel_is_inside():
-    picture = Image.fromarray(coordinates(100, 101).repeat(3, 0)[:100])
+    image = Image.fromarray(coordinates(100, 101).repeat(3, 0)[:100])
     for width in range(303, 330):  # 101 / width * width may round above 101
-        assert crops.cut_view(picture, (0, 0, 300, width), 8, height=300, width=width).size == 192
+        assert crops.cut_view(image, (0, 0, 300, width), 8, height=300, width=width).size == 192
 
 
 def test_antialiasing():
@@ -117,7 +117,7 @@ def test_the_evaluation_view_is_resize_then_centre_crop(height, width, size):
     # Away from black and white: between its two passes Pillow clips overshoot, and it may take the
     # passes in either order.
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(100, 156, (height, width, 3), np.uint8))
+    image = Image.fromarray(rng.integers(100, 156, (height, width, 3), np.uint8))
     short = round(size * 256 / 224)
     h, w = (
         (short, int(short * width / height))
@@ -126,10 +126,10 @@ def test_the_evaluation_view_is_resize_then_centre_crop(height, width, size):
     )
     top, left = round((h - size) / 2), round((w - size) / 2)
     expected = np.asarray(
-        picture.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+        image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
     )
     box = crops.central_box(height, width, size)
-    view = crops.cut_view(picture, box, size, height=height, width=width).reshape(size, size, 3)
+    view = crops.cut_view(image, box, size, height=height, width=width).reshape(size, size, 3)
     assert np.abs(view.astype(int) - expected).max() <= 2
 
 
@@ -152,15 +152,15 @@ def test_the_resizer_is_part_of_the_identity_of_the_stream(monkeypatch):
             return "0123456789abcdef"
 
     config = schema.Config(data=schema.Data(resizer="auto"))
-    told = {}
+    identities = {}
     for name in ("pillow", "fast 4", "fast 5"):
         monkeypatch.setattr(crops, "choose_resizer", lambda wanted, name=name: name)
-        told[name] = (
+        identities[name] = (
             pipeline.stream_fingerprint(config, Five()),
             pipeline.stream_identity(config, Five()),
         )
-    assert len({mark for mark, _ in told.values()}) == 3
-    assert "resizer fast 4" in told["fast 4"][1] and "resizer" not in told["pillow"][1]
+    assert len({mark for mark, _ in identities.values()}) == 3
+    assert "resizer fast 4" in identities["fast 4"][1] and "resizer" not in identities["pillow"][1]
 
 
 def test_a_resizer_that_is_not_there_is_named(monkeypatch):

@@ -31,7 +31,7 @@ def test_every_bad_file_has_its_reason(make):
     assert {why for _, why in files.values()} == set(decode.REASONS) - {decode.UNREADABLE}
 
 
-def test_size_is_judged_before_a_pixel_is_read(make):
+def test_size_is_checked_before_decoding(make):
     # Neither file holds any pixels: whoever reads them would say "truncated".
     assert reason(make.png_header(60_000, 60_000)) == "too_large"
     assert reason(make.png_header(8001, 8000)) == "too_large"
@@ -40,7 +40,7 @@ def test_size_is_judged_before_a_pixel_is_read(make):
     assert reason(make.png_header(16, 16)) == "truncated"
 
 
-def test_every_good_file_is_the_same_picture(make):
+def test_every_good_file_has_the_same_pixels(make):
     rgb = make.smooth(48, 40)
     gray = np.asarray(Image.fromarray(rgb).convert("L").convert("RGB"))
     # What is lossless is exact; JPEG at quality 95 and 64 colours differ a little; the others are
@@ -199,7 +199,7 @@ def test_first_frame_of_an_animation():
         ), kind
 
 
-def test_arrays_are_pictures_already(make):
+def test_arrays_are_decoded_images(make):
     rgb = make.smooth(20, 30)
     assert (decode.decode_image(rgb) == rgb).all()
     assert (decode.decode_image(rgb[..., 0]) == rgb[..., :1]).all()
@@ -290,7 +290,7 @@ def test_a_bomb_costs_neither_time_nor_memory(make):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 
-def test_every_way_to_store_a_picture_gives_the_same_pixels(make):
+def test_every_way_to_store_an_image_gives_the_same_pixels(make):
     """One image with an orientation, as a JPEG of every subsampling, progressive or not, CMYK, PNG,
     WebP and TIFF."""
     upright = make.smooth(64, 48)

@@ -28,7 +28,7 @@ def test_the_fast_resizer_shows_what_pillow_shows(monkeypatch, in_place):
             for by in ("pillow", "fast 4")
         )
         assert np.abs(slow - quick).mean() <= 0.5
-    # A window whose far edge rounds above the picture's.
+    # A window whose far edge rounds above that of the image.
     small = coarse.reduce(3)
     for width in range(480, 500):
         assert (
@@ -40,7 +40,7 @@ def test_the_fast_resizer_shows_what_pillow_shows(monkeypatch, in_place):
 
 
 def test_both_ways_into_the_fast_resizer_give_the_same_bytes():
-    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 120, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 120, 3), np.uint8))
     out = []
     for in_place in (True, False):
         with pytest.MonkeyPatch.context() as patch:
@@ -48,7 +48,7 @@ def test_both_ways_into_the_fast_resizer_give_the_same_bytes():
             patch.setattr(decode_fast, "_OWN", threading.local())
             out.append(
                 crops.cut_view(
-                    picture, (3.5, 7.25, 60.5, 80.0), 48, height=90, width=120, by="fast 4"
+                    image, (3.5, 7.25, 60.5, 80.0), 48, height=90, width=120, by="fast 4"
                 ).tobytes()
             )
     assert out[0] == out[1]
@@ -93,13 +93,13 @@ def test_packed_pixels_are_those_of_pillow(make, options):
 def test_what_is_no_plain_jpeg_is_left_to_pillow(make):
     turned = Image.Exif()
     turned[0x0112] = 6
-    pictures = {
+    files = {
         "a PNG": make.encode(make.smooth(64, 64), "PNG"),
         "gray": make.encode(make.smooth(64, 64)[:, :, 0], "JPEG"),
         "CMYK": make.encode(Image.fromarray(make.smooth(64, 64)).convert("CMYK"), "JPEG"),
         "turned": plain(make, 64, 96, exif=turned),
     }
-    for name, content in pictures.items():
+    for name, content in files.items():
         assert isinstance(decode.open_jpeg_fast(content).rgb(), Image.Image), name
     reduced = decode.open_jpeg_fast(plain(make, 640, 480)).rgb(least=(300, 200))
     assert reduced.size == (240, 320)

@@ -40,17 +40,17 @@ def test_bad_records_are_replaced_and_counted_exactly(fill, make):
 @pytest.mark.parametrize("count", [2, 3, 5, 7])
 def test_no_image_is_mixed_with_itself(make, count):
     """With few records and an odd number of them, epochs end between partners."""
-    batch = make.joined(make.stream(make.settings(batch=30), make.Pictures(count), None, 10))
+    batch = make.joined(make.stream(make.settings(batch=30), make.ColorImages(count), None, 10))
     record = batch["views"][:, 0, 0, 0, 0].reshape(-1, 2)
     assert (record[:, 0] != record[:, 1]).all()
     assert set(record.ravel()) == set(range(count))
-    used, _ = make.expected_stream(make.Pictures(count), {}, 300)
+    used, _ = make.expected_stream(make.ColorImages(count), {}, 300)
     assert record.ravel().tolist() == used
 
 
 def test_too_many_bad_records_stop_the_run(make):
     config = make.settings(batch=100, max_bad_share=0.05)
-    batches = pipeline.iterate_batches(config, make.Pictures(200, bad=100), None, start=0)
+    batches = pipeline.iterate_batches(config, make.ColorImages(200, bad=100), None, start=0)
     count = 0
     with pytest.raises(UserError) as caught:
         while count < 2 * pipeline.WINDOW:
@@ -69,7 +69,7 @@ def test_the_share_is_over_the_last_ten_thousand(make, bad, stops):
     """5 % of 300 records are 15: 11 bad ones never stop the run; 30 do, after 500 bad draws."""
     config = make.settings(batch=500, max_bad_share=0.05, image_size=8, crop_scale=(0.9, 1.0))
     config = dataclasses.replace(config, model=schema.Model(encoder=schema.Encoder(patch_size=4)))
-    batches = pipeline.iterate_batches(config, make.Pictures(300, bad=bad), None, start=0)
+    batches = pipeline.iterate_batches(config, make.ColorImages(300, bad=bad), None, start=0)
     count = 0
     try:
         for _ in range(25):
@@ -82,7 +82,7 @@ def test_the_share_is_over_the_last_ten_thousand(make, bad, stops):
 def test_a_window_forgets(make):
     """Bad records beyond the window do not stop the run."""
     config = make.settings(batch=500, max_bad_share=0.05)
-    batches = pipeline.iterate_batches(config, make.Pictures(10), None, start=0)
+    batches = pipeline.iterate_batches(config, make.ColorImages(10), None, start=0)
     for _ in range(40):
         batches._check_bad_share(500, np.array([20, 0, 0, 0, 0, 0]))
     for _ in range(20):
@@ -95,13 +95,13 @@ def test_a_window_forgets(make):
 def test_a_source_without_a_pair_of_good_images(make):
     for source, last in (
         (
-            make.Pictures(6, bad=6),
+            make.ColorImages(6, bad=6),
             (
                 r"partner: 100 undecodable \(such as 'p\d', 'p\d', 'p\d'\); the last is 'p\d'"
                 r" \(undecodable: cannot identify the format\)"
             ),
         ),
-        (make.Pictures(6, bad=5), r"the last is 'p\d' "),
+        (make.ColorImages(6, bad=5), r"the last is 'p\d' "),
     ):
         with pytest.raises(
             UserError,

@@ -50,11 +50,11 @@ def test_only_ranges_are_read(bucket, monkeypatch):
     source = TarSource(bucket[0])
     read = []
     files = remote.file_system(bucket[0])
-    whole = files.cat_ranges
+    original = files.cat_ranges
     monkeypatch.setattr(
         type(files),
         "cat_ranges",
-        lambda self, p, a, b, **k: read.append((p, a, b)) or whole(p, a, b, **k),
+        lambda self, p, a, b, **k: read.append((p, a, b)) or original(p, a, b, **k),
     )
     base.read_items(source, [1, 2, 30])
     ((paths, starts, ends),) = read  # one call for images and captions of a batch
@@ -84,12 +84,12 @@ def test_a_network_that_fails(bucket, monkeypatch):
     local = TarSource(bucket[1])
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     fails = []
-    whole = files.cat_file
+    original = files.cat_file
 
     def flaky(self, *arguments, **options):
         if fails:
             raise fails.pop()
-        return whole(*arguments, **options)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(type(files), "cat_file", flaky)
     fails += [OSError("reset by peer"), TimeoutError("slow")]

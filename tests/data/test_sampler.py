@@ -13,11 +13,11 @@ def test_every_epoch_visits_every_record_once_in_another_order():
 
 
 def test_any_part_of_the_stream_is_the_stream():
-    whole = sampler.sample_index(1, np.arange(1000), 77)
+    full = sampler.sample_index(1, np.arange(1000), 77)
     for start in (0, 1, 76, 77, 500):
-        assert (sampler.sample_index(1, np.arange(start, 1000), 77) == whole[start:]).all()
+        assert (sampler.sample_index(1, np.arange(start, 1000), 77) == full[start:]).all()
     backwards = sampler.sample_index(1, np.arange(1000)[::-1], 77)
-    assert (backwards[::-1] == whole).all()
+    assert (backwards[::-1] == full).all()
 
 
 def test_attempts_are_other_draws():

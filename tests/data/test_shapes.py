@@ -31,7 +31,7 @@ def source() -> ShapesSource:
 
 
 @pytest.fixture(scope="module")
-def pictures(source) -> np.ndarray:
+def rendered(source) -> np.ndarray:
     return np.stack([image(source, i) for i in range(MANY)])
 
 
@@ -39,19 +39,19 @@ def luminance(rgb: np.ndarray) -> np.ndarray:
     return rgb.astype(float) @ [0.299, 0.587, 0.114]
 
 
-def test_a_record_is_a_function_of_seed_and_index(source, pictures):
+def test_a_record_is_a_function_of_seed_and_index(source, rendered):
     fresh = copy.deepcopy(ShapesSource(10 * MANY))
     for i in (MANY - 1, 3, 77, 0):
         record = fresh[i]
         assert record.key == fresh.key(i) == source.key(i)
         assert (record.label, record.caption) == (source[i].label, source[i].caption)
-        np.testing.assert_array_equal(image(fresh, i), pictures[i])
+        np.testing.assert_array_equal(image(fresh, i), rendered[i])
     other = ShapesSource(MANY, seed=1)
     assert other.key(0) != source.key(0)
-    assert all((image(other, i) != pictures[i]).any() for i in range(20))
+    assert all((image(other, i) != rendered[i]).any() for i in range(20))
 
 
-def test_it_is_a_source_and_a_sequence(source: ShapesSource, pictures: np.ndarray):
+def test_it_is_a_source_and_a_sequence(source: ShapesSource, rendered: np.ndarray):
     opened = splits.open_source(schema.Data(size=9))
     assert (
         isinstance(opened, ShapesSource)
@@ -75,7 +75,7 @@ def test_it_is_a_source_and_a_sequence(source: ShapesSource, pictures: np.ndarra
         for read in (source.__getitem__, source.key, source.caption, source.silhouette):
             with pytest.raises(IndexError):
                 read(outside)
-    assert pictures.shape == (MANY, 96, 96, 3) and pictures.dtype == np.uint8
+    assert rendered.shape == (MANY, 96, 96, 3) and rendered.dtype == np.uint8
     assert (
         image(ShapesSource(3, side=33), 2).shape == (33, 33, 3) and image(source, 2).flags.writeable
     )
@@ -126,9 +126,9 @@ def test_captions_tell_the_truth(source):
             f"{what.pattern} {what.ground} background",
         )
         assert [w for w in words if w in source.classes] == [source.classes[what.label]]
-        told = [what.color] * (thing in caption) + [what.ground] * (ground in caption)
+        expected_colors = [what.color] * (thing in caption) + [what.ground] * (ground in caption)
         # no colour but the picture's, each where it belongs
-        assert sorted(w for w in words if w in COLORS) == sorted(told)
+        assert sorted(w for w in words if w in COLORS) == sorted(expected_colors)
         openings["color"], openings["ground"] = (
             openings["color"] + (thing in caption),
             openings["ground"] + (ground in caption),
@@ -155,19 +155,19 @@ def test_captions_tell_the_truth(source):
     } == set(COLORS)
 
 
-def test_the_picture_has_the_colors_of_the_caption(source, pictures):
+def test_the_image_has_the_colors_of_the_caption(source, rendered):
     names, table = list(COLORS), np.array(list(COLORS.values()), float)
     for i in range(100):
-        inside = pictures[i][source.silhouette(i) == 255]
+        inside = rendered[i][source.silhouette(i) == 255]
         assert (inside == inside[0]).all()  # nothing lies over the shape
         assert names[np.abs(table - inside[0]).sum(1).argmin()] == source.what(i).color
         assert np.abs(inside[0] - np.array(COLORS[source.what(i).color])).max() <= 10
 
 
-def test_the_shape_is_seen(source, pictures):
+def test_the_shape_is_visible(source, rendered):
     shares = []
     for i in range(MANY):
-        mask, gray = source.silhouette(i), luminance(pictures[i])
+        mask, gray = source.silhouette(i), luminance(rendered[i])
         background = gray[mask == 0]
         # in every pixel; jitter takes 2 x 10 at most
         assert np.abs(background - gray[mask == 255].mean()).min() >= shapes.CONTRAST - 21
@@ -194,13 +194,13 @@ def test_the_diameter_is_what_the_plan_says(source):
         assert 0.75 < widest / source.what(i).size < 1.03
 
 
-def test_pictures_differ(pictures):
-    assert len({picture.tobytes() for picture in pictures}) == MANY
+def test_images_differ(rendered):
+    assert len({picture.tobytes() for picture in rendered}) == MANY
 
 
-def test_raw_pixels_do_not_tell_the_class(source, pictures):
+def test_raw_pixels_do_not_predict_the_class(source, rendered):
     small = (
-        np.stack([np.asarray(Image.fromarray(p).resize((48, 48))) for p in pictures])
+        np.stack([np.asarray(Image.fromarray(p).resize((48, 48))) for p in rendered])
         .reshape(MANY, -1)
         .astype(float)
     )

@@ -1,4 +1,4 @@
-"""train/, val/ and test/ are splits, not categories; where they may be either, the user decides."""
+"""train/, val/ and test/ are splits and not classes; if they may be both, the user decides."""
 
 import os
 
@@ -118,9 +118,9 @@ BESIDE = "beside other folders with images "
 )  # fmt: skip
 def test_ambiguous_folders_are_refused(fill, folders, why):
     path = fill(images(*folders))
-    for opens in (splits.open_splits, splits.open_source):
+    for open_data in (splits.open_splits, splits.open_source):
         with pytest.raises(UserError, match=why) as caught:
-            opens(schema.Data(source="folder", path=str(path)))
+            open_data(schema.Data(source="folder", path=str(path)))
         assert "\n" not in str(caught.value)
     everything, _ = opened(path, split=".", holdout=0.0)  # what the refusal offers
     assert len(everything) == 3 * len(folders)

@@ -57,13 +57,13 @@ def test_what_others_write():
 
 
 def test_noise_is_a_value_error():
-    rng, whole, refused = (
+    rng, message, refused = (
         np.random.default_rng(0),
         tf_example.encode_example({"image": b"content", "label": 300}),
         0,
     )
     for _ in range(3000):
-        raw = bytearray(whole[: rng.integers(len(whole) + 1)])
+        raw = bytearray(message[: rng.integers(len(message) + 1)])
         for _ in range(rng.integers(3)):
             if raw:
                 raw[rng.integers(len(raw))] = rng.integers(256)

@@ -133,12 +133,10 @@ def test_clip_golden_ids(vocabulary):
 @pytest.mark.parametrize("length", [2, 3, 8, 77])
 def test_a_cut_caption_keeps_its_end(vocabulary, length):
     made = tokenizer.clip_tokenizer(vocabulary, length)
-    whole = made.ids("the cat and the dog and the red dog")
+    full = made.ids("the cat and the dog and the red dog")
     ids, real = made.encode("the cat and the dog and the red dog")
-    assert (
-        real == min(len(whole) + 2, length) and ids[0] == made.start and ids[real - 1] == made.end
-    )
-    assert ids[1 : real - 1].tolist() == whole[: length - 2] and (ids[real:] == 0).all()
+    assert real == min(len(full) + 2, length) and ids[0] == made.start and ids[real - 1] == made.end
+    assert ids[1 : real - 1].tolist() == full[: length - 2] and (ids[real:] == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["clip", "train"])
@@ -298,8 +296,8 @@ def test_nothing_is_unknown_to_a_learnt_tokenizer():
         assert made.decode(made.encode(text)[0]) == text
         assert min(made.ids(text)) > 2
     assert len(made.ids("striped background")) < len("striped background")
-    whole = tokenizer.train_tokenizer(corpus(), 1024, 16)
-    assert len(whole.ids("the small red circle on a striped background")) == 8
+    full = tokenizer.train_tokenizer(corpus(), 1024, 16)
+    assert len(full.ids("the small red circle on a striped background")) == 8
 
 
 def test_refusals_of_learning():

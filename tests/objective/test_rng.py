@@ -12,10 +12,10 @@ MANY = 20_000
 
 
 def test_uniforms_are_a_function_of_the_position():
-    whole = rng.uniforms(7, rng.CROP, 100, 32, 6)
+    full = rng.uniforms(7, rng.CROP, 100, 32, 6)
     for first, rows in ((100, 1), (103, 5), (131, 1)):
         np.testing.assert_array_equal(
-            rng.uniforms(7, rng.CROP, first, rows, 6), whole[first - 100 : first - 100 + rows]
+            rng.uniforms(7, rng.CROP, first, rows, 6), full[first - 100 : first - 100 + rows]
         )
 
 
