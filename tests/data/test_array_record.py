@@ -1,5 +1,5 @@
-"""ArrayRecord files: what is written comes back, files of others are understood, and damage costs
-the record that it hits."""
+"""ArrayRecord files: records survive a round trip, files of other programs are read, and damage
+affects only its record."""
 
 import json
 import pathlib
@@ -46,7 +46,7 @@ def bare(record: base.Record) -> base.Record:
     return base.Record(record.key, record.image, record.label, caption)
 
 
-def test_what_is_written_comes_back(tmp_path):
+def test_round_trip(tmp_path):
     written = [bare(r) for r in write(tmp_path)]
     source = splits.open_source(schema.Data(source="array_record", path=str(tmp_path)))
     assert (
@@ -107,7 +107,7 @@ def test_the_same_content_has_the_same_fingerprint(tmp_path):
     assert found[0] == found[1] != found[2] and len(found[0]) == 16
 
 
-def test_files_of_somebody_else(tmp_path):
+def test_files_of_other_programs(tmp_path):
     data, cache = tmp_path / "data", tmp_path / "cache"
     data.mkdir()
     writer = array_record.ArrayRecordWriter(
@@ -143,7 +143,7 @@ def test_files_of_somebody_else(tmp_path):
     assert ArrayRecordSource(str(data), cache=str(cache)).fingerprint() == source.fingerprint()
 
 
-def test_damage_costs_one_record(tmp_path):
+def test_damage_affects_one_record(tmp_path):
     path = tmp_path / "x.array_record"
     rng = np.random.default_rng(0)
     contents = [rng.bytes(3000) for _ in range(20)]
@@ -202,7 +202,7 @@ def test_refusals(tmp_path):
         array_record_source.write_shard_index(str(data))
 
 
-def test_a_failing_write_leaves_nothing(tmp_path):
+def test_a_failed_write_leaves_nothing(tmp_path):
     def broken():
         yield RECORDS[0]
         raise RuntimeError("the source fails")

@@ -1,4 +1,4 @@
-"""Names for WordNet ids and numbers, from the files that people have."""
+"""Names of WordNet ids and numbers, from the usual files."""
 
 import json
 

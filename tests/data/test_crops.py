@@ -1,5 +1,4 @@
-"""Geometry of the views: boxes follow torchvision's semantics, and what is cut is what the box
-says."""
+"""Geometry of the views: boxes have torchvision's semantics, and a view shows its box."""
 
 import math
 
@@ -40,7 +39,7 @@ def test_area_and_aspect_have_the_distribution_of_a_random_resized_crop():
     assert stats.kstest(left / (4000 - w), stats.uniform.cdf).pvalue > 0.01
 
 
-def test_a_refused_try_is_followed_by_the_next():
+def test_a_refused_attempt_is_followed_by_the_next():
     wide = [1.0 - 1e-9, 1.0 - 1e-9]  # all of the area at aspect 4/3: too wide for a square
     assert crops.crop_box(wide + [0.0, 0.5] + [0.5] * 18, 100, 100, scale=(0.25, 1.0)) == (
         25,
@@ -71,7 +70,7 @@ def coordinates(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "box", [(0, 0, 200, 250), (10, 20, 100, 50), (150, 200, 50, 50), (3, 7, 20, 30)]
 )
-def test_a_view_shows_what_its_box_says(box):
+def test_a_view_shows_its_box(box):
     size, (top, left, h, w) = 32, box
     view = crops.cut_view(
         Image.fromarray(coordinates(200, 250)), box, size, height=200, width=250
@@ -112,8 +111,7 @@ def test_antialiasing():
 )
 @pytest.mark.parametrize("size", [224, 96])
 def test_the_evaluation_view_is_resize_then_centre_crop(height, width, size):
-    """The usual two steps (torchvision's Resize and CenterCrop) done by Pillow one after the
-    other."""
+    """The reference is torchvision's Resize and CenterCrop, done by Pillow in two steps."""
     # Away from black and white: between its two passes Pillow clips overshoot, and it may take the
     # passes in either order.
     rng = np.random.default_rng(0)
@@ -133,7 +131,7 @@ def test_the_evaluation_view_is_resize_then_centre_crop(height, width, size):
     assert np.abs(view.astype(int) - expected).max() <= 2
 
 
-def test_enough_keeps_the_gap():
+def test_sufficient_size_keeps_the_gap():
     boxes = [(0, 0, 50, 80), (0, 0, 300, 90)]
     height, width = crops.sufficient_size(boxes, 600, 900, 16, 2.0)
     for _, _, h, w in boxes:
@@ -163,7 +161,7 @@ def test_the_resizer_is_part_of_the_identity_of_the_stream(monkeypatch):
     assert "resizer fast 4" in identities["fast 4"][1] and "resizer" not in identities["pillow"][1]
 
 
-def test_a_resizer_that_is_not_there_is_named(monkeypatch):
+def test_a_missing_resizer_is_named(monkeypatch):
     monkeypatch.setattr(crops.decode_fast, "is_installed", lambda package: False)
     crops.choose_resizer.cache_clear()
     try:

@@ -1,5 +1,4 @@
-"""Every rule about bad and odd input: what is refused, for which reason, and what the rest looks
-like."""
+"""Rules for bad and unusual input: refusals with their reasons, and the decoded pixels."""
 
 import io
 import time
@@ -66,8 +65,8 @@ def test_every_good_file_has_the_same_pixels(make):
 
 
 def stored_as(upright: np.ndarray, orientation: int) -> np.ndarray:
-    """What a camera writes with this EXIF orientation (TIFF 6.0, tag 274), so that it shows
-    `upright`."""
+    """Returns the pixels that a camera stores with this EXIF orientation (TIFF 6.0, tag 274) for
+    the image `upright`."""
     return {
         1: lambda a: a,
         2: lambda a: a[:, ::-1],
@@ -128,7 +127,7 @@ def test_only_jpegs_are_reduced(make):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_broken_exif_costs_only_the_rotation(make):
+def test_damaged_exif_drops_only_the_rotation(make):
     content = make.encode(make.smooth(32, 32), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff broken")
     assert decode.decode_image(content).shape == (32, 32, 3)
 
@@ -208,9 +207,8 @@ def test_arrays_are_decoded_images(make):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_no_damage_is_anything_but_a_bad_record(make):
-    """Bytes changed and cut at random: an image comes out, or a BadRecord, never another
-    exception."""
+def test_damage_raises_only_bad_record(make):
+    """Randomly changed and cut bytes give an image or a BadRecord, never another exception."""
     rng = np.random.default_rng(1)
     sound = {name: bytearray(content) for name, content in make.good_files().items()}
     refused = 0
@@ -272,9 +270,8 @@ def test_long_captions_are_cut():
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_bomb_costs_neither_time_nor_memory(make):
-    """Refused by the header, before anything is decoded: within milliseconds, with little
-    memory."""
+def test_a_decompression_bomb_is_not_decoded(make):
+    """It is refused by its header, with little memory."""
     resource = pytest.importorskip("resource")
     bombs = [
         make.png_header(60_000, 60_000),
@@ -291,7 +288,7 @@ def test_a_bomb_costs_neither_time_nor_memory(make):
 
 
 def test_every_way_to_store_an_image_gives_the_same_pixels(make):
-    """One image with an orientation, as a JPEG of every subsampling, progressive or not, CMYK, PNG,
+    """An image with an orientation, as JPEGs of every subsampling, progressive or not, CMYK, PNG,
     WebP and TIFF."""
     upright = make.smooth(64, 48)
     exif = Image.Exif()

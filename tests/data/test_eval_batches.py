@@ -1,4 +1,4 @@
-"""Clean views for evaluators."""
+"""Batches of centre crops for evaluators."""
 
 import numpy as np
 import pytest
@@ -29,8 +29,8 @@ def some(make):
 
 @pytest.mark.parametrize(("crop", "short"), [(224 / 256, 32), (1.0, 28)])
 def test_evaluation_views(make, crop: float, short: int):
-    """Against resize and centre crop done one after the other, in the order asked for, bad ones at
-    their place but not valid."""
+    """The reference is a resize, then a centre crop. Rows are in the given order; a bad record has
+    an invalid row."""
     source, images = some(make)
     batches = eval_batches.evaluation_batches(
         source,
@@ -76,14 +76,14 @@ def test_evaluation_views(make, crop: float, short: int):
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_hosts_share_the_rows_and_read_nothing_twice(make, hosts: int):
-    """The parts laid side by side are the batches of one host; each host makes as many batches as
-    any other, and opens its own records."""
+    """The concatenated parts are the batches of one host. All hosts build the same number of
+    batches, and each opens only its own records."""
     order = [6, 3, 0, 1, 5, 3]
     full = list(eval_batches.evaluation_batches(some(make)[0], order, PREPROCESSING, 4))
-    sources_, parts = [], []
+    sources, parts = [], []
     for host in range(hosts):
         source, _ = some(make)
-        sources_.append(source)
+        sources.append(source)
         parts.append(
             list(
                 eval_batches.evaluation_batches(
@@ -95,7 +95,7 @@ def test_hosts_share_the_rows_and_read_nothing_twice(make, hosts: int):
     for k, batch in enumerate(full):
         for name, array in batch.items():
             np.testing.assert_array_equal(np.concatenate([part[k][name] for part in parts]), array)
-    assert sorted(index for source in sources_ for index in source.read) == sorted(order)
+    assert sorted(index for source in sources for index in source.read) == sorted(order)
     with pytest.raises(ValueError, match="3 hosts"):
         eval_batches.evaluation_batches(some(make)[0], order, PREPROCESSING, 4, hosts=3)
 
@@ -108,9 +108,9 @@ def test_evaluation_of_nothing(make):
     assert not only["valid"].any()
 
 
-def test_a_file_that_vanishes_is_a_bad_record_where_it_may_be(fill, make):
-    """Removed after the source was opened: the others keep their rows, and those read with it are
-    read again one by one."""
+def test_a_missing_file_is_a_bad_record_with_missing_replace(fill, make):
+    """The file is removed after the source was opened. The others keep their rows; those of the
+    same read are read again one by one."""
     folder = fill({f"{i}.png": make.encode(make.smooth(20 + i, 30), "PNG") for i in range(4)})
     source = FolderSource(str(folder))
     full = list(

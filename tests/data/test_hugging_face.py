@@ -1,5 +1,4 @@
-"""Data sets that the library `datasets` saved: original bytes, names of classes, captions,
-splits."""
+"""Data sets saved by the library `datasets`: original bytes, class names, captions, splits."""
 
 import pathlib
 from multiprocessing.reduction import ForkingPickler

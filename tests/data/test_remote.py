@@ -37,9 +37,10 @@ def test_the_same_records_as_on_disk(bucket, glob):
     url, path = bucket
     source, local = TarSource(url + glob), TarSource(path)
     assert source.files == [f"{url}/0.tar", f"{url}/1.tar"] and len(source) == 40
-    wanted = [33, 2, 39, 2, 0]
+    indices = [33, 2, 39, 2, 0]
     assert (
-        base.read_items(source, wanted) == base.read_items(local, wanted) and source[7] == local[7]
+        base.read_items(source, indices) == base.read_items(local, indices)
+        and source[7] == local[7]
     )
     assert [source.caption(i) for i in range(40)] == [local.caption(i) for i in range(40)]
     assert source.fingerprint() == local.fingerprint() and source.classes == local.classes
@@ -63,7 +64,7 @@ def test_only_ranges_are_read(bucket, monkeypatch):
     )
 
 
-def test_the_index_is_kept_and_renewed(bucket, tmp_path, monkeypatch, make):
+def test_the_index_is_cached_and_rebuilt(bucket, tmp_path, monkeypatch, make):
     def opened() -> TarSource:
         return splits.open_source(
             schema.Data(source="tars", path=bucket[0]), cache=str(tmp_path / "cache")

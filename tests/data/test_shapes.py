@@ -1,5 +1,5 @@
-"""The built-in shapes: the same in any order, visible to a person, told truly by their captions,
-and no gift to raw pixels."""
+"""The built-in shapes: the same in any order, visible, described truly by their captions, and not
+separable by raw pixels."""
 
 import collections
 import copy
@@ -20,9 +20,9 @@ MANY = 600
 
 
 def image(source: ShapesSource, index: int) -> np.ndarray:
-    picture = source[index].image
-    assert isinstance(picture, np.ndarray)
-    return picture
+    pixels = source[index].image
+    assert isinstance(pixels, np.ndarray)
+    return pixels
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,8 @@ def test_refusals():
             ShapesSource(1, **bad)
 
 
-def test_fingerprint_tells_apart_what_differs():
-    found = [
+def test_fingerprints_differ():
+    fingerprints = [
         s.fingerprint()
         for s in (
             ShapesSource(10),
@@ -106,7 +106,7 @@ def test_fingerprint_tells_apart_what_differs():
             ShapesSource(10),
         )
     ]
-    assert len(set(found)) == 4 and found[0] == found[4] and all(len(f) == 16 for f in found)
+    assert len(set(fingerprints)) == 4 and fingerprints[0] == fingerprints[4]
 
 
 def test_labels_are_balanced_without_a_period(source):
@@ -127,7 +127,7 @@ def test_captions_tell_the_truth(source):
         )
         assert [w for w in words if w in source.classes] == [source.classes[what.label]]
         expected_colors = [what.color] * (thing in caption) + [what.ground] * (ground in caption)
-        # no colour but the picture's, each where it belongs
+        # only the colours of the image, each in its role
         assert sorted(w for w in words if w in COLORS) == sorted(expected_colors)
         openings["color"], openings["ground"] = (
             openings["color"] + (thing in caption),

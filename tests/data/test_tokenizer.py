@@ -1,5 +1,4 @@
-"""Captions to ids: CLIP's byte-pair encoding against a slow one written out here, and the one that
-is learnt."""
+"""CLIP's byte-pair encoding against a slow implementation, and the trained tokenizer."""
 
 import functools
 import gzip
@@ -62,8 +61,7 @@ def vocabulary(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def byte_table() -> dict[int, str]:
-    """GPT-2's table: printable bytes stand for themselves, the others for the characters from 256
-    on."""
+    """GPT-2's table: printable bytes are themselves, the others the characters from 256 on."""
     kept = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -78,7 +76,7 @@ def byte_table() -> dict[int, str]:
 
 
 def slow_ids(text: str) -> list[int]:
-    """The textbook byte-pair encoding: in every word, join the strongest pair until none is
+    """The textbook byte-pair encoding: in each word, join the first pair of the list until none is
     left."""
     table = byte_table()
     names = [
@@ -207,11 +205,11 @@ def test_missing_or_wrong_vocabulary(tmp_path, vocabulary, monkeypatch):
     )
 
 
-def test_a_vocabulary_that_unpacks_to_a_thousand_times_its_size_is_not_unpacked(
+def test_a_gzip_bomb_is_not_unpacked(
     tmp_path: pathlib.Path,
 ) -> None:
-    """100 MB of one letter behind a right first line, in 100 kB: refused, at the cost of what
-    CLIP's own file unpacks to."""
+    """100 MB of one letter after a valid first line, in 100 kB: refused after the unpacked size of
+    CLIP's file."""
     (bomb := tmp_path / "bomb.gz").write_bytes(gzip.compress(b"header\na b\n" + b"a" * 100_000_000))
     code = (
         PEAK
@@ -220,7 +218,7 @@ from m3i_jax.data import tokenizer
 from m3i_jax.errors import UserError
 before = peak()
 try:
-    tokenizer.clip({str(bomb)!r})
+    tokenizer.clip_tokenizer({str(bomb)!r})
 except UserError as error:
     assert "unpacks to more than 8 MiB" in str(error), error
     print(peak() - before)
@@ -232,7 +230,7 @@ except UserError as error:
     assert bomb.stat().st_size < 200_000 and int(done.stdout) < 100_000, done.stdout  # KiB
 
 
-def test_an_installed_package_is_found_and_not_imported(tmp_path, vocabulary, monkeypatch):
+def test_an_installed_package_is_located_without_import(tmp_path, vocabulary, monkeypatch):
     package = tmp_path / "site" / "open_clip"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('needs torch')")
@@ -268,7 +266,7 @@ def corpus() -> list[str]:
     return [" ".join(rng.choice(words, rng.integers(1, 9))) for _ in range(500)]
 
 
-def test_learning_is_deterministic(tmp_path):
+def test_training_is_deterministic(tmp_path):
     first = tokenizer.train_tokenizer(corpus(), 400, 16)
     assert tokenizer.train_tokenizer(corpus()[::-1], 400, 16).core.to_str() == first.core.to_str()
     code = (
@@ -289,7 +287,7 @@ def test_learning_is_deterministic(tmp_path):
         assert done.stdout == first.core.to_str()
 
 
-def test_nothing_is_unknown_to_a_learnt_tokenizer():
+def test_a_trained_tokenizer_encodes_every_text():
     made = tokenizer.train_tokenizer(corpus(), 300, 400)
     assert 259 < made.vocabulary <= 300 and (made.start, made.end) == (1, 2)
     for text in ("never seen: xyz!", "café 日本語 😀", "2021 ½", "it's"):
@@ -300,7 +298,7 @@ def test_nothing_is_unknown_to_a_learnt_tokenizer():
     assert len(full.ids("the small red circle on a striped background")) == 8
 
 
-def test_refusals_of_learning():
+def test_refusals_of_training():
     with pytest.raises(
         UserError,
         match=(
@@ -360,7 +358,7 @@ class Captions:
         return base.Record(str(index), b"", -1, corpus()[index])
 
 
-def test_the_tokenizer_of_a_run_is_kept(tmp_path, vocabulary):
+def test_the_tokenizer_of_a_run_is_saved(tmp_path, vocabulary):
     saved = str(tmp_path / "tokenizer.json")
     data = schema.Data(vocabulary_size=300, caption_length=9)
     first = tokenizer.open_tokenizer(data, Captions(), saved)
@@ -378,7 +376,7 @@ def test_the_tokenizer_of_a_run_is_kept(tmp_path, vocabulary):
     )
 
 
-def test_only_the_right_vocabulary_is_kept(tmp_path, monkeypatch):
+def test_only_the_right_vocabulary_is_saved(tmp_path, monkeypatch):
     folder = tmp_path / "new" / "folder"
     with pytest.raises(UserError, match="nothing was written$"):
         tokenizer.save_tokenizer(b"another file", str(folder))
@@ -429,7 +427,7 @@ GOLDEN = {
 
 @pytest.mark.slow
 def test_the_real_vocabulary(tmp_path):
-    """Fetches it from the package index; ids as OpenAI's tokenizer gives them (golden)."""
+    """Downloads it from the package index; the ids are those of OpenAI's tokenizer (golden)."""
     try:
         path = tokenizer.fetch_vocabulary(str(tmp_path))
     except UserError as error:
@@ -459,7 +457,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, bpe):
     )
 
 
-def test_captions_that_vanish_are_not_learnt_where_they_may_be_left_out(tmp_path):
+def test_missing_captions_are_left_out_with_missing_replace(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.png").touch()
         (tmp_path / f"{name}.txt").write_text(f"{name} cat")

@@ -256,14 +256,8 @@ def test_a_disk_that_does_not_answer_ends_the_run(trials, tmp_path: pathlib.Path
         threading.Timer(1.3, gate.unlink).start()
         first = next(batches)["views"]
         batches.close()
-        assert trials.add(
-            (
-                first
-                == next(pipeline.iterate_batches(settings(batch=4), ColorImages(20), None, start=0))[
-                    "views"
-                ]
-            ).all()
-        )
+        fresh = pipeline.iterate_batches(settings(batch=4), ColorImages(20), None, start=0)
+        assert trials.add((first == next(fresh)["views"]).all())
 
 
 def children() -> list[Any]:
