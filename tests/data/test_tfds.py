@@ -51,7 +51,7 @@ def prepare(
                 "filepathTemplate": pattern,
             }
         )
-    about = {
+    metadata = {
         "name": "tiny",
         "version": "1.0.0",
         "fileFormat": kind,
