@@ -71,6 +71,7 @@ def test_a_registered_source_trains_a_step(gradients: str) -> None:
         data__holdout=0.2,
         data__threads=0,
         model__encoder__depth=1,
+        objective__forms="supervised",
     )
     train, held_out = splits.open_splits(config.data)
     assert len(train) + len(held_out) == 40 and 0 < len(held_out) < 20

@@ -92,7 +92,7 @@ def test_close_removes_the_directory_and_keeps_arrays(pool):
 
 def test_the_next_run_removes_the_directory_of_a_killed_one():
     code = (
-        "import os, signal\nfrom m3i_jax.data import shared_buffers\nlender ="
+        "import os, signal\nfrom m3i_jax.data import shared_buffers\npool ="
         " shared_buffers.SharedBufferPool()\nprint(pool.directory, flush=True)\n"
     )
     killed = subprocess.run(

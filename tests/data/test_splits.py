@@ -83,7 +83,7 @@ def test_parts_of_a_mixture(data):
             "is also the training split",
         ),
         ({"source": "folder", "split": "trian"}, "did you mean '.*/train'"),
-        ({"source": "shapes", "size": 9, "holdout_split": "val"}, "have no splits"),
+        ({"source": "shapes", "size": 9, "holdout_split": "val"}, "has no splits"),
         ({"source": "shapes", "size": 9, "path": "", "split": "val"}, "have no split 'val'"),
     ],
 )

@@ -13,7 +13,9 @@ own with `register_source`, for example in the configuration file of its runs:
     ))
 
 Then `--config.data.source=lmdb --config.data.path=DIR` trains on it, and `lmdb:DIR=3` is an entry
-of a mixture. Worker processes unpickle the source, so its class belongs in an importable module."""
+of a mixture. Modes that read the configuration of a workdir need the registration too: start them
+from a program that imports it and calls `m3i_jax.main.main`. Worker processes unpickle the source,
+so its class belongs in an importable module."""
 
 import dataclasses
 import importlib
@@ -53,8 +55,8 @@ class SourceKind:
         name: value of `data.source`, and the prefix of an entry of `data.mixture`.
         open: opens the source. Raises UserError if nothing at the path can be read as an image.
         path: what `data.path` has to be, as the end of "give ..."; "" if it may be empty.
-        reads: settings of `data` that only some kinds read: "class_names", "directory", "size".
-            Others are refused. With "class_names", the `classes` of the source are assigned.
+        reads: which of the settings "class_names", "directory" and "size" it reads; an override of
+            the others is refused. With "class_names", `classes` of the opened source is assigned.
         splits: whether `data.split` and `data.holdout_split` name parts of the source.
         default_split: used if `data.split` is empty; "" for all of it.
         find_splits: recognises splits by the layout of a path; None if it has no splits.
@@ -145,12 +147,12 @@ def open_kind(
     entry = source_kind(kind)
     if entry.path and not path:
         raise UserError(f"data.path is empty, and data.source={kind!r} needs it: give {entry.path}")
-    source = entry.open(path, split or entry.default_split, data, cache)
     if data.class_names and data.source == kind and "class_names" not in entry.reads:
         raise UserError(
             f"data.class_names={data.class_names!r} is not read by data.source={kind!r}, which"
             " names its classes itself: leave it empty"
         )
+    source = entry.open(path, split or entry.default_split, data, cache)
     if data.class_names and "class_names" in entry.reads:
         names = class_names.class_names_from_file(data.class_names, source.classes)
         source.classes = names  # type: ignore[misc]
