@@ -96,15 +96,15 @@ def test_a_split_is_that_of_the_source_it_was_made_from(tmp_path):
 
 
 def test_the_same_content_has_the_same_fingerprint(tmp_path):
-    found = []
+    fingerprints = []
     for name, change in (("a", None), ("b", None), ("c", base.Record("3", b"other", 2))):
         (tmp_path / name).mkdir()
         array_record_source.write_shard(
             str(tmp_path / name / "x.array_record"), [*RECORDS[:4], change or RECORDS[4]]
         )
         array_record_source.write_shard_index(str(tmp_path / name), classes=("x", "y", "z"))
-        found.append(ArrayRecordSource(str(tmp_path / name)).fingerprint())
-    assert found[0] == found[1] != found[2] and len(found[0]) == 16
+        fingerprints.append(ArrayRecordSource(str(tmp_path / name)).fingerprint())
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2] and len(fingerprints[0]) == 16
 
 
 def test_files_of_other_programs(tmp_path):
@@ -131,15 +131,15 @@ def test_files_of_other_programs(tmp_path):
     assert second == base.Record("train.array_record-00000-of-00001#1", b"two", -1, None)
     with pytest.raises(decode.BadRecord, match="undecodable"):
         decode.open_image(third.image)
-    (kept,) = cache.iterdir()
-    stamp = kept.stat().st_mtime_ns
+    (cached,) = cache.iterdir()
+    stamp = cached.stat().st_mtime_ns
     again = ArrayRecordSource(str(data), cache=str(cache))
     assert (
-        kept.stat().st_mtime_ns == stamp
+        cached.stat().st_mtime_ns == stamp
         and again.fingerprint() == source.fingerprint()
         and again.classes == source.classes
     )
-    kept.write_bytes(b"damaged")
+    cached.write_bytes(b"damaged")
     assert ArrayRecordSource(str(data), cache=str(cache)).fingerprint() == source.fingerprint()
 
 
@@ -154,10 +154,10 @@ def test_damage_affects_one_record(tmp_path):
     raw = bytearray(path.read_bytes())
     raw[raw.index(contents[7][:20]) + 1000] ^= 0xFF
     path.write_bytes(raw)
-    got = base.read_items(ArrayRecordSource(str(tmp_path)), list(range(20)))
-    assert [i for i, record in enumerate(got) if record.image != contents[i]] == [7]
+    records = base.read_items(ArrayRecordSource(str(tmp_path)), list(range(20)))
+    assert [i for i, record in enumerate(records) if record.image != contents[i]] == [7]
     with pytest.raises(decode.BadRecord, match="undecodable"):
-        decode.open_image(got[7].image)
+        decode.open_image(records[7].image)
 
 
 def test_refusals(tmp_path):

@@ -152,7 +152,7 @@ def test_the_resizer_is_part_of_the_identity_of_the_stream(monkeypatch):
     config = schema.Config(data=schema.Data(resizer="auto"))
     identities = {}
     for name in ("pillow", "fast 4", "fast 5"):
-        monkeypatch.setattr(crops, "choose_resizer", lambda wanted, name=name: name)
+        monkeypatch.setattr(crops, "choose_resizer", lambda setting, name=name: name)
         identities[name] = (
             pipeline.stream_fingerprint(config, Five()),
             pipeline.stream_identity(config, Five()),

@@ -126,11 +126,11 @@ def test_a_missing_file_is_a_bad_record_with_missing_replace(fill, make):
     batches = eval_batches.evaluation_batches(
         source, [3, 1, 0, 1, 2], Preprocessing(image_size=16), 3, missing="replace", threads=2
     )
-    got = list(batches)
+    with_bad = list(batches)
     assert batches.skipped == dict.fromkeys(decode.REASONS, 0) | {"unreadable": 2}
-    assert [b["index"].tolist() for b in got] == [[3, -1, 0], [-1, 2, -1]]
-    assert [b["valid"].tolist() for b in got] == [[True, False, True], [False, True, False]]
-    for before, after in zip(full, got, strict=True):
+    assert [b["index"].tolist() for b in with_bad] == [[3, -1, 0], [-1, 2, -1]]
+    assert [b["valid"].tolist() for b in with_bad] == [[True, False, True], [False, True, False]]
+    for before, after in zip(full, with_bad, strict=True):
         assert (
             before["views"].shape == after["views"].shape
             and not after["views"][~after["valid"]].any()

@@ -141,8 +141,8 @@ def test_records_of_a_mixture():
         and len(both) == 8
         and both.classes == ("cat", "dog", "eel")
     )
-    got = base.read_items(both, [7, 0, 5, 1, 6, 7, 2])
-    assert [(r.key, r.label) for r in got] == [
+    records_read = base.read_items(both, [7, 0, 5, 1, 6, 7, 2])
+    assert [(r.key, r.label) for r in records_read] == [
         ("b-2", 2),
         ("a-0", -1),
         ("b-0", -1),

@@ -19,17 +19,17 @@ fsspec = pytest.importorskip("fsspec")
 def bucket(make, tmp_path):
     """The same tar files in fsspec's memory and on disk: (URL, path)."""
     files = fsspec.filesystem("memory")
-    place = f"bucket-{uuid.uuid4().hex}"
+    bucket_name = f"bucket-{uuid.uuid4().hex}"
     for shard in range(2):
         members = [
             (f"{shard}{i}.{kind}", b"%d" % i * 99) for i in range(20) for kind in ("jpg", "txt")
         ]
         members += [(f"{shard}{i}.json", b'{"label": %d, "caption": "c"}' % i) for i in range(9)]
         content = make.tar_bytes(members)
-        files.pipe(f"/{place}/deep/{shard}.tar", content)
+        files.pipe(f"/{bucket_name}/deep/{shard}.tar", content)
         (tmp_path / f"{shard}.tar").write_bytes(content)
-    yield f"memory://{place}/deep", str(tmp_path)
-    files.rm(f"/{place}", recursive=True)
+    yield f"memory://{bucket_name}/deep", str(tmp_path)
+    files.rm(f"/{bucket_name}", recursive=True)
 
 
 @pytest.mark.parametrize("glob", ["/*.tar", "", "/[01].tar"])

@@ -34,14 +34,14 @@ def test_classes_captions_and_order(fill):
     }
     source = FolderSource(str(fill(files)))
     assert source.classes == ("ant", "zebra") and source.captions and len(source) == 4
-    got = [source[i] for i in range(len(source))]
-    assert [(r.key, r.image, r.label, r.caption) for r in got] == [
+    records = [source[i] for i in range(len(source))]
+    assert [(r.key, r.image, r.label, r.caption) for r in records] == [
         ("ant/x.png", b"x", 0, b"an ant"),
         ("loose.gif", b"l", -1, None),
         ("zebra/2.JPG", b"z2", 1, None),
         ("zebra/deep/er/1.webp", b"z1", 1, None),
     ]
-    assert [source.key(i) for i in range(4)] == [r.key for r in got]
+    assert [source.key(i) for i in range(4)] == [r.key for r in records]
     assert source.description().startswith(
         f"4 images in folder {source.path!r}, 2 classes, captions for 25%"
     )

@@ -35,14 +35,14 @@ def keys(source) -> list[str]:
 )
 def test_splits_are_recognised_by_name(fill, train, held_out):
     path = fill(images(f"{train}/cat", f"{train}/dog", f"{held_out}/dog", f"{held_out}/eel"))
-    found, held = opened(path)
-    assert found.classes == held.classes == ("cat", "dog") and keys(found) == keys(
+    train_part, held = opened(path)
+    assert train_part.classes == held.classes == ("cat", "dog") and keys(train_part) == keys(
         opened(path / train, holdout=0.0)[0]
     )
     assert [(r.key.split("/")[0], r.label) for r in (held[i] for i in range(len(held)))] == [
         ("dog", 1)
     ] * 3 + [("eel", -1)] * 3
-    assert found.description().endswith(
+    assert train_part.description().endswith(
         f"splits by the names of sub-folders: {train}/ is trained on, {held_out}/ is held out"
     )
 

@@ -42,11 +42,11 @@ def test_members_are_those_of_tarfile(make, kind):
         names += [long * 3 + "g.jpg", "ünï.jpg", "日本" * 60 + ".jpg"]
     members = [(name, bytes([i]) * (i * 511)) for i, name in enumerate(names)]
     content = make.tar_bytes(members, kind)
-    found, problems = parse(content)
+    parsed, problems = parse(content)
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         expected = [(m.name.removeprefix("./"), tar.extractfile(m).read()) for m in tar]
     assert (
-        found == expected == [(name.removeprefix("./"), c) for name, c in members] and not problems
+        parsed == expected == [(name.removeprefix("./"), c) for name, c in members] and not problems
     )
 
 
@@ -195,8 +195,8 @@ def test_truncation_keeps_complete_members(make):
         for _, at, size in tar_headers.tar_members(io.BytesIO(content), collections.Counter())
     ]
     for length in range(0, len(content), 77):
-        found, problems = parse(content[:length])
-        assert found == members[: sum(end <= length for end in ends)]
+        parsed, problems = parse(content[:length])
+        assert parsed == members[: sum(end <= length for end in ends)]
         on_block_edge = (
             length in {-(-end // 512) * 512 for end in [0, *ends]}
             or length >= -(-ends[-1] // 512) * 512 + 512
@@ -212,8 +212,8 @@ def test_a_damaged_header_affects_only_its_member(make):
     for at in (0, 3, 130, 150, 511):  # within the header of the third member
         damaged = bytearray(content)
         damaged[2 * 1536 + at] ^= 0x41
-        found, problems = parse(bytes(damaged))
-        assert found == members[:2] + members[3:] and problems == {tar_headers.BROKEN: 1}
+        parsed, problems = parse(bytes(damaged))
+        assert parsed == members[:2] + members[3:] and problems == {tar_headers.BROKEN: 1}
 
 
 def test_random_damage_never_raises(make):
@@ -225,8 +225,8 @@ def test_random_damage_never_raises(make):
         damaged = bytearray(content)
         for _ in range(rng.integers(1, 30)):
             damaged[rng.integers(len(damaged))] = rng.integers(256)
-        found, _ = parse(bytes(damaged))
-        assert len(found) <= 7
+        parsed, _ = parse(bytes(damaged))
+        assert len(parsed) <= 7
 
 
 def test_a_negative_size_is_a_damaged_header(make):

@@ -92,11 +92,11 @@ def files(make) -> list[bytes]:
 
 
 def test_records(files, tmp_path):
-    place = prepare(tmp_path, {"train": files, "test": files[:2]})
+    version_dir = prepare(tmp_path, {"train": files, "test": files[:2]})
     for name, directory in (
         ("tiny", str(tmp_path)),
         ("tiny:1.0.0", str(tmp_path)),
-        (str(place), ""),
+        (str(version_dir), ""),
     ):
         source = splits.open_source(schema.Data(source="tfds", path=name, directory=directory))
         assert (
