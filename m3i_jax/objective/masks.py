@@ -47,11 +47,15 @@ def blockwise(
     swapped with probability 1/2, sample by sample: every cell then shows either image equally
     often.
 
-    Args: seed: of the run, 0 <= seed < 2^64. first: stream position of the first row, >= 0. rows:
-      number of samples. grid: cells a side, 1..64. hidden: number of cells that show the partner,
-      0..grid^2; 98 of 14 x 14 in the paper ("blockwise", 50 %). min_block: smallest area of a
-      rectangle; None: BEiT's 16 of 196 cells, scaled to the grid. swap: False leaves the roles as
-      drawn also at one half.
+    Args:
+      seed: of the run, 0 <= seed < 2^64.
+      first: stream position of the first row, >= 0.
+      rows: number of samples.
+      grid: cells per side, 1..64.
+      hidden: number of cells that show the partner, 0..grid^2; 98 of 14 x 14 in the paper
+        ("blockwise", 50 %).
+      min_block: smallest area of a rectangle; None for BEiT's 16 of 196 cells, scaled to the grid.
+      swap: False never swaps the roles.
 
     Returns:
       bool [rows, grid * grid], row-major cells, True = own; exactly `hidden` False a row.
