@@ -15,7 +15,7 @@ pytest.importorskip("simplejpeg", reason="the extra `fast` is not installed")
 @pytest.mark.parametrize("in_place", [True, False])
 def test_the_fast_resizer_agrees_with_pillow(monkeypatch, in_place):
     monkeypatch.setattr(decode_fast, "_IN_PLACE", in_place)
-    monkeypatch.setattr(decode_fast, "_OWN", threading.local())
+    monkeypatch.setattr(decode_fast, "_LOCAL", threading.local())
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize(
         (500, 375), Image.Resampling.BICUBIC
@@ -44,7 +44,7 @@ def test_packed_and_pillow_input_give_the_same_bytes():
     for in_place in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(decode_fast, "_IN_PLACE", in_place)
-            patch.setattr(decode_fast, "_OWN", threading.local())
+            patch.setattr(decode_fast, "_LOCAL", threading.local())
             out.append(
                 crops.cut_view(
                     image, (3.5, 7.25, 60.5, 80.0), 48, height=90, width=120, by="fast 4"
