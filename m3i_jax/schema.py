@@ -13,6 +13,9 @@ TWO = ListLimit(fewest=2, most=2, rising=True)
 STAGES = ListLimit(fewest=4, most=4)
 NAMES = TextLimit("name", most=1000, count=ListLimit(most=100, unique=True))
 
+# Values of data.source; data/sources/registry.py adds those that other packages register.
+SOURCES = ["shapes", "folder", "tars", "array_record", "tfds", "hugging_face", "mixture"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
@@ -21,13 +24,7 @@ class Data:
     source: str = option(
         "shapes",
         "kind of source",
-        "shapes",
-        "folder",
-        "tars",
-        "array_record",
-        "tfds",
-        "hugging_face",
-        "mixture",
+        SOURCES,
     )
     path: str = option(
         "",

@@ -164,7 +164,7 @@ def option(default: Any, text: str, *takes: Any) -> Any:
     Args:
       default: of the field.
       text: the help line.
-      *takes: one `NumberLimit` or `TextLimit`, or the values.
+      *takes: one `NumberLimit` or `TextLimit`, or the values, or one list of them, which may grow.
 
     Raises:
       TypeError: a number or a text, or a list of them, that takes nothing.
@@ -174,9 +174,10 @@ def option(default: Any, text: str, *takes: Any) -> Any:
         raise TypeError(
             f"the setting {text!r} has no choices and no limits; give those that it takes"
         )
+    choices = takes[0] if takes and isinstance(takes[0], list) else () if limits else takes
     return dataclasses.field(
         default=default,
-        metadata={"help": text, "choices": () if limits else takes, "limits": limits},
+        metadata={"help": text, "choices": choices, "limits": limits},
     )
 
 

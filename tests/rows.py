@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 from m3i_jax import schema
-from m3i_jax.data import pipeline
+from m3i_jax.data import pipeline, splits
 from m3i_jax.data.sources import base
 
 
@@ -25,7 +25,7 @@ def hashes(folder: str, batches: int, start: int, host: int, hosts: int, batch: 
         resizer="pillow",
         threads=0,
     )
-    source = base.split_by_hash(base.open_source(data), 0.0, "train")
+    source = base.split_by_hash(splits.open_source(data), 0.0, "train")
     config = schema.Config(data=data, train=schema.Train(batch_size=batch))
     made = pipeline.iterate_batches(config, source, None, start=start, host=host, hosts=hosts)
     try:

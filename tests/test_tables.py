@@ -13,7 +13,7 @@ from PIL import Image
 
 from m3i_jax import config as configuration
 from m3i_jax import schema
-from m3i_jax.data.sources import base
+from m3i_jax.data.sources import base, registry
 from m3i_jax.data.sources.shapes import ShapesSource
 from tests.bench import table_data, tables
 
@@ -45,7 +45,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def keys(path: pathlib.Path) -> set[str]:
-    source = base.open_kind("tars", str(path), "", schema.Data())
+    source = registry.open_kind("tars", str(path), "", schema.Data())
     return {base.source_key(source, i) for i in range(len(source))}
 
 
@@ -54,7 +54,7 @@ def test_no_table_trains_on_what_it_or_another_holds_out(
 ) -> None:
     found = tables.sets(pictures, tmp_path)
     assert {"emoji", "one", "two", "tuning"} <= set(found)
-    whole = base.open_kind("tars", found["emoji"].path, "", schema.Data())
+    whole = registry.open_kind("tars", found["emoji"].path, "", schema.Data())
     kept = {
         base.source_key(part, i)
         for part in [base.split_by_hash(whole, table_data.HOLDOUT, "held_out")]

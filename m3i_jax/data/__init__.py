@@ -1,7 +1,9 @@
-"""The host side of data: records of any source become masked view pairs, in an order that is a
-closed form of the position.
+"""The input pipeline on the host: records of any source become batches of masked view pairs, in an
+order that is a closed form of the stream position.
 
-`sources` (folder, tars, shapes) give random access to encoded images; `records` turns one of them
-into RGB or says why it cannot; `order` maps a position of the stream to a record; `crops` cuts the
-two views; `tokenizer` turns captions into ids; `pipeline` puts the batch together; `photometric`
-colours it on the device. Nothing is imported here, so that each file costs only what it needs."""
+`sources` give random access to encoded images; `splits` opens the training and the held-out part;
+`sampler` maps a stream position to a record; `decode` turns a record into RGB or refuses it;
+`crops` cuts the two views; `tokenizer` turns captions into ids; `batch_builder` fills a batch;
+`pipeline` iterates over batches with Grain, whose workers `workers` restarts. Colours are changed
+on the device, in `m3i_jax.augment`. This file imports nothing, so each module costs only what it
+needs."""

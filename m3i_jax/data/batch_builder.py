@@ -1,5 +1,5 @@
-"""One host batch, as a pure function of its number: what a thread or a worker process of the
-pipeline does."""
+"""Builds one host batch as a pure function of its number, in a thread or a worker process of the
+pipeline."""
 
 import collections
 import dataclasses
@@ -14,55 +14,47 @@ from m3i_jax.data.sources import base
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.data.tokenizer import Tokenizer
 from m3i_jax.errors import UnreadableError, UserError
-from m3i_jax.objective import masks
+from m3i_jax.objective import masks, rng
 
-TRIES = 100  # bad records in a row at one position before the run stops
-# counted beside the bad records: nothing is cut or dropped in silence
+TRIES = 100  # bad records in a row at one position after which the run stops
+# counted in addition to the bad records, so that every cut and every drop is logged
 NOTES = ("caption_cut", "label_dropped")
-_READ = 64  # records held encoded at a time
+_READ_SIZE = 64  # encoded records in memory at a time
 Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchBuilder:
-    """Makes batch k of one host. Sent to worker processes: holds paths and small arrays, no open
-    file, and nothing of JAX.
+    """Builds batch k of one host. Pickled to worker processes, so it holds paths and small arrays,
+    no open file and nothing of JAX.
 
-    The batch is the dict of `iterate`, and with it, for the iterator: `skipped` int64
-    [len(REASONS)] bad records drawn, `example` int64 [len(REASONS)] index of one of them or -1,
-    `noted` int64 [len(NOTES)], `record` int64 [rows] which record each row shows."""
+    The batch is the dict of `pipeline.iterate_batches`, with four more arrays for the iterator:
+    `skipped` int64 [len(REASONS)], bad records drawn; `example` int64 [len(REASONS)], index of one
+    of them or -1; `noted` int64 [len(NOTES)]; `record` int64 [rows], the record of each row."""
 
     data: schema.Data
     seed: int
-    grid: int  # patches a side, and of a mask cell
-    cell: int
-    hidden: int
+    grid: int  # patches per side
+    cell: int  # patches per side of a mask cell
+    hidden: int  # patches that show the partner
     source: DataSource
     tokenizer: Tokenizer | None
     classes: int
-    rows: int  # of this host
-    batch: int  # of all hosts
+    rows: int  # on this host
+    batch: int  # rows on all hosts
     first: int  # position of this host's first row in batch 0
     resizer: str
-    views: tuple[int, ...]  # that are cut; another one is black
-    # of a worker process, or of threads of this one
-    borrower: shared_buffers.BufferWriter | shared_buffers.ThreadBufferPool
+    views: tuple[int, ...]  # that are cut; the others are black
+    # memory of a worker process, or of threads of this process
+    buffers: shared_buffers.BufferWriter | shared_buffers.ThreadBufferPool
 
     def __call__(self, k: int) -> dict[str, Any]:
-        shape, first = (
-            (
-                self.rows,
-                2,
-                self.data.image_size,
-                self.data.image_size,
-                3,
-            ),
-            self.first + int(k) * self.batch,
-        )
-        with self.borrower.lend(shape) as (sent, pixels):
-            return {"views": sent, **self._fill(first, pixels)}
+        size = self.data.image_size
+        first = self.first + int(k) * self.batch
+        with self.buffers.lend((self.rows, 2, size, size, 3)) as (handle, views_Bx2xSxSx3):
+            return {"views": handle, **self._fill(first, views_Bx2xSxSx3)}
 
-    def _fill(self, first: int, pixels: np.ndarray) -> Batch:
+    def _fill(self, first: int, views_Bx2xSxSx3: np.ndarray) -> Batch:
         positions = first + np.arange(self.rows, dtype=np.int64)
         batch = {
             "box": np.empty((self.rows, 2, 4), np.float32),
@@ -77,98 +69,92 @@ class BatchBuilder:
         if self.tokenizer:
             batch["tokens"] = np.zeros((self.rows, self.tokenizer.length), np.int32)
             batch["length"] = np.zeros(self.rows, np.int32)
-        chosen = sampler.records_at(self.source, self.seed, positions)
-        u = masks.uniforms(self.seed, masks.CROP, first, self.rows, 2 * crops.WIDTH).reshape(
+        indices = sampler.records_at(self.source, self.seed, positions)
+        u = rng.uniforms(self.seed, rng.CROP, first, self.rows, 2 * crops.WIDTH).reshape(
             self.rows, 2, crops.WIDTH
         )
         if count := rand_augment.WIDTH * self.data.rand_augment.ops:
-            more = masks.uniforms(
-                self.seed, masks.RAND_AUGMENT, first, self.rows, 2 * count
+            augment_u = rng.uniforms(
+                self.seed, rng.RAND_AUGMENT, first, self.rows, 2 * count
             ).reshape(self.rows, 2, count)
-            u = np.concatenate([u, more], -1)
-        for at in range(0, self.rows, _READ):
-            rows = range(at, min(at + _READ, self.rows))
-            for row, found in zip(
-                rows,
-                decode.read_records(self.source, chosen[rows].tolist(), self.data.missing),
-                strict=True,
-            ):
-                used = self._picture(
-                    found,
+            u = np.concatenate([u, augment_u], -1)
+        for start in range(0, self.rows, _READ_SIZE):
+            rows = range(start, min(start + _READ_SIZE, self.rows))
+            records = decode.read_records(self.source, indices[rows].tolist(), self.data.missing)
+            for row, record in zip(rows, records, strict=True):
+                used = self._fill_views(
+                    record,
                     row,
                     u[row].tolist(),
                     int(positions[row]),
-                    chosen,
-                    pixels[row].reshape(2, -1),
+                    indices,
+                    views_Bx2xSxSx3[row].reshape(2, -1),
                     batch,
                 )
-                self._meaning(used, row, batch)
-        return {**batch, "record": chosen}
+                self._fill_annotations(used, row, batch)
+        return {**batch, "record": indices}
 
-    def _picture(
+    def _fill_views(
         self,
-        found: base.Record | decode.BadRecord,
+        record: base.Record | decode.BadRecord,
         row: int,
         u: list[list[float]],
         position: int,
-        chosen: np.ndarray,
-        pixels: np.ndarray,
+        indices: np.ndarray,
+        views_2xP: np.ndarray,
         batch: Batch,
     ) -> base.Record:
-        """Fills the row with the first usable record at this position, and returns that record."""
-        tried, last = collections.defaultdict[str, list[str]](list), ""
+        """Fills the views of a row from the first usable record at its position; returns the
+        record."""
+        bad_keys, last_error = collections.defaultdict[str, list[str]](list), ""
         for attempt in range(TRIES):
             if attempt:
-                chosen[row] = sampler.records_at(
+                indices[row] = sampler.records_at(
                     self.source, self.seed, np.array([position]), attempt
                 )[0]
-            if row % 2 and chosen[row] == chosen[row - 1]:
-                # an image is not mixed with itself: the turn of the epoch, or a replacement
+            if row % 2 and indices[row] == indices[row - 1]:
+                # An image is not mixed with itself. Equal neighbours occur where an epoch ends, or
+                # by a replacement.
                 continue
             if attempt:
-                (found,) = decode.read_records(self.source, [int(chosen[row])], self.data.missing)
+                (record,) = decode.read_records(self.source, [int(indices[row])], self.data.missing)
             try:
-                if isinstance(found, decode.BadRecord):
-                    raise found
-                self._views(found, u, pixels, batch["box"][row], batch["flip"][row])
-                return found
+                if isinstance(record, decode.BadRecord):
+                    raise record
+                self._cut_views(record, u, views_2xP, batch["box"][row], batch["flip"][row])
+                return record
             except decode.BadRecord as error:
-                name = (
-                    record_key(self.source, int(chosen[row]))
-                    if isinstance(found, decode.BadRecord)
-                    else found.key
+                key = (
+                    record_key(self.source, int(indices[row]))
+                    if isinstance(record, decode.BadRecord)
+                    else record.key
                 )
-                last, reason = (
-                    f"; the last is {name!r} ({error})",
-                    decode.REASONS.index(error.reason),
-                )
+                last_error = f"; the last is {key!r} ({error})"
+                reason = decode.REASONS.index(error.reason)
                 batch["skipped"][reason] += 1
-                batch["example"][reason] = chosen[row]
-                tried[error.reason].append(repr(name))
-        why = (
-            summarize_bad_records({reason: (len(keys), keys) for reason, keys in tried.items()})
-            + last
-        )
+                batch["example"][reason] = indices[row]
+                bad_keys[error.reason].append(repr(key))
+        counts = {reason: (len(keys), keys) for reason, keys in bad_keys.items()}
+        why = summarize_bad_records(counts) + last_error
         raise UserError(
             f"{TRIES} draws in a row at position {position} of {self.source.name} gave no image"
-            f" that could be used beside its partner: {why or 'there is only one'}; check the"
-            " source"
+            f" that could be used beside its partner: {why or 'the source has only one'}; check"
+            " the source"
         )
 
-    def _views(
+    def _cut_views(
         self,
         record: base.Record,
         u: list[list[float]],
-        pixels: np.ndarray,
+        views_2xP: np.ndarray,
         box: np.ndarray,
         flip: np.ndarray,
     ) -> None:
-        """Decodes once, cuts the views. u is [2][WIDTH + more]: 22 numbers for the box, one for the
-        flip, and those of RandAugment."""
-        data, by = self.data, self.data.rand_augment
-        opened = (decode.open_image if self.resizer == "pillow" else decode.open_jpeg_fast)(
-            record.image
-        )
+        """Decodes a record once and cuts its views. u is [2][WIDTH or more]: 22 uniforms for the
+        box, one for the flip, and those of RandAugment."""
+        data = self.data
+        open_image = decode.open_image if self.resizer == "pillow" else decode.open_jpeg_fast
+        opened = open_image(record.image)
         height, width = opened.height, opened.width
         boxes = [
             crops.crop_box(
@@ -183,7 +169,7 @@ class BatchBuilder:
         for v in range(2):
             box[v], flip[v] = boxes[v], u[v][22] < data.flip_p
             if v not in self.views:
-                pixels[v] = 0
+                views_2xP[v] = 0
                 continue
             crops.cut_view(
                 image,
@@ -192,14 +178,15 @@ class BatchBuilder:
                 height=height,
                 width=width,
                 by=self.resizer,
-                out=pixels[v],
+                out=views_2xP[v],
             )
-            if by.ops:
-                pixels[v] = rand_augment.apply_operations(
-                    pixels[v], data.image_size, u[v][crops.WIDTH :], by
+            if data.rand_augment.ops:
+                views_2xP[v] = rand_augment.apply_operations(
+                    views_2xP[v], data.image_size, u[v][crops.WIDTH :], data.rand_augment
                 )
 
-    def _meaning(self, record: base.Record, row: int, batch: Batch) -> None:
+    def _fill_annotations(self, record: base.Record, row: int, batch: Batch) -> None:
+        """Fills the label and the caption of a row."""
         dropped = self.classes > 0 and record.label >= self.classes
         batch["label"][row] = record.label if 0 <= record.label < self.classes else -1
         batch["noted"][NOTES.index("label_dropped")] += dropped
@@ -221,7 +208,7 @@ class BatchBuilder:
 
 
 def record_key(source: DataSource, index: int) -> str:
-    """The key of a record that may be gone."""
+    """Returns the key of a record, or its index if the record can no longer be read."""
     try:
         return base.source_key(source, index)
     except UnreadableError:
@@ -229,11 +216,15 @@ def record_key(source: DataSource, index: int) -> str:
 
 
 def summarize_bad_records(bad: dict[str, tuple[int, list[str]]]) -> str:
-    """How many records were bad for what reason, the most frequent first, with a few keys."""
-    worst = sorted(((n, reason, keys) for reason, (n, keys) in bad.items() if n), reverse=True)
+    """Formats the counts of bad records by reason, the most frequent first, with a few keys each.
+
+    >>> summarize_bad_records({"empty": (1, ["'a'"]), "truncated": (2, ["'b'", "'c'"])})
+    "2 truncated (such as 'b', 'c'); 1 empty (such as 'a')"
+    """
+    rows = sorted(((n, reason, keys) for reason, (n, keys) in bad.items() if n), reverse=True)
     return "; ".join(
         f"{n:,} {reason} (such as {', '.join(list(dict.fromkeys(keys))[:3])})"
-        for n, reason, keys in worst
+        for n, reason, keys in rows
     )
 
 

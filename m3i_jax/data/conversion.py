@@ -1,10 +1,10 @@
-"""Any source to ArrayRecord shards: in parallel, and resumable. A shard is renamed into place when
-it is whole, so one that is there is kept and only what is missing is made. Every record is kept
-with its original bytes, bad ones too: they are counted and replaced when they are read, by rules
-that may become better, and the numbering stays that of the source.
+"""Converts any source to ArrayRecord shards, in parallel and resumably.
 
-This module is what the worker processes import, so it stays light.
-"""
+A complete shard is renamed into place, so a resumed conversion makes only the missing ones. Every
+record keeps its original bytes and its index, also a bad one: it is counted and replaced when it is
+read, by rules that may improve.
+
+The worker processes import this module, so it imports little."""
 
 import concurrent.futures
 import concurrent.futures.process
@@ -21,16 +21,16 @@ from m3i_jax.data.sources import array_record, base
 from m3i_jax.data.sources.base import DataSource, Record
 from m3i_jax.errors import UserError
 
-NAME = "pictures"
+NAME = "pictures"  # of the shards
 PLAN = "convert.json"
-FULL = 4096  # records of a shard of a large source: some hundred MB of photographs
-_READ = 64  # records read at once
+FULL = 4096  # records per shard of a large source: some hundred MB of photographs
+_READ_SIZE = 64  # records read at a time
 _STATE: dict[str, Any] = {}  # of a worker process
 
 
 def shard_count(records: int) -> int:
-    """How many shards a source is cut into, whatever the machine: of FULL records, of small sources
-    up to 16 to make and read in parallel.
+    """Returns the number of shards of a source, the same on every machine: of FULL records, or up
+    to 16 smaller ones, which can be written and read in parallel.
 
     >>> shard_count(100), shard_count(1_911), shard_count(1_281_167)
     (1, 8, 313)
@@ -39,7 +39,7 @@ def shard_count(records: int) -> int:
 
 
 def shard_path(directory: str, shard: int, shards: int) -> str:
-    """Path of one shard.
+    """Returns the path of one shard.
 
     >>> shard_path("out", 3, 8)
     'out/pictures-00003-of-00008.array_record'
@@ -48,7 +48,8 @@ def shard_path(directory: str, shard: int, shards: int) -> str:
 
 
 def shard_rows(records: int, shard: int, shards: int) -> range:
-    """Records of a shard: consecutive ones, so many or one more.
+    """Returns the indices of the records of a shard: consecutive, in shards of equal size up to
+    one.
 
     >>> [list(shard_rows(5, shard, 2)) for shard in range(2)]
     [[0, 1], [2, 3, 4]]
@@ -57,32 +58,34 @@ def shard_rows(records: int, shard: int, shards: int) -> range:
 
 
 def check_plan(source: DataSource, directory: str) -> int:
-    """Number of shards; writes down what is converted, or checks that it is what is being converted
-    there already.
+    """Writes the plan of a conversion, or checks that a plan in the directory is the same.
+
+    Returns:
+        The number of shards.
 
     Raises:
-        UserError: the directory holds (part of) another conversion, or other ArrayRecord files.
+        UserError: the directory holds another conversion, or other ArrayRecord files.
     """
-    shards, place = shard_count(len(source)), os.path.join(directory, PLAN)
+    shards, path = shard_count(len(source)), os.path.join(directory, PLAN)
     plan = {
         "source": source.fingerprint(),
         "records": len(source),
         "shards": shards,
         "classes": list(source.classes),
     }
-    if os.path.exists(place):
+    if os.path.exists(path):
         try:
-            with open(place, encoding="utf-8") as file:
-                there = json.load(file)
+            with open(path, encoding="utf-8") as file:
+                old_plan = json.load(file)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"--workdir: {place!r} cannot be read ({error}): remove the directory, or choose"
+                f"--workdir: {path!r} cannot be read ({error}): remove the directory, or choose"
                 " another one"
             ) from error
-        if there != plan:
+        if old_plan != plan:
             raise UserError(
                 f"--workdir {directory}: another source, or another state of it, is converted there"
-                f" ({there.get('records')} records, this one has {len(source)}): choose another"
+                f" ({old_plan.get('records')} records, this one has {len(source)}): choose another"
                 " directory"
             )
     else:
@@ -93,39 +96,38 @@ def check_plan(source: DataSource, directory: str) -> int:
         ]
         if foreign:
             raise UserError(
-                f"--workdir {directory}: {foreign[0]!r} is there and not from this conversion:"
-                " choose another directory"
+                f"--workdir {directory}: {foreign[0]!r} is not from this conversion: choose another"
+                " directory"
             )
-        base.write_atomic(place, json.dumps(plan, ensure_ascii=False).encode("utf-8", "replace"))
+        base.write_atomic(path, json.dumps(plan, ensure_ascii=False).encode("utf-8", "replace"))
     return shards
 
 
 def missing_shards(records: int, directory: str, shards: int) -> list[int]:
-    """The shards that are not there yet, or not whole. Leftovers of a killed process are
-    removed."""
+    """Returns the shards that are missing or incomplete; removes the partial files of a killed
+    process."""
     for name in os.listdir(directory):
         if name.startswith(f"{NAME}-") and name.endswith(".part"):
             os.unlink(os.path.join(directory, name))
-    wanted = ((shard, len(shard_rows(records, shard, shards))) for shard in range(shards))
     return [
         shard
-        for shard, count in wanted
-        if array_record.shard_length(shard_path(directory, shard, shards)) != count
+        for shard in range(shards)
+        if array_record.shard_length(shard_path(directory, shard, shards))
+        != len(shard_rows(records, shard, shards))
     ]
 
 
 def convert(
     source: DataSource, directory: str, todo: list[int], shards: int, *, processes: int
 ) -> Iterator[int]:
-    """Makes the shards `todo`; yields the number of records of each when it is in place, in any
-    order.
+    """Writes the shards `todo`, in any order; yields the number of records of each.
 
     Args:
-        source: what to convert. Sent to the processes.
-        directory: for the shards; exists.
+        source: to convert; it is pickled to the processes.
+        directory: of the shards; exists.
         todo: numbers of shards.
         shards: number of all shards.
-        processes: that work at the same time; with 1, none is started.
+        processes: number of processes; 1 for this process alone.
 
     Raises:
         UserError: the source cannot be read, the directory cannot be written, or a process died.
@@ -134,39 +136,40 @@ def convert(
         for shard in todo:
             yield _write(source, directory, shard, shards)
         return
-    context, method = multiprocessing.get_context("spawn"), (source, directory, shards)
     pool = concurrent.futures.ProcessPoolExecutor(
-        min(processes, len(todo)), context, _begin, method
+        min(processes, len(todo)),
+        multiprocessing.get_context("spawn"),
+        _begin_worker,
+        (source, directory, shards),
     )
     try:
-        for future in concurrent.futures.as_completed(
-            [pool.submit(_make, shard) for shard in todo]
-        ):
+        futures = [pool.submit(_write_in_worker, shard) for shard in todo]
+        for future in concurrent.futures.as_completed(futures):
             yield future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
         raise UserError(
-            "a process that wrote a shard died, perhaps for want of memory: the same command goes"
-            " on with what is missing"
+            "a process that wrote a shard died, perhaps because memory ran out: run the same"
+            " command again, which writes the missing shards"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin(source: DataSource, directory: str, shards: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    threading.Thread(target=_orphaned, daemon=True).start()
+def _begin_worker(source: DataSource, directory: str, shards: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     _STATE.update(source=source, directory=directory, shards=shards)
 
 
-def _orphaned() -> None:
-    """Ends a worker whose parent was killed: it would wait for work for ever."""
+def _exit_with_parent() -> None:
+    """Ends a worker whose parent was killed; it would wait for work for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def _make(shard: int) -> int:
+def _write_in_worker(shard: int) -> int:
     return _write(_STATE["source"], _STATE["directory"], shard, _STATE["shards"])
 
 
@@ -178,11 +181,11 @@ def _write(source: DataSource, directory: str, shard: int, shards: int) -> int:
         )
     except OSError as error:
         raise UserError(
-            f"cannot write to {directory}: {error.strerror or error}; make room, then the same"
-            " command goes on"
+            f"cannot write to {directory}: {error.strerror or error}; make room and run the same"
+            " command again"
         ) from error
 
 
 def _records(source: DataSource, rows: range) -> Iterator[Record]:
-    for at in range(0, len(rows), _READ):
-        yield from base.read_items(source, list(rows[at : at + _READ]))
+    for start in range(0, len(rows), _READ_SIZE):
+        yield from base.read_items(source, list(rows[start : start + _READ_SIZE]))

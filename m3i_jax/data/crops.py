@@ -1,14 +1,12 @@
-"""Where the two views of an image are cut, and the cutting. Geometry only: colours are changed on
-the device.
+"""Draws the boxes of the two views of an image, and cuts the views. Colours and flips are applied
+on the device.
 
-A box is (top, left, height, width) in pixels of the whole, un-mirrored image; a view that is
-flipped is mirrored on the device.
+A box is (top, left, height, width) in pixels of the full, un-mirrored image.
 
-Two resizers cut a view with the same antialiased bicubic filter: Pillow's, and one with vector
-instructions, six times as fast (the package cykooz-resizer, in the extra `decode_fast`; the same
-bytes on every processor). They differ by 0.3 gray levels on average, so which of them made a batch
-is part of the identity of the stream. Which decoder read a JPEG is not: they give the same pixels.
-"""
+Two resizers cut a view with the same antialiased bicubic filter: Pillow, and cykooz-resizer (extra
+`fast`), which uses vector instructions, is six times as fast and gives the same bytes on every
+processor. They differ by 0.3 gray levels on average, so the resizer is part of the identity of the
+stream. The decoder of a JPEG is not: both give the same pixels."""
 
 import functools
 import importlib.metadata
@@ -21,7 +19,7 @@ from PIL import Image
 from m3i_jax.data import decode_fast
 from m3i_jax.errors import UserError
 
-WIDTH = 24  # uniforms a view needs at most, a multiple of four
+WIDTH = 24  # uniforms per view, a multiple of four
 Box = tuple[int, int, int, int]
 
 
@@ -33,13 +31,13 @@ def crop_box(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Box:
-    """A random resized crop with torchvision's semantics: ten tries at area and aspect
-    (log-uniform), then the central crop.
+    """Draws the box of a random resized crop as torchvision does: ten attempts at an area and a
+    log-uniform aspect ratio, then the central crop.
 
     Args:
-        u: 22 numbers in [0, 1): area and aspect of each try, then top and left.
+        u: 22 uniforms in [0, 1): area and aspect ratio of each attempt, then top and left.
         height, width: of the image in pixels.
-        scale: range of the crop's area as a share of the picture's.
+        scale: range of the area of the crop as a share of the image.
         ratio: range of width over height.
 
     Returns:
@@ -69,8 +67,8 @@ def crop_box(
 def sufficient_size(
     boxes: Sequence[Box], height: int, width: int, size: int, gap: float
 ) -> tuple[float, float]:
-    """The (height, width) at which an image may be decoded so that every box keeps `gap * size`
-    pixels a side.
+    """Returns the (height, width) at which an image may be decoded so that every box keeps
+    `gap * size` pixels per side.
 
     >>> sufficient_size([(0, 0, 100, 200), (0, 0, 400, 400)], 400, 800, size=10, gap=3.0)
     (120.0, 120.0)
@@ -82,28 +80,28 @@ def sufficient_size(
 
 
 @functools.cache
-def choose_resizer(wanted: str = "auto") -> str:
-    """The resizer that a wish comes to on this machine: "pillow", or "fast" and the version that
-    its pixels depend on.
+def choose_resizer(setting: str = "auto") -> str:
+    """Returns the resizer of a setting on this machine: "pillow", or "fast" and the major version,
+    on which its pixels depend.
 
     Args:
-        wanted: "pillow"; "fast"; or "auto", which is fast where that is installed.
+        setting: "pillow"; "fast"; or "auto", which is fast if that is installed.
 
     Raises:
-        UserError: "fast" is asked for and not installed.
+        UserError: the setting is "fast" and cykooz-resizer is not installed.
 
     >>> choose_resizer("pillow"), choose_resizer("auto") in ("pillow", "fast 4")
     ('pillow', True)
     """
-    if wanted.partition(" ")[0] not in ("auto", "pillow", "fast"):
-        raise UserError(f"data.resizer={wanted!r} is no resizer: use 'auto', 'pillow' or 'fast'")
+    if setting.partition(" ")[0] not in ("auto", "pillow", "fast"):
+        raise UserError(f"data.resizer={setting!r} is no resizer: use 'auto', 'pillow' or 'fast'")
     installed = decode_fast.is_installed("cykooz_resizer")
-    if wanted.startswith("fast") and not installed:
+    if setting.startswith("fast") and not installed:
         raise UserError(
             "data.resizer='fast' needs the package cykooz-resizer: pip install 'm3i-jax[fast]', or"
             " use 'pillow'"
         )
-    if wanted == "pillow" or not installed:
+    if setting == "pillow" or not installed:
         return "pillow"
     return f"fast {importlib.metadata.version('cykooz-resizer').partition('.')[0]}"
 
@@ -118,19 +116,24 @@ def cut_view(
     by: str = "pillow",
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Cuts one view: antialiased bicubic.
+    """Cuts one view with antialiased bicubic interpolation.
 
-    Args: image: RGB, the whole image, perhaps decoded at a smaller scale; packed, it is always the
-        fast resizer that cuts. box: (top, left, height, width) in pixels of the image at full
-        scale. size: side of the view in pixels. height, width: of the image at full scale. by: a
-        resizer, as `choose_resizer` names it. out: uint8 [size * size * 3] to fill and return;
-        None: a new array.
+    Args:
+        image: RGB, the full image, possibly decoded at a smaller scale. A packed one is always cut
+            by the fast resizer.
+        box: (top, left, height, width) in pixels of the image at full scale.
+        size: side of the view in pixels.
+        height, width: of the image at full scale.
+        by: a resizer, as `choose_resizer` names it.
+        out: uint8 [size * size * 3] to fill and return; None for a new array.
 
     Returns:
         uint8 [size * size * 3], row-major RGB.
 
-    >>> ramp = Image.fromarray(np.arange(32, dtype=np.uint8)[None, :, None].repeat(32, 0).repeat(3, 2))
-    >>> cut_view(ramp, (0, 8, 16, 16), 16, height=32, width=32).reshape(16, 16, 3)[0, :3, 0].tolist()
+    >>> columns = np.arange(32, dtype=np.uint8)[None, :, None]
+    >>> ramp = Image.fromarray(columns.repeat(32, 0).repeat(3, 2))
+    >>> view = cut_view(ramp, (0, 8, 16, 16), 16, height=32, width=32)
+    >>> view.reshape(16, 16, 3)[0, :3, 0].tolist()
     [8, 9, 10]
     """
     top, left, h, w = box
@@ -158,8 +161,8 @@ def cut_view(
 def central_box(
     height: int, width: int, size: int, *, crop: float = 224 / 256
 ) -> tuple[float, float, float, float]:
-    """The box of the usual evaluation view: the short side resized to size / crop, then the centre
-    cut out.
+    """Returns the box of the usual evaluation view: the short side resized to size / crop, then a
+    centre crop.
 
     Args:
         height, width: of the image in pixels.
@@ -167,7 +170,7 @@ def central_box(
         crop: share of the short side that is kept.
 
     Returns:
-        (top, left, height, width) in pixels of the image, not whole numbers.
+        (top, left, height, width) in pixels of the image, floats.
 
     >>> central_box(256, 512, 224)
     (16.0, 144.0, 224.0, 224.0)

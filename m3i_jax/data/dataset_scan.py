@@ -1,9 +1,7 @@
-"""What a source holds, before money is spent on it: every record of a small source, evenly spread
-ones of a large one, looked at by the rules of `decoding`, and the speed at which this machine makes
-batches of them.
+"""Scans a source before training: decodes every record of a small source, or evenly spread ones of
+a large one, by the rules of `decode`, and measures how fast this machine builds batches.
 
-Nothing here is random, so the report of a source is the same on every machine but for its speeds.
-"""
+Nothing here is random: except for the speeds, the report is the same on every machine."""
 
 import concurrent.futures
 import dataclasses
@@ -22,14 +20,14 @@ from m3i_jax.data import pipeline
 from m3i_jax.data.sources import base
 from m3i_jax.data.tokenizer import Tokenizer
 
-_CHUNK = 32  # records a thread takes at once
-THUMBNAIL = 160  # pixels, the longer side of an example
+_CHUNK = 32  # records per task of a thread
+THUMBNAIL = 160  # pixels of the longer side
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RecordInfo:
-    """What one record told: `reason` and `detail` are empty for a good one, sizes are those after
-    the EXIF rotation, 0 where unknown."""
+    """The result of one record. `reason` and `detail` are empty if it is usable; height and width
+    are those after the EXIF rotation, 0 if unknown."""
 
     index: int
     key: str
@@ -45,8 +43,8 @@ class RecordInfo:
 
 
 def spread_indices(total: int, limit: int) -> list[int]:
-    """Which records are looked at: all, or `limit` of them, evenly spread: number i * total //
-    limit for i = 0, 1, ...
+    """Returns the indices of the records to scan: all, or `limit` of them, evenly spread (i * total
+    // limit for i = 0, 1, ...).
 
     >>> spread_indices(3, 10), spread_indices(10, 4)
     ([0, 1, 2], [0, 2, 5, 7])
@@ -59,10 +57,11 @@ def spread_indices(total: int, limit: int) -> list[int]:
 def inspect_record(
     index: int, record: base.Record | decoding.BadRecord, *, background: int = 255
 ) -> RecordInfo:
-    """Reads one record as the pipeline would, to its last pixel; one that could not be read at all
-    has its index for a key.
+    """Decodes one record completely, as the pipeline does. The key of a record that cannot be read
+    is its index.
 
-    >>> inspect_record(3, base.Record("a", b"<html>", caption=" a  cat ")).reason, inspect_record(3, base.Record("a", b"", caption=" a  cat ")).caption
+    >>> info = inspect_record(3, base.Record("a", b"<html>", caption=" a  cat "))
+    >>> info.reason, info.caption
     ('undecodable', 'a cat')
     """
     if isinstance(record, decoding.BadRecord):
@@ -104,45 +103,46 @@ def scan_records(
     missing: str = "stop",
     progress: Callable[[int], None] | None = None,
 ) -> list[RecordInfo]:
-    """Looks at some records, on several threads; the result is in the order of the indices.
-    `progress` is told how many are done; `missing` is as in `decode.read_records`.
+    """Inspects some records on several threads, in the order of the indices. Calls `progress` with
+    the number of finished records; for `missing`, see `decode.read_records`.
 
-    >>> [seen.reason for seen in scan_records([base.Record("a", np.zeros((20, 20, 3), np.uint8)), base.Record("b", b"")], [0, 1], threads=1)]
+    >>> records = [base.Record("a", np.zeros((20, 20, 3), np.uint8)), base.Record("b", b"")]
+    >>> [info.reason for info in scan_records(records, [0, 1], threads=1)]
     ['', 'empty']
     """
 
-    def part(some: Sequence[int]) -> list[RecordInfo]:
+    def inspect(chunk: Sequence[int]) -> list[RecordInfo]:
         return [
             inspect_record(i, record, background=background)
-            for i, record in zip(some, decoding.read_records(source, some, missing), strict=True)
+            for i, record in zip(chunk, decoding.read_records(source, chunk, missing), strict=True)
         ]
 
-    out: list[RecordInfo] = []
+    infos: list[RecordInfo] = []
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        waiting: list[concurrent.futures.Future[list[RecordInfo]]] = []
-        # a few chunks in flight, so that a stop is a stop
-        for at in range(0, len(indices) + 4 * threads * _CHUNK, _CHUNK):
-            if at < len(indices):
-                waiting.append(pool.submit(part, indices[at : at + _CHUNK]))
-            if waiting and (at >= len(indices) or len(waiting) > 4 * threads):
-                out += waiting.pop(0).result()
+        pending: list[concurrent.futures.Future[list[RecordInfo]]] = []
+        # only a few chunks are in flight, so that an interrupt takes effect soon
+        for start in range(0, len(indices) + 4 * threads * _CHUNK, _CHUNK):
+            if start < len(indices):
+                pending.append(pool.submit(inspect, indices[start : start + _CHUNK]))
+            if pending and (start >= len(indices) or len(pending) > 4 * threads):
+                infos += pending.pop(0).result()
                 if progress:
-                    progress(len(out))
-    return out
+                    progress(len(infos))
+    return infos
 
 
 def thumbnail(record: base.Record, *, background: int = 255, side: int = THUMBNAIL) -> bytes:
-    """A small JPEG of a good record, the longer side at most `side` pixels.
+    """Encodes a small JPEG of a record, whose longer side has at most `side` pixels.
 
     Raises:
-        BadRecord: the record is no usable image.
+        BadRecord: the record is not a usable image.
 
-    >>> Image.open(io.BytesIO(thumbnail(base.Record("a", np.zeros((20, 400, 3), np.uint8))))).size
+    >>> jpeg = thumbnail(base.Record("a", np.zeros((20, 400, 3), np.uint8)))
+    >>> Image.open(io.BytesIO(jpeg)).size
     (160, 8)
     """
     opened = decoding.open_image(record.image)
-    image = opened.rgb(background=background, least=(side, side))
-    image = image.copy()
+    image = opened.rgb(background=background, least=(side, side)).copy()
     image.thumbnail((side, side), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
@@ -150,21 +150,17 @@ def thumbnail(record: base.Record, *, background: int = 255, side: int = THUMBNA
 
 
 class InMemorySource:
-    """Records in memory as a source, so that a speed measured on them is not that of a disk."""
+    """A source of records in memory, on which a measured speed is not that of a disk."""
 
-    def __init__(self, held: Sequence[base.Record], like: Any) -> None:
-        self._held, self.name, self.classes, self.captions = (
-            held,
-            like.name,
-            like.classes,
-            like.captions,
-        )
+    def __init__(self, records: Sequence[base.Record], like: Any) -> None:
+        self._records = records
+        self.name, self.classes, self.captions = like.name, like.classes, like.captions
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> base.Record:
-        return self._held[index]
+        return self._records[index]
 
     def fingerprint(self) -> str:
         return "held"
@@ -174,8 +170,7 @@ class InMemorySource:
 
 
 class ConcatSource:
-    """What a run trains on and what it holds out, as one source: first all of the one, then all of
-    the other."""
+    """The training part and the held-out part of a run as one source, in this order."""
 
     def __init__(self, train: base.DataSource, held_out: base.DataSource) -> None:
         self.train, self.held_out = train, held_out
@@ -189,12 +184,10 @@ class ConcatSource:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[base.Record]:
-        """Of the training part first, so `indices` must ascend."""
+        """Reads the training part first, so `indices` must ascend."""
         count = len(self.train)
-        first, second = (
-            [i for i in indices if i < count],
-            [i - count for i in indices if i >= count],
-        )
+        first = [i for i in indices if i < count]
+        second = [i - count for i in indices if i >= count]
         return [
             *(base.read_items(self.train, first) if first else []),
             *(base.read_items(self.held_out, second) if second else []),
@@ -209,61 +202,61 @@ class ConcatSource:
 
 @dataclasses.dataclass(frozen=True)
 class ReadSpeed:
-    """Pictures a second of one core's processor time, from memory: decoding alone at full size, and
-    the whole making of batches."""
+    """Images per second of processor time of one core, read from memory: for decoding alone at full
+    size, and for building batches."""
 
     decode: float
     pipeline: float
-    pictures: int  # different ones that were used
+    pictures: int  # distinct images that were used
 
 
 def measure_speed(
     config: schema.Config,
-    held: Sequence[base.Record],
+    records: Sequence[base.Record],
     like: Any,
     tokenizer: Tokenizer | None,
     *,
     seconds: float = 2.0,
 ) -> ReadSpeed:
-    """Measures both speeds on good records, each for about `seconds` of this process's processor
-    time.
+    """Measures both speeds on usable records, each for about `seconds` of processor time of this
+    process.
 
     Args:
-        config: of the run: crops, masks and captions are made as it says, in batches of 32.
-        held: good records; fewer than two give no pipeline.
-        like: the source they are from.
-        tokenizer: as for `pipeline.iterate_batches`.
-        seconds: processor time for each.
+        config: of the run, which decides crops, masks and captions; batches have 32 rows.
+        records: usable ones; with fewer than two, the speed of the pipeline is 0.
+        like: the source of the records.
+        tokenizer: see `pipeline.iterate_batches`.
+        seconds: processor time of each measurement.
     """
-    if not held:
+    if not records:
         return ReadSpeed(0.0, 0.0, 0)
-    for record in held[:8]:  # first calls import and allocate
+    for record in records[:8]:  # the first calls import and allocate
         decoding.decode_image(record.image)
-    decode = _rate(_each(held), seconds)
-    if len(held) < 2:
-        return ReadSpeed(decode, 0.0, len(held))
-    plain = dataclasses.replace(config.data, threads=0, workers=0, max_bad_share=1.0)
+    decode = _rate(_decode_forever(records), seconds)
+    if len(records) < 2:
+        return ReadSpeed(decode, 0.0, len(records))
+    serial = dataclasses.replace(config.data, threads=0, workers=0, max_bad_share=1.0)
     small = dataclasses.replace(
-        config, data=plain, train=dataclasses.replace(config.train, batch_size=32)
+        config, data=serial, train=dataclasses.replace(config.train, batch_size=32)
     )
-    batches = pipeline.iterate_batches(small, InMemorySource(held, like), tokenizer, start=0)
+    batches = pipeline.iterate_batches(small, InMemorySource(records, like), tokenizer, start=0)
     try:
         next(batches)
-        made = _rate((len(batch["label"]) for batch in batches), seconds)
+        rate = _rate((len(batch["label"]) for batch in batches), seconds)
     finally:
         batches.close()
-    return ReadSpeed(decode, made, len(held))
+    return ReadSpeed(decode, rate, len(records))
 
 
-def _each(held: Sequence[base.Record]) -> Iterator[int]:
+def _decode_forever(records: Sequence[base.Record]) -> Iterator[int]:
     while True:
-        for record in held:
+        for record in records:
             decoding.decode_image(record.image)
             yield 1
 
 
 def _rate(work: Iterator[int], seconds: float) -> float:
-    # of all threads: the pipeline makes its batches in one of its own
+    # processor time of all threads, since the pipeline builds batches in another thread
     start, done = time.process_time(), 0
     while (spent := time.process_time() - start) < seconds or not done:
         done += next(work)

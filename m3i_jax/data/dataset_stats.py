@@ -1,5 +1,5 @@
-"""Figures of a survey: sizes, aspects, categories, captions, bad records and duplicates, as plain
-numbers and lists that JSON holds."""
+"""Computes the statistics of scanned records: sizes, aspect ratios, categories, captions, bad
+records and duplicates, as values that JSON can hold."""
 
 import collections
 import math
@@ -15,7 +15,7 @@ SIDES = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)  # pixel
 # width over height, lower edges
 ASPECTS = (0.0, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 9 / 10, 10 / 9, 4 / 3, 3 / 2, 2.0, 3.0)
 ASPECT_NAMES = ("1:3", "1:2", "2:3", "3:4", "9:10", "10:9", "4:3", "3:2", "2:1", "3:1")
-# ids of a caption without start and end, lower edges
+# ids per caption without start and end, lower edges
 TOKENS = (0, 1, 5, 9, 17, 25, 33, 49, 65, 76, 129, 257)
 EXAMPLES = 5
 Histogram = list[tuple[str, int]]
@@ -24,16 +24,16 @@ Histogram = list[tuple[str, int]]
 def histogram(
     values: Sequence[float], edges: Sequence[float], names: Sequence[str] = ()
 ) -> Histogram:
-    """Counts between edges, in order, without the empty bins at both ends. `names` are those of the
-    edges but the first; without them, the values are whole numbers.
+    """Counts values between edges, without the empty bins at both ends. `names` are those of all
+    edges but the first; without names, the values are whole numbers.
 
     >>> histogram([1, 40, 40, 70], (0, 32, 64, 128))
     [('below 32', 1), ('32-63', 2), ('64-127', 1)]
     >>> histogram([0.7, 2.5], (0.0, 0.5, 1.0, 2.0), ("1:2", "1:1", "2:1"))
     [('1:2-1:1', 1), ('1:1-2:1', 0), ('2:1 and more', 1)]
     """
-    places = np.searchsorted(np.asarray(edges), np.asarray(values, np.float64), "right") - 1
-    counts = np.bincount(places, minlength=len(edges))
+    bins = np.searchsorted(np.asarray(edges), np.asarray(values, np.float64), "right") - 1
+    counts = np.bincount(bins, minlength=len(edges))
     text = list(names) or [f"{edge:g}" for edge in edges[1:]]
     ends = text[1:] if names else [f"{edge - 1:g}" for edge in edges[2:]]
     between = [
@@ -46,7 +46,7 @@ def histogram(
 
 
 def dataset_stats(
-    seen: Sequence[RecordInfo],
+    infos: Sequence[RecordInfo],
     *,
     classes: Sequence[str],
     kept: int,
@@ -54,37 +54,38 @@ def dataset_stats(
     ids: Callable[[str], int] | None,
     held_out: Container[int] = (),
 ) -> dict[str, Any]:
-    """Everything that is counted.
+    """Computes all statistics of the scanned records.
 
     Args:
-        seen: what each record told, in any order.
-        classes: names of the source's categories.
-        kept: how many of them the run uses; labels beyond are dropped.
-        length: ids a caption is cut to, start and end included.
-        ids: number of ids of a cleaned caption, or None where captions are not used.
-        held_out: indices of the records that are held out.
+        infos: of the records, in any order.
+        classes: names of the classes of the source.
+        kept: number of classes that the run uses; labels beyond are dropped.
+        length: ids to which a caption is cut, start and end included.
+        ids: returns the number of ids of a cleaned caption; None if captions are not used.
+        held_out: indices of the held-out records.
 
     Returns:
         The sections "pictures", "bad", "sizes", "categories", "captions" and "duplicates".
 
-    >>> one = RecordInfo(0, "a", "PNG", 9, b"x", "", "", 30, 40, 0, "a cat")
-    >>> made = dataset_stats([one, one], classes=("cat",), kept=1, length=8, ids=lambda text: len(text.split()))
-    >>> made["duplicates"]["records"], made["categories"]["table"], made["captions"]["median"]
+    >>> info = RecordInfo(0, "a", "PNG", 9, b"x", "", "", 30, 40, 0, "a cat")
+    >>> def count_words(text): return len(text.split())
+    >>> stats = dataset_stats([info, info], classes=("cat",), kept=1, length=8, ids=count_words)
+    >>> stats["duplicates"]["records"], stats["categories"]["table"], stats["captions"]["median"]
     (1, [('cat', 2)], 2)
     """
-    good = [s for s in seen if not s.reason]
+    good = [s for s in infos if not s.reason]
     return {
         "pictures": {
-            "looked_at": len(seen),
+            "looked_at": len(infos),
             "usable": len(good),
-            "bad": len(seen) - len(good),
+            "bad": len(infos) - len(good),
             "with_label": sum(s.label >= 0 for s in good),
             "with_caption": sum(s.caption is not None for s in good),
             "with_neither": sum(s.label < 0 and s.caption is None for s in good),
-            "bytes": sum(s.size for s in seen),
+            "bytes": sum(s.size for s in infos),
             "formats": collections.Counter(s.kind for s in good).most_common(),
         },
-        "bad": _bad(seen),
+        "bad": _bad(infos),
         "sizes": _sizes(good),
         "categories": _categories(good, classes, kept),
         "captions": _captions(good, length, ids),
@@ -92,19 +93,13 @@ def dataset_stats(
     }
 
 
-def _bad(seen: Sequence[RecordInfo]) -> list[dict[str, Any]]:
-    out = []
+def _bad(infos: Sequence[RecordInfo]) -> list[dict[str, Any]]:
+    rows = []
     for reason in decode.REASONS:
-        found = [s for s in seen if s.reason == reason]
-        if found:
-            out.append(
-                {
-                    "reason": reason,
-                    "count": len(found),
-                    "examples": [(s.key, s.detail) for s in found[:EXAMPLES]],
-                }
-            )
-    return sorted(out, key=lambda row: -row["count"])
+        if bad := [s for s in infos if s.reason == reason]:
+            examples = [(s.key, s.detail) for s in bad[:EXAMPLES]]
+            rows.append({"reason": reason, "count": len(bad), "examples": examples})
+    return sorted(rows, key=lambda row: -row["count"])
 
 
 def _sizes(good: Sequence[RecordInfo]) -> dict[str, Any]:
@@ -121,18 +116,18 @@ def _categories(good: Sequence[RecordInfo], classes: Sequence[str], kept: int) -
     labels = np.array([s.label for s in good if s.label >= 0], np.int64)
     counts = np.bincount(labels, minlength=max(len(classes), kept))
     names = [classes[i] if i < len(classes) else str(i) for i in range(len(counts))]
-    inside = counts[:kept] if kept else counts
-    share = inside[inside > 0] / max(int(inside.sum()), 1)
+    used = counts[:kept] if kept else counts
+    share = used[used > 0] / max(int(used.sum()), 1)
     order = np.argsort(-counts, kind="stable")
     return {
         "in_source": len(classes),
         "used": kept,
         "dropped": int(counts[kept:].sum()) if kept else 0,
-        "empty": [names[i] for i in range(len(inside)) if not inside[i]],
-        "smallest": int(inside.min()) if len(inside) else 0,
-        "median": float(np.median(inside)) if len(inside) else 0.0,
-        "largest": int(inside.max()) if len(inside) else 0,
-        # exp(entropy): as many equally large ones would be as uncertain
+        "empty": [names[i] for i in range(len(used)) if not used[i]],
+        "smallest": int(used.min()) if len(used) else 0,
+        "median": float(np.median(used)) if len(used) else 0.0,
+        "largest": int(used.max()) if len(used) else 0,
+        # exp(entropy), the number of classes of equal size with the same entropy
         "effective": (
             round(float(math.exp(-(share * np.log(share)).sum())), 2) if len(share) else 0.0
         ),
@@ -165,13 +160,13 @@ def _duplicates(good: Sequence[RecordInfo], held_out: Container[int]) -> dict[st
     groups: dict[bytes, list[RecordInfo]] = {}
     for s in good:
         groups.setdefault(s.content, []).append(s)
-    twice = sorted((g for g in groups.values() if len(g) > 1), key=len, reverse=True)
+    repeated = sorted((g for g in groups.values() if len(g) > 1), key=len, reverse=True)
     return {
-        "records": sum(len(g) - 1 for g in twice),
-        "groups": len(twice),
-        "with_several_labels": sum(len({s.label for s in g}) > 1 for g in twice),
-        "in_both_parts": sum(len({s.index in held_out for s in g}) > 1 for g in twice),
-        "examples": [[s.key for s in g[:EXAMPLES]] for g in twice[:EXAMPLES]],
+        "records": sum(len(g) - 1 for g in repeated),
+        "groups": len(repeated),
+        "with_several_labels": sum(len({s.label for s in g}) > 1 for g in repeated),
+        "in_both_parts": sum(len({s.index in held_out for s in g}) > 1 for g in repeated),
+        "examples": [[s.key for s in g[:EXAMPLES]] for g in repeated[:EXAMPLES]],
     }
 
 

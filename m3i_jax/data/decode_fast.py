@@ -1,10 +1,9 @@
-"""The extra `fast`: JPEGs decoded by simplejpeg and views cut by cykooz-resizer, which uses vector
-instructions.
+"""Decodes JPEGs with simplejpeg and cuts views with cykooz-resizer, which uses vector instructions.
+Both belong to the extra `fast`.
 
-Both decoders have libjpeg-turbo inside and give the same pixels. What differs is how they lie in
-memory: simplejpeg's are packed, three bytes a pixel, as a batch wants them, Pillow's have a fourth
-byte that is to be removed again. Whatever is no clean JPEG is Pillow's: its verdict on broken files
-is the only one."""
+Pillow and simplejpeg both use libjpeg-turbo and give the same pixels. simplejpeg packs three bytes
+per pixel, as a batch needs them; Pillow uses four, which have to be repacked. Any file that is not
+a plain, undamaged JPEG is left to Pillow, which alone decides what is a bad record."""
 
 import functools
 import importlib.util
@@ -17,15 +16,15 @@ import numpy as np
 import PIL
 from PIL import Image
 
-_OWN = threading.local()  # a resizer and a view of each thread
-# It reads the pixels of an image where Pillow keeps them. With a Pillow that this was not tried
-# with, they are copied: the same result.
+_LOCAL = threading.local()  # the resizer and the view of each thread
+# cykooz-resizer reads Pillow's memory directly. This was tested with these versions of Pillow; with
+# others the pixels are copied, with the same result.
 _IN_PLACE = PIL.__version__.partition(".")[0] in ("13",)
 
 
 @functools.cache
 def is_installed(package: str) -> bool:
-    """Whether one of the two packages is here.
+    """Returns whether one of the two packages is installed.
 
     >>> is_installed("no_such_package")
     False
@@ -34,10 +33,10 @@ def is_installed(package: str) -> bool:
 
 
 class PackedImage:
-    """An RGB image of three bytes a pixel, to cut views from. Made by `decode_jpeg`.
+    """An RGB image of three bytes per pixel, from which views are cut; see `decode_jpeg`.
 
     Attributes:
-        size: (width, height) in pixels, as of a Pillow image.
+        size: (width, height) in pixels, as in Pillow.
 
     >>> if is_installed("cykooz_resizer"):
     ...     gray = PackedImage(np.full((30, 40, 3), 7, np.uint8))
@@ -51,39 +50,39 @@ class PackedImage:
         self._data = c.ImageData(*self.size, c.PixelType.U8x3, pixels_HxWx3.tobytes())
 
     def cut(self, window: Sequence[float], size: int) -> np.ndarray:
-        """Cuts one view: antialiased bicubic.
+        """Cuts one view with antialiased bicubic interpolation.
 
         Args:
             window: (left, top, right, bottom) in pixels.
             size: side of the view in pixels, S.
 
         Returns:
-            uint8 [S * S * 3], row-major RGB: of this thread, and overwritten by its next view.
+            uint8 [S * S * 3], row-major RGB. The next view of this thread overwrites it.
         """
         import cykooz_resizer as c
 
-        if getattr(_OWN, "size", None) != size:
-            _OWN.size, _OWN.view = size, c.ImageData(size, size, c.PixelType.U8x3)
+        if getattr(_LOCAL, "size", None) != size:
+            _LOCAL.size, _LOCAL.view = size, c.ImageData(size, size, c.PixelType.U8x3)
         run, bicubic = _resizer()
         run.resize(
             self._data,
-            _OWN.view,
+            _LOCAL.view,
             c.ResizeOptions(bicubic, False, c.CropBox(*_inside(window, *self.size))),
         )
-        return np.frombuffer(_OWN.view.get_buffer(), np.uint8)
+        return np.frombuffer(_LOCAL.view.get_buffer(), np.uint8)
 
 
 def plain_jpeg_size(raw: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG of colours that says nothing about itself which would change its
-    pixels: no EXIF, XMP or second image.
+    """Returns the (height, width) of a plain colour JPEG: one without EXIF, XMP or a second image,
+    which could change its pixels.
 
     Args:
         raw: the bytes of a file.
 
     Returns:
-        Its size in pixels; None for any other file, for Pillow to look at.
+        The size in pixels; None for any other file, which Pillow opens.
 
-    >>> plain_jpeg_size(b"no picture") is None
+    >>> plain_jpeg_size(b"not an image") is None
     True
     """
     if (
@@ -92,12 +91,12 @@ def plain_jpeg_size(raw: bytes) -> tuple[int, int] | None:
         or not is_installed("cykooz_resizer")
     ):
         return None
-    at, end = 2, len(raw) - 8
-    # its segments, up to the first scan
-    while at < end and raw[at] == 0xFF and (marker := raw[at + 1]) != 0xDA:
-        if marker == 0xE1 or (marker == 0xE2 and raw[at + 4 : at + 8] == b"MPF\0"):
+    offset, end = 2, len(raw) - 8
+    # the segments before the first scan
+    while offset < end and raw[offset] == 0xFF and (marker := raw[offset + 1]) != 0xDA:
+        if marker == 0xE1 or (marker == 0xE2 and raw[offset + 4 : offset + 8] == b"MPF\0"):
             return None
-        at += 2 + (raw[at + 2] << 8 | raw[at + 3])
+        offset += 2 + (raw[offset + 2] << 8 | raw[offset + 3])
     import simplejpeg
 
     try:
@@ -108,16 +107,16 @@ def plain_jpeg_size(raw: bytes) -> tuple[int, int] | None:
 
 
 def decode_jpeg(raw: bytes, height: int, width: int) -> PackedImage | None:
-    """Decodes a JPEG of colours at full size.
+    """Decodes a colour JPEG at full size.
 
     Args:
         raw: the bytes of the file.
-        height, width: in pixels, as its header was read before.
+        height, width: in pixels, from `plain_jpeg_size`.
 
     Returns:
-        The image; None if simplejpeg is not installed or finds anything odd about the file.
+        The image; None if simplejpeg is not installed or reports an error or a warning.
 
-    >>> decode_jpeg(b"no picture", 16, 16) is None
+    >>> decode_jpeg(b"not an image", 16, 16) is None
     True
     """
     if not is_installed("simplejpeg") or not is_installed("cykooz_resizer"):
@@ -125,25 +124,26 @@ def decode_jpeg(raw: bytes, height: int, width: int) -> PackedImage | None:
     import simplejpeg
 
     try:
-        pixels = simplejpeg.decode_jpeg(raw, "RGB")  # strict: a warning of libjpeg is an error here
+        pixels = simplejpeg.decode_jpeg(raw, "RGB")  # raises on warnings of libjpeg too
     except ValueError:
         return None
     return PackedImage(pixels) if pixels.shape == (height, width, 3) else None
 
 
 def resize_region(image: Image.Image, window: Sequence[float], size: int) -> Image.Image:
-    """`Image.resize` of a part of an RGB image of Pillow.
+    """Resizes a region of an RGB image of Pillow, as `Image.resize` does.
 
     Args:
         image: RGB.
-        window: (left, top, right, bottom) in its pixels.
+        window: (left, top, right, bottom) in pixels of the image.
         size: side of the result in pixels.
 
     Returns:
         An RGB image of `size` x `size`.
 
     >>> if is_installed("cykooz_resizer"):
-    ...     assert resize_region(Image.new("RGB", (40, 30)), (5.0, 0.0, 35.0, 30.0), 16).size == (16, 16)
+    ...     view = resize_region(Image.new("RGB", (40, 30)), (5.0, 0.0, 35.0, 30.0), 16)
+    ...     assert view.size == (16, 16)
     """
     import cykooz_resizer as c
 
@@ -159,7 +159,8 @@ def resize_region(image: Image.Image, window: Sequence[float], size: int) -> Ima
 
 
 def _inside(window: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
-    """(left, top, width, height) whose sums do not round above the edge, which would be refused."""
+    """Returns (left, top, width, height), rounded so that no sum exceeds the edge of the image,
+    which the resizer refuses."""
     left, top, right, bottom = window
     w, h = right - left, bottom - top
     return (
@@ -171,9 +172,9 @@ def _inside(window: Sequence[float], width: int, height: int) -> tuple[float, fl
 
 
 def _resizer() -> tuple[Any, Any]:
-    """(resizer of this thread's own, the filter)."""
-    if not hasattr(_OWN, "resizer"):
+    """Returns the resizer of this thread, and the filter."""
+    if not hasattr(_LOCAL, "resizer"):
         import cykooz_resizer as c
 
-        _OWN.resizer = c.Resizer(), c.ResizeAlg.convolution(c.FilterType.catmull_rom)
-    return _OWN.resizer
+        _LOCAL.resizer = c.Resizer(), c.ResizeAlg.convolution(c.FilterType.catmull_rom)
+    return _LOCAL.resizer

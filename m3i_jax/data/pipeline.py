@@ -1,11 +1,11 @@
-"""Records to masked view pairs, as a pure function of (seed, position). One element of the Grain
-dataset is one host batch.
+"""The input pipeline: turns records into batches of masked view pairs, as a pure function of (seed,
+position). One element of the Grain dataset is one host batch.
 
-The only state is the position, the number of samples seen. Sample p has the same bytes whatever the
-number of hosts, threads and worker processes, and after any restart: the record, the crops, the
-mask and the replacement of a bad record are closed forms of p. Partners are the neighbours 2k and
-2k + 1, and never the same record. How many records were bad travels inside the batch, so it is
-exact for what was consumed, from any process."""
+The only state is the position, the number of samples seen. Sample p has the same bytes for any
+number of hosts, threads and worker processes and after any restart: its record, crops, mask and the
+replacement of a bad record are closed forms of p. Partners are the neighbours 2k and 2k + 1, and
+never the same record. Counts of bad records travel inside the batch, so the totals are exact for
+the batches that were consumed, in whichever process they were built."""
 
 import collections
 import dataclasses
@@ -25,15 +25,15 @@ from m3i_jax.data.tokenizer import Tokenizer
 from m3i_jax.data.workers import RestartingIterator, begin_worker
 from m3i_jax.errors import UserError
 
-STREAM = 2  # raised whenever the same (seed, position) would give other bytes
-WINDOW = 10_000  # records over which data.max_bad_share is taken
+STREAM = 2  # raised when a change gives the same (seed, position) other bytes
+WINDOW = 10_000  # records over which data.max_bad_share is computed
 
 
 def uses_captions(data: schema.Data, source: DataSource) -> bool:
-    """Whether batches hold tokens.
+    """Returns whether batches hold tokens.
 
     Raises:
-        UserError: captions are demanded and the source has none.
+        UserError: `data.captions` is "yes" and the source has none.
 
     >>> import types
     >>> uses_captions(schema.Data(captions="auto"), types.SimpleNamespace(captions=True))
@@ -48,26 +48,25 @@ def uses_captions(data: schema.Data, source: DataSource) -> bool:
 
 
 def count_classes(data: schema.Data, source: DataSource) -> int:
-    """Number of categories of the run: what data.classes says, or all of the source's.
+    """Returns the number of classes of the run: `data.classes`, or all classes of the source.
 
     >>> import types
-    >>> [count_classes(schema.Data(classes=c), types.SimpleNamespace(classes=("cat", "dog"))) for c in (-1, 0, 5)]
+    >>> source = types.SimpleNamespace(classes=("cat", "dog"))
+    >>> [count_classes(schema.Data(classes=count), source) for count in (-1, 0, 5)]
     [2, 0, 5]
     """
     return len(source.classes) if data.classes < 0 else data.classes
 
 
 def stream_fingerprint(config: schema.Config, source: DataSource) -> str:
-    """16 hexadecimal digits that change when position p would mean another sample: seed, source, or
-    the rules of this file.
-
-    To be saved beside the position.
+    """Hashes what decides which sample is at a position (seed, source, version of the stream) to 16
+    hexadecimal digits. They are saved beside the position.
 
     >>> class Five:
     ...     def __len__(self): return 5
-    ...     def stream_fingerprint(self): return "0123456789abcdef"
-    >>> stream_fingerprint(schema.Config(seed=1), Five()) == stream_fingerprint(schema.Config(seed=2), Five())
-    False
+    ...     def fingerprint(self): return "0123456789abcdef"
+    >>> len({stream_fingerprint(schema.Config(seed=seed), Five()) for seed in (1, 2)})
+    2
     """
     return base.stable_digest(
         STREAM, config.seed, len(source), source.fingerprint(), *_resizer(config)
@@ -75,20 +74,21 @@ def stream_fingerprint(config: schema.Config, source: DataSource) -> str:
 
 
 def _resizer(config: schema.Config) -> list[str]:
-    """Says which resizer makes the pixels; nothing for Pillow's."""
+    """Names the resizer that makes the pixels; empty for Pillow's, which is the default."""
     name = crops.choose_resizer(config.data.resizer)
     return [] if name == "pillow" else [f"resizer {name}"]
 
 
 def stream_identity(config: schema.Config, source: DataSource) -> str:
-    """What `stream_fingerprint` hashes, as lines `key = value` for a person: two of them show what
-    differs.
+    """Lists what `stream_fingerprint` hashes in lines `key = value`, so that a diff shows what
+    changed.
 
     >>> class Five:
     ...     name = "five"
     ...     def __len__(self): return 5
-    ...     def stream_fingerprint(self): return "0123456789abcdef"
-    >>> print(stream_identity(schema.Config(seed=1, data=schema.Data(resizer="pillow")), Five()), end="")
+    ...     def fingerprint(self): return "0123456789abcdef"
+    >>> config = schema.Config(seed=1, data=schema.Data(resizer="pillow"))
+    >>> print(stream_identity(config, Five()), end="")
     order of the stream = version 2, seed 1
     source 1 = five, 5 images, fingerprint 0123456789abcdef
     """
@@ -98,11 +98,11 @@ def stream_identity(config: schema.Config, source: DataSource) -> str:
 
 
 class Batches(Iterator[Batch]):
-    """Iterator over one host's batches; made by `iterate_batches`.
+    """Iterator over the batches of one host; see `iterate_batches`.
 
     Attributes:
-        skipped: reason -> bad records drawn (and replaced) in the batches that were consumed.
-        noted: what else was cut or dropped in them: "caption_cut", "label_dropped".
+        skipped: reason -> bad records that were drawn and replaced in the consumed batches.
+        noted: cut captions and dropped labels in them: "caption_cut", "label_dropped".
         record: int64 [B], index of the record that each row of the last batch shows.
     """
 
@@ -110,7 +110,7 @@ class Batches(Iterator[Batch]):
         self, batches: RestartingIterator, source: DataSource, max_bad_share: float
     ) -> None:
         self._batches, self._source, self._limit = batches, source, max_bad_share
-        # records drawn and bad ones, a batch
+        # of each batch: records drawn, bad ones by reason
         self._window: collections.deque[tuple[int, np.ndarray]] = collections.deque()
         self._drawn, self._bad = 0, np.zeros(len(decode.REASONS), np.int64)  # their sums
         self._examples: dict[str, list[str]] = {reason: [] for reason in decode.REASONS}
@@ -130,12 +130,12 @@ class Batches(Iterator[Batch]):
                 self._examples[reason].append(repr(record_key(self._source, index)))
         for name, count in zip(NOTES, noted.tolist(), strict=True):
             self.noted[name] += count
-        self._judge(len(batch["label"]), skipped)
+        self._check_bad_share(len(batch["label"]), skipped)
         return batch
 
     def counted(self) -> dict[str, float]:
-        """What the log says of the batches that were consumed: bad records, cut captions, dropped
-        labels, workers started again."""
+        """Returns the metrics of the consumed batches: bad records, cut captions, dropped labels
+        and restarts of workers, without zeros."""
         counts = {
             **{f"skipped/{reason}": n for reason, n in self.skipped.items()},
             **self.noted,
@@ -145,45 +145,41 @@ class Batches(Iterator[Batch]):
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """What was counted of the batches that were consumed, for `go_on`."""
+        """Counts of the consumed batches, for `go_on`."""
         return {"skipped": dict(self.skipped), "noted": dict(self.noted)}
 
     def go_on(self, counts: Mapping[str, Mapping[str, int]]) -> None:
-        """Count from where a run before left off, so that its log reads as if it had never been
-        broken."""
-        for mine, name in ((self.skipped, "skipped"), (self.noted, "noted")):
-            for what, count in counts.get(name, {}).items():
-                mine[what] = mine.get(what, 0) + count
+        """Adds the counts of a run that is resumed, so that its log continues without a break."""
+        for totals, name in ((self.skipped, "skipped"), (self.noted, "noted")):
+            for key, count in counts.get(name, {}).items():
+                totals[key] = totals.get(key, 0) + count
 
-    def _judge(self, rows: int, skipped: np.ndarray) -> None:
-        """Stops the run if too many of the last records were bad; as early as that is certain."""
+    def _check_bad_share(self, rows: int, skipped: np.ndarray) -> None:
+        """Stops the run if too many of the last records were bad, as early as that is certain."""
         drawn = rows + int(skipped.sum())
         self._window.append((drawn, skipped))
         self._drawn, self._bad = self._drawn + drawn, self._bad + skipped
         while self._drawn - self._window[0][0] >= WINDOW:
             drawn, skipped = self._window.popleft()
             self._drawn, self._bad = self._drawn - drawn, self._bad - skipped
-        total, of = int(self._bad.sum()), max(self._drawn, WINDOW)
-        if total > self._limit * of:
-            why = summarize_bad_records(
-                {
-                    reason: (n, self._examples[reason])
-                    for reason, n in zip(decode.REASONS, self._bad.tolist(), strict=True)
-                }
-            )
+        bad, window = int(self._bad.sum()), max(self._drawn, WINDOW)
+        if bad > self._limit * window:
+            counts = {
+                reason: (n, self._examples[reason])
+                for reason, n in zip(decode.REASONS, self._bad.tolist(), strict=True)
+            }
             raise UserError(
-                f"{total:,} of the last {self._drawn:,} records of {self._source.name} were bad,"
-                f" more than data.max_bad_share={self._limit} of {of:,}: {why}; repair or remove"
-                " them, or raise the limit"
+                f"{bad:,} of the last {self._drawn:,} records of {self._source.name} were bad,"
+                f" more than data.max_bad_share={self._limit} of {window:,}:"
+                f" {summarize_bad_records(counts)}; repair or remove them, or raise the limit"
             )
 
     def start(self) -> None:
-        """Begins to make batches ahead, before the first is asked for: worth it before
-        compiling."""
+        """Starts to prefetch, so that batches are built while the step compiles."""
         self._batches.start()
 
     def close(self) -> None:
-        """Ends threads and worker processes. The iterator cannot be used afterwards."""
+        """Ends the threads and worker processes; the iterator cannot be used afterwards."""
         self._batches.close()
 
 
@@ -197,34 +193,44 @@ def iterate_batches(
     hosts: int = 1,
     views: tuple[int, ...] = (0, 1),
 ) -> Batches:
-    """An endless iterator over one host's share of the global batches, from a position on.
+    """Iterates without end over one host's share of the global batches, from a position on.
 
-    Args: config: the run's; of `data`, `threads` and `workers` change nothing but the speed.
-        source: the records to train on, at least two. tokenizer: of `data.caption_length` ids, or
-        None to leave captions out. start: samples seen before; even. host, hosts: which contiguous
-        share of the rows to make. views: those that anything reads; cutting the others is half of
-        the work, and they are black.
+    Args:
+        config: of the run. `data.threads` and `data.workers` change only the speed.
+        source: records to train on, at least two.
+        tokenizer: of `data.caption_length` ids, or None to leave captions out.
+        start: position of the first sample; even.
+        host, hosts: which contiguous share of the rows to build.
+        views: those that a loss or target reads. The others are black, which saves half of the
+            work.
 
-    Returns: An iterator of dicts of numpy arrays, with B = batch_size / hosts rows, S = image_size,
-        N = patches, L = caption length: views uint8 [B, 2, S, S, 3]: input and target view, not
-        mirrored yet (`photometric.mirror`); box float32 [B, 2, 4]: top, left, height, width in
-        pixels of the un-mirrored image; flip bool [B, 2]: whether it is to be mirrored; label int32
-        [B], -1 = none; position uint32 [B, 2], high and low word; mask bool [B, N]: True = own
-        image, exactly `config.hidden` False a row, the same within a mask cell; with a tokenizer,
-        tokens int32 [B, L] and length int32 [B], 0 = no caption. The partner of row b is row b ^ 1.
+    Returns:
+        An iterator of dicts of numpy arrays, with B = batch_size / hosts rows, S = image_size, N =
+        patches, L = caption length. The partner of row b is row b ^ 1.
 
-    Raises: UserError: the source has fewer than two records, or worker processes lack shared
-        memory; while iterating, too many bad records. ValueError: start or the share of a host is
-        odd, or the tokenizer has another length.
+        views: uint8 [B, 2, S, S, 3], input and target view, not mirrored yet (on the device,
+            `photometric.mirror` does that).
+        box: float32 [B, 2, 4], top, left, height, width in pixels of the un-mirrored image.
+        flip: bool [B, 2], whether the view is to be mirrored.
+        label: int32 [B], -1 if unknown.
+        position: uint32 [B, 2], high and low word of the stream position.
+        mask: bool [B, N], True = own image; `config.hidden` False per row, constant in a mask cell.
+        tokens, length: only with a tokenizer, int32 [B, L] and int32 [B]; length 0 without caption.
+
+    Raises:
+        UserError: the source has fewer than two records, or worker processes lack shared memory;
+            while iterating, too many records are bad.
+        ValueError: `start` or the share of a host is odd, or the tokenizer has another length.
 
     >>> class Gray:
-    ...     name, count_classes, captions = "gray", (), False
+    ...     name, classes, captions = "gray", (), False
     ...     def __len__(self): return 9
     ...     def __getitem__(self, i): return base.Record(str(i), np.full((40, 30, 3), i, np.uint8))
     >>> config = schema.Config(data=schema.Data(image_size=32), train=schema.Train(batch_size=4))
     >>> batches = iterate_batches(config, Gray(), None, start=0)
-    >>> {name: array.shape for name, array in next(batches).items() if name in ("views", "mask")}
-    {'views': (4, 2, 32, 32, 3), 'mask': (4, 4)}
+    >>> batch = next(batches)
+    >>> batch["views"].shape, batch["mask"].shape
+    ((4, 2, 32, 32, 3), (4, 4))
     >>> batches.close()
     """
     batch, data = config.train.batch_size, config.data
@@ -246,7 +252,7 @@ def iterate_batches(
     rows = batch // hosts
     if data.workers:
         _check_shared_memory(data.workers, rows * 2 * data.image_size**2 * 3)
-    maker = BatchBuilder(
+    builder = BatchBuilder(
         data=data,
         seed=config.seed,
         grid=config.grid,
@@ -260,39 +266,37 @@ def iterate_batches(
         first=start + host * rows,
         resizer=crops.choose_resizer(data.resizer),
         views=views,
-        borrower=shared_buffers.ThreadBufferPool(),
+        buffers=shared_buffers.ThreadBufferPool(),
     )
-    make = functools.partial(_from, maker, data.workers, 0 if data.workers else data.threads)
-    return Batches(
-        RestartingIterator(make, workers=data.workers, limit=data.patience),
-        source,
-        data.max_bad_share,
-    )
+    threads = 0 if data.workers else data.threads
+    make = functools.partial(_make_iterator, builder, data.workers, threads)
+    batches = RestartingIterator(make, workers=data.workers, limit=data.patience)
+    return Batches(batches, source, data.max_bad_share)
 
 
-def _from(
-    maker: BatchBuilder, workers: int, threads: int, number: int
+def _make_iterator(
+    builder: BatchBuilder, workers: int, threads: int, number: int
 ) -> tuple[Any, shared_buffers.SharedBufferPool | None]:
-    """(Grain iterator over the batches of a maker from one on, lender of their memory)."""
+    """Makes a Grain iterator over the batches from `number` on, and the pool of their memory."""
     import grain.python as grain  # seconds to import, and only runs that read data need it
 
-    lender = shared_buffers.SharedBufferPool() if workers else None
-    maker = dataclasses.replace(
-        maker,
-        first=maker.first + number * maker.batch,
-        borrower=lender.borrower() if lender else maker.borrower,
+    pool = shared_buffers.SharedBufferPool() if workers else None
+    builder = dataclasses.replace(
+        builder,
+        first=builder.first + number * builder.batch,
+        buffers=pool.writer() if pool else builder.buffers,
     )
-    # The default options would hold 500 elements ahead, and an element is a whole batch.
-    read = grain.ReadOptions(
+    # By default Grain prefetches 500 elements, and an element is a whole batch.
+    options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(threads, 2) if threads else 0
     )
-    dataset = grain.MapDataset.range(2**40).map(maker).to_iter_dataset(read)
+    dataset = grain.MapDataset.range(2**40).map(builder).to_iter_dataset(options)
     if workers:
         from absl import flags
 
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, also outside absl.app.run
-        # Small arrays travel pickled: a shared block each would cost more.
+            flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, also outside of absl.app.run
+        # Small arrays are pickled, which is cheaper than a block of shared memory for each.
         dataset = grain.experimental.WithOptionsIterDataset(
             dataset, grain.experimental.DatasetOptions(min_shm_size=1 << 20)
         )
@@ -300,15 +304,15 @@ def _from(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1),
             begin_worker,
         )
-    return iter(dataset), lender
+    return iter(dataset), pool
 
 
 def _check_shared_memory(workers: int, size: int) -> None:
-    """Refuses what would end in a bus error: every worker has a batch in the making, one waiting,
-    and the trainer holds one."""
+    """Refuses a number of workers whose batches would overflow shared memory, which is a bus error.
+    Each worker builds one batch and holds one that is ready; the trainer holds one more."""
     try:
         free = shutil.disk_usage("/dev/shm").free
-    except OSError:  # no such place on this system
+    except OSError:  # this system has no /dev/shm
         return
     need = (2 * workers + 1) * size
     if need > free:

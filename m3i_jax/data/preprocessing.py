@@ -1,6 +1,5 @@
-"""How an evaluation sees an image, described once. Evaluators, `m3i_jax.load`, --mode=features and
-every export read this description, and it is saved with a run: it is made of settings in
-config.txt."""
+"""The preprocessing of evaluation. Evaluators, `m3i_jax.load`, --mode=features and every export use
+it; its values are settings of a run in config.txt."""
 
 import dataclasses
 
@@ -13,8 +12,8 @@ from m3i_jax.data import crops
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Transparent pixels over gray; the short side resized to `short_side`, bicubic with
-    antialiasing; the centre cut out; RGB in 0..1 minus the mean, over the deviation.
+    """Composes transparent pixels over gray, resizes the short side to `short_side` (antialiased
+    bicubic), crops the centre, and normalizes RGB in 0..1 by mean and standard deviation.
 
     Attributes:
       image_size: side of the view in pixels, S.
@@ -34,7 +33,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, config: schema.Config) -> "Preprocessing":
-        """That of a run."""
+        """Returns the preprocessing of a run."""
         data = config.data
         return cls(
             image_size=data.image_size,
@@ -50,60 +49,61 @@ class Preprocessing:
         return round(self.image_size / self.crop)
 
     def described(self) -> dict[str, object]:
-        """As plain values, for JSON."""
+        """Returns the values as a dict, for JSON."""
         return {**dataclasses.asdict(self), "short_side": self.short_side}
 
     def box(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """What the view shows of an image: (top, left, height, width) in its pixels."""
+        """Returns the box of the view, (top, left, height, width) in pixels of the image."""
         return crops.central_box(height, width, self.image_size, crop=self.crop)
 
-    def view(self, picture_HxWx3: np.ndarray) -> np.ndarray:
-        """The view of an RGB image, [S, S, 3], before the mean is subtracted.
+    def view(self, image_HxWx3: np.ndarray) -> np.ndarray:
+        """Cuts the view of an RGB image, [S, S, 3], not normalized.
 
         Args:
-          picture_HxWx3: uint8, or floats in 0..1; the view has the same type (float32).
+          image_HxWx3: uint8, or floats in 0..1; the view has the same type (float32).
 
         Raises:
-          ValueError: another shape or type, or floats outside 0..1.
+          ValueError: the shape or type is another one, or floats are outside 0..1.
 
-        >>> seen = Preprocessing(image_size=16)
-        >>> seen.view(np.zeros((20, 30, 3), np.uint8)).shape, seen.view(np.full((20, 30, 3), 0.5)).max()
-        ((16, 16, 3), np.float32(0.5))
+        >>> preprocessing = Preprocessing(image_size=16)
+        >>> preprocessing.view(np.zeros((20, 30, 3), np.uint8)).shape
+        (16, 16, 3)
+        >>> preprocessing.view(np.full((20, 30, 3), 0.5)).max()
+        np.float32(0.5)
         """
-        picture, size = check_images(picture_HxWx3), self.image_size
-        height, width = picture.shape[:2]
+        pixels, size = check_images(image_HxWx3), self.image_size
+        height, width = pixels.shape[:2]
         box = self.box(height, width)
-        if picture.dtype == np.uint8:
-            image = Image.fromarray(np.ascontiguousarray(picture))
+        if pixels.dtype == np.uint8:
+            image = Image.fromarray(np.ascontiguousarray(pixels))
             return crops.cut_view(image, box, size, height=height, width=width).reshape(
                 size, size, 3
             )
         top, left, h, w = box
         window = (left, top, min(left + w, width), min(top + h, height))
-        bands = [Image.fromarray(np.ascontiguousarray(picture[..., c])) for c in range(3)]
+        bands = [Image.fromarray(np.ascontiguousarray(pixels[..., c])) for c in range(3)]
         resized = [band.resize((size, size), Image.Resampling.BICUBIC, window) for band in bands]
-        # Bicubic overshoots; bytes are clipped by Pillow itself.
+        # Bicubic interpolation overshoots; Pillow clips bytes but not floats.
         return np.clip(np.stack([np.asarray(band) for band in resized], -1), 0, 1)
 
 
-def check_images(picture_HxWx3: np.ndarray) -> np.ndarray:
-    """An RGB image as uint8 or float32.
+def check_images(image_HxWx3: np.ndarray) -> np.ndarray:
+    """Checks an RGB image and converts floats to float32.
 
     Raises:
-      ValueError: another shape or type, no pixel, or floats outside 0..1.
+      ValueError: the shape or type is another one, there is no pixel, or floats are outside 0..1.
     """
-    picture = np.asarray(picture_HxWx3)
-    typed = picture.dtype == np.uint8 or np.issubdtype(picture.dtype, np.floating)
-    if picture.ndim != 3 or picture.shape[-1] != 3 or not picture.size or not typed:
+    image = np.asarray(image_HxWx3)
+    typed = image.dtype == np.uint8 or np.issubdtype(image.dtype, np.floating)
+    if image.ndim != 3 or image.shape[-1] != 3 or not image.size or not typed:
         raise ValueError(
-            f"an image has shape {picture.shape} and type {picture.dtype}; it must be [H, W, 3],"
+            f"an image has shape {image.shape} and type {image.dtype}; it must be [H, W, 3],"
             " uint8 or floats in 0..1"
         )
-    if picture.dtype != np.uint8:
-        picture = picture.astype(np.float32)
-        if not (picture.min() >= 0 and picture.max() <= 1):  # nor NaN
+    if image.dtype != np.uint8:
+        image = image.astype(np.float32)
+        if not (image.min() >= 0 and image.max() <= 1):  # false for NaN too
             raise ValueError(
-                f"a float image has values in {picture.min()}..{picture.max()}; they must lie in"
-                " 0..1"
+                f"a float image has values in {image.min()}..{image.max()}; they must lie in 0..1"
             )
-    return picture
+    return image

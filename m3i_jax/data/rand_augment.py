@@ -1,10 +1,10 @@
-"""RandAugment of fine-tuning on the host, with Pillow: the operations and strengths that M3I's
-Table 8 names "9 / 0.5", which are those of `rand-m9-mstd0.5-inc1` (MAE, SiameseIM): two of fifteen
-operations, each with probability a half, magnitudes that grow with the number.
+"""RandAugment for fine-tuning, on the host with Pillow: the "9 / 0.5" of M3I's Table 8, which is
+timm's `rand-m9-mstd0.5-inc1` (MAE, SiameseIM): two of fifteen operations, each applied with
+probability 1/2, with strengths that increase with the magnitude.
 
-The draws of a view are numbers from outside, so that they belong to the position in the stream.
-Views are mirrored afterwards, on the device: the same distribution as before them, for rotations,
-shears and shifts go to either side as often."""
+The caller passes the uniforms of a view, so that they are keyed by stream position. Views are
+mirrored later, on the device; since rotations, shears and shifts are symmetric, the distribution is
+the same."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,9 +14,9 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from m3i_jax import schema
 
-WIDTH = 5  # uniforms an operation needs: which, whether, sign, and two for its magnitude
-FILL = (124, 116, 104)  # ImageNet's mean in gray levels: what comes in from outside the image
-_MOST = 10.0
+WIDTH = 5  # uniforms per operation: which, whether, sign, and two for its magnitude
+FILL = (124, 116, 104)  # ImageNet's mean in gray levels, for pixels outside the image
+_MAX_MAGNITUDE = 10.0
 
 
 def _affine(
@@ -39,7 +39,7 @@ def _solarize_add(image: Image.Image, level: float, sign: float) -> Image.Image:
 
 
 def _posterize(image: Image.Image, level: float, sign: float) -> Image.Image:
-    # of the highest magnitude no bit, which Pillow's own function refuses
+    # the highest magnitude keeps no bit, which Pillow's function refuses
     kept = ~(2 ** (8 - (4 - int(4 * level))) - 1)
     return image.point([i & kept & 255 for i in range(256)] * 3)
 
@@ -75,24 +75,32 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
 def draw_operations(
     u: Sequence[float], settings: schema.RandAugment
 ) -> list[tuple[str, float, float]]:
-    """The operations of a view as (name, level, sign), in their order; those that chance leaves out
-    are not among them.
+    """Draws the operations of a view as (name, level, sign), in order of application.
 
-    Args: u: WIDTH uniforms in [0, 1) an operation. settings: how many, how likely, how strong.
-      Magnitudes are normal about `magnitude`, cut to 0..10.
+    Args:
+      u: WIDTH uniforms in [0, 1) per operation.
+      settings: number, probability and strength of the operations. Magnitudes are normal around
+        `magnitude`, clipped to 0..10.
 
-    >>> draw_operations([0.99, 0.0, 0.0, 0.0, 0.0, 0.0, 0.9, 0.0, 0.0, 0.0], schema.RandAugment(ops=2))
+    >>> u = [0.99, 0.0, 0.0, 0.0, 0.0, 0.0, 0.9, 0.0, 0.0, 0.0]
+    >>> draw_operations(u, schema.RandAugment(ops=2))
     [('translate_y', 0.9, -1.0)]
     """
     names, out = list(OPERATIONS), []
-    for at in range(0, WIDTH * settings.ops, WIDTH):
-        which, whether, sign, first, second = u[at : at + WIDTH]
+    for start in range(0, WIDTH * settings.ops, WIDTH):
+        which, whether, sign, first, second = u[start : start + WIDTH]
         if whether < settings.p:
-            # Box and Muller
+            # Box-Muller transform
             normal = math.sqrt(-2 * math.log(1 - first)) * math.cos(2 * math.pi * second)
-            magnitude = min(max(settings.magnitude + settings.deviation * normal, 0.0), _MOST)
+            magnitude = min(
+                max(settings.magnitude + settings.deviation * normal, 0.0), _MAX_MAGNITUDE
+            )
             out.append(
-                (names[int(which * len(names))], magnitude / _MOST, -1.0 if sign < 0.5 else 1.0)
+                (
+                    names[int(which * len(names))],
+                    magnitude / _MAX_MAGNITUDE,
+                    -1.0 if sign < 0.5 else 1.0,
+                )
             )
     return out
 
@@ -100,10 +108,10 @@ def draw_operations(
 def apply_operations(
     pixels: np.ndarray, size: int, u: Sequence[float], settings: schema.RandAugment
 ) -> np.ndarray:
-    """A view [size * size * 3] uint8, row-major RGB, after its operations.
+    """Applies drawn operations to a view, uint8 [size * size * 3], row-major RGB.
 
-    >>> gray = np.full(4 * 4 * 3, 100, np.uint8)
-    >>> int(apply_operations(gray, 4, [2.5 / 15, 0.0, 0.0, 0.0, 0.0], schema.RandAugment(ops=1))[0])      # invert
+    >>> gray, invert = np.full(4 * 4 * 3, 100, np.uint8), [2.5 / 15, 0.0, 0.0, 0.0, 0.0]
+    >>> int(apply_operations(gray, 4, invert, schema.RandAugment(ops=1))[0])
     155
     """
     image = Image.frombuffer(

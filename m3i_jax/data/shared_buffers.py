@@ -1,19 +1,18 @@
-"""Large arrays from worker processes, or from threads, in memory that is lent and comes back.
+"""Recycles the memory of batches that worker processes or threads fill.
 
-A batch of images is tens of megabytes. Fresh memory for each of them costs page faults, of shared
-memory one every 4 KiB, an eighth of the time that it takes to decode the images; so a worker fills
-what it has filled before, as soon as nobody in the main process holds it any more. "Nobody" is what
-Python says of the array and of all views of it, and so of `jax.device_put`, which on CPU reads the
-very memory of a batch later on.
+A batch of images is tens of megabytes. New memory for each batch costs page faults, in shared
+memory one per 4 KiB, which take an eighth of the time of decoding. So a worker fills a block again
+once the main process holds no reference to it. References are those of Python: the array, all its
+views, and `jax.device_put`, which on CPU keeps reading the memory of a batch.
 
-A block of a thread (`ThreadBufferPool`) is private memory. One of a worker process is a file of a
-private directory in memory: one page whose first byte says whether it is lent, then the array. Only
-the worker that made a block fills it. The main process removes the directory at the end, and what
-others left behind at a sudden end.
+A block of a thread (`ThreadBufferPool`) is private memory. A block of a worker process is a file in
+a private directory in shared memory: a page whose first byte says whether the block is lent, then
+the array. Only the worker that made a block fills it. The main process removes the directory when
+it ends, and the directories of processes that were killed.
 
-So it is with semaphores, of which the queues of a worker need more than a dozen: multiprocessing
-removes them at the end, by a process that dies with its group when that is killed. They are named
-after the directory, and removed with it."""
+The queues of a worker need more than a dozen semaphores. Multiprocessing removes those with a
+helper process, which is killed with its process group. So the semaphores are named after the
+directory and removed with it."""
 
 import collections
 import contextlib
@@ -27,48 +26,49 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 _HEADER = mmap.PAGESIZE
 _FREE, _LENT = 0, 1
 _PREFIX = "m3i-batches-"
-_SEMAPHORE = "sem."  # how the C library begins the names of the files of semaphores
+_SEMAPHORE = "sem."  # prefix of the C library for files of semaphores
 
 
 class BufferHandle:
-    """What a worker sends in place of an array: where it lies. Read by `Lender.take`."""
+    """What a worker sends in place of an array: its block and shape; see
+    `SharedBufferPool.take`."""
 
     def __init__(self, name: str, shape: tuple[int, ...]) -> None:
         self.name, self.shape = name, shape
 
 
 class BufferWriter:
-    """The side of the worker: gives arrays of bytes to fill. Sent to the process, it arrives with
-    no blocks.
+    """Gives arrays to a worker process to fill. A pickled copy holds no blocks.
 
     Args:
-        place: the directory of the `SharedBufferPool`.
+        directory: of the `SharedBufferPool`.
     """
 
-    def __init__(self, place: str) -> None:
-        self._place = place
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
         self._blocks: dict[str, mmap.mmap] = {}
 
     def __reduce__(self) -> tuple[type, tuple[str]]:
-        return BufferWriter, (self._place,)
+        return BufferWriter, (self._directory,)
 
     @contextlib.contextmanager
     def lend(self, shape: tuple[int, ...]) -> Iterator[tuple[BufferHandle, np.ndarray]]:
-        """(what to send, uint8 array of any content to fill first). If filling it fails, the block
-        stays here."""
+        """Yields (handle to send, uint8 array of undefined content to fill before). If the block
+        raises, the memory stays with the worker."""
         size = _HEADER + int(np.prod(shape))
         name, block = next(
             ((n, b) for n, b in self._blocks.items() if b[0] == _FREE and len(b) == size),
             (None, None),
         )
         if name is None or block is None:
-            file, path = tempfile.mkstemp(dir=self._place)
+            file, path = tempfile.mkstemp(dir=self._directory)
             os.truncate(file, size)
             name, block = os.path.basename(path), _map(file)
             self._blocks[name] = block
@@ -80,32 +80,32 @@ class BufferWriter:
             raise
 
 
-class _Loan(np.ndarray):
-    """The array in the main process; the base of every view of it, so that it goes last."""
+class _TrackedArray(np.ndarray):
+    """The base of all views of a block in the main process, so that it is deleted last."""
 
-    back: Callable[[], None] | None = None
+    release: Callable[[], None] | None = None
 
     def __del__(self) -> None:
-        if self.back is not None:
-            self.back()
+        if self.release is not None:
+            self.release()
 
 
-def _loan(
-    block: mmap.mmap, shape: tuple[int, ...], offset: int, back: Callable[[], None]
+def _tracked_view(
+    block: mmap.mmap, shape: tuple[int, ...], offset: int, release: Callable[[], None]
 ) -> np.ndarray:
-    """An array in the block; `back` is called once it and all its views are gone."""
-    loan = np.ndarray.__new__(_Loan, shape, np.uint8, block, offset)
-    loan.back = back
-    return loan.view(np.ndarray)
+    """Returns an array in the block; calls `release` once it and all its views are deleted."""
+    array = np.ndarray.__new__(_TrackedArray, shape, np.uint8, block, offset)
+    array.release = release
+    return array.view(np.ndarray)
 
 
 class ThreadBufferPool:
-    """The same for threads of one process: what is sent is the array itself.
+    """Recycles memory among the threads of one process; the array is its own handle.
 
-    >>> own = ThreadBufferPool()
-    >>> with own.lend((2, 3)) as (sent, array):
+    >>> pool = ThreadBufferPool()
+    >>> with pool.lend((2, 3)) as (handle, array):
     ...     array[:] = 7
-    >>> sent.tolist()
+    >>> handle.tolist()
     [[7, 7, 7], [7, 7, 7]]
     """
 
@@ -114,104 +114,107 @@ class ThreadBufferPool:
 
     @contextlib.contextmanager
     def lend(self, shape: tuple[int, ...]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(what to send, the same to fill first). It is filled again once nobody holds it; whether
-        filling it fails makes no difference."""
+        """Yields the array twice: to send, and to fill before. Its memory is used again once no
+        reference to the array is left, whether or not the block raises."""
         size = int(np.prod(shape))
         free = self._free.setdefault(size, collections.deque())
         try:
-            block = free.pop()  # several threads may
+            block = free.pop()  # thread-safe
         except IndexError:
-            # Not an array: NumPy would have views of the loan hold that one instead.
+            # Not an array: NumPy would make that the base of all views.
             block = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        array = _loan(block, shape, 0, functools.partial(free.append, block))
+        array = _tracked_view(block, shape, 0, functools.partial(free.append, block))
         yield array, array
 
 
 class SharedBufferPool:
-    """The side of the main process.
+    """Owns the shared memory in the main process, and receives the arrays of the workers.
 
-    >>> lender = SharedBufferPool()
-    >>> with lender.borrower().lend((2, 3)) as (sent, array):
+    >>> pool = SharedBufferPool()
+    >>> with pool.writer().lend((2, 3)) as (handle, array):
     ...     array[:] = 7
-    >>> lender.take(sent).tolist()
+    >>> pool.take(handle).tolist()
     [[7, 7, 7], [7, 7, 7]]
-    >>> lender.close()
+    >>> pool.close()
     """
 
     def __init__(self) -> None:
-        _sweep()
-        self.place = tempfile.mkdtemp(prefix=_PREFIX, dir=_memory())
-        lock = os.open(os.path.join(self.place, "lock"), os.O_CREAT | os.O_RDWR, 0o600)
-        # the system lets go of it with this process, whatever ends it
+        _remove_stale()
+        self.directory = tempfile.mkdtemp(prefix=_PREFIX, dir=_shared_memory())
+        lock = os.open(os.path.join(self.directory, "lock"), os.O_CREAT | os.O_RDWR, 0o600)
+        # the kernel releases the lock when this process ends, however it ends
         fcntl.flock(lock, fcntl.LOCK_EX)
-        self._end = weakref.finalize(self, _end, self.place, lock)
-        _name_semaphores(self.place)
+        self._finalize = weakref.finalize(self, _remove, self.directory, lock)
+        _name_semaphores(self.directory)
         self._blocks: dict[str, mmap.mmap] = {}
 
-    def borrower(self) -> BufferWriter:
-        """What the worker processes get."""
-        return BufferWriter(self.place)
+    def writer(self) -> BufferWriter:
+        """Returns what the worker processes write with."""
+        return BufferWriter(self.directory)
 
-    def take(self, sent: BufferHandle) -> np.ndarray:
-        """The array that was sent, without a copy. It is the borrower's again once this array and
-        all its views are gone."""
-        if sent.name not in self._blocks:
-            self._blocks[sent.name] = _map(os.open(os.path.join(self.place, sent.name), os.O_RDWR))
-        block = self._blocks[sent.name]
-        return _loan(block, sent.shape, _HEADER, functools.partial(block.__setitem__, 0, _FREE))
+    def take(self, handle: BufferHandle) -> np.ndarray:
+        """Returns the array of a handle without a copy. The worker may fill its memory again once
+        this array and all its views are deleted."""
+        if handle.name not in self._blocks:
+            path = os.path.join(self.directory, handle.name)
+            self._blocks[handle.name] = _map(os.open(path, os.O_RDWR))
+        block = self._blocks[handle.name]
+        release = functools.partial(block.__setitem__, 0, _FREE)
+        return _tracked_view(block, handle.shape, _HEADER, release)
 
     def close(self) -> None:
-        """Gives the memory back, except what is still held: that goes with its array."""
+        """Releases the memory; that of arrays which are still referenced lives as long as they."""
         self._blocks.clear()
-        self._end()
+        self._finalize()
 
 
-def _end(place: str, lock: int) -> None:
-    if multiprocessing.current_process()._config.get("semprefix") == f"/{os.path.basename(place)}":  # type: ignore[attr-defined]
+def _remove(directory: str, lock: int) -> None:
+    process: Any = multiprocessing.current_process()
+    if process._config.get("semprefix") == f"/{os.path.basename(directory)}":
         _name_semaphores("mp")
-    shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(directory, ignore_errors=True)
     os.close(lock)
 
 
-def _name_semaphores(place: str) -> None:
-    """Names of the semaphores that this process makes from now on begin with that of the directory;
-    "mp": as Python's do."""
-    if _memory():
-        multiprocessing.current_process()._config["semprefix"] = f"/{os.path.basename(place)}"  # type: ignore[attr-defined]
+def _name_semaphores(directory: str) -> None:
+    """Makes the names of semaphores of this process begin with the name of the directory; "mp" is
+    Python's default."""
+    if _shared_memory():
+        process: Any = multiprocessing.current_process()
+        process._config["semprefix"] = f"/{os.path.basename(directory)}"
 
 
-def _memory() -> str | None:
-    """A directory in memory, or None: that of temporary files."""
+def _shared_memory() -> str | None:
+    """Returns the directory of shared memory, or None for that of temporary files."""
     return "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 
 def _map(file: int) -> mmap.mmap:
-    """An open file as memory, and closed."""
+    """Maps an open file into memory and closes it."""
     try:
         return mmap.mmap(file, 0)
     finally:
         os.close(file)
 
 
-def _sweep() -> None:
-    """Removes directories of this user whose process is gone without having done so, and semaphores
-    of directories that are gone."""
-    folder = _memory() or tempfile.gettempdir()
+def _remove_stale() -> None:
+    """Removes directories of this user whose process was killed, and semaphores of directories that
+    no longer exist."""
+    folder = _shared_memory() or tempfile.gettempdir()
     with contextlib.suppress(OSError):
-        ours = (
+        entries = (
             entry
             for entry in os.scandir(folder)
             if entry.name.removeprefix(_SEMAPHORE).startswith(_PREFIX)
         )
-        # directories come before semaphores
-        for entry in sorted(itertools.islice(ours, 1000), key=lambda entry: entry.name):
+        # sorted, directories come before semaphores
+        for entry in sorted(itertools.islice(entries, 1000), key=lambda entry: entry.name):
             with contextlib.suppress(OSError):
                 if entry.stat(follow_symlinks=False).st_uid != os.getuid():
                     continue
                 if entry.name.startswith(_SEMAPHORE):
-                    if not os.path.isdir(
-                        os.path.join(folder, entry.name.removeprefix(_SEMAPHORE).rpartition("-")[0])
-                    ):
+                    directory = entry.name.removeprefix(_SEMAPHORE).rpartition("-")[0]
+                    if not os.path.isdir(os.path.join(folder, directory)):
                         os.unlink(entry.path)
                     continue
                 lock = os.open(os.path.join(entry.path, "lock"), os.O_RDWR | os.O_NOFOLLOW)

@@ -1,31 +1,75 @@
-"""What a run trains on and what it holds out: by a hash of each key, or by the names of two
-splits."""
+"""Opens the data of a run: as a whole, or as a training part and a held-out part, split by hash or
+by the names of two splits."""
 
 import dataclasses
+from typing import Any
 
 from m3i_jax import schema
-from m3i_jax.data.sources import base, mixture, split_folders
+from m3i_jax.data.sources import base, mixture, registry
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.errors import UserError
 
 
-def open_splits(data: schema.Data, *, cache: str = "") -> tuple[DataSource, DataSource]:
-    """Opens the data of a run.
+def open_source(data: schema.Data, *, cache: str = "") -> DataSource:
+    """Opens all records of the source that the configuration names, with nothing held out.
 
-    A folder that holds train/ and val/ or test/ is split by them, as the description of the
-    training part notes: see `split_folders`. With `data.holdout_split` the held-out part is that
-    split, its categories numbered like the training part's by their names; else it is a share of
-    the records. A source of a mixture may name both splits of its own: `KIND:PATH@TRAIN|HELD_OUT`.
+    Args:
+        data: `source`, `path`, `split`, `mixture` and what else the kind of source reads.
+        cache: directory in which an index of the records is kept, so that the next start need not
+            read every file again; "" for none.
+
+    Raises:
+        UserError: the path is missing or holds nothing that can be read as an image; see also
+            `mixture.mixture_entries`; or the configuration holds out a split by its name, which
+            `open_splits` opens.
+
+    >>> open_source(schema.Data(source="folder"))
+    Traceback (most recent call last):
+    m3i_jax.errors.UserError: data.path is empty, and data.source='folder' needs it: ...
+    """
+    entries = mixture.mixture_entries(data)
+    for entry in entries:
+        if splits := _find_splits(entry):
+            raise UserError(
+                f"data.path={entry.path!r} holds splits ({splits.note.partition(': ')[2]}), which"
+                f" would be mixed here: set data.split={splits.train} and read each by itself, or"
+                " data.split=. to read every sub-folder as a category"
+            )
+    if held_out := [entry.held_out for entry in entries if entry.held_out]:
+        setting = (
+            "the part of data.mixture after '|'"
+            if data.source == "mixture"
+            else "data.holdout_split"
+        )
+        raise UserError(
+            f"{setting} names {held_out[0]!r}, which would be left out here: remove it, and read"
+            " that split by itself"
+        )
+    sources = [
+        registry.open_kind(entry.kind, entry.path, entry.split, data, cache=cache)
+        for entry in entries
+    ]
+    return mixture.join_sources(data, entries, sources)
+
+
+def open_splits(data: schema.Data, *, cache: str = "") -> tuple[DataSource, DataSource]:
+    """Opens the training part and the held-out part of the data of a run.
+
+    A folder that holds train/ and val/ or test/ is split by them, and the description of the
+    training part says so: see `folder.find_split_folders`. With `data.holdout_split`, the held-out
+    part is that split, its labels renumbered by class name to those of the training part. Else it
+    is a share of the records. An entry of a mixture may name both: `KIND:PATH@TRAIN|HELD_OUT`.
 
     Args:
         data: source, mixture, splits and hold-out.
-        cache: see `base.open_source`.
+        cache: see `open_source`.
 
     Returns:
         (training part, held-out part), with the same classes. The second may be empty.
 
-    Raises: UserError: see `base.open_kind` and `mixture.mixture_entries`; or a held-out split that
-        is part of what is trained on.
+    Raises:
+        UserError: see `registry.open_kind` and `mixture.mixture_entries`; or the held-out split is
+            part of the training split.
 
     >>> [len(part) for part in open_splits(schema.Data(size=100, holdout=0.2))]
     [71, 29]
@@ -38,45 +82,49 @@ def open_splits(data: schema.Data, *, cache: str = "") -> tuple[DataSource, Data
     return train, held_out
 
 
+def _find_splits(entry: mixture.MixtureEntry) -> registry.SplitFolders | None:
+    """Returns the splits that lie at the path of an entry, if it names none itself."""
+    find = registry.source_kind(entry.kind).find_splits
+    return find(entry.path) if find and not entry.split and not entry.held_out else None
+
+
 def _open_pair(
     entry: mixture.MixtureEntry, data: schema.Data, cache: str
 ) -> tuple[DataSource, DataSource]:
-    found = (
-        None
-        if entry.split or entry.held_out or entry.kind != "folder"
-        else split_folders.find_split_folders(entry.path)
-    )
-    if found:
-        train, held_out = _open_pair(
-            dataclasses.replace(entry, split=found.train, held_out=found.held_out), data, cache
-        )
-        (train if found.held_out else train.source).note = found.note  # type: ignore[attr-defined, union-attr]
+    if splits := _find_splits(entry):
+        named = dataclasses.replace(entry, split=splits.train, held_out=splits.held_out)
+        train, held_out = _open_pair(named, data, cache)
+        source: Any = train if splits.held_out else train.source  # type: ignore[attr-defined]
+        source.note = splits.note
         return train, held_out
     if not entry.held_out:
-        whole = base.open_kind(entry.kind, entry.path, entry.split, data, cache=cache)
-        return base.split_by_hash(whole, data.holdout, "train"), base.split_by_hash(
-            whole, data.holdout, "held_out"
+        source = registry.open_kind(entry.kind, entry.path, entry.split, data, cache=cache)
+        train, held_out = (
+            base.split_by_hash(source, data.holdout, part) for part in ("train", "held_out")
         )
-    if entry.kind == "shapes":
+        return train, held_out
+    kind = registry.source_kind(entry.kind)
+    if not kind.splits:
         raise UserError(
-            "the built-in shapes have no splits: leave data.holdout_split empty, data.holdout holds"
-            " some out"
+            f"data.source={entry.kind!r} has no splits: leave data.holdout_split empty,"
+            " data.holdout holds a share out"
         )
-    elsewhere = "://" in entry.held_out or entry.held_out.startswith(("/", "~"))
-    if not entry.split and entry.kind != "tfds" and not elsewhere:
+    train_split = entry.split or kind.default_split
+    outside = "://" in entry.held_out or entry.held_out.startswith(("/", "~"))
+    if not train_split and not outside:
         raise UserError(
             f"data.holdout_split={entry.held_out!r} is a part of {entry.path!r}, and without"
-            " data.split all of that would be trained on: name the part to train on as well"
+            " data.split all of that would be trained on: set data.split as well"
         )
-    if entry.split == entry.held_out or (
-        entry.kind == "tfds" and not entry.split and entry.held_out == "train"
-    ):
+    if train_split == entry.held_out:
         raise UserError(
-            f"data.holdout_split={entry.held_out!r} is also what is trained on: hold another split"
+            f"data.holdout_split={entry.held_out!r} is also the training split: hold another split"
             " out, or set data.holdout"
         )
-    train = base.open_kind(entry.kind, entry.path, entry.split, data, cache=cache)
-    held_out = base.open_kind(entry.kind, entry.path, entry.held_out, data, cache=cache)
+    train, held_out = (
+        registry.open_kind(entry.kind, entry.path, split, data, cache=cache)
+        for split in (train_split, entry.held_out)
+    )
     if held_out.classes != train.classes:
         held_out = mixture.RelabelledSource(held_out, train.classes)
     return train, held_out

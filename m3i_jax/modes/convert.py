@@ -7,8 +7,8 @@ import sys
 import time
 
 from m3i_jax import schema
-from m3i_jax.data import conversion
-from m3i_jax.data.sources import array_record, base
+from m3i_jax.data import conversion, splits
+from m3i_jax.data.sources import array_record
 from m3i_jax.modes import setup as jobs
 from m3i_jax.reporting import text_table
 
@@ -19,7 +19,7 @@ def run(config: schema.Config, *, workdir: str) -> int:
     place = pathlib.Path(workdir)
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     with jobs.lock_workdir(place):
-        source = base.open_source(config.data, cache=str(place / "index"))
+        source = splits.open_source(config.data, cache=str(place / "index"))
         print(source.description())
         shards = conversion.check_plan(source, str(place))
         todo = conversion.missing_shards(len(source), str(place), shards)

@@ -12,6 +12,7 @@ project and for others.
 `information`  the bound of Eq. 2 in bits
 `collapse`   how far the targets are from collapse
 `masks`        which cells of a mixed input show which image (numpy, host)
+`rng`          uniform numbers and permutations keyed by stream position (numpy, host)
 `mixing`       pair, mix and un-mix
 `positions`    sine-cosine positions, absolute and relative to the input view
 `balance`      lambda of Eq. 13 as an optax transform
@@ -30,6 +31,7 @@ __all__ = [
     "posteriors",
     "information",
     "masks",
+    "rng",
     "terms",
     "mixing",
     "published",

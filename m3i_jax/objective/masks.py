@@ -5,33 +5,14 @@ True = the cell shows the row's own image (i), False = the partner's (j). Every 
 `hidden` False cells, so that shapes on the device are static. Masks are blockwise (BEiT's
 generator, as M3I's Table 7 asks) or uniform.
 
-Randomness is a pure function of (seed, purpose, stream position of the sample): a sample has the
-same mask on any number of hosts, workers and restarts, and another one every epoch. `uniforms` is
-that function for everything random on the host."""
+A mask is a pure function of (seed, stream position of the sample), see `rng`: a sample has the same
+mask on any number of hosts and workers and after any restart, and another one every epoch."""
 
 import math
 
 import numpy as np
 
-# Purposes: the second word of the key, so that no two uses of randomness share a stream. One width
-# a purpose (see `uniforms`).
-(
-    CROP,
-    MASK,
-    TOPUP,
-    SWAP,
-    CYCLE,
-    RECORD,
-    UNIFORM,
-    CAPTION,
-    SHAPE,
-    SPLIT,
-    COLOR,
-    DROP_PATH,
-    RAND_AUGMENT,
-) = range(13)
-SPARE = range(13, 256)
-"""Purposes that this project does not use: for projects that import `uniforms`."""
+from m3i_jax.objective.rng import MASK, SWAP, TOPUP, UNIFORM, random_words, uniforms
 
 _U64 = np.uint64
 _TRIES = 32  # tries that one part of a stream holds: 99 masks in 100 need no second part
@@ -40,57 +21,6 @@ _AHEAD = 4  # tries looked at together; only the speed depends on it
 _GIVE_UP = 10
 _TILT = math.log(1 / 0.3)  # the aspect ratio of a rectangle is log-uniform in 0.3 .. 1 / 0.3 (BEiT)
 _CELL = _U64(4095)  # low bits of a sort key that hold the cell: 64 x 64 at most
-
-
-def uniforms(
-    seed: int, purpose: int, first: int, rows: int, width: int, *, part: int = 0
-) -> np.ndarray:
-    """Uniform random numbers of consecutive samples; row r is a function of (seed, purpose, part,
-    first + r) alone.
-
-    One Philox generator makes all rows, since its counter is the stream position times the blocks a
-    sample takes. Numbers of one width are independent; calls that differ in nothing but the width
-    overlap, so give every purpose one width.
-
-    Args: seed: of the run, 0 <= seed < 2^64. purpose: what the numbers are for, 0 <= purpose < 256:
-      one of the constants of this module or of `SPARE`. first: stream position of the first row, >=
-      0. rows: number of samples. width: numbers a sample. part: continuation of a stream whose
-      length is not known ahead, >= 0.
-
-    Returns: float64 [rows, width] in [0, 1), multiples of 2^-53. The same numbers in every version
-      of numpy, which keeps Philox's stream.
-
-    Raises:
-      ValueError: a number out of its range.
-
-    >>> a = uniforms(0, CROP, first=10, rows=4, width=3)
-    >>> b = uniforms(0, CROP, first=12, rows=1, width=3)
-    >>> a.shape, bool((a[2] == b[0]).all())
-    ((4, 3), True)
-    """
-    return (_words(seed, purpose, first, rows, width, part) >> _U64(11)) * 2.0**-53
-
-
-def _words(seed: int, purpose: int, first: int, rows: int, width: int, part: int = 0) -> np.ndarray:
-    """uint64 [rows, width]: what `uniforms` makes its numbers of."""
-    if not (
-        0 <= seed < 2**64
-        and 0 <= purpose < 256
-        and first >= 0
-        and rows >= 0
-        and width >= 1
-        and 0 <= part < 2**56
-    ):
-        raise ValueError(
-            f"seed {seed}, purpose {purpose}, first {first}, rows {rows}, width {width}, part"
-            f" {part}: a seed is 0..2^64-1, a purpose 0..255, a width at least 1 and the others at"
-            " least 0"
-        )
-    blocks = -(-width // 4)  # Philox makes four words a count
-    generator = np.random.Philox(
-        key=np.array([seed, purpose + (part << 8)], _U64), counter=int(first) * blocks
-    )
-    return generator.random_raw(rows * blocks * 4).reshape(rows, blocks * 4)[:, :width]
 
 
 def blockwise(
@@ -117,11 +47,15 @@ def blockwise(
     swapped with probability 1/2, sample by sample: every cell then shows either image equally
     often.
 
-    Args: seed: of the run, 0 <= seed < 2^64. first: stream position of the first row, >= 0. rows:
-      number of samples. grid: cells a side, 1..64. hidden: number of cells that show the partner,
-      0..grid^2; 98 of 14 x 14 in the paper ("blockwise", 50 %). min_block: smallest area of a
-      rectangle; None: BEiT's 16 of 196 cells, scaled to the grid. swap: False leaves the roles as
-      drawn also at one half.
+    Args:
+      seed: of the run, 0 <= seed < 2^64.
+      first: stream position of the first row, >= 0.
+      rows: number of samples.
+      grid: cells per side, 1..64.
+      hidden: number of cells that show the partner, 0..grid^2; 98 of 14 x 14 in the paper
+        ("blockwise", 50 %).
+      min_block: smallest area of a rectangle; None for BEiT's 16 of 196 cells, scaled to the grid.
+      swap: False never swaps the roles.
 
     Returns:
       bool [rows, grid * grid], row-major cells, True = own; exactly `hidden` False a row.
@@ -217,9 +151,8 @@ def _shuffled(
     """int [which, cells]: a random order of the cells of some rows, those already taken last. Sorts
     words whose low bits are the cell."""
     size = taken.shape[1]
-    keys = _words(seed, purpose, first, rows, size)[which] & ~(_CELL | _U64(1 << 63)) | np.arange(
-        size
-    ).astype(_U64)
+    words = random_words(seed, purpose, first, rows, size)[which]
+    keys = words & ~(_CELL | _U64(1 << 63)) | np.arange(size).astype(_U64)
     return (np.sort(keys | taken[which].astype(_U64) << _U64(63), axis=1) & _CELL).astype(np.int64)
 
 
@@ -261,7 +194,8 @@ def upsample_masks(mask: np.ndarray, factor: int) -> np.ndarray:
     Returns:
       bool [rows, (G * factor)^2].
 
-    >>> upsample_masks(np.array([[True, False, False, True]]), 2)[0].reshape(4, 4).astype(int).tolist()
+    >>> mask = upsample_masks(np.array([[True, False, False, True]]), 2)[0]
+    >>> mask.reshape(4, 4).astype(int).tolist()
     [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
     """
     if factor == 1:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from m3i_jax import schema
-from m3i_jax.data import crops, decode_fast
+from m3i_jax.data import crops, decode_fast, splits
 from m3i_jax.data import pipeline as ours
 from m3i_jax.data.sources import base
 
@@ -60,7 +60,7 @@ def config(batch: int = BATCH, **data: object) -> schema.Config:
 def pipeline(folder: str, *, start: int = 0, batch: int = BATCH, **data: object) -> ours.Batches:
     """Ours."""
     settings = config(batch, path=folder, **data)
-    source = base.split_by_hash(base.open_source(settings.data), 0.0, "train")
+    source = base.split_by_hash(splits.open_source(settings.data), 0.0, "train")
     return ours.iterate_batches(settings, source, None, start=start)
 
 

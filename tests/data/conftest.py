@@ -1,5 +1,5 @@
-"""Pictures of every kind, good and bad, and small streams of them, made on the spot: no test of the
-data room needs a file from outside."""
+"""Makes images of every kind, good and bad, and small streams of them, so that no data test needs
+files from outside."""
 
 import functools
 import io
@@ -21,7 +21,7 @@ from tests.broken import bad_files, encode, png_header, smooth
 
 @functools.cache
 def good_files() -> dict[str, bytes]:
-    """Odd but valid images of 48 x 40 pixels (height x width), by file name."""
+    """Valid images of unusual formats, 48 x 40 pixels (height x width), by file name."""
     rgb = smooth(48, 40)
     image = Image.fromarray(rgb)
     alpha = np.dstack([rgb, np.full((48, 40), 255, np.uint8)])
@@ -72,30 +72,26 @@ def settings(batch: int = 8, **data: Any) -> schema.Config:
     )
 
 
-class Pictures:
-    """A source of arrays: image i is one colour, so that a view shows which record it comes from.
-    Records below `bad` are no images."""
+class ColorImages:
+    """A source of arrays: image i has one colour, so that a view identifies its record. Records
+    below `bad` are not images."""
 
-    name, captions = "pictures", True
+    name, captions = "images", True
 
     def __init__(
         self, count: int, classes: int = 7, size: tuple[int, int] = (24, 20), bad: int = 0
     ) -> None:
-        self.count, self.size, self.bad, self.classes = (
-            count,
-            size,
-            bad,
-            tuple(map(str, range(classes))),
-        )
+        self.count, self.size, self.bad = count, size, bad
+        self.classes = tuple(map(str, range(classes)))
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> base.Record:
-        picture = b"<html>" if index < self.bad else np.full((*self.size, 3), index % 256, np.uint8)
+        image = b"<html>" if index < self.bad else np.full((*self.size, 3), index % 256, np.uint8)
         return base.Record(
             self.key(index),
-            picture,
+            image,
             index % (len(self.classes) + 1) - 1,
             f"number {index}" if index % 4 else None,
         )
@@ -111,10 +107,10 @@ class Pictures:
 
 
 def stream(
-    config: schema.Config, source: Any, bpe: tokenizer.Tokenizer | None, count: int, **place: int
+    config: schema.Config, source: Any, bpe: tokenizer.Tokenizer | None, count: int, **options: int
 ) -> list[pipeline.Batch]:
-    """The first `count` batches."""
-    batches = pipeline.iterate_batches(config, source, bpe, **{"start": 0, **place})
+    """Returns the first `count` batches."""
+    batches = pipeline.iterate_batches(config, source, bpe, **{"start": 0, **options})
     try:
         return [next(batches) for _ in range(count)]
     finally:
@@ -122,15 +118,15 @@ def stream(
 
 
 def joined(batches: list[pipeline.Batch]) -> pipeline.Batch:
-    """Batches one behind the other."""
+    """Concatenates batches."""
     return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
 
 
 def expected_stream(
     source: Any, bad: dict[int, str], count: int
 ) -> tuple[list[int], dict[str, int]]:
-    """The records of the first `count` positions and how many were refused, by the rule written
-    out: draw again until the record is good and not the one of its partner."""
+    """Returns the records of the first `count` positions and the bad draws by reason, computed one
+    by one: draw again until the record is good and differs from its partner."""
     used: list[int] = []
     skipped = dict.fromkeys(decode.REASONS, 0)
     for position in range(count):
@@ -148,8 +144,8 @@ def expected_stream(
 
 @pytest.fixture(scope="session")
 def make() -> types.SimpleNamespace:
-    """What this file defines, for the tests beside it."""
-    ours = (
+    """Namespace of the helpers of this file."""
+    helpers = (
         encode,
         smooth,
         good_files,
@@ -157,25 +153,25 @@ def make() -> types.SimpleNamespace:
         png_header,
         tar_bytes,
         settings,
-        Pictures,
+        ColorImages,
         stream,
         joined,
         expected_stream,
     )
-    return types.SimpleNamespace(**{f.__name__: f for f in ours})
+    return types.SimpleNamespace(**{f.__name__: f for f in helpers})
 
 
 @pytest.fixture(scope="session")
 def bpe() -> tokenizer.Tokenizer:
-    """A small learnt tokenizer."""
+    """A small trained tokenizer."""
     return tokenizer.train_tokenizer([f"number {i}" for i in range(100)], 300, LENGTH)
 
 
 @pytest.fixture
 def fill(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
-    """fill({name: bytes}, folder="pictures") writes files below tmp_path and returns the folder."""
+    """fill({name: bytes}, folder="images") writes files below tmp_path and returns the folder."""
 
-    def write(files: dict[str, bytes], folder: str = "pictures") -> pathlib.Path:
+    def write(files: dict[str, bytes], folder: str = "images") -> pathlib.Path:
         for name, content in files.items():
             path = tmp_path / folder / name
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
-"""ArrayRecord files: what is written comes back, files of others are understood, and damage costs
-the record that it hits."""
+"""ArrayRecord files: records survive a round trip, files of other programs are read, and damage
+affects only its record."""
 
 import json
 import pathlib
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.data import decode
+from m3i_jax.data import decode, splits
 from m3i_jax.data.sources import array_record as array_record_source
 from m3i_jax.data.sources import base, tf_example
 from m3i_jax.data.sources.array_record import ArrayRecordSource
@@ -46,9 +46,9 @@ def bare(record: base.Record) -> base.Record:
     return base.Record(record.key, record.image, record.label, caption)
 
 
-def test_what_is_written_comes_back(tmp_path):
+def test_round_trip(tmp_path):
     written = [bare(r) for r in write(tmp_path)]
-    source = base.open_source(schema.Data(source="array_record", path=str(tmp_path)))
+    source = splits.open_source(schema.Data(source="array_record", path=str(tmp_path)))
     assert (
         isinstance(source, base.DataSource)
         and len(source) == 5
@@ -96,18 +96,18 @@ def test_a_split_is_that_of_the_source_it_was_made_from(tmp_path):
 
 
 def test_the_same_content_has_the_same_fingerprint(tmp_path):
-    found = []
+    fingerprints = []
     for name, change in (("a", None), ("b", None), ("c", base.Record("3", b"other", 2))):
         (tmp_path / name).mkdir()
         array_record_source.write_shard(
             str(tmp_path / name / "x.array_record"), [*RECORDS[:4], change or RECORDS[4]]
         )
         array_record_source.write_shard_index(str(tmp_path / name), classes=("x", "y", "z"))
-        found.append(ArrayRecordSource(str(tmp_path / name)).fingerprint())
-    assert found[0] == found[1] != found[2] and len(found[0]) == 16
+        fingerprints.append(ArrayRecordSource(str(tmp_path / name)).fingerprint())
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2] and len(fingerprints[0]) == 16
 
 
-def test_files_of_somebody_else(tmp_path):
+def test_files_of_other_programs(tmp_path):
     data, cache = tmp_path / "data", tmp_path / "cache"
     data.mkdir()
     writer = array_record.ArrayRecordWriter(
@@ -131,19 +131,19 @@ def test_files_of_somebody_else(tmp_path):
     assert second == base.Record("train.array_record-00000-of-00001#1", b"two", -1, None)
     with pytest.raises(decode.BadRecord, match="undecodable"):
         decode.open_image(third.image)
-    (kept,) = cache.iterdir()
-    stamp = kept.stat().st_mtime_ns
+    (cached,) = cache.iterdir()
+    stamp = cached.stat().st_mtime_ns
     again = ArrayRecordSource(str(data), cache=str(cache))
     assert (
-        kept.stat().st_mtime_ns == stamp
+        cached.stat().st_mtime_ns == stamp
         and again.fingerprint() == source.fingerprint()
         and again.classes == source.classes
     )
-    kept.write_bytes(b"damaged")
+    cached.write_bytes(b"damaged")
     assert ArrayRecordSource(str(data), cache=str(cache)).fingerprint() == source.fingerprint()
 
 
-def test_damage_costs_one_record(tmp_path):
+def test_damage_affects_one_record(tmp_path):
     path = tmp_path / "x.array_record"
     rng = np.random.default_rng(0)
     contents = [rng.bytes(3000) for _ in range(20)]
@@ -154,10 +154,10 @@ def test_damage_costs_one_record(tmp_path):
     raw = bytearray(path.read_bytes())
     raw[raw.index(contents[7][:20]) + 1000] ^= 0xFF
     path.write_bytes(raw)
-    got = base.read_items(ArrayRecordSource(str(tmp_path)), list(range(20)))
-    assert [i for i, record in enumerate(got) if record.image != contents[i]] == [7]
+    records = base.read_items(ArrayRecordSource(str(tmp_path)), list(range(20)))
+    assert [i for i, record in enumerate(records) if record.image != contents[i]] == [7]
     with pytest.raises(decode.BadRecord, match="undecodable"):
-        decode.open_image(got[7].image)
+        decode.open_image(records[7].image)
 
 
 def test_refusals(tmp_path):
@@ -176,33 +176,33 @@ def test_refusals(tmp_path):
     data.mkdir()
     write(data)
     shard, index = data / "x-00001-of-00002.array_record", data / "dataset.json"
-    whole, about = shard.read_bytes(), index.read_text()
-    index.write_text(about.replace('"version": 1', '"version": 9'))
-    assert "is of version 9, this program reads 1" in refusal(data)
-    index.write_text(about[:40])
+    content, metadata = shard.read_bytes(), index.read_text()
+    index.write_text(metadata.replace('"version": 1', '"version": 9'))
+    assert "has version 9, this program reads 1" in refusal(data)
+    index.write_text(metadata[:40])
     assert "dataset.json' is damaged" in refusal(data)
     # A name in the index cannot lead out of the directory.
     index.write_text(
         json.dumps(
             {
-                **json.loads(about),
+                **json.loads(metadata),
                 "shards": [{"file": "../../etc/passwd", "count": 1, "digest": "0"}],
             }
         )
     )
     assert f"{str(data / 'passwd')!r} is missing" in refusal(data)
-    index.write_text(about)
+    index.write_text(metadata)
     shard.unlink()
     assert "is missing, and" in refusal(data)
-    shard.write_bytes(whole[:100])
+    shard.write_bytes(content[:100])
     (data / "dataset.json").unlink()
-    assert "is no whole ArrayRecord file" in refusal(data)
+    assert "is not a complete ArrayRecord file" in refusal(data)
     (data / "x-00001-of-00002.array_record.npz").unlink()
-    with pytest.raises(UserError, match="has no index beside it: it was not written whole"):
+    with pytest.raises(UserError, match="has no .npz file beside it, so it is incomplete"):
         array_record_source.write_shard_index(str(data))
 
 
-def test_a_failing_write_leaves_nothing(tmp_path):
+def test_a_failed_write_leaves_nothing(tmp_path):
     def broken():
         yield RECORDS[0]
         raise RuntimeError("the source fails")

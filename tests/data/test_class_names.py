@@ -1,11 +1,12 @@
-"""Names for WordNet ids and numbers, from the files that people have."""
+"""Names of WordNet ids and numbers, from the usual files."""
 
 import json
 
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.data.sources import base, class_names
+from m3i_jax.data import splits
+from m3i_jax.data.sources import class_names
 from m3i_jax.errors import UserError
 
 IDS = {
@@ -30,7 +31,7 @@ def test_an_imagenet_folder(fill, file, line):
         {f"ILSVRC/Data/CLS-LOC/train/{name}/{name}_1.JPEG": b"x" for name in IDS}
         | {file: text.encode()}
     )
-    source = base.open_source(
+    source = splits.open_source(
         schema.Data(source="folder", path=str(root / "ILSVRC/Data/CLS-LOC/train"))
     )
     # The order is that of the ids, as everywhere.
@@ -40,14 +41,14 @@ def test_an_imagenet_folder(fill, file, line):
 
 def test_without_a_file_the_ids_stay(fill):
     root = fill({"n01440764/1.jpg": b"x", "n02012849/1.jpg": b"x"})
-    assert base.open_source(schema.Data(source="folder", path=str(root))).classes == (
+    assert splits.open_source(schema.Data(source="folder", path=str(root))).classes == (
         "n01440764",
         "n02012849",
     )
     mixed = fill(
         {"n01440764/1.jpg": b"x", "cat/1.jpg": b"x", "words.txt": b"n01440764 tench"}, "mixed"
     )
-    assert base.open_source(schema.Data(source="folder", path=str(mixed))).classes == (
+    assert splits.open_source(schema.Data(source="folder", path=str(mixed))).classes == (
         "cat",
         "n01440764",
     )
@@ -67,7 +68,7 @@ def test_names_of_numbers(tmp_path, make, name, content):
         make.tar_bytes([("1.jpg", b"x"), ("1.cls", b"1"), ("2.jpg", b"x"), ("2.cls", b"2")])
     )
     (tmp_path / name).write_text(content)
-    source = base.open_source(
+    source = splits.open_source(
         schema.Data(source="tars", path=str(tmp_path), class_names=str(tmp_path / name))
     )
     assert source.classes == ("ant", "bee", "cat") and source[0].label == 1
@@ -78,7 +79,7 @@ def test_refusals(tmp_path):
     (tmp_path / "x.json").write_text("{")
     cases = {
         "wrods.txt": "did you mean .*words.txt",
-        "x.json": "is no JSON list or object",
+        "x.json": "is not a JSON list or object",
         "words.txt": "none of the source's",
     }
     for file, why in cases.items():

@@ -1,5 +1,4 @@
-"""Geometry of the views: boxes follow torchvision's semantics, and what is cut is what the box
-says."""
+"""Geometry of the views: boxes have torchvision's semantics, and a view shows its box."""
 
 import math
 
@@ -40,7 +39,7 @@ def test_area_and_aspect_have_the_distribution_of_a_random_resized_crop():
     assert stats.kstest(left / (4000 - w), stats.uniform.cdf).pvalue > 0.01
 
 
-def test_a_refused_try_is_followed_by_the_next():
+def test_a_refused_attempt_is_followed_by_the_next():
     wide = [1.0 - 1e-9, 1.0 - 1e-9]  # all of the area at aspect 4/3: too wide for a square
     assert crops.crop_box(wide + [0.0, 0.5] + [0.5] * 18, 100, 100, scale=(0.25, 1.0)) == (
         25,
@@ -71,7 +70,7 @@ def coordinates(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "box", [(0, 0, 200, 250), (10, 20, 100, 50), (150, 200, 50, 50), (3, 7, 20, 30)]
 )
-def test_a_view_shows_what_its_box_says(box):
+def test_a_view_shows_its_box(box):
     size, (top, left, h, w) = 32, box
     view = crops.cut_view(
         Image.fromarray(coordinates(200, 250)), box, size, height=200, width=250
@@ -83,20 +82,20 @@ def test_a_view_shows_what_its_box_says(box):
     assert np.abs(view[inner, inner, 1] - y[inner, None]).max() <= 1
 
 
-def test_a_reduced_picture_gives_the_same_view():
-    picture = Image.fromarray(coordinates(200, 248))
+def test_a_reduced_image_gives_the_same_view():
+    image = Image.fromarray(coordinates(200, 248))
     box = (20, 40, 120, 160)
     full, half = (
         crops.cut_view(p, box, 16, height=200, width=248).astype(int)
-        for p in (picture, picture.reduce(2))
+        for p in (image, image.reduce(2))
     )
     assert np.abs(full - half).max() <= 1
 
 
 def test_the_last_pixel_is_inside():
-    picture = Image.fromarray(coordinates(100, 101).repeat(3, 0)[:100])
+    image = Image.fromarray(coordinates(100, 101).repeat(3, 0)[:100])
     for width in range(303, 330):  # 101 / width * width may round above 101
-        assert crops.cut_view(picture, (0, 0, 300, width), 8, height=300, width=width).size == 192
+        assert crops.cut_view(image, (0, 0, 300, width), 8, height=300, width=width).size == 192
 
 
 def test_antialiasing():
@@ -112,12 +111,11 @@ def test_antialiasing():
 )
 @pytest.mark.parametrize("size", [224, 96])
 def test_the_evaluation_view_is_resize_then_centre_crop(height, width, size):
-    """The usual two steps (torchvision's Resize and CenterCrop) done by Pillow one after the
-    other."""
+    """The reference is torchvision's Resize and CenterCrop, done by Pillow in two steps."""
     # Away from black and white: between its two passes Pillow clips overshoot, and it may take the
     # passes in either order.
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(100, 156, (height, width, 3), np.uint8))
+    image = Image.fromarray(rng.integers(100, 156, (height, width, 3), np.uint8))
     short = round(size * 256 / 224)
     h, w = (
         (short, int(short * width / height))
@@ -126,14 +124,14 @@ def test_the_evaluation_view_is_resize_then_centre_crop(height, width, size):
     )
     top, left = round((h - size) / 2), round((w - size) / 2)
     expected = np.asarray(
-        picture.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+        image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
     )
     box = crops.central_box(height, width, size)
-    view = crops.cut_view(picture, box, size, height=height, width=width).reshape(size, size, 3)
+    view = crops.cut_view(image, box, size, height=height, width=width).reshape(size, size, 3)
     assert np.abs(view.astype(int) - expected).max() <= 2
 
 
-def test_enough_keeps_the_gap():
+def test_sufficient_size_keeps_the_gap():
     boxes = [(0, 0, 50, 80), (0, 0, 300, 90)]
     height, width = crops.sufficient_size(boxes, 600, 900, 16, 2.0)
     for _, _, h, w in boxes:
@@ -152,18 +150,18 @@ def test_the_resizer_is_part_of_the_identity_of_the_stream(monkeypatch):
             return "0123456789abcdef"
 
     config = schema.Config(data=schema.Data(resizer="auto"))
-    told = {}
+    identities = {}
     for name in ("pillow", "fast 4", "fast 5"):
-        monkeypatch.setattr(crops, "choose_resizer", lambda wanted, name=name: name)
-        told[name] = (
+        monkeypatch.setattr(crops, "choose_resizer", lambda setting, name=name: name)
+        identities[name] = (
             pipeline.stream_fingerprint(config, Five()),
             pipeline.stream_identity(config, Five()),
         )
-    assert len({mark for mark, _ in told.values()}) == 3
-    assert "resizer fast 4" in told["fast 4"][1] and "resizer" not in told["pillow"][1]
+    assert len({mark for mark, _ in identities.values()}) == 3
+    assert "resizer fast 4" in identities["fast 4"][1] and "resizer" not in identities["pillow"][1]
 
 
-def test_a_resizer_that_is_not_there_is_named(monkeypatch):
+def test_a_missing_resizer_is_named(monkeypatch):
     monkeypatch.setattr(crops.decode_fast, "is_installed", lambda package: False)
     crops.choose_resizer.cache_clear()
     try:

@@ -1,5 +1,4 @@
-"""Every rule about bad and odd input: what is refused, for which reason, and what the rest looks
-like."""
+"""Rules for bad and unusual input: refusals with their reasons, and the decoded pixels."""
 
 import io
 import time
@@ -31,7 +30,7 @@ def test_every_bad_file_has_its_reason(make):
     assert {why for _, why in files.values()} == set(decode.REASONS) - {decode.UNREADABLE}
 
 
-def test_size_is_judged_before_a_pixel_is_read(make):
+def test_size_is_checked_before_decoding(make):
     # Neither file holds any pixels: whoever reads them would say "truncated".
     assert reason(make.png_header(60_000, 60_000)) == "too_large"
     assert reason(make.png_header(8001, 8000)) == "too_large"
@@ -40,7 +39,7 @@ def test_size_is_judged_before_a_pixel_is_read(make):
     assert reason(make.png_header(16, 16)) == "truncated"
 
 
-def test_every_good_file_is_the_same_picture(make):
+def test_every_good_file_has_the_same_pixels(make):
     rgb = make.smooth(48, 40)
     gray = np.asarray(Image.fromarray(rgb).convert("L").convert("RGB"))
     # What is lossless is exact; JPEG at quality 95 and 64 colours differ a little; the others are
@@ -66,8 +65,8 @@ def test_every_good_file_is_the_same_picture(make):
 
 
 def stored_as(upright: np.ndarray, orientation: int) -> np.ndarray:
-    """What a camera writes with this EXIF orientation (TIFF 6.0, tag 274), so that it shows
-    `upright`."""
+    """Returns the pixels that a camera stores with this EXIF orientation (TIFF 6.0, tag 274) for
+    the image `upright`."""
     return {
         1: lambda a: a,
         2: lambda a: a[:, ::-1],
@@ -128,7 +127,7 @@ def test_only_jpegs_are_reduced(make):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_broken_exif_costs_only_the_rotation(make):
+def test_damaged_exif_drops_only_the_rotation(make):
     content = make.encode(make.smooth(32, 32), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff broken")
     assert decode.decode_image(content).shape == (32, 32, 3)
 
@@ -199,7 +198,7 @@ def test_first_frame_of_an_animation():
         ), kind
 
 
-def test_arrays_are_pictures_already(make):
+def test_arrays_are_decoded_images(make):
     rgb = make.smooth(20, 30)
     assert (decode.decode_image(rgb) == rgb).all()
     assert (decode.decode_image(rgb[..., 0]) == rgb[..., :1]).all()
@@ -208,9 +207,8 @@ def test_arrays_are_pictures_already(make):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_no_damage_is_anything_but_a_bad_record(make):
-    """Bytes changed and cut at random: an image comes out, or a BadRecord, never another
-    exception."""
+def test_damage_raises_only_bad_record(make):
+    """Randomly changed and cut bytes give an image or a BadRecord, never another exception."""
     rng = np.random.default_rng(1)
     sound = {name: bytearray(content) for name, content in make.good_files().items()}
     refused = 0
@@ -272,9 +270,8 @@ def test_long_captions_are_cut():
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_bomb_costs_neither_time_nor_memory(make):
-    """Refused by the header, before anything is decoded: within milliseconds, with little
-    memory."""
+def test_a_decompression_bomb_is_not_decoded(make):
+    """It is refused by its header, with little memory."""
     resource = pytest.importorskip("resource")
     bombs = [
         make.png_header(60_000, 60_000),
@@ -290,15 +287,18 @@ def test_a_bomb_costs_neither_time_nor_memory(make):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 
-def test_every_way_to_store_a_picture_gives_the_same_pixels(make):
-    """One image with an orientation, as a JPEG of every subsampling, progressive or not, CMYK, PNG,
+def test_every_way_to_store_an_image_gives_the_same_pixels(make):
+    """An image with an orientation, as JPEGs of every subsampling, progressive or not, CMYK, PNG,
     WebP and TIFF."""
     upright = make.smooth(64, 48)
     exif = Image.Exif()
     exif[0x0112] = 6
     stored = Image.fromarray(stored_as(upright, 6))
     for kind, options in [
-        *(("JPEG", {"quality": 97, "subsampling": s, "progressive": p}) for s in (0, 1, 2) for p in (False, True)),
+        *(
+            ("JPEG", {"quality": 97, "subsampling": s, "progressive": p})
+            for s in (0, 1, 2) for p in (False, True)
+        ),
         ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {"compression": "tiff_lzw"}),
     ]:  # fmt: skip
         out = decode.decode_image(make.encode(stored, kind, exif=exif, **options))

@@ -1,5 +1,4 @@
-"""The extra `decode_fast`: whatever decodes and cuts, a view is the same bytes, and a broken file
-breaks for the same reason."""
+"""The extra `fast`: both decoders give the same pixels, and a damaged file has the same reason."""
 
 import threading
 
@@ -14,9 +13,9 @@ pytest.importorskip("simplejpeg", reason="the extra `fast` is not installed")
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_the_fast_resizer_shows_what_pillow_shows(monkeypatch, in_place):
+def test_the_fast_resizer_agrees_with_pillow(monkeypatch, in_place):
     monkeypatch.setattr(decode_fast, "_IN_PLACE", in_place)
-    monkeypatch.setattr(decode_fast, "_OWN", threading.local())
+    monkeypatch.setattr(decode_fast, "_LOCAL", threading.local())
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize(
         (500, 375), Image.Resampling.BICUBIC
@@ -28,7 +27,7 @@ def test_the_fast_resizer_shows_what_pillow_shows(monkeypatch, in_place):
             for by in ("pillow", "fast 4")
         )
         assert np.abs(slow - quick).mean() <= 0.5
-    # A window whose far edge rounds above the picture's.
+    # A window whose far edge rounds above that of the image.
     small = coarse.reduce(3)
     for width in range(480, 500):
         assert (
@@ -39,16 +38,16 @@ def test_the_fast_resizer_shows_what_pillow_shows(monkeypatch, in_place):
         )
 
 
-def test_both_ways_into_the_fast_resizer_give_the_same_bytes():
-    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 120, 3), np.uint8))
+def test_packed_and_pillow_input_give_the_same_bytes():
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 120, 3), np.uint8))
     out = []
     for in_place in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(decode_fast, "_IN_PLACE", in_place)
-            patch.setattr(decode_fast, "_OWN", threading.local())
+            patch.setattr(decode_fast, "_LOCAL", threading.local())
             out.append(
                 crops.cut_view(
-                    picture, (3.5, 7.25, 60.5, 80.0), 48, height=90, width=120, by="fast 4"
+                    image, (3.5, 7.25, 60.5, 80.0), 48, height=90, width=120, by="fast 4"
                 ).tobytes()
             )
     assert out[0] == out[1]
@@ -90,16 +89,16 @@ def test_packed_pixels_are_those_of_pillow(make, options):
             np.testing.assert_array_equal(one, two)
 
 
-def test_what_is_no_plain_jpeg_is_left_to_pillow(make):
+def test_other_files_are_left_to_pillow(make):
     turned = Image.Exif()
     turned[0x0112] = 6
-    pictures = {
+    files = {
         "a PNG": make.encode(make.smooth(64, 64), "PNG"),
         "gray": make.encode(make.smooth(64, 64)[:, :, 0], "JPEG"),
         "CMYK": make.encode(Image.fromarray(make.smooth(64, 64)).convert("CMYK"), "JPEG"),
         "turned": plain(make, 64, 96, exif=turned),
     }
-    for name, content in pictures.items():
+    for name, content in files.items():
         assert isinstance(decode.open_jpeg_fast(content).rgb(), Image.Image), name
     reduced = decode.open_jpeg_fast(plain(make, 640, 480)).rgb(least=(300, 200))
     assert reduced.size == (240, 320)
@@ -107,7 +106,7 @@ def test_what_is_no_plain_jpeg_is_left_to_pillow(make):
 
 
 def outcome(raw, how):
-    """(the bytes of a view or the reason why there is none, whether it was decoded packed)."""
+    """Returns (bytes of a view or the reason of its refusal, whether it was decoded packed)."""
     try:
         opened = how(raw)
         decoded = opened.rgb()
@@ -120,7 +119,7 @@ def outcome(raw, how):
 
 
 @pytest.mark.parametrize("harm", ["flipped", "cut"])
-def test_a_broken_jpeg_breaks_as_with_pillow_alone(make, harm):
+def test_a_damaged_jpeg_has_the_reason_of_pillow(make, harm):
     content, rng = plain(make, 96, 128), np.random.default_rng(0)
     packed = 0
     for trial in range(100):
@@ -136,7 +135,7 @@ def test_a_broken_jpeg_breaks_as_with_pillow_alone(make, harm):
     assert packed > 5 or harm == "cut"  # some flips do no harm that libjpeg would see
 
 
-def test_without_simplejpeg_the_pixels_stay(make, monkeypatch):
+def test_without_simplejpeg_the_pixels_are_equal(make, monkeypatch):
     content = plain(make, 64, 80)
     monkeypatch.setattr(decode_fast, "is_installed", lambda package: package != "simplejpeg")
     assert isinstance(decode.open_jpeg_fast(content).rgb(), Image.Image)

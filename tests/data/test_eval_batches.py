@@ -1,4 +1,4 @@
-"""Clean views for evaluators."""
+"""Batches of centre crops for evaluators."""
 
 import numpy as np
 import pytest
@@ -10,28 +10,28 @@ from m3i_jax.data.sources import base
 from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import UnreadableError
 
-SEEN = Preprocessing(image_size=28)
+PREPROCESSING = Preprocessing(image_size=28)
 
 
 def some(make):
-    pictures = [make.smooth(60 + 7 * i, 90 - 5 * i) for i in range(7)]
-    pictures[3] = b"<html>"  # type: ignore[call-overload]
+    images = [make.smooth(60 + 7 * i, 90 - 5 * i) for i in range(7)]
+    images[3] = b"<html>"  # type: ignore[call-overload]
 
-    class Some(make.Pictures):
+    class Some(make.ColorImages):
         def __getitem__(self, index: int) -> base.Record:
             self.read.append(index)
-            return base.Record(str(index), pictures[index], index * 10)
+            return base.Record(str(index), images[index], index * 10)
 
     source = Some(7)
     source.read = []
-    return source, pictures
+    return source, images
 
 
 @pytest.mark.parametrize(("crop", "short"), [(224 / 256, 32), (1.0, 28)])
 def test_evaluation_views(make, crop: float, short: int):
-    """Against resize and centre crop done one after the other, in the order asked for, bad ones at
-    their place but not valid."""
-    source, pictures = some(make)
+    """The reference is a resize, then a centre crop. Rows are in the given order; a bad record has
+    an invalid row."""
+    source, images = some(make)
     batches = eval_batches.evaluation_batches(
         source,
         np.array([6, 3, 0, 1, 5, 3, 2]),
@@ -62,13 +62,13 @@ def test_evaluation_views(make, crop: float, short: int):
     )
     shown = [(first, 0, 6), (first, 2, 0), (second, 0, 1), (second, 1, 5), (third, 0, 2)]
     for batch, row, index in shown:
-        height, width, _ = pictures[index].shape
+        height, width, _ = images[index].shape
         h, w = (
             (short, int(short * width / height))
             if height <= width
             else (int(short * height / width), short)
         )
-        resized = Image.fromarray(pictures[index]).resize((w, h), Image.Resampling.BICUBIC)
+        resized = Image.fromarray(images[index]).resize((w, h), Image.Resampling.BICUBIC)
         top, left = round((h - 28) / 2), round((w - 28) / 2)
         view = batch["views"][row].astype(int)
         assert np.abs(view - np.asarray(resized)[top : top + 28, left : left + 28]).max() <= 1
@@ -76,38 +76,44 @@ def test_evaluation_views(make, crop: float, short: int):
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_hosts_share_the_rows_and_read_nothing_twice(make, hosts: int):
-    """The parts laid side by side are the batches of one host; each host makes as many batches as
-    any other, and opens its own records."""
+    """The concatenated parts are the batches of one host. All hosts build the same number of
+    batches, and each opens only its own records."""
     order = [6, 3, 0, 1, 5, 3]
-    whole = list(eval_batches.evaluation_batches(some(make)[0], order, SEEN, 4))
-    sources_, parts = [], []
+    full = list(eval_batches.evaluation_batches(some(make)[0], order, PREPROCESSING, 4))
+    sources, parts = [], []
     for host in range(hosts):
         source, _ = some(make)
-        sources_.append(source)
+        sources.append(source)
         parts.append(
-            list(eval_batches.evaluation_batches(source, order, SEEN, 4, host=host, hosts=hosts))
+            list(
+                eval_batches.evaluation_batches(
+                    source, order, PREPROCESSING, 4, host=host, hosts=hosts
+                )
+            )
         )
-    assert len(whole) == 2 and {len(part) for part in parts} == {2}
-    for k, batch in enumerate(whole):
+    assert len(full) == 2 and {len(part) for part in parts} == {2}
+    for k, batch in enumerate(full):
         for name, array in batch.items():
             np.testing.assert_array_equal(np.concatenate([part[k][name] for part in parts]), array)
-    assert sorted(index for source in sources_ for index in source.read) == sorted(order)
+    assert sorted(index for source in sources for index in source.read) == sorted(order)
     with pytest.raises(ValueError, match="3 hosts"):
-        eval_batches.evaluation_batches(some(make)[0], order, SEEN, 4, hosts=3)
+        eval_batches.evaluation_batches(some(make)[0], order, PREPROCESSING, 4, hosts=3)
 
 
 def test_evaluation_of_nothing(make):
-    assert list(eval_batches.evaluation_batches(make.Pictures(3), [], SEEN, 4)) == []
-    (only,) = eval_batches.evaluation_batches(make.Pictures(3, bad=3), range(3), SEEN, 4)
+    assert list(eval_batches.evaluation_batches(make.ColorImages(3), [], PREPROCESSING, 4)) == []
+    (only,) = eval_batches.evaluation_batches(
+        make.ColorImages(3, bad=3), range(3), PREPROCESSING, 4
+    )
     assert not only["valid"].any()
 
 
-def test_a_file_that_vanishes_is_a_bad_record_where_it_may_be(fill, make):
-    """Removed after the source was opened: the others keep their rows, and those read with it are
-    read again one by one."""
+def test_a_missing_file_is_a_bad_record_with_missing_replace(fill, make):
+    """The file is removed after the source was opened. The others keep their rows; those of the
+    same read are read again one by one."""
     folder = fill({f"{i}.png": make.encode(make.smooth(20 + i, 30), "PNG") for i in range(4)})
     source = FolderSource(str(folder))
-    whole = list(
+    full = list(
         eval_batches.evaluation_batches(source, [3, 1, 0, 1, 2], Preprocessing(image_size=16), 3)
     )
     (folder / "1.png").unlink()
@@ -120,11 +126,11 @@ def test_a_file_that_vanishes_is_a_bad_record_where_it_may_be(fill, make):
     batches = eval_batches.evaluation_batches(
         source, [3, 1, 0, 1, 2], Preprocessing(image_size=16), 3, missing="replace", threads=2
     )
-    got = list(batches)
+    with_bad = list(batches)
     assert batches.skipped == dict.fromkeys(decode.REASONS, 0) | {"unreadable": 2}
-    assert [b["index"].tolist() for b in got] == [[3, -1, 0], [-1, 2, -1]]
-    assert [b["valid"].tolist() for b in got] == [[True, False, True], [False, True, False]]
-    for before, after in zip(whole, got, strict=True):
+    assert [b["index"].tolist() for b in with_bad] == [[3, -1, 0], [-1, 2, -1]]
+    assert [b["valid"].tolist() for b in with_bad] == [[True, False, True], [False, True, False]]
+    for before, after in zip(full, with_bad, strict=True):
         assert (
             before["views"].shape == after["views"].shape
             and not after["views"][~after["valid"]].any()

@@ -1,5 +1,4 @@
-"""Data sets that the library `datasets` saved: original bytes, names of classes, captions,
-splits."""
+"""Data sets saved by the library `datasets`: original bytes, class names, captions, splits."""
 
 import pathlib
 from multiprocessing.reduction import ForkingPickler
@@ -7,6 +6,7 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 
 from m3i_jax import schema
+from m3i_jax.data import splits
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.hugging_face import HuggingFaceSource
 from m3i_jax.errors import UserError
@@ -38,7 +38,7 @@ def test_original_bytes_and_names(files, tmp_path):
         weight=([0.5] * 4, datasets.Value("float32")),
     )
     saved.save_to_disk(str(tmp_path / "x"))
-    source = base.open_source(schema.Data(source="hugging_face", path=str(tmp_path / "x")))
+    source = splits.open_source(schema.Data(source="hugging_face", path=str(tmp_path / "x")))
     assert (
         isinstance(source, base.DataSource) and source.classes == ("ant", "bee") and source.captions
     )
@@ -98,7 +98,7 @@ def test_refusals(files, tmp_path):
     cases: list[tuple[pathlib.Path, str, str]] = [
         (tmp_path / "bare", "", r"has no image: its columns are a \(Value\)"),
         (tmp_path / "x", "train", "has no splits: leave data.split='train' empty"),
-        (tmp_path / "other", "", "is no data set that `datasets` saved with save_to_disk"),
+        (tmp_path / "other", "", "is not a data set that `datasets` saved with save_to_disk"),
         (tmp_path / "ohter", "", "did you mean .*other"),
     ]
     for path, split, why in cases:

@@ -1,5 +1,5 @@
-"""Mixtures: the shares are exact, the order is a closed form, classes meet by name, and a
-replacement comes from the same source."""
+"""Mixtures have exact shares and a closed-form order, join classes by name, and replace a bad
+record from the same source."""
 
 import collections
 import fractions
@@ -72,9 +72,9 @@ def test_one_source_has_the_order_it_has_alone():
         ).all()
 
 
-def test_shares_are_exact_and_every_record_has_its_turn():
-    sizes, parts = [30, 7, 100], [4, 1, 2]
-    source, record = sampler.sample_mixture_index(1, np.arange(7 * 300), sizes, parts)
+def test_shares_are_exact_and_every_record_is_read():
+    sizes, shares = [30, 7, 100], [4, 1, 2]
+    source, record = sampler.sample_mixture_index(1, np.arange(7 * 300), sizes, shares)
     assert (np.sort(source.reshape(-1, 7), 1) == [0, 0, 0, 0, 1, 2, 2]).all()
     assert len({tuple(cycle) for cycle in source.reshape(-1, 7).tolist()}) > 50
     for s, (size, turns) in enumerate(zip(sizes, (1200, 300, 600), strict=True)):
@@ -92,11 +92,11 @@ def test_by_size_a_pass_reads_each_record_once():
 
 def test_any_part_of_the_order_is_the_order():
     arguments = ([300, 70], [9, 2])
-    whole = sampler.sample_mixture_index(3, np.arange(5000), *arguments)
+    full = sampler.sample_mixture_index(3, np.arange(5000), *arguments)
     for start in (0, 1, 10, 11, 4000):
         rest = sampler.sample_mixture_index(3, np.arange(start, 5000), *arguments)
-        assert all((a == b[start:]).all() for a, b in zip(rest, whole, strict=True))
-    # The paper's mixture, far out: nothing is gone through.
+        assert all((a == b[start:]).all() for a, b in zip(rest, full, strict=True))
+    # the paper's mixture at a far position, without replay
     source, record = sampler.sample_mixture_index(
         0, 10**12 + np.arange(442 * 4), [427_000_000, 15_000_000], [427, 15]
     )
@@ -104,17 +104,13 @@ def test_any_part_of_the_order_is_the_order():
 
 
 class Plain:
-    """Records that tell where they come from."""
+    """A source whose keys name it, and which counts its reads."""
 
     captions = False
 
     def __init__(self, count: int, *classes: str, name: str = "plain") -> None:
-        self.count, self.classes, self.name, self.reads = (
-            count,
-            classes,
-            name,
-            collections.Counter[int](),
-        )
+        self.count, self.classes, self.name = count, classes, name
+        self.reads = collections.Counter[int]()
 
     def __len__(self) -> int:
         return self.count
@@ -145,8 +141,8 @@ def test_records_of_a_mixture():
         and len(both) == 8
         and both.classes == ("cat", "dog", "eel")
     )
-    got = base.read_items(both, [7, 0, 5, 1, 6, 7, 2])
-    assert [(r.key, r.label) for r in got] == [
+    records_read = base.read_items(both, [7, 0, 5, 1, 6, 7, 2])
+    assert [(r.key, r.label) for r in records_read] == [
         ("b-2", 2),
         ("a-0", -1),
         ("b-0", -1),
@@ -157,9 +153,9 @@ def test_records_of_a_mixture():
     ]
     assert [both[i].key for i in range(8)] == [both.key(i) for i in range(8)]
     assert base.source_key_hashes(both).tolist() == [base.key_hash(both.key(i)) for i in range(8)]
-    apart = mixture.Mixture([a, b], [None, None], shared=False)
-    assert apart.classes == ("cat", "dog", "dog", "eel") and [
-        apart[i].label for i in (1, 2, 6, 7)
+    separate = mixture.Mixture([a, b], [None, None], shared=False)
+    assert separate.classes == ("cat", "dog", "dog", "eel") and [
+        separate[i].label for i in (1, 2, 6, 7)
     ] == [0, 1, 2, 3]
     for wrong in (8, -1):
         with pytest.raises(IndexError):
@@ -176,30 +172,30 @@ def test_records_of_a_mixture():
     )
 
 
-def test_everything_counts_in_the_fingerprint():
-    def of(weights: list, *names: str, **more: bool) -> str:
+def test_the_fingerprint_covers_all_options():
+    def fingerprint(weights: list, *names: str, **more: bool) -> str:
         return mixture.Mixture(
             [Plain(9, "x", name=name) for name in names], weights, **more
         ).fingerprint()
 
-    found = [
-        of([F(1), F(1)], "a", "b"),
-        of([F(1), F(2)], "a", "b"),
-        of([F(1), F(1)], "b", "a"),
-        of([F(1), F(1)], "a", "c"),
-        of([F(1), F(1)], "a", "b", shared=False),
+    fingerprints = [
+        fingerprint([F(1), F(1)], "a", "b"),
+        fingerprint([F(1), F(2)], "a", "b"),
+        fingerprint([F(1), F(1)], "b", "a"),
+        fingerprint([F(1), F(1)], "a", "c"),
+        fingerprint([F(1), F(1)], "a", "b", shared=False),
     ]
-    assert len(set(found)) == 5 and of([F("0.5"), F("0.5")], "a", "b") == found[0] == of(
-        [None, None], "a", "b"
-    )
+    assert len(set(fingerprints)) == 5 and fingerprint(
+        [F("0.5"), F("0.5")], "a", "b"
+    ) == fingerprints[0] == fingerprint([None, None], "a", "b")
 
 
 def test_a_part_of_a_mixture_keeps_the_shares():
-    whole = mixture.Mixture([Plain(400, name="a"), Plain(100, name="b")], [F(1), F(1)])
-    train, held = (base.split_by_hash(whole, 0.1, part) for part in ("train", "held_out"))
-    assert len(train) + len(held) == 500 and 20 < len(held) < 80 and train.parts == (1, 1)
+    full = mixture.Mixture([Plain(400, name="a"), Plain(100, name="b")], [F(1), F(1)])
+    train, held = (base.split_by_hash(full, 0.1, part) for part in ("train", "held_out"))
+    assert len(train) + len(held) == 500 and 20 < len(held) < 80 and train.shares == (1, 1)
     assert {train.key(i) for i in range(len(train))} | {held.key(i) for i in range(len(held))} == {
-        whole.key(i) for i in range(500)
+        full.key(i) for i in range(500)
     }
     empty = mixture.Mixture([Plain(4), Plain(0, name="void")], [F(1), F(1)])
     with pytest.raises(UserError, match="void has no images to give its share of"):
@@ -207,20 +203,20 @@ def test_a_part_of_a_mixture_keeps_the_shares():
 
 
 def test_a_stream_of_a_mixture(make):
-    """Batches hold what the order says; bad records are replaced from their own source; hosts,
-    restarts and threads change nothing."""
-    good, bad = Plain(90, "x", name="good"), make.Pictures(40, bad=20)
+    """Batches follow the order; a bad record is replaced from its own source; hosts, restarts and
+    threads change nothing."""
+    good, bad = Plain(90, "x", name="good"), make.ColorImages(40, bad=20)
     source = mixture.Mixture([good, bad], [F(3), F(1)])
     config = make.settings(batch=16)
-    whole = make.joined(make.stream(config, source, None, 8))
+    full = make.joined(make.stream(config, source, None, 8))
     from_bad = sampler.sample_mixture_index(0, np.arange(128), [90, 40], [3, 1])[0] == 1
-    shown = whole["views"][:, 0, 0, 0, 0]
+    shown = full["views"][:, 0, 0, 0, 0]
     assert from_bad.sum() == 32 and (shown[from_bad] >= 20).all() and (shown[from_bad] < 40).all()
     shares = [make.stream(config, source, None, 2, host=host, hosts=8) for host in range(8)]
     again = make.joined([make.joined([share[k] for share in shares]) for k in range(2)])
-    assert all((again[name] == whole[name][:32]).all() for name in whole)
+    assert all((again[name] == full[name][:32]).all() for name in full)
     rest = make.joined(make.stream(make.settings(batch=4, threads=2), source, None, 4, start=52))
-    assert all((rest[name] == whole[name][52:68]).all() for name in whole)
+    assert all((rest[name] == full[name][52:68]).all() for name in full)
 
 
 def test_nothing_is_replayed(make):
@@ -232,7 +228,7 @@ def test_nothing_is_replayed(make):
     assert len(batch["label"]) == 16 and a.reads.total() + b.reads.total() == 16
 
 
-def test_identity_tells_what_differs():
+def test_identity_shows_the_difference():
     config = schema.Config()
     one, other = (
         pipeline.stream_identity(

@@ -1,5 +1,5 @@
-"""The stream: the same bytes from any number of hosts, threads, workers and restarts, and what a
-batch holds."""
+"""The stream has the same bytes for any number of hosts, threads, workers and restarts; contents of
+a batch."""
 
 import dataclasses
 import os
@@ -46,9 +46,9 @@ def mixed(fill: Callable, make: types.SimpleNamespace) -> FolderSource:
     return FolderSource(str(fill(files)))
 
 
-def test_the_batch_is_the_one_agreed_on(make, bpe):
+def test_arrays_of_a_batch(make, bpe):
     config = make.settings(batch=6)
-    (batch,) = make.stream(config, make.Pictures(50), bpe, 1, start=2**33)
+    (batch,) = make.stream(config, make.ColorImages(50), bpe, 1, start=2**33)
     expected = {
         "views": ((6, 2, SIZE, SIZE, 3), np.uint8),
         "box": ((6, 2, 4), np.float32),
@@ -62,19 +62,19 @@ def test_the_batch_is_the_one_agreed_on(make, bpe):
     assert {name: (a.shape, a.dtype.type) for name, a in batch.items()} == expected
     assert batch["position"].tolist() == [[2, i] for i in range(6)]
     assert (~batch["mask"]).sum(1).tolist() == [8] * 6
-    (bare,) = make.stream(config, make.Pictures(50), None, 1)
+    (bare,) = make.stream(config, make.ColorImages(50), None, 1)
     assert set(bare) == set(expected) - {"tokens", "length"}
 
 
-def test_a_row_tells_of_its_own_record(make, bpe):
-    source, config = make.Pictures(200), make.settings(batch=64)
+def test_a_row_shows_its_record(make, bpe):
+    source, config = make.ColorImages(200), make.settings(batch=64)
     batch = make.joined(make.stream(config, source, bpe, 4))
     record = sampler.sample_index(0, np.arange(256), 200)
     assert (batch["views"] == record[:, None, None, None, None]).all()
     for row, index in enumerate(record):
-        asked = source[int(index)]
-        assert batch["label"][row] == asked.label
-        ids, length = bpe.encode(asked.caption) if asked.caption else (np.zeros(LENGTH), 0)
+        expected = source[int(index)]
+        assert batch["label"][row] == expected.label
+        ids, length = bpe.encode(expected.caption) if expected.caption else (np.zeros(LENGTH), 0)
         assert batch["length"][row] == length and (batch["tokens"][row] == ids).all()
 
 
@@ -82,19 +82,19 @@ def test_a_row_tells_of_its_own_record(make, bpe):
 @pytest.mark.row("A10")
 def test_hosts_share_one_batch(make, mixed, bpe, hosts):
     config = make.settings(batch=16)
-    whole = make.stream(config, mixed, bpe, 6)
+    full = make.stream(config, mixed, bpe, 6)
     shares = [make.stream(config, mixed, bpe, 6, host=host, hosts=hosts) for host in range(hosts)]
     for k in range(6):
-        same(make.joined([share[k] for share in shares]), whole[k])
+        same(make.joined([share[k] for share in shares]), full[k])
 
 
 @pytest.mark.parametrize("start", [2, 8, 14, 40])
 @pytest.mark.row("A10")
-def test_a_restart_goes_on_with_the_same_bytes(make, mixed, bpe, start):
-    whole = make.joined(make.stream(make.settings(batch=8), mixed, bpe, 8))
-    # Also with another number of hosts and another batch: the position is all that is kept.
+def test_a_restart_continues_with_the_same_bytes(make, mixed, bpe, start):
+    full = make.joined(make.stream(make.settings(batch=8), mixed, bpe, 8))
+    # with another batch size too, since the position is the only state
     rest = make.joined(make.stream(make.settings(batch=4), mixed, bpe, 4, start=start))
-    same(rest, {name: array[start : start + 16] for name, array in whole.items()})
+    same(rest, {name: array[start : start + 16] for name, array in full.items()})
 
 
 def test_threads_change_nothing(make, mixed, bpe):
@@ -122,15 +122,16 @@ def test_worker_processes_change_nothing(make, mixed, bpe):
 
 
 def test_workers_outside_an_absl_app_and_their_errors(fill, tmp_path):
-    """A plain script: Grain's flags are not parsed there, and a mistake found by a worker must
-    still be one line for the person."""
-    fill({f"{i}.png": b"no picture" for i in range(4)})
+    """In a plain script Grain's flags are not parsed. An error of a worker must be one line."""
+    fill({f"{i}.png": b"not an image" for i in range(4)})
     script = tmp_path / "script.py"
     script.write_text(
-        "from m3i_jax import schema, errors\nfrom m3i_jax.data import folder, pipeline\nif"
+        "from m3i_jax import schema, errors\nfrom m3i_jax.data import pipeline\n"
+        "from m3i_jax.data.sources import folder\nif"
         " __name__ == '__main__':\n    data = schema.Data(image_size=32, workers=1)\n    config ="
         " schema.Config(data=data, train=schema.Train(batch_size=4))\n    batches ="
-        f" pipeline.iterate(config, folder.Folder({str(tmp_path / 'pictures')!r}), None, start=0)\n"
+        f" pipeline.iterate_batches(config, folder.FolderSource({str(tmp_path / 'images')!r}),"
+        " None, start=0)\n"
         "    try:\n        next(batches)\n    except errors.UserError as error:\n       "
         " print('refused:', error)\n    batches.close()\n"
     )
@@ -149,14 +150,16 @@ def test_workers_outside_an_absl_app_and_their_errors(fill, tmp_path):
 
 
 @pytest.mark.row("D8")
-def test_a_far_position_is_as_near_as_the_first(make, bpe):
-    (far,) = make.stream(make.settings(), make.Pictures(100), bpe, 1, start=10**9)
-    near = make.joined(make.stream(make.settings(batch=2), make.Pictures(100), bpe, 4, start=10**9))
+def test_a_far_position_needs_no_replay(make, bpe):
+    (far,) = make.stream(make.settings(), make.ColorImages(100), bpe, 1, start=10**9)
+    near = make.joined(
+        make.stream(make.settings(batch=2), make.ColorImages(100), bpe, 4, start=10**9)
+    )
     same(far, near)
 
 
 def test_epochs_augment_anew(make, bpe):
-    batch = make.joined(make.stream(make.settings(batch=50), make.Pictures(50), bpe, 2))
+    batch = make.joined(make.stream(make.settings(batch=50), make.ColorImages(50), bpe, 2))
     record = batch["views"][:, 0, 0, 0, 0]
     first, second = np.argsort(record[:50]), 50 + np.argsort(record[50:])
     assert (record[first] == record[second]).all()
@@ -167,7 +170,7 @@ def test_epochs_augment_anew(make, bpe):
 def test_seeds_differ(make, bpe):
     a, b = (
         make.stream(
-            dataclasses.replace(make.settings(batch=32), seed=seed), make.Pictures(100), bpe, 1
+            dataclasses.replace(make.settings(batch=32), seed=seed), make.ColorImages(100), bpe, 1
         )[0]
         for seed in (0, 1)
     )
@@ -175,7 +178,7 @@ def test_seeds_differ(make, bpe):
     assert (a["box"] != b["box"]).any((1, 2)).all() and (a["mask"] != b["mask"]).any(1).all()
 
 
-def coordinate_picture(height: int, width: int) -> np.ndarray:
+def coordinate_image(height: int, width: int) -> np.ndarray:
     y, x = np.mgrid[:height, :width]
     return np.stack([x, y, np.full_like(x, 7)], -1).astype(np.uint8)
 
@@ -184,10 +187,10 @@ def coordinate_picture(height: int, width: int) -> np.ndarray:
     "kind", ["array", "png", "png turned by EXIF", "large jpeg turned by EXIF"]
 )
 def test_box_and_flip_describe_the_pixels(make, kind):
-    """An image whose colours are its coordinates: what a view shows must be where its box says,
-    mirrored on the device if it says so."""
+    """The colours of the image are its coordinates: a view must show the pixels of its box,
+    mirrored on the device if its flip is set."""
     height, width, steps = (200, 120, 1) if kind != "large jpeg turned by EXIF" else (1600, 960, 8)
-    upright = coordinate_picture(height // steps, width // steps).repeat(steps, 0).repeat(steps, 1)
+    upright = coordinate_image(height // steps, width // steps).repeat(steps, 0).repeat(steps, 1)
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = np.rot90(upright, 1).copy()
@@ -200,7 +203,7 @@ def test_box_and_flip_describe_the_pixels(make, kind):
         ),
     }[kind]()
 
-    class One(make.Pictures):
+    class One(make.ColorImages):
         def __getitem__(self, index: int) -> base.Record:
             return base.Record(str(index), image)
 
@@ -209,11 +212,11 @@ def test_box_and_flip_describe_the_pixels(make, kind):
     assert (
         (top + h <= height).all() and (left + w <= width).all() and 0.3 < batch["flip"].mean() < 0.7
     )
-    at = np.arange(SIZE)
-    across = np.where(batch["flip"][..., None], at[::-1], at)
-    # A step of coordinates is `steps` pixels wide, its middle is where the coordinate is exact.
-    x = (left + (across + 0.5) * w / SIZE) / steps - 0.5
-    y = (top + (at + 0.5) * h / SIZE) / steps - 0.5
+    pixel = np.arange(SIZE)
+    column = np.where(batch["flip"][..., None], pixel[::-1], pixel)
+    # A coordinate is `steps` pixels wide and exact in its middle.
+    x = (left + (column + 0.5) * w / SIZE) / steps - 0.5
+    y = (top + (pixel + 0.5) * h / SIZE) / steps - 0.5
     inner = slice(2, -2)
     shown = [
         photometric.mirror(batch["views"][:, view], batch["flip"][:, view]) for view in range(2)
@@ -225,18 +228,21 @@ def test_box_and_flip_describe_the_pixels(make, kind):
 
 
 def test_options_of_the_crop(make, bpe):
-    whole = make.stream(
+    full = make.stream(
         make.settings(batch=32, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_p=0.0),
-        make.Pictures(90, size=(40, 40)),
+        make.ColorImages(90, size=(40, 40)),
         None,
         1,
     )[0]
-    assert (whole["box"] == [0, 0, 40, 40]).all() and not whole["flip"].any()
-    assert make.stream(make.settings(batch=32, flip_p=1.0), make.Pictures(90), None, 1)[0][
+    assert (full["box"] == [0, 0, 40, 40]).all() and not full["flip"].any()
+    assert make.stream(make.settings(batch=32, flip_p=1.0), make.ColorImages(90), None, 1)[0][
         "flip"
     ].all()
     small = make.stream(
-        make.settings(batch=64, crop_scale=(0.1, 0.2)), make.Pictures(90, size=(400, 400)), None, 1
+        make.settings(batch=64, crop_scale=(0.1, 0.2)),
+        make.ColorImages(90, size=(400, 400)),
+        None,
+        1,
     )[0]["box"]
     share = small[..., 2] * small[..., 3] / 160_000
     assert share.min() > 0.097 and share.max() < 0.203
@@ -245,7 +251,7 @@ def test_options_of_the_crop(make, bpe):
 def test_masks_are_those_of_the_objective(make, bpe):
     for kind in ("blockwise", "uniform"):
         (batch,) = make.stream(
-            make.settings(mask=kind, mask_ratio=0.25), make.Pictures(90), None, 1, start=6
+            make.settings(mask=kind, mask_ratio=0.25), make.ColorImages(90), None, 1, start=6
         )
         assert (batch["mask"] == getattr(masks, kind)(0, 6, 8, grid=4, hidden=4)).all()
 
@@ -266,7 +272,7 @@ def test_transparency_takes_the_background(fill, make):
     ("classes", "kept", "dropped"), [(-1, 7, 0), (0, 0, 0), (3, 3, 112), (99, 7, 0)]
 )
 def test_labels_beyond_the_classes_are_dropped_and_counted(make, classes, kept, dropped):
-    source, config = make.Pictures(224), make.settings(batch=224, classes=classes)
+    source, config = make.ColorImages(224), make.settings(batch=224, classes=classes)
     batches = pipeline.iterate_batches(config, source, None, start=0)
     label = next(batches)["label"]
     assert set(label) == set(range(-1, kept))
@@ -275,7 +281,7 @@ def test_labels_beyond_the_classes_are_dropped_and_counted(make, classes, kept, 
 
 
 def test_long_captions_are_cut_and_counted(make, bpe):
-    class Talkative(make.Pictures):
+    class Talkative(make.ColorImages):
         def __getitem__(self, index: int) -> base.Record:
             return dataclasses.replace(
                 super().__getitem__(index), caption="number one " * (index % 2 * 50) + "number"
@@ -292,13 +298,13 @@ def test_refusals(make):
         UserError,
         match="^images has 1 images to train on, mixing needs 2: add images or lower data.holdout$",
     ):
-        pipeline.iterate_batches(make.settings(), make.Pictures(1), None, start=0)
+        pipeline.iterate_batches(make.settings(), make.ColorImages(1), None, start=0)
     for wrong in ({"start": 1}, {"start": -2}, {"start": 0, "hosts": 3}, {"start": 0, "hosts": 8}):
         with pytest.raises(ValueError, match="must be a multiple of 2 x"):
-            pipeline.iterate_batches(make.settings(), make.Pictures(9), None, **wrong)
+            pipeline.iterate_batches(make.settings(), make.ColorImages(9), None, **wrong)
     with pytest.raises(ValueError, match="makes 5 ids, data.caption_length is 12"):
         pipeline.iterate_batches(
-            make.settings(), make.Pictures(9), tokenizer.train_tokenizer(["a"], 259, 5), start=0
+            make.settings(), make.ColorImages(9), tokenizer.train_tokenizer(["a"], 259, 5), start=0
         )
 
 
@@ -314,16 +320,16 @@ def test_shared_memory_is_checked_before_a_bus_error(make, monkeypatch):
             " free: use data.workers=0"
         ),
     ):
-        pipeline.iterate_batches(config, make.Pictures(9), None, start=0)
+        pipeline.iterate_batches(config, make.ColorImages(9), None, start=0)
 
 
 def test_captions_on_demand(make):
-    silent = make.Pictures(5)
+    silent = make.ColorImages(5)
     silent.captions = False
-    assert pipeline.uses_captions(schema.Data(), make.Pictures(5)) and not pipeline.uses_captions(
-        schema.Data(), silent
-    )
-    assert not pipeline.uses_captions(schema.Data(captions="no"), make.Pictures(5))
+    assert pipeline.uses_captions(
+        schema.Data(), make.ColorImages(5)
+    ) and not pipeline.uses_captions(schema.Data(), silent)
+    assert not pipeline.uses_captions(schema.Data(captions="no"), make.ColorImages(5))
     with pytest.raises(
         UserError,
         match=(
@@ -334,44 +340,44 @@ def test_captions_on_demand(make):
         pipeline.uses_captions(schema.Data(captions="yes"), silent)
 
 
-def test_the_fingerprint_is_of_the_stream(make):
-    config, source = make.settings(), make.Pictures(50)
-    whole = pipeline.stream_fingerprint(config, source)
-    assert len(whole) == 16 and int(whole, 16) >= 0
+def test_the_fingerprint_identifies_the_stream(make):
+    config, source = make.settings(), make.ColorImages(50)
+    full = pipeline.stream_fingerprint(config, source)
+    assert len(full) == 16 and int(full, 16) >= 0
     assert (
         pipeline.stream_fingerprint(
-            make.settings(batch=64, threads=2, image_size=64), make.Pictures(50)
+            make.settings(batch=64, threads=2, image_size=64), make.ColorImages(50)
         )
-        == whole
+        == full
     )
     others = [
         pipeline.stream_fingerprint(dataclasses.replace(config, seed=1), source),
-        pipeline.stream_fingerprint(config, make.Pictures(51)),
+        pipeline.stream_fingerprint(config, make.ColorImages(51)),
         *(
             pipeline.stream_fingerprint(config, base.split_by_hash(source, 0.1, part))
             for part in ("train", "held_out")
         ),
     ]
-    assert len({whole, *others}) == 5
+    assert len({full, *others}) == 5
 
 
 def test_batches_are_never_reused(make, bpe):
-    """The device may read a batch long after it was handed over."""
-    batches = make.stream(make.settings(threads=2), make.Pictures(50), bpe, 4)
+    """The device may read a batch long after the iterator returned it."""
+    batches = make.stream(make.settings(threads=2), make.ColorImages(50), bpe, 4)
     for name in batches[0]:
         assert not any(
             np.shares_memory(a[name], b[name]) for i, a in enumerate(batches) for b in batches[:i]
         )
 
 
-def test_the_memory_of_batches_comes_back(make, bpe):
-    batch = make.stream(make.settings(threads=2), make.Pictures(50), bpe, 1)[0]
-    assert isinstance(batch["views"].base, shared_buffers._Loan)
+def test_the_memory_of_batches_is_recycled(make, bpe):
+    batch = make.stream(make.settings(threads=2), make.ColorImages(50), bpe, 1)[0]
+    assert isinstance(batch["views"].base, shared_buffers._TrackedArray)
 
 
-def test_views_that_nothing_reads_are_not_cut(make):
-    """Black instead, and the same images, crops and masks otherwise."""
-    config, source = make.settings(batch=8), make.Pictures(50)
+def test_unread_views_are_not_cut(make):
+    """They are black; everything else is unchanged."""
+    config, source = make.settings(batch=8), make.ColorImages(50)
     both, first = (
         next(pipeline.iterate_batches(config, source, None, start=8, views=views))
         for views in ((0, 1), (0,))
@@ -382,9 +388,9 @@ def test_views_that_nothing_reads_are_not_cut(make):
         np.testing.assert_array_equal(first[name], both[name])
 
 
-def test_rand_augment_belongs_to_the_position(make):
-    """Every view has draws of its own, which a restart repeats; the crops stay as they were."""
-    plain, source = make.settings(batch=8), make.Pictures(50)
+def test_rand_augment_is_keyed_by_position(make):
+    """Every view has its own draws, which a restart repeats; the crops do not change."""
+    plain, source = make.settings(batch=8), make.ColorImages(50)
     strong = schema.RandAugment(ops=2, p=1.0)
     config = dataclasses.replace(plain, data=dataclasses.replace(plain.data, rand_augment=strong))
     stream = pipeline.iterate_batches(config, source, None, start=0)

@@ -1,5 +1,5 @@
-"""Bad records in the stream: replaced by a rule, counted exactly, and too many of them stop the
-run."""
+"""Bad records in the stream: replaced deterministically and counted exactly; too many of them stop
+the run."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from m3i_jax.errors import UserError
 
 
 def test_bad_records_are_replaced_and_counted_exactly(fill, make):
-    """Every kind of bad file at 20 %: exact counts, and every row of a good record."""
+    """With 20 % bad files of every kind, the counts are exact and every row shows a good record."""
     bad = make.bad_files()
     files = {f"bad_{name}": content for name, (content, _) in bad.items()}
     files |= {
@@ -38,24 +38,24 @@ def test_bad_records_are_replaced_and_counted_exactly(fill, make):
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 7])
-def test_no_picture_is_mixed_with_itself(make, count):
-    """Few records and an odd number of them: the turn of the epoch falls between partners."""
-    batch = make.joined(make.stream(make.settings(batch=30), make.Pictures(count), None, 10))
+def test_no_image_is_mixed_with_itself(make, count):
+    """With few records and an odd number of them, epochs end between partners."""
+    batch = make.joined(make.stream(make.settings(batch=30), make.ColorImages(count), None, 10))
     record = batch["views"][:, 0, 0, 0, 0].reshape(-1, 2)
     assert (record[:, 0] != record[:, 1]).all()
     assert set(record.ravel()) == set(range(count))
-    used, _ = make.expected_stream(make.Pictures(count), {}, 300)
+    used, _ = make.expected_stream(make.ColorImages(count), {}, 300)
     assert record.ravel().tolist() == used
 
 
 def test_too_many_bad_records_stop_the_run(make):
     config = make.settings(batch=100, max_bad_share=0.05)
-    batches = pipeline.iterate_batches(config, make.Pictures(200, bad=100), None, start=0)
-    seen = 0
+    batches = pipeline.iterate_batches(config, make.ColorImages(200, bad=100), None, start=0)
+    count = 0
     with pytest.raises(UserError) as caught:
-        while seen < 2 * pipeline.WINDOW:
-            seen += len(next(batches)["label"])
-    assert seen + 100 < 1500  # as soon as 500 bad ones make it certain
+        while count < 2 * pipeline.WINDOW:
+            count += len(next(batches)["label"])
+    assert count + 100 < 1500  # as soon as 500 bad ones make it certain
     assert str(caught.value).startswith(f"{sum(batches.skipped.values()):,} of the last ")
     assert " records of images were bad, more than data.max_bad_share=0.05 of 10,000: " in str(
         caught.value
@@ -66,43 +66,42 @@ def test_too_many_bad_records_stop_the_run(make):
 
 @pytest.mark.parametrize(("bad", "stops"), [(11, False), (30, True)])
 def test_the_share_is_over_the_last_ten_thousand(make, bad, stops):
-    """5 % of 300 records are 15: 11 bad ones never stop the run, 30 do, though not before 500 of
-    them were met."""
+    """5 % of 300 records are 15: 11 bad ones never stop the run; 30 do, after 500 bad draws."""
     config = make.settings(batch=500, max_bad_share=0.05, image_size=8, crop_scale=(0.9, 1.0))
     config = dataclasses.replace(config, model=schema.Model(encoder=schema.Encoder(patch_size=4)))
-    batches = pipeline.iterate_batches(config, make.Pictures(300, bad=bad), None, start=0)
-    seen = 0
+    batches = pipeline.iterate_batches(config, make.ColorImages(300, bad=bad), None, start=0)
+    count = 0
     try:
         for _ in range(25):
-            seen += len(next(batches)["label"])
+            count += len(next(batches)["label"])
     except UserError as error:
         assert stops and "of 10,000: " in str(error) and 500 < sum(batches.skipped.values()) < 600
-    assert (seen == 12_500) != stops
+    assert (count == 12_500) != stops
 
 
 def test_a_window_forgets(make):
-    """A bad stretch long past does not stop a run that has been good since."""
+    """Bad records beyond the window do not stop the run."""
     config = make.settings(batch=500, max_bad_share=0.05)
-    batches = pipeline.iterate_batches(config, make.Pictures(10), None, start=0)
+    batches = pipeline.iterate_batches(config, make.ColorImages(10), None, start=0)
     for _ in range(40):
-        batches._judge(500, np.array([20, 0, 0, 0, 0, 0]))
+        batches._check_bad_share(500, np.array([20, 0, 0, 0, 0, 0]))
     for _ in range(20):
-        batches._judge(500, np.zeros(6, np.int64))
+        batches._check_bad_share(500, np.zeros(6, np.int64))
     assert batches._bad.sum() == 0 and pipeline.WINDOW <= batches._drawn < pipeline.WINDOW + 520
     with pytest.raises(UserError, match="^501 of the last"):
-        batches._judge(500, np.array([0, 501, 0, 0, 0, 0]))
+        batches._check_bad_share(500, np.array([0, 501, 0, 0, 0, 0]))
 
 
-def test_a_source_without_a_pair_of_good_pictures(make):
+def test_a_source_without_a_pair_of_good_images(make):
     for source, last in (
         (
-            make.Pictures(6, bad=6),
+            make.ColorImages(6, bad=6),
             (
                 r"partner: 100 undecodable \(such as 'p\d', 'p\d', 'p\d'\); the last is 'p\d'"
                 r" \(undecodable: cannot identify the format\)"
             ),
         ),
-        (make.Pictures(6, bad=5), r"the last is 'p\d' "),
+        (make.ColorImages(6, bad=5), r"the last is 'p\d' "),
     ):
         with pytest.raises(
             UserError,

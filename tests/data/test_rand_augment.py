@@ -10,7 +10,7 @@ from m3i_jax.data import rand_augment
 SIDE, MEAN = 24, (124, 116, 104)
 
 
-def picture(seed: int = 0) -> Image.Image:
+def gradient_image(seed: int = 0) -> Image.Image:
     small = np.random.default_rng(seed).integers(20, 220, (6, 6, 3)).astype(np.uint8)
     return Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
@@ -67,14 +67,14 @@ BY_HAND = {
 
 @pytest.mark.parametrize(("name", "level", "sign"), BY_HAND)
 def test_the_table_of_operations(name: str, level: float, sign: float) -> None:
-    image = picture()
-    got, wanted = (
+    image = gradient_image()
+    actual, expected = (
         array(rand_augment.OPERATIONS[name](image, level, sign)),
         BY_HAND[name, level, sign](image),
     )
     # a strength may round to its neighbour in Pillow's fixed point
-    assert np.abs(got - wanted).max() <= 1
-    assert np.abs(got - array(image)).max() > 3
+    assert np.abs(actual - expected).max() <= 1
+    assert np.abs(actual - array(image)).max() > 3
 
 
 def test_every_operation_is_in_the_table() -> None:
@@ -89,9 +89,9 @@ def test_draws_have_the_probabilities_of_the_recipe() -> None:
         rand_augment.draw_operations(u, settings)
         for u in r.random((4000, 2 * rand_augment.WIDTH)).tolist()
     ]
-    counts = np.bincount([len(found) for found in drawn], minlength=3) / len(drawn)
+    counts = np.bincount([len(operations) for operations in drawn], minlength=3) / len(drawn)
     np.testing.assert_allclose(counts, [0.25, 0.5, 0.25], atol=0.03)
-    every = [one for found in drawn for one in found]
+    every = [one for operations in drawn for one in operations]
     shares = np.unique([name for name, *_ in every], return_counts=True)[1] / len(every)
     np.testing.assert_allclose(shares, 1 / 15, atol=0.02)
     magnitudes = 10 * np.array([level for _, level, _ in every])
@@ -103,20 +103,20 @@ def test_draws_have_the_probabilities_of_the_recipe() -> None:
 
 
 def test_operations_are_applied_in_their_order() -> None:
-    image, names = picture(), list(rand_augment.OPERATIONS)
+    image, names = gradient_image(), list(rand_augment.OPERATIONS)
     u = [
         x
         for name in ("solarize", "rotate")
         for x in ((names.index(name) + 0.5) / 15, 0.0, 0.9, 0.0, 0.0)
     ]
-    got = rand_augment.apply_operations(
+    actual = rand_augment.apply_operations(
         np.asarray(image).reshape(-1), SIDE, u, schema.RandAugment(ops=2, deviation=0.0)
     )
     solarized = Image.fromarray(
         np.where(array(image) < 26, array(image), 255 - array(image)).astype(np.uint8)
     )
-    wanted = solarized.rotate(27, resample=Image.Resampling.BICUBIC, fillcolor=MEAN)
-    np.testing.assert_array_equal(got, np.asarray(wanted).reshape(-1))
+    expected = solarized.rotate(27, resample=Image.Resampling.BICUBIC, fillcolor=MEAN)
+    np.testing.assert_array_equal(actual, np.asarray(expected).reshape(-1))
     untouched = rand_augment.apply_operations(
         np.asarray(image).reshape(-1), SIDE, u, schema.RandAugment(ops=2, p=0.0)
     )

@@ -7,6 +7,7 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 
 from m3i_jax import schema
+from m3i_jax.data import splits
 from m3i_jax.data.sources import base, remote
 from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.errors import UserError
@@ -18,17 +19,17 @@ fsspec = pytest.importorskip("fsspec")
 def bucket(make, tmp_path):
     """The same tar files in fsspec's memory and on disk: (URL, path)."""
     files = fsspec.filesystem("memory")
-    place = f"bucket-{uuid.uuid4().hex}"
+    bucket_name = f"bucket-{uuid.uuid4().hex}"
     for shard in range(2):
         members = [
             (f"{shard}{i}.{kind}", b"%d" % i * 99) for i in range(20) for kind in ("jpg", "txt")
         ]
         members += [(f"{shard}{i}.json", b'{"label": %d, "caption": "c"}' % i) for i in range(9)]
         content = make.tar_bytes(members)
-        files.pipe(f"/{place}/deep/{shard}.tar", content)
+        files.pipe(f"/{bucket_name}/deep/{shard}.tar", content)
         (tmp_path / f"{shard}.tar").write_bytes(content)
-    yield f"memory://{place}/deep", str(tmp_path)
-    files.rm(f"/{place}", recursive=True)
+    yield f"memory://{bucket_name}/deep", str(tmp_path)
+    files.rm(f"/{bucket_name}", recursive=True)
 
 
 @pytest.mark.parametrize("glob", ["/*.tar", "", "/[01].tar"])
@@ -36,9 +37,10 @@ def test_the_same_records_as_on_disk(bucket, glob):
     url, path = bucket
     source, local = TarSource(url + glob), TarSource(path)
     assert source.files == [f"{url}/0.tar", f"{url}/1.tar"] and len(source) == 40
-    wanted = [33, 2, 39, 2, 0]
+    indices = [33, 2, 39, 2, 0]
     assert (
-        base.read_items(source, wanted) == base.read_items(local, wanted) and source[7] == local[7]
+        base.read_items(source, indices) == base.read_items(local, indices)
+        and source[7] == local[7]
     )
     assert [source.caption(i) for i in range(40)] == [local.caption(i) for i in range(40)]
     assert source.fingerprint() == local.fingerprint() and source.classes == local.classes
@@ -49,11 +51,11 @@ def test_only_ranges_are_read(bucket, monkeypatch):
     source = TarSource(bucket[0])
     read = []
     files = remote.file_system(bucket[0])
-    whole = files.cat_ranges
+    original = files.cat_ranges
     monkeypatch.setattr(
         type(files),
         "cat_ranges",
-        lambda self, p, a, b, **k: read.append((p, a, b)) or whole(p, a, b, **k),
+        lambda self, p, a, b, **k: read.append((p, a, b)) or original(p, a, b, **k),
     )
     base.read_items(source, [1, 2, 30])
     ((paths, starts, ends),) = read  # one call for images and captions of a batch
@@ -62,9 +64,9 @@ def test_only_ranges_are_read(bucket, monkeypatch):
     )
 
 
-def test_the_index_is_kept_and_renewed(bucket, tmp_path, monkeypatch, make):
+def test_the_index_is_cached_and_rebuilt(bucket, tmp_path, monkeypatch, make):
     def opened() -> TarSource:
-        return base.open_source(
+        return splits.open_source(
             schema.Data(source="tars", path=bucket[0]), cache=str(tmp_path / "cache")
         )
 
@@ -83,12 +85,12 @@ def test_a_network_that_fails(bucket, monkeypatch):
     local = TarSource(bucket[1])
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     fails = []
-    whole = files.cat_file
+    original = files.cat_file
 
     def flaky(self, *arguments, **options):
         if fails:
             raise fails.pop()
-        return whole(*arguments, **options)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(type(files), "cat_file", flaky)
     fails += [OSError("reset by peer"), TimeoutError("slow")]

@@ -1,5 +1,5 @@
-"""The built-in shapes: the same in any order, visible to a person, told truly by their captions,
-and no gift to raw pixels."""
+"""The built-in shapes: the same in any order, visible, described truly by their captions, and not
+separable by raw pixels."""
 
 import collections
 import copy
@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from m3i_jax import schema
+from m3i_jax.data import splits
 from m3i_jax.data.sources import base, shapes
 from m3i_jax.data.sources.shapes import COLORS, GROUNDS, PATTERNS, ShapesSource
 from m3i_jax.errors import UserError
@@ -19,9 +20,9 @@ MANY = 600
 
 
 def image(source: ShapesSource, index: int) -> np.ndarray:
-    picture = source[index].image
-    assert isinstance(picture, np.ndarray)
-    return picture
+    pixels = source[index].image
+    assert isinstance(pixels, np.ndarray)
+    return pixels
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def source() -> ShapesSource:
 
 
 @pytest.fixture(scope="module")
-def pictures(source) -> np.ndarray:
+def rendered(source) -> np.ndarray:
     return np.stack([image(source, i) for i in range(MANY)])
 
 
@@ -38,20 +39,20 @@ def luminance(rgb: np.ndarray) -> np.ndarray:
     return rgb.astype(float) @ [0.299, 0.587, 0.114]
 
 
-def test_a_record_is_a_function_of_seed_and_index(source, pictures):
+def test_a_record_is_a_function_of_seed_and_index(source, rendered):
     fresh = copy.deepcopy(ShapesSource(10 * MANY))
     for i in (MANY - 1, 3, 77, 0):
         record = fresh[i]
         assert record.key == fresh.key(i) == source.key(i)
         assert (record.label, record.caption) == (source[i].label, source[i].caption)
-        np.testing.assert_array_equal(image(fresh, i), pictures[i])
+        np.testing.assert_array_equal(image(fresh, i), rendered[i])
     other = ShapesSource(MANY, seed=1)
     assert other.key(0) != source.key(0)
-    assert all((image(other, i) != pictures[i]).any() for i in range(20))
+    assert all((image(other, i) != rendered[i]).any() for i in range(20))
 
 
-def test_it_is_a_source_and_a_sequence(source: ShapesSource, pictures: np.ndarray):
-    opened = base.open_source(schema.Data(size=9))
+def test_it_is_a_source_and_a_sequence(source: ShapesSource, rendered: np.ndarray):
+    opened = splits.open_source(schema.Data(size=9))
     assert (
         isinstance(opened, ShapesSource)
         and isinstance(opened, base.DataSource)
@@ -74,7 +75,7 @@ def test_it_is_a_source_and_a_sequence(source: ShapesSource, pictures: np.ndarra
         for read in (source.__getitem__, source.key, source.caption, source.silhouette):
             with pytest.raises(IndexError):
                 read(outside)
-    assert pictures.shape == (MANY, 96, 96, 3) and pictures.dtype == np.uint8
+    assert rendered.shape == (MANY, 96, 96, 3) and rendered.dtype == np.uint8
     assert (
         image(ShapesSource(3, side=33), 2).shape == (33, 33, 3) and image(source, 2).flags.writeable
     )
@@ -88,14 +89,14 @@ def test_refusals():
             "^data.size=0 renders no image, and data.source='shapes' has no others: give a number"
         ),
     ):
-        base.open_source(schema.Data(size=0))
+        splits.open_source(schema.Data(size=0))
     for bad in ({"side": 15}, {"seed": -1}, {"seed": 2**64}):
         with pytest.raises(ValueError, match="a side is at least 16 pixels, a seed 0..2"):
             ShapesSource(1, **bad)
 
 
-def test_fingerprint_tells_apart_what_differs():
-    found = [
+def test_fingerprints_differ():
+    fingerprints = [
         s.fingerprint()
         for s in (
             ShapesSource(10),
@@ -105,7 +106,7 @@ def test_fingerprint_tells_apart_what_differs():
             ShapesSource(10),
         )
     ]
-    assert len(set(found)) == 4 and found[0] == found[4] and all(len(f) == 16 for f in found)
+    assert len(set(fingerprints)) == 4 and fingerprints[0] == fingerprints[4]
 
 
 def test_labels_are_balanced_without_a_period(source):
@@ -125,9 +126,9 @@ def test_captions_tell_the_truth(source):
             f"{what.pattern} {what.ground} background",
         )
         assert [w for w in words if w in source.classes] == [source.classes[what.label]]
-        told = [what.color] * (thing in caption) + [what.ground] * (ground in caption)
-        # no colour but the picture's, each where it belongs
-        assert sorted(w for w in words if w in COLORS) == sorted(told)
+        expected_colors = [what.color] * (thing in caption) + [what.ground] * (ground in caption)
+        # only the colours of the image, each in its role
+        assert sorted(w for w in words if w in COLORS) == sorted(expected_colors)
         openings["color"], openings["ground"] = (
             openings["color"] + (thing in caption),
             openings["ground"] + (ground in caption),
@@ -154,19 +155,19 @@ def test_captions_tell_the_truth(source):
     } == set(COLORS)
 
 
-def test_the_picture_has_the_colors_of_the_caption(source, pictures):
+def test_the_image_has_the_colors_of_the_caption(source, rendered):
     names, table = list(COLORS), np.array(list(COLORS.values()), float)
     for i in range(100):
-        inside = pictures[i][source.silhouette(i) == 255]
+        inside = rendered[i][source.silhouette(i) == 255]
         assert (inside == inside[0]).all()  # nothing lies over the shape
         assert names[np.abs(table - inside[0]).sum(1).argmin()] == source.what(i).color
         assert np.abs(inside[0] - np.array(COLORS[source.what(i).color])).max() <= 10
 
 
-def test_the_shape_is_seen(source, pictures):
+def test_the_shape_is_visible(source, rendered):
     shares = []
     for i in range(MANY):
-        mask, gray = source.silhouette(i), luminance(pictures[i])
+        mask, gray = source.silhouette(i), luminance(rendered[i])
         background = gray[mask == 0]
         # in every pixel; jitter takes 2 x 10 at most
         assert np.abs(background - gray[mask == 255].mean()).min() >= shapes.CONTRAST - 21
@@ -193,13 +194,13 @@ def test_the_diameter_is_what_the_plan_says(source):
         assert 0.75 < widest / source.what(i).size < 1.03
 
 
-def test_pictures_differ(pictures):
-    assert len({picture.tobytes() for picture in pictures}) == MANY
+def test_images_differ(rendered):
+    assert len({picture.tobytes() for picture in rendered}) == MANY
 
 
-def test_raw_pixels_do_not_tell_the_class(source, pictures):
+def test_raw_pixels_do_not_predict_the_class(source, rendered):
     small = (
-        np.stack([np.asarray(Image.fromarray(p).resize((48, 48))) for p in pictures])
+        np.stack([np.asarray(Image.fromarray(p).resize((48, 48))) for p in rendered])
         .reshape(MANY, -1)
         .astype(float)
     )

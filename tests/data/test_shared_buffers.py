@@ -1,4 +1,4 @@
-"""Blocks of memory that worker processes, or threads, fill again once nobody holds them."""
+"""Blocks of memory that worker processes, or threads, fill again once no reference is left."""
 
 import copy
 import gc
@@ -18,84 +18,82 @@ from m3i_jax.data import shared_buffers
 
 
 @pytest.fixture
-def lender():
-    made = shared_buffers.SharedBufferPool()
-    yield made
-    made.close()
+def pool():
+    shared = shared_buffers.SharedBufferPool()
+    yield shared
+    shared.close()
 
 
 def send(
-    borrower: shared_buffers.BufferWriter, value: int, shape: tuple[int, ...] = (64, 128)
+    writer: shared_buffers.BufferWriter, value: int, shape: tuple[int, ...] = (64, 128)
 ) -> shared_buffers.BufferHandle:
-    with borrower.lend(shape) as (sent, array):
+    with writer.lend(shape) as (handle, array):
         array[:] = value
-    return copy.copy(sent)
+    return copy.copy(handle)
 
 
-def test_a_block_is_filled_again_only_when_no_view_is_left(lender):
-    borrower = copy.copy(lender.borrower())
-    first = lender.take(send(borrower, 1))
+def test_a_block_is_reused_only_when_no_view_is_left(pool):
+    writer = copy.copy(pool.writer())
+    first = pool.take(send(writer, 1))
     part = first[3:5, ::2]
-    second = lender.take(send(borrower, 2))
+    second = pool.take(send(writer, 2))
     assert not np.shares_memory(first, second)
     del first
     gc.collect()
-    third = lender.take(send(borrower, 3))  # the part is still held
+    third = pool.take(send(writer, 3))  # `part` still refers to the first block
     assert (part == 1).all() and (second == 2).all() and (third == 3).all()
-    place = part.__array_interface__["data"][0] - 3 * 128
+    freed = address(part) - 3 * 128
     del part
     gc.collect()
-    fourth = lender.take(send(borrower, 4))
-    assert (
-        fourth.__array_interface__["data"][0] == place
-        and (fourth == 4).all()
-        and (third == 3).all()
-    )
+    fourth = pool.take(send(writer, 4))
+    assert address(fourth) == freed and (fourth == 4).all() and (third == 3).all()
 
 
-def test_what_the_device_reads_is_not_filled_again(lender):
+def test_arrays_on_the_device_are_not_overwritten(pool):
     """On CPU `jax.device_put` may take the memory itself."""
-    borrower, kept = lender.borrower(), []
+    writer, held = pool.writer(), []
     for value in range(8):
-        kept.append(jax.device_put(lender.take(send(borrower, value))))
-    assert [set(np.asarray(array).ravel().tolist()) for array in kept] == [
+        held.append(jax.device_put(pool.take(send(writer, value))))
+    assert [set(np.asarray(array).ravel().tolist()) for array in held] == [
         {value} for value in range(8)
     ]
 
 
-def test_a_loop_needs_few_blocks(lender):
-    borrower, held = lender.borrower(), None
+def test_a_loop_needs_few_blocks(pool):
+    writer, held = pool.writer(), None
     for value in range(20):
-        held = lender.take(send(borrower, value))
+        held = pool.take(send(writer, value))
         assert (held == value).all()
-    assert len(os.listdir(lender.place)) == 1 + 2  # its lock; one is held while the next is filled
+    assert (
+        len(os.listdir(pool.directory)) == 1 + 2
+    )  # the lock; one block is held while the next is filled
 
 
-def test_other_shapes_and_failures(lender):
-    borrower = lender.borrower()
-    small, large = (lender.take(send(borrower, 5, shape)) for shape in ((2, 2), (300, 300)))
-    with pytest.raises(RuntimeError, match="no picture"), borrower.lend((7, 7)) as (_, array):
+def test_other_shapes_and_failures(pool):
+    writer = pool.writer()
+    small, large = (pool.take(send(writer, 5, shape)) for shape in ((2, 2), (300, 300)))
+    with pytest.raises(RuntimeError, match="no image"), writer.lend((7, 7)) as (_, array):
         array[:] = 9
-        raise RuntimeError("no picture")
-    before = len(os.listdir(lender.place))
-    assert (lender.take(send(borrower, 6, (7, 7))) == 6).all() and len(
-        os.listdir(lender.place)
+        raise RuntimeError("no image")
+    before = len(os.listdir(pool.directory))
+    assert (pool.take(send(writer, 6, (7, 7))) == 6).all() and len(
+        os.listdir(pool.directory)
     ) == before
     assert (small == 5).all() and (large == 5).all()
 
 
-def test_nothing_is_left_and_nothing_is_pulled_away(lender):
-    array = lender.take(send(lender.borrower(), 8))
-    assert os.stat(lender.place).st_mode & 0o777 == 0o700
-    lender.close()
-    assert not os.path.exists(lender.place) and (array == 8).all()
-    lender.close()  # twice does no harm
+def test_close_removes_the_directory_and_keeps_arrays(pool):
+    array = pool.take(send(pool.writer(), 8))
+    assert os.stat(pool.directory).st_mode & 0o777 == 0o700
+    pool.close()
+    assert not os.path.exists(pool.directory) and (array == 8).all()
+    pool.close()  # a second call has no effect
 
 
-def test_the_next_run_sweeps_after_one_that_was_killed():
+def test_the_next_run_removes_the_directory_of_a_killed_one():
     code = (
-        "import os, signal\nfrom m3i_jax.data import loans\nlender ="
-        " shared_buffers.SharedBufferPool()\nprint(lender.place, flush=True)\n"
+        "import os, signal\nfrom m3i_jax.data import shared_buffers\npool ="
+        " shared_buffers.SharedBufferPool()\nprint(pool.directory, flush=True)\n"
     )
     killed = subprocess.run(
         [sys.executable, "-c", code + "os.kill(os.getpid(), signal.SIGKILL)"],
@@ -104,10 +102,12 @@ def test_the_next_run_sweeps_after_one_that_was_killed():
     )
     left = killed.stdout.strip()
     assert os.path.isdir(left)
-    with_lock = shared_buffers.SharedBufferPool()  # alive: not swept by the next
+    with_lock = shared_buffers.SharedBufferPool()  # alive, so the next one does not remove it
     other = shared_buffers.SharedBufferPool()
     assert (
-        not os.path.exists(left) and os.path.isdir(with_lock.place) and os.path.isdir(other.place)
+        not os.path.exists(left)
+        and os.path.isdir(with_lock.directory)
+        and os.path.isdir(other.directory)
     )
     other.close()
     with_lock.close()
@@ -115,66 +115,70 @@ def test_the_next_run_sweeps_after_one_that_was_killed():
     assert not os.path.exists(ended.stdout.strip())
 
 
-def made(
-    own: shared_buffers.ThreadBufferPool, value: int, shape: tuple[int, ...] = (64, 128)
+def fill(
+    pool: shared_buffers.ThreadBufferPool, value: int, shape: tuple[int, ...] = (64, 128)
 ) -> np.ndarray:
-    with own.lend(shape) as (sent, array):
+    with pool.lend(shape) as (handle, array):
         array[:] = value
-    return sent
+    return handle
 
 
-def place(array: np.ndarray) -> int:
+def address(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
 
 
-def test_threads_fill_again_only_what_nobody_holds():
-    own = shared_buffers.ThreadBufferPool()
-    first, second = made(own, 1), made(own, 2)
-    at, part = place(first), first[3:5, ::2]
+def test_threads_reuse_only_unreferenced_blocks():
+    pool = shared_buffers.ThreadBufferPool()
+    first, second = fill(pool, 1), fill(pool, 2)
+    reused, part = address(first), first[3:5, ::2]
     del first
-    third = made(own, 3)
-    assert place(third) not in (at, place(second)) and (part == 1).all() and (second == 2).all()
+    third = fill(pool, 3)
+    assert (
+        address(third) not in (reused, address(second))
+        and (part == 1).all()
+        and (second == 2).all()
+    )
     del part
-    assert place(made(own, 4)) == at and (third == 3).all()
-    assert place(made(own, 5, (128, 64))) == at and place(made(own, 6, (2, 2))) != at
-    with pytest.raises(RuntimeError, match="no picture"), own.lend((7, 7)) as (sent, array):
-        raise RuntimeError("no picture")
-    before = place(array)
-    del sent, array
-    gc.collect()  # a traceback holds what was lent
-    assert place(made(own, 7, (7, 7))) == before
+    assert address(fill(pool, 4)) == reused and (third == 3).all()
+    assert address(fill(pool, 5, (128, 64))) == reused and address(fill(pool, 6, (2, 2))) != reused
+    with pytest.raises(RuntimeError, match="no image"), pool.lend((7, 7)) as (handle, array):
+        raise RuntimeError("no image")
+    before = address(array)
+    del handle, array
+    gc.collect()  # the traceback refers to the array
+    assert address(fill(pool, 7, (7, 7))) == before
 
 
-def test_what_the_device_reads_is_not_filled_again_by_threads():
-    own = shared_buffers.ThreadBufferPool()
-    kept = [jax.device_put(made(own, value)) for value in range(8)]
-    assert [set(np.asarray(array).ravel().tolist()) for array in kept] == [
+def test_arrays_on_the_device_are_not_overwritten_by_threads():
+    pool = shared_buffers.ThreadBufferPool()
+    held = [jax.device_put(fill(pool, value)) for value in range(8)]
+    assert [set(np.asarray(array).ravel().tolist()) for array in held] == [
         {value} for value in range(8)
     ]
 
 
 def test_threads_never_get_the_same_block():
-    own = shared_buffers.ThreadBufferPool()
+    pool = shared_buffers.ThreadBufferPool()
 
     def work(value: int) -> tuple[bool, int]:
-        whole, at = True, set()
+        intact, addresses = True, set()
         for _ in range(200):
-            array = made(own, value)
-            whole &= bool((array == value).all())
-            at.add(place(array))
-        return whole, len(at)
+            array = fill(pool, value)
+            intact &= bool((array == value).all())
+            addresses.add(address(array))
+        return intact, len(addresses)
 
-    with futures.ThreadPoolExecutor(4) as pool:
-        done = list(pool.map(work, range(4)))
-    assert all(whole for whole, _ in done) and max(places for _, places in done) <= 8
+    with futures.ThreadPoolExecutor(4) as executor:
+        done = list(executor.map(work, range(4)))
+    assert all(intact for intact, _ in done) and max(count for _, count in done) <= 8
 
 
 KILLED = """
 import multiprocessing, os, signal
-from m3i_jax.data import loans
-lender = shared_buffers.SharedBufferPool()
-kept = [multiprocessing.get_context("spawn").Event() for _ in range(3)]
-print(lender.place, flush=True)
+from m3i_jax.data import shared_buffers
+pool = shared_buffers.SharedBufferPool()
+held = [multiprocessing.get_context("spawn").Event() for _ in range(3)]
+print(pool.directory, flush=True)
 os.killpg(0, signal.SIGKILL)
 """
 
@@ -182,8 +186,8 @@ os.killpg(0, signal.SIGKILL)
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="semaphores are no files here")
 @pytest.mark.row("A14")
 def test_a_run_that_is_killed_with_its_group_leaves_no_semaphores_for_long():
-    """Python's own janitor dies with the group; the next run removes what is left, and nothing of a
-    run that goes on."""
+    """Python's pool janitor dies with the group; the next run removes what is left, and nothing of
+    a run that goes on."""
     done = subprocess.run(
         [sys.executable, "-c", KILLED],
         stdout=subprocess.PIPE,
@@ -191,19 +195,19 @@ def test_a_run_that_is_killed_with_its_group_leaves_no_semaphores_for_long():
         start_new_session=True,
         check=False,
     )
-    place = pathlib.Path(done.stdout.strip())
+    directory = pathlib.Path(done.stdout.strip())
 
     def left():
-        return list(place.parent.glob(f"sem.{place.name}-*"))
+        return list(directory.parent.glob(f"sem.{directory.name}-*"))
 
-    assert done.returncode == -signal.SIGKILL and place.is_dir() and len(left()) >= 3
+    assert done.returncode == -signal.SIGKILL and directory.is_dir() and len(left()) >= 3
     alive = shared_buffers.SharedBufferPool()
     event = multiprocessing.get_context("spawn").Event()
-    names = set(place.parent.glob(f"sem.{pathlib.Path(alive.place).name}-*"))
-    assert not left() and not place.exists() and names
+    names = set(directory.parent.glob(f"sem.{pathlib.Path(alive.directory).name}-*"))
+    assert not left() and not directory.exists() and names
     shared_buffers.SharedBufferPool().close()
     assert (
-        names == set(place.parent.glob(f"sem.{pathlib.Path(alive.place).name}-*"))
+        names == set(directory.parent.glob(f"sem.{pathlib.Path(alive.directory).name}-*"))
         and not event.is_set()
     )
     alive.close()

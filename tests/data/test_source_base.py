@@ -1,5 +1,4 @@
-"""Folders and splits: what counts as an image, a class and a caption, and the one line that a
-mistake gets."""
+"""Image folders and splits by hash: images, classes, captions, and the error messages."""
 
 import collections
 import os
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.data import decode
+from m3i_jax.data import decode, splits
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import UserError
@@ -20,7 +19,7 @@ KINDS = "jpg, jpeg, png, webp, gif, bmp, tif, tiff"
 
 def refusal(path: str | pathlib.Path, source: str = "folder") -> str:
     with pytest.raises(UserError) as caught:
-        base.open_source(schema.Data(source=source, path=str(path)))
+        splits.open_source(schema.Data(source=source, path=str(path)))
     return str(caught.value)
 
 
@@ -35,14 +34,14 @@ def test_classes_captions_and_order(fill):
     }
     source = FolderSource(str(fill(files)))
     assert source.classes == ("ant", "zebra") and source.captions and len(source) == 4
-    got = [source[i] for i in range(len(source))]
-    assert [(r.key, r.image, r.label, r.caption) for r in got] == [
+    records = [source[i] for i in range(len(source))]
+    assert [(r.key, r.image, r.label, r.caption) for r in records] == [
         ("ant/x.png", b"x", 0, b"an ant"),
         ("loose.gif", b"l", -1, None),
         ("zebra/2.JPG", b"z2", 1, None),
         ("zebra/deep/er/1.webp", b"z1", 1, None),
     ]
-    assert [source.key(i) for i in range(4)] == [r.key for r in got]
+    assert [source.key(i) for i in range(4)] == [r.key for r in records]
     assert source.description().startswith(
         f"4 images in folder {source.path!r}, 2 classes, captions for 25%"
     )
@@ -57,12 +56,12 @@ def test_every_extension_in_any_case(fill):
     assert source.ignored["other files"] == 3
 
 
-def test_one_sub_folder_is_no_category(fill):
+def test_one_sub_folder_is_not_a_class(fill):
     assert FolderSource(str(fill({"images/a.jpg": b"", "images/b.jpg": b""}))).classes == ()
     assert FolderSource(str(fill({"images/a.jpg": b"", "texts/a.txt": b""}, "other"))).classes == ()
 
 
-def test_what_is_not_followed(fill, tmp_path):
+def test_files_that_are_ignored(fill, tmp_path):
     outside = fill({"secret.jpg": b"secret", "deep/secret.jpg": b"secret"}, "outside")
     folder = fill(
         {
@@ -109,7 +108,7 @@ def test_a_folder_that_is_a_link_itself(fill, tmp_path):
     assert FolderSource(str(tmp_path / "link"))[0].image == b"1"
 
 
-def test_names_that_are_no_utf8(tmp_path):
+def test_names_that_are_not_utf8(tmp_path):
     name = b"caf\xe9.jpg"
     with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
         file.write(b"x")
@@ -119,24 +118,24 @@ def test_names_that_are_no_utf8(tmp_path):
 
 
 def test_refusals_of_a_folder(fill, tmp_path):
-    fill({"pictures/a.jpg": b""}, "data")
+    fill({"photos/a.jpg": b""}, "data")
     assert (
         refusal("")
         == "data.path is empty, and data.source='folder' needs it: give the directory that holds"
-        " the pictures"
+        " the images"
     )
     assert (
         refusal("", "tars")
         == "data.path is empty, and data.source='tars' needs it: give the tar files, such as"
         " 'DIR/*.tar'"
     )
-    missing = tmp_path / "data/pictuers"
+    missing = tmp_path / "data/phtoos"
     assert (
-        refusal(missing) == f"data.path={str(missing)!r} does not exist: there is no 'pictuers' in"
-        f" {str(tmp_path / 'data')!r}, did you mean {str(tmp_path / 'data/pictures')!r}?; give"
+        refusal(missing) == f"data.path={str(missing)!r} does not exist: there is no 'phtoos' in"
+        f" {str(tmp_path / 'data')!r}, did you mean {str(tmp_path / 'data/photos')!r}?; give"
         " the directory that holds the images"
     )
-    deep = tmp_path / "dta/pictures/x"
+    deep = tmp_path / "dta/photos/x"
     assert (
         f"there is no 'dta' in {str(tmp_path)!r}, did you mean {str(tmp_path / 'data')!r}?"
         in refusal(deep)
@@ -160,7 +159,7 @@ def test_refusals_of_a_folder(fill, tmp_path):
     )
     linked = tmp_path / "linked"
     linked.mkdir()
-    (linked / "class").symlink_to(tmp_path / "data/pictures")
+    (linked / "class").symlink_to(tmp_path / "data/photos")
     assert (
         refusal(linked)
         == f"data.path={str(linked)!r} holds no image ({KINDS}); ignored: 1 links out of the folder"
@@ -169,19 +168,19 @@ def test_refusals_of_a_folder(fill, tmp_path):
     assert refusal(tmp_path, "folders") == f"data.source='folders' is not a source: use {kinds}"
 
 
-def test_fingerprint_is_of_the_content_not_of_the_place(fill, tmp_path):
+def test_fingerprint_depends_on_content_not_on_the_path(fill, tmp_path):
     folder = fill({"a/1.jpg": b"one", "b/2.jpg": b"two"})
     before = FolderSource(str(folder)).fingerprint()
     shutil.copytree(folder, tmp_path / "copy")
     assert FolderSource(str(tmp_path / "copy")).fingerprint() == before
-    found = {before}
+    fingerprints = {before}
     for change in ({"a/1.jpg": b"longer"}, {"a/3.jpg": b"three"}, {"b/2.txt": b"two"}):
-        found.add(FolderSource(str(fill(change))).fingerprint())
-    assert len(found) == 4 and all(len(f) == 16 for f in found)
+        fingerprints.add(FolderSource(str(fill(change))).fingerprint())
+    assert len(fingerprints) == 4 and all(len(f) == 16 for f in fingerprints)
 
 
 class Numbers:
-    """A source with nothing but what every source must have."""
+    """A source with only the required methods."""
 
     name, captions, classes = "numbers", True, ("even", "odd")
 
@@ -209,38 +208,38 @@ def test_a_source_is_known_by_its_methods():
 
 
 def test_split_is_a_stable_partition():
-    whole = Numbers(20_000)
-    train, held = (base.split_by_hash(whole, 0.1, part) for part in ("train", "held_out"))
+    full = Numbers(20_000)
+    train, held = (base.split_by_hash(full, 0.1, part) for part in ("train", "held_out"))
     assert sorted([*train.indices, *held.indices]) == list(range(20_000))
     assert abs(len(held) / 20_000 - 0.1) < 0.01
-    assert train[7] == whole[int(train.indices[7])] and train.__getitems__([3, 1]) == [
+    assert train[7] == full[int(train.indices[7])] and train.__getitems__([3, 1]) == [
         train[3],
         train[1],
     ]
-    assert train.classes == whole.classes and train.captions
+    assert train.classes == full.classes and train.captions
     assert train.description() == f"{len(train):,} of 20000 numbers (train)"
-    # More records move none of those before; a larger share only adds.
+    # More records move none of the old ones; a larger share only adds records.
     assert set(held.indices) == {
         i for i in base.split_by_hash(Numbers(30_000), 0.1, "held_out").indices if i < 20_000
     }
-    assert set(held.indices) < set(base.split_by_hash(whole, 0.2, "held_out").indices)
+    assert set(held.indices) < set(base.split_by_hash(full, 0.2, "held_out").indices)
     assert (
         len(
             {
                 train.fingerprint(),
                 held.fingerprint(),
-                whole.fingerprint(),
-                base.split_by_hash(whole, 0.2, "train").fingerprint(),
+                full.fingerprint(),
+                base.split_by_hash(full, 0.2, "train").fingerprint(),
             }
         )
         == 4
     )
     assert (
-        len(base.split_by_hash(whole, 0.0, "train")) == 20_000
-        and len(base.split_by_hash(whole, 0.0, "held_out")) == 0
+        len(base.split_by_hash(full, 0.0, "train")) == 20_000
+        and len(base.split_by_hash(full, 0.0, "held_out")) == 0
     )
     with pytest.raises(ValueError, match="'test'"):
-        base.split_by_hash(whole, 0.1, "test")
+        base.split_by_hash(full, 0.1, "test")
 
 
 def test_captions_of_a_source():

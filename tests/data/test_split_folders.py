@@ -1,4 +1,4 @@
-"""train/, val/ and test/ are splits, not categories; where they may be either, the user decides."""
+"""train/, val/ and test/ are splits and not classes; if they may be both, the user decides."""
 
 import os
 
@@ -6,7 +6,8 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.data import splits
-from m3i_jax.data.sources import base, split_folders
+from m3i_jax.data.sources.base import DataSource
+from m3i_jax.data.sources.folder import find_split_folders
 from m3i_jax.errors import UserError
 
 
@@ -14,7 +15,7 @@ def images(*folders: str, count: int = 3) -> dict[str, bytes]:
     return {f"{folder}/{i}.jpg": b"x" for folder in folders for i in range(count)}
 
 
-def opened(path, **settings) -> tuple[base.DataSource, base.DataSource]:
+def opened(path, **settings) -> tuple[DataSource, DataSource]:
     return splits.open_splits(schema.Data(source="folder", path=str(path), **settings))
 
 
@@ -34,14 +35,14 @@ def keys(source) -> list[str]:
 )
 def test_splits_are_recognised_by_name(fill, train, held_out):
     path = fill(images(f"{train}/cat", f"{train}/dog", f"{held_out}/dog", f"{held_out}/eel"))
-    found, held = opened(path)
-    assert found.classes == held.classes == ("cat", "dog") and keys(found) == keys(
+    train_part, held = opened(path)
+    assert train_part.classes == held.classes == ("cat", "dog") and keys(train_part) == keys(
         opened(path / train, holdout=0.0)[0]
     )
     assert [(r.key.split("/")[0], r.label) for r in (held[i] for i in range(len(held)))] == [
         ("dog", 1)
     ] * 3 + [("eel", -1)] * 3
-    assert found.description().endswith(
+    assert train_part.description().endswith(
         f"splits by the names of sub-folders: {train}/ is trained on, {held_out}/ is held out"
     )
 
@@ -93,21 +94,33 @@ BESIDE = "beside other folders with images "
 @pytest.mark.parametrize(
     ("folders", "why"),
     [
-        (("train/a", "test/a", "extra"), BESIDE + r"\(extra/\): set data.split=train and data.holdout_split=test, or"),
-        (("cat", "dog", "test"), BESIDE + r"\(cat/, dog/\): move test/ elsewhere, or set data.split=\. to"),
+        (
+            ("train/a", "test/a", "extra"),
+            BESIDE + r"\(extra/\): set data.split=train and data.holdout_split=test, or",
+        ),
+        (
+            ("cat", "dog", "test"),
+            BESIDE + r"\(cat/, dog/\): move test/ elsewhere, or set data.split=\. to",
+        ),
         (("bus", "train/a", "train/b"), BESIDE + r"\(bus/\): set data.split=train, or"),
         (("train/a", "training/a"), "two folders for one split: set data.split=train$"),
-        (("train/a", "val/a", "valid/a"), "for one split: set data.split=train and data.holdout_split=val$"),
+        (
+            ("train/a", "val/a", "valid/a"),
+            "for one split: set data.split=train and data.holdout_split=val$",
+        ),
         (("test/a", "val/a"), "test/, val/ and no train/: set data.split=test to train on test/"),
-        (("web/train/a", "web/val/a"), "web/ holds the splits train/, val/, .*: set data.path='.*/web'"),
+        (
+            ("web/train/a", "web/val/a"),
+            "web/ holds the splits train/, val/, .*: set data.path='.*/web'",
+        ),
         (("cup/train/a", "cup/test/b", "hat/train/a"), "its sub-folder cup/ holds the splits"),
     ],
 )  # fmt: skip
 def test_ambiguous_folders_are_refused(fill, folders, why):
     path = fill(images(*folders))
-    for opens in (splits.open_splits, base.open_source):
+    for open_data in (splits.open_splits, splits.open_source):
         with pytest.raises(UserError, match=why) as caught:
-            opens(schema.Data(source="folder", path=str(path)))
+            open_data(schema.Data(source="folder", path=str(path)))
         assert "\n" not in str(caught.value)
     everything, _ = opened(path, split=".", holdout=0.0)  # what the refusal offers
     assert len(everything) == 3 * len(folders)
@@ -123,8 +136,8 @@ def test_one_source_of_everything_wants_one_split(fill):
             r" sub-folder"
         ),
     ):
-        base.open_source(schema.Data(source="folder", path=str(path)))
-    assert base.open_source(schema.Data(source="folder", path=str(path), split=".")).classes == (
+        splits.open_source(schema.Data(source="folder", path=str(path)))
+    assert splits.open_source(schema.Data(source="folder", path=str(path), split=".")).classes == (
         "test",
         "train",
     )
@@ -143,6 +156,6 @@ def test_links_out_and_hidden_folders_are_no_splits(fill, tmp_path):
     path = fill(images("cat", "dog", ".test"))
     os.symlink(outside, path / "train")
     assert (
-        split_folders.find_split_folders(str(path)) is None
-        and split_folders.find_split_folders(str(tmp_path / "missing")) is None
+        find_split_folders(str(path)) is None
+        and find_split_folders(str(tmp_path / "missing")) is None
     )

@@ -1,11 +1,9 @@
-"""What is trained on and what is held out: by hash or by name, with one numbering of the
-classes."""
+"""Training and held-out parts, by hash or by name, with the same classes."""
 
 import pytest
 
 from m3i_jax import schema
 from m3i_jax.data import splits
-from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 
 
@@ -24,17 +22,16 @@ def test_a_named_split_is_held_out(data):
         schema.Data(source="folder", path=data, split="train", holdout_split="val")
     )
     assert len(train) == 30 and train.classes == held.classes == ("ant", "bee", "cat")
-    # bee and cat have other numbers in the folder of the held-out split, and eel is unknown to the
-    # run.
+    # bee and cat have other labels in the folder of the held-out split; eel is unknown to the run
     assert [(r.key, r.label) for r in (held[i] for i in range(3))] == [
         ("bee/0.jpg", 1),
         ("cat/1.jpg", 2),
         ("eel/2.jpg", -1),
     ]
-    again, elsewhere = splits.open_splits(
+    train_again, held_again = splits.open_splits(
         schema.Data(source="folder", path=f"{data}/train", holdout_split=f"{data}/val")
     )
-    assert keys(again) == keys(train) and keys(elsewhere) == keys(held)
+    assert keys(train_again) == keys(train) and keys(held_again) == keys(held)
 
 
 def test_a_hash_holds_out_a_share(data):
@@ -65,7 +62,7 @@ def test_parts_of_a_mixture(data):
     assert (
         train.classes == held.classes
         and train.classes[:4] == ("ant", "bee", "cat", "circle")
-        and train.parts == (3, 1)
+        and train.shares == (3, 1)
     )
     assert keys(train)[:30] == [
         f"{name}/{i}.jpg" for name in ("ant", "bee", "cat") for i in range(10)
@@ -83,10 +80,10 @@ def test_parts_of_a_mixture(data):
         ),
         (
             {"source": "folder", "split": "val", "holdout_split": "val"},
-            "is also what is trained on",
+            "is also the training split",
         ),
         ({"source": "folder", "split": "trian"}, "did you mean '.*/train'"),
-        ({"source": "shapes", "size": 9, "holdout_split": "val"}, "have no splits"),
+        ({"source": "shapes", "size": 9, "holdout_split": "val"}, "has no splits"),
         ({"source": "shapes", "size": 9, "path": "", "split": "val"}, "have no split 'val'"),
     ],
 )
@@ -95,7 +92,7 @@ def test_refusals(data, settings, why):
         splits.open_splits(schema.Data(**{"path": data} | settings))
 
 
-@pytest.mark.parametrize("opens", [splits.open_splits, base.open_source])
+@pytest.mark.parametrize("open_data", [splits.open_splits, splits.open_source])
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
@@ -105,9 +102,9 @@ def test_refusals(data, settings, why):
         ({"source": "folder", "split": "trian"}, "did you mean '.*/train'"),
     ],
 )
-def test_refusals_of_both_ways_to_open(data, opens, settings, why):
+def test_refusals_of_both_functions(data, open_data, settings, why):
     with pytest.raises(UserError, match=why):
-        opens(schema.Data(**{"path": data} | settings))
+        open_data(schema.Data(**{"path": data} | settings))
 
 
 @pytest.mark.parametrize(
@@ -123,11 +120,11 @@ def test_refusals_of_both_ways_to_open(data, opens, settings, why):
         ),
     ],
 )
-def test_one_source_leaves_no_named_split_out(data, settings, why):
-    """What `--mode=convert` opens."""
+def test_open_source_refuses_a_named_held_out_split(data, settings, why):
+    """`--mode=convert` opens its source this way."""
     with pytest.raises(UserError, match=why):
-        base.open_source(schema.Data(**{"path": data} | settings))
-    whole = base.open_source(
+        splits.open_source(schema.Data(**{"path": data} | settings))
+    full = splits.open_source(
         schema.Data(source="mixture", mixture=(f"folder:{data}@train", f"folder:{data}@val"))
     )
-    assert len(whole) == 33 and whole.classes == ("ant", "bee", "cat", "eel")
+    assert len(full) == 33 and full.classes == ("ant", "bee", "cat", "eel")

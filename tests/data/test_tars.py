@@ -1,5 +1,5 @@
-"""Tar files read in place: members are found as Python's tarfile finds them, nothing leads outside,
-and damage costs only what it hits."""
+"""Tar files read in place: the members are those of Python's tarfile, no path leads outside, and
+damage affects only its own member."""
 
 import collections
 import io
@@ -15,22 +15,23 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
+from m3i_jax.data import splits
 from m3i_jax.data.sources import base, tar_headers, tars
 from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.errors import UserError
 
 
-def everything(source: TarSource) -> list[tuple]:
+def all_records(source: TarSource) -> list[tuple]:
     return [(r.key, r.image, r.label, r.caption) for r in (source[i] for i in range(len(source)))]
 
 
-def walk(content: bytes) -> tuple[list[tuple[str, bytes]], dict[str, int]]:
+def parse(content: bytes) -> tuple[list[tuple[str, bytes]], dict[str, int]]:
     problems: collections.Counter[str] = collections.Counter()
-    found = [
-        (name, content[at : at + size])
-        for name, at, size in tar_headers.tar_members(io.BytesIO(content), problems)
+    members = [
+        (name, content[start : start + size])
+        for name, start, size in tar_headers.tar_members(io.BytesIO(content), problems)
     ]
-    return found, {kind: n for kind, n in problems.items() if n}
+    return members, {kind: n for kind, n in problems.items() if n}
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -41,11 +42,11 @@ def test_members_are_those_of_tarfile(make, kind):
         names += [long * 3 + "g.jpg", "ünï.jpg", "日本" * 60 + ".jpg"]
     members = [(name, bytes([i]) * (i * 511)) for i, name in enumerate(names)]
     content = make.tar_bytes(members, kind)
-    found, problems = walk(content)
+    parsed, problems = parse(content)
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         expected = [(m.name.removeprefix("./"), tar.extractfile(m).read()) for m in tar]
     assert (
-        found == expected == [(name.removeprefix("./"), c) for name, c in members] and not problems
+        parsed == expected == [(name.removeprefix("./"), c) for name, c in members] and not problems
     )
 
 
@@ -54,7 +55,7 @@ def test_sizes_in_base_256_and_in_pax_headers(make):
     content[124:136] = b"\x80" + (3).to_bytes(11, "big")
     content[148:156] = b" " * 8
     content[148:156] = b"%06o\0 " % sum(content[:512])
-    assert walk(bytes(content))[0] == [("a.jpg", b"abc"), ("b.jpg", b"de")]
+    assert parse(bytes(content))[0] == [("a.jpg", b"abc"), ("b.jpg", b"de")]
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
         member = tarfile.TarInfo("a.jpg")
@@ -68,7 +69,7 @@ def test_sizes_in_base_256_and_in_pax_headers(make):
             },
         )
         tar.addfile(member, io.BytesIO(b"abc"))
-    assert walk(buffer.getvalue())[0] == [("b.jpg", b"abc")]
+    assert parse(buffer.getvalue())[0] == [("b.jpg", b"abc")]
 
 
 def test_nothing_leads_outside(tmp_path, make):
@@ -110,7 +111,7 @@ def test_nothing_leads_outside(tmp_path, make):
             tar.addfile(tarfile.TarInfo(name))
     (tmp_path / "0.tar").write_bytes(buffer.getvalue())
     source = TarSource(str(tmp_path / "*.tar"))
-    assert everything(source) == [("good", b"good", -1, None)]
+    assert all_records(source) == [("good", b"good", -1, None)]
     assert {kind: n for kind, n in source.ignored.items() if n} == {
         "names that lead outside": 250,
         "links": 2,
@@ -126,7 +127,7 @@ def test_grouping_captions_and_labels(tmp_path, make):
         return json.dumps(values).encode()
 
     members = [
-        # before its image, and weaker than the text
+        # before its image; the text has priority
         ("1.json", meta(caption="from json", label=3)),
         ("1.jpg", b"one"),
         ("1.txt", b"from text"),
@@ -144,7 +145,7 @@ def test_grouping_captions_and_labels(tmp_path, make):
         ("6.cls", b"5\n"),
         ("7.jpg", b"seven"),
         ("7.json", b"[" * 100_000),
-        ("8.txt", b"no picture"),
+        ("8.txt", b"not an image"),
         ("9.json", b" " * (tars.JSON_LIMIT + 1)),
         ("a.b.jpg", b"dots"),
         ("a.b.txt", b"in the name"),
@@ -153,8 +154,8 @@ def test_grouping_captions_and_labels(tmp_path, make):
         ("10.json", meta(label=10**12)),
     ]
     (tmp_path / "0.tar").write_bytes(make.tar_bytes(members))
-    source = TarSource(str(tmp_path))  # a directory stands for its tar files
-    assert everything(source) == [
+    source = TarSource(str(tmp_path))  # a directory means its tar files
+    assert all_records(source) == [
         ("1", b"one", 3, b"from text"),
         ("2", b"two", -1, "only json"),
         ("3", b"three", -1, None),
@@ -168,7 +169,7 @@ def test_grouping_captions_and_labels(tmp_path, make):
     assert source.classes == ("0", "1", "2", "3", "4", "5") and source.captions
     assert {kind: n for kind, n in source.ignored.items() if n} == {
         "labels that are no category": 4,
-        "pictures with the key of an earlier one": 1,
+        "images with the key of an earlier one": 1,
         "captions or labels without an image": 1,
         "JSON over 1 MiB": 1,
     }
@@ -181,12 +182,12 @@ def test_files_in_the_order_of_their_names(tmp_path, make):
         (tmp_path / f"{name}.tar").write_bytes(make.tar_bytes([("1.jpg", name.encode())]))
     (tmp_path / "a_stats.json").write_bytes(b"{}")  # img2dataset writes such files beside the tars
     source = TarSource(str(tmp_path / "*"))
-    assert [r[1] for r in everything(source)] == [b"a", b"b", b"c"]
-    # The same key is the same image to a split, whichever file it stands in.
+    assert [r[1] for r in all_records(source)] == [b"a", b"b", b"c"]
+    # Equal keys of two files are in the same part of a split.
     assert {len(base.split_by_hash(source, 0.5, part)) for part in ("train", "held_out")} == {0, 3}
 
 
-def test_truncation_keeps_what_is_whole(make):
+def test_truncation_keeps_complete_members(make):
     members = [(f"{i}.jpg", bytes([i]) * (300 + 200 * i)) for i in range(8)]
     content = make.tar_bytes(members)
     ends = [
@@ -194,8 +195,8 @@ def test_truncation_keeps_what_is_whole(make):
         for _, at, size in tar_headers.tar_members(io.BytesIO(content), collections.Counter())
     ]
     for length in range(0, len(content), 77):
-        found, problems = walk(content[:length])
-        assert found == members[: sum(end <= length for end in ends)]
+        parsed, problems = parse(content[:length])
+        assert parsed == members[: sum(end <= length for end in ends)]
         on_block_edge = (
             length in {-(-end // 512) * 512 for end in [0, *ends]}
             or length >= -(-ends[-1] // 512) * 512 + 512
@@ -205,14 +206,14 @@ def test_truncation_keeps_what_is_whole(make):
         )
 
 
-def test_a_damaged_header_costs_its_member_only(make):
+def test_a_damaged_header_affects_only_its_member(make):
     members = [(f"{i}.jpg", bytes([65 + i]) * 700) for i in range(5)]
     content = make.tar_bytes(members)
     for at in (0, 3, 130, 150, 511):  # within the header of the third member
         damaged = bytearray(content)
         damaged[2 * 1536 + at] ^= 0x41
-        found, problems = walk(bytes(damaged))
-        assert found == members[:2] + members[3:] and problems == {tar_headers.BROKEN: 1}
+        parsed, problems = parse(bytes(damaged))
+        assert parsed == members[:2] + members[3:] and problems == {tar_headers.BROKEN: 1}
 
 
 def test_random_damage_never_raises(make):
@@ -224,30 +225,32 @@ def test_random_damage_never_raises(make):
         damaged = bytearray(content)
         for _ in range(rng.integers(1, 30)):
             damaged[rng.integers(len(damaged))] = rng.integers(256)
-        found, _ = walk(bytes(damaged))
-        assert len(found) <= 7
+        parsed, _ = parse(bytes(damaged))
+        assert len(parsed) <= 7
 
 
-def test_a_negative_size_does_not_turn_the_walk_back(make):
+def test_a_negative_size_is_a_damaged_header(make):
     content = bytearray(make.tar_bytes([("a.jpg", b"a" * 2000), ("b.jpg", b"b")]))
     at = 512 + 2048
     for size in (b"-0000004000\0", b"\xff" * 12):
         content[at + 124 : at + 136] = size
         content[at + 148 : at + 156] = b" " * 8
         content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
-        assert walk(bytes(content)) == ([("a.jpg", b"a" * 2000)], {tar_headers.BROKEN: 1})
+        assert parse(bytes(content)) == ([("a.jpg", b"a" * 2000)], {tar_headers.BROKEN: 1})
 
 
-def test_damage_is_told_with_the_name_of_the_file(tmp_path, make, caplog):
+def test_damage_is_logged_with_the_name_of_the_file(tmp_path, make, caplog):
     content = make.tar_bytes([("1.jpg", b"x" * 600), ("2.jpg", b"y" * 600)])
     (tmp_path / "0.tar").write_bytes(content[:2600])
     with caplog.at_level(logging.WARNING):
         source = TarSource(str(tmp_path))
     assert len(source) == 1 and "1 truncated ends" in source.description()
-    assert f"{str(tmp_path / '0.tar')!r}: 1 truncated ends; what is valid is used" in caplog.text
+    assert (
+        f"{str(tmp_path / '0.tar')!r}: 1 truncated ends; the valid members are used" in caplog.text
+    )
 
 
-def test_the_index_is_kept_and_renewed(tmp_path, make, monkeypatch):
+def test_the_index_is_cached_and_rebuilt(tmp_path, make, monkeypatch):
     data, cache = tmp_path / "data", str(tmp_path / "cache")
     data.mkdir()
     (data / "0.tar").write_bytes(
@@ -258,30 +261,35 @@ def test_the_index_is_kept_and_renewed(tmp_path, make, monkeypatch):
     monkeypatch.setattr(tars, "_build", lambda files: built.append(1) or real(files))
 
     def opened() -> TarSource:
-        return base.open_source(schema.Data(source="tars", path=str(data / "*.tar")), cache=cache)
+        return splits.open_source(schema.Data(source="tars", path=str(data / "*.tar")), cache=cache)
 
     first = opened()
-    assert everything(opened()) == everything(first) and len(built) == 1
+    assert all_records(opened()) == all_records(first) and len(built) == 1
     assert opened().fingerprint() == first.fingerprint() and opened().ignored == first.ignored
-    (kept,) = pathlib.Path(cache).iterdir()
+    (cached,) = pathlib.Path(cache).iterdir()
     os.utime(data / "0.tar", ns=(1, 1))  # another time
-    assert everything(opened()) == everything(first) and len(built) == 2
+    assert all_records(opened()) == all_records(first) and len(built) == 2
     (data / "0.tar").write_bytes(make.tar_bytes([("1.jpg", b"changed")]))  # another size or content
-    assert everything(opened()) == [("1", b"changed", -1, None)] and len(built) == 3
-    for damage in (b"", b"PK\x03\x04 nothing", kept.read_bytes()[:200], kept.read_bytes()[:-50]):
-        kept.write_bytes(damage)
+    assert all_records(opened()) == [("1", b"changed", -1, None)] and len(built) == 3
+    for damage in (
+        b"",
+        b"PK\x03\x04 nothing",
+        cached.read_bytes()[:200],
+        cached.read_bytes()[:-50],
+    ):
+        cached.write_bytes(damage)
         before = len(built)
         assert len(opened()) == 1 and len(built) == before + 1
     assert len(opened()) == 1 and len(built) == 7
-    assert list(pathlib.Path(cache).iterdir()) == [kept]  # nothing half written is left
+    assert list(pathlib.Path(cache).iterdir()) == [cached]  # no partial file is left
 
 
-def test_no_place_for_the_index_is_no_error(tmp_path, make, caplog):
+def test_an_index_that_cannot_be_saved_is_no_error(tmp_path, make, caplog):
     (tmp_path / "0.tar").write_bytes(make.tar_bytes([("1.jpg", b"one")]))
     (tmp_path / "file").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
         assert len(TarSource(str(tmp_path), cache=str(tmp_path / "file" / "cache"))) == 1
-    assert "cannot be kept" in caplog.text
+    assert "cannot be saved" in caplog.text
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -289,7 +297,7 @@ def test_worker_processes_get_paths_not_files(tmp_path, make, cached):
     (tmp_path / "0.tar").write_bytes(make.tar_bytes([(f"{i}.jpg", b"%d" % i) for i in range(2000)]))
     source = TarSource(str(tmp_path), cache=str(tmp_path / "cache") if cached else "")
     sent = bytes(ForkingPickler.dumps(source))
-    assert everything(ForkingPickler.loads(sent)) == everything(source)
+    assert all_records(ForkingPickler.loads(sent)) == all_records(source)
     assert len(sent) < (2000 if cached else 200_000)
 
 
@@ -306,13 +314,12 @@ def test_memory_of_the_index(tmp_path, make):
     (tmp_path / "0.tar").write_bytes(make.tar_bytes(members))
     source = TarSource(str(tmp_path))
     size = sum(array.nbytes for array in source._index.values())
-    assert size / len(source) < 65  # of the 200 bytes an image that a million may cost
+    assert size / len(source) < 65  # bytes per image; 200 are acceptable
 
 
 @pytest.mark.slow
 def test_memory_while_the_index_is_made():
-    """At the highest, and in the end, from files of ten thousand images with captions. Both grow
-    with the number of images alone."""
+    """The peak and the final memory are proportional to the number of images."""
     tracemalloc.start()
     columns = tars._Columns()
     for shard in range(20):
@@ -322,13 +329,13 @@ def test_memory_while_the_index_is_made():
         )
     index = columns.arrays({})
     del columns
-    kept, highest = tracemalloc.get_traced_memory()
+    final, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(index["shard"]) == 200_000
-    assert kept / 2e5 < 65 and highest / 2e5 < 200
+    assert final / 2e5 < 65 and peak / 2e5 < 200
 
 
-def test_a_file_that_changes_under_the_run(tmp_path, make):
+def test_a_file_that_changes_during_the_run(tmp_path, make):
     path = tmp_path / "0.tar"
     path.write_bytes(make.tar_bytes([("1.jpg", b"one"), ("2.jpg", b"two")]))
     source = TarSource(str(tmp_path))

@@ -1,5 +1,5 @@
-"""The message of tf.train.Example: what we write others read, what others wrote we read, and noise
-is refused with one kind of error."""
+"""tf.train.Example messages: compatible with other implementations in both directions; noise raises
+ValueError."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_golden_bytes():
 
 
 @pytest.mark.parametrize("size", [0, 1, 127, 128, 20_000, 3_000_000])
-def test_there_and_back(size):
+def test_round_trip(size):
     content = np.random.default_rng(size).bytes(size)
     features = {"image": content, "ümlaut": b"x", "one": 1, "big": 2**62, "negative": -5}
     assert tf_example.decode_example(tf_example.encode_example(features)) == {
@@ -28,7 +28,7 @@ def test_there_and_back(size):
     }
 
 
-def test_what_others_write():
+def test_messages_of_other_programs():
     # Several values, an int64 list that is not packed, a float list, an unknown field, a feature
     # without a kind.
     def field(number: int, content: bytes, wire: int = 2) -> bytes:
@@ -57,13 +57,13 @@ def test_what_others_write():
 
 
 def test_noise_is_a_value_error():
-    rng, whole, refused = (
+    rng, message, refused = (
         np.random.default_rng(0),
         tf_example.encode_example({"image": b"content", "label": 300}),
         0,
     )
     for _ in range(3000):
-        raw = bytearray(whole[: rng.integers(len(whole) + 1)])
+        raw = bytearray(message[: rng.integers(len(message) + 1)])
         for _ in range(rng.integers(3)):
             if raw:
                 raw[rng.integers(len(raw))] = rng.integers(256)

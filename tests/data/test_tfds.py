@@ -1,5 +1,5 @@
-"""Data sets of tensorflow-datasets, prepared here by hand: read by position, original bytes, and
-never a TensorFlow in sight."""
+"""Data sets of tensorflow-datasets, prepared here by hand: random access, original bytes, and no
+import of TensorFlow."""
 
 import json
 import os
@@ -27,13 +27,13 @@ def prepare(
     kind: str = "array_record",
     picture: bool = True,
 ) -> pathlib.Path:
-    """What `tfds build tiny --file_format=array_record` leaves behind."""
-    place = root / "tiny" / "1.0.0"
-    place.mkdir(parents=True)
+    """Writes the files of `tfds build tiny --file_format=array_record`."""
+    directory = root / "tiny" / "1.0.0"
+    directory.mkdir(parents=True)
     infos = []
     for split, content in splits.items():
         writer = array_record.ArrayRecordWriter(
-            str(place / f"tiny-{split}.{kind}-00000-of-00001"), "group_size:1"
+            str(directory / f"tiny-{split}.{kind}-00000-of-00001"), "group_size:1"
         )
         for i, image in enumerate(content):
             writer.write(
@@ -51,7 +51,7 @@ def prepare(
                 "filepathTemplate": pattern,
             }
         )
-    about = {
+    metadata = {
         "name": "tiny",
         "version": "1.0.0",
         "fileFormat": kind,
@@ -73,8 +73,8 @@ def prepare(
     }
     if picture:
         features["image"] = {"pythonClassName": FEATURES + "image_feature.Image", "image": shape}
-    (place / "dataset_info.json").write_text(json.dumps(about))
-    (place / "features.json").write_text(
+    (directory / "dataset_info.json").write_text(json.dumps(metadata))
+    (directory / "features.json").write_text(
         json.dumps(
             {
                 "pythonClassName": FEATURES + "features_dict.FeaturesDict",
@@ -82,8 +82,8 @@ def prepare(
             }
         )
     )
-    (place / "label.labels.txt").write_text("ant\nbee\ncat\n")
-    return place
+    (directory / "label.labels.txt").write_text("ant\nbee\ncat\n")
+    return directory
 
 
 @pytest.fixture
@@ -92,13 +92,13 @@ def files(make) -> list[bytes]:
 
 
 def test_records(files, tmp_path):
-    place = prepare(tmp_path, {"train": files, "test": files[:2]})
+    version_dir = prepare(tmp_path, {"train": files, "test": files[:2]})
     for name, directory in (
         ("tiny", str(tmp_path)),
         ("tiny:1.0.0", str(tmp_path)),
-        (str(place), ""),
+        (str(version_dir), ""),
     ):
-        source = base.open_source(schema.Data(source="tfds", path=name, directory=directory))
+        source = splits.open_source(schema.Data(source="tfds", path=name, directory=directory))
         assert (
             isinstance(source, base.DataSource)
             and len(source) == 5
@@ -163,20 +163,20 @@ def test_refusals(files, tmp_path):
 
 
 def test_no_tensorflow(files, tmp_path):
-    """Not even where it is installed: an import would take seconds, memory, and on some machines
-    the GPU."""
+    """Not even if it is installed: its import takes seconds, memory, and on some machines the
+    GPU."""
     prepare(tmp_path, {"train": files})
     (tmp_path / "tensorflow").mkdir()
     (tmp_path / "tensorflow" / "__init__.py").write_text(
         "raise AssertionError('TensorFlow was imported')"
     )
     code = (
-        "import sys\nfrom m3i_jax import schema\nfrom m3i_jax.data import sources\nsource ="
-        " sources.open_source(schema.Data(source='tfds', path='tiny',"
+        "import sys\nfrom m3i_jax import schema\nfrom m3i_jax.data import splits\nsource ="
+        " splits.open_source(schema.Data(source='tfds', path='tiny',"
         f" directory={str(tmp_path)!r}))\nprint(len(source.__getitems__([0, 3])), 'tensorflow' in"
         " sys.modules, 'torch' in sys.modules)"
     )
-    path = os.pathsep.join([str(pathlib.Path(base.__file__).parents[2]), str(tmp_path)])
+    path = os.pathsep.join([str(pathlib.Path(base.__file__).parents[3]), str(tmp_path)])
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -1,5 +1,4 @@
-"""Captions to ids: CLIP's byte-pair encoding against a slow one written out here, and the one that
-is learnt."""
+"""CLIP's byte-pair encoding against a slow implementation, and the trained tokenizer."""
 
 import functools
 import gzip
@@ -62,23 +61,24 @@ def vocabulary(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def byte_table() -> dict[int, str]:
-    """GPT-2's table: printable bytes stand for themselves, the others for the characters from 256
-    on."""
-    kept = [
+    """GPT-2's table: printable bytes are themselves, the others the characters from 256 on."""
+    printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
         *range(ord("®"), ord("ÿ") + 1),
     ]
-    others = [b for b in range(256) if b not in kept]
+    others = [b for b in range(256) if b not in printable]
     return dict(
         zip(
-            [*kept, *others], map(chr, [*kept, *(256 + i for i in range(len(others)))]), strict=True
+            [*printable, *others],
+            map(chr, [*printable, *(256 + i for i in range(len(others)))]),
+            strict=True,
         )
     )
 
 
 def slow_ids(text: str) -> list[int]:
-    """The textbook byte-pair encoding: in every word, join the strongest pair until none is
+    """The textbook byte-pair encoding: in each word, join the first pair of the list until none is
     left."""
     table = byte_table()
     names = [
@@ -110,45 +110,47 @@ def slow_ids(text: str) -> list[int]:
 
 
 def test_clip_ids_are_those_of_the_plain_algorithm(vocabulary):
-    made = tokenizer.clip_tokenizer(vocabulary)
-    assert {text: made.ids(text) for text in CAPTIONS} == {
+    encoder = tokenizer.clip_tokenizer(vocabulary)
+    assert {text: encoder.ids(text) for text in CAPTIONS} == {
         text: slow_ids(text) for text in CAPTIONS
     }
-    assert made.vocabulary == 512 + len(merges()) + 2 and (made.start, made.end) == (
-        made.vocabulary - 2,
-        made.vocabulary - 1,
+    assert encoder.vocabulary == 512 + len(merges()) + 2 and (encoder.start, encoder.end) == (
+        encoder.vocabulary - 2,
+        encoder.vocabulary - 1,
     )
 
 
 def test_clip_golden_ids(vocabulary):
     # golden: OpenAI's tokenizer gives 0, 4, 261 for "!%&" and ends a word with 256 for "!"; neither
     # needs a merge of the file
-    made = tokenizer.clip_tokenizer(vocabulary)
-    ids, length = made.encode("!%&")
+    encoder = tokenizer.clip_tokenizer(vocabulary)
+    ids, length = encoder.encode("!%&")
     assert ids.dtype == np.int32 and ids.shape == (77,) and length == 5
-    assert ids.tolist() == [made.start, 0, 4, 261, made.end] + [0] * 72
-    assert made.ids("the !")[-1] == 256
+    assert ids.tolist() == [encoder.start, 0, 4, 261, encoder.end] + [0] * 72
+    assert encoder.ids("the !")[-1] == 256
 
 
 @pytest.mark.parametrize("length", [2, 3, 8, 77])
 def test_a_cut_caption_keeps_its_end(vocabulary, length):
-    made = tokenizer.clip_tokenizer(vocabulary, length)
-    whole = made.ids("the cat and the dog and the red dog")
-    ids, real = made.encode("the cat and the dog and the red dog")
+    encoder = tokenizer.clip_tokenizer(vocabulary, length)
+    full = encoder.ids("the cat and the dog and the red dog")
+    ids, real = encoder.encode("the cat and the dog and the red dog")
     assert (
-        real == min(len(whole) + 2, length) and ids[0] == made.start and ids[real - 1] == made.end
+        real == min(len(full) + 2, length)
+        and ids[0] == encoder.start
+        and ids[real - 1] == encoder.end
     )
-    assert ids[1 : real - 1].tolist() == whole[: length - 2] and (ids[real:] == 0).all()
+    assert ids[1 : real - 1].tolist() == full[: length - 2] and (ids[real:] == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["clip", "train"])
 def test_special_literals_never_become_special_ids(vocabulary, kind):
-    made = (
+    encoder = (
         tokenizer.clip_tokenizer(vocabulary)
         if kind == "clip"
         else tokenizer.train_tokenizer(["the cat <end>", "the cat"], 300, 77)
     )
-    plain = made.ids("the cat")
+    plain = encoder.ids("the cat")
     for literal in (
         "<|startoftext|>",
         "<|endoftext|>",
@@ -159,20 +161,20 @@ def test_special_literals_never_become_special_ids(vocabulary, kind):
         "<end>",
     ):
         for text in (f"{literal} the {literal} cat{literal}", f"the <|start{literal}oftext|> cat"):
-            ids = made.ids(text)
-            assert not {made.start, made.end} & set(ids)
+            ids = encoder.ids(text)
+            assert not {encoder.start, encoder.end} & set(ids)
             if "oftext|> cat" not in text:
                 assert ids == plain, text
-    assert "<end>" not in made.decode(made.encode("a <e<end>nd> b")[0])
+    assert "<end>" not in encoder.decode(encoder.encode("a <e<end>nd> b")[0])
 
 
 def test_an_empty_text_is_start_and_end(vocabulary):
-    for made in (
+    for encoder in (
         tokenizer.clip_tokenizer(vocabulary, 5),
         tokenizer.train_tokenizer(["cat"], 259, 5),
     ):
-        ids, length = made.encode("  ")
-        assert ids.tolist() == [made.start, made.end, 0, 0, 0] and length == 2
+        ids, length = encoder.encode("  ")
+        assert ids.tolist() == [encoder.start, encoder.end, 0, 0, 0] and length == 2
 
 
 def test_missing_or_wrong_vocabulary(tmp_path, vocabulary, monkeypatch):
@@ -204,16 +206,16 @@ def test_missing_or_wrong_vocabulary(tmp_path, vocabulary, monkeypatch):
     assert (
         refusal("")
         == "data.tokenizer='clip' needs bpe_simple_vocab_16e6.txt.gz, and no installed package"
-        " ships it: run `python -m m3i_jax.data.tokenizer FOLDER`, then set data.vocabulary to"
+        " contains it: run `python -m m3i_jax.data.tokenizer FOLDER`, then set data.vocabulary to"
         " the file"
     )
 
 
-def test_a_vocabulary_that_unpacks_to_a_thousand_times_its_size_is_not_unpacked(
+def test_a_gzip_bomb_is_not_unpacked(
     tmp_path: pathlib.Path,
 ) -> None:
-    """100 MB of one letter behind a right first line, in 100 kB: refused, at the cost of what
-    CLIP's own file unpacks to."""
+    """100 MB of one letter after a valid first line, in 100 kB: refused after the unpacked size of
+    CLIP's file."""
     (bomb := tmp_path / "bomb.gz").write_bytes(gzip.compress(b"header\na b\n" + b"a" * 100_000_000))
     code = (
         PEAK
@@ -222,7 +224,7 @@ from m3i_jax.data import tokenizer
 from m3i_jax.errors import UserError
 before = peak()
 try:
-    tokenizer.clip({str(bomb)!r})
+    tokenizer.clip_tokenizer({str(bomb)!r})
 except UserError as error:
     assert "unpacks to more than 8 MiB" in str(error), error
     print(peak() - before)
@@ -234,7 +236,7 @@ except UserError as error:
     assert bomb.stat().st_size < 200_000 and int(done.stdout) < 100_000, done.stdout  # KiB
 
 
-def test_an_installed_package_is_found_and_not_imported(tmp_path, vocabulary, monkeypatch):
+def test_an_installed_package_is_located_without_import(tmp_path, vocabulary, monkeypatch):
     package = tmp_path / "site" / "open_clip"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('needs torch')")
@@ -270,7 +272,7 @@ def corpus() -> list[str]:
     return [" ".join(rng.choice(words, rng.integers(1, 9))) for _ in range(500)]
 
 
-def test_learning_is_deterministic(tmp_path):
+def test_training_is_deterministic(tmp_path):
     first = tokenizer.train_tokenizer(corpus(), 400, 16)
     assert tokenizer.train_tokenizer(corpus()[::-1], 400, 16).core.to_str() == first.core.to_str()
     code = (
@@ -291,18 +293,18 @@ def test_learning_is_deterministic(tmp_path):
         assert done.stdout == first.core.to_str()
 
 
-def test_nothing_is_unknown_to_a_learnt_tokenizer():
-    made = tokenizer.train_tokenizer(corpus(), 300, 400)
-    assert 259 < made.vocabulary <= 300 and (made.start, made.end) == (1, 2)
+def test_a_trained_tokenizer_encodes_every_text():
+    encoder = tokenizer.train_tokenizer(corpus(), 300, 400)
+    assert 259 < encoder.vocabulary <= 300 and (encoder.start, encoder.end) == (1, 2)
     for text in ("never seen: xyz!", "café 日本語 😀", "2021 ½", "it's"):
-        assert made.decode(made.encode(text)[0]) == text
-        assert min(made.ids(text)) > 2
-    assert len(made.ids("striped background")) < len("striped background")
-    whole = tokenizer.train_tokenizer(corpus(), 1024, 16)
-    assert len(whole.ids("the small red circle on a striped background")) == 8
+        assert encoder.decode(encoder.encode(text)[0]) == text
+        assert min(encoder.ids(text)) > 2
+    assert len(encoder.ids("striped background")) < len("striped background")
+    full = tokenizer.train_tokenizer(corpus(), 1024, 16)
+    assert len(full.ids("the small red circle on a striped background")) == 8
 
 
-def test_refusals_of_learning():
+def test_refusals_of_training():
     with pytest.raises(
         UserError,
         match=(
@@ -315,7 +317,7 @@ def test_refusals_of_learning():
         with pytest.raises(
             UserError,
             match=(
-                "^data.tokenizer='train' found no caption to learn from: set data.captions='no', or"
+                "^data.tokenizer='train' needs captions, and none has text: set data.captions='no',"
             ),
         ):
             tokenizer.train_tokenizer(captions, 300, 77)
@@ -325,27 +327,27 @@ def test_refusals_of_learning():
 
 @pytest.mark.parametrize("kind", ["clip", "train"])
 def test_saved_and_sent_tokenizers_are_the_same(tmp_path, vocabulary, kind):
-    made = (
+    encoder = (
         tokenizer.clip_tokenizer(vocabulary, 12)
         if kind == "clip"
         else tokenizer.train_tokenizer(corpus(), 400, 12)
     )
     path = str(tmp_path / "tokenizer.json")
-    made.save(path)
+    encoder.save(path)
     for other in (
         tokenizer.Tokenizer.load(path, 12),
-        ForkingPickler.loads(bytes(ForkingPickler.dumps(made))),
+        ForkingPickler.loads(bytes(ForkingPickler.dumps(encoder))),
     ):
         assert (other.vocabulary, other.start, other.end, other.length) == (
-            made.vocabulary,
-            made.start,
-            made.end,
-            made.length,
+            encoder.vocabulary,
+            encoder.start,
+            encoder.end,
+            encoder.length,
         )
         for text in CAPTIONS:
-            assert (other.encode(text)[0] == made.encode(text)[0]).all() and other.encode(text)[
+            assert (other.encode(text)[0] == encoder.encode(text)[0]).all() and other.encode(text)[
                 1
-            ] == made.encode(text)[1]
+            ] == encoder.encode(text)[1]
     for damage, message in (("{", "is damaged"), ('{"a": 1}', "is damaged")):
         pathlib.Path(path).write_text(damage)
         with pytest.raises(UserError, match=message):
@@ -362,7 +364,7 @@ class Captions:
         return base.Record(str(index), b"", -1, corpus()[index])
 
 
-def test_the_tokenizer_of_a_run_is_kept(tmp_path, vocabulary):
+def test_the_tokenizer_of_a_run_is_saved(tmp_path, vocabulary):
     saved = str(tmp_path / "tokenizer.json")
     data = schema.Data(vocabulary_size=300, caption_length=9)
     first = tokenizer.open_tokenizer(data, Captions(), saved)
@@ -380,7 +382,7 @@ def test_the_tokenizer_of_a_run_is_kept(tmp_path, vocabulary):
     )
 
 
-def test_only_the_right_vocabulary_is_kept(tmp_path, monkeypatch):
+def test_only_the_right_vocabulary_is_saved(tmp_path, monkeypatch):
     folder = tmp_path / "new" / "folder"
     with pytest.raises(UserError, match="nothing was written$"):
         tokenizer.save_tokenizer(b"another file", str(folder))
@@ -431,14 +433,14 @@ GOLDEN = {
 
 @pytest.mark.slow
 def test_the_real_vocabulary(tmp_path):
-    """Fetches it from the package index; ids as OpenAI's tokenizer gives them (golden)."""
+    """Downloads it from the package index; the ids are those of OpenAI's tokenizer (golden)."""
     try:
         path = tokenizer.fetch_vocabulary(str(tmp_path))
     except UserError as error:
         pytest.skip(str(error))
-    made = tokenizer.clip_tokenizer(path)
-    assert (made.vocabulary, made.start, made.end) == (49408, 49406, 49407)
-    assert {text: made.ids(text) for text in GOLDEN} == GOLDEN
+    encoder = tokenizer.clip_tokenizer(path)
+    assert (encoder.vocabulary, encoder.start, encoder.end) == (49408, 49406, 49407)
+    assert {text: encoder.ids(text) for text in GOLDEN} == GOLDEN
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, bpe):
@@ -461,7 +463,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, bpe):
     )
 
 
-def test_captions_that_vanish_are_not_learnt_where_they_may_be_left_out(tmp_path):
+def test_missing_captions_are_left_out_with_missing_replace(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.png").touch()
         (tmp_path / f"{name}.txt").write_text(f"{name} cat")
@@ -469,8 +471,8 @@ def test_captions_that_vanish_are_not_learnt_where_they_may_be_left_out(tmp_path
     (tmp_path / "b.txt").unlink()
     with pytest.raises(UnreadableError, match="b.txt"):
         tokenizer.open_tokenizer(schema.Data(), source)
-    made = tokenizer.open_tokenizer(schema.Data(missing="replace"), source)
+    encoder = tokenizer.open_tokenizer(schema.Data(missing="replace"), source)
     assert (
-        made.core.to_str()
+        encoder.core.to_str()
         == tokenizer.train_tokenizer(["a cat"], schema.Data().vocabulary_size, 9).core.to_str()
     )

@@ -1,4 +1,4 @@
-"""Worker processes of a trainer that is gone."""
+"""Worker processes end with their trainer."""
 
 import os
 import pathlib
@@ -10,9 +10,9 @@ import time
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-BARE = """
+ONE_PROCESS = """
 import multiprocessing, sys, time
-from m3i_jax.data import watch
+from m3i_jax.data import workers
 
 def work(pipe):
     workers.begin_worker(0, 1)
@@ -21,29 +21,29 @@ def work(pipe):
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    child = context.Process(target=work, args=(theirs,))
+    receiver, sender = context.Pipe()
+    child = context.Process(target=work, args=(sender,))
     child.start()
-    ours.recv()
+    receiver.recv()
     print(child.pid, flush=True)
     time.sleep(600)
 """
-WHOLE = """
+PIPELINE = """
 import multiprocessing, time
 from m3i_jax import schema
-from m3i_jax.data import pipeline, sources
+from m3i_jax.data import pipeline, splits
 
 if __name__ == "__main__":
     data = schema.Data(size=100, image_size=32, workers=1, captions="no")
     config = schema.Config(data=data, train=schema.Train(batch_size=4))
-    batches = pipeline.iterate_batches(config, base.open_source(data), None, start=0)
+    batches = pipeline.iterate_batches(config, splits.open_source(data), None, start=0)
     next(batches)
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     time.sleep(600)
 """
 
 
-def lives(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return (
             pathlib.Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -53,32 +53,35 @@ def lives(pid: int) -> bool:
 
 
 @pytest.mark.skipif(
-    not os.path.isdir("/proc/self"), reason="the fate of another process is read from /proc"
+    not os.path.isdir("/proc/self"), reason="reads the state of processes from /proc"
 )
 @pytest.mark.parametrize(
     "script",
-    [pytest.param(BARE, id="bare"), pytest.param(WHOLE, id="whole", marks=pytest.mark.slow)],
+    [
+        pytest.param(ONE_PROCESS, id="process"),
+        pytest.param(PIPELINE, id="pipeline", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.row("A1")
 def test_workers_end_with_a_trainer_that_is_killed(tmp_path, script) -> None:
-    place = tmp_path / "trainer.py"  # a worker imports the script of its trainer
-    place.write_text(script)
+    path = tmp_path / "trainer.py"  # a worker imports the script of its trainer
+    path.write_text(script)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     trainer = subprocess.Popen(
-        [sys.executable, str(place)], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, str(path)], stdout=subprocess.PIPE, text=True, env=environment
     )
     try:
         assert trainer.stdout is not None
         workers = [int(pid) for pid in trainer.stdout.readline().split()]
         assert workers
-        assert all(map(lives, workers))
+        assert all(map(is_alive, workers))
     finally:
         os.kill(trainer.pid, signal.SIGKILL)
         trainer.wait()
     limit = time.monotonic() + 30
-    while any(map(lives, workers)) and time.monotonic() < limit:
+    while any(map(is_alive, workers)) and time.monotonic() < limit:
         time.sleep(0.05)
-    left = [pid for pid in workers if lives(pid)]
+    left = [pid for pid in workers if is_alive(pid)]
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left

@@ -413,7 +413,7 @@ def test_broken_tars_give_what_is_whole(trials, tmp_path: pathlib.Path, caplog) 
     assert (
         len(twice) == 6
         and twice[0].image == members[0][1]
-        and twice.ignored["pictures with the key of an earlier one"] == 2
+        and twice.ignored["images with the key of an earlier one"] == 2
     )
     assert sorted(os.listdir(tmp_path)) == ["in"]
     trials.figure = f"{len(changed)} damaged tars, 0 crashes, 0 wrong bytes"

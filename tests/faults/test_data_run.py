@@ -23,7 +23,7 @@ from m3i_jax.errors import RunStopped, UserError
 from m3i_jax.modes import data as data_mode
 from m3i_jax.objective import masks
 from tests import broken, toy
-from tests.data.conftest import Pictures, expected_stream, good_files, settings
+from tests.data.conftest import ColorImages, expected_stream, good_files, settings
 from tests.faults.hostile import tar
 
 
@@ -214,7 +214,7 @@ def test_an_error_of_a_worker_is_no_lost_worker() -> None:
     batches.close()
 
 
-class Slow(Pictures):
+class Slow(ColorImages):
     """Reading hangs while a file is there."""
 
     def __init__(self, count: int, gate: pathlib.Path) -> None:
@@ -256,14 +256,8 @@ def test_a_disk_that_does_not_answer_ends_the_run(trials, tmp_path: pathlib.Path
         threading.Timer(1.3, gate.unlink).start()
         first = next(batches)["views"]
         batches.close()
-        assert trials.add(
-            (
-                first
-                == next(pipeline.iterate_batches(settings(batch=4), Pictures(20), None, start=0))[
-                    "views"
-                ]
-            ).all()
-        )
+        fresh = pipeline.iterate_batches(settings(batch=4), ColorImages(20), None, start=0)
+        assert trials.add((first == next(fresh)["views"]).all())
 
 
 def children() -> list[Any]:
@@ -276,9 +270,9 @@ def children() -> list[Any]:
 def test_real_workers_that_are_killed_or_stopped(number: int, trials, caplog) -> None:
     """Each of two worker processes, once: every batch is that of a run without workers, and what
     they held is given back."""
-    wanted = pipeline.iterate_batches(settings(batch=6), Pictures(50), None, start=0)
+    wanted = pipeline.iterate_batches(settings(batch=6), ColorImages(50), None, start=0)
     batches = pipeline.iterate_batches(
-        settings(batch=6, workers=2, patience=12.0), Pictures(50), None, start=0
+        settings(batch=6, workers=2, patience=12.0), ColorImages(50), None, start=0
     )
     waits = []
     try:
@@ -320,7 +314,7 @@ def test_few_pictures_and_odd_numbers(trials) -> None:
     """Fewer images than a batch, and odd ones: whole epochs, no partner that is itself; one image,
     or a batch that cannot be split, is refused."""
     for count in (2, 3, 5, 7):
-        batches = pipeline.iterate_batches(settings(batch=12), Pictures(count), None, start=0)
+        batches = pipeline.iterate_batches(settings(batch=12), ColorImages(count), None, start=0)
         got = [(next(batches), batches.record)[1] for _ in range(4)]
         batches.close()
         pairs = np.concatenate(got).reshape(-1, 2)
@@ -328,7 +322,7 @@ def test_few_pictures_and_odd_numbers(trials) -> None:
             (pairs[:, 0] != pairs[:, 1]).all() and set(pairs.ravel().tolist()) == set(range(count))
         )
     with pytest.raises(UserError, match="has 1 images to train on, mixing needs 2"):
-        pipeline.iterate_batches(settings(batch=4), Pictures(1), None, start=0)
+        pipeline.iterate_batches(settings(batch=4), ColorImages(1), None, start=0)
     for change in (
         "train__batch_size=5",
         "train__steps=0 train__epochs=0",
@@ -337,7 +331,7 @@ def test_few_pictures_and_odd_numbers(trials) -> None:
         with pytest.raises(UserError, match="config.train"):
             toy.settings(**dict(pair.split("=") for pair in change.split()))
     with pytest.raises(ValueError, match="partners are 2k and 2k"):
-        pipeline.iterate_batches(settings(batch=6), Pictures(9), None, start=0, host=0, hosts=2)
+        pipeline.iterate_batches(settings(batch=6), ColorImages(9), None, start=0, host=0, hosts=2)
     trials.figure = "sources of 2, 3, 5 and 7 images in batches of 12"
 
 
@@ -364,7 +358,7 @@ def test_a_hundred_thousand_masks_and_pairs(trials) -> None:
     wrong = check_masks(100_000)
     batches = pipeline.iterate_batches(
         settings(batch=1000, image_size=8, crop_scale=(0.9, 1.0), mask="uniform"),
-        Pictures(501),
+        ColorImages(501),
         None,
         start=0,
     )

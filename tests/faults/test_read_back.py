@@ -14,7 +14,7 @@ import pytest
 from m3i_jax import config as configuration
 from m3i_jax import run_files, schema
 from m3i_jax.data import tokenizer
-from m3i_jax.data.sources import array_files, base
+from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.modes import train
 from m3i_jax.reporting import atomic_write, run_log, writers
@@ -45,7 +45,7 @@ def test_two_ids_that_were_exchanged_are_noticed(words: pathlib.Path) -> None:
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     words.write_text(json.dumps(saved))
     with pytest.raises(
-        UserError, match=r"tokenizer\.json: is damaged.*restore it, or delete it to learn it again"
+        UserError, match=r"tokenizer\.json: is damaged.*restore it, or delete it to train it again"
     ):
         tokenizer.open_tokenizer(DATA, pictures(), str(words))
     words.unlink()
@@ -184,7 +184,7 @@ def test_no_flipped_bit_of_an_index_is_silent(tmp_path: pathlib.Path, trials) ->
         "keys": np.frombuffer(os.urandom(4000), np.uint8),
         "few": np.arange(3),
     }
-    array_files.save_arrays(path, **columns)
+    base.save_arrays(path, **columns)
     content, r = bytearray(pathlib.Path(path).read_bytes()), random.Random(0)
 
     def same(got: dict[str, np.ndarray] | None) -> bool:
@@ -205,28 +205,28 @@ def test_no_flipped_bit_of_an_index_is_silent(tmp_path: pathlib.Path, trials) ->
     ]
     for bit in every + r.choices(range(8 * len(content)), k=1000):
         flip(pathlib.Path(path), bit)
-        assert trials.add(same(array_files.load_arrays(path))), bit
+        assert trials.add(same(base.load_arrays(path))), bit
         flip(pathlib.Path(path), bit)
-    assert array_files.load_arrays(path) is not None
+    assert base.load_arrays(path) is not None
     trials.figure = f"0 of {trials.trials:,} flips of an index silent"
 
 
 def test_an_index_whose_shape_became_smaller_is_no_index(tmp_path: pathlib.Path) -> None:
     """numpy reads fewer numbers then, and no checksum to its end."""
     path = tmp_path / "index.npz"
-    array_files.save_arrays(str(path), offset=np.arange(5000, dtype=np.int64))
+    base.save_arrays(str(path), offset=np.arange(5000, dtype=np.int64))
     content = path.read_bytes()
     assert content.count(b"(5000,)") == 1
     path.write_bytes(content.replace(b"(5000,)", b"(1000,)"))
     with np.load(path) as opened:
         assert len(opened["offset"]) == 1000
-    assert array_files.load_arrays(str(path)) is None
+    assert base.load_arrays(str(path)) is None
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_an_index_that_is_no_file_is_no_index(tmp_path: pathlib.Path, make) -> None:
     make(tmp_path / "index.npz")
-    assert array_files.load_arrays(str(tmp_path / "index.npz")) is None
+    assert base.load_arrays(str(tmp_path / "index.npz")) is None
 
 
 def test_a_right_checksum_is_no_reason_to_believe_in_a_structure(tmp_path: pathlib.Path) -> None:

@@ -301,8 +301,8 @@ acts = {
     "huge": lambda: refused(lambda: array_record.ArrayRecordSource(str(folder / "huge"))),
     "names": lambda: refused(lambda: class_names.class_names_from_file(str(folder / "names.json"), ("0",))),
     "tokenizer": lambda: refused(lambda: tokenizer.Tokenizer.load(str(folder / "tokenizer.json"), 9)),
-    "inflates": lambda: array_files.load_arrays(str(folder / "inflates.npz")) is None,
-    "claims": lambda: array_files.load_arrays(str(folder / "claims.npz")) is None,
+    "inflates": lambda: base.load_arrays(str(folder / "inflates.npz")) is None,
+    "claims": lambda: base.load_arrays(str(folder / "claims.npz")) is None,
 }
 for name, act in acts.items():
     before, start = peak(), time.process_time()

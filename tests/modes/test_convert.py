@@ -69,7 +69,7 @@ def test_another_source_is_refused(pictures, tmp_path):
         conversion.check_plan(FolderSource(str(pictures / "a")), str(tmp_path))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x.array_record").write_bytes(b"")
-    with pytest.raises(UserError, match="'x.array_record' is there and not from this conversion"):
+    with pytest.raises(UserError, match="'x.array_record' is not from this conversion"):
         conversion.check_plan(FolderSource(str(pictures)), str(tmp_path / "other"))
 
 

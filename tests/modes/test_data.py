@@ -45,7 +45,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, str, dict
     )
     config = schema.Config(data=source, model=small, train=schema.Train(batch_size=8, steps=10))
     patch = pytest.MonkeyPatch()
-    patch.setattr(data.dataset_scan.speed, "__kwdefaults__", {"seconds": 0.05})
+    patch.setattr(data.dataset_scan.measure_speed, "__kwdefaults__", {"seconds": 0.05})
     printed: list[str] = []
     patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
     try:

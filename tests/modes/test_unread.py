@@ -57,7 +57,7 @@ def test_every_setting_that_a_mode_reads_exists() -> None:
             "eval",
             {"source": "folder", "class_space": "separate"},
             "data.class_space=separate",
-            "is of mixtures",
+            "only a mixture reads it",
         ),
         (
             "eval",
@@ -69,7 +69,7 @@ def test_every_setting_that_a_mode_reads_exists() -> None:
             "eval",
             {"source": "folder", "holdout": 0.3, "holdout_split": "val"},
             "data.holdout=0.3",
-            "is what is held out",
+            "names the held-out part",
         ),
         (
             "eval",

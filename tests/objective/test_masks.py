@@ -1,5 +1,4 @@
-"""Masks: exact counts, the stream of random numbers, and what blockwise masks look like on
-average."""
+"""Masks: exact counts, and the average shape of blockwise masks."""
 
 import itertools
 import math
@@ -9,74 +8,12 @@ import sys
 import numpy as np
 import pytest
 
-from m3i_jax.objective import masks
+from m3i_jax.objective import masks, rng
 
 MANY = 20_000
 
 
-# --- random numbers
-# ----------------------------------------------------------------------------------------------------------------------
-def test_uniforms_are_a_function_of_the_position():
-    whole = masks.uniforms(7, masks.CROP, 100, 32, 6)
-    for first, rows in ((100, 1), (103, 5), (131, 1)):
-        np.testing.assert_array_equal(
-            masks.uniforms(7, masks.CROP, first, rows, 6), whole[first - 100 : first - 100 + rows]
-        )
-
-
-def test_uniforms_of_other_keys_are_other_numbers():
-    base = masks.uniforms(7, masks.CROP, 0, 50, 8)
-    others = [
-        masks.uniforms(8, masks.CROP, 0, 50, 8),
-        masks.uniforms(7, masks.SWAP, 0, 50, 8),
-        masks.uniforms(7, masks.CROP, 50, 50, 8),
-    ]
-    others += [
-        masks.uniforms(7, masks.CROP, 0, 50, 8, part=1),
-        masks.uniforms(7, masks.CROP, 2**40, 50, 8),
-    ]
-    for k, a in enumerate([base, *others]):
-        for b in [base, *others][:k]:
-            assert not np.intersect1d(a, b).size
-
-
-def test_uniforms_are_uniform():
-    u = masks.uniforms(0, masks.CROP, 0, MANY, 5)
-    assert u.dtype == np.float64 and u.shape == (MANY, 5) and u.min() >= 0 and u.max() < 1
-    counts = np.apply_along_axis(lambda column: np.histogram(column, 50, (0, 1))[0], 0, u)
-    chi_square = ((counts - MANY / 50) ** 2 / (MANY / 50)).sum(0)
-    assert (chi_square < 49 + 5 * math.sqrt(2 * 49)).all() and (
-        chi_square > 49 - 5 * math.sqrt(2 * 49)
-    ).all()
-    correlation = np.corrcoef(np.concatenate([u, np.roll(u, 1, 0)], 1).T) - np.eye(10)
-    assert np.abs(correlation).max() < 5 / math.sqrt(MANY)
-
-
-def test_uniforms_golden_stream():
-    """A sample must have the same crops and masks after an update of numpy."""
-    golden = [8754284111654990, 6397069702274852, 2190875705135625, 1490890088417539]
-    np.testing.assert_array_equal(
-        (masks.uniforms(1, masks.CROP, 5, 1, 4)[0] * 2**53).astype(np.int64), golden
-    )
-
-
-def test_far_positions_and_large_seeds():
-    a = masks.uniforms(2**64 - 1, masks.CROP, 2**63 - 1, 2, 4)
-    np.testing.assert_array_equal(a[1], masks.uniforms(2**64 - 1, masks.CROP, 2**63, 1, 4)[0])
-    assert masks.uniforms(0, masks.CROP, 0, 0, 4).shape == (0, 4)
-
-
-def test_purposes_are_different():
-    used = [
-        v
-        for k, v in vars(masks).items()
-        if k.isupper() and isinstance(v, int) and not k.startswith("_")
-    ]
-    assert len(used) == len(set(used)) >= 6 and not set(used) & set(masks.SPARE)
-
-
 # --- counts and convention
-# ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("grid", "hidden", "rows"),
     [
@@ -127,7 +64,7 @@ def test_blockwise_golden_stream():
 def numbers(seed, position):
     for part in itertools.count():
         yield from (
-            masks.uniforms(seed, masks.MASK, position, 1, 4 * masks._TRIES, part=part)
+            rng.uniforms(seed, rng.MASK, position, 1, 4 * masks._TRIES, part=part)
             .reshape(-1, 4)
             .tolist()
         )
@@ -178,7 +115,6 @@ def test_rectangles_are_those_of_the_sequential_generator(grid, hidden, least):
 
 
 # --- statistics
-# --------------------------------------------------------------------------------------------------------------------------
 def hidden_share(grid, hidden, **options):
     return (
         (~masks.blockwise(0, 0, MANY, grid=grid, hidden=hidden, **options))
@@ -265,7 +201,6 @@ def test_uniform_masks_are_uniform():
 
 
 # --- errors and imports
-# ------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("draw", [masks.blockwise, masks.uniform])
 def test_errors_of_masks(draw):
     for options, text in (
@@ -291,7 +226,7 @@ def test_errors_of_numbers():
         (0, 0, 0, 1, 0),
     ):
         with pytest.raises(ValueError, match="a seed is"):
-            masks.uniforms(*wrong)
+            rng.uniforms(*wrong)
 
 
 def test_drawing_masks_needs_no_jax():

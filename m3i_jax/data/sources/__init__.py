@@ -1,1 +1,1 @@
-"""Random access to what users have: one file a kind of source."""
+"""Data sources with random access: one file per kind, see `registry`."""

@@ -1,18 +1,19 @@
-"""ArrayRecord files: random access to millions of records, with a checksum each. What
-`--mode=convert` writes, and what others wrote.
+"""Reads and writes ArrayRecord files, which have random access and a checksum per record: those of
+`--mode=convert` and those of other programs.
 
-A record is a tf.train.Example, which every tool of that world reads: `image` (the original bytes,
-never encoded again), `key`, and, if there are any, `label` and `caption`. No pickle anywhere. A
-converted data set is a directory:
+A record is a tf.train.Example with `image` (the original bytes, never encoded again), `key` and, if
+known, `label` and `caption`. Nothing is pickled. A converted data set is a directory:
 
-    NAME-00000-of-00008.array_record        the records, group size 1, not compressed: JPEGs do not
-    get smaller NAME-00000-of-00008.array_record.npz    of each record: hash of its key, label,
-    whether it has a caption (13 bytes); digest of the shard dataset.json
-    version, classes, shards with counts and digests; written last, so it says "complete"
+    NAME-00000-of-00008.array_record      the records; group size 1, not compressed, since JPEGs do
+                                          not shrink
+    NAME-00000-of-00008.array_record.npz  13 bytes per record: hash of the key, label, whether it
+                                          has a caption; the digest of the shard
+    dataset.json                          version, classes, shards with counts and digests; written
+                                          last, so it marks a complete data set
 
-To write one: `write_shard` once a shard, in any order and from any process, then
-`write_shard_index`. A shard is renamed into place when it is whole, so a shard that is there need
-not be written again (`shard_length`)."""
+To write one, call `write_shard` for each shard, in any order and in any process, then
+`write_shard_index`. A complete shard is renamed into place, so an existing shard need not be
+written again (`shard_length`)."""
 
 import glob
 import hashlib
@@ -25,31 +26,31 @@ from typing import Any
 import numpy as np
 
 from m3i_jax import privacy
-from m3i_jax.data.sources import array_files, base, tf_example
-from m3i_jax.data.sources.base import Record
-from m3i_jax.data.sources.handle_cache import HandleCache
+from m3i_jax.data.sources import base, tf_example
+from m3i_jax.data.sources.base import HandleCache, Record
+from m3i_jax.data.sources.registry import SourceKind, register_source
 from m3i_jax.errors import UnreadableError, UserError
 
 VERSION = 1
 INDEX = "dataset.json"
-INDEX_LIMIT = 1 << 22  # bytes of it that are read; a shard takes a hundred
+INDEX_LIMIT = 1 << 22  # bytes of the index that are read; a shard takes a hundred
 ENDING = ".array_record"
-# stands for bytes whose checksum does not hold: no decoder takes it, so it is counted and replaced
+# replaces bytes whose checksum does not match; no decoder accepts it, so it is a bad record
 DAMAGED = b"damaged record"
-# What others call these things, the first that is there counts.
+# Names of features in files of other programs; the first that is present is used.
 IMAGES = ("image", "image/encoded", "image_bytes", "jpg", "jpeg", "png", "webp")
 LABELS = ("label", "image/class/label", "class", "cls")
 CAPTIONS = ("caption", "text", "txt", "image/caption")
 KEYS = ("key", "__key__", "id", "image/filename", "filename", "file_name")
-_OPEN = 256  # files held open at a time
-_BLOCK = 256  # records read at a time where all are read
+_MAX_OPEN = 256  # files open at a time
+_BLOCK = 256  # records read at a time while the index is built
 _COLUMNS = {"key": np.uint64, "label": np.int32, "caption": np.bool_}
 _log = logging.getLogger(__name__)
 
 
 def pack_record(record: Record) -> bytes:
-    """A record as the bytes of a tf.train.Example. An image that is pixels already is stored as
-    PNG, every other one as it is.
+    """Encodes a record as a tf.train.Example. Decoded pixels are stored as PNG, encoded images
+    unchanged.
 
     >>> unpack_record(pack_record(Record("a", b"...", 3, "a cat")))
     Record(key='a', image=b'...', label=3, caption=b'a cat')
@@ -71,15 +72,15 @@ def pack_record(record: Record) -> bytes:
 
 
 def unpack_record(raw: bytes, key: str = "") -> Record:
-    """The record of a tf.train.Example, ours or one with the usual names (IMAGES, LABELS, CAPTIONS,
-    KEYS).
+    """Decodes the record of a tf.train.Example with features of the usual names (IMAGES, LABELS,
+    CAPTIONS, KEYS). Without an image feature, the image is empty.
 
     Args:
         raw: the message.
         key: of the record, if the message holds none.
 
     Raises:
-        ValueError: the bytes are no tf.train.Example. One without an image gives empty bytes.
+        ValueError: the bytes are not a tf.train.Example.
 
     >>> unpack_record(tf_example.encode_example({"image/encoded": b"...", "text": b"a dog"}), "7")
     Record(key='7', image=b'...', label=-1, caption=b'a dog')
@@ -102,12 +103,11 @@ def unpack_record(raw: bytes, key: str = "") -> Record:
 
 
 def write_shard(path: str, records: Iterable[Record]) -> int:
-    """Writes one file of records and the small file of its keys and labels, each whole or not at
-    all.
+    """Writes one file of records, and the small file of its keys and labels, both atomically.
 
     Args:
-        path: of the new file; ends in ".array_record". Its directory is made.
-        records: in the order in which they are to stand.
+        path: of the new file; ends in ".array_record". Its directory is created.
+        records: in their final order.
 
     Returns:
         The number of records written.
@@ -141,7 +141,7 @@ def write_shard(path: str, records: Iterable[Record]) -> int:
 
 
 def shard_length(path: str) -> int | None:
-    """The number of records of a shard that was written whole, or None if it is not there.
+    """Returns the number of records of a complete shard, or None if it is missing.
 
     >>> shard_length("/no/such.array_record") is None
     True
@@ -153,14 +153,13 @@ def shard_length(path: str) -> int | None:
 def write_shard_index(
     directory: str, *, classes: Sequence[str] = (), captions: bool | None = None, name: str = ""
 ) -> int:
-    """Writes `dataset.json` for the shards that lie in a directory; without it they are not read as
-    one finished data set.
+    """Writes `dataset.json` for the shards of a directory, which marks the data set as complete.
 
     Args:
-        directory: holds the finished shards.
+        directory: of the shards.
         classes: names of the labels.
-        captions: whether there are any; None: look.
-        name: where the records come from, for descriptions.
+        captions: whether any record has one; None to take it from the shards.
+        name: origin of the records, for descriptions.
 
     Returns:
         The number of records.
@@ -174,7 +173,7 @@ def write_shard_index(
         columns = _load(f"{path}.npz")
         if columns is None:
             raise UserError(
-                f"{path!r} has no index beside it: it was not written whole; remove it and convert"
+                f"{path!r} has no .npz file beside it, so it is incomplete; remove it and convert"
                 " again"
             )
         any_caption |= bool(columns["caption"].any())
@@ -188,7 +187,7 @@ def write_shard_index(
     if not shards:
         raise UserError(f"{directory!r} holds no {ENDING} file to index")
     count = sum(int(shard["count"]) for shard in shards)
-    about = {
+    metadata = {
         "version": VERSION,
         "name": privacy.redact(name),
         "count": count,
@@ -196,7 +195,7 @@ def write_shard_index(
     }
     base.write_atomic(
         os.path.join(directory, INDEX),
-        json.dumps({**about, "classes": list(classes), "shards": shards}, indent=1).encode(),
+        json.dumps({**metadata, "classes": list(classes), "shards": shards}, indent=1).encode(),
     )
     return count
 
@@ -204,21 +203,23 @@ def write_shard_index(
 class ArrayRecordSource:
     """The records of ArrayRecord files, in the order of file names and then of records.
 
-    Of a directory that `--mode=convert` wrote, the index is read; other files are read through once
-    to learn keys and labels, which are then kept in `cache`. Their classes have no names: "0", "1",
-    ... A record whose checksum does not hold is replaced like any image that cannot be decoded.
+    The index of a directory that `--mode=convert` wrote is read. Other files are read once for
+    their keys and labels, which are saved in `cache`; their classes are named "0", "1", ... A
+    record whose checksum does not match is a bad record.
 
-    Args: path: directory of the files, or a glob of them. cache: directory for the index of files
-        that have none; "" to build it at every start. lenient: a shard of a converted data set may
-        be missing if its index is there: its records are `UnreadableError`, and all others keep
-        their places.
+    Args:
+        path: directory or glob of the files.
+        cache: directory of the index of files without one; "" to build it at every start.
+        lenient: accept that a shard of a converted data set is missing if its index is present.
+            Reading its records raises UnreadableError; the others keep their indices.
 
     Raises:
-        UserError: no file, a damaged one, or the package array_record is missing.
+        UserError: there is no file, one is damaged, or the package array_record is missing.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = write_shard(f"{folder}/x-00000-of-00001.array_record", [Record("7", b"...", 1, "a cat")])
+    ...     records = [Record("7", b"...", 1, "a cat")]
+    ...     _ = write_shard(f"{folder}/x-00000-of-00001.array_record", records)
     ...     _ = write_shard_index(folder, classes=("bird", "cat"))
     ...     source = ArrayRecordSource(folder)
     ...     print(source.classes, source[0])
@@ -229,27 +230,27 @@ class ArrayRecordSource:
         _library()
         self._lenient = lenient
         self.path, self.name = os.path.expanduser(path), f"array_record {path!r}"
-        self._readers = HandleCache(_OPEN)
+        self._readers = HandleCache(_MAX_OPEN)
         index = os.path.join(self.path, INDEX)
         if os.path.isfile(index):
-            self._adopt(index)
+            self._read_index(index)
         else:
-            self._learn(cache)
+            self._build_index(cache)
         self._ends = np.cumsum(self._counts)
         if not len(self):
             raise UserError(
                 f"data.path={path!r} holds no record: the {ENDING} files there are empty"
             )
 
-    def _adopt(self, index: str) -> None:
-        """A directory of `write_shard_index`."""
+    def _read_index(self, index: str) -> None:
+        """Reads the index of a converted data set."""
         try:
-            about = json.loads(
+            metadata = json.loads(
                 base.read_byte_range(index, 0, min(os.path.getsize(index), INDEX_LIMIT))
             )
-            shards = about["shards"]
-            self.classes: tuple[str, ...] = tuple(map(str, about["classes"]))
-            self.captions = bool(about["captions"])
+            shards = metadata["shards"]
+            self.classes: tuple[str, ...] = tuple(map(str, metadata["classes"]))
+            self.captions = bool(metadata["captions"])
             self.files = [
                 os.path.join(self.path, os.path.basename(shard["file"])) for shard in shards
             ]
@@ -257,7 +258,7 @@ class ArrayRecordSource:
             self._identity = base.stable_digest(
                 *(shard["digest"] for shard in shards), *self.classes
             )
-            version = int(about["version"])
+            version = int(metadata["version"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{index!r} is damaged ({type(error).__name__}: {error}): remove it and convert the"
@@ -265,7 +266,7 @@ class ArrayRecordSource:
             ) from error
         if version != VERSION:
             raise UserError(
-                f"{index!r} is of version {version}, this program reads {VERSION}: convert the data"
+                f"{index!r} has version {version}, this program reads {VERSION}: convert the data"
                 " set again"
             )
         for file in self.files:
@@ -275,7 +276,7 @@ class ArrayRecordSource:
                         f"{file!r} is missing, and {index!r} lists it: restore it or convert the"
                         " data set again"
                     )
-                _log.warning("%r is missing: its records are replaced (config.data.missing)", file)
+                _log.warning("%r is missing; its records are replaced (config.data.missing)", file)
         parts = [_load(f"{file}.npz") for file in self.files]
         if any(
             part is None or len(part["key"]) != count
@@ -290,8 +291,8 @@ class ArrayRecordSource:
             for name in _COLUMNS
         }
 
-    def _learn(self, cache: str) -> None:
-        """Files of somebody else: what their records hold has to be read."""
+    def _build_index(self, cache: str) -> None:
+        """Reads the keys and labels of files without an index, or loads them from the cache."""
         self.files = _files(self.path)
         if not self.files:
             raise UserError(
@@ -302,18 +303,19 @@ class ArrayRecordSource:
         signature = base.stable_digest(
             VERSION, *(f"{path}\0{state.st_size}\0{state.st_mtime_ns}" for path, state in states)
         )
-        kept = os.path.join(cache, f"array_record_{signature}.npz") if cache else ""
+        cache_path = os.path.join(cache, f"array_record_{signature}.npz") if cache else ""
         self._counts = [_count(self._reader(i), file) for i, file in enumerate(self.files)]
-        columns = _load(kept) if kept else None
+        columns = _load(cache_path) if cache_path else None
         if columns is None:
             columns = self._read_all()
-            if kept:
+            if cache_path:
+                index = {name: columns[name] for name in _COLUMNS}
                 try:
-                    _save(kept, {name: columns[name] for name in _COLUMNS}, str(columns["digest"]))
+                    _save(cache_path, index, str(columns["digest"]))
                 except OSError as error:
                     _log.warning(
-                        "the index %r cannot be kept (%s); it is built again at the next start",
-                        kept,
+                        "the index %r cannot be saved (%s); it will be rebuilt at the next start",
+                        cache_path,
                         error.strerror,
                     )
         self._columns = {name: columns[name] for name in _COLUMNS}
@@ -323,7 +325,7 @@ class ArrayRecordSource:
         self._identity = base.stable_digest(str(columns["digest"]))
 
     def _read_all(self) -> dict[str, np.ndarray]:
-        content, at = hashlib.blake2b(digest_size=8), 0
+        content, position = hashlib.blake2b(digest_size=8), 0
         columns: dict[str, np.ndarray] = {
             name: np.zeros(sum(self._counts), kind) for name, kind in _COLUMNS.items()
         }
@@ -338,12 +340,10 @@ class ArrayRecordSource:
                             "utf-8", "surrogateescape"
                         )
                     )
-                    columns["key"][at], columns["label"][at] = (
-                        base.key_hash(record.key),
-                        record.label,
-                    )
-                    columns["caption"][at] = record.caption is not None
-                    at += 1
+                    columns["key"][position] = base.key_hash(record.key)
+                    columns["label"][position] = record.label
+                    columns["caption"][position] = record.caption is not None
+                    position += 1
         return {**columns, "digest": np.array(content.hexdigest())}
 
     def __len__(self) -> int:
@@ -353,19 +353,20 @@ class ArrayRecordSource:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record]:
-        """Several records at once: one call of the library a file, tens of times faster than one by
-        one."""
-        wanted = np.asarray(indices, np.int64)
-        if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
-            raise IndexError(f"{wanted.min()}..{wanted.max()} of {len(self)} records")
-        shards = np.searchsorted(self._ends, wanted, side="right")
-        got: list[Record | None] = [None] * len(wanted)
+        """Reads several records with one call per file, tens of times faster than one by one."""
+        index_array = np.asarray(indices, np.int64)
+        if index_array.size and not 0 <= index_array.min() <= index_array.max() < len(self):
+            raise IndexError(f"{index_array.min()}..{index_array.max()} of {len(self)} records")
+        shards = np.searchsorted(self._ends, index_array, side="right")
+        records: dict[int, Record] = {}
         for shard in np.unique(shards).tolist():
-            places = np.flatnonzero(shards == shard)
-            rows = (wanted[places] - (self._ends[shard] - self._counts[shard])).tolist()
-            for place, row, raw in zip(places.tolist(), rows, self._raw(shard, rows), strict=True):
-                got[place] = self._record(shard, row, raw)
-        return [record for record in got if record is not None]
+            positions = np.flatnonzero(shards == shard)
+            rows = (index_array[positions] - (self._ends[shard] - self._counts[shard])).tolist()
+            for position, row, raw in zip(
+                positions.tolist(), rows, self._raw(shard, rows), strict=True
+            ):
+                records[position] = self._record(shard, row, raw)
+        return [records[position] for position in range(len(index_array))]
 
     def key(self, index: int) -> str:
         return self[index].key
@@ -397,10 +398,10 @@ class ArrayRecordSource:
                     f"{self.files[shard]!r} cannot be read although it could when the run began;"
                     " restore it"
                 ) from None
-        # one by one, so that a damaged record takes none of its neighbours along
-        return [self._one(shard, row) for row in rows]
+        # one by one, so that a damaged record does not affect its neighbours
+        return [self._read_one(shard, row) for row in rows]
 
-    def _one(self, shard: int, row: int) -> bytes:
+    def _read_one(self, shard: int, row: int) -> bytes:
         try:
             return self._reader(shard).read([row])[0]
         except (RuntimeError, ValueError, IndexError) as error:
@@ -435,8 +436,8 @@ def _count(reader: Any, path: str) -> int:
     count = reader.num_records()
     if not reader.ok():
         raise UserError(
-            f"{path!r} is no whole ArrayRecord file: it is cut off or of another format; restore it"
-            " or leave it out"
+            f"{path!r} is not a complete ArrayRecord file: it is truncated or of another format;"
+            " restore it or leave it out"
         )
     return count
 
@@ -461,9 +462,21 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _save(path: str, columns: dict[str, np.ndarray], digest: str) -> None:
-    array_files.save_arrays(path, digest=np.array(digest), **columns)
+    base.save_arrays(path, digest=np.array(digest), **columns)
 
 
 def _load(path: str) -> dict[str, np.ndarray] | None:
-    there = array_files.load_arrays(path)
-    return there if there is not None and {*_COLUMNS, "digest"} <= there.keys() else None
+    arrays = base.load_arrays(path)
+    return arrays if arrays is not None and {*_COLUMNS, "digest"} <= arrays.keys() else None
+
+
+register_source(
+    SourceKind(
+        name="array_record",
+        open=lambda path, split, data, cache: ArrayRecordSource(
+            base.split_path(path, split), cache=cache, lenient=data.missing == "replace"
+        ),
+        path="the directory that holds the .array_record files",
+        reads=("class_names",),
+    )
+)

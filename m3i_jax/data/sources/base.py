@@ -1,41 +1,38 @@
-"""Random access to what users have. A source knows how many records it holds and reads any of them;
-nothing here decodes an image.
+"""The interface of a data source, and what its implementations share: identity, hashed splits,
+reading by byte range, arrays on disk, cached file handles.
 
-Sources hold paths and small arrays, never an open file, so that they can be sent to worker
-processes. What a source ignores (hidden files, links that lead out, damaged members) is counted and
-told in its description."""
+A source has random access: it knows how many records it holds and reads any of them. It decodes no
+image. Sources hold paths and small arrays and never an open file, so they can be pickled to worker
+processes. What a source ignores (hidden files, links out of its folder, damaged members) is counted
+and listed in its description."""
 
+import collections
 import dataclasses
 import difflib
 import hashlib
 import os
 import stat
+import threading
 import time
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from m3i_jax import schema
 from m3i_jax.errors import UnreadableError, UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-KINDS = ("shapes", "folder", "tars", "array_record", "tfds", "hugging_face")
-_WANTED = {
-    "folder": "the directory that holds the pictures",
-    "tars": "the tar files, such as 'DIR/*.tar'",
-    "array_record": "the directory that holds the .array_record files",
-    "tfds": "the name of the data set, such as 'food101', or the directory of its version",
-    "hugging_face": "the directory that save_to_disk wrote",
-}
-# an image file above 256 MiB would be read whole before its header can refuse it
+# An image file is read into memory before its header is checked, so 256 MiB is the limit.
 FILE_LIMIT = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-    """One image as the source has it: encoded bytes, or RGB uint8 [height, width, 3]; label -1 and
-    caption None where there is none."""
+    """One record as the source holds it.
+
+    key: identifies the record in its source. image: encoded bytes, or RGB uint8 [height, width, 3].
+    label: category, -1 if unknown. caption: None if absent."""
 
     key: str
     image: bytes | np.ndarray
@@ -45,8 +42,11 @@ class Record:
 
 @runtime_checkable
 class DataSource(Protocol):
-    """What every source offers. Optional, for speed: `__getitems__(indices)`, `key(i)`,
-    `caption(i)`, `key_hashes()`: see `read_items` and what follows it."""
+    """The methods and attributes that every source has.
+
+    classes: names of the categories, by label. captions: whether any record has one. fingerprint():
+    changes when the records or their order do. Optional, for speed: `__getitems__(indices)`,
+    `key(i)`, `caption(i)`, `key_hashes()`; the functions below fall back to `__getitem__`."""
 
     @property
     def name(self) -> str: ...
@@ -60,141 +60,24 @@ class DataSource(Protocol):
     def description(self) -> str: ...
 
 
-def open_source(data: schema.Data, *, cache: str = "") -> DataSource:
-    """Opens the source that the configuration names.
-
-    Args: data: `source`, `path`, `split_by_hash`, `mixture` and, for the built-in shapes, `size`.
-        cache: directory in which the index of tar files is kept, so that the next start need not
-        read their headers again; "" for none.
-
-    Returns:
-        The whole source; see `split_by_hash` for the part to train on.
-
-    Raises: UserError: the path is missing, or holds nothing that can be read as an image; see
-        `mixture.mixture_entries`; or a split is held out by name, which is none of the source:
-        `splits.open_splits` opens both.
-
-    >>> open_source(schema.Data(source="folder"))
-    Traceback (most recent call last):
-    m3i_jax.errors.UserError: data.path is empty, and data.source='folder' needs it: give the directory that holds the images
-    """
-    from m3i_jax.data.sources import mixture, split_folders
-
-    entries = mixture.mixture_entries(data)
-    for entry in entries:
-        if (
-            entry.kind == "folder"
-            and not entry.split
-            and (found := split_folders.find_split_folders(entry.path))
-        ):
-            raise UserError(
-                f"data.path={entry.path!r} holds splits ({found.note.partition(': ')[2]}), which"
-                f" would be mixed here: set data.split={found.train} and read each by itself, or"
-                " data.split=. to read every sub-folder as a category"
-            )
-    if held_out := [entry.held_out for entry in entries if entry.held_out]:
-        place = (
-            "the part of data.mixture after '|'"
-            if data.source == "mixture"
-            else "data.holdout_split"
-        )
-        raise UserError(
-            f"{place} names {held_out[0]!r}, which would be left out here: remove it, and read that"
-            " split by itself"
-        )
-    return mixture.join_sources(
-        data,
-        entries,
-        [open_kind(entry.kind, entry.path, entry.split, data, cache=cache) for entry in entries],
-    )
-
-
-def open_kind(
-    kind: str, path: str, split: str, data: schema.Data, *, cache: str = ""
-) -> DataSource:
-    """Opens one source.
-
-    Args: kind: one of KINDS. path: what its kind understands by it; see `schema.Data.path`. For the
-        built-in shapes their number, "" for `data.size`. split: part of it: name of a split of TFDS
-        or Hugging Face, else a folder (or glob) below the path. "": all. data: the other settings.
-        cache: see `open_source`.
-
-    Raises:
-        UserError: nothing there that can be read as an image, or a package is missing.
-
-    >>> open_kind("shapes", "12", "", schema.Data()).description()
-    '12 images in shapes (336 x 336 pixels, seed 0), 8 classes, captions for 100%'
-    """
-    if kind not in KINDS:
-        raise UserError(
-            f"data.source={kind!r} is not a source: use {', '.join(map(repr, KINDS[:-1]))},"
-            f" {KINDS[-1]!r} or 'mixture'"
-        )
-    if kind == "shapes":
-        from m3i_jax.data.sources.shapes import ShapesSource
-
-        if split:
-            raise UserError(
-                f"the built-in shapes have no split {split!r}: leave data.split empty, data.holdout"
-                " holds a share out"
-            )
-        if path and not path.isdigit():
-            raise UserError(
-                f"shapes:{path}: the built-in shapes have no path: give their number, such as"
-                " shapes:10000"
-            )
-        return ShapesSource(int(path) if path else data.size, side=3 * data.image_size // 2)
-    if not path:
-        raise UserError(
-            f"data.path is empty, and data.source={kind!r} needs it: give {_WANTED[kind]}"
-        )
-    place = split_path(path, split) if split else path
-    source: Any
-    if kind == "folder":
-        from m3i_jax.data.sources.folder import FolderSource
-
-        source = FolderSource(place)
-    elif kind == "tars":
-        from m3i_jax.data.sources.tars import TarSource
-
-        source = TarSource(place, cache=cache)
-    elif kind == "array_record":
-        from m3i_jax.data.sources.array_record import ArrayRecordSource
-
-        source = ArrayRecordSource(place, cache=cache, lenient=data.missing == "replace")
-    elif kind == "tfds":
-        from m3i_jax.data.sources.tfds import TfdsSource
-
-        source = TfdsSource(path, split or "train", directory=data.directory)
-    else:
-        from m3i_jax.data.sources.hugging_face import HuggingFaceSource
-
-        source = HuggingFaceSource(path, split)
-    from m3i_jax.data.sources import class_names
-
-    if data.class_names:
-        source.classes = class_names.class_names_from_file(data.class_names, source.classes)
-    elif kind == "folder" and class_names.are_wordnet_ids(source.classes):
-        source.classes = class_names.names_near_folder(source.path, source.classes)
-    return source
-
-
 def split_path(path: str, split: str) -> str:
-    """A split of a path: the folder or glob of that name in it, or another place if the split is
-    one.
+    """Joins a split to a path: a folder or glob below the path, or the split itself if it is
+    absolute or a URL.
 
-    >>> split_path("/data", "train"), split_path("/data", "/other/val"), split_path("gs://bucket/x", "val-*.tar")
-    ('/data/train', '/other/val', 'gs://bucket/x/val-*.tar')
+    >>> split_path("/data", "train"), split_path("/data", ""), split_path("/data", "/other/val")
+    ('/data/train', '/data', '/other/val')
+    >>> split_path("gs://bucket/x", "val-*.tar"), split_path("/data", "gs://bucket/x/*.tar")
+    ('gs://bucket/x/val-*.tar', 'gs://bucket/x/*.tar')
     """
-    return (
-        split
-        if "://" in split
-        else os.path.join(os.path.expanduser(path), os.path.expanduser(split))
-    )
+    if not split:
+        return path
+    if "://" in split:
+        return split
+    return os.path.join(os.path.expanduser(path), os.path.expanduser(split))
 
 
 def missing_path_error(path: str) -> str:
-    """Says which part of a missing path is wrong, and the nearest name that exists.
+    """Names the first missing part of a path, and the closest name that exists.
 
     >>> missing_path_error("/no/such/folder")
     "there is no 'no' in '/'"
@@ -208,58 +91,59 @@ def missing_path_error(path: str) -> str:
     )
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """Opens a file for `open`; of a named pipe, opening would wait for a writer for ever."""
+def _open_nonblocking(path: str, flags: int) -> int:
+    """An opener for `open` that does not block on a named pipe without a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def read_byte_range(
     path: str, offset: int = 0, size: int | None = None, *, tries: int = 3
 ) -> bytes:
-    """Reads part of a file by position. A failing read is repeated; that it fails for good is an
-    error, never a bad record: otherwise the order of the stream would depend on the weather of a
-    network disk.
+    """Reads part of a file by position.
+
+    A failed read is retried. A read that keeps failing is an error and not a bad record: otherwise
+    the order of the stream would depend on transient faults of a network disk.
 
     Args:
         path: local file.
         offset: of the first byte.
         size: bytes; None for the rest of the file, at most FILE_LIMIT.
-        tries: reads before giving up.
+        tries: attempts before giving up.
 
     Returns:
-        The bytes; for a given `size`, exactly so many.
+        The bytes; exactly `size` of them if `size` is given.
 
     Raises:
-        Unreadable: the file cannot be read, or is shorter than it was when it was indexed.
+        UnreadableError: the file cannot be read, or is shorter than when it was indexed.
 
     >>> read_byte_range(__file__, 0, 3)
     b'\"\"\"'
     """
     for attempt in range(1, tries + 1):
         try:
-            with open(path, "rb", buffering=0, opener=_without_waiting) as file:
+            with open(path, "rb", buffering=0, opener=_open_nonblocking) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise UnreadableError(
                         f"{path!r} is no regular file any more, as it was when the run began;"
                         " restore it"
                     )
-                wanted = (
+                length = (
                     min(os.fstat(file.fileno()).st_size - offset, FILE_LIMIT)
                     if size is None
                     else size
                 )
-                pieces, got = [], 0
-                while got < wanted and (
-                    piece := os.pread(file.fileno(), wanted - got, offset + got)
+                chunks, count = [], 0
+                while count < length and (
+                    chunk := os.pread(file.fileno(), length - count, offset + count)
                 ):
-                    pieces.append(piece)
-                    got += len(piece)
-            if size is not None and got < size:
+                    chunks.append(chunk)
+                    count += len(chunk)
+            if size is not None and count < size:
                 raise UnreadableError(
                     f"{path!r} ends before byte {offset + size}: it became shorter while the run"
                     " was reading it; start again"
                 )
-            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
         except OSError as error:
             if attempt == tries or isinstance(error, (FileNotFoundError, PermissionError)):
                 raise UnreadableError(
@@ -271,17 +155,17 @@ def read_byte_range(
 
 
 def read_items(source: DataSource, indices: Sequence[int]) -> list[Record]:
-    """Reads several records, at once where the source can.
+    """Reads several records, in one call if the source has `__getitems__`.
 
     >>> read_items(["a", "b", "c"], [2, 0])
     ['c', 'a']
     """
-    many = getattr(source, "__getitems__", None)
-    return list(many(indices)) if many else [source[i] for i in indices]
+    read_batch = getattr(source, "__getitems__", None)
+    return list(read_batch(indices)) if read_batch else [source[i] for i in indices]
 
 
 def source_key(source: DataSource, index: int) -> str:
-    """The key of a record without reading it, where the source knows it; else its index.
+    """Returns the key of a record without reading it, or its index if the source has no `key`.
 
     >>> source_key(["a"], 0)
     '0'
@@ -291,7 +175,7 @@ def source_key(source: DataSource, index: int) -> str:
 
 
 def source_caption(source: DataSource, index: int) -> str | bytes | None:
-    """The caption of a record as the source has it, without its image where the source can.
+    """Returns the caption of a record, without reading its image if the source has `caption`.
 
     >>> source_caption([Record("a", b"", caption="a cat")], 0)
     'a cat'
@@ -301,24 +185,20 @@ def source_caption(source: DataSource, index: int) -> str | bytes | None:
 
 
 def source_key_hashes(source: DataSource) -> np.ndarray:
-    """uint64 [N]: `key_hash` of every key, at once where the source can.
+    """Returns `key_hash` of every key, uint64 [N].
 
     >>> int(source_key_hashes(["a"])[0]) == key_hash("0")
     True
     """
-    many = getattr(source, "key_hashes", None)
-    return (
-        many()
-        if many
-        else np.fromiter(
-            (key_hash(source_key(source, i)) for i in range(len(source))), np.uint64, len(source)
-        )
-    )
+    if key_hashes := getattr(source, "key_hashes", None):
+        return key_hashes()
+    keys = (source_key(source, i) for i in range(len(source)))
+    return np.fromiter(map(key_hash, keys), np.uint64, len(source))
 
 
 def source_identity(source: DataSource) -> list[str]:
-    """What a source is, in lines for a person: name, number of images, fingerprint; of a mixture,
-    one line a source.
+    """Describes a source for `data.txt`: name, number of images, fingerprint; a mixture has one
+    line per source.
 
     >>> class Five:
     ...     name = "five"
@@ -327,16 +207,13 @@ def source_identity(source: DataSource) -> list[str]:
     >>> source_identity(Five())
     ['five, 5 images, fingerprint 0123456789abcdef']
     """
-    lines = getattr(source, "identity", None)
-    return (
-        lines()
-        if lines
-        else [f"{source.name}, {len(source):,} images, fingerprint {source.fingerprint()}"]
-    )
+    if identity := getattr(source, "identity", None):
+        return identity()
+    return [f"{source.name}, {len(source):,} images, fingerprint {source.fingerprint()}"]
 
 
 def stable_digest(*parts: str | bytes | int | float) -> str:
-    """16 hexadecimal digits of a stable hash of the parts.
+    """Hashes the parts to 16 hexadecimal digits, the same in every process and version.
 
     >>> stable_digest("a", 1), stable_digest("a1")
     ('c25807dbd8416470', '0e8529f9d51ffb1f')
@@ -349,7 +226,7 @@ def stable_digest(*parts: str | bytes | int | float) -> str:
 
 
 def key_hash(key: str) -> int:
-    """64 bits of a key: what decides the part of a split that it belongs to.
+    """Hashes a key to 64 bits, which decide whether `split_by_hash` holds the record out.
 
     >>> key_hash("a") == key_hash("a") != key_hash("b"), 0 <= key_hash("a") < 2**64
     (True, True)
@@ -360,20 +237,13 @@ def key_hash(key: str) -> int:
 
 
 def write_atomic(path: str, content: bytes) -> None:
-    """Writes a file beside its final name first: another process sees the whole of it or nothing.
+    """Writes a file under a temporary name and renames it, so that no reader sees half of it.
 
     Raises:
-        UserError: the place cannot be written to; nothing is left there.
+        UserError: the directory cannot be written to; no partial file is left.
     """
-    part = f"{path}.{os.getpid()}.part"
     try:
-        try:
-            with open(part, "wb") as file:
-                file.write(content)
-            os.replace(part, path)
-        finally:
-            if os.path.exists(part):
-                os.unlink(part)
+        _write_and_rename(path, lambda file: file.write(content))
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; make room or choose another directory"
@@ -381,7 +251,7 @@ def write_atomic(path: str, content: bytes) -> None:
 
 
 def format_counts(ignored: dict[str, int]) -> str:
-    """The tail of a description: what was ignored, and how often.
+    """Formats counts of ignored files as the end of a description.
 
     >>> format_counts({"hidden": 2, "link out of the folder": 0})
     '; ignored: 2 hidden'
@@ -391,8 +261,8 @@ def format_counts(ignored: dict[str, int]) -> str:
 
 
 class SubsetSource:
-    """A part of a source, with the source's classes: index i of the part is record `indices[i]` of
-    the whole."""
+    """A subset of a source, with the same classes: record i of the subset is record `indices[i]` of
+    the source."""
 
     def __init__(self, source: DataSource, indices: np.ndarray, part: str, identity: str) -> None:
         self.source, self.indices, self.part, self._identity = source, indices, part, identity
@@ -428,16 +298,14 @@ class SubsetSource:
 
 
 def split_by_hash(source: DataSource, holdout: float, part: str) -> DataSource:
-    """One part of a source, by a hash of each record's key: adding images moves none of the others,
-    and equal keys stay together.
+    """Returns the training or the held-out part of a source, chosen by a hash of each record's key.
+
+    Adding images moves none of the others to another part, and equal keys stay together.
 
     Args:
-        source: the whole.
+        source: to split; a mixture is split source by source.
         holdout: share of the records to hold out, 0..1.
         part: "train" or "held_out".
-
-    Returns:
-        The part, itself a source.
 
     Raises:
         ValueError: `part` is neither.
@@ -451,35 +319,128 @@ def split_by_hash(source: DataSource, holdout: float, part: str) -> DataSource:
     """
     if part not in ("train", "held_out"):
         raise ValueError(f"part must be 'train' or 'held_out', not {part!r}")
-    # a mixture is split source by source: its weights hold for each part
-    if parts := getattr(source, "part", None):
-        return parts(holdout, part)
-    held = source_key_hashes(source) / 2.0**64 < holdout
+    # the weights of a mixture then hold for each part
+    if split_sources := getattr(source, "part", None):
+        return split_sources(holdout, part)
+    held_out = source_key_hashes(source) / 2.0**64 < holdout
     # 442 million records: 1.8 GB instead of 3.5
-    small = np.uint32 if len(source) < 1 << 32 else np.int64
-    return SubsetSource(
-        source,
-        np.flatnonzero(held == (part == "held_out")).astype(small),
-        part,
-        f"{part} {holdout!r}",
-    )
+    index_type = np.uint32 if len(source) < 1 << 32 else np.int64
+    indices = np.flatnonzero(held_out == (part == "held_out")).astype(index_type)
+    return SubsetSource(source, indices, part, f"{part} {holdout!r}")
 
 
-def column(wanted: Sequence[str], present: Sequence[str]) -> str | None:
-    """The first wanted name that is present, else the only one.
+def column(names: Sequence[str], present: Sequence[str]) -> str | None:
+    """Returns the first of `names` that is present, else the only one present, else None.
 
-    >>> column(("image", "img"), ("mask", "img")), column(("image",), ("photo",)), column(("image",), ("a", "b"))
-    ('img', 'photo', None)
+    >>> column(("image", "img"), ("mask", "img")), column(("image",), ("photo",))
+    ('img', 'photo')
+    >>> column(("image",), ("a", "b")) is None
+    True
     """
-    return next(
-        (name for name in wanted if name in present), present[0] if len(present) == 1 else None
-    )
+    only = present[0] if len(present) == 1 else None
+    return next((name for name in names if name in present), only)
 
 
 def parse_label(value: Any) -> int | None:
-    """A category as written by somebody: a whole number from 0 to a million, or None.
+    """Returns a label of a foreign file if it is a whole number from 0 to a million, else None.
 
     >>> parse_label(7), parse_label(-1), parse_label(True), parse_label("cat")
     (7, None, None, None)
     """
     return value if type(value) is int and 0 <= value <= 1_000_000 else None
+
+
+class HandleCache:
+    """A thread-safe LRU cache of open files, keyed by the caller. A pickled copy is empty, so a
+    source that is sent to a worker arrives with nothing open.
+
+    Args:
+        size: entries kept; the least recently used is dropped and closed once nothing refers to it.
+
+    >>> import copy                                        # copies as pickle does: `__reduce__`
+    >>> cache = HandleCache(1)
+    >>> [cache(name, lambda: name.upper()) for name in ("a", "b")], len(cache)
+    (['A', 'B'], 1)
+    >>> len(copy.copy(cache))
+    0
+    """
+
+    def __init__(self, size: int = 1) -> None:
+        self._size, self._lock = size, threading.Lock()
+        self._handles: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+
+    def __call__(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Returns the entry of `key`, made by `make` if it is not cached."""
+        with self._lock:
+            if key not in self._handles:
+                self._handles[key] = make()
+            self._handles.move_to_end(key)
+            if len(self._handles) > self._size:
+                self._handles.popitem(last=False)
+            return self._handles[key]
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HandleCache, (self._size,)
+
+
+def save_arrays(path: str, **arrays: np.ndarray | int) -> None:
+    """Writes arrays to an uncompressed .npz file without pickled objects, atomically. Creates its
+    directory.
+
+    Raises:
+        OSError: the directory cannot be written to; no partial file is left.
+    """
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    _write_and_rename(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+
+
+def load_arrays(path: str) -> dict[str, np.ndarray] | None:
+    """Reads a file of `save_arrays`; None if it is missing, damaged, or has another layout.
+
+    >>> load_arrays("/no/such.npz") is None
+    True
+    """
+    if not os.path.isfile(path):  # opening a pipe would block
+        return None
+    arrays = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if _zip_member_count(path) != len(archive.infolist()):
+                return None
+            for member in archive.infolist():
+                if member.compress_type != zipfile.ZIP_STORED:
+                    return None
+                with archive.open(member) as file:
+                    arrays[member.filename.removesuffix(".npy")] = np.lib.format.read_array(
+                        file, allow_pickle=False
+                    )
+                    # bytes behind the array: its shape was damaged. Reading to the end also makes
+                    # zipfile compare the checksum.
+                    if file.read(1):
+                        return None
+    except Exception:  # numpy's header parser raises many types
+        return None
+    return arrays
+
+
+def _zip_member_count(path: str) -> int:
+    """Returns the member count in the end record of a zip file. Python's zipfile does not compare
+    it with the members of the directory, where a damaged entry may hide others."""
+    with open(path, "rb") as file:
+        file.seek(-22, os.SEEK_END)  # size of the end record of a file without a comment
+        end = file.read(22)
+    return int.from_bytes(end[10:12], "little") if end[:4] == b"PK\x05\x06" else -1
+
+
+def _write_and_rename(path: str, write: Callable[[Any], Any]) -> None:
+    temporary = f"{path}.{os.getpid()}.part"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)

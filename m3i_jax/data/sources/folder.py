@@ -1,5 +1,5 @@
-"""Pictures in a directory, as they lie: first-level sub-folders are the categories, NAME.txt beside
-an image is its caption."""
+"""Reads a folder of images: first-level sub-folders are the classes, NAME.txt beside an image is
+its caption, and sub-folders train/, val/ and test/ are recognised as splits."""
 
 import collections
 import os
@@ -7,25 +7,33 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from m3i_jax import schema
 from m3i_jax.data import decode
-from m3i_jax.data.sources import base
+from m3i_jax.data.sources import base, class_names
 from m3i_jax.data.sources.base import EXTENSIONS, FILE_LIMIT, Record
+from m3i_jax.data.sources.registry import SourceKind, SplitFolders, register_source
 from m3i_jax.errors import UnreadableError, UserError
+
+ROLES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 
 
 class FolderSource:
-    """A directory of images, searched to any depth. Keys are paths relative to it, with `/` on
-    every system.
+    """The images of a directory and its sub-folders. Keys are relative paths, with `/` on every
+    system.
 
-    Categories are the first-level sub-folders that hold images, sorted, if there are at least two
-    of them; an image that lies in none has label -1. Hidden files and folders, links that lead out
-    of the directory and files that are no images are never opened.
+    Classes are the first-level sub-folders that hold images, sorted, if there are at least two; an
+    image outside of them has label -1. Hidden files and folders, links out of the directory and
+    files that are not images are never opened.
 
     Args:
         path: the directory.
 
     Raises:
-        UserError: there is no such directory, or no image in it.
+        UserError: the directory does not exist or holds no image.
 
     >>> import tempfile, pathlib
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -34,8 +42,8 @@ class FolderSource:
     ...         file.parent.mkdir(exist_ok=True)
     ...         _ = file.write_bytes(b"dog, barking")
     ...     source = FolderSource(folder)
-    ...     print(len(source), source.classes, source[1])
-    2 ('cat', 'dog') Record(key='dog/b.JPG', image=b'dog, barking', label=1, caption=b'dog, barking')
+    ...     print(len(source), source.classes, source[1].key, source[1].label, source[1].caption)
+    2 ('cat', 'dog') dog/b.JPG 1 b'dog, barking'
     """
 
     def __init__(self, path: str) -> None:
@@ -54,33 +62,35 @@ class FolderSource:
                 " directory that holds the images"
             )
         self.name = f"folder {path!r}"
-        self.note = ""  # what the log adds to the description: see `layout`
+        self.note = ""  # added to the description, see `SplitFolders`
         self.ignored: collections.Counter[str] = collections.Counter()
         others: collections.Counter[str] = collections.Counter()
-        found, texts = [], set()
+        images, texts = [], set()
         for name, size in files(self.path, self.ignored):
             stem, extension = os.path.splitext(name)
             if extension.lower() in EXTENSIONS:
-                found.append((name, size))
+                images.append((name, size))
             elif extension == ".txt":
                 texts.add(stem)
             else:
                 others[extension.lower()] += 1
-        found.sort()
-        if not found:
-            raise UserError(f"data.path={path!r} {_emptiness(others, len(texts), self.ignored)}")
+        images.sort()
+        if not images:
+            raise UserError(
+                f"data.path={path!r} {_explain_empty(others, len(texts), self.ignored)}"
+            )
         self.ignored["other files"] = others.total()
-        self._names = [name for name, _ in found]
+        self._names = [name for name, _ in images]
         self._captioned = np.array([os.path.splitext(name)[0] in texts for name in self._names])
         tops = [name.split("/", 1)[0] if "/" in name else "" for name in self._names]
         names = sorted(set(tops) - {""})
-        # one sub-folder tells nothing apart
+        # a single class would distinguish nothing
         self.classes: tuple[str, ...] = tuple(names) if len(names) > 1 else ()
         number = {name: i for i, name in enumerate(self.classes)}
         self._labels = np.array([number.get(top, -1) for top in tops], np.int32)
         self.captions = bool(self._captioned.any())
         self._fingerprint = base.stable_digest(
-            *(f"{name}\0{size}" for name, size in found), self._captioned.tobytes()
+            *(f"{name}\0{size}" for name, size in images), self._captioned.tobytes()
         )
 
     def __len__(self) -> int:
@@ -99,7 +109,7 @@ class FolderSource:
         return self._names[index]
 
     def caption(self, index: int) -> bytes | None:
-        """The text beside the image, or None; only as much of it as is ever used."""
+        """Returns the text beside the image, up to the length that is used, or None."""
         if not self._captioned[index]:
             return None
         path = os.path.join(self.path, os.path.splitext(self._names[index])[0] + ".txt")
@@ -127,7 +137,7 @@ class FolderSource:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is passed over.
+    """Returns whether a file or folder of this name is skipped.
 
     >>> is_hidden(".git"), is_hidden("cat")
     (True, False)
@@ -136,8 +146,8 @@ def is_hidden(name: str) -> bool:
 
 
 def files(root: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, int]]:
-    """(path relative to root, size) of every readable file that lies inside root, counting what is
-    passed over."""
+    """Yields (path relative to root, size) of every readable file inside root; counts the ignored
+    ones."""
     real = os.path.realpath(root)
     stack: list[tuple[str, tuple[str, ...]]] = [("", (real,))]
     while stack:
@@ -177,10 +187,10 @@ def files(root: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, i
                 yield name, size
 
 
-def _emptiness(
+def _explain_empty(
     others: collections.Counter[str], texts: int, ignored: collections.Counter[str]
 ) -> str:
-    """Why a folder without images has none, as the end of a sentence."""
+    """Explains why a folder holds no image, as the end of a sentence."""
     count, kinds = others.total() + texts, ", ".join(e[1:] for e in EXTENSIONS)
     if not count and not ignored.total():
         return f"is an empty folder: put images there ({kinds})"
@@ -192,3 +202,170 @@ def _emptiness(
         f"holds {count:,} files but no image ({kinds}), most of them"
         f" {most or 'without extension'}{base.format_counts(ignored)}{hint}"
     )
+
+
+def find_split_folders(path: str) -> SplitFolders | None:
+    """Finds the splits of a folder; None for a folder of images or of classes.
+
+    train/ (or training/) is the training part. val/ (valid/, validation/), or else test/
+    (testing/), is held out if it shares a class with train/, or if train/ has no classes. Case is
+    ignored.
+
+    Args:
+        path: the folder; a missing one is refused by `FolderSource`.
+
+    Raises:
+        UserError: there are other folders with images beside the splits, two folders for one split,
+            a held-out split without train/, or splits one level further down.
+
+    >>> import tempfile, pathlib
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     for name in ("train/cat", "train/dog", "test/dog", "test/cat"):
+    ...         (pathlib.Path(root) / name).mkdir(parents=True)
+    ...         _ = (pathlib.Path(root) / name / "1.png").write_bytes(b"")
+    ...     splits = find_split_folders(root)
+    >>> splits.train, splits.held_out
+    ('train', 'test')
+    """
+    root = os.path.expanduser(path)
+    names = _folders(root)
+    splits = [name for name in names if name.casefold() in ROLES and _has_images(root, name)]
+    if not splits:
+        _refuse_nested(path, root, names)
+        return None
+    others = [name for name in names if name not in splits and _has_images(root, name)]
+    if others and splits == ["train"] and not _folders(os.path.join(root, "train")):
+        return None  # "train" is a class of vehicles
+    names_of_splits = _list(splits)
+    if others:
+        has_train = any(ROLES[name.casefold()] == "train" for name in splits)
+        fix = _as_splits(splits) if has_train else f"move {names_of_splits} elsewhere"
+        raise UserError(
+            f"data.path={path!r} holds {names_of_splits} beside other folders with images"
+            f" ({_list(others)}): {fix}, or set data.split=. to read every sub-folder as a category"
+        )
+    roles: dict[str, list[str]] = collections.defaultdict(list)
+    for name in splits:
+        roles[ROLES[name.casefold()]].append(name)
+    if same_role := next((names for names in roles.values() if len(names) > 1), None):
+        raise UserError(
+            f"data.path={path!r} holds {_list(same_role)}, two folders for one split:"
+            f" {_as_splits(splits)}"
+        )
+    if not roles["train"]:
+        raise UserError(
+            f"data.path={path!r} holds {names_of_splits} and no train/: set data.split={splits[0]}"
+            f" to train on {splits[0]}/, or data.split=. to train on everything"
+        )
+    return _choose_splits(root, roles["train"][0], [*roles["val"], *roles["test"]])
+
+
+def _choose_splits(root: str, train: str, candidates: list[str]) -> SplitFolders:
+    categories = set(_folders(os.path.join(root, train)))
+    categories = categories if len(categories) > 1 else set()
+    matching = [
+        name
+        for name in candidates
+        if not categories or categories & set(_folders(os.path.join(root, name)))
+    ]
+    held_out = matching[0] if matching else ""
+    parts = [
+        f"{train}/ is trained on",
+        f"{held_out}/ is held out" if held_out else "data.holdout of it is held out",
+    ]
+    parts += [
+        f"{name}/ is not read"
+        + ("" if name in matching else f" (none of the categories of {train}/)")
+        for name in candidates
+        if name != held_out
+    ]
+    if unused := sum(
+        os.path.splitext(entry.name)[1].lower() in EXTENSIONS
+        for entry in os.scandir(root)
+        if entry.is_file()
+    ):
+        parts.append(f"{unused:,} images beside them are not read")
+    return SplitFolders(train, held_out, f"splits by the names of sub-folders: {', '.join(parts)}")
+
+
+def _refuse_nested(path: str, root: str, names: list[str]) -> None:
+    """Refuses splits below the first level, such as images/train and images/val, which would be
+    mixed."""
+
+    def splits(name: str) -> list[str]:
+        return [
+            split
+            for split in ROLES
+            if os.path.isdir(os.path.join(root, name, split))
+            and _has_images(root, f"{name}/{split}")
+        ]
+
+    for name in names:
+        if not any(
+            os.path.isdir(os.path.join(root, name, train)) for train in ("train", "training")
+        ):
+            continue
+        if len(nested := splits(name)) > 1:
+            raise UserError(
+                f"data.path={path!r}: its sub-folder {name}/ holds the splits {_list(nested)},"
+                f" which would all be trained on: set data.path={os.path.join(path, name)!r}, or"
+                " data.split=. to train on everything"
+            )
+
+
+def _as_splits(splits: list[str]) -> str:
+    train = next((name for name in splits if ROLES[name.casefold()] == "train"), splits[0])
+    held_out = next(
+        (
+            name
+            for name in splits
+            if ROLES[name.casefold()] not in ("train", ROLES[train.casefold()])
+        ),
+        "",
+    )
+    return f"set data.split={train}" + (f" and data.holdout_split={held_out}" if held_out else "")
+
+
+def _folders(root: str) -> list[str]:
+    """Returns the sorted names of the sub-folders that `FolderSource` enters."""
+    real = os.path.realpath(root)
+    try:
+        entries = [
+            entry for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name)
+        ]
+    except OSError:
+        return []
+    return sorted(
+        entry.name
+        for entry in entries
+        if os.path.commonpath((real, os.path.realpath(entry.path))) == real
+    )
+
+
+def _has_images(root: str, name: str) -> bool:
+    """Returns whether any file below a sub-folder has the name of an image."""
+    names = files(os.path.join(root, name), collections.Counter())
+    return any(os.path.splitext(file)[1].lower() in EXTENSIONS for file, _ in names)
+
+
+def _list(names: list[str], most: int = 4) -> str:
+    shown = ", ".join(f"{name}/" for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _open(path: str, split: str, data: schema.Data, cache: str) -> FolderSource:
+    source = FolderSource(base.split_path(path, split))
+    if not data.class_names and class_names.are_wordnet_ids(source.classes):
+        source.classes = class_names.names_near_folder(source.path, source.classes)
+    return source
+
+
+register_source(
+    SourceKind(
+        name="folder",
+        open=_open,
+        path="the directory that holds the images",
+        reads=("class_names",),
+        find_splits=find_split_folders,
+    )
+)

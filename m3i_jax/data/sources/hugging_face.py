@@ -1,6 +1,6 @@
-"""Data sets of the Hugging Face `datasets` library as they lie on disk (`save_to_disk`):
-memory-mapped Arrow tables, read by position. The image comes as its original bytes
-(`decode=False`); nothing is downloaded, and nothing of the data set is run or unpickled."""
+"""Reads data sets that the Hugging Face `datasets` library saved (`save_to_disk`): memory-mapped
+Arrow tables with random access. Images are read as their original bytes (`decode=False`). Nothing
+is downloaded, and no code or pickle of the data set is run."""
 
 import os
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ import numpy as np
 
 from m3i_jax.data import decode
 from m3i_jax.data.sources import base
-from m3i_jax.data.sources.base import Record
-from m3i_jax.data.sources.handle_cache import HandleCache
+from m3i_jax.data.sources.base import HandleCache, Record
+from m3i_jax.data.sources.registry import SourceKind, register_source
 from m3i_jax.errors import UserError
 
 IMAGES, LABELS, CAPTIONS = (
@@ -25,17 +25,17 @@ KEYS = ("key", "__key__", "id", "file_name", "filename", "image_id")
 class HuggingFaceSource:
     """One split of a saved data set.
 
-    The image is the column `image`, `img`, ..., else the only image column; the label `label`,
-    `labels` or `cls`, else the only ClassLabel; the caption `caption`, `captions` (the first of
+    The image is the column `image`, `img`, ..., else the only image column; the label is `label`,
+    `labels` or `cls`, else the only ClassLabel; the caption is `caption`, `captions` (the first of
     several), `text` or `txt`. The key of a record is its `key`, `__key__`, `id` or `file_name` if
     that is text, else its index.
 
     Args:
         path: the directory that `save_to_disk` wrote.
-        split: of several; "" if there is one only.
+        split: name of the split; "" if the data set has none.
 
     Raises:
-        UserError: the package is missing; there is no such data set or split, or no image in it.
+        UserError: the package, the data set or the split is missing, or it has no image.
     """
 
     def __init__(self, path: str, split: str = "") -> None:
@@ -48,12 +48,10 @@ class HuggingFaceSource:
         if self._image is None:
             columns = ", ".join(f"{name} ({kind})" for name, kind in sorted(kinds.items()))
             raise UserError(f"data.path={path!r} has no image: its columns are {columns}")
-        named, whole = (
-            [n for n, k in kinds.items() if k == "ClassLabel"],
-            [n for n, f in features.items() if _dtype(f).startswith("int")],
-        )
-        self._label = base.column(LABELS, named) or next(
-            (name for name in LABELS if name in whole), None
+        class_labels = [n for n, k in kinds.items() if k == "ClassLabel"]
+        integers = [n for n, f in features.items() if _dtype(f).startswith("int")]
+        self._label = base.column(LABELS, class_labels) or next(
+            (name for name in LABELS if name in integers), None
         )
         self._caption = next(
             (
@@ -71,7 +69,7 @@ class HuggingFaceSource:
             raise UserError(
                 f"data.path={path!r} has no records{f' in split {split!r}' if split else ''}"
             )
-        if self._label in named:
+        if self._label in class_labels:
             self.classes: tuple[str, ...] = tuple(features[self._label].names)
         else:
             labels = table.select_columns([self._label])[:][self._label] if self._label else []
@@ -91,10 +89,10 @@ class HuggingFaceSource:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record]:
-        found = self._columns("all")[list(indices)]
+        columns = self._columns("all")[list(indices)]
         return [
-            self._record(i, {name: values[at] for name, values in found.items()})
-            for at, i in enumerate(indices)
+            self._record(i, {name: values[row] for name, values in columns.items()})
+            for row, i in enumerate(indices)
         ]
 
     def key(self, index: int) -> str:
@@ -123,7 +121,7 @@ class HuggingFaceSource:
     def _record(self, index: int, row: dict[Any, Any]) -> Record:
         image = row[self._image] or {}
         content = image.get("bytes")
-        # saved without embedding: a file of the person who saved it
+        # saved without embedded files: the path on the machine that saved it
         if content is None and (path := image.get("path")):
             content = (
                 base.read_byte_range(path)
@@ -148,15 +146,15 @@ class HuggingFaceSource:
         return caption[: decode.CAPTION_LIMIT + 1] if isinstance(caption, str) else None
 
     def _columns(self, which: str) -> Any:
-        """The table with the columns that are needed and no others, opened where it is used."""
+        """Returns the table with only the needed columns, opened in this process."""
         return self._tables("tables", self._open)[which]
 
     def _open(self) -> dict[str, Any]:
-        wanted = {name for name in (self._image, self._label, self._caption, self._key) if name}
-        every = self._load().select_columns(sorted(wanted))
-        tables = {"all": every}
-        tables |= {"key": every.select_columns([self._key])} if self._key else {}
-        tables |= {"caption": every.select_columns([self._caption])} if self._caption else {}
+        names = {name for name in (self._image, self._label, self._caption, self._key) if name}
+        table = self._load().select_columns(sorted(names))
+        tables = {"all": table}
+        tables |= {"key": table.select_columns([self._key])} if self._key else {}
+        tables |= {"caption": table.select_columns([self._caption])} if self._caption else {}
         return tables
 
     def _load(self) -> Any:
@@ -173,36 +171,44 @@ class HuggingFaceSource:
                 " give what save_to_disk wrote"
             )
         try:
-            found = datasets.load_from_disk(self.path)
-        except (
-            Exception
-        ) as error:  # of many kinds: not saved by that library, damaged, or by a newer one
+            loaded = datasets.load_from_disk(self.path)
+        except Exception as error:  # another format, damaged, or saved by a newer version
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"data.path={self.path!r} is no data set that `datasets` saved with save_to_disk"
+                f"data.path={self.path!r} is not a data set that `datasets` saved with save_to_disk"
                 f" ({reason})"
             ) from error
-        if isinstance(found, dict):
-            names = ", ".join(sorted(found))
-            if self._split not in found:
+        if isinstance(loaded, dict):
+            names = ", ".join(sorted(loaded))
+            if self._split not in loaded:
                 raise UserError(
                     f"data.path={self.path!r} has the splits {names}, data.split={self._split!r} is"
                     " none of them: choose one"
                 )
-            found = found[self._split]
+            loaded = loaded[self._split]
         elif self._split:
             raise UserError(
                 f"data.path={self.path!r} has no splits: leave data.split={self._split!r} empty,"
                 " data.holdout holds a share out"
             )
-        self._saved = str(found._fingerprint)
-        pictures = [
-            name for name, feature in found.features.items() if type(feature).__name__ == "Image"
+        self._saved = str(loaded._fingerprint)
+        images = [
+            name for name, feature in loaded.features.items() if type(feature).__name__ == "Image"
         ]
-        for name in pictures:
-            found = found.cast_column(name, datasets.Image(decode=False))
-        return found
+        for name in images:
+            loaded = loaded.cast_column(name, datasets.Image(decode=False))
+        return loaded
 
 
 def _dtype(feature: Any) -> str:
     return str(getattr(feature, "dtype", ""))
+
+
+register_source(
+    SourceKind(
+        name="hugging_face",
+        open=lambda path, split, data, cache: HuggingFaceSource(path, split),
+        path="the directory that save_to_disk wrote",
+        reads=("class_names",),
+    )
+)

@@ -1,9 +1,8 @@
-"""Several sources as one, each with its share of the samples: M3I's 427 million captioned and 15
-million labelled images in one stage.
+"""Joins several sources into one, each with its share of the samples: M3I mixes 427 million
+captioned and 15 million labelled images in one stage.
 
-A sample has what its source has: a category, a caption, both or neither. Which source and which
-record stand at a position of the stream is closed arithmetic (`sampler.sample_mixture_index`), like
-everything else in the order."""
+A sample has what its source has: a label, a caption, both or neither. The source and the record at
+a position of the stream are a closed form of it (`sampler.sample_mixture_index`)."""
 
 import dataclasses
 import fractions
@@ -14,16 +13,16 @@ import numpy as np
 
 from m3i_jax import schema
 from m3i_jax.data import sampler
-from m3i_jax.data.sources import base
+from m3i_jax.data.sources import base, registry
 from m3i_jax.data.sources.base import DataSource, Record
 from m3i_jax.errors import UserError
 
-CYCLE_LIMIT = 1 << 40  # samples until the shares are exact
+CYCLE_LIMIT = 1 << 40  # samples after which the shares are exact
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MixtureEntry:
-    """One line of `data.mixture`. `weight` None: in proportion to the number of images."""
+    """One entry of `data.mixture`. A weight of None is in proportion to the number of images."""
 
     kind: str
     path: str
@@ -33,55 +32,58 @@ class MixtureEntry:
 
 
 def parse_entry(text: str) -> MixtureEntry:
-    """Reads `KIND:PATH[@SPLIT[|HELD_OUT]][=WEIGHT]`.
+    """Parses `KIND:PATH[@SPLIT[|HELD_OUT]][=WEIGHT]`.
 
     Raises:
-        UserError: no such kind of source, no path, or a weight that is not positive.
+        UserError: the kind of source is unknown, the path is missing or the weight is not positive.
 
-    >>> parse_entry("tars:/a/*.tar=427").weight, parse_entry("folder:/b@train|val").held_out, parse_entry("tfds:food101=size").weight
-    (Fraction(427, 1), 'val', None)
+    >>> parse_entry("tars:/a/*.tar=427").weight, parse_entry("tfds:food101=size").weight
+    (Fraction(427, 1), None)
+    >>> parse_entry("folder:/b@train|val").held_out
+    'val'
     """
-    wrong = (
+    refusal = (
         f"data.mixture: {text!r} is not KIND:PATH, KIND:PATH=WEIGHT or"
         " KIND:PATH@SPLIT|HELD_OUT=WEIGHT"
     )
     kind, colon, rest = text.strip().partition(":")
-    if kind not in base.KINDS or not colon:
-        raise UserError(f"{wrong}: the kind must be one of {', '.join(base.KINDS)}")
+    if kind not in registry.source_names() or not colon:
+        raise UserError(f"{refusal}: the kind must be one of {', '.join(registry.source_names())}")
     path, equals, number = rest.rpartition("=")
     weight = None
-    if not equals or "/" in number:  # an equal sign inside the path, as in /data/date=7/x
+    if not equals or "/" in number:  # the equal sign is part of the path, as in /data/date=7/x
         path = rest
     elif number != "size":
         try:
             weight = fractions.Fraction(number)
         except (ValueError, ZeroDivisionError):
             raise UserError(
-                f"{wrong}: the weight {number!r} must be a positive number, or 'size' for the"
+                f"{refusal}: the weight {number!r} must be a positive number, or 'size' for the"
                 " number of images"
             ) from None
         if weight <= 0:
             raise UserError(
-                f"{wrong}: the weight {number!r} must be positive; leave the source out to give it"
-                " none"
+                f"{refusal}: the weight {number!r} must be positive; remove the entry to leave"
+                " the source out"
             )
-    before, at, split = path.rpartition("@")
+    directory, at, split = path.rpartition("@")
     if not at or "/" in split:
-        before, split = path, ""
+        directory, split = path, ""
     split, _, held_out = split.partition("|")
-    if not before:
-        raise UserError(f"{wrong}: the path is missing")
-    return MixtureEntry(kind, before, split, held_out, weight)
+    if not directory:
+        raise UserError(f"{refusal}: the path is missing")
+    return MixtureEntry(kind, directory, split, held_out, weight)
 
 
 def mixture_entries(data: schema.Data) -> list[MixtureEntry]:
-    """The sources that the configuration names: those of the mixture, or the one there is.
+    """Returns the sources that the configuration names: those of the mixture, or the single one.
 
-    Raises: UserError: an entry that `parse_entry` refuses, a mixture of nothing, or one beside
-        another source, which would not read it.
+    Raises:
+        UserError: `parse_entry` refuses an entry, the mixture is empty, or `data.mixture` is given
+            and `data.source` is not "mixture".
 
     >>> mixture_entries(schema.Data(source="folder", path="/b", holdout_split="val"))
-    [Entry(kind='folder', path='/b', split='', held_out='val', weight=None)]
+    [MixtureEntry(kind='folder', path='/b', split='', held_out='val', weight=None)]
     """
     if data.source != "mixture":
         if data.mixture:
@@ -99,63 +101,74 @@ def mixture_entries(data: schema.Data) -> list[MixtureEntry]:
 
 
 def unread(data: schema.Data, *, counted: bool) -> dict[str, str]:
-    """Settings that do nothing with this kind of source, and why.
+    """Returns the settings that have no effect with the configured source, and why.
 
-    Args: data: the settings. counted: the mode takes the settings of a run, opens the source and
-        counts its images, so that `data.size` is what it has.
+    Args:
+        data: the settings.
+        counted: the mode opens the source and counts its images, so that `data.size` is their
+            number.
 
     >>> sorted(unread(schema.Data(source="folder"), counted=True))
     ['data.class_space', 'data.directory', 'data.size']
-    >>> sorted(unread(schema.Data(source="mixture", mixture=("shapes:9", "tfds:food101")), counted=False))
+    >>> mixed = schema.Data(source="mixture", mixture=("shapes:9", "tfds:food101"))
+    >>> sorted(unread(mixed, counted=False))
     ['data.holdout_split', 'data.path', 'data.split']
     """
     mixed = data.source == "mixture"
-    kinds = {text.strip().partition(":")[0] for text in data.mixture} if mixed else {data.source}
-    out: dict[str, str] = {}
+    names = [text.strip().partition(":")[0] for text in data.mixture] if mixed else [data.source]
+    # `parse_entry` refuses an unknown kind with a better message
+    kinds = [registry.source_kind(name) for name in names if name in registry.source_names()]
+    read = {setting for kind in kinds for setting in kind.reads}
+    reasons: dict[str, str] = {}
     if mixed:
         for name in ("path", "split", "holdout_split"):
-            out[f"data.{name}"] = (
+            reasons[f"data.{name}"] = (
                 "data.source='mixture' reads data.mixture alone; set data.source as well, and"
                 " data.mixture= to nothing"
             )
     else:
-        out["data.class_space"] = f"data.source={data.source!r} is one source; it is of mixtures"
-    if "tfds" not in kinds:
-        out["data.directory"] = "no source is of TFDS; use data.path"
-    if kinds == {"shapes"}:
-        out["data.class_names"] = "the built-in shapes have names of their own"
-    elif counted and "shapes" not in kinds:
-        out["data.size"] = (
+        reasons["data.class_space"] = (
+            f"data.source={data.source!r} is a single source, and only a mixture reads it"
+        )
+    if "directory" not in read:
+        reasons["data.directory"] = "no source is of TFDS; use data.path"
+    if "class_names" not in read:
+        reasons["data.class_names"] = "the source names its classes itself"
+    if counted and "size" not in read:
+        reasons["data.size"] = (
             "the images of a source are counted; evaluate.train_limit and evaluate.query_limit take"
             " fewer"
         )
-    # to give both to a training is usual, as a recipe and a split
+    # a training may have both, as a recipe and a split
     if data.holdout_split and counted:
-        out["data.holdout"] = f"data.holdout_split={data.holdout_split!r} is what is held out"
-    return out
+        reasons["data.holdout"] = (
+            f"data.holdout_split={data.holdout_split!r} names the held-out part"
+        )
+    return reasons
 
 
 def join_sources(
-    data: schema.Data, entries: Sequence[MixtureEntry], opened: Sequence[DataSource]
+    data: schema.Data, entries: Sequence[MixtureEntry], sources: Sequence[DataSource]
 ) -> DataSource:
-    """What was opened for each of the `mixture_entries` as one source: their mixture, or the one
-    there is.
+    """Joins the opened sources of `mixture_entries`: their mixture, or the single source.
 
     >>> join_sources(schema.Data(), mixture_entries(schema.Data()), ["the source"])
     'the source'
     """
     if data.source != "mixture":
-        return opened[0]
-    return Mixture(opened, [entry.weight for entry in entries], shared=data.class_space == "shared")
+        return sources[0]
+    weights = [entry.weight for entry in entries]
+    return Mixture(sources, weights, shared=data.class_space == "shared")
 
 
 def integer_shares(
     weights: Sequence[fractions.Fraction | None], sizes: Sequence[int]
 ) -> tuple[int, ...]:
-    """Weights as the smallest whole numbers of the same proportions; without weights, the sizes.
+    """Scales weights to the smallest whole numbers of the same proportions. Without weights, scales
+    the sizes.
 
     Raises:
-        UserError: some have a weight and some have none, or the numbers get too long.
+        UserError: only some sources have a weight, or the whole numbers are too large.
 
     >>> F = fractions.Fraction
     >>> integer_shares([F("0.7"), F("0.3")], [5, 5]), integer_shares([None, None], [300, 100])
@@ -164,8 +177,8 @@ def integer_shares(
     given = [w for w in weights if w is not None]
     if given and len(given) < len(weights):
         raise UserError(
-            "data.mixture: some sources have a weight and some have none: give one to all of them,"
-            " or to none for their sizes"
+            "data.mixture: some sources have a weight and some have none: give all of them one, or"
+            " none of them for shares by size"
         )
     exact = given or [fractions.Fraction(size) for size in sizes]
     scale = math.lcm(*(w.denominator for w in exact))
@@ -180,15 +193,17 @@ def integer_shares(
 
 
 class Mixture:
-    """Sources with weights, as one source: its records are those of the first source, then those of
-    the second, and so on.
+    """A weighted mixture of sources, itself a source: the records of the first source come first,
+    then those of the second, and so on.
 
-    Args: parts: the sources. weights: of the samples, one a source; all None: in proportion to
-        their sizes. shared: classes of the same name are one class; else every source has its own,
-        one behind the other.
+    Args:
+        sources: to mix.
+        weights: share of the samples of each source; all None for shares by size.
+        shared: classes of the same name are one class; else the classes of the sources are
+            concatenated.
 
     Raises:
-        UserError: some sources have a weight and some have none.
+        UserError: only some sources have a weight.
 
     >>> class Few:
     ...     name, captions = "few", False
@@ -206,136 +221,133 @@ class Mixture:
 
     def __init__(
         self,
-        parts: Sequence[DataSource],
+        sources: Sequence[DataSource],
         weights: Sequence[fractions.Fraction | None],
         *,
         shared: bool = True,
     ) -> None:
-        self.sources, self.weights, self.shared = list(parts), list(weights), shared
-        self.sizes = [len(source) for source in parts]
-        self.parts = integer_shares(weights, self.sizes)
+        self.sources, self.weights, self.shared = list(sources), list(weights), shared
+        self.sizes = [len(source) for source in sources]
+        self.shares = integer_shares(weights, self.sizes)
         self._ends = np.cumsum(self.sizes)
-        self.classes, self._tables = join_classes([source.classes for source in parts], shared)
-        self.captions = any(source.captions for source in parts)
-        self.name = "mixture of " + " and ".join(source.name for source in parts)
+        self.classes, self._tables = join_classes([source.classes for source in sources], shared)
+        self.captions = any(source.captions for source in sources)
+        self.name = "mixture of " + " and ".join(source.name for source in sources)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Record:
-        which, at = self._where(index)
-        return relabel_record(self.sources[which][at], self._tables[which])
+        number, local_index = self._locate_index(index)
+        return relabel_record(self.sources[number][local_index], self._tables[number])
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record]:
-        wanted = np.asarray(indices, np.int64)
-        which = np.searchsorted(self._ends, wanted, side="right")
-        got: dict[int, Record] = {}
-        for number in np.unique(which).tolist():
-            places = np.flatnonzero(which == number)
-            found = base.read_items(
-                self.sources[number], (wanted[places] - self._start(number)).tolist()
-            )
-            got.update(
-                zip(
-                    places.tolist(),
-                    (relabel_record(record, self._tables[number]) for record in found),
-                    strict=True,
-                )
-            )
-        return [got[i] for i in range(len(wanted))]
+        index_array = np.asarray(indices, np.int64)
+        numbers = np.searchsorted(self._ends, index_array, side="right")
+        records: dict[int, Record] = {}
+        for number in np.unique(numbers).tolist():
+            rows = np.flatnonzero(numbers == number)
+            local_indices = (index_array[rows] - self._start(number)).tolist()
+            for row, record in zip(
+                rows.tolist(), base.read_items(self.sources[number], local_indices), strict=True
+            ):
+                records[row] = relabel_record(record, self._tables[number])
+        return [records[row] for row in range(len(index_array))]
 
     def key(self, index: int) -> str:
-        which, at = self._where(index)
-        return base.source_key(self.sources[which], at)
+        number, local_index = self._locate_index(index)
+        return base.source_key(self.sources[number], local_index)
 
     def key_hashes(self) -> np.ndarray:
         return np.concatenate([base.source_key_hashes(source) for source in self.sources])
 
     def caption(self, index: int) -> str | bytes | None:
-        which, at = self._where(index)
-        return (
-            base.source_caption(self.sources[which], at) if self.sources[which].captions else None
-        )
+        number, local_index = self._locate_index(index)
+        source = self.sources[number]
+        return base.source_caption(source, local_index) if source.captions else None
 
     def locate(self, seed: int, positions: np.ndarray, attempt: int = 0) -> np.ndarray:
-        """The record at each position of the stream, int64 [R]: see `sampler.sample_mixture_index`.
+        """Returns the record at each position of the stream, int64 [R]; see
+        `sampler.sample_mixture_index`.
 
         Raises:
-            UserError: a source that should give samples has no images.
+            UserError: a source with a share of the samples has no images.
         """
-        for source, part in zip(self.sources, self.parts, strict=True):
-            if part and not len(source):
+        for source, share in zip(self.sources, self.shares, strict=True):
+            if share and not len(source):
                 raise UserError(
                     f"data.mixture: {source.name} has no images to give its share of: leave it out,"
                     " or hold less out"
                 )
-        which, record = sampler.sample_mixture_index(
-            seed, positions, self.sizes, self.parts, attempt
+        numbers, records = sampler.sample_mixture_index(
+            seed, positions, self.sizes, self.shares, attempt
         )
-        return record + (self._ends - self.sizes)[which]
+        return records + (self._ends - self.sizes)[numbers]
 
     def part(self, holdout: float, part: str) -> "Mixture":
-        """The mixture of one part of each source: see `base.split_by_hash`."""
-        return Mixture(
-            [base.split_by_hash(source, holdout, part) for source in self.sources],
-            self.weights,
-            shared=self.shared,
-        )
+        """Returns the mixture of one part of each source; see `base.split_by_hash`."""
+        parts = [base.split_by_hash(source, holdout, part) for source in self.sources]
+        return Mixture(parts, self.weights, shared=self.shared)
 
     def fingerprint(self) -> str:
         return base.stable_digest(
             "mixture",
-            *self.parts,
+            *self.shares,
             *self.classes,
             *(source.fingerprint() for source in self.sources),
         )
 
     def identity(self) -> list[str]:
-        """One line a source, for a person who has to find out what differs between two mixtures."""
-        shares = zip(self.parts, self.sources, strict=True)
+        """Describes each source in one line, so that a diff shows how two mixtures differ."""
+        total = sum(self.shares)
         return [
-            f"{part} of every {sum(self.parts):,} samples from {base.source_identity(source)[0]}"
-            for part, source in shares
+            f"{share} of every {total:,} samples from {base.source_identity(source)[0]}"
+            for share, source in zip(self.shares, self.sources, strict=True)
         ]
 
     def epochs(self, samples: int) -> list[float]:
-        """How often so many samples go through each source."""
-        shares = zip(self.parts, self.sizes, strict=True)
-        return [samples * part / max(sum(self.parts), 1) / max(size, 1) for part, size in shares]
+        """Returns the number of epochs of each source in so many samples."""
+        total = max(sum(self.shares), 1)
+        return [
+            samples * share / total / max(size, 1)
+            for share, size in zip(self.shares, self.sizes, strict=True)
+        ]
 
     def description(self) -> str:
+        total = max(sum(self.shares), 1)
         parts = [
-            f"{part / max(sum(self.parts), 1):.2%} of the samples ({epochs:.3g} epochs in one pass)"
+            f"{share / total:.2%} of the samples ({epochs:.3g} epochs in one pass)"
             f" from {source.description()}"
-            for source, part, epochs in zip(
-                self.sources, self.parts, self.epochs(len(self)), strict=True
+            for source, share, epochs in zip(
+                self.sources, self.shares, self.epochs(len(self)), strict=True
             )
         ]
-        known = sum(len(source.classes) for source in self.sources)
-        same = (
-            f" ({known - len(self.classes):,} of them shared by name)"
-            if known > len(self.classes)
+        count = sum(len(source.classes) for source in self.sources)
+        shared = (
+            f" ({count - len(self.classes):,} of them shared by name)"
+            if count > len(self.classes)
             else ""
         )
-        classes = f", {len(self.classes):,} classes{same}" if known else ""
+        classes = f", {len(self.classes):,} classes{shared}" if count else ""
         return (
             f"{len(self):,} images in a mixture of {len(self.sources)} sources{classes}: "
             + "; ".join(parts)
         )
 
-    def _where(self, index: int) -> tuple[int, int]:
+    def _locate_index(self, index: int) -> tuple[int, int]:
+        """Returns (number of the source, index of the record in it)."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        which = int(np.searchsorted(self._ends, index, side="right"))
-        return which, int(index) - self._start(which)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, int(index) - self._start(number)
 
-    def _start(self, which: int) -> int:
-        return int(self._ends[which]) - self.sizes[which]
+    def _start(self, number: int) -> int:
+        return int(self._ends[number]) - self.sizes[number]
 
 
 class RelabelledSource:
-    """A source whose categories are numbered as in another list of classes; those that are not in
-    it become -1.
+    """A source with its labels renumbered to another list of classes; labels of classes that are
+    not in the list become -1.
 
     >>> class Two:
     ...     name, classes, captions = "two", ("cat", "eel"), False
@@ -348,12 +360,8 @@ class RelabelledSource:
 
     def __init__(self, source: DataSource, classes: Sequence[str]) -> None:
         number = {name: i for i, name in enumerate(classes)}
-        self.source, self.name, self.captions, self.classes = (
-            source,
-            source.name,
-            source.captions,
-            tuple(classes),
-        )
+        self.source, self.name, self.captions = source, source.name, source.captions
+        self.classes = tuple(classes)
         self._table = np.array([number.get(name, -1) for name in source.classes], np.int32)
 
     def __len__(self) -> int:
@@ -381,10 +389,10 @@ class RelabelledSource:
 
 
 def relabel_record(record: Record, table: np.ndarray) -> Record:
-    """The record with its label looked up; what is not in the table becomes -1.
+    """Replaces the label of a record by its entry in the table, or -1 if it has none.
 
-    >>> relabel_record(Record("a", b"", 1), np.array([5, 7])).label, relabel_record(Record("a", b"", 2), np.array([5, 7])).label
-    (7, -1)
+    >>> [relabel_record(Record("a", b"", label), np.array([5, 7])).label for label in (1, 2)]
+    [7, -1]
     """
     label = int(table[record.label]) if 0 <= record.label < len(table) else -1
     return (
@@ -395,11 +403,13 @@ def relabel_record(record: Record, table: np.ndarray) -> Record:
 def join_classes(
     spaces: Sequence[Sequence[str]], shared: bool
 ) -> tuple[tuple[str, ...], list[np.ndarray]]:
-    """(all classes, for each source the number in them of each of its own), in the order in which
-    they appear.
+    """Joins lists of classes, in the order in which names first appear.
 
-    >>> join_classes([("a", "b"), ("b", "c")], True)[0], join_classes([("a", "b"), ("b", "c")], False)[0]
-    (('a', 'b', 'c'), ('a', 'b', 'b', 'c'))
+    Returns:
+        (all classes, for each list the new label of each of its classes).
+
+    >>> [join_classes([("a", "b"), ("b", "c")], shared)[0] for shared in (True, False)]
+    [('a', 'b', 'c'), ('a', 'b', 'b', 'c')]
     """
     tables, count = [], 0
     if not shared:

@@ -1,5 +1,5 @@
-"""Files in a bucket (gs://, s3://, memory://, ...), by fsspec: listed, described, and read by
-ranges of bytes; nothing is copied."""
+"""Lists files in a bucket (gs://, s3://, memory://, ...) and reads byte ranges of them with fsspec,
+without local copies."""
 
 import functools
 import time
@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from m3i_jax.errors import UnreadableError, UserError
 
-# Of the many things that fsspec opens, what a store is. Others start programs (ssh, git), or unpack
-# and keep copies (zip, simplecache::).
+# The protocols of fsspec that are stores. Others start programs (ssh, git) or keep unpacked copies
+# (zip, simplecache::).
 STORES = (
     "gs",
     "gcs",
@@ -27,12 +27,12 @@ STORES = (
     "file",
     "memory",
 )
-BLOCK = 1 << 20  # bytes that reading headers fetches at a time
+BLOCK = 1 << 20  # bytes per request while headers are read
 _T = TypeVar("_T")
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is a URL.
+    """Returns whether a path is a URL.
 
     >>> is_remote("gs://bucket/x.tar"), is_remote("/data/x.tar")
     (True, False)
@@ -41,15 +41,16 @@ def is_remote(path: str) -> bool:
 
 
 def file_system(path: str) -> Any:
-    """The fsspec file system of a URL; the library keeps one an address, so this is cheap.
+    """Returns the fsspec file system of a URL. The library caches one per address.
 
-    Raises: UserError: fsspec, or the package that it needs for this kind of URL, is missing; or
-        this kind is not one of STORES.
+    Raises:
+        UserError: fsspec, or the package that it needs for this protocol, is missing; or the
+            protocol is not one of STORES.
     """
-    kind = path.partition("://")[0]
-    if kind not in STORES:
+    protocol = path.partition("://")[0]
+    if protocol not in STORES:
         raise UserError(
-            f"{path!r}: {kind!r} is no store that is read from; these are: {', '.join(STORES)}"
+            f"{path!r}: {protocol!r} is not a supported store; use one of {', '.join(STORES)}"
         )
     try:
         import fsspec
@@ -64,24 +65,21 @@ def file_system(path: str) -> Any:
 
 
 def glob_urls(pattern: str) -> list[str]:
-    """The URLs that a glob stands for, sorted; a folder stands for its .tar files."""
-    files, (kind, _, _) = file_system(pattern), pattern.partition("://")
-    if not any(c in pattern for c in "*?["):
-        pattern = (
-            pattern
-            if retry_network(pattern, lambda: files.isfile(pattern))
-            else f"{pattern.rstrip('/')}/*.tar"
-        )
-    found = retry_network(pattern, lambda: files.glob(pattern))
-    return sorted(
-        f"{kind}://{str(name).removeprefix(f'{kind}://').lstrip('/') if kind != 'file' else name}"
-        for name in found
-    )
+    """Returns the URLs that match a glob, sorted; of a folder, its .tar files."""
+    files, protocol = file_system(pattern), pattern.partition("://")[0]
+    if not any(c in pattern for c in "*?[") and not retry_network(
+        pattern, lambda: files.isfile(pattern)
+    ):
+        pattern = f"{pattern.rstrip('/')}/*.tar"
+    names = [str(name) for name in retry_network(pattern, lambda: files.glob(pattern))]
+    if protocol != "file":
+        names = [name.removeprefix(f"{protocol}://").lstrip("/") for name in names]
+    return sorted(f"{protocol}://{name}" for name in names)
 
 
 def file_state(path: str) -> tuple[int, str]:
-    """(size in bytes, a text that changes when the file does)."""
-    about = retry_network(path, lambda: file_system(path).info(path))
+    """Returns (size in bytes, a text that changes when the file changes)."""
+    info = retry_network(path, lambda: file_system(path).info(path))
     names = (
         "etag",
         "ETag",
@@ -94,30 +92,31 @@ def file_state(path: str) -> tuple[int, str]:
         "mtime",
         "created",
     )
-    return int(about["size"]), str([str(about[name]) for name in names if about.get(name)])
+    return int(info["size"]), str([str(info[name]) for name in names if info.get(name)])
 
 
 def open_file(path: str) -> Any:
-    """A URL opened for reading ahead, from one end to the other."""
+    """Opens a URL for sequential reading, with readahead."""
     return retry_network(
         path, lambda: file_system(path).open(path, "rb", block_size=BLOCK, cache_type="readahead")
     )
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-    """Several ranges (URL, offset, size) of one file system, at the same time where it can.
+    """Reads several ranges (URL, offset, size) of one file system, concurrently if it supports
+    that.
 
     Raises:
-        UserError: one of them cannot be read, or ends too early.
+        UnreadableError: a range cannot be read, or a file ends before it.
     """
     if not ranges:
         return []
     files, (paths, starts, sizes) = file_system(ranges[0][0]), zip(*ranges, strict=True)
     ends = [start + size for start, size in zip(starts, sizes, strict=True)]
-    got = files.cat_ranges(list(paths), list(starts), ends, on_error="return")
-    out: list[bytes] = []
-    for (path, start, size), content in zip(ranges, got, strict=True):
-        if isinstance(content, Exception):  # one of many: again by itself
+    results = files.cat_ranges(list(paths), list(starts), ends, on_error="return")
+    contents: list[bytes] = []
+    for (path, start, size), content in zip(ranges, results, strict=True):
+        if isinstance(content, Exception):  # retry this range alone
             content = retry_network(
                 path, functools.partial(files.cat_file, path, start, start + size)
             )
@@ -126,13 +125,16 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
                 f"{path!r} ends before byte {start + size}: it became shorter while the run was"
                 " reading it; start again"
             )
-        out.append(bytes(content))
-    return out
+        contents.append(bytes(content))
+    return contents
 
 
 def retry_network(path: str, act: Callable[[], _T], tries: int = 4) -> _T:
-    """The value of `act`, which is repeated when the network fails it. That it fails for good is an
-    error, never a bad record.
+    """Calls `act` until it succeeds, at most `tries` times. A lasting failure is an error, not a
+    bad record.
+
+    Raises:
+        UnreadableError: the last attempt failed, or the file is missing or forbidden.
 
     >>> retry_network("gs://x", lambda: 3)
     3
@@ -142,7 +144,7 @@ def retry_network(path: str, act: Callable[[], _T], tries: int = 4) -> _T:
             return act()
         except UserError:
             raise
-        except Exception as error:  # every store has errors of its own
+        except Exception as error:  # each store raises its own types
             if attempt == tries or isinstance(error, (FileNotFoundError, PermissionError)):
                 reason = " ".join(str(error).split())[:200]
                 raise UnreadableError(

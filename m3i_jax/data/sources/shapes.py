@@ -1,14 +1,15 @@
-"""Built-in images with categories and captions, so that every part of the framework runs where
-there is no data set.
+"""Renders built-in images with classes and captions, so that every part of the framework runs
+without a data set.
 
-An image shows one shape, and the shape is the category. All else is nuisance: colour, size, place,
-rotation, the background's colour and pattern, small lines and blobs behind the shape. Colours are
-paired by luminance, so that the shape is visible also in gray, and brighter than its background as
-often as darker: pixels and simple statistics say little about the category, outlines say
-everything.
+An image shows one shape, which is its class. Everything else is nuisance: colour, size, position,
+rotation, colour and pattern of the background, small lines and blobs behind the shape. Colours are
+paired by luminance, so that the shape is visible in gray too, and is brighter than its background
+as
+often as darker: pixels and simple statistics carry little information about the class, outlines
+carry all of it.
 
-What an image shows (category, colours, pattern, size, caption) and where are separate streams of
-randomness: a caption costs no rendering."""
+The content (class, colours, pattern, size, caption) and the geometry are separate random streams,
+so a caption needs no rendering."""
 
 import functools
 import math
@@ -17,9 +18,11 @@ from typing import NamedTuple, SupportsIndex
 import numpy as np
 from PIL import Image, ImageDraw
 
+from m3i_jax import schema
 from m3i_jax.data.sources.base import Record, stable_digest
+from m3i_jax.data.sources.registry import SourceKind, register_source
 from m3i_jax.errors import UserError
-from m3i_jax.objective.masks import SHAPE, uniforms
+from m3i_jax.objective.rng import SHAPE, uniforms
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart")
 PATTERNS = ("plain", "shaded", "striped", "checkered", "dotted", "speckled")
@@ -41,13 +44,13 @@ COLORS = {
 # jitter
 CONTRAST = 60
 
-_VERSION = 1  # of the images, part of the fingerprint: raise it when any of them changes
-_JITTER = 10  # a colour's channels differ by at most this from image to image
-_SCALE = 4  # drawn so many times larger, then averaged: antialiasing
-_TILT = math.pi / 6  # a shape is turned by at most this, either way
-_MARKS = 3  # lines and blobs at most
-_GRAIN = 24  # cells a side of the speckled pattern
-_WHAT, _WHERE, _DEAL, _SPECKS = range(4)  # parts of the random stream
+_VERSION = 1  # of the images, part of the fingerprint; raise it when any image changes
+_JITTER = 10  # largest change of a colour channel from image to image
+_SCALE = 4  # supersampling factor, for antialiasing
+_TILT = math.pi / 6  # largest rotation of a shape, in either direction
+_MARKS = 3  # largest number of lines and blobs
+_GRAIN = 24  # cells per side of the speckled pattern
+_CONTENT, _GEOMETRY, _LABELS, _SPECKS = range(4)  # parts of the random stream
 _TEMPLATES = (
     "{thing} on {ground} background",
     "{thing} in front of {ground} background",
@@ -64,8 +67,8 @@ def _luminance(rgb: np.ndarray) -> np.ndarray:
 
 
 def _shades(name: str) -> np.ndarray:
-    """Two shades [2, 3] of a background: the colour, and one away from middle gray (towards it for
-    black and white)."""
+    """Returns the two shades [2, 3] of a background: the colour, and one farther from middle gray
+    (nearer for black and white)."""
     rgb = np.array(COLORS[name], float)
     other = {"black": rgb + 50, "white": rgb - 50}.get(
         name, rgb * 0.6 if _luminance(rgb) < 140 else rgb * 0.55 + 255 * 0.45
@@ -83,7 +86,7 @@ GROUNDS = {
     )
     for name in _NAMES
 }
-"""For every colour of a shape the colours that its background may have."""
+"""Colour of a shape -> colours that its background may have."""
 
 
 def _corners(radii: tuple[float, ...]) -> np.ndarray:
@@ -114,7 +117,7 @@ _POLYGONS = {
 
 
 class ShapeSpec(NamedTuple):
-    """What an image shows: all that its caption may tell."""
+    """The content of an image, which its caption may describe."""
 
     label: int
     color: str
@@ -125,19 +128,19 @@ class ShapeSpec(NamedTuple):
 
 
 class ShapesSource:
-    """Pictures of shapes, rendered when they are read; the same for the same seed and index,
-    whatever the size and the order of reading.
+    """Images of shapes, rendered when they are read. An image depends on the seed and its index
+    alone.
 
-    In every eight consecutive images every category occurs once, in random order.
+    Each eight consecutive images show all eight classes, in random order.
 
     Args:
         size: number of images.
         side: of an image in pixels, at least 16.
-        seed: 0..2^64-1; another seed gives other images, with other keys.
+        seed: 0..2^64-1; another seed gives other images and other keys.
 
     Raises:
-        UserError: there is nothing to render.
-        ValueError: side or seed out of its range.
+        UserError: the size is below 1.
+        ValueError: the side or the seed is out of range.
 
     >>> source = ShapesSource(1000)
     >>> record = source[7]
@@ -165,8 +168,8 @@ class ShapesSource:
 
     def __getitem__(self, index: SupportsIndex) -> Record:
         i = self._at(index)
-        what = self.what(i)
-        return Record(f"shapes-{self.seed}-{i}", self._render(i, what), what.label, what.caption)
+        spec = self.what(i)
+        return Record(f"shapes-{self.seed}-{i}", self._render(i, spec), spec.label, spec.caption)
 
     def key(self, index: SupportsIndex) -> str:
         return f"shapes-{self.seed}-{self._at(index)}"
@@ -175,23 +178,25 @@ class ShapesSource:
         return self.what(index).caption
 
     def what(self, index: SupportsIndex) -> ShapeSpec:
-        """What image `index` shows, without rendering it.
+        """Returns the content of image `index` without rendering it.
 
-        >>> what = ShapesSource(1000).what(7)
-        >>> what.color in COLORS, what.ground in GROUNDS[what.color], what.pattern in PATTERNS, 0.5 <= what.size <= 0.85
-        (True, True, True, True)
+        >>> spec = ShapesSource(1000).what(7)
+        >>> spec.color in COLORS, spec.ground in GROUNDS[spec.color], spec.pattern in PATTERNS
+        (True, True, True)
+        >>> 0.5 <= spec.size <= 0.85
+        True
         """
         i = self._at(index)
-        deal = np.argsort(self._uniforms(_DEAL, i // len(CLASSES), len(CLASSES)), kind="stable")
-        u = self._uniforms(_WHAT, i, 8).tolist()
-        label, color = int(deal[i % len(CLASSES)]), _pick(_NAMES, u[0])
+        labels = np.argsort(self._uniforms(_LABELS, i // len(CLASSES), len(CLASSES)), kind="stable")
+        u = self._uniforms(_CONTENT, i, 8).tolist()
+        label, color = int(labels[i % len(CLASSES)]), _pick(_NAMES, u[0])
         ground, pattern, size = (
             _pick(GROUNDS[color], u[1]),
             _pick(PATTERNS, u[2]),
             0.5 + 0.35 * u[3],
         )
-        # Every caption names the shape, half of them its colour, half the background: what tells
-        # most captions apart is the shape.
+        # Every caption names the shape, half of them its colour, half of them the background, so
+        # most captions differ by the shape.
         words = f"{color} {CLASSES[label]}" if u[6] < 0.5 else CLASSES[label]
         if u[4] < 0.5:
             words = (
@@ -203,57 +208,57 @@ class ShapesSource:
         return ShapeSpec(label, color, ground, pattern, size, caption)
 
     def silhouette(self, index: SupportsIndex) -> np.ndarray:
-        """uint8 [side, side]: 255 where image `index` shows its shape, 0 where it shows background,
-        between them on the outline.
+        """Returns the mask of the shape of image `index`, uint8 [side, side]: 255 inside, 0
+        outside, between them on the outline.
 
         >>> mask = ShapesSource(8, side=32).silhouette(0)
         >>> mask.shape, int(mask.max())
         ((32, 32), 255)
         """
         i = self._at(index)
-        return np.array(self._shape(self.what(i), self._where(i)))
+        return np.array(self._shape(self.what(i), self._geometry(i)))
 
     def fingerprint(self) -> str:
         return stable_digest("shapes", _VERSION, self.size, self.side, self.seed)
 
     def description(self) -> str:
-        about = f"{self.side} x {self.side} pixels, seed {self.seed}"
+        details = f"{self.side} x {self.side} pixels, seed {self.seed}"
         return (
-            f"{len(self):,} images in {self.name} ({about}), {len(CLASSES)} classes, captions for"
+            f"{len(self):,} images in {self.name} ({details}), {len(CLASSES)} classes, captions for"
             " 100%"
         )
 
     def _at(self, index: SupportsIndex) -> int:
-        return range(self.size)[index]  # counts negative indices from the end, raises IndexError
+        return range(self.size)[index]  # supports negative indices, raises IndexError
 
     def _uniforms(self, part: int, first: int, width: int) -> np.ndarray:
         return uniforms(self.seed, SHAPE, first, 1, width, part=part)[0]
 
-    def _where(self, i: int) -> list[float]:
-        return self._uniforms(_WHERE, i, 16 + 5 * _MARKS).tolist()
+    def _geometry(self, i: int) -> list[float]:
+        return self._uniforms(_GEOMETRY, i, 16 + 5 * _MARKS).tolist()
 
-    def _render(self, i: int, what: ShapeSpec) -> np.ndarray:
-        u = self._where(i)
-        first, second = _SHADES[what.ground] + _shift(u[6:9])
-        picture = Image.new("RGB", (self.side, self.side), _rgb(first))
-        picture.paste(_rgb(second), mask=self._field(i, what.pattern, *u[9:12]))
-        # A mark has a colour that the background could have had: it must not hide the shape's
-        # outline.
-        picture.paste(
-            _rgb(_SHADES[_pick(GROUNDS[what.color], u[12])][0]), mask=self._marks(u[13], u[16:])
+    def _render(self, i: int, spec: ShapeSpec) -> np.ndarray:
+        u = self._geometry(i)
+        first, second = _SHADES[spec.ground] + _shift(u[6:9])
+        image = Image.new("RGB", (self.side, self.side), _rgb(first))
+        image.paste(_rgb(second), mask=self._field(i, spec.pattern, *u[9:12]))
+        # A mark has a colour that the background could have, so it does not hide the outline of the
+        # shape.
+        image.paste(
+            _rgb(_SHADES[_pick(GROUNDS[spec.color], u[12])][0]), mask=self._marks(u[13], u[16:])
         )
-        picture.paste(_rgb(_SHADES[what.color][0] + _shift(u[3:6])), mask=self._shape(what, u))
-        return np.array(picture)
+        image.paste(_rgb(_SHADES[spec.color][0] + _shift(u[3:6])), mask=self._shape(spec, u))
+        return np.array(image)
 
-    def _shape(self, what: ShapeSpec, u: list[float]) -> Image.Image:
-        """The silhouette, at a place that keeps it inside the image."""
+    def _shape(self, spec: ShapeSpec, u: list[float]) -> Image.Image:
+        """Draws the mask of the shape, inside the image."""
         canvas, draw = self._canvas()
-        name, side = CLASSES[what.label], self.side * _SCALE
-        radius = what.size * side / 2
+        name, side = CLASSES[spec.label], self.side * _SCALE
+        radius = spec.size * side / 2
         margin = radius + _SCALE
         x, y = (margin + v * (side - 2 * margin) for v in u[:2])
-        turn = _TILT * (2 * u[2] - 1)
-        c, s = math.cos(turn), math.sin(turn)
+        angle = _TILT * (2 * u[2] - 1)
+        c, s = math.cos(angle), math.sin(angle)
         if name in _POLYGONS:
             points = _POLYGONS[name] @ np.array([[c, s], [-s, c]]) * radius + (x, y)
             draw.polygon(points.ravel().tolist(), fill=255)
@@ -266,17 +271,15 @@ class ShapesSource:
         return canvas.reduce(_SCALE)
 
     def _marks(self, count: float, u: list[float]) -> Image.Image:
-        """The mask of small lines and blobs."""
+        """Draws the mask of the small lines and blobs."""
         canvas, draw = self._canvas()
         side = self.side * _SCALE
         for m in range(int(count * (_MARKS + 1))):
             v = u[5 * m : 5 * m + 5]
             x, y, angle = v[0] * side, v[1] * side, 2 * math.pi * v[2]
             if v[3] < 0.6:
-                dx, dy = (
-                    (0.05 + 0.2 * v[4]) * side * math.cos(angle),
-                    (0.05 + 0.2 * v[4]) * side * math.sin(angle),
-                )
+                length = (0.05 + 0.2 * v[4]) * side
+                dx, dy = length * math.cos(angle), length * math.sin(angle)
                 draw.line(
                     (x - dx, y - dy, x + dx, y + dy),
                     fill=255,
@@ -294,7 +297,7 @@ class ShapesSource:
     def _field(
         self, i: int, pattern: str, angle: float, period: float, phase: float
     ) -> Image.Image:
-        """The mask of a background's second shade."""
+        """Draws the mask of the second shade of a background."""
         if pattern == "plain":
             return Image.new("L", (self.side, self.side), int(64 * phase))
         if pattern == "speckled":
@@ -308,32 +311,32 @@ class ShapesSource:
         c, s = np.float32(math.cos(2 * math.pi * angle)), np.float32(math.sin(2 * math.pi * angle))
         if pattern == "shaded":
             return _mask((x * c + y * s) / (abs(c) + abs(s)))
-        # a period, as a share of the side
+        # the period as a share of the side
         wave = {"striped": 0.1, "checkered": 0.16, "dotted": 0.12}[pattern] * (1 + period)
-        turn = np.float32(2 * math.pi / wave)
-        along = (x * c + y * s) * turn + np.float32(2 * math.pi * phase)
+        frequency = np.float32(2 * math.pi / wave)
+        along = (x * c + y * s) * frequency + np.float32(2 * math.pi * phase)
         if pattern == "striped":
             height = np.sin(along)
         else:
-            across = (y * c - x * s) * turn
+            across = (y * c - x * s) * frequency
             height = (
                 np.sin(along) * np.sin(across)
                 if pattern == "checkered"
                 else np.cos(along) + np.cos(across) - np.float32(0.7)
             )
-        # Edges are ramps about a pixel wide instead of steps: antialiasing.
+        # Edges are ramps about a pixel wide instead of steps, for antialiasing.
         return _mask(height * np.float32(wave * self.side / (2 * math.pi)))
 
 
 @functools.lru_cache(maxsize=4)
 def _grid(side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel centres as shares of the side, -0.5..0.5: [side, 1] and [1, side]."""
-    at = ((np.arange(side) + 0.5) / side - 0.5).astype(np.float32)
-    return at[:, None], at[None, :]
+    """Returns y [side, 1] and x [1, side] of pixel centres, as shares of the side, -0.5..0.5."""
+    centres = ((np.arange(side) + 0.5) / side - 0.5).astype(np.float32)
+    return centres[:, None], centres[None, :]
 
 
 def _mask(height: np.ndarray) -> Image.Image:
-    """-0.5 and less: 0, 0.5 and more: 255."""
+    """Maps -0.5..0.5 linearly to 0..255, clipped."""
     return Image.fromarray(
         np.clip(height * np.float32(255) + np.float32(128), 0, 255).astype(np.uint8)
     )
@@ -354,3 +357,20 @@ def _shift(u: list[float]) -> np.ndarray:
 def _rgb(color: np.ndarray) -> tuple[int, int, int]:
     r, g, b = np.clip(np.rint(color), 0, 255).astype(int).tolist()
     return r, g, b
+
+
+def _open(path: str, split: str, data: schema.Data, cache: str) -> ShapesSource:
+    if split:
+        raise UserError(
+            f"the built-in shapes have no split {split!r}: leave data.split empty, data.holdout"
+            " holds a share out"
+        )
+    if path and not path.isdigit():
+        raise UserError(
+            f"shapes:{path}: the built-in shapes have no path: give their number, such as"
+            " shapes:10000"
+        )
+    return ShapesSource(int(path) if path else data.size, side=3 * data.image_size // 2)
+
+
+register_source(SourceKind(name="shapes", open=_open, reads=("size",), splits=False))

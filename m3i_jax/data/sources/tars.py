@@ -1,12 +1,11 @@
-"""Pictures in tar files, as img2dataset and WebDataset write them, read in place: nothing is ever
-unpacked.
+"""Reads images in tar files of img2dataset or WebDataset in place, without unpacking.
 
-An index of the members is built once by reading headers (and the small JSON and label members), and
-read by position afterwards: one `pread` an image. Only regular members with a known extension
-count; links, devices, absolute names and names with `..` are passed over and counted; a pickle is
-just an unknown extension. A damaged or truncated file keeps what is valid. Tar files in a bucket
-(gs://, s3://, ...) are read in the same way through fsspec: the headers once, then ranges, those of
-a batch at the same time."""
+An index of the members is built once from the headers and the small JSON and label members; an
+image is then one `pread`. Only regular members with a known extension are read. Links, devices,
+absolute names and names with `..` are skipped and counted, and so is a pickle, as a member of an
+unknown extension. Of a damaged or truncated file the valid members are used. Tar files in a bucket
+(gs://, s3://, ...) are read through fsspec: the headers once, then ranges, concurrently for a
+batch."""
 
 import collections
 import glob
@@ -19,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from m3i_jax.data import decode
-from m3i_jax.data.sources import array_files, base, remote, tar_headers
+from m3i_jax.data.sources import base, remote, tar_headers
 from m3i_jax.data.sources.base import EXTENSIONS, FILE_LIMIT, Record
+from m3i_jax.data.sources.registry import SourceKind, register_source
 from m3i_jax.errors import UserError
 
-VERSION = 2  # of the index; another one is built anew
+VERSION = 2  # of the index; an index of another version is rebuilt
 JSON_LIMIT = 1 << 20
-_NONE, _TEXT, _JSON = 0, 1, 2  # where the caption of an image stands
+_NONE, _TEXT, _JSON = 0, 1, 2  # where the caption of an image is stored
 _log = logging.getLogger(__name__)
 
 
@@ -33,14 +33,14 @@ class TarSource:
     """The images of all tar files that match a glob, in the order of file names and then of
     members.
 
-    Members that share a stem belong together: `KEY.jpg`, `KEY.txt` (caption), `KEY.json` (`caption`
-    where there is no text, `label` if a whole number), `KEY.cls` (label). The key of a record is
-    the stem, so equal keys of two tar files fall into the same part of a split. Categories have no
-    names here: they are "0", "1", ... up to the highest label.
+    Members with the same stem form a record: `KEY.jpg`, `KEY.txt` (caption), `KEY.json` (`caption`
+    if there is no text, `label` if a whole number), `KEY.cls` (label). The key of a record is the
+    stem, so equal keys of two tar files are in the same part of a split. Classes have no names;
+    they are "0", "1", ... up to the highest label.
 
     Args:
-        path: glob of tar files, or a directory that holds them; local or a URL that fsspec knows.
-        cache: directory for the index; "" to build it at every start.
+        path: glob of tar files, or their directory; local or a URL of fsspec.
+        cache: directory of the index; "" to build it at every start.
 
     Raises:
         UserError: no tar file matches, or none of them holds an image.
@@ -48,7 +48,8 @@ class TarSource:
     >>> import io, tarfile, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with tarfile.open(f"{folder}/00000.tar", "w") as tar:
-    ...         for name, content in (("7.jpg", b"..."), ("7.json", b'{"caption": "a cat", "label": 1}')):
+    ...         annotation = b'{"caption": "a cat", "label": 1}'
+    ...         for name, content in (("7.jpg", b"..."), ("7.json", annotation)):
     ...             member = tarfile.TarInfo(name)
     ...             member.size = len(content)
     ...             tar.addfile(member, io.BytesIO(content))
@@ -60,30 +61,30 @@ class TarSource:
     def __init__(self, path: str, *, cache: str = "") -> None:
         self.files = _match(path)
         self.name = f"tars {path!r}"
-        self._signature = np.array([_state(file) for file in self.files], np.int64)
+        self._signature = np.array([_file_state(file) for file in self.files], np.int64)
         names = [file if remote.is_remote(file) else os.path.realpath(file) for file in self.files]
-        self._cached = (
+        self._cache_path = (
             os.path.join(cache, f"tar_index_{base.stable_digest(*names)}.npz") if cache else ""
         )
-        index = _load(self._cached, self._signature)
+        index = _load(self._cache_path, self._signature)
         if index is None:
             index = _build(self.files)
-            if self._cached:
-                _save(self._cached, self._signature, index)
-        self._adopt(index)
+            if self._cache_path:
+                _save(self._cache_path, self._signature, index)
+        self._set_index(index)
         if not len(self):
             kinds = ", ".join(e[1:] for e in EXTENSIONS)
-            one = (
+            files = (
                 "the tar file that matches"
                 if len(self.files) == 1
                 else f"the {len(self.files):,} tar files that match"
             )
             raise UserError(
-                f"{one} data.path={path!r} holds no image"
+                f"{files} data.path={path!r} holds no image"
                 f" ({kinds}){base.format_counts(self.ignored)}"
             )
 
-    def _adopt(self, index: dict[str, np.ndarray]) -> None:
+    def _set_index(self, index: dict[str, np.ndarray]) -> None:
         self._index = index
         self.ignored = collections.Counter(json.loads(bytes(index["ignored"])))
         self.captions = bool((index["caption_kind"] != _NONE).any())
@@ -91,17 +92,17 @@ class TarSource:
         self.classes = tuple(str(i) for i in range(highest + 1))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker process loads the index from its file where there is one: pickling it would hold
-        # it twice in memory.
+        # A worker process loads the index from its file if there is one; pickling it would need
+        # twice the memory.
         state = self.__dict__.copy()
-        if self._cached and os.path.exists(self._cached):
+        if self._cache_path and os.path.exists(self._cache_path):
             del state["_index"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if "_index" not in state:
-            index = _load(self._cached, self._signature)
+            index = _load(self._cache_path, self._signature)
             self._index = _build(self.files) if index is None else index
 
     def __len__(self) -> int:
@@ -111,27 +112,25 @@ class TarSource:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record]:
-        x, wanted = (
-            self._index,
-            sorted(set(indices), key=lambda i: (self._index["shard"][i], self._index["offset"][i])),
-        )
-        # In the order of the disk, which is kinder to it; the answer keeps the order asked for.
+        x = self._index
+        # read in the order of the files, returned in the order of `indices`
+        ordered = sorted(set(indices), key=lambda i: (x["shard"][i], x["offset"][i]))
         ranges = [
-            (self.files[x["shard"][i]], int(x["offset"][i]), int(x["size"][i])) for i in wanted
+            (self.files[x["shard"][i]], int(x["offset"][i]), int(x["size"][i])) for i in ordered
         ]
-        captioned = [i for i in wanted if x["caption_kind"][i] != _NONE]
-        read = _read([*ranges, *(self._caption_range(i) for i in captioned)])
-        captions = dict(zip(captioned, read[len(ranges) :], strict=True))
-        got = {
+        captioned = [i for i in ordered if x["caption_kind"][i] != _NONE]
+        contents = _read_ranges([*ranges, *(self._caption_range(i) for i in captioned)])
+        captions = dict(zip(captioned, contents[len(ranges) :], strict=True))
+        records = {
             i: Record(
                 self.key(i),
                 image,
                 int(x["label"][i]),
-                self._caption_in(i, captions[i]) if i in captions else None,
+                self._parse_caption(i, captions[i]) if i in captions else None,
             )
-            for i, image in zip(wanted, read, strict=False)
+            for i, image in zip(ordered, contents, strict=False)
         }
-        return [got[i] for i in indices]
+        return [records[i] for i in indices]
 
     def key(self, index: int) -> str:
         ends = self._index["key_end"]
@@ -139,10 +138,10 @@ class TarSource:
         return bytes(raw).decode("utf-8", "surrogateescape")
 
     def caption(self, index: int) -> str | bytes | None:
-        """The caption, read by itself; only as much of a text as is ever used."""
+        """Reads a caption without its image, up to the length that is used."""
         if self._index["caption_kind"][index] == _NONE:
             return None
-        return self._caption_in(index, _read([self._caption_range(index)])[0])
+        return self._parse_caption(index, _read_ranges([self._caption_range(index)])[0])
 
     def _caption_range(self, index: int) -> tuple[str, int, int]:
         x = self._index
@@ -153,8 +152,10 @@ class TarSource:
             min(int(x["caption_size"][index]), limit),
         )
 
-    def _caption_in(self, index: int, raw: bytes) -> str | bytes | None:
-        return raw if self._index["caption_kind"][index] == _TEXT else _parse(raw).get("caption")
+    def _parse_caption(self, index: int, raw: bytes) -> str | bytes | None:
+        return (
+            raw if self._index["caption_kind"][index] == _TEXT else _parse_json(raw).get("caption")
+        )
 
     def key_hashes(self) -> np.ndarray:
         return self._index["key_hash"]
@@ -189,8 +190,8 @@ class TarSource:
         )
 
 
-def _state(file: str) -> tuple[int, int]:
-    """Two numbers that change when a file does."""
+def _file_state(file: str) -> tuple[int, int]:
+    """Returns two numbers that change when the file changes."""
     if remote.is_remote(file):
         size, stamp = remote.file_state(file)
         return size, base.key_hash(stamp) >> 1
@@ -198,25 +199,26 @@ def _state(file: str) -> tuple[int, int]:
     return state.st_size, state.st_mtime_ns
 
 
-def _read(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+def _read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
     if ranges and remote.is_remote(ranges[0][0]):
         return remote.read_ranges(ranges)
-    return [base.read_byte_range(*one) for one in ranges]
+    return [base.read_byte_range(*args) for args in ranges]
 
 
 def _match(path: str) -> list[str]:
-    """The tar files a glob stands for, sorted; or an error that says what lies there instead."""
+    """Returns the tar files that match a glob, sorted; raises an error that names the files that
+    are there instead."""
     if remote.is_remote(path):
-        if found := [file for file in remote.glob_urls(path) if file.lower().endswith(".tar")]:
-            return found
+        if urls := [file for file in remote.glob_urls(path) if file.lower().endswith(".tar")]:
+            return urls
         raise UserError(
             f"no tar file matches data.path={path!r}: give a glob such as 'gs://BUCKET/DIR/*.tar',"
             " and check the access"
         )
     pattern = os.path.expanduser(path)
     pattern = os.path.join(pattern, "*.tar") if os.path.isdir(pattern) else pattern
-    found = sorted(glob.glob(pattern, recursive=True))
-    files = [file for file in found if file.lower().endswith(".tar") and os.path.isfile(file)]
+    paths = sorted(glob.glob(pattern, recursive=True))
+    files = [path for path in paths if path.lower().endswith(".tar") and os.path.isfile(path)]
     if files:
         return files
     folder = os.path.dirname(pattern) or "."
@@ -234,11 +236,9 @@ def _match(path: str) -> list[str]:
         if name.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz"))
     ]
     if tars:
-        many, every = (
-            f"{len(tars):,} .tar file{'s' * (len(tars) > 1)}",
-            os.path.join(folder, "*.tar"),
-        )
-        hint = f"{folder!r} holds {many}, the first is {tars[0]!r}: did you mean {every!r}?"
+        count = f"{len(tars):,} .tar file{'s' * (len(tars) > 1)}"
+        every = os.path.join(folder, "*.tar")
+        hint = f"{folder!r} holds {count}, the first is {tars[0]!r}: did you mean {every!r}?"
     elif packed:
         hint = (
             f"{folder!r} holds {len(packed):,} compressed ones, which cannot be read in place:"
@@ -249,8 +249,8 @@ def _match(path: str) -> list[str]:
     raise UserError(f"no tar file matches data.path={path!r}: {hint}")
 
 
-def _parse(raw: bytes) -> dict[str, Any]:
-    """A JSON member as a dictionary; empty if it is anything else."""
+def _parse_json(raw: bytes) -> dict[str, Any]:
+    """Parses a JSON object; {} for anything else."""
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):
@@ -259,10 +259,10 @@ def _parse(raw: bytes) -> dict[str, Any]:
 
 
 class _Columns:
-    """The index while it grows: one list a column, joined to arrays at the end of each file so that
-    a member costs few bytes."""
+    """Builds the index: a list of arrays per column, one array per tar file, so that a member takes
+    few bytes."""
 
-    KINDS = {
+    DTYPES = {
         "shard": np.int32,
         "offset": np.int64,
         "size": np.uint32,
@@ -274,24 +274,24 @@ class _Columns:
     }
 
     def __init__(self) -> None:
-        self.parts: dict[str, list[np.ndarray]] = {name: [] for name in self.KINDS}
+        self.parts: dict[str, list[np.ndarray]] = {name: [] for name in self.DTYPES}
         self.keys, self.lengths = bytearray(), [np.zeros(0, np.int64)]
 
     def add(self, shard: int, groups: dict[str, dict[str, Any]]) -> None:
-        pictures = [
+        images = [
             (key.encode("utf-8", "surrogateescape"), group)
             for key, group in groups.items()
             if "size" in group
         ]
         for key, group in groups.items():
             group["key_hash"] = base.key_hash(key)
-        for name, kind in self.KINDS.items():
+        for name, dtype in self.DTYPES.items():
             default = -1 if name == "label" else shard if name == "shard" else 0
             self.parts[name].append(
-                np.array([group.get(name, default) for _, group in pictures], kind)
+                np.array([group.get(name, default) for _, group in images], dtype)
             )
-        self.keys += b"".join(key for key, _ in pictures)
-        self.lengths.append(np.array([len(key) for key, _ in pictures], np.int64))
+        self.keys += b"".join(key for key, _ in images)
+        self.lengths.append(np.array([len(key) for key, _ in images], np.int64))
 
     def arrays(self, ignored: dict[str, int]) -> dict[str, np.ndarray]:
         columns = {name: np.concatenate(parts) for name, parts in self.parts.items()}
@@ -313,7 +313,7 @@ def _build(files: list[str]) -> dict[str, np.ndarray]:
 
 
 def _scan(path: str, ignored: collections.Counter[str]) -> dict[str, dict[str, Any]]:
-    """What one tar file holds, by stem, in the order in which the stems appear."""
+    """Returns the members of one tar file by stem, in the order in which the stems appear."""
     groups: dict[str, dict[str, Any]] = {}
     problems = collections.Counter[str]()
     with remote.open_file(path) if remote.is_remote(path) else open(path, "rb") as file:
@@ -328,13 +328,13 @@ def _scan(path: str, ignored: collections.Counter[str]) -> dict[str, dict[str, A
             elif extension in EXTENSIONS:
                 group = groups.setdefault(stem, {})
                 if "size" in group:
-                    problems["pictures with the key of an earlier one"] += 1
+                    problems["images with the key of an earlier one"] += 1
                 elif size > FILE_LIMIT:
                     problems["files over 256 MiB"] += 1
                 else:
                     group.update(offset=offset, size=size)
             elif extension == ".txt":
-                if 0 < size < FILE_LIMIT:  # stronger than the JSON, whichever comes first
+                if 0 < size < FILE_LIMIT:  # has priority over the JSON, in any order of members
                     groups.setdefault(stem, {}).update(
                         caption_kind=_TEXT, caption_offset=offset, caption_size=size
                     )
@@ -345,7 +345,7 @@ def _scan(path: str, ignored: collections.Counter[str]) -> dict[str, dict[str, A
                 file.seek(offset)
                 raw = file.read(size)
                 value = (
-                    _parse(raw)
+                    _parse_json(raw)
                     if extension == ".json"
                     else {"label": int(raw) if raw.strip().isdigit() and size < 20 else raw}
                 )
@@ -366,7 +366,7 @@ def _scan(path: str, ignored: collections.Counter[str]) -> dict[str, dict[str, A
                 problems["other members"] += 1
     for problem in (*tar_headers.DAMAGE, *tar_headers.HOSTILE):
         if problems[problem]:
-            _log.warning("%r: %d %s; what is valid is used", path, problems[problem], problem)
+            _log.warning("%r: %d %s; the valid members are used", path, problems[problem], problem)
     problems["captions or labels without an image"] += sum(
         "size" not in group for group in groups.values()
     )
@@ -375,12 +375,13 @@ def _scan(path: str, ignored: collections.Counter[str]) -> dict[str, dict[str, A
 
 
 def _load(path: str, signature: np.ndarray) -> dict[str, np.ndarray] | None:
-    """A saved index, if it is whole, of this version, and of files of the same sizes and times."""
+    """Loads a saved index if it is complete, of this version, and of files with the same sizes and
+    times."""
     if not path or not os.path.exists(path):
         return None
-    index = array_files.load_arrays(path)
+    index = base.load_arrays(path)
     if index is None:
-        _log.warning("the tar index %r is damaged; it is built again", path)
+        _log.warning("the tar index %r is damaged and is rebuilt", path)
         return None
     if int(index.pop("version", -1)) != VERSION or not np.array_equal(
         index.pop("signature", np.zeros(0)), signature
@@ -391,10 +392,20 @@ def _load(path: str, signature: np.ndarray) -> dict[str, np.ndarray] | None:
 
 def _save(path: str, signature: np.ndarray, index: dict[str, np.ndarray]) -> None:
     try:
-        array_files.save_arrays(path, version=VERSION, signature=signature, **index)
+        base.save_arrays(path, version=VERSION, signature=signature, **index)
     except OSError as error:
         _log.warning(
-            "the tar index cannot be kept in %r (%s); it is built again at the next start",
+            "the tar index cannot be saved to %r (%s); it will be rebuilt at the next start",
             path,
             error.strerror,
         )
+
+
+register_source(
+    SourceKind(
+        name="tars",
+        open=lambda path, split, data, cache: TarSource(base.split_path(path, split), cache=cache),
+        path="the tar files, such as 'DIR/*.tar'",
+        reads=("class_names",),
+    )
+)

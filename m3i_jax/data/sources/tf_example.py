@@ -1,9 +1,9 @@
-"""The tf.train.Example message, which ArrayRecord and TFRecord files of other people hold, read and
-written without TensorFlow.
+"""Encodes and decodes tf.train.Example messages, the records of ArrayRecord and TFRecord files,
+without TensorFlow.
 
 The wire format is that of protocol buffers: Example {1: Features}, Features {1: map of string to
-Feature}, Feature {1: bytes list, 2: float list, 3: int64 list}. Float lists are skipped: no image,
-label or caption is one."""
+Feature}, Feature {1: bytes list, 2: float list, 3: int64 list}. Float lists are skipped, since no
+image, label or caption is one."""
 
 from collections.abc import Iterator, Mapping
 
@@ -12,10 +12,10 @@ _BYTES_LIST, _INT64_LIST = 1, 3  # fields of a Feature
 
 
 def encode_example(features: Mapping[str, bytes | int]) -> bytes:
-    """One message; the same features always give the same bytes.
+    """Encodes one message; the same features always give the same bytes.
 
     Args:
-        features: bytes, or a whole number of 64 bits, by name.
+        features: name -> bytes, or an integer of 64 bits.
 
     >>> encode_example({"label": 3}).hex()
     '0a100a0e0a056c6162656c12051a030a0103'
@@ -31,38 +31,37 @@ def encode_example(features: Mapping[str, bytes | int]) -> bytes:
 
 
 def decode_example(raw: bytes) -> dict[str, list[bytes] | list[int]]:
-    """The features of a message by name; those that are neither bytes nor whole numbers are left
-    out.
+    """Decodes the features of a message by name, except floats.
 
     Raises:
-        ValueError: the bytes are no such message.
+        ValueError: the bytes are not such a message.
 
     >>> decode_example(encode_example({"image": b"...", "label": -1}))
     {'image': [b'...'], 'label': [-1]}
     """
-    found: dict[str, list[bytes] | list[int]] = {}
-    for field, at, end in _fields(raw, 0, len(raw)):
-        for entry_field, entry, entry_end in _fields(raw, at, end) if field == 1 else ():
+    features: dict[str, list[bytes] | list[int]] = {}
+    for field, start, end in _fields(raw, 0, len(raw)):
+        for entry_field, entry, entry_end in _fields(raw, start, end) if field == 1 else ():
             if entry_field != 1:
                 continue
             name, feature, feature_end = "", entry_end, entry_end
-            for part, part_at, part_end in _fields(raw, entry, entry_end):
+            for part, part_start, part_end in _fields(raw, entry, entry_end):
                 if part == 1:
-                    name = raw[part_at:part_end].decode()
+                    name = raw[part_start:part_end].decode()
                 elif part == 2:
-                    feature, feature_end = part_at, part_end
+                    feature, feature_end = part_start, part_end
             for kind, first, last in _fields(raw, feature, feature_end):
                 if kind == _BYTES_LIST:
-                    found[name] = [
-                        raw[start:stop] for f, start, stop in _fields(raw, first, last) if f == 1
+                    features[name] = [
+                        raw[value:stop] for f, value, stop in _fields(raw, first, last) if f == 1
                     ]
                 elif kind == _INT64_LIST:
-                    found[name] = list(_integers(raw, first, last))
-    return found
+                    features[name] = list(_integers(raw, first, last))
+    return features
 
 
-def _integers(raw: bytes, at: int, end: int) -> Iterator[int]:
-    for field, first, last in _fields(raw, at, end, numbers=True):
+def _integers(raw: bytes, start: int, end: int) -> Iterator[int]:
+    for field, first, last in _fields(raw, start, end, numbers=True):
         if last < 0 and field == 1:
             yield _signed(first)
         while field == 1 and first < last:
@@ -95,31 +94,31 @@ def _read_varint(raw: bytes, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 128:
             return value & 0xFFFFFFFFFFFFFFFF, at
-    raise ValueError("no tf.train.Example: a number has no end")
+    raise ValueError("not a tf.train.Example: a number has no end")
 
 
 def _fields(raw: bytes, at: int, end: int, *, numbers: bool = False) -> list[tuple[int, int, int]]:
-    """(number, first byte, end) of the fields of a message that have a length; with `numbers`,
-    those that are one as (number, value, -1).
+    """Returns (number, first byte, end) of the length-delimited fields of a message; with
+    `numbers`, also (number, value, -1) of the integers.
 
-    Positions instead of slices: an image is then copied once.
+    Positions instead of slices, so that an image is copied once.
     """
-    found = []
+    fields = []
     while at < end:
         tag, at = (raw[at], at + 1) if raw[at] < 128 else _read_varint(raw, at)
         kind = tag & 7
         if kind == _BYTES:
             size, at = _read_varint(raw, at)
-            found.append((tag >> 3, at, at + size))
+            fields.append((tag >> 3, at, at + size))
             at += size
         elif kind == _VARINT:
             value, at = _read_varint(raw, at)
             if numbers:
-                found.append((tag >> 3, value, -1))
+                fields.append((tag >> 3, value, -1))
         elif kind in (_DOUBLE, _FLOAT):
             at += 8 if kind == _DOUBLE else 4
         else:
-            raise ValueError(f"no tf.train.Example: wire type {kind}")
+            raise ValueError(f"not a tf.train.Example: wire type {kind}")
         if at > end:
-            raise ValueError("no tf.train.Example: a field reaches beyond the end")
-    return found
+            raise ValueError("not a tf.train.Example: a field exceeds the end")
+    return fields

@@ -1,6 +1,6 @@
-"""Data sets that `tensorflow-datasets` has prepared, read by position and without TensorFlow: its
-`data_source` hands out the encoded image (`SkipDecoding`), and everything after that is ours. It
-needs files with random access: ArrayRecord or parquet."""
+"""Reads data sets that `tensorflow-datasets` has prepared, with random access and without
+TensorFlow: its `data_source` returns encoded images (`SkipDecoding`). The files must be ArrayRecord
+or parquet."""
 
 import os
 from collections.abc import Sequence
@@ -9,38 +9,39 @@ from typing import Any
 import numpy as np
 
 from m3i_jax.data.sources import base
-from m3i_jax.data.sources.base import Record
-from m3i_jax.data.sources.handle_cache import HandleCache
+from m3i_jax.data.sources.base import HandleCache, Record
+from m3i_jax.data.sources.registry import SourceKind, register_source
 from m3i_jax.errors import UserError
 
 IMAGES, LABELS, CAPTIONS = ("image",), ("label",), ("caption", "captions", "text")
 
 
 class TfdsSource:
-    """One split of a prepared data set. Nothing is downloaded: preparing is another, longer job
-    with packages of its own.
+    """One split of a prepared data set. Nothing is downloaded; `tfds build` prepares a data set.
 
-    The image is the feature `image`, else the only image feature; the label `label`, else the only
-    class label; the caption `caption`, `captions` (the first) or `text`. The key of a record is
-    `SPLIT-INDEX`: the order of a prepared data set never changes.
+    The image is the feature `image`, else the only image feature; the label is `label`, else the
+    only class label; the caption is `caption`, `captions` (the first) or `text`. The key of a
+    record is `SPLIT-INDEX`, since the order of a prepared data set never changes.
 
-    Args: path: its name as TFDS writes it ("food101", "imagenet2012:5.1.0"), or the directory of
-        one version. split: as TFDS writes it: "train", "train[:10%]", "train+validation".
-        directory: where prepared data sets lie; "": TFDS's default, `TFDS_DATA_DIR` or
-        ~/tensorflow_datasets.
+    Args:
+        path: name in TFDS ("food101", "imagenet2012:5.1.0"), or the directory of one version.
+        split: as in TFDS: "train", "train[:10%]", "train+validation".
+        directory: of prepared data sets; "" for TFDS's default, `TFDS_DATA_DIR` or
+            ~/tensorflow_datasets.
 
-    Raises: UserError: the package is missing; the data set is not there, has no random access, no
-        such split or no image.
+    Raises:
+        UserError: the package or the data set is missing; the data set has no random access, no
+            such split or no image.
     """
 
     def __init__(self, path: str, split: str = "train", *, directory: str = "") -> None:
         self._path, self._split, self._directory = path, split, directory
-        self._opened = HandleCache()
+        self._handles = HandleCache()
         builder = self._builder()
         info = builder.info
         try:
             self._length = len(self._data())
-        except Exception as error:  # of its own kinds: assertions, file adapters that do not do this, unknown splits
+        except Exception as error:  # TFDS raises many types, also assertions
             raise self._refusal(builder, error) from error
         if not self._length:
             raise UserError(
@@ -72,10 +73,8 @@ class TfdsSource:
     def __getitems__(self, indices: Sequence[int]) -> list[Record]:
         if any(not 0 <= i < self._length for i in indices):
             raise IndexError(f"{min(indices)}..{max(indices)} of {self._length} records")
-        return [
-            self._record(i, found)
-            for i, found in zip(indices, self._data().__getitems__(list(indices)), strict=True)
-        ]
+        examples = self._data().__getitems__(list(indices))
+        return [self._record(i, example) for i, example in zip(indices, examples, strict=True)]
 
     def key(self, index: int) -> str:
         return f"{self._split}-{index}"
@@ -89,14 +88,14 @@ class TfdsSource:
             f"{len(self):,} images in {self.name}{classes}{', captions' if self.captions else ''}"
         )
 
-    def _record(self, index: int, found: dict[Any, Any]) -> Record:
-        label = int(found[self._label]) if self._label else -1
-        caption = found[self._caption] if self._caption else None
-        # several captions of one image, or other things
+    def _record(self, index: int, example: dict[Any, Any]) -> Record:
+        label = int(example[self._label]) if self._label else -1
+        caption = example[self._caption] if self._caption else None
+        # several captions of one image, or another type
         if caption is not None and not isinstance(caption, (bytes, str)):
             first = next(iter(caption), None) if hasattr(caption, "__iter__") else None
             caption = first if isinstance(first, (bytes, str)) else None
-        image = found[self._image]
+        image = example[self._image]
         return Record(
             self.key(index),
             image if isinstance(image, bytes) else np.asarray(image, np.uint8),
@@ -117,7 +116,7 @@ class TfdsSource:
             if os.path.isfile(os.path.join(path, "dataset_info.json")):
                 return tfds.builder_from_directory(path)
             return tfds.builder(self._path, data_dir=self._directory or None)
-        except Exception as error:  # its own, of many kinds: not registered, a missing package, a damaged description
+        except Exception as error:  # not registered, a missing package, damaged metadata, ...
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"tfds has no data set {self._path!r} ({type(error).__name__}: {reason}): give its"
@@ -126,21 +125,21 @@ class TfdsSource:
             ) from error
 
     def _refusal(self, builder: Any, error: Exception) -> UserError:
-        """Why a builder gives no random access, and the command that prepares what does."""
-        place, kind = str(builder.data_dir), getattr(builder.info.file_format, "value", None)
-        where = f" --data_dir={self._directory}" if self._directory else ""
-        build = f"tfds build {builder.name} --file_format=array_record{where}"
-        if not os.path.isfile(os.path.join(place, "dataset_info.json")):
+        """Explains why a builder has no random access, with the command that prepares the data."""
+        directory, kind = str(builder.data_dir), getattr(builder.info.file_format, "value", None)
+        option = f" --data_dir={self._directory}" if self._directory else ""
+        build = f"tfds build {builder.name} --file_format=array_record{option}"
+        if not os.path.isfile(os.path.join(directory, "dataset_info.json")):
             return UserError(
-                f"tfds {self._path!r} is not prepared in {place!r}: run `{build}` once, where"
+                f"tfds {self._path!r} is not prepared in {directory!r}: run `{build}` once, where"
                 " TensorFlow is installed"
             )
         if kind not in ("array_record", "parquet"):
             return UserError(
                 f"tfds {self._path!r} is prepared as {kind}, which has no random access: run `tfds"
-                f" convert_format --dataset_version_dir={place} --out_file_format=array_record"
+                f" convert_format --dataset_version_dir={directory} --out_file_format=array_record"
                 f" --out_dir=NEW/{builder.name}/{builder.version}` where TensorFlow is installed"
-                f" and give that directory, or remove {place!r} and run `{build}`"
+                f" and give that directory, or remove {directory!r} and run `{build}`"
             )
         reason = " ".join(str(error).split())[:200]
         return UserError(
@@ -149,7 +148,7 @@ class TfdsSource:
         )
 
     def _data(self) -> Any:
-        return self._opened("data", self._open)
+        return self._handles("data", self._open)
 
     def _open(self) -> Any:
         import tensorflow_datasets as tfds
@@ -162,3 +161,14 @@ class TfdsSource:
         ]
         decoders = {name: tfds.decode.SkipDecoding() for name in images}
         return builder.as_data_source(self._split, decoders=decoders)
+
+
+register_source(
+    SourceKind(
+        name="tfds",
+        open=lambda path, split, data, cache: TfdsSource(path, split, directory=data.directory),
+        path="the name of the data set, such as 'food101', or the directory of its version",
+        reads=("class_names", "directory"),
+        default_split="train",
+    )
+)

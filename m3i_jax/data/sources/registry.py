@@ -1,0 +1,159 @@
+"""The registry of data sources: every value of `data.source` but "mixture" is a `SourceKind`.
+
+The kinds of this package are the files of this folder: the kind NAME of `schema.SOURCES` is
+registered by sources/NAME.py, which is imported when it is first needed. Another package adds its
+own with `register_source`, for example in the configuration file of its runs:
+
+    from m3i_jax.data.sources.registry import SourceKind, register_source
+
+    register_source(SourceKind(
+        name="lmdb",
+        open=lambda path, split, data, cache: LmdbSource(path),
+        path="the directory that holds data.mdb",
+    ))
+
+Then `--config.data.source=lmdb --config.data.path=DIR` trains on it, and `lmdb:DIR=3` is an entry
+of a mixture. Modes that read the configuration of a workdir need the registration too: start them
+from a program that imports it and calls `m3i_jax.main.main`. Worker processes unpickle the source,
+so its class belongs in an importable module."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from m3i_jax import schema
+from m3i_jax.data.sources import class_names
+from m3i_jax.data.sources.base import DataSource
+from m3i_jax.errors import UserError
+
+
+class Opener(Protocol):
+    """Opens a source: (data.path, data.split, all settings of data, directory of the index or
+    "")."""
+
+    def __call__(self, path: str, split: str, data: schema.Data, cache: str, /) -> DataSource: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SplitFolders:
+    """The splits that a source recognises at a path without being given their names.
+
+    train, held_out: names of splits; `held_out` is empty if a share of `train` is held out. note:
+    the decision, for the log."""
+
+    train: str
+    held_out: str
+    note: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceKind:
+    """One kind of data source.
+
+    Attributes:
+        name: value of `data.source`, and the prefix of an entry of `data.mixture`.
+        open: opens the source. Raises UserError if nothing at the path can be read as an image.
+        path: what `data.path` has to be, as the end of "give ..."; "" if it may be empty.
+        reads: which of the settings "class_names", "directory" and "size" it reads; an override of
+            the others is refused. With "class_names", `classes` of the opened source is assigned.
+        splits: whether `data.split` and `data.holdout_split` name parts of the source.
+        default_split: used if `data.split` is empty; "" for all of it.
+        find_splits: recognises splits by the layout of a path; None if it has no splits.
+    """
+
+    name: str
+    open: Opener
+    path: str = ""
+    reads: Sequence[str] = ()
+    splits: bool = True
+    default_split: str = ""
+    find_splits: Callable[[str], SplitFolders | None] | None = None
+
+
+_REGISTRY: dict[str, SourceKind] = {}
+_BUILT_IN = frozenset(schema.SOURCES)
+
+
+def register_source(kind: SourceKind) -> SourceKind:
+    """Adds a kind of source to those that `data.source` and `data.mixture` accept.
+
+    Registering the same name again replaces the kind, so that a module can be reloaded.
+
+    Returns:
+        The kind.
+
+    Raises:
+        ValueError: the name is "mixture", not an identifier, or of a kind of this package.
+
+    >>> register_source(SourceKind(name="mixture", open=lambda *_: None))
+    Traceback (most recent call last):
+    ValueError: a source cannot be named 'mixture'
+    """
+    foreign = not kind.open.__module__.startswith(__package__)
+    if kind.name == "mixture" or not kind.name.isidentifier() or foreign and kind.name in _BUILT_IN:
+        raise ValueError(f"a source cannot be named {kind.name!r}")
+    if kind.name not in schema.SOURCES:
+        schema.SOURCES.append(kind.name)
+    _REGISTRY[kind.name] = kind
+    return kind
+
+
+def source_names() -> list[str]:
+    """Names of all kinds, those of this package first.
+
+    >>> source_names()[:2]
+    ['shapes', 'folder']
+    """
+    return [name for name in schema.SOURCES if name != "mixture"]
+
+
+def source_kind(name: str) -> SourceKind:
+    """Returns a kind of source by its name.
+
+    Raises:
+        UserError: no kind of that name is registered.
+
+    >>> source_kind("tfds").default_split
+    'train'
+    """
+    if name not in source_names():
+        names = ", ".join(map(repr, source_names()))
+        raise UserError(f"data.source={name!r} is not a source: use {names} or 'mixture'")
+    if name not in _REGISTRY:
+        importlib.import_module(f"{__package__}.{name}")
+    return _REGISTRY[name]
+
+
+def open_kind(
+    kind: str, path: str, split: str, data: schema.Data, *, cache: str = ""
+) -> DataSource:
+    """Opens one source.
+
+    Args:
+        kind: its name.
+        path: see `SourceKind.path`.
+        split: part of it; "" for the default of the kind.
+        data: the other settings.
+        cache: directory in which an index of the records is kept; "" for none.
+
+    Raises:
+        UserError: the path is empty or holds nothing that can be read as an image, or a package is
+            missing.
+
+    >>> open_kind("shapes", "12", "", schema.Data()).description()
+    '12 images in shapes (336 x 336 pixels, seed 0), 8 classes, captions for 100%'
+    """
+    entry = source_kind(kind)
+    if entry.path and not path:
+        raise UserError(f"data.path is empty, and data.source={kind!r} needs it: give {entry.path}")
+    if data.class_names and data.source == kind and "class_names" not in entry.reads:
+        raise UserError(
+            f"data.class_names={data.class_names!r} is not read by data.source={kind!r}, which"
+            " names its classes itself: leave it empty"
+        )
+    source = entry.open(path, split or entry.default_split, data, cache)
+    if data.class_names and "class_names" in entry.reads:
+        names = class_names.class_names_from_file(data.class_names, source.classes)
+        source.classes = names  # type: ignore[misc]
+    return source
