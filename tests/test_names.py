@@ -75,13 +75,24 @@ def retired_names(source: str, name: str) -> list[str]:
     return [f"{name}:{line}: the name '{word}' is retired" for line, word in sorted(found)]
 
 
+def markdown_prose(source: str) -> Iterator[tuple[int, str]]:
+    """(line, text) of a Markdown file without fenced blocks and code."""
+    fenced = False
+    for number, line in enumerate(source.splitlines(), 1):
+        if line.startswith("```"):
+            fenced = not fenced
+        elif not fenced:
+            yield number, re.sub(r"`[^`]*`", "", line)
+
+
 def retired_words(source: str, name: str) -> list[str]:
     """Complaints about retired words in the prose of a file. Parts of paths, dotted names and
     hyphenated words do not count."""
     pattern = re.compile(rf"(?<![\w./-])({'|'.join(RETIRED_WORDS)})(?![\w/-])", re.IGNORECASE)
+    lines = markdown_prose(source) if name.endswith(".md") else prose(source)
     return [
         f"{name}:{line}: the word '{word}' is retired: {text.strip()[:60]}"
-        for line, text in sorted(prose(source))
+        for line, text in sorted(lines)
         for word in pattern.findall(KEPT_WORDS.sub("", text))
     ]
 
@@ -104,10 +115,10 @@ def ambiguous_names(sources: Mapping[str, str]) -> list[str]:
     ]
 
 
-def sources(*folders: str) -> dict[str, str]:
-    """{path below the root: text} of every Python file of some folders."""
-    paths = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-    assert paths, f"no Python file in {', '.join(folders)}"
+def sources(*folders: str, pattern: str = "*.py") -> dict[str, str]:
+    """{path below the root: text} of every file of some folders whose name fits a pattern."""
+    paths = sorted(path for folder in folders for path in (ROOT / folder).rglob(pattern))
+    assert paths, f"no {pattern} in {', '.join(folders)}"
     return {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
 
 
@@ -164,3 +175,25 @@ def test_no_retired_word_comes_back(check: Callable[[str, str], list[str]]) -> N
     files = sources("m3i_jax", "configs").items()
     complaints = [complaint for name, text in files for complaint in check(text, name)]
     assert not complaints, "\n".join(complaints)
+
+
+def test_no_retired_word_in_a_readme() -> None:
+    texts = {"README.md": (ROOT / "README.md").read_text()}
+    texts |= sources("configs", "launch", "m3i_jax", "tests", pattern="README.md")
+    complaints = [
+        complaint for name, text in texts.items() for complaint in retired_words(text, name)
+    ]
+    assert not complaints, "\n".join(complaints)
+    assert retired_words("It is told.", "a.md") and not retired_words(
+        "`told` and\n```\ntold\n```", "a.md"
+    )
+
+
+def test_the_files_that_the_readme_of_the_package_names_exist() -> None:
+    text = (ROOT / "m3i_jax" / "README.md").read_text()
+    named = set(re.findall(r"`((?:[a-z_0-9]+/)+[a-z_0-9]+\.py)`", text))
+    paths = {
+        ROOT / name if name.startswith("tests/") else ROOT / "m3i_jax" / name for name in named
+    }
+    assert len(paths) > 30
+    assert not sorted(str(path) for path in paths if not path.exists())
