@@ -1,24 +1,28 @@
-"""m3i_jax: M3I Pre-training (CVPR 2023) in JAX. What other projects import are the pure functions
-of the objective:
+"""M3I Pre-training (CVPR 2023) in JAX.
 
-    from m3i_jax import gaussian, boltzmann, category, text         # posteriors: (sum, count) from
-    m3i_jax import smooth_l1, cosine, nt_xent, prototypes      # those of other public methods from
-    m3i_jax import blockwise, mix, split, gather, partner      # masks and mixing from m3i_jax
-    import sincos_2d, relative                         # positions from m3i_jax import
-    track_balance, weight, track_target         # optax transforms from m3i_jax import register_form
-    # an objective of your own, for objective.forms
+For other projects, the pure functions of the objective, which need jax, numpy, optax and chex:
 
-They need jax, numpy, optax and chex, and are loaded on first use. And, of the whole package,
-weights as a function of images:
+    from m3i_jax import gaussian, boltzmann, category, text     # posteriors: (sum, count)
+    from m3i_jax import smooth_l1, cosine, nt_xent, prototypes  # those of other public methods
+    from m3i_jax import blockwise, mix, split, gather, partner  # masks and mixing
+    from m3i_jax import sincos_2d, relative_positions           # positions
+    from m3i_jax import track_balance, balance_weight, track_target  # optax transforms
+    from m3i_jax import register_form                           # an objective of your own
+
+and, of the whole package, an encoder as a function of images:
 
     m3i_jax.load("runs/first").features(images)
+
+Everything is imported on first use.
 """
 
 import importlib
+import warnings
 from typing import Any
 
 from m3i_jax.version import __version__
 
+# {module of m3i_jax.objective: its public names}
 _PUBLIC = {
     "losses": (
         "boltzmann",
@@ -51,6 +55,26 @@ _PUBLIC = {
     "registry": ("register_form",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+# {name before version 0.2: name now}
+_RENAMED = {
+    # modules
+    "posterior": "losses",
+    "regression": "regression_losses",
+    "contrast": "contrastive",
+    "regularize": "collapse",
+    "target": "ema",
+    "families": "posteriors",
+    "named": "published",
+    "methods": "terms",
+    # functions and tables
+    "decorrelation": "barlow_twins",
+    "dense_against": "densecl",
+    "spread": "centered_energy",
+    "identity": "same_view_positions",
+    "relative": "relative_positions",
+    "weight": "balance_weight",
+    "METHODS": "PUBLISHED",
+}
 
 __all__ = ["__version__", *_PUBLIC, *_HOME]  # without `load`: a star import stays light
 
@@ -58,11 +82,19 @@ __all__ = ["__version__", *_PUBLIC, *_HOME]  # without `load`: a star import sta
 def __getattr__(name: str) -> Any:
     if name == "load":
         return importlib.import_module("m3i_jax.evaluation.load").load
+    if name in _RENAMED:
+        current = _RENAMED[name]
+        warnings.warn(
+            f"m3i_jax.{name} is now m3i_jax.{current}; the old name will be removed",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return __getattr__(current)
     module = _HOME.get(name, name)
     if module not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = importlib.import_module(f"m3i_jax.objective.{module}")
-    return getattr(found, name) if name in _HOME else found
+    loaded = importlib.import_module(f"m3i_jax.objective.{module}")
+    return getattr(loaded, name) if name in _HOME else loaded
 
 
 def __dir__() -> list[str]:

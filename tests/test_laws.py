@@ -1,6 +1,6 @@
-"""The laws of the house that a machine can check. Every checker takes source text and returns
-complaints, so each is first shown to complain about a small offender; then it is run over the
-project."""
+"""The laws of the house that a machine can check (m3i_jax/README.md states them; those of names and
+words are in test_names.py). Each checker takes source text and returns complaints. It is first
+tried on a small offender, then run over the project."""
 
 import ast
 import os

@@ -1,22 +1,30 @@
-"""The README is executed: every command and every Python block of it, in the order in which they
-stand, in one scratch copy of the project.
+"""Every README is executed: all commands and all Python blocks of all README.md files, in the order
+in which they appear, the root's first, in one scratch copy of the project.
 
-What is run Blocks fenced as ```bash run as one script each (`bash -euo pipefail`), blocks fenced as
-    ```python as one program each. Blocks fenced as text, json, bibtex, yaml or toml are not run;
-    any other fence, or none, fails, so that no command hides in one.
-What is left out of a bash block Commands that install or that would run these tests: the patterns
-    of LEFT_OUT. What follows them after && is run.
-How training commands are made small A line with `m3i_jax.main` or `launch/quickstart.sh` gets the
-    overrides TINY appended (two steps of a toy model), so it must name no file that only its real
-    size makes sense with. `--help` and `--version` lines are left as they are.
-Data `/data/images` and `/data/shards` stand for a folder of images (two classes, captions beside
-    them) and a folder of img2dataset tars `*.tar`; use these paths in the README. They are replaced
-    by small ones made here.
-Marks A comment on the last line before a block changes how it is run: `<!-- test: DIRECTIVE;
-    DIRECTIVE -->` append ARGUMENTS   more overrides for the training commands of this block, after
-    TINY as-is              no overrides for this block exit STATUS        the block must end with
-    this status, not 0 slow               run by `-m slow` only; no other block may need what it
-    makes skip REASON        not run; the reason is shown by pytest
+What is run: blocks fenced as ```bash, as one script each (`bash -euo pipefail`), and blocks fenced
+as ```python, as one program each. Both run from the root of the copy. Blocks fenced as text, json,
+bibtex, yaml or toml are not run. Any other fence, or none, fails, so that no command hides in one.
+A README uses only files that it makes itself or that ship with the project.
+
+What is left out of a bash block: commands that install, and those that would run these tests (the
+patterns of LEFT_OUT). Commands after && still run.
+
+How training commands are shortened: a line with `m3i_jax.main` or `launch/quickstart.sh` gets the
+overrides TINY appended (two steps of a toy model), so it must not depend on files that only the
+full size would make. `--help` and `--version` lines stay as they are.
+
+Data: `/data/images` stands for a folder of images (two classes, captions beside them) and
+`/data/shards` for a folder of img2dataset tars `*.tar`. Use these paths in a README; they are
+replaced by small data made here.
+
+Marks: a comment on the last line before a block changes how it is run,
+`<!-- test: DIRECTIVE; DIRECTIVE -->`:
+
+    append ARGUMENTS   more overrides for the training commands of this block, after TINY
+    as-is              no overrides for this block
+    exit STATUS        the block must end with this status, not 0
+    slow               run by `-m slow` only; no other block may need its files
+    skip REASON        not run; pytest shows the reason
 """
 
 import dataclasses
@@ -36,7 +44,17 @@ import pytest
 from m3i_jax import config as configuration
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = ROOT / "README.md"
+# The READMEs of the project, the root's first: folders that users do not get are not searched.
+READMES = [
+    ROOT / "README.md",
+    *sorted(
+        p
+        for name in ("configs", "launch", "m3i_jax", "tests")
+        for p in (ROOT / name).rglob("README.md")
+    ),
+]
+NAMES = {path: path.relative_to(ROOT).as_posix() for path in READMES}
+COLUMNS = 100
 RUN, QUIET = {"bash", "python"}, {"text", "json", "bibtex", "yaml", "toml"}
 SECONDS = 300
 LEFT_OUT = [
@@ -50,19 +68,23 @@ LEFT_OUT = [
 ]
 # fmt: off
 TINY = [
-    "train.steps=2", "train.batch_size=8", "train.microbatches=1", "train.log_every=1", "train.save_every=2", "optim.warmup_steps=1",
-    "data.size=64", "data.holdout=0.25", "data.image_size=32", "data.caption_length=8", "data.vocabulary_size=300", "data.tokenizer=train",
-    "model.dtype=float32", "model.encoder.patch_size=8", "model.encoder.width=16", "model.encoder.depth=1", "model.encoder.heads=2",
-    "model.decoder.width=16", "model.decoder.depth=1", "model.decoder.heads=2", "model.pool.width=16", "model.pool.heads=2",
-    "model.text.width=16", "model.text.depth=1", "model.text.heads=2", "model.text.embed=16",
-    "evaluate.attention=false", "evaluate.confusion=false", "evaluate.examples=false",
-    "evaluate.k=3", "evaluate.batch_size=8", "evaluate.train_limit=32", "evaluate.query_limit=16",
+    "train.steps=2", "train.batch_size=8", "train.microbatches=1", "train.log_every=1",
+    "train.save_every=2", "optim.warmup_steps=1", "data.size=64", "data.holdout=0.25",
+    "data.image_size=32", "data.caption_length=8", "data.vocabulary_size=300",
+    "data.tokenizer=train", "model.dtype=float32", "model.encoder.patch_size=8",
+    "model.encoder.width=16", "model.encoder.depth=1", "model.encoder.heads=2",
+    "model.decoder.width=16", "model.decoder.depth=1", "model.decoder.heads=2",
+    "model.pool.width=16", "model.pool.heads=2", "model.text.width=16", "model.text.depth=1",
+    "model.text.heads=2", "model.text.embed=16", "evaluate.attention=false",
+    "evaluate.confusion=false", "evaluate.examples=false", "evaluate.k=3", "evaluate.batch_size=8",
+    "evaluate.train_limit=32", "evaluate.query_limit=16",
 ]
 # fmt: on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Block:
+    file: str = "README.md"
     line: int
     language: str
     text: str
@@ -74,7 +96,7 @@ class Block:
 
 
 def directives(comment: str) -> dict[str, str | bool | int]:
-    """What the text of a mark asks for, as fields of Block."""
+    """The directives of a mark as fields of Block."""
     out: dict[str, str | bool | int] = {}
     for part in filter(None, (p.strip() for p in comment.split(";"))):
         word, _, rest = part.partition(" ")
@@ -90,23 +112,24 @@ def directives(comment: str) -> dict[str, str | bool | int]:
             out["skip"] = rest
         else:
             raise ValueError(
-                f"<!-- test: {part} -->: say append ARGUMENTS, as-is, exit STATUS, slow or skip"
+                f"<!-- test: {part} -->: use append ARGUMENTS, as-is, exit STATUS, slow or skip"
                 " REASON"
             )
     return out
 
 
-def blocks(text: str) -> list[Block]:
-    """Every fenced block of a Markdown text."""
-    found, lines, before, start = [], text.splitlines(), "", 0
+def blocks(text: str, file: str = "README.md") -> list[Block]:
+    """Every fenced block of a Markdown text; `file` is its path, for test ids and errors."""
+    out, lines, before, start = [], text.splitlines(), "", 0
     fence, language, body = "", "", []
     for number, line in enumerate(lines, 1):
         if not fence and (opening := re.match(r"\s*(`{3,}|~{3,})\s*(\S*)", line)):
             fence, language, body, start = opening[1], opening[2], [], number
         elif fence and re.fullmatch(rf"\s*{fence[0]}{{{len(fence)},}}\s*", line):
             mark = re.fullmatch(r"\s*<!--\s*test:\s*(.*?)\s*-->\s*", before)
-            found.append(
+            out.append(
                 Block(
+                    file=file,
                     line=start,
                     language=language,
                     text="\n".join(body) + "\n",
@@ -119,12 +142,12 @@ def blocks(text: str) -> list[Block]:
         elif line.strip():
             before = line
     if fence:
-        raise ValueError(f"line {start}: the fence is never closed")
-    return found
+        raise ValueError(f"{file}:{start}: the fence is never closed")
+    return out
 
 
 def script(block: Block) -> tuple[str, int]:
-    """The bash script that stands for a block, and how many commands of the README it runs."""
+    """The bash script of a block, and the number of README commands in it."""
     out, count = [], 0
     overrides = (
         ""
@@ -150,20 +173,20 @@ def script(block: Block) -> tuple[str, int]:
     return "\n".join(out) + "\n", count
 
 
-def pictures() -> Iterator[tuple[str, str, bytes]]:
+def images() -> Iterator[tuple[str, str, bytes]]:
     """(class, name, JPEG) of a few small images of two classes."""
     image_module = pytest.importorskip("PIL.Image")
     for index in range(32):
-        picture, kind = io.BytesIO(), ("dark", "light")[index % 2]
+        jpeg, kind = io.BytesIO(), ("dark", "light")[index % 2]
         image_module.new("RGB", (48, 40), (60 + 120 * (index % 2), 7 * index, 90)).save(
-            picture, "JPEG"
+            jpeg, "JPEG"
         )
-        yield kind, f"{index:05d}", picture.getvalue()
+        yield kind, f"{index:05d}", jpeg.getvalue()
 
 
 @pytest.fixture(scope="session")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A copy of the project with data beside it: what a person has after cloning."""
+    """A clone of the project, with small data beside it."""
     home = tmp_path_factory.mktemp("readme")
     for name in ("m3i_jax", "configs", "launch"):
         shutil.copytree(
@@ -173,8 +196,8 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         shutil.copy(ROOT / name, home / "clone" / name)
     (home / "shards").mkdir()
     with tarfile.open(home / "shards" / "00000.tar", "w") as tar:
-        for kind, name, jpeg in pictures():
-            folder = home / "pictures" / kind
+        for kind, name, jpeg in images():
+            folder = home / "images" / kind
             folder.mkdir(parents=True, exist_ok=True)
             caption = f"a {kind} picture"
             (folder / f"{name}.jpg").write_bytes(jpeg)
@@ -192,7 +215,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def execute(command: list[str], home: pathlib.Path, status: int) -> str:
-    # One device, as a person has; compiled without effort, as most of these commands is compiling.
+    # One device, as most users have; optimization off, since compilation takes most of the time.
     environment = os.environ | {
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     }
@@ -223,11 +246,12 @@ def execute(command: list[str], home: pathlib.Path, status: int) -> str:
 
 
 def prepared(block: Block, home: pathlib.Path) -> list[str]:
-    """The command that runs a block, with the data of this test in the place of the README's."""
+    """The command that runs a block, with the paths of its data replaced."""
     text = script(block)[0] if block.language == "bash" else block.text
-    for place in ("pictures", "shards"):
-        text = text.replace(f"/data/{place}", str(home / place))
-    path = home / f"line_{block.line}.{'sh' if block.language == 'bash' else 'py'}"
+    for folder in ("images", "shards"):
+        text = text.replace(f"/data/{folder}", str(home / folder))
+    ending = "sh" if block.language == "bash" else "py"
+    path = home / f"{block.file.replace('/', '_')}_{block.line}.{ending}"
     path.write_text(text)
     return (
         ["bash", "-euo", "pipefail", str(path)]
@@ -236,13 +260,13 @@ def prepared(block: Block, home: pathlib.Path) -> list[str]:
     )
 
 
-FOUND = blocks(README.read_text()) if README.exists() else []
+BLOCKS = [block for path, name in NAMES.items() for block in blocks(path.read_text(), name)]
 
 
 def complaints(found: list[Block]) -> list[str]:
-    """Why a README with these blocks would not be tested by running it."""
+    """Reasons why READMEs with these blocks would not be tested by running them."""
     out = [
-        f"line {b.line}: a block fenced as '{b.language}': use one of {sorted(RUN | QUIET)}"
+        f"{b.file}:{b.line}: a block fenced as '{b.language}': use one of {sorted(RUN | QUIET)}"
         for b in found
         if b.language not in RUN | QUIET
     ]
@@ -257,24 +281,47 @@ def complaints(found: list[Block]) -> list[str]:
     return out
 
 
-def test_the_readme_has_commands() -> None:
-    assert README.exists()
-    assert not complaints(FOUND)
+def test_all_blocks_are_run() -> None:
+    assert not complaints([b for b in BLOCKS if b.file == "README.md"])
+    assert not complaints(BLOCKS)
+    assert {"configs/README.md", "launch/README.md", "m3i_jax/objective/README.md"} <= {
+        b.file for b in BLOCKS if b.language in RUN
+    }
 
 
-def test_the_readme_links_to_what_exists() -> None:
-    outside_fences = re.sub(r"^```.*?^```", "", README.read_text(), flags=re.DOTALL | re.MULTILINE)
-    links = re.findall(r"\]\(([^)\s#]+)[^)]*\)", outside_fences) + re.findall(
-        r"src=\"([^\"]+)\"", outside_fences
-    )
+def prose(text: str) -> str:
+    """A Markdown text without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", READMES, ids=NAMES.values())
+def test_links_lead_to_files(path: pathlib.Path) -> None:
+    text = prose(path.read_text())
+    links = re.findall(r"\]\(([^)\s#]+)[^)]*\)", text) + re.findall(r"src=\"([^\"]+)\"", text)
     local = [link for link in links if not re.match(r"[a-z]+:", link)]
-    missing = [link for link in local if not (ROOT / link).exists()]
+    missing = [link for link in local if not (path.parent / link).exists()]
     assert not missing
 
 
+def test_every_readme_is_linked_from_the_root() -> None:
+    text = prose(READMES[0].read_text())
+    assert not [name for name in list(NAMES.values())[1:] if f"({name})" not in text]
+
+
+@pytest.mark.parametrize("path", READMES, ids=NAMES.values())
+def test_lines_fit(path: pathlib.Path) -> None:
+    """At most COLUMNS columns, except in tables, which Markdown cannot wrap."""
+    lines = enumerate(path.read_text().splitlines(), 1)
+    assert not [n for n, line in lines if len(line) > COLUMNS and not line.startswith("|")]
+
+
 CASES = [
-    pytest.param(b, id=f"line{b.line}-{b.language}", marks=[pytest.mark.slow] if b.slow else [])
-    for b in FOUND
+    pytest.param(
+        b,
+        id=f"{b.file.removesuffix('README.md')}line{b.line}-{b.language}",
+        marks=[pytest.mark.slow] if b.slow else [],
+    )
+    for b in BLOCKS
     if b.language in RUN
 ]
 
@@ -284,8 +331,7 @@ def test_block(block: Block, scratch: pathlib.Path) -> None:
     if block.skip:
         pytest.skip(block.skip)
     if block.language == "bash" and not script(block)[1]:
-        # only installation: nothing of it is run, and `complaints` sees to it that other blocks are
-        return
+        return  # installs only; `complaints` requires that other blocks are run
     execute(prepared(block, scratch), scratch, block.status)
 
 
@@ -308,7 +354,7 @@ print(1)
 
 def test_extraction() -> None:
     shell, program = blocks(EXAMPLE)
-    assert (shell.language, shell.line, shell.status) == ("bash", 3, 0)
+    assert (shell.file, shell.language, shell.line, shell.status) == ("README.md", "bash", 3, 0)
     assert (program.language, program.text, program.append, program.status) == (
         "python",
         "print(1)\n",
@@ -376,7 +422,7 @@ def test_a_readme_that_runs_nothing_is_refused(text: str) -> None:
 
 
 def test_unknown_marks_are_refused() -> None:
-    with pytest.raises(ValueError, match="say append"):
+    with pytest.raises(ValueError, match="use append"):
         blocks("<!-- test: sometimes -->\n```bash\nls\n```\n")
 
 

@@ -51,7 +51,7 @@ def test_accelerator_types_of_google_cloud(name: str, same: str) -> None:
     ) and one.name == name
 
 
-@pytest.mark.parametrize("script", ["launch/tpu_vm.sh", "README.md"])
+@pytest.mark.parametrize("script", ["launch/tpu_vm.sh", "launch/README.md"])
 def test_the_types_that_our_launcher_is_shown_with_are_known(script: str) -> None:
     types = set(
         re.findall(

@@ -65,11 +65,11 @@ def test_a_configuration_file_registers_it(tmp_path: pathlib.Path) -> None:
     """As a user writes one: the form is known as soon as the file is read."""
     (tmp_path / "mine.py").write_text(
         "from m3i_jax import register_form\n"
-        "from m3i_jax.config import default\n"
-        "from m3i_jax.objective import methods\n"
+        "from m3i_jax.config import default_config\n"
+        "from m3i_jax.objective import terms\n"
         "register_form('my_form', (terms.token_term(terms.FULL, 1, weight=2.0),))\n"
         "def get_config():\n"
-        "    config = default()\n"
+        "    config = default_config()\n"
         "    config.objective.forms = ('my_form',)\n"
         "    return config\n"
     )
