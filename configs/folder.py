@@ -2,7 +2,9 @@
 beside an image is its caption.
 
 python -m m3i_jax.main --config configs/folder.py:path=DIR --workdir runs/mine
-"""
+
+Rate, momentum, warm-up, crops and colours follow from the batch, the length, and the number and
+size of the images (m3i_jax/training/scaling.py); --mode=show prints them."""
 
 from ml_collections import ConfigDict
 

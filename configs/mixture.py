@@ -6,7 +6,10 @@ python -m m3i_jax.main --config 'configs/mixture.py:sources=tars:/a/*.tar=427;fo
 
 A source is KIND:PATH[@SPLIT[|HELD_OUT]][=WEIGHT], KIND one of folder, tars, array_record, tfds,
 hugging_face, shapes. Without any weight, the shares are the numbers of images: one pass reads each
-image once."""
+image once.
+
+Rate, momentum, warm-up, crops and colours follow from the batch, the length, and the number and
+size of the images (m3i_jax/training/scaling.py); --mode=show prints them."""
 
 from ml_collections import ConfigDict
 

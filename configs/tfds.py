@@ -2,7 +2,9 @@
 parquet), without TensorFlow.
 
 python -m m3i_jax.main --config configs/tfds.py:name=food101 --workdir runs/mine
-"""
+
+Rate, momentum, warm-up, crops and colours follow from the batch, the length, and the number and
+size of the images (m3i_jax/training/scaling.py); --mode=show prints them."""
 
 from ml_collections import ConfigDict
 

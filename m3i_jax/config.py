@@ -549,7 +549,7 @@ def scale_for_custom_data(
 ) -> None:
     """Set the length and the batch of a run on a user's own images, and leave open what follows
     from them, from the number of images and from their size (training/scaling.py): rate, momentum,
-    warm-up, crops and blur. A value that is set later is kept.
+    warm-up, crops and colours. A value that is set later is kept.
 
     The pooling starts at full size: at 0.02 its token is near zero for most of a short run of a
     narrow encoder.
@@ -559,7 +559,9 @@ def scale_for_custom_data(
     (0.0, 256)
     """
     config.data.threads = 4
-    config.data.crop_scale = config.data.augment.blur_sigma = ()
+    config.data.crop_scale = ()
+    config.data.augment.update({"jitter_p": -1.0, "grayscale_p": -1.0})
+    config.data.augment.update({"blur_p": (), "blur_sigma": (), "solarize_p": ()})
     config.model.pool.std = 0.0
     config.optim.update({"lr": 0.0, "ema": -1.0, "warmup_epochs": -1.0})
     config.train.update({"epochs": epochs, "batch_size": batch_size})

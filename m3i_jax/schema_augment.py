@@ -8,6 +8,7 @@ from m3i_jax.setting_limits import SHARE, STD, ListLimit, NumberLimit, option
 VIEWS = NumberLimit(
     0, 1, natural=True, count=ListLimit(fewest=2, most=2, names="input view, target view")
 )
+OPEN_VIEWS = dataclasses.replace(VIEWS, count=dataclasses.replace(VIEWS.count, open=True))
 OPEN_SHARE = dataclasses.replace(SHARE, open=-1)
 RGB = ListLimit(fewest=3, most=3, names="of R, G and B")
 
@@ -17,7 +18,9 @@ class Augment:
     """Photometric augmentation, on the device. Pairs are (input view, target view): SiameseIM's
     asymmetry."""
 
-    jitter_p: float = option(0.8, "probability of colour jitter", SHARE)
+    jitter_p: float = option(
+        0.8, "probability of colour jitter; -1: from the length (training/scaling.py)", OPEN_SHARE
+    )
     brightness: float = option(0.4, "brightness factor range, 1 +- this", STD)
     contrast: float = option(0.4, "contrast factor range, 1 +- this", STD)
     saturation: float = option(0.2, "saturation factor range, 1 +- this", STD)
@@ -26,9 +29,13 @@ class Augment:
         "hue shift range in turns, +- this, at most 0.5",
         NumberLimit(0, 0.5, natural=True, text="turns"),
     )
-    grayscale_p: float = option(0.2, "probability of grayscale", SHARE)
+    grayscale_p: float = option(
+        0.2, "probability of grayscale; -1: from the length (training/scaling.py)", OPEN_SHARE
+    )
     blur_p: tuple[float, ...] = option(
-        (1.0, 0.1), "probability of Gaussian blur: input view, target view", VIEWS
+        (1.0, 0.1),
+        "probability of Gaussian blur: input view, target view; (): from the length",
+        OPEN_VIEWS,
     )
     blur_sigma: tuple[float, ...] = option(
         (0.1, 2.0),
@@ -36,7 +43,9 @@ class Augment:
         NumberLimit(1e-3, 100, count=ListLimit(fewest=2, most=2, rising=True, open=True)),
     )
     solarize_p: tuple[float, ...] = option(
-        (0.0, 0.2), "probability of solarization: input view, target view", VIEWS
+        (0.0, 0.2),
+        "probability of solarization: input view, target view; (): from the length",
+        OPEN_VIEWS,
     )
     erase_p: float = option(
         0.0,

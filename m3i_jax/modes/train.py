@@ -189,9 +189,11 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
         f"{parameters:,} parameters; {trainer.length.steps:,} steps of {config.train.batch_size}"
         f" images on {where}"
     )
-    for line in scaling.scaling_warnings(
-        config, steps=trainer.length.steps, warmup=trainer.length.warmup
-    ):
+    say(
+        f"peak rate {config.optim.lr:.4g} after {trainer.length.warmup:,} steps of warm-up, first "
+        f"momentum {config.optim.ema:.6g}, crops from {config.data.crop_scale[0]:g} of an image"
+    )
+    for line in scaling.warnings(config, steps=trainer.length.steps, warmup=trainer.length.warmup):
         say(line)
     restarts = 1 + position.get("restarts", 0) if position else 0
     clock = monitoring.make_clock(trainer, say, earlier=before, restarts=restarts, began=began)

@@ -17,7 +17,7 @@ from m3i_jax.objective import terms
 from m3i_jax.training import plan
 
 IMAGENET = 1_281_167  # training images of ImageNet-1k
-LEAST_WAY = 0.03  # sum of all rates; first matrices deviate by 0.1 at width 96, by 0.04 at 768
+LEAST_DISTANCE = 0.03  # sum of all rates; first matrices deviate by 0.1 at width 96, by 0.04 at 768
 MEASURED = 1e6  # samples; runs of up to so many have the gentlest augmentation
 # Settings that may be open, and the value that leaves them so.
 OPEN: dict[str, Any] = {
@@ -26,7 +26,11 @@ OPEN: dict[str, Any] = {
     "optim.warmup_epochs": -1.0,
     "optim.layer_decay": 0.0,
     "data.crop_scale": (),
+    "data.augment.jitter_p": -1.0,
+    "data.augment.grayscale_p": -1.0,
+    "data.augment.blur_p": (),
     "data.augment.blur_sigma": (),
+    "data.augment.solarize_p": (),
     "data.augment.erase_p": -1.0,
     "data.augment.blend_p": -1.0,
     "data.rand_augment.p": -1.0,
@@ -143,7 +147,11 @@ def fill_open_settings(config: schema.Config) -> schema.Config:
         "optim.ema": round(scaled_momentum(batch=t.batch_size, steps=steps), 7),
         "optim.layer_decay": round(0.65**share, 4),
         "data.crop_scale": scaled_crop_scale(share, size=size),
+        "data.augment.jitter_p": round(0.8 * share, 4),
+        "data.augment.grayscale_p": round(0.2 * share, 4),
+        "data.augment.blur_p": (round(share, 4), round(0.1 * share, 4)),
         "data.augment.blur_sigma": scaled_blur_sigma(size),
+        "data.augment.solarize_p": (0.0, round(0.2 * share, 4)),
         "data.augment.erase_p": round(0.25 * share, 4),
         "data.augment.blend_p": round(share, 4),
         "data.rand_augment.p": round(0.5 * share, 4),
@@ -154,7 +162,7 @@ def fill_open_settings(config: schema.Config) -> schema.Config:
     return config
 
 
-def scaling_warnings(config: schema.Config, *, steps: int, warmup: int) -> list[str]:
+def warnings(config: schema.Config, *, steps: int, warmup: int) -> list[str]:
     """Warnings of a run whose rate cannot move its weights, or whose momentum cannot move its
     target, within its length.
 
@@ -163,11 +171,11 @@ def scaling_warnings(config: schema.Config, *, steps: int, warmup: int) -> list[
       steps, warmup: length of the run, and of its warm-up.
     """
     o, found = config.optim, []
-    way = f"{o.lr * warmup / 2 + (o.lr + o.min_lr) / 2 * (steps - warmup):.2g}"
-    if o.rule == "adamw" and not config.model.encoder.freeze and float(way) < LEAST_WAY:
+    distance = f"{o.lr * warmup / 2 + (o.lr + o.min_lr) / 2 * (steps - warmup):.2g}"
+    if o.rule == "adamw" and not config.model.encoder.freeze and float(distance) < LEAST_DISTANCE:
         found.append(
-            f"warning: optim.lr={o.lr:.3g}: the rates of all {steps:,} steps add up to {way}, and "
-            f"AdamW moves no weight further; runs below {LEAST_WAY} learned next to nothing. Leave "
+            f"warning: optim.lr={o.lr:.3g}: the rates of all {steps:,} steps add up to {distance}. "
+            "AdamW moves no weight further, which is too little to leave the first weights. Leave "
             "it to the rule (optim.lr=0), raise it, or train longer"
         )
     moved = (1 - o.ema) * steps * (0.5 if o.ema_schedule == "cosine" else 1.0)
