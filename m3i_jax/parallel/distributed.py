@@ -152,11 +152,11 @@ def detect_processes(
       UserError: something is missing, no number, or out of range.
 
     >>> detect_processes("10.0.0.1", "4", "2", environ={}, tpu=False)
-    Place(source='flags', coordinator='10.0.0.1:8476', processes=4, process=2, devices=None)
+    ProcessInfo(source='flags', coordinator='10.0.0.1:8476', processes=4, process=2, devices=None)
     >>> detect_processes("", "", "", environ={}, tpu=False).source
     'alone'
     >>> detect_processes("", "", "", environ={"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2", "TPU_WORKER_ID": "1"}, tpu=True)
-    Place(source='TPU variables', coordinator='10.0.0.1:8482', processes=2, process=1, devices=None)
+    ProcessInfo(source='TPU variables', coordinator='10.0.0.1:8482', processes=2, process=1, devices=None)
     """
     if coordinator or processes or process:
         return _three(

@@ -14,7 +14,7 @@ from m3i_jax import parallel, schema
 from m3i_jax.errors import DoesNotFit, UserError
 from m3i_jax.models import m3i
 from m3i_jax.setting_limits import INT32
-from m3i_jax.training import checkpoint, init_from, optimizer, plan, scaling, state, step
+from m3i_jax.training import init_from, optimizer, plan, run_weights, scaling, state, step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ class Trainer:
         if "frozen" not in made.opt:
             return made
         frozen, layout = made.opt["frozen"], self.shardings.opt["frozen"].params["encoder"]
-        teacher = checkpoint.load_encoder(
+        teacher = run_weights.load_encoder(
             self.config.objective.target_checkpoint, self.template.params["encoder"], layout
         )
         opt = made.opt.copy()  # of its own kind: to JAX another mapping is another tree

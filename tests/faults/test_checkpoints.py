@@ -107,7 +107,7 @@ def flips(pair: pathlib.Path, make: Make, trials, count: int) -> None:
             if found == 8:
                 silent += 1
             name, told = path.relative_to(pair / "8").as_posix(), one.said.pop() if one.said else ""
-            trials.add(found == 4 and name in told and "set aside as 8.bad-" in told)
+            trials.add(found == 4 and name in told and "renamed to 8.bad-" in told)
         finally:
             for bad in pair.glob("8.bad-*"):
                 bad.rename(pair / "8")
@@ -213,6 +213,6 @@ def test_when_all_are_damaged_a_person_decides(
         (here / step / "position" / "metadata").write_text('{"samples_seen": 7}')
     one = make(here)
     for _ in range(2):
-        with pytest.raises(UserError, match="no whole checkpoint is left .*4.bad-.*8.bad-"):
+        with pytest.raises(UserError, match="no undamaged checkpoint is left .*4.bad-.*8.bad-"):
             one.newest_good()
     assert len(one.said) == 2 and one.latest() is None  # type: ignore[attr-defined]

@@ -21,7 +21,8 @@ from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.modes import train
 from m3i_jax.training import array_checksums, file_checksums
-from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints, RunWeights
+from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints
+from m3i_jax.training.run_weights import RunWeights
 from tests.faults.test_saves import make, names, restored, same, state  # noqa: F401 (a fixture)
 
 
@@ -120,13 +121,13 @@ def test_wrong_bytes_with_right_digests_are_found(
     # the files are what was written
     assert again.newest_good() == 2 and not file_checksums.verify_checksums(tmp_path / "2")
     with pytest.raises(
-        CheckpointDamaged, match=f"checkpoint 2: 1 arrays are not what was trained, first {name}"
+        CheckpointDamaged, match=f"checkpoint 2: 1 arrays differ from what was trained, first {name}"
     ):
         restored(again, 2)
     assert trials.add(again.newest_good() == 1 and same(restored(again, 1), state(1)))
     assert [path.split("-")[0] for path in names(tmp_path)] == ["1", "2.bad"]
     assert (
-        f"warning: checkpoint 2 is damaged ({name}: is not what was trained); set aside as 2.bad-"
+        f"warning: checkpoint 2 is damaged ({name}: differs from what was trained); renamed to 2.bad-"
         in again.said[0]
     )
 
@@ -204,7 +205,7 @@ def test_wrong_bytes_are_found_by_another_run_too(
     with pytest.raises(
         UserError,
         match=(
-            "--workdir: checkpoint .*2 cannot be read .w: is not what was trained.; give"
+            "--workdir: checkpoint .*2 cannot be read .w: differs from what was trained.; give"
             " another run"
         ),
     ):

@@ -95,7 +95,7 @@ def failing(
                 len(one.said) == miss
                 and f"checkpoint {step}: save {miss} of 3 in a row failed" in one.said[-1]
             )
-            assert "2 is still there" in one.said[-1]
+            assert "the newest checkpoint is 2" in one.said[-1]
             assert one.latest() == 2 and names(directory) == ["2"]
             assert one.retry()
     one.save(6, state(6), {})
@@ -260,7 +260,7 @@ def test_retention_spares_what_is_read_and_the_last_good(
     with no_file_above(2000):  # a save that fails deletes nothing
         one.save(6, state(6), {})
         one._saving[-1].exception()
-    assert not one._settle() and checkpoint_dir.complete_steps(place) == [2, 4]
+    assert not one._finish_previous() and checkpoint_dir.complete_steps(place) == [2, 4]
     one.save(8, state(8), {})
     one.wait()
     assert names(place) == ["8"] and not [text for text in one.said if "save 1 of 3" not in text]
@@ -305,18 +305,18 @@ def test_a_reader_races_with_retention(tmp_path: pathlib.Path, make: Make, trial
 
 
 CHANGES: dict[str, tuple[Callable[[dict], dict], list[str]]] = {
-    "a new head": (lambda t: t | {"head": {"kernel": jnp.zeros((3, 4))}}, ["head/kernel is absent there, float32[3, 4] here"]),
-    "a head less": (lambda t: {k: v for k, v in t.items() if k != "b"}, ["b is bfloat16[7] there, absent here"]),
+    "a new head": (lambda t: t | {"head": {"kernel": jnp.zeros((3, 4))}}, ["head/kernel is absent in the checkpoint, float32[3, 4] in this run"]),
+    "a head less": (lambda t: {k: v for k, v in t.items() if k != "b"}, ["b is bfloat16[7] in the checkpoint, absent in this run"]),
     "a renamed module": (
         lambda t: {("weights" if k == "w" else k): v for k, v in t.items()},
-        ["weights is absent there, float32[4096] here", "w is float32[4096] there, absent here"],
+        ["weights is absent in the checkpoint, float32[4096] in this run", "w is float32[4096] in the checkpoint, absent in this run"],
     ),
-    "another depth": (lambda t: t | {"w": jnp.zeros((2, 4096))}, ["w is float32[4096] there, float32[2, 4096] here"]),
-    "another precision": (lambda t: t | {"w": jnp.zeros(4096, jnp.bfloat16)}, ["w is float32[4096] there, bfloat16[4096] here"]),
+    "another depth": (lambda t: t | {"w": jnp.zeros((2, 4096))}, ["w is float32[4096] in the checkpoint, float32[2, 4096] in this run"]),
+    "another precision": (lambda t: t | {"w": jnp.zeros(4096, jnp.bfloat16)}, ["w is float32[4096] in the checkpoint, bfloat16[4096] in this run"]),
     "everything": (
         lambda t: {f"new{k}": v for k, v in enumerate(t.values())},
-        ["new0 is absent there, bfloat16[7] here", "new1 is absent there, int32[] here", "new2 is absent there, float32[4096] here"]
-        + ["b is bfloat16[7] there, absent here", "step is int32[] there, absent here", "w is float32[4096] there, absent here"],
+        ["new0 is absent in the checkpoint, bfloat16[7] in this run", "new1 is absent in the checkpoint, int32[] in this run", "new2 is absent in the checkpoint, float32[4096] in this run"]
+        + ["b is bfloat16[7] in the checkpoint, absent in this run", "step is int32[] in the checkpoint, absent in this run", "w is float32[4096] in the checkpoint, absent in this run"],
     ),
 }  # fmt: skip
 
@@ -380,11 +380,11 @@ def test_checkpoints_of_older_versions(tmp_path: pathlib.Path, make: Make) -> No
             "fingerprint": "golden",
         }
         assert same(restored(one, 3, 16), state(3, 16))
-        assert [("older version, without digests" in text) for text in one.said] == (
+        assert [("older version, without checksums" in text) for text in one.said] == (
             [True] if form == 1 else []
         )
     (place / "3" / file_checksums.NAME).unlink()
-    with pytest.raises(UserError, match="no whole checkpoint is left"):
+    with pytest.raises(UserError, match="no undamaged checkpoint is left"):
         one.newest_good()
     assert "digests.json: is missing" in one.said[-1]
 
@@ -398,7 +398,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: pathlib.Path, make
     with pytest.raises(
         UserError,
         match=(
-            "checkpoint 3: is of format 5, this version of m3i_jax reads up to 4; use a newer"
+            "checkpoint 3: has format 5, this version of m3i_jax reads up to 4; use a newer"
             " version"
         ),
     ):

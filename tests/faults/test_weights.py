@@ -16,7 +16,7 @@ from m3i_jax.data import tokenizer
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import load
 from m3i_jax.interop import intern_image_weights, tensor_files, vit_weights
-from m3i_jax.training import file_checksums, init_from
+from m3i_jax.training import file_checksums, weight_source
 from m3i_jax.training.checkpoint import Checkpoints
 from tests import saved, toy
 from tests.interop import published
@@ -67,7 +67,7 @@ def test_numbers_that_are_no_weights(kind: str, trials, tmp_path: pathlib.Path) 
             if broken[name].dtype.kind == "f" and broken[name].dtype.itemsize > 1
             else "quantised"
         )
-        for act in (load.load, init_from.open_weights):
+        for act in (load.load, weight_source.open_weights):
             text = refusal(act, str(path))
             assert trials.add(name in text and words in text and str(path) in text), text
     trials.figure = f"{trials.passed} of {trials.trials} refused"

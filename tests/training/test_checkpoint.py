@@ -243,10 +243,10 @@ def changed(kind: str) -> state.State:
                 " here"
             ),
         ),
-        ("precision", "params/logit_scale is float32[] there, bfloat16[] here"),
-        ("a head more", "params/category/kernel is absent there, float32[24, 5] here"),
+        ("precision", "params/logit_scale is float32[] in the checkpoint, bfloat16[] in this run"),
+        ("a head more", "params/category/kernel is absent in the checkpoint, float32[24, 5] in this run"),
         # what the moments repeat comes last
-        ("a head less", "(params/logit_scale is float32[] there, absent here, opt/adamw"),
+        ("a head less", "(params/logit_scale is float32[] in the checkpoint, absent in this run, opt/adamw"),
     ],
 )
 def test_another_layout_is_refused_with_the_place(

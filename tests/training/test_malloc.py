@@ -33,7 +33,7 @@ def test_a_save_leaves_nothing_behind(tmp_path: pathlib.Path) -> None:
 
 HEAPS = """
 import concurrent.futures, ctypes, sys
-from m3i_jax.training import leaks
+from m3i_jax.training import malloc
 malloc.limit_arenas()
 library = ctypes.CDLL(None)
 library.malloc.restype, library.fopen.restype = ctypes.c_void_p, ctypes.c_void_p
