@@ -230,10 +230,10 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
             dump=lambda *what: dump_step(workdir, trainer, say, *what),
             evaluated=done,
             clock=clock,
-            sent=tracer,
+            on_step=tracer,
         )
         try:
-            code, state = loop.run_loop(trainer, state, samples_seen=samples, outside=outside)
+            code, state = loop.run_loop(trainer, state, samples_seen=samples, callbacks=outside)
             clock.turn("stop")
             if code == loop.DONE and config.train.panel_every:
                 with clock.phase("panel"):

@@ -1,11 +1,11 @@
-"""Checksums of the arrays of a state, computed on the devices: restored arrays are compared with those
-that were trained.
+"""Checksums of the arrays of a state, computed on the devices: restored arrays are compared with
+those that were trained.
 
-The checksums of files (file_checksums.py) detect damage after a write. These also detect wrong bytes
-that were written, and an array that a restore to another sharding changed. A checksum is the sum
-modulo 2^32, over the elements of an array, of a hash of their bits and their index. Integer sums do
-not depend on the order, so all shardings give the same value. A change of one element always changes
-it; of other changes one in 2^32 is missed."""
+The checksums of files (file_checksums.py) detect damage after a write. These also detect wrong
+bytes that were written, and an array that a restore to another sharding changed. A checksum is the
+sum modulo 2^32, over the elements of an array, of a hash of their bits and their index. Integer
+sums do not depend on the order, so all shardings give the same value. A change of one element
+always changes it; of other changes one in 2^32 is missed."""
 
 import dataclasses
 import functools

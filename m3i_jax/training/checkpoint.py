@@ -8,8 +8,8 @@ its files, its arrays and its step number. A run starts from the first of these:
 
 A save writes <step>.new in the background, computes the checksums of its files, and renames it to
 <step>, so that a step is complete or absent. At a start, a damaged step is renamed to
-<step>.bad-<time> and the step before it is used. A step that cannot be read counts as undamaged: the
-run retries, then stops, and renames nothing.
+<step>.bad-<time> and the step before it is used. A step that cannot be read counts as undamaged:
+the run retries, then stops, and renames nothing.
 """
 
 import concurrent.futures
@@ -37,8 +37,8 @@ class SavesFailed(RuntimeError):
 
 
 class CheckpointDamaged(UserError):
-    """Restored arrays differ from those that were trained. The step was set aside, so the one before
-    it is now the newest."""
+    """Restored arrays differ from those that were trained. The step was set aside, so the one
+    before it is now the newest."""
 
 
 class Checkpoints:
@@ -92,8 +92,8 @@ class Checkpoints:
 
     def newest_good(self) -> int | None:
         """The newest step whose files are as they were written; None if there never was a step.
-        Damaged steps are renamed, with a warning that names the file. Host 0 verifies, and all hosts
-        get its answer.
+        Damaged steps are renamed, with a warning that names the file. Host 0 verifies, and all
+        hosts get its answer.
 
         Raises: UserError: all steps are damaged, so a person must decide to start again; or a step
           cannot be read.
@@ -147,8 +147,8 @@ class Checkpoints:
             self._start(step, state, position)
 
     def retry(self) -> bool:
-        """Whether a save failed and its retry is due. Several hosts retry with the next regular save,
-        which all of them reach."""
+        """Whether a save failed and its retry is due. Several hosts retry with the next regular
+        save, which all of them reach."""
         if self._hosts > 1:
             return False
         if self._saving and self._saving[-1].done() and self._saving[-1].exception():

@@ -1,9 +1,9 @@
 """Checksums of the files of a checkpoint: damage on disk is detected before the files are used.
 
 `digests.json` in the directory of a step has two lines: a JSON object with the name of the digest,
-and size and digest of every other file; and the CRC-32 of that line. The digest is 64-bit XXH3, which
-misses one damage in 2^64 and takes less time than reading the bytes from memory. Older steps have
-CRC-32, which takes seven times as long.
+and size and digest of every other file; and the CRC-32 of that line. The digest is 64-bit XXH3,
+which misses one damage in 2^64 and takes less time than reading the bytes from memory. Older steps
+have CRC-32, which takes seven times as long.
 
 A file that is missing, truncated or has other bytes is damaged. A file that cannot be read
 (permission, a failing disk or server) may be undamaged, so that is an OSError."""

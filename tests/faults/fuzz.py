@@ -38,6 +38,7 @@ from m3i_jax import config, main
 from m3i_jax.data import tokenizer
 from m3i_jax.errors import UserError
 from tests.faults import fuzz_cases as cases
+from tests.faults import fuzz_damage
 from tests.faults.hostile import tar
 from tests.test_main import TINY
 
@@ -234,17 +235,19 @@ class Fuzzer:
         room = Room(place)
         for name in ("home", "tmp"):
             (place / name).mkdir()
-        cases.copied(self.folder / "data", place / "data")
+        fuzz_damage.copy_folder(self.folder / "data", place / "data")
         if case.room == "run":
-            cases.copied(self.folder / "made" / "run", place / "run")
+            fuzz_damage.copy_folder(self.folder / "made" / "run", place / "run")
         if case.script:
             (place / "mine.py").write_bytes(case.script)
         if case.damage and not whole:
-            there = cases.files(pathlib.Path(room.filled(case.target[0])))
+            there = fuzz_damage.files(pathlib.Path(room.filled(case.target[0])))
             if there:
                 path = there[case.target[1] % len(there)]
                 with contextlib.suppress(OSError):
-                    cases.apply(case.damage, path, [other for other in there if other != path])
+                    fuzz_damage.apply(
+                        case.damage, path, [other for other in there if other != path]
+                    )
                 self.changed = str(path.relative_to(place))
         return room
 

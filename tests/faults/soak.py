@@ -36,11 +36,13 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TINY = [
-    "data.size=120", "data.image_size=32", "train.batch_size=8", "optim.warmup_steps=2", "model.encoder.width=32", "model.encoder.depth=1",
-    "model.encoder.heads=2", "model.decoder.width=32", "model.decoder.depth=1", "model.decoder.heads=2", "model.pool.heads=2",
-    "model.text.width=32", "model.text.heads=2", "model.text.depth=1", "data.vocabulary_size=300", "train.log_every=1",
-    "train.panel_every=0", "evaluate.batch_size=32",
-]  # fmt: skip
+    *("data.size=120", "data.image_size=32", "train.batch_size=8", "optim.warmup_steps=2"),
+    *("model.encoder.width=32", "model.encoder.depth=1", "model.encoder.heads=2"),
+    *("model.decoder.width=32", "model.decoder.depth=1", "model.decoder.heads=2"),
+    *("model.text.width=32", "model.text.heads=2", "model.text.depth=1", "model.pool.heads=2"),
+    *("data.vocabulary_size=300", "train.log_every=1", "train.panel_every=0"),
+    "evaluate.batch_size=32",
+]
 STEPS = 10_000_000  # of a run that is stopped after its hours: more than it can do
 SETTLED = 15.0  # seconds after the first step of a life from which on descriptors are compared
 WINDOWS = 24  # parts of a life whose medians make the slope of its memory
@@ -93,11 +95,14 @@ import hashlib, json, pathlib, sys, jax, numpy as np, orbax.checkpoint as ocp
 place = pathlib.Path(sys.argv[1]).absolute() / "checkpoints" / sys.argv[2]
 reader = ocp.PyTreeCheckpointer()
 tree = reader.metadata(place / "state").item_metadata.tree
-plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)  # as saved by any number of hosts
+# as numpy: saved by any number of hosts
+plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
 state = reader.restore(place / "state", restore_args=plain)
 position = json.loads((place / "position" / "metadata").read_text())  # it also has clocks
-digest = hashlib.sha256(f"{place.name} {position['samples_seen']} {position['fingerprint']}".encode())
-for path, leaf in sorted((jax.tree_util.keystr(p), np.asarray(x)) for p, x in jax.tree_util.tree_leaves_with_path(state)):
+samples, fingerprint = position["samples_seen"], position["fingerprint"]
+digest = hashlib.sha256(f"{place.name} {samples} {fingerprint}".encode())
+leaves = jax.tree_util.tree_leaves_with_path(state)
+for path, leaf in sorted((jax.tree_util.keystr(p), np.asarray(x)) for p, x in leaves):
     digest.update(path.encode() + str(leaf.dtype).encode() + leaf.tobytes())
 print(digest.hexdigest())
 """
@@ -176,9 +181,15 @@ class Life:
     """One process of a run, watched from outside by a thread."""
 
     def __init__(
-        self, run: pathlib.Path, steps: int, save_every: int, cache: pathlib.Path, keep: int = 2, settings: Sequence[str] = (),
+        self,
+        run: pathlib.Path,
+        steps: int,
+        save_every: int,
+        cache: pathlib.Path,
+        keep: int = 2,
+        settings: Sequence[str] = (),
         watched: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         regular = {
             "steps": steps,
             "save_every": save_every,
@@ -368,10 +379,17 @@ def at_random(
             break
         lost.append(Lost(place / f"killed-{len(same)}"))
     return {
-        "steps": steps, "kills": done, "runs": len(same), "bitwise": all(same), "most_steps_lost": max(one.most for one in lost),
-        "save_every": save_every, "committed_steps_lost": max(one.back for one in lost), "leftovers": left,
-        "clean_start_seconds": round(clean, 2), "restart_seconds": round(statistics.median(starts), 2) if starts else None,
-    }  # fmt: skip
+        "steps": steps,
+        "kills": done,
+        "runs": len(same),
+        "bitwise": all(same),
+        "most_steps_lost": max(one.most for one in lost),
+        "save_every": save_every,
+        "committed_steps_lost": max(one.back for one in lost),
+        "leftovers": left,
+        "clean_start_seconds": round(clean, 2),
+        "restart_seconds": round(statistics.median(starts), 2) if starts else None,
+    }
 
 
 def soak(place: pathlib.Path, *, seconds: float, every: float, save_every: int) -> dict[str, Any]:
@@ -414,18 +432,30 @@ def soak(place: pathlib.Path, *, seconds: float, every: float, save_every: int) 
     of_lives = [statistics.median(s[1] for s in life) for life in lives]
     part = max(len(of_lives) // 3, 1)
     return {
-        "minutes": round((time.monotonic() - began) / 60, 1), "steps": step, "kills": kills,
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "steps": step,
+        "kills": kills,
         "bitwise": state_at(lost.run, step, cache) == state_at(whole.run, step, cache),
-        "most_steps_lost": lost.most, "save_every": save_every, "committed_steps_lost": lost.back,
+        "most_steps_lost": lost.most,
+        "save_every": save_every,
+        "committed_steps_lost": lost.back,
         "leftovers": leftovers(lost.run) + leftovers(whole.run),
         "restart_seconds": round(statistics.median(starts), 2) if starts else None,
         "alone": grown.told(an_hour) if grown else None,
         "alone_resident": resident.told(an_hour) if resident else None,
-        "alone_samples": len(whole.samples), "alone_saves": saves,
+        "alone_samples": len(whole.samples),
+        "alone_saves": saves,
         "lives_measured": len(of_lives),
-        "lives_mb": [round(statistics.median(of_lives[:part]), 1), round(statistics.median(of_lives[-part:]), 1)] if of_lives else None,
-        "lives_descriptors": [max(s[2] for s in lives[0]), max(s[2] for s in lives[-1])] if lives else None,
-    }  # fmt: skip
+        "lives_mb": [
+            round(statistics.median(of_lives[:part]), 1),
+            round(statistics.median(of_lives[-part:]), 1),
+        ]
+        if of_lives
+        else None,
+        "lives_descriptors": [max(s[2] for s in lives[0]), max(s[2] for s in lives[-1])]
+        if lives
+        else None,
+    }
 
 
 def main() -> int:

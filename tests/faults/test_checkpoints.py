@@ -145,9 +145,12 @@ def test_a_file_cut_emptied_deleted_swapped_or_a_link_is_named(
         path.symlink_to(tmp_path / "elsewhere")
 
     faults: dict[str, Callable[[pathlib.Path], object]] = {
-        "cut": lambda path: os.truncate(path, path.stat().st_size // 2), "emptied": lambda path: os.truncate(path, 0),
-        "deleted": pathlib.Path.unlink, "swapped": lambda path: path.write_bytes(other(path)), "a link": link,
-    }  # fmt: skip
+        "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+        "emptied": lambda path: os.truncate(path, 0),
+        "deleted": pathlib.Path.unlink,
+        "swapped": lambda path: path.write_bytes(other(path)),
+        "a link": link,
+    }
 
     def other(path: pathlib.Path) -> bytes:
         """What another file of the step holds."""

@@ -296,12 +296,37 @@ def test_the_same_rgb_from_every_kind_of_file(trials) -> None:
 
 
 CAPTIONS: list[str | bytes | None] = [
-    None, "", b"", "   \n\t ", b"\0\0\0", "\u200b", b"\xff\xfe\xfd", b"caf\xe9 au lait", "a\0b", "\ud800 lone", "x" * 1_000_000,
-    b"y" * 1_000_000, ("\u0634" * 50) + " right to left", "\u202e reversed",
-    "emoji \U0001f600\U0001f468\u200d\U0001f469", "&lt;b&gt; entity",
-    "&amp;amp;amp; many", "<script>alert(1)</script>", "<start> <end> <pad>", "<|endoftext|>", "a\r\nb", "\u00c3\u00a9 mojibake", "1" * 400,
-    "\N{COMBINING ACUTE ACCENT}" * 300, "{caption}", "%s %d", "../../etc/passwd", "caption\x1b[2J", "\ufeffbom", "日本語の説明",
-]  # fmt: skip
+    None,
+    "",
+    b"",
+    "   \n\t ",
+    b"\0\0\0",
+    "\u200b",
+    b"\xff\xfe\xfd",
+    b"caf\xe9 au lait",
+    "a\0b",
+    "\ud800 lone",
+    "x" * 1_000_000,
+    b"y" * 1_000_000,
+    ("\u0634" * 50) + " right to left",
+    "\u202e reversed",
+    "emoji \U0001f600\U0001f468\u200d\U0001f469",
+    "&lt;b&gt; entity",
+    "&amp;amp;amp; many",
+    "<script>alert(1)</script>",
+    "<start> <end> <pad>",
+    "<|endoftext|>",
+    "a\r\nb",
+    "\u00c3\u00a9 mojibake",
+    "1" * 400,
+    "\N{COMBINING ACUTE ACCENT}" * 300,
+    "{caption}",
+    "%s %d",
+    "../../etc/passwd",
+    "caption\x1b[2J",
+    "\ufeffbom",
+    "日本語の説明",
+]
 NOTHING = 5  # of them hold nothing that could be read
 
 

@@ -76,14 +76,20 @@ def untimed(source: str, name: str) -> list[str]:
 @pytest.mark.row("A6")
 def test_no_barrier_is_without_a_limit() -> None:
     offenders = [
-        "def f():\n    multihost_utils.sync_global_devices('a')", "client.wait_at_barrier('a')", "x = client.blocking_key_value_get('k')",
-        "def f(tree):\n    return multihost_utils.broadcast_one_to_all(tree)", "multihost_utils.process_allgather(x)",
+        "def f():\n    multihost_utils.sync_global_devices('a')",
+        "client.wait_at_barrier('a')",
+        "x = client.blocking_key_value_get('k')",
+        "def f(tree):\n    return multihost_utils.broadcast_one_to_all(tree)",
+        "multihost_utils.process_allgather(x)",
         "def f():\n    broadcast_one_to_all(x)\n    barriers.barrier('a')",
-    ]  # fmt: skip
+    ]
     lawful = [
-        "client.wait_at_barrier('a', 1000)", "client.blocking_key_value_get('k', timeout_in_ms=5)", "np.testing.assert_equal(1, 1)",
-        "def f(tree):\n    barriers.barrier('a')\n    return multihost_utils.broadcast_one_to_all(tree)",
-    ]  # fmt: skip
+        "client.wait_at_barrier('a', 1000)",
+        "client.blocking_key_value_get('k', timeout_in_ms=5)",
+        "np.testing.assert_equal(1, 1)",
+        "def f(tree):\n    barriers.barrier('a')\n"
+        "    return multihost_utils.broadcast_one_to_all(tree)",
+    ]
     assert all(untimed(source, "a.py") for source in offenders) and not any(
         untimed(source, "a.py") for source in lawful
     )
@@ -113,14 +119,17 @@ JOIN = """
     import os, pathlib, sys, time
     from m3i_jax.parallel import barriers, distributed
     me, hosts = int(sys.argv[1]), int(sys.argv[3])
-    place = distributed.ProcessInfo(source="test", coordinator=sys.argv[2], processes=hosts, process=me)
+    place = distributed.ProcessInfo(
+        source="test", coordinator=sys.argv[2], processes=hosts, process=me
+    )
 """
 WAIT = (
     JOIN
     + """
     distributed.initialize(place, limit=60, beat=float(sys.argv[4]))
     barriers.barrier("all")
-    barriers.host_label = lambda number: time.sleep(1000)  # whoever asks the store for a name now may wait for ever
+    # a read of a name from the store may wait for ever now
+    barriers.host_label = lambda number: time.sleep(1000)
     print("ready", flush=True)
     barriers.barrier("never, in time" if me else "never", limit=100.0)
 """
@@ -249,8 +258,10 @@ SAVE = (
 
     def make(step):
         whole = np.random.default_rng(step).normal(size=(4 * hosts, 300)).astype(np.float32)
-        count = jax.make_array_from_callback((), parallel.replicated(mesh), lambda i: np.int32(step))
-        return {"rows": jax.make_array_from_callback(whole.shape, rows, lambda i: whole[i]), "step": count}
+        everywhere = parallel.replicated(mesh)
+        count = jax.make_array_from_callback((), everywhere, lambda i: np.int32(step))
+        split = jax.make_array_from_callback(whole.shape, rows, lambda i: whole[i])
+        return {"rows": split, "step": count}
 
     said, place = [], pathlib.Path(sys.argv[4])
     one = Checkpoints(place, 2, say=said.append)

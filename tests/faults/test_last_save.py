@@ -140,7 +140,7 @@ def test_files_that_come_back_continue_the_run(
                 one,
                 state,
                 samples_seen=8 * first,
-                outside=loop.Callbacks(data=Data(), checkpoints=checkpoints, **quiet),
+                callbacks=loop.Callbacks(data=Data(), checkpoints=checkpoints, **quiet),
             )
         finally:
             inner.close()

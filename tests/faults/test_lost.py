@@ -218,7 +218,8 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(pair: pathlib.Path
             pair.unlink()
             pair.write_text("x")
         with pytest.raises(
-            UserError, match="saved checkpoint 8; mount or restore|mount its disk|is not a directory"
+            UserError,
+            match="saved checkpoint 8; mount or restore|mount its disk|is not a directory",
         ) as refusal:
             checkpoint_dir.refuse_lost(place, LOG)
         assert trials.add(
@@ -292,9 +293,17 @@ def test_a_position_that_somebody_made_is_refused(trials) -> None:
     }
     assert train.sound(good, 4) == good
     for name, value in (
-        ("samples_seen", "8"), ("samples_seen", -8), ("samples_seen", None), ("fingerprint", []), ("seconds", [1]),
-        ("seconds", {"step": "1"}), ("counts", {"skipped": 3}), ("counts", {"skipped": {"empty": "0"}}), ("files", 7), ("restarts", "x"),
-    ):  # fmt: skip
+        ("samples_seen", "8"),
+        ("samples_seen", -8),
+        ("samples_seen", None),
+        ("fingerprint", []),
+        ("seconds", [1]),
+        ("seconds", {"step": "1"}),
+        ("counts", {"skipped": 3}),
+        ("counts", {"skipped": {"empty": "0"}}),
+        ("files", 7),
+        ("restarts", "x"),
+    ):
         with pytest.raises(
             UserError, match=f"checkpoint 4: its position is not one of a run .*{name}"
         ):

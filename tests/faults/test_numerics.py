@@ -111,10 +111,16 @@ def test_three_in_a_row_leave_a_dump_that_replays(
     said: list[str] = []
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2, say=said.append)
     outside = loop.Callbacks(
-        data=Data(), checkpoints=checkpoints, write=lambda step, values: None, say=said.append, panel=lambda *_: None, evaluators=[],
-        position=lambda samples: {}, dump=lambda *what: train.dump_step(tmp_path, one, said.append, *what),
-    )  # fmt: skip
-    code, ended = loop.run_loop(one, one.init(), samples_seen=0, outside=outside)
+        data=Data(),
+        checkpoints=checkpoints,
+        write=lambda step, values: None,
+        say=said.append,
+        panel=lambda *_: None,
+        evaluators=[],
+        position=lambda samples: {},
+        dump=lambda *what: train.dump_step(tmp_path, one, said.append, *what),
+    )
+    code, ended = loop.run_loop(one, one.init(), samples_seen=0, callbacks=outside)
     checkpoints.close()
     assert (
         code == loop.FAILED

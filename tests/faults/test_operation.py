@@ -165,10 +165,18 @@ DIFFERENT = {
     "optim__ema_schedule=constant": "optim.ema_schedule: 'cosine' -> 'constant'",
 }
 SAME = [
-    "train__log_every=7", "train__save_every=9", "train__keep=5", "data__threads=9", "data__workers=2", "data__patience=5",
+    "train__log_every=7",
+    "train__save_every=9",
+    "train__keep=5",
+    "data__threads=9",
+    "data__workers=2",
+    "data__patience=5",
     "data__missing=replace",
-    "report__panel_rows=2", "report__private=False", "evaluate__k=3", "parallel__mesh=(1,1,1)",
-]  # fmt: skip
+    "report__panel_rows=2",
+    "report__private=False",
+    "evaluate__k=3",
+    "parallel__mesh=(1,1,1)",
+]
 
 
 @pytest.mark.fast
@@ -270,7 +278,8 @@ def test_the_fast_resizer_names_its_extra(monkeypatch) -> None:
 
 BARE = """
 import socket, sys
-for package in ("tensorflow", "tensorflow_datasets", "cv2", "wandb", "tensorboardX", "fsspec", "gcsfs", "datasets", "torch",
+for package in ("tensorflow", "tensorflow_datasets", "cv2", "wandb", "tensorboardX", "fsspec",
+                "gcsfs", "datasets", "torch",
                 "cykooz_resizer", "simplejpeg", "pandas", "matplotlib", "google.cloud"):
     sys.modules[package] = None
 reached = []
@@ -284,7 +293,9 @@ socket.socket.connect = refuse
 socket.getaddrinfo = lambda *a, **k: (_ for _ in ()).throw(socket.gaierror(-3, "no name server"))
 import importlib.util
 find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name in sys.modules and sys.modules[name] is None else find(name, *rest)
+importlib.util.find_spec = lambda name, *rest: (
+    None if name in sys.modules and sys.modules[name] is None else find(name, *rest)
+)
 from m3i_jax import main
 code = main.main(sys.argv[1:])
 assert not reached, reached

@@ -121,14 +121,15 @@ def test_wrong_bytes_with_right_digests_are_found(
     # the files are what was written
     assert again.newest_good() == 2 and not file_checksums.verify_checksums(tmp_path / "2")
     with pytest.raises(
-        CheckpointDamaged, match=f"checkpoint 2: 1 arrays differ from what was trained, first {name}"
+        CheckpointDamaged,
+        match=f"checkpoint 2: 1 arrays differ from what was trained, first {name}",
     ):
         restored(again, 2)
     assert trials.add(again.newest_good() == 1 and same(restored(again, 1), state(1)))
     assert [path.split("-")[0] for path in names(tmp_path)] == ["1", "2.bad"]
     assert (
-        f"warning: checkpoint 2 is damaged ({name}: differs from what was trained); renamed to 2.bad-"
-        in again.said[0]
+        f"warning: checkpoint 2 is damaged ({name}: differs from what was trained); renamed to"
+        " 2.bad-" in again.said[0]
     )
 
 

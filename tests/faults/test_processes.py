@@ -110,7 +110,7 @@ def told_while_saving(
         one,
         one.init(),
         samples_seen=0,
-        outside=loop.Callbacks(data=Data(60, 10), checkpoints=checkpoints, **quiet),
+        callbacks=loop.Callbacks(data=Data(60, 10), checkpoints=checkpoints, **quiet),
     )
     checkpoints.close()
     step = int(state.step)
@@ -122,9 +122,13 @@ def told_while_saving(
         parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), template),
     )
     fine = [
-        code == loop.PREEMPTED, step == at, again.newest_good() == step, again.position(step) == {"n": 8 * step},
-        bool((np.asarray(got.params["w"]) == step).all()), all(p.name.isdecimal() for p in place.iterdir()),
-    ]  # fmt: skip
+        code == loop.PREEMPTED,
+        step == at,
+        again.newest_good() == step,
+        again.position(step) == {"n": 8 * step},
+        bool((np.asarray(got.params["w"]) == step).all()),
+        all(p.name.isdecimal() for p in place.iterdir()),
+    ]
     again.close()
     return all(fine)
 

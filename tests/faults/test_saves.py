@@ -305,20 +305,43 @@ def test_a_reader_races_with_retention(tmp_path: pathlib.Path, make: Make, trial
 
 
 CHANGES: dict[str, tuple[Callable[[dict], dict], list[str]]] = {
-    "a new head": (lambda t: t | {"head": {"kernel": jnp.zeros((3, 4))}}, ["head/kernel is absent in the checkpoint, float32[3, 4] in this run"]),
-    "a head less": (lambda t: {k: v for k, v in t.items() if k != "b"}, ["b is bfloat16[7] in the checkpoint, absent in this run"]),
+    "a new head": (
+        lambda t: t | {"head": {"kernel": jnp.zeros((3, 4))}},
+        ["head/kernel is absent in the checkpoint, float32[3, 4] in this run"],
+    ),
+    "a head less": (
+        lambda t: {k: v for k, v in t.items() if k != "b"},
+        ["b is bfloat16[7] in the checkpoint, absent in this run"],
+    ),
     "a renamed module": (
         lambda t: {("weights" if k == "w" else k): v for k, v in t.items()},
-        ["weights is absent in the checkpoint, float32[4096] in this run", "w is float32[4096] in the checkpoint, absent in this run"],
+        [
+            "weights is absent in the checkpoint, float32[4096] in this run",
+            "w is float32[4096] in the checkpoint, absent in this run",
+        ],
     ),
-    "another depth": (lambda t: t | {"w": jnp.zeros((2, 4096))}, ["w is float32[4096] in the checkpoint, float32[2, 4096] in this run"]),
-    "another precision": (lambda t: t | {"w": jnp.zeros(4096, jnp.bfloat16)}, ["w is float32[4096] in the checkpoint, bfloat16[4096] in this run"]),
+    "another depth": (
+        lambda t: t | {"w": jnp.zeros((2, 4096))},
+        ["w is float32[4096] in the checkpoint, float32[2, 4096] in this run"],
+    ),
+    "another precision": (
+        lambda t: t | {"w": jnp.zeros(4096, jnp.bfloat16)},
+        ["w is float32[4096] in the checkpoint, bfloat16[4096] in this run"],
+    ),
     "everything": (
         lambda t: {f"new{k}": v for k, v in enumerate(t.values())},
-        ["new0 is absent in the checkpoint, bfloat16[7] in this run", "new1 is absent in the checkpoint, int32[] in this run", "new2 is absent in the checkpoint, float32[4096] in this run"]
-        + ["b is bfloat16[7] in the checkpoint, absent in this run", "step is int32[] in the checkpoint, absent in this run", "w is float32[4096] in the checkpoint, absent in this run"],
+        [
+            "new0 is absent in the checkpoint, bfloat16[7] in this run",
+            "new1 is absent in the checkpoint, int32[] in this run",
+            "new2 is absent in the checkpoint, float32[4096] in this run",
+        ]
+        + [
+            "b is bfloat16[7] in the checkpoint, absent in this run",
+            "step is int32[] in the checkpoint, absent in this run",
+            "w is float32[4096] in the checkpoint, absent in this run",
+        ],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.fast
@@ -398,8 +421,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: pathlib.Path, make
     with pytest.raises(
         UserError,
         match=(
-            "checkpoint 3: has format 5, this version of m3i_jax reads up to 4; use a newer"
-            " version"
+            "checkpoint 3: has format 5, this version of m3i_jax reads up to 4; use a newer version"
         ),
     ):
         make(place.parent).newest_good()

@@ -299,8 +299,12 @@ def refused(act):
 acts = {
     "nested": lambda: Tars(str(folder / "nested.tar"))[0].label == -1,
     "huge": lambda: refused(lambda: array_record.ArrayRecordSource(str(folder / "huge"))),
-    "names": lambda: refused(lambda: class_names.class_names_from_file(str(folder / "names.json"), ("0",))),
-    "tokenizer": lambda: refused(lambda: tokenizer.Tokenizer.load(str(folder / "tokenizer.json"), 9)),
+    "names": lambda: refused(
+        lambda: class_names.class_names_from_file(str(folder / "names.json"), ("0",))
+    ),
+    "tokenizer": lambda: refused(
+        lambda: tokenizer.Tokenizer.load(str(folder / "tokenizer.json"), 9)
+    ),
     "inflates": lambda: array_files.load_arrays(str(folder / "inflates.npz")) is None,
     "claims": lambda: array_files.load_arrays(str(folder / "claims.npz")) is None,
 }

@@ -177,15 +177,26 @@ REFUSED = {
 }
 IGNORED = [
     {"num_attention_heads": "two", "hidden_act": ["gelu"], "layer_norm_eps": "small"},
-    {"num_attention_heads": 0, "layer_norm_eps": -1.0}, {"num_attention_heads": True},
-    {"layer_norm_eps": 1e300}, {"num_attention_heads": None},
-    {"vision_config": [], "model_args": [1], "pretrained_cfg": "x"}, {"model_args": {"num_heads": {}, "act_layer": {}}},
-    {"image_mean": ["a", "b", "c"], "image_std": [0.1, None, {}]}, {"image_mean": [float("nan")] * 3}, {"image_mean": 0.5},
-    {"crop_size": {"height": "x"}, "size": []}, {"crop_size": -3}, {"crop_size": 1e9}, {"size": {"shortest_edge": "x"}},
-    {"pretrained_cfg": {"input_size": "x", "crop_pct": 0.9}}, {"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": "x"}},
-    {"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 0}}, {"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 7.0}},
-    {tensor_files.PREPROCESSING: []}, {tensor_files.PREPROCESSING: {"crop": "x", "background": [], "image_size": {}}},
-]  # fmt: skip
+    {"num_attention_heads": 0, "layer_norm_eps": -1.0},
+    {"num_attention_heads": True},
+    {"layer_norm_eps": 1e300},
+    {"num_attention_heads": None},
+    {"vision_config": [], "model_args": [1], "pretrained_cfg": "x"},
+    {"model_args": {"num_heads": {}, "act_layer": {}}},
+    {"image_mean": ["a", "b", "c"], "image_std": [0.1, None, {}]},
+    {"image_mean": [float("nan")] * 3},
+    {"image_mean": 0.5},
+    {"crop_size": {"height": "x"}, "size": []},
+    {"crop_size": -3},
+    {"crop_size": 1e9},
+    {"size": {"shortest_edge": "x"}},
+    {"pretrained_cfg": {"input_size": "x", "crop_pct": 0.9}},
+    {"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": "x"}},
+    {"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 0}},
+    {"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 7.0}},
+    {tensor_files.PREPROCESSING: []},
+    {tensor_files.PREPROCESSING: {"crop": "x", "background": [], "image_size": {}}},
+]
 
 
 @pytest.mark.fast

@@ -23,7 +23,8 @@ SPAN = (
     import jax, numpy as np
     from jax._src import compiler
     from m3i_jax import parallel
-    delay, cache, notice, limit = float(sys.argv[4]), sys.argv[5], float(sys.argv[6]), float(sys.argv[7])
+    delay, notice, limit = (float(sys.argv[i]) for i in (4, 6, 7))
+    cache = sys.argv[5]
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -40,7 +41,10 @@ SPAN = (
         return plain(*arguments)
 
     compiler.backend_compile_and_load = slow
-    total = parallel.Program(lambda x: x.sum(0), name="total", limit=limit, out_shardings=parallel.replicated(mesh))
+    everywhere = parallel.replicated(mesh)
+    total = parallel.Program(
+        lambda x: x.sum(0), name="total", limit=limit, out_shardings=everywhere
+    )
     try:
         print("got", np.asarray(total(rows)).tolist(), np.asarray(total(rows)).tolist())
     except barriers.HostMissing as error:

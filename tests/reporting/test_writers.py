@@ -17,9 +17,15 @@ from m3i_jax.errors import UserError
 from m3i_jax.reporting import writers
 
 VALUES = {
-    "loss": 1.25, "loss/ssp": 0.75, "loss/sp": 0.5, "balance/lambda": 1.0, "perf/images_per_sec": 200.0,
-    "perf/step_seconds": 0.5, "perf/input_wait": 0.031, "samples_seen": 10_000,
-}  # fmt: skip
+    "loss": 1.25,
+    "loss/ssp": 0.75,
+    "loss/sp": 0.5,
+    "balance/lambda": 1.0,
+    "perf/images_per_sec": 200.0,
+    "perf/step_seconds": 0.5,
+    "perf/input_wait": 0.031,
+    "samples_seen": 10_000,
+}
 
 
 def settings(**report) -> schema.Config:

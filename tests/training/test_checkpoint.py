@@ -244,9 +244,15 @@ def changed(kind: str) -> state.State:
             ),
         ),
         ("precision", "params/logit_scale is float32[] in the checkpoint, bfloat16[] in this run"),
-        ("a head more", "params/category/kernel is absent in the checkpoint, float32[24, 5] in this run"),
+        (
+            "a head more",
+            "params/category/kernel is absent in the checkpoint, float32[24, 5] in this run",
+        ),
         # what the moments repeat comes last
-        ("a head less", "(params/logit_scale is float32[] in the checkpoint, absent in this run, opt/adamw"),
+        (
+            "a head less",
+            "(params/logit_scale is float32[] in the checkpoint, absent in this run, opt/adamw",
+        ),
     ],
 )
 def test_another_layout_is_refused_with_the_place(
@@ -286,8 +292,9 @@ def test_a_damaged_checkpoint_is_one_line_with_the_way_out(
     one, here = open_at(tmp_path / "checkpoints"), tmp_path / "checkpoints" / "7"
     if damage == "metadata":
         (here / "state" / "_METADATA").write_text("{")
-    else:  # what Orbax raises for a flipped bit or a missing file, without the reads that it leaves behind to complain later
-
+    else:
+        # what Orbax raises for a flipped bit or a missing file, without its other reads, which
+        # would log errors later
         def fail(*_: object, **__: object) -> None:
             raise Exception(
                 "Encountered error while reading array.\nSee full TensorStore details: "

@@ -7,7 +7,7 @@ from m3i_jax.training import loop
 
 def rises(values: list[dict[str, float]]) -> list[int]:
     watch = loop.CollapseAlarm()
-    return [step for step, line in enumerate(values) if watch.see(line)]
+    return [step for step, line in enumerate(values) if watch.update(line)]
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])

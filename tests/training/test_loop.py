@@ -137,7 +137,7 @@ class World:
         }
         samples = first * BATCH if samples is None else samples
         code, state = loop.run_loop(
-            self, State(first), samples_seen=samples, outside=loop.Callbacks(**outside | changes)
+            self, State(first), samples_seen=samples, callbacks=loop.Callbacks(**outside | changes)
         )  # type: ignore[arg-type]
         self.final = state.step
         return code
@@ -446,11 +446,16 @@ def test_a_forced_collapse_warns_within_100_steps_and_a_healthy_run_does_not(
     made = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), toy.VOCABULARY)
     said, lines, world = [], [], World(0)
     outside = loop.Callbacks(
-        data=_Data(toy.batch(config, k) for k in range(60)), checkpoints=world, write=lambda step, values: lines.append((step, values)),
-        say=said.append, panel=lambda *_: None, evaluators=[], position=lambda samples: {},
-    )  # fmt: skip
+        data=_Data(toy.batch(config, k) for k in range(60)),
+        checkpoints=world,
+        write=lambda step, values: lines.append((step, values)),
+        say=said.append,
+        panel=lambda *_: None,
+        evaluators=[],
+        position=lambda samples: {},
+    )
     monkeypatch.setattr(world, "save", lambda *_: None)
-    loop.run_loop(made, made.init(), samples_seen=0, outside=outside)
+    loop.run_loop(made, made.init(), samples_seen=0, callbacks=outside)
     if form == "collapsing":
         assert len(said) == 1 and "have collapsed" in said[0]
         first = next(step for step, values in lines if values["collapse/alarm"])
@@ -471,7 +476,7 @@ def test_signals_are_left_alone_outside_the_main_thread() -> None:
     def work() -> None:
         with loop.Preemption() as notice:
             notice.poll()
-            seen.append(notice.asked)
+            seen.append(notice.requested)
 
     thread = threading.Thread(target=work)
     thread.start()
