@@ -96,7 +96,7 @@ def test_what_is_broken_is_named(damage: str, tmp_path: pathlib.Path) -> None:
     else:
         (tmp_path / "000001-map.json").write_text(damage)
     with pytest.raises(
-        UserError, match=r"000001-map\.json: is no image that an evaluator drew"
+        UserError, match=r"000001-map\.json: is not a figure of an evaluator"
     ) as error:
         [figures.figure_html(file) for file in figures.newest_figures(tmp_path)]
     assert "\n" not in str(error.value)

@@ -83,13 +83,13 @@ def test_a_log_is_read_as_the_run_meant_it(tmp_path: pathlib.Path) -> None:
 
 def test_refusals(tmp_path: pathlib.Path) -> None:
     with pytest.raises(
-        UserError, match="there is no metrics.jsonl; name the working directory of a run$"
+        UserError, match="has no metrics.jsonl; give the working directory of a run$"
     ):
         run_log.load_run_log(tmp_path)
-    with pytest.raises(UserError, match="holds no line of a run"):
+    with pytest.raises(UserError, match="has no line of a run"):
         run_log.load_run_log(log(tmp_path / "a", [], "nothing\n"))
     mine = log(tmp_path / "b", [{"step": 1, "loss": 1.0}])
-    with pytest.raises(UserError, match="^config.report.beside nowhere: there is no metrics.jsonl"):
+    with pytest.raises(UserError, match="^config.report.beside nowhere: has no metrics.jsonl"):
         report.write_report(schema.Config(report=schema.Report(beside=("nowhere",))), mine)
 
 
