@@ -2,9 +2,9 @@
 
 A full disk makes every array of a checkpoint fail in its own thread of Orbax, TensorStore and
 asyncio: 40 arrays print thousands of lines, some after the last line of the run, when the event
-loops are closed. The run itself logs such a failure in one line. So `install_hooks`, which the
-command line calls, drops what Orbax logs of an error that it raises as well, and shortens the rest;
-a traceback is printed only if it has a frame of this package."""
+loops are closed. The run itself logs such a failure in one line. So `drop_repeated_errors` drops
+what Orbax logs of an error that it raises as well, and `install_hooks`, which the command line
+calls, shortens the rest: a traceback is printed only if it has a frame of this package."""
 
 import contextlib
 import functools
@@ -60,7 +60,9 @@ def _is_repeated(record: logging.LogRecord) -> bool:
 
 
 def _keep(record: logging.LogRecord) -> bool:
-    return not getattr(record, "repeated", False)
+    # the factory of `install_hooks` decides before it removes the traceback
+    repeated = getattr(record, "repeated", None)
+    return not (_is_repeated(record) if repeated is None else repeated)
 
 
 class LibraryErrorHooks:
@@ -105,8 +107,7 @@ class LibraryErrorHooks:
             )
 
     def unraisable(self, args: Any) -> None:
-        if not _is_late_callback(args.exc_value, args.exc_traceback):
-            self.show(args.exc_type, args.exc_value, args.exc_traceback)
+        self.show(args.exc_type, args.exc_value, args.exc_traceback)
 
     def record(self, factory: Any) -> Any:
         """A factory of log records without tracebacks: the message ends in the error's name and
@@ -149,8 +150,21 @@ def install_hooks() -> None:
     threading.excepthook = hooks.threading_hook
     sys.unraisablehook = hooks.unraisable
     logging.setLogRecordFactory(hooks.record(logging.getLogRecordFactory()))
+
+
+@functools.cache
+def drop_repeated_errors() -> None:
+    """Drop what the threads of a failed save or restore print of the error that Orbax raises; a
+    second call does nothing. `Checkpoints` calls this, also in programs without `install_hooks`."""
     for logger in (absl.logging.get_absl_logger(), logging.getLogger("asyncio")):
-        logger.addFilter(_keep)  # a factory cannot drop a record
+        logger.addFilter(_keep)
+    previous = sys.unraisablehook
+
+    def unraisable(args: Any) -> None:
+        if not _is_late_callback(args.exc_value, args.exc_traceback):
+            previous(args)
+
+    sys.unraisablehook = unraisable
 
 
 def silence_process() -> None:

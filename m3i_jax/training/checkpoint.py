@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from m3i_jax import parallel
+from m3i_jax import library_errors, parallel
 from m3i_jax.errors import UserError
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import array_checksums, checkpoint_dir, file_checksums, malloc
@@ -59,6 +59,7 @@ class Checkpoints:
         self._directory, self._keep, self._say = directory.absolute(), keep, say
         self._hosts, self._first = jax.process_count(), jax.process_index() == 0
         malloc.patch_tensorstore()
+        library_errors.drop_repeated_errors()
         # Orbax's barriers between all processes have no time limit, those between named ones do.
         multiprocessing = ocp.options.MultiprocessingOptions(
             active_processes=set(range(self._hosts)) if self._hosts > 1 else None

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from m3i_jax import library_errors
 from m3i_jax.errors import UserError
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import array_checksums, checkpoint_dir, file_checksums
@@ -42,6 +43,7 @@ class RunWeights:
             )
         self.step, self._key = steps[-1], key
         self._path = directory.absolute() / str(self.step)
+        library_errors.drop_repeated_errors()
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
         with checkpoint_dir.hold_step(self._path):

@@ -9,12 +9,12 @@ import pathlib
 from typing import Any
 
 from hypothesis import strategies as st
-from tests.test_setting import SETTINGS
 
 from m3i_jax import config, main, setting_limits
 from m3i_jax.modes import MODES
 from tests.faults import fuzz_damage
 from tests.test_main import TINY
+from tests.test_setting_limits import SETTINGS
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 # not fuzzed: they need a network or other hosts, or compile for minutes

@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from tests.test_setting import SETTINGS
 
 from m3i_jax import main as command
 from m3i_jax.modes import MODES
 from tests.faults import fuzz, fuzz_cases
 from tests.faults.hostile import ROOT
+from tests.test_setting_limits import SETTINGS
 
 
 @pytest.mark.fast

@@ -122,7 +122,7 @@ def test_a_state_in_many_files_comes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In files so small that arrays are cut into pieces."""
-    monkeypatch.setattr(Checkpoints, "FILE", 2**12)
+    monkeypatch.setattr(Checkpoints, "FILE_SIZE", 2**12)
     mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
     saved(tmp_path / "checkpoints", laid_out(whole, mesh), 7)
     few, many = (
@@ -239,8 +239,8 @@ def changed(kind: str) -> state.State:
         (
             "width",
             (
-                "params/encoder/blocks/fc1/kernel is float32[2, 128, 128] there, float32[2, 64, 64]"
-                " here"
+                "params/encoder/blocks/fc1/kernel is float32[2, 128, 128] in the checkpoint,"
+                " float32[2, 64, 64] in this run"
             ),
         ),
         ("precision", "params/logit_scale is float32[] in the checkpoint, bfloat16[] in this run"),

@@ -16,7 +16,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.interop import intern_image_weights, position_tables, tensor_files
 from m3i_jax.models import m3i, vit
 from m3i_jax.objective import positions
-from m3i_jax.training import init_from
+from m3i_jax.training import init_from, run_weights
 from m3i_jax.training.trainer import Trainer
 from tests import saved, toy
 from tests.interop.published_vit import ENCODERS, OTHERS, SIAMESE_DECODER, weights
@@ -269,7 +269,7 @@ def test_an_encoder_that_fits_in_part_is_refused(intern, tmp_path: pathlib.Path)
     bare: dict = {}
     for name, array in tree.items():
         if "gamma" not in name:
-            init_from.checkpoint.put(bare, name, array)
+            run_weights.set_leaf(bare, name, array)
     tensor_files.write_safetensors(
         tmp_path / "bare.safetensors", intern_image_weights.store_intern_image(bare)
     )
@@ -329,7 +329,7 @@ def test_what_is_refused(timm, run, tmp_path: pathlib.Path) -> None:
             {"init_from": str(tmp_path / "small.safetensors"), **LEARNED},
             ("has other shapes", "(48, 16)" and "width=16", "patch_size=8"),
         ),
-        ({"init_from": path}, ("positions=learned", "here it is sincos")),
+        ({"init_from": path}, ("positions=learned", "this run has sincos")),
         (
             {"init_from": path, "init__only": "^decoder/"},
             ("none of the", "init.only=^decoder/", "to start from random weights"),
@@ -412,7 +412,7 @@ def test_clip_weights_compute_what_clip_defines(tmp_path: pathlib.Path) -> None:
     tree: dict = {}
     for path, array in after.items():
         if path.startswith("encoder/"):
-            init_from.checkpoint.put(tree, path.removeprefix("encoder/"), jnp.asarray(array))
+            run_weights.set_leaf(tree, path.removeprefix("encoder/"), jnp.asarray(array))
     picture = np.random.default_rng(5).normal(size=(32, 32, 3))
     got = m3i.encode(config, tree, vit.patchify(jnp.asarray(picture, jnp.float32)[None], 8))[0]
     np.testing.assert_allclose(got, clip_vision(table, picture, heads=2), atol=2e-4, rtol=1e-4)
