@@ -115,17 +115,17 @@ def test_dry_runs_say_who_is_who(stage: Stage) -> None:
     [
         (["launch/ssh.sh", "--workdir", "w", "--", *RUN], "--hosts is missing"),
         (["launch/ssh.sh", "--hosts", "a", "--", *RUN], "--workdir is missing"),
-        (["launch/ssh.sh", "--host", "a"], "--host: there is no such flag"),
-        (["launch/slurm.sh", "--workdir", "w", *RUN], "there is no Slurm job"),
+        (["launch/ssh.sh", "--host", "a"], "--host: unknown flag"),
+        (["launch/slurm.sh", "--workdir", "w", *RUN], "not in a Slurm job"),
         (["launch/slurm.sh", "--dry-run", *RUN], "--workdir is missing"),
-        (["launch/tpu_vm.sh", "start"], "say create, run or delete first"),
+        (["launch/tpu_vm.sh", "start"], "the first argument must be create, run or delete"),
         (["launch/tpu_vm.sh", "run", *TPU, "--", *RUN], "--workdir is missing"),
         (
             ["launch/tpu_vm.sh", "run", *TPU[:-2], "--workdir", "w", "--", *RUN],
             "--mount is missing",
         ),
         (["launch/tpu_vm.sh", "delete", "--name", "a", "--zone", "z"], "--project is missing"),
-        (["launch/apply.sh", "launch/none.yaml"], "name a file"),
+        (["launch/apply.sh", "launch/none.yaml"], "give a file"),
         (["launch/apply.sh", "launch/gke.yaml", "--dry-run"], "M3I_ACCELERATOR"),
     ],
 )
@@ -198,7 +198,7 @@ esac""")  # fmt: skip
     try:
         stage.until("-m pip")
         second = stage.start("launch/host.sh", "--workdir", "w", **settings)
-        assert second.stdout and "another process is making" in second.stdout.readline()
+        assert second.stdout and "another process is creating" in second.stdout.readline()
     finally:
         (stage.place / "go").touch()
     ends = [process.communicate(timeout=60) for process in (first, second)]
@@ -313,7 +313,7 @@ def test_a_run_that_fails_on_a_tpu_that_is_there_is_not_repeated(
         "gcloud", f'case "$*" in *describe*) echo ACTIVE ;; *host.sh*) exit {ended} ;; esac; exit 0'
     )
     status, _, err = stage.run("launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w", "--", *RUN)
-    assert status == 2 and f"ended with {ended} on a slice that is still there" in err
+    assert status == 2 and f"exited with {ended} on a slice that still exists" in err
     assert sum("describe" in call for call in stage.calls) == 1 + looks and sum(
         "sleep" in call for call in stage.calls
     ) == max(0, looks - 1)
