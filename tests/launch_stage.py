@@ -18,7 +18,7 @@ def _interruptible() -> None:
 
 
 class Stage:
-    """A directory of stand-ins that comes first on the PATH. Each call of one is a line of
+    """A directory of fake commands that is first on the PATH. Each call of one is a line of
     `calls`."""
 
     def __init__(self, place: pathlib.Path):
@@ -37,7 +37,7 @@ class Stage:
         path.chmod(0o755)
 
     def python(self, does: str) -> None:
-        """What host.sh takes for the virtual environment's Python."""
+        """The fake Python of the virtual environment, for host.sh."""
         (self.place / "venv/bin").mkdir(parents=True)
         self.stand_in("venv/bin/python", does)
         self.environment |= {"M3I_VENV": str(self.place / "venv"), "M3I_INSTALL": "0"}
@@ -61,7 +61,7 @@ class Stage:
         return process.returncode, out, err
 
     def until(self, call: str) -> None:
-        """Waits until somebody has called that."""
+        """Wait until this command was called."""
         deadline = time.monotonic() + 30
         while not any(call in line for line in self.calls) and time.monotonic() < deadline:
             time.sleep(0.02)

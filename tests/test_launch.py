@@ -180,8 +180,8 @@ def test_a_host_that_is_told_to_go_lets_the_run_save_and_goes(number: int, stage
 
 
 def test_hosts_that_share_an_environment_make_it_once(stage: Stage) -> None:
-    """The second comes while the first installs: it says that it waits, finds all done, and
-    runs."""
+    """The second host starts while the first installs: it logs that it waits, finds the environment
+    complete, and runs."""
     stage.stand_in("python", f"""case "$*" in
 -V) echo Python 3.99 ;;
 "-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
@@ -225,7 +225,7 @@ def test_slurm_queues_a_preempted_job_again(stage: Stage) -> None:
 
 
 def test_slurm_gives_every_node_its_number(stage: Stage, tmp_path: pathlib.Path) -> None:
-    """srun's command, run as node 1 of 2, with a host.sh that prints what it gets."""
+    """The command of srun, run as node 1 of 2, with a host.sh that prints its arguments."""
     (tmp_path / "job/launch").mkdir(parents=True)
     (tmp_path / "job/launch/host.sh").write_text('echo "host $M3I_AGAIN $*"\n')
     stage.stand_in("srun", 'while [[ "$1" == --* ]]; do shift; done; SLURM_PROCID=1 "$@"')
@@ -267,8 +267,8 @@ def test_ssh_starts_all_and_ends_with_the_first_failure(
 
 
 def test_a_tpu_that_is_taken_away_is_ordered_again(stage: Stage) -> None:
-    """Absent, active, run fails, still active for two looks, suspended, deleted, absent, active,
-    run is done."""
+    """Absent, active, the run fails, active for two more checks, suspended, deleted, absent,
+    active, the run is done."""
     stage.stand_in("sleep", '[[ "$1" == 0.5 ]]')
     states = [
         "",

@@ -75,7 +75,7 @@ FIELDS = {
 
 
 def misspelt(value: Any, kind: str, at: str = "") -> list[str]:
-    """Where an object of a kind has a field that there is not, lacks one, or holds an object for a
+    """Problems of an object of a kind: unknown fields, missing fields, or an object in place of a
     plain value or the reverse."""
     if isinstance(value, list):
         return [complaint for item in value for complaint in misspelt(item, kind, at)]
@@ -106,7 +106,7 @@ def misspelt(value: Any, kind: str, at: str = "") -> list[str]:
 
 
 def misspellings(value: Any) -> Iterator[Any]:
-    """The same text of objects with one more letter in one key, for every key."""
+    """Copies of an object with a letter added to one key, for every key."""
     items = (
         list(value.items())
         if isinstance(value, dict)

@@ -22,13 +22,13 @@ def data_page_html(
       twins: groups of duplicates, each of two or more such examples.
     """
     source, sample = report["source"], report["sample"]
-    looked, good = report["pictures"]["looked_at"], report["pictures"]["usable"]
+    examined, good = report["pictures"]["looked_at"], report["pictures"]["usable"]
     fed = report["feeds"]["chips"] and report["speed"]["pipeline"]
     numbers = [
         (f"{source['records']:,}", "records"),
         (
-            format_share(good, looked),
-            "usable" + ("" if sample["whole"] else f" of {looked:,} examined"),
+            format_share(good, examined),
+            "usable" + ("" if sample["whole"] else f" of {examined:,} examined"),
         ),
         (format_share(report["pictures"]["with_label"], good), "have a label"),
         (format_share(report["pictures"]["with_caption"], good), "have a caption"),
@@ -60,11 +60,11 @@ def data_page_html(
     return html_page.render_page(f"Data: {source['name']}", body)
 
 
-def _bars(title: str, bars: Sequence[tuple[str, int]], whole: int) -> str:
+def _bars(title: str, bars: Sequence[tuple[str, int]], total: int) -> str:
     most = max(n for _, n in bars)
     rows = "".join(
         f'<tr title="{_text(label)}: {n:,}'
-        f' ({format_share(n, whole)})"><td>{_text(label)}</td><td><div class="bar"'
+        f' ({format_share(n, total)})"><td>{_text(label)}</td><td><div class="bar"'
         f' style="width:{100 * n / most:.1f}%"></div></td><td class="number">{n:,}</td></tr>'
         for label, n in bars
     )
@@ -93,7 +93,7 @@ def _pictures(pictures: Sequence[Thumbnail]) -> str:
 def _bad(report: DataReport) -> str:
     if not report["bad"]:
         return f"<p>None of {report['pictures']['looked_at']:,}.</p>"
-    looked, out = report["pictures"]["looked_at"], []
+    examined, out = report["pictures"]["looked_at"], []
     for row in report["bad"]:
         examples = "".join(
             f"<li>{_text(key)} <span class=muted>{_text(detail)}</span></li>"
@@ -101,7 +101,7 @@ def _bad(report: DataReport) -> str:
         )
         out.append(
             f"<p><b class=bad>{_text(row['reason'])}</b>: {row['count']:,}"
-            f" ({format_share(row['count'], looked)})</p><ul>{examples}</ul>"
+            f" ({format_share(row['count'], examined)})</p><ul>{examples}</ul>"
         )
     return "".join(out)
 

@@ -9,15 +9,15 @@ from m3i_jax.reporting import text_table
 DataReport = Mapping[str, Any]
 
 
-def format_share(part: float, whole: float) -> str:
+def format_share(part: float, total: float) -> str:
     """A share in per cent, with two or three significant digits.
 
     >>> format_share(1, 3), format_share(1, 30000), format_share(5, 5), format_share(0, 0)
     ('33.3 %', '0.0033 %', '100 %', '-')
     """
-    if not whole:
+    if not total:
         return "-"
-    value = 100 * part / whole
+    value = 100 * part / total
     if value in (0, 100):
         return f"{value:.0f} %"
     return f"{value:.1f} %" if value >= 0.1 else f"{value:.2g} %"
@@ -35,7 +35,7 @@ def format_rate(value: float) -> str:
 def report_facts(report: DataReport) -> list[tuple[str, str]]:
     """(name, value) of the facts at the top of the report."""
     source, sample, pictures = report["source"], report["sample"], report["pictures"]
-    looked, good = pictures["looked_at"], pictures["usable"]
+    examined, good = pictures["looked_at"], pictures["usable"]
     sizes, captions, categories, twice = (
         report["sizes"],
         report["captions"],
@@ -44,8 +44,11 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
     )
     rows = [
         ("records", f"{source['records']:,}, of which {source['held_out']:,} are held out"),
-        ("examined", "all" if sample["whole"] else f"{looked:,}, evenly spread: {sample['rule']}"),
-        ("usable", f"{good:,} ({format_share(good, looked)}); bad: {pictures['bad']:,}"),
+        (
+            "examined",
+            "all" if sample["whole"] else f"{examined:,}, evenly spread: {sample['rule']}",
+        ),
+        ("usable", f"{good:,} ({format_share(good, examined)}); bad: {pictures['bad']:,}"),
         (
             "with a label",
             f"{pictures['with_label']:,} ({format_share(pictures['with_label'], good)})",
@@ -56,7 +59,10 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
         ),
         ("with neither", f"{pictures['with_neither']:,}"),
         ("formats", ", ".join(f"{n:,} {kind}" for kind, n in pictures["formats"]) or "-"),
-        ("bytes a record", text_table.format_bytes(pictures["bytes"] / looked) if looked else "-"),
+        (
+            "bytes a record",
+            text_table.format_bytes(pictures["bytes"] / examined) if examined else "-",
+        ),
         (
             "median size",
             f"{sizes['median_width']} x {sizes['median_height']} pixels (width x height)",

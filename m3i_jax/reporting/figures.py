@@ -109,7 +109,7 @@ def newest_figures(directory: str | os.PathLike[str]) -> list[pathlib.Path]:
     """The newest figure of every kind, STEP-KIND.json, in the order of the kinds.
 
     Raises:
-      UserError: a file that is no figure.
+      UserError: a file is not a figure.
     """
     kinds: dict[str, pathlib.Path] = {}
     for file in sorted(

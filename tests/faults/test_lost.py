@@ -1,5 +1,5 @@
-"""Row B13: checkpoints under another number, on a disk that is not mounted, and that cannot be
-read; row A12: what is no lock."""
+"""Row B13: checkpoints under another number, on a disk that is not mounted, and unreadable ones;
+row A12: a run.lock that is not a lock."""
 
 import errno
 import os
@@ -103,8 +103,8 @@ def test_exchanged_steps_are_not_used(pair: pathlib.Path, opened) -> None:
 def test_a_copy_of_an_older_format_is_noticed_by_its_arrays(
     pair: pathlib.Path, opened, form: int
 ) -> None:
-    """Format 3 has the fingerprint of the step among those of all arrays; of format 2 the array
-    itself is compared."""
+    """Format 3 has the checksum of the step counter among those of all arrays; in format 2 the
+    counter itself is compared."""
     more = {"arrays": file_checksums.read_checksums(pair / "4")["arrays"]} if form == 3 else {}
     (pair / "4" / file_checksums.NAME).unlink()
     file_checksums.write_checksums(pair / "4", format=form, **more)
@@ -125,8 +125,7 @@ def test_a_copy_of_an_older_format_is_noticed_by_its_arrays(
 
 @pytest.mark.row("B13", "B9")
 def test_another_run_is_looked_at_in_the_same_way(pair: pathlib.Path) -> None:
-    """What init_from, evaluation and export read: neither a copy under another number, nor a newer
-    format."""
+    """init_from, evaluation and export refuse a copy under another number, and a newer format."""
     shutil.copytree(pair / "4", pair / "12")
     with pytest.raises(UserError, match="checkpoint 12 is damaged .*belongs to checkpoint 4"):
         run_weights.RunWeights(str(pair.parent), "init_from")
@@ -143,7 +142,7 @@ def test_another_run_is_looked_at_in_the_same_way(pair: pathlib.Path) -> None:
 def test_what_cannot_be_read_is_not_damaged(
     pair: pathlib.Path, opened, monkeypatch, number: int, what: str
 ) -> None:
-    """Tried again; then the run stops, renames nothing and does not go back."""
+    """The read is retried; then the run stops, renames nothing and uses no older step."""
     monkeypatch.setattr(checkpoint_dir, "WAITS", (0.0, 0.0))
     fails = [2]
 
@@ -204,8 +203,8 @@ LOG = [{"step": step, "loss": 1.0} for step in range(1, 26)]
 
 @pytest.mark.row("B13")
 def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(pair: pathlib.Path, trials) -> None:
-    """The directory is not there, or empty, or a link to a disk that is not mounted; the line says
-    how to go on."""
+    """The directory is absent, empty, or a link to a disk that is not mounted; the error says how
+    to continue."""
     place = pair.parent
     shutil.rmtree(pair)
     for kind in ("missing", "empty", "link", "file"):
@@ -334,7 +333,7 @@ FULL = """
 
 @pytest.mark.row("B1")
 def test_a_disk_that_fills_is_told_in_a_line_a_save(small_disk: pathlib.Path) -> None:
-    """Of 64 arrays, each of which fails in a thread: no traceback, not even after the last line."""
+    """64 arrays fail, each in its own thread: no traceback, not even after the last line."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(FULL), str(small_disk)],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Rows B about saving: disks that are full or refuse, what lies beside the steps, retention,
+"""Rows B about saving: full disks and disks that refuse, other files beside the steps, retention,
 layouts, donation, older versions."""
 
 import contextlib
@@ -69,7 +69,7 @@ def make() -> Iterator[Make]:
 
 @contextlib.contextmanager
 def no_file_above(size: int) -> Iterator[None]:
-    """The kernel refuses larger files (EFBIG), as a quota or a full disk would, also to the threads
+    """The kernel refuses larger files (EFBIG), as a quota or a full disk would, also in the threads
     that write arrays."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -84,7 +84,8 @@ def failing(
     directory: pathlib.Path,
     broken: Callable[[], contextlib.AbstractContextManager],
 ) -> None:
-    """A good save, two that fail, a good one, then three that fail: what is promised at each."""
+    """A good save, two that fail, a good one, then three that fail: the promised behaviour at
+    each."""
     one.save(2, state(2), {})
     one.wait()
     with broken():
@@ -148,7 +149,7 @@ def test_a_disk_that_refuses_large_files(tmp_path: pathlib.Path, make: Make) -> 
 def test_a_disk_that_fails_in_the_last_moment(
     tmp_path: pathlib.Path, make: Make, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """All arrays are written, and the digests cannot be: that is no checkpoint either."""
+    """All arrays are written, but not the checksums: that is no checkpoint."""
 
     @contextlib.contextmanager
     def broken() -> Iterator[None]:
@@ -207,7 +208,7 @@ def test_a_full_disk(small_disk: pathlib.Path, make: Make) -> None:
 @pytest.mark.row("B5")
 def test_what_lies_beside_the_steps(tmp_path: pathlib.Path, make: Make) -> None:
     """Leftovers, foreign files, links that lead out: the newest real step is chosen, and nothing
-    outside is read or touched."""
+    outside is read or changed."""
     outside, place = tmp_path / "outside", tmp_path / "checkpoints"
     for where, step in ((place, 4), (outside, 99)):
         one = make(where)
@@ -269,8 +270,8 @@ def test_retention_spares_what_is_read_and_the_last_good(
 @pytest.mark.slow
 @pytest.mark.row("B6")
 def test_a_reader_races_with_retention(tmp_path: pathlib.Path, make: Make, trials) -> None:
-    """A second reader restores whatever is newest while a run saves and deletes: it never gets half
-    a step."""
+    """A second reader restores the newest step while a run saves and deletes: it never gets half a
+    step."""
     place = tmp_path / "checkpoints"
     writer, reader, stop = make(place, keep=1), make(place), threading.Event()
     writer.save(0, state(0), {})
@@ -392,8 +393,8 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path: pathlib.Path, make: Make, 
 @pytest.mark.fast
 @pytest.mark.row("B9")
 def test_checkpoints_of_older_versions(tmp_path: pathlib.Path, make: Make) -> None:
-    """Those of each format so far are kept here; one without digests is told from one that lost
-    them."""
+    """The repository has one of each format; one without checksums is distinguished from one that
+    lost them."""
     for form in (1, 2, 3, 4):
         place = tmp_path / str(form) / "checkpoints"
         shutil.copytree(GOLDEN / f"format{form}", place / "3")
@@ -429,8 +430,8 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: pathlib.Path, make
 
 
 def write_golden() -> None:
-    """How tests/faults/golden was made, and is for a new format. Orbax notes the directory it wrote
-    to, which says nothing here."""
+    """Writes tests/faults/golden, for a new format. Orbax stores the directory that it wrote to,
+    which is irrelevant here."""
     one = Checkpoints(GOLDEN / "making", 1)
     one.save(3, state(3, 16), {"samples_seen": 24, "fingerprint": "golden"})
     one.wait()

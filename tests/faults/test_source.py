@@ -1,4 +1,4 @@
-"""Row F7: what the source itself may not do, read from its syntax."""
+"""Row F7: forbidden constructs in the source, from its syntax."""
 
 import ast
 
@@ -53,8 +53,8 @@ CALLS = {
 
 
 def unsafe(source: str, name: str) -> list[str]:
-    """Complaints about a file: what runs text, unpickles, starts programs, unpacks, or opens a file
-    to everybody."""
+    """Complaints about a file: running text, unpickling, starting programs, unpacking archives, or
+    opening a file to everybody."""
     out = []
     for node in ast.walk(ast.parse(source)):
         found: list[str] = []

@@ -50,7 +50,7 @@ def environment() -> dict[str, str]:
 
 
 def two(*command: str, processes: int = 2) -> list[subprocess.Popen[str]]:
-    """`command` as so many processes; {i} and {port} are filled in."""
+    """Start `command` as several processes; {i} and {port} are filled in."""
     at = port()
     return [
         subprocess.Popen(
@@ -140,8 +140,8 @@ TALK = """
 
 @pytest.mark.row("A6")
 def test_hosts_talk(tmp_path: pathlib.Path) -> None:
-    """Two processes with no device in use: meetings, host 0 first, what differs, a common end, and
-    who is missing."""
+    """Two processes that use no device: barriers, host 0 first, differences, a common stop, and a
+    missing host."""
     script = tmp_path / "talk.py"
     script.write_text(textwrap.dedent(TALK))
     done = ends(two(str(script), "{i}", "127.0.0.1:{port}"))
@@ -220,7 +220,7 @@ def lines(run: pathlib.Path) -> list[dict[str, float]]:
 @pytest.mark.slow
 def test_two_hosts_train_what_one_trains(tmp_path: pathlib.Path) -> None:
     """The same global batch, in halves on two processes: the same losses, one log, one set of
-    checkpoints; and one host goes on with it."""
+    checkpoints; and one host resumes it."""
     (alone,) = ends(two(*COMMAND, "--workdir", str(tmp_path / "one"), processes=1))
     both = ends(two(*COMMAND, *HOSTS, "--workdir", str(tmp_path / "two")))
     assert alone[0] == 0 and [status for status, *_ in both] == [0, 0], (alone, both)
@@ -260,8 +260,8 @@ def test_two_hosts_train_what_one_trains(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_another_number_of_hosts_goes_on_with_the_same_data(tmp_path: pathlib.Path) -> None:
-    """One host trains eight steps; its checkpoint of step 4 goes on with two hosts, whose steps 5
-    to 8 are the same."""
+    """One host trains eight steps; two hosts resume from its checkpoint of step 4, and their steps
+    5 to 8 are the same."""
     run = tmp_path / "run"
     (alone,) = ends(two(*COMMAND, "--workdir", str(run), processes=1))
     assert alone[0] == 0, alone
@@ -332,7 +332,7 @@ def test_hosts_that_differ_are_named_before_anything_is_trained(tmp_path: pathli
 
 @pytest.mark.slow
 def test_two_hosts_measure_what_one_measures(tmp_path: pathlib.Path) -> None:
-    """Every evaluator on one checkpoint: each host reads half of the images, and both know all
+    """Every evaluator on one checkpoint: each host reads half of the images, and both get all
     features."""
     short = [
         "--config.train.steps=2",
@@ -398,8 +398,8 @@ BEGIN = """
 
 @pytest.mark.slow
 def test_two_hosts_start_from_the_same_weights(tmp_path: pathlib.Path) -> None:
-    """`init_from` of a run and of a file: whole on both hosts, or a half of every matrix on each,
-    every number is that of one host."""
+    """`init_from` of a run and of a file, replicated on both hosts or with half of every matrix on
+    each: every number equals that of one host."""
     saved.run(tmp_path / "run", toy.settings(model__encoder__width=64))
     table = weights(ENCODERS["timm"], width=64, depth=2, heads=2, patch=8, grid=4)
     tensor_files.write_safetensors(tmp_path / "vit.safetensors", table)

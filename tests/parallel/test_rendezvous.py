@@ -1,4 +1,4 @@
-"""The meeting before jax.distributed, between threads that stand for processes."""
+"""Waiting for all processes before jax.distributed, with threads in place of processes."""
 
 import concurrent.futures
 import socket
@@ -18,7 +18,8 @@ def address() -> str:
 
 
 def meet(*who: tuple[int, int, float], limit: float = 10.0, at: str = "") -> list[str]:
-    """(process, processes, seconds until it comes) each; what became of each of them."""
+    """Run one thread for each (process, processes, seconds before it starts); returns the outcome
+    of each."""
     at = at or address()
 
     def one(process: int, processes: int, after: float) -> str:

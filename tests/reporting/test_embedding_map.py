@@ -1,4 +1,4 @@
-"""Neighbours and maps against brute force, and the images of both."""
+"""Neighbours and maps compared with brute force, and their images."""
 
 import builtins
 

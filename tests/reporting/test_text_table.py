@@ -1,4 +1,4 @@
-"""Tables and sizes for a person."""
+"""Text tables and sizes."""
 
 import pytest
 

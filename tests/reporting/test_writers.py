@@ -1,4 +1,4 @@
-"""Every sink writes what it got; none of them can stop a run; a resumed log has no line twice."""
+"""Every writer writes all values; none of them can stop a run; a resumed log has no line twice."""
 
 import dataclasses
 import io

@@ -1,5 +1,5 @@
-"""First weights from elsewhere: a run on any mesh or a file of another project, any subset by path,
-an account of every array, and no start at random that nobody asked for."""
+"""Initial weights of a run on any mesh or of another project's file: any subset by path, a log of
+every array, and no random start that was not asked for."""
 
 import dataclasses
 import pathlib
@@ -27,7 +27,7 @@ LEARNED = {"model__encoder__positions": "learned", "model__encoder__final_norm":
 
 
 def take(config: schema.Config, seed: int = 7, devices: int = 1):
-    """(before, after, account)"""
+    """(parameters before, after, log lines)"""
     before, lines = saved.random(config, seed), []
     mesh = parallel.make_mesh((1, devices, 1), jax.devices()[:devices])
     layout = parallel.tree_shardings(mesh, before)
@@ -143,7 +143,7 @@ def test_a_table_of_another_grid_is_resized_and_said_so(timm) -> None:
 
 
 def test_a_fixed_table_in_a_file_is_known_as_the_fixed_one_here(tmp_path: pathlib.Path) -> None:
-    """MAE and SiameseIM save their sine-cosine tables; MAE's is column first."""
+    """MAE and SiameseIM save their sine-cosine tables; that of MAE has columns first."""
     table = weights(
         ENCODERS["siamese_im"] + "|" + OTHERS["siamese_im"] + "|" + SIAMESE_DECODER, **SIZES
     )
@@ -232,7 +232,8 @@ def test_the_momentum_target_starts_from_the_same_weights(timm) -> None:
 
 @pytest.fixture(scope="module")
 def intern(tmp_path_factory: pytest.TempPathFactory):
-    """A file of the toy InternImage as T to XL are published, without the fusion: (path, tree)."""
+    """A file of the toy InternImage as the models T to XL are published, without the fusion: (path,
+    tree)."""
     tree = {
         name: part
         for name, part in saved.random(toy.settings(**toy.INTERN))["encoder"].items()
@@ -367,8 +368,8 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: int) -> np.nda
 
 
 def clip_vision(table: dict[str, np.ndarray], picture: np.ndarray, heads: int) -> np.ndarray:
-    """CLIP's vision tower as its paper and public code define it, float64, one image [S, S, 3] ->
-    tokens [T, D] before the last norm."""
+    """CLIP's vision tower as in its paper and public code, in float64: an image [S, S, 3] -> tokens
+    [T, D] before the last norm."""
     t = {name: array.astype(np.float64) for name, array in table.items()}
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
