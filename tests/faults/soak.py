@@ -446,29 +446,24 @@ def soak(place: pathlib.Path, *, seconds: float, every: float, save_every: int) 
         "alone_samples": len(whole.samples),
         "alone_saves": saves,
         "lives_measured": len(of_lives),
-        "lives_mb": [
-            round(statistics.median(of_lives[:part]), 1),
-            round(statistics.median(of_lives[-part:]), 1),
-        ]
-        if of_lives
-        else None,
-        "lives_descriptors": [max(s[2] for s in lives[0]), max(s[2] for s in lives[-1])]
-        if lives
-        else None,
+        "lives_mb": of_lives
+        and [round(statistics.median(x), 1) for x in (of_lives[:part], of_lives[-part:])]
+        or None,
+        "lives_descriptors": lives and [max(s[2] for s in lives[i]) for i in (0, -1)] or None,
     }
 
 
 def main() -> int:
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("directory", type=pathlib.Path)
-    ask.add_argument("--hours", type=float, default=0.0, help="so long, with a kill every minute")
-    ask.add_argument("--every", type=float, default=60.0, help="seconds between these kills")
+    ask.add_argument("--hours", type=float, default=0.0, help="duration, with a kill every minute")
+    ask.add_argument("--every", type=float, default=60.0, help="seconds between kills")
     ask.add_argument("--steps", type=int, default=400, help="without --hours: steps of the run")
     ask.add_argument(
         "--kills",
         type=int,
         default=50,
-        help="without --hours: kills, at random in the first seconds of every start",
+        help="without --hours: kills at random instants after every start",
     )
     ask.add_argument(
         "--save-every", type=int, default=0, help="steps; default: 20 with --hours, else 5"

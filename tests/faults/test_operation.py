@@ -22,7 +22,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.modes import batch_search, train
 from m3i_jax.reporting import writers
 from tests.faults.hostile import ROOT
-from tests.modes import test_fitting
+from tests.modes import test_batch_search
 from tests.test_config import BAD
 from tests.test_main import TINY, environment
 
@@ -127,7 +127,7 @@ def test_the_largest_batch_that_fits_is_said(trials) -> None:
     """Ten sizes of memory, with a formula in place of the compiler; tests/modes/test_compile.py
     uses a real compiler."""
     for largest in (0, 1, 2, 3, 5, 8, 11, 13, 15, 16):
-        attempt, _ = test_fitting.machine(10.0 + largest + 0.5, silent=bool(largest % 2))
+        attempt, _ = test_batch_search.machine(10.0 + largest + 0.5, silent=bool(largest % 2))
         assert trials.add(batch_search.largest_batch(attempt, 6) == largest), largest
     trials.figure = (
         f"{trials.passed} of {trials.trials} right, against a formula; no chip was here to run out"

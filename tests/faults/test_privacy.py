@@ -466,9 +466,7 @@ def test_files_are_their_owners(
 def test_text_of_the_data_does_nothing_on_the_page() -> None:
     """Captions, class names and keys are plain text in data.html, whatever their content."""
     attacks = [
-        "<script>fired()</script>",
-        '"><img src=x onerror=fired()>',
-        "' onload='fired()",
+        *("<script>fired()</script>", '"><img src=x onerror=fired()>', "' onload='fired()"),
         "</title><svg onload=fired()>",
         '" style="background:url(javascript:fired())',
         "<a href=javascript:fired()>",
