@@ -79,7 +79,8 @@ def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
 
 TALK = """
     import sys, threading, time
-        from m3i_jax.parallel import barriers, distributed
+    from m3i_jax.errors import UserError
+    from m3i_jax.parallel import barriers, distributed
     me = int(sys.argv[1])
     info = distributed.ProcessInfo(
         source="test", coordinator=sys.argv[2], processes=2, process=me
