@@ -186,10 +186,11 @@ def scaling_warnings(config: schema.Config, *, steps: int, warmup: int) -> list[
     )
     if averages and updates < 1:
         memory = 1 / max(1 - o.ema, 1e-12)
+        left = f"{math.exp(-updates):.0%}"
         warnings.append(
             f"warning: optim.ema={o.ema:.6g}: the memory of the average, {memory:,.0f} steps, is"
-            f" too long for a run of {steps:,}: at its end {math.exp(-updates):.0%} of the average are"
-            " the initial weights. Use the scaling rule (optim.ema=-1), lower it, or train longer"
+            f" too long for a run of {steps:,}: at its end {left} of the average are the initial"
+            " weights. Use the scaling rule (optim.ema=-1), lower it, or train longer"
         )
     return warnings
 
