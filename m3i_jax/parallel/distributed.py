@@ -73,7 +73,8 @@ def _from_values(
     absent = [name for name, value in zip(names, values, strict=True) if value == ""]
     if absent:
         raise UserError(
-            f"{', '.join(absent)}: missing; {', '.join(names[:2])} and {names[2]} must be given together"
+            f"{', '.join(absent)}: missing; {', '.join(names[:2])} and {names[2]} must be given"
+            " together"
         )
     address, count, number = values[0], _integer(names[1], values[1]), _integer(names[2], values[2])
     if count < 1:
@@ -256,8 +257,8 @@ def initialize(
     if barriers.host_names() > 1:
         coordinator = f"; coordinator {info.coordinator}" if info.coordinator else ""
         say(
-            f"host {barriers.host_name()} of {barriers.host_names()}, {socket.gethostname()}{coordinator}"
-            f" (from {info.source})"
+            f"host {barriers.host_name()} of {barriers.host_names()}, {socket.gethostname()}"
+            f"{coordinator} (from {info.source})"
         )
 
 

@@ -135,16 +135,16 @@ def _gather(
                     )
                 elif index in connected and _is_alive(connected[index][1]):
                     wrong = (
-                        f"wrong: --process-id: {number} was given twice, on {connected[index][0]} and on"
-                        f" {name}"
+                        f"wrong: --process-id: {number} was given twice, on {connected[index][0]}"
+                        f" and on {name}"
                     )
                 connected[index] = name, peer
                 peers.append(peer)
     answer = GO
     if missing := [n for n in range(1, processes) if n not in connected]:
         answer = (
-            f"start: waited {limit:.0f} seconds at {coordinator} for process {_list_some(missing)} of"
-            f" {processes}; look into their output, and whether they can reach that address"
+            f"start: waited {limit:.0f} seconds at {coordinator} for process {_list_some(missing)}"
+            f" of {processes}; look into their output, and whether they can reach that address"
         )
     answer = wrong or answer
     for peer in peers:

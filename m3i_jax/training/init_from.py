@@ -221,8 +221,8 @@ def _check_match(
         )
         raise UserError(
             f"{where}: has none of the {len(match.selected)} arrays"
-            f"{f' that match config.init.only={only}' if only else ''} ({names[:300]}); give another"
-            " source, or leave config.init_from out to start from random weights"
+            f"{f' that match config.init.only={only}' if only else ''} ({names[:300]}); give"
+            " another source, or leave config.init_from out to start from random weights"
         )
     absent = [p for p in match.missing if p.startswith("encoder/") and not _ADDED.match(p)]
     if absent:
