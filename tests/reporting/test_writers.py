@@ -176,7 +176,7 @@ def test_a_run_that_goes_on_has_no_line_twice(tmp_path, capsys):
         writer.write(step, VALUES)
     writer.close()
     writer = open_writers(tmp_path, resume_at=20)
-    assert "1 lines after step 20 cut" in capsys.readouterr().out
+    assert "removed 1 lines after step 20" in capsys.readouterr().out
     writer.write(30, VALUES)
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [10, 20, 30]
 

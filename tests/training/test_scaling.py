@@ -131,7 +131,7 @@ def test_a_run_that_cannot_move_is_warned_of() -> None:
     steps."""
     rate, memory = doubts(optim__lr=1.6e-5, optim__ema=0.99992)
     assert (
-        "optim.lr=1.6e-05" in rate and "924 steps add up to 0.0074" in rate and "optim.lr=0" in rate
+        "optim.lr=1.6e-05" in rate and "924 steps sum to 0.0074" in rate and "optim.lr=0" in rate
     )
     assert "optim.ema=0.99992" in memory and "12,500 steps" in memory and "96%" in memory
     assert doubts(optim__lr=1e-3, optim__ema=0.98) == []
