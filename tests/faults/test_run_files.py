@@ -167,7 +167,7 @@ def opened(place: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     job = jobs.open_setup(toy.settings(**SMALL), str(place), trains=[FORMS])
     stand_in = types.SimpleNamespace(
         check_room=lambda: None,
-        length=types.SimpleNamespace(steps=8),
+        length=types.SimpleNamespace(steps=8, warmup=0),
         template=types.SimpleNamespace(params={}),
     )
 
