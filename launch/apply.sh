@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Fills the ${M3I_...} of a Kubernetes file from the environment and applies it.
+# Replaces each ${M3I_...} of a Kubernetes manifest by that environment variable, and applies it.
 #
 #   M3I_NAME=m3i ... bash launch/apply.sh launch/gke.yaml             # kubectl apply
-#   M3I_NAME=m3i ... bash launch/apply.sh launch/gke.yaml --dry-run   # prints what it would apply
+#   M3I_NAME=m3i ... bash launch/apply.sh launch/gke.yaml --dry-run   # prints it instead
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 usage "$@"
 
 file="${1:-}" dry="${2:-}"
-[[ -f "$file" ]] || fail "name a file, such as launch/gke.yaml"
-[[ -z "$dry" || "$dry" == --dry-run ]] || fail "$dry: there is no such flag"
+[[ -f "$file" ]] || fail "give a file, such as launch/gke.yaml"
+[[ -z "$dry" || "$dry" == --dry-run ]] || fail "$dry: unknown flag"
 
 text="$(sed '/^ *#/d' "$file")"
 missing=()
@@ -24,7 +24,8 @@ for name in "${names[@]}"; do
     fi
     text="${text//"\${$name}"/"$value"}"
 done
-((${#missing[@]} == 0)) || fail "${missing[*]} not set; the head of $file says what they are"
+((${#missing[@]} == 0)) ||
+    fail "${missing[*]} not set; the comment at the top of $file describes them"
 if [[ -n "$dry" ]]; then
     printf '%s\n' "$text"
 else

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Every figure that this project claims, measured on this machine, as one table: ratios within one run, or counts; target; met or missed.
+# Measures the project's performance figures on this machine, as one table of ratios within a run or
+# counts, with their targets.
 #
-#   bash launch/bench.sh                       # about a quarter of an hour on two cores, with libtpu (extra tpu) half an hour
-#   bash launch/bench.sh --quick               # the same at toy sizes: whether everything runs
-#   bash launch/bench.sh flops checkpoint      # some of them
-#   bash launch/bench.sh --gpu                 # on an accelerator: MFU at the best batch, PyTorch on the same card, memory, attention
+#   bash launch/bench.sh                     # about 15 minutes on two cores, 30 with the extra tpu
+#   bash launch/bench.sh --quick             # at toy sizes, to check that everything runs
+#   bash launch/bench.sh flops checkpoint    # some of the benchmarks
+#   bash launch/bench.sh --gpu               # on an accelerator: MFU at the best batch, PyTorch on
+#                                            # the same device, memory, attention
 #
-# Makes a virtual environment with the extra `bench` (torch, timm, ...) in .venv-bench, once; settings as in launch/environment.sh. What
-# needs a package that is missing is reported as not measured.
+# Creates a virtual environment with the extra `bench` (torch, timm, ...) in .venv-bench once; for
+# its settings see launch/environment.sh. A benchmark whose package is missing is reported as not
+# measured.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: finds a Python, makes a virtual environment, installs the project into it, and does none of that again
-# while nothing has changed. Settings (environment variables):
-#   M3I_VENV     directory of the virtual environment (each script has its own default)
-#   M3I_PYTHON   interpreter to make it with (default: python3, else the newest that is new enough)
-#   M3I_EXTRA    extra to install for the accelerator (default: for the one that is found; empty: CPU)
+# Sourced by the other scripts: finds a Python, creates a virtual environment and installs the
+# project into it, again only after a change. Settings (environment variables):
+#   M3I_VENV     directory of the virtual environment (each script has a default)
+#   M3I_PYTHON   interpreter for it (default: python3, else the newest supported one)
+#   M3I_EXTRA    extra to install (default: that of the detected accelerator; empty: CPU)
 #   M3I_INSTALL  0: use the environment as it is, install nothing
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -13,15 +13,16 @@ fail() {
     exit 2
 }
 
-# usage ARGUMENTS: with --help or -h among them, before any --, prints the head of the script, which is its
-# manual, and ends with 0. Called before anything is made or installed.
+# usage ARGUMENTS: with --help or -h before any --, prints the comment at the top of the script and
+# exits with 0. Called before anything is created or installed.
 usage() {
     local argument
     for argument in "$@"; do
         case "$argument" in
             --) return ;;
             -h | --help)
-                awk 'NR > 1 && !/^#/ { exit } NR > 1 && !/^#( shellcheck|SBATCH)/ { sub(/^# ?/, ""); print }' "$0"
+                awk 'NR > 1 && !/^#/ { exit }
+                    NR > 1 && !/^#( shellcheck|SBATCH)/ { sub(/^# ?/, ""); print }' "$0"
                 exit 0
                 ;;
         esac
@@ -30,7 +31,9 @@ usage() {
 
 # works PYTHON [MINOR]: it runs, and is Python 3.11 or newer, or exactly 3.MINOR
 works() {
-    "$1" -c 'import sys; v = sys.version_info[:2]; sys.exit(not (v == (3, int(sys.argv[1])) if sys.argv[1:] else v >= (3, 11)))' "${@:2}" \
+    "$1" -c 'import sys
+v = sys.version_info[:2]
+sys.exit(not (v == (3, int(sys.argv[1])) if sys.argv[1:] else v >= (3, 11)))' "${@:2}" \
         >/dev/null 2>&1
 }
 
@@ -42,29 +45,36 @@ find_python() {
             return
         fi
     done
-    fail "no Python 3.11 or newer was found (tried ${M3I_PYTHON:-python3, python3.11 to python3.14}): install one, or name it in M3I_PYTHON"
+    fail "no Python 3.11 or newer (tried ${M3I_PYTHON:-python3, python3.11 to python3.14}):" \
+        "install one, or set M3I_PYTHON"
 }
 
-# The extra for the accelerator of this machine; nothing on a CPU. A control node alone (/dev/vfio/vfio, /dev/accel/) is no TPU.
+# The extra for the accelerator of this machine; nothing on a CPU. Only numbered devices are TPUs,
+# not the control node /dev/vfio/vfio.
 accelerator() {
     if [[ "$(nvidia-smi -L 2>/dev/null || true)" == GPU* ]]; then
         echo cuda
-    elif [[ -n "${TPU_NAME:-}" ]] || compgen -G '/dev/accel[0-9]*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; then
+    elif [[ -n "${TPU_NAME:-}" ]] || compgen -G '/dev/accel[0-9]*' >/dev/null ||
+        compgen -G '/dev/vfio/[0-9]*' >/dev/null; then
         echo tpu
     fi
 }
 
-# On a CPU every step frees and asks again for large buffers. Kept in the heap, in pages of 2 MB, they are not faulted in anew each time: a
-# quarter of the processor time of a large step, for about twice the memory. Two heaps a core, for small steps ask often and would wait for
-# one. Settings that are there already stay.
+# On a CPU every step frees and allocates large buffers. Kept in the heap in pages of 2 MB, they
+# need no page faults: that saves a quarter of the processor time of a large step, for about twice
+# the memory. Two arenas a core, since small steps allocate often and would wait for a single one.
+# Variables that are set already are kept.
 keep_heap() {
-    export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-$((2 * $(getconf _NPROCESSORS_ONLN)))}" MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}"
-    export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-100000000000}" MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_:-268435456}"
+    export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-$((2 * $(getconf _NPROCESSORS_ONLN)))}"
+    export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}"
+    export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-100000000000}"
+    export MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_:-268435456}"
     export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 }
 
-# locked PYTHON TEXT: takes the lock of the open file 9, for as long as this shell has it open, and says TEXT if that waits. By Python, for
-# macOS has no flock(1); on NFS the lock holds between hosts. A file system without locks is no reason not to start.
+# locked PYTHON TEXT: locks the open file 9 until this shell closes it, and prints TEXT if that
+# waits. In Python, since macOS has no flock(1); on NFS the lock holds between hosts. Without file
+# locks it prints a warning and continues.
 locked() {
     "$1" - "$2" <<'PYTHON'
 import fcntl
@@ -77,50 +87,61 @@ try:
         print(sys.argv[1], flush=True)
         fcntl.flock(9, fcntl.LOCK_EX)
 except OSError as error:
-    print(f"no lock ({error.strerror}): start one host first if several share this directory", flush=True)
+    print(
+        f"no file locks ({error.strerror}): if hosts share this directory, start one host first",
+        flush=True,
+    )
 PYTHON
 }
 
-# prepare DIR EXTRA: leaves in DIR a virtual environment with the project (editable) and that extra, at the versions of requirements.txt.
-# Hosts that share DIR do that one after the other, and find it done.
+# prepare DIR EXTRA: creates in DIR a virtual environment with the project (editable) and that
+# extra, at the versions of requirements.txt. Of hosts that share DIR, the first does it and the
+# others wait.
 prepare() {
     local venv="${1%/}" extra="$2" python stamp lock
     if [[ "${M3I_INSTALL:-1}" == 0 ]]; then
-        [[ -x "$venv/bin/python" ]] || fail "M3I_INSTALL=0, but there is no environment at $venv: set M3I_VENV to one, or leave M3I_INSTALL out"
+        [[ -x "$venv/bin/python" ]] ||
+            fail "M3I_INSTALL=0, but $venv is no environment: set M3I_VENV, or unset M3I_INSTALL"
         return
     fi
     python="$(find_python)"
-    stamp="$("$python" -V) extra=$extra root=$ROOT $(cat "$ROOT/setup.py" "$ROOT/requirements.txt" "$ROOT/m3i_jax/version.py" | cksum)"
+    stamp="$(cat "$ROOT/setup.py" "$ROOT/requirements.txt" "$ROOT/m3i_jax/version.py" | cksum)"
+    stamp="$("$python" -V) extra=$extra root=$ROOT $stamp"
     if prepared; then return; fi
     mkdir -p "$(dirname "$venv")"
-    # Beside it, for making it again empties it; an environment in a directory of somebody else's has it inside.
+    # beside DIR, since a new environment empties DIR; inside, if the parent directory is read-only
     lock="$venv.lock"
     if [[ ! -w "$(dirname "$venv")" ]]; then lock="$venv/.m3i_lock"; fi
     {
-        locked "$python" "another process is making $venv; waiting for it"
-        ls "$(dirname "$venv")" "$venv" "$venv/bin" >/dev/null 2>&1 || true # so that a shared file system looks again
+        locked "$python" "another process is creating $venv; waiting for it"
+        # refreshes the directory cache of a shared file system
+        ls "$(dirname "$venv")" "$venv" "$venv/bin" >/dev/null 2>&1 || true
         if ! prepared; then build; fi
     } 9>"$lock"
 }
 
-# The two steps of `prepare`, with its variables.
+# the two steps of `prepare`, with its variables
 prepared() {
     [[ -x "$venv/bin/python" && "$(cat "$venv/.m3i_stamp" 2>/dev/null)" == "$stamp" ]]
 }
 
 build() {
-    # Only an environment that we made is made anew for another Python; somebody else's is only added to.
+    local version failed="$python cannot create a virtual environment"
+    failed+=" (on Debian and Ubuntu: apt-get install python3-venv)"
+    version="$("$python" -V)"
+    # another Python: an environment of ours is created again, one of the user only added to
     if [[ ! -x "$venv/bin/python" ]]; then
-        echo "making $venv with $("$python" -V)"
-        "$python" -m venv "$venv" || fail "$python cannot make a virtual environment (on Debian and Ubuntu: apt-get install python3-venv)"
-    elif [[ -f "$venv/.m3i_stamp" && "$("$venv/bin/python" -V)" != "$("$python" -V)" ]]; then
-        echo "making $venv again, with $("$python" -V)"
-        "$python" -m venv --clear "$venv" || fail "$python cannot make a virtual environment (on Debian and Ubuntu: apt-get install python3-venv)"
+        echo "creating $venv with $version"
+        "$python" -m venv "$venv" || fail "$failed"
+    elif [[ -f "$venv/.m3i_stamp" && "$("$venv/bin/python" -V)" != "$version" ]]; then
+        echo "creating $venv again, with $version"
+        "$python" -m venv --clear "$venv" || fail "$failed"
     fi
     rm -f "$venv/.m3i_stamp"
     echo "installing m3i_jax${extra:+ with [$extra]} into $venv"
-    "$venv/bin/python" -m pip install --quiet --progress-bar off --disable-pip-version-check --no-input \
-        -e "$ROOT${extra:+[$extra]}" -c "$ROOT/requirements.txt" || fail "the installation failed; pip's reason is above"
+    "$venv/bin/python" -m pip install --quiet --progress-bar off --disable-pip-version-check \
+        --no-input -e "$ROOT${extra:+[$extra]}" -c "$ROOT/requirements.txt" ||
+        fail "the installation failed; see pip's message above"
     echo "$stamp" >"$venv/.m3i_stamp"
 }
 

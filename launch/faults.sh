@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The fault matrix, long versions too: every test that is a trial of one of its rows, and the table of what came out,
-# tests/faults/RESULTS.md. Takes an hour or two on two cores.
+# Runs the fault matrix with its long versions, and writes the results to tests/faults/RESULTS.md.
+# Takes one to two hours on two cores.
 #
 #   bash launch/faults.sh                    # all rows
 #   bash launch/faults.sh tests/faults/test_saves.py
-#   bash launch/faults.sh -k "flipped"       # arguments go to pytest; tests that do not run keep what they said last (RESULTS.json)
+#   bash launch/faults.sh -k "flipped"       # arguments go to pytest; tests that do not run keep
+#                                            # their last result (RESULTS.json)
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -21,11 +22,11 @@ cd "$ROOT"
 export M3I_FAULTS_RESULTS="${M3I_FAULTS_RESULTS:-tests/faults/RESULTS.md}"
 where=tests
 for argument in "$@"; do
-    # That of the matrix itself comes along: the table is written by what lies beside it.
+    # test_matrix.py as well: the conftest.py beside it writes the table
     if [[ -e "${argument%%::*}" ]]; then where=tests/faults/test_matrix.py; fi
 done
 status=0
-# One process: several of the tests measure time or fill a disk.
+# one process: several tests measure time or fill a disk
 "$venv/bin/python" -m pytest -q -n 0 -m row "$where" "$@" </dev/null || status=$?
 echo "$M3I_FAULTS_RESULTS"
 exit "$status"

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# From nothing to a trained encoder: makes a virtual environment, installs for the accelerator of this machine, pre-trains a small M3I model
-# on rendered shapes, evaluates it before and after, and says what it measured and where the images are.
+# Installs the project for the accelerator of this machine, pre-trains a small M3I model on rendered
+# shapes, evaluates it before and after, and prints the results and where the images are.
 #
-#   bash launch/quickstart.sh                               # runs/quickstart
-#   bash launch/quickstart.sh --config.train.steps=1000     # arguments go to the run; the same command again resumes it
+#   bash launch/quickstart.sh                              # in runs/quickstart
+#   bash launch/quickstart.sh --config.train.steps=1000    # arguments go to the run; the same
+#                                                          # command again resumes it
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -15,7 +16,7 @@ prepare "$venv" "$extra"
 venv="$(cd "$venv" && pwd)"
 
 if [[ -z "$extra" ]]; then
-    # Compiling takes a quarter less at level 1, and a step, whose time is in matrix products, no longer.
+    # level 1 compiles in three quarters of the time; steps, mostly matrix products, take as long
     export XLA_FLAGS="${XLA_FLAGS:-} --xla_backend_optimization_level=1"
     keep_heap
 fi
@@ -42,11 +43,14 @@ rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists
 knn = sorted((row["step"], row["eval/knn/top1"]) for row in rows if "eval/knn/top1" in row)
 loss = sorted((row["step"], row["loss"]) for row in rows if "loss" in row)
 print()
-for name, values, form in (("kNN top-1 on held-out pictures", knn, "{:.1%}"), ("loss", loss, "{:.3f}")):
+for name, values, form in (
+    ("kNN top-1 on held-out images", knn, "{:.1%}"),
+    ("loss", loss, "{:.3f}"),
+):
     if len(values) > 1:
         (first, before), (last, after) = values[0], values[-1]
         print(f"{name}: {form.format(before)} at step {first}, {form.format(after)} at step {last}")
-print(f"every figure:  {log}")
-print(f"as one page:   {workdir / 'report.html'}")
-print(f"pictures:      {workdir / 'panels'}, {workdir / 'pictures'}")
+print(f"all metrics:  {log}")
+print(f"report:       {workdir / 'report.html'}")
+print(f"images:       {workdir / 'panels'}, {workdir / 'pictures'}")
 PYTHON

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it.
+# Sourced by the other scripts.
 
-# finish PID: waits for a child of this shell to its end, whatever signals come meanwhile, and returns its status. A signal ends `wait`, not
-# the run, which is then saving.
+# finish PID: waits until a child of this shell ends, also after signals, and returns its status. A
+# signal ends `wait`, but not the run, which then saves.
 finish() {
     local status=0
     while true; do
@@ -10,11 +10,12 @@ finish() {
         wait "$1" || status=$?
         kill -0 "$1" 2>/dev/null || break
     done
-    if ((status > 128)); then # perhaps of the signal, and the child ended before it was looked at: bash still knows its status
+    # may be the signal's status, if the child ended before kill -0: bash still has the child's
+    if ((status > 128)); then
         status=0
         wait "$1" || status=$?
     fi
     return "$status"
 }
 
-if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then echo "signals.sh: functions for the scripts beside it; it does nothing by itself"; fi
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then echo "signals.sh: functions for the other scripts"; fi

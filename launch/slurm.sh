@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# A run under Slurm, one process a node with all of its GPUs. What sbatch cannot know, such as partition, account and the kind of GPU, is
-# given to sbatch:
+# A run under Slurm, with one process on each node for all of its GPUs. Give sbatch the partition,
+# the account and the kind of GPU:
 #
-#   sbatch --nodes=4 --gpus-per-node=8 --partition=NAME launch/slurm.sh --workdir /shared/runs/m3i --config configs/m3i.py:path=/shared/imagenet
-#   bash launch/slurm.sh --dry-run --workdir /shared/runs/m3i --config configs/m3i.py      # prints what it would do
+#   sbatch --nodes=4 --gpus-per-node=8 --partition=NAME launch/slurm.sh \
+#       --workdir /shared/runs/m3i --config configs/m3i.py:path=/shared/imagenet
+#   bash launch/slurm.sh --dry-run --workdir /shared/runs/m3i --config configs/m3i.py
 #
-# Two minutes before the time limit, or when Slurm wants the nodes back, the run saves, ends with 42 and is queued again by the same job.
-# The project and the working directory lie where all nodes see them.
+# Two minutes before the time limit, or when Slurm preempts the job, the run saves and exits with
+# 42, and the job requeues itself. All nodes must see the project and the working directory.
 #SBATCH --job-name=m3i
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
@@ -18,21 +19,26 @@ set -euo pipefail
 for argument in "$@"; do
     case "$argument" in
         -h | --help)
-            awk 'NR > 1 && !/^#/ { exit } NR > 1 && !/^#( shellcheck|SBATCH)/ { sub(/^# ?/, ""); print }' "$0"
+            awk 'NR > 1 && !/^#/ { exit }
+                NR > 1 && !/^#( shellcheck|SBATCH)/ { sub(/^# ?/, ""); print }' "$0"
             exit 0
             ;;
     esac
 done
-# Slurm runs a copy of this file: the project is where the job was submitted.
+# Slurm runs a copy of this file; the project is where the job was submitted
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 
 dry=''
 if [[ "${1:-}" == --dry-run ]]; then dry=yes && shift; fi
 if [[ -z "$dry" && -z "${SLURM_JOB_ID:-}" ]]; then
-    echo "slurm.sh: there is no Slurm job: submit it, as sbatch --nodes=2 launch/slurm.sh $*, or add --dry-run" >&2
+    echo "slurm.sh: not in a Slurm job: submit it with sbatch --nodes=2 launch/slurm.sh $*," \
+        "or add --dry-run" >&2
     exit 2
 fi
-[[ " $* " == *" --workdir"* ]] || { echo "slurm.sh: --workdir is missing: a directory that all nodes see" >&2 && exit 2; }
+if [[ " $* " != *" --workdir"* ]]; then
+    echo "slurm.sh: --workdir is missing: a directory that all nodes see" >&2
+    exit 2
+fi
 
 nodes="${SLURM_JOB_NUM_NODES:-2}"
 if [[ -n "${SLURM_JOB_NODELIST:-}" ]] && command -v scontrol >/dev/null; then
@@ -40,28 +46,30 @@ if [[ -n "${SLURM_JOB_NODELIST:-}" ]] && command -v scontrol >/dev/null; then
 else
     first=FIRST-NODE
 fi
-coordinator="$first:$((61440 + ${SLURM_JOB_ID:-0} % 4096))" # jobs that share a node do not share a port
+# one port for each job, since jobs may share a node
+coordinator="$first:$((61440 + ${SLURM_JOB_ID:-0} % 4096))"
 export M3I_AGAIN=0
 
-# The number of a process is known only inside srun.
+# only srun knows the index of a process
 # shellcheck disable=SC2016
-step=(srun --kill-on-bad-exit=0 --ntasks-per-node=1 bash -c 'exec bash launch/host.sh "$@" --process-id "$SLURM_PROCID"' host
+step=(srun --kill-on-bad-exit=0 --ntasks-per-node=1
+    bash -c 'exec bash launch/host.sh "$@" --process-id "$SLURM_PROCID"' host
     "$@" --coordinator "$coordinator" --processes "$nodes")
 again=(scontrol requeue "${SLURM_JOB_ID:-JOB}")
 if [[ -n "$dry" ]]; then
     printf '+'
     printf ' %q' "${step[@]}"
-    printf '\n+ if it ends with 42:'
+    printf '\n+ if it exits with 42:'
     printf ' %q' "${again[@]}"
     printf '\n'
     exit 0
 fi
 
-trap : TERM # Slurm tells the step as well: this shell waits until the step has saved
+trap : TERM # the step gets the signal too: this shell waits until the step has saved
 status=0
 "${step[@]}" || status=$?
 if ((status == 42)); then
-    echo "slurm.sh: preempted and saved; queueing the same job again"
+    echo "slurm.sh: preempted and saved; requeueing the job"
     "${again[@]}"
 fi
 exit "$status"

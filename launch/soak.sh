@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# A small run for so many hours with a SIGKILL every minute, beside the same run left alone: the end must be the same bits, and memory and
-# descriptors of the one that is left alone must not grow. Prints what it measured. What a run that fails leaves is kept.
+# A small run for some hours with a SIGKILL every minute, compared with an undisturbed run: the
+# final states must be equal bit for bit, and memory and file descriptors of the undisturbed run
+# must not grow. Prints the measurements. The files of a failed comparison are kept.
 #
 #   bash launch/soak.sh 1                    # hours
 #   bash launch/soak.sh 0.1 --every 20       # arguments go to tests/faults/soak.py
@@ -9,7 +10,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 usage "$@"
 
-[[ "${1:-}" =~ ^[0-9]*\.?[0-9]+$ ]] || fail "how many hours? such as: bash launch/soak.sh 1"
+[[ "${1:-}" =~ ^[0-9]*\.?[0-9]+$ ]] ||
+    fail "give the number of hours, such as: bash launch/soak.sh 1"
 hours="$1"
 shift
 venv="${M3I_VENV:-$ROOT/.venv-test}"

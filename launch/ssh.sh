@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# A run on machines that are reached by ssh, one process a machine. The project lies at the same path on all of them, and the working
-# directory is one that all of them see.
+# A run on machines reached by ssh, with one process on each. All machines have the project at the
+# same path, and see the working directory.
 #
-#   bash launch/ssh.sh --hosts node1,node2 --workdir /shared/runs/m3i -- --config configs/m3i.py:path=/shared/imagenet
-#   bash launch/ssh.sh --hosts node1,node2 --workdir /shared/runs/m3i --dry-run -- --config configs/m3i.py
+#   bash launch/ssh.sh --hosts node1,node2 --workdir /shared/runs/m3i -- \
+#       --config configs/m3i.py:path=/shared/imagenet
+#   bash launch/ssh.sh --hosts node1,node2 --workdir /shared/runs/m3i --dry-run -- \
+#       --config configs/m3i.py
 #
-#   --hosts A,B,...   as ssh knows them (keys and users belong into ~/.ssh/config); the first is the coordinator
-#   --port N          of the coordinator (8476)
-#   --coordinator A   address of the first host as the others reach it, if that is not its name
-#   --directory DIR   where the project lies there (this one's path)
+#   --hosts A,B,...   names for ssh (keys and users in ~/.ssh/config); the first is the coordinator
+#   --port N          port of the coordinator (default: 8476)
+#   --coordinator A   address of the first host for the others (default: its name)
+#   --directory DIR   path of the project on the hosts (default: the path here)
 #   --dry-run         print the commands
 #
-# Ends with the first status that is not 0. Ctrl-C here saves the run on all hosts; the same command goes on with it.
+# Exits with the first status that is not 0. Ctrl-C saves the run on all hosts; the same command
+# resumes it.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -29,16 +32,16 @@ while (($#)); do
         --directory) directory="${2:?--directory needs a path}" && shift 2 ;;
         --dry-run) dry=yes && shift ;;
         --) shift && break ;;
-        *) fail "$1: there is no such flag; arguments of the run come after --" ;;
+        *) fail "$1: unknown flag; arguments of the run come after --" ;;
     esac
 done
-[[ -n "$hosts" ]] || fail "--hosts is missing: name the machines, such as --hosts node1,node2"
+[[ -n "$hosts" ]] || fail "--hosts is missing: give the machines, such as --hosts node1,node2"
 [[ -n "$workdir" ]] || fail "--workdir is missing: a directory that all machines see"
 
 IFS=, read -ra names <<<"$hosts"
 coordinator="${coordinator:-${names[0]#*@}}:$port"
 pids=()
-# ssh passes no signal on: each host keeps the number of its run, by which Ctrl-C here reaches it.
+# ssh forwards no signals: each host writes its process id to a file, for Ctrl-C here
 # shellcheck disable=SC2317  # called by the trap
 stop() {
     for name in "${names[@]}"; do
@@ -47,8 +50,10 @@ stop() {
     done
 }
 for i in "${!names[@]}"; do
-    command="cd $(printf %q "$directory") && echo \$\$ >/tmp/m3i-$port.pid && exec bash launch/host.sh"
-    for argument in "$@" --workdir "$workdir" --coordinator "$coordinator" --processes "${#names[@]}" --process-id "$i"; do
+    command="cd $(printf %q "$directory") && echo \$\$ >/tmp/m3i-$port.pid"
+    command+=" && exec bash launch/host.sh"
+    for argument in "$@" --workdir "$workdir" --coordinator "$coordinator" \
+        --processes "${#names[@]}" --process-id "$i"; do
         command+=" $(printf %q "$argument")"
     done
     if [[ -n "$dry" ]]; then

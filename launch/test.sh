@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The whole check: ruff, mypy, pytest, in a virtual environment of its own that is made on the first call and kept.
+# Runs ruff, mypy and pytest in a virtual environment, which the first call creates.
 #
-#   bash launch/test.sh                             # everything but the tests marked slow
-#   bash launch/test.sh -m slow                     # those
-#   bash launch/test.sh tests/objective -k mask     # arguments go to pytest
-#   bash launch/test.sh --random 7                  # files, and the tests of each, in an order drawn with this seed
-#   bash launch/test.sh --python python3.13         # with another interpreter, in .venv-test-3.13
+#   bash launch/test.sh                            # all tests except those marked slow
+#   bash launch/test.sh -m slow                    # the slow tests
+#   bash launch/test.sh tests/objective -k mask    # arguments go to pytest
+#   bash launch/test.sh --random 7                 # files and the tests of each, shuffled by a seed
+#   bash launch/test.sh --python python3.13        # with another interpreter, in .venv-test-3.13
 #
-# The last line is pytest's closing line; the status is pytest's, or 1 if only ruff or mypy complained.
+# The last line is that of pytest; the status is pytest's, or 1 if only ruff or mypy failed.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -16,7 +16,7 @@ usage "$@"
 default="$ROOT/.venv-test"
 if [[ "${1:-}" == --python ]]; then
     [[ -n "${2:-}" ]] || fail "--python needs an interpreter, such as --python python3.13"
-    works "$2" || fail "--python $2: that does not run, or is older than Python 3.11"
+    works "$2" || fail "--python $2: does not run, or is older than Python 3.11"
     M3I_PYTHON="$2"
     default="$ROOT/.venv-test-$("$2" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
     shift 2
@@ -25,27 +25,29 @@ venv="${M3I_VENV:-$default}"
 prepare "$venv" test
 venv="$(cd "$venv" && pwd)"
 
-# Tests compile hundreds of small programs: kept from run to run, they are most of the time saved. A month unused, they go.
+# tests compile hundreds of small programs, and caching them saves most of the time; unused ones are
+# deleted after a month
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$venv/jax-cache}"
 mkdir -p "$JAX_COMPILATION_CACHE_DIR"
 find "$JAX_COMPILATION_CACHE_DIR" -type f -atime +30 -delete
-# One thread for each library below XLA: on few cores they only take turns.
+# one thread for each library besides XLA: on few cores more threads are slower
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
 export PATH="$venv/bin:$PATH"
 
 cd "$ROOT"
-complaints=()
-python -m ruff check --quiet --output-format concise . || complaints+=(ruff)
-python -m mypy || complaints+=(mypy)
+failed=()
+python -m ruff check --quiet --output-format concise . || failed+=(ruff)
+python -m mypy || failed+=(mypy)
 status=0
 chosen=(-m "not slow")
 for argument in "$@"; do
     case "$argument" in -m | -m*) chosen=() ;; esac
 done
-# Two processes, a file each: much of the suite is compiling, which keeps one core busy.
-python -m pytest -q -n "${M3I_TEST_PROCESSES:-2}" --dist loadfile ${chosen[@]+"${chosen[@]}"} "$@" </dev/null || status=$?
-if ((${#complaints[@]})); then
-    echo "test.sh: ${complaints[*]} complained, see above" >&2
+# two processes, each with whole files: much of the suite is compiling, which uses one core
+python -m pytest -q -n "${M3I_TEST_PROCESSES:-2}" --dist loadfile ${chosen[@]+"${chosen[@]}"} "$@" \
+    </dev/null || status=$?
+if ((${#failed[@]})); then
+    echo "test.sh: ${failed[*]} failed, see above" >&2
     if ((status == 0)); then status=1; fi
 fi
 exit "$status"

@@ -1,11 +1,13 @@
-"""What other libraries print when their own threads fail: one line each, once, instead of a page of
-traceback each time.
+"""Errors in threads of other libraries: one line each, printed once, instead of a traceback.
 
-A disk that is full makes every array of a checkpoint fail in a thread of its own, in Orbax,
-tensorstore and asyncio. The run itself reports such a failure in one line; the traceback is of use
-only where a frame of this package is in it."""
+A full disk makes every array of a checkpoint fail in its own thread of Orbax, TensorStore and
+asyncio: 40 arrays print thousands of lines, some after the last line of the run, when the event
+loops are closed. The run itself logs such a failure in one line. So `drop_repeated_errors` drops
+what Orbax logs of an error that it raises as well, and `install_hooks`, which the command line
+calls, shortens the rest: a traceback is printed only if it has a frame of this package."""
 
 import contextlib
+import functools
 import logging
 import os
 import pathlib
@@ -15,22 +17,59 @@ import traceback
 from types import TracebackType
 from typing import Any
 
+import absl.logging
+
 from m3i_jax.errors import one_line
 
 _PACKAGE = str(pathlib.Path(__file__).parent)
+_ORBAX = "/orbax/checkpoint/"
+_SAVE_WORDS = ("orbax", "zarr", "OCDBT", "tensorstore")  # in the text of an abandoned write
 LONGEST = 300  # characters of a message of another library
 
 
+def _files_of(trace: TracebackType | None) -> list[str]:
+    return [frame.filename.replace("\\", "/") for frame in traceback.extract_tb(trace)]
+
+
 def is_our_frame(trace: TracebackType | None) -> bool:
-    """Whether a call of this package raised the error itself, or called what did, in a thread."""
-    return any(frame.filename.startswith(_PACKAGE) for frame in traceback.extract_tb(trace))
+    """Whether a traceback has a frame of this package."""
+    return any(name.startswith(_PACKAGE) for name in _files_of(trace))
+
+
+def _is_late_callback(error: BaseException | None, trace: TracebackType | None) -> bool:
+    """Whether a write of an ended save called an event loop that is closed. TensorStore calls
+    asyncio from a thread without Python frames, so all frames are asyncio's."""
+    return (
+        isinstance(error, RuntimeError)
+        and str(error) == "Event loop is closed"
+        and all("/asyncio/" in name for name in _files_of(trace))
+    )
+
+
+def _is_repeated(record: logging.LogRecord) -> bool:
+    """Whether a log record is an error of Orbax, which raises it too, or the exception of an
+    abandoned write of a save, which asyncio logs."""
+    if record.name == "absl":
+        return record.levelno >= logging.ERROR and _ORBAX in record.pathname.replace("\\", "/")
+    text = record.getMessage()
+    if record.name != "asyncio" or "exception was never retrieved" not in text:
+        return False
+    if record.exc_info and record.exc_info[1] is not None:
+        text += "".join(traceback.format_exception(record.exc_info[1]))
+    return any(word in text for word in _SAVE_WORDS)
+
+
+def _keep(record: logging.LogRecord) -> bool:
+    # the factory of `install_hooks` decides before it removes the traceback
+    repeated = getattr(record, "repeated", None)
+    return not (_is_repeated(record) if repeated is None else repeated)
 
 
 class LibraryErrorHooks:
-    """Hooks for errors that reach no caller. Each distinct line is printed once."""
+    """Hooks for errors that no caller receives. Each distinct line is printed once."""
 
     def __init__(self) -> None:
-        self._seen: set[str] = set()
+        self._printed: set[str] = set()
 
     def show(
         self,
@@ -49,8 +88,8 @@ class LibraryErrorHooks:
 
     def line(self, text: str) -> None:
         text = one_line(text, LONGEST)
-        if text not in self._seen and sys.stderr is not None:
-            self._seen.add(text)
+        if text not in self._printed and sys.stderr is not None:
+            self._printed.add(text)
             print(f"m3i_jax: {text}", file=sys.stderr, flush=True)
 
     def excepthook(
@@ -70,12 +109,14 @@ class LibraryErrorHooks:
     def unraisable(self, args: Any) -> None:
         self.show(args.exc_type, args.exc_value, args.exc_traceback)
 
-    def record(self, made: Any) -> Any:
-        """A factory of log records without tracebacks: the error is named at the end of the
-        message."""
+    def record(self, factory: Any) -> Any:
+        """A factory of log records without tracebacks: the message ends in the error's name and
+        text instead."""
 
         def make(*arguments: Any, **options: Any) -> logging.LogRecord:
-            record = made(*arguments, **options)
+            record = factory(*arguments, **options)
+            with contextlib.suppress(Exception):  # arguments that do not fit the message
+                record.repeated = _is_repeated(record)
             if (
                 record.exc_info
                 and record.exc_info[1] is not None
@@ -101,24 +142,37 @@ class LibraryErrorHooks:
         return make
 
 
+@functools.cache
 def install_hooks() -> None:
-    """For the rest of the process."""
-    others = LibraryErrorHooks()
-    sys.excepthook, threading.excepthook, sys.unraisablehook = (
-        others.excepthook,
-        others.threading_hook,
-        others.unraisable,
-    )
-    logging.setLogRecordFactory(others.record(logging.getLogRecordFactory()))
+    """Install the hooks and filters for the rest of the process; a second call does nothing."""
+    hooks = LibraryErrorHooks()
+    sys.excepthook = hooks.excepthook
+    threading.excepthook = hooks.threading_hook
+    sys.unraisablehook = hooks.unraisable
+    logging.setLogRecordFactory(hooks.record(logging.getLogRecordFactory()))
+
+
+@functools.cache
+def drop_repeated_errors() -> None:
+    """Drop what the threads of a failed save or restore print of the error that Orbax raises; a
+    second call does nothing. `Checkpoints` calls this, also in programs without `install_hooks`."""
+    for logger in (absl.logging.get_absl_logger(), logging.getLogger("asyncio")):
+        logger.addFilter(_keep)
+    previous = sys.unraisablehook
+
+    def unraisable(args: Any) -> None:
+        if not _is_late_callback(args.exc_value, args.exc_traceback):
+            previous(args)
+
+    sys.unraisablehook = unraisable
 
 
 def silence_process() -> None:
-    """Nothing more is printed by this process: what other libraries say while it ends helps
-    nobody."""
+    """Discard what this process prints from now on: other libraries log while a process ends."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
     with contextlib.suppress(OSError):
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        for number in (1, 2):
-            os.dup2(nothing, number)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            os.dup2(devnull, descriptor)

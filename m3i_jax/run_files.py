@@ -1,12 +1,12 @@
-"""The files of a run: who writes each, who reads it, and how a change of it by another hand is
-noticed.
+"""The files of a run: which mode writes and reads each, and how a change by another program is
+detected.
 
-`FILES` is the list. A file that is read back and that nothing else protects has its size and digest
-in WORKDIR/digests/NAME, noted before the file itself is written: the newest two versions of it are
-known, so that a process that is killed between the two writes leaves a file that is known as well.
-Of a log that only grows, the beginning is noted. A run of an older version has no such notes, and
-its files are taken as they are. What a checkpoint needs (the tokenizer, the log so far) is also in
-its position, which its own digests cover."""
+`FILES` lists them. A file that a mode reads back and nothing else protects has its size and digest
+in WORKDIR/digests/NAME, recorded before the file itself is written. The record has the newest two
+versions, so that the file is valid also if the process is killed between the two writes. Of a log
+that only grows, the record covers the beginning. A run of an older version has no records, and its
+files are used unverified. What a checkpoint needs (the tokenizer, the log so far) is also in its
+position, which its own checksums cover."""
 
 import contextlib
 import dataclasses
@@ -25,8 +25,8 @@ import xxhash
 from m3i_jax.errors import UserError
 
 Mark = tuple[int, str]  # size in bytes and digest of a file, or of its beginning
-DIGESTS = "digests"  # directory of the notes
-LARGEST = 2**28  # bytes of a file of a run that are read into memory
+DIGESTS = "digests"  # directory of the records
+LARGEST = 2**28  # most bytes of a file that are read into memory
 _log = logging.getLogger(__name__)
 _warned: set[tuple[pathlib.Path, int]] = set()
 
@@ -36,9 +36,9 @@ class RunFile:
     """One kind of file below WORKDIR.
 
     Attributes:
-      name: path below WORKDIR; a * is any name.
+      name: path below WORKDIR; * matches any name.
       written_by, read_by: modes.
-      verified: how a change is noticed, one of VERIFIED.
+      verified: how a change is detected, one of VERIFIED.
     """
 
     name: str
@@ -49,24 +49,24 @@ class RunFile:
 
 VERIFIED = {
     "note": (
-        "size and digest are in WORKDIR/digests; another content is refused, or left out with a"
+        "size and digest are in WORKDIR/digests; other content is refused, or left out with a"
         " warning"
     ),
     "position": "size and digest are in WORKDIR/digests and in the position of each checkpoint",
     "beginning": (
-        "as `position`, of the bytes that were there then; a warning, since no training depends"
-        " on it"
+        "as `position`, of the bytes written by then; only a warning, since training does not"
+        " depend on it"
     ),
-    "checkpoint": "the digests.json of the checkpoint has size and digest, the step included",
+    "checkpoint": "the digests.json of the checkpoint has its size, digest and step",
     "itself": (
-        "it ends in a checksum of its content; without it a warning, and what it protects is taken"
-        " as it is"
+        "it ends in a checksum of its content; without it a warning, and what it protects is used"
+        " unverified"
     ),
-    "rebuilt": "it has a checksum of each array; what does not hold is made again from the data",
-    "shown": "only shown to a person; what cannot be read is left out",
+    "rebuilt": "it has a checksum of each array; a damaged one is built again from the data",
+    "shown": "only displayed; a damaged one is left out",
     "not read": "written for people and other programs",
     "lock": (
-        "the kernel's lock counts, not the content; anything but a file of one process number is"
+        "the kernel's lock counts, not the content; anything but a file with a process id is"
         " refused"
     ),
 }
@@ -120,7 +120,7 @@ class FileChanged(UserError):
 
 
 def seal_note(value: Any) -> bytes:
-    """JSON on one line, and the CRC-32 of that line on the next.
+    """A JSON value on one line, and the CRC-32 of that line on the next.
 
     >>> unseal_note(seal_note({"a": 1})), unseal_note(seal_note({"a": 1}).replace(b"1", b"2"))
     ({'a': 1}, None)
@@ -130,18 +130,18 @@ def seal_note(value: Any) -> bytes:
 
 
 def unseal_note(content: bytes) -> Any:
-    """What `seal_note` made bytes of; None if it is not whole."""
+    """The value of the bytes of `seal_note`; None if they are damaged."""
     line, _, check = content.partition(b"\n")
     if check != b"%08x\n" % zlib.crc32(line):
         return None
-    # of somebody who knows how to make a checksum
+    # a forged checksum may cover invalid JSON
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(line)
     return None
 
 
 def file_mark(content: bytes) -> Mark:
-    """Size and digest.
+    """Size and digest of a content.
 
     >>> file_mark(b"123456789")
     (9, '72dcb18b67a17dff')
@@ -150,7 +150,7 @@ def file_mark(content: bytes) -> Mark:
 
 
 def parse_marks(value: Any) -> list[Mark] | None:
-    """A list of sizes and digests that came out of a file; None if it is something else."""
+    """A list of sizes and digests from parsed JSON; None if it is not one."""
     if not isinstance(value, list):
         return None
     out = []
@@ -162,25 +162,25 @@ def parse_marks(value: Any) -> list[Mark] | None:
 
 
 def read_bytes(path: pathlib.Path, limit: int = LARGEST) -> bytes:
-    """The content of a file that has a content: no directory, no pipe that would be waited for.
+    """The content of a regular file; never blocks on a pipe.
 
     Raises:
-      UserError: it is no file, or a huge one.
+      UserError: it is not a regular file, or is larger than the limit.
       OSError: it cannot be read.
     """
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket
-            raise UserError(f"{path}: is no file; delete it or restore it") from None
+            raise UserError(f"{path}: is not a regular file; delete it or restore it") from None
         raise
     with open(file, "rb") as stream:
-        about = os.fstat(file)
-        if not stat.S_ISREG(about.st_mode):
-            raise UserError(f"{path}: is no file; delete it or restore it")
-        if about.st_size > limit:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: is not a regular file; delete it or restore it")
+        if status.st_size > limit:
             raise UserError(
-                f"{path}: has {about.st_size:,} bytes, more than any run writes; restore it"
+                f"{path}: has {status.st_size:,} bytes, more than any run writes; restore it"
             )
         return stream.read(limit)
 
@@ -190,72 +190,72 @@ def _note_of(path: pathlib.Path) -> pathlib.Path:
 
 
 def noted_marks(path: pathlib.Path) -> list[Mark]:
-    """What is known of a file of a run, the newest first; nothing of one of an older version. A
-    note that is damaged is a warning."""
+    """Recorded sizes and digests of a file of a run, the newest first; [] without a record. Logs a
+    warning if the record is damaged."""
     note = _note_of(path)
     try:
-        found = parse_marks(unseal_note(read_bytes(note, 2**12)))
+        marks = parse_marks(unseal_note(read_bytes(note, 2**12)))
     except FileNotFoundError:
         return []
     except (OSError, UserError) as error:
         _warn(
             note,
-            f"cannot be read ({getattr(error, 'strerror', '') or error}): {path.name} is taken as"
-            " it is",
+            f"cannot be read ({getattr(error, 'strerror', '') or error}): {path.name} is used"
+            " unverified",
         )
         return []
-    if found is None:
-        _warn(note, f"is damaged: {path.name} is taken as it is")
-    return found or []
+    if marks is None:
+        _warn(note, f"is damaged: {path.name} is used unverified")
+    return marks or []
 
 
-def _warn(path: pathlib.Path, what: str) -> None:
-    """Log a warning, once for what lies there."""
+def _warn(path: pathlib.Path, problem: str) -> None:
+    """Log a warning, once for each version of the file."""
     try:
-        now = path.lstat().st_mtime_ns
+        modified = path.lstat().st_mtime_ns
     except OSError:
-        now = 0
-    if (path, now) not in _warned:
-        _warned.add((path, now))
-        _log.warning("warning: %s %s", path, what)
+        modified = 0
+    if (path, modified) not in _warned:
+        _warned.add((path, modified))
+        _log.warning("warning: %s %s", path, problem)
 
 
 def note_mark(path: pathlib.Path, new: Mark) -> None:
-    """Note what a file will be, or what a log is so far, beside what it was. Only its one writer
-    may call this.
+    """Record the size and digest of a file's next version, or of a log so far, and keep those of
+    the version before. Only the writer of the file may call this.
 
     Raises:
-      UserError: the place cannot be written to.
+      UserError: the record cannot be written.
     """
-    place = _note_of(path)
+    note = _note_of(path)
     known = [new, *(old for old in noted_marks(path) if old != new)][:2]
-    unfinished = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    temporary = note.with_name(f".{note.name}.{os.getpid()}.tmp")
     try:
-        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
-            unfinished.write_bytes(seal_note(known))
-            os.replace(unfinished, place)
+            temporary.write_bytes(seal_note(known))
+            os.replace(temporary, note)
         finally:
-            unfinished.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot write {place}: {error.strerror or error}; make room or choose another"
-            " --workdir"
+            f"cannot write {note}: {error.strerror or error}; make room or choose another --workdir"
         ) from error
 
 
 def mark_mismatch(content: bytes, known: list[Mark], *, beginning: bool = False) -> str:
-    """How a content differs from what is known of it, "" if it does not.
+    """How a content differs from its recorded sizes and digests, "" if it does not.
 
     Args:
       content: of the file.
-      known: sizes and digests, the newest first; one of them must hold. Nothing: anything is right.
-      beginning: the newest is of the beginning of the content, and must hold.
+      known: sizes and digests, the newest first; one of them must match. []: anything matches.
+      beginning: the newest covers the beginning of the content, and must match.
 
-    >>> mark_mismatch(b"ab", [file_mark(b"ab")]), mark_mismatch(b"abc", [file_mark(b"ab")]), mark_mismatch(b"abc", [file_mark(b"ab")], beginning=True)
-    ('', '3 bytes, 2 were written', '')
-    >>> mark_mismatch(b"ac", [file_mark(b"ab")])
-    'other bytes than were written'
+    >>> known = [file_mark(b"ab")]
+    >>> [mark_mismatch(content, known) for content in (b"ab", b"abc", b"ac")]
+    ['', '3 bytes, 2 were written', 'other bytes than were written']
+    >>> mark_mismatch(b"abc", known, beginning=True)
+    ''
     """
     if beginning:
         known, content, length = (
@@ -273,76 +273,77 @@ def mark_mismatch(content: bytes, known: list[Mark], *, beginning: bool = False)
 
 
 def read_run_file(path: pathlib.Path, remedy: str = "restore it", *, limit: int = LARGEST) -> bytes:
-    """A file of a run as the run wrote it.
+    """The content of a file of a run, verified against its record.
 
     Raises:
-      Changed: it is another one.
-      UserError: it is no file.
+      FileChanged: it has another content.
+      UserError: it is not a regular file.
       OSError: it cannot be read.
     """
-    wrong = ""
-    # its writer notes a new version first, which a reader may miss once, but not again and again
+    mismatch = ""
+    # the writer records a new version first: a reader may see only the old record, but not thrice
     for _ in range(3):
         known = noted_marks(path)
         content = read_bytes(path, limit)
-        if not (wrong := mark_mismatch(content, known)):
+        if not (mismatch := mark_mismatch(content, known)):
             return content
     raise FileChanged(
-        f"{path}: is damaged, or was changed by hand ({wrong}); {remedy}; if the change is yours,"
-        f" delete {_note_of(path)}"
+        f"{path}: is damaged, or was changed by hand ({mismatch}); {remedy}; if the change is"
+        f" yours, delete {_note_of(path)}"
     )
 
 
 def read_run_text(path: pathlib.Path, remedy: str = "restore it") -> str:
-    """As `read_run_file`, of UTF-8 text. Raises also UserError: it is no text."""
+    """`read_run_file` as UTF-8 text. Also raises UserError: it is not text."""
     try:
         return read_run_file(path, remedy).decode()
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: is no text ({error.reason} at byte {error.start:,}); {remedy}"
+            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start:,}); {remedy}"
         ) from None
 
 
 def read_run_json(path: pathlib.Path, remedy: str = "restore it") -> dict[str, Any]:
-    """As `read_run_file`, of one JSON object. Raises also UserError: it is none."""
+    """`read_run_file` as a JSON object. Also raises UserError: it is not one."""
     try:
         value = json.loads(read_run_text(path, remedy))
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path}: is no JSON ({' '.join(str(error).split())[:100]}); {remedy}"
+            f"{path}: is not JSON ({' '.join(str(error).split())[:100]}); {remedy}"
         ) from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: is no JSON object; {remedy}")
+        raise UserError(f"{path}: is not a JSON object; {remedy}")
     return value
 
 
 def read_log(
     path: pathlib.Path, more: list[Mark] | None = None
 ) -> tuple[list[dict[str, Any]], str]:
-    """The lines of a log that can be read, in the order of the file, and what is wrong with it (""
-    if it begins as it was written).
+    """The readable lines of a log, in the order of the file, and how its beginning differs from its
+    record ("" if it does not).
 
     Args:
       path: of metrics.jsonl.
-      more: what the position of a checkpoint knows of it, instead of what is noted.
+      more: sizes and digests from the position of a checkpoint, instead of the record.
 
     Raises:
-      UserError: it is no file.
+      UserError: it is not a regular file.
       OSError: it cannot be read.
     """
     known = noted_marks(path) if more is None else more
     content = read_bytes(path, 2**32)
-    wrong = mark_mismatch(content, known, beginning=True)
-    return [
-        line for text in content.splitlines() if (line := parse_log_line(text)) is not None
-    ], wrong
+    mismatch = mark_mismatch(content, known, beginning=True)
+    lines = [line for text in content.splitlines() if (line := parse_log_line(text)) is not None]
+    return lines, mismatch
 
 
 def parse_log_line(text: bytes) -> dict[str, Any] | None:
-    """A line of a log; None if it is none, such as the half of a line that a killed run left.
+    """The values of a line of a log; None for a damaged line, such as half a line of a killed run.
 
-    >>> parse_log_line(b'{"step": 7, "loss": 1.5}'), parse_log_line(b'{"step": 7, "lo'), parse_log_line(b'[7]'), parse_log_line(b'{"step": true}')
-    ({'step': 7, 'loss': 1.5}, None, None, None)
+    >>> parse_log_line(b'{"step": 7, "loss": 1.5}'), parse_log_line(b'{"step": 7, "lo')
+    ({'step': 7, 'loss': 1.5}, None)
+    >>> parse_log_line(b'[7]'), parse_log_line(b'{"step": true}')
+    (None, None)
     """
     try:
         line = json.loads(text)
@@ -353,8 +354,7 @@ def parse_log_line(text: bytes) -> dict[str, Any] | None:
 
 
 def changed_run_files(position: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, str]:
-    """{file: what is wrong} of the files that the position of a checkpoint knows and that are
-    there."""
+    """{file: mismatch} of the files whose size and digest the position of a checkpoint has."""
     out = {}
     known = position.get("files", {})
     for name, one in known.items() if isinstance(known, dict) else ():
@@ -365,6 +365,7 @@ def changed_run_files(position: Mapping[str, Any], workdir: pathlib.Path) -> dic
             out[name] = "is missing"
             continue
         beginning = next(file.verified for file in FILES if file.name == name) == "beginning"
-        if wrong := mark_mismatch(read_bytes(path, 2**32), [(one[0], one[1])], beginning=beginning):
-            out[name] = wrong
+        mark = (one[0], one[1])
+        if mismatch := mark_mismatch(read_bytes(path, 2**32), [mark], beginning=beginning):
+            out[name] = mismatch
     return out

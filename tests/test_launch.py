@@ -1,5 +1,5 @@
-"""The launchers: what a dry run prints, and what they do when a run ends, with stand-ins for
-everything that would leave this machine."""
+"""The launch scripts: what a dry run prints, and what they do when a run ends. Fake commands stand
+for everything that would leave this machine."""
 
 import os
 import pathlib
@@ -8,16 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-from m3i_jax.parallel import distributed
+from tests.launch_stage import LAUNCH, ROOT, RUN, Stage, stage  # noqa: F401
 
-ROOT = pathlib.Path(__file__).parent.parent
-LAUNCH = ROOT / "launch"
-RUN = ["--config", "configs/m3i.py:path=/d/imagenet"]
 TPU = [
     "--name",
     "m3i",
@@ -33,74 +28,6 @@ TPU = [
     "--mount",
     "mount /w",
 ]
-GKE = {
-    "NAME": "first", "IMAGE": "registry/m3i:1", "ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "4x4", "HOSTS": "4", "CHIPS": "4",
-    "BUCKET": "pictures", "ACCOUNT": "trainer", "WORKDIR": "/mnt/m3i/runs/first",
-    "ARGUMENTS": "--config configs/m3i.py:path=/mnt/m3i/imagenet",
-}  # fmt: skip
-
-
-def _interruptible() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-class Stage:
-    """A directory of stand-ins that comes first on the PATH. Each call of one is a line of
-    `calls`."""
-
-    def __init__(self, place: pathlib.Path):
-        self.place, self.log = place, place / "calls"
-        self.environment = {
-            "PATH": f"{place}:{os.environ['PATH']}",
-            "HOME": str(place),
-            "LOG": str(self.log),
-        }
-        for name in ("gcloud", "kubectl", "ssh", "srun", "scontrol", "sleep"):
-            self.stand_in(name, "exit 1")
-
-    def stand_in(self, name: str, does: str) -> None:
-        path = self.place / name
-        path.write_text(f'#!/usr/bin/env bash\necho "{path.name} $*" >>"$LOG"\n{does}\n')
-        path.chmod(0o755)
-
-    def python(self, does: str) -> None:
-        """What host.sh takes for the virtual environment's Python."""
-        (self.place / "venv/bin").mkdir(parents=True)
-        self.stand_in("venv/bin/python", does)
-        self.environment |= {"M3I_VENV": str(self.place / "venv"), "M3I_INSTALL": "0"}
-
-    def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
-        # A shell cannot trap what was ignored when it began, as SIGINT is where these tests run in
-        # the background of another shell.
-        return subprocess.Popen(
-            ["bash", *command],
-            cwd=ROOT,
-            env=self.environment | environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            preexec_fn=_interruptible,
-        )
-
-    def run(self, *command: str, **environment: str) -> tuple[int, str, str]:
-        process = self.start(*command, **environment)
-        out, err = process.communicate(timeout=60)
-        return process.returncode, out, err
-
-    def until(self, call: str) -> None:
-        """Waits until somebody has called that."""
-        deadline = time.monotonic() + 30
-        while not any(call in line for line in self.calls) and time.monotonic() < deadline:
-            time.sleep(0.02)
-
-    @property
-    def calls(self) -> list[str]:
-        return self.log.read_text().splitlines() if self.log.exists() else []
-
-
-@pytest.fixture
-def stage(tmp_path: pathlib.Path) -> Stage:
-    return Stage(tmp_path)
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
@@ -188,17 +115,17 @@ def test_dry_runs_say_who_is_who(stage: Stage) -> None:
     [
         (["launch/ssh.sh", "--workdir", "w", "--", *RUN], "--hosts is missing"),
         (["launch/ssh.sh", "--hosts", "a", "--", *RUN], "--workdir is missing"),
-        (["launch/ssh.sh", "--host", "a"], "--host: there is no such flag"),
-        (["launch/slurm.sh", "--workdir", "w", *RUN], "there is no Slurm job"),
+        (["launch/ssh.sh", "--host", "a"], "--host: unknown flag"),
+        (["launch/slurm.sh", "--workdir", "w", *RUN], "not in a Slurm job"),
         (["launch/slurm.sh", "--dry-run", *RUN], "--workdir is missing"),
-        (["launch/tpu_vm.sh", "start"], "say create, run or delete first"),
+        (["launch/tpu_vm.sh", "start"], "the first argument must be create, run or delete"),
         (["launch/tpu_vm.sh", "run", *TPU, "--", *RUN], "--workdir is missing"),
         (
             ["launch/tpu_vm.sh", "run", *TPU[:-2], "--workdir", "w", "--", *RUN],
             "--mount is missing",
         ),
         (["launch/tpu_vm.sh", "delete", "--name", "a", "--zone", "z"], "--project is missing"),
-        (["launch/apply.sh", "launch/none.yaml"], "name a file"),
+        (["launch/apply.sh", "launch/none.yaml"], "give a file"),
         (["launch/apply.sh", "launch/gke.yaml", "--dry-run"], "M3I_ACCELERATOR"),
     ],
 )
@@ -253,8 +180,8 @@ def test_a_host_that_is_told_to_go_lets_the_run_save_and_goes(number: int, stage
 
 
 def test_hosts_that_share_an_environment_make_it_once(stage: Stage) -> None:
-    """The second comes while the first installs: it says that it waits, finds all done, and
-    runs."""
+    """The second host starts while the first installs: it logs that it waits, finds the environment
+    complete, and runs."""
     stage.stand_in("python", f"""case "$*" in
 -V) echo Python 3.99 ;;
 "-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
@@ -271,7 +198,7 @@ esac""")  # fmt: skip
     try:
         stage.until("-m pip")
         second = stage.start("launch/host.sh", "--workdir", "w", **settings)
-        assert second.stdout and "another process is making" in second.stdout.readline()
+        assert second.stdout and "another process is creating" in second.stdout.readline()
     finally:
         (stage.place / "go").touch()
     ends = [process.communicate(timeout=60) for process in (first, second)]
@@ -298,7 +225,7 @@ def test_slurm_queues_a_preempted_job_again(stage: Stage) -> None:
 
 
 def test_slurm_gives_every_node_its_number(stage: Stage, tmp_path: pathlib.Path) -> None:
-    """srun's command, run as node 1 of 2, with a host.sh that prints what it gets."""
+    """The command of srun, run as node 1 of 2, with a host.sh that prints its arguments."""
     (tmp_path / "job/launch").mkdir(parents=True)
     (tmp_path / "job/launch/host.sh").write_text('echo "host $M3I_AGAIN $*"\n')
     stage.stand_in("srun", 'while [[ "$1" == --* ]]; do shift; done; SLURM_PROCID=1 "$@"')
@@ -340,8 +267,8 @@ def test_ssh_starts_all_and_ends_with_the_first_failure(
 
 
 def test_a_tpu_that_is_taken_away_is_ordered_again(stage: Stage) -> None:
-    """Absent, active, run fails, still active for two looks, suspended, deleted, absent, active,
-    run is done."""
+    """Absent, active, the run fails, active for two more checks, suspended, deleted, absent,
+    active, the run is done."""
     stage.stand_in("sleep", '[[ "$1" == 0.5 ]]')
     states = [
         "",
@@ -359,7 +286,8 @@ def test_a_tpu_that_is_taken_away_is_ordered_again(stage: Stage) -> None:
         "gcloud",
         f"""cd {stage.place}
 case "$*" in
-*describe*) state=$(head -n 1 states); sed -i 1d states; [[ -n "$state" ]] || exit 1; echo "$state" ;;
+*describe*) state=$(head -n 1 states); sed -i 1d states
+    [[ -n "$state" ]] || exit 1; echo "$state" ;;
 *host.sh*) if [[ ! -e ran ]]; then touch ran; exit 255; fi ;;
 esac
 exit 0""",
@@ -385,215 +313,10 @@ def test_a_run_that_fails_on_a_tpu_that_is_there_is_not_repeated(
         "gcloud", f'case "$*" in *describe*) echo ACTIVE ;; *host.sh*) exit {ended} ;; esac; exit 0'
     )
     status, _, err = stage.run("launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w", "--", *RUN)
-    assert status == 2 and f"ended with {ended} on a slice that is still there" in err
+    assert status == 2 and f"exited with {ended} on a slice that still exists" in err
     assert sum("describe" in call for call in stage.calls) == 1 + looks and sum(
         "sleep" in call for call in stage.calls
     ) == max(0, looks - 1)
     assert sum("host.sh" in call for call in stage.calls) == 1 and not any(
         "delete" in call for call in stage.calls
     )
-
-
-# Fields that an object may have, of the public references of JobSet v1alpha2, Kubernetes (batch/v1
-# Job, core/v1 Pod) and SkyPilot's task: NAME!: it must; NAME:KIND: such an object or a list of
-# them; NAME:names: names of the user's own. Others hold plain values.
-FIELDS = {
-    "JobSet": "apiVersion! kind! metadata!:Metadata spec!:JobSetSpec",
-    "Metadata": "name namespace labels:names annotations:names",
-    "JobSetSpec": (
-        "replicatedJobs!:ReplicatedJob network:Network failurePolicy:FailurePolicy suspend"
-        " managedBy ttlSecondsAfterFinished"
-    ),
-    "Network": "enableDNSHostnames subdomain publishNotReadyAddresses",
-    "FailurePolicy": "maxRestarts restartStrategy rules:FailureRule",
-    "FailureRule": "name! action! onJobFailureReasons targetReplicatedJobs",
-    "ReplicatedJob": "name! replicas groupName template!:Job",
-    "Job": "metadata:Metadata spec!:JobSpec",
-    "JobSpec": (
-        "completionMode completions parallelism backoffLimit activeDeadlineSeconds"
-        " podFailurePolicy:PodFailurePolicy template!:Pod"
-    ),
-    "PodFailurePolicy": "rules!:PodRule",
-    "PodRule": "action! onExitCodes:ExitCodes onPodConditions:PodCondition",
-    "ExitCodes": "containerName operator! values!",
-    "PodCondition": "type! status!",
-    "Pod": "metadata:Metadata spec!:PodSpec",
-    "PodSpec": (
-        "containers!:Container volumes:Volume restartPolicy terminationGracePeriodSeconds"
-        " serviceAccountName nodeSelector:names hostNetwork dnsPolicy"
-    ),
-    "Container": (
-        "name! image command args workingDir env:Variable ports:Port resources:Resources"
-        " volumeMounts:Mount"
-    ),
-    "Variable": "name! value",
-    "Port": "containerPort! name protocol",
-    "Resources": "limits:names requests:names",
-    "Mount": "name! mountPath! subPath readOnly",
-    "Volume": "name! csi:Csi",
-    "Csi": "driver! readOnly volumeAttributes:names",
-    "Task": (
-        "name workdir num_nodes envs:names secrets:names resources:Machine file_mounts:Storage*"
-        " setup run"
-    ),
-    "Machine": (
-        "accelerators cpus memory infra instance_type image_id disk_size disk_tier network_tier"
-        " use_spot job_recovery:Recovery"
-    ),
-    "Recovery": "strategy max_restarts_on_errors recover_on_exit_codes",
-    "Storage": "source! name store persistent mode",
-}
-
-
-def misspelt(value: Any, kind: str, at: str = "") -> list[str]:
-    """Where an object of a kind has a field that there is not, lacks one, or holds an object for a
-    plain value or the reverse."""
-    if isinstance(value, list):
-        return [complaint for item in value for complaint in misspelt(item, kind, at)]
-    if (kind == "") == isinstance(value, dict):
-        return [f"{at}: {value} is no {kind or 'plain value'}"]
-    if kind == "":
-        return []
-    if kind == "names" or kind.endswith("*"):
-        return [
-            complaint
-            for name, item in value.items()
-            for complaint in misspelt(item, kind.removesuffix("*").replace("names", ""), at)
-        ]
-    known = {
-        name.rstrip("!"): (name.endswith("!"), of)
-        for name, _, of in (field.partition(":") for field in FIELDS[kind].split())
-    }
-    found = [f"{at}.{name}: {kind} has no such field" for name in value if name not in known]
-    found += [
-        f"{at}.{name}: missing" for name, (must, _) in known.items() if must and name not in value
-    ]
-    return found + [
-        c
-        for name, item in value.items()
-        if name in known
-        for c in misspelt(item, known[name][1], f"{at}.{name}")
-    ]
-
-
-def misspellings(value: Any) -> Iterator[Any]:
-    """The same text of objects with one more letter in one key, for every key."""
-    items = (
-        list(value.items())
-        if isinstance(value, dict)
-        else list(enumerate(value))
-        if isinstance(value, list)
-        else []
-    )
-    for key, item in items:
-        if isinstance(value, dict):
-            yield {(f"{k}x" if k == key else k): v for k, v in items}
-        for other in misspellings(item):
-            yield (
-                {**value, key: other}
-                if isinstance(value, dict)
-                else [*value[:key], other, *value[key + 1 :]]
-            )
-
-
-# Keys of the user's own, which may be spelt in any way: annotations 2, selectors 2, attributes 1,
-# limits 1; variables 3, a mount.
-@pytest.mark.parametrize(
-    ("name", "kind", "free"), [("gke.yaml", "JobSet", 6), ("sky.yaml", "Task", 4)]
-)
-def test_a_misspelt_field_is_found(name: str, kind: str, free: int, stage: Stage) -> None:
-    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
-    values = {f"M3I_{name}": value for name, value in GKE.items()}
-    text = (
-        stage.run("launch/apply.sh", "launch/gke.yaml", "--dry-run", **values)[1]
-        if kind == "JobSet"
-        else (LAUNCH / name).read_text()
-    )
-    whole = yaml.safe_load(text)
-    assert not misspelt(whole, kind), misspelt(whole, kind)
-    wrong = list(misspellings(whole))
-    assert len(wrong) > 3 * free and sum(not misspelt(other, kind) for other in wrong) == free
-
-
-def test_gke_is_a_jobset_that_restarts_after_42(stage: Stage) -> None:
-    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
-    values = {f"M3I_{name}": value for name, value in GKE.items()}
-    status, out, err = stage.run("launch/apply.sh", "launch/gke.yaml", "--dry-run", **values)
-    assert status == 0 and not stage.calls and "${" not in out, err
-    jobset = yaml.safe_load(out)
-    assert (
-        jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
-        and jobset["kind"] == "JobSet"
-        and jobset["metadata"]["name"] == "first"
-    )
-    (replicated,) = jobset["spec"]["replicatedJobs"]
-    job = replicated["template"]["spec"]
-    assert (
-        job["completions"] == job["parallelism"] == 4
-        and job["completionMode"] == "Indexed"
-        and replicated["replicas"] == 1
-    )
-    rules = job["podFailurePolicy"]["rules"]
-    assert {
-        tuple(r["onExitCodes"]["values"]): r["action"] for r in rules if "onExitCodes" in r
-    } == {(2,): "FailJob", (42,): "Ignore"}
-    pod = job["template"]["spec"]
-    assert pod["restartPolicy"] == "Never"  # a pod failure policy allows no other
-    (container,) = pod["containers"]
-    assert all(
-        r["onExitCodes"]["containerName"] == container["name"] for r in rules if "onExitCodes" in r
-    )
-    assert container["args"] == [
-        f"exec bash launch/host.sh {GKE['ARGUMENTS']} --workdir {GKE['WORKDIR']}"
-    ]
-    assert container["resources"]["limits"]["google.com/tpu"] == 4
-    # who the hosts are GKE tells a pod of a TPU slice
-    assert container["env"] == [{"name": "M3I_AGAIN", "value": "0"}]
-    assert container["ports"] == [{"containerPort": distributed.TPU_PORT}]
-    assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
-
-
-def test_apply_refuses_what_would_break_the_file_and_passes_the_rest_on(stage: Stage) -> None:
-    values = {f"M3I_{name}": value for name, value in GKE.items()}
-    status, _, err = stage.run("launch/apply.sh", "launch/gke.yaml", **values | {"M3I_NAME": 'a"b'})
-    assert status == 2 and "M3I_NAME: must not contain quotes" in err and not stage.calls
-    stage.stand_in("kubectl", 'cat >"$HOME/applied"')
-    assert stage.run("launch/apply.sh", "launch/gke.yaml", **values)[0] == 0
-    assert (
-        stage.calls == ["kubectl apply -f -"]
-        and "kind: JobSet" in (stage.place / "applied").read_text()
-    )
-
-
-def test_sky_gives_every_node_its_number_and_recovers_from_42(stage: Stage) -> None:
-    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
-    task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
-    assert (
-        task["resources"]["job_recovery"]["recover_on_exit_codes"] == [42]
-        and task["resources"]["use_spot"] is True
-    )
-    assert task["envs"]["M3I_BUCKET"] is None  # SkyPilot asks for it
-    assert task["file_mounts"] == {"/mnt/m3i": {"source": "${M3I_BUCKET}", "mode": "MOUNT"}}
-    (stage.place / "launch").mkdir()
-    (stage.place / "launch/host.sh").write_text('printf "%s|" "$@"\n')
-    node = {
-        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
-        "SKYPILOT_NUM_NODES": "2",
-        "SKYPILOT_NODE_RANK": "1",
-    }
-    settings = {"M3I_ARGUMENTS": "--config c.py", "M3I_WORKDIR": "/w/a b"}
-    status, out, err = stage.run("-c", f"cd {stage.place}\n{task['run']}", **node, **settings)
-    assert status == 0, err
-    flags = [
-        "--config",
-        "c.py",
-        "--workdir",
-        "/w/a b",
-        "--coordinator",
-        "10.0.0.1:8476",
-        "--processes",
-        "2",
-        "--process-id",
-        "1",
-    ]
-    assert out == "".join(f"{flag}|" for flag in flags)

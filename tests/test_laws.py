@@ -52,7 +52,7 @@ ROOMS: dict[str, set[str]] = {
     "reporting": BASE,
     "profiling": BASE | {"parallel", "reporting"},
     "interop": BASE | {"objective"},
-    "training": BELOW_TRAINING,
+    "training": BELOW_TRAINING | {"library_errors"},
     "evaluation": BASE
     | {"config", "objective", "models", "augment", "data", "parallel"}
     | {"training", "interop"},
@@ -62,7 +62,10 @@ ROOMS: dict[str, set[str]] = {
 # The pure room: what another project gets with it.
 PURE = {"jax", "jaxlib", "numpy", "optax", "chex"}
 # A library that is kept to one place, so that it can be replaced there.
-KEPT = {"flax": ("models/", "training/state.py"), "orbax": ("training/checkpoint.py",)}
+KEPT = {
+    "flax": ("models/", "training/state.py"),
+    "orbax": ("training/checkpoint.py", "training/run_weights.py"),
+}
 # Imported inside the function that needs them, or not at all.
 LAZY = {
     "tensorflow",

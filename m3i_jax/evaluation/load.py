@@ -22,7 +22,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction
 from m3i_jax.models import backbones
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import checkpoint, checkpoint_dir, init_from, plan
+from m3i_jax.training import checkpoint_dir, plan, run_weights, weight_source
 
 POOLS = ("auto", "attention", "mean", "cls", "tokens")
 _ROWS = 64  # images a device step
@@ -146,7 +146,7 @@ def load(
     """
     if pool not in POOLS:
         raise UserError(f"pool={pool!r} is none of {', '.join(POOLS)}")
-    source = init_from.open_weights(path, weights=weights, key="load")
+    source = weight_source.open_weights(path, weights=weights, key="load")
     run = checkpoint_dir.is_run(path)
     config = configuration.resolve(
         configuration.load_from_workdir(path, "load")
@@ -172,7 +172,7 @@ def load(
     ]
     params: dict[str, Any] = {}
     for name, array in source.read(dict.fromkeys(wanted)).items():
-        checkpoint.set_leaf(params, name, jnp.asarray(array))
+        run_weights.set_leaf(params, name, jnp.asarray(array))
     _fits(config, {name: source.shapes[name] for name in wanted}, path)
     return LoadedEncoder(config, params, pool, source.name)
 
@@ -211,7 +211,7 @@ def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
     """
     if checkpoint_dir.is_run(path):
         return configuration.load_from_workdir(path, flag)
-    return _described(init_from.open_weights(path, key=flag), path, 0, flag)
+    return _described(weight_source.open_weights(path, key=flag), path, 0, flag)
 
 
 def build_encoder(config: ml_collections.ConfigDict, path: str, flag: str) -> None:
@@ -236,7 +236,7 @@ def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema
       config: settings.
       path, flag: as of `settings_of_weights`, which raises.
     """
-    told = init_from.open_weights(path, key=flag).settings
+    told = weight_source.open_weights(path, key=flag).settings
     here = {**dataclasses.asdict(config.model.encoder), **dataclasses.asdict(config.model)}
     shaping = (
         "backbone",
@@ -272,7 +272,7 @@ def _seen_as(config: ml_collections.ConfigDict, there: ml_collections.ConfigDict
 
 
 def _described(
-    source: init_from.WeightSource, path: str, heads: int, flag: str
+    source: weight_source.WeightSource, path: str, heads: int, flag: str
 ) -> ml_collections.ConfigDict:
     """The settings of a file of weights."""
     told, config = dict(source.settings), configuration.default_config()

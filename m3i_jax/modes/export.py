@@ -32,7 +32,7 @@ from m3i_jax.interop import export_formats, intern_image_weights, tensor_files, 
 from m3i_jax.models import backbones
 from m3i_jax.modes import model_card, output
 from m3i_jax.reporting.atomic_write import write_text_atomic
-from m3i_jax.training import checkpoint, init_from
+from m3i_jax.training import checkpoint, init_from, run_weights, weight_source
 
 FORMATS = ("timm", "hf", "stablehlo", "npz", "orbax")
 # largest difference over the largest number; two libraries round differently, layer for layer
@@ -248,10 +248,12 @@ def _to_stablehlo(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) 
 
 
 def _to_orbax(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
-    source = init_from.open_weights(workdir, weights=model.config.evaluate.encoder, key="--workdir")
+    source = weight_source.open_weights(
+        workdir, weights=model.config.evaluate.encoder, key="--workdir"
+    )
     tree: dict[str, Any] = {}
     for path, array in source.read(dict.fromkeys(source.shapes)).items():
-        checkpoint.set_leaf(tree, path, array)
+        run_weights.set_leaf(tree, path, array)
     checkpoint.write_tree(place / "parameters", tree)
     write_text_atomic(place / "config.txt", configuration.config_to_text(model.config))
     return [

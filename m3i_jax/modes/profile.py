@@ -78,10 +78,10 @@ def profile(job: jobs.Setup, began: float | None) -> int:
             evaluators=[],
             position=lambda samples: {},
             clock=clock,
-            sent=sent,
+            on_step=sent,
         )
         try:
-            code, _ = loop.run_loop(trainer, state, samples_seen=0, outside=outside)
+            code, _ = loop.run_loop(trainer, state, samples_seen=0, callbacks=outside)
         finally:
             data.close()
         clock.turn("stop")

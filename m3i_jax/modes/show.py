@@ -132,7 +132,7 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
         " takes there, no plan can say"
     )
     print(text_table.text_table(hardware.slice_rows(total * length.steps, mfu), hardware.HEADERS))
-    for line in scaling.warnings(done, steps=length.steps, warmup=length.warmup):
+    for line in scaling.scaling_warnings(done, steps=length.steps, warmup=length.warmup):
         print(line)
     if left := scaling.open_settings(config):
         print(f"from batch, length and size (training/scaling.py): {', '.join(left)}")

@@ -193,7 +193,9 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
         f"peak rate {config.optim.lr:.4g} after {trainer.length.warmup:,} steps of warm-up, first "
         f"momentum {config.optim.ema:.6g}, crops from {config.data.crop_scale[0]:g} of an image"
     )
-    for line in scaling.warnings(config, steps=trainer.length.steps, warmup=trainer.length.warmup):
+    for line in scaling.scaling_warnings(
+        config, steps=trainer.length.steps, warmup=trainer.length.warmup
+    ):
         say(line)
     restarts = 1 + position.get("restarts", 0) if position else 0
     clock = monitoring.make_clock(trainer, say, earlier=before, restarts=restarts, began=began)
@@ -232,10 +234,10 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
             dump=lambda *what: dump_step(workdir, trainer, say, *what),
             evaluated=done,
             clock=clock,
-            sent=tracer,
+            on_step=tracer,
         )
         try:
-            code, state = loop.run_loop(trainer, state, samples_seen=samples, outside=outside)
+            code, state = loop.run_loop(trainer, state, samples_seen=samples, callbacks=outside)
             clock.turn("stop")
             if code == loop.DONE and config.train.panel_every:
                 with clock.phase("panel"):

@@ -1,5 +1,6 @@
-"""Devices as a mesh with axes (replica, fsdp, tensor), rules from parameter paths to shardings, and
-global arrays from the rows of each host. Knows trees and names, neither models nor training."""
+"""The device mesh with axes (replica, fsdp, tensor), rules from parameter paths to shardings,
+global arrays from the rows of each host, and coordination of hosts. Works on trees and names,
+without models or training."""
 
 from m3i_jax.parallel.barriers import (
     CoordinatedStop,

@@ -1,9 +1,9 @@
-"""From one process to one program on many hosts: who they are, and whether all of them mean the
-same run.
+"""Detecting the processes of a run, initializing jax.distributed, and checking that all hosts run
+the same program with the same settings.
 
-Where the hosts come from, the first that says something: the flags --coordinator, --processes,
---process-id; the TPU they stand on; Slurm; the environment variables JAX_COORDINATOR_ADDRESS,
-JAX_NUM_PROCESSES, JAX_PROCESS_ID. Else the run is alone."""
+The processes come from the first of these: the flags --coordinator, --processes, --process-id; the
+TPU's variables; Slurm; the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
+JAX_PROCESS_ID. Without any of them the run has one process."""
 
 import dataclasses
 import glob
@@ -27,13 +27,20 @@ from m3i_jax.parallel import barriers, heartbeat, programs, rendezvous
 from m3i_jax.parallel.mesh import KERNELS
 
 PORT = 8476
-TPU_PORT = 8482  # jax's choice there: the TPU's own runtime may listen at 8476
+TPU_PORT = 8482  # jax's choice: the TPU runtime may listen at 8476
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessInfo:
-    """Where this process stands. `processes` 0: jax asks the TPU. `devices`: those of the machine
-    that are this process's, None: all."""
+    """This process among those of the run.
+
+    Attributes:
+      source: where the other fields come from, for messages.
+      coordinator: HOST:PORT of process 0.
+      processes: their number; 0: jax reads it from the TPU's metadata.
+      process: index of this one.
+      devices: local device ids of this process; None: all.
+    """
 
     source: str
     coordinator: str = ""
@@ -43,7 +50,7 @@ class ProcessInfo:
 
 
 def on_tpu(environ: Mapping[str, str]) -> bool:
-    """Whether this machine has a TPU that jax may use; touches no device.
+    """Whether this machine has a TPU that jax may use; initializes no device.
 
     >>> on_tpu({"JAX_PLATFORMS": "cpu"})
     False
@@ -53,20 +60,23 @@ def on_tpu(environ: Mapping[str, str]) -> bool:
     return bool(allowed and chips and importlib.util.find_spec("libtpu"))
 
 
-def _whole(name: str, text: str) -> int:
+def _integer(name: str, text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text.strip()):
         raise UserError(f"{name}: {text[:60]!r} is not a whole number")
     return int(text)
 
 
-def _three(source: str, names: tuple[str, str, str], values: tuple[str, str, str]) -> ProcessInfo:
-    """A place of an address, a count and a number that a person or a launcher wrote."""
+def _from_values(
+    source: str, names: tuple[str, str, str], values: tuple[str, str, str]
+) -> ProcessInfo:
+    """Process info from an address, a count and an index that a user or a launcher gave."""
     absent = [name for name, value in zip(names, values, strict=True) if value == ""]
     if absent:
         raise UserError(
-            f"{', '.join(absent)}: missing; {', '.join(names[:2])} and {names[2]} belong together"
+            f"{', '.join(absent)}: missing; {', '.join(names[:2])} and {names[2]} must be given"
+            " together"
         )
-    address, count, number = values[0], _whole(names[1], values[1]), _whole(names[2], values[2])
+    address, count, number = values[0], _integer(names[1], values[1]), _integer(names[2], values[2])
     if count < 1:
         raise UserError(f"{names[1]}: {count} must be at least 1")
     if number >= count:
@@ -91,48 +101,51 @@ def first_node(nodes: str) -> str:
     >>> first_node("gpu[003-006,009],login"), first_node("a1,a2"), first_node("n[7]-ib")
     ('gpu003', 'a1', 'n7-ib')
     """
-    found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
-    if not found:
+    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    if not match:
         raise UserError(
-            f"SLURM_STEP_NODELIST: {nodes!r} names no host; say who it is with --coordinator,"
-            " --processes and --process-id"
+            f"SLURM_STEP_NODELIST: {nodes!r} names no host; give --coordinator, --processes and"
+            " --process-id"
         )
-    return "".join(part or "" for part in found.groups())
+    return "".join(part or "" for part in match.groups())
 
 
 def _slurm(environ: Mapping[str, str]) -> ProcessInfo | None:
-    # of the step: outside srun it is 1, whatever the job has
+    # of the job step: outside srun it is 1, whatever the job has
     tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or 1)
     if "SLURM_JOB_ID" not in environ or "SLURM_PROCID" not in environ or tasks == 1:
         return None
     nodes = int(environ.get("SLURM_STEP_NUM_NODES") or 1)
-    # jobs that share a node do not share a port
+    # one port for each job, since jobs may share a node
     port = 65_536 - 2**12 + int(environ["SLURM_JOB_ID"]) % 2**12
     return ProcessInfo(
         source="Slurm",
         coordinator=f"{first_node(environ.get('SLURM_STEP_NODELIST', ''))}:{port}",
         processes=tasks,
         process=int(environ["SLURM_PROCID"]),
-        # a process a device, or a process a node
+        # one process for each device, or one for each node
         devices=(int(environ.get("SLURM_LOCALID") or 0),) if tasks > nodes else None,
     )
 
 
 def _tpu(environ: Mapping[str, str]) -> ProcessInfo:
-    """Where Cloud TPU's variables say that this host stands: TPU_WORKER_HOSTNAMES (comma-separated,
-    in order) and TPU_WORKER_ID.
-
-    What they alone do not tell is left to jax, which asks the machine's metadata: several slices,
-    several processes a host, no variables."""
+    """Process info from Cloud TPU's variables TPU_WORKER_HOSTNAMES (comma-separated, in order) and
+    TPU_WORKER_ID. For several slices, several processes a host, or without variables, jax reads the
+    machine's metadata instead."""
     names = [
         name.strip().partition(":")[0]
         for name in environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
     ]
     number = environ.get("TPU_WORKER_ID", "").strip()
-    more = "TPU_PROCESS_ADDRESSES" in environ or any(
+    incomplete = "TPU_PROCESS_ADDRESSES" in environ or any(
         name.startswith("MEGASCALE_") for name in environ
     )
-    if more or not all(names) or not re.fullmatch(r"\d+", number) or int(number) >= len(names):
+    if (
+        incomplete
+        or not all(names)
+        or not re.fullmatch(r"\d+", number)
+        or int(number) >= len(names)
+    ):
         return ProcessInfo(source="TPU metadata", processes=0)
     return ProcessInfo(
         source="TPU variables",
@@ -145,81 +158,90 @@ def _tpu(environ: Mapping[str, str]) -> ProcessInfo:
 def detect_processes(
     coordinator: str, processes: str, process: str, *, environ: Mapping[str, str], tpu: bool
 ) -> ProcessInfo:
-    """Where this process stands, from flags ("" = not given), TPU, Slurm, environment, in this
-    order. Pure.
+    """Process info from flags ("" = not given), TPU, Slurm or environment, in this order. Pure.
 
     Raises:
-      UserError: something is missing, no number, or out of range.
+      UserError: a value is missing, not a number, or out of range.
 
     >>> detect_processes("10.0.0.1", "4", "2", environ={}, tpu=False)
-    Place(source='flags', coordinator='10.0.0.1:8476', processes=4, process=2, devices=None)
+    ProcessInfo(source='flags', coordinator='10.0.0.1:8476', processes=4, process=2, devices=None)
     >>> detect_processes("", "", "", environ={}, tpu=False).source
     'alone'
-    >>> detect_processes("", "", "", environ={"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2", "TPU_WORKER_ID": "1"}, tpu=True)
-    Place(source='TPU variables', coordinator='10.0.0.1:8482', processes=2, process=1, devices=None)
+    >>> tpu = {"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2", "TPU_WORKER_ID": "1"}
+    >>> detect_processes("", "", "", environ=tpu, tpu=True)
+    ProcessInfo(source='TPU variables', coordinator='10.0.0.1:8482', processes=2, process=1,
+    devices=None)
     """
     if coordinator or processes or process:
-        return _three(
+        return _from_values(
             "flags",
             ("--coordinator", "--processes", "--process-id"),
             (coordinator, processes, process),
         )
     if tpu:
         return _tpu(environ)
-    if place := _slurm(environ):
-        return place
+    if info := _slurm(environ):
+        return info
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     values = tuple(environ.get(name, "") for name in names)
     if any(values):
-        return _three("environment", names, values)  # type: ignore[arg-type]
+        return _from_values("environment", names, values)  # type: ignore[arg-type]
     return ProcessInfo(source="alone")
 
 
 def initialize(
-    place: ProcessInfo,
+    info: ProcessInfo,
     *,
     limit: float = barriers.LIMIT,
     beat: float = heartbeat.LIMIT,
     say: Callable[[str], None] = rendezvous.now,
 ) -> None:
-    """Join the other processes; says in one line how. Must come before the first use of a device.
-    Alone, it does nothing.
+    """Initialize jax.distributed and log one line about it. Must be called before a device is used;
+    with one process it does nothing.
 
-    Args: place: of `detect_processes`. limit: seconds that the last process may take to come. beat:
-      seconds without a sign of life after which a host is lost; 0: only jax.distributed looks,
-      after 100.
+    Args:
+      info: of `detect_processes`.
+      limit: seconds to wait for the last process.
+      beat: seconds without a heartbeat after which a host is lost; 0: only jax.distributed checks,
+        after 100.
+      say: logs a line.
 
     Raises:
-      HostMissing: they did not all come; says who did not.
-      UserError: a number was given twice, or counts differ.
+      HostMissing: names the processes that did not come.
+      UserError: two processes have the same index, or different counts.
     """
-    if place.processes == 1:
+    if info.processes == 1:
         return
-    if place.processes:
-        typed = place.source in ("flags", "environment")
+    if info.processes:
+        given = info.source in ("flags", "environment")
         rendezvous.wait_for_processes(
-            place.coordinator,
-            place.processes,
-            place.process,
+            info.coordinator,
+            info.processes,
+            info.process,
             limit=limit,
-            patient=not typed,
+            patient=not given,
             say=say,
         )
-    if place.processes and "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+    if info.processes and "cpu" in os.environ.get("JAX_PLATFORMS", ""):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         programs.share_cache_keys()
-    explicit = {} if not place.processes else {
-        "coordinator_address": place.coordinator, "num_processes": place.processes, "process_id": place.process,
-        "local_device_ids": place.devices, "cluster_detection_method": "deactivate",
-    }  # fmt: skip
+    explicit: dict[str, Any] = {}
+    if info.processes:
+        explicit = {
+            "coordinator_address": info.coordinator,
+            "num_processes": info.processes,
+            "process_id": info.process,
+            "local_device_ids": info.devices,
+            "cluster_detection_method": "deactivate",
+        }
     before = signal.getsignal(signal.SIGTERM)
     try:
         jax.distributed.initialize(
-            **explicit,  # type: ignore[arg-type]
+            **explicit,
             initialization_timeout=int(limit),
-            # our own comes first, which names the host
+            # m3i_jax's own heartbeat comes first and names the host
             heartbeat_timeout_seconds=int(beat) + 30 if beat else 100,
-            # how long one that ends waits for the others, which may hang in a collective without it
+            # a process that ends waits so long for the others, which may hang in a collective
             shutdown_timeout_seconds=60,
         )
     except RuntimeError as error:
@@ -228,35 +250,34 @@ def initialize(
             f"start: {socket.gethostname()} did not meet the others in {limit:.0f} seconds"
             f" ({reason})"
         ) from None
-    # jax's own notifier would swallow a SIGTERM that comes before the loop asks for it
+    # jax's preemption notifier would swallow a SIGTERM that comes before the training loop
     signal.signal(signal.SIGTERM, before)
     barriers.announce_host(socket.gethostname())
     heartbeat.start_heartbeat(beat, say)
     if barriers.host_names() > 1:
-        where = f"; coordinator {place.coordinator}" if place.coordinator else ""
+        coordinator = f"; coordinator {info.coordinator}" if info.coordinator else ""
         say(
-            f"host {barriers.host_name()} of {barriers.host_names()}, {socket.gethostname()}{where}"
-            f" (from {place.source})"
+            f"host {barriers.host_name()} of {barriers.host_names()}, {socket.gethostname()}"
+            f"{coordinator} (from {info.source})"
         )
 
 
 def broadcast_from_host0(tree: Any) -> Any:
-    """Host 0's arrays on every host; a collective. The others give arrays of the same shapes and
-    types, whose values do not matter.
+    """Host 0's arrays on every host; a collective. The other hosts pass arrays of the same shapes
+    and dtypes, whose values are ignored.
 
     >>> broadcast_from_host0({"x": 3})
     {'x': 3}
     """
     if barriers.host_names() == 1:
         return tree
-    # the collective itself has no limit: it starts when all are here
+    # the collective has no time limit, so it starts when all hosts are here
     barriers.barrier("from_first")
     return multihost_utils.broadcast_one_to_all(tree)
 
 
 def code_digest() -> str:
-    """The version of this package and a digest of its source, which differs after any edit on one
-    host.
+    """The version of this package and a digest of its source files.
 
     >>> code_digest().startswith(version.__version__)
     True
@@ -272,13 +293,16 @@ def code_digest() -> str:
 def assert_same_on_all_hosts(
     name: str, items: Mapping[str, str], *, limit: float = barriers.LIMIT
 ) -> None:
-    """All hosts must say the same of every item; host 0 is the measure.
+    """Check that all hosts have the items of host 0.
 
-    Args: name: of the meeting. items: key -> text, such as every line of the configuration, the
-      version of the code, the shape of the mesh. limit: seconds to wait for the last host.
+    Args:
+      name: of the barrier.
+      items: {key: text}, such as every line of the configuration, the version of the code, the
+        shape of the mesh.
+      limit: seconds to wait for the last host.
 
     Raises:
-      UserError: on every host, with the hosts that differ, in what, and both texts.
+      UserError: on every host; names the hosts that differ, the keys and both texts.
       HostMissing: not all hosts came.
 
     >>> assert_same_on_all_hosts("docs", {"code": code_digest()})
@@ -288,24 +312,23 @@ def assert_same_on_all_hosts(
     digest = hashlib.sha256(json.dumps(sorted(items.items())).encode()).hexdigest()
     if len(set(barriers.exchange_values(f"{name}, digests", digest, limit=limit))) == 1:
         return
-    # Only now is it worth sending whole texts: host 0's to all, and of the others what is different
-    # there.
-    measure = json.loads(
+    # they differ: send all items of host 0, and the differences of the others
+    reference = json.loads(
         barriers.exchange_values(
             f"{name}, host 0",
             json.dumps(dict(items)) if barriers.host_name() == 0 else "",
             limit=limit,
         )[0]
     )
-    mine = [
-        f"{key} is {items.get(key, 'absent')} there, {measure.get(key, 'absent')} on host 0"
-        for key in {**measure, **items}
-        if items.get(key) != measure.get(key)
+    own = [
+        f"{key} is {items.get(key, 'absent')}, {reference.get(key, 'absent')} on host 0"
+        for key in {**reference, **items}
+        if items.get(key) != reference.get(key)
     ]
-    short = "; ".join(mine[:3]) + (f"; and {len(mine) - 3} more" if len(mine) > 3 else "")
-    told = barriers.exchange_values(f"{name}, differences", short, limit=limit)
+    summary = "; ".join(own[:3]) + (f"; and {len(own) - 3} more" if len(own) > 3 else "")
+    texts = barriers.exchange_values(f"{name}, differences", summary, limit=limit)
     different = [
-        f"{barriers.host_label(number)}: {text}" for number, text in enumerate(told) if text
+        f"{barriers.host_label(number)}: {text}" for number, text in enumerate(texts) if text
     ]
     more = f", and {len(different) - 3} more hosts" if len(different) > 3 else ""
     raise UserError(
@@ -315,22 +338,24 @@ def assert_same_on_all_hosts(
 
 
 def start_distributed(
-    place: ProcessInfo,
+    info: ProcessInfo,
     settings: str,
     mesh: tuple[int, ...],
     *,
     beat: float = heartbeat.LIMIT,
     say: Callable[[str], None] = rendezvous.now,
 ) -> None:
-    """Join the other hosts and make sure that they have the same configuration, code and devices.
+    """Initialize jax.distributed and check that all hosts have the same configuration, code and
+    devices.
 
     Args:
-      place: of `detect_processes`.
-      settings: `key = value` a line, of `config.config_to_text`.
-      mesh: the shape that the configuration asks for.
-      beat: seconds without a sign of life after which a host is lost.
+      info: of `detect_processes`.
+      settings: `key = value` lines, of `config.config_to_text`.
+      mesh: shape of the configured mesh.
+      beat: seconds without a heartbeat after which a host is lost.
+      say: logs a line.
     """
-    initialize(place, beat=beat, say=say)
+    initialize(info, beat=beat, say=say)
     if barriers.host_names() == 1:
         return
     lines = dict(line.split(" = ", 1) for line in settings.splitlines() if " = " in line)

@@ -1,8 +1,8 @@
-"""Signs of life between the hosts of a run. jax.distributed notices a dead host after a minute or
-more, and then ends the others with a stack of C++ that names nobody; here every host has a line to
-the first one, both ends send a sign now and then, and whoever is silent for too long, or whose line
-breaks without a farewell, is named by all others, which end at once: what launched them starts all
-again."""
+"""Heartbeats between the hosts of a run. jax.distributed notices a dead host after a minute or
+more, and ends the others with a C++ stack trace that names no host. Here every host has a
+connection to host 0, and both ends send heartbeats. A host that is silent for too long, or whose
+connection breaks without a goodbye, is lost: all others log its name and exit at once, and the
+launcher restarts all."""
 
 import atexit
 import contextlib
@@ -19,182 +19,182 @@ from m3i_jax.errors import UserError
 from m3i_jax.parallel import barriers
 
 LIMIT = 60.0  # seconds
-TOGETHER = 3.0  # seconds within which all hosts fail, if what failed is the same for all
+TOGETHER = 3.0  # seconds within which all hosts fail from a common cause
 _KEY = "m3i/heartbeat"
 _BEAT, _BYE, _LOST = b".\n", b"bye\n", b"lost "
-_beats: list["Heartbeat"] = []  # of this process: one, or none
+_running: list["Heartbeat"] = []  # of this process: one, or none
 
 
 class Heartbeat:
-    """The lines of this host: to all others on the first, to the first on the others.
+    """The connections of this host: host 0 has one to each other host, the others one to host 0.
 
     Args:
       limit: seconds of silence after which a host is lost.
-      ended: called with the line that says so; ends the process.
+      on_lost: called with a message about the lost host; ends the process.
     """
 
-    def __init__(self, limit: float, ended: Callable[[str], None]):
-        self.limit, self._ended = limit, ended
-        # host -> its name; the store that has it may be lost, or not answer, when it is wanted
+    def __init__(self, limit: float, on_lost: Callable[[str], None]):
+        self.limit, self._on_lost = limit, on_lost
+        # host -> name; kept here, since the store may be gone when a host is lost
         self._names: dict[int, str] = {}
-        self._lines: dict[int, socket.socket] = {}  # host -> line
-        self._heard: dict[int, float] = {}  # host -> when
-        self._text: dict[int, bytes] = {}  # host -> what is not a whole line yet
-        self._choose, self._closed = selectors.DefaultSelector(), threading.Event()
-        self._door: socket.socket | None = None
-        self.status = 0  # that the process will end with, as far as is known
+        self._connections: dict[int, socket.socket] = {}  # by host
+        self._last_heard: dict[int, float] = {}  # host -> time
+        self._buffers: dict[int, bytes] = {}  # host -> bytes of an unfinished line
+        self._selector, self._closed = selectors.DefaultSelector(), threading.Event()
+        self._server: socket.socket | None = None
+        self.status = 0  # exit status of the process, as far as is known
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def open(self) -> "Heartbeat":
-        """Connect. Of several hosts, all call this. Raises OSError if the first host cannot be
-        reached on another port."""
+        """Connect; all hosts call this. Raises OSError if host 0 cannot be reached on its port."""
         if barriers.host_name() == 0:
-            self._door = socket.create_server(("", 0), backlog=barriers.host_names())
-            self._choose.register(self._door, selectors.EVENT_READ, None)
-            barriers.publish(_KEY, str(self._door.getsockname()[1]))
+            self._server = socket.create_server(("", 0), backlog=barriers.host_names())
+            self._selector.register(self._server, selectors.EVENT_READ, None)
+            barriers.publish(_KEY, str(self._server.getsockname()[1]))
             now = time.monotonic()
-            self._heard = {number: now for number in range(1, barriers.host_names())}
+            self._last_heard = {number: now for number in range(1, barriers.host_names())}
         else:
             address = barriers.coordinator().rsplit(":", 1)[0].strip("[]")
-            line = socket.create_connection(
+            connection = socket.create_connection(
                 (address, int(barriers.read_published(_KEY))), timeout=min(self.limit, 20.0)
             )
-            line.sendall(
+            connection.sendall(
                 f"{barriers.host_name()} {barriers.host_label(barriers.host_name())}\n".encode()
             )
             self._names[0] = barriers.host_label(0)
-            self._adopt(0, line)
+            self._add(0, connection)
         self._thread.start()
         return self
 
-    def _adopt(self, number: int, line: socket.socket) -> None:
-        line.setblocking(False)
-        self._lines[number], self._heard[number], self._text[number] = line, time.monotonic(), b""
-        self._choose.register(line, selectors.EVENT_READ, number)
+    def _add(self, number: int, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self._connections[number], self._buffers[number] = connection, b""
+        self._last_heard[number] = time.monotonic()
+        self._selector.register(connection, selectors.EVENT_READ, number)
 
     def refuse(self, status: int) -> None:
-        """A mistake of a person ends this process with a status: that is no other host's doing, so
-        nobody is missed any more."""
+        """A user's mistake ends this process with a status: from here on no other host counts as
+        lost."""
         self.status = status
         self._closed.set()
 
     def close(self) -> bool:
-        """Take leave, so that the others do not miss this host; with a status they shall. Then it
-        first waits a moment, since what failed here may be that another one is lost, which is worth
-        saying instead.
+        """Send a goodbye, so that this host does not count as lost; with a status it shall. Then it
+        first waits a moment: what failed here may be the loss of another host, which is the better
+        message.
 
-        Returns: whether others were left in the middle of the run, that is not all have failed as
-        this host did, or are done."""
+        Returns: whether other hosts are still in the middle of the run: not all of them failed as
+        well, or are done."""
         if self.status:
             self._thread.join(timeout=1.0)
-        self._closed.set()  # from here on nobody is missed
-        left = False
-        if self.status and self._heard:
+        self._closed.set()  # from here on no host counts as lost
+        abandoned = False
+        if self.status and self._last_heard:
             try:
                 barriers.barrier("failed", limit=TOGETHER)
             except barriers.HostMissing:
-                left = True
-        if not left:
-            self._tell(_BYE)
+                abandoned = True
+        if not abandoned:
+            self._send(_BYE)
         self._thread.join(timeout=2.0)
-        for line in (*self._lines.values(), *([self._door] if self._door else [])):
+        for one in (*self._connections.values(), *([self._server] if self._server else [])):
             with contextlib.suppress(OSError):
-                line.close()
-        return left
+                one.close()
+        return abandoned
 
-    def _tell(self, text: bytes) -> None:
-        for line in list(self._lines.values()):
-            # a line that broke, or is full because nobody reads: found out by its silence
+    def _send(self, text: bytes) -> None:
+        for connection in list(self._connections.values()):
+            # one that is broken, or full because the host hangs, is detected by its silence
             with contextlib.suppress(OSError):
-                line.send(text)
+                connection.send(text)
 
     def _watch(self) -> None:
-        beat, period = 0.0, min(max(self.limit / 5, 0.1), 5.0)
+        next_beat, period = 0.0, min(max(self.limit / 5, 0.1), 5.0)
         while not self._closed.is_set():
-            for key, _ in self._choose.select(timeout=min(period, 0.5)):
+            for key, _ in self._selector.select(timeout=min(period, 0.5)):
                 if key.data is None:
-                    self._enter()
+                    self._accept()
                 else:
                     self._read(key.data)
             now = time.monotonic()
-            if now >= beat:
-                beat = now + period
-                self._tell(_BEAT)
-            for number, heard in list(self._heard.items()):
-                if now - heard > self.limit:
+            if now >= next_beat:
+                next_beat = now + period
+                self._send(_BEAT)
+            for number, last in list(self._last_heard.items()):
+                if now - last > self.limit:
                     self._lost(number, f"silent for {self.limit:.0f} seconds")
 
-    def _enter(self) -> None:
-        """Another host comes: it says its number and its name."""
-        assert self._door
+    def _accept(self) -> None:
+        """Accept another host, which sends its number and its name."""
+        assert self._server
         with contextlib.suppress(OSError, ValueError):
-            line, _ = self._door.accept()
-            line.settimeout(2.0)
-            hello, _, more = line.recv(512).partition(b"\n")
+            connection, _ = self._server.accept()
+            connection.settimeout(2.0)
+            hello, _, rest = connection.recv(512).partition(b"\n")
             first, _, name = hello.decode(errors="replace").partition(" ")
             number = int(first)
-            if number in self._heard and number not in self._lines:
-                # whoever finds the door may have said it
+            if number in self._last_heard and number not in self._connections:
+                # any program may have connected and sent this name
                 self._names[number] = "".join(c for c in name if c.isprintable())
-                self._adopt(number, line)
-                self._text[number] = more
+                self._add(number, connection)
+                self._buffers[number] = rest
 
     def _read(self, number: int) -> None:
         try:
-            got = self._lines[number].recv(4096)
+            received = self._connections[number].recv(4096)
         except BlockingIOError:
             return
         except OSError:
-            got = b""
-        self._heard[number] = time.monotonic()
-        *whole, self._text[number] = (self._text[number] + got).split(b"\n")
-        for word in whole:
-            if word + b"\n" == _BYE:
-                got = b""
-                del self._heard[number]
-            elif word.startswith(_LOST):
-                self._ended(word[len(_LOST) :].decode(errors="replace"))
-        if not got:
-            self._choose.unregister(self._lines[number])
-            self._lines.pop(number).close()
-            if number in self._heard:
+            received = b""
+        self._last_heard[number] = time.monotonic()
+        *lines, self._buffers[number] = (self._buffers[number] + received).split(b"\n")
+        for line in lines:
+            if line + b"\n" == _BYE:
+                received = b""
+                del self._last_heard[number]
+            elif line.startswith(_LOST):
+                self._on_lost(line[len(_LOST) :].decode(errors="replace"))
+        if not received:
+            self._selector.unregister(self._connections[number])
+            self._connections.pop(number).close()
+            if number in self._last_heard:
                 self._lost(number, "its process ended")
 
     def _lost(self, number: int, why: str) -> None:
-        self._heard.pop(number, None)
+        self._last_heard.pop(number, None)
         if self._closed.is_set():
             return
-        who = self._names.get(number) or f"host {number}"
+        host = self._names.get(number) or f"host {number}"
         text = (
-            f"lost {who}: {why}; look into its output, and start all hosts again to go on from the"
-            " last checkpoint"
+            f"lost {host}: {why}; look into its output, and start all hosts again to resume from"
+            " the last checkpoint"
         )
         if barriers.host_name() == 0 and barriers.host_names() > 2:
-            self._tell(_LOST + text.encode() + b"\n")
-            # with this process the coordinator goes, and with it those that have not read that yet
+            self._send(_LOST + text.encode() + b"\n")
+            # the coordinator ends with this process, and with it hosts that have not read the
+            # message
             time.sleep(1.0)
-        self._ended(text)
+        self._on_lost(text)
 
 
 def end_heartbeat(text: str) -> None:
-    """Says why and ends the process now: what waits for a host that is gone cannot be unwound."""
+    """Print a message and end the process now: a wait for a lost host cannot be unwound."""
     with contextlib.suppress(OSError):
         os.write(2, f"m3i_jax: {text}\n".encode())
     os._exit(1)
 
 
 def start_heartbeat(limit: float, say: Callable[[str], None] = print) -> None:
-    """Begin to listen for the other hosts, until the process ends. Nothing to do alone, or with a
-    limit of 0."""
+    """Start the heartbeats of this process. Does nothing with one host or a limit of 0."""
     if barriers.host_names() == 1 or not limit:
         return
-    beat = Heartbeat(limit, end_heartbeat)
+    heartbeat = Heartbeat(limit, end_heartbeat)
     try:
-        beat.open()
+        heartbeat.open()
     except (OSError, ValueError) as error:
         say(
-            f"warning: no heartbeats from {barriers.host_label(0)} ({error}); a lost host is only"
-            " noticed by jax.distributed, without its name"
+            f"warning: no heartbeats from {barriers.host_label(0)} ({error}); only jax.distributed"
+            " detects a lost host, without its name"
         )
         return
     before = sys.excepthook
@@ -202,40 +202,38 @@ def start_heartbeat(limit: float, say: Callable[[str], None] = print) -> None:
     def hook(
         kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
     ) -> None:
-        beat.status = 1
+        heartbeat.status = 1
         before(kind, error, trace)
 
     sys.excepthook = hook
-    _beats.append(beat)
-    # Registered after jax's own, so called before it: that one waits for hosts that may be lost.
-    atexit.register(_leave, beat)
+    _running.append(heartbeat)
+    # registered after jax's exit function, so called before it, which waits for lost hosts
+    atexit.register(_close_at_exit, heartbeat)
 
 
-def _leave(beat: Heartbeat) -> None:
-    # what waits for this host has ended, and jax would wait for that before it aborts this process
-    # too
-    if beat.close():
+def _close_at_exit(heartbeat: Heartbeat) -> None:
+    # the other hosts exit, and jax would wait for them before it aborts this process too
+    if heartbeat.close():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         if barriers.host_name() == 0:
-            # with this process the coordinator goes, and with it those that have not seen that yet
+            # the coordinator ends with this process, and with it hosts that have not noticed yet
             time.sleep(1.0)
-        os._exit(beat.status)
+        os._exit(heartbeat.status)
 
 
 @contextlib.contextmanager
 def refuse_on_error() -> Iterator[None]:
-    """A mistake that is told on one line within the block ends the other hosts too, should this one
-    alone have met it: such as a file that vanished, which only the host whose turn it was has seen.
-    They would wait for it.
+    """End the other hosts too if the block raises a UserError that only this host has, such as a
+    file that vanished while host 0 read it. They would wait for this host.
 
-    >>> with refuse_on_error(): print("alone, nothing is to be done")
-    alone, nothing is to be done
+    >>> with refuse_on_error(): print("one host")
+    one host
     """
     try:
         yield
     except UserError as error:
-        for beat in _beats:
-            beat.refuse(error.status)
+        for heartbeat in _running:
+            heartbeat.refuse(error.status)
         raise

@@ -1,25 +1,24 @@
-"""Programs that span hosts: all hosts compile one, meet, and only then does any of them run it.
+"""Programs that span hosts: all hosts compile a program and wait for each other before any runs it.
 
-A collective waits for the other hosts. What happens when one of them still compiles depends on the
+A collective waits for the other hosts. What happens while one of them still compiles depends on the
 platform:
 
     CPU  Gloo connects the hosts in the first collective of a group and gives up after 30 seconds,
-         with a page of traceback. No flag of XLA changes that, nor the 30 seconds of every
+         with a long traceback. No flag of XLA changes that, nor the 30 seconds of every
          reduce-scatter (measured with jaxlib 0.10.2; github.com/jax-ml/jax/issues/40831). An
          all-reduce waited longer.
-    GPU  NCCL waits for ever and logs nothing, while the heartbeats of the other host go on; XLA's
-         limit, `xla_gpu_nccl_termination_timeout_seconds`, is off and did not help where it was set
-         (github.com/jax-ml/jax/issues/38503; not tried here).
-    TPU  Not tried here. MaxText's guide to Megascale hangs advises what is done below: a barrier in
-         the store of jax.distributed, no collective.
+    GPU  NCCL waits for ever and logs nothing, while the heartbeats of the other host continue;
+         XLA's limit, `xla_gpu_nccl_termination_timeout_seconds`, is off by default and did not help
+         where it was set (github.com/jax-ml/jax/issues/38503; not tried here).
+    TPU  Not tried here. MaxText's guide to Megascale hangs advises a barrier in the store of
+         jax.distributed instead of a collective, as below.
 
-So the hosts wait for each other here, through the store of jax.distributed, with a limit and by
-name; a host that dies meanwhile is missed by its heartbeat (`parallel/heartbeat.py`).
+So the hosts wait at a barrier with a time limit and an error that names the missing host; the
+heartbeat (`parallel/heartbeat.py`) detects a host that dies meanwhile.
 
-Hosts that share a directory of compiled programs must also find the same ones in it, or one loads
-in a second what another compiles for minutes. On GPUs JAX makes the key of a program the same on
-all hosts. On CPUs the key has the numbers of a host's own devices in it, and `share_cache_keys`
-takes them out."""
+Hosts that share a compilation cache must also use the same keys, or one host loads in a second what
+another compiles for minutes. On GPUs JAX makes the key of a program the same on all hosts. On CPUs
+the key contains the ids of the host's own devices, and `share_cache_keys` removes them."""
 
 import functools
 import hashlib
@@ -33,15 +32,14 @@ from jax._src import cache_key as _cache_key  # the key of a compiled program ha
 
 from m3i_jax.parallel import barriers
 
-LIMIT = 7200.0  # seconds that compilations may be apart; the watchdog gives a first step the same
+LIMIT = 7200.0  # seconds between the ends of compilations; as the watchdog's for a first step
 
 
 class Program:
-    """A jitted function whose arguments may lie on several hosts. All hosts call it, in the same
-    order.
+    """A jitted function of arrays that may span hosts. All hosts call it, in the same order.
 
-    Alone it is `jax.jit(function, **options)`. Of several hosts, each compiles the program of new
-    shapes first, and waits until all have.
+    With one host it is `jax.jit(function, **options)`. Several hosts compile the program for new
+    shapes first, and wait until all have.
 
     Args:
       function: to be jitted.
@@ -50,7 +48,7 @@ class Program:
       options: as of `jax.jit`.
 
     Raises:
-      HostMissing: when called; names the hosts that have not compiled the program in time.
+      HostMissing: when called; names the hosts that did not compile the program in time.
 
     >>> double = Program(lambda x: 2 * x, name="double")
     >>> double(3).item()
@@ -72,19 +70,20 @@ class Program:
         return self._jitted(*arguments)
 
     def lower(self, *arguments: Any) -> Any:
-        """As of the jitted function."""
+        """`lower` of the jitted function."""
         return self._jitted.lower(*arguments)
 
 
 def _signature(arguments: Any) -> Any:
-    """What a program is compiled for: structure, and of every array shape, dtype and layout."""
+    """What a program is compiled for: the tree structure, and every array's shape, dtype and
+    sharding."""
     leaves, structure = jax.tree.flatten(arguments)
     return structure, tuple((jax.typeof(leaf), getattr(leaf, "sharding", None)) for leaf in leaves)
 
 
 def machine_key() -> str:
-    """Kind of processor: one of another kind cannot run the programs of this one, and hosts of both
-    may share a directory of them.
+    """Digest of the processor's instruction set: another kind of processor cannot run the programs
+    of this one, and hosts of both may share a compilation cache.
 
     >>> machine_key() == machine_key()
     True
@@ -101,10 +100,10 @@ def machine_key() -> str:
 
 
 def share_cache_keys() -> None:
-    """Makes the keys of compiled programs on CPUs the same on all hosts of one kind of processor.
+    """Make the cache keys of programs on CPUs equal on all hosts with the same kind of processor.
 
-    Does nothing where JAX has other functions than those that are known here: then every host but
-    the first, which alone writes programs, compiles at every start."""
+    Does nothing if JAX no longer has the patched functions: then every host but the first, which
+    alone writes to the cache, compiles at every start."""
     devices, options = "_hash_accelerator_config", "_hash_serialized_compile_options"
     plain = getattr(_cache_key, options, None)
     if (
@@ -113,10 +112,9 @@ def share_cache_keys() -> None:
         or getattr(_cache_key, devices) is _hash_devices
     ):
         return
-    # was: a fingerprint with the numbers of this host's devices
+    # replaces a digest with the ids of this host's devices
     setattr(_cache_key, devices, _hash_devices)
-    # As JAX does on GPUs: a program is loaded for the devices that are asked for, whatever their
-    # numbers.
+    # as JAX does on GPUs: a program is loaded for the given devices, whatever their ids
     setattr(_cache_key, options, functools.partial(_hash_options, plain))
 
 

@@ -1,8 +1,8 @@
-"""The table of --mode=compare: one row an objective, mean and spread over seeds, as text, Markdown,
-JSON and an image of bars.
+"""The table of --mode=compare: one row for each objective, with mean and standard deviation over
+seeds, as text, Markdown, JSON and a bar chart.
 
-Losses are in the table, but only the evaluations compare: what one objective calls 0.5 another
-would call nothing."""
+Losses are in the table, but only evaluations are comparable: each objective has its own scale of
+loss."""
 
 import dataclasses
 import math
@@ -18,8 +18,8 @@ from m3i_jax.reporting.image_grid import INK, MARGIN, MUTED, OWN, PARTNER
 
 @dataclasses.dataclass(frozen=True)
 class CompareColumn:
-    """A figure of the table: its name in the log, its title, how it is written, and whether the
-    largest is the best."""
+    """A column: the metric's name in the log, its title, its format, and whether the largest value
+    is the best."""
 
     key: str
     title: str
@@ -49,7 +49,7 @@ OTHER_BARS = (
 
 @dataclasses.dataclass(frozen=True)
 class MetricStats:
-    """Mean and sample standard deviation over seeds; no deviation of a single seed."""
+    """Mean and sample standard deviation over seeds; None for a single seed."""
 
     mean: float
     spread: float | None
@@ -58,8 +58,7 @@ class MetricStats:
 
 @dataclasses.dataclass(frozen=True)
 class CompareRow:
-    """An objective, the seeds that are done and their figures by column; no figure where a run has
-    none."""
+    """An objective, its finished seeds, and its statistics by metric."""
 
     form: str
     seeds: tuple[int, ...]
@@ -67,45 +66,47 @@ class CompareRow:
 
 
 def compare_rows(results: Sequence[Mapping[str, Any]]) -> list[CompareRow]:
-    """Rows of the results of runs, in the order in which their objectives come.
+    """Rows from the results of runs, in the order of their objectives.
 
     Args:
       results: {"form": str, "seed": int, "values": {name: number}} of every finished run.
 
     >>> runs = [{"form": "a", "seed": s, "values": {"loss": v}} for s, v in enumerate((1.0, 3.0))]
     >>> compare_rows(runs)[0].figures["loss"]
-    Figure(mean=2.0, spread=1.4142..., each=(1.0, 3.0))
+    MetricStats(mean=2.0, spread=1.4142..., each=(1.0, 3.0))
     """
     rows = []
     for form in dict.fromkeys(r["form"] for r in results):
-        mine = [r for r in results if r["form"] == form]
+        runs = [r for r in results if r["form"] == form]
         figures = {}
-        for key in dict.fromkeys(key for r in mine for key in r["values"]):
-            each = tuple(float(r["values"][key]) for r in mine if key in r["values"])
+        for key in dict.fromkeys(key for r in runs for key in r["values"]):
+            each = tuple(float(r["values"][key]) for r in runs if key in r["values"])
             finite = all(map(math.isfinite, each))
             spread = statistics.stdev(each) if len(each) > 1 and finite else None
             figures[key] = MetricStats(
                 math.fsum(each) / len(each) if finite else math.nan, spread, each
             )
-        rows.append(CompareRow(form, tuple(r["seed"] for r in mine), figures))
+        rows.append(CompareRow(form, tuple(r["seed"] for r in runs), figures))
     return rows
 
 
 def used_columns(rows: Sequence[CompareRow]) -> list[CompareColumn]:
-    """Those of the table that any row has."""
+    """The columns that any row has."""
     return [c for c in COLUMNS if any(c.key in row.figures for row in rows)]
 
 
 def table_cell(column: CompareColumn, figure: MetricStats | None) -> str:
-    """A figure as text, with its spread if it has one.
+    """Mean and spread as text.
 
-    >>> table_cell(COLUMNS[0], MetricStats(0.5, 0.012, (0.49, 0.51))), table_cell(COLUMNS[4], MetricStats(2.0, None, (2.0,))), table_cell(COLUMNS[0], None)
-    ('50.0 ± 1.2', '2.0000', '-')
+    >>> table_cell(COLUMNS[0], MetricStats(0.5, 0.012, (0.49, 0.51)))
+    '50.0 ± 1.2'
+    >>> table_cell(COLUMNS[4], MetricStats(2.0, None, (2.0,))), table_cell(COLUMNS[0], None)
+    ('2.0000', '-')
     """
     if figure is None:
         return "-"
     text = format(figure.mean * column.scale, column.form)
-    # FLOPs have no spread worth a word
+    # no spread for a constant, such as FLOPs
     constant = figure.spread is None or (not figure.spread and not column.best)
     return (
         text
@@ -127,7 +128,7 @@ def compare_text(rows: Sequence[CompareRow], notes: Sequence[str]) -> str:
 def compare_markdown(rows: Sequence[CompareRow], notes: Sequence[str]) -> str:
     """The table as Markdown, the best of each evaluation bold, notes below."""
     shown = used_columns(rows)
-    found = {
+    finite_means = {
         c.key: [
             r.figures[c.key].mean
             for r in rows
@@ -137,7 +138,7 @@ def compare_markdown(rows: Sequence[CompareRow], notes: Sequence[str]) -> str:
     }
 
     def one(row: CompareRow, column: CompareColumn) -> str:
-        figure, means = row.figures.get(column.key), found[column.key]
+        figure, means = row.figures.get(column.key), finite_means[column.key]
         plain = table_cell(column, figure)
         return (
             f"**{plain}**"
@@ -156,8 +157,7 @@ def compare_markdown(rows: Sequence[CompareRow], notes: Sequence[str]) -> str:
 def compare_json(
     rows: Sequence[CompareRow], notes: Sequence[str], settings: Mapping[str, Any]
 ) -> str:
-    """Everything as JSON, every metric of the last lines among it; numbers that are not finite are
-    null."""
+    """All metrics of the last lines as JSON; numbers that are not finite are null."""
 
     def number(x: float | None) -> float | None:
         return x if x is not None and math.isfinite(x) else None
@@ -191,20 +191,22 @@ def write_bar_chart(
     title: str,
     chance: float | None = None,
 ) -> bool:
-    """Write a PNG of bars, kNN and linear accuracy of every objective, or recall where there is
-    neither; the spread as a line across the end. False, and no file, if there is nothing to draw.
+    """Write a bar chart as PNG: kNN and linear accuracy of every objective, or recall if neither
+    was measured, with the spread as a line at the end. Returns False, without a file, if there is
+    no value to draw.
 
     Args:
       path: the file; its directory must exist.
       rows: at least one.
-      title: what was compared.
+      title: of the chart.
       chance: accuracy of guessing, drawn as a dashed line.
 
     Raises:
-      UserError: if the file cannot be written.
+      UserError: the file cannot be written.
 
     >>> import tempfile
-    >>> write_bar_chart(tempfile.mkdtemp() + "/a.png", [CompareRow("a", (0,), {"eval/knn/top1": MetricStats(0.5, None, (0.5,))})], title="a")
+    >>> row = CompareRow("a", (0,), {"eval/knn/top1": MetricStats(0.5, None, (0.5,))})
+    >>> write_bar_chart(tempfile.mkdtemp() + "/a.png", [row], title="a")
     True
     """
     by_label = [b for b in BARS if any(b[0] in row.figures for row in rows)]
@@ -230,7 +232,7 @@ def write_bar_chart(
 
     page.words(MARGIN, MARGIN + 12, title, size=15, width=page.image.width - 2 * MARGIN)
     x: float = MARGIN
-    what = "top-1 accuracy on held-out pictures" if by_label else "recall on held-out pairs"
+    what = "top-1 accuracy on held-out images" if by_label else "recall on held-out pairs"
     for _, name, colour in bars:
         page.chip(round(x), MARGIN + 38, colour, size=10)
         x += 16 + page.words(x + 16, MARGIN + 37, name, ink=INK) + 20
@@ -255,8 +257,8 @@ def write_bar_chart(
             width=LABELS - 12,
             anchor="rs",
         )
-        for place, (key, _, colour) in enumerate(bars):
-            _bar(page, left, y + place * BAR, across, row.figures.get(key), colour)
+        for index, (key, _, colour) in enumerate(bars):
+            _bar(page, left, y + index * BAR, across, row.figures.get(key), colour)
     page.save(path)
     return True
 
@@ -287,7 +289,7 @@ def _bar(
             page.draw.line((at, middle - 3, at, middle + 3), fill=INK)
         end = max(end, high)
     words = table_cell(CompareColumn("", "", ".1f", scale=100), figure)
-    # On paper of their own: the lines of the axis do not cross words.
+    # a blank background, so that no line of the axis crosses the text
     page.draw.rectangle(
         (end + 4, y + 2, end + 8 + image_grid.font(11).getlength(words), y + BAR - 2),
         fill=image_grid.PAPER,

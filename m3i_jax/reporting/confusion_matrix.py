@@ -1,5 +1,4 @@
-"""Which classes are taken for which: a matrix as an image, and the pairs that are confused most
-often."""
+"""Confusion of classes: the matrix as an image, and the most frequent errors."""
 
 import dataclasses
 
@@ -8,13 +7,14 @@ from PIL import Image
 
 from m3i_jax.reporting import image_grid
 
-MOST, PAIRS = 24, 10  # classes of the matrix; pairs that are named
-CELL, WORDS = 22, 116  # pixels of a cell; of the names beside it
+MOST, PAIRS = 24, 10  # classes in the matrix; listed pairs
+CELL, WORDS = 22, 116  # pixels of a cell; of the class names
 
 
 @dataclasses.dataclass(frozen=True)
 class ConfusionCounts:
-    """How often [K] a class was taken for a class, where that is not 0: true [K], guessed [K]."""
+    """The K cells of a confusion matrix that are not 0: true class, predicted class, count, each
+    [K]."""
 
     true: np.ndarray
     guessed: np.ndarray
@@ -22,19 +22,19 @@ class ConfusionCounts:
 
 
 def count_confusions(label_Q: np.ndarray, guess_Q: np.ndarray) -> ConfusionCounts:
-    """Counts of labels and guesses; no matrix of all classes, of which there may be tens of
-    thousands.
+    """Counts of pairs of label and prediction; sparse, since there may be tens of thousands of
+    classes.
 
     >>> count_confusions(np.array([0, 0, 1]), np.array([1, 1, 1]))
-    Counts(true=array([0, 1]), guessed=array([1, 1]), count=array([2, 1]))
+    ConfusionCounts(true=array([0, 1]), guessed=array([1, 1]), count=array([2, 1]))
     """
     pairs, count = np.unique(np.stack([label_Q, guess_Q]), axis=1, return_counts=True)
     return ConfusionCounts(pairs[0], pairs[1], count)
 
 
 def shown_classes(counts: ConfusionCounts, most: int = MOST) -> list[int]:
-    """The classes to show, in the order of their numbers: all that occur, or of more than `most`
-    those with the most errors to and from.
+    """The classes to show, in the order of their indices: all that occur, or the `most` with the
+    most errors, as label or prediction.
 
     >>> shown_classes(count_confusions(np.array([0, 0, 1, 2]), np.array([0, 2, 1, 2])), most=2)
     [0, 2]
@@ -48,24 +48,25 @@ def shown_classes(counts: ConfusionCounts, most: int = MOST) -> list[int]:
 
 
 def row_shares(counts: ConfusionCounts, classes: list[int]) -> np.ndarray:
-    """[c, c + 1]: of the images of a class (row), the share taken for each of the classes, and for
-    any other.
+    """[c, c + 1]: the share of a class's images (row) predicted as each of the classes, and as any
+    other.
 
-    >>> row_shares(count_confusions(np.array([0, 0, 1, 2]), np.array([0, 2, 1, 2])), [0, 1]).tolist()
+    >>> counts = count_confusions(np.array([0, 0, 1, 2]), np.array([0, 2, 1, 2]))
+    >>> row_shares(counts, [0, 1]).tolist()
     [[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]
     """
-    place = {one: row for row, one in enumerate(classes)}
-    made = np.zeros((len(classes), len(classes) + 1))
+    row_of = {one: row for row, one in enumerate(classes)}
+    counts_CxG = np.zeros((len(classes), len(classes) + 1))
     for true, guessed, count in zip(
         counts.true.tolist(), counts.guessed.tolist(), counts.count.tolist(), strict=True
     ):
-        if true in place:
-            made[place[true], place.get(guessed, len(classes))] += count
-    return made / np.maximum(made.sum(1, keepdims=True), 1)
+        if true in row_of:
+            counts_CxG[row_of[true], row_of.get(guessed, len(classes))] += count
+    return counts_CxG / np.maximum(counts_CxG.sum(1, keepdims=True), 1)
 
 
 def confused_pairs(counts: ConfusionCounts, most: int = PAIRS) -> list[tuple[int, int, float]]:
-    """(class, what it is taken for, share of its images) of the most frequent errors.
+    """(class, predicted class, share of its images) of the most frequent errors.
 
     >>> confused_pairs(count_confusions(np.array([0, 0, 1]), np.array([1, 0, 1])))
     [(0, 1, 0.5)]
@@ -85,8 +86,8 @@ def confused_pairs(counts: ConfusionCounts, most: int = PAIRS) -> list[tuple[int
 
 
 def confusion_image(share_CxG: np.ndarray, names: list[str], others: bool) -> Image.Image:
-    """The matrix: a row a class, a column a guess in the same order and, if there are other
-    classes, one for all of them."""
+    """The matrix as an image: one row for each class, one column for each prediction in the same
+    order and, with `others`, one for all other classes."""
     columns = [*names, "any other"] if others else names
     side = max(CELL, 200 // max(len(names), 1))
     room = min(

@@ -1,4 +1,4 @@
-"""The report of a source as one HTML file, see `html_page`."""
+"""The data report as one HTML file, see `html_page`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,21 +14,21 @@ LONGEST = 160  # characters of a caption on the page
 def data_page_html(
     report: DataReport, *, pictures: Sequence[Thumbnail], twins: Sequence[Sequence[Thumbnail]]
 ) -> str:
-    """The page.
+    """The HTML page.
 
     Args:
-      report: as `data.json` holds it.
-      images: examples, each with "jpeg" (bytes), "key", "size", "label" and "caption".
-      twins: for some duplicates, two or more of such examples.
+      report: content of `data.json`.
+      pictures: example images, each with "jpeg" (bytes), "key", "size", "label" and "caption".
+      twins: groups of duplicates, each of two or more such examples.
     """
     source, sample = report["source"], report["sample"]
-    looked, good = report["pictures"]["looked_at"], report["pictures"]["usable"]
+    examined, good = report["pictures"]["looked_at"], report["pictures"]["usable"]
     fed = report["feeds"]["chips"] and report["speed"]["pipeline"]
     numbers = [
         (f"{source['records']:,}", "records"),
         (
-            format_share(good, looked),
-            "usable" + ("" if sample["whole"] else f" of {looked:,} looked at"),
+            format_share(good, examined),
+            "usable" + ("" if sample["whole"] else f" of {examined:,} examined"),
         ),
         (format_share(report["pictures"]["with_label"], good), "have a label"),
         (format_share(report["pictures"]["with_caption"], good), "have a caption"),
@@ -40,7 +40,7 @@ def data_page_html(
         f"<h1>{_text(source['name'])}</h1><p class=muted>{_text(source['description'])}</p>",
         html_page.headline(numbers),
         html_page.definition_list(data_report.report_facts(report)),
-        "<h2>Pictures</h2>" + (_pictures(pictures) or "<p>There is no usable image.</p>"),
+        "<h2>Images</h2>" + (_pictures(pictures) or "<p>No usable image.</p>"),
         '<h2>Distributions</h2><div class="charts">'
         + "".join(
             _bars(title, bars, good) for title, bars in data_report.histogram_lines(report, 24)
@@ -51,7 +51,7 @@ def data_page_html(
         f"<h2>Speed of this machine</h2><p>{_text(sentence)}</p>"
         + (
             html_page.html_table(
-                ("chip", "peak", "asks for pictures/s", "fed by this machine"), chips, numeric=1
+                ("chip", "peak", "images/s it needs", "chips this machine feeds"), chips, numeric=1
             )
             if chips
             else ""
@@ -60,11 +60,11 @@ def data_page_html(
     return html_page.render_page(f"Data: {source['name']}", body)
 
 
-def _bars(title: str, bars: Sequence[tuple[str, int]], whole: int) -> str:
+def _bars(title: str, bars: Sequence[tuple[str, int]], total: int) -> str:
     most = max(n for _, n in bars)
     rows = "".join(
         f'<tr title="{_text(label)}: {n:,}'
-        f' ({format_share(n, whole)})"><td>{_text(label)}</td><td><div class="bar"'
+        f' ({format_share(n, total)})"><td>{_text(label)}</td><td><div class="bar"'
         f' style="width:{100 * n / most:.1f}%"></div></td><td class="number">{n:,}</td></tr>'
         for label, n in bars
     )
@@ -93,7 +93,7 @@ def _pictures(pictures: Sequence[Thumbnail]) -> str:
 def _bad(report: DataReport) -> str:
     if not report["bad"]:
         return f"<p>None of {report['pictures']['looked_at']:,}.</p>"
-    looked, out = report["pictures"]["looked_at"], []
+    examined, out = report["pictures"]["looked_at"], []
     for row in report["bad"]:
         examples = "".join(
             f"<li>{_text(key)} <span class=muted>{_text(detail)}</span></li>"
@@ -101,7 +101,7 @@ def _bad(report: DataReport) -> str:
         )
         out.append(
             f"<p><b class=bad>{_text(row['reason'])}</b>: {row['count']:,}"
-            f" ({format_share(row['count'], looked)})</p><ul>{examples}</ul>"
+            f" ({format_share(row['count'], examined)})</p><ul>{examples}</ul>"
         )
     return "".join(out)
 
@@ -109,13 +109,13 @@ def _bad(report: DataReport) -> str:
 def _twins(report: DataReport, twins: Sequence[Sequence[Thumbnail]]) -> str:
     count, scope = (
         report["duplicates"],
-        ("" if report["sample"]["whole"] else " among the records that were looked at"),
+        ("" if report["sample"]["whole"] else " among the examined records"),
     )
     if not count["records"]:
         return f"<p>No two images have the same bytes{scope}.</p>"
-    told = (
-        f"{count['groups']:,} images occur more than once{scope}, {count['records']:,} records too"
-        f" many; of these images {count['with_several_labels']:,} have several labels,"
+    summary = (
+        f"{count['groups']:,} images occur more than once{scope}, {count['records']:,} records are"
+        f" duplicates; of these images {count['with_several_labels']:,} have several labels,"
         f" {count['in_both_parts']:,} are both trained on and held out."
     )
-    return f"<p>{told}</p>" + _pictures([picture for group in twins for picture in group])
+    return f"<p>{summary}</p>" + _pictures([picture for group in twins for picture in group])

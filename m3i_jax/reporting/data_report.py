@@ -1,4 +1,4 @@
-"""The report of a source as text for the console; its page is made by `data_page`."""
+"""The data report as text for the console; `data_page` makes the page."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,22 +9,22 @@ from m3i_jax.reporting import text_table
 DataReport = Mapping[str, Any]
 
 
-def format_share(part: float, whole: float) -> str:
-    """A share in per cent, with as many figures as it needs.
+def format_share(part: float, total: float) -> str:
+    """A share in per cent, with two or three significant digits.
 
-    >>> format_share(1, 3), format_share(1, 30000), format_share(0, 5), format_share(5, 5), format_share(0, 0)
-    ('33.3 %', '0.0033 %', '0 %', '100 %', '-')
+    >>> format_share(1, 3), format_share(1, 30000), format_share(5, 5), format_share(0, 0)
+    ('33.3 %', '0.0033 %', '100 %', '-')
     """
-    if not whole:
+    if not total:
         return "-"
-    value = 100 * part / whole
+    value = 100 * part / total
     if value in (0, 100):
         return f"{value:.0f} %"
     return f"{value:.1f} %" if value >= 0.1 else f"{value:.2g} %"
 
 
 def format_rate(value: float) -> str:
-    """A speed with three figures.
+    """A rate with three significant digits.
 
     >>> format_rate(1234.5), format_rate(56.78), format_rate(0.1234)
     ('1,234', '56.8', '0.123')
@@ -33,9 +33,9 @@ def format_rate(value: float) -> str:
 
 
 def report_facts(report: DataReport) -> list[tuple[str, str]]:
-    """The lines at the top: name and value."""
+    """(name, value) of the facts at the top of the report."""
     source, sample, pictures = report["source"], report["sample"], report["pictures"]
-    looked, good = pictures["looked_at"], pictures["usable"]
+    examined, good = pictures["looked_at"], pictures["usable"]
     sizes, captions, categories, twice = (
         report["sizes"],
         report["captions"],
@@ -44,8 +44,11 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
     )
     rows = [
         ("records", f"{source['records']:,}, of which {source['held_out']:,} are held out"),
-        ("looked at", "all" if sample["whole"] else f"{looked:,}, evenly spread: {sample['rule']}"),
-        ("usable", f"{good:,} ({format_share(good, looked)}); bad: {pictures['bad']:,}"),
+        (
+            "examined",
+            "all" if sample["whole"] else f"{examined:,}, evenly spread: {sample['rule']}",
+        ),
+        ("usable", f"{good:,} ({format_share(good, examined)}); bad: {pictures['bad']:,}"),
         (
             "with a label",
             f"{pictures['with_label']:,} ({format_share(pictures['with_label'], good)})",
@@ -56,49 +59,64 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
         ),
         ("with neither", f"{pictures['with_neither']:,}"),
         ("formats", ", ".join(f"{n:,} {kind}" for kind, n in pictures["formats"]) or "-"),
-        ("bytes a record", text_table.format_bytes(pictures["bytes"] / looked) if looked else "-"),
+        (
+            "bytes a record",
+            text_table.format_bytes(pictures["bytes"] / examined) if examined else "-",
+        ),
         (
             "median size",
             f"{sizes['median_width']} x {sizes['median_height']} pixels (width x height)",
         ),
     ]
     if categories["in_source"] or categories["used"]:
-        rows.append((
-            "categories",
-            f"{categories['used']:,} used of {categories['in_source']:,}; images in each: {categories['smallest']:,} to "
-            f"{categories['largest']:,}, median {categories['median']:g}; as uncertain as {categories['effective']:g} equal ones"
-            + (f"; {len(categories['empty']):,} have no image" if categories["empty"] else "")
-            + (f"; {categories['dropped']:,} labels dropped" if categories["dropped"] else ""),
-        ))  # fmt: skip
+        empty, dropped = len(categories["empty"]), categories["dropped"]
+        rows.append(
+            (
+                "categories",
+                f"{categories['used']:,} used of {categories['in_source']:,}; images in each:"
+                f" {categories['smallest']:,} to {categories['largest']:,}, median"
+                f" {categories['median']:g}; as uncertain as {categories['effective']:g} equal ones"
+                + (f"; {empty:,} have no image" if empty else "")
+                + (f"; {dropped:,} labels dropped" if dropped else ""),
+            )
+        )
     if "median" in captions:
-        rows.append((
-            "caption length",
-            f"median {captions['median']} tokens, 95 % up to {captions['percentile_95']}, longest {captions['longest']:,}; "
-            f"{captions['truncated']:,} ({format_share(captions['truncated'], captions['count'])}) are cut at {captions['limit'] - 2}; "
-            f"{captions['different']:,} different ones",
-        ))  # fmt: skip
-    rows.append((
-        "duplicates",
-        f"{twice['records']:,} ({format_share(twice['records'], good)}) have the bytes of another one"
-        + (f"; {twice['in_both_parts']:,} images are both trained on and held out" if twice["in_both_parts"] else "")
-        + (f"; {twice['with_several_labels']:,} have several labels" if twice["with_several_labels"] else ""),
-    ))  # fmt: skip
+        cut = (
+            f"{captions['truncated']:,} ({format_share(captions['truncated'], captions['count'])})"
+        )
+        rows.append(
+            (
+                "caption length",
+                f"median {captions['median']} tokens, 95 % up to {captions['percentile_95']},"
+                f" longest {captions['longest']:,}; {cut} are cut at {captions['limit'] - 2};"
+                f" {captions['different']:,} different ones",
+            )
+        )
+    both, labels = twice["in_both_parts"], twice["with_several_labels"]
+    rows.append(
+        (
+            "duplicates",
+            f"{twice['records']:,} ({format_share(twice['records'], good)}) have the bytes of"
+            " another one"
+            + (f"; {both:,} images are both trained on and held out" if both else "")
+            + (f"; {labels:,} have several labels" if labels else ""),
+        )
+    )
     return rows
 
 
 def feeding_lines(report: DataReport) -> tuple[str, list[tuple[str, str, str, str]]]:
-    """A sentence with what was measured and assumed, and rows (chip, peak, images a second it asks
-    for, how many this machine feeds)."""
+    """A paragraph with what was measured and assumed, and rows of (chip, peak, images a second that
+    it needs, number of chips that this machine feeds)."""
     speed, feeds = report["speed"], report["feeds"]
     if not speed["pipeline"]:
-        return "No speed was measured: there are fewer than two usable images.", []
+        return "The speed was not measured: it needs two usable images.", []
     text = (
-        f"One core decodes {format_rate(speed['decode'])} images a second and makes"
-        f" {format_rate(speed['pipeline'])} whole samples a second (decoding, two views of"
+        f"One core decodes {format_rate(speed['decode'])} images a second and prepares"
+        f" {format_rate(speed['pipeline'])} samples a second (decoding, two views of"
         f" {feeds['image_size']} pixels, mask, caption), measured on {speed['pictures']:,} images"
-        f" in memory. Fed by all {speed['cores']} cores, if a step takes"
-        f" {feeds['flops_per_image'] / 1e9:.4g} GFLOP an image (counted) and a chip reaches"
-        f" {feeds['mfu']:.0%} of its peak (assumed):"
+        f" in memory. With all {speed['cores']} cores, {feeds['flops_per_image'] / 1e9:.4g} GFLOP"
+        f" an image (counted) and chips at {feeds['mfu']:.0%} of their peak (assumed):"
     )
     rows = [
         (chip, f"{peak / 1e12:,.0f} TFLOP/s", format_rate(wants), format_rate(fed))
@@ -108,7 +126,7 @@ def feeding_lines(report: DataReport) -> tuple[str, list[tuple[str, str, str, st
 
 
 def report_text(report: DataReport) -> str:
-    """The whole report for a console: facts, histograms, bad records, duplicates, speed."""
+    """The report for a console: facts, histograms, bad records, duplicates, speed."""
     parts = [
         report["source"]["description"],
         text_table.text_table(report_facts(report), ("of the source", "")),
@@ -124,7 +142,7 @@ def report_text(report: DataReport) -> str:
             )
             for label, n in bars
         ]
-        parts.append(text_table.text_table(bins, (title, "pictures", "share", "")))
+        parts.append(text_table.text_table(bins, (title, "images", "share", "")))
     if report["bad"]:
         rows = [
             (
@@ -145,24 +163,25 @@ def report_text(report: DataReport) -> str:
     if chips:
         parts.append(
             text_table.text_table(
-                chips, ("chip", "peak", "asks for pictures/s", "fed by this machine")
+                chips, ("chip", "peak", "images/s it needs", "chips this machine feeds")
             )
         )
     return "\n\n".join(parts)
 
 
 def _name(text: str) -> str:
-    """A name out of the data, on one line of a terminal whatever is in it."""
+    """A name from the data, with control characters and line ends escaped."""
     return privacy.escape_control(text, line=True)
 
 
 def histogram_lines(report: DataReport, most: int = 12) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Title and bars of every histogram that is not empty; of many categories only the largest and
+    """(title, bars) of every histogram that is not empty; of many categories only the largest and
     smallest.
 
     >>> bars = [(str(i), 9 - i) for i in range(9)]
-    >>> made = histogram_lines({"sizes": {"short_side": [], "aspect": []}, "captions": {}, "categories": {"table": bars}}, most=4)
-    >>> [label for label, _ in made[0][1]]
+    >>> report = {"sizes": {"short_side": [], "aspect": []}, "captions": {}}
+    >>> shown = histogram_lines(report | {"categories": {"table": bars}}, most=4)
+    >>> [label for label, _ in shown[0][1]]
     ['0', '1', '7', '8']
     """
     table = report["categories"]["table"]
@@ -172,10 +191,10 @@ def histogram_lines(report: DataReport, most: int = 12) -> list[tuple[str, list[
         if len(table) <= most
         else f"category ({most - most // 2} largest, {most // 2} smallest)"
     )
-    found = [
+    histograms = [
         ("short side, pixels", report["sizes"]["short_side"]),
         ("width : height", report["sizes"]["aspect"]),
         ("caption, tokens", report["captions"].get("tokens", [])),
         (title, cut),
     ]
-    return [(title, list(bars)) for title, bars in found if any(n for _, n in bars)]
+    return [(title, list(bars)) for title, bars in histograms if any(n for _, n in bars)]

@@ -1,4 +1,4 @@
-"""The embedding report: whom the features hold to be alike, and a 2-D map of all of them."""
+"""The embedding report: nearest neighbours by features, and a 2-D map of all features."""
 
 import colorsys
 from collections.abc import Sequence
@@ -11,29 +11,30 @@ from m3i_jax.reporting import image_grid
 from m3i_jax.reporting.image_grid import Color
 
 SIDE = 720  # of the map
-TOLD = 24  # classes named beside the map
+LEGEND = 24  # classes in the legend
 NONE: Color = (170, 172, 176)  # points without a class
 
 
 def nearest_neighbors(
     vectors_NxD: np.ndarray, rows_Q: Sequence[int], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(rows [Q, K], cosines [Q, K]) of the vectors most alike to some of them, themselves left out,
-    the most alike first.
+    """(rows [Q, K], cosines [Q, K]) of the nearest neighbours of some vectors, without the vector
+    itself, the nearest first.
 
     Args:
       vectors_NxD: L2-normalised.
-      rows_Q: of those that are asked.
+      rows_Q: rows of the queries.
       count: K, at most N - 1.
 
     >>> nearest_neighbors(np.array([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6]]), [0], 2)[0].tolist()
     [[2, 1]]
     """
-    asked = np.asarray(rows_Q, np.int64)
-    cosine_QxN = vectors_NxD[asked] @ vectors_NxD.T
-    cosine_QxN[np.arange(len(asked)), asked] = -np.inf
-    found = np.argsort(-cosine_QxN, axis=1, kind="stable")[:, : min(count, len(vectors_NxD) - 1)]
-    return found, np.take_along_axis(cosine_QxN, found, 1)
+    query_Q = np.asarray(rows_Q, np.int64)
+    cosine_QxN = vectors_NxD[query_Q] @ vectors_NxD.T
+    cosine_QxN[np.arange(len(query_Q)), query_Q] = -np.inf
+    count = min(count, len(vectors_NxD) - 1)
+    nearest_QxK = np.argsort(-cosine_QxN, axis=1, kind="stable")[:, :count]
+    return nearest_QxK, np.take_along_axis(cosine_QxN, nearest_QxK, 1)
 
 
 def neighbor_agreement(
@@ -56,11 +57,10 @@ def neighbor_agreement(
 
 
 def project_to_2d(vectors_NxD: np.ndarray, how: str = "pca") -> np.ndarray:
-    """A point [N, 2] for every vector: the first two principal components, or the layout of another
-    package.
+    """Points [N, 2] for the vectors: the first two principal components, or t-SNE of scikit-learn.
 
     Raises:
-      UserError: a package is missing.
+      UserError: scikit-learn is missing.
 
     >>> project_to_2d(np.array([[0.0, 0.0, 1.0], [2.0, 0.0, 1.0], [4.0, 0.0, 1.0]]))[:, 0].tolist()
     [-2.0, 0.0, 2.0]
@@ -70,7 +70,7 @@ def project_to_2d(vectors_NxD: np.ndarray, how: str = "pca") -> np.ndarray:
         _, axes = np.linalg.eigh(centred.T @ centred)
         axes_Dx2 = axes[:, ::-1][:, :2]
         strongest = np.take_along_axis(axes_Dx2, np.abs(axes_Dx2).argmax(0)[None], 0)
-        # the sign of an axis means nothing: fixed
+        # the sign of an axis is arbitrary: make the largest coordinate positive
         points = centred @ (axes_Dx2 * np.where(strongest < 0, -1.0, 1.0))
         return np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
     try:
@@ -87,7 +87,7 @@ def project_to_2d(vectors_NxD: np.ndarray, how: str = "pca") -> np.ndarray:
 
 
 def class_color(number: int, count: int) -> Color:
-    """Colours of classes, all around the circle.
+    """The colour of a class: hues evenly around the circle.
 
     >>> class_color(0, 3) != class_color(1, 3)
     True
@@ -100,11 +100,12 @@ def class_color(number: int, count: int) -> Color:
 def embedding_image(
     points_Nx2: np.ndarray, label_N: np.ndarray, names: Sequence[str]
 ) -> tuple[Image.Image, list[tuple[str, Color]]]:
-    """A map, one dot an image in the colour of its class, and what the colours are: at most TOLD of
-    them.
+    """A map with one dot for each image in the colour of its class, and its legend of at most
+    LEGEND classes.
 
-    >>> image, key = embedding_image(np.array([[0.0, 0.0], [1.0, 2.0]]), np.array([0, -1]), ["cat"])
-    >>> image.size, [name for name, _ in key]
+    >>> points = np.array([[0.0, 0.0], [1.0, 2.0]])
+    >>> image, legend = embedding_image(points, np.array([0, -1]), ["cat"])
+    >>> image.size, [name for name, _ in legend]
     ((720, 720), ['cat', 'no class'])
     """
     present = [label for label in range(len(names)) if (label_N == label).any()]
@@ -119,9 +120,9 @@ def embedding_image(
             (at_x - radius, at_y - radius, at_x + radius, at_y + radius),
             fill=colours.get(label, NONE),
         )
-    key = [(names[label], colours[label]) for label in present[:TOLD]]
-    if len(present) > TOLD:
-        key.append((f"and {len(present) - TOLD} more", image_grid.PAPER))
+    legend = [(names[label], colours[label]) for label in present[:LEGEND]]
+    if len(present) > LEGEND:
+        legend.append((f"and {len(present) - LEGEND} more", image_grid.PAPER))
     if present and not np.isin(label_N, present).all():
-        key.append(("no class", NONE))
-    return image, key
+        legend.append(("no class", NONE))
+    return image, legend

@@ -1,9 +1,9 @@
-"""What evaluators draw for a person: rows of images with words, and lines of words with bars.
+"""Figures of the evaluators: rows of images with captions, and lines of text with bars.
 
-One value, `Figure`, whatever is shown. `write_figure` keeps it in two files of WORKDIR/pictures:
-NAME.png, a sheet that can be looked at by itself, and NAME.json, its words and where in the sheet
-each image lies. From these `figure_html` sets it for a page, with words as text: they can be read
-on a phone, in any script, and in the dark."""
+`write_figure` writes a `Figure` to two files of WORKDIR/pictures: NAME.png, which can be viewed by
+itself, and NAME.json, its text and the box of each image in the PNG. `figure_html` reads both and
+lays the figure out for a page with real text, which is readable on a phone, in any script and in
+dark mode."""
 
 import dataclasses
 import io
@@ -21,17 +21,23 @@ from m3i_jax.reporting import html_page, image_grid
 from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.reporting.image_grid import GAP, INK, MARGIN, MUTED, Color
 
-# of a sheet: a line of words, the title, the column of lines, its bars, the width
+# pixels of a figure: line height, title, column of lines, their bars, least width
 LINE, HEAD, BESIDE, BAR, LEAST = 17, 32, 260, 60, 480
 RIGHT, WRONG = (64, 145, 92), (196, 70, 66)
-# tiles of a row, or pixels of one, from which on it takes the whole width of a page
+# a row with more tiles, or with larger ones (pixels), takes the full width of a page
 _MANY, _LARGE = 5, 200
 
 
 @dataclasses.dataclass(frozen=True)
 class FigureTile:
-    """An image, words below it, a note below those. right: whether the words are the right ones;
-    None: that is no question."""
+    """An image with a caption and a note below it.
+
+    Attributes:
+      image: pixels.
+      words: the caption.
+      note: below the caption.
+      right: whether the caption is a correct prediction; None: it is no prediction.
+    """
 
     image: Image.Image
     words: str = ""
@@ -41,7 +47,7 @@ class FigureTile:
 
 @dataclasses.dataclass(frozen=True)
 class FigureLine:
-    """Words, with a bar for a share in 0..1, or with a chip of a colour."""
+    """A line of text, with a bar for a share in 0..1, or with a square of a colour."""
 
     words: str
     share: float | None = None
@@ -51,7 +57,7 @@ class FigureLine:
 
 @dataclasses.dataclass(frozen=True)
 class FigureRow:
-    """Pictures beside each other, and lines beside them."""
+    """Images side by side, and lines of text beside them."""
 
     tiles: Sequence[FigureTile]
     lines: Sequence[FigureLine] = ()
@@ -59,29 +65,31 @@ class FigureRow:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """Rows under a title; note: what it is made of and how to read it."""
+    """Rows under a title; `note` describes the content and how to read it."""
 
     title: str
     note: str
     rows: Sequence[FigureRow]
 
 
-def write_figure(place: str | os.PathLike[str], name: str, exhibit: Figure) -> None:
-    """PLACE/NAME.png and then PLACE/NAME.json, each whole or not there.
+def write_figure(directory: str | os.PathLike[str], name: str, figure: Figure) -> None:
+    """Write DIRECTORY/NAME.png and then DIRECTORY/NAME.json, each atomically.
 
     Raises:
-      UserError: the place cannot be written to.
+      UserError: a file cannot be written.
 
     >>> import tempfile
     >>> directory = tempfile.mkdtemp()
-    >>> one = Figure("a title", "a note", [FigureRow([FigureTile(Image.new("RGB", (8, 8)), "a cat")], [FigureLine("cat", 0.75)])])
+    >>> tile = FigureTile(Image.new("RGB", (8, 8)), "a cat")
+    >>> one = Figure("a title", "a note", [FigureRow([tile], [FigureLine("cat", 0.75)])])
     >>> write_figure(directory, "000001-example", one)
-    >>> [file.name for file in newest_figures(directory)], "a cat" in figure_html(newest_figures(directory)[0])
-    (['000001-example.json'], True)
+    >>> (file,) = newest_figures(directory)
+    >>> file.name, "a cat" in figure_html(file)
+    ('000001-example.json', True)
     """
-    directory = pathlib.Path(place)
+    directory = pathlib.Path(directory)
     directory.mkdir(exist_ok=True)
-    paper, boxes = draw_figure(exhibit)
+    paper, boxes = draw_figure(figure)
     paper.save(directory / f"{name}.png")
     rows = [
         {
@@ -91,31 +99,31 @@ def write_figure(place: str | os.PathLike[str], name: str, exhibit: Figure) -> N
             ],
             "lines": [dataclasses.asdict(line) for line in row.lines],
         }
-        for at, row in zip(boxes, exhibit.rows, strict=True)
+        for at, row in zip(boxes, figure.rows, strict=True)
     ]
-    made = {"title": exhibit.title, "note": exhibit.note, "made": time.time(), "rows": rows}
-    write_text_atomic(directory / f"{name}.json", privacy.json_text(made), noted=True)
+    content = {"title": figure.title, "note": figure.note, "made": time.time(), "rows": rows}
+    write_text_atomic(directory / f"{name}.json", privacy.json_text(content), noted=True)
 
 
-def newest_figures(place: str | os.PathLike[str]) -> list[pathlib.Path]:
-    """The newest exhibit of every kind, STEP-KIND.json, in the order of the kinds.
+def newest_figures(directory: str | os.PathLike[str]) -> list[pathlib.Path]:
+    """The newest figure of every kind, STEP-KIND.json, in the order of the kinds.
 
     Raises:
-      UserError: a file that is no exhibit.
+      UserError: a file is not a figure.
     """
     kinds: dict[str, pathlib.Path] = {}
     for file in sorted(
-        pathlib.Path(place).glob("*-*.json"), key=lambda file: (_read(file)["made"], file.name)
+        pathlib.Path(directory).glob("*-*.json"), key=lambda file: (_read(file)["made"], file.name)
     ):
         kinds[file.stem.partition("-")[2]] = file
     return [kinds[kind] for kind in sorted(kinds)]
 
 
 def figure_html(file: pathlib.Path) -> str:
-    """A section of a page.
+    """A figure as a section of a page.
 
     Raises:
-      UserError: the file is no exhibit, or its sheet is not beside it.
+      UserError: the file is not a figure, or its PNG is missing.
     """
     saved = _read(file)
     try:
@@ -141,17 +149,17 @@ def figure_html(file: pathlib.Path) -> str:
 
 def _read(file: pathlib.Path) -> dict[str, Any]:
     try:
-        saved = run_files.read_run_json(file, "delete it, and --mode=eval draws it anew")
+        saved = run_files.read_run_json(file, "delete it, and --mode=eval draws it again")
         return saved | {"made": float(saved["made"])}
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         raise _broken(file, error) from error
 
 
 def _broken(file: pathlib.Path, error: Exception) -> UserError:
-    told = " ".join(f"{type(error).__name__}: {error}".split())[:150]
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
     return UserError(
-        f"{file}: is no image that an evaluator drew ({told}); delete it, and --mode=eval draws it"
-        " anew"
+        f"{file}: is not a figure of an evaluator ({reason}); delete it, and --mode=eval draws it"
+        " again"
     )
 
 
@@ -185,7 +193,8 @@ def _html_tile(tile: dict[str, Any], paper: Image.Image) -> str:
     )
     note = f"<span class=key>{html_page.escape_html(tile['note'])}</span>" if tile["note"] else ""
     caption = f"<figcaption>{words}{note}</figcaption>" if words or note else ""
-    return f"<figure>{html_page.embed_image(content.getvalue(), ' '.join(filter(None, (tile['words'], tile['note']))) or 'picture')}{caption}</figure>"
+    alt = " ".join(filter(None, (tile["words"], tile["note"]))) or "image"
+    return f"<figure>{html_page.embed_image(content.getvalue(), alt)}{caption}</figure>"
 
 
 def _html_line(line: dict[str, Any]) -> str:
@@ -211,7 +220,7 @@ def _tone(right: bool | None) -> str:
 
 
 def format_percent(share: float) -> str:
-    """A share for people, in few characters.
+    """A share in per cent, in few characters.
 
     >>> format_percent(0.123), format_percent(0.004), format_percent(0.0)
     ('12 %', '0.4 %', '0 %')
@@ -220,31 +229,31 @@ def format_percent(share: float) -> str:
 
 
 def draw_figure(
-    exhibit: Figure,
+    figure: Figure,
 ) -> tuple[image_grid.ImageGrid, list[list[tuple[int, int, int, int]]]]:
-    """The sheet, and where in it the images of every row lie: (left, top, width, height).
+    """The figure as an image, and the boxes (left, top, width, height) of the images of every row.
 
     >>> draw_figure(Figure("", "", [FigureRow([FigureTile(Image.new("RGB", (8, 9)))])]))[1]
     [[(24, 56, 8, 9)]]
     """
-    worded = [2 * LINE if any(t.words or t.note for t in row.tiles) else 0 for row in exhibit.rows]
+    worded = [2 * LINE if any(t.words or t.note for t in row.tiles) else 0 for row in figure.rows]
     heights = [
         max([t.image.height + below for t in row.tiles] + [len(row.lines) * LINE])
-        for row, below in zip(exhibit.rows, worded, strict=True)
+        for row, below in zip(figure.rows, worded, strict=True)
     ]
-    tiles = [sum(t.image.width + GAP for t in row.tiles) for row in exhibit.rows]
-    beside = BESIDE if any(row.lines for row in exhibit.rows) else 0
+    tiles = [sum(t.image.width + GAP for t in row.tiles) for row in figure.rows]
+    beside = BESIDE if any(row.lines for row in figure.rows) else 0
     room = max([*tiles, LEAST - beside]) + beside
-    notes = image_grid.wrap_text(exhibit.note, room, image_grid.font(12))
+    notes = image_grid.wrap_text(figure.note, room, image_grid.font(12))
     head = HEAD + len(notes) * LINE
     paper = image_grid.ImageGrid(
         2 * MARGIN + room, 2 * MARGIN + head + sum(height + 2 * GAP for height in heights)
     )
-    paper.words(MARGIN, MARGIN + 14, exhibit.title, size=14, width=room)
+    paper.words(MARGIN, MARGIN + 14, figure.title, size=14, width=room)
     for number, words in enumerate(notes):
         paper.words(MARGIN, MARGIN + 34 + number * LINE, words, ink=MUTED)
     y, boxes = MARGIN + head, []
-    for row, height in zip(exhibit.rows, heights, strict=True):
+    for row, height in zip(figure.rows, heights, strict=True):
         x, at = MARGIN, []
         for tile in row.tiles:
             paper.tile(x, y, tile.image)
@@ -279,15 +288,22 @@ def _ink(right: bool | None) -> Color:
 
 
 STYLE = """
-.exhibit { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1.2rem 2rem; }
-.row { display: flex; flex-wrap: wrap; gap: .6rem 1rem; align-items: flex-start; min-width: 0; } .row.wide { grid-column: 1 / -1; }
+.exhibit { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr));
+  gap: 1.2rem 2rem; }
+.row { display: flex; flex-wrap: wrap; gap: .6rem 1rem; align-items: flex-start; min-width: 0; }
+.row.wide { grid-column: 1 / -1; }
 .tiles { display: grid; gap: .5rem; flex: 0 1 auto; min-width: 0; } .wide .tiles { flex: 1 1 auto; }
-.tiles img { height: auto; border-radius: 4px; } .tiles figcaption b { display: block; font-weight: 500; }
-.lines { flex: 1 1 11rem; min-width: 0; font-size: .85rem; } .line { display: flex; gap: .5rem; align-items: center; padding: .1rem 0; }
-.line > span { flex: 1 1 auto; min-width: 0; } .line b { flex: 0 0 2.8rem; text-align: right; font-weight: 400; color: var(--muted); }
+.tiles img { height: auto; border-radius: 4px; }
+.tiles figcaption b { display: block; font-weight: 500; }
+.lines { flex: 1 1 11rem; min-width: 0; font-size: .85rem; }
+.line { display: flex; gap: .5rem; align-items: center; padding: .1rem 0; }
+.line > span { flex: 1 1 auto; min-width: 0; }
+.line b { flex: 0 0 2.8rem; text-align: right; font-weight: 400; color: var(--muted); }
 .chips { display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: 0 .8rem; }
-.track { flex: 0 0 4.5rem; height: .7rem; background: var(--rule); border-radius: 2px; overflow: hidden; }
+.track { flex: 0 0 4.5rem; height: .7rem; background: var(--rule); border-radius: 2px;
+  overflow: hidden; }
 .track i { display: block; height: 100%; background: var(--bar); }
-.chip { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px; margin-right: .45rem; }
+.chip { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px;
+  margin-right: .45rem; }
 .right { color: #3f9160; } .wrong { color: var(--bad); }
 """

@@ -1,10 +1,10 @@
-"""What the images of a run have in common: tiles of one size, colours, words that fit, and a file
-that is whole or not there.
+"""Drawing for the figures of a run: tiles of one size, colours, text that fits, and an atomically
+written PNG.
 
-Images of at most SMALL pixels are enlarged by a whole factor without interpolation, so that every
-pixel shown is a pixel that the model reads; larger ones are reduced with an antialiased bicubic
-filter. A tile is always a whole number of grid cells wide: maps of cells and the images beside them
-line up exactly."""
+Images of at most SMALL pixels are enlarged by an integer factor without interpolation, so that
+every pixel is one that the model reads; larger ones are reduced with an antialiased bicubic filter.
+The
+width of a tile is a multiple of the grid: maps of cells line up with the images beside them."""
 
 import functools
 import math
@@ -16,17 +16,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from m3i_jax.reporting import atomic_write
 
-TILE = 112  # wanted side of a tile, pixels
+TILE = 112  # approximate side of a tile, pixels
 SMALL = 128  # images up to this side are never reduced
 GAP, MARGIN = 8, 24
 Color = tuple[int, int, int]
 PAPER, FRAME, RULE = (252, 252, 250), (214, 214, 209), (228, 228, 224)
 INK, MUTED = (38, 40, 44), (118, 121, 127)
-# orange and blue stay apart for colour-blind eyes
+# orange and blue differ for colour-blind readers too
 OWN, PARTNER, HIDDEN = (228, 135, 62), (70, 118, 178), (224, 224, 220)
 
-# The font inside Pillow has these besides ASCII; other letters are spelt with their nearest of
-# these, or "?".
+# besides ASCII, Pillow's font has these; other letters become similar ones, or "?"
 GLYPHS = frozenset("©«°±´·»‘’“”…‹›⁄")
 SPELT = str.maketrans(
     {
@@ -45,10 +44,10 @@ SPELT = str.maketrans(
 
 @functools.cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """The font inside Pillow: the same on every machine."""
-    found = ImageFont.load_default(size)
-    assert isinstance(found, ImageFont.FreeTypeFont)
-    return found
+    """Pillow's built-in font: the same on every machine."""
+    face = ImageFont.load_default(size)
+    assert isinstance(face, ImageFont.FreeTypeFont)
+    return face
 
 
 def square_side(cells: int) -> int:
@@ -64,8 +63,8 @@ def square_side(cells: int) -> int:
 
 
 def side_of_tile(size: int, grid: int) -> int:
-    """Side in pixels of the tiles that show images of side `size` cut into grid x grid cells: about
-    TILE, a whole number of cells.
+    """Side in pixels of the tiles for images of side `size` with grid x grid cells: about TILE, and
+    a multiple of the grid.
 
     >>> side_of_tile(224, 14), side_of_tile(384, 24), side_of_tile(32, 4)
     (112, 120, 128)
@@ -78,14 +77,14 @@ def side_of_tile(size: int, grid: int) -> int:
 def image_tile(pixels_SxSx3: np.ndarray, side: int) -> Image.Image:
     """An image, uint8, as a tile."""
     image, size = Image.fromarray(np.ascontiguousarray(pixels_SxSx3)), pixels_SxSx3.shape[0]
-    whole = side % size == 0
+    integer = side % size == 0
     return image.resize(
-        (side, side), Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC
+        (side, side), Image.Resampling.NEAREST if integer else Image.Resampling.BICUBIC
     )
 
 
 def upsample_cells(cells_Nx: np.ndarray, side: int) -> np.ndarray:
-    """Cells [N, ...] of a row-major grid as an image [side, side, ...], each a plain square.
+    """Cells [N, ...] of a row-major grid as an image [side, side, ...], each a uniform square.
 
     >>> upsample_cells(np.arange(4), 4)
     array([[0, 0, 1, 1],
@@ -108,27 +107,26 @@ def color_tile(rgb_Nx3: np.ndarray, side: int) -> Image.Image:
 def mask_tile(
     mask_N: np.ndarray, side: int, own: Color = OWN, other: Color = PARTNER
 ) -> Image.Image:
-    """Which cell shows whom (True: the own image), with the lines of the grid where cells are wide
-    enough for them."""
+    """A mask as a tile (True: the own image), with grid lines if the cells are wide enough."""
     pixels = upsample_cells(
         np.where(mask_N[:, None], np.array(own, np.uint8), np.array(other, np.uint8)), side
     )
     cell = side // square_side(len(mask_N))
-    if cell >= 6:  # narrower cells would be more line than colour
+    if cell >= 6:  # narrower cells would be mostly line
         pixels[cell::cell] = PAPER
         pixels[:, cell::cell] = PAPER
     return Image.fromarray(pixels)
 
 
-# from nothing to all
+# colours from share 0 to 1
 _HEAT = np.array(
     [(244, 244, 240), (252, 214, 140), (238, 134, 73), (178, 51, 92), (72, 20, 84)], np.float64
 )
 
 
 def heat_tile(share: float) -> Color:
-    """The colour of a share in 0..1, from paper through orange to violet: in gray it only grows
-    darker.
+    """The colour of a share in 0..1, from light grey through orange to violet, with decreasing
+    lightness.
 
     >>> heat_tile(0.0), heat_tile(1.0)
     ((244, 244, 240), (72, 20, 84))
@@ -147,7 +145,7 @@ def _heat(share_N: np.ndarray) -> np.ndarray:
 
 
 def weight_tile(weight_N: np.ndarray, side: int) -> Image.Image:
-    """A map of weights as a tile, the largest in the darkest colour; 0 is that of paper."""
+    """A map of weights as a tile; the largest has the darkest colour, 0 the lightest."""
     largest = np.nanmax(weight_N) if np.isfinite(weight_N).any() else 0
     return Image.fromarray(
         upsample_cells(_heat(weight_N / largest if largest > 0 else np.zeros_like(weight_N)), side)
@@ -155,7 +153,7 @@ def weight_tile(weight_N: np.ndarray, side: int) -> Image.Image:
 
 
 def ink_color(text: str) -> str:
-    """One line, in letters that the font has.
+    """Text on one line, with characters that the font has.
 
     >>> ink_color("Café – Straße\\nün 猫")
     'Cafe - Strasse un ?'
@@ -168,7 +166,7 @@ def ink_color(text: str) -> str:
 
 
 def elide_text(text: str, width: float, face: ImageFont.FreeTypeFont) -> str:
-    """The text, or as much of its beginning as fits a width in pixels, with an ellipsis.
+    """The text, or its longest beginning with an ellipsis that fits a width in pixels.
 
     >>> elide_text("a dog on a beach", 60, font(12))
     'a dog on…'
@@ -188,7 +186,7 @@ def elide_text(text: str, width: float, face: ImageFont.FreeTypeFont) -> str:
 
 
 def wrap_text(text: str, width: float, face: ImageFont.FreeTypeFont) -> list[str]:
-    """The text as lines that fit a width in pixels; a word that is wider is a line of its own.
+    """The text as lines that fit a width in pixels; a wider word gets its own line.
 
     >>> wrap_text("a dog on a beach", 60, font(12))
     ['a dog on a', 'beach']
@@ -203,7 +201,7 @@ def wrap_text(text: str, width: float, face: ImageFont.FreeTypeFont) -> list[str
 
 
 class ImageGrid:
-    """White paper with tiles and words; positions in pixels from the top left, words by their
+    """A canvas for tiles and text; positions in pixels from the top left, of text at its
     baseline."""
 
     def __init__(self, width: int, height: int) -> None:
@@ -211,8 +209,7 @@ class ImageGrid:
         self.draw = ImageDraw.Draw(self.image)
 
     def tile(self, x: int, y: int, tile: Image.Image) -> None:
-        """A tile in a hairline frame; the frame lies outside, all pixels of the tile stay
-        visible."""
+        """Draw a tile with a hairline frame outside of it."""
         self.draw.rectangle((x - 1, y - 1, x + tile.width, y + tile.height), outline=FRAME)
         self.image.paste(tile, (x, y))
 
@@ -227,20 +224,20 @@ class ImageGrid:
         width: float = math.inf,
         anchor: str = "ls",
     ) -> float:
-        """Words on the baseline y, elided to a width; returns the width that they take."""
+        """Draw text on the baseline y, elided to a width; returns its width."""
         text = elide_text(text, width, font(size))
         self.draw.text((x, y), text, fill=ink, font=font(size), anchor=anchor)
         return font(size).getlength(text)
 
     def chip(self, x: int, y: int, colour: Color, size: int = 8) -> None:
-        """A small square that says whose colour this is, standing on the baseline y."""
+        """Draw a small square of a colour on the baseline y, as a legend."""
         self.draw.rectangle((x, y - size, x + size - 1, y - 1), fill=colour)
 
     def rule(self, left: int, right: int, y: int) -> None:
-        """A hairline."""
+        """Draw a horizontal hairline."""
         self.draw.line((left, y, right, y), fill=RULE)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a PNG whole or not at all. Raises UserError if the place cannot be written to."""
-        with atomic_write.atomic_file(path) as place:
-            self.image.save(place, format="PNG")
+        """Write a PNG atomically. Raises UserError if the file cannot be written."""
+        with atomic_write.atomic_file(path) as temporary:
+            self.image.save(temporary, format="PNG")

@@ -1,10 +1,8 @@
-"""What a run sees and predicts, as an image: inputs, targets and predictions side by side, one row
-an input.
+"""Panels: inputs, targets and predictions of a run side by side, one row for each input.
 
-Features have hundreds of dimensions; the three along which the targets of a term vary most become
-red, green and blue. Basis and range come from the targets alone and hold for all rows of the term:
-equal features have equal colours, and a prediction that has collapsed looks flat instead of being
-stretched to full contrast."""
+Features are shown by their first three principal components as red, green and blue. Basis and range
+come from the targets of a term and are used for all its rows: equal features have equal colours,
+and a collapsed prediction looks flat instead of being stretched to full contrast."""
 
 import dataclasses
 import os
@@ -17,7 +15,7 @@ from m3i_jax.reporting import image_grid
 from m3i_jax.reporting.image_grid import GAP, INK, MARGIN, MUTED, OWN, PARTNER
 
 BETWEEN = 28  # pixels between groups of columns
-HEAD, LINE, AFTER = 44, 17, 18  # titles; a line of words; below a row
+HEAD, LINE, AFTER = 44, 17, 18  # pixels: titles, line height, space below a row
 CHANNELS = 3
 
 
@@ -38,10 +36,10 @@ class _Group:
 def feature_rgb(features: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Colours of features by principal components.
 
-    The first array gives the basis (three directions of largest variance; the largest coordinate of
-    each is positive) and the range (2nd to 98th percentile of each component become 0 and 1); all
-    arrays are drawn with it. A component without variance is 0.5 everywhere, a feature that is not
-    finite is black.
+    The first array gives the basis (the three directions of largest variance, signed so that the
+    largest coordinate is positive) and the range (2nd and 98th percentile of each component become
+    0 and 1) for all arrays. A component without variance is 0.5, a feature that is not finite is
+    black.
 
     Args:
       features: arrays [..., N, D] of one width D, the targets first.
@@ -61,8 +59,7 @@ def feature_rgb(features: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [np.zeros((*x.shape[:-1], CHANNELS), np.float32) for x in features]
     mean_D = basis_TxD.mean(0)
     centred_TxD = basis_TxD - mean_D
-    # Eigenvectors of the D x D moments are the right singular vectors, and cheaper than a
-    # decomposition of all T x D.
+    # the eigenvectors of the D x D covariance are cheaper than a decomposition of all T x D
     variance, vectors = np.linalg.eigh(centred_TxD.T @ centred_TxD)
     variance, directions = variance[::-1][:CHANNELS], vectors.T[::-1][:CHANNELS]
     present = int((variance > 1e-12 * max(variance[0], np.square(basis_TxD).max())).sum())
@@ -83,8 +80,8 @@ def feature_rgb(features: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def similarity_map(prediction_RxNxD: np.ndarray, target_RxNxD: np.ndarray) -> np.ndarray:
-    """Cosine similarity of prediction and target, mean over positions, float64 [R]; a zero vector
-    is similar to nothing.
+    """Cosine similarity of prediction and target, mean over positions, float64 [R]; 0 with a zero
+    vector.
 
     >>> similarity_map(np.array([[[1., 0.], [0., 2.]]]), np.array([[[3., 0.], [0., -1.]]]))
     array([0.])
@@ -99,12 +96,11 @@ def _partners(rows: int) -> list[int | None]:
 
 
 def _terms(features: Mapping[str, np.ndarray], pictures: Mapping[str, np.ndarray]) -> list[str]:
-    """Dense terms, own image first: a compiled step returns its dict in the order of the
-    alphabet."""
-    found = [name.removesuffix("/prediction") for name in features if name.endswith("/prediction")]
-    found += [name.removesuffix("/picture") for name in pictures if name.endswith("/picture")]
+    """Dense terms, own image first: a compiled step returns its dict in alphabetical order."""
+    names = [name.removesuffix("/prediction") for name in features if name.endswith("/prediction")]
+    names += [name.removesuffix("/picture") for name in pictures if name.endswith("/picture")]
     known = ("pixel", "intra", "inter")
-    return [t for t in known if t in found] + sorted(t for t in found if t not in known)
+    return [t for t in known if t in names] + sorted(t for t in names if t not in known)
 
 
 def _input(
@@ -131,13 +127,13 @@ def _input(
                     PARTNER,
                 ),
             )
-    elif reads == "masked":  # the encoder reads the own cells only
+    elif reads == "masked":  # the encoder reads only the cells of the own image
         masks = [image_grid.mask_tile(mask, side, OWN, image_grid.HIDDEN) for mask in mask_RxN]
-        seen = [_masked(tile, mask) for tile, mask in zip(own, mask_RxN, strict=True)]
+        masked = [_masked(tile, mask) for tile, mask in zip(own, mask_RxN, strict=True)]
         columns = [
             _Column("image i", own, OWN),
             _Column("mask", masks),
-            _Column("masked input", seen),
+            _Column("masked input", masked),
         ]
     else:
         columns = [_Column("image i", own, OWN)]
@@ -209,33 +205,33 @@ def write_panel(
     reads: str = "mixed",
     paired: bool = True,
 ) -> None:
-    """Write a panel as PNG: one row an input; its image or images, mask and input, then view,
-    target and prediction of every dense term.
+    """Write a panel as PNG. Each row shows one input: its images, mask and mixed or masked input,
+    then view, target and prediction of every dense term.
 
-    Args: path: the file; its directory must exist. features: float [R, N, D] "<term>/prediction"
-      and "<term>/target" of every dense term, none to many; other keys are not looked at. images:
-      uint8 [R, S, S, 3] "input" (what the encoder reads), "input_view" (the own view) and, a term,
-      "<term>/view". A term that predicts pixels has "<term>/picture" instead of features and, where
-      the input hides cells, may have "<term>/completed": the input with the predicted pixels in
-      them.
-      batch: bool [R, N] "mask", True where a cell shows the own image; other keys are not looked
-          at.
-      captions, labels: R strings, empty where there is none.
+    Args:
+      path: the file; its directory must exist.
+      features: float [R, N, D] "<term>/prediction" and "<term>/target" of every dense term; other
+        keys are ignored.
+      pictures: uint8 [R, S, S, 3] "input" (what the encoder reads), "input_view" (the own view) and
+        "<term>/view". A term that predicts pixels has "<term>/picture" instead of features and,
+        where the input hides cells, may have "<term>/completed": the input with the predicted
+        pixels in them.
+      batch: bool [R, N] "mask", True where a cell shows the own image; other keys are ignored.
+      captions, labels: R strings, empty where absent.
       reads: what the encoder reads: "mixed" inputs, "masked" ones (own cells only) or "whole"
-          views.
-      paired: of mixed inputs, whether the partner of row r is row r ^ 1, or no row of its own and
-          not shown.
+        views.
+      paired: of mixed inputs, whether the partner of row r is row r ^ 1; else it is not shown.
 
     Raises:
-      UserError: if the file cannot be written.
+      UserError: the file cannot be written.
 
     >>> import tempfile
     >>> view = np.zeros((2, 32, 32, 3), np.uint8)
-    >>> place = tempfile.mkdtemp() + "/panel.png"
-    >>> batch = {"mask": np.ones((2, 4), bool)}
-    >>> shown = {"input": view, "input_view": view}
-    >>> write_panel(place, features={}, pictures=shown, batch=batch, captions=["", ""], labels=["", ""], reads="whole")
-    >>> os.path.exists(place)
+    >>> path = tempfile.mkdtemp() + "/panel.png"
+    >>> text = {"captions": ["", ""], "labels": ["", ""], "reads": "whole"}
+    >>> data = {"features": {}, "pictures": {"input": view, "input_view": view}}
+    >>> write_panel(path, batch={"mask": np.ones((2, 4), bool)}, **data, **text)
+    >>> os.path.exists(path)
     True
     """
     mask_RxN = np.asarray(batch["mask"], bool)
@@ -248,7 +244,7 @@ def write_panel(
 
     count = sum(len(group.columns) for group in groups)
     tiles = count * side + (count - len(groups)) * GAP + (len(groups) - 1) * BETWEEN
-    width = 2 * MARGIN + max(tiles, 3 * side + 2 * GAP)  # captions want room, however few the tiles
+    width = 2 * MARGIN + max(tiles, 3 * side + 2 * GAP)  # room for captions
     annotated = any([*captions, *labels])
     noted = any(column.notes for group in groups for column in group.columns)
     lines = (
@@ -259,8 +255,8 @@ def write_panel(
     words_end = _draw(page, groups, side, pitch)
     for row, other in enumerate(partners):
         y = MARGIN + HEAD + row * pitch + side
-        who = [(row, OWN)] + ([(other, PARTNER)] if other is not None else [])
-        for line, (index, colour) in enumerate(who if annotated else []):
+        images = [(row, OWN)] + ([(other, PARTNER)] if other is not None else [])
+        for line, (index, colour) in enumerate(images if annotated else []):
             _describe(
                 page, y + (line + 1) * LINE, words_end, colour, labels[index], captions[index]
             )
@@ -268,8 +264,8 @@ def write_panel(
 
 
 def _draw(page: image_grid.ImageGrid, groups: list[_Group], side: int, pitch: int) -> int:
-    """Titles and tiles; returns where the words below a row must end, so as not to run into the
-    first note."""
+    """Draw titles and tiles; returns the right limit of the text below a row, before the first
+    note."""
     x, words_end = MARGIN, page.image.width - MARGIN
     for group in groups:
         right = x + len(group.columns) * (side + GAP) - GAP

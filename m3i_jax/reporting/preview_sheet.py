@@ -1,10 +1,9 @@
-"""A contact sheet of a batch, to be looked at before anything is trained on it: are the images,
-crops, masks, labels and captions right?
+"""A contact sheet of a batch, to check images, crops, masks, labels and captions before training.
 
-Partners stand side by side. A mask has the colour of the image that a cell shows, so that it can be
-checked against the mixed input; where nothing is mixed, what is hidden is grey. On the original
-stand the frames that its two views were cut from, with a notch where the view's left is: on the
-right if the view is mirrored."""
+Partners are side by side. A cell of the mask has the colour of the image that it shows, so that the
+mask can be compared with the mixed input; without mixing, hidden cells are grey. The original has
+the frames of its two views, with a notch at the view's left edge: on the right if it is
+mirrored."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -16,14 +15,14 @@ from m3i_jax.reporting import image_grid
 from m3i_jax.reporting.image_grid import GAP, HIDDEN, MARGIN, MUTED, OWN, PARTNER
 
 BETWEEN = 36  # pixels between partners
-HEAD, LINE, AFTER = 26, 17, 22  # titles; a line of words; below a row
+HEAD, LINE, AFTER = 26, 17, 22  # pixels: titles, line height, space below a row
 COLUMNS = ("input view", "target view", "mask", "mixed input")
 BOXES = ((24, 144, 96), (196, 58, 148))  # frames of the input and of the target view
 
 
 def mix_images(views_RxSxSx3: np.ndarray, mask_RxN: np.ndarray) -> np.ndarray:
-    """The mixed inputs of a batch (M3I section 3.4): own image where the mask is True, else row r ^
-    1; R must be even.
+    """The mixed inputs of a batch (M3I section 3.4): the own image where the mask is True, else
+    that of row r ^ 1; R must be even.
 
     >>> views = np.stack([np.full((2, 2, 3), 10, np.uint8), np.full((2, 2, 3), 20, np.uint8)])
     >>> mix_images(views, np.array([[True, False, False, True], [True] * 4]))[0, :, :, 0]
@@ -40,13 +39,16 @@ def mix_images(views_RxSxSx3: np.ndarray, mask_RxN: np.ndarray) -> np.ndarray:
 def frame_boxes(
     original_HxWx3: np.ndarray, box_2x4: np.ndarray, flip_2: np.ndarray, side: int
 ) -> Image.Image:
-    """A whole image fitted into a tile, with the frames of its views.
+    """An image fitted into a tile, with the frames of its views.
 
-    Args: original_HxWx3: uint8, in its final orientation; its scale does not matter as long as
-      `box_2x4` is in its pixels. box_2x4: top, left, height, width of both views, or of the first
-      alone. flip_2: whether they are mirrored. side: of the tile in pixels.
+    Args:
+      original_HxWx3: uint8, in its final orientation.
+      box_2x4: top, left, height, width of both views, or of the first one, in pixels of the image.
+      flip_2: whether they are mirrored.
+      side: of the tile in pixels.
 
-    >>> frame_boxes(np.zeros((20, 40, 3), np.uint8), np.array([[0, 0, 20, 20], [5, 5, 10, 10]]), np.array([False, True]), 64).size
+    >>> boxes, flip = np.array([[0, 0, 20, 20], [5, 5, 10, 10]]), np.array([False, True])
+    >>> frame_boxes(np.zeros((20, 40, 3), np.uint8), boxes, flip, 64).size
     (64, 64)
     """
     height, width = original_HxWx3.shape[:2]
@@ -71,7 +73,7 @@ def frame_boxes(
             at[1] + (top + h) * scale - 1,
         )
         x1, y1 = max(x0, x1), max(y0, y1)
-        # a light rim: visible on any image
+        # a light rim, visible on any image
         draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=image_grid.PAPER)
         draw.rectangle((x0, y0, x1, y1), outline=colour, width=2)
         edge, middle, inwards = (x1, (y0 + y1) / 2, -5) if mirrored else (x0, (y0 + y1) / 2, 5)
@@ -91,28 +93,31 @@ def write_preview(
     blended: np.ndarray | None = None,
     columns: Sequence[str] = COLUMNS,
 ) -> None:
-    """Write a contact sheet as PNG: two partners a row; of each the original with its crops,
-    `columns`, label, caption.
+    """Write a contact sheet as PNG: two partners in each row, with the original and its crops,
+    `columns`, label and caption of each.
 
-    Args: path: the file; its directory must exist. batch: uint8 [R, 2, S, S, 3] "views", bool [R,
-      N] "mask", int [R] "label" (-1: none). If R is odd, the last has no partner: its mixed input
-      is left out. With originals also float [R, 2, 4] "box" and bool [R, 2] "flip".
-      captions: R strings, empty where there is none.
+    Args:
+      path: the file; its directory must exist.
+      batch: uint8 [R, 2, S, S, 3] "views", bool [R, N] "mask", int [R] "label" (-1: none); with
+        originals also float [R, 2, 4] "box" and bool [R, 2] "flip". If R is odd, the last row has
+        no partner and no mixed input.
+      captions: R strings, empty where absent.
       classes: names of the categories.
-      originals: R images uint8 [H, W, 3] at their full size, to show with the frames of the views;
-          or none.
-      blended: uint8 [R, S, S, 3], inputs of an objective that blends whole images: shown instead of
-          target view, mask and mixed input.
+      originals: R images uint8 [H, W, 3] at their full size, shown with the frames of the views; or
+        none.
+      blended: uint8 [R, S, S, 3], inputs of an objective that blends images: shown instead of
+        target view, mask and mixed input.
       columns: those of COLUMNS that the objective reads, in their order.
 
     Raises:
-      UserError: if the file cannot be written.
+      UserError: the file cannot be written.
 
     >>> import tempfile
-    >>> batch = {"views": np.zeros((2, 2, 32, 32, 3), np.uint8), "mask": np.ones((2, 4), bool), "label": np.array([0, -1])}
-    >>> place = tempfile.mkdtemp() + "/preview.png"
-    >>> write_preview(place, batch, captions=["a cat", ""], classes=("cat",))
-    >>> os.path.exists(place)
+    >>> batch = {"views": np.zeros((2, 2, 32, 32, 3), np.uint8), "mask": np.ones((2, 4), bool)}
+    >>> batch["label"] = np.array([0, -1])
+    >>> path = tempfile.mkdtemp() + "/preview.png"
+    >>> write_preview(path, batch, captions=["a cat", ""], classes=("cat",))
+    >>> os.path.exists(path)
     True
     """
     views, mask_RxN = batch["views"], np.asarray(batch["mask"], bool)
@@ -145,23 +150,21 @@ def write_preview(
             if len(originals)
             else []
         )
-        made = {
+        by_name = {
             "input view": image_grid.image_tile(views[row, 0], side),
             "target view": image_grid.image_tile(views[row, 1], side),
         }
-        made["mask"] = image_grid.mask_tile(
+        by_name["mask"] = image_grid.mask_tile(
             mask_RxN[row], side, own, other if "mixed input" in shown else HIDDEN
         )
-        pictures = {
+        images = {
             "mixed input": inputs[row : row + 1],
             "blended input": inputs[:0] if blended is None else blended[row : row + 1],
         }
-        made |= {
-            name: image_grid.image_tile(each[0], side)
-            for name, each in pictures.items()
-            if len(each)
+        by_name |= {
+            name: image_grid.image_tile(each[0], side) for name, each in images.items() if len(each)
         }
-        tiles += [made[name] for name in shown if name in made]
+        tiles += [by_name[name] for name in shown if name in by_name]
         for column, tile in enumerate(tiles):
             x = left + column * (side + GAP)
             page.tile(x, top, tile)

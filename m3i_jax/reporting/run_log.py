@@ -1,6 +1,6 @@
-"""What a run has written, read back: its log as curves, its settings, its images. No jax. What is
-not as the run wrote it is left out with a warning; of a log that was changed, what can be read is
-shown with one."""
+"""Reading the files of a run for reports: its log as curves, its settings, its images. Without jax.
+A file that differs from what the run wrote is left out with a warning; of a changed log, the
+readable lines are used with a warning."""
 
 import dataclasses
 import logging
@@ -22,11 +22,11 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class RunLog:
-    """A working directory.
+    """The files of a working directory.
 
     Attributes:
-      name: the directory's.
-      lines: of metrics.jsonl, by step; where a resumed run wrote a step again, the later one.
+      name: of the directory.
+      lines: of metrics.jsonl, by step; the later one of a step that a resumed run wrote again.
       config, data: text of config.txt and data.txt, "" if absent.
       panels: (step, file), by step.
       evaluation: eval.json, or {}.
@@ -45,21 +45,21 @@ class RunLog:
         >>> RunLog("a", [{"step": 1, "loss": 2.0}, {"step": 2}], "", "", [], {}).curve("loss")
         ([1], [2.0])
         """
-        found = [
+        points = [
             (line["step"], line[name])
             for line in self.lines
             if isinstance(line.get(name), int | float)
         ]
-        return [step for step, _ in found], [value for _, value in found]
+        return [step for step, _ in points], [value for _, value in points]
 
     def last(self, name: str) -> float | None:
-        """The newest value of a metric, or None."""
+        """The last value of a metric, or None."""
         values = self.curve(name)[1]
         return values[-1] if values else None
 
     @property
     def names(self) -> list[str]:
-        """All metrics with a number, in the order in which they first appear."""
+        """All metrics with a numeric value, in the order of their first line."""
         return list(
             dict.fromkeys(
                 name
@@ -71,100 +71,107 @@ class RunLog:
 
 
 def run_names(workdirs: Sequence[str | pathlib.Path]) -> list[str]:
-    """What to call runs: each directory's name, with as many above it as tell them all apart.
+    """Distinct names of runs: each directory's name, with as many parents as that takes.
 
     >>> run_names(["a/first", "b"]), run_names(["a/k", "b/k"])
     (['first', 'b'], ['a/k', 'b/k'])
     """
-    places = [pathlib.Path(workdir).resolve().parts for workdir in workdirs]
-    several = (
-        [pathlib.Path(*place[-n:]).as_posix() for place in places]
-        for n in range(1, max(map(len, places)) + 1)
+    paths = [pathlib.Path(workdir).resolve().parts for workdir in workdirs]
+    candidates = (
+        [pathlib.Path(*path[-n:]).as_posix() for path in paths]
+        for n in range(1, max(map(len, paths)) + 1)
     )
-    return next(called for called in several if len(set(called)) == len(set(places)))
+    return next(names for names in candidates if len(set(names)) == len(set(paths)))
 
 
 def load_run_log(workdir: str | pathlib.Path, key: str = "--workdir") -> RunLog:
-    """A run from its working directory; `key` is what named it, for errors.
+    """Load a run from its working directory.
+
+    Args:
+      workdir: of the run.
+      key: flag or setting that gave it, for errors.
 
     Raises:
-      UserError: there is no log, or no line of it can be read.
+      UserError: there is no log, or none of its lines can be read.
     """
-    place = pathlib.Path(workdir)
-    log = place / "metrics.jsonl"
+    directory = pathlib.Path(workdir)
+    log = directory / "metrics.jsonl"
     if not log.is_file():
         raise UserError(
-            f"{key} {workdir}: there is no metrics.jsonl; name the working directory of a run"
+            f"{key} {workdir}: has no metrics.jsonl; give the working directory of a run"
         )
     by_step: dict[int, LogLine] = {}
     for line in logged(log):
         by_step[line["step"]] = by_step.get(line["step"], {}) | line
     if not by_step:
-        raise UserError(f"{log}: holds no line of a run; train first")
+        raise UserError(f"{log}: has no line of a run; train first")
     files = [
         (re.fullmatch(r"(\d+)\.png", file.name), file)
-        for file in sorted((place / "panels").glob("*.png"))
+        for file in sorted((directory / "panels").glob("*.png"))
     ]
     return RunLog(
-        name=place.resolve().name,
+        name=directory.resolve().name,
         lines=[by_step[step] for step in sorted(by_step)],
-        config=_text(place / "config.txt"),
-        data=_text(place / "data.txt"),
+        config=_text(directory / "config.txt"),
+        data=_text(directory / "data.txt"),
         panels=[(int(match[1]), file) for match, file in files if match],
-        evaluation=_evaluation(place / "eval.json"),
+        evaluation=_evaluation(directory / "eval.json"),
     )
 
 
 def logged(log: pathlib.Path) -> list[LogLine]:
-    """The lines of a metrics.jsonl that can be read, with a warning if it is not as the run wrote
-    it; none if it is not there.
+    """The readable lines of a metrics.jsonl, with a warning if it differs from what the run wrote;
+    none if the file is absent.
 
     Raises:
-      OSError: it cannot be read.
+      OSError: the file cannot be read.
     """
     if not log.is_file():
         return []
-    lines, wrong = run_files.read_log(log)
-    if wrong:
+    lines, mismatch = run_files.read_log(log)
+    if mismatch:
         _log.warning(
-            "warning: %s is not what the run wrote (%s): its figures may be wrong", log, wrong
+            "warning: %s is not what the run wrote (%s): its figures may be wrong",
+            log,
+            mismatch,
         )
     return lines
 
 
-def _or_nothing(path: pathlib.Path, read: Callable[[pathlib.Path], T], nothing: T) -> T:
+def _read_or_default(path: pathlib.Path, read: Callable[[pathlib.Path], T], default: T) -> T:
     if not path.is_file():
         if os.path.lexists(path) or run_files.noted_marks(path):
-            _log.warning("warning: %s is missing, or no file: it is left out", path)
-        return nothing
+            _log.warning("warning: %s is missing, or not a file: it is left out", path)
+        return default
     try:
         return read(path)
     except (OSError, UserError) as error:
         _log.warning("warning: %s: it is left out", error)
-        return nothing
+        return default
 
 
 def _text(path: pathlib.Path) -> str:
-    return _or_nothing(path, run_files.read_run_text, "")
+    return _read_or_default(path, run_files.read_run_text, "")
 
 
-def picture(path: pathlib.Path) -> bytes:
-    """A PNG file whose checksums hold; b"" with a warning if they do not."""
+def read_png(path: pathlib.Path) -> bytes:
+    """The bytes of an undamaged PNG file; b"" with a warning for a damaged one."""
     try:
         content = run_files.read_bytes(path)
     except (OSError, UserError) as error:
         _log.warning("warning: %s cannot be read (%s): it is left out", path, error)
         return b""
-    if is_whole_png(content):
+    if is_complete_png(content):
         return content
     _log.warning("warning: %s is damaged: it is left out", path)
     return b""
 
 
-def is_whole_png(content: bytes) -> bool:
-    """Whether the checksums of all chunks of a PNG hold, and nothing is missing.
+def is_complete_png(content: bytes) -> bool:
+    """Whether all chunks of a PNG are present and have their checksums.
 
-    >>> is_whole_png(_PNG), is_whole_png(_PNG + bytes(4) + b"IEND" + zlib.crc32(b"IEND").to_bytes(4, "big"))
+    >>> end = bytes(4) + b"IEND" + zlib.crc32(b"IEND").to_bytes(4, "big")
+    >>> is_complete_png(_PNG), is_complete_png(_PNG + end)
     (False, True)
     """
     at, kind = len(_PNG), b""
@@ -179,14 +186,14 @@ def is_whole_png(content: bytes) -> bool:
 
 def _evaluation(path: pathlib.Path) -> LogLine:
     """eval.json, if it has the structure that --mode=eval gives it."""
-    nothing: LogLine = {}
-    found = _or_nothing(path, lambda path: run_files.read_run_json(path), nothing)
-    results = found.get("results", {})
+    default: LogLine = {}
+    saved = _read_or_default(path, lambda path: run_files.read_run_json(path), default)
+    results = saved.get("results", {})
     each = list(results.values()) if isinstance(results, dict) else [None]
     if all(
         isinstance(one, dict) and all(isinstance(value, int | float) for value in one.values())
         for one in each
     ):
-        return found
+        return saved
     _log.warning("warning: %s has no results of evaluators: it is left out", path)
     return {}

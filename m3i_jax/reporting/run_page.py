@@ -1,5 +1,5 @@
-"""The report of one run, or of several beside each other, as one page: curves of everything in the
-log with what a healthy one looks like, panels over time, evaluations, throughput, settings."""
+"""The report of one run, or of several runs compared, as one page: curves of all metrics with a
+note about healthy ones, panels over time, evaluations, throughput, settings."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,19 +7,19 @@ from typing import Any
 
 from m3i_jax.reporting import figures as drawn
 from m3i_jax.reporting import html_page, svg_charts
-from m3i_jax.reporting.run_log import RunLog, picture
+from m3i_jax.reporting.run_log import RunLog, read_png
 from m3i_jax.reporting.svg_charts import SvgCurve
 
-PANELS = 5  # of a run
+PANELS = 5  # shown of a run
 TONES = 8
-# section behind which images stand: before what only an operator looks at
-PICTURES_AFTER = "Losses"
-# Section, its metrics by how their names begin, and what is healthy.
+# panels and figures follow this section, before those for the operator of a run
+IMAGES_AFTER = "Losses"
+# (section, prefixes of its metrics, what is healthy)
 SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         "Evaluation",
         ("eval/",),
-        "Rises above its value at step 0, that of the weights which the run began with.",
+        "Rises above its value at step 0, which is that of the initial weights.",
     ),
     (
         "Losses",
@@ -49,8 +49,8 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "Collapse",
         ("collapse/",),
         (
-            "The rank stays well above 1 and the deviation above 0; if both go to their floor, the"
-            " targets have collapsed."
+            "The rank stays well above 1 and the deviation above 0; if both fall to their minimum,"
+            " the targets collapsed."
         ),
     ),
     ("Optimizer", ("grad_norm", "lr", "ema"), "The gradient norm settles after the warm-up."),
@@ -63,8 +63,8 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "Seconds by phase",
         ("perf/",),
         (
-            "They add up to the wall time of all starts; steps have by far the most, and what is"
-            " lost was trained twice."
+            "They add up to the wall time of all starts; steps have by far the most, and lost steps"
+            " were trained twice."
         ),
     ),
     (
@@ -76,10 +76,10 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 NOTES = {
     "loss/ssp": "squared error on normalised features",
     "balance/lambda": "weight of categories and captions; objective.gamma on the first line",
-    "perf/input_wait": "share of training that the loop waited for pictures",
-    "perf/goodput": "share of the wall time that went into steps",
-    "perf/seconds/lost": "steps behind the checkpoint that a restart did again",
-    "collapse/effective_rank": "dimensions that the targets use",
+    "perf/input_wait": "share of training in which the loop waited for images",
+    "perf/goodput": "share of the wall time spent in steps",
+    "perf/seconds/lost": "steps after the checkpoint that a restart repeated",
+    "collapse/effective_rank": "effective dimensions of the targets",
     "collapse/alarm": "1: collapsed",
 }
 
@@ -90,11 +90,12 @@ def run_page_html(
     """The page.
 
     Args:
-      runs: the run itself first, then those beside it.
-      differs: by the name of a run, in which settings it differs from the first, a line each.
-      exhibits: what evaluators drew for the first run, each a section as of `figures.figure_html`.
+      runs: the run itself first, then those to compare it with.
+      differs: {name of a run: settings in which it differs from the first}, one line each.
+      exhibits: figures of the first run's evaluators, each a section of `figures.figure_html`.
 
-    >>> one = RunLog("first", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], "seed = 0\\n", "", [], {})
+    >>> log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    >>> one = RunLog("first", log, "seed = 0\\n", "", [], {})
     >>> "first" in run_page_html([one], differs={})
     True
     """
@@ -117,7 +118,7 @@ def run_page_html(
                 f" class=muted>{html_page.escape_html(healthy)}</p><div"
                 f' class="charts">{charts}</div>'
             )
-        if title == PICTURES_AFTER:
+        if title == IMAGES_AFTER:
             body += [_panels(run) for run in runs if run.panels] + list(exhibits)
             if first.evaluation:
                 body.append(_evaluation(first.evaluation))
@@ -135,8 +136,8 @@ def run_page_html(
             for name, lines in differs.items()
         )
         body.append(
-            f"<h2>Settings</h2>{changed}<details><summary>all of"
-            f" them</summary><pre>{html_page.escape_html(first.config)}</pre></details>"
+            f"<h2>Settings</h2>{changed}<details><summary>all"
+            f" settings</summary><pre>{html_page.escape_html(first.config)}</pre></details>"
         )
     return html_page.render_page(
         f"Run: {first.name}",
@@ -146,7 +147,8 @@ def run_page_html(
 
 
 STYLE = """
-pre { font-size: .78rem; line-height: 1.35; overflow-x: auto; white-space: pre-wrap; } summary { cursor: pointer; color: var(--muted); }
+pre { font-size: .78rem; line-height: 1.35; overflow-x: auto; white-space: pre-wrap; }
+summary { cursor: pointer; color: var(--muted); }
 .panel img { width: 100%; min-width: 46rem; height: auto; object-fit: contain; border-radius: 6px; }
 .panel { margin: 0 0 1.2rem; overflow-x: auto; }
 """
@@ -154,9 +156,9 @@ pre { font-size: .78rem; line-height: 1.35; overflow-x: auto; white-space: pre-w
 
 def _about(runs: Sequence[RunLog]) -> str:
     end, samples = runs[0].lines[-1]["step"], runs[0].last("samples_seen")
-    seen = f", {samples:,.0f} images seen" if samples else ""
-    beside = f"; beside it {', '.join(run.name for run in runs[1:])}" if len(runs) > 1 else ""
-    return f"{end:,} steps{seen}{beside}"
+    images = f", {samples:,.0f} images seen" if samples else ""
+    others = f"; compared with {', '.join(run.name for run in runs[1:])}" if len(runs) > 1 else ""
+    return f"{end:,} steps{images}{others}"
 
 
 def _figures(run: RunLog) -> list[tuple[str, str]]:
@@ -185,12 +187,12 @@ def _figures(run: RunLog) -> list[tuple[str, str]]:
 
 
 def _names(runs: Sequence[RunLog], prefixes: tuple[str, ...], shown: set[str]) -> list[str]:
-    """Metrics that begin so and change, or are not 0; in the order of the log."""
-    found = dict.fromkeys(name for run in runs for name in run.names if name not in shown)
+    """Metrics with one of the prefixes that are not always 0, in the order of the log."""
+    names = dict.fromkeys(name for run in runs for name in run.names if name not in shown)
     exact = {"loss", "lr", "ema", "grad_norm"}
     chosen = [
         n
-        for n in found
+        for n in names
         if any(
             n == p or (n.startswith(p) and (p not in exact or n.startswith(p + "/")))
             for p in prefixes
@@ -220,25 +222,25 @@ def _legend(runs: Sequence[RunLog]) -> str:
 
 
 def _comparison(runs: Sequence[RunLog]) -> str:
-    """Last values of evaluations and losses, a run a row."""
-    wanted = [
+    """Last values of evaluations and losses, one row for each run."""
+    metrics = [
         n
         for n in dict.fromkeys(name for run in runs for name in run.names)
         if n.startswith("eval/") or n == "loss"
     ]
-    wanted = [n for n in wanted if not n.endswith(("r5", "r10", "top5"))]
-    values = [[run.last(name) for name in wanted] for run in runs]
+    metrics = [n for n in metrics if not n.endswith(("r5", "r10", "top5"))]
+    values = [[run.last(name) for name in metrics] for run in runs]
     rows = [
         [run.name, *("" if v is None or not math.isfinite(v) else f"{v:.4g}" for v in row)]
         for run, row in zip(runs, values, strict=True)
     ]
     return html_page.html_table(
-        ("run", *(n.removeprefix("eval/") for n in wanted)), rows, numeric=1
+        ("run", *(n.removeprefix("eval/") for n in metrics)), rows, numeric=1
     )
 
 
 def _panels(run: RunLog) -> str:
-    """The first panel, the last and some between."""
+    """The first panel, the last and some between them."""
     count = len(run.panels)
     chosen = sorted(
         {round(k * (count - 1) / max(min(count, PANELS) - 1, 1)) for k in range(min(count, PANELS))}
@@ -247,29 +249,32 @@ def _panels(run: RunLog) -> str:
         '<figure class="panel"><h3>step'
         f" {step:,}</h3>{html_page.embed_image(content, f'panel of step {step}')}</figure>"
         for step, file in (run.panels[i] for i in chosen)
-        if (content := picture(file))
+        if (content := read_png(file))
     ]
-    return f"<h2>What {html_page.escape_html(run.name)} saw and predicted</h2>" + "".join(figures)
+    return f"<h2>Inputs and predictions of {html_page.escape_html(run.name)}</h2>" + "".join(
+        figures
+    )
 
 
 def _evaluation(saved: Mapping[str, Any]) -> str:
-    """What --mode=eval measured, as a table."""
-    found = {
+    """The results of --mode=eval as a table."""
+    results = {
         name: value for one in saved.get("results", {}).values() for name, value in one.items()
     }
     about = (
-        f"by --mode=eval, of {saved.get('checkpoint', '')}, {saved.get('encoder', '')} parameters;"
-        " accuracies are fractions"
+        f"of {saved.get('checkpoint', '')}, {saved.get('encoder', '')} parameters; accuracies are"
+        " fractions"
     )
     for name, part in saved.get("data", {}).items():
         about += (
-            f"; {name}: {part.get('pictures', 0):,} of {part.get('name', '')}, fingerprint"
+            f"; {name}: {part.get('pictures', 0):,} images of {part.get('name', '')}, fingerprint"
             f" {part.get('fingerprint', '')}"
         )
-    rows = [(name.removeprefix("eval/"), f"{value:.4f}") for name, value in found.items()]
+    rows = [(name.removeprefix("eval/"), f"{value:.4f}") for name, value in results.items()]
+    table = html_page.html_table(("metric", "value"), rows, numeric=1)
     return (
-        "<h2>Evaluation alone</h2><p"
-        f" class=muted>{html_page.escape_html(about)}</p>{html_page.html_table(('what', 'value'), rows, numeric=1)}"
+        "<h2>Evaluation by --mode=eval</h2><p"
+        f" class=muted>{html_page.escape_html(about)}</p>{table}"
     )
 
 
@@ -277,5 +282,5 @@ def _lines(lines: Sequence[str]) -> str:
     return (
         "<ul>" + "".join(f"<li>{html_page.escape_html(line)}</li>" for line in lines) + "</ul>"
         if lines
-        else "<p>nothing that matters</p>"
+        else "<p>no setting that changes the training</p>"
     )

@@ -1,4 +1,4 @@
-"""Curves as SVG for a page: small charts with axes, drawn once, no script."""
+"""Curves as small SVG charts with axes, without scripts."""
 
 import dataclasses
 import math
@@ -8,13 +8,13 @@ from m3i_jax.reporting.html_page import escape_html
 
 WIDTH, HEIGHT = 420, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 8, 24
-_MOST = 400  # points of a curve; more are averaged in runs of equal length
-_WIDE = 300.0  # largest over smallest value above which an axis is logarithmic
+_MOST = 400  # points of a curve; more are averaged in groups
+_WIDE = 300.0  # ratio of largest to smallest value above which an axis is logarithmic
 
 
 @dataclasses.dataclass(frozen=True)
 class SvgCurve:
-    """One line of a chart. `tone` is its colour, a name of the style sheet: c0 ... c7."""
+    """One line of a chart; `tone` is a colour class of the style sheet, c0 to c7."""
 
     name: str
     x: Sequence[float]
@@ -23,8 +23,7 @@ class SvgCurve:
 
 
 def axis_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) from low to high, both included in the
-    range.
+    """Round numbers from low to high, inclusive, with a step of 1, 2 or 5 times a power of ten.
 
     >>> axis_ticks(0.0, 1.0), axis_ticks(3.0, 3.0)
     ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [3.0])
@@ -39,7 +38,7 @@ def axis_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def tick_label(value: float, apart: float = 0.0) -> str:
-    """A number in few characters, but enough to tell it from another one that is `apart` from it.
+    """A number in few characters, but distinct from one that differs by `apart`.
 
     >>> [tick_label(v) for v in (0.0, 0.25, 12000.0, 2.5e6, 3e-5, -1.5)]
     ['0', '0.25', '12k', '2.5M', '3e-05', '-1.5']
@@ -60,7 +59,7 @@ def tick_label(value: float, apart: float = 0.0) -> str:
 def thin_points(
     x: Sequence[float], y: Sequence[float], most: int = _MOST
 ) -> tuple[list[float], list[float]]:
-    """At most `most` points: means over consecutive points. What is not finite is left out.
+    """At most `most` points: means over consecutive finite points.
 
     >>> thin_points([0, 1, 2, 3], [1.0, 3.0, float("nan"), 5.0], most=2)
     ([0.5, 3.0], [2.0, 5.0])
@@ -77,10 +76,10 @@ def svg_chart(title: str, curves: Sequence[SvgCurve], *, last: float, note: str 
     """A figure with one chart.
 
     Args:
-      title: above it.
-      curves: each drawn over steps; one point alone is drawn as a dot.
-      last: right end of the axis of steps.
-      note: a line below it.
+      title: above the chart.
+      curves: drawn over steps; a curve of one point is a dot.
+      last: right end of the x axis, in steps.
+      note: below the chart.
 
     >>> svg_chart("loss", [SvgCurve("a", [0, 10], [2.0, 1.0])], last=10).count("<path")
     1
@@ -95,7 +94,7 @@ def svg_chart(title: str, curves: Sequence[SvgCurve], *, last: float, note: str 
         margin = (high - low) * 0.06 or abs(high) * 0.05 or 1.0
         low, high = low - margin * (low != 0 or high <= 0), high + margin
 
-    def height(value: float) -> float:
+    def y_of(value: float) -> float:
         share = (
             math.log(value / low) / math.log(high / low)
             if logarithmic
@@ -103,24 +102,24 @@ def svg_chart(title: str, curves: Sequence[SvgCurve], *, last: float, note: str 
         )
         return _TOP + (1 - share) * (HEIGHT - _TOP - _BOTTOM)
 
-    def place(step: float) -> float:
+    def x_of(step: float) -> float:
         return _LEFT + step / max(last, 1) * (WIDTH - _LEFT - _RIGHT)
 
     levels = _powers(low, high) if logarithmic else axis_ticks(low, high)
     apart = levels[1] - levels[0] if len(levels) > 1 else 0.0
     parts = [
-        f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{height(v):.1f}"'
-        f' y2="{height(v):.1f}"/><text x="{_LEFT - 6}" y="{height(v) + 3.5:.1f}"'
+        f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y_of(v):.1f}"'
+        f' y2="{y_of(v):.1f}"/><text x="{_LEFT - 6}" y="{y_of(v) + 3.5:.1f}"'
         f' text-anchor="end">{tick_label(v, 0 if logarithmic else apart)}</text>'
         for v in levels
     ]
     parts += [
-        f'<text x="{min(place(step), WIDTH - 16):.1f}" y="{HEIGHT - 7}"'
+        f'<text x="{min(x_of(step), WIDTH - 16):.1f}" y="{HEIGHT - 7}"'
         f' text-anchor="middle">{tick_label(step)}</text>'
         for step in axis_ticks(0, last)
     ]
     for curve, x, y in drawn:
-        told = (
+        title_tag = (
             f"<title>{escape_html(curve.name)}: {tick_label(y[-1])} at step"
             f" {tick_label(x[-1])}</title>"
             if y
@@ -128,17 +127,17 @@ def svg_chart(title: str, curves: Sequence[SvgCurve], *, last: float, note: str 
         )
         if len(x) == 1:
             parts.append(
-                f'<circle class="{curve.tone}" cx="{place(x[0]):.1f}" cy="{height(y[0]):.1f}"'
-                f' r="3">{told}</circle>'
+                f'<circle class="{curve.tone}" cx="{x_of(x[0]):.1f}" cy="{y_of(y[0]):.1f}"'
+                f' r="3">{title_tag}</circle>'
             )
         elif x:
-            path = " ".join(f"{place(a):.1f},{height(b):.1f}" for a, b in zip(x, y, strict=True))
+            path = " ".join(f"{x_of(a):.1f},{y_of(b):.1f}" for a, b in zip(x, y, strict=True))
             dots = "".join(
-                f'<circle class="{curve.tone}" cx="{place(a):.1f}" cy="{height(b):.1f}" r="2.2"/>'
+                f'<circle class="{curve.tone}" cx="{x_of(a):.1f}" cy="{y_of(b):.1f}" r="2.2"/>'
                 for a, b in zip(x, y, strict=True)
             )
             parts.append(
-                f'<path class="{curve.tone}" d="M{path}">{told}</path>'
+                f'<path class="{curve.tone}" d="M{path}">{title_tag}</path>'
                 + (dots if len(x) <= 12 else "")
             )
     scale = " <small>(logarithmic)</small>" if logarithmic else ""
@@ -151,17 +150,20 @@ def svg_chart(title: str, curves: Sequence[SvgCurve], *, last: float, note: str 
 
 
 def _powers(low: float, high: float) -> list[float]:
-    """Powers of ten in a range, or every second or more of them."""
+    """Powers of ten in a range; every second, third ... one if there are many."""
     exponents = range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)
     return [10.0**e for e in exponents[:: -(-len(exponents) // 5) or 1]]
 
 
 STYLE = """
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1rem 2rem; }
-.chart svg { display: block; width: 100%; height: auto; } .chart text { fill: var(--muted); font-size: 10.5px; }
-.chart .grid { stroke: var(--rule); stroke-width: 1; } .chart path { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+.chart svg { display: block; width: 100%; height: auto; }
+.chart text { fill: var(--muted); font-size: 10.5px; }
+.chart .grid { stroke: var(--rule); stroke-width: 1; }
+.chart path { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .chart small { font-weight: 400; color: var(--muted); } .chart figcaption { color: var(--muted); }
-.legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; margin: .6rem 0; } .legend i { display: inline-block; width: 1.1rem;
+.legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; margin: .6rem 0; }
+.legend i { display: inline-block; width: 1.1rem;
   height: .3rem; border-radius: 2px; margin-right: .4rem; vertical-align: middle; }
 """ + "".join(
     f".c{i} {{ stroke: {colour}; }} circle.c{i} {{ fill: {colour}; }} .legend i.c{i} {{ background:"

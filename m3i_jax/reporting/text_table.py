@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 
 def text_table(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> str:
-    """Columns aligned under a rule; what looks like a number is set flush right.
+    """A table with aligned columns; columns of numbers are aligned right.
 
     >>> print(text_table([("encoder", "1,024"), ("text", "7")], ("part", "parameters")))
     part     parameters

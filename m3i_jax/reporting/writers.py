@@ -1,7 +1,7 @@
-"""Where metrics go: a JSON line and a console line always, TensorBoard and Weights & Biases if
-asked. A sink that fails never stops
-training: what it lost is counted, told, and written by the others as `report/dropped/<sink>`. Only
-the first process of a run writes."""
+"""Metric writers: JSON lines and the console always, TensorBoard and Weights & Biases if
+configured.
+A writer that fails never stops training: its lost lines are counted and logged, and the other
+writers write the count as `report/dropped/<writer>`. Only the first process of a run writes."""
 
 import contextlib
 import dataclasses
@@ -28,17 +28,16 @@ Values = dict[str, float]
 
 
 class Sink(Protocol):
-    """Takes the values of a step."""
+    """A destination of the values of a step."""
 
     def write(self, step: int, values: Values) -> None: ...
     def close(self) -> None: ...
 
 
 class JsonLines:
-    """metrics.jsonl: one JSON object a line, `step` first. A line is there whole or not at all,
-    also when the disk is full. JSON has no
-    numbers that are not finite: they become the texts "nan", "inf" and "-inf", which `float` reads
-    back.
+    """metrics.jsonl: one JSON object a line, `step` first. A line is written completely or not at
+    all, also on a full disk. JSON has no infinite numbers or NaN: they become the strings "nan",
+    "inf" and "-inf", which `float` reads back.
 
     >>> import tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
@@ -50,7 +49,7 @@ class JsonLines:
     def __init__(self, path: pathlib.Path):
         self._path = path = pathlib.Path(path)
         try:
-            # of a pipe nobody reads
+            # opening a pipe without a reader must not block
             self._file = os.open(
                 path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666
             )
@@ -69,7 +68,7 @@ class JsonLines:
         ).encode()
         before, done = os.fstat(self._file).st_size, 0
         try:
-            while done < len(line):  # a disk that fills up takes a part
+            while done < len(line):  # a disk that fills up writes a part
                 done += os.write(self._file, line[done:])
         except OSError:
             if done:
@@ -79,9 +78,9 @@ class JsonLines:
         self._content.update(line)
 
     def mark(self) -> run_files.Mark:
-        """Size and digest of what was written so far, which is noted for who reads the log back."""
+        """Size and digest of the log so far; also recorded for `run_files.read_log`."""
         now = self._size, self._content.hexdigest()
-        with contextlib.suppress(UserError):  # a full disk: what was noted before still holds
+        with contextlib.suppress(UserError):  # a full disk: the earlier record still holds
             if self._path.is_file():
                 run_files.note_mark(self._path, now)
         return now
@@ -92,7 +91,7 @@ class JsonLines:
 
 
 def _plain(value: Any) -> int | float | str:
-    """A number as Python's own, whatever library it comes from."""
+    """A number of any library as a Python number."""
     if isinstance(value, int):
         return value
     number = float(value)
@@ -105,7 +104,7 @@ class Console:
     Args:
       total: steps of the run.
       images: images a step.
-      say: prints a line; False if it could not.
+      say: prints a line; returns False if that failed.
     """
 
     def __init__(self, total: int, images: int, say: Callable[[str], Any]):
@@ -113,14 +112,14 @@ class Console:
 
     def _say(self, text: str) -> None:
         if self._print(text) is False:
-            raise OSError("it takes no line")
+            raise OSError("the console cannot be written to")
 
     def write(self, step: int, values: Values) -> None:
         if evaluation := {
             k.removeprefix("eval/"): v for k, v in values.items() if k.startswith("eval/")
         }:
             self._say(
-                f"{self._place(step)}  evaluation  "
+                f"{self._progress(step)}  evaluation  "
                 + "  ".join(f"{k} {v:.4f}" for k, v in evaluation.items())
             )
         if "loss" not in values:
@@ -142,9 +141,9 @@ class Console:
         left = (
             f"  left {format_duration((self._total - step) * self._images / rate)}" if rate else ""
         )
-        self._say(f"{self._place(step)}  {line}{left}")
+        self._say(f"{self._progress(step)}  {line}{left}")
 
-    def _place(self, step: int) -> str:
+    def _progress(self, step: int) -> str:
         return f"{step:>{len(str(self._total))}}/{self._total} {step / max(self._total, 1):4.0%}"
 
     def close(self) -> None:
@@ -152,7 +151,7 @@ class Console:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds for a person.
+    """Seconds as text of two units.
 
     >>> format_duration(59), format_duration(3700), format_duration(200_000)
     ('59s', '1h01m', '2d07h')
@@ -172,7 +171,7 @@ def format_duration(seconds: float) -> str:
 class _TensorBoard:
     def __init__(self, directory: pathlib.Path, resume_at: int):
         writer = require_package("tensorboardX", "report.tensorboard", "tensorboard").SummaryWriter
-        # hides what a run that was cut off had written after this step
+        # hides what an interrupted run wrote after this step
         self._writer = writer(str(directory), purge_step=resume_at + 1)
 
     def write(self, step: int, values: Values) -> None:
@@ -187,14 +186,14 @@ class _TensorBoard:
 class _Wandb:
     def __init__(self, project: str, directory: pathlib.Path, config: dict[str, Any]):
         wandb = require_package("wandb", "report.wandb", "wandb")
-        # One run a working directory, so that a resumed run goes on in the same place; its name
-        # alone may be that of another run.
-        place = directory / "wandb.id"
-        if not place.is_file():
-            place.write_text(
+        # one id for each working directory, so that a resumed run continues the same W&B run;
+        # random, since another run may have the same name
+        path = directory / "wandb.id"
+        if not path.is_file():
+            path.write_text(
                 f"{directory.absolute().name[:40]}-{secrets.token_hex(4)}\n", encoding="utf-8"
             )
-        identity = place.read_text(encoding="utf-8").strip()
+        identity = path.read_text(encoding="utf-8").strip()
         self._run = wandb.init(
             project=project,
             dir=str(directory),
@@ -212,11 +211,12 @@ class _Wandb:
 
 
 def require_package(module: str, key: str, extra: str) -> Any:
-    """An optional package, imported where it is used.
+    """Import an optional package.
 
     >>> require_package("no_such_package", "report.wandb", "wandb")
     Traceback (most recent call last):
-    m3i_jax.errors.UserError: config.report.wandb: needs the package no_such_package; pip install 'm3i-jax[wandb]', or leave the key unset
+    m3i_jax.errors.UserError: config.report.wandb: needs the package no_such_package; pip install
+    'm3i-jax[wandb]', or leave the key unset
     """
     try:
         return importlib.import_module(module)
@@ -228,10 +228,10 @@ def require_package(module: str, key: str, extra: str) -> Any:
 
 
 def truncate_log(path: pathlib.Path, step: int) -> int:
-    """Cut a log back to the lines up to `step`, whole or not at all, since a resumed run writes the
-    others again. A torn line goes too.
+    """Remove the lines after `step` from a log, since a resumed run writes them again, and an
+    incomplete last line. The file is replaced atomically.
 
-    Returns: how many lines were cut. Raises UserError if the place cannot be written to.
+    Returns: number of removed lines. Raises UserError if the file cannot be written.
 
     >>> import tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
@@ -246,7 +246,7 @@ def truncate_log(path: pathlib.Path, step: int) -> int:
     if len(kept) < len(lines):
         if run_files.noted_marks(path):
             run_files.note_mark(path, run_files.file_mark(b"".join(kept)))
-        with atomic_write.atomic_file(path) as place, open(place, "wb") as file:
+        with atomic_write.atomic_file(path) as temporary, open(temporary, "wb") as file:
             file.writelines(kept)
             file.flush()
             os.fsync(file.fileno())
@@ -254,13 +254,13 @@ def truncate_log(path: pathlib.Path, step: int) -> int:
 
 
 def _step(line: bytes) -> float:
-    """The step of a line; later than any if there is none to read."""
-    found = run_files.parse_log_line(line)
-    return math.inf if found is None else found["step"]
+    """The step of a line, infinite for a damaged one."""
+    values = run_files.parse_log_line(line)
+    return math.inf if values is None else values["step"]
 
 
 class Writers:
-    """All sinks of a run. `write` never raises; `dropped` counts what a failing sink lost."""
+    """All writers of a run. `write` never raises; `dropped` counts the lost lines of each."""
 
     def __init__(self, sinks: dict[str, Sink], say: Callable[[str], None]):
         self._sinks, self.say, self.dropped = sinks, say, dict.fromkeys(sinks, 0)
@@ -270,7 +270,7 @@ class Writers:
         for name, sink in self._sinks.items():
             try:
                 sink.write(step, values | losses)
-            except Exception as error:  # whatever a disk or a network does, training goes on
+            except Exception as error:  # a failing disk or network must not stop training
                 self._lost(name, "line(s)", error)
 
     def _lost(self, name: str, what: str, error: Exception) -> None:
@@ -281,15 +281,15 @@ class Writers:
             )
 
     def attempt(self, name: str, write: Callable[[], Any]) -> None:
-        """Do what writes a file beside the log, such as an image; a disk that does not take it
-        costs the file, counted as `dropped`, and nothing else."""
+        """Write another file of the run, such as an image; a failure loses only that file, which
+        `dropped` counts."""
         try:
             write()
         except (OSError, UserError) as error:
             self._lost(name, "file(s)", error)
 
     def mark(self) -> dict[str, run_files.Mark]:
-        """Size and digest of the log so far, by its name; nothing on a process that writes none."""
+        """{name: size and digest} of the log so far; {} on a process that does not write."""
         return {
             name: sink.mark() for name, sink in self._sinks.items() if isinstance(sink, JsonLines)
         }
@@ -298,19 +298,18 @@ class Writers:
         for sink in self._sinks.values():
             try:
                 sink.close()
-            except Exception as error:  # closing is the last chance to fail, not a reason to
+            except Exception as error:  # a failure to close must not end the run with an error
                 self.say(f"warning: {type(sink).__name__} did not close: {error}")
 
 
 def log_line(text: str) -> None:
-    """A line on the console with the time. A closed console, or a full disk behind it, is no reason
-    to stop."""
+    """Print a line with the time. A closed console or a full disk behind it raises no error."""
     log_lines(text)
 
 
 def log_lines(text: str) -> bool:
-    """`log_line`, and whether the line was taken. A closed console stays closed; a disk may have
-    room again."""
+    """`log_line`; False if the line was lost. A closed console is replaced by os.devnull, a full
+    disk is tried again with the next line."""
     try:
         print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
     except (OSError, ValueError) as error:
@@ -319,7 +318,7 @@ def log_lines(text: str) -> bool:
             errno.EDQUOT,
             errno.EIO,
         ):
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (closed for the rest of the process)
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (stays open)
         return False
     return True
 
@@ -327,12 +326,12 @@ def log_lines(text: str) -> bool:
 def open_writers(
     config: schema.Config, workdir: pathlib.Path, *, resume_at: int, total: int, main: bool = True
 ) -> Writers:
-    """The sinks of a run.
+    """Open the writers of a run.
 
     Args:
       config: `report` and `train.batch_size` are read.
-      workdir: where files go.
-      resume_at: step that the run goes on from; later lines of an old log are cut.
+      workdir: directory of the files.
+      resume_at: step that the run resumes from; later lines of the log are removed.
       total: steps of the run.
       main: whether this is the process that writes.
 
@@ -344,7 +343,7 @@ def open_writers(
     log = workdir / "metrics.jsonl"
     if cut := truncate_log(log, resume_at):
         log_line(
-            f"{log.name}: {cut:,} lines after step {resume_at:,} cut, they will be written again"
+            f"{log.name}: removed {cut:,} lines after step {resume_at:,}; the run writes them again"
         )
     sinks: dict[str, Sink] = {
         "metrics.jsonl": JsonLines(log),

@@ -1,7 +1,7 @@
-"""The directories of a run's checkpoints: which steps are complete and whole, who reads one, how
-one is deleted, and what saves leave behind.
+"""The directories of a run's checkpoints: listing complete steps, verifying, locking and deleting a
+step, and removing what interrupted saves left.
 
-checkpoints/<step>              complete: it got this name when all of it was there
+checkpoints/<step>              complete: renamed to this when all of it was written
 checkpoints/<step>.new[...]     being written
 checkpoints/<step>.old          being deleted
 checkpoints/<step>.bad-<time>   damaged, set aside
@@ -24,17 +24,16 @@ from m3i_jax import run_files
 from m3i_jax.errors import UserError
 from m3i_jax.training import array_checksums, file_checksums
 
-# of a checkpoint; 1: without digests, 2: digests are CRC-32, 3: the digests do not have the step
+# format of a checkpoint; 1: no checksums, 2: CRC-32, 3: the checksums do not have the step number
 FORMAT = 4
-WAITS = (1.0, 4.0, 15.0)  # seconds before a checkpoint that cannot be read is read again
+WAITS = (1.0, 4.0, 15.0)  # seconds before each retry of a failed read
 T = TypeVar("T")
-_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # nothing waits for the other end of a pipe
-_LEFT = re.compile(r"\d+\.(new|old|orbax-checkpoint-tmp)([.-].*)?")
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # opening a pipe does not block
+_LEFTOVER = re.compile(r"\d+\.(new|old|orbax-checkpoint-tmp)([.-].*)?")
 
 
 def complete_steps(directory: pathlib.Path) -> list[int]:
-    """The steps that are complete on the disk, oldest first. Only real directories count, no link
-    out of the place."""
+    """Complete steps on the disk, oldest first. Only real directories count, no links."""
     if not directory.is_dir():
         return []
     with os.scandir(directory) as entries:
@@ -46,28 +45,26 @@ def complete_steps(directory: pathlib.Path) -> list[int]:
 
 
 def make(directory: pathlib.Path) -> None:
-    """Make the directory of checkpoints if it is not there. Raises UserError if it cannot be
-    made."""
+    """Create the directory of checkpoints if it is absent. Raises UserError if that fails."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{directory}: no checkpoints can be kept there ({error.strerror}); choose another"
-            " --workdir"
+            f"{directory}: cannot be created ({error.strerror}); choose another --workdir"
         ) from error
 
 
-def is_run(place: str) -> bool:
+def is_run(directory: str) -> bool:
     """Whether a directory is the workdir of a run."""
-    path = pathlib.Path(place)
+    path = pathlib.Path(directory)
     return (path / "checkpoints").is_dir() or (path / "config.txt").is_file()
 
 
 def position(step: pathlib.Path) -> dict[str, Any]:
-    """The JSON beside the state of a step.
+    """The JSON that was saved with the state of a step.
 
     Raises:
-      ValueError: it is damaged, or missing.
+      ValueError: it is damaged or missing.
       OSError: it cannot be read.
     """
     try:
@@ -75,28 +72,28 @@ def position(step: pathlib.Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError, UserError, RecursionError) as error:
         raise ValueError(f"position/metadata: {getattr(error, 'strerror', '') or error}") from error
     if not isinstance(value, dict):
-        raise ValueError("position/metadata: is no JSON object")
+        raise ValueError("position/metadata: is not a JSON object")
     return value
 
 
-def complaints(step: pathlib.Path, say: Callable[[str], None] = lambda text: None) -> list[str]:
-    """What is wrong with the files of a step, nothing if all are as they were written, by the save
-    of that step.
+def find_damage(step: pathlib.Path, say: Callable[[str], None] = lambda text: None) -> list[str]:
+    """Differences between the files of a step and what its save wrote, `FILE: PROBLEM` each; empty
+    if there are none.
 
     Raises:
-      UserError: it is of a newer version.
-      OSError: a file is there and cannot be read.
+      UserError: a newer version wrote the step.
+      OSError: a file exists and cannot be read.
     """
-    found = file_checksums.read_checksums(step)
-    if found is not None:
-        if found.get("format", 0) > FORMAT:
+    saved = file_checksums.read_checksums(step)
+    if saved is not None:
+        if saved.get("format", 0) > FORMAT:
             raise UserError(
-                f"checkpoint {step.name}: is of format {found['format']}, this version of m3i_jax"
+                f"checkpoint {step.name}: has format {saved['format']}, this version of m3i_jax"
                 f" reads up to {FORMAT}; use a newer version"
             )
-        if not _is_of_its_name(step, found):
-            of = f"checkpoint {found['step']}" if "step" in found else "another checkpoint"
-            return [f"{file_checksums.NAME}: is that of {of}, which was copied or renamed"]
+        if not _has_own_step(step, saved):
+            owner = f"checkpoint {saved['step']}" if "step" in saved else "another checkpoint"
+            return [f"{file_checksums.NAME}: belongs to {owner}, which was copied or renamed"]
     elif not os.path.lexists(step / file_checksums.NAME):
         try:
             old = "format" not in position(step)
@@ -104,63 +101,63 @@ def complaints(step: pathlib.Path, say: Callable[[str], None] = lambda text: Non
             return [f"position/metadata: cannot be read ({' '.join(str(error).split())[:100]})"]
         if old:
             say(
-                f"warning: checkpoint {step.name} was saved by an older version, without digests:"
-                " it is used as it is"
+                f"warning: checkpoint {step.name} was saved by an older version, without checksums:"
+                " it is used unverified"
             )
             return []
     return file_checksums.verify_checksums(step)
 
 
-def _is_of_its_name(step: pathlib.Path, found: dict[str, Any]) -> bool:
-    """Whether digests are of the step whose name the directory has. Those of format 3 have the
-    fingerprint of its number."""
-    number, arrays = int(step.name), found.get("arrays", {})
-    if "step" in found or "step" not in arrays:
-        return found.get("step", number) == number
+def _has_own_step(step: pathlib.Path, saved: dict[str, Any]) -> bool:
+    """Whether checksums belong to the step that the directory is named after. Those of format 3
+    have the checksum of the step counter instead of its number."""
+    number, arrays = int(step.name), saved.get("arrays", {})
+    if "step" in saved or "step" not in arrays:
+        return saved.get("step", number) == number
     return (
         arrays["step"] == array_checksums.checksum_arrays({"step": np.int32(number)}).read()["step"]
     )
 
 
-def patiently(look: Callable[[], T], place: pathlib.Path, say: Callable[[str], None]) -> T:
-    """What `look` returns. What cannot be read is tried again: a server may be away for a moment,
-    and nothing says that the content is damaged.
+def retry_read(read: Callable[[], T], path: pathlib.Path, say: Callable[[str], None]) -> T:
+    """The result of `read`, retried after an OSError: a server may be unavailable for a moment, and
+    the content need not be damaged.
 
     Args:
-      look: reads `place`, or what is below it.
-      place: a checkpoint, or the directory of all.
-      say: prints a line.
+      read: reads `path`, or files below it.
+      path: a checkpoint, or the directory of all.
+      say: logs a line.
 
     Raises:
-      UserError: it still cannot be read.
+      UserError: the last retry failed too.
     """
     for wait in (*WAITS, None):
         try:
-            return look()
+            return read()
         except OSError as error:
-            file = f"{error.filename or place}"
+            file = f"{error.filename or path}"
             reason = f"{file} cannot be read ({error.strerror or error})"
             if wait is None:
                 raise UserError(
-                    f"{reason}; what is in it may be whole, so nothing was renamed and no older"
-                    " step is used: see to its permissions, its disk or its server and run again;"
-                    f" only if it is lost, move {place} away"
+                    f"{reason}; its content may be undamaged, so nothing was renamed and no older"
+                    " step is used: check its permissions, its disk or its server and run again;"
+                    f" only if it is lost, move {path} away"
                 ) from error
-            say(f"warning: {reason}; tried again in {wait:g} seconds")
+            say(f"warning: {reason}; retrying in {wait:g} seconds")
             time.sleep(wait)
     raise AssertionError("unreachable")
 
 
 def note_newest(directory: pathlib.Path, step: int) -> None:
-    """Note outside the directory of checkpoints that there is one. A directory that is empty later
-    was lost."""
+    """Record outside the directory of checkpoints that a step was saved, so that a directory that
+    is empty later counts as lost."""
     if directory.name == "checkpoints":  # of a run
-        run_files.note_mark(directory, (step, ""))  # no size and no digest: its number
+        run_files.note_mark(directory, (step, ""))  # the step number in place of a size
 
 
 def lost_since(workdir: pathlib.Path, newest: int) -> int:
-    """The step that was saved last, if it is later than the newest that is there and was not set
-    aside; else 0."""
+    """The last saved step, if it is later than the newest existing one and was not set aside;
+    else 0."""
     directory = workdir / "checkpoints"
     saved = run_files.noted_marks(directory)
     return (
@@ -171,44 +168,46 @@ def lost_since(workdir: pathlib.Path, newest: int) -> int:
 
 
 def refuse_lost(workdir: pathlib.Path, log: list[dict[str, Any]]) -> None:
-    """Refuse to start a run anew where one has been, but its checkpoints are gone, as those on a
-    disk that is not mounted.
+    """Refuse to start a run from step 0 in the workdir of a run whose checkpoints are gone, such as
+    those on a disk that is not mounted.
 
     Args:
       workdir: of the run.
-      log: its lines.
+      log: lines of its metrics.jsonl.
 
     Raises:
-      UserError: what is there, and how to go on.
+      UserError: the checkpoints are gone; says what the run saved and how to continue.
     """
     directory = workdir / "checkpoints"
     if os.path.lexists(directory) and not directory.exists():
         raise UserError(
-            f"{directory}: is a link to a place that is not there; mount its disk, or delete the"
+            f"{directory}: is a link whose target does not exist; mount its disk, or delete the"
             " link"
         )
     if directory.exists() and not directory.is_dir():
-        raise UserError(f"{directory}: is no directory; move it away, or choose another --workdir")
+        raise UserError(
+            f"{directory}: is not a directory; move it away, or choose another --workdir"
+        )
     if complete_steps(directory) or any(directory.glob("*.bad-*")):
         return
     saved = run_files.noted_marks(directory)
     last = max((line["step"] for line in log), default=0)
     if saved:
-        there = f"saved checkpoint {saved[0][0]:,}"
+        progress = f"saved checkpoint {saved[0][0]:,}"
     elif last and not directory.is_dir():
-        there = f"logged {last:,} steps in metrics.jsonl"
+        progress = f"logged {last:,} steps in metrics.jsonl"
     else:
         return
     raise UserError(
-        f"--workdir {workdir}: there is no checkpoint in checkpoints/, but the run there {there};"
-        " mount or restore them and run again, or, to start anew, move metrics.jsonl and"
+        f"--workdir {workdir}: checkpoints/ has no checkpoint, but the run {progress}; mount or"
+        " restore them and run again, or, to start from step 0, move metrics.jsonl and"
         f" {run_files.DIGESTS}/ away or choose another --workdir"
     )
 
 
 @contextlib.contextmanager
 def hold_step(step: pathlib.Path) -> Iterator[None]:
-    """While this lasts, the retention of a run that goes on does not delete the step."""
+    """Hold a shared lock on a step, so that a run that continues does not delete it."""
     try:
         file = os.open(step / file_checksums.NAME, _FLAGS)
     except OSError:  # of an older version, or damaged
@@ -223,9 +222,9 @@ def hold_step(step: pathlib.Path) -> Iterator[None]:
 
 
 def delete_step(step: pathlib.Path) -> bool:
-    """Delete a step unless somebody reads it: first its name, so that half of it is never taken for
-    all."""
-    gone = step.with_name(f"{step.name}.old")
+    """Delete a step unless a process holds it; False if one does. The step is renamed first, so
+    that a half-deleted one never counts as complete."""
+    trash = step.with_name(f"{step.name}.old")
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(FileNotFoundError):
             file = os.open(step / file_checksums.NAME, _FLAGS)
@@ -236,27 +235,26 @@ def delete_step(step: pathlib.Path) -> bool:
                 return False
             except OSError:  # a file system without locks
                 pass
-        shutil.rmtree(gone, ignore_errors=True)
-        os.rename(step, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(trash, ignore_errors=True)
+        os.rename(step, trash)
+    shutil.rmtree(trash, ignore_errors=True)
     return True
 
 
 def retain_newest(directory: pathlib.Path, keep: int, say: Callable[[str], None]) -> None:
-    """Delete all steps but the newest."""
+    """Delete all steps but the newest `keep`."""
     for old in complete_steps(directory)[:-keep]:
         try:
             delete_step(directory / str(old))
-        except OSError as error:  # no reason to think that the save failed
+        except OSError as error:  # the save itself succeeded
             say(f"warning: checkpoint {old} cannot be deleted ({error.strerror or error})")
 
 
-def quarantine_step(step: pathlib.Path, wrong: list[str]) -> str:
-    """Give a damaged step another name; what to tell a person. Raises UserError if it cannot be
-    renamed."""
+def quarantine_step(step: pathlib.Path, problems: list[str]) -> str:
+    """Rename a damaged step; returns the warning to log. Raises UserError if that fails."""
     name = f"{step.name}.bad-{time.strftime('%Y%m%d-%H%M%S')}"
-    more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    damaged = f"checkpoint {step.name} is damaged ({'; '.join(wrong[:3])}{more})"
+    more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+    damaged = f"checkpoint {step.name} is damaged ({'; '.join(problems[:3])}{more})"
     try:
         os.rename(step, step.with_name(name))
     except OSError as error:
@@ -265,30 +263,29 @@ def quarantine_step(step: pathlib.Path, wrong: list[str]) -> str:
             " again"
         ) from error
     fsync_dir(step.parent)
-    return f"warning: {damaged}; set aside as {name}, the one before is used"
+    return f"warning: {damaged}; renamed to {name}, the one before it is used"
 
 
 def fsync_dir(directory: pathlib.Path) -> None:
-    """The names in a directory to the disk."""
-    with contextlib.suppress(OSError):  # some file systems have no such thing
+    """Flush the entries of a directory to the disk."""
+    with contextlib.suppress(OSError):  # some file systems cannot
         file_checksums.fsync_path(directory)
 
 
 def remove_leftovers(directory: pathlib.Path) -> None:
-    """Remove what saves and deletions left behind that were cut off. Only for the one that saves
-    there.
+    """Remove what interrupted saves and deletions left. Only the process that saves may call this.
 
-    A save that failed is told at its first error, when other threads of it may still write: what
-    they leave is removed again, for a second."""
+    A failed save is reported at its first error, when its other threads may still write: what they
+    leave is removed again, for a second."""
     for wait in (0.0, 0.1, 0.3, 0.6):
         with os.scandir(directory) as entries:
-            left = [
+            leftovers = [
                 e.path
                 for e in entries
-                if _LEFT.fullmatch(e.name) and e.is_dir(follow_symlinks=False)
+                if _LEFTOVER.fullmatch(e.name) and e.is_dir(follow_symlinks=False)
             ]
-        if not left:
+        if not leftovers:
             return
         time.sleep(wait)
-        for path in left:
+        for path in leftovers:
             shutil.rmtree(path, ignore_errors=True)

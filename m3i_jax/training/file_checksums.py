@@ -1,13 +1,12 @@
-"""Digests of the files of a checkpoint: what was written is what is read, or it is noticed before
-it is used.
+"""Checksums of the files of a checkpoint: damage on disk is detected before the files are used.
 
-`digests.json` lies in the directory of a step and has two lines: a JSON object with the name of the
-digest, and size and digest of every other file, and the CRC-32 of that line. The digest is XXH3 of
-64 bits: it misses one of 2^64 damages, and takes less time than bringing the bytes from memory.
-Older steps have CRC-32, which takes seven times as long.
+`digests.json` in the directory of a step has two lines: a JSON object with the name of the digest,
+and size and digest of every other file; and the CRC-32 of that line. The digest is 64-bit XXH3,
+which misses one damage in 2^64 and takes less time than reading the bytes from memory. Older steps
+have CRC-32, which takes seven times as long.
 
-A file that is missing, cut or of other bytes is damaged. A file that cannot be read (permission, a
-disk or a server that fails) is not: what is in it may be whole, so that is an OSError."""
+A file that is missing, truncated or has other bytes is damaged. A file that cannot be read
+(permission, a failing disk or server) may be undamaged, so that is an OSError."""
 
 import concurrent.futures
 import contextlib
@@ -25,9 +24,8 @@ import xxhash
 from m3i_jax import run_files
 
 NAME = "digests.json"
-# bytes read at once: so few that they are still in the processor's cache when they are digested
-BLOCK = 2**18
-LONGEST = 2**26  # bytes of digests.json that are read at all
+BLOCK = 2**18  # bytes a read: they are still in the processor's cache when they are hashed
+LONGEST = 2**26  # most bytes of digests.json that are read
 THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -43,27 +41,33 @@ class _Crc32:
 
 
 KINDS: dict[str, Callable[[], Any]] = {"xxh3-64": xxhash.xxh3_64, "crc32": _Crc32}
-NOW = "xxh3-64"  # what is written
+CURRENT = "xxh3-64"  # the kind that is written
 
 
-def file_digest(path: pathlib.Path, kind: str = NOW, *, written: bool = False) -> tuple[int, str]:
+def file_digest(
+    path: pathlib.Path, kind: str = CURRENT, *, written: bool = False
+) -> tuple[int, str]:
     """Size in bytes and digest of a file.
 
-    Args: path: of the file. kind: of the digest, one of KINDS. written: it was written a moment
-      ago, and is still in memory: on a local disk it is digested there, which takes half the time.
-      A page that could not be brought from a disk or a network would end the process, so all else
-      is read.
+    Args:
+      path: of the file.
+      kind: of the digest, one of KINDS.
+      written: the file was just written and is still in memory; on a local disk it is mapped, which
+        takes half the time. All other files are read: a mapped page that a disk or a network cannot
+        deliver would kill the process.
 
     >>> import tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "x"
     >>> _ = path.write_bytes(b"123456789")
-    >>> file_digest(path), file_digest(path, written=True) == file_digest(path), file_digest(path, "crc32")
-    ((9, '72dcb18b67a17dff'), True, (9, 'cbf43926'))
+    >>> file_digest(path), file_digest(path, "crc32")
+    ((9, '72dcb18b67a17dff'), (9, 'cbf43926'))
+    >>> file_digest(path, written=True) == file_digest(path)
+    True
     """
     size, value = 0, KINDS[kind]()
     with open(path, "rb", buffering=0) as file:
-        about = os.fstat(file.fileno())
-        if written and about.st_size and os.major(about.st_dev):  # 0: no disk of this machine
+        status = os.fstat(file.fileno())
+        if written and status.st_size and os.major(status.st_dev):  # 0: not a local disk
             with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
                 size = len(pages)
                 value.update(pages)
@@ -76,7 +80,7 @@ def file_digest(path: pathlib.Path, kind: str = NOW, *, written: bool = False) -
 
 
 def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
-    """All files below a directory but the digests themselves; links are not followed."""
+    """All files below a directory except digests.json; links are not followed."""
     out = {}
     for folder, _, names in os.walk(directory):
         for name in names:
@@ -87,8 +91,7 @@ def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def fsync_path(path: pathlib.Path) -> None:
-    """A file, or the names in a directory, to the disk itself: a machine that loses power has it
-    afterwards."""
+    """Flush a file, or the entries of a directory, to the disk, to survive a loss of power."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -97,112 +100,112 @@ def fsync_path(path: pathlib.Path) -> None:
 
 
 def write_checksums(directory: pathlib.Path, **notes: Any) -> None:
-    """Digest all files of a directory, write it down there, and see all of it to the disk itself.
-    `notes` are kept beside.
+    """Write digests.json for all files of a directory, and flush all of them to the disk.
+
+    Args:
+      directory: of a step.
+      notes: more entries of the JSON object.
 
     Raises:
-      OSError: something cannot be read or written.
+      OSError: a file cannot be read or written.
     """
     files = _files(directory)
     with (
         concurrent.futures.ThreadPoolExecutor(THREADS) as disk,
         concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
     ):
-        # a disk writes while a processor digests
-        kept = [disk.submit(fsync_path, path) for path in files.values()]
-        made = dict(
+        # the disk writes while the processor hashes
+        flushed = [disk.submit(fsync_path, path) for path in files.values()]
+        checksums = dict(
             zip(
                 files,
                 pool.map(functools.partial(file_digest, written=True), files.values()),
                 strict=True,
             )
         )
-        for one in kept:
-            one.result()
+        for future in flushed:
+            future.result()
     with open(directory / NAME, "wb") as file:
-        file.write(run_files.seal_note({**notes, "digest": NOW, "files": made}))
+        file.write(run_files.seal_note({**notes, "digest": CURRENT, "files": checksums}))
         file.flush()
         os.fsync(file.fileno())
     for folder, _, _ in os.walk(directory, topdown=False):
-        with contextlib.suppress(OSError):  # some file systems cannot do it for directories
+        with contextlib.suppress(OSError):  # some file systems cannot flush directories
             fsync_path(pathlib.Path(folder))
 
 
 def read_checksums(directory: pathlib.Path) -> dict[str, Any] | None:
-    """What `write_checksums` wrote there, None if it is not whole, or not there.
+    """The JSON object of digests.json; None if the file is damaged or missing.
 
     Raises:
-      OSError: it cannot be read.
+      OSError: the file cannot be read.
     """
-    place = directory / NAME
+    path = directory / NAME
     try:
-        if not stat.S_ISREG(place.lstat().st_mode):
+        if not stat.S_ISREG(path.lstat().st_mode):
             return None
     except (FileNotFoundError, NotADirectoryError):
         return None
-    with open(place, "rb") as file:
-        found = run_files.unseal_note(file.read(LONGEST))
-    return found if _is_sound(found) else None
+    with open(path, "rb") as file:
+        content = run_files.unseal_note(file.read(LONGEST))
+    return content if _is_valid(content) else None
 
 
-def _is_sound(found: Any) -> bool:
-    """Whether something has the structure that `write_checksums` gives it, whoever made its
-    checksum."""
+def _is_valid(content: Any) -> bool:
+    """Whether a JSON value has the structure that `write_checksums` gives it: its CRC-32 may be
+    forged."""
     if (
-        not isinstance(found, dict)
-        or not isinstance(found.get("digest"), str)
-        or not isinstance(found.get("files"), dict)
+        not isinstance(content, dict)
+        or not isinstance(content.get("digest"), str)
+        or not isinstance(content.get("files"), dict)
     ):
         return False
-    numbers = [found[name] for name in ("format", "step") if name in found]
-    arrays = found.get("arrays", {})
+    numbers = [content[name] for name in ("format", "step") if name in content]
+    arrays = content.get("arrays", {})
     return (
         all(type(number) is int for number in numbers)
         and isinstance(arrays, dict)
         and all(isinstance(value, str) for value in arrays.values())
-        and run_files.parse_marks(list(found["files"].values())) is not None
+        and run_files.parse_marks(list(content["files"].values())) is not None
         and not any(
             pathlib.PurePosixPath(name).is_absolute() or ".." in name.split("/")
-            for name in found["files"]
+            for name in content["files"]
         )
     )
 
 
 def verify_checksums(directory: pathlib.Path) -> list[str]:
-    """What is wrong with the files of a directory, `FILE: WHAT` each; nothing if all are as they
-    were written. Files that came later are not looked at.
+    """Differences between the files of a directory and its digests.json, `FILE: PROBLEM` each;
+    empty if there are none. Files that were added later are ignored.
 
     Raises:
-      OSError: a file is there and cannot be read.
+      OSError: a file exists and cannot be read.
 
     >>> import tempfile
-    >>> place = pathlib.Path(tempfile.mkdtemp())
-    >>> _ = (place / "x").write_bytes(b"123"), (place / "y").write_bytes(b""), write_checksums(place)
-    >>> verify_checksums(place), (place / "x").write_bytes(b"124"), (place / "y").unlink(), verify_checksums(place)
-    ([], 3, None, ['x: other bytes than were written', 'y: is missing'])
+    >>> step = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (step / "x").write_bytes(b"123"), (step / "y").write_bytes(b"")
+    >>> write_checksums(step); verify_checksums(step)
+    []
+    >>> _ = (step / "x").write_bytes(b"124"), (step / "y").unlink(); verify_checksums(step)
+    ['x: other bytes than were written', 'y: is missing']
     """
-    found = read_checksums(directory)
-    if found is None:
-        there = os.path.lexists(directory / NAME)
-        return [
-            (
-                f"{NAME}: is damaged"
-                if there and not (directory / NAME).is_symlink()
-                else f"{NAME}: is missing"
-            )
-        ]
-    if (kind := found["digest"]) not in KINDS:
+    saved = read_checksums(directory)
+    if saved is None:
+        path = directory / NAME
+        exists = os.path.lexists(path) and not path.is_symlink()
+        return [f"{NAME}: is {'damaged' if exists else 'missing'}"]
+    if (kind := saved["digest"]) not in KINDS:
         return [f"{NAME}: has digests {kind!r}, which this version of m3i_jax does not know"]
 
-    def one(item: tuple[str, tuple[int, str]]) -> str:
+    def verify(item: tuple[str, tuple[int, str]]) -> str:
         name, (size, value) = item
         path = directory / name
         try:
-            about = path.lstat()
-            if not stat.S_ISREG(about.st_mode):
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode):
                 return f"{name}: is not a file any more"
-            if about.st_size != size:
-                return f"{name}: {about.st_size:,} bytes, {size:,} were written"
+            if status.st_size != size:
+                return f"{name}: {status.st_size:,} bytes, {size:,} were written"
             return (
                 ""
                 if file_digest(path, kind) == (size, value)
@@ -212,4 +215,4 @@ def verify_checksums(directory: pathlib.Path) -> list[str]:
             return f"{name}: is missing"
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        return [text for text in pool.map(one, sorted(found["files"].items())) if text]
+        return [text for text in pool.map(verify, sorted(saved["files"].items())) if text]

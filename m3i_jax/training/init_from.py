@@ -1,16 +1,12 @@
-"""First weights from elsewhere: what `init_from` names, laid over the initial parameters of a run,
-and an account of every array.
+"""Initial weights from `config.init_from`, laid over the initial parameters of a run.
 
-A source is the workdir of a run (any mesh) or a file of another project; both are seen as {path:
-shape} of our own paths, so that a subset is a subset of paths, whatever the source. Nothing is left
-to chance silently: what matched, what is not there, what differs in shape or setting is said; an
-encoder that fits in part, a position table that would be replaced by another, or no match at all is
-refused. What an encoder may lack is what pre-training adds to it: the mask token, and the fusion of
-an InternImage unless it is frozen."""
+The log lists which arrays matched, which are missing and which differ in shape or setting. An
+encoder that fits in part, a position table of another kind and a source without any match are
+refused. An encoder may lack what pre-training adds to it: the mask token, and the fusion of an
+InternImage unless it is frozen."""
 
 import dataclasses
 import math
-import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -18,292 +14,158 @@ from typing import Any
 import jax
 import numpy as np
 
-from m3i_jax import config as configuration
 from m3i_jax import schema
 from m3i_jax.errors import UserError
-from m3i_jax.interop import position_tables, tensor_files, vit_weights
+from m3i_jax.interop import position_tables, vit_weights
 from m3i_jax.models import backbones
 from m3i_jax.models.vit import fixed_positions
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import checkpoint, checkpoint_dir
+from m3i_jax.training.weight_source import WeightSource, open_weights, put_array
 
 TABLE, MASK_TOKEN = "encoder/positions", "encoder/mask_token"
-# two tables are the same: float32 frequencies make errors of the size of the rounded index
-_CLOSE = 1e-3
+# tolerance for equal tables: float32 frequencies make errors of the size of the rounded index
+_ATOL = 1e-3
 
 
-@dataclasses.dataclass
-class WeightSource:
-    """Weights somewhere else.
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """How the arrays of a run match those of a source, by path.
 
-    Attributes: name: what it is, for messages. shapes: {path: shape} of everything that is there
-      under a path of ours, without a fixed position table. read: {path: sharding or None} -> {path:
-      array}; None: numpy. settings: of `model.encoder` and the pixels (mean, std, image_size), as
-      far as the source tells; of an InternImage `backbone`, `scan` and `intern_image` of `model`
-      too, and of a file the `preset` that it is.
-      unused: {what: arrays} that have no place here.
-      notes: what was changed while reading.
+    Attributes: selected: arrays that `config.init.only` selects. same: of equal shape. differ: of
+      another shape. missing: absent from the source.
     """
 
-    name: str
-    shapes: dict[str, tuple[int, ...]]
-    read: Callable[[Mapping[str, Any]], dict[str, Any]]
-    settings: dict[str, Any]
-    unused: dict[str, int]
-    notes: list[str]
-
-
-def open_weights(
-    place: str, *, weights: str = "online", key: str = "config.init_from"
-) -> WeightSource:
-    """The weights of a run or a file.
-
-    Args:
-      place: workdir, file, or Hugging Face directory.
-      weights: online, or ema: the momentum copy.
-      key: what named the place, for messages.
-
-    Raises:
-      UserError: nothing there that can be read, no layout that is known, no momentum copy.
-    """
-    path = pathlib.Path(place)
-    if not path.exists():
-        raise UserError(
-            f"{key}: there is no {place!r}; give the workdir of a run, or a file of weights"
-            f" ({', '.join(tensor_files.ENDINGS[:4])})"
-        )
-    if checkpoint_dir.is_run(place):
-        return _of_run(place, weights, key)
-    try:
-        found = vit_weights.load_vit(
-            tensor_files.read_tensors(place),
-            momentum=weights == "ema",
-            config=vit_weights.read_sidecar_configs(place),
-        )
-    except UserError as error:
-        raise UserError(
-            f"{key}: {error}" if place in str(error) else f"{key}: {place}: {error}"
-        ) from error
-    except (
-        Exception
-    ) as error:  # arrays of a known name and another shape: the person needs the name of the file
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{key}: {place}: its arrays are not those of its names ({type(error).__name__}:"
-            f" {reason}); is it whole?"
-        ) from error
-
-    def read(wanted: Mapping[str, Any]) -> dict[str, Any]:
-        return {path: _placed(found.arrays[path], sharding) for path, sharding in wanted.items()}
-
-    unused = found.unused | (
-        {"of unknown names, such as " + found.unknown[0]: len(found.unknown)}
-        if found.unknown
-        else {}
-    )
-    settings = {
-        **backbones.recognize_weights(
-            {
-                path.removeprefix("encoder/"): array.shape
-                for path, array in found.arrays.items()
-                if path.startswith("encoder/")
-            }
-        ),
-        **found.settings,
-    }
-    return WeightSource(
-        f"{place} ({found.layout})",
-        {p: a.shape for p, a in found.arrays.items()},
-        read,
-        settings,
-        unused,
-        found.notes,
-    )
-
-
-def _of_run(workdir: str, weights: str, key: str) -> WeightSource:
-    run = checkpoint.RunWeights(workdir, key)
-    there = {
-        path.removeprefix("params/"): path for path in run.shapes if path.startswith("params/")
-    }
-    if weights == "ema":
-        average = {
-            path.removeprefix("opt/target/params/"): path
-            for path in run.shapes
-            if path.startswith("opt/target/params/")
-        }
-        if not average:
-            raise UserError(f"{key}: {workdir!r} has no momentum average; use the online weights")
-        there |= average
-
-    def read(wanted: Mapping[str, Any]) -> dict[str, Any]:
-        got = run.read({there[path]: sharding for path, sharding in wanted.items()})
-        if wrong := [path for path in wanted if not _finite(got[there[path]])]:
-            raise UserError(
-                f"{key}: {workdir!r}: {wrong[0]} has numbers that are not finite (NaN or Inf),"
-                f" {len(wrong)} of {len(wanted)} arrays do; give an earlier checkpoint or"
-                " another run"
-            )
-        return {path: got[there[path]] for path in wanted}
-
-    config = configuration.resolve(configuration.load_from_workdir(workdir, key))
-    pixels = {
-        "mean": config.data.augment.mean,
-        "std": config.data.augment.std,
-        "image_size": config.data.image_size,
-    }
-    model = {
-        "backbone": config.model.backbone,
-        **{
-            section: dataclasses.asdict(getattr(config.model, section))
-            for section in backbones.get_backbone(config.model).sections
-        },
-    }
-    settings = {**dataclasses.asdict(config.model.encoder), **model, **pixels}
-    name = f"{workdir} (step {run.step:,}, {'momentum average' if weights == 'ema' else 'online'})"
-    return WeightSource(
-        name, {path: run.shapes[full] for path, full in there.items()}, read, settings, {}, []
-    )
-
-
-def _finite(array: Any) -> bool:
-    """Whether all numbers of an array are finite; of one that is spread over hosts, those that lie
-    here."""
-    parts = (
-        [shard.data for shard in array.addressable_shards]
-        if isinstance(array, jax.Array)
-        else [array]
-    )
-    return all(bool(np.isfinite(np.asarray(part)).all()) for part in parts)
-
-
-def _placed(array: Any, sharding: Any) -> Any:
-    value = np.asarray(array, np.float32)
-    return (
-        value
-        if sharding is None
-        else jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-    )
+    selected: set[str]
+    same: set[str]
+    differ: list[str]
+    missing: list[str]
 
 
 def initialize_from(
     config: schema.Config, params: Any, shardings: Any, say: Callable[[str], None] = print
 ) -> Any:
-    """Initial parameters with everything in place of them that `config.init_from` has and
-    `config.init` asks for.
+    """Initial parameters, replaced by the arrays of `config.init_from` that `config.init` selects.
 
     Args:
       config: settings of this run.
       params: its initial parameters.
       shardings: of the same structure.
-      say: gets the account, a line a call.
+      say: gets the log lines, one a call.
 
-    Raises: UserError: nothing matches; the encoder fits in part; it is frozen and would have a
-      fusion at random; its position table is another one; with init.strict, anything is missing.
+    Raises: UserError: nothing matches; the encoder fits in part; it is frozen and its fusion would
+      be random; its position table is of another kind; with init.strict, an array is missing.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    here = {path_text(path): leaf for path, leaf in leaves}
+    target = {path_text(path): leaf for path, leaf in leaves}
     layout = {
         path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)
     }
     source = open_weights(config.init_from, weights=config.init.weights)
-    wanted = {path for path in here if _asked(config.init.only, path)}
-    table = _table(config, source) if _asked(config.init.only, TABLE) else PositionTable(None, "")
-    same = {
-        path for path in wanted if path != TABLE and source.shapes.get(path) == here[path].shape
-    }
-    differ = sorted(path for path in wanted - same if path != TABLE and path in source.shapes)
-    missed = sorted(
-        path for path in wanted - same - set(differ) if path != TABLE or table.value is None
+    selected = {path for path in target if _matches(config.init.only, path)}
+    table = (
+        _position_table(config, source)
+        if _matches(config.init.only, TABLE)
+        else PositionTable(None, "")
     )
-    _refuse(config, source, here, wanted, same, differ, missed)
-    got = source.read({path: layout[path] for path in sorted(same)})
-    if TABLE in wanted and table.value is not None:
-        got[TABLE] = _placed(table.value, layout[TABLE])
-    elif table.cls is not None and "encoder/cls_token" in got:
-        got["encoder/cls_token"] = got["encoder/cls_token"] + table.cls
-    for line in _account(config, source, here, got, differ, missed, table.told):
+    same = {p for p in selected if p != TABLE and source.shapes.get(p) == target[p].shape}
+    differ = sorted(p for p in selected - same if p != TABLE and p in source.shapes)
+    missing = sorted(p for p in selected - same - set(differ) if p != TABLE or table.value is None)
+    match = Match(selected, same, differ, missing)
+    _check_match(config, source, target, match)
+    loaded = source.read({path: layout[path] for path in sorted(same)})
+    if TABLE in selected and table.value is not None:
+        loaded[TABLE] = put_array(table.value, layout[TABLE])
+    elif table.cls is not None and "encoder/cls_token" in loaded:
+        loaded["encoder/cls_token"] = loaded["encoder/cls_token"] + table.cls
+    for line in _log_lines(config, source, target, loaded, match, table.message):
         say(line)
     return jax.tree.unflatten(
-        structure, [got.get(path, leaf).astype(leaf.dtype) for path, leaf in here.items()]
+        structure, [loaded.get(path, leaf).astype(leaf.dtype) for path, leaf in target.items()]
     )
 
 
-def _asked(patterns: Iterable[str], path: str) -> bool:
+def _matches(patterns: Iterable[str], path: str) -> bool:
     patterns = tuple(patterns)
     return not patterns or any(re.search(pattern, path) for pattern in patterns)
 
 
 @dataclasses.dataclass
 class PositionTable:
-    """What becomes of a source's position table: `value` [1, T, D] for a learned one here; told:
-    what was done; cls: its row for cls, where the table here is fixed and has none."""
+    """What is taken from a source's position table.
+
+    Attributes: value: [1, T, D], for a learned table of this run, or None. message: what was
+      changed, for the log. cls: row of the class token, to be added to the token where the table of
+      this run is fixed and has no such row.
+    """
 
     value: np.ndarray | None
-    told: str
+    message: str
     cls: np.ndarray | None = None
 
 
-def _table(config: schema.Config, source: WeightSource) -> PositionTable:
-    e, kind = config.model.encoder, source.settings.get("positions", "sincos")
+def _position_table(config: schema.Config, source: WeightSource) -> PositionTable:
+    encoder, kind = config.model.encoder, source.settings.get("positions", "sincos")
     if (
         "encoder/patch_embed/kernel" not in source.shapes
-        or source.settings.get("width", e.width) != e.width
+        or source.settings.get("width", encoder.width) != encoder.width
     ):
-        return PositionTable(None, "")  # another encoder, which is said elsewhere, or none
-    if e.positions == "learned":
+        return PositionTable(None, "")  # no encoder, or another one, which `_check_match` refuses
+    if encoder.positions == "learned":
         if kind != "learned":
-            old = _grid(source, config)
+            grid = _source_grid(source, config)
             fixed = fixed_positions(
-                dataclasses.replace(e, positions=kind, position_grid=old), config.grid
+                dataclasses.replace(encoder, positions=kind, position_grid=grid), config.grid
             )
-            told = f"{TABLE} starts as the source's fixed table of {old} x {old}"
             return PositionTable(
-                position_tables.resize_position_table(fixed[None], config.grid, cls=e.cls_token),
-                told,
+                position_tables.resize_position_table(
+                    fixed[None], config.grid, cls=encoder.cls_token
+                ),
+                f"{TABLE} starts as the source's fixed table of {grid} x {grid}",
             )
         if TABLE not in source.shapes:
             return PositionTable(None, "")
-        there = source.read({TABLE: None})[TABLE]
-        old = position_tables.table_grid(there.shape[1])
-        told = (
-            f"{TABLE} was resized from {old} x {old} to {config.grid} x {config.grid} by bicubic"
+        table_1xTxD = source.read({TABLE: None})[TABLE]
+        grid = position_tables.table_grid(table_1xTxD.shape[1])
+        resized = (
+            f"{TABLE} was resized from {grid} x {grid} to {config.grid} x {config.grid} by bicubic"
             " interpolation"
         )
         return PositionTable(
-            position_tables.resize_position_table(there, config.grid, cls=e.cls_token),
-            told if old != config.grid else "",
+            position_tables.resize_position_table(table_1xTxD, config.grid, cls=encoder.cls_token),
+            resized if grid != config.grid else "",
         )
     if kind != "learned":
-        old, made = _grid(source, config), e.position_grid or config.grid
-        told = (
-            f"positions were of a grid of {old} there and are of {made} here;"
-            f" config.model.encoder.position_grid={old} resizes them"
+        grid, own_grid = _source_grid(source, config), encoder.position_grid or config.grid
+        message = (
+            f"positions were of a grid of {grid} in the source and are of {own_grid} in this run;"
+            f" config.model.encoder.position_grid={grid} resizes them"
         )
         return dataclasses.replace(
-            _same_kind(source, kind, e.positions), told="" if old == made else told
+            _require_kind(source, kind, encoder.positions),
+            message="" if grid == own_grid else message,
         )
     if TABLE not in source.shapes:
         return PositionTable(None, "")
-    there = source.read({TABLE: None})[TABLE]
-    old = position_tables.table_grid(there.shape[1])
-    had = there.shape[1] - old * old
-    for possible in ("sincos", "sincos_columns"):
-        fixed = fixed_positions(dataclasses.replace(e, positions=possible, position_grid=0), old)
-        if np.abs(there[0, had:] - fixed).max() < _CLOSE:
-            told = (
-                "the position table there is the fixed one of"
-                f" model.encoder.positions={e.positions}"
-            )
+    table_1xTxD = source.read({TABLE: None})[TABLE]
+    grid = position_tables.table_grid(table_1xTxD.shape[1])
+    cls_rows = table_1xTxD.shape[1] - grid * grid
+    for fixed_kind in ("sincos", "sincos_columns"):
+        fixed = fixed_positions(
+            dataclasses.replace(encoder, positions=fixed_kind, position_grid=0), grid
+        )
+        if np.abs(table_1xTxD[0, cls_rows:] - fixed).max() < _ATOL:
             return dataclasses.replace(
-                _same_kind(source, possible, e.positions),
-                told=told,
-                cls=there[:, :1] if had else None,
+                _require_kind(source, fixed_kind, encoder.positions),
+                message=(
+                    "the source's position table is the fixed one of"
+                    f" model.encoder.positions={encoder.positions}"
+                ),
+                cls=table_1xTxD[:, :1] if cls_rows else None,
             )
-    return _same_kind(source, "learned", e.positions)
+    return _require_kind(source, "learned", encoder.positions)
 
 
-def _grid(source: WeightSource, config: schema.Config) -> int:
+def _source_grid(source: WeightSource, config: schema.Config) -> int:
     """Patches a side for which a run made its fixed positions."""
     patch = config.model.encoder.patch_size
     return (
@@ -312,73 +174,69 @@ def _grid(source: WeightSource, config: schema.Config) -> int:
     )
 
 
-def _same_kind(source: WeightSource, there: str, here: str) -> PositionTable:
-    if there != here:
+def _require_kind(source: WeightSource, kind: str, own_kind: str) -> PositionTable:
+    if kind != own_kind:
         raise UserError(
             f"config.init_from: {source.name}: its blocks were trained with"
-            f" model.encoder.positions={there}, and here it is {here}; set"
-            f" config.model.encoder.positions={there}, or leave the encoder out by config.init.only"
+            f" model.encoder.positions={kind}, this run has {own_kind}; set"
+            f" config.model.encoder.positions={kind}, or leave the encoder out by config.init.only"
         )
     return PositionTable(None, "")
 
 
-def _refuse(
-    config: schema.Config,
-    source: WeightSource,
-    here: Mapping[str, Any],
-    wanted: set[str],
-    same: set[str],
-    differ: list[str],
-    missed: list[str],
+def _check_match(
+    config: schema.Config, source: WeightSource, target: Mapping[str, Any], match: Match
 ) -> None:
-    only = f" that match config.init.only={','.join(config.init.only)}" if config.init.only else ""
+    """Refuse a match that would leave a part of the encoder, or all of the run, random."""
+    only = ",".join(config.init.only)
     where = f"config.init_from: {source.name}"
-    if not wanted:
+    if not match.selected:
         raise UserError(
-            f"{where}: no path here matches config.init.only={','.join(config.init.only)}; there"
-            f" are {', '.join(list(here)[:3])}"
+            f"{where}: no array of this run matches config.init.only={only}; its arrays are"
+            f" {', '.join(list(target)[:3])}, ..."
         )
-    if wrong := [path for path in differ if path.startswith("encoder/")]:
-        path = wrong[0]
+    if paths := [path for path in match.differ if path.startswith("encoder/")]:
+        path = paths[0]
         raise UserError(
-            f"{where}: its encoder is another one ({len(wrong)} arrays differ, first {path}:"
-            f" {source.shapes[path]} there, {here[path].shape} here); {_to_fit(source)}"
+            f"{where}: its encoder has other shapes ({len(paths)} arrays differ, first {path}:"
+            f" {source.shapes[path]} in the source, {target[path].shape} in this run);"
+            f" {_how_to_fit(source)}"
         )
-    if not same:
-        near = {path: vit_weights.nearest_names(path, source.shapes, 1) for path in sorted(wanted)}
-        told = (
-            "; ".join(f"{path}: there {there[0]}" for path, there in near.items() if there)
-            or f"there: {', '.join(list(source.shapes)[:3])}"
+    if not match.same:
+        nearest = {
+            path: vit_weights.nearest_names(path, source.shapes, 1)
+            for path in sorted(match.selected)
+        }
+        names = (
+            "; ".join(f"nearest to {path}: {names[0]}" for path, names in nearest.items() if names)
+            or f"it has {', '.join(list(source.shapes)[:3])}"
         )
         raise UserError(
-            f"{where}: none of the {len(wanted)} arrays here{only} is there ({told[:300]}); a run"
-            " never starts at random unasked"
+            f"{where}: has none of the {len(match.selected)} arrays"
+            f"{f' that match config.init.only={only}' if only else ''} ({names[:300]}); give"
+            " another source, or leave config.init_from out to start from random weights"
         )
     added = _added_parameters(config)
-    if lost := [
-        path for path in missed if path.startswith("encoder/") and not path.startswith(added)
-    ]:
+    absent = [p for p in match.missing if p.startswith("encoder/") and not p.startswith(added)]
+    if absent:
         raise UserError(
-            f"{where}: its encoder fits in part ({len(lost)} arrays are not there, first"
-            f" {lost[0]}); {_to_fit(source)}, or ask for less by config.init.only"
+            f"{where}: its encoder fits in part ({len(absent)} arrays are missing, first"
+            f" {absent[0]}); {_how_to_fit(source)}, or select less by config.init.only"
         )
-    if config.model.encoder.freeze and (
-        lost := [path for path in missed if path.startswith("encoder/") and path != MASK_TOKEN]
-    ):
+    untrained = [p for p in match.missing if p.startswith("encoder/") and p != MASK_TOKEN]
+    if config.model.encoder.freeze and untrained:
         raise UserError(
-            f"{where}: has no {lost[0]}, which a frozen encoder would keep at random values;"
+            f"{where}: has no {untrained[0]}, which a frozen encoder would keep at random values;"
             f" {backbones.get_backbone(config.model).without_added(config.model)}"
         )
-    if config.init.strict and (lost := differ + missed):
-        told = (
-            f"{len(lost)} of {len(wanted)} arrays are not there or differ in shape, first {lost[0]}"
-        )
+    if config.init.strict and (paths := match.differ + match.missing):
         raise UserError(
-            f"{where}: {told}; narrow config.init.only, or use config.init.strict=false"
+            f"{where}: {len(paths)} of {len(match.selected)} arrays are missing or differ in shape,"
+            f" first {paths[0]}; narrow config.init.only, or use config.init.strict=false"
         )
-    if config.init.strict and (others := _settings(config, source)):
+    if config.init.strict and (differences := _setting_differences(config, source)):
         raise UserError(
-            f"{where}: is used there with other settings ({'; '.join(others)}); set them, or use"
+            f"{where}: was trained with other settings ({'; '.join(differences)}); set them, or use"
             " config.init.strict=false"
         )
 
@@ -389,8 +247,8 @@ def _added_parameters(config: schema.Config) -> tuple[str, ...]:
     return tuple(f"encoder/{prefix}" for prefix in backbone.added_parameters)
 
 
-def _to_fit(source: WeightSource) -> str:
-    """What to do so that the encoder here is the source's."""
+def _how_to_fit(source: WeightSource) -> str:
+    """The settings with which the encoder of this run is the source's."""
     settings = source.settings
     if "preset" in settings:
         return f"it is {settings['preset']}: use that model"
@@ -407,89 +265,96 @@ def _to_fit(source: WeightSource) -> str:
     return f"set {sizes}" if sizes else "use the same model settings"
 
 
-def _settings(config: schema.Config, source: WeightSource) -> list[str]:
-    """Settings that shapes do not show and that the source was trained with otherwise."""
-    e, out, backbone = config.model.encoder, [], backbones.get_backbone(config.model)
+def _setting_differences(config: schema.Config, source: WeightSource) -> list[str]:
+    """Settings that no shape shows and that the source was trained with otherwise."""
+    encoder, out = config.model.encoder, []
+    backbone = backbones.get_backbone(config.model)
+
+    def compare(key: str, theirs: Any, ours: Any) -> None:
+        if theirs != ours:
+            out.append(f"{key}={theirs} in the source, {ours} in this run")
+
     for name in backbone.silent_settings:
-        there = source.settings.get(name, getattr(e, name))
-        if there != getattr(e, name):
-            out.append(f"model.encoder.{name}={there} there, {getattr(e, name)} here")
+        ours = getattr(encoder, name)
+        compare(f"model.encoder.{name}", source.settings.get(name, ours), ours)
     same_kind = config.model.backbone == source.settings.get("backbone")
     for section in backbone.sections if same_kind else ():
-        for name, there in source.settings[section].items():
-            here = getattr(getattr(config.model, section), name)
-            if name not in backbone.init_settings and there != here:
-                out.append(f"model.{section}.{name}={there} there, {here} here")
+        for name, theirs in source.settings[section].items():
+            if name not in backbone.init_settings:
+                ours = getattr(getattr(config.model, section), name)
+                compare(f"model.{section}.{name}", theirs, ours)
     for name in ("mean", "std"):
-        here = getattr(config.data.augment, name)
-        there = source.settings.get(name, here)
-        if not np.allclose(there, here, atol=1e-3):
-            out.append(f"data.augment.{name}={tuple(there)} there, {here} here")
+        ours = getattr(config.data.augment, name)
+        theirs = source.settings.get(name, ours)
+        if not np.allclose(theirs, ours, atol=1e-3):
+            compare(f"data.augment.{name}", tuple(theirs), ours)
     for name in ("final_norm", "embedding_norm"):
-        if source.settings.get(name) and not getattr(e, name):
-            out.append(f"model.encoder.{name}=true there, false here")
+        if source.settings.get(name) and not getattr(encoder, name):
+            compare(f"model.encoder.{name}", "true", "false")
     return out
 
 
-def _account(
+def _log_lines(
     config: schema.Config,
     source: WeightSource,
-    here: Mapping[str, Any],
-    got: Mapping[str, Any],
-    differ: list[str],
-    missed: list[str],
+    target: Mapping[str, Any],
+    loaded: Mapping[str, Any],
+    match: Match,
     table: str,
 ) -> list[str]:
-    """The lines that say what came from where."""
-    numbers = sum(math.prod(here[path].shape) for path in got)
+    """What was loaded, what is missing, differs or was not used."""
+    count = sum(math.prod(target[path].shape) for path in loaded)
     lines = [
-        f"init_from {source.name}: {len(got)} of {len(here)} arrays, {numbers:,} numbers:"
-        f" {', '.join(_grouped(got, here))}"
+        f"init_from {source.name}: {len(loaded)} of {len(target)} arrays, {count:,} numbers:"
+        f" {', '.join(_grouped(loaded, target))}"
     ]
     lines += [f"  {note}" for note in [*source.notes, table] if note]
-    if missed:
-        lines.append(f"  not there, start at random: {', '.join(_grouped(missed, here))}")
-    added = _added_parameters(config)
-    if random := [path for path in missed if path.startswith(added) and path != MASK_TOKEN]:
+    if match.missing:
         lines.append(
-            f"  not in published encoders: {', '.join(_grouped(random, here))}; the encoder's"
+            f"  missing, initialized randomly: {', '.join(_grouped(match.missing, target))}"
+        )
+    added = _added_parameters(config)
+    if random := [p for p in match.missing if p.startswith(added) and p != MASK_TOKEN]:
+        lines.append(
+            f"  not in published encoders: {', '.join(_grouped(random, target))}; the encoder's"
             " features are random until they are trained"
         )
-    if differ:
-        told = ", ".join(
-            f"{path} {source.shapes[path]} there, {here[path].shape} here" for path in differ[:5]
+    if match.differ:
+        shapes = ", ".join(
+            f"{path} {source.shapes[path]} in the source, {target[path].shape} in this run"
+            for path in match.differ[:5]
         )
-        more = f", and {len(differ) - 5} more" if len(differ) > 5 else ""
-        lines.append(f"  of another shape, start at random: {told}{more}")
-    left = sorted(set(source.shapes) - set(here) - {TABLE})
-    if left or source.unused:
-        names = [
-            *_grouped(left, source.shapes),
-            *(f"{what} ({count})" for what, count in source.unused.items()),
+        more = f", and {len(match.differ) - 5} more" if len(match.differ) > 5 else ""
+        lines.append(f"  of another shape, initialized randomly: {shapes}{more}")
+    unused = sorted(set(source.shapes) - set(target) - {TABLE})
+    if unused or source.unused:
+        parts = [
+            *_grouped(unused, source.shapes),
+            *(f"{name} ({count})" for name, count in source.unused.items()),
         ]
-        lines.append(f"  there and not used: {', '.join(names)}")
-    if others := _settings(config, source):
-        lines.append(f"  set otherwise: {'; '.join(others)}")
+        lines.append(f"  in the source and not used: {', '.join(parts)}")
+    if differences := _setting_differences(config, source):
+        lines.append(f"  other settings: {'; '.join(differences)}")
     return lines
 
 
 def _grouped(paths: Iterable[str], among: Iterable[str]) -> list[str]:
-    """Parts, where all of a part is meant, and single paths where not.
+    """Names of the parts whose arrays are all in `paths`, with their count; else single paths.
 
     >>> _grouped(["a/x", "a/y", "b/x"], ["a/x", "a/y", "b/x", "b/y"])
     ['a (2)', 'b/x']
     """
-    whole: dict[str, int] = {}
+    totals: dict[str, int] = {}
     for path in among:
         part = path.split("/")[0]
-        whole[part] = whole.get(part, 0) + 1
-    mine: dict[str, list[str]] = {}
+        totals[part] = totals.get(part, 0) + 1
+    groups: dict[str, list[str]] = {}
     for path in paths:
-        mine.setdefault(path.split("/")[0], []).append(path)
+        groups.setdefault(path.split("/")[0], []).append(path)
     out = []
-    for part, found in mine.items():
-        if len(found) == whole.get(part):
-            out.append(f"{part} ({len(found)})" if len(found) > 1 or found[0] != part else part)
+    for part, names in groups.items():
+        if len(names) == totals.get(part):
+            out.append(f"{part} ({len(names)})" if len(names) > 1 or names[0] != part else part)
         else:
-            out += found[:4] + ([f"and {len(found) - 4} more of {part}"] if len(found) > 4 else [])
+            out += names[:4] + ([f"and {len(names) - 4} more of {part}"] if len(names) > 4 else [])
     return out

@@ -1,10 +1,10 @@
-"""The law of order of a run. At every step, and in this order:
+"""The training loop. At every step, in this order:
 
     evaluate -> save -> draw data -> dispatch -> fetch the previous metrics -> write -> poll
     preemption
 
-Evaluators see the state that is saved, the saved position is that of the first sample not yet
-drawn, and the device works while the host fetches, writes and draws. Nothing is jitted here."""
+Evaluators get the state that is saved, the saved position is that of the next sample, and the
+device computes while the host fetches, writes and draws. Nothing is jitted here."""
 
 import contextlib
 import dataclasses
@@ -31,12 +31,11 @@ Evaluator = Callable[[State, Poll], Iterator[tuple[str, float]]]
 
 
 class Preempted(Exception):
-    """Raised by a poll inside an evaluator, so that a long evaluation does not eat the notice."""
+    """Raised by a poll, also inside an evaluator, so that a long evaluation can be preempted."""
 
 
 class CallbackError(Exception):
-    """What the loop asked for outside itself did not come; the state is that of the last step, and
-    as good as any."""
+    """A callback raised an error; the state is that of the last step, and can be saved."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -44,7 +43,7 @@ class CallbackError(Exception):
 
 
 @contextlib.contextmanager
-def _calling() -> Iterator[None]:
+def _wrap_errors() -> Iterator[None]:
     try:
         yield
     except Preempted:
@@ -55,76 +54,78 @@ def _calling() -> Iterator[None]:
 
 class Preemption:
     """Turns SIGTERM and SIGINT into a flag that the loop polls; a second SIGINT interrupts at once.
-    Of several hosts, all stop at the same poll, whichever was told."""
+    All hosts stop at the same poll, whichever of them got the signal."""
 
     def __init__(self) -> None:
-        self.asked = False
-        self._together = parallel.CoordinatedStop(lambda: self.asked)
-        self._before: dict[int, Any] = {}
+        self.requested = False
+        self._stop = parallel.CoordinatedStop(lambda: self.requested)
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        self._together.open()
+            self._handlers = {
+                s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)
+            }
+        self._stop.open()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._together.close(failed=kind is not None)
-        for number, handler in self._before.items():
+        self._stop.close(failed=kind is not None)
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, _: object) -> None:
-        if self.asked and number == signal.SIGINT:
+    def _request(self, number: int, _: object) -> None:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
     def poll(self) -> None:
-        if self._together.poll():
+        if self._stop.poll():
             raise Preempted
 
 
 @dataclasses.dataclass(kw_only=True)
 class Callbacks:
-    """What the loop talks to; made by the mode, so that the loop imports no sink, no evaluator and
-    no image."""
+    """The loop's inputs and outputs. The mode creates them, so that the loop imports no writer,
+    evaluator or figure."""
 
-    data: Any  # iterator of host batches; `.counted()`: metrics of those that were consumed
+    data: Any  # iterator of host batches; `.counted()`: metrics of the consumed ones
     checkpoints: Checkpoints
     write: Callable[[int, dict[str, float]], None]
     say: Callable[[str], None]
     panel: Callable[[int, State, dict[str, Any]], None]
     evaluators: list[Evaluator]
-    position: Callable[[int], dict[str, Any]]  # samples seen -> what is saved beside the state
-    # of a step that ended the run
+    position: Callable[[int], dict[str, Any]]  # samples seen -> JSON saved with the state
+    # called with the step that ended the run
     dump: Callable[[int, State, Any, Mapping[str, float]], None] = (
         lambda step, state, batch, values: None
     )
     evaluated: frozenset[int] = frozenset()  # steps whose evaluation a resumed log already has
     clock: GoodputClock = dataclasses.field(default_factory=GoodputClock)
-    # called with every step sent and its metrics, which may not be there yet
-    sent: Callable[[int, Any], None] = lambda step, metrics: None
+    # called after each dispatched step with its metrics, which may still be computing
+    on_step: Callable[[int, Any], None] = lambda step, metrics: None
 
 
 class CollapseAlarm:
-    """Notices when all targets become the same, from the monitors of objective/collapse.py,
-    whatever the size of the features.
+    """Detects that all targets become equal, from the monitors of objective/collapse.py, at any
+    scale of the features.
 
-    Collapsed is a step whose spread is below LEAST (targets are all but one vector), or whose
-    deviation or uniformity is below LEAST of the largest so far. `alarm` rises after PATIENCE such
-    steps in a row, and falls again with the first that has twice as much."""
+    A step counts as collapsed if its spread is below THRESHOLD (nearly all targets are one vector),
+    or its deviation or uniformity is below THRESHOLD times the largest so far. `alarm` is set after
+    PATIENCE such steps in a row, and reset by the first step above twice the threshold."""
 
-    LEAST, PATIENCE = 0.02, 5
+    THRESHOLD, PATIENCE = 0.02, 5
 
     def __init__(self) -> None:
-        self.alarm, self._row = False, 0
+        self.alarm, self._in_row = False, 0
         self._largest: dict[str, float] = {}
 
-    def see(self, values: Mapping[str, float]) -> bool:
-        """Look at the metrics of a step; True if the alarm rises with it. What is not there, or not
-        finite, is not judged.
+    def update(self, values: Mapping[str, float]) -> bool:
+        """Add the metrics of a step; True if it sets the alarm. Metrics that are absent or not
+        finite are ignored.
 
-        >>> watch = CollapseAlarm()
-        >>> [watch.see({"collapse/spread": spread}) for spread in (0.6, *[0.01] * 6)]
+        >>> alarm = CollapseAlarm()
+        >>> [alarm.update({"collapse/spread": spread}) for spread in (0.6, *[0.01] * 6)]
         [False, False, False, False, False, True, False]
         """
         shares = [values["collapse/spread"]] if "collapse/spread" in values else []
@@ -135,63 +136,62 @@ class CollapseAlarm:
         ):
             if math.isfinite(size := abs(values[name])):
                 largest = self._largest[name] = max(size, self._largest.get(name, 0.0))
-                shares.append(size / largest if largest else 1.0)  # 0 from the start says nothing
+                shares.append(size / largest if largest else 1.0)  # 0 from the start
         least = min(filter(math.isfinite, shares), default=1.0)
-        self._row = self._row + 1 if least < self.LEAST else 0
+        self._in_row = self._in_row + 1 if least < self.THRESHOLD else 0
         before, self.alarm = (
             self.alarm,
-            self._row >= self.PATIENCE or (self.alarm and least < 2 * self.LEAST),
+            self._in_row >= self.PATIENCE or (self.alarm and least < 2 * self.THRESHOLD),
         )
         return self.alarm and not before
 
 
 COLLAPSED = (
-    "warning: the targets have collapsed at step {step}: all are nearly the same ({monitors}), and"
-    " the loss says nothing any more; go back to a checkpoint from before, and use a target encoder"
+    "warning: the targets collapsed at step {step}: all are nearly equal ({monitors}), and the loss"
+    " has no meaning any more; go back to an earlier checkpoint, and use a target encoder"
     " without gradient (objective.target_encoder=ema), a larger objective.second_moment, a larger"
     " optim.ema or a smaller optim.lr"
 )
 
 
-class _Log:
-    """Metrics one step behind, so that fetching them never stalls the device."""
+class _MetricsLog:
+    """Fetches and writes metrics one step late, so that the device never waits for it."""
 
-    def __init__(self, trainer: Trainer, outside: Callbacks):
-        self.trainer, self.outside, self.clock, self.bad, self.failed = (
-            trainer,
-            outside,
-            outside.clock,
-            0,
-            False,
-        )
-        self.collapse, self.starving = CollapseAlarm(), InputStallAlarm()
-        self.last: dict[str, float] = {}  # metrics of the newest step that was fetched
+    def __init__(self, trainer: Trainer, callbacks: Callbacks):
+        self.trainer, self.callbacks, self.clock = trainer, callbacks, callbacks.clock
+        self.bad, self.failed = 0, False  # steps in a row that were not finite; too many
+        self.collapse, self.stalls = CollapseAlarm(), InputStallAlarm()
+        self.last: dict[str, float] = {}  # metrics of the newest fetched step
         self._pending: tuple[int, dict[str, float], dict[str, jax.Array]] | None = None
 
     def push(self, step: int, samples_seen: int, metrics: dict[str, jax.Array]) -> None:
         self.flush()
-        self._pending = step, {"samples_seen": samples_seen, **self.outside.data.counted()}, metrics
+        self._pending = (
+            step,
+            {"samples_seen": samples_seen, **self.callbacks.data.counted()},
+            metrics,
+        )
 
     def flush(self) -> None:
-        """Fetch what is pending; write it if it is its turn."""
+        """Fetch the pending metrics, and write them at the steps that are logged."""
         if self._pending is None:
             return
         (step, consumed, metrics), self._pending = self._pending, None
         trainer, config = self.trainer, self.trainer.config
         moment = metrics.pop(MOMENT, None)
         values = self.last = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        # counted when it is done, not when it is sent: a line that is fetched early has its own
+        # counted when the step is done, not dispatched, so that metrics fetched early keep their
         # step
         self.clock.step_ended()
         self.bad = self.bad + 1 if values["skipped/not_finite"] else 0
-        # a finite step that is fetched together with the third does not undo it
+        # a finite step that is fetched together with the third bad one does not reset this
         self.failed |= self.bad >= MOST_NOT_FINITE
         monitors = {
             k.removeprefix("collapse/"): v for k, v in values.items() if k.startswith("collapse/")
         }
-        rises = self.collapse.see(values)
-        if rises:
-            self.outside.say(
+        collapsed = self.collapse.update(values)
+        if collapsed:
+            self.callbacks.say(
                 COLLAPSED.format(
                     step=step, monitors=", ".join(f"{k} {v:.3g}" for k, v in monitors.items())
                 )
@@ -200,7 +200,7 @@ class _Log:
             step % config.train.log_every == 0
             or step in (1, trainer.length.steps)
             or self.bad
-            or rises
+            or collapsed
         ):
             values |= {
                 **consumed,
@@ -214,24 +214,32 @@ class _Log:
                     collapse.effective_rank(jax.device_get(moment))
                 )
             values |= self.clock.read()
-            if waits := self.starving.see(values):
-                self.outside.say(f"warning: {waits}")
-            self.outside.write(step, values)
+            if stall := self.stalls.see(values):
+                self.callbacks.say(f"warning: {stall}")
+            self.callbacks.write(step, values)
 
 
 def run_loop(
-    trainer: Trainer, state: State, *, samples_seen: int, outside: Callbacks
+    trainer: Trainer, state: State, *, samples_seen: int, callbacks: Callbacks
 ) -> tuple[int, State]:
-    """Train from `state` to the end, or to a preemption notice.
+    """Train from `state` to the last step, or until preempted.
 
-    Returns: (exit code, final state): 0 done, 42 preempted and saved, 1 after three steps in a row
-      that were not finite.
+    Args:
+      trainer: with the settings.
+      state: to start from.
+      samples_seen: position of the data.
+      callbacks: inputs and outputs.
 
-    Raises: SavesFailed: three saves in a row failed. Exception: what the data or an evaluator
-      raised, after the state was saved. Of several hosts nothing is saved then: the others are on
-      their way to the next step, and a save needs all.
+    Returns:
+      (exit code, final state): 0 done, 42 preempted and saved, 1 after three steps in a row that
+      were not finite.
+
+    Raises:
+      SavesFailed: three saves in a row failed.
+      Exception: the error of the data or an evaluator, after the state was saved. Several hosts do
+        not save then: the others continue to the next step, and a save needs all.
     """
-    config, total, log = trainer.config, trainer.length.steps, _Log(trainer, outside)
+    config, total, log = trainer.config, trainer.length.steps, _MetricsLog(trainer, callbacks)
     train, first = config.train, int(state.step)
     host: Any = None  # the newest batch
     with Preemption() as notice, log.clock.phase("step"):
@@ -239,82 +247,82 @@ def run_loop(
             for step in range(first, total + 1):
                 evaluate = (
                     step in (0, total) or bool(train.eval_every and step % train.eval_every == 0)
-                ) and step not in outside.evaluated
+                ) and step not in callbacks.evaluated
                 save = step > first and (
-                    step == total or step % train.save_every == 0 or outside.checkpoints.retry()
+                    step == total or step % train.save_every == 0 or callbacks.checkpoints.retry()
                 )
-                if evaluate or save:  # what is saved or evaluated has its line in the log first
+                if evaluate or save:  # the log has this state's line before it is used
                     log.flush()
                 if log.failed:
-                    outside.say(
+                    callbacks.say(
                         f"stopped at step {step}: {MOST_NOT_FINITE} steps in a row were not finite;"
                         " no checkpoint has their updates"
                     )
-                    outside.dump(step, state, host, log.last)
+                    callbacks.dump(step, state, host, log.last)
                     return FAILED, state
                 if evaluate:
-                    with log.clock.phase("evaluate"), _calling():
-                        _evaluate(state, step, outside, notice)
+                    with log.clock.phase("evaluate"), _wrap_errors():
+                        _evaluate(state, step, callbacks, notice)
                 if save:
                     with log.clock.phase("save"):
-                        outside.checkpoints.save(step, state, outside.position(samples_seen))
+                        callbacks.checkpoints.save(step, state, callbacks.position(samples_seen))
                 if step == total:
                     break
-                with log.clock.phase("data"), _calling():
-                    host = next(outside.data)
+                with log.clock.phase("data"), _wrap_errors():
+                    host = next(callbacks.data)
                 if train.panel_every and step % train.panel_every == 0:
                     with log.clock.phase("panel"):
-                        outside.panel(step, state, host)
+                        callbacks.panel(step, state, host)
                 state, metrics = trainer.step(state, parallel.to_global(trainer.mesh, host))
                 samples_seen += train.batch_size
                 log.push(step + 1, samples_seen, metrics)
-                outside.sent(step + 1, metrics)
-                # look at each step before the next is sent, so that a third is dumped with the
-                # state that it had
+                callbacks.on_step(step + 1, metrics)
+                # fetch each step before the next is dispatched, so that the third bad step is
+                # dumped with its own state
                 if log.bad:
                     log.flush()
                 notice.poll()
-        except (Preempted, CallbackError) as end:
+        except (Preempted, CallbackError) as reason:
             log.flush()
             now = int(state.step)
-            if isinstance(end, Preempted) or (now > first and parallel.host_names() == 1):
+            if isinstance(reason, Preempted) or (now > first and parallel.host_names() == 1):
                 with log.clock.phase("save"):
-                    _save_last(outside, now, state, samples_seen, end)
-            if isinstance(end, CallbackError):
-                raise end.error from None
-            outside.say(f"preempted: saved step {now}; run the same command again to go on")
+                    _save_last(callbacks, now, state, samples_seen, reason)
+            if isinstance(reason, CallbackError):
+                raise reason.error from None
+            callbacks.say(f"preempted: saved step {now}; run the same command again to resume")
             return PREEMPTED, state
     with log.clock.phase("save"):
-        outside.checkpoints.wait(state)
+        callbacks.checkpoints.wait(state)
     return DONE, state
 
 
 def _save_last(
-    outside: Callbacks, step: int, state: State, samples_seen: int, end: Exception
+    callbacks: Callbacks, step: int, state: State, samples_seen: int, reason: Exception
 ) -> None:
-    """The save of a run that ends before its time."""
+    """Save the state of a run that ends early."""
     try:
-        outside.checkpoints.save(step, state, outside.position(samples_seen))
-        outside.checkpoints.wait(state)
+        callbacks.checkpoints.save(step, state, callbacks.position(samples_seen))
+        callbacks.checkpoints.wait(state)
     except SavesFailed as failed:
-        if isinstance(end, Preempted):
+        if isinstance(reason, Preempted):
             raise
-        outside.say(f"warning: {failed}")  # why the run ends is what it ends with
+        callbacks.say(f"warning: {failed}")  # the run ends with its own error
     else:
-        if isinstance(end, CallbackError):
-            outside.say(
-                f"saved step {step}, since the run cannot go on; the same command goes on from"
+        if isinstance(reason, CallbackError):
+            callbacks.say(
+                f"saved step {step}, since the run cannot continue; the same command resumes from"
                 " there"
             )
 
 
-def _evaluate(state: State, step: int, outside: Callbacks, notice: Preemption) -> None:
+def _evaluate(state: State, step: int, callbacks: Callbacks, notice: Preemption) -> None:
     def poll() -> None:
-        outside.clock.beat()
+        callbacks.clock.beat()
         notice.poll()
 
     values = {
-        name: value for evaluator in outside.evaluators for name, value in evaluator(state, poll)
+        name: value for evaluator in callbacks.evaluators for name, value in evaluator(state, poll)
     }
     if values:
-        outside.write(step, values)
+        callbacks.write(step, values)

@@ -1,11 +1,11 @@
-"""What a run is given where its settings leave it open, from its batch, its length, its encoder
-and the size of its images; and the warnings of a run that cannot get anywhere.
+"""Scaling rules: values of the open settings from the batch, the length of the run, the encoder and
+the image size; and warnings about runs that are too short to learn.
 
-The paper's values belong to runs of half a thousand million samples. On a few thousand images the
-same values, or these lowered in proportion to the batch, move nothing: the rates of all steps add
-up to less than the first weights, and the target encoder keeps its first weights to the end. The
-functions below state what was measured instead (tests/data/tables/scaling.md) and give the paper's
-values at the paper's batch and length. A setting that is not open is never changed.
+The paper's values are for runs of 500 million samples. On a few thousand images the same values, or
+values lowered in proportion to the batch, change nothing: the learning rates of all steps sum to
+less than the initial weights, and the target encoder keeps its initial weights. The rules were
+fitted to measurements (tests/data/tables/scaling.md) and equal the paper's values at the paper's
+batch and length. A setting that is not open is never changed.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from m3i_jax.objective import terms
 from m3i_jax.training import plan
 
 IMAGENET = 1_281_167  # training images of ImageNet-1k
-LEAST_DISTANCE = 0.03  # sum of all rates; first matrices deviate by 0.1 at width 96, by 0.04 at 768
-MEASURED = 1e6  # samples; runs of up to so many have the gentlest augmentation
-# Settings that may be open, and the value that leaves them so.
+MIN_LR_SUM = 0.03  # initial matrices have a std of 0.1 at width 96, 0.04 at 768
+SHORT_RUN = 1e6  # samples up to which a run has the weakest augmentation
+# settings that may be open, and the value that means open
 OPEN: dict[str, Any] = {
     "optim.lr": 0.0,
     "optim.ema": -1.0,
@@ -39,8 +39,14 @@ OPEN: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A published run that the rules pass through: peak rate `lr` at `batch` images a step and
-    `samples` images in all; and `most`, the highest rate of a short run at width 96."""
+    """A published run that the rules reproduce.
+
+    Attributes:
+      lr: peak learning rate.
+      batch: images a step.
+      samples: images of the run.
+      most: highest learning rate of a short run at width 96.
+    """
 
     lr: float
     batch: int
@@ -49,26 +55,28 @@ class Reference:
 
 
 # M3I's ablations, the shortest runs with the values of Table 7; Table 8; and the fine-tuning of
-# InternImage by its authors, which goes on from weights that are there already.
+# InternImage by its authors, which starts from pre-trained weights
 PRETRAINING = Reference(lr=1e-3, batch=4096, samples=400.0 * IMAGENET, most=4e-3)
 FINETUNING = Reference(lr=2e-3, batch=1024, samples=100.0 * IMAGENET, most=1e-3)
 INTERN_IMAGE = Reference(lr=4e-5, batch=1024, samples=30.0 * IMAGENET, most=1e-3)
 
 
 def scaling_strength(reference: Reference, samples: float) -> float:
-    """Share of the reference's augmentation: 0 up to MEASURED samples, 1 from the reference on,
-    linear in the logarithm between.
+    """Share of the reference's augmentation strength: 0 up to SHORT_RUN samples, 1 from the
+    reference's number of samples, linear in the logarithm between.
 
     >>> [round(scaling_strength(PRETRAINING, n), 2) for n in (6e4, 1e6, 2e7, 1e9)]
     [0.0, 0.0, 0.48, 1.0]
     """
-    return min(1.0, max(0.0, math.log(samples / MEASURED) / math.log(reference.samples / MEASURED)))
+    return min(
+        1.0, max(0.0, math.log(samples / SHORT_RUN) / math.log(reference.samples / SHORT_RUN))
+    )
 
 
 def scaled_lr(reference: Reference, *, batch: int, samples: float, width: int) -> float:
-    """Peak learning rate of AdamW: `lr * sqrt(batch / batch0) * (samples0 / samples)^0.4`, each
-    factor for what is smaller than the reference; at most `most * (96 / width)^(2/3)` in runs of up
-    to MEASURED samples and `lr` in those of the reference, geometric between (`scaling_strength`).
+    """Peak learning rate of AdamW: `lr * sqrt(batch / batch0) * (samples0 / samples)^0.4`, with
+    each factor only below the reference's value; at most `most * (96 / width)^(2/3)` in runs of up
+    to SHORT_RUN samples and `lr` in those of the reference, geometric between (`scaling_strength`).
 
     Args:
       reference: lr, batch0, samples0 and most.
@@ -90,8 +98,8 @@ def scaled_lr(reference: Reference, *, batch: int, samples: float, width: int) -
 
 
 def scaled_momentum(*, batch: int, steps: float, ema: float = 0.995) -> float:
-    """First momentum of the EMA target: its memory, 1 / (1 - m) steps, is as many samples as the
-    paper's at a batch of 4,096, but at most a twentieth of the run, and at least ten steps.
+    """Initial momentum of the EMA target. Its memory of 1 / (1 - m) steps covers as many samples as
+    the paper's at a batch of 4,096, but at most a twentieth of the run and at least ten steps.
 
     >>> runs = ((4096, 125_000), (1024, 2e6), (64, 924), (64, 50))
     >>> [round(scaled_momentum(batch=b, steps=s), 6) for b, s in runs]
@@ -101,12 +109,14 @@ def scaled_momentum(*, batch: int, steps: float, ema: float = 0.995) -> float:
 
 
 def scaled_crop_scale(share: float, *, size: int) -> tuple[float, float]:
-    """Range of a crop's area as a share of the image: from half of it at strength 0 to the
-    reference's 0.08 at strength 1, and never so small that fewer than 16 pixels a side are left,
-    unless half of the image has fewer.
+    """Range of a crop's area as a share of the image. The lower end is 0.5 at strength 0 and the
+    reference's 0.08 at strength 1, and leaves at least 16 pixels a side, unless half of the image
+    has fewer.
 
-    >>> scaled_crop_scale(1.0, size=224), scaled_crop_scale(0.0, size=224), scaled_crop_scale(1.0, size=32)
-    ((0.08, 1.0), (0.5, 1.0), (0.25, 1.0))
+    >>> scaled_crop_scale(1.0, size=224), scaled_crop_scale(0.0, size=224)
+    ((0.08, 1.0), (0.5, 1.0))
+    >>> scaled_crop_scale(1.0, size=32)
+    (0.25, 1.0)
     """
     return round(max(0.5 * (0.08 / 0.5) ** share, min(0.5, (16 / size) ** 2)), 4), 1.0
 
@@ -121,7 +131,7 @@ def scaled_blur_sigma(size: int) -> tuple[float, float]:
 
 
 def reference(config: schema.Config) -> Reference:
-    """The published run that a configuration is a smaller one of."""
+    """The published run from which a configuration is scaled."""
     if not any(name in terms.TRANSFER for name in config.objective.forms):
         return PRETRAINING
     if not config.init_from:
@@ -130,7 +140,7 @@ def reference(config: schema.Config) -> Reference:
 
 
 def fill_open_settings(config: schema.Config) -> schema.Config:
-    """The configuration with a value for everything that it leaves open. `data.size` must be known.
+    """The configuration with values for its open settings. `data.size` must be known.
 
     >>> optim, train = schema.Optim(lr=0.0, ema=-1.0), schema.Train(epochs=400.0)
     >>> config = schema.Config(data=schema.Data(size=IMAGENET), optim=optim, train=train)
@@ -162,38 +172,39 @@ def fill_open_settings(config: schema.Config) -> schema.Config:
     return config
 
 
-def warnings(config: schema.Config, *, steps: int, warmup: int) -> list[str]:
-    """Warnings of a run whose rate cannot move its weights, or whose momentum cannot move its
-    target, within its length.
+def scaling_warnings(config: schema.Config, *, steps: int, warmup: int) -> list[str]:
+    """Warnings if the learning rate is too small to change the weights, or the momentum too large
+    to change the target, within the length of the run.
 
     Args:
-      config: completed settings.
-      steps, warmup: length of the run, and of its warm-up.
+      config: settings without open ones.
+      steps, warmup: length of the run and of its warm-up.
     """
-    o, found = config.optim, []
-    distance = f"{o.lr * warmup / 2 + (o.lr + o.min_lr) / 2 * (steps - warmup):.2g}"
-    if o.rule == "adamw" and not config.model.encoder.freeze and float(distance) < LEAST_DISTANCE:
-        found.append(
-            f"warning: optim.lr={o.lr:.3g}: the rates of all {steps:,} steps add up to {distance}. "
-            "AdamW moves no weight further, which is too little to leave the first weights. Leave "
-            "it to the rule (optim.lr=0), raise it, or train longer"
+    o, warnings = config.optim, []
+    lr_sum = f"{o.lr * warmup / 2 + (o.lr + o.min_lr) / 2 * (steps - warmup):.2g}"
+    if o.rule == "adamw" and not config.model.encoder.freeze and float(lr_sum) < MIN_LR_SUM:
+        warnings.append(
+            f"warning: optim.lr={o.lr:.3g}: the learning rates of all {steps:,} steps sum to"
+            f" {lr_sum}, the most by which AdamW can change a weight; runs below {MIN_LR_SUM}"
+            " hardly learned. Use the scaling rule (optim.lr=0), raise it, or train longer"
         )
-    moved = (1 - o.ema) * steps * (0.5 if o.ema_schedule == "cosine" else 1.0)
+    updates = (1 - o.ema) * steps * (0.5 if o.ema_schedule == "cosine" else 1.0)
     averages = any(view.encoder == "ema" for view in plan.build_plan(config).target_passes) or (
         o.ema_of == "all" and o.ema < 1
     )
-    if averages and moved < 1:
+    if averages and updates < 1:
         memory = 1 / max(1 - o.ema, 1e-12)
-        found.append(
-            f"warning: optim.ema={o.ema:.6g}: the memory of the average, {memory:,.0f} steps, is "
-            f"too long for a run of {steps:,}: at its end {math.exp(-moved):.0%} of the average "
-            "are the first weights. Leave it to the rule (optim.ema=-1), lower it, or train longer"
+        left = f"{math.exp(-updates):.0%}"
+        warnings.append(
+            f"warning: optim.ema={o.ema:.6g}: the memory of the average, {memory:,.0f} steps, is"
+            f" too long for a run of {steps:,}: at its end {left} of the average are the initial"
+            " weights. Use the scaling rule (optim.ema=-1), lower it, or train longer"
         )
-    return found
+    return warnings
 
 
 def open_settings(config: schema.Config) -> list[str]:
-    """Keys of the settings that a configuration leaves open."""
+    """Keys of the open settings of a configuration."""
     return [key for key, value in OPEN.items() if _read(config, key) == value]
 
 

@@ -234,8 +234,8 @@ def test_recipes_start_from_a_published_intern_image(recipe: str, tmp_path: path
     for name, array in saved.flat({"encoder": made.params["encoder"]}).items():
         np.testing.assert_array_equal(array, given[name], err_msg=name)
     assert not [
-        line for line in lines if "at random" in line and "encoder" in line
-    ] and "set otherwise" not in " ".join(lines)
+        line for line in lines if "random" in line and "encoder" in line
+    ] and "other settings" not in " ".join(lines)
 
 
 def test_what_is_refused(run, tmp_path: pathlib.Path) -> None:
@@ -247,7 +247,7 @@ def test_what_is_refused(run, tmp_path: pathlib.Path) -> None:
         {"patch_embed.conv1.weight": np.zeros((32, 3, 3, 3), np.float32)},
     )
     for path, settings, words in (
-        ("nowhere", {}, "there is no 'nowhere'"),
+        ("nowhere", {}, "'nowhere' does not exist"),
         (str(tmp_path / "timm.safetensors"), {"pool": "attention"}, "no pooling that was trained"),
         (str(tmp_path / "timm.safetensors"), {"pool": "max"}, "is none of auto"),
         (str(tmp_path / "timm.safetensors"), {"weights": "ema"}, "no momentum copy"),

@@ -1,12 +1,11 @@
 """Marks and results of the fault matrix.
 
-`@pytest.mark.row("B3")` (or several names) says which rows of rows.py a test is a trial of; every
-test in this folder has it, those of the matrix itself with no name. A test that makes many trials
-counts them with the fixture `trials`; any other counts as one. `fast` are short versions for the
-normal suite, `slow` the long ones that launch/faults.sh runs. With M3I_FAULTS_RESULTS=FILE.md a run
-writes its table there, and beside it in FILE.json what every test said, so that the matrix can be
-run in parts: a table is made of what each test said last. Rows of which no test ever ran keep the
-line they had."""
+`@pytest.mark.row("B3")` (one or several names) lists the rows of rows.py that a test covers; every
+test in this folder has the mark, those of the matrix itself without a name. A test with many trials
+counts them with the fixture `trials`; any other counts as one trial. `fast` marks short versions
+for the normal suite, `slow` the long ones that launch/faults.sh runs. With
+M3I_FAULTS_RESULTS=FILE.md a run writes its table to that file, and the last result of every test to
+FILE.json, so that the matrix can be run in parts. Rows without a test result keep their line."""
 
 import dataclasses
 import json
@@ -24,8 +23,8 @@ RESULTS = "M3I_FAULTS_RESULTS"
 
 @dataclasses.dataclass
 class Trials:
-    """What a test counts: trials, how many of them passed, and the figure that is reported, such as
-    "0 of 1,000 silent"."""
+    """The counts of a test: trials, passed trials, and the reported figure, such as "0 of 1,000
+    silent"."""
 
     trials: int = 0
     passed: int = 0
@@ -39,8 +38,8 @@ class Trials:
 
 @pytest.fixture
 def trials(request: pytest.FixtureRequest) -> Iterator[Trials]:
-    """Counts the trials of a test; give it a figure before asserting, so that a failure is reported
-    with it too."""
+    """Counts the trials of a test; set its figure before an assertion, so that a failure is
+    reported with it."""
     counted = Trials()
     yield counted
     request.node.user_properties.append(("trials", dataclasses.asdict(counted)))
@@ -70,8 +69,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclasses.dataclass
 class Said:
-    """What a test said last: the rows it is a trial of, passed, failed or skipped, why if skipped,
-    and what it counted."""
+    """The last result of a test: its rows, passed, failed or skipped, the reason if skipped, and
+    its counts."""
 
     rows: list[str]
     outcome: str = "passed"
@@ -96,8 +95,8 @@ class Said:
 
 
 def line(row: str, tests: list[Said]) -> str:
-    """A row of the table. A test counts its trials or is one; a failure that no trial shows is one
-    more that did not pass."""
+    """A row of the table. A test counts its trials or is one trial; a failure outside of the trials
+    is one more failed trial."""
     trials = passed = 0
     notes: list[str] = []
     for test in tests:
@@ -120,8 +119,7 @@ def line(row: str, tests: list[Said]) -> str:
 
 
 def table(tests: list[Said], before: str) -> str:
-    """The table of all rows; those without a test among these keep the line that they have in
-    `before`."""
+    """The table of all rows; rows without a test among these keep their line of `before`."""
     kept = {
         text.split("|")[1].strip(): text for text in before.splitlines() if text.startswith("| ")
     }

@@ -1,14 +1,15 @@
 """A fuzzer of the command line and of files.
 
-    python -m tests.faults.fuzz --minutes 60 [--seed S] [--only
-    settings,commands,scripts,of_data,of_a_run] python -m tests.faults.fuzz --cases 20 --seed 1
+    python -m tests.faults.fuzz --minutes 60 [--seed S] \
+        [--only settings,commands,scripts,of_data,of_a_run]
+    python -m tests.faults.fuzz --cases 20 --seed 1
 
-Each case is a command in a process of its own, forked from one that has imported everything, in a
-room of its own. What must hold: exit 0, 2 or 3; but for 0, one line on stderr besides the log, and
-no traceback; ten seconds of processor for a refusal; nothing outside the working directory touched.
-Of a run with a damaged file: the result is as without the damage, or something else is printed.
-Settings are also checked in this process, thousands a minute. Exit 1, with the commands, if
-anything was found."""
+Each case is a command in its own process, forked from one that has imported everything, and in its
+own directory. It must exit with 0, 2 or 3; unless 0, print one line on stderr besides the log and
+no traceback; refuse within ten seconds of processor time; and change nothing outside the working
+directory. With a damaged file of a run, the result must be equal to that without the damage, or the
+output must differ. Settings are also checked in this process, thousands a minute. Exits with 1 and
+prints the commands if a case fails."""
 
 import argparse
 import atexit
@@ -38,6 +39,7 @@ from m3i_jax import config, main
 from m3i_jax.data import tokenizer
 from m3i_jax.errors import UserError
 from tests.faults import fuzz_cases as cases
+from tests.faults import fuzz_damage
 from tests.faults.hostile import tar
 from tests.test_main import TINY
 
@@ -52,7 +54,7 @@ LOG = re.compile(
 
 @dataclasses.dataclass
 class Done:
-    """What a command did."""
+    """The result of a command."""
 
     code: int
     out: str
@@ -63,7 +65,7 @@ class Done:
 
 @dataclasses.dataclass
 class Room:
-    """Directories of one case; `W` is its working directory, and all else must stay as it is."""
+    """Directories of one case; `W` is its working directory, and all else must stay unchanged."""
 
     place: pathlib.Path
 
@@ -75,7 +77,7 @@ class Room:
         return text
 
     def outside(self) -> dict[str, tuple[int, int]]:
-        """Everything but the working directory: size and time of change."""
+        """Size and time of change of everything outside the working directory."""
         out = {}
         for folder, names, files in os.walk(self.place):
             if pathlib.Path(folder) == self.place:
@@ -91,7 +93,7 @@ class Room:
 
 
 def command(arguments: list[str], room: Room, *, limited: bool = True) -> Done:
-    """Run the command in a child of this process, within limits of time."""
+    """Run the command in a child of this process, with time limits."""
     began = time.monotonic()
     child = os.fork()
     if not child:
@@ -162,7 +164,7 @@ def plain(text: str, room: Room) -> list[str]:
 
 
 def result(room: Room, mode: str) -> bytes:
-    """What a mode made of a run."""
+    """The results that a mode wrote to a run."""
     made = {"report": "report.html", "preview": "preview.png", "eval": "eval.json"}.get(mode)
     path = room.place / "run" / made if made else None
     return (
@@ -173,7 +175,7 @@ def result(room: Room, mode: str) -> bytes:
 
 
 class Fuzzer:
-    """Templates of data and of a run, made once, and what was found."""
+    """Templates of data and of a run, made once, and the failed cases."""
 
     def __init__(self, folder: pathlib.Path, say: Any = print) -> None:
         self.folder, self.say = folder, say
@@ -218,7 +220,7 @@ class Fuzzer:
         )
 
     def train(self) -> None:
-        """The run that is damaged afterwards, with what the modes write into it."""
+        """Train the run that is damaged later, with the files that the modes write."""
         room = Room(self.folder / "made")
         for name in ("home", "tmp"):
             (room.place / name).mkdir(parents=True)
@@ -234,22 +236,24 @@ class Fuzzer:
         room = Room(place)
         for name in ("home", "tmp"):
             (place / name).mkdir()
-        cases.copied(self.folder / "data", place / "data")
+        fuzz_damage.copy_folder(self.folder / "data", place / "data")
         if case.room == "run":
-            cases.copied(self.folder / "made" / "run", place / "run")
+            fuzz_damage.copy_folder(self.folder / "made" / "run", place / "run")
         if case.script:
             (place / "mine.py").write_bytes(case.script)
         if case.damage and not whole:
-            there = cases.files(pathlib.Path(room.filled(case.target[0])))
+            there = fuzz_damage.files(pathlib.Path(room.filled(case.target[0])))
             if there:
                 path = there[case.target[1] % len(there)]
                 with contextlib.suppress(OSError):
-                    cases.apply(case.damage, path, [other for other in there if other != path])
+                    fuzz_damage.apply(
+                        case.damage, path, [other for other in there if other != path]
+                    )
                 self.changed = str(path.relative_to(place))
         return room
 
     def whole(self, case: cases.Case) -> tuple[bytes, list[str]]:
-        """What the command makes and prints without the damage."""
+        """Files and output of the command without the damage."""
         if case.arguments not in self._whole:
             room = self.room(case, whole=True)
             done = command([room.filled(text) for text in case.arguments], room)
@@ -261,7 +265,7 @@ class Fuzzer:
         return self._whole[case.arguments]
 
     def trial(self, case: cases.Case) -> list[str]:
-        """What is wrong with what the command of a case did."""
+        """Problems of the command of a case."""
         if any("\0" in text for text in case.arguments):
             return []  # no command line can have it
         self.changed = ""
@@ -319,8 +323,8 @@ class Fuzzer:
             )
 
     def resolved(self, case: cases.Case) -> bool:
-        """The settings of a case in this process: a configuration, or UserError with one line. True
-        if they are refused."""
+        """Resolve the settings of a case in this process: a configuration, or UserError with one
+        line. True if they are refused."""
         if any("\0" in text for text in case.arguments):
             return True
         self.counts["resolved"] += 1
@@ -346,7 +350,7 @@ def mode_of(case: cases.Case) -> str:
 
 
 def examples(strategy: Any, number: int, seed: int, use: Any) -> None:
-    """So many examples of a strategy, always the same ones of a seed."""
+    """A number of examples of a strategy, the same for a seed."""
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -365,8 +369,8 @@ def examples(strategy: Any, number: int, seed: int, use: Any) -> None:
 
 
 def imported() -> None:
-    """All that a mode imports, once for all children; no device is touched, so that a child can
-    begin anew."""
+    """Import everything that a mode imports, once for all children; no device is used, so that a
+    child can initialize its own."""
     import importlib
 
     for name in main.MODES:

@@ -1,26 +1,23 @@
-"""What the fuzzer tries: hypothesis strategies of settings by what they declare, command lines,
-configuration files and damage to files.
+"""Hypothesis strategies for the fuzzer: settings by their declared types and limits, command lines,
+configuration files, and runs and data with a damaged file.
 
-A new setting, mode or flag is tried as soon as it exists: all are read from the schema, from
-`MODES` and from the parser."""
+Settings, modes and flags come from the schema, `MODES` and the parser, so that a new one is fuzzed
+as soon as it exists."""
 
 import dataclasses
-import os
 import pathlib
-import random
-import shutil
-import socket
 from typing import Any
 
 from hypothesis import strategies as st
-from tests.test_setting import SETTINGS
 
 from m3i_jax import config, main, setting_limits
 from m3i_jax.modes import MODES
+from tests.faults import fuzz_damage
 from tests.test_main import TINY
+from tests.test_setting_limits import SETTINGS
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-# Never asked for: a network, other hosts that would be waited for, a compiler that takes minutes.
+# not fuzzed: they need a network or other hosts, or compile for minutes
 LEFT_OUT_FLAGS = {
     "--help",
     "-h",
@@ -99,37 +96,30 @@ NASTY = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Damage:
-    """One change of one file. kind: of DAMAGES; where: a number in 0..1 that is a place in the
-    file; seed: of random bytes."""
-
-    kind: str
-    where: float
-    seed: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Case:
-    """One command in a room of its own.
+    """One command in its own directory.
 
-    Attributes: arguments: of the command; {W} is the working directory, {D} the data, {C} the
-      configuration file. room: what lies in {W} before: "empty" or "run". script: text of {C}, if
-      that is used. target, damage: the file, by its number among all of {W} or {D}, and what is
-      done to it. judged: whether an equal result, or a word about it, is asked for. shown: it is
-      all about settings, which can be checked without a process.
+    Attributes:
+      arguments: of the command; {W} is the working directory, {D} the data, {C} the configuration
+        file.
+      room: content of {W} before the command: "empty" or "run".
+      script: text of {C}, if that is used.
+      target, damage: a file, by its number among all of {W} or {D}, and how it is damaged.
+      judged: whether the result must be equal, or the output must name the damage.
+      shown: the case has only settings, which can be checked without a process.
     """
 
     arguments: tuple[str, ...]
     room: str = "empty"
     script: bytes = b""
     target: tuple[str, int] = ("", 0)
-    damage: Damage | None = None
+    damage: fuzz_damage.Damage | None = None
     judged: bool = False
     shown: bool = False
 
 
 def inside(limits: Any, whole: bool) -> st.SearchStrategy[Any]:
-    """Numbers that limits allow, their ends often."""
+    """Numbers within limits, often the limits themselves."""
     low, high = limits.least, limits.most
     if whole:
         some = [
@@ -146,8 +136,7 @@ def inside(limits: Any, whole: bool) -> st.SearchStrategy[Any]:
 
 @st.composite
 def value(draw: Any, key: str) -> str:
-    """The text of a value of a setting: what it takes, the ends, beyond, another type, or
-    anything."""
+    """The text of a setting's value: valid, at or beyond a limit, of another type, or arbitrary."""
     default, metadata = SETTINGS[key]
     kind = draw(st.integers(0, 9))
     if kind == 0:
@@ -231,7 +220,7 @@ CONFIGS = (
 )
 
 
-# What arguments of configuration files may sensibly be, by their names.
+# plausible arguments of configuration files, by their names
 ARGUMENTS = {
     "path": ("{D}/folder", "{D}/tars/*.tar", "{D}", "{D}/nothing"),
     "source": ("folder", "tars", "shapes"),
@@ -251,8 +240,7 @@ NUMBERS = ("0", "1", "3", "32", "-5", "1e300", "0.5")
 
 @st.composite
 def commands(draw: Any) -> Case:
-    """A command that may well be right, of any configuration file and mode; then up to two things
-    in it that are wrong."""
+    """A plausible command with any configuration file and mode, and up to two mistakes in it."""
     name = draw(st.sampled_from(CONFIGS))
     taken = sorted(config._takes(f"{ROOT}/configs/{name}") or ())
     given = draw(st.lists(st.sampled_from(taken), max_size=3, unique=True))
@@ -312,7 +300,7 @@ def commands(draw: Any) -> Case:
 
 @st.composite
 def settings(draw: Any) -> Case:
-    """One to four settings of the quickstart, shown."""
+    """One to four settings of the quickstart, in mode show."""
     some = draw(overrides())
     return Case(
         (
@@ -408,7 +396,7 @@ SCRIPTS = (
 
 @st.composite
 def scripts(draw: Any) -> Case:
-    """A configuration file of one's own that is wrong in some way."""
+    """A user's configuration file with a mistake in it."""
     tail = draw(
         st.sampled_from(
             ["", "", ":path=x", ":n=x", ":n=2,m=3", ":", ":,,", ":=", ":n", ":path={D},n=3"]
@@ -416,31 +404,6 @@ def scripts(draw: Any) -> Case:
     )
     script = draw(st.one_of(st.sampled_from(SCRIPTS), st.binary(max_size=40)))
     return Case(("--config={C}" + tail, "--mode=show", "--workdir={W}", *TINY), script=script)
-
-
-DAMAGES = (
-    "flip",
-    "flips",
-    "cut",
-    "empty",
-    "garbage",
-    "text",
-    "repeat",
-    "delete",
-    "directory",
-    "loop",
-    "away",
-    "fifo",
-    "socket",
-    "zero",
-    "sparse",
-    "nested",
-    "other",
-)
-
-
-def damages() -> st.SearchStrategy[Damage]:
-    return st.builds(Damage, st.sampled_from(DAMAGES), st.floats(0, 1), st.integers(0, 2**31))
 
 
 @st.composite
@@ -457,7 +420,7 @@ def of_a_run(draw: Any) -> Case:
         ("--workdir={W}", f"--mode={mode}", *rest),
         "run",
         target=("{W}", draw(st.integers(0, 10**6))),
-        damage=draw(damages()),
+        damage=draw(fuzz_damage.damages()),
         judged=True,
     )
 
@@ -474,8 +437,7 @@ RUN = (
 
 @st.composite
 def of_data(draw: Any) -> Case:
-    """A file that a run reads, damaged: images, captions, tars, names of classes, a vocabulary,
-    weights."""
+    """A damaged file of the data: images, captions, tars, class names, a vocabulary, weights."""
     kinds = {
         "folder": (f"--config={ROOT}/configs/folder.py:path={{D}}/folder,model=vit_tiny",),
         "tars": (f"--config={ROOT}/configs/tars.py:path={{D}}/tars/*.tar,model=vit_tiny",),
@@ -505,7 +467,7 @@ def of_data(draw: Any) -> Case:
     return Case(
         (*kinds[name], "--workdir={W}", f"--mode={mode}", *small),
         target=("{D}/" + room, draw(st.integers(0, 10**6))),
-        damage=draw(damages()),
+        damage=draw(fuzz_damage.damages()),
     )
 
 
@@ -518,69 +480,13 @@ KINDS: dict[str, st.SearchStrategy[Case]] = {
 }
 
 
-def apply(damage: Damage, path: pathlib.Path, others: list[pathlib.Path]) -> None:
-    """Change a file, or put something else where it was."""
-    some, content = random.Random(damage.seed), path.read_bytes()
-    at = min(int(damage.where * len(content)), max(len(content) - 1, 0))
-    kind = damage.kind
-    if kind in ("flip", "flips") and content:
-        changed = bytearray(content)
-        for place in [at] if kind == "flip" else [some.randrange(len(content)) for _ in range(20)]:
-            changed[place] ^= 1 << some.randrange(8)
-        path.write_bytes(changed)
-        return
-    replaced = {
-        "cut": content[:at],
-        "empty": b"",
-        "garbage": some.randbytes(len(content) or 10),
-        "text": b"not what it was\n" * 3,
-        "repeat": content + content,
-        "nested": b"[" * 200_000,
-        "other": some.choice(others).read_bytes() if others else b"x",
-    }
-    if kind in replaced:
-        path.write_bytes(replaced[kind])
-        return
-    path.unlink()
-    if kind == "directory":
-        path.mkdir()
-    elif kind == "loop":
-        path.symlink_to(path.name)
-    elif kind == "away":
-        path.symlink_to("/etc/hostname")
-    elif kind == "zero":
-        path.symlink_to("/dev/zero")
-    elif kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "socket":
-        here = os.getcwd()
-        os.chdir(path.parent)  # the name of a socket has at most 107 characters
-        try:
-            socket.socket(socket.AF_UNIX).bind(path.name[:100])
-        finally:
-            os.chdir(here)
-    elif kind == "sparse":
-        with open(path, "wb") as file:
-            file.write(content[:512])
-            file.truncate(2**40)
-
-
-def files(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-
-
-def copied(source: pathlib.Path, place: pathlib.Path) -> None:
-    if source.is_dir():
-        shutil.copytree(source, place, symlinks=True, dirs_exist_ok=True)
-
-
 def text_of(arguments: tuple[str, ...]) -> list[str]:
-    """What a command line gives a configuration, without its flags: for a check in this process."""
+    """The overrides of a command line, for a check in this process."""
     return [a.removeprefix("--config.") for a in arguments if a.startswith("--config.")]
 
 
 def resolves(case: Case) -> None:
-    """The settings of a case, checked in this process. Raises UserError alone."""
-    made = config.load_config(f"{ROOT}/configs/quickstart.py")
-    config.apply_overrides(made, text_of(case.arguments))
-    config.resolve(made)
+    """Resolve the settings of a case in this process. Raises only UserError."""
+    loaded = config.load_config(f"{ROOT}/configs/quickstart.py")
+    config.apply_overrides(loaded, text_of(case.arguments))
+    config.resolve(loaded)

@@ -1,4 +1,4 @@
-"""Small archives, and what reads them, for the fault tests."""
+"""Small archives and their readers, for the fault tests."""
 
 import io
 import pathlib
@@ -34,7 +34,7 @@ def tar(place: pathlib.Path, members: list[tuple[str, bytes]]) -> str:
 
 
 def read_all(source: base.DataSource) -> None:
-    """Every record, as the pipeline looks at it."""
+    """Read every record, as the pipeline does."""
     for i in range(len(source)):
         record = source[i]
         decode.clean_caption(record.caption)

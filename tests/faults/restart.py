@@ -1,12 +1,12 @@
-"""How long a start takes that goes on from a checkpoint, against one that begins: from the process
-to the line of its first new step.
+"""Time of a start that resumes from a checkpoint, compared with a clean start: from the process to
+the line of its first new step.
 
-    python -m tests.faults.restart DIRECTORY --trials 5 --settings model.encoder.width=192
-    model.encoder.depth=6
+    python -m tests.faults.restart DIRECTORY --trials 5 \
+        --settings model.encoder.width=192 model.encoder.depth=6
 
 Both have all compiled programs in the cache, and take turns. No evaluator runs, since only a clean
-start would have to wait for it. Prints one JSON object: medians of the seconds on the clock and of
-processor time, and their ratios."""
+start would wait for it. Prints one JSON object: medians of wall and processor seconds, and their
+ratios."""
 
 import argparse
 import json
@@ -31,8 +31,8 @@ QUIET = [
 def first_step(
     run: pathlib.Path, cache: pathlib.Path, settings: Sequence[str], *, save: bool = False
 ) -> tuple[float, float]:
-    """(seconds on the clock, of processors) to the first new step of a process, which then is
-    killed, or told to save and end."""
+    """(wall seconds, processor seconds) to the first new step of a process, which is then killed,
+    or saves and ends."""
     life = soak.Life(run, 1000, 1000, cache, settings=[*QUIET, *settings])
     while life.process.poll() is None and not life.first:
         time.sleep(0.01)

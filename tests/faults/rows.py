@@ -1,6 +1,6 @@
-"""The fault matrix: what may break, and what is promised then. A test says which rows it is a trial
-of with `@pytest.mark.row("B3")`; the table of a run is tests/faults/RESULTS.md (see conftest.py
-beside this file)."""
+"""The fault matrix: what may fail, and the behaviour that is promised then.
+`@pytest.mark.row("B3")` lists the rows of a test; launch/faults.sh writes the results to
+tests/faults/RESULTS.md (see conftest.py)."""
 
 ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
     # processes and time

@@ -1,18 +1,19 @@
-"""A small run that is killed again and again against one that is left alone: the end must be the
-same bits, and nothing may grow.
+"""A small run that is killed repeatedly, compared with an undisturbed run: the final states must be
+equal bit for bit, and memory and descriptors must not grow.
 
-    python -m tests.faults.soak DIRECTORY --hours 1                 # a kill every minute; what
-    launch/soak.sh calls python -m tests.faults.soak DIRECTORY --steps 400 --kills 50    # kills at
-    random instants, from the import to the last save
+    # a kill every minute, as launch/soak.sh
+    python -m tests.faults.soak DIRECTORY --hours 1
+    # kills at random instants, from the import to the last save
+    python -m tests.faults.soak DIRECTORY --steps 400 --kills 50
 
-Prints one JSON object; exit 0 if the end is bitwise the same, nothing is left over and, where an
-hour was asked for, memory and descriptors of the process that was left alone do not grow. That they
-do not must be shown: a life too short or too restless to tell fails as well. Memory is both, what
-is allocated and not freed and what is resident, with all that the C library keeps; of one heap
-(MALLOC_ARENA_MAX=1), for pieces in several hide what a run leaves: with two a core, as runs have,
-resident memory grew by 6 +- 3 MB an hour of 1,800 saves. It counts as not growing at up to 1 MB an
-hour, 24 MB a day, its error included, beside 1.5 kB a save: a run that saves every 20 steps does so
-a thousand times an hour, and TensorStore is known to leave 1 kB each time (training/malloc.py)."""
+Prints one JSON object; exits with 0 if the final states are equal, no files are left over and, with
+--hours, memory and descriptors of the undisturbed process do not grow. A process that is too short
+or too noisy to show that fails as well. Two memories are measured: allocated memory that is not
+freed, and resident memory with all that the C library keeps. Both with one malloc arena
+(MALLOC_ARENA_MAX=1), since several hide what a run leaks: with two a core, as runs have, resident
+memory grew by 6 +- 3 MB an hour of 1,800 saves. Growth up to 1 MB an hour (24 MB a day) including
+its error, plus 1.5 kB a save, is accepted: a run that saves every 20 steps does so a thousand times
+an hour, and TensorStore leaks 1 kB each time (training/malloc.py)."""
 
 import argparse
 import atexit
@@ -36,11 +37,13 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TINY = [
-    "data.size=120", "data.image_size=32", "train.batch_size=8", "optim.warmup_steps=2", "model.encoder.width=32", "model.encoder.depth=1",
-    "model.encoder.heads=2", "model.decoder.width=32", "model.decoder.depth=1", "model.decoder.heads=2", "model.pool.heads=2",
-    "model.text.width=32", "model.text.heads=2", "model.text.depth=1", "data.vocabulary_size=300", "train.log_every=1",
-    "train.panel_every=0", "evaluate.batch_size=32",
-]  # fmt: skip
+    *("data.size=120", "data.image_size=32", "train.batch_size=8", "optim.warmup_steps=2"),
+    *("model.encoder.width=32", "model.encoder.depth=1", "model.encoder.heads=2"),
+    *("model.decoder.width=32", "model.decoder.depth=1", "model.decoder.heads=2"),
+    *("model.text.width=32", "model.text.heads=2", "model.text.depth=1", "model.pool.heads=2"),
+    *("data.vocabulary_size=300", "train.log_every=1", "train.panel_every=0"),
+    "evaluate.batch_size=32",
+]
 STEPS = 10_000_000  # of a run that is stopped after its hours: more than it can do
 SETTLED = 15.0  # seconds after the first step of a life from which on descriptors are compared
 WINDOWS = 24  # parts of a life whose medians make the slope of its memory
@@ -62,7 +65,7 @@ def environment(cache: pathlib.Path) -> dict[str, str]:
 
 
 def rows(run: pathlib.Path) -> list[dict[str, Any]]:
-    """The whole lines of a log."""
+    """The complete lines of a log."""
     log = run / "metrics.jsonl"
     return (
         [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
@@ -72,7 +75,7 @@ def rows(run: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def learned(run: pathlib.Path) -> list[dict[str, Any]]:
-    """What a log says about learning: no clocks."""
+    """The lines of a log without times."""
     kept = (
         "step",
         "loss",
@@ -93,19 +96,21 @@ import hashlib, json, pathlib, sys, jax, numpy as np, orbax.checkpoint as ocp
 place = pathlib.Path(sys.argv[1]).absolute() / "checkpoints" / sys.argv[2]
 reader = ocp.PyTreeCheckpointer()
 tree = reader.metadata(place / "state").item_metadata.tree
-plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)  # as saved by any number of hosts
+# as numpy: saved by any number of hosts
+plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
 state = reader.restore(place / "state", restore_args=plain)
 position = json.loads((place / "position" / "metadata").read_text())  # it also has clocks
-digest = hashlib.sha256(f"{place.name} {position['samples_seen']} {position['fingerprint']}".encode())
-for path, leaf in sorted((jax.tree_util.keystr(p), np.asarray(x)) for p, x in jax.tree_util.tree_leaves_with_path(state)):
+samples, fingerprint = position["samples_seen"], position["fingerprint"]
+digest = hashlib.sha256(f"{place.name} {samples} {fingerprint}".encode())
+leaves = jax.tree_util.tree_leaves_with_path(state)
+for path, leaf in sorted((jax.tree_util.keystr(p), np.asarray(x)) for p, x in leaves):
     digest.update(path.encode() + str(leaf.dtype).encode() + leaf.tobytes())
 print(digest.hexdigest())
 """
 
 
 def state_at(run: pathlib.Path, step: int, cache: pathlib.Path) -> str:
-    """Digest of every bit of the state of a step, of its position, and of what the log says about
-    learning up to it."""
+    """Digest of all bits of the state of a step, of its position, and of the metrics up to it."""
     command = [sys.executable, "-c", DIGEST, str(run), str(step)]
     done = subprocess.run(
         command, env=environment(cache), capture_output=True, text=True, check=True
@@ -116,9 +121,9 @@ def state_at(run: pathlib.Path, step: int, cache: pathlib.Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """What a life had more of as it went on. `mb`: of its own memory, an hour, a line through the
-    medians of its windows; the true slope lies with 95 % between mb - error and mb + error.
-    `descriptors`: of the last quarter against the first, medians and maxima."""
+    """Growth during a process. `mb`: MB an hour, the slope of a line through the medians of its
+    windows; the true slope is between mb - error and mb + error with 95 % confidence.
+    `descriptors`: medians and maxima of the last quarter and the first."""
 
     minutes: float
     mb: float
@@ -131,18 +136,18 @@ class Growth:
         return [round(24 * self.mb, 1), round(24 * self.error, 1)]
 
     def none(self, saves: float = 0.0) -> bool:
-        """Whether it is shown that nothing grows, in a life of so many saves an hour."""
+        """Whether the samples show that memory does not grow, at so many saves an hour."""
         return self.mb + self.error <= MOST_MB + LEFT_MB * saves and self.descriptors <= 0
 
     def told(self, saves: float) -> dict[str, Any]:
-        """As it stands in the result."""
+        """As in the result."""
         return dataclasses.asdict(self) | {"mb_a_day": self.a_day, "none": self.none(saves)}
 
 
 def growth(samples: list[tuple[float, float, int]], settled: float = SETTLED) -> Growth | None:
-    """From (seconds since the first step, MB, descriptors); None if a life has too few. Of memory
-    only what comes after a quarter of the life is judged, since an allocator takes minutes to have
-    what it needs, and the window of data/pipeline.py 10,000 records to be full."""
+    """Growth from (seconds since the first step, MB, descriptors); None with too few samples.
+    Memory is measured after the first quarter, since an allocator takes minutes to reach its size,
+    and the window of data/pipeline.py holds 10,000 records."""
     late = [s for s in samples if s[0] >= settled]
     judged = [s for s in late if s[0] >= samples[-1][0] / 4]
     if len(judged) < 2 * WINDOWS:
@@ -173,12 +178,18 @@ def growth(samples: list[tuple[float, float, int]], settled: float = SETTLED) ->
 
 
 class Life:
-    """One process of a run, watched from outside by a thread."""
+    """One process of a run, sampled from outside by a thread."""
 
     def __init__(
-        self, run: pathlib.Path, steps: int, save_every: int, cache: pathlib.Path, keep: int = 2, settings: Sequence[str] = (),
+        self,
+        run: pathlib.Path,
+        steps: int,
+        save_every: int,
+        cache: pathlib.Path,
+        keep: int = 2,
+        settings: Sequence[str] = (),
         watched: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         regular = {
             "steps": steps,
             "save_every": save_every,
@@ -230,7 +241,7 @@ class Life:
             time.sleep(0.5 if self.first else 0.05)
 
     def _look(self) -> None:
-        """Notice the line of the first new step in the log, and sample the process."""
+        """Detect the first new step in the log, and sample the process."""
         now = time.monotonic()
         size = self._log.stat().st_size if self._log.is_file() else 0
         # a resumed log is first cut, which makes it shorter
@@ -269,7 +280,7 @@ class Life:
         return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
     def last(self, seconds: float = math.inf) -> bool:
-        """Let it live so long, counted from its start; whether it ended by itself."""
+        """Wait until the process has this age; True if it ended by itself."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(
                 None if seconds == math.inf else max(self.began + seconds - time.monotonic(), 0.01)
@@ -285,7 +296,7 @@ class Life:
         self._close()
 
     def stop(self) -> None:
-        """As a cluster does; the run saves and exits with 42."""
+        """Send SIGTERM, as a cluster does; the run saves and exits with 42."""
         self._told = True
         self.process.send_signal(signal.SIGTERM)
         if self.process.wait() not in (0, 42):
@@ -308,17 +319,17 @@ class Life:
 
 
 def committed(run: pathlib.Path) -> list[int]:
-    """Steps that are there, oldest first."""
+    """Complete steps, oldest first."""
     return sorted(int(p.name) for p in (run / "checkpoints").glob("[0-9]*") if p.name.isdecimal())
 
 
 def leftovers(run: pathlib.Path) -> list[str]:
-    """What is beside the steps when a run is done: nothing."""
+    """Files besides the steps when a run is done; there must be none."""
     return sorted(p.name for p in (run / "checkpoints").iterdir() if not p.name.isdecimal())
 
 
 class Lost:
-    """Steps that kills cost, and committed ones that were there once and are not any more."""
+    """Steps that kills cost, and complete steps that disappeared."""
 
     def __init__(self, run: pathlib.Path) -> None:
         self.run, self.most, self.back, self.reached = run, 0, 0, 0
@@ -338,8 +349,8 @@ class Lost:
 def at_random(
     place: pathlib.Path, *, steps: int, kills: int, save_every: int, seed: int = 0
 ) -> dict[str, Any]:
-    """So many kills at random instants from the start of a process to shortly after its first step,
-    over as many runs as it takes. Each of them is compared with one that was left alone."""
+    """Kill runs at random instants between the start of a process and shortly after its first step.
+    Each run is compared with an undisturbed one."""
     r, cache = random.Random(seed), place / "cache"
     whole = Life(place / "alone", steps, save_every, cache)
     whole.last()
@@ -368,17 +379,24 @@ def at_random(
             break
         lost.append(Lost(place / f"killed-{len(same)}"))
     return {
-        "steps": steps, "kills": done, "runs": len(same), "bitwise": all(same), "most_steps_lost": max(one.most for one in lost),
-        "save_every": save_every, "committed_steps_lost": max(one.back for one in lost), "leftovers": left,
-        "clean_start_seconds": round(clean, 2), "restart_seconds": round(statistics.median(starts), 2) if starts else None,
-    }  # fmt: skip
+        "steps": steps,
+        "kills": done,
+        "runs": len(same),
+        "bitwise": all(same),
+        "most_steps_lost": max(one.most for one in lost),
+        "save_every": save_every,
+        "committed_steps_lost": max(one.back for one in lost),
+        "leftovers": left,
+        "clean_start_seconds": round(clean, 2),
+        "restart_seconds": round(statistics.median(starts), 2) if starts else None,
+    }
 
 
 def soak(place: pathlib.Path, *, seconds: float, every: float, save_every: int) -> dict[str, Any]:
-    """Two runs for so long, side by side: one is left alone, and keeps all its steps; the other is
-    killed every so many seconds. In the end both are told to stop, and are compared at the newest
-    regular step that the killed one has. A life after one in which nothing was saved gets twice the
-    time, or a slow machine would never come any further."""
+    """Two runs side by side for some time: one is undisturbed and keeps all its steps; the other is
+    killed periodically. At the end both get a signal to stop, and are compared at the newest
+    regular step of the killed one. After a process that saved nothing the next one gets twice the
+    time, or a slow machine would make no progress."""
     cache, began = place / "cache", time.monotonic()
     whole = Life(place / "alone", STEPS, save_every, cache, keep=STEPS, watched=True)
     lost, kills, starts, lives, time_ = Lost(place / "killed"), 0, [], [], every
@@ -414,31 +432,38 @@ def soak(place: pathlib.Path, *, seconds: float, every: float, save_every: int) 
     of_lives = [statistics.median(s[1] for s in life) for life in lives]
     part = max(len(of_lives) // 3, 1)
     return {
-        "minutes": round((time.monotonic() - began) / 60, 1), "steps": step, "kills": kills,
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "steps": step,
+        "kills": kills,
         "bitwise": state_at(lost.run, step, cache) == state_at(whole.run, step, cache),
-        "most_steps_lost": lost.most, "save_every": save_every, "committed_steps_lost": lost.back,
+        "most_steps_lost": lost.most,
+        "save_every": save_every,
+        "committed_steps_lost": lost.back,
         "leftovers": leftovers(lost.run) + leftovers(whole.run),
         "restart_seconds": round(statistics.median(starts), 2) if starts else None,
         "alone": grown.told(an_hour) if grown else None,
         "alone_resident": resident.told(an_hour) if resident else None,
-        "alone_samples": len(whole.samples), "alone_saves": saves,
+        "alone_samples": len(whole.samples),
+        "alone_saves": saves,
         "lives_measured": len(of_lives),
-        "lives_mb": [round(statistics.median(of_lives[:part]), 1), round(statistics.median(of_lives[-part:]), 1)] if of_lives else None,
-        "lives_descriptors": [max(s[2] for s in lives[0]), max(s[2] for s in lives[-1])] if lives else None,
-    }  # fmt: skip
+        "lives_mb": of_lives
+        and [round(statistics.median(x), 1) for x in (of_lives[:part], of_lives[-part:])]
+        or None,
+        "lives_descriptors": lives and [max(s[2] for s in lives[i]) for i in (0, -1)] or None,
+    }
 
 
 def main() -> int:
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("directory", type=pathlib.Path)
-    ask.add_argument("--hours", type=float, default=0.0, help="so long, with a kill every minute")
-    ask.add_argument("--every", type=float, default=60.0, help="seconds between these kills")
+    ask.add_argument("--hours", type=float, default=0.0, help="duration, with a kill every minute")
+    ask.add_argument("--every", type=float, default=60.0, help="seconds between kills")
     ask.add_argument("--steps", type=int, default=400, help="without --hours: steps of the run")
     ask.add_argument(
         "--kills",
         type=int,
         default=50,
-        help="without --hours: kills, at random in the first seconds of every start",
+        help="without --hours: kills at random instants after every start",
     )
     ask.add_argument(
         "--save-every", type=int, default=0, help="steps; default: 20 with --hours, else 5"

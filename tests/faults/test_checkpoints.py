@@ -1,5 +1,5 @@
-"""Rows B: what happens to a checkpoint between its save and its restore. A small state, real files,
-real saves."""
+"""Rows B: damage to a checkpoint between its save and its restore. With a small state, real files
+and real saves."""
 
 import itertools
 import os
@@ -22,8 +22,7 @@ Make = Callable[..., Checkpoints]
 
 
 def state(step: int, size: int = 4096) -> dict[str, jax.Array]:
-    """A small state that differs at every step, with numbers that no compression shortens, and a
-    NaN, which has bits too."""
+    """A small state that differs at every step, with incompressible numbers and a NaN."""
     r = np.random.default_rng(step)
     return {
         "step": jnp.int32(step),
@@ -47,7 +46,7 @@ def same(got: dict[str, jax.Array], wanted: dict[str, jax.Array]) -> bool:
 
 @pytest.fixture
 def make(tmp_path: pathlib.Path) -> Iterator[Make]:
-    """Opens checkpoints that are closed at the end; `said` of one has its warnings."""
+    """Opens checkpoints that are closed at the end; `said` has the warnings of each."""
     opened = []
 
     def call(directory: pathlib.Path | None = None, keep: int = 2) -> Checkpoints:
@@ -87,7 +86,7 @@ def flip(path: pathlib.Path, bit: int) -> None:
 
 
 def places(step: pathlib.Path, count: int, seed: int) -> Iterator[tuple[pathlib.Path, int]]:
-    """Bits drawn over all files by their size, and of every file at least one, since the small ones
+    """Bits drawn from all files by their size, and at least one of every file, since small files
     would hardly be drawn."""
     r = random.Random(seed)
     every = [path for path in files(step) if path.stat().st_size]
@@ -97,8 +96,8 @@ def places(step: pathlib.Path, count: int, seed: int) -> Iterator[tuple[pathlib.
 
 
 def flips(pair: pathlib.Path, make: Make, trials, count: int) -> None:
-    """Flip a bit of the newest step; a restart must find it, name the file, and go on bitwise with
-    the step before."""
+    """Flip a bit of the newest step; a restart must detect it, name the file, and resume bit for
+    bit from the step before."""
     one, silent = make(pair), 0
     for path, bit in places(pair / "8", count, seed=0):
         flip(path, bit)
@@ -107,7 +106,7 @@ def flips(pair: pathlib.Path, make: Make, trials, count: int) -> None:
             if found == 8:
                 silent += 1
             name, told = path.relative_to(pair / "8").as_posix(), one.said.pop() if one.said else ""
-            trials.add(found == 4 and name in told and "set aside as 8.bad-" in told)
+            trials.add(found == 4 and name in told and "renamed to 8.bad-" in told)
         finally:
             for bad in pair.glob("8.bad-*"):
                 bad.rename(pair / "8")
@@ -138,19 +137,22 @@ def test_a_thousand_flipped_bits_are_found(pair: pathlib.Path, make: Make, trial
 def test_a_file_cut_emptied_deleted_swapped_or_a_link_is_named(
     pair: pathlib.Path, tmp_path: pathlib.Path, make: Make, trials
 ) -> None:
-    """Every file of the step with each of five faults, the digests among them."""
+    """Every file of the step, with digests.json, with each of five faults."""
 
     def link(path: pathlib.Path) -> None:
         path.rename(tmp_path / "elsewhere")
         path.symlink_to(tmp_path / "elsewhere")
 
     faults: dict[str, Callable[[pathlib.Path], object]] = {
-        "cut": lambda path: os.truncate(path, path.stat().st_size // 2), "emptied": lambda path: os.truncate(path, 0),
-        "deleted": pathlib.Path.unlink, "swapped": lambda path: path.write_bytes(other(path)), "a link": link,
-    }  # fmt: skip
+        "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+        "emptied": lambda path: os.truncate(path, 0),
+        "deleted": pathlib.Path.unlink,
+        "swapped": lambda path: path.write_bytes(other(path)),
+        "a link": link,
+    }
 
     def other(path: pathlib.Path) -> bytes:
-        """What another file of the step holds."""
+        """The content of another file of the step."""
         return next(
             p.read_bytes()
             for p in files(pair / "8")
@@ -181,7 +183,7 @@ def test_a_file_cut_emptied_deleted_swapped_or_a_link_is_named(
 def test_a_step_that_is_asked_for_by_its_number_is_looked_at_too(
     pair: pathlib.Path, tmp_path: pathlib.Path, make: Make
 ) -> None:
-    """An evaluation of one step sets nothing aside, and does not read what is damaged either."""
+    """An evaluation of one step renames nothing, and does not use damaged files."""
     here = tmp_path / "checkpoints"
     shutil.copytree(pair, here)
     victim = max(files(here / "4"), key=lambda path: path.stat().st_size)
@@ -205,14 +207,14 @@ def test_a_step_that_is_asked_for_by_its_number_is_looked_at_too(
 def test_when_all_are_damaged_a_person_decides(
     pair: pathlib.Path, tmp_path: pathlib.Path, make: Make
 ) -> None:
-    """A run that lost all its checkpoints does not start anew by itself, not even at the next
-    start."""
+    """A run whose checkpoints are all damaged does not start from step 0 by itself, not even at the
+    next start."""
     here = tmp_path / "checkpoints"
     shutil.copytree(pair, here)
     for step in ("4", "8"):
         (here / step / "position" / "metadata").write_text('{"samples_seen": 7}')
     one = make(here)
     for _ in range(2):
-        with pytest.raises(UserError, match="no whole checkpoint is left .*4.bad-.*8.bad-"):
+        with pytest.raises(UserError, match="no undamaged checkpoint is left .*4.bad-.*8.bad-"):
             one.newest_good()
     assert len(one.said) == 2 and one.latest() is None  # type: ignore[attr-defined]

@@ -1,5 +1,5 @@
-"""Rows C1 to C7: bad images, captions, labels and files. Whatever is in them, batches keep their
-shape, their order and their counts."""
+"""Rows C1 to C7: bad images, captions, labels and files. Whatever their content, batches keep their
+shape, order and counts."""
 
 import html
 import io
@@ -27,7 +27,7 @@ from tests.faults.hostile import JPEG, PEAK, ROOT, tar
 
 
 class Mixed:
-    """Good images of one colour each, and every kind of bad file, spread evenly: number i is bad if
+    """Good images of one colour each, and every kind of bad file, evenly spread: record i is bad if
     it is a multiple of `every`."""
 
     name, classes, captions = "mixed", (), False
@@ -51,7 +51,7 @@ class Mixed:
 @pytest.mark.row("C1")
 @pytest.mark.parametrize("every", [100, 5])
 def test_bad_pictures_are_replaced_and_counted(every: int, trials) -> None:
-    """1 % and 20 %, all 22 kinds: counts, order and pixels are those of the rule, also the second
+    """1 % and 20 %, all 22 kinds: counts, order and pixels follow the rule, also the second
     time."""
     source = Mixed(22 * every if every > 50 else 440, every)
     reasons = {i: reason for i, (_, reason) in source.bad.items()}
@@ -83,7 +83,7 @@ def test_a_whole_run_on_a_folder_that_is_one_fifth_broken(tmp_path: pathlib.Path
 @pytest.mark.slow
 @pytest.mark.row("C1")
 def test_what_bad_pictures_cost(trials) -> None:
-    """Seconds of a core for the same samples with and without a fifth of bad files: a figure, since
+    """Processor seconds for the same samples with and without a fifth of bad files: reported, since
     no limit holds everywhere."""
     seconds = []
     for every in (0, 5):
@@ -152,7 +152,7 @@ for path in sorted(folder.glob("*.bomb")):
 @pytest.mark.fast
 @pytest.mark.row("C3")
 def test_bombs_are_refused_by_their_header(trials, tmp_path: pathlib.Path) -> None:
-    """In a process that may take 300 MB more than it has, and no more."""
+    """In a process that may allocate 300 MB more than it has."""
     image = Image.fromarray(broken.smooth(40, 48))
     jpeg, gif = broken.encode(image, "JPEG"), broken.encode(image.quantize(16), "GIF")
     tall, png = Image.new("1", (17, 65_500)), broken.encode(image, "PNG")
@@ -205,8 +205,8 @@ def test_bombs_are_refused_by_their_header(trials, tmp_path: pathlib.Path) -> No
 @pytest.mark.slow
 @pytest.mark.row("C3")
 def test_memory_of_the_largest_pictures_that_are_taken(trials, tmp_path: pathlib.Path) -> None:
-    """64 million pixels of every mode: the bytes of the image and of its RGB, 4 a pixel, are there
-    at once, and little else."""
+    """64 million pixels of every mode: the bytes of the image and of its RGB, 4 a pixel, are in
+    memory at once, and little else."""
     shapes = {"RGB": (8000, 8000, 3), "RGBA": (8000, 8000, 4), "L": (8000, 8000)}
     for mode, shape in shapes.items():
         (tmp_path / f"{mode}.bomb").write_bytes(
@@ -244,8 +244,8 @@ def test_memory_of_the_largest_pictures_that_are_taken(trials, tmp_path: pathlib
 @pytest.mark.fast
 @pytest.mark.row("C4")
 def test_the_same_rgb_from_every_kind_of_file(trials) -> None:
-    """The truth is the array that was encoded; what loses bits by design (JPEG, WebP) may differ by
-    2 of 255 on average."""
+    """Compared with the encoded array; lossy formats (JPEG, WebP) may differ by 2 of 255 on
+    average."""
     rgb = broken.smooth(48, 64)
     image, gray = Image.fromarray(rgb), rgb[..., 0]
     alpha = np.dstack([rgb, np.full((48, 64), 255, np.uint8)])
@@ -296,12 +296,37 @@ def test_the_same_rgb_from_every_kind_of_file(trials) -> None:
 
 
 CAPTIONS: list[str | bytes | None] = [
-    None, "", b"", "   \n\t ", b"\0\0\0", "\u200b", b"\xff\xfe\xfd", b"caf\xe9 au lait", "a\0b", "\ud800 lone", "x" * 1_000_000,
-    b"y" * 1_000_000, ("\u0634" * 50) + " right to left", "\u202e reversed",
-    "emoji \U0001f600\U0001f468\u200d\U0001f469", "&lt;b&gt; entity",
-    "&amp;amp;amp; many", "<script>alert(1)</script>", "<start> <end> <pad>", "<|endoftext|>", "a\r\nb", "\u00c3\u00a9 mojibake", "1" * 400,
-    "\N{COMBINING ACUTE ACCENT}" * 300, "{caption}", "%s %d", "../../etc/passwd", "caption\x1b[2J", "\ufeffbom", "日本語の説明",
-]  # fmt: skip
+    None,
+    "",
+    b"",
+    "   \n\t ",
+    b"\0\0\0",
+    "\u200b",
+    b"\xff\xfe\xfd",
+    b"caf\xe9 au lait",
+    "a\0b",
+    "\ud800 lone",
+    "x" * 1_000_000,
+    b"y" * 1_000_000,
+    ("\u0634" * 50) + " right to left",
+    "\u202e reversed",
+    "emoji \U0001f600\U0001f468\u200d\U0001f469",
+    "&lt;b&gt; entity",
+    "&amp;amp;amp; many",
+    "<script>alert(1)</script>",
+    "<start> <end> <pad>",
+    "<|endoftext|>",
+    "a\r\nb",
+    "\u00c3\u00a9 mojibake",
+    "1" * 400,
+    "\N{COMBINING ACUTE ACCENT}" * 300,
+    "{caption}",
+    "%s %d",
+    "../../etc/passwd",
+    "caption\x1b[2J",
+    "\ufeffbom",
+    "日本語の説明",
+]
 NOTHING = 5  # of them hold nothing that could be read
 
 
@@ -355,8 +380,8 @@ def test_captions_of_every_kind(trials) -> None:
 @pytest.mark.fast
 @pytest.mark.row("C6")
 def test_labels_of_every_kind(trials, tmp_path: pathlib.Path) -> None:
-    """Missing, negative, not whole, text, beyond the classes: dropped and counted, never clamped to
-    a class that is there."""
+    """Missing, negative, fractional, text, beyond the classes: dropped and counted, never clamped
+    to an existing class."""
     labels = [None, -1, 0, 1, 2, 3, 7, 10**12, 1.5, "2", True, [1], {"a": 1}]
     whole = {2: 0, 3: 1, 4: 2, 5: 3, 6: 7}  # place in the list -> category that is meant
     members = [
@@ -385,8 +410,8 @@ def test_labels_of_every_kind(trials, tmp_path: pathlib.Path) -> None:
 @pytest.mark.fast
 @pytest.mark.row("C7")
 def test_broken_tars_give_what_is_whole(trials, tmp_path: pathlib.Path, caplog) -> None:
-    """Cut anywhere, any byte of a header changed, the same name twice: what is read is what was
-    written, and the file is named."""
+    """Truncated anywhere, any byte of a header changed, the same name twice: records are read as
+    they were written, and the error names the file."""
     members = [(f"{i}.jpg", bytes([i]) * (300 + 700 * i)) for i in range(6)]
     path = pathlib.Path(tar(tmp_path / "in" / "0.tar", members))
     content, written = path.read_bytes(), dict(members)

@@ -1,5 +1,5 @@
-"""Rows C8 to C12, and C1 for odd but sound images: what happens to files and workers while batches
-are made."""
+"""Rows C8 to C12, and C1 for unusual but valid images: faults of files and workers during
+training."""
 
 import copy
 import dataclasses
@@ -34,7 +34,7 @@ def coloured(count: int) -> list[bytes]:
 def rows(
     source: Any, count: int, *, start: int = 0, **data: Any
 ) -> tuple[list[int], dict[str, int]]:
-    """(red of every row's image, bad ones by reason) of `count` batches of 10."""
+    """(red of every row's image, bad records by reason) of `count` batches of 10."""
     batches = pipeline.iterate_batches(settings(batch=10, **data), source, None, start=start)
     try:
         seen = [next(batches)["views"][:, 0, 0, 0, 0] for _ in range(count)]
@@ -95,8 +95,8 @@ def closed(path: pathlib.Path) -> None:
 @pytest.mark.parametrize("kind", MADE)
 @pytest.mark.parametrize("lose", [removed, emptied, closed])
 def test_a_file_that_vanishes(kind: str, lose: Any, trials, tmp_path: pathlib.Path) -> None:
-    """`stop` names the file; `replace` draws others for its records by the rule of bad ones, also
-    after a restart in the middle."""
+    """`stop` names the file; `replace` draws other records by the rule of bad ones, also after a
+    restart in the middle."""
     source, lost, colours = MADE[kind](tmp_path)
     rows(source, 2)
     for path in lost:
@@ -135,8 +135,8 @@ def test_too_many_lost_files_end_the_run(tmp_path: pathlib.Path) -> None:
 
 
 class Workers:
-    """Stands for a Grain iterator over workers: batch k is {"k": k}, and what `fails` says of it
-    happens first."""
+    """Stands for a Grain iterator over workers: batch k is {"k": k}, and `fails` gives what happens
+    before it."""
 
     def __init__(self, first: int, fails: dict[int, list[Any]]) -> None:
         self.k, self.fails = first, fails
@@ -215,7 +215,7 @@ def test_an_error_of_a_worker_is_no_lost_worker() -> None:
 
 
 class Slow(ColorImages):
-    """Reading hangs while a file is there."""
+    """Reads hang while a file exists."""
 
     def __init__(self, count: int, gate: pathlib.Path) -> None:
         super().__init__(count)
@@ -230,8 +230,8 @@ class Slow(ColorImages):
 @pytest.mark.fast
 @pytest.mark.row("C9", "C10")
 def test_a_disk_that_does_not_answer_ends_the_run(trials, tmp_path: pathlib.Path) -> None:
-    """In threads of this process: told, tried again, ended; and if the disk answers in time,
-    nothing is lost."""
+    """In threads of this process: logged, retried, ended; and if the disk answers in time, nothing
+    is lost."""
     gate = tmp_path / "gate"
     for threads in (0, 2):
         gate.touch()
@@ -268,8 +268,8 @@ def children() -> list[Any]:
 @pytest.mark.row("C10")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_real_workers_that_are_killed_or_stopped(number: int, trials, caplog) -> None:
-    """Each of two worker processes, once: every batch is that of a run without workers, and what
-    they held is given back."""
+    """Each of two worker processes, once: every batch equals that of a run without workers, and
+    their buffers are returned."""
     wanted = pipeline.iterate_batches(settings(batch=6), ColorImages(50), None, start=0)
     batches = pipeline.iterate_batches(
         settings(batch=6, workers=2, patience=12.0), ColorImages(50), None, start=0
@@ -311,8 +311,8 @@ def mine(place: pathlib.Path) -> bool:
 @pytest.mark.fast
 @pytest.mark.row("C11")
 def test_few_pictures_and_odd_numbers(trials) -> None:
-    """Fewer images than a batch, and odd ones: whole epochs, no partner that is itself; one image,
-    or a batch that cannot be split, is refused."""
+    """Fewer images than a batch, and odd numbers: complete epochs, and no image is its own partner;
+    one image, or a batch that cannot be split, is refused."""
     for count in (2, 3, 5, 7):
         batches = pipeline.iterate_batches(settings(batch=12), ColorImages(count), None, start=0)
         got = [(next(batches), batches.record)[1] for _ in range(4)]
@@ -408,8 +408,8 @@ def test_pictures_that_are_odd_but_whole_are_no_bad_records(tmp_path: pathlib.Pa
 @pytest.mark.fast
 @pytest.mark.row("C8")
 def test_no_flip_of_an_array_record_is_silent(trials, tmp_path: pathlib.Path) -> None:
-    """200 flipped bits of shard, columns and index: refused at the start, a record that counts as
-    damaged, or nothing changed at all."""
+    """200 flipped bits of shard, columns and index: refused at the start, counted as a damaged
+    record, or without effect."""
     pytest.importorskip("array_record.python.array_record_module")
     rng = np.random.default_rng(0)
     written = [

@@ -1,5 +1,4 @@
-"""The fuzzer, seeded and short: what it tries by itself for an hour is `python -m tests.faults.fuzz
---minutes 60`."""
+"""The fuzzer with a seed and few cases; for an hour: `python -m tests.faults.fuzz --minutes 60`."""
 
 import os
 import pathlib
@@ -7,18 +6,18 @@ import subprocess
 import sys
 
 import pytest
-from tests.test_setting import SETTINGS
 
 from m3i_jax import main as command
 from m3i_jax.modes import MODES
 from tests.faults import fuzz, fuzz_cases
 from tests.faults.hostile import ROOT
+from tests.test_setting_limits import SETTINGS
 
 
 @pytest.mark.fast
 @pytest.mark.row("E7")
 def test_settings_are_refused_on_one_line_or_taken(trials, tmp_path: pathlib.Path) -> None:
-    """Hundreds of settings, by what they declare and beyond, in this process."""
+    """Hundreds of settings, within and beyond their declared limits, in this process."""
     fuzzer = fuzz.Fuzzer(tmp_path)
     fuzz.examples(fuzz_cases.settings(), 200, 7, fuzzer.resolved)
     trials.trials, trials.passed = (
@@ -31,8 +30,7 @@ def test_settings_are_refused_on_one_line_or_taken(trials, tmp_path: pathlib.Pat
 @pytest.mark.fast
 @pytest.mark.row("E7")
 def test_commands_and_files_of_a_seed(trials) -> None:
-    """A few commands, configuration files and damaged data, in processes that begin as those of a
-    user."""
+    """A few commands, configuration files and damaged data, in new processes."""
     line = [
         sys.executable,
         "-m",
@@ -52,8 +50,8 @@ def test_commands_and_files_of_a_seed(trials) -> None:
 @pytest.mark.slow
 @pytest.mark.row("E7")
 def test_an_hour_finds_nothing(trials) -> None:
-    """Of all kinds, damaged files of a run included; M3I_FUZZ_MINUTES is another time,
-    M3I_FUZZ_SEED another seed."""
+    """All kinds, with damaged files of a run; M3I_FUZZ_MINUTES sets the time, M3I_FUZZ_SEED the
+    seed."""
     minutes, seed = os.environ.get("M3I_FUZZ_MINUTES", "60"), os.environ.get("M3I_FUZZ_SEED", "0")
     line = [sys.executable, "-m", "tests.faults.fuzz", "--minutes", minutes, "--seed", seed]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -91,8 +89,8 @@ def test_a_new_setting_mode_or_flag_is_tried_without_being_named() -> None:
 @pytest.mark.fast
 @pytest.mark.row()
 def test_what_a_fault_looks_like(tmp_path: pathlib.Path, monkeypatch) -> None:
-    """The property can fail: a command that prints a traceback, one that touches the data, one that
-    ends with another code."""
+    """The checks can fail: a command that prints a traceback, one that changes the data, one that
+    exits with another code."""
     fuzzer = fuzz.Fuzzer(tmp_path, say=lambda *_, **__: None)
     case = fuzz_cases.Case(("--mode=show",))
 

@@ -1,5 +1,5 @@
-"""Rows A5, A6: hosts that die or hang are named, and nothing waits for them without a limit. Two
-real processes on this machine."""
+"""Rows A5, A6: hosts that die or hang are named, and every wait for them has a limit. With two real
+processes on this machine."""
 
 import ast
 import os
@@ -32,8 +32,8 @@ WAITS: dict[str, tuple[int, str] | None] = {
 
 
 def untimed(source: str, name: str) -> list[str]:
-    """Calls that may wait forever for another host. A collective is let through where the same
-    function first meets all hosts in time."""
+    """Calls that may wait forever for another host. A collective is accepted after a barrier in the
+    same function."""
     found = []
     for function in (
         node
@@ -76,14 +76,20 @@ def untimed(source: str, name: str) -> list[str]:
 @pytest.mark.row("A6")
 def test_no_barrier_is_without_a_limit() -> None:
     offenders = [
-        "def f():\n    multihost_utils.sync_global_devices('a')", "client.wait_at_barrier('a')", "x = client.blocking_key_value_get('k')",
-        "def f(tree):\n    return multihost_utils.broadcast_one_to_all(tree)", "multihost_utils.process_allgather(x)",
+        "def f():\n    multihost_utils.sync_global_devices('a')",
+        "client.wait_at_barrier('a')",
+        "x = client.blocking_key_value_get('k')",
+        "def f(tree):\n    return multihost_utils.broadcast_one_to_all(tree)",
+        "multihost_utils.process_allgather(x)",
         "def f():\n    broadcast_one_to_all(x)\n    barriers.barrier('a')",
-    ]  # fmt: skip
+    ]
     lawful = [
-        "client.wait_at_barrier('a', 1000)", "client.blocking_key_value_get('k', timeout_in_ms=5)", "np.testing.assert_equal(1, 1)",
-        "def f(tree):\n    barriers.barrier('a')\n    return multihost_utils.broadcast_one_to_all(tree)",
-    ]  # fmt: skip
+        "client.wait_at_barrier('a', 1000)",
+        "client.blocking_key_value_get('k', timeout_in_ms=5)",
+        "np.testing.assert_equal(1, 1)",
+        "def f(tree):\n    barriers.barrier('a')\n"
+        "    return multihost_utils.broadcast_one_to_all(tree)",
+    ]
     assert all(untimed(source, "a.py") for source in offenders) and not any(
         untimed(source, "a.py") for source in lawful
     )
@@ -113,14 +119,17 @@ JOIN = """
     import os, pathlib, sys, time
     from m3i_jax.parallel import barriers, distributed
     me, hosts = int(sys.argv[1]), int(sys.argv[3])
-    place = distributed.ProcessInfo(source="test", coordinator=sys.argv[2], processes=hosts, process=me)
+    place = distributed.ProcessInfo(
+        source="test", coordinator=sys.argv[2], processes=hosts, process=me
+    )
 """
 WAIT = (
     JOIN
     + """
     distributed.initialize(place, limit=60, beat=float(sys.argv[4]))
     barriers.barrier("all")
-    barriers.host_label = lambda number: time.sleep(1000)  # whoever asks the store for a name now may wait for ever
+    # a read of a name from the store may wait for ever now
+    barriers.host_label = lambda number: time.sleep(1000)
     print("ready", flush=True)
     barriers.barrier("never, in time" if me else "never", limit=100.0)
 """
@@ -128,8 +137,8 @@ WAIT = (
 
 
 def lost(tmp_path: pathlib.Path, victim: int, number: int, processes: int) -> float:
-    """Send a signal to one of the hosts that wait for each other; all others must end with its
-    name. Returns how long that took."""
+    """Send a signal to one of the hosts that wait for each other; all others must exit with its
+    name. Returns the seconds until then."""
     script = tmp_path / "wait.py"
     script.write_text(textwrap.dedent(WAIT))
     all_ = start(script, str(BEAT), processes=processes)
@@ -166,7 +175,7 @@ CASES = [
 @pytest.mark.fast
 @pytest.mark.row("A5", "A6")
 def test_a_lost_host_is_named(tmp_path: pathlib.Path, trials) -> None:
-    """Killed: its line breaks; stopped: it is silent."""
+    """A killed host closes its connection; a stopped one is silent."""
     took = [lost(tmp_path, *CASES[0]), lost(tmp_path, *CASES[2])]
     trials.trials = trials.passed = len(took)
     trials.figure = (
@@ -208,8 +217,8 @@ REFUSE = (
 
 @pytest.mark.row("A5", "A6")
 def test_a_mistake_that_one_host_meets_ends_all(tmp_path: pathlib.Path) -> None:
-    """A file that vanished is seen by the host whose turn it was: the others would wait for it. One
-    that all meet is told by each."""
+    """Only the host whose turn it was sees that a file vanished: the others would wait for it. An
+    error that all hosts have is reported by each."""
     script = tmp_path / "refuse.py"
     script.write_text(textwrap.dedent(REFUSE))
     pairs = {who: start(script, who) for who in ("0", "1", "01")}
@@ -249,8 +258,10 @@ SAVE = (
 
     def make(step):
         whole = np.random.default_rng(step).normal(size=(4 * hosts, 300)).astype(np.float32)
-        count = jax.make_array_from_callback((), parallel.replicated(mesh), lambda i: np.int32(step))
-        return {"rows": jax.make_array_from_callback(whole.shape, rows, lambda i: whole[i]), "step": count}
+        everywhere = parallel.replicated(mesh)
+        count = jax.make_array_from_callback((), everywhere, lambda i: np.int32(step))
+        split = jax.make_array_from_callback(whole.shape, rows, lambda i: whole[i])
+        return {"rows": split, "step": count}
 
     said, place = [], pathlib.Path(sys.argv[4])
     one = Checkpoints(place, 2, say=said.append)
@@ -293,7 +304,7 @@ SAVE = (
 @pytest.mark.slow
 @pytest.mark.row("A6", "B2", "B3")
 def test_two_hosts_save_and_restore_with_limits(tmp_path: pathlib.Path) -> None:
-    """Orbax's barriers between all processes have none: here they would raise."""
+    """Orbax's barriers between all processes have no limit: here they would raise."""
     script = tmp_path / "save.py"
     script.write_text(textwrap.dedent(SAVE))
     both = start(script, str(tmp_path / "checkpoints"))
@@ -340,8 +351,9 @@ sys.exit(main(sys.argv[2:]))
 def pair(
     run: pathlib.Path, steps: int, *, delays: tuple[float, ...] = ()
 ) -> list[subprocess.Popen[str]]:
-    """Both hosts of a small run on this machine. With `delays`, seconds that each takes to compile
-    a train step, compiled programs are kept in the working directory, as hosts keep them."""
+    """Start both hosts of a small run on this machine. With `delays`, the seconds that each takes
+    to compile a train step, compiled programs are cached in the working directory, as real hosts
+    do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         at = f"127.0.0.1:{free.getsockname()[1]}"
@@ -388,9 +400,9 @@ def pair(
 @pytest.mark.slow
 @pytest.mark.row("A5")
 def test_a_lost_host_costs_no_bit(tmp_path: pathlib.Path, trials) -> None:
-    """Of two hosts that train together one is killed, each twice, at different steps; the other
-    ends too; both come back, and the end is that of two hosts that were left alone. Only steps
-    since the last whole save are trained again."""
+    """One of two hosts that train together is killed, each twice, at different steps; the other
+    exits too; both restart, and the final state equals that of two undisturbed hosts. Only steps
+    since the last complete save are trained again."""
     steps, at = 40, (3, 10, 17, 30)
     alone = pair(tmp_path / "alone", steps)
     said = [process.communicate(timeout=500)[0] for process in alone]
@@ -442,8 +454,8 @@ def test_a_lost_host_costs_no_bit(tmp_path: pathlib.Path, trials) -> None:
 @pytest.mark.slow
 @pytest.mark.row("A13")
 def test_a_host_that_compiles_for_two_minutes_and_a_restart(tmp_path: pathlib.Path, trials) -> None:
-    """Gloo gives a first collective 30 seconds. The host that compiles is waited for; after a kill
-    both hosts find the program."""
+    """Gloo gives a first collective 30 seconds. The other host waits for the compilation; after a
+    kill both hosts find the program in the cache."""
     run, log = tmp_path / "run", tmp_path / "run/metrics.jsonl"
     both = pair(run, 40, delays=(0.0, 120.0))
     try:

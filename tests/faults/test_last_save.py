@@ -1,5 +1,4 @@
-"""Rows C9, C10: a run that cannot go on since its data or an evaluator fails saves what it has, and
-goes on from there when told to."""
+"""Rows C9, C10: a run whose data or evaluator fails saves its state, and resumes from there."""
 
 import os
 import pathlib
@@ -29,7 +28,7 @@ ERRORS = [
 
 
 def failing(event: str, error: Exception, **more: Any) -> World:
-    """Steps 1 to 5 are done when the event, which is that of the sixth, raises."""
+    """Steps 1 to 5 are done when the event, during the sixth, raises."""
     world = World(9, save_every=4, eval_every=5, **more)
 
     def fail() -> None:
@@ -67,8 +66,8 @@ def test_an_evaluator_that_fails_costs_no_step(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.fast
 @pytest.mark.row("C9")
 def test_what_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing was trained yet; other hosts do not come; the disk is full as well: the error is that
-    of the data in every case."""
+    """No step was trained yet; there are other hosts; the disk is full as well: the run ends with
+    the error of the data in every case."""
     world = World(9)
     world.at["draw"] = lambda: (_ for _ in ()).throw(UnreadableError("gone"))
     with pytest.raises(UnreadableError, match="gone"):
@@ -92,8 +91,8 @@ def test_what_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_files_that_come_back_continue_the_run(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, trials
 ) -> None:
-    """With real data and checkpoints: images vanish between two saves, and come back. No step is
-    lost, and no sample."""
+    """With real data and checkpoints: images vanish between two saves, and come back. No step and
+    no sample is lost."""
     monkeypatch.setattr(loop.parallel, "to_global", lambda mesh, batch: batch)
     (tmp_path / "data").mkdir()
     _, lost, _ = a_folder(tmp_path / "data")
@@ -140,7 +139,7 @@ def test_files_that_come_back_continue_the_run(
                 one,
                 state,
                 samples_seen=8 * first,
-                outside=loop.Callbacks(data=Data(), checkpoints=checkpoints, **quiet),
+                callbacks=loop.Callbacks(data=Data(), checkpoints=checkpoints, **quiet),
             )
         finally:
             inner.close()

@@ -1,5 +1,5 @@
-"""Row B13: checkpoints under another number, on a disk that is not mounted, and that cannot be
-read; row A12: what is no lock."""
+"""Row B13: checkpoints under another number, on a disk that is not mounted, and unreadable ones;
+row A12: a run.lock that is not a lock."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ from m3i_jax import parallel, run_files
 from m3i_jax.errors import UserError
 from m3i_jax.modes import setup as jobs
 from m3i_jax.modes import train
-from m3i_jax.training import checkpoint, checkpoint_dir, file_checksums
+from m3i_jax.training import checkpoint_dir, file_checksums, run_weights
 from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints
 from tests.faults.hostile import ROOT
 from tests.faults.test_saves import small_disk  # noqa: F401 (a fixture)
@@ -81,7 +81,7 @@ def test_a_copy_under_another_number_is_not_used(pair: pathlib.Path, opened) -> 
     one, said = opened()
     assert one.newest_good() == 8 and names(pair) == ["12.bad", "4", "8"]
     assert (
-        "checkpoint 12 is damaged (digests.json: is that of checkpoint 4, which was copied or"
+        "checkpoint 12 is damaged (digests.json: belongs to checkpoint 4, which was copied or"
         " renamed)" in said[0]
     )
 
@@ -91,10 +91,10 @@ def test_exchanged_steps_are_not_used(pair: pathlib.Path, opened) -> None:
     for old, new in (("4", "x"), ("8", "4"), ("x", "8")):
         (pair / old).rename(pair / new)
     one, said = opened()
-    with pytest.raises(UserError, match="no whole checkpoint is left"):
+    with pytest.raises(UserError, match="no undamaged checkpoint is left"):
         one.newest_good()
     assert [line.split("(")[1].split(",")[0] for line in said] == [
-        f"digests.json: is that of checkpoint {step}" for step in (4, 8)
+        f"digests.json: belongs to checkpoint {step}" for step in (4, 8)
     ]
 
 
@@ -103,19 +103,19 @@ def test_exchanged_steps_are_not_used(pair: pathlib.Path, opened) -> None:
 def test_a_copy_of_an_older_format_is_noticed_by_its_arrays(
     pair: pathlib.Path, opened, form: int
 ) -> None:
-    """Format 3 has the fingerprint of the step among those of all arrays; of format 2 the array
-    itself is compared."""
+    """Format 3 has the checksum of the step counter among those of all arrays; in format 2 the
+    counter itself is compared."""
     more = {"arrays": file_checksums.read_checksums(pair / "4")["arrays"]} if form == 3 else {}
     (pair / "4" / file_checksums.NAME).unlink()
     file_checksums.write_checksums(pair / "4", format=form, **more)
     one, said = opened()
     assert (
-        checkpoint_dir.complaints(pair / "4") == []
+        checkpoint_dir.find_damage(pair / "4") == []
         and (restored(one, 4)["w"] == state(4)["w"]).all()
     )
     shutil.copytree(pair / "4", pair / "12")
     if form == 3:
-        assert one.newest_good() == 8 and "is that of another checkpoint" in said[0]
+        assert one.newest_good() == 8 and "belongs to another checkpoint" in said[0]
         return
     assert one.newest_good() == 12
     with pytest.raises(CheckpointDamaged):
@@ -125,16 +125,15 @@ def test_a_copy_of_an_older_format_is_noticed_by_its_arrays(
 
 @pytest.mark.row("B13", "B9")
 def test_another_run_is_looked_at_in_the_same_way(pair: pathlib.Path) -> None:
-    """What init_from, evaluation and export read: neither a copy under another number, nor a newer
-    format."""
+    """init_from, evaluation and export refuse a copy under another number, and a newer format."""
     shutil.copytree(pair / "4", pair / "12")
-    with pytest.raises(UserError, match="checkpoint 12 is damaged .*is that of checkpoint 4"):
-        checkpoint.RunWeights(str(pair.parent), "init_from")
+    with pytest.raises(UserError, match="checkpoint 12 is damaged .*belongs to checkpoint 4"):
+        run_weights.RunWeights(str(pair.parent), "init_from")
     file_checksums.write_checksums(pair / "12", format=checkpoint_dir.FORMAT + 1, step=12)
     with pytest.raises(
-        UserError, match="checkpoint 12: is of format 5, this version of m3i_jax reads up to 4"
+        UserError, match="checkpoint 12: has format 5, this version of m3i_jax reads up to 4"
     ):
-        checkpoint.RunWeights(str(pair.parent), "init_from")
+        run_weights.RunWeights(str(pair.parent), "init_from")
 
 
 @pytest.mark.row("B13")
@@ -143,7 +142,7 @@ def test_another_run_is_looked_at_in_the_same_way(pair: pathlib.Path) -> None:
 def test_what_cannot_be_read_is_not_damaged(
     pair: pathlib.Path, opened, monkeypatch, number: int, what: str
 ) -> None:
-    """Tried again; then the run stops, renames nothing and does not go back."""
+    """The read is retried; then the run stops, renames nothing and uses no older step."""
     monkeypatch.setattr(checkpoint_dir, "WAITS", (0.0, 0.0))
     fails = [2]
 
@@ -157,10 +156,10 @@ def test_what_cannot_be_read_is_not_damaged(
         return call
 
     module, name = {
-        "a file": (file_checksums, "digest"),
-        "the digests": (file_checksums, "read"),
+        "a file": (file_checksums, "file_digest"),
+        "the digests": (file_checksums, "read_checksums"),
         "the position": (run_files, "read_bytes"),
-        "the directory": (checkpoint_dir, "listed"),
+        "the directory": (checkpoint_dir, "complete_steps"),
     }[what]
     one, said = opened()
     read = (lambda: one.position(8)["samples_seen"]) if what == "the position" else one.newest_good
@@ -169,10 +168,10 @@ def test_what_cannot_be_read_is_not_damaged(
     monkeypatch.setattr(module, name, failing(getattr(module, name)))
     # of several files that are read at once, both may fail
     assert read() == wanted and 1 <= len(said) <= 2
-    assert f"cannot be read ({os.strerror(number)}); tried again in 0 seconds" in said[0]
+    assert f"cannot be read ({os.strerror(number)}); retrying in 0 seconds" in said[0]
     fails[0] = 99
     with pytest.raises(
-        UserError, match=r"may be whole, so nothing was renamed and no older step is used"
+        UserError, match=r"may be undamaged, so nothing was renamed and no older step is used"
     ) as refusal:
         read()
     assert os.strerror(number) in str(refusal.value) and "\n" not in str(refusal.value)
@@ -204,8 +203,8 @@ LOG = [{"step": step, "loss": 1.0} for step in range(1, 26)]
 
 @pytest.mark.row("B13")
 def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(pair: pathlib.Path, trials) -> None:
-    """The directory is not there, or empty, or a link to a disk that is not mounted; the line says
-    how to go on."""
+    """The directory is absent, empty, or a link to a disk that is not mounted; the error says how
+    to continue."""
     place = pair.parent
     shutil.rmtree(pair)
     for kind in ("missing", "empty", "link", "file"):
@@ -218,7 +217,8 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(pair: pathlib.Path
             pair.unlink()
             pair.write_text("x")
         with pytest.raises(
-            UserError, match="saved checkpoint 8; mount or restore|mount its disk|is no directory"
+            UserError,
+            match="saved checkpoint 8; mount or restore|mount its disk|is not a directory",
         ) as refusal:
             checkpoint_dir.refuse_lost(place, LOG)
         assert trials.add(
@@ -228,7 +228,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(pair: pathlib.Path
     pair.unlink()
     shutil.rmtree(place / "digests")  # a run of an older version
     with pytest.raises(
-        UserError, match="there is no checkpoint in checkpoints/, but the run there logged 25 steps"
+        UserError, match="checkpoints/ has no checkpoint, but the run logged 25 steps"
     ):
         checkpoint_dir.refuse_lost(place, LOG)
     pair.mkdir()  # as a run that was killed before its first save
@@ -292,9 +292,17 @@ def test_a_position_that_somebody_made_is_refused(trials) -> None:
     }
     assert train.sound(good, 4) == good
     for name, value in (
-        ("samples_seen", "8"), ("samples_seen", -8), ("samples_seen", None), ("fingerprint", []), ("seconds", [1]),
-        ("seconds", {"step": "1"}), ("counts", {"skipped": 3}), ("counts", {"skipped": {"empty": "0"}}), ("files", 7), ("restarts", "x"),
-    ):  # fmt: skip
+        ("samples_seen", "8"),
+        ("samples_seen", -8),
+        ("samples_seen", None),
+        ("fingerprint", []),
+        ("seconds", [1]),
+        ("seconds", {"step": "1"}),
+        ("counts", {"skipped": 3}),
+        ("counts", {"skipped": {"empty": "0"}}),
+        ("files", 7),
+        ("restarts", "x"),
+    ):
         with pytest.raises(
             UserError, match=f"checkpoint 4: its position is not one of a run .*{name}"
         ):
@@ -325,7 +333,7 @@ FULL = """
 
 @pytest.mark.row("B1")
 def test_a_disk_that_fills_is_told_in_a_line_a_save(small_disk: pathlib.Path) -> None:
-    """Of 64 arrays, each of which fails in a thread: no traceback, not even after the last line."""
+    """64 arrays fail, each in its own thread: no traceback, not even after the last line."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(FULL), str(small_disk)],
         cwd=ROOT,

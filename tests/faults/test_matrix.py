@@ -1,5 +1,5 @@
-"""The matrix itself: what the table of results says of tests that pass, fail, are skipped and
-count; and which rows have a test."""
+"""The matrix itself: the table of results for tests that pass, fail, are skipped and count; and
+that every row has a test."""
 
 import ast
 import pathlib
@@ -41,8 +41,8 @@ EXAMPLE = """
 @pytest.mark.fast
 @pytest.mark.row()
 def test_the_table_is_what_the_run_did(tmp_path: pathlib.Path) -> None:
-    """In a process of its own, with a copy of the plugin beside an example; lines of rows that did
-    not run are kept."""
+    """In its own process, with a copy of the plugin beside an example; lines of rows without a
+    result are kept."""
     here, results = pathlib.Path(__file__).parent, tmp_path / "RESULTS.md"
     (tmp_path / "conftest.py").write_text((here / "conftest.py").read_text())
     (tmp_path / "test_example.py").write_text(textwrap.dedent(EXAMPLE))
@@ -109,7 +109,7 @@ def test_the_table_is_what_the_run_did(tmp_path: pathlib.Path) -> None:
 
 
 def marked(source: str) -> set[str]:
-    """Rows that the tests of a file are trials of."""
+    """Rows of the tests of a file."""
     calls = [
         node
         for node in ast.walk(ast.parse(source))

@@ -1,4 +1,4 @@
-"""Rows D: numbers that are not finite, spikes, weights of nothing."""
+"""Rows D: numbers that are not finite, spikes, weights of zero."""
 
 import functools
 import json
@@ -33,8 +33,8 @@ def made(form: str = "m3i", **changes: object) -> trainer.Trainer:
 
 @functools.cache
 def trained() -> Any:
-    """A state after two steps, on the host: moments, target and statistics are not their initial
-    values."""
+    """A state after two steps, on the host: moments, target and statistics differ from their
+    initial values."""
     one = made(model__encoder__depth=1)
     made_ = one.init()
     for seed in (0, 1):
@@ -74,8 +74,8 @@ CASES = [(place, value) for place in (DENSE, ENCODER, TEXT) for value in (math.n
 @pytest.mark.row("D1")
 @pytest.mark.parametrize(("place", "value"), CASES)
 def test_a_skipped_step_leaves_every_bit(place: tuple[str, ...], value: float) -> None:
-    """Parameters, both moments, the target, the statistics of lambda and their counts; and the next
-    batch is trained on as if nothing had been."""
+    """Parameters, both moments, the target, the statistics of lambda and their counts stay; and the
+    next batch is trained as if the skipped one had not been."""
     one, before = made(model__encoder__depth=1), poison(trained(), value, *place)
     after, metrics = one.step(device(before), toy.batch(one.config, 2))
     assert float(metrics["skipped/not_finite"]) == 1 and int(after.step) == int(before.step) + 1
@@ -94,7 +94,7 @@ def test_three_in_a_row_leave_a_dump_that_replays(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """The loop with a real step: from the fifth batch on a box is not finite. The run ends, and its
-    dump does the same alone; with the batch repaired it does not, and says so."""
+    dump reproduces that; with the batch repaired it does not, and the replay says so."""
     one, drawn = made("sim", model__encoder__depth=1), [0]
 
     class Data:
@@ -111,10 +111,16 @@ def test_three_in_a_row_leave_a_dump_that_replays(
     said: list[str] = []
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2, say=said.append)
     outside = loop.Callbacks(
-        data=Data(), checkpoints=checkpoints, write=lambda step, values: None, say=said.append, panel=lambda *_: None, evaluators=[],
-        position=lambda samples: {}, dump=lambda *what: train.dump_step(tmp_path, one, said.append, *what),
-    )  # fmt: skip
-    code, ended = loop.run_loop(one, one.init(), samples_seen=0, outside=outside)
+        data=Data(),
+        checkpoints=checkpoints,
+        write=lambda step, values: None,
+        say=said.append,
+        panel=lambda *_: None,
+        evaluators=[],
+        position=lambda samples: {},
+        dump=lambda *what: train.dump_step(tmp_path, one, said.append, *what),
+    )
+    code, ended = loop.run_loop(one, one.init(), samples_seen=0, callbacks=outside)
     checkpoints.close()
     assert (
         code == loop.FAILED
@@ -152,7 +158,7 @@ def test_three_in_a_row_leave_a_dump_that_replays(
 @pytest.mark.fast
 @pytest.mark.row("D1")
 def test_without_a_dump_there_is_nothing_to_replay(tmp_path: pathlib.Path, capsys) -> None:
-    """As it is typed: the configuration is that of the run, no --config is needed."""
+    """As on the command line: the configuration is that of the run, without --config."""
     assert command.main(["--mode=replay", "--workdir", str(tmp_path)]) == 2
     assert "has no config.txt" in capsys.readouterr().err
     (tmp_path / "config.txt").write_text(configuration.config_to_text(toy.settings()))
@@ -164,8 +170,8 @@ def test_without_a_dump_there_is_nothing_to_replay(tmp_path: pathlib.Path, capsy
 @pytest.mark.fast
 @pytest.mark.row("D3")
 def test_lambda_is_finite_whatever_the_gradients(trials) -> None:
-    """10,000 sequences of norms, among them zeros, the smallest and the largest floats, and what is
-    not finite."""
+    """10,000 sequences of norms with zeros, the smallest and the largest floats, and NaN and
+    Inf."""
     r, limits = np.random.default_rng(0), (0.0, 1e4)
     edges = np.array([0.0, 1e-45, 1e-38, 1e-8, 1.0, 1e8, 3e38, np.inf, np.nan], np.float32)
     norms = np.where(
@@ -194,7 +200,7 @@ def test_lambda_is_finite_whatever_the_gradients(trials) -> None:
 
 
 def series(count: int, seed: int) -> np.ndarray:
-    """A loss that falls, and a gradient norm, with normal noise [count, 2]."""
+    """A falling loss and a gradient norm, with normal noise, [count, 2]."""
     r, t = np.random.default_rng(seed), np.arange(count)
     return np.stack(
         [3 * np.exp(-t / 4000) + 1 + 0.1 * r.normal(size=count), 0.5 + 0.05 * r.normal(size=count)],
@@ -215,8 +221,8 @@ def skipped(values: jax.Array) -> jax.Array:
 @pytest.mark.fast
 @pytest.mark.row("D2")
 def test_spikes_are_skipped_and_noise_is_not(trials) -> None:
-    """Losses ten times and gradients a hundred times their level, alone and three in a row; 20,000
-    steps of clean noise."""
+    """Losses of ten times and gradients of a hundred times their level, alone and three in a row;
+    20,000 steps of noise without spikes."""
     at_, values = (
         np.array([0, 100, 127, 128, 500, 501, 502, 3000, 9999]),
         np.stack([series(10_000, seed) for seed in (0, 1, 0, 0)]),
@@ -244,8 +250,8 @@ def test_a_lasting_change_is_not_skipped_forever() -> None:
 @pytest.mark.slow
 @pytest.mark.row("D2")
 def test_a_skipped_spike_leaves_every_bit_but_the_window() -> None:
-    """In the real step: a batch whose loss is beyond all before is skipped where asked for, and the
-    window survives a save."""
+    """In the real step: a batch with a loss above all earlier ones is skipped if that is
+    configured, and the window is saved and restored."""
     one = made("sim", model__encoder__depth=1, optim__skip_spikes=6.0, train__steps=400)
     current = one.init()
     for k in range(optimizer.SPIKE_WINDOW):
@@ -275,8 +281,8 @@ def test_a_skipped_spike_leaves_every_bit_but_the_window() -> None:
 @pytest.mark.fast
 @pytest.mark.row("D7")
 def test_the_target_does_not_stall(trials) -> None:
-    """10,000 updates with a momentum that goes from 0.995 to 1, against float64 in numpy; in
-    bfloat16 it would stand still."""
+    """10,000 updates with a momentum from 0.995 to 1, compared with float64 in numpy; in bfloat16
+    the target would stop changing."""
     count, width = 10_000, 64
     walk = (1 + np.cumsum(np.random.default_rng(0).normal(0, 1e-3, (count + 1, width)), 0)).astype(
         np.float32

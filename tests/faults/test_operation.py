@@ -1,5 +1,5 @@
-"""Rows E: configurations that cannot be, runs that are resumed as others, and a machine without
-packages, network or room."""
+"""Rows E: invalid configurations, runs resumed with other settings, and machines without packages,
+network or space."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.modes import batch_search, train
 from m3i_jax.reporting import writers
 from tests.faults.hostile import ROOT
-from tests.modes import test_fitting
+from tests.modes import test_batch_search
 from tests.test_config import BAD
 from tests.test_main import TINY, environment
 
@@ -60,8 +60,8 @@ LINES: dict[str, tuple[list[str], str]] = {
 
 
 def all_lines(folder: pathlib.Path) -> dict[str, tuple[list[str], str]]:
-    """The single settings of BAD are wrong for the defaults; --mode=show refuses like any other,
-    and would train nothing."""
+    """The single settings of BAD are invalid with the defaults; --mode=show refuses them like any
+    other mode, and would train nothing."""
     (folder / "defaults.py").write_text(
         "from m3i_jax.config import default\n\n\ndef get_config():\n    return default()\n"
     )
@@ -74,8 +74,8 @@ def all_lines(folder: pathlib.Path) -> dict[str, tuple[list[str], str]]:
 def test_bad_configurations_are_refused(
     trials, monkeypatch, capsys, tmp_path: pathlib.Path
 ) -> None:
-    """As a command line: exit 2, one line, with the key (or flag) and what to do; nothing is left
-    where the run would have been."""
+    """On the command line: exit 2, one line with the key (or flag) and what to do; and no workdir
+    is created."""
     monkeypatch.chdir(ROOT)
     for name, (arguments, wanted) in all_lines(tmp_path).items():
         code = command.main([*arguments, "--workdir", str(tmp_path / "run")])
@@ -95,8 +95,8 @@ def test_bad_configurations_are_refused(
 @pytest.mark.slow
 @pytest.mark.row("E1")
 def test_each_is_refused_in_five_seconds_of_a_processor(trials, tmp_path: pathlib.Path) -> None:
-    """In a process of its own, from the start of Python. Time of the processor: a busy machine does
-    not stretch it."""
+    """In its own process, from the start of Python. Processor time, since a busy machine does not
+    lengthen it."""
     most = 0.0
     for name, (arguments, wanted) in all_lines(tmp_path).items():
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -124,10 +124,10 @@ def test_each_is_refused_in_five_seconds_of_a_processor(trials, tmp_path: pathli
 @pytest.mark.fast
 @pytest.mark.row("E2")
 def test_the_largest_batch_that_fits_is_said(trials) -> None:
-    """Ten sizes of memory, against a compiler that is a formula; what a real compiler says is tried
-    in tests/modes/test_compile.py."""
+    """Ten sizes of memory, with a formula in place of the compiler; tests/modes/test_compile.py
+    uses a real compiler."""
     for largest in (0, 1, 2, 3, 5, 8, 11, 13, 15, 16):
-        attempt, _ = test_fitting.machine(10.0 + largest + 0.5, silent=bool(largest % 2))
+        attempt, _ = test_batch_search.machine(10.0 + largest + 0.5, silent=bool(largest % 2))
         assert trials.add(batch_search.largest_batch(attempt, 6) == largest), largest
     trials.figure = (
         f"{trials.passed} of {trials.trials} right, against a formula; no chip was here to run out"
@@ -165,10 +165,18 @@ DIFFERENT = {
     "optim__ema_schedule=constant": "optim.ema_schedule: 'cosine' -> 'constant'",
 }
 SAME = [
-    "train__log_every=7", "train__save_every=9", "train__keep=5", "data__threads=9", "data__workers=2", "data__patience=5",
+    "train__log_every=7",
+    "train__save_every=9",
+    "train__keep=5",
+    "data__threads=9",
+    "data__workers=2",
+    "data__patience=5",
     "data__missing=replace",
-    "report__panel_rows=2", "report__private=False", "evaluate__k=3", "parallel__mesh=(1,1,1)",
-]  # fmt: skip
+    "report__panel_rows=2",
+    "report__private=False",
+    "evaluate__k=3",
+    "parallel__mesh=(1,1,1)",
+]
 
 
 @pytest.mark.fast
@@ -270,7 +278,8 @@ def test_the_fast_resizer_names_its_extra(monkeypatch) -> None:
 
 BARE = """
 import socket, sys
-for package in ("tensorflow", "tensorflow_datasets", "cv2", "wandb", "tensorboardX", "fsspec", "gcsfs", "datasets", "torch",
+for package in ("tensorflow", "tensorflow_datasets", "cv2", "wandb", "tensorboardX", "fsspec",
+                "gcsfs", "datasets", "torch",
                 "cykooz_resizer", "simplejpeg", "pandas", "matplotlib", "google.cloud"):
     sys.modules[package] = None
 reached = []
@@ -284,7 +293,9 @@ socket.socket.connect = refuse
 socket.getaddrinfo = lambda *a, **k: (_ for _ in ()).throw(socket.gaierror(-3, "no name server"))
 import importlib.util
 find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name in sys.modules and sys.modules[name] is None else find(name, *rest)
+importlib.util.find_spec = lambda name, *rest: (
+    None if name in sys.modules and sys.modules[name] is None else find(name, *rest)
+)
 from m3i_jax import main
 code = main.main(sys.argv[1:])
 assert not reached, reached
@@ -315,7 +326,7 @@ def test_the_core_needs_neither_extras_nor_network(tmp_path: pathlib.Path) -> No
 @pytest.mark.slow
 @pytest.mark.row("E4", "E6")
 def test_a_run_without_extras_and_network(tmp_path: pathlib.Path) -> None:
-    """In a namespace without any network where the system allows one; else Python's sockets
+    """In a network namespace without interfaces where the system allows one; else Python's sockets
     refuse."""
     try:
         alone = (
@@ -329,7 +340,7 @@ def test_a_run_without_extras_and_network(tmp_path: pathlib.Path) -> None:
 
 
 class Disk:
-    """os.write on a disk with room for so many bytes."""
+    """os.write on a disk with space for a number of bytes."""
 
     def __init__(self, room: int) -> None:
         self.room, self.write = room, os.write
@@ -351,8 +362,8 @@ def steps(path: pathlib.Path) -> list[int]:
 def test_a_full_disk_costs_whole_lines_which_are_counted(
     trials, monkeypatch, tmp_path: pathlib.Path, capsys
 ) -> None:
-    """Wherever in a line the room ends; when there is room again, the log goes on and says what it
-    lost."""
+    """Whatever byte of a line fills the disk; with space again, the log continues and has the
+    number of lost lines."""
     for room in range(1, 60, 3):
         path = tmp_path / f"{room}.jsonl"
         writer = writers.Writers({"metrics.jsonl": writers.JsonLines(path)}, writers.log_line)
@@ -374,7 +385,7 @@ def test_a_full_disk_costs_whole_lines_which_are_counted(
 
 
 class Full:
-    """A console behind which there is no room for a while."""
+    """A console whose disk is full for a while."""
 
     def __init__(self) -> None:
         self.full, self.text = True, ""
@@ -430,7 +441,7 @@ def test_a_picture_that_cannot_be_written_ends_nothing(tmp_path: pathlib.Path, c
 @pytest.mark.slow
 @pytest.mark.row("E5")
 def test_a_run_whose_log_lies_on_a_full_disk(trials, tmp_path: pathlib.Path) -> None:
-    """/dev/full takes no byte: the console and the exit code are those of a run that trained."""
+    """/dev/full takes no byte: console and exit code are those of a run that trained."""
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")

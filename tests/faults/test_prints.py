@@ -1,9 +1,8 @@
-"""Rows B3, B8, B11: what is in the files is what was trained, and it is on the disk before it
-counts.
+"""Rows B3, B8, B11: the files have what was trained, and are on the disk before a step counts.
 
-The digests of files are made of what was written. If the wrong bytes were written, or the right
-ones come out as another array, they say nothing; and a name that reached the disk before what it
-names is a step that a loss of power leaves empty."""
+Checksums of files cover what was written. If wrong bytes were written, or a restore gives another
+array, only checksums of the arrays detect it; and a name that reaches the disk before its files is
+a step that a loss of power leaves empty."""
 
 import dataclasses
 import json
@@ -21,14 +20,15 @@ from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.modes import train
 from m3i_jax.training import array_checksums, file_checksums
-from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints, RunWeights
+from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints
+from m3i_jax.training.run_weights import RunWeights
 from tests.faults.test_saves import make, names, restored, same, state  # noqa: F401 (a fixture)
 
 
 @pytest.mark.fast
 @pytest.mark.row("B3")
 def test_any_element_that_changes_changes_the_fingerprint(trials) -> None:
-    """One bit anywhere, two that change places, another shape: of every type that a state has."""
+    """One bit anywhere, two exchanged elements, another shape: for every dtype of a state."""
     r = np.random.default_rng(0)
     missed = 0
     for kind in (
@@ -84,8 +84,8 @@ def test_the_fingerprint_is_the_same_in_every_layout(trials) -> None:
 
 
 def wrong_write(one: Checkpoints, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """From here on one bit of an array is another one when it comes to the files: a copy that was
-    overtaken, memory that forgets."""
+    """From here on the files get an array with one bit changed, as from a race of copies or faulty
+    memory."""
     inner = one._orbax.save
 
     def save(place: Any, *, args: Any, force: bool) -> Any:
@@ -120,14 +120,15 @@ def test_wrong_bytes_with_right_digests_are_found(
     # the files are what was written
     assert again.newest_good() == 2 and not file_checksums.verify_checksums(tmp_path / "2")
     with pytest.raises(
-        CheckpointDamaged, match=f"checkpoint 2: 1 arrays are not what was trained, first {name}"
+        CheckpointDamaged,
+        match=f"checkpoint 2: 1 arrays differ from what was trained, first {name}",
     ):
         restored(again, 2)
     assert trials.add(again.newest_good() == 1 and same(restored(again, 1), state(1)))
     assert [path.split("-")[0] for path in names(tmp_path)] == ["1", "2.bad"]
     assert (
-        f"warning: checkpoint 2 is damaged ({name}: is not what was trained); set aside as 2.bad-"
-        in again.said[0]
+        f"warning: checkpoint 2 is damaged ({name}: differs from what was trained); renamed to"
+        " 2.bad-" in again.said[0]
     )
 
 
@@ -161,8 +162,8 @@ def test_a_step_without_fingerprints_is_used(tmp_path: pathlib.Path, make) -> No
 def test_everything_is_on_the_disk_before_the_name_counts(
     tmp_path: pathlib.Path, make, monkeypatch, trials
 ) -> None:
-    """By inode: every file and every directory of a step, then its name, then the directory that
-    has the name."""
+    """By inode: every file and directory of a step, then its name, then the directory that contains
+    the name."""
     order: list[Any] = []
     fsync, rename = os.fsync, os.rename
     monkeypatch.setattr(
@@ -194,7 +195,7 @@ def test_everything_is_on_the_disk_before_the_name_counts(
 def test_wrong_bytes_are_found_by_another_run_too(
     tmp_path: pathlib.Path, make, monkeypatch
 ) -> None:
-    """What `init_from`, evaluation and export read is looked at too, as far as they read it."""
+    """init_from, evaluation and export verify the arrays that they read."""
     one = make(tmp_path / "checkpoints")
     wrong_write(one, monkeypatch, "w")
     one.save(2, state(2), {"samples_seen": 16})
@@ -204,7 +205,7 @@ def test_wrong_bytes_are_found_by_another_run_too(
     with pytest.raises(
         UserError,
         match=(
-            "--workdir: checkpoint .*2 cannot be read .w: is not what was trained.; give"
+            "--workdir: checkpoint .*2 cannot be read .w: differs from what was trained.; give"
             " another run"
         ),
     ):

@@ -1,5 +1,5 @@
-"""Rows F2, F4 and F5: names lead nowhere and command nothing, secrets are in no output, what is
-written is its owner's."""
+"""Rows F2, F4 and F5: names lead out of no directory and control no terminal, outputs have no
+secrets, and files belong to their owner."""
 
 import html.parser
 import json
@@ -32,11 +32,13 @@ HOSTILE = [
     name
     for i in range(13)
     for name in (
-        f"../{i}.jpg", f"/{i}.jpg", f"a/../../{i}.jpg", f"../../../../../../tmp/escaped{i}.jpg", f"./../{i}.jpg", f"//{i}.jpg",
-        f"line\nforged line {i}.jpg", f"\x1b]0;title{i}\x07.jpg", f"\x1b[2J\x1b[1;1H{i}.jpg", f"\r{i}\x08\x08.jpg", f"\u202egpj.{i}.jpg",
-        f"a\\..\\..\\{i}.jpg", f"C:\\{i}.jpg", f"~/{i}.jpg", f"$HOME/{i}.jpg", f"{'d/' * 100}{i}.jpg",
+        *(f"../{i}.jpg", f"/{i}.jpg", f"a/../../{i}.jpg", f"../../../../../../tmp/escaped{i}.jpg"),
+        *(f"./../{i}.jpg", f"//{i}.jpg", f"line\nforged line {i}.jpg", f"\x1b]0;title{i}\x07.jpg"),
+        *(f"\x1b[2J\x1b[1;1H{i}.jpg", f"\r{i}\x08\x08.jpg", f"\u202egpj.{i}.jpg"),
+        *(f"a\\..\\..\\{i}.jpg", f"C:\\{i}.jpg", f"~/{i}.jpg", f"$HOME/{i}.jpg"),
+        f"{'d/' * 100}{i}.jpg",
     )
-]  # fmt: skip
+]
 
 
 def everything_below(folder: pathlib.Path) -> list[str]:
@@ -48,8 +50,7 @@ def everything_below(folder: pathlib.Path) -> list[str]:
 def test_no_name_of_an_archive_leads_out_or_commands_a_terminal(
     trials, tmp_path: pathlib.Path, monkeypatch, capsys, caplog
 ) -> None:
-    """What is read, what is converted and what is told of them: nothing is written but the shards
-    of the conversion."""
+    """Reading, converting and reporting write nothing but the shards of the conversion."""
     monkeypatch.chdir(tmp_path)
     shard = tar(
         tmp_path / "in" / "0.tar",
@@ -219,8 +220,8 @@ def test_no_secret_is_in_a_message_a_log_or_a_traceback(
 def test_no_secret_is_in_a_file_of_a_run(
     trials, planted, monkeypatch, capsys, tmp_path: pathlib.Path
 ) -> None:
-    """The address of a source holds one secret, captions and names the others: every file of
-    --mode=data and of the start of a run."""
+    """The address of a source has one secret, captions and names the others: none is in any file of
+    --mode=data or of the start of a run."""
     fsspec = pytest.importorskip("fsspec")
     monkeypatch.chdir(ROOT)
     url, path = planted["password of a URL"], tmp_path / "0.tar"
@@ -267,8 +268,8 @@ def test_no_secret_is_in_a_file_of_a_run(
 
 
 def started(arguments: list[str], monkeypatch) -> None:
-    """What --mode=train writes before the first step: settings and data of the run, and again with
-    new credentials."""
+    """The files that --mode=train writes before the first step: settings and data of the run, and
+    again with new credentials."""
     from m3i_jax.modes import setup as jobs
     from m3i_jax.modes import train
 
@@ -290,8 +291,8 @@ def started(arguments: list[str], monkeypatch) -> None:
 def test_a_whole_run_shows_no_secret_and_is_its_owners(
     trials, planted, tmp_path: pathlib.Path
 ) -> None:
-    """Training in a process of its own, with worker processes, from a place whose name holds
-    secrets; then a refusal and a crash of it."""
+    """Training in its own process, with worker processes, in a directory whose name has secrets;
+    then a refusal and a crash of it."""
     folder, run = (
         tmp_path
         / f"api_key={SECRETS['assignment']}-{SECRETS['token of a hub']}"
@@ -388,7 +389,7 @@ def test_no_secret_goes_to_a_service_or_into_a_converted_data_set(
 @pytest.mark.fast
 @pytest.mark.row("F4")
 def test_new_credentials_are_no_other_configuration(tmp_path: pathlib.Path) -> None:
-    """A signed address is another one every hour: a run resumes with it; with another file it does
+    """A signed address changes every hour, and a run resumes with it; with another file it does
     not."""
     old, new, other = (
         privacy.redact(
@@ -463,11 +464,14 @@ def test_files_are_their_owners(
 @pytest.mark.fast
 @pytest.mark.row("F2")
 def test_text_of_the_data_does_nothing_on_the_page() -> None:
-    """Captions, class names and keys are text to whoever reads data.html, whatever they hold."""
+    """Captions, class names and keys are plain text in data.html, whatever their content."""
     attacks = [
-        "<script>fired()</script>", '"><img src=x onerror=fired()>', "' onload='fired()", "</title><svg onload=fired()>",
-        '" style="background:url(javascript:fired())', "<a href=javascript:fired()>", "&lt;script&gt;fired()&lt;/script&gt;",
-    ]  # fmt: skip
+        *("<script>fired()</script>", '"><img src=x onerror=fired()>', "' onload='fired()"),
+        "</title><svg onload=fired()>",
+        '" style="background:url(javascript:fired())',
+        "<a href=javascript:fired()>",
+        "&lt;script&gt;fired()&lt;/script&gt;",
+    ]
     picture = [{"jpeg": JPEG, "key": a, "size": "1 x 1", "label": a, "caption": a} for a in attacks]
     page = data_page._pictures(picture) + html_page.html_table(attacks, [attacks], 1)
     seen: list[tuple[str, dict[str, str | None]]] = []

@@ -1,5 +1,5 @@
-"""Rows A: a run that is told to stop while it saves, two runs in one place, odd surroundings, and
-kills at any instant."""
+"""Rows A: a signal during a save, two runs in one workdir, unusual environments, and kills at any
+instant."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def test_a_failed_save_is_tried_again_between_the_regular_ones(
 
 
 class Counting:
-    """A trainer whose step adds one, on a state that is donated."""
+    """A trainer whose step adds one to a donated state."""
 
     def __init__(self, steps: int, save_every: int):
         train = schema.Train(
@@ -79,8 +79,8 @@ class Counting:
 def told_while_saving(
     place: pathlib.Path, monkeypatch: pytest.MonkeyPatch, at: int, number: int
 ) -> bool:
-    """A run whose saves are slow gets a signal while one goes on; a new start finds the newest step
-    complete, and goes on."""
+    """A run with slow saves gets a signal during one; a new start finds the newest step complete,
+    and resumes."""
     monkeypatch.setattr(loop.parallel, "to_global", lambda mesh, batch: batch)
     one = Counting(60, 10)
     checkpoints = Checkpoints(place, 2, say=lambda text: pytest.fail(text))
@@ -110,7 +110,7 @@ def told_while_saving(
         one,
         one.init(),
         samples_seen=0,
-        outside=loop.Callbacks(data=Data(60, 10), checkpoints=checkpoints, **quiet),
+        callbacks=loop.Callbacks(data=Data(60, 10), checkpoints=checkpoints, **quiet),
     )
     checkpoints.close()
     step = int(state.step)
@@ -122,9 +122,13 @@ def told_while_saving(
         parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), template),
     )
     fine = [
-        code == loop.PREEMPTED, step == at, again.newest_good() == step, again.position(step) == {"n": 8 * step},
-        bool((np.asarray(got.params["w"]) == step).all()), all(p.name.isdecimal() for p in place.iterdir()),
-    ]  # fmt: skip
+        code == loop.PREEMPTED,
+        step == at,
+        again.newest_good() == step,
+        again.position(step) == {"n": 8 * step},
+        bool((np.asarray(got.params["w"]) == step).all()),
+        all(p.name.isdecimal() for p in place.iterdir()),
+    ]
     again.close()
     return all(fine)
 
@@ -171,8 +175,8 @@ with setup.lock_workdir(pathlib.Path(sys.argv[1])):
 @pytest.mark.fast
 @pytest.mark.row("A12")
 def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: pathlib.Path) -> None:
-    """The process that holds the lock is named; when it was killed, its lock is stale, and is
-    none."""
+    """The error names the process that holds the lock; after a kill its lock is stale and does not
+    count."""
     from m3i_jax.errors import UserError
     from m3i_jax.modes import setup
 
@@ -220,8 +224,8 @@ def run(place: pathlib.Path, **surroundings: Any) -> subprocess.CompletedProcess
 @pytest.mark.slow
 @pytest.mark.row("A11")
 def test_odd_surroundings(tmp_path: pathlib.Path, trials) -> None:
-    """No tty (all of them), a closed console, a directory that cannot be written to, no HOME, umask
-    077, a clock that is wrong."""
+    """No terminal (all of them), a closed console, a read-only directory, no HOME, umask 077, a
+    wrong clock."""
     read_only = tmp_path / "elsewhere"
     read_only.mkdir(mode=0o555)
     wrong = {"TZ": "Pacific/Kiritimati"}
@@ -253,8 +257,8 @@ def test_odd_surroundings(tmp_path: pathlib.Path, trials) -> None:
 @pytest.mark.slow
 @pytest.mark.row("A1")
 def test_killed_at_fifty_random_instants(tmp_path: pathlib.Path, trials) -> None:
-    """From the import over compiling, steps, evaluation and saves: the run that survives is the run
-    that was left alone."""
+    """From the import through compiling, steps, evaluation and saves: the surviving run equals an
+    undisturbed one."""
     kills = int(os.environ.get("M3I_FAULTS_KILLS", "50"))
     told = soak.at_random(tmp_path, steps=400, kills=kills, save_every=5)
     # A save goes on behind the training, which waits for it before the next one begins: less than
@@ -273,7 +277,7 @@ def test_killed_at_fifty_random_instants(tmp_path: pathlib.Path, trials) -> None
 @pytest.mark.slow
 @pytest.mark.row("A1")
 def test_a_restart_costs_no_more_than_half_a_start_more(tmp_path: pathlib.Path, trials) -> None:
-    """Judged by processor time, which does not depend on what else runs; the clock is told."""
+    """Judged by processor time, which does not depend on other load; wall time is reported."""
     told = restart.measure(tmp_path, trials=3)
     trials.add(told["ratio_processor"] <= 1.5)
     trials.figure = (
@@ -307,8 +311,8 @@ def test_a_short_soak(tmp_path: pathlib.Path, trials) -> None:
 @pytest.mark.fast
 @pytest.mark.row("A1")
 def test_growth_is_seen_and_only_growth() -> None:
-    """An hour of samples with what steps hold for a moment, a warm-up and saves that open files:
-    two MB an hour, or one descriptor a save, are found."""
+    """An hour of samples with short peaks, a warm-up and saves that open files: a growth of two MB
+    an hour, or of one descriptor a save, is detected."""
     noise = np.random.default_rng(0)
 
     def hour(

@@ -1,5 +1,5 @@
-"""Row B12, file by file: what a run reads back is what it wrote. Bits, not whole files; the table
-is test_run_files.py."""
+"""Row B12, file by file: a run reads back what it wrote. Single bits; test_run_files.py damages
+whole files."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def pictures() -> Any:
 
 
 def test_two_ids_that_were_exchanged_are_noticed(words: pathlib.Path) -> None:
-    """A tokenizer that is whole, but another one."""
+    """An undamaged tokenizer, but another one."""
     saved = json.loads(words.read_text())
     vocabulary = saved["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
@@ -68,7 +68,7 @@ def test_no_flipped_bit_of_a_tokenizer_is_silent(words: pathlib.Path, trials) ->
 
 
 def test_a_tokenizer_of_another_run_is_refused_by_the_position(words: pathlib.Path) -> None:
-    """Whole, with its own digest beside it; the checkpoint was trained with another one."""
+    """Undamaged, with its own digest; but the checkpoint was trained with another one."""
     position = {"samples_seen": 8, "fingerprint": "f", "files": train.tokenizer_of(words.parent)}
     here = job(words.parent)
     train.check_same_run(here, None, False)
@@ -127,8 +127,8 @@ def test_a_process_that_is_killed_between_the_two_writes_leaves_a_file_that_is_k
 
 
 def test_a_log_is_known_up_to_where_it_was_noted(tmp_path: pathlib.Path, caplog, trials) -> None:
-    """A bit of what was noted is noticed wherever it flips; the tail that a killed run left is not
-    known, and no complaint."""
+    """Any flipped bit of the recorded beginning is detected; the tail that a killed run left is not
+    covered, and gives no warning."""
     log = tmp_path / "metrics.jsonl"
     lines = writers.JsonLines(log)
     for step in range(1, 5):
@@ -176,8 +176,8 @@ def test_a_log_that_is_a_pipe_is_refused_at_once(tmp_path: pathlib.Path) -> None
 
 
 def test_no_flipped_bit_of_an_index_is_silent(tmp_path: pathlib.Path, trials) -> None:
-    """All bits of names, headers and checksums, and a thousand of the content: what is read is what
-    was written, or nothing."""
+    """All bits of names, headers and checksums, and a thousand of the content: the index is read as
+    it was written, or not at all."""
     path = str(tmp_path / "index.npz")
     columns = {
         "offset": np.arange(5000, dtype=np.int64),
@@ -212,7 +212,7 @@ def test_no_flipped_bit_of_an_index_is_silent(tmp_path: pathlib.Path, trials) ->
 
 
 def test_an_index_whose_shape_became_smaller_is_no_index(tmp_path: pathlib.Path) -> None:
-    """numpy reads fewer numbers then, and no checksum to its end."""
+    """numpy reads fewer numbers then, and does not reach the checksum at the end."""
     path = tmp_path / "index.npz"
     base.save_arrays(str(path), offset=np.arange(5000, dtype=np.int64))
     content = path.read_bytes()

@@ -1,9 +1,9 @@
 """Row B12: every file of a run, damaged in every way, before every mode that reads it. The result
-is that of the whole run, or one line and exit 2, or a warning that names the file; never a
-traceback, and never another result without a word.
+equals that of the undamaged run, or the mode prints one line and exits with 2, or logs a warning
+that names the file; never a traceback, and never another result without a message.
 
-The short version opens a run up to where it would train (data, tokenizer, checkpoint, position,
-settings, log) and writes its report; the long one trains, evaluates and exports."""
+The short version opens a run up to the point where it would train (data, tokenizer, checkpoint,
+position, settings, log) and writes its report; the long one trains, evaluates and exports."""
 
 import contextlib
 import fnmatch
@@ -63,7 +63,7 @@ def replace_by_directory(path: pathlib.Path) -> None:
 
 
 def replace_by_link(path: pathlib.Path) -> None:
-    """To a file outside of the run, with one byte changed."""
+    """A link to a file outside of the run, with one byte changed."""
     elsewhere = path.with_name(f"{path.name}.elsewhere")
     path.rename(elsewhere)
     flip_in_the_middle(elsewhere)
@@ -76,7 +76,7 @@ def replace_by_fifo(path: pathlib.Path) -> None:
 
 
 def nest(path: pathlib.Path) -> None:
-    """Too deep for a parser, and a right checksum where a file ends in one."""
+    """Nested too deep for a parser, with a valid checksum where a file ends in one."""
     line = b"[" * 100_000 + b"]" * 100_000
     content = f"{line.decode()}\n{run_files.zlib.crc32(line):08x}\n".encode()
     path.write_bytes(
@@ -106,12 +106,12 @@ FAULTS: dict[str, Callable[[pathlib.Path], None]] = {
 
 
 class Reached(Exception):
-    """A run got to where it trains, with this."""
+    """Raised where a run would start to train, with its inputs."""
 
 
 @contextlib.contextmanager
 def limited(seconds: int) -> Iterator[None]:
-    """A wait for the other end of a pipe would be for ever."""
+    """Raise instead of waiting forever for the other end of a pipe."""
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"still there after {seconds} seconds")
@@ -131,8 +131,8 @@ def values(step: int) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """What a run of 8 steps leaves that saved at 4 and 8, made by the code that makes it, without
-    the training."""
+    """The files of a run of 8 steps that saved at 4 and 8, written by its own code without the
+    training."""
     place = tmp_path_factory.mktemp("whole") / "run"
     job = jobs.open_setup(toy.settings(**SMALL), str(place), trains=[FORMS])
     with jobs.lock_workdir(place):
@@ -163,12 +163,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def opened(place: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What a run that goes on would train with: settings, position, ids of a caption, steps of its
-    log."""
+    """The inputs of a resumed run: settings, position, ids of a caption, steps of its log."""
     job = jobs.open_setup(toy.settings(**SMALL), str(place), trains=[FORMS])
     stand_in = types.SimpleNamespace(
         check_state_fits=lambda: None,
-        length=types.SimpleNamespace(steps=8),
+        length=types.SimpleNamespace(steps=8, warmup=0),
         template=types.SimpleNamespace(params={}),
     )
 
@@ -232,7 +231,7 @@ def trial(
     wanted: Any,
     heard: Callable[[], str],
 ) -> str:
-    """Damage one file of a run and call a mode; "" if that is as promised, else what is wrong."""
+    """Damage one file of a run and call a mode; "" if it behaves as promised, else the problem."""
     with put_back(whole):
         FAULTS[fault](victim)
         heard()
@@ -250,7 +249,7 @@ def trial(
 
 @contextlib.contextmanager
 def put_back(whole: pathlib.Path) -> Iterator[None]:
-    """A run is afterwards as it was."""
+    """Restore the run after a trial."""
     kept = whole.with_name("kept")
     shutil.copytree(whole, kept, symlinks=True)
     try:
@@ -312,7 +311,7 @@ def listener(
 def test_a_file_of_a_run_in_one_fault_of_each_kind(
     run: pathlib.Path, monkeypatch, capsys, caplog, trials
 ) -> None:
-    """Every eleventh: a few of each file, and of each fault."""
+    """Every eleventh case: a few of each file and of each fault."""
     modes = {name: lambda mode=mode: mode(run, monkeypatch) for name, mode in MODES.items()}
     with caplog.at_level(logging.WARNING):
         tried(run, modes, listener(capsys, caplog), trials, lambda number: number % 11 == 0)
@@ -331,7 +330,7 @@ def test_every_file_of_a_run_in_every_fault(
 
 
 def command_line(*arguments: str) -> None:
-    """A command that must end well; its refusal is raised, as one line."""
+    """A command that must succeed; its refusal is raised, as one line."""
     told = io.StringIO()
     with contextlib.redirect_stderr(told):
         code = command.main(list(arguments))
@@ -346,8 +345,8 @@ def command_line(*arguments: str) -> None:
 def test_a_run_that_trains_evaluates_and_exports(
     tmp_path: pathlib.Path, monkeypatch, capsys, caplog, trials
 ) -> None:
-    """Of a real run that is to go on from its first checkpoint: what it trains bit by bit, its
-    evaluation, its export."""
+    """A real run that resumes from its first checkpoint: its training bit by bit, its evaluation,
+    its export."""
     monkeypatch.chdir(ROOT)
     place = tmp_path / "run"
     quick = [

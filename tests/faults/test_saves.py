@@ -1,4 +1,4 @@
-"""Rows B about saving: disks that are full or refuse, what lies beside the steps, retention,
+"""Rows B about saving: full disks and disks that refuse, other files beside the steps, retention,
 layouts, donation, older versions."""
 
 import contextlib
@@ -69,7 +69,7 @@ def make() -> Iterator[Make]:
 
 @contextlib.contextmanager
 def no_file_above(size: int) -> Iterator[None]:
-    """The kernel refuses larger files (EFBIG), as a quota or a full disk would, also to the threads
+    """The kernel refuses larger files (EFBIG), as a quota or a full disk would, also in the threads
     that write arrays."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -84,7 +84,8 @@ def failing(
     directory: pathlib.Path,
     broken: Callable[[], contextlib.AbstractContextManager],
 ) -> None:
-    """A good save, two that fail, a good one, then three that fail: what is promised at each."""
+    """A good save, two that fail, a good one, then three that fail: the promised behaviour at
+    each."""
     one.save(2, state(2), {})
     one.wait()
     with broken():
@@ -95,7 +96,7 @@ def failing(
                 len(one.said) == miss
                 and f"checkpoint {step}: save {miss} of 3 in a row failed" in one.said[-1]
             )
-            assert "2 is still there" in one.said[-1]
+            assert "the newest checkpoint is 2" in one.said[-1]
             assert one.latest() == 2 and names(directory) == ["2"]
             assert one.retry()
     one.save(6, state(6), {})
@@ -148,7 +149,7 @@ def test_a_disk_that_refuses_large_files(tmp_path: pathlib.Path, make: Make) -> 
 def test_a_disk_that_fails_in_the_last_moment(
     tmp_path: pathlib.Path, make: Make, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """All arrays are written, and the digests cannot be: that is no checkpoint either."""
+    """All arrays are written, but not the checksums: that is no checkpoint."""
 
     @contextlib.contextmanager
     def broken() -> Iterator[None]:
@@ -207,7 +208,7 @@ def test_a_full_disk(small_disk: pathlib.Path, make: Make) -> None:
 @pytest.mark.row("B5")
 def test_what_lies_beside_the_steps(tmp_path: pathlib.Path, make: Make) -> None:
     """Leftovers, foreign files, links that lead out: the newest real step is chosen, and nothing
-    outside is read or touched."""
+    outside is read or changed."""
     outside, place = tmp_path / "outside", tmp_path / "checkpoints"
     for where, step in ((place, 4), (outside, 99)):
         one = make(where)
@@ -260,7 +261,7 @@ def test_retention_spares_what_is_read_and_the_last_good(
     with no_file_above(2000):  # a save that fails deletes nothing
         one.save(6, state(6), {})
         one._saving[-1].exception()
-    assert not one._settle() and checkpoint_dir.complete_steps(place) == [2, 4]
+    assert not one._finish_previous() and checkpoint_dir.complete_steps(place) == [2, 4]
     one.save(8, state(8), {})
     one.wait()
     assert names(place) == ["8"] and not [text for text in one.said if "save 1 of 3" not in text]
@@ -269,8 +270,8 @@ def test_retention_spares_what_is_read_and_the_last_good(
 @pytest.mark.slow
 @pytest.mark.row("B6")
 def test_a_reader_races_with_retention(tmp_path: pathlib.Path, make: Make, trials) -> None:
-    """A second reader restores whatever is newest while a run saves and deletes: it never gets half
-    a step."""
+    """A second reader restores the newest step while a run saves and deletes: it never gets half a
+    step."""
     place = tmp_path / "checkpoints"
     writer, reader, stop = make(place, keep=1), make(place), threading.Event()
     writer.save(0, state(0), {})
@@ -305,20 +306,43 @@ def test_a_reader_races_with_retention(tmp_path: pathlib.Path, make: Make, trial
 
 
 CHANGES: dict[str, tuple[Callable[[dict], dict], list[str]]] = {
-    "a new head": (lambda t: t | {"head": {"kernel": jnp.zeros((3, 4))}}, ["head/kernel is absent there, float32[3, 4] here"]),
-    "a head less": (lambda t: {k: v for k, v in t.items() if k != "b"}, ["b is bfloat16[7] there, absent here"]),
+    "a new head": (
+        lambda t: t | {"head": {"kernel": jnp.zeros((3, 4))}},
+        ["head/kernel is absent in the checkpoint, float32[3, 4] in this run"],
+    ),
+    "a head less": (
+        lambda t: {k: v for k, v in t.items() if k != "b"},
+        ["b is bfloat16[7] in the checkpoint, absent in this run"],
+    ),
     "a renamed module": (
         lambda t: {("weights" if k == "w" else k): v for k, v in t.items()},
-        ["weights is absent there, float32[4096] here", "w is float32[4096] there, absent here"],
+        [
+            "weights is absent in the checkpoint, float32[4096] in this run",
+            "w is float32[4096] in the checkpoint, absent in this run",
+        ],
     ),
-    "another depth": (lambda t: t | {"w": jnp.zeros((2, 4096))}, ["w is float32[4096] there, float32[2, 4096] here"]),
-    "another precision": (lambda t: t | {"w": jnp.zeros(4096, jnp.bfloat16)}, ["w is float32[4096] there, bfloat16[4096] here"]),
+    "another depth": (
+        lambda t: t | {"w": jnp.zeros((2, 4096))},
+        ["w is float32[4096] in the checkpoint, float32[2, 4096] in this run"],
+    ),
+    "another precision": (
+        lambda t: t | {"w": jnp.zeros(4096, jnp.bfloat16)},
+        ["w is float32[4096] in the checkpoint, bfloat16[4096] in this run"],
+    ),
     "everything": (
         lambda t: {f"new{k}": v for k, v in enumerate(t.values())},
-        ["new0 is absent there, bfloat16[7] here", "new1 is absent there, int32[] here", "new2 is absent there, float32[4096] here"]
-        + ["b is bfloat16[7] there, absent here", "step is int32[] there, absent here", "w is float32[4096] there, absent here"],
+        [
+            "new0 is absent in the checkpoint, bfloat16[7] in this run",
+            "new1 is absent in the checkpoint, int32[] in this run",
+            "new2 is absent in the checkpoint, float32[4096] in this run",
+        ]
+        + [
+            "b is bfloat16[7] in the checkpoint, absent in this run",
+            "step is int32[] in the checkpoint, absent in this run",
+            "w is float32[4096] in the checkpoint, absent in this run",
+        ],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.fast
@@ -369,8 +393,8 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path: pathlib.Path, make: Make, 
 @pytest.mark.fast
 @pytest.mark.row("B9")
 def test_checkpoints_of_older_versions(tmp_path: pathlib.Path, make: Make) -> None:
-    """Those of each format so far are kept here; one without digests is told from one that lost
-    them."""
+    """The repository has one of each format; one without checksums is distinguished from one that
+    lost them."""
     for form in (1, 2, 3, 4):
         place = tmp_path / str(form) / "checkpoints"
         shutil.copytree(GOLDEN / f"format{form}", place / "3")
@@ -380,11 +404,11 @@ def test_checkpoints_of_older_versions(tmp_path: pathlib.Path, make: Make) -> No
             "fingerprint": "golden",
         }
         assert same(restored(one, 3, 16), state(3, 16))
-        assert [("older version, without digests" in text) for text in one.said] == (
+        assert [("older version, without checksums" in text) for text in one.said] == (
             [True] if form == 1 else []
         )
     (place / "3" / file_checksums.NAME).unlink()
-    with pytest.raises(UserError, match="no whole checkpoint is left"):
+    with pytest.raises(UserError, match="no undamaged checkpoint is left"):
         one.newest_good()
     assert "digests.json: is missing" in one.said[-1]
 
@@ -398,8 +422,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: pathlib.Path, make
     with pytest.raises(
         UserError,
         match=(
-            "checkpoint 3: is of format 5, this version of m3i_jax reads up to 4; use a newer"
-            " version"
+            "checkpoint 3: has format 5, this version of m3i_jax reads up to 4; use a newer version"
         ),
     ):
         make(place.parent).newest_good()
@@ -407,8 +430,8 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: pathlib.Path, make
 
 
 def write_golden() -> None:
-    """How tests/faults/golden was made, and is for a new format. Orbax notes the directory it wrote
-    to, which says nothing here."""
+    """Writes tests/faults/golden, for a new format. Orbax stores the directory that it wrote to,
+    which is irrelevant here."""
     one = Checkpoints(GOLDEN / "making", 1)
     one.save(3, state(3, 16), {"samples_seen": 24, "fingerprint": "golden"})
     one.wait()

@@ -1,5 +1,4 @@
-"""Rows A7, B10: too little of something: data that come too slowly, and devices that cannot hold
-the state."""
+"""Rows A7, B10: data that come too slowly, and devices that cannot hold the state."""
 
 import pathlib
 import re
@@ -26,8 +25,8 @@ from tests.training.test_loop import World
 def test_training_that_waits_for_data_is_told(
     monkeypatch: pytest.MonkeyPatch, trials, slow: str, told: int
 ) -> None:
-    """Within two readings of the clock, once, with the share; a step that is slow itself is no
-    reason."""
+    """A warning within two readings of the clock, once, with the share; a step that is slow itself
+    gives none."""
     monkeypatch.setattr(goodput.InputStallAlarm, "SECONDS", 0.05)
     world = World(9, log_every=1)
     world.at = {
@@ -55,8 +54,8 @@ def test_training_that_waits_for_data_is_told(
 def test_a_state_that_the_devices_cannot_hold_is_refused_before_it_is_made(
     monkeypatch, capsys, trials, tmp_path: pathlib.Path
 ) -> None:
-    """Terabytes on this machine: exit 3 and one line, without the memory for any of it, and nothing
-    that looks like a run is left."""
+    """Terabytes on this machine: exit 3 and one line, without allocating any of it, and without
+    files of a run."""
     monkeypatch.chdir(ROOT)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     size = {"width": 16384, "depth": 64, "heads": 64}
@@ -96,8 +95,8 @@ def test_a_state_that_the_devices_cannot_hold_is_refused_before_it_is_made(
 def test_too_few_devices_for_a_state_that_was_split(
     monkeypatch: pytest.MonkeyPatch, trials
 ) -> None:
-    """What each of eight devices holds an eighth of is refused on one that has a half, and the way
-    out is named."""
+    """A state of which each of eight devices holds an eighth is refused on one device with half of
+    the memory, and the error says how to fit it."""
     config = toy.settings(model__encoder__width=256, model__encoder__depth=1)
 
     def trainer(count: int, shape: tuple[int, int, int]) -> Trainer:

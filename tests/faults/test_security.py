@@ -1,5 +1,5 @@
-"""Rows F1, F3 and F6: what comes with data, an archive or a configuration runs nothing and takes no
-more memory than its size."""
+"""Rows F1, F3 and F6: data, archives and configurations run no code and take no more memory than
+their size."""
 
 import io
 import json
@@ -27,12 +27,12 @@ from tests.faults.hostile import JPEG, PEAK, ROOT, read_all, tar
 
 
 def pickled(canary: pathlib.Path) -> bytes:
-    """A pickle, written by hand, that makes a file when it is loaded."""
+    """A hand-written pickle that creates a file when it is loaded."""
     return f"cos\nmkdir\n(S'{canary}'\ntR.".encode()
 
 
 def objects(canary: pathlib.Path, names: tuple[str, ...]) -> bytes:
-    """An .npz whose arrays are "objects", which only a pickle can hold."""
+    """An .npz with object arrays, which only a pickle can hold."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as packed:
         for name in names:
@@ -47,7 +47,7 @@ def objects(canary: pathlib.Path, names: tuple[str, ...]) -> bytes:
 @pytest.mark.fast
 @pytest.mark.row("F1")
 def test_the_payload_itself_fires(tmp_path: pathlib.Path) -> None:
-    """Else none of the tests below could fail."""
+    """Without this, none of the tests below could fail."""
     ForkingPickler.loads(pickled(tmp_path / "fired"))
     assert (tmp_path / "fired").is_dir()
     # spelt so that the law against it, which is read from the source, keeps its eye on all else
@@ -179,7 +179,7 @@ CODE = (
 
 
 def asked(canary: pathlib.Path, folder: pathlib.Path) -> dict[str, list[str]]:
-    """Command lines that want code to be run which is no configuration of the user's."""
+    """Command lines that try to run code outside of the user's configuration."""
     code = CODE.format(canary=str(canary))
     (folder / "data" / "deep").mkdir(parents=True)
     for name in ("data/config.py", "data/deep/config.py", "evil.txt"):
@@ -260,7 +260,7 @@ def test_only_the_configuration_of_the_user_is_run(
 def test_a_configuration_outside_the_data_is_run(
     tmp_path: pathlib.Path, monkeypatch, capsys
 ) -> None:
-    """The same file, where its user keeps it: what is refused above is the place."""
+    """The same file in a directory of the user: the tests above refuse the place."""
     (tmp_path / "data").mkdir()
     (tmp_path / "mine.py").write_text(CODE.format(canary=str(tmp_path / "ran")))
     code = command.main(
@@ -299,8 +299,12 @@ def refused(act):
 acts = {
     "nested": lambda: Tars(str(folder / "nested.tar"))[0].label == -1,
     "huge": lambda: refused(lambda: array_record.ArrayRecordSource(str(folder / "huge"))),
-    "names": lambda: refused(lambda: class_names.class_names_from_file(str(folder / "names.json"), ("0",))),
-    "tokenizer": lambda: refused(lambda: tokenizer.Tokenizer.load(str(folder / "tokenizer.json"), 9)),
+    "names": lambda: refused(
+        lambda: class_names.class_names_from_file(str(folder / "names.json"), ("0",))
+    ),
+    "tokenizer": lambda: refused(
+        lambda: tokenizer.Tokenizer.load(str(folder / "tokenizer.json"), 9)
+    ),
     "inflates": lambda: base.load_arrays(str(folder / "inflates.npz")) is None,
     "claims": lambda: base.load_arrays(str(folder / "claims.npz")) is None,
 }
@@ -315,7 +319,7 @@ for name, act in acts.items():
 @pytest.mark.fast
 @pytest.mark.row("F6")
 def test_metadata_is_limited_before_it_is_parsed(trials, tmp_path: pathlib.Path) -> None:
-    """Each in a process that says how much memory it took; the limit is the matrix's."""
+    """Each in a process that reports its memory; the limit is that of the matrix."""
     pytest.importorskip("array_record.python.array_record_module")
     keys = json.dumps({str(i): i for i in range(1_000_000)})
     tar(

@@ -1,4 +1,4 @@
-"""Row F7: what the source itself may not do, read from its syntax."""
+"""Row F7: forbidden constructs in the source, from its syntax."""
 
 import ast
 
@@ -30,15 +30,31 @@ MODULES = {
 
 
 CALLS = {
-    "eval", "exec", "compile", "os.system", "os.popen", "os.startfile", "os.putenv", "tempfile.mktemp", "torch.load", "yaml.load",
-    "yaml.unsafe_load", "yaml.full_load", "shutil.unpack_archive", "np.frombuffer_object", "asyncio.create_subprocess_shell",
-    "exec_module", "load_module", "extractall", "load_state_dict_from_url",
-}  # fmt: skip
+    "eval",
+    "exec",
+    "compile",
+    "os.system",
+    "os.popen",
+    "os.startfile",
+    "os.putenv",
+    "tempfile.mktemp",
+    "torch.load",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "shutil.unpack_archive",
+    "np.frombuffer_object",
+    "asyncio.create_subprocess_shell",
+    "exec_module",
+    "load_module",
+    "extractall",
+    "load_state_dict_from_url",
+}
 
 
 def unsafe(source: str, name: str) -> list[str]:
-    """Complaints about a file: what runs text, unpickles, starts programs, unpacks, or opens a file
-    to everybody."""
+    """Complaints about a file: running text, unpickling, starting programs, unpacking archives, or
+    opening a file to everybody."""
     out = []
     for node in ast.walk(ast.parse(source)):
         found: list[str] = []
@@ -99,14 +115,23 @@ def unsafe(source: str, name: str) -> list[str]:
 @pytest.mark.parametrize(
     ("bad", "good"),
     [
-        ("eval('1')", "model.eval()"), ("exec(x)", "executor(x)"), ("import pickle", "import json"),
+        ("eval('1')", "model.eval()"),
+        ("exec(x)", "executor(x)"),
+        ("import pickle", "import json"),
         ("from yaml import load", "import csv"),
-        ("import os\nos.system('ls')", "import os\nos.getcwd()"), ("np.load(p)", "np.load(p, allow_pickle=False)"),
-        ("np.load(p, allow_pickle=x)", "load(p)"), ("subprocess.run(['ls'])", "process.run(['ls'])"), ("f(shell=True)", "f(shell=False)"),
-        ("torch.load(p)", "json.load(p)"), ("t.extractall()", "t.extractfile()"), ("spec.loader.exec_module(m)", "spec.loader.name"),
-        ("os.chmod(p, 0o777)", "os.chmod(p, 0o600)"), ("os.execv(p, a)", "os.fsync(p)"), ("compile(a, b, 'exec')", "re.compile(a)"),
+        ("import os\nos.system('ls')", "import os\nos.getcwd()"),
+        ("np.load(p)", "np.load(p, allow_pickle=False)"),
+        ("np.load(p, allow_pickle=x)", "load(p)"),
+        ("subprocess.run(['ls'])", "process.run(['ls'])"),
+        ("f(shell=True)", "f(shell=False)"),
+        ("torch.load(p)", "json.load(p)"),
+        ("t.extractall()", "t.extractfile()"),
+        ("spec.loader.exec_module(m)", "spec.loader.name"),
+        ("os.chmod(p, 0o777)", "os.chmod(p, 0o600)"),
+        ("os.execv(p, a)", "os.fsync(p)"),
+        ("compile(a, b, 'exec')", "re.compile(a)"),
     ],
-)  # fmt: skip
+)
 def test_the_reader_of_source_sees(bad: str, good: str) -> None:
     assert unsafe(bad, "a.py") and not unsafe(good, "a.py")
 

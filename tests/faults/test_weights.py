@@ -1,6 +1,6 @@
-"""Row F8: weights of elsewhere that are quantised, not finite, nested or inconsistent are refused
-on one line that names the file, by `m3i_jax.load` and `init_from` alike; and so is a checkpoint
-that only a newer version can read."""
+"""Row F8: foreign weights that are quantised, not finite, nested or inconsistent are refused on one
+line that names the file, by `m3i_jax.load` and `init_from`; and so is a checkpoint of a newer
+version."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ from m3i_jax.data import tokenizer
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import load
 from m3i_jax.interop import intern_image_weights, tensor_files, vit_weights
-from m3i_jax.training import file_checksums, init_from
+from m3i_jax.training import file_checksums, weight_source
 from m3i_jax.training.checkpoint import Checkpoints
 from tests import saved, toy
 from tests.interop import published
@@ -67,7 +67,7 @@ def test_numbers_that_are_no_weights(kind: str, trials, tmp_path: pathlib.Path) 
             if broken[name].dtype.kind == "f" and broken[name].dtype.itemsize > 1
             else "quantised"
         )
-        for act in (load.load, init_from.open_weights):
+        for act in (load.load, weight_source.open_weights):
             text = refusal(act, str(path))
             assert trials.add(name in text and words in text and str(path) in text), text
     trials.figure = f"{trials.passed} of {trials.trials} refused"
@@ -76,7 +76,7 @@ def test_numbers_that_are_no_weights(kind: str, trials, tmp_path: pathlib.Path) 
 @pytest.mark.fast
 @pytest.mark.row("F8")
 def test_half_precision_and_what_has_no_place_are_taken(tmp_path: pathlib.Path) -> None:
-    """Integers that are no weights, as counters, and 16 bit numbers are usual."""
+    """Integers that are no weights, such as counters, and 16-bit numbers are common."""
     made = {name: array.astype(np.float16) for name, array in table().items()} | {
         "fc_norm.num_batches_tracked": np.zeros((), np.int64)
     }
@@ -115,7 +115,7 @@ def test_intern_image_and_a_run_too(tmp_path: pathlib.Path) -> None:
 @pytest.mark.fast
 @pytest.mark.row("F8")
 def test_a_checkpoint_of_a_newer_version_and_one_without_digests(tmp_path: pathlib.Path) -> None:
-    """`m3i_jax.load` looks at a checkpoint as closely as --mode=eval does."""
+    """`m3i_jax.load` verifies a checkpoint as --mode=eval does."""
     config = toy.settings()
     saved.run(tmp_path, config)
     file = tmp_path / "checkpoints" / "4" / file_checksums.NAME
@@ -177,15 +177,26 @@ REFUSED = {
 }
 IGNORED = [
     {"num_attention_heads": "two", "hidden_act": ["gelu"], "layer_norm_eps": "small"},
-    {"num_attention_heads": 0, "layer_norm_eps": -1.0}, {"num_attention_heads": True},
-    {"layer_norm_eps": 1e300}, {"num_attention_heads": None},
-    {"vision_config": [], "model_args": [1], "pretrained_cfg": "x"}, {"model_args": {"num_heads": {}, "act_layer": {}}},
-    {"image_mean": ["a", "b", "c"], "image_std": [0.1, None, {}]}, {"image_mean": [float("nan")] * 3}, {"image_mean": 0.5},
-    {"crop_size": {"height": "x"}, "size": []}, {"crop_size": -3}, {"crop_size": 1e9}, {"size": {"shortest_edge": "x"}},
-    {"pretrained_cfg": {"input_size": "x", "crop_pct": 0.9}}, {"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": "x"}},
-    {"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 0}}, {"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 7.0}},
-    {tensor_files.PREPROCESSING: []}, {tensor_files.PREPROCESSING: {"crop": "x", "background": [], "image_size": {}}},
-]  # fmt: skip
+    {"num_attention_heads": 0, "layer_norm_eps": -1.0},
+    {"num_attention_heads": True},
+    {"layer_norm_eps": 1e300},
+    {"num_attention_heads": None},
+    {"vision_config": [], "model_args": [1], "pretrained_cfg": "x"},
+    {"model_args": {"num_heads": {}, "act_layer": {}}},
+    {"image_mean": ["a", "b", "c"], "image_std": [0.1, None, {}]},
+    {"image_mean": [float("nan")] * 3},
+    {"image_mean": 0.5},
+    {"crop_size": {"height": "x"}, "size": []},
+    {"crop_size": -3},
+    {"crop_size": 1e9},
+    {"size": {"shortest_edge": "x"}},
+    {"pretrained_cfg": {"input_size": "x", "crop_pct": 0.9}},
+    {"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": "x"}},
+    {"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 0}},
+    {"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 7.0}},
+    {tensor_files.PREPROCESSING: []},
+    {tensor_files.PREPROCESSING: {"crop": "x", "background": [], "image_size": {}}},
+]
 
 
 @pytest.mark.fast
@@ -216,7 +227,7 @@ def test_a_configuration_of_wrong_values_is_as_if_it_were_not_there(trials) -> N
 @pytest.mark.fast
 @pytest.mark.row("F8")
 def test_a_deviation_of_zero_is_refused(tmp_path: pathlib.Path) -> None:
-    """It would divide by it."""
+    """It would divide by zero."""
     tensor_files.write_safetensors(tmp_path / "model.safetensors", table())
     (tmp_path / "preprocessor_config.json").write_text('{"image_std": [0, 1, 1]}')
     assert "std" in refusal(load.load, str(tmp_path))
@@ -253,7 +264,7 @@ def test_arrays_that_do_not_fit_each_other(trials, tmp_path: pathlib.Path) -> No
 @pytest.mark.fast
 @pytest.mark.row("F8", "F1")
 def test_a_pickle_is_refused_with_advice_of_our_own(tmp_path: pathlib.Path) -> None:
-    """PyTorch's own says how to load it unsafely."""
+    """PyTorch's message says how to load it unsafely."""
     torch = pytest.importorskip("torch")
     for name, content in (
         ("hostile.pth", {"model": re.compile("x")}),

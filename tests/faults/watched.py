@@ -1,9 +1,9 @@
-"""A run that notes its own memory every few seconds, after what is free was collected and given
-back: `python -m tests.faults.watched FILE` and the arguments of m3i_jax.main. What a garbage
-collection will free anyway comes and goes by ten MB, and hides what stays.
+"""A run that measures its own memory every few seconds, after a garbage collection and malloc_trim:
+`python -m tests.faults.watched FILE` and the arguments of m3i_jax.main. Garbage varies by ten MB
+and would hide a leak.
 
-FILE has two numbers, MB: what is allocated, of Python too if PYTHONMALLOC=malloc; and what is
-resident, with all that the C library keeps in pieces between what is allocated."""
+FILE has two numbers in MB: allocated memory, with Python's own if PYTHONMALLOC=malloc; and resident
+memory, with the free pieces that the C library keeps."""
 
 import ctypes
 import gc
@@ -20,7 +20,7 @@ EVERY = 5.0  # seconds
 
 
 def own() -> float:
-    """MB of this process's own memory: not what the kernel keeps of files and may drop."""
+    """MB of memory of this process, without files that the kernel may drop."""
     found = re.search(r"RssAnon:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
     return int(found[1]) / 1024 if found else float("nan")
 
@@ -46,7 +46,7 @@ class _Info(ctypes.Structure):
 
 
 def allocated() -> float:
-    """MB that were asked for and not freed, in all arenas and by mmap."""
+    """MB allocated and not freed, in all arenas and by mmap."""
     ask = ctypes.CDLL(None).mallinfo2
     ask.restype = _Info
     found = ask()

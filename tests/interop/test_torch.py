@@ -13,7 +13,7 @@ from m3i_jax import schema
 from m3i_jax.evaluation import load
 from m3i_jax.interop import export_formats, tensor_files, vit_weights
 from m3i_jax.modes import export as mode
-from m3i_jax.training import init_from
+from m3i_jax.training import init_from, weight_source
 from tests import saved, toy
 from tests.interop.published_vit import ENCODERS, OTHERS, shapes
 
@@ -163,7 +163,7 @@ def test_masked_auto_encoders_of_transformers_are_known(tmp_path: pathlib.Path) 
     model.save_pretrained(tmp_path)
     found = vit_weights.load_vit(tensor_files.read_tensors(tmp_path))
     assert found.layout == "hf" and not found.unknown and set(found.unused) == {"decoder of pixels"}
-    mine = init_from.open_weights(str(tmp_path))
+    mine = weight_source.open_weights(str(tmp_path))
     assert mine.shapes[init_from.TABLE] == (1, 17, 32)
 
 

@@ -110,7 +110,7 @@ def test_the_first_loss_is_that_of_the_weights(
         r"init_from .*: (\d+) of (\d+) arrays, [\d,]+ numbers: (.*)", out
     ).groups()  # type: ignore[union-attr]
     assert "encoder (" in taken
-    missed = re.search(r"not there, start at random: (.*)", out)[1]  # type: ignore[index]
+    missed = re.search(r"missing, initialized randomly: (.*)", out)[1]  # type: ignore[index]
     assert (
         "encoder" not in missed
         and "pool" in missed

@@ -1,5 +1,5 @@
-"""Several hosts: who they are, what they tell each other, and whole runs of two processes on this
-machine (gloo), which must be one run."""
+"""Several hosts: barriers and messages between two processes, and runs of two processes on this
+machine (gloo), which must equal the run of one."""
 
 import json
 import os
@@ -15,119 +15,13 @@ import time
 import pytest
 
 from m3i_jax import main
-from m3i_jax.errors import UserError
 from m3i_jax.interop import tensor_files
 from m3i_jax.parallel import barriers, distributed
-from m3i_jax.parallel.distributed import ProcessInfo, detect_processes
+from m3i_jax.parallel.distributed import ProcessInfo
 from tests import saved, toy
 from tests.interop.published_vit import ENCODERS, weights
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-SLURM = {
-    "SLURM_JOB_ID": "4099", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2",
-    "SLURM_STEP_NODELIST": "gpu[07-08]",
-}  # fmt: skip
-JAX = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:99", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
-
-
-def test_flags_then_tpu_then_slurm_then_environment() -> None:
-    everything = SLURM | JAX
-    assert detect_processes("a:1", "8", "7", environ=everything, tpu=True) == ProcessInfo(
-        source="flags", coordinator="a:1", processes=8, process=7
-    )
-    assert detect_processes("", "", "", environ=everything, tpu=True) == ProcessInfo(
-        source="TPU metadata", processes=0
-    )
-    slurm = detect_processes("", "", "", environ=everything, tpu=False)
-    assert slurm == ProcessInfo(
-        source="Slurm", coordinator="gpu07:61443", processes=4, process=3, devices=(1,)
-    )
-    assert detect_processes("", "", "", environ=JAX, tpu=False) == ProcessInfo(
-        source="environment", coordinator="10.0.0.1:99", processes=2, process=1
-    )
-    assert detect_processes("", "", "", environ={}, tpu=False) == ProcessInfo(source="alone")
-
-
-@pytest.mark.parametrize(
-    ("variables", "wanted"),
-    [
-        ({}, ProcessInfo(source="TPU variables", coordinator="t0:8482", processes=3, process=2)),
-        ({"TPU_WORKER_HOSTNAMES": "t0:8471, t1:8471"}, None),  # numbers from 0
-        ({"TPU_WORKER_HOSTNAMES": "t0:8471, t1:8471", "TPU_WORKER_ID": "1"},
-         ProcessInfo(source="TPU variables", coordinator="t0:8482", processes=2, process=1)),
-        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, ProcessInfo(source="TPU variables", coordinator="localhost:8482")),
-        ({"TPU_WORKER_HOSTNAMES": ""}, None),
-        ({"TPU_WORKER_HOSTNAMES": "t0,,t2"}, None),
-        ({"TPU_WORKER_ID": ""}, None),
-        ({"MEGASCALE_NUM_SLICES": "2"}, None),
-        ({"TPU_PROCESS_ADDRESSES": "t0:8476,t0:8477"}, None),
-    ],
-)  # fmt: skip
-def test_a_tpu_whose_variables_name_all_hosts_meets_them_by_name(
-    variables: dict[str, str], wanted: ProcessInfo | None
-) -> None:
-    environ = {"TPU_WORKER_HOSTNAMES": "t0,t1,t2", "TPU_WORKER_ID": "2"} | JAX | variables
-    assert detect_processes("", "", "", environ=environ, tpu=True) == (
-        wanted or ProcessInfo(source="TPU metadata", processes=0)
-    )
-    assert detect_processes("", "", "", environ=environ, tpu=False).source == "environment"
-
-
-def test_slurm_one_process_a_node_has_all_devices_of_it() -> None:
-    node = SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
-    assert detect_processes("", "", "", environ=node, tpu=False).devices is None
-    # In a batch script, outside srun, this process is alone whatever the job has.
-    assert (
-        detect_processes(
-            "", "", "", environ=node | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, tpu=False
-        ).source
-        == "alone"
-    )
-
-
-@pytest.mark.parametrize(
-    ("flags", "environ", "wanted"),
-    [
-        (("a", "2", ""), {}, "--process-id: missing"),
-        (("", "2", "0"), {}, "--coordinator: missing"),
-        (
-            ("a:99999", "2", "0"),
-            {},
-            "--coordinator: the port of 'a:99999' is not between 1 and 65535",
-        ),
-        (("a:0", "2", "0"), {}, "not between 1 and 65535"),
-        (("a:" + "9" * 5000, "2", "0"), {}, "not between 1 and 65535"),
-        (("a", "two", "0"), {}, "--processes: 'two' is not a whole number"),
-        (("a", "2", "-1"), {}, "--process-id: '-1' is not a whole number"),
-        (("a", "2", "2"), {}, "--process-id: 2 must be less than the 2 processes"),
-        (("a", "0", "0"), {}, "--processes: 0 must be at least 1"),
-        (
-            ("", "", ""),
-            {"JAX_COORDINATOR_ADDRESS": "a:1"},
-            "JAX_NUM_PROCESSES, JAX_PROCESS_ID: missing",
-        ),
-    ],
-)
-def test_what_is_missing_or_wrong_is_named(
-    flags: tuple[str, str, str], environ: dict[str, str], wanted: str
-) -> None:
-    with pytest.raises(UserError) as error:
-        detect_processes(*flags, environ=environ, tpu=False)
-    assert wanted in str(error.value)
-
-
-def test_a_tpu_needs_chips_libtpu_and_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        distributed.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else []
-    )
-    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: object())
-    assert (
-        distributed.on_tpu({})
-        and distributed.on_tpu({"JAX_PLATFORMS": "tpu,cpu"})
-        and not distributed.on_tpu({"JAX_PLATFORMS": "cpu"})
-    )
-    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
-    assert not distributed.on_tpu({})
 
 
 def test_alone_nothing_waits() -> None:
@@ -156,15 +50,22 @@ def environment() -> dict[str, str]:
 
 
 def two(*command: str, processes: int = 2) -> list[subprocess.Popen[str]]:
-    """`command` as so many processes; {i} and {port} are filled in."""
+    """Start `command` as several processes; {i} and {port} are filled in."""
     at = port()
     return [
         subprocess.Popen(
-            [sys.executable, *(word.replace("{i}", str(i)).replace("{port}", str(at)) for word in command)],
-            cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [
+                sys.executable,
+                *(word.replace("{i}", str(i)).replace("{port}", str(at)) for word in command),
+            ],
+            cwd=ROOT,
+            env=environment(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for i in range(processes)
-    ]  # fmt: skip
+    ]
 
 
 def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
@@ -181,10 +82,14 @@ TALK = """
     from m3i_jax.errors import UserError
     from m3i_jax.parallel import barriers, distributed
     me = int(sys.argv[1])
-    distributed.initialize(distributed.ProcessInfo(source="test", coordinator=sys.argv[2], processes=2, process=me), limit=60)
+    info = distributed.ProcessInfo(
+        source="test", coordinator=sys.argv[2], processes=2, process=me
+    )
+    distributed.initialize(info, limit=60)
     barriers.announce_host(f"name{me}")
     print("hosts", barriers.host_names(), barriers.host_name())
-    print("exchange", barriers.exchange_values("a", f"from {me}"), barriers.exchange_values("a", f"again {me}"))
+    texts = [barriers.exchange_values("a", text) for text in (f"from {me}", f"again {me}")]
+    print("exchange", *texts)
     with barriers.host0_first("make"):
         print("first", time.monotonic())
         time.sleep(0.0 if me else 0.3)
@@ -236,8 +141,8 @@ TALK = """
 
 @pytest.mark.row("A6")
 def test_hosts_talk(tmp_path: pathlib.Path) -> None:
-    """Two processes with no device in use: meetings, host 0 first, what differs, a common end, and
-    who is missing."""
+    """Two processes that use no device: barriers, host 0 first, differences, a common stop, and a
+    missing host."""
     script = tmp_path / "talk.py"
     script.write_text(textwrap.dedent(TALK))
     done = ends(two(str(script), "{i}", "127.0.0.1:{port}"))
@@ -259,7 +164,7 @@ def test_hosts_talk(tmp_path: pathlib.Path) -> None:
         )
     for s in said:
         assert (
-            "host 1 (name1): seed is 1 there, 0 on host 0" in s["differ"]
+            "host 1 (name1): seed is 1, 0 on host 0" in s["differ"]
             and "code" not in s["differ"].partition(";")[0]
         )
         assert "ended" in s
@@ -273,11 +178,28 @@ def test_hosts_talk(tmp_path: pathlib.Path) -> None:
 
 
 TINY = [
-    "data.size=120", "data.image_size=32", "train.batch_size=8", "optim.warmup_steps=2", "model.encoder.width=32", "model.encoder.depth=1",
-    "model.encoder.heads=2", "model.decoder.width=32", "model.decoder.depth=1", "model.decoder.heads=2", "model.pool.heads=2",
-    "model.text.width=32", "model.text.heads=2", "model.text.depth=1", "data.vocabulary_size=300", "train.log_every=1",
-    "train.panel_every=4", "train.eval_every=4", "train.save_every=4", "train.steps=8", "evaluate.batch_size=32",
-]  # fmt: skip
+    "data.size=120",
+    "data.image_size=32",
+    "train.batch_size=8",
+    "optim.warmup_steps=2",
+    "model.encoder.width=32",
+    "model.encoder.depth=1",
+    "model.encoder.heads=2",
+    "model.decoder.width=32",
+    "model.decoder.depth=1",
+    "model.decoder.heads=2",
+    "model.pool.heads=2",
+    "model.text.width=32",
+    "model.text.heads=2",
+    "model.text.depth=1",
+    "data.vocabulary_size=300",
+    "train.log_every=1",
+    "train.panel_every=4",
+    "train.eval_every=4",
+    "train.save_every=4",
+    "train.steps=8",
+    "evaluate.batch_size=32",
+]
 COMMAND = [
     "-m",
     "m3i_jax.main",
@@ -299,7 +221,7 @@ def lines(run: pathlib.Path) -> list[dict[str, float]]:
 @pytest.mark.slow
 def test_two_hosts_train_what_one_trains(tmp_path: pathlib.Path) -> None:
     """The same global batch, in halves on two processes: the same losses, one log, one set of
-    checkpoints; and one host goes on with it."""
+    checkpoints; and one host resumes it."""
     (alone,) = ends(two(*COMMAND, "--workdir", str(tmp_path / "one"), processes=1))
     both = ends(two(*COMMAND, *HOSTS, "--workdir", str(tmp_path / "two")))
     assert alone[0] == 0 and [status for status, *_ in both] == [0, 0], (alone, both)
@@ -339,8 +261,8 @@ def test_two_hosts_train_what_one_trains(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_another_number_of_hosts_goes_on_with_the_same_data(tmp_path: pathlib.Path) -> None:
-    """One host trains eight steps; its checkpoint of step 4 goes on with two hosts, whose steps 5
-    to 8 are the same."""
+    """One host trains eight steps; two hosts resume from its checkpoint of step 4, and their steps
+    5 to 8 are the same."""
     run = tmp_path / "run"
     (alone,) = ends(two(*COMMAND, "--workdir", str(run), processes=1))
     assert alone[0] == 0, alone
@@ -404,16 +326,14 @@ def test_hosts_that_differ_are_named_before_anything_is_trained(tmp_path: pathli
     for status, _, err in ends([first, second]):
         message = err.strip().splitlines()[-1]
         assert (
-            status == 2
-            and "host 1" in message
-            and "optim.lr is 0.002 there, 0.001 on host 0" in message
+            status == 2 and "host 1" in message and "optim.lr is 0.002, 0.001 on host 0" in message
         )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_two_hosts_measure_what_one_measures(tmp_path: pathlib.Path) -> None:
-    """Every evaluator on one checkpoint: each host reads half of the images, and both know all
+    """Every evaluator on one checkpoint: each host reads half of the images, and both get all
     features."""
     short = [
         "--config.train.steps=2",
@@ -453,33 +373,43 @@ BEGIN = """
     from m3i_jax.parallel import distributed
     me, hosts = int(sys.argv[1]), int(sys.argv[3])
     if hosts > 1:
-        distributed.initialize(distributed.ProcessInfo(source="test", coordinator=sys.argv[2], processes=hosts, process=me), limit=60)
+        info = distributed.ProcessInfo(
+            source="test", coordinator=sys.argv[2], processes=hosts, process=me
+        )
+        distributed.initialize(info, limit=60)
     from m3i_jax import parallel
     from m3i_jax.training.trainer import Trainer
     from tests import toy
     for shape, chosen in (((1, hosts, 1), sys.argv[4:]), ((hosts, 1, 1), sys.argv[4:5])):
         for settings in chosen:
-            said, mesh = [], parallel.make_mesh(shape)
-            small = {"model__encoder__width": 64, "objective__forms": "mim", "data__captions": "no"}  # compiling is all that takes time
-            state = Trainer(toy.settings(**small, **dict(item.split("=") for item in settings.split(","))), mesh, 0).init(said.append)
-            whole = jax.jit(lambda tree: tree, out_shardings=parallel.replicated(mesh))(state.params)
+            log, mesh = [], parallel.make_mesh(shape)
+            # small, since compiling takes nearly all the time
+            small = {"model__encoder__width": 64, "objective__forms": "mim"}
+            more = dict(item.split("=") for item in settings.split(","))
+            config = toy.settings(**small, data__captions="no", **more)
+            state = Trainer(config, mesh, 0).init(log.append)
+            replicate = jax.jit(lambda tree: tree, out_shardings=parallel.replicated(mesh))
+            whole = replicate(state.params)
             digest = hashlib.sha256()
             for leaf in jax.tree.leaves(whole):
                 digest.update(np.asarray(leaf.addressable_data(0)).tobytes())
-            print("start", digest.hexdigest(), len(said), *said[:1])
+            print("start", digest.hexdigest(), len(log), *log[:1])
 """
 
 
 @pytest.mark.slow
 def test_two_hosts_start_from_the_same_weights(tmp_path: pathlib.Path) -> None:
-    """`init_from` of a run and of a file: whole on both hosts, or a half of every matrix on each,
-    every number is that of one host."""
+    """`init_from` of a run and of a file, replicated on both hosts or with half of every matrix on
+    each: every number equals that of one host."""
     saved.run(tmp_path / "run", toy.settings(model__encoder__width=64))
     table = weights(ENCODERS["timm"], width=64, depth=2, heads=2, patch=8, grid=4)
     tensor_files.write_safetensors(tmp_path / "vit.safetensors", table)
     script = tmp_path / "begin.py"
     script.write_text(textwrap.dedent(BEGIN))
-    file = f"init_from={tmp_path / 'vit.safetensors'},model__encoder__positions=learned,model__encoder__final_norm=true"
+    file = (
+        f"init_from={tmp_path / 'vit.safetensors'},model__encoder__positions=learned,"
+        "model__encoder__final_norm=true"
+    )
     sources = [
         f"init_from={tmp_path / 'run'}",
         f"init_from={tmp_path / 'run'},init__weights=ema",

@@ -1,5 +1,5 @@
-"""All hosts compile a program before any runs it, and on CPUs find the same one in a directory that
-they share. Two real processes."""
+"""All hosts compile a program before any runs it, and share a compilation cache on CPUs. With two
+real processes."""
 
 import ast
 import pathlib
@@ -23,7 +23,8 @@ SPAN = (
     import jax, numpy as np
     from jax._src import compiler
     from m3i_jax import parallel
-    delay, cache, notice, limit = float(sys.argv[4]), sys.argv[5], float(sys.argv[6]), float(sys.argv[7])
+    delay, notice, limit = (float(sys.argv[i]) for i in (4, 6, 7))
+    cache = sys.argv[5]
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -40,7 +41,10 @@ SPAN = (
         return plain(*arguments)
 
     compiler.backend_compile_and_load = slow
-    total = parallel.Program(lambda x: x.sum(0), name="total", limit=limit, out_shardings=parallel.replicated(mesh))
+    everywhere = parallel.replicated(mesh)
+    total = parallel.Program(
+        lambda x: x.sum(0), name="total", limit=limit, out_shardings=everywhere
+    )
     try:
         print("got", np.asarray(total(rows)).tolist(), np.asarray(total(rows)).tolist())
     except barriers.HostMissing as error:
@@ -59,7 +63,7 @@ def both(
     notice: float = 15.0,
     limit: float = 600.0,
 ) -> list[dict[str, str]]:
-    """First word of a line -> its rest, for each host."""
+    """{first word: rest} of the lines of each host."""
     said = []
     script.write_text(textwrap.dedent(SPAN))
     processes = start(script, str(delay), str(cache), str(notice), str(limit))
@@ -78,8 +82,8 @@ def both(
 @pytest.mark.fast
 @pytest.mark.row("A13")
 def test_hosts_wait_for_the_slowest_compilation_and_share_it(tmp_path: pathlib.Path) -> None:
-    """The second start finds every program on both hosts, though only the first host writes
-    them."""
+    """The second start finds every program on both hosts, though only the first host writes to the
+    cache."""
     script, right = tmp_path / "span.py", "[1.0, 3.0, 5.0] [1.0, 3.0, 5.0]"
     first, second = (
         both(script, 2.0, tmp_path / "cache", notice=0.5),
@@ -105,7 +109,7 @@ def test_a_compilation_without_an_end_is_named(tmp_path: pathlib.Path) -> None:
 
 
 def spanning(source: str) -> list[int]:
-    """Lines that jit a function with layouts over devices, which may be those of several hosts,
+    """Lines that jit a function with shardings over devices, which may belong to several hosts,
     without `Program`."""
     calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
     return [
@@ -152,7 +156,7 @@ def test_what_a_program_is_compiled_for_is_structure_shape_type_and_layout() -> 
 
 
 def test_jax_still_has_the_functions_whose_keys_are_shared() -> None:
-    """Otherwise hosts of CPUs would compile at every start again, and nothing else would tell."""
+    """Without them, hosts with CPUs would compile at every start, and no other test would fail."""
     assert callable(cache_key._hash_accelerator_config) and callable(
         cache_key._hash_serialized_compile_options
     )

@@ -1,4 +1,4 @@
-"""The meeting before jax.distributed, between threads that stand for processes."""
+"""Waiting for all processes before jax.distributed, with threads in place of processes."""
 
 import concurrent.futures
 import socket
@@ -18,7 +18,8 @@ def address() -> str:
 
 
 def meet(*who: tuple[int, int, float], limit: float = 10.0, at: str = "") -> list[str]:
-    """(process, processes, seconds until it comes) each; what became of each of them."""
+    """Run one thread for each (process, processes, seconds before it starts); returns the outcome
+    of each."""
     at = at or address()
 
     def one(process: int, processes: int, after: float) -> str:
@@ -94,8 +95,8 @@ def test_a_name_without_an_address_is_refused_at_once_and_a_wait_is_logged(
             ),
         ):
             rendezvous.wait_for_processes("no-such-host.invalid:8476", 2, process, limit=600.0)
-    monkeypatch.setattr(rendezvous, "FIRST", 0.2)
-    monkeypatch.setattr(rendezvous, "AGAIN", 0.4)
+    monkeypatch.setattr(rendezvous, "FIRST_LOG", 0.2)
+    monkeypatch.setattr(rendezvous, "LOG_EVERY", 0.4)
     for process, wanted in (
         (0, "waiting for process 1 of 2 at 127.0.0.1:"),
         (1, "waiting for process 0 at 127.0.0.1:"),
@@ -114,7 +115,7 @@ def test_a_name_without_an_address_is_refused_at_once_and_a_wait_is_logged(
 
 @pytest.mark.row("A15")
 def test_who_came_and_waits_for_others_logs_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "FIRST", 0.1)
+    monkeypatch.setattr(rendezvous, "FIRST_LOG", 0.1)
     at, said = address(), list[str]()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         first = pool.submit(meet, (0, 3, 0.0), limit=2.0, at=at)

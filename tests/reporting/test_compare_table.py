@@ -1,5 +1,5 @@
-"""The table of objectives: means and spreads by hand, what is bold, and the bars on the very
-pixels."""
+"""The comparison table: means and spreads computed by hand, bold cells, and the pixels of the
+bars."""
 
 import json
 import statistics
@@ -92,7 +92,7 @@ def test_json_has_every_seed_and_null_for_what_is_not_finite() -> None:
 
 
 def lengths(path, colour: image_grid.Color) -> list[int]:
-    """Widths of the bars of a colour, from the top."""
+    """Widths of the bars of a colour, from top to bottom."""
     with Image.open(path) as image:
         here = (np.array(image) == colour).all(-1)[:, image_grid.MARGIN + compare_table.LABELS :]
     rows = here[image_grid.MARGIN + compare_table.HEAD - compare_table.BETWEEN :].sum(1)

@@ -1,4 +1,4 @@
-"""Neighbours and maps against brute force, and the images of both."""
+"""Neighbours and maps compared with brute force, and their images."""
 
 import builtins
 
@@ -79,5 +79,5 @@ def test_every_point_of_a_map_has_the_colour_of_its_class() -> None:
 def test_many_classes_and_none() -> None:
     points, label = np.random.default_rng(0).normal(size=(90, 2)), np.arange(90) % 30
     _, key = embedding_map.embedding_image(points, label, [str(i) for i in range(30)])
-    assert len(key) == embedding_map.TOLD + 1 and key[-1][0] == "and 6 more"
+    assert len(key) == embedding_map.LEGEND + 1 and key[-1][0] == "and 6 more"
     assert embedding_map.embedding_image(points, np.full(90, -1), [])[1] == []

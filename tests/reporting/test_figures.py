@@ -1,5 +1,4 @@
-"""What evaluators draw: the sheet and its words say the same, the newest of a kind is shown, words
-are words."""
+"""Figures of evaluators: PNG and text agree, the newest of a kind is shown, text is escaped."""
 
 import base64
 import io
@@ -39,8 +38,8 @@ ROWS = [
 
 
 def test_the_page_shows_the_pixels_and_words_that_were_given(tmp_path: pathlib.Path) -> None:
-    """Pixel by pixel, though they lie in one sheet; in any script, and nothing that stands in data
-    becomes markup."""
+    """Every pixel, though the images share one PNG; text in any script; no text of the data becomes
+    markup."""
     figures.write_figure(tmp_path / "new", "000007-kind", Figure("A <title>", "a note", ROWS))
     html = figures.figure_html(tmp_path / "new" / "000007-kind.json")
     for got, wanted in zip(
@@ -71,8 +70,8 @@ def test_nothing_of_a_sheet_overlaps() -> None:
 
 
 def test_the_newest_of_every_kind(tmp_path: pathlib.Path) -> None:
-    """By when it was made, not by its step: an evaluation may look at an older checkpoint again.
-    Copies need not keep times of files."""
+    """Newest by its time, not by its step: an evaluation may use an older checkpoint. Copies may
+    not keep the times of files."""
     for name, made in (("000009-map", 1), ("000005-map", 2), ("000009-zero_shot", 0)):
         figures.write_figure(tmp_path, name, Figure(name, "", ROWS))
         place = tmp_path / f"{name}.json"
@@ -96,7 +95,7 @@ def test_what_is_broken_is_named(damage: str, tmp_path: pathlib.Path) -> None:
     else:
         (tmp_path / "000001-map.json").write_text(damage)
     with pytest.raises(
-        UserError, match=r"000001-map\.json: is no image that an evaluator drew"
+        UserError, match=r"000001-map\.json: is not a figure of an evaluator"
     ) as error:
         [figures.figure_html(file) for file in figures.newest_figures(tmp_path)]
     assert "\n" not in str(error.value)
@@ -133,7 +132,7 @@ def test_confusion_is_that_of_a_full_matrix() -> None:
 
 
 def test_the_matrix_is_drawn_the_right_way_round() -> None:
-    """Row: the class; column: what it is taken for, named above it in the same order."""
+    """Row: the class; column: the prediction, with its name above, in the same order."""
     share = np.array([[1.0, 0.0, 0.0], [0.6, 0.4, 0.0]])
     image = np.asarray(confusion_matrix.confusion_image(share, ["a", "b"], others=False))
     side = 100

@@ -1,4 +1,4 @@
-"""Panels against numpy: colours of features, and the very pixels on the page."""
+"""Panels compared with numpy: colours of features, and the pixels of the image."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def page(path):
 
 
 def find(image, tile):
-    """(x, y) of every place of a page that shows exactly this tile."""
+    """(x, y) of every position at which the image shows exactly this tile."""
     image, tile = (x.astype(np.int32) @ np.array([65536, 256, 1], np.int32) for x in (image, tile))
     height, width = tile.shape
     starts = (image[: 1 - height, : 1 - width] == tile[0, 0]) & (
@@ -94,8 +94,8 @@ def test_equal_features_have_equal_colours():
 
 
 def test_signs_are_fixed():
-    """The direction of largest coordinate is positive, whatever sign the decomposition returned:
-    mirrored data mirror their colours."""
+    """The largest coordinate of a direction is positive, whatever sign the decomposition returned:
+    mirrored data give mirrored colours."""
     target = np.random.default_rng(2).normal(size=(1, 64, 4)) * [8, 4, 2, 1]
     np.testing.assert_allclose(
         panels.feature_rgb([-target])[0], 1 - panels.feature_rgb([target])[0], atol=1e-6
@@ -196,7 +196,7 @@ def test_predicted_pixels_stand_beside_their_target_view(tmp_path):
 
 
 def test_whole_views_are_shown_as_they_are(tmp_path):
-    """No mask and no partner, though the batch has both."""
+    """Without mask and partner, though the batch has both."""
     made = example(rows=2, terms=("inter",), mixed=False)
     panels.write_panel(tmp_path / "p.png", **made | {"reads": "whole"})
     image, side = page(tmp_path / "p.png"), image_grid.side_of_tile(32, 4)

@@ -1,5 +1,5 @@
-"""The report of a run: what it reads of a log, what it draws, that it opens without a network and
-says nothing of its own in a browser."""
+"""The report of a run: how it reads a log and what it draws; it opens without a network, and a
+browser logs no errors."""
 
 import json
 import pathlib
@@ -35,7 +35,7 @@ def log(place: pathlib.Path, lines: list[dict], tail: str = "") -> pathlib.Path:
 
 @pytest.fixture
 def two(tmp_path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """A run with panels and settings of a hostile name, and a shorter one."""
+    """Two runs: one with panels and hostile names in its settings, and a shorter one."""
     lines = [{"step": 0, "eval/knn/top1": 0.25}]
     lines += [
         {
@@ -60,8 +60,8 @@ def two(tmp_path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
 
 
 def test_a_log_is_read_as_the_run_meant_it(tmp_path: pathlib.Path) -> None:
-    """A step written again replaces the first; half a line at the end is left out; evaluation and
-    metrics of a step are one."""
+    """A step that was written again replaces the first line; an incomplete last line is ignored;
+    evaluation and metrics of a step are joined."""
     lines = [
         {"step": 2, "loss": 9.0},
         {"step": 1, "loss": 3.0},
@@ -83,21 +83,21 @@ def test_a_log_is_read_as_the_run_meant_it(tmp_path: pathlib.Path) -> None:
 
 def test_refusals(tmp_path: pathlib.Path) -> None:
     with pytest.raises(
-        UserError, match="there is no metrics.jsonl; name the working directory of a run$"
+        UserError, match="has no metrics.jsonl; give the working directory of a run$"
     ):
         run_log.load_run_log(tmp_path)
-    with pytest.raises(UserError, match="holds no line of a run"):
+    with pytest.raises(UserError, match="has no line of a run"):
         run_log.load_run_log(log(tmp_path / "a", [], "nothing\n"))
     mine = log(tmp_path / "b", [{"step": 1, "loss": 1.0}])
-    with pytest.raises(UserError, match="^config.report.beside nowhere: there is no metrics.jsonl"):
+    with pytest.raises(UserError, match="^config.report.beside nowhere: has no metrics.jsonl"):
         report.write_report(schema.Config(report=schema.Report(beside=("nowhere",))), mine)
 
 
 def test_runs_of_one_name_are_told_apart(
     two: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path
 ) -> None:
-    """As those of two comparisons: DIR/compare/k-0 in each. What differs is told of each of them,
-    not of the last alone."""
+    """As in two comparisons with DIR/compare/k-0 in each. The differences of every run are listed,
+    not only of the last."""
     places = [tmp_path / "others" / name / "same" for name in ("a", "b")]
     for seed, place in enumerate(places, 5):
         log(place, [{"step": 1, "loss": 1.0}])
@@ -114,8 +114,8 @@ def test_runs_of_one_name_are_told_apart(
 
 
 def test_curves_show_the_values() -> None:
-    """Coordinates are those of the axes: a line from the lowest to the highest value spans what the
-    ticks say."""
+    """Coordinates agree with the axes: a line from the lowest to the highest value spans the
+    ticks."""
     drawn = svg_charts.svg_chart(
         "t", [svg_charts.SvgCurve("a", [0, 50, 100], [0.0, 5.0, 10.0])], last=100
     )
@@ -159,8 +159,8 @@ def test_the_page_has_everything_once_and_escapes_it(
 
 
 def test_no_terminal_obeys_the_page(two: tuple[pathlib.Path, pathlib.Path]) -> None:
-    """Colours, titles, cursors and directions of writing, from names, data, settings, evaluations
-    and drawings; lines stay lines."""
+    """Colours, titles, cursor moves and writing directions in names, data, settings, evaluations
+    and figures are escaped; lines stay lines."""
     first, _ = two
     bad = "a\x1b[31mb\x1b]0;t\x07c\x9b2Jd\u202ee\x7f"
     with open(first / "metrics.jsonl", "a") as file:
@@ -184,7 +184,7 @@ def test_no_terminal_obeys_the_page(two: tuple[pathlib.Path, pathlib.Path]) -> N
 
 
 def test_the_reference_run_is_the_one_of_the_readme() -> None:
-    """What the README says of the quickstart stands in the log that is kept of it."""
+    """The README's figures of the quickstart equal those of the stored log."""
     root = pathlib.Path(__file__).parents[2]
     run = run_log.load_run_log(root / "tests" / "data" / "reference" / "quickstart")
     losses = {
@@ -199,8 +199,8 @@ def test_the_reference_run_is_the_one_of_the_readme() -> None:
 
 
 def exhibit(title: str, rows: int = 3) -> figures.Figure:
-    """Tiles as an evaluator draws them: four, nine and one large in a row, words below and
-    beside."""
+    """A figure as an evaluator draws it: rows of four, nine and one large tile, with captions and
+    lines."""
     tile = Image.fromarray(np.full((112, 112, 3), 90, np.uint8))
     lines = [figures.FigureLine("a word, " * 9, 0.4, right=False), figures.FigureLine("short", 1.0)]
     few, many = (
@@ -237,9 +237,9 @@ def test_what_evaluators_drew_and_measured_is_on_it(two: tuple[pathlib.Path, pat
 def test_a_browser_shows_it_and_complains_of_nothing(
     width: int, two: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path
 ) -> None:
-    """As wide as a phone, and on a desk: nothing sticks out to the right, the console is silent,
-    the charts are coloured, and the images are where they were drawn, large enough to be seen. A
-    window of Chromium's cannot be as narrow as a phone, a frame in it can."""
+    """At the width of a phone and of a desktop: nothing overflows to the right, the console is
+    empty, the charts have colours, and the images are where they were drawn, large enough to see. A
+    window of Chromium cannot be as narrow as a phone, a frame in it can."""
     figures.write_figure(two[0] / "pictures", "00000030-kind", exhibit("drawn", rows=1))
     page = report.write_report(schema.Config(report=schema.Report(beside=(str(two[1]),))), two[0])
     frame, shot, height = tmp_path / "frame.html", tmp_path / "shot.png", 8000

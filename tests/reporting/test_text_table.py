@@ -1,4 +1,4 @@
-"""Tables and sizes for a person."""
+"""Text tables and sizes."""
 
 import pytest
 
@@ -28,8 +28,16 @@ def test_objects_and_no_rows():
         text_table.text_table([("one",)], ("a", "b"))
 
 
-@pytest.mark.parametrize("count, text", [
-    (0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (1536 * 1024, "1.50 MiB"), (5 * 2**40, "5.00 TiB"), (2**70, "1048576.00 PiB")
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "count, text",
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (1536 * 1024, "1.50 MiB"),
+        (5 * 2**40, "5.00 TiB"),
+        (2**70, "1048576.00 PiB"),
+    ],
+)
 def test_size(count, text):
     assert text_table.format_bytes(count) == text

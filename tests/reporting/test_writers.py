@@ -1,4 +1,4 @@
-"""Every sink writes what it got; none of them can stop a run; a resumed log has no line twice."""
+"""Every writer writes all values; none of them can stop a run; a resumed log has no line twice."""
 
 import dataclasses
 import io
@@ -17,9 +17,15 @@ from m3i_jax.errors import UserError
 from m3i_jax.reporting import writers
 
 VALUES = {
-    "loss": 1.25, "loss/ssp": 0.75, "loss/sp": 0.5, "balance/lambda": 1.0, "perf/images_per_sec": 200.0,
-    "perf/step_seconds": 0.5, "perf/input_wait": 0.031, "samples_seen": 10_000,
-}  # fmt: skip
+    "loss": 1.25,
+    "loss/ssp": 0.75,
+    "loss/sp": 0.5,
+    "balance/lambda": 1.0,
+    "perf/images_per_sec": 200.0,
+    "perf/step_seconds": 0.5,
+    "perf/input_wait": 0.031,
+    "samples_seen": 10_000,
+}
 
 
 def settings(**report) -> schema.Config:
@@ -170,7 +176,7 @@ def test_a_run_that_goes_on_has_no_line_twice(tmp_path, capsys):
         writer.write(step, VALUES)
     writer.close()
     writer = open_writers(tmp_path, resume_at=20)
-    assert "1 lines after step 20 cut" in capsys.readouterr().out
+    assert "removed 1 lines after step 20" in capsys.readouterr().out
     writer.write(30, VALUES)
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [10, 20, 30]
 

@@ -1,5 +1,5 @@
-"""A real run on a folder of which a fifth is broken in 22 ways: it goes on, every row is of a sound
-image, and the counts are exact."""
+"""A real run on a folder with a fifth of its files broken in 22 ways: it trains, every row is an
+undamaged image, and the counts are exact."""
 
 import json
 import pathlib
@@ -22,9 +22,16 @@ def test_a_run_on_a_folder_that_is_one_fifth_broken(tmp_path: pathlib.Path) -> N
     assert len(reasons) == 22 == round(0.2 * (GOOD + len(reasons)))
     assert set(reasons.values()) == set(decode.REASONS) - {decode.UNREADABLE}
     changes = [
-        "data.holdout=0.0", f"train.batch_size={BATCH}", f"train.steps={STEPS}", "data.max_bad_share=0.3", "train.eval_every=0",
-        "evaluate.knn=False", "model.encoder.patch_size=8", "train.save_every=1000", "data.size=0",
-    ]  # fmt: skip
+        "data.holdout=0.0",
+        f"train.batch_size={BATCH}",
+        f"train.steps={STEPS}",
+        "data.max_bad_share=0.3",
+        "train.eval_every=0",
+        "evaluate.knn=False",
+        "model.encoder.patch_size=8",
+        "train.save_every=1000",
+        "data.size=0",
+    ]
     flags = [*TINY, *(f"--config.{change}" for change in changes)]
     place = tmp_path / "run"
     source = f"configs/folder.py:path={tmp_path / 'pictures'},model=vit_tiny"
@@ -42,8 +49,7 @@ def test_a_run_on_a_folder_that_is_one_fifth_broken(tmp_path: pathlib.Path) -> N
 
 
 def expected(source: base.DataSource, reasons: dict[str, str]) -> dict[str, int]:
-    """By the rule written out: draw again until the record is good and not the one of its
-    partner."""
+    """The rule written out: draw again until the record is good and differs from its partner."""
     counts, used = dict.fromkeys(decode.REASONS, 0), [-1]
     for position in range(BATCH * STEPS):
         for attempt in range(100):

@@ -1,5 +1,5 @@
-"""Checkpoints: every bit comes back, on any mesh; only whole ones count; the newest are kept; one
-that does not fit says where."""
+"""Checkpoints: every bit is restored, on any mesh; only complete ones count; the newest are kept; a
+mismatch names the arrays."""
 
 import json
 import pathlib
@@ -23,8 +23,8 @@ POSITION = {"samples_seen": 112, "fingerprint": "0123456789abcdef"}
 
 
 def make(width: int = 128) -> state.State:
-    """A state after one update, so that moments, target and statistics are not their initial
-    values; its kernels are large enough to be split over devices."""
+    """A state after one update, so that moments, target and statistics differ from their initial
+    values; its kernels are large enough to be sharded."""
     r = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(r.normal(size=shape), jnp.float32)
     params = {
@@ -76,7 +76,7 @@ def open_at() -> Iterator:
 
 
 def saved(directory: pathlib.Path, tree, *steps: int, keep: int = 2) -> None:
-    """A finished process that saved at these steps."""
+    """A process that saved these steps and ended."""
     one = Checkpoints(directory, keep)
     for step in steps:
         one.save(step, tree, POSITION | {"samples_seen": 16 * step})
@@ -86,7 +86,7 @@ def saved(directory: pathlib.Path, tree, *steps: int, keep: int = 2) -> None:
 
 @pytest.fixture(scope="module")
 def eight(whole: state.State, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A checkpoint at step 7 of a run whose parameters were split over eight devices."""
+    """A checkpoint at step 7 of a run with parameters sharded over eight devices."""
     directory = tmp_path_factory.mktemp("eight") / "checkpoints"
     saved(directory, laid_out(whole, parallel.make_mesh((1, 8, 1))), 7)
     return directory
@@ -121,8 +121,8 @@ def test_a_state_in_many_files_comes_back(
     open_at,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In files so small that arrays are cut into pieces."""
-    monkeypatch.setattr(Checkpoints, "FILE", 2**12)
+    """With files so small that arrays are split over several."""
+    monkeypatch.setattr(Checkpoints, "FILE_SIZE", 2**12)
     mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
     saved(tmp_path / "checkpoints", laid_out(whole, mesh), 7)
     few, many = (
@@ -182,8 +182,8 @@ def test_the_state_may_be_donated_while_it_is_written(tmp_path: pathlib.Path, op
 def test_a_host_that_does_not_see_the_step_yet_does_not_write_it_again_alone(
     tmp_path: pathlib.Path, open_at, monkeypatch
 ) -> None:
-    """What another host has renamed may take half a minute to be seen on a shared disk; a save by
-    one host alone would wait for all."""
+    """A shared disk may show the rename of another host half a minute later; a save by one host
+    alone would wait for all."""
     one = open_at(tmp_path / "there")
     one.save(
         2,
@@ -239,14 +239,20 @@ def changed(kind: str) -> state.State:
         (
             "width",
             (
-                "params/encoder/blocks/fc1/kernel is float32[2, 128, 128] there, float32[2, 64, 64]"
-                " here"
+                "params/encoder/blocks/fc1/kernel is float32[2, 128, 128] in the checkpoint,"
+                " float32[2, 64, 64] in this run"
             ),
         ),
-        ("precision", "params/logit_scale is float32[] there, bfloat16[] here"),
-        ("a head more", "params/category/kernel is absent there, float32[24, 5] here"),
+        ("precision", "params/logit_scale is float32[] in the checkpoint, bfloat16[] in this run"),
+        (
+            "a head more",
+            "params/category/kernel is absent in the checkpoint, float32[24, 5] in this run",
+        ),
         # what the moments repeat comes last
-        ("a head less", "(params/logit_scale is float32[] there, absent here, opt/adamw"),
+        (
+            "a head less",
+            "(params/logit_scale is float32[] in the checkpoint, absent in this run, opt/adamw",
+        ),
     ],
 )
 def test_another_layout_is_refused_with_the_place(
@@ -286,8 +292,9 @@ def test_a_damaged_checkpoint_is_one_line_with_the_way_out(
     one, here = open_at(tmp_path / "checkpoints"), tmp_path / "checkpoints" / "7"
     if damage == "metadata":
         (here / "state" / "_METADATA").write_text("{")
-    else:  # what Orbax raises for a flipped bit or a missing file, without the reads that it leaves behind to complain later
-
+    else:
+        # what Orbax raises for a flipped bit or a missing file, without its other reads, which
+        # would log errors later
         def fail(*_: object, **__: object) -> None:
             raise Exception(
                 "Encountered error while reading array.\nSee full TensorStore details: "

@@ -1,4 +1,4 @@
-"""The alarm of a collapse, on sequences of its monitors."""
+"""The collapse alarm on sequences of its monitors."""
 
 import pytest
 
@@ -7,13 +7,13 @@ from m3i_jax.training import loop
 
 def rises(values: list[dict[str, float]]) -> list[int]:
     watch = loop.CollapseAlarm()
-    return [step for step, line in enumerate(values) if watch.see(line)]
+    return [step for step, line in enumerate(values) if watch.update(line)]
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_the_alarm_knows_no_scale(scale: float) -> None:
-    """Deviation and uniformity are judged against the largest seen, a spread as it is; one bad step
-    is no collapse."""
+    """Deviation and uniformity are compared with their largest value so far, a spread with a fixed
+    threshold; one bad step is no collapse."""
     falling = [scale * 0.8**k for k in range(40)]
     first = next(k for k in range(40) if falling[k] < 0.02 * falling[0])
     assert rises([{"collapse/target_std": x} for x in falling]) == [

@@ -1,5 +1,5 @@
-"""The matrix products of one step of the paper's ViT-B/16, counted on the traced program of the
-real step, against the floor."""
+"""Matrix products of one step of the paper's ViT-B/16, counted on the traced program of the real
+step, compared with the lower bound."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ FLOOR = 279.5e9
 
 @functools.cache
 def counted(**objective: object) -> float:
-    """Operations a mixed view with categories and no captions."""
+    """Operations of a mixed view with categories and no captions."""
     made = configuration.load_config(f"{ROOT}/configs/folder.py:model=vit_b16,batch_size={BATCH}")
     config = setup.complete_config(
         configuration.resolve(made), classes=1000, captions=False, size=1000

@@ -201,7 +201,7 @@ def test_every_step_is_passed_on_with_its_metrics_unfetched(
 ) -> None:
     world = World(3)
     world.run(
-        monkeypatch, sent=lambda step, metrics: world.note(f"sent {step} {sorted(metrics)[0]}")
+        monkeypatch, on_step=lambda step, metrics: world.note(f"sent {step} {sorted(metrics)[0]}")
     )
     assert world.of("sent") == [f"sent {k} loss" for k in (1, 2, 3)]
     for k in (1, 2, 3):

@@ -1,5 +1,5 @@
-"""First weights from elsewhere: a run on any mesh or a file of another project, any subset by path,
-an account of every array, and no start at random that nobody asked for."""
+"""Initial weights of a run on any mesh or of another project's file: any subset by path, a log of
+every array, and no random start that was not asked for."""
 
 import dataclasses
 import pathlib
@@ -16,7 +16,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.interop import intern_image_weights, position_tables, tensor_files
 from m3i_jax.models import m3i, vit
 from m3i_jax.objective import positions
-from m3i_jax.training import init_from
+from m3i_jax.training import init_from, run_weights
 from m3i_jax.training.trainer import Trainer
 from tests import saved, toy
 from tests.interop.published_vit import ENCODERS, OTHERS, SIAMESE_DECODER, weights
@@ -27,7 +27,7 @@ LEARNED = {"model__encoder__positions": "learned", "model__encoder__final_norm":
 
 
 def take(config: schema.Config, seed: int = 7, devices: int = 1):
-    """(before, after, account)"""
+    """(parameters before, after, log lines)"""
     before, lines = saved.random(config, seed), []
     mesh = parallel.make_mesh((1, devices, 1), jax.devices()[:devices])
     layout = parallel.tree_shardings(mesh, before)
@@ -65,8 +65,8 @@ def test_a_run_gives_all_that_fits_to_any_mesh(run, devices: int) -> None:
         lines[0],
     )
     assert (
-        "of another shape, start at random: category/bias (5,) there, (3,) here, category/kernel"
-        " (24, 5) there, (24, 3) here" in text
+        "of another shape, initialized randomly: category/bias (5,) in the source, (3,) in this"
+        " run, category/kernel (24, 5) in the source, (24, 3) in this run" in text
     )
 
 
@@ -87,7 +87,7 @@ def test_the_momentum_average_and_a_subset(run) -> None:
         np.testing.assert_array_equal(
             after[path], average[path] if path.startswith("encoder/") else there[path]
         )
-    assert "momentum average" in lines[0] and "not there" not in "\n".join(lines)
+    assert "momentum average" in lines[0] and "missing" not in "\n".join(lines)
 
 
 def test_a_learned_table_starts_as_the_fixed_one_of_a_run(run) -> None:
@@ -127,8 +127,8 @@ def test_a_file_of_timm(timm) -> None:
     text = "\n".join(lines)
     assert "(timm): 18 of" in lines[0] and "encoder (18)" in lines[0]
     assert (
-        "not there, start at random: category (2), decoder (" in text
-        and "there and not used: classifier (2)" in text
+        "missing, initialized randomly: category (2), decoder (" in text
+        and "in the source and not used: classifier (2)" in text
     )
 
 
@@ -143,7 +143,7 @@ def test_a_table_of_another_grid_is_resized_and_said_so(timm) -> None:
 
 
 def test_a_fixed_table_in_a_file_is_known_as_the_fixed_one_here(tmp_path: pathlib.Path) -> None:
-    """MAE and SiameseIM save their sine-cosine tables; MAE's is column first."""
+    """MAE and SiameseIM save their sine-cosine tables; that of MAE has columns first."""
     table = weights(
         ENCODERS["siamese_im"] + "|" + OTHERS["siamese_im"] + "|" + SIAMESE_DECODER, **SIZES
     )
@@ -161,7 +161,7 @@ def test_a_fixed_table_in_a_file_is_known_as_the_fixed_one_here(tmp_path: pathli
         table["projector_decoder_blocks.1.norm1.bn.weight"],
     )
     # and nothing of encoder and decoder
-    assert "not there, start at random: category (2), image_projection" in "\n".join(lines)
+    assert "missing, initialized randomly: category (2), image_projection" in "\n".join(lines)
     columns = np.concatenate([fixed[:, :, 16:], fixed[:, :, :16]], -1)
     tensor_files.write_safetensors(
         tmp_path / "mae.safetensors", {**weights(ENCODERS["mae"], **SIZES), "pos_embed": columns}
@@ -184,12 +184,16 @@ def test_other_settings_are_told_and_with_strict_refused(tmp_path: pathlib.Path)
         "model__encoder__embedding_norm": True,
     }
     _, _, lines = take(toy.settings(**only))
-    (told,) = (line for line in lines if "set otherwise" in line)
+    (told,) = (line for line in lines if "other settings" in line)
     assert all(
         f"model.encoder.{x}" in told
-        for x in ("heads=4 there, 2 here", "activation=quick_gelu there", "norm_eps=1e-05 there")
+        for x in (
+            "heads=4 in the source, 2 in",
+            "activation=quick_gelu in the",
+            "norm_eps=1e-05 in the",
+        )
     )
-    assert "data.augment.mean=(0.48145466, 0.4578275, 0.40821073) there" in told
+    assert "data.augment.mean=(0.48145466, 0.4578275, 0.40821073) in the source" in told
     with pytest.raises(UserError, match="other settings"):
         take(toy.settings(init__strict="true", **only))
     fits = {
@@ -228,7 +232,8 @@ def test_the_momentum_target_starts_from_the_same_weights(timm) -> None:
 
 @pytest.fixture(scope="module")
 def intern(tmp_path_factory: pytest.TempPathFactory):
-    """A file of the toy InternImage as T to XL are published, without the fusion: (path, tree)."""
+    """A file of the toy InternImage as the models T to XL are published, without the fusion: (path,
+    tree)."""
     tree = {
         name: part
         for name, part in saved.random(toy.settings(**toy.INTERN))["encoder"].items()
@@ -265,13 +270,13 @@ def test_an_encoder_that_fits_in_part_is_refused(intern, tmp_path: pathlib.Path)
     bare: dict = {}
     for name, array in tree.items():
         if "gamma" not in name:
-            init_from.checkpoint.put(bare, name, array)
+            run_weights.set_leaf(bare, name, array)
     tensor_files.write_safetensors(
         tmp_path / "bare.safetensors", intern_image_weights.store_intern_image(bare)
     )
     with pytest.raises(
         UserError,
-        match=r"fits in part \(8 arrays are not there, first encoder/stage0/layers/gamma1\)",
+        match=r"fits in part \(8 arrays are missing, first encoder/stage0/layers/gamma1\)",
     ):
         take(toy.settings(**toy.INTERN, init_from=str(tmp_path / "bare.safetensors")))
     tensor_files.write_safetensors(
@@ -282,7 +287,7 @@ def test_an_encoder_that_fits_in_part_is_refused(intern, tmp_path: pathlib.Path)
     with pytest.raises(
         UserError,
         match=(
-            r"2 arrays are not there, first encoder/norm/bias\); set config.model.encoder to"
+            r"2 arrays are missing, first encoder/norm/bias\); set config.model.encoder to"
             r" .*final_norm=False"
         ),
     ):
@@ -295,7 +300,7 @@ def test_an_intern_image_with_other_settings_is_told(tmp_path: pathlib.Path) -> 
     saved.run(tmp_path, toy.settings(**alone, model__intern_image__offset_scale=2.0))
     _, _, lines = take(toy.settings(**alone, init_from=str(tmp_path)))
     assert any(
-        "set otherwise: model.intern_image.offset_scale=2.0 there, 1.0 here" in line
+        "other settings: model.intern_image.offset_scale=2.0 in the source, 1.0 in this run" in line
         for line in lines
     )
 
@@ -311,7 +316,7 @@ def test_what_is_refused(timm, run, tmp_path: pathlib.Path) -> None:
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.txt").write_text(configuration.config_to_text(toy.settings()))
     for changes, words in (
-        ({"init_from": "nowhere"}, ("config.init_from: there is no 'nowhere'", "workdir")),
+        ({"init_from": "nowhere"}, ("config.init_from: 'nowhere' does not exist", "workdir")),
         (
             {"init_from": str(tmp_path / "empty")},
             ("neither checkpoints/ of a run nor model.safetensors",),
@@ -323,20 +328,20 @@ def test_what_is_refused(timm, run, tmp_path: pathlib.Path) -> None:
         ),
         (
             {"init_from": str(tmp_path / "small.safetensors"), **LEARNED},
-            ("another one", "(48, 16)" and "width=16", "patch_size=8"),
+            ("has other shapes", "(48, 16)" and "width=16", "patch_size=8"),
         ),
-        ({"init_from": path}, ("positions=learned", "here it is sincos")),
+        ({"init_from": path}, ("positions=learned", "this run has sincos")),
         (
             {"init_from": path, "init__only": "^decoder/"},
-            ("none of the", "init.only=^decoder/", "never starts at random unasked"),
+            ("none of the", "init.only=^decoder/", "to start from random weights"),
         ),
-        ({"init_from": path, "init__only": "^decoders/"}, ("no path here matches",)),
+        ({"init_from": path, "init__only": "^decoders/"}, ("no array of this run matches",)),
         (
             {"init_from": path, "init__strict": "true", **LEARNED},
-            ("are not there or differ in shape, first", "init.strict=false"),
+            ("are missing or differ in shape, first", "init.strict=false"),
         ),
         ({"init_from": path, "init__weights": "ema", **LEARNED}, ("no momentum copy",)),
-        ({"init_from": run[0]}, ("its encoder is another one", "width=64")),
+        ({"init_from": run[0]}, ("its encoder has other shapes", "width=64")),
     ):
         with pytest.raises(UserError) as error:
             take(toy.settings(**changes))
@@ -363,8 +368,8 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: int) -> np.nda
 
 
 def clip_vision(table: dict[str, np.ndarray], picture: np.ndarray, heads: int) -> np.ndarray:
-    """CLIP's vision tower as its paper and public code define it, float64, one image [S, S, 3] ->
-    tokens [T, D] before the last norm."""
+    """CLIP's vision tower as in its paper and public code, in float64: an image [S, S, 3] -> tokens
+    [T, D] before the last norm."""
     t = {name: array.astype(np.float64) for name, array in table.items()}
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
@@ -408,7 +413,7 @@ def test_clip_weights_compute_what_clip_defines(tmp_path: pathlib.Path) -> None:
     tree: dict = {}
     for path, array in after.items():
         if path.startswith("encoder/"):
-            init_from.checkpoint.put(tree, path.removeprefix("encoder/"), jnp.asarray(array))
+            run_weights.set_leaf(tree, path.removeprefix("encoder/"), jnp.asarray(array))
     picture = np.random.default_rng(5).normal(size=(32, 32, 3))
     got = m3i.encode(config, tree, vit.patchify(jnp.asarray(picture, jnp.float32)[None], 8))[0]
     np.testing.assert_allclose(got, clip_vision(table, picture, heads=2), atol=2e-4, rtol=1e-4)

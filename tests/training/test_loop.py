@@ -1,4 +1,4 @@
-"""The law of order, recorded with a trainer and an outside world that are plain Python."""
+"""The order of a step, recorded with a trainer and callbacks in plain Python."""
 
 import dataclasses
 import signal
@@ -24,7 +24,7 @@ class State:
 
 
 class Metric:
-    """A number on a device: fetching it is an event."""
+    """A number on a device; fetching it is an event."""
 
     def __init__(self, value: float, fetched: Any = None):
         self.value, self.fetched = value, fetched
@@ -36,7 +36,7 @@ class Metric:
 
 
 class World:
-    """Trainer, data, checkpoints, sinks and evaluators; `events` has what happened in order."""
+    """Trainer, data, checkpoints, writers and evaluators; `events` has their calls in order."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class World:
         }
         samples = first * BATCH if samples is None else samples
         code, state = loop.run_loop(
-            self, State(first), samples_seen=samples, outside=loop.Callbacks(**outside | changes)
+            self, State(first), samples_seen=samples, callbacks=loop.Callbacks(**outside | changes)
         )  # type: ignore[arg-type]
         self.final = state.step
         return code
@@ -395,8 +395,8 @@ def test_without_monitors_there_is_no_alarm(monkeypatch: pytest.MonkeyPatch) -> 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pull(posteriors.Gaussian):
-    """A Gaussian posterior whose target has a gradient: nothing keeps all features from becoming
-    the same."""
+    """A Gaussian posterior with a gradient through its target, so that all features may become
+    equal."""
 
     grad_through_target = True
 
@@ -430,8 +430,8 @@ class _Data:
 def test_a_forced_collapse_warns_within_100_steps_and_a_healthy_run_does_not(
     monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
-    """Real steps at toy size. The collapse is watched on the features of the encoder, as the target
-    of a second term."""
+    """Real steps at toy size. The collapse is measured on the features of the encoder, as the
+    target of a second term."""
     pulled = terms.token_term(terms.FULL, 1, encoder="online", posterior=Pull())
     watched = terms.token_term(terms.FULL, 0, encoder="shared", posterior=posteriors.Gaussian())
     registry.register_form("collapsing", (pulled, watched))
@@ -446,11 +446,16 @@ def test_a_forced_collapse_warns_within_100_steps_and_a_healthy_run_does_not(
     made = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), toy.VOCABULARY)
     said, lines, world = [], [], World(0)
     outside = loop.Callbacks(
-        data=_Data(toy.batch(config, k) for k in range(60)), checkpoints=world, write=lambda step, values: lines.append((step, values)),
-        say=said.append, panel=lambda *_: None, evaluators=[], position=lambda samples: {},
-    )  # fmt: skip
+        data=_Data(toy.batch(config, k) for k in range(60)),
+        checkpoints=world,
+        write=lambda step, values: lines.append((step, values)),
+        say=said.append,
+        panel=lambda *_: None,
+        evaluators=[],
+        position=lambda samples: {},
+    )
     monkeypatch.setattr(world, "save", lambda *_: None)
-    loop.run_loop(made, made.init(), samples_seen=0, outside=outside)
+    loop.run_loop(made, made.init(), samples_seen=0, callbacks=outside)
     if form == "collapsing":
         assert len(said) == 1 and "have collapsed" in said[0]
         first = next(step for step, values in lines if values["collapse/alarm"])
@@ -471,7 +476,7 @@ def test_signals_are_left_alone_outside_the_main_thread() -> None:
     def work() -> None:
         with loop.Preemption() as notice:
             notice.poll()
-            seen.append(notice.asked)
+            seen.append(notice.requested)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -482,8 +487,8 @@ def test_signals_are_left_alone_outside_the_main_thread() -> None:
 def test_every_line_has_the_speed_of_the_steps_that_were_done(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A step takes two seconds until its metrics are there, lines before a save come one step
-    earlier than others."""
+    """Metrics are ready two seconds after a step; lines before a save are written one step earlier
+    than others."""
     now = [100.0]
     monkeypatch.setattr(goodput.time, "monotonic", lambda: now[0])
     world = World(6, save_every=3)

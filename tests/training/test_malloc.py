@@ -1,5 +1,5 @@
-"""Saves leave nothing behind in memory. RSS says that only after an hour; the blocks that Python
-has allocated say it after ten saves."""
+"""Saves leak no memory. RSS shows that only after an hour; Python's allocated blocks show it after
+ten saves."""
 
 import gc
 import os
@@ -16,22 +16,22 @@ from m3i_jax.training.checkpoint import Checkpoints
 ARRAYS, SAVES = 40, 10
 
 
-def test_a_save_leaves_nothing_behind(tmp_path: pathlib.Path) -> None:
-    """TensorStore leaves four objects an array and 270 more behind, 430 a save here; with
-    training/malloc.py it is 20, and 30 more in the first saves, which fill what is filled once."""
-    one = Checkpoints(tmp_path, 1, say=lambda _: None)
+def test_a_save_leaks_few_objects(tmp_path: pathlib.Path) -> None:
+    """TensorStore leaks four objects an array and 270 more, 430 a save here; with
+    training/malloc.py it is 20, and 30 more in the first saves, which fill caches."""
+    checkpoints = Checkpoints(tmp_path, 1, say=lambda _: None)
     state = {f"a{i}": jnp.full((3, 5 + i % 7), i) for i in range(ARRAYS)}
     blocks = []
     for step in range(1, 2 * SAVES + 1):
-        one.save(step, state, {"samples_seen": step})
-        one.wait()
+        checkpoints.save(step, state, {"samples_seen": step})
+        checkpoints.wait()
         gc.collect()
         blocks.append(sys.getallocatedblocks())
-    one.close()
+    checkpoints.close()
     assert (blocks[-1] - blocks[SAVES - 1]) / SAVES < 2 * ARRAYS
 
 
-HEAPS = """
+COUNT_ARENAS = """
 import concurrent.futures, ctypes, sys
 from m3i_jax.training import malloc
 malloc.limit_arenas()
@@ -45,19 +45,19 @@ print(open(sys.argv[1]).read().count("<heap nr="))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_threads_share_few_heaps(tmp_path: pathlib.Path) -> None:
-    """Unless the user says how many there may be."""
-    heaps = []
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
+def test_threads_share_few_arenas(tmp_path: pathlib.Path) -> None:
+    """MALLOC_ARENA_MAX overrides their number."""
+    arenas = []
     for more in ({}, {"MALLOC_ARENA_MAX": "1"}):
         environment = {
             name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"
         } | more
         done = subprocess.run(
-            [sys.executable, "-c", HEAPS, str(tmp_path / "heaps")],
+            [sys.executable, "-c", COUNT_ARENAS, str(tmp_path / "arenas")],
             env=environment,
             capture_output=True,
             text=True,
         )
-        heaps.append(int(done.stdout))
-    assert heaps[1] == 1 < heaps[0] <= 2 * (os.cpu_count() or 1), heaps
+        arenas.append(int(done.stdout))
+    assert arenas[1] == 1 < arenas[0] <= 2 * (os.cpu_count() or 1), arenas

@@ -1,4 +1,4 @@
-"""What a run gets for the settings that it leaves open, and the warnings of a stuck one."""
+"""Values of the open settings, and the warnings about runs that are too short to learn."""
 
 import dataclasses
 import pathlib
@@ -22,7 +22,7 @@ SOURCES = {
 
 
 def made(name: str, size: int, *overrides: str, **arguments: object) -> schema.Config:
-    """A shipped configuration, completed as if its source had `size` images."""
+    """A shipped configuration, with open settings filled as for a source of `size` images."""
     arguments_text = ",".join(
         filter(None, [SOURCES.get(name, ""), *(f"{k}={v}" for k, v in arguments.items())])
     )
@@ -43,8 +43,8 @@ def made(name: str, size: int, *overrides: str, **arguments: object) -> schema.C
     ],
 )
 def test_the_paper_s_runs_have_the_paper_s_values(batch: int, epochs: int, size: int) -> None:
-    """Table 7: the same rate and momentum for ImageNet, YFCC and the joint run; the ablations warm
-    up 40 of 400 epochs."""
+    """Table 7: the same learning rate and momentum for ImageNet, YFCC and the joint run; the
+    ablations warm up for 40 of 400 epochs."""
     config = made("folder", size, model="vit_b16", batch_size=batch, epochs=epochs)
     assert (config.optim.lr, config.optim.ema) == (1e-3, 0.995)
     assert (config.data.crop_scale, config.data.augment) == ((0.08, 1.0), schema.Augment())
@@ -85,7 +85,7 @@ def test_what_is_set_is_kept() -> None:
 
 
 def test_length_and_batch_of_an_override_count() -> None:
-    """`--config.train.steps` comes after the configuration file, and the rule sees it."""
+    """`--config.train.steps` is applied after the configuration file, and the rule uses it."""
     plain = made("folder", 6000, model="vit_tiny", batch_size=64, epochs=400)
     changes = ("train.steps=924", "train.batch_size=64", "data.image_size=32")
     short = made("folder", 6000, *changes, model="vit_tiny", batch_size=256, epochs=400)
@@ -121,7 +121,7 @@ def test_the_rules_are_bounded(known: scaling.Reference, width: int) -> None:
 
 def warned(config: schema.Config) -> list[str]:
     length = trainer.run_length(config)
-    return scaling.warnings(config, steps=length.steps, warmup=length.warmup)
+    return scaling.scaling_warnings(config, steps=length.steps, warmup=length.warmup)
 
 
 def short_run(**changes: object) -> list[str]:
@@ -130,11 +130,10 @@ def short_run(**changes: object) -> list[str]:
 
 
 def test_a_run_that_cannot_move_is_warned_of() -> None:
-    """Rate and momentum of Table 7 in proportion to a batch of 64, in a run of 924 steps."""
+    """Learning rate and momentum of Table 7 in proportion to a batch of 64, in a run of 924
+    steps."""
     rate, memory = short_run(optim__lr=1.6e-5, optim__ema=0.99992)
-    assert (
-        "optim.lr=1.6e-05" in rate and "924 steps add up to 0.0074" in rate and "optim.lr=0" in rate
-    )
+    assert "optim.lr=1.6e-05" in rate and "924 steps sum to 0.0074" in rate and "optim.lr=0" in rate
     assert "optim.ema=0.99992" in memory and "12,500 steps" in memory and "96%" in memory
     assert short_run(optim__lr=1e-3, optim__ema=0.98) == []
     # The half of a cosine moves half as much as a constant momentum does.

@@ -253,7 +253,7 @@ def test_a_frozen_target_starts_from_another_run(teacher: pathlib.Path) -> None:
         ),
         (
             {"model__encoder__depth": 3},
-            ("its encoder is another one", "params/encoder/blocks", "same model settings"),
+            ("its encoder has other shapes", "params/encoder/blocks", "same model settings"),
         ),
     ],
 )

@@ -1,0 +1,173 @@
+"""Weights of another run or another project under this package's parameter paths. `init_from`,
+loading and export read from them: both kinds of source are {path: shape}, so that a subset of the
+weights is a subset of paths."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from m3i_jax import config as configuration
+from m3i_jax.errors import UserError
+from m3i_jax.interop import tensor_files, vit_weights
+from m3i_jax.models import backbones
+from m3i_jax.training import checkpoint_dir, run_weights
+
+
+@dataclasses.dataclass
+class WeightSource:
+    """Weights of a run or a file.
+
+    Attributes:
+      name: of the source, for messages.
+      shapes: {path: shape} of the arrays that have a path of this package, without a fixed position
+        table.
+      read: {path: sharding or None} -> {path: array}; None: as numpy.
+      settings: of `model.encoder` and the pixels (mean, std, image_size), as far as the source has
+        them; of an InternImage also `backbone`, `scan` and `intern_image` of `model`, and of a file
+        its `preset`.
+      unused: {name: count} of arrays that have no such path.
+      notes: what was changed while reading.
+    """
+
+    name: str
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    settings: dict[str, Any]
+    unused: dict[str, int]
+    notes: list[str]
+
+
+def open_weights(
+    location: str, *, weights: str = "online", key: str = "config.init_from"
+) -> WeightSource:
+    """Open the weights of a run or a file.
+
+    Args:
+      location: workdir, file, or Hugging Face directory.
+      weights: online, or ema: the momentum copy.
+      key: flag or setting that gave the location, for messages.
+
+    Raises:
+      UserError: the location does not exist or cannot be read, the layout is unknown, or there is
+        no momentum copy.
+    """
+    path = pathlib.Path(location)
+    if not path.exists():
+        raise UserError(
+            f"{key}: {location!r} does not exist; give the workdir of a run, or a file of weights"
+            f" ({', '.join(tensor_files.ENDINGS[:4])})"
+        )
+    if checkpoint_dir.is_run(location):
+        return _open_run(location, weights, key)
+    try:
+        published = vit_weights.load_vit(
+            tensor_files.read_tensors(location),
+            momentum=weights == "ema",
+            config=vit_weights.read_sidecar_configs(location),
+        )
+    except UserError as error:
+        raise UserError(
+            f"{key}: {error}" if location in str(error) else f"{key}: {location}: {error}"
+        ) from error
+    except Exception as error:  # arrays of a known name and another shape: name the file
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{key}: {location}: its arrays do not fit their names ({type(error).__name__}:"
+            f" {reason}); check that the file is complete"
+        ) from error
+
+    def read(shardings: Mapping[str, Any]) -> dict[str, Any]:
+        return {path: put_array(published.arrays[path], s) for path, s in shardings.items()}
+
+    unused = published.unused | (
+        {"of unknown names, such as " + published.unknown[0]: len(published.unknown)}
+        if published.unknown
+        else {}
+    )
+    settings = {
+        **backbones.recognize_weights(
+            {
+                path.removeprefix("encoder/"): array.shape
+                for path, array in published.arrays.items()
+                if path.startswith("encoder/")
+            }
+        ),
+        **published.settings,
+    }
+    return WeightSource(
+        f"{location} ({published.layout})",
+        {p: a.shape for p, a in published.arrays.items()},
+        read,
+        settings,
+        unused,
+        published.notes,
+    )
+
+
+def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
+    run = run_weights.RunWeights(workdir, key)
+    paths = {
+        path.removeprefix("params/"): path for path in run.shapes if path.startswith("params/")
+    }
+    if weights == "ema":
+        average = {
+            path.removeprefix("opt/target/params/"): path
+            for path in run.shapes
+            if path.startswith("opt/target/params/")
+        }
+        if not average:
+            raise UserError(f"{key}: {workdir!r} has no momentum average; use the online weights")
+        paths |= average
+
+    def read(shardings: Mapping[str, Any]) -> dict[str, Any]:
+        arrays = run.read({paths[path]: sharding for path, sharding in shardings.items()})
+        if bad := [path for path in shardings if not _is_finite(arrays[paths[path]])]:
+            raise UserError(
+                f"{key}: {workdir!r}: {bad[0]} has numbers that are not finite (NaN or Inf),"
+                f" {len(bad)} of {len(shardings)} arrays do; give an earlier checkpoint or"
+                " another run"
+            )
+        return {path: arrays[paths[path]] for path in shardings}
+
+    config = configuration.resolve(configuration.load_from_workdir(workdir, key))
+    pixels = {
+        "mean": config.data.augment.mean,
+        "std": config.data.augment.std,
+        "image_size": config.data.image_size,
+    }
+    model = {
+        "backbone": config.model.backbone,
+        **{
+            section: dataclasses.asdict(getattr(config.model, section))
+            for section in backbones.get_backbone(config.model).sections
+        },
+    }
+    settings = {**dataclasses.asdict(config.model.encoder), **model, **pixels}
+    name = f"{workdir} (step {run.step:,}, {'momentum average' if weights == 'ema' else 'online'})"
+    return WeightSource(
+        name, {path: run.shapes[full] for path, full in paths.items()}, read, settings, {}, []
+    )
+
+
+def _is_finite(array: Any) -> bool:
+    """Whether all numbers of an array are finite; of a sharded one, those of this host."""
+    parts = (
+        [shard.data for shard in array.addressable_shards]
+        if isinstance(array, jax.Array)
+        else [array]
+    )
+    return all(bool(np.isfinite(np.asarray(part)).all()) for part in parts)
+
+
+def put_array(array: Any, sharding: Any) -> Any:
+    """A float32 array with a sharding; None: as numpy."""
+    value = np.asarray(array, np.float32)
+    return (
+        value
+        if sharding is None
+        else jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    )
