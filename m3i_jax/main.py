@@ -218,7 +218,7 @@ def _run(arguments: Sequence[str], began: float) -> int:
         alone = heartbeat.refuse_on_error()
     if mode.compiles:
         watch = importlib.import_module("m3i_jax.modes.monitoring")
-        watch.keep_compilations(pathlib.Path(flags.workdir))
+        watch.enable_compilation_cache(pathlib.Path(flags.workdir))
     room = importlib.import_module(f"m3i_jax.modes.{flags.mode}")
     with privacy.private_umask(settings.report.private), alone, refuse_system_errors():
         return room.run(settings, workdir=flags.workdir, **more)

@@ -74,13 +74,17 @@ def test_the_measure_reads_both_sources_and_counts_what_is_labelled() -> None:
         return out
 
     measure = attentive_probe.measure(config, mesh, lambda: batches(6, 0), lambda: batches(3, 1), 8)
-    seen = feature_extraction.EvalContext({}, params, lambda: None)
-    got = dict(measure(seen))
+    context = feature_extraction.EvalContext({}, params, lambda: None)
+    got = dict(measure(context))
     assert list(got) == ["eval/attentive/top1"] and got["eval/attentive/top1"] > 0.9
     asked = sum((b["valid"] & (b["label"] >= 0)).sum() for b in batches(3, 1))
-    assert (got["eval/attentive/top1"] * asked) % 1 < 1e-6 and seen.skipped == {"small": 2}
+    assert (got["eval/attentive/top1"] * asked) % 1 < 1e-6 and context.skipped == {"small": 2}
     nothing = attentive_probe.measure(config, mesh, lambda: [], lambda: batches(1, 1), 8)
     assert (
-        list(nothing(types.SimpleNamespace(params=params, poll=lambda: None, skipped=seen.skipped)))
+        list(
+            nothing(
+                types.SimpleNamespace(params=params, poll=lambda: None, skipped=context.skipped)
+            )
+        )
         == []
     )

@@ -57,10 +57,10 @@ def test_the_measure_is_the_head_on_raw_features(norm: str) -> None:
         "i": lambda p, poll: (as_features(index, np.zeros(60, np.int32)), {}),
     }
     ask = category_head.head_predictions(
-        config, pictures="q", statistics="i" if norm == "batch" else ""
+        config, image_set="q", statistics_set="i" if norm == "batch" else ""
     )
-    seen = feature_extraction.EvalContext(sets, params, lambda: None)
-    got = dict(category_head.measure(config, ask)(seen))
+    context = feature_extraction.EvalContext(sets, params, lambda: None)
+    got = dict(category_head.measure(config, ask)(context))
     known = (label >= 0) & (label < 7)
     assert 0 < known.sum() < 38
     x = (raw - index.mean(0)) / np.sqrt(index.var(0) + 1e-6) if norm == "batch" else raw
@@ -68,7 +68,7 @@ def test_the_measure_is_the_head_on_raw_features(norm: str) -> None:
         params["category"]["bias"]
     )
     order = np.argsort(-logits, axis=1)
-    answers, _ = ask(seen)
+    answers, _ = ask(context)
     np.testing.assert_array_equal(answers.labels, label[known])
     np.testing.assert_array_equal(answers.guesses, order[:, 0])
     for top in (1, 5):

@@ -128,8 +128,8 @@ def test_the_measure_is_the_accuracy_with_the_settings() -> None:
         (f"eval/knn/{name}", value)
         for name, value in knn.knn_accuracy(queries, index, k=4, temperature=0.3)
     ]
-    seen = feature_extraction.EvalContext(
+    context = feature_extraction.EvalContext(
         {name: lambda params, poll, name=name: (sets[name], {}) for name in sets}, {}, lambda: None
     )
     assert [name for name, _ in wanted] == ["eval/knn/top1", "eval/knn/top5"]
-    assert list(knn.measure(config)(seen)) == wanted
+    assert list(knn.measure(config)(context)) == wanted

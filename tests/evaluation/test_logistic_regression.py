@@ -131,12 +131,12 @@ def test_a_poll_comes_before_every_fit() -> None:
         "queries": feature_extraction.FeatureSpec(x[:9], label[:9], np.arange(9)),
     }
     polls = []
-    seen = feature_extraction.EvalContext(
+    context = feature_extraction.EvalContext(
         {name: lambda params, poll, name=name: (sets[name], {}) for name in sets},
         {},
         lambda: polls.append(1),
     )
-    found = dict(logistic_regression.measure()(seen))
+    found = dict(logistic_regression.measure()(context))
     assert len(polls) == len(logistic_regression.L2) + 1
     assert found == {
         f"eval/linear/{name}": value

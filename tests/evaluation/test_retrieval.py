@@ -118,10 +118,10 @@ def test_the_measure_embeds_what_the_model_would(monkeypatch: pytest.MonkeyPatch
     found = feature_extraction.FeatureSpec(vectors, np.full(8, -1, np.int32), order)
     mesh = parallel.make_mesh((2, 2, 1), jax.devices()[:4])
     measure = retrieval.measure(
-        mesh, source, TextEmbedder(config, mesh, words(), 4), pictures="mine"
+        mesh, source, TextEmbedder(config, mesh, words(), 4), image_set="images"
     )
-    seen = feature_extraction.EvalContext(
-        {"mine": lambda params, poll: (found, {})},
+    context = feature_extraction.EvalContext(
+        {"images": lambda params, poll: (found, {})},
         jax.device_put(params, parallel.replicated(mesh)),
         lambda: None,
     )
@@ -130,7 +130,7 @@ def test_the_measure_embeds_what_the_model_would(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         retrieval, "recall_at", lambda *a, **k: (passed.append(a), inner(*a, **k))[1]
     )
-    got = dict(measure(seen))
+    got = dict(measure(context))
 
     kept = [i for i in range(8) if CAPTIONS[order[i]]]
     # as they come
@@ -153,7 +153,9 @@ def test_the_measure_embeds_what_the_model_would(monkeypatch: pytest.MonkeyPatch
     assert got == {f"eval/retrieval/{name}": value for name, value in inner(images, texts, owner)}
 
     before = len(source.read)
-    assert dict(measure(seen)) == got and len(source.read) == before  # captions are read once a run
+    assert (
+        dict(measure(context)) == got and len(source.read) == before
+    )  # captions are read once a run
 
 
 def test_without_captions_there_is_no_retrieval() -> None:
@@ -198,18 +200,18 @@ def test_a_caption_that_vanishes_counts_as_none_where_it_may(tmp_path: pathlib.P
     def measured(
         source: base.DataSource, **missing: str
     ) -> tuple[dict[str, float], dict[str, int]]:
-        seen = feature_extraction.EvalContext(
+        context = feature_extraction.EvalContext(
             {"queries": lambda params, poll: (found, {})},
             jax.device_put(params, parallel.replicated(mesh)),
             lambda: None,
         )
         measure = retrieval.measure(mesh, source, TextEmbedder(config, mesh, words(), 4), **missing)
         again = feature_extraction.EvalContext(
-            {"queries": lambda params, poll: (found, {})}, seen.params, lambda: None
+            {"queries": lambda params, poll: (found, {})}, context.params, lambda: None
         )
         # of each evaluation, though read once
-        assert dict(measure(seen)) == dict(measure(again)) and seen.skipped == again.skipped
-        return dict(measure(seen)), dict(again.skipped)
+        assert dict(measure(context)) == dict(measure(again)) and context.skipped == again.skipped
+        return dict(measure(context)), dict(again.skipped)
 
     source = FolderSource(str(tmp_path))
     (tmp_path / "b.txt").unlink()

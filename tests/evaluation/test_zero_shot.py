@@ -35,7 +35,7 @@ def test_the_published_sets() -> None:
 )
 def test_templates_of_a_file(name: str, text: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / name).write_text(text)
-    assert zero_shot.prompt_templates(str(tmp_path / name)) == ("mine", ("a {}.", "the {} there"))
+    assert zero_shot.prompt_templates(str(tmp_path / name)) == ("images", ("a {}.", "the {} there"))
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,9 @@ def test_the_measure_asks_every_prompt_once_and_leaves_out_the_unlabelled(
     (tmp_path / "one.txt").write_text("a {} in a video game.\n")  # one of the seven too
     names, r, embed = ["hot_dog", "cat"], np.random.default_rng(1), Embedder()
     x, label = r.normal(size=(30, 6)).astype(np.float32), r.integers(-1, 3, 30).astype(np.int32)
-    seen = feature_extraction.EvalContext(
+    context = feature_extraction.EvalContext(
         {
-            "mine": lambda params, poll: (
+            "images": lambda params, poll: (
                 feature_extraction.FeatureSpec(x, label, np.arange(30)),
                 {},
             )
@@ -102,8 +102,8 @@ def test_the_measure_asks_every_prompt_once_and_leaves_out_the_unlabelled(
         lambda: None,
     )
     said = zero_shot.ClassPrompts(embed, names, ("7", str(tmp_path / "one.txt")))
-    got = dict(zero_shot.measure(said, pictures="mine")(seen))
-    assert said.classes(seen)["7"].shape == (2, 6)  # what is known is not asked again
+    got = dict(zero_shot.measure(said, image_set="images")(context))
+    assert said.classes(context)["7"].shape == (2, 6)  # what is known is not asked again
     (asked,) = embed.asked
     assert len(asked) == len(set(asked)) == 14 and "art of the hot dog." in asked
     known = (label >= 0) & (label < 2)
@@ -120,11 +120,11 @@ def test_the_measure_asks_every_prompt_once_and_leaves_out_the_unlabelled(
 
 def test_probabilities_are_those_of_the_temperature() -> None:
     said = zero_shot.ClassPrompts(Embedder(), ["hot_dog", "cat", "owl"], ("80", "7"))
-    seen = feature_extraction.EvalContext(
+    context = feature_extraction.EvalContext(
         {}, {"logit_scale": np.float32(np.log(20.0))}, lambda: None
     )
     x = np.random.default_rng(3).normal(size=(4, 6))
-    name, got = said.probabilities(seen, x)
-    weights = np.exp(20 * x @ said.classes(seen)["80"].T)
+    name, got = said.probabilities(context, x)
+    weights = np.exp(20 * x @ said.classes(context)["80"].T)
     assert name == "80"
     np.testing.assert_allclose(got, weights / weights.sum(1, keepdims=True), rtol=1e-5)
