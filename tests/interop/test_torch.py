@@ -162,7 +162,7 @@ def test_masked_auto_encoders_of_transformers_are_known(tmp_path: pathlib.Path) 
     model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**HF, **sizes))
     model.save_pretrained(tmp_path)
     found = vit_weights.load_vit(tensor_files.read_tensors(tmp_path))
-    assert found.layout == "hf" and not found.unknown and set(found.unused) == {"decoder of pixels"}
+    assert found.layout == "hf" and not found.unknown and set(found.unused) == {"pixel decoder"}
     mine = init_from.open_weights(str(tmp_path))
     assert mine.shapes[init_from.TABLE] == (1, 17, 32)
 
