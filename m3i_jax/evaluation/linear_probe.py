@@ -4,7 +4,7 @@ does it).
 
 It uses the features of clean views, computed once: the protocol without its augmentation, which
 takes seconds. With augmentation, run configs/transfer/probe.py. The L-BFGS classifier of
-`logistic_regression` is the optimum of a convex problem; published numbers were made with this
+`logistic_regression` is the optimum of a convex problem; published numbers are those of this
 probe."""
 
 import functools

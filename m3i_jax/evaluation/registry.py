@@ -170,5 +170,7 @@ def evaluators() -> tuple[Evaluator, ...]:
     """All registered evaluators in the order in which they run: that of their settings in
     `schema.Evaluate`, then those without a setting."""
     _load_builtin()
-    place = {setting: number for number, setting in enumerate(_SETTINGS)}
-    return tuple(sorted(_EVALUATORS.values(), key=lambda each: place.get(each.setting, len(place))))
+    position = {setting: number for number, setting in enumerate(_SETTINGS)}
+    return tuple(
+        sorted(_EVALUATORS.values(), key=lambda each: position.get(each.setting, len(position)))
+    )

@@ -144,11 +144,11 @@ def _put(tree: Tree, path: str, value: np.ndarray) -> None:
 
 
 def _leaves(tree: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
-    found = []
+    hit = []
     for name, node in tree.items():
         below = f"{path}/{name}" if path else name
-        found += _leaves(node, below) if isinstance(node, Mapping) else [(below, node)]
-    return found
+        hit += _leaves(node, below) if isinstance(node, Mapping) else [(below, node)]
+    return hit
 
 
 def load_intern_image(state: Mapping[str, Any]) -> Tree:
@@ -181,7 +181,7 @@ def load_intern_image(state: Mapping[str, Any]) -> Tree:
         if _UNUSED.search(name):
             continue
         matches = ((pattern.match(name), entry) for pattern, entry in _THEIRS)
-        match, entry = next(((found, entry) for found, entry in matches if found), (None, None))
+        match, entry = next(((hit, entry) for hit, entry in matches if hit), (None, None))
         if match is None or entry is None:
             unknown.append(given)
             continue
@@ -194,8 +194,8 @@ def load_intern_image(state: Mapping[str, Any]) -> Tree:
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise UserError(
-            f"these are not weights of InternImage: unknown names {', '.join(unknown[:3])}{more}; give"
-            " a file of that project"
+            f"these are not weights of InternImage: unknown names {', '.join(unknown[:3])}{more};"
+            " give a file of that project"
         )
     depths: dict[str, int] = {}
     for path, parts in stacks.items():
@@ -243,7 +243,7 @@ def store_intern_image(
         if path == "encoder/mask_token":
             continue
         matches = ((pattern.match(path), entry) for pattern, entry in _OURS)
-        match, entry = next(((found, entry) for found, entry in matches if found), (None, None))
+        match, entry = next(((hit, entry) for hit, entry in matches if hit), (None, None))
         if match is None or entry is None:
             raise UserError(
                 f"{path} is not a parameter of InternImage; only encoder, pool and classifier can"

@@ -113,7 +113,7 @@ def load_vit(
             unused["momentum copy"] = len(copies)
     for name, full_name in names.items():
         short = re.sub(layout.prefix, "", name) if layout.prefix else name
-        found = next(
+        hit = next(
             (
                 (m, entry, n)
                 for pattern, entry, n in _patterns(layout.name)
@@ -121,14 +121,14 @@ def load_vit(
             ),
             None,
         )
-        if found is None:
+        if hit is None:
             what = next(
                 (text for pattern, text in layout.unused.items() if re.search(pattern, short)), None
             )
             unused.update([what] if what else [])
             unknown += [] if what else [name]
             continue
-        match, entry, n = found
+        match, entry, n = hit
         layer = int(match[1]) if entry.stacked else 0
         entries[entry.ours] = entry
         gathered.setdefault(entry.ours, {}).setdefault(layer, {})[n] = tensor_files.weights(

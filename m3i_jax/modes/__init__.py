@@ -212,6 +212,6 @@ def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:
     for key, weights in paths.items():
         if weights and not os.path.exists(weights):
             raise UserError(
-                f"config.{key}: {weights!r} does not exist; give the workdir of a run, or a file of"
+                f"config.{key}: there is no {weights!r}; give the workdir of a run, or a file of"
                 " weights"
             )

@@ -24,10 +24,10 @@ def run(config: schema.Config, *, workdir: str) -> int:
         shown_records = base.read_items(job.train, data.record[: len(batch["label"])].tolist())
     finally:
         data.close()
-    patches_of = jax.jit(lambda b: views.augmented_patches(job.config, b, (0, 1)))(batch)
+    made = jax.jit(lambda b: views.augmented_patches(job.config, b, (0, 1)))(batch)
     shown = {
         crop: unnormalize.patches_to_images(job.config, np.asarray(patches, np.float32))
-        for crop, patches in patches_of.items()
+        for crop, patches in made.items()
     }
     # with the colour augmentation of the device
     batch["views"] = np.stack([shown[0], shown[1]], 1)
@@ -35,22 +35,22 @@ def run(config: schema.Config, *, workdir: str) -> int:
     blended = next((read for read in passes if read.blended), None)
     inputs = None
     if blended:
-        patches = jax.jit(
+        seen = jax.jit(
             lambda b, x: views.encoder_input(job.config, blended, 0, b, {blended.crop: x})[
                 "patches"
             ]
-        )(batch, patches_of[blended.crop])
-        inputs = unnormalize.patches_to_images(job.config, np.asarray(patches, np.float32))
+        )(batch, made[blended.crop])
+        inputs = unnormalize.patches_to_images(job.config, np.asarray(seen, np.float32))
     captions = unnormalize.decode_captions(job, batch)
     originals = [
         decode.decode_image(record.image, background=config.data.background)
         for record in shown_records
     ]
     path = job.workdir / "preview.png"
-    show = {"input view": True, "target view": 1 in plan.build_plan(job.config).crops}
-    show["mask"] = any(read.masked or read.mixed for read in passes)
-    show["mixed input"] = any(read.mixed for read in passes)
-    columns = [name for name in preview_sheet.COLUMNS if show[name]]
+    asked = {"input view": True, "target view": 1 in plan.build_plan(job.config).crops}
+    asked["mask"] = any(read.masked or read.mixed for read in passes)
+    asked["mixed input"] = any(read.mixed for read in passes)
+    columns = [name for name in preview_sheet.COLUMNS if asked[name]]
     preview_sheet.write_preview(
         path,
         batch,

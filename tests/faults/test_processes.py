@@ -187,7 +187,7 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: pathlib.Path)
         assert holder.stdout and holder.stdout.readline() == "held\n"
         with (
             pytest.raises(
-                UserError, match=f"another run \\(process {holder.pid}\\) is working there"
+                UserError, match=f"is used by another run \\(process {holder.pid}\\)"
             ),
             setup.lock_workdir(tmp_path),
         ):

@@ -41,5 +41,5 @@ def test_rows_for_cls_come_and_go() -> None:
     np.testing.assert_array_equal(
         position_tables.resize_position_table(table[:, 1:], 3, cls=True)[:, 0], np.zeros((1, 4))
     )
-    with pytest.raises(ValueError, match="no square grid"):
+    with pytest.raises(ValueError, match="not that of a square grid"):
         position_tables.table_grid(7)

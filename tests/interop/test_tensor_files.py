@@ -70,7 +70,7 @@ def test_npz_is_read_by_its_headers_and_never_unpickled(tmp_path: pathlib.Path) 
         for name, array in table.items()
     )
     np.savez(tmp_path / "objects.npz", x=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(UserError, match="not unpickled"):
+    with pytest.raises(UserError, match="never unpickled"):
         tensor_files.read_tensors(tmp_path / "objects.npz")
 
 
@@ -89,7 +89,7 @@ def test_a_directory_of_hugging_face_in_one_file_and_in_several(tmp_path: pathli
     (several / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "../one/model.safetensors"}})
     )
-    with pytest.raises(UserError, match="not to be trusted"):
+    with pytest.raises(UserError, match="do not trust this directory"):
         tensor_files.read_tensors(several)
 
 
@@ -103,10 +103,10 @@ def test_a_directory_of_hugging_face_in_one_file_and_in_several(tmp_path: pathli
             "a.safetensors",
             struct.pack("<Q", 70)
             + b'{"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}'.ljust(70),
-            "should lie at",
+            "x has the offsets 0 to 16",
         ),
         ("a.npz", b"PK", "cannot be read as .npz"),
-        ("a.txt", b"", "no file of weights"),
+        ("a.txt", b"", "unknown kind of file"),
     ],
 )
 def test_a_broken_file_is_one_line(
@@ -126,7 +126,7 @@ def test_nothing_there_and_an_empty_directory(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_file_gets_its_name_when_it_is_whole(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match="cannot hold"):
+    with pytest.raises(ValueError, match="does not support"):
         tensor_files.write_safetensors(tmp_path / "a.safetensors", {"x": np.zeros(3, np.complex64)})
     with pytest.raises(ZeroDivisionError), tensor_files.atomic_replace(tmp_path / "b") as file:
         file.write(b"half")

@@ -222,7 +222,7 @@ def test_what_is_refused() -> None:
         if "layer.1.attention.attention.key.bias" not in n
     }
     for table, words in (
-        ({"fc.weight": np.zeros(3)}, ("no layout", "fc.weight", "timm")),
+        ({"fc.weight": np.zeros(3)}, ("no known layout", "fc.weight", "timm")),
         (without, ("blocks.0.mlp.fc2.bias is missing",)),
         (query, ("encoder.layer.1.attention.attention.key.bias is missing",)),
         (ragged, ("blocks.{l}.norm1.bias differs in shape",)),
@@ -234,7 +234,7 @@ def test_what_is_refused() -> None:
         )
     with pytest.raises(
         UserError,
-        match="encoder/norm/scales has no name in the layout timm; nearest is encoder/norm/scale",
+        match="encoder/norm/scales has no name in the layout timm; the nearest are encoder/norm/scale",
     ):
         vit_weights.store_vit({"encoder/norm/scales": np.ones(3)}, "timm", heads=1)
 

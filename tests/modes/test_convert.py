@@ -54,7 +54,7 @@ def test_records_are_kept_byte_for_byte_and_a_second_run_makes_nothing(pictures,
     shards[1].unlink()
     (tmp_path / "pictures-00001-of-00003.array_record.123.part").write_bytes(b"left over")
     assert mode.run(config(pictures, 1), workdir=str(tmp_path)) == 0
-    assert "2 of 3 shards are there already" in capsys.readouterr().out
+    assert "2 of 3 shards are already complete" in capsys.readouterr().out
     after = [(path.read_bytes(), path.stat().st_mtime_ns) for path in shards]
     assert after[0] == before[0] and after[2] == before[2] and after[1][1] > before[1][1]
     assert not list(tmp_path.glob("*.part"))

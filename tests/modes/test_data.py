@@ -173,7 +173,7 @@ def test_the_page_stands_alone(told):
     ]
     assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]*", "", page).replace("http-equiv", "")
     # examples, and two of each of two duplicates
-    assert sum(tag == "img" for tag, _ in seen.tags) == data.PICTURES + 4
+    assert sum(tag == "img" for tag, _ in seen.tags) == data.EXAMPLES + 4
     assert "<script>alert(1)</script>" in seen.feed_text and "b/copy<i>.png" in seen.feed_text
     assert f"{report['source']['records']:,}" in seen.feed_text and ("name", "viewport") in {
         x for _, a in seen.tags for x in a.items()

@@ -169,7 +169,7 @@ def test_stablehlo_runs_in_a_fresh_process_for_any_batch(
 ) -> None:
     pytest.importorskip("flatbuffers")
     place = exported(run[0], "stablehlo")
-    assert "pictures [b, 32, 32, 3] as float32 [b, 24], for cpu" in capsys.readouterr().out
+    assert "images [b, 32, 32, 3] as float32 [b, 24], for cpu" in capsys.readouterr().out
     seen = json.loads((place / "preprocessing.json").read_text())
     assert (seen["image_size"], seen["short_side"], seen["crop"], seen["resample"]) == (
         32,
@@ -229,7 +229,7 @@ def test_what_is_refused(
 ) -> None:
     saved.run(tmp_path, toy.settings(**{f"{ENCODER}cls_token": "false", "objective__forms": "mim"}))
     for arguments, words in (
-        ([f"--workdir={run[0]}"], "--format: is missing; timm, hf"),
+        ([f"--workdir={run[0]}"], "--format: is missing; give one of timm, hf"),
         ([f"--workdir={run[0]}", "--format=onnx"], "--format: 'onnx' is none of timm"),
         ([f"--workdir={tmp_path / 'x'}", "--format=timm"], "has no config.txt"),
         ([f"--workdir={tmp_path}", "--format=hf"], "always have a cls token"),

@@ -190,7 +190,7 @@ def test_what_is_refused(
         (["--workdir", str(tmp_path), "--out=x.npz"], "has no config.txt"),
         (
             ["--config", "configs/quickstart.py", "--workdir", str(tmp_path), "--out=x.npz"],
-            "has no run; name one, or weights by",
+            "has no run; give one, or weights by",
         ),
     ):
         assert command.main(["--mode=features", *arguments]) == 2
