@@ -37,7 +37,9 @@ def started(config):
         {"model__scan": "true"},
     ],
 )
-def test_the_last_block_makes_of_these_weights_what_it_makes(changes: dict) -> None:
+def test_the_last_block_computed_with_the_shown_weights_gives_the_encoder_output(
+    changes: dict,
+) -> None:
     """The block by hand, with the weights that are shown, gives the encoder's own output."""
     config = toy.settings(**SETTINGS, **changes)
     e, params = config.model.encoder, started(config)
@@ -74,7 +76,7 @@ def test_the_last_block_makes_of_these_weights_what_it_makes(changes: dict) -> N
     )
 
 
-def test_the_pooling_reads_what_its_weights_say() -> None:
+def test_the_pooled_vector_is_the_weighted_mean_of_the_values() -> None:
     """With the projections of the values taken apart, the pooled vector is their mean under the
     weights of each head."""
     config = toy.settings(**SETTINGS)
@@ -99,7 +101,7 @@ def test_the_pooling_reads_what_its_weights_say() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, pytest.param(toy.INTERN, marks=pytest.mark.slow)])
-def test_maps_on_a_mesh_are_those_of_one_device(changes: dict) -> None:
+def test_maps_on_a_mesh_equal_those_of_one_device(changes: dict) -> None:
     """Sharded rows and weights, a last batch that is not full, and only valid rows; an InternImage
     has no attention of its own."""
     config = toy.settings(**{**changes, **SETTINGS, "model__encoder__width": 64})

@@ -17,7 +17,7 @@ def settings(**more: object):
     return toy.settings(data__image_size=16, model__encoder__depth=1, data__classes=2, **more)
 
 
-def test_it_finds_the_one_token_that_matters() -> None:
+def test_the_probe_uses_the_one_informative_token() -> None:
     """The class is the sign of one token's second channel, that token being marked by the first;
     the other tokens cancel the mean."""
     config = settings(
@@ -43,7 +43,7 @@ def test_it_finds_the_one_token_that_matters() -> None:
     assert right.mean() > 0.9
 
 
-def test_the_measure_reads_both_sources_and_counts_what_is_labelled() -> None:
+def test_the_metric_reads_both_sources_and_counts_labelled_images() -> None:
     """Dark and light images, some without a label, in batches whose end is not valid."""
     config = settings(evaluate__attentive_epochs=6, evaluate__attentive_lr=3e-3)
     mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])

@@ -11,7 +11,7 @@ from m3i_jax.objective.terms import FORMS
 from tests import toy
 
 
-def test_ranks_are_those_of_a_sort() -> None:
+def test_ranks_equal_those_of_a_sort() -> None:
     r = np.random.default_rng(0)
     logits, label = r.normal(size=(50, 9)), r.integers(0, 9, 50)
     order = np.argsort(-logits, axis=1)
@@ -20,7 +20,7 @@ def test_ranks_are_those_of_a_sort() -> None:
     ]
 
 
-def test_a_tie_or_no_number_is_no_hit() -> None:
+def test_a_tie_or_nan_is_not_a_hit() -> None:
     assert category_head.top_k_hits(np.zeros((2, 3)), np.array([0, 2])).tolist() == [2, 2]
     assert category_head.top_k_hits(
         np.array([[np.nan, 0.0], [np.nan, 0.0]]), np.array([0, 1])
@@ -28,7 +28,7 @@ def test_a_tie_or_no_number_is_no_hit() -> None:
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])
-def test_the_measure_is_the_head_on_raw_features(norm: str) -> None:
+def test_the_metric_applies_the_head_to_raw_features(norm: str) -> None:
     """Not on normalised ones; with batch norm, by the mean and variance of the index."""
     config = toy.settings(
         data__classes=7,

@@ -71,7 +71,7 @@ def test_features_are_the_normalised_mean_of_the_patch_tokens(cls_token: bool) -
     np.testing.assert_allclose(got, mean / np.linalg.norm(mean, axis=1, keepdims=True), atol=2e-5)
 
 
-def test_features_have_norm_one_and_labels_their_order() -> None:
+def test_features_have_norm_one_and_labels_keep_their_order() -> None:
     got, labels, records, lengths = everything()
     assert got.shape == (3 * ROWS, 32) and got.dtype == np.float32 and labels.dtype == np.int32
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5)
@@ -98,7 +98,7 @@ def test_invalid_rows_are_dropped_and_the_order_is_kept() -> None:
     assert (records == 7 * labels).all()
 
 
-def test_eight_devices_are_one_device() -> None:
+def test_eight_devices_give_the_features_of_one() -> None:
     mesh = parallel.make_mesh((2, 4, 1))
     seen = []
     extract = feature_extraction.Extractor(settings(), mesh)
@@ -166,7 +166,7 @@ def made_of(name: str, label: int = 0) -> feature_extraction.FeatureSpec:
     )
 
 
-def test_measures_share_what_is_extracted_and_read_nothing_else() -> None:
+def test_metrics_share_features_and_no_other_set_is_extracted() -> None:
     asked = []
 
     def a_set(name: str, skipped: dict[str, int]) -> feature_extraction.ImageSet:
@@ -195,7 +195,7 @@ def test_measures_share_what_is_extracted_and_read_nothing_else() -> None:
     assert asked == 2 * [("queries", "online"), ("index", "online")]
 
 
-def test_the_evaluator_asks_the_encoder_that_is_configured() -> None:
+def test_the_configured_encoder_is_evaluated() -> None:
     config = toy.settings(evaluate__encoder="ema")
     target = types.SimpleNamespace(params={"encoder": "average"})
     state, asked = (
@@ -211,7 +211,7 @@ def test_the_evaluator_asks_the_encoder_that_is_configured() -> None:
     ]
 
 
-def test_a_set_reads_fresh_batches_and_tells_what_it_could_not_read() -> None:
+def test_an_image_set_reads_fresh_batches_and_counts_skipped_images() -> None:
     class Batches(list):
         skipped = {"small": 1}
 

@@ -52,7 +52,7 @@ def share(votes: np.ndarray, label: np.ndarray, top: int) -> float:
 @pytest.mark.parametrize(
     ("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.5), (60, 1.0), (59, 0.02)]
 )
-def test_votes_and_accuracy_are_those_of_a_loop(classes: int, k: int, temperature: float) -> None:
+def test_votes_and_accuracy_equal_a_numpy_loop(classes: int, k: int, temperature: float) -> None:
     queries, index = data(classes)
     wanted = brute(queries, index, k=k, classes=classes, temperature=temperature)
     got = np.asarray(
@@ -73,7 +73,7 @@ def test_top5_only_where_there_are_more_than_five(classes: int, names: list[str]
     assert [name for name, _ in knn.knn_accuracy(*data(classes), k=3, temperature=0.1)] == names
 
 
-def test_weights_decide_against_a_majority() -> None:
+def test_votes_are_weighted_by_similarity() -> None:
     """One neighbour at cosine 1 against two at 0.6: near at low temperature, many at high."""
     queries = np.array([[1, 0]], np.float32), np.array([0])
     index = np.array([[1, 0], [0.6, 0.8], [0.6, -0.8]], np.float32), np.array([0, 1, 1])
@@ -91,7 +91,7 @@ def test_a_very_low_temperature_is_the_nearest_neighbour() -> None:
     assert dict(knn.knn_accuracy(queries, index, k=2, temperature=1e-3)) == {"top1": 1.0}
 
 
-def test_k_beyond_the_index_is_the_whole_index() -> None:
+def test_k_is_limited_to_the_size_of_the_index() -> None:
     queries, index = data(4, index=7)
     assert list(knn.knn_accuracy(queries, index, k=1000, temperature=0.1)) == list(
         knn.knn_accuracy(queries, index, k=7, temperature=0.1)
@@ -117,7 +117,7 @@ def test_without_any_label_there_is_no_accuracy() -> None:
     )
 
 
-def test_the_measure_is_the_accuracy_with_the_settings() -> None:
+def test_the_metric_uses_the_settings() -> None:
     queries, index = data(8)
     config = dataclasses.replace(schema.Config(), evaluate=schema.Evaluate(k=4, temperature=0.3))
     sets = {

@@ -62,7 +62,7 @@ def reference(
 
 
 @pytest.mark.parametrize("batch", [16, 16_384])
-def test_the_probe_is_its_recipe(batch: int) -> None:
+def test_the_probe_equals_a_numpy_implementation(batch: int) -> None:
     x, label = data(50)
     settings = {"lr": 3000.0, "epochs": 6, "warmup": 2, "batch": batch, "seed": 4}
     made = linear_probe.fit_linear_probe(x, label, 3, **settings)
@@ -92,7 +92,7 @@ def test_the_probe_learns_and_polls() -> None:
     assert list(linear_probe.linear_probe_accuracy((q, np.full(200, -1)), (x, label))) == []
 
 
-def test_the_measure_probes_raw_features() -> None:
+def test_the_metric_uses_raw_features() -> None:
     (x, label), (q, q_label) = data(60), data(30, seed=2)
     found = {}
     for name, raw, its in (("index", x, label), ("queries", q, q_label)):

@@ -42,7 +42,7 @@ def pictures() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
 
 
-def test_a_run_gives_what_its_parts_compute(run, pictures: np.ndarray) -> None:
+def test_features_of_a_run_equal_those_of_its_parts(run, pictures: np.ndarray) -> None:
     workdir, params, average = run
     config = toy.settings()
     normal = (pictures / 255 - np.array(config.data.augment.mean)) / np.array(
@@ -71,7 +71,7 @@ def test_a_run_gives_what_its_parts_compute(run, pictures: np.ndarray) -> None:
         assert all(a.dtype == np.float32 and len(a) == 5 for a in got.values())
 
 
-def test_pictures_are_seen_as_in_evaluation(run) -> None:
+def test_preprocessing_equals_that_of_evaluation(run) -> None:
     """Of any size, the model's too: what `evaluation_batches` cuts out of the same record."""
     workdir, _, _ = run
     smooth = lambda h, w: (
@@ -99,7 +99,7 @@ def test_pictures_are_seen_as_in_evaluation(run) -> None:
     np.testing.assert_allclose(views, expected, atol=1e-5)
 
 
-def test_types_and_numbers_of_pictures(run, pictures: np.ndarray) -> None:
+def test_types_and_counts_of_images(run, pictures: np.ndarray) -> None:
     model = load.load(run[0], pool="mean")
     whole = model.features(pictures, ready=True)
     for same, expected in (
@@ -119,7 +119,9 @@ def test_types_and_numbers_of_pictures(run, pictures: np.ndarray) -> None:
     with pytest.raises(ValueError, match="a view has shape"):
         model.features(np.zeros((40, 32, 3), np.uint8), ready=True)
     huge = dataclasses.replace(model, params=jax.tree.map(lambda leaf: 1e30 * leaf, model.params))
-    with pytest.raises(ValueError, match="features of 5 images are not finite, the first is image 0"):
+    with pytest.raises(
+        ValueError, match="features of 5 images are not finite, the first is image 0"
+    ):
         huge.features(pictures)
     refused = [
         (pictures[..., :1], "must be"),
@@ -238,7 +240,7 @@ def test_recipes_start_from_a_published_intern_image(recipe: str, tmp_path: path
     ] and "set otherwise" not in " ".join(lines)
 
 
-def test_what_is_refused(run, tmp_path: pathlib.Path) -> None:
+def test_refusals(run, tmp_path: pathlib.Path) -> None:
     tensor_files.write_safetensors(
         tmp_path / "timm.safetensors", weights(ENCODERS["timm"], **SIZES)
     )

@@ -35,7 +35,7 @@ def objective(
 
 
 @pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
-def test_the_fit_is_the_minimum_that_scipy_finds(l2: float) -> None:
+def test_the_fit_is_the_minimum_of_scipy(l2: float) -> None:
     x, label = data()
     (x,) = logistic_regression.standardize_features(x)
     weight = np.where(np.arange(len(x)) % 3, 1.0, 0.0)
@@ -59,14 +59,14 @@ def test_the_fit_is_the_minimum_that_scipy_finds(l2: float) -> None:
     )
 
 
-def test_all_weight_decays_share_one_program() -> None:
+def test_all_weight_decays_share_one_compilation() -> None:
     x, label = data(3, rows=40)
     logistic_regression.fit_logistic.clear_cache()
     dict(logistic_regression.logistic_accuracy((x[:10], label[:10]), (x, label)))
     assert logistic_regression.fit_logistic._cache_size() == 1
 
 
-def test_accuracy_is_that_of_the_classifier_with_the_best_decay_on_a_fifth() -> None:
+def test_the_weight_decay_is_chosen_on_a_fifth_of_the_index() -> None:
     """Every step in scipy and numpy: the split, the sweep, the fit to everything, the queries."""
     (x, label), (q, q_label) = data(6, rows=120, noise=1.5), data(6, rows=70, noise=1.5, seed=1)
     got = dict(logistic_regression.logistic_accuracy((q, q_label), (x, label)))
@@ -98,7 +98,7 @@ def test_accuracy_is_that_of_the_classifier_with_the_best_decay_on_a_fifth() -> 
     assert got["top1"] > 1.5 / 6
 
 
-def test_features_that_do_not_vary_say_nothing() -> None:
+def test_constant_features_become_zero() -> None:
     x = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
     x[:, 1] = 7.25 + 1e-7 * np.arange(50)
     first, other = logistic_regression.standardize_features(x, 2 * x)
@@ -106,7 +106,7 @@ def test_features_that_do_not_vary_say_nothing() -> None:
     assert (other[:, 1] == 0).all() and np.isfinite(other).all()
 
 
-def test_rows_without_a_label_are_left_out_and_few_give_nothing() -> None:
+def test_rows_without_a_label_are_left_out_and_too_few_yield_no_metric() -> None:
     (x, label), (q, q_label) = data(3, rows=40), data(3, rows=20, seed=1)
     wanted = list(
         logistic_regression.logistic_accuracy((q[::2], q_label[::2]), (x[::2], label[::2]))

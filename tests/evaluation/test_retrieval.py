@@ -58,7 +58,7 @@ def brute(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> dict[str,
 @pytest.mark.parametrize(
     ("pictures", "captions", "chunk"), [(40, 40, 1024), (43, 17, 10), (30, 1, 7), (12, 9, 12)]
 )
-def test_recall_is_that_of_a_loop(pictures: int, captions: int, chunk: int) -> None:
+def test_recall_equals_a_numpy_loop(pictures: int, captions: int, chunk: int) -> None:
     made = embeddings(pictures, captions)
     got = dict(retrieval.recall_at(*made, chunk=chunk))
     assert got == pytest.approx(brute(*made)) and len(got) == 6
@@ -66,12 +66,12 @@ def test_recall_is_that_of_a_loop(pictures: int, captions: int, chunk: int) -> N
         assert 0 < got["text_to_image/r1"] < got["text_to_image/r5"] < got["text_to_image/r10"] < 1
 
 
-def test_a_collapsed_model_finds_nothing() -> None:
+def test_a_collapsed_model_has_no_recall() -> None:
     same = np.full((20, 4), 0.5, np.float32)
     assert set(dict(retrieval.recall_at(same, same[:18], np.arange(20) % 18)).values()) == {0.0}
 
 
-def test_any_picture_of_an_equal_caption_is_right() -> None:
+def test_every_image_with_an_equal_caption_is_right() -> None:
     """Both images of caption 0 are asked for by it; the nearer one is a hit, though it belongs to
     another record."""
     images = np.array([[0, 1], [1, 0], [0.8, 0.6]], np.float32)
@@ -102,7 +102,9 @@ class Source(list):
         return self[index].caption
 
 
-def test_the_measure_embeds_what_the_model_would(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_metric_embeds_images_and_captions_with_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Records in an order of their own, two without a caption, two pairs of equal ones; batches of
     four leave a remainder."""
     config = toy.settings(objective__forms="clip")
@@ -179,7 +181,7 @@ def test_without_captions_there_is_no_retrieval() -> None:
     )
 
 
-def test_a_caption_that_vanishes_counts_as_none_where_it_may(tmp_path: pathlib.Path) -> None:
+def test_a_missing_caption_counts_as_none_with_data_missing_replace(tmp_path: pathlib.Path) -> None:
     """Its file is removed after the source was opened: what is measured is what an image without a
     caption gives, and it is counted."""
     config = toy.settings(objective__forms="clip")

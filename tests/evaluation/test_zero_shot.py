@@ -10,7 +10,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, zero_shot
 
 
-def test_the_published_sets() -> None:
+def test_the_published_template_sets() -> None:
     assert len(zero_shot.SEVEN) == 7 and len(set(zero_shot.EIGHTY)) == len(zero_shot.EIGHTY) == 80
     assert set(zero_shot.SEVEN) < set(zero_shot.EIGHTY)
     assert all(
@@ -29,8 +29,8 @@ def test_the_published_sets() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("mine.txt", "# remarks\na {}.\n\nthe {} there\n"),
-        ("mine.json", '["a {}.", "the {} there"]'),
+        ("images.txt", "# remarks\na {}.\n\nthe {} there\n"),
+        ("images.json", '["a {}.", "the {} there"]'),
     ],
 )
 def test_templates_of_a_file(name: str, text: str, tmp_path: pathlib.Path) -> None:
@@ -45,11 +45,11 @@ def test_templates_of_a_file(name: str, text: str, tmp_path: pathlib.Path) -> No
         ("a.txt", "{} and {}\n", "does not have one"),
         ("a.txt", "\n", "it has no templates"),
         ("a.json", "{", "cannot be read"),
-        ("a.json", '{"a": 1}', "holds no list"),
-        ("", "", "there is no such file"),
+        ("a.json", '{"a": 1}', "is not a list of texts"),
+        ("", "", "and no file; give one of these"),
     ],
 )
-def test_templates_that_cannot_be_used(
+def test_invalid_templates_are_refused(
     name: str, text: str, told: str, tmp_path: pathlib.Path
 ) -> None:
     place = tmp_path / (name or "absent.txt")
@@ -85,7 +85,7 @@ class Embedder:
         return x
 
 
-def test_the_measure_asks_every_prompt_once_and_leaves_out_the_unlabelled(
+def test_the_metric_embeds_every_prompt_once_and_leaves_out_unlabelled_images(
     tmp_path: pathlib.Path,
 ) -> None:
     (tmp_path / "one.txt").write_text("a {} in a video game.\n")  # one of the seven too
@@ -118,7 +118,7 @@ def test_the_measure_asks_every_prompt_once_and_leaves_out_the_unlabelled(
         assert got[f"eval/zero_shot/{name}/top1"] == pytest.approx(right.mean())
 
 
-def test_probabilities_are_those_of_the_temperature() -> None:
+def test_probabilities_use_the_temperature_of_the_model() -> None:
     said = zero_shot.ClassPrompts(Embedder(), ["hot_dog", "cat", "owl"], ("80", "7"))
     context = feature_extraction.EvalContext(
         {}, {"logit_scale": np.float32(np.log(20.0))}, lambda: None

@@ -51,7 +51,7 @@ def shapes_of(tree):
 
 
 @pytest.mark.parametrize("kind", [pytest.param("t", marks=pytest.mark.slow), "l", "h"])
-def test_loaded_weights_compute_what_they_did(kind):
+def test_loaded_weights_give_the_published_outputs(kind):
     images = np.random.default_rng(1).normal(size=(2, *SIZES[kind], 3)).astype(np.float32)
     state = published.weights(NETS[kind])
     theirs = published.Run(NETS[kind], state, images)
@@ -74,7 +74,7 @@ def test_loaded_weights_compute_what_they_did(kind):
 
 @pytest.mark.parametrize("hugging_face", (False, True))
 @pytest.mark.parametrize("kind", NETS)
-def test_there_and_back_is_the_same_file(kind, hugging_face):
+def test_a_round_trip_gives_the_same_file(kind, hugging_face):
     state = {
         name: array
         for name, array in published.weights(NETS[kind]).items()
@@ -167,7 +167,7 @@ def test_full_size_names_shapes_and_counts(kind):
 
 @pytest.mark.parametrize("fused", (0, 64))
 @pytest.mark.parametrize("name", intern_image.PRESETS)
-def test_a_preset_is_known_by_its_shapes_alone(name, fused):
+def test_a_preset_is_recognised_by_its_shapes(name, fused):
     net = dataclasses.replace(intern_image.PRESETS[name], fused=fused)
     leaves = jax.tree_util.tree_leaves_with_path(
         intern_image.shapes(net), is_leaf=lambda node: isinstance(node, tuple)
@@ -188,7 +188,7 @@ def test_a_preset_is_known_by_its_shapes_alone(name, fused):
     )
 
 
-def test_the_learned_fill_has_no_place_in_a_published_file():
+def test_the_mask_token_is_not_in_a_published_file():
     state = {
         name: array
         for name, array in published.weights(NETS["t"]).items()

@@ -45,7 +45,7 @@ def test_safetensors_keep_every_bit(tmp_path: pathlib.Path) -> None:
     )
 
 
-def test_the_library_of_the_format_agrees(tmp_path: pathlib.Path) -> None:
+def test_files_equal_those_of_the_safetensors_library(tmp_path: pathlib.Path) -> None:
     library = pytest.importorskip("safetensors.numpy")
     plain = {
         name: np.ascontiguousarray(array).reshape(array.shape)
@@ -74,7 +74,7 @@ def test_npz_is_read_by_its_headers_and_never_unpickled(tmp_path: pathlib.Path) 
         tensor_files.read_tensors(tmp_path / "objects.npz")
 
 
-def test_a_directory_of_hugging_face_in_one_file_and_in_several(tmp_path: pathlib.Path) -> None:
+def test_a_hugging_face_directory_with_one_or_several_files(tmp_path: pathlib.Path) -> None:
     one, several = tmp_path / "one", tmp_path / "several"
     tensor_files.write_safetensors(one / "model.safetensors", TABLE)
     check(tensor_files.read_tensors(one))
@@ -109,7 +109,7 @@ def test_a_directory_of_hugging_face_in_one_file_and_in_several(tmp_path: pathli
         ("a.txt", b"", "unknown kind of file"),
     ],
 )
-def test_a_broken_file_is_one_line(
+def test_a_damaged_file_is_refused_in_one_line(
     tmp_path: pathlib.Path, name: str, content: bytes, words: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -118,14 +118,14 @@ def test_a_broken_file_is_one_line(
     assert words in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
 
 
-def test_nothing_there_and_an_empty_directory(tmp_path: pathlib.Path) -> None:
+def test_a_missing_file_and_an_empty_directory_are_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         tensor_files.read_tensors(tmp_path / "x.npz")
     with pytest.raises(UserError, match="neither checkpoints/ of a run nor model.safetensors"):
         tensor_files.read_tensors(tmp_path)
 
 
-def test_a_file_gets_its_name_when_it_is_whole(tmp_path: pathlib.Path) -> None:
+def test_files_are_written_atomically(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="does not support"):
         tensor_files.write_safetensors(tmp_path / "a.safetensors", {"x": np.zeros(3, np.complex64)})
     with pytest.raises(ZeroDivisionError), tensor_files.atomic_replace(tmp_path / "b") as file:

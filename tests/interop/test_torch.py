@@ -112,13 +112,13 @@ def with_encoder(config: schema.Config, **changes) -> schema.Config:
      {"pre_norm": True, "act_layer": "quick_gelu"}],
     ids=str,
 )  # fmt: skip
-def test_we_compute_what_timm_does(tmp_path: pathlib.Path, arguments: dict) -> None:
+def test_features_of_timm_weights_equal_timm(tmp_path: pathlib.Path, arguments: dict) -> None:
     if arguments.get("class_token") is False:
         arguments = arguments | {"fc_norm": False}
     from_timm(tmp_path, SMALL | arguments)
 
 
-def test_a_file_of_torchs_own(tmp_path: pathlib.Path) -> None:
+def test_a_pytorch_file(tmp_path: pathlib.Path) -> None:
     from_timm(tmp_path, SMALL, suffix=".pth")
 
 
@@ -148,11 +148,13 @@ def hugging_face(place: pathlib.Path, kind: str, sizes: dict) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ViTModel", "CLIPVisionModel"])
-def test_we_compute_what_transformers_does(tmp_path: pathlib.Path, kind: str) -> None:
+def test_features_of_transformers_weights_equal_transformers(
+    tmp_path: pathlib.Path, kind: str
+) -> None:
     hugging_face(tmp_path, kind, HF)
 
 
-def test_masked_auto_encoders_of_transformers_are_known(tmp_path: pathlib.Path) -> None:
+def test_masked_autoencoders_of_transformers_are_recognised(tmp_path: pathlib.Path) -> None:
     sizes = {
         "decoder_hidden_size": 16,
         "decoder_num_hidden_layers": 1,
@@ -179,7 +181,9 @@ VARIANTS = [{}, {"final_norm": "true"}, {"positions": "learned", "norm_eps": 1e-
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 @pytest.mark.parametrize("library", ["timm", "hf"])
-def test_they_compute_what_we_do(tmp_path: pathlib.Path, library: str, changes: dict) -> None:
+def test_exported_weights_give_equal_features(
+    tmp_path: pathlib.Path, library: str, changes: dict
+) -> None:
     both_ways(tmp_path, library, random_encoder(tmp_path / "run", **changes))
 
 
@@ -211,7 +215,7 @@ def test_timms_own_loader_reads_our_npz(tmp_path: pathlib.Path) -> None:
     close(mine.features(raw, ready=True), model.forward_features(normal(mine, raw)))
 
 
-def test_the_tables_of_names_are_theirs(tmp_path: pathlib.Path) -> None:
+def test_the_tables_of_names_equal_the_libraries(tmp_path: pathlib.Path) -> None:
     model = timm.create_model("vit_base_patch16_224", num_classes=10, **SMALL)
     real = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     assert real == shapes(f"{ENCODERS['timm']} | {OTHERS['timm']}", **SIZES)
@@ -231,14 +235,14 @@ def test_the_tables_of_names_are_theirs(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("library", ["timm", "ViTModel", "CLIPVisionModel"])
-def test_vit_base_as_they_compute_it(tmp_path: pathlib.Path, library: str) -> None:
+def test_vit_base_of_the_libraries(tmp_path: pathlib.Path, library: str) -> None:
     from_timm(tmp_path, BASE) if library == "timm" else hugging_face(tmp_path, library, HF_BASE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("library", ["timm", "hf"])
 @pytest.mark.parametrize("final_norm", ["false", "true"])
-def test_vit_base_as_we_compute_it(tmp_path: pathlib.Path, library: str, final_norm: str) -> None:
+def test_exported_vit_base(tmp_path: pathlib.Path, library: str, final_norm: str) -> None:
     sizes = {"width": 768, "patch_size": 16, "depth": 12, "heads": 12, "final_norm": final_norm}
     config = toy.settings(
         data__image_size=224,

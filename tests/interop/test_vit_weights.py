@@ -31,7 +31,7 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("layout", ENCODERS)
-def test_every_bit_goes_both_ways(layout: str) -> None:
+def test_a_round_trip_keeps_every_bit(layout: str) -> None:
     theirs = weights(ENCODERS[layout], **TINY)
     others = weights(OTHERS[layout], 1, **TINY) | (
         weights(SIAMESE_DECODER, 2, **TINY) if layout == "siamese_im" else {}
@@ -49,7 +49,7 @@ def test_every_bit_goes_both_ways(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ENCODERS)
-def test_from_one_layout_into_every_other_and_back(layout: str) -> None:
+def test_conversion_between_layouts_keeps_every_bit(layout: str) -> None:
     """A file of one project becomes a file of another and comes back with every bit; with CLIP,
     which has no bias of the patch embedding, where that is zero."""
     theirs = weights(ENCODERS["timm"], **TINY) | (
@@ -59,7 +59,7 @@ def test_from_one_layout_into_every_other_and_back(layout: str) -> None:
     same(vit_weights.store_vit(vit_weights.load_vit(between).arrays, "timm", heads=2), theirs)
 
 
-def test_values_land_where_they_mean_the_same() -> None:
+def test_converted_weights_compute_the_same() -> None:
     """Against the definitions: a linear layer is x W' + b there and x W + b here; a patch embedding
     is a convolution; [q | k | v]."""
     r = np.random.default_rng(0)
@@ -97,7 +97,7 @@ def test_values_land_where_they_mean_the_same() -> None:
     )
 
 
-def test_the_momentum_copy_of_siamese_im_is_the_other_encoder() -> None:
+def test_the_momentum_copy_of_siamese_im() -> None:
     theirs = weights(
         ENCODERS["siamese_im"] + "|" + OTHERS["siamese_im"] + "|" + SIAMESE_DECODER, **TINY
     )
@@ -121,7 +121,7 @@ def test_the_momentum_copy_of_siamese_im_is_the_other_encoder() -> None:
         vit_weights.load_vit(weights(ENCODERS["timm"], **TINY), momentum=True)
 
 
-def test_layer_scale_becomes_part_of_the_matrix_before_it() -> None:
+def test_layer_scale_is_multiplied_into_the_preceding_matrix() -> None:
     theirs, r = weights(ENCODERS["timm"], **TINY), np.random.default_rng(3)
     gamma = {
         f"blocks.{layer}.ls{n}.gamma": r.normal(size=16).astype(np.float32)
@@ -141,7 +141,7 @@ def test_layer_scale_becomes_part_of_the_matrix_before_it() -> None:
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_clip_has_no_bias_of_the_patch_embedding_so_ours_moves_into_the_positions() -> None:
+def test_the_patch_embedding_bias_is_added_to_the_positions_for_clip() -> None:
     tree = vit_weights.load_vit(weights(ENCODERS["timm"], **TINY)).arrays
     stored = vit_weights.store_vit(tree, "clip", heads=2)
     assert "embeddings.patch_embedding.bias" not in stored
@@ -152,7 +152,7 @@ def test_clip_has_no_bias_of_the_patch_embedding_so_ours_moves_into_the_position
     np.testing.assert_array_equal(moved[0], 0)
 
 
-def test_prefixes_and_what_files_hold_besides() -> None:
+def test_prefixes_and_unused_arrays() -> None:
     hf = {f"vit.{name}": array for name, array in weights(ENCODERS["hf"], **TINY).items()} | {
         "classifier.weight": np.zeros((3, 16))
     }
@@ -180,7 +180,7 @@ def test_prefixes_and_what_files_hold_besides() -> None:
     ).keys() == {"vit.embeddings.cls_token"}
 
 
-def test_settings_come_from_shapes_and_from_the_json_beside() -> None:
+def test_settings_come_from_shapes_and_config_json() -> None:
     sizes = {"patch_size": 4, "width": 16, "depth": 2, "mlp_ratio": 4.0, "cls_token": True}
     told = vit_weights.load_vit(weights(ENCODERS["google"], **TINY)).settings
     assert (
@@ -212,7 +212,7 @@ def test_settings_come_from_shapes_and_from_the_json_beside() -> None:
     )
 
 
-def test_what_is_refused() -> None:
+def test_refusals() -> None:
     whole = weights(ENCODERS["timm"], **TINY)
     without = {name: array for name, array in whole.items() if name != "blocks.0.mlp.fc2.bias"}
     ragged = {**whole, "blocks.1.norm1.bias": np.zeros(8, np.float32)}
@@ -239,7 +239,7 @@ def test_what_is_refused() -> None:
         vit_weights.store_vit({"encoder/norm/scales": np.ones(3)}, "timm", heads=1)
 
 
-def test_an_intern_image_file_is_seen_as_one() -> None:
+def test_an_intern_image_file_is_recognised() -> None:
     found = vit_weights.load_vit(
         {
             "patch_embed.conv1.weight": np.zeros((32, 3, 3, 3)),
@@ -265,7 +265,7 @@ def test_an_intern_image_file_is_seen_as_one() -> None:
         vit_weights.load_vit({"patch_embed.conv1.weight": np.zeros((32, 3, 3, 3))}, momentum=True)
 
 
-def test_the_first_layout_that_knows_a_name_is_the_right_one() -> None:
+def test_the_first_matching_layout_is_used() -> None:
     for name, text in ENCODERS.items():
         extra = SIAMESE_DECODER if name == "siamese_im" else OTHERS[name]
         found = vit_layouts.layout_of(weights(text + "|" + extra, **TINY))

@@ -58,9 +58,7 @@ def names(ran: list[jobs.Setup]) -> list[str]:
     return [job.workdir.name for job in ran]
 
 
-def test_every_form_and_seed_is_a_run_with_the_same_settings_otherwise(
-    ran, tmp_path, capsys
-) -> None:
+def test_every_form_and_seed_is_a_run_with_common_settings(ran, tmp_path, capsys) -> None:
     assert compare.run(settings(seed=5), workdir=str(tmp_path), allow_changes=False) == 0
     assert names(ran) == ["mim-5", "mim-6", "mae+clip-5", "mae+clip-6"]
     assert [job.config.objective.forms for job in ran] == [("mim",)] * 2 + [("mae", "clip")] * 2
@@ -83,7 +81,7 @@ def test_every_form_and_seed_is_a_run_with_the_same_settings_otherwise(
     )
 
 
-def test_the_table_has_the_last_figures_with_their_spread(ran, tmp_path) -> None:
+def test_the_table_has_mean_and_deviation_of_the_last_values(ran, tmp_path) -> None:
     compare.run(settings(), workdir=str(tmp_path), allow_changes=False)
     rows = json.loads((tmp_path / "compare.json").read_text())["rows"]
     assert [row["form"] for row in rows] == ["mim", "mae+clip"] and rows[0]["seeds"] == [0, 1]
@@ -103,7 +101,7 @@ def test_the_table_has_the_last_figures_with_their_spread(ran, tmp_path) -> None
     )
 
 
-def test_what_is_done_is_not_run_again_and_what_is_not_is(ran, tmp_path) -> None:
+def test_finished_runs_are_not_repeated(ran, tmp_path) -> None:
     compare.run(settings(compare__forms="mim"), workdir=str(tmp_path), allow_changes=False)
     (tmp_path / "compare" / "mim-1" / "result.json").unlink()
     compare.run(settings(compare__forms="sim,mim"), workdir=str(tmp_path), allow_changes=False)
@@ -119,7 +117,7 @@ def test_a_result_of_other_settings_is_refused(ran, tmp_path) -> None:
     assert len(ran) == 4
 
 
-def test_preemption_passes_through_and_the_table_has_what_was_done(
+def test_preemption_is_returned_and_the_table_has_the_finished_runs(
     ran, tmp_path, monkeypatch
 ) -> None:
     inner = compare.train.pretrain
@@ -172,9 +170,7 @@ def test_a_run_that_is_not_finite_does_not_stop_the_others(
         ({"compare__seeds": 0}, "compare.compare_seeds"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_before_anything_runs(
-    ran, tmp_path, changes, wanted
-) -> None:
+def test_invalid_comparisons_are_refused_before_any_run(ran, tmp_path, changes, wanted) -> None:
     with pytest.raises(UserError, match=wanted.replace("+", r"\+")):
         compare.run(settings(**changes), workdir=str(tmp_path), allow_changes=False)
     assert not ran

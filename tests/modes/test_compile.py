@@ -37,7 +37,7 @@ def here(monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def test_the_state_by_parts_is_the_state() -> None:
+def test_the_parts_of_the_state_sum_to_its_bytes() -> None:
     """Split over (2 replicas, 4 fsdp): what one device holds, against the sum over its arrays."""
     config = toy.settings(model__encoder__width=128)  # wide enough that kernels are worth splitting
     made = trainer.Trainer(config, parallel.make_mesh((2, 4, 1), jax.devices()[:8]), toy.VOCABULARY)
@@ -58,7 +58,7 @@ def test_the_state_by_parts_is_the_state() -> None:
     assert whole / 4 < parts["params"] < whole / 2
 
 
-def test_what_waits_for_the_backward_is_counted_from_shapes() -> None:
+def test_residual_bytes_follow_from_shapes() -> None:
     """`names` keeps two tensors more than `half`: what attention gives, [B, T, D], and the MLP
     before its GELU, [B, T, 4 D]."""
 
@@ -76,14 +76,14 @@ def test_what_waits_for_the_backward_is_counted_from_shapes() -> None:
     assert kept("half") > kept("full") > 0
 
 
-def test_views_and_targets_wait_for_the_other_microbatches() -> None:
+def test_views_and_targets_of_all_microbatches_are_counted() -> None:
     """Of both views of 16 images the 16 cells of 8 x 8 x 3 numbers, and as many features of 32."""
     config = toy.settings(data__captions="no")
     one = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0)
     assert one.looked(trainer.abstract_batch(config)) == 4 * 2 * 16 * 16 * (8 * 8 * 3 + 32)
 
 
-def test_a_program_is_compiled_although_the_cache_has_it(tmp_path) -> None:
+def test_a_cached_program_is_compiled_again(tmp_path) -> None:
     """Also in a process that has used its cache before: JAX asks once whether there is one."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path),
@@ -180,7 +180,7 @@ def test_a_step_for_eight_devices_is_compiled_and_reported(tmp_path, capsys) -> 
         (["--topology=cpu:8", "--mode=show"], "--topology: does not belong to --mode=show"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_2(flags, wanted, tmp_path, capsys) -> None:
+def test_a_mistake_gives_one_line_and_exit_code_2(flags, wanted, tmp_path, capsys) -> None:
     assert command.main([*ARGUMENTS, "--workdir", str(tmp_path), *flags]) == 2
     out, err = capsys.readouterr()
     assert wanted in err and err.count("\n") == 1 and "Traceback" not in out + err
@@ -214,7 +214,7 @@ def fake(limit_units: int):
     return report
 
 
-def test_the_largest_batch_and_suggestions_are_told(tmp_path, capsys, monkeypatch) -> None:
+def test_the_largest_batch_and_suggestions_are_printed(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(mode, "report_program", fake(22))
     monkeypatch.setattr(compile_report, "_costs", lambda report: "")
     base = [*ARGUMENTS, "--workdir", str(tmp_path), "--topology=cpu:8", "--memory=1"]
@@ -234,7 +234,7 @@ def test_the_largest_batch_and_suggestions_are_told(tmp_path, capsys, monkeypatc
 
 
 @pytest.mark.parametrize(("images", "parts"), [(2, ""), (4, "2"), (6, ""), (32, "16")])
-def test_only_parts_that_a_batch_divides_into_are_advised(
+def test_advised_microbatches_divide_the_batch(
     images: int, parts: str, tmp_path, capsys, monkeypatch
 ) -> None:
     """Two megabytes, of which the state is one and every image of a data shard wants another."""
@@ -251,7 +251,7 @@ def test_only_parts_that_a_batch_divides_into_are_advised(
 
 
 @pytest.mark.parametrize(("gib", "told"), [(55, False), (62, True)])
-def test_more_than_the_pool_of_a_card_is_said_whatever_memory_was_given(
+def test_a_need_beyond_the_default_gpu_pool_is_printed(
     gib: int, told: bool, tmp_path, capsys, monkeypatch
 ) -> None:
     """Three quarters of an H100 are 59 GiB."""
@@ -271,7 +271,7 @@ def test_more_than_the_pool_of_a_card_is_said_whatever_memory_was_given(
 
 
 @pytest.mark.slow
-def test_the_command_forces_the_devices_itself(tmp_path) -> None:
+def test_the_command_creates_its_devices(tmp_path) -> None:
     """A process of its own with one device asks for twelve."""
     arguments = [
         sys.executable,
@@ -323,7 +323,7 @@ def test_a_tpu_step_without_a_tpu(tmp_path, capsys) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-def test_the_peak_is_what_a_tpus_compiler_holds_against_its_memory() -> None:
+def test_the_peak_equals_that_of_the_tpu_compiler() -> None:
     """Three towers in scans, at three batches: what the largest would have needed, as the refusal
     says, lies on the line through the peaks of the others, and the second passed although the sum
     of its statistics is more than a chip has."""

@@ -44,7 +44,7 @@ def same(place: pathlib.Path, pictures: pathlib.Path) -> None:
         ) == b.caption
 
 
-def test_records_are_kept_byte_for_byte_and_a_second_run_makes_nothing(pictures, tmp_path, capsys):
+def test_records_are_kept_byte_for_byte_and_a_second_run_writes_nothing(pictures, tmp_path, capsys):
     assert mode.run(config(pictures, 1), workdir=str(tmp_path)) == 0
     same(tmp_path, pictures)
     out, err = capsys.readouterr()
@@ -78,7 +78,7 @@ def test_a_mixture_of_nothing_is_refused(tmp_path):
         mode.run(schema.Config(data=schema.Data(source="mixture")), workdir=str(tmp_path))
 
 
-def test_rows_of_all_shards_are_all_rows():
+def test_the_shards_partition_all_rows():
     for records in (1, 255, 620, 5000, 100_000):
         shards = conversion.shard_count(records)
         assert [
@@ -87,7 +87,7 @@ def test_rows_of_all_shards_are_all_rows():
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_it_goes_on(pictures, tmp_path):
+def test_a_killed_conversion_is_resumed(pictures, tmp_path):
     """Killed with its two processes at work: nothing half-written is taken for a shard, no process
     is left, and the result is the same."""
     command = [

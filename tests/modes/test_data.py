@@ -118,7 +118,7 @@ def test_speed_and_chips(told):
         assert fed == pytest.approx(speed["pipeline"] * speed["cores"] / wants)
 
 
-def test_what_is_computed_twice_is_no_work_of_the_model():
+def test_model_flops_do_not_depend_on_remat():
     plain = data.chips_fed(toy.settings(objective__forms="supervised"), toy.VOCABULARY, 100.0)
     again = toy.settings(
         objective__forms="supervised", model__remat="full", train__microbatches=2, report__mfu=0.5
@@ -130,7 +130,7 @@ def test_what_is_computed_twice_is_no_work_of_the_model():
     )
 
 
-def test_a_file_that_vanishes_is_reported_where_it_may_be(tmp_path):
+def test_a_missing_file_is_reported_with_data_missing_replace(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(broken.encode(broken.smooth(20, 20 + i), "PNG"))
     source, kept = FolderSource(str(tmp_path)), schema.Data(missing="replace")
@@ -160,7 +160,7 @@ class Page(html.parser.HTMLParser):
         self.feed_text += data
 
 
-def test_the_page_stands_alone(told):
+def test_the_page_needs_no_other_files(told):
     report, page, _, _ = told
     seen = Page()
     seen.feed(page)
@@ -180,7 +180,7 @@ def test_the_page_stands_alone(told):
     }
 
 
-def test_a_large_source_is_sampled_evenly_and_always_the_same():
+def test_a_large_source_is_sampled_evenly_and_deterministically():
     assert dataset_scan.spread_indices(10**9, 5) == [
         0,
         200_000_000,
@@ -222,7 +222,7 @@ def test_duplicates_across_the_parts_are_counted():
     }
 
 
-def test_nothing_usable_is_reported_not_raised(tmp_path):
+def test_a_source_without_readable_records_is_reported(tmp_path):
     seen = [
         dataset_scan.inspect_record(i, dataset_scan.base.Record(str(i), b"<html>"))
         for i in range(3)

@@ -91,7 +91,7 @@ def test_hugging_face_and_the_momentum_average(run, capsys: pytest.CaptureFixtur
     assert "hidden_states[-1]" in capsys.readouterr().out
 
 
-def test_what_was_exported_loads_as_the_same_function(run) -> None:
+def test_exported_weights_load_as_the_same_function(run) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
     expected = load.load(str(run[0]), pool="mean").features(pictures)
     for format in ("timm", "npz"):
@@ -193,7 +193,7 @@ def test_stablehlo_runs_in_a_fresh_process_for_any_batch(
             np.testing.assert_allclose(got[n], expected[: int(n)], atol=1e-5)
 
 
-def test_the_card_says_what_it_is(run) -> None:
+def test_the_model_card(run) -> None:
     # the latter is of other weights
     for place, share in ((run[0], 0.625), (pathlib.Path("elsewhere"), 0.8125)):
         about = {"checkpoint": str(place / "checkpoints" / "4"), "step": 4, "encoder": "ema"}
@@ -224,7 +224,7 @@ def test_the_card_says_what_it_is(run) -> None:
     assert "| lr |" not in text and str(run[0]) not in text
 
 
-def test_what_is_refused(
+def test_refusals(
     run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved.run(tmp_path, toy.settings(**{f"{ENCODER}cls_token": "false", "objective__forms": "mim"}))

@@ -34,7 +34,7 @@ def written(workdir: pathlib.Path, out: pathlib.Path, *more: str) -> int:
     return command.main(["--mode=features", "--workdir", str(workdir), f"--out={out}", *more])
 
 
-def test_every_picture_once_and_in_order(
+def test_every_image_once_and_in_order(
     workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert written(workdir, tmp_path / "a.npz") == 0
@@ -83,7 +83,7 @@ def stopped_at_the_second_part(monkeypatch: pytest.MonkeyPatch) -> list:
     return asked
 
 
-def test_a_stopped_run_goes_on_where_it_was(
+def test_an_interrupted_run_is_resumed(
     workdir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert written(workdir, tmp_path / "whole.npz") == 0
@@ -108,7 +108,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     np.testing.assert_allclose(whole["features"], stopped["features"], atol=1e-5)
 
 
-def test_other_weights_and_other_pictures(
+def test_other_weights_and_other_images(
     workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = weights(ENCODERS["timm"], width=32, depth=1, heads=2, patch=8, grid=2)
@@ -133,7 +133,7 @@ def test_other_weights_and_other_pictures(
     )
 
 
-def test_the_settings_of_evaluation_hold_and_parts_of_others_are_not_gone_on_with(
+def test_evaluation_settings_are_used_and_parts_of_other_settings_removed(
     workdir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = stopped_at_the_second_part(monkeypatch)
@@ -167,9 +167,7 @@ def test_the_settings_of_evaluation_hold_and_parts_of_others_are_not_gone_on_wit
     assert about["pool"] == "mean" and table["features"].shape == (40, 32)
 
 
-def test_parts_of_other_features_are_not_gone_on_with(
-    workdir: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_parts_of_other_features_are_removed(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     kept = tmp_path / "a.npz.parts"
     kept.mkdir()
     (kept / "about.json").write_text(json.dumps({"weights": "others"}))
@@ -178,7 +176,7 @@ def test_parts_of_other_features_are_not_gone_on_with(
     assert "wrong" not in features.read_feature_file(str(tmp_path / "a.npz"))[0]["keys"]
 
 
-def test_what_is_refused(
+def test_refusals(
     workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments, words in (

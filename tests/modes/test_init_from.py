@@ -88,7 +88,7 @@ SLOW = [
 
 
 @pytest.mark.parametrize("layout", [pytest.param(timm, id="timm"), *SLOW])
-def test_the_first_loss_is_that_of_the_weights(
+def test_the_first_loss_is_that_of_the_given_weights(
     layout, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "there").mkdir()

@@ -35,7 +35,7 @@ def test_model_flops_are_those_of_the_plain_step() -> None:
     assert monitoring.model_flops(again) == wanted < counted
 
 
-def test_mfu_only_where_the_peak_is_known() -> None:
+def test_mfu_needs_a_known_peak() -> None:
     said: list[str] = []
     clock = monitoring.make_clock(made(), said.append)
     assert clock.peak == 0 and len(said) == 1 and "report.peak_tflops" in said[0]
@@ -43,7 +43,7 @@ def test_mfu_only_where_the_peak_is_known() -> None:
     assert known.peak == 2e12 and known.flops == monitoring.model_flops(made()) and len(said) == 2
 
 
-def test_seconds_are_read_from_the_last_line_that_has_them(tmp_path: pathlib.Path) -> None:
+def test_seconds_are_read_from_the_last_line_with_them(tmp_path: pathlib.Path) -> None:
     log = tmp_path / "metrics.jsonl"
     assert monitoring.log_metrics(log) == {}
     lines = [
@@ -55,7 +55,7 @@ def test_seconds_are_read_from_the_last_line_that_has_them(tmp_path: pathlib.Pat
     assert monitoring.log_metrics(log) == {"step": 5.0}
 
 
-def test_compilations_go_to_the_clock_while_it_is_asked() -> None:
+def test_compilations_are_reported_to_the_clock() -> None:
     clock = goodput.GoodputClock()
     with monitoring.count_compilations(clock), clock.phase("step"):
         jax.jit(lambda x: x * 3 + len(str(clock)))(1.0).block_until_ready()
@@ -65,7 +65,7 @@ def test_compilations_go_to_the_clock_while_it_is_asked() -> None:
     assert clock.total()["compile"] == before
 
 
-def test_a_signal_asks_for_a_trace_and_the_handler_is_put_back(tmp_path: pathlib.Path) -> None:
+def test_a_signal_requests_a_trace_and_the_handler_is_restored(tmp_path: pathlib.Path) -> None:
     before = signal.getsignal(signal.SIGUSR1)
     said: list[str] = []
     with monitoring.monitored(
@@ -78,7 +78,7 @@ def test_a_signal_asks_for_a_trace_and_the_handler_is_put_back(tmp_path: pathlib
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_compiled_programs_are_kept_unless_jax_is_told_where(
+def test_the_compilation_cache_respects_the_settings_of_jax(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     set_ = jax.config.jax_compilation_cache_dir
@@ -109,7 +109,7 @@ TINY = {
 }  # fmt: skip
 
 
-def test_profile_leaves_a_trace_and_nothing_else(
+def test_profile_writes_only_a_trace(
     tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = toy.settings(**TINY, report__profile_steps=2, report__peak_tflops=0.1)
@@ -128,7 +128,7 @@ def test_profile_leaves_a_trace_and_nothing_else(
 
 
 @pytest.mark.slow
-def test_a_run_and_its_restart_account_for_all_their_time(
+def test_a_run_and_its_restart_account_for_all_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Preempted after step 3, and run again: the sum goes on where it stood, and nothing is

@@ -68,7 +68,7 @@ def exported(workdir: pathlib.Path, format: str) -> pathlib.Path:
     return workdir / "export" / format
 
 
-def test_the_crop_is_no_detail(run) -> None:
+def test_the_crop_changes_the_features(run) -> None:
     """Else nothing below could fail: seen as with the default, the features are others."""
     workdir, expected = run
     model = load.load(str(workdir))
@@ -77,7 +77,7 @@ def test_the_crop_is_no_detail(run) -> None:
 
 
 @pytest.mark.row("E10")
-def test_load_and_the_mode_features(run, tmp_path: pathlib.Path) -> None:
+def test_load_and_mode_features_use_the_crop(run, tmp_path: pathlib.Path) -> None:
     workdir, expected = run
     close(load.load(str(workdir)).features(pictures()), expected)
     assert (
@@ -95,7 +95,7 @@ def test_load_and_the_mode_features(run, tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.row("E10")
 @pytest.mark.parametrize("format", ["timm", "hf", "npz"])
-def test_exports_that_are_loaded_again(run, format: str) -> None:
+def test_exports_keep_the_preprocessing(run, format: str) -> None:
     workdir, expected = run
     place = exported(workdir, format)
     model = load.load(str(place / "vit.npz" if format == "npz" else place))
@@ -107,7 +107,7 @@ def test_exports_that_are_loaded_again(run, format: str) -> None:
     close(model.features(pictures()), expected)
 
 
-def test_other_exports_describe_it(run) -> None:
+def test_exports_describe_the_preprocessing(run) -> None:
     workdir, _ = run
     place = exported(workdir, "orbax")
     config = configuration.resolve(
@@ -120,7 +120,7 @@ def test_other_exports_describe_it(run) -> None:
 
 
 @pytest.mark.row("E10")
-def test_timm_sees_the_same(run) -> None:
+def test_timm_uses_the_same_preprocessing(run) -> None:
     torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
     workdir, expected = run
     place = exported(workdir, "timm")
@@ -142,7 +142,7 @@ def test_timm_sees_the_same(run) -> None:
 
 
 @pytest.mark.row("E10")
-def test_transformers_see_the_same(run) -> None:
+def test_transformers_use_the_same_preprocessing(run) -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     workdir, expected = run
     place = exported(workdir, "hf")
@@ -159,7 +159,7 @@ def test_transformers_see_the_same(run) -> None:
     close(got.numpy(), expected, 5e-3)
 
 
-def test_an_export_with_another_crop_says_so(run) -> None:
+def test_an_export_with_another_crop_describes_it(run) -> None:
     workdir, _ = run
     assert (
         command.main(

@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return place
 
 
-def test_the_start_is_the_encoder_of_the_run(run: pathlib.Path) -> None:
+def test_fine_tuning_starts_from_the_encoder_of_the_run(run: pathlib.Path) -> None:
     config = configuration.load_config(
         f"configs/transfer/finetune.py:path=/pictures,from={run},ema=0.9,batch_size=16"
     )
@@ -82,7 +82,7 @@ def test_an_encoder_of_another_shape_is_refused(run: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_folder_in_one_command(
+def test_fine_tuning_and_probe_on_a_folder_in_one_command(
     run: pathlib.Path, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """Fine-tuning learns which way stripes run, on images that it did not see; a probe goes through
