@@ -1,5 +1,5 @@
-"""The attentive probe: it finds what the mean of the tokens hides, and learns with the frozen
-encoder's tokens alone."""
+"""The attentive probe: it uses information that the mean of the tokens hides, and trains on the
+tokens of the frozen encoder."""
 
 import types
 
@@ -18,8 +18,8 @@ def settings(**more: object):
 
 
 def test_the_probe_uses_the_one_informative_token() -> None:
-    """The class is the sign of one token's second channel, that token being marked by the first;
-    the other tokens cancel the mean."""
+    """The class is the sign of the second channel of one token, which the first channel marks; the
+    other tokens cancel the mean."""
     config = settings(
         evaluate__attentive_epochs=40,
         evaluate__attentive_lr=3e-3,
@@ -44,7 +44,7 @@ def test_the_probe_uses_the_one_informative_token() -> None:
 
 
 def test_the_metric_reads_both_sources_and_counts_labelled_images() -> None:
-    """Dark and light images, some without a label, in batches whose end is not valid."""
+    """Dark and light images, some without a label, in batches with invalid last rows."""
     config = settings(evaluate__attentive_epochs=6, evaluate__attentive_lr=3e-3)
     mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
     params = {"encoder": jax.jit(lambda: vit.init(config.model, jax.random.key(3)))()}

@@ -1,5 +1,5 @@
-"""Direct classification: ranks against a sort, ties against the model, and the head as it was
-trained."""
+"""The category head as a classifier: ranks compared with a sort, ties counted as wrong, logits
+equal to those of the model."""
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ def test_a_tie_or_nan_is_not_a_hit() -> None:
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 def test_the_metric_applies_the_head_to_raw_features(norm: str) -> None:
-    """Not on normalised ones; with batch norm, by the mean and variance of the index."""
+    """The features are not normalised; batch norm uses the mean and variance of the index."""
     config = toy.settings(
         data__classes=7,
         model__pool__kind="mean",

@@ -1,5 +1,5 @@
-"""Frozen features: what is averaged and normalised, which rows count, and that the number of
-devices does not matter."""
+"""Frozen features: averaging, normalisation, valid rows, and independence of the number of
+devices."""
 
 import functools
 import types
@@ -55,7 +55,7 @@ def everything() -> feature_extraction.FeatureSpec:
 
 @pytest.mark.parametrize("cls_token", [True, False])
 def test_features_are_the_normalised_mean_of_the_patch_tokens(cls_token: bool) -> None:
-    """Normalised and cut into patches by hand; no colour changes, no masks, no stochastic depth."""
+    """Pixels are normalised and cut into patches; no augmentation, masks or drop path."""
     config, views = settings(cls_token), batches(1)[0]["views"]
     pixels = (views / 255.0 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     patches = [pixels[:, y : y + 8, x : x + 8].reshape(ROWS, -1) for y in (0, 8) for x in (0, 8)]
@@ -188,7 +188,7 @@ def test_metrics_share_features_and_no_other_set_is_extracted() -> None:
         settings(), sets | {"more": a_set("more", {"small": 9})}, [measure("one"), measure("two")]
     )
     state = types.SimpleNamespace(params={"encoder": "online"}, opt={})
-    for _ in range(2):  # a second evaluation extracts anew
+    for _ in range(2):  # a second evaluation extracts again
         value = 6.0 * (len("queries") + len("index"))
         skipped = {"data/skipped/evaluation/truncated": 3, "data/skipped/evaluation/empty": 1}
         assert dict(run(state, lambda: None)) == {"eval/one": value, "eval/two": value, **skipped}

@@ -20,8 +20,8 @@ def data(rows: int, width: int, classes: int = 4, seed: int = 0):
 @pytest.mark.parametrize(("rows", "width"), [(40, 7), (12, 30), (9, 9)])
 @pytest.mark.parametrize("l2", [1024.0, 1e-3])
 def test_ridge_weights_equal_lstsq(rows: int, width: int, l2: float) -> None:
-    """Regularised least squares is plain least squares with sqrt(l2) times the identity below the
-    data and zeros below the targets."""
+    """Ridge regression is least squares with sqrt(l2) times the identity appended to the data and
+    zeros to the targets."""
     r = np.random.default_rng(1)
     x, y = r.normal(size=(rows, width)), r.normal(size=(rows, 3))
     wanted = np.linalg.lstsq(
@@ -47,14 +47,14 @@ def test_shots_are_drawn_from_each_class(shots: int) -> None:
         ]
         assert (np.diff(rows) > 0).all()
     seen = {int(row) for rows in drawn for row in rows}
-    assert seen == {0, 1, 2, 4, 5, 6, 7, 8}  # every labelled row has its chance
+    assert seen == {0, 1, 2, 4, 5, 6, 7, 8}  # every labelled row can be drawn
 
 
 def test_few_shot_accuracy_equals_its_steps_in_numpy() -> None:
     (x, label), (q, q_label) = data(60, 6), data(50, 6, seed=3)
     label[:5], q_label[-4:] = -1, -1
     got = dict(few_shot.few_shot_accuracy((q, q_label), (x, label), shots=(1, 5, 99), seeds=3))
-    assert list(got) == ["1", "5"]  # 99 of a class there are not
+    assert list(got) == ["1", "5"]  # no class has 99 images
     x, label, q, q_label = x[5:], label[5:], q[:-4], q_label[:-4]
     for count in (1, 5):
         found = []

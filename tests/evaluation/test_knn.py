@@ -10,8 +10,8 @@ from m3i_jax.evaluation import feature_extraction, knn
 
 
 def data(classes: int, *, seed: int = 0, queries: int = 37, index: int = 60, width: int = 6):
-    """Unit vectors around a centre a class, so noisy that neighbours disagree; every third vector
-    has another label than its centre."""
+    """Unit vectors around one centre a class, with noise so that neighbours disagree; every third
+    vector has another label than its centre."""
     r = np.random.default_rng(seed)
     centres = r.normal(size=(classes, width))
 
@@ -74,7 +74,7 @@ def test_top5_only_where_there_are_more_than_five(classes: int, names: list[str]
 
 
 def test_votes_are_weighted_by_similarity() -> None:
-    """One neighbour at cosine 1 against two at 0.6: near at low temperature, many at high."""
+    """One neighbour at cosine 1 against two at 0.6: the nearest wins at a low temperature only."""
     queries = np.array([[1, 0]], np.float32), np.array([0])
     index = np.array([[1, 0], [0.6, 0.8], [0.6, -0.8]], np.float32), np.array([0, 1, 1])
     assert [
@@ -83,7 +83,7 @@ def test_votes_are_weighted_by_similarity() -> None:
 
 
 def test_a_very_low_temperature_is_the_nearest_neighbour() -> None:
-    """The nearest is far away in absolute terms: no weight may vanish for all classes at once."""
+    """All neighbours are far away: the weights must not underflow for all classes."""
     queries = np.array([[1.0, 0.0]], np.float32), np.array([1])
     index = np.array([[-0.6, 0.8], [-0.8, 0.6]], np.float32), np.array([1, 0])
     votes = np.asarray(knn.knn_votes(queries[0], *index, k=2, classes=2, temperature=1e-3))

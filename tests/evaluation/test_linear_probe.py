@@ -1,4 +1,4 @@
-"""The linear probe of Table 9 in numpy: batch norm, LARS, cosine, running statistics."""
+"""The linear probe of Table 9 compared with numpy: batch norm, LARS, cosine, running statistics."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def reference(
     batch: int,
     seed: int,
 ):
-    """The recipe once more, in float64 and without jax."""
+    """The same training in float64 numpy."""
     r, size = np.random.default_rng(seed), min(batch, len(x))
     steps, peak = len(x) // size, lr * size / 16_384
     w, b = 0.01 * r.normal(size=(x.shape[1], classes)), np.zeros(classes)

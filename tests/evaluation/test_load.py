@@ -1,5 +1,5 @@
-"""`m3i_jax.load`: weights as a function of images, of a run or of a file, for images of any size
-and type."""
+"""`m3i_jax.load`: the encoder of a run or of a file, as a function of images of any size and
+type."""
 
 import dataclasses
 import json
@@ -67,12 +67,14 @@ def test_features_of_a_run_equal_those_of_its_parts(run, pictures: np.ndarray) -
             cls=tokens[:, 0],
         )
         np.testing.assert_allclose(got["attention"], pooled, rtol=1e-3, atol=1e-4)
-        np.testing.assert_array_equal(got["auto"], got["attention"])  # its objective trained it
+        np.testing.assert_array_equal(
+            got["auto"], got["attention"]
+        )  # the objective trains the pooling
         assert all(a.dtype == np.float32 and len(a) == 5 for a in got.values())
 
 
 def test_preprocessing_equals_that_of_evaluation(run) -> None:
-    """Of any size, the model's too: what `evaluation_batches` cuts out of the same record."""
+    """Images of any size are cropped as `evaluation_batches` crops the same record."""
     workdir, _, _ = run
     smooth = lambda h, w: (
         128
@@ -91,7 +93,7 @@ def test_preprocessing_equals_that_of_evaluation(run) -> None:
     views = model.features(batch["views"], ready=True)
     np.testing.assert_array_equal(model.features([record.image for record in records]), views)
     floats = [record.image / np.float32(255) for record in records]
-    for view, cut in zip(batch["views"], floats, strict=True):  # bytes are rounded twice on the way
+    for view, cut in zip(batch["views"], floats, strict=True):  # uint8 views are rounded twice
         assert np.abs(model.preprocessing.view(cut) - view / 255).max() < 1.6 / 255
     expected = feature_extraction.extract_features(
         model.config, "mean", model.params, jnp.asarray(batch["views"])
@@ -108,7 +110,7 @@ def test_types_and_counts_of_images(run, pictures: np.ndarray) -> None:
         ([pictures[0], pictures[1] / 255], whole[:2]),
         ([Image.fromarray(pictures[2])], whole[2:3]),
         (pictures[:0], whole[:0]),
-        (np.repeat(pictures, 14, 0), np.repeat(whole, 14, 0)),  # more than a device step
+        (np.repeat(pictures, 14, 0), np.repeat(whole, 14, 0)),  # more images than a device step
     ):
         np.testing.assert_allclose(model.features(same, ready=True), expected, atol=1e-5)
     seen = model.features(pictures)
@@ -135,8 +137,8 @@ def test_types_and_counts_of_images(run, pictures: np.ndarray) -> None:
 
 
 def test_files_of_other_projects(tmp_path: pathlib.Path, pictures: np.ndarray) -> None:
-    """timm's and Hugging Face's file of the same weights are the same function but for eps and
-    pixels, which each layout has its own of."""
+    """Files of the same weights for timm and Hugging Face give the same features, except for the
+    eps and the pixel statistics of each layout."""
     table = weights(ENCODERS["timm"], **SIZES)
     tensor_files.write_safetensors(tmp_path / "timm.safetensors", table)
     timm = load.load(str(tmp_path / "timm.safetensors"), heads=2)
@@ -174,8 +176,8 @@ def test_files_of_other_projects(tmp_path: pathlib.Path, pictures: np.ndarray) -
 def intern_image_file(
     place: pathlib.Path, *, fused: int = 0, hugging_face: bool = True
 ) -> tuple[str, published.Net, dict]:
-    """A file of the toy among InternImage's presets as it would be published: (path, net, table of
-    its authors' names)."""
+    """A file of the smallest InternImage preset as it would be published: (path, net, table with
+    the published names)."""
     net = published.PICO._replace(fused=fused, pooled=5)
     table = published.weights(net)
     if not hugging_face:
@@ -195,8 +197,8 @@ def intern_image_file(
 def test_a_published_intern_image(
     fused: int, hugging_face: bool, tmp_path: pathlib.Path, pictures: np.ndarray
 ) -> None:
-    """Features are what the published net computes: the mean of its fused map, or without the
-    fusion of its last one."""
+    """Features equal those of the published net: the mean of its fused map or, without fusion, of
+    its last map."""
     path, net, table = intern_image_file(tmp_path, fused=fused, hugging_face=hugging_face)
     model = load.load(path)
     size = model.config.data.image_size

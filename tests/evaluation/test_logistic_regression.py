@@ -1,4 +1,4 @@
-"""The linear classifier against scipy's optimizer in float64, and the choice of its weight
+"""Logistic regression compared with scipy's optimizer in float64, and the choice of its weight
 decay."""
 
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ from m3i_jax.evaluation import feature_extraction, logistic_regression
 
 
 def data(classes: int = 4, *, rows: int = 90, width: int = 6, noise: float = 1.0, seed: int = 0):
-    """Features around a centre a class, on scales of 0.01 to 100, and labels of which some are of
-    another class."""
+    """Features around one centre a class, on scales of 0.01 to 100, and labels of which some are
+    wrong."""
     r = np.random.default_rng(seed)
     centres, scale = (
         np.random.default_rng(99).normal(size=(classes, width)),
@@ -67,7 +67,7 @@ def test_all_weight_decays_share_one_compilation() -> None:
 
 
 def test_the_weight_decay_is_chosen_on_a_fifth_of_the_index() -> None:
-    """Every step in scipy and numpy: the split, the sweep, the fit to everything, the queries."""
+    """Split, sweep, final fit and queries are repeated in scipy and numpy."""
     (x, label), (q, q_label) = data(6, rows=120, noise=1.5), data(6, rows=70, noise=1.5, seed=1)
     got = dict(logistic_regression.logistic_accuracy((q, q_label), (x, label)))
     mean, std = x.astype(np.float64).mean(0), x.astype(np.float64).std(0)
@@ -89,9 +89,9 @@ def test_the_weight_decay_is_chosen_on_a_fifth_of_the_index() -> None:
         return float((order[:, :top] == its[:, None]).any(1).mean())
 
     scores = [right(l2, 1.0 - aside, x[aside], label[aside]) for l2 in logistic_regression.L2]
-    # the first, and so the strongest, of equals
+    # the first among equals, which is the strongest
     best = logistic_regression.L2[int(np.argmax(scores))]
-    # the data make the choice matter
+    # the choice changes the result on these data
     assert 0 < int(np.argmax(scores)) < len(logistic_regression.L2) - 1
     wanted = {f"top{top}": right(best, np.ones(120), q, q_label, top) for top in (1, 5)}
     assert got == pytest.approx(wanted | {"log10_l2": np.log10(best)}, abs=1 / 70 + 1e-9)

@@ -1,4 +1,4 @@
-"""Recall against a loop in numpy; equal captions, ties and the last batch by hand."""
+"""Recall compared with a numpy loop; equal captions, ties and the last batch."""
 
 import functools
 import pathlib
@@ -40,8 +40,8 @@ def embeddings(pictures: int, captions: int, width: int = 5, seed: int = 0):
 
 
 def brute(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> dict[str, float]:
-    """Every image asks for its caption among the distinct ones, and the caption of every image asks
-    for an image of it."""
+    """Every image is a query for its caption among the distinct ones, and the caption of every
+    image is a query for an image with it."""
     hits: dict[str, list[bool]] = {}
     for i, image in enumerate(images.astype(np.float64)):
         order = sorted(range(len(texts)), key=lambda c: -float(image @ texts[c].astype(np.float64)))
@@ -72,8 +72,7 @@ def test_a_collapsed_model_has_no_recall() -> None:
 
 
 def test_every_image_with_an_equal_caption_is_right() -> None:
-    """Both images of caption 0 are asked for by it; the nearer one is a hit, though it belongs to
-    another record."""
+    """Caption 0 has two images; the nearer one is a hit for both of its queries."""
     images = np.array([[0, 1], [1, 0], [0.8, 0.6]], np.float32)
     texts = np.array([[1, 0], [0.6, 0.8]], np.float32)
     got = dict(retrieval.recall_at(images, texts, np.array([0, 0, 1])))
@@ -93,7 +92,7 @@ def words() -> tokenizer.Tokenizer:
 
 
 class Source(list):
-    """Records in a list."""
+    """A source whose records are in a list."""
 
     read: list[int] = []
 
@@ -105,8 +104,8 @@ class Source(list):
 def test_the_metric_embeds_images_and_captions_with_the_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Records in an order of their own, two without a caption, two pairs of equal ones; batches of
-    four leave a remainder."""
+    """Shuffled records, two of them without a caption, two pairs of equal captions; the number of
+    captions is no multiple of the batch of four."""
     config = toy.settings(objective__forms="clip")
     params = jax.jit(
         lambda: m3i.init(
@@ -145,13 +144,13 @@ def test_the_metric_embeds_images_and_captions_with_the_model(
     ids, lengths = (
         np.stack(x) for x in zip(*(words().encode(text) for text in distinct), strict=True)
     )
-    assert lengths.max() == toy.CAPTION  # one is cut
+    assert lengths.max() == toy.CAPTION  # one caption is truncated
     texts = np.asarray(m3i.text_embedding(config, params, ids, lengths))
     images = np.asarray(m3i.image_embedding(config, params, 3.0 * vectors[kept]))
     texts, images = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (texts, images))
     owner = np.array([0, 1, 2, 1, 2, 3])
-    for mine, wanted in zip(passed[0], (images, texts, owner), strict=True):
-        np.testing.assert_allclose(mine, wanted, atol=1e-5)
+    for actual, expected in zip(passed[0], (images, texts, owner), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
     assert got == {f"eval/retrieval/{name}": value for name, value in inner(images, texts, owner)}
 
     before = len(source.read)
@@ -182,8 +181,8 @@ def test_without_captions_there_is_no_retrieval() -> None:
 
 
 def test_a_missing_caption_counts_as_none_with_data_missing_replace(tmp_path: pathlib.Path) -> None:
-    """Its file is removed after the source was opened: what is measured is what an image without a
-    caption gives, and it is counted."""
+    """The file of a caption is removed after the source is opened: its image counts as one without
+    a caption, and is counted as skipped."""
     config = toy.settings(objective__forms="clip")
     params = jax.jit(
         lambda: m3i.init(

@@ -1,5 +1,5 @@
-"""Zero-shot: the sets of templates, the mean over them, and the measure with texts that are
-known."""
+"""Zero-shot classification: template sets, their mean, and the metric with known text
+embeddings."""
 
 import pathlib
 
@@ -39,7 +39,7 @@ def test_templates_of_a_file(name: str, text: str, tmp_path: pathlib.Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("a.txt", "a photo\n", "'a photo' does not have one {}"),
         ("a.txt", "{} and {}\n", "does not have one"),
@@ -50,18 +50,18 @@ def test_templates_of_a_file(name: str, text: str, tmp_path: pathlib.Path) -> No
     ],
 )
 def test_invalid_templates_are_refused(
-    name: str, text: str, told: str, tmp_path: pathlib.Path
+    name: str, text: str, message: str, tmp_path: pathlib.Path
 ) -> None:
     place = tmp_path / (name or "absent.txt")
     if name:
         place.write_text(text)
     with pytest.raises(UserError, match="config.evaluate.templates") as error:
         zero_shot.prompt_templates(str(place))
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_mean_is_over_normalised_prompts() -> None:
-    """A long embedding counts no more than a short one."""
+    """All prompts have the same weight, whatever the norm of their embedding."""
     made = np.random.default_rng(0).normal(size=(3, 4, 5)) * np.array([1, 10, 100])[:, None, None]
     got = zero_shot.ensemble_embeddings(made)
     for c in range(4):
@@ -70,7 +70,7 @@ def test_the_mean_is_over_normalised_prompts() -> None:
 
 
 class Embedder:
-    """Texts embedded by a table, images as they are."""
+    """Embeds texts by a table and images by the identity."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
@@ -88,7 +88,7 @@ class Embedder:
 def test_the_metric_embeds_every_prompt_once_and_leaves_out_unlabelled_images(
     tmp_path: pathlib.Path,
 ) -> None:
-    (tmp_path / "one.txt").write_text("a {} in a video game.\n")  # one of the seven too
+    (tmp_path / "one.txt").write_text("a {} in a video game.\n")  # one of the set of seven too
     names, r, embed = ["hot_dog", "cat"], np.random.default_rng(1), Embedder()
     x, label = r.normal(size=(30, 6)).astype(np.float32), r.integers(-1, 3, 30).astype(np.int32)
     context = feature_extraction.EvalContext(
@@ -101,9 +101,9 @@ def test_the_metric_embeds_every_prompt_once_and_leaves_out_unlabelled_images(
         {},
         lambda: None,
     )
-    said = zero_shot.ClassPrompts(embed, names, ("7", str(tmp_path / "one.txt")))
-    got = dict(zero_shot.measure(said, image_set="images")(context))
-    assert said.classes(context)["7"].shape == (2, 6)  # what is known is not asked again
+    prompts = zero_shot.ClassPrompts(embed, names, ("7", str(tmp_path / "one.txt")))
+    got = dict(zero_shot.measure(prompts, image_set="images")(context))
+    assert prompts.classes(context)["7"].shape == (2, 6)  # the cached representations
     (asked,) = embed.asked
     assert len(asked) == len(set(asked)) == 14 and "art of the hot dog." in asked
     known = (label >= 0) & (label < 2)
@@ -119,12 +119,12 @@ def test_the_metric_embeds_every_prompt_once_and_leaves_out_unlabelled_images(
 
 
 def test_probabilities_use_the_temperature_of_the_model() -> None:
-    said = zero_shot.ClassPrompts(Embedder(), ["hot_dog", "cat", "owl"], ("80", "7"))
+    prompts = zero_shot.ClassPrompts(Embedder(), ["hot_dog", "cat", "owl"], ("80", "7"))
     context = feature_extraction.EvalContext(
         {}, {"logit_scale": np.float32(np.log(20.0))}, lambda: None
     )
     x = np.random.default_rng(3).normal(size=(4, 6))
-    name, got = said.probabilities(context, x)
-    weights = np.exp(20 * x @ said.classes(context)["80"].T)
+    name, got = prompts.probabilities(context, x)
+    weights = np.exp(20 * x @ prompts.classes(context)["80"].T)
     assert name == "80"
     np.testing.assert_allclose(got, weights / weights.sum(1, keepdims=True), rtol=1e-5)

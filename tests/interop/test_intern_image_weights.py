@@ -1,5 +1,4 @@
-"""Weights under the published names: what they compute in our net is what they compute in
-theirs."""
+"""Weights with the published names: our net and the published net give the same outputs."""
 
 import dataclasses
 import functools
@@ -18,7 +17,7 @@ from tests.saved import flat
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-# One of each kind: T, L (post-norm, layer scale, offsets doubled), H (res-post-norm, centre scale,
+# one of each kind: T, L (post-norm, layer scale, offsets doubled), H (res-post-norm, centre scale,
 # extra norms, fused).
 NETS = {
     "t": Net(8, (1, 1, 1, 1), (1, 2, 4, 8), "pre"),
@@ -36,13 +35,32 @@ NETS = {
     ),
 }
 OURS = {
-    "t": InternImageConfig(norm="pre", kernel=3, center_scale=False, extra_norm=0, fused=0, width=8, depths=(1, 1, 1, 1), groups=(1, 2, 4, 8)),
-    "l": InternImageConfig(
-        norm="post", layer_scale=1e-5, offset_scale=2.0, kernel=3, center_scale=False, extra_norm=0, fused=0, width=8, depths=(1, 1, 2, 1),
+    "t": InternImageConfig(
+        norm="pre",
+        kernel=3,
+        center_scale=False,
+        extra_norm=0,
+        fused=0,
+        width=8,
+        depths=(1, 1, 1, 1),
         groups=(1, 2, 4, 8),
     ),
-    "h": InternImageConfig(extra_norm=2, fused=6, width=8, depths=(1, 1, 3, 1), groups=(1, 2, 4, 8)),
-}  # fmt: skip
+    "l": InternImageConfig(
+        norm="post",
+        layer_scale=1e-5,
+        offset_scale=2.0,
+        kernel=3,
+        center_scale=False,
+        extra_norm=0,
+        fused=0,
+        width=8,
+        depths=(1, 1, 2, 1),
+        groups=(1, 2, 4, 8),
+    ),
+    "h": InternImageConfig(
+        extra_norm=2, fused=6, width=8, depths=(1, 1, 3, 1), groups=(1, 2, 4, 8)
+    ),
+}
 SIZES = {"t": (32, 64), "l": (32, 32), "h": (64, 32)}
 
 
@@ -63,9 +81,9 @@ def test_loaded_weights_give_the_published_outputs(kind):
         return maps, intern_image.fuse(OURS[kind], params, maps) if OURS[kind].fused else None
 
     ours, tokens = jit(run)(tree)
-    for mine, other in zip(ours, theirs.maps, strict=True):
-        assert mine.shape == other.shape
-        np.testing.assert_allclose(mine, other, rtol=0, atol=2e-5 * np.abs(other).max())
+    for own, other in zip(ours, theirs.maps, strict=True):
+        assert own.shape == other.shape
+        np.testing.assert_allclose(own, other, rtol=0, atol=2e-5 * np.abs(other).max())
     if tokens is not None:
         np.testing.assert_allclose(
             tokens, theirs.fused(), rtol=0, atol=2e-5 * np.abs(theirs.fused()).max()
@@ -88,7 +106,7 @@ def test_a_round_trip_gives_the_same_file(kind, hugging_face):
         np.testing.assert_array_equal(back[name], array, err_msg=name)
 
 
-# Names and shapes of files as they are published, a few of each kind.
+# some names and shapes of published files, of each kind
 GOLDEN = {
     "t": {
         "patch_embed.conv1.weight": (32, 3, 3, 3),
@@ -122,7 +140,7 @@ FULL = {
 def test_full_size_names_shapes_and_counts(kind):
     file = published.shapes(FULL[kind])
     assert GOLDEN[kind].items() <= file.items()
-    # Golden: parameters with the head of 1,000 classes; running statistics are none.
+    # golden: parameters with the head of 1,000 classes, without running statistics
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     total = sum(
         int(np.prod(shape)) for name, shape in file.items() if not name.endswith(statistics)

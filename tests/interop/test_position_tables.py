@@ -1,4 +1,4 @@
-"""Position tables of other grids against two other implementations."""
+"""Resized position tables compared with two other implementations."""
 
 import jax
 import numpy as np

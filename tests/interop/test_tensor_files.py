@@ -1,5 +1,5 @@
-"""Files of arrays: every bit, refusals on one line, nothing unpickled; the format's own library
-agrees where it is installed."""
+"""Files of arrays: exact round trips, refusals in one line, no unpickling; compared with the
+safetensors library if it is installed."""
 
 import json
 import pathlib
@@ -14,8 +14,10 @@ from m3i_jax.errors import UserError
 from m3i_jax.interop import tensor_files
 
 TABLE = {
-    "a/b": np.arange(6, dtype=np.float32).reshape(2, 3), "scalar": np.float32(1.5).reshape(()), "none": np.zeros((0, 4), np.float16),
-    "odd": np.arange(3, dtype=np.uint8), "half": np.arange(5).astype(ml_dtypes.bfloat16), "long": np.arange(4, dtype=np.int64),
+    "a/b": np.arange(6, dtype=np.float32).reshape(2, 3), "scalar": np.float32(1.5).reshape(()),
+    "none": np.zeros((0, 4), np.float16),
+    "odd": np.arange(3, dtype=np.uint8), "half": np.arange(5).astype(ml_dtypes.bfloat16),
+    "long": np.arange(4, dtype=np.int64),
     "flag": np.array([True, False]), "turned": np.arange(6, dtype=np.float64).reshape(2, 3).T,
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Searches of --mode=compile against a compiler that is a formula."""
+"""The searches of --mode=compile, with a formula in place of a compiler."""
 
 import math
 
@@ -17,8 +17,8 @@ def machine(
     soft: float = 0.0,
     silent: bool = False,
 ):
-    """A compiler: need is a line, which near the limit is bent by `soft` of the excess; and the
-    sizes that were tried."""
+    """(compiler, sizes that were tried). Memory is a line, which near the limit is bent by `soft`
+    of the excess."""
     tried: list[int] = []
 
     def attempt(n: int) -> batch_search.CompileTrial:
@@ -52,8 +52,7 @@ def test_large_sizes_are_within_a_sixteenth_after_few_attempts(soft: float, star
 
 
 def test_sizes_that_do_not_fit_are_tried_first() -> None:
-    """A compiler says soon that something does not fit, and takes many times as long for what
-    does."""
+    """A compiler refuses a size quickly and takes many times as long for one that fits."""
     attempt, tried = machine(100.0, fixed=6.0)
     found = batch_search.largest_batch(attempt, 40)
     assert 15 / 16 * 94 - 1 <= found <= 94
@@ -61,8 +60,8 @@ def test_sizes_that_do_not_fit_are_tried_first() -> None:
 
 
 def test_large_sizes_are_round() -> None:
-    """990 would fit by the line; but a step takes its rows in pieces, and the more divisors they
-    have, the nearer to the wanted size."""
+    """990 would fit by the line, but a step splits its rows into pieces, and the more divisors
+    their number has, the closer they are to the best size."""
     attempt, tried = machine(1000.0)
     found = batch_search.largest_batch(attempt, 64)
     assert 15 / 16 * 990 - 1 <= found < 990 and all(n % 4 == 0 for n in tried), tried

@@ -1,5 +1,5 @@
-"""Several objectives, one table: which runs are made, which are not made again, and what the table
-says. Runs are stand-ins but for one."""
+"""--mode=compare: which runs are trained, which are not repeated, and the content of the table. All
+but two runs are replaced by a fake."""
 
 import json
 
@@ -34,7 +34,7 @@ def settings(**changes: object):
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[jobs.Setup]:
-    """Runs that were made; each writes the log of a run whose last loss is 3 + seed."""
+    """The runs that were trained; each writes a log whose last loss is 3 + seed."""
     made: list[jobs.Setup] = []
 
     def pretrain(job: jobs.Setup, allow_changes: bool) -> int:
@@ -201,7 +201,7 @@ def test_two_real_runs(tmp_path, monkeypatch, capsys) -> None:
     assert command.main(arguments) == 0
     rows = json.loads((tmp_path / "compare.json").read_text())["rows"]
     wanted = {"eval/knn/top1", "eval/linear/top1", "loss", "flops", "seconds"}
-    # a text tower more
+    # one text tower more
     assert rows[1]["figures"]["flops"]["mean"] > rows[0]["figures"]["flops"]["mean"] > 1e8
     assert (
         wanted <= set(rows[0]["figures"])
@@ -212,5 +212,5 @@ def test_two_real_runs(tmp_path, monkeypatch, capsys) -> None:
         and (tmp_path / "compare/d-0/panels/00000004.png").is_file()
     )
     capsys.readouterr()
-    assert command.main(arguments) == 0  # nothing is run again
+    assert command.main(arguments) == 0  # no run is repeated
     assert "compare: 1 of 2" not in capsys.readouterr().out

@@ -1,5 +1,5 @@
-"""--mode=compile on forced devices of this host: what it writes, refuses and exits with; for a TPU
-where libtpu is installed."""
+"""--mode=compile for forced CPU devices: output, refusals and exit codes; for a TPU if libtpu is
+installed."""
 
 import importlib.util
 import json
@@ -38,7 +38,7 @@ def here(monkeypatch) -> None:
 
 
 def test_the_parts_of_the_state_sum_to_its_bytes() -> None:
-    """Split over (2 replicas, 4 fsdp): what one device holds, against the sum over its arrays."""
+    """On a mesh of 2 replicas and 4 fsdp shards, compared with the arrays of one device."""
     config = toy.settings(model__encoder__width=128)  # wide enough that kernels are worth splitting
     made = trainer.Trainer(config, parallel.make_mesh((2, 4, 1), jax.devices()[:8]), toy.VOCABULARY)
     parts = mode.state_bytes(made)
@@ -59,8 +59,8 @@ def test_the_parts_of_the_state_sum_to_its_bytes() -> None:
 
 
 def test_residual_bytes_follow_from_shapes() -> None:
-    """`names` keeps two tensors more than `half`: what attention gives, [B, T, D], and the MLP
-    before its GELU, [B, T, 4 D]."""
+    """`names` keeps two tensors more than `half`: the output of attention, [B, T, D], and the input
+    of the GELU, [B, T, 4 D]."""
 
     def kept(remat: str) -> float:
         config = toy.settings(model__remat=remat, model__scan=True, data__captions="no")
@@ -77,14 +77,14 @@ def test_residual_bytes_follow_from_shapes() -> None:
 
 
 def test_views_and_targets_of_all_microbatches_are_counted() -> None:
-    """Of both views of 16 images the 16 cells of 8 x 8 x 3 numbers, and as many features of 32."""
+    """For both views of 16 images: 16 patches of 8 x 8 x 3 values, and 16 features of 32."""
     config = toy.settings(data__captions="no")
     one = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0)
     assert one.looked(trainer.abstract_batch(config)) == 4 * 2 * 16 * 16 * (8 * 8 * 3 + 32)
 
 
 def test_a_cached_program_is_compiled_again(tmp_path) -> None:
-    """Also in a process that has used its cache before: JAX asks once whether there is one."""
+    """Also in a process that has used its cache before: JAX reads the setting once."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -110,8 +110,8 @@ def test_a_cached_program_is_compiled_again(tmp_path) -> None:
 
 
 def test_a_step_for_eight_devices_is_compiled_and_reported(tmp_path, capsys) -> None:
-    """Half a MiB is too little: everything is written and told all the same, then one line says by
-    how much, and the exit code is 3. The batch is rounded up as in a run."""
+    """Half a MiB is too little: all output is written, then one line gives the
+    excess, and the exit code is 3. The batch is rounded up as in a run."""
     rounded = ["--config.train.batch_size=12", "--config.train.round_batch=true"]
     assert (
         command.main(
@@ -188,7 +188,7 @@ def test_a_mistake_gives_one_line_and_exit_code_2(flags, wanted, tmp_path, capsy
 
 @pytest.mark.parametrize("search", [[], ["--suggest"], ["--largest-batch"]])
 def test_a_mesh_that_a_run_refuses_is_refused(search, tmp_path, capsys, monkeypatch) -> None:
-    """CPU devices are all of one host, so that of a slice which spans several is played."""
+    """All CPU devices are of one host, so the check for several hosts is replaced by a fake."""
 
     def refuse(mesh: jax.sharding.Mesh) -> None:
         raise UserError(f"config.parallel.mesh: hosts of {mesh.size} devices share rows")
@@ -199,16 +199,19 @@ def test_a_mesh_that_a_run_refuses_is_refused(search, tmp_path, capsys, monkeypa
 
 
 def fake(limit_units: int):
-    """A report that fits up to so many images a data shard, without compiling."""
+    """A fake report: up to so many images a data shard fit."""
 
     def report(config, site, words):
         images, parts = config.train.batch_size // 8, config.train.microbatches
         peak = 1e6 + 1e6 * images / parts
         fits = peak <= 1e6 + 1e6 * limit_units
         return {
-            "fits": fits, "peak_bytes": peak, "limit_bytes": site.limit, "over_bytes": 0.0 if fits else 1.0, "compile_seconds": 0.0,
-            "memory": {"params": 1e6}, "flops": {"ratio": 1.0}, "topology": "cpu:8", "devices": 8, "microbatches": parts,
-            "mesh": {"replica": 8, "fsdp": 1, "tensor": 1}, "batch_size": config.train.batch_size, "batch_per_device": images,
+            "fits": fits, "peak_bytes": peak, "limit_bytes": site.limit,
+            "over_bytes": 0.0 if fits else 1.0, "compile_seconds": 0.0,
+            "memory": {"params": 1e6}, "flops": {"ratio": 1.0}, "topology": "cpu:8", "devices": 8,
+            "microbatches": parts,
+            "mesh": {"replica": 8, "fsdp": 1, "tensor": 1}, "batch_size": config.train.batch_size,
+            "batch_per_device": images,
         }  # fmt: skip
 
     return report
@@ -237,7 +240,7 @@ def test_the_largest_batch_and_suggestions_are_printed(tmp_path, capsys, monkeyp
 def test_advised_microbatches_divide_the_batch(
     images: int, parts: str, tmp_path, capsys, monkeypatch
 ) -> None:
-    """Two megabytes, of which the state is one and every image of a data shard wants another."""
+    """Two megabytes: the state needs one, and every image of a data shard another one."""
     monkeypatch.setattr(mode, "report_program", fake(1))
     monkeypatch.setattr(compile_report, "_costs", lambda report: "")
     size = [
@@ -256,7 +259,7 @@ def test_a_need_beyond_the_default_gpu_pool_is_printed(
 ) -> None:
     """Three quarters of an H100 are 59 GiB."""
     place = mode.CompileTarget(
-        topology=mode.topology.read("h100:8"), devices=jax.devices(), limit=64 * 2**30
+        topology=mode.topologies.parse_topology("h100:8"), devices=jax.devices(), limit=64 * 2**30
     )
     monkeypatch.setattr(mode, "compile_target", lambda *_, **__: place)
     monkeypatch.setattr(
@@ -272,7 +275,7 @@ def test_a_need_beyond_the_default_gpu_pool_is_printed(
 
 @pytest.mark.slow
 def test_the_command_creates_its_devices(tmp_path) -> None:
-    """A process of its own with one device asks for twelve."""
+    """A new process with one device compiles for twelve."""
     arguments = [
         sys.executable,
         "-m",
@@ -324,9 +327,9 @@ def test_a_tpu_step_without_a_tpu(tmp_path, capsys) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_the_peak_equals_that_of_the_tpu_compiler() -> None:
-    """Three towers in scans, at three batches: what the largest would have needed, as the refusal
-    says, lies on the line through the peaks of the others, and the second passed although the sum
-    of its statistics is more than a chip has."""
+    """Three towers in scans, at three batch sizes: the memory of the largest, as given by the
+    refusal, lies on the line through the peaks of the others; the second fits although the sum of
+    its statistics exceeds the memory of a chip."""
     where = mode.compile_target("v5e:1x1", "")
     one = jax.sharding.SingleDeviceSharding(where.devices[0])
 

@@ -1,5 +1,5 @@
-"""--mode=convert: the same records in the same order, whatever the number of processes, and after
-being stopped."""
+"""--mode=convert: the same records in the same order, for any number of processes and after an
+interruption."""
 
 import os
 import pathlib
@@ -88,8 +88,8 @@ def test_the_shards_partition_all_rows():
 
 @pytest.mark.slow
 def test_a_killed_conversion_is_resumed(pictures, tmp_path):
-    """Killed with its two processes at work: nothing half-written is taken for a shard, no process
-    is left, and the result is the same."""
+    """Killed while its two processes write: an incomplete shard is not used, no process is left,
+    and the result is the same."""
     command = [
         sys.executable,
         "-m",

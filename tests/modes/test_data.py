@@ -1,5 +1,5 @@
-"""--mode=data on a folder whose contents are known: every figure of the report, and a page that
-stands alone."""
+"""--mode=data on a folder with known contents: every value of the report, and a self-contained
+page."""
 
 import html.parser
 import json
@@ -210,8 +210,14 @@ def test_duplicates_across_the_parts_are_counted():
             index, str(index), "PNG", 5, content, "", "", 20, 20, -1, None
         )
 
-    made = dataset_stats.dataset_stats([seen(0, b"x"), seen(1, b"y"), seen(2, b"x"), seen(3, b"y"), seen(4, b"y"), seen(5, b"z")],
-                             classes=(), kept=0, length=8, ids=None, held_out=range(3, 6))  # fmt: skip
+    made = dataset_stats.dataset_stats(
+        [seen(0, b"x"), seen(1, b"y"), seen(2, b"x"), seen(3, b"y"), seen(4, b"y"), seen(5, b"z")],
+        classes=(),
+        kept=0,
+        length=8,
+        ids=None,
+        held_out=range(3, 6),
+    )
     twice = made["duplicates"]
     assert (twice["records"], twice["groups"], twice["in_both_parts"]) == (3, 2, 1)
     assert twice["examples"] == [["1", "3", "4"], ["0", "2"]]

@@ -29,9 +29,11 @@ from tests.evaluation.test_load import intern_image_file
 from tests.interop.published_vit import ENCODERS, weights
 
 SMALL = {
-    "data__size": 60, "data__classes": -1, "data__captions": "auto", "data__holdout": 0.3, "train__batch_size": 16,
+    "data__size": 60, "data__classes": -1, "data__captions": "auto", "data__holdout": 0.3,
+    "train__batch_size": 16,
     "objective__forms": "supervised,weakly_supervised", "model__encoder__drop_path": 0.0,
-    "evaluate__batch_size": 16, "evaluate__train_limit": 32, "evaluate__k": 3, "evaluate__probe_epochs": 3, "evaluate__probe_warmup": 1,
+    "evaluate__batch_size": 16, "evaluate__train_limit": 32, "evaluate__k": 3,
+    "evaluate__probe_epochs": 3, "evaluate__probe_warmup": 1,
     "evaluate__attentive_epochs": 1, "evaluate__attentive_limit": 16, "evaluate__shots": "(1,2)",
 }  # fmt: skip
 EVERY = tuple(each.name for each in registry.evaluators())

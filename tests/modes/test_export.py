@@ -1,5 +1,5 @@
-"""--mode=export: files with the names and shapes that other tools expect, bit by bit what the run
-has; a StableHLO program that runs in a process that does not know this package; the model card."""
+"""--mode=export: files with the names and shapes that other libraries expect and with exact values;
+a StableHLO program that runs without this package; the model card."""
 
 import json
 import pathlib
@@ -109,7 +109,7 @@ def test_exported_weights_load_as_the_same_function(run) -> None:
 
 @pytest.fixture(scope="module")
 def intern(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A run of the toy among InternImage's presets."""
+    """A run of the smallest InternImage preset."""
     workdir, config = tmp_path_factory.mktemp("intern"), configuration.default_config()
     presets.apply_preset(config, "internimage_pico")
     config.data.update({"image_size": 32, "classes": 5, "captions": "no", "size": 80})

@@ -1,5 +1,5 @@
-"""--mode=features: every image of a source once, in its order, by a run or by other weights;
-stopped and gone on with; refusals."""
+"""--mode=features: every image of a source once and in order, by a run or by other weights;
+resuming; refusals."""
 
 import json
 import pathlib
@@ -68,8 +68,8 @@ def test_every_image_once_and_in_order(
 
 
 def stopped_at_the_second_part(monkeypatch: pytest.MonkeyPatch) -> list:
-    """(first index, preprocessing, settings) of every part that is asked for, of 16 images; a
-    person interrupts the second."""
+    """(first index, preprocessing, settings) of every requested part of 16 images; the second is
+    interrupted."""
     monkeypatch.setattr(features, "_PART", 16)
     read, asked = eval_batches.evaluation_batches, []
 
@@ -96,7 +96,7 @@ def test_an_interrupted_run_is_resumed(
     ]
     assert not (tmp_path / "a.npz").exists()
     assert written(workdir, tmp_path / "a.npz") == 0
-    # stopped at the second part, gone on there; then the held-out ones
+    # interrupted at the second part and resumed there; then the held-out images
     assert [start for start, *_ in asked] == [0, 16, 16, 0, 16]
     whole, stopped = (
         features.read_feature_file(str(tmp_path / name))[0] for name in ("whole.npz", "a.npz")
@@ -153,7 +153,7 @@ def test_evaluation_settings_are_used_and_parts_of_other_settings_removed(
         )
         == 0
     )
-    # from the start, for the crop is another one
+    # from the start, since the crop differs
     assert [start for start, *_ in asked] == [0, 16, 0, 16, 0, 16]
     for preprocessing, settings in (found for _, *found in asked[2:]):
         assert (preprocessing.crop, preprocessing.background) == (1.0, 0) and settings == {

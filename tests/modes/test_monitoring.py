@@ -1,4 +1,4 @@
-"""What a run is watched with, and --mode=profile, at toy size."""
+"""Monitoring of a run, and --mode=profile, at toy size."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def test_model_flops_are_those_of_the_plain_step() -> None:
     counted = flops.count_flops(
         again.trace, again.template, trainer.abstract_batch(again.config)
     ).total
-    # what is computed twice is asked for once
+    # rematerialisation adds no FLOPs of the model
     assert monitoring.model_flops(again) == wanted < counted
 
 
@@ -96,7 +96,7 @@ def test_the_compilation_cache_respects_the_settings_of_jax(
         and pathlib.Path(place).is_dir()
     )
     assert changed == {"jax_compilation_cache_dir": place}
-    # of several hosts all look in one place
+    # several hosts share one directory
     monkeypatch.setattr(monitoring.parallel, "host_names", lambda: 2)
     assert monitoring.enable_compilation_cache(tmp_path) == str(tmp_path / "compiled")
     settings.jax_enable_compilation_cache = False
@@ -104,7 +104,8 @@ def test_the_compilation_cache_respects_the_settings_of_jax(
 
 
 TINY = {
-    "objective__forms": "supervised", "data__size": 64, "data__captions": "no", "data__classes": -1, "data__holdout": 0.25,
+    "objective__forms": "supervised", "data__size": 64, "data__captions": "no",
+    "data__classes": -1, "data__holdout": 0.25,
     "model__encoder__depth": 1, "evaluate__knn": False, "train__panel_every": 0,
 }  # fmt: skip
 
@@ -131,11 +132,12 @@ def test_profile_writes_only_a_trace(
 def test_a_run_and_its_restart_account_for_all_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Preempted after step 3, and run again: the sum goes on where it stood, and nothing is
-    lost."""
+    """Preempted after step 3 and resumed: the phases of both processes sum up to all time."""
     config = toy.settings(**TINY, train__steps=5, train__save_every=2, train__log_every=1)
-    told = lambda step: signal.raise_signal(signal.SIGTERM) if step == 3 else None
-    monkeypatch.setattr(monitoring.trace.Tracer, "__call__", lambda self, step, metrics: told(step))
+    preempt = lambda step: signal.raise_signal(signal.SIGTERM) if step == 3 else None
+    monkeypatch.setattr(
+        monitoring.trace.Tracer, "__call__", lambda self, step, metrics: preempt(step)
+    )
     assert train.run(config, workdir=str(tmp_path), allow_changes=False) == loop.PREEMPTED
     out = capfd.readouterr().out
     assert out.count("no perf/mfu") == 1 and out.count("goodput") == 1
@@ -154,7 +156,7 @@ def test_a_run_and_its_restart_account_for_all_time(
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
     after = lines[-1]
     assert after["perf/restarts"] == 1 and after["perf/seconds/restore"] > 0
-    # what the loop did after it had saved
+    # the time of the loop after the save
     assert after.get("perf/seconds/lost", 0.0) < 0.1 * last["perf/seconds/step"]
     assert (
         after["perf/seconds/step"] > last["perf/seconds/step"]

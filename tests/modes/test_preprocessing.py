@@ -1,5 +1,5 @@
-"""One description of how images are seen: evaluation, --mode=features, m3i_jax.load and every
-export give the same features of the same images, whatever evaluate.crop the run has."""
+"""One description of the preprocessing: evaluation, --mode=features, m3i_jax.load and every export
+give the same features of the same images, for any evaluate.crop."""
 
 import json
 import pathlib
@@ -19,16 +19,23 @@ from tests import saved, toy
 
 SIDES = ((40, 40), (32, 32), (48, 60), (60, 40))  # one has the model's size already
 CROP = 0.7
-# Google's layout is read with the tanh form of GELU, and Hugging Face's encoders end in a norm.
+# Google's layout implies the tanh form of GELU, and Hugging Face's encoders end in a norm
 SETTINGS = {
-    "data__source": "folder", "data__captions": "no", "data__classes": 0, "data__holdout": 0.0, "objective__forms": "mim",
-    "model__encoder__activation": "gelu_tanh", "model__encoder__final_norm": "true", "evaluate__batch_size": 8,
-    "data__augment__mean": "(0.4,0.5,0.6)", "data__augment__std": "(0.2,0.3,0.25)",
-}  # fmt: skip
+    "data__source": "folder",
+    "data__captions": "no",
+    "data__classes": 0,
+    "data__holdout": 0.0,
+    "objective__forms": "mim",
+    "model__encoder__activation": "gelu_tanh",
+    "model__encoder__final_norm": "true",
+    "evaluate__batch_size": 8,
+    "data__augment__mean": "(0.4,0.5,0.6)",
+    "data__augment__std": "(0.2,0.3,0.25)",
+}
 
 
 def pictures() -> list[np.ndarray]:
-    """Smooth, so that resizers that round otherwise make no difference that matters."""
+    """Smooth images, so that resizers with other rounding give nearly equal features."""
     r = np.random.default_rng(0)
     waves = [
         np.sin(
@@ -41,8 +48,8 @@ def pictures() -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, np.ndarray]:
-    """A run with another evaluate.crop than the default, and the features [N, D] that its
-    evaluators see of the images."""
+    """A run with another evaluate.crop than the default, and the features [N, D] of its
+    evaluators."""
     place = tmp_path_factory.mktemp("seen")
     (place / "pictures").mkdir()
     for number, picture in enumerate(pictures()):
@@ -69,7 +76,7 @@ def exported(workdir: pathlib.Path, format: str) -> pathlib.Path:
 
 
 def test_the_crop_changes_the_features(run) -> None:
-    """Else nothing below could fail: seen as with the default, the features are others."""
+    """With the default crop the features differ, so that the tests below can fail."""
     workdir, expected = run
     model = load.load(str(workdir))
     other = np.stack([Preprocessing(image_size=32).view(picture) for picture in pictures()])
@@ -89,8 +96,11 @@ def test_load_and_mode_features_use_the_crop(run, tmp_path: pathlib.Path) -> Non
     close(table["features"], expected)
     config = configuration.resolve(configuration.load_from_workdir(str(workdir), "--workdir"))
     assert {key: about[key] for key in ("crop", "short_side", "image_size", "background")} == {
-        "crop": config.evaluate.crop, "short_side": round(32 / config.evaluate.crop), "image_size": 32, "background": 255,
-    }  # fmt: skip
+        "crop": config.evaluate.crop,
+        "short_side": round(32 / config.evaluate.crop),
+        "image_size": 32,
+        "background": 255,
+    }
 
 
 @pytest.mark.row("E10")
@@ -99,7 +109,7 @@ def test_exports_keep_the_preprocessing(run, format: str) -> None:
     workdir, expected = run
     place = exported(workdir, format)
     model = load.load(str(place / "vit.npz" if format == "npz" else place))
-    # Their files hold the short side, or what it is made of, and not the share.
+    # their files store the short side, not evaluate.crop
     got, wanted = (
         {**m.preprocessing.described(), "crop": 0} for m in (model, load.load(str(workdir)))
     )
@@ -115,8 +125,10 @@ def test_exports_describe_the_preprocessing(run) -> None:
     )
     told = json.loads((place / "preprocessing.json").read_text())
     assert {name: told[name] for name in ("crop", "short_side", "mean")} == {
-        "crop": config.evaluate.crop, "short_side": round(32 / config.evaluate.crop), "mean": [0.4, 0.5, 0.6],
-    }  # fmt: skip
+        "crop": config.evaluate.crop,
+        "short_side": round(32 / config.evaluate.crop),
+        "mean": [0.4, 0.5, 0.6],
+    }
 
 
 @pytest.mark.row("E10")

@@ -1,5 +1,5 @@
-"""--mode=preview: the original beside the views is the record that the row shows, also where a bad
-one was replaced."""
+"""--mode=preview: the original next to the views is the record of the row, also where a bad record
+was replaced."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_frames_are_drawn_at_the_boxes():
             (top + height - 1, left + width - 1),
         ):
             assert (tile[y, x] == colour).all(), (y, x)
-    # The notch is on the left of the plain view and on the right of the mirrored one.
+    # the notch is on the left of the plain view and on the right of the flipped one
     assert (tile[50, 4] == preview_sheet.BOXES[0]).all() and (
         tile[50, 95] == preview_sheet.BOXES[1]
     ).all()
@@ -86,8 +86,8 @@ def test_a_sheet_with_originals_has_another_column(tmp_path):
 
 
 def test_the_preview_of_a_fine_tuning_shows_blended_inputs(tmp_path):
-    """The input that the step makes, instead of a mask that it does not read; and both views of
-    objectives that read one are cut."""
+    """The blended input of the step, without a mask, which it does not use; both views are cut even
+    if the objective reads one."""
     changes = {
         "data__size": 40,
         "data__classes": -1,
@@ -124,8 +124,8 @@ def test_the_preview_of_a_fine_tuning_shows_blended_inputs(tmp_path):
 
 @pytest.mark.parametrize(("form", "tiles"), [("supervised", 2), ("mae", 3), ("sim", 4), ("m3i", 5)])
 def test_a_sheet_has_only_the_inputs_of_the_objective(tmp_path, form, tiles):
-    """The original, the input view, then the other view, the mask and the mixed input where there
-    are any."""
+    """The original, the input view, then the other view, the mask and the mixed input if the
+    objective uses them."""
     config = toy.settings(
         data__size=40, data__classes=-1, train__batch_size=16, objective__forms=form
     )
@@ -135,6 +135,6 @@ def test_a_sheet_has_only_the_inputs_of_the_objective(tmp_path, form, tiles):
             tiles * (image_grid.side_of_tile(32, 4) + image_grid.GAP) - image_grid.GAP
         )
         left = np.asarray(image.convert("RGB"))[:, : image.width // 2]
-    # a cell is the partner's only where it is mixed in
+    # only a mixed input has cells of the partner
     assert (left == image_grid.PARTNER).all(-1).any() == (form == "m3i")
     assert (left == image_grid.HIDDEN).all(-1).any() == (form in ("mae", "sim"))

@@ -1,5 +1,5 @@
-"""Overrides that change nothing, and first weights that are not there: refused on one line, before
-the trainer is imported."""
+"""Overrides without effect and missing initial weights are refused in one line, before the trainer
+is imported."""
 
 import os
 import pathlib
@@ -99,7 +99,7 @@ def test_overrides_without_effect_are_refused(
             ["data.source=folder", "data.path=/b", "data.mixture=", "data.size=0"],
         ),
         ("eval", MIXED | {"size": 9}, ["data.size=9", "evaluate.crop=1.0"]),
-        # it plans with that and counts nothing
+        # the mode plans with the size and counts no images
         ("show", {"source": "folder", "size": 9}, ["data.size=9"]),
         ("train", MIXED, ["data.path=", "optim.lr=1"]),  # emptied
         ("export", {}, ["evaluate.crop=1.0", "report.licence=MIT"]),
@@ -140,7 +140,7 @@ def test_missing_weights_are_refused_by_modes_that_read_them(tmp_path: pathlib.P
     for mode in ("show", "compile", "eval", "export", "report"):
         refuse_missing(mode, config, str(tmp_path))
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
-    # a run that goes on has them in its own checkpoint
+    # a resumed run has the weights in its checkpoint
     refuse_missing("train", config, str(tmp_path))
 
 
@@ -154,8 +154,7 @@ print(code, "m3i_jax.modes.train" in sys.modules, "m3i_jax.training.trainer" in 
 
 @pytest.mark.row("E11")
 def test_missing_weights_are_refused_before_the_trainer_is_imported(tmp_path: pathlib.Path) -> None:
-    """In a process of its own: the trainer takes seconds to import, and its programs longer to
-    make."""
+    """In a new process: the trainer takes seconds to import, and its programs longer to compile."""
     arguments = [
         "--config",
         "configs/quickstart.py",
