@@ -1,7 +1,7 @@
 """Linear classification of frozen features: multinomial logistic regression by full-batch L-BFGS on
 standardised features.
 
-The problem is convex: there is no learning rate, schedule or seed to choose. The weight decay is
+The problem is convex: no learning rate, schedule or seed has to be chosen. The weight decay is
 chosen on a held-out fifth of the index; the queries are classified once, at the end."""
 
 import functools

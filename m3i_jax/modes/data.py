@@ -51,7 +51,7 @@ def run(config: schema.Config, *, workdir: str) -> int:
         progress=_progress(len(indices)),
     )
     ids = (lambda text: len(words.ids(text, cleaned=True))) if words else None
-    made = dataset_stats.dataset_stats(
+    stats = dataset_stats.dataset_stats(
         records,
         classes=source.classes,
         kept=classes,
@@ -77,7 +77,7 @@ def run(config: schema.Config, *, workdir: str) -> int:
             "whole": len(indices) == len(source),
             "rule": f"record i x {len(source)} // {len(indices)} for i = 0, 1, ...",
         },
-        **made,
+        **stats,
         "speed": {**dataclasses.asdict(speed), "cores": usable_cores()},
         "feeds": chips_fed(done, words.vocabulary if words else 0, usable_cores() * speed.pipeline),
     }
@@ -158,11 +158,11 @@ def _progress(total: int) -> Any:
 
 
 def _examples(
-    source: base.DataSource, seen: Sequence[dataset_scan.RecordInfo], data: schema.Data
+    source: base.DataSource, chosen: Sequence[dataset_scan.RecordInfo], data: schema.Data
 ) -> list[dict[str, Any]]:
     out, classes = [], source.classes
     for s, record in zip(
-        seen, decode.read_records(source, [s.index for s in seen], data.missing), strict=True
+        chosen, decode.read_records(source, [s.index for s in chosen], data.missing), strict=True
     ):
         # it was readable before: the source has changed since
         if isinstance(record, decode.BadRecord):

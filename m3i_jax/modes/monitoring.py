@@ -38,8 +38,8 @@ def model_flops(trainer: Trainer) -> float:
 def make_clock(
     trainer: Trainer, log: Callable[[str], None], **options: Any
 ) -> goodput.GoodputClock:
-    """The clock of a run on the devices of its mesh. Logs the peak that MFU refers to, or why there
-    is no MFU."""
+    """The clock of a run on the devices of its mesh. Logs the peak that MFU refers to, or why MFU
+    is not reported."""
     config, devices = trainer.config, list(trainer.mesh.devices.flat)
     kind = devices[0].device_kind
     peak = device_peaks.find_chip(kind, len(devices))

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -42,16 +43,26 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_EVALUATORS", dict(registry._EVALUATORS))
 
 
-def test_an_evaluator_from_outside_reports_in_the_log_of_a_run(tmp_path: pathlib.Path) -> None:
+def test_an_evaluator_from_outside_reports_in_the_log_of_a_run(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "own.py").write_text(CONFIG)
-    names = [each.setting for each in registry.evaluators() if each.setting]
-    built_in = [f"--config.evaluate.{name}=false" for name in names]
     run = tmp_path / "run"
-    arguments = ["--config", str(tmp_path / "own.py"), "--workdir", str(run), *TINY, *built_in]
+    own = {
+        "train.batch_size": 16,
+        "train.steps": 1,
+        "optim.warmup_steps": 0,
+        "objective.forms": "mim",
+    }
+    own |= {f"evaluate.{each.setting}": False for each in registry.evaluators()}
+    settings = dict(text.removeprefix("--config.").split("=") for text in TINY) | own
+    overrides = [f"--config.{key}={value}" for key, value in settings.items()]
+    arguments = ["--config", str(tmp_path / "own.py"), "--workdir", str(run), *overrides]
     assert command.main(arguments) == 0
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     values = {name: value for line in lines for name, value in line.items()}
-    assert values["eval/norms/images"] == 10
+    held_out = re.search(r"([\d,]+) held out", capsys.readouterr().out)
+    assert held_out and values["eval/norms/images"] == int(held_out[1]) > 1
     np.testing.assert_allclose(values["eval/norms/mean"], 1.0, rtol=1e-5)  # normalised features
 
 
