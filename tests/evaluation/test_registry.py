@@ -11,6 +11,7 @@ from m3i_jax import main as command
 from m3i_jax import schema
 from m3i_jax.evaluation import registry
 from m3i_jax.evaluation.registry import Evaluator, register_evaluator
+from m3i_jax.modes import figure_evaluators
 from tests.test_main import TINY
 
 # A file for --config, as a user would write it.
@@ -38,8 +39,8 @@ def get_config():
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test registers in a copy."""
-    registry.evaluators()  # registers the built-in ones
+    """Each test registers in a copy of the registry with all built-in evaluators."""
+    assert figure_evaluators.__name__ in {each.build.__module__ for each in registry.evaluators()}
     monkeypatch.setattr(registry, "_EVALUATORS", dict(registry._EVALUATORS))
 
 
