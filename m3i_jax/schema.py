@@ -352,9 +352,8 @@ class Text:
 class Model:
     backbone: str = option(
         "vit",
-        "kind of the encoder; intern_image is made of model.intern_image",
-        "vit",
-        "intern_image",
+        "kind of the encoder: vit, intern_image (made of model.intern_image), or a registered one",
+        NAME,
     )
     encoder: Encoder = section(Encoder)
     intern_image: InternImage = section(InternImage)

@@ -23,14 +23,14 @@ from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config
 from m3i_jax.evaluation.load import build_encoder
-from m3i_jax.models import presets
+from m3i_jax.models import backbones, presets
 
 BATCH = 1024  # [P]
 # InternImage-H in the paper: 30 epochs [P]; the rest as its authors fine-tune it, without blending.
 # Pooled is the mean of the features, as of a ViT, where they keep the attention pooling of their
 # pre-training. [C]
 INTERN_IMAGE = {
-    "optim.layer_decay": 0.9, "optim.weight_decay": 0.05, "optim.offset_lr": 0.1, "optim.center_lr": 0.1, "optim.clip": presets.CLIP,
+    "optim.layer_decay": 0.9, "optim.weight_decay": 0.05, "optim.offset_lr": 0.1, "optim.center_lr": 0.1, "optim.clip": backbones.INTERN_IMAGE.clip,
     "model.encoder.drop_path": 0.2, "model.encoder.drop_path_rule": "linear", "objective.label_smoothing": 0.3,
     "data.augment.mixup": 0.0, "data.augment.cutmix": 0.0, "data.augment.erase_p": 0.0,
 }  # fmt: skip
@@ -59,7 +59,7 @@ def get_config(
         config.model.update(presets.preset(model))
     convolutional = config.model.backbone == "intern_image"
     if image_size and image_size != config.data.image_size:
-        if not convolutional:
+        if backbones.get_backbone(config.model).resizes_positions:
             config.model.encoder.position_grid = (
                 config.data.image_size // config.model.encoder.patch_size
             )

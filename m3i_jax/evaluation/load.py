@@ -22,7 +22,7 @@ from m3i_jax.data import preprocessing
 from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction
-from m3i_jax.models import backbones, intern_image
+from m3i_jax.models import backbones
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import checkpoint, checkpoint_dir, init_from, plan
 
@@ -252,14 +252,17 @@ def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema
         "width",
         "depth",
         "mlp_ratio",
-        *(["intern_image"] if config.model.backbone != "vit" else []),
+        *backbones.get_backbone(config.model).sections,
     )
     if all(stored.get(name, configured[name]) == configured[name] for name in sizes):
         return config
     source = settings_of_weights(path, flag)
     out = configuration.config_from_text(configuration.config_to_text(config), flag)
     out.model.update(
-        {name: source.model[name] for name in ("backbone", "scan", "encoder", "intern_image")}
+        {
+            name: source.model[name]
+            for name in ("backbone", "scan", "encoder", *backbones.section_names())
+        }
     )
     out.model.pool.heads = 1  # divides any width; a file has no trained pooling
     _copy_preprocessing(out, source)
@@ -280,10 +283,16 @@ def _described(
     """The settings of a file of weights."""
     stored, config = dict(source.settings), configuration.default_config()
     if "width" not in stored or "image_size" not in stored:
+        # a backbone with its own section of settings is recognized by the sizes of its presets
+        sizes = [
+            name
+            for backbone in backbones.registered_backbones().values()
+            if backbone.sections
+            for name in backbone.presets
+        ]
         raise UserError(
             f"{flag}: {path}: is neither a supported vision transformer nor one of"
-            f" {', '.join(intern_image.PRESETS)} ({source.name}); m3i_jax can read its arrays, but"
-            " not run it"
+            f" {', '.join(sizes)} ({source.name}); m3i_jax can read its arrays, but not run it"
         )
     stored["heads"] = (
         heads
@@ -294,7 +303,11 @@ def _described(
         {name: stored[name] for name in config.model.encoder if name in stored}
     )
     config.model.update(
-        {name: stored[name] for name in ("backbone", "scan", "intern_image") if name in stored}
+        {
+            name: stored[name]
+            for name in ("backbone", "scan", *backbones.section_names())
+            if name in stored
+        }
     )
     config.model.update({"dtype": "float32", "pool": {"heads": 1}})
     config.data.image_size = stored["image_size"]

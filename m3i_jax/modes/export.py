@@ -31,7 +31,7 @@ from m3i_jax.augment import photometric
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load
 from m3i_jax.interop import export_formats, intern_image_weights, tensor_files, vit_weights
-from m3i_jax.models.vit import fixed_positions
+from m3i_jax.models import backbones
 from m3i_jax.modes import model_card, output
 from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import checkpoint, init_from
@@ -55,7 +55,7 @@ def run(config: schema.Config, *, workdir: str, format: str) -> int:
             "--format=stablehlo needs the package flatbuffers: pip install 'm3i-jax[export]'"
         )
     config = settings_of(config, workdir)
-    write = {**_FORMATS, **_FORMATS_OF_BACKBONE[config.model.backbone]}
+    write = {**_FORMATS, **_FORMATS_OF_LAYOUT[backbones.get_backbone(config.model).layout]}
     if format not in write:
         raise UserError(
             f"--format={format}: has no model for the backbone {config.model.backbone}; use"
@@ -108,17 +108,13 @@ def settings_of(config: schema.Config, workdir: str) -> schema.Config:
 
 
 def tree_of(model: load.LoadedEncoder) -> dict[str, np.ndarray]:
-    """The encoder as the flat tree {path: float32 array} of `interop`, with the fixed position
-    table of a ViT (zeros for cls)."""
-    e = model.config.model.encoder
+    """The encoder as the flat tree {path: float32 array} of `interop`, with computed arrays that
+    other projects store, such as the fixed position table of a ViT."""
     named = jax.tree_util.tree_leaves_with_path({"encoder": model.params["encoder"]})
     flat = {init_from.path_text(path): np.asarray(leaf, np.float32) for path, leaf in named}
-    if model.config.model.backbone == "vit" and init_from.TABLE not in flat:
-        table = fixed_positions(e, model.config.grid)
-        flat[init_from.TABLE] = np.concatenate(
-            [np.zeros((int(e.cls_token), e.width), np.float32), table]
-        )[None]
-    return flat
+    backbone = backbones.get_backbone(model.config.model)
+    fixed = backbone.fixed_arrays(model.config.model, model.config.grid)
+    return {**flat, **{f"encoder/{path}": array for path, array in fixed.items()}}
 
 
 def _to_timm(directory: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
@@ -270,7 +266,9 @@ def _to_orbax(directory: pathlib.Path, model: load.LoadedEncoder, workdir: str) 
 
 
 _FORMATS = {"stablehlo": _to_stablehlo, "orbax": _to_orbax}  # of any backbone
-_FORMATS_OF_BACKBONE = {
+# by `Backbone.layout`
+_FORMATS_OF_LAYOUT: dict[str, dict[str, Any]] = {
+    "": {},
     "vit": {"timm": _to_timm, "hf": _to_hugging_face, "npz": _to_npz},
     "intern_image": {"hf": _to_intern_image_hugging_face, "npz": _to_intern_image_npz},
 }

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from m3i_jax import parallel, run_files, schema
-from m3i_jax.profiling import device_peaks, flops, trace
+from m3i_jax.profiling import flops, hardware, trace
 from m3i_jax.training import goodput, step
 from m3i_jax.training.trainer import Trainer, abstract_batch
 from m3i_jax.training.watchdog import Watchdog
@@ -42,9 +42,9 @@ def make_clock(
     is not reported."""
     config, devices = trainer.config, list(trainer.mesh.devices.flat)
     kind = devices[0].device_kind
-    peak = device_peaks.find_chip(kind, len(devices))
+    peak = hardware.find_chip(kind, len(devices))
     if config.report.peak_tflops:
-        peak = device_peaks.ChipPeak(
+        peak = hardware.ChipPeak(
             kind, config.report.peak_tflops * 1e12, peak.chips if peak else len(devices)
         )
     clock = goodput.GoodputClock(

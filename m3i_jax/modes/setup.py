@@ -18,6 +18,7 @@ from m3i_jax import parallel, schema, validation
 from m3i_jax.data import pipeline, splits, tokenizer
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
+from m3i_jax.models import backbones
 from m3i_jax.training import plan, scaling
 
 
@@ -136,6 +137,7 @@ def open_setup(
       trains: objectives (tuples of forms) that will be trained. If none of them reads captions,
         captions are not tokenized, unless `data.captions` is "yes". Empty: all data are opened.
     """
+    backbones.validate_backbone(config)  # before data are opened, which may take minutes
     path = pathlib.Path(workdir)
     config, devices = restore_or_init(_with_rounded_batch(config, path))
     make(path)
