@@ -28,11 +28,11 @@ def test_the_probe_uses_the_one_informative_token() -> None:
     r, rows = np.random.default_rng(0), 96
     tokens = (0.3 * r.normal(size=(2 * rows, 4, 32))).astype(np.float32)
     label = (np.arange(2 * rows) % 2).astype(np.int32)
-    place = r.integers(0, 4, 2 * rows)
+    token = r.integers(0, 4, 2 * rows)
     tokens[..., :2] = 0
-    tokens[np.arange(2 * rows), place, 0] = 6
+    tokens[np.arange(2 * rows), token, 0] = 6
     tokens[..., 1] = (label - 0.5)[:, None] * -2
-    tokens[np.arange(2 * rows), place, 1] = (label - 0.5) * 6  # the mean of channel 1 is 0
+    tokens[np.arange(2 * rows), token, 1] = (label - 0.5) * 6  # the mean of channel 1 is 0
     assert np.abs(tokens[..., 1].mean(1)).max() < 1e-6
     probe = attentive_probe.AttentiveProbe(config, parallel.make_mesh((2, 2, 1), jax.devices()[:4]))
     head = probe.fit(tokens[:rows], label[:rows], 2, 32, lambda: None)

@@ -174,23 +174,23 @@ def test_files_of_other_projects(tmp_path: pathlib.Path, pictures: np.ndarray) -
 
 
 def intern_image_file(
-    place: pathlib.Path, *, fused: int = 0, hugging_face: bool = True
+    directory: pathlib.Path, *, fused: int = 0, hugging_face: bool = True
 ) -> tuple[str, published.Net, dict]:
     """A file of the smallest InternImage preset as it would be published: (path, net, table with
     the published names)."""
     net = published.PICO._replace(fused=fused, pooled=5)
     table = published.weights(net)
     if not hugging_face:
-        tensor_files.write_npz(place / "intern.npz", table)
-        return str(place / "intern.npz"), net, table
+        tensor_files.write_npz(directory / "intern.npz", table)
+        return str(directory / "intern.npz"), net, table
     tensor_files.write_safetensors(
-        place / "model.safetensors",
+        directory / "model.safetensors",
         {intern_image_weights.hugging_face_name(n): array for n, array in table.items()},
     )
-    (place / "preprocessor_config.json").write_text(
+    (directory / "preprocessor_config.json").write_text(
         json.dumps({"crop_size": {"height": 32, "width": 32}})
     )
-    return str(place), net, table
+    return str(directory), net, table
 
 
 @pytest.mark.parametrize(("fused", "hugging_face"), [(0, True), (48, False)])

@@ -52,11 +52,11 @@ def test_templates_of_a_file(name: str, text: str, tmp_path: pathlib.Path) -> No
 def test_invalid_templates_are_refused(
     name: str, text: str, message: str, tmp_path: pathlib.Path
 ) -> None:
-    place = tmp_path / (name or "absent.txt")
+    path = tmp_path / (name or "absent.txt")
     if name:
-        place.write_text(text)
+        path.write_text(text)
     with pytest.raises(UserError, match="config.evaluate.templates") as error:
-        zero_shot.prompt_templates(str(place))
+        zero_shot.prompt_templates(str(path))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

@@ -81,13 +81,13 @@ def normal(model: load.LoadedEncoder, raw: np.ndarray):
 
 
 def from_timm(
-    place: pathlib.Path,
+    directory: pathlib.Path,
     arguments: dict,
     name: str = "vit_base_patch16_224",
     suffix: str = ".safetensors",
 ) -> None:
     model = shaken(timm.create_model(name, pretrained=False, num_classes=3, **arguments))
-    path = place / f"model{suffix}"
+    path = directory / f"model{suffix}"
     if suffix == ".safetensors":
         tensor_files.write_safetensors(
             path, {name: value.numpy() for name, value in model.state_dict().items()}
@@ -128,13 +128,13 @@ def test_a_pytorch_file(tmp_path: pathlib.Path) -> None:
     from_timm(tmp_path, SMALL, suffix=".pth")
 
 
-def hugging_face(place: pathlib.Path, kind: str, sizes: dict) -> None:
+def hugging_face(directory: pathlib.Path, kind: str, sizes: dict) -> None:
     config = {"ViTModel": transformers.ViTConfig, "CLIPVisionModel": transformers.CLIPVisionConfig}[
         kind
     ](**sizes)
     model = shaken(getattr(transformers, kind)(config))
-    model.save_pretrained(place)
-    ours = load.load(str(place), pool="tokens")
+    model.save_pretrained(directory)
+    ours = load.load(str(directory), pool="tokens")
     raw = pictures(sizes["image_size"])
     out = model(pixel_values=normal(ours, raw), output_hidden_states=True)
     if kind == "ViTModel":
@@ -145,7 +145,7 @@ def hugging_face(place: pathlib.Path, kind: str, sizes: dict) -> None:
             ours.features(raw, ready=True),
             getattr(model, "vision_model", model).post_layernorm(out.last_hidden_state),
         )
-    without = load.load(str(place), pool="tokens")
+    without = load.load(str(directory), pool="tokens")
     without.config = with_encoder(without.config, final_norm=False)
     close(
         without.features(raw, ready=True),
@@ -175,10 +175,12 @@ def test_masked_autoencoders_of_transformers_are_recognised(tmp_path: pathlib.Pa
     assert ours.shapes[init_from.TABLE] == (1, 17, 32)
 
 
-def random_encoder(place: pathlib.Path, width: int = 32, **changes) -> load.LoadedEncoder:
+def random_encoder(directory: pathlib.Path, width: int = 32, **changes) -> load.LoadedEncoder:
     settings = {f"model__encoder__{name}": value for name, value in changes.items()}
-    saved.run(place, toy.settings(model__encoder__width=width, objective__forms="mim", **settings))
-    return load.load(str(place), pool="tokens")
+    saved.run(
+        directory, toy.settings(model__encoder__width=width, objective__forms="mim", **settings)
+    )
+    return load.load(str(directory), pool="tokens")
 
 
 VARIANTS = [
@@ -198,12 +200,12 @@ def test_exported_weights_give_equal_features(
     both_ways(tmp_path, library, random_encoder(tmp_path / "run", **changes))
 
 
-def both_ways(place: pathlib.Path, library: str, ours: load.LoadedEncoder) -> None:
+def both_ways(directory: pathlib.Path, library: str, ours: load.LoadedEncoder) -> None:
     described, preprocessing = mode._described(ours)
     size = preprocessing["image_size"]
     raw = pictures(size)
     shown = normal(ours, raw).numpy().transpose(0, 2, 3, 1)
-    out = place / "out"
+    out = directory / "out"
     if library == "timm":
         export_formats.timm_config(out, mode.tree_of(ours), described, preprocessing)
         got = export_formats.timm_output(out, described, size, shown)

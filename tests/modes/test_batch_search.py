@@ -1,4 +1,4 @@
-"""The searches of --mode=compile, with a formula in place of a compiler."""
+"""The searches of --mode=compile, with a formula instead of a compiler."""
 
 import math
 

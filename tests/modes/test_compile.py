@@ -43,7 +43,7 @@ def test_the_parts_of_the_state_sum_to_its_bytes() -> None:
     made = trainer.Trainer(config, parallel.make_mesh((2, 4, 1), jax.devices()[:8]), toy.VOCABULARY)
     parts = mode.state_bytes(made)
     held = jax.tree.map(
-        lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+        lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
         made.template,
         made.shardings,
     )
@@ -222,10 +222,10 @@ def test_the_largest_batch_and_suggestions_are_printed(tmp_path, capsys, monkeyp
     monkeypatch.setattr(compile_report, "_costs", lambda report: "")
     base = [*ARGUMENTS, "--workdir", str(tmp_path), "--topology=cpu:8", "--memory=1"]
     assert command.main([*base, "--largest-batch"]) == 0
-    told = json.loads((tmp_path / "compile.json").read_text())
+    report = json.loads((tmp_path / "compile.json").read_text())
     assert (
-        told["largest_batch"] == 22
-        and len(told["tried"]) >= 2
+        report["largest_batch"] == 22
+        and len(report["tried"]) >= 2
         and "22 images a data shard" in capsys.readouterr().out
     )
     monkeypatch.setattr(mode, "report_program", fake(4))
@@ -253,15 +253,15 @@ def test_advised_microbatches_divide_the_batch(
     assert "".join(re.findall(r"microbatches=(\d+)", capsys.readouterr().err)) == parts
 
 
-@pytest.mark.parametrize(("gib", "told"), [(55, False), (62, True)])
+@pytest.mark.parametrize(("gib", "printed"), [(55, False), (62, True)])
 def test_a_need_beyond_the_default_gpu_pool_is_printed(
-    gib: int, told: bool, tmp_path, capsys, monkeypatch
+    gib: int, printed: bool, tmp_path, capsys, monkeypatch
 ) -> None:
     """Three quarters of an H100 are 59 GiB."""
-    place = mode.CompileTarget(
+    directory = mode.CompileTarget(
         topology=mode.topologies.parse_topology("h100:8"), devices=jax.devices(), limit=64 * 2**30
     )
-    monkeypatch.setattr(mode, "compile_target", lambda *_, **__: place)
+    monkeypatch.setattr(mode, "compile_target", lambda *_, **__: directory)
     monkeypatch.setattr(
         mode, "report_program", lambda *given: fake(10**6)(*given) | {"peak_bytes": gib * 2**30}
     )
@@ -270,7 +270,7 @@ def test_a_need_beyond_the_default_gpu_pool_is_printed(
         command.main([*ARGUMENTS, "--workdir", str(tmp_path), "--topology=h100:8", "--memory=64"])
         == 0
     )
-    assert ("XLA_PYTHON_CLIENT_MEM_FRACTION" in capsys.readouterr().out) == told
+    assert ("XLA_PYTHON_CLIENT_MEM_FRACTION" in capsys.readouterr().out) == printed
 
 
 @pytest.mark.slow

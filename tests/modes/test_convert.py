@@ -32,8 +32,8 @@ def config(pictures: pathlib.Path, workers: int) -> schema.Config:
     return schema.Config(data=schema.Data(source="folder", path=str(pictures), workers=workers))
 
 
-def same(place: pathlib.Path, pictures: pathlib.Path) -> None:
-    before, after = FolderSource(str(pictures)), array_record.ArrayRecordSource(str(place))
+def same(directory: pathlib.Path, pictures: pathlib.Path) -> None:
+    before, after = FolderSource(str(pictures)), array_record.ArrayRecordSource(str(directory))
     assert len(before) == len(after) == 620 and before.classes == after.classes and after.captions
     for i in range(len(before)):
         a, b = before[i], after[i]

@@ -20,10 +20,10 @@ from tests import broken, toy
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, str, dict[str, str]]:
+def survey(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, str, dict[str, str]]:
     """(report, page, console, reasons of the broken files) of 24 good images, 22 broken ones and
     two copies."""
-    folder, place = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("run")
+    folder, directory = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("run")
     reasons = broken.fill(folder, good=24)
     (folder / "b" / "copy<i>.png").write_bytes((folder / "a" / "0000.png").read_bytes())
     (folder / "b" / "copy<i>.txt").write_text("<script>alert(1)</script> " + "long " * 40)
@@ -49,19 +49,19 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, str, dict
     printed: list[str] = []
     patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
     try:
-        assert data.run(config, workdir=str(place)) == 0
+        assert data.run(config, workdir=str(directory)) == 0
     finally:
         patch.undo()
     return (
-        json.loads((place / "data.json").read_text()),
-        (place / "data.html").read_text(),
+        json.loads((directory / "data.json").read_text()),
+        (directory / "data.html").read_text(),
         "\n".join(printed),
         reasons,
     )
 
 
-def test_the_counts_are_exact(told):
-    report, _, console, reasons = told
+def test_the_counts_are_exact(survey):
+    report, _, console, reasons = survey
     pictures = report["pictures"]
     assert (
         report["source"]["records"] == pictures["looked_at"] == 24 + 22 + 2
@@ -105,8 +105,8 @@ def test_the_counts_are_exact(told):
         assert part in console
 
 
-def test_speed_and_chips(told):
-    report = told[0]
+def test_speed_and_chips(survey):
+    report = survey[0]
     speed, feeds = report["speed"], report["feeds"]
     assert feeds["mfu"] == schema.Report().mfu
     assert {kind: peak for kind, peak, *_ in feeds["chips"]} == {
@@ -160,8 +160,8 @@ class Page(html.parser.HTMLParser):
         self.feed_text += data
 
 
-def test_the_page_needs_no_other_files(told):
-    report, page, _, _ = told
+def test_the_page_needs_no_other_files(survey):
+    report, page, _, _ = survey
     seen = Page()
     seen.feed(page)
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in seen.tags}

@@ -25,9 +25,9 @@ SOURCE = {
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    place = tmp_path_factory.mktemp("run")
-    saved.run(place, toy.settings(**SOURCE))
-    return place
+    directory = tmp_path_factory.mktemp("run")
+    saved.run(directory, toy.settings(**SOURCE))
+    return directory
 
 
 def written(workdir: pathlib.Path, out: pathlib.Path, *more: str) -> int:

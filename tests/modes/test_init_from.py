@@ -36,41 +36,41 @@ SMALL = [
 SIZES = {"width": 32, "depth": 2, "heads": 2, "patch": 8, "grid": 4}
 
 
-def timm(place: pathlib.Path) -> tuple[str, list[str]]:
+def timm(directory: pathlib.Path) -> tuple[str, list[str]]:
     tensor_files.write_safetensors(
-        place / "vit.safetensors", weights(ENCODERS["timm"] + "|" + OTHERS["timm"], **SIZES)
+        directory / "vit.safetensors", weights(ENCODERS["timm"] + "|" + OTHERS["timm"], **SIZES)
     )
-    return str(place / "vit.safetensors"), [
+    return str(directory / "vit.safetensors"), [
         "model.encoder.positions=learned",
         "model.encoder.final_norm=true",
     ]
 
 
-def mae(place: pathlib.Path) -> tuple[str, list[str]]:
+def mae(directory: pathlib.Path) -> tuple[str, list[str]]:
     """Weights with the fixed position table, whose halves are exchanged."""
     fixed = np.concatenate([np.zeros((1, 32)), np.roll(positions.sincos_2d(4, 32), 16, -1)]).astype(
         np.float32
     )[None]
     tensor_files.write_safetensors(
-        place / "mae.safetensors", {**weights(ENCODERS["mae"], **SIZES), "pos_embed": fixed}
+        directory / "mae.safetensors", {**weights(ENCODERS["mae"], **SIZES), "pos_embed": fixed}
     )
-    return str(place / "mae.safetensors"), [
+    return str(directory / "mae.safetensors"), [
         "model.encoder.positions=sincos_columns",
         "model.encoder.final_norm=true",
     ]
 
 
-def google(place: pathlib.Path) -> tuple[str, list[str]]:
-    tensor_files.write_npz(place / "vit.npz", weights(ENCODERS["google"], **SIZES))
-    return str(place / "vit.npz"), [
+def google(directory: pathlib.Path) -> tuple[str, list[str]]:
+    tensor_files.write_npz(directory / "vit.npz", weights(ENCODERS["google"], **SIZES))
+    return str(directory / "vit.npz"), [
         "model.encoder.positions=learned",
         "model.encoder.final_norm=true",
     ]
 
 
-def ours(place: pathlib.Path) -> tuple[str, list[str]]:
-    saved.run(place, toy.settings(objective__forms="mim", data__captions="no", data__classes=0))
-    return str(place), []
+def ours(directory: pathlib.Path) -> tuple[str, list[str]]:
+    saved.run(directory, toy.settings(objective__forms="mim", data__captions="no", data__classes=0))
+    return str(directory), []
 
 
 def qkv(layout: str, path: str) -> np.ndarray:

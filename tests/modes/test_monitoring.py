@@ -36,11 +36,11 @@ def test_model_flops_are_those_of_the_plain_step() -> None:
 
 
 def test_mfu_needs_a_known_peak() -> None:
-    said: list[str] = []
-    clock = monitoring.make_clock(made(), said.append)
-    assert clock.peak == 0 and len(said) == 1 and "report.peak_tflops" in said[0]
-    known = monitoring.make_clock(made(report__peak_tflops=2.0), said.append)
-    assert known.peak == 2e12 and known.flops == monitoring.model_flops(made()) and len(said) == 2
+    lines: list[str] = []
+    clock = monitoring.make_clock(made(), lines.append)
+    assert clock.peak == 0 and len(lines) == 1 and "report.peak_tflops" in lines[0]
+    known = monitoring.make_clock(made(report__peak_tflops=2.0), lines.append)
+    assert known.peak == 2e12 and known.flops == monitoring.model_flops(made()) and len(lines) == 2
 
 
 def test_seconds_are_read_from_the_last_line_with_them(tmp_path: pathlib.Path) -> None:
@@ -67,14 +67,14 @@ def test_compilations_are_reported_to_the_clock() -> None:
 
 def test_a_signal_requests_a_trace_and_the_handler_is_restored(tmp_path: pathlib.Path) -> None:
     before = signal.getsignal(signal.SIGUSR1)
-    said: list[str] = []
+    lines: list[str] = []
     with monitoring.monitored(
-        toy.settings(report__profile_steps=2), tmp_path, goodput.GoodputClock(), said.append
+        toy.settings(report__profile_steps=2), tmp_path, goodput.GoodputClock(), lines.append
     ) as tracer:
         os.kill(os.getpid(), signal.SIGUSR1)
         for step in range(1, 5):
             tracer(step, None)
-    assert said[0] == "tracing steps 2 to 3" and signal.getsignal(signal.SIGUSR1) == before
+    assert lines[0] == "tracing steps 2 to 3" and signal.getsignal(signal.SIGUSR1) == before
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
@@ -90,12 +90,12 @@ def test_the_compilation_cache_respects_the_settings_of_jax(
     settings.update = changed.__setitem__
     monkeypatch.setattr(monitoring.jax, "config", settings)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    place = monitoring.enable_compilation_cache(tmp_path)
+    directory = monitoring.enable_compilation_cache(tmp_path)
     assert (
-        pathlib.Path(place).parent == tmp_path / "cache" / "m3i_jax"
-        and pathlib.Path(place).is_dir()
+        pathlib.Path(directory).parent == tmp_path / "cache" / "m3i_jax"
+        and pathlib.Path(directory).is_dir()
     )
-    assert changed == {"jax_compilation_cache_dir": place}
+    assert changed == {"jax_compilation_cache_dir": directory}
     # several hosts share one directory
     monkeypatch.setattr(monitoring.parallel, "host_names", lambda: 2)
     assert monitoring.enable_compilation_cache(tmp_path) == str(tmp_path / "compiled")

@@ -50,17 +50,17 @@ def pictures() -> list[np.ndarray]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, np.ndarray]:
     """A run with another evaluate.crop than the default, and the features [N, D] of its
     evaluators."""
-    place = tmp_path_factory.mktemp("seen")
-    (place / "pictures").mkdir()
+    directory = tmp_path_factory.mktemp("seen")
+    (directory / "pictures").mkdir()
     for number, picture in enumerate(pictures()):
-        Image.fromarray(picture).save(place / "pictures" / f"{number}.png")
-    config = toy.settings(**SETTINGS, data__path=str(place / "pictures"), evaluate__crop=CROP)
-    params, _ = saved.run(place / "run", config)
-    job = jobs.open_setup(config, str(place / "elsewhere"))
+        Image.fromarray(picture).save(directory / "pictures" / f"{number}.png")
+    config = toy.settings(**SETTINGS, data__path=str(directory / "pictures"), evaluate__crop=CROP)
+    params, _ = saved.run(directory / "run", config)
+    job = jobs.open_setup(config, str(directory / "elsewhere"))
     seen = feature_extraction.Extractor(config, job.mesh)(
         {"encoder": params["encoder"]}, evaluators.host_eval_batches(job, job.train, 9)
     )
-    return place / "run", seen.raw
+    return directory / "run", seen.raw
 
 
 def close(got: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> None:
@@ -107,8 +107,8 @@ def test_load_and_mode_features_use_the_crop(run, tmp_path: pathlib.Path) -> Non
 @pytest.mark.parametrize("format", ["timm", "hf", "npz"])
 def test_exports_keep_the_preprocessing(run, format: str) -> None:
     workdir, expected = run
-    place = exported(workdir, format)
-    model = load.load(str(place / "vit.npz" if format == "npz" else place))
+    directory = exported(workdir, format)
+    model = load.load(str(directory / "vit.npz" if format == "npz" else directory))
     # their files store the short side, not evaluate.crop
     got, wanted = (
         {**m.preprocessing.described(), "crop": 0} for m in (model, load.load(str(workdir)))
@@ -119,12 +119,12 @@ def test_exports_keep_the_preprocessing(run, format: str) -> None:
 
 def test_exports_describe_the_preprocessing(run) -> None:
     workdir, _ = run
-    place = exported(workdir, "orbax")
+    directory = exported(workdir, "orbax")
     config = configuration.resolve(
-        configuration.config_from_text((place / "config.txt").read_text(), "config.txt")
+        configuration.config_from_text((directory / "config.txt").read_text(), "config.txt")
     )
-    told = json.loads((place / "preprocessing.json").read_text())
-    assert {name: told[name] for name in ("crop", "short_side", "mean")} == {
+    described = json.loads((directory / "preprocessing.json").read_text())
+    assert {name: described[name] for name in ("crop", "short_side", "mean")} == {
         "crop": config.evaluate.crop,
         "short_side": round(32 / config.evaluate.crop),
         "mean": [0.4, 0.5, 0.6],
@@ -135,8 +135,8 @@ def test_exports_describe_the_preprocessing(run) -> None:
 def test_timm_uses_the_same_preprocessing(run) -> None:
     torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
     workdir, expected = run
-    place = exported(workdir, "timm")
-    config = json.loads((place / "config.json").read_text())
+    directory = exported(workdir, "timm")
+    config = json.loads((directory / "config.json").read_text())
     see = timm.data.create_transform(
         **timm.data.resolve_data_config({}, pretrained_cfg=config["pretrained_cfg"])
     )
@@ -147,7 +147,7 @@ def test_timm_uses_the_same_preprocessing(run) -> None:
         **config["model_args"],
     )
     library = pytest.importorskip("safetensors.torch")
-    model.load_state_dict(library.load_file(place / "model.safetensors"))
+    model.load_state_dict(library.load_file(directory / "model.safetensors"))
     with torch.no_grad():
         got = model.eval()(torch.stack([see(Image.fromarray(picture)) for picture in pictures()]))
     close(got.numpy(), expected, 5e-3)
@@ -157,9 +157,9 @@ def test_timm_uses_the_same_preprocessing(run) -> None:
 def test_transformers_use_the_same_preprocessing(run) -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     workdir, expected = run
-    place = exported(workdir, "hf")
-    see = transformers.AutoImageProcessor.from_pretrained(place)
-    model = transformers.ViTModel.from_pretrained(place, add_pooling_layer=False).eval()
+    directory = exported(workdir, "hf")
+    see = transformers.AutoImageProcessor.from_pretrained(directory)
+    model = transformers.ViTModel.from_pretrained(directory, add_pooling_layer=False).eval()
     seen = torch.cat(
         [
             see(Image.fromarray(picture), return_tensors="pt")["pixel_values"]

@@ -21,21 +21,21 @@ from tests import toy
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The directory of a pre-training run with seed 7 and a checkpoint of its first step."""
-    place = tmp_path_factory.mktemp("pretrained")
+    directory = tmp_path_factory.mktemp("pretrained")
     config = toy.settings(seed=7, objective__forms="mim", data__captions="no", data__classes=0)
     trainer = Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0)
-    checkpoints = Checkpoints(place / "checkpoints", 1)
+    checkpoints = Checkpoints(directory / "checkpoints", 1)
     checkpoints.save(3, trainer.init(), {"samples_seen": 0, "fingerprint": "none"})
     checkpoints.wait()
     checkpoints.close()
-    (place / "config.txt").write_text(configuration.config_to_text(config))
-    return place
+    (directory / "config.txt").write_text(configuration.config_to_text(config))
+    return directory
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Two classes: horizontal and vertical stripes, of any colour, width and phase."""
-    place, r = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    directory, r = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for i in range(240):
         wave = np.sin(np.arange(48) * r.uniform(0.5, 1.2) + r.uniform(0, 6)) > 0
         colours = r.integers(0, 256, (2, 3))
@@ -43,9 +43,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
             np.uint8
         )
         name = "lying" if i % 2 else "standing"
-        (place / name).mkdir(exist_ok=True)
-        Image.fromarray(pixels if i % 2 else pixels.swapaxes(0, 1)).save(place / name / f"{i}.png")
-    return place
+        (directory / name).mkdir(exist_ok=True)
+        Image.fromarray(pixels if i % 2 else pixels.swapaxes(0, 1)).save(
+            directory / name / f"{i}.png"
+        )
+    return directory
 
 
 def test_fine_tuning_starts_from_the_encoder_of_the_run(run: pathlib.Path) -> None:
@@ -60,12 +62,12 @@ def test_fine_tuning_starts_from_the_encoder_of_the_run(run: pathlib.Path) -> No
     pretrained = Trainer(there, trainer.mesh, 0).init()
     for tree in (state.params, state.opt["target"].params):
         assert set(tree) == {"encoder", "pool", "category"}
-        for mine, theirs in zip(
+        for own, theirs in zip(
             jax.tree.leaves(tree["encoder"]),
             jax.tree.leaves(pretrained.params["encoder"]),
             strict=True,
         ):
-            np.testing.assert_array_equal(mine, theirs)
+            np.testing.assert_array_equal(own, theirs)
     assert 1e-5 < np.asarray(state.params["category"]["kernel"]).std() < 3e-5
 
 
