@@ -258,10 +258,10 @@ def test_a_need_beyond_the_default_gpu_pool_is_printed(
     gib: int, printed: bool, tmp_path, capsys, monkeypatch
 ) -> None:
     """Three quarters of an H100 are 59 GiB."""
-    directory = mode.CompileTarget(
+    target = mode.CompileTarget(
         topology=mode.topologies.parse_topology("h100:8"), devices=jax.devices(), limit=64 * 2**30
     )
-    monkeypatch.setattr(mode, "compile_target", lambda *_, **__: directory)
+    monkeypatch.setattr(mode, "compile_target", lambda *_, **__: target)
     monkeypatch.setattr(
         mode, "report_program", lambda *given: fake(10**6)(*given) | {"peak_bytes": gib * 2**30}
     )
