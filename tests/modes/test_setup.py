@@ -103,7 +103,7 @@ def test_a_resumed_run_keeps_its_rounded_batch(tmp_path: pathlib.Path, capsys) -
         == 64
     )
     assert (
-        f"train.batch_size: 64, with which the run in {tmp_path} began; 62 were asked for"
+        f"train.batch_size: 64, as in the run in {tmp_path}, instead of 62"
         in capsys.readouterr().out
     )
     assert jobs.open_setup(elsewhere, str(tmp_path / "new")).config.train.batch_size == 62
