@@ -142,7 +142,7 @@ def test_an_intern_image_under_its_published_names(
 def test_timm_has_no_intern_image(intern: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--mode=export", "--format=timm", "--workdir", str(intern)]) == 2
     assert (
-        "--format=timm: has no model for intern_image, which this encoder is; use stablehlo, orbax,"
+        "--format=timm: has no model for the backbone intern_image; use stablehlo, orbax,"
         " hf, npz" in capsys.readouterr().err
     )
 
