@@ -296,7 +296,7 @@ def test_a_position_that_somebody_made_is_refused(trials) -> None:
         ("seconds", {"step": "1"}), ("counts", {"skipped": 3}), ("counts", {"skipped": {"empty": "0"}}), ("files", 7), ("restarts", "x"),
     ):  # fmt: skip
         with pytest.raises(
-            UserError, match=f"checkpoint 4: its position is not one of a run .*{name}"
+            UserError, match=f"checkpoint 4: its position is not valid .*{name}"
         ):
             train.sound({**good, name: value}, 4)
         trials.add(True)

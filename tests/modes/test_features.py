@@ -128,7 +128,7 @@ def test_other_weights_and_other_images(
         == 2
     )
     assert (
-        "config.evaluate.features: 'attention' needs a pooling that was trained"
+        "config.evaluate.features: 'attention' needs a trained pooling"
         in capsys.readouterr().err
     )
 
