@@ -139,7 +139,7 @@ def test_the_time_of_a_run_counts_from_the_start_of_its_process() -> None:
         ),
         (
             ["--config", "configs/quickstart.py", "--workdir", "W", "--config.report.beside=/nope"],
-            "there is no directory '/nope'",
+            "'/nope' is not a directory",
         ),
         (
             [

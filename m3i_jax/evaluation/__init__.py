@@ -1,2 +1,3 @@
-"""Evaluators: `evaluator(state) -> iterator of (name, value)`, accuracies as fractions 0..1. The
-loop is handed them and knows none."""
+"""Evaluators of frozen features, one idea a file; `registry` lists them and takes a user's own. An
+evaluation is a function (state, poll) -> iterator of (name, value); accuracies are fractions
+0..1."""

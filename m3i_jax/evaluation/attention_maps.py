@@ -1,5 +1,4 @@
-"""Where an encoder looks and what it tells apart: attention and dense features of single images, to
-be shown."""
+"""Attention maps and dense features of single images, for figures."""
 
 import functools
 from collections.abc import Callable
@@ -21,14 +20,13 @@ def attention_maps(
 ) -> AttentionMaps:
     """Maps over the cells of clean uint8 views, float32.
 
-    features [B, N, D]: the encoder's, of every cell.
-    pooling [B, N]: what the attention pooling weighs the cells with, mean over its heads, if
-    `pooled`.
-    last [B, N]: what the last block does, where something in the encoder attends, mean over its
-      heads: of the cls token, or, without one, of all tokens.
+    features [B, N, D]: output of the encoder for every cell.
+    pooling [B, N]: attention weights of the attention pooling, mean over its heads; if `pooled`.
+    last [B, N]: attention weights of the last block, mean over its heads, from the cls token or,
+      without one, from all tokens; if the backbone has attention.
 
     Args:
-      config: the run's settings.
+      config: settings of the run.
       pooled: whether the objective trains an attention pooling.
       params: with `encoder` and, if pooled, `pool`.
       views_BxSxSx3: images of the model's size.
@@ -38,8 +36,8 @@ def attention_maps(
     out = {"features": x_BxNxD.astype(jnp.float32)}
     if pooled:
         out["pooling"] = pooling.pooling_weights(model, params["pool"], x_BxNxD).mean(1)
-    if look := backbones.get_backbone(model).attention:
-        weights_BxTxT = look(
+    if attention := backbones.get_backbone(model).attention:
+        weights_BxTxT = attention(
             model, params["encoder"], views.plain_patches(config, views_BxSxSx3), grid=config.grid
         ).mean(1)
         out["last"] = weights_BxTxT[:, 0, first:] if first else weights_BxTxT.mean(1)
@@ -49,8 +47,8 @@ def attention_maps(
 def compile_maps(
     config: schema.Config, mesh: jax.sharding.Mesh, *, pooled: bool
 ) -> Callable[[Any, jax.Array], AttentionMaps]:
-    """`attention_maps` as a function of (params, views), whose rows are split over the data axes of
-    a mesh and whose results are whole everywhere."""
+    """`attention_maps` as a compiled function of (params, views). Rows are split over the data axes
+    of the mesh; results are replicated."""
     return parallel.Program(
         functools.partial(attention_maps, config, pooled),
         name="maps",

@@ -1,13 +1,13 @@
 """The attentive probe: a learned query attends to the frozen tokens of an image, and a linear map
-classifies what it gathers. What a mean
-of the tokens hides, it finds: pixel and dense targets leave most of their knowledge in the tokens
-(CAE).
+classifies the result. It recovers what a mean of the tokens hides: encoders trained on pixel or
+dense targets keep most of their information in single tokens (CAE).
 
-The tokens of the index are made once and kept in the memory of every host, in the compute
-precision: `evaluate.attentive_limit` images of them. With more images and augmentation it is a run
-of its own, configs/transfer/probe.py:kind=attentive."""
+The tokens of at most `evaluate.attentive_limit` training images are computed once and kept in the
+memory of every host, in the compute precision. For more images and for augmentation, run
+configs/transfer/probe.py:kind=attentive."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from m3i_jax import parallel, schema
+from m3i_jax.evaluation import registry
 from m3i_jax.evaluation.category_head import head_accuracy, top_k_hits
 from m3i_jax.evaluation.feature_extraction import (
     EvalContext,
@@ -33,10 +34,10 @@ Batches = Callable[[], Any]
 
 
 class AttentiveProbe:
-    """Head of an attentive probe and the functions that train and ask it.
+    """The head of an attentive probe and the functions that train and apply it.
 
     Args:
-      config: the run's settings.
+      config: settings of the run.
       mesh: batches are split over its data axes.
     """
 
@@ -46,7 +47,7 @@ class AttentiveProbe:
         )
         self._config, self._mesh = config, mesh
         self._model = dataclasses.replace(config.model, pool=pool)
-        self._first = int(config.model.encoder.cls_token)
+        self._cls_tokens = int(config.model.encoder.cls_token)
 
     def start(self, classes: int) -> Any:
         """The head before training: {"pool", "kernel", "bias"}."""
@@ -59,9 +60,9 @@ class AttentiveProbe:
 
     def logits(self, head: Any, tokens_BxTxD: jax.Array) -> jax.Array:
         """[B, C] float32 of tokens, cls first."""
-        pooled = pooling.apply(self._model, head["pool"], tokens_BxTxD[:, self._first :]).astype(
-            jnp.float32
-        )
+        pooled = pooling.apply(
+            self._model, head["pool"], tokens_BxTxD[:, self._cls_tokens :]
+        ).astype(jnp.float32)
         return (
             jnp.matmul(pooled, head["kernel"], precision=jax.lax.Precision.HIGHEST) + head["bias"]
         )
@@ -74,12 +75,14 @@ class AttentiveProbe:
         batch: int,
         poll: Callable[[], None],
     ) -> Any:
-        """The head after `evaluate.attentive_epochs` epochs of AdamW; `batch` must divide over the
-        data axes."""
-        e, rows = self._config.evaluate, len(tokens_NxTxD)
+        """The head after `evaluate.attentive_epochs` epochs of AdamW. `batch` is a multiple of the
+        data shards. An epoch of fewer rows than a batch repeats some of them in it."""
+        settings, rows = self._config.evaluate, len(tokens_NxTxD)
         steps = max(rows // batch, 1)
         rate = optimizer.lr_schedule(
-            schema.Optim(lr=e.attentive_lr), steps=e.attentive_epochs * steps, warmup=steps
+            schema.Optim(lr=settings.attentive_lr),
+            steps=settings.attentive_epochs * steps,
+            warmup=steps,
         )
         tx = optax.chain(
             *optimizer.adamw(
@@ -96,21 +99,16 @@ class AttentiveProbe:
             updates, opt = tx.update(jax.grad(loss)(head), opt, head)
             return optax.apply_updates(head, updates), opt
 
-        head, draw = (
-            jax.device_put(self.start(classes), parallel.replicated(self._mesh)),
-            np.random.default_rng(self._config.seed),
-        )
-        opt = tx.init(head)
-        for _ in range(e.attentive_epochs):
-            # fewer rows than a batch are repeated in it
-            order = np.resize(draw.permutation(rows), (steps, batch))
-            for chosen in order:
+        head = jax.device_put(self.start(classes), parallel.replicated(self._mesh))
+        rng, opt = np.random.default_rng(self._config.seed), tx.init(head)
+        for _ in range(settings.attentive_epochs):
+            for rows_B in np.resize(rng.permutation(rows), (steps, batch)):
                 poll()
                 head, opt = step(
                     head,
                     opt,
-                    parallel.split_rows(self._mesh, tokens_NxTxD[chosen]),
-                    parallel.split_rows(self._mesh, label_N[chosen]),
+                    parallel.split_rows(self._mesh, tokens_NxTxD[rows_B]),
+                    parallel.split_rows(self._mesh, label_N[rows_B]),
                 )
         return head
 
@@ -121,44 +119,63 @@ def measure(
     """eval/attentive/top1, ...
 
     Args:
-      config: the run's settings.
+      config: settings of the run.
       mesh: devices.
-      index, queries: give fresh batches of clean views.
-      batch: images a step, a multiple of the data axes.
+      index, queries: give a fresh iterator over batches of clean views.
+      batch: images a step, a multiple of the data shards.
     """
-    probe, whole = AttentiveProbe(config, mesh), parallel.replicated(mesh)
+    probe, replicated = AttentiveProbe(config, mesh), parallel.replicated(mesh)
     encode = parallel.Program(
-        lambda params, views: drop_cls(config, params, views), name="tokens", out_shardings=whole
+        lambda params, views: drop_cls(config, params, views),
+        name="tokens",
+        out_shardings=replicated,
     )
-    ask = parallel.Program(
+    classify = parallel.Program(
         lambda both, views: probe.logits(both[1], drop_cls(config, both[0], views)),
         name="attentive",
-        out_shardings=whole,
+        out_shardings=replicated,
     )
 
-    def run(seen: EvalContext) -> Iterator[tuple[str, float]]:
-        tokens, labels, read = [], [], index()
-        for found, rows in extract_set(mesh, encode, seen.params, read, seen.poll):
-            tokens.append(found[rows["label"] >= 0])
-            labels.append(rows["label"][rows["label"] >= 0])
-        seen.skipped.update(gather_from_hosts(getattr(read, "skipped", {})))
+    def run(context: EvalContext) -> Iterator[tuple[str, float]]:
+        tokens, labels, batches = [], [], index()
+        for tokens_BxTxD, rows in extract_set(mesh, encode, context.params, batches, context.poll):
+            labelled = rows["label"] >= 0
+            tokens.append(tokens_BxTxD[labelled])
+            labels.append(rows["label"][labelled])
+        context.skipped.update(gather_from_hosts(getattr(batches, "skipped", {})))
         if not tokens or not sum(map(len, tokens)):
             return
         label_N = np.concatenate(labels)
         classes = max(config.data.classes, int(label_N.max()) + 1)
-        head = probe.fit(np.concatenate(tokens), label_N, classes, batch, seen.poll)
+        head = probe.fit(np.concatenate(tokens), label_N, classes, batch, context.poll)
         ranks = []
         for logits, rows in extract_set(
             mesh,
-            lambda params, views: ask((params, head), views),
-            seen.params,
+            lambda params, views: classify((params, head), views),
+            context.params,
             queries(),
-            seen.poll,
+            context.poll,
         ):
-            known = (rows["label"] >= 0) & (rows["label"] < classes)
-            ranks.append(top_k_hits(logits[known], rows["label"][known]))
+            labelled = (rows["label"] >= 0) & (rows["label"] < classes)
+            ranks.append(top_k_hits(logits[labelled], rows["label"][labelled]))
         if ranks and sum(map(len, ranks)):
             for name, value in head_accuracy(np.concatenate(ranks), classes):
                 yield f"eval/attentive/{name}", value
 
     return run
+
+
+registry.register_builtin(
+    registry.Evaluator(
+        name="attentive",
+        setting="attentive",
+        needs=(registry.LABELS,),
+        build=lambda inputs: measure(
+            inputs.config,
+            inputs.mesh,
+            functools.partial(inputs.index_batches, inputs.config.evaluate.attentive_limit),
+            inputs.query_batches,
+            inputs.batch_size,
+        ),
+    )
+)

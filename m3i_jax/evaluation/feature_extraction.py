@@ -1,5 +1,5 @@
-"""Frozen features of whole data sets: what every evaluator starts from. Each set of images is read
-and encoded once an evaluation, however many measures look at it."""
+"""Frozen features of whole data sets, the input of every evaluator. Each set of images is read and
+encoded once an evaluation, however many evaluators use it."""
 
 import collections
 import functools
@@ -19,12 +19,14 @@ from m3i_jax.training import views
 def extract_features(
     config: schema.Config, pool: str, params: Any, pixels_BxSxSx3: jax.Array
 ) -> jax.Array:
-    """What is read from images of the model's size as they are (no colour augmentation, no
-    masking): float32, [B, D], or of `tokens` [B, T, D] with cls first.
+    """Features of views without augmentation or masking: float32 [B, D], or [B, T, D] for
+    pool="tokens", cls first.
 
-    Args: config: of the run; `config.model`, the pixels' mean and std and the image size are read.
-      pool: attention: the pooling that the objective trained (M3I section 3.4); mean: of the patch
-      tokens; cls: that token; tokens: all. params: with `encoder` and, for attention, `pool`.
+    Args:
+      config: settings of the run; reads `model`, `data.image_size` and the mean and std of pixels.
+      pool: attention: the pooling that the objective trains (M3I section 3.4); mean: mean of the
+        patch tokens; cls: the cls token; tokens: all tokens.
+      params: with `encoder` and, for attention, `pool`.
       pixels_BxSxSx3: uint8, or floats in 0..1.
     """
     z_BxTxD = drop_cls(config, params, pixels_BxSxSx3)
@@ -35,23 +37,20 @@ def extract_features(
             config.model, params.get("pool", {}), z_BxTxD[:, first:], cls_BxD=cls
         ).astype(jnp.float32)
     z_BxTxD = z_BxTxD.astype(jnp.float32)
-    return (
-        z_BxTxD
-        if pool == "tokens"
-        else z_BxTxD[:, 0]
-        if pool == "cls"
-        else z_BxTxD[:, first:].mean(1)
-    )
+    if pool == "tokens":
+        return z_BxTxD
+    return z_BxTxD[:, 0] if pool == "cls" else z_BxTxD[:, first:].mean(1)
 
 
 def drop_cls(config: schema.Config, params: Any, pixels_BxSxSx3: jax.Array) -> jax.Array:
-    """Tokens [B, T, D] of images as they are, cls first, in the compute precision."""
+    """Tokens [B, T, D] of views without augmentation, cls first, in the compute precision."""
     return m3i.encode(config, params["encoder"], views.plain_patches(config, pixels_BxSxSx3))
 
 
 class FeatureSpec(NamedTuple):
-    """vectors [n, D] float32, L2-normalised; labels [n] int32, -1 = none; records [n] int64, their
-    places in the source; lengths [n] float32, what the vectors were divided by (None: not kept)."""
+    """Features of a set of images: vectors [n, D] float32, L2-normalised; labels [n] int32, -1 =
+    none; records [n] int64, indices in the source; lengths [n] float32, the norms before the
+    normalisation (None: not kept)."""
 
     vectors: np.ndarray
     labels: np.ndarray
@@ -60,29 +59,29 @@ class FeatureSpec(NamedTuple):
 
     @property
     def raw(self) -> np.ndarray:
-        """[n, D], as the pooling gave them."""
+        """Vectors [n, D] before the normalisation."""
         if self.lengths is None:
             raise ValueError("these features were normalised without keeping their lengths")
         return self.vectors * self.lengths[:, None]
 
 
 class Extractor:
-    """Features of batches `{views, label, index, valid}`; compiled once for all calls.
+    """Computes features of batches `{views, label, index, valid}`; compiled once for all calls.
 
-    Args: config: the run's settings. mesh: batches are split over its data axes; their size must
-      divide by those. Of several hosts each brings its own rows, and gets all. attention: whether
-      features are attention-pooled, or the mean of the patch tokens.
+    Args:
+      config: settings of the run.
+      mesh: batches are split over its data axes, so their size is a multiple of the data shards.
+        Each host passes its own rows and receives the features of all hosts.
+      attention: attention-pooled features; else the mean of the patch tokens.
     """
 
     def __init__(self, config: schema.Config, mesh: jax.sharding.Mesh, *, attention: bool = False):
-        self._mesh, self._width = (
-            mesh,
-            (config.model.pooled if attention else config.model.encoder.width),
-        )
-        pool = "attention" if attention else "mean"
-        whole = parallel.replicated(mesh)
+        self._mesh = mesh
+        self._width = config.model.pooled if attention else config.model.encoder.width
         self._features = parallel.Program(
-            functools.partial(extract_features, config, pool), name="features", out_shardings=whole
+            functools.partial(extract_features, config, "attention" if attention else "mean"),
+            name="features",
+            out_shardings=parallel.replicated(mesh),
         )
 
     def __call__(
@@ -91,15 +90,15 @@ class Extractor:
         batches: Iterable[dict[str, np.ndarray]],
         poll: Callable[[], None] = lambda: None,
     ) -> FeatureSpec:
-        """Those of the valid rows, in order. `params` holds the part "encoder" and, for attention
+        """Features of the valid rows, in order. `params` has the part "encoder" and, for attention
         pooling, "pool". `poll` is called between batches and may raise."""
         vectors, labels, index = (
             [np.zeros((0, self._width), np.float32)],
             [np.zeros(0, np.int32)],
             [np.zeros(0, np.int64)],
         )
-        for found, rows in extract_set(self._mesh, self._features, params, batches, poll):
-            vectors.append(found)
+        for vectors_BxD, rows in extract_set(self._mesh, self._features, params, batches, poll):
+            vectors.append(vectors_BxD)
             labels.append(rows["label"])
             index.append(rows["index"])
         raw_NxD = np.concatenate(vectors)
@@ -116,8 +115,8 @@ def extract_set(
     batches: Iterable[dict[str, np.ndarray]],
     poll: Callable[[], None],
 ) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
-    """(outputs, {label, index}) of the valid rows of each batch, on every host; the device works
-    while the next batch is read. The function may give an array or a tree of them."""
+    """(outputs, {label, index}) of the valid rows of each batch, on every host. The device computes
+    while the next batch is read. `function` returns an array or a tree of arrays."""
 
     def fetch(out: Any, rows: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray]]:
         rows = parallel.allgather_rows(mesh, rows)
@@ -139,53 +138,54 @@ def extract_set(
 
 
 class Predictions(NamedTuple):
-    """What a classifier says of the images whose class is known: labels [q] and guesses [q]."""
+    """Labels [q] and predicted classes [q] of the images that have a label."""
 
     labels: np.ndarray
     guesses: np.ndarray
 
 
 class EvalContext:
-    """What the measures of one evaluation share: `seen(name)` is the features of a set, extracted
-    when first asked for, and `seen.once(name, make)` anything else that more than one of them
-    wants.
+    """One evaluation of one set of parameters, as evaluators see it: `context(name)` gives the
+    features of an image set, extracted at the first call, and `context.once(name, make)` any other
+    result that several evaluators share.
 
     Attributes:
-      params: parameters that are evaluated.
+      params: the parameters that are evaluated.
       poll: to be called between pieces of work; may raise.
-      skipped: reason -> images that could not be read.
+      skipped: reason -> number of images that could not be read.
 
-    >>> seen = EvalContext({"index": lambda params, poll: (print("extracted"), {})}, params={}, poll=lambda: None)
-    >>> seen("index") is seen("index")
+    >>> image_sets = {"index": lambda params, poll: (print("extracted"), {})}
+    >>> context = EvalContext(image_sets, params={}, poll=lambda: None)
+    >>> context("index") is context("index")
     extracted
     True
     """
 
     def __init__(
-        self, sets: "Mapping[str, ImageSet]", params: Any, poll: Callable[[], None]
+        self, image_sets: "Mapping[str, ImageSet]", params: Any, poll: Callable[[], None]
     ) -> None:
-        self._sets, self.params, self.poll = sets, params, poll
-        self._made: dict[str, Any] = {}
+        self._image_sets, self.params, self.poll = image_sets, params, poll
+        self._cache: dict[str, Any] = {}
         self.skipped: collections.Counter[str] = collections.Counter()
 
     def __call__(self, name: str) -> FeatureSpec:
         def extract() -> FeatureSpec:
-            found, skipped = self._sets[name](self.params, self.poll)
+            features, skipped = self._image_sets[name](self.params, self.poll)
             self.skipped.update(skipped)
-            return found
+            return features
 
         return self.once(f"set {name}", extract)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made when first asked for under this name."""
-        if name not in self._made:
-            self._made[name] = make()
-        return self._made[name]
+        """The result of the first call of `make` under this name."""
+        if name not in self._cache:
+            self._cache[name] = make()
+        return self._cache[name]
 
 
 def encoder_params(config: schema.Config, state: Any) -> Any:
-    """What is evaluated of a state: the online parameters or, with evaluate.encoder=ema, the
-    average where there is one."""
+    """The parameters of a state that are evaluated: the online ones or, with evaluate.encoder=ema,
+    the average of every part that has one."""
     if config.evaluate.encoder == "online":
         return state.params
     average = state.opt["target"].params
@@ -196,42 +196,43 @@ def encoder_params(config: schema.Config, state: Any) -> Any:
 
 
 def gather_from_hosts(skipped: Mapping[str, int]) -> dict[str, int]:
-    """The counts of all hosts together."""
+    """The counts summed over all hosts."""
     total: collections.Counter[str] = collections.Counter()
     for text in parallel.exchange_values("evaluation", json.dumps(dict(skipped))):
         total.update(json.loads(text))
     return dict(total)
 
 
-# parts that an average either has whole or not at all
+# parts that an average holds completely or not at all
 WHOLE = ("pool", "category", "image_projection", "text", "logit_scale")
 ImageSet = Callable[[Any, Callable[[], None]], tuple[FeatureSpec, Mapping[str, int]]]
 Metric = Callable[[EvalContext], Iterator[tuple[str, float]]]
 
 
 def image_sets(extract: Extractor, batches: Callable[[], Any]) -> ImageSet:
-    """A set of images: `batches` gives a fresh iterator, whose `skipped` says in the end what could
-    not be read."""
+    """An image set: `batches` gives a fresh iterator, whose attribute `skipped` counts at its end
+    the images that could not be read."""
 
     def run(params: Any, poll: Callable[[], None]) -> tuple[FeatureSpec, Mapping[str, int]]:
-        read = batches()
-        return extract(params, read, poll), gather_from_hosts(getattr(read, "skipped", {}))
+        iterator = batches()
+        features = extract(params, iterator, poll)
+        return features, gather_from_hosts(getattr(iterator, "skipped", {}))
 
     return run
 
 
 def make_evaluator(
-    config: schema.Config, sets: Mapping[str, ImageSet], measures: Iterable[Metric]
+    config: schema.Config, image_sets: Mapping[str, ImageSet], metrics: Iterable[Metric]
 ) -> Any:
-    """An evaluator of the online encoder or its EMA (`evaluate.encoder`): (state, poll) -> iterator
-    of (name, value)."""
-    measures = tuple(measures)
+    """An evaluation of the online encoder or its EMA (`evaluate.encoder`): (state, poll) ->
+    iterator of (name, value)."""
+    metrics = tuple(metrics)
 
     def run(state: Any, poll: Callable[[], None]) -> Iterator[tuple[str, float]]:
-        seen = EvalContext(sets, encoder_params(config, state), poll)
-        for measure in measures:
-            yield from measure(seen)
-        for reason, count in seen.skipped.items():
+        context = EvalContext(image_sets, encoder_params(config, state), poll)
+        for metric in metrics:
+            yield from metric(context)
+        for reason, count in context.skipped.items():
             yield f"data/skipped/evaluation/{reason}", count
 
     return run

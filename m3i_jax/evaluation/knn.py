@@ -1,5 +1,5 @@
-"""k-nearest-neighbour accuracy on frozen features: no training, no head, one number that can be
-read while pre-training runs."""
+"""k-nearest-neighbour accuracy on frozen features: nothing is trained, so it can follow a
+pre-training."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import schema
+from m3i_jax.evaluation import registry
 from m3i_jax.evaluation.feature_extraction import EvalContext, Metric, Predictions
 
 
@@ -22,8 +23,8 @@ def knn_votes(
     classes: int,
     temperature: float,
 ) -> jax.Array:
-    """Votes [Q, C] of the k nearest rows of the index, each weighted exp(cosine / temperature), the
-    nearest one being 1.
+    """Votes [Q, C] of the k nearest rows of the index, each weighted by exp(cosine / temperature),
+    scaled so that the nearest has weight 1.
 
     Args:
       queries_QxD: L2-normalised features to classify.
@@ -34,14 +35,15 @@ def knn_votes(
       temperature: of the weights.
 
     >>> import jax.numpy as jnp
-    >>> index = jnp.eye(2)
-    >>> knn_votes(index[:1], index, jnp.array([1, 0]), k=1, classes=2, temperature=1.0).argmax(-1).tolist()
+    >>> index, labels = jnp.eye(2), jnp.array([1, 0])
+    >>> votes = knn_votes(index[:1], index, labels, k=1, classes=2, temperature=1.0)
+    >>> votes.argmax(-1).tolist()
     [1]
     """
     similarity, nearest = jax.lax.top_k(
         jnp.matmul(queries_QxD, index_NxD.T, precision=jax.lax.Precision.HIGHEST), k
     )
-    # at low temperature neither infinite nor all zero
+    # relative to the nearest: neither overflow nor all zeros at a low temperature
     weight = jnp.exp((similarity - similarity[:, :1]) / temperature)
     return (jax.nn.one_hot(label_N[nearest], classes) * weight[..., None]).sum(1)
 
@@ -52,8 +54,8 @@ KnnIndex = tuple[np.ndarray, np.ndarray]  # features [n, D] and labels [n]
 def rank_classes(
     queries: KnnIndex, index: KnnIndex, *, k: int, temperature: float, chunk: int = 1024
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(labels [Q], classes by their votes [Q, C], most first) of the queries with a label, by the
-    rows of an index with a label.
+    """(labels [Q], classes sorted by their votes [Q, C], most votes first) of the queries with a
+    label, by the rows of an index with a label.
 
     >>> some = (np.eye(2, dtype=np.float32), np.array([1, -1]))
     >>> [x.tolist() for x in rank_classes(some, some, k=1, temperature=1.0)]
@@ -66,18 +68,18 @@ def rank_classes(
         return np.zeros(0, np.int64), np.zeros((0, 1), np.int64)
     x, x_label = jax.device_put((x, x_label))
     classes, k = int(max(q_label.max(), x_label.max())) + 1, min(k, len(x))
-    best = [
+    votes = [
         np.asarray(
             knn_votes(q[i : i + chunk], x, x_label, k=k, classes=classes, temperature=temperature)
         )
         for i in range(0, len(q), chunk)
     ]
-    return q_label, np.argsort(-np.concatenate(best), axis=1, kind="stable")
+    return q_label, np.argsort(-np.concatenate(votes), axis=1, kind="stable")
 
 
 def knn_top_accuracy(label_Q: np.ndarray, order_QxC: np.ndarray) -> Iterator[tuple[str, float]]:
-    """("top1", share) and, with more than five classes, ("top5", share) of what `rank_classes`
-    gives; nothing where it gives nothing."""
+    """("top1", share) and, with more than five classes, ("top5", share) of the ranking that
+    `rank_classes` gives; nothing if it has no rows."""
     for top in (1, 5):
         if len(label_Q) and (top == 1 or order_QxC.shape[1] > 5):
             yield f"top{top}", float((order_QxC[:, :top] == label_Q[:, None]).any(1).mean())
@@ -89,7 +91,7 @@ def knn_accuracy(
     """("top1", share) and, with more than five classes, ("top5", share) of queries (features,
     labels) among an index (features, labels).
 
-    Rows without a label (-1) are left out on both sides; nothing comes where that leaves nothing.
+    Rows without a label (-1) are left out on both sides; nothing is yielded if no row is left.
     """
     yield from knn_top_accuracy(
         *rank_classes(queries, index, k=k, temperature=temperature, chunk=chunk)
@@ -99,29 +101,41 @@ def knn_accuracy(
 def knn_predictions(
     config: schema.Config,
 ) -> Callable[[EvalContext], tuple[Predictions, np.ndarray]]:
-    """What the neighbours of the queries in the index say, and all classes by their votes."""
+    """Predictions for the queries by their neighbours in the index, and the first classes by votes;
+    computed once an evaluation."""
 
-    def run(seen: EvalContext) -> tuple[Predictions, np.ndarray]:
-        queries, index, e = seen("queries"), seen("index"), config.evaluate
+    def run(context: EvalContext) -> tuple[Predictions, np.ndarray]:
+        queries, index, settings = context("queries"), context("index"), config.evaluate
         label, order = rank_classes(
             (queries.vectors, queries.labels),
             (index.vectors, index.labels),
-            k=e.k,
-            temperature=e.temperature,
+            k=settings.k,
+            temperature=settings.temperature,
         )
-        # enough for `knn_top_accuracy`, and not a column a class
+        # `knn_top_accuracy` reads no more than six columns
         return Predictions(label, order[:, 0]), order[:, :6]
 
-    return lambda seen: seen.once("knn", lambda: run(seen))
+    return lambda context: context.once("knn", lambda: run(context))
 
 
 def measure(config: schema.Config) -> Metric:
     """eval/knn/..., from the index and the queries."""
-    ask = knn_predictions(config)
+    predict = knn_predictions(config)
 
-    def run(seen: EvalContext) -> Iterator[tuple[str, float]]:
-        answers, order_QxC = ask(seen)
-        for name, value in knn_top_accuracy(answers.labels, order_QxC):
+    def run(context: EvalContext) -> Iterator[tuple[str, float]]:
+        predictions, order_QxC = predict(context)
+        for name, value in knn_top_accuracy(predictions.labels, order_QxC):
             yield f"eval/knn/{name}", value
 
     return run
+
+
+registry.register_builtin(
+    registry.Evaluator(
+        name="knn",
+        title="kNN",
+        setting="knn",
+        needs=(registry.LABELS,),
+        build=lambda inputs: measure(inputs.config),
+    )
+)

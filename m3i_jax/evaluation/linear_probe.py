@@ -2,10 +2,10 @@
 linear map, LARS, 90 epochs of batches of 16,384, cosine after 10 epochs of warm-up (as MAE's code
 does it).
 
-Features are those of the clean views, made once: the protocol without its augmentation, in seconds
-and beside any run. With augmentation it is a run of its own, configs/transfer/probe.py. The L-BFGS
-classifier of `linear` is the optimum of a convex problem; this one is what published numbers were
-made with."""
+It uses the features of clean views, computed once: the protocol without its augmentation, which
+takes seconds. With augmentation, run configs/transfer/probe.py. The L-BFGS classifier of
+`logistic_regression` is the optimum of a convex problem; published numbers are those of this
+probe."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -17,20 +17,20 @@ import numpy as np
 import optax
 
 from m3i_jax import schema
+from m3i_jax.evaluation import registry
 from m3i_jax.evaluation.category_head import head_accuracy, top_k_hits
 from m3i_jax.evaluation.feature_extraction import EvalContext, Metric
 from m3i_jax.objective import losses
 from m3i_jax.training import optimizer
 
-BATCH = 16_384  # to which the learning rate refers
-# of the batch norm: added to the variance, and what stays of the running statistics
-EPS, KEEP = 1e-6, 0.9
-INIT = 0.01  # deviation of the first weights
+BATCH = 16_384  # the learning rate is that of a batch of this size
+EPS, KEEP = 1e-6, 0.9  # batch norm: added to the variance; decay of the running statistics
+INIT = 0.01  # standard deviation of the initial weights
 
 
 class LinearProbe(NamedTuple):
-    """weights: {"kernel": [D, C], "bias": [C]}. opt: of LARS. mean, variance: running statistics
-    [D] of the batch norm."""
+    """State of a probe: weights {"kernel": [D, C], "bias": [C]}, state of LARS, and the running
+    mean and variance [D] of the batch norm."""
 
     weights: Any
     opt: Any
@@ -39,7 +39,7 @@ class LinearProbe(NamedTuple):
 
 
 def probe_logits(probe: LinearProbe, x_NxD: jax.Array) -> jax.Array:
-    """[N, C] with the running statistics."""
+    """Logits [N, C] of features [N, D], by the running statistics."""
     unit_NxD = (x_NxD - probe.mean) * jax.lax.rsqrt(probe.variance + EPS)
     return (
         jnp.matmul(unit_NxD, probe.weights["kernel"], precision=jax.lax.Precision.HIGHEST)
@@ -55,23 +55,23 @@ def probe_step(
     unit_BxD = (x_BxD - mean_D) * jax.lax.rsqrt(variance_D + EPS)
 
     def loss(weights: Any) -> jax.Array:
-        made = (
+        logits_BxC = (
             jnp.matmul(unit_BxD, weights["kernel"], precision=jax.lax.Precision.HIGHEST)
             + weights["bias"]
         )
-        total, count = losses.category(made, label_B, smoothing=0.0)
+        total, count = losses.category(logits_BxC, label_B, smoothing=0.0)
         return total / count
 
     updates, opt = tx.update(jax.grad(loss)(probe.weights), probe.opt, probe.weights)
     rows = x_BxD.shape[0]
-    # what is kept of a batch is the unbiased variance, as in torch
+    # the running statistics take the unbiased variance, as in torch
     unbiased_D = variance_D * (rows / max(rows - 1, 1))
-    mix = lambda old, new: KEEP * old + (1 - KEEP) * new
+    average = lambda old, new: KEEP * old + (1 - KEEP) * new
     return LinearProbe(
         optax.apply_updates(probe.weights, updates),
         opt,
-        mix(probe.mean, mean_D),
-        mix(probe.variance, unbiased_D),
+        average(probe.mean, mean_D),
+        average(probe.variance, unbiased_D),
     )
 
 
@@ -87,17 +87,17 @@ def fit_linear_probe(
     seed: int = 0,
     poll: Callable[[], None] = lambda: None,
 ) -> LinearProbe:
-    """The probe after training. The last partial batch of an epoch is dropped; of fewer rows than a
-    batch, all of them are one.
+    """Train a probe. The last partial batch of an epoch is dropped; fewer rows than a batch are one
+    batch.
 
     Args:
       x_NxD: features.
       label_N: int in 0..classes - 1.
       classes: C.
-      lr: peak learning rate of a batch of 16,384; it goes down in proportion with the batch.
-      epochs, warmup: length of the training, and of its linear warm-up.
+      lr: peak learning rate of a batch of 16,384, scaled linearly with the batch.
+      epochs, warmup: length of the training and of its linear warm-up, in epochs.
       batch: rows a step.
-      seed: of the first weights and the order.
+      seed: of the initial weights and of the order.
       poll: called before every epoch; may raise.
     """
     rows, size = len(x_NxD), min(batch, len(x_NxD))
@@ -121,16 +121,16 @@ def fit_linear_probe(
             order_SxB,
         )[0]
 
-    draw, width = np.random.default_rng(seed), x_NxD.shape[1]
+    rng, width = np.random.default_rng(seed), x_NxD.shape[1]
     weights = {
-        "kernel": jnp.asarray(INIT * draw.normal(size=(width, classes)), jnp.float32),
+        "kernel": jnp.asarray(INIT * rng.normal(size=(width, classes)), jnp.float32),
         "bias": jnp.zeros(classes),
     }
     probe = LinearProbe(weights, tx.init(weights), jnp.zeros(width), jnp.ones(width))
     x, label = jax.device_put((x_NxD.astype(np.float32), label_N.astype(np.int32)))
     for _ in range(epochs):
         poll()
-        probe = epoch(probe, x, label, draw.permutation(rows)[: steps * size].reshape(steps, size))
+        probe = epoch(probe, x, label, rng.permutation(rows)[: steps * size].reshape(steps, size))
     return probe
 
 
@@ -139,20 +139,20 @@ def linear_probe_accuracy(
     index: tuple[np.ndarray, np.ndarray],
     *,
     poll: Callable[[], None] = lambda: None,
-    **more: Any,
+    **options: Any,
 ) -> Iterator[tuple[str, float]]:
-    """("top1", share) and, with more than five classes, ("top5", share) of queries by a probe
-    trained on an index; `more` as of `fit_linear_probe`.
+    """("top1", share) and, with more than five classes, ("top5", share) of queries (features,
+    labels), by a probe trained on an index (features, labels). `options` go to `fit_linear_probe`.
 
-    Rows without a label (-1) are left out on both sides; nothing comes where that leaves no query
-    or fewer than two rows to train on."""
+    Rows without a label (-1) are left out on both sides; nothing is yielded if no query or fewer
+    than two rows of the index are left."""
     (q, q_label), (x, x_label) = (
         (f[label >= 0], label[label >= 0]) for f, label in (queries, index)
     )
     if not len(q) or len(x) < 2:
         return
     classes = int(max(q_label.max(), x_label.max())) + 1
-    probe = fit_linear_probe(x, x_label, classes, poll=poll, **more)
+    probe = fit_linear_probe(x, x_label, classes, poll=poll, **options)
     yield from head_accuracy(
         top_k_hits(np.asarray(jax.jit(probe_logits)(probe, jnp.asarray(q))), q_label), classes
     )
@@ -161,18 +161,28 @@ def linear_probe_accuracy(
 def measure(config: schema.Config) -> Metric:
     """eval/probe/..., from the index and the queries."""
 
-    def run(seen: EvalContext) -> Iterator[tuple[str, float]]:
-        queries, index, e = seen("queries"), seen("index"), config.evaluate
+    def run(context: EvalContext) -> Iterator[tuple[str, float]]:
+        queries, index, settings = context("queries"), context("index"), config.evaluate
         both = (queries.raw, queries.labels), (index.raw, index.labels)
         for name, value in linear_probe_accuracy(
             *both,
-            lr=e.probe_lr,
-            epochs=e.probe_epochs,
-            warmup=e.probe_warmup,
-            batch=e.probe_batch,
+            lr=settings.probe_lr,
+            epochs=settings.probe_epochs,
+            warmup=settings.probe_warmup,
+            batch=settings.probe_batch,
             seed=config.seed,
-            poll=seen.poll,
+            poll=context.poll,
         ):
             yield f"eval/probe/{name}", value
 
     return run
+
+
+registry.register_builtin(
+    registry.Evaluator(
+        name="probe",
+        setting="probe",
+        needs=(registry.LABELS,),
+        build=lambda inputs: measure(inputs.config),
+    )
+)

@@ -1,8 +1,10 @@
-"""Weights as a function of images, whatever they come from: `m3i_jax.load`.
+"""`m3i_jax.load`: the encoder of a run or of a file of weights, as a function of images.
 
-import m3i_jax model = m3i_jax.load("runs/first")           # a workdir, or a file of timm, Hugging
-Face, MAE, SiameseIM, Google, InternImage vectors = model.features(images)           # uint8 or
-float [B, H, W, 3] of any size -> float32 [B, D]"""
+import m3i_jax
+model = m3i_jax.load("runs/first")  # or a file of timm, Hugging Face, MAE, SiameseIM, Google,
+                                    # InternImage
+vectors = model.features(images)    # uint8 or float [B, H, W, 3], any size -> float32 [B, D]
+"""
 
 import dataclasses
 import functools
@@ -33,10 +35,10 @@ class LoadedEncoder:
     """An encoder with its weights.
 
     Attributes:
-      config: settings; those of the run, or what a file tells and the defaults of its layout.
-      params: `encoder`, and `pool` where it was trained.
-      pool: what `feature_extraction` reads: attention, mean, cls or tokens.
-      name: where the weights come from.
+      config: settings of the run, or those read from a file with the defaults of its layout.
+      params: `encoder`, and `pool` if a pooling was trained.
+      pool: attention, mean, cls or tokens; see `feature_extraction.extract_features`.
+      name: origin of the weights, for messages.
     """
 
     config: schema.Config
@@ -46,81 +48,83 @@ class LoadedEncoder:
 
     @functools.cached_property
     def function(self) -> Callable[[Any, Any], jax.Array]:
-        """The compiled (params, pixels [B, S, S, 3]) -> features, for views: images that have the
-        size already."""
+        """The compiled function (params, views [B, S, S, 3]) -> features."""
         return jax.jit(
             functools.partial(feature_extraction.extract_features, self.config, self.pool)
         )
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How images are seen: as in the evaluations of the run, or as a file says."""
+        """The preprocessing of the run's evaluations, or that described by a file."""
         return Preprocessing.of(self.config)
 
     def features(self, images: Any, *, ready: bool = False) -> np.ndarray:
-        """Features of images, float32 [B, D], not normalised: `mean`, `attention` or `cls`, or [B,
-        T, D] of `tokens`.
+        """Features of images, float32, not normalised: [B, D], or [B, T, D] for pool="tokens".
 
         Args:
-          images: uint8, or floats in 0..1, [B, H, W, 3] (or one, [H, W, 3]), RGB; or a list of
-            images of any sizes. Each is resized and cut as `preprocessing` says, which is what
-            an evaluation of the run sees of it.
-          ready: the images are views already, of the model's size: they are not resized or cut.
+          images: RGB, uint8 or floats in 0..1, [B, H, W, 3] or [H, W, 3]; or a list of images of
+            any sizes. Each is resized and cropped by `preprocessing`, as in an evaluation of the
+            run.
+          ready: the images have the model's size and are not resized or cropped.
 
-        Raises: ValueError: arrays of another shape or type, floats outside 0..1, or views of
-          another size; features that are not finite.
+        Raises:
+          ValueError: arrays of another shape or type, floats outside 0..1, or views of another
+            size; features that are not finite.
 
         >>> from m3i_jax.models import vit
-        >>> model = schema.Model(encoder=schema.Encoder(patch_size=8, width=8, depth=1, heads=2), dtype="float32")
+        >>> encoder = schema.Encoder(patch_size=8, width=8, depth=1, heads=2)
+        >>> model = schema.Model(encoder=encoder, dtype="float32")
         >>> config = schema.Config(model=model, data=schema.Data(image_size=32))
-        >>> loaded = LoadedEncoder(config, {"encoder": vit.init(model, jax.random.key(0))}, "mean", "")
+        >>> params = {"encoder": vit.init(model, jax.random.key(0))}
+        >>> loaded = LoadedEncoder(config, params, "mean", "")
         >>> loaded.features([np.zeros((40, 60, 3), np.uint8), np.ones((32, 32, 3))]).shape
         (2, 8)
         """
         if isinstance(images, Sequence) or np.ndim(images) == 4:
-            pictures = list(images)
+            image_list = list(images)
         else:
-            pictures = [images]
-        see = (
-            functools.partial(_ready, self.config.data.image_size)
+            image_list = [images]
+        preprocess = (
+            functools.partial(_check_view, self.config.data.image_size)
             if ready
             else self.preprocessing.view
         )
         size = self.config.data.image_size
         out = []
-        for at in range(0, len(pictures), _ROWS):
-            views = [see(np.asarray(picture)) for picture in pictures[at : at + _ROWS]]
-            kind = np.uint8 if all(v.dtype == np.uint8 for v in views) else np.float32
-            rows = 1 << (len(views) - 1).bit_length()  # few sizes, so that little is compiled
-            batch = np.zeros((rows, size, size, 3), kind)
+        for start in range(0, len(image_list), _ROWS):
+            views = [preprocess(np.asarray(image)) for image in image_list[start : start + _ROWS]]
+            dtype = np.uint8 if all(v.dtype == np.uint8 for v in views) else np.float32
+            rows = 1 << (len(views) - 1).bit_length()  # powers of two: few compilations
+            batch = np.zeros((rows, size, size, 3), dtype)
             for row, v in enumerate(views):
-                batch[row] = v / np.float32(255) if v.dtype != kind else v
+                batch[row] = v / np.float32(255) if v.dtype != dtype else v
             out.append(np.asarray(self.function(self.params, batch))[: len(views)])
         if not out:
             return np.zeros((0, *self.shape[1:]), np.float32)
-        found = np.concatenate(out)
-        if wrong := np.flatnonzero(~np.isfinite(found).reshape(len(found), -1).all(1)).tolist():
+        features = np.concatenate(out)
+        finite = np.isfinite(features).reshape(len(features), -1).all(1)
+        if wrong := np.flatnonzero(~finite).tolist():
             raise ValueError(
-                f"the features of {len(wrong)} images are not finite, first of image {wrong[0]}:"
-                f" {self.name} overflows"
+                f"the features of {len(wrong)} images are not finite, the first is image"
+                f" {wrong[0]}: {self.name} overflows"
             )
-        return found
+        return features
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the features of one image: (1, D), or (1, T, D). Traces the encoder."""
+        """Shape of the features of one image: (1, D), or (1, T, D). Traces the encoder."""
         size = self.config.data.image_size
         return jax.eval_shape(
             self.function, self.params, jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
         ).shape
 
 
-def _ready(size: int, picture: np.ndarray) -> np.ndarray:
-    view = preprocessing.check_images(picture)
+def _check_view(size: int, image: np.ndarray) -> np.ndarray:
+    view = preprocessing.check_images(image)
     if view.shape[:2] != (size, size):
         raise ValueError(
-            f"a view has shape {view.shape}; it must be [{size}, {size}, 3], or leave"
-            " ready=True out"
+            f"a view has shape {view.shape}; with ready=True it must be [{size}, {size}, 3]: leave"
+            " ready=True out to resize images"
         )
     return view
 
@@ -130,22 +134,26 @@ def load(
 ) -> LoadedEncoder:
     """The encoder of a run or of a file of weights.
 
-    Args: path: workdir of a run, or a file or directory of timm, Hugging Face ViT or CLIP, MAE,
-      SiameseIM, Google ViT or InternImage. An InternImage must have the sizes of a preset. With the
-      fusion of M3I (H, G) its dense features are fused; without (T to XL) they are the last stage's
-      map. Its images have the size that a preprocessor_config.json beside it tells, or 224 pixels.
+    Args:
+      path: workdir of a run, or a file or directory of timm, Hugging Face ViT or CLIP, MAE,
+        SiameseIM, Google ViT or InternImage. An InternImage must have the sizes of a preset. With
+        the fusion of M3I (H, G) its dense features are fused; without (T to XL) they are the map of
+        the last stage. Its images have the size given by a preprocessor_config.json next to it, or
+        224 pixels.
       weights: online, or ema: the momentum average.
-      pool: of the features: attention, mean of the patch tokens, cls, or all tokens; auto:
-          attention if the run trained it, else mean.
-      heads: of attention, where a file cannot tell; 0: as it tells, or 64 channels a head.
-      dtype: bfloat16 or float32; empty: the run's, float32 for files.
+      pool: attention, mean (of the patch tokens), cls, or tokens (all of them); auto: attention if
+        the run trained it, else mean.
+      heads: attention heads, for a file that does not store them; 0: as stored, or 64 channels a
+        head.
+      dtype: bfloat16 or float32; "": that of the run, float32 for files.
 
-    Raises: UserError: nothing there that can be read, or a checkpoint of a newer format; numbers
-      that are not finite; a pooling that was not trained; weights that are no vision transformer of
-      this kind and no InternImage of a preset, or do not fit each other.
+    Raises:
+      UserError: no readable weights, or a checkpoint of a newer format; values that are not
+        finite; a pooling that was not trained; weights that are neither a supported vision
+        transformer nor an InternImage of a preset, or arrays that do not fit each other.
     """
     if pool not in POOLS:
-        raise UserError(f"pool={pool!r} is none of {', '.join(POOLS)}")
+        raise UserError(f"load: pool={pool!r} is none of {', '.join(POOLS)}; give one of these")
     source = weight_source.open_weights(path, weights=weights, key="load")
     run = checkpoint_dir.is_run(path)
     config = configuration.resolve(
@@ -161,53 +169,54 @@ def load(
         and any(p.startswith("pool/") for p in source.shapes)
     )
     if pool == "attention" and not trained:
-        raise UserError(f"load: {path}: has no pooling that was trained; use pool='mean'")
+        raise UserError(f"load: {path}: has no trained pooling; use pool='mean'")
     if pool == "cls" and not config.model.encoder.cls_token:
         raise UserError(f"load: {path}: has no cls token; use pool='mean'")
     pool = ("attention" if trained else "mean") if pool == "auto" else pool
-    wanted = [
+    names = [
         p
         for p in source.shapes
         if p.startswith("encoder/") or (pool == "attention" and p.startswith("pool/"))
     ]
     params: dict[str, Any] = {}
-    for name, array in source.read(dict.fromkeys(wanted)).items():
+    for name, array in source.read(dict.fromkeys(names)).items():
         run_weights.set_leaf(params, name, jnp.asarray(array))
-    _fits(config, {name: source.shapes[name] for name in wanted}, path)
+    _check_shapes(config, {name: source.shapes[name] for name in names}, path)
     return LoadedEncoder(config, params, pool, source.name)
 
 
-def _fits(config: schema.Config, there: dict[str, tuple[int, ...]], path: str) -> None:
-    """Raises UserError unless arrays of these shapes make up the encoder that their settings
-    describe: some of any shape would be broadcast."""
+def _check_shapes(config: schema.Config, shapes: dict[str, tuple[int, ...]], path: str) -> None:
+    """Raise UserError unless the arrays have the shapes of the encoder that the settings describe;
+    some wrong shapes would be broadcast."""
     make = functools.partial(
         backbones.get_backbone(config.model).init, config.model, mask_token=True, grid=config.grid
     )
-    made = jax.tree_util.tree_leaves_with_path(jax.eval_shape(make, jax.random.key(0)))
-    wanted = {f"encoder/{path_text(way)}": leaf.shape for way, leaf in made}
-    lost = [name for name in wanted if name not in there and name != "encoder/mask_token"]
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(make, jax.random.key(0)))
+    expected = {f"encoder/{path_text(key)}": leaf.shape for key, leaf in leaves}
+    missing = [name for name in expected if name not in shapes and name != "encoder/mask_token"]
     wrong = [
         name
-        for name, shape in there.items()
-        if name.startswith("encoder/") and name in wanted and shape != wanted[name]
+        for name, shape in shapes.items()
+        if name.startswith("encoder/") and name in expected and shape != expected[name]
     ]
-    for name in [*lost, *wrong][:1]:
-        told = f"{name} is {there.get(name, 'absent')}, and its encoder has {wanted[name]}"
+    for name in [*missing, *wrong][:1]:
         raise UserError(
-            f"load: {path}: the arrays there do not make up an encoder ({told}); is the file whole?"
+            f"load: {path}: the arrays are not those of a complete encoder ({name} is"
+            f" {shapes.get(name, 'absent')}, expected {expected[name]}); is the file complete?"
         )
 
 
 def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
-    """The settings of a run, or those that go with a file of weights: `model`, the size of the
-    images and their mean and deviation.
+    """The settings of a run, or those that a file of weights implies: `model`, image size, mean and
+    deviation of pixels.
 
     Args:
-      path: as of `load`.
-      flag: what named it, for messages.
+      path: see `load`.
+      flag: the flag or setting that gave the path, for messages.
 
-    Raises: UserError: nothing there that can be read, or no vision transformer of this kind and no
-      InternImage of a preset.
+    Raises:
+      UserError: no readable weights, or neither a supported vision transformer nor an InternImage
+        of a preset.
     """
     if checkpoint_dir.is_run(path):
         return configuration.load_from_workdir(path, flag)
@@ -215,30 +224,29 @@ def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
 
 
 def build_encoder(config: ml_collections.ConfigDict, path: str, flag: str) -> None:
-    """Let a run start from an encoder of elsewhere: its model, the size of its images and their
-    mean and deviation, and its weights.
+    """Set up a run that starts from other weights: their model and preprocessing, and `init_from`.
 
     Args:
-      config: the run's, changed in place.
-      path, flag: as of `settings_of_weights`, which raises.
+      config: settings of the run, changed in place.
+      path, flag: see `settings_of_weights`, which raises.
     """
-    there = settings_of_weights(path, flag)
-    config.model.update(there.model)
-    _seen_as(config, there)
+    source = settings_of_weights(path, flag)
+    config.model.update(source.model)
+    _copy_preprocessing(config, source)
     config.init_from, config.init.only = path, ("^encoder/",)
 
 
 def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema.Config:
-    """The configuration for a file of weights: as it is where its encoder has the file's sizes,
-    else with the encoder and the images that go with the file.
+    """The configuration for a file of weights: unchanged if its encoder has the sizes of the file,
+    else with the encoder and the preprocessing of the file.
 
     Args:
       config: settings.
-      path, flag: as of `settings_of_weights`, which raises.
+      path, flag: see `settings_of_weights`, which raises.
     """
-    told = weight_source.open_weights(path, key=flag).settings
-    here = {**dataclasses.asdict(config.model.encoder), **dataclasses.asdict(config.model)}
-    shaping = (
+    stored = weight_source.open_weights(path, key=flag).settings
+    configured = {**dataclasses.asdict(config.model.encoder), **dataclasses.asdict(config.model)}
+    sizes = (
         "backbone",
         "patch_size",
         "width",
@@ -246,37 +254,35 @@ def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema
         "mlp_ratio",
         *backbones.get_backbone(config.model).sections,
     )
-    if all(told.get(name, here[name]) == here[name] for name in shaping):
+    if all(stored.get(name, configured[name]) == configured[name] for name in sizes):
         return config
-    there, out = (
-        settings_of_weights(path, flag),
-        configuration.config_from_text(configuration.config_to_text(config), flag),
-    )
+    source = settings_of_weights(path, flag)
+    out = configuration.config_from_text(configuration.config_to_text(config), flag)
     out.model.update(
         {
-            name: there.model[name]
+            name: source.model[name]
             for name in ("backbone", "scan", "encoder", *backbones.section_names())
         }
     )
-    out.model.pool.heads = 1  # divides any width; a file has no pooling that was trained
-    _seen_as(out, there)
+    out.model.pool.heads = 1  # divides any width; a file has no trained pooling
+    _copy_preprocessing(out, source)
     return configuration.resolve(out)
 
 
-def _seen_as(config: ml_collections.ConfigDict, there: ml_collections.ConfigDict) -> None:
-    config.data.image_size = there.data.image_size
-    config.data.augment.mean, config.data.augment.std = (
-        there.data.augment.mean,
-        there.data.augment.std,
-    )
+def _copy_preprocessing(
+    config: ml_collections.ConfigDict, source: ml_collections.ConfigDict
+) -> None:
+    config.data.image_size = source.data.image_size
+    config.data.augment.mean = source.data.augment.mean
+    config.data.augment.std = source.data.augment.std
 
 
 def _described(
     source: weight_source.WeightSource, path: str, heads: int, flag: str
 ) -> ml_collections.ConfigDict:
     """The settings of a file of weights."""
-    told, config = dict(source.settings), configuration.default_config()
-    if "width" not in told or "image_size" not in told:
+    stored, config = dict(source.settings), configuration.default_config()
+    if "width" not in stored or "image_size" not in stored:
         # a backbone with its own section of settings is recognized by the sizes of its presets
         sizes = [
             name
@@ -285,23 +291,27 @@ def _described(
             for name in backbone.presets
         ]
         raise UserError(
-            f"{flag}: {path}: is neither a vision transformer of this kind nor one of"
-            f" {', '.join(sizes)} ({source.name}); it can be read, but not run from here"
+            f"{flag}: {path}: is neither a supported vision transformer nor one of"
+            f" {', '.join(sizes)} ({source.name}); m3i_jax can read its arrays, but not run it"
         )
-    told["heads"] = (
-        heads or told.get("heads") or (16 if told["width"] == 1280 else max(1, told["width"] // 64))
+    stored["heads"] = (
+        heads
+        or stored.get("heads")
+        or (16 if stored["width"] == 1280 else max(1, stored["width"] // 64))
     )
-    config.model.encoder.update({name: told[name] for name in config.model.encoder if name in told})
+    config.model.encoder.update(
+        {name: stored[name] for name in config.model.encoder if name in stored}
+    )
     config.model.update(
         {
-            name: told[name]
+            name: stored[name]
             for name in ("backbone", "scan", *backbones.section_names())
-            if name in told
+            if name in stored
         }
     )
     config.model.update({"dtype": "float32", "pool": {"heads": 1}})
-    config.data.image_size = told["image_size"]
-    config.data.augment.update({name: told[name] for name in ("mean", "std") if name in told})
-    config.evaluate.crop = told.get("crop", config.evaluate.crop)
-    config.data.background = told.get("background", config.data.background)
+    config.data.image_size = stored["image_size"]
+    config.data.augment.update({name: stored[name] for name in ("mean", "std") if name in stored})
+    config.evaluate.crop = stored.get("crop", config.evaluate.crop)
+    config.data.background = stored.get("background", config.data.background)
     return config

@@ -1,9 +1,8 @@
-"""A linear classifier on frozen features: the protocol beside kNN that says what a straight cut
-through the features can tell apart.
+"""Linear classification of frozen features: multinomial logistic regression by full-batch L-BFGS on
+standardised features.
 
-Multinomial logistic regression by full-batch L-BFGS on standardised features. It is convex, so
-there is no learning rate, no schedule and no seed to choose; the weight decay is, and a held-out
-fifth of the index chooses it. The queries are looked at once, at the end."""
+The problem is convex: no learning rate, schedule or seed has to be chosen. The weight decay is
+chosen on a held-out fifth of the index; the queries are classified once, at the end."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -14,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from m3i_jax.evaluation import registry
 from m3i_jax.evaluation.feature_extraction import EvalContext, Metric
 
-# from strong to weak: each fit starts where the one before ended
+# weight decays from strong to weak: each fit starts from the weights of the one before
 L2 = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-MOST_STEPS, TOLERANCE = 200, 1e-4
+MAX_STEPS, TOLERANCE = 200, 1e-4
 Weights = dict[str, jax.Array]
 
 
@@ -30,7 +30,7 @@ def fit_logistic(
     start: Weights,
     l2: jax.Array | float,
     *,
-    steps: int = MOST_STEPS,
+    steps: int = MAX_STEPS,
 ) -> Weights:
     """Minimises `sum_n weight_n CE_n / sum_n weight_n + l2 / 2 |kernel|^2` over {"kernel": [D, C],
     "bias": [C]}; the bias is free.
@@ -40,14 +40,14 @@ def fit_logistic(
     Args:
       x_NxD: standardised features.
       label_N: int in 0..C - 1.
-      weight_N: of the rows; 0 leaves a row out.
-      start: where to start; its shapes say how many classes there are.
+      weight_N: weights of the rows; 0 leaves a row out.
+      start: initial weights; their shapes give the number of classes.
       l2: weight decay of the kernel.
-      steps: most iterations; it ends before, once the norm of the gradient is below TOLERANCE.
+      steps: iterations at most; it stops once the norm of the gradient is below TOLERANCE.
 
     >>> x = jnp.array([[-1.0], [1.0]])
-    >>> made = fit_logistic(x, jnp.array([0, 1]), jnp.ones(2), zero_weights(1, 2), 1e-3)
-    >>> (x @ made["kernel"] + made["bias"]).argmax(-1).tolist()
+    >>> weights = fit_logistic(x, jnp.array([0, 1]), jnp.ones(2), zero_weights(1, 2), 1e-3)
+    >>> (x @ weights["kernel"] + weights["bias"]).argmax(-1).tolist()
     [0, 1]
     """
 
@@ -59,32 +59,35 @@ def fit_logistic(
     solver = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
 
-    def turn(carry: Any) -> Any:
+    def iterate(carry: Any) -> Any:
         w, state, _, n = carry
         value, grad = value_and_grad(w, state=state)
         updates, state = solver.update(grad, state, w, value=value, grad=grad, value_fn=loss)
         return optax.apply_updates(w, updates), state, optax.tree.norm(grad), n + 1
 
-    def go_on(carry: Any) -> jax.Array:
+    def unfinished(carry: Any) -> jax.Array:
         return (carry[2] > TOLERANCE) & (carry[3] < steps)
 
-    return jax.lax.while_loop(go_on, turn, (start, solver.init(start), jnp.asarray(jnp.inf), 0))[0]
+    return jax.lax.while_loop(
+        unfinished, iterate, (start, solver.init(start), jnp.asarray(jnp.inf), 0)
+    )[0]
 
 
 def zero_weights(width: int, classes: int) -> Weights:
-    """Where a fit starts."""
+    """Initial weights of a fit."""
     return {"kernel": jnp.zeros((width, classes)), "bias": jnp.zeros(classes)}
 
 
 def standardize_features(x_NxD: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
     """All arrays shifted and scaled so that the first has mean 0 and deviation 1 in every
-    dimension; one that does not vary becomes 0.
+    dimension; a constant dimension becomes 0.
 
-    >>> [x.tolist() for x in standardize_features(np.array([[1., 5.], [3., 5.]]), np.array([[5., 7.]]))]
+    >>> first, second = np.array([[1., 5.], [3., 5.]]), np.array([[5., 7.]])
+    >>> [x.tolist() for x in standardize_features(first, second)]
     [[[-1.0, 0.0], [1.0, 0.0]], [[3.0, 0.0]]]
     """
     mean_D, std_D = x_NxD.mean(0, dtype=np.float64), x_NxD.std(0, dtype=np.float64)
-    # Below the rounding of float32 there is no signal, only noise to blow up.
+    # a deviation below the rounding of float32 is noise, which must not be scaled up
     varies = std_D > 1e-6 * np.sqrt(np.square(x_NxD, dtype=np.float64).mean())
     scale_D = np.where(varies, 1 / np.where(varies, std_D, 1), 0)
     return [((x - mean_D) * scale_D).astype(np.float32) for x in (x_NxD, *others)]
@@ -99,10 +102,10 @@ def logistic_accuracy(
     the chosen weight decay) of queries (features [Q, D], labels [Q]) by a classifier fitted to an
     index (features, labels).
 
-    The weight decay is the one of `L2` that is right most often on a fifth of the index, drawn once
-    and for all; of equals, the strongest. The classifier is then fitted to the whole index. Rows
-    without a label (-1) are left out on both sides; nothing comes where that leaves fewer than five
-    rows of an index, or no query. `poll` is called before every fit and may raise."""
+    The weight decay is the one of `L2` with the highest accuracy on a fixed random fifth of the
+    index; among equals, the strongest. The classifier is then fitted to the whole index. Rows
+    without a label (-1) are left out on both sides; nothing is yielded if no query or fewer than
+    five rows of the index are left. `poll` is called before every fit and may raise."""
     (q, q_label), (x, x_label) = (
         (f[label >= 0], label[label >= 0]) for f, label in (queries, index)
     )
@@ -110,24 +113,28 @@ def logistic_accuracy(
         return
     classes = int(max(q_label.max(), x_label.max())) + 1
     x, q = standardize_features(x, q)
-    # Not every fifth row: a source may list its classes in turn.
-    aside = np.isin(np.arange(len(x)), np.random.default_rng(0).permutation(len(x))[: len(x) // 5])
-    on_device, labels, rest = jax.device_put((x, x_label, np.where(aside, 0, 1).astype(np.float32)))
-    found, weights = [], zero_weights(x.shape[1], classes)
+    # not every fifth row: a source may list its classes in turn
+    validation = np.isin(
+        np.arange(len(x)), np.random.default_rng(0).permutation(len(x))[: len(x) // 5]
+    )
+    features, labels, training = jax.device_put(
+        (x, x_label, np.where(validation, 0, 1).astype(np.float32))
+    )
+    trials, weights = [], zero_weights(x.shape[1], classes)
     for l2 in L2:
         poll()
-        weights = fit_logistic(on_device, labels, rest, weights, l2)
-        found.append((_right(weights, x[aside], x_label[aside], 1), l2, weights))
-    _, l2, weights = max(found, key=lambda f: f[:2])
+        weights = fit_logistic(features, labels, training, weights, l2)
+        trials.append((_accuracy(weights, x[validation], x_label[validation], 1), l2, weights))
+    _, l2, weights = max(trials, key=lambda trial: trial[:2])
     poll()
-    weights = fit_logistic(on_device, labels, jnp.ones(len(x)), weights, l2)
+    weights = fit_logistic(features, labels, jnp.ones(len(x)), weights, l2)
     for top in (1, 5):
         if top == 1 or classes > 5:
-            yield f"top{top}", _right(weights, q, q_label, top)
+            yield f"top{top}", _accuracy(weights, q, q_label, top)
     yield "log10_l2", round(float(np.log10(l2)), 3)
 
 
-def _right(weights: Weights, x_NxD: np.ndarray, label_N: np.ndarray, top: int) -> float:
+def _accuracy(weights: Weights, x_NxD: np.ndarray, label_N: np.ndarray, top: int) -> float:
     kernel, bias = np.asarray(weights["kernel"]), np.asarray(weights["bias"])
     order = np.argsort(-(x_NxD @ kernel + bias), axis=1, kind="stable")[:, :top]
     return float((order == label_N[:, None]).any(1).mean())
@@ -136,11 +143,21 @@ def _right(weights: Weights, x_NxD: np.ndarray, label_N: np.ndarray, top: int) -
 def measure() -> Metric:
     """eval/linear/..., from the index and the queries."""
 
-    def run(seen: EvalContext) -> Iterator[tuple[str, float]]:
-        queries, index = seen("queries"), seen("index")
+    def run(context: EvalContext) -> Iterator[tuple[str, float]]:
+        queries, index = context("queries"), context("index")
         for name, value in logistic_accuracy(
-            (queries.vectors, queries.labels), (index.vectors, index.labels), seen.poll
+            (queries.vectors, queries.labels), (index.vectors, index.labels), context.poll
         ):
             yield f"eval/linear/{name}", value
 
     return run
+
+
+registry.register_builtin(
+    registry.Evaluator(
+        name="linear",
+        setting="linear",
+        needs=(registry.LABELS,),
+        build=lambda inputs: measure(),
+    )
+)

@@ -1,2 +1,2 @@
-"""Weights of other projects as trees of arrays, and back. Only names and layouts are known here, no
-models: a tree goes in, a tree comes out."""
+"""Conversion of weights between the formats of other projects and trees of arrays. This room knows
+names and layouts, and no models."""

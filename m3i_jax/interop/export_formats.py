@@ -1,6 +1,6 @@
-"""What timm and Transformers need beside the arrays to open exported weights, and what they make of
-them: directories that `timm.create_model("local-dir:...")` and `from_pretrained` load, and the same
-images through both. And InternImage under its published names."""
+"""Directories of exported weights that timm (`timm.create_model("local-dir:...")`) and Transformers
+(`from_pretrained`) load, InternImage under its published names, and the outputs of these libraries
+for a comparison."""
 
 import functools
 import importlib
@@ -18,9 +18,11 @@ import numpy as np
 from m3i_jax.errors import UserError
 from m3i_jax.interop import intern_image_weights, tensor_files, vit_weights
 
-# timm's entry points by (width, patch): every setting is given besides, the name only has to exist.
-_TIMM = {192: "vit_tiny_patch16_224", 384: "vit_small_patch16_224", 768: "vit_base_patch16_224", 1024: "vit_large_patch16_224",
-         1280: "vit_huge_patch14_224"}  # fmt: skip
+# timm's entry points by width: every setting is passed too, so that the name only has to exist
+_TIMM = {
+    192: "vit_tiny_patch16_224", 384: "vit_small_patch16_224", 768: "vit_base_patch16_224",
+    1024: "vit_large_patch16_224", 1280: "vit_huge_patch14_224",
+}  # fmt: skip
 _HF_GELU = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 
 
@@ -28,8 +30,8 @@ def timm_arguments(encoder: Mapping[str, Any], image_size: int) -> tuple[str, di
     """(name, arguments) of `timm.create_model` for an encoder with these settings of
     `model.encoder`.
 
-    The model's output is the mean of the patch tokens. An eps other than timm's 1e-6 goes in by
-    `norm_layer`, which no JSON can hold."""
+    The output of the model is the mean of the patch tokens. An eps other than timm's 1e-6 needs
+    `norm_layer`, which JSON cannot store."""
     arguments = {
         "img_size": image_size,
         "patch_size": encoder["patch_size"],
@@ -49,15 +51,15 @@ def timm_arguments(encoder: Mapping[str, Any], image_size: int) -> tuple[str, di
 
 
 def timm_config(
-    place: pathlib.Path,
+    directory: pathlib.Path,
     tree: Mapping[str, np.ndarray],
     encoder: Mapping[str, Any],
     preprocessing: Mapping[str, Any],
 ) -> None:
-    """Writes model.safetensors and timm's config.json.
+    """Write model.safetensors and timm's config.json.
 
     Args:
-      place: a directory.
+      directory: where to write.
       tree: {path: array}.
       encoder: settings of `model.encoder`.
       preprocessing: image_size, short_side, mean and std of `data.preprocessing`.
@@ -89,12 +91,12 @@ def timm_config(
             "classifier": "head",
         },
     }
-    tensor_files.write_safetensors(place / "model.safetensors", table, {"format": "pt"})
-    _json(place / "config.json", config)
+    tensor_files.write_safetensors(directory / "model.safetensors", table, {"format": "pt"})
+    _json(directory / "config.json", config)
 
 
 def crop_pct(image_size: int, short_side: int) -> float:
-    """timm's setting with which its short side, floor(image_size / crop_pct), is this one.
+    """The `crop_pct` of timm with which floor(image_size / crop_pct) is this short side.
 
     >>> crop_pct(224, 256), math.floor(32 / crop_pct(32, 37)), math.floor(49 / crop_pct(49, 49))
     (0.875, 37, 49)
@@ -104,18 +106,18 @@ def crop_pct(image_size: int, short_side: int) -> float:
 
 
 def hugging_face_config(
-    place: pathlib.Path,
+    directory: pathlib.Path,
     tree: Mapping[str, np.ndarray],
     encoder: Mapping[str, Any],
     preprocessing: Mapping[str, Any],
 ) -> str:
-    """Writes model.safetensors, config.json and preprocessor_config.json; returns the class that
-    reads them: ViTModel, or CLIPVisionModel where there is a norm before the first block. The
-    arguments are those of `timm_config`."""
+    """Write model.safetensors, config.json and preprocessor_config.json; returns the class that
+    loads them: ViTModel, or CLIPVisionModel for an encoder with a norm before the first block.
+    Arguments as for `timm_config`."""
     if not encoder["cls_token"]:
         raise UserError(
-            "--format=hf: Transformers' vision transformers always have a cls token, and this"
-            " encoder has none; use timm or npz"
+            "--format=hf: vision transformers of Transformers always have a cls token, this encoder"
+            " has none; use timm or npz"
         )
     clip = bool(encoder["embedding_norm"])
     config = {
@@ -138,31 +140,31 @@ def hugging_face_config(
         else {"qkv_bias": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     )
     table = vit_weights.store_vit(tree, "clip" if clip else "hf", heads=encoder["heads"])
-    tensor_files.write_safetensors(place / "model.safetensors", table, {"format": "pt"})
-    _json(place / "config.json", config)
-    _json(place / "preprocessor_config.json", _processor(preprocessing))
+    tensor_files.write_safetensors(directory / "model.safetensors", table, {"format": "pt"})
+    _json(directory / "config.json", config)
+    _json(directory / "preprocessor_config.json", _processor(preprocessing))
     return "CLIPVisionModel" if clip else "ViTModel"
 
 
 def hugging_face_intern_image_config(
-    place: pathlib.Path, tree: Mapping[str, Any], preprocessing: Mapping[str, Any]
+    directory: pathlib.Path, tree: Mapping[str, Any], preprocessing: Mapping[str, Any]
 ) -> pathlib.Path:
-    """Writes model.safetensors, with the names of the Hugging Face repositories of InternImage's
-    authors, and preprocessor_config.json; returns the former. A config.json belongs to the code in
-    those repositories."""
+    """Write model.safetensors, with the names in the Hugging Face repositories of InternImage's
+    authors, and preprocessor_config.json; returns the path of the former. The config.json belongs
+    to the code in those repositories."""
     tensor_files.write_safetensors(
-        place / "model.safetensors",
+        directory / "model.safetensors",
         intern_image_weights.store_intern_image(tree, hugging_face=True),
         {"format": "pt"},
     )
-    _json(place / "preprocessor_config.json", _processor(preprocessing))
-    return place / "model.safetensors"
+    _json(directory / "preprocessor_config.json", _processor(preprocessing))
+    return directory / "model.safetensors"
 
 
 def _processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     side = preprocessing["image_size"]
     return {
-        # the one that resizes the short side and cuts the centre out
+        # the processor that resizes the short side and crops the centre
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": preprocessing["short_side"]},
@@ -178,11 +180,11 @@ def _processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def description(place: pathlib.Path, preprocessing: Mapping[str, Any]) -> None:
-    """Writes preprocessing.json, which stands beside weights whose own files cannot say how images
-    are seen. `vit_weights.read_sidecar_configs` reads it."""
-    told = {"resample": "bicubic", "rescale_factor": 1 / 255, **preprocessing}
-    _json(place / tensor_files.PREPROCESSING, told)
+def description(directory: pathlib.Path, preprocessing: Mapping[str, Any]) -> None:
+    """Write preprocessing.json, for formats whose files do not store the preprocessing.
+    `vit_weights.read_sidecar_configs` reads it."""
+    content = {"resample": "bicubic", "rescale_factor": 1 / 255, **preprocessing}
+    _json(directory / tensor_files.PREPROCESSING, content)
 
 
 def _json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
@@ -191,7 +193,7 @@ def _json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
 
 
 def _library(name: str) -> Any:
-    """A module that only the extra `torch` brings, or None."""
+    """A module of the extra `torch`, or None if it is not installed."""
     os.environ.setdefault("USE_TF", "0")
     try:
         return (
@@ -204,10 +206,10 @@ def _library(name: str) -> Any:
 
 
 def timm_output(
-    place: pathlib.Path, encoder: Mapping[str, Any], image_size: int, normal_BxSxSx3: np.ndarray
+    directory: pathlib.Path, encoder: Mapping[str, Any], image_size: int, normal_BxSxSx3: np.ndarray
 ) -> np.ndarray | None:
-    """Tokens [B, T, D] that timm's model makes of normalised images with the exported file; None
-    where timm is not installed."""
+    """Tokens [B, T, D] of normalised images, computed by timm from the exported file; None if timm
+    is not installed."""
     torch, library = _library("torch"), _library("timm")
     if torch is None or library is None:
         return None
@@ -217,9 +219,9 @@ def timm_output(
     model = library.create_model(name, pretrained=False, **arguments)
     table = {
         name: torch.from_numpy(np.array(array))
-        for name, array in tensor_files.read_tensors(place / "model.safetensors").items()
+        for name, array in tensor_files.read_tensors(directory / "model.safetensors").items()
     }
-    model.load_state_dict(table)  # strict: every name, and no other
+    model.load_state_dict(table)  # strict: the names must be equal
     with torch.no_grad():
         out = model.eval().forward_features(
             torch.from_numpy(np.ascontiguousarray(normal_BxSxSx3.transpose(0, 3, 1, 2)))
@@ -228,20 +230,20 @@ def timm_output(
 
 
 def hugging_face_output(
-    place: pathlib.Path, kind: str, final_norm: bool, normal_BxSxSx3: np.ndarray
+    directory: pathlib.Path, kind: str, final_norm: bool, normal_BxSxSx3: np.ndarray
 ) -> np.ndarray | None:
-    """Tokens [B, T, D] that Transformers' model makes of normalised images with the exported
-    directory: with our final norm its last hidden state, else the one before the norm that it
-    always has. None where Transformers is not installed."""
+    """Tokens [B, T, D] of normalised images, computed by Transformers from the exported directory:
+    the last hidden state for an encoder with a final norm, else the state before the final norm.
+    None if Transformers is not installed."""
     torch, library = _library("torch"), _library("transformers")
     if torch is None or library is None:
         return None
     kwargs = {} if kind == "CLIPVisionModel" else {"add_pooling_layer": False}
     model, report = getattr(library, kind).from_pretrained(
-        str(place), output_loading_info=True, **kwargs
+        str(directory), output_loading_info=True, **kwargs
     )
-    if wrong := {name: found for name, found in report.items() if found}:
-        raise UserError(f"{place}: Transformers did not take every array: {wrong}")
+    if wrong := {name: names for name, names in report.items() if names}:
+        raise UserError(f"{directory}: Transformers did not load every array: {wrong}")
     with torch.no_grad():
         pixels = torch.from_numpy(np.ascontiguousarray(normal_BxSxSx3.transpose(0, 3, 1, 2)))
         out = model.eval()(pixel_values=pixels, output_hidden_states=True)

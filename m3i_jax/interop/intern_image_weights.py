@@ -1,13 +1,12 @@
-"""Published InternImage weights (github.com/OpenGVLab/InternImage, and its Hugging Face
-repositories) as our trees, and back.
+"""Conversion between published InternImage weights (github.com/OpenGVLab/InternImage, and its
+Hugging Face repositories) and our trees.
 
-A published file is a flat table of names and arrays in PyTorch's layouts. What becomes of each name
-stands in one table, read in both directions. Hugging Face's names are the same behind `model.`, and
-call the layer scales `layer_scale1`, `layer_scale2`.
+A published file is a flat table {name: array} in PyTorch's layouts. One table maps its names to our
+paths, in both directions. The names in Hugging Face files have the prefix `model.`, and the layer
+scales are called `layer_scale1`, `layer_scale2`.
 
-Arrays may be of any library that numpy can read: `tensor_files.read_tensors` opens the files, a
-`.pth` with PyTorch, which is not needed otherwise. `m3i_jax.load(FILE)` and `init_from` do all of
-it."""
+Arrays may be of any library that numpy can read. `tensor_files.read_tensors` opens the files (a
+`.pth` needs PyTorch). `m3i_jax.load(FILE)` and `init_from` use this module."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ _Change = Callable[[np.ndarray], np.ndarray]
 
 
 class _Entry(NamedTuple):
-    """`theirs` and `ours` share the numbers {i} (stage) and {j} (place on the stacked axis)."""
+    """`theirs` and `ours` share the numbers {i} (stage) and {j} (index on the stacked axis)."""
 
     theirs: str
     ours: str
@@ -35,31 +34,31 @@ def _same(a: np.ndarray) -> np.ndarray:
     return a
 
 
-def _pairs_apart(a: np.ndarray) -> np.ndarray:
-    """Rows (group, point, x or y) of offsets as (group, x or y, point): 9 points, as all published
-    models have."""
+def _split_pairs(a: np.ndarray) -> np.ndarray:
+    """Reorder rows of offsets from (group, point, x or y) to (group, x or y, point); all published
+    models have 9 points."""
     return a.reshape(-1, 9, 2, *a.shape[1:]).swapaxes(1, 2).reshape(a.shape)
 
 
-def _pairs_together(a: np.ndarray) -> np.ndarray:
+def _join_pairs(a: np.ndarray) -> np.ndarray:
     return a.reshape(-1, 2, 9, *a.shape[1:]).swapaxes(1, 2).reshape(a.shape)
 
 
 _LAYOUTS: dict[str, tuple[_Change, _Change]] = {
-    "as it is": (_same, _same),
+    "unchanged": (_same, _same),
     "linear": (np.transpose, np.transpose),
     "convolution": (lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),
     "depthwise": (lambda a: a[:, 0].transpose(1, 2, 0), lambda a: a.transpose(2, 0, 1)[:, None]),
-    "offset": (lambda a: _pairs_apart(a).T, lambda a: _pairs_together(a.T)),
+    "offset": (lambda a: _split_pairs(a).T, lambda a: _join_pairs(a.T)),
     "1x1": (lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None]),
 }
 
 
 def _table() -> tuple[_Entry, ...]:
-    found: list[_Entry] = []
+    entries: list[_Entry] = []
 
-    def one(theirs: str, ours: str, layout: str = "as it is") -> None:
-        found.append(_Entry(theirs, ours, *_LAYOUTS[layout]))
+    def one(theirs: str, ours: str, layout: str = "unchanged") -> None:
+        entries.append(_Entry(theirs, ours, *_LAYOUTS[layout]))
 
     def norm(theirs: str, ours: str) -> None:
         one(f"{theirs}.weight", f"{ours}/scale")
@@ -67,7 +66,7 @@ def _table() -> tuple[_Entry, ...]:
 
     def dense(theirs: str, ours: str, layout: str = "linear") -> None:
         one(f"{theirs}.weight", f"{ours}/kernel", layout)
-        one(f"{theirs}.bias", f"{ours}/bias", layout if layout == "offset" else "as it is")
+        one(f"{theirs}.bias", f"{ours}/bias", layout if layout == "offset" else "unchanged")
 
     for n in (1, 2):
         dense(f"patch_embed.conv{n}", f"encoder/stem/conv{n}", "convolution")
@@ -102,7 +101,7 @@ def _table() -> tuple[_Entry, ...]:
     one("conv_head.1.0.running_mean", "classifier/batch_norm/mean")
     one("conv_head.1.0.running_var", "classifier/batch_norm/variance")
     dense("head", "classifier/linear")
-    return tuple(found)
+    return tuple(entries)
 
 
 _TABLE = _table()
@@ -120,7 +119,7 @@ _OURS = [(_pattern(entry.ours), entry) for entry in _TABLE]
 
 
 def published_name(name: str) -> str:
-    """A name of a Hugging Face file as in the PyTorch files; those stay as they are.
+    """The PyTorch name of a name in a Hugging Face file; PyTorch names are returned unchanged.
 
     >>> published_name("model.levels.0.blocks.1.layer_scale1"), published_name("head.bias")
     ('levels.0.blocks.1.gamma1', 'head.bias')
@@ -145,26 +144,32 @@ def _put(tree: Tree, path: str, value: np.ndarray) -> None:
 
 
 def _leaves(tree: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
-    found = []
+    hit = []
     for name, node in tree.items():
         below = f"{path}/{name}" if path else name
-        found += _leaves(node, below) if isinstance(node, Mapping) else [(below, node)]
-    return found
+        hit += _leaves(node, below) if isinstance(node, Mapping) else [(below, node)]
+    return hit
 
 
 def load_intern_image(state: Mapping[str, Any]) -> Tree:
-    """Published weights as `encoder` (with `fusion` where there is one), `pool` (InternImage-H and
-    G) and `classifier`, whatever is there.
+    """Convert published weights to a tree with those of `encoder` (with `fusion` for H and G),
+    `pool` (H and G) and `classifier` that the file has.
 
-    Args: state: {name: array} with PyTorch's or Hugging Face's names, or the whole file, with the
-      table under `model`.
+    Args:
+      state: {name: array} with the names of PyTorch or Hugging Face files, or the content of a
+        file, with this table under `model`.
 
     Raises:
       UserError: names that InternImage does not have, layers that are missing or differ in shape.
 
-    >>> tree = load_intern_image({"patch_embed.conv1.weight": np.zeros((32, 3, 3, 3)), "levels.0.blocks.0.gamma1": np.zeros(64)})
-    >>> tree["encoder"]["stem"]["conv1"]["kernel"].shape, tree["encoder"]["stage0"]["layers"]["gamma1"].shape
-    ((3, 3, 3, 32), (1, 64))
+    >>> stem, gamma = np.zeros((32, 3, 3, 3)), np.zeros(64)
+    >>> tree = load_intern_image(
+    ...     {"patch_embed.conv1.weight": stem, "levels.0.blocks.0.gamma1": gamma}
+    ... )
+    >>> tree["encoder"]["stem"]["conv1"]["kernel"].shape
+    (3, 3, 3, 32)
+    >>> tree["encoder"]["stage0"]["layers"]["gamma1"].shape
+    (1, 64)
     """
     if isinstance(state.get("model"), Mapping):
         state = state["model"]
@@ -176,7 +181,7 @@ def load_intern_image(state: Mapping[str, Any]) -> Tree:
         if _UNUSED.search(name):
             continue
         matches = ((pattern.match(name), entry) for pattern, entry in _THEIRS)
-        match, entry = next(((found, entry) for found, entry in matches if found), (None, None))
+        match, entry = next(((hit, entry) for hit, entry in matches if hit), (None, None))
         if match is None or entry is None:
             unknown.append(given)
             continue
@@ -189,26 +194,26 @@ def load_intern_image(state: Mapping[str, Any]) -> Tree:
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise UserError(
-            f"these are not weights of an InternImage: there is {', '.join(unknown[:3])}{more};"
-            " load a file of that project"
+            f"these are not weights of InternImage: unknown names {', '.join(unknown[:3])}{more};"
+            " give a file of that project"
         )
-    longest: dict[str, int] = {}
+    depths: dict[str, int] = {}
     for path, parts in stacks.items():
         owner = "/".join(path.split("/")[:3])
-        longest[owner] = max(longest.get(owner, 0), max(parts) + 1)
+        depths[owner] = max(depths.get(owner, 0), max(parts) + 1)
     for path, parts in stacks.items():
-        depth = longest["/".join(path.split("/")[:3])]
+        depth = depths["/".join(path.split("/")[:3])]
         missing = [j for j in range(depth) if j not in parts]
         if missing:
             raise UserError(
-                f"the weights of {path} are missing for layer {missing[0]} of {depth}; the file is"
-                " not complete"
+                f"the weights of {path} are missing for layer {missing[0]} of {depth}: the file is"
+                " incomplete, use another one"
             )
         shapes = {value.shape for value in parts.values()}
         if len(shapes) > 1:
             raise UserError(
-                f"the weights of {path} differ in shape from layer to layer"
-                f" ({', '.join(map(str, sorted(shapes)))}); the file is broken"
+                f"the weights of {path} differ in shape between layers"
+                f" ({', '.join(map(str, sorted(shapes)))}): the file is damaged, use another one"
             )
         _put(tree, path, np.stack([parts[j] for j in range(depth)]))
     return tree
@@ -218,31 +223,31 @@ def store_intern_image(
     tree: Mapping[str, Any], *, hugging_face: bool = False
 ) -> dict[str, np.ndarray]:
     """Inverse of `load_intern_image`: a tree of `encoder`, and `pool` and `classifier` if given, as
-    a table of published names.
-
-    What the published net has no place for, the learned fill of hidden cells, is left out.
+    a table with published names. The mask token, which the published net does not have, is left
+    out.
 
     Args:
       tree: parts with arrays that numpy can read.
-      hugging_face: with the names of the Hugging Face repositories.
+      hugging_face: use the names of the Hugging Face repositories.
 
     Raises:
       UserError: a parameter that InternImage does not have.
 
-    >>> table = store_intern_image({"encoder": {"stage2": {"extra_norms": {"scale": np.ones((5, 8))}}}}, hugging_face=True)
-    >>> list(table)[:2], table["model.levels.2.post_norms.4.0.weight"].shape
-    (['model.levels.2.post_norms.0.0.weight', 'model.levels.2.post_norms.1.0.weight'], (8,))
+    >>> tree = {"encoder": {"stage2": {"extra_norms": {"scale": np.ones((5, 8))}}}}
+    >>> table = store_intern_image(tree, hugging_face=True)
+    >>> len(table), table["model.levels.2.post_norms.4.0.weight"].shape
+    (5, (8,))
     """
     table: dict[str, np.ndarray] = {}
     for path, leaf in _leaves(tree):
         if path == "encoder/mask_token":
             continue
         matches = ((pattern.match(path), entry) for pattern, entry in _OURS)
-        match, entry = next(((found, entry) for found, entry in matches if found), (None, None))
+        match, entry = next(((hit, entry) for hit, entry in matches if hit), (None, None))
         if match is None or entry is None:
             raise UserError(
-                f"{path} is no parameter of an InternImage; only its encoder, pool and classifier"
-                " can be stored under published names"
+                f"{path} is not a parameter of InternImage; only encoder, pool and classifier can"
+                " be stored under published names"
             )
         array = np.asarray(leaf)
         if "{j}" in entry.theirs:

@@ -1,12 +1,10 @@
-"""Vision transformers of other projects, name by name. One table a layout says what becomes of each
-array, in both directions; what is stacked on a layer axis here and numbered there is handled once,
-in `vit`.
+"""How other projects store vision transformers: one table a layout, which maps their arrays to ours
+and back. Numbered layers and our stacked layer axis are converted in `vit_weights`.
 
-Here a tree is flat: {path: array}, such as `encoder/blocks/attention/qkv/kernel` [L, D, 3 D]. Two
-paths are not parameters of ours but
-stand for what a file may hold: `encoder/positions` [1, R, D] is its table, with or without a row
-for cls, and `encoder/blocks/scale1`, `scale2` [L, D] are LayerScale, which is multiplied into the
-matrix before it.
+A tree is flat here: {path: array}, such as `encoder/blocks/attention/qkv/kernel` [L, D, 3 D]. Two
+paths are no parameters of our models but arrays that a file may have: `encoder/positions` [1, R, D]
+is its position table, with or without a row for cls, and `encoder/blocks/scale1`, `scale2` [L, D]
+are LayerScale, which is multiplied into the preceding matrix.
 
 L blocks, D width, h heads, p pixels a patch.
 """
@@ -24,11 +22,12 @@ _Store = Callable[[np.ndarray, int], tuple[np.ndarray, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class LayoutEntry:
-    """Arrays `theirs`, which are numbered by {l} where `ours` is stacked.
+    """A row of a table: arrays of a file and the array of our tree that they correspond to.
 
     Attributes:
-      theirs: names in the file. Several are parts of one array of ours: query, key and value.
-      ours: path.
+      theirs: names in the file, with {l} for the number of a layer. Several names are parts of one
+        array of ours, such as query, key and value.
+      ours: path in our tree.
       load: their arrays (of one layer) -> ours.
       store: (ours of one layer, heads) -> theirs.
     """
@@ -47,13 +46,17 @@ class LayoutEntry:
 class Layout:
     """How a project stores a vision transformer.
 
-    Attributes: name: of the layout. known_by: a name that only this layout has, as a pattern; the
-      first layout of `LAYOUTS` that a file knows is the file's. table: what becomes of each array.
-      prefix: pattern of what may stand before every name of the encoder. unused: {pattern: what it
-      is}: arrays that have no place here and are left out without concern. settings: of
-      `model.encoder` and `data.augment` that weights of this layout are used with, where a file
-      cannot tell. momentum: prefix of the momentum copy, if the file has one. patch_bias: whether
-      the patch embedding has a bias.
+    Attributes:
+      name: name of the layout.
+      known_by: pattern of an array name that identifies the layout; the first layout of `LAYOUTS`
+        that matches is used.
+      table: how each array is converted.
+      prefix: pattern of an optional prefix of the names of the encoder.
+      unused: {pattern: description} of arrays that our models do not have.
+      settings: default settings of `model.encoder` and `data.augment` for this layout, for what a
+        file does not store.
+      momentum: prefix of the momentum copy, if files have one.
+      patch_bias: whether the patch embedding has a bias.
     """
 
     name: str
@@ -96,7 +99,7 @@ def norm_weights(
 
 
 def linear_weight(theirs: str, ours: str) -> list[LayoutEntry]:
-    """PyTorch's linear layer, [out, in] there."""
+    """A linear layer of PyTorch, whose weight is [out, in]."""
     return [
         single_array(f"{theirs}.weight", f"{ours}/kernel", np.transpose, np.transpose),
         single_array(f"{theirs}.bias", f"{ours}/bias"),
@@ -104,7 +107,7 @@ def linear_weight(theirs: str, ours: str) -> list[LayoutEntry]:
 
 
 def patch_weight(theirs: str, *, bias: bool = True) -> list[LayoutEntry]:
-    """PyTorch's convolution [D, 3, p, p] as the matrix [p p 3, D] of `vit.patchify`'s order."""
+    """A convolution of PyTorch [D, 3, p, p] as the matrix [p p 3, D] for `vit.patchify`."""
     kernel = LayoutEntry(
         (f"{theirs}.weight",),
         "encoder/patch_embed/kernel",
@@ -117,7 +120,7 @@ def patch_weight(theirs: str, *, bias: bool = True) -> list[LayoutEntry]:
 
 
 def joined_qkv(theirs: tuple[str, str, str], ours: str) -> list[LayoutEntry]:
-    """Three linear layers of PyTorch, query, key and value, as one of ours [D, 3 D]."""
+    """Three linear layers of PyTorch, query, key and value, as one matrix [D, 3 D]."""
     weights, biases = (tuple(f"{name}.{part}" for name in theirs) for part in ("weight", "bias"))
     return [
         LayoutEntry(
@@ -136,39 +139,39 @@ def joined_qkv(theirs: tuple[str, str, str], ours: str) -> list[LayoutEntry]:
 
 
 def timm_blocks(theirs: str, ours: str, *, norms: str = "norm{n}.") -> list[LayoutEntry]:
-    found: list[LayoutEntry] = []
+    entries: list[LayoutEntry] = []
     for n in (1, 2):
-        found += norm_weights(f"{theirs}.{{l}}.{norms.format(n=n)}", f"{ours}/norm{n}")
-        found += linear_weight(f"{theirs}.{{l}}.mlp.fc{n}", f"{ours}/mlp/fc{n}")
-    found += linear_weight(f"{theirs}.{{l}}.attn.qkv", f"{ours}/attention/qkv")
-    return found + linear_weight(f"{theirs}.{{l}}.attn.proj", f"{ours}/attention/out")
+        entries += norm_weights(f"{theirs}.{{l}}.{norms.format(n=n)}", f"{ours}/norm{n}")
+        entries += linear_weight(f"{theirs}.{{l}}.mlp.fc{n}", f"{ours}/mlp/fc{n}")
+    entries += linear_weight(f"{theirs}.{{l}}.attn.qkv", f"{ours}/attention/qkv")
+    return entries + linear_weight(f"{theirs}.{{l}}.attn.proj", f"{ours}/attention/out")
 
 
 def timm_encoder() -> list[LayoutEntry]:
-    """The encoder of timm, MAE and SiameseIM: qkv is one matrix whose rows are [q | k | v], as the
-    columns here."""
-    found = [
+    """The encoder of timm, MAE and SiameseIM: qkv is one matrix with rows [q | k | v], in the order
+    of our columns."""
+    entries = [
         *patch_weight("patch_embed.proj"),
         single_array("cls_token", "encoder/cls_token"),
         single_array("pos_embed", "encoder/positions"),
     ]
-    found += [
+    entries += [
         *norm_weights("norm_pre.", "encoder/embedding_norm"),
         *timm_blocks("blocks", "encoder/blocks"),
         *norm_weights("norm.", "encoder/norm"),
     ]
-    return found + [
+    return entries + [
         single_array(f"blocks.{{l}}.ls{n}.gamma", f"encoder/blocks/scale{n}") for n in (1, 2)
     ]
 
 
 def _siamese_im() -> list[LayoutEntry]:
-    found = [
+    entries = [
         *timm_encoder(),
         *linear_weight("decoder_embed", "decoder/embed"),
         single_array("mask_token", "decoder/mask_token"),
     ]
-    found += [
+    entries += [
         *linear_weight("decoder_pos_mlp", "decoder/position_map"),
         *linear_weight("decoder_pred", "decoder/head"),
     ]
@@ -176,14 +179,14 @@ def _siamese_im() -> list[LayoutEntry]:
         ("projector_decoder_blocks", "decoder/projector"),
         ("predictor_decoder_blocks", "decoder/blocks"),
     ):
-        found += timm_blocks(theirs, ours, norms="norm{n}.bn.")
+        entries += timm_blocks(theirs, ours, norms="norm{n}.bn.")
         # with --use_proj_ln
-        found += [
+        entries += [
             entry
             for n in (1, 2)
             for entry in norm_weights(f"{theirs}.{{l}}.norm{n}.", f"{ours}/norm{n}")
         ]
-    return found
+    return entries
 
 
 def _hugging_face() -> list[LayoutEntry]:
@@ -237,8 +240,8 @@ def _clip() -> list[LayoutEntry]:
 
 
 def _google() -> list[LayoutEntry]:
-    """Flax's layouts: matrices as here, but heads on an axis of their own, and the patch embedding
-    a convolution [p, p, 3, D]."""
+    """Flax layouts: matrices as ours, but with a separate axis for heads, and the patch embedding
+    as a convolution [p, p, 3, D]."""
     block, ours = "Transformer/encoderblock_{l}", "encoder/blocks"
     attention = f"{block}/MultiHeadDotProductAttention_1"
     kernels, biases = (
@@ -246,13 +249,13 @@ def _google() -> list[LayoutEntry]:
         for part in ("kernel", "bias")
     )
 
-    def heads_apart(a: np.ndarray, heads: int) -> tuple[np.ndarray, ...]:
+    def split_heads(a: np.ndarray, heads: int) -> tuple[np.ndarray, ...]:
         return tuple(part.reshape(*part.shape[:-1], heads, -1) for part in np.split(a, 3, -1))
 
     def linear(theirs: str, ours: str) -> list[LayoutEntry]:
         return [single_array(f"{theirs}/{part}", f"{ours}/{part}") for part in ("kernel", "bias")]
 
-    def image_order(a: np.ndarray, heads: int) -> tuple[np.ndarray]:
+    def matrix_to_kernel(a: np.ndarray, heads: int) -> tuple[np.ndarray]:
         side = _patch_size(a)
         return (a.reshape(side, side, 3, -1),)
 
@@ -261,7 +264,7 @@ def _google() -> list[LayoutEntry]:
             ("embedding/kernel",),
             "encoder/patch_embed/kernel",
             lambda a: a.reshape(-1, a.shape[-1]),
-            image_order,
+            matrix_to_kernel,
         ),
         single_array("embedding/bias", "encoder/patch_embed/bias"),
         single_array("cls", "encoder/cls_token"),
@@ -272,13 +275,13 @@ def _google() -> list[LayoutEntry]:
             kernels,
             f"{ours}/attention/qkv/kernel",
             lambda *a: np.concatenate([x.reshape(len(x), -1) for x in a], -1),
-            heads_apart,
+            split_heads,
         ),
         LayoutEntry(
             biases,
             f"{ours}/attention/qkv/bias",
             lambda *a: np.concatenate([x.reshape(-1) for x in a]),
-            heads_apart,
+            split_heads,
         ),
         LayoutEntry(
             (f"{attention}/out/kernel",),
@@ -301,9 +304,9 @@ _CLIP_PIXELS = {
 }
 _USUAL = {"activation": "gelu", "norm_eps": 1e-6}
 _HEADS = {r"^(head|fc_norm|head_dist|pre_logits)\b": "classifier"}
-_MAE_DECODER = {r"^(mask_token|decoder_)": "decoder of pixels"}
+_MAE_DECODER = {r"^(mask_token|decoder_)": "pixel decoder"}
 
-# From the most particular to the most general.
+# from the most specific to the most general
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
@@ -340,7 +343,7 @@ LAYOUTS: dict[str, Layout] = {
             prefix=r"^(vit|deit)\.",
             unused={
                 r"^(classifier|pooler)\b": "classifier and pooler",
-                r"^decoder\.": "decoder of pixels",
+                r"^decoder\.": "pixel decoder",
                 r"mask_token$": "mask token",
             },
             settings={"activation": "gelu", "norm_eps": 1e-12, **_HALVES},
@@ -371,7 +374,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def layout_of(names: Mapping[str, Any]) -> Layout | None:
-    """The layout that has names like these, or None.
+    """The layout of a file with these array names, or None.
 
     >>> layout_of({"blocks.0.attn.qkv.weight": 0}).name, layout_of({"fc.weight": 0})
     ('timm', None)

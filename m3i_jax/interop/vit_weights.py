@@ -1,9 +1,10 @@
-"""Weights from other projects as our flat tree, and back: of vision transformers what `layouts`
-says, for a whole file; of InternImage what `intern_image_weights` says.
+"""Conversion of whole files of weights between other projects and our flat tree: vision
+transformers by the tables of `vit_layouts`, InternImage by `intern_image_weights`.
 
-found = load(tensor_files.read_tensors("vit.safetensors"))
-found.arrays["encoder/blocks/attention/qkv/kernel"].shape            # (12, 768, 2304) table =
-store(found.arrays, "timm", heads=12)                        # {"blocks.0.attn.qkv.weight": ...}"""
+    weights = load_vit(tensor_files.read_tensors("vit.safetensors"))
+    weights.arrays["encoder/blocks/attention/qkv/kernel"].shape  # (12, 768, 2304)
+    table = store_vit(weights.arrays, "timm", heads=12)  # {"blocks.0.attn.qkv.weight": ...}
+"""
 
 import collections
 import dataclasses
@@ -33,16 +34,17 @@ _GELUS = {
 
 @dataclasses.dataclass
 class PublishedWeights:
-    """What a file has of our tree.
+    """The content of a file, converted to our tree.
 
-    Attributes: layout: whose names these are. arrays: {path: array}; `encoder/positions` as it
-      stands there. settings: what the weights want of `model.encoder` and of the pixels (mean, std,
-      image_size, crop, background): from the file, its config.json, or the layout. Of an
-      InternImage only what is said of the pixels: its sizes are those of a preset, which models
-      know.
-      unused: {what it is: arrays} that have no place here.
-      unknown: names that no table knows.
-      notes: what was changed on the way.
+    Attributes:
+      layout: name of the layout of the file.
+      arrays: {path: array}; `encoder/positions` as in the file.
+      settings: settings of `model.encoder` and of the preprocessing (mean, std, image_size, crop,
+        background) that the weights need, from the file, its config.json, or the layout. Of an
+        InternImage only the preprocessing: its sizes are those of a preset.
+      unused: {description: number of arrays} that our models do not have.
+      unknown: names that are in no table.
+      notes: changes made to the weights.
     """
 
     layout: str
@@ -72,14 +74,17 @@ def load_vit(
     momentum: bool = False,
     config: Mapping[str, Any] | None = None,
 ) -> PublishedWeights:
-    """A file of any layout that is known as our flat tree.
+    """Convert the arrays of a file of any known layout to our flat tree.
 
-    Args: arrays: named arrays, as of `tensor_files.read_tensors`. momentum: of a file that has
-      both, the momentum copy instead of the trained encoder; only SiameseIM's has. config: what
-      stood in the config.json beside it (Hugging Face, timm).
+    Args:
+      arrays: named arrays, for instance from `tensor_files.read_tensors`.
+      momentum: take the momentum copy instead of the trained encoder; only SiameseIM files have
+        one.
+      config: content of the config.json next to the file (Hugging Face, timm).
 
-    Raises: UserError: no layout that is known, a file without a momentum copy, layers that are
-      missing or differ in shape.
+    Raises:
+      UserError: an unknown layout, a file without momentum copy, layers that are missing or differ
+        in shape.
     """
     if "patch_embed.conv1.weight" in arrays or "model.patch_embed.conv1.weight" in arrays:
         return _intern_image(arrays, momentum, config or {})
@@ -87,7 +92,7 @@ def load_vit(
     if layout is None:
         some = ", ".join(list(arrays)[:3])
         raise UserError(
-            f"these names are of no layout that is known ({some}, ...); known are"
+            f"the array names ({some}, ...) are of no known layout; known are"
             f" {', '.join(LAYOUTS)} and InternImage"
         )
     if momentum and not (
@@ -106,7 +111,7 @@ def load_vit(
             names |= {name.removeprefix(layout.momentum): name for name in copies}
         else:
             unused["momentum copy"] = len(copies)
-    for name, there in names.items():
+    for name, full_name in names.items():
         short = re.sub(layout.prefix, "", name) if layout.prefix else name
         hit = next(
             (
@@ -127,24 +132,28 @@ def load_vit(
         layer = int(match[1]) if entry.stacked else 0
         entries[entry.ours] = entry
         gathered.setdefault(entry.ours, {}).setdefault(layer, {})[n] = tensor_files.weights(
-            there, arrays[there]
+            full_name, arrays[full_name]
         )
-    found = _stacked(gathered, entries)
-    notes = _fold_scales(found) + _row_for_cls(found)
-    # CLIP, and timm's models of CLIP
-    if "encoder/patch_embed/kernel" in found and "encoder/patch_embed/bias" not in found:
-        found["encoder/patch_embed/bias"] = np.zeros(
-            found["encoder/patch_embed/kernel"].shape[-1], np.float32
+    flat = _stack_layers(gathered, entries)
+    notes = _fold_layer_scale(flat) + _add_cls_row(flat)
+    # CLIP, and CLIP models of timm, have no bias
+    if "encoder/patch_embed/kernel" in flat and "encoder/patch_embed/bias" not in flat:
+        flat["encoder/patch_embed/bias"] = np.zeros(
+            flat["encoder/patch_embed/kernel"].shape[-1], np.float32
         )
-    settings = {**layout.settings, **_told(config or {}), **_shape_settings(found, layout, arrays)}
-    return PublishedWeights(layout.name, found, settings, dict(unused), unknown, notes)
+    settings = {
+        **layout.settings,
+        **_config_settings(config or {}),
+        **_shape_settings(flat, layout, arrays),
+    }
+    return PublishedWeights(layout.name, flat, settings, dict(unused), unknown, notes)
 
 
-def _stacked(
+def _stack_layers(
     gathered: Mapping[str, Mapping[int, Mapping[int, np.ndarray]]],
     entries: Mapping[str, LayoutEntry],
 ) -> Flat:
-    """Parts joined and layers stacked; refuses holes."""
+    """Join the parts of each array and stack the layers. Raises UserError for missing layers."""
     depths: dict[str, int] = {}
     for path, layers in gathered.items():
         stack = "/".join(path.split("/")[:2])
@@ -156,11 +165,11 @@ def _stacked(
             (depths["/".join(path.split("/")[:2])] if entries[path].stacked else 1),
         )
         for layer in range(depth):
-            lacking = [n for n in range(len(entry.theirs)) if n not in layers.get(layer, {})]
-            if lacking:
+            missing = [n for n in range(len(entry.theirs)) if n not in layers.get(layer, {})]
+            if missing:
                 raise UserError(
-                    f"the weights are not complete: {entry.theirs[lacking[0]].format(l=layer)} is"
-                    f" missing of {depth} layers"
+                    f"the weights are incomplete: {entry.theirs[missing[0]].format(l=layer)} is"
+                    f" missing ({depth} layers); use another file"
                 )
         values = [
             entry.load(*(layers[layer][n] for n in range(len(entry.theirs))))
@@ -168,47 +177,43 @@ def _stacked(
         ]
         if len({value.shape for value in values}) > 1:
             raise UserError(
-                f"the weights are broken: {entry.theirs[0]} differs in shape from layer to layer"
+                f"the weights are damaged: {entry.theirs[0]} differs in shape between layers"
             )
         out[path] = np.stack(values) if entry.stacked else values[0]
     return out
 
 
-def _fold_scales(found: Flat) -> list[str]:
-    """Multiplies LayerScale into the matrix before it."""
+def _fold_layer_scale(flat: Flat) -> list[str]:
+    """Multiply LayerScale into the preceding matrix; returns notes."""
     notes = []
     for n, matrix in ((1, "encoder/blocks/attention/out"), (2, "encoder/blocks/mlp/fc2")):
-        scale = found.pop(f"encoder/blocks/scale{n}", None)
+        scale = flat.pop(f"encoder/blocks/scale{n}", None)
         if scale is None:
             continue
-        found[f"{matrix}/kernel"] = found[f"{matrix}/kernel"] * scale[:, None]
-        found[f"{matrix}/bias"] = found[f"{matrix}/bias"] * scale
+        flat[f"{matrix}/kernel"] = flat[f"{matrix}/kernel"] * scale[:, None]
+        flat[f"{matrix}/bias"] = flat[f"{matrix}/bias"] * scale
         notes.append(f"LayerScale {n} is multiplied into {matrix}")
     return notes
 
 
-def _row_for_cls(found: Flat) -> list[str]:
-    """A row of zeros for cls in front of a table that has none (DeiT III): here a learned table has
-    a row for every token."""
-    table = found.get("encoder/positions")
+def _add_cls_row(flat: Flat) -> list[str]:
+    """Prepend a row of zeros for cls to a position table without one (DeiT III): our learned tables
+    have a row for every token. Returns notes."""
+    table = flat.get("encoder/positions")
     if (
         table is None
-        or "encoder/cls_token" not in found
+        or "encoder/cls_token" not in flat
         or position_tables.table_grid(table.shape[1]) ** 2 != table.shape[1]
     ):
         return []
-    found["encoder/positions"] = np.concatenate([np.zeros_like(table[:, :1]), table], 1)
-    return ["the position table has no row for cls there: it gets one of zeros"]
+    flat["encoder/positions"] = np.concatenate([np.zeros_like(table[:, :1]), table], 1)
+    return ["the position table of the file has no row for cls: a row of zeros is added"]
 
 
-def _shape_settings(
-    found: Flat, layout: Layout, arrays: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-    """Settings of `model.encoder` that shapes tell."""
-    kernel, fc1 = (
-        found.get("encoder/patch_embed/kernel"),
-        found.get("encoder/blocks/mlp/fc1/kernel"),
-    )
+def _shape_settings(flat: Flat, layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Settings of `model.encoder` that follow from shapes."""
+    kernel = flat.get("encoder/patch_embed/kernel")
+    fc1 = flat.get("encoder/blocks/mlp/fc1/kernel")
     if kernel is None or fc1 is None:
         return {}
     width = kernel.shape[-1]
@@ -217,11 +222,11 @@ def _shape_settings(
         "width": width,
         "depth": fc1.shape[0],
         "mlp_ratio": fc1.shape[-1] / width,
-        "cls_token": "encoder/cls_token" in found,
-        "embedding_norm": "encoder/embedding_norm/scale" in found,
-        "final_norm": "encoder/norm/scale" in found,
+        "cls_token": "encoder/cls_token" in flat,
+        "embedding_norm": "encoder/embedding_norm/scale" in flat,
+        "final_norm": "encoder/norm/scale" in flat,
     }
-    if (table := found.get("encoder/positions")) is not None:
+    if (table := flat.get("encoder/positions")) is not None:
         out["image_size"] = position_tables.table_grid(table.shape[1]) * out["patch_size"]
     if layout.name == "google":
         name = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
@@ -229,11 +234,12 @@ def _shape_settings(
     return out
 
 
-def _told(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that a config.json tells: Hugging Face's keys, timm's `model_args` and
-    `pretrained_cfg`.
+def _config_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings stored in a config.json: keys of Hugging Face, or `model_args` and `pretrained_cfg`
+    of timm.
 
-    >>> _told({"num_attention_heads": 2, "image_mean": [0.5, 0.5, 0.5], "hidden_act": ["gelu"]})
+    >>> config = {"num_attention_heads": 2, "image_mean": [0.5, 0.5, 0.5], "hidden_act": ["gelu"]}
+    >>> _config_settings(config)
     {'heads': 2, 'mean': (0.5, 0.5, 0.5)}
     """
     config = _part(config, "vision_config") or config
@@ -247,16 +253,16 @@ def _told(config: Mapping[str, Any]) -> dict[str, Any]:
             out["activation"] = _GELUS[act]
     if isinstance(eps := config.get("layer_norm_eps"), float) and 0 < eps < 1:
         out["norm_eps"] = eps
-    return out | _pixels(config)
+    return out | _preprocessing(config)
 
 
-def _pixels(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How images are seen: Hugging Face's processor and timm's `pretrained_cfg`, then our own
-    preprocessing.json.
+def _preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Preprocessing settings: from the processor of Hugging Face or the `pretrained_cfg` of timm,
+    then from our preprocessing.json.
 
-    >>> _pixels({"crop_size": 224, "size": {"shortest_edge": 256}})
+    >>> _preprocessing({"crop_size": 224, "size": {"shortest_edge": 256}})
     {'crop': 0.875, 'image_size': 224}
-    >>> _pixels({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 0.9}})
+    >>> _preprocessing({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 0.9}})
     {'crop': 0.9142857142857143}
     """
     pretrained, ours = _part(config, "pretrained_cfg"), _part(config, tensor_files.PREPROCESSING)
@@ -277,7 +283,7 @@ def _pixels(config: Mapping[str, Any]) -> dict[str, Any]:
     )
     if sides[0] and sides[1] and sides[0] <= sides[1]:  # CLIP's processor
         out["crop"] = sides[0] / sides[1]
-    elif not sides[0] and sides[2]:  # that of ViT, which keeps all of an image
+    elif not sides[0] and sides[2]:  # ViT's processor, which does not crop
         out["crop"] = 1.0
     size, share = pretrained.get("input_size"), pretrained.get("crop_pct")
     if (
@@ -298,9 +304,9 @@ def _pixels(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A section of a configuration; {} where there is something else."""
-    found = config.get(name)
-    return found if isinstance(found, Mapping) else {}
+    """A section of a configuration; {} if it is not a mapping."""
+    section = config.get(name)
+    return section if isinstance(section, Mapping) else {}
 
 
 def _is_size(value: Any) -> TypeGuard[int]:
@@ -308,37 +314,39 @@ def _is_size(value: Any) -> TypeGuard[int]:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    # nor NaN
+    # false for NaN too
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
 
 
 def _side(size: Any, key: str = "height") -> int:
-    """Pixels of a size as processors write it, a number or {key: number}; 0 where there is none."""
+    """Pixels of a size as processors store it, a number or {key: number}; 0 for anything else."""
     side = size.get(key) if isinstance(size, Mapping) else size
     return side if _is_size(side) else 0
 
 
 def read_sidecar_configs(path: str) -> dict[str, Any]:
-    """What config.json and preprocessor_config.json in the directory of a file of weights say, and,
-    by its name, our own preprocessing.json; {} without them.
+    """The content of config.json and preprocessor_config.json next to a file of weights, merged,
+    and, under its name, that of our preprocessing.json; {} without such files.
 
     Raises:
-      UserError: one of them is no JSON object.
+      UserError: one of them is not a JSON object.
     """
-    place = pathlib.Path(path)
-    place = place if place.is_dir() else place.parent
+    directory = pathlib.Path(path)
+    directory = directory if directory.is_dir() else directory.parent
     out: dict[str, Any] = {}
     for name in ("preprocessor_config.json", "config.json"):
-        if (place / name).is_file():
-            out |= tensor_files.read_json(place / name)
-    if (place / tensor_files.PREPROCESSING).is_file():
-        out[tensor_files.PREPROCESSING] = tensor_files.read_json(place / tensor_files.PREPROCESSING)
+        if (directory / name).is_file():
+            out |= tensor_files.read_json(directory / name)
+    if (directory / tensor_files.PREPROCESSING).is_file():
+        out[tensor_files.PREPROCESSING] = tensor_files.read_json(
+            directory / tensor_files.PREPROCESSING
+        )
     return out
 
 
 def _no_copy(layout: str) -> UserError:
     return UserError(
-        f"the weights have the names of {layout} and no momentum copy: use init.weights=online"
+        f"the weights have the layout {layout} and no momentum copy: use init.weights=online"
     )
 
 
@@ -355,7 +363,7 @@ def _intern_image(
             out |= flat(node, below) if isinstance(node, Mapping) else {below: node}
         return out
 
-    settings = IMAGENET | _pixels(config)
+    settings = IMAGENET | _preprocessing(config)
     return PublishedWeights(
         "intern_image",
         flat(intern_image_weights.load_intern_image({name: arrays[name] for name in arrays})),
@@ -369,19 +377,19 @@ def _intern_image(
 def store_vit(tree: Mapping[str, np.ndarray], layout: str, *, heads: int, prefix: str = "") -> Flat:
     """Inverse of `load_vit`: our flat tree under the names of a layout.
 
-    The learned fill of hidden cells, `encoder/mask_token`, has no place there and is left out.
-    Without `encoder/norm`, timm's and Google's tables have no final norm either; Hugging Face's
-    models always have one, which gets scale 1 and offset 0. Where there is no bias of the patch
-    embedding (CLIP, and timm before a norm), ours is added to the rows of the position table.
+    The mask token, `encoder/mask_token`, is left out: no layout has it. Without `encoder/norm`, the
+    files for timm and Google have no final norm either; Hugging Face models always have one, which
+    gets scale 1 and offset 0. In layouts without a bias of the patch embedding (CLIP, and timm
+    before a norm), ours is added to the rows of the position table.
 
     Args:
-      tree: {path: array}; `encoder/positions` [1, R, D] has to be there, the fixed table too.
+      tree: {path: array}; with `encoder/positions` [1, R, D], even for a fixed table.
       layout: one of LAYOUTS.
-      heads: of attention.
-      prefix: put before every name.
+      heads: attention heads.
+      prefix: prepended to every name.
 
     Raises:
-      UserError: a parameter that the layout has no name for.
+      UserError: the layout has no name for a parameter.
 
     >>> list(store_vit({"encoder/norm/scale": np.ones(4)}, "google", heads=2))
     ['Transformer/encoder_norm/scale']
@@ -413,7 +421,7 @@ def store_vit(tree: Mapping[str, np.ndarray], layout: str, *, heads: int, prefix
         known = by_path.get(path)
         if known is None:
             raise UserError(
-                f"{path} has no name in the layout {layout}; nearest is"
+                f"{path} has no name in the layout {layout}; the nearest are"
                 f" {', '.join(nearest_names(path, by_path)) or 'nothing'}"
             )
         for layer, value in enumerate(array) if known.stacked else [(0, array)]:
@@ -423,7 +431,7 @@ def store_vit(tree: Mapping[str, np.ndarray], layout: str, *, heads: int, prefix
 
 
 def nearest_names(path: str, known: Mapping[str, Any], count: int = 2) -> list[str]:
-    """Names that are most like one.
+    """The known names that are most similar to a path.
 
     >>> nearest_names("encoder/norm/scale", {"encoder/norm/bias": 0, "x": 0})
     ['encoder/norm/bias']

@@ -1,5 +1,5 @@
-"""One file a mode, each with `run(config, *, workdir, ...) -> exit code`: here the rooms meet, and
-nowhere else."""
+"""Modes of the command line, one file each, with `run(config, *, workdir, ...) -> exit code`. Only
+modes import all other rooms."""
 
 import os
 import pathlib
@@ -11,14 +11,18 @@ from m3i_jax.errors import UserError
 
 
 class Mode(NamedTuple):
-    """What the command line knows of a mode before it imports it.
+    """Description of a mode, which the command line reads before it imports the mode.
 
-    flags: its own, which are handed to `run`. of_run: takes the settings of the run in WORKDIR, and
-    needs no --config. settings: whether it
-    may be given any. together: all hosts of a run enter it; the others need one. timed: its `run`
-    takes `began`, when the process did.
-    compiles: what it compiles is kept for the next start. reads: how the settings begin that it
-    reads; (): all, for it trains with them."""
+    Attributes:
+      text: a line for --help.
+      flags: flags of this mode, passed to its `run`.
+      of_run: uses the settings of the run in WORKDIR and needs no --config.
+      settings: accepts settings.
+      together: runs on all hosts; the others run on one.
+      timed: its `run` takes `began`, the start time of the process.
+      compiles: keeps compiled programs for the next start.
+      reads: prefixes of the settings that it reads; (): all.
+    """
 
     text: str
     flags: tuple[str, ...] = ()
@@ -32,29 +36,31 @@ class Mode(NamedTuple):
     def refuse(
         self, name: str, overrides: Iterable[str], config: schema.Config, workdir: str
     ) -> None:
-        """Refuse what needs neither data nor JAX to be known as wrong: see `refuse_unread` and
-        `refuse_missing`."""
+        """Refuse mistakes that can be detected without data and without JAX: see `refuse_unread`
+        and `refuse_missing`."""
         refuse_missing(name, config, workdir)
         refuse_unread(name, overrides, config)
 
 
 _DATA = tuple(
     f"data.{name}"
-    for name in ("source", "path", "directory", "mixture", "class_space", "class_names", "split", "holdout_split", "size", "holdout",
-                 "background", "threads", "missing")
+    for name in (
+        "source", "path", "directory", "mixture", "class_space", "class_names", "split",
+        "holdout_split", "size", "holdout", "background", "threads", "missing",
+    )
 )  # fmt: skip
 _EVALUATION = ("image_size", "classes", "captions", "caption_length", "augment.mean", "augment.std")
 MODES = {
     "train": Mode(
-        "pre-train, or go on with the run in the working directory",
+        "pre-train, or resume the run in the working directory",
         flags=("allow_changes",),
         together=True,
         timed=True,
         compiles=True,
     ),
     "show": Mode(
-        "print the resolved configuration, parameters, FLOPs a step and memory of the state; reads"
-        " no data"
+        "print the resolved settings, parameters, FLOPs a step and memory of the state; reads no"
+        " data"
     ),
     "preview": Mode("write a contact sheet of what the model will see to WORKDIR/preview.png"),
     "compare": Mode(
@@ -65,8 +71,8 @@ MODES = {
         compiles=True,
     ),
     "report": Mode(
-        "write what the run in the working directory has logged to WORKDIR/report.html, beside"
-        " those of report.beside; no --config",
+        "write the page WORKDIR/report.html with metrics and figures of the run in the working"
+        " directory, next to the runs of report.beside; needs no --config",
         of_run=True,
         reads=("report.beside", "report.private"),
     ),
@@ -125,19 +131,19 @@ MODES = {
     ),
     "profile": Mode(
         "run a few steps and trace them: WORKDIR/profile and a table of the costliest operations;"
-        " SIGUSR1 traces a run under way",
+        " SIGUSR1 traces a running training",
         together=True,
         timed=True,
         compiles=True,
     ),
     "compile": Mode(
-        "compile the train step for accelerators that are not here: does it fit, what does it cost;"
+        "compile the train step for accelerators that need not be present: memory, FLOPs, time;"
         " reads no data",
         flags=("topology", "memory", "code", "largest_batch", "suggest"),
     ),
     "replay": Mode(
-        "take the step again that ended the run in the working directory, and say what is not"
-        " finite; no --config",
+        "repeat the step that ended the run in the working directory, and print what is not finite;"
+        " needs no --config",
         of_run=True,
         settings=False,
     ),
@@ -149,8 +155,8 @@ MODES = {
 
 
 def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) -> None:
-    """Refuse assignments of the command line that change nothing: settings that the mode, or the
-    kind of source, does not read.
+    """Refuse assignments of the command line without effect: settings that the mode or the source
+    does not read.
 
     Args:
       mode: its name.
@@ -158,52 +164,52 @@ def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) ->
       config: the settings with them.
 
     Raises:
-      UserError: says which setting does nothing, and what reads it.
+      UserError: names the setting and the reason.
 
     >>> mixed = schema.Data(source="mixture", mixture=("folder:/a",), path="/b")
     >>> refuse_unread("eval", ["data.path=/b"], schema.Config(data=mixed))
     Traceback (most recent call last):
-    m3i_jax.errors.UserError: config.data.path: '/b' changes nothing, for data.source='mixture' reads data.mixture alone; ...
+    m3i_jax.errors.UserError: config.data.path: '/b' changes nothing, for data.source='mixture' ...
     >>> refuse_unread("export", ["optim.lr=1"], schema.Config())
     Traceback (most recent call last):
-    m3i_jax.errors.UserError: config.optim.lr: changes nothing, for --mode=export does not read it; leave it out
+    m3i_jax.errors.UserError: config.optim.lr: changes nothing, for --mode=export does not read ...
     """
     from m3i_jax.data.sources import mixture
 
     reads, keys = MODES[mode].reads, [text.partition("=")[0] for text in overrides]
-    if lost := [key for key in keys if reads and not key.startswith(reads)]:
+    if unread := [key for key in keys if reads and not key.startswith(reads)]:
         raise UserError(
-            f"config.{lost[0]}: changes nothing, for --mode={mode} does not read it; leave it out"
+            f"config.{unread[0]}: changes nothing, for --mode={mode} does not read it; leave it out"
         )
-    why = mixture.unread(config.data, counted=bool(reads))
+    reasons = mixture.unread(config.data, counted=bool(reads))
     for key in keys:
         value = getattr(config.data, key.removeprefix("data."), None)
-        if key in why and value != getattr(schema.Data, key.removeprefix("data.")):
-            raise UserError(f"config.{key}: {value!r} changes nothing, for {why[key]}")
+        if key in reasons and value != getattr(schema.Data, key.removeprefix("data.")):
+            raise UserError(f"config.{key}: {value!r} changes nothing, for {reasons[key]}")
 
 
 def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:
-    """Refuse first weights that are not there, before the trainer is even imported. A run that has
-    a checkpoint does not need them.
+    """Refuse initial weights that do not exist, before the trainer is imported. A run that has a
+    checkpoint does not need them.
 
     Raises:
-      UserError: `init_from` or `objective.target_checkpoint` names nothing.
+      UserError: `init_from` or `objective.target_checkpoint` names no existing path.
     """
-    place = pathlib.Path(workdir)
-    saved = [step for step in (place / "checkpoints").glob("*") if step.name.isdecimal()]
+    run = pathlib.Path(workdir)
+    saved = [step for step in (run / "checkpoints").glob("*") if step.name.isdecimal()]
     begun = {
         "train": bool(saved),
-        "compare": (place / "compare").is_dir(),
+        "compare": (run / "compare").is_dir(),
         "profile": False,
         "features": False,
     }
     if begun.get(mode, True):
         return
-    asked = {
+    paths = {
         "init_from": config.init_from,
         "objective.target_checkpoint": config.objective.target_checkpoint,
     }
-    for key, weights in asked.items():
+    for key, weights in paths.items():
         if weights and not os.path.exists(weights):
             raise UserError(
                 f"config.{key}: there is no {weights!r}; give the workdir of a run, or a file of"

@@ -1,5 +1,5 @@
-"""What fits: the largest batch by bisection, and changes to a configuration in the order of what
-they cost. Compiles nothing itself."""
+"""Searches of --mode=compile: the largest batch that fits, by bisection, and changes to a
+configuration that save memory, cheapest first. Compiles nothing itself."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from m3i_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileTrial:
-    """What came of one size. peak: bytes it needs or wanted, NaN if unknown; fixed: of these, what
+    """Result of one size. peak: bytes that it needs, NaN if unknown; fixed: the part of them that
     does not depend on the size."""
 
     fits: bool
@@ -23,16 +23,19 @@ class CompileTrial:
 
 def largest_batch(attempt: Callable[[int], CompileTrial], start: int) -> int:
     """The largest size that fits, 0 if 1 does not; exact up to 16, above it to a sixteenth and
-    among round sizes, which a step can take in pieces of the size that it wants
-    (models/scan_blocks.py): of a prime number of rows it cannot, and needs more than of the next
-    above.
+    among round sizes. A step splits a round number of rows into pieces of the size that it prefers
+    (models/scan_blocks.py); a prime number it cannot split, and needs more memory than for the next
+    larger round number.
 
-    Need grows about linearly with size, so the next size is a little above where a line through
-    what is known meets the limit: a TPU's compiler refuses what is too large before it makes code
-    for it, in a fraction of the time that it takes for what fits. After a few, every second size is
-    the middle instead, since near the limit a compiler bends the line by computing things twice.
+    Memory grows about linearly with size, so the next size is a little above the point where a line
+    through the known sizes meets the limit: a TPU's compiler refuses a program that is too large
+    before it generates code, in a fraction of the time of one that fits. After the first sizes
+    every second one is the middle of the interval instead, since near the limit a compiler bends
+    the line by rematerialisation.
 
-    >>> largest_batch(lambda n: CompileTrial(fits=n <= 13, peak=10.0 + n, fixed=10.0, limit=23.0), 4)
+    >>> def attempt(n):
+    ...     return CompileTrial(fits=n <= 13, peak=10.0 + n, fixed=10.0, limit=23.0)
+    >>> largest_batch(attempt, 4)
     13
     """
     known: dict[int, CompileTrial] = {}
@@ -55,8 +58,8 @@ def largest_batch(attempt: Callable[[int], CompileTrial], start: int) -> int:
 
 
 def _line(known: dict[int, CompileTrial], size: int) -> int | None:
-    """Where need would meet the limit: by the two largest sizes of which it is known, or by one and
-    what does not grow."""
+    """The size at which memory would meet the limit: by the two largest sizes whose peak is known,
+    or by one and its fixed part."""
     points = sorted((n, t.peak) for n, t in known.items() if not math.isnan(t.peak))
     if not points:
         return None
@@ -66,9 +69,8 @@ def _line(known: dict[int, CompileTrial], size: int) -> int | None:
 
 
 def with_batch(config: schema.Config, images: int) -> schema.Config:
-    """The configuration with another batch, as many images as one batch has at least, and no
-    warm-up: the run has other steps, fewer perhaps than its warm-up, and what a step needs does not
-    depend on it."""
+    """The configuration with another batch size, data of at least one batch, and no warm-up: the
+    run could have fewer steps than its warm-up, and the memory of a step does not depend on it."""
     data, optim = (
         dataclasses.replace(config.data, size=max(config.data.size, images)),
         dataclasses.replace(config.optim, warmup_steps=0),
@@ -79,9 +81,9 @@ def with_batch(config: schema.Config, images: int) -> schema.Config:
 
 
 def memory_savers(config: schema.Config, devices: int) -> Iterator[tuple[str, schema.Config]]:
-    """(flags, configuration) from the cheapest change to the dearest: what is recomputed costs one
-    per cent by name, a tenth by half and a sixth in full, microbatches cost kernels of less than
-    full size, a sharded state costs network. Only what can be split over so many devices."""
+    """(flags, configuration), cheapest change first: rematerialisation costs one per cent by names,
+    a tenth by half and a sixth in full, microbatches run smaller kernels, and a sharded state needs
+    the network. Only configurations that can be split over the devices."""
     some = [("model.remat", "names")] if config.model.remat == "none" else []
     half = [("model.remat", "half")] if config.model.remat not in ("half", "full") else []
     full = [("model.remat", "full")] if config.model.remat != "full" else []
@@ -108,39 +110,39 @@ def memory_savers(config: schema.Config, devices: int) -> Iterator[tuple[str, sc
         [*wide, *some, parts(8)],
         [*wide, *full, parts(8)],
     ]
-    seen: set[str] = set()
+    tried: set[str] = set()
     for changes in ladder:
         flags = " ".join(f"--config.{key}={value}" for key, value in changes)
-        if flags in seen:
+        if flags in tried:
             continue
-        seen.add(flags)
-        made = changed_settings(config, dict(changes))
+        tried.add(flags)
+        changed = changed_settings(config, dict(changes))
         try:
-            mesh = made.parallel.mesh
+            mesh = changed.parallel.mesh
             fixed = math.prod(n for n in mesh if n != -1)
             replica, fsdp, tensor = (devices // fixed if n == -1 else n for n in mesh)
             if replica * fsdp * tensor != devices:
                 continue
-            validation.fit_batch_to_mesh(made, (replica, fsdp, tensor))
+            validation.fit_batch_to_mesh(changed, (replica, fsdp, tensor))
         except UserError:
             continue
-        yield flags or "as configured", made
+        yield flags or "as configured", changed
 
 
 def changed_settings(config: schema.Config, changes: dict[str, str]) -> schema.Config:
-    """The configuration with some keys set, given as on the command line."""
-    door = configuration.default_config()
-    configuration.apply_overrides(door, [f"{key}={value}" for key, value in changes.items()])
-    wanted = configuration.resolve(door)
+    """The configuration with some keys changed, given as on the command line."""
+    defaults = configuration.default_config()
+    configuration.apply_overrides(defaults, [f"{key}={value}" for key, value in changes.items()])
+    parsed = configuration.resolve(defaults)
     for key in changes:
         section, name = key.split(".")
         part = dataclasses.replace(
-            getattr(config, section), **{name: getattr(getattr(wanted, section), name)}
+            getattr(config, section), **{name: getattr(getattr(parsed, section), name)}
         )
         config = dataclasses.replace(config, **{section: part})
     return config
 
 
 def data_shards(mesh: parallel.mesh.Mesh) -> int:
-    """Shards of a batch."""
+    """The number of shards of a batch."""
     return math.prod(mesh.shape[axis] for axis in parallel.DATA)

@@ -1,9 +1,9 @@
-"""--mode=compare: several objectives under one configuration, one after the other, and one table of
-what came out.
+"""--mode=compare: train several objectives under one configuration, one after the other, and write
+one table of their results.
 
-Every objective and seed is an ordinary run in WORKDIR/compare/NAME-SEED, with the data that is
-opened once. A run that is done has its result.json and is not run again; one that was cut off goes
-on. After each, the table is written anew: WORKDIR/compare.md, .json and .png."""
+Every objective and seed is an ordinary run in WORKDIR/compare/NAME-SEED; the data are opened once.
+A finished run has a result.json and is not repeated; an interrupted one is resumed. After each run
+the table is rewritten: WORKDIR/compare.md, .json and .png."""
 
 import dataclasses
 import gc
@@ -28,36 +28,36 @@ RESULT = "result.json"
 
 
 def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
-    # A form that this data cannot feed is refused before hours go into those before it.
+    # refuse an objective that this data cannot train before hours go into the others
     trains = [objective_names(form) for form in config.compare.forms]
     for name in itertools.chain(*trains):
         plan.terms_named(name, "config.compare.forms")
     plan.reject_unused_settings(config, trains)
-    whole = jobs.open_setup(config, workdir, trains=trains)
+    base = jobs.open_setup(config, workdir, trains=trains)
     main = jax.process_index() == 0
-    with jobs.lock_workdir(whole.workdir):
-        wanted = [
-            (form, seed, config_for(whole, form, seed))
+    with jobs.lock_workdir(base.workdir):
+        runs = [
+            (form, seed, config_for(base, form, seed))
             for form in config.compare.forms
             for seed in compare_seeds(config)
         ]
         results: list[dict[str, Any]] = []
         failed: list[str] = []
-        for number, (form, seed, job) in enumerate(wanted, 1):
-            place = job.workdir / RESULT
-            if place.is_file():
+        for number, (form, seed, job) in enumerate(runs, 1):
+            path = job.workdir / RESULT
+            if path.is_file():
                 result = run_files.read_run_json(
-                    place, "restore it, or delete it to have it made again from the run's log"
+                    path, "restore it, or delete it: it is written again from the run's log"
                 )
                 if not is_result(result):
                     raise UserError(
-                        f"{place}: is not the result of a run; delete it to have it made again from"
+                        f"{path}: is not the result of a run; delete it: it is written again from"
                         " the run's log"
                     )
                 train.check_same_run(job, result, allow_changes)
             else:
                 print(
-                    f"compare: {number} of {len(wanted)}: {form}, seed {seed}, in {job.workdir}",
+                    f"compare: {number} of {len(runs)}: {form}, seed {seed}, in {job.workdir}",
                     flush=True,
                 )
                 code = run_one(job, allow_changes)
@@ -75,28 +75,26 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
                     "values": values,
                 }
                 if main:
-                    write_text_atomic(place, json.dumps(result, indent=1) + "\n", noted=True)
+                    write_text_atomic(path, json.dumps(result, indent=1) + "\n", noted=True)
             results.append({**result, "form": form, "seed": seed})
             if main:
-                write_comparison(whole, results, failed)
+                write_comparison(base, results, failed)
         if main:
             rows = report.compare_rows(results)
             if rows:
-                print(
-                    "\n" + report.compare_text(rows, compare_notes(whole, results, failed)) + "\n"
-                )
+                print("\n" + report.compare_text(rows, compare_notes(base, results, failed)) + "\n")
             print(
                 "\n".join(
-                    str(whole.workdir / f"compare.{ending}") for ending in ("md", "json", "png")
+                    str(base.workdir / f"compare.{ending}") for ending in ("md", "json", "png")
                 )
             )
     return loop.FAILED if failed else loop.DONE
 
 
-def is_result(found: dict[str, Any]) -> bool:
-    """Whether what was read has the structure of a result."""
-    values = found.get("values")
-    if not isinstance(values, dict) or not isinstance(found.get("fingerprint"), str):
+def is_result(content: dict[str, Any]) -> bool:
+    """Whether the content of a result.json has the right structure."""
+    values = content.get("values")
+    if not isinstance(values, dict) or not isinstance(content.get("fingerprint"), str):
         return False
     return "step" in values and all(isinstance(value, int | float) for value in values.values())
 
@@ -109,36 +107,36 @@ def objective_names(form: str) -> tuple[str, ...]:
     return tuple(form.split("+"))
 
 
-def config_for(whole: jobs.Setup, form: str, seed: int) -> jobs.Setup:
-    """The run of one objective and seed: the settings of the whole otherwise, with the linear
-    evaluation that the table shows."""
+def config_for(base: jobs.Setup, form: str, seed: int) -> jobs.Setup:
+    """The run of one objective and seed: the common settings, with the linear evaluation that the
+    table shows."""
     config = dataclasses.replace(
-        jobs.with_objective(whole.config, objective_names(form)),
+        jobs.with_objective(base.config, objective_names(form)),
         seed=seed,
-        evaluate=dataclasses.replace(whole.config.evaluate, linear=True),
+        evaluate=dataclasses.replace(base.config.evaluate, linear=True),
         compare=schema.Compare(),
     )
     return dataclasses.replace(
-        whole, config=config, workdir=whole.workdir / "compare" / f"{form}-{seed}"
+        base, config=config, workdir=base.workdir / "compare" / f"{form}-{seed}"
     )
 
 
 def run_one(job: jobs.Setup, allow_changes: bool) -> int:
-    """Train one of them, as --mode=train would in its directory."""
+    """Train one run, as --mode=train would in its directory."""
     job.workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    words = job.workdir / "tokenizer.json"
-    if job.tokenizer and not words.is_file():
-        job.tokenizer.save(str(words))
+    vocabulary = job.workdir / "tokenizer.json"
+    if job.tokenizer and not vocabulary.is_file():
+        job.tokenizer.save(str(vocabulary))
     with jobs.lock_workdir(job.workdir):
         code = train.pretrain(job, allow_changes)
     gc.collect()
-    jax.clear_caches()  # the next one has programs of its own
+    jax.clear_caches()  # the next run compiles other programs
     return code
 
 
 def read_outcome(job: jobs.Setup) -> dict[str, float]:
-    """Figures of a finished run: its last line of metrics, its last evaluation, and "seconds" of
-    training, without the first step, which compiles, and without evaluations."""
+    """Results of a finished run: its last line of metrics, its last evaluation, and the "seconds"
+    of training, without the first step, which compiles, and without evaluations."""
     lines = train.logged(job.workdir)
     trained = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
@@ -151,22 +149,22 @@ def read_outcome(job: jobs.Setup) -> dict[str, float]:
 
 
 def flops_a_step(job: jobs.Setup) -> float:
-    """Matrix FLOPs of the model in one step, which no mesh changes."""
-    made = Trainer(
+    """Matrix FLOPs of the model in one step; they do not depend on the mesh."""
+    trainer = Trainer(
         job.config,
         parallel.make_mesh((1, 1, 1), jax.devices()[:1]),
         job.tokenizer.vocabulary if job.tokenizer else 0,
     )
-    return monitoring.model_flops(made)
+    return monitoring.model_flops(trainer)
 
 
-def compare_notes(whole: jobs.Setup, results: list[dict[str, Any]], failed: list[str]) -> list[str]:
-    """What must be known to read the table."""
-    config, count = whole.config, whole.config.compare.seeds
+def compare_notes(base: jobs.Setup, results: list[dict[str, Any]], failed: list[str]) -> list[str]:
+    """Notes below the table."""
+    config, count = base.config, base.config.compare.seeds
     steps = max((int(r["values"]["step"]) for r in results), default=0)
     out = [
         (
-            f"{whole.train.description()}; {len(whole.held_out):,} held out. {steps:,} steps of"
+            f"{base.train.description()}; {len(base.held_out):,} held out. {steps:,} steps of"
             f" {config.train.batch_size} images of {config.data.image_size} pixels, encoder of"
             f" {backbones.get_backbone(config.model).describe(config.model)}."
         ),
@@ -180,20 +178,20 @@ def compare_notes(whole: jobs.Setup, results: list[dict[str, Any]], failed: list
             " one scale."
         ),
         (
-            "kNN, linear: of the pooling where the objective trains it (category or text), else of"
-            " the mean of the patch tokens."
+            "kNN and linear use attention-pooled features where the objective trains the pooling"
+            " (category or text), else the mean of the patch tokens."
         ),
     ]
-    if whole.classes:
-        out[-1] += f" Chance: {100 / len(whole.classes):.1f} %."
+    if base.classes:
+        out[-1] += f" Chance: {100 / len(base.classes):.1f} %."
     methods = sorted(
         {name for form in config.compare.forms for name in objective_names(form)}
         & set(published_settings.SETTINGS)
     )
     if methods:
         out.append(
-            f"{', '.join(methods)}: the objective alone; configs/forms.py:form=NAME has the"
-            " settings that it was published with."
+            f"{', '.join(methods)}: only the objective; configs/forms.py:form=NAME has the"
+            " published settings."
         )
     collapsed = [
         f"{r['form']}, seed {r['seed']}" for r in results if r["values"].get("collapse/alarm")
@@ -201,24 +199,21 @@ def compare_notes(whole: jobs.Setup, results: list[dict[str, Any]], failed: list
     if collapsed:
         out.append(f"Collapsed at the end: {'; '.join(collapsed)}.")
     if failed:
-        out.append(f"Not finite, and not in the table: {'; '.join(failed)}.")
+        out.append(f"Failed (not finite), not in the table: {'; '.join(failed)}.")
     return out
 
 
-def write_comparison(whole: jobs.Setup, results: list[dict[str, Any]], failed: list[str]) -> None:
-    """WORKDIR/compare.md, compare.json and compare.png of what is done so far."""
-    rows, told, place = (
-        report.compare_rows(results),
-        compare_notes(whole, results, failed),
-        pathlib.Path(whole.workdir),
-    )
+def write_comparison(base: jobs.Setup, results: list[dict[str, Any]], failed: list[str]) -> None:
+    """Write WORKDIR/compare.md, compare.json and compare.png with the results so far."""
+    rows, notes = report.compare_rows(results), compare_notes(base, results, failed)
+    directory = pathlib.Path(base.workdir)
     settings = {
-        "batch_size": whole.config.train.batch_size,
-        "data": whole.fingerprint,
-        "seeds": list(compare_seeds(whole.config)),
+        "batch_size": base.config.train.batch_size,
+        "data": base.fingerprint,
+        "seeds": list(compare_seeds(base.config)),
     }
-    write_text_atomic(place / "compare.md", report.compare_markdown(rows, told))
-    write_text_atomic(place / "compare.json", report.compare_json(rows, told, settings))
-    chance = 1 / len(whole.classes) if whole.classes else None
-    title = f"{whole.train.name}, {whole.config.train.batch_size} images a step"
-    report.write_bar_chart(place / "compare.png", rows, title=title, chance=chance)
+    write_text_atomic(directory / "compare.md", report.compare_markdown(rows, notes))
+    write_text_atomic(directory / "compare.json", report.compare_json(rows, notes, settings))
+    chance = 1 / len(base.classes) if base.classes else None
+    title = f"{base.train.name}, {base.config.train.batch_size} images a step"
+    report.write_bar_chart(directory / "compare.png", rows, title=title, chance=chance)

@@ -1,5 +1,5 @@
-"""--mode=convert: all records of a source as ArrayRecord shards in WORKDIR. The same command goes
-on where it was stopped."""
+"""--mode=convert: write all records of a source as ArrayRecord shards to WORKDIR. The same command
+resumes an interrupted conversion."""
 
 import os
 import pathlib
@@ -16,44 +16,54 @@ PREEMPTED = 42
 
 
 def run(config: schema.Config, *, workdir: str) -> int:
-    place = pathlib.Path(workdir)
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with jobs.lock_workdir(place):
-        source = splits.open_source(config.data, cache=str(place / "index"))
+    directory = pathlib.Path(workdir)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with jobs.lock_workdir(directory):
+        source = splits.open_source(config.data, cache=str(directory / "index"))
         print(source.description())
-        shards = conversion.check_plan(source, str(place))
-        todo = conversion.missing_shards(len(source), str(place), shards)
+        shards = conversion.check_plan(source, str(directory))
+        todo = conversion.missing_shards(len(source), str(directory), shards)
         if len(todo) < shards:
-            print(f"{shards - len(todo):,} of {shards:,} shards are there already")
-        told = Progress(
+            print(f"{shards - len(todo):,} of {shards:,} shards are already complete")
+        progress = Progress(
             sum(len(conversion.shard_rows(len(source), shard, shards)) for shard in todo), len(todo)
         )
         processes = config.data.workers or len(os.sched_getaffinity(0))
         try:
-            for count in conversion.convert(source, str(place), todo, shards, processes=processes):
-                told(count)
+            for count in conversion.convert(
+                source, str(directory), todo, shards, processes=processes
+            ):
+                progress(count)
         except KeyboardInterrupt:
-            print(f"\nstopped; {shards - len(conversion.missing_shards(len(source), str(place), shards)):,} of {shards:,} shards are whole: "
-                  "the same command goes on", file=sys.stderr)  # fmt: skip
+            missing = conversion.missing_shards(len(source), str(directory), shards)
+            print(
+                f"\nstopped: {shards - len(missing):,} of {shards:,} shards are complete; run the"
+                " same command again to continue",
+                file=sys.stderr,
+            )
             return PREEMPTED
-        count = array_record.write_shard_index(str(place), classes=source.classes, name=source.name)
-    size = sum(file.stat().st_size for file in place.glob(f"*{array_record.ENDING}"))
-    print(f"{count:,} records in {shards:,} shards, {text_table.format_bytes(size)}, in {place}; train on them with "
-          f"--config.data.source=array_record --config.data.path={place}")  # fmt: skip
+        count = array_record.write_shard_index(
+            str(directory), classes=source.classes, name=source.name
+        )
+    size = sum(file.stat().st_size for file in directory.glob(f"*{array_record.ENDING}"))
+    print(
+        f"{count:,} records in {shards:,} shards, {text_table.format_bytes(size)}, in {directory};"
+        f" train on them with --config.data.source=array_record --config.data.path={directory}"
+    )
     return 0
 
 
 class Progress:
-    """A line that says how far the conversion is: rewritten on a terminal, else a new one every ten
-    seconds."""
+    """Prints the progress of the conversion: on a terminal one line that is rewritten, else a new
+    line every ten seconds."""
 
     def __init__(self, records: int, shards: int) -> None:
-        self.records, self.shards, self.done, self.whole = records, shards, 0, 0
+        self.records, self.shards, self.done, self.complete = records, shards, 0, 0
         self.start = self.last = time.monotonic()
 
     def __call__(self, count: int) -> None:
-        self.done, self.whole, now = self.done + count, self.whole + 1, time.monotonic()
-        terminal, last = sys.stderr.isatty(), self.whole == self.shards
+        self.done, self.complete, now = self.done + count, self.complete + 1, time.monotonic()
+        terminal, last = sys.stderr.isatty(), self.complete == self.shards
         if not (terminal or last or now - self.last > 10):
             return
         self.last = now
@@ -66,17 +76,17 @@ class Progress:
         )
 
     def line(self, seconds: float) -> str:
-        """What is told after so many seconds.
+        """The line after a number of seconds.
 
         >>> progress = Progress(1000, 4)
-        >>> progress.done, progress.whole = 500, 2
+        >>> progress.done, progress.complete = 500, 2
         >>> progress.line(10.0)
         '[#############             ] 2 of 4 shards, 500 of 1,000 records, 50 a second, 0:10 left'
         """
         share, speed = self.done / max(self.records, 1), self.done / max(seconds, 1e-9)
         left = round((self.records - self.done) / max(speed, 1e-9))
         return (
-            f"[{'#' * int(26 * share):<26}] {self.whole:,} of {self.shards:,} shards, {self.done:,}"
-            f" of {self.records:,} records, {speed:,.0f} a second, {left // 60}:{left % 60:02d}"
-            " left"
+            f"[{'#' * int(26 * share):<26}] {self.complete:,} of {self.shards:,} shards,"
+            f" {self.done:,} of {self.records:,} records, {speed:,.0f} a second,"
+            f" {left // 60}:{left % 60:02d} left"
         )

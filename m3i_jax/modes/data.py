@@ -1,5 +1,5 @@
-"""--mode=data: a report of the source before money is spent on it: on the console,
-WORKDIR/data.json and WORKDIR/data.html."""
+"""--mode=data: report on the source before training: on the console, in WORKDIR/data.json and in
+WORKDIR/data.html."""
 
 import dataclasses
 import os
@@ -20,14 +20,14 @@ from m3i_jax.reporting import data_page, data_report
 from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import trainer
 
-IN_MEMORY = 256  # good records that the speed is measured on
-PICTURES = 24  # examples on the page
+IN_MEMORY = 256  # readable records for the measurement of speed
+EXAMPLES = 24  # examples on the page
 
 
 def run(config: schema.Config, *, workdir: str) -> int:
-    place = pathlib.Path(workdir)
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    train, held_out = splits.open_splits(config.data, cache=str(place / "index"))
+    directory = pathlib.Path(workdir)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    train, held_out = splits.open_splits(config.data, cache=str(directory / "index"))
     source = dataset_scan.ConcatSource(train, held_out)
     classes, captions = (
         pipeline.count_classes(config.data, source),
@@ -35,14 +35,14 @@ def run(config: schema.Config, *, workdir: str) -> int:
     )
     done = jobs.complete_config(config, classes=classes, captions=captions, size=max(len(train), 1))
     words = (
-        tokenizer.open_tokenizer(done.data, train, str(place / "tokenizer.json"))
+        tokenizer.open_tokenizer(done.data, train, str(directory / "tokenizer.json"))
         if captions
         else None
     )
 
     indices = dataset_scan.spread_indices(len(source), config.report.survey)
     background, missing = config.data.background, config.data.missing
-    seen = dataset_scan.scan_records(
+    records = dataset_scan.scan_records(
         source,
         indices,
         threads=usable_cores(),
@@ -51,16 +51,18 @@ def run(config: schema.Config, *, workdir: str) -> int:
         progress=_progress(len(indices)),
     )
     ids = (lambda text: len(words.ids(text, cleaned=True))) if words else None
-    made = dataset_stats.dataset_stats(
-        seen,
+    stats = dataset_stats.dataset_stats(
+        records,
         classes=source.classes,
         kept=classes,
         length=config.data.caption_length,
         ids=ids,
         held_out=range(len(train), len(source)),
     )
-    good = [s for s in seen if not s.reason]
-    read = decode.read_records(source, [s.index for s in spread_items(good, IN_MEMORY)], missing)
+    readable = [record for record in records if not record.reason]
+    read = decode.read_records(
+        source, [s.index for s in spread_items(readable, IN_MEMORY)], missing
+    )
     held = [record for record in read if not isinstance(record, decode.BadRecord)]
     speed = dataset_scan.measure_speed(done, held, source, words)
     report = {
@@ -75,18 +77,18 @@ def run(config: schema.Config, *, workdir: str) -> int:
             "whole": len(indices) == len(source),
             "rule": f"record i x {len(source)} // {len(indices)} for i = 0, 1, ...",
         },
-        **made,
+        **stats,
         "speed": {**dataclasses.asdict(speed), "cores": usable_cores()},
         "feeds": chips_fed(done, words.vocabulary if words else 0, usable_cores() * speed.pipeline),
     }
-    write_text_atomic(place / "data.json", privacy.json_text(report, indent=1) + "\n")
-    shown = _examples(source, spread_items(good, PICTURES), config.data)
-    twins = _twins(source, good, config.data)
+    write_text_atomic(directory / "data.json", privacy.json_text(report, indent=1) + "\n")
+    shown = _examples(source, spread_items(readable, EXAMPLES), config.data)
+    twins = _twins(source, readable, config.data)
     write_text_atomic(
-        place / "data.html", data_page.data_page_html(report, pictures=shown, twins=twins)
+        directory / "data.html", data_page.data_page_html(report, pictures=shown, twins=twins)
     )
     print(data_report.report_text(report))
-    print(f"\n{place / 'data.json'}\n{place / 'data.html'}")
+    print(f"\n{directory / 'data.json'}\n{directory / 'data.html'}")
     return 0
 
 
@@ -105,24 +107,29 @@ def spread_items(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def chips_fed(config: schema.Config, vocabulary: int, supply: float) -> dict[str, Any]:
-    """How many chips `supply` samples a second feed.
+    """How many accelerators `supply` samples a second can feed.
 
-    Args: config: completed; says how dear a step is, and by `report.mfu` which share of its peak a
-        chip reaches. vocabulary: of the captions, 0 without. supply: samples a second that the host
-        makes.
+    Args:
+      config: completed settings; they determine the FLOPs of a step, and `report.mfu` the share of
+        its peak that a chip reaches.
+      vocabulary: entries of the tokenizer, 0 without captions.
+      supply: samples a second that the host produces.
 
-    Returns: "flops_per_image" of the model, "mfu", "image_size" and "chips": a row a kind of
-        `hardware.CHIPS`, with its peak in FLOP/s, the samples a second that one asks for, how many
-        are fed.
+    Returns:
+      "flops_per_image" of the model, "mfu", "image_size" and "chips": for each kind of
+      `hardware.CHIPS` a row with its peak in FLOP/s, the samples a second that one chip consumes,
+      and the number of chips that are fed.
     """
     one = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
-    # What an image costs does not depend on the schedule, which may not fit the data yet.
+    # the cost of an image does not depend on the schedule, which may not fit the data yet
     train, optim = (
         dataclasses.replace(config.train, steps=1),
         dataclasses.replace(config.optim, warmup_steps=0),
     )
-    made = trainer.Trainer(dataclasses.replace(config, train=train, optim=optim), one, vocabulary)
-    cost, mfu = monitoring.model_flops(made) / config.train.batch_size, config.report.mfu
+    step_trainer = trainer.Trainer(
+        dataclasses.replace(config, train=train, optim=optim), one, vocabulary
+    )
+    cost, mfu = monitoring.model_flops(step_trainer) / config.train.batch_size, config.report.mfu
     rows = [
         (kind, chip.peak, chip.peak * mfu / cost, supply * cost / (chip.peak * mfu))
         for kind, chip in hardware.CHIPS.items()
@@ -139,7 +146,7 @@ def _progress(total: int) -> Any:
     if not sys.stderr.isatty():
         return None
 
-    def tell(done: int) -> None:
+    def show(done: int) -> None:
         print(
             f"\r{done:,} of {total:,} records",
             end="\n" if done == total else "",
@@ -147,17 +154,17 @@ def _progress(total: int) -> Any:
             flush=True,
         )
 
-    return tell
+    return show
 
 
 def _examples(
-    source: base.DataSource, seen: Sequence[dataset_scan.RecordInfo], data: schema.Data
+    source: base.DataSource, chosen: Sequence[dataset_scan.RecordInfo], data: schema.Data
 ) -> list[dict[str, Any]]:
     out, classes = [], source.classes
     for s, record in zip(
-        seen, decode.read_records(source, [s.index for s in seen], data.missing), strict=True
+        chosen, decode.read_records(source, [s.index for s in chosen], data.missing), strict=True
     ):
-        # it was good a moment ago: the source is changing under us
+        # it was readable before: the source has changed since
         if isinstance(record, decode.BadRecord):
             continue
         try:
@@ -182,10 +189,10 @@ def _examples(
 
 
 def _twins(
-    source: base.DataSource, good: Sequence[dataset_scan.RecordInfo], data: schema.Data
+    source: base.DataSource, readable: Sequence[dataset_scan.RecordInfo], data: schema.Data
 ) -> list[list[dict[str, Any]]]:
     groups: dict[bytes, list[dataset_scan.RecordInfo]] = {}
-    for s in good:
+    for s in readable:
         groups.setdefault(s.content, []).append(s)
     several = sorted((g for g in groups.values() if len(g) > 1), key=len, reverse=True)[
         : dataset_stats.EXAMPLES

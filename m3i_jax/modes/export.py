@@ -1,17 +1,19 @@
-"""--mode=export --format=NAME: the encoder of a run for other people's tools, in
+"""--mode=export --format=NAME: write the encoder of a run for other libraries to
 WORKDIR/export/NAME, with a model card.
 
-timm        model.safetensors and config.json; timm.create_model(...).load_state_dict; not of an
-InternImage, which timm does not have hf          model.safetensors, config.json,
-preprocessor_config.json; transformers.ViTModel.from_pretrained. Of an InternImage the first and the
-last, with the names of its authors' Hugging Face repositories
-npz         vit.npz with the names of Google's vision_transformer; intern_image.npz with those of
-InternImage's PyTorch files stablehlo   features.stablehlo: images [b, S, S, 3] uint8 -> features
-[b, D] for any b, by jax.export; runs without this package orbax       parameters: our own tree, by
-Orbax
+timm: model.safetensors and config.json, for timm.create_model(...).load_state_dict. Not for an
+  InternImage, which timm does not have.
+hf: model.safetensors, config.json and preprocessor_config.json, for
+  transformers.ViTModel.from_pretrained. For an InternImage the first and the last, with the names
+  of its authors' Hugging Face repositories.
+npz: vit.npz with the names of Google's vision_transformer, or intern_image.npz with the names of
+  InternImage's PyTorch files.
+stablehlo: features.stablehlo, images [b, S, S, 3] uint8 -> features [b, D] for any b, by
+  jax.export; runs without this package.
+orbax: parameters, the parameter tree of this package, by Orbax.
 
-Each has preprocessing.json too: how the run's evaluations see images. timm's and Hugging Face's own
-files say the same."""
+Each directory also has preprocessing.json, the preprocessing of the run's evaluations; the files
+for timm and Hugging Face describe the same preprocessing."""
 
 import dataclasses
 import importlib.util
@@ -35,7 +37,7 @@ from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import checkpoint, init_from, run_weights, weight_source
 
 FORMATS = ("timm", "hf", "stablehlo", "npz", "orbax")
-# largest difference over the largest number; two libraries round differently, layer for layer
+# largest difference over the largest value; two libraries round differently in every layer
 _CLOSE = 1e-4
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _LARGEST = 2**31 - 2**24  # bytes of one exported program
@@ -44,26 +46,27 @@ _LARGEST = 2**31 - 2**24  # bytes of one exported program
 def run(config: schema.Config, *, workdir: str, format: str) -> int:
     if format not in FORMATS:
         raise UserError(
-            f"--format: {format!r} is none of {', '.join(FORMATS)}"
+            f"--format: {format!r} is none of {', '.join(FORMATS)}; give one of these"
             if format
-            else f"--format: is missing; {', '.join(FORMATS)}"
+            else f"--format: is missing; give one of {', '.join(FORMATS)}"
         )
     if format == "stablehlo" and importlib.util.find_spec("flatbuffers") is None:
         raise UserError(
             "--format=stablehlo needs the package flatbuffers: pip install 'm3i-jax[export]'"
         )
     config = settings_of(config, workdir)
-    write = {**_FORMATS, **_OF_LAYOUT[backbones.get_backbone(config.model).layout]}
+    write = {**_FORMATS, **_FORMATS_OF_LAYOUT[backbones.get_backbone(config.model).layout]}
     if format not in write:
         raise UserError(
-            f"--format={format}: has no model for {config.model.backbone}, which this encoder is;"
-            f" use {', '.join(write)}"
+            f"--format={format}: has no model for the backbone {config.model.backbone}; use"
+            f" {', '.join(write)}"
         )
-    place = pathlib.Path(workdir) / "export" / format
+    directory = pathlib.Path(workdir) / "export" / format
     output.check_writable(
-        place.parent,
+        directory.parent,
         f"--workdir {workdir}",
-        "exports go to WORKDIR/export; copy config.txt and checkpoints elsewhere",
+        "exports are written to WORKDIR/export; copy config.txt and checkpoints to another"
+        " directory and export from there",
     )
     model = load.load(
         workdir,
@@ -74,39 +77,39 @@ def run(config: schema.Config, *, workdir: str, format: str) -> int:
         model,
         config=dataclasses.replace(model.config, evaluate=config.evaluate, report=config.report),
     )
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    told = write[format](place, model, workdir)
-    export_formats.description(place, model.preprocessing.described())
-    told.append(_seen(model))
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    lines = write[format](directory, model, workdir)
+    export_formats.description(directory, model.preprocessing.described())
+    lines.append(_preprocessing_line(model))
     write_text_atomic(
-        place / "model_card.md", model_card.model_card_text(model, pathlib.Path(workdir), format)
+        directory / "model_card.md",
+        model_card.model_card_text(model, pathlib.Path(workdir), format),
     )
-    print(f"{model.name} -> {place}")
-    for line in told:
+    print(f"{model.name} -> {directory}")
+    for line in lines:
         print(line)
     return 0
 
 
-def _seen(model: load.LoadedEncoder) -> str:
-    seen = model.preprocessing
+def _preprocessing_line(model: load.LoadedEncoder) -> str:
+    preprocessing = model.preprocessing
     return (
-        f"images are seen as {tensor_files.PREPROCESSING} says: short side {seen.short_side}, of"
-        f" that {seen.image_size} from the centre"
+        f"preprocessing, as in {tensor_files.PREPROCESSING}: resize the short side to"
+        f" {preprocessing.short_side}, centre crop {preprocessing.image_size}"
     )
 
 
 def settings_of(config: schema.Config, workdir: str) -> schema.Config:
-    """What the command line says of the encoder (evaluate.encoder, evaluate.crop) and the card
-    (report.licence), over the settings of the run itself: no other setting may change what was
-    trained."""
-    there = configuration.resolve(configuration.load_from_workdir(workdir, "--workdir"))
-    return dataclasses.replace(there, evaluate=config.evaluate, report=config.report)
+    """The settings of the run, with `evaluate` (encoder, crop) and `report` (licence) from the
+    command line; no other setting may change the trained model."""
+    trained = configuration.resolve(configuration.load_from_workdir(workdir, "--workdir"))
+    return dataclasses.replace(trained, evaluate=config.evaluate, report=config.report)
 
 
 def tree_of(model: load.LoadedEncoder) -> dict[str, np.ndarray]:
-    """The encoder as interop's flat tree, float32, with the arrays that it computes and other
-    projects store: the fixed position table of a ViT."""
+    """The encoder as the flat tree {path: float32 array} of `interop`, with computed arrays that
+    other projects store, such as the fixed position table of a ViT."""
     named = jax.tree_util.tree_leaves_with_path({"encoder": model.params["encoder"]})
     flat = {init_from.path_text(path): np.asarray(leaf, np.float32) for path, leaf in named}
     backbone = backbones.get_backbone(model.config.model)
@@ -114,50 +117,50 @@ def tree_of(model: load.LoadedEncoder) -> dict[str, np.ndarray]:
     return {**flat, **{f"encoder/{path}": array for path, array in fixed.items()}}
 
 
-def _to_timm(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
+def _to_timm(directory: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
     encoder, preprocessing = _described(model)
     size = model.config.data.image_size
-    export_formats.timm_config(place, tree_of(model), encoder, preprocessing)
+    export_formats.timm_config(directory, tree_of(model), encoder, preprocessing)
     name, arguments = export_formats.timm_arguments(encoder, size)
     words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    told = [
+    lines = [
         f"open it with: model = timm.create_model({name!r}, {words});"
         " model.load_state_dict(safetensors.torch.load_file(...))"
     ]
     if encoder["norm_eps"] != 1e-6:
-        told.append(
-            f"and norm_layer=functools.partial(torch.nn.LayerNorm, eps={encoder['norm_eps']}),"
-            " which no file of timm's can hold"
+        lines.append(
+            f"add norm_layer=functools.partial(torch.nn.LayerNorm, eps={encoder['norm_eps']}),"
+            " which timm's config.json cannot store"
         )
-    normal = _pictures(model)
-    return told + _compared(
-        model, normal, export_formats.timm_output(place, encoder, size, normal), "timm"
+    normal = _random_images(model)
+    return lines + _compared(
+        model, normal, export_formats.timm_output(directory, encoder, size, normal), "timm"
     )
 
 
-def _to_hugging_face(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
+def _to_hugging_face(directory: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
     encoder, preprocessing = _described(model)
-    kind = export_formats.hugging_face_config(place, tree_of(model), encoder, preprocessing)
-    told = [f"open it with: transformers.{kind}.from_pretrained({str(place)!r})"]
+    kind = export_formats.hugging_face_config(directory, tree_of(model), encoder, preprocessing)
+    lines = [f"open it with: transformers.{kind}.from_pretrained({str(directory)!r})"]
     if kind == "ViTModel" and not encoder["final_norm"]:
-        told.append(
-            "it ends in a LayerNorm that was not trained (scale 1, offset 0): our features are"
-            " hidden_states[-1], before it"
+        lines.append(
+            "the model ends in an untrained LayerNorm (scale 1, offset 0): the features of the run"
+            " are hidden_states[-1], before it"
         )
-    normal = _pictures(model)
-    return told + _compared(
+    normal = _random_images(model)
+    return lines + _compared(
         model,
         normal,
-        export_formats.hugging_face_output(place, kind, encoder["final_norm"], normal),
+        export_formats.hugging_face_output(directory, kind, encoder["final_norm"], normal),
         "Transformers",
     )
 
 
-def _to_npz(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
+def _to_npz(directory: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
     e = model.config.model.encoder
     table = vit_weights.store_vit(tree_of(model), "google", heads=e.heads)
-    tensor_files.write_npz(place / "vit.npz", table)
-    _same(place / "vit.npz", model)
+    tensor_files.write_npz(directory / "vit.npz", table)
+    _check_round_trip(directory / "vit.npz", model)
     gelu = (
         ""
         if e.activation == "gelu_tanh"
@@ -170,11 +173,11 @@ def _to_npz(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> lis
 
 
 def _to_intern_image_hugging_face(
-    place: pathlib.Path, model: load.LoadedEncoder, workdir: str
+    directory: pathlib.Path, model: load.LoadedEncoder, workdir: str
 ) -> list[str]:
-    _same(
+    _check_round_trip(
         file := export_formats.hugging_face_intern_image_config(
-            place, tree_of(model), model.preprocessing.described()
+            directory, tree_of(model), model.preprocessing.described()
         ),
         model,
     )
@@ -185,10 +188,12 @@ def _to_intern_image_hugging_face(
     ]
 
 
-def _to_intern_image_npz(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
+def _to_intern_image_npz(
+    directory: pathlib.Path, model: load.LoadedEncoder, workdir: str
+) -> list[str]:
     table = intern_image_weights.store_intern_image(tree_of(model))
-    tensor_files.write_npz(place / "intern_image.npz", table)
-    _same(place / "intern_image.npz", model)
+    tensor_files.write_npz(directory / "intern_image.npz", table)
+    _check_round_trip(directory / "intern_image.npz", model)
     return [_of_intern_image(model, len(table), "its authors' PyTorch files")]
 
 
@@ -201,19 +206,19 @@ def _of_intern_image(model: load.LoadedEncoder, arrays: int, whose: str) -> str:
     )
 
 
-def _same(file: pathlib.Path, model: load.LoadedEncoder) -> None:
-    """Raise RuntimeError unless the file gives back the arrays of the encoder. The mask token has
-    no place in any of them."""
+def _check_round_trip(file: pathlib.Path, model: load.LoadedEncoder) -> None:
+    """Raise RuntimeError unless the arrays read from the file equal those of the encoder. The mask
+    token is in none of these formats."""
     back = vit_weights.load_vit(tensor_files.read_tensors(file)).arrays
     if not all(
         np.array_equal(back[path], array)
         for path, array in tree_of(model).items()
         if path != "encoder/mask_token"
     ):
-        raise RuntimeError(f"{file} does not give back the arrays that were written")
+        raise RuntimeError(f"{file}: the arrays read from it differ from those that were written")
 
 
-def _to_stablehlo(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
+def _to_stablehlo(directory: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
     size, parameters = model.config.data.image_size, model.params
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(parameters))
     if total > _LARGEST:
@@ -227,14 +232,14 @@ def _to_stablehlo(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) 
             model.config, model.pool, parameters, pixels
         )
     )
-    made = jax.export.export(function, platforms=_PLATFORMS)(
+    exported = jax.export.export(function, platforms=_PLATFORMS)(
         jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8)
     )
-    with tensor_files.atomic_replace(place / "features.stablehlo") as file:
-        file.write(made.serialize())
-    again = jax.export.deserialize(bytearray((place / "features.stablehlo").read_bytes()))
-    few = np.random.default_rng(0).integers(0, 256, (3, size, size, 3)).astype(np.uint8)
-    expected, got = np.asarray(function(few)), np.asarray(again.call(few))
+    with tensor_files.atomic_replace(directory / "features.stablehlo") as file:
+        file.write(exported.serialize())
+    again = jax.export.deserialize(bytearray((directory / "features.stablehlo").read_bytes()))
+    images = np.random.default_rng(0).integers(0, 256, (3, size, size, 3)).astype(np.uint8)
+    expected, result = np.asarray(function(images)), np.asarray(again.call(images))
     shape = ", ".join(map(str, again.out_avals[0].shape))
     return [
         f"features ({model.pool}) of uint8 images [b, {size}, {size}, 3] as float32 [{shape}], for "
@@ -243,19 +248,19 @@ def _to_stablehlo(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) 
             "run it with: jax.export.deserialize(bytearray(open('features.stablehlo',"
             " 'rb').read())).call(images)"
         ),
-        _difference("the file, read back,", expected, got),
+        _difference("the features of the exported program", expected, result),
     ]
 
 
-def _to_orbax(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
+def _to_orbax(directory: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
     source = weight_source.open_weights(
         workdir, weights=model.config.evaluate.encoder, key="--workdir"
     )
     tree: dict[str, Any] = {}
     for path, array in source.read(dict.fromkeys(source.shapes)).items():
         run_weights.set_leaf(tree, path, array)
-    checkpoint.write_tree(place / "parameters", tree)
-    write_text_atomic(place / "config.txt", configuration.config_to_text(model.config))
+    checkpoint.write_tree(directory / "parameters", tree)
+    write_text_atomic(directory / "config.txt", configuration.config_to_text(model.config))
     return [
         f"{len(source.shapes)} arrays of {', '.join(tree)}; read them with"
         " orbax.checkpoint.StandardCheckpointer().restore(DIRECTORY)"
@@ -263,8 +268,8 @@ def _to_orbax(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> l
 
 
 _FORMATS = {"stablehlo": _to_stablehlo, "orbax": _to_orbax}  # of any backbone
-# by Backbone.layout
-_OF_LAYOUT: dict[str, dict[str, Any]] = {
+# by `Backbone.layout`
+_FORMATS_OF_LAYOUT: dict[str, dict[str, Any]] = {
     "": {},
     "vit": {"timm": _to_timm, "hf": _to_hugging_face, "npz": _to_npz},
     "intern_image": {"hf": _to_intern_image_hugging_face, "npz": _to_intern_image_npz},
@@ -272,12 +277,12 @@ _OF_LAYOUT: dict[str, dict[str, Any]] = {
 
 
 def _described(model: load.LoadedEncoder) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of the encoder, and of how it sees images."""
+    """Settings of the encoder, and its preprocessing."""
     return dataclasses.asdict(model.config.model.encoder), model.preprocessing.described()
 
 
-def _pictures(model: load.LoadedEncoder) -> np.ndarray:
-    """Two normalised random images to compare with."""
+def _random_images(model: load.LoadedEncoder) -> np.ndarray:
+    """Two normalised random images [2, S, S, 3], for the comparison."""
     size = model.config.data.image_size
     raw = np.random.default_rng(0).integers(0, 256, (2, size, size, 3)).astype(np.uint8)
     return np.asarray(photometric.normalize(jnp.asarray(raw), model.config.data.augment))
@@ -288,7 +293,8 @@ def _compared(
 ) -> list[str]:
     if theirs is None:
         return [
-            f"not compared with {library}, which is not installed: pip install 'm3i-jax[torch]'"
+            f"not compared with {library}, which is not installed; to compare: pip install"
+            " 'm3i-jax[torch]'"
         ]
     from m3i_jax.models import m3i
     from m3i_jax.models.vit import patchify
@@ -305,12 +311,13 @@ def _compared(
 def _difference(what: str, ours: np.ndarray, theirs: np.ndarray) -> str:
     if ours.shape != theirs.shape:
         raise RuntimeError(f"{what} have shape {theirs.shape}, ours {ours.shape}")
-    apart, largest = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
-    if not apart <= _CLOSE * largest:
+    difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
+    if not difference <= _CLOSE * largest:
         raise RuntimeError(
-            f"{what} differ from ours by up to {apart:.2g}, where the largest number is"
+            f"{what} differ from ours by up to {difference:.2g}, where the largest value is"
             f" {largest:.2g}: the export is wrong"
         )
     return (
-        f"{what} and ours differ by at most {apart:.2g}, the largest number is {largest:.2g}: equal"
+        f"{what} and those of the run differ by at most {difference:.2g}, the largest value is"
+        f" {largest:.2g}: equal"
     )

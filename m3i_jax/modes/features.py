@@ -1,9 +1,10 @@
-"""--mode=features --out=FILE: features of every image of a source, by a run or by other weights
-(init_from), as one npz.
+"""--mode=features --out=FILE: write the features of all images of a source, by a run or by other
+weights (init_from), as one npz.
 
-keys (text), labels int32 (-1: none), held_out bool, features float32 [n, D], in the order of the
-source, training part first; `about`, JSON that says what made them. The file appears when it is
-whole. What is done until then lies beside it in FILE.parts, and the same command goes on there."""
+Columns: keys (text), labels int32 (-1: none), held_out bool, features float32 [n, D], in the order
+of the source, training images first; `about`: JSON with weights, preprocessing and data. The file
+is written when all features are computed; until then the parts are in FILE.parts, and the same
+command resumes from them."""
 
 import dataclasses
 import json
@@ -25,25 +26,24 @@ from m3i_jax.modes import output
 from m3i_jax.modes import setup as jobs
 from m3i_jax.training import checkpoint_dir
 
-_PART = 4096  # images between two writes
+_PART = 4096  # images of a part
 
 
 def run(config: schema.Config, *, workdir: str, out: str) -> int:
     if not out:
-        raise UserError("--out: is missing; name the npz file to write, such as --out=features.npz")
+        raise UserError("--out: is missing; give the npz file to write, such as --out=features.npz")
     target = pathlib.Path(out)
     if target.suffix != ".npz" or target.is_dir():
         raise UserError(f"--out: {out!r} must be a file that ends in .npz")
     output.check_writable(target.parent, f"--out={out}", "choose another directory for the file")
-    place = output.check_writable(
+    directory = output.check_writable(
         workdir,
         f"--workdir {workdir}",
-        "the index of the data is kept there; choose another --workdir, and name the run by"
-        " init_from",
+        "the data index is written there; choose another --workdir, and give the run as init_from",
     )
     model = _model(config, workdir)
-    preprocessing = _seen(config, model)
-    train, held_out = splits.open_splits(config.data, cache=str(place / "index"))
+    preprocessing = _preprocessing(config, model)
+    train, held_out = splits.open_splits(config.data, cache=str(directory / "index"))
     identity = {
         "weights": model.name,
         "pool": model.pool,
@@ -53,31 +53,27 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
         "train": base.stable_digest(train.fingerprint(), len(train)),
         "held_out": base.stable_digest(held_out.fingerprint(), len(held_out)),
     }
-    kept = target.with_name(target.name + ".parts")
-    with jobs.lock_workdir(place):
-        _agree(kept, identity)
-        seen = (
-            f"short side {preprocessing.short_side}, of that {preprocessing.image_size} from the"
-            " centre"
-        )
+    parts_dir = target.with_name(target.name + ".parts")
+    with jobs.lock_workdir(directory):
+        _remove_other_parts(parts_dir, identity)
         print(
-            f"{model.name}, {model.pool}: {len(train):,} images for training, {len(held_out):,}"
-            f" held out; {seen}"
+            f"{model.name}, {model.pool}: {len(train):,} training images, {len(held_out):,} held"
+            f" out; short side {preprocessing.short_side}, centre crop {preprocessing.image_size}"
         )
-        made = [
-            _part(model, preprocessing, config, source, kept / f"{name}.{at}.npz", at)
+        parts = [
+            _part(model, preprocessing, config, source, parts_dir / f"{name}.{start}.npz", start)
             for name, source in (("train", train), ("held_out", held_out))
-            for at in range(0, len(source), _PART)
+            for start in range(0, len(source), _PART)
         ]
         skipped: dict[str, int] = {}
-        for part in made:
+        for part in parts:
             for reason, count in json.loads(str(part["skipped"])).items():
                 skipped[reason] = skipped.get(reason, 0) + count
-        whole = [part for part in made if "keys" in part]
-        if not whole:
-            raise UserError(f"no image of {train.name} could be read: {skipped}")
+        columns_of = [part for part in parts if "keys" in part]
+        if not columns_of:
+            raise UserError(f"{train.name}: no image could be read ({skipped}); see --mode=data")
         columns = {
-            name: np.concatenate([part[name] for part in whole])
+            name: np.concatenate([part[name] for part in columns_of])
             for name in ("keys", "labels", "held_out", "features")
         }
         about = identity | {
@@ -87,49 +83,50 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
         tensor_files.write_npz(
             target, columns | {"about": np.array(json.dumps(privacy.redact_tree(about)))}
         )
-        shutil.rmtree(kept)
-    told = ", ".join(f"{n:,} {reason}" for reason, n in skipped.items() if n)
+        shutil.rmtree(parts_dir)
+    bad = ", ".join(f"{n:,} {reason}" for reason, n in skipped.items() if n)
     print(
         f"{columns['features'].shape[0]:,} x {columns['features'].shape[1]} in {target}"
-        + (f"; left out: {told}" if told else "")
+        + (f"; left out: {bad}" if bad else "")
     )
     return 0
 
 
 def _model(config: schema.Config, workdir: str) -> load.LoadedEncoder:
-    """init_from, or the run in the working directory, read as evaluate.features says."""
+    """The encoder of init_from, or of the run in the working directory; pooled by
+    evaluate.features."""
     pool = config.evaluate.features
-    usual = "mean" if pool == "mean" else "auto"
+    pooling = "mean" if pool == "mean" else "auto"
     if config.init_from:
-        model = load.load(config.init_from, weights=config.init.weights, pool=usual)
+        model = load.load(config.init_from, weights=config.init.weights, pool=pooling)
     elif checkpoint_dir.is_run(workdir):
-        model = load.load(workdir, weights=config.evaluate.encoder, pool=usual)
+        model = load.load(workdir, weights=config.evaluate.encoder, pool=pooling)
     else:
         raise UserError(
-            f"--workdir {workdir}: has no run; name one, or weights by --config.init_from=FILE"
+            f"--workdir {workdir}: has no run; give one, or weights by --config.init_from=FILE"
         )
     if pool == "attention" and model.pool != pool:
         raise UserError(
-            "config.evaluate.features: 'attention' needs a pooling that was trained, and"
+            "config.evaluate.features: 'attention' needs a trained pooling, and"
             f" {model.name} has none; use 'mean'"
         )
     return model
 
 
-def _seen(config: schema.Config, model: load.LoadedEncoder) -> Preprocessing:
-    """How images are seen: as the weights want it, cut as the configuration says."""
+def _preprocessing(config: schema.Config, model: load.LoadedEncoder) -> Preprocessing:
+    """The preprocessing of the weights, with the crop and background of the configuration."""
     return dataclasses.replace(
         model.preprocessing, crop=config.evaluate.crop, background=config.data.background
     )
 
 
-def _agree(kept: pathlib.Path, identity: dict[str, Any]) -> None:
-    """Parts of other features are not gone on with."""
-    told, file = json.dumps(identity), kept / "about.json"
-    if kept.is_dir() and not (file.is_file() and file.read_text() == told):
-        shutil.rmtree(kept)
-    kept.mkdir(parents=True, exist_ok=True)
-    file.write_text(told)
+def _remove_other_parts(parts_dir: pathlib.Path, identity: dict[str, Any]) -> None:
+    """Remove the parts if they are of other weights, preprocessing or data."""
+    text, file = json.dumps(identity), parts_dir / "about.json"
+    if parts_dir.is_dir() and not (file.is_file() and file.read_text() == text):
+        shutil.rmtree(parts_dir)
+    parts_dir.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
 
 
 def _part(
@@ -140,7 +137,7 @@ def _part(
     file: pathlib.Path,
     start: int,
 ) -> dict[str, np.ndarray]:
-    """The features of _PART images from `start` on, from `file` if they are there."""
+    """The features of _PART images from `start` on, read from `file` if it exists."""
     if file.is_file():
         return dict(tensor_files.read_tensors(file))
     mesh = parallel.make_mesh((-1, 1, 1))
@@ -153,24 +150,24 @@ def _part(
     )
     if not isinstance(jax.tree.leaves(model.params)[0].sharding, jax.sharding.NamedSharding):
         model.params = jax.device_put(model.params, parallel.replicated(mesh))
-    found: list[np.ndarray] = []
+    features: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     index: list[np.ndarray] = []
     for batch in batches:
         valid = batch["valid"]
-        found.append(
+        features.append(
             np.asarray(model.function(model.params, jax.device_put(batch["views"], layout)))[valid]
         )
         labels.append(batch["label"][valid])
         index.append(batch["index"][valid])
-    if not found:  # every image was bad
+    if not features:  # no image could be read
         return {"skipped": np.array(json.dumps(dict(batches.skipped)))}
-    places = np.concatenate(index)
+    records = np.concatenate(index)
     columns = {
-        "keys": np.array([base.source_key(source, int(i)) for i in places], np.str_),
+        "keys": np.array([base.source_key(source, int(i)) for i in records], np.str_),
         "labels": np.concatenate(labels),
-        "held_out": np.full(len(places), file.name.startswith("held_out")),
-        "features": np.concatenate(found),
+        "held_out": np.full(len(records), file.name.startswith("held_out")),
+        "features": np.concatenate(features),
         "skipped": np.array(json.dumps(dict(batches.skipped))),
     }
     tensor_files.write_npz(file, columns)

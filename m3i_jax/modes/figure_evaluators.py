@@ -1,9 +1,9 @@
-"""Evaluators that draw: where the encoder looks, which classes it takes for which, what it reads
-into images, whom it holds to be alike.
+"""Evaluators that draw figures: nearest neighbours and a map of the features, attention maps,
+confusion matrix, zero-shot examples.
 
-Each gives an exhibit in WORKDIR/pictures, <step>-<kind>.png and .json, which `report.html` shows;
-the embedding report a figure too. They run when a training is done and in --mode=eval, on the
-features that the other evaluators have made already."""
+Each writes WORKDIR/pictures/<step>-<kind>.png and .json, which `report.html` shows; the embedding
+evaluator also reports a metric. They run at the last step of a training and in --mode=eval, on the
+features that the other evaluators use."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -14,28 +14,28 @@ import numpy as np
 from m3i_jax import privacy
 from m3i_jax.data import eval_batches
 from m3i_jax.data.preprocessing import Preprocessing
-from m3i_jax.evaluation import attention_maps
+from m3i_jax.evaluation import attention_maps, category_head, knn, registry, zero_shot
 from m3i_jax.evaluation.feature_extraction import EvalContext, Metric, Predictions, extract_set
 from m3i_jax.evaluation.zero_shot import ClassPrompts
 from m3i_jax.modes.setup import Setup
-from m3i_jax.reporting import confusion_matrix as confused
-from m3i_jax.reporting import embedding_map, figures, image_grid, panels
+from m3i_jax.reporting import confusion_matrix, embedding_map, figures, image_grid, panels
 from m3i_jax.reporting.figures import Figure, FigureLine, FigureRow, FigureTile
 
-# images whose neighbours or whose attention is shown; that are named; texts of one of them
-ROWS, FEW, TEXTS = 12, 8, 5
+MAX_ROWS = 12  # images whose neighbours or attention are drawn
+MAX_EXAMPLES = 8  # images of the zero-shot examples
+MAX_CLASSES = 5  # class names listed beside an example
 Batches = Callable[[list[int]], eval_batches.EvaluationBatches]
 
 
 @dataclasses.dataclass
 class FigureWriter:
-    """Where and under which name an evaluation draws, and how its images are read.
+    """Writes the figures of an evaluation and reads the images shown in them.
 
     Attributes:
       job: the run.
-      name: gives the beginning of the names of files, a step.
-      about: gives a few words on the weights.
-      attempt: what to do with something that draws; a run under way does not end because of it.
+      name: () -> prefix of the file names, the step.
+      about: () -> a few words on the weights, for the caption.
+      attempt: calls a function that draws; during training it logs a failure instead of raising.
     """
 
     job: Setup
@@ -44,231 +44,241 @@ class FigureWriter:
     attempt: Callable[[Callable[[], None]], None] = lambda draw: draw()
 
     def draw(self, draw: Callable[[], None]) -> None:
-        """Call something that draws, on the first host alone: it must not wait for others."""
+        """Call a function that draws, on the first host alone: it must not wait for the others."""
         if not jax.process_index():
             self.attempt(draw)
 
     def write(self, kind: str, title: str, note: str, rows: Sequence[FigureRow]) -> None:
-        """WORKDIR/pictures/<step>-<kind>."""
+        """Write WORKDIR/pictures/<step>-<kind>."""
         note = privacy.redact(f"{note}; {self.about()}")
         figures.write_figure(
             self.job.workdir / "pictures", f"{self.name()}-{kind}", Figure(title, note, rows)
         )
 
     def tiles(self, records: Sequence[int]) -> list[image_grid.Image.Image]:
-        """The views of records that can be read, as an evaluation sees them."""
-        data, preprocessing = self.job.config.data, Preprocessing.of(self.job.config)
-        read = eval_batches.evaluation_batches(
+        """The evaluation views of the readable ones of these records, as tiles."""
+        data = self.job.config.data
+        batches = eval_batches.evaluation_batches(
             self.job.held_out,
             records,
-            preprocessing,
+            Preprocessing.of(self.job.config),
             len(records),
             threads=data.threads,
             missing=data.missing,
         )
         side = image_grid.side_of_tile(data.image_size, self.job.config.grid)
-        return [image_grid.image_tile(view, side) for view in next(read)["views"]]
+        return [image_grid.image_tile(view, side) for view in next(batches)["views"]]
 
-    def class_of(self, label: int) -> str:
+    def class_name(self, label: int) -> str:
+        """The name of a category, "" without one."""
         return self.job.classes[label] if 0 <= label < len(self.job.classes) else ""
 
-    def pictures(self, count: int) -> str:
+    def count_images(self, count: int) -> str:
+        """The number of images, for a caption."""
         return f"{count:,} held-out image" + "s" * (count != 1)
 
 
-def spread_rows(count: int, most: int) -> list[int]:
-    """At most `most` of so many rows, evenly spread.
+def spread_rows(count: int, limit: int) -> list[int]:
+    """At most `limit` of `count` rows, evenly spread.
 
     >>> spread_rows(10, 3), spread_rows(2, 3)
     ([0, 3, 6], [0, 1])
     """
-    few = min(most, count)
-    return [i * count // few for i in range(few)]
+    rows = min(limit, count)
+    return [i * count // rows for i in range(rows)]
 
 
-def neighbors_figure(easel: FigureWriter) -> Metric:
+def neighbors_figure(writer: FigureWriter) -> Metric:
     """eval/embedding/same_class, the share of images whose nearest neighbour is of their class, and
-    two exhibits."""
+    two figures: nearest neighbours, and a map of the features."""
 
-    def run(seen: EvalContext) -> Iterator[tuple[str, float]]:
-        found = seen("queries")
-        if len(found.vectors) < 2:
+    def run(context: EvalContext) -> Iterator[tuple[str, float]]:
+        queries = context("queries")
+        if len(queries.vectors) < 2:
             return
-        easel.draw(lambda: _alike(easel, found.vectors, found.labels, found.records))
-        easel.draw(lambda: _map(easel, found.vectors, found.labels))
-        share = embedding_map.neighbor_agreement(found.vectors, found.labels)
+        writer.draw(
+            lambda: _draw_neighbors(writer, queries.vectors, queries.labels, queries.records)
+        )
+        writer.draw(lambda: _draw_map(writer, queries.vectors, queries.labels))
+        share = embedding_map.neighbor_agreement(queries.vectors, queries.labels)
         if share is not None:
             yield "eval/embedding/same_class", share
 
     return run
 
 
-def _alike(
-    easel: FigureWriter, vectors_NxD: np.ndarray, label_N: np.ndarray, record_N: np.ndarray
+def _draw_neighbors(
+    writer: FigureWriter, vectors_NxD: np.ndarray, label_N: np.ndarray, record_N: np.ndarray
 ) -> None:
-    asked = spread_rows(len(vectors_NxD), ROWS)
-    alike, cosine = embedding_map.nearest_neighbors(
-        vectors_NxD, asked, easel.job.config.evaluate.neighbours
+    query_rows = spread_rows(len(vectors_NxD), MAX_ROWS)
+    neighbor_rows, cosines = embedding_map.nearest_neighbors(
+        vectors_NxD, query_rows, writer.job.config.evaluate.neighbours
     )
-    used = list(dict.fromkeys([*asked, *alike.reshape(-1).tolist()]))
-    tile = dict(zip(used, easel.tiles(record_N[used].tolist()), strict=True))
+    shown = list(dict.fromkeys([*query_rows, *neighbor_rows.reshape(-1).tolist()]))
+    tile = dict(zip(shown, writer.tiles(record_N[shown].tolist()), strict=True))
     rows = []
-    for row, near, close in zip(asked, alike.tolist(), cosine.tolist(), strict=True):
-        own = easel.class_of(label_N[row])
-        names = [easel.class_of(label) for label in label_N[near]]
+    for row, neighbors, values in zip(
+        query_rows, neighbor_rows.tolist(), cosines.tolist(), strict=True
+    ):
+        own = writer.class_name(label_N[row])
+        names = [writer.class_name(label) for label in label_N[neighbors]]
         others = [
-            FigureTile(tile[n], name, f"{c:.2f}", name == own if name and own else None)
-            for n, name, c in zip(near, names, close, strict=True)
+            FigureTile(tile[n], name, f"{cosine:.2f}", name == own if name and own else None)
+            for n, name, cosine in zip(neighbors, names, values, strict=True)
         ]
         rows.append(FigureRow([FigureTile(tile[row], own), *others]))
     note = (
-        f"first the image, then those of {easel.pictures(len(vectors_NxD))} most alike to it, with"
-        " their cosines"
+        "the first of a row is the query, then its nearest neighbours of"
+        f" {writer.count_images(len(vectors_NxD))}, with the cosine of their features"
     )
-    easel.write("neighbours", "Nearest neighbours", note, rows)
+    writer.write("neighbours", "Nearest neighbours", note, rows)
 
 
-def _map(easel: FigureWriter, vectors_NxD: np.ndarray, label_N: np.ndarray) -> None:
-    how = easel.job.config.evaluate.map
+def _draw_map(writer: FigureWriter, vectors_NxD: np.ndarray, label_N: np.ndarray) -> None:
+    method = writer.job.config.evaluate.map
     image, key = embedding_map.embedding_image(
-        embedding_map.project_to_2d(vectors_NxD, how), label_N, easel.job.classes
+        embedding_map.project_to_2d(vectors_NxD, method), label_N, writer.job.classes
     )
     note = (
-        f"{easel.pictures(len(vectors_NxD))}, "
-        + {"pca": "first two principal components of their features", "tsne": "t-SNE"}[how]
+        f"{writer.count_images(len(vectors_NxD))}, "
+        + {"pca": "first two principal components of their features", "tsne": "t-SNE"}[method]
     )
-    easel.write(
-        "map",
-        "Map of the features",
-        note,
-        [FigureRow([FigureTile(image)], [FigureLine(name, chip=colour) for name, colour in key])],
-    )
+    lines = [FigureLine(name, chip=colour) for name, colour in key]
+    writer.write("map", "Map of the features", note, [FigureRow([FigureTile(image)], lines)])
 
 
 def confusion_figure(
-    easel: FigureWriter, ask: Callable[[EvalContext], tuple[Predictions, np.ndarray]], by: str
+    writer: FigureWriter,
+    predict: Callable[[EvalContext], tuple[Predictions, np.ndarray]],
+    classifier: str,
 ) -> Metric:
-    """An exhibit of which classes are taken for which by a classifier: a matrix, and the most
-    frequent errors."""
+    """A figure of the errors of a classifier: confusion matrix and most frequent confusions.
 
-    def run(seen: EvalContext) -> Iterator[tuple[str, float]]:
-        answers, _ = ask(seen)
-        if len(answers.labels):
-            easel.draw(lambda: _matrix(easel, answers, by))
+    Args:
+      writer: writes it.
+      predict: gives the predictions, for instance `knn.knn_predictions`.
+      classifier: its name in the caption.
+    """
+
+    def run(context: EvalContext) -> Iterator[tuple[str, float]]:
+        predictions, _ = predict(context)
+        if len(predictions.labels):
+            writer.draw(lambda: _draw_confusion(writer, predictions, classifier))
         yield from ()
 
     return run
 
 
-def _matrix(easel: FigureWriter, answers: Predictions, by: str) -> None:
-    counts = confused.count_confusions(answers.labels, answers.guesses)
-    classes = confused.shown_classes(counts)
-    share = confused.row_shares(counts, classes)
+def _draw_confusion(writer: FigureWriter, predictions: Predictions, classifier: str) -> None:
+    counts = confusion_matrix.count_confusions(predictions.labels, predictions.guesses)
+    classes = confusion_matrix.shown_classes(counts)
+    share = confusion_matrix.row_shares(counts, classes)
     others = bool(share[:, -1].any())
     name = {
-        one: easel.class_of(one) or str(one)
-        for one in {*classes, *counts.true.tolist(), *counts.guessed.tolist()}
+        label: writer.class_name(label) or str(label)
+        for label in {*classes, *counts.true.tolist(), *counts.guessed.tolist()}
     }
     lines = [
-        FigureLine(f"{name[true]} taken for {name[guess]}", part)
-        for true, guess, part in confused.confused_pairs(counts)
+        FigureLine(f"{name[true]} classified as {name[guess]}", part)
+        for true, guess, part in confusion_matrix.confused_pairs(counts)
     ]
-    right = float((answers.labels == answers.guesses).mean())
+    accuracy = float((predictions.labels == predictions.guesses).mean())
     note = (
-        f"a row is a class, a column what {by} says; {100 * right:.1f} % of"
-        f" {easel.pictures(len(answers.labels))} are right"
+        f"rows are classes, columns the predictions of {classifier}; {100 * accuracy:.1f} % of"
+        f" {writer.count_images(len(predictions.labels))} are right"
     )
     if others:
         note += f"; the {len(classes)} classes with most errors"
-    image = confused.confusion_image(share, [name[one] for one in classes], others)
-    easel.write(
-        "confusion",
-        "Which classes are taken for which",
-        note,
-        [FigureRow([FigureTile(image)], lines)],
-    )
+    image = confusion_matrix.confusion_image(share, [name[label] for label in classes], others)
+    writer.write("confusion", "Confusion matrix", note, [FigureRow([FigureTile(image)], lines)])
 
 
-def attention_figure(easel: FigureWriter, batches: Batches, *, pooled: bool) -> Metric:
-    """An exhibit of where the encoder looks in some images, and of its dense features in
-    colours."""
-    look = attention_maps.compile_maps(easel.job.config, easel.job.mesh, pooled=pooled)
+def attention_figure(writer: FigureWriter, batches: Batches, *, pooled: bool) -> Metric:
+    """A figure of the attention of the encoder in some images, and of its dense features as
+    colours.
 
-    def run(seen: EvalContext) -> Iterator[tuple[str, float]]:
-        found = seen("queries")
-        if chosen := spread_rows(len(found.records), ROWS):
-            records, labels = found.records[chosen].tolist(), found.labels[chosen].tolist()
-            made = [
-                maps
-                for maps, _ in extract_set(
-                    easel.job.mesh, look, seen.params, batches(records), seen.poll
+    Args:
+      writer: writes it.
+      batches: record numbers -> batches of their clean views.
+      pooled: whether the objective trains an attention pooling, which is then drawn too.
+    """
+    compiled = attention_maps.compile_maps(writer.job.config, writer.job.mesh, pooled=pooled)
+
+    def run(context: EvalContext) -> Iterator[tuple[str, float]]:
+        queries = context("queries")
+        if rows := spread_rows(len(queries.records), MAX_ROWS):
+            records, labels = queries.records[rows].tolist(), queries.labels[rows].tolist()
+            parts = [
+                part
+                for part, _ in extract_set(
+                    writer.job.mesh, compiled, context.params, batches(records), context.poll
                 )
             ]
-            maps = {name: np.concatenate([each[name] for each in made]) for name in made[0]}
-            easel.draw(lambda: _maps(easel, maps, records, labels))
+            maps = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            writer.draw(lambda: _draw_attention(writer, maps, records, labels))
         yield from ()
 
     return run
 
 
-def _maps(
-    easel: FigureWriter, maps: dict[str, np.ndarray], records: list[int], labels: list[int]
+def _draw_attention(
+    writer: FigureWriter, maps: dict[str, np.ndarray], records: list[int], labels: list[int]
 ) -> None:
     (colours,) = panels.feature_rgb([maps["features"]])
-    last = (
-        "the last block (of its cls token)"
-        if easel.job.config.model.encoder.cls_token
-        else "the last block (of all cells)"
-    )
+    tokens = "its cls token" if writer.job.config.model.encoder.cls_token else "all cells"
+    # name of a map -> (words below its tile, words of the caption)
     kinds = {
         name: words
-        for name, *words in (
-            ("pooling", "pooling", "the attention pooling"),
-            ("last", "last block", last),
+        for name, words in (
+            ("pooling", ("pooling", "the attention pooling")),
+            ("last", ("last block", f"the last block (of {tokens})")),
         )
         if name in maps
     }
     rows = []
-    for row, (tile, label) in enumerate(zip(easel.tiles(records), labels, strict=True)):
-        looks_at = [
+    for row, (tile, label) in enumerate(zip(writer.tiles(records), labels, strict=True)):
+        attention = [
             FigureTile(image_grid.weight_tile(maps[name][row], tile.width), words)
             for name, (words, _) in kinds.items()
         ]
-        rows.append(
-            FigureRow(
-                [
-                    FigureTile(tile, easel.class_of(label) or "picture"),
-                    *looks_at,
-                    FigureTile(image_grid.color_tile(colours[row], tile.width), "features"),
-                ]
-            )
-        )
-    where = " and ".join(told for _, told in kinds.values())
+        features = FigureTile(image_grid.color_tile(colours[row], tile.width), "features")
+        first = FigureTile(tile, writer.class_name(label) or "image")
+        rows.append(FigureRow([first, *attention, features]))
+    layers = " and ".join(words for _, words in kinds.values())
     note = (
-        (f"where {where} looks, mean over the heads, darkest where most; then " if where else "")
-        + "the dense features, their first three principal components over these images as red,"
+        f"attention of {layers}, mean over the heads, darkest where largest; then "
+        if layers
+        else ""
+    ) + (
+        "the dense features, their first three principal components over these images as red,"
         " green and blue"
     )
-    easel.write("attention", "Where it looks, and what it tells apart", note, rows)
+    writer.write("attention", "Attention and dense features", note, rows)
 
 
-def zero_shot_figure(easel: FigureWriter, said: ClassPrompts, *, pictures: str) -> Metric:
-    """An exhibit of some images and the class names that fit them best, as captions."""
+def zero_shot_figure(writer: FigureWriter, prompts: ClassPrompts, *, image_set: str) -> Metric:
+    """A figure of some images and the class names that fit them best, as captions.
 
-    def run(seen: EvalContext) -> Iterator[tuple[str, float]]:
-        found = seen(pictures)
-        known = np.flatnonzero((found.labels >= 0) & (found.labels < len(said.names)))
-        if len(known):
-            chosen = known[spread_rows(len(known), FEW)]
-            name, share_QxC = said.probabilities(seen, found.vectors[chosen])
-            easel.draw(
-                lambda: _named(
-                    easel,
-                    said,
-                    name,
-                    found.records[chosen].tolist(),
-                    found.labels[chosen].tolist(),
-                    share_QxC,
+    Args:
+      writer: writes it.
+      prompts: the classes as captions.
+      image_set: see `zero_shot.measure`.
+    """
+
+    def run(context: EvalContext) -> Iterator[tuple[str, float]]:
+        queries = context(image_set)
+        labelled = np.flatnonzero((queries.labels >= 0) & (queries.labels < len(prompts.names)))
+        if len(labelled):
+            rows = labelled[spread_rows(len(labelled), MAX_EXAMPLES)]
+            template_set, probability_QxC = prompts.probabilities(context, queries.vectors[rows])
+            writer.draw(
+                lambda: _draw_examples(
+                    writer,
+                    prompts,
+                    template_set,
+                    queries.records[rows].tolist(),
+                    queries.labels[rows].tolist(),
+                    probability_QxC,
                 )
             )
         yield from ()
@@ -276,26 +286,75 @@ def zero_shot_figure(easel: FigureWriter, said: ClassPrompts, *, pictures: str) 
     return run
 
 
-def _named(
-    easel: FigureWriter,
-    said: ClassPrompts,
-    name: str,
+def _draw_examples(
+    writer: FigureWriter,
+    prompts: ClassPrompts,
+    template_set: str,
     records: list[int],
     labels: list[int],
-    share_QxC: np.ndarray,
+    probability_QxC: np.ndarray,
 ) -> None:
     rows = []
-    for tile, label, share_C in zip(easel.tiles(records), labels, share_QxC, strict=True):
-        best = np.argsort(-share_C, kind="stable")[:TEXTS].tolist()
-        rows.append(
-            FigureRow(
-                [FigureTile(tile, easel.class_of(label))],
-                [FigureLine(said.names[b], float(share_C[b]), right=b == label) for b in best],
-            )
-        )
+    for tile, label, probability_C in zip(
+        writer.tiles(records), labels, probability_QxC, strict=True
+    ):
+        best = np.argsort(-probability_C, kind="stable")[:MAX_CLASSES].tolist()
+        lines = [
+            FigureLine(prompts.names[b], float(probability_C[b]), right=b == label) for b in best
+        ]
+        rows.append(FigureRow([FigureTile(tile, writer.class_name(label))], lines))
     note = (
-        f"the class names that fit an image best, as captions ({len(said.sets[name])} templates),"
-        f" and how probable the model holds each of all {len(said.names):,} to be; below the image"
-        " its class"
+        "the class names that fit an image best, as captions"
+        f" ({len(prompts.sets[template_set])} templates), and their probability among all"
+        f" {len(prompts.names):,}; below the image its class"
     )
-    easel.write("zero_shot", "Zero-shot examples", note, rows)
+    writer.write("zero_shot", "Zero-shot examples", note, rows)
+
+
+def _build_confusion(inputs: registry.EvalInputs) -> Metric:
+    if inputs.config.evaluate.direct and registry.CATEGORY_HEAD in inputs.available:
+        return confusion_figure(
+            inputs.figures, category_head.shared_predictions(inputs), "the category head"
+        )
+    return confusion_figure(
+        inputs.figures,
+        knn.knn_predictions(inputs.config),
+        f"kNN (k = {inputs.config.evaluate.k})",
+    )
+
+
+for _evaluator in (
+    registry.Evaluator(
+        name="embedding",
+        setting="embedding",
+        build=lambda inputs: neighbors_figure(inputs.figures),
+        last_only=True,
+    ),
+    registry.Evaluator(
+        name="attention",
+        setting="attention",
+        build=lambda inputs: attention_figure(
+            inputs.figures,
+            inputs.record_batches,
+            pooled=inputs.pooled and inputs.config.model.pool.kind == "attention",
+        ),
+        last_only=True,
+    ),
+    registry.Evaluator(
+        name="confusion",
+        setting="confusion",
+        needs=(registry.LABELS, registry.CLASSIFIER),
+        build=_build_confusion,
+        last_only=True,
+    ),
+    registry.Evaluator(
+        name="examples",
+        setting="examples",
+        needs=(registry.TEXT_TOWER, registry.CAPTIONS, registry.LABELS),
+        build=lambda inputs: zero_shot_figure(
+            inputs.figures, zero_shot.shared_prompts(inputs), image_set=inputs.pooled_set
+        ),
+        last_only=True,
+    ),
+):
+    registry.register_builtin(_evaluator)

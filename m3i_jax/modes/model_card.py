@@ -1,5 +1,5 @@
-"""The model card of exported weights: what they are, what they were trained on and how well they
-did, from what the run wrote down."""
+"""The model card of exported weights: model, data, metrics and settings, from the files of the
+run."""
 
 import json
 import pathlib
@@ -12,13 +12,13 @@ from m3i_jax.version import __version__
 
 
 def model_card_text(model: LoadedEncoder, workdir: pathlib.Path, format: str) -> str:
-    """Markdown: the encoder, its pixels, data with fingerprint, metrics, licence, and every setting
+    """Markdown: encoder, preprocessing, data with fingerprint, metrics, licence, and every setting
     that is not at its default."""
     c = model.config
     e, a = c.model.encoder, c.data.augment
     licence = c.report.licence or (
-        "not stated. The code that made them is Apache-2.0; whoever publishes them says under which"
-        " licence (config.report.licence), and whether the data allow it"
+        "not stated. The code is Apache-2.0; set the licence of the weights by"
+        " config.report.licence before you publish them, if the licences of the data allow it"
     )
     rows = [
         (
@@ -44,9 +44,9 @@ def model_card_text(model: LoadedEncoder, workdir: pathlib.Path, format: str) ->
             ),
         ),
         (
-            "pictures",
+            "preprocessing",
             (
-                f"short side resized to {model.preprocessing.short_side}, bicubic, centre cut out"
+                f"short side resized to {model.preprocessing.short_side}, bicubic, centre crop"
                 f" (evaluate.crop={c.evaluate.crop:g})"
             ),
         ),
@@ -79,17 +79,17 @@ def model_card_text(model: LoadedEncoder, workdir: pathlib.Path, format: str) ->
 
 def _data(c: schema.Config, workdir: pathlib.Path) -> list[str]:
     file = workdir / "data.txt"
-    told = (
+    lines = (
         [f"- {line}" for line in file.read_text().splitlines()]
         if file.is_file()
-        else ["- the run kept no data.txt"]
+        else ["- the run has no data.txt"]
     )
-    return [f"{c.data.classes} categories, captions: {c.data.captions}.", "", *told]
+    return [f"{c.data.classes} categories, captions: {c.data.captions}.", "", *lines]
 
 
 def _metrics(workdir: pathlib.Path) -> list[str]:
-    """The last value of every loss and evaluation in the log, and what --mode=eval has measured of
-    the run since."""
+    """The last value of every loss and evaluation metric in the log, and the results of --mode=eval
+    for the run."""
     file = workdir / "metrics.jsonl"
     last: dict[str, tuple[int, float]] = {}
     for line in file.read_text().splitlines() if file.is_file() else []:
@@ -103,20 +103,22 @@ def _metrics(workdir: pathlib.Path) -> list[str]:
             ):
                 last[name] = (row["step"], value)
     file = workdir / "eval.json"
-    alone = json.loads(file.read_text()) if file.is_file() else {}
-    # and not of other weights
+    evaluation = json.loads(file.read_text()) if file.is_file() else {}
+    # only results of this run, not of other weights
     if (
-        pathlib.Path(alone.get("checkpoint", "")).parent.resolve()
+        pathlib.Path(evaluation.get("checkpoint", "")).parent.resolve()
         == (workdir / "checkpoints").resolve()
     ):
-        found = {
-            f"{name}, {alone['encoder']}": value
-            for one in alone["results"].values()
-            for name, value in one.items()
+        results = {
+            f"{name}, {evaluation['encoder']}": value
+            for metrics in evaluation["results"].values()
+            for name, value in metrics.items()
         }
-        last |= {f"{name} (--mode=eval)": (alone["step"], value) for name, value in found.items()}
+        last |= {
+            f"{name} (--mode=eval)": (evaluation["step"], value) for name, value in results.items()
+        }
     if not last:
-        return ["The run wrote none."]
+        return ["The run has no metrics."]
     return [
         "| metric | last value | step |",
         "|---|---|---|",

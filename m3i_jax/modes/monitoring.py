@@ -1,5 +1,5 @@
-"""What a run is watched with, put together: the clock of its phases, MFU, the watchdog, traces on a
-signal, the compilation cache."""
+"""Monitoring of a run: the clock of its phases, MFU, the watchdog, traces on a signal, and the
+compilation cache."""
 
 import contextlib
 import dataclasses
@@ -21,8 +21,8 @@ from m3i_jax.training.watchdog import Watchdog
 
 
 def model_flops(trainer: Trainer) -> float:
-    """Matrix FLOPs that one step asks for: neither what remat computes again nor what microbatches
-    add counts as work done."""
+    """Matrix FLOPs of one step of the model, without those that rematerialisation and microbatches
+    add."""
     config = trainer.config
     plain = dataclasses.replace(
         config,
@@ -35,35 +35,37 @@ def model_flops(trainer: Trainer) -> float:
     return flops.count_flops(run, trainer.template, abstract_batch(plain)).total
 
 
-def make_clock(trainer: Trainer, say: Callable[[str], None], **more: Any) -> goodput.GoodputClock:
-    """The clock of a run on the devices of its mesh; says once why there is no MFU if there is
-    none."""
+def make_clock(
+    trainer: Trainer, log: Callable[[str], None], **options: Any
+) -> goodput.GoodputClock:
+    """The clock of a run on the devices of its mesh. Logs the peak that MFU refers to, or why MFU
+    is not reported."""
     config, devices = trainer.config, list(trainer.mesh.devices.flat)
     kind = devices[0].device_kind
-    found = hardware.find_chip(kind, len(devices))
+    peak = hardware.find_chip(kind, len(devices))
     if config.report.peak_tflops:
-        found = hardware.ChipPeak(
-            kind, config.report.peak_tflops * 1e12, found.chips if found else len(devices)
+        peak = hardware.ChipPeak(
+            kind, config.report.peak_tflops * 1e12, peak.chips if peak else len(devices)
         )
-    made = goodput.GoodputClock(
-        images=config.train.batch_size, chips=found.chips if found else len(devices), **more
+    clock = goodput.GoodputClock(
+        images=config.train.batch_size, chips=peak.chips if peak else len(devices), **options
     )
-    if found is None:
-        say(
-            f"no perf/mfu: the peak of {kind!r} is not known; set report.peak_tflops to that of one"
-            " chip"
+    if peak is None:
+        log(
+            f"no perf/mfu: the peak of {kind!r} is unknown; set config.report.peak_tflops to that"
+            " of one chip"
         )
     else:
-        made.flops, made.peak = model_flops(trainer), found.flops * found.chips
-        say(
-            f"{flops.format_flops(made.flops)} a step; MFU against {found.chips:g} x {found.name}"
-            f" of {found.flops / 1e12:,.4g} TFLOP/s"
+        clock.flops, clock.peak = model_flops(trainer), peak.flops * peak.chips
+        log(
+            f"{flops.format_flops(clock.flops)} a step; MFU against {peak.chips:g} x {peak.name}"
+            f" of {peak.flops / 1e12:,.4g} TFLOP/s"
         )
-    return made
+    return clock
 
 
 def log_metrics(log: pathlib.Path) -> dict[str, float]:
-    """Seconds by phase of the last line of a log that has them; nothing where there is none."""
+    """Seconds by phase of the last line of a log that has them; {} without such a line."""
     if not log.is_file():
         return {}
     for values in reversed(run_files.read_log(log, [])[0]):
@@ -79,7 +81,7 @@ def log_metrics(log: pathlib.Path) -> dict[str, float]:
 
 @contextlib.contextmanager
 def count_compilations(clock: goodput.GoodputClock) -> Iterator[None]:
-    """JAX's reports of tracing and compiling go to the clock."""
+    """Report JAX's events of tracing and compiling to the clock."""
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/") and event.endswith("_duration"):
@@ -97,25 +99,30 @@ def monitored(
     config: schema.Config,
     workdir: pathlib.Path,
     clock: goodput.GoodputClock,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Iterator[trace.Tracer]:
-    """Watchdog and traces for the block; gives what the loop calls with every step. SIGUSR1 asks
-    for a trace of the next steps."""
+    """Run the block with watchdog and tracer; yields the tracer, which the loop calls at every
+    step. SIGUSR1 requests a trace of the next steps."""
     tracer = trace.Tracer(
         workdir / "profile",
-        say,
+        log,
         config.report.profile_steps,
         apart=clock.phase,
-        done=log_top_ops(say),
+        done=log_top_ops(log),
     )
     before = None
     if threading.current_thread() is threading.main_thread():
         before = signal.signal(signal.SIGUSR1, lambda *_: tracer.ask())
     stacks = workdir / f"stacks-{jax.process_index()}.txt"
-    t = config.train
+    settings = config.train
     try:
         with Watchdog(
-            clock, stacks, say, limit=t.watchdog, first=t.watchdog_first, abort=t.watchdog_abort
+            clock,
+            stacks,
+            log,
+            limit=settings.watchdog,
+            first=settings.watchdog_first,
+            abort=settings.watchdog_abort,
         ):
             yield tracer
     finally:
@@ -124,36 +131,36 @@ def monitored(
             signal.signal(signal.SIGUSR1, before)
 
 
-def log_top_ops(say: Callable[[str], None]) -> Callable[[pathlib.Path, int], None]:
-    """Prints the costliest operations of a trace, and keeps the table beside it."""
+def log_top_ops(log: Callable[[str], None]) -> Callable[[pathlib.Path, int], None]:
+    """A function that logs the costliest operations of a trace, and writes the table next to it."""
 
-    def tell(place: pathlib.Path, steps: int) -> None:
-        ops = trace.trace_operations(place)
+    def log_table(directory: pathlib.Path, steps: int) -> None:
+        ops = trace.trace_operations(directory)
         if ops:
             text = trace.operation_table(ops, steps)
-            (place / "operations.txt").write_text(text + "\n", encoding="utf-8")
-            say(f"the costliest operations, summed over this host's devices:\n{text}")
+            (directory / "operations.txt").write_text(text + "\n", encoding="utf-8")
+            log(f"the costliest operations, summed over this host's devices:\n{text}")
 
-    return tell
+    return log_table
 
 
 def enable_compilation_cache(workdir: pathlib.Path) -> str:
-    """Where compiled programs are kept, so that no start after the first compiles them again.
+    """Enable JAX's persistent compilation cache; returns its directory, "" if disabled.
 
-    JAX's own setting wins (JAX_COMPILATION_CACHE_DIR; JAX_ENABLE_COMPILATION_CACHE=0 switches it
-    off). Else several hosts keep them in the working directory, where all of them look, and a
-    single one in the user's cache, which all its runs share."""
-    settings: Any = jax.config  # its attributes are made at run time
+    JAX's own settings take precedence (JAX_COMPILATION_CACHE_DIR; JAX_ENABLE_COMPILATION_CACHE=0
+    disables it). Else several hosts use the working directory, which they share, and a single host
+    the user's cache directory, which its runs share."""
+    settings: Any = jax.config  # its attributes exist at run time only
     if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
         return settings.jax_compilation_cache_dir or ""
     if parallel.host_names() > 1:
-        place = workdir / "compiled"
+        directory = workdir / "compiled"
     else:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        place = pathlib.Path(cache) / "m3i_jax" / f"compiled-{parallel.machine_key()}"
+        directory = pathlib.Path(cache) / "m3i_jax" / f"compiled-{parallel.machine_key()}"
     try:
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
-        return ""  # a home that cannot be written to: JAX compiles every time
-    jax.config.update("jax_compilation_cache_dir", str(place))
-    return str(place)
+        return ""  # the home directory is not writable: JAX compiles at every start
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    return str(directory)

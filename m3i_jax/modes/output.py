@@ -1,4 +1,4 @@
-"""Directories that a mode writes its results to, tried before anything is read or computed."""
+"""A check that the output directory of a mode is writable, before anything is read or computed."""
 
 import os
 import pathlib
@@ -9,22 +9,22 @@ import jax
 from m3i_jax.errors import UserError
 
 
-def check_writable(place: str | os.PathLike[str], flag: str, way_out: str) -> pathlib.Path:
-    """Make a directory, and a file in it that is gone at once. Of several hosts the first writes.
+def check_writable(path: str | os.PathLike[str], flag: str, remedy: str) -> pathlib.Path:
+    """Create a directory and try a temporary file in it, on the first host.
 
     Args:
-      place: the directory.
-      flag: names it in a message, with its value.
-      way_out: what to do where it cannot be written to.
+      path: the directory.
+      flag: the flag that names it, with its value, for the message.
+      remedy: what the user can do about it.
 
     Raises:
       UserError: it cannot be written to.
 
     >>> check_writable("/proc/here", "--out=/proc/here/x.npz", "choose another directory")
     Traceback (most recent call last):
-    m3i_jax.errors.UserError: --out=/proc/here/x.npz: cannot write to '/proc/here' (No such file or directory); choose another directory
+    m3i_jax.errors.UserError: --out=/proc/here/x.npz: cannot write to '/proc/here' (No such ...
     """
-    directory = pathlib.Path(place)
+    directory = pathlib.Path(path)
     if jax.process_index():
         return directory
     try:
@@ -33,6 +33,6 @@ def check_writable(place: str | os.PathLike[str], flag: str, way_out: str) -> pa
             pass
     except OSError as error:
         raise UserError(
-            f"{flag}: cannot write to {str(directory)!r} ({error.strerror or error}); {way_out}"
+            f"{flag}: cannot write to {str(directory)!r} ({error.strerror or error}); {remedy}"
         ) from error
     return directory

@@ -1,5 +1,5 @@
-"""--mode=preview: a contact sheet of what the model will see, beside what it is cut from, before
-any of it is trained on: WORKDIR/preview.png."""
+"""--mode=preview: write WORKDIR/preview.png, a sheet of model inputs next to their original images,
+to check the data before training."""
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ def run(config: schema.Config, *, workdir: str) -> int:
         crop: unnormalize.patches_to_images(job.config, np.asarray(patches, np.float32))
         for crop, patches in made.items()
     }
-    # with the colours that the device gives them
+    # with the colour augmentation of the device
     batch["views"] = np.stack([shown[0], shown[1]], 1)
     passes = job.plan.passes
     blended = next((read for read in passes if read.blended), None)

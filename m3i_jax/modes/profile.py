@@ -1,6 +1,5 @@
-"""--mode=profile: a few steps of the run as it is configured, on its data and devices, with a
-profiler trace of the last of them. Writes WORKDIR/profile; checkpoints and metrics of a run in the
-same directory stay as they are."""
+"""--mode=profile: run a few steps of a training on its data and devices, and trace the last of
+them. Writes WORKDIR/profile; checkpoints and metrics in the same directory stay unchanged."""
 
 import dataclasses
 from typing import Any
@@ -15,11 +14,11 @@ from m3i_jax.parallel import distributed
 from m3i_jax.reporting import writers
 from m3i_jax.training import loop
 
-WARM = 3  # steps before the trace: the first compiles, the next fill the queue of batches
+WARM = 3  # steps before the trace: the first compiles, the others fill the queue of batches
 
 
-class _Nowhere:
-    """Checkpoints that are not kept."""
+class _NoCheckpoints:
+    """Takes the place of `Checkpoints` and saves nothing."""
 
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
         pass
@@ -32,7 +31,7 @@ class _Nowhere:
 
 
 def shorten_run(config: schema.Config) -> schema.Config:
-    """The same run, as many steps long as a trace takes, and nothing but steps."""
+    """The same run with only the steps of a trace, without evaluation, panels and saving."""
     steps = WARM + config.report.profile_steps
     return dataclasses.replace(
         config,
@@ -51,16 +50,16 @@ def run(config: schema.Config, *, workdir: str, began: float | None = None) -> i
 
 
 def profile(job: jobs.Setup, began: float | None) -> int:
-    """Trace the end of a short run; 0, or what `loop.run_loop` says."""
+    """Trace the end of a short run; returns 0, or the exit code of `loop.run_loop`."""
     trainer = job.make_trainer()
     total, main = trainer.length.steps, jax.process_index() == 0
-    say = writers.log_line if main else lambda text: None
-    console = writers.Console(total, job.config.train.batch_size, say)
-    clock = monitoring.make_clock(trainer, say, began=began)
+    log = writers.log_line if main else lambda line: None
+    console = writers.Console(total, job.config.train.batch_size, log)
+    clock = monitoring.make_clock(trainer, log, began=began)
     before = set((job.workdir / "profile").rglob("*.xplane.pb"))
     with (
         monitoring.count_compilations(clock),
-        monitoring.monitored(job.config, job.workdir, clock, say) as tracer,
+        monitoring.monitored(job.config, job.workdir, clock, log) as tracer,
     ):
 
         def sent(step: int, metrics: Any) -> None:
@@ -71,9 +70,9 @@ def profile(job: jobs.Setup, began: float | None) -> int:
         state, data = trainer.init(), job.batches(0)
         outside = loop.Callbacks(
             data=data,
-            checkpoints=_Nowhere(),  # type: ignore[arg-type]
+            checkpoints=_NoCheckpoints(),  # type: ignore[arg-type]
             write=console.write,
-            say=say,
+            say=log,
             panel=lambda *_: None,
             evaluators=[],
             position=lambda samples: {},
@@ -86,10 +85,10 @@ def profile(job: jobs.Setup, began: float | None) -> int:
             data.close()
         clock.turn("stop")
         tracer.close()
-        say(clock.summary()[1])
+        log(clock.summary()[1])
     if code == loop.DONE and set((job.workdir / "profile").rglob("*.xplane.pb")) == before:
         raise UserError(
             f"--mode=profile: no trace was written to {job.workdir / 'profile'}; the line above"
-            " says why"
+            " gives the reason"
         )
     return code

@@ -1,5 +1,5 @@
-"""--mode=replay: take the step that ended a run again, alone, and say what is not finite. Exit 0:
-the same happened, 1: it did not."""
+"""--mode=replay: repeat the step that ended a run, and list what is not finite. Exit code 0 if the
+outcome is the same, else 1."""
 
 import math
 import pathlib
@@ -7,16 +7,16 @@ import pathlib
 from m3i_jax import schema
 from m3i_jax.training import debug_dump
 
-SHOWN = 12  # arrays that are named
+SHOWN = 12  # arrays listed at most
 
 
 def run(config: schema.Config, *, workdir: str) -> int:
-    """The dump has its own configuration: that of the run may have changed since."""
+    """Replay the newest dump, with the configuration stored in it."""
     del config
-    place = debug_dump.newest_dump(pathlib.Path(workdir))
-    about, trainer, state, batch = debug_dump.load_dump(place, print)
+    dump = debug_dump.newest_dump(pathlib.Path(workdir))
+    about, trainer, state, batch = debug_dump.load_dump(dump, print)
     print(
-        f"step {about['step']:,} of {place}, from {about['hosts']} host(s), {about['devices']}"
+        f"step {about['step']:,} of {dump}, from {about['hosts']} host(s), {about['devices']}"
         f" device(s), m3i_jax {about['m3i_jax']}"
     )
     values, broken = debug_dump.replay_step(trainer, state, batch)
@@ -27,8 +27,8 @@ def run(config: schema.Config, *, workdir: str) -> int:
         print(
             f"not finite: metric {name}, {values[name]} (in the run {about['metrics'].get(name)})"
         )
-    for name, much in list(broken.items())[:SHOWN]:
-        print(f"not finite: {name}, {much}")
+    for name, amount in list(broken.items())[:SHOWN]:
+        print(f"not finite: {name}, {amount}")
     if len(broken) > SHOWN:
         print(f"not finite: {len(broken) - SHOWN} more arrays")
     if not broken:

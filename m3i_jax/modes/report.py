@@ -1,5 +1,5 @@
-"""--mode=report: WORKDIR/report.html, one page of what the run there has logged and drawn; training
-writes it too when it ends."""
+"""--mode=report: write WORKDIR/report.html, one page with the metrics and figures of a run. A
+training also writes it when it ends."""
 
 import dataclasses
 import pathlib
@@ -19,40 +19,40 @@ def run(config: schema.Config, *, workdir: str) -> int:
 
 
 def refuse_absent(config: schema.Config) -> None:
-    """Raise UserError for a directory of `report.beside` that does not exist: a run that ends would
-    have no report."""
-    for place in config.report.beside:
-        if not jax.process_index() and not pathlib.Path(place).is_dir():
+    """Raise UserError for a directory of `report.beside` that does not exist: the report at the end
+    of the run would fail."""
+    for directory in config.report.beside:
+        if not jax.process_index() and not pathlib.Path(directory).is_dir():
             raise UserError(
-                f"config.report.beside: there is no directory {place!r}; name the working directory"
-                " of a run, or leave it out"
+                f"config.report.beside: {directory!r} is not a directory; give the working"
+                " directory of a run, or leave it out"
             )
 
 
 def write_report(config: schema.Config, workdir: pathlib.Path) -> pathlib.Path:
-    """The page of a run and of those beside it.
+    """Write the page of a run and of those in `report.beside`; returns its path.
 
     Raises:
       UserError: a directory has no log of a run.
     """
     beside = config.report.beside
-    found = [
+    logs = [
         run_log.load_run_log(workdir),
-        *(run_log.load_run_log(place, "config.report.beside") for place in beside),
+        *(run_log.load_run_log(directory, "config.report.beside") for directory in beside),
     ]
-    read = [
-        dataclasses.replace(run, name=name)
-        for run, name in zip(found, run_log.run_names([workdir, *beside]), strict=True)
+    runs = [
+        dataclasses.replace(log, name=name)
+        for log, name in zip(logs, run_log.run_names([workdir, *beside]), strict=True)
     ]
     differs = {
-        other.name: configuration.config_difference(read[0].config, other.config)
-        for other in read[1:]
+        other.name: configuration.config_difference(runs[0].config, other.config)
+        for other in runs[1:]
         if other.config
     }
     write_text_atomic(
         workdir / "report.html",
         run_page.run_page_html(
-            read,
+            runs,
             differs=differs,
             exhibits=[
                 figures.figure_html(file) for file in figures.newest_figures(workdir / "pictures")

@@ -1,5 +1,5 @@
-"""What the modes that read data share: the source, its splits and tokenizer, the completed
-configuration and the working directory."""
+"""Setup of the modes that read data: source, splits, tokenizer, completed configuration, and the
+lock of the working directory."""
 
 import contextlib
 import dataclasses
@@ -28,8 +28,8 @@ from m3i_jax.training.trainer import Trainer
 def complete_config(
     config: schema.Config, *, classes: int, captions: bool, size: int
 ) -> schema.Config:
-    """The configuration with what only the data knows: its categories, whether captions are used,
-    its training images, and the settings that follow from their number where they are left open
+    """The configuration completed from the data: number of categories, whether captions are used,
+    number of training images, and the open settings that follow from it
     (`scaling.fill_open_settings`)."""
     data = dataclasses.replace(
         config.data, classes=classes, captions="yes" if captions else "no", size=size
@@ -39,8 +39,8 @@ def complete_config(
 
 @dataclasses.dataclass(kw_only=True)
 class Setup:
-    """A completed run: settings, devices and data; `asked` is `data.size` before it was
-    completed."""
+    """A run with completed settings, its devices and its data; `asked` is `data.size` as
+    configured."""
 
     config: schema.Config
     mesh: jax.sharding.Mesh
@@ -53,9 +53,9 @@ class Setup:
 
     @property
     def text(self) -> str:
-        """The configuration as `config.txt` keeps it: completed, but `data.size` as it was asked
-        for, if it was. Of shapes it says how many to render, held-out ones too; who opens the run
-        again must get the same ones."""
+        """The configuration for `config.txt`: completed, except for `data.size`, which stays as
+        configured. For the shapes source it is the number of images to render, held-out ones
+        included, and must be the same when the run is opened again."""
         data = dataclasses.replace(self.config.data, size=self.asked or self.config.data.size)
         return configuration.config_to_text(dataclasses.replace(self.config, data=data))
 
@@ -65,7 +65,7 @@ class Setup:
 
     @property
     def identity(self) -> str:
-        """What the fingerprint is made of, a line each; then what is held out."""
+        """The lines that the fingerprint is computed from, and those of the held-out data."""
         held = enumerate(base.source_identity(self.held_out), 1)
         return pipeline.stream_identity(self.config, self.train) + "".join(
             f"held out {i} = {line}\n" for i, line in held
@@ -95,37 +95,37 @@ class Setup:
         )
 
 
-def _begun(config: schema.Config, workdir: pathlib.Path) -> schema.Config:
-    """With the batch that the run in a directory began with, if that was rounded up from this one:
-    on another slice it would be rounded to another number, and the run be another one."""
+def _with_rounded_batch(config: schema.Config, workdir: pathlib.Path) -> schema.Config:
+    """The configuration with the batch size of the run in a directory, if that was rounded up from
+    this one: other devices would round it to another number, which would be another run."""
     if not config.train.round_batch or not (workdir / "config.txt").is_file():
         return config
-    there = configuration.load_from_workdir(str(workdir), "--workdir").train
+    saved = configuration.load_from_workdir(str(workdir), "--workdir").train
     asked = config.train.batch_size
-    if not there.round_batch or not asked < there.batch_size < 1.1 * asked:
+    if not saved.round_batch or not asked < saved.batch_size < 1.1 * asked:
         return config
     if not jax.process_index():
         print(
-            f"train.batch_size: {there.batch_size:,}, with which the run in {workdir} began;"
-            f" {asked:,} were asked for",
+            f"train.batch_size: {saved.batch_size:,}, as in the run in {workdir}, instead of"
+            f" {asked:,}",
             flush=True,
         )
     return dataclasses.replace(
-        config, train=dataclasses.replace(config.train, batch_size=there.batch_size)
+        config, train=dataclasses.replace(config.train, batch_size=saved.batch_size)
     )
 
 
 def restore_or_init(
     config: schema.Config, devices: Sequence[jax.Device] | None = None
 ) -> tuple[schema.Config, jax.sharding.Mesh]:
-    """The configuration, its batch rounded if so configured, and its mesh on these devices or on
-    those that are here; refuses a mesh whose hosts would share rows, and a batch that cannot be
+    """The configuration, with a rounded batch if so configured, and its mesh on the given devices
+    or on all present ones. Refuses a mesh whose hosts would share rows, and a batch that cannot be
     split over it."""
     mesh = parallel.make_mesh(config.parallel.mesh, devices)
     parallel.check_host_rows(mesh)
-    config, told = validation.fit_batch_to_mesh(config, tuple(mesh.shape[a] for a in parallel.AXES))  # type: ignore[arg-type]
-    if told and not jax.process_index():
-        print(told, flush=True)
+    config, note = validation.fit_batch_to_mesh(config, tuple(mesh.shape[a] for a in parallel.AXES))  # type: ignore[arg-type]
+    if note and not jax.process_index():
+        print(note, flush=True)
     return config, mesh
 
 
@@ -139,18 +139,19 @@ def open_setup(
 ) -> Setup:
     """Open the data of a configuration and complete it.
 
-    Args: config: settings. workdir: where the index of the data and the vocabulary are kept.
-      trains: the objectives (names of forms) that will be trained on it. If none of them reads
-      captions, there is no vocabulary to learn and no token to carry, unless `data.captions` is
-      "yes". Empty: whoever opens the data looks at all of it.
+    Args:
+      config: settings.
+      workdir: directory of the data index and the tokenizer.
+      trains: objectives (tuples of forms) that will be trained. If none of them reads captions,
+        captions are not tokenized, unless `data.captions` is "yes". Empty: all data are opened.
     """
     backbones.validate_backbone(config)  # before data are opened, which may take minutes
-    place = pathlib.Path(workdir)
-    config, devices = restore_or_init(_begun(config, place))
-    make(place)
-    # the first host reads the headers of all files, the others read what it kept
+    path = pathlib.Path(workdir)
+    config, devices = restore_or_init(_with_rounded_batch(config, path))
+    make(path)
+    # the first host reads the headers of all files, the others its index
     with parallel.host0_first("index"):
-        train, held_out = splits.open_splits(config.data, cache=str(place / "index"))
+        train, held_out = splits.open_splits(config.data, cache=str(path / "index"))
     count, captions = (
         pipeline.count_classes(config.data, train),
         pipeline.uses_captions(config.data, train),
@@ -167,8 +168,8 @@ def open_setup(
         captions = False
         done = complete_config(config, classes=count, captions=False, size=len(train))
     with parallel.host0_first("tokenizer"):
-        words = (
-            tokenizer.open_tokenizer(done.data, train, str(place / "tokenizer.json"))
+        opened = (
+            tokenizer.open_tokenizer(done.data, train, str(path / "tokenizer.json"))
             if captions
             else None
         )
@@ -179,27 +180,27 @@ def open_setup(
         train=train,
         held_out=held_out,
         classes=names,
-        tokenizer=words,
-        workdir=place,
+        tokenizer=opened,
+        workdir=path,
         asked=config.data.size,
     )
 
 
 def make(workdir: pathlib.Path) -> None:
-    """Make a working directory if it is not there. Raises UserError if it cannot be made."""
+    """Create a working directory if it does not exist. Raises UserError if that fails."""
     try:
         workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"--workdir {workdir}: cannot be made ({error.strerror or error}); choose another"
+            f"--workdir {workdir}: cannot be created ({error.strerror or error}); choose another"
             " directory"
         ) from error
 
 
 @contextlib.contextmanager
 def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
-    """One run a working directory. The lock is the kernel's and ends with the process that holds
-    it, so it is never stale. Of several hosts, the first holds it for all."""
+    """Lock a working directory for one run. It is a kernel lock, which ends with its process and is
+    never stale. The first host holds it for all."""
     if jax.process_index():
         yield
         return
@@ -209,16 +210,16 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
     except BlockingIOError:
         os.close(file)
         raise UserError(
-            f"--workdir {workdir}: another run (process {holder or 'unknown'}) is working there;"
-            " stop it or choose another directory"
+            f"--workdir {workdir}: is used by another run (process {holder or 'unknown'}); stop it"
+            " or choose another directory"
         ) from None
     except OSError as error:
         print(
-            f"warning: {workdir} has no locks ({error.strerror}): see to it that no other run works"
-            " there",
+            f"warning: {workdir} does not support locks ({error.strerror}): make sure that no other"
+            " run uses it",
             flush=True,
         )
-    with contextlib.suppress(OSError):  # a full disk: the number is only for a message
+    with contextlib.suppress(OSError):  # on a full disk: the process id is only for a message
         os.ftruncate(file, 0)
         os.pwrite(file, str(os.getpid()).encode(), 0)
     try:
@@ -228,11 +229,11 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def _open_lock(path: pathlib.Path) -> tuple[int, str]:
-    """The lock as a file that may be written to, and the process number in it. Nothing that is not
-    a lock is opened for writing: neither what a link leads to, nor a file with another content.
+    """The lock file, opened for writing, and the process id in it. Links, and files with any other
+    content, are not opened.
 
     Raises:
-      UserError: it is something else, or cannot be opened.
+      UserError: the path is not a lock file, or cannot be opened.
     """
     try:
         file = os.open(
@@ -241,15 +242,15 @@ def _open_lock(path: pathlib.Path) -> tuple[int, str]:
     except OSError as error:
         if path.is_symlink() or path.is_dir():
             raise UserError(
-                f"{path}: is {'a link' if path.is_symlink() else 'a directory'} and no lock of a"
+                f"{path}: is {'a link' if path.is_symlink() else 'a directory'}, not the lock of a"
                 " run; delete it"
             ) from None
         raise UserError(
-            f"{path}: no run can work there ({error.strerror or error}); choose another --workdir"
+            f"{path}: cannot be opened ({error.strerror or error}); choose another --workdir"
         ) from error
     if stat.S_ISREG(os.fstat(file).st_mode) and (
         holder := re.fullmatch(rb"\s*(\d*)\s*", os.read(file, 33))
     ):
         return file, holder[1].decode()
     os.close(file)
-    raise UserError(f"{path}: holds something else than the process number of a run; move it away")
+    raise UserError(f"{path}: does not contain the process id of a run; move it away")

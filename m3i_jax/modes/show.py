@@ -1,5 +1,5 @@
-"""--mode=show: what a configuration amounts to, within seconds and without data: settings, the plan
-of a step, parameters, FLOPs, memory, days on named accelerators."""
+"""--mode=show: print what a configuration means, within seconds and without data: settings, plan of
+a step, parameters, FLOPs, memory, days on common accelerators."""
 
 import math
 
@@ -13,12 +13,12 @@ from m3i_jax.profiling import flops, hardware
 from m3i_jax.reporting import text_table
 from m3i_jax.training import plan_table, scaling, trainer
 
-# ImageNet-1k and CLIP, where only the data could tell
+# of ImageNet-1k and CLIP, in place of values that only the data determine
 ASSUMED = {"classes": 1000, "size": 1_281_167, "vocabulary": 49_408}
 
 
 def assume_data(config: schema.Config) -> tuple[schema.Config, list[str]]:
-    """The configuration completed without opening the data, and what had to be assumed."""
+    """The configuration completed without opening the data, and the assumptions step_trainer."""
     d, assumed = config.data, []
     classes = d.classes
     if classes < 0:
@@ -37,51 +37,56 @@ def assume_data(config: schema.Config) -> tuple[schema.Config, list[str]]:
 
 
 def vocabulary_size(config: schema.Config) -> int:
-    """Entries of the tokenizer of a completed configuration, as far as no data says otherwise."""
+    """Entries of the tokenizer of a completed configuration, as far as known without data."""
     if config.data.captions != "yes":
         return 0
     return ASSUMED["vocabulary"] if config.data.tokenizer == "clip" else config.data.vocabulary_size
 
 
 def _rounded(config: schema.Config, shards: list[int]) -> list[tuple[int, str]]:
-    """(batch, the numbers of data shards on which it becomes that)."""
-    found: dict[int, list[int]] = {}
+    """(batch size after rounding, the numbers of data shards that round to it)."""
+    rounded: dict[int, list[int]] = {}
     for count in shards:
-        found.setdefault(
+        rounded.setdefault(
             validation.fit_batch_to_mesh(config, (count, 1, 1))[0].train.batch_size, []
         ).append(count)
-    return [(batch, f"{', '.join(map(str, on))} data shards") for batch, on in found.items()]
+    return [(batch, f"{', '.join(map(str, on))} data shards") for batch, on in rounded.items()]
 
 
 def run(config: schema.Config, *, workdir: str | None) -> int:
     del workdir
     done, assumed = assume_data(config)
-    # The mesh of the run may be larger than this machine: shapes and counts do not depend on it, so
-    # one device stands for all.
+    # One device is enough: shapes and counts do not depend on the mesh, which may be larger than
+    # this machine.
     one = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
-    made = trainer.Trainer(done, one, vocabulary_size(done))
+    step_trainer = trainer.Trainer(done, one, vocabulary_size(done))
     batch = trainer.abstract_batch(done)
-    length, images = made.length, done.train.batch_size
-    leaves = jax.tree.leaves(made.template)
+    length, images = step_trainer.length, done.train.batch_size
+    leaves = jax.tree.leaves(step_trainer.template)
     print(configuration.config_to_text(done))
-    print(text_table.text_table(plan_table.term_rows(made.plan), plan_table.HEADERS_TERMS), "\n")
+    print(
+        text_table.text_table(plan_table.term_rows(step_trainer.plan), plan_table.HEADERS_TERMS),
+        "\n",
+    )
     print(
         text_table.text_table(
-            plan_table.call_rows(made.plan, made.template.params, batch, flops.count_flops),
+            plan_table.call_rows(
+                step_trainer.plan, step_trainer.template.params, batch, flops.count_flops
+            ),
             plan_table.HEADERS_CALLS,
         ),
         "\n",
     )
     print(
         text_table.text_table(
-            [(part, f"{n:,}") for part, n in m3i.parameter_table(made.template.params)],
+            [(part, f"{n:,}") for part, n in m3i.parameter_table(step_trainer.template.params)],
             ("part", "parameters"),
         ),
         "\n",
     )
     if unpublished := published_settings.unpublished_settings_note(done):
         print(f"{unpublished}\n")
-    total = monitoring.model_flops(made)
+    total = monitoring.model_flops(step_trainer)
     rows = [
         (
             "steps",
@@ -128,14 +133,14 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
     print(text_table.text_table(rows, ("what", "how much")))
     mfu = done.report.mfu
     print(
-        f"\nat {mfu:.0%} of the peak (report.mfu), steps alone; whether it fits and what one step"
-        " takes there, no plan can say"
+        f"\nat {mfu:.0%} of the peak (report.mfu), without evaluation and input stalls;"
+        " --mode=compile computes memory and time of a step"
     )
     print(text_table.text_table(hardware.slice_rows(total * length.steps, mfu), hardware.HEADERS))
     for line in scaling.scaling_warnings(done, steps=length.steps, warmup=length.warmup):
         print(line)
     if left := scaling.open_settings(config):
-        print(f"from batch, length and size (training/scaling.py): {', '.join(left)}")
+        print(f"derived from batch size and length (training/scaling.py): {', '.join(left)}")
     if assumed:
         print(f"assumed, since this mode reads no data: {', '.join(assumed)}")
     return 0

@@ -1,4 +1,4 @@
-"""--mode=train: pre-train, or go on where the working directory stands."""
+"""--mode=train: pre-train, or resume the run in the working directory."""
 
 import contextlib
 import json
@@ -36,15 +36,15 @@ def run(
 
 
 def check_same_run(job: jobs.Setup, position: dict[str, Any] | None, allow_changes: bool) -> None:
-    """A resumed run must be the run it resumes: same settings where they matter, same data, same
-    tokenizer. Secrets in paths are in neither text, so that new credentials are no change. The
-    first host looks, for all."""
+    """Refuse to resume a run with other relevant settings, data or tokenizer; write config.txt and
+    data.txt. Secrets in paths are redacted, so that new credentials are no change. The first host
+    checks for all."""
     changed = _changes(job, position) if position and not jax.process_index() else []
     changed = list(filter(None, parallel.exchange_values("changes", "; ".join(changed)[:4000])[:1]))
     if changed and not allow_changes:
         raise UserError(
-            f"--workdir {job.workdir}: the run there was made with another configuration"
-            f" ({'; '.join(changed)}); choose another directory, or add --allow-changes to go on"
+            f"--workdir {job.workdir}: its run has another configuration"
+            f" ({'; '.join(changed)}); choose another directory, or add --allow-changes to continue"
             " with the new one"
         )
     if not jax.process_index():
@@ -53,34 +53,33 @@ def check_same_run(job: jobs.Setup, position: dict[str, Any] | None, allow_chang
 
 
 def _changes(job: jobs.Setup, position: dict[str, Any]) -> list[str]:
-    """What is different from the run at a checkpoint; warns of what cannot be compared and of what
-    no training depends on.
+    """Differences from the run at a checkpoint. Logs a warning for files that cannot be compared or
+    that do not influence the training.
 
     Raises:
-      UserError: config.txt is not what the run wrote.
+      UserError: config.txt was changed after the run wrote it.
     """
     saved, data = job.workdir / "config.txt", job.workdir / "data.txt"
     out = []
     if saved.is_file():
-        remedy = "restore it, or delete it to go on with the settings of this command"
+        remedy = "restore it, or delete it to continue with the settings of this command"
         out += configuration.config_difference(
             run_files.read_run_text(saved, remedy), privacy.redact(job.text)
         )
     else:
         writers.log_line(
-            f"warning: {saved} is missing: whether the settings are those of the run cannot be"
-            " compared"
+            f"warning: {saved} is missing: the settings cannot be compared with those of the run"
         )
     if position["fingerprint"] != job.fingerprint:
-        told = _difference(data, privacy.redact(job.identity))
-        out += [f"data, {line}" for line in told] or [
+        lines = _difference(data, privacy.redact(job.identity))
+        out += [f"data, {line}" for line in lines] or [
             f"data: {position['fingerprint']} -> {job.fingerprint}"
         ]
     for name, wrong in run_files.changed_run_files(position, job.workdir).items():
         if name == LOG:
             writers.log_line(
-                f"warning: {job.workdir / name} is not what the run wrote ({wrong}): its figures"
-                " may be wrong"
+                f"warning: {job.workdir / name} was changed after the run wrote it ({wrong}): its"
+                " values may be wrong"
             )
         else:
             out.append(f"{name}: {wrong}")
@@ -88,17 +87,17 @@ def _changes(job: jobs.Setup, position: dict[str, Any]) -> list[str]:
 
 
 def _difference(data: pathlib.Path, identity: str) -> list[str]:
-    """How data.txt differs, for a message; nothing if it cannot be read."""
+    """Differences from data.txt, for a message; [] if it cannot be read."""
     with contextlib.suppress(OSError, UserError):
         return configuration.config_difference(run_files.read_run_text(data), identity)
     return []
 
 
 def sound(position: dict[str, Any], step: int) -> dict[str, Any]:
-    """The position of a checkpoint, if it has the structure that a run gives it.
+    """The position stored in a checkpoint, checked.
 
     Raises:
-      UserError: somebody else made it, with a right checksum.
+      UserError: it has another structure, although its checksum is right.
     """
     kinds = {
         "samples_seen": int,
@@ -126,23 +125,22 @@ def sound(position: dict[str, Any], step: int) -> dict[str, Any]:
         )
     if wrong or position["samples_seen"] < 0:
         raise UserError(
-            f"checkpoint {step}: its position is not one of a run"
-            f" ({', '.join(wrong) or 'samples_seen'}); move the checkpoint away, and the one before"
-            " is used"
+            f"checkpoint {step}: its position is not valid"
+            f" ({', '.join(wrong) or 'samples_seen'}); move this checkpoint away to use the one"
+            " before"
         )
     return position
 
 
 def pretrain(job: jobs.Setup, allow_changes: bool, began: float | None = None) -> int:
-    """Train a job from the start, or from its newest good checkpoint; 0, 1 or 42 as `loop.run_loop`
-    says. The caller holds the lock. `began`: when the process turned to it, of
-    `time.monotonic()`."""
+    """Train a job from the start or from its newest good checkpoint; returns the exit code of
+    `loop.run_loop`: 0, 1 or 42. The caller holds the lock. `began`: `time.monotonic()` at the start
+    of the process."""
     while True:
         try:
             return _pretrain(job, allow_changes, began)
         except CheckpointDamaged:
-            # was told; the one before is the newest now, and if there is none, that is refused
-            pass
+            pass  # it was logged and set aside: the next attempt uses the one before
 
 
 def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
@@ -158,7 +156,7 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
         and (lost := checkpoint_dir.lost_since(workdir, newest))
     ):
         writers.log_line(
-            f"warning: checkpoint {lost:,}, which the run saved, is not there: it goes on from"
+            f"warning: checkpoint {lost:,}, which the run saved, is missing: resuming from"
             f" {newest:,}"
         )
     check_same_run(job, position, allow_changes)
@@ -175,53 +173,53 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
     writer = writers.open_writers(
         config, workdir, resume_at=start, total=trainer.length.steps, main=jax.process_index() == 0
     )
-    say = writer.say
-    # All hosts skip the same, which is what the first has left in the log.
+    log = writer.say
+    # all hosts skip the evaluations that are in the log of the first
     own = sorted(evaluations_done(workdir / LOG)) if not jax.process_index() else []
     done = frozenset(json.loads(parallel.exchange_values("evaluated", json.dumps(own))[0]))
     words = tokenizer_of(workdir) if job.tokenizer else {}
     parameters = sum(count for _, count in m3i.parameter_table(trainer.template.params))
-    say(f"{job.train.description()}; {len(job.held_out):,} held out")
+    log(f"{job.train.description()}; {len(job.held_out):,} held out")
     if unpublished := published_settings.unpublished_settings_note(config):
-        say(unpublished)
+        log(unpublished)
     where = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
-    say(
+    log(
         f"{parameters:,} parameters; {trainer.length.steps:,} steps of {config.train.batch_size}"
         f" images on {where}"
     )
-    say(
+    log(
         f"peak rate {config.optim.lr:.4g} after {trainer.length.warmup:,} steps of warm-up, first "
         f"momentum {config.optim.ema:.6g}, crops from {config.data.crop_scale[0]:g} of an image"
     )
     for line in scaling.scaling_warnings(
         config, steps=trainer.length.steps, warmup=trainer.length.warmup
     ):
-        say(line)
+        log(line)
     restarts = 1 + position.get("restarts", 0) if position else 0
-    clock = monitoring.make_clock(trainer, say, earlier=before, restarts=restarts, began=began)
+    clock = monitoring.make_clock(trainer, log, earlier=before, restarts=restarts, began=began)
     with (
         contextlib.closing(writer),
         monitoring.count_compilations(clock),
-        monitoring.monitored(config, workdir, clock, say) as tracer,
+        monitoring.monitored(config, workdir, clock, log) as tracer,
     ):
         if newest is not None:
             with clock.phase("restore"):
                 state = checkpoints.restore(newest, trainer.template, trainer.shardings)
-            say(f"resuming at step {newest:,}, {samples:,} samples seen")
+            log(f"resuming at step {newest:,}, {samples:,} samples seen")
         else:
-            state = trainer.init(say)
+            state = trainer.init(log)
         data = job.batches(samples)
         data.go_on(position.get("counts", {}) if position else {})
         outside = loop.Callbacks(
             data=data,
             checkpoints=checkpoints,
             write=writer.write,
-            say=say,
+            say=log,
             panel=lambda step, state, batch: writer.attempt(
                 "panels", lambda: draw_panel(job, trainer, step, state, batch)
             ),
             evaluators=evaluators.make_evaluators(
-                job, say, trainer.length.steps, lambda draw: writer.attempt("pictures", draw)
+                job, log, trainer.length.steps, lambda draw: writer.attempt("pictures", draw)
             ),
             position=lambda samples: {
                 "samples_seen": samples,
@@ -231,7 +229,7 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
                 "counts": data.counts,
                 "files": {**writer.mark(), **words},
             },
-            dump=lambda *what: dump_step(workdir, trainer, say, *what),
+            dump=lambda *what: dump_step(workdir, trainer, log, *what),
             evaluated=done,
             clock=clock,
             on_step=tracer,
@@ -247,35 +245,35 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
                         lambda: draw_panel(job, trainer, trainer.length.steps, state, last),
                     )
         except SavesFailed as error:
-            say(
-                f"stopped: {error}; make room or give permission in {workdir}, and run the same"
-                " command again"
+            log(
+                f"stopped: {error}; free space or fix the permissions of {workdir}, and run the"
+                " same command again"
             )
             code = loop.FAILED
         finally:
             data.close()
             checkpoints.close()
-        if clock.ended:  # a run that was done already has its line
+        if clock.ended:  # a run that was finished before has its summary in the log
             values, line = clock.summary()
             writer.write(start + clock.ended, values)
-            say(line)
+            log(line)
     if not jax.process_index():
         writer.attempt("report.html", lambda: report.write_report(config, workdir))
     if code == loop.DONE:
-        say(
-            f"done: {trainer.length.steps:,} steps; metrics in {workdir / 'metrics.jsonl'}, drawn"
+        log(
+            f"done: {trainer.length.steps:,} steps; metrics in {workdir / 'metrics.jsonl'}, report"
             f" in {workdir / 'report.html'}"
         )
     return code
 
 
 def logged(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of the log of a run, with a warning if it is not as the run wrote it."""
+    """The lines of the log of a run; logs a warning if the file was changed."""
     return run_log.logged(workdir / LOG)
 
 
 def evaluations_done(log: pathlib.Path) -> frozenset[int]:
-    """Steps of a log that have an evaluation."""
+    """Steps with an evaluation in a log."""
     lines = run_files.read_log(log, [])[0] if log.is_file() else []
     return frozenset(
         line["step"] for line in lines if any(name.startswith("eval/") for name in line)
@@ -283,7 +281,7 @@ def evaluations_done(log: pathlib.Path) -> frozenset[int]:
 
 
 def tokenizer_of(workdir: pathlib.Path) -> dict[str, run_files.Mark]:
-    """What the position of a checkpoint knows of the tokenizer of the run."""
+    """The entry for the tokenizer of the run in the position of a checkpoint."""
     path = workdir / "tokenizer.json"
     return {path.name: run_files.file_mark(run_files.read_run_file(path))} if path.is_file() else {}
 
@@ -291,29 +289,29 @@ def tokenizer_of(workdir: pathlib.Path) -> dict[str, run_files.Mark]:
 def dump_step(
     workdir: pathlib.Path,
     trainer: Trainer,
-    say: Any,
+    log: Any,
     step: int,
     state: Any,
     batch: Any,
     values: Any,
 ) -> None:
-    """WORKDIR/dumps/<step> of the step that ended the run. One that cannot be written is told, and
-    changes nothing else."""
+    """Write WORKDIR/dumps/<step> for the step that ended the run. A failure is logged and does not
+    raise."""
     try:
-        place = debug_dump.write_dump(workdir / "dumps", trainer, state, batch, step, values)
+        path = debug_dump.write_dump(workdir / "dumps", trainer, state, batch, step, values)
     except Exception as error:
-        say(f"warning: step {step} could not be dumped ({' '.join(str(error).split())[:200]})")
+        log(f"warning: step {step} could not be dumped ({' '.join(str(error).split())[:200]})")
     else:
-        say(
-            f"{place} has state and batch of step {step}; --mode=replay --workdir {workdir} takes"
-            " it again and names what is not finite"
+        log(
+            f"{path} has state and batch of step {step}; --mode=replay --workdir {workdir} repeats"
+            " the step and lists what is not finite"
         )
 
 
 def draw_panel(
     job: jobs.Setup, trainer: Trainer, step: int, state: Any, batch: dict[str, np.ndarray]
 ) -> None:
-    """WORKDIR/panels/<step>.png of the first rows of a batch, from what the step itself
+    """Write WORKDIR/panels/<step>.png for the first rows of a batch, from the values that the step
     computes."""
     config = job.config
     # partners come in pairs
@@ -338,7 +336,7 @@ def draw_panel(
         np.asarray(few["mask"]),
     )
     halves = read.mixed and config.objective.pairing == "halves"
-    if halves:  # a row is a pair of images, and the first of them its own
+    if halves:  # a row is a pair of images; captions and labels are those of the first
         captions, labels, mask = captions[::2], labels[::2], mask[::2]
     if read.masked:
         side = config.data.image_size // config.grid

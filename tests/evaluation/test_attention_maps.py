@@ -1,5 +1,5 @@
-"""Maps of attention: what the network itself weighs with, on any mesh, for every backbone that
-attends."""
+"""Attention maps: equal to the weights that the network uses, on any mesh, for every backbone with
+attention."""
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +37,10 @@ def started(config):
         {"model__scan": "true"},
     ],
 )
-def test_the_last_block_makes_of_these_weights_what_it_makes(changes: dict) -> None:
-    """The block by hand, with the weights that are shown, gives the encoder's own output."""
+def test_the_last_block_computed_with_the_shown_weights_gives_the_encoder_output(
+    changes: dict,
+) -> None:
+    """The block computed with the weights of the map gives the output of the encoder."""
     config = toy.settings(**SETTINGS, **changes)
     e, params = config.model.encoder, started(config)
     pixels = photometric.normalize(views(2).astype(np.float32) / 255, config.data.augment)
@@ -74,9 +76,8 @@ def test_the_last_block_makes_of_these_weights_what_it_makes(changes: dict) -> N
     )
 
 
-def test_the_pooling_reads_what_its_weights_say() -> None:
-    """With the projections of the values taken apart, the pooled vector is their mean under the
-    weights of each head."""
+def test_the_pooled_vector_is_the_weighted_mean_of_the_values() -> None:
+    """The pooled vector is the mean of the projected values, weighted by the map of each head."""
     config = toy.settings(**SETTINGS)
     params, p = started(config), config.model.pool
     x = jax.random.normal(jax.random.key(1), (3, 16, 32))
@@ -99,9 +100,9 @@ def test_the_pooling_reads_what_its_weights_say() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, pytest.param(toy.INTERN, marks=pytest.mark.slow)])
-def test_maps_on_a_mesh_are_those_of_one_device(changes: dict) -> None:
-    """Sharded rows and weights, a last batch that is not full, and only valid rows; an InternImage
-    has no attention of its own."""
+def test_maps_on_a_mesh_equal_those_of_one_device(changes: dict) -> None:
+    """With sharded rows and weights, an incomplete last batch and invalid rows; an InternImage has
+    no attention."""
     config = toy.settings(**{**changes, **SETTINGS, "model__encoder__width": 64})
     params, pictures = started(config), views(6)
     wanted = attention_maps.attention_maps(config, True, params, jnp.asarray(pictures))
@@ -111,9 +112,14 @@ def test_maps_on_a_mesh_are_those_of_one_device(changes: dict) -> None:
     laid = jax.device_put(params, parallel.tree_shardings(mesh, params))
     look = attention_maps.compile_maps(config, mesh, pooled=True)
     batches = [
-        {"views": np.pad(pictures[at : at + 4], [(0, max(0, at - 2))] + [(0, 0)] * 3), "label": np.arange(4), "index": at + np.arange(4),
-         "valid": at + np.arange(4) < 6} for at in (0, 4)
-    ]  # fmt: skip
+        {
+            "views": np.pad(pictures[at : at + 4], [(0, max(0, at - 2))] + [(0, 0)] * 3),
+            "label": np.arange(4),
+            "index": at + np.arange(4),
+            "valid": at + np.arange(4) < 6,
+        }
+        for at in (0, 4)
+    ]
     found = [
         made for made, _ in feature_extraction.extract_set(mesh, look, laid, batches, lambda: None)
     ]

@@ -1,5 +1,5 @@
-"""The attentive probe: it finds what the mean of the tokens hides, and learns with the frozen
-encoder's tokens alone."""
+"""The attentive probe: it uses information that the mean of the tokens hides, and trains on the
+tokens of the frozen encoder."""
 
 import types
 
@@ -17,9 +17,9 @@ def settings(**more: object):
     return toy.settings(data__image_size=16, model__encoder__depth=1, data__classes=2, **more)
 
 
-def test_it_finds_the_one_token_that_matters() -> None:
-    """The class is the sign of one token's second channel, that token being marked by the first;
-    the other tokens cancel the mean."""
+def test_the_probe_uses_the_one_informative_token() -> None:
+    """The class is the sign of the second channel of one token, which the first channel marks; the
+    other tokens cancel the mean."""
     config = settings(
         evaluate__attentive_epochs=40,
         evaluate__attentive_lr=3e-3,
@@ -28,11 +28,11 @@ def test_it_finds_the_one_token_that_matters() -> None:
     r, rows = np.random.default_rng(0), 96
     tokens = (0.3 * r.normal(size=(2 * rows, 4, 32))).astype(np.float32)
     label = (np.arange(2 * rows) % 2).astype(np.int32)
-    place = r.integers(0, 4, 2 * rows)
+    token = r.integers(0, 4, 2 * rows)
     tokens[..., :2] = 0
-    tokens[np.arange(2 * rows), place, 0] = 6
+    tokens[np.arange(2 * rows), token, 0] = 6
     tokens[..., 1] = (label - 0.5)[:, None] * -2
-    tokens[np.arange(2 * rows), place, 1] = (label - 0.5) * 6  # the mean of channel 1 is 0
+    tokens[np.arange(2 * rows), token, 1] = (label - 0.5) * 6  # the mean of channel 1 is 0
     assert np.abs(tokens[..., 1].mean(1)).max() < 1e-6
     probe = attentive_probe.AttentiveProbe(config, parallel.make_mesh((2, 2, 1), jax.devices()[:4]))
     head = probe.fit(tokens[:rows], label[:rows], 2, 32, lambda: None)
@@ -43,8 +43,8 @@ def test_it_finds_the_one_token_that_matters() -> None:
     assert right.mean() > 0.9
 
 
-def test_the_measure_reads_both_sources_and_counts_what_is_labelled() -> None:
-    """Dark and light images, some without a label, in batches whose end is not valid."""
+def test_the_metric_reads_both_sources_and_counts_labelled_images() -> None:
+    """Dark and light images, some without a label, in batches with invalid last rows."""
     config = settings(evaluate__attentive_epochs=6, evaluate__attentive_lr=3e-3)
     mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
     params = {"encoder": jax.jit(lambda: vit.init(config.model, jax.random.key(3)))()}
@@ -74,13 +74,17 @@ def test_the_measure_reads_both_sources_and_counts_what_is_labelled() -> None:
         return out
 
     measure = attentive_probe.measure(config, mesh, lambda: batches(6, 0), lambda: batches(3, 1), 8)
-    seen = feature_extraction.EvalContext({}, params, lambda: None)
-    got = dict(measure(seen))
+    context = feature_extraction.EvalContext({}, params, lambda: None)
+    got = dict(measure(context))
     assert list(got) == ["eval/attentive/top1"] and got["eval/attentive/top1"] > 0.9
     asked = sum((b["valid"] & (b["label"] >= 0)).sum() for b in batches(3, 1))
-    assert (got["eval/attentive/top1"] * asked) % 1 < 1e-6 and seen.skipped == {"small": 2}
+    assert (got["eval/attentive/top1"] * asked) % 1 < 1e-6 and context.skipped == {"small": 2}
     nothing = attentive_probe.measure(config, mesh, lambda: [], lambda: batches(1, 1), 8)
     assert (
-        list(nothing(types.SimpleNamespace(params=params, poll=lambda: None, skipped=seen.skipped)))
+        list(
+            nothing(
+                types.SimpleNamespace(params=params, poll=lambda: None, skipped=context.skipped)
+            )
+        )
         == []
     )

@@ -1,5 +1,5 @@
-"""Direct classification: ranks against a sort, ties against the model, and the head as it was
-trained."""
+"""The category head as a classifier: ranks compared with a sort, ties counted as wrong, logits
+equal to those of the model."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from m3i_jax.objective.terms import FORMS
 from tests import toy
 
 
-def test_ranks_are_those_of_a_sort() -> None:
+def test_ranks_equal_those_of_a_sort() -> None:
     r = np.random.default_rng(0)
     logits, label = r.normal(size=(50, 9)), r.integers(0, 9, 50)
     order = np.argsort(-logits, axis=1)
@@ -20,7 +20,7 @@ def test_ranks_are_those_of_a_sort() -> None:
     ]
 
 
-def test_a_tie_or_no_number_is_no_hit() -> None:
+def test_a_tie_or_nan_is_not_a_hit() -> None:
     assert category_head.top_k_hits(np.zeros((2, 3)), np.array([0, 2])).tolist() == [2, 2]
     assert category_head.top_k_hits(
         np.array([[np.nan, 0.0], [np.nan, 0.0]]), np.array([0, 1])
@@ -28,8 +28,8 @@ def test_a_tie_or_no_number_is_no_hit() -> None:
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])
-def test_the_measure_is_the_head_on_raw_features(norm: str) -> None:
-    """Not on normalised ones; with batch norm, by the mean and variance of the index."""
+def test_the_metric_applies_the_head_to_raw_features(norm: str) -> None:
+    """The features are not normalised; batch norm uses the mean and variance of the index."""
     config = toy.settings(
         data__classes=7,
         model__pool__kind="mean",
@@ -57,10 +57,10 @@ def test_the_measure_is_the_head_on_raw_features(norm: str) -> None:
         "i": lambda p, poll: (as_features(index, np.zeros(60, np.int32)), {}),
     }
     ask = category_head.head_predictions(
-        config, pictures="q", statistics="i" if norm == "batch" else ""
+        config, image_set="q", statistics_set="i" if norm == "batch" else ""
     )
-    seen = feature_extraction.EvalContext(sets, params, lambda: None)
-    got = dict(category_head.measure(config, ask)(seen))
+    context = feature_extraction.EvalContext(sets, params, lambda: None)
+    got = dict(category_head.measure(config, ask)(context))
     known = (label >= 0) & (label < 7)
     assert 0 < known.sum() < 38
     x = (raw - index.mean(0)) / np.sqrt(index.var(0) + 1e-6) if norm == "batch" else raw
@@ -68,7 +68,7 @@ def test_the_measure_is_the_head_on_raw_features(norm: str) -> None:
         params["category"]["bias"]
     )
     order = np.argsort(-logits, axis=1)
-    answers, _ = ask(seen)
+    answers, _ = ask(context)
     np.testing.assert_array_equal(answers.labels, label[known])
     np.testing.assert_array_equal(answers.guesses, order[:, 0])
     for top in (1, 5):

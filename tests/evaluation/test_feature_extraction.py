@@ -1,5 +1,5 @@
-"""Frozen features: what is averaged and normalised, which rows count, and that the number of
-devices does not matter."""
+"""Frozen features: averaging, normalisation, valid rows, and independence of the number of
+devices."""
 
 import functools
 import types
@@ -55,7 +55,7 @@ def everything() -> feature_extraction.FeatureSpec:
 
 @pytest.mark.parametrize("cls_token", [True, False])
 def test_features_are_the_normalised_mean_of_the_patch_tokens(cls_token: bool) -> None:
-    """Normalised and cut into patches by hand; no colour changes, no masks, no stochastic depth."""
+    """Pixels are normalised and cut into patches; no augmentation, masks or drop path."""
     config, views = settings(cls_token), batches(1)[0]["views"]
     pixels = (views / 255.0 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     patches = [pixels[:, y : y + 8, x : x + 8].reshape(ROWS, -1) for y in (0, 8) for x in (0, 8)]
@@ -71,7 +71,7 @@ def test_features_are_the_normalised_mean_of_the_patch_tokens(cls_token: bool) -
     np.testing.assert_allclose(got, mean / np.linalg.norm(mean, axis=1, keepdims=True), atol=2e-5)
 
 
-def test_features_have_norm_one_and_labels_their_order() -> None:
+def test_features_have_norm_one_and_labels_keep_their_order() -> None:
     got, labels, records, lengths = everything()
     assert got.shape == (3 * ROWS, 32) and got.dtype == np.float32 and labels.dtype == np.int32
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5)
@@ -98,7 +98,7 @@ def test_invalid_rows_are_dropped_and_the_order_is_kept() -> None:
     assert (records == 7 * labels).all()
 
 
-def test_eight_devices_are_one_device() -> None:
+def test_eight_devices_give_the_features_of_one() -> None:
     mesh = parallel.make_mesh((2, 4, 1))
     seen = []
     extract = feature_extraction.Extractor(settings(), mesh)
@@ -166,7 +166,7 @@ def made_of(name: str, label: int = 0) -> feature_extraction.FeatureSpec:
     )
 
 
-def test_measures_share_what_is_extracted_and_read_nothing_else() -> None:
+def test_metrics_share_features_and_no_other_set_is_extracted() -> None:
     asked = []
 
     def a_set(name: str, skipped: dict[str, int]) -> feature_extraction.ImageSet:
@@ -188,14 +188,14 @@ def test_measures_share_what_is_extracted_and_read_nothing_else() -> None:
         settings(), sets | {"more": a_set("more", {"small": 9})}, [measure("one"), measure("two")]
     )
     state = types.SimpleNamespace(params={"encoder": "online"}, opt={})
-    for _ in range(2):  # a second evaluation extracts anew
+    for _ in range(2):  # a second evaluation extracts again
         value = 6.0 * (len("queries") + len("index"))
         skipped = {"data/skipped/evaluation/truncated": 3, "data/skipped/evaluation/empty": 1}
         assert dict(run(state, lambda: None)) == {"eval/one": value, "eval/two": value, **skipped}
     assert asked == 2 * [("queries", "online"), ("index", "online")]
 
 
-def test_the_evaluator_asks_the_encoder_that_is_configured() -> None:
+def test_the_configured_encoder_is_evaluated() -> None:
     config = toy.settings(evaluate__encoder="ema")
     target = types.SimpleNamespace(params={"encoder": "average"})
     state, asked = (
@@ -211,7 +211,7 @@ def test_the_evaluator_asks_the_encoder_that_is_configured() -> None:
     ]
 
 
-def test_a_set_reads_fresh_batches_and_tells_what_it_could_not_read() -> None:
+def test_an_image_set_reads_fresh_batches_and_counts_skipped_images() -> None:
     class Batches(list):
         skipped = {"small": 1}
 

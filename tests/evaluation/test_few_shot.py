@@ -19,9 +19,9 @@ def data(rows: int, width: int, classes: int = 4, seed: int = 0):
 
 @pytest.mark.parametrize(("rows", "width"), [(40, 7), (12, 30), (9, 9)])
 @pytest.mark.parametrize("l2", [1024.0, 1e-3])
-def test_the_weights_are_those_of_lstsq(rows: int, width: int, l2: float) -> None:
-    """Regularised least squares is plain least squares with sqrt(l2) times the identity below the
-    data and zeros below the targets."""
+def test_ridge_weights_equal_lstsq(rows: int, width: int, l2: float) -> None:
+    """Ridge regression is least squares with sqrt(l2) times the identity appended to the data and
+    zeros to the targets."""
     r = np.random.default_rng(1)
     x, y = r.normal(size=(rows, width)), r.normal(size=(rows, 3))
     wanted = np.linalg.lstsq(
@@ -33,7 +33,7 @@ def test_the_weights_are_those_of_lstsq(rows: int, width: int, l2: float) -> Non
 
 
 @pytest.mark.parametrize("shots", [1, 3, 100])
-def test_shots_are_so_many_of_each_class(shots: int) -> None:
+def test_shots_are_drawn_from_each_class(shots: int) -> None:
     label = np.array([2, 0, 0, -1, 2, 0, 0, 2, 5, -1])
     drawn = [few_shot.draw_shots(label, shots, seed) for seed in range(40)]
     for rows in drawn:
@@ -47,14 +47,14 @@ def test_shots_are_so_many_of_each_class(shots: int) -> None:
         ]
         assert (np.diff(rows) > 0).all()
     seen = {int(row) for rows in drawn for row in rows}
-    assert seen == {0, 1, 2, 4, 5, 6, 7, 8}  # every labelled row has its chance
+    assert seen == {0, 1, 2, 4, 5, 6, 7, 8}  # every labelled row can be drawn
 
 
-def test_accuracy_is_that_of_the_steps_one_by_one() -> None:
+def test_few_shot_accuracy_equals_its_steps_in_numpy() -> None:
     (x, label), (q, q_label) = data(60, 6), data(50, 6, seed=3)
     label[:5], q_label[-4:] = -1, -1
     got = dict(few_shot.few_shot_accuracy((q, q_label), (x, label), shots=(1, 5, 99), seeds=3))
-    assert list(got) == ["1", "5"]  # 99 of a class there are not
+    assert list(got) == ["1", "5"]  # no class has 99 images
     x, label, q, q_label = x[5:], label[5:], q[:-4], q_label[:-4]
     for count in (1, 5):
         found = []
@@ -72,13 +72,13 @@ def test_accuracy_is_that_of_the_steps_one_by_one() -> None:
     assert 0.25 < got["1"] < got["5"] < 1
 
 
-def test_nothing_comes_of_nothing() -> None:
+def test_empty_sets_yield_no_metric() -> None:
     x, label = data(8, 3)
     assert list(few_shot.few_shot_accuracy((x, np.full(8, -1)), (x, label), shots=(1,))) == []
     assert list(few_shot.few_shot_accuracy((x, label), (x, np.full(8, -1)), shots=(1,))) == []
 
 
-def test_the_measure_reads_the_settings_and_both_sets() -> None:
+def test_the_metric_uses_the_settings_and_both_sets() -> None:
     (x, label), (q, q_label) = data(40, 5), data(20, 5, seed=2)
     sets = {
         "index": feature_extraction.FeatureSpec(x, label, np.arange(40)),

@@ -10,8 +10,8 @@ from m3i_jax.evaluation import feature_extraction, knn
 
 
 def data(classes: int, *, seed: int = 0, queries: int = 37, index: int = 60, width: int = 6):
-    """Unit vectors around a centre a class, so noisy that neighbours disagree; every third vector
-    has another label than its centre."""
+    """Unit vectors around one centre a class, with noise so that neighbours disagree; every third
+    vector has another label than its centre."""
     r = np.random.default_rng(seed)
     centres = r.normal(size=(classes, width))
 
@@ -52,7 +52,7 @@ def share(votes: np.ndarray, label: np.ndarray, top: int) -> float:
 @pytest.mark.parametrize(
     ("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.5), (60, 1.0), (59, 0.02)]
 )
-def test_votes_and_accuracy_are_those_of_a_loop(classes: int, k: int, temperature: float) -> None:
+def test_votes_and_accuracy_equal_a_numpy_loop(classes: int, k: int, temperature: float) -> None:
     queries, index = data(classes)
     wanted = brute(queries, index, k=k, classes=classes, temperature=temperature)
     got = np.asarray(
@@ -73,8 +73,8 @@ def test_top5_only_where_there_are_more_than_five(classes: int, names: list[str]
     assert [name for name, _ in knn.knn_accuracy(*data(classes), k=3, temperature=0.1)] == names
 
 
-def test_weights_decide_against_a_majority() -> None:
-    """One neighbour at cosine 1 against two at 0.6: near at low temperature, many at high."""
+def test_votes_are_weighted_by_similarity() -> None:
+    """One neighbour at cosine 1 against two at 0.6: the nearest wins at a low temperature only."""
     queries = np.array([[1, 0]], np.float32), np.array([0])
     index = np.array([[1, 0], [0.6, 0.8], [0.6, -0.8]], np.float32), np.array([0, 1, 1])
     assert [
@@ -83,7 +83,7 @@ def test_weights_decide_against_a_majority() -> None:
 
 
 def test_a_very_low_temperature_is_the_nearest_neighbour() -> None:
-    """The nearest is far away in absolute terms: no weight may vanish for all classes at once."""
+    """All neighbours are far away: the weights must not underflow for all classes."""
     queries = np.array([[1.0, 0.0]], np.float32), np.array([1])
     index = np.array([[-0.6, 0.8], [-0.8, 0.6]], np.float32), np.array([1, 0])
     votes = np.asarray(knn.knn_votes(queries[0], *index, k=2, classes=2, temperature=1e-3))
@@ -91,7 +91,7 @@ def test_a_very_low_temperature_is_the_nearest_neighbour() -> None:
     assert dict(knn.knn_accuracy(queries, index, k=2, temperature=1e-3)) == {"top1": 1.0}
 
 
-def test_k_beyond_the_index_is_the_whole_index() -> None:
+def test_k_is_limited_to_the_size_of_the_index() -> None:
     queries, index = data(4, index=7)
     assert list(knn.knn_accuracy(queries, index, k=1000, temperature=0.1)) == list(
         knn.knn_accuracy(queries, index, k=7, temperature=0.1)
@@ -117,7 +117,7 @@ def test_without_any_label_there_is_no_accuracy() -> None:
     )
 
 
-def test_the_measure_is_the_accuracy_with_the_settings() -> None:
+def test_the_metric_uses_the_settings() -> None:
     queries, index = data(8)
     config = dataclasses.replace(schema.Config(), evaluate=schema.Evaluate(k=4, temperature=0.3))
     sets = {
@@ -128,8 +128,8 @@ def test_the_measure_is_the_accuracy_with_the_settings() -> None:
         (f"eval/knn/{name}", value)
         for name, value in knn.knn_accuracy(queries, index, k=4, temperature=0.3)
     ]
-    seen = feature_extraction.EvalContext(
+    context = feature_extraction.EvalContext(
         {name: lambda params, poll, name=name: (sets[name], {}) for name in sets}, {}, lambda: None
     )
     assert [name for name, _ in wanted] == ["eval/knn/top1", "eval/knn/top5"]
-    assert list(knn.measure(config)(seen)) == wanted
+    assert list(knn.measure(config)(context)) == wanted

@@ -1,4 +1,4 @@
-"""The linear probe of Table 9 in numpy: batch norm, LARS, cosine, running statistics."""
+"""The linear probe of Table 9 compared with numpy: batch norm, LARS, cosine, running statistics."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def reference(
     batch: int,
     seed: int,
 ):
-    """The recipe once more, in float64 and without jax."""
+    """The same training in float64 numpy."""
     r, size = np.random.default_rng(seed), min(batch, len(x))
     steps, peak = len(x) // size, lr * size / 16_384
     w, b = 0.01 * r.normal(size=(x.shape[1], classes)), np.zeros(classes)
@@ -62,7 +62,7 @@ def reference(
 
 
 @pytest.mark.parametrize("batch", [16, 16_384])
-def test_the_probe_is_its_recipe(batch: int) -> None:
+def test_the_probe_equals_a_numpy_implementation(batch: int) -> None:
     x, label = data(50)
     settings = {"lr": 3000.0, "epochs": 6, "warmup": 2, "batch": batch, "seed": 4}
     made = linear_probe.fit_linear_probe(x, label, 3, **settings)
@@ -92,7 +92,7 @@ def test_the_probe_learns_and_polls() -> None:
     assert list(linear_probe.linear_probe_accuracy((q, np.full(200, -1)), (x, label))) == []
 
 
-def test_the_measure_probes_raw_features() -> None:
+def test_the_metric_uses_raw_features() -> None:
     (x, label), (q, q_label) = data(60), data(30, seed=2)
     found = {}
     for name, raw, its in (("index", x, label), ("queries", q, q_label)):

@@ -1,5 +1,5 @@
-"""`m3i_jax.load`: weights as a function of images, of a run or of a file, for images of any size
-and type."""
+"""`m3i_jax.load`: the encoder of a run or of a file, as a function of images of any size and
+type."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def pictures() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
 
 
-def test_a_run_gives_what_its_parts_compute(run, pictures: np.ndarray) -> None:
+def test_features_of_a_run_equal_those_of_its_parts(run, pictures: np.ndarray) -> None:
     workdir, params, average = run
     config = toy.settings()
     normal = (pictures / 255 - np.array(config.data.augment.mean)) / np.array(
@@ -67,12 +67,14 @@ def test_a_run_gives_what_its_parts_compute(run, pictures: np.ndarray) -> None:
             cls_BxD=tokens[:, 0],
         )
         np.testing.assert_allclose(got["attention"], pooled, rtol=1e-3, atol=1e-4)
-        np.testing.assert_array_equal(got["auto"], got["attention"])  # its objective trained it
+        np.testing.assert_array_equal(
+            got["auto"], got["attention"]
+        )  # the objective trains the pooling
         assert all(a.dtype == np.float32 and len(a) == 5 for a in got.values())
 
 
-def test_pictures_are_seen_as_in_evaluation(run) -> None:
-    """Of any size, the model's too: what `evaluation_batches` cuts out of the same record."""
+def test_preprocessing_equals_that_of_evaluation(run) -> None:
+    """Images of any size are cropped as `evaluation_batches` crops the same record."""
     workdir, _, _ = run
     smooth = lambda h, w: (
         128
@@ -91,7 +93,7 @@ def test_pictures_are_seen_as_in_evaluation(run) -> None:
     views = model.features(batch["views"], ready=True)
     np.testing.assert_array_equal(model.features([record.image for record in records]), views)
     floats = [record.image / np.float32(255) for record in records]
-    for view, cut in zip(batch["views"], floats, strict=True):  # bytes are rounded twice on the way
+    for view, cut in zip(batch["views"], floats, strict=True):  # uint8 views are rounded twice
         assert np.abs(model.preprocessing.view(cut) - view / 255).max() < 1.6 / 255
     expected = feature_extraction.extract_features(
         model.config, "mean", model.params, jnp.asarray(batch["views"])
@@ -99,7 +101,7 @@ def test_pictures_are_seen_as_in_evaluation(run) -> None:
     np.testing.assert_allclose(views, expected, atol=1e-5)
 
 
-def test_types_and_numbers_of_pictures(run, pictures: np.ndarray) -> None:
+def test_types_and_counts_of_images(run, pictures: np.ndarray) -> None:
     model = load.load(run[0], pool="mean")
     whole = model.features(pictures, ready=True)
     for same, expected in (
@@ -108,7 +110,7 @@ def test_types_and_numbers_of_pictures(run, pictures: np.ndarray) -> None:
         ([pictures[0], pictures[1] / 255], whole[:2]),
         ([Image.fromarray(pictures[2])], whole[2:3]),
         (pictures[:0], whole[:0]),
-        (np.repeat(pictures, 14, 0), np.repeat(whole, 14, 0)),  # more than a device step
+        (np.repeat(pictures, 14, 0), np.repeat(whole, 14, 0)),  # more images than a device step
     ):
         np.testing.assert_allclose(model.features(same, ready=True), expected, atol=1e-5)
     seen = model.features(pictures)
@@ -119,7 +121,9 @@ def test_types_and_numbers_of_pictures(run, pictures: np.ndarray) -> None:
     with pytest.raises(ValueError, match="a view has shape"):
         model.features(np.zeros((40, 32, 3), np.uint8), ready=True)
     huge = dataclasses.replace(model, params=jax.tree.map(lambda leaf: 1e30 * leaf, model.params))
-    with pytest.raises(ValueError, match="features of 5 images are not finite, first of image 0"):
+    with pytest.raises(
+        ValueError, match="features of 5 images are not finite, the first is image 0"
+    ):
         huge.features(pictures)
     refused = [
         (pictures[..., :1], "must be"),
@@ -133,8 +137,8 @@ def test_types_and_numbers_of_pictures(run, pictures: np.ndarray) -> None:
 
 
 def test_files_of_other_projects(tmp_path: pathlib.Path, pictures: np.ndarray) -> None:
-    """timm's and Hugging Face's file of the same weights are the same function but for eps and
-    pixels, which each layout has its own of."""
+    """Files of the same weights for timm and Hugging Face give the same features, except for the
+    eps and the pixel statistics of each layout."""
     table = weights(ENCODERS["timm"], **SIZES)
     tensor_files.write_safetensors(tmp_path / "timm.safetensors", table)
     timm = load.load(str(tmp_path / "timm.safetensors"), heads=2)
@@ -170,31 +174,31 @@ def test_files_of_other_projects(tmp_path: pathlib.Path, pictures: np.ndarray) -
 
 
 def intern_image_file(
-    place: pathlib.Path, *, fused: int = 0, hugging_face: bool = True
+    directory: pathlib.Path, *, fused: int = 0, hugging_face: bool = True
 ) -> tuple[str, published.Net, dict]:
-    """A file of the toy among InternImage's presets as it would be published: (path, net, table of
-    its authors' names)."""
+    """A file of the smallest InternImage preset as it would be published: (path, net, table with
+    the published names)."""
     net = published.PICO._replace(fused=fused, pooled=5)
     table = published.weights(net)
     if not hugging_face:
-        tensor_files.write_npz(place / "intern.npz", table)
-        return str(place / "intern.npz"), net, table
+        tensor_files.write_npz(directory / "intern.npz", table)
+        return str(directory / "intern.npz"), net, table
     tensor_files.write_safetensors(
-        place / "model.safetensors",
+        directory / "model.safetensors",
         {intern_image_weights.hugging_face_name(n): array for n, array in table.items()},
     )
-    (place / "preprocessor_config.json").write_text(
+    (directory / "preprocessor_config.json").write_text(
         json.dumps({"crop_size": {"height": 32, "width": 32}})
     )
-    return str(place), net, table
+    return str(directory), net, table
 
 
 @pytest.mark.parametrize(("fused", "hugging_face"), [(0, True), (48, False)])
 def test_a_published_intern_image(
     fused: int, hugging_face: bool, tmp_path: pathlib.Path, pictures: np.ndarray
 ) -> None:
-    """Features are what the published net computes: the mean of its fused map, or without the
-    fusion of its last one."""
+    """Features equal those of the published net: the mean of its fused map or, without fusion, of
+    its last map."""
     path, net, table = intern_image_file(tmp_path, fused=fused, hugging_face=hugging_face)
     model = load.load(path)
     size = model.config.data.image_size
@@ -238,7 +242,7 @@ def test_recipes_start_from_a_published_intern_image(recipe: str, tmp_path: path
     ] and "other settings" not in " ".join(lines)
 
 
-def test_what_is_refused(run, tmp_path: pathlib.Path) -> None:
+def test_refusals(run, tmp_path: pathlib.Path) -> None:
     tensor_files.write_safetensors(
         tmp_path / "timm.safetensors", weights(ENCODERS["timm"], **SIZES)
     )
@@ -248,7 +252,7 @@ def test_what_is_refused(run, tmp_path: pathlib.Path) -> None:
     )
     for path, settings, words in (
         ("nowhere", {}, "'nowhere' does not exist"),
-        (str(tmp_path / "timm.safetensors"), {"pool": "attention"}, "no pooling that was trained"),
+        (str(tmp_path / "timm.safetensors"), {"pool": "attention"}, "no trained pooling"),
         (str(tmp_path / "timm.safetensors"), {"pool": "max"}, "is none of auto"),
         (str(tmp_path / "timm.safetensors"), {"weights": "ema"}, "no momentum copy"),
         (

@@ -1,4 +1,4 @@
-"""The linear classifier against scipy's optimizer in float64, and the choice of its weight
+"""Logistic regression compared with scipy's optimizer in float64, and the choice of its weight
 decay."""
 
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ from m3i_jax.evaluation import feature_extraction, logistic_regression
 
 
 def data(classes: int = 4, *, rows: int = 90, width: int = 6, noise: float = 1.0, seed: int = 0):
-    """Features around a centre a class, on scales of 0.01 to 100, and labels of which some are of
-    another class."""
+    """Features around one centre a class, on scales of 0.01 to 100, and labels of which some are
+    wrong."""
     r = np.random.default_rng(seed)
     centres, scale = (
         np.random.default_rng(99).normal(size=(classes, width)),
@@ -35,7 +35,7 @@ def objective(
 
 
 @pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
-def test_the_fit_is_the_minimum_that_scipy_finds(l2: float) -> None:
+def test_the_fit_is_the_minimum_of_scipy(l2: float) -> None:
     x, label = data()
     (x,) = logistic_regression.standardize_features(x)
     weight = np.where(np.arange(len(x)) % 3, 1.0, 0.0)
@@ -59,15 +59,15 @@ def test_the_fit_is_the_minimum_that_scipy_finds(l2: float) -> None:
     )
 
 
-def test_all_weight_decays_share_one_program() -> None:
+def test_all_weight_decays_share_one_compilation() -> None:
     x, label = data(3, rows=40)
     logistic_regression.fit_logistic.clear_cache()
     dict(logistic_regression.logistic_accuracy((x[:10], label[:10]), (x, label)))
     assert logistic_regression.fit_logistic._cache_size() == 1
 
 
-def test_accuracy_is_that_of_the_classifier_with_the_best_decay_on_a_fifth() -> None:
-    """Every step in scipy and numpy: the split, the sweep, the fit to everything, the queries."""
+def test_the_weight_decay_is_chosen_on_a_fifth_of_the_index() -> None:
+    """Split, sweep, final fit and queries are repeated in scipy and numpy."""
     (x, label), (q, q_label) = data(6, rows=120, noise=1.5), data(6, rows=70, noise=1.5, seed=1)
     got = dict(logistic_regression.logistic_accuracy((q, q_label), (x, label)))
     mean, std = x.astype(np.float64).mean(0), x.astype(np.float64).std(0)
@@ -89,16 +89,16 @@ def test_accuracy_is_that_of_the_classifier_with_the_best_decay_on_a_fifth() -> 
         return float((order[:, :top] == its[:, None]).any(1).mean())
 
     scores = [right(l2, 1.0 - aside, x[aside], label[aside]) for l2 in logistic_regression.L2]
-    # the first, and so the strongest, of equals
+    # the first among equals, which is the strongest
     best = logistic_regression.L2[int(np.argmax(scores))]
-    # the data make the choice matter
+    # the choice changes the result on these data
     assert 0 < int(np.argmax(scores)) < len(logistic_regression.L2) - 1
     wanted = {f"top{top}": right(best, np.ones(120), q, q_label, top) for top in (1, 5)}
     assert got == pytest.approx(wanted | {"log10_l2": np.log10(best)}, abs=1 / 70 + 1e-9)
     assert got["top1"] > 1.5 / 6
 
 
-def test_features_that_do_not_vary_say_nothing() -> None:
+def test_constant_features_become_zero() -> None:
     x = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
     x[:, 1] = 7.25 + 1e-7 * np.arange(50)
     first, other = logistic_regression.standardize_features(x, 2 * x)
@@ -106,7 +106,7 @@ def test_features_that_do_not_vary_say_nothing() -> None:
     assert (other[:, 1] == 0).all() and np.isfinite(other).all()
 
 
-def test_rows_without_a_label_are_left_out_and_few_give_nothing() -> None:
+def test_rows_without_a_label_are_left_out_and_too_few_yield_no_metric() -> None:
     (x, label), (q, q_label) = data(3, rows=40), data(3, rows=20, seed=1)
     wanted = list(
         logistic_regression.logistic_accuracy((q[::2], q_label[::2]), (x[::2], label[::2]))
@@ -131,12 +131,12 @@ def test_a_poll_comes_before_every_fit() -> None:
         "queries": feature_extraction.FeatureSpec(x[:9], label[:9], np.arange(9)),
     }
     polls = []
-    seen = feature_extraction.EvalContext(
+    context = feature_extraction.EvalContext(
         {name: lambda params, poll, name=name: (sets[name], {}) for name in sets},
         {},
         lambda: polls.append(1),
     )
-    found = dict(logistic_regression.measure()(seen))
+    found = dict(logistic_regression.measure()(context))
     assert len(polls) == len(logistic_regression.L2) + 1
     assert found == {
         f"eval/linear/{name}": value

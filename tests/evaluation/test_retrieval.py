@@ -1,4 +1,4 @@
-"""Recall against a loop in numpy; equal captions, ties and the last batch by hand."""
+"""Recall compared with a numpy loop; equal captions, ties and the last batch."""
 
 import functools
 import pathlib
@@ -41,8 +41,8 @@ def embeddings(pictures: int, captions: int, width: int = 5, seed: int = 0):
 
 
 def brute(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> dict[str, float]:
-    """Every image asks for its caption among the distinct ones, and the caption of every image asks
-    for an image of it."""
+    """Every image is a query for its caption among the distinct ones, and the caption of every
+    image is a query for an image with it."""
     hits: dict[str, list[bool]] = {}
     for i, image in enumerate(images.astype(np.float64)):
         order = sorted(range(len(texts)), key=lambda c: -float(image @ texts[c].astype(np.float64)))
@@ -59,7 +59,7 @@ def brute(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> dict[str,
 @pytest.mark.parametrize(
     ("pictures", "captions", "chunk"), [(40, 40, 1024), (43, 17, 10), (30, 1, 7), (12, 9, 12)]
 )
-def test_recall_is_that_of_a_loop(pictures: int, captions: int, chunk: int) -> None:
+def test_recall_equals_a_numpy_loop(pictures: int, captions: int, chunk: int) -> None:
     made = embeddings(pictures, captions)
     got = dict(retrieval.recall_at(*made, chunk=chunk))
     assert got == pytest.approx(brute(*made)) and len(got) == 6
@@ -67,14 +67,13 @@ def test_recall_is_that_of_a_loop(pictures: int, captions: int, chunk: int) -> N
         assert 0 < got["text_to_image/r1"] < got["text_to_image/r5"] < got["text_to_image/r10"] < 1
 
 
-def test_a_collapsed_model_finds_nothing() -> None:
+def test_a_collapsed_model_has_no_recall() -> None:
     same = np.full((20, 4), 0.5, np.float32)
     assert set(dict(retrieval.recall_at(same, same[:18], np.arange(20) % 18)).values()) == {0.0}
 
 
-def test_any_picture_of_an_equal_caption_is_right() -> None:
-    """Both images of caption 0 are asked for by it; the nearer one is a hit, though it belongs to
-    another record."""
+def test_every_image_with_an_equal_caption_is_right() -> None:
+    """Caption 0 has two images; the nearer one is a hit for both of its queries."""
     images = np.array([[0, 1], [1, 0], [0.8, 0.6]], np.float32)
     texts = np.array([[1, 0], [0.6, 0.8]], np.float32)
     got = dict(retrieval.recall_at(images, texts, np.array([0, 0, 1])))
@@ -94,7 +93,7 @@ def words() -> tokenizer.Tokenizer:
 
 
 class Source(list):
-    """Records in a list."""
+    """A source whose records are in a list."""
 
     read: list[int] = []
 
@@ -103,9 +102,11 @@ class Source(list):
         return self[index].caption
 
 
-def test_the_measure_embeds_what_the_model_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records in an order of their own, two without a caption, two pairs of equal ones; batches of
-    four leave a remainder."""
+def test_the_metric_embeds_images_and_captions_with_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Shuffled records, two of them without a caption, two pairs of equal captions; the number of
+    captions is no multiple of the batch of four."""
     config = toy.settings(objective__forms="clip")
     params = jax.jit(
         lambda: m3i.init(
@@ -119,10 +120,10 @@ def test_the_measure_embeds_what_the_model_would(monkeypatch: pytest.MonkeyPatch
     found = feature_extraction.FeatureSpec(vectors, np.full(8, -1, np.int32), order)
     mesh = parallel.make_mesh((2, 2, 1), jax.devices()[:4])
     measure = retrieval.measure(
-        mesh, source, TextEmbedder(config, mesh, words(), 4), pictures="mine"
+        mesh, source, TextEmbedder(config, mesh, words(), 4), image_set="images"
     )
-    seen = feature_extraction.EvalContext(
-        {"mine": lambda params, poll: (found, {})},
+    context = feature_extraction.EvalContext(
+        {"images": lambda params, poll: (found, {})},
         jax.device_put(params, parallel.replicated(mesh)),
         lambda: None,
     )
@@ -131,7 +132,7 @@ def test_the_measure_embeds_what_the_model_would(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         retrieval, "recall_at", lambda *a, **k: (passed.append(a), inner(*a, **k))[1]
     )
-    got = dict(measure(seen))
+    got = dict(measure(context))
 
     kept = [i for i in range(8) if CAPTIONS[order[i]]]
     # as they come
@@ -144,17 +145,19 @@ def test_the_measure_embeds_what_the_model_would(monkeypatch: pytest.MonkeyPatch
     ids, lengths = (
         np.stack(x) for x in zip(*(words().encode(text) for text in distinct), strict=True)
     )
-    assert lengths.max() == toy.CAPTION  # one is cut
+    assert lengths.max() == toy.CAPTION  # one caption is truncated
     texts = np.asarray(text_tower.apply(config.model, params["text"], ids, lengths))
     images = np.asarray(m3i.image_embedding(config, params, 3.0 * vectors[kept]))
     texts, images = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (texts, images))
     owner = np.array([0, 1, 2, 1, 2, 3])
-    for mine, wanted in zip(passed[0], (images, texts, owner), strict=True):
-        np.testing.assert_allclose(mine, wanted, atol=1e-5)
+    for actual, expected in zip(passed[0], (images, texts, owner), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
     assert got == {f"eval/retrieval/{name}": value for name, value in inner(images, texts, owner)}
 
     before = len(source.read)
-    assert dict(measure(seen)) == got and len(source.read) == before  # captions are read once a run
+    assert (
+        dict(measure(context)) == got and len(source.read) == before
+    )  # captions are read once a run
 
 
 def test_without_captions_there_is_no_retrieval() -> None:
@@ -178,9 +181,9 @@ def test_without_captions_there_is_no_retrieval() -> None:
     )
 
 
-def test_a_caption_that_vanishes_counts_as_none_where_it_may(tmp_path: pathlib.Path) -> None:
-    """Its file is removed after the source was opened: what is measured is what an image without a
-    caption gives, and it is counted."""
+def test_a_missing_caption_counts_as_none_with_data_missing_replace(tmp_path: pathlib.Path) -> None:
+    """The file of a caption is removed after the source is opened: its image counts as one without
+    a caption, and is counted as skipped."""
     config = toy.settings(objective__forms="clip")
     params = jax.jit(
         lambda: m3i.init(
@@ -199,18 +202,18 @@ def test_a_caption_that_vanishes_counts_as_none_where_it_may(tmp_path: pathlib.P
     def measured(
         source: base.DataSource, **missing: str
     ) -> tuple[dict[str, float], dict[str, int]]:
-        seen = feature_extraction.EvalContext(
+        context = feature_extraction.EvalContext(
             {"queries": lambda params, poll: (found, {})},
             jax.device_put(params, parallel.replicated(mesh)),
             lambda: None,
         )
         measure = retrieval.measure(mesh, source, TextEmbedder(config, mesh, words(), 4), **missing)
         again = feature_extraction.EvalContext(
-            {"queries": lambda params, poll: (found, {})}, seen.params, lambda: None
+            {"queries": lambda params, poll: (found, {})}, context.params, lambda: None
         )
         # of each evaluation, though read once
-        assert dict(measure(seen)) == dict(measure(again)) and seen.skipped == again.skipped
-        return dict(measure(seen)), dict(again.skipped)
+        assert dict(measure(context)) == dict(measure(again)) and context.skipped == again.skipped
+        return dict(measure(context)), dict(again.skipped)
 
     source = FolderSource(str(tmp_path))
     (tmp_path / "b.txt").unlink()

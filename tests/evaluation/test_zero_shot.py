@@ -1,5 +1,5 @@
-"""Zero-shot: the sets of templates, the mean over them, and the measure with texts that are
-known."""
+"""Zero-shot classification: template sets, their mean, and the metric with known text
+embeddings."""
 
 import pathlib
 
@@ -10,7 +10,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, zero_shot
 
 
-def test_the_published_sets() -> None:
+def test_the_published_template_sets() -> None:
     assert len(zero_shot.SEVEN) == 7 and len(set(zero_shot.EIGHTY)) == len(zero_shot.EIGHTY) == 80
     assert set(zero_shot.SEVEN) < set(zero_shot.EIGHTY)
     assert all(
@@ -29,39 +29,39 @@ def test_the_published_sets() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("mine.txt", "# remarks\na {}.\n\nthe {} there\n"),
-        ("mine.json", '["a {}.", "the {} there"]'),
+        ("images.txt", "# remarks\na {}.\n\nthe {} there\n"),
+        ("images.json", '["a {}.", "the {} there"]'),
     ],
 )
 def test_templates_of_a_file(name: str, text: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / name).write_text(text)
-    assert zero_shot.prompt_templates(str(tmp_path / name)) == ("mine", ("a {}.", "the {} there"))
+    assert zero_shot.prompt_templates(str(tmp_path / name)) == ("images", ("a {}.", "the {} there"))
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("a.txt", "a photo\n", "'a photo' does not have one {}"),
         ("a.txt", "{} and {}\n", "does not have one"),
         ("a.txt", "\n", "it has no templates"),
         ("a.json", "{", "cannot be read"),
-        ("a.json", '{"a": 1}', "holds no list"),
-        ("", "", "there is no such file"),
+        ("a.json", '{"a": 1}', "is not a list of texts"),
+        ("", "", "and no file; give one of these"),
     ],
 )
-def test_templates_that_cannot_be_used(
-    name: str, text: str, told: str, tmp_path: pathlib.Path
+def test_invalid_templates_are_refused(
+    name: str, text: str, message: str, tmp_path: pathlib.Path
 ) -> None:
-    place = tmp_path / (name or "absent.txt")
+    path = tmp_path / (name or "absent.txt")
     if name:
-        place.write_text(text)
+        path.write_text(text)
     with pytest.raises(UserError, match="config.evaluate.templates") as error:
-        zero_shot.prompt_templates(str(place))
-    assert told in str(error.value) and "\n" not in str(error.value)
+        zero_shot.prompt_templates(str(path))
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_mean_is_over_normalised_prompts() -> None:
-    """A long embedding counts no more than a short one."""
+    """All prompts have the same weight, whatever the norm of their embedding."""
     made = np.random.default_rng(0).normal(size=(3, 4, 5)) * np.array([1, 10, 100])[:, None, None]
     got = zero_shot.ensemble_embeddings(made)
     for c in range(4):
@@ -70,7 +70,7 @@ def test_the_mean_is_over_normalised_prompts() -> None:
 
 
 class Embedder:
-    """Texts embedded by a table, images as they are."""
+    """Embeds texts by a table and images by the identity."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
@@ -85,15 +85,15 @@ class Embedder:
         return x
 
 
-def test_the_measure_asks_every_prompt_once_and_leaves_out_the_unlabelled(
+def test_the_metric_embeds_every_prompt_once_and_leaves_out_unlabelled_images(
     tmp_path: pathlib.Path,
 ) -> None:
-    (tmp_path / "one.txt").write_text("a {} in a video game.\n")  # one of the seven too
+    (tmp_path / "one.txt").write_text("a {} in a video game.\n")  # one of the set of seven too
     names, r, embed = ["hot_dog", "cat"], np.random.default_rng(1), Embedder()
     x, label = r.normal(size=(30, 6)).astype(np.float32), r.integers(-1, 3, 30).astype(np.int32)
-    seen = feature_extraction.EvalContext(
+    context = feature_extraction.EvalContext(
         {
-            "mine": lambda params, poll: (
+            "images": lambda params, poll: (
                 feature_extraction.FeatureSpec(x, label, np.arange(30)),
                 {},
             )
@@ -101,9 +101,9 @@ def test_the_measure_asks_every_prompt_once_and_leaves_out_the_unlabelled(
         {},
         lambda: None,
     )
-    said = zero_shot.ClassPrompts(embed, names, ("7", str(tmp_path / "one.txt")))
-    got = dict(zero_shot.measure(said, pictures="mine")(seen))
-    assert said.classes(seen)["7"].shape == (2, 6)  # what is known is not asked again
+    prompts = zero_shot.ClassPrompts(embed, names, ("7", str(tmp_path / "one.txt")))
+    got = dict(zero_shot.measure(prompts, image_set="images")(context))
+    assert prompts.classes(context)["7"].shape == (2, 6)  # the cached representations
     (asked,) = embed.asked
     assert len(asked) == len(set(asked)) == 14 and "art of the hot dog." in asked
     known = (label >= 0) & (label < 2)
@@ -118,13 +118,13 @@ def test_the_measure_asks_every_prompt_once_and_leaves_out_the_unlabelled(
         assert got[f"eval/zero_shot/{name}/top1"] == pytest.approx(right.mean())
 
 
-def test_probabilities_are_those_of_the_temperature() -> None:
-    said = zero_shot.ClassPrompts(Embedder(), ["hot_dog", "cat", "owl"], ("80", "7"))
-    seen = feature_extraction.EvalContext(
+def test_probabilities_use_the_temperature_of_the_model() -> None:
+    prompts = zero_shot.ClassPrompts(Embedder(), ["hot_dog", "cat", "owl"], ("80", "7"))
+    context = feature_extraction.EvalContext(
         {}, {"logit_scale": np.float32(np.log(20.0))}, lambda: None
     )
     x = np.random.default_rng(3).normal(size=(4, 6))
-    name, got = said.probabilities(seen, x)
-    weights = np.exp(20 * x @ said.classes(seen)["80"].T)
+    name, got = prompts.probabilities(context, x)
+    weights = np.exp(20 * x @ prompts.classes(context)["80"].T)
     assert name == "80"
     np.testing.assert_allclose(got, weights / weights.sum(1, keepdims=True), rtol=1e-5)

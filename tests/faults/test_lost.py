@@ -303,9 +303,7 @@ def test_a_position_that_somebody_made_is_refused(trials) -> None:
         ("files", 7),
         ("restarts", "x"),
     ):
-        with pytest.raises(
-            UserError, match=f"checkpoint 4: its position is not one of a run .*{name}"
-        ):
+        with pytest.raises(UserError, match=f"checkpoint 4: its position is not valid .*{name}"):
             train.sound({**good, name: value}, 4)
         trials.add(True)
     with pytest.raises(UserError, match="fingerprint"):

@@ -190,9 +190,7 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: pathlib.Path)
     try:
         assert holder.stdout and holder.stdout.readline() == "held\n"
         with (
-            pytest.raises(
-                UserError, match=f"another run \\(process {holder.pid}\\) is working there"
-            ),
+            pytest.raises(UserError, match=f"is used by another run \\(process {holder.pid}\\)"),
             setup.lock_workdir(tmp_path),
         ):
             pass

@@ -89,7 +89,7 @@ def test_settings_that_cannot_be_compared_are_told(tmp_path: pathlib.Path, capsy
     flip(tmp_path / "config.txt", 8 * (text.index("optim.lr = ") + 11))
     with pytest.raises(
         UserError,
-        match=r"config\.txt: is damaged.*delete it to go on with the settings of this command",
+        match=r"config\.txt: is damaged.*delete it to continue with the settings of this command",
     ):
         train.check_same_run(job(tmp_path), position, False)
     with pytest.raises(UserError, match=r"config\.txt: is damaged"):

@@ -219,9 +219,12 @@ def test_a_configuration_that_cannot_be_read(name: str, trials, tmp_path: pathli
 @pytest.mark.fast
 @pytest.mark.row("F8")
 def test_a_configuration_of_wrong_values_is_as_if_it_were_not_there(trials) -> None:
-    plain = vit_weights._told({})
+    plain = vit_weights._config_settings({})
     for config in IGNORED:
-        assert trials.add(vit_weights._told(config) == plain), (config, vit_weights._told(config))
+        assert trials.add(vit_weights._config_settings(config) == plain), (
+            config,
+            vit_weights._config_settings(config),
+        )
 
 
 @pytest.mark.fast

@@ -1,6 +1,5 @@
-"""InternImage as published, in float64 numpy and under its own names: what it computes and what its
-files hold. Written from the paper's and the project's description; shares nothing with the
-package."""
+"""InternImage as published, in float64 numpy and with its published names: forward pass and files.
+Written from the paper and the description of the project; shares no code with the package."""
 
 import math
 from typing import NamedTuple
@@ -22,18 +21,18 @@ class Net(NamedTuple):
     fused: int = 0
     pooled: int = 0
     classes: int = 10
-    stem: tuple[int, int] = (2, 2)  # strides; others than these are our toy's
+    stem: tuple[int, int] = (2, 2)  # strides; other values in our smallest preset
 
     @property
     def trailing(self) -> bool:
         return self.norm != "post" or self.center
 
 
-PICO = Net(32, (1, 1, 2, 1), (2, 4, 8, 16), "pre", stem=(2, 1))  # the toy among the presets
+PICO = Net(32, (1, 1, 2, 1), (2, 4, 8, 16), "pre", stem=(2, 1))  # the smallest preset
 
 
 def shapes(net: Net) -> dict[str, tuple[int, ...]]:
-    """Every name of a file and its shape."""
+    """{name: shape} of a file."""
     found: dict[str, tuple[int, ...]] = {}
 
     def linear(name, n, m):
@@ -128,7 +127,7 @@ def _gelu(x):
 
 
 class Run:
-    """One forward pass; `maps` are those at the ends of the four levels."""
+    """Result of a forward pass; `maps` are the outputs of the four levels."""
 
     def __init__(self, net: Net, state: dict[str, np.ndarray], images: np.ndarray) -> None:
         self.net = net

@@ -1,5 +1,4 @@
-"""Weights under the published names: what they compute in our net is what they compute in
-theirs."""
+"""Weights with the published names: our net and the published net give the same outputs."""
 
 import dataclasses
 import functools
@@ -18,7 +17,7 @@ from tests.saved import flat
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-# One of each kind: T, L (post-norm, layer scale, offsets doubled), H (res-post-norm, centre scale,
+# one of each kind: T, L (post-norm, layer scale, offsets doubled), H (res-post-norm, centre scale,
 # extra norms, fused).
 NETS = {
     "t": Net(8, (1, 1, 1, 1), (1, 2, 4, 8), "pre"),
@@ -36,13 +35,32 @@ NETS = {
     ),
 }
 OURS = {
-    "t": InternImageConfig(norm="pre", kernel=3, center_scale=False, extra_norm=0, fused=0, width=8, depths=(1, 1, 1, 1), groups=(1, 2, 4, 8)),
-    "l": InternImageConfig(
-        norm="post", layer_scale=1e-5, offset_scale=2.0, kernel=3, center_scale=False, extra_norm=0, fused=0, width=8, depths=(1, 1, 2, 1),
+    "t": InternImageConfig(
+        norm="pre",
+        kernel=3,
+        center_scale=False,
+        extra_norm=0,
+        fused=0,
+        width=8,
+        depths=(1, 1, 1, 1),
         groups=(1, 2, 4, 8),
     ),
-    "h": InternImageConfig(extra_norm=2, fused=6, width=8, depths=(1, 1, 3, 1), groups=(1, 2, 4, 8)),
-}  # fmt: skip
+    "l": InternImageConfig(
+        norm="post",
+        layer_scale=1e-5,
+        offset_scale=2.0,
+        kernel=3,
+        center_scale=False,
+        extra_norm=0,
+        fused=0,
+        width=8,
+        depths=(1, 1, 2, 1),
+        groups=(1, 2, 4, 8),
+    ),
+    "h": InternImageConfig(
+        extra_norm=2, fused=6, width=8, depths=(1, 1, 3, 1), groups=(1, 2, 4, 8)
+    ),
+}
 SIZES = {"t": (32, 64), "l": (32, 32), "h": (64, 32)}
 
 
@@ -51,7 +69,7 @@ def shapes_of(tree):
 
 
 @pytest.mark.parametrize("kind", [pytest.param("t", marks=pytest.mark.slow), "l", "h"])
-def test_loaded_weights_compute_what_they_did(kind):
+def test_loaded_weights_give_the_published_outputs(kind):
     images = np.random.default_rng(1).normal(size=(2, *SIZES[kind], 3)).astype(np.float32)
     state = published.weights(NETS[kind])
     theirs = published.Run(NETS[kind], state, images)
@@ -63,9 +81,9 @@ def test_loaded_weights_compute_what_they_did(kind):
         return maps, intern_image.fuse(OURS[kind], params, maps) if OURS[kind].fused else None
 
     ours, tokens = jit(run)(tree)
-    for mine, other in zip(ours, theirs.maps, strict=True):
-        assert mine.shape == other.shape
-        np.testing.assert_allclose(mine, other, rtol=0, atol=2e-5 * np.abs(other).max())
+    for own, other in zip(ours, theirs.maps, strict=True):
+        assert own.shape == other.shape
+        np.testing.assert_allclose(own, other, rtol=0, atol=2e-5 * np.abs(other).max())
     if tokens is not None:
         np.testing.assert_allclose(
             tokens, theirs.fused(), rtol=0, atol=2e-5 * np.abs(theirs.fused()).max()
@@ -74,7 +92,7 @@ def test_loaded_weights_compute_what_they_did(kind):
 
 @pytest.mark.parametrize("hugging_face", (False, True))
 @pytest.mark.parametrize("kind", NETS)
-def test_there_and_back_is_the_same_file(kind, hugging_face):
+def test_a_round_trip_gives_the_same_file(kind, hugging_face):
     state = {
         name: array
         for name, array in published.weights(NETS[kind]).items()
@@ -88,7 +106,7 @@ def test_there_and_back_is_the_same_file(kind, hugging_face):
         np.testing.assert_array_equal(back[name], array, err_msg=name)
 
 
-# Names and shapes of files as they are published, a few of each kind.
+# some names and shapes of published files, of each kind
 GOLDEN = {
     "t": {
         "patch_embed.conv1.weight": (32, 3, 3, 3),
@@ -122,7 +140,7 @@ FULL = {
 def test_full_size_names_shapes_and_counts(kind):
     file = published.shapes(FULL[kind])
     assert GOLDEN[kind].items() <= file.items()
-    # Golden: parameters with the head of 1,000 classes; running statistics are none.
+    # golden: parameters with the head of 1,000 classes, without running statistics
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     total = sum(
         int(np.prod(shape)) for name, shape in file.items() if not name.endswith(statistics)
@@ -167,7 +185,7 @@ def test_full_size_names_shapes_and_counts(kind):
 
 @pytest.mark.parametrize("fused", (0, 64))
 @pytest.mark.parametrize("name", intern_image.PRESETS)
-def test_a_preset_is_known_by_its_shapes_alone(name, fused):
+def test_a_preset_is_recognised_by_its_shapes(name, fused):
     net = dataclasses.replace(intern_image.PRESETS[name], fused=fused)
     leaves = jax.tree_util.tree_leaves_with_path(
         intern_image.shapes(net), is_leaf=lambda node: isinstance(node, tuple)
@@ -188,7 +206,7 @@ def test_a_preset_is_known_by_its_shapes_alone(name, fused):
     )
 
 
-def test_the_learned_fill_has_no_place_in_a_published_file():
+def test_the_mask_token_is_not_in_a_published_file():
     state = {
         name: array
         for name, array in published.weights(NETS["t"]).items()

@@ -1,4 +1,4 @@
-"""Position tables of other grids against two other implementations."""
+"""Resized position tables compared with two other implementations."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from m3i_jax.interop import position_tables
 
 
 @pytest.mark.parametrize(("old", "new"), [(14, 12), (14, 16), (14, 24), (16, 14), (3, 7)])
-def test_it_is_the_bicubic_of_jax_with_pytorchs_kernel(old: int, new: int) -> None:
+def test_resizing_equals_jax_bicubic_with_pytorchs_kernel(old: int, new: int) -> None:
     table = np.random.default_rng(0).normal(size=(1, old * old + 1, 5)).astype(np.float32)
     got = position_tables.resize_position_table(table, new, cls=True)
     expected = jax.image.resize(
@@ -18,7 +18,7 @@ def test_it_is_the_bicubic_of_jax_with_pytorchs_kernel(old: int, new: int) -> No
     np.testing.assert_array_equal(got[0, 0], table[0, 0])
 
 
-def test_it_is_torchs(old: int = 14, new: int = 16) -> None:
+def test_resizing_equals_torch(old: int = 14, new: int = 16) -> None:
     torch = pytest.importorskip("torch")
     table = np.random.default_rng(0).normal(size=(1, old * old, 5)).astype(np.float32)
     grid = torch.from_numpy(table).reshape(1, old, old, 5).permute(0, 3, 1, 2)
@@ -32,7 +32,7 @@ def test_it_is_torchs(old: int = 14, new: int = 16) -> None:
     )
 
 
-def test_rows_for_cls_come_and_go() -> None:
+def test_a_row_for_cls_is_added_or_removed() -> None:
     table = np.random.default_rng(0).normal(size=(1, 10, 4)).astype(np.float32)
     np.testing.assert_array_equal(position_tables.resize_position_table(table, 3, cls=True), table)
     np.testing.assert_array_equal(
@@ -41,5 +41,5 @@ def test_rows_for_cls_come_and_go() -> None:
     np.testing.assert_array_equal(
         position_tables.resize_position_table(table[:, 1:], 3, cls=True)[:, 0], np.zeros((1, 4))
     )
-    with pytest.raises(ValueError, match="no square grid"):
+    with pytest.raises(ValueError, match="not that of a square grid"):
         position_tables.table_grid(7)

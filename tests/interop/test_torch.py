@@ -1,5 +1,5 @@
-"""Against the libraries themselves: what timm and Transformers compute with their weights, we
-compute with them, and the other way round. Skipped without torch, timm and Transformers (the extra
+"""Compared with timm and Transformers: their weights give the same features here, and exported
+weights give the same features there. Skipped without torch, timm and Transformers (the extra
 `torch`)."""
 
 import dataclasses
@@ -50,7 +50,7 @@ def exact():
 
 
 def shaken(model):
-    """Random values everywhere, norms and biases too, of the size of trained ones."""
+    """An encoder with random values, norms and biases too, of the magnitude of trained ones."""
     for parameter in model.parameters():
         parameter.add_(
             0.3 * parameter.std(correction=0).clamp(min=0.1) * torch.randn_like(parameter)
@@ -63,8 +63,8 @@ def pictures(side: int, count: int = 2) -> np.ndarray:
 
 
 def close(got: np.ndarray, expected, tolerance: float = 1e-5) -> None:
-    """To `tolerance` of the largest number: tokens reach a hundred, and float32 has seven
-    digits."""
+    """Equal up to `tolerance` times the largest value: tokens reach a hundred, and float32 has
+    seven digits."""
     expected = expected.numpy() if hasattr(expected, "numpy") else expected
     assert got.shape == expected.shape
     assert np.abs(got - expected).max() <= tolerance * max(1.0, np.abs(expected).max()), np.abs(
@@ -81,24 +81,24 @@ def normal(model: load.LoadedEncoder, raw: np.ndarray):
 
 
 def from_timm(
-    place: pathlib.Path,
+    directory: pathlib.Path,
     arguments: dict,
     name: str = "vit_base_patch16_224",
     suffix: str = ".safetensors",
 ) -> None:
     model = shaken(timm.create_model(name, pretrained=False, num_classes=3, **arguments))
-    path = place / f"model{suffix}"
+    path = directory / f"model{suffix}"
     if suffix == ".safetensors":
         tensor_files.write_safetensors(
             path, {name: value.numpy() for name, value in model.state_dict().items()}
         )
     else:
         torch.save({"model": model.state_dict(), "epoch": 3}, path)
-    mine = load.load(str(path), pool="tokens", heads=arguments["num_heads"])
-    # a bare file of timm's cannot tell
-    mine.config = with_encoder(mine.config, activation=arguments.get("act_layer", "gelu"))
+    ours = load.load(str(path), pool="tokens", heads=arguments["num_heads"])
+    # not stored in a timm file without config.json
+    ours.config = with_encoder(ours.config, activation=arguments.get("act_layer", "gelu"))
     raw = pictures(arguments["img_size"])
-    close(mine.features(raw, ready=True), model.forward_features(normal(mine, raw)))
+    close(ours.features(raw, ready=True), model.forward_features(normal(ours, raw)))
 
 
 def with_encoder(config: schema.Config, **changes) -> schema.Config:
@@ -108,38 +108,44 @@ def with_encoder(config: schema.Config, **changes) -> schema.Config:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"init_values": 0.1}, {"no_embed_class": True}, {"class_token": False, "global_pool": "avg"}, {"final_norm": False},
-     {"pre_norm": True, "act_layer": "quick_gelu"}],
+    [
+        {},
+        {"init_values": 0.1},
+        {"no_embed_class": True},
+        {"class_token": False, "global_pool": "avg"},
+        {"final_norm": False},
+        {"pre_norm": True, "act_layer": "quick_gelu"},
+    ],
     ids=str,
-)  # fmt: skip
-def test_we_compute_what_timm_does(tmp_path: pathlib.Path, arguments: dict) -> None:
+)
+def test_features_of_timm_weights_equal_timm(tmp_path: pathlib.Path, arguments: dict) -> None:
     if arguments.get("class_token") is False:
         arguments = arguments | {"fc_norm": False}
     from_timm(tmp_path, SMALL | arguments)
 
 
-def test_a_file_of_torchs_own(tmp_path: pathlib.Path) -> None:
+def test_a_pytorch_file(tmp_path: pathlib.Path) -> None:
     from_timm(tmp_path, SMALL, suffix=".pth")
 
 
-def hugging_face(place: pathlib.Path, kind: str, sizes: dict) -> None:
+def hugging_face(directory: pathlib.Path, kind: str, sizes: dict) -> None:
     config = {"ViTModel": transformers.ViTConfig, "CLIPVisionModel": transformers.CLIPVisionConfig}[
         kind
     ](**sizes)
     model = shaken(getattr(transformers, kind)(config))
-    model.save_pretrained(place)
-    mine = load.load(str(place), pool="tokens")
+    model.save_pretrained(directory)
+    ours = load.load(str(directory), pool="tokens")
     raw = pictures(sizes["image_size"])
-    out = model(pixel_values=normal(mine, raw), output_hidden_states=True)
+    out = model(pixel_values=normal(ours, raw), output_hidden_states=True)
     if kind == "ViTModel":
-        # the file has the norm, so it is ours too
-        close(mine.features(raw, ready=True), out.last_hidden_state)
+        # the file has the norm, so our model has it too
+        close(ours.features(raw, ready=True), out.last_hidden_state)
     else:
         close(
-            mine.features(raw, ready=True),
+            ours.features(raw, ready=True),
             getattr(model, "vision_model", model).post_layernorm(out.last_hidden_state),
         )
-    without = load.load(str(place), pool="tokens")
+    without = load.load(str(directory), pool="tokens")
     without.config = with_encoder(without.config, final_norm=False)
     close(
         without.features(raw, ready=True),
@@ -148,11 +154,13 @@ def hugging_face(place: pathlib.Path, kind: str, sizes: dict) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ViTModel", "CLIPVisionModel"])
-def test_we_compute_what_transformers_does(tmp_path: pathlib.Path, kind: str) -> None:
+def test_features_of_transformers_weights_equal_transformers(
+    tmp_path: pathlib.Path, kind: str
+) -> None:
     hugging_face(tmp_path, kind, HF)
 
 
-def test_masked_auto_encoders_of_transformers_are_known(tmp_path: pathlib.Path) -> None:
+def test_masked_autoencoders_of_transformers_are_recognised(tmp_path: pathlib.Path) -> None:
     sizes = {
         "decoder_hidden_size": 16,
         "decoder_num_hidden_layers": 1,
@@ -162,56 +170,65 @@ def test_masked_auto_encoders_of_transformers_are_known(tmp_path: pathlib.Path) 
     model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**HF, **sizes))
     model.save_pretrained(tmp_path)
     found = vit_weights.load_vit(tensor_files.read_tensors(tmp_path))
-    assert found.layout == "hf" and not found.unknown and set(found.unused) == {"decoder of pixels"}
-    mine = weight_source.open_weights(str(tmp_path))
-    assert mine.shapes[init_from.TABLE] == (1, 17, 32)
+    assert found.layout == "hf" and not found.unknown and set(found.unused) == {"pixel decoder"}
+    ours = weight_source.open_weights(str(tmp_path))
+    assert ours.shapes[init_from.TABLE] == (1, 17, 32)
 
 
-def random_encoder(place: pathlib.Path, width: int = 32, **changes) -> load.LoadedEncoder:
+def random_encoder(directory: pathlib.Path, width: int = 32, **changes) -> load.LoadedEncoder:
     settings = {f"model__encoder__{name}": value for name, value in changes.items()}
-    saved.run(place, toy.settings(model__encoder__width=width, objective__forms="mim", **settings))
-    return load.load(str(place), pool="tokens")
+    saved.run(
+        directory, toy.settings(model__encoder__width=width, objective__forms="mim", **settings)
+    )
+    return load.load(str(directory), pool="tokens")
 
 
-VARIANTS = [{}, {"final_norm": "true"}, {"positions": "learned", "norm_eps": 1e-5},
-            {"embedding_norm": "true", "activation": "quick_gelu", "final_norm": "true"}, {"embedding_norm": "true"}]  # fmt: skip
+VARIANTS = [
+    {},
+    {"final_norm": "true"},
+    {"positions": "learned", "norm_eps": 1e-5},
+    {"embedding_norm": "true", "activation": "quick_gelu", "final_norm": "true"},
+    {"embedding_norm": "true"},
+]
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 @pytest.mark.parametrize("library", ["timm", "hf"])
-def test_they_compute_what_we_do(tmp_path: pathlib.Path, library: str, changes: dict) -> None:
+def test_exported_weights_give_equal_features(
+    tmp_path: pathlib.Path, library: str, changes: dict
+) -> None:
     both_ways(tmp_path, library, random_encoder(tmp_path / "run", **changes))
 
 
-def both_ways(place: pathlib.Path, library: str, mine: load.LoadedEncoder) -> None:
-    described, preprocessing = mode._described(mine)
+def both_ways(directory: pathlib.Path, library: str, ours: load.LoadedEncoder) -> None:
+    described, preprocessing = mode._described(ours)
     size = preprocessing["image_size"]
     raw = pictures(size)
-    shown = normal(mine, raw).numpy().transpose(0, 2, 3, 1)
-    out = place / "out"
+    shown = normal(ours, raw).numpy().transpose(0, 2, 3, 1)
+    out = directory / "out"
     if library == "timm":
-        export_formats.timm_config(out, mode.tree_of(mine), described, preprocessing)
+        export_formats.timm_config(out, mode.tree_of(ours), described, preprocessing)
         got = export_formats.timm_output(out, described, size, shown)
     else:
-        kind = export_formats.hugging_face_config(out, mode.tree_of(mine), described, preprocessing)
+        kind = export_formats.hugging_face_config(out, mode.tree_of(ours), described, preprocessing)
         got = export_formats.hugging_face_output(out, kind, described["final_norm"], shown)
     assert got is not None
-    close(got, mine.features(raw, ready=True))
+    close(got, ours.features(raw, ready=True))
 
 
 def test_timms_own_loader_reads_our_npz(tmp_path: pathlib.Path) -> None:
-    mine = random_encoder(tmp_path / "run", final_norm="true")
+    ours = random_encoder(tmp_path / "run", final_norm="true")
     tensor_files.write_npz(
-        tmp_path / "vit.npz", vit_weights.store_vit(mode.tree_of(mine), "google", heads=2)
+        tmp_path / "vit.npz", vit_weights.store_vit(mode.tree_of(ours), "google", heads=2)
     )
-    name, arguments = export_formats.timm_arguments(mode._described(mine)[0], 32)
+    name, arguments = export_formats.timm_arguments(mode._described(ours)[0], 32)
     model = timm.create_model(name, pretrained=False, **arguments).eval()
     model.load_pretrained(str(tmp_path / "vit.npz"))
     raw = pictures(32)
-    close(mine.features(raw, ready=True), model.forward_features(normal(mine, raw)))
+    close(ours.features(raw, ready=True), model.forward_features(normal(ours, raw)))
 
 
-def test_the_tables_of_names_are_theirs(tmp_path: pathlib.Path) -> None:
+def test_the_tables_of_names_equal_the_libraries(tmp_path: pathlib.Path) -> None:
     model = timm.create_model("vit_base_patch16_224", num_classes=10, **SMALL)
     real = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     assert real == shapes(f"{ENCODERS['timm']} | {OTHERS['timm']}", **SIZES)
@@ -231,14 +248,14 @@ def test_the_tables_of_names_are_theirs(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("library", ["timm", "ViTModel", "CLIPVisionModel"])
-def test_vit_base_as_they_compute_it(tmp_path: pathlib.Path, library: str) -> None:
+def test_vit_base_of_the_libraries(tmp_path: pathlib.Path, library: str) -> None:
     from_timm(tmp_path, BASE) if library == "timm" else hugging_face(tmp_path, library, HF_BASE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("library", ["timm", "hf"])
 @pytest.mark.parametrize("final_norm", ["false", "true"])
-def test_vit_base_as_we_compute_it(tmp_path: pathlib.Path, library: str, final_norm: str) -> None:
+def test_exported_vit_base(tmp_path: pathlib.Path, library: str, final_norm: str) -> None:
     sizes = {"width": 768, "patch_size": 16, "depth": 12, "heads": 12, "final_norm": final_norm}
     config = toy.settings(
         data__image_size=224,

@@ -1,5 +1,5 @@
-"""Weights of timm, MAE, SiameseIM, Hugging Face and Google: exact names and shapes, every bit both
-ways, and what is refused."""
+"""Weights of timm, MAE, SiameseIM, Hugging Face and Google: names and shapes, exact conversion in
+both directions, refusals."""
 
 import numpy as np
 import pytest
@@ -8,17 +8,25 @@ from m3i_jax.errors import UserError
 from m3i_jax.interop import vit_layouts, vit_weights
 from tests.interop.published_vit import ENCODERS, OTHERS, SIAMESE_DECODER, TINY, weights
 
-# of our ViT with a final norm and a learned table; D = 16, F = 64, two layers, patches of 4, 9
-# cells and cls
+# shapes of our ViT with a final norm and a learned position table; D = 16, F = 64, two layers,
+# patches of 4, 9 cells and cls
 ENCODER = {
-    "encoder/cls_token": (1, 1, 16), "encoder/positions": (1, 10, 16), "encoder/patch_embed/kernel": (48, 16),
-    "encoder/patch_embed/bias": (16,), "encoder/norm/scale": (16,), "encoder/norm/bias": (16,),
+    "encoder/cls_token": (1, 1, 16),
+    "encoder/positions": (1, 10, 16),
+    "encoder/patch_embed/kernel": (48, 16),
+    "encoder/patch_embed/bias": (16,),
+    "encoder/norm/scale": (16,),
+    "encoder/norm/bias": (16,),
     **{f"encoder/blocks/norm{n}/{what}": (2, 16) for n in (1, 2) for what in ("scale", "bias")},
-    "encoder/blocks/attention/qkv/kernel": (2, 16, 48), "encoder/blocks/attention/qkv/bias": (2, 48),
-    "encoder/blocks/attention/out/kernel": (2, 16, 16), "encoder/blocks/attention/out/bias": (2, 16),
-    "encoder/blocks/mlp/fc1/kernel": (2, 16, 64), "encoder/blocks/mlp/fc1/bias": (2, 64),
-    "encoder/blocks/mlp/fc2/kernel": (2, 64, 16), "encoder/blocks/mlp/fc2/bias": (2, 16),
-}  # fmt: skip
+    "encoder/blocks/attention/qkv/kernel": (2, 16, 48),
+    "encoder/blocks/attention/qkv/bias": (2, 48),
+    "encoder/blocks/attention/out/kernel": (2, 16, 16),
+    "encoder/blocks/attention/out/bias": (2, 16),
+    "encoder/blocks/mlp/fc1/kernel": (2, 16, 64),
+    "encoder/blocks/mlp/fc1/bias": (2, 64),
+    "encoder/blocks/mlp/fc2/kernel": (2, 64, 16),
+    "encoder/blocks/mlp/fc2/bias": (2, 16),
+}
 EXTRA = {"clip": {"encoder/embedding_norm/scale": (16,), "encoder/embedding_norm/bias": (16,)}}
 WITHOUT_NORM = ("siamese_im",)
 
@@ -31,27 +39,27 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("layout", ENCODERS)
-def test_every_bit_goes_both_ways(layout: str) -> None:
+def test_a_round_trip_keeps_every_bit(layout: str) -> None:
     theirs = weights(ENCODERS[layout], **TINY)
     others = weights(OTHERS[layout], 1, **TINY) | (
         weights(SIAMESE_DECODER, 2, **TINY) if layout == "siamese_im" else {}
     )
     found = vit_weights.load_vit({**theirs, **others})
     assert found.layout == layout and not found.unknown and not found.notes
-    mine = {path: array for path, array in found.arrays.items() if path.startswith("encoder/")}
+    encoder = {path: array for path, array in found.arrays.items() if path.startswith("encoder/")}
     wanted = {
         path: shape
         for path, shape in ENCODER.items()
         if layout not in WITHOUT_NORM or "/norm/" not in path
     } | EXTRA.get(layout, {})
-    assert {path: array.shape for path, array in mine.items()} == wanted
-    same(vit_weights.store_vit(mine, layout, heads=2), theirs)
+    assert {path: array.shape for path, array in encoder.items()} == wanted
+    same(vit_weights.store_vit(encoder, layout, heads=2), theirs)
 
 
 @pytest.mark.parametrize("layout", ENCODERS)
-def test_from_one_layout_into_every_other_and_back(layout: str) -> None:
-    """A file of one project becomes a file of another and comes back with every bit; with CLIP,
-    which has no bias of the patch embedding, where that is zero."""
+def test_conversion_between_layouts_keeps_every_bit(layout: str) -> None:
+    """A file converted to another layout and back keeps every bit; for CLIP, which has no bias of
+    the patch embedding, with a zero bias."""
     theirs = weights(ENCODERS["timm"], **TINY) | (
         {"patch_embed.proj.bias": np.zeros(16, np.float32)} if layout == "clip" else {}
     )
@@ -59,9 +67,9 @@ def test_from_one_layout_into_every_other_and_back(layout: str) -> None:
     same(vit_weights.store_vit(vit_weights.load_vit(between).arrays, "timm", heads=2), theirs)
 
 
-def test_values_land_where_they_mean_the_same() -> None:
-    """Against the definitions: a linear layer is x W' + b there and x W + b here; a patch embedding
-    is a convolution; [q | k | v]."""
+def test_converted_weights_compute_the_same() -> None:
+    """By the definitions: a linear layer is x W' + b in PyTorch and x W + b here; a patch embedding
+    is a convolution; qkv is [q | k | v]."""
     r = np.random.default_rng(0)
     theirs = weights(ENCODERS["timm"], **TINY)
     here = vit_weights.load_vit(theirs).arrays
@@ -97,7 +105,7 @@ def test_values_land_where_they_mean_the_same() -> None:
     )
 
 
-def test_the_momentum_copy_of_siamese_im_is_the_other_encoder() -> None:
+def test_the_momentum_copy_of_siamese_im() -> None:
     theirs = weights(
         ENCODERS["siamese_im"] + "|" + OTHERS["siamese_im"] + "|" + SIAMESE_DECODER, **TINY
     )
@@ -109,7 +117,7 @@ def test_the_momentum_copy_of_siamese_im_is_the_other_encoder() -> None:
         online.unused["momentum copy"] == sum(name.startswith("mm_") for name in theirs)
         and "momentum copy" not in copy.unused
     )
-    # has no copy: the only one there is
+    # a file without a copy
     np.testing.assert_array_equal(copy.arrays["decoder/head/bias"], theirs["decoder_pred.bias"])
     assert online.arrays["decoder/projector/norm2/scale"].shape == (2, 16) and online.arrays[
         "decoder/position_map/kernel"
@@ -121,7 +129,7 @@ def test_the_momentum_copy_of_siamese_im_is_the_other_encoder() -> None:
         vit_weights.load_vit(weights(ENCODERS["timm"], **TINY), momentum=True)
 
 
-def test_layer_scale_becomes_part_of_the_matrix_before_it() -> None:
+def test_layer_scale_is_multiplied_into_the_preceding_matrix() -> None:
     theirs, r = weights(ENCODERS["timm"], **TINY), np.random.default_rng(3)
     gamma = {
         f"blocks.{layer}.ls{n}.gamma": r.normal(size=16).astype(np.float32)
@@ -141,7 +149,7 @@ def test_layer_scale_becomes_part_of_the_matrix_before_it() -> None:
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_clip_has_no_bias_of_the_patch_embedding_so_ours_moves_into_the_positions() -> None:
+def test_the_patch_embedding_bias_is_added_to_the_positions_for_clip() -> None:
     tree = vit_weights.load_vit(weights(ENCODERS["timm"], **TINY)).arrays
     stored = vit_weights.store_vit(tree, "clip", heads=2)
     assert "embeddings.patch_embedding.bias" not in stored
@@ -152,7 +160,7 @@ def test_clip_has_no_bias_of_the_patch_embedding_so_ours_moves_into_the_position
     np.testing.assert_array_equal(moved[0], 0)
 
 
-def test_prefixes_and_what_files_hold_besides() -> None:
+def test_prefixes_and_unused_arrays() -> None:
     hf = {f"vit.{name}": array for name, array in weights(ENCODERS["hf"], **TINY).items()} | {
         "classifier.weight": np.zeros((3, 16))
     }
@@ -180,20 +188,25 @@ def test_prefixes_and_what_files_hold_besides() -> None:
     ).keys() == {"vit.embeddings.cls_token"}
 
 
-def test_settings_come_from_shapes_and_from_the_json_beside() -> None:
+def test_settings_come_from_shapes_and_config_json() -> None:
     sizes = {"patch_size": 4, "width": 16, "depth": 2, "mlp_ratio": 4.0, "cls_token": True}
-    told = vit_weights.load_vit(weights(ENCODERS["google"], **TINY)).settings
+    settings = vit_weights.load_vit(weights(ENCODERS["google"], **TINY)).settings
     assert (
-        sizes.items() <= told.items()
-        and told["heads"] == 2
-        and told["activation"] == "gelu_tanh"
-        and told["mean"] == (0.5, 0.5, 0.5)
+        sizes.items() <= settings.items()
+        and settings["heads"] == 2
+        and settings["activation"] == "gelu_tanh"
+        and settings["mean"] == (0.5, 0.5, 0.5)
     )
     clip = {
         "vision_config": {"num_attention_heads": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-3}
     }
-    told = vit_weights.load_vit(weights(ENCODERS["clip"], **TINY), config=clip).settings
-    assert (told["heads"], told["activation"], told["norm_eps"], told["embedding_norm"]) == (
+    settings = vit_weights.load_vit(weights(ENCODERS["clip"], **TINY), config=clip).settings
+    assert (
+        settings["heads"],
+        settings["activation"],
+        settings["norm_eps"],
+        settings["embedding_norm"],
+    ) == (
         4,
         "gelu",
         1e-3,
@@ -203,16 +216,16 @@ def test_settings_come_from_shapes_and_from_the_json_beside() -> None:
         "model_args": {"num_heads": 8},
         "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]},
     }
-    told = vit_weights.load_vit(weights(ENCODERS["timm"], **TINY), config=timm).settings
+    settings = vit_weights.load_vit(weights(ENCODERS["timm"], **TINY), config=timm).settings
     assert (
-        told["heads"] == 8
-        and told["mean"] == (0.1, 0.2, 0.3)
-        and told["final_norm"]
-        and not told["embedding_norm"]
+        settings["heads"] == 8
+        and settings["mean"] == (0.1, 0.2, 0.3)
+        and settings["final_norm"]
+        and not settings["embedding_norm"]
     )
 
 
-def test_what_is_refused() -> None:
+def test_refusals() -> None:
     whole = weights(ENCODERS["timm"], **TINY)
     without = {name: array for name, array in whole.items() if name != "blocks.0.mlp.fc2.bias"}
     ragged = {**whole, "blocks.1.norm1.bias": np.zeros(8, np.float32)}
@@ -222,7 +235,7 @@ def test_what_is_refused() -> None:
         if "layer.1.attention.attention.key.bias" not in n
     }
     for table, words in (
-        ({"fc.weight": np.zeros(3)}, ("no layout", "fc.weight", "timm")),
+        ({"fc.weight": np.zeros(3)}, ("no known layout", "fc.weight", "timm")),
         (without, ("blocks.0.mlp.fc2.bias is missing",)),
         (query, ("encoder.layer.1.attention.attention.key.bias is missing",)),
         (ragged, ("blocks.{l}.norm1.bias differs in shape",)),
@@ -234,12 +247,12 @@ def test_what_is_refused() -> None:
         )
     with pytest.raises(
         UserError,
-        match="encoder/norm/scales has no name in the layout timm; nearest is encoder/norm/scale",
+        match="scales has no name in the layout timm; the nearest are encoder/norm/scale",
     ):
         vit_weights.store_vit({"encoder/norm/scales": np.ones(3)}, "timm", heads=1)
 
 
-def test_an_intern_image_file_is_seen_as_one() -> None:
+def test_an_intern_image_file_is_recognised() -> None:
     found = vit_weights.load_vit(
         {
             "patch_embed.conv1.weight": np.zeros((32, 3, 3, 3)),
@@ -255,17 +268,17 @@ def test_an_intern_image_file_is_seen_as_one() -> None:
         "image_mean": [0.1, 0.2, 0.3],
         "crop_size": {"height": 384, "width": 384},
     }
-    told = vit_weights.load_vit(
+    settings = vit_weights.load_vit(
         {"model.patch_embed.conv1.weight": np.zeros((32, 3, 3, 3))}, config=beside
     ).settings
-    assert told == {"mean": (0.1, 0.2, 0.3), "std": (0.229, 0.224, 0.225), "image_size": 384}
+    assert settings == {"mean": (0.1, 0.2, 0.3), "std": (0.229, 0.224, 0.225), "image_size": 384}
     with pytest.raises(
         UserError, match="InternImage and no momentum copy: use init.weights=online"
     ):
         vit_weights.load_vit({"patch_embed.conv1.weight": np.zeros((32, 3, 3, 3))}, momentum=True)
 
 
-def test_the_first_layout_that_knows_a_name_is_the_right_one() -> None:
+def test_the_first_matching_layout_is_used() -> None:
     for name, text in ENCODERS.items():
         extra = SIAMESE_DECODER if name == "siamese_im" else OTHERS[name]
         found = vit_layouts.layout_of(weights(text + "|" + extra, **TINY))

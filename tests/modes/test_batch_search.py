@@ -1,4 +1,4 @@
-"""Searches of --mode=compile against a compiler that is a formula."""
+"""The searches of --mode=compile, with a formula instead of a compiler."""
 
 import math
 
@@ -17,8 +17,8 @@ def machine(
     soft: float = 0.0,
     silent: bool = False,
 ):
-    """A compiler: need is a line, which near the limit is bent by `soft` of the excess; and the
-    sizes that were tried."""
+    """(compiler, sizes that were tried). Memory is a line, which near the limit is bent by `soft`
+    of the excess."""
     tried: list[int] = []
 
     def attempt(n: int) -> batch_search.CompileTrial:
@@ -36,7 +36,7 @@ def machine(
 @pytest.mark.parametrize("largest", [1, 2, 7, 13, 16])
 @pytest.mark.parametrize("start", [1, 5, 100])
 @pytest.mark.parametrize("silent", [False, True])
-def test_small_sizes_are_found_exactly(largest: int, start: int, silent: bool) -> None:
+def test_small_sizes_are_exact(largest: int, start: int, silent: bool) -> None:
     attempt, tried = machine(10.0 + largest + 0.5, silent=silent)
     assert batch_search.largest_batch(attempt, start) == largest
     assert len(tried) == len(set(tried)) <= 12
@@ -44,25 +44,24 @@ def test_small_sizes_are_found_exactly(largest: int, start: int, silent: bool) -
 
 @pytest.mark.parametrize("soft", [0.0, 0.5])
 @pytest.mark.parametrize("start", [1, 64, 4096])
-def test_large_sizes_are_found_to_a_sixteenth_in_few_attempts(soft: float, start: int) -> None:
+def test_large_sizes_are_within_a_sixteenth_after_few_attempts(soft: float, start: int) -> None:
     attempt, tried = machine(1000.0, soft=soft)
     found = batch_search.largest_batch(attempt, start)
     best = max(n for n in range(1, 2000) if machine(1000.0, soft=soft)[0](n).fits)
     assert best * 15 / 16 - 1 <= found <= best and len(tried) <= 12
 
 
-def test_what_is_too_large_is_tried_before_what_fits() -> None:
-    """A compiler says soon that something does not fit, and takes many times as long for what
-    does."""
+def test_sizes_that_do_not_fit_are_tried_first() -> None:
+    """A compiler refuses a size quickly and takes many times as long for one that fits."""
     attempt, tried = machine(100.0, fixed=6.0)
     found = batch_search.largest_batch(attempt, 40)
     assert 15 / 16 * 94 - 1 <= found <= 94
     assert sum(n <= 94 for n in tried) <= 2 <= len(tried), tried
 
 
-def test_large_sizes_that_are_tried_are_round() -> None:
-    """990 would fit by the line; but a step takes its rows in pieces, and the more divisors they
-    have, the nearer to the wanted size."""
+def test_large_sizes_are_round() -> None:
+    """990 would fit by the line, but a step splits its rows into pieces, and the more divisors
+    their number has, the closer they are to the best size."""
     attempt, tried = machine(1000.0)
     found = batch_search.largest_batch(attempt, 64)
     assert 15 / 16 * 990 - 1 <= found < 990 and all(n % 4 == 0 for n in tried), tried
@@ -73,7 +72,7 @@ def test_nothing_fits() -> None:
     assert batch_search.largest_batch(attempt, 8) == 0 and min(tried) == 1
 
 
-def test_candidates_go_from_cheap_to_dear_and_can_be_split() -> None:
+def test_candidates_are_ordered_by_cost_and_divisible() -> None:
     config = toy.settings(train__batch_size=64)
     listed = list(batch_search.memory_savers(config, 8))
     flags = [name for name, _ in listed]
@@ -107,7 +106,7 @@ def test_one_device_has_no_mesh_to_change() -> None:
     assert not any("mesh" in name for name, _ in batch_search.memory_savers(toy.settings(), 1))
 
 
-def test_a_batch_that_is_rounded_is_no_reason_to_leave_a_candidate_out() -> None:
+def test_a_rounded_batch_keeps_its_candidates() -> None:
     # on eight devices in two parts: 32
     rounded = toy.settings(train__batch_size=24, train__round_batch=True)
     assert "--config.train.microbatches=2" in dict(batch_search.memory_savers(rounded, 8))

@@ -1,5 +1,5 @@
-"""Several objectives, one table: which runs are made, which are not made again, and what the table
-says. Runs are stand-ins but for one."""
+"""--mode=compare: which runs are trained, which are not repeated, and the content of the table. All
+but two runs are replaced by a fake."""
 
 import json
 
@@ -34,7 +34,7 @@ def settings(**changes: object):
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[jobs.Setup]:
-    """Runs that were made; each writes the log of a run whose last loss is 3 + seed."""
+    """The runs that were trained; each writes a log whose last loss is 3 + seed."""
     made: list[jobs.Setup] = []
 
     def pretrain(job: jobs.Setup, allow_changes: bool) -> int:
@@ -58,9 +58,7 @@ def names(ran: list[jobs.Setup]) -> list[str]:
     return [job.workdir.name for job in ran]
 
 
-def test_every_form_and_seed_is_a_run_with_the_same_settings_otherwise(
-    ran, tmp_path, capsys
-) -> None:
+def test_every_form_and_seed_is_a_run_with_common_settings(ran, tmp_path, capsys) -> None:
     assert compare.run(settings(seed=5), workdir=str(tmp_path), allow_changes=False) == 0
     assert names(ran) == ["mim-5", "mim-6", "mae+clip-5", "mae+clip-6"]
     assert [job.config.objective.forms for job in ran] == [("mim",)] * 2 + [("mae", "clip")] * 2
@@ -83,7 +81,7 @@ def test_every_form_and_seed_is_a_run_with_the_same_settings_otherwise(
     )
 
 
-def test_the_table_has_the_last_figures_with_their_spread(ran, tmp_path) -> None:
+def test_the_table_has_mean_and_deviation_of_the_last_values(ran, tmp_path) -> None:
     compare.run(settings(), workdir=str(tmp_path), allow_changes=False)
     rows = json.loads((tmp_path / "compare.json").read_text())["rows"]
     assert [row["form"] for row in rows] == ["mim", "mae+clip"] and rows[0]["seeds"] == [0, 1]
@@ -103,7 +101,7 @@ def test_the_table_has_the_last_figures_with_their_spread(ran, tmp_path) -> None
     )
 
 
-def test_what_is_done_is_not_run_again_and_what_is_not_is(ran, tmp_path) -> None:
+def test_finished_runs_are_not_repeated(ran, tmp_path) -> None:
     compare.run(settings(compare__forms="mim"), workdir=str(tmp_path), allow_changes=False)
     (tmp_path / "compare" / "mim-1" / "result.json").unlink()
     compare.run(settings(compare__forms="sim,mim"), workdir=str(tmp_path), allow_changes=False)
@@ -119,7 +117,7 @@ def test_a_result_of_other_settings_is_refused(ran, tmp_path) -> None:
     assert len(ran) == 4
 
 
-def test_preemption_passes_through_and_the_table_has_what_was_done(
+def test_preemption_is_returned_and_the_table_has_the_finished_runs(
     ran, tmp_path, monkeypatch
 ) -> None:
     inner = compare.train.pretrain
@@ -172,9 +170,7 @@ def test_a_run_that_is_not_finite_does_not_stop_the_others(
         ({"compare__seeds": 0}, "compare.compare_seeds"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_before_anything_runs(
-    ran, tmp_path, changes, wanted
-) -> None:
+def test_invalid_comparisons_are_refused_before_any_run(ran, tmp_path, changes, wanted) -> None:
     with pytest.raises(UserError, match=wanted.replace("+", r"\+")):
         compare.run(settings(**changes), workdir=str(tmp_path), allow_changes=False)
     assert not ran
@@ -205,7 +201,7 @@ def test_two_real_runs(tmp_path, monkeypatch, capsys) -> None:
     assert command.main(arguments) == 0
     rows = json.loads((tmp_path / "compare.json").read_text())["rows"]
     wanted = {"eval/knn/top1", "eval/linear/top1", "loss", "flops", "seconds"}
-    # a text tower more
+    # one text tower more
     assert rows[1]["figures"]["flops"]["mean"] > rows[0]["figures"]["flops"]["mean"] > 1e8
     assert (
         wanted <= set(rows[0]["figures"])
@@ -216,5 +212,5 @@ def test_two_real_runs(tmp_path, monkeypatch, capsys) -> None:
         and (tmp_path / "compare/d-0/panels/00000004.png").is_file()
     )
     capsys.readouterr()
-    assert command.main(arguments) == 0  # nothing is run again
+    assert command.main(arguments) == 0  # no run is repeated
     assert "compare: 1 of 2" not in capsys.readouterr().out

@@ -1,5 +1,5 @@
-"""--mode=compile on forced devices of this host: what it writes, refuses and exits with; for a TPU
-where libtpu is installed."""
+"""--mode=compile for forced CPU devices: output, refusals and exit codes; for a TPU if libtpu is
+installed."""
 
 import importlib.util
 import json
@@ -37,13 +37,13 @@ def here(monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def test_the_state_by_parts_is_the_state() -> None:
-    """Split over (2 replicas, 4 fsdp): what one device holds, against the sum over its arrays."""
+def test_the_parts_of_the_state_sum_to_its_bytes() -> None:
+    """On a mesh of 2 replicas and 4 fsdp shards, compared with the arrays of one device."""
     config = toy.settings(model__encoder__width=128)  # wide enough that kernels are worth splitting
     made = trainer.Trainer(config, parallel.make_mesh((2, 4, 1), jax.devices()[:8]), toy.VOCABULARY)
     parts = mode.state_bytes(made)
     held = jax.tree.map(
-        lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+        lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
         made.template,
         made.shardings,
     )
@@ -58,9 +58,9 @@ def test_the_state_by_parts_is_the_state() -> None:
     assert whole / 4 < parts["params"] < whole / 2
 
 
-def test_what_waits_for_the_backward_is_counted_from_shapes() -> None:
-    """`names` keeps two tensors more than `half`: what attention gives, [B, T, D], and the MLP
-    before its GELU, [B, T, 4 D]."""
+def test_residual_bytes_follow_from_shapes() -> None:
+    """`names` keeps two tensors more than `half`: the output of attention, [B, T, D], and the input
+    of the GELU, [B, T, 4 D]."""
 
     def kept(remat: str) -> float:
         config = toy.settings(model__remat=remat, model__scan=True, data__captions="no")
@@ -76,8 +76,8 @@ def test_what_waits_for_the_backward_is_counted_from_shapes() -> None:
     assert kept("half") > kept("full") > 0
 
 
-def test_views_and_targets_wait_for_the_other_microbatches() -> None:
-    """Of both views of 16 images the 16 cells of 8 x 8 x 3 numbers, and as many features of 32."""
+def test_views_and_targets_of_all_microbatches_are_counted() -> None:
+    """For both views of 16 images: 16 patches of 8 x 8 x 3 values, and 16 features of 32."""
     config = toy.settings(data__captions="no")
     one = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0)
     assert one.views_and_targets_bytes(trainer.abstract_batch(config)) == 4 * 2 * 16 * 16 * (
@@ -85,8 +85,8 @@ def test_views_and_targets_wait_for_the_other_microbatches() -> None:
     )
 
 
-def test_a_program_is_compiled_although_the_cache_has_it(tmp_path) -> None:
-    """Also in a process that has used its cache before: JAX asks once whether there is one."""
+def test_a_cached_program_is_compiled_again(tmp_path) -> None:
+    """Also in a process that has used its cache before: JAX reads the setting once."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -112,8 +112,8 @@ def test_a_program_is_compiled_although_the_cache_has_it(tmp_path) -> None:
 
 
 def test_a_step_for_eight_devices_is_compiled_and_reported(tmp_path, capsys) -> None:
-    """Half a MiB is too little: everything is written and told all the same, then one line says by
-    how much, and the exit code is 3. The batch is rounded up as in a run."""
+    """Half a MiB is too little: all output is written, then one line gives the
+    excess, and the exit code is 3. The batch is rounded up as in a run."""
     rounded = ["--config.train.batch_size=12", "--config.train.round_batch=true"]
     assert (
         command.main(
@@ -182,15 +182,16 @@ def test_a_step_for_eight_devices_is_compiled_and_reported(tmp_path, capsys) -> 
         (["--topology=cpu:8", "--mode=show"], "--topology: does not belong to --mode=show"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_2(flags, wanted, tmp_path, capsys) -> None:
-    assert command.main([*ARGUMENTS, "--workdir", str(tmp_path), *flags]) == 2
+def test_a_mistake_gives_one_line_and_exit_code_2(flags, wanted, tmp_path, capsys) -> None:
+    arguments = ARGUMENTS[:-1] if "--mode=show" in flags else ARGUMENTS
+    assert command.main([*arguments, "--workdir", str(tmp_path), *flags]) == 2
     out, err = capsys.readouterr()
     assert wanted in err and err.count("\n") == 1 and "Traceback" not in out + err
 
 
 @pytest.mark.parametrize("search", [[], ["--suggest"], ["--largest-batch"]])
 def test_a_mesh_that_a_run_refuses_is_refused(search, tmp_path, capsys, monkeypatch) -> None:
-    """CPU devices are all of one host, so that of a slice which spans several is played."""
+    """All CPU devices are of one host, so the check for several hosts is replaced by a fake."""
 
     def refuse(mesh: jax.sharding.Mesh) -> None:
         raise UserError(f"config.parallel.mesh: hosts of {mesh.size} devices share rows")
@@ -201,30 +202,33 @@ def test_a_mesh_that_a_run_refuses_is_refused(search, tmp_path, capsys, monkeypa
 
 
 def fake(limit_units: int):
-    """A report that fits up to so many images a data shard, without compiling."""
+    """A fake report: up to so many images a data shard fit."""
 
     def report(config, site, words):
         images, parts = config.train.batch_size // 8, config.train.microbatches
         peak = 1e6 + 1e6 * images / parts
         fits = peak <= 1e6 + 1e6 * limit_units
         return {
-            "fits": fits, "peak_bytes": peak, "limit_bytes": site.limit, "over_bytes": 0.0 if fits else 1.0, "compile_seconds": 0.0,
-            "memory": {"params": 1e6}, "flops": {"ratio": 1.0}, "topology": "cpu:8", "devices": 8, "microbatches": parts,
-            "mesh": {"replica": 8, "fsdp": 1, "tensor": 1}, "batch_size": config.train.batch_size, "batch_per_device": images,
+            "fits": fits, "peak_bytes": peak, "limit_bytes": site.limit,
+            "over_bytes": 0.0 if fits else 1.0, "compile_seconds": 0.0,
+            "memory": {"params": 1e6}, "flops": {"ratio": 1.0}, "topology": "cpu:8", "devices": 8,
+            "microbatches": parts,
+            "mesh": {"replica": 8, "fsdp": 1, "tensor": 1}, "batch_size": config.train.batch_size,
+            "batch_per_device": images,
         }  # fmt: skip
 
     return report
 
 
-def test_the_largest_batch_and_suggestions_are_told(tmp_path, capsys, monkeypatch) -> None:
+def test_the_largest_batch_and_suggestions_are_printed(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(mode, "report_program", fake(22))
     monkeypatch.setattr(compile_report, "_costs", lambda report: "")
     base = [*ARGUMENTS, "--workdir", str(tmp_path), "--topology=cpu:8", "--memory=1"]
     assert command.main([*base, "--largest-batch"]) == 0
-    told = json.loads((tmp_path / "compile.json").read_text())
+    report = json.loads((tmp_path / "compile.json").read_text())
     assert (
-        told["largest_batch"] == 22
-        and len(told["tried"]) >= 2
+        report["largest_batch"] == 22
+        and len(report["tried"]) >= 2
         and "22 images a data shard" in capsys.readouterr().out
     )
     monkeypatch.setattr(mode, "report_program", fake(4))
@@ -236,10 +240,10 @@ def test_the_largest_batch_and_suggestions_are_told(tmp_path, capsys, monkeypatc
 
 
 @pytest.mark.parametrize(("images", "parts"), [(2, ""), (4, "2"), (6, ""), (32, "16")])
-def test_only_parts_that_a_batch_divides_into_are_advised(
+def test_advised_microbatches_divide_the_batch(
     images: int, parts: str, tmp_path, capsys, monkeypatch
 ) -> None:
-    """Two megabytes, of which the state is one and every image of a data shard wants another."""
+    """Two megabytes: the state needs one, and every image of a data shard another one."""
     monkeypatch.setattr(mode, "report_program", fake(1))
     monkeypatch.setattr(compile_report, "_costs", lambda report: "")
     size = [
@@ -252,15 +256,15 @@ def test_only_parts_that_a_batch_divides_into_are_advised(
     assert "".join(re.findall(r"microbatches=(\d+)", capsys.readouterr().err)) == parts
 
 
-@pytest.mark.parametrize(("gib", "told"), [(55, False), (62, True)])
-def test_more_than_the_pool_of_a_card_is_said_whatever_memory_was_given(
-    gib: int, told: bool, tmp_path, capsys, monkeypatch
+@pytest.mark.parametrize(("gib", "printed"), [(55, False), (62, True)])
+def test_a_need_beyond_the_default_gpu_pool_is_printed(
+    gib: int, printed: bool, tmp_path, capsys, monkeypatch
 ) -> None:
     """Three quarters of an H100 are 59 GiB."""
-    place = mode.CompileTarget(
-        topology=mode.topology.read("h100:8"), devices=jax.devices(), limit=64 * 2**30
+    target = mode.CompileTarget(
+        topology=mode.topologies.parse_topology("h100:8"), devices=jax.devices(), limit=64 * 2**30
     )
-    monkeypatch.setattr(mode, "compile_target", lambda *_, **__: place)
+    monkeypatch.setattr(mode, "compile_target", lambda *_, **__: target)
     monkeypatch.setattr(
         mode, "report_program", lambda *given: fake(10**6)(*given) | {"peak_bytes": gib * 2**30}
     )
@@ -269,12 +273,12 @@ def test_more_than_the_pool_of_a_card_is_said_whatever_memory_was_given(
         command.main([*ARGUMENTS, "--workdir", str(tmp_path), "--topology=h100:8", "--memory=64"])
         == 0
     )
-    assert ("XLA_PYTHON_CLIENT_MEM_FRACTION" in capsys.readouterr().out) == told
+    assert ("XLA_PYTHON_CLIENT_MEM_FRACTION" in capsys.readouterr().out) == printed
 
 
 @pytest.mark.slow
-def test_the_command_forces_the_devices_itself(tmp_path) -> None:
-    """A process of its own with one device asks for twelve."""
+def test_the_command_creates_its_devices(tmp_path) -> None:
+    """A new process with one device compiles for twelve."""
     arguments = [
         sys.executable,
         "-m",
@@ -325,10 +329,10 @@ def test_a_tpu_step_without_a_tpu(tmp_path, capsys) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-def test_the_peak_is_what_a_tpus_compiler_holds_against_its_memory() -> None:
-    """Three towers in scans, at three batches: what the largest would have needed, as the refusal
-    says, lies on the line through the peaks of the others, and the second passed although the sum
-    of its statistics is more than a chip has."""
+def test_the_peak_equals_that_of_the_tpu_compiler() -> None:
+    """Three towers in scans, at three batch sizes: the memory of the largest, as given by the
+    refusal, lies on the line through the peaks of the others; the second fits although the sum of
+    its statistics exceeds the memory of a chip."""
     where = mode.compile_target("v5e:1x1", "")
     one = jax.sharding.SingleDeviceSharding(where.devices[0])
 

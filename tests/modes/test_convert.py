@@ -1,5 +1,5 @@
-"""--mode=convert: the same records in the same order, whatever the number of processes, and after
-being stopped."""
+"""--mode=convert: the same records in the same order, for any number of processes and after an
+interruption."""
 
 import os
 import pathlib
@@ -32,8 +32,8 @@ def config(pictures: pathlib.Path, workers: int) -> schema.Config:
     return schema.Config(data=schema.Data(source="folder", path=str(pictures), workers=workers))
 
 
-def same(place: pathlib.Path, pictures: pathlib.Path) -> None:
-    before, after = FolderSource(str(pictures)), array_record.ArrayRecordSource(str(place))
+def same(directory: pathlib.Path, pictures: pathlib.Path) -> None:
+    before, after = FolderSource(str(pictures)), array_record.ArrayRecordSource(str(directory))
     assert len(before) == len(after) == 620 and before.classes == after.classes and after.captions
     for i in range(len(before)):
         a, b = before[i], after[i]
@@ -44,7 +44,7 @@ def same(place: pathlib.Path, pictures: pathlib.Path) -> None:
         ) == b.caption
 
 
-def test_records_are_kept_byte_for_byte_and_a_second_run_makes_nothing(pictures, tmp_path, capsys):
+def test_records_are_kept_byte_for_byte_and_a_second_run_writes_nothing(pictures, tmp_path, capsys):
     assert mode.run(config(pictures, 1), workdir=str(tmp_path)) == 0
     same(tmp_path, pictures)
     out, err = capsys.readouterr()
@@ -54,7 +54,7 @@ def test_records_are_kept_byte_for_byte_and_a_second_run_makes_nothing(pictures,
     shards[1].unlink()
     (tmp_path / "pictures-00001-of-00003.array_record.123.part").write_bytes(b"left over")
     assert mode.run(config(pictures, 1), workdir=str(tmp_path)) == 0
-    assert "2 of 3 shards are there already" in capsys.readouterr().out
+    assert "2 of 3 shards are already complete" in capsys.readouterr().out
     after = [(path.read_bytes(), path.stat().st_mtime_ns) for path in shards]
     assert after[0] == before[0] and after[2] == before[2] and after[1][1] > before[1][1]
     assert not list(tmp_path.glob("*.part"))
@@ -78,7 +78,7 @@ def test_a_mixture_of_nothing_is_refused(tmp_path):
         mode.run(schema.Config(data=schema.Data(source="mixture")), workdir=str(tmp_path))
 
 
-def test_rows_of_all_shards_are_all_rows():
+def test_the_shards_partition_all_rows():
     for records in (1, 255, 620, 5000, 100_000):
         shards = conversion.shard_count(records)
         assert [
@@ -87,9 +87,9 @@ def test_rows_of_all_shards_are_all_rows():
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_it_goes_on(pictures, tmp_path):
-    """Killed with its two processes at work: nothing half-written is taken for a shard, no process
-    is left, and the result is the same."""
+def test_a_killed_conversion_is_resumed(pictures, tmp_path):
+    """Killed while its two processes write: an incomplete shard is not used, no process is left,
+    and the result is the same."""
     command = [
         sys.executable,
         "-m",

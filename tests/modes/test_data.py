@@ -1,5 +1,5 @@
-"""--mode=data on a folder whose contents are known: every figure of the report, and a page that
-stands alone."""
+"""--mode=data on a folder with known contents: every value of the report, and a self-contained
+page."""
 
 import html.parser
 import json
@@ -20,10 +20,10 @@ from tests import broken, toy
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, str, dict[str, str]]:
+def survey(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, str, dict[str, str]]:
     """(report, page, console, reasons of the broken files) of 24 good images, 22 broken ones and
     two copies."""
-    folder, place = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("run")
+    folder, directory = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("run")
     reasons = broken.fill(folder, good=24)
     (folder / "b" / "copy<i>.png").write_bytes((folder / "a" / "0000.png").read_bytes())
     (folder / "b" / "copy<i>.txt").write_text("<script>alert(1)</script> " + "long " * 40)
@@ -49,19 +49,19 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, str, dict
     printed: list[str] = []
     patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
     try:
-        assert data.run(config, workdir=str(place)) == 0
+        assert data.run(config, workdir=str(directory)) == 0
     finally:
         patch.undo()
     return (
-        json.loads((place / "data.json").read_text()),
-        (place / "data.html").read_text(),
+        json.loads((directory / "data.json").read_text()),
+        (directory / "data.html").read_text(),
         "\n".join(printed),
         reasons,
     )
 
 
-def test_the_counts_are_exact(told):
-    report, _, console, reasons = told
+def test_the_counts_are_exact(survey):
+    report, _, console, reasons = survey
     pictures = report["pictures"]
     assert (
         report["source"]["records"] == pictures["looked_at"] == 24 + 22 + 2
@@ -105,8 +105,8 @@ def test_the_counts_are_exact(told):
         assert part in console
 
 
-def test_speed_and_chips(told):
-    report = told[0]
+def test_speed_and_chips(survey):
+    report = survey[0]
     speed, feeds = report["speed"], report["feeds"]
     assert feeds["mfu"] == schema.Report().mfu
     assert {kind: peak for kind, peak, *_ in feeds["chips"]} == {
@@ -118,7 +118,7 @@ def test_speed_and_chips(told):
         assert fed == pytest.approx(speed["pipeline"] * speed["cores"] / wants)
 
 
-def test_what_is_computed_twice_is_no_work_of_the_model():
+def test_model_flops_do_not_depend_on_remat():
     plain = data.chips_fed(toy.settings(objective__forms="supervised"), toy.VOCABULARY, 100.0)
     again = toy.settings(
         objective__forms="supervised", model__remat="full", train__microbatches=2, report__mfu=0.5
@@ -130,7 +130,7 @@ def test_what_is_computed_twice_is_no_work_of_the_model():
     )
 
 
-def test_a_file_that_vanishes_is_reported_where_it_may_be(tmp_path):
+def test_a_missing_file_is_reported_with_data_missing_replace(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(broken.encode(broken.smooth(20, 20 + i), "PNG"))
     source, kept = FolderSource(str(tmp_path)), schema.Data(missing="replace")
@@ -160,8 +160,8 @@ class Page(html.parser.HTMLParser):
         self.feed_text += data
 
 
-def test_the_page_stands_alone(told):
-    report, page, _, _ = told
+def test_the_page_needs_no_other_files(survey):
+    report, page, _, _ = survey
     seen = Page()
     seen.feed(page)
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in seen.tags}
@@ -173,14 +173,14 @@ def test_the_page_stands_alone(told):
     ]
     assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]*", "", page).replace("http-equiv", "")
     # examples, and two of each of two duplicates
-    assert sum(tag == "img" for tag, _ in seen.tags) == data.PICTURES + 4
+    assert sum(tag == "img" for tag, _ in seen.tags) == data.EXAMPLES + 4
     assert "<script>alert(1)</script>" in seen.feed_text and "b/copy<i>.png" in seen.feed_text
     assert f"{report['source']['records']:,}" in seen.feed_text and ("name", "viewport") in {
         x for _, a in seen.tags for x in a.items()
     }
 
 
-def test_a_large_source_is_sampled_evenly_and_always_the_same():
+def test_a_large_source_is_sampled_evenly_and_deterministically():
     assert dataset_scan.spread_indices(10**9, 5) == [
         0,
         200_000_000,
@@ -210,8 +210,14 @@ def test_duplicates_across_the_parts_are_counted():
             index, str(index), "PNG", 5, content, "", "", 20, 20, -1, None
         )
 
-    made = dataset_stats.dataset_stats([seen(0, b"x"), seen(1, b"y"), seen(2, b"x"), seen(3, b"y"), seen(4, b"y"), seen(5, b"z")],
-                             classes=(), kept=0, length=8, ids=None, held_out=range(3, 6))  # fmt: skip
+    made = dataset_stats.dataset_stats(
+        [seen(0, b"x"), seen(1, b"y"), seen(2, b"x"), seen(3, b"y"), seen(4, b"y"), seen(5, b"z")],
+        classes=(),
+        kept=0,
+        length=8,
+        ids=None,
+        held_out=range(3, 6),
+    )
     twice = made["duplicates"]
     assert (twice["records"], twice["groups"], twice["in_both_parts"]) == (3, 2, 1)
     assert twice["examples"] == [["1", "3", "4"], ["0", "2"]]
@@ -222,7 +228,7 @@ def test_duplicates_across_the_parts_are_counted():
     }
 
 
-def test_nothing_usable_is_reported_not_raised(tmp_path):
+def test_a_source_without_readable_records_is_reported(tmp_path):
     seen = [
         dataset_scan.inspect_record(i, dataset_scan.base.Record(str(i), b"<html>"))
         for i in range(3)

@@ -1,5 +1,4 @@
-"""--mode=eval on a run that was saved: every evaluator at once, what is kept of it, what is
-refused."""
+"""--mode=eval on a saved run: all evaluators at once, the results that are kept, the refusals."""
 
 import errno
 import json
@@ -10,37 +9,39 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from tests.evaluation.test_loaded import intern_image_file
 
 from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax import parallel
 from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import UserError
+from m3i_jax.evaluation import registry, retrieval
 from m3i_jax.interop import tensor_files
 from m3i_jax.modes import eval as evaluate
+from m3i_jax.modes import evaluators, figure_evaluators, train
 from m3i_jax.modes import setup as jobs
-from m3i_jax.modes import train
 from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import checkpoint_dir
 from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.trainer import Trainer
 from tests import broken, toy
+from tests.evaluation.test_load import intern_image_file
 from tests.interop.published_vit import ENCODERS, weights
 
 SMALL = {
-    "data__size": 60, "data__classes": -1, "data__captions": "auto", "data__holdout": 0.3, "train__batch_size": 16,
+    "data__size": 60, "data__classes": -1, "data__captions": "auto", "data__holdout": 0.3,
+    "train__batch_size": 16,
     "objective__forms": "supervised,weakly_supervised", "model__encoder__drop_path": 0.0,
-    "evaluate__batch_size": 16, "evaluate__train_limit": 32, "evaluate__k": 3, "evaluate__probe_epochs": 3, "evaluate__probe_warmup": 1,
+    "evaluate__batch_size": 16, "evaluate__train_limit": 32, "evaluate__k": 3,
+    "evaluate__probe_epochs": 3, "evaluate__probe_warmup": 1,
     "evaluate__attentive_epochs": 1, "evaluate__attentive_limit": 16, "evaluate__shots": "(1,2)",
 }  # fmt: skip
-EVERY = tuple(evaluate.evaluators.EVALUATORS)
+EVERY = tuple(each.name for each in registry.evaluators())
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The directory of a run that saved its first parameters, and their average with other
-    numbers."""
+    """The directory of a run with two checkpoints of its initial parameters."""
     place = tmp_path_factory.mktemp("run")
     job = jobs.open_setup(
         toy.settings(**SMALL), str(place), trains=[("supervised", "weakly_supervised")]
@@ -60,12 +61,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return place
 
 
-def asked(*names: str) -> list[str]:
+def enable(*names: str) -> list[str]:
     return [f"--config.evaluate.{name}={str(name in names).lower()}" for name in EVERY]
 
 
 def test_every_evaluator_of_a_run(run: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--mode=eval", "--workdir", str(run), *asked(*EVERY)]) == 0
+    assert command.main(["--mode=eval", "--workdir", str(run), *enable(*EVERY)]) == 0
     saved = json.loads((run / "eval.json").read_text())
     assert (
         saved["step"] == 2
@@ -90,16 +91,16 @@ def test_every_evaluator_of_a_run(run: pathlib.Path, capsys: pytest.CaptureFixtu
     assert all(name in out for name in values) and str(run / "checkpoints" / "2") in out
 
 
-def test_what_is_drawn_is_what_is_measured(
+def test_the_confusion_matrix_shows_the_predictions_that_are_measured(
     run: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The matrix is of the right answers that an evaluator counts: those of the head, or without it
-    those of the neighbours."""
+    """The matrix is that of the category head or, without it, of kNN; its accuracy is the one that
+    the evaluator reports."""
     for by, words in (
-        ("direct", "what the category head says"),
-        ("knn", "what the vote of 3 neighbours says"),
+        ("direct", "predictions of the category head"),
+        ("knn", "predictions of kNN (k = 3)"),
     ):
-        assert command.main(["--mode=eval", "--workdir", str(run), *asked(by, "confusion")]) == 0
+        assert command.main(["--mode=eval", "--workdir", str(run), *enable(by, "confusion")]) == 0
         value = json.loads((run / "eval.json").read_text())["results"][by][f"eval/{by}/top1"]
         note = json.loads((run / "pictures" / "00000002-confusion.json").read_text())["note"]
         assert words in note and re.search(
@@ -108,10 +109,10 @@ def test_what_is_drawn_is_what_is_measured(
     assert "evaluation:" not in capsys.readouterr().out
 
 
-def test_files_that_vanish_are_left_out_where_they_may_be(
+def test_missing_files_are_left_out_with_data_missing_replace(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """data.missing=replace holds for every set, for what is drawn and for captions."""
+    """The setting holds for image sets, for figures and for captions."""
     for i in range(5):
         (tmp_path / f"{i}.png").write_bytes(broken.encode(broken.smooth(40, 40 + i), "PNG"))
     settings = SMALL | {
@@ -126,49 +127,47 @@ def test_files_that_vanish_are_left_out_where_they_may_be(
     job = types.SimpleNamespace(
         config=config, mesh=parallel.make_mesh((1, 1, 1), jax.devices()[:1]), held_out=source
     )
-    read = evaluate.evaluators.batches(job, source, 10)
-    assert [batch["index"][batch["valid"]].tolist() for batch in read] == [
-        [0, 1, 2, 4]
-    ] and read.skipped["unreadable"] == 1
-    assert len(evaluate.evaluators.drawn.Easel(job, str, str).tiles([2, 3])) == 2
-    asked: list[str] = []
-    monkeypatch.setattr(
-        evaluate.evaluators.retrieval, "measure", lambda *a, missing, **k: asked.append(missing)
-    )
+    batches = evaluators.host_eval_batches(job, source, 10)
+    assert [batch["index"][batch["valid"]].tolist() for batch in batches] == [[0, 1, 2, 4]]
+    assert batches.skipped["unreadable"] == 1
+    assert len(figure_evaluators.FigureWriter(job, str, str).tiles([2, 3])) == 2
+    received: list[str] = []
+    monkeypatch.setattr(retrieval, "measure", lambda *a, missing, **k: received.append(missing))
     job = jobs.open_setup(
         toy.settings(**SMALL, data__missing="replace"),
         str(tmp_path),
         trains=[("supervised", "weakly_supervised")],
     )
-    evaluate.evaluators.measures(job, print, easel=evaluate.evaluators.drawn.Easel(job, str, str))
-    assert asked == ["replace"]
+    figures = figure_evaluators.FigureWriter(job, str, str)
+    evaluators.enabled_metrics(job, print, figures=figures)
+    assert received == ["replace"]
 
 
 @pytest.mark.parametrize("thorough", [True, False])
-def test_what_cannot_be_evaluated_is_said(thorough: bool, tmp_path: pathlib.Path) -> None:
-    """While a run trains, only what was asked for because of the categories: the terms of an
-    objective are known from elsewhere."""
+def test_skipped_evaluators_are_logged(thorough: bool, tmp_path: pathlib.Path) -> None:
+    """During training only those that lack labels: the others are enabled by default, and the
+    objective is known to train no such term."""
     settings = SMALL | {
         "objective__forms": "mim",
         "data__classes": 0,
         "data__captions": "no",
         "evaluate__linear": True,
     }
-    job, said = jobs.open_setup(toy.settings(**settings), str(tmp_path), trains=[("mim",)]), []
-    assert evaluate.evaluators.wanted(job, said.append, thorough=thorough) == [
-        "embedding",
-        "attention",
-    ]
-    by_class = "kNN and linear" if not thorough else "kNN, linear and confusion"
-    lines = ["no direct evaluation: the objective trains no categories"]
-    lines += ["no zero-shot, retrieval and examples evaluation: the objective trains no captions"]
-    assert said == [
-        f"no {by_class} evaluation: the source has no categories",
-        *(lines if thorough else []),
+    job = jobs.open_setup(toy.settings(**settings), str(tmp_path), trains=[("mim",)])
+    lines: list[str] = []
+    enabled = evaluators.enabled_evaluators(job, lines.append, thorough=thorough)
+    assert [each.name for each in enabled] == ["embedding", "attention"]
+    if not thorough:
+        assert lines == ["no kNN and linear evaluation: the source has no categories"]
+        return
+    assert lines == [
+        "no kNN, linear and confusion evaluation: the source has no categories",
+        "no retrieval, zero-shot and examples evaluation: the objective trains no text tower",
+        "no direct evaluation: the objective trains no category head",
     ]
 
 
-def test_an_encoder_alone_on_other_pictures(
+def test_a_file_of_encoder_weights_on_other_data(
     run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = weights(ENCODERS["timm"], width=32, depth=2, heads=2, patch=8, grid=4)
@@ -185,23 +184,23 @@ def test_an_encoder_alone_on_other_pictures(
                 "--mode=eval",
                 "--workdir",
                 str(run),
-                *asked("attention", "knn", "direct", "examples"),
+                *enable("attention", "knn", "direct", "examples"),
                 *other,
             ]
         )
         == 0
     )
     out = capsys.readouterr().out
-    assert (
-        "vit.safetensors is an encoder alone: its features are evaluated, and nothing that asks a"
-        " head" in out
-    )
+    assert "vit.safetensors contains only an encoder (" in out
+    assert "; evaluators that need a head are skipped" in out
     assert "the data are not those of the run" in out and "eval/direct" not in out
-    (place,) = run.glob("eval-*/pictures")
-    assert "vit.safetensors, online parameters" in (place / "00000000-attention.json").read_text()
+    (directory,) = run.glob("eval-*/pictures")
+    assert (
+        "vit.safetensors, online parameters" in (directory / "00000000-attention.json").read_text()
+    )
 
 
-def test_a_published_intern_image_brings_its_settings(
+def test_a_file_of_a_published_intern_image_sets_the_model(
     run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, _, _ = intern_image_file(tmp_path)
@@ -211,7 +210,7 @@ def test_a_published_intern_image_brings_its_settings(
                 "--mode=eval",
                 "--workdir",
                 str(run),
-                *asked("knn"),
+                *enable("knn"),
                 "--config.data.size=40",
                 "--checkpoint",
                 path,
@@ -220,19 +219,18 @@ def test_a_published_intern_image_brings_its_settings(
         == 0
     )
     out = capsys.readouterr().out
-    assert (
-        "(InternImage of 1+1+2+1 layers from 32 channels, 32 pixels)" in out and "eval/knn" in out
-    )
-    assert "of the last two stages" not in out  # nothing of the encoder is at random
+    assert "(InternImage of 1+1+2+1 layers from 32 channels, 32 pixels)" in out
+    assert "eval/knn" in out
+    assert "of the last two stages" not in out  # no part of the encoder is random
 
 
 @pytest.mark.row("E9")
-def test_other_data_and_other_weights_keep_to_themselves(
+def test_results_of_other_data_or_weights_go_to_another_directory(
     run: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Their results name what they are of, and leave those of the run and its images as they are;
-    the same command finds them again."""
-    own = ["--mode=eval", "--workdir", str(run), *asked("knn", "embedding")]
+    """Their files describe data and weights, those of the run stay unchanged, and the same command
+    continues them."""
+    own = ["--mode=eval", "--workdir", str(run), *enable("knn", "embedding")]
     assert command.main(own) == 0
     before = {
         path: path.read_bytes()
@@ -263,23 +261,23 @@ def test_other_data_and_other_weights_keep_to_themselves(
         if name == "weights":  # of the run itself
             assert not new and json.loads((run / "eval.json").read_text())["step"] == 1
             continue
-        (place,) = new
+        (directory,) = new
         known |= new
-        assert "the data are not those of the run" in out and str(place / "eval.json") in out
-        found = json.loads((place / "eval.json").read_text())
+        assert "the data are not those of the run" in out and str(directory / "eval.json") in out
+        content = json.loads((directory / "eval.json").read_text())
         assert (
-            found["data"] != saved["data"]
-            and found["results"]
-            and list((place / "pictures").iterdir())
+            content["data"] != saved["data"]
+            and content["results"]
+            and list((directory / "pictures").iterdir())
         )
         assert {path: path.read_bytes() for path in before} == before
         assert command.main([*own, change]) == 0 and set(run.glob("eval-*")) == known
         assert "knn:" not in capsys.readouterr().out  # not measured again
 
 
-def test_a_directory_that_was_moved_has_the_same_data(tmp_path: pathlib.Path) -> None:
-    """What images are called does not matter, what they are does; a run of before kept no line of
-    what it held out."""
+def test_a_moved_directory_has_the_same_data(tmp_path: pathlib.Path) -> None:
+    """Images are compared by content, not by path. A data.txt of an older version has no lines
+    about held-out data."""
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
         for i in range(9):
@@ -316,13 +314,13 @@ def test_a_directory_that_was_moved_has_the_same_data(tmp_path: pathlib.Path) ->
     (tmp_path / "run/data.txt").write_text(
         "".join(f"{line}\n" for line in lines if "held out" not in line)
     )
-    # it says that the run wrote something else
+    # the digest is that of the former content
     (tmp_path / "run/digests/data.txt").unlink(missing_ok=True)
     assert evaluate.other_data(new, tmp_path / "run") == []
     assert "data.holdout: 0.3 -> 0.5" in evaluate.other_data(fewer, tmp_path / "run")
 
 
-def test_a_head_of_other_categories_is_not_asked(
+def test_a_category_head_of_other_classes_is_not_evaluated(
     run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for i in range(40):
@@ -337,13 +335,13 @@ def test_a_head_of_other_categories_is_not_asked(
     ]
     assert (
         command.main(
-            ["--mode=eval", "--workdir", str(run), *asked("knn", "direct", "zero_shot"), *other]
+            ["--mode=eval", "--workdir", str(run), *enable("knn", "direct", "zero_shot"), *other]
         )
         == 0
     )
     out = capsys.readouterr().out
     assert "eval/knn/top1" in out and "eval/zero_shot/7/top1" in out and "eval/direct" not in out
-    assert "no direct evaluation: these data have 2 categories, and the head of the run 8" in out
+    assert "no direct evaluation: these data have 2 categories, the head of the run has 8" in out
     config = toy.settings(**SMALL | {"data__classes": 2})
     part = types.SimpleNamespace(classes=("a", "b"))
     job = jobs.Setup(
@@ -355,23 +353,24 @@ def test_a_head_of_other_categories_is_not_asked(
         tokenizer=None,
         workdir=tmp_path,
     )
-    said: list[str] = []
-    changed = evaluate._of_other_classes(job, said.append)
+    lines: list[str] = []
+    changed = evaluate._with_other_classes(job, lines.append)
     assert changed.config.evaluate.direct and changed.classes == ("a", "b")
-    assert said == [
-        "direct evaluation takes category k of these data for category k of the run: a, b, ..."
+    assert lines == [
+        "direct evaluation assumes that category k of these data is category k of the run:"
+        " a, b, ..."
     ]
 
 
 @pytest.mark.row("E11")
-def test_a_place_that_cannot_be_written_to_is_refused_first(
+def test_an_unwritable_directory_is_refused_before_the_data_are_opened(
     run: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(evaluate.output.tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(evaluate.setup, "open_setup", None)  # nothing else is done before
+    monkeypatch.setattr(jobs, "open_setup", None)
     for mode in (
         ["--mode=eval"],
         ["--mode=export", "--format=npz"],
@@ -382,28 +381,28 @@ def test_a_place_that_cannot_be_written_to_is_refused_first(
         assert "Read-only file system" in err and err.count("\n") == 1
 
 
-def test_what_is_known_is_not_measured_again(
+def test_results_of_the_same_command_are_kept(
     run: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same call goes on; another checkpoint is another thing, and so is another setting."""
+    """The same command runs only missing evaluators; another checkpoint or setting starts anew."""
     ran, agreed = [], []
-    real = evaluate.evaluators.measures
+    real = evaluators.enabled_metrics
     monkeypatch.setattr(
         evaluate.distributed,
         "assert_same_on_all_hosts",
         lambda name, items: agreed.append(items["checkpoint"]),
     )
 
-    def noted(*rest, **more):
-        found, sets = real(*rest, **more)
+    def record(*args, **kwargs):
+        metrics, image_sets = real(*args, **kwargs)
         return {
-            name: lambda seen, name=name: (ran.append(name), iter([(f"eval/{name}", 0.5)]))[1]
-            for name in found
-        }, sets
+            name: lambda context, name=name: (ran.append(name), iter([(f"eval/{name}", 0.5)]))[1]
+            for name in metrics
+        }, image_sets
 
-    monkeypatch.setattr(evaluate.evaluators, "enabled_metrics", noted)
+    monkeypatch.setattr(evaluators, "enabled_metrics", record)
     (run / "eval.json").unlink(missing_ok=True)
-    call = ["--mode=eval", "--workdir", str(run), *asked("knn", "direct")]
+    call = ["--mode=eval", "--workdir", str(run), *enable("knn", "direct")]
     assert command.main(call) == 0 and ran == ["knn", "direct"]
     saved = json.loads((run / "eval.json").read_text())
     del saved["results"]["direct"]
@@ -413,7 +412,7 @@ def test_what_is_known_is_not_measured_again(
         3:
     ] == ["knn", "direct"]
     assert json.loads((run / "eval.json").read_text())["step"] == 1
-    # what several hosts must have in common
+    # several hosts must agree on the checkpoint
     assert agreed == [str(max(checkpoint_dir.complete_steps(run / "checkpoints")))] * 2 + ["1"]
     assert (
         command.main(
@@ -425,13 +424,16 @@ def test_what_is_known_is_not_measured_again(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--workdir", "NOWHERE"], "has no config.txt"),
         (["--workdir", "RUN", "--checkpoint", "NOWHERE"], "has no complete checkpoint"),
-        (["--workdir", "RUN", *asked()], "nothing that is asked for can be evaluated"),
-        (["--workdir", "RUN", *asked("confusion")], "nothing that is asked for can be evaluated"),
-        (["--workdir", "RUN", "--config.evaluate.templates=mine.txt"], "there is no such file"),
+        (["--workdir", "RUN", *enable()], "no enabled evaluator can run"),
+        (["--workdir", "RUN", *enable("confusion")], "no enabled evaluator can run"),
+        (
+            ["--workdir", "RUN", "--config.evaluate.templates=my.txt"],
+            "and no file; give one of these",
+        ),
         (
             ["--workdir", "RUN", "--config.optim.lr=1"],
             "config.optim.lr: changes nothing, for --mode=eval does not read it",
@@ -439,7 +441,7 @@ def test_what_is_known_is_not_measured_again(
         (["--workdir", "RUN", "--config.init_from=NOWHERE"], "config.init_from: changes nothing"),
         (
             ["--workdir", "RUN", "--config.data.directory=/d"],
-            "config.data.directory: '/d' changes nothing, for no source is of TFDS",
+            "config.data.directory: '/d' does nothing: it is of data.source=tfds",
         ),
         (
             ["--config", "configs/quickstart.py", "--mode=show", "--checkpoint", "RUN"],
@@ -449,15 +451,16 @@ def test_what_is_known_is_not_measured_again(
 )
 def test_refusals(
     arguments: list[str],
-    told: str,
+    message: str,
     run: pathlib.Path,
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     places = {"RUN": str(run), "NOWHERE": str(tmp_path / "no")}
-    assert command.main(["--mode=eval", *(places.get(a, a) for a in arguments)]) == 2
+    mode = [] if "--mode=show" in arguments else ["--mode=eval"]
+    assert command.main([*mode, *(places.get(a, a) for a in arguments)]) == 2
     err = capsys.readouterr().err
-    assert told in err and err.count("\n") == 1
+    assert message in err and err.count("\n") == 1
 
 
 def test_the_settings_of_a_run_come_back(run: pathlib.Path) -> None:

@@ -1,5 +1,5 @@
-"""--mode=export: files with the names and shapes that other tools expect, bit by bit what the run
-has; a StableHLO program that runs in a process that does not know this package; the model card."""
+"""--mode=export: files with the names and shapes that other libraries expect and with exact values;
+a StableHLO program that runs without this package; the model card."""
 
 import json
 import pathlib
@@ -27,7 +27,7 @@ ENCODER = "model__encoder__"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory):
-    workdir = tmp_path_factory.mktemp("mine")
+    workdir = tmp_path_factory.mktemp("exported")
     params, average = saved.run(workdir, toy.settings())
     (workdir / "data.txt").write_text(
         "source 1 = folder, 800 images, fingerprint 0123456789abcdef\n"
@@ -51,8 +51,8 @@ def exported(workdir: pathlib.Path, format: str, *more: str) -> pathlib.Path:
 
 
 def test_timm(run, capsys: pytest.CaptureFixture[str]) -> None:
-    place = exported(run[0], "timm")
-    table = tensor_files.read_tensors(place / "model.safetensors")
+    directory = exported(run[0], "timm")
+    table = tensor_files.read_tensors(directory / "model.safetensors")
     wanted = {
         name: shape
         for name, shape in shapes(ENCODERS["timm"], **SIZES).items()
@@ -62,41 +62,42 @@ def test_timm(run, capsys: pytest.CaptureFixture[str]) -> None:
     back = vit_weights.load_vit(table).arrays
     for path, array in saved.flat({"encoder": run[1]["encoder"]}).items():
         np.testing.assert_array_equal(back[path], array, err_msg=path)
-    config = json.loads((place / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text())
     assert config["model_args"]["embed_dim"] == 32 and config["model_args"]["final_norm"] is False
-    said = capsys.readouterr().out
-    assert "timm.create_model('vit_base_patch16_224', img_size=32" in said
-    assert ("equal" in said) != (
-        "not compared with timm, which is not installed: pip install 'm3i-jax[torch]'" in said
+    out = capsys.readouterr().out
+    assert "timm.create_model('vit_base_patch16_224', img_size=32" in out
+    assert ("equal" in out) != (
+        "not compared with timm, which is not installed; to compare: pip install 'm3i-jax[torch]'"
+        in out
     )
 
 
 def test_hugging_face_and_the_momentum_average(run, capsys: pytest.CaptureFixture[str]) -> None:
-    place = exported(run[0], "hf", "--config.evaluate.encoder=ema")
-    table = tensor_files.read_tensors(place / "model.safetensors")
+    directory = exported(run[0], "hf", "--config.evaluate.encoder=ema")
+    table = tensor_files.read_tensors(directory / "model.safetensors")
     assert table.shapes == shapes(ENCODERS["hf"], **SIZES)
     np.testing.assert_array_equal(
         table["encoder.layer.1.output.dense.weight"],
         run[2]["encoder"]["blocks"]["mlp"]["fc2"]["kernel"][1].T,
     )
     np.testing.assert_array_equal(table["layernorm.weight"], np.ones(32))
-    config = json.loads((place / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text())
     assert (
         config["layer_norm_eps"] == 1e-6
         and config["intermediate_size"] == 128
         and config["architectures"] == ["ViTModel"]
     )
-    pixels = json.loads((place / "preprocessor_config.json").read_text())
+    pixels = json.loads((directory / "preprocessor_config.json").read_text())
     assert pixels["size"] == {"shortest_edge": 37} and pixels["image_mean"] == [0.485, 0.456, 0.406]
     assert "hidden_states[-1]" in capsys.readouterr().out
 
 
-def test_what_was_exported_loads_as_the_same_function(run) -> None:
+def test_exported_weights_load_as_the_same_function(run) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
     expected = load.load(str(run[0]), pool="mean").features(pictures)
     for format in ("timm", "npz"):
-        place = exported(run[0], format)
-        got = load.load(str(place / "vit.npz" if format == "npz" else place), pool="mean")
+        directory = exported(run[0], format)
+        got = load.load(str(directory / "vit.npz" if format == "npz" else directory), pool="mean")
         # Google's layout is used with the tanh form of GELU and other pixels; ours was not
         if format == "npz":
             assert (
@@ -109,7 +110,7 @@ def test_what_was_exported_loads_as_the_same_function(run) -> None:
 
 @pytest.fixture(scope="module")
 def intern(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A run of the toy among InternImage's presets."""
+    """A run of the smallest InternImage preset."""
     workdir, config = tmp_path_factory.mktemp("intern"), configuration.default_config()
     presets.apply_preset(config, "internimage_pico")
     config.data.update({"image_size": 32, "classes": 5, "captions": "no", "size": 80})
@@ -124,9 +125,9 @@ def test_an_intern_image_under_its_published_names(
 ) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
     expected = load.load(str(intern), pool="mean").features(pictures)
-    place = exported(intern, format)
+    directory = exported(intern, format)
     assert "its stem has strides (2, 1), theirs (2, 2)" in capsys.readouterr().out
-    path = place if format == "hf" else place / "intern_image.npz"
+    path = directory if format == "hf" else directory / "intern_image.npz"
     wanted = published.shapes(published.PICO._replace(fused=128, pooled=1))
     names = {name for name in wanted if name.startswith(("patch_embed", "levels", "dcnv3_head"))}
     assert tensor_files.read_tensors(path).shapes == {
@@ -141,18 +142,18 @@ def test_an_intern_image_under_its_published_names(
 def test_timm_has_no_intern_image(intern: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--mode=export", "--format=timm", "--workdir", str(intern)]) == 2
     assert (
-        "--format=timm: has no model for intern_image, which this encoder is; use stablehlo, orbax,"
+        "--format=timm: has no model for the backbone intern_image; use stablehlo, orbax,"
         " hf, npz" in capsys.readouterr().err
     )
 
 
 def test_orbax(run) -> None:
-    place = exported(run[0], "orbax")
+    directory = exported(run[0], "orbax")
     with ocp.StandardCheckpointer() as reader:
-        tree = reader.restore((place / "parameters").absolute())
+        tree = reader.restore((directory / "parameters").absolute())
     assert saved.flat(tree).keys() == saved.flat(run[1]).keys()
     np.testing.assert_array_equal(tree["encoder"]["cls_token"], run[1]["encoder"]["cls_token"])
-    assert "model.encoder.width = 32" in (place / "config.txt").read_text()
+    assert "model.encoder.width = 32" in (directory / "config.txt").read_text()
 
 
 FRESH = """
@@ -168,9 +169,9 @@ def test_stablehlo_runs_in_a_fresh_process_for_any_batch(
     run, tmp_path: pathlib.Path, capsys
 ) -> None:
     pytest.importorskip("flatbuffers")
-    place = exported(run[0], "stablehlo")
-    assert "pictures [b, 32, 32, 3] as float32 [b, 24], for cpu" in capsys.readouterr().out
-    seen = json.loads((place / "preprocessing.json").read_text())
+    directory = exported(run[0], "stablehlo")
+    assert "images [b, 32, 32, 3] as float32 [b, 24], for cpu" in capsys.readouterr().out
+    seen = json.loads((directory / "preprocessing.json").read_text())
     assert (seen["image_size"], seen["short_side"], seen["crop"], seen["resample"]) == (
         32,
         37,
@@ -180,7 +181,7 @@ def test_stablehlo_runs_in_a_fresh_process_for_any_batch(
     pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
     np.save(tmp_path / "pictures.npy", pictures)
     arguments = [
-        str(place / "features.stablehlo"),
+        str(directory / "features.stablehlo"),
         str(tmp_path / "pictures.npy"),
         str(tmp_path / "out.npz"),
     ]
@@ -193,10 +194,10 @@ def test_stablehlo_runs_in_a_fresh_process_for_any_batch(
             np.testing.assert_allclose(got[n], expected[: int(n)], atol=1e-5)
 
 
-def test_the_card_says_what_it_is(run) -> None:
+def test_the_model_card(run) -> None:
     # the latter is of other weights
-    for place, share in ((run[0], 0.625), (pathlib.Path("elsewhere"), 0.8125)):
-        about = {"checkpoint": str(place / "checkpoints" / "4"), "step": 4, "encoder": "ema"}
+    for directory, share in ((run[0], 0.625), (pathlib.Path("elsewhere"), 0.8125)):
+        about = {"checkpoint": str(directory / "checkpoints" / "4"), "step": 4, "encoder": "ema"}
         (run[0] / "eval.json").write_text(
             json.dumps(about | {"results": {"linear": {"eval/linear/top1": share}}})
         )
@@ -224,12 +225,12 @@ def test_the_card_says_what_it_is(run) -> None:
     assert "| lr |" not in text and str(run[0]) not in text
 
 
-def test_what_is_refused(
+def test_refusals(
     run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved.run(tmp_path, toy.settings(**{f"{ENCODER}cls_token": "false", "objective__forms": "mim"}))
     for arguments, words in (
-        ([f"--workdir={run[0]}"], "--format: is missing; timm, hf"),
+        ([f"--workdir={run[0]}"], "--format: is missing; give one of timm, hf"),
         ([f"--workdir={run[0]}", "--format=onnx"], "--format: 'onnx' is none of timm"),
         ([f"--workdir={tmp_path / 'x'}", "--format=timm"], "has no config.txt"),
         ([f"--workdir={tmp_path}", "--format=hf"], "always have a cls token"),

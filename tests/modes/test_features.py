@@ -1,5 +1,5 @@
-"""--mode=features: every image of a source once, in its order, by a run or by other weights;
-stopped and gone on with; refusals."""
+"""--mode=features: every image of a source once and in order, by a run or by other weights;
+resuming; refusals."""
 
 import json
 import pathlib
@@ -25,16 +25,16 @@ SOURCE = {
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    place = tmp_path_factory.mktemp("run")
-    saved.run(place, toy.settings(**SOURCE))
-    return place
+    directory = tmp_path_factory.mktemp("run")
+    saved.run(directory, toy.settings(**SOURCE))
+    return directory
 
 
 def written(workdir: pathlib.Path, out: pathlib.Path, *more: str) -> int:
     return command.main(["--mode=features", "--workdir", str(workdir), f"--out={out}", *more])
 
 
-def test_every_picture_once_and_in_order(
+def test_every_image_once_and_in_order(
     workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert written(workdir, tmp_path / "a.npz") == 0
@@ -68,8 +68,8 @@ def test_every_picture_once_and_in_order(
 
 
 def stopped_at_the_second_part(monkeypatch: pytest.MonkeyPatch) -> list:
-    """(first index, preprocessing, settings) of every part that is asked for, of 16 images; a
-    person interrupts the second."""
+    """(first index, preprocessing, settings) of every requested part of 16 images; the second is
+    interrupted."""
     monkeypatch.setattr(features, "_PART", 16)
     read, asked = eval_batches.evaluation_batches, []
 
@@ -83,7 +83,7 @@ def stopped_at_the_second_part(monkeypatch: pytest.MonkeyPatch) -> list:
     return asked
 
 
-def test_a_stopped_run_goes_on_where_it_was(
+def test_an_interrupted_run_is_resumed(
     workdir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert written(workdir, tmp_path / "whole.npz") == 0
@@ -96,7 +96,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     ]
     assert not (tmp_path / "a.npz").exists()
     assert written(workdir, tmp_path / "a.npz") == 0
-    # stopped at the second part, gone on there; then the held-out ones
+    # interrupted at the second part and resumed there; then the held-out images
     assert [start for start, *_ in asked] == [0, 16, 16, 0, 16]
     whole, stopped = (
         features.read_feature_file(str(tmp_path / name))[0] for name in ("whole.npz", "a.npz")
@@ -108,7 +108,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     np.testing.assert_allclose(whole["features"], stopped["features"], atol=1e-5)
 
 
-def test_other_weights_and_other_pictures(
+def test_other_weights_and_other_images(
     workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = weights(ENCODERS["timm"], width=32, depth=1, heads=2, patch=8, grid=2)
@@ -128,12 +128,11 @@ def test_other_weights_and_other_pictures(
         == 2
     )
     assert (
-        "config.evaluate.features: 'attention' needs a pooling that was trained"
-        in capsys.readouterr().err
+        "config.evaluate.features: 'attention' needs a trained pooling" in capsys.readouterr().err
     )
 
 
-def test_the_settings_of_evaluation_hold_and_parts_of_others_are_not_gone_on_with(
+def test_evaluation_settings_are_used_and_parts_of_other_settings_removed(
     workdir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = stopped_at_the_second_part(monkeypatch)
@@ -153,7 +152,7 @@ def test_the_settings_of_evaluation_hold_and_parts_of_others_are_not_gone_on_wit
         )
         == 0
     )
-    # from the start, for the crop is another one
+    # from the start, since the crop differs
     assert [start for start, *_ in asked] == [0, 16, 0, 16, 0, 16]
     for preprocessing, settings in (found for _, *found in asked[2:]):
         assert (preprocessing.crop, preprocessing.background) == (1.0, 0) and settings == {
@@ -167,9 +166,7 @@ def test_the_settings_of_evaluation_hold_and_parts_of_others_are_not_gone_on_wit
     assert about["pool"] == "mean" and table["features"].shape == (40, 32)
 
 
-def test_parts_of_other_features_are_not_gone_on_with(
-    workdir: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_parts_of_other_features_are_removed(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     kept = tmp_path / "a.npz.parts"
     kept.mkdir()
     (kept / "about.json").write_text(json.dumps({"weights": "others"}))
@@ -178,7 +175,7 @@ def test_parts_of_other_features_are_not_gone_on_with(
     assert "wrong" not in features.read_feature_file(str(tmp_path / "a.npz"))[0]["keys"]
 
 
-def test_what_is_refused(
+def test_refusals(
     workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments, words in (
@@ -190,7 +187,7 @@ def test_what_is_refused(
         (["--workdir", str(tmp_path), "--out=x.npz"], "has no config.txt"),
         (
             ["--config", "configs/quickstart.py", "--workdir", str(tmp_path), "--out=x.npz"],
-            "has no run; name one, or weights by",
+            "has no run; give one, or weights by",
         ),
     ):
         assert command.main(["--mode=features", *arguments]) == 2

@@ -1,5 +1,4 @@
-"""A run that begins with weights from elsewhere, from the command line: what it says of them, and
-that its first loss is theirs."""
+"""A run that starts from other weights, by the command line: its log lines, and its first loss."""
 
 import json
 import pathlib
@@ -21,55 +20,61 @@ from tests import saved, toy
 from tests.interop.published_vit import ENCODERS, OTHERS, weights
 
 SMALL = [
-    "data.size=80", "data.holdout=0.2", "data.image_size=32", "data.captions=no", "train.batch_size=8", "train.steps=3",
-    "train.log_every=1", "train.panel_every=0", "train.eval_every=0", "train.save_every=10", "optim.warmup_steps=1", "optim.lr=0.01",
-    "model.dtype=float32", "model.encoder.patch_size=8", "model.encoder.width=32", "model.encoder.depth=2", "model.encoder.heads=2",
-    "model.decoder.width=32", "model.decoder.depth=1", "model.decoder.heads=2", "model.pool.width=24", "model.pool.heads=2",
-    "objective.forms=mim,supervised", "evaluate.knn=false", "evaluate.direct=false", "evaluate.embedding=false",
-    "evaluate.attention=false", "evaluate.confusion=false", "model.encoder.drop_path=0.0", "parallel.mesh=(1,2,4)",
+    "data.size=80", "data.holdout=0.2", "data.image_size=32", "data.captions=no",
+    "train.batch_size=8", "train.steps=3",
+    "train.log_every=1", "train.panel_every=0", "train.eval_every=0", "train.save_every=10",
+    "optim.warmup_steps=1", "optim.lr=0.01",
+    "model.dtype=float32", "model.encoder.patch_size=8", "model.encoder.width=32",
+    "model.encoder.depth=2", "model.encoder.heads=2",
+    "model.decoder.width=32", "model.decoder.depth=1", "model.decoder.heads=2",
+    "model.pool.width=24", "model.pool.heads=2",
+    "objective.forms=mim,supervised", "evaluate.knn=false", "evaluate.direct=false",
+    "evaluate.embedding=false",
+    "evaluate.attention=false", "evaluate.confusion=false", "model.encoder.drop_path=0.0",
+    "parallel.mesh=(1,2,4)",
 ]  # fmt: skip
 SIZES = {"width": 32, "depth": 2, "heads": 2, "patch": 8, "grid": 4}
 
 
-def timm(place: pathlib.Path) -> tuple[str, list[str]]:
+def timm(directory: pathlib.Path) -> tuple[str, list[str]]:
     tensor_files.write_safetensors(
-        place / "vit.safetensors", weights(ENCODERS["timm"] + "|" + OTHERS["timm"], **SIZES)
+        directory / "vit.safetensors", weights(ENCODERS["timm"] + "|" + OTHERS["timm"], **SIZES)
     )
-    return str(place / "vit.safetensors"), [
+    return str(directory / "vit.safetensors"), [
         "model.encoder.positions=learned",
         "model.encoder.final_norm=true",
     ]
 
 
-def mae(place: pathlib.Path) -> tuple[str, list[str]]:
-    """With its fixed table, whose halves are exchanged."""
+def mae(directory: pathlib.Path) -> tuple[str, list[str]]:
+    """Weights with the fixed position table, whose halves are exchanged."""
     fixed = np.concatenate([np.zeros((1, 32)), np.roll(positions.sincos_2d(4, 32), 16, -1)]).astype(
         np.float32
     )[None]
     tensor_files.write_safetensors(
-        place / "mae.safetensors", {**weights(ENCODERS["mae"], **SIZES), "pos_embed": fixed}
+        directory / "mae.safetensors", {**weights(ENCODERS["mae"], **SIZES), "pos_embed": fixed}
     )
-    return str(place / "mae.safetensors"), [
+    return str(directory / "mae.safetensors"), [
         "model.encoder.positions=sincos_columns",
         "model.encoder.final_norm=true",
     ]
 
 
-def google(place: pathlib.Path) -> tuple[str, list[str]]:
-    tensor_files.write_npz(place / "vit.npz", weights(ENCODERS["google"], **SIZES))
-    return str(place / "vit.npz"), [
+def google(directory: pathlib.Path) -> tuple[str, list[str]]:
+    tensor_files.write_npz(directory / "vit.npz", weights(ENCODERS["google"], **SIZES))
+    return str(directory / "vit.npz"), [
         "model.encoder.positions=learned",
         "model.encoder.final_norm=true",
     ]
 
 
-def ours(place: pathlib.Path) -> tuple[str, list[str]]:
-    saved.run(place, toy.settings(objective__forms="mim", data__captions="no", data__classes=0))
-    return str(place), []
+def ours(directory: pathlib.Path) -> tuple[str, list[str]]:
+    saved.run(directory, toy.settings(objective__forms="mim", data__captions="no", data__classes=0))
+    return str(directory), []
 
 
 def qkv(layout: str, path: str) -> np.ndarray:
-    """The first block's kernel of q, k and v [D, 3 D], read from the file by itself."""
+    """The qkv kernel [D, 3 D] of the first block, read from the file."""
     if layout == "google":
         table, at = (
             tensor_files.read_tensors(path),
@@ -88,7 +93,7 @@ SLOW = [
 
 
 @pytest.mark.parametrize("layout", [pytest.param(timm, id="timm"), *SLOW])
-def test_the_first_loss_is_that_of_the_weights(
+def test_the_first_loss_is_that_of_the_given_weights(
     layout, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "there").mkdir()
@@ -123,7 +128,7 @@ def test_the_first_loss_is_that_of_the_weights(
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     assert sorted(losses) == [1, 2, 3] and all(np.isfinite(list(losses.values())))
 
-    # The same first step with the encoder put in by hand, and without it.
+    # the same first step with the encoder set in the test, and without it
     config = configuration.load_config("configs/quickstart.py")
     configuration.apply_overrides(config, [*SMALL, *more])
     job = jobs.open_setup(

@@ -1,4 +1,4 @@
-"""What a run is watched with, and --mode=profile, at toy size."""
+"""Monitoring of a run, and --mode=profile, at toy size."""
 
 import json
 import os
@@ -31,19 +31,19 @@ def test_model_flops_are_those_of_the_plain_step() -> None:
     counted = flops.count_flops(
         again.trace, again.template, trainer.abstract_batch(again.config)
     ).total
-    # what is computed twice is asked for once
+    # rematerialisation adds no FLOPs of the model
     assert monitoring.model_flops(again) == wanted < counted
 
 
-def test_mfu_only_where_the_peak_is_known() -> None:
-    said: list[str] = []
-    clock = monitoring.make_clock(made(), said.append)
-    assert clock.peak == 0 and len(said) == 1 and "report.peak_tflops" in said[0]
-    known = monitoring.make_clock(made(report__peak_tflops=2.0), said.append)
-    assert known.peak == 2e12 and known.flops == monitoring.model_flops(made()) and len(said) == 2
+def test_mfu_needs_a_known_peak() -> None:
+    lines: list[str] = []
+    clock = monitoring.make_clock(made(), lines.append)
+    assert clock.peak == 0 and len(lines) == 1 and "report.peak_tflops" in lines[0]
+    known = monitoring.make_clock(made(report__peak_tflops=2.0), lines.append)
+    assert known.peak == 2e12 and known.flops == monitoring.model_flops(made()) and len(lines) == 2
 
 
-def test_seconds_are_read_from_the_last_line_that_has_them(tmp_path: pathlib.Path) -> None:
+def test_seconds_are_read_from_the_last_line_with_them(tmp_path: pathlib.Path) -> None:
     log = tmp_path / "metrics.jsonl"
     assert monitoring.log_metrics(log) == {}
     lines = [
@@ -55,7 +55,7 @@ def test_seconds_are_read_from_the_last_line_that_has_them(tmp_path: pathlib.Pat
     assert monitoring.log_metrics(log) == {"step": 5.0}
 
 
-def test_compilations_go_to_the_clock_while_it_is_asked() -> None:
+def test_compilations_are_reported_to_the_clock() -> None:
     clock = goodput.GoodputClock()
     with monitoring.count_compilations(clock), clock.phase("step"):
         jax.jit(lambda x: x * 3 + len(str(clock)))(1.0).block_until_ready()
@@ -65,20 +65,20 @@ def test_compilations_go_to_the_clock_while_it_is_asked() -> None:
     assert clock.total()["compile"] == before
 
 
-def test_a_signal_asks_for_a_trace_and_the_handler_is_put_back(tmp_path: pathlib.Path) -> None:
+def test_a_signal_requests_a_trace_and_the_handler_is_restored(tmp_path: pathlib.Path) -> None:
     before = signal.getsignal(signal.SIGUSR1)
-    said: list[str] = []
+    lines: list[str] = []
     with monitoring.monitored(
-        toy.settings(report__profile_steps=2), tmp_path, goodput.GoodputClock(), said.append
+        toy.settings(report__profile_steps=2), tmp_path, goodput.GoodputClock(), lines.append
     ) as tracer:
         os.kill(os.getpid(), signal.SIGUSR1)
         for step in range(1, 5):
             tracer(step, None)
-    assert said[0] == "tracing steps 2 to 3" and signal.getsignal(signal.SIGUSR1) == before
+    assert lines[0] == "tracing steps 2 to 3" and signal.getsignal(signal.SIGUSR1) == before
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_compiled_programs_are_kept_unless_jax_is_told_where(
+def test_the_compilation_cache_respects_the_settings_of_jax(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     set_ = jax.config.jax_compilation_cache_dir
@@ -90,13 +90,13 @@ def test_compiled_programs_are_kept_unless_jax_is_told_where(
     settings.update = changed.__setitem__
     monkeypatch.setattr(monitoring.jax, "config", settings)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    place = monitoring.enable_compilation_cache(tmp_path)
+    directory = monitoring.enable_compilation_cache(tmp_path)
     assert (
-        pathlib.Path(place).parent == tmp_path / "cache" / "m3i_jax"
-        and pathlib.Path(place).is_dir()
+        pathlib.Path(directory).parent == tmp_path / "cache" / "m3i_jax"
+        and pathlib.Path(directory).is_dir()
     )
-    assert changed == {"jax_compilation_cache_dir": place}
-    # of several hosts all look in one place
+    assert changed == {"jax_compilation_cache_dir": directory}
+    # several hosts share one directory
     monkeypatch.setattr(monitoring.parallel, "host_names", lambda: 2)
     assert monitoring.enable_compilation_cache(tmp_path) == str(tmp_path / "compiled")
     settings.jax_enable_compilation_cache = False
@@ -104,12 +104,13 @@ def test_compiled_programs_are_kept_unless_jax_is_told_where(
 
 
 TINY = {
-    "objective__forms": "supervised", "data__size": 64, "data__captions": "no", "data__classes": -1, "data__holdout": 0.25,
+    "objective__forms": "supervised", "data__size": 64, "data__captions": "no",
+    "data__classes": -1, "data__holdout": 0.25,
     "model__encoder__depth": 1, "evaluate__knn": False, "train__panel_every": 0,
 }  # fmt: skip
 
 
-def test_profile_leaves_a_trace_and_nothing_else(
+def test_profile_writes_only_a_trace(
     tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = toy.settings(**TINY, report__profile_steps=2, report__peak_tflops=0.1)
@@ -128,14 +129,15 @@ def test_profile_leaves_a_trace_and_nothing_else(
 
 
 @pytest.mark.slow
-def test_a_run_and_its_restart_account_for_all_their_time(
+def test_a_run_and_its_restart_account_for_all_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Preempted after step 3, and run again: the sum goes on where it stood, and nothing is
-    lost."""
+    """Preempted after step 3 and resumed: the phases of both processes sum up to all time."""
     config = toy.settings(**TINY, train__steps=5, train__save_every=2, train__log_every=1)
-    told = lambda step: signal.raise_signal(signal.SIGTERM) if step == 3 else None
-    monkeypatch.setattr(monitoring.trace.Tracer, "__call__", lambda self, step, metrics: told(step))
+    preempt = lambda step: signal.raise_signal(signal.SIGTERM) if step == 3 else None
+    monkeypatch.setattr(
+        monitoring.trace.Tracer, "__call__", lambda self, step, metrics: preempt(step)
+    )
     assert train.run(config, workdir=str(tmp_path), allow_changes=False) == loop.PREEMPTED
     out = capfd.readouterr().out
     assert out.count("no perf/mfu") == 1 and out.count("goodput") == 1
@@ -154,7 +156,7 @@ def test_a_run_and_its_restart_account_for_all_their_time(
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
     after = lines[-1]
     assert after["perf/restarts"] == 1 and after["perf/seconds/restore"] > 0
-    # what the loop did after it had saved
+    # the time of the loop after the save
     assert after.get("perf/seconds/lost", 0.0) < 0.1 * last["perf/seconds/step"]
     assert (
         after["perf/seconds/step"] > last["perf/seconds/step"]

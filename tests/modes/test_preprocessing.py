@@ -1,5 +1,5 @@
-"""One description of how images are seen: evaluation, --mode=features, m3i_jax.load and every
-export give the same features of the same images, whatever evaluate.crop the run has."""
+"""One description of the preprocessing: evaluation, --mode=features, m3i_jax.load and every export
+give the same features of the same images, for any evaluate.crop."""
 
 import json
 import pathlib
@@ -19,16 +19,23 @@ from tests import saved, toy
 
 SIDES = ((40, 40), (32, 32), (48, 60), (60, 40))  # one has the model's size already
 CROP = 0.7
-# Google's layout is read with the tanh form of GELU, and Hugging Face's encoders end in a norm.
+# Google's layout implies the tanh form of GELU, and Hugging Face's encoders end in a norm
 SETTINGS = {
-    "data__source": "folder", "data__captions": "no", "data__classes": 0, "data__holdout": 0.0, "objective__forms": "mim",
-    "model__encoder__activation": "gelu_tanh", "model__encoder__final_norm": "true", "evaluate__batch_size": 8,
-    "data__augment__mean": "(0.4,0.5,0.6)", "data__augment__std": "(0.2,0.3,0.25)",
-}  # fmt: skip
+    "data__source": "folder",
+    "data__captions": "no",
+    "data__classes": 0,
+    "data__holdout": 0.0,
+    "objective__forms": "mim",
+    "model__encoder__activation": "gelu_tanh",
+    "model__encoder__final_norm": "true",
+    "evaluate__batch_size": 8,
+    "data__augment__mean": "(0.4,0.5,0.6)",
+    "data__augment__std": "(0.2,0.3,0.25)",
+}
 
 
 def pictures() -> list[np.ndarray]:
-    """Smooth, so that resizers that round otherwise make no difference that matters."""
+    """Smooth images, so that resizers with other rounding give nearly equal features."""
     r = np.random.default_rng(0)
     waves = [
         np.sin(
@@ -41,19 +48,19 @@ def pictures() -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, np.ndarray]:
-    """A run with another evaluate.crop than the default, and the features [N, D] that its
-    evaluators see of the images."""
-    place = tmp_path_factory.mktemp("seen")
-    (place / "pictures").mkdir()
+    """A run with another evaluate.crop than the default, and the features [N, D] of its
+    evaluators."""
+    directory = tmp_path_factory.mktemp("seen")
+    (directory / "pictures").mkdir()
     for number, picture in enumerate(pictures()):
-        Image.fromarray(picture).save(place / "pictures" / f"{number}.png")
-    config = toy.settings(**SETTINGS, data__path=str(place / "pictures"), evaluate__crop=CROP)
-    params, _ = saved.run(place / "run", config)
-    job = jobs.open_setup(config, str(place / "elsewhere"))
+        Image.fromarray(picture).save(directory / "pictures" / f"{number}.png")
+    config = toy.settings(**SETTINGS, data__path=str(directory / "pictures"), evaluate__crop=CROP)
+    params, _ = saved.run(directory / "run", config)
+    job = jobs.open_setup(config, str(directory / "elsewhere"))
     seen = feature_extraction.Extractor(config, job.mesh)(
         {"encoder": params["encoder"]}, evaluators.host_eval_batches(job, job.train, 9)
     )
-    return place / "run", seen.raw
+    return directory / "run", seen.raw
 
 
 def close(got: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> None:
@@ -68,8 +75,8 @@ def exported(workdir: pathlib.Path, format: str) -> pathlib.Path:
     return workdir / "export" / format
 
 
-def test_the_crop_is_no_detail(run) -> None:
-    """Else nothing below could fail: seen as with the default, the features are others."""
+def test_the_crop_changes_the_features(run) -> None:
+    """With the default crop the features differ, so that the tests below can fail."""
     workdir, expected = run
     model = load.load(str(workdir))
     other = np.stack([Preprocessing(image_size=32).view(picture) for picture in pictures()])
@@ -77,7 +84,7 @@ def test_the_crop_is_no_detail(run) -> None:
 
 
 @pytest.mark.row("E10")
-def test_load_and_the_mode_features(run, tmp_path: pathlib.Path) -> None:
+def test_load_and_mode_features_use_the_crop(run, tmp_path: pathlib.Path) -> None:
     workdir, expected = run
     close(load.load(str(workdir)).features(pictures()), expected)
     assert (
@@ -89,17 +96,20 @@ def test_load_and_the_mode_features(run, tmp_path: pathlib.Path) -> None:
     close(table["features"], expected)
     config = configuration.resolve(configuration.load_from_workdir(str(workdir), "--workdir"))
     assert {key: about[key] for key in ("crop", "short_side", "image_size", "background")} == {
-        "crop": config.evaluate.crop, "short_side": round(32 / config.evaluate.crop), "image_size": 32, "background": 255,
-    }  # fmt: skip
+        "crop": config.evaluate.crop,
+        "short_side": round(32 / config.evaluate.crop),
+        "image_size": 32,
+        "background": 255,
+    }
 
 
 @pytest.mark.row("E10")
 @pytest.mark.parametrize("format", ["timm", "hf", "npz"])
-def test_exports_that_are_loaded_again(run, format: str) -> None:
+def test_exports_keep_the_preprocessing(run, format: str) -> None:
     workdir, expected = run
-    place = exported(workdir, format)
-    model = load.load(str(place / "vit.npz" if format == "npz" else place))
-    # Their files hold the short side, or what it is made of, and not the share.
+    directory = exported(workdir, format)
+    model = load.load(str(directory / "vit.npz" if format == "npz" else directory))
+    # their files store the short side, not evaluate.crop
     got, wanted = (
         {**m.preprocessing.described(), "crop": 0} for m in (model, load.load(str(workdir)))
     )
@@ -107,24 +117,26 @@ def test_exports_that_are_loaded_again(run, format: str) -> None:
     close(model.features(pictures()), expected)
 
 
-def test_other_exports_describe_it(run) -> None:
+def test_exports_describe_the_preprocessing(run) -> None:
     workdir, _ = run
-    place = exported(workdir, "orbax")
+    directory = exported(workdir, "orbax")
     config = configuration.resolve(
-        configuration.config_from_text((place / "config.txt").read_text(), "config.txt")
+        configuration.config_from_text((directory / "config.txt").read_text(), "config.txt")
     )
-    told = json.loads((place / "preprocessing.json").read_text())
-    assert {name: told[name] for name in ("crop", "short_side", "mean")} == {
-        "crop": config.evaluate.crop, "short_side": round(32 / config.evaluate.crop), "mean": [0.4, 0.5, 0.6],
-    }  # fmt: skip
+    described = json.loads((directory / "preprocessing.json").read_text())
+    assert {name: described[name] for name in ("crop", "short_side", "mean")} == {
+        "crop": config.evaluate.crop,
+        "short_side": round(32 / config.evaluate.crop),
+        "mean": [0.4, 0.5, 0.6],
+    }
 
 
 @pytest.mark.row("E10")
-def test_timm_sees_the_same(run) -> None:
+def test_timm_uses_the_same_preprocessing(run) -> None:
     torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
     workdir, expected = run
-    place = exported(workdir, "timm")
-    config = json.loads((place / "config.json").read_text())
+    directory = exported(workdir, "timm")
+    config = json.loads((directory / "config.json").read_text())
     see = timm.data.create_transform(
         **timm.data.resolve_data_config({}, pretrained_cfg=config["pretrained_cfg"])
     )
@@ -135,19 +147,19 @@ def test_timm_sees_the_same(run) -> None:
         **config["model_args"],
     )
     library = pytest.importorskip("safetensors.torch")
-    model.load_state_dict(library.load_file(place / "model.safetensors"))
+    model.load_state_dict(library.load_file(directory / "model.safetensors"))
     with torch.no_grad():
         got = model.eval()(torch.stack([see(Image.fromarray(picture)) for picture in pictures()]))
     close(got.numpy(), expected, 5e-3)
 
 
 @pytest.mark.row("E10")
-def test_transformers_see_the_same(run) -> None:
+def test_transformers_use_the_same_preprocessing(run) -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     workdir, expected = run
-    place = exported(workdir, "hf")
-    see = transformers.AutoImageProcessor.from_pretrained(place)
-    model = transformers.ViTModel.from_pretrained(place, add_pooling_layer=False).eval()
+    directory = exported(workdir, "hf")
+    see = transformers.AutoImageProcessor.from_pretrained(directory)
+    model = transformers.ViTModel.from_pretrained(directory, add_pooling_layer=False).eval()
     seen = torch.cat(
         [
             see(Image.fromarray(picture), return_tensors="pt")["pixel_values"]
@@ -159,7 +171,7 @@ def test_transformers_see_the_same(run) -> None:
     close(got.numpy(), expected, 5e-3)
 
 
-def test_an_export_with_another_crop_says_so(run) -> None:
+def test_an_export_with_another_crop_describes_it(run) -> None:
     workdir, _ = run
     assert (
         command.main(

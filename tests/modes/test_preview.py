@@ -1,5 +1,5 @@
-"""--mode=preview: the original beside the views is the record that the row shows, also where a bad
-one was replaced."""
+"""--mode=preview: the original next to the views is the record of the row, also where a bad record
+was replaced."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from m3i_jax.reporting import image_grid, preview_sheet
 from tests import broken, toy
 
 
-def test_the_record_of_a_row_gives_its_views(tmp_path):
+def test_the_views_of_a_row_are_cut_from_its_record(tmp_path):
     broken.fill(tmp_path, good=20, kinds=10)
     source = FolderSource(str(tmp_path))
     data = schema.Data(image_size=32, threads=0, max_bad_share=1.0, resizer="pillow")
@@ -36,7 +36,7 @@ def test_the_record_of_a_row_gives_its_views(tmp_path):
             np.testing.assert_array_equal(made.reshape(32, 32, 3), batch["views"][row, view])
 
 
-def test_frames_stand_where_the_boxes_are():
+def test_frames_are_drawn_at_the_boxes():
     original = np.full((50, 100, 3), 200, np.uint8)
     boxes, side = np.array([[0, 0, 50, 40], [10, 50, 30, 50]]), 100
     tile = np.asarray(preview_sheet.frame_boxes(original, boxes, np.array([False, True]), side))
@@ -51,14 +51,14 @@ def test_frames_stand_where_the_boxes_are():
             (top + height - 1, left + width - 1),
         ):
             assert (tile[y, x] == colour).all(), (y, x)
-    # The notch is on the left of the plain view and on the right of the mirrored one.
+    # the notch is on the left of the plain view and on the right of the flipped one
     assert (tile[50, 4] == preview_sheet.BOXES[0]).all() and (
         tile[50, 95] == preview_sheet.BOXES[1]
     ).all()
     assert (tile[50, 36] == 200).all() and (tile[50, 55] == 200).all()
 
 
-def test_a_sheet_with_originals_has_one_column_more(tmp_path):
+def test_a_sheet_with_originals_has_another_column(tmp_path):
     rng = np.random.default_rng(0)
     batch = {
         "views": rng.integers(0, 256, (2, 2, 32, 32, 3), np.uint8),
@@ -85,9 +85,9 @@ def test_a_sheet_with_originals_has_one_column_more(tmp_path):
     np.testing.assert_array_equal(pixels[top : top + side, left : left + side], wanted)
 
 
-def test_a_fine_tuning_shows_what_is_blended(tmp_path):
-    """The input that the step makes, instead of a mask that it does not read; and both views of
-    objectives that read one are cut."""
+def test_the_preview_of_a_fine_tuning_shows_blended_inputs(tmp_path):
+    """The blended input of the step, without a mask, which it does not use; both views are cut even
+    if the objective reads one."""
     changes = {
         "data__size": 40,
         "data__classes": -1,
@@ -123,9 +123,9 @@ def test_a_fine_tuning_shows_what_is_blended(tmp_path):
 
 
 @pytest.mark.parametrize(("form", "tiles"), [("supervised", 2), ("mae", 3), ("sim", 4), ("m3i", 5)])
-def test_a_sheet_has_only_what_the_objective_reads(tmp_path, form, tiles):
-    """The original, the input view, then the other view, the mask and the mixed input where there
-    are any."""
+def test_a_sheet_has_only_the_inputs_of_the_objective(tmp_path, form, tiles):
+    """The original, the input view, then the other view, the mask and the mixed input if the
+    objective uses them."""
     config = toy.settings(
         data__size=40, data__classes=-1, train__batch_size=16, objective__forms=form
     )
@@ -135,6 +135,6 @@ def test_a_sheet_has_only_what_the_objective_reads(tmp_path, form, tiles):
             tiles * (image_grid.side_of_tile(32, 4) + image_grid.GAP) - image_grid.GAP
         )
         left = np.asarray(image.convert("RGB"))[:, : image.width // 2]
-    # a cell is the partner's only where it is mixed in
+    # only a mixed input has cells of the partner
     assert (left == image_grid.PARTNER).all(-1).any() == (form == "m3i")
     assert (left == image_grid.HIDDEN).all(-1).any() == (form in ("mae", "sim"))

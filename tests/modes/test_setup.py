@@ -1,5 +1,5 @@
-"""Opening the data of a run: captions are carried where an objective reads them, and wherever
-somebody looks at the data itself."""
+"""Setup of a run: captions are tokenized if an objective reads them, or if no objective is
+given."""
 
 import pathlib
 
@@ -29,7 +29,7 @@ SMALL = {
         ([("mim",), ("sim", "weakly_supervised")], "auto", "yes"),
     ],
 )
-def test_captions_are_left_out_where_nothing_reads_them(
+def test_captions_are_tokenized_only_for_objectives_that_read_them(
     trains, captions: str, wanted: str, tmp_path: pathlib.Path
 ) -> None:
     job = jobs.open_setup(
@@ -41,7 +41,7 @@ def test_captions_are_left_out_where_nothing_reads_them(
     )
 
 
-def test_a_form_that_the_data_cannot_feed_is_refused_before_anything_is_learnt(
+def test_an_impossible_objective_is_refused_before_a_vocabulary_is_learnt(
     tmp_path: pathlib.Path,
 ) -> None:
     with pytest.raises(UserError, match="config.objective.forms: supervised"):
@@ -53,10 +53,10 @@ def test_a_form_that_the_data_cannot_feed_is_refused_before_anything_is_learnt(
     assert not (tmp_path / "tokenizer.json").exists()
 
 
-def test_a_comparison_carries_captions_for_the_form_that_reads_them(
+def test_a_comparison_tokenizes_captions_if_one_form_reads_them(
     tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the objective of the configuration itself, which is not trained, reads none."""
+    """Even if the objective of the configuration, which is not trained, reads none."""
     seen = []
     monkeypatch.setattr(
         compare.train, "pretrain", lambda job, allow: seen.append(job) or compare.loop.PREEMPTED
@@ -72,9 +72,9 @@ def test_a_comparison_carries_captions_for_the_form_that_reads_them(
     )
 
 
-def test_a_run_that_is_opened_again_has_the_same_pictures(tmp_path: pathlib.Path) -> None:
-    """Of 40 shapes some are held out. A run of those that are left would hold out others, and
-    --mode=eval measure on them."""
+def test_a_reopened_run_has_the_same_images(tmp_path: pathlib.Path) -> None:
+    """Some of 40 shapes are held out. If config.txt had the number of the others, a reopened run
+    would hold out other images, and --mode=eval would evaluate on them."""
     first = jobs.open_setup(toy.settings(**SMALL), str(tmp_path), trains=[("mim",)])
     assert len(first.held_out) and first.config.data.size == len(first.train) < 40
     again = jobs.open_setup(
@@ -89,11 +89,9 @@ def test_a_run_that_is_opened_again_has_the_same_pictures(tmp_path: pathlib.Path
     )
 
 
-def test_a_run_keeps_the_batch_that_its_first_slice_rounded_to(
-    tmp_path: pathlib.Path, capsys
-) -> None:
-    """Eight data shards make 64 of 62 images. On a slice that needs no rounding it stays 64, or it
-    would be another run."""
+def test_a_resumed_run_keeps_its_rounded_batch(tmp_path: pathlib.Path, capsys) -> None:
+    """Eight data shards round 62 images to 64. On devices that need no rounding it stays 64:
+    another batch would be another run."""
     asked = SMALL | {"data__size": 200, "train__batch_size": 62, "train__round_batch": True}
     first = jobs.open_setup(toy.settings(**asked), str(tmp_path))
     (tmp_path / "config.txt").write_text(first.text)
@@ -105,10 +103,10 @@ def test_a_run_keeps_the_batch_that_its_first_slice_rounded_to(
         == 64
     )
     assert (
-        f"train.batch_size: 64, with which the run in {tmp_path} began; 62 were asked for"
+        f"train.batch_size: 64, as in the run in {tmp_path}, instead of 62"
         in capsys.readouterr().out
     )
     assert jobs.open_setup(elsewhere, str(tmp_path / "new")).config.train.batch_size == 62
     fewer = toy.settings(**asked | {"train__batch_size": 32}, parallel__mesh="(1,1,8)")
-    # asked for, and so told as a change
+    # configured, so it is reported as a change
     assert jobs.open_setup(fewer, str(tmp_path)).config.train.batch_size == 32

@@ -1,5 +1,5 @@
-"""From a run to a fine-tuned one and to a probe: the encoder is the run's, and each is one command
-on a folder."""
+"""Fine-tuning and probing a run: they start from its encoder, and each is one command on a
+folder."""
 
 import json
 import pathlib
@@ -20,22 +20,22 @@ from tests import toy
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The directory of a pre-training run of seed 7 that saved its first step."""
-    place = tmp_path_factory.mktemp("pretrained")
+    """The directory of a pre-training run with seed 7 and a checkpoint of its first step."""
+    directory = tmp_path_factory.mktemp("pretrained")
     config = toy.settings(seed=7, objective__forms="mim", data__captions="no", data__classes=0)
     trainer = Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0)
-    checkpoints = Checkpoints(place / "checkpoints", 1)
+    checkpoints = Checkpoints(directory / "checkpoints", 1)
     checkpoints.save(3, trainer.init(), {"samples_seen": 0, "fingerprint": "none"})
     checkpoints.wait()
     checkpoints.close()
-    (place / "config.txt").write_text(configuration.config_to_text(config))
-    return place
+    (directory / "config.txt").write_text(configuration.config_to_text(config))
+    return directory
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Two classes: stripes that lie and stripes that stand, of any colour, width and phase."""
-    place, r = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    """Two classes: horizontal and vertical stripes, of any colour, width and phase."""
+    directory, r = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for i in range(240):
         wave = np.sin(np.arange(48) * r.uniform(0.5, 1.2) + r.uniform(0, 6)) > 0
         colours = r.integers(0, 256, (2, 3))
@@ -43,12 +43,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
             np.uint8
         )
         name = "lying" if i % 2 else "standing"
-        (place / name).mkdir(exist_ok=True)
-        Image.fromarray(pixels if i % 2 else pixels.swapaxes(0, 1)).save(place / name / f"{i}.png")
-    return place
+        (directory / name).mkdir(exist_ok=True)
+        Image.fromarray(pixels if i % 2 else pixels.swapaxes(0, 1)).save(
+            directory / name / f"{i}.png"
+        )
+    return directory
 
 
-def test_the_start_is_the_encoder_of_the_run(run: pathlib.Path) -> None:
+def test_fine_tuning_starts_from_the_encoder_of_the_run(run: pathlib.Path) -> None:
     config = configuration.load_config(
         f"configs/transfer/finetune.py:path=/pictures,from={run},ema=0.9,batch_size=16"
     )
@@ -60,12 +62,12 @@ def test_the_start_is_the_encoder_of_the_run(run: pathlib.Path) -> None:
     pretrained = Trainer(there, trainer.mesh, 0).init()
     for tree in (state.params, state.opt["target"].params):
         assert set(tree) == {"encoder", "pool", "category"}
-        for mine, theirs in zip(
+        for own, theirs in zip(
             jax.tree.leaves(tree["encoder"]),
             jax.tree.leaves(pretrained.params["encoder"]),
             strict=True,
         ):
-            np.testing.assert_array_equal(mine, theirs)
+            np.testing.assert_array_equal(own, theirs)
     assert 1e-5 < np.asarray(state.params["category"]["kernel"]).std() < 3e-5
 
 
@@ -82,11 +84,11 @@ def test_an_encoder_of_another_shape_is_refused(run: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_folder_in_one_command(
+def test_fine_tuning_and_probe_on_a_folder_in_one_command(
     run: pathlib.Path, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Fine-tuning learns which way stripes run, on images that it did not see; a probe goes through
-    all of its way."""
+    """Fine-tuning learns the direction of stripes, measured on held-out images; a probe runs to its
+    end."""
     shared = [
         "--config.model.dtype=float32",
         "--config.parallel.mesh=(1,2,4)",
@@ -127,7 +129,7 @@ def test_a_folder_in_one_command(
             for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         ]
         found.append([line["eval/direct/top1"] for line in lines if "eval/direct/top1" in line])
-    # a few steps of LARS at its rate for 32 images move nothing
+    # a few steps of LARS at its rate for 32 images change nearly nothing
     assert found[0][-1] > 0.9 > found[0][0] and len(found[1]) == 2
     assert (
         command.main(

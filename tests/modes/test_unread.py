@@ -1,5 +1,5 @@
-"""Overrides that change nothing, and first weights that are not there: refused on one line, before
-the trainer is imported."""
+"""Overrides without effect and missing initial weights are refused in one line, before the trainer
+is imported."""
 
 import os
 import pathlib
@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 MIXED = {"source": "mixture", "mixture": ("folder:/a", "shapes:10")}
 
 
-def test_every_setting_that_a_mode_reads_exists() -> None:
+def test_the_settings_that_a_mode_reads_exist() -> None:
     known = configuration.setting_table()
     for name, mode in MODES.items():
         for key in mode.reads:
@@ -82,7 +82,7 @@ def test_every_setting_that_a_mode_reads_exists() -> None:
         ("report", {}, "evaluate.k=3", "--mode=report does not read it"),
     ],
 )
-def test_what_changes_nothing_is_refused(
+def test_overrides_without_effect_are_refused(
     mode: str, data: dict, assignment: str, words: str
 ) -> None:
     with pytest.raises(UserError) as error:
@@ -99,13 +99,13 @@ def test_what_changes_nothing_is_refused(
             ["data.source=folder", "data.path=/b", "data.mixture=", "data.size=0"],
         ),
         ("eval", MIXED | {"size": 9}, ["data.size=9", "evaluate.crop=1.0"]),
-        # it plans with that and counts nothing
+        # the mode plans with the size and counts no images
         ("show", {"source": "folder", "size": 9}, ["data.size=9"]),
         ("train", MIXED, ["data.path=", "optim.lr=1"]),  # emptied
         ("export", {}, ["evaluate.crop=1.0", "report.licence=MIT"]),
     ],
 )
-def test_what_is_read_is_not_refused(mode: str, data: dict, assignments: list[str]) -> None:
+def test_overrides_with_effect_are_accepted(mode: str, data: dict, assignments: list[str]) -> None:
     refuse_unread(mode, assignments, schema.Config(data=schema.Data(**data)))
 
 
@@ -127,7 +127,7 @@ def test_a_mixture_evaluated_on_a_path_is_refused_as_a_command(
 
 
 @pytest.mark.row("E11")
-def test_weights_that_are_not_there_are_refused_where_they_are_read(tmp_path: pathlib.Path) -> None:
+def test_missing_weights_are_refused_by_modes_that_read_them(tmp_path: pathlib.Path) -> None:
     config = schema.Config(init_from=str(tmp_path / "no"))
     frozen = schema.Config(objective=schema.Objective(target_checkpoint=str(tmp_path / "no")))
     for mode in ("train", "compare", "profile", "features"):
@@ -140,7 +140,7 @@ def test_weights_that_are_not_there_are_refused_where_they_are_read(tmp_path: pa
     for mode in ("show", "compile", "eval", "export", "report"):
         refuse_missing(mode, config, str(tmp_path))
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
-    # a run that goes on has them in its own checkpoint
+    # a resumed run has the weights in its checkpoint
     refuse_missing("train", config, str(tmp_path))
 
 
@@ -153,9 +153,8 @@ print(code, "m3i_jax.modes.train" in sys.modules, "m3i_jax.training.trainer" in 
 
 
 @pytest.mark.row("E11")
-def test_nothing_is_built_before_missing_weights_are_refused(tmp_path: pathlib.Path) -> None:
-    """In a process of its own: the trainer takes seconds to import, and its programs longer to
-    make."""
+def test_missing_weights_are_refused_before_the_trainer_is_imported(tmp_path: pathlib.Path) -> None:
+    """In a new process: the trainer takes seconds to import, and its programs longer to compile."""
     arguments = [
         "--config",
         "configs/quickstart.py",
