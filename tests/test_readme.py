@@ -9,9 +9,10 @@ A README uses only files that it makes itself or that ship with the project.
 What is left out of a bash block: commands that install, and those that would run these tests (the
 patterns of LEFT_OUT). Commands after && still run.
 
-How training commands are shortened: a line with `m3i_jax.main` or `launch/quickstart.sh` gets the
-overrides TINY appended (two steps of a toy model), so it must not depend on files that only the
-full size would make. `--help` and `--version` lines stay as they are.
+How training commands are shortened: a line with `m3i_jax.main` and `--config FILE`, or with
+`launch/quickstart.sh`, gets the overrides TINY appended (two steps of a toy model), so it must not
+depend on files that only the full size would make. A line without `--config FILE` takes the
+settings of a run that an earlier line made.
 
 Data: `/data/images` stands for a folder of images (two classes, captions beside them) and
 `/data/shards` for a folder of img2dataset tars `*.tar`. Use these paths in a README; they are
@@ -163,9 +164,7 @@ def script(block: Block) -> tuple[str, int]:
         command = line.strip()
         if command and not command.startswith("#"):
             count += 1
-            small = re.search(r"m3i_jax\.main|launch/quickstart\.sh", command) and not re.search(
-                r"--(help|version)\b", command
-            )
+            small = re.search(r"m3i_jax\.main .*--config |launch/quickstart\.sh", command)
             if small and overrides:
                 end = re.search(r"\s+(\||&|[12]?>|#\s)|;(?=\s)|\s*$", line)
                 line = f"{line[: end.start()]} {overrides}{line[end.start() :]}"
