@@ -75,8 +75,10 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u
 def redact(text: str, *, environment: Mapping[str, str] | None = None) -> str:
     """A text with "***" where it had a secret.
 
-    Args: text: any. environment: variables whose values are secret if their names say so; those of
-        the process if not given.
+    Args:
+      text: any.
+      environment: variables whose values are secret if their names say so; those of the process if
+        not given.
 
     >>> redact("s3://AKID:p/w+d@bucket/x.tar, https://h/x?X-Amz-Signature=0a1b&part=2", environment={})
     's3://***@bucket/x.tar, https://h/x?X-Amz-Signature=***&part=***'

@@ -3,8 +3,9 @@ reason and the way out."""
 
 import dataclasses
 
-from m3i_jax import schema, setting_limits
+from m3i_jax import schema
 from m3i_jax.errors import UserError, shorten
+from m3i_jax.schema.limits import check_limits
 
 
 def _require(condition: bool, key: str, value: object, why: str) -> None:
@@ -151,7 +152,7 @@ def _intern_image(c: schema.Config) -> None:
 def validate_settings(c: schema.Config) -> None:
     """Raise UserError for the first setting that cannot work, whatever the data and the devices
     are."""
-    setting_limits.check_limits(c)
+    check_limits(c)
     _between(c)
     _towers(c)
     _compared(c)

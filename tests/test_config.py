@@ -107,7 +107,7 @@ BAD = {
     "objective.forms=m3i,m3i": "names m3i twice",
     "data.class_names=/nope": "does nothing",  # of the built-in shapes
     "data.vocabulary=/nope": "does nothing",  # without data.tokenizer=clip
-    "data.path=~nosuchuser/x": "the home of a user who is not here, ~nosuchuser",
+    "data.path=~nosuchuser/x": "the home directory of an unknown user, ~nosuchuser",
     "model.text.width=0": "at least 1",
     "model.decoder.width=0": "at least 1",
     "model.head.hidden=0": "at least 1",
@@ -169,7 +169,7 @@ def test_overrides_change_one_leaf_and_keep_its_type() -> None:
 def test_a_config_file_that_misspells_a_key_is_refused(tmp_path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
-        "from m3i_jax.config import default\ndef get_config():\n    c = default()\n    c.optim.lrr"
+        "from m3i_jax.config import default_config\ndef get_config():\n    c = default_config()\n    c.optim.lrr"
         " = 1\n    return c\n"
     )
     with pytest.raises(UserError, match="lrr"):
@@ -206,9 +206,9 @@ def test_an_argument_may_be_an_address(request: pytest.FixtureRequest) -> None:
     )
 
 
-OWN = """from m3i_jax.config import default
+OWN = """from m3i_jax.config import default_config
 def get_config(path, steps: int, rate=None, names=("a", "b")):
-    c = default()
+    c = default_config()
     c.data.path, c.train.steps, c.objective.forms = path, steps, names
     return c
 """
@@ -222,7 +222,7 @@ def get_config(path, steps: int, rate=None, names=("a", "b")):
         (
             "import sys\nsys.exit(0)\n" + OWN,
             ":path=p,steps=2",
-            "--config FILE, line 2: SystemExit: 0; a configuration returns its settings",
+            "--config FILE, line 2: SystemExit: 0; a configuration must return its settings",
         ),
         (
             OWN.replace("    return", "    raise SystemExit\n    return"),
@@ -275,7 +275,7 @@ def test_what_is_data_is_known_by_the_setting_not_by_a_value_that_is_a_path(
     other setting does."""
     (folder := tmp_path / "configs").mkdir()
     (file := folder / "mine.py").write_text(
-        "from m3i_jax.config import default\ndef get_config(path=''):\n    return default()\n"
+        "from m3i_jax.config import default_config\ndef get_config(path=''):\n    return default_config()\n"
     )
     monkeypatch.chdir(tmp_path)
     for overrides in (

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from m3i_jax import config, schema, setting_limits
+from m3i_jax import config, schema
 from m3i_jax.errors import DoesNotFit, UserError
+from m3i_jax.schema import limits
 
 
 def fields(node: Any = None, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -27,12 +28,12 @@ SETTINGS = {key: (default, metadata) for key, default, metadata in fields()}
 NUMBERS = [
     key
     for key, (_, metadata) in SETTINGS.items()
-    if isinstance(metadata["limits"], setting_limits.NumberLimit)
+    if isinstance(metadata["limits"], limits.NumberLimit)
 ]
 LINES = [
     key
     for key, (_, metadata) in SETTINGS.items()
-    if isinstance(metadata["limits"], setting_limits.TextLimit)
+    if isinstance(metadata["limits"], limits.TextLimit)
 ]
 
 
@@ -44,16 +45,16 @@ def test_every_setting_declares_what_it_takes() -> None:
         if metadata["choices"]:
             assert default in metadata["choices"], key
         elif isinstance(default, str) or key in LINES:
-            assert metadata["limits"].kind in setting_limits.TEXTS, key
+            assert metadata["limits"].kind in limits.TEXTS, key
         elif not isinstance(default, bool):
-            assert isinstance(metadata["limits"], setting_limits.NumberLimit) and entries, key
+            assert isinstance(metadata["limits"], limits.NumberLimit) and entries, key
 
 
 @pytest.mark.parametrize("default", [1, 0.5, "text", (), (1, 2)])
 def test_a_new_setting_cannot_do_without(default: Any) -> None:
-    with pytest.raises(TypeError, match="the setting 'of something' has no choices and no limits"):
-        setting_limits.option(default, "of something")
-    setting_limits.option(True, "of something")
+    with pytest.raises(TypeError, match="the setting 'of something' has neither choices nor limits"):
+        limits.option(default, "of something")
+    limits.option(True, "of something")
 
 
 def refused(key: str, value: Any) -> UserError:

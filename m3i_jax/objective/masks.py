@@ -1,5 +1,5 @@
-"""Which cells of a mixed input show which image: the mask m of M3I section 3.4, drawn on the host,
-in numpy alone.
+"""Masks m of M3I section 3.4: which cells of a mixed input show which image. They are drawn on the
+host with numpy alone.
 
 True = the cell shows the row's own image (i), False = the partner's (j). Every row has exactly
 `hidden` False cells, so that shapes on the device are static. Masks are blockwise (BEiT's
@@ -52,13 +52,18 @@ def uniforms(
     sample takes. Numbers of one width are independent; calls that differ in nothing but the width
     overlap, so give every purpose one width.
 
-    Args: seed: of the run, 0 <= seed < 2^64. purpose: what the numbers are for, 0 <= purpose < 256:
-      one of the constants of this module or of `SPARE`. first: stream position of the first row, >=
-      0. rows: number of samples. width: numbers a sample. part: continuation of a stream whose
-      length is not known ahead, >= 0.
+    Args:
+      seed: of the run, 0 <= seed < 2^64.
+      purpose: what the numbers are for, 0 <= purpose < 256: one of the constants of this module or
+        of `SPARE`.
+      first: stream position of the first row, >= 0.
+      rows: number of samples.
+      width: numbers a sample.
+      part: continuation of a stream whose length is not known ahead, >= 0.
 
-    Returns: float64 [rows, width] in [0, 1), multiples of 2^-53. The same numbers in every version
-      of numpy, which keeps Philox's stream.
+    Returns:
+      float64 [rows, width] in [0, 1), multiples of 2^-53. The same numbers in every version of
+      numpy, which keeps Philox's stream.
 
     Raises:
       ValueError: a number out of its range.
@@ -110,18 +115,22 @@ def blockwise(
     number that is missing, whose aspect ratio is log-uniform in 0.3..1/0.3 and whose place is
     uniform; take it if it is smaller than the grid in both directions and hides at least one new
     cell and not too many. After ten failures in a row, uniformly drawn single cells make up the
-    count (three masks in ten, usually one to three cells).
+    count (in three masks of ten, usually one to three cells).
 
     Rectangles prefer the centre: of 98 of 14 x 14 cells, the four in the middle are hidden in 86 %
     of the masks, a corner in 7 %. Therefore, if exactly half of the cells is hidden, the roles are
     swapped with probability 1/2, sample by sample: every cell then shows either image equally
     often.
 
-    Args: seed: of the run, 0 <= seed < 2^64. first: stream position of the first row, >= 0. rows:
-      number of samples. grid: cells a side, 1..64. hidden: number of cells that show the partner,
-      0..grid^2; 98 of 14 x 14 in the paper ("blockwise", 50 %). min_block: smallest area of a
-      rectangle; None: BEiT's 16 of 196 cells, scaled to the grid. swap: False leaves the roles as
-      drawn also at one half.
+    Args:
+      seed: of the run, 0 <= seed < 2^64.
+      first: stream position of the first row, >= 0.
+      rows: number of samples.
+      grid: cells a side, 1..64.
+      hidden: number of cells that show the partner, 0..grid^2; 98 of 14 x 14 in the paper
+        ("blockwise", 50 %).
+      min_block: smallest area of a rectangle; None: BEiT's 16 of 196 cells, scaled to the grid.
+      swap: False leaves the roles as drawn also at one half.
 
     Returns:
       bool [rows, grid * grid], row-major cells, True = own; exactly `hidden` False a row.
@@ -261,7 +270,8 @@ def upsample_masks(mask: np.ndarray, factor: int) -> np.ndarray:
     Returns:
       bool [rows, (G * factor)^2].
 
-    >>> upsample_masks(np.array([[True, False, False, True]]), 2)[0].reshape(4, 4).astype(int).tolist()
+    >>> mask = upsample_masks(np.array([[True, False, False, True]]), 2)
+    >>> mask[0].reshape(4, 4).astype(int).tolist()
     [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
     """
     if factor == 1:

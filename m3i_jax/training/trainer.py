@@ -13,7 +13,7 @@ from jax.extend import core
 from m3i_jax import parallel, schema
 from m3i_jax.errors import DoesNotFit, UserError
 from m3i_jax.models import m3i
-from m3i_jax.setting_limits import INT32
+from m3i_jax.schema.limits import INT32
 from m3i_jax.training import checkpoint, init_from, optimizer, plan, scaling, state, step
 
 

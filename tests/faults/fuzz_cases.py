@@ -13,11 +13,13 @@ import socket
 from typing import Any
 
 from hypothesis import strategies as st
-from tests.test_setting import SETTINGS
 
-from m3i_jax import config, main, setting_limits
+from m3i_jax import config, main
+from m3i_jax.config import files as config_files
 from m3i_jax.modes import MODES
+from m3i_jax.schema import limits as schema_limits
 from tests.test_main import TINY
+from tests.test_setting_limits import SETTINGS
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 # Never asked for: a network, other hosts that would be waited for, a compiler that takes minutes.
@@ -164,7 +166,7 @@ def value(draw: Any, key: str) -> str:
         return str(draw(st.sampled_from(metadata["choices"])))
     if isinstance(default, bool):
         return draw(st.sampled_from(["true", "false", "True", "FALSE"]))
-    if isinstance(limits, setting_limits.NumberLimit):
+    if isinstance(limits, schema_limits.NumberLimit):
         whole = all(isinstance(entry, int) for entry in entries)
         beyond = st.sampled_from(
             [limits.least - 1, limits.most + 1, -limits.most, limits.most * 2, 2**31, 2**63, 0, -1]
@@ -254,7 +256,7 @@ def commands(draw: Any) -> Case:
     """A command that may well be right, of any configuration file and mode; then up to two things
     in it that are wrong."""
     name = draw(st.sampled_from(CONFIGS))
-    taken = sorted(config._takes(f"{ROOT}/configs/{name}") or ())
+    taken = sorted(config_files._argument_names(f"{ROOT}/configs/{name}") or ())
     given = draw(st.lists(st.sampled_from(taken), max_size=3, unique=True))
     given += [key for key in ("path", "source", "sources") if key in taken and key not in given]
     given = {key: draw(st.sampled_from(ARGUMENTS.get(key, NUMBERS))) for key in given}
@@ -326,7 +328,7 @@ def settings(draw: Any) -> Case:
 
 
 HEAD = (
-    "import os, sys\nfrom m3i_jax.config import default\ndef get_config(path='', n=1):\n    c ="
+    "import os, sys\nfrom m3i_jax.config import default_config as default\ndef get_config(path='', n=1):\n    c ="
     " default()\n"
 )
 SCRIPTS = (
