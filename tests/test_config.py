@@ -91,7 +91,7 @@ BAD = {
     "objective.temperature=0": "must be positive",
     "seed=-1": "must not be negative",
     "seed=9223372036854775808": "must be at most 9,223,372,036,854,775,807",
-    "init.weights=ema": "config.init.weights asks for something",
+    "init.weights=ema": "config.init.weights needs it",
     "optim.ema=2": "0..1",
     "optim.warmup_steps=-2": "at least -1",
     "objective.gamma=0": "must be positive",
@@ -169,8 +169,8 @@ def test_overrides_change_one_leaf_and_keep_its_type() -> None:
 def test_a_config_file_that_misspells_a_key_is_refused(tmp_path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
-        "from m3i_jax.config import default_config\ndef get_config():\n    c = default_config()\n    c.optim.lrr"
-        " = 1\n    return c\n"
+        "from m3i_jax.config import default_config\n"
+        "def get_config():\n    c = default_config()\n    c.optim.lrr = 1\n    return c\n"
     )
     with pytest.raises(UserError, match="lrr"):
         config.load_config(str(file))
@@ -275,7 +275,8 @@ def test_what_is_data_is_known_by_the_setting_not_by_a_value_that_is_a_path(
     other setting does."""
     (folder := tmp_path / "configs").mkdir()
     (file := folder / "mine.py").write_text(
-        "from m3i_jax.config import default_config\ndef get_config(path=''):\n    return default_config()\n"
+        "from m3i_jax.config import default_config\n"
+        "def get_config(path=''):\n    return default_config()\n"
     )
     monkeypatch.chdir(tmp_path)
     for overrides in (

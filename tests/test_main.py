@@ -83,7 +83,7 @@ def test_the_time_of_a_run_counts_from_the_start_of_its_process() -> None:
             check=True,
         ).stdout
     )
-    assert age - 1 <= time.monotonic() - command._process_began() <= age + 2
+    assert age - 1 <= time.monotonic() - command._process_start() <= age + 2
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_the_time_of_a_run_counts_from_the_start_of_its_process() -> None:
         ),
         (
             ["--config", "configs/quickstart.py", "--workdir", "gs://b/x"],
-            "an address is no directory",
+            "a URL is no directory",
         ),
         (["--config", "configs/quickstart.py"], "--workdir: is missing"),
         (["--workdir", "W"], "--config: is missing"),

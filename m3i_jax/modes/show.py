@@ -54,6 +54,8 @@ def _rounded(config: schema.Config, shards: list[int]) -> list[tuple[int, str]]:
 
 
 def run(config: schema.Config, *, workdir: str | None) -> int:
+    from clu import parameter_overview
+
     del workdir
     done, assumed = assume_data(config)
     # The mesh of the run may be larger than this machine: shapes and counts do not depend on it, so
@@ -64,6 +66,7 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
     length, images = made.length, done.train.batch_size
     leaves = jax.tree.leaves(made.template)
     print(configuration.config_to_text(done))
+    print(parameter_overview.get_parameter_overview(made.template.params, include_stats=False))
     print(text_table.text_table(plan_table.term_rows(made.plan), plan_table.HEADERS_TERMS), "\n")
     print(
         text_table.text_table(

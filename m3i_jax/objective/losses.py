@@ -244,7 +244,8 @@ def category(
       ValueError: shapes that do not belong together.
 
     >>> import jax.numpy as jnp
-    >>> total, count = category(jnp.array([[2., 1., 0., -1.], [9., 9., 9., 9.]]), jnp.array([0, -1]))
+    >>> logits = jnp.array([[2., 1., 0., -1.], [9., 9., 9., 9.]])
+    >>> total, count = category(logits, jnp.array([0, -1]))
     >>> print(f"{total:.4f} over {count:.0f} image")
     0.5902 over 1 image
     """

@@ -40,7 +40,8 @@ def register_form(name: str, terms: Terms) -> Terms:
     Raises:
       ValueError: the name has other terms already or is not an identifier, or there is no term.
 
-    >>> _ = register_form("mim_huge_weight", (terms.token_term(terms.MASKED, 0, weight=9.0),))
+    >>> from m3i_jax.objective.terms import MASKED, token_term
+    >>> _ = register_form("mim_huge_weight", (token_term(MASKED, 0, weight=9.0),))
     >>> form("mim_huge_weight")[0].weight
     9.0
     """

@@ -204,8 +204,8 @@ class Term:
             )
         if self.target.encoder == "online" and not self.posterior.two_sided:
             raise ValueError(
-                f"term {self.name}: {type(self.posterior).__name__} treats its target as a constant;"
-                " use a shared target"
+                f"term {self.name}: {type(self.posterior).__name__} treats its target as a"
+                " constant; use a shared target"
             )
         heads = (
             (DecoderHead, LinearHead, ProjectionHead)
@@ -284,27 +284,18 @@ def pooled_term(reads: Pass, crop: int, *, encoder: str = "ema", **more: Any) ->
 
 
 def category_term(reads: Pass, image: str = "own") -> Term:
-    return Term(
-        name="category",
-        reads=reads,
-        target=CATEGORY,
-        posterior=CategorySoftmax(),
-        head=PooledHead(),
-        image=image,
-        group="sp",
-    )
+    """Predict the category of an image."""
+    return _annotation_term(CATEGORY, CategorySoftmax(), reads, image)
 
 
 def text_term(reads: Pass, image: str = "own") -> Term:
-    return Term(
-        name="text",
-        reads=reads,
-        target=TEXT,
-        posterior=TextSoftmax(),
-        head=PooledHead(),
-        image=image,
-        group="sp",
-    )
+    """Predict the caption of an image."""
+    return _annotation_term(TEXT, TextSoftmax(), reads, image)
+
+
+def _annotation_term(target: Target, posterior: Posterior, reads: Pass, image: str) -> Term:
+    options: dict[str, Any] = {"head": PooledHead(), "image": image, "group": "sp"}
+    return Term(name=target.of, reads=reads, target=target, posterior=posterior, **options)
 
 
 FORMS: dict[str, Terms] = {
@@ -377,16 +368,13 @@ def uniquify(rows: Mapping[str, Terms]) -> list[Terms]:
     out = []
     for row, terms in rows.items():
         more = _suffixes(row, spaces, {(space.name, space) for t in terms if (space := _space(t))})
-        heads = [
-            (
-                dataclasses.replace(space, name=space.name + more[space.name])
-                if (space := _space(t))
-                else t.head
-            )
-            for t in terms
-        ]
         terms = tuple(
-            dataclasses.replace(t, head=head) for t, head in zip(terms, heads, strict=True)
+            dataclasses.replace(
+                t, head=dataclasses.replace(space, name=space.name + more[space.name])
+            )
+            if (space := _space(t))
+            else t
+            for t in terms
         )
         more = _suffixes(row, names, {(t.name, (t.posterior, _space(t))) for t in terms})
         out.append(tuple(dataclasses.replace(t, name=t.name + more[t.name]) for t in terms))

@@ -328,8 +328,8 @@ def settings(draw: Any) -> Case:
 
 
 HEAD = (
-    "import os, sys\nfrom m3i_jax.config import default_config as default\ndef get_config(path='', n=1):\n    c ="
-    " default()\n"
+    "import os, sys\nfrom m3i_jax.config import default_config\n"
+    "def get_config(path='', n=1):\n    c = default_config()\n"
 )
 SCRIPTS = (
     b"",

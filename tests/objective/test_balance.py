@@ -1,5 +1,6 @@
 """Dynamic weighting: the averages, lambda and its place in an optax chain."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,3 +127,18 @@ def test_errors():
     for limits in ((-1.0, 2.0), (3.0, 2.0)):
         with pytest.raises(ValueError, match="limits"):
             balance.balance_weight(tx.init({}), limits=limits)
+
+
+def test_steps_share_one_trace():
+    """The state keeps shapes, dtypes and weak types, so that no step recompiles."""
+    tx, updates = balance.track_balance(0.9), {"w": jnp.ones(3)}
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(state, norms):
+        return tx.update(updates, state, feature_grad_norms=norms)[1]
+
+    first = state = tx.init(updates)
+    for norms in ((2.0, 0.0), (3.0, 1.0), (float("nan"), 4.0)):
+        state = step(state, norms)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, first)

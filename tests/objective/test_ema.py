@@ -1,6 +1,7 @@
 """The momentum target: schedule values, the average itself, its place at the end of an optax
 chain."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,3 +111,19 @@ def test_errors():
         ema.cosine_momentum(1.5, 10)
     with pytest.raises(ValueError, match="steps"):
         ema.cosine_momentum(0.9, 0)
+
+
+def test_steps_share_one_trace():
+    """The state keeps shapes, dtypes and weak types, so that no step recompiles."""
+    tx = ema.track_target(ema.cosine_momentum(0.9, 10))
+    params = {"w": jnp.ones(3, jnp.bfloat16), "count": jnp.int32(3)}
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(state, params):
+        return tx.update(jax.tree.map(jnp.zeros_like, params), state, params)[1]
+
+    first = state = tx.init(params)
+    for _ in range(3):
+        state = step(state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, first)
