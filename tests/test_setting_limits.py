@@ -52,7 +52,7 @@ def test_every_setting_declares_choices_or_limits() -> None:
 
 @pytest.mark.parametrize("default", [1, 0.5, "text", (), (1, 2)])
 def test_a_setting_without_limits_is_refused(default: Any) -> None:
-    with pytest.raises(TypeError, match="the setting 'a number' has neither choices nor limits"):
+    with pytest.raises(TypeError, match="'a number' has neither choices nor limits"):
         limits.option(default, "a number")
     limits.option(True, "a number")
 
@@ -72,8 +72,8 @@ def refused(key: str, value: Any) -> UserError:
 
 @pytest.mark.parametrize("key", NUMBERS)
 def test_a_number_beyond_either_end_is_refused_with_its_key(key: str) -> None:
-    """Both ends: the next float or integer beyond the limit, which is refused. The value that leaves
-    a setting open is none of these."""
+    """Both ends: the next float or integer beyond the limit, which is refused. The value that
+    leaves a setting open is none of these."""
     default, metadata = SETTINGS[key]
     limit, entries = metadata["limits"], default if isinstance(default, tuple) else (default,)
     integer = all(isinstance(entry, int) for entry in entries)

@@ -25,14 +25,14 @@ def check_gradient(f, *args, step=1e-2):
     """jax.grad of every argument against central differences."""
     f, grads = jax.jit(f), jax.jit(jax.grad(f, tuple(range(len(args)))))(*args)
     for k, grad in enumerate(grads):
-        wanted = np.zeros(np.shape(args[k]))
-        for place in np.ndindex(wanted.shape):
-            move = np.zeros(wanted.shape, np.float32)
+        expected = np.zeros(np.shape(args[k]))
+        for place in np.ndindex(expected.shape):
+            move = np.zeros(expected.shape, np.float32)
             move[place] = step
             up, down = (f(*args[:k], args[k] + sign * move, *args[k + 1 :]) for sign in (1, -1))
-            wanted[place] = (up - down) / (2 * step)
-        assert wanted.any()
-        np.testing.assert_allclose(grad, wanted, atol=2e-3, rtol=1e-2)
+            expected[place] = (up - down) / (2 * step)
+        assert expected.any()
+        np.testing.assert_allclose(grad, expected, atol=2e-3, rtol=1e-2)
 
 
 def equations(jaxpr):

@@ -86,11 +86,11 @@ def test_in_a_chain_updates_pass_through():
     balanced = optax.named_chain(("balance", balance.track_balance(0.9)), ("rest", plain))
     params = {"w": jnp.arange(3.0), "b": jnp.ones(2)}
     grads = jax.tree.map(lambda x: x + 1, params)
-    wanted, _ = jax.jit(plain.update)(grads, plain.init(params), params)
+    expected, _ = jax.jit(plain.update)(grads, plain.init(params), params)
     got, state = jax.jit(balanced.update)(
         grads, balanced.init(params), params, feature_grad_norms=(1.0, 2.0)
     )
-    jax.tree.map(np.testing.assert_allclose, got, wanted)
+    jax.tree.map(np.testing.assert_allclose, got, expected)
     assert float(state["balance"].sp) == 2.0
     assert all(x.dtype == jnp.float32 for x in state["balance"][1:])
 
@@ -100,8 +100,8 @@ def test_feature_norm():
         "z": np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32),
         "cls": [np.full(2, 3.0, np.float32)],
     }
-    wanted = np.sqrt((tree["z"] ** 2).sum() + 18)
-    np.testing.assert_allclose(jax.jit(balance.feature_norm)(tree), wanted, rtol=1e-6)
+    expected = np.sqrt((tree["z"] ** 2).sum() + 18)
+    np.testing.assert_allclose(jax.jit(balance.feature_norm)(tree), expected, rtol=1e-6)
     assert float(balance.feature_norm({})) == 0
 
 

@@ -118,7 +118,6 @@ def bounded(p):
 
 
 # --- Equations 1 and 2: one target
-# -------------------------------------------------------------------------------------------------------
 @SEEDS
 @pytest.mark.parametrize("make", [world, joint])
 def test_bound_never_exceeds_the_information(make, seed):
@@ -154,8 +153,8 @@ def test_target_entropy_does_not_know_the_input_transform(seed):
     the sample."""
     p = first(world(seed))
     p_ty = p.sum((0, 2))  # [t_y, z]
-    wanted = sum(p_ty[b].sum() * entropy(p_ty[b] / p_ty[b].sum()) for b in range(2))
-    assert given_t(p) == pytest.approx(wanted, abs=1e-12)
+    expected = sum(p_ty[b].sum() * entropy(p_ty[b] / p_ty[b].sum()) for b in range(2))
+    assert given_t(p) == pytest.approx(expected, abs=1e-12)
 
 
 @SEEDS
@@ -195,7 +194,6 @@ def test_info_nce_over_a_batch_never_exceeds_the_information():
 
 
 # --- Equations 10 and 12: several targets
-# ------------------------------------------------------------------------------------------------
 def total_correlation(p):
     """What the targets tell about each other once z_x is known, E KL(p(z_1, z_2 | z_x, t) || p(z_1
     | z_x, t) p(z_2 | z_x, t))."""

@@ -23,9 +23,9 @@ def test_target_std_is_numpy():
     x = 3 + normal(4, 9, 6) * np.arange(1, 7, dtype=np.float32)
     np.testing.assert_allclose(target_std(x), x.reshape(-1, 6).std(0).mean(), rtol=1e-5)
     where = np.random.default_rng(1).random((4, 9)) < 0.5
-    wanted = x[where].std(0).mean()
+    expected = x[where].std(0).mean()
     x[~where] = np.nan
-    np.testing.assert_allclose(target_std(x, where), wanted, rtol=1e-5)
+    np.testing.assert_allclose(target_std(x, where), expected, rtol=1e-5)
 
 
 def test_target_std_sees_collapse():
@@ -46,9 +46,9 @@ def test_effective_rank_is_the_entropy_of_eigenvalues():
     t = normal(200, 6) * np.array([3, 2, 1, 1, 0.5, 0.1], np.float32)
     share = np.linalg.eigvalsh(t.T @ t / 200)
     share = share / share.sum()
-    wanted = np.exp(-(share * np.log(share)).sum())
-    assert float(effective_rank(second_moment(t))) == pytest.approx(wanted, rel=1e-4)
-    assert float(effective_rank(7 * second_moment(t))) == pytest.approx(wanted, rel=1e-4)
+    expected = np.exp(-(share * np.log(share)).sum())
+    assert float(effective_rank(second_moment(t))) == pytest.approx(expected, rel=1e-4)
+    assert float(effective_rank(7 * second_moment(t))) == pytest.approx(expected, rel=1e-4)
 
 
 def test_effective_rank_of_nothing_is_zero():
@@ -57,9 +57,11 @@ def test_effective_rank_of_nothing_is_zero():
 
 def test_spread_is_numpy_and_has_no_scale():
     t = 0.5 + normal(50, 6)
-    wanted = 1 - (t.mean(0) ** 2).sum() / (t**2).sum(1).mean()
-    assert float(spread(t.mean(0), second_moment(t))) == pytest.approx(wanted, rel=1e-4)
-    assert float(spread(100 * t.mean(0), second_moment(100 * t))) == pytest.approx(wanted, rel=1e-4)
+    expected = 1 - (t.mean(0) ** 2).sum() / (t**2).sum(1).mean()
+    assert float(spread(t.mean(0), second_moment(t))) == pytest.approx(expected, rel=1e-4)
+    assert float(spread(100 * t.mean(0), second_moment(100 * t))) == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def test_spread_sees_collapse_through_layer_norm():
@@ -91,16 +93,16 @@ def test_uniformity_is_numpy(t):
     """At the large t every exp(-t |u - v|^2) is 0 in float32."""
     x = normal(6, 5)
 
-    def wanted(rows):
+    def expected(rows):
         u = unit(rows)
         log_pairs = [-t * ((u[i] - u[j]) ** 2).sum() for i in range(len(u)) for j in range(i)]
         return np.logaddexp.reduce(log_pairs) - np.log(len(log_pairs))
 
     np.testing.assert_allclose(
-        jax.jit(collapse.uniformity, static_argnames="t")(x, t=t), wanted(x), rtol=1e-5
+        jax.jit(collapse.uniformity, static_argnames="t")(x, t=t), expected(x), rtol=1e-5
     )
     where = np.array([1, 0, 1, 1, 0, 1], bool)
-    kept, x[~where] = wanted(x[where]), np.nan
+    kept, x[~where] = expected(x[where]), np.nan
     np.testing.assert_allclose(
         jax.jit(collapse.uniformity, static_argnames="t")(x, where, t=t), kept, rtol=1e-5
     )

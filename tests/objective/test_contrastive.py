@@ -56,7 +56,6 @@ def unit(x):
 
 
 # --- all of them
-# -------------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("loss", OF_VIEWS.values(), ids=OF_VIEWS)
 def test_weights_and_degenerate_rows(loss):
     """One compilation for all of it: images without weight are as if absent, and nothing builds a
@@ -64,10 +63,10 @@ def test_weights_and_degenerate_rows(loss):
     a, b, where = normal(6, 4), normal(6, 4, seed=1), np.array([1, 0, 1, 1, 0, 1], np.float32)
     full = value_and_grad_of(lambda a, b, where: loss(a, b, where), (0, 1), has_aux=True)
     keep = where > 0
-    wanted = loss(a[keep], b[keep])
+    expected = loss(a[keep], b[keep])
     a[1], b[4] = np.nan, np.inf
     value, grads = full(a, b, where)
-    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert all(np.isfinite(g).all() and not g[~keep].any() for g in grads) and grads[0][keep].any()
     value, grads = full(a, b, np.zeros(6, np.float32))
     assert tuple(map(float, value)) == (0, 0) and not any(np.any(g) for g in grads)
@@ -83,7 +82,6 @@ def test_weights_and_degenerate_rows(loss):
 
 
 # --- dense
-# -------------------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("normalize", [True, False])
 def test_dense_boltzmann_is_scipy_at_each_position(normalize):
     p, k, where = (
@@ -138,12 +136,12 @@ def test_dense_boltzmann_missing_keys():
     )
     k[~exists] = np.nan
     total, count = dense_boltzmann(p, k, exists, where_KxN=exists, temperature=1.0)
-    wanted = 0
+    expected = 0
     for n in range(2):
         rows = exists[:, n]
         logits = unit(p[rows, n]) @ unit(k[rows, n]).T
-        wanted += (logsumexp(logits, axis=1) - np.diag(logits)).sum()
-    np.testing.assert_allclose(total, wanted, rtol=1e-5)
+        expected += (logsumexp(logits, axis=1) - np.diag(logits)).sum()
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
     assert float(count) == 6
 
 
@@ -177,7 +175,7 @@ def test_dense_against_is_numpy():
     )
     total, count = dense_against(p, t, t.mean(1), where, temperature=0.2)
     negative = unit(t.astype(np.float64).mean(1))  # the mean of vectors that are not normalised yet
-    wanted = 0
+    expected = 0
     for b in range(4):
         for n in range(3):
             others = [c for c in range(4) if c != b]
@@ -185,8 +183,8 @@ def test_dense_against_is_numpy():
                 np.array([unit(p[b, n]) @ unit(t[b, n]), *(unit(p[b, n]) @ negative[others].T)])
                 / 0.2
             )
-            wanted += where[b, n] * (logsumexp(logits) - logits[0])
-    np.testing.assert_allclose(total, wanted, rtol=1e-5)
+            expected += where[b, n] * (logsumexp(logits) - logits[0])
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
     np.testing.assert_allclose(count, where.sum(), rtol=1e-6)
 
 
@@ -239,7 +237,6 @@ def test_dense_against_gradient():
 
 
 # --- SimCLR
-# ------------------------------------------------------------------------------------------------------------------------------
 def numpy_nt_xent(a, b, temperature):
     z = np.concatenate([unit(a), unit(b)])
     batch, cost = len(a), []
@@ -264,7 +261,6 @@ def test_nt_xent_gradient_through_both_views():
 
 
 # --- Barlow Twins
-# ------------------------------------------------------------------------------------------------------------------------
 def numpy_decorrelation(a, b, off_diagonal):
     a, b = (
         (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
@@ -300,7 +296,6 @@ def test_decorrelation_gradient_through_both_views():
 
 
 # --- MSN
-# ---------------------------------------------------------------------------------------------------------------------------------
 def numpy_assignments(t, k, temperature, sharpening, sinkhorn):
     p = softmax(unit(t) @ unit(k).T / temperature, axis=1) ** (1 / sharpening)
     q = p / p.sum(1, keepdims=True)
@@ -361,10 +356,13 @@ def test_prototypes_gradient_to_anchor_and_prototypes_only():
 
     check_gradient(lambda a: loss(a, t, k), a)
     check_gradient(with_constant_targets, a, k)
-    grads, wanted = grad_of(loss, (0, 1, 2))(a, t, k), grad_of(with_constant_targets, (0, 1))(a, k)
+    grads, expected = (
+        grad_of(loss, (0, 1, 2))(a, t, k),
+        grad_of(with_constant_targets, (0, 1))(a, k),
+    )
     assert not np.any(grads[1])
-    np.testing.assert_allclose(grads[0], wanted[0], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(grads[2], wanted[1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(grads[0], expected[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(grads[2], expected[1], rtol=1e-4, atol=1e-5)
 
 
 def test_assignments_balance_the_batch():
@@ -399,7 +397,6 @@ def test_a_prototype_out_of_reach_does_no_harm():
 
 
 # --- errors
-# ------------------------------------------------------------------------------------------------------------------------------
 A = np.zeros
 TAU = {"temperature": 1.0}
 

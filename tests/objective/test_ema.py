@@ -23,8 +23,8 @@ def test_cosine_momentum_golden():
 
 def test_cosine_momentum_is_the_formula_and_ends_at_one():
     k = np.arange(0, 130, 7)
-    wanted = 1 - (1 - 0.9) * (1 + np.cos(np.pi * np.minimum(k / 100, 1))) / 2
-    np.testing.assert_allclose(jax.vmap(ema.cosine_momentum(0.9, 100))(k), wanted, atol=2e-7)
+    expected = 1 - (1 - 0.9) * (1 + np.cos(np.pi * np.minimum(k / 100, 1))) / 2
+    np.testing.assert_allclose(jax.vmap(ema.cosine_momentum(0.9, 100))(k), expected, atol=2e-7)
     assert float(ema.cosine_momentum(0.9, 100)(10_000)) == 1.0
 
 
@@ -67,9 +67,11 @@ def test_momentum_sees_the_number_of_the_update():
 
 def test_momentum_at_its_ends():
     params, updates = jnp.array([1.0, 2.0]), jnp.array([10.0, 20.0])
-    for momentum, wanted in ((1.0, [1.0, 2.0]), (0.0, [11.0, 22.0])):
+    for momentum, expected in ((1.0, [1.0, 2.0]), (0.0, [11.0, 22.0])):
         tx = ema.track_target(momentum)
-        np.testing.assert_array_equal(tx.update(updates, tx.init(params), params)[1].params, wanted)
+        np.testing.assert_array_equal(
+            tx.update(updates, tx.init(params), params)[1].params, expected
+        )
 
 
 def test_updates_pass_through_with_other_arguments():
@@ -77,9 +79,9 @@ def test_updates_pass_through_with_other_arguments():
     tx = optax.named_chain(("adamw", plain), ("target", ema.track_target(0.9, encoder)))
     params = {"encoder": jnp.arange(3.0), "decoder": jnp.ones(2)}
     grads = jax.tree.map(lambda x: x - 0.5, params)
-    wanted, _ = jax.jit(plain.update)(grads, plain.init(params), params)
+    expected, _ = jax.jit(plain.update)(grads, plain.init(params), params)
     got, state = jax.jit(tx.update)(grads, tx.init(params), params, feature_grad_norms=(1.0, 1.0))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
     assert jax.tree.structure(state) == jax.tree.structure(jax.eval_shape(tx.init, params))
 
 

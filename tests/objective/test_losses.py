@@ -27,7 +27,6 @@ patch_normalize = jax.jit(losses.patch_normalize)
 
 
 # --- Boltzmann
-# ---------------------------------------------------------------------------------------------------------------------------
 def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
@@ -47,9 +46,9 @@ def test_boltzmann_is_scipy(normalize):
 def test_boltzmann_over_the_batch_is_info_nce():
     q, k = normal(6, 8), normal(6, 8, seed=1)
     logits = unit(q) @ unit(k).T / 0.2
-    wanted = optax.softmax_cross_entropy_with_integer_labels(logits, np.arange(6)).mean()
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, np.arange(6)).mean()
     np.testing.assert_allclose(
-        mean(boltzmann(q, k, np.arange(6), temperature=0.2)), wanted, rtol=1e-5
+        mean(boltzmann(q, k, np.arange(6), temperature=0.2)), expected, rtol=1e-5
     )
 
 
@@ -113,7 +112,6 @@ def test_boltzmann_maps_over_positions():
 
 
 # --- category
-# ----------------------------------------------------------------------------------------------------------------------------
 def test_category_golden():
     total, count = category(np.array([[2.0, 1.0, 0.0, -1.0]]), np.array([0]))
     assert float(total / count) == pytest.approx(0.5901897, rel=1e-6)
@@ -123,10 +121,10 @@ def test_category_golden():
 def test_category_is_optax(smoothing):
     logits, label = 3 * normal(9, 6), np.random.default_rng(1).integers(0, 6, 9)
     total, count = category(logits, label, smoothing=smoothing)
-    wanted = optax.softmax_cross_entropy(
+    expected = optax.softmax_cross_entropy(
         logits, optax.smooth_labels(jax.nn.one_hot(label, 6), smoothing)
     )
-    np.testing.assert_allclose(total, wanted.sum(), rtol=1e-5)
+    np.testing.assert_allclose(total, expected.sum(), rtol=1e-5)
     assert float(count) == 9
 
 
@@ -176,7 +174,6 @@ def test_category_needs_no_gather():
 
 
 # --- text
-# --------------------------------------------------------------------------------------------------------------------------------
 def clip(u, v, log_scale):
     logits = np.exp(log_scale) * unit(u).astype(np.float64) @ unit(v).astype(np.float64).T
     return (logsumexp(logits, axis=1) + logsumexp(logits, axis=0)) / 2 - np.diag(logits)
@@ -204,9 +201,9 @@ def test_text_gradient_numerically():
 
 def test_text_missing_pairs_are_neither_query_nor_negative():
     u, v, where = normal(6, 4), normal(6, 4, seed=1), np.array([1, 0, 1, 1, 0, 1], bool)
-    wanted = text(u[where], v[where], 1.5)
+    expected = text(u[where], v[where], 1.5)
     u[1], v[4] = np.nan, 0
-    np.testing.assert_allclose(text(u, v, 1.5, where), wanted, rtol=1e-5)
+    np.testing.assert_allclose(text(u, v, 1.5, where), expected, rtol=1e-5)
     grads = grad_of(lambda u, v, s: text(u, v, s, where)[0], (0, 1, 2))(u, v, 1.5)
     assert all(np.isfinite(g).all() for g in grads)
     assert not np.any(grads[0][~where]) and not np.any(grads[1][~where]) and np.any(grads[0][where])
@@ -266,9 +263,9 @@ def test_text_groups_and_missing_pairs():
         np.array([1, 0, 1, 1, 0, 1], bool),
         np.array([0, 0, 1, 0, 1, 2]),
     )
-    wanted = text(u[where], v[where], 1.5, group_B=group[where])
+    expected = text(u[where], v[where], 1.5, group_B=group[where])
     u[1], v[4] = np.nan, np.inf
-    np.testing.assert_allclose(text(u, v, 1.5, where, group_B=group), wanted, rtol=1e-5)
+    np.testing.assert_allclose(text(u, v, 1.5, where, group_B=group), expected, rtol=1e-5)
     grads = grad_of(lambda u, v, s: text(u, v, s, where, group_B=group)[0], (0, 1, 2))(u, v, 1.5)
     assert all(np.isfinite(g).all() for g in grads) and np.any(grads[0][where])
 
@@ -283,12 +280,11 @@ def test_text_computes_in_float32():
 
 
 # --- targets
-# -----------------------------------------------------------------------------------------------------------------------------
 def test_layer_normalize():
     x = 5 + 3 * normal(4, 3, 8)
     x64 = x.astype(np.float64)
-    wanted = (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(x64.var(-1, keepdims=True) + 1e-5)
-    np.testing.assert_allclose(layer_normalize(x), wanted, atol=1e-5)
+    expected = (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(x64.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(layer_normalize(x), expected, atol=1e-5)
     assert layer_normalize(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.float32
     # A variance of the size of eps: 1e-6 instead of 1e-5 would give .953 instead of .707.
     small = np.array([1.0, -1.0]) * np.sqrt(1e-5)
@@ -303,12 +299,11 @@ def test_patch_normalize_golden():
 
 def test_patch_normalize_divides_by_one_less():
     x = normal(2, 5, 12)
-    wanted = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True, ddof=1) + 1e-6)
-    np.testing.assert_allclose(patch_normalize(x), wanted, atol=1e-5)
+    expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True, ddof=1) + 1e-6)
+    np.testing.assert_allclose(patch_normalize(x), expected, atol=1e-5)
 
 
 # --- errors
-# ------------------------------------------------------------------------------------------------------------------------------
 A = np.zeros
 
 

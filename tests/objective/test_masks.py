@@ -15,7 +15,6 @@ MANY = 20_000
 
 
 # --- random numbers
-# ----------------------------------------------------------------------------------------------------------------------
 def test_uniforms_are_a_function_of_the_position():
     whole = masks.uniforms(7, masks.CROP, 100, 32, 6)
     for first, rows in ((100, 1), (103, 5), (131, 1)):
@@ -76,7 +75,6 @@ def test_purposes_are_different():
 
 
 # --- counts and convention
-# ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("grid", "hidden", "rows"),
     [
@@ -162,11 +160,11 @@ def test_rectangles_are_those_of_the_sequential_generator(grid, hidden, least):
     rows = 200 if grid < 64 else 10
     bits, count = masks._rectangles(2, 50, rows, grid, hidden, least)
     for k in range(rows):
-        wanted = one_by_one(2, 50 + k, grid, hidden, least)
+        expected = one_by_one(2, 50 + k, grid, hidden, least)
         assert {
             (r, c) for r in range(grid) for c in range(grid) if int(bits[k, r]) >> c & 1
-        } == wanted
-        assert count[k] == len(wanted)
+        } == expected
+        assert count[k] == len(expected)
     drawn = ~masks.blockwise(2, 50, rows, grid=grid, hidden=hidden, min_block=least, swap=False)
     columns = (
         (bits[:, :, None] >> np.arange(grid, dtype=np.uint64) & np.uint64(1))
@@ -178,7 +176,6 @@ def test_rectangles_are_those_of_the_sequential_generator(grid, hidden, least):
 
 
 # --- statistics
-# --------------------------------------------------------------------------------------------------------------------------
 def hidden_share(grid, hidden, **options):
     return (
         (~masks.blockwise(0, 0, MANY, grid=grid, hidden=hidden, **options))
@@ -265,7 +262,6 @@ def test_uniform_masks_are_uniform():
 
 
 # --- errors and imports
-# ------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("draw", [masks.blockwise, masks.uniform])
 def test_errors_of_masks(draw):
     for options, text in (

@@ -30,9 +30,9 @@ def test_mix_is_the_formula():
 @pytest.mark.parametrize("shape", [(B, N), (B, N, 2, 3)])
 def test_mix_of_any_rank_and_type(shape):
     x = np.random.default_rng(1).integers(0, 255, shape).astype(np.uint8)
-    wanted = np.where(MASK.reshape(MASK.shape + (1,) * (len(shape) - 2)), x, x[OTHER])
+    expected = np.where(MASK.reshape(MASK.shape + (1,) * (len(shape) - 2)), x, x[OTHER])
     got = mix(x, MASK)
-    np.testing.assert_array_equal(got, wanted)
+    np.testing.assert_array_equal(got, expected)
     assert got.dtype == jnp.uint8
 
 

@@ -76,7 +76,6 @@ def random_boxes(rng, rows, height, width):
 
 
 # --- the fixed table
-# ---------------------------------------------------------------------------------------------------------------------
 def test_sincos_golden():
     golden = [0.841471, 0.01, 0.540302, 0.99995, 0, 0, 1, 1]
     np.testing.assert_allclose(positions.sincos_2d(2, 8)[2], golden, atol=1e-6)
@@ -87,10 +86,10 @@ def test_sincos_is_row_first(grid, width):
     table = positions.sincos_2d(grid, width)
     omega = 10000.0 ** (-np.arange(width // 4) / (width / 4))
     for r, c in {(0, 0), (grid - 1, 0), (0, grid - 1), (grid // 2, grid - 1)}:
-        wanted = np.concatenate(
+        expected = np.concatenate(
             [np.sin(r * omega), np.cos(r * omega), np.sin(c * omega), np.cos(c * omega)]
         )
-        np.testing.assert_allclose(table[r * grid + c], wanted, atol=1e-7)
+        np.testing.assert_allclose(table[r * grid + c], expected, atol=1e-7)
     assert table.dtype == np.float32 and table.shape == (grid**2, width)
     # Column first, as in MAE, is the same table with its halves exchanged.
     square = table.reshape(grid, grid, width)
@@ -98,7 +97,6 @@ def test_sincos_is_row_first(grid, width):
 
 
 # --- coordinates
-# -------------------------------------------------------------------------------------------------------------------------
 def test_coordinates_golden():
     y, x = coordinates(IN, NO, OUT, NO, grid=2)
     np.testing.assert_allclose(y[0], [1.1, 3.1], atol=1e-6)
@@ -165,7 +163,6 @@ def test_coordinates_are_those_of_the_pixels(flip_in, flip_out):
 
 
 # --- raw embeddings
-# ----------------------------------------------------------------------------------------------------------------------
 def test_relative_golden():
     golden = [0.891207, 0.011, 0.453596, 0.99994, 0.016592, 0.031245, -0.999862, 0.999512]
     golden += [0.603821, 0.069259, 0.79712, 0.997599, 0.7896, 0.022313, -0.613622, 0.999751]
@@ -182,7 +179,7 @@ def test_relative_in_float32_is_the_float64_reference_of_the_other_frame(flip_in
     raw = relative(a, flips[0], b, flips[1], grid=grid, width=width)
     assert raw.shape == (rows, grid**2, 2 * width) and raw.dtype == jnp.float32
     for k in range(rows):
-        y, x, wanted = reference(
+        y, x, expected = reference(
             a[k], flip_in, b[k], flip_out, grid=grid, width=width, picture_width=2000
         )
         got_y, got_x = coordinates(
@@ -190,7 +187,7 @@ def test_relative_in_float32_is_the_float64_reference_of_the_other_frame(flip_in
         )
         np.testing.assert_allclose(got_y[0], y, rtol=3e-7, atol=1e-5)
         np.testing.assert_allclose(got_x[0], x, rtol=3e-7, atol=1e-5)
-        np.testing.assert_allclose(raw[k], wanted, atol=3e-5)
+        np.testing.assert_allclose(raw[k], expected, atol=3e-5)
 
 
 def test_identity_is_relative_of_equal_views_and_starts_with_the_table():

@@ -33,7 +33,6 @@ def largest(jaxpr):
 
 
 # --- Gaussian
-# ----------------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("weight", "golden"), [(0.0, 1.7104032), (0.02, 1.7204031)])
 def test_gaussian_golden(weight, golden):
     total, count = gaussian(P, layer_normalize(RAW), second_moment=weight)
@@ -108,10 +107,10 @@ def test_gaussian_gives_no_gradient_to_target_moment_and_weight():
 def test_gaussian_skips_rows_without_weight_even_nan():
     p, t, where = normal(6, 4), normal(6, 4, seed=1), np.array([1, 0, 1, 1, 0, 1], bool)
     keep = np.flatnonzero(where)
-    wanted = gaussian(p[keep], t[keep], second_moment=0.5)
+    expected = gaussian(p[keep], t[keep], second_moment=0.5)
     p[1], t[4] = np.nan, np.inf
     total, count = gaussian(p, t, where, second_moment=0.5)
-    np.testing.assert_allclose(total, wanted[0], rtol=1e-6)
+    np.testing.assert_allclose(total, expected[0], rtol=1e-6)
     assert float(count) == 4
     grad = grad_of(lambda p: gaussian(p, t, where, second_moment=0.5)[0])(p)
     assert np.isfinite(grad).all() and not grad[1].any() and grad[0].any()
@@ -179,7 +178,6 @@ def test_second_moment_punishes_collapse_by_the_width():
 
 
 # --- second moment
-# -----------------------------------------------------------------------------------------------------------------------
 def test_second_moment():
     t, weight = normal(3, 7, 5), np.random.default_rng(1).random((3, 7)).astype(np.float32)
     np.testing.assert_allclose(

@@ -42,10 +42,18 @@ def test_a_named_method_has_the_recipe_it_was_published_with(name: str) -> None:
     config = recipe(name)
     a, o = config.data.augment, config.optim
     found = {
-        "epochs": config.train.epochs, "warmup": o.warmup_epochs, "decay": o.weight_decay, "b2": o.b2, "lowest": o.min_lr,
+        "epochs": config.train.epochs,
+        "warmup": o.warmup_epochs,
+        "decay": o.weight_decay,
+        "b2": o.b2,
+        "lowest": o.min_lr,
         "ema": round(o.ema, 6),  # through a sum and a difference
-        "flip": config.data.flip_p, "jitter": a.jitter_p, "saturation": a.saturation, "blur": a.blur_p, "solarize": a.solarize_p,
-    }  # fmt: skip
+        "flip": config.data.flip_p,
+        "jitter": a.jitter_p,
+        "saturation": a.saturation,
+        "blur": a.blur_p,
+        "solarize": a.solarize_p,
+    }
     assert {key: found[key] for key in PUBLISHED[name]} == PUBLISHED[name]
 
 

@@ -81,10 +81,10 @@ def test_gradient_numerically_and_none_to_targets(loss):
 @BOTH
 def test_rows_without_weight_may_hold_anything(loss):
     p, t, where = normal(5, 3), normal(5, 3, seed=1), np.array([1, 0, 0.5, 0, 2], np.float32)
-    wanted = sum(w * float(loss(p[k : k + 1], t[k : k + 1])[0]) for k, w in enumerate(where))
+    expected = sum(w * float(loss(p[k : k + 1], t[k : k + 1])[0]) for k, w in enumerate(where))
     p[1], t[3] = np.nan, np.inf
     total, count = loss(p, t, where)
-    assert float(total) == pytest.approx(wanted, rel=1e-5) and float(count) == 3.5
+    assert float(total) == pytest.approx(expected, rel=1e-5) and float(count) == 3.5
     grad = grad_of(lambda p: loss(p, t, where)[0])(p)
     assert np.isfinite(grad).all() and not grad[1].any() and not grad[3].any() and grad[0].any()
     value, grad = value_and_grad_of(lambda p: loss(p, t, np.zeros(5)), has_aux=True)(p)

@@ -62,10 +62,10 @@ def test_chunked_cross_entropy_is_scipy():
     logits = u.astype(np.float64) @ v.T
     logits[(GROUP[:, None] == GROUP) & ~np.eye(BATCH, dtype=bool)] = -np.inf
     rows = similarity.Pairs(jnp.arange(BATCH), group=jnp.asarray(GROUP))
-    wanted = (logsumexp(logits, 1) + logsumexp(logits, 0)) / 2 - np.diag(logits)
+    expected = (logsumexp(logits, 1) + logsumexp(logits, 0)) / 2 - np.diag(logits)
     np.testing.assert_allclose(
         jax.jit(similarity.chunked_cross_entropy, static_argnums=0)(3, u, v, rows),
-        wanted,
+        expected,
         rtol=1e-5,
     )
 
@@ -80,9 +80,11 @@ def test_rows_that_do_not_count_may_hold_anything():
     u, v = normal(BATCH, WIDTH), normal(BATCH, WIDTH, seed=1)
     bad = np.where(WHERE[:, None] > 0, u, np.nan)
     run = jax.jit(jax.value_and_grad(lambda u: cost(u, v, 2.0, WHERE, GROUP, chunk=5)))
-    (value, gradient), (wanted, other) = run(bad), run(u)
+    (value, gradient), (expected, other) = run(bad), run(u)
     assert (
-        float(value) == float(wanted) and np.array_equal(gradient, other) and not gradient[2].any()
+        float(value) == float(expected)
+        and np.array_equal(gradient, other)
+        and not gradient[2].any()
     )
     assert float(cost(u, v, 2.0, np.zeros(BATCH), chunk=5)) == 0
 

@@ -103,22 +103,22 @@ def shape_of(positions, rows, width):
 def test_a_small_loss_is_that_of_float64(name, rows, width, closeness, rtol):
     """Mean losses of 1e-2, of 1e-5 and of 1e-17: no rounding of a similarity, 4e-6, is left in
     any."""
-    loss, wanted, positions = LOSSES[name]
+    loss, expected, positions = LOSSES[name]
     a, b = pairs(closeness, *shape_of(positions, rows, width))
     total, _ = jax.jit(loss)(a, b)
-    assert 0 < wanted(a, b) < 0.03 * rows * positions
-    np.testing.assert_allclose(total, wanted(a, b), rtol=rtol)
+    assert 0 < expected(a, b) < 0.03 * rows * positions
+    np.testing.assert_allclose(total, expected(a, b), rtol=rtol)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_gradient_of_a_small_loss_is_that_of_float64(name):
     """Along a random direction of the first array, by central differences of the float64 loss."""
-    loss, wanted, positions = LOSSES[name]
+    loss, expected, positions = LOSSES[name]
     a, b = pairs(0.5, *shape_of(positions, 64, 32))
     move = normal(*a.shape, seed=2)
     got = jnp.vdot(jax.jit(jax.grad(lambda a: loss(a, b)[0]))(a), move)
     a64, step = a.astype(np.float64), 1e-6
-    difference = (wanted(a64 + step * move, b) - wanted(a64 - step * move, b)) / (2 * step)
+    difference = (expected(a64 + step * move, b) - expected(a64 - step * move, b)) / (2 * step)
     np.testing.assert_allclose(got, difference, rtol=2e-4)
 
 
