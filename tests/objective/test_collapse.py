@@ -28,7 +28,7 @@ def test_target_std_is_numpy():
     np.testing.assert_allclose(target_std(x, where), expected, rtol=1e-5)
 
 
-def test_target_std_sees_collapse():
+def test_target_std_detects_collapse():
     x = np.tile(normal(1, 8), (50, 1))
     assert float(target_std(x)) < 1e-6
     assert float(target_std(losses.layer_normalize(x))) < 1e-6
@@ -51,11 +51,11 @@ def test_effective_rank_is_the_entropy_of_eigenvalues():
     assert float(effective_rank(7 * second_moment(t))) == pytest.approx(expected, rel=1e-4)
 
 
-def test_effective_rank_of_nothing_is_zero():
+def test_effective_rank_of_zero_matrix_is_zero():
     assert float(effective_rank(np.zeros((4, 4)))) == 0
 
 
-def test_spread_is_numpy_and_has_no_scale():
+def test_centered_energy_is_numpy_and_scale_free():
     t = 0.5 + normal(50, 6)
     expected = 1 - (t.mean(0) ** 2).sum() / (t**2).sum(1).mean()
     assert float(spread(t.mean(0), second_moment(t))) == pytest.approx(expected, rel=1e-4)
@@ -64,7 +64,7 @@ def test_spread_is_numpy_and_has_no_scale():
     )
 
 
-def test_spread_sees_collapse_through_layer_norm():
+def test_centered_energy_detects_collapse_after_layer_norm():
     t = np.tile(normal(1, 8), (50, 1))
     for x in (t, np.asarray(losses.layer_normalize(t))):
         assert 0 <= float(spread(x.mean(0), second_moment(x))) < 1e-5
@@ -90,7 +90,7 @@ def test_alignment_is_numpy():
 
 @pytest.mark.parametrize("t", [2.0, 500.0])
 def test_uniformity_is_numpy(t):
-    """At the large t every exp(-t |u - v|^2) is 0 in float32."""
+    """At the largest t, exp(-t |u - v|^2) underflows to 0 in float32."""
     x = normal(6, 5)
 
     def expected(rows):
@@ -118,11 +118,11 @@ def test_uniformity_weights_count_like_copies_of_other_images():
     np.testing.assert_allclose(uniformity(x, w), np.log(kernel), rtol=1e-5)
 
 
-def test_uniformity_leaves_out_an_image_with_itself():
+def test_uniformity_excludes_self_pairs():
     assert float(uniformity(np.array([[1.0, 0.0], [-1.0, 0.0]]))) == -8
 
 
-def test_uniformity_sees_collapse_and_nothing():
+def test_uniformity_at_collapse_and_without_images():
     collapsed = float(uniformity(np.tile(normal(1, 300), (40, 1))))
     assert -1e-4 < collapsed <= 0
     assert float(uniformity(normal(200, 64))) < -3.5

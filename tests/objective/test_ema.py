@@ -1,5 +1,4 @@
-"""The momentum target: schedule values, the average itself, its place at the end of an optax
-chain."""
+"""The momentum target: schedule, average, and the transform at the end of an optax chain."""
 
 import chex
 import jax
@@ -28,7 +27,7 @@ def test_cosine_momentum_is_the_formula_and_ends_at_one():
     assert float(ema.cosine_momentum(0.9, 100)(10_000)) == 1.0
 
 
-def test_the_target_starts_as_a_copy():
+def test_target_starts_as_a_copy():
     params = {"encoder": {"w": jnp.arange(3.0)}, "decoder": jnp.ones(2)}
     state = ema.track_target(0.9, encoder).init(params)
     np.testing.assert_array_equal(state.params["w"], params["encoder"]["w"])
@@ -56,7 +55,7 @@ def test_average_of_the_parameters_after_the_step(momentum):
     assert int(state["target"].count) == 5
 
 
-def test_momentum_sees_the_number_of_the_update():
+def test_momentum_schedule_gets_the_update_count():
     seen = []
     tx = ema.track_target(lambda k: seen.append(int(k)) or 0.5)
     state = tx.init(jnp.ones(2))
@@ -65,7 +64,7 @@ def test_momentum_sees_the_number_of_the_update():
     assert seen == [1, 2, 3]
 
 
-def test_momentum_at_its_ends():
+def test_momentum_of_zero_and_one():
     params, updates = jnp.array([1.0, 2.0]), jnp.array([10.0, 20.0])
     for momentum, expected in ((1.0, [1.0, 2.0]), (0.0, [11.0, 22.0])):
         tx = ema.track_target(momentum)
@@ -85,7 +84,7 @@ def test_updates_pass_through_with_other_arguments():
     assert jax.tree.structure(state) == jax.tree.structure(jax.eval_shape(tx.init, params))
 
 
-def test_types_stay():
+def test_dtypes_are_kept():
     params = {"w": jnp.ones(4, jnp.bfloat16), "n": jnp.array([1, 2], jnp.int32)}
     tx = ema.track_target(0.5)
     updates = {"w": jnp.full(4, 2.0, jnp.bfloat16), "n": jnp.array([5, 5], jnp.int32)}

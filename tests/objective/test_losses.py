@@ -18,7 +18,7 @@ from tests.objective.numeric import (
     value_and_grad_of,
 )
 
-# Compiled as a whole: faster than operation by operation, and it is how they are used.
+# Compiled, as in use, which is faster than eager operations.
 boltzmann = jax.jit(losses.boltzmann, static_argnames=("temperature", "normalize", "stop_gradient"))
 category = jax.jit(losses.category, static_argnames=("smoothing",))
 text = jax.jit(losses.text)
@@ -84,7 +84,7 @@ def test_boltzmann_weights_and_missing_keys():
     assert all(np.isfinite(g).all() for g in grads)
 
 
-def test_boltzmann_index_outside_is_loud():
+def test_boltzmann_index_out_of_range_is_nan():
     z = np.eye(3, dtype=np.float32)
     assert np.isnan(boltzmann(z, z, np.array([0, 1, 3]))[0])
     assert np.isnan(boltzmann(z, z, np.array([0, -1, 2]))[0])
@@ -101,7 +101,7 @@ def test_boltzmann_of_a_zero_row_is_finite():
 
 
 def test_boltzmann_maps_over_positions():
-    """Dense instance discrimination: the negatives of a token are the same position of the other
+    """Dense instance discrimination: a token's negatives are at the same position of the other
     images."""
     p, k = normal(6, 4, 5), normal(6, 4, 5, seed=1)
     total, count = jax.vmap(
@@ -128,7 +128,7 @@ def test_category_is_optax(smoothing):
     assert float(count) == 9
 
 
-def test_category_missing_labels_weigh_nothing():
+def test_category_missing_labels_have_weight_zero():
     logits, label, where = (
         normal(5, 4),
         np.array([1, -1, 3, 0, 2]),
@@ -151,7 +151,7 @@ def test_category_without_labels_is_zero_and_finite():
     assert (float(total), float(count)) == (0, 0) and not np.any(grad)
 
 
-def test_category_unknown_class_is_loud():
+def test_category_unknown_class_is_nan():
     assert np.isnan(category(normal(2, 4), np.array([0, 4]))[0])
 
 
@@ -187,7 +187,7 @@ def test_text_is_scipy(log_scale):
     assert float(count) == 8
 
 
-def test_text_is_symmetric_and_blind_to_length():
+def test_text_is_symmetric_and_ignores_length():
     u, v = normal(5, 4), normal(5, 4, seed=1)
     np.testing.assert_allclose(text(u, v, 1.0), text(v, 3 * u, 1.0), rtol=1e-5)
 
@@ -209,7 +209,7 @@ def test_text_missing_pairs_are_neither_query_nor_negative():
     assert not np.any(grads[0][~where]) and not np.any(grads[1][~where]) and np.any(grads[0][where])
 
 
-def test_text_fractional_weights_weigh():
+def test_text_fractional_weights():
     u, v, where = normal(3, 4), normal(3, 4, seed=1), np.array([1.0, 0.25, 2.0])
     total, count = text(u, v, 1.0, where)
     np.testing.assert_allclose(total, (clip(u, v, 1.0) * where).sum(), rtol=1e-5)
@@ -245,7 +245,7 @@ def test_text_equal_captions_are_no_negatives():
     )
 
 
-def test_text_groups_of_one_change_nothing_and_of_all_leave_nothing():
+def test_text_groups_of_one_and_of_all():
     u, v = normal(5, 4), normal(5, 4, seed=1)
     np.testing.assert_array_equal(
         text(u, v, 1.5, group_B=np.array([4, 2, 9, -1, 0])), text(u, v, 1.5)
@@ -286,7 +286,7 @@ def test_layer_normalize():
     expected = (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(x64.var(-1, keepdims=True) + 1e-5)
     np.testing.assert_allclose(layer_normalize(x), expected, atol=1e-5)
     assert layer_normalize(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.float32
-    # A variance of the size of eps: 1e-6 instead of 1e-5 would give .953 instead of .707.
+    # The variance is as large as eps: an eps of 1e-6 would give .953 instead of .707.
     small = np.array([1.0, -1.0]) * np.sqrt(1e-5)
     np.testing.assert_allclose(layer_normalize(small), [np.sqrt(0.5), -np.sqrt(0.5)], rtol=1e-5)
 

@@ -1,5 +1,4 @@
-"""Masks: exact counts, the stream of random numbers, and what blockwise masks look like on
-average."""
+"""Masks: exact counts, the stream of random numbers, and statistics of blockwise masks."""
 
 import itertools
 import math
@@ -52,7 +51,7 @@ def test_uniforms_are_uniform():
 
 
 def test_uniforms_golden_stream():
-    """A sample must have the same crops and masks after an update of numpy."""
+    """A sample keeps its crops and masks after an update of numpy."""
     golden = [8754284111654990, 6397069702274852, 2190875705135625, 1490890088417539]
     np.testing.assert_array_equal(
         (masks.uniforms(1, masks.CROP, 5, 1, 4)[0] * 2**53).astype(np.int64), golden
@@ -132,8 +131,8 @@ def numbers(seed, position):
 
 
 def one_by_one(seed, position, grid, hidden, least):
-    """BEiT's generator for one sample, in plain loops over sets of cells, fed with the same stream
-    of numbers."""
+    """BEiT's generator for one sample in plain loops over sets of cells, with the same random
+    numbers."""
     taken, stream = set(), numbers(seed, position)
     while len(taken) < hidden:
         for _ in range(10):
@@ -171,7 +170,7 @@ def test_rectangles_are_those_of_the_sequential_generator(grid, hidden, least):
         .astype(bool)
         .reshape(rows, -1)
     )
-    # what single cells add comes on top
+    # single cells are added afterwards
     assert (drawn | ~columns).all() and (drawn.sum(1) == hidden).all()
 
 
@@ -200,8 +199,8 @@ def test_rectangles_prefer_the_centre(grid, hidden, centre, edge, corner, tolera
     assert share[low:high, low:high].mean() == pytest.approx(centre, abs=tolerance)
     assert np.mean(edges) == pytest.approx(edge, abs=tolerance)
     assert share[:: grid - 1, :: grid - 1].mean() == pytest.approx(corner, abs=tolerance)
-    # Mirrored and turned, the distribution is the same: five standard deviations of the difference
-    # of two shares.
+    # The distribution is invariant to flips and rotations: five standard deviations of the
+    # difference of two shares.
     for other in (share[::-1], share[:, ::-1], share.T):
         assert (np.abs(share - other) < 5 * np.sqrt(2 * share * (1 - share) / MANY) + 1e-9).all()
 
@@ -215,7 +214,7 @@ def test_the_role_swap_makes_every_cell_even():
     inverted = (drawn != swapped).all(1)
     assert ((drawn == swapped).all(1) | inverted).all()
     assert abs(inverted.mean() - 0.5) < 5 * 0.5 / math.sqrt(MANY)
-    # Samples swap on their own: neighbours, which are partners, agree half of the time.
+    # Samples swap independently: partners agree half of the time.
     assert abs((inverted[::2] == inverted[1::2]).mean() - 0.5) < 5 * 0.5 / math.sqrt(MANY / 2)
 
 
@@ -238,7 +237,7 @@ def test_single_cells_are_the_exception(grid, hidden, least, short, mean, most):
 
 
 def test_single_cells_are_uniform():
-    """A block as large as the grid never fits: all cells are single ones."""
+    """A block as large as the grid never fits, so all cells are single cells."""
     share = hidden_share(4, 5, min_block=500)
     assert np.abs(share - 5 / 16).max() < 5 * math.sqrt(5 / 16 * 11 / 16 / MANY)
 

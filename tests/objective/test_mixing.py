@@ -1,4 +1,4 @@
-"""Pairing, mixing and taking apart again."""
+"""Pairing, mixing and un-mixing."""
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def test_gather():
     np.testing.assert_array_equal(gather(X, index), X[np.arange(B)[:, None], index])
     np.testing.assert_array_equal(gather(X[..., 0], index), X[np.arange(B)[:, None], index, 0])
     grad = jax.jit(jax.grad(lambda x: mixing.gather(x, np.zeros((B, 3), int)).sum()))(X)
-    # an index that comes three times counts three times
+    # an index that occurs three times counts three times
     np.testing.assert_array_equal(grad[:, 0], np.full((B, P), 3.0))
     assert not np.any(grad[:, 1:])
 

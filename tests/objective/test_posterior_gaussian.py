@@ -1,5 +1,5 @@
-"""The Gaussian posterior and the second moment: golden values, gradients, weights, and what the
-backward pass holds."""
+"""The Gaussian posterior and the second moment: golden values, gradients, weights, and the products
+of the backward pass."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from tests.objective.numeric import (
     value_and_grad_of,
 )
 
-# Compiled as a whole: faster than operation by operation, and it is how they are used.
+# Compiled, as in use, which is faster than eager operations.
 gaussian = jax.jit(losses.gaussian, static_argnames=("second_moment",))
 second_moment = jax.jit(losses.second_moment)
 layer_normalize = jax.jit(losses.layer_normalize)
@@ -89,7 +89,7 @@ def test_gaussian_backward_adds_no_product():
 
     assert dots(given, p) == dots(grad_of(given), p) == 1
     assert dots(own, p) == dots(grad_of(own), p) == 2
-    assert dots(grad_of(naive), p) == 2  # what autodiff makes of it: the counter does count
+    assert dots(grad_of(naive), p) == 2  # plain autodiff: the counter works
     assert dots(grad_of(lambda p: gaussian(p, t)[0]), p) == 0
 
 
@@ -116,7 +116,7 @@ def test_gaussian_skips_rows_without_weight_even_nan():
     assert np.isfinite(grad).all() and not grad[1].any() and grad[0].any()
 
 
-def test_gaussian_without_any_row_is_zero_and_finite():
+def test_gaussian_without_rows_is_zero_and_finite():
     p = normal(3, 4)
     (total, count), grad = value_and_grad_of(
         lambda p: gaussian(p, p, np.zeros(3), second_moment=0.5), has_aux=True

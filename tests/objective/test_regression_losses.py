@@ -38,8 +38,8 @@ def test_smooth_l1_default_is_two():
 
 
 def test_smooth_l1_golden_and_smooth():
-    """Both branches and their slopes meet at beta; far away a step costs 1 / D, near 0 it is half a
-    squared error over beta."""
+    """Value and slope are continuous at beta; the slope is 1 / D far away, and near 0 the cost is
+    half the squared error over beta."""
     assert float(
         smooth_l1(np.array([[1.0, -3.0, 2.0, 0.0]]), np.zeros((1, 4)))[0]
     ) == pytest.approx((0.25 + 2 + 1 + 0) / 4)
@@ -49,7 +49,7 @@ def test_smooth_l1_golden_and_smooth():
     np.testing.assert_allclose(5 * grad, [[0, 0.9995, 1, 1, -1]], atol=1e-6)
 
 
-def test_cosine_is_numpy_and_blind_to_length():
+def test_cosine_is_numpy_and_ignores_length():
     p, t = normal(7, 5), normal(7, 5, seed=1)
     total, count = cosine(p, t)
     np.testing.assert_allclose(total, numpy_cosine(p, t).sum(), rtol=1e-5)

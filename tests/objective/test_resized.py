@@ -8,7 +8,7 @@ from m3i_jax.objective import positions
 
 
 @pytest.mark.parametrize(("old", "new"), [(4, 7), (7, 4), (14, 24), (3, 3), (2, 9)])
-def test_resizing_is_that_of_torch(old: int, new: int) -> None:
+def test_resizing_equals_torch(old: int, new: int) -> None:
     table = np.random.default_rng(0).normal(size=(old * old, 6)).astype(np.float32)
     expected = jax.image.resize(
         table.reshape(old, old, 6), (new, new, 6), method="bicubic-pytorch", antialias=False
@@ -18,6 +18,6 @@ def test_resizing_is_that_of_torch(old: int, new: int) -> None:
     )
 
 
-def test_a_table_of_the_same_grid_is_left_as_it_is() -> None:
+def test_table_of_the_same_grid_is_unchanged() -> None:
     table = positions.sincos_2d(5, 8)
     assert positions.resized(table, 5) is table

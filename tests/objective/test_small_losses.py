@@ -25,7 +25,7 @@ def unit(x):
 
 
 def cross_entropy(logits, index):
-    """-log softmax in float64; log1p keeps all digits of a loss that is small."""
+    """-log softmax in float64; log1p keeps all digits of a small loss."""
     own = np.take_along_axis(logits, index[..., None], -1)
     others = np.exp(logits - own)
     np.put_along_axis(others, index[..., None], 0, -1)
@@ -33,7 +33,7 @@ def cross_entropy(logits, index):
 
 
 def pairs(closeness, *shape):
-    """Two arrays whose rows belong together; the loss at SCALE falls as they come closer."""
+    """Two arrays of paired rows; the loss at SCALE decreases with their distance."""
     a = normal(*shape)
     return a, (a + closeness * normal(*shape, seed=1)).astype(np.float32)
 
@@ -101,8 +101,7 @@ def shape_of(positions, rows, width):
     [(1024, 64, 1.1, 1e-5), (64, 32, 0.5, 1e-4), (64, 32, 0.01, 1e-4)],
 )
 def test_a_small_loss_is_that_of_float64(name, rows, width, closeness, rtol):
-    """Mean losses of 1e-2, of 1e-5 and of 1e-17: no rounding of a similarity, 4e-6, is left in
-    any."""
+    """Mean losses of 1e-2, 1e-5 and 1e-17, without the rounding error of a similarity, 4e-6."""
     loss, expected, positions = LOSSES[name]
     a, b = pairs(closeness, *shape_of(positions, rows, width))
     total, _ = jax.jit(loss)(a, b)
