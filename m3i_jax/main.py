@@ -225,7 +225,7 @@ def _run(arguments: Sequence[str], began: float) -> int:
         error_guard = heartbeat.refuse_on_error()
     if mode.compiles:
         monitoring = importlib.import_module("m3i_jax.modes.monitoring")
-        monitoring.keep_compilations(pathlib.Path(flags.workdir))
+        monitoring.enable_compilation_cache(pathlib.Path(flags.workdir))
     module = importlib.import_module(f"m3i_jax.modes.{flags.mode}")
     with privacy.private_umask(settings.report.private), error_guard, refuse_system_errors():
         return module.run(settings, workdir=flags.workdir, **options)

@@ -103,7 +103,10 @@ def test_bug_is_no_refusal() -> None:
         (["--mode=show", "--mode=data"], "--mode: is given twice"),
         (["--config", "configs/toy.py", "--mode=show"], "--config: is given twice"),
         (["--workdir", "a", "--workdir", "b"], "--workdir: is given twice"),
-        (["--mode=preview", "--workdir", "/proc/none/x"], "/proc/none: No such file"),
+        (
+            ["--mode=preview", "--workdir", "/proc/none/x"],
+            "--workdir /proc/none/x: cannot be made (No such file or directory)",
+        ),
         (["--mode=preview", "--workdir", "/tmp/" + "a" * 300], "File name too long"),
     ],
 )

@@ -117,12 +117,12 @@ def race(module: str, name: str, runs: int, python: str, agree: float) -> dict[s
 
 
 def summary(name: str, result: dict[str, Any]) -> str:
-    (jax_time, torch_time), (a, b) = result["wall"], result["processor"]
+    (jax_time, torch_time), (jax_cpu, torch_cpu) = result["wall"], result["processor"]
+    differences = ", ".join(f"{difference:.1e}" for difference in result["differ"][:3])
     return (
         f"{name}: {jax_time:.3f} s, PyTorch {torch_time:.3f} s, ratio {jax_time / torch_time:.3f}"
-        f" (processor time {a / b:.3f}); losses of three steps differ by"
-        f" {', '.join(f'{d:.1e}' for d in result['differ'][:3])}; {len(result['rounds'])} runs, load"
-        f" {os.getloadavg()[0]:.1f}"
+        f" (processor time {jax_cpu / torch_cpu:.3f}); losses of three steps differ by"
+        f" {differences}; {len(result['rounds'])} runs, load {os.getloadavg()[0]:.1f}"
     )
 
 
