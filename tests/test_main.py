@@ -240,6 +240,7 @@ def test_show_reads_no_data(monkeypatch, capsys) -> None:
     # 279.3 is the analytic floor with a frozen patch embedding
     assert match and 279.3 <= float(match[1]) <= 279.5
     assert "encoder   85,645,824" in out and "loss/inter" in out
+    assert "encoder/patch_embed/kernel" in out and "Total: " in out
 
 
 def lines(run: pathlib.Path) -> list[dict]:

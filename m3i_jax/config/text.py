@@ -62,7 +62,7 @@ def config_from_text(text: str, where: str) -> ml_collections.ConfigDict:
         if key not in table or not equals:
             raise UserError(
                 f"{where}: {shorten(key)} is no setting of this version of m3i_jax; use the version"
-                " that made the run"
+                " that trained the run"
             )
         section = config
         *sections, name = key.split(".")

@@ -1,5 +1,5 @@
-"""Masks m of M3I section 3.4: which cells of a mixed input show which image. They are drawn on the
-host with numpy alone.
+"""Which cells of a mixed input show which image: the mask m of M3I section 3.4, drawn on the host,
+in numpy alone.
 
 True = the cell shows the row's own image (i), False = the partner's (j). Every row has exactly
 `hidden` False cells, so that shapes on the device are static. Masks are blockwise (BEiT's
@@ -52,18 +52,13 @@ def uniforms(
     sample takes. Numbers of one width are independent; calls that differ in nothing but the width
     overlap, so give every purpose one width.
 
-    Args:
-      seed: of the run, 0 <= seed < 2^64.
-      purpose: what the numbers are for, 0 <= purpose < 256: one of the constants of this module or
-        of `SPARE`.
-      first: stream position of the first row, >= 0.
-      rows: number of samples.
-      width: numbers a sample.
-      part: continuation of a stream whose length is not known ahead, >= 0.
+    Args: seed: of the run, 0 <= seed < 2^64. purpose: what the numbers are for, 0 <= purpose < 256:
+      one of the constants of this module or of `SPARE`. first: stream position of the first row, >=
+      0. rows: number of samples. width: numbers a sample. part: continuation of a stream whose
+      length is not known ahead, >= 0.
 
-    Returns:
-      float64 [rows, width] in [0, 1), multiples of 2^-53. The same numbers in every version of
-      numpy, which keeps Philox's stream.
+    Returns: float64 [rows, width] in [0, 1), multiples of 2^-53. The same numbers in every version
+      of numpy, which keeps Philox's stream.
 
     Raises:
       ValueError: a number out of its range.
@@ -112,7 +107,7 @@ def blockwise(
     SiameseIM for the exact count).
 
     While cells are missing, draw a rectangle whose area is uniform between `min_block` and the
-    number that is missing, whose aspect ratio is log-uniform in 0.3..1/0.3 and whose place is
+    number that is missing, whose aspect ratio is log-uniform in 0.3..1/0.3 and whose position is
     uniform; take it if it is smaller than the grid in both directions and hides at least one new
     cell and not too many. After ten failures in a row, uniformly drawn single cells make up the
     count (in three masks of ten, usually one to three cells).

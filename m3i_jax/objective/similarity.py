@@ -18,12 +18,12 @@ class Pairs(NamedTuple):
     """Rows of one list, from which the existing pairs follow.
 
     Attributes:
-      place: index of the row, [B].
+      row: index of the row, [B].
       counts: bool [B], rows that take part; None: all.
-      group: [B], rows of equal group and different place form no pair; None: all pairs exist.
+      group: [B], different rows of equal group form no pair; None: all pairs exist.
     """
 
-    place: jax.Array
+    row: jax.Array
     counts: jax.Array | None = None
     group: jax.Array | None = None
 
@@ -40,7 +40,7 @@ def similarities(u_BxE: jax.Array, v_CxE: jax.Array, of_B: Pairs, of_C: Pairs) -
         logits_BxC = jnp.where(of_B.counts[:, None] & of_C.counts[None, :], logits_BxC, ABSENT)
     if of_B.group is not None and of_C.group is not None:
         twin_BxC = (of_B.group[:, None] == of_C.group[None, :]) & (
-            of_B.place[:, None] != of_C.place[None, :]
+            of_B.row[:, None] != of_C.row[None, :]
         )
         logits_BxC = jnp.where(twin_BxC, ABSENT, logits_BxC)
     return logits_BxC
@@ -87,7 +87,7 @@ def _over_chunks(chunk: int, add: Callable[..., Any], start: Any, rows: Any) -> 
 
 def _own(of_B: Pairs, of_C: Pairs) -> jax.Array:
     """Bool [B, C]: the positive pairs."""
-    return of_B.place[:, None] == of_C.place[None, :]
+    return of_B.row[:, None] == of_C.row[None, :]
 
 
 def _forward(chunk: int, u_BxE: jax.Array, v_BxE: jax.Array, rows: Pairs) -> tuple[jax.Array, Any]:

@@ -97,7 +97,7 @@ class InternImage:
     )
     norm: str = option(
         "res_post",
-        "place of the norms; pre: x + f(n(x)); post: x + n(f(x)); res_post: x + n'(f(n(x)))",
+        "position of the norms; pre: x + f(n(x)); post: x + n(f(x)); res_post: x + n'(f(n(x)))",
         "pre",
         "post",
         "res_post",
