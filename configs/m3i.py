@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config, rescale
 from m3i_jax.errors import UserError
-from m3i_jax.models import presets
+from m3i_jax.models import backbones, presets
 
 # [P]; ImageNet's ablations have 400 [S]
 EPOCHS = {"imagenet": 1600.0, "yfcc": 138.0, "joint": 30.0}
@@ -51,8 +51,9 @@ def get_config(
     """
     if data not in EPOCHS:
         raise UserError(f"configs/m3i.py: data={data} is none of {', '.join(EPOCHS)}")
-    if model not in presets.PRESETS:
-        raise UserError(f"configs/m3i.py: model={model} is none of {', '.join(presets.PRESETS)}")
+    if model not in presets.preset_names():
+        names = ", ".join(presets.preset_names())
+        raise UserError(f"configs/m3i.py: model={model} is none of {names}")
     config, root = default_config(), path.rstrip("/")
 
     # Model. ViT-B/16 and InternImage-H [P]. For the others, which the paper does not have: four
@@ -118,7 +119,7 @@ def get_config(
     # [P]; biases, norms, tokens, position tables and logit scale are exempt [C]
     config.optim.weight_decay = 0.1
     # [C], as InternImage and SiameseIM
-    config.optim.clip = presets.CLIP if config.model.backbone == "intern_image" else 1.0
+    config.optim.clip = backbones.get_backbone(config.model).clip or 1.0
     config.optim.offset_lr = 0.1  # [C], DCNv3's offsets, as in InternImage and SiameseIM's code
     config.optim.ema = 0.995  # [P]
     config.optim.ema_schedule = "cosine"  # [P]

@@ -50,11 +50,7 @@ def _validate_combinations(c: schema.Config) -> None:
 
 def _validate_networks(c: schema.Config) -> None:
     m = c.model
-    if m.backbone == "intern_image":
-        _validate_intern_image(c)
-    vit = m.encoder if m.backbone == "vit" else schema.Encoder()
     for key, width, heads in (
-        ("model.encoder.heads", vit.width, vit.heads),
         ("model.decoder.heads", m.decoder.width, m.decoder.heads),
         ("model.text.heads", m.text.width, m.text.heads),
         ("model.pool.heads", m.encoder.width, m.pool.heads),
@@ -82,70 +78,6 @@ def _validate_networks(c: schema.Config) -> None:
         "model.pool.norm",
         m.pool.norm,
         "needs model.pool.projection=false: a linear probe is linear",
-    )
-
-
-def _validate_intern_image(c: schema.Config) -> None:
-    m, e, plain, where = (
-        c.model.intern_image,
-        c.model.encoder,
-        schema.Encoder(),
-        "for model.backbone=intern_image",
-    )
-    for key in (
-        "depth",
-        "heads",
-        "mlp_ratio",
-        "positions",
-        "embedding_norm",
-        "norm_eps",
-        "activation",
-        "position_grid",
-    ):
-        value = getattr(plain, key)
-        why = (
-            f"applies to the ViT and does nothing {where}, which is configured by"
-            f" model.intern_image; leave it at {value}"
-        )
-        _require(getattr(e, key) == value, f"model.encoder.{key}", getattr(e, key), why)
-    for key, what in {
-        "cls_token": "cls token",
-        "final_norm": "norm after its features",
-        "freeze_patch_embed": "patch embedding",
-    }.items():
-        _require(
-            not getattr(e, key),
-            f"model.encoder.{key}",
-            True,
-            f"must be false {where}: it has no {what}",
-        )
-    _require(
-        m.width % 2 == 0,
-        "model.intern_image.width",
-        m.width,
-        "must be even: the stem starts with half of it",
-    )
-    widths = tuple(m.width * 2**i for i in range(4))
-    fits = all(w % g == 0 for w, g in zip(widths, m.groups, strict=True))
-    _require(
-        fits,
-        "model.intern_image.groups",
-        m.groups,
-        f"must divide the channels of the stages, {widths}",
-    )
-    _require(m.kernel % 2 == 1, "model.intern_image.kernel", m.kernel, "must be odd")
-    stride, size = 4 * m.stem_strides[0] * m.stem_strides[1], c.data.image_size
-    why = (
-        f"must be {stride} {where}: the stride of its third stage; or {2 * stride}, that of its"
-        f" last stage, with model.encoder.width {widths[3]}"
-    )
-    fits = (e.patch_size, e.width) == (2 * stride, widths[3])
-    _require(e.patch_size == stride or fits, "model.encoder.patch_size", e.patch_size, why)
-    _require(
-        size % (2 * stride) == 0,
-        "data.image_size",
-        size,
-        f"must be a multiple of {2 * stride} {where}: the stride of its last stage",
     )
 
 

@@ -101,7 +101,7 @@ def fill(folder: pathlib.Path, *, good: int, kinds: int = 22) -> dict[str, str]:
             (48, 40), Image.Resampling.BICUBIC
         )
         (place / f"{i:04}.png").write_bytes(encode(coarse, "PNG"))
-        (place / f"{i:04}.txt").write_text(f"image number {i}")
+        (place / f"{i:04}.txt").write_text(f"picture number {i}")
     for i, (name, (content, reason)) in enumerate(list(bad_files().items())[:kinds]):
         (folder / "ab"[i % 2] / f"bad_{name}").write_bytes(content)
         reasons[f"{'ab'[i % 2]}/bad_{name}"] = reason

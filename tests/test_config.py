@@ -51,7 +51,6 @@ BAD = {
     "data.image_size=16": "2 to 64 a side",
     "data.image_size=0": "at least 1",
     "model.encoder.patch_size=0": "at least 1",
-    "model.encoder.heads=7": "must divide the width 768",
     "model.encoder.heads=0": "at least 1",
     "model.decoder.heads=5": "must divide the width 768",
     "model.text.heads=5": "must divide the width 768",

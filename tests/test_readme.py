@@ -176,7 +176,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         for kind, name, jpeg in pictures():
             folder = home / "pictures" / kind
             folder.mkdir(parents=True, exist_ok=True)
-            caption = f"a {kind} image"
+            caption = f"a {kind} picture"
             (folder / f"{name}.jpg").write_bytes(jpeg)
             (folder / f"{name}.txt").write_text(caption)
             label = json.dumps({"caption": caption, "label": int(kind == "light")})

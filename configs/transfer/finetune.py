@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config
 from m3i_jax.evaluation.load import build_encoder
-from m3i_jax.models import presets
+from m3i_jax.models import backbones, presets
 
 BATCH = 1024  # [P]
 # InternImage-H in the paper: 30 epochs [P]; the rest as its authors fine-tune it, without mixup and
@@ -36,7 +36,7 @@ INTERN_IMAGE = {
     "optim.weight_decay": 0.05,
     "optim.offset_lr": 0.1,
     "optim.center_lr": 0.1,
-    "optim.clip": presets.CLIP,
+    "optim.clip": backbones.INTERN_IMAGE.clip,
     "model.encoder.drop_path": 0.2,
     "model.encoder.drop_path_rule": "linear",
     "objective.label_smoothing": 0.3,
@@ -77,7 +77,7 @@ def get_config(
         config.model.update(presets.preset(model))
     convolutional = config.model.backbone == "intern_image"
     if image_size and image_size != config.data.image_size:
-        if not convolutional:
+        if backbones.get_backbone(config.model).resizes_positions:
             config.model.encoder.position_grid = (
                 config.data.image_size // config.model.encoder.patch_size
             )

@@ -1,9 +1,9 @@
-"""Random erasing, mixup and CutMix on the device: what fine-tuning does to images after they are
-normalised (M3I Table 8). Pure, of static shape, keyed by (seed, stream position).
+"""Random erasing, mixup and CutMix on the device, after normalisation, for fine-tuning (M3I Table
+8). Pure, of static shape, keyed by (seed, stream position).
 
 Partners are neighbours of the stream, 2k and 2k + 1. Both of a pair are blended with the same share
-and the same box: row r shows `share` of its own image and 1 - share of its partner's. One draw a
-pair stands between the two usual forms, one a batch and one an image.
+and the same box: row r shows `share` of its own image and 1 - share of its partner's. One draw per
+pair is between the usual forms, one per batch and one per image.
 
 B images, S pixels a side.
 """
@@ -15,17 +15,22 @@ import jax.numpy as jnp
 
 from m3i_jax import schema
 
-# keep these draws apart from all others that are keyed by the stream position
+# purposes of random keys, distinct from all others that are keyed by the stream position
 BLEND, ERASE = 0x626C6E64, 0x65726173
 TRIES = 10
-# of an erased box: share of the image, height over width
+# ranges of an erased box: share of the image, height over width
 AREA, ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 
 class MixupDraws(NamedTuple):
-    """share [B] float32: of a row's own image. box [B, 4] int32: (top, left, bottom, right) in
-    pixels that show the partner, empty for
-    mixup. cut [B] bool: CutMix, not mixup."""
+    """How every row is blended.
+
+    Attributes:
+      share: [B] float32, weight of the row's own image.
+      box: [B, 4] int32, (top, left, bottom, right) of the pixels that show the partner; empty for
+        mixup.
+      cut: [B] bool, CutMix and not mixup.
+    """
 
     share: jax.Array
     box: jax.Array
@@ -35,12 +40,14 @@ class MixupDraws(NamedTuple):
 def draw_mixup(
     position_Bx2: jax.Array, *, seed: int, size: int, settings: schema.Augment
 ) -> MixupDraws:
-    """How every row is blended, the same for both of a pair.
+    """Random blending of every row, the same for both of a pair.
 
-    Args: position_Bx2: uint32, high and low word of the stream position. seed: of the run. size:
-      pixels a side, S. settings: `mixup` and `cutmix` are the alphas of Beta(alpha, alpha), 0 for
-      never; with both, CutMix comes with probability `cutmix_switch`; with probability 1 -
-      `blend_p` nothing is blended.
+    Args:
+      position_Bx2: uint32, high and low word of the stream position.
+      seed: of the run.
+      size: pixels a side, S.
+      settings: `mixup` and `cutmix` are the alphas of Beta(alpha, alpha), 0: off. With both, CutMix
+        has probability `cutmix_switch`. With probability 1 - `blend_p` nothing is blended.
 
     >>> pair = jnp.array([[0, 6], [0, 7]], jnp.uint32)
     >>> share = draw_mixup(pair, seed=0, size=8, settings=schema.Augment(mixup=0.8)).share
@@ -58,18 +65,18 @@ def draw_mixup(
         drawn = jax.random.beta(of_cutmix, a.cutmix, a.cutmix) if a.cutmix else jnp.ones(())
         box = cut_box(drawn, u[1], u[2], size)
         left = 1 - (box[2] - box[0]) * (box[3] - box[1]) / size**2
-        blended = (u[3] < a.blend_p) & bool(a.mixup or a.cutmix)
-        share = jnp.where(blended, jnp.where(cut, left, mixed), 1.0)
+        is_blended = (u[3] < a.blend_p) & bool(a.mixup or a.cutmix)
+        share = jnp.where(is_blended, jnp.where(cut, left, mixed), 1.0)
         return MixupDraws(
-            share.astype(jnp.float32), jnp.where(cut & blended, box, 0), cut & blended
+            share.astype(jnp.float32), jnp.where(cut & is_blended, box, 0), cut & is_blended
         )
 
     return jax.vmap(one)(jnp.asarray(position_Bx2, jnp.uint32))
 
 
 def cut_box(share: jax.Array, u_y: jax.Array, u_x: jax.Array, size: int) -> jax.Array:
-    """The box [4] that CutMix takes out: sides sqrt(1 - share) of the picture's, centre uniform,
-    cut off at the border.
+    """The box [4] of CutMix: sides sqrt(1 - share) of the image's, uniform centre, clipped at the
+    border.
 
     >>> cut_box(jnp.array(0.75), jnp.array(0.5), jnp.array(0.0), 8).tolist()
     [2, 0, 6, 2]
@@ -80,8 +87,7 @@ def cut_box(share: jax.Array, u_y: jax.Array, u_x: jax.Array, size: int) -> jax.
 
 
 def box_mask(box_Bx4: jax.Array, size: int) -> jax.Array:
-    """bool [B, S, S]: which pixels lie in a box (top, left, bottom, right), the last two not
-    included.
+    """Mask [B, S, S] bool of the pixels in a box (top, left, bottom, right), the last two excluded.
 
     >>> box_mask(jnp.array([[0, 1, 1, 3]]), 3)[0].tolist()
     [[False, True, True], [False, False, False], [False, False, False]]
@@ -95,11 +101,11 @@ def box_mask(box_Bx4: jax.Array, size: int) -> jax.Array:
 def random_erase(
     images_BxSxSx3: jax.Array, position_Bx2: jax.Array, *, seed: int, probability: float
 ) -> jax.Array:
-    """Random erasing: with a probability, one box of a normalised image becomes N(0, 1) noise, a
-    number a pixel and channel.
+    """Random erasing: with `probability`, one box of a normalised image becomes N(0, 1) noise, one
+    number per pixel and channel.
 
     Up to ten boxes are drawn, of 2 to 33 % of the image and aspects of 0.3 to 1 / 0.3, log-uniform;
-    the first that fits is taken.
+    the first that fits is used.
 
     >>> images = jnp.zeros((2, 8, 8, 3))
     >>> out = random_erase(images, jnp.array([[0, 0], [0, 1]], jnp.uint32), seed=0, probability=1.0)
@@ -126,10 +132,10 @@ def random_erase(
         top, left = (
             (u[-3 + i] * (size - side + 1)).astype(jnp.int32) for i, side in enumerate((h, w))
         )
-        here = box_mask(jnp.stack([top, left, top + h, left + w])[None], size)[0, ..., None]
+        inside = box_mask(jnp.stack([top, left, top + h, left + w])[None], size)[0, ..., None]
         happens = (u[-1] < probability) & fits.any()
         return jnp.where(
-            here & happens, jax.random.normal(of_noise, image.shape, image.dtype), image
+            inside & happens, jax.random.normal(of_noise, image.shape, image.dtype), image
         )
 
     return jax.vmap(one)(images_BxSxSx3, jnp.asarray(position_Bx2, jnp.uint32))

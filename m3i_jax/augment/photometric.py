@@ -1,12 +1,11 @@
-"""Mirroring, colour jitter, grayscale, Gaussian blur, solarization and normalisation on the device:
-pure, of static shape, and keyed by (seed, stream position, view), so that neither sharding nor
-batch size nor a restart changes a pixel.
+"""Horizontal flip, colour jitter, grayscale, Gaussian blur, solarization and normalisation on the
+device: pure, of static shape, and keyed by (seed, stream position, view), so that sharding, batch
+size and restarts change no pixel.
 
-The host delivers uint8 views as they were cut; mirroring and what only changes colours happen here,
-where they cost a fraction of a percent of a step instead of most of the host's time. Images are
-float32 RGB in 0..1, channels last. The semantics are those of Pillow and torchvision (the
-augmentations of SiameseIM, MoCo v3 and BYOL), in floating point instead of rounding to 8 bits after
-every operation."""
+The host delivers uint8 crops; flips and colours are applied here, where they cost a fraction of a
+percent of a step instead of most of the host's time. Images are float32 RGB in 0..1, channels last.
+The semantics are those of Pillow and torchvision (the augmentations of SiameseIM, MoCo v3 and
+BYOL), in floating point instead of rounding to 8 bits after every operation."""
 
 import functools
 import math
@@ -19,7 +18,7 @@ import numpy as np
 
 from m3i_jax import schema
 
-# keeps these draws apart from all other draws that are keyed by the stream position
+# purpose of random keys, distinct from all others that are keyed by the stream position
 PHOTOMETRIC = 0x70686F74
 RADIUS = 11  # 23 taps
 BLOCK = 32
@@ -27,7 +26,7 @@ _GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode L
 
 
 def to_float(images: jax.Array) -> jax.Array:
-    """float32 in 0..1 of uint8 in 0..255; floating-point images are taken as 0..1 already."""
+    """float32 in 0..1 of uint8 in 0..255; floating-point images are 0..1 already."""
     return (
         images.astype(jnp.float32) / 255
         if images.dtype == jnp.uint8
@@ -35,9 +34,8 @@ def to_float(images: jax.Array) -> jax.Array:
     )
 
 
-# The operations work on planes, [..., 3, H, W]: channels that lie apart vectorise several times
-# better on a CPU than interleaved ones. The public functions take and return the usual [..., H, W,
-# 3].
+# The operations work on planes, [..., 3, H, W]: separate channels vectorise several times better on
+# a CPU than interleaved ones. The public functions take and return the usual [..., H, W, 3].
 
 
 def _planes(images: jax.Array) -> jax.Array:
@@ -49,8 +47,7 @@ def _pixels(planes: jax.Array) -> jax.Array:
 
 
 def _column(scalars: jax.Array | float) -> jax.Array:
-    """Scalars, one an image or one for all, shaped to broadcast over the height and width of a
-    plane."""
+    """Scalars, one per image or one for all, shaped to broadcast over height and width."""
     return jnp.asarray(scalars)[..., None, None]
 
 
@@ -59,8 +56,8 @@ def _gray(x: jax.Array) -> jax.Array:
 
 
 def _mean_gray(x: jax.Array) -> jax.Array:
-    """Mean of the gray levels rounded to 8 bits, itself rounded: a sum of integers, independent of
-    how a device orders its additions."""
+    """Mean of the gray levels rounded to 8 bits, itself rounded: a sum of integers, which does not
+    depend on the order of additions."""
     levels = jnp.floor(_gray(x) * 255 + 0.5).astype(jnp.int32)
     total = levels.sum((-2, -1), keepdims=True).astype(jnp.float32)
     return jnp.floor(total / (x.shape[-2] * x.shape[-1]) + 0.5) / 255
@@ -68,7 +65,7 @@ def _mean_gray(x: jax.Array) -> jax.Array:
 
 def _blend(x: jax.Array, other: jax.Array | float, factor: jax.Array) -> jax.Array:
     """clip(factor * x + (1 - factor) * other), `other` and `factor` without the channel axis.
-    Factor 1 changes nothing, not a bit."""
+    Factor 1 changes no bit."""
     return jnp.clip(
         jnp.expand_dims(factor, -3) * x + jnp.expand_dims((1 - factor) * other, -3), 0, 1
     )
@@ -78,9 +75,9 @@ def _hue(x: jax.Array, shift: jax.Array) -> jax.Array:
     red, green, blue = x[..., 0, :, :], x[..., 1, :, :], x[..., 2, :, :]
     value = jnp.maximum(jnp.maximum(red, green), blue)
     chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
-    # Channels are compared with each other, not with the maximum: a compiler that computes one of
-    # them twice, with different rounding, would make "equal to the maximum" false for all three and
-    # the pixel blue. Near ties both branches agree.
+    # Channels are compared with each other, not with the maximum: if the compiler computes one of
+    # them twice, with different rounding, "equal to the maximum" may be false for all three, and
+    # the pixel would be blue. Near ties both branches agree.
     is_red, is_green = (red >= green) & (red >= blue), green >= blue
     sector = jnp.where(is_red, 0.0, jnp.where(is_green, 2.0, 4.0))
     difference = jnp.where(is_red, green - blue, jnp.where(is_green, blue - red, red - green))
@@ -95,9 +92,9 @@ def _hue(x: jax.Array, shift: jax.Array) -> jax.Array:
 
 
 def _jitter(x: jax.Array, factors: jax.Array, ranks: jax.Array) -> jax.Array:
-    """Instead of branching, brightness and saturation have slots before and after contrast, and in
-    each half before and after hue, and are the identity in all but one of them: eight blends, two
-    hues and a single mean, all fusible, for any of the 24 orders."""
+    """Colour jitter in any of the 24 orders without branches: brightness and saturation have slots
+    before and after contrast, and in each half before and after hue, and are the identity in all
+    but one of them. Eight blends, two hues and a single mean, all fusible."""
     factor_b, factor_c, factor_s, shift = (factors[:, i] for i in range(4))
     rank_b, rank_c, rank_s, rank_h = (ranks[:, i] for i in range(4))
     b_first, first, second = (
@@ -123,9 +120,9 @@ def _jitter(x: jax.Array, factors: jax.Array, ranks: jax.Array) -> jax.Array:
 
 
 def _blur(x: jax.Array, sigma: jax.Array, radius: int) -> jax.Array:
-    """Of [B, C, H, W], one axis after the other, as products of overlapping blocks with one banded
-    matrix an image. Neither a depthwise convolution nor a sum of shifted images: the first is slow
-    on CPU and TPU, the second makes compilers repeat what comes before it."""
+    """Blur of [B, C, H, W], one axis after the other, as products of overlapping blocks with one
+    banded matrix per image. A depthwise convolution is slow on CPU and TPU; for a sum of shifted
+    images the compilers repeat the operations before it."""
     for _ in range(2):
         size = x.shape[-1]
         block = max(n for n in range(1, min(size, BLOCK) + 1) if size % n == 0)
@@ -148,7 +145,7 @@ def _blur(x: jax.Array, sigma: jax.Array, radius: int) -> jax.Array:
 
 
 def mirror(images: jax.Array, flip: jax.Array) -> jax.Array:
-    """[B, H, W, C] of any type, each mirrored horizontally where `flip` [B] says so. M3I Table 7:
+    """Horizontal flip of the images [B, H, W, C] for which `flip` [B] is true. M3I Table 7:
     RandomHorizontalFlip.
 
     >>> mirror(jnp.arange(4).reshape(2, 1, 2, 1), jnp.array([False, True])).ravel().tolist()
@@ -190,7 +187,7 @@ def saturation(images: jax.Array, factor: jax.Array | float) -> jax.Array:
 
 
 def hue(images: jax.Array, shift: jax.Array | float) -> jax.Array:
-    """Turn the hue of [..., H, W, 3] in HSV by `shift` turns, a scalar or [...]; value and
+    """Shift the hue of [..., H, W, 3] in HSV by `shift` turns, a scalar or [...]; value and
     saturation stay.
 
     >>> [round(v, 3) for v in hue(jnp.array([[[1.0, 0.0, 0.0]]]), 1 / 3)[0, 0].tolist()]
@@ -210,7 +207,7 @@ def grayscale(images: jax.Array) -> jax.Array:
 
 
 def solarize(images: jax.Array) -> jax.Array:
-    """Invert what is at least half bright: x >= 128/255 becomes 1 - x (8-bit levels 0..127 stay).
+    """Invert values of at least one half: x >= 128/255 becomes 1 - x (8-bit levels 0..127 stay).
     Any shape.
 
     >>> (solarize(jnp.array([127, 128, 255]) / 255) * 255).round().tolist()
@@ -234,28 +231,31 @@ def gaussian_blur(images: jax.Array, sigma: jax.Array | float, radius: int = RAD
 
 @jax.jit
 def color_jitter(images: jax.Array, factors: jax.Array, ranks: jax.Array) -> jax.Array:
-    """Brightness, contrast, saturation and hue of [B, H, W, 3] in an order of its own for every
-    image, clipped after each.
+    """Brightness, contrast, saturation and hue, in a separate order for every image, clipped after
+    each.
 
-    `factors` [B, 4]: factors of brightness, contrast and saturation, shift of the hue in turns.
-    `ranks` [B, 4]: when each of the four is applied, a permutation of 0..3.
+    Args:
+      images: [B, H, W, 3].
+      factors: [B, 4], factors of brightness, contrast and saturation, shift of the hue in turns.
+      ranks: [B, 4], position of each of the four in the order, a permutation of 0..3.
 
     >>> grays = jnp.array([[[[0.4] * 3, [0.8] * 3]]] * 2)
-    >>> out = color_jitter(grays, jnp.array([[2.0, 0.5, 1.0, 0.0]] * 2), jnp.array([[0, 1, 2, 3], [1, 0, 2, 3]]))
-    >>> [[round(v, 2) for v in row] for row in out[:, 0, :, 0].tolist()]  # brightened first, brightened second
+    >>> factors = jnp.array([[2.0, 0.5, 1.0, 0.0]] * 2)
+    >>> out = color_jitter(grays, factors, jnp.array([[0, 1, 2, 3], [1, 0, 2, 3]]))
+    >>> [[round(v, 2) for v in row] for row in out[:, 0, :, 0].tolist()]
     [[0.85, 0.95], [1.0, 1.0]]
     """
     return _pixels(_jitter(_planes(images), factors, ranks))
 
 
 class PhotometricDraws(NamedTuple):
-    """What is decided by chance for every sample of one view; booleans say whether an operation is
+    """Random choices for every sample of one view; the booleans are whether an operation is
     applied."""
 
-    # [B, 4] float32: brightness, contrast, saturation; shift of hue in turns. (1, 1, 1, 0) where
-    # jitter is not applied
+    # [B, 4] float32: brightness, contrast, saturation; shift of hue in turns. (1, 1, 1, 0) without
+    # jitter
     factors: jax.Array
-    ranks: jax.Array  # [B, 4] int32: when each of those four is applied
+    ranks: jax.Array  # [B, 4] int32: position of each of those four in the order
     gray: jax.Array  # [B]
     blur: jax.Array  # [B]
     sigma: jax.Array  # [B] float32, pixels
@@ -265,17 +265,16 @@ class PhotometricDraws(NamedTuple):
 def draw_photometric(
     position: jax.Array, *, seed: int, view: int, settings: schema.Augment
 ) -> PhotometricDraws:
-    """The chance decisions of one view, a function of (seed, view, stream position) alone, row by
-    row.
+    """Random choices of one view, a function of (seed, view, stream position), row by row.
 
     `position` uint32 [B, 2]: high and low word of the sample's position in the stream.
 
+    >>> draw = functools.partial(draw_photometric, seed=0, view=0, settings=schema.Augment())
     >>> one, two = jnp.array([[0, 7]], jnp.uint32), jnp.array([[0, 3], [0, 7]], jnp.uint32)
-    >>> a, b = (draw_photometric(p, seed=0, view=0, settings=schema.Augment()).factors[-1] for p in (one, two))
-    >>> bool((a == b).all())
+    >>> bool((draw(one).factors[-1] == draw(two).factors[-1]).all())
     True
     """
-    # the part of the key that all samples share is a constant of the program
+    # the part of the key that all samples share is a compile-time constant
     with jax.ensure_compile_time_eval():
         base = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), PHOTOMETRIC), view)
 
@@ -305,19 +304,26 @@ def augment(
     """Photometric augmentation of one view of every image: jitter, grayscale, blur, solarize, each
     with its probability.
 
-    Args: views: uint8 [B, S, S, 3], or floats in 0..1. position: uint32 [B, 2], high and low word
-      of the stream position of every sample: with seed and view all that its draws depend on. seed:
-      of the run. view: 0, the input view, or 1, the target view: which entry of the settings' pairs
-      is used, and which stream of draws. settings: probabilities and ranges. An operation of
-      probability 0 costs nothing.
-    Returns: float32 [B, S, S, 3] in 0..1, before `normalize`.
-    Raises ValueError for views that are no RGB images or positions that do not match them.
-    Source: M3I Table 7 (the list of operations); order, ranges and the asymmetry of the views from
-    SiameseIM.
+    M3I Table 7 lists the operations; order, ranges and the asymmetry of the views are SiameseIM's.
 
-    >>> picture = np.full([1, 16, 16, 3], 200, np.uint8)
+    Args:
+      views: uint8 [B, S, S, 3], or floats in 0..1.
+      position: uint32 [B, 2], high and low word of the stream position of every sample; its draws
+        depend on it, the seed and the view only.
+      seed: of the run.
+      view: 0, the input view, or 1, the target view: selects the entry of the settings' pairs and
+        the stream of draws.
+      settings: probabilities and ranges. An operation of probability 0 costs nothing.
+
+    Returns:
+      float32 [B, S, S, 3] in 0..1, before `normalize`.
+
+    Raises:
+      ValueError: views that are not RGB images, or positions that do not match them.
+
+    >>> image = np.full([1, 16, 16, 3], 200, np.uint8)
     >>> run = jax.jit(functools.partial(augment, seed=0, view=0, settings=schema.Augment()))
-    >>> out = run(picture, np.array([[0, 5]], np.uint32))
+    >>> out = run(image, np.array([[0, 5]], np.uint32))
     >>> out.shape, out.dtype.name
     ((1, 16, 16, 3), 'float32')
     """
@@ -326,28 +332,29 @@ def augment(
             f"views must be [B, S, S, 3] and position [B, 2], not {views.shape} and"
             f" {position.shape}"
         )
-    a, chance = settings, draw_photometric(position, seed=seed, view=view, settings=settings)
+    a, draws = settings, draw_photometric(position, seed=seed, view=view, settings=settings)
 
     def where(active: jax.Array, changed: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.where(active[:, None, None, None], changed, x)
 
     x = _planes(views)
     if a.jitter_p > 0 and max(a.brightness, a.contrast, a.saturation, a.hue) > 0:
-        x = _jitter(x, chance.factors, chance.ranks)
+        x = _jitter(x, draws.factors, draws.ranks)
     if a.grayscale_p > 0:
-        x = where(chance.gray, jnp.broadcast_to(_gray(x)[:, None], x.shape), x)
+        x = where(draws.gray, jnp.broadcast_to(_gray(x)[:, None], x.shape), x)
     if a.blur_p[view] > 0:
-        blurred = _blur(x, chance.sigma, max(RADIUS, math.ceil(4 * a.blur_sigma[1])))
-        x = where(chance.blur, jnp.clip(blurred, 0, 1), x)  # taps sum to 1 up to rounding
+        blurred = _blur(x, draws.sigma, max(RADIUS, math.ceil(4 * a.blur_sigma[1])))
+        x = where(draws.blur, jnp.clip(blurred, 0, 1), x)  # taps sum to 1 up to rounding
     if a.solarize_p[view] > 0:
-        x = where(chance.solarize, solarize(x), x)
+        x = where(draws.solarize, solarize(x), x)
     return _pixels(x)
 
 
 def normalize(images: jax.Array, settings: schema.Augment) -> jax.Array:
     """(x - mean) / std by channel of [..., 3] images, uint8 or floats in 0..1, in float32.
 
-    >>> [round(v, 4) for v in normalize(jnp.array([[[0.485, 0.456, 0.406]]]), schema.Augment())[0, 0].tolist()]
+    >>> x = normalize(jnp.array([[[0.485, 0.456, 0.406]]]), schema.Augment())
+    >>> [round(v, 4) for v in x[0, 0].tolist()]
     [0.0, 0.0, 0.0]
     """
     return (to_float(jnp.asarray(images)) - np.asarray(settings.mean, np.float32)) / np.asarray(

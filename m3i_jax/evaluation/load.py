@@ -20,7 +20,7 @@ from m3i_jax.data import preprocessing
 from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction
-from m3i_jax.models import backbones, intern_image
+from m3i_jax.models import backbones
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import checkpoint, checkpoint_dir, init_from, plan
 
@@ -244,7 +244,7 @@ def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema
         "width",
         "depth",
         "mlp_ratio",
-        *(["intern_image"] if config.model.backbone != "vit" else []),
+        *backbones.get_backbone(config.model).sections,
     )
     if all(told.get(name, here[name]) == here[name] for name in shaping):
         return config
@@ -253,7 +253,10 @@ def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema
         configuration.config_from_text(configuration.config_to_text(config), flag),
     )
     out.model.update(
-        {name: there.model[name] for name in ("backbone", "scan", "encoder", "intern_image")}
+        {
+            name: there.model[name]
+            for name in ("backbone", "scan", "encoder", *backbones.section_names())
+        }
     )
     out.model.pool.heads = 1  # divides any width; a file has no pooling that was trained
     _seen_as(out, there)
@@ -274,17 +277,27 @@ def _described(
     """The settings of a file of weights."""
     told, config = dict(source.settings), configuration.default_config()
     if "width" not in told or "image_size" not in told:
+        # a backbone with its own section of settings is recognized by the sizes of its presets
+        sizes = [
+            name
+            for backbone in backbones.registered_backbones().values()
+            if backbone.sections
+            for name in backbone.presets
+        ]
         raise UserError(
             f"{flag}: {path}: is neither a vision transformer of this kind nor one of"
-            f" {', '.join(intern_image.PRESETS)} ({source.name}); it can be read, but not run from"
-            " here"
+            f" {', '.join(sizes)} ({source.name}); it can be read, but not run from here"
         )
     told["heads"] = (
         heads or told.get("heads") or (16 if told["width"] == 1280 else max(1, told["width"] // 64))
     )
     config.model.encoder.update({name: told[name] for name in config.model.encoder if name in told})
     config.model.update(
-        {name: told[name] for name in ("backbone", "scan", "intern_image") if name in told}
+        {
+            name: told[name]
+            for name in ("backbone", "scan", *backbones.section_names())
+            if name in told
+        }
     )
     config.model.update({"dtype": "float32", "pool": {"heads": 1}})
     config.data.image_size = told["image_size"]

@@ -1,10 +1,9 @@
-"""Softmax attention on a TPU, in a Pallas kernel: what weighs the values is made, used and
-forgotten in fast memory.
+"""Softmax attention on a TPU, as a Pallas kernel: the attention weights exist only in VMEM.
 
-Left to the compiler the weights go through main memory in three types, and heads are laid out apart
-before and after. Here a step is an image and as many heads side by side as fill the lanes, read
-where they stand in the columns of the projection. The backward pass makes the weights again, from
-queries and keys: one product more, which is the machine's work and not the model's.
+XLA moves the weights through HBM in three types, and transposes heads before and after. A grid step
+of this kernel is an image and as many heads side by side as fill the lanes, read in place from the
+columns of the projection. The backward pass recomputes the weights from queries and keys: one
+product more, which counts as hardware FLOPs and not as model FLOPs.
 
 B batch, Q query rows, T tokens, M columns, C = H E channels of H heads, E of a head.
 """
@@ -16,36 +15,40 @@ import jax
 import jax.numpy as jnp
 
 _LANES = 128
-_SCORES = 2**19  # of queries times keys, padded
-_BYTES = 16 * 2**20  # of fast memory, which the smallest of the chips (v4) has
-_MOST = 16  # heads side by side, whose code is written out
-# a logit whose weight is exactly 0 beside any real one, and that gives uniform weights, not NaN,
-# where no key counts
-NEVER = -1e30
+_SCORES = 2**19  # largest number of queries times keys, padded
+_BYTES = 16 * 2**20  # VMEM of the smallest supported chip (v4)
+_MAX_HEADS = 16  # heads side by side; the kernel unrolls over them
+# its weight is exactly 0 beside any real logit; rows without a key get uniform weights, not NaN
+MASKED_LOGIT = -1e30
 
 
 class Columns(NamedTuple):
-    """Channels [B, T, C] as columns of an array: from which on."""
+    """Channels [B, T, C] of an array that start at column `first`."""
 
     array: jax.Array
     first: int
 
 
 def _side_by_side(heads: int, depth: int) -> int:
-    """Heads that fill whole lanes, 0: no number does."""
+    """Number of heads that fill whole lanes; 0: no number does."""
     return next(
-        (n for n in range(1, min(heads, _MOST) + 1) if heads % n == 0 and n * depth % _LANES == 0),
+        (
+            n
+            for n in range(1, min(heads, _MAX_HEADS) + 1)
+            if heads % n == 0 and n * depth % _LANES == 0
+        ),
         0,
     )
 
 
 def fits(queries: int, tokens: int, heads: int, depth: int, dtype: Any) -> bool:
-    """Whether the kernel takes attention of that size and type. Of heads that only many together
-    fill whole lanes (80 of ViT-H), less.
+    """Whether the kernel supports attention of this size and type. Where only many heads together
+    fill whole lanes (depth 80 of ViT-H), the largest number of tokens is smaller.
 
-    >>> fits(197, 197, 12, 64, jnp.bfloat16), fits(294, 294, 16, 48, jnp.bfloat16), fits(197, 197, 3, 64, jnp.bfloat16)
+    >>> bf16 = jnp.bfloat16
+    >>> fits(197, 197, 12, 64, bf16), fits(294, 294, 16, 48, bf16), fits(197, 197, 3, 64, bf16)
     (True, True, False)
-    >>> fits(257, 257, 16, 80, jnp.bfloat16), fits(577, 577, 16, 80, jnp.bfloat16)
+    >>> fits(257, 257, 16, 80, bf16), fits(577, 577, 16, 80, bf16)
     (True, False)
     """
     if dtype not in (jnp.bfloat16, jnp.float32):
@@ -54,10 +57,10 @@ def fits(queries: int, tokens: int, heads: int, depth: int, dtype: Any) -> bool:
         (queries + -queries % 8) * (tokens + -tokens % _LANES),
         _side_by_side(heads, depth) * depth,
     )
-    # A step of the backward pass holds six arrays of scores in float32, and twice, on their way in
-    # and out, three arrays like the queries and four like the keys.
-    held = 6 * 4 * padded + 2 * jnp.dtype(dtype).itemsize * lanes * (3 * queries + 4 * tokens)
-    return padded <= _SCORES and lanes > 0 and held <= _BYTES
+    # A grid step of the backward pass holds six score arrays in float32 and, double-buffered,
+    # three arrays like the queries and four like the keys.
+    used = 6 * 4 * padded + 2 * jnp.dtype(dtype).itemsize * lanes * (3 * queries + 4 * tokens)
+    return padded <= _SCORES and lanes > 0 and used <= _BYTES
 
 
 def _product(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
@@ -73,7 +76,7 @@ def _weights(
     q_QxE = (q_QxE.astype(jnp.float32) * q_QxE.shape[1] ** -0.5).astype(q_QxE.dtype)
     logits_QxT = _product(q_QxE, k_TxE, (1, 1))
     if where_1xT is not None:
-        logits_QxT = jnp.where(where_1xT > 0, logits_QxT, NEVER)
+        logits_QxT = jnp.where(where_1xT > 0, logits_QxT, MASKED_LOGIT)
     raised_QxT = jnp.exp(logits_QxT - logits_QxT.max(1, keepdims=True))
     return q_QxE, (raised_QxT / raised_QxT.sum(1, keepdims=True)).astype(q_QxE.dtype)
 
@@ -111,19 +114,24 @@ def _run(
     kernel: Any,
     heads: int,
     channels: int,
-    given: list[Columns],
+    inputs: list[Columns],
     where_BxT: jax.Array | None,
     rows: list[int],
     products: tuple[int, int],
     interpret: bool,
 ) -> list[jax.Array]:
-    """`rows`: of the arrays [B, rows, C] that come out. `products`: how many of [Q, T] with C are
-    the model's, and how many are made."""
+    """Runs a kernel over images and groups of heads.
+
+    Args:
+      inputs: arrays and their columns.
+      rows: of the results [B, rows, C].
+      products: of [Q, T] with C: (those of the model, those that the kernel computes).
+    """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
     depth = channels // heads
-    lanes, q, k = _side_by_side(heads, depth) * depth, given[0].array, given[1].array
+    lanes, q, k = _side_by_side(heads, depth) * depth, inputs[0].array, inputs[1].array
 
     def columns(rows: int, first: int = 0) -> Any:
         return pl.BlockSpec((1, rows, lanes), lambda i, j: (i, 0, first // lanes + j))
@@ -134,8 +142,8 @@ def _run(
         for n in rows
     ]
     arrays, specs = (
-        [each.array for each in given],
-        [columns(each.array.shape[1], each.first) for each in given],
+        [each.array for each in inputs],
+        [columns(each.array.shape[1], each.first) for each in inputs],
     )
     if where_BxT is not None:
         arrays.append(where_BxT.astype(jnp.float32)[:, None])
@@ -144,7 +152,7 @@ def _run(
         q.dtype.itemsize
         * channels
         * q.shape[0]
-        * sum([*(each.array.shape[1] for each in given), *rows])
+        * sum([*(each.array.shape[1] for each in inputs), *rows])
     )
     each = 2 * q.shape[0] * q.shape[1] * k.shape[1] * channels
     run = pl.pallas_call(
@@ -175,10 +183,10 @@ def forward(
     *,
     interpret: bool,
 ) -> jax.Array:
-    """`softmax(q k' / sqrt(E)) v` of every head, [B, Q, C] in the type of q, as `layers.attend`
+    """`softmax(q k' / sqrt(E)) v` of every head, [B, Q, C] in the type of q, as `attention.attend`
     computes it.
 
-    >>> x = jnp.ones((1, 3, 384)).at[0, 2, 256:].set(4.0)  # queries, keys and values side by side; the third value is another
+    >>> x = jnp.ones((1, 3, 384)).at[0, 2, 256:].set(4.0)  # [q | k | v]; the third value is 4
     >>> parts = (Columns(x, first) for first in (0, 128, 256))
     >>> forward(2, 128, *parts, None, interpret=True)[0, 0, :2].tolist()
     [2.0, 2.0]

@@ -1,185 +1,124 @@
-"""The encoders that a run can have, behind one face: what the network, the plan of a step and the
-optimizer ask of f_theta.
+"""The registry of backbones: every kind of encoder that a run can have, by its name in
+`model.backbone`.
 
-Another backbone is another value in `BACKBONES` and a section of its settings in `schema.Model`;
-nothing else asks which one it is.
+A backbone of another project, without a fork:
 
-Every backbone reads an image as rows of patches, mixed or not, and gives one dense feature a patch,
-cls first where there is one. A ViT drops the cells that are not read. A convolution cannot: it sees
-a learned vector in their place, and only the features of the cells that are read go on (M3I section
-3.4 mixes pixels, so that nothing has to be filled; method rows without a partner do).
+    backbones.register_backbone("my_mlp", Backbone(init=..., apply=..., presets=..., ...))
 
-B images, N patches, P = 3 p p numbers of a patch, K cells read, T tokens, D width, L layers of the
-encoder."""
+in the configuration file, or in a module that it imports. `model.backbone=my_mlp` then trains it
+with every objective. A program that reads the run later (evaluation, `m3i_jax.load`) imports the
+same module first.
+"""
 
-import dataclasses
-import re
-from collections.abc import Callable
+import difflib
+from collections.abc import Mapping
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.models import intern_image, layers, scan_blocks, vit
-from m3i_jax.models.layers import Params
-from m3i_jax.objective import mixing
+from m3i_jax.errors import UserError
+from m3i_jax.models import layers
+from m3i_jax.models.backbone import Backbone
+from m3i_jax.models.intern_image_backbone import INTERN_IMAGE
+from m3i_jax.models.vit_backbone import VIT
+from m3i_jax.parallel import sharding
+
+_BACKBONES: dict[str, Backbone] = {}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Backbone:
-    """What is asked of an encoder.
+def register_backbone(name: str, backbone: Backbone) -> Backbone:
+    """Make a backbone known under a name, and its presets and sharding rules with it.
 
-    init(model, rng, *, mask_token,     parameters; with the vector that stands for hidden cells if
-         asked for; grid: cells a side, for a grid)                          learned position table
-    apply(model, params, patches, ...)  features [B, T, D], with the arguments of `vit.apply`
-    depth(model)                        layers, all in all below(model, path)
-    layers above a parameter of the encoder, for layer-wise learning rates: a number, or one a layer
-    of a stacked tree
-    describe(model)                     a few words for reports attention(model, params, patches,
-    what the last block's heads weigh the tokens with, [B, H, T, T], as `vit.last_attention`; None:
-    *, grid)                  nothing in it attends
-    drops                               cells that are not read cost nothing; otherwise they are
-    filled isolates                            the images of a mixed input can be kept from seeing
-    each other averages                            dense features can be a mean over the outputs of
-    several last blocks"""
+    Registering the same value again changes nothing, so that a module may be imported twice.
 
-    init: Callable[..., Params]
-    apply: Callable[..., jax.Array]
-    depth: Callable[[schema.Model], int]
-    below: Callable[[schema.Model, str], int | np.ndarray]
-    describe: Callable[[schema.Model], str]
-    attention: Callable[..., jax.Array] | None
-    drops: bool
-    isolates: bool
-    averages: bool
+    Args:
+      name: value of `model.backbone`: letters, digits and underscores.
+      backbone: the value. Its presets need not set `backbone`.
 
+    Returns:
+      The backbone.
 
-def _below_vit(model: schema.Model, path: str) -> int | np.ndarray:
-    depth = model.encoder.depth
-    if path.startswith("blocks/"):
-        return depth - np.arange(depth)
-    return 0 if path.startswith("norm/") else depth + 1
+    Raises:
+      ValueError: the name or one of the presets' names belongs to another backbone, or the name has
+        other characters.
 
-
-VIT = Backbone(
-    init=vit.init,
-    apply=vit.apply,
-    depth=lambda model: model.encoder.depth,
-    below=_below_vit,
-    describe=lambda model: f"{model.encoder.depth} blocks of {model.encoder.width}",
-    attention=vit.last_attention,
-    drops=True,
-    isolates=True,
-    averages=True,
-)
-
-
-def intern_image_config(model: schema.Model) -> intern_image.InternImageConfig:
-    """InternImage as a run has it: its own settings, and patch size, width and drop path of the
-    encoder. Where a patch is a cell of the last stage, its map is read as it is, without the
-    fusion.
-
-    >>> intern_image_config(schema.Model(encoder=schema.Encoder(width=1024, drop_path=0.2, drop_path_rule="uniform"))) == intern_image.InternImageConfig()
+    >>> register_backbone("vit", VIT) is get_backbone(schema.Model())
     True
     """
-    own = {
-        field.name: getattr(model.intern_image, field.name)
-        for field in dataclasses.fields(schema.InternImage)
-    }
-    e = model.encoder
-    net = intern_image.InternImageConfig(
-        **own, fused=e.width, drop_path=e.drop_path, drop_path_rule=e.drop_path_rule
-    )
-    return net if e.patch_size == net.stride else dataclasses.replace(net, fused=0)
+    if not name.isidentifier():
+        raise ValueError(f"backbone {name!r}: a name consists of letters, digits and underscores")
+    if _BACKBONES.get(name, backbone) is not backbone:
+        raise ValueError(f"backbone {name!r} exists already; choose another name")
+    for other, known in _BACKBONES.items():
+        if other != name and (shared := known.presets.keys() & backbone.presets.keys()):
+            raise ValueError(
+                f"backbone {name!r}: preset {min(shared)!r} belongs to {other}; choose another name"
+            )
+    sharding.add_rules(backbone.sharding_rules)
+    return _BACKBONES.setdefault(name, backbone)
 
 
-def _init_intern_image(
-    model: schema.Model, rng: jax.Array, *, mask_token: bool = False, grid: int = 0
-) -> Params:
-    del grid
-    return intern_image.init(intern_image_config(model), rng, mask_token=mask_token)
+register_backbone("vit", VIT)
+register_backbone("intern_image", INTERN_IMAGE)
 
 
-def _apply_intern_image(
-    model: schema.Model,
-    params: Params,
-    patches_BxNxP: jax.Array,
-    *,
-    grid: int,
-    index_BxK: jax.Array | None = None,
-    keep_BxLx2: jax.Array | None = None,
-    hidden_BxN: jax.Array | None = None,
-    blocks: int = 1,
-) -> jax.Array:
-    if blocks > 1:
-        raise ValueError(
-            "InternImage's layers differ in width and stride: there is no mean over the last of"
-            " them"
-        )
-    if index_BxK is not None and hidden_BxN is not None:
-        raise ValueError(
-            "cells are not read (index_BxK) or replaced by the mask token (hidden_BxN), not both"
-        )
-    if index_BxK is not None:
-        rows = jnp.arange(index_BxK.shape[0])[:, None]
-        hidden_BxN = jnp.ones(patches_BxNxP.shape[:2], bool).at[rows, index_BxK].set(False)
-    images = intern_image.unpatchify(patches_BxNxP, grid)
-    settings = scan_blocks.block_kwargs(model)
-    z_BxNxD = intern_image.apply(
-        intern_image_config(model),
-        params,
-        images,
-        keep_BxLx2=keep_BxLx2,
-        hidden_BxN=hidden_BxN,
-        dtype=model.dtype,
-        **settings,
-    )
-    return z_BxNxD if index_BxK is None else mixing.gather(z_BxNxD, index_BxK)
+def registered_backbones() -> dict[str, Backbone]:
+    """All backbones by name.
 
-
-def _below_intern_image(model: schema.Model, path: str) -> int | np.ndarray:
-    """As InternImage is fine-tuned: every layer by itself through all stages; what leads from a
-    stage to the next belongs to the first layer of the next; fusion, the norms between layers and
-    the last stage's norm are not scaled."""
-    depths = model.intern_image.depths
-    total, first = sum(depths), np.cumsum([0, *depths])
-    if path.startswith(("stem/", "mask_token")):
-        return total - 1
-    found = re.match(r"stage(\d)/(layers|down|norm)/", path)
-    if not found:
-        return 0
-    stage = int(found[1])
-    if found[2] == "layers":
-        return total - 1 - np.arange(first[stage], first[stage + 1])
-    return int(total - 1 - first[stage + 1]) if stage < 3 else 0
-
-
-INTERN_IMAGE = Backbone(
-    init=_init_intern_image,
-    apply=_apply_intern_image,
-    depth=lambda model: sum(model.intern_image.depths),
-    below=_below_intern_image,
-    describe=lambda model: (
-        f"InternImage of {'+'.join(map(str, model.intern_image.depths))} layers from"
-        f" {model.intern_image.width} channels"
-    ),
-    attention=None,
-    drops=False,
-    isolates=False,
-    averages=False,
-)
-
-BACKBONES: dict[str, Backbone] = {"vit": VIT, "intern_image": INTERN_IMAGE}
+    >>> {"vit", "intern_image"} <= registered_backbones().keys()
+    True
+    """
+    return dict(_BACKBONES)
 
 
 def get_backbone(model: schema.Model) -> Backbone:
     """The backbone of these settings.
 
+    Raises:
+      UserError: no backbone has the name `model.backbone`.
+
     >>> get_backbone(schema.Model()).describe(schema.Model())
     '12 blocks of 768'
     """
-    return BACKBONES[model.backbone]
+    if model.backbone in _BACKBONES:
+        return _BACKBONES[model.backbone]
+    near = difflib.get_close_matches(model.backbone, _BACKBONES, 1)
+    hint = f"did you mean {near[0]}?" if near else "import the module that registers it"
+    raise UserError(
+        f"config.model.backbone: {model.backbone!r} is none of {', '.join(_BACKBONES)}; {hint}"
+    )
+
+
+def validate_backbone(config: schema.Config) -> None:
+    """Raise UserError for the first setting that the backbone of a configuration cannot work with.
+
+    >>> validate_backbone(schema.Config())
+    """
+    get_backbone(config.model).validate(config)
+
+
+def recognize_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Settings of an encoder by its parameters, as of `Backbone.recognize`; {} for none that is
+    known.
+
+    Args:
+      shapes: {path below the encoder: shape}.
+
+    >>> recognize_weights({"patch_embed/kernel": (768, 768)})["backbone"], recognize_weights({})
+    ('vit', {})
+    """
+    matches = (backbone.recognize(shapes) for backbone in _BACKBONES.values())
+    return next((settings for settings in matches if settings is not None), {})
+
+
+def section_names() -> tuple[str, ...]:
+    """Sections of `model` that belong to one backbone.
+
+    >>> section_names()
+    ('intern_image',)
+    """
+    return tuple(name for backbone in _BACKBONES.values() for name in backbone.sections)
 
 
 def backbone_drop_rates(model: schema.Model) -> np.ndarray:

@@ -1,16 +1,17 @@
 """DCNv3, the operator of InternImage (Wang et al., 2023, Eq. 2), as a pure function with gradients.
 
-Every output pixel of every group reads its group's channels at P points, bilinearly, at places the
-network chooses, and adds them up with softmax weights. Four exact ways to compute it: dense
-products with the matrix of bilinear weights (`dcnv3_dense`; nothing is gathered), the same without
-that matrix ever being in main memory (`dcnv3_tpu`, for TPUs), a loop that looks the four cells
-around each sample up where they are added (`dcnv3_cpu`, for CPUs), and a gather of those cells,
-packed side by side so that it is one gather (as deformable attention does in Scenic), which JAX
-differentiates by itself: the form to compare with. Which is fastest depends on the size of the map
-and on the platform alone; `choose` is that rule.
+Every output pixel of every group samples its group's channels bilinearly at P points that the
+network chooses, and adds them with softmax weights. There are four exact forms:
 
-Coordinates and weights are float32 whatever the precision of the input. The modulation comes in as
-weights: the softmax is the caller's.
+dense    products with the matrix of bilinear weights, for whole maps or bands (`dcnv3_dense`)
+kernel   the same without that matrix in HBM, for TPUs (`dcnv3_tpu`)
+fused    a loop that reads the four cells around each sample where it adds them, for CPUs
+         (`dcnv3_cpu`)
+gather   one gather of those cells, packed side by side (as Scenic's deformable attention), which
+         JAX differentiates: the reference
+
+The fastest depends on the size of the map and the platform; `choose` is that rule. Coordinates and
+weights are float32 for every precision of the input. The caller applies the softmax.
 
 B batch, H W input size, I J output size, C channels, G groups, D = C / G, P points, O = I J.
 """
@@ -28,7 +29,7 @@ from m3i_jax.models import dcnv3_cpu, dcnv3_dense, dcnv3_tpu
 from m3i_jax.models.dcnv3_dense import Samples, widen
 
 METHODS = ("auto", "dense", "band", "kernel", "fused", "gather")
-_BAND = 2  # rows of a band and of its windows: more rows loop less and multiply more zeros
+_BAND = 2  # rows of a band and of its windows; more rows: fewer turns, more products with zeros
 
 
 def points(kernel: int, dilation: int = 1, *, remove_center: bool = False) -> np.ndarray:
@@ -55,7 +56,7 @@ def points(kernel: int, dilation: int = 1, *, remove_center: bool = False) -> np
 def output_size(
     size: int, *, kernel: int = 3, stride: int = 1, pad: int = 1, dilation: int = 1
 ) -> int:
-    """Rows (or columns) of the output of that many of the input.
+    """Rows (or columns) of the output for `size` rows (or columns) of the input.
 
     >>> output_size(12), output_size(12, stride=2)
     (12, 6)
@@ -64,13 +65,13 @@ def output_size(
 
 
 def choose(height: int, width: int, platform: str = "default") -> str:
-    """The fastest method for an input of this size. Measured with `python -m tests.bench.dcnv3`, on
-    TPUs counted: `bytes` of the same.
+    """The fastest method for an input of this size, as measured with `python -m tests.bench.dcnv3`;
+    for TPUs by the bytes that it counts.
 
-    The dense matrix has H W entries for every output where the others read 4 P D numbers; bands
-    keep to the rows that samples touch, but loop. Matrix units like products best: up to 14 x 14
-    cells the plain one, above it bands. On a CPU they pay for the smallest maps alone. On a TPU the
-    kernel moves a quarter to a half of their bytes.
+    The dense matrix has H W entries for every output where the other forms read 4 P D numbers;
+    bands compute only the rows that samples touch, but loop. On matrix units products are fastest:
+    up to 14 x 14 cells the plain one, above it bands. On a CPU they are fastest for the smallest
+    maps only. On a TPU the kernel moves a quarter to a half of their bytes.
 
     >>> choose(12, 12), choose(48, 48), choose(48, 48, "cpu"), choose(48, 48, "tpu")
     ('dense', 'band', 'fused', 'kernel')
@@ -83,8 +84,15 @@ def choose(height: int, width: int, platform: str = "default") -> str:
 
 
 class _Call(NamedTuple):
-    """What is known of a call before it runs. methods: method by platform; grid: [P, 2]; step:
-    stride, and where the first output lies."""
+    """Static arguments of a call.
+
+    Attributes:
+      methods: (platform, method) pairs.
+      size, out: rows and columns of input and output.
+      step: stride, and coordinate of the first output.
+      scale: `offset_scale`.
+      grid: undisplaced points [P, 2].
+    """
 
     methods: tuple[tuple[str, str], ...]
     size: tuple[int, int]
@@ -94,30 +102,30 @@ class _Call(NamedTuple):
     grid: tuple[tuple[int, int], ...]
 
 
-def _rest(call: _Call, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Where every point of every output lies before it is displaced: row and column, [O, P]."""
+def _rest_positions(call: _Call, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of every undisplaced point of every output, [O, P]."""
     (stride, shift), grid = call.step, np.asarray(call.grid)
     rows, columns = (
-        stride * place + shift
-        for place in np.divmod(np.arange(call.out[0] * call.out[1]), call.out[1])
+        stride * index + shift
+        for index in np.divmod(np.arange(call.out[0] * call.out[1]), call.out[1])
     )
     down, over = (call.scale * grid[:, i] for i in (1, 0))
     return (rows[:, None] + down).astype(dtype), (columns[:, None] + over).astype(dtype)
 
 
-def _places(call: _Call, offset: jax.Array, mask: jax.Array) -> Samples:
+def _samples_channels_last(call: _Call, offset: jax.Array, mask: jax.Array) -> Samples:
     """Coordinates and weights [B, O, G, P] from [B, O, G, P, 2] and [B, O, G, P]."""
     dtype = widen(offset.dtype)
-    rest_y, rest_x = (rest[:, None] for rest in _rest(call, dtype))
+    rest_y, rest_x = (rest[:, None] for rest in _rest_positions(call, dtype))
     y, x = offset[..., 1].astype(dtype), offset[..., 0].astype(dtype)
     return Samples(call.scale * y + rest_y, call.scale * x + rest_x, mask.astype(dtype))
 
 
 def _samples(call: _Call, offset: jax.Array, mask: jax.Array) -> Samples:
-    """The same with the output cells last, where they fill vector registers: [B, G, P, O]."""
+    """Coordinates and weights [B, G, P, O]: output cells last, where they fill vector registers."""
     dtype = widen(offset.dtype)
     b, o, g, p, _ = offset.shape
-    rest_y, rest_x = (rest.T for rest in _rest(call, dtype))
+    rest_y, rest_x = (rest.T for rest in _rest_positions(call, dtype))
     moved = jnp.transpose(offset, (0, 2, 4, 3, 1)).astype(dtype)
     weight = jnp.moveaxis(mask.reshape(b, o, -1), 1, 2).reshape(b, g, p, o).astype(dtype)
     return Samples(
@@ -148,7 +156,7 @@ def _value(
     call: _Call, method: str, x_BxQxC: jax.Array, offset: jax.Array, mask: jax.Array
 ) -> jax.Array:
     if method == "fused":
-        return dcnv3_cpu.forward(x_BxQxC, _places(call, offset, mask), call.size)
+        return dcnv3_cpu.forward(x_BxQxC, _samples_channels_last(call, offset, mask), call.size)
     if method == "kernel":
         run = functools.partial(
             dcnv3_tpu.forward, size=call.size, interpret=parallel.platform() != "tpu"
@@ -174,16 +182,18 @@ def _gradients(
     grad_BxOxC: jax.Array,
 ) -> tuple:
     at, pull = jax.vjp(
-        functools.partial(_places if method == "fused" else _samples, call), offset, mask
+        functools.partial(_samples_channels_last if method == "fused" else _samples, call),
+        offset,
+        mask,
     )
     if method == "fused":
         run = functools.partial(dcnv3_cpu.backward, size=call.size)
-        # It makes one axis of images, groups and rows of cells, which the partitioner would not
-        # know how to split.
-        alone = parallel.is_single_device(x_BxQxC.shape[0])
+        # It merges images, groups and rows of cells into one axis, which the partitioner cannot
+        # split.
+        per_device = parallel.is_single_device(x_BxQxC.shape[0])
         dx, dat = (
             parallel.per_device(run, x_BxQxC, at, grad_BxOxC)
-            if alone
+            if per_device
             else run(x_BxQxC, at, grad_BxOxC)
         )
         return (dx, *pull(dat))
@@ -213,14 +223,13 @@ def _operator(call: _Call, x_BxQxC: jax.Array, offset: jax.Array, mask: jax.Arra
 
 _operator.defvjp(
     lambda call, *arrays: (_operator(call, *arrays), arrays),
-    lambda call, kept, grad: _by_platform(_gradients, call, *kept, grad),
+    lambda call, residuals, grad: _by_platform(_gradients, call, *residuals, grad),
 )
 
 
 @jax.custom_vjp
 def _inside(t: jax.Array) -> jax.Array:
-    """Identity; no gradient to a coordinate of -1 or less, which reads only the padding, whatever
-    its right-hand neighbour holds."""
+    """Identity; a coordinate of -1 or less, which reads only the padding, gets no gradient."""
     return t
 
 
@@ -229,12 +238,12 @@ _inside.defvjp(lambda t: (t, t), lambda t, g: (jnp.where(t > -1, g, 0),))
 
 def _gather(x_BxQxC: jax.Array, at: Samples, size: tuple[int, int]) -> jax.Array:
     height, width = size
-    # the points of an output side by side: they are added up
+    # the points of an output side by side, as they are summed
     at = Samples(*(jnp.swapaxes(a, 2, 3) for a in at))
     b, g, o, p = at.y.shape
     d = x_BxQxC.shape[2] // g
-    # One ring of zeros before and two behind: every coordinate in [-1, size] finds its four cells,
-    # and beyond there is nothing to find.
+    # One ring of zeros before and two behind: every coordinate in [-1, size] has its four cells;
+    # everything beyond is zero.
     y, x = jnp.clip(_inside(at.y), -1, height), jnp.clip(_inside(at.x), -1, width)
     row, column = jnp.floor(y), jnp.floor(x)
     below, right = y - row, x - column
@@ -242,7 +251,7 @@ def _gather(x_BxQxC: jax.Array, at: Samples, size: tuple[int, int]) -> jax.Array
     packed = jnp.concatenate([v[:, :-1, :-1], v[:, :-1, 1:], v[:, 1:, :-1], v[:, 1:, 1:]], -1)
     packed_BxGxQx4D = packed.reshape(b, -1, g, 4 * d).swapaxes(1, 2)
     index = ((row + 1) * (width + 2) + column + 1).astype(jnp.int32).reshape(b, g, o * p, 1)
-    found = jnp.take_along_axis(packed_BxGxQx4D, index, 2, mode="clip").reshape(b, g, o, p, 4, d)
+    cells = jnp.take_along_axis(packed_BxGxQx4D, index, 2, mode="clip").reshape(b, g, o, p, 4, d)
     weight = (
         jnp.stack(
             [(1 - below) * (1 - right), (1 - below) * right, below * (1 - right), below * right], -1
@@ -250,13 +259,13 @@ def _gather(x_BxQxC: jax.Array, at: Samples, size: tuple[int, int]) -> jax.Array
         * at.m[..., None]
     )
     weight = weight.astype(x_BxQxC.dtype)
-    precision = None if found.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    precision = None if cells.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     out = jnp.einsum(
         "bgopk,bgopkd->bogd",
         weight,
-        found,
+        cells,
         precision=precision,
-        preferred_element_type=widen(found.dtype),
+        preferred_element_type=widen(cells.dtype),
     )
     return out.reshape(b, o, g * d).astype(x_BxQxC.dtype)
 
@@ -275,26 +284,28 @@ def dcnv3(
     remove_center: bool = False,
     method: str = "auto",
 ) -> jax.Array:
-    """Deformable convolution, third version: `y[i, j, g] = sum_p mask[p] * x_g(place of p)`,
-    bilinear, zero outside.
+    """Deformable convolution v3: `y[i, j, g] = sum_p mask[p] * x_g(position of p)`, bilinear, zero
+    outside.
 
-    Point p of output (i, j) lies at column `stride j - pad + c + offset_scale (points[p, 0] +
-    offset[p, 0])` and the row likewise with [1], c = dilation (kernel - 1) // 2. Gradients reach x,
-    offset and mask; at an integer coordinate the offset's is that to the right.
+    Point p of output (i, j) has column `stride j - pad + c + offset_scale (points[p, 0] +
+    offset[p, 0])`, and the row is the same with i and [1]; c = dilation (kernel - 1) // 2. x,
+    offset and mask get gradients; at an integer coordinate the offset's is the one to the right.
 
-    Args: x_BxHxWxC: input, channels of a group side by side. offset_BxIxJxGxPx2: displacement (x,
-      y) of every point in pixels before `offset_scale`; P = kernel^2, less one without the centre,
-      in the order of `points`. The last three axes may also be one.
-      mask_BxIxJxGxP: weight of every point; InternImage's softmax over P is already done. The last
-          two axes may also be one.
+    Args:
+      x_BxHxWxC: input, channels of a group side by side.
+      offset_BxIxJxGxPx2: displacement (x, y) of every point in pixels before `offset_scale`; P =
+        kernel^2, less one without the centre, in the order of `points`. The last three axes may be
+        merged.
+      mask_BxIxJxGxP: weight of every point, after InternImage's softmax over P. The last two axes
+        may be merged.
       kernel, stride, pad, dilation: as of a convolution; pad in pixels on every side.
       groups: G.
       offset_scale: factor of the points and of the offsets (2 in InternImage-L and XL).
-      remove_center: leave the middle point out.
+      remove_center: omit the middle point.
       method: dense, band (dense over the rows that samples touch), kernel, fused, gather, or auto:
-        `choose`. The same numbers to rounding. The kernel runs on TPUs in bfloat16 or float32,
-        elsewhere as an interpreted program; `auto` takes it where every device has rows of its own:
-        on one device, in a mesh that was set with jax.set_mesh, or inside shard_map.
+        that of `choose`. The numbers are equal to rounding. The kernel runs on TPUs in bfloat16 or
+        float32, elsewhere interpreted; auto takes it where every device computes its own rows: on
+        one device, in a mesh set with jax.set_mesh, or inside shard_map.
 
     Returns:
       [B, I, J, C] in the type of x.
@@ -304,7 +315,7 @@ def dcnv3(
 
     >>> x = jnp.arange(9.0).reshape(1, 3, 3, 1)
     >>> offset, mask = jnp.zeros((1, 3, 3, 1, 9, 2)), jnp.full((1, 3, 3, 1, 9), 1 / 9)
-    >>> dcnv3(x, offset, mask, groups=1)[0, 1, 1].tolist()  # with nothing learned: the mean of the neighbourhood
+    >>> dcnv3(x, offset, mask, groups=1)[0, 1, 1].tolist()  # the mean of the neighbourhood
     [4.0]
     >>> round(float(dcnv3(x, offset + 0.5, mask, groups=1, method="gather")[0, 0, 0, 0]), 3)
     2.222
@@ -316,20 +327,20 @@ def dcnv3(
     if c % groups:
         raise ValueError(f"{c} channels do not divide into {groups} groups")
     if method not in METHODS:
-        raise ValueError(f"method is '{method}'; there are {', '.join(METHODS)}")
+        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
     for name, array, last in (("offset", offset_BxIxJxGxPx2, 2), ("mask", mask_BxIxJxGxP, 1)):
-        wanted = (b, *out, groups, len(grid), 2)[: 4 + last]
-        if array.shape[:3] != wanted[:3] or np.prod(array.shape[3:]) != np.prod(wanted[3:]):
+        expected = (b, *out, groups, len(grid), 2)[: 4 + last]
+        if array.shape[:3] != expected[:3] or np.prod(array.shape[3:]) != np.prod(expected[3:]):
             raise ValueError(
                 f"{name} has shape {array.shape}; for an input of {x_BxHxWxC.shape} and these"
-                f" settings it must be {wanted}"
+                f" settings it must be {expected}"
             )
     offset = offset_BxIxJxGxPx2.reshape(b, -1, groups, len(grid), 2)
     mask = mask_BxIxJxGxP.reshape(b, -1, groups, len(grid))
-    alone = parallel.kernels(b) and dcnv3_tpu.fits(
+    use_kernel = parallel.kernels(b) and dcnv3_tpu.fits(
         (height, width), groups, c // groups, len(grid), x_BxHxWxC.dtype
     )
-    platforms = {"cpu": "cpu", "default": "tpu" if alone else "default"}
+    platforms = {"cpu": "cpu", "default": "tpu" if use_kernel else "default"}
     methods = {
         name: choose(height, width, p) if method == "auto" else method
         for name, p in platforms.items()

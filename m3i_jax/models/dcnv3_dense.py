@@ -1,15 +1,15 @@
-"""DCNv3 as matrix products: the bilinear weights of all samples are one matrix of products of hat
+"""DCNv3 as matrix products: the bilinear weights of all samples form one matrix of products of hat
 functions.
 
-A sample at (y, x) weighs input cell (q, r) by hat(y - q) hat(x - r) with hat(t) = max(1 - |t|, 0),
-and zero padding needs no case of its own. The matrix of a group, [input cells, output cells], is
-the sum over its points of modulated hats; the output is one product with it, the gradient of the
-input another, and the gradient of the matrix, read back at the samples, gives those of offsets and
-modulation. Nothing is scattered, and only the arguments are kept for the backward pass.
+A sample at (y, x) weights input cell (q, r) by hat(y - q) hat(x - r) with hat(t) = max(1 - |t|, 0),
+which covers zero padding too. The matrix of a group, [input cells, output cells], is the sum over
+its points of modulated hats; the output is one product with it, the gradient of the input another,
+and the gradient of the matrix, read at the samples, gives those of offsets and modulation. There is
+no scatter, and the backward pass keeps only the arguments.
 
-Whole maps or bands: with `rows`, output rows are taken a few at a time and multiplied only with
-those input rows that their samples touch. How many that are is read from the offsets while the
-program runs, so the result is exact for offsets of any size and costs what they cost.
+Maps are multiplied as a whole or in bands: with `rows`, output rows are taken a few at a time and
+multiplied only with the input rows that their samples touch. The offsets decide at run time which
+those are, so the result is exact for offsets of any size, and only large offsets cost more.
 
 B batch, G groups, D channels of a group, P points, Q input cells, O output cells, R rows of a
 window."""
@@ -23,8 +23,7 @@ import numpy as np
 
 
 class Samples(NamedTuple):
-    """Where and how much every output reads: pixels and modulation, [B, G, P, O], float32 or
-    wider."""
+    """Coordinates in pixels and modulation of all samples, [B, G, P, O], float32 or wider."""
 
     y: jax.Array
     x: jax.Array
@@ -41,8 +40,8 @@ def widen(dtype: Any) -> Any:
 
 
 def _einsum(terms: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Product in the type of the input, sums wide. float32 is not cut to bfloat16 on the way, as
-    TPUs would."""
+    """Product in the type of the input, sums wide. float32 is not rounded to bfloat16, the default
+    of TPUs."""
     precision = None if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     return jnp.einsum(
         terms, a, b.astype(a.dtype), precision=precision, preferred_element_type=widen(a.dtype)
@@ -64,7 +63,7 @@ def hat(t: jax.Array) -> jax.Array:
 
 
 def slope(t: jax.Array) -> jax.Array:
-    """Derivative of the hat, at integers the one to the right: the convention of the floor.
+    """Derivative of the hat; at integers the one to the right, as of the floor.
 
     >>> print(slope(jnp.array([-1.0, -0.5, 0.0, 1.0])))
     [ 1.  1. -1.  0.]
@@ -75,7 +74,7 @@ def slope(t: jax.Array) -> jax.Array:
 
 
 def _columns(at: Samples, width: int) -> jax.Array:
-    """The modulated hats of the columns, [B, G, P, W, O]. Stored: they serve every row."""
+    """The modulated hats of the columns, [B, G, P, W, O], stored because every row uses them."""
     hats = at.m[:, :, :, None] * hat(
         at.x[:, :, :, None] - np.arange(width, dtype=at.x.dtype)[:, None]
     )
@@ -85,7 +84,7 @@ def _columns(at: Samples, width: int) -> jax.Array:
 def _weights(
     y_BxGxPxO: jax.Array, columns_BxGxPxWxO: jax.Array, height: int, dtype: Any
 ) -> jax.Array:
-    """The matrix [B, G, Q, O], in the precision of the product. The hats of the rows are never
+    """The matrix [B, G, Q, O], in the precision of the product. The hats of the rows are not
     stored."""
     b, g, points, width, o = columns_BxGxPxWxO.shape
     rows = np.arange(height, dtype=y_BxGxPxO.dtype)[:, None, None]
@@ -96,9 +95,9 @@ def _weights(
 
 
 def _read_by_index(slopes_BxGxQxO: jax.Array, at: Samples, height: int, width: int) -> Samples:
-    """Gradient of the matrix at every sample: its derivatives by y and x and its value. By lookup
-    of the four cells around each."""
-    # the integer of a far number would overflow
+    """Gradient of the matrix at every sample, its derivatives by y and x and its value, from the
+    four cells around each."""
+    # a large coordinate would overflow as an integer
     top, left = jnp.clip(at.y, -2, height + 1), jnp.clip(at.x, -2, width + 1)
     row, column = jnp.floor(top).astype(jnp.int32), jnp.floor(left).astype(jnp.int32)
     below, right = top - jnp.floor(top), left - jnp.floor(left)
@@ -119,15 +118,15 @@ def _read_by_index(slopes_BxGxQxO: jax.Array, at: Samples, height: int, width: i
 
 
 def _read_by_sum(slopes_BxGxQxO: jax.Array, at: Samples, height: int, width: int) -> Samples:
-    """As `_read_by_index`, by sums over all cells: for machines that gather slowly."""
+    """As `_read_by_index`, by sums over all cells: for platforms with a slow gather."""
     rows, columns = _cells(height, width, at.y.dtype)
-    found = []
+    sums = []
     for p in range(at.y.shape[2]):
         down, over = at.y[:, :, p, None] - rows, at.x[:, :, p, None] - columns
         hat_y, hat_x = hat(down), hat(over)
         parts = slope(down) * hat_x, hat_y * slope(over), hat_y * hat_x
-        found.append([(slopes_BxGxQxO * part).sum(2) for part in parts])
-    return Samples(*(jnp.stack(part, 2) for part in zip(*found, strict=True)))
+        sums.append([(slopes_BxGxQxO * part).sum(2) for part in parts])
+    return Samples(*(jnp.stack(part, 2) for part in zip(*sums, strict=True)))
 
 
 def _read(slopes_BxGxQxO: jax.Array, at: Samples, height: int, width: int) -> Samples:
@@ -139,12 +138,13 @@ def _read(slopes_BxGxQxO: jax.Array, at: Samples, height: int, width: int) -> Sa
 
 
 def sample_gradients(at: Samples, read: Samples) -> Samples:
-    """Gradients of the samples from what was read of the matrix's gradient at each: its derivatives
-    by y and x, and its value.
+    """Gradients of the samples from the matrix's gradient at each: its derivatives by y and x, and
+    its value.
 
     A coordinate of -1 or less gets none: it reads only the padding, as in the published operator.
 
-    >>> at, read = Samples(*(jnp.array([value]) for value in (0.5, -1.0, 2.0))), Samples(*[jnp.ones(1)] * 3)
+    >>> at = Samples(*(jnp.array([value]) for value in (0.5, -1.0, 2.0)))
+    >>> read = Samples(*[jnp.ones(1)] * 3)
     >>> [a.item() for a in sample_gradients(at, read)]
     [2.0, 0.0, 1.0]
     """
@@ -158,24 +158,23 @@ def _window(v_BxGxDxQ: jax.Array, row: Any, rows: int, width: int) -> jax.Array:
 
 
 def _bands(at: Samples, height: int, rows: int, out_rows: int) -> tuple[Samples, jax.Array]:
-    """Samples of one band of output rows after the other, [T, B, G, P, O / T], and the input rows
-    [T, 2] that each touches."""
+    """Samples by band of output rows, [T, B, G, P, O / T], and the input rows [T, 2] that each band
+    touches."""
     tiles = next(n for n in range(max(1, out_rows // rows), out_rows + 1) if out_rows % n == 0)
     b, g, p, o = at.y.shape
     split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(b, g, p, tiles, o // tiles), 3, 0), at)
     floor = jnp.floor(split.y)
     first, last = floor.min((1, 2, 3, 4)), floor.max((1, 2, 3, 4)) + 2
-    # anything else is multiplied with every row, so that a NaN is seen at the end
-    known = jnp.isfinite(first) & jnp.isfinite(last)
-    span = jnp.stack([jnp.where(known, first, 0), jnp.where(known, last, height)], -1)
+    # otherwise the band is multiplied with every row, so that a NaN reaches the output
+    finite = jnp.isfinite(first) & jnp.isfinite(last)
+    span = jnp.stack([jnp.where(finite, first, 0), jnp.where(finite, last, height)], -1)
     return split, jnp.clip(span, 0, height).astype(jnp.int32)
 
 
 def _through(span: jax.Array, rows: int, body: Any, start: Any) -> Any:
-    """`body(row, carry)` for every window of rows from span[0] on until span[1] is reached."""
+    """`body(row, carry)` for every window of rows from span[0] up to span[1]."""
     step = lambda state: (state[0] + rows, body(state[0], state[1]))
-    # For those who count operations (reporting.flops): a band as high as a window and a kernel of 3
-    # x 3 before it has learnt any offset.
+    # For profiling.flops: turns for a band as high as a window and a 3 x 3 kernel without offsets.
     with jax.named_scope(f"turns={-(-(rows + 3) // rows)}"):
         return jax.lax.while_loop(lambda state: state[0] < span[1], step, (span[0], start))[1]
 
@@ -185,12 +184,17 @@ def forward(
 ) -> jax.Array:
     """Modulated sum of samples, [B, G, D, O] in the type of v.
 
-    Args: v_BxGxDxQ: the input, cells last. at: samples in pixels of the input. size: its height and
-      width; Q is their product. rows: 0: the matrix of the whole map; else output and input rows
-      are taken about that many at a time. out_rows: rows of the output, for bands.
+    Args:
+      v_BxGxDxQ: the input, cells last.
+      at: samples in pixels of the input.
+      size: its height and width; Q is their product.
+      rows: 0: the matrix of the whole map; else output and input rows are taken about that many at
+        a time.
+      out_rows: rows of the output, for bands.
 
     >>> at = Samples(*(jnp.full((1, 1, 1, 1), value) for value in (0.5, 1.0, 2.0)))
-    >>> forward(jnp.arange(4.0).reshape(1, 1, 1, 4), at, (2, 2)).item()  # twice the mean of cells 1 and 3
+    >>> v = jnp.arange(4.0).reshape(1, 1, 1, 4)
+    >>> forward(v, at, (2, 2)).item()  # twice the mean of cells 1 and 3
     4.0
     """
     (height, width), dtype = size, v_BxGxDxQ.dtype
@@ -203,15 +207,15 @@ def forward(
     b, g, d, _ = v_BxGxDxQ.shape
 
     def band(tile: tuple[Samples, jax.Array]) -> jax.Array:
-        here, span = tile
-        columns = _columns(here, width)
+        samples, span = tile
+        columns = _columns(samples, width)
 
         def add(row: Any, total: jax.Array) -> jax.Array:
-            weights = _weights(here.y - row, columns, rows, dtype)
+            weights = _weights(samples.y - row, columns, rows, dtype)
             return total + _einsum("bgdq,bgqo->bgdo", _window(padded, row, rows, width), weights)
 
         return _through(
-            span, rows, add, jnp.zeros((b, g, d, here.y.shape[-1]), widen(dtype))
+            span, rows, add, jnp.zeros((b, g, d, samples.y.shape[-1]), widen(dtype))
         ).astype(dtype)
 
     return jnp.moveaxis(jax.lax.map(band, (split, spans)), 0, 3).reshape(b, g, d, -1)
@@ -248,12 +252,12 @@ def backward(
         def band(
             dv: jax.Array, tile: tuple[Samples, jax.Array, jax.Array]
         ) -> tuple[jax.Array, Samples]:
-            here, span, grad = tile
-            columns = _columns(here, width)
+            samples, span, grad = tile
+            columns = _columns(samples, width)
 
             def add(row: Any, carry: tuple[jax.Array, Samples]) -> tuple[jax.Array, Samples]:
                 dv, read = carry
-                local, part = here._replace(y=here.y - row), _window(padded, row, rows, width)
+                local, part = samples._replace(y=samples.y - row), _window(padded, row, rows, width)
                 part_dv = _einsum("bgdo,bgqo->bgdq", grad, _weights(local.y, columns, rows, dtype))
                 dv = jax.lax.dynamic_update_slice_in_dim(
                     dv, _window(dv, row, rows, width) + part_dv, row * width, 3
@@ -261,7 +265,7 @@ def backward(
                 more = _read(_einsum("bgdq,bgdo->bgqo", part, grad), local, rows, width)
                 return dv, jax.tree.map(jnp.add, read, more)
 
-            return _through(span, rows, add, (dv, jax.tree.map(jnp.zeros_like, here)))
+            return _through(span, rows, add, (dv, jax.tree.map(jnp.zeros_like, samples)))
 
         dv, parts = jax.lax.scan(band, jnp.zeros(padded.shape, widen(dtype)), (split, spans, grads))
         dv = dv[..., : height * width]

@@ -1,16 +1,16 @@
-"""DCNv3 as matrix products on a TPU, in a Pallas kernel: the matrix of `dcnv3_dense` is made where
-the product reads it.
+"""DCNv3 as matrix products on a TPU, as a Pallas kernel: the matrix of `dcnv3_dense` is computed in
+VMEM, where the product reads it.
 
-Left to the compiler the matrix of bilinear weights, [input cells, output cells] for every group of
-every image, is made element by element, nine points each, and goes through main memory where it
-does not fit. Here a window of about 128 input cells at a time is made in fast memory, multiplied,
-and forgotten; windows that no sample of a tile of outputs touches are left out.
+XLA computes the matrix of bilinear weights, [input cells, output cells] for every group of every
+image, element by element, nine points each, and stores it in HBM where VMEM is too small. This
+kernel computes a window of about 128 input cells at a time in VMEM and multiplies it; it skips
+windows that no sample of a tile of outputs touches.
 
-The rows of a window are its slow axis, columns lie across sublanes and outputs along lanes. So of a
-sample only its weights by column fill vectors, once a tile; those by row are one number an output,
-and so is what the backward pass sums over rows before it looks at columns. Channels stay where they
-are, as many groups side by side as fill the lanes: a product is taken of all of them, as wide as it
-would be anyway, and the lanes of its group are kept.
+The rows of a window are its slow axis, columns lie across sublanes and outputs along lanes. So only
+the column weights of a sample fill vectors, once per tile; the row weights are one number per
+output, and so are the sums over rows that the backward pass takes before those over columns.
+Channels stay in place, as many groups side by side as fill the lanes: the product is taken of all
+of them, which costs no more, and the lanes of its group are selected.
 
 B batch, G groups, C channels, D = C / G, P points, Q input cells, O output cells; V columns of a
 row, padded to eight; K cells of a window."""
@@ -24,13 +24,13 @@ import jax.numpy as jnp
 from m3i_jax.models.dcnv3_dense import Samples, hat, sample_gradients, slope
 
 _LANES = 128
-_WHOLE = 256  # outputs that are one tile; of more a tile has as many as there are lanes
-# the smallest of the chips (v4) has 16 MiB of fast memory, and what is not counted is small
+_ONE_TILE = 256  # up to so many outputs are one tile; of more, a tile has _LANES
+# of the 16 MiB of VMEM of the smallest supported chip (v4); the rest covers what is not counted
 _BYTES = 29 * 2**19
 
 
 class _Shape(NamedTuple):
-    """What a kernel knows: the map, its row padded, rows of a window, and channels of a group."""
+    """Static sizes of a kernel: the map, its padded row, rows of a window, channels of a group."""
 
     height: int
     width: int
@@ -40,28 +40,28 @@ class _Shape(NamedTuple):
 
     @property
     def cells(self) -> int:
-        """Of a window."""
+        """Cells of a window."""
         return self.rows * self.columns
 
     @property
-    def held(self) -> int:
-        """Cells of the map as it is held, in whole windows."""
+    def padded_cells(self) -> int:
+        """Cells of the map in whole windows."""
         return -(-self.height // self.rows) * self.cells
 
     def touched(self, tile: int) -> int:
-        """Cells that a tile of outputs reads while no offset is learnt: its rows, one before and
-        one behind, in whole windows."""
+        """Cells that a tile of outputs reads without offsets: its rows, one before and one behind,
+        in whole windows."""
         windows = -(-(-(-tile // self.width) + 2) // self.rows)
         return min(windows * self.rows, self.height) * self.width
 
     @property
     def padded(self) -> bool:
-        """Whether windows of the map as it comes would be no windows: sixteen rows of bfloat16 lie
-        together."""
+        """Whether the map has to be padded to consist of windows; sixteen rows of bfloat16 are one
+        tile of memory."""
         return (
             self.columns != self.width
             or self.cells % 16 > 0
-            or self.held != self.height * self.width
+            or self.padded_cells != self.height * self.width
         )
 
 
@@ -71,32 +71,33 @@ def _shape(size: tuple[int, int], depth: int) -> _Shape:
 
 
 def _side_by_side(groups: int, depth: int) -> int:
-    """Groups that fill the lanes; all of them where no number does."""
+    """Number of groups that fill the lanes; all groups where no number does."""
     return next(
         (n for n in range(1, groups) if groups % n == 0 and n * depth % _LANES == 0), groups
     )
 
 
 def fits(size: tuple[int, int], groups: int, depth: int, points: int, dtype: Any) -> bool:
-    """Whether a map of that size can be held in fast memory, and is of a type that the kernel
-    knows.
+    """Whether VMEM can hold a map of this size, and the kernel supports its type.
 
-    >>> fits((48, 48), 10, 32, 9, jnp.bfloat16), fits((12, 12), 10, 32, 9, jnp.float16), fits((512, 512), 10, 32, 9, jnp.bfloat16)
-    (True, False, False)
+    >>> fits((48, 48), 10, 32, 9, jnp.bfloat16), fits((512, 512), 10, 32, 9, jnp.bfloat16)
+    (True, False)
+    >>> fits((12, 12), 10, 32, 9, jnp.float16)
+    False
     """
     if dtype not in (jnp.bfloat16, jnp.float32):
         return False
     shape, lanes = _shape(size, depth), -(-_side_by_side(groups, depth) * depth // _LANES) * _LANES
-    # The gradient in float32, the map with padded rows too; and map and gradient, each twice, on
-    # their way in and out.
-    maps = shape.held * lanes * (4 + 4 * shape.padded + 4 * jnp.dtype(dtype).itemsize)
-    # and of every point three numbers a column and output
+    # The gradient in float32, the map too if its rows are padded; and map and gradient, double
+    # buffered.
+    maps = shape.padded_cells * lanes * (4 + 4 * shape.padded + 4 * jnp.dtype(dtype).itemsize)
+    # and three numbers per point, column and output
     return maps + 3 * 4 * points * shape.columns * _LANES <= _BYTES
 
 
 def _windows(y_PxO: jax.Array, shape: _Shape) -> tuple[jax.Array, jax.Array]:
-    """The first window that a sample touches, and the one after the last; one at least, or a NaN
-    would be seen by nobody."""
+    """The first window that a sample touches, and the one after the last; at least one, so that a
+    NaN reaches the output."""
     first = jnp.floor(jnp.where(jnp.isnan(y_PxO), 0, jnp.clip(y_PxO, -1, shape.height)))
     edges = (
         jnp.clip(edge.astype(jnp.int32), 0, shape.height - 1) // shape.rows
@@ -129,7 +130,7 @@ def _by_column(form: Any, x_1xO: jax.Array, shape: _Shape) -> jax.Array:
 
 
 def _distances(y_PxO: jax.Array, window: jax.Array, shape: _Shape) -> list[jax.Array]:
-    """To the rows of a window, [P, O] each."""
+    """Distances to the rows of a window, [P, O] each."""
     return [y_PxO - (window * shape.rows + r).astype(jnp.float32) for r in range(shape.rows)]
 
 
@@ -137,21 +138,21 @@ def _row(r: int, shape: _Shape) -> slice:
     return slice(r * shape.columns, (r + 1) * shape.columns)
 
 
-def _fill(matrix: Any, away: list[jax.Array], hats: Any, shape: _Shape) -> None:
+def _fill_matrix(matrix: Any, away: list[jax.Array], hats: Any, shape: _Shape) -> None:
     """The matrix of one window, [K, O]."""
     for r, t_PxO in enumerate(away):
         near = hat(t_PxO)
         matrix[_row(r, shape)] = sum(near[p : p + 1] * hats[p] for p in range(len(t_PxO)))
 
 
-def _here(window: jax.Array, shape: _Shape) -> Any:
+def _window_slice(window: jax.Array, shape: _Shape) -> Any:
     from jax.experimental import pallas as pl
 
     return pl.ds(pl.multiple_of(window * shape.cells, 8 if shape.padded else 16), shape.cells)
 
 
-def _hold(map_: Any, v: Any, shape: _Shape) -> None:
-    """The map with padded rows, for all tiles."""
+def _store_padded(map_: Any, v: Any, shape: _Shape) -> None:
+    """Store the map with padded rows, for all tiles."""
     if not shape.padded:
         return
     map_[...] = jnp.zeros_like(map_)
@@ -163,12 +164,12 @@ def _hold(map_: Any, v: Any, shape: _Shape) -> None:
 
 def _read(map_: Any, v: Any, window: jax.Array, shape: _Shape) -> jax.Array:
     """Cells of a window, [K, C]."""
-    here = _here(window, shape)
-    return map_[here] if shape.padded else v[0, here]
+    cells = _window_slice(window, shape)
+    return map_[cells] if shape.padded else v[0, cells]
 
 
-def _of_group(lanes: int, g: jax.Array, shape: _Shape) -> jax.Array:
-    """Which lanes are the group's, [1, lanes]."""
+def _group_lanes(lanes: int, g: jax.Array, shape: _Shape) -> jax.Array:
+    """Mask of the group's lanes, [1, lanes]."""
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
     return (lane >= g * shape.depth) & (lane < (g + 1) * shape.depth)
 
@@ -178,7 +179,7 @@ def _forward_kernel(
 ) -> None:
     from jax.experimental import pallas as pl
 
-    pl.when(pl.program_id(2) == 0)(lambda: _hold(map_, v, shape))
+    pl.when(pl.program_id(2) == 0)(lambda: _store_padded(map_, v, shape))
 
     def group(g: jax.Array, out_OxC: jax.Array) -> jax.Array:
         y_PxO, x_PxO, m_PxO = y[0, g], x[0, g], m[0, g]
@@ -186,11 +187,11 @@ def _forward_kernel(
             hats[p] = m_PxO[p : p + 1] * _by_column(hat, x_PxO[p : p + 1], shape)
 
         def add(window: jax.Array, total_OxC: jax.Array) -> jax.Array:
-            _fill(matrix, _distances(y_PxO, window, shape), hats, shape)
+            _fill_matrix(matrix, _distances(y_PxO, window, shape), hats, shape)
             return total_OxC + _product(matrix[...], _read(map_, v, window, shape), (0, 0), v.dtype)
 
-        found_OxC = jax.lax.fori_loop(*_windows(y_PxO, shape), add, jnp.zeros_like(out_OxC))
-        return jnp.where(_of_group(out_OxC.shape[1], g, shape), found_OxC, out_OxC)
+        sums_OxC = jax.lax.fori_loop(*_windows(y_PxO, shape), add, jnp.zeros_like(out_OxC))
+        return jnp.where(_group_lanes(out_OxC.shape[1], g, shape), sums_OxC, out_OxC)
 
     out[0] = jax.lax.fori_loop(0, y.shape[1], group, jnp.zeros(out.shape[1:], jnp.float32)).astype(
         out.dtype
@@ -207,23 +208,22 @@ def _backward_kernel(
 
     @pl.when(tile == 0)
     def _() -> None:
-        _hold(map_, v, shape)
+        _store_padded(map_, v, shape)
         dmap[...] = jnp.zeros_like(dmap)
 
     def group(g: jax.Array, _: None) -> None:
         y_PxO, x_PxO, m_PxO = y[0, g], x[0, g], m[0, g]
-        # The other lanes are zeros: they add nothing to a sum over channels, and a product with
-        # them is zero.
-        grad_OxC = jnp.where(_of_group(grad.shape[2], g, shape), grad[0].astype(jnp.float32), 0)
+        # the other lanes are zeros, which add nothing to a sum over channels
+        grad_OxC = jnp.where(_group_lanes(grad.shape[2], g, shape), grad[0].astype(jnp.float32), 0)
         for p in points:
             hats[p] = m_PxO[p : p + 1] * _by_column(hat, x_PxO[p : p + 1], shape)
         by_hat[...], by_slope[...] = jnp.zeros_like(by_hat), jnp.zeros_like(by_slope)
 
         def add(window: jax.Array, _: None) -> None:
-            here, away = _here(window, shape), _distances(y_PxO, window, shape)
-            _fill(matrix, away, hats, shape)
-            dmap[here] += _product(matrix[...], grad_OxC, (1, 0), v.dtype)
-            # from here on the gradient of the matrix
+            cells, away = _window_slice(window, shape), _distances(y_PxO, window, shape)
+            _fill_matrix(matrix, away, hats, shape)
+            dmap[cells] += _product(matrix[...], grad_OxC, (1, 0), v.dtype)
+            # from here on `matrix` is the gradient of the matrix
             matrix[...] = _product(_read(map_, v, window, shape), grad_OxC, (1, 1), v.dtype)
             near, steep = [hat(t) for t in away], [slope(t) for t in away]
             for p in points:
@@ -248,48 +248,61 @@ def _backward_kernel(
 
 
 def _run(
-    kernel: Any, shape: _Shape, samples: list[jax.Array], outputs: list[jax.Array], map_: jax.Array, like: dict[str, list[Any]],
-    *, maps: int, sums: int, products: int, interpret: bool,
-) -> list[jax.Array]:  # fmt: skip
+    kernel: Any,
+    shape: _Shape,
+    samples: list[jax.Array],
+    outputs: list[jax.Array],
+    map_: jax.Array,
+    like: dict[str, list[Any]],
+    *,
+    maps: int,
+    sums: int,
+    products: int,
+    interpret: bool,
+) -> list[jax.Array]:
     """A kernel over images, blocks of channels and tiles of outputs.
 
-    Args: samples: [B, G, P, O]; outputs: [B, O, C]; map_: [B, Q, C]; like: what comes out, by the
-      kind of array it is. maps, sums: more arrays as large as the map, and [P, V, O], that the
-      kernel holds; products: how often a window is multiplied.
+    Args:
+      samples: [B, G, P, O].
+      outputs: [B, O, C].
+      map_: [B, Q, C].
+      like: the results, by kind of array.
+      maps, sums: further scratch arrays as large as the map, and [P, V, O].
+      products: number of products with each window.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
     (b, g, points, o), channels = samples[0].shape, map_.shape[2]
-    tile, some = o if o <= _WHOLE else _LANES, _side_by_side(g, shape.depth)
-    lanes = some * shape.depth
+    tile, groups = o if o <= _ONE_TILE else _LANES, _side_by_side(g, shape.depth)
+    lanes = groups * shape.depth
     spec = {
-        "samples": pl.BlockSpec((1, some, points, tile), lambda i, j, k: (i, j, 0, k)),
+        "samples": pl.BlockSpec((1, groups, points, tile), lambda i, j, k: (i, j, 0, k)),
         "outputs": pl.BlockSpec((1, tile, lanes), lambda i, j, k: (i, k, j)),
         "map": pl.BlockSpec((1, map_.shape[1], lanes), lambda i, j, k: (i, 0, j)),
     }
-    given = {"samples": samples, "outputs": outputs, "map": [map_]}
-    arrays, outs = ([a for some_of in kinds.values() for a in some_of] for kinds in (given, like))
+    inputs = {"samples": samples, "outputs": outputs, "map": [map_]}
+    arrays, outs = ([a for group in kinds.values() for a in group] for kinds in (inputs, like))
     by_column = points, shape.columns, tile
-    held = [
+    scratch = [
         (shape.cells, tile),
         by_column,
-        (shape.held if shape.padded else 8, lanes),
-        *[(shape.held, lanes)] * maps,
+        (shape.padded_cells if shape.padded else 8, lanes),
+        *[(shape.padded_cells, lanes)] * maps,
         *[by_column] * sums,
     ]
     return pl.pallas_call(
         functools.partial(kernel, shape=shape),
         grid=(b, channels // lanes, o // tile),
-        in_specs=[spec[kind] for kind, some_of in given.items() for _ in some_of],
-        out_specs=[spec[kind] for kind, some_of in like.items() for _ in some_of],
+        in_specs=[spec[kind] for kind, group in inputs.items() for _ in group],
+        out_specs=[spec[kind] for kind, group in like.items() for _ in group],
         out_shape=outs,
-        scratch_shapes=[pltpu.VMEM(size, jnp.float32) for size in held],
+        scratch_shapes=[pltpu.VMEM(size, jnp.float32) for size in scratch],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
         cost_estimate=pl.CostEstimate(
-            # of the lanes that are kept
+            # of the lanes that are selected
             flops=2 * products * b * shape.touched(tile) * o * channels,
             transcendentals=0,
             bytes_accessed=sum(a.size * a.dtype.itemsize for a in (*arrays, *outs)),
@@ -298,23 +311,23 @@ def _run(
     )(*arrays)
 
 
-def _filled(a: jax.Array, axis: int, mode: str = "constant") -> jax.Array:
-    """With as many outputs as whole tiles have."""
+def _pad_outputs(a: jax.Array, axis: int, mode: str = "constant") -> jax.Array:
+    """Pad the outputs to whole tiles."""
     o = a.shape[axis]
     return (
         a
-        if o <= _WHOLE
+        if o <= _ONE_TILE
         else jnp.pad(a, [(0, -o % _LANES if i == axis else 0) for i in range(a.ndim)], mode=mode)
     )
 
 
 def _tiles(at: Samples) -> list[jax.Array]:
-    """Outputs that fill the last tile look where the last one does, and weigh nothing."""
-    return [_filled(at.y, 3, "edge"), _filled(at.x, 3, "edge"), _filled(at.m, 3)]
+    """Padded outputs have the coordinates of the last one and weight 0."""
+    return [_pad_outputs(at.y, 3, "edge"), _pad_outputs(at.x, 3, "edge"), _pad_outputs(at.m, 3)]
 
 
 def _like(shape: tuple[int, ...], dtype: Any, rows: jax.Array) -> jax.ShapeDtypeStruct:
-    """A result that differs between the devices of a mesh as these rows do."""
+    """A result that varies over the devices of a mesh as these rows do."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(rows).manual_axis_type)
 
 
@@ -327,10 +340,11 @@ def forward(
       x_BxQxC: the input, bfloat16 or float32.
       at: samples in pixels of the input, [B, G, P, O] float32.
       size: its height and width; Q is their product.
-      interpret: run as a program of JAX, on any platform.
+      interpret: run interpreted, on any platform.
 
     >>> at = Samples(*(jnp.full((1, 1, 1, 1), value) for value in (0.5, 1.0, 2.0)))
-    >>> forward(jnp.arange(4.0).reshape(1, 4, 1), at, (2, 2), interpret=True).item()  # twice the mean of cells 1 and 3
+    >>> x = jnp.arange(4.0).reshape(1, 4, 1)
+    >>> forward(x, at, (2, 2), interpret=True).item()  # twice the mean of cells 1 and 3
     4.0
     """
     (b, _, c), samples = x_BxQxC.shape, _tiles(at)
@@ -363,17 +377,18 @@ def backward(
     `forward`.
 
     >>> at = Samples(*(jnp.full((1, 1, 1, 1), value) for value in (0.5, 1.0, 2.0)))
-    >>> dx, grad = backward(jnp.arange(4.0).reshape(1, 4, 1), at, jnp.ones((1, 1, 1)), (2, 2), interpret=True)
+    >>> x, one = jnp.arange(4.0).reshape(1, 4, 1), jnp.ones((1, 1, 1))
+    >>> dx, grad = backward(x, at, one, (2, 2), interpret=True)
     >>> dx.ravel().tolist(), grad.y.item(), grad.m.item()
     ([0.0, 1.0, 0.0, 1.0], 4.0, 2.0)
     """
-    samples, outputs = _tiles(at), [_filled(grad_BxOxC, 1)]
+    samples, outputs = _tiles(at), [_pad_outputs(grad_BxOxC, 1)]
     like = {
         "map": [_like(x_BxQxC.shape, x_BxQxC.dtype, x_BxQxC)],
         "samples": [_like(a.shape, jnp.float32, x_BxQxC) for a in samples],
     }
     shape = _shape(size, x_BxQxC.shape[2] // at.y.shape[1])
-    dx, *found = _run(
+    dx, *parts = _run(
         _backward_kernel,
         shape,
         samples,
@@ -385,4 +400,4 @@ def backward(
         products=2,
         interpret=interpret,
     )
-    return dx, sample_gradients(at, Samples(*(a[..., : at.y.shape[3]] for a in found)))
+    return dx, sample_gradients(at, Samples(*(a[..., : at.y.shape[3]] for a in parts)))

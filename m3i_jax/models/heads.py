@@ -1,10 +1,10 @@
-"""Small heads beside the decoder and the pooling: projector and predictor of predictions in a space
-of their own (BYOL, MoCo v3, SimCLR, Barlow Twins, MSN), and one linear map of the encoder's tokens
-(SimMIM, data2vec, feature distillation).
+"""Small heads beside the decoder and the pooling: projector and predictor of an embedding space
+(BYOL, MoCo v3, SimCLR, Barlow Twins, MSN), and one linear map of the encoder's tokens (SimMIM,
+data2vec, feature distillation).
 
-How many layers a head has is the method's, how wide they are the configuration's (`model.head`).
-Batch norm takes the statistics of the batch it sees, of the whole of it where it is sharded over
-devices; the target's projector does so too, with its own tokens.
+The method sets the number of layers of a head, the configuration their width (`model.head`). Batch
+norm takes the statistics of its batch over all devices; so does the target's projector, with its
+own tokens.
 
 x [..., D]: one vector an image, or one a token. K prototypes, W width of the space.
 """
@@ -21,7 +21,7 @@ from m3i_jax.objective.terms import MlpShape, ProjectionHead
 
 
 def _dense(model: schema.Model, mlp: MlpShape, layer: int, width: int) -> Dense:
-    """Layer of a projector. A bias before a batch norm would be taken out again."""
+    """Layer of a projector, without a bias before a batch norm, which would remove it."""
     last = layer == mlp.layers - 1
     normed = mlp.last_norm if last else mlp.norm == "batch"
     return Dense(width, jnp.dtype(model.dtype), use_bias=not normed)
@@ -33,11 +33,14 @@ def init_mlp(
     """Parameters of a projector or predictor: `layer_0`, `norm_0`, `layer_1`, ...; the last norm
     has none.
 
-    Matrices are Xavier-uniform, biases 0. There is a bias only where no batch norm follows.
+    Matrices are Xavier-uniform, biases 0. Layers before a batch norm have no bias.
 
-    >>> shapes = jax.eval_shape(lambda key: init_mlp(schema.Model(), key, MlpShape(layers=2), 768, 256), jax.random.key(0))
-    >>> {name: sorted(part) for name, part in shapes.items()}, shapes["layer_1"]["kernel"].shape
-    ({'layer_0': ['kernel'], 'layer_1': ['bias', 'kernel'], 'norm_0': ['bias', 'scale']}, (4096, 256))
+    >>> call = lambda key: init_mlp(schema.Model(), key, MlpShape(layers=2), 768, 256)
+    >>> shapes = jax.eval_shape(call, jax.random.key(0))
+    >>> {name: sorted(part) for name, part in shapes.items()}
+    {'layer_0': ['kernel'], 'layer_1': ['bias', 'kernel'], 'norm_0': ['bias', 'scale']}
+    >>> shapes["layer_1"]["kernel"].shape
+    (4096, 256)
     """
     shapes: dict[str, Any] = {}
     for layer in range(mlp.layers):
@@ -53,20 +56,21 @@ def init_mlp(
 
 
 def apply_mlp(model: schema.Model, params: Params, mlp: MlpShape, x_xD: jax.Array) -> jax.Array:
-    """Linear maps with batch norm and ReLU between them, and perhaps a batch norm without scale and
-    offset at the end (MoCo v3).
+    """Linear maps with batch norm and ReLU between them; with `last_norm`, a batch norm without
+    scale and offset at the end (MoCo v3).
 
     Args:
       model: settings; `model.head` and `model.dtype` are read.
       params: as of `init_mlp`.
-      mlp: how many layers, and which norms.
+      mlp: number of layers, and norms.
       x_xD: [..., D]; the statistics of batch norm are over all leading axes.
 
     Returns:
       [..., W] float32; matrix products are in `model.dtype`.
 
-    >>> shapes = jax.eval_shape(lambda key: init_mlp(schema.Model(), key, MlpShape(layers=3), 768, 256), jax.random.key(0))
-    >>> jax.eval_shape(lambda params: apply_mlp(schema.Model(), params, MlpShape(layers=3), jnp.zeros((4, 768))), shapes).shape
+    >>> model, mlp, x = schema.Model(), MlpShape(layers=3), jnp.zeros((4, 768))
+    >>> shapes = jax.eval_shape(lambda key: init_mlp(model, key, mlp, 768, 256), jax.random.key(0))
+    >>> jax.eval_shape(lambda params: apply_mlp(model, params, mlp, x), shapes).shape
     (4, 256)
     """
     for layer in range(mlp.layers):
@@ -86,14 +90,15 @@ def apply_mlp(model: schema.Model, params: Params, mlp: MlpShape, x_xD: jax.Arra
 def init_projection(
     model: schema.Model, rng: jax.Array, projection: ProjectionHead, prototypes: bool
 ) -> Params:
-    """Parameters of a space: `projector`, `predictor` and `prototypes` [K, W], those of them that
-    it has.
+    """Parameters of an embedding space: those of `projector`, `predictor` and `prototypes` [K, W]
+    that it has.
 
     Prototypes are uniform within 1 / sqrt(W) (MSN). Without a projector the space is that of the
     encoder's features.
 
     >>> head = ProjectionHead(projector=MlpShape(layers=3), predictor=MlpShape(layers=2))
-    >>> sorted(jax.eval_shape(lambda key: init_projection(schema.Model(), key, head, False), jax.random.key(0)))
+    >>> call = lambda key: init_projection(schema.Model(), key, head, False)
+    >>> sorted(jax.eval_shape(call, jax.random.key(0)))
     ['predictor', 'projector']
     """
     of_projector, of_predictor, of_prototypes = jax.random.split(rng, 3)
@@ -116,8 +121,7 @@ def init_projection(
 def apply_projector(
     model: schema.Model, params: Params, projection: ProjectionHead, x_xD: jax.Array
 ) -> jax.Array:
-    """What target and prediction both go through: [..., W] float32 of the projector, or x itself
-    where the space has none.
+    """Projection of a target or prediction: [..., W] float32, or x itself without a projector.
 
     >>> apply_projector(schema.Model(), {}, ProjectionHead(), jnp.zeros((2, 768))).shape
     (2, 768)
@@ -132,11 +136,13 @@ def apply_projector(
 def apply_predictor(
     model: schema.Model, params: Params, projection: ProjectionHead, x_xD: jax.Array
 ) -> jax.Array:
-    """The prediction, [..., W]: predictor of the projection, those of the two that the space has.
+    """The prediction, [..., W]: projector and predictor, as far as the space has them.
 
     >>> head = ProjectionHead(projector=MlpShape(layers=2))
-    >>> shapes = jax.eval_shape(lambda key: init_projection(schema.Model(), key, head, False), jax.random.key(0))
-    >>> jax.eval_shape(lambda params: apply_predictor(schema.Model(), params, head, jnp.zeros((2, 768))), shapes).shape
+    >>> model, x = schema.Model(), jnp.zeros((2, 768))
+    >>> call = lambda key: init_projection(model, key, head, False)
+    >>> shapes = jax.eval_shape(call, jax.random.key(0))
+    >>> jax.eval_shape(lambda params: apply_predictor(model, params, head, x), shapes).shape
     (2, 256)
     """
     y_xW = apply_projector(model, params, projection, x_xD)
@@ -150,7 +156,8 @@ def apply_predictor(
 def init_linear(model: schema.Model, rng: jax.Array, of: str) -> Params:
     """Parameters of a linear map, `kernel` and `bias`: to D for tokens, to 3 p p for pixels.
 
-    >>> jax.eval_shape(lambda key: init_linear(schema.Model(), key, "pixels"), jax.random.key(0))["kernel"].shape
+    >>> call = lambda key: init_linear(schema.Model(), key, "pixels")
+    >>> jax.eval_shape(call, jax.random.key(0))["kernel"].shape
     (768, 768)
     """
     e = model.encoder
@@ -165,8 +172,9 @@ def init_linear(model: schema.Model, rng: jax.Array, of: str) -> Params:
 def apply_linear(model: schema.Model, params: Params, x_BxNxD: jax.Array) -> jax.Array:
     """Predictions at the cells of the encoder's own tokens, in `model.dtype`.
 
-    >>> shapes = jax.eval_shape(lambda key: init_linear(schema.Model(), key, "tokens"), jax.random.key(0))
-    >>> jax.eval_shape(lambda params: apply_linear(schema.Model(), params, jnp.zeros((2, 4, 768))), shapes).shape
+    >>> model, x = schema.Model(), jnp.zeros((2, 4, 768))
+    >>> shapes = jax.eval_shape(lambda key: init_linear(model, key, "tokens"), jax.random.key(0))
+    >>> jax.eval_shape(lambda params: apply_linear(model, params, x), shapes).shape
     (2, 4, 768)
     """
     return Dense(params["bias"].shape[-1], jnp.dtype(model.dtype)).apply(

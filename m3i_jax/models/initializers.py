@@ -1,5 +1,5 @@
-"""First values of parameters. Modules only declare names and shapes; what fills them is stated
-here, once, by the names.
+"""First values of parameters. Modules only declare names and shapes; the rules by name that fill
+them are here.
 
 L blocks, D width.
 """
@@ -32,8 +32,8 @@ def shapes_of(module: nn.Module, *inputs: Any) -> Params:
 def fill(
     rng: jax.Array, shapes: Params, rule: Callable[[str, tuple[int, ...]], InitSpec]
 ) -> dict[str, Any]:
-    """First values of a tree of parameters by a rule, float32. All are cut from one draw: a random
-    call for every array would make the program several times as slow to compile.
+    """First values of a tree of parameters by a rule, float32. All are slices of one draw: one
+    random call per array would make the program several times as slow to compile.
 
     Args:
       rng: key.
@@ -55,14 +55,14 @@ def fill(
     open_unit = jax.random.uniform(
         rng, (total,), minval=np.nextafter(np.float32(-1), np.float32(0)), maxval=1.0
     )
-    leaves, at = [], 0
+    leaves, offset = [], 0
     for shape, kind, value in rules:
         if kind == "constant":
-            # a weak type would change with the first update
+            # an array of weak type would change type with the first update
             leaves.append(jnp.full(shape, value, jnp.float32))
             continue
-        part = open_unit[at : at + math.prod(shape)].reshape(shape)
-        at += part.size
+        part = open_unit[offset : offset + math.prod(shape)].reshape(shape)
+        offset += part.size
         leaves.append(
             value * part if kind == "uniform" else value * math.sqrt(2) * jax.lax.erf_inv(part)
         )
@@ -75,8 +75,8 @@ def init_params(
     """First values of the parameters of a tower, float32.
 
     A `scale` is 1 and a `bias` 0. A `kernel` [in, out] is Xavier-uniform, bound sqrt(6 / (in +
-    out)): qkv is the one [D, 3 D] matrix that it is (MAE, SiameseIM; MoCo v3 bounds q, k and v by
-    themselves), a patch embedding a [P, D] matrix. Names in `normal` are N(0, std^2) instead.
+    out)): qkv as one [D, 3 D] matrix (MAE, SiameseIM; MoCo v3 takes the bound of each of q, k and
+    v), a patch embedding as a [P, D] matrix. Names in `normal` are N(0, std^2) instead.
 
     Args:
       rng: key.
@@ -84,10 +84,11 @@ def init_params(
       normal: {end of a path: std}; the first that matches.
 
     Raises:
-      ValueError: a parameter that none of these rules is about.
+      ValueError: a parameter without a rule.
 
     >>> from m3i_jax.models.layers import Dense
-    >>> tree = init_params(jax.random.key(0), shapes_of(Dense(50, jnp.float32), jnp.zeros((1, 100))))
+    >>> shapes = shapes_of(Dense(50, jnp.float32), jnp.zeros((1, 100)))
+    >>> tree = init_params(jax.random.key(0), shapes)
     >>> round(float(jnp.abs(tree["kernel"]).max()), 3), float(jnp.abs(tree["bias"]).max())
     (0.2, 0.0)
     """
@@ -109,11 +110,13 @@ def init_params(
 def init_blocks(
     one: Block, rng: jax.Array, *, width: int, depth: int, normal: Mapping[str, float] | None = None
 ) -> Params:
-    """Parameters of `depth` blocks, each drawn by itself and stacked on a leading axis: every leaf
+    """Parameters of `depth` blocks, drawn independently and stacked on a leading axis: every leaf
     is [L, ...].
 
     >>> from m3i_jax.models.layers import block
-    >>> shapes = jax.eval_shape(lambda key: init_blocks(block(8, 2, 4.0, "float32"), key, width=8, depth=3), jax.random.key(0))
+    >>> one = block(8, 2, 4.0, "float32")
+    >>> call = lambda key: init_blocks(one, key, width=8, depth=3)
+    >>> shapes = jax.eval_shape(call, jax.random.key(0))
     >>> shapes["attention"]["qkv"]["kernel"].shape
     (3, 8, 24)
     """

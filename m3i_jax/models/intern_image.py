@@ -1,11 +1,11 @@
-"""InternImage (Wang et al., 2023): the convolutional backbone of the paper's largest run, T to H
-and G, and a toy.
+"""InternImage (Wang et al., 2023), T to H and G: the convolutional backbone of the paper's largest
+run; and a toy size.
 
 A stem, four stages of DCNv3 layers with a stride of two between them, and, for M3I, one map of
-dense features at twice the stride of stage 3's end: stages 3 and 4 are mapped to the same width,
-the deeper one with four sub-pixels a cell, and added (the released InternImage-H). There are no
-tokens to drop and no positions: a run that hides cells without mixing fills them at the stem's
-output with a learned vector.
+dense features at the stride of stage 3: stages 3 and 4 are mapped to the same width, the deeper one
+with four sub-pixels a cell, and added (the released InternImage-H). There are no tokens to drop and
+no positions: cells that are hidden without mixing are filled at the stem's output with a learned
+vector.
 
 The layers of a stage are one tree with a leading axis [L, ...], run by a loop or by `lax.scan`.
 
@@ -29,15 +29,16 @@ from m3i_jax.models.layers import Params, gelu
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InternImageConfig(schema.InternImage):
-    """Settings of the net by itself: those of a run's `model.intern_image`, and what a run says for
-    any backbone. The defaults are InternImage-H.
+    """Settings of the network: those of `model.intern_image`, and those that a run sets for every
+    backbone. The defaults are InternImage-H.
 
-    Stages end with a norm unless `norm_layer` is post and there is no centre scale. `extra_norm` is
+    Stages end with a norm unless `norm` is post and there is no centre scale. `extra_norm` is
     the "level-2 post-norm" of the release.
 
-    fused: width of the fused dense features; 0: no fusion, the dense features are the last stage's
-    map.
-    drop_path, drop_path_rule: rate of stochastic depth, linear from 0 or uniform.
+    Attributes:
+      fused: width of the fused dense features; 0: no fusion, the dense features are the last
+        stage's map.
+      drop_path, drop_path_rule: rate of stochastic depth, linear from 0 or uniform.
     """
 
     fused: int = 1024
@@ -46,7 +47,7 @@ class InternImageConfig(schema.InternImage):
 
     @property
     def stride(self) -> int:
-        """Pixels a cell of the dense features.
+        """Pixels per cell of the dense features.
 
         >>> InternImageConfig().stride, InternImageConfig(fused=0).stride
         (16, 32)
@@ -72,7 +73,7 @@ class InternImageConfig(schema.InternImage):
         return self.norm != "post" or self.center_scale
 
 
-def _plain(width: int, depths: tuple[int, ...], groups: int, **changes: Any) -> InternImageConfig:
+def _size(width: int, depths: tuple[int, ...], groups: int, **changes: Any) -> InternImageConfig:
     common: dict[str, Any] = {
         "norm": "post",
         "layer_scale": 1e-5,
@@ -84,10 +85,10 @@ def _plain(width: int, depths: tuple[int, ...], groups: int, **changes: Any) -> 
     return InternImageConfig(**{**common, **sizes, "drop_path_rule": "linear", **changes})
 
 
-# T to XL are published as classifiers without the fused map: here it is added, as wide as the
-# deepest stage but at most InternImage-H's.
+# T to XL are published as classifiers without the fused map; here it is added, as wide as the
+# deepest stage and at most as InternImage-H's.
 PRESETS: dict[str, InternImageConfig] = {
-    "internimage_pico": _plain(
+    "internimage_pico": _size(
         32,
         (1, 1, 2, 1),
         2,
@@ -98,13 +99,13 @@ PRESETS: dict[str, InternImageConfig] = {
         stem_strides=(2, 1),
         mlp_std=0.0,
     ),
-    "internimage_t": _plain(
+    "internimage_t": _size(
         64, (4, 4, 18, 4), 4, norm="pre", layer_scale=0.0, drop_path=0.1, fused=512
     ),
-    "internimage_s": _plain(80, (4, 4, 21, 4), 5, drop_path=0.4, fused=640),
-    "internimage_b": _plain(112, (4, 4, 21, 4), 7, drop_path=0.5, fused=896),
-    "internimage_l": _plain(160, (5, 5, 22, 5), 10, offset_scale=2.0, drop_path=0.1),
-    "internimage_xl": _plain(192, (5, 5, 24, 5), 12, offset_scale=2.0, drop_path=0.2),
+    "internimage_s": _size(80, (4, 4, 21, 4), 5, drop_path=0.4, fused=640),
+    "internimage_b": _size(112, (4, 4, 21, 4), 7, drop_path=0.5, fused=896),
+    "internimage_l": _size(160, (5, 5, 22, 5), 10, offset_scale=2.0, drop_path=0.1),
+    "internimage_xl": _size(192, (5, 5, 24, 5), 12, offset_scale=2.0, drop_path=0.2),
     "internimage_h": InternImageConfig(),
     "internimage_g": InternImageConfig(
         width=512, depths=(2, 2, 48, 4), groups=(16, 32, 64, 128), norm="post", drop_path=0.4
@@ -189,9 +190,10 @@ def parameter_count(model: InternImageConfig) -> int:
     )
 
 
-def _first(model: InternImageConfig, path: str, shape: tuple[int, ...]) -> initializers.InitSpec:
-    """How a parameter starts: (uniform, bound), (normal, std) or (constant, value). `shape` is that
-    of one layer."""
+def _init_spec(
+    model: InternImageConfig, path: str, shape: tuple[int, ...]
+) -> initializers.InitSpec:
+    """Distribution of a parameter's first values. `shape` is that of one layer."""
     last, owner = path.split("/")[-1], path.split("/")[-2] if "/" in path else ""
     if last == "scale":
         return "constant", 1.0
@@ -208,7 +210,7 @@ def _first(model: InternImageConfig, path: str, shape: tuple[int, ...]) -> initi
         "depthwise": model.kernel**2,
     }
     convolution |= {"deep": 8 * model.width, "shallow": 4 * model.width}
-    if owner in convolution:  # the framework's default, of the biases too
+    if owner in convolution:  # PyTorch's default, also for biases
         return "uniform", convolution[owner] ** -0.5
     if last == "bias":
         return "constant", 0.0
@@ -221,18 +223,21 @@ def init(model: InternImageConfig, rng: jax.Array, *, mask_token: bool = False) 
     """Parameters: `stem`, `stage0` to `stage3` (`layers` stacked on [L, ...], `extra_norms`,
     `norm_layer`, `down`), `fusion`.
 
-    As published: dense N(0, `mlp_std`^2), in and out of DCNv3 Xavier-uniform, convolutions uniform
-    with bound 1 / sqrt(fan in), their biases too; offsets, masks and centre scale 0, so that DCNv3
-    starts as a box filter.
+    As published: dense N(0, `mlp_std`^2), in and out of DCNv3 Xavier-uniform, convolutions and
+    their biases uniform with bound 1 / sqrt(fan in); offsets, masks and centre scale 0, so that
+    DCNv3 starts as a box filter.
 
-    Args: model: settings. rng: key. mask_token: add `mask_token` [1, 1, 1, C], which stands for
-      hidden cells. All others start the same without it.
+    Args:
+      model: settings.
+      rng: key.
+      mask_token: add `mask_token` [1, 1, 1, C], which stands for hidden cells. The others start the
+        same without it.
 
     >>> params = jax.eval_shape(lambda key: init(InternImageConfig(), key), jax.random.key(0))
     >>> sum(leaf.size for leaf in jax.tree.leaves(params))  # with the fusion
     1084924080
     """
-    rule = functools.partial(_first, model)
+    rule = functools.partial(_init_spec, model)
     of_layers, of_rest, of_token = jax.random.split(rng, 3)
     tree = shapes(model)
     params = initializers.fill(
@@ -317,26 +322,33 @@ def feature_maps(
     keep_gathered: bool = False,
     method: str = "auto",
 ) -> list[jax.Array]:
-    """The maps at the end of the four stages, [B, H, W, C 2^i] each half as large as the one
-    before, as detectors use them.
+    """The maps at the ends of the four stages, [B, H, W, C 2^i], each half as large as the one
+    before.
 
-    Args: model, params: as of `init`. images_BxSxSx3: normalised images, any height and width that
-      are multiples of 8 strides of the stem; mixed ones too. keep_BxLx2: stochastic depth as
-      factors 0 or 1 / (1 - p) of the (DCNv3, MLP) branch of every layer of all stages; None: off.
-      hidden_BxN: bool, cells of a square grid over the image that the learned `mask_token` fills at
-      the stem's output; None: none. dtype: precision of products and of the maps between layers;
-      norms, softmax and sampling places are float32. scan: the layers of a stage in a `lax.scan`
-      instead of a loop. Same numbers; compile time does not grow with depth. remat: what the
-      backward pass keeps of a layer, none (of recomputation), dots, names or full: its input alone.
+    Args:
+      model, params: as of `init`.
+      images_BxSxSx3: normalised images, mixed or not; height and width are multiples of 8 strides
+        of the stem.
+      keep_BxLx2: stochastic depth as factors 0 or 1 / (1 - p) of the (DCNv3, MLP) branch of every
+        layer of all stages; None: off.
+      hidden_BxN: bool, cells of a square grid over the image that `mask_token` fills at the stem's
+        output; None: none.
+      dtype: precision of products and of the maps between layers; norms, softmax and sampling
+        positions are float32.
+      scan: the layers of a stage in a `lax.scan` instead of a loop. Same numbers; compile time does
+        not grow with depth.
+      remat: remat policy of a layer: none, dots, names or full.
       keep_gathered: on a mesh with an fsdp axis, whether the backward pass keeps the gathered
-      weights or gathers them again. method: how DCNv3 is computed, see `dcnv3.dcnv3`.
+        weights or gathers them again.
+      method: form of DCNv3, as of `dcnv3.dcnv3`.
 
     Raises:
       ValueError: sizes that do not fit.
 
     >>> model = PRESETS["internimage_pico"]
     >>> tree = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
-    >>> [x.shape for x in jax.eval_shape(lambda p: feature_maps(model, p, jnp.zeros((1, 32, 64, 3))), tree)]
+    >>> call = lambda params: feature_maps(model, params, jnp.zeros((1, 32, 64, 3)))
+    >>> [x.shape for x in jax.eval_shape(call, tree)]
     [(1, 16, 32, 32), (1, 8, 16, 64), (1, 4, 8, 128), (1, 2, 4, 256)]
     """
     least = 8 * math.prod(model.stem_strides)
@@ -386,20 +398,23 @@ def feature_maps(
 
 
 def fuse(model: InternImageConfig, params: Params, maps: list[jax.Array]) -> jax.Array:
-    """Dense features [B, N, D] of the maps of `feature_maps`: the last two, at twice the last one's
-    size, row-major.
+    """Dense features [B, N, D], row-major, of the last two maps of `feature_maps`, at the size of
+    the third.
 
     Raises:
       ValueError: a model without the fusion.
 
     >>> model = PRESETS["internimage_pico"]
     >>> tree = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
-    >>> maps = [jnp.zeros((2, side, side, width)) for side, width in ((16, 32), (8, 64), (4, 128), (2, 256))]
+    >>> sizes = ((16, 32), (8, 64), (4, 128), (2, 256))
+    >>> maps = [jnp.zeros((2, side, side, width)) for side, width in sizes]
     >>> jax.eval_shape(lambda p: fuse(model, p, maps), tree).shape
     (2, 16, 128)
     """
     if not model.fused:
-        raise ValueError("this InternImage has fused=0, no fused dense features; read `stages`")
+        raise ValueError(
+            "this InternImage has fused=0, no fused dense features; read `feature_maps`"
+        )
     fusion = params["fusion"]
     z = pixel_shuffle(_gathered(dense_layer, fusion["deep"], maps[3])) + _gathered(
         dense_layer, fusion["shallow"], maps[2]
@@ -411,12 +426,13 @@ def apply(
     model: InternImageConfig, params: Params, images_BxSxSx3: jax.Array, **settings: Any
 ) -> jax.Array:
     """Dense features of every cell of `model.stride` pixels, row-major: [B, N, D], 144 x 1024 for
-    InternImage-H at 192 pixels; without the fusion the last stage's map, 36 x 2560 there.
+    InternImage-H at 192 pixels; without the fusion the last stage's map, 36 x 2560.
 
     Arguments and errors as of `feature_maps` and `fuse`.
 
     >>> tree = jax.eval_shape(lambda key: init(InternImageConfig(), key), jax.random.key(0))
-    >>> jax.eval_shape(lambda p: apply(InternImageConfig(), p, jnp.zeros((2, 192, 192, 3)), scan=True), tree).shape
+    >>> call = lambda p: apply(InternImageConfig(), p, jnp.zeros((2, 192, 192, 3)), scan=True)
+    >>> jax.eval_shape(call, tree).shape
     (2, 144, 1024)
     """
     maps = feature_maps(model, params, images_BxSxSx3, **settings)

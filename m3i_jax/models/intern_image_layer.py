@@ -1,5 +1,5 @@
-"""One layer of InternImage: DCNv3 with its projections, then an MLP, each a residual branch with
-norms where the variant has them.
+"""One layer of InternImage: DCNv3 with its projections, then an MLP, each a residual branch whose
+norms depend on the variant.
 
 B images, H W size of the map, C channels, G groups, P points, F hidden width of the MLP, L layers.
 """
@@ -14,19 +14,18 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from m3i_jax import parallel
+from m3i_jax.models.cpu_codegen import fusion_barrier, matmul
 from m3i_jax.models.dcnv3 import dcnv3
-from m3i_jax.models.fusion_barrier import fusion_barrier
 from m3i_jax.models.layers import Params, gelu, layer_norm
-from m3i_jax.models.matmul import matmul
 from m3i_jax.models.scan_blocks import split_blocks, with_remat
 
 _POINTS = 9
-SMALL = 16  # cells of a map that is convolved as a product of patches
+SMALL = 16  # cells; smaller maps are convolved as a product of patches
 
 
 def dense_layer(params: Params, x_xC: jax.Array, out: Any = None) -> jax.Array:
-    """`x W + b` over the last axis in the type of x, as one [rows, C] matrix. `out`: type of the
-    result, by default that of x.
+    """`x W + b` over the last axis, as one [rows, C] matrix. `out`: type of the result; None: that
+    of x.
 
     >>> dense_layer({"kernel": jnp.eye(2), "bias": jnp.ones(2)}, jnp.zeros((1, 3, 2))).tolist()
     [[[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]]
@@ -39,21 +38,22 @@ def dense_layer(params: Params, x_xC: jax.Array, out: Any = None) -> jax.Array:
 def norm_layer(params: Params, x_xC: jax.Array) -> jax.Array:
     """`layers.layer_norm` with the parameters `scale` and `bias`.
 
-    >>> norm_layer({"scale": jnp.ones(2), "bias": jnp.zeros(2)}, jnp.array([1.0, 3.0])).round(3).tolist()
+    >>> params = {"scale": jnp.ones(2), "bias": jnp.zeros(2)}
+    >>> norm_layer(params, jnp.array([1.0, 3.0])).round(3).tolist()
     [-1.0, 1.0]
     """
     return layer_norm(x_xC, params["scale"], params["bias"])
 
 
 def convolve(params: Params, x_BxHxWxC: jax.Array, stride: int) -> jax.Array:
-    """3 x 3 convolution with a ring of zeros, in the type of x. (Padding "SAME" would shift even
-    sizes at stride 2.)
+    """3 x 3 convolution with padding 1, in the type of x. (Padding "SAME" would shift even sizes at
+    stride 2.)
 
     >>> convolve({"kernel": jnp.ones((3, 3, 1, 1))}, jnp.ones((1, 4, 4, 1)), 2)[0, :, :, 0].tolist()
     [[4.0, 6.0], [6.0, 9.0]]
     """
     kernel, (_, h, w, c) = params["kernel"].astype(x_BxHxWxC.dtype), x_BxHxWxC.shape
-    # a product of patches: on a CPU the gradient of such a convolution takes ten times as long
+    # as a product of patches: on a CPU the gradient of the convolution takes ten times as long
     if h * w <= SMALL:
         padded = jnp.pad(x_BxHxWxC, ((0, 0), (1, 1), (1, 1), (0, 0)))
         patches = [
@@ -73,7 +73,7 @@ def _padded(x_BxHxWxC: jax.Array, kernel: int) -> jax.Array:
     return jnp.pad(x_BxHxWxC, ((0, 0), (reach, reach), (reach, reach), (0, 0))).astype(jnp.float32)
 
 
-def _tapped(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
+def _shifted_sum(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
     def form(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
         (_, h, w, _), k, padded = (
             x_BxHxWxC.shape,
@@ -85,7 +85,7 @@ def _tapped(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) ->
         )
         return (sum(taps) + bias_C).astype(x_BxHxWxC.dtype)
 
-    # Or it would be computed again for each of mean, variance and value of the norm that follows.
+    # Otherwise the CPU compiler computes it for each of mean, variance and value of the norm after.
     return fusion_barrier(form, x_BxHxWxC, kernel_KxKxC, bias_C)
 
 
@@ -99,14 +99,16 @@ def _by_shift(padded: jax.Array, g_BxHxWxC: jax.Array, k: int) -> list[jax.Array
 
 
 def _by_row(padded: jax.Array, g_BxHxWxC: jax.Array, k: int) -> list[jax.Array]:
-    """All K^2 sums at once, a row of the maps after the other: a CPU's compiler writes each shift
-    of whole maps down."""
+    """All K^2 sums at once, row by row of the maps: the CPU compiler stores every shift of a whole
+    map."""
     b, h, w, c = g_BxHxWxC.shape
 
     def row(i: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
-        above = jax.lax.dynamic_slice_in_dim(padded, i, k, 1)
-        here = jax.lax.dynamic_index_in_dim(g_BxHxWxC, i, 1, keepdims=False)
-        return [total + above[:, n // k, n % k : n % k + w] * here for n, total in enumerate(sums)]
+        window = jax.lax.dynamic_slice_in_dim(padded, i, k, 1)
+        g_BxWxC = jax.lax.dynamic_index_in_dim(g_BxHxWxC, i, 1, keepdims=False)
+        return [
+            total + window[:, n // k, n % k : n % k + w] * g_BxWxC for n, total in enumerate(sums)
+        ]
 
     return [
         total.sum((0, 1))
@@ -114,13 +116,13 @@ def _by_row(padded: jax.Array, g_BxHxWxC: jax.Array, k: int) -> list[jax.Array]:
     ]
 
 
-def _tapped_backward(
+def _shifted_sum_backward(
     sums: Callable[..., list[jax.Array]],
     x_BxHxWxC: jax.Array,
     kernel_KxKxC: jax.Array,
     g_BxHxWxC: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    dx = _tapped(g_BxHxWxC, kernel_KxKxC[::-1, ::-1], jnp.zeros(x_BxHxWxC.shape[-1]))
+    dx = _shifted_sum(g_BxHxWxC, kernel_KxKxC[::-1, ::-1], jnp.zeros(x_BxHxWxC.shape[-1]))
     k = kernel_KxKxC.shape[0]
     return dx, jnp.stack(sums(_padded(x_BxHxWxC, k), g_BxHxWxC.astype(jnp.float32), k)).reshape(
         kernel_KxKxC.shape
@@ -130,10 +132,15 @@ def _tapped_backward(
 def _convolved(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
     reach, c = kernel_KxKxC.shape[0] // 2, x_BxHxWxC.shape[-1]
     y_BxHxWxC = jax.lax.conv_general_dilated(
-        x_BxHxWxC, kernel_KxKxC[:, :, None].astype(x_BxHxWxC.dtype), (1, 1), [(reach, reach)] * 2, feature_group_count=c,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"), preferred_element_type=jnp.float32,
+        x_BxHxWxC,
+        kernel_KxKxC[:, :, None].astype(x_BxHxWxC.dtype),
+        (1, 1),
+        [(reach, reach)] * 2,
+        feature_group_count=c,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=jnp.float32,
         precision=None if x_BxHxWxC.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
-    )  # fmt: skip
+    )
     return (y_BxHxWxC + bias_C).astype(x_BxHxWxC.dtype)
 
 
@@ -147,25 +154,29 @@ def _convolved_backward(
 
 @jax.custom_vjp
 def depthwise(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
-    """Depth-wise convolution of odd side K, stride 1, zeros around; sums in float32, the type of x.
+    """Depth-wise convolution of odd side K, stride 1, zero padding; sums in float32, result in the
+    type of x.
 
-    As K^2 shifted products, one fused pass: as convolutions, value and gradients take ten times as
-    long on a CPU. On a TPU the shifts are copies, and the convolution moves a ninth of their bytes.
+    Computed as K^2 shifted products in one fused pass: as convolutions, value and gradients take
+    ten times as long on a CPU. On a TPU it is a convolution: the shifts would be copies of nine
+    times the bytes.
 
     >>> depthwise(jnp.ones((1, 2, 3, 1)), jnp.ones((3, 3, 1)), jnp.zeros(1))[0, :, :, 0].tolist()
     [[4.0, 6.0, 4.0], [4.0, 6.0, 4.0]]
     """
-    forms: dict[str, Any] = {"tpu": _convolved, "default": _tapped}
+    forms: dict[str, Any] = {"tpu": _convolved, "default": _shifted_sum}
     return jax.lax.platform_dependent(x_BxHxWxC, kernel_KxKxC, bias_C, **forms)
 
 
-def _depthwise_backward(kept: Any, g_BxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _depthwise_backward(
+    residuals: Any, g_BxHxWxC: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     forms: dict[str, Any] = {
-        "cpu": functools.partial(_tapped_backward, _by_row),
-        "default": functools.partial(_tapped_backward, _by_shift),
+        "cpu": functools.partial(_shifted_sum_backward, _by_row),
+        "default": functools.partial(_shifted_sum_backward, _by_shift),
     }
     forms["tpu"] = _convolved_backward
-    dx, dkernel = jax.lax.platform_dependent(*kept, g_BxHxWxC, **forms)
+    dx, dkernel = jax.lax.platform_dependent(*residuals, g_BxHxWxC, **forms)
     return dx, dkernel, g_BxHxWxC.astype(jnp.float32).sum((0, 1, 2))
 
 
@@ -219,17 +230,20 @@ class Layer(NamedTuple):
 
 
 def dcn(layer: Layer, params: Params, x_BxHxWxC: jax.Array, method: str = "auto") -> jax.Array:
-    """DCNv3 with its projections: where to read and how much comes from a depth-wise convolution of
-    the input, [B, H, W, C].
+    """DCNv3 with its projections, [B, H, W, C]: offsets and masks are computed from a depth-wise
+    convolution of the input.
 
-    Offsets and masks are float32 from the product on. Its columns are, of group after group, x of
-    every point and then y of every point (published: x, y of point after point), so that neither
-    has to be picked out of pairs.
+    Offsets and masks are float32 from the product on. The columns of the offsets are, for each
+    group, x of every point and then y of every point (published: x, y for each point), so that
+    neither has to be taken out of pairs.
 
     >>> layer = Layer(2, 1, "pre", 0.0, 1.0, 3, False, 8)
-    >>> params = jax.tree.map(jnp.zeros, layer.shapes()["dcn"], is_leaf=lambda node: isinstance(node, tuple))
-    >>> params |= {name: {"kernel": jnp.eye(2), "bias": jnp.zeros(2)} for name in ("input", "output")}
-    >>> dcn(layer, params, jnp.ones((1, 3, 3, 2)))[0, :, :, 0].round(3).tolist()  # nothing learned: the mean with zeros around
+    >>> is_shape = lambda node: isinstance(node, tuple)
+    >>> params = jax.tree.map(jnp.zeros, layer.shapes()["dcn"], is_leaf=is_shape)
+    >>> identity = {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}
+    >>> params |= {"input": identity, "output": identity}
+    >>> y = dcn(layer, params, jnp.ones((1, 3, 3, 2)))  # at the start: the mean, zeros outside
+    >>> y[0, :, :, 0].round(3).tolist()
     [[0.444..., 0.667..., 0.444...], [0.667..., 1.0, 0.667...], [0.444..., 0.667..., 0.444...]]
     """
     wide = jnp.float32
@@ -240,11 +254,11 @@ def dcn(layer: Layer, params: Params, x_BxHxWxC: jax.Array, method: str = "auto"
             depthwise(x_BxHxWxC, params["depthwise"]["kernel"], params["depthwise"]["bias"]),
         )
     )
-    # The names of `scan_blocks.NAMES`, by the part that each has in attention: what is read and
-    # where, and what came of it.
+    # The names of `scan_blocks.NAMES`, by the counterpart in attention: inputs of the operator are
+    # qkv, its output is attended.
     offset = checkpoint_name(dense_layer(params["offsets"], h, wide), "qkv")
     logits = checkpoint_name(dense_layer(params["mask"], h, wide), "qkv")
-    # Cells as one axis, or a TPU lays rows of twelve along lanes of 128.
+    # Cells as one axis: a TPU would otherwise put rows of twelve along lanes of 128.
     (b, height, width, _), groups = x_BxHxWxC.shape, (layer.groups, _POINTS)
     offset = (
         offset.reshape(b, -1, layer.groups, 2, _POINTS)
@@ -260,8 +274,8 @@ def dcn(layer: Layer, params: Params, x_BxHxWxC: jax.Array, method: str = "auto"
         share = jax.nn.sigmoid(
             checkpoint_name(dense_layer(params["center"], h, wide), "qkv")
         ).astype(y.dtype)
-        # A product with ones, for every channel the share of its group: copies of one number side
-        # by side would have a layout of their own.
+        # The share of its group for every channel, as a product with ones: a broadcast would need a
+        # change of layout.
         spread = np.repeat(np.eye(layer.groups, dtype=y.dtype), y.shape[-1] // layer.groups, 1)
         share = jnp.dot(share, spread, precision=jax.lax.Precision.HIGHEST)
         y = y * (1 - share) + v_BxHxWxC * share
@@ -275,10 +289,11 @@ def apply(
     keep_Bx2: jax.Array | None = None,
     method: str = "auto",
 ) -> jax.Array:
-    """The two residual branches, with factors of stochastic depth if given.
+    """The two residual branches; `keep_Bx2`: factors of stochastic depth.
 
     >>> layer = Layer(4, 1, "post", 1e-5, 1.0, 3, True, 8)
-    >>> params = jax.tree.map(jnp.zeros, layer.shapes(), is_leaf=lambda node: isinstance(node, tuple))
+    >>> is_shape = lambda node: isinstance(node, tuple)
+    >>> params = jax.tree.map(jnp.zeros, layer.shapes(), is_leaf=is_shape)
     >>> jax.eval_shape(lambda p: apply(layer, p, jnp.ones((1, 2, 2, 4))), params).shape
     (1, 2, 2, 4)
     """
@@ -297,7 +312,7 @@ def apply(
             y = y * params[f"gamma{which + 1}"].astype(y.dtype)
         if keep_Bx2 is None:
             return x + y
-        # 1 / (1 - p) in bfloat16 would be wrong for every branch
+        # in float32: 1 / (1 - p) rounded to bfloat16 would scale every kept branch
         keep = keep_Bx2[:, which, None, None, None].astype(jnp.float32)
         return (x.astype(jnp.float32) + keep * y.astype(jnp.float32)).astype(x.dtype)
 
@@ -317,25 +332,30 @@ def run_layers(
     keep_gathered: bool = False,
     method: str = "auto",
 ) -> jax.Array:
-    """Runs stacked layers one after the other, and a norm of `extra_norms` [n, C] after every so
-    many of the first n * every.
+    """Runs stacked layers one after the other, with a norm of `extra_norms` [n, C] after each
+    `every` of the first n * every layers.
 
     On a mesh with an fsdp axis every device gathers the weights of one layer at a time, as in
     `scan_blocks.run_blocks`.
 
     >>> layer = Layer(4, 1, "pre", 0.0, 1.0, 3, False, 8)
-    >>> stacked = jax.tree.map(lambda shape: jnp.zeros((3, *shape)), layer.shapes(), is_leaf=lambda node: isinstance(node, tuple))
-    >>> jax.eval_shape(lambda p: run_layers(layer, p, jnp.ones((1, 2, 2, 4)), scan=True), stacked).shape
+    >>> stacked = jax.tree.map(
+    ...     lambda shape: jnp.zeros((3, *shape)),
+    ...     layer.shapes(),
+    ...     is_leaf=lambda node: isinstance(node, tuple),
+    ... )
+    >>> call = lambda params: run_layers(layer, params, jnp.ones((1, 2, 2, 4)), scan=True)
+    >>> jax.eval_shape(call, stacked).shape
     (1, 2, 2, 4)
     """
     depth = jax.tree.leaves(stacked)[0].shape[0]
     layers = (stacked, None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1))
 
     def rows(
-        opened: Callable[[Any], Any], stacked: Params, x: jax.Array, keep_LxBx2: Any, _: Any
+        gather: Callable[[Any], Any], stacked: Params, x: jax.Array, keep_LxBx2: Any, _: Any
     ) -> jax.Array:
         def one(x: jax.Array, some: Any) -> jax.Array:
-            return apply(layer, opened(some[0]), x, some[1], method)
+            return apply(layer, gather(some[0]), x, some[1], method)
 
         step = with_remat(one, remat, scan=scan, keep_gathered=keep_gathered)
         if scan:
@@ -354,8 +374,12 @@ def run_layers(
     def group(x: jax.Array, some: Any) -> jax.Array:
         return norm_layer(some[1], run(x, some[0]))
 
-    whole = groups * every
-    parts = split_blocks(layers, [whole, depth - whole]) if whole < depth else [layers]
+    grouped_layers = groups * every
+    parts = (
+        split_blocks(layers, [grouped_layers, depth - grouped_layers])
+        if grouped_layers < depth
+        else [layers]
+    )
     grouped = (
         jax.tree.map(lambda leaf: leaf.reshape(groups, every, *leaf.shape[1:]), parts[0]),
         extra_norms,
@@ -365,4 +389,4 @@ def run_layers(
     else:
         for some in split_blocks(grouped, [1] * groups):
             x_BxHxWxC = group(x_BxHxWxC, jax.tree.map(lambda leaf: leaf[0], some))
-    return run(x_BxHxWxC, parts[1]) if whole < depth else x_BxHxWxC
+    return run(x_BxHxWxC, parts[1]) if grouped_layers < depth else x_BxHxWxC

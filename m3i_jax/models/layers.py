@@ -1,18 +1,18 @@
-"""Transformer parts that every tower shares.
+"""Layers that every transformer tower shares.
 
-Dense layers work on flattened [B * T, D], so that no backend pads a short token axis. Layer norm,
-GELU and attention have backward passes of their own: autodiff would keep several float32 copies of
-every activation, these keep the input (and two numbers a row), or q, k, v and the attention
-weights, in the compute precision. No matrix product is computed twice for it, except on TPUs, where
-a kernel computes the attention of blocks and keeps no weights (attention_kernel). What `names` in
-models.stacked may keep has a name here.
+Dense layers multiply [B * T, D], so that no backend pads a short token axis. Layer norm, GELU and
+attention have custom backward passes: autodiff would keep several float32 copies of every
+activation, these keep the input (and two numbers a row), or q, k, v and the attention weights, in
+the compute precision. None of them computes a matrix product twice, except on TPUs, where a kernel
+computes the attention and keeps no weights (attention_tpu). The tensors that the remat policy
+`names` of scan_blocks may keep are named here.
 
 B batch, T tokens, Q query rows, D width, H heads, E = D / H, L blocks.
 """
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -22,17 +22,22 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from m3i_jax import parallel
-from m3i_jax.models import activations, attention_tpu
-from m3i_jax.models.attention_tpu import NEVER, Columns
-from m3i_jax.models.matmul import matmul
+from m3i_jax.models import attention_tpu
+from m3i_jax.models.attention import (
+    attend,
+    attend_columns,
+    attention_weights,
+    from_heads,
+    to_heads,
+)
+from m3i_jax.models.cpu_codegen import matmul
 
 Params = Mapping[str, Any]
 
-# of every layer norm here that is not told another one; the targets' parameter-free one is in
-# objective.posterior
+# default of the layer norms here; the parameter-free norm of targets is in objective.losses
 _EPS = 1e-6
 _BATCH_EPS = 1e-5
-_SHAPE = nn.initializers.zeros  # modules only declare shapes; `initializers.init_params` fills them
+_SHAPE = nn.initializers.zeros  # modules declare shapes; `initializers.init_params` sets values
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -102,9 +107,9 @@ def batch_norm(
     """Affine normalisation of every channel by mean and (biased) variance over all leading axes,
     computed in float32.
 
-    The statistics are always those of this batch: nothing runs along, and a momentum target uses
-    its own batch's too, as the public code of SiameseIM and MoCo v3 does in training. Of a batch
-    that is sharded over devices they are those of the whole of it.
+    The statistics are those of this batch, over all devices. There are no running averages: a
+    momentum target uses its own batch's too, as the public code of SiameseIM and MoCo v3 does in
+    training.
 
     Args:
       x_xD: [..., D], any float type.
@@ -135,8 +140,8 @@ def gelu(x: jax.Array) -> jax.Array:
 def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
     wide = x.astype(jnp.float32)
     density = jnp.exp(-0.5 * jnp.square(wide)) / math.sqrt(2 * math.pi)
-    # Not as the forward pass writes it: the compiler would see the same erf in both, and keep it in
-    # float32 from there to here.
+    # erf is written differently than in the forward pass: the compiler would otherwise share it and
+    # keep it in float32 between the passes.
     slope = 0.5 * (1 - jax.lax.erf(wide / -math.sqrt(2))) + wide * density
     return ((g.astype(jnp.float32) * slope).astype(x.dtype),)
 
@@ -144,125 +149,23 @@ def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
-@jax.custom_vjp
-def attend(
-    q_BxHxQxE: jax.Array,
-    k_BxHxTxE: jax.Array,
-    v_BxHxTxE: jax.Array,
-    where_BxT: jax.Array | None = None,
-) -> jax.Array:
-    """Scaled dot-product attention, `softmax(q k' / sqrt(E)) v`; q is scaled in its own type,
-    logits and softmax are in float32.
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU by its tanh approximation (Google's ViT and BERT), computed in float32; the type of x.
 
-    Args: q_BxHxQxE: queries, any number of them. k_BxHxTxE, v_BxHxTxE: keys and values of the same
-      type. where_BxT: bool, keys that count; None: all. A row in which none counts gets the plain
-      mean of all values.
-
-    Returns:
-      [B, H, Q, E] of the type of v.
-
-    >>> q, v = jnp.zeros((1, 1, 1, 2)), jnp.array([[[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]]]])
-    >>> attend(q, v, v, jnp.array([[True, True, False]])).tolist()
-    [[[[2.0, 3.0]]]]
+    >>> [round(float(y), 4) for y in gelu_tanh(jnp.array([-1.0, 0.0, 1.0]))]
+    [-0.1588, 0.0, 0.8412]
     """
-    return _attend_forward(q_BxHxQxE, k_BxHxTxE, v_BxHxTxE, where_BxT)[0]
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
-def attention_weights(
-    q_BxHxQxE: jax.Array, k_BxHxTxE: jax.Array, where_BxT: jax.Array | None = None
-) -> jax.Array:
-    """What `attend` weighs the values with, [B, H, Q, T] float32: softmax(q k' / sqrt(E)) over the
-    keys that count.
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """`x * sigmoid(1.702 x)` (CLIP), computed in float32; the type of x.
 
-    >>> q = jnp.zeros((1, 1, 1, 2))
-    >>> attention_weights(q, jnp.ones((1, 1, 3, 2)), jnp.array([[True, True, False]])).tolist()
-    [[[[0.5, 0.5, 0.0]]]]
+    >>> [round(float(y), 4) for y in quick_gelu(jnp.array([-1.0, 0.0, 1.0]))]
+    [-0.1542, 0.0, 0.8458]
     """
-    q_BxHxQxE = (q_BxHxQxE.astype(jnp.float32) * q_BxHxQxE.shape[-1] ** -0.5).astype(
-        q_BxHxQxE.dtype
-    )
-    logits_BxHxQxT = jnp.einsum(
-        "bhqe,bhte->bhqt", q_BxHxQxE, k_BxHxTxE, preferred_element_type=jnp.float32
-    )
-    if where_BxT is not None:
-        logits_BxHxQxT = jnp.where(where_BxT[:, None, None], logits_BxHxQxT, NEVER)
-    return jax.nn.softmax(logits_BxHxQxT)
-
-
-def _attend_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, where: jax.Array | None
-) -> tuple[jax.Array, Any]:
-    weights_BxHxQxT = attention_weights(q, k, where).astype(v.dtype)
-    return jnp.einsum("bhqt,bhte->bhqe", weights_BxHxQxT, v), (q, k, v, weights_BxHxQxT, where)
-
-
-def _over_queries(weights_BxHxQxT: jax.Array, x_BxHxQxE: jax.Array) -> jax.Array:
-    """Sum of x over queries, [B, H, T, E]. The small factor is turned, so that a processor
-    multiplies the large one as it lies: the product with both factors summed over rows takes two to
-    three times as long."""
-    return jnp.einsum("bheq,bhqt->bhet", x_BxHxQxE.swapaxes(2, 3), weights_BxHxQxT).swapaxes(2, 3)
-
-
-def _attend_backward(kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, weights, where = kept
-    dv = _over_queries(weights, g)
-    dweights = jnp.einsum("bhqe,bhte->bhqt", g, v, preferred_element_type=jnp.float32)
-    wide = weights.astype(jnp.float32)
-    dlogits = wide * (dweights - (wide * dweights).sum(-1, keepdims=True))
-    if where is not None:
-        dlogits = jnp.where(where[:, None, None], dlogits, 0)
-    dlogits = dlogits.astype(q.dtype)
-    scale = q.shape[-1] ** -0.5
-    return (
-        jnp.einsum("bhqt,bhte->bhqe", dlogits, k) * scale,
-        _over_queries(dlogits, q * scale),
-        dv,
-        None,
-    )
-
-
-attend.defvjp(_attend_forward, _attend_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_columns(
-    heads: int, arrays: tuple[jax.Array, ...], where_BxT: jax.Array | None
-) -> jax.Array:
-    """`attend` of heads that lie side by side, [B, Q, D], by the kernel. arrays: queries, keys and
-    values side by side in one array [B, T, 3 D], or queries [B, Q, D] alone and the others [B, T, 2
-    D]."""
-    return parallel.per_device(
-        functools.partial(_kernel, heads, attention_tpu.forward), arrays, where_BxT
-    )
-
-
-def _kernel(
-    heads: int,
-    run: Callable[..., Any],
-    arrays: tuple[jax.Array, ...],
-    where_BxT: jax.Array | None,
-    *g_BxQxD: jax.Array,
-) -> Any:
-    width = arrays[-1].shape[2] // (4 - len(arrays))
-    parts = [Columns(array, first) for array in arrays for first in range(0, array.shape[2], width)]
-    return run(heads, width, *parts, where_BxT, *g_BxQxD, interpret=parallel.platform() != "tpu")
-
-
-def _attend_columns_backward(
-    heads: int, kept: Any, g_BxQxD: jax.Array
-) -> tuple[tuple[jax.Array, ...], None]:
-    arrays, where_BxT = kept
-    dq, dk, dv = parallel.per_device(
-        functools.partial(_kernel, heads, attention_tpu.backward), arrays, where_BxT, g_BxQxD
-    )
-    if len(arrays) == 1:
-        return (jnp.concatenate([dq, dk, dv], 2),), None
-    return (dq, jnp.concatenate([dk, dv], 2)), None
-
-
-_attend_columns.defvjp(
-    lambda heads, *kept: (_attend_columns(heads, *kept), kept), _attend_columns_backward
-)
+    wide = x.astype(jnp.float32)
+    return (wide * jax.nn.sigmoid(1.702 * wide)).astype(x.dtype)
 
 
 class Dense(nn.Module):
@@ -278,8 +181,8 @@ class Dense(nn.Module):
         kernel = self.param("kernel", _SHAPE, (x.shape[-1], self.features))
         path = "/".join((*self.path, "kernel"))
 
-        def run(opened: Any, params: Params, x: jax.Array, *_: Any) -> jax.Array:
-            return matmul(x, opened(params)[path][:, columns].astype(self.dtype))
+        def run(gather: Any, params: Params, x: jax.Array, *_: Any) -> jax.Array:
+            return matmul(x, gather(params)[path][:, columns].astype(self.dtype))
 
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         y = parallel.with_fsdp_gather(run, {path: kernel}, rows, dtype=self.dtype, stacked=False)
@@ -312,33 +215,9 @@ class BatchNorm(nn.Module):
 
 _ACTIVATIONS: dict[str, Any] = {
     "gelu": gelu,
-    "gelu_tanh": activations.gelu_tanh,
-    "quick_gelu": activations.quick_gelu,
+    "gelu_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
 }
-
-
-def to_heads(x_BxTxC: jax.Array, parts: int, heads: int) -> tuple[jax.Array, ...]:
-    """Columns [part | head | E] of [B, T, parts * D] as `parts` arrays [B, H, T, E].
-
-    >>> [part.shape for part in to_heads(jnp.zeros((2, 5, 24)), parts=3, heads=4)]
-    [(2, 4, 5, 2), (2, 4, 5, 2), (2, 4, 5, 2)]
-    """
-    b, t, c = x_BxTxC.shape
-    width = c // parts
-    # lax.split, as in split_blocks: the gradient puts the parts side by side instead of adding
-    # padded copies.
-    columns = jax.lax.split(x_BxTxC, [width] * parts, axis=2)
-    return tuple(part.reshape(b, t, heads, width // heads).swapaxes(1, 2) for part in columns)
-
-
-def from_heads(x_BxHxTxE: jax.Array) -> jax.Array:
-    """Inverse of `to_heads` for one part: [B, T, H * E].
-
-    >>> from_heads(jnp.zeros((2, 4, 5, 3))).shape
-    (2, 5, 12)
-    """
-    b, h, t, e = x_BxHxTxE.shape
-    return x_BxHxTxE.swapaxes(1, 2).reshape(b, t, h * e)
 
 
 class Attention(nn.Module):
@@ -356,8 +235,7 @@ class Attention(nn.Module):
         rows: slice | None,
         weights: bool = False,
     ) -> jax.Array:
-        """`weights`: give what the values are weighed with, [B, H, Q, T], and not what comes of
-        it."""
+        """`weights`: return the attention weights, [B, H, Q, T], instead of the output."""
         b, tokens, width = x_BxTxD.shape
         qkv = Dense(3 * width, self.dtype, name="qkv")
         if rows is None:
@@ -365,11 +243,11 @@ class Attention(nn.Module):
         else:
             q_BxQxD = checkpoint_name(qkv(x_BxTxD[:, rows], slice(0, width)), "qkv")
             arrays = (q_BxQxD, checkpoint_name(qkv(x_BxTxD, slice(width, None)), "qkv"))
-        small = attention_tpu.fits(
+        fits = attention_tpu.fits(
             arrays[0].shape[1], tokens, self.heads, width // self.heads, jnp.dtype(self.dtype)
         )
-        if small and not weights and parallel.kernels(b):
-            attended_BxTxD = _attend_columns(self.heads, arrays, where_BxT)
+        if fits and not weights and parallel.kernels(b):
+            attended_BxTxD = attend_columns(self.heads, arrays, where_BxT)
         else:
             q, k, v = (
                 part
@@ -384,7 +262,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two dense layers with a GELU between them, the exact one or what imported weights were
+    """Two dense layers with a GELU between them: exact, or the form that imported weights were
     trained with."""
 
     hidden: int
@@ -419,10 +297,16 @@ class Block(nn.Module):
         rows: slice | None = None,
         weights: bool = False,
     ) -> jax.Array:
-        """`where_BxT`: keys that count. `rows`: the only token rows that are wanted; the others
-        serve as keys and values alone. Not with
-        batch norm: norm2 takes its statistics from all rows. `weights`: give those of the
-        attention, [B, H, Q, T], and stop there."""
+        """Output of the block, or the weights of its attention.
+
+        Args:
+          x_BxTxD: the residual stream.
+          keep_Bx2: factors of the (attention, MLP) branch; None: 1.
+          where_BxT: bool, keys that count; None: all.
+          rows: token rows to compute; the others are keys and values only. Not with batch norm,
+            whose norm2 takes its statistics from all rows.
+          weights: return the attention weights, [B, H, Q, T], and stop there.
+        """
         norm: Any = functools.partial(LayerNorm, self.eps) if self.norm == "layer" else BatchNorm
         h_BxTxD = Attention(self.heads, self.dtype, name="attention")(
             norm(name="norm1")(x_BxTxD), where_BxT, rows, weights
@@ -461,8 +345,8 @@ def block(
     eps: float = _EPS,
     activation: str = "gelu",
 ) -> Block:
-    """The block of a tower with these settings; `norm` is layer, with this `eps`, or batch;
-    `activation` gelu, gelu_tanh or quick_gelu.
+    """The block of a tower. `norm`: layer, with this `eps`, or batch. `activation`: gelu, gelu_tanh
+    or quick_gelu.
 
     >>> block(768, 12, 4.0, "bfloat16").hidden
     3072
@@ -478,8 +362,8 @@ def block(
 
 
 def linear_drop_rates(depth: int, rate: float, rule: str = "linear") -> np.ndarray:
-    """Probability with which the branches of each of `depth` layers are dropped, [L] float32: `rate
-    * l / (L - 1)`, or, by the rule uniform, the same everywhere (M3I Table 7).
+    """Drop probability of the branches of each of `depth` layers, [L] float32: `rate * l / (L -
+    1)`, or with the rule uniform the same everywhere (M3I Table 7).
 
     >>> linear_drop_rates(3, 0.25).tolist(), linear_drop_rates(2, 0.25, "uniform").tolist()
     ([0.0, 0.125, 0.25], [0.25, 0.25])
@@ -494,10 +378,10 @@ def linear_drop_rates(depth: int, rate: float, rule: str = "linear") -> np.ndarr
 def add_positions(
     x_BxTxD: jax.Array, table_NxD: np.ndarray | jax.Array, index_BxT: jax.Array | None = None
 ) -> jax.Array:
-    """`x` plus the rows of a table: all of them in order, or each token's own. In the precision of
-    x.
+    """`x` plus rows of a table: all in order, or those of `index_BxT`. In the precision of x.
 
-    >>> add_positions(jnp.zeros((1, 2, 1)), np.array([[1.0], [2.0], [3.0]]), jnp.array([[2, 0]])).tolist()
+    >>> table = np.array([[1.0], [2.0], [3.0]])
+    >>> add_positions(jnp.zeros((1, 2, 1)), table, jnp.array([[2, 0]])).tolist()
     [[[3.0], [1.0]]]
     """
     table = jnp.asarray(table_NxD, x_BxTxD.dtype)

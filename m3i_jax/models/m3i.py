@@ -82,7 +82,9 @@ def init(
         "text" in targets and vocabulary > 0,
     )
     backbone = backbones.get_backbone(model)
-    filled = any(p.filled or (p.masked and not backbone.drops) for t in terms for p in t.passes)
+    filled = any(
+        p.filled or (p.masked and not backbone.can_drop_tokens) for t in terms for p in t.passes
+    )
     params: dict[str, Any] = {
         "encoder": backbone.init(model, keys["encoder"], mask_token=filled, grid=config.grid)
     }

@@ -1,8 +1,9 @@
-"""Pooling: one vector of an image's own tokens, before the category and the text projection (M3I
-section 3.4; the head that InternImage-H ships). The query of the attention is the mean token, or a
-learned one (CAE); query, keys and values have layer norms of their own; no
-residual. Simpler: the mean of the patch tokens, or the cls token, normalised and mapped (MAE's
-fine-tuning, DeiT).
+"""Pooling: one vector of an image's own tokens, the input of the category and text heads (M3I
+section 3.4; the released head of InternImage-H).
+
+kind=attention: the query is the mean token, or a learned one (CAE); query, keys and values each
+have a layer norm; there is no residual. kind=mean, cls: the mean of the patch tokens, or the cls
+token, normalised and mapped (MAE's fine-tuning, DeiT).
 
 B images, K tokens, D encoder width, W output width.
 """
@@ -14,24 +15,16 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import parallel, schema
+from m3i_jax.models.attention import attend, attention_weights, from_heads, to_heads
 from m3i_jax.models.initializers import init_params, shapes_of
-from m3i_jax.models.layers import (
-    Dense,
-    LayerNorm,
-    Params,
-    attend,
-    attention_weights,
-    batch_norm,
-    from_heads,
-    to_heads,
-)
+from m3i_jax.models.layers import Dense, LayerNorm, Params, batch_norm
 
 PROBE_EPS = 1e-6  # of the batch norm of linear probes (MAE, M3I Table 9)
 
 
 def mean_token(x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None) -> jax.Array:
-    """Mean [B, D] float32 of the tokens that the mask names; of all without one. Zeros where it
-    names none.
+    """Mean [B, D] float32 of the tokens of the mask; of all without one. Zeros where the mask is
+    empty.
 
     >>> print(mean_token(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[True, True, False]])))
     [[2.]]
@@ -59,8 +52,7 @@ class AttentionPool(nn.Module):
     def __call__(
         self, x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None, weights: bool = False
     ) -> jax.Array:
-        """`pooling_weights`: give what the tokens are weighed with, [B, H, K], and not what comes
-        of it."""
+        """`weights`: return the attention weights, [B, H, K], instead of the output."""
         width = x_BxKxD.shape[-1]
 
         def project(name: str, tokens: jax.Array) -> jax.Array:
@@ -120,8 +112,8 @@ def _token(model: schema.Model) -> TokenPool:
 
 def init(model: schema.Model, rng: jax.Array) -> Params:
     """Parameters. Attention: `query`, `key`, `value` [D, D], each with a `norm_...` before it,
-    `query_token` [1, 1, D] if learned, and `out` [D, W] unless there is no projection. Mean and
-    cls: `norm`, if a layer norm, and `out`. Matrices N(0, `pool.std`^2), or N(0, 1 / D) where that
+    `query_token` [1, 1, D] if it is learned, and `out` [D, W] with a projection. Mean and cls:
+    `norm`, if it is a layer norm, and `out`. Matrices N(0, `pool.std`^2), or N(0, 1 / D) where that
     is 0, tokens N(0, 0.02^2), biases 0.
 
     >>> sorted(jax.eval_shape(lambda key: init(schema.Model(), key), jax.random.key(0)))
@@ -147,16 +139,19 @@ def apply(
     mask_BxK: jax.Array | None = None,
     cls_BxD: jax.Array | None = None,
 ) -> jax.Array:
-    """One vector an image.
+    """One vector per image.
 
-    Args: model: settings; `model.pool` and `model.dtype` are read. params: as of `init`. x_BxKxD:
-      encoder features without cls. mask_BxK: bool, tokens that belong to the image; the result is
-      that of the gathered tokens alone. None: all. Where none belongs the result is finite and
-      means nothing.
+    Args:
+      model: settings; `model.pool` and `model.dtype` are read.
+      params: as of `init`.
+      x_BxKxD: encoder features without cls.
+      mask_BxK: bool, tokens that belong to the image; the result is that of the gathered tokens.
+        None: all. Without any the result is finite and meaningless.
       cls_BxD: the feature of the cls token, which `pool.kind=cls` reads instead of the others.
 
-    Returns: [B, W] in `model.dtype`, W = `model.pooled`; without a projection in the precision of
-      what was pooled.
+    Returns:
+      [B, W] in `model.dtype`, W = `model.pooled`; without a projection in the precision of the
+      features.
 
     Raises:
       ValueError: kind cls without a cls token.
@@ -170,11 +165,11 @@ def apply(
         one = _attention(model)
 
         def run(
-            opened: Any, params: Params, x_BxKxD: jax.Array, _: None, mask_BxK: jax.Array | None
+            gather: Any, params: Params, x_BxKxD: jax.Array, _: None, mask_BxK: jax.Array | None
         ) -> jax.Array:
-            return one.apply({"params": opened(params)}, x_BxKxD, mask_BxK)
+            return one.apply({"params": gather(params)}, x_BxKxD, mask_BxK)
 
-        # its four matrices travel together
+        # its four matrices are gathered together
         return parallel.with_fsdp_gather(
             run, params, x_BxKxD, None, mask_BxK, dtype=one.dtype, stacked=False
         )
@@ -185,7 +180,7 @@ def apply(
 
 
 def pooling_weights(model: schema.Model, params: Params, x_BxKxD: jax.Array) -> jax.Array:
-    """What every head of an attention pooling weighs the tokens with, [B, H, K] float32.
+    """Weights of every head of an attention pooling over the tokens, [B, H, K] float32.
 
     Args:
       model: settings, `model.pool.kind` attention.

@@ -1,18 +1,16 @@
-"""The running of stacked blocks, whichever tower they are of: in a loop or a scan, and what the
-backward pass keeps of each.
+"""Runs the stacked blocks of any tower, in a loop or a scan, with a remat policy.
 
-What is kept is a named policy (`model.remat`). `none` keeps what differentiation asks for, `full`
-only the input of a block. Between them `dots` keeps every matrix product, `names` the tensors of
-NAMES, from which all else of a transformer block follows by elementwise work and one product of
-attention, q k', and all else of an InternImage layer by elementwise work alone, and `half` those of
-HALF, in a transformer block half as many numbers.
+The policy (`model.remat`) names what the backward pass keeps of each block. `none` keeps what
+differentiation needs, `full` only the input of a block. Between them `dots` keeps every matrix
+product; `names` the tensors of NAMES, from which the rest of a transformer block is recomputed by
+elementwise work and one product, q k', and the rest of an InternImage layer by elementwise work;
+`half` the tensors of HALF, in a transformer block half as many numbers.
 
-What is computed again lives only for as many images as are computed at once. So a block that
-recomputes goes through its rows in pieces of about ROWS: enough of them to fill a chip's matrix
-units, and few beside the batch. (256 views on a v5e chip, `half`: with 64 the peak is 7 % higher,
-traffic to and from main memory 31 %.)
+Recomputed tensors exist only for the images that are computed at once. So a block that recomputes
+takes its rows in chunks of about ROWS: enough to fill a chip's matrix units, and few beside the
+batch. (256 views on a v5e chip, `half`: with 64 rows the peak is 7 % higher, HBM traffic 31 %.)
 
-B batch, T tokens, D width, L blocks, P pieces.
+B batch, T tokens, D width, L blocks, P chunks.
 """
 
 import math
@@ -25,10 +23,10 @@ import jax.numpy as jnp
 from m3i_jax import parallel, schema
 from m3i_jax.models.layers import Block, Params
 
-# q, k and v; what attention gives; the stream between the branches; the MLP before its GELU.
-# Without `attended` a block computes two products of attention again instead of one, without
-# `middle` also the output projection, without `fc1` the widest product there is. What a branch
-# gives is kept where a norm behind it or its scale asks for it: in InternImage.
+# q, k and v; the output of attention; the stream between the branches; the MLP before its GELU.
+# Without `attended` a block recomputes two products of attention instead of one, without `middle`
+# also the output projection, without `fc1` the widest product. `branch`, the output of a branch, is
+# kept in InternImage, where a norm or scale behind it needs it.
 NAMES = ("qkv", "attended", "middle", "fc1", "branch")
 HALF = ("qkv", "middle")
 ROWS = 32
@@ -53,12 +51,16 @@ def block_kwargs(model: schema.Model) -> dict[str, Any]:
 def with_remat(
     step: Callable[..., Any], remat: str, *, scan: bool, keep_gathered: bool = False
 ) -> Callable[..., Any]:
-    """`step` whose backward pass computes again what the policy `remat` does not keep; the same
+    """`step` whose backward pass recomputes what the policy `remat` does not keep; the same
     numbers.
 
-    Args: step: one block. remat: none or one of POLICIES. scan: whether it is the body of a scan;
-      elsewhere the compiler is kept from merging both computations. keep_gathered: keep weights
-      that were gathered for the forward, too. With none they are kept as all else is.
+    Args:
+      step: one block.
+      remat: none or one of POLICIES.
+      scan: whether it is the body of a scan; elsewhere the compiler is kept from merging the two
+        computations.
+      keep_gathered: also keep weights that were gathered for the forward pass. Without remat they
+        are always kept.
 
     >>> with_remat(len, "none", scan=True) is len
     True
@@ -86,10 +88,10 @@ def split_blocks(tree: Any, sizes: list[int]) -> list[Any]:
     return [jax.tree.unflatten(structure, part) for part in parts]
 
 
-def pieces(rows: int) -> int:
-    """In how many equal parts a device takes its rows: those nearest to ROWS.
+def chunk_count(rows: int) -> int:
+    """Number of equal chunks in which a device takes its rows: those nearest to ROWS.
 
-    >>> [pieces(rows) for rows in (2, 64, 96, 128, 254, 512)]
+    >>> [chunk_count(rows) for rows in (2, 64, 96, 128, 254, 512)]
     [1, 2, 3, 4, 2, 16]
     """
     return min(
@@ -99,8 +101,8 @@ def pieces(rows: int) -> int:
 
 
 def _deal(tree: Any, count: int, axis: int = 0) -> Any:
-    """[B, ...] -> [P, B / P, ...], dealt out like cards: every device keeps its rows. `axis`: where
-    the rows are."""
+    """[B, ...] -> [P, B / P, ...] with stride P, so that every device keeps its rows. `axis`: the
+    axis of rows."""
     return jax.tree.map(
         lambda x: (
             jnp.moveaxis(
@@ -127,19 +129,21 @@ def run_blocks(
 ) -> jax.Array:
     """Runs stacked blocks one after the other.
 
-    Args: block: the settings of each. stacked: parameters with a leading axis [L, ...]. x_BxTxD:
-      the residual stream, in the precision it shall keep. keep_BxLx2: stochastic depth as factors,
-      0 or 1 / (1 - p), of the (attention, MLP) branch of every block; None: all kept. where_BxT:
-      bool, tokens that serve as keys; None: all. rows: token rows wanted at the end. The last block
-      then computes queries, outputs and MLP for those alone; the numbers are those of slicing its
-      full output, to rounding. With batch norm it computes all rows and the output is sliced:
-      statistics of norm2 over the wanted rows alone would be other numbers than SiameseIM's.
+    Args:
+      block: the module of each.
+      stacked: parameters with a leading axis [L, ...].
+      x_BxTxD: the residual stream, in the precision that it keeps.
+      keep_BxLx2: stochastic depth as factors, 0 or 1 / (1 - p), of the (attention, MLP) branch of
+        every block; None: all kept.
+      where_BxT: bool, tokens that serve as keys; None: all.
+      rows: token rows to return. The last block computes queries, outputs and MLP of those only;
+        the numbers are those of slicing its full output, to rounding. With batch norm it computes
+        all rows and the output is sliced: SiameseIM's norm2 has statistics of all rows.
       scan: one `lax.scan` over the blocks instead of a Python loop. Same numbers; compile time does
-          not grow with depth.
-      remat: what the backward pass keeps of a block: none (of recomputation), dots, names, half or
-          full.
-      keep_gathered: on a mesh with an fsdp axis, whether it keeps the gathered weights of a block
-          or gathers them again.
+        not grow with depth.
+      remat: policy: none, dots, names, half or full.
+      keep_gathered: on a mesh with an fsdp axis, whether the backward pass keeps the gathered
+        weights of a block or gathers them again.
 
     Returns:
       [B, T, D], or [B, len(rows), D].
@@ -151,8 +155,10 @@ def run_blocks(
     >>> from m3i_jax.models.initializers import init_blocks
     >>> from m3i_jax.models.layers import block
     >>> one = block(8, 2, 4.0, "float32")
-    >>> shapes = jax.eval_shape(lambda key: init_blocks(one, key, width=8, depth=2), jax.random.key(0))
-    >>> jax.eval_shape(lambda params: run_blocks(one, params, jnp.ones((1, 5, 8)), rows=slice(3, None)), shapes).shape
+    >>> call = lambda key: init_blocks(one, key, width=8, depth=2)
+    >>> shapes = jax.eval_shape(call, jax.random.key(0))
+    >>> x, rows = jnp.ones((1, 5, 8)), slice(3, None)
+    >>> jax.eval_shape(lambda params: run_blocks(one, params, x, rows=rows), shapes).shape
     (1, 2, 8)
     """
     depth = jax.tree.leaves(stacked)[0].shape[0]
@@ -166,39 +172,39 @@ def run_blocks(
         return run_blocks(
             block, stacked, x_BxTxD, keep_BxLx2=keep_BxLx2, where_BxT=where_BxT, **settings
         )[:, rows]
-    whole = depth if rows is None else depth - 1  # blocks that compute every row
+    full = depth if rows is None else depth - 1  # blocks that compute every row
 
     def run(
-        opened: Callable[[Any], Any], stacked: Params, x: jax.Array, keep_LxBx2: Any, where_BxT: Any
+        gather: Callable[[Any], Any], stacked: Params, x: jax.Array, keep_LxBx2: Any, where_BxT: Any
     ) -> jax.Array:
         count = (
             1
             if remat == "none" or block.norm == "batch"
-            else pieces(parallel.rows_of_device(x.shape[0]))
+            else chunk_count(parallel.rows_of_device(x.shape[0]))
         )
         x, where_BxT = _deal((x, where_BxT), count)
 
         def stepper(rows: slice | None) -> Any:
             def step(x: jax.Array, layer: Any) -> jax.Array:
                 params, keep_Bx2 = layer
-                params = opened(params)
+                params = gather(params)
                 if count == 1:
                     return block.apply({"params": params}, x, keep_Bx2, where_BxT, rows)
-                # In float32, so that the gradients of the pieces add up in it: what was gathered is
-                # in the compute precision.
+                # In float32, so that the gradients of the chunks are added in it; gathered weights
+                # are in the compute precision.
                 params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
                 one = with_remat(
                     lambda x, *more: block.apply({"params": params}, x, *more, rows),
                     remat,
                     scan=True,
                 )
-                return jax.lax.map(lambda piece: one(*piece), (x, keep_Bx2, where_BxT))
+                return jax.lax.map(lambda chunk: one(*chunk), (x, keep_Bx2, where_BxT))
 
             return with_remat(step, **settings)
 
         layers = (stacked, _deal(keep_LxBx2, count, 1))
-        if scan and whole:
-            parts = split_blocks(layers, [whole, depth - whole]) if whole < depth else [layers]
+        if scan and full:
+            parts = split_blocks(layers, [full, depth - full]) if full < depth else [layers]
             step = stepper(None)
             x, _ = jax.lax.scan(lambda x, layer: (step(x, layer), None), x, parts[0])
             rest = parts[1:]

@@ -1,9 +1,9 @@
-"""Text tower: the encoder of caption targets, BERT-Base in size (M3I section 4), trained from
-scratch together with the image tower.
+"""Text tower: the encoder of captions, BERT-Base in size (M3I section 4), trained from scratch
+together with the image tower.
 
 Learned token and position tables, bidirectional pre-norm blocks that attend to real tokens only, a
-final norm, one token or the mean of all as the caption, and a projection to the joint space. What
-is real is told by the length, never by the id: the padding id 0 is also a piece of a word.
+final norm, one token or the mean of all as the caption, and a projection to the joint space. The
+length tells real tokens from padding, not the id: the padding id 0 is also a piece of a word.
 
 B captions, L tokens, W width, E joint space.
 """
@@ -17,7 +17,7 @@ from m3i_jax.models.layers import Block, Dense, LayerNorm, Params, block
 from m3i_jax.models.scan_blocks import block_kwargs, run_blocks
 
 
-def _parts(model: schema.Model) -> tuple[Block, Dense]:
+def _modules(model: schema.Model) -> tuple[Block, Dense]:
     t = model.text
     return block(t.width, t.heads, t.mlp_ratio, model.dtype), Dense(
         t.embed, jnp.float32, use_bias=False
@@ -35,14 +35,15 @@ def init(model: schema.Model, rng: jax.Array, *, vocabulary: int, length: int) -
       model: settings; `model.text` is read.
       rng: key.
       vocabulary: V, token ids.
-      length: most tokens a caption has, start and end included.
+      length: largest number of tokens of a caption, start and end included.
 
-    >>> shapes = jax.eval_shape(lambda key: init(schema.Model(), key, vocabulary=1024, length=77), jax.random.key(0))
+    >>> call = lambda key: init(schema.Model(), key, vocabulary=1024, length=77)
+    >>> shapes = jax.eval_shape(call, jax.random.key(0))
     >>> shapes["token_table"].shape, shapes["positions"].shape
     ((1024, 768), (77, 768))
     """
     t = model.text
-    one, projection = _parts(model)
+    one, projection = _modules(model)
     of_ends, of_blocks = jax.random.split(rng)
     row, unit = jnp.zeros((1, t.width)), t.width**-0.5
     ends = {
@@ -71,10 +72,13 @@ def apply(
 ) -> jax.Array:
     """Embeddings of captions, not normalised.
 
-    Args: model: settings; `model.text`, `model.dtype` and those of `scan_blocks.block_kwargs` are
-      read. params: as of `init`. tokens_BxL: int ids; those from `length` on may be anything. L may
-      be shorter than the position table. length_B: int, real tokens of each caption, start and end
-      included. One of length 0 counts as its first token: finite, and never used.
+    Args:
+      model: settings; `model.text`, `model.dtype` and those of `scan_blocks.block_kwargs` are read.
+      params: as of `init`.
+      tokens_BxL: int ids; those from `length` on are ignored. L may be shorter than the position
+        table.
+      length_B: int, real tokens of each caption, start and end included. Length 0 is read as 1, so
+        that the result is finite; its loss has weight 0.
 
     Returns:
       [B, E] float32: the projection is computed in float32.
@@ -83,24 +87,25 @@ def apply(
       ValueError: more tokens than positions.
 
     >>> model = schema.Model(text=schema.Text(width=8, depth=2, heads=2, embed=4))
-    >>> shapes = jax.eval_shape(lambda key: init(model, key, vocabulary=10, length=6), jax.random.key(0))
-    >>> jax.eval_shape(lambda params: apply(model, params, jnp.array([[8, 3, 9, 0, 0, 0]]), jnp.array([3])), shapes).shape
+    >>> call = lambda key: init(model, key, vocabulary=10, length=6)
+    >>> shapes = jax.eval_shape(call, jax.random.key(0))
+    >>> tokens, length = jnp.array([[8, 3, 9, 0, 0, 0]]), jnp.array([3])
+    >>> jax.eval_shape(lambda params: apply(model, params, tokens, length), shapes).shape
     (1, 4)
     """
     t = model.text
-    room, steps = params["positions"].shape[0], tokens_BxL.shape[1]
-    if steps > room:
-        raise ValueError(f"tokens have shape {tokens_BxL.shape}; there are only {room} positions")
-    one, projection = _parts(model)
+    longest, steps = params["positions"].shape[0], tokens_BxL.shape[1]
+    if steps > longest:
+        raise ValueError(f"tokens have shape {tokens_BxL.shape}; there are {longest} positions")
+    one, projection = _modules(model)
     length_B = jnp.maximum(length_B, 1)
     real_BxL = jnp.arange(steps) < length_B[:, None]
     x_BxLxW = params["token_table"][tokens_BxL] + params["positions"][:steps]
-    # Of the last block only the row that stands for the caption is read, where that is the same row
-    # in every caption.
-    wanted = slice(0, 1) if t.pool == "first" else None
+    # the last block computes only the row of the caption token, if that is the same in every row
+    caption_rows = slice(0, 1) if t.pool == "first" else None
     x_BxLxW = x_BxLxW.astype(model.dtype)
     x_BxLxW = run_blocks(
-        one, params["blocks"], x_BxLxW, where_BxT=real_BxL, rows=wanted, **block_kwargs(model)
+        one, params["blocks"], x_BxLxW, where_BxT=real_BxL, rows=caption_rows, **block_kwargs(model)
     )
     if t.pool == "last":
         x_BxLxW = jnp.take_along_axis(

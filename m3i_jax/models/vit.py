@@ -2,13 +2,14 @@
 
 Patch embedding, fixed sine-cosine positions, a cls token whose position is zero, pre-norm blocks
 and, unlike MAE, no final norm by default. The patch embedding may stay at its random start (MoCo
-v3, SiameseIM): no gradient reaches it then. A learned position table, which gives the cls token a
-row too, a norm after the embedding, other GELUs and another eps are for weights of other projects
-(timm, CLIP).
+v3, SiameseIM), without a gradient. A learned position table, with a row for the cls token, a norm
+after the embedding, other GELUs and another eps are for weights of other projects (timm, CLIP).
 
-B images, S pixels a side, p pixels a patch, N patches, P = 3 p p, K tokens kept, T tokens with cls,
-D width, L blocks."""
+B images, S pixels a side (H, W if not square), p pixels a patch, N patches, P = 3 p p, K tokens
+kept, T tokens with cls, D width, L blocks."""
 
+import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from m3i_jax.objective import losses, mixing, positions
 
 
 def patchify(images_BxSxSx3: jax.Array, patch: int) -> jax.Array:
-    """Pictures as rows of patches: [B, N, P], patches row-major, inside one (row, column, channel).
+    """Images as rows of patches: [B, N, P], patches row-major, inside one (row, column, channel).
 
     Args:
       images_BxSxSx3: [B, S, S, C] of any type.
@@ -45,27 +46,33 @@ def patchify(images_BxSxSx3: jax.Array, patch: int) -> jax.Array:
     return split.swapaxes(2, 3).reshape(b, -1, patch * patch * channels)
 
 
-def _parts(model: schema.Model) -> tuple[Dense, Block]:
+def _modules(model: schema.Model) -> tuple[Dense, Block]:
     e = model.encoder
     one = block(e.width, e.heads, e.mlp_ratio, model.dtype, eps=e.norm_eps, activation=e.activation)
     return Dense(e.width, jnp.dtype(model.dtype)), one
 
 
-def fixed_positions(encoder: schema.Encoder, grid: int) -> np.ndarray:
-    """The table [N, D] of an encoder whose positions are not learned: `positions.sincos_2d`, or
-    MAE's, whose halves are exchanged; of `position_grid` and resized, where that is set.
+def fixed_positions(encoder: schema.Encoder, grid: int | tuple[int, int]) -> np.ndarray:
+    """Position table [N, D] of an encoder whose positions are not learned: `positions.sincos_2d`,
+    or with the rule sincos_columns MAE's, whose halves are exchanged. With `position_grid` it is
+    the table of that grid, resized.
 
-    >>> [fixed_positions(schema.Encoder(width=8, positions=p), 2)[2, [0, 4]].round(2).tolist() for p in ("sincos", "sincos_columns")]
+    Args:
+      encoder: settings.
+      grid: patches a side; with `position_grid` also (rows, columns).
+
+    >>> tables = [
+    ...     fixed_positions(schema.Encoder(width=8, positions=rule), 2)
+    ...     for rule in ("sincos", "sincos_columns")
+    ... ]
+    >>> [table[2, [0, 4]].round(2).tolist() for table in tables]
     [[0.84..., 0.0], [0.0, 0.84...]]
     """
-    table_NxD = positions.resized(
-        positions.sincos_2d(encoder.position_grid or grid, encoder.width), grid
-    )
-    return (
-        np.roll(table_NxD, encoder.width // 2, -1)
-        if encoder.positions == "sincos_columns"
-        else table_NxD
-    )
+    base = encoder.position_grid or (grid if isinstance(grid, int) else grid[0])
+    table_NxD = positions.resized(positions.sincos_2d(base, encoder.width), grid)
+    if encoder.positions == "sincos_columns":
+        return np.roll(table_NxD, encoder.width // 2, -1)
+    return table_NxD
 
 
 def init(model: schema.Model, rng: jax.Array, *, mask_token: bool = False, grid: int = 0) -> Params:
@@ -76,16 +83,19 @@ def init(model: schema.Model, rng: jax.Array, *, mask_token: bool = False, grid:
     Dense layers are Xavier-uniform on their two-dimensional shapes, the patch embedding as a [P, D]
     matrix; biases 0, tokens N(0, 0.02^2).
 
-    Args: model: settings; `model.encoder` is read. rng: key. mask_token: add `mask_token` [1, 1,
-      D], which stands for hidden cells. All others start the same without it. grid: patches a side;
-      only a learned position table needs it.
+    Args:
+      model: settings; `model.encoder` is read.
+      rng: key.
+      mask_token: add `mask_token` [1, 1, D], which stands for hidden cells. The others start the
+        same without it.
+      grid: patches a side, for a learned position table.
 
     >>> params = jax.eval_shape(lambda key: init(schema.Model(), key), jax.random.key(0))
     >>> sorted(params), params["patch_embed"]["kernel"].shape
     (['blocks', 'cls_token', 'patch_embed'], (768, 768))
     """
     e = model.encoder
-    embed, one = _parts(model)
+    embed, one = _modules(model)
     of_stem, of_blocks = jax.random.split(rng)
     stem: dict[str, Any] = {"patch_embed": shapes_of(embed, jnp.zeros((1, 3 * e.patch_size**2)))}
     if e.cls_token:
@@ -124,58 +134,58 @@ def apply(
 ) -> jax.Array:
     """Features of every token.
 
-    Args: model: settings; `model.encoder`, `model.dtype` and those of `scan_blocks.block_kwargs`
-      are read. params: as of `init`; the momentum target is another tree of the same kind.
-      patches_BxNxP: normalised pixels, as of `patchify`. grid: patches a side, N = grid * grid.
-      index_BxK: int, the cells that are read; the others are dropped before the embedding
-      (SiameseIM, MAE). None: all. keep_BxLx2: stochastic depth as factors 0 or 1 / (1 - p),
-      attention and MLP; None: off, as in the target. hidden_BxN: bool, cells whose patch embedding
-      is replaced by the mask token, at their positions (BEiT, data2vec). None: none. blocks: more
-      than 1: instead of the last block's output the mean over the outputs of this many last blocks,
-      each layer-normalised without scale and offset, and no final norm (data2vec's target).
+    Args:
+      model: settings; `model.encoder`, `model.dtype` and those of `scan_blocks.block_kwargs` are
+        read.
+      params: as of `init`; the momentum target is another tree of the same kind.
+      patches_BxNxP: normalised pixels, as of `patchify`.
+      grid: patches a side, N = grid * grid.
+      index_BxK: int, the cells to read; the others are dropped before the embedding (SiameseIM,
+        MAE). None: all.
+      keep_BxLx2: stochastic depth as factors 0 or 1 / (1 - p) of attention and MLP; None: off, as
+        in the target.
+      hidden_BxN: bool, cells whose patch embedding is replaced by the mask token, at their
+        positions (BEiT, data2vec). None: none.
+      blocks: above 1, the result is the mean over the outputs of this many last blocks, each
+        layer-normalised without scale and offset, and there is no final norm (data2vec's target).
 
-    Returns: [B, T, D] in `model.dtype`, T = N or K, plus one: cls comes first. A mean over blocks
-      is float32.
+    Returns:
+      [B, T, D] in `model.dtype`, T = N or K, plus one for cls, which comes first. A mean over
+      blocks is float32.
 
-    Raises: ValueError: patches that are not grid * grid, cells both dropped and replaced, more
-      blocks than there are.
+    Raises:
+      ValueError: patches that are not grid * grid, cells both dropped and replaced, or more blocks
+        than the encoder has.
 
     >>> model = schema.Model(encoder=schema.Encoder(patch_size=4, width=8, depth=2, heads=2))
     >>> shapes = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
     >>> patches, index = jnp.zeros((2, 9, 48)), jnp.array([[0, 4], [1, 8]])
-    >>> jax.eval_shape(lambda params: apply(model, params, patches, grid=3, index_BxK=index), shapes).shape
+    >>> call = lambda params: apply(model, params, patches, grid=3, index_BxK=index)
+    >>> jax.eval_shape(call, shapes).shape
     (2, 3, 8)
     """
-    e = model.encoder
-    _, one = _parts(model)
-    z_BxTxD = _embedded(model, params, patches_BxNxP, grid, index_BxK, hidden_BxN)
+    z_BxTxD = _embed_square(model, params, patches_BxNxP, grid, index_BxK, hidden_BxN)
     if blocks > 1:
         return _mean_of_last(model, params["blocks"], z_BxTxD, keep_BxLx2, blocks)
-    z_BxTxD = run_blocks(
-        one, params["blocks"], z_BxTxD, keep_BxLx2=keep_BxLx2, **block_kwargs(model)
-    )
-    return (
-        LayerNorm(e.norm_eps).apply({"params": params["norm"]}, z_BxTxD)
-        if e.final_norm
-        else z_BxTxD
-    )
+    return _blocks_and_norm(model, params, z_BxTxD, keep_BxLx2)
 
 
 def last_attention(
     model: schema.Model, params: Params, patches_BxNxP: jax.Array, *, grid: int
 ) -> jax.Array:
-    """What every head of the last block weighs the tokens with, [B, H, T, T] float32: of every
-    token (row) over all, cls first where there is one.
+    """Attention weights of every head of the last block, [B, H, T, T] float32: of every token (row)
+    over all, cls first where there is one.
 
     Arguments as of `apply`.
 
     >>> model = schema.Model(encoder=schema.Encoder(patch_size=4, width=8, depth=1, heads=2))
     >>> params = jax.jit(lambda: init(model, jax.random.key(0)))()
-    >>> last_attention(model, params, jnp.zeros((1, 4, 48)), grid=2)[0, :, 0].sum(-1).round(3).tolist()
+    >>> weights = last_attention(model, params, jnp.zeros((1, 4, 48)), grid=2)
+    >>> weights[0, :, 0].sum(-1).round(3).tolist()
     [1.0, 1.0]
     """
-    _, one = _parts(model)
-    z_BxTxD, depth = _embedded(model, params, patches_BxNxP, grid, None, None), model.encoder.depth
+    _, one = _modules(model)
+    z_BxTxD, depth = _embed_square(model, params, patches_BxNxP, grid), model.encoder.depth
     before, last = (
         split_blocks(params["blocks"], [depth - 1, 1]) if depth > 1 else (None, params["blocks"])
     )
@@ -184,15 +194,68 @@ def last_attention(
     return one.apply({"params": jax.tree.map(lambda leaf: leaf[0], last)}, z_BxTxD, weights=True)
 
 
-def _embedded(
+def stages(
+    model: schema.Model,
+    params: Params,
+    images_BxHxWx3: jax.Array,
+    *,
+    size: int,
+    keep_BxLx2: jax.Array | None = None,
+) -> dict[int, jax.Array]:
+    """The map of the last block, {patch size: [B, H / p, W / p, D]} in `model.dtype`.
+
+    Args:
+      model, params, keep_BxLx2: as of `apply`.
+      images_BxHxWx3: normalised images of any height and width that are multiples of the patch.
+      size: side in pixels of the images that the positions belong to; of another grid they are
+        resized, bicubic.
+
+    Raises:
+      ValueError: sides that are not multiples of the patch.
+
+    >>> model = schema.Model(encoder=schema.Encoder(patch_size=4, width=8, depth=2, heads=2))
+    >>> shapes = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
+    >>> images = jnp.zeros((2, 8, 12, 3))
+    >>> maps = jax.eval_shape(lambda params: stages(model, params, images, size=16), shapes)
+    >>> {stride: x.shape for stride, x in maps.items()}
+    {4: (2, 2, 3, 8)}
+    """
+    patch, first = model.encoder.patch_size, int(model.encoder.cls_token)
+    grid = images_BxHxWx3.shape[1] // patch, images_BxHxWx3.shape[2] // patch
+    patches_BxNxP = patchify(images_BxHxWx3, patch)
+    table_NxD = _position_table(model, params, size // patch, grid)
+    z_BxTxD = _embed(model, params, patches_BxNxP, table_NxD)
+    z_BxTxD = _blocks_and_norm(model, params, z_BxTxD, keep_BxLx2)
+    return {patch: z_BxTxD[:, first:].reshape(len(z_BxTxD), *grid, -1)}
+
+
+def _position_table(
+    model: schema.Model, params: Params, trained: int, grid: tuple[int, int]
+) -> np.ndarray | jax.Array:
+    """Positions [N, D] of a grid of (rows, columns), resized from `trained` cells a side."""
+    e = model.encoder
+    if e.positions != "learned":
+        base = dataclasses.replace(e, position_grid=e.position_grid or trained)
+        return fixed_positions(base, grid)
+    table_NxD = params["positions"][0, int(e.cls_token) :]
+    old = math.isqrt(len(table_NxD))
+    if grid == (old, old):
+        return table_NxD
+    rows, columns = (positions.bicubic_weights(old, n).astype(np.float32) for n in grid)
+    square = table_NxD.reshape(old, old, -1)
+    resized = jnp.einsum("ya,xb,abd->yxd", rows, columns, square, precision="highest")
+    return resized.reshape(grid[0] * grid[1], -1)
+
+
+def _embed_square(
     model: schema.Model,
     params: Params,
     patches_BxNxP: jax.Array,
     grid: int,
-    index_BxK: jax.Array | None,
-    hidden_BxN: jax.Array | None,
+    index_BxK: jax.Array | None = None,
+    hidden_BxN: jax.Array | None = None,
 ) -> jax.Array:
-    """What the first block reads."""
+    """Input of the first block, of patches on the grid that the positions belong to."""
     if patches_BxNxP.shape[1] != grid * grid:
         raise ValueError(
             f"patches have shape {patches_BxNxP.shape}; a grid of {grid} has {grid * grid} of them"
@@ -202,26 +265,39 @@ def _embedded(
         raise ValueError(
             "cells are dropped (index_BxK) or replaced by the mask token (hidden_BxN), not both"
         )
-    e = model.encoder
-    embed, _ = _parts(model)
-    of_embed = (
-        jax.lax.stop_gradient(params["patch_embed"])
-        if e.freeze_patch_embed
-        else params["patch_embed"]
+    table_NxD = (
+        params["positions"][0, int(model.encoder.cls_token) :]
+        if model.encoder.positions == "learned"
+        else fixed_positions(model.encoder, grid)
     )
-    shown = patches_BxNxP if index_BxK is None else mixing.gather(patches_BxNxP, index_BxK)
-    z_BxTxD = embed.apply({"params": of_embed}, shown)
+    return _embed(model, params, patches_BxNxP, table_NxD, index_BxK, hidden_BxN)
+
+
+def _embed(
+    model: schema.Model,
+    params: Params,
+    patches_BxNxP: jax.Array,
+    table_NxD: np.ndarray | jax.Array,
+    index_BxK: jax.Array | None = None,
+    hidden_BxN: jax.Array | None = None,
+) -> jax.Array:
+    """Input of the first block: patch embedding, mask tokens, positions, cls token, norm."""
+    e = model.encoder
+    embed, _ = _modules(model)
+    embed_params = params["patch_embed"]
+    if e.freeze_patch_embed:
+        embed_params = jax.lax.stop_gradient(embed_params)
+    read = patches_BxNxP if index_BxK is None else mixing.gather(patches_BxNxP, index_BxK)
+    z_BxTxD = embed.apply({"params": embed_params}, read)
     if hidden_BxN is not None:
         z_BxTxD = jnp.where(
             hidden_BxN[..., None], params["mask_token"].astype(z_BxTxD.dtype), z_BxTxD
         )
-    learned, first = e.positions == "learned", int(e.cls_token)
-    table_NxD = params["positions"][0, first:] if learned else fixed_positions(e, grid)
     z_BxTxD = add_positions(z_BxTxD, table_NxD, index_BxK)
     if e.cls_token:
-        cls_1x1xD = (
-            params["cls_token"] + params["positions"][:, :1] if learned else params["cls_token"]
-        )
+        cls_1x1xD = params["cls_token"]
+        if e.positions == "learned":
+            cls_1x1xD = cls_1x1xD + params["positions"][:, :1]
         cls_Bx1xD = jnp.broadcast_to(
             cls_1x1xD.astype(z_BxTxD.dtype), (z_BxTxD.shape[0], 1, e.width)
         )
@@ -229,6 +305,18 @@ def _embedded(
     if e.embedding_norm:
         z_BxTxD = LayerNorm(e.norm_eps).apply({"params": params["embedding_norm"]}, z_BxTxD)
     return z_BxTxD
+
+
+def _blocks_and_norm(
+    model: schema.Model, params: Params, z_BxTxD: jax.Array, keep_BxLx2: jax.Array | None
+) -> jax.Array:
+    _, one = _modules(model)
+    z_BxTxD = run_blocks(
+        one, params["blocks"], z_BxTxD, keep_BxLx2=keep_BxLx2, **block_kwargs(model)
+    )
+    if not model.encoder.final_norm:
+        return z_BxTxD
+    return LayerNorm(model.encoder.norm_eps).apply({"params": params["norm"]}, z_BxTxD)
 
 
 def _mean_of_last(
@@ -242,7 +330,7 @@ def _mean_of_last(
     depth = model.encoder.depth
     if count > depth:
         raise ValueError(f"the mean over the last {count} blocks of an encoder that has {depth}")
-    _, one = _parts(model)
+    _, one = _modules(model)
 
     def run(z: jax.Array, layers: Any) -> jax.Array:
         params, keep_LxBx2 = layers

@@ -29,7 +29,7 @@ from m3i_jax.augment import photometric
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load
 from m3i_jax.interop import export_formats, intern_image_weights, tensor_files, vit_weights
-from m3i_jax.models.vit import fixed_positions
+from m3i_jax.models import backbones
 from m3i_jax.modes import model_card, output
 from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import checkpoint, init_from
@@ -53,7 +53,7 @@ def run(config: schema.Config, *, workdir: str, format: str) -> int:
             "--format=stablehlo needs the package flatbuffers: pip install 'm3i-jax[export]'"
         )
     config = settings_of(config, workdir)
-    write = {**_FORMATS, **_OF_BACKBONE[config.model.backbone]}
+    write = {**_FORMATS, **_OF_LAYOUT[backbones.get_backbone(config.model).layout]}
     if format not in write:
         raise UserError(
             f"--format={format}: has no model for {config.model.backbone}, which this encoder is;"
@@ -105,17 +105,13 @@ def settings_of(config: schema.Config, workdir: str) -> schema.Config:
 
 
 def tree_of(model: load.LoadedEncoder) -> dict[str, np.ndarray]:
-    """The encoder as interop's flat tree, float32, the fixed position table of a ViT written out
-    (with zeros for cls)."""
-    e = model.config.model.encoder
+    """The encoder as interop's flat tree, float32, with the arrays that it computes and other
+    projects store: the fixed position table of a ViT."""
     named = jax.tree_util.tree_leaves_with_path({"encoder": model.params["encoder"]})
     flat = {init_from.path_text(path): np.asarray(leaf, np.float32) for path, leaf in named}
-    if model.config.model.backbone == "vit" and init_from.TABLE not in flat:
-        table = fixed_positions(e, model.config.grid)
-        flat[init_from.TABLE] = np.concatenate(
-            [np.zeros((int(e.cls_token), e.width), np.float32), table]
-        )[None]
-    return flat
+    backbone = backbones.get_backbone(model.config.model)
+    fixed = backbone.fixed_arrays(model.config.model, model.config.grid)
+    return {**flat, **{f"encoder/{path}": array for path, array in fixed.items()}}
 
 
 def _to_timm(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
@@ -265,7 +261,9 @@ def _to_orbax(place: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> l
 
 
 _FORMATS = {"stablehlo": _to_stablehlo, "orbax": _to_orbax}  # of any backbone
-_OF_BACKBONE = {
+# by Backbone.layout
+_OF_LAYOUT: dict[str, dict[str, Any]] = {
+    "": {},
     "vit": {"timm": _to_timm, "hf": _to_hugging_face, "npz": _to_npz},
     "intern_image": {"hf": _to_intern_image_hugging_face, "npz": _to_intern_image_npz},
 }

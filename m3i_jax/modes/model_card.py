@@ -35,7 +35,7 @@ def model_card_text(model: LoadedEncoder, workdir: pathlib.Path, format: str) ->
                 f" {backbones.get_backbone(c.model).describe(c.model)}"
             ),
         ),
-        *(_of_vit(c) if c.model.backbone == "vit" else ()),
+        *backbones.get_backbone(c.model).card(c.model),
         (
             "input",
             (
@@ -75,22 +75,6 @@ def model_card_text(model: LoadedEncoder, workdir: pathlib.Path, format: str) ->
         "```text",
     ]
     return "\n".join([*lines, *_changed(c), "```", ""])
-
-
-def _of_vit(c: schema.Config) -> list[tuple[str, str]]:
-    e = c.model.encoder
-    return [
-        ("attention", f"{e.heads} heads, MLP x {e.mlp_ratio:g}"),
-        ("positions", e.positions + (", cls token" if e.cls_token else ", no cls token")),
-        (
-            "final norm",
-            (
-                "LayerNorm"
-                if e.final_norm
-                else "none: features are the residual stream after the last block"
-            ),
-        ),
-    ]
 
 
 def _data(c: schema.Config, workdir: pathlib.Path) -> list[str]:

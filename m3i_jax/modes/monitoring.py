@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from m3i_jax import parallel, run_files, schema
-from m3i_jax.profiling import device_peaks, flops, trace
+from m3i_jax.profiling import flops, hardware, trace
 from m3i_jax.training import goodput, step
 from m3i_jax.training.trainer import Trainer, abstract_batch
 from m3i_jax.training.watchdog import Watchdog
@@ -40,9 +40,9 @@ def make_clock(trainer: Trainer, say: Callable[[str], None], **more: Any) -> goo
     none."""
     config, devices = trainer.config, list(trainer.mesh.devices.flat)
     kind = devices[0].device_kind
-    found = device_peaks.find_chip(kind, len(devices))
+    found = hardware.find_chip(kind, len(devices))
     if config.report.peak_tflops:
-        found = device_peaks.ChipPeak(
+        found = hardware.ChipPeak(
             kind, config.report.peak_tflops * 1e12, found.chips if found else len(devices)
         )
     made = goodput.GoodputClock(

@@ -18,6 +18,7 @@ from m3i_jax import parallel, schema, validation
 from m3i_jax.data import pipeline, splits, tokenizer
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
+from m3i_jax.models import backbones
 from m3i_jax.training import plan, scaling
 
 
@@ -135,6 +136,7 @@ def open_setup(
       captions, there is no vocabulary to learn and no token to carry, unless `data.captions` is
       "yes". Empty: whoever opens the data looks at all of it.
     """
+    backbones.validate_backbone(config)  # before data are opened, which may take minutes
     place = pathlib.Path(workdir)
     config, devices = restore_or_init(_begun(config, place))
     make(place)

@@ -53,7 +53,27 @@ def sincos_2d(grid: int, width: int) -> np.ndarray:
     )
 
 
-def resized(table_NxW: np.ndarray, grid: int) -> np.ndarray:
+def bicubic_weights(old: int, new: int) -> np.ndarray:
+    """Matrix [new, old] float64 that resizes one axis, as in `resized`.
+
+    >>> bicubic_weights(3, 3).tolist()
+    [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    """
+    at = (np.arange(new) + 0.5) * old / new - 0.5
+    first, weights = np.floor(at).astype(int), np.zeros((new, old))
+    for tap in range(-1, 3):
+        distance = np.abs(at - (first + tap))
+        near = 1.25 * distance**3 - 2.25 * distance**2 + 1
+        far = -0.75 * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+        np.add.at(
+            weights,
+            (np.arange(new), np.clip(first + tap, 0, old - 1)),
+            np.where(distance <= 1, near, far),
+        )
+    return weights
+
+
+def resized(table_NxW: np.ndarray, grid: int | tuple[int, int]) -> np.ndarray:
     """A square position table resized to another number of cells by bicubic interpolation, for
     images of another size (MAE, DeiT).
 
@@ -62,31 +82,22 @@ def resized(table_NxW: np.ndarray, grid: int) -> np.ndarray:
 
     Args:
       table_NxW: one row per cell, row-major.
-      grid: cells a side of the result, G.
+      grid: cells a side of the result, or its rows and columns.
 
     Returns:
-      float32 [G * G, W]; the input table if it already has that grid.
+      float32 [rows * columns, W]; the input table if it already has that grid.
 
     >>> resized(np.arange(4, dtype=np.float32)[:, None], 2)[:, 0].tolist()
     [0.0, 1.0, 2.0, 3.0]
     """
     old = math.isqrt(len(table_NxW))
-    if old == grid:
+    rows, columns = grid if isinstance(grid, tuple) else (grid, grid)
+    if (rows, columns) == (old, old):
         return table_NxW
-    at = (np.arange(grid) + 0.5) * old / grid - 0.5
-    first, weights = np.floor(at).astype(int), np.zeros((grid, old))
-    for tap in range(-1, 3):
-        distance = np.abs(at - (first + tap))
-        near = 1.25 * distance**3 - 2.25 * distance**2 + 1
-        far = -0.75 * (distance**3 - 5 * distance**2 + 8 * distance - 4)
-        np.add.at(
-            weights,
-            (np.arange(grid), np.clip(first + tap, 0, old - 1)),
-            np.where(distance <= 1, near, far),
-        )
-    square_GxGxW = table_NxW.astype(np.float64).reshape(old, old, -1)
-    out_GxGxW = np.einsum("ya,xb,abw->yxw", weights, weights, square_GxGxW, optimize=True)
-    return out_GxGxW.reshape(grid * grid, -1).astype(np.float32)
+    square = table_NxW.astype(np.float64).reshape(old, old, -1)
+    weights = bicubic_weights(old, rows), bicubic_weights(old, columns)
+    out = np.einsum("ya,xb,abw->yxw", *weights, square, optimize=True)
+    return out.reshape(rows * columns, -1).astype(np.float32)
 
 
 def same_view_positions(grid: int, width: int) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Devices as a mesh with axes (replica, fsdp, tensor), rules from parameter paths to shardings, and
-the way of a host's rows to one global array. Knows neither models nor training: it speaks of trees
-and names."""
+global arrays from the rows of each host. Knows trees and names, neither models nor training."""
 
 from m3i_jax.parallel.barriers import (
     CoordinatedStop,

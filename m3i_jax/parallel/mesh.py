@@ -1,5 +1,5 @@
-"""The mesh, the sharding of data and the one sharding constraint of the project; where a program of
-one device may stand."""
+"""The mesh, the sharding of data, the only sharding constraint of the project, and programs that
+run on each device separately."""
 
 import functools
 import math
@@ -16,17 +16,17 @@ from m3i_jax.parallel.programs import Program
 
 AXES = ("replica", "fsdp", "tensor")
 DATA = ("replica", "fsdp")  # the leading axis of a batch is split over both
-KERNELS = "M3I_JAX_KERNELS"  # variable of the environment; 0: no kernels of our own
+KERNELS = "M3I_JAX_KERNELS"  # environment variable; 0: no Pallas kernels
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of (replica, fsdp, tensor) devices; one number may be -1, the rest of the devices.
 
-    Axis types are stated: jax.make_mesh would default to Explicit, under which sharding constraints
-    become assertions.
+    Axis types are set: the default of jax.make_mesh is Explicit, under which sharding constraints
+    are assertions.
 
     Raises:
-      UserError: if the numbers do not multiply to the number of devices.
+      UserError: the numbers do not multiply to the number of devices.
 
     >>> dict(make_mesh((-1, 1, 1), jax.devices()[:1]).shape)
     {'replica': 1, 'fsdp': 1, 'tensor': 1}
@@ -43,11 +43,11 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
 
 
 def check_host_rows(mesh: Mesh) -> None:
-    """Refuse a mesh in which devices of several hosts share rows of a batch: every host reads rows
-    of its own.
+    """Refuse a mesh in which devices of several hosts share rows of a batch: every host reads its
+    own rows.
 
     Raises:
-      UserError: says which axis is too long.
+      UserError: names the axis that is too long.
 
     >>> check_host_rows(make_mesh((1, 1, 1), jax.devices()[:1]))
     """
@@ -55,7 +55,7 @@ def check_host_rows(mesh: Mesh) -> None:
         if len(hosts := {device.process_index for device in devices}) > 1:
             raise UserError(
                 f"config.parallel.mesh: a tensor axis of {len(devices)} spans {len(hosts)} hosts,"
-                " and every host reads rows of its own; make it at most the devices of one host,"
+                " and every host reads its own rows; make it at most the devices of one host,"
                 " and let fsdp span hosts"
             )
 
@@ -70,8 +70,8 @@ def data_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def hint(x: jax.Array, *axes: Any) -> jax.Array:
-    """Ask for a sharding inside a jitted function; does nothing outside a mesh (jax.set_mesh), so
-    models run anywhere."""
+    """Constrain the sharding of an array inside a jitted function; does nothing outside a mesh
+    (jax.set_mesh), so that models run anywhere."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(DATA) <= set(mesh.axis_names):
         return x
@@ -79,8 +79,8 @@ def hint(x: jax.Array, *axes: Any) -> jax.Array:
 
 
 def rows_of_device(rows: int) -> int:
-    """How many of the rows of an array of a batch lie on each device: of a jitted function's, or of
-    all there are inside `by_hand`.
+    """Rows of a batch's array on each device, inside a jitted function; inside `per_device` and
+    `with_fsdp_gather`, all rows.
 
     >>> rows_of_device(6)
     6
@@ -95,8 +95,8 @@ def rows_of_device(rows: int) -> int:
 
 
 def platform() -> str:
-    """Where what is being traced will run: on the devices of the mesh (jax.set_mesh), which need
-    not be here, or else on the default ones.
+    """Platform that the traced program will run on: that of the mesh (jax.set_mesh), whose devices
+    need not be attached, or else the default.
 
     >>> platform() == jax.default_backend()
     True
@@ -105,16 +105,16 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def _divided(mesh: AbstractMesh) -> tuple[str, ...]:
-    """Axes that the partitioner still divides something over."""
+def _split_axes(mesh: AbstractMesh) -> tuple[str, ...]:
+    """Axes over which the partitioner still splits arrays."""
     return tuple(
         axis for axis in mesh.axis_names if axis not in mesh.manual_axes and mesh.shape[axis] > 1
     )
 
 
 def is_single_device(rows: int) -> bool:
-    """Whether `per_device` can run a program on that many rows: on one device, or where a mesh that
-    is known splits them and nothing else.
+    """Whether `per_device` can run a program on that many rows: there is one device, or the mesh
+    splits the rows and nothing else.
 
     >>> with jax.set_mesh(make_mesh((1, 1, 1), jax.devices()[:1])):
     ...     is_single_device(6)
@@ -123,13 +123,13 @@ def is_single_device(rows: int) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.device_count() == 1
-    axes = _divided(mesh)
+    axes = _split_axes(mesh)
     return set(axes) <= set(DATA) and rows % math.prod(mesh.shape[axis] for axis in axes) == 0
 
 
 def kernels(rows: int) -> bool:
-    """Whether kernels of our own run on that many rows: on TPUs where they can stand alone, unless
-    M3I_JAX_KERNELS=0 forbids them all.
+    """Whether Pallas kernels run on that many rows: on TPUs where `is_single_device` holds, unless
+    M3I_JAX_KERNELS=0.
 
     >>> kernels(6) and jax.default_backend() != "tpu"
     False
@@ -138,8 +138,8 @@ def kernels(rows: int) -> bool:
 
 
 def per_device(run: Callable[..., Any], *arrays_Bx: Any) -> Any:
-    """`run(*arrays)`, every device on its own rows: for a program that the partitioner cannot look
-    into, such as a kernel.
+    """`run(*arrays)`, every device on its own rows: for a program that the partitioner cannot
+    split, such as a kernel.
 
     Args:
       run: a function of trees of arrays [B, ...] to a tree of arrays [B, ...].
@@ -149,10 +149,10 @@ def per_device(run: Callable[..., Any], *arrays_Bx: Any) -> Any:
     [1.0, 1.0]
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not (axes := _divided(mesh)):
+    if mesh.empty or not (axes := _split_axes(mesh)):
         return run(*arrays_Bx)
-    rows, left = PartitionSpec(axes), set(mesh.axis_names) - set(mesh.manual_axes)
-    return jax.shard_map(run, in_specs=rows, out_specs=rows, axis_names=left, check_vma=False)(
+    rows, auto_axes = PartitionSpec(axes), set(mesh.axis_names) - set(mesh.manual_axes)
+    return jax.shard_map(run, in_specs=rows, out_specs=rows, axis_names=auto_axes, check_vma=False)(
         *arrays_Bx
     )
 
@@ -166,28 +166,28 @@ def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 def allgather_rows(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """All rows of all hosts, on every host: the opposite of splitting. What one process alone has
-    comes back as it is.
+    """All rows of all hosts, on every host, the inverse of `split_rows`. A single process gets its
+    own rows.
 
-    >>> allgather_rows(make_mesh((1, 1, 1), jax.devices()[:1]), {"label": np.array([3, 4])})["label"].tolist()
+    >>> mesh = make_mesh((1, 1, 1), jax.devices()[:1])
+    >>> allgather_rows(mesh, {"label": np.array([3, 4])})["label"].tolist()
     [3, 4]
     """
     if jax.process_count() == 1:
         return batch
-    # Without x64 a device has no 64-bit numbers: they travel as two words.
+    # devices have no 64-bit numbers without x64: they are sent as two words
     words = {
         name: rows.view(np.uint32).reshape(*rows.shape, 2) if rows.dtype.itemsize == 8 else rows
         for name, rows in batch.items()
     }
-    spread = to_global(mesh, words)
-    whole = jax.device_get(_gather(mesh)(spread))
+    gathered = jax.device_get(_gather(mesh)(to_global(mesh, words)))
     return {
         name: (
             np.ascontiguousarray(rows).view(batch[name].dtype)[..., 0]
             if batch[name].dtype.itemsize == 8
             else rows
         )
-        for name, rows in whole.items()
+        for name, rows in gathered.items()
     }
 
 
@@ -197,6 +197,6 @@ def _gather(mesh: Mesh) -> Program:
 
 
 def split_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
-    """Rows that every host has, as one global array split over the data axes; their number must
-    divide by those."""
+    """Rows that every host has, as one global array split over the data axes, which must divide
+    their number."""
     return jax.make_array_from_callback(rows.shape, data_sharding(mesh), lambda index: rows[index])

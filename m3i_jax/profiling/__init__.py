@@ -1,2 +1,1 @@
-"""What a compiled or traced program costs: FLOPs, memory, traffic, collectives, device names and
-traces."""
+"""Cost of a compiled or traced program: FLOPs, memory, traffic, collectives; hardware; traces."""

@@ -1,42 +1,47 @@
-"""What a compiled train step needs and costs on the devices it was compiled for: `compile.json` and
-the table that is printed.
+"""Report of a compiled train step, for the devices that it was compiled for: `compile.json` and the
+printed tables.
 
-compile.json, version 1 (bytes, seconds and FLOPs are of one device and one step unless the name
-says otherwise):
+compile.json, version 1. Bytes, seconds and FLOPs are of one device and one step unless the name
+says otherwise.
 
-    version topology chip devices mesh             what was compiled for; mesh is {axis: devices}
-    batch_size batch_per_device microbatches       images (mixed views); batch_per_device is of a
-    data shard fits peak_bytes limit_bytes over_bytes         over_bytes: peak over limit, 0 if it
-    fits memory                                         {part: bytes}, which sum to peak_bytes;
-    parts: params moments target other (the state), batch, temporaries. Empty if the compiler did
-    not say what it wanted
-    residual_bytes peak_ratio                      what lives from a forward pass to its backward:
-                                                   the encoder and the dearer of the two groups of
-                                                   losses, by what model.remat keeps, of one
-                                                   microbatch; with several also views and targets
-                                                   of the others, and the sum of gradients. A part
-                                                   of the temporaries. And peak_bytes over state,
-                                                   batch and that: 1 were a perfect compiler
-    flops                                          {compiled, asked, model, ratio}: matrix
-                                                   operations of a device: of the compiled program;
-                                                   of the step without remat; of the model, without
-                                                   what microbatches add either, as MFU counts; and
-                                                   the first over the second: what is done twice
-    collectives                                    {kind: {count, received_bytes}}; those in a loop
-    as often as it turns traffic_bytes                                  to and from main memory,
-    estimated from the program's text roofline
-    {compute_seconds, memory_seconds, network_seconds, step_seconds}; the last, the largest, is what
-    a step takes at least; null where nothing is known of the chip. network: links between chips or,
-    if that is longer, between hosts of GPUs
-    compiler_seconds                               with --code, the sum of the cycles that the TPU
-                                                   compiler expects of each instruction; null
-                                                   elsewhere
-    run                                            {steps, days, days_at_mfu, mfu}: at
-    roofline.step_seconds; at report.mfu of the peak compile_seconds
-    what lowering and compiling took here; for a TPU without --code until memory and operations were
+version
+topology, chip, devices, mesh
+    what was compiled for; mesh is {axis: devices}
+batch_size, batch_per_device, microbatches
+    images (mixed views); batch_per_device is of a data shard
+fits, peak_bytes, limit_bytes, over_bytes
+    over_bytes: peak over limit, 0 if it fits
+memory
+    {part: bytes}, whose sum is peak_bytes; parts: params, moments, target, other (the state),
+    batch, temporaries. Empty if the compiler did not state its needs
+residual_bytes, peak_ratio
+    bytes that live from a forward pass to its backward pass: of the encoder and the more expensive
+    of the two groups of losses, by the policy of model.remat, of one microbatch; with several also
+    views and targets of the others, and the sum of gradients. A part of the temporaries. peak_ratio
+    is peak_bytes over the sum of state, batch and these; a perfect compiler has 1
+flops
+    {compiled, asked, model, ratio}: matrix FLOPs of a device: of the compiled program; of the step
+    without remat; of the model, also without the additions of microbatches, as MFU counts; and
+    compiled over asked: the recomputation
+collectives
+    {kind: {count, received_bytes}}; those in a loop count once per iteration
+traffic_bytes
+    HBM traffic, estimated from the program's text
+roofline
+    {compute_seconds, memory_seconds, network_seconds, step_seconds}; the last is the largest, a
+    lower bound of a step; null for an unknown chip. network: links between chips or, if that is
+    longer, between hosts of GPUs
+compiler_seconds
+    with --code, the sum of the TPU compiler's estimated cycles of all instructions; else null
+run
+    {steps, days, days_at_mfu, mfu}: at roofline.step_seconds; at report.mfu of the peak
+compile_seconds
+    time of lowering and compiling; for a TPU without --code until memory and operations were
     settled
-    assumed                                        what only the data would know largest_batch tried
-    of --largest-batch: images a data shard, or null; each attempt of it or of --suggest
+assumed
+    values that only the data would determine
+largest_batch, tried
+    of --largest-batch: images per data shard, or null; each attempt of it or of --suggest
 """
 
 import dataclasses
@@ -56,7 +61,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProgramMemory:
-    """Bytes of a device. parts: {part: bytes}, which sum to peak."""
+    """Bytes on a device. parts: {part: bytes}, whose sum is the peak."""
 
     peak: float
     parts: dict[str, float]
@@ -67,33 +72,36 @@ def program_memory(
 ) -> ProgramMemory:
     """The memory of a program from the compiler's statistics.
 
-    Args: stats: what `compiled.memory_analysis()` returns. state: {part of the state: bytes of a
-      device}, from shapes. batch: bytes of a device's share of the batch. own: take the compiler's
-      own peak, arguments included, as of a TPU's: temporaries of loops that take each other's place
-      are in the sum of its other numbers twice. Once there is code, the gaps between arrays are not
-      in it.
+    Args:
+      stats: of `compiled.memory_analysis()`.
+      state: {part of the state: bytes on a device}, from shapes.
+      batch: bytes of a device's part of the batch.
+      own: use the compiler's peak, arguments included, as for TPUs: the sum of its other numbers
+        counts temporaries of loops that share memory twice. After code generation it lacks the gaps
+        between arrays.
 
-    Elsewhere arguments, results that do not take their place, and temporaries are taken to live
-    together. Padding of tiled layouts is a temporary."""
-    whole = (
+    Without `own`, the peak is arguments, results that do not replace them, and temporaries. Padding
+    of tiled layouts is a temporary."""
+    peak = (
         stats.argument_size_in_bytes
         + stats.output_size_in_bytes
         - stats.alias_size_in_bytes
         + stats.temp_size_in_bytes
     )
     if own:
-        whole = stats.peak_memory_in_bytes or whole
+        peak = stats.peak_memory_in_bytes or peak
     parts = dict(state) | {"batch": batch}
-    return ProgramMemory(peak=whole, parts=parts | {"temporaries": whole - sum(parts.values())})
+    return ProgramMemory(peak=peak, parts=parts | {"temporaries": peak - sum(parts.values())})
 
 
 def parse_out_of_memory(message: str) -> tuple[float, float] | None:
-    """(bytes that a program wanted, bytes that there are) from a compiler's out-of-memory error;
-    None if it is another error.
+    """(bytes that a program needs, bytes that the device has) from a compiler's out-of-memory
+    error; None if it is another error.
 
-    >>> parse_out_of_memory("Ran out of memory on HBM, the total memory required for HLO temporaries (640.00G) exceeds available HBM (15.75G).")
+    >>> required = "the total memory required for HLO temporaries (640.00G) exceeds available HBM"
+    >>> parse_out_of_memory(f"Ran out of memory on HBM, {required} (15.75G).")
     (687194767360.0, 16911433728.0)
-    >>> parse_out_of_memory("Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeds hbm capacity by 4.75G.")
+    >>> parse_out_of_memory("Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.")
     (22011707392.0, 16911433728.0)
     >>> parse_out_of_memory("INVALID_ARGUMENT: no such shape")
     """
@@ -104,48 +112,50 @@ def parse_out_of_memory(message: str) -> tuple[float, float] | None:
         rf"temporaries {number} exceeds available HBM {number}",
         rf"Used {number} of {number} hbm",
     ):
-        if found := re.search(pattern, message, re.IGNORECASE):
+        if match := re.search(pattern, message, re.IGNORECASE):
             return (
-                float(found[1]) * _UNITS[found[2].upper()],
-                float(found[3]) * _UNITS[found[4].upper()],
+                float(match[1]) * _UNITS[match[2].upper()],
+                float(match[3]) * _UNITS[match[4].upper()],
             )
     return float("nan"), float("nan")
 
 
 def analyze_program(text: str, *, chip: str, cores: int = 1, host: int = 0) -> dict[str, Any]:
-    """The entries of compile.json that the program's text decides: flops.compiled, collectives,
-    traffic_bytes, roofline, compiler_seconds.
+    """Entries of compile.json from the program's text: flops.compiled, collectives, traffic_bytes,
+    roofline, compiler_seconds.
 
     Args:
       text: `compiled.as_text()`.
-      chip: a key of hardware.CHIPS, or another name of which nothing is known.
-      cores: devices a chip, which share its peak.
-      host: devices of a host, between which the chip's links run; 0: they run between all.
+      chip: a key of hardware.CHIPS, or the name of an unknown chip.
+      cores: devices per chip, which share its peak.
+      host: devices per host, if the chip's links connect only those; 0: they connect all.
     """
     program = hlo.parse_hlo(text)
-    moved, found, done = (
+    traffic, collectives, flops = (
         hbm_traffic.hbm_traffic(program),
         hlo.collective_traffic(program, host),
         hlo.hlo_flops(program),
     )
     out: dict[str, Any] = {
-        "flops": {"compiled": done},
+        "flops": {"compiled": flops},
         "collectives": {
             kind: {"count": t.count, "received_bytes": t.received}
-            for kind, t in sorted(found.items())
+            for kind, t in sorted(collectives.items())
         },
-        "traffic_bytes": moved,
+        "traffic_bytes": traffic,
         "roofline": None,
         "compiler_seconds": None,
     }
     if chip in hardware.CHIPS:
-        card = hardware.CHIPS[chip]
+        limits = hardware.CHIPS[chip]
         times = {
-            "compute_seconds": done / card.peak * cores,
-            "memory_seconds": moved / card.bandwidth * cores,
+            "compute_seconds": flops / limits.peak * cores,
+            "memory_seconds": traffic / limits.bandwidth * cores,
             "network_seconds": max(
-                sum(t.received for t in found.values()) / card.link * cores,
-                sum(t.outside for t in found.values()) / card.network if card.network else 0.0,
+                sum(t.received for t in collectives.values()) / limits.link * cores,
+                sum(t.outside for t in collectives.values()) / limits.network
+                if limits.network
+                else 0.0,
             ),
         }
         out["roofline"] = times | {"step_seconds": max(times.values())}
@@ -154,12 +164,12 @@ def analyze_program(text: str, *, chip: str, cores: int = 1, host: int = 0) -> d
             for times, each, fused in hlo.executed_counts(program)
             if not fused and (hit := _CYCLES.search(each.text))
         )
-        out["compiler_seconds"] = cycles / card.clock if cycles and card.clock else None
+        out["compiler_seconds"] = cycles / limits.clock if cycles and limits.clock else None
     return out
 
 
 def report_tables(report: dict[str, Any]) -> str:
-    """A report as a person reads it."""
+    """A report as text."""
     peak, limit = report["peak_bytes"], report["limit_bytes"]
     verdict = (
         f"fits: {peak / limit:.0%} of {text_table.format_bytes(limit)} a device"
@@ -168,7 +178,7 @@ def report_tables(report: dict[str, Any]) -> str:
     )
     mesh = ", ".join(f"{axis} {n}" for axis, n in report["mesh"].items())
     of = f"{report['batch_size']:,} images a step, {report['batch_per_device']:,} a data shard"
-    told = [
+    lines = [
         (
             f"{report['topology']}: {report['devices']:,} devices ({mesh}); {of}, microbatches"
             f" {report['microbatches']}"
@@ -181,7 +191,7 @@ def report_tables(report: dict[str, Any]) -> str:
             (part, text_table.format_bytes(n), f"{n / peak:.1%}")
             for part, n in report["memory"].items()
         ]
-        told += [
+        lines += [
             text_table.text_table(
                 [*rows, ("all", text_table.format_bytes(peak), "100.0%")],
                 ("memory of a device", "size", "share"),
@@ -190,16 +200,16 @@ def report_tables(report: dict[str, Any]) -> str:
         ]
     if "peak_ratio" in report:
         kept = text_table.format_bytes(report["residual_bytes"])
-        told += [
+        lines += [
             (
-                f"{kept} of it wait for the backward pass; all is {report['peak_ratio']:.2f} times"
-                " state, batch and those"
+                f"{kept} of it wait for the backward pass; the peak is {report['peak_ratio']:.2f}"
+                " times the sum of state, batch and those"
             ),
             "",
         ]
     if "flops" in report:
-        told += [_costs(report), ""]
-    return "\n".join(told)
+        lines += [_costs(report), ""]
+    return "\n".join(lines)
 
 
 def _costs(report: dict[str, Any]) -> str:
@@ -232,7 +242,7 @@ def _costs(report: dict[str, Any]) -> str:
 
 
 def excess_flops(report: dict[str, Any]) -> str:
-    """By how much a program is too large."""
+    """The excess memory of a program, as text."""
     if not report["over_bytes"] > 0:
         return f"the compiler ran out of {text_table.format_bytes(report['limit_bytes'])} a device"
     return (
@@ -250,16 +260,17 @@ def attempt_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def attempt_row(row: dict[str, Any]) -> str:
-    """One of them as a line, for whoever waits for the rest.
+    """One attempt as a line of the log.
 
-    >>> print(attempt_row({"tried": "8 images", "fits": True, "peak_bytes": 3 * 2**30, "flops_ratio": 1.0156, "seconds": 90.4}))
+    >>> row = {"tried": "8 images", "fits": True, "peak_bytes": 3 * 2**30, "seconds": 90.4}
+    >>> print(attempt_row(row | {"flops_ratio": 1.0156}))
     8 images: fits, 3.00 GiB, FLOPs 1.016 times the model's; 90 s
     """
     name, _, size, ratio = _cells(row)
-    found = (
+    result = (
         f"fits, {size}, FLOPs {ratio} times the model's" if row["fits"] else f"does not fit, {size}"
     )
-    return f"{name}: {found}; {row['seconds']:.0f} s"
+    return f"{name}: {result}; {row['seconds']:.0f} s"
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, str, str, str]:

@@ -1,9 +1,9 @@
-"""Floating-point operations of matrix products and convolutions, counted on the traced program: a
-scan counts as often as it runs, the share of a device as often as there are devices, and nothing is
-compiled. (XLA's own cost analysis counts the body of a scan once, and a partitioned program on one
-device.) Without loops, on one device, the numbers are those of XLA. A while loop, whose turns only
-the data decide, counts as often as whoever wrote it expects: it stands in
-`jax.named_scope("turns=3")`."""
+"""FLOPs of matrix products and convolutions, counted on the traced program without compilation.
+
+The body of a scan counts once per iteration, the program of a device once per device. (XLA's cost
+analysis counts the body of a scan once, and a partitioned program on one device.) Without loops, on
+one device, the numbers are XLA's. The number of iterations of a while loop depends on the data; its
+code states the expected one by `jax.named_scope("turns=3")`."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ _STATED = re.compile(r"flops=(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class FlopCount:
-    """dot, conv: operations of matrix products and of convolutions, a multiply-add being two."""
+    """dot, conv: FLOPs of matrix products and of convolutions, two per multiply-add."""
 
     dot: float = 0.0
     conv: float = 0.0
@@ -38,18 +38,18 @@ class FlopCount:
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> FlopCount:
-    """Operations of one call, for arrays or jax.ShapeDtypeStructs. Products whose result nobody
-    uses do not count, as no compiler runs them; of the branches of a condition, the dearest counts.
+    """FLOPs of one call, for arrays or jax.ShapeDtypeStructs. Products whose result is unused do
+    not count, as no compiler runs them; of the branches of a condition, the most expensive counts.
 
-    Raises: ValueError: for matrix products in a while loop whose number of turns is unknown and not
-      stated.
+    Raises:
+      ValueError: matrix products in a while loop that does not state its number of iterations.
 
     >>> import jax.numpy as jnp
     >>> count_flops(lambda a, b: a @ b, jnp.zeros((2, 3)), jnp.zeros((3, 4)))
-    Flops(dot=48.0, conv=0.0)
+    FlopCount(dot=48.0, conv=0.0)
     """
     closed = jax.make_jaxpr(function)(*arguments)
-    return _of(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return _count(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
 
 
 def format_flops(flops: float) -> str:
@@ -62,22 +62,22 @@ def format_flops(flops: float) -> str:
     return f"{flops / 1000**power:.4g} {('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}FLOP"
 
 
-def _of(jaxpr: Any, used: Sequence[bool]) -> FlopCount:
-    """Walks backwards, so that only equations that an output needs are counted."""
+def _count(jaxpr: Any, used: Sequence[bool]) -> FlopCount:
+    """FLOPs of the equations that a used output needs, counted from the last to the first."""
     live = {
         v for v, u in zip(jaxpr.outvars, used, strict=True) if u and not isinstance(v, core.Literal)
     }
     total = FlopCount()
     for equation in reversed(jaxpr.eqns):
-        wanted = [v in live for v in equation.outvars]
-        if not any(wanted) and not equation.effects:
+        outputs_used = [v in live for v in equation.outvars]
+        if not any(outputs_used) and not equation.effects:
             continue
-        total += _equation(equation, wanted)
+        total += _equation(equation, outputs_used)
         live |= {v for v in equation.invars if not isinstance(v, core.Literal)}
     return total
 
 
-def _equation(equation: Any, wanted: list[bool]) -> FlopCount:
+def _equation(equation: Any, used: list[bool]) -> FlopCount:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contract, _), _ = params["dimension_numbers"]
@@ -90,21 +90,21 @@ def _equation(equation: Any, wanted: list[bool]) -> FlopCount:
     if name == "conv_general_dilated":
         return FlopCount(conv=2.0 * _convolution(equation))
     if name == "pallas_call" and params.get("cost_estimate"):
-        # A kernel knows what of its products is thrown away; and in jax.named_scope("flops=N"),
-        # what of them is the model's work.
+        # A kernel's estimate leaves out products that it discards; jax.named_scope("flops=N")
+        # states the FLOPs of the model.
         stated = _STATED.findall(str(equation.source_info.name_stack))
         return FlopCount(dot=float(stated[-1] if stated else params["cost_estimate"].flops))
-    turns = name in ("scan", "while")  # what one turn gives the next one needs
+    is_loop = name in ("scan", "while")  # an iteration needs all outputs of the one before
     inner = [
-        _of(p, wanted if len(p.outvars) == len(wanted) and not turns else [True] * len(p.outvars))
+        _count(p, used if len(p.outvars) == len(used) and not is_loop else [True] * len(p.outvars))
         for p in _programs(params)
     ]
     if name == "while" and any(f.total for f in inner):
         stated = _TURNS.findall(str(equation.source_info.name_stack))
         if not stated:
             raise ValueError(
-                "matrix products in a while loop: how often it runs is not known before it does;"
-                ' use lax.scan, or state it by jax.named_scope("turns=N")'
+                "matrix products in a while loop, whose number of iterations is unknown; use"
+                ' lax.scan, or state it by jax.named_scope("turns=N")'
             )
         return sum(inner, FlopCount()).times(float(stated[-1]))
     if name == "cond":
@@ -113,7 +113,7 @@ def _equation(equation: Any, wanted: list[bool]) -> FlopCount:
 
 
 def _programs(value: Any) -> list[Any]:
-    """All programs inside an equation's parameters, whatever the parameters are called."""
+    """All programs inside an equation's parameters, under any name."""
     if isinstance(value, dict):
         value = tuple(value.values())
     if isinstance(value, (tuple, list)):
@@ -125,7 +125,7 @@ def _programs(value: Any) -> list[Any]:
 def _repeats(name: str, params: dict[str, Any]) -> float:
     if name == "scan":
         return params["length"]
-    if name == "shard_map":  # the program of one device of the axes that are split by hand
+    if name == "shard_map":  # the program of one device along the manual axes
         return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
@@ -133,8 +133,8 @@ def _repeats(name: str, params: dict[str, Any]) -> float:
 
 
 def _convolution(equation: Any) -> float:
-    """Multiply-adds with real elements of the input: those with padding and with holes of a
-    dilation are zeros that nobody multiplies."""
+    """Multiply-adds with elements of the input, without those with padding and with the zeros of a
+    dilation."""
     params, dims = equation.params, equation.params["dimension_numbers"]
     left, kernel = (v.aval.shape for v in equation.invars)
     out = equation.outvars[0].aval.shape

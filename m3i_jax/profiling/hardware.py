@@ -1,18 +1,26 @@
-"""Named slices of accelerators, and how long a run would take on them at a stated share of their
-peak."""
+"""Accelerators: their peaks and memories, the chip that a JAX device is, named slices, and the days
+of a run on each at a given model FLOP utilisation."""
 
 import dataclasses
+import re
+from typing import NamedTuple
 
 EXA = 1e18
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """peak: dense bf16 FLOP/s; memory: bytes of HBM; bandwidth: bytes a second to and from HBM;
-    link: bytes a second that arrive from other chips over all links, at a GPU from those of its
-    host; usable: bytes that a program may use a device (of tpu7x there are two a chip), if not all;
-    clock: cycles a second of the matrix units; network: bytes a second that arrive at a GPU from
-    other hosts."""
+    """One kind of chip.
+
+    Attributes:
+      peak: dense bf16 FLOP/s.
+      memory: bytes of HBM.
+      bandwidth: bytes a second to and from HBM.
+      link: bytes a second received from other chips over all links; for a GPU, of its host.
+      usable: bytes that a program may use on a device (tpu7x has two devices a chip); 0: all.
+      clock: cycles a second of the matrix units; 0: unknown.
+      network: bytes a second that a GPU receives from other hosts.
+    """
 
     peak: float
     memory: float
@@ -28,9 +36,9 @@ class Chip:
 # is what libtpu 0.0.42 states when it refuses a program; clock is the peak over the multiply-adds
 # of the matrix units. GPUs: NVIDIA's data sheets of A100, H100 and H200 (SXM) and of the HGX B200;
 # peak dense, which is half of the figure with sparsity, link half of NVLink's total; usable nine
-# tenths of what CUDA reports, which JAX takes if it is told to; network is one adapter a GPU, of
-# 200 Gb/s in the data sheet of the DGX A100 and of 400 Gb/s in those of the DGX H100, H200 and
-# B200.
+# tenths of what CUDA reports, which JAX takes with XLA_PYTHON_CLIENT_MEM_FRACTION=.9; network is
+# one adapter per GPU, of 200 Gb/s in the data sheet of the DGX A100 and of 400 Gb/s in those of the
+# DGX H100, H200 and B200.
 CHIPS = {
     "v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9, 30.75 * 2**30, 1.05e9),
     "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 15.75 * 2**30, 1.5e9),
@@ -43,7 +51,22 @@ CHIPS = {
     "b200": Chip(2250e12, 180e9, 7700e9, 900e9, 0.9 * 191_514_411_008, network=50e9),
 }
 
-# (name a person orders, kind of chip, chips). v4 and v5p are ordered by cores, two a chip; the
+# Patterns of `device_kind` of JAX's devices. A reduced edition of a GPU has another peak and is not
+# listed.
+_NAMES = (
+    (r"TPU v4", "v4"),
+    (r"TPU (v5 ?lite|v5e)", "v5e"),
+    (r"TPU (v5p?)", "v5p"),
+    (r"TPU (v6 ?lite|v6e)", "v6e"),
+    (r"TPU ?(7x|v7x?)", "tpu7x"),
+    (r"NVIDIA A100[- ].*", "a100"),
+    (r"NVIDIA H100 80GB HBM3", "h100"),
+    (r"NVIDIA H200", "h200"),
+    (r"NVIDIA B200", "b200"),
+)
+_DEVICES = {"tpu7x": 2}  # JAX devices a chip, where they are not the same
+
+# (name to order by, kind of chip, chips). v4 and v5p are ordered by cores, two a chip; the
 # others by chips.
 SLICES = (
     ("v4-32", "v4", 16),
@@ -62,8 +85,30 @@ SLICES = (
 HEADERS = ("slice", "chips", "exaFLOP/s", "memory a chip", "days")
 
 
+class ChipPeak(NamedTuple):
+    """name: key of CHIPS. flops: dense bf16 FLOP/s of one chip. chips: their number."""
+
+    name: str
+    flops: float
+    chips: float
+
+
+def find_chip(kind: str, devices: int) -> ChipPeak | None:
+    """The chip of a `device_kind`, or None if CHIPS does not list it.
+
+    >>> find_chip("TPU v5 lite", 16)
+    ChipPeak(name='v5e', flops=197000000000000.0, chips=16.0)
+    >>> find_chip("TPU7x", 8).chips, find_chip("cpu", 1), find_chip("NVIDIA H100 PCIe", 1)
+    (4.0, None, None)
+    """
+    for pattern, name in _NAMES:
+        if re.fullmatch(pattern, kind, re.IGNORECASE):
+            return ChipPeak(name, CHIPS[name].peak, devices / _DEVICES.get(name, 1))
+    return None
+
+
 def training_days(total: float, *, kind: str, chips: int, mfu: float) -> float:
-    """Days that `total` FLOPs take on so many chips at a model FLOP utilisation of 0..1.
+    """Days that `total` FLOPs take on `chips` chips at a model FLOP utilisation of 0..1.
 
     >>> round(training_days(86_400 * 197e12, kind="v5e", chips=1, mfu=0.5), 6)
     2.0
@@ -72,7 +117,7 @@ def training_days(total: float, *, kind: str, chips: int, mfu: float) -> float:
 
 
 def slice_rows(total: float, mfu: float) -> list[tuple[str, str, str, str, str]]:
-    """A row a slice, for `text_table.text_table` with HEADERS.
+    """One row per slice, for `text_table.text_table` with HEADERS.
 
     >>> slice_rows(1e21, 0.45)[1]
     ('v5e-16', '16', '0.0032', '17.2 GB', '8.2')
@@ -80,14 +125,14 @@ def slice_rows(total: float, mfu: float) -> list[tuple[str, str, str, str, str]]
     out = []
     for name, kind, chips in SLICES:
         chip, time = CHIPS[kind], training_days(total, kind=kind, chips=chips, mfu=mfu)
-        told = f"{time:,.1f}" if time >= 1 else f"{time:.2f}"
+        days = f"{time:,.1f}" if time >= 1 else f"{time:.2f}"
         out.append(
             (
                 name,
                 str(chips),
                 f"{chip.peak * chips / EXA:.4f}",
                 f"{chip.memory / 1e9:.1f} GB",
-                told,
+                days,
             )
         )
     return out

@@ -1,5 +1,4 @@
-"""What a compiled program reads from and writes to a device's main memory, estimated from its text
-(`profiling/hlo.py`)."""
+"""HBM traffic of a compiled program, estimated from its text (`profiling/hlo.py`)."""
 
 from m3i_jax.profiling.hlo import HloArray, HloInstruction, HloProgram, executed_counts
 
@@ -19,7 +18,7 @@ _FREE = {
 _FREE |= {
     "copy-done",
     "slice-done",
-    "async-start",  # what it starts is counted where it stands
+    "async-start",  # the computation that it starts is counted itself
     "async-done",
     "async-update",
     "all-gather-done",
@@ -31,10 +30,9 @@ _SLICES = {"dynamic-slice", "slice", "gather"}
 
 
 def hbm_traffic(program: HloProgram) -> float:
-    """Bytes that a device reads from and writes to its main memory: operands and results of all
-    instructions that are not inside a fusion, what stays in the scratchpad left out. Of an operand
-    that a fusion only slices, the slices count, of a buffer that is updated in place, the
-    update."""
+    """Bytes that a device reads from and writes to HBM per step: operands and results of all
+    instructions outside fusions, without those in the scratchpad. Of an operand that a fusion only
+    slices, the slices count; of a buffer that is updated in place, the update."""
     return sum(
         times * _moved(program, each)
         for times, each, fused in executed_counts(program)
@@ -42,35 +40,39 @@ def hbm_traffic(program: HloProgram) -> float:
     )
 
 
-def _slow(items: tuple[HloArray, ...] | list[HloArray]) -> float:
+def _hbm_bytes(items: tuple[HloArray, ...] | list[HloArray]) -> float:
     return sum(array.bytes for array in items if not array.fast)
 
 
 def _moved(program: HloProgram, each: HloInstruction) -> float:
-    here = program.computations[each.inside]
-    given = [here[name].arrays for name in each.operands if name in here]
+    computation = program.computations[each.inside]
+    operands = [computation[name].arrays for name in each.operands if name in computation]
     if each.opcode in _SLICES or each.opcode.removesuffix("-start") in ("slice", "dynamic-slice"):
-        return (_slow(given[0]) > 0) * sum(a.bytes for a in each.arrays[-1:]) + _slow(
+        return (_hbm_bytes(operands[0]) > 0) * sum(a.bytes for a in each.arrays[-1:]) + _hbm_bytes(
             each.arrays[-1:]
         )
     if each.opcode == "dynamic-update-slice":
-        return _slow(given[1]) + (_slow(each.arrays) > 0) * sum(a.bytes for a in given[1])
+        return _hbm_bytes(operands[1]) + (_hbm_bytes(each.arrays) > 0) * sum(
+            a.bytes for a in operands[1]
+        )
     if each.opcode == "copy-start":
-        return _slow(given[0]) + _slow(each.arrays[:1])
+        return _hbm_bytes(operands[0]) + _hbm_bytes(each.arrays[:1])
     if 'custom_call_target="AllocateBuffer"' in each.text:
         return 0.0
     if each.opcode != "fusion":
-        return sum(map(_slow, given)) + _slow(each.arrays)
+        return sum(map(_hbm_bytes, operands)) + _hbm_bytes(each.arrays)
     body = program.computations.get(next(iter(each.called("calls")), ""), {})
     inputs = {int(i.text[1:].split(")")[0]): i for i in body.values() if i.opcode == "parameter"}
     total = sum(
-        _slow(a) and _read(body, inputs[i], sum(x.bytes for x in a)) if i in inputs else _slow(a)
-        for i, a in enumerate(given)
+        _hbm_bytes(a) and _read(body, inputs[i], sum(x.bytes for x in a))
+        if i in inputs
+        else _hbm_bytes(a)
+        for i, a in enumerate(operands)
     )
     return total + _written(body, each)
 
 
-def _read(body: dict[str, HloInstruction], parameter: HloInstruction, whole: float) -> float:
+def _read(body: dict[str, HloInstruction], parameter: HloInstruction, size: float) -> float:
     """Bytes of a fusion's operand that it reads."""
     names, total = {parameter.name}, 0.0
     for user in body.values():
@@ -81,8 +83,8 @@ def _read(body: dict[str, HloInstruction], parameter: HloInstruction, whole: flo
         elif user.opcode in _SLICES and user.operands[0] in names:
             total += sum(a.bytes for a in user.arrays)
         elif user.opcode != "dynamic-update-slice" or user.operands[0] not in names:
-            return whole
-    return min(total, whole)
+            return size
+    return min(total, size)
 
 
 def _written(body: dict[str, HloInstruction], each: HloInstruction) -> float:
@@ -94,7 +96,7 @@ def _written(body: dict[str, HloInstruction], each: HloInstruction) -> float:
         while end and end.opcode == "bitcast" and end.operands:
             end = body.get(end.operands[0])
         update = body.get(end.operands[1]) if end and end.opcode == "dynamic-update-slice" else None
-        total += _slow((array,)) and (
+        total += _hbm_bytes((array,)) and (
             sum(a.bytes for a in update.arrays) if update else array.bytes
         )
     return total

@@ -1,9 +1,8 @@
-"""What a compiled program does, read from its text (HLO): how often an instruction runs, matrix
-operations, collectives.
+"""Analysis of a compiled program's text (HLO): how often each instruction runs, FLOPs, collectives.
 
-The text is that of one device. A loop's body is printed once; here it counts as often as the loop
-turns. A collective that is spread over several fusions is printed once in each, under one chain id;
-here it counts once. Pure functions of text: nothing is compiled or run."""
+The text is that of one device. It has a loop's body once; here the body counts once per iteration.
+It has a collective that is spread over several fusions once in each, with one chain id; here it
+counts once. All functions are pure functions of the text."""
 
 import collections
 import dataclasses
@@ -46,13 +45,14 @@ _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _REFERENCE = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(
-    r"(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}"
+    r"(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+    r"|branch_computations=\{([^}]*)\}"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class HloArray:
-    """fast: it lives in the chip's own scratchpad, not in main memory (TPU: a layout with a memory
+    """fast: whether it is in the chip's scratchpad and not in HBM (TPU: a layout with a memory
     space other than 0)."""
 
     dtype: str
@@ -66,8 +66,15 @@ class HloArray:
 
 @dataclasses.dataclass(frozen=True)
 class HloInstruction:
-    """One line. operands: names of instructions of the same computation; text: everything behind
-    the operands."""
+    """One line of the text.
+
+    Attributes:
+      arrays: the results.
+      operands: names of instructions of the same computation.
+      text: everything after the operands.
+      inside: name of its computation.
+      root: whether its result is that of the computation.
+    """
 
     name: str
     opcode: str
@@ -78,7 +85,7 @@ class HloInstruction:
     root: bool = False
 
     def called(self, *kinds: str) -> list[str]:
-        """Computations that it names as one of `kinds`."""
+        """Names of the computations that it calls as one of `kinds`."""
         return [name for kind, name, _ in _CALLED.findall(self.text) if kind in kinds] + [
             name.strip().lstrip("%")
             for _, _, many in _CALLED.findall(self.text)
@@ -89,8 +96,8 @@ class HloInstruction:
 
 @dataclasses.dataclass(frozen=True)
 class HloProgram:
-    """computations: {name: {instruction name: Instruction}}, in the order of the text; devices: how
-    many run it."""
+    """computations: {name: {instruction name: HloInstruction}}, in the order of the text; devices:
+    number of devices that run it."""
 
     computations: dict[str, dict[str, HloInstruction]]
     entry: str
@@ -98,17 +105,16 @@ class HloProgram:
 
     def operands(self, instruction: HloInstruction) -> list[HloArray]:
         """The arrays that an instruction reads."""
-        here = self.computations[instruction.inside]
-        return [
-            array for name in instruction.operands if name in here for array in here[name].arrays
-        ]
+        computation = self.computations[instruction.inside]
+        known = [computation[name] for name in instruction.operands if name in computation]
+        return [array for operand in known for array in operand.arrays]
 
 
 def parse_arrays(text: str) -> tuple[HloArray, ...]:
     """The arrays of a type, tuples flattened.
 
     >>> parse_arrays("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, f32[])")
-    (Array(dtype='bf16', shape=(2, 3), fast=True), Array(dtype='f32', shape=(), fast=False))
+    (HloArray(dtype='bf16', shape=(2, 3), fast=True), HloArray(dtype='f32', shape=(), fast=False))
     """
     return tuple(
         HloArray(
@@ -122,32 +128,33 @@ def parse_arrays(text: str) -> tuple[HloArray, ...]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket opened at `start` closes."""
+    """Index of the bracket that closes the one at `start`."""
     depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] == "(") - (text[place] == ")")
+    for index in range(start, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
         if not depth:
-            return place
+            return index
     raise ValueError(f"a bracket is not closed: {text[start : start + 80]}")
 
 
 def parse_hlo(text: str) -> HloProgram:
-    """The program of a text as `compiled.as_text()` gives it.
+    """The program of the text of `compiled.as_text()`.
 
-    >>> p = parse_hlo("HloModule m, num_partitions=2\\nENTRY %e (a: f32[4]) -> f32[4] {\\n  ROOT %a = f32[4]{0} parameter(0)\\n}")
+    >>> head, entry = "HloModule m, num_partitions=2", "ENTRY %e (a: f32[4]) -> f32[4] {"
+    >>> p = parse_hlo("\\n".join([head, entry, "  ROOT %a = f32[4]{0} parameter(0)", "}"]))
     >>> p.entry, p.devices, list(p.computations["e"])
     ('e', 2, ['a'])
     """
     computations: dict[str, dict[str, HloInstruction]] = {}
     head = text[: text.find("\n")]
     devices = math.prod(int(n) for n in re.findall(r"(?:replica_count|num_partitions)=(\d+)", head))
-    here, entry = "", ""
+    inside, entry = "", ""
     for line in text.split("\n"):
-        if line[:1] not in (" ", "") and (found := _HEAD.match(line)):
-            here = found[2]
-            computations[here], entry = {}, here if found[1] else entry
-        elif here and (hit := _LINE.match(line)):
-            kind = re.sub(r"/\*.*?\*/", "", hit[3])
+        if line[:1] not in (" ", "") and (match := _HEAD.match(line)):
+            inside = match[2]
+            computations[inside], entry = {}, inside if match[1] else entry
+        elif inside and (match := _LINE.match(line)):
+            kind = re.sub(r"/\*.*?\*/", "", match[3])
             end = _closing(kind, 0) + 1 if kind.startswith("(") else kind.index(" ")
             opcode = _OPCODE.match(kind, end)
             if not opcode:
@@ -164,15 +171,16 @@ def parse_hlo(text: str) -> HloProgram:
                 if opcode[1] in ("constant", "parameter")
                 else kind[close + 1 :]
             )
-            computations[here][hit[2]] = HloInstruction(
-                hit[2], opcode[1], parse_arrays(kind[:end]), operands, rest, here, bool(hit[1])
+            arrays, root = parse_arrays(kind[:end]), bool(match[1])
+            computations[inside][match[2]] = HloInstruction(
+                match[2], opcode[1], arrays, operands, rest, inside, root
             )
     return HloProgram(computations, entry, devices)
 
 
 def trip_count(program: HloProgram, loop: HloInstruction) -> int:
-    """How often a while loop turns: as the compiler noted it, or from a condition `counter <
-    constant`, counting by one; 1 if neither."""
+    """Iterations of a while loop: the compiler's note, or from a condition `counter < constant`
+    with steps of one; 1 if neither is there."""
     if noted := re.search(r'known_trip_count":?\{"?n"?:"?(\d+)', loop.text):
         return int(noted[1])
     for name in loop.called("condition"):
@@ -204,17 +212,17 @@ def _start(program: HloProgram, loop: HloInstruction, condition: dict[str, HloIn
         for each in condition.values()
         if each.opcode == "get-tuple-element"
     ]
-    here = program.computations[loop.inside]
-    initial = here.get(loop.operands[0]) if loop.operands else None
-    for index in (int(found[1]) for found in read if found):
+    computation = program.computations[loop.inside]
+    initial = computation.get(loop.operands[0]) if loop.operands else None
+    for index in (int(match[1]) for match in read if match):
         if initial and initial.opcode == "tuple" and index < len(initial.operands):
-            first = here.get(initial.operands[index])
+            first = computation.get(initial.operands[index])
             while (
                 first
                 and first.opcode in ("copy", "bitcast", "copy-done", "copy-start")
                 and first.operands
             ):
-                first = here.get(first.operands[0])
+                first = computation.get(first.operands[0])
             if (
                 first
                 and first.opcode == "constant"
@@ -225,8 +233,8 @@ def _start(program: HloProgram, loop: HloInstruction, condition: dict[str, HloIn
 
 
 def executed_counts(program: HloProgram) -> Iterator[tuple[int, HloInstruction, bool]]:
-    """(how often a step runs it, instruction, whether it stands inside a fusion) for all a step
-    reaches, all branches included."""
+    """(runs per step, instruction, whether it is inside a fusion) of all instructions that a step
+    reaches, in all branches."""
 
     def walk(name: str, times: int, fused: bool) -> Iterator[tuple[int, HloInstruction, bool]]:
         for each in program.computations.get(name, {}).values():
@@ -244,8 +252,8 @@ def executed_counts(program: HloProgram) -> Iterator[tuple[int, HloInstruction, 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """count: collectives a step; received: bytes that arrive at a device; outside: those of them
-    that come from other hosts."""
+    """count: collectives per step; received: bytes that a device receives; outside: those from
+    other hosts."""
 
     count: int = 0
     received: float = 0.0
@@ -253,13 +261,13 @@ class Traffic:
 
 
 def collective_traffic(program: HloProgram, host: int = 0) -> dict[str, Traffic]:
-    """Collectives by kind; host: devices of one, 0: all.
+    """Collectives by kind. host: devices of a host; 0: all.
 
-    Of n devices that take part, with S bytes of operands each: an all-gather receives (n - 1) S, a
+    With n participating devices and S bytes of operands each, an all-gather receives (n - 1) S, a
     reduce-scatter or all-to-all (n - 1) / n S, an all-reduce 2 (n - 1) / n S (a reduce-scatter and
     an all-gather), a permute S. An all-reduce of which a device keeps only its slice, inside one
-    fusion, is a reduce-scatter, which is what it runs as."""
-    found: dict[str, Traffic] = {}
+    fusion, runs as a reduce-scatter and counts as one."""
+    out: dict[str, Traffic] = {}
     seen: set[tuple[str, str]] = set()
     for times, each, fused in executed_counts(program):
         kind = each.opcode.removesuffix("-start")
@@ -271,20 +279,20 @@ def collective_traffic(program: HloProgram, host: int = 0) -> dict[str, Traffic]
             seen.add((chain[1], kind))
         if kind == "all-reduce" and fused and _keeps_a_slice(program, each):
             kind = "reduce-scatter"
-        size, who = (
+        size, members = (
             sum(array.bytes for array in program.operands(each)),
             group_members(each.text, program.devices),
         )
-        n = len(who)
+        n = len(members)
         share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(
             kind, (n - 1) / n
         )
         if n > 1:
-            old = found.get(kind, Traffic())
+            old = out.get(kind, Traffic())
             received = times * size * share
-            outside = received * _outside(kind, each, who, host) if host else 0.0
-            found[kind] = Traffic(old.count + times, old.received + received, old.outside + outside)
-    return found
+            outside = received * _outside(kind, each, members, host) if host else 0.0
+            out[kind] = Traffic(old.count + times, old.received + received, old.outside + outside)
+    return out
 
 
 def _keeps_a_slice(program: HloProgram, each: HloInstruction) -> bool:
@@ -297,67 +305,66 @@ def _keeps_a_slice(program: HloProgram, each: HloInstruction) -> bool:
 
 
 def group_members(text: str, devices: int) -> tuple[int, ...]:
-    """Devices of the first group that takes part in a collective, from its attributes in any of the
-    ways in which they are printed.
+    """Devices of the first group of a collective, from its attributes in any printed form.
 
-    >>> group_members("replica_groups={{0,2},{1,3}}", 4), group_members("replica_groups=[2,2]<=[2,2]T(1,0)", 4), group_members("replica_groups={}", 3)
-    ((0, 2), (0, 2), (0, 1, 2))
-    >>> group_members("replica_groups=mesh['a'=4,'b'=2] {'a'}", 8), group_members("replica_groups=mesh['a'=8] {'a':(1)4}", 8)
-    ((0, 2, 4, 6), (0, 2, 4, 6))
+    >>> forms = ("{{0,2},{1,3}}", "[2,2]<=[2,2]T(1,0)", "{}")
+    >>> [group_members(f"replica_groups={form}", 4) for form in forms]
+    [(0, 2), (0, 2), (0, 1, 2, 3)]
+    >>> forms = ("mesh['a'=4,'b'=2] {'a'}", "mesh['a'=8] {'a':(1)4}")
+    >>> [group_members(f"replica_groups={form}", 8) for form in forms]
+    [(0, 2, 4, 6), (0, 2, 4, 6)]
     """
     if "source_target_pairs" in text:
         return tuple(range(devices))
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return tuple(int(n) for n in found[1].split(",") if n)
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        sides = [int(n) for n in found[2].split(",")]
-        turned = [int(n) for n in found[3].split(",")] if found[3] else range(len(sides))
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return tuple(int(n) for n in match[1].split(",") if n)
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        sides = [int(n) for n in match[2].split(",")]
+        axes = [int(n) for n in match[3].split(",")] if match[3] else range(len(sides))
         return tuple(
             np.arange(math.prod(sides))
             .reshape(sides)
-            .transpose(turned)
-            .ravel()[: int(found[1])]
+            .transpose(axes)
+            .ravel()[: int(match[1])]
             .tolist()
         )
-    if found := re.search(r"replica_groups=@?\w*\[([^\]]*)\]\s*\{([^}]*)\}", text):
-        sizes = {axis: int(n) for axis, n in re.findall(r"'?([\w.]+)'?=(\d+)", found[1])}
-        places = [0]
+    if match := re.search(r"replica_groups=@?\w*\[([^\]]*)\]\s*\{([^}]*)\}", text):
+        sizes = {axis: int(n) for axis, n in re.findall(r"'?([\w.]+)'?=(\d+)", match[1])}
+        members = [0]
         for axis, before, part in re.findall(
-            r"'?([A-Za-z_][\w.]*)'?(?::\((\d+)\)(\d+))?", found[2]
+            r"'?([A-Za-z_][\w.]*)'?(?::\((\d+)\)(\d+))?", match[2]
         ):
             if axis not in sizes:
                 continue
             size = int(part or sizes[axis])
             behind = list(sizes.values())[list(sizes).index(axis) + 1 :]
             stride = math.prod(behind) * sizes[axis] // (int(before or 1) * size)
-            places = [place + i * stride for place in places for i in range(size)]
-        return tuple(places)
+            members = [member + i * stride for member in members for i in range(size)]
+        return tuple(members)
     return tuple(range(devices))
 
 
-def _outside(kind: str, each: HloInstruction, who: tuple[int, ...], host: int) -> float:
-    """Of the bytes that a device receives in a collective, the share that must come from other
-    hosts, of so many devices each."""
+def _outside(kind: str, each: HloInstruction, members: tuple[int, ...], host: int) -> float:
+    """Share of the bytes received in a collective that comes from other hosts of `host` devices."""
     if pairs := (
         re.findall(r"\{(\d+),(\d+)\}", each.text) if "source_target_pairs" in each.text else []
     ):
         return float(any(int(a) // host != int(b) // host for a, b in pairs))
-    n, near = len(who), max(collections.Counter(place // host for place in who).values())
-    # What comes into a host comes once, through all of its devices that take part, and is handed on
-    # inside; not what is one device's own.
+    n, near = len(members), max(collections.Counter(m // host for m in members).values())
+    # Data enter a host once, through all of its participating devices, and are passed on inside;
+    # in an all-to-all every device receives its own data.
     return (n - near) / (n - 1) / (1 if "all-to-all" in kind else near)
 
 
-# Where input, kernel and output stand among (operand, operand, result) of a cuDNN call, whose
-# window and labels are those of the forward.
+# positions of input, kernel and output among (operand, operand, result) of a cuDNN call; its window
+# and labels are those of the forward convolution
 _GRADIENTS = {"BackwardInput": (2, 1, 0), "BackwardFilter": (0, 2, 1)}
 
 
 def hlo_flops(program: HloProgram) -> float:
-    """Operations of matrix products and convolutions on one device, a multiply-add being two,
-    products with padding and with the holes of a dilation left out. Covers dot, convolution (which
-    is what a TPU makes of a batched product), calls of cuBLAS and cuDNN, and what a kernel
-    states."""
+    """FLOPs of matrix products and convolutions on one device, two per multiply-add, without
+    products with padding and with the zeros of a dilation. Covers dot, convolution (a batched
+    product on a TPU), calls of cuBLAS and cuDNN, and the estimates of kernels."""
     return sum(times * _flops(program, each) for times, each, _ in executed_counts(program))
 
 
@@ -381,17 +388,17 @@ def _flops(program: HloProgram, each: HloInstruction) -> float:
     shapes = [array.shape for array in (*program.operands(each)[:2], each.arrays[0])]
     left, kernel, out = (shapes[i] for i in _GRADIENTS.get(call[1] if call else "", (0, 1, 2)))
     window = re.search(r"window=\{([^}]*)\}", each.text)
-    given = dict(item.split("=") for item in window[1].split()) if window else {}
+    attributes = dict(item.split("=") for item in window[1].split()) if window else {}
     macs = float(
         out[labels[3].index("b")] * out[labels[3].index("f")] * kernel[labels[2].index("i")]
     )
     for d in range(sum(c.isdigit() for c in labels[1])):
         number = {
             k: int(v.split("x")[d])
-            for k, v in given.items()
+            for k, v in attributes.items()
             if k in ("size", "stride", "lhs_dilate", "rhs_dilate")
         }
-        low = int(given["pad"].split("x")[d].split("_")[0]) if "pad" in given else 0
+        low = int(attributes["pad"].split("x")[d].split("_")[0]) if "pad" in attributes else 0
         sizes = (
             left[labels[1].index(str(d))],
             kernel[labels[2].index(str(d))],
@@ -408,9 +415,9 @@ def _flops(program: HloProgram, each: HloInstruction) -> float:
 
 
 @functools.cache
-def _taps(size: int, taps: int, places: int, stride: int, low: int, hole: int, spread: int) -> int:
-    """Pairs of (output place, tap) that meet a real element of an input of `size` with `hole` - 1
-    zeros between its elements."""
+def _taps(size: int, taps: int, outputs: int, stride: int, low: int, hole: int, spread: int) -> int:
+    """Pairs of (output, tap) that read an element of an input of `size` with `hole` - 1 zeros
+    between its elements."""
     last = (size - 1) * hole
-    at = (p * stride - low + t * spread for p in range(places) for t in range(taps))
+    at = (p * stride - low + t * spread for p in range(outputs) for t in range(taps))
     return sum(1 for x in at if 0 <= x <= last and not x % hole)

@@ -1,8 +1,8 @@
-"""What a TPU's compiler has decided, before it makes code of it.
+"""Program and memory of a TPU compilation before code generation.
 
-libtpu takes nine tenths of a compilation to make code, when which operations run and where
-everything lies in memory is settled already. It writes both down at that point, if asked to. So a
-process of its own compiles, reads what was written, tells it, and ends."""
+Code generation takes nine tenths of a compilation by libtpu; operations and memory are settled
+before it, and libtpu can dump both at that point. So a subprocess compiles, reads the dump, sends
+it, and ends."""
 
 import multiprocessing
 import pathlib
@@ -21,8 +21,7 @@ import jax
 from m3i_jax.errors import UserError
 
 POLL = 0.5  # seconds
-# Where the compiler has them in this order: the program, what it needs, and a file that comes after
-# both.
+# in the order of writing: the program, its memory, and a file that is written after both
 _TEXT, _MEMORY, _AFTER = (
     "*.after_optimizations.txt",
     "*.after_optimizations-memory-usage-report.txt",
@@ -32,8 +31,8 @@ _MAIN = re.compile(r"Memory Space: default \(color=0\)\s+Total bytes: (\d+)")
 
 
 class EarlyProgram(NamedTuple):
-    """Of a `jax.stages.Compiled` what needs no code: its text, and its peak, as the compiler holds
-    it against a chip's memory."""
+    """The part of a `jax.stages.Compiled` that needs no code: its text, and its peak, which the
+    compiler compares with a chip's memory."""
 
     text: str
     peak: int
@@ -49,28 +48,28 @@ class EarlyProgram(NamedTuple):
 
 
 def read_libtpu_dump(folder: pathlib.Path) -> EarlyProgram | None:
-    """The program in a directory that libtpu dumps to; None as long as, or if, it is not there."""
+    """The program in a directory that libtpu dumps to; None if it is not complete."""
     if not any(folder.glob(_AFTER)):
         return None
     texts, reports = sorted(folder.glob(_TEXT)), sorted(folder.glob(_MEMORY))
-    found = _MAIN.search(reports[-1].read_text()) if texts and reports else None
-    return EarlyProgram(texts[-1].read_text(), int(found[1])) if found else None
+    match = _MAIN.search(reports[-1].read_text()) if texts and reports else None
+    return EarlyProgram(texts[-1].read_text(), int(match[1])) if match else None
 
 
 def compile_until_scheduled(
     lowered: jax.stages.Lowered, options: dict[str, Any], folder: pathlib.Path
 ) -> EarlyProgram | jax.stages.Compiled:
-    """What libtpu makes of a lowered program, as soon as memory and operations are settled; all of
-    it, if it does not write them down as expected. The compiler goes on behind, so the process
-    should end soon: `run_in_subprocess`.
+    """The program that libtpu makes of a lowered one, as soon as memory and operations are settled;
+    the compiled program if the dump is not as expected. The compiler continues in a thread, so the
+    process should end soon: `run_in_subprocess`.
 
     Args:
       lowered: for a TPU.
-      options: of the compiler.
+      options: compiler options.
       folder: empty directory.
 
     Raises:
-      Whatever the compiler raises.
+      the errors of the compiler.
     """
     done: list[Any] = []
 
@@ -92,37 +91,38 @@ def compile_until_scheduled(
     thread.start()
     while thread.is_alive():
         thread.join(POLL)
-        if not done and (found := read_libtpu_dump(folder)):
-            return found
+        if not done and (program := read_libtpu_dump(folder)):
+            return program
     if isinstance(done[0], Exception):
         raise done[0]
     return done[0]
 
 
 def run_in_subprocess(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(folder, *arguments)` in a process of its own, which ends when it has a result,
-    whatever else still runs in it. `folder` is an empty directory for it. All must be picklable.
+    """`function(folder, *arguments)` in a subprocess that ends with the result, even if threads are
+    still running. `folder` is an empty directory. All arguments must be picklable.
 
     Raises:
-      UserError: what the function raised.
-      RuntimeError: it raised something else, which is on stderr, or its process was ended.
+      UserError: that of the function.
+      RuntimeError: the function raised another error, which is printed to stderr, or the process
+        was killed.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="m3i_jax_") as folder:
-        ours, theirs = context.Pipe(duplex=False)
+        receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
-            target=_work, args=(theirs, function, pathlib.Path(folder), *arguments), daemon=True
+            target=_work, args=(sender, function, pathlib.Path(folder), *arguments), daemon=True
         )
         process.start()
-        theirs.close()
+        sender.close()
         try:
-            out, error, trace = ours.recv()
+            out, error, trace = receiver.recv()
         except EOFError:
             process.join()
             reason = (
                 "it was killed; is there enough memory?"
                 if process.exitcode == -9
-                else "its reason is above, if it told one"
+                else "its output is above"
             )
             raise RuntimeError(
                 f"the process that compiles ended with {process.exitcode}: {reason}"
@@ -130,22 +130,22 @@ def run_in_subprocess(function: Callable[..., Any], *arguments: Any) -> Any:
         finally:
             process.kill()
             process.join()
-            ours.close()
+            receiver.close()
     if trace:
-        print(trace, file=sys.stderr)  # by this process, whose output shows no secrets
+        print(trace, file=sys.stderr)  # by this process, whose output is redacted
     if error:
         raise error
     return out
 
 
 def _work(
-    line: Connection, function: Callable[..., Any], folder: pathlib.Path, *arguments: Any
+    sender: Connection, function: Callable[..., Any], folder: pathlib.Path, *arguments: Any
 ) -> None:
     try:
-        line.send((function(folder, *arguments), None, ""))
+        sender.send((function(folder, *arguments), None, ""))
     except UserError as error:
-        line.send((None, error, ""))
+        sender.send((None, error, ""))
     except Exception as error:
-        line.send(
-            (None, RuntimeError(f"{type(error).__name__}, told above"), traceback.format_exc())
+        sender.send(
+            (None, RuntimeError(f"{type(error).__name__}, printed above"), traceback.format_exc())
         )

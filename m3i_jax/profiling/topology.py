@@ -1,10 +1,9 @@
-"""Devices that are not here: the name of a slice, such as v5e:4x4, h100:8 or cpu:8, as devices that
-programs can be compiled for. The accelerator types of Google Cloud, such as v5litepod-16, are names
-of slices too.
+"""Devices to compile for that are not attached, from the name of a slice, such as v5e:4x4, h100:8
+or cpu:8, or of an accelerator type of Google Cloud, such as v5litepod-16.
 
-TPU programs are compiled by libtpu and GPU programs by the CUDA plugin, without either being
-attached; both come with an extra of this package. `cpu:N` are N devices on this host. What a
-library must find in the environment before it loads is set here, where nothing was set."""
+libtpu compiles TPU programs and the CUDA plugin GPU programs without an accelerator; both are
+extras of this package. `cpu:N` are N devices of this host. The environment variables that a library
+reads when it loads are set here, unless they are set already."""
 
 import dataclasses
 import difflib
@@ -21,9 +20,15 @@ from m3i_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceFamily:
-    """platform: tpu, cuda or cpu; sides: numbers in the shape of a slice (TPU); cores: devices a
-    chip; options: for libtpu; host: devices of a host, where the links between devices end with it,
-    else 0."""
+    """A kind of device.
+
+    Attributes:
+      platform: tpu, cuda or cpu.
+      sides: number of sides of a slice (TPU).
+      cores: JAX devices per chip.
+      options: for libtpu.
+      host: devices per host, if the links between devices end there; else 0.
+    """
 
     platform: str
     sides: int = 1
@@ -32,7 +37,7 @@ class DeviceFamily:
     host: int = 0
 
 
-PER_HOST = 8  # GPUs of a host
+PER_HOST = 8  # GPUs per host
 FAMILIES = {
     "v4": DeviceFamily(platform="tpu", sides=3, options=(("chip_config_name", "megacore"),)),
     "v5e": DeviceFamily(platform="tpu", sides=2),
@@ -56,8 +61,7 @@ CLOUD = {
     "v6e": ("v6e", 1, 256),
 }
 EXTRA = {"tpu": ("libtpu", "tpu"), "cuda": ("jax_plugins.xla_cuda12", "cuda")}
-# libtpu would ask a cloud's metadata server what machine it is on, claim a chip, and write of both
-# to stderr.
+# libtpu would otherwise query the cloud's metadata server, claim a chip, and log both to stderr
 _QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -66,16 +70,15 @@ _QUIET = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
 }
-# Options of the compiler, by platform. A GPU's kernels would be tuned on the GPU; without one,
-# Triton has no tile sizes for products.
+# Compiler options by platform. GPU kernels are autotuned on the GPU; without one, Triton has no
+# tile sizes for products.
 COMPILER: dict[str, dict[str, Any]] = {
     "tpu": {},
     "cpu": {},
     "cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False},
 }
-# Of each card: cores, compute capability, clock in GHz, bytes of shared memory a core and a block,
-# of L2, of memory, of bandwidth a second, name. From the properties that CUDA reports of the SXM
-# cards.
+# Of each card: cores, compute capability, clock in GHz, bytes of shared memory per core and per
+# block, of L2, of memory, of bandwidth per second, name; as CUDA reports them of the SXM cards.
 CARDS = {
     "a100": (
         108,
@@ -126,8 +129,7 @@ CARDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Topology:
-    """A slice by name. shape: its sides; devices: how many programs run on it, which on tpu7x are
-    two a chip."""
+    """A slice by name. shape: its sides; devices: JAX devices, on tpu7x two per chip."""
 
     name: str
     kind: str
@@ -150,10 +152,12 @@ def parse_topology(text: str) -> Topology:
     """The slice of a name.
 
     Raises:
-      UserError: for a name that is none, with the nearest that is.
+      UserError: an unknown name; with the nearest one.
 
-    >>> parse_topology("v5e:4x4").devices, parse_topology("v5p:4x4x4").shape, parse_topology("h100:8").family.platform
-    (16, (4, 4, 4), 'cuda')
+    >>> parse_topology("v5e:4x4").devices, parse_topology("v5p:4x4x4").shape
+    (16, (4, 4, 4))
+    >>> parse_topology("h100:8").family.platform
+    'cuda'
     >>> parse_topology("v5litepod-16").shape, parse_topology("v4-16").shape
     ((4, 4), (2, 2, 2))
     """
@@ -173,11 +177,11 @@ def parse_topology(text: str) -> Topology:
         raise UserError(f"--topology {text}: there is no such topology; {hint}")
     family = FAMILIES[kind]
     if not re.fullmatch(r"[1-9]\d{0,4}" + r"x[1-9]\d{0,4}" * (family.sides - 1), size):
-        wanted = (
+        expected = (
             "the number of devices" if family.sides == 1 else f"{family.sides} sides joined by x"
         )
         raise UserError(
-            f"--topology {text}: {kind} takes {wanted} behind the colon, such as"
+            f"--topology {text}: {kind} takes {expected} after the colon, such as"
             f" {kind}:{_example(kind)}"
         )
     shape = tuple(int(n) for n in size.split("x"))
@@ -213,12 +217,11 @@ def _example(kind: str) -> str:
 
 
 def topology_devices(topology: Topology) -> list[jax.Device]:
-    """The devices of a slice, to compile for. Sets what must stand in the environment and JAX's
-    platform to the CPU, so that no attached accelerator is taken; call it before anything else has
-    run on a device.
+    """The devices of a slice, to compile for. Sets environment variables, and JAX's platform to the
+    CPU, so that no attached accelerator is used; call it before JAX has used a device.
 
     Raises:
-      UserError: if the library that compiles for it is not installed, or does not know the slice.
+      UserError: the library that compiles for it is not installed, or does not know the slice.
     """
     platform, cores = topology.family.platform, topology.devices
     if platform == "cpu":
@@ -264,13 +267,13 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
 def _installed(library: str) -> bool:
     try:
         return importlib.util.find_spec(library) is not None
-    except ModuleNotFoundError:  # the package around it
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
 def _host(count: int, name: str) -> list[jax.Device]:
-    """So many devices of this host. Their number is fixed when the first of them is used, so before
-    that it is raised."""
+    """`count` CPU devices of this host. Their number is fixed when the first is used, so it is set
+    before."""
     forced = re.search(
         r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
     )
@@ -279,27 +282,31 @@ def _host(count: int, name: str) -> list[jax.Device]:
             jax.config.update("jax_num_cpu_devices", count)
         jax.config.update("jax_platforms", "cpu")
     except RuntimeError:
-        pass  # some program of this process already has devices: as many as there are must do
-    found = jax.devices("cpu")
-    if len(found) < count:
+        pass  # this process already uses its devices: their number stays
+    devices = jax.devices("cpu")
+    if len(devices) < count:
         raise UserError(
-            f"--topology {name}: this process already runs on {len(found)} CPU devices; start it"
-            " anew"
+            f"--topology {name}: this process already uses {len(devices)} CPU devices; start a"
+            " new one"
         )
-    return found[:count]
+    return devices[:count]
 
 
 def card(kind: str) -> str:
-    """What the CUDA compiler must know of a card, in the text form of its protocol buffer."""
+    """Description of a card for the CUDA compiler, a protocol buffer as text."""
     cores, major, clock, shared, block, cache, memory, bandwidth, name = CARDS[kind]
     return f"""gpu_device_info {{
-      threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048  core_count: {cores}
-      fpus_per_core: {64 if major == 8 else 128}  shared_memory_per_block: 49152  shared_memory_per_core: {shared}
-      shared_memory_per_block_optin: {block}  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+      threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+      core_count: {cores}  fpus_per_core: {64 if major == 8 else 128}
+      shared_memory_per_block: 49152  shared_memory_per_core: {shared}
+      shared_memory_per_block_optin: {block}
+      registers_per_core_limit: 65536  registers_per_block_limit: 65536
       block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
       thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
-      memory_bandwidth: {bandwidth}  l2_cache_size: {cache}  clock_rate_ghz: {clock}  device_memory_size: {memory}
+      memory_bandwidth: {bandwidth}  l2_cache_size: {cache}
+      clock_rate_ghz: {clock}  device_memory_size: {memory}
       cuda_compute_capability {{ major: {major} }}
     }}
-    platform_name: "CUDA"  dnn_version_info {{ major: 9  minor: 8 }}  device_description_str: "{name}"
+    platform_name: "CUDA"  dnn_version_info {{ major: 9  minor: 8 }}
+    device_description_str: "{name}"
     """

@@ -1,4 +1,4 @@
-"""Profiler traces on demand, and what is in them, without TensorFlow."""
+"""Profiler traces on demand, and their operations, without TensorFlow."""
 
 import contextlib
 import pathlib
@@ -14,8 +14,8 @@ HEADERS = ("operation", "ms a step", "share", "calls a step", "kind")
 
 
 class TraceOp(NamedTuple):
-    """An operation of the compiled step; seconds and calls of the whole trace. Time of operations
-    inside it is not counted twice."""
+    """An operation of the compiled step; seconds and calls in the trace. Its time excludes that of
+    operations inside it."""
 
     name: str
     kind: str
@@ -24,14 +24,16 @@ class TraceOp(NamedTuple):
 
 
 class Tracer:
-    """Traces a few steps of a run when it is asked to. Called with every step that was sent and its
-    metrics; a trace begins and ends when the device has nothing to do, so that it holds whole
-    steps.
+    """Traces a few steps of a run on request. Called with every dispatched step and its metrics; a
+    trace begins and ends when the device is idle, so that it has complete steps.
 
-    Args: directory: where traces go, each in a folder with the time as its name. say: prints a
-      line. steps: length of a trace. apart: gives the block in which the profiler starts, or stops
-      and writes, which is no time of training. done: called with the directory of each finished
-      trace and its steps.
+    Args:
+      directory: of the traces, each in a folder named by the time.
+      say: logs a line.
+      steps: length of a trace.
+      apart: context in which the profiler starts, or stops and writes; its time is not that of
+        training.
+      done: called with the directory of each finished trace and its number of steps.
     """
 
     def __init__(
@@ -45,42 +47,39 @@ class Tracer:
     ) -> None:
         self._directory, self._say, self._steps = directory, say, steps
         self._apart, self._done = apart, done
-        self._asked, self._last, self._first = False, 0, 0
+        self._requested, self._last, self._first = False, 0, 0
         self.running = False
 
     def ask(self) -> None:
-        """Trace the next steps. Nothing but a mark is set: it may be called from a signal
-        handler."""
-        self._asked = True
+        """Trace the next steps. It only sets a flag, so that a signal handler may call it."""
+        self._requested = True
 
     def __call__(self, step: int, metrics: Any) -> None:
         if self.running and step >= self._last:
             jax.block_until_ready(metrics)
             with self._apart("trace"):
                 self._finish(step)
-        elif self._asked and not self.running:
-            self._asked = False
+        elif self._requested and not self.running:
+            self._requested = False
             jax.block_until_ready(metrics)
             with self._apart("trace"):
                 self._begin(step)
 
     def _begin(self, step: int) -> None:
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # Python frames of all threads would fill it
+        options.python_tracer_level = 0  # Python frames of all threads would fill the trace
         try:
             jax.profiler.start_trace(
                 str(self._directory), create_perfetto_trace=True, profiler_options=options
             )
-        except (
-            Exception
-        ) as error:  # another profiler is at work, or the disk is full: no reason to stop training
+        except Exception as error:  # another profiler runs, or the disk is full: training goes on
             self._say(f"warning: no trace: {' '.join(str(error).split())[:200]}")
             return
         self.running, self._first, self._last = True, step, step + self._steps
         self._say(f"tracing steps {step + 1:,} to {self._last:,}")
 
     def close(self) -> None:
-        """Drop a trace that does not have all of its steps."""
+        """Drop an incomplete trace."""
         if self.running:
             self.running = False
             with contextlib.suppress(Exception):
@@ -105,23 +104,23 @@ def newest_trace(directory: pathlib.Path) -> pathlib.Path:
     """The folder of the last trace under a directory."""
     return max(
         (path.parent for path in directory.rglob("*.xplane.pb")),
-        key=lambda place: place.stat().st_mtime,
+        key=lambda folder: folder.stat().st_mtime,
     )
 
 
 def trace_operations(place: pathlib.Path) -> list[TraceOp]:
-    """The operations that the devices of this host ran, the costliest first, from the xplane.pb of
-    a trace."""
+    """Operations of the devices of this host, the most expensive first, from the xplane.pb of a
+    trace."""
     totals: dict[tuple[str, str], list[float]] = {}
     for file in sorted(place.glob("*.xplane.pb")):
         planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
         devices = [plane for plane in planes if plane.name.startswith("/device:")]
         for plane in devices or planes:
             lines = list(plane.lines)
-            # TPU: other lines show the same time as modules and steps
-            only = [line for line in lines if line.name == "XLA Ops"]
-            for line in only or lines:
-                _add(totals, line.events, every=bool(only))
+            # TPU: the other lines have the same time by module and step
+            op_lines = [line for line in lines if line.name == "XLA Ops"]
+            for line in op_lines or lines:
+                _add(totals, line.events, every=bool(op_lines))
     ops = [
         TraceOp(name, kind, seconds, int(calls))
         for (name, kind), (seconds, calls) in totals.items()
@@ -130,30 +129,30 @@ def trace_operations(place: pathlib.Path) -> list[TraceOp]:
 
 
 def _add(totals: dict[tuple[str, str], list[float]], events: Iterable[Any], every: bool) -> None:
-    """Adds the events of a line; time of events inside others is taken from these."""
-    found = []
+    """Adds the events of a line; the time of nested events is subtracted from the outer ones."""
+    spans = []
     for event in events:
         stats = dict(event.stats)
         if (every or "hlo_op" in stats) and not event.name.startswith("end: "):
             name = str(stats.get("hlo_op", event.name))
-            found.append(
+            spans.append(
                 (event.start_ns, -event.duration_ns, name, str(stats.get("hlo_category", "")))
             )
-    open_: list[tuple[float, list[float]]] = []
-    for start, minus, name, kind in sorted(found):
+    outer: list[tuple[float, list[float]]] = []
+    for start, minus, name, kind in sorted(spans):
         seconds = -minus / 1e9
-        while open_ and open_[-1][0] <= start:
-            open_.pop()
-        if open_:
-            open_[-1][1][0] -= seconds
+        while outer and outer[-1][0] <= start:
+            outer.pop()
+        if outer:
+            outer[-1][1][0] -= seconds
         total = totals.setdefault((name, kind or _kind(name)), [0.0, 0])
         total[0] += seconds
         total[1] += 1
-        open_.append((start - minus, total))
+        outer.append((start - minus, total))
 
 
 def _kind(name: str) -> str:
-    """What an operation is by its name alone: that of the compiler without its number.
+    """Kind of an operation by its name: the compiler's name without its number.
 
     >>> _kind("loop_multiply_fusion.12.clone"), _kind("dot.3")
     ('loop_multiply_fusion', 'dot')
@@ -162,13 +161,13 @@ def _kind(name: str) -> str:
 
 
 def operation_table(ops: list[TraceOp], steps: int, most: int = 15) -> str:
-    """The costliest operations as text."""
-    whole = sum(op.seconds for op in ops)
+    """The most expensive operations as text."""
+    total = sum(op.seconds for op in ops)
     rows = [
         (
             op.name[:48],
             f"{1e3 * op.seconds / steps:.3f}",
-            f"{op.seconds / whole:.1%}",
+            f"{op.seconds / total:.1%}",
             f"{op.calls / steps:.1f}",
             op.kind[:32],
         )
@@ -180,7 +179,7 @@ def operation_table(ops: list[TraceOp], steps: int, most: int = 15) -> str:
             (
                 f"{len(ops) - most} others",
                 f"{1e3 * rest / steps:.3f}",
-                f"{rest / whole:.1%}",
+                f"{rest / total:.1%}",
                 "",
                 "",
             )

@@ -7,6 +7,7 @@ from m3i_jax.schema.limits import (
     DEPTH,
     EPS,
     HEADS,
+    NAME,
     RATIO,
     STD,
     WIDTH,
@@ -234,9 +235,9 @@ class Text:
 class Model:
     backbone: str = option(
         "vit",
-        "encoder architecture; intern_image is configured by model.intern_image",
-        "vit",
-        "intern_image",
+        "encoder architecture: vit, intern_image (configured by model.intern_image) or a registered"
+        " backbone",
+        NAME,
     )
     encoder: Encoder = section(Encoder)
     intern_image: InternImage = section(InternImage)

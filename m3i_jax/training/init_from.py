@@ -22,18 +22,14 @@ from m3i_jax import config as configuration
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.interop import position_tables, tensor_files, vit_weights
-from m3i_jax.models import presets
+from m3i_jax.models import backbones
 from m3i_jax.models.vit import fixed_positions
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import checkpoint, checkpoint_dir
 
-TABLE = "encoder/positions"
+TABLE, MASK_TOKEN = "encoder/positions", "encoder/mask_token"
 # two tables are the same: float32 frequencies make errors of the size of the rounded index
 _CLOSE = 1e-3
-# settings of the encoder that change what it computes and not the shapes
-_COMPARED = ("heads", "activation", "norm_eps")
-_DRAWN = ("layer_scale", "mlp_std")  # settings of an InternImage that say how it starts
-_ADDED = re.compile(r"encoder/(mask_token$|fusion/)")  # parts that pre-training adds
 
 
 @dataclasses.dataclass
@@ -106,10 +102,12 @@ def open_weights(
         else {}
     )
     settings = {
-        **(
-            _preset(found)
-            if found.layout == "intern_image"
-            else {"backbone": "vit", "positions": "learned"}
+        **backbones.recognize_weights(
+            {
+                path.removeprefix("encoder/"): array.shape
+                for path, array in found.arrays.items()
+                if path.startswith("encoder/")
+            }
         ),
         **found.settings,
     }
@@ -121,27 +119,6 @@ def open_weights(
         unused,
         found.notes,
     )
-
-
-def _preset(found: vit_weights.PublishedWeights) -> dict[str, Any]:
-    """Settings of an InternImage, by names and shapes: those of the preset that it is; {} if of
-    none."""
-    encoder = {
-        path.removeprefix("encoder/"): array.shape
-        for path, array in found.arrays.items()
-        if path.startswith("encoder/")
-    }
-    known = presets.match_intern_image(encoder)
-    if known is None:
-        return {}
-    name, sizes = known
-    whole = dataclasses.asdict(schema.Encoder()) | {"image_size": schema.Data().image_size}
-    return {
-        **whole,
-        **sizes["encoder"],
-        **{key: sizes[key] for key in ("backbone", "scan", "intern_image")},
-        "preset": name,
-    }
 
 
 def _of_run(workdir: str, weights: str, key: str) -> WeightSource:
@@ -177,7 +154,10 @@ def _of_run(workdir: str, weights: str, key: str) -> WeightSource:
     }
     model = {
         "backbone": config.model.backbone,
-        "intern_image": dataclasses.asdict(config.model.intern_image),
+        **{
+            section: dataclasses.asdict(getattr(config.model, section))
+            for section in backbones.get_backbone(config.model).sections
+        },
     }
     settings = {**dataclasses.asdict(config.model.encoder), **model, **pixels}
     name = f"{workdir} (step {run.step:,}, {'momentum average' if weights == 'ema' else 'online'})"
@@ -374,19 +354,20 @@ def _refuse(
             f"{where}: none of the {len(wanted)} arrays here{only} is there ({told[:300]}); a run"
             " never starts at random unasked"
         )
-    if lost := [path for path in missed if path.startswith("encoder/") and not _ADDED.match(path)]:
+    added = _added_parameters(config)
+    if lost := [
+        path for path in missed if path.startswith("encoder/") and not path.startswith(added)
+    ]:
         raise UserError(
             f"{where}: its encoder fits in part ({len(lost)} arrays are not there, first"
             f" {lost[0]}); {_to_fit(source)}, or ask for less by config.init.only"
         )
     if config.model.encoder.freeze and (
-        lost := [path for path in missed if path.startswith("encoder/fusion/")]
+        lost := [path for path in missed if path.startswith("encoder/") and path != MASK_TOKEN]
     ):
-        cells, i = 2 * config.model.encoder.patch_size, config.model.intern_image
         raise UserError(
-            f"{where}: has no {lost[0]}: a frozen encoder would have a fusion at random; read its"
-            f" last stage as it is, by config.model.encoder.patch_size={cells} and"
-            f" width={8 * i.width}, as configs/transfer/probe.py:from= does"
+            f"{where}: has no {lost[0]}, which a frozen encoder would keep at random values;"
+            f" {backbones.get_backbone(config.model).without_added(config.model)}"
         )
     if config.init.strict and (lost := differ + missed):
         told = (
@@ -402,48 +383,43 @@ def _refuse(
         )
 
 
+def _added_parameters(config: schema.Config) -> tuple[str, ...]:
+    """Prefixes of parameters that pre-training adds to a published encoder."""
+    backbone = backbones.get_backbone(config.model)
+    return tuple(f"encoder/{prefix}" for prefix in backbone.added_parameters)
+
+
 def _to_fit(source: WeightSource) -> str:
     """What to do so that the encoder here is the source's."""
-    told, names = (
-        source.settings,
-        (
-            "patch_size",
-            "width",
-            "depth",
-            "mlp_ratio",
-            "cls_token",
-            "final_norm",
-            "embedding_norm",
-        ),
+    settings = source.settings
+    if "preset" in settings:
+        return f"it is {settings['preset']}: use that model"
+    backbone = backbones.registered_backbones().get(settings.get("backbone", ""), backbones.VIT)
+    groups = {
+        "encoder": {name: settings[name] for name in backbone.shape_settings if name in settings},
+        **{section: settings[section] for section in backbone.sections if section in settings},
+    }
+    sizes = " and ".join(
+        f"config.model.{group} to {', '.join(f'{name}={value}' for name, value in values.items())}"
+        for group, values in groups.items()
+        if values
     )
-    if "preset" in told:
-        return f"it is {told['preset']}: use that model"
-    if told.get("backbone") == "intern_image":
-        own = ", ".join(f"{name}={value}" for name, value in told["intern_image"].items())
-        return (
-            f"set config.model.encoder to patch_size={told['patch_size']}, width={told['width']}"
-            f" and config.model.intern_image to {own}"
-        )
-    sizes = ", ".join(f"{name}={told[name]}" for name in names if name in told)
-    return f"set config.model.encoder to {sizes}" if sizes else "use the same model settings"
+    return f"set {sizes}" if sizes else "use the same model settings"
 
 
 def _settings(config: schema.Config, source: WeightSource) -> list[str]:
     """Settings that shapes do not show and that the source was trained with otherwise."""
-    e, out = config.model.encoder, []
-    for name in _COMPARED if config.model.backbone == "vit" else ():
+    e, out, backbone = config.model.encoder, [], backbones.get_backbone(config.model)
+    for name in backbone.silent_settings:
         there = source.settings.get(name, getattr(e, name))
         if there != getattr(e, name):
             out.append(f"model.encoder.{name}={there} there, {getattr(e, name)} here")
-    own = (
-        source.settings["intern_image"]
-        if config.model.backbone == source.settings.get("backbone") == "intern_image"
-        else {}
-    )
-    for name, there in own.items():
-        here = getattr(config.model.intern_image, name)
-        if name not in _DRAWN and there != here:
-            out.append(f"model.intern_image.{name}={there} there, {here} here")
+    same_kind = config.model.backbone == source.settings.get("backbone")
+    for section in backbone.sections if same_kind else ():
+        for name, there in source.settings[section].items():
+            here = getattr(getattr(config.model, section), name)
+            if name not in backbone.init_settings and there != here:
+                out.append(f"model.{section}.{name}={there} there, {here} here")
     for name in ("mean", "std"):
         here = getattr(config.data.augment, name)
         there = source.settings.get(name, here)
@@ -473,10 +449,11 @@ def _account(
     lines += [f"  {note}" for note in [*source.notes, table] if note]
     if missed:
         lines.append(f"  not there, start at random: {', '.join(_grouped(missed, here))}")
-    if any(path.startswith("encoder/fusion/") for path in missed):
+    added = _added_parameters(config)
+    if random := [path for path in missed if path.startswith(added) and path != MASK_TOKEN]:
         lines.append(
-            "  the fusion of the last two stages is not there: the encoder's features are at random"
-            " until it is trained"
+            f"  not in published encoders: {', '.join(_grouped(random, here))}; the encoder's"
+            " features are random until they are trained"
         )
     if differ:
         told = ", ".join(

@@ -71,22 +71,15 @@ def lr_factor(config: schema.Config, path: str, shape: tuple[int, ...] = ()) -> 
     (0.5, 1.0)
     """
     o, within = config.optim, path.removeprefix("encoder/")
-    below, part = (
-        (backbones.get_backbone(config.model).below(config.model, within), o.encoder_lr)
-        if within != path
-        else (0, 1.0)
-    )
-    own = next(
-        (
-            rate
-            for name, rate in (("/dcn/offsets/", o.offset_lr), ("/dcn/center/", o.center_lr))
-            if name in path
-        ),
-        1.0,
-    )
+    above: Any = 0
+    part, own = 1.0, 1.0
+    if within != path:
+        backbone = backbones.get_backbone(config.model)
+        above, part = backbone.layers_above(config.model, within), o.encoder_lr
+        own = next((getattr(o, key) for name, key in backbone.lr_settings if name in within), 1.0)
     inputs = _inputs(path, shape) if o.fan_in_lr else 0
     return (
-        part * o.layer_decay**below * own * (o.fan_in_lr / inputs if inputs > o.fan_in_lr else 1.0)
+        part * o.layer_decay**above * own * (o.fan_in_lr / inputs if inputs > o.fan_in_lr else 1.0)
     )
 
 

@@ -171,6 +171,7 @@ def _terms_of(o: schema.Objective) -> Terms:
 
 def build_plan(config: schema.Config) -> Plan:
     """The terms of a completed configuration (data.classes and data.captions known)."""
+    backbones.validate_backbone(config)
     o, terms = config.objective, _terms_of(config.objective)
     try:
         terms = objective_terms.drop_unavailable(
@@ -230,7 +231,7 @@ def _validate(made: Plan) -> None:
             if wanted:
                 way = (
                     "set model.encoder.cls_token"
-                    if config.model.backbone == "vit"
+                    if backbones.get_backbone(config.model).has_cls_token
                     else f"{config.model.backbone} has none: use another"
                 )
                 raise UserError(f"config.{key}: needs the cls token; {way}")
@@ -246,13 +247,13 @@ def _validate(made: Plan) -> None:
         )
     mixed = any(t.reads.mixed for t in terms)
     backbone = backbones.get_backbone(config.model)
-    if config.objective.isolate and mixed and not backbone.isolates:
+    if config.objective.isolate and mixed and not backbone.can_isolate:
         raise UserError(
             f"config.objective.isolate: the layers of model.backbone={config.model.backbone} look"
             " across the seam of two images; use false"
         )
     averaged = [t.target.blocks for t in terms if t.target.blocks > 1]
-    if averaged and not backbone.averages:
+    if averaged and not backbone.can_average_blocks:
         raise UserError(
             f"config.objective.forms: {', '.join(config.objective.forms)}: the target is a mean"
             f" over the last {averaged[0]} blocks, which model.backbone={config.model.backbone}"

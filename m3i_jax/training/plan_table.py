@@ -80,7 +80,7 @@ def describe_head(term: Term) -> str:
 
 def term_rows(plan: Plan) -> list[PlanRow]:
     """One row a term."""
-    drops = backbones.get_backbone(plan.config.model).drops
+    drops = backbones.get_backbone(plan.config.model).can_drop_tokens
     return [
         (
             f"loss/{t.name}",
@@ -100,7 +100,7 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
     be shapes."""
     config, images = plan.config, jax.tree.leaves(batch)[0].shape[0]
     rows: list[PlanRow] = []
-    drops = backbones.get_backbone(config.model).drops
+    drops = backbones.get_backbone(config.model).can_drop_tokens
 
     def add(
         call: str, reads: str, places: Iterable[int], function: Callable[..., Any], *arguments: Any

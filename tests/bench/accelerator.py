@@ -85,7 +85,7 @@ def ours(
 
     from m3i_jax import parallel
     from m3i_jax.modes import monitoring
-    from m3i_jax.profiling import device_peaks
+    from m3i_jax.profiling import hardware
     from m3i_jax.training.trainer import Trainer, abstract_batch
 
     # Compiled ahead of time for its memory statistics; the call then reuses the program.
@@ -108,7 +108,7 @@ def ours(
 
     seconds = timed(step, jax.block_until_ready, steps)
     stats = device.memory_stats() or {}
-    chip = device_peaks.find_chip(device.device_kind, 1)
+    chip = hardware.find_chip(device.device_kind, 1)
     peak = float(os.environ.get("M3I_PEAK_TFLOPS", 0)) * 1e12 or (
         chip.flops * chip.chips if chip else 0.0
     )
@@ -165,7 +165,7 @@ def attention(toy: bool, steps: int) -> list[tuple[str, str, float]]:
     import jax
     import jax.numpy as jnp
 
-    from m3i_jax.models import layers
+    from m3i_jax.models import attention
 
     def public(kind: str) -> Callable[..., Any]:
         turn = lambda x: x.swapaxes(1, 2)  # noqa: E731 (JAX uses [B, T, H, E])
@@ -174,7 +174,7 @@ def attention(toy: bool, steps: int) -> list[tuple[str, str, float]]:
         )  # type: ignore[arg-type]
 
     variants = {
-        "ours": layers.attend,
+        "ours": attention.attend,
         "jax.nn, xla": public("xla"),
         "jax.nn, cudnn": public("cudnn"),
     }

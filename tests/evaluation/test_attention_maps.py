@@ -9,7 +9,7 @@ import pytest
 from m3i_jax import parallel
 from m3i_jax.augment import photometric
 from m3i_jax.evaluation import attention_maps, feature_extraction
-from m3i_jax.models import layers, m3i, vit
+from m3i_jax.models import attention, layers, m3i, vit
 from m3i_jax.objective.terms import FORMS
 from tests import toy
 
@@ -46,14 +46,14 @@ def test_the_last_block_makes_of_these_weights_what_it_makes(changes: dict) -> N
     weights = vit.last_attention(config.model, params["encoder"], patches, grid=config.grid)
     assert weights.shape == (2, e.heads, 16 + e.cls_token, 16 + e.cls_token)
     blocks = params["encoder"]["blocks"]
-    z = vit._embedded(config.model, params["encoder"], patches, config.grid, None, None)
+    z = vit._embed_square(config.model, params["encoder"], patches, config.grid, None, None)
     for i in range(e.depth - 1):
-        z = vit._parts(config.model)[1].apply(
+        z = vit._modules(config.model)[1].apply(
             {"params": jax.tree.map(lambda x, i=i: x[i], blocks)}, z
         )
     last = jax.tree.map(lambda x: x[-1], blocks)
     qkv = last["attention"]["qkv"]
-    v = layers.to_heads(
+    v = attention.to_heads(
         layers.layer_norm(z, *(last["norm1"][n] for n in ("scale", "bias"))) @ qkv["kernel"]
         + qkv["bias"],
         3,
@@ -61,7 +61,7 @@ def test_the_last_block_makes_of_these_weights_what_it_makes(changes: dict) -> N
     )[2]
     z = (
         z
-        + layers.from_heads(weights @ v) @ last["attention"]["out"]["kernel"]
+        + attention.from_heads(weights @ v) @ last["attention"]["out"]["kernel"]
         + last["attention"]["out"]["bias"]
     )
     h = layers.layer_norm(z, last["norm2"]["scale"], last["norm2"]["bias"])
@@ -89,7 +89,7 @@ def test_the_pooling_reads_what_its_weights_say() -> None:
         @ part["value"]["kernel"]
         + part["value"]["bias"]
     )
-    (heads,) = layers.to_heads(value, 1, p.heads)
+    (heads,) = attention.to_heads(value, 1, p.heads)
     mixed = jnp.einsum("bhk,bhke->bhe", weights, heads).reshape(3, -1)
     np.testing.assert_allclose(
         mixed @ part["out"]["kernel"] + part["out"]["bias"],

@@ -10,7 +10,7 @@ import pytest
 
 from m3i_jax.errors import UserError
 from m3i_jax.interop import intern_image_weights as interop
-from m3i_jax.models import intern_image, presets
+from m3i_jax.models import intern_image, intern_image_backbone
 from m3i_jax.models.intern_image import InternImageConfig
 from tests.interop import published
 from tests.interop.published import Net
@@ -142,7 +142,7 @@ def test_full_size_names_shapes_and_counts(kind):
         assert shapes_of(tree["encoder"]) == {
             name: part for name, part in ours.items() if name != "fusion"
         }
-        name, sizes = presets.match_intern_image(
+        name, sizes = intern_image_backbone.match_preset(
             {path: array.shape for path, array in flat(tree["encoder"]).items()}
         )
         assert (name, sizes["encoder"]["patch_size"], sizes["encoder"]["width"]) == (
@@ -173,14 +173,14 @@ def test_a_preset_is_known_by_its_shapes_alone(name, fused):
         intern_image.shapes(net), is_leaf=lambda node: isinstance(node, tuple)
     )
     shapes = {"/".join(key.key for key in path): shape for path, shape in leaves}
-    found, sizes = presets.match_intern_image(shapes)
+    found, sizes = intern_image_backbone.match_preset(shapes)
     assert found == name and sizes["intern_image"]["offset_scale"] == net.offset_scale
     assert (sizes["encoder"]["patch_size"], sizes["encoder"]["width"]) == (
         net.stride,
         fused or 8 * net.width,
     )
     assert (
-        presets.match_intern_image(
+        intern_image_backbone.match_preset(
             {path: shape for path, shape in shapes.items() if path != "stage3/norm/scale"}
             | {"x": (1,)}
         )

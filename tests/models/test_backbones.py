@@ -12,7 +12,15 @@ import pytest
 from m3i_jax import config as configuration
 from m3i_jax import schema
 from m3i_jax.errors import UserError
-from m3i_jax.models import backbones, intern_image, m3i, presets, vit
+from m3i_jax.models import (
+    backbones,
+    intern_image,
+    intern_image_backbone,
+    m3i,
+    presets,
+    vit,
+    vit_backbone,
+)
 from m3i_jax.objective import masks, mixing, terms
 from m3i_jax.training import optimizer, plan
 from tests import toy
@@ -45,7 +53,7 @@ def test_presets_are_whole_models(size: str) -> None:
         5.0,
     )
     assert width // d.heads == width // pool.heads == 64
-    assert backbones.intern_image_config(config.model) == net
+    assert intern_image_backbone.intern_image_config(config.model) == net
     shapes = jax.eval_shape(
         lambda key: m3i.init(config, key, terms.FORMS["m3i"], classes=1000, vocabulary=49_408),
         jax.random.key(0),
@@ -164,7 +172,7 @@ REFUSED = {
     "data.image_size=40": "multiple of 16",
     "data.mask_cell=12": "multiple of model.encoder.patch_size",
     "data.mask_cell=24": "divides data.image_size",
-    "model.intern_image.depths=(1,1,1)": "must be 4 numbers",
+    "model.intern_image.depths=(1,1,1)": "must be four numbers",
     "model.intern_image.groups=(3,1,2,2)": "divide the channels",
     "model.intern_image.kernel=4": "must be odd",
     "model.intern_image.width=7": "even",
@@ -185,22 +193,37 @@ def test_what_it_cannot_do_is_refused_in_one_line(assignment: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
+def test_heads_of_a_vit_divide_its_width() -> None:
+    for heads in (3, 5):
+        with pytest.raises(UserError, match=f"encoder.heads: {heads} must divide the width 32"):
+            plan.build_plan(toy.settings(model__encoder__heads=heads))
+
+
 # InternImage-H: 50 layers; distance from the last, for the learning rate decay ** distance.
 LAYERS_H = {
-    "stem/conv1/kernel": 49, "mask_token": 49, "stage0/norm/scale": 43, "stage0/down/conv/kernel": 43, "stage1/down/norm/bias": 37,
-    "stage2/norm/scale": 5, "stage2/down/conv/kernel": 5, "stage2/extra_norms/scale": 0, "stage3/norm/bias": 0, "fusion/deep/kernel": 0,
-}  # fmt: skip
+    "stem/conv1/kernel": 49,
+    "mask_token": 49,
+    "stage0/norm/scale": 43,
+    "stage0/down/conv/kernel": 43,
+    "stage1/down/norm/bias": 37,
+    "stage2/norm/scale": 5,
+    "stage2/down/conv/kernel": 5,
+    "stage2/extra_norms/scale": 0,
+    "stage3/norm/bias": 0,
+    "fusion/deep/kernel": 0,
+}
 
 
 def test_layers_of_the_encoder() -> None:
     model = chosen("internimage_h", image_size=192).model
-    below = functools.partial(backbones.get_backbone(model).below, model)
+    below = functools.partial(backbones.get_backbone(model).layers_above, model)
     assert {path: below(path) for path in LAYERS_H} == LAYERS_H
-    assert [below(f"stage{n}/layers/mlp/fc1/kernel").tolist()[:: length - 1] for n, length in enumerate((6, 6, 32, 6))] == [
-        [49, 44], [43, 38], [37, 6], [5, 0]
-    ]  # fmt: skip
+    assert [
+        below(f"stage{n}/layers/mlp/fc1/kernel").tolist()[:: length - 1]
+        for n, length in enumerate((6, 6, 32, 6))
+    ] == [[49, 44], [43, 38], [37, 6], [5, 0]]
     # twelve blocks: 0.65 ** (13 - id), ids as in MAE's fine-tuning
-    vit_b, plain = backbones.VIT.below, schema.Model()
+    vit_b, plain = vit_backbone.VIT.layers_above, schema.Model()
     assert (
         vit_b(plain, "patch_embed/kernel") == vit_b(plain, "cls_token") == 13
         and vit_b(plain, "norm/scale") == 0

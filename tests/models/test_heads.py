@@ -14,8 +14,10 @@ from m3i_jax.objective.terms import MlpShape, ProjectionHead
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 MODEL = schema.Model(
-    encoder=schema.Encoder(patch_size=2, width=12), head=schema.Head(hidden=20, width=6, prototypes=5), dtype="float32"
-)  # fmt: skip
+    encoder=schema.Encoder(patch_size=2, width=12),
+    head=schema.Head(hidden=20, width=6, prototypes=5),
+    dtype="float32",
+)
 X = np.random.default_rng(1).normal(size=(7, 12)).astype(np.float32)
 BYOL, MOCO, PLAIN = (
     MlpShape(layers=2),

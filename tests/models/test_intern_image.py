@@ -266,11 +266,11 @@ def test_all_forms_of_the_depthwise_convolution(kernel, dtype):
     )
     weight = weight.astype(dtype).astype(jnp.float32)  # what a product in bfloat16 makes of it
     value = (
-        intern_image_layer._tapped(x, weight, bias),
+        intern_image_layer._shifted_sum(x, weight, bias),
         intern_image_layer._convolved(x, weight, bias),
     )
     by_shift, by_row = (
-        intern_image_layer._tapped_backward(sums, x, weight, g)
+        intern_image_layer._shifted_sum_backward(sums, x, weight, g)
         for sums in (intern_image_layer._by_shift, intern_image_layer._by_row)
     )
     gradients = by_shift, intern_image_layer._convolved_backward(x, weight, g), by_row

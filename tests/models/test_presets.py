@@ -47,6 +47,13 @@ def test_vit_tiny_is_tiny():
     assert sum(count for _, count in m3i.parameter_table(shapes)) < 1.5e6
 
 
+def test_a_preset_replaces_that_of_another_backbone():
+    config = configuration.default_config()
+    presets.apply_preset(config, "internimage_pico")
+    presets.apply_preset(config, "vit_s16")
+    assert config.model.backbone == "vit" and config.model.encoder.width == 384
+
+
 def test_an_unknown_name_is_answered_with_those_there_are():
     with pytest.raises(KeyError, match="vit_b32.*vit_tiny, vit_s16"):
         presets.preset("vit_b32")

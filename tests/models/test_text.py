@@ -140,5 +140,5 @@ def test_bfloat16_gives_float32_embeddings():
 
 
 def test_too_many_tokens_are_named():
-    with pytest.raises(ValueError, match=r"\(2, 7\).*only 6 positions"):
+    with pytest.raises(ValueError, match=r"\(2, 7\).*there are 6 positions"):
         text.apply(MODEL, random_tree(), jnp.zeros((2, 7), int), jnp.ones(2, int))

@@ -87,12 +87,24 @@ def test_names_and_shapes():
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     assert got == {
-        "patch_embed/kernel": (12, 8), "patch_embed/bias": (8,), "cls_token": (1, 1, 8), "norm/scale": (8,), "norm/bias": (8,),
-        "blocks/norm1/scale": (2, 8), "blocks/norm1/bias": (2, 8), "blocks/norm2/scale": (2, 8), "blocks/norm2/bias": (2, 8),
-        "blocks/attention/qkv/kernel": (2, 8, 24), "blocks/attention/qkv/bias": (2, 24), "blocks/attention/out/kernel": (2, 8, 8),
-        "blocks/attention/out/bias": (2, 8), "blocks/mlp/fc1/kernel": (2, 8, 16), "blocks/mlp/fc1/bias": (2, 16),
-        "blocks/mlp/fc2/kernel": (2, 16, 8), "blocks/mlp/fc2/bias": (2, 8),
-    }  # fmt: skip
+        "patch_embed/kernel": (12, 8),
+        "patch_embed/bias": (8,),
+        "cls_token": (1, 1, 8),
+        "norm/scale": (8,),
+        "norm/bias": (8,),
+        "blocks/norm1/scale": (2, 8),
+        "blocks/norm1/bias": (2, 8),
+        "blocks/norm2/scale": (2, 8),
+        "blocks/norm2/bias": (2, 8),
+        "blocks/attention/qkv/kernel": (2, 8, 24),
+        "blocks/attention/qkv/bias": (2, 24),
+        "blocks/attention/out/kernel": (2, 8, 8),
+        "blocks/attention/out/bias": (2, 8),
+        "blocks/mlp/fc1/kernel": (2, 8, 16),
+        "blocks/mlp/fc1/bias": (2, 16),
+        "blocks/mlp/fc2/kernel": (2, 16, 8),
+        "blocks/mlp/fc2/bias": (2, 8),
+    }
 
 
 def test_the_patch_embedding_starts_as_a_matrix_not_as_a_convolution():
@@ -219,8 +231,11 @@ def test_what_hidden_cells_show_does_not_matter_and_no_gradient_reaches_it():
         filled(params, jnp.where(HIDDEN[..., None], 99.0, x)), filled(params, x)
     )
     of_params, of_x = jit(
-        jax.grad(lambda p, x: vit.apply(MODEL, p, x, grid=3, hidden_BxN=jnp.asarray(HIDDEN)).sum(), (0, 1))
-    )(params, x)  # fmt: skip
+        jax.grad(
+            lambda p, x: vit.apply(MODEL, p, x, grid=3, hidden_BxN=jnp.asarray(HIDDEN)).sum(),
+            (0, 1),
+        )
+    )(params, x)
     assert np.asarray(of_params["mask_token"]).all()
     assert not np.asarray(of_x)[HIDDEN].any() and np.asarray(of_x)[~HIDDEN].any(-1).all()
 

@@ -6,9 +6,9 @@ import math
 import types
 
 import pytest
-from tests.reporting.test_hlo import LOOP
 
 from m3i_jax.profiling import compile_report, hardware
+from tests.profiling.test_hlo import LOOP
 
 STATE = {"params": 40.0, "moments": 80.0, "target": 30.0, "other": 2.0}
 
@@ -38,16 +38,23 @@ def test_the_peak_of_a_compiler_that_refuses_by_it_is_believed() -> None:
 @pytest.mark.parametrize(
     ("message", "asked"),
     [
-        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (45.75G) "
-         "exceeds available HBM (15.75G).",
-         (45.75 * 2**30, 15.75 * 2**30)),
-        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
-         "Used 16.25G of 15.75G hbm. Exceeds",
-         (16.25 * 2**30, 15.75 * 2**30)),
-        ("Ran out of memory in memory space hbm. Used 512.0M of 100.5M hbm.", (512 * 2**20, 100.5 * 2**20)),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO"
+            " temporaries (45.75G) exceeds available HBM (15.75G).",
+            (45.75 * 2**30, 15.75 * 2**30),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space"
+            " hbm. Used 16.25G of 15.75G hbm. Exceeds",
+            (16.25 * 2**30, 15.75 * 2**30),
+        ),
+        (
+            "Ran out of memory in memory space hbm. Used 512.0M of 100.5M hbm.",
+            (512 * 2**20, 100.5 * 2**20),
+        ),
         ("INVALID_ARGUMENT: sharding", None),
     ],
-)  # fmt: skip
+)
 def test_what_a_compiler_wanted(message: str, asked: tuple[float, float] | None) -> None:
     assert compile_report.parse_out_of_memory(message) == asked
 
@@ -113,10 +120,18 @@ def test_the_compilers_cycles_are_summed_with_their_loops() -> None:
 
 def test_tables_say_what_the_report_says() -> None:
     report = {
-        "topology": "v5e:4x4", "devices": 16, "mesh": {"replica": 2, "fsdp": 8, "tensor": 1}, "batch_size": 4096, "batch_per_device": 256,
-        "microbatches": 4, "fits": False, "peak_bytes": 3 * 2**30, "limit_bytes": 2 * 2**30, "over_bytes": 2**30,
+        "topology": "v5e:4x4",
+        "devices": 16,
+        "mesh": {"replica": 2, "fsdp": 8, "tensor": 1},
+        "batch_size": 4096,
+        "batch_per_device": 256,
+        "microbatches": 4,
+        "fits": False,
+        "peak_bytes": 3 * 2**30,
+        "limit_bytes": 2 * 2**30,
+        "over_bytes": 2**30,
         "memory": {"params": 2**30, "temporaries": 2**31},
-    }  # fmt: skip
+    }
     text = compile_report.report_tables(report)
     assert (
         "does not fit: 3.00 GiB of 2.00 GiB a device, 1.00 GiB too much" in text

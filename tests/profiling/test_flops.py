@@ -21,12 +21,15 @@ def xla(function, *arguments):
     return jax.jit(function).lower(*arguments).cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("equation, left, right, macs", [
-    ("ab,bc->ac", (6, 5), (5, 7), 6 * 5 * 7),
-    ("bij,bjk->bik", (3, 6, 5), (3, 5, 7), 3 * 6 * 5 * 7),
-    ("bnhd,bmhd->bhnm", (2, 9, 3, 4), (2, 8, 3, 4), 2 * 3 * 9 * 8 * 4),
-    ("i,i->", (11,), (11,), 11),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "equation, left, right, macs",
+    [
+        ("ab,bc->ac", (6, 5), (5, 7), 6 * 5 * 7),
+        ("bij,bjk->bik", (3, 6, 5), (3, 5, 7), 3 * 6 * 5 * 7),
+        ("bnhd,bmhd->bhnm", (2, 9, 3, 4), (2, 8, 3, 4), 2 * 3 * 9 * 8 * 4),
+        ("i,i->", (11,), (11,), 11),
+    ],
+)
 def test_products(equation, left, right, macs):
     shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in (left, right)]
     function = functools.partial(jnp.einsum, equation)
@@ -262,8 +265,14 @@ def test_a_kernel_counts_what_it_says_or_once_a_cell_of_its_grid(told):
 
 def test_humanize_and_sums():
     assert [flops.format_flops(x) for x in (0, 999, 1e3, 12345, 2.795e11, 6.2e22, 3e25)] == [
-        "0 FLOP", "999 FLOP", "1 kFLOP", "12.35 kFLOP", "279.5 GFLOP", "6.2e+04 EFLOP", "3e+07 EFLOP"
-    ]  # fmt: skip
+        "0 FLOP",
+        "999 FLOP",
+        "1 kFLOP",
+        "12.35 kFLOP",
+        "279.5 GFLOP",
+        "6.2e+04 EFLOP",
+        "3e+07 EFLOP",
+    ]
     assert (
         FlopCount(1, 2) + FlopCount(3, 4) == FlopCount(4, 6) and FlopCount(1, 2).times(3).total == 9
     )

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (lines as the compiler prints them)
 """Texts of compiled programs, written by hand after what the compilers print, and one compiled
 here, against counts by hand."""
 

@@ -13,10 +13,16 @@ from m3i_jax.profiling import topology
 @pytest.mark.parametrize(
     ("name", "devices", "platform"),
     [
-        ("v5e:4x4", 16, "tpu"), ("v5e:1x1", 1, "tpu"), ("v5p:4x4x4", 64, "tpu"), ("v6e:16x16", 256, "tpu"), ("tpu7x:2x2x1", 8, "tpu"),
-        ("h100:8", 8, "cuda"), ("h100:64", 64, "cuda"), ("cpu:8", 8, "cpu"),
+        ("v5e:4x4", 16, "tpu"),
+        ("v5e:1x1", 1, "tpu"),
+        ("v5p:4x4x4", 64, "tpu"),
+        ("v6e:16x16", 256, "tpu"),
+        ("tpu7x:2x2x1", 8, "tpu"),
+        ("h100:8", 8, "cuda"),
+        ("h100:64", 64, "cuda"),
+        ("cpu:8", 8, "cpu"),
     ],
-)  # fmt: skip
+)
 def test_names(name: str, devices: int, platform: str) -> None:
     read = topology.parse_topology(name)
     assert (read.devices, read.family.platform, read.family.host) == (
@@ -70,7 +76,7 @@ def test_the_types_that_our_launcher_is_shown_with_are_known(script: str) -> Non
         ("v5e-16", "did you mean v5e:4x4?"),
         ("H100:8", "did you mean h100:8?"),
         ("abacus", "known are v4, v5e"),
-        ("v5e", "2 sides joined by x behind the colon, such as v5e:4x4"),
+        ("v5e", "2 sides joined by x after the colon, such as v5e:4x4"),
         ("v5e:16", "such as v5e:4x4"),
         ("v5p:4x4", "3 sides"),
         ("v5e:0x4", "such as v5e:4x4"),
@@ -106,7 +112,7 @@ def test_what_is_installed() -> None:
 def test_devices_of_this_host() -> None:
     found = topology.topology_devices(topology.parse_topology("cpu:4"))
     assert len(found) == 4 and {d.platform for d in found} == {"cpu"}
-    with pytest.raises(UserError, match="start it anew"):  # jax runs already, with eight
+    with pytest.raises(UserError, match="start a new one"):  # jax runs already, with eight
         topology.topology_devices(topology.parse_topology("cpu:512"))
 
 

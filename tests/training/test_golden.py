@@ -136,7 +136,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for k, (kind, image) in enumerate(pictures()):
         (root / "folder" / kind).mkdir(parents=True, exist_ok=True)
         image.save(root / "folder" / kind / f"{k}.png")
-        (root / "folder" / kind / f"{k}.txt").write_text(f"image {k} of kind {kind}")
+        (root / "folder" / kind / f"{k}.txt").write_text(f"picture {k} of kind {kind}")
     (root / "tars").mkdir()
     with tarfile.open(root / "tars" / "0.tar", "w") as tar:
         for k, file in enumerate(sorted((root / "folder").rglob("*.png"))):

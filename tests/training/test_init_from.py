@@ -244,11 +244,11 @@ def test_pre_training_adds_a_fusion_to_an_intern_image_and_says_so(intern) -> No
     before, after, lines = take(toy.settings(**toy.INTERN, init_from=path))
     for name, array in after.items():
         np.testing.assert_array_equal(array, tree.get(name, before[name]), err_msg=name)
-    assert any("the fusion of the last two stages is not there" in line for line in lines)
+    assert any("not in published encoders: encoder/fusion" in line for line in lines)
     with pytest.raises(
         UserError,
         match=(
-            r"a frozen encoder would have a fusion at random.*encoder\.patch_size=16 and width=64"
+            r"a frozen encoder would keep at random values.*encoder\.patch_size=16 and width=64"
         ),
     ):
         take(toy.settings(**toy.INTERN, init_from=path, model__encoder__freeze="true"))

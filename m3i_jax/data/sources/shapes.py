@@ -51,12 +51,12 @@ _WHAT, _WHERE, _DEAL, _SPECKS = range(4)  # parts of the random stream
 _TEMPLATES = (
     "{thing} on {ground} background",
     "{thing} in front of {ground} background",
-    "an image of {thing} on {ground} background",
+    "a picture of {thing} on {ground} background",
     "there is {thing} on {ground} background",
     "{ground} background with {thing}",
     "{ground} background, and on it {thing}",
 )
-_SHORT = ("{thing}", "an image of {thing}", "there is {thing}")
+_SHORT = ("{thing}", "a picture of {thing}", "there is {thing}")
 
 
 def _luminance(rgb: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m3i_jax.models.matmul import matmul
+from m3i_jax.models.cpu_codegen import matmul
 
 
 def normal(seed, *shape):

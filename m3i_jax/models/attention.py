@@ -1,0 +1,164 @@
+"""Softmax attention of many heads, and its backward pass.
+
+`attend` takes heads apart, [B, H, T, E], and keeps q, k, v and the attention weights in the compute
+precision for the backward pass. `attend_columns` takes heads side by side, [B, T, H E], and calls
+the Pallas kernel of `attention_tpu`, which keeps no weights.
+
+B batch, Q query rows, T tokens, D = H E width, H heads, E width of a head.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from m3i_jax import parallel
+from m3i_jax.models import attention_tpu
+from m3i_jax.models.attention_tpu import MASKED_LOGIT, Columns
+
+
+@jax.custom_vjp
+def attend(
+    q_BxHxQxE: jax.Array,
+    k_BxHxTxE: jax.Array,
+    v_BxHxTxE: jax.Array,
+    where_BxT: jax.Array | None = None,
+) -> jax.Array:
+    """Scaled dot-product attention, `softmax(q k' / sqrt(E)) v`; q is scaled in its own type,
+    logits and softmax are in float32.
+
+    Args:
+      q_BxHxQxE: queries.
+      k_BxHxTxE, v_BxHxTxE: keys and values of the same type.
+      where_BxT: bool, keys that count; None: all. A row without such a key gives the plain mean of
+        all values.
+
+    Returns:
+      [B, H, Q, E] of the type of v.
+
+    >>> q, v = jnp.zeros((1, 1, 1, 2)), jnp.array([[[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]]]])
+    >>> attend(q, v, v, jnp.array([[True, True, False]])).tolist()
+    [[[[2.0, 3.0]]]]
+    """
+    return _attend_forward(q_BxHxQxE, k_BxHxTxE, v_BxHxTxE, where_BxT)[0]
+
+
+def attention_weights(
+    q_BxHxQxE: jax.Array, k_BxHxTxE: jax.Array, where_BxT: jax.Array | None = None
+) -> jax.Array:
+    """The weights of `attend`, [B, H, Q, T] float32: softmax(q k' / sqrt(E)) over the keys that
+    count.
+
+    >>> q = jnp.zeros((1, 1, 1, 2))
+    >>> attention_weights(q, jnp.ones((1, 1, 3, 2)), jnp.array([[True, True, False]])).tolist()
+    [[[[0.5, 0.5, 0.0]]]]
+    """
+    q_BxHxQxE = (q_BxHxQxE.astype(jnp.float32) * q_BxHxQxE.shape[-1] ** -0.5).astype(
+        q_BxHxQxE.dtype
+    )
+    logits_BxHxQxT = jnp.einsum(
+        "bhqe,bhte->bhqt", q_BxHxQxE, k_BxHxTxE, preferred_element_type=jnp.float32
+    )
+    if where_BxT is not None:
+        logits_BxHxQxT = jnp.where(where_BxT[:, None, None], logits_BxHxQxT, MASKED_LOGIT)
+    return jax.nn.softmax(logits_BxHxQxT)
+
+
+def _attend_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, where: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    weights_BxHxQxT = attention_weights(q, k, where).astype(v.dtype)
+    return jnp.einsum("bhqt,bhte->bhqe", weights_BxHxQxT, v), (q, k, v, weights_BxHxQxT, where)
+
+
+def _attend_backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, weights, where = residuals
+    dv = jnp.einsum("bhqt,bhqe->bhte", weights, g)
+    dweights = jnp.einsum("bhqe,bhte->bhqt", g, v, preferred_element_type=jnp.float32)
+    wide = weights.astype(jnp.float32)
+    dlogits = wide * (dweights - (wide * dweights).sum(-1, keepdims=True))
+    if where is not None:
+        dlogits = jnp.where(where[:, None, None], dlogits, 0)
+    dlogits = dlogits.astype(q.dtype)
+    scale = q.shape[-1] ** -0.5
+    return (
+        jnp.einsum("bhqt,bhte->bhqe", dlogits, k) * scale,
+        jnp.einsum("bhqt,bhqe->bhte", dlogits, q * scale),
+        dv,
+        None,
+    )
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend_columns(
+    heads: int, arrays: tuple[jax.Array, ...], where_BxT: jax.Array | None
+) -> jax.Array:
+    """`attend` by the TPU kernel, of heads that are side by side: [B, Q, D].
+
+    Args:
+      heads: H.
+      arrays: queries, keys and values in one array [B, T, 3 D]; or queries [B, Q, D], and keys and
+        values [B, T, 2 D].
+      where_BxT: as of `attend`.
+    """
+    return parallel.per_device(
+        functools.partial(_kernel, heads, attention_tpu.forward), arrays, where_BxT
+    )
+
+
+def _kernel(
+    heads: int,
+    run: Callable[..., Any],
+    arrays: tuple[jax.Array, ...],
+    where_BxT: jax.Array | None,
+    *g_BxQxD: jax.Array,
+) -> Any:
+    width = arrays[-1].shape[2] // (4 - len(arrays))
+    parts = [Columns(array, first) for array in arrays for first in range(0, array.shape[2], width)]
+    return run(heads, width, *parts, where_BxT, *g_BxQxD, interpret=parallel.platform() != "tpu")
+
+
+def _attend_columns_backward(
+    heads: int, residuals: Any, g_BxQxD: jax.Array
+) -> tuple[tuple[jax.Array, ...], None]:
+    arrays, where_BxT = residuals
+    dq, dk, dv = parallel.per_device(
+        functools.partial(_kernel, heads, attention_tpu.backward), arrays, where_BxT, g_BxQxD
+    )
+    if len(arrays) == 1:
+        return (jnp.concatenate([dq, dk, dv], 2),), None
+    return (dq, jnp.concatenate([dk, dv], 2)), None
+
+
+attend_columns.defvjp(
+    lambda heads, *inputs: (attend_columns(heads, *inputs), inputs), _attend_columns_backward
+)
+
+
+def to_heads(x_BxTxC: jax.Array, parts: int, heads: int) -> tuple[jax.Array, ...]:
+    """Columns [part | head | E] of [B, T, parts * D] as `parts` arrays [B, H, T, E].
+
+    >>> [part.shape for part in to_heads(jnp.zeros((2, 5, 24)), parts=3, heads=4)]
+    [(2, 4, 5, 2), (2, 4, 5, 2), (2, 4, 5, 2)]
+    """
+    b, t, c = x_BxTxC.shape
+    width = c // parts
+    # lax.split, as in split_blocks: the gradient puts the parts side by side instead of adding
+    # padded copies.
+    columns = jax.lax.split(x_BxTxC, [width] * parts, axis=2)
+    return tuple(part.reshape(b, t, heads, width // heads).swapaxes(1, 2) for part in columns)
+
+
+def from_heads(x_BxHxTxE: jax.Array) -> jax.Array:
+    """Inverse of `to_heads` for one part: [B, T, H * E].
+
+    >>> from_heads(jnp.zeros((2, 4, 5, 3))).shape
+    (2, 5, 12)
+    """
+    b, h, t, e = x_BxHxTxE.shape
+    return x_BxHxTxE.swapaxes(1, 2).reshape(b, t, h * e)

@@ -1,0 +1,115 @@
+"""The vision transformer of `vit` as a backbone: sizes, checks, layers, names in other projects."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from m3i_jax import schema
+from m3i_jax.errors import UserError
+from m3i_jax.models import vit
+from m3i_jax.models.backbone import Backbone, as_toy
+
+
+def _validate(config: schema.Config) -> None:
+    e = config.model.encoder
+    if e.width % e.heads:
+        raise UserError(f"config.model.encoder.heads: {e.heads!r} must divide the width {e.width}")
+
+
+def _layers_above(model: schema.Model, path: str) -> int | np.ndarray:
+    depth = model.encoder.depth
+    if path.startswith("blocks/"):
+        return depth - np.arange(depth)
+    return 0 if path.startswith("norm/") else depth + 1
+
+
+def _recognize(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """Sizes are in the file's own settings; a published position table is stored, so learned."""
+    is_vit = "patch_embed/kernel" in shapes
+    return {"backbone": "vit", "positions": "learned"} if is_vit else None
+
+
+def _fixed_arrays(model: schema.Model, grid: int) -> dict[str, np.ndarray]:
+    """The position table, with zeros for cls, unless it is a parameter."""
+    e = model.encoder
+    if e.positions == "learned":
+        return {}
+    cls_row = np.zeros((int(e.cls_token), e.width), np.float32)
+    return {"positions": np.concatenate([cls_row, vit.fixed_positions(e, grid)])[None]}
+
+
+def _card(model: schema.Model) -> list[tuple[str, str]]:
+    e = model.encoder
+    no_norm = "none: features are the residual stream after the last block"
+    return [
+        ("attention", f"{e.heads} heads, MLP x {e.mlp_ratio:g}"),
+        ("positions", e.positions + (", cls token" if e.cls_token else ", no cls token")),
+        ("final norm", "LayerNorm" if e.final_norm else no_norm),
+    ]
+
+
+def _preset(
+    *,
+    patch_size: int,
+    width: int,
+    depth: int,
+    heads: int,
+    decoder: tuple[int, int],
+    pool: tuple[int, int],
+) -> dict[str, Any]:
+    """`decoder` and `pool` are (width, heads)."""
+    return {
+        "encoder": {"patch_size": patch_size, "width": width, "depth": depth, "heads": heads},
+        "decoder": {"width": decoder[0], "depth": 4, "heads": decoder[1]},
+        "pool": {"width": pool[0], "heads": pool[1]},
+    }
+
+
+_TINY = _preset(patch_size=8, width=96, depth=4, heads=3, decoder=(96, 3), pool=(96, 3))
+PRESETS: dict[str, dict[str, Any]] = {
+    "vit_tiny": as_toy(_TINY, decoder=96, heads=3),
+    "vit_s16": _preset(
+        patch_size=16, width=384, depth=12, heads=6, decoder=(384, 8), pool=(768, 16)
+    ),
+    "vit_b16": _preset(
+        patch_size=16, width=768, depth=12, heads=12, decoder=(768, 16), pool=(768, 16)
+    ),
+    "vit_l16": _preset(
+        patch_size=16, width=1024, depth=24, heads=16, decoder=(1024, 16), pool=(768, 16)
+    ),
+    "vit_h14": _preset(
+        patch_size=14, width=1280, depth=32, heads=16, decoder=(1024, 16), pool=(768, 16)
+    ),
+}
+
+VIT = Backbone(
+    init=vit.init,
+    apply=vit.apply,
+    depth=lambda model: model.encoder.depth,
+    layers_above=_layers_above,
+    describe=lambda model: f"{model.encoder.depth} blocks of {model.encoder.width}",
+    stages=vit.stages,
+    attention=vit.last_attention,
+    can_drop_tokens=True,
+    can_isolate=True,
+    can_average_blocks=True,
+    has_cls_token=True,
+    resizes_positions=True,
+    validate=_validate,
+    presets=PRESETS,
+    layout="vit",
+    recognize=_recognize,
+    shape_settings=(
+        "patch_size",
+        "width",
+        "depth",
+        "mlp_ratio",
+        "cls_token",
+        "final_norm",
+        "embedding_norm",
+    ),
+    silent_settings=("heads", "activation", "norm_eps"),
+    fixed_arrays=_fixed_arrays,
+    card=_card,
+)
