@@ -1,5 +1,5 @@
-"""What the package is and what it needs. The core (install_requires) trains and evaluates on a CPU;
-everything else is an extra."""
+"""Metadata and requirements of the package. The core (install_requires) trains and evaluates on a
+CPU; everything else is an extra."""
 
 import pathlib
 import re
@@ -13,11 +13,12 @@ VERSION = re.search(
 README = ROOT / "README.md"
 
 CORE = [
-    # jax 0.10 is the last line for Python 3.11; from 3.12 on the newest is used.
+    # jax 0.10 is the last series for Python 3.11; from 3.12 on, the newest is used.
     'jax>=0.10.2,<0.11; python_version < "3.12"',
     'jax>=0.12; python_version >= "3.12"',
     "absl-py>=2.3",
     "chex>=0.1.92",
+    "clu>=0.0.12",
     "flax>=0.12.8",
     "ftfy>=6.3",
     "grain>=0.2.18",
@@ -34,13 +35,12 @@ CORE = [
 
 
 def accelerated(extra: str) -> list[str]:
-    """The two jax lines again, with one of jax's own extras."""
+    """The two jax requirements with one of jax's extras."""
     return [line.replace("jax", f"jax[{extra}]", 1) for line in CORE[:2]]
 
 
 EXTRAS = {
-    # What the benchmarks under tests/bench compare with; torch from a CPU build where there is no
-    # GPU.
+    # Peers of the benchmarks under tests/bench; without a GPU, use torch's CPU build.
     "bench": ["tensorflow-cpu>=2.20", "timm>=1.0.20", "torch>=2.10", "torchvision>=0.25"],
     "cuda": accelerated("cuda12"),
     "cuda13": accelerated("cuda13"),
@@ -52,8 +52,7 @@ EXTRAS = {
     "maps": ["scikit-learn>=1.7"],
     "tensorboard": ["tensorboardX>=2.6.4"],
     "tfds": ["tensorflow-datasets>=4.9.10", "array_record>=0.8.3"],
-    # To read PyTorch's own files, and to compare exported weights with what timm and Transformers
-    # make of them.
+    # Reads PyTorch's file format; timm and Transformers check exported weights.
     "torch": ["timm>=1.0.20", "torch>=2.10", "transformers>=4.57"],
     "wandb": ["wandb>=0.20"],
     "test": [
@@ -68,8 +67,8 @@ EXTRAS = {
         "tensorboardX>=2.6.4",
     ],
 }
-EXTRAS["bench"] += EXTRAS["fast"]  # the figures of the input pipeline are with it
-# Light; a test that is always skipped rots.
+EXTRAS["bench"] += EXTRAS["fast"]  # used by the benchmark of the input pipeline
+# These are small; without them, their tests would always be skipped.
 EXTRAS["test"] += EXTRAS["export"] + EXTRAS["fast"] + EXTRAS["huggingface"] + EXTRAS["tfds"]
 
 setup(

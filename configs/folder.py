@@ -1,10 +1,11 @@
-"""Pre-train on a folder of images, as it is: sub-folders are categories if there are any, NAME.txt
-beside an image is its caption.
+"""Pre-train on a folder of images. Sub-folders are categories if there are any; NAME.txt beside an
+image is its caption.
 
-python -m m3i_jax.main --config configs/folder.py:path=DIR --workdir runs/mine
+    python -m m3i_jax.main --config configs/folder.py:path=DIR --workdir runs/folder
 
-Rate, momentum, warm-up, crops and colours follow from the batch, the length, and the number and
-size of the images (m3i_jax/training/scaling.py); --mode=show prints them."""
+Learning rate, momentum, warm-up, crops and colours follow from the batch size, the length, and the
+number and size of the images (m3i_jax/training/scaling.py); --mode=show prints them.
+"""
 
 from ml_collections import ConfigDict
 
@@ -15,9 +16,14 @@ from m3i_jax.models import presets
 def get_config(
     path: str = "", model: str = "vit_s16", batch_size: int = 256, epochs: float = 400.0
 ) -> ConfigDict:
-    """path: the folder. model: vit_tiny, _s16, _b16, _l16, _h14, internimage_pico, _t, _s, _b, _l,
-    _xl, _h or _g.
-    batch_size: images a step. epochs: passes over the folder."""
+    """Settings of a run on a folder.
+
+    Args:
+      path: the folder.
+      model: vit_tiny, _s16, _b16, _l16, _h14, internimage_pico, _t, _s, _b, _l, _xl, _h or _g.
+      batch_size: images per step.
+      epochs: passes over the folder.
+    """
     config = default_config()
     presets.apply_preset(config, model)
     config.data.source = "folder"

@@ -1,12 +1,13 @@
-"""Any row of the paper's Tables 1 and 3, any named method, and any set of them, as a run.
+"""Any row of the paper's Tables 1 and 3, any named method, and any combination of them.
 
-python -m m3i_jax.main --config configs/forms.py:form=a,size=tiny --workdir runs/a python -m
-m3i_jax.main --config configs/forms.py:form=mim+clip,size=b --workdir runs/both
---config.data.source=folder --config.data.path=DIR python -m m3i_jax.main --config
-configs/forms.py:form=sim,model=internimage_pico --workdir runs/k
+    python -m m3i_jax.main --config configs/forms.py:form=a,size=tiny --workdir runs/a
+    python -m m3i_jax.main --config configs/forms.py:form=sim,model=internimage_pico --workdir RUN
+    python -m m3i_jax.main --config configs/forms.py:form=mim+clip,size=b --workdir runs/both \\
+      --config.data.source=folder --config.data.path=DIR
 
-The letters a to l, ic and wsp take the recipe of the paper's ablations; a named method takes that
-and the settings it was published with."""
+The letters a to l, ic and wsp use the recipe of the paper's ablations; a named method uses this
+recipe with its published settings.
+"""
 
 from ml_collections import ConfigDict
 
@@ -21,10 +22,16 @@ SIZES = {"tiny": "vit_tiny", "s": "vit_s16", "b": "vit_b16", "l": "vit_l16"}
 def get_config(
     form: str = "m3i", size: str = "b", model: str = "", batch_size: int = 0, epochs: float = 0.0
 ) -> ConfigDict:
-    """form: names joined by +. size: of a ViT: tiny, s, b or l. model: a preset instead, vit_h14 or
-    internimage_pico, _t, _s, _b, _l, _xl, _h or _g; pico is as tiny. batch_size: images a step; 0:
-    4,096, tiny: 64. epochs: 0: as published, 400 for the forms of the paper's ablations; tiny: 400
-    steps."""
+    """Settings of a run of one or more objectives.
+
+    Args:
+      form: names or letters joined by +.
+      size: size of a ViT: tiny, s, b or l.
+      model: a preset instead of `size`: vit_h14 or internimage_pico, _t, _s, _b, _l, _xl, _h or _g;
+        pico runs at the tiny scale.
+      batch_size: images per step; 0: 4,096, or 64 at the tiny scale.
+      epochs: 0: as published, 400 for the paper's ablations; the tiny scale runs 400 steps.
+    """
     if size not in SIZES:
         raise ValueError(f"size {size!r} is none of {', '.join(SIZES)}")
     config, model = default_config(), model or SIZES[size]
@@ -46,13 +53,13 @@ def get_config(
     rescale(config, batch_size or (64 if tiny else 4096))
     if tiny:
         config.optim.lr = 2e-3
-        config.optim.ema = min(config.optim.ema, 0.98)  # of a run of hundreds of steps
+        config.optim.ema = min(config.optim.ema, 0.98)  # for hundreds of steps
     return config
 
 
 def _tiny(config: ConfigDict) -> None:
-    """Built-in shapes of 32 pixels, two CPU cores, minutes: widths of a published head or decoder
-    would be most of the model."""
+    """Scale a run down to built-in shapes of 32 pixels and minutes on two CPU cores. Heads and
+    decoders are small, since published widths would dominate the model."""
     config.data.update(
         {
             "source": "shapes",
@@ -62,7 +69,7 @@ def _tiny(config: ConfigDict) -> None:
             "vocabulary_size": 512,
         }
     )
-    # smaller crops would often miss the shape
+    # Smaller crops would often miss the shape.
     config.data.crop_scale = (max(config.data.crop_scale[0], 0.6), 1.0)
     config.data.augment.blur_sigma = (0.1, 0.5)
     config.model.encoder.drop_path = 0.0

@@ -1,15 +1,16 @@
-"""Pre-train on any sources together, each with its share of the samples; M3I mixes 427 million
+"""Pre-train on a mixture of sources, each with its share of the samples. M3I mixes 427 million
 captioned and 15 million labelled images.
 
-python -m m3i_jax.main --config 'configs/mixture.py:sources=tars:/a/*.tar=427;folder:/b=15'
---workdir runs/mine
+    python -m m3i_jax.main --workdir runs/mixture \\
+      --config 'configs/mixture.py:sources=tars:/a/*.tar=427;folder:/b=15'
 
-A source is KIND:PATH[@SPLIT[|HELD_OUT]][=WEIGHT], KIND one of folder, tars, array_record, tfds,
-hugging_face, shapes. Without any weight, the shares are the numbers of images: one pass reads each
-image once.
+A source is KIND:PATH[@SPLIT[|HELD_OUT]][=WEIGHT], with KIND one of folder, tars, array_record,
+tfds, hugging_face, shapes. Without weights, the shares are proportional to the numbers of images,
+and one pass reads each image once.
 
-Rate, momentum, warm-up, crops and colours follow from the batch, the length, and the number and
-size of the images (m3i_jax/training/scaling.py); --mode=show prints them."""
+Learning rate, momentum, warm-up, crops and colours follow from the batch size, the length, and the
+number and size of the images (m3i_jax/training/scaling.py); --mode=show prints them.
+"""
 
 from ml_collections import ConfigDict
 
@@ -24,9 +25,15 @@ def get_config(
     batch_size: int = 256,
     epochs: float = 400.0,
 ) -> ConfigDict:
-    """sources: separated by semicolons. class_space: shared (classes of one name are one) or
-    separate. model: vit_tiny, _s16, _b16, _l16, _h14, internimage_pico, _t, _s, _b, _l, _xl, _h or
-    _g. batch_size: images a step. epochs: passes, of as many samples as all sources have images."""
+    """Settings of a run on a mixture.
+
+    Args:
+      sources: sources, separated by semicolons.
+      class_space: shared (classes of equal name are one class) or separate.
+      model: vit_tiny, _s16, _b16, _l16, _h14, internimage_pico, _t, _s, _b, _l, _xl, _h or _g.
+      batch_size: images per step.
+      epochs: passes; one has as many samples as all sources have images.
+    """
     config = default_config()
     presets.apply_preset(config, model)
     config.data.source = "mixture"

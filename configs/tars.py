@@ -1,10 +1,11 @@
-"""Pre-train on tar files as img2dataset writes them, without unpacking: KEY.jpg, KEY.txt (caption),
-KEY.json (caption, label).
+"""Pre-train on tar files in img2dataset's format, without unpacking them: KEY.jpg, KEY.txt
+(caption), KEY.json (caption, label).
 
-python -m m3i_jax.main --config configs/tars.py:path='DIR/*.tar' --workdir runs/mine
+    python -m m3i_jax.main --config configs/tars.py:path='DIR/*.tar' --workdir runs/tars
 
-Rate, momentum, warm-up, crops and colours follow from the batch, the length, and the number and
-size of the images (m3i_jax/training/scaling.py); --mode=show prints them."""
+Learning rate, momentum, warm-up, crops and colours follow from the batch size, the length, and the
+number and size of the images (m3i_jax/training/scaling.py); --mode=show prints them.
+"""
 
 from ml_collections import ConfigDict
 
@@ -15,9 +16,14 @@ from m3i_jax.models import presets
 def get_config(
     path: str = "", model: str = "vit_s16", batch_size: int = 256, epochs: float = 400.0
 ) -> ConfigDict:
-    """path: glob of the tar files. model: vit_tiny, _s16, _b16, _l16, _h14, internimage_pico, _t,
-    _s, _b, _l, _xl, _h or _g.
-    batch_size: images a step. epochs: passes over the images."""
+    """Settings of a run on tar files.
+
+    Args:
+      path: glob of the tar files.
+      model: vit_tiny, _s16, _b16, _l16, _h14, internimage_pico, _t, _s, _b, _l, _xl, _h or _g.
+      batch_size: images per step.
+      epochs: passes over the images.
+    """
     config = default_config()
     presets.apply_preset(config, model)
     config.data.source = "tars"

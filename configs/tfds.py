@@ -1,10 +1,11 @@
-"""Pre-train on a data set that tensorflow-datasets has prepared (file format array_record or
-parquet), without TensorFlow.
+"""Pre-train on a data set prepared by tensorflow-datasets (file format array_record or parquet),
+without TensorFlow.
 
-python -m m3i_jax.main --config configs/tfds.py:name=food101 --workdir runs/mine
+    python -m m3i_jax.main --config configs/tfds.py:name=food101 --workdir runs/tfds
 
-Rate, momentum, warm-up, crops and colours follow from the batch, the length, and the number and
-size of the images (m3i_jax/training/scaling.py); --mode=show prints them."""
+Learning rate, momentum, warm-up, crops and colours follow from the batch size, the length, and the
+number and size of the images (m3i_jax/training/scaling.py); --mode=show prints them.
+"""
 
 from ml_collections import ConfigDict
 
@@ -21,11 +22,17 @@ def get_config(
     batch_size: int = 256,
     epochs: float = 400.0,
 ) -> ConfigDict:
-    """name: as TFDS writes it, such as imagenet2012:5.1.0, or the directory of one version.
-    directory: where prepared data sets lie, if not
-    in TFDS's default place. split: to train on. holdout_split: for evaluators; empty: a tenth of
-    the training split. model: vit_tiny, _s16, _b16, _l16, _h14, internimage_pico, _t, _s, _b, _l,
-    _xl, _h or _g. batch_size: images a step. epochs: passes over the split."""
+    """Settings of a run on a TFDS data set.
+
+    Args:
+      name: name in TFDS, such as imagenet2012:5.1.0, or the directory of one version.
+      directory: directory of the prepared data sets; empty: the default of TFDS.
+      split: training split.
+      holdout_split: split for evaluators; empty: a tenth of the training split.
+      model: vit_tiny, _s16, _b16, _l16, _h14, internimage_pico, _t, _s, _b, _l, _xl, _h or _g.
+      batch_size: images per step.
+      epochs: passes over the split.
+    """
     config = default_config()
     presets.apply_preset(config, model)
     config.data.source = "tfds"

@@ -1,12 +1,13 @@
-"""M3I and single methods at toy scale, on a few thousand small images of one's own: minutes on one
-CPU core. What `tests/bench/tables.py` runs.
+"""M3I and single methods at toy scale, on a few thousand small images: minutes on one CPU core. The
+runs of `tests/bench/tables.py`.
 
-python -m m3i_jax.main --config 'configs/toy.py:source=tars,path=DIR/*.tar,form=m3i' --workdir
-runs/toy
+    python -m m3i_jax.main --workdir runs/toy \\
+      --config 'configs/toy.py:source=tars,path=DIR/*.tar,form=m3i'
 
-All methods have the same encoder, views, optimizer and pooling. Of a named method only what makes
-its objective is taken over: masks, norms, decoder input; not the sizes, rates and augmentation of a
-run of weeks."""
+All methods share encoder, views, optimizer and pooling. From a named method's published settings,
+only those that belong to its objective are used (masks, norms, decoder input), but not sizes, rates
+and augmentation of a run of weeks.
+"""
 
 from ml_collections import ConfigDict
 
@@ -14,8 +15,15 @@ from m3i_jax import published_settings
 from m3i_jax.config import apply_overrides, default_config
 from m3i_jax.models import presets
 
-OWN = ("data.mask", "model.encoder.final_norm", "model.decoder.norm", "model.decoder.projector_depth", "model.decoder.positions",
-       "model.decoder.cls")  # fmt: skip
+# Prefixes of the published settings that belong to a method's objective.
+METHOD_KEYS = (
+    "data.mask",
+    "model.encoder.final_norm",
+    "model.decoder.norm",
+    "model.decoder.projector_depth",
+    "model.decoder.positions",
+    "model.decoder.cls",
+)
 
 
 def get_config(
@@ -26,17 +34,23 @@ def get_config(
     batch_size: int = 32,
     gamma: float = 3.0,
 ) -> ConfigDict:
-    """form: names joined by +. source, path: the images. steps: optimizer steps. batch_size: images
-    a step.
-    gamma: weight of annotations."""
+    """Settings of a toy run.
+
+    Args:
+      form: names joined by +.
+      source, path: the images.
+      steps: optimizer steps.
+      batch_size: images per step.
+      gamma: weight of the annotations.
+    """
     config = default_config()
     presets.apply_preset(config, "vit_tiny")
     config.model.encoder.update(
         {"width": 64, "depth": 3, "heads": 2, "drop_path": 0.0, "freeze_patch_embed": False}
     )
-    # a third of M3I's operations would be half
+    # Small: larger decoders take up to half of M3I's FLOPs instead of a third.
     config.model.decoder.update({"width": 32, "depth": 1, "heads": 1})
-    # 0.02 would keep the pooled token near zero for half of the run
+    # At 0.02 the pooled token would stay near zero for half of the run.
     config.model.pool.update({"width": 64, "heads": 2, "std": 0.0})
     config.model.text.update({"width": 64, "depth": 1, "heads": 2, "embed": 64})
     config.model.head.update({"hidden": 256, "width": 64, "prototypes": 64})
@@ -45,11 +59,11 @@ def get_config(
     config.data.path = path
     config.data.holdout = 0.2
     config.data.image_size = 32
-    config.data.crop_scale = (0.7, 1.0)  # a drawing that fills its frame
+    config.data.crop_scale = (0.7, 1.0)  # the drawings fill the image
     config.data.caption_length = 12
     config.data.vocabulary_size = 512
     config.data.threads = 1
-    # Colour tells categories apart, and there is no time to learn from strong distortions.
+    # Colour distinguishes categories, and the run is too short for strong distortions.
     config.data.augment.update(
         {
             "jitter_p": 0.5,
@@ -68,14 +82,15 @@ def get_config(
     for name in config.objective.forms:
         settings = published_settings.SETTINGS.get(name, {})
         apply_overrides(
-            config, [f"{key}={value}" for key, value in settings.items() if key.startswith(OWN)]
+            config,
+            [f"{key}={value}" for key, value in settings.items() if key.startswith(METHOD_KEYS)],
         )
     config.objective.gamma = gamma
 
     config.optim.lr = 2e-3
     config.optim.warmup_steps = min(30, steps)
     config.optim.weight_decay = 0.05
-    config.optim.ema = 0.98  # of a run of hundreds of steps
+    config.optim.ema = 0.98  # for hundreds of steps
     config.train.batch_size = batch_size
     config.train.steps = steps
     config.train.log_every = 50

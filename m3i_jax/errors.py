@@ -1,8 +1,8 @@
-"""Errors that reach a person: one line, what was wrong, why, what to do.
+"""Errors for the user: one line with what was wrong, why, and what to do.
 
-`as_refusal` is the one function that turns what the system says (a full disk, no memory, a file
-that is no text, a device that jax cannot start) into such a line, for every mode: `main` asks it
-about each error that reaches it."""
+`as_refusal` converts errors of the system (a full disk, no memory, a file that is no text, a device
+that jax cannot start) into such a line. `main` applies it to every error, in every mode.
+"""
 
 import contextlib
 import errno
@@ -15,24 +15,24 @@ from types import TracebackType
 
 
 class UserError(Exception):
-    """A mistake of the person at the keyboard, or a refusal of the system: main prints the message
-    on one line and exits 2, without a traceback."""
+    """A user's mistake or a refusal of the system: main prints the message on one line and exits
+    with code 2, without a traceback."""
 
-    status = 2  # of the process
+    status = 2  # exit code
 
 
 class UnreadableError(UserError):
-    """Data that could be read when the run began cannot be read any more."""
+    """Data that was readable at the start of the run can no longer be read."""
 
 
 class RunStopped(Exception):
-    """The run cannot go on, through nobody's mistake: main prints the message on one line and exits
-    1, without a traceback."""
+    """The run cannot continue, and not because of a mistake: main prints the message on one line
+    and exits with code 1, without a traceback."""
 
 
 class DoesNotFit(UserError):
-    """The program does not fit the device it was compiled for, or the memory of this machine: exit
-    3."""
+    """The program does not fit in the memory of the device that it is compiled for, or of this
+    machine: exit code 3."""
 
     status = 3
 
@@ -48,7 +48,7 @@ HINTS = {
     errno.ENOENT: "check the path; a file of a run can be restored from a copy of the run",
     errno.EISDIR: "a file belongs there: move the directory away",
     errno.ENOTDIR: "a directory belongs there: move the file away",
-    errno.EEXIST: "move what is there away",
+    errno.EEXIST: "move the existing file away",
     errno.ELOOP: "the link leads to itself: delete it",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "close other programs: the machine has too many open files",
@@ -59,8 +59,8 @@ HINTS = {
 }
 SMALLER = "use a smaller batch, image or model, or a machine with more memory"
 _PACKAGE = pathlib.Path(__file__).parent
-# How libraries of C++ spell what the system said: tensorstore has the number, Riegeli (ArrayRecord)
-# the words.
+# System errors in messages of C++ libraries: tensorstore has the number, Riegeli (ArrayRecord) the
+# text.
 _SYSTEM = re.compile(r"OS error (\d+)")
 _WORDS = {
     os.strerror(number): number
@@ -75,7 +75,7 @@ _WORDS = {
         errno.EMFILE,
     )
 }
-_NAMED = re.compile(r"(?:writing|reading|opening|file) ['\"]?(/[^;'\"]+)")
+_FILE = re.compile(r"(?:writing|reading|opening|file) ['\"]?(/[^;'\"]+)")
 _DEVICE = re.compile(
     r"Unable to initialize backend|Unknown backend|JAX_PLATFORMS|No visible .* devices",
     re.IGNORECASE,
@@ -85,20 +85,20 @@ _LOST = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|DATA_LOSS)\b")
 
 
 def one_line(text: object, most: int = 600) -> str:
-    """A text on one line, of at most so many characters.
+    """A text on one line, cut to at most `most` characters.
 
     >>> one_line("a\\n  b"), one_line("abcdef", 4)
     ('a b', 'abc…')
     """
     try:
         line = " ".join(str(text).split())
-    except Exception:  # an error of a person's own whose text fails
+    except Exception:  # a user's exception whose __str__ fails
         line = f"a {type(text).__name__} without a text"
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def shorten(value: object, most: int = 120) -> str:
-    """A value for a message: its `repr`, on one line of at most so many characters.
+    """The `repr` of a value for a message, on one line of at most `most` characters.
 
     >>> shorten("a" * 200, 8), shorten((1, 2))
     ("'aaaaaa…", '(1, 2)')
@@ -108,22 +108,23 @@ def shorten(value: object, most: int = 120) -> str:
     except (
         ValueError,
         RecursionError,
-    ):  # of a number of thousands of digits; of a list that is nested too deep
+    ):  # a number of thousands of digits; a list that is nested too deep
         return f"a {type(value).__name__} that is too long to print"
 
 
 def as_refusal(error: BaseException) -> UserError | RunStopped | None:
-    """The error that `main` prints on one line instead of this one; None for what only a bug of
-    ours can be.
+    """The error that `main` prints on one line instead of `error`; None for a bug of this package.
 
-    OSError, UnicodeError, RecursionError: UserError with the path. MemoryError, and jax's
-    RESOURCE_EXHAUSTED: DoesNotFit.
-    A backend that jax cannot start: UserError. A device or a host that is lost: Stopped. What was
-    raised from such an error counts as that error.
+    - OSError, UnicodeError, RecursionError: UserError with the path.
+    - MemoryError and jax's RESOURCE_EXHAUSTED: DoesNotFit.
+    - A backend that jax cannot start: UserError.
+    - A lost device or host: RunStopped.
+
+    An error that was raised from such an error counts as that error.
 
     >>> try: open("/no/such/file")
     ... except OSError as error: print(as_refusal(error))
-    /no/such/file: No such file or directory; check the path; a file of a run can be restored from a copy of the run
+    /no/such/file: No such file or directory; check the path; a file of a run can be restored ...
     >>> as_refusal(KeyError("x")) is None
     True
     """
@@ -131,15 +132,15 @@ def as_refusal(error: BaseException) -> UserError | RunStopped | None:
     while cause is not None:
         if isinstance(cause, UserError | RunStopped):
             return cause
-        if found := _refusal(cause):
-            return found
+        if refusal := _refusal(cause):
+            return refusal
         cause = cause.__cause__
     return None
 
 
 @contextlib.contextmanager
 def refuse_system_errors() -> Iterator[None]:
-    """Raises `as_refusal` of an error in the block in its stead.
+    """Context manager that replaces an error of the block by its `as_refusal`.
 
     >>> with refuse_system_errors(): open("/no/such/file")
     Traceback (most recent call last):
@@ -148,10 +149,10 @@ def refuse_system_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        found = as_refusal(error)
-        if found is None or found is error:
+        refusal = as_refusal(error)
+        if refusal is None or refusal is error:
             raise
-        raise found from error
+        raise refusal from error
 
 
 def _refusal(error: BaseException) -> UserError | RunStopped | None:
@@ -163,24 +164,24 @@ def _refusal(error: BaseException) -> UserError | RunStopped | None:
             f"does not fit the memory of this machine ({text or error_location(error)}); {SMALLER}"
         )
     if isinstance(error, UnicodeError | RecursionError):
-        if not (place := error_path(error)):
+        if not (path := error_path(error)):
             return None
-        why = (
+        reason = (
             "is nested too deep"
             if isinstance(error, RecursionError)
             else f"is not UTF-8 text ({text})"
         )
-        return UserError(f"{place}: {why}; restore the file, or move it away")
-    said = _SYSTEM.search(text)
+        return UserError(f"{path}: {reason}; restore the file, or move it away")
+    match = _SYSTEM.search(text)
     number = (
-        int(said[1])
-        if said
+        int(match[1])
+        if match
         else next((number for words, number in _WORDS.items() if words in text), 0)
     )
     if number and not isinstance(error, KeyError | AssertionError):
-        named = _NAMED.search(text)
+        file = _FILE.search(text)
         return system_error(
-            OSError(number, os.strerror(number), named[1] if named else error_path(error) or None)
+            OSError(number, os.strerror(number), file[1] if file else error_path(error) or None)
         )
     if not isinstance(error, RuntimeError):
         return None
@@ -188,8 +189,7 @@ def _refusal(error: BaseException) -> UserError | RunStopped | None:
         return DoesNotFit(f"does not fit the memory of the device ({text}); {SMALLER}")
     if _DEVICE.search(text):
         return UserError(
-            f"jax cannot use the devices that were asked for ({text}); check JAX_PLATFORMS and the"
-            " drivers"
+            f"jax cannot use the requested devices ({text}); check JAX_PLATFORMS and the drivers"
         )
     if "can't start new thread" in text:
         return UserError(f"no more threads can be started; {HINTS[errno.EAGAIN]}")
@@ -202,35 +202,35 @@ def _refusal(error: BaseException) -> UserError | RunStopped | None:
 
 
 def system_error(error: OSError) -> UserError:
-    """A system's refusal with its path, and what to do about it."""
+    """The UserError of an OSError: path, reason and hint."""
     names = [
         os.fsdecode(name)
         for name in (error.filename, error.filename2)
         if isinstance(name, str | bytes | os.PathLike)
     ]
-    place = " -> ".join(names) or error_path(error) or error_location(error)
+    path = " -> ".join(names) or error_path(error) or error_location(error)
     reason = error.strerror or one_line(error) or type(error).__name__
     if error.errno == errno.ENOMEM:
-        return DoesNotFit(f"{place}: {reason}; {SMALLER}")
-    hint = HINTS.get(error.errno or 0, "mend that, then run the same command again")
-    return UserError(f"{place}: {reason}; {hint}")
+        return DoesNotFit(f"{path}: {reason}; {SMALLER}")
+    hint = HINTS.get(error.errno or 0, "repair that, then run the same command again")
+    return UserError(f"{path}: {reason}; {hint}")
 
 
 def _frames(trace: TracebackType | None) -> list[TracebackType]:
-    """From the innermost call outwards."""
-    out = []
+    """The frames of a traceback, the innermost first."""
+    frames = []
     while trace:
-        out.append(trace)
+        frames.append(trace)
         trace = trace.tb_next
-    return out[::-1]
+    return frames[::-1]
 
 
 def error_path(error: BaseException) -> str:
-    """The file that was being read or written, by the variables of the innermost call that knows
-    one; "" if none does.
+    """The path of the file that was being read or written, taken from the local variables of the
+    innermost call that has one; "" if none has.
 
-    Of the variables of a call, an open file comes first, then a path to no directory, then a
-    directory; of equals, the last."""
+    Among the variables of a call, an open file comes first, then a path that is no directory, then
+    a directory; among equals, the last variable."""
     for trace in _frames(error.__traceback__):
         values = list(trace.tb_frame.f_locals.values())[::-1]
         names = [getattr(v, "name", None) for v in values if isinstance(v, io.IOBase)]
@@ -241,13 +241,13 @@ def error_path(error: BaseException) -> str:
             for v in values
             if isinstance(v, str) and "/" in v and len(v) < 4096 and os.path.lexists(v)
         ]
-        if found := opened or [p for p in paths if not os.path.isdir(p)] or paths:
-            return os.fsdecode(found[0])
+        if candidates := opened or [p for p in paths if not os.path.isdir(p)] or paths:
+            return os.fsdecode(candidates[0])
     return ""
 
 
 def error_location(error: BaseException) -> str:
-    """The innermost line of this package that the error went through: file:line, relative to the
+    """The innermost line of this package in the error's traceback, as file:line relative to the
     package."""
     for trace in _frames(error.__traceback__):
         file = pathlib.Path(trace.tb_frame.f_code.co_filename)

@@ -1,8 +1,10 @@
-"""The command line: `python -m m3i_jax.main --config FILE[:name=value,...] --workdir DIR
-[--config.a.b=v] [--mode=...]`.
+"""The command line.
 
-Exit codes: 0 done, 2 refused, 3 does not fit, 42 preempted and saved, 1 anything else. Only the
-mode that runs is imported."""
+    python -m m3i_jax.main --config FILE[:name=value,...] --workdir DIR [--config.a.b=v] [--mode=M]
+
+Exit codes: 0 done, 2 refused, 3 does not fit, 42 preempted and saved, 1 any other error. Only the
+module of the requested mode is imported.
+"""
 
 import argparse
 import contextlib
@@ -23,11 +25,11 @@ from m3i_jax.modes import MODES
 from m3i_jax.training import malloc
 from m3i_jax.version import __version__
 
-LONGEST = 4_000  # characters of the line that says what went wrong
+MAX_ERROR_LENGTH = 4_000  # characters of an error line
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses on one line, as everything else does; and a flag that is given twice."""
+    """An argument parser whose errors are UserErrors, and which refuses a repeated flag."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists the flags")
@@ -36,13 +38,13 @@ class Parser(argparse.ArgumentParser):
         given = [argument.partition("=")[0] for argument in args or ()]
         for flag in given:
             if flag.startswith("--") and given.count(flag) > 1:
-                raise UserError(f"{flag}: is given twice; leave one of them out")
+                raise UserError(f"{flag}: is given twice; remove one of them")
         return super().parse_known_args(args, namespace)
 
 
 def parser() -> Parser:
     modes = "\n".join(f"  {name:<8} {mode.text}" for name, mode in MODES.items())
-    out = Parser(
+    parser = Parser(
         prog="python -m m3i_jax.main",
         description="M3I Pre-training in JAX.",
         epilog=(
@@ -52,84 +54,89 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    out.add_argument(
+    parser.add_argument(
         "--config",
         metavar="FILE[:name=value,...]",
         help="configuration file and its arguments, such as configs/folder.py:path=DIR",
     )
-    out.add_argument(
+    parser.add_argument(
         "--config.KEY=VALUE",
         action="store_true",
         dest="_",
         help="set one key of the configuration, as --config.optim.lr=1e-4",
     )
-    out.add_argument(
+    parser.add_argument(
         "--workdir",
         metavar="DIR",
-        help="where the run keeps checkpoints, metrics and images; the same command resumes it",
+        help="directory of checkpoints, metrics and images; the same command resumes the run",
     )
-    out.add_argument(
+    parser.add_argument(
         "--mode",
         default="train",
         metavar="MODE",
         help=f"one of {', '.join(MODES)} (default: train)",
     )
-    out.add_argument(
+    parser.add_argument(
         "--coordinator",
         default="",
         metavar="HOST:PORT",
-        help="of several hosts: address of the first (not on TPU, Slurm)",
+        help="several hosts: address of the first host (not needed on TPU and Slurm)",
     )
-    out.add_argument("--processes", default="", metavar="N", help="of several hosts: how many")
-    out.add_argument(
-        "--process-id", default="", metavar="I", help="of several hosts: which this is, from 0"
+    parser.add_argument(
+        "--processes", default="", metavar="N", help="several hosts: number of hosts"
     )
-    out.add_argument(
+    parser.add_argument(
+        "--process-id", default="", metavar="I", help="several hosts: index of this host, from 0"
+    )
+    parser.add_argument(
         "--allow-changes",
         action="store_true",
         help="train, compare: resume although the configuration or the data changed",
     )
-    out.add_argument(
+    parser.add_argument(
         "--checkpoint",
         default="",
         metavar="PLACE",
-        help="eval: another run, one checkpoint of it, or what init_from takes",
+        help="eval: another run, one of its checkpoints, or a file that init_from accepts",
     )
-    out.add_argument(
+    parser.add_argument(
         "--topology",
         default="",
         metavar="NAME",
-        help="compile: for what, such as v5e:4x4, v5p:4x4x4, h100:8, cpu:8",
+        help="compile: target devices, such as v5e:4x4, v5p:4x4x4, h100:8, cpu:8",
     )
-    out.add_argument(
+    parser.add_argument(
         "--memory",
         default="",
         metavar="GIB",
-        help="compile: memory of a device, if not what its kind has",
+        help="compile: memory per device; default: that of its kind",
     )
-    out.add_argument(
+    parser.add_argument(
         "--code",
         action="store_true",
-        help="compile: for a TPU make code too, which takes ten times as long",
+        help="compile: for a TPU, generate code too, which takes ten times as long",
     )
-    out.add_argument(
-        "--largest-batch", action="store_true", help="compile: search the largest batch that fits"
+    parser.add_argument(
+        "--largest-batch",
+        action="store_true",
+        help="compile: search for the largest batch that fits",
     )
-    out.add_argument(
+    parser.add_argument(
         "--suggest",
         action="store_true",
-        help="compile: search mesh, remat and microbatches that fit",
+        help="compile: search for mesh, remat and microbatches that fit",
     )
-    out.add_argument(
+    parser.add_argument(
         "--format", default="", metavar="NAME", help="export: timm, hf, stablehlo, npz or orbax"
     )
-    out.add_argument("--out", default="", metavar="FILE", help="features: the npz file to write")
-    out.add_argument("--version", action="version", version=f"m3i_jax {__version__}")
-    return out
+    parser.add_argument("--out", default="", metavar="FILE", help="features: the npz file to write")
+    parser.add_argument("--version", action="version", version=f"m3i_jax {__version__}")
+    return parser
 
 
-def _process_began() -> float:
-    """When this process began, of `time.monotonic()`; now, where the system does not say."""
+def _process_start() -> float:
+    """Start of this process on the clock of `time.monotonic()`; now, if the system does not
+    know."""
     try:
         ticks = float(pathlib.Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
         return (
@@ -149,7 +156,7 @@ def _run(arguments: Sequence[str], began: float) -> int:
     if unknown:
         bare = [key for key in overrides if "=" not in key]
         hint = (
-            f"a value follows its key after '=': --config.{bare[0]}={unknown[0]}"
+            f"write a value after its key and '=': --config.{bare[0]}={unknown[0]}"
             if bare
             else "--help lists them"
         )
@@ -164,15 +171,15 @@ def _run(arguments: Sequence[str], began: float) -> int:
         )
     if "://" in (flags.workdir or ""):
         raise UserError(
-            f"--workdir {flags.workdir}: an address is no directory; name one of this machine, such"
-            " as a mounted bucket"
+            f"--workdir {flags.workdir}: a URL is no directory; give a local directory, such as a"
+            " mounted bucket"
         )
-    asked = pathlib.Path(flags.workdir or ".")
-    there = next(place for place in (asked, *asked.parents) if os.path.lexists(place))
-    if not there.is_dir():
+    workdir = pathlib.Path(flags.workdir or ".")
+    existing = next(path for path in (workdir, *workdir.parents) if os.path.lexists(path))
+    if not existing.is_dir():
         raise UserError(
-            f"--workdir {flags.workdir}: {str(there)!r} is no directory; name one for the run, such"
-            " as --workdir runs/first"
+            f"--workdir {flags.workdir}: {str(existing)!r} is no directory; name one for the run,"
+            " such as --workdir runs/first"
         )
     mode = MODES[flags.mode]
     foreign = {name for other in MODES.values() for name in other.flags} - set(mode.flags)
@@ -183,8 +190,8 @@ def _run(arguments: Sequence[str], began: float) -> int:
             raise UserError(f"--{name.replace('_', '-')}: does not belong to --mode={flags.mode}")
     if not mode.settings and (flags.config or overrides):
         raise UserError(
-            f"--config: does not belong to --mode={flags.mode}, which takes the settings that were"
-            " saved; leave it out"
+            f"--config: does not belong to --mode={flags.mode}, which uses the saved settings;"
+            " remove it"
         )
     if flags.config:
         config = configuration.load_config(flags.config, overrides)
@@ -195,14 +202,14 @@ def _run(arguments: Sequence[str], began: float) -> int:
     mode.refuse(flags.mode, overrides, settings, flags.workdir or "")
     if flags.config:
         configuration.reject_config_in_data(flags.config.partition(":")[0], settings.data)
-    more = {name: getattr(flags, name) for name in mode.flags} | (
+    options = {name: getattr(flags, name) for name in mode.flags} | (
         {"began": began} if mode.timed else {}
     )
-    alone: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    error_guard: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if mode.together:
         from m3i_jax.parallel import distributed, heartbeat
 
-        place = distributed.detect_processes(
+        processes = distributed.detect_processes(
             flags.coordinator,
             flags.processes,
             flags.process_id,
@@ -210,28 +217,31 @@ def _run(arguments: Sequence[str], began: float) -> int:
             tpu=distributed.on_tpu(os.environ),
         )
         distributed.start_distributed(
-            place,
+            processes,
             configuration.config_to_text(settings),
             settings.parallel.mesh,
             beat=settings.parallel.heartbeat,
         )
-        alone = heartbeat.refuse_on_error()
+        error_guard = heartbeat.refuse_on_error()
     if mode.compiles:
-        watch = importlib.import_module("m3i_jax.modes.monitoring")
-        watch.enable_compilation_cache(pathlib.Path(flags.workdir))
-    room = importlib.import_module(f"m3i_jax.modes.{flags.mode}")
-    with privacy.private_umask(settings.report.private), alone, refuse_system_errors():
-        return room.run(settings, workdir=flags.workdir, **more)
+        monitoring = importlib.import_module("m3i_jax.modes.monitoring")
+        monitoring.enable_compilation_cache(pathlib.Path(flags.workdir))
+    module = importlib.import_module(f"m3i_jax.modes.{flags.mode}")
+    with privacy.private_umask(settings.report.private), error_guard, refuse_system_errors():
+        return module.run(settings, workdir=flags.workdir, **options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of a command; of this process, which it then may silence, if no arguments are
-    given."""
+    """Run a command and return its exit code.
+
+    Without arguments, the command is that of this process, whose late messages are silenced after
+    an error.
+    """
     began, process = time.monotonic(), arguments is None
     if process:
-        began = _process_began()
-        malloc.limit_arenas()  # before there are threads
-        for stream in (sys.stdout, sys.stderr):  # a name that is no UTF-8 can be printed, too
+        began = _process_start()
+        malloc.limit_arenas()  # before any thread starts
+        for stream in (sys.stdout, sys.stderr):  # names that are no UTF-8 become printable
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
     with privacy.redact_logs(forever=process):
@@ -241,18 +251,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with refuse_system_errors():
                 code = _run(sys.argv[1:] if arguments is None else arguments, began)
                 if sys.stdout is not None:
-                    # a disk or a pipe that refuses it does so here, not after the last word
+                    # a full disk or a closed pipe is reported here, not at interpreter exit
                     sys.stdout.flush()
         except (UserError, RunStopped) as error:
             stopped = isinstance(error, RunStopped)
             print(
-                f"m3i_jax: {'stopped: ' if stopped else ''}{one_line(error, LONGEST)}",
+                f"m3i_jax: {'stopped: ' if stopped else ''}{one_line(error, MAX_ERROR_LENGTH)}",
                 file=sys.stderr,
                 flush=True,
             )
             if process and stopped:
-                # a thread may wait for a disk that never answers, and Python would wait for the
-                # thread
+                # Python would wait for a thread that waits for a hung disk.
                 os._exit(1)
             code = getattr(error, "status", 1)
         except Exception as error:

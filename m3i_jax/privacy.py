@@ -1,10 +1,11 @@
-"""What a run may show: texts without secrets, terminals that no file name can command, files that
-only their owner reads.
+"""Privacy of a run's output: no secrets in texts, no control characters on terminals, and files
+that only their owner can read.
 
-Secrets come in through paths (`s3://KEY:SECRET@bucket`, `https://host/x?X-Amz-Signature=...`),
-through the environment (`HF_TOKEN`) and through the messages of libraries. They go out through the
-console, through logs and tracebacks, and through the texts beside a run. All of these pass
-`redact`: the console through `redact_logs`, files through `reporting.files.write_text`."""
+Secrets enter through paths (`s3://KEY:SECRET@bucket`, `https://host/x?X-Amz-Signature=...`), the
+environment (`HF_TOKEN`) and messages of libraries. They would leave through the console, logs,
+tracebacks and text files of a run. All of these pass `redact`: the console through `redact_logs`,
+files through `reporting.atomic_write`.
+"""
 
 import contextlib
 import json
@@ -16,9 +17,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 HIDDEN = "***"
-LEAST = 8  # characters; a shorter value of the environment would also hide words that are no secret
-# The name of a secret, from its beginning on: anything that is called a token but no tokenizer, and
-# no number of tokens.
+LEAST = 8  # characters; shorter values of environment variables may be ordinary words
+# Names of secrets. "token" matches, "tokenizer" and "tokens" do not.
 _SECRET = (
     r"(?<![\w.-])[\w.-]{0,60}(?:token(?!i[sz]|s)|secret(?!ar)|passwo?r?d|pwd|api[_-]?key|access[_-]?key|private[_-]?key|credential|signature|"
     r"authorization)[\w.-]{0,60}"
@@ -28,10 +28,10 @@ _NAME = re.compile(
     re.IGNORECASE,
 )
 _RULES: list[tuple[re.Pattern[str], Any]] = [
-    # user:password@ of a URL; a port is no password. The password may hold a slash, as S3's do.
+    # user:password@ of a URL; a port is no password. A password may contain a slash, as S3's do.
     (re.compile(r"(://)[^/:@\s'\"<>]{0,200}:(?!\d+[/@])[^@\s'\"<>]{1,500}@"), rf"\1{HIDDEN}@"),
     (re.compile(r"((?:https?|ftp|git)://)[^/@\s'\"<>]{1,500}@"), rf"\1{HIDDEN}@"),
-    # Every value of a URL's query: signatures have a name of their own at every store.
+    # Every value of a URL's query: the name of the signature differs between stores.
     (
         re.compile(r"(://[^\s'\"<>?]{0,2000}\?)([^\s'\"<>]{0,200}=[^\s'\"<>]*)"),
         lambda m: m[1] + re.sub(r"=[^&;#]*", f"={HIDDEN}", m[2]),
@@ -53,7 +53,7 @@ _RULES: list[tuple[re.Pattern[str], Any]] = [
         ),
         rf"\1{HIDDEN}",
     ),
-    # What providers begin their keys with.
+    # Prefixes of keys by provider.
     (
         re.compile(
             r"\b(?:A[KS]IA[0-9A-Z]{16}|AIza[\w-]{35}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})"
@@ -67,18 +67,20 @@ _RULES: list[tuple[re.Pattern[str], Any]] = [
         HIDDEN,
     ),
 ]
-# Control characters, and those that turn the direction of a line; not the tab and the ends of
-# lines.
+# Control characters and characters that change the direction of text, except tab and line ends.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def redact(text: str, *, environment: Mapping[str, str] | None = None) -> str:
-    """A text with "***" where it had a secret.
+    """The text with every secret replaced by "***".
 
-    Args: text: any. environment: variables whose values are secret if their names say so; those of
-        the process if not given.
+    Args:
+      text: any.
+      environment: variables whose values are secret if their names say so; those of the process if
+        not given.
 
-    >>> redact("s3://AKID:p/w+d@bucket/x.tar, https://h/x?X-Amz-Signature=0a1b&part=2", environment={})
+    >>> text = "s3://AKID:p/w+d@bucket/x.tar, https://h/x?X-Amz-Signature=0a1b&part=2"
+    >>> redact(text, environment={})
     's3://***@bucket/x.tar, https://h/x?X-Amz-Signature=***&part=***'
     >>> redact("no such model: hunter22-hunter22", environment={"HF_TOKEN": "hunter22-hunter22"})
     'no such model: ***'
@@ -86,7 +88,7 @@ def redact(text: str, *, environment: Mapping[str, str] | None = None) -> str:
     'gs://bucket/part-?.tar on host:8080, 12 tokens: 300'
     """
     for name, value in (os.environ if environment is None else environment).items():
-        # a path is no secret
+        # A path is no secret.
         if (
             len(value) >= LEAST
             and value in text
@@ -94,13 +96,13 @@ def redact(text: str, *, environment: Mapping[str, str] | None = None) -> str:
             and not value.startswith(("/", "~", "."))
         ):
             text = text.replace(value, HIDDEN)
-    for rule, instead in _RULES:
-        text = rule.sub(instead, text)
+    for pattern, replacement in _RULES:
+        text = pattern.sub(replacement, text)
     return text
 
 
 def redact_tree(value: Any) -> Any:
-    """`redact` for every text in lists, tuples and dictionaries.
+    """`redact` applied to every text in nested lists, tuples and dictionaries.
 
     >>> redact_tree({"path": "https://me:word-1@host/x", "sizes": [1, 2]})
     {'path': 'https://***@host/x', 'sizes': [1, 2]}
@@ -113,26 +115,25 @@ def redact_tree(value: Any) -> Any:
 
 
 def escape_control(text: str, *, line: bool = False) -> str:
-    """A text that no terminal obeys: control characters are spelt out. `line`: line ends and tabs
-    as well.
+    """The text with control characters escaped, so that a terminal does not interpret them. `line`:
+    line ends and tabs too.
 
-    Whatever comes from data (names, captions, classes) passes here on its way to a page, a text
-    file or a log line.
+    All text from data (names, captions, classes) passes this function before it is written to a
+    page, a text file or the log.
 
     >>> escape_control("a\\x1b]0;title\\x07\\n"), escape_control("a\\nb", line=True)
     ('a\\\\x1b]0;title\\\\x07\\n', 'a\\\\nb')
     """
-    out = _CONTROL.sub(_spelt, text)
-    return re.sub(r"[\r\n\t]", _spelt, out) if line else out
+    out = _CONTROL.sub(_escape, text)
+    return re.sub(r"[\r\n\t]", _escape, out) if line else out
 
 
-def _spelt(found: re.Match[str]) -> str:
-    return found[0].encode("unicode_escape").decode("ascii")
+def _escape(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode("ascii")
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    """A value as JSON that no terminal obeys: letters of every script stand as they are, control
-    characters as `\\uXXXX`.
+    """A value as JSON text; non-ASCII letters are kept, control characters written as `\\uXXXX`.
 
     >>> print(json_text({"猫": "a\\x1b[31m\\x9b"}))
     {"猫": "a\\u001b[31m\\u009b"}
@@ -143,12 +144,12 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
 
 
 _COLOUR = re.compile("\x1b\\[[0-9;]*m")
-CLEAR = "\x1b[K"  # to the end of the line: progress of our own
+CLEAR = "\x1b[K"  # clears to the end of the line, for progress lines
 
 
 def plain_text(text: str) -> str:
-    """What a console shows of a text: without secrets and colours, control characters spelt out but
-    for CLEAR.
+    """The text for a console: without secrets and colours, and with control characters escaped,
+    except CLEAR.
 
     >>> plain_text("\\x1b[31mred\\x1b[0m \\x1b[2J \\x1b[K")
     'red \\\\x1b[2J \\x1b[K'
@@ -157,7 +158,8 @@ def plain_text(text: str) -> str:
 
 
 class _Stream:
-    """A stream of text that redacts what is written to it; everything else is the stream's own."""
+    """A text stream that redacts its input; all other attributes are those of the wrapped
+    stream."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -173,7 +175,7 @@ class _Stream:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        """An error of the system has the name of the stream, as it has that of any other file."""
+        """Put the stream's name into an OSError, as for any other file."""
         try:
             yield
         except OSError as error:
@@ -188,13 +190,13 @@ class _Stream:
         return getattr(self._stream, name)
 
 
-def _record(made: Any) -> Any:
-    """A factory of log records whose messages are redacted, for handlers that hold a stream of
-    their own."""
+def _redacting_factory(factory: Any) -> Any:
+    """A factory of log records with redacted messages, for handlers that write to a stream of their
+    own."""
 
     def make(*arguments: Any, **options: Any) -> logging.LogRecord:
-        record = made(*arguments, **options)
-        # a message that cannot be made is its handler's to complain about
+        record = factory(*arguments, **options)
+        # A message that cannot be formatted is reported by the handler.
         with contextlib.suppress(Exception):
             record.msg, record.args = plain_text(record.getMessage()), ()
         return record
@@ -204,32 +206,32 @@ def _record(made: Any) -> Any:
 
 @contextlib.contextmanager
 def redact_logs(*, forever: bool = False) -> Iterator[None]:
-    """All that is printed, logged or told by a traceback passes `plain_text`. `forever`: also after
-    the block, for the traceback of what ends the process."""
-    before, made = (sys.stdout, sys.stderr), logging.getLogRecordFactory()
+    """Pass all printed text, log records and tracebacks through `plain_text`. `forever`: also after
+    the block, for the traceback of an error that ends the process."""
+    before, factory = (sys.stdout, sys.stderr), logging.getLogRecordFactory()
     sys.stdout, sys.stderr = (
         stream if stream is None or isinstance(stream, _Stream) else _Stream(stream)
         for stream in before
     )
-    logging.setLogRecordFactory(_record(made))
+    logging.setLogRecordFactory(_redacting_factory(factory))
     try:
         yield
     finally:
         if not forever:
             sys.stdout, sys.stderr = before
-            logging.setLogRecordFactory(made)
+            logging.setLogRecordFactory(factory)
 
 
 def guard_output() -> None:
-    """`redact_logs` for the rest of this process: of a worker, whose warnings go to the console of
+    """`redact_logs` for the rest of this process; for workers, whose warnings reach the console of
     the trainer."""
     redact_logs(forever=True).__enter__()
 
 
 @contextlib.contextmanager
 def private_umask(private: bool) -> Iterator[None]:
-    """Files made in the block belong to their owner alone (0600, directories 0700) if `private`;
-    else the umask decides, as ever."""
+    """If `private`, files created in the block are accessible to their owner only (0600,
+    directories 0700); otherwise the umask decides."""
     before = os.umask(0o077)
     os.umask(before | (0o077 if private else 0))
     try:

@@ -1,8 +1,8 @@
 """The settings that named methods were published with, and which of them a configuration changes.
 
-`objective/published.py` has their terms. A recipe of the terms and these settings is
-`configs/forms.py`; they stand here and not there because a run of an installed package, without
-configs/, must know them too: to log what its method does differently.
+`objective/published.py` has the methods' terms; `configs/forms.py` combines terms and settings into
+recipes. The settings are here rather than there because an installed package without configs/ needs
+them too, to log where a run differs from the publication.
 """
 
 import functools
@@ -14,131 +14,192 @@ from m3i_jax import config as configuration
 from m3i_jax import schema
 
 _PLAIN = {
-    "data.augment.jitter_p": 0.0, "data.augment.grayscale_p": 0.0, "data.augment.blur_p": (0.0, 0.0),
+    "data.augment.jitter_p": 0.0,
+    "data.augment.grayscale_p": 0.0,
+    "data.augment.blur_p": (0.0, 0.0),
     "data.augment.solarize_p": (0.0, 0.0),
-}  # fmt: skip
-# Both views alike.
+}
+# Equal augmentation of both views.
 _EVEN = {"data.augment.blur_p": (0.5, 0.5), "data.augment.solarize_p": (0.0, 0.0)}
-# SLIP's runs on YFCC, CLIP's among them: short, for every image comes with a caption.
+# Runs of SLIP's paper on YFCC, CLIP's included.
 _YFCC = {"optim.b2": 0.98, "optim.min_lr": 1e-5, "optim.warmup_epochs": 1.0, "train.epochs": 25.0}
 
-# {method: {dotted key: value}}. Learning rate and momentum are those at the default batch, 4,096
-# images.
+# {method: {dotted key: value}}; learning rate and momentum at the default batch, 4,096 images.
 SETTINGS: dict[str, dict[str, Any]] = {
     "mae": {
-        "data.mask": "uniform", "data.mask_ratio": 0.75, "data.crop_scale": (0.2, 1.0),
-        "model.encoder.final_norm": True, "model.encoder.drop_path": 0.0,
-        "model.encoder.freeze_patch_embed": False, "model.decoder.width": 512,
-        "model.decoder.depth": 8, "model.decoder.positions": "absolute",
-        "model.decoder.cls": "yes", "optim.lr": 2.4e-3, "optim.weight_decay": 0.05,
-        "optim.clip": 0.0, "train.epochs": 1600.0, **_PLAIN,
+        "data.mask": "uniform",
+        "data.mask_ratio": 0.75,
+        "data.crop_scale": (0.2, 1.0),
+        "model.encoder.final_norm": True,
+        "model.encoder.drop_path": 0.0,
+        "model.encoder.freeze_patch_embed": False,
+        "model.decoder.width": 512,
+        "model.decoder.depth": 8,
+        "model.decoder.positions": "absolute",
+        "model.decoder.cls": "yes",
+        "optim.lr": 2.4e-3,
+        "optim.weight_decay": 0.05,
+        "optim.clip": 0.0,
+        "train.epochs": 1600.0,
+        **_PLAIN,
     },
     "data2vec": {
-        "data.mask_ratio": 120 / 196, "model.encoder.final_norm": True,
-        "model.encoder.drop_path": 0.25, "model.encoder.freeze_patch_embed": False,
-        "optim.lr": 4e-3, "optim.weight_decay": 0.05, "optim.clip": 3.0, "optim.ema": 0.9998,
-        "optim.ema_schedule": "constant", "train.epochs": 800.0,
+        "data.mask_ratio": 120 / 196,
+        "model.encoder.final_norm": True,
+        "model.encoder.drop_path": 0.25,
+        "model.encoder.freeze_patch_embed": False,
+        "optim.lr": 4e-3,
+        "optim.weight_decay": 0.05,
+        "optim.clip": 3.0,
+        "optim.ema": 0.9998,
+        "optim.ema_schedule": "constant",
+        "train.epochs": 800.0,
     },
     "feature_distillation": {
-        "model.encoder.drop_path": 0.2, "model.encoder.freeze_patch_embed": False,
-        "optim.weight_decay": 0.05, "optim.clip": 3.0, "train.epochs": 300.0, **_PLAIN,
+        "model.encoder.drop_path": 0.2,
+        "model.encoder.freeze_patch_embed": False,
+        "optim.weight_decay": 0.05,
+        "optim.clip": 3.0,
+        "train.epochs": 300.0,
+        **_PLAIN,
     },
     "byol": {
-        "model.encoder.freeze_patch_embed": False, "optim.ema": 0.996, "train.epochs": 1000.0,
+        "model.encoder.freeze_patch_embed": False,
+        "optim.ema": 0.996,
+        "train.epochs": 1000.0,
     },
     "moco_v3": {
-        "model.encoder.drop_path": 0.0, "optim.lr": 2.4e-3, "optim.ema": 0.99,
+        "model.encoder.drop_path": 0.0,
+        "optim.lr": 2.4e-3,
+        "optim.ema": 0.99,
         "train.epochs": 300.0,
     },
     "simclr": {
-        "model.encoder.freeze_patch_embed": False, "model.head.hidden": 2048,
-        "model.head.width": 128, "train.epochs": 1000.0,
+        "model.encoder.freeze_patch_embed": False,
+        "model.head.hidden": 2048,
+        "model.head.width": 128,
+        "train.epochs": 1000.0,
     },
     "barlow_twins": {
-        "model.encoder.freeze_patch_embed": False, "model.head.hidden": 8192,
-        "model.head.width": 8192, "train.epochs": 1000.0,
+        "model.encoder.freeze_patch_embed": False,
+        "model.head.hidden": 8192,
+        "model.head.width": 8192,
+        "train.epochs": 1000.0,
     },
     "densecl": {
-        "model.encoder.freeze_patch_embed": False, "model.head.hidden": 2048,
-        "model.head.width": 128, "optim.ema": 0.999, "optim.ema_schedule": "constant",
-        "train.epochs": 200.0, "data.augment.saturation": 0.4, **_EVEN,
+        "model.encoder.freeze_patch_embed": False,
+        "model.head.hidden": 2048,
+        "model.head.width": 128,
+        "optim.ema": 0.999,
+        "optim.ema_schedule": "constant",
+        "train.epochs": 200.0,
+        "data.augment.saturation": 0.4,
+        **_EVEN,
     },
     "msn": {
-        "data.mask": "uniform", "data.mask_ratio": 0.15, "data.crop_scale": (0.3, 1.0),
-        "model.encoder.freeze_patch_embed": False, "model.head.hidden": 2048,
-        "model.head.width": 256, "optim.ema": 0.996, "optim.clip": 3.0,
-        "optim.weight_decay": 0.04, "train.epochs": 800.0, "data.augment.saturation": 0.4,
+        "data.mask": "uniform",
+        "data.mask_ratio": 0.15,
+        "data.crop_scale": (0.3, 1.0),
+        "model.encoder.freeze_patch_embed": False,
+        "model.head.hidden": 2048,
+        "model.head.width": 256,
+        "optim.ema": 0.996,
+        "optim.clip": 3.0,
+        "optim.weight_decay": 0.04,
+        "train.epochs": 800.0,
+        "data.augment.saturation": 0.4,
         **_EVEN,
     },
     "siamese_im": {
-        "data.mask_ratio": 118 / 196, "model.decoder.norm": "batch",
-        "model.decoder.projector_depth": 2, "model.decoder.cls": "yes",
-        "model.encoder.drop_path": 0.0, "optim.weight_decay": 0.05, "optim.clip": 1.0,
+        "data.mask_ratio": 118 / 196,
+        "model.decoder.norm": "batch",
+        "model.decoder.projector_depth": 2,
+        "model.decoder.cls": "yes",
+        "model.encoder.drop_path": 0.0,
+        "optim.weight_decay": 0.05,
+        "optim.clip": 1.0,
         "train.epochs": 1600.0,
     },
     "clip": {
-        "data.crop_scale": (0.5, 1.0), "model.encoder.drop_path": 0.0,
-        "model.encoder.freeze_patch_embed": False, "model.pool.kind": "cls",
-        "model.text.pool": "last", "optim.lr": 5e-4, "optim.weight_decay": 0.5,
-        "data.flip_p": 0.0, **_PLAIN, **_YFCC,
+        "data.crop_scale": (0.5, 1.0),
+        "model.encoder.drop_path": 0.0,
+        "model.encoder.freeze_patch_embed": False,
+        "model.pool.kind": "cls",
+        "model.text.pool": "last",
+        "optim.lr": 5e-4,
+        "optim.weight_decay": 0.5,
+        "data.flip_p": 0.0,
+        **_PLAIN,
+        **_YFCC,
     },
     "slip": {
-        "model.encoder.drop_path": 0.0, "model.encoder.freeze_patch_embed": False,
-        "model.pool.kind": "cls", "model.text.pool": "last", "objective.weighting": "fixed",
-        "optim.lr": 3e-3, **_YFCC,
+        "model.encoder.drop_path": 0.0,
+        "model.encoder.freeze_patch_embed": False,
+        "model.pool.kind": "cls",
+        "model.text.pool": "last",
+        "objective.weighting": "fixed",
+        "optim.lr": 3e-3,
+        **_YFCC,
     },
     "deit": {
-        "model.encoder.drop_path": 0.2, "model.encoder.drop_path_rule": "uniform",
-        "model.encoder.freeze_patch_embed": False, "model.encoder.final_norm": True,
-        "model.pool.kind": "cls", "optim.weight_decay": 0.05, "train.epochs": 800.0,
+        "model.encoder.drop_path": 0.2,
+        "model.encoder.drop_path_rule": "uniform",
+        "model.encoder.freeze_patch_embed": False,
+        "model.encoder.final_norm": True,
+        "model.pool.kind": "cls",
+        "optim.weight_decay": 0.05,
+        "train.epochs": 800.0,
     },
     "milan": {
-        "data.mask": "uniform", "data.mask_ratio": 0.75,
-        "model.encoder.freeze_patch_embed": False, "optim.weight_decay": 0.05,
+        "data.mask": "uniform",
+        "data.mask_ratio": 0.75,
+        "model.encoder.freeze_patch_embed": False,
+        "optim.weight_decay": 0.05,
         "train.epochs": 400.0,
     },
-}  # fmt: skip
+}
 
 
 def published_differences(config: schema.Config) -> dict[str, list[str]]:
-    """{named method of the objective: "KEY VALUE instead of PUBLISHED" of each setting that
-    differs}.
+    """{named method of the objective: ["KEY VALUE instead of PUBLISHED" for every difference]}.
 
-    Learning rate and momentum also count as published where `config.rescale` makes them so for the
-    batch.
+    Learning rate and momentum also count as published after `config.rescale` to the batch.
 
-    >>> published_differences(schema.Config(objective=schema.Objective(forms=("m3i", "byol"))))["byol"][0]
+    >>> config = schema.Config(objective=schema.Objective(forms=("m3i", "byol")))
+    >>> published_differences(config)["byol"][0]
     'model.encoder.freeze_patch_embed True instead of False'
     """
-    asked = {name: SETTINGS[name] for name in config.objective.forms if name in SETTINGS}
+    methods = {name: SETTINGS[name] for name in config.objective.forms if name in SETTINGS}
     return {
-        name: found
-        for name, settings in asked.items()
-        if (found := list(_differences(config, settings)))
+        name: differences
+        for name, settings in methods.items()
+        if (differences := list(_differences(config, settings)))
     }
 
 
 def _differences(config: schema.Config, settings: Mapping[str, Any]) -> Iterator[str]:
     rescaled = _rescaled(settings, config.train.batch_size)
-    overruled = {
+    overridden = {
         "train.epochs": ("train.steps", 0),
         "optim.warmup_epochs": ("optim.warmup_steps", -1),
     }
-    for key, wanted in settings.items():
+    for key, published in settings.items():
         value = _at(config, key)
-        if key in overruled and (steps := _at(config, overruled[key][0])) != overruled[key][1]:
-            yield f"{overruled[key][0]} {steps} instead of {key} {_short(wanted)}"
-        elif not any(_equal(value, one) for one in (wanted, rescaled.get(key, wanted))):
-            yield f"{key} {_short(value)} instead of {_short(wanted)}"
+        if key in overridden and (steps := _at(config, overridden[key][0])) != overridden[key][1]:
+            yield f"{overridden[key][0]} {steps} instead of {key} {_short(published)}"
+        elif not any(
+            _equal(value, expected) for expected in (published, rescaled.get(key, published))
+        ):
+            yield f"{key} {_short(value)} instead of {_short(published)}"
 
 
 def _rescaled(settings: Mapping[str, Any], batch: int) -> dict[str, float]:
-    """Learning rate and momentum at another batch than that of the publication."""
-    made = configuration.default_config()
+    """Published learning rate and momentum, rescaled to another batch."""
+    config = configuration.default_config()
     keys = [key for key in ("optim.lr", "optim.ema") if key in settings]
-    made.update_from_flattened_dict({key: settings[key] for key in keys})
-    configuration.rescale(made, batch)
-    return {key: _at(made, key) for key in keys}
+    config.update_from_flattened_dict({key: settings[key] for key in keys})
+    configuration.rescale(config, batch)
+    return {key: _at(config, key) for key in keys}
 
 
 def _at(config: Any, key: str) -> Any:
@@ -158,15 +219,18 @@ def _short(value: Any) -> str:
 
 
 def unpublished_settings_note(config: schema.Config) -> str:
-    """One line for the log about named methods that are trained with other settings than published;
-    "" if there are none.
+    """A log line about named methods that are trained with other settings than published; "" if
+    there are none.
 
     >>> unpublished_settings_note(schema.Config())
     ''
     """
-    found = published_differences(config)
-    if not found:
+    differences = published_differences(config)
+    if not differences:
         return ""
-    methods = "; ".join(f"{name}: {', '.join(lines)}" for name, lines in found.items())
+    methods = "; ".join(f"{name}: {', '.join(lines)}" for name, lines in differences.items())
     recipe = "+".join(config.objective.forms)
-    return f"settings other than published, which configs/forms.py:form={recipe} has: {methods}"
+    return (
+        f"settings differ from the published ones, which configs/forms.py:form={recipe} sets:"
+        f" {methods}"
+    )

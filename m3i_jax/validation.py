@@ -1,10 +1,11 @@
-"""What makes a configuration impossible, said before anything is compiled: the key, the value, the
-reason and the way out."""
+"""Validation of settings and devices before anything is compiled. Every error names the key, the
+value, the reason and the fix."""
 
 import dataclasses
 
-from m3i_jax import schema, setting_limits
+from m3i_jax import schema
 from m3i_jax.errors import UserError, shorten
+from m3i_jax.schema.limits import check_limits
 
 
 def _require(condition: bool, key: str, value: object, why: str) -> None:
@@ -12,8 +13,8 @@ def _require(condition: bool, key: str, value: object, why: str) -> None:
         raise UserError(f"config.{key}: {shorten(value)} {why}")
 
 
-def _between(c: schema.Config) -> None:
-    """What one setting asks of another; what it takes by itself stands in the schema."""
+def _validate_combinations(c: schema.Config) -> None:
+    """Constraints between settings. The limits of single settings are in the schema."""
     d, o, m = c.data, c.optim, c.model
     _require(
         o.min_lr <= o.lr or not o.lr,
@@ -21,33 +22,33 @@ def _between(c: schema.Config) -> None:
         o.min_lr,
         f"must not exceed optim.lr, {o.lr!r}",
     )
-    for key, value, read, what in (
+    for key, value, used, why in (
         ("class_names", d.class_names, d.source != "shapes", "the built-in shapes have names"),
         (
             "directory",
             d.directory,
             d.source in ("tfds", "mixture"),
-            f"it is of data.source=tfds, and that is {d.source}",
+            f"it applies to data.source=tfds, and the source is {d.source}",
         ),
         (
             "vocabulary",
             d.vocabulary,
             d.tokenizer == "clip",
-            f"it is of data.tokenizer=clip, and that is {d.tokenizer}",
+            f"it applies to data.tokenizer=clip, and the tokenizer is {d.tokenizer}",
         ),
     ):
-        _require(not value or read, f"data.{key}", value, f"does nothing: {what}; leave it empty")
+        _require(not value or used, f"data.{key}", value, f"does nothing: {why}; leave it empty")
     for key in ("encoder", "decoder", "text", "intern_image"):
         width, ratio = getattr(m, key).width, getattr(m, key).mlp_ratio
         _require(
             width * ratio >= 1,
             f"model.{key}.mlp_ratio",
             ratio,
-            f"leaves nothing of a width of {width}",
+            f"makes the MLP narrower than one unit at width {width}",
         )
 
 
-def _towers(c: schema.Config) -> None:
+def _validate_networks(c: schema.Config) -> None:
     m = c.model
     for key, width, heads in (
         ("model.decoder.heads", m.decoder.width, m.decoder.heads),
@@ -70,7 +71,7 @@ def _towers(c: schema.Config) -> None:
         not probing or m.pool.kind == "mean",
         "model.pool.norm",
         m.pool.norm,
-        "is of model.pool.kind=mean alone; use layer",
+        "applies to model.pool.kind=mean only; use layer",
     )
     _require(
         not probing or not m.pool.projection,
@@ -81,13 +82,16 @@ def _towers(c: schema.Config) -> None:
 
 
 def validate_settings(c: schema.Config) -> None:
-    """Raise UserError for the first setting that cannot work, whatever the data and the devices
-    are."""
-    setting_limits.check_limits(c)
-    _between(c)
-    _towers(c)
-    _compared(c)
-    _start(c)
+    """Check settings as far as they do not depend on data and devices.
+
+    Raises:
+      UserError: the first impossible setting.
+    """
+    check_limits(c)
+    _validate_combinations(c)
+    _validate_networks(c)
+    _validate_compare(c)
+    _validate_init(c)
     patch, image = c.model.encoder.patch_size, c.data.image_size
     _require(
         image % patch == 0,
@@ -107,7 +111,7 @@ def validate_settings(c: schema.Config) -> None:
         "data.mask_cell",
         cell,
         f"must be a multiple of model.encoder.patch_size, {patch}, that divides data.image_size,"
-        f" {image}; 0 is a patch",
+        f" {image}; 0 means one patch",
     )
     _require(
         0 < c.hidden < c.tokens,
@@ -143,18 +147,15 @@ def validate_settings(c: schema.Config) -> None:
     )
 
 
-def _start(c: schema.Config) -> None:
+def _validate_init(c: schema.Config) -> None:
     plain = schema.Init()
     for field in dataclasses.fields(plain):
-        asked = getattr(c.init, field.name) != getattr(plain, field.name)
-        why = (
-            f"is empty, but config.init.{field.name} asks for something of it; name a run or a file"
-            " of weights"
-        )
-        _require(bool(c.init_from) or not asked, "init_from", c.init_from, why)
+        changed = getattr(c.init, field.name) != getattr(plain, field.name)
+        why = f"is empty, but config.init.{field.name} needs it; name a run or a file of weights"
+        _require(bool(c.init_from) or not changed, "init_from", c.init_from, why)
 
 
-def _compared(c: schema.Config) -> None:
+def _validate_compare(c: schema.Config) -> None:
     for form in c.compare.forms:
         _require(
             all(form.split("+")),
@@ -165,9 +166,12 @@ def _compared(c: schema.Config) -> None:
 
 
 def validate_devices(c: schema.Config, shape: tuple[int, int, int]) -> None:
-    """Raise UserError if the batch cannot be split over a mesh of this (replica, fsdp, tensor)
-    shape."""
-    unit, why = _unit(c, shape)
+    """Check that the batch can be split over a mesh of this (replica, fsdp, tensor) shape.
+
+    Raises:
+      UserError: it cannot.
+    """
+    unit, why = _batch_unit(c, shape)
     below = c.train.batch_size // unit * unit
     _require(
         c.train.batch_size % unit == 0,
@@ -177,31 +181,29 @@ def validate_devices(c: schema.Config, shape: tuple[int, int, int]) -> None:
     )
 
 
-def _unit(c: schema.Config, shape: tuple[int, int, int]) -> tuple[int, str]:
+def _batch_unit(c: schema.Config, shape: tuple[int, int, int]) -> tuple[int, str]:
     shards, parts = shape[0] * shape[1], c.train.microbatches
     unit = 2 * shards * parts
     return unit, f"{unit}: 2 images mixed x {shards} data shards x {parts} microbatches"
 
 
 def fit_batch_to_mesh(c: schema.Config, shape: tuple[int, int, int]) -> tuple[schema.Config, str]:
-    """The configuration on a mesh of this (replica, fsdp, tensor) shape, and one line if its batch
-    was rounded up for it, else "".
+    """The configuration for a mesh of this (replica, fsdp, tensor) shape, with a log line if the
+    batch was rounded up, else "".
 
     Raises:
       UserError: a batch that cannot be split over the mesh, without `train.round_batch`.
 
     >>> config = schema.Config(train=schema.Train(batch_size=40_000, round_batch=True))
-    >>> fit_batch_to_mesh(config, (8, 8, 1))[0].train.batch_size, fit_batch_to_mesh(config, (256, 1, 1))[0].train.batch_size
-    (40064, 40448)
+    >>> shapes = (8, 8, 1), (256, 1, 1)
+    >>> [fit_batch_to_mesh(config, shape)[0].train.batch_size for shape in shapes]
+    [40064, 40448]
     """
-    asked, (unit, why) = c.train.batch_size, _unit(c, shape)
-    told = ""
-    if c.train.round_batch and asked % unit:
-        c = dataclasses.replace(
-            c, train=dataclasses.replace(c.train, batch_size=-(-asked // unit) * unit)
-        )
-        told = (
-            f"train.batch_size: {asked:,} rounded up to {c.train.batch_size:,}, a multiple of {why}"
-        )
+    batch, (unit, why) = c.train.batch_size, _batch_unit(c, shape)
+    message = ""
+    if c.train.round_batch and batch % unit:
+        rounded = -(-batch // unit) * unit
+        c = dataclasses.replace(c, train=dataclasses.replace(c.train, batch_size=rounded))
+        message = f"train.batch_size: {batch:,} rounded up to {rounded:,}, a multiple of {why}"
     validate_devices(c, shape)
-    return c, told
+    return c, message

@@ -1,5 +1,5 @@
-"""The benchmarks at toy size: that they run, compare like with like, and tell what is missed and
-what is not measured."""
+"""The benchmarks at toy size: they run, compare equal computations, and mark missed targets and
+figures that were not measured."""
 
 import importlib
 import json
@@ -17,8 +17,8 @@ from tests.bench.figures import Figure
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def test_every_benchmark_is_found_without_importing_it() -> None:
-    found = report.benchmarks()
+def test_benchmarks_are_listed_without_imports() -> None:
+    rows = report.benchmarks()
     assert {
         "accelerator",
         "checkpoint",
@@ -29,27 +29,27 @@ def test_every_benchmark_is_found_without_importing_it() -> None:
         "input",
         "intern_image_peer",
         "torch_peer",
-    } <= set(found) and "figures" not in found
+    } <= set(rows) and "figures" not in rows
     assert not {"report", "heap", "m3i_torch", "contestants", "race", "intern_image_torch"} & set(
-        found
+        rows
     )
 
 
-def test_the_table_tells_met_missed_and_not_measured(
+def test_table_marks_met_missed_and_not_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = {
+    figures = {
         "flops": ([Figure("a", 1.0, 1.1), Figure("b", 1.0, 1.1, most=False)], False),
         "input": ([Figure("c", None, 0.5, note="needs x: the extra bench")], False),
     }
-    monkeypatch.setattr(report, "run", lambda name, quick, seconds: made[name])
+    monkeypatch.setattr(report, "run", lambda name, quick, seconds: figures[name])
     monkeypatch.setattr(sys, "argv", ["report", "flops", "input"])
     assert report.main() == 0
     out = capsys.readouterr().out
     assert "1 met, 1 missed, 1 not measured" in out and "at least 1.1" in out and "needs x" in out
 
 
-def test_a_benchmark_that_breaks_is_told_and_one_that_lacks_a_package_is_no_failure(
+def test_broken_benchmark_is_reported_and_a_missing_package_is_no_failure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def ended(stderr: str) -> None:
@@ -64,7 +64,7 @@ def test_a_benchmark_that_breaks_is_told_and_one_that_lacks_a_package_is_no_fail
     assert broken and figures[0].note == "ValueError: no"
 
 
-def test_what_is_measured_has_the_heap_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_process_has_the_heap_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
     assert (
         heap.kept().items()
@@ -78,10 +78,8 @@ def test_what_is_measured_has_the_heap_of_a_run(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", ["torch_peer", "intern_image_peer"])
-def test_a_race_without_the_other_side_is_not_measured(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Told by the package, and before ours has compiled anything."""
+def test_race_without_the_peer_is_not_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The missing package is the reason, found before anything is compiled."""
     contest = importlib.import_module(f"tests.bench.{name}")
     monkeypatch.setattr(contest, "NEEDS", ("no_such_package",))
     monkeypatch.setattr(race, "Running", None)
@@ -89,10 +87,10 @@ def test_a_race_without_the_other_side_is_not_measured(
         contest.figures(True)
 
 
-def test_a_checkpoint_is_measured_beside_its_parts() -> None:
-    seen = checkpoint.measure(24, 1, None)
-    assert seen["bytes"] > 24e6 and all(value > 0 for value in seen.values())
-    assert seen["blocked"] <= seen["total"]
+def test_checkpoint_is_measured_with_its_parts() -> None:
+    measured = checkpoint.measure(24, 1, None)
+    assert measured["bytes"] > 24e6 and all(value > 0 for value in measured.values())
+    assert measured["blocked"] <= measured["total"]
 
 
 @pytest.mark.slow
@@ -107,32 +105,29 @@ def test_bench_sh_prints_one_table(tmp_path: pathlib.Path) -> None:
         capture_output=True,
     )
     assert done.returncode == 0, done.stderr
-    for wanted in ("over the formula", "loop blocked", "DCNv3", "augmenting", "toy sizes"):
-        assert wanted in done.stdout
+    for expected in ("over the formula", "loop blocked", "DCNv3", "augmenting", "toy sizes"):
+        assert expected in done.stdout
 
 
 @pytest.mark.slow
 def test_the_accelerator_benchmark_runs_at_toy_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With torch or without: then its row says so."""
+    """With or without torch, which the row then names as missing."""
     from tests.bench import accelerator
 
     monkeypatch.setenv("M3I_PEAK_TFLOPS", "0.5")
-    found = {
-        figure.what.split(",")[0]: figure for figure in accelerator.figures(True, batches=(4,))
-    }
-    assert 0 < found["MFU of the step"].value < 1  # type: ignore[operator]
+    rows = {figure.what.split(",")[0]: figure for figure in accelerator.figures(True, batches=(4,))}
+    assert 0 < rows["MFU of the step"].value < 1  # type: ignore[operator]
     assert (
-        found["peak of memory"].verdict == "not measured"
-        and "does not count" in found["peak of memory"].note
+        rows["peak of memory"].verdict == "not measured"
+        and "does not count" in rows["peak of memory"].note
     )
-    speed = next(figure for name, figure in found.items() if name.startswith("speed over PyTorch"))
+    speed = next(figure for name, figure in rows.items() if name.startswith("speed over PyTorch"))
     assert speed.value or "extra bench" in speed.note
 
 
 @pytest.mark.slow
-def test_the_peer_computes_the_same_thing(tmp_path: pathlib.Path) -> None:
-    """Losses of ten steps, so that gradients, optimizer, average and weighting are in it, and their
-    norms."""
+def test_peer_computes_the_same_losses(tmp_path: pathlib.Path) -> None:
+    """Losses of ten steps, which depend on gradients, optimizer, EMA and weighting."""
     pytest.importorskip("torch", reason="the extra bench")
     pytest.importorskip("timm", reason="the extra bench")
     from tests.bench import torch_peer
@@ -141,13 +136,14 @@ def test_the_peer_computes_the_same_thing(tmp_path: pathlib.Path) -> None:
     theirs = torch_peer.theirs(tmp_path)
     pairs = np.asarray([(ours(), theirs()) for _ in range(10)])
     np.testing.assert_allclose(pairs[:, 0], pairs[:, 1], rtol=1e-4)
-    assert abs(pairs[0] - pairs[-1]).min() > 0.05  # it has learned something meanwhile
+    assert abs(pairs[0] - pairs[-1]).min() > 0.05  # the loss has changed by training
     assert json.loads((tmp_path / "shape.json").read_text())["width"] == 48
 
 
 @pytest.mark.slow
-def test_the_internimage_peer_computes_the_same_thing(tmp_path: pathlib.Path) -> None:
-    """The loss here; the gradients of all weights are compared before their step is handed out."""
+def test_internimage_peer_computes_the_same_loss(tmp_path: pathlib.Path) -> None:
+    """The loss; the peer itself compares the gradients of all weights before it returns its
+    step."""
     pytest.importorskip("torch", reason="the extra bench")
     from tests.bench import intern_image_peer
 

@@ -1,5 +1,4 @@
-"""The door of the configuration: what it refuses, in which words, and what it lets through
-unchanged."""
+"""Configuration: refused values with their messages, and accepted values, which stay unchanged."""
 
 import dataclasses
 
@@ -9,7 +8,7 @@ from m3i_jax import config, schema, validation
 from m3i_jax.errors import UserError
 
 BAD = {
-    # a key that does not exist, and the nearest one that does
+    # unknown keys, with the closest known key
     "optimm.lr=1": "config.optim.lr",
     "optim.lrr=1": "config.optim.lr",
     "lr=1": "config.optim.lr",
@@ -18,7 +17,7 @@ BAD = {
     "data.imagesize=8": "config.data.image_size",
     "zzz=1": "--help",
     "optim=1": "config.optim",
-    # another type
+    # wrong types
     "optim.lr=fast": "is not a number",
     "optim.lr=1e-3j": "is not a number",
     "optim.lr=nan": "is not a number",
@@ -34,7 +33,7 @@ BAD = {
     "parallel.mesh=1.5,1,1": "is not a whole number",
     "optim.lr": "has no value",
     "optim.lr=": "is not a number",
-    # none of the choices
+    # not among the choices
     "data.source=folders": "did you mean folder?",
     "data.mask=blockwide": "did you mean blockwise?",
     "data.captions=maybe": "auto, yes, no",
@@ -90,7 +89,7 @@ BAD = {
     "objective.temperature=0": "must be positive",
     "seed=-1": "must not be negative",
     "seed=9223372036854775808": "must be at most 9,223,372,036,854,775,807",
-    "init.weights=ema": "config.init.weights asks for something",
+    "init.weights=ema": "config.init.weights needs it",
     "optim.ema=2": "0..1",
     "optim.warmup_steps=-2": "at least -1",
     "objective.gamma=0": "must be positive",
@@ -104,9 +103,9 @@ BAD = {
     "train.epochs=1e300": "at most 1e+06",
     "data.size=1000000000000000": "at most 1,099,511,627,776",
     "objective.forms=m3i,m3i": "names m3i twice",
-    "data.class_names=/nope": "does nothing",  # of the built-in shapes
+    "data.class_names=/nope": "does nothing",  # with the built-in shapes
     "data.vocabulary=/nope": "does nothing",  # without data.tokenizer=clip
-    "data.path=~nosuchuser/x": "the home of a user who is not here, ~nosuchuser",
+    "data.path=~nosuchuser/x": "the home directory of an unknown user, ~nosuchuser",
     "model.text.width=0": "at least 1",
     "model.decoder.width=0": "at least 1",
     "model.head.hidden=0": "at least 1",
@@ -121,28 +120,28 @@ BAD = {
 
 
 @pytest.mark.parametrize("assignment", BAD)
-def test_bad_settings_are_refused_with_key_and_way_out(assignment: str) -> None:
-    made = config.default_config()
+def test_bad_settings_are_refused_with_key_and_fix(assignment: str) -> None:
+    cfg = config.default_config()
     with pytest.raises(UserError) as refusal:
-        config.apply_overrides(made, [assignment])
-        config.resolve(made)
+        config.apply_overrides(cfg, [assignment])
+        config.resolve(cfg)
     text = str(refusal.value)
     assert BAD[assignment] in text and "\n" not in text and len(text) < 400
     assert assignment.partition("=")[0].split(".")[-1] in text  # the key is named
 
 
-def test_there_are_sixty_of_them() -> None:
+def test_at_least_sixty_bad_settings() -> None:
     assert len(BAD) >= 60
 
 
-def test_every_leaf_survives_the_round_trip() -> None:
+def test_defaults_survive_the_round_trip() -> None:
     assert config.resolve(config.default_config()) == schema.Config()
 
 
-def test_overrides_change_one_leaf_and_keep_its_type() -> None:
-    made = config.default_config()
+def test_overrides_change_single_settings_and_keep_their_types() -> None:
+    cfg = config.default_config()
     config.apply_overrides(
-        made,
+        cfg,
         [
             "optim.lr=1",
             "train.batch_size=64",
@@ -151,12 +150,12 @@ def test_overrides_change_one_leaf_and_keep_its_type() -> None:
             "model.scan=true",
         ],
     )
-    done = config.resolve(made)
-    assert (done.optim.lr, done.train.batch_size, done.model.scan) == (1.0, 64, True)
-    assert (done.data.path, done.data.crop_scale) == ("a=b,c", (0.2, 1.0))
-    assert isinstance(done.optim.lr, float)
+    resolved = config.resolve(cfg)
+    assert (resolved.optim.lr, resolved.train.batch_size, resolved.model.scan) == (1.0, 64, True)
+    assert (resolved.data.path, resolved.data.crop_scale) == ("a=b,c", (0.2, 1.0))
+    assert isinstance(resolved.optim.lr, float)
     untouched = dataclasses.replace(
-        done,
+        resolved,
         optim=schema.Optim(),
         train=schema.Train(),
         data=schema.Data(),
@@ -165,18 +164,18 @@ def test_overrides_change_one_leaf_and_keep_its_type() -> None:
     assert untouched == schema.Config()
 
 
-def test_a_config_file_that_misspells_a_key_is_refused(tmp_path) -> None:
-    file = tmp_path / "mine.py"
+def test_unknown_key_in_a_config_file_is_refused(tmp_path) -> None:
+    file = tmp_path / "user.py"
     file.write_text(
-        "from m3i_jax.config import default\ndef get_config():\n    c = default()\n    c.optim.lrr"
-        " = 1\n    return c\n"
+        "from m3i_jax.config import default_config\n"
+        "def get_config():\n    c = default_config()\n    c.optim.lrr = 1\n    return c\n"
     )
     with pytest.raises(UserError, match="lrr"):
         config.load_config(str(file))
 
 
 @pytest.mark.parametrize(
-    ("spec", "wanted"),
+    ("spec", "expected"),
     [
         ("configs/quickstrat.py", "did you mean configs/quickstart.py?"),
         ("configs/quickstart.py:stepz=3", "did you mean steps=?"),
@@ -188,15 +187,15 @@ def test_a_config_file_that_misspells_a_key_is_refused(tmp_path) -> None:
     ],
 )
 def test_bad_config_files(
-    spec: str, wanted: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    spec: str, expected: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.chdir(request.config.rootpath)
     with pytest.raises(UserError) as refusal:
         config.load_config(spec)
-    assert wanted in str(refusal.value)
+    assert expected in str(refusal.value)
 
 
-def test_an_argument_may_be_an_address(request: pytest.FixtureRequest) -> None:
+def test_an_argument_may_be_a_url(request: pytest.FixtureRequest) -> None:
     assert (
         config.load_config(
             f"{request.config.rootpath}/configs/tars.py:path=gs://bucket/*.tar"
@@ -205,76 +204,76 @@ def test_an_argument_may_be_an_address(request: pytest.FixtureRequest) -> None:
     )
 
 
-OWN = """from m3i_jax.config import default
+USER_FILE = """from m3i_jax.config import default_config
 def get_config(path, steps: int, rate=None, names=("a", "b")):
-    c = default()
+    c = default_config()
     c.data.path, c.train.steps, c.objective.forms = path, steps, names
     return c
 """
 
 
 @pytest.mark.parametrize(
-    ("text", "arguments", "wanted"),
+    ("text", "arguments", "expected"),
     [
-        (OWN, "", "the argument path is missing; write --config FILE:path=VALUE"),
-        (OWN, ":path=p,steps=2.5", "--config FILE:steps: 2.5 is not a whole number"),
+        (USER_FILE, "", "the argument path is missing; write --config FILE:path=VALUE"),
+        (USER_FILE, ":path=p,steps=2.5", "--config FILE:steps: 2.5 is not a whole number"),
         (
-            "import sys\nsys.exit(0)\n" + OWN,
+            "import sys\nsys.exit(0)\n" + USER_FILE,
             ":path=p,steps=2",
-            "--config FILE, line 2: SystemExit: 0; a configuration returns its settings",
+            "--config FILE, line 2: SystemExit: 0; a configuration must return its settings",
         ),
         (
-            OWN.replace("    return", "    raise SystemExit\n    return"),
+            USER_FILE.replace("    return", "    raise SystemExit\n    return"),
             ":path=p,steps=2",
             "--config FILE, line 5: SystemExit",
         ),
         (
-            OWN,
+            USER_FILE,
             ":pth=p,steps=2",
             "--config FILE:pth: there is no such argument; did you mean path=?",
         ),
-        ("def get_config(", "", "SyntaxError: '(' was never closed (mine.py, line 1)"),
+        ("def get_config(", "", "SyntaxError: '(' was never closed (user.py, line 1)"),
         (
-            "x = 1\nimport there_is_none",
+            "x = 1\nimport no_such_module",
             "",
-            "--config FILE, line 2: ModuleNotFoundError: No module named 'there_is_none'",
+            "--config FILE, line 2: ModuleNotFoundError: No module named 'no_such_module'",
         ),
         ("x = 1", "", "--config FILE: has no function get_config; define one"),
         (
-            OWN.replace("    return", "    c.model.encoder.widht = 3\n    return"),
+            USER_FILE.replace("    return", "    c.model.encoder.widht = 3\n    return"),
             ":path=p,steps=2",
             "line 5: there is no such key 'widht'; ",
         ),
         (
-            OWN.replace("    return", "    c.model.encoder.widht = 3\n    return"),
+            USER_FILE.replace("    return", "    c.model.encoder.widht = 3\n    return"),
             ":path=p,steps=2",
             "did you mean width?",
         ),
         (
-            OWN.replace("    return", "    c.data.mean = 3\n    return"),
+            USER_FILE.replace("    return", "    c.data.mean = 3\n    return"),
             ":path=p,steps=2",
             "did you mean config.data.augment.mean?",
         ),
     ],
 )
-def test_a_mistake_in_ones_own_config_file_is_told_with_its_line(
-    text: str, arguments: str, wanted: str, tmp_path
+def test_error_in_a_users_config_file_names_its_line(
+    text: str, arguments: str, expected: str, tmp_path
 ) -> None:
-    (file := tmp_path / "mine.py").write_text(text)
+    (file := tmp_path / "user.py").write_text(text)
     with pytest.raises(UserError) as refusal:
         config.load_config(f"{file}{arguments}")
-    told = str(refusal.value).replace(str(file), "FILE")
-    assert wanted in told and len(told) < 170
+    message = str(refusal.value).replace(str(file), "FILE")
+    assert expected in message and len(message) < 170
 
 
-def test_what_is_data_is_known_by_the_setting_not_by_a_value_that_is_a_path(
+def test_data_directories_are_known_by_key_and_not_by_value(
     tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A directory that holds the configuration is data if data.path or the like says so, and no
-    other setting does."""
+    """A directory counts as data only if data.path or another data setting names it."""
     (folder := tmp_path / "configs").mkdir()
-    (file := folder / "mine.py").write_text(
-        "from m3i_jax.config import default\ndef get_config(path=''):\n    return default()\n"
+    (file := folder / "user.py").write_text(
+        "from m3i_jax.config import default_config\n"
+        "def get_config(path=''):\n    return default_config()\n"
     )
     monkeypatch.chdir(tmp_path)
     for overrides in (
@@ -302,10 +301,10 @@ def test_what_is_data_is_known_by_the_setting_not_by_a_value_that_is_a_path(
     config.reject_config_in_data(str(file), dataclasses.replace(data, source="shapes"))
 
 
-def test_arguments_of_ones_own_config_file_have_the_type_of_default_or_annotation(tmp_path) -> None:
-    (file := tmp_path / "mine.py").write_text(OWN)
-    made = config.load_config(f"{file}:path=3,steps=2,rate=1,names=mim,clip")
-    assert (made.data.path, made.train.steps, made.objective.forms) == ("3", 2, ("mim", "clip"))
+def test_arguments_have_the_type_of_default_or_annotation(tmp_path) -> None:
+    (file := tmp_path / "user.py").write_text(USER_FILE)
+    cfg = config.load_config(f"{file}:path=3,steps=2,rate=1,names=mim,clip")
+    assert (cfg.data.path, cfg.train.steps, cfg.objective.forms) == ("3", 2, ("mim", "clip"))
 
 
 @pytest.mark.parametrize("name", ["quickstart", "folder", "tars", "toy"])
@@ -328,15 +327,15 @@ def test_batches_must_divide_over_devices_in_pairs(
             validation.validate_devices(c, shape)
 
 
-def test_a_batch_is_rounded_up_only_where_asked() -> None:
+def test_batch_is_rounded_up_only_with_round_batch() -> None:
     c = schema.Config(train=schema.Train(batch_size=1000, microbatches=3, round_batch=True))
-    done, told = validation.fit_batch_to_mesh(c, (4, 2, 8))
+    resolved, message = validation.fit_batch_to_mesh(c, (4, 2, 8))
     assert (
-        done.train.batch_size == 1008
+        resolved.train.batch_size == 1008
         and "1,000 rounded up to 1,008, a multiple of 48: 2 images mixed x 8 data shards x 3"
-        in told
+        in message
     )
-    assert validation.fit_batch_to_mesh(done, (4, 2, 8)) == (done, "")
+    assert validation.fit_batch_to_mesh(resolved, (4, 2, 8)) == (resolved, "")
     with pytest.raises(UserError, match="multiple of 48"):
         validation.fit_batch_to_mesh(
             schema.Config(train=schema.Train(batch_size=1000, microbatches=3)), (4, 2, 8)

@@ -1,5 +1,4 @@
-"""What the system says, as one line: of which errors, with which path, under which exit code; and
-what other threads print."""
+"""Errors of the system on one line, with path and exit code, and the output of other threads."""
 
 import errno
 import json
@@ -21,10 +20,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("number", sorted(errors.HINTS))
-def test_a_refusal_of_the_system_has_path_reason_and_way_out(number: int) -> None:
-    found = errors.as_refusal(OSError(number, os.strerror(number), "/data/x"))
-    assert isinstance(found, UserError) and found.status == 2
-    assert str(found) == f"/data/x: {os.strerror(number)}; {errors.HINTS[number]}"
+def test_system_error_has_path_reason_and_hint(number: int) -> None:
+    refusal = errors.as_refusal(OSError(number, os.strerror(number), "/data/x"))
+    assert isinstance(refusal, UserError) and refusal.status == 2
+    assert str(refusal) == f"/data/x: {os.strerror(number)}; {errors.HINTS[number]}"
 
 
 def test_both_paths_of_a_rename_are_named() -> None:
@@ -57,11 +56,11 @@ def test_both_paths_of_a_rename_are_named() -> None:
         (RecursionError("maximum recursion depth exceeded"), None),
     ],
 )
-def test_what_an_error_is_for_the_command_line(error: Exception, kind: type | None) -> None:
+def test_kind_of_refusal_by_error(error: Exception, kind: type | None) -> None:
     assert type(errors.as_refusal(error)) is (kind or type(None))
 
 
-def test_an_error_that_was_raised_from_one_of_the_system_is_that_one() -> None:
+def test_cause_decides_the_refusal() -> None:
     try:
         try:
             pathlib.Path("/no/such/file").read_text()
@@ -71,12 +70,12 @@ def test_an_error_that_was_raised_from_one_of_the_system_is_that_one() -> None:
         assert "/no/such/file: No such file" in str(errors.as_refusal(error))
 
 
-def test_the_file_is_named_where_the_error_itself_does_not_know_it(tmp_path: pathlib.Path) -> None:
+def test_file_is_named_if_the_error_lacks_it(tmp_path: pathlib.Path) -> None:
     (latin := tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (deep := tmp_path / "deep.json").write_text("[" * 100_000)
     for path, read in (
         (latin, pathlib.Path.read_text),
-        (deep, lambda place: json.loads(place.read_text())),
+        (deep, lambda path: json.loads(path.read_text())),
     ):
         with (
             pytest.raises(UserError, match=f"^{path}: .*; restore the file") as refused,
@@ -92,29 +91,32 @@ def test_the_file_is_named_where_the_error_itself_does_not_know_it(tmp_path: pat
         file.read()
 
 
-def test_a_bug_stays_what_it_is() -> None:
+def test_bug_is_no_refusal() -> None:
     with pytest.raises(ZeroDivisionError), errors.refuse_system_errors():
         1 / 0  # noqa: B018
 
 
 @pytest.mark.parametrize(
-    ("arguments", "wanted"),
+    ("arguments", "expected"),
     [
         (["--mode"], "argument --mode: expected one argument"),
         (["--mode=show", "--mode=data"], "--mode: is given twice"),
         (["--config", "configs/toy.py", "--mode=show"], "--config: is given twice"),
         (["--workdir", "a", "--workdir", "b"], "--workdir: is given twice"),
-        (["--mode=preview", "--workdir", "/proc/none/x"], "/proc/none: No such file"),
+        (
+            ["--mode=preview", "--workdir", "/proc/none/x"],
+            "--workdir /proc/none/x: cannot be made (No such file or directory)",
+        ),
         (["--mode=preview", "--workdir", "/tmp/" + "a" * 300], "File name too long"),
     ],
 )
-def test_refusals_that_argparse_and_the_system_make(
-    arguments: list[str], wanted: str, monkeypatch, capsys
+def test_refusals_of_argparse_and_system(
+    arguments: list[str], expected: str, monkeypatch, capsys
 ) -> None:
     monkeypatch.chdir(ROOT)
     code = command.main(["--config", "configs/quickstart.py", *arguments])
     err = capsys.readouterr().err
-    assert code == 2 and wanted in err and err.count("\n") == 1 and err.startswith("m3i_jax: ")
+    assert code == 2 and expected in err and err.count("\n") == 1 and err.startswith("m3i_jax: ")
 
 
 def process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -128,9 +130,8 @@ def process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_process_prints_a_traceback_for_a_bug_alone_and_is_silent_after_its_last_word() -> None:
-    """A thread that goes on to print, and what Python prints while it ends, come after the last
-    word."""
+def test_process_prints_a_traceback_only_for_a_bug_and_nothing_after_the_error() -> None:
+    """Output of a running thread and of Python's shutdown would follow the error line."""
     start = (
         "import sys, atexit\nsys.argv = ['m3i_jax', '--mode=show', '--config',"
         " 'configs/quickstart.py']\nfrom m3i_jax import main as command\nfrom m3i_jax import"
@@ -151,7 +152,7 @@ def test_a_process_prints_a_traceback_for_a_bug_alone_and_is_silent_after_its_la
     )
 
 
-def test_devices_that_jax_does_not_know_are_refused_on_one_line() -> None:
+def test_unknown_devices_are_refused_on_one_line() -> None:
     code = (
         "from m3i_jax import main\nraise SystemExit(main.main(['--mode=show', '--config',"
         " 'configs/quickstart.py']))"
@@ -165,7 +166,7 @@ def test_devices_that_jax_does_not_know_are_refused_on_one_line() -> None:
     )
 
 
-def test_output_that_cannot_be_written_is_a_refusal() -> None:
+def test_full_output_is_refused() -> None:
     command_line = (
         f"{sys.executable} -m m3i_jax.main --config configs/quickstart.py --mode=show > /dev/full"
     )
@@ -180,7 +181,7 @@ def test_output_that_cannot_be_written_is_a_refusal() -> None:
 
 
 def fail_elsewhere() -> None:
-    """As a thread of another library does: no call of this package is in its traceback."""
+    """Raise as a thread of another library: no frame of this package is in the traceback."""
     json.loads("[" * 3)
 
 
@@ -199,19 +200,19 @@ def test_other_threads_get_one_line_each_once(monkeypatch, capsys) -> None:
 
 
 def test_log_records_of_other_libraries_have_no_traceback(monkeypatch) -> None:
-    made = library_errors.LibraryErrorHooks().record(logging.LogRecord)
+    factory = library_errors.LibraryErrorHooks().record(logging.LogRecord)
 
     def record(text: str) -> logging.LogRecord:
-        return made("absl", logging.ERROR, __file__, 1, text, (), sys.exc_info())
+        return factory("absl", logging.ERROR, __file__, 1, text, (), sys.exc_info())
 
     try:
         fail_elsewhere()
     except ValueError:
-        told = record("the save failed")
-        assert told.exc_info is None and told.getMessage().startswith(
+        message = record("the save failed")
+        assert message.exc_info is None and message.getMessage().startswith(
             "the save failed (JSONDecodeError: Expecting value"
         )
     try:
         errors.system_error(None)  # type: ignore[arg-type]
-    except AttributeError:  # an error of ours keeps its traceback
+    except AttributeError:  # an error of this package keeps its traceback
         assert record("a bug").exc_info

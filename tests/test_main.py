@@ -1,5 +1,5 @@
-"""The command line as a person types it: exit codes, one line for a mistake, a real run that is
-killed, preempted and resumed."""
+"""The command line: exit codes, one line per mistake, and a run that is killed, preempted and
+resumed."""
 
 import json
 import os
@@ -46,7 +46,7 @@ QUICK = ["--config", "configs/quickstart.py", *TINY]
 
 
 def environment() -> dict[str, str]:
-    """One device, and programs compiled as quickly as they can be."""
+    """One device, and the fastest compilation."""
     fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     return {**os.environ, "XLA_FLAGS": fast, "PYTHONPATH": str(ROOT)}
 
@@ -72,9 +72,8 @@ def finish(*arguments: str) -> tuple[int, str, str]:
     not pathlib.Path("/proc/self/stat").exists() or not shutil.which("ps"),
     reason="needs /proc and ps to compare with",
 )
-def test_the_time_of_a_run_counts_from_the_start_of_its_process() -> None:
-    """Importing and meeting the other hosts are part of its wall time. `ps` gives it in whole
-    seconds."""
+def test_run_time_starts_with_the_process() -> None:
+    """Imports and the rendezvous of hosts belong to the wall time. `ps` prints whole seconds."""
     age = float(
         subprocess.run(
             ["ps", "-o", "etimes=", "-p", str(os.getpid())],
@@ -83,11 +82,11 @@ def test_the_time_of_a_run_counts_from_the_start_of_its_process() -> None:
             check=True,
         ).stdout
     )
-    assert age - 1 <= time.monotonic() - command._process_began() <= age + 2
+    assert age - 1 <= time.monotonic() - command._process_start() <= age + 2
 
 
 @pytest.mark.parametrize(
-    ("arguments", "wanted"),
+    ("arguments", "expected"),
     [
         (
             ["--config", "configs/quickstart.py", "--workdir", "W", "--config.optimm.lr=1"],
@@ -113,7 +112,7 @@ def test_the_time_of_a_run_counts_from_the_start_of_its_process() -> None:
         ),
         (
             ["--config", "configs/quickstart.py", "--workdir", "gs://b/x"],
-            "an address is no directory",
+            "a URL is no directory",
         ),
         (["--config", "configs/quickstart.py"], "--workdir: is missing"),
         (["--workdir", "W"], "--config: is missing"),
@@ -188,17 +187,16 @@ def test_the_time_of_a_run_counts_from_the_start_of_its_process() -> None:
         ),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_2(arguments, wanted, monkeypatch, capsys, tmp_path) -> None:
+def test_mistake_is_one_line_and_exit_2(arguments, expected, monkeypatch, capsys, tmp_path) -> None:
     monkeypatch.chdir(ROOT)
     code = command.main([a if a != "W" else str(tmp_path / "run") for a in arguments])
     out, err = capsys.readouterr()
-    assert code == 2 and wanted in err and err.count("\n") == 1 and "Traceback" not in err + out
+    assert code == 2 and expected in err and err.count("\n") == 1 and "Traceback" not in err + out
 
 
 @pytest.mark.smoke
-def test_a_mistake_takes_less_than_five_seconds_of_processor() -> None:
-    """The limit is on processor time of the whole process, which a busy machine does not
-    stretch."""
+def test_mistake_takes_less_than_five_seconds_of_processor_time() -> None:
+    """The limit is on processor time, which does not depend on the load of the machine."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = start(
         "--config", "configs/quickstart.py", "--workdir", "unused", "--config.optimm.lr=1"
@@ -214,14 +212,14 @@ def test_a_mistake_takes_less_than_five_seconds_of_processor() -> None:
 
 
 def test_help_and_version(capsys) -> None:
-    for flag, wanted in (
+    for flag, expected in (
         ("--help", "--config.optim.b2"),
         ("--help", "--config.KEY=VALUE"),
         ("--version", "m3i_jax 0."),
     ):
         with pytest.raises(SystemExit) as stop:
             command.main([flag])
-        assert stop.value.code == 0 and wanted in capsys.readouterr().out
+        assert stop.value.code == 0 and expected in capsys.readouterr().out
 
 
 @pytest.mark.smoke
@@ -238,10 +236,11 @@ def test_show_reads_no_data(monkeypatch, capsys) -> None:
         == 0
     )
     out = capsys.readouterr().out
-    found = re.search(r"([\d.]+) GFLOP a mixed view", out)
-    # the analytic floor with the patch embedding frozen is 279.3
-    assert found and 279.3 <= float(found[1]) <= 279.5
+    match = re.search(r"([\d.]+) GFLOP a mixed view", out)
+    # 279.3 is the analytic floor with a frozen patch embedding
+    assert match and 279.3 <= float(match[1]) <= 279.5
     assert "encoder   85,645,824" in out and "loss/inter" in out
+    assert "encoder/patch_embed/kernel" in out and "Total: " in out
 
 
 def lines(run: pathlib.Path) -> list[dict]:
@@ -253,7 +252,7 @@ def without_clock(rows: list[dict]) -> list[dict]:
 
 
 def parameters(run: pathlib.Path) -> bytes:
-    """Digest of every array of the newest checkpoint, read in a process of its own."""
+    """Digest of every array of the newest checkpoint, read in another process."""
     code = (
         "import sys, hashlib, pathlib, numpy as np, orbax.checkpoint as ocp, jax\nm ="
         " ocp.CheckpointManager(pathlib.Path(sys.argv[1]).absolute() / 'checkpoints',"
@@ -270,7 +269,7 @@ def parameters(run: pathlib.Path) -> bytes:
 
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory) -> pathlib.Path:
-    """Twelve steps from start to end."""
+    """A run of twelve steps without interruption."""
     run = tmp_path_factory.mktemp("unbroken")
     code, _, err = finish(
         *QUICK, "--workdir", str(run), "--config.train.steps=12", "--config.train.save_every=4"
@@ -280,7 +279,7 @@ def unbroken(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.mark.smoke
-def test_a_run_writes_what_the_house_says(unbroken: pathlib.Path) -> None:
+def test_run_writes_its_files_and_metrics(unbroken: pathlib.Path) -> None:
     rows = lines(unbroken)
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == list(range(1, 13))
@@ -288,14 +287,14 @@ def test_a_run_writes_what_the_house_says(unbroken: pathlib.Path) -> None:
         "loss/ssp loss/sp loss/intra loss/inter loss/category loss/text balance/lambda"
         " balance/ssp_norm balance/sp_norm lr ema grad_norm"
     )
-    wanted = {
+    expected = {
         *names.split(),
         "collapse/target_std",
         "collapse/effective_rank",
         "samples_seen",
         "perf/images_per_sec",
     }
-    assert wanted <= set(trained[-1]) and trained[-1]["samples_seen"] == 12 * 8
+    assert expected <= set(trained[-1]) and trained[-1]["samples_seen"] == 12 * 8
     assert [row["step"] for row in rows if "eval/knn/top1" in row] == [0, 4, 8, 12]
     assert (unbroken / "config.txt").read_text().startswith("seed = 0\n") and (
         unbroken / "tokenizer.json"
@@ -316,7 +315,7 @@ def test_the_same_seed_gives_the_same_bits(unbroken: pathlib.Path, tmp_path: pat
 
 
 def killed(run: pathlib.Path, after: int, number: int) -> int:
-    """Start the run, send it a signal once the log has passed a step, wait for its end."""
+    """Start the run, send it a signal after a step was logged, and wait for its end."""
     process = start(
         *QUICK, "--workdir", str(run), "--config.train.steps=12", "--config.train.save_every=4"
     )
@@ -336,7 +335,7 @@ def killed(run: pathlib.Path, after: int, number: int) -> int:
 
 
 @pytest.mark.row("A1")
-def test_sigkill_and_again_is_as_if_unbroken(
+def test_run_resumed_after_sigkill_equals_an_uninterrupted_run(
     unbroken: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     assert killed(tmp_path, 6, signal.SIGKILL) == -signal.SIGKILL
@@ -356,14 +355,14 @@ def test_sigterm_saves_and_exits_42(unbroken: pathlib.Path, tmp_path: pathlib.Pa
     )
     assert code == 0 and "resuming at step" in out, err
     assert parameters(tmp_path) == parameters(unbroken)
-    # goodput is told twice
-    told, wanted = (
+    # goodput is logged twice
+    logged, expected = (
         [row for row in without_clock(lines(run)) if len(row) > 1] for run in (tmp_path, unbroken)
     )
-    assert told == wanted
+    assert logged == expected
 
 
-def test_another_configuration_does_not_resume(unbroken: pathlib.Path) -> None:
+def test_changed_configuration_does_not_resume(unbroken: pathlib.Path) -> None:
     code, _, err = finish(
         *QUICK, "--workdir", str(unbroken), "--config.train.steps=12", "--config.seed=7"
     )
@@ -371,7 +370,7 @@ def test_another_configuration_does_not_resume(unbroken: pathlib.Path) -> None:
 
 
 @pytest.mark.row("D8")
-def test_a_finished_run_says_so(unbroken: pathlib.Path) -> None:
+def test_finished_run_is_reported(unbroken: pathlib.Path) -> None:
     before = lines(unbroken)
     code, out, err = finish(
         *QUICK, "--workdir", str(unbroken), "--config.train.steps=12", "--config.train.save_every=4"
@@ -380,7 +379,7 @@ def test_a_finished_run_says_so(unbroken: pathlib.Path) -> None:
     assert lines(unbroken) == before
 
 
-def test_preview_writes_a_picture(tmp_path: pathlib.Path, monkeypatch, capsys) -> None:
+def test_preview_writes_an_image(tmp_path: pathlib.Path, monkeypatch, capsys) -> None:
     from PIL import Image
 
     monkeypatch.chdir(ROOT)

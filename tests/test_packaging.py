@@ -1,5 +1,5 @@
-"""The package says the truth about itself: its version, what it needs, and that the tested set of
-versions satisfies that. No network."""
+"""Version and requirements of the package, and the tested set of versions, which satisfies them. No
+network."""
 
 import ast
 import gc
@@ -23,7 +23,7 @@ import m3i_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
 PYTHONS = ("3.11", "3.13")
-# Where a distribution and the module it brings have different names.
+# {module: distribution} where the names differ.
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "absl": "absl-py",
@@ -34,7 +34,7 @@ DISTRIBUTIONS = {
 
 
 def load(name: str) -> ModuleType:
-    """A file of the project that is no module of the package."""
+    """Import a file of the project that is outside the package."""
     spec = importlib.util.spec_from_file_location(f"m3i_jax_{pathlib.Path(name).stem}", ROOT / name)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -44,7 +44,7 @@ def load(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def setup_arguments() -> Iterator[dict[str, Any]]:
-    """What setup.py hands to setuptools."""
+    """The arguments that setup.py passes to setuptools."""
     caught: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setuptools, "setup", caught.update)
@@ -58,7 +58,7 @@ def environment(python: str) -> dict[str, str]:
 
 
 def needed(lines: list[str], python: str) -> dict[str, Requirement]:
-    """{distribution: requirement} of those lines that apply to this Python."""
+    """{distribution: requirement} of the lines that apply to a Python version."""
     parsed = [Requirement(line) for line in lines]
     return {
         canonicalize_name(r.name): r
@@ -72,10 +72,10 @@ def pinned(python: str) -> dict[str, Requirement]:
         line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()
     ]
     lines = [line for line in lines if line]
-    found = needed(lines, python)
+    pins = needed(lines, python)
     applying = [line for line in lines if needed([line], python)]
-    assert len(applying) == len(found), f"a distribution is pinned twice for Python {python}"
-    return found
+    assert len(applying) == len(pins), f"a distribution is pinned twice for Python {python}"
+    return pins
 
 
 @pytest.mark.smoke
@@ -111,12 +111,14 @@ def test_metadata(setup_arguments: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-def test_the_tested_set_covers_what_is_needed(setup_arguments: dict[str, Any], python: str) -> None:
+def test_tested_set_satisfies_the_requirements(
+    setup_arguments: dict[str, Any], python: str
+) -> None:
     pins = pinned(python)
     for name, pin in pins.items():
         assert [s.operator for s in pin.specifier] == ["=="], f"{name} is not pinned to one version"
     groups = {"core": setup_arguments["install_requires"], **setup_arguments["extras_require"]}
-    for big in ("bench", "torch"):  # what is compared with, gigabytes of it: no test needs them
+    for big in ("bench", "torch"):  # peers of the benchmarks, gigabytes that no test needs
         groups.pop(big)
     for group, lines in groups.items():
         for name, requirement in needed(lines, python).items():
@@ -138,7 +140,7 @@ def test_one_jax_for_every_python(setup_arguments: dict[str, Any], python: str) 
     assert old == (Version(python) < Version("3.12"))
 
 
-def test_every_room_is_packaged(setup_arguments: dict[str, Any]) -> None:
+def test_every_folder_is_packaged(setup_arguments: dict[str, Any]) -> None:
     rooms = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "m3i_jax").rglob("*.py")}
     assert rooms == set(setup_arguments["packages"]), (
         "a folder without __init__.py is left out of the package"
@@ -146,7 +148,7 @@ def test_every_room_is_packaged(setup_arguments: dict[str, Any]) -> None:
 
 
 def third_party(top_only: bool) -> set[str]:
-    """Distributions that the package imports: when its modules are imported, or anywhere."""
+    """Distributions that the package imports: at module level only, or anywhere."""
     laws = load("tests/test_laws.py")
     tops = {
         module.split(".")[0]
@@ -162,7 +164,7 @@ def third_party(top_only: bool) -> set[str]:
 
 
 @pytest.mark.smoke
-def test_what_is_imported_is_declared(setup_arguments: dict[str, Any]) -> None:
+def test_imports_are_declared(setup_arguments: dict[str, Any]) -> None:
     core = set(needed(setup_arguments["install_requires"], "3.13"))
     assert third_party(top_only=True) <= core, (
         "imported at the top of a module, but not in install_requires"
@@ -178,7 +180,7 @@ def test_what_is_imported_is_declared(setup_arguments: dict[str, Any]) -> None:
 
 
 class Complains:
-    """Garbage whose end formats a traceback, as that of a task of a closed event loop does."""
+    """Garbage that formats a traceback when collected, like a task of a closed event loop."""
 
     def __init__(self) -> None:
         self.itself = self
@@ -190,9 +192,9 @@ class Complains:
             traceback.format_exc()
 
 
-def test_what_earlier_tests_left_does_not_disturb_reading_source() -> None:
-    """CPython 3.11 raises SystemError where a tree is made in the middle of another;
-    tests/conftest.py sees to it that none is."""
+def test_garbage_of_earlier_tests_does_not_break_ast_parse() -> None:
+    """CPython 3.11 raises SystemError when one tree is parsed during the parsing of another;
+    tests/conftest.py prevents that."""
     text = "\n".join(
         f"def f{i}(a, b={i}):\n    return [a, b, {{'k': (a, b)}}]" for i in range(3000)
     )
@@ -208,8 +210,7 @@ def test_what_earlier_tests_left_does_not_disturb_reading_source() -> None:
 
 @pytest.mark.smoke
 def test_core_imports_here() -> None:
-    """The libraries that the core stands on import together, and the tests have their eight
-    devices."""
+    """The libraries of the core can be imported together, and the tests have eight devices."""
     import flax.linen
     import grain
     import jax

@@ -1,5 +1,5 @@
-"""Named methods that are trained with other settings than their publications': every key of them in
-one line, and no other."""
+"""Named methods trained with other than their published settings: one log line with every such key
+and no other."""
 
 import pathlib
 
@@ -15,13 +15,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def resolved(spec: str, *overrides: str) -> schema.Config:
-    made = (
+    cfg = (
         configuration.load_config(f"{ROOT}/configs/{spec}")
         if spec
         else configuration.default_config()
     )
-    configuration.apply_overrides(made, list(overrides))
-    return configuration.resolve(made)
+    configuration.apply_overrides(cfg, list(overrides))
+    return configuration.resolve(cfg)
 
 
 def keys(lines: list[str]) -> set[str]:
@@ -33,25 +33,25 @@ def test_every_named_method_has_settings():
 
 
 @pytest.mark.parametrize("name", published.PUBLISHED)
-def test_the_recipe_differs_in_nothing_and_the_default_in_what_the_publication_sets(name):
+def test_recipe_has_no_difference_and_default_has_all(name):
     for batch in ("", ",batch_size=1024", ",batch_size=16384"):
         assert (
             published_settings.unpublished_settings_note(resolved(f"forms.py:form={name}{batch}"))
             == ""
         )
     plain = configuration.default_config()
-    wanted = set()
+    expected = set()
     for key, value in published_settings.SETTINGS[name].items():
         at = plain
         for part in key.split("."):
             at = at[part]
-        wanted |= {key} if at != value else set()
+        expected |= {key} if at != value else set()
     config = resolved("", f"objective.forms={name}")
-    assert keys(published_settings.published_differences(config)[name]) == wanted and wanted
+    assert keys(published_settings.published_differences(config)[name]) == expected and expected
     line = published_settings.unpublished_settings_note(config)
     assert (
         "\n" not in line
-        and all(key in line for key in wanted)
+        and all(key in line for key in expected)
         and f"configs/forms.py:form={name}" in line
     )
 
@@ -64,11 +64,11 @@ def test_the_line_has_both_values():
     )
 
 
-def test_steps_overrule_epochs_and_rates_follow_the_batch():
-    found = published_settings.published_differences(
+def test_steps_override_epochs_and_rates_scale_with_the_batch():
+    differences = published_settings.published_differences(
         resolved("forms.py:form=clip", "train.steps=100", "optim.warmup_steps=7", "optim.lr=1e-3")
     )
-    assert found == {
+    assert differences == {
         "clip": [
             "optim.lr 0.001 instead of 0.0005",
             "optim.warmup_steps 7 instead of optim.warmup_epochs 1",
@@ -88,13 +88,16 @@ def test_show_prints_the_line(capsys):
     )
 
 
-def test_each_method_of_a_set_is_compared_with_its_own():
-    """The settings of one win; the line has what the other one lost."""
-    found = published_settings.published_differences(resolved("forms.py:form=byol+moco_v3"))
-    assert found.keys() == {"byol"} and keys(found["byol"]) == {"optim.ema", "train.epochs"}
+def test_each_combined_method_is_compared_with_its_own_settings():
+    """The last method's settings apply; the line lists those of the first that they replace."""
+    differences = published_settings.published_differences(resolved("forms.py:form=byol+moco_v3"))
+    assert differences.keys() == {"byol"} and keys(differences["byol"]) == {
+        "optim.ema",
+        "train.epochs",
+    }
 
 
-def test_forms_of_the_paper_have_no_line():
+def test_paper_forms_have_no_line():
     assert (
         published_settings.unpublished_settings_note(resolved("forms.py:form=k"))
         == published_settings.unpublished_settings_note(resolved("quickstart.py"))

@@ -1,4 +1,4 @@
-"""The recipes of the paper's Table 7, as golden values, and the rule for other batch sizes."""
+"""Golden values of the paper's Table 7 recipes, and the scaling rule for other batch sizes."""
 
 import dataclasses
 import pathlib
@@ -34,14 +34,28 @@ def read(config: schema.Config, key: str) -> Any:
     return config
 
 
-# Golden: Table 7, column ViT-B/16, and what is the same for both columns.
+# Golden: Table 7, column ViT-B/16 and values common to both columns.
 TABLE_7 = {
-    "model.decoder.depth": 4, "model.decoder.width": 768, "model.decoder.mlp_ratio": 3072 / 768, "model.decoder.heads": 16,
-    "model.encoder.width": 768, "model.pool.width": 768, "model.pool.heads": 16, "data.mask": "blockwise", "data.mask_ratio": 0.5,
-    "data.image_size": 224, "optim.b1": 0.9, "optim.b2": 0.95, "optim.lr": 1e-3, "optim.weight_decay": 0.1, "optim.ema": 0.995,
-    "optim.ema_schedule": "cosine", "objective.label_smoothing": 0.1, "model.encoder.drop_path": 0.1,
+    "model.decoder.depth": 4,
+    "model.decoder.width": 768,
+    "model.decoder.mlp_ratio": 3072 / 768,
+    "model.decoder.heads": 16,
+    "model.encoder.width": 768,
+    "model.pool.width": 768,
+    "model.pool.heads": 16,
+    "data.mask": "blockwise",
+    "data.mask_ratio": 0.5,
+    "data.image_size": 224,
+    "optim.b1": 0.9,
+    "optim.b2": 0.95,
+    "optim.lr": 1e-3,
+    "optim.weight_decay": 0.1,
+    "optim.ema": 0.995,
+    "optim.ema_schedule": "cosine",
+    "objective.label_smoothing": 0.1,
+    "model.encoder.drop_path": 0.1,
     "model.encoder.drop_path_rule": "linear",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("data", ["imagenet", "yfcc", "joint"])
@@ -53,9 +67,13 @@ def test_table_7(data: str) -> None:
 
 # Golden: Table 7, column InternImage-H, where it differs.
 TABLE_7_H = TABLE_7 | {
-    "model.decoder.width": 1024, "model.decoder.mlp_ratio": 4096 / 1024, "model.encoder.width": 1024, "data.image_size": 192,
-    "model.encoder.drop_path": 0.2, "model.encoder.drop_path_rule": "uniform",
-}  # fmt: skip
+    "model.decoder.width": 1024,
+    "model.decoder.mlp_ratio": 4096 / 1024,
+    "model.encoder.width": 1024,
+    "data.image_size": 192,
+    "model.encoder.drop_path": 0.2,
+    "model.encoder.drop_path_rule": "uniform",
+}
 
 
 def test_table_7_of_the_largest_run() -> None:
@@ -71,9 +89,10 @@ def test_table_7_of_the_largest_run() -> None:
         144,
         72,
     ) and config.optim.offset_lr == 0.1
-    assert {name: validation.fit_batch_to_mesh(config, (n, 1, 1))[0].train.batch_size for name, n in (("64 chips", 64), ("256 chips", 256))} == {
-        "64 chips": 40_064, "256 chips": 40_448
-    }  # fmt: skip
+    assert {
+        name: validation.fit_batch_to_mesh(config, (n, 1, 1))[0].train.batch_size
+        for name, n in (("64 chips", 64), ("256 chips", 256))
+    } == {"64 chips": 40_064, "256 chips": 40_448}
     assert validation.fit_batch_to_mesh(config, (2, 4, 8))[1] == ""  # 40,000 divides by 16
 
 
@@ -84,7 +103,7 @@ LENGTHS = {
     "data=yfcc": (138, 4096, 3_620, 499_560, 12_670),
     "data=joint": (30, 40_000, 11_050, 331_500, 11_050),
     "data=imagenet,batch_size=1024": (1600, 1024, 1_251, 2_001_600, 50_040),
-    "data=imagenet,epochs=100.0": (100, 4096, 312, 31_200, 3_120),  # a tenth at most is warm-up
+    "data=imagenet,epochs=100.0": (100, 4096, 312, 31_200, 3_120),  # warm-up is at most a tenth
 }
 
 
@@ -97,13 +116,13 @@ def test_lengths(arguments: str) -> None:
 
 
 def test_yfcc_is_as_many_steps_as_imagenet() -> None:
-    """Section 4.2: the iterations of the two are the same."""
+    """Section 4.2: both have the same number of iterations."""
     steps = [trainer.run_length(recipe(f"data={data}")).steps for data in ("imagenet", "yfcc")]
     assert abs(steps[1] / steps[0] - 1) < 1e-3
 
 
 def test_another_batch_size() -> None:
-    """Below 4,096 in proportion; above as it is, since the paper has the same values at 40,000."""
+    """Proportional below 4,096, constant above: the paper has the same values at 40,000."""
     small, large = recipe("batch_size=256").optim, recipe("batch_size=16384").optim
     assert small.lr == pytest.approx(1e-3 / 16) and 1 - small.ema == pytest.approx(0.005 / 16)
     assert (
@@ -114,7 +133,7 @@ def test_another_batch_size() -> None:
     assert small.warmup_epochs == large.warmup_epochs == 40
 
 
-def test_where_the_pictures_come_from() -> None:
+def test_data_sources() -> None:
     imagenet, yfcc, joint = (
         recipe(f"data={data},path=/d/").data for data in ("imagenet", "yfcc", "joint")
     )
@@ -123,8 +142,11 @@ def test_where_the_pictures_come_from() -> None:
     assert (yfcc.path, yfcc.classes, yfcc.captions, yfcc.holdout) == ("/d/*.tar", 0, "yes", 0)
     entries = [mixture.parse_entry(text) for text in joint.mixture]
     assert [(e.kind, e.path) for e in entries] == [
-        ("folder", "/d/imagenet22k"), ("tars", "/d/laion400m/*.tar"), ("tars", "/d/yfcc15m/*.tar"), ("tars", "/d/cc12m/*.tar")
-    ]  # fmt: skip
+        ("folder", "/d/imagenet22k"),
+        ("tars", "/d/laion400m/*.tar"),
+        ("tars", "/d/yfcc15m/*.tar"),
+        ("tars", "/d/cc12m/*.tar"),
+    ]
     assert (
         all(e.weight is None for e in entries)
         and joint.classes == 21_841
@@ -140,14 +162,13 @@ def test_models_and_refusals() -> None:
         1024,
         1024,
     ) and huge.grid == 16
-    for arguments, wanted in (("model=vit", "none of"), ("data=laion", "imagenet, yfcc, joint")):
-        with pytest.raises(UserError, match=wanted):
+    for arguments, expected in (("model=vit", "none of"), ("data=laion", "imagenet, yfcc, joint")):
+        with pytest.raises(UserError, match=expected):
             recipe(arguments)
 
 
 def test_show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The plan of a recipe: what counts is the table's text; the network is a small one, so that
-    tracing is quick."""
+    """The printed plan of a recipe, with a small network so that tracing is fast."""
     arguments = "data=joint"
     monkeypatch.chdir(ROOT)
     small = [
@@ -181,19 +202,19 @@ def test_show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.slow
 def test_operations_of_the_largest_run() -> None:
-    """1.52 TFLOP a mixed view by the shapes alone, and what a formula of every part says."""
+    """1.52 TFLOP per mixed view from shapes alone, and the sum of a formula per part."""
     config = recipe("data=joint,model=internimage_h")
-    made = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 49_408)
+    run = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 49_408)
     counted = (
-        flops.count_flops(made.trace, made.template, trainer.abstract_batch(config)).total
+        flops.count_flops(run.trace, run.template, trainer.abstract_batch(config)).total
         / config.train.batch_size
     )
-    assert 0.97 < counted / 1.52e12 < 1.03 and 0.97 < counted / formula.step(made.plan) < 1.03
+    assert 0.97 < counted / 1.52e12 < 1.03 and 0.97 < counted / formula.step(run.plan) < 1.03
 
 
 def test_days_of_the_paper_s_run() -> None:
-    """Golden: 279.4 GFLOP a view, 1600 epochs of 312 steps of 4,096, on 16 chips of 197 TFLOP/s at
-    0.45: days by hand."""
+    """Golden, by hand: 279.4 GFLOP per view, 1600 epochs of 312 steps of 4,096, on 16 chips of 197
+    TFLOP/s at 0.45."""
     total = 279.36e9 * 4096 * 499_200
     by_hand = total / (16 * 197e12 * 0.45) / 3600 / 24
     assert (

@@ -1,5 +1,5 @@
-"""The limits of settings: that each has some, that they hold at their ends, and that a new setting
-cannot do without."""
+"""The limits of settings: every setting has limits, they hold at both ends, and a setting without
+limits cannot be declared."""
 
 import dataclasses
 import math
@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from m3i_jax import config, schema, setting_limits
+from m3i_jax import config, schema
 from m3i_jax.errors import DoesNotFit, UserError
+from m3i_jax.schema import limits
 
 
 def fields(node: Any = None, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -27,16 +28,16 @@ SETTINGS = {key: (default, metadata) for key, default, metadata in fields()}
 NUMBERS = [
     key
     for key, (_, metadata) in SETTINGS.items()
-    if isinstance(metadata["limits"], setting_limits.NumberLimit)
+    if isinstance(metadata["limits"], limits.NumberLimit)
 ]
 LINES = [
     key
     for key, (_, metadata) in SETTINGS.items()
-    if isinstance(metadata["limits"], setting_limits.TextLimit)
+    if isinstance(metadata["limits"], limits.TextLimit)
 ]
 
 
-def test_every_setting_declares_what_it_takes() -> None:
+def test_every_setting_declares_choices_or_limits() -> None:
     for key, (default, metadata) in SETTINGS.items():
         takes = bool(metadata["choices"]) + (metadata["limits"] is not None)
         assert takes == (0 if isinstance(default, bool) else 1), key
@@ -44,51 +45,54 @@ def test_every_setting_declares_what_it_takes() -> None:
         if metadata["choices"]:
             assert default in metadata["choices"], key
         elif isinstance(default, str) or key in LINES:
-            assert metadata["limits"].kind in setting_limits.TEXTS, key
+            assert metadata["limits"].kind in limits.TEXTS, key
         elif not isinstance(default, bool):
-            assert isinstance(metadata["limits"], setting_limits.NumberLimit) and entries, key
+            assert isinstance(metadata["limits"], limits.NumberLimit) and entries, key
 
 
 @pytest.mark.parametrize("default", [1, 0.5, "text", (), (1, 2)])
-def test_a_new_setting_cannot_do_without(default: Any) -> None:
-    with pytest.raises(TypeError, match="the setting 'of something' has no choices and no limits"):
-        setting_limits.option(default, "of something")
-    setting_limits.option(True, "of something")
+def test_a_setting_without_limits_is_refused(default: Any) -> None:
+    with pytest.raises(TypeError, match="'a number' has neither choices nor limits"):
+        limits.option(default, "a number")
+    limits.option(True, "a number")
 
 
 def refused(key: str, value: Any) -> UserError:
-    made = config.default_config()
-    *way, last = key.split(".")
-    parent = made
-    for part in way:
-        parent = parent[part]
-    with parent.ignore_type():
-        parent[last] = value
-    with pytest.raises(UserError) as found:
-        config.resolve(made)
-    return found.value
+    settings = config.default_config()
+    *sections, name = key.split(".")
+    section = settings
+    for part in sections:
+        section = section[part]
+    with section.ignore_type():
+        section[name] = value
+    with pytest.raises(UserError) as error:
+        config.resolve(settings)
+    return error.value
 
 
 @pytest.mark.parametrize("key", NUMBERS)
 def test_a_number_beyond_either_end_is_refused_with_its_key(key: str) -> None:
-    """Both ends, by the type of the setting: the next float or whole number beyond."""
+    """Both ends: the next float or integer beyond the limit, which is refused. The value that
+    leaves a setting open is none of these."""
     default, metadata = SETTINGS[key]
-    limits, entries = metadata["limits"], default if isinstance(default, tuple) else (default,)
-    whole = all(isinstance(entry, int) for entry in entries)
+    limit, entries = metadata["limits"], default if isinstance(default, tuple) else (default,)
+    integer = all(isinstance(entry, int) for entry in entries)
     low = (
-        limits.least
-        if limits.above
-        else (limits.least - 1 if whole else math.nextafter(limits.least, -math.inf))
+        limit.least
+        if limit.above
+        else (limit.least - 1 if integer else math.nextafter(limit.least, -math.inf))
     )
     high = (
-        limits.most
-        if limits.below
-        else (limits.most + 1 if whole else math.nextafter(limits.most, math.inf))
+        limit.most
+        if limit.below
+        else (limit.most + 1 if integer else math.nextafter(limit.most, math.inf))
     )
-    for value in (low, high, *(() if whole else (1e300, -1e300))):
+    if low == limit.open:
+        low = math.nextafter(low, -math.inf)
+    for value in (low, high, *(() if integer else (1e300, -1e300))):
         error = refused(key, (value,) * len(entries) if isinstance(default, tuple) else value)
         assert str(error).startswith(f"config.{key}: "), error
-        assert isinstance(error, DoesNotFit) == (limits.fits and value > limits.most)
+        assert isinstance(error, DoesNotFit) == (limit.fits and value > limit.most)
 
 
 @pytest.mark.parametrize("key", LINES)

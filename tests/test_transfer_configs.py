@@ -1,5 +1,4 @@
-"""The recipes of Tables 8 and 9: their numbers, what they take over from a run, and what they
-refuse."""
+"""The recipes of Tables 8 and 9: values, settings adopted from a run, and refusals."""
 
 import pathlib
 
@@ -21,13 +20,13 @@ def load(spec: str):
 
 
 def on(size: int, spec: str):
-    """The configuration, completed as if its source had so many images."""
+    """The configuration completed for a source of `size` images."""
     return jobs.complete_config(load(spec), classes=10, captions=False, size=size)
 
 
 def test_table_8() -> None:
-    made = on(scaling.IMAGENET, "finetune.py:path=/pictures")
-    o, a, t = made.optim, made.data.augment, made.train
+    cfg = on(scaling.IMAGENET, "finetune.py:path=/images")
+    o, a, t = cfg.optim, cfg.data.augment, cfg.train
     assert (o.lr, o.weight_decay, o.b1, o.b2, o.warmup_epochs, o.layer_decay, o.clip) == (
         2e-3,
         0.1,
@@ -40,67 +39,67 @@ def test_table_8() -> None:
     assert (
         t.batch_size,
         t.epochs,
-        made.objective.label_smoothing,
-        made.model.encoder.drop_path,
+        cfg.objective.label_smoothing,
+        cfg.model.encoder.drop_path,
     ) == (1024, 100.0, 0.1, 0.1)
     assert (a.mixup, a.cutmix, a.cutmix_switch, a.blend_p, a.erase_p) == (0.8, 1.0, 0.5, 1.0, 0.25)
-    assert made.data.crop_scale == (0.08, 1.0)
-    r = made.data.rand_augment
+    assert cfg.data.crop_scale == (0.08, 1.0)
+    r = cfg.data.rand_augment
     assert (r.ops, r.magnitude, r.deviation, r.p) == (
         2,
         9.0,
         0.5,
         0.5,
-    ) and made.objective.forms == ("finetune",)
+    ) and cfg.objective.forms == ("finetune",)
     rates = [
-        optimizer.lr_factor(made, f"encoder/{path}") for path in ("patch_embed/kernel", "cls_token")
+        optimizer.lr_factor(cfg, f"encoder/{path}") for path in ("patch_embed/kernel", "cls_token")
     ]
     np.testing.assert_allclose(rates, 0.65**13)
     np.testing.assert_allclose(
-        optimizer.lr_factor(made, "encoder/blocks/mlp/fc1/kernel"), 0.65 ** np.arange(12, 0, -1)
+        optimizer.lr_factor(cfg, "encoder/blocks/mlp/fc1/kernel"), 0.65 ** np.arange(12, 0, -1)
     )
     assert (
-        optimizer.lr_factor(made, "category/kernel")
-        == optimizer.lr_factor(made, "pool/norm/scale")
+        optimizer.lr_factor(cfg, "category/kernel")
+        == optimizer.lr_factor(cfg, "pool/norm/scale")
         == 1
     )
 
 
-def test_a_short_run_is_gentle() -> None:
-    """6,000 images, 100 epochs: no blending, no erasing, no RandAugment, crops of half the image
-    and all layers at one rate."""
-    made = on(5416, "finetune.py:path=/pictures,batch_size=64")
-    a = made.data.augment
-    assert (a.blend_p, a.erase_p, made.data.rand_augment.p, made.data.crop_scale) == (
+def test_short_run_has_weak_augmentation() -> None:
+    """6,000 images, 100 epochs: no mixup, CutMix, erasing and RandAugment, crops of at least half
+    the image, and one learning rate for all layers."""
+    cfg = on(5416, "finetune.py:path=/images,batch_size=64")
+    a = cfg.data.augment
+    assert (a.blend_p, a.erase_p, cfg.data.rand_augment.p, cfg.data.crop_scale) == (
         0.0,
         0.0,
         0.0,
         (0.5, 1.0),
     )
-    assert made.optim.layer_decay == 1.0 and made.optim.lr > 2e-3 * 64 / 1024
+    assert cfg.optim.layer_decay == 1.0 and cfg.optim.lr > 2e-3 * 64 / 1024
 
 
 def test_table_9() -> None:
-    made = load("probe.py:path=/pictures")
-    o = made.optim
+    cfg = load("probe.py:path=/images")
+    o = cfg.optim
     assert (o.rule, o.lr, o.weight_decay, o.b1, o.warmup_epochs) == ("lars", 3.2, 0.0, 0.9, 10.0)
     assert (
-        made.train.batch_size,
-        made.train.epochs,
-        made.model.pool.norm,
-        made.model.encoder.freeze,
+        cfg.train.batch_size,
+        cfg.train.epochs,
+        cfg.model.pool.norm,
+        cfg.model.encoder.freeze,
     ) == (16_384, 90.0, "batch", True)
-    assert load("probe.py:path=/pictures,kind=attentive").model.pool.query == "learned"
+    assert load("probe.py:path=/images,kind=attentive").model.pool.query == "learned"
     with pytest.raises(UserError, match="kind=round is none of"):
         load("probe.py:kind=round")
 
 
 @pytest.mark.parametrize("name", ["finetune.py", "probe.py"])
-def test_the_model_is_that_of_the_run(name: str, tmp_path: pathlib.Path) -> None:
+def test_model_is_taken_from_the_run(name: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.txt").write_text(configuration.config_to_text(toy.settings()))
-    made = load(f"{name}:path=/pictures,from={tmp_path}")
-    assert (made.model.encoder.width, made.model.encoder.depth, made.data.image_size) == (32, 2, 32)
-    assert made.init_from == str(tmp_path) and made.optim.ema == 1.0
+    cfg = load(f"{name}:path=/images,from={tmp_path}")
+    assert (cfg.model.encoder.width, cfg.model.encoder.depth, cfg.data.image_size) == (32, 2, 32)
+    assert cfg.init_from == str(tmp_path) and cfg.optim.ema == 1.0
     with pytest.raises(UserError, match="give the workdir of a run"):
         load(f"{name}:from={tmp_path / 'nothing'}")
     with pytest.raises(UserError, match="did you mean from=|it takes"):
@@ -108,47 +107,47 @@ def test_the_model_is_that_of_the_run(name: str, tmp_path: pathlib.Path) -> None
 
 
 @pytest.mark.parametrize("name", ["finetune.py", "probe.py"])
-def test_the_model_is_that_of_a_file_of_weights(name: str, tmp_path: pathlib.Path) -> None:
+def test_model_is_taken_from_a_weights_file(name: str, tmp_path: pathlib.Path) -> None:
     table = weights(ENCODERS["timm"], width=64, depth=2, heads=1, patch=8, grid=4)
     tensor_files.write_safetensors(tmp_path / "vit.safetensors", table)
-    made = load(f"{name}:path=/pictures,from={tmp_path / 'vit.safetensors'}")
-    e = made.model.encoder
-    assert (e.width, e.depth, e.heads, e.positions, made.data.image_size) == (
+    cfg = load(f"{name}:path=/images,from={tmp_path / 'vit.safetensors'}")
+    e = cfg.model.encoder
+    assert (e.width, e.depth, e.heads, e.positions, cfg.data.image_size) == (
         64,
         2,
         1,
         "learned",
         32,
     )
-    assert made.init.only == ("^encoder/",)
+    assert cfg.init.only == ("^encoder/",)
 
 
-def test_another_size_keeps_the_positions_of_the_run(tmp_path: pathlib.Path) -> None:
+def test_another_image_size_keeps_the_position_grid(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.txt").write_text(configuration.config_to_text(toy.settings()))
-    made = load(f"finetune.py:from={tmp_path},image_size=48,ema=0.99,batch_size=512")
-    assert (made.model.encoder.position_grid, made.grid, made.optim.ema_of) == (4, 6, "all")
+    cfg = load(f"finetune.py:from={tmp_path},image_size=48,ema=0.99,batch_size=512")
+    assert (cfg.model.encoder.position_grid, cfg.grid, cfg.optim.ema_of) == (4, 6, "all")
 
 
 def test_intern_image_has_the_paper_s_30_epochs(tmp_path: pathlib.Path) -> None:
-    made = on(10 * scaling.IMAGENET, "finetune.py:path=/pictures,model=internimage_t")
-    assert (made.train.epochs, made.optim.layer_decay, made.data.augment.mixup, made.optim.lr) == (
+    cfg = on(10 * scaling.IMAGENET, "finetune.py:path=/images,model=internimage_t")
+    assert (cfg.train.epochs, cfg.optim.layer_decay, cfg.data.augment.mixup, cfg.optim.lr) == (
         30.0,
         0.9,
         0.0,
         2e-3,
     )
-    # Weights that are there already are gone on from as their authors do.
+    # Pre-trained weights are fine-tuned as by their authors.
     (tmp_path / "config.txt").write_text(
-        configuration.config_to_text(load("finetune.py:path=/pictures,model=internimage_h"))
+        configuration.config_to_text(load("finetune.py:path=/images,model=internimage_h"))
     )
-    made = on(scaling.IMAGENET, f"finetune.py:path=/pictures,from={tmp_path}")
-    o, e = made.optim, made.model.encoder
+    cfg = on(scaling.IMAGENET, f"finetune.py:path=/images,from={tmp_path}")
+    o, e = cfg.optim, cfg.model.encoder
     assert (o.lr, o.warmup_epochs, o.offset_lr, o.center_lr, o.clip) == (4e-5, 2.0, 0.1, 0.1, 5.0)
-    assert (made.model.scan, e.drop_path, e.drop_path_rule) == (True, 0.2, "linear")
+    assert (cfg.model.scan, e.drop_path, e.drop_path_rule) == (True, 0.2, "linear")
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"model__pool__norm": "batch"}, "model.pool.norm"),
         (
@@ -161,6 +160,6 @@ def test_intern_image_has_the_paper_s_30_epochs(tmp_path: pathlib.Path) -> None:
         ({"evaluate__shots": "(0,1)"}, "evaluate.shots"),
     ],
 )
-def test_impossible_values(change: dict, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_impossible_values(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         toy.settings(**change)

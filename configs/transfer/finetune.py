@@ -1,22 +1,24 @@
-"""Fine-tune an encoder on categories: M3I's Table 8, on any source, by the trainer that pre-trains.
+"""Fine-tune an encoder on categories: M3I's Table 8 on any source, with the trainer of
+pre-training.
 
-python -m m3i_jax.main --config configs/transfer/finetune.py:path=DIR,from=RUN --workdir
-runs/finetuned python -m m3i_jax.main --config
-configs/transfer/finetune.py:path=/data/imagenet,from=RUN --config.data.split=train \
---config.data.holdout_split=val --workdir runs/finetuned
+    python -m m3i_jax.main --config configs/transfer/finetune.py:path=DIR,from=RUN \\
+      --workdir runs/finetuned
+    python -m m3i_jax.main --config configs/transfer/finetune.py:path=/data/imagenet,from=RUN \\
+      --config.data.split=train --config.data.holdout_split=val --workdir runs/finetuned
 
-`from` is the working directory of a run, or a file of weights that `init_from` knows (timm, Hugging
-Face, MAE and the like): its model, its image size and the mean and deviation of pixels are taken
-over, its encoder is where this run starts. [P] is the paper's Table 8, [M] MAE and SiameseIM, whose
-recipe it is, [C] a choice of this project.
+`from` is the working directory of a run or a weights file that `init_from` reads (timm, Hugging
+Face, MAE and others). Its model, image size and pixel mean and deviation are adopted, and its
+encoder initialises this run. [P] marks the paper's Table 8, [M] MAE and SiameseIM, whose recipe it
+is, [C] a choice of this project.
 
-What the paper chose for 128 million samples follows here from the number of samples and the batch
-(training/scaling.py): rate, layer decay, crops, blending, erasing and RandAugment. ImageNet with
-the paper's batch and epochs gets the paper's values; 6,000 images get a larger rate and gentle
-augmentation. --mode=show prints them.
+Learning rate, layer decay, crops, mixup and CutMix, erasing and RandAugment, which the paper chose
+for 128 million samples, follow here from the number of samples and the batch (training/scaling.py).
+ImageNet with the paper's batch and epochs gets the paper's values; 6,000 images get a larger rate
+and weaker augmentation. --mode=show prints the values.
 
-Another image size: positions are made for the cells of the pre-trained model and resized. `ema`
-below 1 also keeps an average of all parameters; evaluate it with --config.evaluate.encoder=ema.
+With another image size, positions are computed for the grid of the pre-trained model and resized.
+`ema` below 1 also keeps an average of all parameters, which --config.evaluate.encoder=ema
+evaluates.
 """
 
 from ml_collections import ConfigDict
@@ -26,15 +28,23 @@ from m3i_jax.evaluation.load import build_encoder
 from m3i_jax.models import backbones, presets
 
 BATCH = 1024  # [P]
-# InternImage-H in the paper: 30 epochs [P]; the rest as its authors fine-tune it, without blending.
-# Pooled is the mean of the features, as of a ViT, where they keep the attention pooling of their
-# pre-training. [C]
+# InternImage-H in the paper: 30 epochs [P]; the rest as its authors fine-tune it, without mixup and
+# CutMix. The head pools the mean of the features, as for a ViT, whereas the authors keep the
+# attention pooling of their pre-training. [C]
 INTERN_IMAGE = {
-    "optim.layer_decay": 0.9, "optim.weight_decay": 0.05, "optim.offset_lr": 0.1, "optim.center_lr": 0.1, "optim.clip": backbones.INTERN_IMAGE.clip,
-    "model.encoder.drop_path": 0.2, "model.encoder.drop_path_rule": "linear", "objective.label_smoothing": 0.3,
-    "data.augment.mixup": 0.0, "data.augment.cutmix": 0.0, "data.augment.erase_p": 0.0,
-}  # fmt: skip
-INTERN_IMAGE_WARMUP = 2.0  # epochs, where pre-trained weights are gone on from
+    "optim.layer_decay": 0.9,
+    "optim.weight_decay": 0.05,
+    "optim.offset_lr": 0.1,
+    "optim.center_lr": 0.1,
+    "optim.clip": backbones.INTERN_IMAGE.clip,
+    "model.encoder.drop_path": 0.2,
+    "model.encoder.drop_path_rule": "linear",
+    "objective.label_smoothing": 0.3,
+    "data.augment.mixup": 0.0,
+    "data.augment.cutmix": 0.0,
+    "data.augment.erase_p": 0.0,
+}
+INTERN_IMAGE_WARMUP = 2.0  # epochs, with pre-trained weights
 
 
 def get_config(
@@ -47,11 +57,19 @@ def get_config(
     image_size: int = 0,
     ema: float = 1.0,
 ) -> ConfigDict:
-    """path: the images, a folder a class. from: working directory of the run that made the encoder,
-    or a file of weights; empty: from
-    scratch. model: size, where no run tells it. source: kind of the source. epochs: 0: the paper's.
-    batch_size: images a step.
-    image_size: 0: that of the run. ema: momentum of an average of all parameters; 1: none."""
+    """Settings of a fine-tuning run.
+
+    Args:
+      path: the images, one folder per class.
+      from_: working directory of the run that trained the encoder, or a weights file; empty: train
+        from scratch.
+      model: preset, used without `from`.
+      source: kind of the source.
+      epochs: 0: the paper's.
+      batch_size: images per step.
+      image_size: 0: that of the run.
+      ema: momentum of the average of all parameters; 1: no average.
+    """
     config = default_config()
     if from_:
         build_encoder(config, from_, "configs/transfer/finetune.py:from")
@@ -65,7 +83,7 @@ def get_config(
             )
         config.data.image_size = image_size
 
-    # What is seen.
+    # Data.
     config.data.source = source
     config.data.path = path
     config.data.captions = "no"
@@ -78,11 +96,11 @@ def get_config(
     )
     config.data.augment.erase_p = -1.0  # 0.25 [P] in long runs
     config.data.augment.blend_p = -1.0  # 1 [M] in long runs
-    # [P]; what Table 8 calls a probability is the alpha of its Beta distribution [M]
+    # [P]; Table 8's probability is the alpha of the Beta distribution [M]
     config.data.augment.mixup = 0.8
     config.data.augment.cutmix = 1.0  # [P]; the same
 
-    # What is trained: the mean of the patch tokens, normalised, and a linear map.
+    # Head: mean of the patch tokens, normalised, and a linear layer.
     config.objective.forms = ("finetune",)
     config.objective.label_smoothing = 0.1  # [P]
     config.model.pool.kind = "mean"  # [M]
@@ -92,13 +110,13 @@ def get_config(
     config.model.encoder.final_norm = False  # [M]: replaced by the norm of the pooled token
     config.model.encoder.freeze_patch_embed = False
 
-    # How.
+    # Optimization.
     config.train.batch_size = batch_size
     config.train.epochs = epochs or (30.0 if convolutional else 100.0)  # [P]
     config.train.panel_every = 0
-    config.optim.lr = 0.0  # 2e-3 [P] in long runs of the paper's batch
+    config.optim.lr = 0.0  # 2e-3 [P] in long runs at the paper's batch
     config.optim.min_lr = 1e-6  # [M]
-    # [P]; of a shorter run at most a tenth [C]
+    # [P]; at most a tenth of a shorter run [C]
     config.optim.warmup_epochs = min(5.0, 0.1 * config.train.epochs)
     config.optim.weight_decay = 0.1  # [P]
     config.optim.b2 = 0.999  # [P]
@@ -112,5 +130,5 @@ def get_config(
         if from_:
             config.optim.warmup_epochs = min(INTERN_IMAGE_WARMUP, config.optim.warmup_epochs)
 
-    config.evaluate.knn = False  # the accuracy of the head is what counts
+    config.evaluate.knn = False  # the head's accuracy is evaluated instead
     return config

@@ -1,15 +1,17 @@
 """Train a classifier on a frozen encoder: the linear probe of M3I's Table 9 with its augmentation,
-or an attentive probe, by the trainer that pre-trains. Without augmentation the same is an
-evaluator: --mode=eval --config.evaluate.probe=true, or attentive.
+or an attentive probe, with the trainer of pre-training. The evaluators
+--config.evaluate.probe=true and --config.evaluate.attentive=true of --mode=eval do the same without
+augmentation.
 
-python -m m3i_jax.main --config configs/transfer/probe.py:path=DIR,from=RUN --workdir runs/probe
-python -m m3i_jax.main --config configs/transfer/probe.py:path=DIR,from=RUN,kind=attentive --workdir
-runs/attentive
+    python -m m3i_jax.main --config configs/transfer/probe.py:path=DIR,from=RUN --workdir runs/probe
+    python -m m3i_jax.main --config configs/transfer/probe.py:path=DIR,from=RUN,kind=attentive \\
+      --workdir runs/attentive
 
-[P] is the paper's Table 9, [M] MAE and SiameseIM, whose recipe it is, [C] a choice of this project.
-Another batch size: the learning rate goes down in proportion. While it trains, batch norm takes the
-statistics of the batch; its accuracy is measured with the mean and variance over the clean views of
-the training images (evaluate.train_limit of them) instead of a running average."""
+[P] marks the paper's Table 9, [M] MAE and SiameseIM, whose recipe it is, [C] a choice of this
+project. The learning rate is proportional to the batch size. In training, batch norm uses the
+statistics of the batch; in evaluation, the mean and variance over the unaugmented views of
+evaluate.train_limit training images instead of a running average.
+"""
 
 from ml_collections import ConfigDict
 
@@ -22,13 +24,25 @@ BATCH = 16_384  # [P]
 
 
 def get_config(
-    path: str = "", from_: str = "", kind: str = "linear", model: str = "vit_b16", source: str = "folder", epochs: float = 90.0,
+    path: str = "",
+    from_: str = "",
+    kind: str = "linear",
+    model: str = "vit_b16",
+    source: str = "folder",
+    epochs: float = 90.0,
     batch_size: int = 0,
-) -> ConfigDict:  # fmt: skip
-    """path: the images, a folder a class. from: working directory of the run that made the encoder,
-    or a file of weights. kind: linear or
-    attentive. model: size, where no run tells it. source: kind of the source. epochs: passes.
-    batch_size: 0: 16,384, or 1,024 of an attentive probe."""
+) -> ConfigDict:
+    """Settings of a probe.
+
+    Args:
+      path: the images, one folder per class.
+      from_: working directory of the run that trained the encoder, or a weights file.
+      kind: linear or attentive.
+      model: preset, used without `from`.
+      source: kind of the source.
+      epochs: passes over the images.
+      batch_size: 0: 16,384, or 1,024 for an attentive probe.
+    """
     if kind not in ("linear", "attentive"):
         raise UserError(f"configs/transfer/probe.py: kind={kind} is none of linear, attentive")
     config, linear = default_config(), kind == "linear"
@@ -60,7 +74,7 @@ def get_config(
     config.train.epochs = epochs  # [P]
     config.train.panel_every = 0
     config.optim.rule = "lars" if linear else "adamw"  # [P]
-    # [P]; attentive: 1e-3 of 1,024 images [C]
+    # [P]; attentive: 1e-3 at 1,024 images [C]
     config.optim.lr = (3.2 if linear else 16e-3) * batch / BATCH
     config.optim.warmup_epochs = epochs / 9  # [P]: 10 of 90
     config.optim.weight_decay = 0.0 if linear else 0.05  # [P]

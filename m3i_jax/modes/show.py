@@ -54,6 +54,8 @@ def _rounded(config: schema.Config, shards: list[int]) -> list[tuple[int, str]]:
 
 
 def run(config: schema.Config, *, workdir: str | None) -> int:
+    from clu import parameter_overview
+
     del workdir
     done, assumed = assume_data(config)
     # One device is enough: shapes and counts do not depend on the mesh, which may be larger than
@@ -64,6 +66,10 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
     length, images = step_trainer.length, done.train.batch_size
     leaves = jax.tree.leaves(step_trainer.template)
     print(configuration.config_to_text(done))
+    overview = parameter_overview.get_parameter_overview(
+        step_trainer.template.params, include_stats=False
+    )
+    print(overview)
     print(
         text_table.text_table(plan_table.term_rows(step_trainer.plan), plan_table.HEADERS_TERMS),
         "\n",

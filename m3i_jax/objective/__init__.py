@@ -1,26 +1,26 @@
 """The objective of M3I Pre-training (section 3 of the paper) as pure functions of arrays, for this
 project and for others.
 
-`losses`    -log of the approximate posteriors: Gaussian, Boltzmann, category, text
-`regression_losses`   Gaussian ones that public methods measure otherwise: smooth L1, cosine
-`contrastive`     Boltzmann ones that compare the images of a batch: dense, NT-Xent, decorrelation,
-                  prototypes
-`posteriors`     all of these as values
-`terms`      the rows of the paper's Table 1 as data
-`published`        terms of public methods, where they differ from those rows
-`registry`     all objectives by name; `register_form` adds one from outside
-`information`  the bound of Eq. 2 in bits
-`collapse`   how far the targets are from collapse
-`masks`        which cells of a mixed input show which image (numpy, host)
-`rng`          uniform numbers and permutations keyed by stream position (numpy, host)
-`mixing`       pair, mix and un-mix
-`positions`    sine-cosine positions, absolute and relative to the input view
-`balance`      lambda of Eq. 13 as an optax transform
-`ema`       the momentum target encoder as an optax transform
+- `losses`: -log of the posteriors: Gaussian, Boltzmann, category, text
+- `regression_losses`: smooth L1 and cosine
+- `contrastive`: losses that compare the images of a batch: dense InfoNCE, NT-Xent, Barlow Twins,
+  prototypes
+- `posteriors`: all of these as values
+- `terms`: the rows of the paper's Table 1 as data
+- `published`: terms of public methods where they differ from those rows
+- `registry`: all objectives by name; `register_form` adds one from outside
+- `information`: the bound of Eq. 2 in bits
+- `collapse`: monitors of collapsing targets
+- `masks`: which cells of a mixed input show which image (numpy, host)
+- `rng`: uniform numbers and permutations keyed by stream position (numpy, host)
+- `mixing`: pair, mix and un-mix
+- `positions`: sin-cos positions, absolute and relative to the input view
+- `balance`: lambda of Eq. 13 as an optax transform
+- `ema`: the momentum target encoder as an optax transform
 
-Nothing here imports anything of the project outside this package; jax, numpy, optax and chex are
-all it needs. Submodules are loaded on first use, so that a data worker that only draws masks never
-imports JAX."""
+This package imports jax, numpy, optax and chex, and no other part of the project. Submodules are
+loaded on first use, so that a data worker that only draws masks never imports JAX.
+"""
 
 import importlib
 from types import ModuleType

@@ -4,9 +4,10 @@ g is an exponential moving average of the norm of the gradient that a loss sends
 features, that is to the encoder's output. The averages are the state of an optax transform, so that
 they are sharded, saved and restored with the optimizer.
 
-Order of a step: take lambda from the averages as they stand, step, then feed them the norms of this
-step. So lambda does not depend on how a batch is split into microbatches, and costs no second
-backward pass."""
+Order of a step: lambda is computed from the averages before the step; the step then updates them
+with its norms. So lambda is independent of the split into microbatches and needs no second backward
+pass.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -18,8 +19,8 @@ from jax.typing import ArrayLike
 
 
 class BalanceState(NamedTuple):
-    """count: int32, steps seen. ssp, sp: float32, average gradient norm of the self-supervised and
-    the supervised losses; 0 = none yet."""
+    """count: int32, number of steps. ssp, sp: float32, average gradient norm of the self-supervised
+    and of the supervised losses; 0: no norm yet."""
 
     count: jax.Array  # type: ignore[assignment]  # optax's name; shadows tuple.count
     ssp: jax.Array
@@ -31,13 +32,15 @@ def track_balance(decay: float) -> optax.GradientTransformationExtraArgs:
     the updates through unchanged.
 
     `update(..., feature_grad_norms=(ssp, sp))` takes the norms of this step, two scalars >= 0. The
-    first norm of a group becomes its average, without a bias towards zero; a norm that is zero (no
-    labelled sample in the batch) or not finite leaves that average as it was.
+    first norm of a group initialises its average, so there is no bias towards zero. A norm that is
+    zero (no labelled sample in the batch) or not finite leaves the average unchanged.
 
-    Args: decay: weight of the past in [0, 1); the paper gives none, 0.99 is the default of this
-      project.
+    Args:
+      decay: weight of the past in [0, 1); the paper gives none, 0.99 is the default of this
+        project.
 
-    Returns: the transform; its state is a `BalanceState`. `update` raises ValueError without
+    Returns:
+      the transform; its state is a `BalanceState`. `update` raises ValueError without
       `feature_grad_norms`.
 
     Raises:
@@ -48,7 +51,8 @@ def track_balance(decay: float) -> optax.GradientTransformationExtraArgs:
     >>> state = tx.init(jnp.ones(2))
     >>> for norms in ((2., 4.), (3., 0.)):
     ...     _, state = tx.update(jnp.ones(2), state, jnp.ones(2), feature_grad_norms=norms)
-    >>> print(f"{state['balance'].ssp:.2f} {state['balance'].sp:.2f} {weight(state['balance']):.3f}")
+    >>> averages = state["balance"]
+    >>> print(f"{averages.ssp:.2f} {averages.sp:.2f} {balance_weight(averages):.3f}")
     2.10 4.00 0.525
     """
     if not 0 <= decay < 1:
@@ -91,12 +95,13 @@ def _average(old: jax.Array, norm: ArrayLike, decay: float) -> jax.Array:
 def balance_weight(
     state: BalanceState, *, gamma: ArrayLike = 1.0, limits: tuple[float, float] = (0.0, 1e4)
 ) -> jax.Array:
-    """lambda of Eq. 13 from the averages: `gamma * ssp / sp`, clipped; gamma itself until both
-    groups have been seen.
+    """lambda of Eq. 13, `gamma * ssp / sp`, clipped; gamma until both groups have an average.
 
-    Args: state: the averages *before* this step's norms go in. gamma: ratio of the supervised to
-      the self-supervised gradient at the features; 1 in the paper. limits: (lowest, highest)
-      lambda.
+    Args:
+      state: the averages *before* this step.
+      gamma: ratio of the supervised to the self-supervised gradient at the features; 1 in the
+        paper.
+      limits: (lowest, highest) lambda.
 
     Returns:
       float32 scalar without a gradient.
@@ -105,18 +110,19 @@ def balance_weight(
       ValueError: limits that are not 0 <= lowest <= highest.
 
     >>> import jax.numpy as jnp
-    >>> float(balance_weight(BalanceState(jnp.int32(5), jnp.float32(3.), jnp.float32(2.)), gamma=2.))
+    >>> state = BalanceState(jnp.int32(5), jnp.float32(3.), jnp.float32(2.))
+    >>> float(balance_weight(state, gamma=2.))
     3.0
-    >>> float(balance_weight(BalanceState(jnp.int32(0), jnp.float32(0.), jnp.float32(0.)), gamma=2.))
+    >>> float(balance_weight(BalanceState(0, jnp.float32(0.), jnp.float32(0.)), gamma=2.))
     2.0
     """
     low, high = limits
     if not (0 <= low <= high and not math.isinf(low)):
         raise ValueError(f"limits are {limits}; they must be 0 <= lowest <= highest")
     gamma = jnp.asarray(gamma).astype(jnp.float32)
-    seen = (state.ssp > 0) & (state.sp > 0)
+    both = (state.ssp > 0) & (state.sp > 0)
     ratio = jnp.clip(gamma * state.ssp / (state.sp + 1e-12), low, high)
-    return jax.lax.stop_gradient(jnp.where(seen, ratio, gamma))
+    return jax.lax.stop_gradient(jnp.where(both, ratio, gamma))
 
 
 def feature_norm(tree: Any) -> jax.Array:
@@ -124,8 +130,8 @@ def feature_norm(tree: Any) -> jax.Array:
     features" of M3I appendix B.1.
 
     On global arrays under `jit` the sum is over the global batch. Given the norms of parts of a
-    batch (microbatches whose losses are divided by the count of the whole batch) it combines them:
-    the root of the sum of squares.
+    batch (microbatches whose losses are divided by the count of the whole batch), it returns the
+    norm of the whole: the root of the sum of squares.
 
     Args:
       tree: any tree of arrays, usually the cotangent of the encoder output [B, T, D].

@@ -1,15 +1,14 @@
-"""Watching for collapse: the regularization term H(p(z_y | t_y)) of Eq. 2 cannot be computed, so
-its loss has to be noticed.
+"""Collapse monitors. The regularization term H(p(z_y | t_y)) of Eq. 2 cannot be computed, so a
+collapse of the targets has to be detected in other ways.
 
-The terms that prevent collapse live with the posteriors (stop-gradient and second moment in
-`losses.gaussian`, negatives in `losses.boltzmann`; Table 1). These numbers say whether they do.
-Healthy targets stay well away from the end named here:
+The terms that prevent collapse are part of the posteriors (stop-gradient and second moment in
+`losses.gaussian`, negatives in `losses.boltzmann`; Table 1). The values of collapsed targets:
 
-    target_std, spread, effective_rank    dense targets    a collapse goes to 0, 0 and 1 alignment,
-    uniformity                 global ones      a collapse goes to 0 and 0 together; alignment 0
-    alone is what training wants
+- dense targets: `target_std` 0, `centered_energy` 0, `effective_rank` 1;
+- global targets: `alignment` 0 and `uniformity` 0 together. Alignment 0 alone is the aim of
+  training.
 
-None of them has a gradient.
+No function here has a gradient.
 """
 
 import jax
@@ -18,7 +17,9 @@ from jax.typing import ArrayLike
 
 from m3i_jax.objective.numerics import (
     EXACT,
-    check_same_shape,
+    assert_equal_shape,
+    assert_rank,
+    assert_shape,
     float32,
     l2_normalize,
     zero_masked_rows,
@@ -28,15 +29,15 @@ from m3i_jax.objective.numerics import (
 def target_std(target_TxD: ArrayLike, where_T: ArrayLike | None = None) -> jax.Array:
     """Standard deviation of the targets over tokens, averaged over the D dimensions.
 
-    Give it targets *before* layer norm: normalised ones have a large deviation within a token even
+    Pass targets *before* layer norm: normalised targets have a large deviation within a token even
     if all tokens are equal.
 
     Args:
       target_TxD: [..., D] targets.
       where_T: [...] weights >= 0 of the tokens; None counts every token once.
 
-    Returns: float32 scalar >= 0, in the units of the features; 0 means that all tokens are the same
-      (or that none counts).
+    Returns:
+      float32 scalar >= 0, in the units of the features; 0 if all tokens are equal (or none counts).
 
     Raises:
       ValueError: weights of another shape than the tokens.
@@ -57,12 +58,13 @@ def effective_rank(moment_DxD: ArrayLike) -> jax.Array:
     """Effective rank of the targets: the exponential of the entropy of the normalised eigenvalues
     of their second moment.
 
-    An eigenvalue decomposition costs about D^3: call it at log intervals, not inside every step.
+    The eigenvalue decomposition costs about D^3: call it at log intervals, not in every step.
 
     Args:
       moment_DxD: symmetric second moment, `losses.second_moment` of the targets.
 
-    Returns: float32 scalar: D if all directions carry the same energy, 1 if all energy lies in one
+    Returns:
+      float32 scalar: D if all directions carry the same energy, 1 if all energy lies in one
       direction, 0 for a zero matrix.
 
     Raises:
@@ -73,9 +75,8 @@ def effective_rank(moment_DxD: ArrayLike) -> jax.Array:
     8.00 1.00
     """
     c_DxD = jax.lax.stop_gradient(float32(moment_DxD))
-    if c_DxD.ndim != 2 or c_DxD.shape[0] != c_DxD.shape[1]:
-        raise ValueError(f"moment_DxD has shape {c_DxD.shape}; it must be square")
-    # Rounding makes small eigenvalues negative, and a logarithm of them NaN.
+    assert_shape(c_DxD, 2 * c_DxD.shape[-1:], custom_message="moment_DxD must be square")
+    # Rounding makes small eigenvalues negative; their logarithm would be NaN.
     energy_D = jnp.maximum(jnp.linalg.eigvalsh(c_DxD), 0.0)
     total = energy_D.sum()
     share_D = energy_D / jnp.where(total > 0, total, 1.0)
@@ -85,33 +86,27 @@ def effective_rank(moment_DxD: ArrayLike) -> jax.Array:
 def centered_energy(mean_D: ArrayLike, moment_DxD: ArrayLike) -> jax.Array:
     """Share of the targets' energy that varies over tokens: `1 - |mean|^2 / trace(C)`.
 
-    Unlike the standard deviation it has no scale, so one threshold serves all models, and layer
-    norm does not hide a collapse from it.
+    It has no unit, unlike the standard deviation, so one threshold serves all models, and it shows
+    a collapse in spite of layer norm.
 
     Args:
       mean_D: mean target.
       moment_DxD: second moment C of the same targets, `losses.second_moment`.
 
     Returns:
-      float32 scalar in 0..1: 1 if the targets have mean 0, 0 if all are the same (or all are 0).
+      float32 scalar in 0..1: 1 if the targets have mean 0, 0 if all are equal (or all are 0).
 
     Raises:
       ValueError: shapes that do not belong together.
 
     >>> import jax.numpy as jnp
-    >>> c = jnp.array([[5., 1.], [1., 2.]])                            # of the targets (1, 2) and (3, 0)
-    >>> print(f"{spread(jnp.array([2., 1.]), c):.4f}")                 # 1 - 5 / 7
+    >>> c = jnp.array([[5., 1.], [1., 2.]])  # of the targets (1, 2) and (3, 0)
+    >>> print(f"{centered_energy(jnp.array([2., 1.]), c):.4f}")  # 1 - 5 / 7
     0.2857
     """
     mean_D, c_DxD = jax.lax.stop_gradient((float32(mean_D), float32(moment_DxD)))
-    if mean_D.ndim != 1:
-        raise ValueError(f"mean_D has shape {mean_D.shape}; it must be [D]")
-    check_same_shape(
-        "moment_DxD",
-        c_DxD.shape,
-        "the product of the mean with itself",
-        (*mean_D.shape, *mean_D.shape),
-    )
+    assert_rank(mean_D, 1, custom_message="mean_D must be [D]")
+    assert_shape(c_DxD, 2 * mean_D.shape, custom_message="moment_DxD must be [D, D]")
     energy = jnp.trace(c_DxD)
     share = jnp.square(mean_D).sum() / jnp.where(energy > 0, energy, 1.0)
     return jnp.where(energy > 0, jnp.clip(1 - share, 0.0, 1.0), 0.0)
@@ -126,8 +121,8 @@ def alignment(a_BxD: ArrayLike, b_BxD: ArrayLike, where_B: ArrayLike | None = No
       b_BxD: those of the other view.
       where_B: weights >= 0 of the images; None counts every image once.
 
-    Returns: float32 scalar in 0..4: 0 if both views agree, 2 if they have nothing to do with each
-      other; 0 if no image counts.
+    Returns:
+      float32 scalar in 0..4: 0 if both views agree, 2 if they are unrelated; 0 if no image counts.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -137,7 +132,7 @@ def alignment(a_BxD: ArrayLike, b_BxD: ArrayLike, where_B: ArrayLike | None = No
     1.0
     """
     a_BxD, b_BxD = jax.lax.stop_gradient((float32(a_BxD), float32(b_BxD)))
-    check_same_shape("one view", a_BxD.shape, "the other", b_BxD.shape)
+    assert_equal_shape([a_BxD, b_BxD], custom_message="the two views")
     a_BxD, b_BxD, weight_B = zero_masked_rows(a_BxD, b_BxD, where_B)
     total = weight_B.sum()
     return (
@@ -149,12 +144,15 @@ def uniformity(x_BxD: ArrayLike, where_B: ArrayLike | None = None, t: float = 2.
     """Uniformity of Wang and Isola: `log mean exp(-t |u - v|^2)` over all pairs of different images
     on the unit sphere.
 
-    Args: x_BxD: global features of the images, of any length; they are scaled to length 1. where_B:
-      weights >= 0 of the images, a pair weighs their product; None counts every image once. t:
-      inverse width > 0 of the kernel; 2 as published.
+    Args:
+      x_BxD: global features of the images, of any length; they are scaled to length 1.
+      where_B: weights >= 0 of the images, a pair weighs their product; None counts every image
+        once.
+      t: inverse width > 0 of the kernel; 2 as published.
 
-    Returns: float32 scalar <= 0: 0 if all images are the same, about -2 t (a little above) if they
-      are spread over a sphere of many dimensions; 0 if fewer than two images count.
+    Returns:
+      float32 scalar <= 0: 0 if all images are equal, about -2 t (a little above) if they are
+      spread over a sphere of many dimensions; 0 if fewer than two images count.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -164,12 +162,11 @@ def uniformity(x_BxD: ArrayLike, where_B: ArrayLike | None = None, t: float = 2.
     -8.0 0.0
     """
     x_BxD = jax.lax.stop_gradient(float32(x_BxD))
-    if x_BxD.ndim != 2:
-        raise ValueError(f"features have shape {x_BxD.shape}; they must be [B, D]")
+    assert_rank(x_BxD, 2, custom_message="features must be [B, D]")
     x_BxD, _, weight_B = zero_masked_rows(x_BxD, x_BxD, where_B)
     x_BxD = l2_normalize(x_BxD)
     square_B = jnp.square(x_BxD).sum(-1)
-    # Rounding makes the distance of equal rows negative, and the value of a collapse positive.
+    # Rounding would make the distance of equal rows negative and the value at collapse positive.
     distance_BxB = jnp.maximum(
         square_B[:, None] + square_B - 2 * jnp.matmul(x_BxD, x_BxD.T, precision=EXACT), 0.0
     )

@@ -1,10 +1,10 @@
-"""Boltzmann-type posteriors that compare the images of a batch with each other: what the public
-instance-discrimination methods train.
+"""Losses that compare the images of a batch with each other, as in the public
+instance-discrimination methods.
 
-`losses.boltzmann` is the plain form, over one list of keys. Here are the dense ones (negatives per
-position, DenseCL), SimCLR's with gradient through both views, Barlow Twins' decorrelation and MSN's
-prototypes. All return `(sum, count)`, two float32 scalars; rows of weight 0 may hold anything, NaN
-included, and are neither query nor negative where a function takes one array for both.
+`losses.boltzmann` is the plain form over one list of keys. This module adds dense InfoNCE
+(negatives per position, and DenseCL's), SimCLR's NT-Xent, Barlow Twins and MSN's prototypes. All
+return `(sum, count)`, two float32 scalars. Rows of weight 0 are ignored, even if NaN; where a
+function takes one array for both, they are neither query nor negative.
 
 B images, N positions, K key images or prototypes, D width. Row b of two arrays are two views of the
 same image."""
@@ -16,7 +16,9 @@ from jax.typing import ArrayLike
 from m3i_jax.objective.numerics import (
     ABSENT,
     EXACT,
-    check_same_shape,
+    assert_equal_shape,
+    assert_rank,
+    assert_shape,
     float32,
     l2_normalize,
     softmax_cross_entropy,
@@ -36,47 +38,49 @@ def dense_boltzmann(
     normalize: bool = True,
     stop_gradient: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Dense InfoNCE: the right target of a token against the targets at the same position of the
-    other images (M3I Table 1, dense instance discrimination).
+    """Dense InfoNCE: a token's positive against the targets at the same position of the other
+    images (M3I Table 1, dense instance discrimination).
 
-    The same numbers as `losses.boltzmann` mapped over positions, by one batched product: logits [N,
+    Equal to `losses.boltzmann` mapped over positions, computed as one batched product: logits [N,
     B, K], no gather. Their memory, 4 N B K bytes, limits the batch: 13 GB for 196 positions of 4096
     images, divided by the number of devices that share the predictions.
 
-    Args: prediction_BxNxD: predictions. keys_KxNxD: targets of all images of the batch. where_BxN:
-      weight of a prediction, bool or float >= 0; None counts every one once. index_B: integer,
-      which key image shows the image of a prediction, 0..K-1; None: the same row, K = B. Give it
-      when the predictions are a part of the batch.
+    Args:
+      prediction_BxNxD: predictions.
+      keys_KxNxD: targets of all images of the batch.
+      where_BxN: weight of a prediction, bool or float >= 0; None counts every one once.
+      index_B: integer, which key image shows the image of a prediction, 0..K-1; None: the same row,
+        K = B. Pass it when the predictions are a part of the batch.
       where_KxN: which keys exist, bool; None: all. A counted prediction must point at a key that
-          exists.
+        exists.
       temperature: tau > 0; DenseCL uses 0.2.
       normalize: scale predictions and keys to length 1 first (a zero row stays zero).
       stop_gradient: treat the keys as constants.
 
-    Returns: (sum over tokens of weight * cost in nats, sum of weights), float32 scalars. A counted
-      image whose index is not in 0..K-1 gives NaN.
+    Returns:
+      (sum over tokens of weight * cost in nats, sum of weights), float32 scalars. A counted image
+      whose index is not in 0..K-1 gives NaN.
 
     Raises:
       ValueError: shapes that do not belong together.
 
     >>> import jax.numpy as jnp
-    >>> z = jnp.tile(jnp.eye(3)[:, None], (1, 2, 1))                   # 3 images, 2 positions
+    >>> z = jnp.tile(jnp.eye(3)[:, None], (1, 2, 1))  # 3 images, 2 positions
     >>> total, count = dense_boltzmann(z, z, temperature=0.5)
-    >>> print(f"{total / count:.4f} over {count:.0f} tokens")          # log(1 + 2 exp(-2))
+    >>> print(f"{total / count:.4f} over {count:.0f} tokens")  # log(1 + 2 exp(-2))
     0.2395 over 6 tokens
     """
     p_BxNxD, k_KxNxD = float32(prediction_BxNxD), float32(keys_KxNxD)
-    if p_BxNxD.ndim != 3 or k_KxNxD.ndim != 3 or p_BxNxD.shape[1:] != k_KxNxD.shape[1:]:
-        raise ValueError(
-            f"prediction has shape {p_BxNxD.shape} and keys {k_KxNxD.shape}; they must be [B, N, D]"
-            " and [K, N, D]"
-        )
+    assert_rank(p_BxNxD, 3, custom_message="prediction must be [B, N, D]")
+    assert_shape(
+        k_KxNxD, (None, *p_BxNxD.shape[1:]), custom_message=f"prediction has shape {p_BxNxD.shape}"
+    )
     index_B = _index(index_B, p_BxNxD.shape[0], k_KxNxD.shape[0])
     p_BxNxD, _, weight_BxN = zero_masked_rows(p_BxNxD, p_BxNxD, where_BxN)
     k_KxNxD = jax.lax.stop_gradient(k_KxNxD) if stop_gradient else k_KxNxD
     if where_KxN is not None:
         exists_KxN = jnp.asarray(where_KxN) > 0
-        check_same_shape("where_KxN", exists_KxN.shape, "the rows of keys", k_KxNxD.shape[:-1])
+        assert_shape(exists_KxN, k_KxNxD.shape[:-1], custom_message="where_KxN: one per key")
         k_KxNxD = jnp.where(exists_KxN[..., None], k_KxNxD, 0.0)
     if normalize:
         p_BxNxD, k_KxNxD = l2_normalize(p_BxNxD), l2_normalize(k_KxNxD)
@@ -106,14 +110,19 @@ def densecl(
     *un-normalised* dense targets is DenseCL's key. Its queue of 65536 keys is the batch here. Only
     the predictions get a gradient.
 
-    Args: prediction_BxNxD: predictions. positive_BxNxD: the target of each prediction.
-      negative_KxD: one key an image, of all images of the batch. where_BxN: weight of a prediction,
-      bool or float >= 0; None counts every one once. index_B: integer, which negative is the
-      image's own and left out; None: the same row, K = B. An index outside 0..K-1 leaves none out.
-      where_K: which negatives exist, bool; None: all. temperature: tau > 0; DenseCL uses 0.2.
+    Args:
+      prediction_BxNxD: predictions.
+      positive_BxNxD: the target of each prediction.
+      negative_KxD: one key an image, of all images of the batch.
+      where_BxN: weight of a prediction, bool or float >= 0; None counts every one once.
+      index_B: integer, which negative is the image's own and left out; None: the same row, K = B.
+        An index outside 0..K-1 leaves none out.
+      where_K: which negatives exist, bool; None: all.
+      temperature: tau > 0; DenseCL uses 0.2.
 
-    Returns: (sum over tokens of weight * cost in nats, sum of weights), float32 scalars. Without
-      any other image a token costs 0.
+    Returns:
+      (sum over tokens of weight * cost in nats, sum of weights), float32 scalars. Without any other
+      image a token costs 0.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -121,7 +130,7 @@ def densecl(
     >>> import jax.numpy as jnp
     >>> z = jnp.eye(3)[:, None]
     >>> total, count = densecl(z, z, z.mean(1), temperature=0.5)
-    >>> print(f"{total / count:.4f}")                                  # log(1 + 2 exp(-2))
+    >>> print(f"{total / count:.4f}")  # log(1 + 2 exp(-2))
     0.2395
     """
     p_BxNxD, t_BxNxD, n_KxD = (
@@ -129,19 +138,18 @@ def densecl(
         float32(positive_BxNxD),
         float32(negative_KxD),
     )
-    check_same_shape("prediction", p_BxNxD.shape, "positive", t_BxNxD.shape)
-    if p_BxNxD.ndim != 3 or n_KxD.ndim != 2 or p_BxNxD.shape[-1] != n_KxD.shape[-1]:
-        raise ValueError(
-            f"prediction has shape {p_BxNxD.shape} and negatives {n_KxD.shape}; they must be [B, N,"
-            " D] and [K, D]"
-        )
+    assert_equal_shape([p_BxNxD, t_BxNxD], custom_message="prediction and positive")
+    assert_rank(p_BxNxD, 3, custom_message="prediction must be [B, N, D]")
+    assert_shape(
+        n_KxD, (None, p_BxNxD.shape[-1]), custom_message=f"prediction has shape {p_BxNxD.shape}"
+    )
     index_B = _index(index_B, p_BxNxD.shape[0], n_KxD.shape[0])
     p_BxNxD, t_BxNxD, weight_BxN = zero_masked_rows(p_BxNxD, t_BxNxD, where_BxN)
     t_BxNxD, n_KxD = jax.lax.stop_gradient((t_BxNxD, n_KxD))
     other_BxK = jnp.arange(n_KxD.shape[0]) != index_B[:, None]
     if where_K is not None:
         exists_K = jnp.asarray(where_K) > 0
-        check_same_shape("where_K", exists_K.shape, "the rows of negatives", n_KxD.shape[:1])
+        assert_shape(exists_K, n_KxD.shape[:1], custom_message="where_K: one per negative")
         other_BxK, n_KxD = other_BxK & exists_K, jnp.where(exists_K[:, None], n_KxD, 0.0)
     p_BxNxD, t_BxNxD, n_KxD = l2_normalize(p_BxNxD), l2_normalize(t_BxNxD), l2_normalize(n_KxD)
     logits_BxNxK = jnp.einsum("bnd,kd->bnk", p_BxNxD, n_KxD, precision=EXACT) / temperature
@@ -157,19 +165,23 @@ def nt_xent(
     """NT-Xent of SimCLR: each view picks its twin among the 2B - 1 other views of the batch; both
     views receive gradients.
 
-    Args: a_BxD: one view of each image. b_BxD: the other view. where_B: weight of an image, bool or
-      float >= 0; one of weight 0 is neither a query nor a negative. None counts every image once.
+    Args:
+      a_BxD: one view of each image.
+      b_BxD: the other view.
+      where_B: weight of an image, bool or float >= 0; one of weight 0 is neither a query nor a
+        negative. None counts every image once.
       temperature: tau > 0; SimCLR uses 0.1 to 0.5.
 
-    Returns: (sum over images of weight * cost in nats, sum of weights), float32 scalars. A cost is
-      the mean of the cross-entropies of both views.
+    Returns:
+      (sum over images of weight * cost in nats, sum of weights), float32 scalars. A cost is the
+      mean of the cross-entropies of both views.
 
     Raises:
       ValueError: shapes that do not belong together.
 
     >>> import jax.numpy as jnp
     >>> total, count = nt_xent(jnp.eye(2), jnp.eye(2), temperature=0.5)
-    >>> print(f"{total / count:.4f} over {count:.0f} images")          # log(1 + 2 exp(-2))
+    >>> print(f"{total / count:.4f} over {count:.0f} images")  # log(1 + 2 exp(-2))
     0.2395 over 2 images
     """
     a_BxD, b_BxD, weight_B = _views(a_BxD, b_BxD, where_B)
@@ -198,12 +210,17 @@ def barlow_twins(
     by its mean and biased variance there. Both views receive gradients. It is a function of the
     batch, not a sum over images: parts of a batch do not add up to the whole.
 
-    Args: a_BxD: one view of each image. b_BxD: the other view. where_B: weight of an image, bool or
-      float >= 0, in all statistics; None counts every image once. off_diagonal: weight of the
-      off-diagonal terms; 0.0051 as published. eps: added to the variances.
+    Args:
+      a_BxD: one view of each image.
+      b_BxD: the other view.
+      where_B: weight of an image, bool or float >= 0, in all statistics; None counts every image
+        once.
+      off_diagonal: weight of the off-diagonal terms; 0.0051 as published.
+      eps: added to the variances.
 
-    Returns: (value * count, count) with count the sum of weights, float32 scalars, so that it
-      divides like all other losses. Dimensionless.
+    Returns:
+      (value * count, count) with count the sum of weights, float32 scalars, so that it divides like
+      all other losses. Dimensionless.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -214,7 +231,7 @@ def barlow_twins(
     >>> print(f"{total / count:.4f}")
     0.0000
     >>> total, count = barlow_twins(z, z[:, ::-1])
-    >>> print(f"{total / count:.4f}")                                  # two zeros on the diagonal, two ones beside it
+    >>> print(f"{total / count:.4f}")  # two zeros on the diagonal, two ones beside it
     2.0102
     """
     a_BxD, b_BxD, weight_B = _views(a_BxD, b_BxD, where_B)
@@ -250,22 +267,27 @@ def prototypes(
     and the balancing of q run over the counted images of this call: parts of a batch do not add up
     to the whole.
 
-    Args: anchor_BxD: the view that is trained. target_BxD: the other view of each image.
-      prototypes_KxD: trainable prototypes; MSN draws 1024 from U(-1, 1) / sqrt(D). where_B: weight
-      of an image, bool or float >= 0; None counts every image once. temperature: tau > 0 of the
-      anchor. sharpening: T > 0 of the target, `q ~ p^(1/T)`. sinkhorn: number of balancing steps of
-      q; 0 leaves it as sharpened. mean_entropy: weight of the term that spreads the batch over the
-      prototypes. The Python number 0 leaves it out of the program.
+    Args:
+      anchor_BxD: the view that is trained.
+      target_BxD: the other view of each image.
+      prototypes_KxD: trainable prototypes; MSN draws 1024 from U(-1, 1) / sqrt(D).
+      where_B: weight of an image, bool or float >= 0; None counts every image once.
+      temperature: tau > 0 of the anchor.
+      sharpening: T > 0 of the target, `q ~ p^(1/T)`.
+      sinkhorn: number of balancing steps of q; 0 leaves it as sharpened.
+      mean_entropy: weight of the term that spreads the batch over the prototypes. The Python number
+        0 removes it from the program.
 
-    Returns: (sum over images of weight * cost in nats, sum of weights), float32 scalars; the
-      mean-entropy term counts once an image.
+    Returns:
+      (sum over images of weight * cost in nats, sum of weights), float32 scalars; the mean-entropy
+      term counts once an image.
 
     Raises:
       ValueError: shapes that do not belong together.
 
     >>> import jax.numpy as jnp
     >>> z = jnp.eye(2)
-    >>> total, count = prototypes(z, z[::-1], z, temperature=0.5)      # each anchor is sure of the wrong one
+    >>> total, count = prototypes(z, z[::-1], z, temperature=0.5)  # each anchor predicts wrongly
     >>> print(f"{total / count:.4f}")
     2.1263
     """
@@ -274,11 +296,11 @@ def prototypes(
     q_BxK = assignments(
         t_BxD, k_KxD, weight_B, temperature=temperature, sharpening=sharpening, sinkhorn=sinkhorn
     )
-    log_p_BxK = jax.nn.log_softmax(_likeness(a_BxD, k_KxD) / temperature)
+    log_p_BxK = jax.nn.log_softmax(_cosine_similarity(a_BxD, k_KxD) / temperature)
     total, count = weighted_sum(-(q_BxK * log_p_BxK).sum(-1), weight_B), weight_B.sum()
     if not (isinstance(mean_entropy, int | float) and mean_entropy == 0):
         mean_K = (weight_B[:, None] * jnp.exp(log_p_BxK)).sum(0) / jnp.where(count > 0, count, 1.0)
-        # The logarithm of an underflowed share is never taken: its gradient would be NaN.
+        # No logarithm of an underflowed share: its gradient would be NaN.
         negative_entropy = (mean_K * jnp.log(jnp.where(mean_K > 0, mean_K, 1.0))).sum()
         total = total + mean_entropy * count * (jnp.log(float(k_KxD.shape[0])) + negative_entropy)
     return total, count
@@ -297,42 +319,48 @@ def assignments(
     steps (MSN).
 
     One step scales every prototype to an equal share of the batch, then every image back to its
-    weight. Computed on logarithms: a prototype that no image is near cannot divide by 0.
+    weight. Computed on logarithms, so that a prototype far from all images causes no division by 0.
 
-    Args: target_BxD: target embeddings. prototypes_KxD: prototypes. where_B: weight of an image,
-      bool or float >= 0, in the balancing; None counts every image once. temperature: tau > 0.
-      sharpening: T > 0, the exponent is 1 / T. sinkhorn: number of steps.
+    Args:
+      target_BxD: target embeddings.
+      prototypes_KxD: prototypes.
+      where_B: weight of an image, bool or float >= 0, in the balancing; None counts every image
+        once.
+      temperature: tau > 0.
+      sharpening: T > 0, the exponent is 1 / T.
+      sinkhorn: number of steps.
 
-    Returns: float32 [B, K], rows that sum to 1 (an image of weight 0 has one, too, that means
-      nothing). No gradient flows through it.
+    Returns:
+      float32 [B, K], rows that sum to 1 (the row of an image of weight 0 has no meaning). No
+      gradient flows through it.
 
     Raises:
       ValueError: shapes that do not belong together.
 
     >>> import jax.numpy as jnp
     >>> z = jnp.array([[1., 0.], [1., 0.], [0., 1.]])
-    >>> print(*(f"{x:.3f}" for x in assignments(z, jnp.eye(2), temperature=1.0, sharpening=1.0, sinkhorn=3)[:, 0]))
+    >>> q = assignments(z, jnp.eye(2), temperature=1.0, sharpening=1.0, sinkhorn=3)
+    >>> print(*(f"{x:.3f}" for x in q[:, 0]))
     0.650 0.650 0.201
     """
     t_BxD, k_KxD = jax.lax.stop_gradient((float32(target_BxD), float32(prototypes_KxD)))
     t_BxD, _, weight_B = zero_masked_rows(t_BxD, t_BxD, where_B)
-    # With no image at all there is nothing to balance, and the logarithm of an empty sum.
+    # Without any image there is nothing to balance; the logarithm of an empty sum would be -inf.
     weight_Bx1 = jnp.where(weight_B.sum() > 0, weight_B, 1.0)[:, None]
-    log_q_BxK = jax.nn.log_softmax(_likeness(t_BxD, k_KxD) / (temperature * sharpening))
+    log_q_BxK = jax.nn.log_softmax(_cosine_similarity(t_BxD, k_KxD) / (temperature * sharpening))
 
     def balance(_: int, log_q_BxK: jax.Array) -> jax.Array:
         return jax.nn.log_softmax(log_q_BxK - jax.nn.logsumexp(log_q_BxK, axis=0, b=weight_Bx1))
 
-    # A loop: written out, XLA compiles every step for a second.
+    # A loop: unrolled, every step adds a second of XLA compile time.
     return jnp.exp(jax.lax.fori_loop(0, sinkhorn, balance, log_q_BxK))
 
 
-def _likeness(x_BxD: jax.Array, k_KxD: jax.Array) -> jax.Array:
-    if k_KxD.ndim != 2 or x_BxD.ndim != 2 or k_KxD.shape[-1] != x_BxD.shape[-1]:
-        raise ValueError(
-            f"images have shape {x_BxD.shape} and prototypes {k_KxD.shape}; they must be [B, D] and"
-            " [K, D]"
-        )
+def _cosine_similarity(x_BxD: jax.Array, k_KxD: jax.Array) -> jax.Array:
+    assert_rank(x_BxD, 2, custom_message="images must be [B, D]")
+    assert_shape(
+        k_KxD, (None, x_BxD.shape[1]), custom_message=f"prototypes, with images {x_BxD.shape}"
+    )
     return jnp.matmul(l2_normalize(x_BxD), l2_normalize(k_KxD).T, precision=EXACT)
 
 
@@ -340,9 +368,8 @@ def _views(
     a_BxD: ArrayLike, b_BxD: ArrayLike, where_B: ArrayLike | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     a_BxD, b_BxD = float32(a_BxD), float32(b_BxD)
-    check_same_shape("one view", a_BxD.shape, "the other", b_BxD.shape)
-    if a_BxD.ndim != 2:
-        raise ValueError(f"both views have shape {a_BxD.shape}; they must be [B, D]")
+    assert_equal_shape([a_BxD, b_BxD], custom_message="the two views")
+    assert_rank(a_BxD, 2, custom_message="both views must be [B, D]")
     return zero_masked_rows(a_BxD, b_BxD, where_B)
 
 
@@ -350,10 +377,9 @@ def _index(index_B: ArrayLike | None, batch: int, keys: int) -> jax.Array:
     if index_B is None:
         if batch != keys:
             raise ValueError(
-                f"{batch} images have keys of {keys}: say by index_B which of the keys belong to"
-                " them"
+                f"{batch} images have {keys} keys; pass index_B, which names the key of each image"
             )
         return jnp.arange(batch)
     index_B = jnp.asarray(index_B)
-    check_same_shape("index", index_B.shape, "the images", (batch,))
+    assert_shape(index_B, (batch,), custom_message="index: one per image")
     return index_B

@@ -1,9 +1,10 @@
-"""The momentum target encoder f_phi of M3I section 3.4 as an optax transform: its parameters are
-part of the optimizer state.
+"""The momentum target encoder f_phi of M3I section 3.4 as an optax transform whose state holds the
+target's parameters.
 
-Last in a chain it sees the final updates, so the target at step k + 1 contains the parameters of
-step k + 1: the same as updating the target at the beginning of the next step, as SiameseIM and MoCo
-v3 do. As optimizer state it is sharded, donated, saved and restored like the rest."""
+It is last in the chain and so receives the final updates: the target at step k + 1 contains the
+parameters of step k + 1, which equals an update at the beginning of the next step, as in SiameseIM
+and MoCo v3. As optimizer state it is sharded, donated, saved and restored like the rest.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,11 +33,13 @@ def track_target(
 
     The average starts as a copy of the parameters. Update number k (from 1) sets it to `m(k) * old
     + (1 - m(k)) * new`, new being the parameters *after* the update: put the transform last in the
-    chain, or "after" is not the end. Integer leaves follow without averaging.
+    chain. Integer leaves are copied.
 
-    Args: momentum: m in [0, 1], or a schedule k -> m such as `cosine_momentum`. select: which part
-      of the parameters the target has, e.g. `lambda params: params["encoder"]`; default all. The
-      decoder and the heads of the prediction side have no target (SiameseIM).
+    Args:
+      momentum: m in [0, 1], or a schedule k -> m such as `cosine_momentum`.
+      select: the part of the parameters that the target has, e.g. `lambda params:
+        params["encoder"]`; default all. The decoder and the heads of the prediction side have no
+        target (SiameseIM).
 
     Returns:
       the transform; its state is a `TargetState`. `update` raises ValueError without params.
@@ -45,19 +48,23 @@ def track_target(
       ValueError: a constant momentum outside [0, 1].
 
     >>> import jax.numpy as jnp, optax
-    >>> tx = optax.named_chain(("sgd", optax.sgd(1.0)), ("target", track_target(0.75, lambda p: p["encoder"])))
+    >>> target = track_target(0.75, lambda p: p["encoder"])
+    >>> tx = optax.named_chain(("sgd", optax.sgd(1.0)), ("target", target))
     >>> params = {"encoder": jnp.array(1.0), "decoder": jnp.array(1.0)}
     >>> state = tx.init(params)
-    >>> updates, state = tx.update({"encoder": jnp.array(4.0), "decoder": jnp.array(0.0)}, state, params)
-    >>> print(optax.apply_updates(params, updates)["encoder"], state["target"].params)                 # .75 * 1 + .25 * -3
-    -3.0 0.0
+    >>> grads = {"encoder": jnp.array(4.0), "decoder": jnp.array(0.0)}
+    >>> updates, state = tx.update(grads, state, params)
+    >>> print(optax.apply_updates(params, updates)["encoder"])
+    -3.0
+    >>> print(state["target"].params)  # .75 * 1 + .25 * -3
+    0.0
     """
     if not callable(momentum) and not 0 <= momentum <= 1:
         raise ValueError(f"momentum is {momentum}; it must lie in 0..1")
 
     def init(params: optax.Params) -> TargetState:
-        # A copy: parameters and state are donated to the step together, and one buffer cannot be
-        # donated twice.
+        # Copied because parameters and state are donated together, and one buffer cannot be donated
+        # twice.
         return TargetState(
             jnp.zeros([], jnp.int32),
             jax.tree.map(lambda x: jnp.array(x, copy=True), select(params)),
@@ -69,8 +76,8 @@ def track_target(
         del extra
         if params is None:
             raise ValueError(
-                "track_target needs update(updates, state, params): the target follows the"
-                " parameters, not the updates"
+                "track_target needs update(updates, state, params): it averages the parameters, not"
+                " the updates"
             )
         count = optax.safe_increment(state.count)
         m = jnp.asarray(momentum(count) if callable(momentum) else momentum).astype(jnp.float32)
@@ -94,8 +101,10 @@ def cosine_momentum(start: float, steps: int) -> Schedule:
 
     `m(k) = 1 - (1 - start) (1 + cos(pi k / steps)) / 2`, and 1 from step `steps` on.
 
-    Args: start: m(0) in [0, 1]; the paper's 0.995 belongs to batches of 4,096 and more and to runs
-      of 500,000 steps. steps: length of the run in optimizer steps, at least 1.
+    Args:
+      start: m(0) in [0, 1]; the paper's 0.995 belongs to batches of 4,096 and more and to runs of
+        500,000 steps.
+      steps: length of the run in optimizer steps, at least 1.
 
     Returns:
       schedule k -> m, for Python numbers and traced arrays, float32.

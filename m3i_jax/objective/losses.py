@@ -1,10 +1,10 @@
-"""-log P^(z_y | prediction), the prediction terms of Eq. 3 and Eq. 4: Gaussian (squared error) or
-Boltzmann (softmax cross-entropy).
+"""Losses -log P^(z_y | prediction), the prediction terms of Eqs. 3 and 4: Gaussian (squared error)
+or Boltzmann (softmax cross-entropy).
 
 Every function returns `(sum, count)`, two float32 scalars: the weighted sum over rows and the sum
 of the weights. The caller divides once, so parts of a batch (microbatches, devices) add up exactly,
-and a row without a target is simply a row of weight 0. Such rows may hold anything, NaN included:
-neither the sum nor a gradient sees them. Inputs of any float type are computed in float32.
+and a row without a target has weight 0. Rows of weight 0 are ignored in the sum and in all
+gradients, even if NaN. Inputs of any float type are computed in float32.
 
 T rows (tokens or images), D width, K keys, B images, C classes, E width of the joint space.
 Functions of `_TxD` arrays take any number of leading axes: `[B, N, D]` with weights `[B, N]` gives
@@ -17,7 +17,9 @@ from jax.typing import ArrayLike
 from m3i_jax.objective.numerics import (
     ABSENT,
     EXACT,
-    check_same_shape,
+    assert_equal_shape,
+    assert_rank,
+    assert_shape,
     float32,
     l2_normalize,
     select_logit,
@@ -43,20 +45,25 @@ def gaussian(
     the one SiameseIM takes from UniGrad: `p' C p` is about `|p|^2` while the target features are
     decorrelated and D times as much once they have collapsed to one direction.
 
-    Its gradient with respect to p, `2 g (p - t + w p C) / D`, is written by hand: the product p C
-    of the forward pass is kept inside it, so the backward pass holds no matrix product. Only p gets
+    Its gradient with respect to p, `2 g (p - t + w p C) / D`, is written by hand: the forward
+    pass keeps the product p C, so the backward pass has no matrix product. Only p gets
     a gradient: t and C are constants, also where the target shares parameters. The product runs at
     JAX's default matrix precision (`jax.default_matmul_precision` changes it); everything else is
     float32.
 
-    Args: prediction_TxD: predictions p, not normalised. target_TxD: targets t of the same shape;
-      `layer_normalize` them for features, `patch_normalize` for pixels. where_T: weight of a row,
-      bool or float >= 0; None counts every row once. second_moment: w >= 0; SiameseIM uses 0.02.
-      The Python number 0 leaves the term out of the program. moment_DxD: C, symmetric. None:
-      computed from the counted targets. Give it when the call sees only a part of the batch.
+    Args:
+      prediction_TxD: predictions p, not normalised.
+      target_TxD: targets t of the same shape; `layer_normalize` them for features,
+        `patch_normalize` for pixels.
+      where_T: weight of a row, bool or float >= 0; None counts every row once.
+      second_moment: w >= 0; SiameseIM uses 0.02. The Python number 0 removes the term from the
+        program.
+      moment_DxD: C, symmetric. None: computed from the counted targets. Pass it when the call sees
+        only a part of the batch.
 
-    Returns: (sum over rows of weight * cost, sum of weights), float32 scalars. Dimensionless, per
-      element of a row.
+    Returns:
+      (sum over rows of weight * cost, sum of weights), float32 scalars. Dimensionless, per element
+      of a row.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -69,11 +76,9 @@ def gaussian(
     1.7204 over 2 rows
     """
     p_TxD, t_TxD = float32(prediction_TxD), jax.lax.stop_gradient(float32(target_TxD))
-    check_same_shape("prediction", p_TxD.shape, "target", t_TxD.shape)
+    assert_equal_shape([p_TxD, t_TxD], custom_message="prediction and target")
     if p_TxD.ndim < 1:
-        raise ValueError(
-            "gaussian needs rows: prediction and target are scalars; give arrays of shape [..., D]"
-        )
+        raise ValueError("prediction and target are scalars; pass arrays of shape [..., D]")
     p_TxD, t_TxD, weight_T = zero_masked_rows(p_TxD, t_TxD, where_T)
     width = p_TxD.shape[-1]
     if isinstance(second_moment, int | float) and second_moment == 0:
@@ -83,11 +88,7 @@ def gaussian(
             c_DxD = _moment(t_TxD, weight_T)
         else:
             c_DxD = float32(moment_DxD)
-            if c_DxD.shape != (width, width):
-                raise ValueError(
-                    f"moment_DxD has shape {c_DxD.shape}, but predictions of shape {p_TxD.shape}"
-                    f" need {(width, width)}"
-                )
+            assert_shape(c_DxD, (width, width), custom_message="moment_DxD must be [D, D]")
         cost_T = _energy(
             p_TxD,
             t_TxD,
@@ -106,8 +107,7 @@ def _energy_forward(
     p_TxD: jax.Array, t_TxD: jax.Array, c_DxD: jax.Array, w: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     error_TxD, weighted_TxD = p_TxD - t_TxD, w * (p_TxD @ c_DxD)
-    # The one array kept for the backward pass is half of the gradient: neither p, t, C nor their
-    # product has to live on.
+    # The only residual is half of the gradient; p, t, C and their product are not kept.
     return (jnp.square(error_TxD) + p_TxD * weighted_TxD).sum(-1), error_TxD + weighted_TxD
 
 
@@ -172,17 +172,21 @@ def boltzmann(
     other images, `jax.vmap` this function over positions. MoCo v3 uses temperature 0.2 and
     multiplies its loss by twice the temperature; that factor is left to the caller.
 
-    Args: prediction_TxD: predictions. keys_KxD: target representations, the right one and the
-      negatives. index_T: integer, the row of `keys_KxD` that is the target of a prediction, 0..K-1.
-      where_T: weight of a prediction, bool or float >= 0; None counts every row once. where_K:
-      which keys exist, bool; None: all. A counted prediction must point at a key that exists.
-      temperature: tau > 0. normalize: scale predictions and keys to length 1 first (a zero row
-      stays zero). The paper's formula has no such step, every public implementation has.
+    Args:
+      prediction_TxD: predictions.
+      keys_KxD: target representations, the right one and the negatives.
+      index_T: integer, the row of `keys_KxD` that is the target of a prediction, 0..K-1.
+      where_T: weight of a prediction, bool or float >= 0; None counts every row once.
+      where_K: which keys exist, bool; None: all. A counted prediction must point at a key that
+        exists.
+      temperature: tau > 0.
+      normalize: scale predictions and keys to length 1 first (a zero row stays zero). The paper's
+        formula has no such step, every public implementation has.
       stop_gradient: treat the keys as constants.
 
-    Returns: (sum over rows of weight * cost in nats, sum of weights), float32 scalars. A counted
-      row whose index is not in 0..K-1 gives NaN: an error of the caller must not train on in
-      silence.
+    Returns:
+      (sum over rows of weight * cost in nats, sum of weights), float32 scalars. A counted
+      row whose index is not in 0..K-1 gives NaN, so that the mistake is noticed.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -190,21 +194,18 @@ def boltzmann(
     >>> import jax.numpy as jnp
     >>> z = jnp.eye(3)
     >>> total, count = boltzmann(z, z, jnp.arange(3), temperature=0.5)
-    >>> print(f"{total / count:.4f}")                                  # log(1 + 2 exp(-2))
+    >>> print(f"{total / count:.4f}")  # log(1 + 2 exp(-2))
     0.2395
     """
     p_TxD, k_KxD, index_T = float32(prediction_TxD), float32(keys_KxD), jnp.asarray(index_T)
-    if k_KxD.ndim != 2 or p_TxD.ndim < 1 or p_TxD.shape[-1] != k_KxD.shape[-1]:
-        raise ValueError(
-            f"prediction has shape {p_TxD.shape} and keys {k_KxD.shape}; they must be [..., D] and"
-            " [K, D]"
-        )
-    check_same_shape("index", index_T.shape, "the rows of prediction", p_TxD.shape[:-1])
+    assert_rank(k_KxD, 2, custom_message="keys must be [K, D]")
+    assert_shape(p_TxD, (..., k_KxD.shape[1]), custom_message=f"keys have shape {k_KxD.shape}")
+    assert_shape(index_T, p_TxD.shape[:-1], custom_message="index: one per prediction")
     p_TxD, _, weight_T = zero_masked_rows(p_TxD, p_TxD, where_T)
     k_KxD = jax.lax.stop_gradient(k_KxD) if stop_gradient else k_KxD
     if where_K is not None:
         exists_K = jnp.asarray(where_K) > 0
-        check_same_shape("where_K", exists_K.shape, "the rows of keys", k_KxD.shape[:1])
+        assert_shape(exists_K, k_KxD.shape[:1], custom_message="where_K: one per key")
         k_KxD = jnp.where(exists_K[:, None], k_KxD, 0.0)
     if normalize:
         p_TxD, k_KxD = l2_normalize(p_TxD), l2_normalize(k_KxD)
@@ -227,30 +228,36 @@ def category(
     `(1 - s) (-log p_label) + s (-mean_c log p_c)`: the smoothed part is spread over all C classes,
     the right one included. M3I uses s = 0.1 (Table 7).
 
-    Args: logits_BxC: unnormalised log-probabilities. label_B: integer class 0..C-1; a negative
-      label means that the image has no category and weighs 0. where_B: further weight of an image,
-      bool or float >= 0; None counts every labelled image once. smoothing: s in [0, 1].
+    Args:
+      logits_BxC: unnormalised log-probabilities.
+      label_B: integer class 0..C-1; a negative label means that the image has no category and
+        weighs 0.
+      where_B: further weight of an image, bool or float >= 0; None counts every labelled image
+        once.
+      smoothing: s in [0, 1].
 
-    Returns: (sum over images of weight * cost in nats, sum of weights), float32 scalars. A counted
-      label >= C gives NaN: a wrong number of classes must not train on in silence.
+    Returns:
+      (sum over images of weight * cost in nats, sum of weights), float32 scalars. A counted label
+      >= C gives NaN, so that a wrong number of classes is noticed.
 
     Raises:
       ValueError: shapes that do not belong together.
 
     >>> import jax.numpy as jnp
-    >>> total, count = category(jnp.array([[2., 1., 0., -1.], [9., 9., 9., 9.]]), jnp.array([0, -1]))
+    >>> logits = jnp.array([[2., 1., 0., -1.], [9., 9., 9., 9.]])
+    >>> total, count = category(logits, jnp.array([0, -1]))
     >>> print(f"{total:.4f} over {count:.0f} image")
     0.5902 over 1 image
     """
     logits_BxC, label_B = float32(logits_BxC), jnp.asarray(label_B)
     if logits_BxC.ndim < 1:
-        raise ValueError("category needs logits of shape [..., C]; they are a scalar")
-    check_same_shape("label", label_B.shape, "the rows of logits", logits_BxC.shape[:-1])
+        raise ValueError("logits are a scalar; pass an array of shape [..., C]")
+    assert_shape(label_B, logits_BxC.shape[:-1], custom_message="label: one per row of logits")
     labelled_B = label_B >= 0
     weight_B = labelled_B.astype(jnp.float32)
     if where_B is not None:
         where_B = jnp.asarray(where_B)
-        check_same_shape("where", where_B.shape, "label", label_B.shape)
+        assert_equal_shape([where_B, label_B], custom_message="where and label")
         weight_B = weight_B * where_B.astype(jnp.float32)
     logits_BxC = jnp.where((weight_B > 0)[..., None], logits_BxC, 0.0)
     above_B = (logits_BxC - select_logit(logits_BxC, label_B)[..., None]).mean(-1)
@@ -275,41 +282,44 @@ def text(
     global arrays under `jit` this is the loss of the global batch with its full gradient, whatever
     the sharding. Call it once for each role: the same caption must not stand in one softmax twice.
 
-    Args: image_BxE: image embeddings; row b belongs to row b of `text_BxE`. text_BxE: text
-      embeddings. Both receive gradients: the text tower is trained jointly (M3I section 3.4).
+    Args:
+      image_BxE: image embeddings; row b belongs to row b of `text_BxE`.
+      text_BxE: text embeddings. Both receive gradients: the text tower is trained jointly (M3I
+        section 3.4).
       log_scale: scalar, the logarithm of the inverse temperature; CLIP starts at ln(1 / 0.07) and
-      keeps it at most ln 100. where_B: weight of a pair, bool or float >= 0; a pair of weight 0 is
-      neither a query nor a negative. None counts every pair once. group_B: integers; pairs of equal
-      number, such as those of equal captions, are no negatives of each other. A pair stays its own
-      positive. None: all other pairs are negatives.
+        keeps it at most ln 100.
+      where_B: weight of a pair, bool or float >= 0; a pair of weight 0 is neither a query nor a
+        negative. None counts every pair once.
+      group_B: integers; pairs of equal number, such as those of equal captions, are no negatives of
+        each other. A pair stays its own positive. None: all other pairs are negatives.
       chunk: captions whose similarities to all images are in memory at once, in forward and
         backward; any number. 0: all, as one B x B matrix. Same numbers; the product of similarities
         is computed once more in the backward.
 
-    Returns: (sum over pairs of weight * cost in nats, sum of weights), float32 scalars; (0, 0) if
-      no pair counts.
+    Returns:
+      (sum over pairs of weight * cost in nats, sum of weights), float32 scalars; (0, 0) if no pair
+      counts.
 
     Raises:
       ValueError: shapes that do not belong together.
 
     >>> import jax.numpy as jnp
     >>> total, count = text(jnp.eye(2), jnp.eye(2), jnp.log(2.))
-    >>> print(f"{total / count:.4f}")                                  # log(1 + exp(-2))
+    >>> print(f"{total / count:.4f}")  # log(1 + exp(-2))
     0.1269
     >>> total, count = text(jnp.eye(3), jnp.eye(3), jnp.log(2.), group_B=jnp.array([4, 7, 7]))
-    >>> print(f"{total:.4f}")                                          # 2 log(1 + exp(-2)) + log(1 + 2 exp(-2))
+    >>> print(f"{total:.4f}")  # 2 log(1 + exp(-2)) + log(1 + 2 exp(-2))
     0.4934
     """
     u_BxE, v_BxE = float32(image_BxE), float32(text_BxE)
-    check_same_shape("image", u_BxE.shape, "text", v_BxE.shape)
-    if u_BxE.ndim != 2:
-        raise ValueError(f"image and text have shape {u_BxE.shape}; they must be [B, E]")
+    assert_equal_shape([u_BxE, v_BxE], custom_message="image and text")
+    assert_rank(u_BxE, 2, custom_message="image and text must be [B, E]")
     u_BxE, v_BxE, weight_B = zero_masked_rows(u_BxE, v_BxE, where_B)
     u_BxE, v_BxE = l2_normalize(u_BxE) * jnp.exp(float32(log_scale)), l2_normalize(v_BxE)
     batch = u_BxE.shape[0]
     if group_B is not None:
         group_B = jnp.asarray(group_B)
-        check_same_shape("group", group_B.shape, "the rows", weight_B.shape)
+        assert_equal_shape([group_B, weight_B], custom_message="group: one per row")
     number_B = jnp.arange(batch)
     rows = Pairs(number_B, None if where_B is None else weight_B > 0, group_B)
     if 0 < chunk < batch:
@@ -324,8 +334,8 @@ def text(
 
 
 def layer_normalize(x: ArrayLike, eps: float = 1e-5) -> jax.Array:
-    """Layer norm over the last axis without scale and offset: what the dense targets go through
-    (SiameseIM; eps as there, not 1e-6).
+    """Layer norm over the last axis without scale and offset, for dense targets (SiameseIM, and its
+    eps rather than 1e-6).
 
     Args:
       x: [..., D].

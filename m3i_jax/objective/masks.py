@@ -37,10 +37,10 @@ def blockwise(
     SiameseIM for the exact count).
 
     While cells are missing, draw a rectangle whose area is uniform between `min_block` and the
-    number that is missing, whose aspect ratio is log-uniform in 0.3..1/0.3 and whose place is
+    number that is missing, whose aspect ratio is log-uniform in 0.3..1/0.3 and whose position is
     uniform; take it if it is smaller than the grid in both directions and hides at least one new
     cell and not too many. After ten failures in a row, uniformly drawn single cells make up the
-    count (three masks in ten, usually one to three cells).
+    count (in three masks of ten, usually one to three cells).
 
     Rectangles prefer the centre: of 98 of 14 x 14 cells, the four in the middle are hidden in 86 %
     of the masks, a corner in 7 %. Therefore, if exactly half of the cells is hidden, the roles are
@@ -51,11 +51,11 @@ def blockwise(
       seed: of the run, 0 <= seed < 2^64.
       first: stream position of the first row, >= 0.
       rows: number of samples.
-      grid: cells per side, 1..64.
+      grid: cells a side, 1..64.
       hidden: number of cells that show the partner, 0..grid^2; 98 of 14 x 14 in the paper
         ("blockwise", 50 %).
-      min_block: smallest area of a rectangle; None for BEiT's 16 of 196 cells, scaled to the grid.
-      swap: False never swaps the roles.
+      min_block: smallest area of a rectangle; None: BEiT's 16 of 196 cells, scaled to the grid.
+      swap: False leaves the roles as drawn also at one half.
 
     Returns:
       bool [rows, grid * grid], row-major cells, True = own; exactly `hidden` False a row.

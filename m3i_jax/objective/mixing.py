@@ -1,10 +1,10 @@
-"""Pair, mix and un-mix, M3I section 3.4: `I_mix = m * I_i + (1 - m) * I_j` with a mask m that is
-constant on patches.
+"""Mixing and un-mixing of image pairs, M3I section 3.4: `I_mix = m * I_i + (1 - m) * I_j` with a
+mask m that is constant on patches.
 
-The partner of row b of a batch is row b ^ 1: the neighbours 2k and 2k + 1 exchange. Every image
-plays the role i (own, m = 1) in its own row and the role j in its neighbour's; a batch that is
-sharded in even parts needs no communication. For non-overlapping patch embeddings mixing pixels and
-mixing embeddings are the same thing.
+The partner of row b of a batch is row b ^ 1, so rows 2k and 2k + 1 are partners. Every image has
+the role i (own, m = 1) in its own row and the role j in its partner's. A batch that is sharded in
+even parts needs no communication. With non-overlapping patches, mixing pixels equals mixing
+embeddings.
 
 B images, N cells, K own cells, H = N - K cells of the partner, T tokens, D width.
 """
@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from m3i_jax.objective.numerics import assert_rank, assert_shape
+
 
 def partner(x: ArrayLike) -> jax.Array:
-    """Each row's partner: rows 2k and 2k + 1 of the first axis exchanged.
+    """The partner of each row: rows 2k and 2k + 1 of the first axis are exchanged.
 
     Args:
       x: [B, ...], B even.
@@ -25,7 +27,7 @@ def partner(x: ArrayLike) -> jax.Array:
       the same shape and type. Applied twice it gives x.
 
     Raises:
-      ValueError: an odd number of rows (or none to count).
+      ValueError: an odd number of rows, or a scalar.
 
     >>> import jax.numpy as jnp
     >>> partner(jnp.arange(6)).tolist()
@@ -34,8 +36,7 @@ def partner(x: ArrayLike) -> jax.Array:
     x = jnp.asarray(x)
     if x.ndim < 1 or x.shape[0] % 2:
         raise ValueError(
-            f"x has shape {x.shape}; rows are mixed with their neighbours, so the first axis must"
-            " be even"
+            f"x has shape {x.shape}; the first axis must be even, because rows are mixed in pairs"
         )
     return jnp.flip(x.reshape(x.shape[0] // 2, 2, *x.shape[1:]), 1).reshape(x.shape)
 
@@ -48,8 +49,9 @@ def mix(x_BxN: ArrayLike, mask_BxN: ArrayLike) -> jax.Array:
       x_BxN: [B, N, ...] patches or embeddings with the cells on axis 1, B even.
       mask_BxN: bool [B, N]; True = own.
 
-    Returns: the shape and type of x. Exchanging the rows of every pair and inverting the mask gives
-      the same array.
+    Returns:
+      the shape and type of x. Exchanging the rows of every pair and inverting the mask gives the
+      same array.
 
     Raises:
       ValueError: an odd number of rows, or a mask whose shape is not [B, N].
@@ -60,7 +62,7 @@ def mix(x_BxN: ArrayLike, mask_BxN: ArrayLike) -> jax.Array:
     [[1, 8, 3], [7, 8, 3]]
     """
     x_BxN, mask_BxN = jnp.asarray(x_BxN), jnp.asarray(mask_BxN).astype(bool)
-    _cells(x_BxN, mask_BxN)
+    _check_check_cells(x_BxN, mask_BxN)
     return jnp.where(
         mask_BxN.reshape(mask_BxN.shape + (1,) * (x_BxN.ndim - 2)), x_BxN, partner(x_BxN)
     )
@@ -69,12 +71,14 @@ def mix(x_BxN: ArrayLike, mask_BxN: ArrayLike) -> jax.Array:
 def split(mask_BxN: ArrayLike, own: int) -> tuple[jax.Array, jax.Array]:
     """Indices of the cells that show the own image, and of those that show the partner.
 
-    Args: mask_BxN: bool [B, N] with exactly `own` True a row, as the functions of `masks`
-      guarantee; True = own. The count is not checked: it would have to leave the device.
-      own: K, a Python number: shapes are static.
+    Args:
+      mask_BxN: bool [B, N] with exactly `own` True a row, as the functions of `masks` guarantee;
+        True = own. The count is not checked, which would need a transfer to the host.
+      own: K, a Python number, because shapes are static.
 
-    Returns: (own int32 [B, K], other int32 [B, N - K]), ascending; together each row is a
-      permutation of 0..N-1.
+    Returns:
+      (own int32 [B, K], other int32 [B, N - K]), ascending; together each row is a permutation of
+      0..N-1.
 
     Raises:
       ValueError: a mask that is not [B, N], or own outside 0..N.
@@ -85,8 +89,7 @@ def split(mask_BxN: ArrayLike, own: int) -> tuple[jax.Array, jax.Array]:
     ([[0, 2]], [[1, 3]])
     """
     mask_BxN = jnp.asarray(mask_BxN).astype(bool)
-    if mask_BxN.ndim != 2:
-        raise ValueError(f"mask has shape {mask_BxN.shape}; it must be [B, N]")
+    assert_rank(mask_BxN, 2, custom_message="mask must be [B, N]")
     if not 0 <= own <= mask_BxN.shape[1]:
         raise ValueError(
             f"own is {own}, but the mask has shape {mask_BxN.shape}: it must lie in"
@@ -114,39 +117,40 @@ def gather(x_BxT: ArrayLike, index_BxK: ArrayLike) -> jax.Array:
     [[[3.0], [1.0]]]
     """
     x_BxT, index_BxK = jnp.asarray(x_BxT), jnp.asarray(index_BxK)
-    if x_BxT.ndim < 2 or index_BxK.ndim != 2 or index_BxK.shape[0] != x_BxT.shape[0]:
-        raise ValueError(
-            f"x has shape {x_BxT.shape} and index {index_BxK.shape}; they must be [B, T, ...] and"
-            " [B, K]"
-        )
+    assert_rank(index_BxK, 2, custom_message="index must be [B, K]")
+    assert_shape(
+        x_BxT, (index_BxK.shape[0], None, ...), custom_message=f"x, with index {index_BxK.shape}"
+    )
     index = index_BxK.reshape(index_BxK.shape + (1,) * (x_BxT.ndim - 2))
     return jnp.take_along_axis(x_BxT, index, axis=1, mode="promise_in_bounds")
 
 
 def unmix(x_BxN: ArrayLike, mask_BxN: ArrayLike, own: int) -> tuple[jax.Array, jax.Array]:
-    """The tokens of a mixed sequence, taken apart by image.
+    """The tokens of a mixed sequence, separated by image.
 
-    The same as gathering both index sets of `split`, but as one permutation whose backward pass is
-    the inverse permutation: no scatter.
+    Equal to gathering both index sets of `split`, but computed as one permutation, whose backward
+    pass is the inverse permutation and needs no scatter.
 
     Args:
       x_BxN: [B, N, ...] tokens of the mixed input, one a cell (without cls).
       mask_BxN: bool [B, N] with exactly `own` True a row; True = own.
       own: K, a Python number.
 
-    Returns: (own [B, K, ...], other [B, N - K, ...]) in ascending order of cells. `other[b]` shows
-      the partner, image b ^ 1.
+    Returns:
+      (own [B, K, ...], other [B, N - K, ...]) in ascending order of cells. `other[b]` shows the
+      partner, image b ^ 1.
 
     Raises:
       ValueError: a mask that is not [B, N] for x, or own outside 0..N.
 
     >>> import jax.numpy as jnp
-    >>> own, other = unmix(jnp.array([[1., 8., 3.], [7., 8., 3.]]), jnp.array([[True, False, True], [True, True, False]]), 2)
+    >>> x = jnp.array([[1., 8., 3.], [7., 8., 3.]])
+    >>> own, other = unmix(x, jnp.array([[True, False, True], [True, True, False]]), 2)
     >>> own.tolist(), other.tolist()
     ([[1.0, 3.0], [7.0, 8.0]], [[8.0], [3.0]])
     """
     x_BxN = jnp.asarray(x_BxN)
-    _cells(x_BxN, jnp.asarray(mask_BxN))
+    _check_check_cells(x_BxN, jnp.asarray(mask_BxN))
     order_BxN = jnp.concatenate(split(mask_BxN, own), 1)
     sorted_BxN = _permute(x_BxN, order_BxN)
     return sorted_BxN[:, :own], sorted_BxN[:, own:]
@@ -169,8 +173,6 @@ def _permute_backward(order_BxN: jax.Array, g_BxN: jax.Array) -> tuple[jax.Array
 _permute.defvjp(_permute_forward, _permute_backward)
 
 
-def _cells(x: jax.Array, mask: jax.Array) -> None:
-    if mask.ndim != 2 or x.shape[:2] != mask.shape:
-        raise ValueError(
-            f"x has shape {x.shape} and mask {mask.shape}; they must be [B, N, ...] and [B, N]"
-        )
+def _check_check_cells(x: jax.Array, mask: jax.Array) -> None:
+    assert_rank(mask, 2, custom_message="mask must be [B, N]")
+    assert_shape(x, (*mask.shape, ...), custom_message=f"x, with mask {mask.shape}")

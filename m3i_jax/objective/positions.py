@@ -1,10 +1,12 @@
-"""Where a target position lies, seen from the input view: how the decoder's queries know what to
-predict (M3I Fig. 2, SiameseIM).
+"""Position embeddings: the sin-cos table, and target positions relative to the input view, from
+which the decoder's queries are made (M3I Fig. 2, SiameseIM).
 
 Boxes are `(top, left, height, width)` in pixels of the un-mirrored image; a view is cropped first
-and then, if its flip is set, mirrored. Positions are measured in patches of the input view from its
-left-top corner, so that equal views give exactly 0, 1, 2, ... B pairs of views, G cells a side, N =
-G * G positions in row-major order, W the width of an embedding, a multiple of 4.
+and then, if its flip is set, mirrored. Positions are in patches of the input view from its top-left
+corner, so that equal views give exactly 0, 1, 2, ...
+
+B pairs of views, G cells a side, N = G * G positions in row-major order, W width of an embedding, a
+multiple of 4.
 
 Each number x is embedded as `[sin(x w_k), cos(x w_k)]` with `w_k = 10000^(-k / (W / 4))`, k =
 0..W/4-1; rows come before columns."""
@@ -16,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-# the logarithm of a size ratio is stretched by this, so that ratios near 1 differ as much as
-# neighbouring patches do
+# Factor of the logarithm of a size ratio, which makes ratios near 1 differ as much as neighbouring
+# patches.
 _SCALE = 10.0
 
 
@@ -25,14 +27,15 @@ def sincos_2d(grid: int, width: int) -> np.ndarray:
     """Fixed two-dimensional sine-cosine table, row first: `[sin(r w), cos(r w), sin(c w), cos(c
     w)]` (MoCo v3, SiameseIM).
 
-    MAE's table is the same with its two halves exchanged: column first.
+    MAE's table has the two halves exchanged: column first.
 
     Args:
       grid: cells a side, G.
       width: W, a multiple of 4.
 
-    Returns: float32 [G * G, W] numpy array, computed in float64; row-major cells. A token without a
-      place (cls) has zeros instead.
+    Returns:
+      float32 [G * G, W] numpy array, computed in float64; row-major cells. Tokens without a
+      position (cls) use zeros.
 
     Raises:
       ValueError: a width that is not a positive multiple of 4, or no cells.
@@ -51,7 +54,7 @@ def sincos_2d(grid: int, width: int) -> np.ndarray:
 
 
 def bicubic_weights(old: int, new: int) -> np.ndarray:
-    """Matrix [new, old] float64 that resizes one axis, as `resized` does.
+    """Matrix [new, old] float64 that resizes one axis, as in `resized`.
 
     >>> bicubic_weights(3, 3).tolist()
     [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
@@ -71,18 +74,18 @@ def bicubic_weights(old: int, new: int) -> np.ndarray:
 
 
 def resized(table_NxW: np.ndarray, grid: int | tuple[int, int]) -> np.ndarray:
-    """A square position table for another number of cells, bicubic: how a model goes on with images
-    of another size (MAE, DeiT).
+    """A square position table resized to another number of cells by bicubic interpolation, for
+    images of another size (MAE, DeiT).
 
-    Keys' kernel with a = -0.75, without antialiasing, half-pixel centres and repeated borders: the
-    numbers of torch's bicubic.
+    Equal to torch's bicubic: Keys' kernel with a = -0.75, no antialiasing, half-pixel centres and
+    repeated borders.
 
     Args:
-      table_NxW: a row a cell, row-major.
+      table_NxW: one row per cell, row-major.
       grid: cells a side of the result, or its rows and columns.
 
     Returns:
-      float32 [rows * columns, W]; the table itself if it has that grid already.
+      float32 [rows * columns, W]; the input table if it already has that grid.
 
     >>> resized(np.arange(4, dtype=np.float32)[:, None], 2)[:, 0].tolist()
     [0.0, 1.0, 2.0, 3.0]
@@ -98,11 +101,11 @@ def resized(table_NxW: np.ndarray, grid: int | tuple[int, int]) -> np.ndarray:
 
 
 def same_view_positions(grid: int, width: int) -> np.ndarray:
-    """What `relative_positions` gives for equal views: the absolute table, then the embedding of
-    two size ratios of 1, zeros and ones.
+    """`relative_positions` of equal views: the absolute table, then the embedding of two size
+    ratios of 1, zeros and ones.
 
-    For the intra-view role, where it is the same for every image: one array, and one product with
-    the decoder's map, for the whole batch.
+    It is the same for every image, so the intra-view role needs one array, and one product with the
+    decoder's linear layer, per batch.
 
     Args:
       grid: cells a side, G.
@@ -133,20 +136,25 @@ def coordinates(
     """Rows and columns of the target view's cells in patches of the input view (SiameseIM, for crop
     first and mirror afterwards).
 
-    Args: box_in_Bx4: (top, left, height, width) of the input view, pixels of the un-mirrored image;
-      height and width > 0. flip_in_B: whether the input view was mirrored after cropping.
-      box_out_Bx4: box of the target view. flip_out_B: whether the target view was mirrored. grid:
-      cells a side of both views, G.
+    Args:
+      box_in_Bx4: (top, left, height, width) of the input view, pixels of the un-mirrored image;
+        height and width > 0.
+      flip_in_B: whether the input view was mirrored after cropping.
+      box_out_Bx4: box of the target view.
+      flip_out_B: whether the target view was mirrored.
+      grid: cells a side of both views, G.
 
-    Returns: (y [B, G], x [B, G]) float32: y of the target's cell rows, x of its cell columns; cell
-      n of an equal view is exactly n. A target outside the input view has coordinates below 0 or
-      above G - 1; mirrored against it, x falls with the column.
+    Returns:
+      (y [B, G], x [B, G]) float32: y of the target's cell rows, x of its cell columns; cell n of an
+      equal view is exactly n. A target outside the input view has coordinates below 0 or above G -
+      1; mirrored against it, x falls with the column.
 
     Raises:
       ValueError: boxes that are not [B, 4] or flips that are not [B].
 
     >>> import jax.numpy as jnp
-    >>> a, b, no, yes = jnp.array([[10., 20., 100., 120.]]), jnp.array([[40., 200., 200., 150.]]), jnp.array([False]), jnp.array([True])
+    >>> a, b = jnp.array([[10., 20., 100., 120.]]), jnp.array([[40., 200., 200., 150.]])
+    >>> no, yes = jnp.array([False]), jnp.array([True])
     >>> y, x = coordinates(a, no, b, no, grid=2)
     >>> print(*(f"{value:.3f}" for value in [*y[0], *x[0]]))
     1.100 3.100 3.125 4.375
@@ -156,7 +164,7 @@ def coordinates(
     a_Bx4, flip_a_B, b_Bx4, flip_b_B = _views(box_in_Bx4, flip_in_B, box_out_Bx4, flip_out_B)
     centre_G = jnp.arange(grid, dtype=jnp.float32) + 0.5
 
-    def seen(axis: int, flips: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+    def axis_coordinates(axis: int, flips: tuple[jax.Array, jax.Array] | None) -> jax.Array:
         start_a, start_b, size_a, size_b = (
             a_Bx4[:, axis, None],
             b_Bx4[:, axis, None],
@@ -167,13 +175,13 @@ def coordinates(
         if flips is not None:
             step_BxG = jnp.where(flips[1][:, None], grid - step_BxG, step_BxG)
         # Grid times the distance from the input view's edge, then from its own cell n: exact for
-        # whole pixels, and 0 for equal views, so that no rounding of the division shows there.
+        # integer pixels, and 0 for equal views, which then have no rounding error of the division.
         reach_BxG = grid * (start_b - start_a) + size_b * step_BxG
         if flips is not None:
             reach_BxG = jnp.where(flips[0][:, None], grid * size_a - reach_BxG, reach_BxG)
         return (reach_BxG - size_a * centre_G) / size_a + (centre_G - 0.5)
 
-    return seen(0, None), seen(1, (flip_a_B, flip_b_B))
+    return axis_coordinates(0, None), axis_coordinates(1, (flip_a_B, flip_b_B))
 
 
 def relative_parts(
@@ -185,16 +193,17 @@ def relative_parts(
     grid: int,
     width: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The three parts that `relative_positions` is put together from: rows, columns and size
-    ratios, each embedded once.
+    """The parts of `relative_positions`: embedded rows, columns and size ratios.
 
-    A linear map of `relative_positions`'s rows is the sum of maps of these parts, of G + G + 1 rows
-    instead of G * G: use it to save the product.
+    A linear map of the rows of `relative_positions` is the sum of linear maps of these parts, which
+    have G + G + 1 rows instead of G * G.
 
-    Args: as for `relative_positions`.
+    Args:
+      as for `relative_positions`.
 
-    Returns: (row [B, G, W / 2], column [B, G, W / 2], ratio [B, W]) float32, such that position (r,
-      c) of `relative_positions` is `concatenate([row[:, r], column[:, c], ratio])`.
+    Returns:
+      (row [B, G, W / 2], column [B, G, W / 2], ratio [B, W]) float32, such that position (r, c) of
+      `relative_positions` is `concatenate([row[:, r], column[:, c], ratio])`.
 
     Raises:
       ValueError: as for `relative_positions`.
@@ -225,23 +234,31 @@ def relative_positions(
 
     `[sin(y w), cos(y w), sin(x w), cos(x w), sin(h w), cos(h w), sin(v w), cos(v w)]`, W / 4
     numbers each, with (y, x) from `coordinates` and h, v ten times the natural logarithm of the
-    target's height and width over the input's. Mirroring shows in x alone. A learned linear map 2 W
-    -> W makes a decoder query of it.
+    target's height and width over the input's. Mirroring changes only x. A learned linear layer
+    2 W -> W maps it to a decoder query.
 
-    Args: box_in_Bx4: (top, left, height, width) of the input view, pixels of the un-mirrored image;
-      height and width > 0. flip_in_B: whether the input view was mirrored after cropping.
-      box_out_Bx4: box of the target view. flip_out_B: whether the target view was mirrored. grid:
-      cells a side, G. width: W of the decoder, a multiple of 4.
+    Args:
+      box_in_Bx4: (top, left, height, width) of the input view, pixels of the un-mirrored image;
+        height and width > 0.
+      flip_in_B: whether the input view was mirrored after cropping.
+      box_out_Bx4: box of the target view.
+      flip_out_B: whether the target view was mirrored.
+      grid: cells a side, G.
+      width: W of the decoder, a multiple of 4.
 
-    Returns: float32 [B, G * G, 2 W], row-major target positions. Keep it in float32 until the map:
-      its phases reach a hundred and more.
+    Returns:
+      float32 [B, G * G, 2 W], row-major target positions. Keep it in float32 up to that
+      layer: its phases exceed a hundred.
 
-    Raises: ValueError: a width that is not a positive multiple of 4, no cells, boxes that are not
-      [B, 4] or flips that are not [B].
+    Raises:
+      ValueError: a width that is not a positive multiple of 4, no cells, boxes that are not [B, 4]
+        or flips that are not [B].
 
     >>> import jax.numpy as jnp
-    >>> a, b, no = jnp.array([[10., 20., 100., 120.]]), jnp.array([[40., 200., 200., 150.]]), jnp.array([False])
-    >>> print(*(f"{x:.4f}" for x in relative_positions(a, no, b, no, grid=2, width=8)[0, 0, :4]))
+    >>> a, b = jnp.array([[10., 20., 100., 120.]]), jnp.array([[40., 200., 200., 150.]])
+    >>> no = jnp.array([False])
+    >>> raw = relative_positions(a, no, b, no, grid=2, width=8)
+    >>> print(*(f"{x:.4f}" for x in raw[0, 0, :4]))
     0.8912 0.0110 0.4536 0.9999
     """
     row_BxGxH, column_BxGxH, ratio_BxW = relative_parts(
@@ -293,6 +310,6 @@ def _check(grid: int, width: int) -> None:
         raise ValueError(f"grid is {grid}; it must be at least 1")
     if width < 4 or width % 4:
         raise ValueError(
-            f"width is {width}; it must be a positive multiple of 4: sine and cosine of a row and"
-            " of a column"
+            f"width is {width}; it must be a positive multiple of 4: sine and cosine of row and"
+            " column"
         )

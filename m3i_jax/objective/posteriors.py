@@ -1,14 +1,15 @@
-"""Normal forms of the posterior P^(z_y | prediction) as values, so that a row of Table 1 can name
-one (M3I section 3.1).
+"""Posteriors P^(z_y | prediction) as values, one of which every row of Table 1 names (M3I section
+3.1).
 
-`cost` of each gives the negative log-likelihood that is trained, and the sums from which `bits`
-estimates how much information the prediction carries about its target. Both add up over parts of a
-batch, also of `Boltzmann` and `DenseCL`, which see the targets of the whole batch through
-`Given.keys`. Not of `NTXent`, `BarlowTwins` and `Prototypes`: they compare the images of one part
-with each other.
+`cost` returns the loss, a negative log-likelihood, and the sums from which `bits` estimates the
+information that the prediction carries about its target. Both add up over parts of a batch; for
+`Boltzmann` and `DenseCL` because `LossInputs.keys` holds the targets of the whole batch. They do
+not add up for `NTXent`, `BarlowTwins` and `Prototypes`, which compare the images of one part with
+each other.
 
 R rows of predictions (images), N positions, D width, B images of the whole batch, K prototypes, C
-classes, E joint space."""
+classes, E width of the joint space.
+"""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -21,7 +22,7 @@ from m3i_jax.objective.numerics import float32, l2_normalize
 
 
 class LossSum(NamedTuple):
-    """sum, count: of the loss. evidence: further sums, without gradient, that `bits` reads."""
+    """sum, count: of the loss. evidence: further sums without gradient, for `bits`."""
 
     sum: jax.Array
     count: jax.Array  # type: ignore[assignment]  # the loss's name; shadows tuple.count
@@ -30,15 +31,16 @@ class LossSum(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossInputs:
-    """What a form may need beside prediction and target.
+    """Inputs of a posterior beside prediction and target.
 
-    weight, moment   of the second-moment term: a number, and C [D, D] over all targets
-    temperature      of a softmax that does not fix its own
-    smoothing        of labels
-    keys, index      targets of the whole batch [B, ...], and which of them belong to the rows [R]
-    parameters       prototypes [K, D], or the logarithm of the inverse temperature of text
-    group            [R] rows of equal number are no negatives of each other
-    chunk            captions that are compared at once; 0: all
+    Attributes:
+      weight, moment: of the second-moment term: its weight, and C [D, D] over all targets.
+      temperature: for a softmax that does not fix its own.
+      smoothing: label smoothing.
+      keys, index: targets of the whole batch [B, ...], and the keys of the rows, [R].
+      parameters: prototypes [K, D], or the logarithm of the inverse temperature of text.
+      group: [R], rows of equal number are no negatives of each other.
+      chunk: captions compared at a time; 0: all.
     """
 
     weight: float = 0.0
@@ -53,12 +55,17 @@ class LossInputs:
 
 
 class Posterior(Protocol):
-    """`prepare(target)`: the target as the form compares it. `cost(prediction, target, where,
-    given)`: [R, N, D] and [R, N], or [R, D] and
-    [R]. `bits(evidence, count)`: None, if the form is no likelihood. `batch_keys`: whether it wants
-    the targets of the whole batch.
-    `grad_through_target`: whether the target may have a gradient, and the form is what keeps it from
-    collapsing."""
+    """A posterior.
+
+    Attributes:
+      batch_keys: whether `cost` needs the targets of the whole batch.
+      grad_through_target: whether the target may have a gradient; the loss then prevents its
+        collapse.
+
+    `prepare(target)` returns the target as `cost` compares it. `cost(prediction, target, where,
+    given)` takes arrays [R, N, D] with weights [R, N], or [R, D] with weights [R]. `bits(evidence,
+    count)` is None for a loss that is no likelihood.
+    """
 
     batch_keys: ClassVar[bool]
     grad_through_target: ClassVar[bool]
@@ -80,8 +87,8 @@ def moments(prediction: jax.Array, target: jax.Array, where: jax.Array) -> dict[
 
 
 class Form:
-    """A `Posterior` but for its `cost`: the target as it is, no keys of the batch, no bits. A
-    subclass is a frozen dataclass, since terms are compared and hashed."""
+    """Base of posteriors: unchanged target, no keys of the batch, no bits. A subclass defines
+    `cost` and is a frozen dataclass, because terms are compared and hashed."""
 
     batch_keys: ClassVar[bool] = False
     grad_through_target: ClassVar[bool] = False
@@ -94,8 +101,8 @@ class Form:
 
 
 class Regression(Form):
-    """Forms that predict the target itself, with `moments` as evidence: their information is that
-    of a Gaussian around the prediction."""
+    """Posteriors that predict the target itself. Their evidence is `moments`, their information
+    that of a Gaussian around the prediction."""
 
     def prepare(self, target: jax.Array) -> jax.Array:
         return losses.layer_normalize(target)
@@ -107,7 +114,7 @@ class Regression(Form):
 
 
 class Softmax(Form):
-    """Forms that point at one of several targets: against a uniform guess among them."""
+    """Posteriors that select one of several targets; their marginal is uniform over these."""
 
     def bits(self, evidence: dict[str, jax.Array], count: jax.Array) -> jax.Array:
         n = jnp.maximum(count, 1)
@@ -123,11 +130,11 @@ class Softmax(Form):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gaussian(Regression):
-    """Squared error per element; with `second_moment`, the anti-collapse term of SiameseIM, weighed
-    by the configuration.
+    """Squared error per element; with `second_moment`, plus SiameseIM's anti-collapse term, whose
+    weight is `LossInputs.weight`.
 
     >>> p = jnp.ones((2, 3, 4))
-    >>> print(Gaussian().cost(p, p + 1, jnp.ones((2, 3)), LossInputs()).sum)                                # 6 rows, 1 an element
+    >>> print(Gaussian().cost(p, p + 1, jnp.ones((2, 3)), LossInputs()).sum)  # 6 rows, 1 an element
     6.0
     """
 
@@ -149,7 +156,8 @@ class Gaussian(Regression):
 class SmoothL1(Regression):
     """Smooth L1 (data2vec and feature distillation: beta 2).
 
-    >>> print(SmoothL1().cost(jnp.zeros((1, 4)), jnp.ones((1, 4)), jnp.ones(1), LossInputs()).sum)            # d^2 / (2 beta)
+    >>> p, t = jnp.zeros((1, 4)), jnp.ones((1, 4))
+    >>> print(SmoothL1().cost(p, t, jnp.ones(1), LossInputs()).sum)  # d^2 / (2 beta)
     0.25
     """
 
@@ -164,8 +172,8 @@ class SmoothL1(Regression):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cosine(Regression):
-    """2 - 2 cos: the Gaussian of vectors of length 1 (BYOL). `scale`: 2 where a method adds up both
-    directions.
+    """2 - 2 cos, the Gaussian of vectors of length 1 (BYOL). `scale` is 2 for a method that adds up
+    both directions.
 
     >>> print(Cosine().cost(jnp.eye(2), jnp.eye(2)[::-1], jnp.ones(2), LossInputs()).sum)
     4.0
@@ -189,14 +197,15 @@ class Cosine(Regression):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Boltzmann(Softmax):
-    """InfoNCE over the targets of the whole batch; of dense targets, over those at the same
+    """InfoNCE over the targets of the whole batch; for dense targets, over the targets at the same
     position of all images.
 
-    `temperature`: None, that of the configuration. `scale` multiplies the loss (MoCo v3: 2 tau, and
-    2 for the sum of both directions).
+    `temperature`: None for that of the configuration. `scale` multiplies the loss (MoCo v3: 2 tau,
+    and 2 for the sum of both directions).
 
     >>> z = jnp.eye(3)
-    >>> print(round(float(Boltzmann(temperature=0.5).cost(z, z, jnp.ones(3), LossInputs()).sum / 3), 4))      # log(1 + 2 exp(-2))
+    >>> total = Boltzmann(temperature=0.5).cost(z, z, jnp.ones(3), LossInputs()).sum
+    >>> print(f"{total / 3:.4f}")  # log(1 + 2 exp(-2))
     0.2395
     """
 
@@ -221,14 +230,15 @@ class Boltzmann(Softmax):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseCL(Softmax):
-    """InfoNCE of dense targets against the mean target of every other image (DenseCL, its queue
-    being the batch).
+    """InfoNCE of dense targets against the mean target of every other image (DenseCL with the batch
+    in place of its queue).
 
-    The mean is over the keys, every cell of the view once: the targets may be a choice of cells,
-    some of them often.
+    The mean is over the keys, which hold every cell of the view once; the targets may be a
+    selection of cells, with repeats.
 
     >>> z = jnp.eye(2)[:, None]
-    >>> print(round(float(DenseCL(temperature=0.5).cost(z, z, jnp.ones((2, 1)), LossInputs()).sum / 2), 4))   # log(1 + exp(-2))
+    >>> total = DenseCL(temperature=0.5).cost(z, z, jnp.ones((2, 1)), LossInputs()).sum
+    >>> print(f"{total / 2:.4f}")  # log(1 + exp(-2))
     0.1269
     """
 
@@ -251,7 +261,8 @@ class NTXent(Softmax):
     """NT-Xent of two views, gradient through both (SimCLR).
 
     >>> z = jnp.eye(2)
-    >>> print(round(float(NTXent(temperature=0.5).cost(z, z, jnp.ones(2), LossInputs()).sum / 2), 4))       # log(1 + 2 exp(-2))
+    >>> total = NTXent(temperature=0.5).cost(z, z, jnp.ones(2), LossInputs()).sum
+    >>> print(f"{total / 2:.4f}")  # log(1 + 2 exp(-2))
     0.2395
     """
 
@@ -268,8 +279,8 @@ class NTXent(Softmax):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BarlowTwins(Form):
-    """Cross-correlation of two views against the identity (Barlow Twins). No likelihood, so no
-    bits.
+    """Cross-correlation of two views against the identity (Barlow Twins). It is no likelihood and
+    has no bits.
 
     >>> z = jnp.array([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
     >>> print(round(float(BarlowTwins().cost(z, z, jnp.ones(4), LossInputs()).sum), 4))
@@ -291,7 +302,7 @@ class BarlowTwins(Form):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prototypes(Form):
     """Assignment to trained prototypes, with the entropy of the mean assignment maximised (MSN).
-    Its bits are over the mean assignment.
+    The marginal of its bits is the mean assignment.
 
     >>> given = LossInputs(parameters=jnp.eye(2))
     >>> print(Prototypes().cost(jnp.eye(2), jnp.eye(2), jnp.ones(2), given).count)
@@ -306,28 +317,19 @@ class Prototypes(Form):
     def cost(
         self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs
     ) -> LossSum:
-        tau, sharp, turns, k_KxD = (
-            self.temperature,
-            self.sharpening,
-            self.sinkhorn,
-            given.parameters,
-        )
+        k_KxD = given.parameters
+        options: dict[str, Any] = {
+            "temperature": self.temperature,
+            "sharpening": self.sharpening,
+            "sinkhorn": self.sinkhorn,
+        }
 
         def loss(mean_entropy: float) -> tuple[jax.Array, jax.Array]:
             return contrastive.prototypes(
-                prediction,
-                target,
-                k_KxD,
-                where,
-                temperature=tau,
-                sharpening=sharp,
-                sinkhorn=turns,
-                mean_entropy=mean_entropy,
+                prediction, target, k_KxD, where, mean_entropy=mean_entropy, **options
             )
 
-        q_BxK = contrastive.assignments(
-            target, k_KxD, where, temperature=tau, sharpening=sharp, sinkhorn=turns
-        )
+        q_BxK = contrastive.assignments(target, k_KxD, where, **options)
         total, count = loss(self.mean_entropy)
         nll = jax.lax.stop_gradient(loss(0.0)[0])
         return LossSum(
@@ -346,7 +348,8 @@ class Prototypes(Form):
 class CategorySoftmax(Form):
     """Softmax cross-entropy over the classes, with label smoothing (M3I section 3.2).
 
-    >>> print(CategorySoftmax().cost(jnp.zeros((2, 4)), jnp.array([1, -1]), jnp.ones(2), LossInputs()).count)
+    >>> logits, label = jnp.zeros((2, 4)), jnp.array([1, -1])
+    >>> print(CategorySoftmax().cost(logits, label, jnp.ones(2), LossInputs()).count)
     1.0
     """
 
@@ -370,7 +373,8 @@ class TextSoftmax(Softmax):
     """Symmetric softmax over the captions and the images of the batch (CLIP; M3I section 3.2).
 
     >>> given = LossInputs(parameters=jnp.log(2.0))
-    >>> print(round(float(TextSoftmax().cost(jnp.eye(2), jnp.eye(2), jnp.ones(2), given).sum / 2), 4))          # log(1 + exp(-2))
+    >>> total = TextSoftmax().cost(jnp.eye(2), jnp.eye(2), jnp.ones(2), given).sum
+    >>> print(f"{total / 2:.4f}")  # log(1 + exp(-2))
     0.1269
     """
 

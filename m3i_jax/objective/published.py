@@ -1,9 +1,10 @@
-"""Named methods of the paper's Table 1 as values, where their public definition differs from the
-paper's common skeleton.
+"""Named methods of the paper's Table 1 whose public definition differs from the paper's common
+skeleton.
 
-What is kept is what decides the gradient; what is left out is named. AdamW trains them all. The
-settings that each was published with stand in `m3i_jax/published_settings.py`;
-`configs/forms.py:form=NAME` makes a run of both."""
+Everything that decides the gradient is kept; what is left out is listed. All are trained with
+AdamW. `m3i_jax/published_settings.py` has the published settings; `configs/forms.py:form=NAME`
+combines both.
+"""
 
 import dataclasses
 
@@ -36,7 +37,8 @@ OTHER = Pass(view=1)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublishedMethod:
-    """terms: the objective. kept, left_out: of the publication, settings among them, in words."""
+    """terms: the objective. kept, left_out: parts of the publication, settings included, as
+    prose."""
 
     terms: Terms
     kept: str
@@ -60,73 +62,167 @@ _SLIP = pooled_term(
 PUBLISHED: dict[str, PublishedMethod] = {
     "mae": PublishedMethod(
         terms=(pixel_term(MASKED, 0, head=DecoderHead(queries="hidden")),),
-        kept="75 % random cells dropped, normed encoder output, decoder of 8 blocks of 512 over visible and hidden cells with cls, "
-        "per-patch normalised pixels of hidden cells",
-        left_out="its column-first position table (ours is row-first: the same set of numbers, transposed)",
+        kept=(
+            "75 % random cells dropped, normed encoder output, decoder of 8 blocks of 512"
+            " over visible and hidden cells with cls, per-patch normalised pixels of hidden"
+            " cells"
+        ),
+        left_out=(
+            "its column-first position table (ours is row-first: the same set of numbers,"
+            " transposed)"
+        ),
     ),
     "data2vec": PublishedMethod(
-        terms=(token_term(Pass(masked=True, mask_tokens=True), 0, blocks=6, posterior=SmoothL1(beta=2.0), head=LinearHead(), hidden=True),),
-        kept="hidden cells stand as mask tokens, mean of the normalised outputs of the last 6 blocks of the EMA as target, smooth L1 with "
-        "beta 2 at hidden cells, one linear map as head",
+        terms=(
+            token_term(
+                Pass(masked=True, mask_tokens=True),
+                0,
+                blocks=6,
+                posterior=SmoothL1(beta=2.0),
+                head=LinearHead(),
+                hidden=True,
+            ),
+        ),
+        kept=(
+            "hidden cells stand as mask tokens, mean of the normalised outputs of the last 6"
+            " blocks of the EMA as target, smooth L1 with beta 2 at hidden cells, one linear"
+            " map as head"
+        ),
         left_out="LayerScale, attention dropout, relative position bias, learned positions",
     ),
     "feature_distillation": PublishedMethod(
-        terms=(token_term(FULL, 0, encoder="frozen", posterior=SmoothL1(beta=2.0), head=LinearHead()),),
-        kept="a frozen teacher (objective.target_checkpoint), features normalised without scale and offset, smooth L1 with beta 2, "
-        "linear head",
-        left_out="teachers of another architecture, shared relative position bias, the cls token among the targets",
+        terms=(
+            token_term(FULL, 0, encoder="frozen", posterior=SmoothL1(beta=2.0), head=LinearHead()),
+        ),
+        kept=(
+            "a frozen teacher (objective.target_checkpoint), features normalised without"
+            " scale and offset, smooth L1 with beta 2, linear head"
+        ),
+        left_out=(
+            "teachers of another architecture, shared relative position bias, the cls token"
+            " among the targets"
+        ),
     ),
     "byol": PublishedMethod(
-        terms=tuple(pooled_term(a, b, posterior=Cosine(scale=2.0), head=_BYOL) for a, b in ((FULL, 1), (OTHER, 0))),
-        kept="projector and predictor of two layers with batch norm, 2 - 2 cos summed over both directions, EMA target 0.996 to 1",
+        terms=tuple(
+            pooled_term(a, b, posterior=Cosine(scale=2.0), head=_BYOL)
+            for a, b in ((FULL, 1), (OTHER, 0))
+        ),
+        kept=(
+            "projector and predictor of two layers with batch norm, 2 - 2 cos summed over"
+            " both directions, EMA target 0.996 to 1"
+        ),
         left_out="LARS; a target that starts from other values than the online network",
     ),
     "moco_v3": PublishedMethod(
-        terms=tuple(pooled_term(a, b, posterior=Boltzmann(temperature=0.2, scale=0.8), head=_MOCO) for a, b in ((FULL, 1), (OTHER, 0))),
-        kept="cls token, projector of three layers, predictor of two, InfoNCE over the keys of the batch with temperature 0.2, times twice "
-        "the temperature, both directions summed, patch embedding frozen, EMA 0.99 to 1",
-        left_out="projector and predictor whose two layers have hidden and output widths of their own in ResNet variants",
+        terms=tuple(
+            pooled_term(a, b, posterior=Boltzmann(temperature=0.2, scale=0.8), head=_MOCO)
+            for a, b in ((FULL, 1), (OTHER, 0))
+        ),
+        kept=(
+            "cls token, projector of three layers, predictor of two, InfoNCE over the keys of"
+            " the batch with temperature 0.2, times twice the temperature, both directions"
+            " summed, patch embedding frozen, EMA 0.99 to 1"
+        ),
+        left_out=(
+            "projector and predictor whose two layers have hidden and output widths of their"
+            " own in ResNet variants"
+        ),
     ),
     "simclr": PublishedMethod(
-        terms=(pooled_term(FULL, 1, encoder="online", posterior=NTXent(temperature=0.1), head=ProjectionHead(projector=MlpShape(layers=2))),),
-        kept="one encoder for both views with gradient through both, NT-Xent against all other views of the batch",
+        terms=(
+            pooled_term(
+                FULL,
+                1,
+                encoder="online",
+                posterior=NTXent(temperature=0.1),
+                head=ProjectionHead(projector=MlpShape(layers=2)),
+            ),
+        ),
+        kept=(
+            "one encoder for both views with gradient through both, NT-Xent against all other"
+            " views of the batch"
+        ),
         left_out="LARS; negatives of other microbatches",
     ),
     "barlow_twins": PublishedMethod(
         terms=(
             pooled_term(
-                FULL, 1, encoder="online", posterior=BarlowTwins(off_diagonal=0.0051), head=ProjectionHead(projector=MlpShape(layers=3))
+                FULL,
+                1,
+                encoder="online",
+                posterior=BarlowTwins(off_diagonal=0.0051),
+                head=ProjectionHead(projector=MlpShape(layers=3)),
             ),
         ),
-        kept="projector of three layers of 8,192, cross-correlation over the batch towards the identity with weight 0.0051",
+        kept=(
+            "projector of three layers of 8,192, cross-correlation over the batch towards the"
+            " identity with weight 0.0051"
+        ),
         left_out="LARS; statistics across microbatches",
     ),
     "densecl": PublishedMethod(
         terms=(
-            pooled_term(FULL, 1, posterior=Boltzmann(temperature=0.2), head=ProjectionHead(projector=MlpShape(layers=2, norm="none"))),
+            pooled_term(
+                FULL,
+                1,
+                posterior=Boltzmann(temperature=0.2),
+                head=ProjectionHead(projector=MlpShape(layers=2, norm="none")),
+            ),
             token_term(
-                FULL, 1, name="dense", posterior=DenseCL(temperature=0.2),
-                head=ProjectionHead(name="dense", pool="none", projector=MlpShape(layers=2, norm="none"), match="likeness"),
+                FULL,
+                1,
+                name="dense",
+                posterior=DenseCL(temperature=0.2),
+                head=ProjectionHead(
+                    name="dense",
+                    pool="none",
+                    projector=MlpShape(layers=2, norm="none"),
+                    match="likeness",
+                ),
             ),
         ),
-        kept="a global and a dense projector, each token predicts the target token that is most alike in the encoder's features, half the "
-        "loss each",
-        left_out="the queues of 65,536 keys (the batch stands for them), the first 1,000 steps without the dense half",
+        kept=(
+            "a global and a dense projector, each token predicts the target token that is"
+            " most alike in the encoder's features, half the loss each"
+        ),
+        left_out=(
+            "the queues of 65,536 keys (the batch stands for them), the first 1,000 steps"
+            " without the dense half"
+        ),
     ),
     "msn": PublishedMethod(
-        terms=(pooled_term(MASKED, 1, posterior=Prototypes(), head=ProjectionHead(pool="cls", projector=MlpShape(layers=3))),),
-        kept="a masked anchor with dropped cells, 1,024 prototypes, sharpened and balanced targets, mean entropy maximised",
-        left_out="ten small focal views, GELU in the head, the rising weight decay, the linear EMA schedule over 1.25 runs",
+        terms=(
+            pooled_term(
+                MASKED,
+                1,
+                posterior=Prototypes(),
+                head=ProjectionHead(pool="cls", projector=MlpShape(layers=3)),
+            ),
+        ),
+        kept=(
+            "a masked anchor with dropped cells, 1,024 prototypes, sharpened and balanced"
+            " targets, mean entropy maximised"
+        ),
+        left_out=(
+            "ten small focal views, GELU in the head, the rising weight decay, the linear EMA"
+            " schedule over 1.25 runs"
+        ),
     ),
     "siamese_im": PublishedMethod(
         terms=FORMS["sim"],
-        kept="dense features of the other view from a masked one, decoder and projector with batch statistics, relative positions, "
-        "second-moment term 0.02",
+        kept=(
+            "dense features of the other view from a masked one, decoder and projector with"
+            " batch statistics, relative positions, second-moment term 0.02"
+        ),
         left_out="flips before crops (the same distribution of views)",
     ),
     "clip": PublishedMethod(
         terms=FORMS["weakly_supervised"],
-        kept="symmetric softmax over the global batch, learned temperature up to 100, cls token, last text token",
+        kept=(
+            "symmetric softmax over the global batch, learned temperature up to 100, cls"
+            " token, last text token"
+        ),
         left_out="causal attention in the text tower",
     ),
     "slip": PublishedMethod(
@@ -141,12 +237,18 @@ PUBLISHED: dict[str, PublishedMethod] = {
     ),
     "milan": PublishedMethod(
         terms=(token_term(MASKED, 0, encoder="frozen"),),
-        kept="normalised features of a frozen encoder (objective.target_checkpoint) from a masked view",
-        left_out="sampling of cells by the teacher's attention, the prompting decoder, teachers of another architecture",
+        kept=(
+            "normalised features of a frozen encoder (objective.target_checkpoint) from a"
+            " masked view"
+        ),
+        left_out=(
+            "sampling of cells by the teacher's attention, the prompting decoder, teachers of"
+            " another architecture"
+        ),
     ),
-}  # fmt: skip
+}
 
-# Rows of Table 1 that this project does not have, and why.
+# Rows of Table 1 that this project does not implement, and why.
 LEFT_OUT = {
     "beit": (
         "its targets are codes of a discrete VAE trained elsewhere; a frozen checkpoint gives"

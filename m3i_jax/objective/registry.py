@@ -1,15 +1,15 @@
-"""Every objective by its name: the rows of `objective_terms`, the named methods of `published`, and
-those that other code registers.
+"""Registry of objectives by name: the rows of Table 1 (`terms`), the methods of `published`, and
+objectives that other code registers.
 
-A loss of a project of its own, without a fork:
+A project adds a loss without a fork, in its configuration file or in a module that the file
+imports:
 
-    class Huber(posteriors.Regression): ...                          # cost(prediction, target,
-    where, given) -> Cost registry.register_form("huber", (terms.token_term(terms.MIXED, 0,
-    posterior=Huber()),))
+    class Huber(posteriors.Regression): ...  # cost(prediction, target, where, given) -> LossSum
 
-in the configuration file, or in a module that it imports. `objective.forms=huber` then trains it
-like any other form. What reads the run later (evaluation, `m3i_jax.load`) imports the same module
-first.
+    registry.register_form("huber", (terms.token_term(terms.MIXED, 0, posterior=Huber()),))
+
+`objective.forms=huber` then trains it like any other form. Code that reads the run later
+(evaluation, `m3i_jax.load`) must import the same module first.
 """
 
 import difflib
@@ -26,22 +26,22 @@ _FORMS: dict[str, Terms] = {
 
 
 def register_form(name: str, terms: Terms) -> Terms:
-    """Make an objective known under a name, for `objective.forms` and everything that lists forms.
+    """Register an objective under a name, for `objective.forms` and all lists of forms.
 
-    Registering the same terms again changes nothing, so a module may be imported twice.
+    Registering the same terms again has no effect, so a module may be imported twice.
 
     Args:
-      name: letters, digits and underscores; of no other objective.
-      terms: at least one; equal names of terms share a log line.
+      name: letters, digits and underscores; not the name of another objective.
+      terms: at least one; terms of equal name share a log line.
 
     Returns:
       The terms.
 
     Raises:
-      ValueError: the name is taken by other terms or cannot be written in a list of forms, or there
-      is no term.
+      ValueError: the name has other terms already or is not an identifier, or there is no term.
 
-    >>> _ = register_form("mim_huge_weight", (terms.token_term(terms.MASKED, 0, weight=9.0),))
+    >>> from m3i_jax.objective.terms import MASKED, token_term
+    >>> _ = register_form("mim_huge_weight", (token_term(MASKED, 0, weight=9.0),))
     >>> form("mim_huge_weight")[0].weight
     9.0
     """
@@ -52,7 +52,7 @@ def register_form(name: str, terms: Terms) -> Terms:
         or not terms
         or not all(isinstance(term, Term) for term in terms)
     ):
-        raise ValueError(f"form {name!r}: give a tuple of at least one methods.Term, not {terms!r}")
+        raise ValueError(f"form {name!r}: give a tuple of at least one Term, not {terms!r}")
     if (
         name in objective_terms.LETTERS
         or name in published.LEFT_OUT
@@ -66,7 +66,7 @@ def form(name: str) -> Terms:
     """The terms of an objective by its name, or by its letter in the paper's Table 3.
 
     Raises:
-      ValueError: nothing has that name; with the reason, or the nearest name.
+      ValueError: an unknown name; the message has the reason or the closest name.
 
     >>> form("k") == form("sim")
     True

@@ -1,16 +1,17 @@
-"""Gaussian-type posteriors that are not squared error: public methods that predict the target
-itself but measure the distance otherwise.
+"""Regression losses of public methods, with another distance than squared error: smooth L1 and
+cosine.
 
-`losses.gaussian` is M3I's own. All return `(sum, count)`, two float32 scalars, and treat the target
-as a constant; rows of weight 0 may hold anything, NaN included. `[B, N, D]` with weights `[B, N]`
-gives the same numbers as `[B * N, D]` with weights `[B * N]`."""
+M3I's is `losses.gaussian`. All return `(sum, count)`, two float32 scalars, and treat the target as
+a constant. Rows of weight 0 are ignored, even if NaN. `[B, N, D]` with weights `[B, N]` gives the
+same numbers as `[B * N, D]` with weights `[B * N]`.
+"""
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from m3i_jax.objective.numerics import (
-    check_same_shape,
+    assert_equal_shape,
     float32,
     l2_normalize,
     weighted_sum,
@@ -31,10 +32,13 @@ def smooth_l1(
     An element at distance d costs `d^2 / (2 beta)` where |d| < beta and `|d| - beta / 2` beyond; a
     row costs the mean of its D elements.
 
-    Args: prediction_TxD: predictions, not normalised. target_TxD: targets of the same shape; both
-      methods `losses.layer_normalize` them. No gradient flows to them. where_T: weight of a row,
-      bool or float >= 0; None counts every row once. beta: distance > 0 at which the square turns
-      into a line, in the units of the target; both methods use 2.
+    Args:
+      prediction_TxD: predictions, not normalised.
+      target_TxD: targets of the same shape; both methods `losses.layer_normalize` them. No gradient
+        flows to them.
+      where_T: weight of a row, bool or float >= 0; None counts every row once.
+      beta: distance > 0 at which the square turns into a line, in the units of the target; both
+        methods use 2.
 
     Returns:
       (sum over rows of weight * cost, sum of weights), float32 scalars. In the units of the target.
@@ -43,8 +47,9 @@ def smooth_l1(
       ValueError: shapes that do not belong together, or beta <= 0.
 
     >>> import jax.numpy as jnp
-    >>> total, count = smooth_l1(jnp.array([[1., 5.], [9., 9.]]), jnp.zeros((2, 2)), jnp.array([True, False]))
-    >>> print(total, count)                                            # (1 / 4 + 5 - 1) / 2
+    >>> p = jnp.array([[1., 5.], [9., 9.]])
+    >>> total, count = smooth_l1(p, jnp.zeros((2, 2)), jnp.array([True, False]))
+    >>> print(total, count)  # (1 / 4 + 5 - 1) / 2
     2.125 1.0
     """
     if not beta > 0:
@@ -72,8 +77,9 @@ def cosine(
       target_TxD: targets of the same shape. No gradient flows to them.
       where_T: weight of a row, bool or float >= 0; None counts every row once.
 
-    Returns: (sum over rows of weight * cost, sum of weights), float32 scalars. A cost lies between
-      0 and 4.
+    Returns:
+      (sum over rows of weight * cost, sum of weights), float32 scalars. A cost lies between 0 and
+      4.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -94,7 +100,7 @@ def _pair(
     prediction_TxD: ArrayLike, target_TxD: ArrayLike, where_T: ArrayLike | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     p_TxD, t_TxD = float32(prediction_TxD), jax.lax.stop_gradient(float32(target_TxD))
-    check_same_shape("prediction", p_TxD.shape, "target", t_TxD.shape)
+    assert_equal_shape([p_TxD, t_TxD], custom_message="prediction and target")
     if p_TxD.ndim < 1:
-        raise ValueError("prediction and target are scalars; give arrays of shape [..., D]")
+        raise ValueError("prediction and target are scalars; pass arrays of shape [..., D]")
     return zero_masked_rows(p_TxD, t_TxD, where_T)

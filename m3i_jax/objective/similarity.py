@@ -1,7 +1,7 @@
 """Similarities of all pairs of two lists and their softmax cross-entropies, as one matrix or in
-chunks that never stand in memory together.
+chunks, one of which is in memory at a time.
 
-B rows of both lists, C of a chunk, E width.
+B rows of both lists, C rows of a chunk, E width.
 """
 
 import functools
@@ -15,17 +15,21 @@ from m3i_jax.objective.numerics import ABSENT, EXACT
 
 
 class Pairs(NamedTuple):
-    """What decides which pairs exist. place: number of a row, [B]. counts: bool [B], rows that take
-    part; None: all. group: [B], rows of equal number and another place are no pair; None: every
-    pair is."""
+    """Rows of one list, from which the existing pairs follow.
 
-    place: jax.Array
+    Attributes:
+      row: index of the row, [B].
+      counts: bool [B], rows that take part; None: all.
+      group: [B], different rows of equal group form no pair; None: all pairs exist.
+    """
+
+    row: jax.Array
     counts: jax.Array | None = None
     group: jax.Array | None = None
 
 
 def similarities(u_BxE: jax.Array, v_CxE: jax.Array, of_B: Pairs, of_C: Pairs) -> jax.Array:
-    """Products [B, C] in float32; ABSENT where there is no pair.
+    """Dot products [B, C] in float32; ABSENT where no pair exists.
 
     >>> row = Pairs(jnp.arange(2), group=jnp.array([5, 5]))
     >>> (similarities(jnp.eye(2), jnp.eye(2), row, row) > ABSENT / 2).tolist()
@@ -36,7 +40,7 @@ def similarities(u_BxE: jax.Array, v_CxE: jax.Array, of_B: Pairs, of_C: Pairs) -
         logits_BxC = jnp.where(of_B.counts[:, None] & of_C.counts[None, :], logits_BxC, ABSENT)
     if of_B.group is not None and of_C.group is not None:
         twin_BxC = (of_B.group[:, None] == of_C.group[None, :]) & (
-            of_B.place[:, None] != of_C.place[None, :]
+            of_B.row[:, None] != of_C.row[None, :]
         )
         logits_BxC = jnp.where(twin_BxC, ABSENT, logits_BxC)
     return logits_BxC
@@ -44,45 +48,46 @@ def similarities(u_BxE: jax.Array, v_CxE: jax.Array, of_B: Pairs, of_C: Pairs) -
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def chunked_cross_entropy(chunk: int, u_BxE: jax.Array, v_BxE: jax.Array, rows: Pairs) -> jax.Array:
-    """Mean of the two cross-entropies of every row over the products `u v'`: its v among all v, and
-    its u among all u.
+    """Mean of two cross-entropies of every row over the products `u v'`: its v among all v, and its
+    u among all u.
 
-    The same numbers as `numerics.softmax_cross_entropy` of the whole matrix and of its transpose.
-    No more than [B, chunk] similarities are in memory at once. With u split over devices by rows,
+    Equal to `numerics.softmax_cross_entropy` of the whole matrix and of its transpose. At most
+    [B, chunk] similarities are in memory at a time. With u split over devices by rows,
     each holds [B / devices, chunk]; v is gathered, and the sums over images are reduced, a chunk at
     a time.
 
     Args:
-      chunk: rows of v at once; the last chunk has what is left.
+      chunk: rows of v per chunk; the last chunk has the remainder.
       u_BxE, v_BxE: float32; both receive gradients.
-      rows: which pairs exist.
+      rows: the rows and their pairs.
 
     Returns:
       float32 [B], nats, never negative.
 
-    >>> print(chunked_cross_entropy(1, jnp.eye(2), jnp.eye(2), Pairs(jnp.arange(2))).round(4))           # log(1 + exp(-1))
+    >>> rows = Pairs(jnp.arange(2))
+    >>> print(chunked_cross_entropy(1, jnp.eye(2), jnp.eye(2), rows).round(4))  # log(1 + exp(-1))
     [0.3133 0.3133]
     """
     return _forward(chunk, u_BxE, v_BxE, rows)[0]
 
 
 def _over_chunks(chunk: int, add: Callable[..., Any], start: Any, rows: Any) -> tuple[Any, Any]:
-    """(result, arrays of all rows) of `add(running, part) -> (running, arrays of the part)` over
-    chunks of rows, then over the rest."""
+    """(result, arrays of all rows) of a scan of `add(running, part) -> (running, arrays of the
+    part)` over chunks of rows, then over the remainder."""
     count = jax.tree.leaves(rows)[0].shape[0]
-    whole = count - count % chunk
-    cut = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), rows)
-    running, made = jax.lax.scan(add, start, cut)
-    made = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), made)
-    if whole == count:
-        return running, made
-    running, last = add(running, jax.tree.map(lambda x: x[whole:], rows))
-    return running, jax.tree.map(lambda *x: jnp.concatenate(x), made, last)
+    full = count - count % chunk
+    cut = jax.tree.map(lambda x: x[:full].reshape(-1, chunk, *x.shape[1:]), rows)
+    running, arrays = jax.lax.scan(add, start, cut)
+    arrays = jax.tree.map(lambda x: x.reshape(full, *x.shape[2:]), arrays)
+    if full == count:
+        return running, arrays
+    running, last = add(running, jax.tree.map(lambda x: x[full:], rows))
+    return running, jax.tree.map(lambda *x: jnp.concatenate(x), arrays, last)
 
 
 def _own(of_B: Pairs, of_C: Pairs) -> jax.Array:
-    """Where in [B, C] a row meets its own partner."""
-    return of_B.place[:, None] == of_C.place[None, :]
+    """Bool [B, C]: the positive pairs."""
+    return of_B.row[:, None] == of_C.row[None, :]
 
 
 def _forward(chunk: int, u_BxE: jax.Array, v_BxE: jax.Array, rows: Pairs) -> tuple[jax.Array, Any]:
@@ -103,13 +108,13 @@ def _forward(chunk: int, u_BxE: jax.Array, v_BxE: jax.Array, rows: Pairs) -> tup
         )
         return (own_B + matched_BxC.sum(1), new_B, sum_B), (own_C, over_images_C)
 
-    start_B = u_BxE[:, 0] * 0  # split over devices as the rows are
+    start_B = u_BxE[:, 0] * 0  # sharded like the rows
     start = start_B, start_B + 2 * ABSENT, start_B
     (own_B, largest_B, sum_B), (of_images_B, over_images_B) = _over_chunks(
         chunk, add, start, (v_BxE, rows)
     )
-    # Both terms are differences of similarities: their rounding is that of the loss, not that of a
-    # similarity.
+    # Both terms are differences of similarities, so their rounding error is relative to the loss
+    # and not to a similarity.
     over_captions_B = jax.nn.softplus((largest_B - own_B) + jnp.log(sum_B))
     kept = u_BxE, v_BxE, rows, (own_B, over_captions_B), (of_images_B, over_images_B)
     return (over_captions_B + over_images_B) / 2, kept
@@ -123,8 +128,8 @@ def _backward(chunk: int, kept: Any, g_B: jax.Array) -> tuple[jax.Array, jax.Arr
         logits_BxC, hit_BxC = similarities(u_BxE, v_CxE, rows, of_C), _own(rows, of_C)
 
         def softmax(own: jax.Array, cost: jax.Array) -> jax.Array:
-            """Probabilities; minus the sum of the others in the place of the own one, which is the
-            gradient there."""
+            """Gradient of the cost by the logits: probabilities, and for the positive pair minus
+            the sum of the other probabilities."""
             return jnp.where(hit_BxC, jnp.expm1(-cost), jnp.exp(logits_BxC - own - cost))
 
         dlogits_BxC = (

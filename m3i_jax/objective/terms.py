@@ -1,13 +1,15 @@
-"""The paper's Table 1 as data. A term is one row of it: what the encoder reads, what is predicted,
-through which head and under which posterior. An objective is a tuple of terms, and one train step
-reads any of them: equal passes are computed once, dense terms of equal shape share one decoder
-call.
+"""The paper's Table 1 as data.
 
-    I(z_x; z_y | t_x, t_y)  >=  H(z_y | t_y)  +  E log P^(z_y | f_psi(z_x, t_x, t_y))          M3I
-                                section 3.1, Eqs. 1 and 2 regularisation   the terms below
+A term is one row: the encoder's input, the target, the prediction head and the posterior. An
+objective is a tuple of terms. One train step runs every objective: equal passes are computed once,
+and dense terms of equal shape share one decoder call.
+
+    I(z_x; z_y | t_x, t_y) >= H(z_y | t_y) + E log P^(z_y | f_psi(z_x, t_x, t_y))
+                              regularization  the terms below       M3I section 3.1, Eqs. 1 and 2
 
 With several inputs and targets the prediction terms add up (section 3.3, Eq. 12). View 0 is the
-input view, view 1 the other one; the paper's table counts them the other way round."""
+input view, view 1 the other view; the paper's table numbers them the other way round.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -26,11 +28,14 @@ from m3i_jax.objective.posteriors import (
 class Pass:
     """One call of the online encoder, z_x = f_theta(t_x(s)).
 
-    view         which of the two views of an image is read
-    masked       only the cells that show the row's own image are read, the others are dropped
-    mask_tokens  of a masked pass: hidden cells become a learned mask token (BEiT, data2vec)
-    mixed        the other cells show the partner image (section 3.4); excludes `masked`
-    blended      the whole image is blended with its partner, by mixup or CutMix; excludes both
+    Attributes:
+      view: index of the view that is read, 0 or 1.
+      masked: only cells that show the row's own image are read; the others are dropped.
+      mask_tokens: with `masked`: hidden cells are replaced by a learned mask token instead of being
+        dropped (BEiT, data2vec).
+      mixed: the other cells show the partner image (section 3.4); excludes `masked`.
+      blended: the whole image is blended with its partner by mixup or CutMix; excludes `masked`
+        and `mixed`.
 
     >>> Pass(mixed=True).mixed
     True
@@ -54,7 +59,7 @@ class Pass:
             raise ValueError("only a masked pass has hidden cells to replace by mask tokens")
 
 
-# targets that a view has; the others are annotations
+# Targets computed from an image; the others are annotations.
 IMAGE_TARGETS = ("pixels", "tokens", "pooled")
 DENSE_TARGETS = ("pixels", "tokens")
 
@@ -63,10 +68,13 @@ DENSE_TARGETS = ("pixels", "tokens")
 class Target:
     """One target representation, z_y = f_phi(t_y(s)).
 
-    of       pixels, tokens (dense features), pooled (one vector), category or text
-    view     which view the target encoder reads; None where the target is not an image
-    encoder  identity, ema, shared (online without gradient), online (with gradient), or frozen
-    blocks   tokens: mean over the normalised outputs of up to this many last blocks (data2vec)
+    Attributes:
+      of: pixels, tokens (dense features), pooled (one vector), category or text.
+      view: index of the view that the target encoder reads; None for annotations.
+      encoder: identity; ema; shared: the online encoder without gradient; online: with gradient, in
+        a pass of its own; frozen: from a checkpoint.
+      blocks: for tokens: mean over the normalised outputs of this many last blocks, or of all if
+        there are fewer (data2vec).
     """
 
     of: str
@@ -81,8 +89,8 @@ class Target:
             )
         if (self.of in IMAGE_TARGETS) != (self.view is not None):
             raise ValueError(
-                f"target of {self.of!r} with view {self.view!r}: images name a view, annotations"
-                " do not"
+                f"target of {self.of!r} with view {self.view!r}: image targets need a view,"
+                " annotations have none"
             )
         if self.encoder not in (
             "identity",
@@ -92,8 +100,8 @@ class Target:
             "frozen",
         ) or self.learned != (self.encoder != "identity"):
             raise ValueError(
-                f"target of {self.of!r} with encoder {self.encoder!r}: tokens and pooled have an"
-                " encoder, the others have none"
+                f"target of {self.of!r} with encoder {self.encoder!r}: only tokens and pooled have"
+                " an encoder"
             )
 
     @property
@@ -103,11 +111,12 @@ class Target:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MlpShape:
-    """Layers of a projector or predictor; how wide they are is `config.model.head`.
+    """Layers of a projector or predictor; `config.model.head` has their widths.
 
-    layers     linear maps
-    norm       after every hidden one: batch or none
-    last_norm  whether the last one has a batch norm without scale and offset too
+    Attributes:
+      layers: number of linear layers.
+      norm: norm after every hidden layer: batch or none.
+      last_norm: batch norm without scale and offset after the last layer.
     """
 
     layers: int
@@ -117,26 +126,29 @@ class MlpShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderHead:
-    """Dense prediction by the decoder: one query a target position, or only where the input is
-    hidden (MAE)."""
+    """Dense prediction by the decoder, with one query per target position, or only per hidden cell
+    of the input (MAE)."""
 
     queries: str = "all"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearHead:
-    """Dense prediction by one linear map of the encoder's tokens at the same cells."""
+    """Dense prediction by one linear layer on the encoder's tokens at the same cells."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProjectionHead:
-    """Prediction in a space of its own: pool, project, predict. The target goes through the same
-    pooling and projector, not the predictor.
+    """Prediction in a projection space: pool, project, predict. The target passes the same pooling
+    and projector, but not the predictor.
 
-    name       under params["heads"]; equal names share parameters, within a row or where the spaces
-    are equal (`uniquify`) pool       mean of the patch tokens, cls, or none: every token by itself
-    match      of dense projections: the target token that a token predicts, by position or by
-    likeness of the encoder's features (DenseCL)"""
+    Attributes:
+      name: key in params["heads"]; equal names share parameters, within a row or where the spaces
+        are equal (`uniquify`).
+      pool: mean of the patch tokens, cls, or none: every token is projected.
+      match: for dense projections: the target token that a token predicts, by position or by
+        likeness of the encoder's features (DenseCL).
+    """
 
     name: str = "global"
     pool: str = "mean"
@@ -147,7 +159,7 @@ class ProjectionHead:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PooledHead:
-    """Prediction of an annotation from the pooled tokens of its image; `everything`: from all
+    """Prediction of an annotation from the pooled tokens of its image; with `everything`, from all
     tokens of a mixed input."""
 
     everything: bool = False
@@ -160,12 +172,14 @@ Head = DecoderHead | LinearHead | ProjectionHead | PooledHead
 class Term:
     """-log P^(z_y | f_psi(z_x, t_x, t_y)) for one target.
 
-    name       of the loss in the log, loss/<name>; terms of one name are averaged there
-    posterior  its normal form, a value of families.py
-    head       f_psi
-    image      which image of a mixed pass: own (i) or partner (j)
-    hidden     count only target positions that the pass does not show
-    group      ssp or sp: the two groups that lambda balances (Eq. 13)
+    Attributes:
+      name: name of the loss in the log, loss/<name>; terms of equal name are averaged there.
+      reads: the encoder pass, z_x.
+      posterior: P^, a value of `posteriors`.
+      head: f_psi.
+      image: image of a mixed pass: own (i) or partner (j).
+      hidden: count only target positions that are hidden in the pass.
+      group: ssp or sp, the two groups that lambda balances (Eq. 13).
     """
 
     name: str
@@ -185,22 +199,22 @@ class Term:
             raise ValueError(f"term {self.name}: only a mixed or blended pass shows a partner")
         if self.reads.blended and self.head != PooledHead(everything=True):
             raise ValueError(
-                f"term {self.name}: a blended image has no cells of its own; predict from all of"
-                " them"
+                f"term {self.name}: a blended input has no cells of one image; use"
+                " PooledHead(everything=True)"
             )
         if self.target.encoder == "online" and not self.posterior.grad_through_target:
             raise ValueError(
-                f"term {self.name}: {type(self.posterior).__name__} takes its target as a constant;"
-                " use a shared target"
+                f"term {self.name}: {type(self.posterior).__name__} treats its target as a"
+                " constant; use a shared target"
             )
-        wanted = (
+        heads = (
             (DecoderHead, LinearHead, ProjectionHead)
             if self.target.of in DENSE_TARGETS
             else ProjectionHead
             if self.target.of == "pooled"
             else PooledHead
         )
-        if not isinstance(self.head, wanted):
+        if not isinstance(self.head, heads):
             raise ValueError(
                 f"term {self.name}: a target of {self.target.of} cannot be predicted by"
                 f" {type(self.head).__name__}"
@@ -208,8 +222,7 @@ class Term:
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        """Online passes that the term needs: its input, and its target where that has a
-        gradient."""
+        """Online passes of the term: its input, and its target if that has a gradient."""
         if self.target.encoder != "online":
             return (self.reads,)
         assert self.target.view is not None
@@ -220,15 +233,15 @@ Terms = tuple[Term, ...]
 
 FULL, MASKED, MIXED, BLENDED = Pass(), Pass(masked=True), Pass(mixed=True), Pass(blended=True)
 CATEGORY, TEXT = Target(of="category"), Target(of="text")
-# The paper names no head for global targets; MoCo v3 is the closest public one.
+# The paper specifies no head for global targets; MoCo v3's is the closest public one.
 MOCO = ProjectionHead(
     projector=MlpShape(layers=3, last_norm=True), predictor=MlpShape(layers=2, last_norm=True)
 )
 
 
 def pixel_term(reads: Pass, view: int, **more: Any) -> Term:
-    """Predict the pixels of a view; those that the input shows are not counted where they could be
-    copied."""
+    """Predict the pixels of a view. Positions that a masked input of the same view shows do not
+    count: they could be copied."""
     copied = reads.masked and view == reads.view
     defaults = {"posterior": Gaussian(), "head": DecoderHead(), "hidden": copied}
     return Term(
@@ -245,7 +258,7 @@ def pixel_term(reads: Pass, view: int, **more: Any) -> Term:
 def token_term(
     reads: Pass, view: int, *, encoder: str = "ema", blocks: int = 1, **more: Any
 ) -> Term:
-    """Predict dense features of a view."""
+    """Predict the dense features of a view."""
     target = Target(of="tokens", view=view, encoder=encoder, blocks=blocks)
     defaults = {
         "name": "intra" if view == reads.view else "inter",
@@ -256,7 +269,7 @@ def token_term(
 
 
 def pooled_term(reads: Pass, view: int, *, encoder: str = "ema", **more: Any) -> Term:
-    """Predict one vector of a view."""
+    """Predict the pooled feature of a view."""
     target = Target(of="pooled", view=view, encoder=encoder)
     return Term(
         **{
@@ -271,27 +284,18 @@ def pooled_term(reads: Pass, view: int, *, encoder: str = "ema", **more: Any) ->
 
 
 def category_term(reads: Pass, image: str = "own") -> Term:
-    return Term(
-        name="category",
-        reads=reads,
-        target=CATEGORY,
-        posterior=CategorySoftmax(),
-        head=PooledHead(),
-        image=image,
-        group="sp",
-    )
+    """Predict the category of an image."""
+    return _annotation_term(CATEGORY, CategorySoftmax(), reads, image)
 
 
 def text_term(reads: Pass, image: str = "own") -> Term:
-    return Term(
-        name="text",
-        reads=reads,
-        target=TEXT,
-        posterior=TextSoftmax(),
-        head=PooledHead(),
-        image=image,
-        group="sp",
-    )
+    """Predict the caption of an image."""
+    return _annotation_term(TEXT, TextSoftmax(), reads, image)
+
+
+def _annotation_term(target: Target, posterior: Posterior, reads: Pass, image: str) -> Term:
+    options: dict[str, Any] = {"head": PooledHead(), "image": image, "group": "sp"}
+    return Term(name=target.of, reads=reads, target=target, posterior=posterior, **options)
 
 
 FORMS: dict[str, Terms] = {
@@ -318,8 +322,8 @@ FORMS: dict[str, Terms] = {
             for make in (category_term, text_term)
         ),
     ),
-    # Both roles from one masked input, each with half the weight: in expectation what drawing the
-    # role of every image would give.
+    # Both roles from one masked input, each with half the weight: in expectation equal to drawing
+    # the role of every image.
     "m3i_unmixed": (
         token_term(MASKED, 0),
         token_term(MASKED, 1),
@@ -327,9 +331,8 @@ FORMS: dict[str, Terms] = {
         text_term(MASKED),
     ),
 }
-# What is trained after pre-training. The target of a blend is the blend of both targets, and the
-# cross-entropy is linear in its target: so each image has a term, weighed by its share of the
-# input.
+# Objectives after pre-training. The target of a blended image is the blend of both targets, and
+# cross-entropy is linear in its target: each image has a term, weighted by its share of the input.
 TRANSFER: dict[str, Terms] = {
     "finetune": tuple(
         dataclasses.replace(
@@ -338,7 +341,7 @@ TRANSFER: dict[str, Terms] = {
         for image in ("own", "partner")
     ),
 }
-# Letters of the paper's Table 3, and its two names of the annotated rows.
+# Letters of the paper's Table 3, and its two abbreviations of the annotated rows.
 LETTERS = dict(zip("abcdefghijkl", FORMS, strict=False)) | {
     "ic": "supervised",
     "wsp": "weakly_supervised",
@@ -346,15 +349,15 @@ LETTERS = dict(zip("abcdefghijkl", FORMS, strict=False)) | {
 
 
 def uniquify(rows: Mapping[str, Terms]) -> list[Terms]:
-    """Rows that train together, so that none takes over another's space or log line by chance of
-    its name.
+    """Rows renamed so that rows trained together share projection spaces and log names only where
+    these are equal.
 
-    A space that differs from those that earlier rows call the same has a projector of its own:
-    `_<row>` is added to its name. A term gets a name of its own if its posterior or its space is
-    another than that of the earlier terms of its name, since their losses have no mean.
+    A space that differs from an earlier row's space of the same name gets a projector of its own:
+    `_<row>` is appended to its name. A term is renamed in the same way if its posterior or its
+    space differs from that of earlier terms of its name, because their losses cannot be averaged.
 
     Args:
-      rows: {name of a row: its terms}, in order; the first keeps all of its names.
+      rows: {name of a row: its terms}, in order; the first row keeps all of its names.
 
     >>> first, second = uniquify({"dense_instance": FORMS["dense_instance"], "sim": FORMS["sim"]})
     >>> first[0].name, second[0].name
@@ -365,16 +368,13 @@ def uniquify(rows: Mapping[str, Terms]) -> list[Terms]:
     out = []
     for row, terms in rows.items():
         more = _suffixes(row, spaces, {(space.name, space) for t in terms if (space := _space(t))})
-        heads = [
-            (
-                dataclasses.replace(space, name=space.name + more[space.name])
-                if (space := _space(t))
-                else t.head
-            )
-            for t in terms
-        ]
         terms = tuple(
-            dataclasses.replace(t, head=head) for t, head in zip(terms, heads, strict=True)
+            dataclasses.replace(
+                t, head=dataclasses.replace(space, name=space.name + more[space.name])
+            )
+            if (space := _space(t))
+            else t
+            for t in terms
         )
         more = _suffixes(row, names, {(t.name, (t.posterior, _space(t))) for t in terms})
         out.append(tuple(dataclasses.replace(t, name=t.name + more[t.name]) for t in terms))
@@ -388,23 +388,22 @@ def _space(term: Term) -> ProjectionHead | None:
 def _suffixes(
     row: str, given: dict[str, dict[Any, str]], kinds: set[tuple[str, Any]]
 ) -> dict[str, str]:
-    """{name: what is added to it in this row}; what one row calls the same is one thing, of several
-    parts perhaps."""
-    out = {}
+    """{name: suffix in this row}. All kinds that a row has under one name count as one set."""
+    suffixes = {}
     for name in {name for name, _ in kinds}:
-        mine = given.setdefault(name, {})
-        out[name] = mine.setdefault(
-            frozenset(kind for other, kind in kinds if other == name), f"_{row}" if mine else ""
-        )
-    return out
+        known = given.setdefault(name, {})
+        same_name = frozenset(kind for other, kind in kinds if other == name)
+        suffixes[name] = known.setdefault(same_name, f"_{row}" if known else "")
+    return suffixes
 
 
 def merge(*rows: Terms, annotation_input: str = "shared") -> Terms:
-    """Several rows as one objective. Equal terms stand in it once.
+    """Several rows as one objective, without duplicate terms.
 
-    Args: rows: objectives. annotation_input: shared: annotations of a row that has nothing else are
-      predicted from the input of the first self-supervised row; own: from whole views, as the row
-      says.
+    Args:
+      rows: objectives.
+      annotation_input: shared: a row of annotations only predicts them from the input of the first
+        self-supervised row; own: from unmasked views, as the row defines.
 
     >>> both = merge(FORMS["sim"], FORMS["supervised"])
     >>> [t.name for t in both], len({t.reads for t in both})
@@ -426,11 +425,10 @@ def merge(*rows: Terms, annotation_input: str = "shared") -> Terms:
 
 
 def drop_unavailable(terms: Terms, *, categories: bool, captions: bool) -> Terms:
-    """The terms that the data can feed: an annotation term drops out where the source has no such
-    annotation.
+    """The terms without those whose annotation the data source does not have.
 
     Raises:
-      ValueError: if nothing is left to predict.
+      ValueError: no term is left.
 
     >>> [t.name for t in drop_unavailable(FORMS["m3i"], categories=True, captions=False)]
     ['intra', 'inter', 'category', 'category']
@@ -438,7 +436,7 @@ def drop_unavailable(terms: Terms, *, categories: bool, captions: bool) -> Terms
     present = {"category": categories, "text": captions}
     left = tuple(t for t in terms if present.get(t.target.of, True))
     if not left:
-        raise ValueError("it predicts only what this data does not have")
+        raise ValueError("it predicts only annotations that this data does not have")
     return left
 
 
@@ -451,12 +449,14 @@ def with_options(
     target_encoder: str = "method",
     second_group: tuple[str, ...] = ("category", "text"),
 ) -> Terms:
-    """The same objective with another choice where the paper leaves one.
+    """The objective with other choices where the paper leaves them open.
 
-    Args: terms: the objective. intra_positions: hidden: dense features of the input's own view
-      count only where the input does not show them. soft_label: joint: both categories of a mixed
-      input are predicted from all its tokens. symmetric: add every self-supervised term with its
-      two views exchanged. target_encoder: ema, shared or frozen instead of what the terms say.
+    Args:
+      terms: the objective.
+      intra_positions: hidden: dense targets of the input's own view count only at hidden cells.
+      soft_label: joint: both categories of a mixed input are predicted from all of its tokens.
+      symmetric: add every self-supervised term with its two views exchanged.
+      target_encoder: ema, shared or frozen instead of the terms' own; method keeps theirs.
       second_group: names of the terms that lambda scales.
 
     >>> [t.hidden for t in with_options(FORMS["m3i"], intra_positions="hidden")][:2]

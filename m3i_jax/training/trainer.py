@@ -13,7 +13,7 @@ from jax.extend import core
 from m3i_jax import parallel, schema
 from m3i_jax.errors import DoesNotFit, UserError
 from m3i_jax.models import m3i
-from m3i_jax.setting_limits import INT32
+from m3i_jax.schema.limits import INT32
 from m3i_jax.training import init_from, optimizer, panel, run_weights, scaling, step
 from m3i_jax.training.plan import Plan, build_plan
 from m3i_jax.training.state import State, create

@@ -1,2 +1,3 @@
-"""Benchmarks: counts, and ratios within one run. Each is one command, `python -m tests.bench.NAME`;
-none asserts a wall time."""
+"""Benchmarks of counts and of ratios within one run. Each is one command, `python -m
+tests.bench.NAME`; none asserts a wall time.
+"""

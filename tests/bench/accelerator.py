@@ -1,18 +1,19 @@
-"""What an accelerator makes of the step of ViT-B/16: its share of the peak, the same step in
-PyTorch on the same card, memory, attention.
+"""The train step of ViT-B/16 on an accelerator: MFU, the same step in PyTorch on the same card,
+memory and attention.
 
-    bash launch/bench.sh --gpu                                     # all of it, as one table
-    python -m tests.bench.accelerator --batches 128,256,384        # with every batch that is tried
-    python -m tests.bench.accelerator --set model.remat=full       # our step with other settings
-    python -m tests.bench.accelerator --toy                        # on any machine: whether it runs
+    bash launch/bench.sh --gpu                               # everything, as one table
+    python -m tests.bench.accelerator --batches 128,256,384  # every batch to try
+    python -m tests.bench.accelerator --set model.remat=full # the JAX step with other settings
+    python -m tests.bench.accelerator --toy                  # a functional check on any machine
 
 bfloat16 products, float32 parameters, synthetic images, categories, no colour augmentation (the
-PyTorch side has none). Batches grow until one does not fit or two in a row gain nothing; every
-attempt is a process of its own, so that its peak of memory is its own. PyTorch:
-tests/bench/m3i_torch.py with torch.compile, fused attention and fused AdamW, at the best of the
-same batches; the loss of the first step must agree. MFU is model FLOPs over the dense peak of the
-chip (M3I_PEAK_TFLOPS where it is not known), the predicted peak of memory is the compiler's.
-Attention: forward and all gradients of the variants that run here."""
+PyTorch side has none). Batches grow until one does not fit or two in a row are no faster. Every
+attempt is a process of its own, so that its peak memory is measured alone. PyTorch:
+tests/bench/m3i_torch.py with torch.compile, fused attention and fused AdamW, at its best batch of
+the same list; the losses of the first step must agree. MFU is model FLOPs over the dense peak of
+the chip (M3I_PEAK_TFLOPS if the chip is unknown). The predicted peak memory is the compiler's.
+Attention: forward and all gradients of the variants that run on the device.
+"""
 
 import argparse
 import ast
@@ -34,23 +35,23 @@ from tests.bench import torch_peer
 from tests.bench.figures import Figure
 
 BATCHES, TOY_BATCHES = (64, 128, 192, 256, 384, 512, 768), (4, 8)
-TOKENS, HEADS = (196, 294), ((12, 64), (16, 48))  # of encoder and decoder, width 768
-AGREE = 2e-2  # of the first loss, in bfloat16
+TOKENS, HEADS = (196, 294), ((12, 64), (16, 48))  # encoder and decoder of width 768
+AGREE = 2e-2  # relative, of the first loss in bfloat16
 GOAL, MEMORY = 0.45, 1.05
 
 
 def settings(batch: int, toy: bool, changes: list[str]) -> Any:
     from m3i_jax import config as configuration
 
-    made = torch_peer.settings("toy" if toy else "b16", batch=batch, dtype="bfloat16")
+    settings_ = torch_peer.settings("toy" if toy else "b16", batch=batch, dtype="bfloat16")
     if toy:
         changes = [f"train.batch_size={batch}", *changes]
     if not changes:
-        return made
+        return settings_
     config = configuration.default_config()
     text = dict(
         line.split(" = ", 1)
-        for line in configuration.config_to_text(made).splitlines()
+        for line in configuration.config_to_text(settings_).splitlines()
         if " = " in line
     )
     configuration.apply_overrides(
@@ -60,13 +61,13 @@ def settings(batch: int, toy: bool, changes: list[str]) -> Any:
 
 
 def _plain(text: str) -> str:
-    """A value of the text of a configuration as the command line takes it."""
+    """A value of `config_to_text` in the syntax of the command line."""
     value = ast.literal_eval(text)
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def timed(step: Callable[[], Any], finish: Callable[[Any], Any], steps: int) -> float:
-    """Seconds a step, of several sent one behind the other."""
+    """Seconds per step of several steps that are dispatched without waiting."""
     for _ in range(3):
         finish(step())
     start = time.perf_counter()
@@ -79,7 +80,7 @@ def timed(step: Callable[[], Any], finish: Callable[[Any], Any], steps: int) -> 
 def ours(
     batch: int, folder: pathlib.Path, toy: bool, changes: list[str], steps: int
 ) -> dict[str, Any]:
-    """Speed and memory of our step at one batch; leaves what the PyTorch side starts from."""
+    """Speed and memory of the JAX step at one batch; writes the start of the PyTorch side."""
     import jax
 
     from m3i_jax import parallel
@@ -87,7 +88,7 @@ def ours(
     from m3i_jax.profiling import hardware
     from m3i_jax.training.trainer import Trainer, abstract_batch
 
-    # the step is compiled ahead for its memory, and then found there
+    # Compiled ahead of time for its memory statistics; the call then reuses the program.
     monitoring.enable_compilation_cache(folder)
     config, device = settings(batch, toy, changes), jax.devices()[0]
     trainer = Trainer(config, parallel.make_mesh((1, 1, 1), [device]), 0)
@@ -107,11 +108,11 @@ def ours(
 
     seconds = timed(step, jax.block_until_ready, steps)
     stats = device.memory_stats() or {}
-    found = hardware.find_chip(device.device_kind, 1)
+    chip = hardware.find_chip(device.device_kind, 1)
     peak = float(os.environ.get("M3I_PEAK_TFLOPS", 0)) * 1e12 or (
-        found.flops * found.chips if found else 0.0
+        chip.flops * chip.chips if chip else 0.0
     )
-    whole = (
+    all_buffers = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         + memory.temp_size_in_bytes
@@ -122,7 +123,7 @@ def ours(
         "loss": first[0],
         "rate": batch / seconds,
         "mfu": monitoring.model_flops(trainer) / seconds / peak if peak else None,
-        "predicted": getattr(memory, "peak_memory_in_bytes", 0) or whole,
+        "predicted": getattr(memory, "peak_memory_in_bytes", 0) or all_buffers,
         "measured": stats.get("peak_bytes_in_use"),
     }
 
@@ -167,7 +168,7 @@ def attention(toy: bool, steps: int) -> list[tuple[str, str, float]]:
     from m3i_jax.models import attention
 
     def public(kind: str) -> Callable[..., Any]:
-        turn = lambda x: x.swapaxes(1, 2)  # noqa: E731 (theirs is [B, T, H, E])
+        turn = lambda x: x.swapaxes(1, 2)  # noqa: E731 (JAX uses [B, T, H, E])
         return lambda q, k, v: turn(
             jax.nn.dot_product_attention(turn(q), turn(k), turn(v), implementation=kind)
         )  # type: ignore[arg-type]
@@ -192,9 +193,11 @@ def attention(toy: bool, steps: int) -> list[tuple[str, str, float]]:
 
 
 def child(*arguments: str) -> Any:
-    """The answer of a process of this module; None if it ran out of memory."""
+    """The output of a process of this module; None if it ran out of memory."""
     command = [sys.executable, "-m", "tests.bench.accelerator", *arguments]
-    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} | os.environ  # the card is its own
+    environment = {
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"
+    } | os.environ  # it has the card to itself
     done = subprocess.run(
         command,
         text=True,
@@ -208,29 +211,29 @@ def child(*arguments: str) -> Any:
         sign in done.stderr for sign in ("RESOURCE_EXHAUSTED", "OutOfMemoryError", "out of memory")
     ):
         return None
-    raise RuntimeError((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
+    raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1])
 
 
 def best(
     side: str, batches: tuple[int, ...], folder: str, more: list[str], log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The fastest batch of a side, with its first loss by batch."""
+    """The fastest batch of a side, with the first loss of every batch."""
     top: dict[str, Any] = {"rate": 0.0, "losses": {}}
     behind = 0
     for batch in batches:
-        place = pathlib.Path(folder) / str(batch)
-        place.mkdir(exist_ok=True)
-        if side == "torch" and not (place / "start.npz").is_file():
+        path = pathlib.Path(folder) / str(batch)
+        path.mkdir(exist_ok=True)
+        if side == "torch" and not (path / "start.npz").is_file():
             break
-        seen = child("--side", side, "--batch", str(batch), "--folder", str(place), *more)
-        if seen is None:
+        result = child("--side", side, "--batch", str(batch), "--folder", str(path), *more)
+        if result is None:
             log(f"{side}, {batch}: out of memory")
             break
-        log(f"{side}, {batch}: {json.dumps(seen)}")
-        losses = top["losses"] | {batch: seen["loss"]}
-        behind = 0 if seen["rate"] > 1.01 * top["rate"] else behind + 1
-        if seen["rate"] > top["rate"]:
-            top = {**seen, "batch": batch}
+        log(f"{side}, {batch}: {json.dumps(result)}")
+        losses = top["losses"] | {batch: result["loss"]}
+        behind = 0 if result["rate"] > 1.01 * top["rate"] else behind + 1
+        if result["rate"] > top["rate"]:
+            top = {**result, "batch": batch}
         top["losses"] = losses
         if behind == 2:
             break
@@ -248,24 +251,26 @@ def figures(
     batches = batches or (TOY_BATCHES if quick else BATCHES)
     toy = [*(["--toy"] if quick else []), *(f"--set={change}" for change in changes)]
     with tempfile.TemporaryDirectory() as folder:
-        mine = best("jax", batches, folder, toy, log)
-        where = f"{'toy' if quick else 'ViT-B/16'}, {mine['device']}, {mine['batch']} images"
-        rate = f"{mine['rate']:,.1f} mixed views a second"
+        jax_side = best("jax", batches, folder, toy, log)
+        where = (
+            f"{'toy' if quick else 'ViT-B/16'}, {jax_side['device']}, {jax_side['batch']} images"
+        )
+        rate = f"{jax_side['rate']:,.1f} mixed views a second"
         no_peak = "the peak of this device is not known: set M3I_PEAK_TFLOPS"
         out = [
             Figure(
                 f"MFU of the step, {where}",
-                mine["mfu"],
+                jax_side["mfu"],
                 GOAL,
                 most=False,
-                note=rate if mine["mfu"] else f"{no_peak}; {rate}",
+                note=rate if jax_side["mfu"] else f"{no_peak}; {rate}",
             )
         ]
-        off = mine["measured"] / mine["predicted"] if mine["measured"] else None
+        off = jax_side["measured"] / jax_side["predicted"] if jax_side["measured"] else None
         note = (
             "this device does not count its memory"
             if off is None
-            else f"{text_table.format_bytes(mine['measured'])}, ratio {off:.3f}"
+            else f"{text_table.format_bytes(jax_side['measured'])}, ratio {off:.3f}"
         )
         out.append(
             Figure(
@@ -289,22 +294,23 @@ def figures(
                 )
             )
         else:
-            told = (
+            note = (
                 f"{other['rate']:,.1f} a second at {other['batch']},"
                 f" {'torch.compile' if other['compiled'] else 'not compiled'}"
             )
             out.append(
                 Figure(
                     f"speed over PyTorch on the same device, {where}",
-                    mine["rate"] / other["rate"],
+                    jax_side["rate"] / other["rate"],
                     1.0,
                     most=False,
-                    note=told,
+                    note=note,
                 )
             )
-            both = mine["losses"].keys() & other["losses"].keys()
+            both = jax_side["losses"].keys() & other["losses"].keys()
             apart = max(
-                abs(mine["losses"][b] - other["losses"][b]) / abs(other["losses"][b]) for b in both
+                abs(jax_side["losses"][b] - other["losses"][b]) / abs(other["losses"][b])
+                for b in both
             )
             out.append(
                 Figure(
@@ -312,21 +318,19 @@ def figures(
                 )
             )
     times = child("--side", "attention", *toy)
-    least = {where: min(ms for place, _, ms in times if place == where) for where, _, _ in times}
+    least = {where: min(ms for case, _, ms in times if case == where) for where, _, _ in times}
     out += [
-        Figure(
-            f"attention, {place}: {name} over the fastest", ms / least[place], note=f"{ms:.3f} ms"
-        )
-        for place, name, ms in times
+        Figure(f"attention, {case}: {name} over the fastest", ms / least[case], note=f"{ms:.3f} ms")
+        for case, name, ms in times
     ]
     return out
 
 
 def main() -> None:
     flags = argparse.ArgumentParser()
-    flags.add_argument("--batches", default="", help="images a step to try, in this order")
+    flags.add_argument("--batches", default="", help="batch sizes to try, in this order")
     flags.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of our step"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the JAX step"
     )
     flags.add_argument("--toy", action="store_true")
     for name in ("side", "folder"):
@@ -342,12 +346,12 @@ def main() -> None:
         print(json.dumps(attention(given.toy, steps)))
     else:
         batches = tuple(int(size) for size in given.batches.split(",") if size)
-        found = figures(
+        rows = figures(
             given.toy, batches, tuple(given.set), log=lambda line: print(line, flush=True)
         )
         print(
             text_table.text_table(
-                [figure.cells for figure in found], ("figure", "measured", "target", "", "note")
+                [figure.cells for figure in rows], ("figure", "measured", "target", "", "note")
             )
         )
 

@@ -1,18 +1,19 @@
-"""What a checkpoint costs, beside what it is made of: copying, writing and reading the same bytes,
-in turns on the same disk.
+"""The cost of a checkpoint relative to its parts: copying, writing and reading the same bytes, in
+turns on the same disk.
 
     python -m tests.bench.checkpoint                   # 600 MB
     python -m tests.bench.checkpoint --megabytes 64 --runs 3 --place /mnt/disk
 
-blocked: how long `save` keeps the loop, over a copy of the state from memory to memory that is
-there already. total: until the checkpoint is on the disk under its name, digests included, over
-writing the bytes to one file and fsync. restore: reading it back into arrays, digests
-checked, over reading that file. digests: digesting the files and taking the fingerprints of the
-arrays, each of them alone, over total, by the clock and by the processors' time of both; that a
-save digests while the disk writes is not counted in its favour. The numbers are
-random: nothing compresses. The least of several runs, taken in turns; on a CPU the state is in the
-host's memory already, on an accelerator `save` also has to bring it there, and fingerprints are the
-accelerator's work."""
+- blocked: time for which `save` blocks the loop, over a copy of the state within memory. - total:
+time until the checkpoint has its final name, digests included, over writing the bytes to one file
+with fsync. - restore: reading it into arrays with checked digests, over reading that file. -
+digests: digesting the files, and computing the fingerprints of the arrays, each alone, over total;
+by the clock and by processor time. The overlap of digests with writing is not deducted.
+
+The values are random, so nothing compresses. Each number is the least of several runs taken in
+turns. On a CPU the state is in host memory already; on an accelerator `save` also copies it there,
+and the accelerator computes the fingerprints.
+"""
 
 import argparse
 import os
@@ -31,12 +32,12 @@ from m3i_jax.training import array_checksums, file_checksums
 from m3i_jax.training.checkpoint import Checkpoints
 from tests.bench.figures import Figure
 
-PIECE = 2**20  # bytes written at once
+PIECE = 2**20  # bytes per write
 INTERVAL = 600.0  # seconds between saves: 1,000 steps (train.save_every) of 0.6 s
 
 
 def state_of(megabytes: int) -> dict[str, jax.Array]:
-    """Arrays of the sizes of a ViT's: a few large, many small."""
+    """Arrays as in a ViT: a few large and many small ones."""
     rng = np.random.default_rng(0)
     large = max(1, megabytes // 24)
     tree = {f"blocks_{i}": rng.normal(size=(12, 2**19)).astype(np.float32) for i in range(large)}
@@ -51,30 +52,30 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def costs(run: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds by the clock, and of processors."""
+    """(seconds by the clock, seconds of processor time)."""
     before = time.process_time()
     return seconds(run), time.process_time() - before
 
 
-def write(place: pathlib.Path, arrays: list[np.ndarray]) -> None:
-    """In pieces: of a write of many megabytes Linux makes large pages, for which it may look four
-    times as long as the write takes."""
-    with open(place, "wb", buffering=0) as file:
+def write(path: pathlib.Path, arrays: list[np.ndarray]) -> None:
+    """Write in pieces: for writes of many megabytes Linux allocates large pages, which can take
+    four times as long as the write."""
+    with open(path, "wb", buffering=0) as file:
         for array in arrays:
-            whole = memoryview(array).cast("B")
-            for start in range(0, len(whole), PIECE):
-                file.write(whole[start : start + PIECE])
+            data = memoryview(array).cast("B")
+            for start in range(0, len(data), PIECE):
+                file.write(data[start : start + PIECE])
         os.fsync(file.fileno())
 
 
-def read(place: pathlib.Path, arrays: list[np.ndarray]) -> None:
-    with open(place, "rb", buffering=0) as file:
+def read(path: pathlib.Path, arrays: list[np.ndarray]) -> None:
+    with open(path, "rb", buffering=0) as file:
         for array in arrays:
             file.readinto(memoryview(array).cast("B"))
 
 
 def measure(megabytes: int, runs: int, place: str | None) -> dict[str, float]:
-    """Least seconds of everything, and the bytes of the state."""
+    """The least seconds of every part, and the bytes of the state."""
     state = state_of(megabytes)
     host = [np.ascontiguousarray(x) for x in state.values()]
     there = [x.copy() for x in host]
@@ -87,7 +88,7 @@ def measure(megabytes: int, runs: int, place: str | None) -> dict[str, float]:
         least[name] = min(least.get(name, value), value)
 
     folder = pathlib.Path(tempfile.mkdtemp(dir=place))
-    # removing one of before is no part of a save: it comes after the name
+    # Removal of the previous checkpoint is not part of a save: it follows the rename.
     checkpoints = Checkpoints(folder / "checkpoints", runs + 2)
     try:
         for turn in range(1, runs + 2):
@@ -126,15 +127,26 @@ def measure(megabytes: int, runs: int, place: str | None) -> dict[str, float]:
                 (np.asarray(back[name]) == value).all()
                 for name, value in zip(state, host, strict=True)
             ):
-                raise RuntimeError("what was read is not what was saved")
+                raise RuntimeError("the restored arrays differ from the saved ones")
             del back
-            # as many pages of memory are in use in each turn
+            # every turn uses the same number of memory pages
             shutil.rmtree(folder / "checkpoints" / str(turn - 1), ignore_errors=True)
-            if turn > 1:  # the first makes what all use
-                for name, value in {"copy": copied, "raw": raw, "read": loaded, "blocked": blocked, "total": total, "restore": restored,
-                                    "step": plain, "step after": after, "digests": digested[0], "fingerprints": printed[0],
-                                    "total, processors": processors, "digests, processors": digested[1],
-                                    "fingerprints, processors": printed[1]}.items():  # fmt: skip
+            if turn > 1:  # the first turn warms up
+                for name, value in {
+                    "copy": copied,
+                    "raw": raw,
+                    "read": loaded,
+                    "blocked": blocked,
+                    "total": total,
+                    "restore": restored,
+                    "step": plain,
+                    "step after": after,
+                    "digests": digested[0],
+                    "fingerprints": printed[0],
+                    "total, processors": processors,
+                    "digests, processors": digested[1],
+                    "fingerprints, processors": printed[1],
+                }.items():
                     keep(name, value)
     finally:
         checkpoints.close()
@@ -150,14 +162,35 @@ def figures(quick: bool) -> list[Figure]:
     s = measure(16 if quick else 600, 2 if quick else 5, None)
     size = f"checkpoint of {s['bytes'] / 1e6:,.0f} MB"
     return [
-        Figure(f"{size}: loop blocked over a memory copy", s["blocked"] / s["copy"], 0.1, note=f"{1e3 * s['blocked']:.1f} ms"),
-        Figure(f"{size}: loop blocked over a save interval of {INTERVAL:.0f} s", s["blocked"] / INTERVAL, 0.01),
-        Figure(f"{size}: total over raw write and fsync", s["total"] / s["raw"], 1.5, note=f"{s['total']:.2f} s, digests included"),
-        *(Figure(f"{size}: {what} over total, by {how}", share(s, end, what), 0.1)
-          for how, end in (("clock", ""), ("processors", ", processors")) for what in ("digests", "digests and fingerprints")),
-        Figure(f"{size}: restore over raw read", s["restore"] / s["read"], note=f"{s['restore']:.2f} s, digests checked"),
+        Figure(
+            f"{size}: loop blocked over a memory copy",
+            s["blocked"] / s["copy"],
+            0.1,
+            note=f"{1e3 * s['blocked']:.1f} ms",
+        ),
+        Figure(
+            f"{size}: loop blocked over a save interval of {INTERVAL:.0f} s",
+            s["blocked"] / INTERVAL,
+            0.01,
+        ),
+        Figure(
+            f"{size}: total over raw write and fsync",
+            s["total"] / s["raw"],
+            1.5,
+            note=f"{s['total']:.2f} s, digests included",
+        ),
+        *(
+            Figure(f"{size}: {what} over total, by {how}", share(s, end, what), 0.1)
+            for how, end in (("clock", ""), ("processors", ", processors"))
+            for what in ("digests", "digests and fingerprints")
+        ),
+        Figure(
+            f"{size}: restore over raw read",
+            s["restore"] / s["read"],
+            note=f"{s['restore']:.2f} s, digests checked",
+        ),
         Figure(f"{size}: the step after a save over one without", s["step after"] / s["step"]),
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:
@@ -169,8 +202,8 @@ def main() -> None:
         default=None,
         help="directory on the disk to measure; default: the temporary directory",
     )
-    given = flags.parse_args()
-    s = measure(given.megabytes, given.runs, given.place)
+    args = flags.parse_args()
+    s = measure(args.megabytes, args.runs, args.place)
     size = s.pop("bytes")
     print(
         text_table.text_table(

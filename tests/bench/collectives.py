@@ -1,17 +1,17 @@
-"""Collectives and memory of one ViT-B/16 step, from the text of the program compiled for TPUs that
-are not there.
+"""Collectives and memory of one ViT-B/16 step, from the text of the program compiled for TPUs, none
+of which is needed.
 
-    pip install "jax[tpu]"                                 # libtpu compiles without a TPU python -m
-    tests.bench.collectives                      # FSDP over 8, gathered weights dropped and kept
-    python -m tests.bench.collectives --remat              # what each policy of model.remat costs
-    and saves, data parallel python -m tests.bench.collectives key=value ...        # one program of
-    your own, settings as on the command line of a run
+    pip install "jax[tpu]"                            # libtpu compiles without a TPU python -m
+    tests.bench.collectives                 # FSDP over 8, gathered weights dropped and kept python
+    -m tests.bench.collectives --remat         # cost and saving of each model.remat policy python
+    -m tests.bench.collectives key=value ...   # one program with these settings
 
-received: bytes that reach a device, as `reporting.hlo.collectives` counts them. floor: weights of
-119.5 M trained parameters in bfloat16, gathered for the forward and again for the backward, their
-gradients scattered, and 85.6 M of the target encoder gathered once, all times
-(n - 1) / n: 0.78 GB over 8. a layer and pass: collectives over the 16 blocks that hold trained
-parameters."""
+- received: bytes that reach a device, counted by `profiling.hlo.collectives`.
+- floor: bfloat16 weights of 119.5 M trained parameters, gathered in the forward and in the backward
+  pass, their gradients scattered, and 85.6 M parameters of the target encoder gathered once, all
+  times (n - 1) / n: 0.78 GB over 8.
+- a layer and pass: collectives per block of the 16 blocks with trained parameters.
+"""
 
 import importlib.util
 import sys
@@ -24,7 +24,7 @@ from m3i_jax.modes import compile as mode
 from m3i_jax.reporting import text_table
 from tests.bench.figures import Figure
 
-# ViT-B/16 with one decoder and a category head; its target encoder
+# parameters of ViT-B/16 with one decoder and a category head; of its target encoder
 TRAINED, TARGET = 119.5e6, 85.6e6
 TOPOLOGY, DEVICES = "v5e:2x4", 8
 FLOOR = 2 * (3 * TRAINED + TARGET) * (DEVICES - 1) / DEVICES
@@ -43,8 +43,8 @@ HEADERS = (
 
 
 def settings(*changes: str) -> schema.Config:
-    """ViT-B/16 on 1,000 categories, without captions, and without colour: it moves nothing between
-    devices, and takes long to compile."""
+    """ViT-B/16 on 1,000 categories, without captions and colour augmentation, which has no
+    collectives and a long compile time."""
     config = configuration.default_config()
     config.model.update(presets.preset("vit_b16"))
     base = ["data.size=100000", "data.classes=1000", "data.captions=no", "model.scan=true"]
@@ -59,14 +59,14 @@ def settings(*changes: str) -> schema.Config:
 
 
 def report(config: schema.Config) -> dict[str, Any]:
-    """compile.json of a step, and two numbers more: received, bytes a device; layer, collectives a
-    layer and pass."""
+    """compile.json of a step with two more numbers: received (bytes per device) and layer
+    (collectives per layer and pass)."""
     got = mode.report_program(config, mode.compile_target(TOPOLOGY, ""), 0)
-    found = got["collectives"].values()
+    collectives = got["collectives"].values()
     layers = config.model.encoder.depth + config.model.decoder.depth
     return got | {
-        "received": sum(each["received_bytes"] for each in found),
-        "layer": sum(each["count"] for each in found) / layers,
+        "received": sum(each["received_bytes"] for each in collectives),
+        "layer": sum(each["count"] for each in collectives) / layers,
     }
 
 
@@ -76,13 +76,20 @@ def row(name: str, got: dict[str, Any]) -> tuple[str, ...]:
         for kind, each in got["collectives"].items()
     )
     return (
-        name, f"{got['received'] / 1e9:.3f}", f"{got['received'] / FLOOR:.2f}", f"{got['layer']:.1f}", f"{got['flops']['ratio']:.3f}",
-        f"{got['peak_bytes'] / 1e9:.2f}", f"{got['memory']['temporaries'] / 1e9:.2f}", f"{got['compile_seconds']:.0f}", kinds,
-    )  # fmt: skip
+        name,
+        f"{got['received'] / 1e9:.3f}",
+        f"{got['received'] / FLOOR:.2f}",
+        f"{got['layer']:.1f}",
+        f"{got['flops']['ratio']:.3f}",
+        f"{got['peak_bytes'] / 1e9:.2f}",
+        f"{got['memory']['temporaries'] / 1e9:.2f}",
+        f"{got['compile_seconds']:.0f}",
+        kinds,
+    )
 
 
 def figures(quick: bool) -> list[Figure]:
-    """For `tests.bench.report`; quick: two blocks instead of sixteen, whose bytes mean nothing."""
+    """For `tests.bench.report`; quick: two blocks instead of sixteen, as a functional check."""
     if importlib.util.find_spec("libtpu") is None:
         return [
             Figure("collectives of FSDP over 8 on v5e", None, note="needs libtpu: the extra tpu")
@@ -111,15 +118,15 @@ def figures(quick: bool) -> list[Figure]:
     return out
 
 
-def main(wanted: list[str]) -> None:
-    changes = [each for each in wanted if "=" in each]
-    if "--remat" in wanted:
+def main(arguments: list[str]) -> None:
+    changes = [each for each in arguments if "=" in each]
+    if "--remat" in arguments:
         programs = {
             remat: (f"train.batch_size={64 * DEVICES}", f"model.remat={remat}")
             for remat in ("none", "dots", "names", "half", "full")
         }
-    elif wanted:
-        programs = {" ".join(wanted): FSDP}
+    elif arguments:
+        programs = {" ".join(arguments): FSDP}
     else:
         programs = {
             "gathered twice": FSDP,

@@ -1,18 +1,21 @@
-"""What the train step of ViT-B/16 needs on TPUs that are not here: compiled ahead of time, counted
-from the compiled program's text.
+"""Requirements of the ViT-B/16 train step on TPUs, none of which is needed: compiled ahead of time
+and counted from the text of the compiled program.
 
-    python -m tests.bench.compiled                    # all: some thirty compilations; those for
-    `depth`, of code too, take minutes python -m tests.bench.compiled slice scaling      # some of:
-    slice, largest, loop, depth, scaling, chips
+    python -m tests.bench.compiled                # all: about thirty compilations; those of `depth`
+                                                  # generate code too and take minutes
+    python -m tests.bench.compiled slice scaling  # some of: slice, largest, loop, depth, scaling,
+                                                  # chips
 
-slice: the paper's batch on v5e:4x4, in 4 microbatches. largest: views on one v5e chip at no more
-than 1.10 times the model's FLOPs without microbatches and 1.02 times in four, by bisection over
-multiples of 64, and what the largest takes over state, batch and what the backward
-waits for. loop: temporaries at 64 views over those of a loop over blocks that keeps what
-differentiation asks for. depth: compile time of an encoder of 48 blocks over one of 12, the least
-of three each. scaling: FLOPs of a device at 8, 64 and 256 chips with the same views a
-chip. chips: the paper's batch of ViT-B and ViT-L on slices of v5p and v6e: whether it fits, and
-days. Needs libtpu (extra tpu), no TPU."""
+- slice: the paper's batch on v5e:4x4 in 4 microbatches. - largest: most views on one v5e chip at no
+more than 1.10 times the model's FLOPs without microbatches and 1.02 times in four, by bisection
+over multiples of 64; and the parts of its peak memory beside state, batch and residuals. - loop:
+temporaries at 64 views over those of a loop over blocks that keeps the residuals of autodiff. -
+depth: compile time of an encoder of 48 blocks over that of 12, each the least of three. - scaling:
+FLOPs per device at 8, 64 and 256 chips with equal views per chip. - chips: whether the paper's
+batch of ViT-B and ViT-L fits on slices of v5p and v6e, and days.
+
+Needs libtpu (extra tpu), no TPU.
+"""
 
 import importlib.util
 import math
@@ -29,14 +32,14 @@ from m3i_jax.reporting.text_table import format_bytes
 from tests.bench.figures import Figure
 
 COLORLESS = {"jitter_p": "0", "grayscale_p": "0", "blur_p": "(0.0,0.0)", "solarize_p": "(0.0,0.0)"}
-STEP = 64  # views a chip
+STEP = 64  # views per chip
 PARTS = ("slice", "largest", "loop", "depth", "scaling", "chips")
 SLICES = ("v5p:2x2x4", "v6e:4x4")
 HEADERS = ("figure", "measured", "target", "", "note")
 
 
 def settings(model: str = "vit_b16", **changes: Any) -> schema.Config:
-    """The paper's ImageNet run with blocks in one scan, completed."""
+    """The paper's ImageNet run with blocks in one scan."""
     config = configuration.load_config(f"configs/m3i.py:data=imagenet,model={model}")
     keys = {"model.scan": "true"} | {
         key.replace("__", "."): str(value) for key, value in changes.items()
@@ -46,8 +49,8 @@ def settings(model: str = "vit_b16", **changes: Any) -> schema.Config:
 
 
 def plain(model: str = "vit_b16", **changes: Any) -> schema.Config:
-    """The same without photometric augmentation, which is a third of the compile time and none of
-    what is asked."""
+    """The same without photometric augmentation, which takes a third of the compile time and does
+    not affect the figures."""
     return settings(
         model, **{f"data__augment__{key}": value for key, value in COLORLESS.items()}, **changes
     )
@@ -92,21 +95,21 @@ def largest() -> list[Figure]:
             report = tried[units] = got("v5e:1x1", config)
             cheap = "flops" in report and report["flops"]["ratio"] <= most
             fixed = sum(report["memory"].get(part, 0.0) for part in compile_report.STATE)
-            # the compiler does not always say what it wanted
+            # the compiler does not always report the required size
             peak = report["peak_bytes"] or math.nan
             return batch_search.CompileTrial(
                 fits=report["fits"] and cheap, peak=peak, fixed=fixed, limit=report["limit_bytes"]
             )
 
-        found = batch_search.largest_batch(attempt, 256 // STEP)
-        best = tried.get(found)
+        largest_count = batch_search.largest_batch(attempt, 256 // STEP)
+        best = tried.get(largest_count)
         note = (
             f"FLOPs {best['flops']['ratio']:.3f} times the model's, remat {remat}" if best else ""
         )
         what = f"v5e chip: largest ViT-B batch {name}, FLOPs at most {most}"
-        out.append(Figure(what, float(found * STEP), 256.0, most=False, note=note))
+        out.append(Figure(what, float(largest_count * STEP), 256.0, most=False, note=note))
         if best:
-            note = f"{format_bytes(best['peak_bytes'])} at {found * STEP} views"
+            note = f"{format_bytes(best['peak_bytes'])} at {largest_count * STEP} views"
             out.append(
                 Figure(
                     f"the same: peak over state, batch and residuals, {name}",
@@ -167,7 +170,7 @@ def chips() -> list[Figure]:
 
 def depth() -> list[Figure]:
     seconds: dict[int, list[float]] = {12: [], 48: []}
-    for layers in (12, 48) * 3:  # in turn, so that what else runs here meets both alike
+    for layers in (12, 48) * 3:  # in turns, so that other load affects both equally
         config = plain(model__encoder__depth=layers, train__batch_size=2, model__remat="names")
         seconds[layers].append(got("v5e:1x1", config, code=True)["compile_seconds"])
         print(f"{layers} blocks: compiled in {seconds[layers][-1]:.1f} s", flush=True)
@@ -209,7 +212,7 @@ def figures(quick: bool, parts: tuple[str, ...] = PARTS) -> list[Figure]:
                 1.0,
             )
         ]
-    made = {
+    parts = {
         "slice": the_slice,
         "largest": largest,
         "loop": loop,
@@ -219,9 +222,9 @@ def figures(quick: bool, parts: tuple[str, ...] = PARTS) -> list[Figure]:
     }
     out = []
     for part in parts:
-        out += (mine := made[part]())
-        # not lost with what comes behind it
-        print(tables.text_table([figure.cells for figure in mine], HEADERS), flush=True)
+        out += (rows := parts[part]())
+        # printed at once, so that a later failure loses nothing
+        print(tables.text_table([figure.cells for figure in rows], HEADERS), flush=True)
     return out
 
 

@@ -1,9 +1,10 @@
-"""What `tests.bench.input` lets run against each other. Each is a process of its own, started as
+"""The contestants of `tests.bench.input`. Each is a process,
 
     python -m tests.bench.contestants NAME FOLDER
 
-which answers every number of batches on its standard input when they are made. What that cost is
-measured from outside."""
+that reads numbers of batches from its standard input and answers each when the batches are ready.
+The cost is measured by the parent process.
+"""
 
 import dataclasses
 import importlib.util
@@ -18,18 +19,19 @@ from PIL import Image
 
 from m3i_jax import schema
 from m3i_jax.data import crops, decode_fast, splits
-from m3i_jax.data import pipeline as ours
+from m3i_jax.data import pipeline as m3i_pipeline
 from m3i_jax.data.sources import base
 
-BATCH, SIZE = 256, 224  # a host's share of a usual batch
-WARM = 6  # batches before anything is measured: by then workers fill memory that came back
+BATCH, SIZE = 256, 224  # a host's share of a typical batch
+WARM = 6  # warm-up batches, after which workers reuse returned buffers
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
 def make_pictures(
     folder: pathlib.Path, count: int = 64, height: int = 375, width: int = 500
 ) -> None:
-    """JPEGs of the size and weight of a photograph: smooth shapes and noise, always the same."""
+    """JPEGs with the dimensions and file size of a photograph: smooth shapes and noise, fixed
+    seed."""
     rng = np.random.default_rng(0)
     for i in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize(
@@ -38,13 +40,13 @@ def make_pictures(
         pixels = np.clip(np.asarray(coarse) + rng.normal(0, 12, (height, width, 3)), 0, 255).astype(
             np.uint8
         )
-        place = folder / str(i % 8)
-        place.mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(place / f"{i:04}.jpg", quality=92)
+        class_folder = folder / str(i % 8)
+        class_folder.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(class_folder / f"{i:04}.jpg", quality=92)
 
 
 def config(batch: int = BATCH, **data: object) -> schema.Config:
-    """A ViT-B/16 run without captions, on no threads of its own."""
+    """A ViT-B/16 run without captions and prefetch threads."""
     plain = {
         "source": "folder",
         "holdout": 0.0,
@@ -53,31 +55,32 @@ def config(batch: int = BATCH, **data: object) -> schema.Config:
         "image_size": SIZE,
         "resizer": "auto",
     }
-    made = schema.Data(**{**plain, **data})
-    return schema.Config(data=made, train=schema.Train(batch_size=batch))
+    settings_ = schema.Data(**{**plain, **data})
+    return schema.Config(data=settings_, train=schema.Train(batch_size=batch))
 
 
-def pipeline(folder: str, *, start: int = 0, batch: int = BATCH, **data: object) -> ours.Batches:
-    """Ours."""
+def pipeline(
+    folder: str, *, start: int = 0, batch: int = BATCH, **data: object
+) -> m3i_pipeline.Batches:
+    """The pipeline of this package."""
     settings = config(batch, path=folder, **data)
     source = base.split_by_hash(splits.open_source(settings.data), 0.0, "train")
-    return ours.iterate_batches(settings, source, None, start=start)
+    return m3i_pipeline.iterate_batches(settings, source, None, start=start)
 
 
 def without_augmentation(folder: str) -> Iterator[dict[str, np.ndarray]]:
-    """Ours, with every photometric operation switched off."""
+    """The pipeline of this package without photometric augmentation."""
     off = schema.Augment(jitter_p=0.0, grayscale_p=0.0, blur_p=(0.0, 0.0), solarize_p=(0.0, 0.0))
     return pipeline(folder, augment=off)
 
 
-def raw(folder: str, wanted: str = "auto") -> Iterator[None]:
-    """The decoder and the resizer alone, on boxes drawn beforehand: no order, batch, mirror, mask
-    or label."""
+def raw(folder: str, resizer: str = "auto") -> Iterator[None]:
+    """Decoder and resizer only, on precomputed boxes: no order, batch, flip, mask or label."""
     files = sorted(pathlib.Path(folder).rglob("*.jpg"))
     u = np.random.default_rng(1).random((4096, 2, 22)).tolist()
     boxes = [[crops.crop_box(v, 375, 500, scale=SCALE, ratio=RATIO) for v in row] for row in u]
     windows = [[(left, top, left + w, top + h) for top, left, h, w in pair] for pair in boxes]
-    row, by = 0, crops.choose_resizer(wanted)
+    row, by = 0, crops.choose_resizer(resizer)
     while True:
         for _ in range(BATCH):
             with open(files[row * 37 % len(files)], "rb", buffering=0) as file:
@@ -97,7 +100,7 @@ def raw(folder: str, wanted: str = "auto") -> Iterator[None]:
 
 
 class _Views:
-    """torchvision's usual data set, giving two views of one decoded image."""
+    """torchvision's ImageFolder, with two views of each decoded image."""
 
     def __init__(self, folder: str, tensors: bool) -> None:
         from torchvision import datasets, transforms
@@ -118,14 +121,14 @@ class _Views:
         if self.tensors:
             from torchvision import io as tensors
 
-            picture = tensors.decode_image(tensors.read_file(path), tensors.ImageReadMode.RGB)
+            image = tensors.decode_image(tensors.read_file(path), tensors.ImageReadMode.RGB)
         else:
-            picture = self.files.loader(path)
-        return self.view(picture), self.view(picture), label
+            image = self.files.loader(path)
+        return self.view(image), self.view(image), label
 
 
 def dataloader(folder: str, *, tensors: bool = False) -> Iterator[object]:
-    """torchvision's DataLoader with one worker; on Pillow images, its default, or on tensors."""
+    """torchvision with a DataLoader of one worker, on Pillow images (its default) or tensors."""
     import torch
 
     torch.set_num_threads(1)
@@ -141,26 +144,24 @@ def tf_data(folder: str) -> Iterator[object]:
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     import tensorflow as tf
 
-    def view(picture: object) -> object:
+    def view(image: object) -> object:
         box = tf.constant([[[0.0, 0.0, 1.0, 1.0]]])
         begin, size, _ = tf.image.sample_distorted_bounding_box(
-            tf.shape(picture),
+            tf.shape(image),
             box,
             area_range=SCALE,
             aspect_ratio_range=RATIO,
             max_attempts=10,
             use_image_if_no_bounding_boxes=True,
         )
-        cut = tf.image.resize(
-            tf.slice(picture, begin, size), (SIZE, SIZE), "bicubic", antialias=True
-        )
+        cut = tf.image.resize(tf.slice(image, begin, size), (SIZE, SIZE), "bicubic", antialias=True)
         return tf.image.random_flip_left_right(
             tf.cast(tf.clip_by_value(tf.round(cut), 0, 255), tf.uint8)
         )
 
     def sample(path: object) -> object:
-        picture = tf.io.decode_jpeg(tf.io.read_file(path), 3)
-        return tf.stack([view(picture), view(picture)])
+        image = tf.io.decode_jpeg(tf.io.read_file(path), 3)
+        return tf.stack([view(image), view(image)])
 
     options = tf.data.Options()
     options.threading.private_threadpool_size = 1
@@ -176,12 +177,12 @@ def tf_data(folder: str) -> Iterator[object]:
 
 
 def decode_pillow(folder: str) -> Iterator[None]:
-    """Decoding alone, by Pillow."""
+    """Decoding only, with Pillow."""
     return _decode(folder, lambda raw: Image.open(io.BytesIO(raw)).load())
 
 
 def decode_simplejpeg(folder: str) -> Iterator[None]:
-    """Decoding alone, by simplejpeg, to an image that Pillow can resize."""
+    """Decoding only, with simplejpeg, to an image that Pillow can resize."""
     import simplejpeg
 
     return _decode(folder, lambda raw: Image.fromarray(simplejpeg.decode_jpeg(raw, "RGB")))
@@ -199,14 +200,14 @@ def _decode(folder: str, decode: Callable[[bytes], object]) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """`needs`: packages without which it does not run."""
+    """A contestant. `needs`: the packages that it requires."""
 
     begin: Callable[[str], Iterator[object]]
     needs: tuple[str, ...] = ()
 
     @property
     def absent(self) -> str:
-        """The first package that it needs and that is not installed."""
+        """The first required package that is not installed."""
         return next((name for name in self.needs if importlib.util.find_spec(name) is None), "")
 
 

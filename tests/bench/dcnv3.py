@@ -1,13 +1,14 @@
-"""DCNv3: time and bytes of `auto` over the packed gather, at the four maps of InternImage-H at 192
-pixels.
+"""DCNv3: time and bytes of method `auto` over the packed gather, at the four maps of InternImage-H
+at 192 pixels.
 
-    python -m tests.bench.dcnv3            # time on this machine python -m tests.bench.dcnv3 sizes
-    # every method by size of the map: what `dcnv3.choose` is read from python -m tests.bench.dcnv3
-    bytes      # bytes accessed of the program compiled for one TPU v5e chip; needs libtpu, no TPU
+    python -m tests.bench.dcnv3        # time on this machine python -m tests.bench.dcnv3 sizes  #
+    every method by size of the map, the basis of `dcnv3.choose` python -m tests.bench.dcnv3 bytes
+    # bytes accessed by the program compiled for one TPU v5e chip; # needs libtpu, no TPU
 
-Times are the least of several alternating runs of forward and all gradients, offsets drawn from
-N(0, spread^2) pixels. The mean of the ratios is weighted by the number of layers of each stage.
-Bytes: of a kernel they are what it reads and writes, as XLA counts a custom call."""
+Times are the least of several alternating runs of forward and all gradients, with offsets drawn
+from N(0, spread^2) pixels. The mean of the ratios is weighted by the number of layers per stage.
+The bytes of a kernel are those that it reads and writes, as XLA counts a custom call.
+"""
 
 import importlib.util
 import os
@@ -49,7 +50,7 @@ def both(method: str, groups: int):
 
 
 def milliseconds(programs: dict, arrays: list, runs: int) -> dict[str, float]:
-    """Least time of each, the programs taking turns."""
+    """The least time of each program; the programs run in turns."""
     compiled = {name: program.lower(*arrays).compile() for name, program in programs.items()}
     arrays = [jnp.asarray(a) for a in arrays]
     least = dict.fromkeys(compiled, float("inf"))
@@ -66,12 +67,12 @@ def times(runs: int = 9) -> None:
     for spread in (1.0, 0.25, 3.0):
         rows, ratios = [], []
         for batch, side, groups, depth in zip(BATCHES, SIDES, GROUPS, DEPTHS, strict=True):
-            found = milliseconds(
+            times = milliseconds(
                 {m: both(m, groups) for m in ("gather", "auto")},
                 inputs(batch, side, groups, spread=spread),
                 runs,
             )
-            ratios.append(found["auto"] / found["gather"])
+            ratios.append(times["auto"] / times["gather"])
             method = dcnv3.choose(side, side, jax.default_backend())
             rows.append(
                 (
@@ -79,7 +80,7 @@ def times(runs: int = 9) -> None:
                     groups,
                     depth,
                     method,
-                    *(f"{found[m]:.1f}" for m in found),
+                    *(f"{times[m]:.1f}" for m in times),
                     f"{ratios[-1]:.3f}",
                 )
             )
@@ -98,12 +99,12 @@ def times(runs: int = 9) -> None:
 def figures(quick: bool) -> list[Figure]:
     ratios = []
     for batch, side, groups in [(1, 6, 2)] if quick else zip(BATCHES, SIDES, GROUPS, strict=True):
-        found = milliseconds(
+        times = milliseconds(
             {m: both(m, groups) for m in ("gather", "auto")},
             inputs(batch, side, groups),
             1 if quick else 9,
         )
-        ratios.append(found["auto"] / found["gather"])
+        ratios.append(times["auto"] / times["gather"])
     mean = float(np.average(ratios, weights=DEPTHS[: len(ratios)]))
     out = [
         Figure(
@@ -134,14 +135,14 @@ def sizes(runs: int = 5) -> None:
                 | ({"dense"} if side > 28 else set())
             )
             methods = [m for m in dcnv3.METHODS if m not in skip]
-            found = milliseconds({m: both(m, 8) for m in methods}, arrays, runs)
+            times = milliseconds({m: both(m, 8) for m in methods}, arrays, runs)
             auto = dcnv3.choose(side, side, jax.default_backend())
             rows.append(
                 (
                     width,
                     side,
                     auto,
-                    *(f"{found[m]:.1f}" if m in found else "" for m in dcnv3.METHODS[1:]),
+                    *(f"{times[m]:.1f}" if m in times else "" for m in dcnv3.METHODS[1:]),
                 )
             )
     print(
@@ -193,20 +194,20 @@ def bytes_accessed(batch: int = 16) -> dict[str, float]:
             ((*where, 9), half),
             ((*where[:3], groups * WIDTH), half),
         ]
-        found = {
+        times = {
             name: counted(compile_for_v5e(both(name, groups), arrays))
             for name in methods
             if name != "dense" or side <= 24
         }
-        for name, (gigabytes, _, _) in found.items():
+        for name, (gigabytes, _, _) in times.items():
             total[name] += depth * gigabytes
-        cells = [f"{found[m][i]:.2f}" if m in found else "" for i in (0, 1) for m in methods]
-        ratios[f"{side} x {side}"] = found["auto"][0] / found["gather"][0]
+        cells = [f"{times[m][i]:.2f}" if m in times else "" for i in (0, 1) for m in methods]
+        ratios[f"{side} x {side}"] = times["auto"][0] / times["gather"][0]
         rows.append(
             (
                 f"{batch}x{side}x{side}",
                 *cells,
-                found["auto"][2],
+                times["auto"][2],
                 f"{ratios[f'{side} x {side}']:.3f}",
             )
         )

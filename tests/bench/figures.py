@@ -1,12 +1,18 @@
-"""What a benchmark claims, as a value: `bash launch/bench.sh` prints all of them in one table."""
+"""The figures of a benchmark as values; `bash launch/bench.sh` prints all of them in one table."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=False)
 class Figure:
-    """value: a ratio, a count, or a share; None: not measured, and `note` says why. target: None
-    where it is only reported. most: whether the target is the most allowed, or the least."""
+    """One figure.
+
+    Attributes:
+      what: description.
+      value: ratio, count or share; None: not measured, for the reason in `note`.
+      target: None for a figure without a target.
+      most: whether the target is an upper limit; otherwise a lower limit.
+    """
 
     what: str
     value: float | None
@@ -16,9 +22,12 @@ class Figure:
 
     @property
     def verdict(self) -> str:
-        """
-        >>> [Figure("a", v, 1.1).verdict for v in (1.1, 1.2, None)], Figure("a", 0.8, 0.9, most=False).verdict, Figure("a", 2.0).verdict
-        (['met', 'missed', 'not measured'], 'missed', '')
+        """Whether the target is met.
+
+        >>> [Figure("a", value, 1.1).verdict for value in (1.1, 1.2, None)]
+        ['met', 'missed', 'not measured']
+        >>> Figure("a", 0.8, 0.9, most=False).verdict, Figure("a", 2.0).verdict
+        ('missed', '')
         """
         if self.value is None:
             return "not measured"

@@ -1,15 +1,17 @@
-"""Floating-point operations and memory of one train step of ViT-B/16, for every form, named method
-and set, and of the paper's largest run.
+"""FLOPs and memory of one train step of ViT-B/16 for every form, named method and combination, and
+of the paper's largest run.
 
-    python -m tests.bench.flops                    # all rows
-    python -m tests.bench.flops m3i k mim+clip     # some
+    python -m tests.bench.flops                 # all rows
+    python -m tests.bench.flops m3i k mim+clip  # some
 
-dot: matrix products and convolutions of the traced, unrolled step, an image. formula:
-tests/bench/formula.py, from shapes. all: what XLA counts in the lowered step, elementwise work
-included; "other" is what exceeds dot, over dot. temporary: peak temporary memory of the step of
-ViT-S/16 compiled for CPU at 16 images, blocks in one scan, from the compiler's statistics; only
-with --memory, which compiles each step (XLA_FLAGS=--xla_backend_optimization_level=0 compiles
-faster to the same plan of buffers)."""
+- dot: matrix products and convolutions of the traced, unrolled step, per image.
+- formula: tests/bench/formula.py, from shapes.
+- all: XLA's count for the lowered step, elementwise operations included; "other" is the excess over
+  dot, relative to dot.
+- temporary: peak temporary memory of the ViT-S/16 step compiled for CPU at 16 images with blocks in
+  one scan, from the compiler's statistics. Only with --memory, which compiles each step
+  (XLA_FLAGS=--xla_backend_optimization_level=0 compiles faster to the same buffers).
+"""
 
 import dataclasses
 import pathlib
@@ -27,8 +29,7 @@ from m3i_jax.training.trainer import Trainer, abstract_batch
 from tests.bench import formula
 from tests.bench.figures import Figure
 
-# with the patch embedding trained; 287.0e9 before the dead rows of the last decoder layer are left
-# out
+# With a trained patch embedding; 287.0e9 with the unused rows of the last decoder layer.
 FLOOR = 279.5e9
 SETS = ("mim+clip", "sim+supervised", "mim+instance", "m3i_unmixed")
 VARIANTS = {
@@ -41,7 +42,7 @@ VARIANTS = {
 
 
 def variant(forms: str = "m3i", **changes: str) -> schema.Config:
-    """ViT-B/16 on 1,000 categories, 64 images a step."""
+    """ViT-B/16 on 1,000 categories, 64 images per step."""
     config = configuration.default_config()
     config.model.update(presets.preset("vit_b16"))
     names = [terms.LETTERS.get(name, name) for name in forms.split("+")]
@@ -62,7 +63,7 @@ def variant(forms: str = "m3i", **changes: str) -> schema.Config:
 
 
 def joint() -> schema.Config:
-    """The paper's InternImage-H on categories and captions, of the recipe's batch."""
+    """The paper's InternImage-H on categories and captions at the recipe's batch."""
     config = configuration.load_config(
         str(pathlib.Path(__file__).parent.parent.parent / "configs/m3i.py")
         + ":data=joint,model=internimage_h"
@@ -75,7 +76,7 @@ def _terms(name: str) -> terms.Terms:
 
 
 def measure(config: schema.Config) -> tuple[float, float, float]:
-    """(dot and convolution operations, formula, all operations of the lowered step), an image."""
+    """(dot and convolution FLOPs, formula, all FLOPs of the lowered step), per image."""
     trainer = Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 49_408)
     batch = abstract_batch(config)
     counted = flops.count_flops(trainer.trace, trainer.template, batch)
@@ -104,9 +105,16 @@ def temporary(forms: str) -> float:
 
 
 def row(name: str, config: schema.Config, memory: bool = False) -> tuple[tuple[str, ...], float]:
-    dot, wanted, everything = measure(config)
-    giga = [f"{count / 1e9:.2f}" for count in (dot, wanted, everything)]
-    cells = (name, giga[0], giga[1], f"{dot / wanted:.4f}", giga[2], f"{everything / dot - 1:.2%}")
+    dot, formula_count, everything = measure(config)
+    giga = [f"{count / 1e9:.2f}" for count in (dot, formula_count, everything)]
+    cells = (
+        name,
+        giga[0],
+        giga[1],
+        f"{dot / formula_count:.4f}",
+        giga[2],
+        f"{everything / dot - 1:.2%}",
+    )
     return (*cells, text_table.format_bytes(temporary(name))) if memory else cells, dot
 
 
@@ -120,19 +128,19 @@ def figures(quick: bool) -> list[Figure]:
             for n, c in settings.items()
         }
         settings = {n: dataclasses.replace(c, model=small[n]) for n, c in settings.items()}
-    seen = {name: measure(config) for name, config in settings.items()}
+    rows = {name: measure(config) for name, config in settings.items()}
     out = [
-        Figure(f"FLOPs of the ViT-B/16 step over the formula: {name}", dot / wanted, 1.02)
-        for name, (dot, wanted, _) in seen.items()
+        Figure(f"FLOPs of the ViT-B/16 step over the formula: {name}", dot / formula_count, 1.02)
+        for name, (dot, formula_count, _) in rows.items()
     ]
-    dot, _, everything = seen["m3i, category"]
+    dot, _, everything = rows["m3i, category"]
     out.append(
         Figure("elementwise FLOPs over those of matrix products", everything / dot - 1, 0.02)
     )
     if not quick:
         trained, fixed = (
-            seen["m3i, category, patch embedding trained"][0],
-            seen["m3i, category, fixed weight"][0],
+            rows["m3i, category, patch embedding trained"][0],
+            rows["m3i, category, fixed weight"][0],
         )
         out.append(
             Figure(
@@ -145,9 +153,9 @@ def figures(quick: bool) -> list[Figure]:
     return out
 
 
-def main(wanted: list[str]) -> None:
-    memory = "--memory" in wanted
-    names = [name for name in wanted if name != "--memory"]
+def main(arguments: list[str]) -> None:
+    memory = "--memory" in arguments
+    names = [name for name in arguments if name != "--memory"]
     headers = (
         "ViT-B/16 step",
         "dot GFLOP an image",
@@ -158,9 +166,9 @@ def main(wanted: list[str]) -> None:
         *(("temporary, ViT-S/16, 16 images",) if memory else ()),
     )
     if not names:
-        seen = {name: row(name, variant(**changes)) for name, changes in VARIANTS.items()}  # type: ignore[arg-type]
-        print(text_table.text_table([cells for cells, _ in seen.values()], headers[:6]))
-        dots = {name: dot for name, (_, dot) in seen.items()}
+        rows = {name: row(name, variant(**changes)) for name, changes in VARIANTS.items()}  # type: ignore[arg-type]
+        print(text_table.text_table([cells for cells, _ in rows.values()], headers[:6]))
+        dots = {name: dot for name, (_, dot) in rows.items()}
         trained = dots["m3i, category, patch embedding trained"]
         print(
             f"over the floor of {FLOOR / 1e9} GFLOP: {trained / FLOOR:.4f}; over 287.0:"

@@ -1,9 +1,10 @@
-"""Floating-point operations of a step from shapes alone, for any objective: what
-`tests.bench.flops` holds the counted program against.
+"""FLOPs of a train step computed from shapes alone, for every objective: the reference of
+`tests.bench.flops`.
 
-Written from the paper's shapes, not from the program: a multiply-add is two operations, a trained
-product costs three times its forward (two gradients), a product whose input needs no gradient
-twice."""
+It follows the paper's shapes and not the program. A multiply-add counts as two operations; a
+trained product costs three times its forward pass (two gradients), a product whose input needs no
+gradient twice.
+"""
 
 from m3i_jax import schema
 from m3i_jax.objective.terms import (
@@ -19,27 +20,28 @@ from m3i_jax.training.plan import Plan
 
 
 def block(tokens: int, width: int) -> int:
-    """Multiply-adds of a transformer block with an MLP of four times the width, forward."""
+    """Multiply-adds of the forward pass of a transformer block with MLP ratio 4."""
     return 12 * tokens * width**2 + 2 * tokens**2 * width
 
 
 def vit(c: schema.Config, shown: int) -> tuple[int, int]:
-    """(multiply-adds of an encoder pass, those of them whose input takes no gradient), forward."""
+    """Forward multiply-adds of an encoder pass: (all, those whose input needs no gradient)."""
     e = c.model.encoder
     first = shown * 3 * e.patch_size**2 * e.width
     return e.depth * block(shown + int(e.cls_token), e.width) + first, first
 
 
 def intern_image(c: schema.Config) -> tuple[int, int]:
-    """The same of InternImage with its fusion, whatever is shown: a convolution reads every place.
+    """The same for InternImage with its fusion, for any mask: a convolution reads every position.
 
-    The operator at its least: of every point the four cells around it, and the convolution before
-    its offsets tap by tap. The program
-    spends those otherwise: in products with zeros, and in sums that are not products of matrices.
+    DCNv3 is counted at its minimum: four cells around every point, and the depth-wise convolution
+    before its offsets tap by tap. The program computes these differently, by products with zeros
+    and by sums that are no matrix products.
 
     >>> import dataclasses
     >>> encoder = schema.Encoder(width=1024)
-    >>> config = schema.Config(data=schema.Data(image_size=192), model=schema.Model(backbone="intern_image", encoder=encoder))
+    >>> model = schema.Model(backbone="intern_image", encoder=encoder)
+    >>> config = schema.Config(data=schema.Data(image_size=192), model=model)
     >>> round(intern_image(config)[0] / 1e9, 1)
     133.9
     """
@@ -84,7 +86,7 @@ def _shown(c: schema.Config, read: Pass) -> int:
 
 
 def _own(c: schema.Config, term: Term) -> int:
-    """Tokens that show a term's image."""
+    """Number of tokens that show the image of a term."""
     read = term.reads
     if read.mixed and not (isinstance(term.head, PooledHead) and term.head.everything):
         return c.tokens - c.hidden if term.image == "own" else c.hidden
@@ -100,31 +102,31 @@ def _decoder(plan: Plan, term: Term) -> int:
         if isinstance(term.head, DecoderHead) and term.head.queries == "hidden"
         else c.tokens
     )
-    total, whole = 3 * own * e.width * d.width, own + n
+    total, tokens = 3 * own * e.width * d.width, own + n
     total += 3 * (d.depth - 1 + d.projector_depth * 0) * block(
-        whole, d.width
+        tokens, d.width
     ) + 3 * d.projector_depth * block(own, d.width)
     if d.norm == "batch":
-        total += 3 * block(whole, d.width)
-    else:  # of the last block only rows that predict, keys and values of all
-        total += 3 * (2 * whole * d.width**2 + 10 * n * d.width**2 + 2 * n * whole * d.width)
+        total += 3 * block(tokens, d.width)
+    else:  # last block: queries of predicting rows only, keys and values of all rows
+        total += 3 * (2 * tokens * d.width**2 + 10 * n * d.width**2 + 2 * n * tokens * d.width)
     out = patch if term.target.of == "pixels" else d.width if d.projector_depth else e.width
     total += 3 * n * d.width * out
-    # the map of relative positions, whose input takes no gradient; else one row for the batch
+    # layer of relative positions, whose input needs no gradient; otherwise one row per batch
     if term.reads.view != term.target.view:
         total += 2 * c.tokens * 2 * d.width * d.width
     return total
 
 
 def step(plan: Plan) -> float:
-    """Operations an image of one train step in one batch.
+    """FLOPs per image of one train step without microbatches.
 
     >>> import dataclasses
     >>> from m3i_jax.training import plan
     >>> data = schema.Data(classes=1000, captions="no", size=100_000)
     >>> encoder = dataclasses.replace(schema.Encoder(), freeze_patch_embed=False)
     >>> config = schema.Config(data=data, model=schema.Model(encoder=encoder))
-    >>> round(step(plan.build_plan(config)) / 1e9, 1)                                        # the floor of ViT-B/16
+    >>> round(step(plan.build_plan(config)) / 1e9, 1)  # the floor of ViT-B/16
     279.5
     """
     c = plan.config
@@ -132,12 +134,12 @@ def step(plan: Plan) -> float:
     patch, cls = 3 * e.patch_size**2, int(e.cls_token)
     total = 0.0
     for read in plan.passes:
-        whole, first = encoder(c, _shown(c, read))
-        total += 3 * (whole - first) + (1 if e.freeze_patch_embed else 2) * first
-    # Blocks of a target that is read once more at each of the last ones are the same blocks.
+        full, first = encoder(c, _shown(c, read))
+        total += 3 * (full - first) + (1 if e.freeze_patch_embed else 2) * first
+    # A target that averages several last blocks costs no more blocks.
     total += len(plan.target_passes) * encoder(c, c.tokens)[0]
     if plan.where("text") and c.train.microbatches > 1 and c.objective.text_softmax == "batch":
-        # embeddings are computed once more
+        # embeddings are computed a second time
         total += sum(encoder(c, _shown(c, read))[0] for read in plan.passes)
     for goal in plan.target_keys:
         if goal.space == "decoder":
@@ -155,7 +157,7 @@ def step(plan: Plan) -> float:
         if getattr(x.posterior, "second_moment", False) and c.objective.second_moment
     }
     measured = [g for n, g in enumerate(learned) if g.space in weighed or n == 0]
-    for goal in measured:  # C, also where it is only watched
+    for goal in measured:  # C, also if it is only monitored
         space = goal.space
         width = (
             d.width
@@ -173,8 +175,8 @@ def step(plan: Plan) -> float:
             total += 3 * n * e.width * (patch if term.target.of == "pixels" else e.width)
         elif isinstance(term.head, ProjectionHead):
             rows = n if term.head.pool == "none" else 1
-            made, width = _mlp(rows, c, term.head.projector, e.width)
-            total += made + _mlp(rows, c, term.head.predictor, width)[0]
+            projector, width = _mlp(rows, c, term.head.projector, e.width)
+            total += projector + _mlp(rows, c, term.head.predictor, width)[0]
             if term.target.encoder == "online":
                 total += _mlp(1, c, term.head.projector, e.width)[0]
             if term.head.match == "likeness":
@@ -203,7 +205,7 @@ def step(plan: Plan) -> float:
 
 
 def _posterior(plan: Plan, term: Term, b: int) -> float:
-    """Products of the posterior itself."""
+    """Matrix products of the posterior."""
     c, name = plan.config, type(term.posterior).__name__
     e, d = c.model.encoder, c.model.decoder
     if (
@@ -212,11 +214,11 @@ def _posterior(plan: Plan, term: Term, b: int) -> float:
         and c.objective.second_moment
     ):
         width = d.width if d.projector_depth and isinstance(term.head, DecoderHead) else e.width
-        return c.tokens * width**2  # p C, whose gradient costs none
+        return c.tokens * width**2  # p C; its gradient needs no product
     width = c.model.head.width if isinstance(term.head, ProjectionHead) else e.width
     rows = c.tokens if term.target.of == "tokens" else 1
     if name in ("Boltzmann", "Against"):
-        return 2 * rows * b * width  # keys take no gradient
+        return 2 * rows * b * width  # keys need no gradient
     if name == "Contrast":
         return 3 * 4 * b * width  # 2 B views against 2 B views
     if name == "Decorrelation":

@@ -1,8 +1,9 @@
-"""The heap of processes that are measured on a CPU: the one that launch/ gives to a run there.
+"""The malloc configuration of processes that are measured on a CPU; the same as launch/ sets.
 
-Without it page faults of freed and mapped buffers are a tenth of everybody's time and vary with the
-weather. With one heap for all threads, which was asked for here once, threads wait for each other
-and walk through what the compilation left in it, a sixth of a step's processor time."""
+Without it, page faults of freed and mapped buffers take a tenth of the time of every contestant,
+with large variation. With one arena for all threads, an earlier setting here, threads wait for each
+other and search the fragments that compilation left, a sixth of a step's processor time.
+"""
 
 import pathlib
 import subprocess
@@ -12,11 +13,11 @@ _LAUNCH = pathlib.Path(__file__).parents[2] / "launch" / "environment.sh"
 
 
 def kept() -> dict[str, str]:
-    """Environment variables; those that are set already stay as they are."""
-    told = subprocess.run(
+    """Environment variables of the configuration; variables that are already set are kept."""
+    output = subprocess.run(
         ["bash", "-c", _SCRIPT, "bash", str(_LAUNCH)], check=True, capture_output=True, text=True
     ).stdout
-    pairs = (entry.split("=", 1) for entry in told.split("\0") if "=" in entry)
+    pairs = (entry.split("=", 1) for entry in output.split("\0") if "=" in entry)
     return {
         name: value
         for name, value in pairs

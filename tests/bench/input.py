@@ -1,15 +1,15 @@
-"""The speed of the input pipeline against what it is made of and against other loaders, side by
-side in one run.
+"""Speed of the input pipeline against its parts and against other loaders, side by side in one run.
 
     python -m tests.bench.input            # five to ten minutes
 
-Images a second of processor time: decoding a 500 x 375 JPEG once, two antialiased bicubic 224 x 224
-crops of it, in batches of 256. The other loaders mirror half of the views as well; ours leaves that
-to the device. All contestants are alive at the same time and take turns; a line is the median of
-its rounds. Loaders that are not installed are left out: pip install torch torchvision (CPU builds
-will do) and tensorflow-cpu for all of them. After it, what else is promised: the same bytes from
-any number of workers and after any restart, a far position as near as the first, augmentation that
-costs next to nothing."""
+Images per second of processor time: decode a 500 x 375 JPEG once and resize two antialiased bicubic
+224 x 224 crops of it, in batches of 256. The other loaders also flip half of the views, which this
+package does on the device. All contestants are alive at the same time and take turns; a line is the
+median of its rounds. Loaders that are not installed are skipped; all of them need `pip install
+torch torchvision` (CPU builds) and tensorflow-cpu. Afterwards it checks equal bytes for any number
+of workers and after a restart, fast access to a distant position, and the share of augmentation in
+the FLOPs of a step.
+"""
 
 import contextlib
 import hashlib
@@ -28,9 +28,9 @@ from tests.bench.contestants import BATCH, CONTESTANTS
 from tests.bench.figures import Figure
 
 ROUNDS, BATCHES = 9, 2
-SMALL = 32  # rows of a batch where bytes are compared
+SMALL = 32  # batch size of the comparisons of bytes
 
-# (what, over what, target): the best of several where there are several
+# (numerator, denominator, target); of several denominators, the fastest
 RATIOS = [
     ("pipeline", ("raw loop",), 0.90),
     ("pipeline, 1 worker", ("raw loop",), 0.85),
@@ -50,7 +50,7 @@ RATIOS = [
 
 
 class Running:
-    """A contestant's process."""
+    """The process of a contestant."""
 
     def __init__(self, name: str, folder: str) -> None:
         environment = {
@@ -64,10 +64,10 @@ class Running:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self.told("ready")
+        self.expect("ready")
 
     def spent(self) -> float:
-        """Processor seconds of the process and of all that descend from it and still live."""
+        """Processor seconds of the process and its living descendants."""
         parents = {}
         for entry in os.listdir("/proc"):
             if entry.isdigit():
@@ -78,15 +78,15 @@ class Running:
                         .rpartition(")")[2]
                         .split()[1]
                     )
-        ours = {self.process.pid}
-        while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
-            ours |= more
-        # Linux's clock of another process, to the nanosecond
-        return sum(time.clock_gettime(~pid << 3 | 2) for pid in ours)
+        pids = {self.process.pid}
+        while more := {pid for pid, parent in parents.items() if parent in pids} - pids:
+            pids |= more
+        # Linux's CPU clock of another process, in nanoseconds
+        return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
 
     def at_rest(self) -> float:
-        """The same once nobody works any more. The watching is not the contestant's expense: this
-        process does it."""
+        """The same once the contestant is idle. This process does the polling, so it costs the
+        contestant nothing."""
         last = self.spent()
         while True:
             time.sleep(0.25)
@@ -95,22 +95,22 @@ class Running:
                 return now
             last = now
 
-    def told(self, expected: str = "") -> str:
+    def expect(self, expected: str = "") -> str:
         assert self.process.stdout is not None
         line = self.process.stdout.readline().strip()
         if not line or (expected and line != expected):
             raise RuntimeError(
-                f"{self.process.args!r} ended with {self.process.wait()} (it said {line!r})"
+                f"{self.process.args!r} ended with {self.process.wait()} (it printed {line!r})"
             )
         return line
 
     def round(self) -> float:
-        """Pictures a second of processor time, from rest to rest: what was made ahead and not asked
-        for is the same before and after."""
+        """Images per second of processor time, from idle to idle, so that the number of prefetched
+        batches is the same before and after."""
         assert self.process.stdin is not None
         before = self.at_rest()
         print(BATCHES, file=self.process.stdin, flush=True)
-        self.told("done")
+        self.expect("done")
         return BATCHES * BATCH / (self.at_rest() - before)
 
     def end(self) -> None:
@@ -123,7 +123,7 @@ class Running:
 
 
 def race(folder: str) -> dict[str, list[float]]:
-    """Pictures a second of every contestant that is installed, round by round."""
+    """Images per second of every installed contestant, by round."""
     running = {
         name: Running(name, folder)
         for name, contestant in CONTESTANTS.items()
@@ -141,7 +141,7 @@ def race(folder: str) -> dict[str, list[float]]:
 
 
 def ratio(speeds: dict[str, list[float]], what: str, over: tuple[str, ...]) -> float | None:
-    """Median over the rounds of the ratio within a round, over the fastest of `over`."""
+    """Median over rounds of the ratio to the fastest of `over` in the same round."""
     rivals = [name for name in over if name in speeds]
     if what not in speeds or not rivals:
         return None
@@ -151,33 +151,33 @@ def ratio(speeds: dict[str, list[float]], what: str, over: tuple[str, ...]) -> f
 
 def digest(folder: str, batches: int, *, start: int = 0, **data: object) -> list[str]:
     """Hash of every array of every batch."""
-    made = contestants.pipeline(folder, start=start, batch=SMALL, **data)
+    batches = contestants.pipeline(folder, start=start, batch=SMALL, **data)
     out = []
     try:
         for _ in range(batches):
-            batch = next(made)
+            batch = next(batches)
             out.append(
                 hashlib.sha256(
                     b"".join(name.encode() + batch[name].tobytes() for name in sorted(batch))
                 ).hexdigest()
             )
     finally:
-        made.close()
+        batches.close()
     return out
 
 
 def promises(folder: str) -> list[tuple[str, str, str]]:
-    """Same bytes for any number of workers and threads, and after a restart; a far position."""
-    whole = digest(folder, 6)
+    """Equal bytes for any number of workers and threads and after a restart; distant positions."""
+    complete = digest(folder, 6)
     others = {f"{n} workers": digest(folder, 6, workers=n) for n in (1, 2, 4)} | {
         "2 threads": digest(folder, 6, threads=2)
     }
     one, two = (
         streams.by_processes(folder, hosts, batches=6, start=0, batch=SMALL) for hosts in (1, 2)
     )
-    rest = [digest(folder, 6 - k, start=k * SMALL) == whole[k:] for k in range(1, 6)]
+    rest = [digest(folder, 6 - k, start=k * SMALL) == complete[k:] for k in range(1, 6)]
     rows = [
-        (f"batches of {name} equal those of none", str(seen == whole), "True")
+        (f"batches of {name} equal those of none", str(seen == complete), "True")
         for name, seen in others.items()
     ]
     rows.append(("batches of 2 processes equal those of 1", str(one == two), "True"))
@@ -199,8 +199,8 @@ def promises(folder: str) -> list[tuple[str, str, str]]:
 
 
 def augmentation_share() -> float:
-    """FLOPs of augmenting both views over those of the whole step of a ViT-B/16, both as XLA counts
-    them."""
+    """FLOPs of the augmentation of both views over those of a ViT-B/16 step, both counted by
+    XLA."""
     import functools
 
     import jax
@@ -212,12 +212,12 @@ def augmentation_share() -> float:
     from m3i_jax.models import presets
     from m3i_jax.training.trainer import Trainer, abstract_batch
 
-    made = configuration.default_config()
-    made.model.update(presets.preset("vit_b16"))
+    cfg = configuration.default_config()
+    cfg.model.update(presets.preset("vit_b16"))
     configuration.apply_overrides(
-        made, ["data.size=100000", "data.classes=1000", "data.captions=no", "train.batch_size=8"]
+        cfg, ["data.size=100000", "data.classes=1000", "data.captions=no", "train.batch_size=8"]
     )
-    settings = configuration.resolve(made)
+    settings = configuration.resolve(cfg)
     one = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
     trainer = Trainer(settings, one, 0)
     step = (
@@ -247,9 +247,11 @@ def figures(quick: bool) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         contestants.make_pictures(pathlib.Path(folder), 8 if quick else 64)
         if quick:
-            whole, rest = digest(folder, 2), digest(folder, 1, start=SMALL)
+            complete, rest = digest(folder, 2), digest(folder, 1, start=SMALL)
             return [
-                Figure("batches after a restart that are other bytes", float(whole[1:] != rest), 0),
+                Figure(
+                    "batches after a restart that are other bytes", float(complete[1:] != rest), 0
+                ),
                 share,
             ]
         speeds = race(folder)
@@ -268,7 +270,9 @@ def figures(quick: bool) -> list[Figure]:
                     absent,
                 )
             )
-        broken = sum(told != wanted for _, told, wanted in promises(folder) if wanted == "True")
+        broken = sum(
+            actual != expected for _, actual, expected in promises(folder) if expected == "True"
+        )
         return [
             *out,
             Figure(
@@ -286,9 +290,7 @@ def main() -> None:
         rows = [
             (name, f"{statistics.median(s):,.0f}", f"{max(s):,.0f}") for name, s in speeds.items()
         ]
-        print(
-            text_table.text_table(rows, ("pictures a second of one core", "median", "best")), "\n"
-        )
+        print(text_table.text_table(rows, ("images a second of one core", "median", "best")), "\n")
         for name, contestant in CONTESTANTS.items():
             if contestant.absent:
                 print(f"left out: {name}: the package {contestant.absent} is not installed")

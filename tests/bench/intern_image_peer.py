@@ -5,9 +5,9 @@
     python -m tests.bench.intern_image_peer 8 --runs 9
     python -m tests.bench.intern_image_peer --torch PYTHON     # torch from another environment
 
-Both start from the same weights, offsets as wide as those of a trained net among them, and see the
-same images; the losses, and the gradients of all weights, must agree before anything is timed
-(tests/bench/race.py)."""
+Both use the same weights, with offsets as large as in a trained network, and the same images. The
+losses and the gradients of all weights must agree before anything is timed (tests/bench/race.py).
+"""
 
 import pathlib
 import sys
@@ -20,16 +20,16 @@ from tests.bench.figures import Figure
 
 NEEDS = ("torch",)
 TARGET = 0.7
-AGREE = 1e-4  # of the loss
-# Of the gradients, the median and the worst. A sample on the border of two cells has the slope of
-# either, which rounding alone decides, and what comes before it differs then: PyTorch's own differ
-# from those in float64 by as much.
+AGREE = 1e-4  # relative, of the loss
+# Median and largest difference of the gradients. For a sample on the border of two cells, rounding
+# decides which slope it has, and earlier layers then differ; PyTorch's float32 gradients differ
+# from its float64 gradients by as much.
 TYPICAL, WORST = 1e-3, 1e-2
 SIDE = {"toy": 64}
 
 
 def inputs(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures, and what the last map is weighted with: always the same."""
+    """Images, and the weights of the last map in the loss; fixed seed."""
     batch, side = int(name) if name.isdigit() else 1, SIDE.get(name, 224)
     images = np.random.default_rng(0).normal(size=(batch, side, side, 3)).astype(np.float32)
     return images, np.random.default_rng(1).normal(
@@ -38,8 +38,8 @@ def inputs(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ours(folder: pathlib.Path, name: str) -> Any:
-    """Our step as a function that takes one and returns the loss; writes weights and gradients
-    under the published names first."""
+    """The JAX step as a function that runs it and returns the loss. Writes weights and gradients
+    under their published names first."""
     import jax
     import jax.numpy as jnp
 
@@ -48,7 +48,7 @@ def ours(folder: pathlib.Path, name: str) -> Any:
 
     model, noise = intern_image.PRESETS["internimage_t"], np.random.default_rng(2)
     drawn = jax.tree.map(np.asarray, intern_image.init(model, jax.random.key(0)))
-    # which the published net has not
+    # which the published network lacks
     state = interop.store_intern_image(
         {"encoder": {part: tree for part, tree in drawn.items() if part != "fusion"}}
     )
@@ -78,7 +78,7 @@ def ours(folder: pathlib.Path, name: str) -> Any:
 
 
 def theirs(folder: pathlib.Path, name: str) -> Any:
-    """Their step, from the files of ours.
+    """The PyTorch step, from the files of the JAX side.
 
     Raises:
       RuntimeError: the gradients differ.
@@ -102,11 +102,11 @@ def theirs(folder: pathlib.Path, name: str) -> Any:
         return value.item()
 
     step()
-    wanted = dict(np.load(folder / "gradients.npz"))
-    found = {key: parameter.grad.numpy() for key, parameter in net.named_parameters()}
+    expected = dict(np.load(folder / "gradients.npz"))
+    gradients = {key: parameter.grad.numpy() for key, parameter in net.named_parameters()}
     off = {
-        key: float(np.linalg.norm(found[key] - wanted[key]) / np.linalg.norm(wanted[key]))
-        for key in found
+        key: float(np.linalg.norm(gradients[key] - expected[key]) / np.linalg.norm(expected[key]))
+        for key in gradients
     }
     if not (np.median(list(off.values())) <= TYPICAL and max(off.values()) <= WORST):
         worst = max(off, key=off.__getitem__)
@@ -119,10 +119,10 @@ def figures(quick: bool) -> list[Figure]:
 
     out = []
     for name in ("toy",) if quick else ("2", "8"):
-        seen = race.race(
+        result = race.race(
             "tests.bench.intern_image_peer", name, 5 if quick else 7, sys.executable, AGREE
         )
-        (a, b), (c, d) = seen["wall"], seen["processor"]
+        (a, b), (c, d) = result["wall"], result["processor"]
         label = (
             f"InternImage-T forward and gradients over PyTorch, CPU, {name} image(s), jax"
             f" {jax.__version__}"

@@ -1,8 +1,9 @@
-"""InternImage in PyTorch, under the published names, with DCNv3 as one `grid_sample`: the form that
-runs without the CUDA operator.
+"""InternImage in PyTorch with the published names and DCNv3 as one `grid_sample`, which runs
+without the CUDA operator.
 
-Written from the paper's description for comparisons of numbers and of time. The classifier of T to
-XL is left out: the four maps come out."""
+Written from the paper's description, to compare numbers and time. It returns the four maps and
+omits the classifier of T to XL.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -17,24 +18,23 @@ def sample(value, offset, mask, groups, scale):
     rows, columns = torch.meshgrid(
         torch.arange(h, dtype=value.dtype), torch.arange(w, dtype=value.dtype), indexing="ij"
     )
-    place = torch.stack([columns, rows], -1)[None, :, :, None, None] + scale * (
+    points = torch.stack([columns, rows], -1)[None, :, :, None, None] + scale * (
         base + offset.reshape(b, h, w, groups, 9, 2)
     )
-    unit = (2 * place + 1) / torch.tensor([w, h], dtype=value.dtype) - 1
+    unit = (2 * points + 1) / torch.tensor([w, h], dtype=value.dtype) - 1
     grid = unit.permute(0, 3, 1, 2, 4, 5).reshape(b * groups, h * w, 9, 2)
     v = (
         value.reshape(b, h, w, groups, c // groups)
         .permute(0, 3, 4, 1, 2)
         .reshape(b * groups, c // groups, h, w)
     )
-    found = F.grid_sample(v, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    samples = F.grid_sample(v, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     weight = mask.reshape(b, h * w, groups, 9).transpose(1, 2).reshape(b * groups, 1, h * w, 9)
-    return (found * weight).sum(-1).reshape(b, c, h, w).permute(0, 2, 3, 1)
+    return (samples * weight).sum(-1).reshape(b, c, h, w).permute(0, 2, 3, 1)
 
 
 class First(nn.Module):
-    """Channels first before, channels last after: the wrappers that give the published names their
-    numbers."""
+    """Channels first to channels last; the wrappers give the published names their indices."""
 
     def forward(self, x):
         return x.permute(0, 2, 3, 1)
@@ -165,6 +165,6 @@ class InternImage(nn.Module):
     def forward(self, images):
         x, maps = self.patch_embed(images), []
         for level in self.levels:
-            seen, x = level(x)
-            maps.append(seen)
+            features, x = level(x)
+            maps.append(features)
         return maps

@@ -1,10 +1,10 @@
-"""One M3I step (categories, dynamic weighting) in plain PyTorch and timm: what
-tests.bench.torch_peer and tests.bench.accelerator let run against ours. It knows nothing of JAX:
-parameters, batch and schedules come as numpy arrays, by the paths of our tree.
+"""One M3I step (categories, dynamic weighting) in plain PyTorch and timm, the peer of
+tests.bench.torch_peer and tests.bench.accelerator. It does not use JAX: parameters, batch and
+schedules are numpy arrays under the paths of the JAX parameter tree.
 
-Written with the care of somebody who wants it fast: one encoder backward, timm's fused attention,
-fused AdamW, one foreach call for the moving average, dead rows of the last decoder layer left out,
-no product that the formulas do not ask for."""
+It is optimised: one encoder backward pass, timm's fused attention, fused AdamW, one foreach call
+for the EMA, no unused rows of the last decoder layer, and no product that the formulas do not need.
+"""
 
 import functools
 from typing import Any
@@ -27,8 +27,8 @@ def _blocks(width: int, heads: int, depth: int, ratio: float) -> nn.ModuleList:
 
 
 class Encoder(nn.Module):
-    """Vision transformer with a cls token, fixed positions, a patch embedding that is not trained
-    and no final norm."""
+    """Vision transformer with a cls token, fixed positions, a frozen patch embedding and no final
+    norm."""
 
     def __init__(
         self, width: int, heads: int, depth: int, ratio: float, patch: int, table: np.ndarray
@@ -42,7 +42,7 @@ class Encoder(nn.Module):
     def forward(self, patches: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         x = self.patch_embed(patches)
         x = x + self.table.to(x.dtype)
-        # so that the residual stream keeps the precision of the products, as ours does
+        # the residual stream has the precision of the products, as in the JAX model
         keep = None if keep is None else keep.to(x.dtype)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
         for i, block in enumerate(self.blocks):
@@ -56,8 +56,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Own tokens at their places and one query a target position; of the last layer only the
-    queries' rows."""
+    """Own tokens at their positions and one query per target position; the last layer computes only
+    the rows of the queries."""
 
     def __init__(
         self, width_in: int, width: int, heads: int, depth: int, ratio: float, table: np.ndarray
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
 
 
 class Pool(nn.Module):
-    """Attention of the mean token over the tokens, norms of their own, no residual."""
+    """Attention of the mean token over the tokens, with separate norms and without residual."""
 
     def __init__(self, width: int, heads: int, out: int) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Heads(nn.Module):
 
 
 def sincos(x: torch.Tensor, width: int) -> torch.Tensor:
-    """[sin(x w_k), cos(x w_k)] with width / 4 frequencies each."""
+    """[sin(x w_k), cos(x w_k)] with width / 4 frequencies."""
     k = torch.arange(width // 4, device=x.device, dtype=torch.float64)
     phase = x[..., None] * (10000.0 ** (-k / (width / 4))).float()
     return torch.cat([phase.sin(), phase.cos()], -1)
@@ -132,10 +132,10 @@ def relative(
     grid: int,
     width: int,
 ) -> torch.Tensor:
-    """Raw embedding [B, N, 2 W] of every position of a target view, seen from the input view."""
+    """Raw embedding [B, N, 2 W] of every position of a target view relative to the input view."""
     centre = torch.arange(grid, device=box.device) + 0.5
 
-    def place(axis: int, mirrored: bool) -> torch.Tensor:
+    def axis_positions(axis: int, mirrored: bool) -> torch.Tensor:
         step = centre.expand(len(box), grid)
         if mirrored:
             step = torch.where(flip[:, None], grid - step, step)
@@ -145,7 +145,7 @@ def relative(
             reach = torch.where(flip_in[:, None], grid * size - reach, reach)
         return reach / size - 0.5
 
-    rows, columns = sincos(place(0, False), width), sincos(place(1, True), width)
+    rows, columns = sincos(axis_positions(0, False), width), sincos(axis_positions(1, True), width)
     ratio = sincos(10 * torch.log(box[:, 2:] / box_in[:, 2:]), width).flatten(1)
     parts = [rows[:, :, None].expand(-1, -1, grid, -1), columns[:, None].expand(-1, grid, -1, -1)]
     parts.append(ratio[:, None, None].expand(-1, grid, grid, -1))
@@ -159,8 +159,8 @@ def _partner(x: torch.Tensor) -> torch.Tensor:
 def _energy(
     p: torch.Tensor, target: torch.Tensor, moment: torch.Tensor, weight: float
 ) -> torch.Tensor:
-    """|p - t|^2 + w p'Cp by row over its width; of the second part the gradient is 2 w C p without
-    a product in the backward pass."""
+    """|p - t|^2 + w p'Cp per row, divided by its width; the gradient 2 w C p of the second part
+    needs no product in the backward pass."""
     p = p.float()
     product = p.detach() @ moment
     value = (p - target).square() + weight * (2 * p * product - p.detach() * product)
@@ -168,7 +168,7 @@ def _energy(
 
 
 class Peer:
-    """Everything of a run.
+    """The state and the step of a run.
 
     Args: shape: numbers of the model: width, heads, depth, ratio, patch, grid, hidden,
       decoder_width, decoder_heads, decoder_depth, pool_heads, pool_width, classes; and decay,
@@ -239,7 +239,7 @@ class Peer:
         self._decode, self._pool = wrap(self.heads.decoder), wrap(self.heads.pool)
 
     def patches(self, views: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-        """[B, 2, S, S, 3] uint8 -> [2, B, N, 3 p p], mirrored where `flip` [B, 2] says so, and
+        """[B, 2, S, S, 3] uint8 -> [2, B, N, 3 p p], flipped where `flip` [B, 2] is set, and
         normalised."""
         views = torch.where(flip[..., None, None, None], views.flip(-2), views)
         x = (views.float() / 255 - self.mean) / self.std
@@ -253,7 +253,7 @@ class Peer:
     def step(
         self, batch: dict[str, torch.Tensor], keep: torch.Tensor | None, lr: float, momentum: float
     ) -> dict[str, torch.Tensor]:
-        """One optimizer step; its metrics."""
+        """One optimizer step; returns its metrics."""
         s = self.shape
         weight = (
             torch.tensor(s["gamma"], device=self.device)
@@ -263,14 +263,16 @@ class Peer:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
             crops = self.patches(batch["views"], batch["flip"])
             with torch.no_grad():
-                seen = self._encode_target(crops.flatten(0, 1))[:, 1:].float()
+                features = self._encode_target(crops.flatten(0, 1))[:, 1:].float()
             with torch.no_grad(), torch.autocast(self.device, enabled=False):
-                targets = F.layer_norm(seen, seen.shape[-1:], eps=1e-5).unflatten(0, (2, -1))
+                targets = F.layer_norm(features, features.shape[-1:], eps=1e-5).unflatten(
+                    0, (2, -1)
+                )
                 rows = targets.flatten(0, 2)
                 moment = (rows.T @ rows) / len(rows)
                 monitors = {
                     "target_std": (
-                        seen.unflatten(0, (2, -1))[0].flatten(0, 1).std(0, correction=0).mean()
+                        features.unflatten(0, (2, -1))[0].flatten(0, 1).std(0, correction=0).mean()
                     )
                 }
             mask = batch["mask"]
@@ -289,13 +291,13 @@ class Peer:
                 box[:, 0], flip[:, 0], box[:, 1], flip[:, 1], s["grid"], s["decoder_width"]
             )
             both = torch.cat([own, other])
-            made = self._decode(
+            predictions = self._decode(
                 both, torch.cat(cells), torch.cat([self.identity.expand(len(own), -1, -1), places])
             )
             logits = self.heads.category(self._pool(both)).float()
         with torch.autocast(self.device, enabled=False):
             goal = torch.cat([targets[0], _partner(targets[1])])
-            ssp = _energy(made, goal, moment, s["second_moment"]).mean()
+            ssp = _energy(predictions, goal, moment, s["second_moment"]).mean()
             labels = torch.cat([batch["label"], _partner(batch["label"])])
             sp = F.cross_entropy(logits, labels, label_smoothing=s["smoothing"])
 
@@ -314,7 +316,7 @@ class Peer:
             parameter.grad = gradient
         norm = nn.utils.clip_grad_norm_(self.trained, s["clip"], foreach=True)
         loss = ssp.detach() + weight * sp.detach()
-        # What the fused kernels skip a step by, without the host having to look.
+        # The fused kernels skip a step by this flag, without a transfer to the host.
         self.optimizer.found_inf = 1.0 - (torch.isfinite(loss) & torch.isfinite(norm)).float()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -326,7 +328,7 @@ class Peer:
         return {"loss": loss, "ssp": ssp.detach(), "sp": sp.detach(), "grad_norm": norm, **monitors}
 
 
-# Their names in timm, by ours.
+# {JAX name: timm name}
 _NAMES = {
     "attention/qkv": "attn.qkv",
     "attention/out": "attn.proj",
@@ -336,7 +338,7 @@ _NAMES = {
 
 
 def _load(module: nn.Module, arrays: Arrays, prefix: str) -> None:
-    """Our parameters into a module: kernels are transposed, stacked blocks taken apart."""
+    """Load JAX parameters into a module: kernels are transposed, stacked blocks unstacked."""
     state = {}
     for path, value in arrays.items():
         if not path.startswith(prefix):
@@ -351,18 +353,18 @@ def _load(module: nn.Module, arrays: Arrays, prefix: str) -> None:
                 )
         else:
             state[".".join([*where, last])] = value.T if value.ndim == 2 else value
-    # strict: all of them
+    # strict: every parameter
     module.load_state_dict(
         {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
     )
 
 
 def batch_of(arrays: Arrays, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """The batch among the arrays, on a device."""
-    made = {
+    """The arrays of the batch, on a device."""
+    tensors = {
         name.removeprefix("batch/"): torch.from_numpy(value).to(device)
         for name, value in arrays.items()
         if name.startswith("batch/")
     }
-    made["label"] = made["label"].long()
-    return made
+    tensors["label"] = tensors["label"].long()
+    return tensors

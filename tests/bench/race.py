@@ -1,11 +1,13 @@
-"""Two programs that compute the same, ours and one in PyTorch, each in a process of its own, taking
-turns.
+"""Timing of two programs that compute the same, in JAX and in PyTorch, each in a process of its own
+and in turns.
 
-A contest is a module of this package with `ours(folder, name)` and `theirs(folder, name)`: each
-returns a function that takes a step and returns its loss. Ours begins, and leaves in `folder` what
-theirs starts from; NEEDS names the packages of theirs. Both get the heap of tests.bench.heap; the
-least of the runs counts. What else runs on the machine slows both down: the load is told with the
-result, and the ratio of the processor time is less sensitive to it."""
+A contest is a module of this package with `ours(folder, name)` (JAX) and `theirs(folder, name)`
+(PyTorch). Each returns a function that runs one step and returns its loss. The JAX side starts
+first and writes the start of the PyTorch side to `folder`. NEEDS names the packages of the PyTorch
+side. Both use the malloc configuration of tests.bench.heap, and the least of the runs counts. Other
+load slows both down: the load is reported with the result, and the ratio of processor times is less
+sensitive to it.
+"""
 
 import argparse
 import importlib
@@ -24,7 +26,7 @@ THREADS = 2
 
 
 def contestant(module: str, side: str, folder: pathlib.Path, name: str) -> None:
-    """Answers every line of its input with (loss, wall seconds, processor seconds) of one step."""
+    """Answer every input line with (loss, wall seconds, processor seconds) of one step."""
     contest = importlib.import_module(module)
     step = (contest.ours if side == "jax" else contest.theirs)(folder, name)
     print("ready", flush=True)
@@ -38,7 +40,7 @@ def contestant(module: str, side: str, folder: pathlib.Path, name: str) -> None:
 
 
 class Running:
-    """A contestant's process."""
+    """The process of a contestant."""
 
     def __init__(self, python: str, *arguments: str) -> None:
         environment = {
@@ -61,9 +63,9 @@ class Running:
     def step(self) -> tuple[float, float, float]:
         assert self.process.stdin is not None
         print("go", file=self.process.stdin, flush=True)
-        if not (told := self.line()):
+        if not (line := self.line()):
             raise RuntimeError(f"{self.process.args!r} ended with {self.process.wait()}")
-        return tuple(json.loads(told))  # type: ignore[return-value]
+        return tuple(json.loads(line))  # type: ignore[return-value]
 
     def end(self) -> None:
         assert self.process.stdin is not None
@@ -75,7 +77,8 @@ class Running:
 
 
 def race(module: str, name: str, runs: int, python: str, agree: float) -> dict[str, Any]:
-    """Losses of the first steps, and the least seconds of both; `python` runs theirs.
+    """Losses of the first steps, and the least seconds of both sides; `python` runs the PyTorch
+    side.
 
     Raises: ModuleNotFoundError: theirs would run here, and a package is missing. RuntimeError: the
       losses of the first step differ by more than `agree`: then they do not compute the same thing,
@@ -113,27 +116,29 @@ def race(module: str, name: str, runs: int, python: str, agree: float) -> dict[s
     }
 
 
-def told(name: str, seen: dict[str, Any]) -> str:
-    (ours_, theirs_), (a, b) = seen["wall"], seen["processor"]
+def summary(name: str, result: dict[str, Any]) -> str:
+    (jax_time, torch_time), (jax_cpu, torch_cpu) = result["wall"], result["processor"]
+    differences = ", ".join(f"{difference:.1e}" for difference in result["differ"][:3])
     return (
-        f"{name}: {ours_:.3f} s, PyTorch {theirs_:.3f} s, ratio {ours_ / theirs_:.3f} (processor"
-        f" time {a / b:.3f}); losses of three steps differ by"
-        f" {', '.join(f'{d:.1e}' for d in seen['differ'][:3])}; {len(seen['rounds'])} runs, load"
-        f" {os.getloadavg()[0]:.1f}"
+        f"{name}: {jax_time:.3f} s, PyTorch {torch_time:.3f} s, ratio {jax_time / torch_time:.3f}"
+        f" (processor time {jax_cpu / torch_cpu:.3f}); losses of three steps differ by"
+        f" {differences}; {len(result['rounds'])} runs, load {os.getloadavg()[0]:.1f}"
     )
 
 
 def main(module: str, names: list[str], agree: float) -> None:
-    """The command line of a contest."""
+    """Run the command line of a contest."""
     flags = argparse.ArgumentParser()
     flags.add_argument("names", nargs="*", default=names)
     flags.add_argument("--runs", type=int, default=7)
     flags.add_argument(
-        "--torch", default=sys.executable, help="the Python that has PyTorch, if this one has not"
+        "--torch",
+        default=sys.executable,
+        help="a Python interpreter with PyTorch; default: this one",
     )
-    given = flags.parse_args()
-    for name in given.names:
-        print(told(name, race(module, name, given.runs, given.torch, agree)), flush=True)
+    args = flags.parse_args()
+    for name in args.names:
+        print(summary(name, race(module, name, args.runs, args.torch, agree)), flush=True)
 
 
 if __name__ == "__main__":

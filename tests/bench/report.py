@@ -1,15 +1,15 @@
-"""All figures that this project claims, measured and printed as one table. `bash launch/bench.sh`
-runs it in an environment of its own.
+"""All figures that this project reports, measured and printed as one table. `bash launch/bench.sh`
+runs it in a separate environment.
 
-    python -m tests.bench.report                      # a quarter of an hour on two cores, with
-    libtpu half an hour python -m tests.bench.report --quick              # the same at toy sizes:
-    whether everything runs, not how fast it is python -m tests.bench.report flops checkpoint     #
-    some python -m tests.bench.report --gpu                # the accelerator's
-    (tests/bench/accelerator.py)
+    python -m tests.bench.report                   # 15 minutes on two cores, 30 with libtpu
+    python -m tests.bench.report --quick           # toy sizes, as a functional check
+    python -m tests.bench.report flops checkpoint  # some benchmarks
+    python -m tests.bench.report --gpu             # the accelerator's (tests/bench/accelerator.py)
 
-A benchmark is a module beside this one with a function `figures(quick)`; each runs in a process of
-its own. What needs a package that is not installed is in the table as not measured, with the
-reason. Nothing here fails because a figure is missed; the status is 1 if a benchmark broke."""
+A benchmark is a module of this package with a function `figures(quick)`; each runs in a process of
+its own. Figures that need a missing package are listed as not measured, with the reason. A missed
+target is no failure; the exit code is 1 if a benchmark failed.
+"""
 
 import argparse
 import ast
@@ -30,21 +30,21 @@ from tests.bench.figures import Figure
 HERE = pathlib.Path(__file__).parent
 HEADERS = ("figure", "measured", "target", "", "note")
 STDERR = 2
-DEVICE = "accelerator"  # the one that is only run when it is asked for
+DEVICE = "accelerator"  # runs only on request
 
 
 def benchmarks() -> list[str]:
-    """Modules here that have figures, without importing any."""
-    found = []
+    """The modules of this package with figures, found without importing them."""
+    names = []
     for path in sorted(HERE.glob("*.py")):
         body = ast.parse(path.read_text()).body
         if any(isinstance(node, ast.FunctionDef) and node.name == "figures" for node in body):
-            found.append(path.stem)
-    return found
+            names.append(path.stem)
+    return names
 
 
 def run(name: str, quick: bool, seconds: float) -> tuple[list[Figure], bool]:
-    """(figures of a benchmark, whether it broke)."""
+    """(figures of a benchmark, whether it failed)."""
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "figures.json"
         command = [
@@ -61,7 +61,7 @@ def run(name: str, quick: bool, seconds: float) -> tuple[list[Figure], bool]:
             {} if name == DEVICE else {**heap.kept(), "JAX_PLATFORMS": "cpu"}
         )
         try:
-            done = subprocess.run(  # what it prints on the way is seen: some take long
+            done = subprocess.run(  # its progress is visible: some take long
                 command,
                 env=environment,
                 text=True,
@@ -86,8 +86,8 @@ def run(name: str, quick: bool, seconds: float) -> tuple[list[Figure], bool]:
 
 
 def one(name: str, quick: bool, out: pathlib.Path) -> None:
-    made = importlib.import_module(f"tests.bench.{name}").figures(quick)
-    out.write_text(json.dumps([dataclasses.asdict(figure) for figure in made]))
+    rows = importlib.import_module(f"tests.bench.{name}").figures(quick)
+    out.write_text(json.dumps([dataclasses.asdict(figure) for figure in rows]))
 
 
 def main() -> int:
@@ -101,7 +101,7 @@ def main() -> int:
     flags.add_argument(
         "--quick",
         action="store_true",
-        help="toy sizes: whether everything runs, not how fast it is",
+        help="toy sizes, as a functional check",
     )
     flags.add_argument(
         "--gpu",
@@ -111,27 +111,28 @@ def main() -> int:
     flags.add_argument("--seconds", type=float, default=4 * 3600.0, help="limit of a benchmark")
     flags.add_argument("--one", default="", help=argparse.SUPPRESS)
     flags.add_argument("--out", default="", help=argparse.SUPPRESS)
-    given = flags.parse_args()
-    if given.one:
-        one(given.one, given.quick, pathlib.Path(given.out))
+    args = flags.parse_args()
+    if args.one:
+        one(args.one, args.quick, pathlib.Path(args.out))
         return 0
-    names = given.names or (
-        [DEVICE] if given.gpu else [name for name in benchmarks() if name != DEVICE]
+    names = args.names or (
+        [DEVICE] if args.gpu else [name for name in benchmarks() if name != DEVICE]
     )
     if wrong := [name for name in names if name not in benchmarks()]:
         flags.error(f"{wrong[0]}: there is no such benchmark; they are {', '.join(benchmarks())}")
     rows, broken = [], False
     for name in names:
         start = time.monotonic()
-        found, failed = run(name, given.quick, given.seconds)
-        rows += found
+        new_rows, failed = run(name, args.quick, args.seconds)
+        rows += new_rows
         broken |= failed
         print(
-            f"{name}: {len(found)} figure(s) in {time.monotonic() - start:.0f} s", file=sys.stderr
+            f"{name}: {len(new_rows)} figure(s) in {time.monotonic() - start:.0f} s",
+            file=sys.stderr,
         )
-        # As they come: who is cut off later has these.
+        # Printed as they come, so that an interruption keeps them.
         print(
-            text_table.text_table([figure.cells for figure in found], HEADERS),
+            text_table.text_table([figure.cells for figure in new_rows], HEADERS),
             file=sys.stderr,
             flush=True,
         )
@@ -145,7 +146,7 @@ def main() -> int:
     )
     print(
         "; toy sizes: ratios mean nothing"
-        if given.quick
+        if args.quick
         else "; ratios within one run, counts exact"
     )
     return int(broken)

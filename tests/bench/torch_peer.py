@@ -6,8 +6,9 @@ this machine's processor in float32.
     python -m tests.bench.torch_peer A --torch PYTHON    # torch and timm from another environment
 
 A: width 384, 4 layers. B: width 192, 12 layers. Batch 8, 224 pixels, categories, decoder of 4
-layers and 16 heads, two threads. Both start from the same parameters and see the same batch; the
-losses must agree before anything is timed (tests/bench/race.py)."""
+layers and 16 heads, two threads. Both use the same parameters and the same batch; the losses must
+agree before anything is timed (tests/bench/race.py).
+"""
 
 import json
 import pathlib
@@ -70,7 +71,7 @@ def settings(
 
 
 def batch_of(config: Any) -> dict[str, np.ndarray]:
-    """A random batch, always the same."""
+    """A random batch with a fixed seed."""
     from m3i_jax.objective import masks
 
     r, b, side = np.random.default_rng(0), config.train.batch_size, config.data.image_size
@@ -89,7 +90,7 @@ def batch_of(config: Any) -> dict[str, np.ndarray]:
 
 
 def numbers(config: Any) -> dict[str, Any]:
-    """What the PyTorch side must know of a configuration."""
+    """The settings that the PyTorch side needs."""
     m, o = config.model, config.objective
     return {
         **{name: getattr(m.encoder, name) for name in ("width", "heads", "depth")},
@@ -119,7 +120,7 @@ def numbers(config: Any) -> dict[str, Any]:
 def hand_over(
     folder: pathlib.Path, config: Any, params: Any, trainer: Any, steps: int = 100
 ) -> None:
-    """Everything that the PyTorch side starts from, as files."""
+    """Write the start of the PyTorch side to files."""
     import jax
 
     from m3i_jax.objective import positions
@@ -146,8 +147,8 @@ def hand_over(
 
 
 def ours(folder: pathlib.Path, name: str) -> Any:
-    """Our step as a function that takes one and returns the loss; writes what the other side needs
-    first."""
+    """The JAX step as a function that runs it and returns the loss. Writes the files of the PyTorch
+    side first."""
     import jax
 
     from m3i_jax import parallel
@@ -169,7 +170,7 @@ def ours(folder: pathlib.Path, name: str) -> Any:
 
 
 def theirs(folder: pathlib.Path, name: str = "") -> Any:
-    """Their step, from the files of ours."""
+    """The PyTorch step, from the files of the JAX side."""
     import torch
 
     from tests.bench import m3i_torch
@@ -193,8 +194,8 @@ def figures(quick: bool) -> list[Figure]:
 
     out, new = [], tuple(map(int, jax.__version__.split(".")[:2])) >= NEWEST
     for name in ("toy",) if quick else ("A", "B"):
-        seen = race.race("tests.bench.torch_peer", name, 5 if quick else 7, sys.executable, AGREE)
-        (a, b), (c, d) = seen["wall"], seen["processor"]
+        result = race.race("tests.bench.torch_peer", name, 5 if quick else 7, sys.executable, AGREE)
+        (a, b), (c, d) = result["wall"], result["processor"]
         label = f"ViT M3I step over PyTorch, CPU, shape {name}, jax {jax.__version__}"
         out.append(
             Figure(
@@ -207,7 +208,7 @@ def figures(quick: bool) -> list[Figure]:
         out.append(
             Figure(
                 f"loss of the first step over PyTorch's, shape {name}: difference",
-                seen["differ"][0],
+                result["differ"][0],
                 AGREE,
             )
         )

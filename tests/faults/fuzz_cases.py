@@ -10,8 +10,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from m3i_jax import config, main, setting_limits
+from m3i_jax import config, main
+from m3i_jax.config import files as config_files
 from m3i_jax.modes import MODES
+from m3i_jax.schema import limits as schema_limits
 from tests.faults import fuzz_damage
 from tests.test_main import TINY
 from tests.test_setting_limits import SETTINGS
@@ -153,7 +155,7 @@ def value(draw: Any, key: str) -> str:
         return str(draw(st.sampled_from(metadata["choices"])))
     if isinstance(default, bool):
         return draw(st.sampled_from(["true", "false", "True", "FALSE"]))
-    if isinstance(limits, setting_limits.NumberLimit):
+    if isinstance(limits, schema_limits.NumberLimit):
         whole = all(isinstance(entry, int) for entry in entries)
         beyond = st.sampled_from(
             [limits.least - 1, limits.most + 1, -limits.most, limits.most * 2, 2**31, 2**63, 0, -1]
@@ -242,7 +244,7 @@ NUMBERS = ("0", "1", "3", "32", "-5", "1e300", "0.5")
 def commands(draw: Any) -> Case:
     """A plausible command with any configuration file and mode, and up to two mistakes in it."""
     name = draw(st.sampled_from(CONFIGS))
-    taken = sorted(config._takes(f"{ROOT}/configs/{name}") or ())
+    taken = sorted(config_files._argument_names(f"{ROOT}/configs/{name}") or ())
     given = draw(st.lists(st.sampled_from(taken), max_size=3, unique=True))
     given += [key for key in ("path", "source", "sources") if key in taken and key not in given]
     given = {key: draw(st.sampled_from(ARGUMENTS.get(key, NUMBERS))) for key in given}
@@ -314,8 +316,8 @@ def settings(draw: Any) -> Case:
 
 
 HEAD = (
-    "import os, sys\nfrom m3i_jax.config import default\ndef get_config(path='', n=1):\n    c ="
-    " default()\n"
+    "import os, sys\nfrom m3i_jax.config import default_config\n"
+    "def get_config(path='', n=1):\n    c = default_config()\n"
 )
 SCRIPTS = (
     b"",

@@ -7,7 +7,7 @@ import pytest
 from tests.faults.hostile import ROOT
 
 ALLOWED = {
-    ("m3i_jax/config.py", "exec_module"),
+    ("m3i_jax/config/files.py", "exec_module"),
     ("m3i_jax/data/tokenizer.py", "subprocess.run"),
     ("m3i_jax/training/malloc.py", "ctypes"),
 }

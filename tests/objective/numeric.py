@@ -1,4 +1,4 @@
-"""What the tests of the posteriors share: arrays, central differences, and a look into jaxprs."""
+"""Helpers of the posteriors' tests: arrays, central differences, equations of jaxprs."""
 
 import jax
 import numpy as np
@@ -22,21 +22,21 @@ def value_and_grad_of(*args, **options):
 
 
 def check_gradient(f, *args, step=1e-2):
-    """jax.grad of every argument against central differences."""
+    """Compare jax.grad of every argument with central differences."""
     f, grads = jax.jit(f), jax.jit(jax.grad(f, tuple(range(len(args)))))(*args)
     for k, grad in enumerate(grads):
-        wanted = np.zeros(np.shape(args[k]))
-        for place in np.ndindex(wanted.shape):
-            move = np.zeros(wanted.shape, np.float32)
-            move[place] = step
+        expected = np.zeros(np.shape(args[k]))
+        for index in np.ndindex(expected.shape):
+            move = np.zeros(expected.shape, np.float32)
+            move[index] = step
             up, down = (f(*args[:k], args[k] + sign * move, *args[k + 1 :]) for sign in (1, -1))
-            wanted[place] = (up - down) / (2 * step)
-        assert wanted.any()
-        np.testing.assert_allclose(grad, wanted, atol=2e-3, rtol=1e-2)
+            expected[index] = (up - down) / (2 * step)
+        assert expected.any()
+        np.testing.assert_allclose(grad, expected, atol=2e-3, rtol=1e-2)
 
 
 def equations(jaxpr):
-    """All equations of a jaxpr, those of inner ones included."""
+    """All equations of a jaxpr, inner jaxprs included."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.tree.leaves(

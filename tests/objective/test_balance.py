@@ -1,5 +1,6 @@
-"""Dynamic weighting: the averages, lambda and its place in an optax chain."""
+"""Dynamic weighting: the averages, lambda, and the transform in an optax chain."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ def run(norms, decay=0.9):
     return states
 
 
-def test_first_value_starts_the_average():
+def test_first_norm_initialises_the_average():
     states = run([(2.0, 8.0), (4.0, 6.0), (1.0, 1.0)])
     ssp, sp = 2.0, 8.0
     assert (float(states[1].ssp), float(states[1].sp)) == (ssp, sp)
@@ -32,20 +33,20 @@ def test_first_value_starts_the_average():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 0.0, -1.0])
-def test_a_norm_that_means_nothing_leaves_its_average(bad):
+def test_zero_and_non_finite_norms_leave_the_average(bad):
     states = run([(2.0, 8.0), (bad, 4.0), (2.0, bad)])
     np.testing.assert_allclose((states[2].ssp, states[2].sp), (2.0, 7.6), rtol=1e-6)
     np.testing.assert_allclose((states[3].ssp, states[3].sp), (2.0, 7.6), rtol=1e-6)
     assert int(states[3].count) == 3
 
 
-def test_a_group_seen_late_starts_at_its_first_value():
+def test_late_group_starts_at_its_first_norm():
     states = run([(2.0, 0.0), (2.0, np.nan), (2.0, 5.0), (2.0, 10.0)])
     assert [float(s.sp) for s in states[:3]] == [0, 0, 0]
     np.testing.assert_allclose([float(s.sp) for s in states[3:]], [5.0, 5.5], rtol=1e-6)
 
 
-def test_lambda_is_gamma_until_both_groups_were_seen():
+def test_lambda_is_gamma_until_both_groups_have_a_norm():
     states = run([(4.0, 0.0), (4.0, 2.0)])
     weights = [float(jax.jit(lambda s: balance.balance_weight(s, gamma=3.0))(s)) for s in states]
     np.testing.assert_allclose(weights, [3.0, 3.0, 6.0], rtol=1e-6)
@@ -85,11 +86,11 @@ def test_in_a_chain_updates_pass_through():
     balanced = optax.named_chain(("balance", balance.track_balance(0.9)), ("rest", plain))
     params = {"w": jnp.arange(3.0), "b": jnp.ones(2)}
     grads = jax.tree.map(lambda x: x + 1, params)
-    wanted, _ = jax.jit(plain.update)(grads, plain.init(params), params)
+    expected, _ = jax.jit(plain.update)(grads, plain.init(params), params)
     got, state = jax.jit(balanced.update)(
         grads, balanced.init(params), params, feature_grad_norms=(1.0, 2.0)
     )
-    jax.tree.map(np.testing.assert_allclose, got, wanted)
+    jax.tree.map(np.testing.assert_allclose, got, expected)
     assert float(state["balance"].sp) == 2.0
     assert all(x.dtype == jnp.float32 for x in state["balance"][1:])
 
@@ -99,13 +100,13 @@ def test_feature_norm():
         "z": np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32),
         "cls": [np.full(2, 3.0, np.float32)],
     }
-    wanted = np.sqrt((tree["z"] ** 2).sum() + 18)
-    np.testing.assert_allclose(jax.jit(balance.feature_norm)(tree), wanted, rtol=1e-6)
+    expected = np.sqrt((tree["z"] ** 2).sum() + 18)
+    np.testing.assert_allclose(jax.jit(balance.feature_norm)(tree), expected, rtol=1e-6)
     assert float(balance.feature_norm({})) == 0
 
 
-def test_feature_norm_is_float32_whatever_comes_in():
-    many = jnp.full((512, 64), 1.0, jnp.bfloat16)  # a sum in bfloat16 would stop at 256
+def test_feature_norm_is_float32_for_bfloat16_inputs():
+    many = jnp.full((512, 64), 1.0, jnp.bfloat16)  # a bfloat16 sum would saturate at 256
     norm = balance.feature_norm(many)
     assert norm.dtype == jnp.float32 and float(norm) == pytest.approx(np.sqrt(512 * 64))
 
@@ -126,3 +127,18 @@ def test_errors():
     for limits in ((-1.0, 2.0), (3.0, 2.0)):
         with pytest.raises(ValueError, match="limits"):
             balance.balance_weight(tx.init({}), limits=limits)
+
+
+def test_steps_share_one_trace():
+    """The state keeps shapes, dtypes and weak types, so that no step recompiles."""
+    tx, updates = balance.track_balance(0.9), {"w": jnp.ones(3)}
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(state, norms):
+        return tx.update(updates, state, feature_grad_norms=norms)[1]
+
+    first = state = tx.init(updates)
+    for norms in ((2.0, 0.0), (3.0, 1.0), (float("nan"), 4.0)):
+        state = step(state, norms)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, first)

@@ -46,7 +46,7 @@ def world(seed, samples=5, transforms=2):
 
 
 def joint(seed):
-    """The same with any joint table: encoders that draw their representations."""
+    """The same with an arbitrary joint table: stochastic encoders."""
     return (
         np.random.default_rng(seed)
         .dirichlet(np.full(2 * 2 * X * Y1 * Y2, 0.3))
@@ -55,7 +55,7 @@ def joint(seed):
 
 
 def independent(seed):
-    """Targets that are independent of each other given z_x and the transforms."""
+    """Targets that are conditionally independent given z_x and the transforms."""
     rng = np.random.default_rng(seed)
     p_tx, p_ty = rng.dirichlet(np.ones(2)), rng.dirichlet(np.ones(2))
     p_x, p_1, p_2 = (
@@ -76,8 +76,8 @@ def information(p_txz):
 
 
 def given_t(p_txz):
-    """E over the transforms of H(p(z | t_x, t_y)), which is H(p(z | t_y)) where t_x tells nothing
-    about z."""
+    """E over the transforms of H(p(z | t_x, t_y)), which equals H(p(z | t_y)) if z is independent
+    of t_x."""
     p_t = p_txz.sum((2, 3))
     return sum(
         p_t[a, b] * entropy(p_txz[a, b].sum(0) / p_t[a, b]) for a, b in np.ndindex(p_t.shape)
@@ -91,8 +91,8 @@ def conditional(p_txz):
 
 
 def prediction_term(p_txz, logits):
-    """E log P^(z | prediction) by the project's own loss: one row for every (t_x, t_y, z_x, z),
-    weighed by its probability."""
+    """E log P^(z | prediction) by the package's loss: one row per (t_x, t_y, z_x, z), weighted by
+    its probability."""
     target = np.broadcast_to(np.arange(p_txz.shape[-1]), p_txz.shape)
     rows = np.broadcast_to(logits[..., None, :], (*p_txz.shape, p_txz.shape[-1]))
     total, count = nll(rows, target, p_txz)
@@ -113,12 +113,11 @@ def both(p):
 
 
 def bounded(p):
-    """Logits of the true posterior, with a finite number for what never occurs."""
+    """Logits of the true posterior, finite for events of probability 0."""
     return np.maximum(np.log(np.maximum(p, 1e-30)), -60)
 
 
 # --- Equations 1 and 2: one target
-# -------------------------------------------------------------------------------------------------------
 @SEEDS
 @pytest.mark.parametrize("make", [world, joint])
 def test_bound_never_exceeds_the_information(make, seed):
@@ -128,7 +127,7 @@ def test_bound_never_exceeds_the_information(make, seed):
         logits = scale * rng.normal(size=p.shape)
         bound = given_t(p) + prediction_term(p, logits)
         assert bound <= true + 1e-6
-        # What is missing is the divergence of the posteriors, exactly.
+        # The gap is exactly the divergence of the posteriors.
         log_p_hat = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
         divergence = (p * (log(conditional(p)) - log_p_hat)).sum()
         assert true - bound == pytest.approx(divergence, abs=2e-6)
@@ -144,18 +143,18 @@ def test_bound_is_tight_for_the_true_posterior(make, seed):
     assert information(p) > 0.05
     rows = np.broadcast_to(logits[..., None, :], (*p.shape, Y1)).astype(np.float32)
     grad = jax.grad(lambda x: nll(x, np.broadcast_to(np.arange(Y1), p.shape), p)[0])(rows)
-    # the supremum over f_psi: no table of logits is better nearby
+    # supremum over f_psi: no nearby table of logits is better
     np.testing.assert_allclose(grad.sum(3), 0, atol=1e-6)
 
 
 @SEEDS
-def test_target_entropy_does_not_know_the_input_transform(seed):
+def test_target_entropy_is_independent_of_the_input_transform(seed):
     """The regularization term of Eq. 2 is H(p(z_y | t_y)): transforms are drawn independently of
     the sample."""
     p = first(world(seed))
     p_ty = p.sum((0, 2))  # [t_y, z]
-    wanted = sum(p_ty[b].sum() * entropy(p_ty[b] / p_ty[b].sum()) for b in range(2))
-    assert given_t(p) == pytest.approx(wanted, abs=1e-12)
+    expected = sum(p_ty[b].sum() * entropy(p_ty[b] / p_ty[b].sum()) for b in range(2))
+    assert given_t(p) == pytest.approx(expected, abs=1e-12)
 
 
 @SEEDS
@@ -176,8 +175,8 @@ def test_boltzmann_over_target_representations_is_tight_too(seed):
 
 
 def test_info_nce_over_a_batch_never_exceeds_the_information():
-    """The estimate in the log: log2 B - loss, on average over all batches of B = 2 pairs, for the
-    best critic and a poor one."""
+    """The logged estimate log2 B - loss, averaged over all batches of B = 2 pairs, for the optimal
+    critic and a poor one."""
     p = np.random.default_rng(3).dirichlet(np.full(9, 0.4)).reshape(3, 3)
     ratio = np.log(p / np.outer(p.sum(1), p.sum(0)))
     true = (p * ratio).sum() / np.log(2)
@@ -195,10 +194,9 @@ def test_info_nce_over_a_batch_never_exceeds_the_information():
 
 
 # --- Equations 10 and 12: several targets
-# ------------------------------------------------------------------------------------------------
 def total_correlation(p):
-    """What the targets tell about each other once z_x is known, E KL(p(z_1, z_2 | z_x, t) || p(z_1
-    | z_x, t) p(z_2 | z_x, t))."""
+    """Mutual information of the targets given z_x, E KL(p(z_1, z_2 | z_x, t) || p(z_1 | z_x, t)
+    p(z_2 | z_x, t))."""
     product = conditional(first(p))[..., :, None] * conditional(second(p))[..., None, :]
     return (p * (log(conditional(both(p)).reshape(p.shape)) - log(product))).sum()
 
@@ -206,8 +204,8 @@ def total_correlation(p):
 @SEEDS
 @pytest.mark.parametrize("make", [world, joint])
 def test_sum_over_targets_never_exceeds_the_information(make, seed):
-    """Eq. 12, with the gap written out: the divergence of each posterior and what the targets tell
-    about each other."""
+    """Eq. 12 with its gap: the divergence of each posterior and the mutual information of the
+    targets."""
     p, rng = make(seed), np.random.default_rng(seed + 10)
     logits = rng.normal(size=first(p).shape), rng.normal(size=second(p).shape)
     bound = (
@@ -237,13 +235,12 @@ def test_sum_over_targets_is_tight_where_the_input_explains_their_dependence(see
     )
     assert total_correlation(p) == pytest.approx(0, abs=1e-12)
     assert best == pytest.approx(information(both(p)), abs=2e-6)
-    assert total_correlation(joint(seed)) > 0.05  # the case above is not this one
+    assert total_correlation(joint(seed)) > 0.05  # this joint does not satisfy the condition above
 
 
 @SEEDS
 def test_separate_losses_are_the_loss_of_the_product(seed):
-    """The split itself: sum_k -log P^_k is -log of one posterior over all targets together, for any
-    posteriors."""
+    """sum_k -log P^_k is -log of one posterior over all targets, for arbitrary posteriors."""
     p, rng = joint(seed), np.random.default_rng(seed)
     one, two = rng.normal(size=first(p).shape), rng.normal(size=second(p).shape)
     product = (one[..., :, None] + two[..., None, :]).reshape(*p.shape[:3], Y1 * Y2)
@@ -253,7 +250,7 @@ def test_separate_losses_are_the_loss_of_the_product(seed):
 
 @SEEDS
 def test_chain_of_targets_is_exact(seed):
-    """Eq. 10: predictions that may also look at the targets before them lose nothing."""
+    """Eq. 10: predictions that also read the preceding targets make the bound exact."""
     p = joint(seed)
     after_first = p.reshape(2, 2, X * Y1, Y2)  # condition: z_x together with z_1
     chain = prediction_term(first(p), bounded(conditional(first(p)))) + prediction_term(

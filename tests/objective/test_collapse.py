@@ -23,12 +23,12 @@ def test_target_std_is_numpy():
     x = 3 + normal(4, 9, 6) * np.arange(1, 7, dtype=np.float32)
     np.testing.assert_allclose(target_std(x), x.reshape(-1, 6).std(0).mean(), rtol=1e-5)
     where = np.random.default_rng(1).random((4, 9)) < 0.5
-    wanted = x[where].std(0).mean()
+    expected = x[where].std(0).mean()
     x[~where] = np.nan
-    np.testing.assert_allclose(target_std(x, where), wanted, rtol=1e-5)
+    np.testing.assert_allclose(target_std(x, where), expected, rtol=1e-5)
 
 
-def test_target_std_sees_collapse():
+def test_target_std_detects_collapse():
     x = np.tile(normal(1, 8), (50, 1))
     assert float(target_std(x)) < 1e-6
     assert float(target_std(losses.layer_normalize(x))) < 1e-6
@@ -46,23 +46,25 @@ def test_effective_rank_is_the_entropy_of_eigenvalues():
     t = normal(200, 6) * np.array([3, 2, 1, 1, 0.5, 0.1], np.float32)
     share = np.linalg.eigvalsh(t.T @ t / 200)
     share = share / share.sum()
-    wanted = np.exp(-(share * np.log(share)).sum())
-    assert float(effective_rank(second_moment(t))) == pytest.approx(wanted, rel=1e-4)
-    assert float(effective_rank(7 * second_moment(t))) == pytest.approx(wanted, rel=1e-4)
+    expected = np.exp(-(share * np.log(share)).sum())
+    assert float(effective_rank(second_moment(t))) == pytest.approx(expected, rel=1e-4)
+    assert float(effective_rank(7 * second_moment(t))) == pytest.approx(expected, rel=1e-4)
 
 
-def test_effective_rank_of_nothing_is_zero():
+def test_effective_rank_of_zero_matrix_is_zero():
     assert float(effective_rank(np.zeros((4, 4)))) == 0
 
 
-def test_spread_is_numpy_and_has_no_scale():
+def test_centered_energy_is_numpy_and_scale_free():
     t = 0.5 + normal(50, 6)
-    wanted = 1 - (t.mean(0) ** 2).sum() / (t**2).sum(1).mean()
-    assert float(spread(t.mean(0), second_moment(t))) == pytest.approx(wanted, rel=1e-4)
-    assert float(spread(100 * t.mean(0), second_moment(100 * t))) == pytest.approx(wanted, rel=1e-4)
+    expected = 1 - (t.mean(0) ** 2).sum() / (t**2).sum(1).mean()
+    assert float(spread(t.mean(0), second_moment(t))) == pytest.approx(expected, rel=1e-4)
+    assert float(spread(100 * t.mean(0), second_moment(100 * t))) == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
-def test_spread_sees_collapse_through_layer_norm():
+def test_centered_energy_detects_collapse_after_layer_norm():
     t = np.tile(normal(1, 8), (50, 1))
     for x in (t, np.asarray(losses.layer_normalize(t))):
         assert 0 <= float(spread(x.mean(0), second_moment(x))) < 1e-5
@@ -88,19 +90,19 @@ def test_alignment_is_numpy():
 
 @pytest.mark.parametrize("t", [2.0, 500.0])
 def test_uniformity_is_numpy(t):
-    """At the large t every exp(-t |u - v|^2) is 0 in float32."""
+    """At the largest t, exp(-t |u - v|^2) underflows to 0 in float32."""
     x = normal(6, 5)
 
-    def wanted(rows):
+    def expected(rows):
         u = unit(rows)
         log_pairs = [-t * ((u[i] - u[j]) ** 2).sum() for i in range(len(u)) for j in range(i)]
         return np.logaddexp.reduce(log_pairs) - np.log(len(log_pairs))
 
     np.testing.assert_allclose(
-        jax.jit(collapse.uniformity, static_argnames="t")(x, t=t), wanted(x), rtol=1e-5
+        jax.jit(collapse.uniformity, static_argnames="t")(x, t=t), expected(x), rtol=1e-5
     )
     where = np.array([1, 0, 1, 1, 0, 1], bool)
-    kept, x[~where] = wanted(x[where]), np.nan
+    kept, x[~where] = expected(x[where]), np.nan
     np.testing.assert_allclose(
         jax.jit(collapse.uniformity, static_argnames="t")(x, where, t=t), kept, rtol=1e-5
     )
@@ -116,11 +118,11 @@ def test_uniformity_weights_count_like_copies_of_other_images():
     np.testing.assert_allclose(uniformity(x, w), np.log(kernel), rtol=1e-5)
 
 
-def test_uniformity_leaves_out_an_image_with_itself():
+def test_uniformity_excludes_self_pairs():
     assert float(uniformity(np.array([[1.0, 0.0], [-1.0, 0.0]]))) == -8
 
 
-def test_uniformity_sees_collapse_and_nothing():
+def test_uniformity_at_collapse_and_without_images():
     collapsed = float(uniformity(np.tile(normal(1, 300), (40, 1))))
     assert -1e-4 < collapsed <= 0
     assert float(uniformity(normal(200, 64))) < -3.5
@@ -147,7 +149,7 @@ def test_monitors_take_bfloat16_and_have_no_gradient():
 def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match=r"\(3, 4\)"):
         collapse.effective_rank(np.zeros((3, 4)))
-    with pytest.raises(ValueError, match=r"\(2,\).*\(3,\)"):
+    with pytest.raises(ValueError, match=r"\(2,\).*\(3\)"):
         collapse.target_std(np.zeros((3, 4)), np.zeros(2))
     with pytest.raises(ValueError, match=r"\(3, 4\).*\(3, 3\)"):
         collapse.centered_energy(np.zeros(3), np.zeros((3, 4)))
@@ -157,5 +159,5 @@ def test_wrong_shapes_are_named():
         collapse.alignment(np.zeros((3, 4)), np.zeros((2, 4)))
     with pytest.raises(ValueError, match=r"\(3, 4, 5\)"):
         collapse.uniformity(np.zeros((3, 4, 5)))
-    with pytest.raises(ValueError, match=r"\(2,\).*\(3,\)"):
+    with pytest.raises(ValueError, match=r"\(2,\).*\(3\)"):
         collapse.uniformity(np.zeros((3, 4)), np.zeros(2))

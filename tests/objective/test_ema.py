@@ -1,6 +1,6 @@
-"""The momentum target: schedule values, the average itself, its place at the end of an optax
-chain."""
+"""The momentum target: schedule, average, and the transform at the end of an optax chain."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,12 +22,12 @@ def test_cosine_momentum_golden():
 
 def test_cosine_momentum_is_the_formula_and_ends_at_one():
     k = np.arange(0, 130, 7)
-    wanted = 1 - (1 - 0.9) * (1 + np.cos(np.pi * np.minimum(k / 100, 1))) / 2
-    np.testing.assert_allclose(jax.vmap(ema.cosine_momentum(0.9, 100))(k), wanted, atol=2e-7)
+    expected = 1 - (1 - 0.9) * (1 + np.cos(np.pi * np.minimum(k / 100, 1))) / 2
+    np.testing.assert_allclose(jax.vmap(ema.cosine_momentum(0.9, 100))(k), expected, atol=2e-7)
     assert float(ema.cosine_momentum(0.9, 100)(10_000)) == 1.0
 
 
-def test_the_target_starts_as_a_copy():
+def test_target_starts_as_a_copy():
     params = {"encoder": {"w": jnp.arange(3.0)}, "decoder": jnp.ones(2)}
     state = ema.track_target(0.9, encoder).init(params)
     np.testing.assert_array_equal(state.params["w"], params["encoder"]["w"])
@@ -55,7 +55,7 @@ def test_average_of_the_parameters_after_the_step(momentum):
     assert int(state["target"].count) == 5
 
 
-def test_momentum_sees_the_number_of_the_update():
+def test_momentum_schedule_gets_the_update_count():
     seen = []
     tx = ema.track_target(lambda k: seen.append(int(k)) or 0.5)
     state = tx.init(jnp.ones(2))
@@ -64,11 +64,13 @@ def test_momentum_sees_the_number_of_the_update():
     assert seen == [1, 2, 3]
 
 
-def test_momentum_at_its_ends():
+def test_momentum_of_zero_and_one():
     params, updates = jnp.array([1.0, 2.0]), jnp.array([10.0, 20.0])
-    for momentum, wanted in ((1.0, [1.0, 2.0]), (0.0, [11.0, 22.0])):
+    for momentum, expected in ((1.0, [1.0, 2.0]), (0.0, [11.0, 22.0])):
         tx = ema.track_target(momentum)
-        np.testing.assert_array_equal(tx.update(updates, tx.init(params), params)[1].params, wanted)
+        np.testing.assert_array_equal(
+            tx.update(updates, tx.init(params), params)[1].params, expected
+        )
 
 
 def test_updates_pass_through_with_other_arguments():
@@ -76,13 +78,13 @@ def test_updates_pass_through_with_other_arguments():
     tx = optax.named_chain(("adamw", plain), ("target", ema.track_target(0.9, encoder)))
     params = {"encoder": jnp.arange(3.0), "decoder": jnp.ones(2)}
     grads = jax.tree.map(lambda x: x - 0.5, params)
-    wanted, _ = jax.jit(plain.update)(grads, plain.init(params), params)
+    expected, _ = jax.jit(plain.update)(grads, plain.init(params), params)
     got, state = jax.jit(tx.update)(grads, tx.init(params), params, feature_grad_norms=(1.0, 1.0))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
     assert jax.tree.structure(state) == jax.tree.structure(jax.eval_shape(tx.init, params))
 
 
-def test_types_stay():
+def test_dtypes_are_kept():
     params = {"w": jnp.ones(4, jnp.bfloat16), "n": jnp.array([1, 2], jnp.int32)}
     tx = ema.track_target(0.5)
     updates = {"w": jnp.full(4, 2.0, jnp.bfloat16), "n": jnp.array([5, 5], jnp.int32)}
@@ -110,3 +112,19 @@ def test_errors():
         ema.cosine_momentum(1.5, 10)
     with pytest.raises(ValueError, match="steps"):
         ema.cosine_momentum(0.9, 0)
+
+
+def test_steps_share_one_trace():
+    """The state keeps shapes, dtypes and weak types, so that no step recompiles."""
+    tx = ema.track_target(ema.cosine_momentum(0.9, 10))
+    params = {"w": jnp.ones(3, jnp.bfloat16), "count": jnp.int32(3)}
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(state, params):
+        return tx.update(jax.tree.map(jnp.zeros_like, params), state, params)[1]
+
+    first = state = tx.init(params)
+    for _ in range(3):
+        state = step(state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, first)

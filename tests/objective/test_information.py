@@ -1,4 +1,4 @@
-"""Estimated information against cases in which it is known."""
+"""Estimated information against known values."""
 
 import inspect
 
@@ -18,7 +18,7 @@ gaussian, boltzmann, category = (
 
 
 def test_gaussian_bits_of_jointly_gaussian_targets_is_their_information():
-    """I = -D / 2 log2(1 - rho^2), reached by the best linear prediction and by no other."""
+    """I = -D / 2 log2(1 - rho^2), attained only by the best linear prediction."""
     rng, rho, width = np.random.default_rng(0), 0.8, 4
     x = rng.normal(size=(20000, width))
     t = 3 + 2 * (rho * x + np.sqrt(1 - rho**2) * rng.normal(size=x.shape))
@@ -34,16 +34,16 @@ def test_gaussian_bits_of_jointly_gaussian_targets_is_their_information():
     assert bits(3 - 2 * rho * x) < 0
 
 
-def test_gaussian_bits_has_no_scale():
+def test_gaussian_bits_is_scale_free():
     np.testing.assert_allclose(
         gaussian_bits(0.3, 0.9, 16), gaussian_bits(300.0, 900.0, 16), rtol=1e-5
     )
 
 
-def test_gaussian_bits_at_the_ends():
+def test_gaussian_bits_limits():
     assert float(gaussian_bits(0.0, 1.0, 10)) == 240  # 24 bits an element
     assert float(gaussian_bits(0.0, 0.0, 10)) == float(gaussian_bits(1.0, 0.0, 10)) == 0
-    # a variance as a difference of rounded moments
+    # a negative variance from rounded moments
     assert float(gaussian_bits(1.0, -1e-9, 10)) == 0
     assert float(gaussian_bits(1.0, 1.0, 10)) == 0
 
@@ -68,7 +68,7 @@ def test_category_bits_is_the_information_in_a_confusion_matrix():
     )
 
 
-def test_category_bits_at_the_ends():
+def test_category_bits_limits():
     assert float(category_bits(0.0, np.array([3, 0, 0]))) == 0
     assert float(category_bits(0.0, np.zeros(3))) == 0
     assert float(category_bits(np.log(4), np.ones(4))) == pytest.approx(0, abs=1e-6)

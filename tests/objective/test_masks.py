@@ -71,8 +71,8 @@ def numbers(seed, position):
 
 
 def one_by_one(seed, position, grid, hidden, least):
-    """BEiT's generator for one sample, in plain loops over sets of cells, fed with the same stream
-    of numbers."""
+    """BEiT's generator for one sample in plain loops over sets of cells, with the same random
+    numbers."""
     taken, stream = set(), numbers(seed, position)
     while len(taken) < hidden:
         for _ in range(10):
@@ -99,18 +99,18 @@ def test_rectangles_are_those_of_the_sequential_generator(grid, hidden, least):
     rows = 200 if grid < 64 else 10
     bits, count = masks._rectangles(2, 50, rows, grid, hidden, least)
     for k in range(rows):
-        wanted = one_by_one(2, 50 + k, grid, hidden, least)
+        expected = one_by_one(2, 50 + k, grid, hidden, least)
         assert {
             (r, c) for r in range(grid) for c in range(grid) if int(bits[k, r]) >> c & 1
-        } == wanted
-        assert count[k] == len(wanted)
+        } == expected
+        assert count[k] == len(expected)
     drawn = ~masks.blockwise(2, 50, rows, grid=grid, hidden=hidden, min_block=least, swap=False)
     columns = (
         (bits[:, :, None] >> np.arange(grid, dtype=np.uint64) & np.uint64(1))
         .astype(bool)
         .reshape(rows, -1)
     )
-    # what single cells add comes on top
+    # single cells are added afterwards
     assert (drawn | ~columns).all() and (drawn.sum(1) == hidden).all()
 
 
@@ -139,8 +139,8 @@ def test_rectangles_prefer_the_centre(grid, hidden, centre, edge, corner, tolera
     assert share[low:high, low:high].mean() == pytest.approx(centre, abs=tolerance)
     assert np.mean(edges) == pytest.approx(edge, abs=tolerance)
     assert share[:: grid - 1, :: grid - 1].mean() == pytest.approx(corner, abs=tolerance)
-    # Mirrored and turned, the distribution is the same: five standard deviations of the difference
-    # of two shares.
+    # The distribution is invariant to flips and rotations: five standard deviations of the
+    # difference of two shares.
     for other in (share[::-1], share[:, ::-1], share.T):
         assert (np.abs(share - other) < 5 * np.sqrt(2 * share * (1 - share) / MANY) + 1e-9).all()
 
@@ -154,7 +154,7 @@ def test_the_role_swap_makes_every_cell_even():
     inverted = (drawn != swapped).all(1)
     assert ((drawn == swapped).all(1) | inverted).all()
     assert abs(inverted.mean() - 0.5) < 5 * 0.5 / math.sqrt(MANY)
-    # Samples swap on their own: neighbours, which are partners, agree half of the time.
+    # Samples swap independently: partners agree half of the time.
     assert abs((inverted[::2] == inverted[1::2]).mean() - 0.5) < 5 * 0.5 / math.sqrt(MANY / 2)
 
 
@@ -177,7 +177,7 @@ def test_single_cells_are_the_exception(grid, hidden, least, short, mean, most):
 
 
 def test_single_cells_are_uniform():
-    """A block as large as the grid never fits: all cells are single ones."""
+    """A block as large as the grid never fits, so all cells are single cells."""
     share = hidden_share(4, 5, min_block=500)
     assert np.abs(share - 5 / 16).max() < 5 * math.sqrt(5 / 16 * 11 / 16 / MANY)
 

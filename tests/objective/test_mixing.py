@@ -1,4 +1,4 @@
-"""Pairing, mixing and taking apart again."""
+"""Pairing, mixing and un-mixing."""
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,9 @@ def test_mix_is_the_formula():
 @pytest.mark.parametrize("shape", [(B, N), (B, N, 2, 3)])
 def test_mix_of_any_rank_and_type(shape):
     x = np.random.default_rng(1).integers(0, 255, shape).astype(np.uint8)
-    wanted = np.where(MASK.reshape(MASK.shape + (1,) * (len(shape) - 2)), x, x[OTHER])
+    expected = np.where(MASK.reshape(MASK.shape + (1,) * (len(shape) - 2)), x, x[OTHER])
     got = mix(x, MASK)
-    np.testing.assert_array_equal(got, wanted)
+    np.testing.assert_array_equal(got, expected)
     assert got.dtype == jnp.uint8
 
 
@@ -76,7 +76,7 @@ def test_gather():
     np.testing.assert_array_equal(gather(X, index), X[np.arange(B)[:, None], index])
     np.testing.assert_array_equal(gather(X[..., 0], index), X[np.arange(B)[:, None], index, 0])
     grad = jax.jit(jax.grad(lambda x: mixing.gather(x, np.zeros((B, 3), int)).sum()))(X)
-    # an index that comes three times counts three times
+    # an index that occurs three times counts three times
     np.testing.assert_array_equal(grad[:, 0], np.full((B, P), 3.0))
     assert not np.any(grad[:, 1:])
 

@@ -1,4 +1,4 @@
-"""Positions against golden values, a float64 reference in another frame, and the pixels of real
+"""Positions against golden values, a float64 reference in another frame, and the pixels of
 crops."""
 
 import itertools
@@ -24,8 +24,8 @@ relative_parts = jax.jit(positions.relative_parts, static_argnames=("grid", "wid
 
 
 def reference(box_in, flip_in, box_out, flip_out, *, grid, width, picture_width):
-    """SiameseIM for one pair, in float64: mirror first, crop afterwards; the box of a mirrored view
-    lies in a mirrored image."""
+    """SiameseIM for one pair in float64: flip first, crop afterwards; the box of a flipped view is
+    in the flipped image."""
 
     def own_frame(box, flip):
         top, left, height, wide = map(float, box)
@@ -55,7 +55,7 @@ def reference(box_in, flip_in, box_out, flip_out, *, grid, width, picture_width)
 
 
 def random_boxes(rng, rows, height, width):
-    """Random resized crops with scale (.08, 1) and ratio (3/4, 4/3), whole pixels."""
+    """Random resized crops with scale (.08, 1) and ratio (3/4, 4/3), in integer pixels."""
     area, shape = (
         rng.uniform(0.08, 1, rows) * height * width,
         np.exp(rng.uniform(-np.log(4 / 3), np.log(4 / 3), rows)),
@@ -76,7 +76,6 @@ def random_boxes(rng, rows, height, width):
 
 
 # --- the fixed table
-# ---------------------------------------------------------------------------------------------------------------------
 def test_sincos_golden():
     golden = [0.841471, 0.01, 0.540302, 0.99995, 0, 0, 1, 1]
     np.testing.assert_allclose(positions.sincos_2d(2, 8)[2], golden, atol=1e-6)
@@ -87,18 +86,17 @@ def test_sincos_is_row_first(grid, width):
     table = positions.sincos_2d(grid, width)
     omega = 10000.0 ** (-np.arange(width // 4) / (width / 4))
     for r, c in {(0, 0), (grid - 1, 0), (0, grid - 1), (grid // 2, grid - 1)}:
-        wanted = np.concatenate(
+        expected = np.concatenate(
             [np.sin(r * omega), np.cos(r * omega), np.sin(c * omega), np.cos(c * omega)]
         )
-        np.testing.assert_allclose(table[r * grid + c], wanted, atol=1e-7)
+        np.testing.assert_allclose(table[r * grid + c], expected, atol=1e-7)
     assert table.dtype == np.float32 and table.shape == (grid**2, width)
-    # Column first, as in MAE, is the same table with its halves exchanged.
+    # MAE's column-first table has the halves exchanged.
     square = table.reshape(grid, grid, width)
     np.testing.assert_array_equal(np.roll(square, width // 2, -1), square.swapaxes(0, 1))
 
 
 # --- coordinates
-# -------------------------------------------------------------------------------------------------------------------------
 def test_coordinates_golden():
     y, x = coordinates(IN, NO, OUT, NO, grid=2)
     np.testing.assert_allclose(y[0], [1.1, 3.1], atol=1e-6)
@@ -106,8 +104,8 @@ def test_coordinates_golden():
 
 
 def test_coordinates_of_a_relative_flip_golden():
-    """The golden numbers are for boxes in their own frame; the second view is mirrored in an image
-    500 wide."""
+    """The golden numbers are for boxes in their own frame; the second view is flipped in an image
+    500 pixels wide."""
     mirrored = OUT.copy()
     mirrored[0, 1] = 500 - OUT[0, 1] - OUT[0, 3]
     y, x = coordinates(IN, NO, mirrored, YES, grid=2)
@@ -133,8 +131,8 @@ def test_a_mirrored_copy_counts_backwards(flips):
 
 @pytest.mark.parametrize(("flip_in", "flip_out"), FLIPS)
 def test_coordinates_are_those_of_the_pixels(flip_in, flip_out):
-    """Crop, mirror and average an image whose pixels are their own coordinates; nothing here knows
-    a formula of positions."""
+    """Crop, flip and average an image whose pixel values are their coordinates, without a formula
+    of positions."""
     grid, rng = 4, np.random.default_rng(0)
     picture = np.stack(np.meshgrid(np.arange(60) + 0.5, np.arange(80) + 0.5, indexing="ij"), -1)
 
@@ -142,7 +140,7 @@ def test_coordinates_are_those_of_the_pixels(flip_in, flip_out):
         top, left, height, width = map(int, box)
         cut = picture[top : top + height, left : left + width]
         cut = cut[:, ::-1] if flip else cut
-        # where the centre of each cell lies
+        # centre of each cell
         return cut.reshape(grid, height // grid, grid, width // grid, 2).mean((1, 3))
 
     for _ in range(5):
@@ -165,7 +163,6 @@ def test_coordinates_are_those_of_the_pixels(flip_in, flip_out):
 
 
 # --- raw embeddings
-# ----------------------------------------------------------------------------------------------------------------------
 def test_relative_golden():
     golden = [0.891207, 0.011, 0.453596, 0.99994, 0.016592, 0.031245, -0.999862, 0.999512]
     golden += [0.603821, 0.069259, 0.79712, 0.997599, 0.7896, 0.022313, -0.613622, 0.999751]
@@ -176,13 +173,13 @@ def test_relative_golden():
 def test_relative_in_float32_is_the_float64_reference_of_the_other_frame(flip_in, flip_out):
     rows, grid, width, rng = 12, 7, 64, np.random.default_rng(1)
     a, b = random_boxes(rng, rows, 1333, 2000), random_boxes(rng, rows, 1333, 2000)
-    # |y| and |x| reach 90 and 140: far outside a small input view
+    # |y| and |x| reach 90 and 140, far outside a small input view
     a[0], b[0] = [0, 0, 100, 100], [1233, 1900, 100, 100]
     flips = np.full(rows, flip_in), np.full(rows, flip_out)
     raw = relative(a, flips[0], b, flips[1], grid=grid, width=width)
     assert raw.shape == (rows, grid**2, 2 * width) and raw.dtype == jnp.float32
     for k in range(rows):
-        y, x, wanted = reference(
+        y, x, expected = reference(
             a[k], flip_in, b[k], flip_out, grid=grid, width=width, picture_width=2000
         )
         got_y, got_x = coordinates(
@@ -190,7 +187,7 @@ def test_relative_in_float32_is_the_float64_reference_of_the_other_frame(flip_in
         )
         np.testing.assert_allclose(got_y[0], y, rtol=3e-7, atol=1e-5)
         np.testing.assert_allclose(got_x[0], x, rtol=3e-7, atol=1e-5)
-        np.testing.assert_allclose(raw[k], wanted, atol=3e-5)
+        np.testing.assert_allclose(raw[k], expected, atol=3e-5)
 
 
 def test_identity_is_relative_of_equal_views_and_starts_with_the_table():
@@ -232,7 +229,7 @@ def test_relative_parts_carry_a_linear_map():
     np.testing.assert_allclose(mapped.reshape(3, 16, 5), whole, atol=1e-4)
 
 
-def test_boxes_may_be_whole_numbers():
+def test_boxes_may_be_integers():
     as_int = [x.astype(np.int32) for x in (IN, OUT)]
     got = relative(as_int[0], NO, as_int[1], YES.astype(np.uint8), grid=2, width=8)
     np.testing.assert_array_equal(got, relative(IN, NO, OUT, YES, grid=2, width=8))

@@ -1,5 +1,5 @@
-"""The Gaussian posterior and the second moment: golden values, gradients, weights, and what the
-backward pass holds."""
+"""The Gaussian posterior and the second moment: golden values, gradients, weights, and the products
+of the backward pass."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from tests.objective.numeric import (
     value_and_grad_of,
 )
 
-# Compiled as a whole: faster than operation by operation, and it is how they are used.
+# Compiled, as in use, which is faster than eager operations.
 gaussian = jax.jit(losses.gaussian, static_argnames=("second_moment",))
 second_moment = jax.jit(losses.second_moment)
 layer_normalize = jax.jit(losses.layer_normalize)
@@ -33,7 +33,6 @@ def largest(jaxpr):
 
 
 # --- Gaussian
-# ----------------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("weight", "golden"), [(0.0, 1.7104032), (0.02, 1.7204031)])
 def test_gaussian_golden(weight, golden):
     total, count = gaussian(P, layer_normalize(RAW), second_moment=weight)
@@ -90,7 +89,7 @@ def test_gaussian_backward_adds_no_product():
 
     assert dots(given, p) == dots(grad_of(given), p) == 1
     assert dots(own, p) == dots(grad_of(own), p) == 2
-    assert dots(grad_of(naive), p) == 2  # what autodiff makes of it: the counter does count
+    assert dots(grad_of(naive), p) == 2  # plain autodiff: the counter works
     assert dots(grad_of(lambda p: gaussian(p, t)[0]), p) == 0
 
 
@@ -108,16 +107,16 @@ def test_gaussian_gives_no_gradient_to_target_moment_and_weight():
 def test_gaussian_skips_rows_without_weight_even_nan():
     p, t, where = normal(6, 4), normal(6, 4, seed=1), np.array([1, 0, 1, 1, 0, 1], bool)
     keep = np.flatnonzero(where)
-    wanted = gaussian(p[keep], t[keep], second_moment=0.5)
+    expected = gaussian(p[keep], t[keep], second_moment=0.5)
     p[1], t[4] = np.nan, np.inf
     total, count = gaussian(p, t, where, second_moment=0.5)
-    np.testing.assert_allclose(total, wanted[0], rtol=1e-6)
+    np.testing.assert_allclose(total, expected[0], rtol=1e-6)
     assert float(count) == 4
     grad = grad_of(lambda p: gaussian(p, t, where, second_moment=0.5)[0])(p)
     assert np.isfinite(grad).all() and not grad[1].any() and grad[0].any()
 
 
-def test_gaussian_without_any_row_is_zero_and_finite():
+def test_gaussian_without_rows_is_zero_and_finite():
     p = normal(3, 4)
     (total, count), grad = value_and_grad_of(
         lambda p: gaussian(p, p, np.zeros(3), second_moment=0.5), has_aux=True
@@ -179,7 +178,6 @@ def test_second_moment_punishes_collapse_by_the_width():
 
 
 # --- second moment
-# -----------------------------------------------------------------------------------------------------------------------
 def test_second_moment():
     t, weight = normal(3, 7, 5), np.random.default_rng(1).random((3, 7)).astype(np.float32)
     np.testing.assert_allclose(

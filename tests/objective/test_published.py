@@ -1,5 +1,4 @@
-"""Named methods at their own size: the settings of their publications, as configs/forms.py makes a
-run of them."""
+"""Named methods at full size: published settings in runs of configs/forms.py."""
 
 import pathlib
 from typing import Any
@@ -17,8 +16,8 @@ def recipe(form: str) -> schema.Config:
     return configuration.resolve(configuration.load_config(f"{FORMS}:form={form}"))
 
 
-# Golden: the public recipes. BYOL's 0.996 belongs to its 1,000 epochs; SLIP trains CLIP without
-# flips and colours.
+# Golden: the public recipes. BYOL's 0.996 is for 1,000 epochs; SLIP trains CLIP without flips and
+# colour augmentation.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "mae": {"epochs": 1600, "flip": 0.5, "jitter": 0.0},
     "data2vec": {"epochs": 800, "ema": 0.9998},
@@ -42,10 +41,18 @@ def test_a_named_method_has_the_recipe_it_was_published_with(name: str) -> None:
     config = recipe(name)
     a, o = config.data.augment, config.optim
     found = {
-        "epochs": config.train.epochs, "warmup": o.warmup_epochs, "decay": o.weight_decay, "b2": o.b2, "lowest": o.min_lr,
-        "ema": round(o.ema, 6),  # through a sum and a difference
-        "flip": config.data.flip_p, "jitter": a.jitter_p, "saturation": a.saturation, "blur": a.blur_p, "solarize": a.solarize_p,
-    }  # fmt: skip
+        "epochs": config.train.epochs,
+        "warmup": o.warmup_epochs,
+        "decay": o.weight_decay,
+        "b2": o.b2,
+        "lowest": o.min_lr,
+        "ema": round(o.ema, 6),  # rescaling rounds
+        "flip": config.data.flip_p,
+        "jitter": a.jitter_p,
+        "saturation": a.saturation,
+        "blur": a.blur_p,
+        "solarize": a.solarize_p,
+    }
     assert {key: found[key] for key in PUBLISHED[name]} == PUBLISHED[name]
 
 

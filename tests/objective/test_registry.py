@@ -1,4 +1,4 @@
-"""Objectives that are registered from outside: found like all others, and never in the place of
+"""Objectives that other code registers: available like all others, and unable to replace
 another."""
 
 import pytest
@@ -11,13 +11,13 @@ from m3i_jax.training import plan
 TERMS = (terms.token_term(terms.MASKED, 0, name="registered"),)
 
 
-def test_a_registered_form_is_found_and_suggested():
+def test_registered_form_is_available_and_suggested():
     assert (
         m3i_jax.register_form("registered_form", TERMS)
         == TERMS
         == plan.terms_named("registered_form")
     )
-    # the module was imported again
+    # as by a second import of the module
     assert registry.register_form("registered_form", TERMS) == TERMS
     with pytest.raises(
         UserError,
@@ -37,7 +37,7 @@ def test_every_form_has_its_terms():
 
 
 @pytest.mark.parametrize("name", ["m3i", "mae", "finetune", "k", "beit"])
-def test_no_form_takes_the_place_of_another(name):
+def test_a_form_cannot_be_replaced(name):
     with pytest.raises(ValueError, match=f"form '{name}' exists already"):
         registry.register_form(name, TERMS)
 
@@ -46,6 +46,6 @@ def test_no_form_takes_the_place_of_another(name):
     ("name", "terms"),
     [("a+b", TERMS), ("", TERMS), ("empty", ()), ("one", TERMS[0]), ("other", ("m3i",))],
 )
-def test_what_is_no_form_is_refused(name, terms):
+def test_invalid_forms_are_refused(name, terms):
     with pytest.raises(ValueError, match=f"^form '{name.replace('+', '.')}': "):
         registry.register_form(name, terms)

@@ -38,8 +38,8 @@ def test_smooth_l1_default_is_two():
 
 
 def test_smooth_l1_golden_and_smooth():
-    """Both branches and their slopes meet at beta; far away a step costs 1 / D, near 0 it is half a
-    squared error over beta."""
+    """Value and slope are continuous at beta; the slope is 1 / D far away, and near 0 the cost is
+    half the squared error over beta."""
     assert float(
         smooth_l1(np.array([[1.0, -3.0, 2.0, 0.0]]), np.zeros((1, 4)))[0]
     ) == pytest.approx((0.25 + 2 + 1 + 0) / 4)
@@ -49,7 +49,7 @@ def test_smooth_l1_golden_and_smooth():
     np.testing.assert_allclose(5 * grad, [[0, 0.9995, 1, 1, -1]], atol=1e-6)
 
 
-def test_cosine_is_numpy_and_blind_to_length():
+def test_cosine_is_numpy_and_ignores_length():
     p, t = normal(7, 5), normal(7, 5, seed=1)
     total, count = cosine(p, t)
     np.testing.assert_allclose(total, numpy_cosine(p, t).sum(), rtol=1e-5)
@@ -81,10 +81,10 @@ def test_gradient_numerically_and_none_to_targets(loss):
 @BOTH
 def test_rows_without_weight_may_hold_anything(loss):
     p, t, where = normal(5, 3), normal(5, 3, seed=1), np.array([1, 0, 0.5, 0, 2], np.float32)
-    wanted = sum(w * float(loss(p[k : k + 1], t[k : k + 1])[0]) for k, w in enumerate(where))
+    expected = sum(w * float(loss(p[k : k + 1], t[k : k + 1])[0]) for k, w in enumerate(where))
     p[1], t[3] = np.nan, np.inf
     total, count = loss(p, t, where)
-    assert float(total) == pytest.approx(wanted, rel=1e-5) and float(count) == 3.5
+    assert float(total) == pytest.approx(expected, rel=1e-5) and float(count) == 3.5
     grad = grad_of(lambda p: loss(p, t, where)[0])(p)
     assert np.isfinite(grad).all() and not grad[1].any() and not grad[3].any() and grad[0].any()
     value, grad = value_and_grad_of(lambda p: loss(p, t, np.zeros(5)), has_aux=True)(p)
@@ -111,7 +111,7 @@ def test_leading_axes_and_bfloat16(loss):
 def test_errors_name_what_is_wrong(loss):
     with pytest.raises(ValueError, match=r"\(3, 4\).*\(3, 5\)"):
         loss(np.zeros((3, 4)), np.zeros((3, 5)))
-    with pytest.raises(ValueError, match=r"\(2,\).*\(3,\)"):
+    with pytest.raises(ValueError, match=r"\(2,\).*\(3\)"):
         loss(np.zeros((3, 4)), np.zeros((3, 4)), np.zeros(2))
     with pytest.raises(ValueError, match="scalars"):
         loss(np.zeros(()), np.zeros(()))

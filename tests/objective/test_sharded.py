@@ -1,4 +1,4 @@
-"""The same numbers from one device and from eight, and no communication where none is needed.
+"""Equal numbers from one device and from eight, and no communication where none is needed.
 
 Eight devices need a flag before JAX starts, so the checks run in a process of their own: `python
 tests/objective/test_sharded.py`."""

@@ -1,5 +1,5 @@
-"""The text posterior in chunks: the same numbers as with one matrix, and no such matrix in memory,
-on one device or on eight."""
+"""The text posterior in chunks: equal to one matrix, without such a matrix in memory, on one device
+and on eight."""
 
 import re
 
@@ -23,8 +23,7 @@ def cost(u, v, s, where=None, group=None, chunk=0):
 
 
 def compiled(chunk, batch, width, devices=1):
-    """Gradient of the loss, compiled for rows that are split over devices; nothing of it is
-    computed."""
+    """The compiled gradient of the loss for rows that are split over devices; it is not run."""
     mesh = jax.make_mesh(
         (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
     )
@@ -41,7 +40,7 @@ def compiled(chunk, batch, width, devices=1):
 
 
 def largest(program):
-    """Numbers of the largest array in a compiled program, as a device sees it."""
+    """Size of the largest array of a compiled program on one device."""
     return max(
         int(np.prod([int(n) for n in dims.split(",")]))
         for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program.as_text())
@@ -62,10 +61,10 @@ def test_chunked_cross_entropy_is_scipy():
     logits = u.astype(np.float64) @ v.T
     logits[(GROUP[:, None] == GROUP) & ~np.eye(BATCH, dtype=bool)] = -np.inf
     rows = similarity.Pairs(jnp.arange(BATCH), group=jnp.asarray(GROUP))
-    wanted = (logsumexp(logits, 1) + logsumexp(logits, 0)) / 2 - np.diag(logits)
+    expected = (logsumexp(logits, 1) + logsumexp(logits, 0)) / 2 - np.diag(logits)
     np.testing.assert_allclose(
         jax.jit(similarity.chunked_cross_entropy, static_argnums=0)(3, u, v, rows),
-        wanted,
+        expected,
         rtol=1e-5,
     )
 
@@ -80,9 +79,11 @@ def test_rows_that_do_not_count_may_hold_anything():
     u, v = normal(BATCH, WIDTH), normal(BATCH, WIDTH, seed=1)
     bad = np.where(WHERE[:, None] > 0, u, np.nan)
     run = jax.jit(jax.value_and_grad(lambda u: cost(u, v, 2.0, WHERE, GROUP, chunk=5)))
-    (value, gradient), (wanted, other) = run(bad), run(u)
+    (value, gradient), (expected, other) = run(bad), run(u)
     assert (
-        float(value) == float(wanted) and np.array_equal(gradient, other) and not gradient[2].any()
+        float(value) == float(expected)
+        and np.array_equal(gradient, other)
+        and not gradient[2].any()
     )
     assert float(cost(u, v, 2.0, np.zeros(BATCH), chunk=5)) == 0
 
@@ -95,8 +96,8 @@ def test_memory_grows_with_the_chunk_and_not_with_the_square_of_the_batch():
 
 
 def test_batch_40_000_of_eight_devices():
-    """Of all pairs a device holds its rows against one chunk; without chunks an eighth of the
-    matrix, and never all of it."""
+    """A device holds the similarities of its rows with one chunk; without chunks, an eighth of the
+    matrix."""
     batch = 40_000
     for chunk in (500, 499):
         assert largest(compiled(chunk, batch, 64, devices=8)) == max(

@@ -25,7 +25,7 @@ def unit(x):
 
 
 def cross_entropy(logits, index):
-    """-log softmax in float64; log1p keeps all digits of a loss that is small."""
+    """-log softmax in float64; log1p keeps all digits of a small loss."""
     own = np.take_along_axis(logits, index[..., None], -1)
     others = np.exp(logits - own)
     np.put_along_axis(others, index[..., None], 0, -1)
@@ -33,7 +33,7 @@ def cross_entropy(logits, index):
 
 
 def pairs(closeness, *shape):
-    """Two arrays whose rows belong together; the loss at SCALE falls as they come closer."""
+    """Two arrays of paired rows; the loss at SCALE decreases with their distance."""
     a = normal(*shape)
     return a, (a + closeness * normal(*shape, seed=1)).astype(np.float32)
 
@@ -101,24 +101,23 @@ def shape_of(positions, rows, width):
     [(1024, 64, 1.1, 1e-5), (64, 32, 0.5, 1e-4), (64, 32, 0.01, 1e-4)],
 )
 def test_a_small_loss_is_that_of_float64(name, rows, width, closeness, rtol):
-    """Mean losses of 1e-2, of 1e-5 and of 1e-17: no rounding of a similarity, 4e-6, is left in
-    any."""
-    loss, wanted, positions = LOSSES[name]
+    """Mean losses of 1e-2, 1e-5 and 1e-17, without the rounding error of a similarity, 4e-6."""
+    loss, expected, positions = LOSSES[name]
     a, b = pairs(closeness, *shape_of(positions, rows, width))
     total, _ = jax.jit(loss)(a, b)
-    assert 0 < wanted(a, b) < 0.03 * rows * positions
-    np.testing.assert_allclose(total, wanted(a, b), rtol=rtol)
+    assert 0 < expected(a, b) < 0.03 * rows * positions
+    np.testing.assert_allclose(total, expected(a, b), rtol=rtol)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_gradient_of_a_small_loss_is_that_of_float64(name):
     """Along a random direction of the first array, by central differences of the float64 loss."""
-    loss, wanted, positions = LOSSES[name]
+    loss, expected, positions = LOSSES[name]
     a, b = pairs(0.5, *shape_of(positions, 64, 32))
     move = normal(*a.shape, seed=2)
     got = jnp.vdot(jax.jit(jax.grad(lambda a: loss(a, b)[0]))(a), move)
     a64, step = a.astype(np.float64), 1e-6
-    difference = (wanted(a64 + step * move, b) - wanted(a64 - step * move, b)) / (2 * step)
+    difference = (expected(a64 + step * move, b) - expected(a64 - step * move, b)) / (2 * step)
     np.testing.assert_allclose(got, difference, rtol=2e-4)
 
 

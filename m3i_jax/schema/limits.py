@@ -1,6 +1,8 @@
-"""What a setting is: a default, a help line, and what values it takes. `option` does not take a
-number or a text without its limits, so that a new setting is checked, and tried by the fuzzer, as
-soon as it exists."""
+"""Definition of a setting: its default, its help text and the values that it accepts.
+
+`option` refuses a number or a text without limits, so that every new setting is validated, and
+covered by the fuzzer, from the start.
+"""
 
 import dataclasses
 import os
@@ -10,16 +12,22 @@ from typing import Any
 
 from m3i_jax.errors import DoesNotFit, UserError, shorten
 
-# the largest index of an array, and the last step that a counter of the optimizer knows
+# The largest array index, and the last step that an optimizer's counter can hold.
 INT32 = 2**31 - 1
 NUMBERS = {1: "one number", 2: "two numbers", 3: "three numbers", 4: "four numbers"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ListLimit:
-    """How many entries a list takes, from `fewest` to `most`. `rising`: each at least the one
-    before; `unique`: none twice; `names`: what they are, for a message; `open`: an empty list
-    leaves the choice to the run."""
+    """Limits on the length and order of a list.
+
+    Attributes:
+      fewest, most: number of entries, both ends included.
+      rising: each entry is at least as large as the previous one.
+      unique: no entry occurs twice.
+      names: description of the entries, for messages.
+      open: an empty list is accepted and leaves the value to the run.
+    """
 
     fewest: int = 0
     most: int = 1000
@@ -29,6 +37,7 @@ class ListLimit:
     open: bool = False
 
     def wrong(self, values: Sequence[Any]) -> str:
+        """The reason why a list is refused; "" if it is accepted."""
         if self.open and not values:
             return ""
         what, names = (
@@ -52,13 +61,16 @@ class ListLimit:
 
 @dataclasses.dataclass(frozen=True)
 class NumberLimit:
-    """A number from `least` to `most`, both included unless `above` or `below` says otherwise.
+    """A number from `least` to `most`.
 
-    Attributes: natural: both ends belong to what the number is, as 0..1 to a share; else `most` is
-      only where sense ends. fits: what is larger than `most` is refused as what does not fit (exit
-      3): a number of things in memory. text: the unit, or why, at the end of a message. open: a
-      value beyond the limits that leaves the choice to the run; None where there is none. count: of
-      a list, whose entries these limits hold for.
+    Attributes:
+      above, below: exclude `least`, exclude `most`.
+      natural: both ends follow from the definition of the number, as 0..1 for a share; otherwise
+        `most` is only a bound on plausible values.
+      fits: a value above `most` is refused as one that does not fit in memory (exit code 3).
+      text: unit or reason that ends a message.
+      open: a value outside the limits that leaves the choice to the run; None if there is none.
+      count: limits of a list; the other limits then apply to each entry.
     """
 
     least: float
@@ -72,10 +84,10 @@ class NumberLimit:
     count: ListLimit = dataclasses.field(default=ListLimit(), kw_only=True)
 
     def wrong(self, value: float) -> str:
-        """Why a value is refused; "" if it is not.
+        """The reason why a value is refused; "" if it is accepted.
 
-        >>> NumberLimit(0, 1, natural=True, below=True).wrong(1), NumberLimit(0, 9).wrong(-1), NumberLimit(1, 9).wrong(10)
-        ('must lie in 0..1, 1 excluded', 'must not be negative', 'must be at most 9')
+        >>> NumberLimit(0, 1, natural=True, below=True).wrong(1), NumberLimit(0, 9).wrong(-1)
+        ('must lie in 0..1, 1 excluded', 'must not be negative')
         """
         if value == self.open:
             return ""
@@ -84,13 +96,13 @@ class NumberLimit:
         if not small and not large:
             return ""
         if self.natural:
-            out = " and ".join(
+            excluded = " and ".join(
                 f"{end:g}"
-                for end, left_out in ((self.least, self.above), (self.most, self.below))
-                if left_out
+                for end, is_excluded in ((self.least, self.above), (self.most, self.below))
+                if is_excluded
             )
             words = f"must lie in {self.least:g}..{self.most:g}" + (
-                f", {out} excluded" if out else ""
+                f", {excluded} excluded" if excluded else ""
             )
         elif large:
             words = f"must be at most {_figure(self.most)}"
@@ -102,17 +114,22 @@ class NumberLimit:
                 f" {_figure(self.least)}"
             )
         words += f" {self.text}" if self.text else ""
-        return words if self.open is None else f"{words}, or be {self.open:g}, which leaves it open"
+        return (
+            words
+            if self.open is None
+            else f"{words}, or be {self.open:g}, which leaves the choice to the run"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class TextLimit:
-    """A text on one line.
+    """A text of one line.
 
-    Attributes: kind: "path": of this machine or an address; "name": of something that is known
-      elsewhere; "pattern": a regular expression; "line": for people.
-      most: characters.
-      count: of a list, whose entries these limits hold for.
+    Attributes:
+      kind: "path": a local path or a URL; "name": a name outside this project; "pattern": a
+        regular expression; "line": prose.
+      most: maximum number of characters.
+      count: limits of a list; the other limits then apply to each entry.
     """
 
     kind: str
@@ -120,7 +137,7 @@ class TextLimit:
     count: ListLimit = dataclasses.field(default=ListLimit(), kw_only=True)
 
     def wrong(self, value: str) -> str:
-        """Why a value is refused; "" if it is not.
+        """The reason why a value is refused; "" if it is accepted.
 
         >>> TextLimit("pattern").wrong("(")[:25], TextLimit("line").wrong("a\\nb")
         ('is no regular expression ', 'must be one line without control characters')
@@ -138,8 +155,8 @@ class TextLimit:
             and os.path.expanduser(value).startswith("~")
         ):
             return (
-                f"begins with the home of a user who is not here, {value.split('/')[0]}; write the"
-                " whole path"
+                f"begins with the home directory of an unknown user, {value.split('/')[0]};"
+                " write an absolute path"
             )
         if self.kind == "pattern":
             try:
@@ -158,22 +175,20 @@ def _figure(number: float) -> str:
 
 
 def option(default: Any, text: str, *takes: Any) -> Any:
-    """A field with a help line and what it takes: some values, or whatever is within limits; true
-    and false need neither.
+    """A dataclass field for one setting.
 
     Args:
-      default: of the field.
-      text: the help line.
-      *takes: one `NumberLimit` or `TextLimit`, or the values, or one list of them, which may grow.
+      default: default value.
+      text: help text.
+      *takes: accepted values, or one list of them that may grow, or one `NumberLimit` or
+        `TextLimit`; none for a bool.
 
     Raises:
-      TypeError: a number or a text, or a list of them, that takes nothing.
+      TypeError: a number, a text or a list without accepted values and limits.
     """
     limits = takes[0] if takes and isinstance(takes[0], NumberLimit | TextLimit) else None
     if not isinstance(default, bool) and not takes:
-        raise TypeError(
-            f"the setting {text!r} has no choices and no limits; give those that it takes"
-        )
+        raise TypeError(f"the setting {text!r} has neither choices nor limits; give one of them")
     choices = takes[0] if takes and isinstance(takes[0], list) else () if limits else takes
     return dataclasses.field(
         default=default,
@@ -182,16 +197,16 @@ def option(default: Any, text: str, *takes: Any) -> Any:
 
 
 def section(cls: type) -> Any:
-    """A field that holds a whole sub-tree of settings."""
+    """A dataclass field for a section of settings."""
     return dataclasses.field(default_factory=cls)
 
 
 def check_limits(node: Any, prefix: str = "") -> None:
-    """Every setting of a tree against its limits.
+    """Check every setting of a tree against its limits.
 
     Raises:
-      UserError: the first that is refused, with its key, its value and why.
-      DoesNotFit: it is larger than any machine has room for.
+      UserError: the first refused setting, with key, value and reason.
+      DoesNotFit: a value for which no machine has enough memory.
     """
     for field in dataclasses.fields(node):
         value, key = getattr(node, field.name), prefix + field.name
@@ -212,7 +227,7 @@ def check_limits(node: Any, prefix: str = "") -> None:
             raise UserError(f"config.{key}: {shorten(value)} {why}")
 
 
-# What many settings take.
+# Limits that many settings share.
 SHARE = NumberLimit(0, 1, natural=True)
 BELOW_ONE = NumberLimit(0, 1, natural=True, below=True)
 RATE = NumberLimit(0, 1e6, above=True)

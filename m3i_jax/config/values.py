@@ -1,0 +1,157 @@
+"""Keys, types and values of settings: the table of all settings and the conversion of values."""
+
+import ast
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+import ml_collections
+
+from m3i_jax import schema
+from m3i_jax.errors import UserError, one_line, shorten
+
+MAX_VALUE_LENGTH = 100_000  # characters; a list of thousands of paths has fewer
+_EXAMPLE = {
+    int: "numbers such as (-1,1,1)",
+    float: "numbers such as (0.2,1.0)",
+    str: "names such as mim,clip",
+}
+
+
+def _as_dict(node: Any) -> dict[str, Any]:
+    return {
+        f.name: _as_dict(v) if dataclasses.is_dataclass(v := getattr(node, f.name)) else v
+        for f in dataclasses.fields(node)
+    }
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The default configuration (the paper's ViT-B/16 run, Table 7) as a locked ConfigDict.
+
+    >>> default_config().optim.lr
+    0.001
+    """
+    return ml_collections.ConfigDict(_as_dict(schema.Config())).lock()
+
+
+def setting_table(
+    node: Any = None, prefix: str = ""
+) -> dict[str, tuple[Any, Any, str, tuple[Any, ...]]]:
+    """Every setting as {dotted key: (type, value, help, choices)}, in the order of the schema.
+
+    >>> setting_table()["optim.b2"][:2]
+    (<class 'float'>, 0.95)
+    """
+    node = node or schema.Config()
+    table: dict[str, tuple[Any, Any, str, tuple[Any, ...]]] = {}
+    types = typing.get_type_hints(type(node))
+    for field in dataclasses.fields(node):
+        value, key = getattr(node, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            table |= setting_table(value, key + ".")
+        else:
+            metadata = field.metadata
+            table[key] = (types[field.name], value, metadata["help"], metadata["choices"])
+    return table
+
+
+def item_type(kind: Any) -> type:
+    """The type of the entries of a list type.
+
+    >>> item_type(tuple[int, ...])
+    <class 'int'>
+    """
+    return typing.get_args(kind)[0]
+
+
+def _type_name(kind: Any) -> str:
+    scalars = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return scalars[kind] if kind in scalars else f"a list of {_EXAMPLE[item_type(kind)]}"
+
+
+def unknown_key_error(
+    key: str, known: Iterable[str], where: str = "config.", what: str = "key"
+) -> UserError:
+    """The error for an unknown key (or other `what`); it suggests the closest known one."""
+    known = list(known)
+    near = (
+        difflib.get_close_matches(key, known, 1, 0.5)
+        or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+    )
+    hint = f"; did you mean {where}{near[0]}?" if near else f"; --help lists every {what}"
+    return UserError(f"{where}{key}: there is no such {what}{hint}")
+
+
+def typed_value(name: str, kind: Any, value: Any) -> Any:
+    """`value` as type `kind`: an int is accepted as a float and a list as a tuple; nothing else is
+    converted.
+
+    Raises:
+      UserError: another type, or a number that is not finite; the message begins with `name`.
+    """
+    wrong_type = UserError(f"{name}: {shorten(value)} is not {_type_name(kind)}")
+    if kind in (int, float):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or (kind is int and not isinstance(value, int))
+        ):
+            raise wrong_type
+        try:
+            if math.isfinite(value):
+                return kind(value)
+        except OverflowError:  # an integer of more than 308 digits, larger than any float
+            pass
+        raise UserError(f"{name}: {shorten(value)} is not finite")
+    if kind in (bool, str):
+        if not isinstance(value, kind):
+            raise wrong_type
+        return value
+    if not isinstance(value, (tuple, list)):
+        raise wrong_type
+    return tuple(typed_value(name, item_type(kind), v) for v in value)
+
+
+def python_literal(text: str) -> Any:
+    """The value of a Python literal; no name is looked up and nothing is called.
+
+    Raises:
+      ValueError: any other text, and a text too long or nested too deeply for Python's parser.
+
+    >>> python_literal("(1, 0.5)")
+    (1, 0.5)
+    """
+    if len(text) > MAX_VALUE_LENGTH:
+        raise ValueError(f"has {len(text):,} characters, more than {MAX_VALUE_LENGTH:,}")
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(one_line(error)) from None
+
+
+def parse_value(name: str, kind: Any, text: str) -> Any:
+    """The value of type `kind` that a command line gives as text, such as `1e-4` or `mim,clip`.
+
+    Raises:
+      UserError: a text that is no value of this type; the message begins with `name`.
+    """
+    value: Any = text
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{name}: {shorten(text)} is not true or false")
+        value = text.lower() == "true"
+    elif kind is not str:
+        is_list = kind not in (int, float)
+        if is_list and item_type(kind) is str and text[:1] not in ("(", "["):
+            value = tuple(filter(None, (item.strip() for item in text.split(","))))
+        else:
+            try:
+                value = python_literal(text)
+            except ValueError:
+                raise UserError(f"{name}: {shorten(text)} is not {_type_name(kind)}") from None
+            if is_list and isinstance(value, (int, float)):
+                value = (value,)
+    return typed_value(name, kind, value)

@@ -1,0 +1,80 @@
+"""Every setting of a run as a tree of frozen keyword-only dataclasses.
+
+`config.default_config` turns the tree into a ConfigDict, `config.resolve` builds it from a
+ConfigDict and checks it, `--help` prints it. The defaults are the paper's ViT-B/16 run (Table 7)
+unless a help text says otherwise; `[P]` marks what the paper states, the README lists what it
+leaves open.
+"""
+
+import dataclasses
+
+from m3i_jax.schema.data import SOURCES, Augment, Data, RandAugment
+from m3i_jax.schema.evaluation import Compare, Evaluate, Report
+from m3i_jax.schema.limits import PATH, NumberLimit, option, section
+from m3i_jax.schema.model import Decoder, Encoder, Head, InternImage, Model, Pool, Text
+from m3i_jax.schema.objective import Objective
+from m3i_jax.schema.training import Init, Optim, Parallel, Train
+
+__all__ = [
+    "SOURCES",
+    "Augment",
+    "Compare",
+    "Config",
+    "Data",
+    "Decoder",
+    "Encoder",
+    "Evaluate",
+    "Head",
+    "Init",
+    "InternImage",
+    "Model",
+    "Objective",
+    "Optim",
+    "Parallel",
+    "Pool",
+    "RandAugment",
+    "Report",
+    "Text",
+    "Train",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    seed: int = option(0, "seed of all randomness", NumberLimit(0, 2**63 - 1))
+    init_from: str = option(
+        "",
+        "initial weights: workdir of a run, or a weights file of timm, Hugging Face ViT or"
+        " CLIP, MAE, SiameseIM or Google ViT",
+        PATH,
+    )
+    init: Init = section(Init)
+    data: Data = section(Data)
+    model: Model = section(Model)
+    objective: Objective = section(Objective)
+    optim: Optim = section(Optim)
+    train: Train = section(Train)
+    evaluate: Evaluate = section(Evaluate)
+    compare: Compare = section(Compare)
+    parallel: Parallel = section(Parallel)
+    report: Report = section(Report)
+
+    @property
+    def grid(self) -> int:
+        """Side of the patch grid of a view."""
+        return self.data.image_size // self.model.encoder.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Number of patches in a view."""
+        return self.grid**2
+
+    @property
+    def hidden(self) -> int:
+        """Number of patches of a view that show the partner; fixed, so that shapes are static."""
+        return round(self.data.mask_ratio * (self.grid // self.cell) ** 2) * self.cell**2
+
+    @property
+    def cell(self) -> int:
+        """Side of a mask cell in patches."""
+        return max(self.data.mask_cell // self.model.encoder.patch_size, 1)

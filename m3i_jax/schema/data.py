@@ -1,0 +1,246 @@
+"""Where records come from and how views are cut, masked and augmented."""
+
+import dataclasses
+
+from m3i_jax.schema.limits import PATH, SHARE, STD, ListLimit, NumberLimit, option, section
+
+VIEWS = NumberLimit(
+    0, 1, natural=True, count=ListLimit(fewest=2, most=2, names="input view, target view")
+)
+OPEN_VIEWS = dataclasses.replace(VIEWS, count=dataclasses.replace(VIEWS.count, open=True))
+OPEN_SHARE = dataclasses.replace(SHARE, open=-1)
+RGB = ListLimit(fewest=3, most=3, names="of R, G and B")
+TWO = ListLimit(fewest=2, most=2, rising=True)
+
+# Values of data.source; data/sources/registry.py adds those that other packages register.
+SOURCES = ["shapes", "folder", "tars", "array_record", "tfds", "hugging_face", "mixture"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Photometric augmentation, applied on the device. Pairs are (input view, target view), as in
+    SiameseIM."""
+
+    jitter_p: float = option(
+        0.8, "probability of colour jitter; -1: from the length (training/scaling.py)", OPEN_SHARE
+    )
+    brightness: float = option(0.4, "brightness factor range, 1 +- this", STD)
+    contrast: float = option(0.4, "contrast factor range, 1 +- this", STD)
+    saturation: float = option(0.2, "saturation factor range, 1 +- this", STD)
+    hue: float = option(
+        0.1,
+        "hue shift range in turns, +- this, at most 0.5",
+        NumberLimit(0, 0.5, natural=True, text="turns"),
+    )
+    grayscale_p: float = option(
+        0.2, "probability of grayscale; -1: from the length (training/scaling.py)", OPEN_SHARE
+    )
+    blur_p: tuple[float, ...] = option(
+        (1.0, 0.1),
+        "probability of Gaussian blur: input view, target view; (): from the length",
+        OPEN_VIEWS,
+    )
+    blur_sigma: tuple[float, ...] = option(
+        (0.1, 2.0),
+        "range of the blur's sigma in pixels; (): in proportion to image_size, 2 pixels at 224",
+        NumberLimit(1e-3, 100, count=ListLimit(fewest=2, most=2, rising=True, open=True)),
+    )
+    solarize_p: tuple[float, ...] = option(
+        (0.0, 0.2),
+        "probability of solarization: input view, target view; (): from the length",
+        OPEN_VIEWS,
+    )
+    erase_p: float = option(
+        0.0,
+        "probability that a box of the normalised input view is replaced by noise"
+        " (fine-tuning: 0.25); -1: from the length of the run (training/scaling.py)",
+        OPEN_SHARE,
+    )
+    mixup: float = option(
+        0.0,
+        "alpha of mixup's Beta distribution, form finetune only; 0: no mixup (fine-tuning: 0.8)",
+        STD,
+    )
+    cutmix: float = option(
+        0.0,
+        "alpha of CutMix's Beta distribution, form finetune only; 0: no CutMix (fine-tuning: 1)",
+        STD,
+    )
+    cutmix_switch: float = option(
+        0.5, "probability of CutMix when mixup and CutMix are both on", SHARE
+    )
+    blend_p: float = option(
+        1.0,
+        "probability that mixup or CutMix is applied to a pair of images; -1: from the"
+        " length of the run (training/scaling.py)",
+        OPEN_SHARE,
+    )
+    mean: tuple[float, ...] = option(
+        (0.485, 0.456, 0.406),
+        "mean that is subtracted from RGB in 0..1",
+        NumberLimit(-1e3, 1e3, count=RGB),
+    )
+    std: tuple[float, ...] = option(
+        (0.229, 0.224, 0.225),
+        "standard deviation that divides RGB in 0..1 after the mean is subtracted",
+        NumberLimit(1e-3, 1e3, count=RGB),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandAugment:
+    """RandAugment for fine-tuning, applied on the host; ops=2 gives rand-m9-mstd0.5-inc1."""
+
+    ops: int = option(0, "operations per view; 0: off", NumberLimit(0, 100))
+    p: float = option(
+        0.5,
+        "probability of each operation; -1: from the length of the run (training/scaling.py)",
+        OPEN_SHARE,
+    )
+    magnitude: float = option(
+        9.0, "mean magnitude of an operation, 0..10", NumberLimit(0, 10, natural=True)
+    )
+    deviation: float = option(0.5, "standard deviation of the magnitude", NumberLimit(0, 100))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Source of the records and how they become pairs of views."""
+
+    source: str = option(
+        "shapes",
+        "kind of data source",
+        SOURCES,
+    )
+    path: str = option(
+        "",
+        "directory (folder, array_record, hugging_face), glob of tar files (tars; gs:// and"
+        " similar URLs too) or name (tfds)",
+        PATH,
+    )
+    directory: str = option(
+        "", "tfds: directory of the prepared data sets; empty: the default of TFDS", PATH
+    )
+    mixture: tuple[str, ...] = option(
+        (),
+        "mixture: one KIND:PATH[@SPLIT[|HELD_OUT]][=WEIGHT] per source; without weights: in"
+        " proportion to the number of images",
+        PATH,
+    )
+    class_space: str = option(
+        "shared",
+        "classes of a mixture; shared: classes of equal name are one class; separate: each"
+        " source keeps its own classes",
+        "shared",
+        "separate",
+    )
+    class_names: str = option(
+        "",
+        "file of class names, for WordNet ids or numbers; empty: search beside an ImageNet folder",
+        PATH,
+    )
+    split: str = option(
+        "",
+        "training split: sub-folder, glob below a directory of tars, or split name (tfds,"
+        " hugging_face); empty: all records",
+        PATH,
+    )
+    holdout_split: str = option(
+        "",
+        "held-out split for evaluators, written like data.split, or another path; empty:"
+        " data.holdout applies",
+        PATH,
+    )
+    size: int = option(
+        0,
+        "training images; shapes: images to render; otherwise 0: count the records of the source",
+        NumberLimit(0, 2**40),
+    )
+    image_size: int = option(224, "side of a view in pixels [P]", NumberLimit(1, 8192))
+    classes: int = option(
+        -1, "categories; -1: as many as the source has, 0: ignore labels", NumberLimit(-1, 2**24)
+    )
+    captions: str = option(
+        "auto", "use captions; auto: if the source has them", "auto", "yes", "no"
+    )
+    holdout: float = option(
+        0.1,
+        "share of the images held out for evaluators, chosen by a hash of the record key",
+        NumberLimit(0, 1, natural=True, below=True, text="(all images would be held out)"),
+    )
+    crop_scale: tuple[float, ...] = option(
+        (0.08, 1.0),
+        "area of a random resized crop as a share of the image; (): from length and"
+        " image_size (training/scaling.py)",
+        NumberLimit(0, 1, natural=True, above=True, count=dataclasses.replace(TWO, open=True)),
+    )
+    crop_ratio: tuple[float, ...] = option(
+        (0.75, 4 / 3), "aspect ratio of a crop, log-uniform", NumberLimit(0.01, 100, count=TWO)
+    )
+    flip_p: float = option(0.5, "probability of a horizontal flip, drawn per view", SHARE)
+    mask_ratio: float = option(
+        0.5, "share of the mask cells that show the partner image [P]", SHARE
+    )
+    mask: str = option(
+        "blockwise", "distribution of the masks [P: blockwise]", "blockwise", "uniform"
+    )
+    mask_cell: int = option(
+        0,
+        "side of a mask cell in pixels, a multiple of model.encoder.patch_size; 0: one"
+        " patch [P: 16]",
+        NumberLimit(0, 8192),
+    )
+    tokenizer: str = option(
+        "train",
+        "train: learn a BPE vocabulary from the source's captions; clip: CLIP's BPE",
+        "train",
+        "clip",
+    )
+    vocabulary: str = option(
+        "",
+        "clip: path of bpe_simple_vocab_16e6.txt.gz; empty: search the installed packages"
+        " that ship it",
+        PATH,
+    )
+    vocabulary_size: int = option(
+        1024,
+        "train: maximum size of the learned vocabulary",
+        NumberLimit(259, 2**20, text="(all bytes, padding, start and end are 259)"),
+    )
+    caption_length: int = option(
+        77,
+        "length in tokens to which captions are padded or truncated, start and end tokens included",
+        NumberLimit(4, 2**14, text="(start, end and two words are 4)"),
+    )
+    background: int = option(
+        255,
+        "gray level that replaces transparent pixels",
+        NumberLimit(0, 255, natural=True, text="(a gray level)"),
+    )
+    resizer: str = option(
+        "auto",
+        "library that crops and resizes: pillow; fast (extra `fast`, almost equal pixels);"
+        " auto: fast if installed",
+        "auto",
+        "pillow",
+        "fast",
+    )
+    threads: int = option(2, "prefetch threads, used when data.workers is 0", NumberLimit(0, 1024))
+    workers: int = option(0, "worker processes that build batches", NumberLimit(0, 1024))
+    patience: float = option(
+        600.0,
+        "seconds to wait for a batch before its threads or worker are restarted as hung",
+        NumberLimit(0, 1e7, above=True),
+    )
+    missing: str = option(
+        "stop",
+        "when a file of the source can no longer be read: stop, or replace its records as"
+        " bad records",
+        "stop",
+        "replace",
+    )
+    max_bad_share: float = option(
+        0.05, "stop when more than this share of the last 10,000 records was bad", SHARE
+    )
+    augment: Augment = section(Augment)
+    rand_augment: RandAugment = section(RandAugment)

@@ -1,0 +1,120 @@
+"""The terms of the objective and their weights."""
+
+import dataclasses
+
+from m3i_jax.schema.limits import (
+    BELOW_ONE,
+    PATH,
+    RATE,
+    SHARE,
+    STEPS,
+    TEMPERATURE,
+    WEIGHT,
+    ListLimit,
+    NumberLimit,
+    TextLimit,
+    option,
+)
+
+NAMES = TextLimit("name", most=1000, count=ListLimit(most=100, unique=True))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The terms of mutual information to maximise, and their weights."""
+
+    forms: tuple[str, ...] = option(
+        ("m3i",),
+        "names or letters of objectives (objective/registry.py); several are trained together",
+        NAMES,
+    )
+    second_moment: float = option(
+        0.02,
+        "weight of the anti-collapse term p'Cp of the dense posterior; 0: the paper's text alone",
+        WEIGHT,
+    )
+    temperature: float = option(
+        0.2,
+        "temperature of the Boltzmann posterior over the batch, where the method does not"
+        " fix it (MoCo v3: 0.2)",
+        TEMPERATURE,
+    )
+    intra_positions: str = option(
+        "all", "target positions that count when the target is the same view", "all", "hidden"
+    )
+    label_smoothing: float = option(0.1, "label smoothing of the category posterior [P]", SHARE)
+    soft_label: str = option(
+        "separate",
+        "category prediction of a mixed input; separate: one per image from its own tokens;"
+        " joint: both images from all tokens",
+        "separate",
+        "joint",
+    )
+    isolate: bool = option(False, "mask attention between the two images of a mixed input (MixMAE)")
+    pairing: str = option(
+        "flip",
+        "flip: every image plays both roles, B mixed inputs; halves: one role each, B / 2"
+        " mixed inputs",
+        "flip",
+        "halves",
+    )
+    symmetric: bool = option(
+        False, "add every self-supervised term again with its two views exchanged"
+    )
+    target_encoder: str = option(
+        "method",
+        "encoder of learned targets: the method's choice, or one for all terms",
+        "method",
+        "ema",
+        "shared",
+        "frozen",
+    )
+    target_checkpoint: str = option(
+        "", "directory of the run whose encoder is the frozen target", PATH
+    )
+    annotation_input: str = option(
+        "shared",
+        "input of category and caption prediction in a combined objective; shared: the"
+        " self-supervised input; own: a separate unmasked view",
+        "shared",
+        "own",
+    )
+    equal_captions: str = option(
+        "negatives",
+        "identical captions within a batch: counted as negatives of each other, or ignored",
+        "negatives",
+        "ignored",
+    )
+    text_softmax: str = option(
+        "batch",
+        "negatives of the text posterior when microbatches are used: whole batch or microbatch",
+        "batch",
+        "microbatch",
+    )
+    text_chunk: int = option(
+        0,
+        "captions compared with all images at a time, which avoids a B x B matrix; 0: all",
+        STEPS,
+    )
+    second_group: tuple[str, ...] = option(
+        ("category", "text"),
+        "names of the terms that lambda scales; all other terms form the first group",
+        NAMES,
+    )
+    weighting: str = option(
+        "dynamic",
+        "dynamic: lambda from the gradient norms (Eq. 13); fixed: lambda = gamma [P: dynamic]",
+        "dynamic",
+        "fixed",
+    )
+    gamma: float = option(
+        1.0, "target ratio of the second group's gradient norm to the first's [P]", RATE
+    )
+    balance_decay: float = option(
+        0.99, "decay of the moving average of the gradient norms", BELOW_ONE
+    )
+    balance_range: tuple[float, ...] = option(
+        (0.0, 1e4),
+        "range to which lambda is clipped",
+        NumberLimit(0, 1e12, count=ListLimit(fewest=2, most=2, rising=True)),
+    )

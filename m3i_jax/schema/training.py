@@ -1,0 +1,174 @@
+"""How a run starts, is optimized, logged and spread over devices."""
+
+import dataclasses
+
+from m3i_jax.schema.limits import (
+    BELOW_ONE,
+    EPOCHS,
+    EPS,
+    EVERY,
+    INT32,
+    MANY,
+    RATE,
+    SECONDS,
+    SHARE,
+    STEPS,
+    WEIGHT,
+    ListLimit,
+    NumberLimit,
+    TextLimit,
+    option,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Init:
+    """Selection of the parameters that `init_from` initialises."""
+
+    weights: str = option(
+        "online",
+        "parameters taken from a run: the trained ones, or their moving average if the run has one",
+        "online",
+        "ema",
+    )
+    only: tuple[str, ...] = option(
+        (),
+        "regular expressions of the parameter paths to initialise, such as ^encoder/;"
+        " empty: all that init_from has",
+        TextLimit("pattern", most=1000),
+    )
+    strict: bool = option(
+        False, "refuse if a selected parameter is missing in init_from or has another shape"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optim:
+    rule: str = option(
+        "adamw", "optimizer: AdamW, or LARS for linear probes, with momentum b1", "adamw", "lars"
+    )
+    lr: float = option(
+        1e-3,
+        "peak learning rate [P]; 0: from batch and length (training/scaling.py)",
+        dataclasses.replace(RATE, open=0),
+    )
+    min_lr: float = option(0.0, "learning rate at the end of the cosine schedule", WEIGHT)
+    warmup_epochs: float = option(
+        40.0,
+        "epochs of linear warm-up, unless warmup_steps is set [P]; -1: a tenth of the run",
+        dataclasses.replace(EPOCHS, open=-1),
+    )
+    warmup_steps: int = option(
+        -1, "steps of linear warm-up; -1: from warmup_epochs", NumberLimit(-1, INT32)
+    )
+    weight_decay: float = option(
+        0.1,
+        "AdamW's decoupled weight decay [P]; biases, norms, tokens, position tables and"
+        " logit scale are exempt",
+        WEIGHT,
+    )
+    b1: float = option(0.9, "AdamW beta 1 [P]", BELOW_ONE)
+    b2: float = option(0.95, "AdamW beta 2 [P]", BELOW_ONE)
+    eps: float = option(1e-8, "AdamW epsilon", EPS)
+    clip: float = option(
+        1.0, "global gradient norm above which gradients are clipped; 0: no clipping", WEIGHT
+    )
+    encoder_lr: float = option(1.0, "learning rate multiplier of the encoder", SHARE)
+    layer_decay: float = option(
+        1.0,
+        "layer-wise learning rate decay: multiplier from one encoder layer to the layer"
+        " below; 1: no decay; 0: from the length of the run (training/scaling.py)",
+        SHARE,
+    )
+    offset_lr: float = option(
+        0.1, "learning rate multiplier of DCNv3's offsets (InternImage)", SHARE
+    )
+    center_lr: float = option(
+        1.0,
+        "learning rate multiplier of DCNv3's centre scale (InternImage fine-tunes with 0.1)",
+        SHARE,
+    )
+    fan_in_lr: int = option(
+        0,
+        "matrices with more inputs than this have their learning rate multiplied by this /"
+        " inputs (muP: steps of Adam add up); 0: off",
+        STEPS,
+    )
+    skip_spikes: float = option(
+        0.0,
+        "skip a step whose loss or gradient norm lies this many standard deviations above"
+        " the median of the last 128 steps; 0: off; at 6, skips are rare",
+        WEIGHT,
+    )
+    ema: float = option(
+        0.995,
+        "initial momentum of the target encoder [P]; -1: from batch and length"
+        " (training/scaling.py)",
+        dataclasses.replace(SHARE, open=-1),
+    )
+    ema_of: str = option(
+        "targets",
+        "parameters in the EMA: those that targets need, or all (fine-tuning)",
+        "targets",
+        "all",
+    )
+    ema_schedule: str = option(
+        "cosine", "schedule of the EMA momentum: cosine to 1 [P], or constant", "cosine", "constant"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    batch_size: int = option(
+        4096, "images per step; each plays the role i and the role j once [P]", MANY
+    )
+    microbatches: int = option(
+        1,
+        "parts into which a step is divided to save memory; the result is the same",
+        NumberLimit(1, 2**20),
+    )
+    round_batch: bool = option(
+        False,
+        "round up a batch_size that does not divide into pairs on the devices, with a log"
+        " line, instead of refusing it",
+    )
+    epochs: float = option(
+        1600.0, "passes over the training images, unless steps is set [P]", EPOCHS
+    )
+    steps: int = option(0, "optimizer steps; 0: from epochs", STEPS)
+    log_every: int = option(50, "steps between lines of metrics", EVERY)
+    save_every: int = option(1000, "steps between checkpoints", EVERY)
+    keep: int = option(2, "number of checkpoints to keep", EVERY)
+    panel_every: int = option(5000, "steps between panels; 0: no panels", STEPS)
+    eval_every: int = option(5000, "steps between evaluations; 0: only before and after", STEPS)
+    watchdog: float = option(
+        1800.0,
+        "seconds without progress after which the stacks of all threads are logged; 0: off",
+        SECONDS,
+    )
+    watchdog_first: float = option(
+        7200.0,
+        "value of train.watchdog until a process has finished its first step, which compiles",
+        SECONDS,
+    )
+    watchdog_abort: int = option(
+        0, "end the process after this many consecutive watchdog reports; 0: never", STEPS
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parallel:
+    mesh: tuple[int, ...] = option(
+        (-1, 1, 1),
+        "devices along (replica, fsdp, tensor); one may be -1: the remaining devices",
+        NumberLimit(
+            -1,
+            2**20,
+            count=ListLimit(fewest=3, most=3, names="the devices along (replica, fsdp, tensor)"),
+        ),
+    )
+    heartbeat: float = option(
+        60.0,
+        "seconds without a heartbeat after which a host counts as lost and all others end; 0: off",
+        SECONDS,
+    )
