@@ -11,11 +11,20 @@ CLASSES, VOCABULARY, CAPTION = 5, 300, 8
 # An InternImage of four layers on the same 16 cells, as overrides: what the sizes of any backbone
 # are, and its own.
 INTERN_IMAGE = {
-    "model.backbone": "intern_image", "model.encoder.depth": "12", "model.encoder.heads": "12", "model.encoder.cls_token": "false",
-    "model.encoder.freeze_patch_embed": "false", "model.intern_image.width": "8", "model.intern_image.depths": "(1,1,1,1)",
-    "model.intern_image.groups": "(1,1,2,2)", "model.intern_image.kernel": "3", "model.intern_image.stem_strides": "(2,1)",
-    "model.intern_image.extra_norm": "0", "model.intern_image.norm": "post", "model.intern_image.layer_scale": "0.5",
-}  # fmt: skip
+    "model.backbone": "intern_image",
+    "model.encoder.depth": "12",
+    "model.encoder.heads": "12",
+    "model.encoder.cls_token": "false",
+    "model.encoder.freeze_patch_embed": "false",
+    "model.intern_image.width": "8",
+    "model.intern_image.depths": "(1,1,1,1)",
+    "model.intern_image.groups": "(1,1,2,2)",
+    "model.intern_image.kernel": "3",
+    "model.intern_image.stem_strides": "(2,1)",
+    "model.intern_image.extra_norm": "0",
+    "model.intern_image.norm": "post",
+    "model.intern_image.layer_scale": "0.5",
+}
 INTERN = {key.replace(".", "__"): value for key, value in INTERN_IMAGE.items()}
 
 

@@ -137,8 +137,8 @@ def scale_for_custom_data(
 ) -> None:
     """Set length and batch size for a run on a user's own images.
 
-    Learning rate, momentum, warm-up, crops and colours are left open and follow from batch, number and
-    size of the images (training/scaling.py). A value that is set later is kept. Pooling is
+    Learning rate, momentum, warm-up, crops and colours are left open and follow from batch, number
+    and size of the images (training/scaling.py). A value that is set later is kept. Pooling is
     initialised with 1 / sqrt(inputs): at 0.02, the pooled token of a narrow encoder stays near zero
     for most of a short run.
 

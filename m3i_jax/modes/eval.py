@@ -152,7 +152,8 @@ def other_data(job: jobs.Setup, run: pathlib.Path) -> list[str]:
     if not file.is_file():
         return []
     was, now = (
-        _image_lines(text) for text in (run_files.read_run_text(file), privacy.redact(job.identity))
+        _image_lines(base.current_identity(text))
+        for text in (run_files.read_run_text(file), privacy.redact(job.identity))
     )
     out = [
         f"{k}: {was.get(k, 'absent')} -> {now.get(k, 'absent')}"

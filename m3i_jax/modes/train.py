@@ -10,6 +10,7 @@ import numpy as np
 
 from m3i_jax import config as configuration
 from m3i_jax import parallel, privacy, published_settings, run_files, schema
+from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
 from m3i_jax.modes import evaluators, monitoring, report, unnormalize
@@ -89,7 +90,8 @@ def _changes(job: jobs.Setup, position: dict[str, Any]) -> list[str]:
 def _difference(data: pathlib.Path, identity: str) -> list[str]:
     """Differences from data.txt, for a message; [] if it cannot be read."""
     with contextlib.suppress(OSError, UserError):
-        return configuration.config_difference(run_files.read_run_text(data), identity)
+        saved = base.current_identity(run_files.read_run_text(data))
+        return configuration.config_difference(saved, identity)
     return []
 
 

@@ -35,12 +35,25 @@ def test_names(name: str, devices: int, platform: str) -> None:
 @pytest.mark.parametrize(
     ("name", "same"),
     [
-        ("v5litepod-1", "v5e:1x1"), ("v5litepod-4", "v5e:2x2"), ("v5litepod-8", "v5e:2x4"), ("v5litepod-16", "v5e:4x4"),
-        ("v5litepod-32", "v5e:4x8"), ("v5litepod-256", "v5e:16x16"), ("v6e-8", "v6e:2x4"), ("v6e-128", "v6e:8x16"),
-        ("v4-8", "v4:2x2x1"), ("v4-32", "v4:2x2x4"), ("v4-64", "v4:2x4x4"), ("v5p-8", "v5p:2x2x1"), ("v5p-16", "v5p:2x2x2"),
-        ("v5p-128", "v5p:4x4x4"), ("v5p-256", "v5p:4x4x8"), ("v5p-2048", "v5p:8x8x16"), ("v5p-8192", "v5p:16x16x16"),
+        ("v5litepod-1", "v5e:1x1"),
+        ("v5litepod-4", "v5e:2x2"),
+        ("v5litepod-8", "v5e:2x4"),
+        ("v5litepod-16", "v5e:4x4"),
+        ("v5litepod-32", "v5e:4x8"),
+        ("v5litepod-256", "v5e:16x16"),
+        ("v6e-8", "v6e:2x4"),
+        ("v6e-128", "v6e:8x16"),
+        ("v4-8", "v4:2x2x1"),
+        ("v4-32", "v4:2x2x4"),
+        ("v4-64", "v4:2x4x4"),
+        ("v5p-8", "v5p:2x2x1"),
+        ("v5p-16", "v5p:2x2x2"),
+        ("v5p-128", "v5p:4x4x4"),
+        ("v5p-256", "v5p:4x4x8"),
+        ("v5p-2048", "v5p:8x8x16"),
+        ("v5p-8192", "v5p:16x16x16"),
     ],
-)  # fmt: skip
+)
 def test_accelerator_types_of_google_cloud(name: str, same: str) -> None:
     """The shapes are those of Cloud's tables; of v4 and v5p the number counts TensorCores."""
     one, other = topology.parse_topology(name), topology.parse_topology(same)

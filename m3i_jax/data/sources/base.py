@@ -212,6 +212,15 @@ def source_identity(source: DataSource) -> list[str]:
     return [f"{source.name}, {len(source):,} images, fingerprint {source.fingerprint()}"]
 
 
+def current_identity(text: str) -> str:
+    """The text of a data.txt in today's words: version 0.1 counted pictures.
+
+    >>> current_identity("source 1 = five, 5 pictures, fingerprint 0123456789abcdef")
+    'source 1 = five, 5 images, fingerprint 0123456789abcdef'
+    """
+    return text.replace(" pictures, fingerprint ", " images, fingerprint ")
+
+
 def stable_digest(*parts: str | bytes | int | float) -> str:
     """Hashes the parts to 16 hexadecimal digits, the same in every process and version.
 
