@@ -16,7 +16,8 @@ settings of a run that an earlier line made.
 
 Data: `/data/images` stands for a folder of images (two classes, captions beside them) and
 `/data/shards` for a folder of img2dataset tars `*.tar`. Use these paths in a README; they are
-replaced by small data made here.
+replaced by small data made here. `--topology=v5e:4x4` becomes `--topology=cpu:4`, since the
+compiler for TPUs is not installed everywhere.
 
 Marks: a comment on the last line before a block changes how it is run,
 `<!-- test: DIRECTIVE; DIRECTIVE -->`:
@@ -245,10 +246,11 @@ def execute(command: list[str], home: pathlib.Path, status: int) -> str:
 
 
 def prepared(block: Block, home: pathlib.Path) -> list[str]:
-    """The command that runs a block, with the paths of its data replaced."""
+    """The command that runs a block, with data and topology replaced."""
     text = script(block)[0] if block.language == "bash" else block.text
     for folder in ("images", "shards"):
         text = text.replace(f"/data/{folder}", str(home / folder))
+    text = text.replace("--topology=v5e:4x4", "--topology=cpu:4")
     ending = "sh" if block.language == "bash" else "py"
     path = home / f"{block.file.replace('/', '_')}_{block.line}.{ending}"
     path.write_text(text)
