@@ -33,7 +33,8 @@ RETIRED_NAMES = {
 }
 # As prose: comments, docstrings, log lines and error messages.
 RETIRED_WORDS = ("told", "whom", "nobody", "likewise", "thereby", "picture", "pictures")
-KEPT_WORDS = re.compile(r"\bpictures/")  # a directory of a run, whose name old runs have
+# A directory of a run, whose name old runs have, and a word of their data.txt.
+KEPT_WORDS = re.compile(r"\bpictures(/|, fingerprint)")
 # Captions are data, which stay as they were.
 CAPTIONS = {"m3i_jax/data/sources/shapes.py": re.compile(r"\ba picture of\b")}
 

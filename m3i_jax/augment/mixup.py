@@ -62,8 +62,8 @@ def draw_mixup(
         u = jax.random.uniform(of_uniforms, (4,))
         cut = jnp.asarray(bool(a.cutmix)) if not (a.mixup and a.cutmix) else u[0] < a.cutmix_switch
         mixed = jax.random.beta(of_mixup, a.mixup, a.mixup) if a.mixup else jnp.ones(())
-        drawn = jax.random.beta(of_cutmix, a.cutmix, a.cutmix) if a.cutmix else jnp.ones(())
-        box = cut_box(drawn, u[1], u[2], size)
+        kept = jax.random.beta(of_cutmix, a.cutmix, a.cutmix) if a.cutmix else jnp.ones(())
+        box = cut_box(kept, u[1], u[2], size)
         left = 1 - (box[2] - box[0]) * (box[3] - box[1]) / size**2
         is_blended = (u[3] < a.blend_p) & bool(a.mixup or a.cutmix)
         share = jnp.where(is_blended, jnp.where(cut, left, mixed), 1.0)

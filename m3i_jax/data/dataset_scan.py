@@ -207,7 +207,7 @@ class ReadSpeed:
 
     decode: float
     pipeline: float
-    pictures: int  # distinct images that were used
+    images: int  # distinct images that were used
 
 
 def measure_speed(

@@ -112,7 +112,7 @@ class Batches(Iterator[Batch]):
         self._batches, self._source, self._limit = batches, source, max_bad_share
         # of each batch: records drawn, bad ones by reason
         self._window: collections.deque[tuple[int, np.ndarray]] = collections.deque()
-        self._drawn, self._bad = 0, np.zeros(len(decode.REASONS), np.int64)  # their sums
+        self._samples, self._bad = 0, np.zeros(len(decode.REASONS), np.int64)  # their sums
         self._examples: dict[str, list[str]] = {reason: [] for reason in decode.REASONS}
         self.skipped = dict.fromkeys(decode.REASONS, 0)
         self.noted, self.record = dict.fromkeys(NOTES, 0), np.zeros(0, np.int64)
@@ -156,20 +156,20 @@ class Batches(Iterator[Batch]):
 
     def _check_bad_share(self, rows: int, skipped: np.ndarray) -> None:
         """Stops the run if too many of the last records were bad, as early as that is certain."""
-        drawn = rows + int(skipped.sum())
-        self._window.append((drawn, skipped))
-        self._drawn, self._bad = self._drawn + drawn, self._bad + skipped
-        while self._drawn - self._window[0][0] >= WINDOW:
-            drawn, skipped = self._window.popleft()
-            self._drawn, self._bad = self._drawn - drawn, self._bad - skipped
-        bad, window = int(self._bad.sum()), max(self._drawn, WINDOW)
+        samples = rows + int(skipped.sum())
+        self._window.append((samples, skipped))
+        self._samples, self._bad = self._samples + samples, self._bad + skipped
+        while self._samples - self._window[0][0] >= WINDOW:
+            samples, skipped = self._window.popleft()
+            self._samples, self._bad = self._samples - samples, self._bad - skipped
+        bad, window = int(self._bad.sum()), max(self._samples, WINDOW)
         if bad > self._limit * window:
             counts = {
                 reason: (n, self._examples[reason])
                 for reason, n in zip(decode.REASONS, self._bad.tolist(), strict=True)
             }
             raise UserError(
-                f"{bad:,} of the last {self._drawn:,} records of {self._source.name} were bad,"
+                f"{bad:,} of the last {self._samples:,} records of {self._source.name} were bad,"
                 f" more than data.max_bad_share={self._limit} of {window:,}:"
                 f" {summarize_bad_records(counts)}; repair or remove them, or raise the limit"
             )

@@ -20,6 +20,7 @@ from m3i_jax.models import backbones
 from m3i_jax.modes import monitoring, train
 from m3i_jax.modes import setup as jobs
 from m3i_jax.reporting import compare_table as report
+from m3i_jax.reporting import run_log
 from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import loop, plan
 from m3i_jax.training.trainer import Trainer
@@ -137,7 +138,7 @@ def run_one(job: jobs.Setup, allow_changes: bool) -> int:
 def read_outcome(job: jobs.Setup) -> dict[str, float]:
     """Results of a finished run: its last line of metrics, its last evaluation, and the "seconds"
     of training, without the first step, which compiles, and without evaluations."""
-    lines = train.logged(job.workdir)
+    lines = run_log.read_log_lines(job.workdir / train.LOG)
     trained = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
     before, seconds = 1, 0.0

@@ -85,7 +85,7 @@ def run(config: schema.Config, *, workdir: str) -> int:
     shown = _examples(source, spread_items(readable, EXAMPLES), config.data)
     twins = _twins(source, readable, config.data)
     write_text_atomic(
-        directory / "data.html", data_page.data_page_html(report, pictures=shown, twins=twins)
+        directory / "data.html", data_page.data_page_html(report, images=shown, twins=twins)
     )
     print(data_report.report_text(report))
     print(f"\n{directory / 'data.json'}\n{directory / 'data.html'}")

@@ -107,7 +107,7 @@ def monitored(
         workdir / "profile",
         log,
         config.report.profile_steps,
-        apart=clock.phase,
+        pause=clock.phase,
         done=log_top_ops(log),
     )
     before = None

@@ -148,7 +148,7 @@ def open_setup(
     backbones.validate_backbone(config)  # before data are opened, which may take minutes
     path = pathlib.Path(workdir)
     config, devices = restore_or_init(_with_rounded_batch(config, path))
-    make(path)
+    make_workdir(path)
     # the first host reads the headers of all files, the others its index
     with parallel.host0_first("index"):
         train, held_out = splits.open_splits(config.data, cache=str(path / "index"))
@@ -186,7 +186,7 @@ def open_setup(
     )
 
 
-def make(workdir: pathlib.Path) -> None:
+def make_workdir(workdir: pathlib.Path) -> None:
     """Create a working directory if it does not exist. Raises UserError if that fails."""
     try:
         workdir.mkdir(mode=0o700, parents=True, exist_ok=True)

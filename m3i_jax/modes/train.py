@@ -148,7 +148,7 @@ def pretrain(job: jobs.Setup, allow_changes: bool, began: float | None = None) -
 def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
     config, workdir = job.config, job.workdir
     if not jax.process_index():
-        checkpoint_dir.refuse_lost(workdir, logged(workdir))
+        checkpoint_dir.refuse_lost(workdir, run_log.read_log_lines(workdir / LOG))
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, say=writers.log_line)
     newest = checkpoints.newest_good()
     position = sound(checkpoints.position(newest), newest) if newest is not None else None
@@ -269,11 +269,6 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
     return code
 
 
-def logged(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of the log of a run; logs a warning if the file was changed."""
-    return run_log.logged(workdir / LOG)
-
-
 def evaluations_done(log: pathlib.Path) -> frozenset[int]:
     """Steps with an evaluation in a log."""
     lines = run_files.read_log(log, [])[0] if log.is_file() else []
@@ -358,7 +353,7 @@ def draw_panel(
     panels.write_panel(
         directory / f"{step:08d}.png",
         features=seen,
-        pictures=shown,
+        images=shown,
         batch={"mask": mask},
         captions=captions,
         labels=labels,

@@ -81,7 +81,7 @@ def blockwise(
     cells, count = _rectangles(
         seed, first, rows, grid, hidden, min_block or max(1, round(16 * grid * grid / 196))
     )
-    drawn = (
+    mask = (
         (cells[:, :, None] >> np.arange(grid).astype(_U64) & _U64(1))
         .astype(bool)
         .reshape(rows, grid * grid)
@@ -89,11 +89,11 @@ def blockwise(
     short = np.flatnonzero(count < hidden)
     if short.size:
         missing = hidden - count[short]
-        cell = _shuffled(seed, TOPUP, first, rows, drawn, short)[:, : missing.max()]
-        drawn[short[:, None], cell] |= np.arange(cell.shape[1]) < missing[:, None]
+        cell = _shuffled(seed, TOPUP, first, rows, mask, short)[:, : missing.max()]
+        mask[short[:, None], cell] |= np.arange(cell.shape[1]) < missing[:, None]
     if swap and 2 * hidden == grid * grid:
-        return drawn ^ (uniforms(seed, SWAP, first, rows, 1) < 0.5)
-    return ~drawn
+        return mask ^ (uniforms(seed, SWAP, first, rows, 1) < 0.5)
+    return ~mask
 
 
 def _rectangles(

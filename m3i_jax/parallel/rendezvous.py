@@ -34,10 +34,10 @@ class _WaitLog:
             self._say(f"waiting for {awaited}; {seconds:.0f} of at most {self._limit:.0f} seconds")
 
 
-def resolve(coordinator: str) -> str:
+def resolve_address(coordinator: str) -> str:
     """The error of resolving the coordinator's name, "" if it has an address.
 
-    >>> resolve("127.0.0.1:8476")
+    >>> resolve_address("127.0.0.1:8476")
     ''
     """
     host, port = coordinator.rsplit(":", 1)
@@ -76,7 +76,7 @@ def wait_for_processes(
     if processes == 1:
         return
     deadline, wait_log = time.monotonic() + limit, _WaitLog(say, limit)
-    while why := resolve(coordinator):
+    while why := resolve_address(coordinator):
         if not patient or time.monotonic() > deadline:
             raise UserError(
                 f"--coordinator {coordinator}: the name has no address here ({why}); give the name"

@@ -31,7 +31,7 @@ class Tracer:
       directory: of the traces, each in a folder named by the time.
       say: logs a line.
       steps: length of a trace.
-      apart: context in which the profiler starts, or stops and writes; its time is not that of
+      pause: context in which the profiler starts, or stops and writes; its time is not that of
         training.
       done: called with the directory of each finished trace and its number of steps.
     """
@@ -42,11 +42,11 @@ class Tracer:
         say: Callable[[str], None],
         steps: int,
         *,
-        apart: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        pause: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         done: Callable[[pathlib.Path, int], None] = lambda place, steps: None,
     ) -> None:
         self._directory, self._say, self._steps = directory, say, steps
-        self._apart, self._done = apart, done
+        self._pause, self._done = pause, done
         self._requested, self._last, self._first = False, 0, 0
         self.running = False
 
@@ -57,12 +57,12 @@ class Tracer:
     def __call__(self, step: int, metrics: Any) -> None:
         if self.running and step >= self._last:
             jax.block_until_ready(metrics)
-            with self._apart("trace"):
+            with self._pause("trace"):
                 self._finish(step)
         elif self._requested and not self.running:
             self._requested = False
             jax.block_until_ready(metrics)
-            with self._apart("trace"):
+            with self._pause("trace"):
                 self._begin(step)
 
     def _begin(self, step: int) -> None:

@@ -12,13 +12,13 @@ LONGEST = 160  # characters of a caption on the page
 
 
 def data_page_html(
-    report: DataReport, *, pictures: Sequence[Thumbnail], twins: Sequence[Sequence[Thumbnail]]
+    report: DataReport, *, images: Sequence[Thumbnail], twins: Sequence[Sequence[Thumbnail]]
 ) -> str:
     """The HTML page.
 
     Args:
       report: content of `data.json`.
-      pictures: example images, each with "jpeg" (bytes), "key", "size", "label" and "caption".
+      images: example images, each with "jpeg" (bytes), "key", "size", "label" and "caption".
       twins: groups of duplicates, each of two or more such examples.
     """
     source, sample = report["source"], report["sample"]
@@ -40,7 +40,7 @@ def data_page_html(
         f"<h1>{_text(source['name'])}</h1><p class=muted>{_text(source['description'])}</p>",
         html_page.headline(numbers),
         html_page.definition_list(data_report.report_facts(report)),
-        "<h2>Images</h2>" + (_pictures(pictures) or "<p>No usable image.</p>"),
+        "<h2>Images</h2>" + (_image_list(images) or "<p>No usable image.</p>"),
         '<h2>Distributions</h2><div class="charts">'
         + "".join(
             _bars(title, bars, good) for title, bars in data_report.histogram_lines(report, 24)
@@ -71,23 +71,21 @@ def _bars(title: str, bars: Sequence[tuple[str, int]], total: int) -> str:
     return f'<section><h3>{_text(title)}</h3><table class="bars">{rows}</table></section>'
 
 
-def _picture(picture: Thumbnail) -> str:
+def _image_item(image: Thumbnail) -> str:
     caption = (
-        picture["caption"]
-        if len(picture["caption"]) <= LONGEST
-        else picture["caption"][:LONGEST].rstrip() + "…"
+        image["caption"]
+        if len(image["caption"]) <= LONGEST
+        else image["caption"][:LONGEST].rstrip() + "…"
     )
-    lines = [f"<b>{_text(picture['label'])}</b>"] if picture["label"] else []
+    lines = [f"<b>{_text(image['label'])}</b>"] if image["label"] else []
     lines += [_text(caption)] if caption else []
-    lines.append(f'<span class="key">{_text(picture["key"])} · {_text(picture["size"])}</span>')
-    shown = html_page.embed_image(picture["jpeg"], picture["label"] or picture["key"], "jpeg")
+    lines.append(f'<span class="key">{_text(image["key"])} · {_text(image["size"])}</span>')
+    shown = html_page.embed_image(image["jpeg"], image["label"] or image["key"], "jpeg")
     return f"<figure>{shown}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
 
 
-def _pictures(pictures: Sequence[Thumbnail]) -> str:
-    return (
-        '<div class="pictures">' + "".join(map(_picture, pictures)) + "</div>" if pictures else ""
-    )
+def _image_list(images: Sequence[Thumbnail]) -> str:
+    return '<div class="pictures">' + "".join(map(_image_item, images)) + "</div>" if images else ""
 
 
 def _bad(report: DataReport) -> str:
@@ -118,4 +116,4 @@ def _twins(report: DataReport, twins: Sequence[Sequence[Thumbnail]]) -> str:
         f" duplicates; of these images {count['with_several_labels']:,} have several labels,"
         f" {count['in_both_parts']:,} are both trained on and held out."
     )
-    return f"<p>{summary}</p>" + _pictures([picture for group in twins for picture in group])
+    return f"<p>{summary}</p>" + _image_list([image for group in twins for image in group])

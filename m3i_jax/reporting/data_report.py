@@ -34,8 +34,8 @@ def format_rate(value: float) -> str:
 
 def report_facts(report: DataReport) -> list[tuple[str, str]]:
     """(name, value) of the facts at the top of the report."""
-    source, sample, pictures = report["source"], report["sample"], report["pictures"]
-    examined, good = pictures["looked_at"], pictures["usable"]
+    source, sample, counts = report["source"], report["sample"], report["pictures"]
+    examined, good = counts["looked_at"], counts["usable"]
     sizes, captions, categories, twice = (
         report["sizes"],
         report["captions"],
@@ -48,20 +48,20 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
             "examined",
             "all" if sample["whole"] else f"{examined:,}, evenly spread: {sample['rule']}",
         ),
-        ("usable", f"{good:,} ({format_share(good, examined)}); bad: {pictures['bad']:,}"),
+        ("usable", f"{good:,} ({format_share(good, examined)}); bad: {counts['bad']:,}"),
         (
             "with a label",
-            f"{pictures['with_label']:,} ({format_share(pictures['with_label'], good)})",
+            f"{counts['with_label']:,} ({format_share(counts['with_label'], good)})",
         ),
         (
             "with a caption",
-            f"{pictures['with_caption']:,} ({format_share(pictures['with_caption'], good)})",
+            f"{counts['with_caption']:,} ({format_share(counts['with_caption'], good)})",
         ),
-        ("with neither", f"{pictures['with_neither']:,}"),
-        ("formats", ", ".join(f"{n:,} {kind}" for kind, n in pictures["formats"]) or "-"),
+        ("with neither", f"{counts['with_neither']:,}"),
+        ("formats", ", ".join(f"{n:,} {kind}" for kind, n in counts["formats"]) or "-"),
         (
             "bytes a record",
-            text_table.format_bytes(pictures["bytes"] / examined) if examined else "-",
+            text_table.format_bytes(counts["bytes"] / examined) if examined else "-",
         ),
         (
             "median size",
@@ -114,7 +114,7 @@ def feeding_lines(report: DataReport) -> tuple[str, list[tuple[str, str, str, st
     text = (
         f"One core decodes {format_rate(speed['decode'])} images a second and prepares"
         f" {format_rate(speed['pipeline'])} samples a second (decoding, two views of"
-        f" {feeds['image_size']} pixels, mask, caption), measured on {speed['pictures']:,} images"
+        f" {feeds['image_size']} pixels, mask, caption), measured on {speed['images']:,} images"
         f" in memory. With all {speed['cores']} cores, {feeds['flops_per_image'] / 1e9:.4g} GFLOP"
         f" an image (counted) and chips at {feeds['mfu']:.0%} of their peak (assumed):"
     )

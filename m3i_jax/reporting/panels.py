@@ -95,22 +95,22 @@ def _partners(rows: int) -> list[int | None]:
     return [row ^ 1 if row ^ 1 < rows else None for row in range(rows)]
 
 
-def _terms(features: Mapping[str, np.ndarray], pictures: Mapping[str, np.ndarray]) -> list[str]:
+def _terms(features: Mapping[str, np.ndarray], images: Mapping[str, np.ndarray]) -> list[str]:
     """Dense terms, own image first: a compiled step returns its dict in alphabetical order."""
     names = [name.removesuffix("/prediction") for name in features if name.endswith("/prediction")]
-    names += [name.removesuffix("/picture") for name in pictures if name.endswith("/picture")]
+    names += [name.removesuffix("/picture") for name in images if name.endswith("/picture")]
     known = ("pixel", "intra", "inter")
     return [t for t in known if t in names] + sorted(t for t in names if t not in known)
 
 
 def _input(
-    pictures: Mapping[str, np.ndarray],
+    images: Mapping[str, np.ndarray],
     mask_RxN: np.ndarray,
     side: int,
     reads: str,
     partners: Sequence[int | None],
 ) -> _Group:
-    views, shown = pictures["input_view"], pictures["input"]
+    views, shown = images["input_view"], images["input"]
     own = [image_grid.image_tile(view, side) for view in views]
     if reads == "mixed":
         columns = [
@@ -150,24 +150,24 @@ def _masked(tile: Image.Image, mask_N: np.ndarray) -> Image.Image:
 def _dense(
     term: str,
     features: Mapping[str, np.ndarray],
-    pictures: Mapping[str, np.ndarray],
+    images: Mapping[str, np.ndarray],
     side: int,
     mixed: bool,
 ) -> _Group:
     image, chip = ("j", PARTNER) if mixed and term == "inter" else ("i", OWN)
-    if f"{term}/picture" in pictures:
+    if f"{term}/picture" in images:
         what = "pixels"
         columns = [
             _Column(
                 f"predicted {image}",
-                [image_grid.image_tile(x, side) for x in pictures[f"{term}/picture"]],
+                [image_grid.image_tile(x, side) for x in images[f"{term}/picture"]],
             )
         ]
-        if f"{term}/completed" in pictures:
+        if f"{term}/completed" in images:
             columns.append(
                 _Column(
                     "completed input",
-                    [image_grid.image_tile(x, side) for x in pictures[f"{term}/completed"]],
+                    [image_grid.image_tile(x, side) for x in images[f"{term}/completed"]],
                 )
             )
     else:
@@ -182,12 +182,12 @@ def _dense(
                 notes=[f"cos {value:.3f}" for value in similarity_map(prediction, target)],
             ),
         ]
-    if f"{term}/view" in pictures:
+    if f"{term}/view" in images:
         columns.insert(
             0,
             _Column(
                 f"target view {image}",
-                [image_grid.image_tile(x, side) for x in pictures[f"{term}/view"]],
+                [image_grid.image_tile(x, side) for x in images[f"{term}/view"]],
                 chip,
             ),
         )
@@ -198,7 +198,7 @@ def write_panel(
     path: str | os.PathLike[str],
     *,
     features: Mapping[str, np.ndarray],
-    pictures: Mapping[str, np.ndarray],
+    images: Mapping[str, np.ndarray],
     batch: Mapping[str, np.ndarray],
     captions: Sequence[str],
     labels: Sequence[str],
@@ -212,7 +212,7 @@ def write_panel(
       path: the file; its directory must exist.
       features: float [R, N, D] "<term>/prediction" and "<term>/target" of every dense term; other
         keys are ignored.
-      pictures: uint8 [R, S, S, 3] "input" (what the encoder reads), "input_view" (the own view) and
+      images: uint8 [R, S, S, 3] "input" (what the encoder reads), "input_view" (the own view) and
         "<term>/view". A term that predicts pixels has "<term>/picture" instead of features and,
         where the input hides cells, may have "<term>/completed": the input with the predicted
         pixels in them.
@@ -229,18 +229,18 @@ def write_panel(
     >>> view = np.zeros((2, 32, 32, 3), np.uint8)
     >>> path = tempfile.mkdtemp() + "/panel.png"
     >>> text = {"captions": ["", ""], "labels": ["", ""], "reads": "whole"}
-    >>> data = {"features": {}, "pictures": {"input": view, "input_view": view}}
+    >>> data = {"features": {}, "images": {"input": view, "input_view": view}}
     >>> write_panel(path, batch={"mask": np.ones((2, 4), bool)}, **data, **text)
     >>> os.path.exists(path)
     True
     """
     mask_RxN = np.asarray(batch["mask"], bool)
-    rows, size = pictures["input"].shape[:2]
+    rows, size = images["input"].shape[:2]
     side = image_grid.side_of_tile(size, image_grid.square_side(mask_RxN.shape[1]))
-    mixed, terms = reads == "mixed", _terms(features, pictures)
+    mixed, terms = reads == "mixed", _terms(features, images)
     partners = _partners(rows) if mixed and paired else [None] * rows
-    groups = [_input(pictures, mask_RxN, side, reads, partners)]
-    groups += [_dense(term, features, pictures, side, mixed) for term in terms]
+    groups = [_input(images, mask_RxN, side, reads, partners)]
+    groups += [_dense(term, features, images, side, mixed) for term in terms]
 
     count = sum(len(group.columns) for group in groups)
     tiles = count * side + (count - len(groups)) * GAP + (len(groups) - 1) * BETWEEN
@@ -255,8 +255,8 @@ def write_panel(
     words_end = _draw(page, groups, side, pitch)
     for row, other in enumerate(partners):
         y = MARGIN + HEAD + row * pitch + side
-        images = [(row, OWN)] + ([(other, PARTNER)] if other is not None else [])
-        for line, (index, colour) in enumerate(images if annotated else []):
+        shown = [(row, OWN)] + ([(other, PARTNER)] if other is not None else [])
+        for line, (index, colour) in enumerate(shown if annotated else []):
             _describe(
                 page, y + (line + 1) * LINE, words_end, colour, labels[index], captions[index]
             )

@@ -101,7 +101,7 @@ def load_run_log(workdir: str | pathlib.Path, key: str = "--workdir") -> RunLog:
             f"{key} {workdir}: has no metrics.jsonl; give the working directory of a run"
         )
     by_step: dict[int, LogLine] = {}
-    for line in logged(log):
+    for line in read_log_lines(log):
         by_step[line["step"]] = by_step.get(line["step"], {}) | line
     if not by_step:
         raise UserError(f"{log}: has no line of a run; train first")
@@ -119,7 +119,7 @@ def load_run_log(workdir: str | pathlib.Path, key: str = "--workdir") -> RunLog:
     )
 
 
-def logged(log: pathlib.Path) -> list[LogLine]:
+def read_log_lines(log: pathlib.Path) -> list[LogLine]:
     """The readable lines of a metrics.jsonl, with a warning if it differs from what the run wrote;
     none if the file is absent.
 

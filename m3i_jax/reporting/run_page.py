@@ -5,8 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from m3i_jax.reporting import figures as drawn
-from m3i_jax.reporting import html_page, svg_charts
+from m3i_jax.reporting import figures, html_page, svg_charts
 from m3i_jax.reporting.run_log import RunLog, read_png
 from m3i_jax.reporting.svg_charts import SvgCurve
 
@@ -142,7 +141,7 @@ def run_page_html(
     return html_page.render_page(
         f"Run: {first.name}",
         html_page.with_toc(body, after=3),
-        svg_charts.STYLE + drawn.STYLE + STYLE,
+        svg_charts.STYLE + figures.STYLE + STYLE,
     )
 
 

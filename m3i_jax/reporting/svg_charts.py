@@ -37,8 +37,8 @@ def axis_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def tick_label(value: float, apart: float = 0.0) -> str:
-    """A number in few characters, but distinct from one that differs by `apart`.
+def tick_label(value: float, step: float = 0.0) -> str:
+    """A number in few characters, but distinct from one that differs by `step`.
 
     >>> [tick_label(v) for v in (0.0, 0.25, 12000.0, 2.5e6, 3e-5, -1.5)]
     ['0', '0.25', '12k', '2.5M', '3e-05', '-1.5']
@@ -49,8 +49,8 @@ def tick_label(value: float, apart: float = 0.0) -> str:
         if abs(value) >= above:
             return f"{value / size:.3g}{letter}"
     digits = (
-        1 + math.floor(math.log10(abs(value))) - math.floor(math.log10(apart))
-        if apart and value
+        1 + math.floor(math.log10(abs(value))) - math.floor(math.log10(step))
+        if step and value
         else 0
     )
     return f"{value:.{max(3, digits)}g}"
@@ -84,8 +84,8 @@ def svg_chart(title: str, curves: Sequence[SvgCurve], *, last: float, note: str 
     >>> svg_chart("loss", [SvgCurve("a", [0, 10], [2.0, 1.0])], last=10).count("<path")
     1
     """
-    drawn = [(curve, *thin_points(curve.x, curve.y)) for curve in curves]
-    values = [v for _, _, y in drawn for v in y]
+    points = [(curve, *thin_points(curve.x, curve.y)) for curve in curves]
+    values = [v for _, _, y in points for v in y]
     if not values:
         return ""
     low, high = min(values), max(values)
@@ -106,11 +106,11 @@ def svg_chart(title: str, curves: Sequence[SvgCurve], *, last: float, note: str 
         return _LEFT + step / max(last, 1) * (WIDTH - _LEFT - _RIGHT)
 
     levels = _powers(low, high) if logarithmic else axis_ticks(low, high)
-    apart = levels[1] - levels[0] if len(levels) > 1 else 0.0
+    step = levels[1] - levels[0] if len(levels) > 1 else 0.0
     parts = [
         f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y_of(v):.1f}"'
         f' y2="{y_of(v):.1f}"/><text x="{_LEFT - 6}" y="{y_of(v) + 3.5:.1f}"'
-        f' text-anchor="end">{tick_label(v, 0 if logarithmic else apart)}</text>'
+        f' text-anchor="end">{tick_label(v, 0 if logarithmic else step)}</text>'
         for v in levels
     ]
     parts += [
@@ -118,7 +118,7 @@ def svg_chart(title: str, curves: Sequence[SvgCurve], *, last: float, note: str 
         f' text-anchor="middle">{tick_label(step)}</text>'
         for step in axis_ticks(0, last)
     ]
-    for curve, x, y in drawn:
+    for curve, x, y in points:
         title_tag = (
             f"<title>{escape_html(curve.name)}: {tick_label(y[-1])} at step"
             f" {tick_label(x[-1])}</title>"

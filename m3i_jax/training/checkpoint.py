@@ -83,7 +83,7 @@ class Checkpoints:
         self._cleaned, self._saved = False, -1  # the newest step that all hosts know to be saved
         self._verified: set[int] = set()  # steps whose files were verified
         if self._first:
-            checkpoint_dir.make(self._directory)
+            checkpoint_dir.make_checkpoint_dir(self._directory)
 
     # Listing
 

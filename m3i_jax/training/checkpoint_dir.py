@@ -44,7 +44,7 @@ def complete_steps(directory: pathlib.Path) -> list[int]:
         )
 
 
-def make(directory: pathlib.Path) -> None:
+def make_checkpoint_dir(directory: pathlib.Path) -> None:
     """Create the directory of checkpoints if it is absent. Raises UserError if that fails."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)

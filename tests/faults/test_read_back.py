@@ -140,7 +140,7 @@ def test_a_log_is_known_up_to_where_it_was_noted(tmp_path: pathlib.Path, caplog,
     for bit in random.Random(0).choices(range(8 * size), k=60):
         flip(log, bit)
         caplog.clear()
-        run_log.logged(log)
+        run_log.read_log_lines(log)
         assert trials.add("is not what the run wrote" in caplog.text), bit
         flip(log, bit)
     log.write_bytes(whole[: size - 3])
@@ -160,7 +160,7 @@ def test_a_resumed_log_that_was_cut_is_known_again(tmp_path: pathlib.Path, caplo
             lines.write(step, {"loss": 1.0 / step})
         lines.close()
         assert not run_files.read_log(log)[1]
-    assert [line["step"] for line in run_log.logged(log)] == [
+    assert [line["step"] for line in run_log.read_log_lines(log)] == [
         1,
         2,
         *range(3, 9),

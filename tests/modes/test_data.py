@@ -112,7 +112,7 @@ def test_speed_and_chips(survey):
     assert {kind: peak for kind, peak, *_ in feeds["chips"]} == {
         kind: chip.peak for kind, chip in hardware.CHIPS.items()
     }
-    assert speed["decode"] > speed["pipeline"] > 10 and speed["pictures"] == 26
+    assert speed["decode"] > speed["pipeline"] > 10 and speed["images"] == 26
     for _, peak, wants, fed in feeds["chips"]:
         assert wants == pytest.approx(peak * feeds["mfu"] / feeds["flops_per_image"])
         assert fed == pytest.approx(speed["pipeline"] * speed["cores"] / wants)

@@ -122,7 +122,7 @@ def test_a_real_trace_of_whole_steps(tmp_path: pathlib.Path) -> None:
         tmp_path,
         said.append,
         3,
-        apart=block,
+        pause=block,
         done=lambda place, steps: found.append((place, steps)),
     )
     for number in range(1, 8):

@@ -40,13 +40,13 @@ def example(*, rows=4, size=32, grid=4, terms=("intra", "inter"), mixed=True, wo
         mask.reshape(rows, grid, grid).repeat(size // grid, 1).repeat(size // grid, 2)[..., None]
     )
     partner = np.arange(rows) ^ 1
-    pictures = {
+    images = {
         "input": np.where(cells, views[:, 0], views[partner, 0]) if mixed else views[:, 0],
         "input_view": views[:, 0],
     }
     features = {"input": rng.normal(size=(rows, grid * grid, 7)).astype(np.float32)}
     for term in sorted(terms):
-        pictures[f"{term}/view"] = (
+        images[f"{term}/view"] = (
             views[:, 0] if term == "intra" else views[partner if mixed else np.arange(rows), 1]
         )
         for name in ("prediction", "target"):
@@ -56,7 +56,7 @@ def example(*, rows=4, size=32, grid=4, terms=("intra", "inter"), mixed=True, wo
     reads = "mixed" if mixed else "masked" if terms else "whole"
     return dict(
         features=features,
-        pictures=pictures,
+        images=images,
         batch={"mask": mask},
         captions=captions,
         labels=labels,
@@ -135,19 +135,19 @@ def test_every_tile_is_where_it_belongs(tmp_path):
     made = example()
     panels.write_panel(tmp_path / "p.png", **made)
     image, side = page(tmp_path / "p.png"), image_grid.side_of_tile(32, 4)
-    pictures, features, before = made["pictures"], made["features"], 0
+    images, features, before = made["images"], made["features"], 0
     for row in range(4):
-        [(mixed_x, y)] = find(image, enlarged(pictures["input"][row], side))
-        own = find(image, enlarged(pictures["input_view"][row], side))
+        [(mixed_x, y)] = find(image, enlarged(images["input"][row], side))
+        own = find(image, enlarged(images["input_view"][row], side))
         # as image i, and as the target view of intra
         own_x, again_x = sorted(x for x, top in own if top == y)
         [partner_x] = [
-            x for x, top in find(image, enlarged(pictures["input_view"][row ^ 1], side)) if top == y
+            x for x, top in find(image, enlarged(images["input_view"][row ^ 1], side)) if top == y
         ]
         xs = [own_x, partner_x, mixed_x, again_x]
         for term in ("intra", "inter"):
             if term == "inter":
-                xs += [x for x, _ in find(image, enlarged(pictures["inter/view"][row], side))]
+                xs += [x for x, _ in find(image, enlarged(images["inter/view"][row], side))]
             for rgb in panels.feature_rgb(
                 [features[f"{term}/target"], features[f"{term}/prediction"]]
             ):
@@ -172,22 +172,22 @@ def test_a_masked_input_hides_cells_and_has_no_partner(tmp_path):
     for row in range(3):
         cells = made["batch"]["mask"][row].reshape(4, 4).repeat(8, 0).repeat(8, 1)[..., None]
         masked = np.where(
-            cells, made["pictures"]["input_view"][row], np.array(image_grid.HIDDEN, np.uint8)
+            cells, made["images"]["input_view"][row], np.array(image_grid.HIDDEN, np.uint8)
         )
         assert len(find(image, enlarged(masked, side))) == 1
-        assert len(find(image, enlarged(made["pictures"]["input_view"][row], side))) == 1
+        assert len(find(image, enlarged(made["images"]["input_view"][row], side))) == 1
     assert not (image == image_grid.PARTNER).all(-1).any()
 
 
 def test_predicted_pixels_stand_beside_their_target_view(tmp_path):
     made, rng = example(rows=2, terms=(), mixed=False), np.random.default_rng(7)
     for name in ("view", "picture", "completed"):
-        made["pictures"][f"pixel/{name}"] = rng.integers(0, 256, (2, 32, 32, 3), np.uint8)
+        made["images"][f"pixel/{name}"] = rng.integers(0, 256, (2, 32, 32, 3), np.uint8)
     panels.write_panel(tmp_path / "p.png", **made | {"reads": "masked"})
     image, side = page(tmp_path / "p.png"), image_grid.side_of_tile(32, 4)
     for row in range(2):
         places = [
-            find(image, enlarged(made["pictures"][name][row], side))
+            find(image, enlarged(made["images"][name][row], side))
             for name in ("input_view", "pixel/view", "pixel/picture", "pixel/completed")
         ]
         assert [len(place) for place in places] == [1, 1, 1, 1]
@@ -206,8 +206,7 @@ def test_whole_views_are_shown_as_they_are(tmp_path):
         and not (image == image_grid.PARTNER).all(-1).any()
     )
     assert all(
-        len(find(image, enlarged(made["pictures"]["input_view"][row], side))) == 1
-        for row in range(2)
+        len(find(image, enlarged(made["images"]["input_view"][row], side))) == 1 for row in range(2)
     )
 
 
@@ -217,8 +216,8 @@ def test_partners_without_a_row_of_their_own_are_not_shown(tmp_path):
     image, side = page(tmp_path / "p.png"), image_grid.side_of_tile(32, 4)
     for row in range(2):
         # as image i, and as the target view
-        assert len(find(image, enlarged(made["pictures"]["input_view"][row], side))) == 2
-        assert len(find(image, enlarged(made["pictures"]["input"][row], side))) == 1
+        assert len(find(image, enlarged(made["images"]["input_view"][row], side))) == 2
+        assert len(find(image, enlarged(made["images"]["input"][row], side))) == 1
 
 
 @pytest.mark.parametrize(

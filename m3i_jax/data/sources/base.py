@@ -213,7 +213,7 @@ def source_identity(source: DataSource) -> list[str]:
 
 
 def current_identity(text: str) -> str:
-    """The text of a data.txt in today's words: version 0.1 counted pictures.
+    """The text of a data.txt in today's words: version 0.1 has another word for images.
 
     >>> current_identity("source 1 = five, 5 pictures, fingerprint 0123456789abcdef")
     'source 1 = five, 5 images, fingerprint 0123456789abcdef'
