@@ -4,11 +4,12 @@ turns on the same disk.
     python -m tests.bench.checkpoint                   # 600 MB
     python -m tests.bench.checkpoint --megabytes 64 --runs 3 --place /mnt/disk
 
-- blocked: time for which `save` blocks the loop, over a copy of the state within memory. - total:
-time until the checkpoint has its final name, digests included, over writing the bytes to one file
-with fsync. - restore: reading it into arrays with checked digests, over reading that file. -
-digests: digesting the files, and computing the fingerprints of the arrays, each alone, over total;
-by the clock and by processor time. The overlap of digests with writing is not deducted.
+- blocked: time for which `save` blocks the loop, over a copy of the state within memory.
+- total: time until the checkpoint has its final name, digests included, over writing the bytes to
+  one file with fsync.
+- restore: reading it into arrays with checked digests, over reading that file.
+- digests: digesting the files, and computing the fingerprints of the arrays, each alone, over
+  total; by the clock and by processor time. The overlap of digests with writing is not deducted.
 
 The values are random, so nothing compresses. Each number is the least of several runs taken in
 turns. On a CPU the state is in host memory already; on an accelerator `save` also copies it there,

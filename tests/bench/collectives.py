@@ -1,10 +1,10 @@
-"""Collectives and memory of one ViT-B/16 step, from the text of the program compiled for TPUs, none
-of which is needed.
+"""Collectives and memory of one ViT-B/16 step, from the text of the program compiled for TPUs. No
+TPU is needed.
 
-    pip install "jax[tpu]"                            # libtpu compiles without a TPU python -m
-    tests.bench.collectives                 # FSDP over 8, gathered weights dropped and kept python
-    -m tests.bench.collectives --remat         # cost and saving of each model.remat policy python
-    -m tests.bench.collectives key=value ...   # one program with these settings
+    pip install "jax[tpu]"                           # libtpu compiles without a TPU
+    python -m tests.bench.collectives                # FSDP over 8, weights kept or regathered
+    python -m tests.bench.collectives --remat        # cost and saving of each model.remat policy
+    python -m tests.bench.collectives key=value ...  # one program with these settings
 
 - received: bytes that reach a device, counted by `profiling.hlo.collectives`.
 - floor: bfloat16 weights of 119.5 M trained parameters, gathered in the forward and in the backward

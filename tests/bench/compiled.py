@@ -1,18 +1,18 @@
-"""Requirements of the ViT-B/16 train step on TPUs, none of which is needed: compiled ahead of time
-and counted from the text of the compiled program.
+"""Requirements of the ViT-B/16 train step on TPUs: compiled ahead of time, without a TPU, and
+counted from the text of the compiled program.
 
-    python -m tests.bench.compiled                # all: about thirty compilations; those of `depth`
-                                                  # generate code too and take minutes
-    python -m tests.bench.compiled slice scaling  # some of: slice, largest, loop, depth, scaling,
-                                                  # chips
+    python -m tests.bench.compiled              # all, about thirty compilations
+    python -m tests.bench.compiled slice chips  # slice, largest, loop, depth, scaling, chips
 
-- slice: the paper's batch on v5e:4x4 in 4 microbatches. - largest: most views on one v5e chip at no
-more than 1.10 times the model's FLOPs without microbatches and 1.02 times in four, by bisection
-over multiples of 64; and the parts of its peak memory beside state, batch and residuals. - loop:
-temporaries at 64 views over those of a loop over blocks that keeps the residuals of autodiff. -
-depth: compile time of an encoder of 48 blocks over that of 12, each the least of three. - scaling:
-FLOPs per device at 8, 64 and 256 chips with equal views per chip. - chips: whether the paper's
-batch of ViT-B and ViT-L fits on slices of v5p and v6e, and days.
+- slice: the paper's batch on v5e:4x4 in 4 microbatches.
+- largest: most views on one v5e chip at no more than 1.10 times the model's FLOPs without
+  microbatches and 1.02 times in four, by bisection over multiples of 64; and its peak memory over
+  state, batch and residuals.
+- loop: temporaries at 64 views over those of a loop over blocks that keeps autodiff's residuals.
+- depth: compile time of an encoder of 48 blocks over that of 12, each the least of three. It
+  generates code too, which takes minutes.
+- scaling: FLOPs per device at 8, 64 and 256 chips with equal views per chip.
+- chips: whether the paper's batch of ViT-B and ViT-L fits on slices of v5p and v6e, and days.
 
 Needs libtpu (extra tpu), no TPU.
 """
@@ -212,7 +212,7 @@ def figures(quick: bool, parts: tuple[str, ...] = PARTS) -> list[Figure]:
                 1.0,
             )
         ]
-    parts = {
+    runners = {
         "slice": the_slice,
         "largest": largest,
         "loop": loop,
@@ -222,7 +222,7 @@ def figures(quick: bool, parts: tuple[str, ...] = PARTS) -> list[Figure]:
     }
     out = []
     for part in parts:
-        out += (rows := parts[part]())
+        out += (rows := runners[part]())
         # printed at once, so that a later failure loses nothing
         print(tables.text_table([figure.cells for figure in rows], HEADERS), flush=True)
     return out

@@ -1,9 +1,9 @@
 """DCNv3: time and bytes of method `auto` over the packed gather, at the four maps of InternImage-H
 at 192 pixels.
 
-    python -m tests.bench.dcnv3        # time on this machine python -m tests.bench.dcnv3 sizes  #
-    every method by size of the map, the basis of `dcnv3.choose` python -m tests.bench.dcnv3 bytes
-    # bytes accessed by the program compiled for one TPU v5e chip; # needs libtpu, no TPU
+    python -m tests.bench.dcnv3        # time on this machine
+    python -m tests.bench.dcnv3 sizes  # every method by map size, the basis of `dcnv3.choose`
+    python -m tests.bench.dcnv3 bytes  # bytes accessed on one TPU v5e chip; needs libtpu, no TPU
 
 Times are the least of several alternating runs of forward and all gradients, with offsets drawn
 from N(0, spread^2) pixels. The mean of the ratios is weighted by the number of layers per stage.

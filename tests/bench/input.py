@@ -151,18 +151,18 @@ def ratio(speeds: dict[str, list[float]], what: str, over: tuple[str, ...]) -> f
 
 def digest(folder: str, batches: int, *, start: int = 0, **data: object) -> list[str]:
     """Hash of every array of every batch."""
-    batches = contestants.pipeline(folder, start=start, batch=SMALL, **data)
+    iterator = contestants.pipeline(folder, start=start, batch=SMALL, **data)
     out = []
     try:
         for _ in range(batches):
-            batch = next(batches)
+            batch = next(iterator)
             out.append(
                 hashlib.sha256(
                     b"".join(name.encode() + batch[name].tobytes() for name in sorted(batch))
                 ).hexdigest()
             )
     finally:
-        batches.close()
+        iterator.close()
     return out
 
 
