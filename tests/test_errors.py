@@ -105,7 +105,7 @@ def test_bug_is_no_refusal() -> None:
         (["--workdir", "a", "--workdir", "b"], "--workdir: is given twice"),
         (
             ["--mode=preview", "--workdir", "/proc/none/x"],
-            "--workdir /proc/none/x: cannot be made (No such file or directory)",
+            "--workdir /proc/none/x: cannot be created (No such file or directory)",
         ),
         (["--mode=preview", "--workdir", "/tmp/" + "a" * 300], "File name too long"),
     ],

@@ -189,7 +189,7 @@ def test_lost_workers_are_replaced_in_the_same_order(trials, caplog) -> None:
             with pytest.raises(
                 RunStopped,
                 match=(
-                    r"^worker \d of 2 of the data \(for batch 3 .*, 3 times in a row: look at the"
+                    r"^worker \d of 2 of the data \(for batch 3 .*, 3 times in a row: check the"
                     r" memory"
                 ),
             ):

@@ -129,7 +129,8 @@ def test_three_in_a_row_leave_a_dump_that_replays(
         and "--mode=replay" in said[1]
     )
     place = tmp_path / "dumps" / "7"
-    assert {p.name for p in place.iterdir()} == {"step.json", "config.txt", "batch-0.npz", "state"}
+    names = {"step.json", "config.txt", "batch-0.npz", "state", "digests"}
+    assert {p.name for p in place.iterdir()} == names
     about = json.loads((place / "step.json").read_text())
     assert about["metrics"]["loss"] == "nan" and about["step"] == 7
 

@@ -85,7 +85,6 @@ def test_the_second_group_may_be_named_after_a_joined_row() -> None:
             {"global", "global_densecl", "dense"},
         ),
         ("byol,simclr", {"global", "global_simclr"}, {"global", "global_simclr"}),
-        ("i,instance", {"global"}, {"global"}),
         ("sim,dense_instance", set(), {"inter", "inter_dense_instance"}),
         ("slip,barlow_twins", {"global"}, {"global", "global_barlow_twins", "text"}),
     ],
