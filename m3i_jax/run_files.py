@@ -182,7 +182,7 @@ def read_bytes(path: pathlib.Path, limit: int = LARGEST) -> bytes:
             raise UserError(
                 f"{path}: has {status.st_size:,} bytes, more than any run writes; restore it"
             )
-        return stream.read(limit)
+        return stream.read(min(limit, status.st_size))
 
 
 def _note_of(path: pathlib.Path) -> pathlib.Path:
@@ -231,7 +231,7 @@ def note_mark(path: pathlib.Path, new: Mark) -> None:
     known = [new, *(old for old in noted_marks(path) if old != new)][:2]
     temporary = note.with_name(f".{note.name}.{os.getpid()}.tmp")
     try:
-        note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        note.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_bytes(seal_note(known))
             os.replace(temporary, note)

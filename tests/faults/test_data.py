@@ -131,7 +131,7 @@ BOMBS = (
     PEAK
     + """
 import json, pathlib, resource, sys, time
-from m3i_jax.data import records
+from m3i_jax.data import decode
 
 folder = pathlib.Path(sys.argv[1])
 decode.decode_image(folder.joinpath("first").read_bytes())  # so that libraries are loaded
@@ -456,8 +456,9 @@ def test_a_million_members(trials, tmp_path: pathlib.Path) -> None:
             header[148:156] = b"%06o\0 " % sum(header)
             out.write(header)
     code = (
-        PEAK + "import sys\nfrom m3i_jax.data.sources.tars import Tars\nfirst = peak()\nsource ="
-        " Tars(sys.argv[1])\n"
+        PEAK
+        + "import sys\nfrom m3i_jax.data.sources.tars import TarSource\nfirst = peak()\nsource ="
+        " TarSource(sys.argv[1])\n"
     )
     code += "print(len(source), source.key(999_999), peak() - first)"
     done = subprocess.run(

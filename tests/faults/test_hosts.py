@@ -247,7 +247,7 @@ SAVE = (
     distributed.initialize(place, limit=60)
     from m3i_jax import parallel
     from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
-    from m3i_jax.training import digests
+    from m3i_jax.training import file_checksums
 
     def forbidden(*_, **__):
         raise AssertionError("a barrier without a limit")
@@ -277,7 +277,7 @@ SAVE = (
             byte = file.read(1)[0]
             file.seek(0)
             file.write(bytes([byte ^ 1]))
-    parallel.wait("damaged")
+    parallel.barrier("damaged")
     one = Checkpoints(place, 2, say=said.append)
     one.BACK_OFF = 0.0
     print("good", one.newest_good(), one.position(4))

@@ -63,7 +63,8 @@ def all_lines(folder: pathlib.Path) -> dict[str, tuple[list[str], str]]:
     """The single settings of BAD are invalid with the defaults; --mode=show refuses them like any
     other mode, and would train nothing."""
     (folder / "defaults.py").write_text(
-        "from m3i_jax.config import default_config\n\n\ndef get_config():\n    return default_config()\n"
+        "from m3i_jax.config import default_config\n\n\n"
+        "def get_config():\n    return default_config()\n"
     )
     show = ["--config", f"{folder}/defaults.py", "--mode=show"]
     return {a: ([*show, f"--config.{a}"], wanted) for a, wanted in BAD.items()} | LINES

@@ -83,7 +83,7 @@ def test_no_name_of_an_archive_leads_out_or_commands_a_terminal(
         "--workdir",
         str(tmp_path / "run"),
     ]
-    monkeypatch.setattr(data_mode.dataset_scan.speed, "__kwdefaults__", {"seconds": 0.02})
+    monkeypatch.setattr(data_mode.dataset_scan.measure_speed, "__kwdefaults__", {"seconds": 0.02})
     assert command.main([*arguments, "--mode=data", "--config.data.holdout=0"]) == 0
     out, err = capsys.readouterr()
     told = out + err
@@ -233,7 +233,7 @@ def test_no_secret_is_in_a_file_of_a_run(
     ]
     tar(path, [*members, (f"{SECRETS['access key']}.jpg", b"broken")])
     fsspec.filesystem("memory").pipe(f"{url.removeprefix('memory:/')}/0.tar", path.read_bytes())
-    monkeypatch.setattr(data_mode.dataset_scan.speed, "__kwdefaults__", {"seconds": 0.02})
+    monkeypatch.setattr(data_mode.dataset_scan.measure_speed, "__kwdefaults__", {"seconds": 0.02})
     run = tmp_path / "run"
     arguments = [
         "--config",
@@ -250,14 +250,16 @@ def test_no_secret_is_in_a_file_of_a_run(
     started(arguments, monkeypatch)
     printed = "".join(capsys.readouterr())
     written = {
-        file.name: file.read_bytes().decode("latin-1") for file in run.rglob("*") if file.is_file()
+        file.relative_to(run).as_posix(): file.read_bytes().decode("latin-1")
+        for file in run.rglob("*")
+        if file.is_file()
     }
     # The vocabulary and the index are the data's own words, for this program to read; all else is
     # for people.
     written = {
         name: text
         for name, text in written.items()
-        if name != "tokenizer.json" and not name.startswith("tar_index")
+        if name != "tokenizer.json" and "tar_index" not in name
     }
     assert {"config.txt", "data.txt", "data.json", "data.html"} <= written.keys()
     for name in SECRETS:
@@ -338,7 +340,8 @@ def test_a_whole_run_shows_no_secret_and_is_its_owners(
     refused = start("--config.seed=7")
     assert refused.returncode == 2 and "seed: 0 -> 7" in refused.stderr
     crash = start(
-        before="from m3i_jax.modes import job; setup.lock_workdir = lambda place: open(sys.argv[3])"
+        before="from m3i_jax.modes import setup;"
+        " setup.lock_workdir = lambda place: open(sys.argv[3])"
     )
     assert crash.returncode == 1 and "FileNotFoundError" in crash.stderr and "***" in crash.stderr
     printed = "".join(done.stdout + done.stderr for done in (whole, refused, crash))
@@ -434,7 +437,7 @@ def test_files_are_their_owners(
     private: bool, trials, monkeypatch, tmp_path: pathlib.Path, capsys
 ) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(data_mode.dataset_scan.speed, "__kwdefaults__", {"seconds": 0.02})
+    monkeypatch.setattr(data_mode.dataset_scan.measure_speed, "__kwdefaults__", {"seconds": 0.02})
     run, folder = tmp_path / "made" / "run", tmp_path / "pictures"
     broken.fill(folder, good=12, kinds=2)
     before = os.umask(0o022)
@@ -473,7 +476,7 @@ def test_text_of_the_data_does_nothing_on_the_page() -> None:
         "&lt;script&gt;fired()&lt;/script&gt;",
     ]
     picture = [{"jpeg": JPEG, "key": a, "size": "1 x 1", "label": a, "caption": a} for a in attacks]
-    page = data_page._pictures(picture) + html_page.html_table(attacks, [attacks], 1)
+    page = data_page._image_list(picture) + html_page.html_table(attacks, [attacks], 1)
     seen: list[tuple[str, dict[str, str | None]]] = []
     reader = html.parser.HTMLParser()
     reader.handle_starttag = lambda name, attributes: seen.append((name, dict(attributes)))

@@ -165,7 +165,7 @@ def test_told_to_stop_at_any_instant_of_a_save(
 
 HOLD = """
 import pathlib, sys, time
-from m3i_jax.modes import job
+from m3i_jax.modes import setup
 with setup.lock_workdir(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

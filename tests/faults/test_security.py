@@ -173,8 +173,8 @@ def test_no_pickle_is_loaded(trials, tmp_path: pathlib.Path) -> None:
 
 
 CODE = (
-    "import pathlib\npathlib.Path({canary!r}).mkdir()\nfrom m3i_jax.config import default_config\ndef"
-    " get_config(path=''):\n    return default_config()\n"
+    "import pathlib\npathlib.Path({canary!r}).mkdir()\n"
+    "from m3i_jax.config import default_config\ndef get_config(path=''):\n    return default_config()\n"
 )
 
 
@@ -282,8 +282,9 @@ BOMBS = (
     PEAK
     + """
 import json, os, pathlib, sys, time
-from m3i_jax.data import array_records, arrays, class_names, sources, tokenizer
-from m3i_jax.data.sources.tars import Tars
+from m3i_jax.data import tokenizer
+from m3i_jax.data.sources import array_record, base, class_names
+from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.errors import UserError
 import numpy as np
 
@@ -297,7 +298,7 @@ def refused(act):
     return False
 
 acts = {
-    "nested": lambda: Tars(str(folder / "nested.tar"))[0].label == -1,
+    "nested": lambda: TarSource(str(folder / "nested.tar"))[0].label == -1,
     "huge": lambda: refused(lambda: array_record.ArrayRecordSource(str(folder / "huge"))),
     "names": lambda: refused(
         lambda: class_names.class_names_from_file(str(folder / "names.json"), ("0",))

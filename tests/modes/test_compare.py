@@ -39,7 +39,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[jobs.Setup]:
 
     def pretrain(job: jobs.Setup, allow_changes: bool) -> int:
         made.append(job)
-        compare.train.agree(job, None, allow_changes)
+        compare.train.check_same_run(job, None, allow_changes)
         lines = [
             line | ({"loss": line["loss"] + job.config.seed} if "loss" in line else {})
             for line in LINES
@@ -158,7 +158,7 @@ def test_a_run_that_is_not_finite_does_not_stop_the_others(
         ),
         (
             {"compare__forms": "mim,clip", "data__captions": "no"},
-            "only what this data does not have",
+            "predicts only annotations that this data does not have",
         ),
         ({"compare__forms": "mim,milan"}, "target_checkpoint"),
         (
@@ -167,7 +167,7 @@ def test_a_run_that_is_not_finite_does_not_stop_the_others(
         ),
         ({"compare__forms": "mim,mim"}, "names mim twice"),
         ({"compare__forms": "mim,+clip"}, "joined by +"),
-        ({"compare__seeds": 0}, "compare.compare_seeds"),
+        ({"compare__seeds": 0}, "compare.seeds"),
     ],
 )
 def test_invalid_comparisons_are_refused_before_any_run(ran, tmp_path, changes, wanted) -> None:

@@ -164,9 +164,9 @@ def test_a_step_for_eight_devices_is_compiled_and_reported(tmp_path, capsys) -> 
         and str(tmp_path / "compile.json") in out
     )
     assert err.count("\n") == 1 and "too much" in err and "--config." in err
-    assert compile_report.__doc__ and not set(report) - set(re.findall(r"\w+", compile_report.__doc__)), (
-        "a key that is not documented"
-    )
+    assert compile_report.__doc__ and not set(report) - set(
+        re.findall(r"\w+", compile_report.__doc__)
+    ), "a key that is not documented"
 
 
 @pytest.mark.parametrize(

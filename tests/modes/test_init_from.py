@@ -110,7 +110,7 @@ def test_the_first_loss_is_that_of_the_given_weights(
     assert command.main(call) == 0
     out = capsys.readouterr().out
     # Three steps of 0.01 after a warm-up of one: the log of a run warns before its first step.
-    assert "warning: optim.lr=0.01: the rates of all 3 steps add up to 0.015." in out
+    assert "warning: optim.lr=0.01: the learning rates of all 3 steps sum to 0.015," in out
     matched, here, taken = re.search(
         r"init_from .*: (\d+) of (\d+) arrays, [\d,]+ numbers: (.*)", out
     ).groups()  # type: ignore[union-attr]
