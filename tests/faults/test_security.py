@@ -174,7 +174,8 @@ def test_no_pickle_is_loaded(trials, tmp_path: pathlib.Path) -> None:
 
 CODE = (
     "import pathlib\npathlib.Path({canary!r}).mkdir()\n"
-    "from m3i_jax.config import default_config\ndef get_config(path=''):\n    return default_config()\n"
+    "from m3i_jax.config import default_config\n"
+    "def get_config(path=''):\n    return default_config()\n"
 )
 
 
