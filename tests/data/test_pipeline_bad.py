@@ -87,7 +87,7 @@ def test_a_window_forgets(make):
         batches._check_bad_share(500, np.array([20, 0, 0, 0, 0, 0]))
     for _ in range(20):
         batches._check_bad_share(500, np.zeros(6, np.int64))
-    assert batches._bad.sum() == 0 and pipeline.WINDOW <= batches._drawn < pipeline.WINDOW + 520
+    assert batches._bad.sum() == 0 and pipeline.WINDOW <= batches._samples < pipeline.WINDOW + 520
     with pytest.raises(UserError, match="^501 of the last"):
         batches._check_bad_share(500, np.array([0, 501, 0, 0, 0, 0]))
 
