@@ -62,7 +62,7 @@ PURE = {"jax", "jaxlib", "numpy", "optax", "chex"}
 # A library that is kept to one place, so that it can be replaced there.
 KEPT = {
     "flax": ("models/", "training/state.py"),
-    "orbax": ("training/checkpoint.py", "training/run_weights.py"),
+    "orbax": ("training/checkpoint.py", "training/checkpoint_reader.py"),
 }
 # Imported inside the function that needs them, or not at all.
 LAZY = {

@@ -14,7 +14,7 @@ from m3i_jax import parallel, schema
 from m3i_jax.errors import DoesNotFit, UserError
 from m3i_jax.models import m3i
 from m3i_jax.schema.limits import INT32
-from m3i_jax.training import init_from, optimizer, panel, run_weights, scaling, step
+from m3i_jax.training import checkpoint_reader, init_from, optimizer, panel, scaling, step
 from m3i_jax.training.plan import Plan, build_plan
 from m3i_jax.training.state import State, create
 
@@ -166,7 +166,7 @@ class Trainer:
         if "frozen" not in state.opt:
             return state
         frozen, layout = state.opt["frozen"], self.shardings.opt["frozen"].params["encoder"]
-        teacher = run_weights.load_encoder(
+        teacher = checkpoint_reader.load_encoder(
             self.config.objective.target_checkpoint, self.template.params["encoder"], layout
         )
         opt = state.opt.copy()  # keeps its type: to JAX another mapping type is another tree

@@ -14,7 +14,7 @@ from m3i_jax import config as configuration
 from m3i_jax.errors import UserError
 from m3i_jax.interop import tensor_files, vit_weights
 from m3i_jax.models import backbones
-from m3i_jax.training import checkpoint_dir, run_weights
+from m3i_jax.training import checkpoint_dir, checkpoint_reader
 
 
 @dataclasses.dataclass
@@ -109,7 +109,7 @@ def open_weights(
 
 
 def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
-    run = run_weights.RunWeights(workdir, key)
+    run = checkpoint_reader.RunWeights(workdir, key)
     paths = {
         path.removeprefix("params/"): path for path in run.shapes if path.startswith("params/")
     }

@@ -21,7 +21,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.modes import train
 from m3i_jax.training import array_checksums, file_checksums
 from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints
-from m3i_jax.training.run_weights import RunWeights
+from m3i_jax.training.checkpoint_reader import RunWeights
 from tests.faults.test_saves import make, names, restored, same, state  # noqa: F401 (a fixture)
 
 
