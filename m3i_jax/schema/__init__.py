@@ -9,6 +9,7 @@ leaves open.
 import dataclasses
 
 from m3i_jax.schema.data import SOURCES, Augment, Data, RandAugment
+from m3i_jax.schema.dense import Dense, Detect, Geometry, Maps, Segment
 from m3i_jax.schema.evaluation import Compare, Evaluate, Report
 from m3i_jax.schema.limits import PATH, NumberLimit, option, section
 from m3i_jax.schema.model import Decoder, Encoder, Head, InternImage, Model, Pool, Text
@@ -17,16 +18,21 @@ from m3i_jax.schema.training import Init, Optim, Parallel, Train
 
 __all__ = [
     "SOURCES",
+    "TASKS",
     "Augment",
     "Compare",
     "Config",
     "Data",
     "Decoder",
+    "Dense",
+    "Detect",
     "Encoder",
     "Evaluate",
+    "Geometry",
     "Head",
     "Init",
     "InternImage",
+    "Maps",
     "Model",
     "Objective",
     "Optim",
@@ -34,13 +40,20 @@ __all__ = [
     "Pool",
     "RandAugment",
     "Report",
+    "Segment",
     "Text",
     "Train",
 ]
 
+# Values of `task`; training/task.py adds those that other packages register.
+TASKS = ["pretrain", "segment", "detect"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
+    task: str = option(
+        "pretrain", "what is trained: pretrain, segment, detect or a registered task", TASKS
+    )
     seed: int = option(0, "seed of all randomness", NumberLimit(0, 2**63 - 1))
     init_from: str = option(
         "",
@@ -52,6 +65,7 @@ class Config:
     data: Data = section(Data)
     model: Model = section(Model)
     objective: Objective = section(Objective)
+    dense: Dense = section(Dense)
     optim: Optim = section(Optim)
     train: Train = section(Train)
     evaluate: Evaluate = section(Evaluate)

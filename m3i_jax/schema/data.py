@@ -13,7 +13,18 @@ RGB = ListLimit(fewest=3, most=3, names="of R, G and B")
 TWO = ListLimit(fewest=2, most=2, rising=True)
 
 # Values of data.source; data/sources/registry.py adds those that other packages register.
-SOURCES = ["shapes", "folder", "tars", "array_record", "tfds", "hugging_face", "mixture"]
+SOURCES = [
+    "shapes",
+    "folder",
+    "tars",
+    "array_record",
+    "tfds",
+    "hugging_face",
+    "mixture",
+    "coco",
+    "maps",
+    "scenes",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,6 +160,16 @@ class Data:
         "",
         "held-out split for evaluators, written like data.split, or another path; empty:"
         " data.holdout applies",
+        PATH,
+    )
+    annotations: str = option(
+        "",
+        "coco: JSON file of the training annotations, absolute or below data.path",
+        PATH,
+    )
+    holdout_annotations: str = option(
+        "",
+        "coco: JSON file of the held-out annotations; empty: data.holdout applies",
         PATH,
     )
     size: int = option(

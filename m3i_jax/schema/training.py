@@ -70,6 +70,23 @@ class Optim:
     b1: float = option(0.9, "AdamW beta 1 [P]", BELOW_ONE)
     b2: float = option(0.95, "AdamW beta 2 [P]", BELOW_ONE)
     eps: float = option(1e-8, "AdamW epsilon", EPS)
+    schedule: str = option(
+        "cosine",
+        "learning rate after the warm-up; cosine: to min_lr; steps: a tenth from each of"
+        " `milestones` on; poly: linear to 0",
+        "cosine",
+        "steps",
+        "poly",
+    )
+    milestones: tuple[float, ...] = option(
+        (),
+        "schedule steps: shares of the run after which the rate is a tenth (ViTDet on COCO:"
+        " 0.8889, 0.963)",
+        NumberLimit(0, 1, natural=True, count=ListLimit(most=16, rising=True)),
+    )
+    warmup_start: float = option(
+        0.0, "share of the peak rate at which the warm-up starts (ViTDet: 0.001)", SHARE
+    )
     clip: float = option(
         1.0, "global gradient norm above which gradients are clipped; 0: no clipping", WEIGHT
     )

@@ -1,0 +1,245 @@
+"""Dense tasks: how an encoder makes maps, how annotated images become batches, and the heads of
+segmentation and detection. The defaults are ViTDet's Mask R-CNN on COCO and mmsegmentation's
+UperNet on ADE20k; recipes in configs/transfer set what differs."""
+
+import dataclasses
+
+from m3i_jax.schema.limits import (
+    DEPTH,
+    EVERY,
+    SHARE,
+    STD,
+    WEIGHT,
+    WIDTH,
+    ListLimit,
+    NumberLimit,
+    option,
+    section,
+)
+
+SIDES = NumberLimit(1, 2**16)
+OPEN_BLOCKS = NumberLimit(0, 1024, count=ListLimit(most=64, rising=True, unique=True, open=True))
+LEVELS = ListLimit(fewest=1, most=8, rising=True, unique=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Maps:
+    """The maps of the encoder. All but `blocks` apply to the ViT only."""
+
+    window: int = option(
+        0,
+        "side in patches of the windows of local attention; 0: all blocks are global",
+        NumberLimit(0, 4096),
+    )
+    global_blocks: tuple[int, ...] = option(
+        (),
+        "blocks with global attention where dense.maps.window is set (ViTDet-B: 2, 5, 8, 11)",
+        OPEN_BLOCKS,
+    )
+    relative: str = option(
+        "none",
+        "relative positions in attention; decomposed: by row and column (ViTDet); table: one bias"
+        " per offset and head (BEiT, mmsegmentation)",
+        "none",
+        "decomposed",
+        "table",
+    )
+    blocks: tuple[int, ...] = option(
+        (),
+        "blocks whose outputs become maps, one per stride of the pyramid; (): the last block for"
+        " all (mmsegmentation's ViT-B: 3, 5, 7, 11)",
+        OPEN_BLOCKS,
+    )
+    layer_scale: float = option(
+        0.0, "initial layer scale of both branches of a block; 0: no layer scale (BEiT: 1)", STD
+    )
+    image_size: int = option(
+        0,
+        "side in pixels of the pre-training images, to which the position table belongs; 0: that of"
+        " `data.image_size`",
+        NumberLimit(0, 2**16),
+    )
+    freeze: bool = option(False, "train only pyramid and head, on a frozen encoder")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """How an annotated image is resized, cropped and flipped on the host."""
+
+    rule: str = option(
+        "jitter",
+        "jitter: scale by a uniform factor so that the image fits data.image_size times it"
+        " (large-scale jitter, ViTDet); range: by `long` and `short` times the factor"
+        " (mmsegmentation)",
+        "jitter",
+        "range",
+    )
+    scale: tuple[float, ...] = option(
+        (0.1, 2.0),
+        "smallest and largest random scale factor",
+        NumberLimit(0.01, 100, count=ListLimit(fewest=2, most=2, rising=True)),
+    )
+    long: int = option(
+        2048, "rule range: limit of the long side in pixels, times the factor", SIDES
+    )
+    short: int = option(
+        512, "rule range: limit of the short side in pixels, times the factor", SIDES
+    )
+    flip_p: float = option(0.5, "probability of a horizontal flip", SHARE)
+    category_share: float = option(
+        1.0,
+        "segmentation: a crop is drawn again, up to ten times, until no category has more than this"
+        " share of its labelled pixels (mmsegmentation: 0.75); 1: no such rule",
+        SHARE,
+    )
+    photometric: bool = option(
+        False, "brightness, contrast, saturation and hue as in mmsegmentation, on the device"
+    )
+    max_objects: int = option(
+        100,
+        "objects per image of a batch; more are cut and counted (LVIS: 300)",
+        NumberLimit(1, 10_000),
+    )
+    mask_size: int = option(
+        112, "side of the stored mask of an object, in the frame of its box", NumberLimit(1, 1024)
+    )
+    repeat: float = option(
+        0.0,
+        "images with categories rarer than this share of the images are repeated by"
+        " sqrt(threshold / share) (LVIS: 0.001); 0: none",
+        SHARE,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Semantic segmentation."""
+
+    head: str = option(
+        "upernet",
+        "upernet: pyramid pooling and FPN; linear: one linear layer on the last map",
+        "upernet",
+        "linear",
+    )
+    strides: tuple[int, ...] = option(
+        (4, 8, 16, 32),
+        "strides of the maps that the head reads, in pixels; the coarsest is pooled",
+        NumberLimit(1, 4096, count=LEVELS),
+    )
+    width: int = option(768, "channels of the head (mmsegmentation's default: 512)", WIDTH)
+    pool_scales: tuple[int, ...] = option(
+        (1, 2, 3, 6),
+        "sides of the pooled maps of the pyramid pooling module",
+        NumberLimit(1, 64, count=LEVELS),
+    )
+    aux_width: int = option(
+        256, "channels of the auxiliary head; 0: no auxiliary head", NumberLimit(0, 2**20)
+    )
+    aux_weight: float = option(0.4, "weight of the auxiliary loss", WEIGHT)
+    dropout: float = option(
+        0.1,
+        "share of the channels that are dropped before the classifier",
+        NumberLimit(0, 1, natural=True, below=True),
+    )
+    divide_by: str = option(
+        "all",
+        "divisor of the pixel loss: all pixels, ignored ones included (mmsegmentation), or the"
+        " labelled ones",
+        "all",
+        "labelled",
+    )
+    norm_momentum: float = option(
+        0.1, "share of the new statistics in batch norm's running ones", SHARE
+    )
+    test_stride: int = option(
+        0,
+        "stride in pixels of the sliding window of evaluation; 0: half of data.image_size",
+        NumberLimit(0, 2**16),
+    )
+    test_scales: tuple[float, ...] = option(
+        (1.0,),
+        "scale factors of the images at evaluation, whose predictions are averaged",
+        NumberLimit(0.1, 10, count=ListLimit(fewest=1, most=32, unique=True)),
+    )
+    test_flip: bool = option(
+        False, "average with the predictions of the mirrored images at evaluation"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Detect:
+    """Detection and instance segmentation by Mask R-CNN on a feature pyramid."""
+
+    strides: tuple[int, ...] = option(
+        (4, 8, 16, 32, 64),
+        "strides of the pyramid in pixels; each is twice the one before",
+        NumberLimit(1, 4096, count=LEVELS),
+    )
+    anchor_sizes: tuple[int, ...] = option(
+        (32, 64, 128, 256, 512),
+        "side of the square anchor of each stride, in pixels",
+        NumberLimit(1, 2**16, count=LEVELS),
+    )
+    anchor_ratios: tuple[float, ...] = option(
+        (0.5, 1.0, 2.0),
+        "height over width of the anchors",
+        NumberLimit(0.01, 100, count=LEVELS),
+    )
+    width: int = option(256, "channels of pyramid and heads", WIDTH)
+    rpn_convs: int = option(2, "3 x 3 convolutions of the region proposal network", DEPTH)
+    rpn_samples: int = option(
+        256, "anchors per image in the loss, at most half of them foreground", EVERY
+    )
+    proposals: tuple[int, ...] = option(
+        (2000, 1000),
+        "candidates per level, and proposals per image after suppression, in training",
+        NumberLimit(1, 10**6, count=ListLimit(fewest=2, most=2)),
+    )
+    test_proposals: tuple[int, ...] = option(
+        (1000, 1000),
+        "the same at evaluation",
+        NumberLimit(1, 10**6, count=ListLimit(fewest=2, most=2)),
+    )
+    rpn_nms: float = option(
+        0.7, "IoU above which a lower proposal of the same level is dropped", SHARE
+    )
+    rois: int = option(512, "proposals per image in the losses of the heads", EVERY)
+    roi_foreground: float = option(0.25, "largest share of foreground among them", SHARE)
+    box_convs: int = option(4, "3 x 3 convolutions of the box head", NumberLimit(0, 1024))
+    box_hidden: int = option(1024, "width of the box head's hidden layer", WIDTH)
+    masks: bool = option(True, "predict masks")
+    mask_convs: int = option(4, "3 x 3 convolutions of the mask head", NumberLimit(0, 1024))
+    loss: str = option(
+        "softmax",
+        "classification; softmax over categories and background (COCO), or the federated sigmoid"
+        " loss (LVIS)",
+        "softmax",
+        "federated",
+    )
+    federated_classes: int = option(
+        50, "federated loss: categories kept per image, background included [P: LVIS]", EVERY
+    )
+    score_threshold: float = option(0.05, "lowest score of a detection (LVIS: 0.02)", SHARE)
+    nms: float = option(
+        0.5, "IoU above which a lower detection of the same category is dropped", SHARE
+    )
+    candidates: int = option(
+        2048, "scored boxes per image that enter suppression (LVIS: 4096); cuts are counted", EVERY
+    )
+    detections: int = option(100, "detections per image (LVIS: 300)", EVERY)
+    canonical: tuple[int, ...] = option(
+        (224, 16),
+        "(side, stride) in pixels: a box of this side is read at this stride",
+        NumberLimit(1, 2**16, count=ListLimit(fewest=2, most=2)),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dense:
+    maps: Maps = section(Maps)
+    geometry: Geometry = section(Geometry)
+    segment: Segment = section(Segment)
+    detect: Detect = section(Detect)
+    ema: float = option(
+        0.0, "momentum of an average of all parameters, which is evaluated; 0: none", SHARE
+    )
