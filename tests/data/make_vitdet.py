@@ -1,4 +1,4 @@
-"""Makes vitdet.npz and beit.npz: outputs and gradients of transformers' VitDet and Beit, in
+"""Makes vitdet_backbone.npz and beit.npz: outputs and gradients of transformers' VitDet and Beit, in
 float64, with random weights under the names that detectron2 and mmsegmentation give them.
 
     python tests/data/make_vitdet.py tests/data/dense
@@ -106,7 +106,7 @@ def vitdet(folder: pathlib.Path) -> None:
     outputs = lambda model, image: [model(image).last_hidden_state]
     model = randomized(VitDetModel(VitDetConfig(**VITDET)), 1)
     np.savez_compressed(
-        folder / "vitdet.npz", **reference(model, [(32, 32), (24, 40)], outputs, rename)
+        folder / "vitdet_backbone.npz", **reference(model, [(32, 32), (24, 40)], outputs, rename)
     )
 
 

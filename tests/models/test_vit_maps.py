@@ -35,7 +35,7 @@ MODEL = schema.Model(encoder=ENCODER, dtype="float32")
 # window sides that do not divide the map, and no regular pattern
 VITDET = schema.Maps(window=3, global_blocks=(2,), relative="decomposed", image_size=16)
 BEIT = schema.Maps(relative="table", blocks=(0, 2, 3), layer_scale=0.5)
-KINDS = {"vitdet": (VITDET, 32), "beit": (BEIT, 16)}
+KINDS = {"vitdet_backbone": (VITDET, 32), "beit": (BEIT, 16)}
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
