@@ -262,7 +262,8 @@ def _runs_of(stretch: Stretch, layers: Any, tables: Params) -> list[Any]:
     counts = [count for _, count in stretch.runs]
     leaves, structure = jax.tree.flatten(layers)
     folded = [leaf.reshape(stretch.repeats, stretch.period, *leaf.shape[1:]) for leaf in leaves]
-    parts, first = [], stretch.start
+    parts: list[Any] = []
+    first = stretch.start
     for run in zip(*(jax.lax.split(leaf, counts, 1) for leaf in folded), strict=True):
         count = counts[len(parts)]
         own = [
