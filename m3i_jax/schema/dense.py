@@ -235,11 +235,10 @@ class Detect:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Dense:
+class DensePrediction:
+    """Segmentation and detection."""
+
     maps: Maps = section(Maps)
     geometry: Geometry = section(Geometry)
     segment: Segment = section(Segment)
     detect: Detect = section(Detect)
-    ema: float = option(
-        0.0, "momentum of an average of all parameters, which is evaluated; 0: none", SHARE
-    )
