@@ -83,18 +83,18 @@ def _roi_matrix(low_R: jax.Array, high_R: jax.Array, out: int, size: int) -> jax
     grow with the size of the box.
     """
     bin_R = (high_R - low_R) / out
-    # By comparison: a compiler that multiplies by 1 / out makes a whole number too large by a digit.
+    # A compiler that multiplies by 1 / out can turn a whole number into a little more than it.
     samples_R = jnp.ceil(bin_R)
     samples_R -= (samples_R - 1) * out >= high_R - low_R
-    apart = (bin_R / jnp.maximum(samples_R, 1))[:, None, None]
+    distance = (bin_R / jnp.maximum(samples_R, 1))[:, None, None]
     cell = np.arange(size, dtype=np.float32)
     start = (low_R[:, None] + np.arange(out) * bin_R[:, None])[..., None]
     samples = samples_R[:, None, None]
-    first = jnp.floor((cell - 1 - start) / jnp.where(apart > 0, apart, 1) - 0.5)
+    first = jnp.floor((cell - 1 - start) / jnp.where(distance > 0, distance, 1) - 0.5)
     first = jnp.clip(first, 0, jnp.maximum(samples - _NEAR, 0))
     total = jnp.zeros((), jnp.float32)
     for i in range(_NEAR):
-        place = start + (first + i + 0.5) * apart
+        place = start + (first + i + 0.5) * distance
         weight = _weight(place, cell, size, "zero beyond a cell")
         total += jnp.where(first + i < samples, weight, 0)
     return total / jnp.maximum(samples, 1)
