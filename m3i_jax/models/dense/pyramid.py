@@ -9,8 +9,8 @@ lateral  a feature pyramid network: a backbone's own maps of several strides, br
 none     the encoder's maps as they are
 
 The scale factors follow from the strides, so a ViT of any patch will do: one of 8 pixels doubles
-its map once for stride 4, one of 16 twice. In simple, and in lateral where the encoder has no map of
-the coarsest stride, that map is every second cell of the one before.
+its map once for stride 4, one of 16 twice. In simple, and in lateral where the encoder has no map
+of the coarsest stride, that map is every second cell of the one before.
 
 B images, H W size of a map, C channels, D width.
 """
