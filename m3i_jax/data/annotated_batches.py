@@ -247,7 +247,7 @@ def iterate_segment_batches(
 
     Args:
         config: of the run; `data` and `dense.geometry` decide what a batch is.
-        source: records with maps.
+        source: records with maps; see `rendered_maps.with_maps` for one of objects.
         start: position of the first sample.
         host, hosts: which contiguous share of the rows to build.
 
@@ -255,8 +255,7 @@ def iterate_segment_batches(
         An iterator of the arrays of `SegmentBatchBuilder`, and position uint32 [B, 2].
 
     Raises:
-        UserError: the source is empty or has more classes than a map can hold; see also
-            `pipeline.iterate`.
+        UserError: the source is empty or has no maps; see also `pipeline.iterate`.
 
     >>> from m3i_jax.data.sources.scenes import ScenesSource
     >>> config = schema.Config(data=schema.Data(image_size=64), train=schema.Train(batch_size=2))
@@ -267,10 +266,10 @@ def iterate_segment_batches(
     >>> batches.close()
     """
     names = base.map_classes(source)
-    if len(names) > UNLABELLED:
+    if not names:
         raise UserError(
-            f"{source.name} has {len(names):,} classes, a map of bytes holds {UNLABELLED}: merge"
-            " classes, or use detection"
+            f"{source.name} has no class maps to learn segmentation from: use data.source='maps',"
+            " 'coco' or 'scenes'"
         )
     limit = config.data.classes
     builder = SegmentBatchBuilder(
