@@ -23,7 +23,7 @@ from m3i_jax.models import backbones
 from m3i_jax.training import scaling
 from m3i_jax.training.plan import Plan, build_plan
 from m3i_jax.training.pretrain_task import Pretrain
-from m3i_jax.training.task import Task, make_task
+from m3i_jax.training.task import Task, make_task, task_kind
 from m3i_jax.training.trainer import Trainer
 
 
@@ -162,10 +162,10 @@ def open_setup(
     # the first host reads the headers of all files, the others its index
     with parallel.host0_first("index"):
         train, held_out = splits.open_splits(config.data, cache=str(path / "index"))
-    count, captions = (
-        pipeline.count_classes(config.data, train),
-        pipeline.uses_captions(config.data, train),
-    )
+    kind = task_kind(config.task)
+    train, names = kind.training_records(train), kind.class_names(train)
+    count = len(names) if config.data.classes < 0 else config.data.classes
+    captions = pipeline.uses_captions(config.data, train)
     done = complete_config(config, classes=count, captions=captions, size=len(train))
     # refused here, before a vocabulary is learnt
     plans = [build_plan(with_objective(done, forms)) for forms in trains]
@@ -183,13 +183,12 @@ def open_setup(
             if captions
             else None
         )
-    names = tuple(train.classes[:count])
     return Setup(
         config=done,
         mesh=devices,
         train=train,
         held_out=held_out,
-        classes=names,
+        classes=tuple(names[:count]),
         tokenizer=opened,
         workdir=path,
         asked=config.data.size,

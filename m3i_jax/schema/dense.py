@@ -59,7 +59,6 @@ class Maps:
         " `data.image_size`",
         NumberLimit(0, 2**16),
     )
-    freeze: bool = option(False, "train only pyramid and head, on a frozen encoder")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

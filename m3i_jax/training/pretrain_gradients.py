@@ -16,10 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m3i_jax import parallel, schema
+from m3i_jax import schema
 from m3i_jax.models import m3i
 from m3i_jax.objective import balance
 from m3i_jax.training import predictions, targets, term_losses, views
+from m3i_jax.training.microbatches import merge_microbatches, split_microbatches
 from m3i_jax.training.plan import Plan
 from m3i_jax.training.predictions import Arrays
 from m3i_jax.training.state import State
@@ -29,28 +30,6 @@ from m3i_jax.training.views import Batch, Inputs, Patches
 
 Metrics = dict[str, jax.Array]
 GROUPS = ("ssp", "sp")
-
-
-def _split_microbatches(tree: Any, count: int, pairs: int) -> Any:
-    """[B, ...] -> [k, B/k, ...]. Pairs are dealt in turn, so that each device keeps its rows and
-    partners stay together on any mesh. Arrays with one row a pair are split in the same way."""
-
-    def one(x: jax.Array) -> jax.Array:
-        dealt = x.reshape(pairs // count, count, -1, *x.shape[1:]).swapaxes(0, 1)
-        return parallel.hint(dealt.reshape(count, -1, *x.shape[1:]), None, parallel.DATA)
-
-    return jax.tree.map(one, tree)
-
-
-def _merge_microbatches(tree: Any, count: int, pairs: int) -> Any:
-    """The inverse of `_split_microbatches`: rows in the order and with the sharding of the
-    batch."""
-
-    def one(x: jax.Array) -> jax.Array:
-        collected = x.reshape(count, pairs // count, -1, *x.shape[2:]).swapaxes(0, 1)
-        return parallel.hint(collected.reshape(-1, *x.shape[2:]), parallel.DATA)
-
-    return jax.tree.map(one, tree)
 
 
 def _cached_text_gradients(
@@ -76,11 +55,11 @@ def _cached_text_gradients(
         out = {i: term_losses.text_losses(plan, {i: u[i]}, v[i], s[i], batch, inputs)[i] for i in u}
         return sum((cost.sum for cost in out.values()), jnp.zeros(())), out
 
-    u, v = _merge_microbatches((images, captions), count, pairs)
+    u, v = merge_microbatches((images, captions), count, pairs)
     (_, value), (du, dv, ds) = jax.value_and_grad(costs, (0, 1, 2), has_aux=True)(
         u, dict.fromkeys(u, v), dict.fromkeys(u, params["logit_scale"])
     )
-    du, dv = _split_microbatches((du, dv), count, pairs)
+    du, dv = split_microbatches((du, dv), count, pairs)
     log_scale = jax.tree.map(lambda x: jnp.broadcast_to(x / count, (count,)), ds)
     return value, CachedTextGradients(images=du, captions=dv, log_scale=log_scale)
 
@@ -158,9 +137,9 @@ def objective_gradients(
         moments = targets.target_moments(plan, features)
         grads, (costs, squares) = microbatch_grads(batch, inputs, patches, features, None)
     else:
-        parts, part_inputs = _split_microbatches((batch, inputs), count, size // 2)
+        parts, part_inputs = split_microbatches((batch, inputs), count, size // 2)
         patches, rows = jax.lax.map(views_and_targets, parts)
-        features = _merge_microbatches(rows, count, size // 2)
+        features = merge_microbatches(rows, count, size // 2)
         moments = targets.target_moments(plan, features)
         text_costs: TermLosses = {}
         cached = None

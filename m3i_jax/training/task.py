@@ -122,6 +122,16 @@ class Task(abc.ABC):
         return []
 
     @classmethod
+    def class_names(cls, source: DataSource) -> tuple[str, ...]:
+        """Names of the categories that are predicted."""
+        return source.classes
+
+    @classmethod
+    def training_records(cls, source: DataSource) -> DataSource:
+        """The records of a source to train on."""
+        return source
+
+    @classmethod
     def reject_unused_settings(cls, config: schema.Config) -> None:
         """Refuse a setting that this task does not read, with a UserError."""
         return None
