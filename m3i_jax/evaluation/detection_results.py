@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from m3i_jax import parallel
+from m3i_jax.data.sources.objects import Objects, empty_objects
+from m3i_jax.data.sources.segmentations import Polygons, RunLengths
 from m3i_jax.errors import UserError
 
 Rle = dict[str, Any]  # {"size": [height, width], "counts": text}, COCO's compressed form
@@ -115,43 +117,84 @@ def mask_tools() -> Any:
     return mask
 
 
-def encode_mask(mask_HxW: np.ndarray) -> Rle:
+def mask_to_rle(mask_HxW: np.ndarray) -> Rle:
     """A binary mask as compressed RLE.
 
-    >>> encode_mask(np.eye(3, dtype=np.uint8))["size"]
+    >>> mask_to_rle(np.eye(3, dtype=np.uint8))["size"]
     [3, 3]
     """
     encoded = mask_tools().encode(np.asfortranarray(mask_HxW, np.uint8))
     return _text(encoded)
 
 
-def decode_mask(rle: Rle) -> np.ndarray:
+def rle_to_mask(rle: Rle) -> np.ndarray:
     """The mask uint8 [H, W] of an RLE.
 
-    >>> decode_mask(encode_mask(np.eye(2, dtype=np.uint8))).tolist()
+    >>> rle_to_mask(mask_to_rle(np.eye(2, dtype=np.uint8))).tolist()
     [[1, 0], [0, 1]]
     """
     return mask_tools().decode(rle)
 
 
-def encode_segmentation(segmentation: Any, size: tuple[int, int]) -> Rle | None:
-    """A `segmentation` of a COCO file as compressed RLE: a list of polygons, an RLE with a list of
-    counts, or a compressed RLE. None if it is absent or empty.
+def segmentation_to_rle(segmentation: Any, size: tuple[int, int]) -> Rle | None:
+    """A mask of an annotation as compressed RLE, None if it is absent or empty.
+
+    Polygons are drawn by pycocotools, whose pixels along an outline are those of COCO's own
+    evaluation.
+
+    Args:
+      segmentation: `Polygons` or `RunLengths` of a record, or what a COCO file has: a list of
+        polygons, an RLE with a list of counts, or a compressed RLE.
+      size: (height, width) of the image.
 
     >>> square = [[0, 0, 2, 0, 2, 2, 0, 2]]
-    >>> int(decode_mask(encode_segmentation(square, (4, 4))).sum())
+    >>> int(rle_to_mask(segmentation_to_rle(square, (4, 4))).sum())
     4
-    >>> encode_segmentation([], (4, 4)) is None
+    >>> segmentation_to_rle([], (4, 4)) is None
     True
     """
+    tools, (height, width) = mask_tools(), size
+    if isinstance(segmentation, RunLengths):
+        return _text({"size": segmentation.size, "counts": segmentation.counts})
+    if isinstance(segmentation, Polygons):
+        segmentation = [part.reshape(-1).tolist() for part in segmentation.parts]
     if segmentation is None or len(segmentation) == 0:
         return None
-    tools, (height, width) = mask_tools(), size
     if isinstance(segmentation, Mapping):
         if isinstance(segmentation["counts"], list):
             return _text(tools.frPyObjects(dict(segmentation), height, width))
         return _text(segmentation)
     return _text(tools.merge(tools.frPyObjects(list(segmentation), height, width)))
+
+
+def image_truth(
+    objects: Objects | None,
+    *,
+    image: int | str,
+    size: tuple[int, int],
+    negative: Sequence[int] = (),
+    not_exhaustive: Sequence[int] = (),
+) -> ImageTruth:
+    """The ground truth of a record.
+
+    Args:
+      objects: of the record; None: it has none.
+      image: id of the image.
+      size: (height, width) of the image as it was decoded.
+      negative, not_exhaustive: see `ImageTruth`.
+    """
+    objects = empty_objects() if objects is None else objects
+    return ImageTruth(
+        image=image,
+        size=size,
+        boxes=np.asarray(objects.boxes, np.float64),
+        classes=np.asarray(objects.classes, np.int64),
+        crowd=np.asarray(objects.crowd, bool),
+        area=np.asarray(objects.areas, np.float64),
+        masks=[segmentation_to_rle(each, size) for each in objects.segmentations],
+        negative=tuple(negative),
+        not_exhaustive=tuple(not_exhaustive),
+    )
 
 
 def _text(rle: Mapping[str, Any]) -> Rle:
@@ -234,7 +277,7 @@ def original_detections(
     masks = None
     if "masks" in outputs:
         masks = [
-            encode_mask(paste_mask(outputs["masks"][row], boxes[row], size))
+            mask_to_rle(paste_mask(outputs["masks"][row], boxes[row], size))
             for row in np.flatnonzero(keep)
         ]
     return ImageDetections(

@@ -18,7 +18,7 @@ from m3i_jax.evaluation.detection_results import (
     DetectionResult,
     ImageDetections,
     ImageTruth,
-    encode_mask,
+    mask_to_rle,
     json_detections,
     mask_tools,
     sort_results,
@@ -217,7 +217,7 @@ def _with_masks(truth: ImageTruth, kind: str) -> ImageTruth:
         x0, y0, x1, y1 = truth.boxes[row].tolist()
         filled = np.zeros(truth.size, np.uint8)
         filled[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))] = 1
-        masks[row] = encode_mask(filled)
+        masks[row] = mask_to_rle(filled)
     return dataclasses.replace(truth, crowd=truth.crowd | np.array(absent), masks=masks)
 
 

@@ -54,7 +54,7 @@ def world(seed: int, images: int = 24, *, masks: bool = True) -> list[DetectionR
     r = np.random.default_rng(seed)
 
     def encoded(boxes: np.ndarray) -> list:
-        encode = detection_results.encode_mask
+        encode = detection_results.mask_to_rle
         return [encode(ellipse(box)) for box in boxes] if masks else [None] * len(boxes)
 
     out = []
@@ -391,7 +391,7 @@ def test_outputs_of_a_model_become_detections_of_the_original_image() -> None:
     np.testing.assert_allclose(found.boxes, [[3, 4, 15, 12], [0, 8, 27, 16]])
     np.testing.assert_allclose(found.scores, [0.9, 0.6])
     assert found.classes.tolist() == [3, 0] and found.masks is not None
-    masks = [detection_results.decode_mask(rle) for rle in found.masks]
+    masks = [detection_results.rle_to_mask(rle) for rle in found.masks]
     assert [mask.shape for mask in masks] == [(16, 27)] * 2
     assert [int(mask.sum()) for mask in masks] == [12 * 8, 27 * 8]
     del outputs["masks"], outputs["valid"]
@@ -409,16 +409,16 @@ def test_segmentations_of_every_form() -> None:
     forms = [
         [[2, 1, 5, 1, 5, 4, 2, 4]],
         {"size": [6, 7], "counts": counts},
-        detection_results.encode_mask(square),
+        detection_results.mask_to_rle(square),
         detection_results.mask_tools().encode(np.asfortranarray(square)),
     ]
     for form in forms:
-        rle = detection_results.encode_segmentation(form, (6, 7))
+        rle = detection_results.segmentation_to_rle(form, (6, 7))
         assert rle is not None and isinstance(rle["counts"], str)
-        np.testing.assert_array_equal(detection_results.decode_mask(rle), square)
-    two = detection_results.encode_segmentation([forms[0][0], [0, 0, 1, 0, 1, 1, 0, 1]], (6, 7))
-    assert two is not None and int(detection_results.decode_mask(two).sum()) == 10
-    assert detection_results.encode_segmentation(None, (6, 7)) is None
+        np.testing.assert_array_equal(detection_results.rle_to_mask(rle), square)
+    two = detection_results.segmentation_to_rle([forms[0][0], [0, 0, 1, 0, 1, 1, 0, 1]], (6, 7))
+    assert two is not None and int(detection_results.rle_to_mask(two).sum()) == 10
+    assert detection_results.segmentation_to_rle(None, (6, 7)) is None
 
 
 @pytest.mark.parametrize("module", ["pycocotools", "faster_coco_eval"])
