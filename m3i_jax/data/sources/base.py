@@ -20,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from m3i_jax.data.sources.objects import Objects
 from m3i_jax.errors import UnreadableError, UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -32,12 +33,15 @@ class Record:
     """One record as the source holds it.
 
     key: identifies the record in its source. image: encoded bytes, or RGB uint8 [height, width, 3].
-    label: category, -1 if unknown. caption: None if absent."""
+    label: category, -1 if unknown. caption: None if absent. objects: None if the source annotates
+    none. map: class of each pixel, 255 where unknown: a PNG, or uint8 [height, width]."""
 
     key: str
     image: bytes | np.ndarray
     label: int = -1
     caption: str | bytes | None = None
+    objects: Objects | None = dataclasses.field(default=None, repr=False)
+    map: bytes | np.ndarray | None = dataclasses.field(default=None, repr=False)
 
 
 @runtime_checkable

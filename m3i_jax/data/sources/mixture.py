@@ -389,15 +389,16 @@ class RelabelledSource:
 
 
 def relabel_record(record: Record, table: np.ndarray) -> Record:
-    """Replaces the label of a record by its entry in the table, or -1 if it has none.
+    """Replaces the label of a record by its entry in the table, or -1 if it has none, and the
+    classes of its objects.
 
     >>> [relabel_record(Record("a", b"", label), np.array([5, 7])).label for label in (1, 2)]
     [7, -1]
     """
     label = int(table[record.label]) if 0 <= record.label < len(table) else -1
-    return (
-        record if label == record.label else Record(record.key, record.image, label, record.caption)
-    )
+    if record.objects is not None:
+        record = dataclasses.replace(record, objects=record.objects.relabel(table))
+    return record if label == record.label else dataclasses.replace(record, label=label)
 
 
 def join_classes(

@@ -1,0 +1,78 @@
+"""The annotated objects of an image."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from m3i_jax.data.sources.segmentations import Segmentation
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Objects:
+    """n annotated objects of an image, with their masks still encoded.
+
+    Attributes:
+        boxes: float32 [n, 4], x0 y0 x1 y1 in continuous pixels of the image.
+        classes: int32 [n], indices into the classes of the source.
+        crowd: bool [n], whether a box is around many objects of a class, which no detection is
+            wrong in.
+        segmentations: of each object, or None where it has no mask.
+        areas: float64 [n], pixels of the object as the annotation states them.
+        ids: int64 [n], of the annotations in their file.
+        size: (height, width) of the image as the annotation states it; (0, 0) if it does not.
+    """
+
+    boxes: np.ndarray
+    classes: np.ndarray
+    crowd: np.ndarray
+    segmentations: Sequence[Segmentation | None]
+    areas: np.ndarray
+    ids: np.ndarray
+    size: tuple[int, int] = (0, 0)
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def select(self, keep: np.ndarray) -> "Objects":
+        """Returns the objects of a bool mask or of indices, in that order.
+
+        >>> empty_objects().select(np.zeros(0, bool)).boxes.shape
+        (0, 4)
+        """
+        numbers = np.arange(len(self))[keep]
+        return Objects(
+            self.boxes[numbers],
+            self.classes[numbers],
+            self.crowd[numbers],
+            tuple(self.segmentations[i] for i in numbers.tolist()),
+            self.areas[numbers],
+            self.ids[numbers],
+            self.size,
+        )
+
+    def relabel(self, table: np.ndarray) -> "Objects":
+        """Returns the objects with class c replaced by `table[c]`; those of -1 are left out.
+
+        >>> len(empty_objects().relabel(np.array([1, -1])))
+        0
+        """
+        kept = self.select(np.asarray(table)[self.classes] >= 0)
+        return dataclasses.replace(kept, classes=np.asarray(table)[kept.classes].astype(np.int32))
+
+
+def empty_objects(size: tuple[int, int] = (0, 0)) -> Objects:
+    """Returns no objects.
+
+    >>> len(empty_objects())
+    0
+    """
+    return Objects(
+        np.zeros((0, 4), np.float32),
+        np.zeros(0, np.int32),
+        np.zeros(0, bool),
+        (),
+        np.zeros(0, np.float64),
+        np.zeros(0, np.int64),
+        size,
+    )
