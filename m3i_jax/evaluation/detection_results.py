@@ -1,8 +1,8 @@
 """Annotated objects and detections of one image, in the pixels of the original image, and their
 conversions: masks to run lengths (RLE), detections to COCO's JSON, results of all hosts to a list.
 
-Masks stay encoded: one full-size mask is in memory at a time. pycocotools encodes them; it is
-imported when it is needed (extra `dense`)."""
+Masks stay encoded: one full-size mask is in memory at a time. Polygons are drawn by pycocotools,
+which is imported when it is needed (extra `dense`)."""
 
 import dataclasses
 import json
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from m3i_jax import parallel
+from m3i_jax.data.sources import segmentations
 from m3i_jax.data.sources.objects import Objects, empty_objects
-from m3i_jax.data.sources.segmentations import Polygons, RunLengths
 from m3i_jax.errors import UserError
 
 Rle = dict[str, Any]  # {"size": [height, width], "counts": text}, COCO's compressed form
@@ -120,20 +120,22 @@ def mask_tools() -> Any:
 def mask_to_rle(mask_HxW: np.ndarray) -> Rle:
     """A binary mask as compressed RLE.
 
-    >>> mask_to_rle(np.eye(3, dtype=np.uint8))["size"]
-    [3, 3]
+    >>> mask_to_rle(np.eye(3, dtype=np.uint8))
+    {'size': [3, 3], 'counts': '013000'}
     """
-    encoded = mask_tools().encode(np.asfortranarray(mask_HxW, np.uint8))
-    return _text(encoded)
+    runs = segmentations.encode_mask(mask_HxW)
+    return _text({"size": runs.size, "counts": runs.counts})
 
 
 def rle_to_mask(rle: Rle) -> np.ndarray:
-    """The mask uint8 [H, W] of an RLE.
+    """The mask, bool [H, W], of an RLE.
 
-    >>> rle_to_mask(mask_to_rle(np.eye(2, dtype=np.uint8))).tolist()
+    >>> rle_to_mask(mask_to_rle(np.eye(2, dtype=np.uint8))).astype(int).tolist()
     [[1, 0], [0, 1]]
     """
-    return mask_tools().decode(rle)
+    height, width = rle["size"]
+    runs = segmentations.decode_counts(rle["counts"].encode("ascii"))
+    return segmentations.mask_of_runs(runs, height, width)
 
 
 def segmentation_to_rle(segmentation: Any, size: tuple[int, int]) -> Rle | None:
@@ -153,17 +155,17 @@ def segmentation_to_rle(segmentation: Any, size: tuple[int, int]) -> Rle | None:
     >>> segmentation_to_rle([], (4, 4)) is None
     True
     """
-    tools, (height, width) = mask_tools(), size
-    if isinstance(segmentation, RunLengths):
+    if isinstance(segmentation, segmentations.RunLengths):
         return _text({"size": segmentation.size, "counts": segmentation.counts})
-    if isinstance(segmentation, Polygons):
+    if isinstance(segmentation, segmentations.Polygons):
         segmentation = [part.reshape(-1).tolist() for part in segmentation.parts]
     if segmentation is None or len(segmentation) == 0:
         return None
-    if isinstance(segmentation, Mapping):
-        if isinstance(segmentation["counts"], list):
-            return _text(tools.frPyObjects(dict(segmentation), height, width))
+    if isinstance(segmentation, Mapping) and not isinstance(segmentation["counts"], list):
         return _text(segmentation)
+    tools, (height, width) = mask_tools(), size
+    if isinstance(segmentation, Mapping):
+        return _text(tools.frPyObjects(dict(segmentation), height, width))
     return _text(tools.merge(tools.frPyObjects(list(segmentation), height, width)))
 
 

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 
+from m3i_jax.data.sources import objects, segmentations
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import detection_errors, detection_results, detection_scores
 from m3i_jax.evaluation.detection_results import (
@@ -493,3 +494,28 @@ def test_rows_of_a_table() -> None:
         ("a", "3", "25.0", "50.0", "30.0", "25.0"),
         ("b", "0", "", "", "", ""),
     ]
+
+
+@needs_pycocotools
+def test_objects_of_records_become_ground_truth() -> None:
+    r = np.random.default_rng(0)
+    mask = r.random((6, 7)) < 0.5
+    square = np.array([[2, 1], [5, 1], [5, 4], [2, 4]], np.float64)
+    given = objects.Objects(
+        boxes=np.array([[2, 1, 5, 4], [0, 0, 7, 6], [1, 1, 3, 3]], np.float32),
+        classes=np.array([4, 0, 1], np.int32),
+        crowd=np.array([False, True, False]),
+        segmentations=(segmentations.Polygons((square,)), segmentations.encode_mask(mask), None),
+        areas=np.array([9.0, 20.0, 4.0]),
+        ids=np.array([7, 8, 9]),
+        size=(6, 7),
+    )
+    truth = detection_results.image_truth(given, image=3, size=(6, 7), negative=(2,))
+    first, second, third = truth.masks
+    assert first is not None and second is not None and third is None
+    drawn = segmentations.rasterize([square], 6, 7)
+    np.testing.assert_array_equal(detection_results.rle_to_mask(first), drawn)
+    np.testing.assert_array_equal(detection_results.rle_to_mask(second), mask)
+    assert truth.area.tolist() == [9, 20, 4] and truth.crowd.tolist() == [False, True, False]
+    nothing = detection_results.image_truth(None, image=3, size=(6, 7))
+    assert nothing.boxes.shape == (0, 4) and nothing.masks == []
