@@ -15,6 +15,7 @@ from m3i_jax import schema
 from m3i_jax.data import sampler
 from m3i_jax.data.sources import base, registry
 from m3i_jax.data.sources.base import DataSource, Record
+from m3i_jax.data.sources.objects import ObjectTable
 from m3i_jax.errors import UserError
 
 CYCLE_LIMIT = 1 << 40  # samples after which the shares are exact
@@ -380,6 +381,10 @@ class RelabelledSource:
 
     def caption(self, index: int) -> str | bytes | None:
         return base.source_caption(self.source, index)
+
+    def object_table(self) -> ObjectTable | None:
+        table = base.object_table(self.source)
+        return table.relabel(self._table) if table else None
 
     def fingerprint(self) -> str:
         return base.stable_digest(self.source.fingerprint(), *self.classes)

@@ -76,3 +76,56 @@ def empty_objects(size: tuple[int, int] = (0, 0)) -> Objects:
         np.zeros(0, np.int64),
         size,
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ObjectTable:
+    """All annotated objects of a source, without their geometry; what `object_table()` of an
+    annotated source returns.
+
+    Attributes:
+        records: int64 [A], index of the record of each object, ascending.
+        classes: int32 [A].
+        crowd: bool [A].
+    """
+
+    records: np.ndarray
+    classes: np.ndarray
+    crowd: np.ndarray
+
+    def subset(self, indices: np.ndarray) -> "ObjectTable":
+        """Returns the table of the records `indices`, numbered in that order.
+
+        >>> table = ObjectTable(np.array([0, 2, 2]), np.array([5, 6, 7]), np.zeros(3, bool))
+        >>> part = table.subset(np.array([2, 1]))
+        >>> part.records.tolist(), part.classes.tolist()
+        ([0, 0], [6, 7])
+        """
+        indices = np.asarray(indices, np.int64)
+        first = np.searchsorted(self.records, indices, side="left")
+        count = np.searchsorted(self.records, indices, side="right") - first
+        rows = np.repeat(first - count.cumsum() + count, count) + np.arange(count.sum())
+        records = np.repeat(np.arange(len(indices)), count)
+        return ObjectTable(records, self.classes[rows], self.crowd[rows])
+
+    def relabel(self, table: np.ndarray) -> "ObjectTable":
+        """Returns the objects with class c replaced by `table[c]`; those of -1 are left out."""
+        classes = np.asarray(table)[self.classes].astype(np.int32)
+        keep = classes >= 0
+        return ObjectTable(self.records[keep], classes[keep], self.crowd[keep])
+
+    def objects_per_record(self, count: int) -> np.ndarray:
+        """Returns the number of objects of each of `count` records, crowds not counted, int64."""
+        return np.bincount(self.records[~self.crowd], minlength=count)
+
+    def records_per_class(self, count: int) -> np.ndarray:
+        """Returns the number of records that show each of `count` classes, crowds not counted,
+        int64.
+
+        >>> table = ObjectTable(np.array([0, 0, 2]), np.array([1, 1, 1]), np.zeros(3, bool))
+        >>> table.records_per_class(3).tolist()
+        [0, 2, 0]
+        """
+        solid = ~self.crowd
+        pairs = np.unique(self.records[solid] * count + self.classes[solid])
+        return np.bincount(pairs % count, minlength=count)
