@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from m3i_jax import parallel
-
-IGNORED = 255  # the label of pixels that do not count
+from m3i_jax.objective.segmentation_scores import miou
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +37,8 @@ class SegmentationScores:
 
 def pixel_confusion(prediction: np.ndarray, label: np.ndarray, classes: int) -> np.ndarray:
     """Pixels by label (row) and prediction (column), int64 [K, K]; pixels of label 255 and of other
-    unknown labels do not count. In numpy: images of a data set differ in size, and a compiled
-    function would be compiled for each.
+    unknown labels do not count. In numpy: images of a data set differ in size, and
+    `objective.segmentation_scores.confusion_matrix` would be compiled for each.
 
     >>> pixel_confusion(np.array([[0, 1, 1]]), np.array([[0, 0, 255]]), 2).tolist()
     [[1, 1], [0, 0]]
@@ -84,9 +83,9 @@ class SegmentationCounts:
             )
         matrix_KxK = pixel_confusion(prediction_HxW, label_HxW, len(self.names))
         self._confusion_KxK += matrix_KxK
-        iou_K = class_ious(matrix_KxK)
-        if not np.isnan(iou_K).all():
-            self._images.append((image, float(np.nanmean(iou_K))))
+        mean = miou(matrix_KxK)["miou"]
+        if not np.isnan(mean):
+            self._images.append((image, mean))
 
     def scores(self) -> SegmentationScores:
         """The scores of the images of all hosts, on every host; a collective.
@@ -120,13 +119,6 @@ def _sorted_once(images: Iterable[tuple[Any, float]]) -> list[tuple[Any, float]]
     return rows
 
 
-def class_ious(confusion_KxK: np.ndarray) -> np.ndarray:
-    """Intersection over union of each class [K]; NaN for a class without labels and predictions."""
-    right, labelled = np.diag(confusion_KxK), confusion_KxK.sum(1)
-    union = labelled + confusion_KxK.sum(0) - right
-    return np.where(union > 0, right / np.maximum(union, 1), np.nan)
-
-
 def segmentation_scores(
     confusion_KxK: np.ndarray, names: Sequence[str], images: Sequence[tuple[Any, float]] = ()
 ) -> SegmentationScores:
@@ -137,22 +129,15 @@ def segmentation_scores(
       names: of the classes.
       images: (image, mean IoU) rows to keep with them.
     """
-    right, labelled_K = np.diag(confusion_KxK), confusion_KxK.sum(1)
-    iou_K = class_ious(confusion_KxK)
-    accuracy_K = np.where(labelled_K > 0, right / np.maximum(labelled_K, 1), np.nan)
-    metrics = {}
-    if labelled_K.any():
-        metrics = {
-            "mIoU": float(np.nanmean(iou_K)),
-            "mAcc": float(np.nanmean(accuracy_K)),
-            "aAcc": float(right.sum() / labelled_K.sum()),
-        }
+    found = miou(confusion_KxK)
+    names_of = {"mIoU": "miou", "mAcc": "mean_accuracy", "aAcc": "pixel_accuracy"}
+    metrics = {name: found[key] for name, key in names_of.items() if not np.isnan(found[key])}
     return SegmentationScores(
         metrics=metrics,
         names=tuple(names),
-        iou=iou_K,
-        accuracy=accuracy_K,
-        pixels=labelled_K,
+        iou=found["iou"],
+        accuracy=found["accuracy"],
+        pixels=confusion_KxK.sum(1),
         confusion=confusion_KxK,
         images=list(images),
     )

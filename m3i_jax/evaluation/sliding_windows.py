@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from m3i_jax import parallel
+from m3i_jax import parallel, schema
+from m3i_jax.data import geometry
 
 _CHUNK = 8  # images whose windows are listed, and counted on all hosts, at a time
 _STRIP = 1 << 24  # numbers of a strip of rows of the final resize
@@ -31,20 +33,6 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     """
     count = max(0, -(-(length - window) // stride)) + 1
     return [max(0, min(i * stride, length - window)) for i in range(count)]
-
-
-def windowed_size(size: Size, *, long: int, short: int, scale: float = 1.0) -> Size:
-    """The size of an image that keeps its aspect ratio, whose long side is at most `long` and short
-    side at most `short`, each times the scale and rounded down.
-
-    >>> windowed_size((600, 2600), long=2048, short=512)
-    (473, 2048)
-    >>> windowed_size((480, 640), long=2048, short=512, scale=0.5)
-    (256, 341)
-    """
-    long, short = int(long * scale), int(short * scale)
-    factor = min(long / max(size), short / min(size))
-    return int(size[0] * factor + 0.5), int(size[1] * factor + 0.5)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +59,51 @@ class SlidingSettings:
     def averages(self) -> bool:
         """Whether probabilities of several views are averaged, instead of logits of one."""
         return len(self.scales) > 1 or self.flip
+
+
+def sliding_settings(config: schema.Config, *, classes: int, batch: int) -> SlidingSettings:
+    """The windows that a run's settings ask for: dense.segment.test_*, data.image_size.
+
+    >>> sliding_settings(schema.Config(), classes=150, batch=4).stride
+    112
+    """
+    segment, side = config.dense.segment, config.data.image_size
+    return SlidingSettings(
+        window=side,
+        stride=segment.test_stride or max(1, side // 2),
+        batch=batch,
+        classes=classes,
+        scales=tuple(segment.test_scales),
+        flip=segment.test_flip,
+    )
+
+
+def resize_rule(
+    config: schema.Config,
+) -> tuple[Callable[[Size, float], Size], Callable[[np.ndarray, Size], np.ndarray]]:
+    """(size_of, resize) of `class_maps` as the run's training resizes images, without the random
+    factor: to dense.geometry.long and short for the rule "range", to a long side of data.image_size
+    for the rule "jitter"; each times the scale and rounded down.
+
+    >>> size_of, resize = resize_rule(schema.Config())
+    >>> size_of((480, 640), 1.0), resize(np.zeros((480, 640, 3), np.uint8), (168, 224)).shape
+    ((168, 224), (168, 224, 3))
+    """
+    rule = config.dense.geometry
+    smooth = rule.rule == "jitter"
+    long, short = (config.data.image_size,) * 2 if smooth else (rule.long, rule.short)
+
+    def size_of(size: Size, scale: float) -> Size:
+        return geometry.range_sides(*size, int(long * scale), int(short * scale))
+
+    def resize(image_HxWx3: np.ndarray, size: Size) -> np.ndarray:
+        source = (image_HxWx3.shape[0], image_HxWx3.shape[1])
+        if source == size:
+            return image_HxWx3
+        placement = geometry.whole_placement(source, size, smooth=smooth)
+        return geometry.cut_image(Image.fromarray(np.ascontiguousarray(image_HxWx3)), placement)
+
+    return size_of, resize
 
 
 class _View:
@@ -220,7 +253,7 @@ def class_maps(
         rest is 0.
       images: (key, uint8 [H, W, 3]) of this host.
       settings: of the windows.
-      size_of: (original size, scale) -> size of the resized image, for instance `windowed_size`.
+      size_of: (original size, scale) -> size of the resized image, see `resize_rule`.
       resize: (image, size) -> resized image, uint8.
       poll: called between batches; may raise.
 

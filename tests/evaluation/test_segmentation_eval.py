@@ -1,6 +1,7 @@
 """Sliding windows against a plain loop over one image at a time, scores against loops over pixels,
 and that hosts agree."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m3i_jax import schema
 from m3i_jax.evaluation import segmentation_eval, sliding_windows
 from m3i_jax.evaluation.sliding_windows import SlidingSettings
+from m3i_jax.objective import segmentation_scores
 
 SIDE, STRIDE, CLASSES = 16, 6, 5
 
@@ -21,7 +24,10 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def size_of(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    return sliding_windows.windowed_size(size, long=60, short=18, scale=scale)
+    """mmsegmentation's rule with (60, 18)."""
+    long, short = int(60 * scale), int(18 * scale)
+    factor = min(long / max(size), short / min(size))
+    return int(size[0] * factor + 0.5), int(size[1] * factor + 0.5)
 
 
 class Model:
@@ -247,3 +253,30 @@ def test_wrong_sizes_and_nothing() -> None:
         counts.add("x", np.zeros((2, 3), np.uint8), np.zeros((3, 2), np.uint8))
     counts.add("y", np.zeros((2, 3), np.uint8), np.full((2, 3), 255, np.uint8))
     assert counts.scores().metrics == {} and counts.scores().images == []
+
+
+def test_counts_are_those_of_the_objective() -> None:
+    guess, label = labelled_pairs(2)[0]
+    expected = segmentation_scores.confusion_matrix(guess, label, 7)
+    np.testing.assert_array_equal(segmentation_eval.pixel_confusion(guess, label, 7), expected)
+
+
+def test_windows_and_sizes_of_the_settings() -> None:
+    base = schema.Config(data=schema.Data(image_size=512))
+    segment = schema.Segment(test_scales=(0.5, 1.75), test_flip=True)
+    geometry = schema.Geometry(rule="range")
+    config = dataclasses.replace(base, dense=schema.Dense(segment=segment, geometry=geometry))
+    settings = sliding_windows.sliding_settings(config, classes=150, batch=2)
+    assert settings == SlidingSettings(
+        window=512, stride=256, batch=2, classes=150, scales=(0.5, 1.75), flip=True
+    )
+    size_of, resize = sliding_windows.resize_rule(config)
+    assert size_of((480, 640), 1.0) == (512, 683) and size_of((600, 2600), 1.0) == (473, 2048)
+    assert size_of((480, 640), 1.75) == (896, 1195)
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+    values = bilinear(image, (20, 30))  # four pixels, also where it reduces
+    assert np.abs(resize(image, (20, 30)) - values).max() <= 1
+    size_of, resize = sliding_windows.resize_rule(base)  # rule jitter
+    assert size_of((480, 640), 1.0) == (384, 512)
+    smooth = np.asarray(Image.fromarray(image).resize((30, 20), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(resize(image, (20, 30)), smooth)
