@@ -92,7 +92,10 @@ def mixture_entries(data: schema.Data) -> list[MixtureEntry]:
                 f"data.mixture is given and data.source={data.source!r} does not read it: "
                 "set data.source='mixture', or data.mixture= to nothing"
             )
-        return [MixtureEntry(data.source, data.path, data.split, data.holdout_split)]
+        split, held_out = data.split, data.holdout_split
+        if "annotations" in registry.source_kind(data.source).reads:
+            split, held_out = data.annotations, data.holdout_annotations
+        return [MixtureEntry(data.source, data.path, split, held_out)]
     if not data.mixture:
         raise UserError(
             "data.source='mixture' mixes nothing: give data.mixture, such as ('tars:/a/*.tar=427',"
@@ -110,10 +113,12 @@ def unread(data: schema.Data, *, counted: bool) -> dict[str, str]:
             number.
 
     >>> sorted(unread(schema.Data(source="folder"), counted=True))
-    ['data.class_space', 'data.directory', 'data.size']
+    ['data.annotations', 'data.class_space', 'data.directory', 'data.holdout_annotations',
+    'data.size']
     >>> mixed = schema.Data(source="mixture", mixture=("shapes:9", "tfds:food101"))
     >>> sorted(unread(mixed, counted=False))
-    ['data.holdout_split', 'data.path', 'data.split']
+    ['data.annotations', 'data.holdout_annotations', 'data.holdout_split', 'data.path',
+    'data.split']
     """
     mixed = data.source == "mixture"
     names = [text.strip().partition(":")[0] for text in data.mixture] if mixed else [data.source]
@@ -131,6 +136,15 @@ def unread(data: schema.Data, *, counted: bool) -> dict[str, str]:
         reasons["data.class_space"] = (
             f"data.source={data.source!r} is a single source, and only a mixture reads it"
         )
+    if "annotations" not in read:
+        for name in ("annotations", "holdout_annotations"):
+            reasons[f"data.{name}"] = "no source has a file of annotations"
+    elif not mixed:
+        for name in ("split", "holdout_split"):
+            reasons[f"data.{name}"] = (
+                f"data.source={data.source!r} is split by its files of annotations:"
+                " data.annotations and data.holdout_annotations"
+            )
     if "directory" not in read:
         reasons["data.directory"] = "no source is of TFDS; use data.path"
     if "class_names" not in read:
@@ -141,10 +155,9 @@ def unread(data: schema.Data, *, counted: bool) -> dict[str, str]:
             " fewer"
         )
     # a training may have both, as a recipe and a split
-    if data.holdout_split and counted:
-        reasons["data.holdout"] = (
-            f"data.holdout_split={data.holdout_split!r} names the held-out part"
-        )
+    for name in ("holdout_split", "holdout_annotations"):
+        if (held_out := getattr(data, name)) and counted and f"data.{name}" not in reasons:
+            reasons["data.holdout"] = f"data.{name}={held_out!r} names the held-out part"
     return reasons
 
 

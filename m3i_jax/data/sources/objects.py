@@ -8,6 +8,10 @@ import numpy as np
 from m3i_jax.data.sources.segmentations import Segmentation
 
 
+def _none() -> np.ndarray:
+    return np.zeros(0, np.int32)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Objects:
     """n annotated objects of an image, with their masks still encoded.
@@ -21,6 +25,9 @@ class Objects:
         areas: float64 [n], pixels of the object as the annotation states them.
         ids: int64 [n], of the annotations in their file.
         size: (height, width) of the image as the annotation states it; (0, 0) if it does not.
+        image: id of the image in its file, -1 if it has none.
+        negative: int32, LVIS: classes that the image is known not to show.
+        inexhaustive: int32, LVIS: classes of which not every object is annotated.
     """
 
     boxes: np.ndarray
@@ -30,6 +37,9 @@ class Objects:
     areas: np.ndarray
     ids: np.ndarray
     size: tuple[int, int] = (0, 0)
+    image: int = -1
+    negative: np.ndarray = dataclasses.field(default_factory=_none)
+    inexhaustive: np.ndarray = dataclasses.field(default_factory=_none)
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -41,14 +51,14 @@ class Objects:
         (0, 4)
         """
         numbers = np.arange(len(self))[keep]
-        return Objects(
-            self.boxes[numbers],
-            self.classes[numbers],
-            self.crowd[numbers],
-            tuple(self.segmentations[i] for i in numbers.tolist()),
-            self.areas[numbers],
-            self.ids[numbers],
-            self.size,
+        return dataclasses.replace(
+            self,
+            boxes=self.boxes[numbers],
+            classes=self.classes[numbers],
+            crowd=self.crowd[numbers],
+            segmentations=tuple(self.segmentations[i] for i in numbers.tolist()),
+            areas=self.areas[numbers],
+            ids=self.ids[numbers],
         )
 
     def relabel(self, table: np.ndarray) -> "Objects":
@@ -57,8 +67,15 @@ class Objects:
         >>> len(empty_objects().relabel(np.array([1, -1])))
         0
         """
-        kept = self.select(np.asarray(table)[self.classes] >= 0)
-        return dataclasses.replace(kept, classes=np.asarray(table)[kept.classes].astype(np.int32))
+        table = np.asarray(table, np.int32)
+        kept = self.select(table[self.classes] >= 0)
+        negative, inexhaustive = (table[c] for c in (self.negative, self.inexhaustive))
+        return dataclasses.replace(
+            kept,
+            classes=table[kept.classes],
+            negative=negative[negative >= 0],
+            inexhaustive=inexhaustive[inexhaustive >= 0],
+        )
 
 
 def empty_objects(size: tuple[int, int] = (0, 0)) -> Objects:

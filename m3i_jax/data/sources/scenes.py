@@ -226,7 +226,7 @@ def _annotate(layers: list[Layer], owner: np.ndarray) -> Objects:
         if (area := int(mask.sum())) < LEAST_PIXELS:
             continue
         layer = layers[numbers[0]]
-        rows.append((tight_box(mask), layer.label, layer.heap, mask, area))
+        rows.append((segmentations.tight_box(mask), layer.label, layer.heap, mask, area))
     if not rows:
         return empty_objects(owner.shape)  # type: ignore[arg-type]
     boxes, labels, heaps, masks, areas = zip(*rows, strict=True)
@@ -239,18 +239,6 @@ def _annotate(layers: list[Layer], owner: np.ndarray) -> Objects:
         np.arange(len(rows), dtype=np.int64),
         owner.shape,  # type: ignore[arg-type]
     )
-
-
-def tight_box(mask_HxW: np.ndarray) -> tuple[float, float, float, float]:
-    """Returns the box around the pixels of a mask, x0 y0 x1 y1; zeros for an empty one.
-
-    >>> tight_box(np.eye(5, dtype=bool)[1:3])
-    (1.0, 0.0, 3.0, 2.0)
-    """
-    rows, columns = np.flatnonzero(mask_HxW.any(1)), np.flatnonzero(mask_HxW.any(0))
-    if not len(rows):
-        return 0.0, 0.0, 0.0, 0.0
-    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 @functools.lru_cache(maxsize=4)

@@ -177,6 +177,18 @@ def rasterize(parts: Sequence[np.ndarray], height: int, width: int) -> np.ndarra
     return mask
 
 
+def tight_box(mask_HxW: np.ndarray) -> tuple[float, float, float, float]:
+    """Returns the box around the pixels of a mask, x0 y0 x1 y1; zeros for an empty one.
+
+    >>> tight_box(np.eye(5, dtype=bool)[1:3])
+    (1.0, 0.0, 3.0, 2.0)
+    """
+    rows, columns = np.flatnonzero(mask_HxW.any(1)), np.flatnonzero(mask_HxW.any(0))
+    if not len(rows):
+        return 0.0, 0.0, 0.0, 0.0
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
 def outline(mask_HxW: np.ndarray) -> list[np.ndarray] | None:
     """Returns the polygons around a mask, along the borders of its pixels, or None if it has a
     hole, which polygons cannot express.
