@@ -15,8 +15,8 @@ from m3i_jax.models import attention, initializers, layers, map_blocks, relative
 from tests.models.test_layers import close, jit, normal
 
 BLOCK = layers.block(16, 2, 2.0, "float32")
-GRID, WINDOW, DEPTH = (3, 5), 2, 6
-WINDOWS = [WINDOW, WINDOW, 0] * 2
+GRID, WINDOW, DEPTH = (3, 5), 2, 5
+WINDOWS = [WINDOW, 0] * 2 + [0]
 
 
 @functools.cache
@@ -40,7 +40,7 @@ X = normal(50, 4, 15, 16)
 KEEP = jnp.asarray(np.random.default_rng(3).choice([0.0, 1.25], (4, DEPTH, 2)), jnp.float32)
 
 
-def value_and_gradients(ends: tuple[int, ...] = (2, 5), **settings: Any) -> Any:
+def value_and_gradients(ends: tuple[int, ...] = (3, 4), **settings: Any) -> Any:
     def weighted(stacked: Any, relative: Any, x: Any) -> tuple[jax.Array, Any]:
         outputs = map_blocks.run_map_blocks(
             map_blocks.MapBlock(block=BLOCK, grid=GRID),
@@ -72,19 +72,31 @@ def test_devices_change_no_number_and_no_gradient(
 ) -> None:
     """As replicas, and with the weights of a block gathered by every device."""
     monkeypatch.setattr(parallel.sharding, "SMALL", 256)
+    gathered = []
+    with_gather = parallel.with_fsdp_gather
+
+    def watched(run: Any, *arguments: Any, **settings: Any) -> Any:
+        def once(gather: Any, *arrays: Any) -> Any:
+            gathered.append(isinstance(gather, functools.partial))
+            return run(gather, *arrays)
+
+        return with_gather(once, *arguments, **settings)
+
+    monkeypatch.setattr(parallel, "with_fsdp_gather", watched)
     mesh = parallel.make_mesh(shape, jax.devices()[:2])
     with jax.set_mesh(mesh):
         close(value_and_gradients(scan=True, remat="full"), in_a_loop(), 1e-4)
+    assert gathered[0] == (shape[1] == 2)
 
 
 def test_no_keep_factor_leaves_the_input() -> None:
     call = functools.partial(
         map_blocks.run_map_blocks, map_blocks.MapBlock(block=BLOCK, grid=GRID),
-        *tower(), X, windows=WINDOWS, ends=(5,),
+        *tower(), X, windows=WINDOWS, ends=(4,),
     )  # fmt: skip
     (y,) = jit(lambda keep: call(keep_BxLx2=keep))(jnp.zeros((4, DEPTH, 2)))
     np.testing.assert_array_equal(y, X)
-    with pytest.raises(ValueError, match=r"\(4, 2, 2\).*\(4, 6, 2\)"):
+    with pytest.raises(ValueError, match=r"\(4, 2, 2\).*\(4, 5, 2\)"):
         call(keep_BxLx2=jnp.ones((4, 2, 2)))
 
 
