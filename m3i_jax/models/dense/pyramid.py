@@ -9,8 +9,8 @@ lateral  a feature pyramid network: a backbone's own maps of several strides, br
 none     the encoder's maps as they are
 
 The scale factors follow from the strides, so a ViT of any patch will do: one of 8 pixels doubles
-its map once for stride 4, one of 16 twice. In simple, and in lateral where the encoder has no map of
-the coarsest stride, that map is every second cell of the one before.
+its map once for stride 4, one of 16 twice. In simple, and in lateral where the encoder has no map
+of the coarsest stride, that map is every second cell of the one before.
 
 B images, H W size of a map, C channels, D width.
 """
@@ -146,11 +146,11 @@ def _scaled_shapes(channels: int, steps: int, *, halve: bool) -> tuple[dict[str,
     return shapes, channels
 
 
-def shapes(config: PyramidConfig) -> dict[str, Any]:
+def pyramid_shapes(config: PyramidConfig) -> dict[str, Any]:
     """The tree of parameters, as shapes.
 
     >>> config = PyramidConfig(kind="rescale", strides=(4, 8, 16, 32), sources=((16, 8),))
-    >>> {name: sorted(part) for name, part in shapes(config).items()}
+    >>> {name: sorted(part) for name, part in pyramid_shapes(config).items()}
     {'stride_4': ['deconv_0', 'deconv_1', 'scale_norm_0'], 'stride_8': ['deconv_0']}
     """
     tree: dict[str, Any] = {}
@@ -205,7 +205,7 @@ def init(config: PyramidConfig, rng: jax.Array) -> tuple[Params, Params]:
     >>> sum(leaf.size for leaf in jax.tree.leaves(params)), statistics
     (5560000, {})
     """
-    tree, fan = shapes(config), {}
+    tree, fan = pyramid_shapes(config), {}
     for name, part in tree.items():
         for layer, leaves in part.items():
             if "kernel" in leaves:

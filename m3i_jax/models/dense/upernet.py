@@ -27,11 +27,13 @@ def _layer(*kernel: int) -> dict[str, Any]:
     return {"kernel": kernel, **norm_shapes(kernel[-1])}
 
 
-def shapes(settings: schema.Segment, channels: Mapping[int, int], classes: int) -> dict[str, Any]:
+def upernet_shapes(
+    settings: schema.Segment, channels: Mapping[int, int], classes: int
+) -> dict[str, Any]:
     """The tree of parameters, as shapes.
 
     >>> settings = schema.Segment(strides=(8, 16), width=4, aux_width=0, pool_scales=(1, 2))
-    >>> sorted(shapes(settings, {8: 2, 16: 3}, 5))
+    >>> sorted(upernet_shapes(settings, {8: 2, 16: 3}, 5))
     ['classifier', 'fuse', 'lateral_8', 'output_8', 'pool_1', 'pool_2', 'pooled']
     """
     d, fine = settings.width, settings.strides[:-1]
@@ -83,7 +85,7 @@ def init(
     >>> sum(leaf.size for leaf in jax.tree.leaves(params)) - aux, aux
     (67963542, 1808534)
     """
-    tree = shapes(settings, channels, classes)
+    tree = upernet_shapes(settings, channels, classes)
     statistics = {
         name: initial_statistics(part["scale"][0]) for name, part in tree.items() if "scale" in part
     }
