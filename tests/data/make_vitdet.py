@@ -1,5 +1,5 @@
-"""Makes vitdet_backbone.npz and beit.npz: outputs and gradients of transformers' VitDet and Beit, in
-float64, with random weights under the names that detectron2 and mmsegmentation give them.
+"""Makes vitdet_backbone.npz and beit.npz: outputs and gradients of transformers' VitDet and Beit,
+in float64, with random weights under the names that detectron2 and mmsegmentation give them.
 
     python tests/data/make_vitdet.py tests/data/dense
 
