@@ -22,6 +22,7 @@ from m3i_jax.data.geometry import (
     range_placement,
 )
 from m3i_jax.data.record_batches import Batch, RecordBatchBuilder
+from m3i_jax.data.repeated_source import repeat_rare
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.data.sources.objects import Objects
@@ -306,7 +307,8 @@ def iterate_detect_batches(
         config: of the run; `data`, `dense.geometry` and `dense.detect.masks` decide what a batch
             is.
         source: records with objects; images without any are trained on as background, see
-            `drop_without_objects`.
+            `drop_without_objects`. With `dense.geometry.repeat`, images of rare categories come
+            more often, see `repeated_source.repeat_rare`.
         start, host, hosts: see `iterate_segment_batches`.
 
     Returns:
@@ -323,6 +325,8 @@ def iterate_detect_batches(
     ((2, 100, 4), (2, 100, 112, 112))
     >>> batches.close()
     """
+    if threshold := config.dense.geometry.repeat:
+        source = repeat_rare(source, threshold)
     builder = DetectBatchBuilder(
         data=config.data,
         seed=config.seed,
