@@ -509,13 +509,16 @@ def test_objects_of_records_become_ground_truth() -> None:
         areas=np.array([9.0, 20.0, 4.0]),
         ids=np.array([7, 8, 9]),
         size=(6, 7),
+        image=139,
+        negative=np.array([2], np.int32),
     )
-    truth = detection_results.image_truth(given, image=3, size=(6, 7), negative=(2,))
+    truth = detection_results.image_truth(given, record=3, size=(6, 7))
+    assert (truth.image, truth.record, truth.negative) == (139, 3, (2,))
     first, second, third = truth.masks
     assert first is not None and second is not None and third is None
     drawn = segmentations.rasterize([square], 6, 7)
     np.testing.assert_array_equal(detection_results.rle_to_mask(first), drawn)
     np.testing.assert_array_equal(detection_results.rle_to_mask(second), mask)
     assert truth.area.tolist() == [9, 20, 4] and truth.crowd.tolist() == [False, True, False]
-    nothing = detection_results.image_truth(None, image=3, size=(6, 7))
-    assert nothing.boxes.shape == (0, 4) and nothing.masks == []
+    nothing = detection_results.image_truth(None, record=3, size=(6, 7))
+    assert nothing.boxes.shape == (0, 4) and nothing.masks == [] and nothing.image == 3
