@@ -33,9 +33,9 @@ Detect = Callable[[np.ndarray, np.ndarray], dict[str, Any]]
 
 
 class _Image(NamedTuple):
-    """A decoded record: index, uint8 [H, W, 3], what the source annotates."""
+    """A decoded record: number of the record, uint8 [H, W, 3], what the source annotates."""
 
-    index: int
+    number: int
     pixels: np.ndarray
     record: base.Record
 
@@ -99,7 +99,7 @@ def detect_records(
                 content=(int(size_Bx2[row, 0]), int(size_Bx2[row, 1])),
                 size=size,
             )
-            truth = image_truth(image.record.objects, record=image.index, size=size)
+            truth = image_truth(image.record.objects, record=image.number, size=size)
             results.append(DetectionResult(truth, found))
     return gather_results(results), _gather_skipped(skipped)
 
@@ -145,8 +145,8 @@ def segment_records(
             except decode.BadRecord as error:
                 skipped[error.reason] += 1
                 continue
-            labels[image.index] = map_HxW  # classes above the run's count as unknown
-            yield image.index, image.pixels
+            labels[image.number] = map_HxW  # classes above the run's count as unknown
+            yield image.number, image.pixels
 
     for index, found_HxW in segment_images(
         predict, images(), config, classes=classes, batch=batch, poll=poll
