@@ -1,4 +1,4 @@
-"""Masks and detections of images: pasted masks against loops over pixels, annotations of every form,
+"""Masks and detections of images: pasted masks against loops over pixels, annotations of all forms,
 single images against pycocotools, and counted confusions."""
 
 import dataclasses
