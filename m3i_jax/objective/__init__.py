@@ -1,5 +1,5 @@
-"""The objective of M3I Pre-training (section 3 of the paper) as pure functions of arrays, for this
-project and for others.
+"""The objective of M3I Pre-training (section 3 of the paper) and the boxes, labels and losses of
+dense tasks as pure functions of arrays, for this project and for others.
 
 - `losses`: -log of the posteriors: Gaussian, Boltzmann, category, text
 - `regression_losses`: smooth L1 and cosine
@@ -17,6 +17,10 @@ project and for others.
 - `positions`: sin-cos positions, absolute and relative to the input view
 - `balance`: lambda of Eq. 13 as an optax transform
 - `ema`: the momentum target encoder as an optax transform
+- `boxes`: overlaps, the codec of box regression, anchors, non-maximum suppression
+- `assignment`: labels of anchors by IoU, random samples of fixed size, optimal assignment
+- `dense_losses`: losses of segmentation and detection
+- `segmentation_scores`: confusion matrix and mean IoU
 
 This package imports jax, numpy, optax and chex, and no other part of the project. Submodules are
 loaded on first use, so that a data worker that only draws masks never imports JAX.
@@ -41,6 +45,10 @@ __all__ = [
     "regression_losses",
     "collapse",
     "ema",
+    "boxes",
+    "assignment",
+    "dense_losses",
+    "segmentation_scores",
 ]
 
 
