@@ -47,7 +47,9 @@ def test_choices_are_those_of_detectron2(name: str) -> None:
         found = proposals.select_proposals(settings, logits, deltas, levels, size, (16, 48))
         rois, chosen = regions.sample_regions(settings, found, boxes, valid, region_draw)
         some = slice(0, regions.foreground_regions(settings))
-        target = mask_targets(masks[chosen.object_S[some]], boxes[chosen.object_S[some]], rois[some])
+        target = mask_targets(
+            masks[chosen.object_S[some]], boxes[chosen.object_S[some]], rois[some]
+        )
         return anchors, label, sampled, found, rois, chosen, target
 
     anchors, label, sampled, found, rois, chosen, target = choose(
