@@ -101,6 +101,7 @@ def get_config(
     config.train.eval_every = 0
     config.optim.lr = 1e-3 if config.model.encoder.width < 384 else 1e-4
     config.optim.warmup_epochs = 0.05 * config.train.epochs
+    config.optim.warmup_steps = steps // 20 if steps else -1
     config.optim.weight_decay = 0.05
     config.optim.b2 = 0.999
     config.optim.clip = 1.0

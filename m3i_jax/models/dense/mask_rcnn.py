@@ -180,7 +180,9 @@ def losses_from_draws(
 
     def choose(logits_A: Any, deltas_Ax4: Any, size_2: Any, boxes_Mx4: Any, *rest: Any) -> Any:
         valid_M, anchor_draw_A, region_draw_Q = rest
-        sampled = proposals.sample_anchors(settings, anchors_Ax4, boxes_Mx4, valid_M, anchor_draw_A)
+        sampled = proposals.sample_anchors(
+            settings, anchors_Ax4, boxes_Mx4, valid_M, anchor_draw_A
+        )
         found = proposals.select_proposals(
             settings, logits_A, deltas_Ax4, levels, size_2, settings.proposals
         )
