@@ -194,7 +194,7 @@ def _validate_encoder(e: schema.Encoder) -> None:
 def _validate_maps(maps: schema.Maps) -> None:
     for field in dataclasses.fields(schema.Maps):
         value, default = getattr(maps, field.name), getattr(_NO_MAPS, field.name)
-        if field.name != "freeze" and value != default:
+        if value != default:
             raise UserError(
                 f"config.dense.maps.{field.name}: {value!r} is of the ViT and does nothing"
                 f" {_WHERE}, whose maps are those of its four stages; leave it at {default}"

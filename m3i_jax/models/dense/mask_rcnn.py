@@ -121,7 +121,8 @@ def losses(
       counts: foreground anchors, proposals and foreground regions per image.
     """
     anchors = sum(len(level) for level in _anchors(settings, pyramid))
-    draws = draw_uniforms(settings, anchors, boxes_BxMx4.shape[1], classes_of(params), keys_B)
+    classes = params["box"]["classes"]["bias"].shape[0] - 1
+    draws = draw_uniforms(settings, anchors, boxes_BxMx4.shape[1], classes, keys_B)
     if frequency_K is not None:
         draws["frequency"] = jnp.broadcast_to(
             jnp.asarray(frequency_K, jnp.float32), draws["categories"].shape
@@ -180,9 +181,7 @@ def losses_from_draws(
 
     def choose(logits_A: Any, deltas_Ax4: Any, size_2: Any, boxes_Mx4: Any, *rest: Any) -> Any:
         valid_M, anchor_draw_A, region_draw_Q = rest
-        sampled = proposals.sample_anchors(
-            settings, anchors_Ax4, boxes_Mx4, valid_M, anchor_draw_A
-        )
+        sampled = proposals.sample_anchors(settings, anchors_Ax4, boxes_Mx4, valid_M, anchor_draw_A)
         found = proposals.select_proposals(
             settings, logits_A, deltas_Ax4, levels, size_2, settings.proposals
         )

@@ -251,9 +251,7 @@ def _of_class(x_RxKx4: jax.Array, class_R: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x_RxKx4, class_R[:, None, None].clip(0), 1)[:, 0]
 
 
-def mask_loss(
-    logits_FxSxS: jax.Array, targets_FxSxS: jax.Array, weight_F: jax.Array
-) -> jax.Array:
+def mask_loss(logits_FxSxS: jax.Array, targets_FxSxS: jax.Array, weight_F: jax.Array) -> jax.Array:
     """Mean binary cross-entropy of one image over the pixels of its foreground regions; 0 without
     one.
 
