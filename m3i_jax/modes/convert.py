@@ -6,7 +6,7 @@ import pathlib
 import sys
 import time
 
-from m3i_jax import schema
+from m3i_jax import interrupts, schema
 from m3i_jax.data import conversion, splits
 from m3i_jax.data.sources import array_record
 from m3i_jax.modes import setup as jobs
@@ -30,10 +30,11 @@ def run(config: schema.Config, *, workdir: str) -> int:
         )
         processes = config.data.workers or len(os.sched_getaffinity(0))
         try:
-            for count in conversion.convert(
-                source, str(directory), todo, shards, processes=processes
-            ):
-                progress(count)
+            with interrupts.raise_interrupts():
+                for count in conversion.convert(
+                    source, str(directory), todo, shards, processes=processes
+                ):
+                    progress(count)
         except KeyboardInterrupt:
             missing = conversion.missing_shards(len(source), str(directory), shards)
             print(
