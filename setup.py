@@ -45,6 +45,8 @@ EXTRAS = {
     "cuda": accelerated("cuda12"),
     "cuda13": accelerated("cuda13"),
     "tpu": accelerated("tpu"),
+    # Evaluation of detection: COCO (BSD), LVIS (Apache-2.0).
+    "dense": ["faster-coco-eval>=1.8.0", "pycocotools>=2.0.11"],
     "export": ["flatbuffers>=24.3"],  # --mode=export --format=stablehlo
     "fast": ["cykooz-resizer>=4.0.1", "simplejpeg>=1.9"],
     "gcs": ["fsspec>=2025.1", "gcsfs>=2025.1"],
@@ -69,7 +71,9 @@ EXTRAS = {
 }
 EXTRAS["bench"] += EXTRAS["fast"]  # used by the benchmark of the input pipeline
 # These are small; without them, their tests would always be skipped.
-EXTRAS["test"] += EXTRAS["export"] + EXTRAS["fast"] + EXTRAS["huggingface"] + EXTRAS["tfds"]
+EXTRAS["test"] += (
+    EXTRAS["dense"] + EXTRAS["export"] + EXTRAS["fast"] + EXTRAS["huggingface"] + EXTRAS["tfds"]
+)
 
 setup(
     name="m3i-jax",

@@ -8,6 +8,8 @@ For other projects, the pure functions of the objective, which need jax, numpy, 
     from m3i_jax import sincos_2d, relative_positions           # positions
     from m3i_jax import track_balance, balance_weight, track_target  # optax transforms
     from m3i_jax import register_form                           # an objective of your own
+    from m3i_jax import box_iou, encode_boxes, anchors, nms     # boxes of dense tasks
+    from m3i_jax import sigmoid_focal, dice, miou               # their losses and scores
 
 and, of the whole package, an encoder as a function of images:
 
@@ -53,6 +55,26 @@ _PUBLIC = {
     "published": ("PUBLISHED",),
     "terms": ("FORMS", "Pass", "Target", "Term"),
     "registry": ("register_form",),
+    "boxes": (
+        "anchors",
+        "box_area",
+        "box_iou",
+        "clip_boxes",
+        "decode_boxes",
+        "encode_boxes",
+        "generalized_box_iou",
+        "nms",
+    ),
+    "assignment": ("hungarian", "match_boxes", "sample_labels"),
+    "dense_losses": (
+        "binary_cross_entropy",
+        "dice",
+        "federated_classes",
+        "federated_cross_entropy",
+        "pixel_cross_entropy",
+        "sigmoid_focal",
+    ),
+    "segmentation_scores": ("confusion_matrix", "miou"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 # {name before version 0.2: name now}

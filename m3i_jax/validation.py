@@ -91,6 +91,33 @@ def validate_settings(c: schema.Config) -> None:
         image,
         f"must be a multiple of model.encoder.patch_size, {patch}",
     )
+    if c.traits.pairs:
+        _validate_masks(c)
+    mesh = c.parallel.mesh
+    _require(
+        0 not in mesh and list(mesh).count(-1) <= 1,
+        "parallel.mesh",
+        mesh,
+        "must be three numbers, the devices along (replica, fsdp, tensor), at most one of them -1",
+    )
+    steps, warm = c.train.steps, c.optim.warmup_steps
+    _require(
+        not steps or warm <= steps,
+        "optim.warmup_steps",
+        warm,
+        f"must not exceed train.steps, {steps}",
+    )
+    _require(
+        bool(steps or c.train.epochs),
+        "train.epochs",
+        c.train.epochs,
+        "gives no step to train; set train.epochs or train.steps",
+    )
+
+
+def _validate_masks(c: schema.Config) -> None:
+    """Constraints of images that are masked and mixed in pairs."""
+    patch, image = c.model.encoder.patch_size, c.data.image_size
     _require(
         2 <= c.grid <= 64,
         "data.image_size",
@@ -116,26 +143,6 @@ def validate_settings(c: schema.Config) -> None:
         "train.batch_size",
         c.train.batch_size,
         "must be even: images are mixed in pairs",
-    )
-    mesh = c.parallel.mesh
-    _require(
-        0 not in mesh and list(mesh).count(-1) <= 1,
-        "parallel.mesh",
-        mesh,
-        "must be three numbers, the devices along (replica, fsdp, tensor), at most one of them -1",
-    )
-    steps, warm = c.train.steps, c.optim.warmup_steps
-    _require(
-        not steps or warm <= steps,
-        "optim.warmup_steps",
-        warm,
-        f"must not exceed train.steps, {steps}",
-    )
-    _require(
-        bool(steps or c.train.epochs),
-        "train.epochs",
-        c.train.epochs,
-        "gives no step to train; set train.epochs or train.steps",
     )
 
 
@@ -175,6 +182,8 @@ def validate_devices(c: schema.Config, shape: tuple[int, int, int]) -> None:
 
 def _batch_unit(c: schema.Config, shape: tuple[int, int, int]) -> tuple[int, str]:
     shards, parts = shape[0] * shape[1], c.train.microbatches
+    if not c.traits.pairs:
+        return shards * parts, f"{shards * parts}: {shards} data shards x {parts} microbatches"
     unit = 2 * shards * parts
     return unit, f"{unit}: 2 images mixed x {shards} data shards x {parts} microbatches"
 

@@ -70,6 +70,8 @@ KEPT = {
 LAZY = {
     "tensorflow",
     "tensorflow_datasets",
+    "faster_coco_eval",
+    "pycocotools",
     "torch",
     "torchvision",
     "wandb",

@@ -215,7 +215,7 @@ def test_operations_of_the_largest_run() -> None:
         flops.count_flops(run.trace, run.template, trainer.abstract_batch(config)).total
         / config.train.batch_size
     )
-    assert 0.97 < counted / 1.52e12 < 1.03 and 0.97 < counted / formula.step(run.plan) < 1.03
+    assert 0.97 < counted / 1.52e12 < 1.03 and 0.97 < counted / formula.step(run.task.plan) < 1.03
 
 
 def test_days_of_the_paper_s_run() -> None:

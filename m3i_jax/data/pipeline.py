@@ -1,5 +1,6 @@
-"""The input pipeline: turns records into batches of masked view pairs, as a pure function of (seed,
-position). One element of the Grain dataset is one host batch.
+"""The input pipeline: turns records into batches, as a pure function of (seed, position). One
+element of the Grain dataset is one host batch. A builder decides what a batch is: `iterate` takes
+any, `iterate_batches` makes that of masked view pairs.
 
 The only state is the position, the number of samples seen. Sample p has the same bytes for any
 number of hosts, threads and worker processes and after any restart: its record, crops, mask and the
@@ -10,6 +11,7 @@ the batches that were consumed, in whichever process they were built."""
 import collections
 import dataclasses
 import functools
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,8 +19,14 @@ from typing import Any
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.data import crops, decode, shared_buffers
-from m3i_jax.data.batch_builder import NOTES, Batch, BatchBuilder, record_key, summarize_bad_records
+from m3i_jax.data import crops, shared_buffers
+from m3i_jax.data.batch_builder import BatchBuilder
+from m3i_jax.data.record_batches import (
+    Batch,
+    RecordBatchBuilder,
+    record_key,
+    summarize_bad_records,
+)
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.data.tokenizer import Tokenizer
@@ -98,24 +106,23 @@ def stream_identity(config: schema.Config, source: DataSource) -> str:
 
 
 class Batches(Iterator[Batch]):
-    """Iterator over the batches of one host; see `iterate_batches`.
+    """Iterator over the batches of one host; see `iterate`.
 
     Attributes:
         skipped: reason -> bad records that were drawn and replaced in the consumed batches.
-        noted: cut captions and dropped labels in them: "caption_cut", "label_dropped".
+        noted: what else the builder counted in them, such as "caption_cut" and "label_dropped".
         record: int64 [B], index of the record that each row of the last batch shows.
     """
 
-    def __init__(
-        self, batches: RestartingIterator, source: DataSource, max_bad_share: float
-    ) -> None:
-        self._batches, self._source, self._limit = batches, source, max_bad_share
+    def __init__(self, batches: RestartingIterator, builder: RecordBatchBuilder) -> None:
+        self._batches, self._source = batches, builder.source
+        self._limit, self._reasons = builder.data.max_bad_share, builder.reasons
         # of each batch: records drawn, bad ones by reason
         self._window: collections.deque[tuple[int, np.ndarray]] = collections.deque()
-        self._samples, self._bad = 0, np.zeros(len(decode.REASONS), np.int64)  # their sums
-        self._examples: dict[str, list[str]] = {reason: [] for reason in decode.REASONS}
-        self.skipped = dict.fromkeys(decode.REASONS, 0)
-        self.noted, self.record = dict.fromkeys(NOTES, 0), np.zeros(0, np.int64)
+        self._samples, self._bad = 0, np.zeros(len(self._reasons), np.int64)  # their sums
+        self._examples: dict[str, list[str]] = {reason: [] for reason in self._reasons}
+        self.skipped = dict.fromkeys(self._reasons, 0)
+        self.noted, self.record = dict.fromkeys(builder.notes, 0), np.zeros(0, np.int64)
 
     def __next__(self) -> Batch:
         batch = next(self._batches)
@@ -123,19 +130,19 @@ class Batches(Iterator[Batch]):
             batch.pop(name) for name in ("skipped", "example", "noted", "record")
         )
         for reason, count, index in zip(
-            decode.REASONS, skipped.tolist(), example.tolist(), strict=True
+            self._reasons, skipped.tolist(), example.tolist(), strict=True
         ):
             self.skipped[reason] += count
             if index >= 0 and len(self._examples[reason]) < 3:
                 self._examples[reason].append(repr(record_key(self._source, index)))
-        for name, count in zip(NOTES, noted.tolist(), strict=True):
+        for name, count in zip(self.noted, noted.tolist(), strict=True):
             self.noted[name] += count
-        self._check_bad_share(len(batch["label"]), skipped)
+        self._check_bad_share(len(self.record), skipped)
         return batch
 
     def counted(self) -> dict[str, float]:
-        """Returns the metrics of the consumed batches: bad records, cut captions, dropped labels
-        and restarts of workers, without zeros."""
+        """Returns the metrics of the consumed batches: bad records, what else was counted, and
+        restarts of workers, without zeros."""
         counts = {
             **{f"skipped/{reason}": n for reason, n in self.skipped.items()},
             **self.noted,
@@ -166,7 +173,7 @@ class Batches(Iterator[Batch]):
         if bad > self._limit * window:
             counts = {
                 reason: (n, self._examples[reason])
-                for reason, n in zip(decode.REASONS, self._bad.tolist(), strict=True)
+                for reason, n in zip(self._reasons, self._bad.tolist(), strict=True)
             }
             raise UserError(
                 f"{bad:,} of the last {self._samples:,} records of {self._source.name} were bad,"
@@ -181,6 +188,24 @@ class Batches(Iterator[Batch]):
     def close(self) -> None:
         """Ends the threads and worker processes; the iterator cannot be used afterwards."""
         self._batches.close()
+
+
+def iterate(builder: RecordBatchBuilder) -> Batches:
+    """Iterates without end over the batches of a builder, from its position `first` on.
+
+    The number of threads and workers, how long a batch may take, and the share of bad records at
+    which the run stops are those of `builder.data`.
+
+    Raises:
+        UserError: worker processes lack shared memory; while iterating, too many records are bad.
+    """
+    data = builder.data
+    if data.workers:
+        _check_shared_memory(data.workers, sum(map(math.prod, builder.large().values())))
+    threads = 0 if data.workers else data.threads
+    make = functools.partial(_make_iterator, builder, data.workers, threads)
+    batches = RestartingIterator(make, workers=data.workers, limit=data.patience)
+    return Batches(batches, builder)
 
 
 def iterate_batches(
@@ -250,8 +275,6 @@ def iterate_batches(
             f" {data.caption_length}"
         )
     rows = batch // hosts
-    if data.workers:
-        _check_shared_memory(data.workers, rows * 2 * data.image_size**2 * 3)
     builder = BatchBuilder(
         data=data,
         seed=config.seed,
@@ -266,16 +289,12 @@ def iterate_batches(
         first=start + host * rows,
         resizer=crops.choose_resizer(data.resizer),
         views=views,
-        buffers=shared_buffers.ThreadBufferPool(),
     )
-    threads = 0 if data.workers else data.threads
-    make = functools.partial(_make_iterator, builder, data.workers, threads)
-    batches = RestartingIterator(make, workers=data.workers, limit=data.patience)
-    return Batches(batches, source, data.max_bad_share)
+    return iterate(builder)
 
 
 def _make_iterator(
-    builder: BatchBuilder, workers: int, threads: int, number: int
+    builder: RecordBatchBuilder, workers: int, threads: int, number: int
 ) -> tuple[Any, shared_buffers.SharedBufferPool | None]:
     """Makes a Grain iterator over the batches from `number` on, and the pool of their memory."""
     import grain.python as grain  # seconds to import, and only runs that read data need it

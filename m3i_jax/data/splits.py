@@ -30,16 +30,18 @@ def open_source(data: schema.Data, *, cache: str = "") -> DataSource:
     entries = mixture.mixture_entries(data)
     for entry in entries:
         if splits := _find_splits(entry):
+            setting, _ = _settings(entry.kind)
+            folders = " or data.split=. to read every sub-folder as a category"
             raise UserError(
                 f"data.path={entry.path!r} holds splits ({splits.note.partition(': ')[2]}), which"
-                f" would be mixed here: set data.split={splits.train} and read each by itself, or"
-                " data.split=. to read every sub-folder as a category"
+                f" would be mixed here: set {setting}={splits.train} and read each by"
+                f" itself{',' + folders if setting == 'data.split' else ''}"
             )
     if held_out := [entry.held_out for entry in entries if entry.held_out]:
         setting = (
             "the part of data.mixture after '|'"
             if data.source == "mixture"
-            else "data.holdout_split"
+            else _settings(data.source)[1]
         )
         raise UserError(
             f"{setting} names {held_out[0]!r}, which would be left out here: remove it, and read"
@@ -82,6 +84,13 @@ def open_splits(data: schema.Data, *, cache: str = "") -> tuple[DataSource, Data
     return train, held_out
 
 
+def _settings(kind: str) -> tuple[str, str]:
+    """Returns the settings that name the training part and the held-out part of a kind."""
+    if "annotations" in registry.source_kind(kind).reads:
+        return "data.annotations", "data.holdout_annotations"
+    return "data.split", "data.holdout_split"
+
+
 def _find_splits(entry: mixture.MixtureEntry) -> registry.SplitFolders | None:
     """Returns the splits that lie at the path of an entry, if it names none itself."""
     find = registry.source_kind(entry.kind).find_splits
@@ -103,7 +112,10 @@ def _open_pair(
             base.split_by_hash(source, data.holdout, part) for part in ("train", "held_out")
         )
         return train, held_out
-    kind = registry.source_kind(entry.kind)
+    kind, (train_setting, held_out_setting) = (
+        registry.source_kind(entry.kind),
+        _settings(entry.kind),
+    )
     if not kind.splits:
         raise UserError(
             f"data.source={entry.kind!r} has no splits: leave data.holdout_split empty,"
@@ -113,12 +125,12 @@ def _open_pair(
     outside = "://" in entry.held_out or entry.held_out.startswith(("/", "~"))
     if not train_split and not outside:
         raise UserError(
-            f"data.holdout_split={entry.held_out!r} is a part of {entry.path!r}, and without"
-            " data.split all of that would be trained on: set data.split as well"
+            f"{held_out_setting}={entry.held_out!r} is a part of {entry.path!r}, and without"
+            f" {train_setting} all of that would be trained on: set {train_setting} as well"
         )
     if train_split == entry.held_out:
         raise UserError(
-            f"data.holdout_split={entry.held_out!r} is also the training split: hold another split"
+            f"{held_out_setting}={entry.held_out!r} is also the training split: hold another split"
             " out, or set data.holdout"
         )
     train, held_out = (

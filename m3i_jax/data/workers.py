@@ -97,7 +97,9 @@ class RestartingIterator(Iterator[dict[str, Any]]):
                 self._open()
         self._number += 1
         if self._pool:
-            batch["views"] = self._pool.take(batch["views"])
+            for name, value in batch.items():
+                if isinstance(value, shared_buffers.BufferHandle):
+                    batch[name] = self._pool.take(value)
         return batch
 
     def _fetch_within_limit(self) -> Any:

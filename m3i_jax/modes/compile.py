@@ -154,9 +154,7 @@ def _report(
     alone, rows_of_part = trainer.Trainer(part, host, vocabulary), trainer.abstract_batch(part)
     out["residual_bytes"] = alone.residual_bytes(rows_of_part)
     if count > 1:
-        out["residual_bytes"] += (count - 1) * alone.views_and_targets_bytes(rows_of_part) + state[
-            "params"
-        ]
+        out["residual_bytes"] += (count - 1) * alone.waiting_bytes(rows_of_part) + state["params"]
     start = time.perf_counter()
     try:
         with _uncached():

@@ -22,6 +22,8 @@ from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.training import scaling
 from m3i_jax.training.plan import Plan, build_plan
+from m3i_jax.training.pretrain_task import Pretrain
+from m3i_jax.training.task import Task, make_task, task_kind
 from m3i_jax.training.trainer import Trainer
 
 
@@ -72,26 +74,34 @@ class Setup:
         )
 
     @functools.cached_property
+    def task(self) -> Task:
+        """The task of the run on these data, built once."""
+        return make_task(self.config, self.vocabulary)
+
+    @property
     def plan(self) -> Plan:
-        """The plan of the objective on these data, built once."""
-        return build_plan(self.config)
+        """The plan of the objective of a pre-training run."""
+        assert isinstance(self.task, Pretrain)
+        return self.task.plan
+
+    @property
+    def vocabulary(self) -> int:
+        """Entries of the tokenizer, 0 without captions."""
+        return self.tokenizer.vocabulary if self.tokenizer else 0
 
     def make_trainer(self) -> Trainer:
         """The trainer of the run."""
-        vocabulary = self.tokenizer.vocabulary if self.tokenizer else 0
-        return Trainer(self.config, self.mesh, vocabulary, self.plan)
+        return Trainer(self.config, self.mesh, self.vocabulary, self.task)
 
     def batches(self, start: int, views: tuple[int, ...] = ()) -> Any:
-        """Host batches from sample `start` on, with these views or those that the objective
-        reads."""
-        return pipeline.iterate_batches(
-            self.config,
+        """Host batches from sample `start` on, with these views or those that the task reads."""
+        return self.task.batches(
             self.train,
             self.tokenizer,
             start=start,
             host=jax.process_index(),
             hosts=jax.process_count(),
-            views=views or self.plan.views,
+            views=views,
         )
 
 
@@ -152,10 +162,10 @@ def open_setup(
     # the first host reads the headers of all files, the others its index
     with parallel.host0_first("index"):
         train, held_out = splits.open_splits(config.data, cache=str(path / "index"))
-    count, captions = (
-        pipeline.count_classes(config.data, train),
-        pipeline.uses_captions(config.data, train),
-    )
+    kind = task_kind(config.task)
+    train, names = kind.training_records(train), kind.class_names(train)
+    count = len(names) if config.data.classes < 0 else config.data.classes
+    captions = pipeline.uses_captions(config.data, train)
     done = complete_config(config, classes=count, captions=captions, size=len(train))
     # refused here, before a vocabulary is learnt
     plans = [build_plan(with_objective(done, forms)) for forms in trains]
@@ -173,13 +183,12 @@ def open_setup(
             if captions
             else None
         )
-    names = tuple(train.classes[:count])
     return Setup(
         config=done,
         mesh=devices,
         train=train,
         held_out=held_out,
-        classes=names,
+        classes=tuple(names[:count]),
         tokenizer=opened,
         workdir=path,
         asked=config.data.size,

@@ -17,6 +17,10 @@ project and for others.
 - `positions`: sin-cos positions, absolute and relative to the input view
 - `balance`: lambda of Eq. 13 as an optax transform
 - `ema`: the momentum target encoder as an optax transform
+- `boxes`: overlaps, the codec of box regression, anchors, non-maximum suppression
+- `assignment`: labels of anchors by IoU, random samples of fixed size, optimal assignment
+- `dense_losses`: losses of segmentation and detection
+- `segmentation_scores`: confusion matrix and mean IoU
 
 This package imports jax, numpy, optax and chex, and no other part of the project. Submodules are
 loaded on first use, so that a data worker that only draws masks never imports JAX.
@@ -41,6 +45,10 @@ __all__ = [
     "regression_losses",
     "collapse",
     "ema",
+    "boxes",
+    "assignment",
+    "dense_losses",
+    "segmentation_scores",
 ]
 
 

@@ -96,6 +96,17 @@ def softmax_cross_entropy(logits_TxK: jax.Array, index_T: jax.Array) -> jax.Arra
     return jnp.where((index_T >= 0) & (index_T < classes), jax.nn.softplus(others_T), math.nan)
 
 
+def sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """`-t log sigmoid(x) - (1 - t) log(1 - sigmoid(x))` of each element in nats: finite for every
+    finite logit, accurate near 0, with the gradient `sigmoid(x) - t` everywhere, at x = 0, too.
+
+    >>> logits, targets = jnp.array([0.0, 100.0, -2.0]), jnp.array([1.0, 0.0, 0.5])
+    >>> print(sigmoid_cross_entropy(logits, targets).round(4))
+    [  0.6931 100.       1.1269]
+    """
+    return targets * jax.nn.softplus(-logits) + (1 - targets) * jax.nn.softplus(logits)
+
+
 def weighted_sum(cost_T: jax.Array, weight_T: jax.Array) -> jax.Array:
     """Sum of weight * cost; a cost of weight 0 may be NaN.
 

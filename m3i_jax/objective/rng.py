@@ -2,7 +2,7 @@
 (seed, purpose, stream position).
 
 A sample gets the same numbers on any number of hosts and workers and after any restart, and other
-numbers every epoch. `uniforms` draws what a sample needs (crops, masks, captions, rendered shapes);
+numbers every epoch. `uniforms` draws what a sample needs (crops, masks, captions, rendered shapes and scenes);
 `hash64` and `permute` order the records."""
 
 import numpy as np
@@ -22,7 +22,9 @@ SPLIT = 9
 COLOR = 10
 DROP_PATH = 11
 RAND_AUGMENT = 12
-SPARE = range(13, 256)
+SCENE = 13
+GEOMETRY = 14
+SPARE = range(15, 256)
 """Purposes that this project does not use: for projects that import `uniforms`."""
 
 _U64 = np.uint64

@@ -13,6 +13,7 @@ from m3i_jax.parallel.barriers import (
 )
 from m3i_jax.parallel.distributed import broadcast_from_host0
 from m3i_jax.parallel.fsdp import FSDP_GATHERED, mean_over_devices, with_fsdp_gather
+from m3i_jax.parallel.gather import gather_bytes
 from m3i_jax.parallel.memory import bytes_per_device, device_memory
 from m3i_jax.parallel.mesh import (
     AXES,
@@ -48,6 +49,7 @@ __all__ = [
     "data_sharding",
     "allgather_rows",
     "exchange_values",
+    "gather_bytes",
     "host0_first",
     "broadcast_from_host0",
     "bytes_per_device",

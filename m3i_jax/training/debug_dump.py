@@ -27,6 +27,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import step as step_module
+from m3i_jax.training import targets
 from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.state import State
 from m3i_jax.training.trainer import Trainer
@@ -143,13 +144,13 @@ def replay_step(
     nonfinite = nonfinite_arrays({"batch": batch, "params": state.params, "opt": state.opt})
     with jax.set_mesh(trainer.mesh):
         gradients = parallel.Program(
-            lambda state, batch: step_module.gradients_of(trainer.plan, state, batch)[0],
+            lambda state, batch: trainer.task.gradients(state.params, state.opt, batch).grads,
             name="gradients",
         )
         grads = gradients(state, batch)
     nonfinite |= nonfinite_arrays({"gradient": grads})
     _, metrics = trainer.step(state, batch)
-    metrics.pop(step_module.MOMENT, None)
+    metrics.pop(targets.MOMENT, None)
     return {name: float(value) for name, value in jax.device_get(metrics).items()}, nonfinite
 
 
@@ -218,7 +219,12 @@ def _mesh(settings: Any, log: Callable[[str], None]) -> jax.sharding.Mesh:
         mesh = parallel.make_mesh(settings.parallel.mesh)
         if (
             settings.train.batch_size
-            % (2 * mesh.shape["replica"] * mesh.shape["fsdp"] * settings.train.microbatches)
+            % (
+                (1 + settings.traits.pairs)
+                * mesh.shape["replica"]
+                * mesh.shape["fsdp"]
+                * settings.train.microbatches
+            )
             == 0
         ):
             return mesh

@@ -21,7 +21,8 @@ from m3i_jax.objective import collapse
 from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
 from m3i_jax.training.goodput import GoodputClock, InputStallAlarm
 from m3i_jax.training.state import State
-from m3i_jax.training.step import MOMENT, MOST_NOT_FINITE
+from m3i_jax.training.step import MOST_NOT_FINITE
+from m3i_jax.training.targets import MOMENT
 from m3i_jax.training.trainer import Trainer
 
 DONE, FAILED, PREEMPTED = 0, 1, 42
@@ -202,11 +203,7 @@ class _MetricsLog:
             or self.bad
             or collapsed
         ):
-            values |= {
-                **consumed,
-                "lr": float(trainer.learning_rate(step - 1)),
-                "ema": trainer.momentum(step),
-            }
+            values |= {**consumed, **trainer.scheduled(step)}
             if monitors:
                 values["collapse/alarm"] = float(self.collapse.alarm)
             if moment is not None:

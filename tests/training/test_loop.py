@@ -12,7 +12,7 @@ import pytest
 from m3i_jax import parallel, schema
 from m3i_jax.objective import losses, posteriors, registry, terms
 from m3i_jax.training import goodput, loop, trainer
-from m3i_jax.training.step import MOMENT
+from m3i_jax.training.targets import MOMENT
 from tests import toy
 
 BATCH = 8

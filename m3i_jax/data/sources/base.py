@@ -20,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from m3i_jax.data.sources.objects import Objects, ObjectTable
 from m3i_jax.errors import UnreadableError, UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -32,12 +33,15 @@ class Record:
     """One record as the source holds it.
 
     key: identifies the record in its source. image: encoded bytes, or RGB uint8 [height, width, 3].
-    label: category, -1 if unknown. caption: None if absent."""
+    label: category, -1 if unknown. caption: None if absent. objects: None if the source annotates
+    none. map: class of each pixel, 255 where unknown: a PNG, or uint8 [height, width]."""
 
     key: str
     image: bytes | np.ndarray
     label: int = -1
     caption: str | bytes | None = None
+    objects: Objects | None = dataclasses.field(default=None, repr=False)
+    map: bytes | np.ndarray | None = dataclasses.field(default=None, repr=False)
 
 
 @runtime_checkable
@@ -46,7 +50,8 @@ class DataSource(Protocol):
 
     classes: names of the categories, by label. captions: whether any record has one. fingerprint():
     changes when the records or their order do. Optional, for speed: `__getitems__(indices)`,
-    `key(i)`, `caption(i)`, `key_hashes()`; the functions below fall back to `__getitem__`."""
+    `key(i)`, `caption(i)`, `key_hashes()`; the functions below fall back to `__getitem__`. An
+    annotated source has `object_table()`, one with maps has `map_classes`."""
 
     @property
     def name(self) -> str: ...
@@ -184,6 +189,26 @@ def source_caption(source: DataSource, index: int) -> str | bytes | None:
     return caption(index) if caption else source[index].caption
 
 
+def object_table(source: DataSource) -> ObjectTable | None:
+    """Returns all annotated objects of a source, or None if it annotates none.
+
+    >>> object_table([Record("a", b"")]) is None
+    True
+    """
+    table = getattr(source, "object_table", None)
+    return table() if table else None
+
+
+def map_classes(source: DataSource) -> tuple[str, ...]:
+    """Returns the names of the classes of a source's maps; () if it has no maps.
+
+    >>> import types
+    >>> map_classes(types.SimpleNamespace(map_classes=("sky",))), map_classes([])
+    (('sky',), ())
+    """
+    return getattr(source, "map_classes", ())
+
+
 def source_key_hashes(source: DataSource) -> np.ndarray:
     """Returns `key_hash` of every key, uint64 [N].
 
@@ -280,6 +305,7 @@ class SubsetSource:
             source.classes,
             source.captions,
         )
+        self.map_classes = map_classes(source)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -298,6 +324,10 @@ class SubsetSource:
 
     def caption(self, index: int) -> str | bytes | None:
         return source_caption(self.source, int(self.indices[index]))
+
+    def object_table(self) -> ObjectTable | None:
+        table = object_table(self.source)
+        return table.subset(self.indices) if table else None
 
     def fingerprint(self) -> str:
         return stable_digest(self.source.fingerprint(), self._identity)

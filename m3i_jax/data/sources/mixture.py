@@ -15,6 +15,7 @@ from m3i_jax import schema
 from m3i_jax.data import sampler
 from m3i_jax.data.sources import base, registry
 from m3i_jax.data.sources.base import DataSource, Record
+from m3i_jax.data.sources.objects import ObjectTable
 from m3i_jax.errors import UserError
 
 CYCLE_LIMIT = 1 << 40  # samples after which the shares are exact
@@ -91,7 +92,10 @@ def mixture_entries(data: schema.Data) -> list[MixtureEntry]:
                 f"data.mixture is given and data.source={data.source!r} does not read it: "
                 "set data.source='mixture', or data.mixture= to nothing"
             )
-        return [MixtureEntry(data.source, data.path, data.split, data.holdout_split)]
+        split, held_out = data.split, data.holdout_split
+        if "annotations" in registry.source_kind(data.source).reads:
+            split, held_out = data.annotations, data.holdout_annotations
+        return [MixtureEntry(data.source, data.path, split, held_out)]
     if not data.mixture:
         raise UserError(
             "data.source='mixture' mixes nothing: give data.mixture, such as ('tars:/a/*.tar=427',"
@@ -109,10 +113,12 @@ def unread(data: schema.Data, *, counted: bool) -> dict[str, str]:
             number.
 
     >>> sorted(unread(schema.Data(source="folder"), counted=True))
-    ['data.class_space', 'data.directory', 'data.size']
+    ['data.annotations', 'data.class_space', 'data.directory', 'data.holdout_annotations',
+    'data.size']
     >>> mixed = schema.Data(source="mixture", mixture=("shapes:9", "tfds:food101"))
     >>> sorted(unread(mixed, counted=False))
-    ['data.holdout_split', 'data.path', 'data.split']
+    ['data.annotations', 'data.holdout_annotations', 'data.holdout_split', 'data.path',
+    'data.split']
     """
     mixed = data.source == "mixture"
     names = [text.strip().partition(":")[0] for text in data.mixture] if mixed else [data.source]
@@ -130,6 +136,15 @@ def unread(data: schema.Data, *, counted: bool) -> dict[str, str]:
         reasons["data.class_space"] = (
             f"data.source={data.source!r} is a single source, and only a mixture reads it"
         )
+    if "annotations" not in read:
+        for name in ("annotations", "holdout_annotations"):
+            reasons[f"data.{name}"] = "no source has a file of annotations"
+    elif not mixed:
+        for name in ("split", "holdout_split"):
+            reasons[f"data.{name}"] = (
+                f"data.source={data.source!r} is split by its files of annotations:"
+                " data.annotations and data.holdout_annotations"
+            )
     if "directory" not in read:
         reasons["data.directory"] = "no source is of TFDS; use data.path"
     if "class_names" not in read:
@@ -140,10 +155,9 @@ def unread(data: schema.Data, *, counted: bool) -> dict[str, str]:
             " fewer"
         )
     # a training may have both, as a recipe and a split
-    if data.holdout_split and counted:
-        reasons["data.holdout"] = (
-            f"data.holdout_split={data.holdout_split!r} names the held-out part"
-        )
+    for name in ("holdout_split", "holdout_annotations"):
+        if (held_out := getattr(data, name)) and counted and f"data.{name}" not in reasons:
+            reasons["data.holdout"] = f"data.{name}={held_out!r} names the held-out part"
     return reasons
 
 
@@ -360,6 +374,11 @@ class RelabelledSource:
 
     def __init__(self, source: DataSource, classes: Sequence[str]) -> None:
         number = {name: i for i, name in enumerate(classes)}
+        if base.map_classes(source):
+            raise UserError(
+                f"{source.name} has class maps of other classes than the training part: give both"
+                " the same file of class names (data.class_names)"
+            )
         self.source, self.name, self.captions = source, source.name, source.captions
         self.classes = tuple(classes)
         self._table = np.array([number.get(name, -1) for name in source.classes], np.int32)
@@ -381,6 +400,10 @@ class RelabelledSource:
     def caption(self, index: int) -> str | bytes | None:
         return base.source_caption(self.source, index)
 
+    def object_table(self) -> ObjectTable | None:
+        table = base.object_table(self.source)
+        return table.relabel(self._table) if table else None
+
     def fingerprint(self) -> str:
         return base.stable_digest(self.source.fingerprint(), *self.classes)
 
@@ -389,15 +412,16 @@ class RelabelledSource:
 
 
 def relabel_record(record: Record, table: np.ndarray) -> Record:
-    """Replaces the label of a record by its entry in the table, or -1 if it has none.
+    """Replaces the label of a record by its entry in the table, or -1 if it has none, and the
+    classes of its objects.
 
     >>> [relabel_record(Record("a", b"", label), np.array([5, 7])).label for label in (1, 2)]
     [7, -1]
     """
     label = int(table[record.label]) if 0 <= record.label < len(table) else -1
-    return (
-        record if label == record.label else Record(record.key, record.image, label, record.caption)
-    )
+    if record.objects is not None:
+        record = dataclasses.replace(record, objects=record.objects.relabel(table))
+    return record if label == record.label else dataclasses.replace(record, label=label)
 
 
 def join_classes(

@@ -49,7 +49,7 @@ _JITTER = 10  # largest change of a colour channel from image to image
 _SCALE = 4  # supersampling factor, for antialiasing
 _TILT = math.pi / 6  # largest rotation of a shape, in either direction
 _MARKS = 3  # largest number of lines and blobs
-_GRAIN = 24  # cells per side of the speckled pattern
+GRAIN = 24  # cells per side of the speckled pattern
 _CONTENT, _GEOMETRY, _LABELS, _SPECKS = range(4)  # parts of the random stream
 _TEMPLATES = (
     "{thing} on {ground} background",
@@ -66,7 +66,7 @@ def _luminance(rgb: np.ndarray) -> np.ndarray:
     return rgb @ np.array([0.299, 0.587, 0.114])
 
 
-def _shades(name: str) -> np.ndarray:
+def color_shades(name: str) -> np.ndarray:
     """Returns the two shades [2, 3] of a background: the colour, and one farther from middle gray
     (nearer for black and white)."""
     rgb = np.array(COLORS[name], float)
@@ -77,7 +77,7 @@ def _shades(name: str) -> np.ndarray:
 
 
 _NAMES = tuple(COLORS)
-_SHADES = {name: _shades(name) for name in _NAMES}
+_SHADES = {name: color_shades(name) for name in _NAMES}
 GROUNDS = {
     name: tuple(
         g
@@ -253,21 +253,11 @@ class ShapesSource:
     def _shape(self, spec: ShapeSpec, u: list[float]) -> Image.Image:
         """Draws the mask of the shape, inside the image."""
         canvas, draw = self._canvas()
-        name, side = CLASSES[spec.label], self.side * _SCALE
+        side = self.side * _SCALE
         radius = spec.size * side / 2
         margin = radius + _SCALE
         x, y = (margin + v * (side - 2 * margin) for v in u[:2])
-        angle = _TILT * (2 * u[2] - 1)
-        c, s = math.cos(angle), math.sin(angle)
-        if name in _POLYGONS:
-            points = _POLYGONS[name] @ np.array([[c, s], [-s, c]]) * radius + (x, y)
-            draw.polygon(points.ravel().tolist(), fill=255)
-            return canvas.reduce(_SCALE)
-        draw.circle((x, y), {"circle": 0.8, "ring": 0.95, "crescent": 1.0}[name] * radius, fill=255)
-        if name == "ring":
-            draw.circle((x, y), 0.55 * radius, fill=0)
-        elif name == "crescent":
-            draw.circle((x + 0.5 * c * radius, y + 0.5 * s * radius), 0.82 * radius, fill=0)
+        draw_shape(draw, CLASSES[spec.label], x, y, radius, _TILT * (2 * u[2] - 1))
         return canvas.reduce(_SCALE)
 
     def _marks(self, count: float, u: list[float]) -> Image.Image:
@@ -298,34 +288,76 @@ class ShapesSource:
         self, i: int, pattern: str, angle: float, period: float, phase: float
     ) -> Image.Image:
         """Draws the mask of the second shade of a background."""
-        if pattern == "plain":
-            return Image.new("L", (self.side, self.side), int(64 * phase))
-        if pattern == "speckled":
-            cells = (
-                (self._uniforms(_SPECKS, i, _GRAIN**2) * 256)
-                .astype(np.uint8)
-                .reshape(_GRAIN, _GRAIN)
-            )
-            return Image.fromarray(cells).resize((self.side, self.side), Image.Resampling.BILINEAR)
-        y, x = _grid(self.side)
-        c, s = np.float32(math.cos(2 * math.pi * angle)), np.float32(math.sin(2 * math.pi * angle))
-        if pattern == "shaded":
-            return _mask((x * c + y * s) / (abs(c) + abs(s)))
-        # the period as a share of the side
-        wave = {"striped": 0.1, "checkered": 0.16, "dotted": 0.12}[pattern] * (1 + period)
-        frequency = np.float32(2 * math.pi / wave)
-        along = (x * c + y * s) * frequency + np.float32(2 * math.pi * phase)
-        if pattern == "striped":
-            height = np.sin(along)
-        else:
-            across = (y * c - x * s) * frequency
-            height = (
-                np.sin(along) * np.sin(across)
-                if pattern == "checkered"
-                else np.cos(along) + np.cos(across) - np.float32(0.7)
-            )
-        # Edges are ramps about a pixel wide instead of steps, for antialiasing.
-        return _mask(height * np.float32(wave * self.side / (2 * math.pi)))
+        cells = self._uniforms(_SPECKS, i, GRAIN**2) if pattern == "speckled" else None
+        return pattern_mask(pattern, self.side, angle, period, phase, cells)
+
+
+def draw_shape(
+    draw: ImageDraw.ImageDraw, name: str, x: float, y: float, radius: float, angle: float
+) -> None:
+    """Fills the outline of a shape with 255, and its hole with 0.
+
+    Args:
+        draw: of an image in mode "L".
+        name: one of CLASSES.
+        x, y, radius: centre, and a circle around the shape, in pixels.
+        angle: in radians.
+    """
+    c, s = math.cos(angle), math.sin(angle)
+    if name in _POLYGONS:
+        points = _POLYGONS[name] @ np.array([[c, s], [-s, c]]) * radius + (x, y)
+        draw.polygon(points.ravel().tolist(), fill=255)
+        return
+    draw.circle((x, y), {"circle": 0.8, "ring": 0.95, "crescent": 1.0}[name] * radius, fill=255)
+    if name == "ring":
+        draw.circle((x, y), 0.55 * radius, fill=0)
+    elif name == "crescent":
+        draw.circle((x + 0.5 * c * radius, y + 0.5 * s * radius), 0.82 * radius, fill=0)
+
+
+def pattern_mask(
+    pattern: str,
+    side: int,
+    angle: float,
+    period: float,
+    phase: float,
+    cells: np.ndarray | None = None,
+) -> Image.Image:
+    """Draws the share of the second shade of a background, 0..255.
+
+    Args:
+        pattern: one of PATTERNS.
+        side: of the image in pixels.
+        angle, period, phase: of the pattern, 0..1.
+        cells: GRAIN x GRAIN numbers in 0..1; needed for "speckled".
+
+    >>> pattern_mask("striped", 8, 0.0, 0.5, 0.0).size
+    (8, 8)
+    """
+    if pattern == "plain":
+        return Image.new("L", (side, side), int(64 * phase))
+    if pattern == "speckled":
+        grain = (np.asarray(cells) * 256).astype(np.uint8).reshape(GRAIN, GRAIN)
+        return Image.fromarray(grain).resize((side, side), Image.Resampling.BILINEAR)
+    y, x = _grid(side)
+    c, s = np.float32(math.cos(2 * math.pi * angle)), np.float32(math.sin(2 * math.pi * angle))
+    if pattern == "shaded":
+        return _mask((x * c + y * s) / (abs(c) + abs(s)))
+    # the period as a share of the side
+    wave = {"striped": 0.1, "checkered": 0.16, "dotted": 0.12}[pattern] * (1 + period)
+    frequency = np.float32(2 * math.pi / wave)
+    along = (x * c + y * s) * frequency + np.float32(2 * math.pi * phase)
+    if pattern == "striped":
+        height = np.sin(along)
+    else:
+        across = (y * c - x * s) * frequency
+        height = (
+            np.sin(along) * np.sin(across)
+            if pattern == "checkered"
+            else np.cos(along) + np.cos(across) - np.float32(0.7)
+        )
+    # Edges are ramps about a pixel wide instead of steps, for antialiasing.
+    return _mask(height * np.float32(wave * side / (2 * math.pi)))
 
 
 @functools.lru_cache(maxsize=4)

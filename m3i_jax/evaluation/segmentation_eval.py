@@ -1,0 +1,162 @@
+"""Scores of semantic segmentation over a whole data set: mIoU, mAcc, aAcc and the numbers of each
+class, from pixel counts that all hosts add up."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from m3i_jax import parallel
+from m3i_jax.objective.segmentation_scores import miou
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentationScores:
+    """Scores of all images.
+
+    Attributes:
+      metrics: mIoU and mAcc (means over classes), aAcc (share of right pixels); 0..1.
+      names: of the K classes.
+      iou, accuracy: float [K]; NaN for a class that is neither labelled nor predicted (IoU), or not
+        labelled (accuracy). A class that is only predicted has an IoU of 0.
+      pixels: int [K], labelled with the class.
+      confusion: int [K, K], pixels by label (row) and prediction.
+      images: (image, mean IoU of the classes that are labelled or predicted in it), sorted by key.
+    """
+
+    metrics: dict[str, float]
+    names: tuple[str, ...]
+    iou: np.ndarray
+    accuracy: np.ndarray
+    pixels: np.ndarray
+    confusion: np.ndarray
+    images: list[tuple[Any, float]]
+
+
+def pixel_confusion(prediction: np.ndarray, label: np.ndarray, classes: int) -> np.ndarray:
+    """Pixels by label (row) and prediction (column), int64 [K, K]; pixels of label 255 and of other
+    unknown labels do not count. In numpy: images of a data set differ in size, and
+    `objective.segmentation_scores.confusion_matrix` would be compiled for each.
+
+    >>> pixel_confusion(np.array([[0, 1, 1]]), np.array([[0, 0, 255]]), 2).tolist()
+    [[1, 1], [0, 0]]
+    """
+    counts = label < classes
+    pairs = label[counts].astype(np.int64) * classes + prediction[counts]
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+class SegmentationCounts:
+    """Adds up the pixels of the images of this host.
+
+    Args:
+      names: of the K classes.
+
+    >>> counts = SegmentationCounts(("sky", "sea"))
+    >>> counts.add("a", np.array([[0, 1, 1]]), np.array([[0, 1, 0]]))
+    >>> scores = counts.scores()
+    >>> scores.metrics["mIoU"], scores.images
+    (0.5, [('a', 0.5)])
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._confusion_KxK = np.zeros((len(self.names),) * 2, np.int64)
+        self._images: list[tuple[Any, float]] = []
+
+    def add(self, image: Any, prediction_HxW: np.ndarray, label_HxW: np.ndarray) -> None:
+        """Counts one image.
+
+        Args:
+          image: its key, a number or text.
+          prediction_HxW: class of each pixel.
+          label_HxW: of the same size; 255 where unknown.
+
+        Raises:
+          ValueError: the sizes differ.
+        """
+        if prediction_HxW.shape != label_HxW.shape:
+            raise ValueError(
+                f"image {image!r}: prediction of {prediction_HxW.shape}, map of {label_HxW.shape}"
+            )
+        matrix_KxK = pixel_confusion(prediction_HxW, label_HxW, len(self.names))
+        self._confusion_KxK += matrix_KxK
+        mean = miou(matrix_KxK)["miou"]
+        if not np.isnan(mean):
+            self._images.append((image, mean))
+
+    def scores(self) -> SegmentationScores:
+        """The scores of the images of all hosts, on every host; a collective.
+
+        Raises:
+          ValueError: an image was counted twice.
+        """
+        rows, columns = np.nonzero(self._confusion_KxK)
+        own = {
+            "pixels": [
+                rows.tolist(),
+                columns.tolist(),
+                self._confusion_KxK[rows, columns].tolist(),
+            ],
+            "images": self._images,
+        }
+        matrix_KxK, images = np.zeros_like(self._confusion_KxK), []
+        for content in parallel.gather_bytes("segmentation", json.dumps(own).encode()):
+            host = json.loads(content)
+            row, column, count = (np.array(each, np.int64) for each in host["pixels"])
+            np.add.at(matrix_KxK, (row, column), count)
+            images += [(key, value) for key, value in host["images"]]
+        return segmentation_scores(matrix_KxK, self.names, _sorted_once(images))
+
+
+def _sorted_once(images: Iterable[tuple[Any, float]]) -> list[tuple[Any, float]]:
+    rows = sorted(images, key=lambda row: (isinstance(row[0], str), row[0]))
+    for (a, _), (b, _) in zip(rows, rows[1:], strict=False):
+        if a == b:
+            raise ValueError(f"image {a!r} was evaluated twice")
+    return rows
+
+
+def segmentation_scores(
+    confusion_KxK: np.ndarray, names: Sequence[str], images: Sequence[tuple[Any, float]] = ()
+) -> SegmentationScores:
+    """The scores of pixel counts.
+
+    Args:
+      confusion_KxK: of `pixel_confusion`, summed over the images.
+      names: of the classes.
+      images: (image, mean IoU) rows to keep with them.
+    """
+    found = miou(confusion_KxK)
+    names_of = {"mIoU": "miou", "mAcc": "mean_accuracy", "aAcc": "pixel_accuracy"}
+    metrics = {name: found[key] for name, key in names_of.items() if not np.isnan(found[key])}
+    return SegmentationScores(
+        metrics=metrics,
+        names=tuple(names),
+        iou=found["iou"],
+        accuracy=found["accuracy"],
+        pixels=confusion_KxK.sum(1),
+        confusion=confusion_KxK,
+        images=list(images),
+    )
+
+
+def segmentation_rows(scores: SegmentationScores) -> list[tuple[str, ...]]:
+    """Rows (class, pixels, IoU, accuracy) for a table, by descending IoU, in per cent; classes that
+    do not occur come last, without numbers."""
+
+    def per_cent(value: float) -> str:
+        return "" if np.isnan(value) else f"{100 * value:.1f}"
+
+    order = np.argsort(-np.nan_to_num(scores.iou, nan=-1.0), kind="stable").tolist()
+    return [
+        (
+            scores.names[k],
+            f"{scores.pixels[k]:,}",
+            per_cent(float(scores.iou[k])),
+            per_cent(float(scores.accuracy[k])),
+        )
+        for k in order
+    ]

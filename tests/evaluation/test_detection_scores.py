@@ -1,0 +1,521 @@
+"""Average precisions: those of the libraries' own tools on files, of a plain computation on easy
+cases, independent of hosts and order, with crowds, sizes, missing masks and LVIS's rules."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from m3i_jax.data.sources import objects, segmentations
+from m3i_jax.errors import UserError
+from m3i_jax.evaluation import detection_errors, detection_results, detection_scores
+from m3i_jax.evaluation.detection_results import (
+    CategoryTable,
+    DetectionResult,
+    ImageDetections,
+    ImageTruth,
+)
+
+needs_pycocotools = pytest.mark.skipif(
+    importlib.util.find_spec("pycocotools") is None, reason="without the extra dense"
+)
+needs_lvis = pytest.mark.skipif(
+    importlib.util.find_spec("faster_coco_eval") is None
+    or importlib.util.find_spec("pycocotools") is None,
+    reason="without the extra dense",
+)
+NAMES = ("cat", "dog", "bus", "pen", "cup")
+TABLE = CategoryTable(names=NAMES, ids=(1, 2, 5, 90, 1230), frequency=tuple("rccff"))
+HEIGHT, WIDTH = 150, 200
+
+
+def ellipse(box: np.ndarray) -> np.ndarray:
+    """A mask that does not fill its box."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH] + 0.5
+    centre, half = (box[:2] + box[2:]) / 2, np.maximum((box[2:] - box[:2]) / 2, 0.5)
+    return ((x - centre[0]) / half[0]) ** 2 + ((y - centre[1]) / half[1]) ** 2 <= 1
+
+
+def random_boxes(r: np.random.Generator, count: int) -> np.ndarray:
+    """Of all three sizes: sides from 5 to 140 pixels."""
+    side = np.exp(r.uniform(np.log(5), np.log(140), (count, 2)))
+    low = r.uniform(0, 1, (count, 2)) * np.maximum([WIDTH, HEIGHT] - side, 0)
+    return np.clip(np.concatenate([low, low + side], 1), 0, [WIDTH, HEIGHT] * 2)
+
+
+def world(seed: int, images: int = 24, *, masks: bool = True) -> list[DetectionResult]:
+    """Images with objects of four of five classes, crowds, and detections that find most of them,
+    some twice, with wrong classes and in empty places; the ids fall."""
+    r = np.random.default_rng(seed)
+
+    def encoded(boxes: np.ndarray) -> list:
+        encode = detection_results.mask_to_rle
+        return [encode(ellipse(box)) for box in boxes] if masks else [None] * len(boxes)
+
+    out = []
+    for number in range(images):
+        boxes = random_boxes(r, count := int(r.integers(0, 7)))
+        classes, crowd = r.integers(0, 4, count), r.random(count) < 0.15
+        picked = r.permutation(count)[: int(r.integers(0, count + 1))]
+        picked = np.concatenate([picked, picked[:2]]).astype(int)
+        near = boxes[picked] + r.normal(0, 0.07, (len(picked), 4)) * np.tile(
+            boxes[picked, 2:] - boxes[picked, :2], 2
+        )
+        guesses = np.concatenate([near, random_boxes(r, int(r.integers(0, 3)))])
+        guesses = np.clip(guesses, 0, [WIDTH, HEIGHT] * 2)
+        labels = r.integers(0, 5, len(guesses))
+        right = r.random(len(picked)) < 0.8
+        labels[: len(picked)][right] = classes[picked][right]
+        area = np.array([ellipse(box).sum() for box in boxes], np.float64)
+        truth = ImageTruth(
+            image=1000 - 3 * number,
+            size=(HEIGHT, WIDTH),
+            boxes=boxes,
+            classes=classes,
+            crowd=crowd,
+            area=area,
+            masks=encoded(boxes),
+        )
+        found = ImageDetections(
+            boxes=guesses,
+            scores=np.round(r.random(len(guesses)), 2),  # with ties
+            classes=labels,
+            masks=encoded(guesses) if masks else None,
+        )
+        out.append(DetectionResult(truth, found))
+    return out
+
+
+STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "", "", "AR100", "ARs", "ARm", "ARl")
+
+
+@needs_pycocotools
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_pycocotools_reads_the_same_from_files(kind: str, tmp_path: pathlib.Path) -> None:
+    """Its own command on our ground truth and results, with ids that are not contiguous."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    results = world(0)
+    scores = detection_scores.detection_scores(results, TABLE, kind=kind)
+    truth = detection_scores.truth_json([result.truth for result in results], TABLE)
+    rows = detection_results.json_detections(results, TABLE, kind)
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    (tmp_path / "found.json").write_text(json.dumps(rows))
+    with contextlib.redirect_stdout(io.StringIO()):
+        known = COCO(tmp_path / "truth.json")
+        run = COCOeval(known, known.loadRes(str(tmp_path / "found.json")), kind)
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+        by_class = run.eval["precision"][:, :, :, 0, 2]
+        run.params.useCats = 0
+        run.evaluate()
+        run.accumulate()
+    for name, value in zip(STATS, run.stats, strict=True):
+        if name:
+            assert value > 0.05, name  # every size occurs
+            assert scores.metrics[name] == pytest.approx(value, abs=1e-12), name
+    np.testing.assert_allclose(scores.curves[:4], by_class[0, :, :4].T, atol=1e-12)
+    assert np.isnan(scores.ap[4]) and scores.objects[4] == 0
+    crowds = sum(int(result.truth.crowd.sum()) for result in results)
+    assert crowds > 3 and scores.objects.sum() + crowds == len(truth["annotations"])
+    agnostic = run.eval["precision"][0, :, :, 0, 2]
+    assert scores.metrics["AP50_agnostic"] == pytest.approx(agnostic.mean(), abs=1e-12)
+
+
+@needs_pycocotools
+def test_results_of_masks_have_no_boxes() -> None:
+    """With the box, pycocotools takes its area, and sizes are those of boxes."""
+    results = world(1)
+    rows = detection_results.json_detections(results, TABLE, "segm")
+    assert rows and not any("bbox" in row for row in rows)
+    scores = detection_scores.detection_scores(results, TABLE, kind="segm").metrics
+    boxed = [
+        row | {"bbox": box["bbox"]}
+        for row, box in zip(
+            rows, detection_results.json_detections(results, TABLE, "bbox"), strict=True
+        )
+    ]
+    truth = detection_scores.truth_json([result.truth for result in results], TABLE)
+    tables = detection_scores._coco_tables(truth, boxed, "segm")
+    other = dict(detection_scores._metrics(tables, (), 100))
+    assert scores["AP"] == pytest.approx(other["AP"]) and scores["APs"] != other["APs"]
+
+
+@needs_pycocotools
+@pytest.mark.parametrize("protocol", ["coco", "lvis"])
+def test_nothing_depends_on_order_or_hosts(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if protocol == "lvis":
+        pytest.importorskip("faster_coco_eval")
+    results = world(2)
+    sent: list[bytes] = []
+    monkeypatch.setattr(
+        detection_results.parallel, "gather_bytes", lambda name, own: sent.append(own) or [own]
+    )
+    halves = [results[1::2], results[::2]]
+    for half in halves:
+        detection_results.gather_results(half)
+    monkeypatch.setattr(detection_results.parallel, "gather_bytes", lambda name, own: sent)
+    together = detection_results.gather_results([])
+    assert [result.image for result in together] == sorted(r.image for r in results)
+    for kind in ("bbox", "segm"):
+        one, two = (
+            detection_scores.detection_scores(each, TABLE, kind=kind, protocol=protocol)
+            for each in (results, together)
+        )
+        assert one.metrics == two.metrics
+        np.testing.assert_array_equal(one.curves, two.curves)
+    with pytest.raises(ValueError, match="image 1000 was evaluated twice"):
+        detection_results.sort_results([*results, results[0]])
+
+
+@needs_pycocotools
+@pytest.mark.parametrize("masks", [True, False])
+def test_gathering_changes_no_bit(masks: bool) -> None:
+    for one, two in zip(
+        detection_results.sort_results(world(3, masks=masks)),
+        detection_results.gather_results(world(3, masks=masks)),
+        strict=True,
+    ):
+        for part in ("truth", "found"):
+            for field in dataclasses.fields(getattr(one, part)):
+                a, b = (getattr(getattr(each, part), field.name) for each in (one, two))
+                assert np.asarray(a).shape == np.asarray(b).shape and np.all(a == b), field.name
+
+
+@needs_pycocotools
+def test_perfect_and_empty_detections() -> None:
+    results = [
+        DetectionResult(
+            r.truth,
+            ImageDetections(
+                boxes=r.truth.boxes,
+                scores=np.ones(len(r.truth.classes)),
+                classes=r.truth.classes,
+                masks=list(r.truth.masks),
+            ),
+        )
+        for r in world(4)
+    ]
+    nothing = ImageDetections(
+        boxes=np.zeros((0, 4)), scores=np.zeros(0), classes=np.zeros(0, int), masks=[]
+    )
+    for kind in ("bbox", "segm"):
+        perfect = detection_scores.detection_scores(results, TABLE, kind=kind).metrics
+        assert perfect["AP"] == pytest.approx(1) and perfect["ARs"] == pytest.approx(1)
+        blind = [DetectionResult(result.truth, nothing) for result in results]
+        empty = detection_scores.detection_scores(blind, TABLE, kind=kind)
+        assert empty.metrics["AP"] == 0 and empty.metrics["APl"] == 0
+    unlabelled = [dataclasses.replace(each, truth=_empty(each.truth)) for each in results]
+    assert detection_scores.detection_scores(unlabelled, TABLE, kind="bbox").metrics == {}
+
+
+def _empty(truth: ImageTruth) -> ImageTruth:
+    return dataclasses.replace(
+        truth,
+        boxes=np.zeros((0, 4)),
+        classes=np.zeros(0, int),
+        crowd=np.zeros(0, bool),
+        area=np.zeros(0),
+        masks=[],
+    )
+
+
+@needs_pycocotools
+def test_the_first_annotation_can_be_found() -> None:
+    """pycocotools takes a match with an annotation of id 0 for none."""
+    result = next(r for r in world(5) if len(r.truth.classes) == 1 and not r.truth.crowd[0])
+    found = ImageDetections(
+        boxes=result.truth.boxes, scores=np.array([0.5]), classes=result.truth.classes
+    )
+    scores = detection_scores.detection_scores(
+        [DetectionResult(dataclasses.replace(result.truth, image=0), found)], TABLE, kind="bbox"
+    )
+    assert scores.metrics["AP"] == pytest.approx(1)
+
+
+@needs_pycocotools
+def test_objects_without_a_mask_are_ignored_for_masks() -> None:
+    results = world(6)
+    cut = []
+    for result in results:
+        keep = np.arange(len(result.truth.masks)) % 3 != 0
+        masks = [m if k else None for m, k in zip(result.truth.masks, keep, strict=True)]
+        cut.append(
+            dataclasses.replace(result, truth=dataclasses.replace(result.truth, masks=masks))
+        )
+    scores = detection_scores.detection_scores(cut, TABLE, kind="segm")
+    whole = detection_scores.detection_scores(results, TABLE, kind="segm")
+    assert detection_scores.count_maskless(cut) > 5
+    assert detection_scores.count_maskless(results) == 0
+    # their detections are neither right nor wrong
+    assert scores.metrics["AP"] > 0.5 * whole.metrics["AP"]
+    assert (
+        detection_scores.detection_scores(cut, TABLE, kind="bbox").metrics
+        == detection_scores.detection_scores(results, TABLE, kind="bbox").metrics
+    )
+
+
+def lvis_world() -> list[DetectionResult]:
+    out = []
+    for number, result in enumerate(world(7)):
+        absent = sorted(set(range(5)) - set(result.truth.classes.tolist()))
+        truth = dataclasses.replace(
+            result.truth,
+            crowd=np.zeros(len(result.truth.classes), bool),
+            negative=tuple(absent[: number % 2]),
+            not_exhaustive=tuple(result.truth.classes[:1].tolist()) if number % 3 == 0 else (),
+        )
+        out.append(dataclasses.replace(result, truth=truth))
+    return out
+
+
+@needs_lvis
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_lvis_is_that_of_its_library_on_files(kind: str, tmp_path: pathlib.Path) -> None:
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    results = lvis_world()
+    scores = detection_scores.detection_scores(results, TABLE, kind=kind, protocol="lvis").metrics
+    truth = detection_scores.truth_json([result.truth for result in results], TABLE)
+    # an image without objects whose detections are all ignored makes the library fail on masks
+    some = [
+        r
+        for r in results
+        if len(r.truth.classes) or np.isin(r.found.classes, r.truth.negative).any()
+    ]
+    assert len(some) < len(results)
+    rows = detection_results.json_detections(some, TABLE, kind)
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    (tmp_path / "found.json").write_text(json.dumps(rows))
+    known = COCO(str(tmp_path / "truth.json"))
+    run = COCOeval_faster(known, known.loadRes(str(tmp_path / "found.json")), kind, lvis_style=True)
+    run.params.maxDets = [300]
+    run.run()
+    stats = run.stats_as_dict
+    for name, theirs in {"AP": "AP_all", "AP50": "AP_50", "APs": "AP_small"}.items() | {
+        (name, name) for name in ("APr", "APc", "APf")
+    }:
+        assert scores[name] == pytest.approx(stats[theirs], abs=1e-12), name
+    # the rules of LVIS matter here
+    plain = detection_scores.detection_scores(results, TABLE, kind=kind).metrics
+    assert scores["AP"] > plain["AP"] + 0.01
+
+
+@needs_lvis
+def test_lvis_keeps_the_best_300_of_an_image_over_all_classes() -> None:
+    """The 301st detection is the right one, of a class of its own."""
+    base = next(r for r in lvis_world() if len(r.truth.classes) > 1)
+    one = dataclasses.replace(
+        base.truth,
+        boxes=base.truth.boxes[:1],
+        classes=np.array([0]),
+        crowd=np.array([False]),
+        area=base.truth.area[:1],
+        masks=[None],
+        negative=(1,),
+        not_exhaustive=(),
+    )
+
+    def ap(wrong: int) -> float:
+        found = ImageDetections(
+            boxes=np.repeat(one.boxes, wrong + 1, 0),
+            scores=np.linspace(0.9, 0.1, wrong + 1),
+            classes=np.array([1] * wrong + [0]),
+        )
+        return detection_scores.detection_scores(
+            [DetectionResult(one, found)], TABLE, kind="bbox", protocol="lvis"
+        ).metrics["AP"]
+
+    assert ap(299) == pytest.approx(1) and ap(300) == 0
+
+
+def grid_sample(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask sampled at each pixel centre, in loops."""
+    cells, out = len(mask), np.zeros(size)
+    for y in range(size[0]):
+        for x in range(size[1]):
+            v = (y + 0.5 - box[1]) / (box[3] - box[1]) * cells - 0.5
+            u = (x + 0.5 - box[0]) / (box[2] - box[0]) * cells - 0.5
+            for i in (int(np.floor(v)), int(np.floor(v)) + 1):
+                for j in (int(np.floor(u)), int(np.floor(u)) + 1):
+                    if 0 <= i < cells and 0 <= j < cells:
+                        out[y, x] += (1 - abs(v - i)) * (1 - abs(u - j)) * mask[i, j]
+    return out
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        (3.2, 4.7, 20.1, 11.3),
+        (-5.5, -3, 12, 40),
+        (0, 0, 24, 18),
+        (7.4, 2.6, 7.9, 3.2),
+        (5.5, 6.5, 6.5, 7.5),
+        (-4, 2, -1, 8),
+    ],
+)
+def test_pasted_masks_are_sampled_at_pixel_centres(box: tuple[float, ...]) -> None:
+    r = np.random.default_rng(0)
+    for _ in range(3):
+        mask = r.random((28, 28)).astype(np.float32)
+        value = grid_sample(mask, np.array(box), (18, 24))
+        got = detection_results.paste_mask(mask, np.array(box), (18, 24))
+        clear = np.abs(value - 0.5) > 1e-5
+        assert clear.mean() > 0.99
+        np.testing.assert_array_equal(got[clear], value[clear] >= 0.5)
+        whole = detection_results.paste_mask(np.ones((28, 28)), np.array(box), (18, 24))
+        np.testing.assert_array_equal(
+            whole, grid_sample(np.ones((28, 28)), np.array(box), (18, 24)) >= 0.5
+        )
+
+
+@needs_pycocotools
+def test_outputs_of_a_model_become_detections_of_the_original_image() -> None:
+    """Scaled by both ratios, clipped, without invalid and empty ones, masks as large as the
+    image."""
+    outputs = {
+        "boxes": np.array([[1, 2, 5, 6], [0, 0, 3, 3], [9, 9, 12, 12], [-2, 4, 40, 8]], np.float32),
+        "scores": np.array([0.9, 0.8, 0.7, 0.6], np.float32),
+        "classes": np.array([3, 2, 1, 0]),
+        "valid": np.array([True, False, True, True]),
+        "masks": np.ones((4, 28, 28), np.float32),
+    }
+    found = detection_results.original_detections(outputs, content=(8, 9), size=(16, 27))
+    np.testing.assert_allclose(found.boxes, [[3, 4, 15, 12], [0, 8, 27, 16]])
+    np.testing.assert_allclose(found.scores, [0.9, 0.6])
+    assert found.classes.tolist() == [3, 0] and found.masks is not None
+    masks = [detection_results.rle_to_mask(rle) for rle in found.masks]
+    assert [mask.shape for mask in masks] == [(16, 27)] * 2
+    assert [int(mask.sum()) for mask in masks] == [12 * 8, 27 * 8]
+    del outputs["masks"], outputs["valid"]
+    found = detection_results.original_detections(outputs, content=(8, 9), size=(16, 27))
+    assert found.masks is None and found.classes.tolist() == [3, 2, 0]
+
+
+@needs_pycocotools
+def test_segmentations_of_every_form() -> None:
+    square = np.zeros((6, 7), np.uint8)
+    square[1:4, 2:5] = 1
+    counts = np.diff(
+        np.concatenate([[0], np.flatnonzero(np.diff(square.T.reshape(-1))) + 1, [42]])
+    ).tolist()
+    forms = [
+        [[2, 1, 5, 1, 5, 4, 2, 4]],
+        {"size": [6, 7], "counts": counts},
+        detection_results.mask_to_rle(square),
+        detection_results.mask_tools().encode(np.asfortranarray(square)),
+    ]
+    for form in forms:
+        rle = detection_results.segmentation_to_rle(form, (6, 7))
+        assert rle is not None and isinstance(rle["counts"], str)
+        np.testing.assert_array_equal(detection_results.rle_to_mask(rle), square)
+    two = detection_results.segmentation_to_rle([forms[0][0], [0, 0, 1, 0, 1, 1, 0, 1]], (6, 7))
+    assert two is not None and int(detection_results.rle_to_mask(two).sum()) == 10
+    assert detection_results.segmentation_to_rle(None, (6, 7)) is None
+
+
+@pytest.mark.parametrize("module", ["pycocotools", "faster_coco_eval"])
+def test_a_missing_library_is_named(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = world(8, 2, masks=False)
+    if module == "faster_coco_eval":
+        pytest.importorskip("pycocotools")
+    monkeypatch.setitem(sys.modules, module, None)
+    protocol = "coco" if module == "pycocotools" else "lvis"
+    with pytest.raises(UserError, match=r"m3i-jax\[dense\]") as error:
+        detection_scores.detection_scores(results, TABLE, kind="bbox", protocol=protocol)
+    assert "\n" not in str(error.value)
+
+
+@needs_pycocotools
+def test_the_precision_of_one_image_is_pycocotools() -> None:
+    """Of images with one class, at an IoU of 0.5, crowds included."""
+    checked = 0
+    for result in world(9, 40, masks=False):
+        truth = dataclasses.replace(result.truth, classes=np.zeros_like(result.truth.classes))
+        found = dataclasses.replace(result.found, classes=np.zeros_like(result.found.classes))
+        one = [DetectionResult(truth, found)]
+        metrics = detection_scores.detection_scores(one, TABLE, kind="bbox").metrics
+        own = dict(detection_errors.image_precisions(one))
+        assert ("AP50" in metrics) == (truth.image in own)
+        if own:
+            checked += 1
+            assert own[truth.image] == pytest.approx(metrics["AP50"], abs=1e-9)
+    assert checked > 20
+
+
+def test_confused_classes_are_counted() -> None:
+    boxes = np.array([[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 90, 10.0]])
+    truth = ImageTruth(
+        image=1,
+        size=(20, 100),
+        boxes=boxes,
+        classes=np.array([0, 1, 2, 0]),
+        crowd=np.array([False, False, False, True]),
+        area=np.full(4, 100.0),
+        masks=[None] * 4,
+    )
+    found = ImageDetections(
+        # right, wrong class, low score, empty place, in the crowd, a second one of the first
+        boxes=np.array([boxes[0], boxes[1], boxes[2], [0, 10, 9, 19], [62, 0, 70, 10], boxes[0]]),
+        scores=np.array([0.9, 0.8, 0.3, 0.7, 0.9, 0.6]),
+        classes=np.array([0, 2, 2, 1, 0, 1]),
+    )
+    true, guess = detection_errors.confused_classes([DetectionResult(truth, found)], 3)
+    assert sorted(zip(true.tolist(), guess.tolist(), strict=True)) == [
+        (0, 0),
+        (1, 2),
+        (2, 3),
+        (3, 1),
+        (3, 1),
+    ]
+
+
+def test_rows_of_a_table() -> None:
+    scores = detection_scores.DetectionScores(
+        metrics={},
+        names=("a", "b", "c"),
+        objects=np.array([3, 0, 1200]),
+        ap=np.array([0.25, np.nan, 0.5]),
+        ap50=np.array([0.5, np.nan, 0.75]),
+        recall=np.array([0.3, np.nan, 1]),
+        curves=np.zeros((3, 101)),
+        thresholds=np.zeros((3, 101)),
+    )
+    assert detection_scores.class_rows(scores, scores) == [
+        ("c", "1,200", "50.0", "75.0", "100.0", "50.0"),
+        ("a", "3", "25.0", "50.0", "30.0", "25.0"),
+        ("b", "0", "", "", "", ""),
+    ]
+
+
+@needs_pycocotools
+def test_objects_of_records_become_ground_truth() -> None:
+    r = np.random.default_rng(0)
+    mask = r.random((6, 7)) < 0.5
+    square = np.array([[2, 1], [5, 1], [5, 4], [2, 4]], np.float64)
+    given = objects.Objects(
+        boxes=np.array([[2, 1, 5, 4], [0, 0, 7, 6], [1, 1, 3, 3]], np.float32),
+        classes=np.array([4, 0, 1], np.int32),
+        crowd=np.array([False, True, False]),
+        segmentations=(segmentations.Polygons((square,)), segmentations.encode_mask(mask), None),
+        areas=np.array([9.0, 20.0, 4.0]),
+        ids=np.array([7, 8, 9]),
+        size=(6, 7),
+    )
+    truth = detection_results.image_truth(given, image=3, size=(6, 7), negative=(2,))
+    first, second, third = truth.masks
+    assert first is not None and second is not None and third is None
+    drawn = segmentations.rasterize([square], 6, 7)
+    np.testing.assert_array_equal(detection_results.rle_to_mask(first), drawn)
+    np.testing.assert_array_equal(detection_results.rle_to_mask(second), mask)
+    assert truth.area.tolist() == [9, 20, 4] and truth.crowd.tolist() == [False, True, False]
+    nothing = detection_results.image_truth(None, image=3, size=(6, 7))
+    assert nothing.boxes.shape == (0, 4) and nothing.masks == []
