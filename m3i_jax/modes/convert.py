@@ -17,7 +17,7 @@ PREEMPTED = 42
 
 def run(config: schema.Config, *, workdir: str) -> int:
     directory = pathlib.Path(workdir)
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    jobs.make_workdir(directory)
     with jobs.lock_workdir(directory):
         source = splits.open_source(config.data, cache=str(directory / "index"))
         print(source.description())

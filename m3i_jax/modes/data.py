@@ -26,7 +26,7 @@ EXAMPLES = 24  # examples on the page
 
 def run(config: schema.Config, *, workdir: str) -> int:
     directory = pathlib.Path(workdir)
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    jobs.make_workdir(directory)
     train, held_out = splits.open_splits(config.data, cache=str(directory / "index"))
     source = dataset_scan.ConcatSource(train, held_out)
     classes, captions = (
