@@ -205,8 +205,8 @@ def _refusal(error: BaseException) -> UserError | RunStopped | None:
 def system_error(error: OSError) -> UserError:
     """The UserError of an OSError: path, reason and hint.
 
-    >>> str(system_error(OSError(errno.ENAMETOOLONG, "File name too long", "a/" * 3000)))[-60:]
-    'a/a/a/a/a/a/a/a/: File name too long; use a shorter path'
+    >>> str(system_error(OSError(errno.ENAMETOOLONG, "File name too long", "a/" * 3000)))[-44:]
+    'a/a/: File name too long; use a shorter path'
     """
     names = [
         os.fsdecode(name)
