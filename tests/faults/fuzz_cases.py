@@ -152,7 +152,7 @@ def value(draw: Any, key: str) -> str:
     entries = default if isinstance(default, tuple) else (default,)
     limits = metadata["limits"]
     if metadata["choices"]:
-        return str(draw(st.sampled_from(metadata["choices"])))
+        return str(draw(st.sampled_from(list(metadata["choices"]))))
     if isinstance(default, bool):
         return draw(st.sampled_from(["true", "false", "True", "FALSE"]))
     if isinstance(limits, schema_limits.NumberLimit):
