@@ -342,7 +342,7 @@ def write_object_sheet(
     for row, (image, given) in enumerate(zip(images, objects, strict=True)):
         height, width = image.shape[:2]
         plain = _resized(image, fitted_size(height, width, room))
-        count = f"{len(given.boxes)} objects"
+        count = f"{len(given.boxes)} object" + "s" * (len(given.boxes) != 1)
         line = " · ".join(filter(None, [words[row] if words else "", count]))
         blocks.append(_Block([plain, objects_tile(image, given, names, room)], line))
     _write(path, blocks, ["augmented image", "objects"], room, [])
