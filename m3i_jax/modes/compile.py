@@ -333,6 +333,8 @@ def run(
         raise UserError(
             "--suggest: cannot be combined with --largest-batch; run the two one after the other"
         )
+    directory = pathlib.Path(workdir)
+    setup.make_workdir(directory)
     target = compile_target(topology, memory, code=code)
     done, assumed = show.assume_data(config)
     vocabulary = show.vocabulary_size(done)
@@ -347,8 +349,6 @@ def run(
         flags, report, rows = search_changes(done, target, vocabulary)
     else:
         report = report_program(done, target, vocabulary)
-    directory = pathlib.Path(workdir)
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     content = report | {"assumed": assumed, "largest_batch": largest or None, "tried": rows}
     atomic_write.write_text_atomic(
         directory / "compile.json",

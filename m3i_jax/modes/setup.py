@@ -20,6 +20,7 @@ from m3i_jax.data import pipeline, splits, tokenizer
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
+from m3i_jax.modes import output
 from m3i_jax.training import scaling
 from m3i_jax.training.plan import Plan, build_plan
 from m3i_jax.training.pretrain_task import Pretrain
@@ -197,7 +198,8 @@ def open_setup(
 
 
 def make_workdir(workdir: pathlib.Path) -> None:
-    """Create a working directory if it does not exist. Raises UserError if that fails."""
+    """Create a working directory if it does not exist. Raises UserError if that fails, or if the
+    first host cannot write to it."""
     try:
         workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -205,6 +207,7 @@ def make_workdir(workdir: pathlib.Path) -> None:
             f"--workdir {workdir}: cannot be created ({error.strerror or error}); choose another"
             " directory"
         ) from error
+    output.check_writable(workdir, f"--workdir {workdir}", "choose another directory")
 
 
 @contextlib.contextmanager

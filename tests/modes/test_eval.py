@@ -441,7 +441,7 @@ def test_results_of_the_same_command_are_kept(
         (["--workdir", "RUN", "--config.init_from=NOWHERE"], "config.init_from: changes nothing"),
         (
             ["--workdir", "RUN", "--config.data.directory=/d"],
-            "config.data.directory: '/d' does nothing: it applies to data.source=tfds",
+            "config.data.directory: '/d' changes nothing, for no source is of TFDS",
         ),
         (
             ["--config", "configs/quickstart.py", "--mode=show", "--checkpoint", "RUN"],

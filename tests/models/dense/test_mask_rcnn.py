@@ -18,7 +18,6 @@ from m3i_jax.objective.boxes import box_iou
 from tests.models.dense import vitdet
 
 
-
 @functools.cache
 def params() -> dict[str, Any]:
     return dense_weights.load_mask_rcnn(vitdet.state("state/"))
@@ -39,10 +38,14 @@ def test_choices_are_those_of_detectron2(name: str) -> None:
         anchors, valid = jnp.concatenate(levels), classes >= 0
         label, _ = match_boxes(box_iou(boxes, anchors), valid, low=0.3, high=0.7, keep_best=True)
         sampled = proposals.sample_anchors(settings, anchors, boxes, valid, anchor_draw)
-        found = proposals.select_proposals(settings, logits, deltas, levels, size, settings.proposals)
+        found = proposals.select_proposals(
+            settings, logits, deltas, levels, size, settings.proposals
+        )
         rois, chosen = regions.sample_regions(settings, found, boxes, valid, region_draw)
         some = slice(0, regions.foreground_regions(settings))
-        target = mask_targets(masks[chosen.object_S[some]], boxes[chosen.object_S[some]], rois[some])
+        target = mask_targets(
+            masks[chosen.object_S[some]], boxes[chosen.object_S[some]], rois[some]
+        )
         return anchors, label, sampled, found, rois, chosen, target
 
     anchors, label, sampled, found, rois, chosen, target = choose(

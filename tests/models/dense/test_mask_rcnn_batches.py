@@ -127,9 +127,7 @@ def test_devices_do_not_talk_about_images() -> None:
             .lower(params(), example())
             .compile()
         )
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, whole()
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, whole())
     moving = r"\b(all-gather|all-to-all|collective-permute|collective-broadcast"
     assert not re.findall(moving + r")[-(]", compiled.as_text())
     assert not re.findall(moving + r"|all-reduce|reduce-scatter)[-(]", detect.as_text())
@@ -280,9 +278,7 @@ def test_costs_of_the_heads_at_1024_pixels() -> None:
     ):
         count = flops.count_flops(call, *arguments)
         padded = sum(side**2 for side in sides) / sum((side - 2 / 3) ** 2 for side in sides)
-        np.testing.assert_allclose(
-            (count.dot + count.conv * padded) / 1e9, wanted, rtol=0.01
-        )
+        np.testing.assert_allclose((count.dot + count.conv * padded) / 1e9, wanted, rtol=0.01)
 
 
 def test_levels_are_those_of_the_settings() -> None:
