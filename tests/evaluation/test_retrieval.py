@@ -31,11 +31,11 @@ CAPTIONS = [
 ]
 
 
-def embeddings(pictures: int, captions: int, width: int = 5, seed: int = 0):
+def embeddings(images: int, captions: int, width: int = 5, seed: int = 0):
     r = np.random.default_rng(seed)
-    owner = np.concatenate([r.permutation(captions), r.integers(0, captions, pictures - captions)])
+    owner = np.concatenate([r.permutation(captions), r.integers(0, captions, images - captions)])
     texts = r.normal(size=(captions, width))
-    images = texts[owner] + 1.2 * r.normal(size=(pictures, width))
+    images = texts[owner] + 1.2 * r.normal(size=(images, width))
     unit = lambda x: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
     return unit(images), unit(texts), owner
 
@@ -57,10 +57,10 @@ def brute(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> dict[str,
 
 
 @pytest.mark.parametrize(
-    ("pictures", "captions", "chunk"), [(40, 40, 1024), (43, 17, 10), (30, 1, 7), (12, 9, 12)]
+    ("images", "captions", "chunk"), [(40, 40, 1024), (43, 17, 10), (30, 1, 7), (12, 9, 12)]
 )
-def test_recall_equals_a_numpy_loop(pictures: int, captions: int, chunk: int) -> None:
-    made = embeddings(pictures, captions)
+def test_recall_equals_a_numpy_loop(images: int, captions: int, chunk: int) -> None:
+    made = embeddings(images, captions)
     got = dict(retrieval.recall_at(*made, chunk=chunk))
     assert got == pytest.approx(brute(*made)) and len(got) == 6
     if captions == 40:

@@ -88,9 +88,9 @@ def test_refusals(tmp_path: pathlib.Path) -> None:
         run_log.load_run_log(tmp_path)
     with pytest.raises(UserError, match="has no line of a run"):
         run_log.load_run_log(log(tmp_path / "a", [], "nothing\n"))
-    mine = log(tmp_path / "b", [{"step": 1, "loss": 1.0}])
+    this_run = log(tmp_path / "b", [{"step": 1, "loss": 1.0}])
     with pytest.raises(UserError, match="^config.report.beside nowhere: has no metrics.jsonl"):
-        report.write_report(schema.Config(report=schema.Report(beside=("nowhere",))), mine)
+        report.write_report(schema.Config(report=schema.Report(beside=("nowhere",))), this_run)
 
 
 def test_runs_of_one_name_are_told_apart(
@@ -116,14 +116,17 @@ def test_runs_of_one_name_are_told_apart(
 def test_curves_show_the_values() -> None:
     """Coordinates agree with the axes: a line from the lowest to the highest value spans the
     ticks."""
-    drawn = svg_charts.svg_chart(
+    series = svg_charts.svg_chart(
         "t", [svg_charts.SvgCurve("a", [0, 50, 100], [0.0, 5.0, 10.0])], last=100
     )
     points = np.array(
-        [[float(v) for v in p.split(",")] for p in re.findall(r'd="M([^"]*)"', drawn)[0].split(" ")]
+        [
+            [float(v) for v in p.split(",")]
+            for p in re.findall(r'd="M([^"]*)"', series)[0].split(" ")
+        ]
     )
-    grid = [float(y) for y in re.findall(r'class="grid"[^>]* y1="([\d.]+)"', drawn)]
-    labels = [float(v) for v in re.findall(r'text-anchor="end">([^<]*)<', drawn)]
+    grid = [float(y) for y in re.findall(r'class="grid"[^>]* y1="([\d.]+)"', series)]
+    labels = [float(v) for v in re.findall(r'text-anchor="end">([^<]*)<', series)]
     scale = np.polyfit(labels, grid, 1)
     np.testing.assert_allclose(points[:, 1], np.polyval(scale, [0, 5, 10]), atol=0.1)
     np.testing.assert_allclose(np.diff(points[:, 0]), [(svg_charts.WIDTH - 64) / 2] * 2, atol=0.1)
