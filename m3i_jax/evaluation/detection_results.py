@@ -14,6 +14,7 @@ import numpy as np
 
 from m3i_jax import parallel
 from m3i_jax.data.sources import segmentations
+from m3i_jax.data.sources.base import DataSource
 from m3i_jax.data.sources.objects import Objects, empty_objects
 from m3i_jax.errors import UserError
 
@@ -56,6 +57,7 @@ class ImageTruth:
       crowd: bool [M]: regions that are ignored, as COCO's `iscrowd`.
       area: float [M], in pixels; decides whether an object is small, medium or large.
       masks: RLE of each object, None where it has no mask.
+      record: index in the source, by which the image can be read again; -1: none.
       negative: LVIS: classes that are verified to be absent.
       not_exhaustive: LVIS: classes of which not all objects are annotated.
     """
@@ -67,6 +69,7 @@ class ImageTruth:
     crowd: np.ndarray
     area: np.ndarray
     masks: Sequence[Rle | None]
+    record: int = -1
     negative: tuple[int, ...] = ()
     not_exhaustive: tuple[int, ...] = ()
 
@@ -169,33 +172,41 @@ def segmentation_to_rle(segmentation: Any, size: tuple[int, int]) -> Rle | None:
     return _text(tools.merge(tools.frPyObjects(list(segmentation), height, width)))
 
 
-def image_truth(
-    objects: Objects | None,
-    *,
-    image: int | str,
-    size: tuple[int, int],
-    negative: Sequence[int] = (),
-    not_exhaustive: Sequence[int] = (),
-) -> ImageTruth:
+def image_truth(objects: Objects | None, *, record: int, size: tuple[int, int]) -> ImageTruth:
     """The ground truth of a record.
 
     Args:
       objects: of the record; None: it has none.
-      image: id of the image.
+      record: index of the record in its source; the image's id where the source has no ids.
       size: (height, width) of the image as it was decoded.
-      negative, not_exhaustive: see `ImageTruth`.
     """
     objects = empty_objects() if objects is None else objects
     return ImageTruth(
-        image=image,
+        image=objects.image if objects.image >= 0 else record,
+        record=record,
         size=size,
         boxes=np.asarray(objects.boxes, np.float64),
         classes=np.asarray(objects.classes, np.int64),
         crowd=np.asarray(objects.crowd, bool),
         area=np.asarray(objects.areas, np.float64),
         masks=[segmentation_to_rle(each, size) for each in objects.segmentations],
-        negative=tuple(negative),
-        not_exhaustive=tuple(not_exhaustive),
+        negative=tuple(objects.negative.tolist()),
+        not_exhaustive=tuple(objects.inexhaustive.tolist()),
+    )
+
+
+def category_table(source: DataSource) -> CategoryTable:
+    """The categories of a source, with the ids of its annotation file and LVIS's frequencies where
+    it has them."""
+    holder: Any = source
+    while not hasattr(holder, "category_ids") and hasattr(holder, "source"):
+        holder = holder.source  # of a subset
+    ids, frequency = getattr(holder, "category_ids", ()), getattr(holder, "frequencies", ())
+    same = holder is source or tuple(holder.classes) == tuple(source.classes)
+    return CategoryTable(
+        names=tuple(source.classes),
+        ids=tuple(int(k) for k in ids) if same else (),
+        frequency=tuple(frequency) if same and all(frequency) else (),
     )
 
 

@@ -102,7 +102,8 @@ def truth_json(truths: Sequence[ImageTruth], categories: CategoryTable) -> dict[
     >>> truth_json([], CategoryTable(names=("cat",)))["categories"]
     [{'id': 1, 'name': 'cat'}]
     """
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for truth in truths:
         image: dict[str, Any] = {
             "id": truth.image,

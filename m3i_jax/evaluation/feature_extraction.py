@@ -185,13 +185,17 @@ class EvalContext:
 
 def encoder_params(config: schema.Config, state: Any) -> Any:
     """The parameters of a state that are evaluated: the online ones or, with evaluate.encoder=ema,
-    the average of every part that has one."""
+    the average of every part that has one; and `running`, the running statistics of batch norms, if
+    the task has any."""
+    link = state.opt.get("running") if hasattr(state.opt, "get") else None
+    running = {} if link is None else {"running": link.statistics}
     if config.evaluate.encoder == "online":
-        return state.params
+        return {**state.params, **running} if running else state.params
     average = state.opt["target"].params
     return {
         **state.params,
         **{part: average[part] for part in ("encoder", *WHOLE) if part in average},
+        **running,
     }
 
 
@@ -204,7 +208,7 @@ def gather_from_hosts(skipped: Mapping[str, int]) -> dict[str, int]:
 
 
 # parts that an average holds completely or not at all
-WHOLE = ("pool", "category", "image_projection", "text", "logit_scale")
+WHOLE = ("pool", "category", "image_projection", "text", "logit_scale", "pyramid", "head")
 ImageSet = Callable[[Any, Callable[[], None]], tuple[FeatureSpec, Mapping[str, int]]]
 Metric = Callable[[EvalContext], Iterator[tuple[str, float]]]
 

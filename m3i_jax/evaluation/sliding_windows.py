@@ -113,7 +113,7 @@ class _View:
     def __init__(self, owner: "_Canvas", size: Size, flip: bool, settings: SlidingSettings) -> None:
         self.owner, self.size, self.flip, self._side = owner, size, flip, settings.window
         starts = [window_starts(n, settings.window, settings.stride) for n in size]
-        self.windows = list(itertools.product(*starts))
+        self.windows = [(top, left) for top in starts[0] for left in starts[1]]
         self.left = len(self.windows)
         self._classes = settings.classes
         self._counts = [_cover(n, at, self._side) for n, at in zip(size, starts, strict=True)]

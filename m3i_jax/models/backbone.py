@@ -49,8 +49,8 @@ class Backbone:
       map_strides(model, maps): the stride of each map in pixels.
       init_maps(model, maps, params, *, size): the parameters that `stages` reads with these
         settings, made of those of `init`: with what only maps have, without what they do not read.
-        What it adds has first values that change nothing or are settings, so that they can be
-        added to a pre-trained encoder; `added_parameters` has the prefixes of their paths.
+        What it adds can be added to a pre-trained encoder, at first values that are settings or
+        without effect; `map_parameters` has the prefixes of these paths.
       attention(model, params, patches_BxNxP, *, grid): attention weights of the last block, [B, H,
         T, T]. None: it has no attention.
 
@@ -76,7 +76,8 @@ class Backbone:
       shape_settings: keys of `model.encoder` that determine the shapes of its parameters.
       silent_settings: keys of `model.encoder` that change its output and no shape.
       init_settings: keys of its sections that only matter for first values.
-      added_parameters: prefixes of paths that pre-training or maps add to a published encoder.
+      added_parameters: prefixes of paths that pre-training adds to a published encoder.
+      map_parameters: prefixes of paths that `init_maps` adds.
       without_added(model): how to configure the encoder without them, for an error message.
       fixed_arrays(model, grid): {path: array} that it computes and other projects store.
       card(model): rows (name, value) of the model card.
@@ -111,6 +112,7 @@ class Backbone:
     silent_settings: tuple[str, ...] = ()
     init_settings: tuple[str, ...] = ()
     added_parameters: tuple[str, ...] = ("mask_token",)
+    map_parameters: tuple[str, ...] = ()
     without_added: Callable[[schema.Model], str] = lambda _: "use weights that have it"
     fixed_arrays: Callable[[schema.Model, int], Mapping[str, np.ndarray]] = lambda *_: {}
     card: Callable[[schema.Model], Any] = _nothing

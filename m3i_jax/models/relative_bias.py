@@ -122,6 +122,44 @@ def resize_offsets(table: jax.Array, n: int, axis: int = 0) -> jax.Array:
     return jnp.moveaxis(resized, 0, axis)
 
 
+def resize_table(name: str, table: jax.Array, rows: int) -> jax.Array:
+    """A table of a block for a map of another size, as it would be read there.
+
+    Args:
+      name: of `table_shapes`: rows, columns or table.
+      table: as there.
+      rows: of the result.
+
+    Raises:
+      ValueError: the numbers of rows are not those of tables of the same kind.
+
+    >>> resize_table("rows", jnp.ones((27, 64)), 127).shape
+    (127, 64)
+    >>> resize_table("table", jnp.ones((28, 12)), 52).shape
+    (52, 12)
+    """
+    if name != "table":
+        return resize_offsets(table, (rows + 1) // 2)
+    (old, cls), (new, new_cls) = _sides(len(table)), _sides(rows)
+    if not old or not new or cls != new_cls:
+        raise ValueError(
+            f"a table of relative positions with {len(table)} rows cannot become one with {rows}"
+        )
+    square = table[: old * old].reshape(old, old, -1)
+    for axis in (0, 1):
+        square = resize_offsets(square, (new + 1) // 2, axis)
+    return jnp.concatenate([square.reshape(new * new, -1), table[old * old :]])
+
+
+def _sides(rows: int) -> tuple[int, bool]:
+    """Offsets a side of a table with so many rows, or 0, and whether three are for cls."""
+    for more in (0, 3):
+        side = math.isqrt(max(rows - more, 0))
+        if side % 2 and side * side == rows - more:
+            return side, more == 3
+    return 0, False
+
+
 def _table_bias(table_RxH: jax.Array, grid: tuple[int, int], *, cls: bool) -> jax.Array:
     """[H, T, T] of a table, cls first."""
     (n, m), cells, heads = grid, grid[0] * grid[1], table_RxH.shape[1]

@@ -121,7 +121,7 @@ VIT = Backbone(
         "embedding_norm",
     ),
     silent_settings=("heads", "activation", "norm_eps"),
-    added_parameters=("mask_token", "relative/", "blocks/gamma1", "blocks/gamma2"),
+    map_parameters=("relative/", "blocks/gamma1", "blocks/gamma2"),
     fixed_arrays=_fixed_arrays,
     card=_card,
 )

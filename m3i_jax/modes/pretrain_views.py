@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from m3i_jax import parallel, published_settings, schema
-from m3i_jax.modes import evaluators, unnormalize
 from m3i_jax.modes import setup as jobs
+from m3i_jax.modes import unnormalize
 from m3i_jax.modes.task_views import TaskViews, register_task_views
 from m3i_jax.profiling import flops
 from m3i_jax.reporting import panels, text_table
@@ -92,7 +92,6 @@ def draw_panel(
 register_task_views(
     "pretrain",
     TaskViews(
-        evaluators=evaluators.make_evaluators,
         draw_panel=draw_panel,
         tables=_tables,
         summary=_summary,

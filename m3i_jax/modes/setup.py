@@ -164,6 +164,7 @@ def open_setup(
     with parallel.host0_first("index"):
         train, held_out = splits.open_splits(config.data, cache=str(path / "index"))
     kind = task_kind(config.task)
+    train, held_out = kind.with_annotations(train), kind.with_annotations(held_out)
     train, names = kind.training_records(train), kind.class_names(train)
     count = len(names) if config.data.classes < 0 else config.data.classes
     captions = pipeline.uses_captions(config.data, train)

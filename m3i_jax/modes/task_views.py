@@ -1,4 +1,4 @@
-"""What the modes ask of a task beyond training (training/task.py): evaluations, panels and tables
+"""What the modes ask of a task beyond training (training/task.py): panels, tables and words
 for people, as one value per task, and their registry.
 
 Those of this package are the files modes/NAME_views.py, imported when they are first needed."""
@@ -16,8 +16,6 @@ class TaskViews:
     """What the modes show of a task.
 
     Attributes:
-      evaluators: (setup, log, steps, attempt) -> [(state, poll) -> iterator of (name, value)]; see
-        `evaluators.make_evaluators`.
       draw_panel: (setup, trainer, step, state, host batch) writes WORKDIR/panels/<step>.png.
       tables: (trainer, batch shapes) -> tables for --mode=show.
       summary: a few words on the settings that decide a run, for its log.
@@ -25,7 +23,6 @@ class TaskViews:
       unit: of the cost per image in --mode=show.
     """
 
-    evaluators: Callable[..., list[Any]] = lambda *_: []
     draw_panel: Callable[..., None] = lambda *_: None
     tables: Callable[[Any, dict[str, Any]], list[str]] = lambda *_: []
     summary: Callable[[schema.Config], str] = lambda _: "no other schedule"

@@ -12,7 +12,7 @@ from m3i_jax import parallel, privacy, run_files, schema
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
-from m3i_jax.modes import monitoring, report
+from m3i_jax.modes import evaluators, monitoring, report
 from m3i_jax.modes import setup as jobs
 from m3i_jax.modes.task_views import task_views
 from m3i_jax.parallel import distributed
@@ -223,7 +223,7 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
             panel=lambda step, state, batch: writer.attempt(
                 "panels", lambda: views.draw_panel(job, trainer, step, state, batch)
             ),
-            evaluators=views.evaluators(
+            evaluators=evaluators.make_evaluators(
                 job, log, trainer.length.steps, lambda draw: writer.attempt("pictures", draw)
             ),
             position=lambda samples: {

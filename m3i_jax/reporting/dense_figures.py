@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from m3i_jax.reporting import confusion_matrix, dense_panels, image_grid
 from m3i_jax.reporting.confusion_matrix import ConfusionCounts
-from m3i_jax.reporting.dense_panels import DrawnObjects, class_color
+from m3i_jax.reporting.dense_panels import DrawnObjects, category_color
 from m3i_jax.reporting.figures import Figure, FigureLine, FigureRow, FigureTile
 from m3i_jax.reporting.image_grid import INK, MUTED, PAPER, RULE, Color
 
@@ -53,7 +53,7 @@ def precision_recall_image(curves_KxR: np.ndarray, colored: Sequence[int]) -> Im
     recall_R = np.linspace(0, 1, curves_KxR.shape[1])
     known = [k for k in range(len(curves_KxR)) if not np.isnan(curves_KxR[k]).any()]
     curves = [(k, _FAINT, 1.0) for k in known if k not in colored]
-    curves += [(k, class_color(k), 1.7) for k in reversed(colored) if k in known]
+    curves += [(k, category_color(k), 1.7) for k in reversed(colored) if k in known]
     for k, color, thick in curves:
         line([at(*point) for point in zip(recall_R, curves_KxR[k], strict=True)], color, thick)
     if known:
@@ -90,7 +90,7 @@ def curves_figure(
     value_K = curves_KxR.mean(1)
     order = [k for k in np.argsort(-value_K, kind="stable").tolist() if not np.isnan(value_K[k])]
     shown = order if len(order) <= SHOWN else [*order[: SHOWN // 2], *order[-SHOWN // 2 :]]
-    lines = [FigureLine(names[k], float(value_K[k]), chip=class_color(k)) for k in shown]
+    lines = [FigureLine(names[k], float(value_K[k]), chip=category_color(k)) for k in shown]
     if order:
         mean = float(np.nanmean(value_K))
         lines.insert(0, FigureLine(f"mean of {len(order):,} classes", mean, chip=INK))
@@ -137,7 +137,7 @@ def class_table_image(
         if k is None:
             page.words(_PAD, base, f"… {left_out:,} classes …", size=11, ink=MUTED)
             continue
-        page.chip(_PAD, base, class_color(k), 10)
+        page.chip(_PAD, base, category_color(k), 10)
         page.words(_PAD + 16, base, names[k], width=_NAME - _PAD - 20)
         page.words(_NAME + _COUNT - 18, base, f"{counts[k]:,}", size=11, ink=MUTED, anchor="rs")
         for column, value in enumerate(values_KxC[k].tolist()):
@@ -267,13 +267,13 @@ def worst_maps_figure(
     """
     rows = []
     for image, given, predicted, key, value in zip(images, truth, found, keys, values, strict=True):
-        size = dense_panels.fitted_size(*given.shape, MAP_TILE)
+        size = dense_panels.fitted_size(given.shape[0], given.shape[1], MAP_TILE)
         whole = Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
         known = np.where(given == dense_panels.UNKNOWN, given, predicted)
         wrong = (known != given).sum() / max((given != dense_panels.UNKNOWN).sum(), 1)
         present = np.unique(np.concatenate([np.unique(given), np.unique(known)]))
         legend = [
-            FigureLine(names[k] if k < len(names) else str(k), chip=class_color(k))
+            FigureLine(names[k] if k < len(names) else str(k), chip=category_color(k))
             for k in present.tolist()
             if k != dense_panels.UNKNOWN
         ]

@@ -31,11 +31,11 @@ _FIRST: tuple[Color, ...] = (
 
 
 @functools.cache
-def class_color(label: int) -> Color:
+def category_color(label: int) -> Color:
     """The colour of a class, the same in every figure; the first 20 are chosen, the others have
     hues in steps of the golden angle, in three lightnesses.
 
-    >>> class_color(0), class_color(0) == class_color(20)
+    >>> category_color(0), category_color(0) == category_color(20)
     ((52, 118, 196), False)
     """
     if label < len(_FIRST):
@@ -135,7 +135,7 @@ def objects_tile(
     for row in rows:
         mask = objects.masks[row] if objects.masks is not None else None
         if mask is not None:
-            tile = _fill_mask(tile, mask, class_color(int(objects.classes[row])))
+            tile = _fill_mask(tile, mask, category_color(int(objects.classes[row])))
     draw = ImageDraw.Draw(tile)
     corners = []
     for row in rows:
@@ -145,7 +145,7 @@ def objects_tile(
         left, top = round(x0), round(y0)
         box = (left, top, max(round(x1) - 1, left + 2), max(round(y1) - 1, top + 2))
         crowd = objects.crowd is not None and bool(objects.crowd[row])
-        _frame(draw, box, class_color(int(objects.classes[row])), dashed=crowd)
+        _frame(draw, box, category_color(int(objects.classes[row])), dashed=crowd)
         corners.append((row, box, crowd))
     taken: list[tuple[float, float, float, float]] = []
     for row, box, crowd in reversed(corners):
@@ -154,7 +154,7 @@ def objects_tile(
         words = name + (" (crowd)" if crowd else "")
         if objects.scores is not None:
             words += f" {objects.scores[row]:.2f}"
-        _label(tile, draw, box, words, class_color(label), taken)
+        _label(tile, draw, box, words, category_color(label), taken)
     return tile
 
 
@@ -244,26 +244,28 @@ def _label(
 
 def map_tile(image_HxWx3: np.ndarray, map_HxW: np.ndarray, room: int) -> Image.Image:
     """A class map over its image in grey; unknown pixels are striped."""
-    size = fitted_size(*map_HxW.shape, room)
+    size = fitted_size(map_HxW.shape[0], map_HxW.shape[1], room)
     labels = np.asarray(Image.fromarray(map_HxW.astype(np.uint8)).resize(size, 0))
-    palette = np.array([class_color(k) for k in range(256)], np.float64)
+    palette = np.array([category_color(k) for k in range(256)], np.float64)
     grey = np.asarray(_resized(image_HxWx3, size).convert("L"), np.float64)[..., None]
     pixels = palette[labels] * _MAP + (0.55 * grey + 70) * (1 - _MAP)
-    y, x = np.indices(labels.shape)
-    stripes = np.where(((x + y) // 4 % 2)[..., None], _UNKNOWN_COLOR, np.array(PAPER))
-    pixels = np.where((labels == UNKNOWN)[..., None], stripes, pixels)
+    pixels = np.where((labels == UNKNOWN)[..., None], _stripes(*size), pixels)
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
+
+
+def _stripes(width: int, height: int) -> np.ndarray:
+    """Diagonal stripes, [height, width, 3]."""
+    diagonal = np.arange(height)[:, None] + np.arange(width)
+    return np.where((diagonal // 4 % 2 == 1)[..., None], np.array(_UNKNOWN_COLOR), np.array(PAPER))
 
 
 def error_tile(truth_HxW: np.ndarray, found_HxW: np.ndarray, room: int) -> Image.Image:
     """Where a class map is wrong (red); unknown pixels are striped."""
-    size = fitted_size(*truth_HxW.shape, room)
+    size = fitted_size(truth_HxW.shape[0], truth_HxW.shape[1], room)
     pixels = np.where((truth_HxW == found_HxW)[..., None], np.array(_RIGHT), np.array(_WRONG))
     tile = np.asarray(Image.fromarray(pixels.astype(np.uint8)).resize(size, Image.Resampling.BOX))
     unknown = np.asarray(Image.fromarray((truth_HxW == UNKNOWN).astype(np.uint8)).resize(size, 0))
-    y, x = np.indices(unknown.shape)
-    stripes = np.where(((x + y) // 4 % 2)[..., None], _UNKNOWN_COLOR, np.array(PAPER))
-    return Image.fromarray(np.where(unknown[..., None] > 0, stripes, tile).astype(np.uint8))
+    return Image.fromarray(np.where(unknown[..., None] > 0, _stripes(*size), tile).astype(np.uint8))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,7 +346,7 @@ def write_map_sheet(
         present += np.bincount(predicted.reshape(-1), minlength=256)[:256]
         known = np.where(given == UNKNOWN, UNKNOWN, predicted)
         tiles = [
-            _resized(image, fitted_size(*given.shape, room)),
+            _resized(image, fitted_size(given.shape[0], given.shape[1], room)),
             map_tile(image, given, room),
             map_tile(image, predicted, room),
             error_tile(given, known, room),
@@ -353,7 +355,7 @@ def write_map_sheet(
     unknown, present[UNKNOWN] = present[UNKNOWN], 0
     shown = np.argsort(-present, kind="stable")
     legend = [
-        (names[k] if k < len(names) else str(k), class_color(k))
+        (names[k] if k < len(names) else str(k), category_color(k))
         for k in shown[present[shown] > 0].tolist()
     ]
     if unknown:

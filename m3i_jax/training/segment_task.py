@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import schema
-from m3i_jax.data import annotated_batches, pipeline
+from m3i_jax.data import annotated_batches, pipeline, rendered_maps
 from m3i_jax.data.sources import base
 from m3i_jax.models.dense import pyramid, segmentation_heads
 from m3i_jax.models.dense.map_sampling import resize_bilinear
@@ -85,6 +85,10 @@ class SegmentTask(DenseTask):
     def batches(self, source: Any, tokenizer: Any, **options: Any) -> pipeline.Batches:
         options.pop("views", None)
         return annotated_batches.iterate_segment_batches(self.config, source, **options)
+
+    @classmethod
+    def with_annotations(cls, source: base.DataSource) -> base.DataSource:
+        return rendered_maps.with_maps(source)
 
     @classmethod
     def class_names(cls, source: base.DataSource) -> tuple[str, ...]:

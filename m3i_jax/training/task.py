@@ -127,6 +127,11 @@ class Task(abc.ABC):
         return source.classes
 
     @classmethod
+    def with_annotations(cls, source: DataSource) -> DataSource:
+        """A source, to train on or held out, with the annotations that the task reads."""
+        return source
+
+    @classmethod
     def training_records(cls, source: DataSource) -> DataSource:
         """The records of a source to train on."""
         return source

@@ -26,6 +26,7 @@ from tests.data.tiny_detectron2 import (
     DETECTIONS,
     LAYERS,
     PROPOSALS,
+    RATE,
     SEED,
     SETS,
     build,
@@ -332,8 +333,8 @@ def main() -> None:
     wide = detection_values(models["float64"], batch)
     report("detections", found, {f"detect/{k}": v for k, v in wide.items()})
     save("vitdet_values", made)
-    made = trajectory(model, batch, 1e-3)
-    report("steps", made, trajectory(models["float64"], batch, 1e-3))
+    made = trajectory(model, batch, RATE)
+    report("steps", made, trajectory(models["float64"], batch, RATE))
     save("vitdet_steps", made)
 
 

@@ -5,10 +5,14 @@ from typing import Any
 
 from tests.data import dense_scenes
 
-LAYERS, WINDOW, CANDIDATES, PROPOSALS = 4, 3, 16, 48
+CHANNELS = 8
+LAYERS, WINDOW, CANDIDATES, PROPOSALS = 4, 3, 16, 32
 ANCHORS = 3 * (32**2 + 16**2 + 8**2 + 4**2 + 2**2)
-THRESHOLD, DETECTIONS = 0.38, 5
-SEED = 23  # one of those where eight steps in float32 and in float64 agree to 1e-6
+THRESHOLD, DETECTIONS = 0.4, 6
+# At this seed no ReLU is within 1e-5 of its corner, and rounding moves the losses of eight steps by
+# about 1e-4. With most seeds rounding decides an element or a choice, and then gradients differ by
+# parts in a thousand between any two programs.
+SEED, RATE = 62, 5e-4
 SETS = {  # RPN's samples, RoIs, share of foreground among them
     "all": (ANCHORS, PROPOSALS + dense_scenes.SLOTS, 0.5),
     "few": (6, 16, 0.25),
@@ -49,11 +53,17 @@ def build(double: bool = False) -> Any:
         pretrain_img_size=64,
     )
     backbone = SimpleFeaturePyramid(
-        net, "last_feat", 16, (4.0, 2.0, 1.0, 0.5), LastLevelMaxPool(), "LN", dense_scenes.SIDE
+        net,
+        "last_feat",
+        CHANNELS,
+        (4.0, 2.0, 1.0, 0.5),
+        LastLevelMaxPool(),
+        "LN",
+        dense_scenes.SIDE,
     )
     proposals = RPN(
         in_features=["p2", "p3", "p4", "p5", "p6"],
-        head=StandardRPNHead(in_channels=16, num_anchors=3, conv_dims=[-1, -1]),
+        head=StandardRPNHead(in_channels=CHANNELS, num_anchors=3, conv_dims=[-1, -1]),
         anchor_generator=DefaultAnchorGenerator(
             sizes=[[8], [16], [32], [64], [96]],
             aspect_ratios=[0.5, 1.0, 2.0],
@@ -82,8 +92,8 @@ def build(double: bool = False) -> Any:
         box_in_features=["p2", "p3", "p4", "p5"],
         box_pooler=pooler(7),
         box_head=FastRCNNConvFCHead(
-            ShapeSpec(channels=16, height=7, width=7),
-            conv_dims=[16, 16],
+            ShapeSpec(channels=CHANNELS, height=7, width=7),
+            conv_dims=[CHANNELS] * 2,
             fc_dims=[32],
             conv_norm="LN",
         ),
@@ -97,9 +107,9 @@ def build(double: bool = False) -> Any:
         mask_in_features=["p2", "p3", "p4", "p5"],
         mask_pooler=pooler(14),
         mask_head=MaskRCNNConvUpsampleHead(
-            ShapeSpec(channels=16, width=14, height=14),
+            ShapeSpec(channels=CHANNELS, width=14, height=14),
             num_classes=dense_scenes.CLASSES,
-            conv_dims=[16, 16, 16],
+            conv_dims=[CHANNELS] * 3,  # the last one is the transposed one
             conv_norm="LN",
         ),
     )

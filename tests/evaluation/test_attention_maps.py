@@ -50,7 +50,7 @@ def test_the_last_block_computed_with_the_shown_weights_gives_the_encoder_output
     blocks = params["encoder"]["blocks"]
     z = vit._embed_square(config.model, params["encoder"], patches, config.grid, None, None)
     for i in range(e.depth - 1):
-        z = vit._modules(config.model)[1].apply(
+        z = vit.encoder_modules(config.model)[1].apply(
             {"params": jax.tree.map(lambda x, i=i: x[i], blocks)}, z
         )
     last = jax.tree.map(lambda x: x[-1], blocks)

@@ -35,7 +35,7 @@ def objects(count: int, *, seed: int = 0, scores: bool = False, masks: bool = Tr
 
 
 def test_colours_of_classes_differ() -> None:
-    colors = np.array([dense_panels.class_color(k) for k in range(150)], int)
+    colors = np.array([dense_panels.category_color(k) for k in range(150)], int)
     assert colors.min() >= 0 and colors.max() <= 255
     first = [np.abs(a - b).sum() for a, b in itertools.combinations(colors[:20], 2)]
     assert min(first) >= 60
@@ -50,7 +50,7 @@ def test_boxes_and_masks_are_where_they_were_annotated() -> None:
     drawn = DrawnObjects(boxes=box, classes=np.array([1]), masks=[mask])
     tile = np.asarray(dense_panels.objects_tile(GREY, drawn, NAMES, 320), int)  # four times as wide
     assert tile.shape == (240, 320, 3)
-    color = np.array(dense_panels.class_color(1))
+    color = np.array(dense_panels.category_color(1))
     for y, x in ((100, 81), (100, 198), (158, 140)):  # left, right, bottom
         np.testing.assert_array_equal(tile[y, x], color)
     inside, free = tile[70:130, 110:170], tile[70:130, 205:300]
@@ -127,7 +127,7 @@ def test_maps_show_classes_and_what_is_unknown() -> None:
     assert tile.shape == (80, 160, 3)
     left, right = tile[30, 40], tile[30, 120]
     for pixel, label in ((left, 0), (right, 3)):
-        distances = [np.abs(pixel - dense_panels.class_color(k)).sum() for k in range(20)]
+        distances = [np.abs(pixel - dense_panels.category_color(k)).sum() for k in range(20)]
         assert int(np.argmin(distances)) == label
     assert len(np.unique(tile[:12].reshape(-1, 3), axis=0)) == 2  # stripes
     errors = np.asarray(dense_panels.error_tile(truth, found, 160), int)
@@ -150,8 +150,8 @@ def test_curves_are_drawn_where_they_are() -> None:
         return bool((np.abs(window - color).sum(-1) < 90).any())
 
     quarter = low._LEFT + 0.25 * (right - low._LEFT)
-    assert near(quarter, middle, dense_panels.class_color(1))
-    assert near(quarter, bottom - 0.75 * (bottom - low._TOP), dense_panels.class_color(0))
+    assert near(quarter, middle, dense_panels.category_color(1))
+    assert near(quarter, bottom - 0.75 * (bottom - low._TOP), dense_panels.category_color(0))
     assert near(quarter, bottom - 0.625 * (bottom - low._TOP), (38, 40, 44))  # the mean
 
 

@@ -121,7 +121,8 @@ def losses(
       counts: foreground anchors, proposals and foreground regions per image.
     """
     anchors = sum(len(level) for level in _anchors(settings, pyramid))
-    draws = draw_uniforms(settings, anchors, boxes_BxMx4.shape[1], classes_of(params), keys_B)
+    classes = params["box"]["classes"]["bias"].shape[0] - 1
+    draws = draw_uniforms(settings, anchors, boxes_BxMx4.shape[1], classes, keys_B)
     if frequency_K is not None:
         draws["frequency"] = jnp.broadcast_to(
             jnp.asarray(frequency_K, jnp.float32), draws["categories"].shape
