@@ -51,7 +51,7 @@ def make(tmp_path: pathlib.Path) -> Iterator[Make]:
 
     def call(directory: pathlib.Path | None = None, keep: int = 2) -> Checkpoints:
         logged: list[str] = []
-        one = Checkpoints(directory or tmp_path / "checkpoints", keep, say=logged.append)
+        one = Checkpoints(directory or tmp_path / "checkpoints", keep, log=logged.append)
         one.logged, one.BACK_OFF = logged, 0.0  # type: ignore[attr-defined, misc]
         opened.append(one)
         return one

@@ -264,7 +264,7 @@ SAVE = (
         return {"rows": split, "step": count}
 
     logged, place = [], pathlib.Path(sys.argv[4])
-    one = Checkpoints(place, 2, say=logged.append)
+    one = Checkpoints(place, 2, log=logged.append)
     one.BACK_OFF = 0.0
     for step in (2, 4, 6):
         one.save(step, make(step), {"samples_seen": step})
@@ -278,7 +278,7 @@ SAVE = (
             file.seek(0)
             file.write(bytes([byte ^ 1]))
     parallel.barrier("damaged")
-    one = Checkpoints(place, 2, say=logged.append)
+    one = Checkpoints(place, 2, log=logged.append)
     one.BACK_OFF = 0.0
     print("good", one.newest_good(), one.position(4))
     template = jax.eval_shape(lambda: make(4))

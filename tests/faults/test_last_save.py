@@ -100,7 +100,7 @@ def test_files_that_come_back_continue_the_run(
 
     def go(name: str, first: int, vanish: int) -> tuple[int, list[str]]:
         logged: list[str] = []
-        checkpoints = Checkpoints(tmp_path / name, 2, say=logged.append)
+        checkpoints = Checkpoints(tmp_path / name, 2, log=logged.append)
         inner = pipeline.iterate_batches(
             settings(batch=8), FolderSource(str(tmp_path / "data")), None, start=8 * first
         )
@@ -129,7 +129,7 @@ def test_files_that_come_back_continue_the_run(
             }
         quiet = {
             "write": lambda *_: None,
-            "say": logged.append,
+            "log": logged.append,
             "panel": lambda *_: None,
             "evaluators": [],
             "position": lambda n: {"n": n},

@@ -52,7 +52,7 @@ def opened(tmp_path: pathlib.Path) -> Iterator[Callable[[], tuple[Checkpoints, l
 
     def call() -> tuple[Checkpoints, list[str]]:
         logged: list[str] = []
-        every.append(Checkpoints(tmp_path / "checkpoints", 3, say=logged.append))
+        every.append(Checkpoints(tmp_path / "checkpoints", 3, log=logged.append))
         return every[-1], logged
 
     yield call

@@ -109,12 +109,12 @@ def test_three_in_a_row_leave_a_dump_that_replays(
             return out
 
     logged: list[str] = []
-    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, say=logged.append)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, log=logged.append)
     outside = loop.Callbacks(
         data=Data(),
         checkpoints=checkpoints,
         write=lambda step, values: None,
-        say=logged.append,
+        log=logged.append,
         panel=lambda *_: None,
         evaluators=[],
         position=lambda samples: {},

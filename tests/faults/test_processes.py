@@ -83,7 +83,7 @@ def stops_while_saving(
     and resumes."""
     monkeypatch.setattr(loop.parallel, "to_global", lambda mesh, batch: batch)
     one = Counting(60, 10)
-    checkpoints = Checkpoints(place, 2, say=lambda text: pytest.fail(text))
+    checkpoints = Checkpoints(place, 2, log=lambda text: pytest.fail(text))
     inner = checkpoints._finish
     monkeypatch.setattr(checkpoints, "_finish", lambda *what: (time.sleep(0.05), inner(*what)))
     sent = []
@@ -101,7 +101,7 @@ def stops_while_saving(
 
     quiet = {
         "write": lambda *_: None,
-        "say": lambda text: None,
+        "log": lambda text: None,
         "panel": lambda *_: None,
         "evaluators": [],
         "position": lambda n: {"n": n},
@@ -114,7 +114,7 @@ def stops_while_saving(
     )
     checkpoints.close()
     step = int(state.step)
-    again = Checkpoints(place, 2, say=lambda text: pytest.fail(text))
+    again = Checkpoints(place, 2, log=lambda text: pytest.fail(text))
     template = jax.eval_shape(one.init)
     got = again.restore(
         step,

@@ -57,7 +57,7 @@ def make() -> Iterator[Make]:
 
     def call(directory: pathlib.Path, keep: int = 2) -> Checkpoints:
         logged: list[str] = []
-        one = Checkpoints(directory, keep, say=logged.append)
+        one = Checkpoints(directory, keep, log=logged.append)
         one.logged, one.BACK_OFF = logged, 0.0  # type: ignore[attr-defined, misc]
         opened.append(one)
         return one

@@ -33,7 +33,7 @@ def test_training_that_waits_for_data_is_told(
         event: lambda: time.sleep(0.05) for event in (slow, *(f"{slow} {k}" for k in range(10)))
     }
     logged: list[tuple[int, str]] = []
-    assert world.run(monkeypatch, say=lambda text: logged.append((len(world.lines), text))) == 0
+    assert world.run(monkeypatch, log=lambda text: logged.append((len(world.lines), text))) == 0
     shares = [values["perf/input_wait"] for _, values in world.lines if "perf/input_wait" in values]
     assert trials.add(
         len(logged) == warnings and (statistics.median(shares) > 0.5) == bool(warnings)

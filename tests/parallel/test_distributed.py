@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 def test_alone_nothing_waits() -> None:
-    distributed.initialize(ProcessInfo(source="alone"), say=lambda text: pytest.fail(text))
+    distributed.initialize(ProcessInfo(source="alone"), log=lambda text: pytest.fail(text))
     barriers.barrier("never")
     with barriers.host0_first("never"):
         pass

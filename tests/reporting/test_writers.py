@@ -184,7 +184,7 @@ def test_a_run_that_goes_on_has_no_line_twice(tmp_path, capsys):
 def test_other_processes_write_nothing(tmp_path, capsys):
     writer = open_writers(tmp_path, main=False, tensorboard=True, wandb="project")
     writer.write(1, VALUES)
-    writer.say("not here")
+    writer.log("not here")
     writer.close()
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
 

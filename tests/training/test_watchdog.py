@@ -38,11 +38,11 @@ def test_a_hanging_iterator_is_reported_with_its_stack(
 ) -> None:
     world, clock, logged = Hanging(4), GoodputClock(images=8), []
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         logged.append(line)
         world.freed.set()
 
-    with Watchdog(clock, tmp_path / "stacks-0.txt", say, limit=0.3, first=SECONDS):
+    with Watchdog(clock, tmp_path / "stacks-0.txt", log, limit=0.3, first=SECONDS):
         assert world.run(monkeypatch, clock=clock) == loop.DONE  # reported, not ended
     assert (
         len(logged) == 1
@@ -60,11 +60,11 @@ def test_the_first_step_has_a_limit_of_its_own(
     """Silence before it is compilation, and much longer than one between steps."""
     world, clock, logged = Hanging(1), GoodputClock(images=8), []
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         logged.append(line)
         world.freed.set()
 
-    with Watchdog(clock, tmp_path / "stacks-0.txt", say, limit=0.05, first=0.5):
+    with Watchdog(clock, tmp_path / "stacks-0.txt", log, limit=0.05, first=0.5):
         world.run(monkeypatch, clock=clock)
     assert logged and "after 0 step(s)" in logged[0]
     seconds = float(logged[0].partition("for ")[2].partition(" s")[0])
