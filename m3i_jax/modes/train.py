@@ -97,7 +97,7 @@ def _difference(data: pathlib.Path, identity: str) -> list[str]:
     return []
 
 
-def sound(position: dict[str, Any], step: int) -> dict[str, Any]:
+def checked_position(position: dict[str, Any], step: int) -> dict[str, Any]:
     """The position stored in a checkpoint, checked.
 
     Raises:
@@ -153,7 +153,9 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
         checkpoint_dir.refuse_lost(workdir, run_log.read_log_lines(workdir / LOG))
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, log=writers.log_line)
     newest = checkpoints.newest_good()
-    position = sound(checkpoints.position(newest), newest) if newest is not None else None
+    position = None
+    if newest is not None:
+        position = checked_position(checkpoints.position(newest), newest)
     if (
         newest is not None
         and not jax.process_index()

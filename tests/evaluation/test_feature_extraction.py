@@ -49,7 +49,7 @@ def one_device() -> jax.sharding.Mesh:
 
 
 @functools.cache
-def everything() -> feature_extraction.FeatureSpec:
+def everything() -> feature_extraction.ImageFeatures:
     return feature_extraction.Extractor(settings(), one_device())({"encoder": encoder()}, batches())
 
 
@@ -160,8 +160,8 @@ def test_a_poll_comes_before_every_batch_and_may_raise() -> None:
     assert len(polls) == 2 and len(batches_drawn) == 2
 
 
-def made_of(name: str, label: int = 0) -> feature_extraction.FeatureSpec:
-    return feature_extraction.FeatureSpec(
+def made_of(name: str, label: int = 0) -> feature_extraction.ImageFeatures:
+    return feature_extraction.ImageFeatures(
         np.full((2, 3), len(name), np.float32), np.full(2, label, np.int32), np.arange(2)
     )
 

@@ -81,8 +81,8 @@ def test_empty_sets_yield_no_metric() -> None:
 def test_the_metric_uses_the_settings_and_both_sets() -> None:
     (x, label), (q, q_label) = data(40, 5), data(20, 5, seed=2)
     sets = {
-        "index": feature_extraction.FeatureSpec(x, label, np.arange(40)),
-        "queries": feature_extraction.FeatureSpec(q, q_label, np.arange(20)),
+        "index": feature_extraction.ImageFeatures(x, label, np.arange(40)),
+        "queries": feature_extraction.ImageFeatures(q, q_label, np.arange(20)),
     }
     config = toy.settings(evaluate__shots="(2,4)", evaluate__shot_seeds=2)
     got = dict(

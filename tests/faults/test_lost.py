@@ -290,7 +290,7 @@ def test_a_position_that_somebody_made_is_refused(trials) -> None:
         "seconds": {"step": 1.5},
         "counts": {"skipped": {"empty": 0}},
     }
-    assert train.sound(good, 4) == good
+    assert train.checked_position(good, 4) == good
     for name, value in (
         ("samples_seen", "8"),
         ("samples_seen", -8),
@@ -304,10 +304,10 @@ def test_a_position_that_somebody_made_is_refused(trials) -> None:
         ("restarts", "x"),
     ):
         with pytest.raises(UserError, match=f"checkpoint 4: its position is not valid .*{name}"):
-            train.sound({**good, name: value}, 4)
+            train.checked_position({**good, name: value}, 4)
         trials.add(True)
     with pytest.raises(UserError, match="fingerprint"):
-        train.sound({"samples_seen": 8}, 4)
+        train.checked_position({"samples_seen": 8}, 4)
 
 
 FULL = """
