@@ -94,7 +94,7 @@ def run_page_html(
     Args:
       runs: the run itself first, then those to compare it with.
       differs: {name of a run: settings in which it differs from the first}, one line each.
-      figure_sections: figures of the first run's evaluators, each as `figures.figure_html` gives it.
+      figure_sections: figures of the first run's evaluators, as `figures.figure_html` gives them.
 
     >>> log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
     >>> one = RunLog("first", log, "seed = 0\\n", "", [], {})
