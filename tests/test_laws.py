@@ -85,7 +85,7 @@ LAZY = {
     "timm",
     "transformers",
 }
-# Not even inside a function, but where files of theirs are read and compared with.
+# Not even inside a function, except where their files are read and compared.
 NEVER = {"tensorflow": "no room", "torch": "interop", "torchvision": "no room"}
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve"}
 

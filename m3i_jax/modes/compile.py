@@ -133,7 +133,7 @@ def _report_in_subprocess(
 def _report(
     folder: pathlib.Path | None, config: schema.Config, target: CompileTarget, vocabulary: int
 ) -> dict[str, Any]:
-    config, mesh = setup.restore_or_init(config, target.devices)
+    config, mesh = setup.fit_to_devices(config, target.devices)
     step_trainer = trainer.Trainer(config, mesh, vocabulary)
     batch, shards, devices = (
         trainer.abstract_batch(config),
@@ -273,7 +273,7 @@ def search_changes(
     config: schema.Config, target: CompileTarget, vocabulary: int
 ) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
     """(flags of the cheapest candidate that fits, or "", report as configured, attempts)."""
-    setup.restore_or_init(config, target.devices)
+    setup.fit_to_devices(config, target.devices)
     first, rows = None, []
     for flags, changed in batch_search.memory_savers(config, len(target.devices)):
         mesh = parallel.make_mesh(changed.parallel.mesh, target.devices)

@@ -42,8 +42,8 @@ def complete_config(
 
 @dataclasses.dataclass(kw_only=True)
 class Setup:
-    """A run with completed settings, its devices and its data; `asked` is `data.size` as
-    configured."""
+    """A run with completed settings, its devices and its data; `configured_size` is `data.size`
+    before it was completed."""
 
     config: schema.Config
     mesh: jax.sharding.Mesh
@@ -52,14 +52,15 @@ class Setup:
     classes: tuple[str, ...]
     tokenizer: tokenizer.Tokenizer | None
     workdir: pathlib.Path
-    asked: int = 0
+    configured_size: int = 0
 
     @property
     def text(self) -> str:
         """The configuration for `config.txt`: completed, except for `data.size`, which stays as
         configured. For the shapes source it is the number of images to render, held-out ones
         included, and must be the same when the run is opened again."""
-        data = dataclasses.replace(self.config.data, size=self.asked or self.config.data.size)
+        size = self.configured_size or self.config.data.size
+        data = dataclasses.replace(self.config.data, size=size)
         return configuration.config_to_text(dataclasses.replace(self.config, data=data))
 
     @property
@@ -112,13 +113,13 @@ def _with_rounded_batch(config: schema.Config, workdir: pathlib.Path) -> schema.
     if not config.train.round_batch or not (workdir / "config.txt").is_file():
         return config
     saved = configuration.load_from_workdir(str(workdir), "--workdir").train
-    asked = config.train.batch_size
-    if not saved.round_batch or not asked < saved.batch_size < 1.1 * asked:
+    configured = config.train.batch_size
+    if not saved.round_batch or not configured < saved.batch_size < 1.1 * configured:
         return config
     if not jax.process_index():
         print(
             f"train.batch_size: {saved.batch_size:,}, as in the run in {workdir}, instead of"
-            f" {asked:,}",
+            f" {configured:,}",
             flush=True,
         )
     return dataclasses.replace(
@@ -126,7 +127,7 @@ def _with_rounded_batch(config: schema.Config, workdir: pathlib.Path) -> schema.
     )
 
 
-def restore_or_init(
+def fit_to_devices(
     config: schema.Config, devices: Sequence[jax.Device] | None = None
 ) -> tuple[schema.Config, jax.sharding.Mesh]:
     """The configuration, with a rounded batch if so configured, and its mesh on the given devices
@@ -158,7 +159,7 @@ def open_setup(
     """
     backbones.validate_backbone(config)  # before data are opened, which may take minutes
     path = pathlib.Path(workdir)
-    config, devices = restore_or_init(_with_rounded_batch(config, path))
+    config, devices = fit_to_devices(_with_rounded_batch(config, path))
     make_workdir(path)
     # the first host reads the headers of all files, the others its index
     with parallel.host0_first("index"):
@@ -193,7 +194,7 @@ def open_setup(
         classes=tuple(names[:count]),
         tokenizer=opened,
         workdir=path,
-        asked=config.data.size,
+        configured_size=config.data.size,
     )
 
 

@@ -191,7 +191,7 @@ def load_dump(
     settings = configuration.resolve(configuration.load_from_workdir(str(dump), "--workdir"))
     mesh = _mesh(settings, log)
     trainer = Trainer(settings, mesh, description["vocabulary"])
-    checkpoints = Checkpoints(dump / "state", 1, say=log)
+    checkpoints = Checkpoints(dump / "state", 1, log=log)
     try:
         step = checkpoints.newest_good()
         if step is None:

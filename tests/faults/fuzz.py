@@ -177,8 +177,8 @@ def result(room: Room, mode: str) -> bytes:
 class Fuzzer:
     """Templates of data and of a run, made once, and the failed cases."""
 
-    def __init__(self, folder: pathlib.Path, say: Any = print) -> None:
-        self.folder, self.say = folder, say
+    def __init__(self, folder: pathlib.Path, log: Any = print) -> None:
+        self.folder, self.log = folder, log
         self.found: dict[str, list[str]] = collections.defaultdict(list)
         self.counts: collections.Counter[str] = collections.Counter()
         self._some = itertools.count()
@@ -318,7 +318,7 @@ class Fuzzer:
             )
             text += f"  [script {case.script[:300]!r}]" if case.script else ""
             self.found[name].append(text)
-            self.say(
+            self.log(
                 f"FOUND {name}\n  {text}\n  {done.err.replace(str(room.place), 'ROOM')[-1500:]}",
                 flush=True,
             )
@@ -340,7 +340,7 @@ class Fuzzer:
         except Exception as error:  # noqa: BLE001
             name = f"{type(error).__name__}: {str(error)[:80]}"
             self.found[name].append(shlex.join(case.arguments[-4:])[:500])
-            self.say(f"FOUND {name}\n  {self.found[name][-1]}", flush=True)
+            self.log(f"FOUND {name}\n  {self.found[name][-1]}", flush=True)
         return False
 
 

@@ -84,7 +84,7 @@ def test_a_new_setting_mode_or_flag_is_tried_without_being_named() -> None:
 def test_what_a_fault_looks_like(tmp_path: pathlib.Path, monkeypatch) -> None:
     """The checks can fail: a command that prints a traceback, one that changes the data, one that
     exits with another code."""
-    fuzzer = fuzz.Fuzzer(tmp_path, say=lambda *_, **__: None)
+    fuzzer = fuzz.Fuzzer(tmp_path, log=lambda *_, **__: None)
     case = fuzz_cases.Case(("--mode=show",))
 
     def did(code: int, err: str, touch: bool = False) -> list[str]:

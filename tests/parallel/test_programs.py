@@ -64,19 +64,21 @@ def both(
     limit: float = 600.0,
 ) -> list[dict[str, str]]:
     """{first word: rest} of the lines of each host."""
-    said = []
+    outputs = []
     script.write_text(textwrap.dedent(SPAN))
     processes = start(script, str(delay), str(cache), str(notice), str(limit))
     try:
         for process in processes:
             out, err = process.communicate(timeout=delay + 120)
             assert process.returncode == 0, err[-3000:]
-            said.append({line.split(" ")[0]: line.partition(" ")[2] for line in out.splitlines()})
+            outputs.append(
+                {line.split(" ")[0]: line.partition(" ")[2] for line in out.splitlines()}
+            )
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    return said
+    return outputs
 
 
 @pytest.mark.fast
