@@ -78,7 +78,8 @@ class Setup:
     @functools.cached_property
     def task(self) -> Task:
         """The task of the run on these data, built once."""
-        return make_task(self.config, self.vocabulary)
+        counts = task_kind(self.config.task).count_categories(self.config, self.train)
+        return make_task(self.config, self.vocabulary, counts)
 
     @property
     def plan(self) -> Plan:
