@@ -3,9 +3,9 @@
     python -m m3i_jax.main --config configs/transfer/ade20k.py:path=DIR,from=RUN \\
       --workdir runs/ade
 
-DIR is ADEChallengeData2016, with images/{training,validation}/ and annotations/ alike. `from` is
-the working directory of a run or a weights file that `init_from` reads; without it, `model` is any ViT
-or InternImage preset. The published settings are those of mmsegmentation's MAE UperNet, whose
+DIR is ADEChallengeData2016: images/{training,validation}/ and annotations/ alike. `from` is
+the working directory of a run or a weights file that `init_from` reads; without it, `model` is any
+ViT or InternImage preset. The published settings are those of mmsegmentation's MAE UperNet, whose
 recipe is the usual one of this table; [R] marks them.
 
 Colours are changed on the device; images are resized on the host by Pillow or as in OpenCV, see

@@ -90,9 +90,8 @@ def _draw_detections(
     )
     by_image = {result.image: result for result in results}
     precisions = dict(detection_errors.image_precisions(results))
-    own = [(key, value) for key, value in precisions.items() if key in evaluation.records]
-    worst = dense_figures.worst_first(own, WORST)
-    images = [_original_image(inputs, evaluation.records[key]) for key in worst]
+    worst = dense_figures.worst_first(list(precisions.items()), WORST)
+    images = [_original_image(inputs, by_image[key].truth.record) for key in worst]
     figure = dense_figures.worst_detections_figure(
         "The worst images",
         images,

@@ -35,7 +35,7 @@ EXAMPLES = 24  # examples on the page
 
 def run(config: schema.Config, *, workdir: str) -> int:
     directory = pathlib.Path(workdir)
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    jobs.make_workdir(directory)
     opened = splits.open_splits(config.data, cache=str(directory / "index"))
     kind = task_kind(config.task)
     train, held_out = (kind.with_annotations(part) for part in opened)

@@ -97,7 +97,7 @@ def _difference(data: pathlib.Path, identity: str) -> list[str]:
     return []
 
 
-def sound(position: dict[str, Any], step: int) -> dict[str, Any]:
+def checked_position(position: dict[str, Any], step: int) -> dict[str, Any]:
     """The position stored in a checkpoint, checked.
 
     Raises:
@@ -151,9 +151,11 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
     config, workdir = job.config, job.workdir
     if not jax.process_index():
         checkpoint_dir.refuse_lost(workdir, run_log.read_log_lines(workdir / LOG))
-    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, say=writers.log_line)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, log=writers.log_line)
     newest = checkpoints.newest_good()
-    position = sound(checkpoints.position(newest), newest) if newest is not None else None
+    position = None
+    if newest is not None:
+        position = checked_position(checkpoints.position(newest), newest)
     if (
         newest is not None
         and not jax.process_index()
@@ -178,7 +180,7 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
     writer = writers.open_writers(
         config, workdir, resume_at=start, total=trainer.length.steps, main=jax.process_index() == 0
     )
-    log = writer.say
+    log = writer.log
     # all hosts skip the evaluations that are in the log of the first
     own = sorted(evaluations_done(workdir / LOG)) if not jax.process_index() else []
     done = frozenset(json.loads(parallel.exchange_values("evaluated", json.dumps(own))[0]))
@@ -219,7 +221,7 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
             data=data,
             checkpoints=checkpoints,
             write=writer.write,
-            say=log,
+            log=log,
             panel=lambda step, state, batch: writer.attempt(
                 "panels", lambda: views.draw_panel(job, trainer, step, state, batch)
             ),

@@ -15,7 +15,7 @@ from m3i_jax.models.dense import pyramid
 
 DENSE = pathlib.Path(__file__).parents[2] / "data" / "dense"
 STRIDES = (4, 8, 16, 32, 64)
-PYRAMID = pyramid.PyramidConfig(kind="simple", strides=STRIDES, sources=((16, 32),), width=16)
+PYRAMID = pyramid.PyramidConfig(kind="simple", strides=STRIDES, sources=((16, 32),), width=8)
 LOSSES = ("rpn_cls", "rpn_loc", "cls", "box_reg", "mask")
 MODEL = schema.Model(
     encoder=schema.Encoder(
@@ -26,6 +26,7 @@ MODEL = schema.Model(
         positions="learned",
         freeze_patch_embed=False,
         final_norm=False,
+        drop_path=0.0,
     ),
     dtype="float32",
 )
@@ -35,24 +36,24 @@ MAPS = schema.Maps(window=3, global_blocks=(1, 3), relative="decomposed", image_
 def _settings(rpn_samples: int, rois: int, roi_foreground: float) -> schema.Detect:
     return schema.Detect(
         anchor_sizes=(8, 16, 32, 64, 96),
-        width=16,
+        width=8,
         rpn_samples=rpn_samples,
-        proposals=(16, 48),
-        test_proposals=(16, 48),
+        proposals=(16, 32),
+        test_proposals=(16, 32),
         rois=rois,
         roi_foreground=roi_foreground,
         box_convs=2,
         box_hidden=32,
         mask_convs=2,
-        score_threshold=0.38,
-        candidates=144,
-        detections=5,
+        score_threshold=0.4,
+        candidates=96,
+        detections=6,
         canonical=(32, 16),
     )
 
 
 # nothing is sampled away; six anchors and 16 RoIs
-SETS = {"all": _settings(4092, 53, 0.5), "few": _settings(6, 16, 0.25)}
+SETS = {"all": _settings(4092, 37, 0.5), "few": _settings(6, 16, 0.25)}
 
 
 @functools.cache
