@@ -166,6 +166,13 @@ def test_images_that_cannot_be_used(tmp_path) -> None:
     assert len(source.object_table().classes) == 2
 
 
+def test_names_with_half_of_a_character(tmp_path) -> None:
+    more = [{"id": 77, "file_name": "\ud800.png", "height": 20, "width": 30}]
+    source = opened(tmp_path, changed(images=more, categories=[{"id": 1, "name": "\udfff"}]))
+    assert source.ignored["images without a file name"] == 1
+    assert source.classes == ("?", "cat", "dog")
+
+
 def test_an_image_without_a_stated_size(tmp_path) -> None:
     document = changed(images=[{"id": 3, "file_name": "3.png"}], annotations=[annotation(20, 3)])
     source = opened(tmp_path, document)
